@@ -1,0 +1,124 @@
+//! Quantised activations: the right-hand side of every integer dot product.
+//!
+//! The formulas are GGML's: Q8_0 has `d = max|x| / 127` rounded to half precision and Q8_K has an f32 scale, both with
+//! codes `round(x · 127 / max|x|)`, ties to even. (Q8_K as published carries the sign of the largest element in its
+//! scale; codes and scale change sign together, so every product is the same.) The layout is planar, and block sums are
+//! kept beside the codes for minimums and for dot instructions with one unsigned side.
+//!
+//! A block whose largest magnitude is infinite or NaN gets the scale NaN and codes 0: it poisons its outputs the same
+//! way on every instruction set.
+
+pub use crate::formats::Activation;
+use crate::isa::{Isa, WithIsa};
+use crate::math;
+
+impl Activation {
+    /// Values that share one scale.
+    pub const fn block_len(self) -> usize {
+        match self {
+            Activation::Q8_0 => 32,
+            Activation::Q8_K => 256,
+        }
+    }
+}
+
+/// Rows of activations in quantised form, each of `k` values.
+#[derive(Debug, Clone, Copy)]
+pub struct Quantised<'a> {
+    /// Values of a row; a multiple of the block length.
+    pub k: usize,
+    /// Codes, `[rows][k]`; never -128.
+    pub codes: &'a [i8],
+    /// Scales, `[rows][k / block_len]`.
+    pub scales: &'a [f32],
+    /// Sums of 16 codes, `[rows][k / 16]`.
+    pub sums: &'a [i32],
+}
+
+/// Where [`quantise`] writes; lengths as in [`Quantised`].
+#[derive(Debug)]
+pub struct QuantisedMut<'a> {
+    /// Codes.
+    pub codes: &'a mut [i8],
+    /// Scales.
+    pub scales: &'a mut [f32],
+    /// Sums of 16 codes.
+    pub sums: &'a mut [i32],
+}
+
+/// A kernel: quantises values to one activation format, block by block.
+#[derive(Debug)]
+pub struct Quantise<'a> {
+    /// The format.
+    pub to: Activation,
+    /// Values; whole blocks.
+    pub x: &'a [f32],
+    /// Where the result goes.
+    pub out: QuantisedMut<'a>,
+}
+
+impl WithIsa for Quantise<'_> {
+    type Out = ();
+    #[inline(always)]
+    fn call<I: Isa>(self, isa: I) {
+        match self.to {
+            Activation::Q8_0 => quantise::<I, 2>(isa, self.x, self.out, |d, inverse| {
+                (math::f16_to_f32(math::f32_to_f16(d)), inverse)
+            }),
+            Activation::Q8_K => quantise::<I, 16>(isa, self.x, self.out, |_, inverse| (1.0 / inverse, inverse)),
+        }
+    }
+}
+
+/// Blocks of `N` times 16 values. `scale` turns `(amax / 127, 127 / amax)` into the stored scale and the factor.
+#[inline(always)]
+fn quantise<I: Isa, const N: usize>(
+    isa: I,
+    x: &[f32],
+    out: QuantisedMut<'_>,
+    scale: impl Fn(f32, f32) -> (f32, f32),
+) {
+    let x = x.as_chunks::<16>().0.as_chunks::<N>().0;
+    let codes = out.codes.as_chunks_mut::<16>().0.as_chunks_mut::<N>().0;
+    let sums = out.sums.as_chunks_mut::<N>().0;
+    for (((x, codes), d), sums) in x.iter().zip(codes).zip(out.scales).zip(sums) {
+        // Magnitudes are compared as integers, in which order NaN is above infinity is above every number.
+        let mut amax_bits = 0i32;
+        for lanes in x {
+            for &v in lanes {
+                amax_bits = amax_bits.max((v.to_bits() & 0x7fff_ffff) as i32);
+            }
+        }
+        let amax = f32::from_bits(amax_bits as u32);
+        if !amax.is_finite() {
+            *d = f32::NAN;
+            *codes = [[0; 16]; N];
+            *sums = [0; N];
+            continue;
+        }
+        if amax == 0.0 {
+            *d = 0.0;
+            *codes = [[0; 16]; N];
+            *sums = [0; N];
+            continue;
+        }
+        let (stored, factor) = scale(amax / 127.0, 127.0 / amax);
+        *d = stored;
+        if !factor.is_finite() {
+            // The largest magnitude is so small that its inverse overflows: the block is zero for every purpose.
+            *d = 0.0;
+            *codes = [[0; 16]; N];
+            *sums = [0; N];
+            continue;
+        }
+        let factor = isa.splat(factor);
+        for ((lanes, codes), sum) in x.iter().zip(codes).zip(sums) {
+            let mut rounded = [0i32; 16];
+            isa.store_i(isa.to_i32(isa.mul(isa.load(lanes), factor)), &mut rounded);
+            *sum = rounded.iter().sum();
+            for (code, r) in codes.iter_mut().zip(rounded) {
+                *code = r as i8;
+            }
+        }
+    }
+}

@@ -1,0 +1,76 @@
+//! Bit fields that several formats share, eight codes to a 64-bit word: portable, and free of branches.
+
+/// 1 in every byte.
+pub const ONES: u64 = 0x0101_0101_0101_0101;
+
+/// For each byte, a word whose byte i is 0xff where bit i is set, else 0.
+static MASKS: [u64; 256] = {
+    let mut masks = [0; 256];
+    let mut bits = 0;
+    while bits < 256 {
+        let mut i = 0;
+        while i < 8 {
+            masks[bits] |= (((bits >> i) & 1) as u64 * 0xff) << (8 * i);
+            i += 1;
+        }
+        bits += 1;
+    }
+    masks
+};
+
+/// 0xff in byte i of the result where bit i of `bits` is set, else 0.
+#[inline(always)]
+pub fn mask(bits: u8) -> u64 {
+    MASKS[usize::from(bits)]
+}
+
+/// Negates byte i of `codes` where bit i of `signs` is set. No byte that is negated may be 0.
+#[inline(always)]
+pub fn negate(codes: u64, signs: u8) -> u64 {
+    let mask = mask(signs);
+    // Two's complement in each byte: the +1 carries out of a byte only if its code was 0.
+    (codes ^ mask) + (mask & ONES)
+}
+
+/// The sign byte of a 7-bit sign code: the eighth sign makes the number of negative codes even.
+#[inline(always)]
+pub fn even_signs(code: u32) -> u8 {
+    let seven = (code & 0x7f) as u8;
+    let folded = seven ^ (seven >> 4);
+    // 0x6996: the parities of 0 to 15.
+    let odd = (0x6996u32 >> (folded & 15)) as u8 & 1;
+    seven | (odd << 7)
+}
+
+/// Nibble `index` of `bytes`, the low one of each byte first.
+#[inline(always)]
+pub const fn nibble(bytes: &[u8], index: usize) -> u8 {
+    (bytes[index / 2] >> (4 * (index % 2))) & 15
+}
+
+/// The eight scales and eight minimums, 6 bits each, of a Q4_K or Q5_K block.
+///
+/// Bytes 0 to 3 hold scales 0 to 3 and bytes 4 to 7 minimums 0 to 3 in their low 6 bits. Bytes 8 to 11 hold the low
+/// nibbles of scales (low) and minimums (high) 4 to 7, whose upper two bits are the top bits of bytes 0 to 7.
+#[inline(always)]
+pub const fn six_bit_pairs(bytes: &[u8; 12]) -> ([u8; 8], [u8; 8]) {
+    let (mut scales, mut mins) = ([0; 8], [0; 8]);
+    let mut i = 0;
+    while i < 4 {
+        let (scale, min, low) = (bytes[i], bytes[i + 4], bytes[i + 8]);
+        scales[i] = scale & 63;
+        scales[i + 4] = (low & 15) | ((scale >> 6) << 4);
+        mins[i] = min & 63;
+        mins[i + 4] = (low >> 4) | ((min >> 6) << 4);
+        i += 1;
+    }
+    (scales, mins)
+}
+
+/// The nearest integer, ties to even, of |x| < 2^22. NaN stays NaN; larger magnitudes stay beyond 2^22.
+#[inline(always)]
+pub const fn round_ties_even(x: f32) -> f32 {
+    // At 1.5 * 2^23 one unit in the last place is 1, so the sum is rounded to an integer by the adder itself.
+    const SHIFT: f32 = 12_582_912.0;
+    (x + SHIFT) - SHIFT
+}

@@ -1,0 +1,68 @@
+//! IQ1_M: `value = d * (2s + 1) * (grid ± 1/8)`, a 3-bit s for each 16 values, a direction of the shift for each 8.
+//!
+//! Codes and scale are scaled by 8 as in IQ1_S, whose grid this is. The f16 scale lies in the top nibbles of `scales`.
+
+use super::bytes::layout;
+use super::iq1_s::shifted_point;
+use super::{Activation, Block, F16, Format, Plain, Quantised, Unpacked};
+
+layout! {
+    /// 256 values in 56 bytes.
+    pub struct IQ1_M {
+        /// Low 8 bits of the grid index of each 8 values.
+        qs: [u8; 32],
+        /// For each 8 values, the low nibble first: the top 3 bits of the grid index, and a bit that is set where the
+        /// shift is down.
+        qh: [u8; 16],
+        /// For each 64 values, little-endian: four 3-bit sub-scales, the first lowest, and 4 bits of the scale, whose
+        /// lowest 4 bits come first.
+        scales: [[u8; 2]; 4],
+    }
+}
+
+impl IQ1_M {
+    /// The scale of the sub-scales.
+    #[inline(always)]
+    fn d(&self) -> F16 {
+        let nibble = |i: usize| u16::from(self.scales[i][1] >> 4) << (4 * i);
+        F16::from_bits(nibble(0) | nibble(1) | nibble(2) | nibble(3))
+    }
+}
+
+impl Block for IQ1_M {
+    const FORMAT: Format = Format::IQ1_M;
+    const LEN: usize = 256;
+
+    fn is_finite(&self) -> bool {
+        self.d().is_finite()
+    }
+
+    fn set_scale(&mut self, scale: f32) {
+        let bits = F16::from_f32(scale).to_bits();
+        for i in 0..4 {
+            let nibble = (bits >> (4 * i)) as u8 & 15;
+            self.scales[i][1] = (self.scales[i][1] & 15) | (nibble << 4);
+        }
+    }
+}
+
+impl Quantised for IQ1_M {
+    const ACTIVATION: Activation = Activation::Q8_K;
+    const GROUP: usize = 256;
+    const HAS_MIN: bool = false;
+
+    #[inline(always)]
+    fn unpack(&self, out: &mut Unpacked) {
+        out.d[0] = self.d().value() * 0.125;
+        for i in 0..16 {
+            let scales = u16::from_le_bytes(self.scales[i / 4]);
+            out.sub[i] = 2 * ((scales >> (3 * (i % 4))) & 7) as i16 + 1;
+        }
+        let octets = out.octets();
+        for i in 0..32 {
+            let high = self.qh[i / 2] >> (4 * (i % 2));
+            let index = u16::from(self.qs[i]) | (u16::from(high & 7) << 8);
+            octets[i] = shifted_point(index, high & 8 != 0);
+        }
+    }
+}

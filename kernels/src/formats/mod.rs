@@ -1,0 +1,433 @@
+//! The tensor types of GGUF: one file a format, one row a format in the table of [`Format`].
+//!
+//! A *block* is the unit of a format: a fixed number of values in a fixed number of bytes. Each quantised block is a
+//! struct whose fields are its bytes in file order, so a mapped page is a slice of blocks ([`Bytes::cast`]). The one
+//! definition of what a block means is [`Quantised::unpack`], which writes it in a normal form, [`Unpacked`];
+//! dequantisation follows from it, and every kernel is tested against it.
+//!
+//! Layouts, code tables and formulas are those that the GGML project publishes for GGUF.
+#![allow(clippy::needless_range_loop, reason = "constant ranges over arrays read as the formulas they are")]
+
+mod bits;
+mod bytes;
+mod error;
+mod grids;
+mod plain;
+
+mod iq1_m;
+mod iq1_s;
+mod iq2_s;
+mod iq2_xs;
+mod iq2_xxs;
+mod iq3_s;
+mod iq3_xxs;
+mod iq4_nl;
+mod iq4_xs;
+mod mxfp4;
+mod nvfp4;
+mod q1_0;
+mod q2_0;
+mod q2_k;
+mod q3_k;
+mod q4_0;
+mod q4_1;
+mod q4_k;
+mod q5_0;
+mod q5_1;
+mod q5_k;
+mod q6_k;
+mod q8_0;
+mod q8_1;
+mod q8_k;
+mod tq1_0;
+mod tq2_0;
+
+use crate::matmul::Kernels;
+
+pub use bytes::Bytes;
+pub use error::{FormatError, LengthMismatch, UnknownFormat, Why};
+pub use grids::{IQ1_GRID, IQ2_S_GRID, IQ2_XS_GRID, IQ2_XXS_GRID, IQ3_S_GRID, IQ3_XXS_GRID};
+pub use iq1_m::IQ1_M;
+pub use iq1_s::IQ1_S;
+pub use iq2_s::IQ2_S;
+pub use iq2_xs::IQ2_XS;
+pub use iq2_xxs::IQ2_XXS;
+pub use iq3_s::IQ3_S;
+pub use iq3_xxs::IQ3_XXS;
+pub use iq4_nl::{IQ4_NL, IQ4_VALUES};
+pub use iq4_xs::IQ4_XS;
+pub use mxfp4::{E2M1_DOUBLED, E8M0, MXFP4};
+pub use nvfp4::{NVFP4, UE4M3};
+pub use plain::{BF16, F16, F32, F64, I8, I16, I32, I64};
+pub use q1_0::Q1_0;
+pub use q2_0::Q2_0;
+pub use q2_k::Q2_K;
+pub use q3_k::Q3_K;
+pub use q4_0::Q4_0;
+pub use q4_1::Q4_1;
+pub use q4_k::Q4_K;
+pub use q5_0::Q5_0;
+pub use q5_1::Q5_1;
+pub use q5_k::Q5_K;
+pub use q6_k::Q6_K;
+pub use q8_0::Q8_0;
+pub use q8_1::Q8_1;
+pub use q8_k::Q8_K;
+pub use tq1_0::TQ1_0;
+pub use tq2_0::TQ2_0;
+
+/// A block of a format: the part that plain and quantised formats share.
+pub trait Block: Bytes {
+    /// The format that this is a block of.
+    const FORMAT: Format;
+    /// Values in a block.
+    const LEN: usize;
+
+    /// Whether no scale of the block is NaN, infinite or, in MXFP4, the code that stands for NaN. For a plain float,
+    /// whether the value is finite.
+    fn is_finite(&self) -> bool;
+
+    /// Sets every float scale, the minimum's included, to `scale` or the nearest below that the format has. Codes and
+    /// integer sub-scales stay, so that random bytes become a block of sane values. A plain float keeps its sign and
+    /// fraction and takes the exponent of `scale`; a plain integer stays.
+    fn set_scale(&mut self, scale: f32);
+
+    /// The block that stands for `LEN` values, or `None` from a format without a quantiser, or for another length.
+    fn quantize(_values: &[f32]) -> Option<Self> {
+        None
+    }
+}
+
+/// A format of one value a block: floats and integers.
+pub trait Plain: Block {
+    /// The value as an f32, rounded to nearest even where it has more digits.
+    fn value(&self) -> f32;
+}
+
+/// A format whose values are small integer codes under shared scales.
+pub trait Quantised: Block {
+    /// What activations are quantised to for a dot product with this format.
+    const ACTIVATION: Activation;
+    /// Values that share one f32 scale, and so one fused multiply-add in a dot product.
+    const GROUP: usize;
+    /// Whether values have a minimum added.
+    const HAS_MIN: bool;
+
+    /// Writes the block in normal form, exactly. Only the entries that the format uses are written: `LEN` codes,
+    /// `LEN / 16` sub-scales, `LEN / GROUP` scales, and as many minimums if `HAS_MIN`.
+    fn unpack(&self, out: &mut Unpacked);
+}
+
+/// What activations are quantised to before a dot product with a quantised format.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+#[allow(non_camel_case_types, reason = "formats keep their published names")]
+pub enum Activation {
+    /// Blocks of 32 with an f16 scale.
+    Q8_0,
+    /// Blocks of 256 with an f32 scale.
+    Q8_K,
+}
+
+/// How a dot product with a format is computed.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Kind {
+    /// In f32: the format's values are plain floats or integers.
+    Float,
+    /// In integers, on quantised activations.
+    Quantised {
+        /// What activations are quantised to.
+        activation: Activation,
+        /// Values that share one f32 scale: [`Quantised::GROUP`].
+        group: usize,
+        /// Whether values have a minimum added.
+        has_min: bool,
+    },
+}
+
+/// One block in the normal form of all quantised formats.
+///
+/// `value[i] = d[i / GROUP] * sub[i / 16] * codes[i] + m[i / GROUP] * mins[i / 16]`, where the last term is present
+/// only in formats with a minimum. Codes, sub-scales and their products are exact integers; `d` and `m` are exact.
+#[repr(C, align(64))]
+#[derive(Clone, Debug)]
+pub struct Unpacked {
+    /// Integer codes, one a value, in order.
+    pub codes: [i8; 256],
+    /// Integer sub-scales, one for each 16 values; 1 in formats that have none.
+    pub sub: [i16; 16],
+    /// Integer factors of the minimum, one for each 16 values; 1 in formats that have none.
+    pub mins: [i16; 16],
+    /// Scales, one for each `GROUP` values.
+    pub d: [f32; 16],
+    /// Minimums, one for each `GROUP` values, with the sign with which they are added.
+    pub m: [f32; 16],
+}
+
+impl Unpacked {
+    /// All zero.
+    pub const ZERO: Unpacked = Unpacked { codes: [0; 256], sub: [0; 16], mins: [0; 16], d: [0.0; 16], m: [0.0; 16] };
+
+    /// The codes, eight at a time.
+    #[inline(always)]
+    fn octets(&mut self) -> &mut [[u8; 8]; 32] {
+        // SAFETY: both are 256 bytes of alignment 1, and every byte is both an i8 and a u8.
+        unsafe { &mut *self.codes.as_mut_ptr().cast() }
+    }
+}
+
+impl Default for Unpacked {
+    fn default() -> Self {
+        Unpacked::ZERO
+    }
+}
+
+/// Writes the values of one unpacked block of `Q` to `out`, whose length is `Q::LEN`.
+///
+/// The order of operations is the published one: scale times sub-scale, times code, plus minimum. The two products are
+/// exact in every format but Q6_K, whose second one rounds; no fused operation is used.
+#[inline]
+fn write_values<Q: Quantised>(block: &Unpacked, out: &mut [f32]) {
+    let (out, codes) = (out.as_chunks_mut::<16>().0, block.codes.as_chunks::<16>().0);
+    for (i, (out, codes)) in out.iter_mut().zip(codes).enumerate() {
+        let group = 16 * i / Q::GROUP;
+        let scale = block.d[group] * f32::from(block.sub[i]);
+        if Q::HAS_MIN {
+            let min = block.m[group] * f32::from(block.mins[i]);
+            *out = codes.map(|code| scale * f32::from(code) + min);
+        } else {
+            *out = codes.map(|code| scale * f32::from(code));
+        }
+    }
+}
+
+/// The first value of largest magnitude, with its sign.
+fn extreme(values: &[f32; 32]) -> f32 {
+    values.iter().fold(0.0, |extreme: f32, &x| if x.abs() > extreme.abs() { x } else { extreme })
+}
+
+/// The least and the greatest value.
+fn range(values: &[f32; 32]) -> (f32, f32) {
+    values.iter().fold((f32::INFINITY, f32::NEG_INFINITY), |(min, max), &x| (min.min(x), max.max(x)))
+}
+
+/// 1 / d, or 0 for 0.
+fn inverse(d: f32) -> f32 {
+    if d == 0.0 { 0.0 } else { 1.0 / d }
+}
+
+/// One row of the table: a format's facts, and its functions over byte slices of matching lengths.
+struct Entry {
+    name: &'static str,
+    block_len: usize,
+    block_bytes: usize,
+    kind: Kind,
+    dequantize: fn(&[u8], &mut [f32]),
+    unpack: Option<fn(&[u8], &mut Unpacked)>,
+    quantize: fn(&[f32], &mut [u8]) -> bool,
+    is_finite: fn(&[u8]) -> bool,
+    set_scale: fn(&mut [u8], f32),
+    kernels: Kernels,
+}
+
+impl Entry {
+    const fn new<B: Block>(
+        name: &'static str,
+        kind: Kind,
+        dequantize: fn(&[u8], &mut [f32]),
+        kernels: Kernels,
+    ) -> Entry {
+        Entry {
+            kernels,
+            name,
+            block_len: B::LEN,
+            block_bytes: size_of::<B>(),
+            kind,
+            dequantize,
+            unpack: None,
+            quantize: |values, bytes| {
+                let blocks = values.chunks_exact(B::LEN).zip(B::cast_mut(bytes));
+                let mut all = true;
+                for (values, block) in blocks {
+                    match B::quantize(values) {
+                        Some(quantised) => *block = quantised,
+                        None => all = false,
+                    }
+                }
+                all
+            },
+            is_finite: |bytes| B::cast(bytes).iter().all(B::is_finite),
+            set_scale: |bytes, scale| B::cast_mut(bytes).iter_mut().for_each(|block| block.set_scale(scale)),
+        }
+    }
+
+    const fn plain<P: Plain>(name: &'static str) -> Entry {
+        let dequantize = |bytes: &[u8], out: &mut [f32]| {
+            for (out, block) in out.iter_mut().zip(P::cast(bytes)) {
+                *out = block.value();
+            }
+        };
+        Entry::new::<P>(name, Kind::Float, dequantize, Kernels::plain::<P>())
+    }
+
+    const fn quantised<Q: Quantised>(name: &'static str) -> Entry {
+        // What the normal form and its readers take for granted.
+        assert!(Q::LEN <= 256 && Q::LEN % Q::GROUP == 0 && Q::GROUP % 16 == 0 && Q::LEN / Q::GROUP <= 16);
+        let kind = Kind::Quantised { activation: Q::ACTIVATION, group: Q::GROUP, has_min: Q::HAS_MIN };
+        let dequantize = |bytes: &[u8], out: &mut [f32]| {
+            let mut unpacked = Unpacked::ZERO;
+            for (out, block) in out.chunks_exact_mut(Q::LEN).zip(Q::cast(bytes)) {
+                block.unpack(&mut unpacked);
+                write_values::<Q>(&unpacked, out);
+            }
+        };
+        let unpack = |bytes: &[u8], out: &mut Unpacked| Q::cast(bytes).iter().for_each(|block| block.unpack(out));
+        Entry { unpack: Some(unpack), ..Entry::new::<Q>(name, kind, dequantize, Kernels::quantised::<Q>()) }
+    }
+}
+
+/// The table: one row a format. Order is that of the ids.
+macro_rules! formats {
+    ($($name:ident = $id:literal, $kind:ident: $doc:literal;)+) => {
+        /// A GGUF tensor type, by its published id.
+        #[allow(non_camel_case_types, reason = "formats keep their published names")]
+        #[repr(u32)]
+        #[non_exhaustive]
+        #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, PartialOrd, Ord)]
+        pub enum Format { $(#[doc = $doc] $name = $id,)+ }
+
+        impl Format {
+            /// Every format, in the order of ids.
+            pub const ALL: &'static [Format] = &[$(Format::$name),+];
+
+            const fn entry(self) -> &'static Entry {
+                match self {
+                    $(Format::$name => const {
+                        assert!(<$name as Block>::FORMAT as u32 == $id);
+                        &Entry::$kind::<$name>(stringify!($name))
+                    })+
+                }
+            }
+        }
+    };
+}
+
+formats! {
+    F32 = 0, plain: "IEEE binary32.";
+    F16 = 1, plain: "IEEE binary16.";
+    Q4_0 = 2, quantised: "4-bit codes, a scale for each 32.";
+    Q4_1 = 3, quantised: "4-bit codes, a scale and a minimum for each 32.";
+    Q5_0 = 6, quantised: "5-bit codes, a scale for each 32.";
+    Q5_1 = 7, quantised: "5-bit codes, a scale and a minimum for each 32.";
+    Q8_0 = 8, quantised: "8-bit codes, a scale for each 32; also an activation format.";
+    Q8_1 = 9, quantised: "Q8_0 with the sum of the values stored; an activation format, suspicious in a file.";
+    Q2_K = 10, quantised: "2-bit codes, 4-bit scales and minimums for each 16.";
+    Q3_K = 11, quantised: "3-bit codes, 6-bit scales for each 16.";
+    Q4_K = 12, quantised: "4-bit codes, 6-bit scales and minimums for each 32.";
+    Q5_K = 13, quantised: "5-bit codes, 6-bit scales and minimums for each 32.";
+    Q6_K = 14, quantised: "6-bit codes, 8-bit scales for each 16.";
+    Q8_K = 15, quantised: "8-bit codes, an f32 scale for each 256; an activation format, suspicious in a file.";
+    IQ2_XXS = 16, quantised: "8 values from a grid of 256 points, signs, 4-bit scales for each 32.";
+    IQ2_XS = 17, quantised: "8 values from a grid of 512 points, signs, 4-bit scales for each 16.";
+    IQ3_XXS = 18, quantised: "4 values from a grid of 256 points, signs, 4-bit scales for each 32.";
+    IQ1_S = 19, quantised: "8 values from a ternary grid of 2048 points, a shift and 3-bit scales for each 32.";
+    IQ4_NL = 20, quantised: "4-bit codes into a table of uneven steps, a scale for each 32.";
+    IQ3_S = 21, quantised: "4 values from a grid of 512 points, signs, 4-bit scales for each 32.";
+    IQ2_S = 22, quantised: "8 values from a grid of 1024 points, signs, 4-bit scales for each 16.";
+    IQ4_XS = 23, quantised: "4-bit codes into the table of IQ4_NL, 6-bit scales for each 32.";
+    I8 = 24, plain: "Signed 8-bit integer.";
+    I16 = 25, plain: "Signed 16-bit integer.";
+    I32 = 26, plain: "Signed 32-bit integer.";
+    I64 = 27, plain: "Signed 64-bit integer.";
+    F64 = 28, plain: "IEEE binary64.";
+    IQ1_M = 29, quantised: "The grid of IQ1_S, a shift for each 8, 3-bit scales for each 16.";
+    BF16 = 30, plain: "The upper half of an IEEE binary32.";
+    TQ1_0 = 34, quantised: "Ternary codes, five to a byte, a scale for each 256.";
+    TQ2_0 = 35, quantised: "Ternary codes, four to a byte, a scale for each 256.";
+    MXFP4 = 39, quantised: "OCP MXFP4: E2M1 codes, an E8M0 scale for each 32.";
+    NVFP4 = 40, quantised: "E2M1 codes, an unsigned E4M3 scale for each 16.";
+    Q1_0 = 41, quantised: "Signs, a scale for each 128.";
+    Q2_0 = 42, quantised: "2-bit codes, a scale for each 64.";
+}
+
+impl Format {
+    /// The format of a published id; the error says what is known of an id that is none.
+    pub fn from_id(id: u32) -> Result<Format, UnknownFormat> {
+        Format::ALL.iter().copied().find(|format| format.id() == id).ok_or_else(|| UnknownFormat::new(id))
+    }
+
+    /// The format of a published name, such as `Q4_K`.
+    pub fn from_name(name: &str) -> Option<Format> {
+        Format::ALL.iter().copied().find(|format| format.name() == name)
+    }
+
+    /// The published id.
+    pub const fn id(self) -> u32 {
+        self as u32
+    }
+
+    /// The published name.
+    pub const fn name(self) -> &'static str {
+        self.entry().name
+    }
+
+    /// Values in a block.
+    pub const fn block_len(self) -> usize {
+        self.entry().block_len
+    }
+
+    /// Bytes in a block.
+    pub const fn block_bytes(self) -> usize {
+        self.entry().block_bytes
+    }
+
+    /// Bytes of a row of `len` values, or `None` if that is not a whole number of blocks or more bytes than a `usize`.
+    pub const fn row_bytes(self, len: usize) -> Option<usize> {
+        if len.is_multiple_of(self.block_len()) { (len / self.block_len()).checked_mul(self.block_bytes()) } else { None }
+    }
+
+    /// Its matrix products.
+    pub(crate) const fn kernels(self) -> &'static Kernels {
+        &self.entry().kernels
+    }
+
+    /// How a dot product with this format is computed.
+    pub const fn kind(self) -> Kind {
+        self.entry().kind
+    }
+
+    /// The values of whole blocks. Bit for bit those of GGML's published decoders, for any bytes.
+    pub fn dequantize(self, blocks: &[u8], values: &mut [f32]) -> Result<(), LengthMismatch> {
+        self.check(blocks.len(), values.len())?;
+        (self.entry().dequantize)(blocks, values);
+        Ok(())
+    }
+
+    /// One block in normal form; see [`Quantised::unpack`].
+    pub fn unpack(self, block: &[u8], out: &mut Unpacked) -> Result<(), FormatError> {
+        let unpack = self.entry().unpack.ok_or(FormatError::NotQuantised(self))?;
+        self.check(block.len(), self.block_len())?;
+        unpack(block, out);
+        Ok(())
+    }
+
+    /// The blocks that stand for `values`: whole blocks. Not every format has a quantiser.
+    pub fn quantize(self, values: &[f32], blocks: &mut [u8]) -> Result<(), FormatError> {
+        self.check(blocks.len(), values.len())?;
+        if (self.entry().quantize)(values, blocks) { Ok(()) } else { Err(FormatError::NoQuantiser(self)) }
+    }
+
+    /// Whether every scale (of a plain float: every value) in `blocks` is finite. Bytes after the last whole block are
+    /// not looked at.
+    pub fn is_finite(self, blocks: &[u8]) -> bool {
+        (self.entry().is_finite)(blocks)
+    }
+
+    /// Sets the float scales of every whole block; see [`Block::set_scale`].
+    pub fn set_scale(self, blocks: &mut [u8], scale: f32) {
+        (self.entry().set_scale)(blocks, scale);
+    }
+
+    fn check(self, bytes: usize, values: usize) -> Result<(), LengthMismatch> {
+        if self.row_bytes(values) == Some(bytes) { Ok(()) } else { Err(LengthMismatch { format: self, bytes, values }) }
+    }
+}

@@ -1,0 +1,76 @@
+//! MXFP4: `value = 2^(e - 127) * E2M1(q)`, 4-bit q. Byte j holds q of values j (low nibble) and j + 16.
+//!
+//! Source of the elements: OCP Microscaling Formats (MX) 1.0. Codes are the elements doubled, which makes them
+//! integers; the scale is halved.
+
+use super::bytes::layout;
+use super::{Activation, Block, Format, Quantised, Unpacked};
+
+/// Twice the value of each E2M1 code.
+pub static E2M1_DOUBLED: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
+
+/// The entry of [`E2M1_DOUBLED`] for a code of 0 to 15, in arithmetic that vectorises as no look-up does.
+#[inline(always)]
+pub(super) const fn e2m1_doubled(code: u8) -> i8 {
+    let m = code & 7;
+    // The steps are 1, from 4 on 2, and from 6 on 4.
+    let magnitude = m + m.saturating_sub(4) + 2 * m.saturating_sub(6);
+    if code & 8 != 0 { -(magnitude as i8) } else { magnitude as i8 }
+}
+
+layout! {
+    /// A power of two, 2^(e - 127); 255 stands for NaN.
+    pub struct E8M0 {
+        /// The exponent e.
+        e: u8,
+    }
+}
+
+impl E8M0 {
+    /// Half the value. That of the code for NaN is 2^127, as in the published decoders.
+    #[inline(always)]
+    pub const fn half(self) -> f32 {
+        // 2^-128 and 2^-127 are denormal.
+        f32::from_bits(if self.e < 2 { 0x0020_0000 << self.e } else { (self.e as u32 - 1) << 23 })
+    }
+}
+
+layout! {
+    /// 32 values in 17 bytes.
+    pub struct MXFP4 {
+        /// Scale.
+        e: E8M0,
+        /// E2M1 codes.
+        qs: [u8; 16],
+    }
+}
+
+impl Block for MXFP4 {
+    const FORMAT: Format = Format::MXFP4;
+    const LEN: usize = 32;
+
+    fn is_finite(&self) -> bool {
+        self.e.e != 0xff
+    }
+
+    fn set_scale(&mut self, scale: f32) {
+        // The exponent field of an f32 has the same bias.
+        self.e.e = (scale.to_bits() >> 23) as u8;
+    }
+}
+
+impl Quantised for MXFP4 {
+    const ACTIVATION: Activation = Activation::Q8_0;
+    const GROUP: usize = 32;
+    const HAS_MIN: bool = false;
+
+    #[inline(always)]
+    fn unpack(&self, out: &mut Unpacked) {
+        out.d[0] = self.e.half();
+        out.sub[..2].fill(1);
+        for j in 0..16 {
+            out.codes[j] = e2m1_doubled(self.qs[j] & 15);
+            out.codes[j + 16] = e2m1_doubled(self.qs[j] >> 4);
+        }
+    }
+}

@@ -1,0 +1,90 @@
+//! NVFP4: `value = UE4M3(d) * E2M1(q)`, 4-bit q, a scale for each 16 values. Of a group's eight bytes, byte j holds q of
+//! its values j (low nibble) and j + 8.
+//!
+//! Codes and scale are doubled and halved as in MXFP4. A tensor of this format also has an f32 scale of its own, which
+//! files keep beside it.
+
+use super::bytes::layout;
+use super::mxfp4::e2m1_doubled;
+use super::{Activation, Block, Format, Quantised, Unpacked};
+
+layout! {
+    /// An unsigned float of 4 exponent bits (bias 7) and 3 fraction bits; the top bit is not looked at.
+    pub struct UE4M3 {
+        /// The bits; 0x7f stands for 0.
+        bits: u8,
+    }
+}
+
+impl UE4M3 {
+    /// Half the value.
+    #[inline(always)]
+    pub const fn half(self) -> f32 {
+        if self.bits == 0x7f {
+            return 0.0;
+        }
+        let (exponent, fraction) = ((self.bits as u32 >> 3) & 15, self.bits as u32 & 7);
+        if exponent == 0 {
+            // Steps of 2^-9, halved.
+            return fraction as f32 / 1024.0;
+        }
+        // The exponent moves from bias 7 to bias 127, less one to halve.
+        f32::from_bits(((exponent + 127 - 7 - 1) << 23) | (fraction << 20))
+    }
+
+    /// The nearest value at or below `value`, from 0 to 448; 0 for NaN.
+    pub const fn floor(value: f32) -> UE4M3 {
+        // Exponent and fraction as one number, in steps of the last fraction bit; the first 8 are denormal.
+        let steps = (value.to_bits() >> 20) as i32 - ((127 - 7) << 3);
+        let bits = match steps {
+            _ if value.is_nan() || value.is_sign_negative() => 0,
+            ..8 => (value * 512.0) as u8,
+            8..0x7e => steps as u8,
+            _ => 0x7e,
+        };
+        UE4M3 { bits }
+    }
+}
+
+layout! {
+    /// 64 values in 36 bytes.
+    pub struct NVFP4 {
+        /// Scales of the four groups.
+        d: [UE4M3; 4],
+        /// E2M1 codes of the four groups.
+        qs: [[u8; 8]; 4],
+    }
+}
+
+impl Block for NVFP4 {
+    const FORMAT: Format = Format::NVFP4;
+    const LEN: usize = 64;
+
+    /// Always: every scale byte has a finite value.
+    fn is_finite(&self) -> bool {
+        true
+    }
+
+    fn set_scale(&mut self, scale: f32) {
+        self.d = [UE4M3::floor(scale); 4];
+    }
+}
+
+impl Quantised for NVFP4 {
+    const ACTIVATION: Activation = Activation::Q8_0;
+    const GROUP: usize = 16;
+    const HAS_MIN: bool = false;
+
+    #[inline(always)]
+    fn unpack(&self, out: &mut Unpacked) {
+        out.sub[..4].fill(1);
+        for group in 0..4 {
+            out.d[group] = self.d[group].half();
+            for j in 0..8 {
+                let byte = self.qs[group][j];
+                out.codes[16 * group + j] = e2m1_doubled(byte & 15);
+                out.codes[16 * group + j + 8] = e2m1_doubled(byte >> 4);
+            }
+        }
+    }
+}

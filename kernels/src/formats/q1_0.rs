@@ -1,0 +1,45 @@
+//! Q1_0: `value = d` where bit i (the lowest bit of a byte first) is set, else `-d`.
+
+use super::bits::{ONES, mask};
+use super::bytes::layout;
+use super::{Activation, Block, F16, Format, Plain, Quantised, Unpacked};
+
+layout! {
+    /// 128 values in 18 bytes.
+    pub struct Q1_0 {
+        /// Scale.
+        d: F16,
+        /// Codes, 1 bit each.
+        qs: [u8; 16],
+    }
+}
+
+impl Block for Q1_0 {
+    const FORMAT: Format = Format::Q1_0;
+    const LEN: usize = 128;
+
+    fn is_finite(&self) -> bool {
+        self.d.is_finite()
+    }
+
+    fn set_scale(&mut self, scale: f32) {
+        self.d = F16::from_f32(scale);
+    }
+}
+
+impl Quantised for Q1_0 {
+    const ACTIVATION: Activation = Activation::Q8_0;
+    const GROUP: usize = 32;
+    const HAS_MIN: bool = false;
+
+    #[inline(always)]
+    fn unpack(&self, out: &mut Unpacked) {
+        out.d[..4].fill(self.d.value());
+        out.sub[..8].fill(1);
+        let octets = out.octets();
+        for j in 0..16 {
+            // 1 where the bit is set, else -1.
+            octets[j] = (!mask(self.qs[j]) | ONES).to_le_bytes();
+        }
+    }
+}

@@ -1,0 +1,44 @@
+//! Q2_0: `value = d * (q - 1)`, 2-bit q. Bits 2k and 2k + 1 of byte j hold q of value 4j + k.
+
+use super::bytes::layout;
+use super::{Activation, Block, F16, Format, Plain, Quantised, Unpacked};
+
+layout! {
+    /// 64 values in 18 bytes.
+    pub struct Q2_0 {
+        /// Scale.
+        d: F16,
+        /// Codes plus 1, 2 bits each.
+        qs: [u8; 16],
+    }
+}
+
+impl Block for Q2_0 {
+    const FORMAT: Format = Format::Q2_0;
+    const LEN: usize = 64;
+
+    fn is_finite(&self) -> bool {
+        self.d.is_finite()
+    }
+
+    fn set_scale(&mut self, scale: f32) {
+        self.d = F16::from_f32(scale);
+    }
+}
+
+impl Quantised for Q2_0 {
+    const ACTIVATION: Activation = Activation::Q8_0;
+    const GROUP: usize = 32;
+    const HAS_MIN: bool = false;
+
+    #[inline(always)]
+    fn unpack(&self, out: &mut Unpacked) {
+        out.d[..2].fill(self.d.value());
+        out.sub[..4].fill(1);
+        for j in 0..16 {
+            for k in 0..4 {
+                out.codes[4 * j + k] = ((self.qs[j] >> (2 * k)) & 3) as i8 - 1;
+            }
+        }
+    }
+}

@@ -1,0 +1,57 @@
+//! Q2_K: `value = d * s * q - dmin * m`, 2-bit q, a 4-bit s and m for each 16 values.
+//!
+//! In each half of 128 values, bits 2k and 2k + 1 of byte l hold q of value 32k + l.
+
+use super::bytes::layout;
+use super::{Activation, Block, F16, Format, Plain, Quantised, Unpacked};
+
+layout! {
+    /// 256 values in 84 bytes.
+    pub struct Q2_K {
+        /// For each 16 values, the sub-scale (low nibble) and the factor of the minimum.
+        scales: [u8; 16],
+        /// Codes, 2 bits each, in two halves.
+        qs: [[u8; 32]; 2],
+        /// Scale of the sub-scales.
+        d: F16,
+        /// Scale of the minimums, which are subtracted.
+        dmin: F16,
+    }
+}
+
+impl Block for Q2_K {
+    const FORMAT: Format = Format::Q2_K;
+    const LEN: usize = 256;
+
+    fn is_finite(&self) -> bool {
+        self.d.is_finite() && self.dmin.is_finite()
+    }
+
+    fn set_scale(&mut self, scale: f32) {
+        self.d = F16::from_f32(scale);
+        self.dmin = self.d;
+    }
+}
+
+impl Quantised for Q2_K {
+    const ACTIVATION: Activation = Activation::Q8_K;
+    const GROUP: usize = 256;
+    const HAS_MIN: bool = true;
+
+    #[inline(always)]
+    fn unpack(&self, out: &mut Unpacked) {
+        out.d[0] = self.d.value();
+        out.m[0] = -self.dmin.value();
+        for i in 0..16 {
+            out.sub[i] = i16::from(self.scales[i] & 15);
+            out.mins[i] = i16::from(self.scales[i] >> 4);
+        }
+        for half in 0..2 {
+            for k in 0..4 {
+                for l in 0..32 {
+                    out.codes[128 * half + 32 * k + l] = ((self.qs[half][l] >> (2 * k)) & 3) as i8;
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,59 @@
+//! Q3_K: `value = d * (s - 32) * (q - 4)`, 3-bit q, a 6-bit s for each 16 values.
+//!
+//! The low two bits of q lie as in Q2_K; the top bit of value 128h + 32k + l is bit 4h + k of `hmask[l]`.
+
+use super::bytes::layout;
+use super::{Activation, Block, F16, Format, Plain, Quantised, Unpacked};
+
+layout! {
+    /// 256 values in 110 bytes.
+    pub struct Q3_K {
+        /// Top bits of codes plus 4.
+        hmask: [u8; 32],
+        /// Low two bits of codes plus 4, in two halves.
+        qs: [[u8; 32]; 2],
+        /// Sub-scales plus 32: the low 4 bits of sub-scale i are in byte i % 8, the low nibble first; the top two
+        /// are in byte 8 + i % 4, from bit 2 * (i / 4).
+        scales: [u8; 12],
+        /// Scale of the sub-scales.
+        d: F16,
+    }
+}
+
+impl Block for Q3_K {
+    const FORMAT: Format = Format::Q3_K;
+    const LEN: usize = 256;
+
+    fn is_finite(&self) -> bool {
+        self.d.is_finite()
+    }
+
+    fn set_scale(&mut self, scale: f32) {
+        self.d = F16::from_f32(scale);
+    }
+}
+
+impl Quantised for Q3_K {
+    const ACTIVATION: Activation = Activation::Q8_K;
+    const GROUP: usize = 256;
+    const HAS_MIN: bool = false;
+
+    #[inline(always)]
+    fn unpack(&self, out: &mut Unpacked) {
+        out.d[0] = self.d.value();
+        for i in 0..16 {
+            let low = (self.scales[i % 8] >> (4 * (i / 8))) & 15;
+            let high = (self.scales[8 + i % 4] >> (2 * (i / 4))) & 3;
+            out.sub[i] = i16::from(low | (high << 4)) - 32;
+        }
+        for half in 0..2 {
+            for k in 0..4 {
+                for l in 0..32 {
+                    let low = (self.qs[half][l] >> (2 * k)) & 3;
+                    let high = (self.hmask[l] >> (4 * half + k)) & 1;
+                    out.codes[128 * half + 32 * k + l] = (low | (high << 2)) as i8 - 4;
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,53 @@
+//! Q4_0: `value = d * (q - 8)`, 4-bit q. Byte j holds q of values j (low nibble) and j + 16.
+
+use super::bytes::layout;
+use super::{Activation, Block, F16, Format, Plain, Quantised, Unpacked};
+
+layout! {
+    /// 32 values in 18 bytes.
+    pub struct Q4_0 {
+        /// Scale.
+        d: F16,
+        /// Codes plus 8, 4 bits each.
+        qs: [u8; 16],
+    }
+}
+
+impl Block for Q4_0 {
+    const FORMAT: Format = Format::Q4_0;
+    const LEN: usize = 32;
+
+    fn is_finite(&self) -> bool {
+        self.d.is_finite()
+    }
+
+    fn set_scale(&mut self, scale: f32) {
+        self.d = F16::from_f32(scale);
+    }
+
+    /// The value of largest magnitude becomes code -8; ties of rounding go up.
+    fn quantize(values: &[f32]) -> Option<Self> {
+        let values: &[f32; 32] = values.try_into().ok()?;
+        let d = super::extreme(values) / -8.0;
+        let inverse = super::inverse(d);
+        let q = |x: f32| ((x * inverse + 8.5) as u8).min(15);
+        let qs = core::array::from_fn(|j| q(values[j]) | (q(values[j + 16]) << 4));
+        Some(Q4_0 { d: F16::from_f32(d), qs })
+    }
+}
+
+impl Quantised for Q4_0 {
+    const ACTIVATION: Activation = Activation::Q8_0;
+    const GROUP: usize = 32;
+    const HAS_MIN: bool = false;
+
+    #[inline(always)]
+    fn unpack(&self, out: &mut Unpacked) {
+        out.d[0] = self.d.value();
+        out.sub[..2].fill(1);
+        for j in 0..16 {
+            out.codes[j] = (self.qs[j] & 15) as i8 - 8;
+            out.codes[j + 16] = (self.qs[j] >> 4) as i8 - 8;
+        }
+    }
+}

@@ -1,0 +1,69 @@
+//! Q5_0: `value = d * (q - 16)`, 5-bit q. Byte j holds the low nibbles of values j (low) and j + 16; bit i of `qh` is
+//! the top bit of value i.
+
+use super::bytes::layout;
+use super::{Activation, Block, F16, Format, Plain, Quantised, Unpacked};
+
+layout! {
+    /// 32 values in 22 bytes.
+    pub struct Q5_0 {
+        /// Scale.
+        d: F16,
+        /// Top bits of codes plus 16.
+        qh: [u8; 4],
+        /// Low nibbles of codes plus 16.
+        qs: [u8; 16],
+    }
+}
+
+impl Block for Q5_0 {
+    const FORMAT: Format = Format::Q5_0;
+    const LEN: usize = 32;
+
+    fn is_finite(&self) -> bool {
+        self.d.is_finite()
+    }
+
+    fn set_scale(&mut self, scale: f32) {
+        self.d = F16::from_f32(scale);
+    }
+
+    /// The value of largest magnitude becomes code -16; ties of rounding go up.
+    fn quantize(values: &[f32]) -> Option<Self> {
+        let values: &[f32; 32] = values.try_into().ok()?;
+        let d = super::extreme(values) / -16.0;
+        let inverse = super::inverse(d);
+        let (qh, qs) = pack(values.map(|x| ((x * inverse + 16.5) as u8).min(31)));
+        Some(Q5_0 { d: F16::from_f32(d), qh, qs })
+    }
+}
+
+impl Quantised for Q5_0 {
+    const ACTIVATION: Activation = Activation::Q8_0;
+    const GROUP: usize = 32;
+    const HAS_MIN: bool = false;
+
+    #[inline(always)]
+    fn unpack(&self, out: &mut Unpacked) {
+        out.d[0] = self.d.value();
+        out.sub[..2].fill(1);
+        unpack_codes(&self.qh, &self.qs, -16, out);
+    }
+}
+
+/// Writes 32 codes of 0 to 31, plus `offset`.
+#[inline(always)]
+pub(super) fn unpack_codes(qh: &[u8; 4], qs: &[u8; 16], offset: i8, out: &mut Unpacked) {
+    let (low_top, high_top) = (u16::from_le_bytes([qh[0], qh[1]]), u16::from_le_bytes([qh[2], qh[3]]));
+    for j in 0..16 {
+        let top = |bits: u16| if bits & (1 << j) != 0 { 16 } else { 0 };
+        out.codes[j] = ((qs[j] & 15) | top(low_top)) as i8 + offset;
+        out.codes[j + 16] = ((qs[j] >> 4) | top(high_top)) as i8 + offset;
+    }
+}
+
+/// The `qh` and `qs` of 32 codes of 0 to 31.
+pub(super) fn pack(codes: [u8; 32]) -> ([u8; 4], [u8; 16]) {
+    let top = codes.iter().rev().fold(0u32, |bits, code| (bits << 1) | u32::from(code >> 4));
+    (top.to_le_bytes(), core::array::from_fn(|j| (codes[j] & 15) | (codes[j + 16] << 4)))
+}

@@ -1,0 +1,58 @@
+//! Q5_1: `value = d * q + m`, 5-bit q. Codes lie as in Q5_0.
+
+use super::bytes::layout;
+use super::q5_0::{pack, unpack_codes};
+use super::{Activation, Block, F16, Format, Plain, Quantised, Unpacked};
+
+layout! {
+    /// 32 values in 24 bytes.
+    pub struct Q5_1 {
+        /// Scale.
+        d: F16,
+        /// Minimum, added to every value.
+        m: F16,
+        /// Top bits of codes.
+        qh: [u8; 4],
+        /// Low nibbles of codes.
+        qs: [u8; 16],
+    }
+}
+
+impl Block for Q5_1 {
+    const FORMAT: Format = Format::Q5_1;
+    const LEN: usize = 32;
+
+    fn is_finite(&self) -> bool {
+        self.d.is_finite() && self.m.is_finite()
+    }
+
+    fn set_scale(&mut self, scale: f32) {
+        self.d = F16::from_f32(scale);
+        self.m = self.d;
+    }
+
+    /// Codes divide the range of the values evenly; ties of rounding go up.
+    fn quantize(values: &[f32]) -> Option<Self> {
+        let values: &[f32; 32] = values.try_into().ok()?;
+        let (min, max) = super::range(values);
+        let d = (max - min) / 31.0;
+        let inverse = super::inverse(d);
+        let (qh, qs) = pack(values.map(|x| (((x - min) * inverse + 0.5) as u8).min(31)));
+        Some(Q5_1 { d: F16::from_f32(d), m: F16::from_f32(min), qh, qs })
+    }
+}
+
+impl Quantised for Q5_1 {
+    const ACTIVATION: Activation = Activation::Q8_0;
+    const GROUP: usize = 32;
+    const HAS_MIN: bool = true;
+
+    #[inline(always)]
+    fn unpack(&self, out: &mut Unpacked) {
+        out.d[0] = self.d.value();
+        out.m[0] = self.m.value();
+        out.sub[..2].fill(1);
+        out.mins[..2].fill(1);
+        unpack_codes(&self.qh, &self.qs, 0, out);
+    }
+}

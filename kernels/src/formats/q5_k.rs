@@ -1,0 +1,57 @@
+//! Q5_K: `value = d * s * q - dmin * m`, 5-bit q, a 6-bit s and m for each 32 values.
+//!
+//! The low nibbles of q and the scales lie as in Q4_K; the top bit of value 32k + l is bit k of `qh[l]`.
+
+use super::bytes::layout;
+use super::q4_k::unpack_scales;
+use super::{Activation, Block, F16, Format, Plain, Quantised, Unpacked};
+
+layout! {
+    /// 256 values in 176 bytes.
+    pub struct Q5_K {
+        /// Scale of the sub-scales.
+        d: F16,
+        /// Scale of the minimums, which are subtracted.
+        dmin: F16,
+        /// Eight sub-scales and eight minimums of 6 bits.
+        scales: [u8; 12],
+        /// Top bits of codes.
+        qh: [u8; 32],
+        /// Low nibbles of codes, in four quarters.
+        qs: [[u8; 32]; 4],
+    }
+}
+
+impl Block for Q5_K {
+    const FORMAT: Format = Format::Q5_K;
+    const LEN: usize = 256;
+
+    fn is_finite(&self) -> bool {
+        self.d.is_finite() && self.dmin.is_finite()
+    }
+
+    fn set_scale(&mut self, scale: f32) {
+        self.d = F16::from_f32(scale);
+        self.dmin = self.d;
+    }
+}
+
+impl Quantised for Q5_K {
+    const ACTIVATION: Activation = Activation::Q8_K;
+    const GROUP: usize = 256;
+    const HAS_MIN: bool = true;
+
+    #[inline(always)]
+    fn unpack(&self, out: &mut Unpacked) {
+        out.d[0] = self.d.value();
+        out.m[0] = -self.dmin.value();
+        unpack_scales(&self.scales, out);
+        for quarter in 0..4 {
+            for l in 0..32 {
+                let (low, high) = (self.qs[quarter][l], self.qh[l] >> (2 * quarter));
+                out.codes[64 * quarter + l] = ((low & 15) | ((high & 1) << 4)) as i8;
+                out.codes[64 * quarter + 32 + l] = ((low >> 4) | ((high & 2) << 3)) as i8;
+            }
+        }
+    }
+}

@@ -1,0 +1,55 @@
+//! Q8_0: `value = d * q`, 8-bit q.
+
+use super::bits::round_ties_even;
+use super::bytes::layout;
+use super::{Activation, Block, F16, Format, Plain, Quantised, Unpacked};
+
+layout! {
+    /// 32 values in 34 bytes.
+    pub struct Q8_0 {
+        /// Scale.
+        d: F16,
+        /// Codes.
+        qs: [i8; 32],
+    }
+}
+
+impl Block for Q8_0 {
+    const FORMAT: Format = Format::Q8_0;
+    const LEN: usize = 32;
+
+    fn is_finite(&self) -> bool {
+        self.d.is_finite()
+    }
+
+    fn set_scale(&mut self, scale: f32) {
+        self.d = F16::from_f32(scale);
+    }
+
+    /// The largest magnitude becomes 127; see [`symmetric_codes`].
+    fn quantize(values: &[f32]) -> Option<Self> {
+        let values: &[f32; 32] = values.try_into().ok()?;
+        let (largest, qs) = symmetric_codes(values);
+        Some(Q8_0 { d: F16::from_f32(largest / 127.0), qs })
+    }
+}
+
+impl Quantised for Q8_0 {
+    const ACTIVATION: Activation = Activation::Q8_0;
+    const GROUP: usize = 32;
+    const HAS_MIN: bool = false;
+
+    #[inline(always)]
+    fn unpack(&self, out: &mut Unpacked) {
+        out.d[0] = self.d.value();
+        out.sub[..2].fill(1);
+        out.codes[..32].copy_from_slice(&self.qs);
+    }
+}
+
+/// The largest magnitude of `values`, and `x * (127 / largest)` of each value, rounded to nearest even; 0 for NaN.
+pub(super) fn symmetric_codes<const N: usize>(values: &[f32; N]) -> (f32, [i8; N]) {
+    let largest = values.iter().fold(0f32, |largest, x| largest.max(x.abs()));
+    let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };
+    (largest, values.map(|x| round_ties_even(x * inverse) as i8))
+}

@@ -1,0 +1,46 @@
+//! TQ2_0: `value = d * (q - 1)`, 2-bit q, which lies as in Q2_K.
+
+use super::bytes::layout;
+use super::{Activation, Block, F16, Format, Plain, Quantised, Unpacked};
+
+layout! {
+    /// 256 values in 66 bytes.
+    pub struct TQ2_0 {
+        /// Codes plus 1, 2 bits each, in two halves.
+        qs: [[u8; 32]; 2],
+        /// Scale.
+        d: F16,
+    }
+}
+
+impl Block for TQ2_0 {
+    const FORMAT: Format = Format::TQ2_0;
+    const LEN: usize = 256;
+
+    fn is_finite(&self) -> bool {
+        self.d.is_finite()
+    }
+
+    fn set_scale(&mut self, scale: f32) {
+        self.d = F16::from_f32(scale);
+    }
+}
+
+impl Quantised for TQ2_0 {
+    const ACTIVATION: Activation = Activation::Q8_K;
+    const GROUP: usize = 256;
+    const HAS_MIN: bool = false;
+
+    #[inline(always)]
+    fn unpack(&self, out: &mut Unpacked) {
+        out.d[0] = self.d.value();
+        out.sub = [1; 16];
+        for half in 0..2 {
+            for k in 0..4 {
+                for l in 0..32 {
+                    out.codes[128 * half + 32 * k + l] = ((self.qs[half][l] >> (2 * k)) & 3) as i8 - 1;
+                }
+            }
+        }
+    }
+}

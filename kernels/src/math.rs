@@ -1,0 +1,168 @@
+//! Elementary functions of the numeric contract: fixed polynomials in fused multiply-adds, the same bits everywhere.
+//!
+//! Polynomials are those of the Cephes library (S. Moshier): `expf`, `sinf`, `cosf`, `tanhf`.
+
+use crate::isa::Isa;
+
+/// `a * b + c`, rounded once, on CPUs without the instruction.
+///
+/// The product of two f32 is exact in f64. Their sum is rounded to odd (Boldo & Melquiond 2008), so that the final
+/// rounding to f32 sees on which side of a tie the exact sum lies.
+#[inline]
+pub fn fma(a: f32, b: f32, c: f32) -> f32 {
+    let p = f64::from(a) * f64::from(b);
+    let c = f64::from(c);
+    let sum = p + c;
+    if !sum.is_finite() {
+        return sum as f32;
+    }
+    let back = sum - p;
+    let error = (p - (sum - back)) + (c - back);
+    let bits = sum.to_bits();
+    if error != 0.0 && bits & 1 == 0 {
+        let away = (error > 0.0) == (sum > 0.0);
+        return f64::from_bits(if away { bits + 1 } else { bits - 1 }) as f32;
+    }
+    sum as f32
+}
+
+/// Half precision to single, exactly.
+#[inline(always)]
+pub fn f16_to_f32(bits: u16) -> f32 {
+    half::f16::from_bits(bits).to_f32()
+}
+
+/// Single to half precision, rounded to nearest even.
+#[inline(always)]
+pub fn f32_to_f16(x: f32) -> u16 {
+    half::f16::from_f32(x).to_bits()
+}
+
+/// The nearest integer, ties to even; what x86 gives outside the range of i32.
+#[inline(always)]
+pub fn round_to_i32(x: f32) -> i32 {
+    // Adding and taking away 1.5 · 2^23 leaves an integer, rounded as the current mode (nearest even) says.
+    const MAGIC: f32 = 12_582_912.0;
+    if x > -4_194_304.0 && x < 4_194_304.0 {
+        return ((x + MAGIC) - MAGIC) as i32;
+    }
+    if x > -2_147_483_904.0 && x < 2_147_483_648.0 { x as i32 } else { i32::MIN }
+}
+
+/// The square root, correctly rounded. (`core` has none; integers need no instruction set.)
+pub fn sqrt(x: f32) -> f32 {
+    if x.is_nan() || x < 0.0 {
+        return f32::NAN;
+    }
+    if x == 0.0 || x == f32::INFINITY {
+        return x;
+    }
+    let bits = x.to_bits();
+    let (exponent, fraction) = ((bits >> 23) as i32, u64::from(bits & 0x7f_ffff));
+    // x = mantissa · 2^exponent
+    let (mantissa, exponent) =
+        if exponent == 0 { (fraction, -149) } else { (fraction | 0x80_0000, exponent - 150) };
+    let mut shift = mantissa.leading_zeros() as i32 - 1;
+    if (exponent - shift) & 1 != 0 {
+        shift -= 1;
+    }
+    let scaled = mantissa << shift;
+    let root = scaled.isqrt();
+    // 31 or 32 bits of root and one that says whether more follow: enough for one correct rounding.
+    let sticky = u64::from(root * root != scaled);
+    let rounded = (root << 1 | sticky) as f32;
+    rounded * f32::from_bits(((127 - 1 + (exponent - shift) / 2) as u32) << 23)
+}
+
+/// Σ c[i] xⁱ, highest power first, one fused multiply-add each.
+#[inline(always)]
+fn polynomial<I: Isa, const N: usize>(isa: I, x: I::F, c: [f32; N]) -> I::F {
+    let mut sum = isa.splat(c[0]);
+    for &c in &c[1..] {
+        sum = isa.fma(sum, x, isa.splat(c));
+    }
+    sum
+}
+
+/// eˣ. Zero below -87.3, infinity above 88.3; NaN gives 0.
+#[inline(always)]
+pub fn exp<I: Isa>(isa: I, x: I::F) -> I::F {
+    const LOW: f32 = -87.336_54;
+    const HIGH: f32 = 88.376_26;
+    let (low, high) = (isa.splat(LOW), isa.splat(HIGH));
+    let clamped = isa.select_gt(x, high, high, x);
+    let clamped = isa.select_gt(clamped, low, clamped, low);
+    let n = isa.to_i32(isa.mul(clamped, isa.splat(core::f32::consts::LOG2_E)));
+    let n_f = isa.to_f32(n);
+    // ln 2 in two parts, the first with few enough bits that n times it is exact.
+    let r = isa.fma(n_f, isa.splat(-0.693_359_4), clamped);
+    let r = isa.fma(n_f, isa.splat(2.121_944_4e-4), r);
+    let c = [1.987_569_1e-4, 1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 5.0e-1];
+    let p = polynomial(isa, r, c);
+    let y = isa.add(isa.fma(p, isa.mul(r, r), r), isa.splat(1.0));
+    let scale = isa.from_bits(isa.shl_i::<23>(isa.add_i(n, isa.splat_i(127))));
+    let y = isa.mul(y, scale);
+    let y = isa.select_gt(x, high, isa.splat(f32::INFINITY), y);
+    isa.select_gt(x, low, y, isa.splat(0.0))
+}
+
+/// 1 / (1 + e⁻ˣ).
+#[inline(always)]
+pub fn sigmoid<I: Isa>(isa: I, x: I::F) -> I::F {
+    let one = isa.splat(1.0);
+    isa.div(one, isa.add(one, exp(isa, isa.sub(isa.splat(0.0), x))))
+}
+
+/// The hyperbolic tangent.
+#[inline(always)]
+pub fn tanh<I: Isa>(isa: I, x: I::F) -> I::F {
+    let (zero, one, two) = (isa.splat(0.0), isa.splat(1.0), isa.splat(2.0));
+    let z = isa.abs(x);
+    let far = isa.sub(one, isa.div(two, isa.add(exp(isa, isa.add(z, z)), one)));
+    let far = isa.select_gt(zero, x, isa.sub(zero, far), far);
+    let s = isa.mul(x, x);
+    let c = [-5.704_988_7e-3, 2.063_908_9e-2, -5.373_971_6e-2, 1.333_144_2e-1, -3.333_328_2e-1];
+    let near = isa.fma(isa.mul(polynomial(isa, s, c), s), x, x);
+    isa.select_gt(isa.splat(0.625), z, near, far)
+}
+
+/// The error function, to about 1.5e-7 (Abramowitz & Stegun 7.1.26).
+#[inline(always)]
+pub fn erf<I: Isa>(isa: I, x: I::F) -> I::F {
+    let (zero, one) = (isa.splat(0.0), isa.splat(1.0));
+    let z = isa.abs(x);
+    let t = isa.div(one, isa.fma(isa.splat(0.327_591_1), z, one));
+    let c = [1.061_405_4, -1.453_152_1, 1.421_413_8, -0.284_496_74, 0.254_829_6];
+    let p = isa.mul(polynomial(isa, t, c), t);
+    let y = isa.sub(one, isa.mul(p, exp(isa, isa.sub(zero, isa.mul(z, z)))));
+    isa.select_gt(zero, x, isa.sub(zero, y), y)
+}
+
+/// Sine and cosine of an angle in radians; accurate to about 1e-6 up to 10⁵.
+#[inline(always)]
+pub fn sin_cos<I: Isa>(isa: I, x: I::F) -> (I::F, I::F) {
+    let quadrant = isa.to_i32(isa.mul(x, isa.splat(core::f32::consts::FRAC_2_PI)));
+    let q = isa.to_f32(quadrant);
+    // π/2 in three parts (Cody & Waite), twice those of Cephes.
+    let r = isa.fma(q, isa.splat(-1.570_312_5), x);
+    let r = isa.fma(q, isa.splat(-4.837_513e-4), r);
+    let r = isa.fma(q, isa.splat(-7.549_79e-8), r);
+    let s = isa.mul(r, r);
+    let sine = isa.fma(
+        isa.mul(polynomial(isa, s, [-1.951_529_6e-4, 8.332_161e-3, -1.666_665_5e-1]), s),
+        r,
+        r,
+    );
+    let cosine = polynomial(isa, s, [2.443_315_7e-5, -1.388_731_6e-3, 4.166_664_6e-2]);
+    let cosine = isa.fma(isa.mul(cosine, s), s, isa.fma(s, isa.splat(-0.5), isa.splat(1.0)));
+    let zero = isa.splat(0.0);
+    let half = isa.splat(0.5);
+    let odd = isa.to_f32(isa.and_i(quadrant, isa.splat_i(1)));
+    let sin_negative = isa.to_f32(isa.and_i(quadrant, isa.splat_i(2)));
+    let cos_negative = isa.to_f32(isa.and_i(isa.add_i(quadrant, isa.splat_i(1)), isa.splat_i(2)));
+    let (a, b) = (isa.select_gt(odd, half, cosine, sine), isa.select_gt(odd, half, sine, cosine));
+    (
+        isa.select_gt(sin_negative, half, isa.sub(zero, a), a),
+        isa.select_gt(cos_negative, half, isa.sub(zero, b), b),
+    )
+}

@@ -1,0 +1,460 @@
+//! Products of weight rows with activations: `out[t][r] = w[r] · x[t]`.
+//!
+//! The contract. Quantised formats: exact integer sums inside a group (integer sub-scales applied in integers), then
+//! `acc = fma(sum, d_w · d_x, acc)` once a group, in order from k = 0, a minimum as a second fma of the same kind after it.
+//! Plain formats: 16 strided accumulators (lane = k mod 16), fma, then the fixed tree. A row's result never depends on its
+//! tile or its neighbours.
+//!
+//! Every quantised format runs through its normal form ([`Unpacked`]) in one of two loops: `rows`, which unpacks a row and
+//! dots it with a few tokens, for decode; and `tile`, which interleaves 16 rows so that a lane is a row, for prefill. Which
+//! one runs never shows in the result.
+
+use crate::activation;
+use crate::formats::{Format, Plain, Quantised, Unpacked};
+use crate::isa::{Cpu, Isa, Scalar};
+#[cfg(target_arch = "x86_64")]
+use crate::isa::{Avx2, Avx512};
+use crate::panel::PanelMut;
+
+/// Up to this many tokens are computed row by row; more in tiles.
+const FEW_TOKENS: usize = 4;
+/// Tokens that a tile keeps in registers.
+const TILE_TOKENS: usize = 4;
+/// Values of a row that are unpacked at a time.
+const CHUNK: usize = 256;
+
+/// Activations as the weight's format wants them.
+#[derive(Debug, Clone, Copy)]
+pub enum X<'a> {
+    /// For plain formats: `[tokens][k]`.
+    F32(&'a [f32]),
+    /// For quantised formats.
+    Quantised(activation::Quantised<'a>),
+}
+
+/// One product: some rows of a weight with all tokens.
+#[derive(Debug)]
+pub struct MatMul<'a, 'o> {
+    /// The rows' bytes, one after the other.
+    pub w: &'a [u8],
+    /// Values of a row.
+    pub k: usize,
+    /// Activations.
+    pub x: X<'a>,
+    /// One row for each token, one column for each weight row.
+    pub out: PanelMut<'o>,
+}
+
+/// A format's kernels, one for each instruction set.
+#[derive(Debug)]
+pub(crate) struct Kernels {
+    scalar: fn(Scalar, MatMul<'_, '_>),
+    #[cfg(target_arch = "x86_64")]
+    avx2: fn(Avx2, MatMul<'_, '_>),
+    #[cfg(target_arch = "x86_64")]
+    avx512: fn(Avx512, MatMul<'_, '_>),
+}
+
+impl Kernels {
+    pub(crate) const fn quantised<Q: Quantised>() -> Kernels {
+        Kernels {
+            scalar: quantised::<Scalar, Q>,
+            #[cfg(target_arch = "x86_64")]
+            avx2: quantised::<Avx2, Q>,
+            #[cfg(target_arch = "x86_64")]
+            avx512: quantised::<Avx512, Q>,
+        }
+    }
+
+    pub(crate) const fn plain<P: Plain>() -> Kernels {
+        Kernels {
+            scalar: plain::<Scalar, P>,
+            #[cfg(target_arch = "x86_64")]
+            avx2: plain::<Avx2, P>,
+            #[cfg(target_arch = "x86_64")]
+            avx512: plain::<Avx512, P>,
+        }
+    }
+}
+
+/// Computes a product of rows stored as `format`. Rows and tokens for which bytes or activations are missing are left
+/// alone; if `x` is not of the kind that the format wants, all are.
+pub fn matmul(cpu: Cpu, format: Format, product: MatMul<'_, '_>) {
+    let kernels = format.kernels();
+    match cpu {
+        Cpu::Scalar(isa) => (kernels.scalar)(isa, product),
+        #[cfg(target_arch = "x86_64")]
+        Cpu::Avx2(isa) => (kernels.avx2)(isa, product),
+        #[cfg(target_arch = "x86_64")]
+        Cpu::Avx512(isa) => (kernels.avx512)(isa, product),
+    }
+}
+
+fn quantised<I: Isa, Q: Quantised>(isa: I, product: MatMul<'_, '_>) {
+    let X::Quantised(x) = product.x else { return };
+    let row_blocks = product.k / Q::LEN;
+    let w = Q::cast(product.w);
+    let tokens = x.codes.len().checked_div(product.k).unwrap_or(0).min(product.out.rows());
+    if row_blocks == 0 || product.k != x.k {
+        return;
+    }
+    isa.run(
+        #[inline(always)]
+        || {
+            if tokens <= FEW_TOKENS {
+                rows::<I, Q>(isa, w, row_blocks, x, tokens, product.out);
+            } else {
+                tile::<I, Q>(isa, w, row_blocks, x, tokens, product.out);
+            }
+        },
+    );
+}
+
+/// One token's activations in one chunk.
+struct XChunk<'a> {
+    codes: &'a [i8; CHUNK],
+    sums: &'a [i32; 16],
+    scales: &'a [f32],
+}
+
+/// Calls `f` with a token's activations in chunk `c`, padded with zeros at a row's end.
+#[inline(always)]
+fn with_x<Q: Quantised, R>(
+    x: &activation::Quantised<'_>,
+    token: usize,
+    c: usize,
+    f: impl FnOnce(XChunk<'_>) -> R,
+) -> R {
+    let start = token * x.k + c * CHUNK;
+    let len = (x.k - c * CHUNK).min(CHUNK);
+    let block = Q::ACTIVATION.block_len();
+    let scales = &x.scales[start / block..(start + len) / block];
+    let codes = &x.codes[start..start + len];
+    let sums = &x.sums[start / 16..(start + len) / 16];
+    if let (Ok(codes), Ok(sums)) = (codes.try_into(), sums.try_into()) {
+        return f(XChunk { codes, sums, scales });
+    }
+    let (mut padded, mut padded_sums) = ([0; CHUNK], [0; 16]);
+    padded[..len].copy_from_slice(codes);
+    padded_sums[..len / 16].copy_from_slice(sums);
+    f(XChunk { codes: &padded, sums: &padded_sums, scales })
+}
+
+/// Unpacks a row's chunk `c` and returns how many values it has. Codes past a row's end are zero.
+#[inline(always)]
+fn unpack_chunk<Q: Quantised>(row: &[Q], c: usize, out: &mut Unpacked) -> usize {
+    let per_chunk = CHUNK / Q::LEN;
+    let blocks = &row[c * per_chunk..row.len().min((c + 1) * per_chunk)];
+    if Q::LEN == CHUNK {
+        blocks[0].unpack(out);
+        return CHUNK;
+    }
+    if blocks.len() < per_chunk {
+        *out = Unpacked::ZERO;
+    }
+    let mut one = Unpacked::ZERO;
+    let (subs, groups) = (Q::LEN / 16, Q::LEN / Q::GROUP);
+    for (i, block) in blocks.iter().enumerate() {
+        block.unpack(&mut one);
+        out.codes[i * Q::LEN..(i + 1) * Q::LEN].copy_from_slice(&one.codes[..Q::LEN]);
+        out.d[i * groups..(i + 1) * groups].copy_from_slice(&one.d[..groups]);
+        out.sub[i * subs..(i + 1) * subs].copy_from_slice(&one.sub[..subs]);
+        if Q::HAS_MIN {
+            out.m[i * groups..(i + 1) * groups].copy_from_slice(&one.m[..groups]);
+            out.mins[i * subs..(i + 1) * subs].copy_from_slice(&one.mins[..subs]);
+        }
+    }
+    blocks.len() * Q::LEN
+}
+
+/// Row by row, for a few tokens.
+#[inline(always)]
+fn rows<I: Isa, Q: Quantised>(
+    isa: I,
+    w: &[Q],
+    row_blocks: usize,
+    x: activation::Quantised<'_>,
+    tokens: usize,
+    mut out: PanelMut<'_>,
+) {
+    let mut chunk = Unpacked::ZERO;
+    for (r, row) in w.chunks_exact(row_blocks).enumerate().take(out.cols()) {
+        let mut acc = [0.0f32; FEW_TOKENS];
+        for c in 0..x.k.div_ceil(CHUNK) {
+            let len = unpack_chunk(row, c, &mut chunk);
+            for (t, acc) in acc.iter_mut().enumerate().take(tokens) {
+                *acc = with_x::<Q, _>(
+                    &x,
+                    t,
+                    c,
+                    #[inline(always)]
+                    |x| dot_chunk::<I, Q>(isa, &chunk, &x, len, *acc),
+                );
+            }
+        }
+        for (t, acc) in acc.iter().enumerate().take(tokens) {
+            out.row(t)[r] = *acc;
+        }
+    }
+}
+
+/// `acc` and the dot of one unpacked chunk with one token's.
+#[inline(always)]
+fn dot_chunk<I: Isa, Q: Quantised>(isa: I, w: &Unpacked, x: &XChunk<'_>, len: usize, mut acc: f32) -> f32 {
+    let sums = isa.mul_i(isa.dot16(&w.codes, x.codes), isa.load_i16(&w.sub));
+    let mins = |mins: &[i16; 16]| isa.mul_i(isa.load_i16(mins), isa.load_i(x.sums));
+    if Q::GROUP == CHUNK {
+        acc = isa.fma_one(isa.sum_i(sums) as f32, w.d[0] * x.scales[0], acc);
+        if Q::HAS_MIN {
+            acc = isa.fma_one(isa.sum_i(mins(&w.mins)) as f32, w.m[0] * x.scales[0], acc);
+        }
+        return acc;
+    }
+    let (mut sum, mut min) = ([0; 16], [0; 16]);
+    isa.store_i(sums, &mut sum);
+    if Q::HAS_MIN {
+        isa.store_i(mins(&w.mins), &mut min);
+    }
+    let width = Q::GROUP / 16;
+    for g in 0..len / Q::GROUP {
+        let total = |x: &[i32; 16]| x[g * width..(g + 1) * width].iter().sum::<i32>() as f32;
+        let scale = x.scales[g * Q::GROUP / Q::ACTIVATION.block_len()];
+        acc = isa.fma_one(total(&sum), w.d[g] * scale, acc);
+        if Q::HAS_MIN {
+            acc = isa.fma_one(total(&min), w.m[g] * scale, acc);
+        }
+    }
+    acc
+}
+
+/// Sixteen rows of one chunk, interleaved: everything about one row stands in one lane.
+#[repr(C, align(64))]
+struct Tile {
+    /// `codes[k / 4][4 · row + k % 4]`, with the instruction set's bias.
+    codes: [[u8; 64]; CHUNK / 4],
+    sub: [[i32; 16]; 16],
+    mins: [[i32; 16]; 16],
+    d: [[f32; 16]; 16],
+    m: [[f32; 16]; 16],
+}
+
+/// Tiles of 16 rows, for many tokens.
+#[inline(always)]
+fn tile<I: Isa, Q: Quantised>(
+    isa: I,
+    w: &[Q],
+    row_blocks: usize,
+    x: activation::Quantised<'_>,
+    tokens: usize,
+    mut out: PanelMut<'_>,
+) {
+    let rows = (w.len() / row_blocks).min(out.cols());
+    let mut tile = Tile {
+        codes: [[0; 64]; CHUNK / 4],
+        sub: [[0; 16]; 16],
+        mins: [[0; 16]; 16],
+        d: [[0.0; 16]; 16],
+        m: [[0.0; 16]; 16],
+    };
+    let mut chunk = Unpacked::ZERO;
+    for first in (0..rows).step_by(16) {
+        let here = (rows - first).min(16);
+        for c in 0..x.k.div_ceil(CHUNK) {
+            let mut len = 0;
+            for lane in 0..here {
+                len = unpack_chunk(&w[(first + lane) * row_blocks..][..row_blocks], c, &mut chunk);
+                interleave::<I, Q>(&chunk, lane, &mut tile);
+            }
+            let mut t = 0;
+            while t < tokens {
+                // A block of fewer tokens at the end repeats its last one, and stores it once.
+                let n = (tokens - t).min(TILE_TOKENS);
+                let token: [usize; TILE_TOKENS] = core::array::from_fn(|i| t + i.min(n - 1));
+                let acc = core::array::from_fn(|i| {
+                    let mut lanes = [0.0; 16];
+                    if c > 0 {
+                        lanes[..here].copy_from_slice(&out.row(token[i])[first..first + here]);
+                    }
+                    isa.load(&lanes)
+                });
+                let acc = tile_dot::<I, Q>(isa, &tile, &x, token, c, len, acc);
+                for (acc, &token) in acc.iter().zip(&token[..n]) {
+                    let mut lanes = [0.0; 16];
+                    isa.store(*acc, &mut lanes);
+                    out.row(token)[first..first + here].copy_from_slice(&lanes[..here]);
+                }
+                t += n;
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn interleave<I: Isa, Q: Quantised>(chunk: &Unpacked, lane: usize, tile: &mut Tile) {
+    for (codes, four) in tile.codes.iter_mut().zip(chunk.codes.as_chunks::<4>().0) {
+        let biased = four.map(|c| (c as u8) ^ I::CODE_BIAS);
+        codes[4 * lane..4 * lane + 4].copy_from_slice(&biased);
+    }
+    for g in 0..16 {
+        tile.d[g][lane] = chunk.d[g];
+        tile.sub[g][lane] = chunk.sub[g].into();
+        if Q::HAS_MIN {
+            tile.m[g][lane] = chunk.m[g];
+            tile.mins[g][lane] = chunk.mins[g].into();
+        }
+    }
+}
+
+/// `acc` and the dots of a tile with some tokens' chunk `c`.
+#[inline(always)]
+fn tile_dot<I: Isa, Q: Quantised>(
+    isa: I,
+    tile: &Tile,
+    x: &activation::Quantised<'_>,
+    token: [usize; TILE_TOKENS],
+    c: usize,
+    len: usize,
+    mut acc: [I::F; TILE_TOKENS],
+) -> [I::F; TILE_TOKENS] {
+    let block = Q::ACTIVATION.block_len();
+    let start = token.map(|t| t * x.k + c * CHUNK);
+    let codes = start.map(|s| x.codes[s..s + len].as_chunks::<4>().0);
+    let sums = start.map(|s| &x.sums[s / 16..(s + len) / 16]);
+    let scales = start.map(|s| &x.scales[s / block..(s + len) / block]);
+    let bias = i32::from(I::CODE_BIAS);
+    let zero = isa.splat_i(0);
+    // Over one group: the integer sum, and that of the minimums.
+    let mut group = [zero; TILE_TOKENS];
+    let mut group_min = [zero; TILE_TOKENS];
+    for g in 0..len / 16 {
+        let mut dot: [I::I; TILE_TOKENS] = core::array::from_fn(|i| isa.splat_i(-bias * sums[i][g]));
+        for k in 4 * g..4 * g + 4 {
+            for i in 0..TILE_TOKENS {
+                dot[i] = isa.dot4(dot[i], &tile.codes[k], codes[i][k]);
+            }
+        }
+        for i in 0..TILE_TOKENS {
+            // Only formats with one f32 scale for 256 have integer sub-scales.
+            let scaled = if Q::GROUP == CHUNK { isa.mul_i(dot[i], isa.load_i(&tile.sub[g])) } else { dot[i] };
+            group[i] = isa.add_i(group[i], scaled);
+            if Q::HAS_MIN {
+                let min = isa.mul_i(isa.load_i(&tile.mins[g]), isa.splat_i(sums[i][g]));
+                group_min[i] = isa.add_i(group_min[i], min);
+            }
+        }
+        if (g + 1) * 16 % Q::GROUP == 0 {
+            let n = g * 16 / Q::GROUP;
+            let s = n * Q::GROUP / block;
+            for i in 0..TILE_TOKENS {
+                let scale = isa.splat(scales[i][s]);
+                acc[i] = isa.fma(isa.to_f32(group[i]), isa.mul(isa.load(&tile.d[n]), scale), acc[i]);
+                group[i] = zero;
+                if Q::HAS_MIN {
+                    acc[i] = isa.fma(isa.to_f32(group_min[i]), isa.mul(isa.load(&tile.m[n]), scale), acc[i]);
+                    group_min[i] = zero;
+                }
+            }
+        }
+    }
+    acc
+}
+
+/// Plain formats: four rows by four tokens in registers.
+fn plain<I: Isa, P: Plain>(isa: I, product: MatMul<'_, '_>) {
+    let X::F32(x) = product.x else { return };
+    let (k, mut out) = (product.k, product.out);
+    let w = P::cast(product.w);
+    if k == 0 {
+        return;
+    }
+    let (rows, tokens) = ((w.len() / k).min(out.cols()), (x.len() / k).min(out.rows()));
+    isa.run(
+        #[inline(always)]
+        || {
+            const N: usize = 4;
+            for first in (0..rows).step_by(N) {
+                for t in (0..tokens).step_by(N) {
+                    // Short blocks at the edges repeat their last row or token, and store it once.
+                    let w: [&[P]; N] = core::array::from_fn(|i| &w[(first + i).min(rows - 1) * k..][..k]);
+                    let x: [&[f32]; N] = core::array::from_fn(|i| &x[(t + i).min(tokens - 1) * k..][..k]);
+                    if tokens - t == 1 {
+                        let sums = plain_dot::<I, P, N, 1>(isa, w, [x[0]]);
+                        for (i, sum) in sums.iter().enumerate().take(rows - first) {
+                            out.row(t)[first + i] = sum[0];
+                        }
+                        continue;
+                    }
+                    let sums = plain_dot::<I, P, N, N>(isa, w, x);
+                    for i in 0..N.min(rows - first) {
+                        for j in 0..N.min(tokens - t) {
+                            out.row(t + j)[first + i] = sums[i][j];
+                        }
+                    }
+                }
+            }
+        },
+    );
+}
+
+/// The dots of `R` weight rows with `T` tokens.
+#[inline(always)]
+fn plain_dot<I: Isa, P: Plain, const R: usize, const T: usize>(
+    isa: I,
+    w: [&[P]; R],
+    x: [&[f32]; T],
+) -> [[f32; T]; R] {
+    let w_runs = w.map(|w| w.as_chunks::<16>());
+    let x_runs = x.map(|x| x.as_chunks::<16>());
+    let mut acc = [[isa.splat(0.0); T]; R];
+    let step = |acc: &mut [[I::F; T]; R], w: [&[P; 16]; R], x: [&[f32; 16]; T]| {
+        let x = x.map(|x| isa.load(x));
+        for r in 0..R {
+            let w = load_plain::<I, P>(isa, w[r]);
+            for t in 0..T {
+                acc[r][t] = isa.fma(w, x[t], acc[r][t]);
+            }
+        }
+    };
+    for run in 0..w_runs[0].0.len() {
+        step(&mut acc, w_runs.map(|w| &w.0[run]), x_runs.map(|x| &x.0[run]));
+    }
+    let rest = w_runs[0].1.len();
+    if rest > 0 {
+        // Past the end of a row, activations are zero; the weight that stands there is finite if the row's last one is.
+        let w = w_runs.map(|w| {
+            let mut run = [w.1[rest - 1]; 16];
+            run[..rest].copy_from_slice(w.1);
+            run
+        });
+        let x = x_runs.map(|x| {
+            let mut run = [0.0; 16];
+            run[..rest].copy_from_slice(x.1);
+            run
+        });
+        step(&mut acc, core::array::from_fn(|i| &w[i]), core::array::from_fn(|i| &x[i]));
+    }
+    acc.map(|row| row.map(|lanes| isa.sum(lanes)))
+}
+
+/// Sixteen plain values as vector lanes.
+#[inline(always)]
+fn load_plain<I: Isa, P: Plain>(isa: I, w: &[P; 16]) -> I::F {
+    let bits16 = || {
+        let words = P::bytes_of(w).as_chunks::<2>().0;
+        core::array::from_fn(|i| u16::from_le_bytes(words[i]))
+    };
+    match P::FORMAT {
+        Format::F16 => isa.load_f16(&bits16()),
+        Format::BF16 => isa.load_bf16(&bits16()),
+        _ => isa.load(&w.map(|v| v.value())),
+    }
+}
+
+/// Reads rows of a table as f32: `out` is filled with row `row`, times `scale`.
+pub fn embed(format: Format, table: &[u8], row: usize, scale: f32, out: &mut [f32]) {
+    let Some(bytes) = format.row_bytes(out.len()) else { return };
+    let Some(row) = row.checked_mul(bytes).and_then(|at| table.get(at..)?.get(..bytes)) else { return };
+    if format.dequantize(row, out).is_ok() && scale != 1.0 {
+        out.iter_mut().for_each(|x| *x *= scale);
+    }
+}

@@ -1,0 +1,62 @@
+//! Strided views of a row-major matrix, so that several threads can fill different columns of one output.
+
+use core::marker::PhantomData;
+
+/// A mutable block of columns of a row-major f32 matrix. Rows are tokens, columns are output elements.
+#[derive(Debug)]
+pub struct PanelMut<'a> {
+    start: *mut f32,
+    rows: usize,
+    cols: usize,
+    stride: usize,
+    matrix: PhantomData<&'a mut [f32]>,
+}
+
+// SAFETY: a panel is a set of disjoint exclusive slices, and f32 may be sent to other threads.
+unsafe impl Send for PanelMut<'_> {}
+
+impl<'a> PanelMut<'a> {
+    /// The whole of a matrix of rows of `cols` elements; a remainder is left out.
+    pub fn new(matrix: &'a mut [f32], cols: usize) -> Self {
+        let rows = matrix.len().checked_div(cols).unwrap_or(0);
+        PanelMut { start: matrix.as_mut_ptr(), rows, cols, stride: cols, matrix: PhantomData }
+    }
+
+    /// Rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Columns of this panel.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// A row's elements in this panel; empty if there is no such row.
+    #[inline(always)]
+    pub fn row(&mut self, row: usize) -> &mut [f32] {
+        if row >= self.rows {
+            return &mut [];
+        }
+        // SAFETY: row < rows, so the slice lies inside the matrix; the panel has its columns for itself.
+        unsafe { core::slice::from_raw_parts_mut(self.start.add(row * self.stride), self.cols) }
+    }
+
+    /// Columns `start..start + cols` of this panel, cut at its edge.
+    ///
+    /// # Safety
+    /// While the result is in use, neither `self` nor another result may touch the same columns.
+    #[cfg(feature = "std")]
+    pub(crate) unsafe fn columns<'b>(&self, start: usize, cols: usize) -> PanelMut<'b> {
+        let start = start.min(self.cols);
+        // SAFETY: `start` is at most a row's length, so the pointer stays within or one past the matrix.
+        let first = unsafe { self.start.add(start) };
+        PanelMut {
+            start: first,
+            rows: self.rows,
+            cols: cols.min(self.cols - start),
+            stride: self.stride,
+            matrix: PhantomData,
+        }
+    }
+}

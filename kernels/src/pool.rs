@@ -1,0 +1,228 @@
+//! A persistent pool of threads for kernels.
+//!
+//! A call hands out numbered tasks to the caller and the workers; which thread runs a task never shows in its result.
+//! Workers look for work for some microseconds after a job, because the next op of a step follows at once, and then
+//! sleep: an idle pool uses no CPU.
+
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread::JoinHandle;
+
+use crate::panel::PanelMut;
+
+/// How often a worker looks for a job before it sleeps; about 30 microseconds.
+const SPINS: u32 = 1500;
+
+/// The pool. Dropping it ends its threads.
+#[derive(Debug)]
+pub struct Pool {
+    shared: Arc<Shared>,
+    workers: Vec<JoinHandle<()>>,
+    /// One job at a time, so that several plans can use one pool.
+    entry: Mutex<()>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    /// Counts jobs, so that a worker sees a new one.
+    epoch: AtomicU32,
+    /// The current job; valid while `open`.
+    job: AtomicPtr<Job<'static>>,
+    open: AtomicBool,
+    /// Workers that are looking at the job.
+    inside: AtomicUsize,
+    stop: AtomicBool,
+    sleeping: Mutex<usize>,
+    wake: Condvar,
+}
+
+struct Job<'a> {
+    run: &'a (dyn Fn(usize) + Sync),
+    tasks: usize,
+    next: AtomicUsize,
+}
+
+impl Job<'_> {
+    fn work(&self) {
+        loop {
+            let task = self.next.fetch_add(1, Ordering::Relaxed);
+            if task >= self.tasks {
+                return;
+            }
+            (self.run)(task);
+        }
+    }
+}
+
+impl Pool {
+    /// A pool in which `threads` threads compute, the caller's included; at least one.
+    ///
+    /// # Errors
+    /// What the operating system says when it refuses a thread.
+    pub fn new(threads: usize) -> std::io::Result<Pool> {
+        let shared = Arc::new(Shared {
+            epoch: AtomicU32::new(0),
+            job: AtomicPtr::new(std::ptr::null_mut()),
+            open: AtomicBool::new(false),
+            inside: AtomicUsize::new(0),
+            stop: AtomicBool::new(false),
+            sleeping: Mutex::new(0),
+            wake: Condvar::new(),
+        });
+        let mut pool = Pool { shared, workers: Vec::new(), entry: Mutex::new(()) };
+        for i in 1..threads {
+            let shared = pool.shared.clone();
+            let worker =
+                std::thread::Builder::new().name(format!("halite-{i}")).spawn(move || shared.serve())?;
+            pool.workers.push(worker);
+        }
+        Ok(pool)
+    }
+
+    /// Threads that compute, the caller's included.
+    pub fn threads(&self) -> usize {
+        self.workers.len() + 1
+    }
+
+    /// Runs tasks `0..tasks`, in any order and on any thread, and returns when all are done.
+    pub fn run(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+        if tasks <= 1 || self.workers.is_empty() {
+            (0..tasks).for_each(task);
+            return;
+        }
+        let _one_at_a_time = self.entry.lock().unwrap_or_else(PoisonError::into_inner);
+        let job = Job { run: task, tasks, next: AtomicUsize::new(0) };
+        let shared = &*self.shared;
+        shared.job.store((&raw const job).cast_mut().cast(), Ordering::Release);
+        shared.open.store(true, Ordering::SeqCst);
+        shared.epoch.fetch_add(1, Ordering::SeqCst);
+        if *shared.sleeping.lock().unwrap_or_else(PoisonError::into_inner) > 0 {
+            shared.wake.notify_all();
+        }
+        // Whatever happens in a task, the job outlives every worker that looks at it.
+        let _close = Close(shared);
+        job.work();
+    }
+
+    /// Cuts every panel of `outs` into runs of `grain` columns and calls `task(panel index, first column, columns)` for
+    /// each.
+    pub fn panels(
+        &self,
+        outs: &mut [PanelMut<'_>],
+        grain: usize,
+        task: &(dyn Fn(usize, usize, PanelMut<'_>) + Sync),
+    ) {
+        let grain = grain.max(1);
+        let outs: &[PanelMut<'_>] = outs;
+        // SAFETY of sharing: only `columns` is called on the panels, and each task takes columns of its own.
+        let shared = SharedPanels(outs);
+        let tasks = outs.iter().map(|p| p.cols().div_ceil(grain)).sum();
+        self.run(tasks, &|mut n| {
+            for (i, panel) in shared.get().iter().enumerate() {
+                let here = panel.cols().div_ceil(grain);
+                if n < here {
+                    // SAFETY: run `n` of panel `i` is this task's alone.
+                    let columns = unsafe { panel.columns(n * grain, grain) };
+                    task(i, n * grain, columns);
+                    return;
+                }
+                n -= here;
+            }
+        });
+    }
+
+    /// Cuts rows of `cols` elements into runs of about `grain` rows and calls `task(first row, rows)` for each.
+    pub fn rows(&self, out: &mut [f32], cols: usize, grain: usize, task: &(dyn Fn(usize, &mut [f32]) + Sync)) {
+        let rows = out.len().checked_div(cols).unwrap_or(0);
+        let grain = grain.max(1);
+        // One long row, cut into columns, is the same memory.
+        let mut whole = [PanelMut::new(&mut out[..rows * cols], (rows * cols).max(1))];
+        self.panels(&mut whole, grain * cols.max(1), &|_, start, mut panel| {
+            task(start / cols.max(1), panel.row(0));
+        });
+    }
+}
+
+struct SharedPanels<'a, 'b>(&'a [PanelMut<'b>]);
+
+// SAFETY: see `Pool::panels`: shared access only copies the panels' extents and cuts disjoint columns.
+unsafe impl Sync for SharedPanels<'_, '_> {}
+
+impl<'a, 'b> SharedPanels<'a, 'b> {
+    fn get(&self) -> &'a [PanelMut<'b>] {
+        self.0
+    }
+}
+
+/// Closes the job and waits for the workers inside it.
+struct Close<'a>(&'a Shared);
+
+impl Drop for Close<'_> {
+    fn drop(&mut self) {
+        self.0.open.store(false, Ordering::SeqCst);
+        let mut spins = 0u32;
+        while self.0.inside.load(Ordering::SeqCst) > 0 {
+            spins += 1;
+            if spins.is_multiple_of(256) { std::thread::yield_now() } else { std::hint::spin_loop() }
+        }
+    }
+}
+
+/// Counts a worker inside the job, also when a task unwinds.
+struct Inside<'a>(&'a Shared);
+
+impl Drop for Inside<'_> {
+    fn drop(&mut self) {
+        self.0.inside.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+impl Shared {
+    fn serve(&self) {
+        let mut seen = 0;
+        while let Some(epoch) = self.next_epoch(seen) {
+            seen = epoch;
+            self.inside.fetch_add(1, Ordering::SeqCst);
+            let _inside = Inside(self);
+            if self.open.load(Ordering::SeqCst) {
+                let job = self.job.load(Ordering::Acquire);
+                // SAFETY: `inside` was raised before `open` was seen, and the caller takes the job away only after it
+                // has closed it and seen `inside` at zero; so the job is alive until `_inside` is dropped.
+                unsafe { (*job).work() };
+            }
+        }
+    }
+
+    /// Waits for a job after `seen`; `None` when the pool ends.
+    fn next_epoch(&self, seen: u32) -> Option<u32> {
+        for _ in 0..SPINS {
+            let epoch = self.epoch.load(Ordering::SeqCst);
+            if epoch != seen {
+                return (!self.stop.load(Ordering::SeqCst)).then_some(epoch);
+            }
+            std::hint::spin_loop();
+        }
+        let mut sleeping = self.sleeping.lock().unwrap_or_else(PoisonError::into_inner);
+        *sleeping += 1;
+        let mut epoch = self.epoch.load(Ordering::SeqCst);
+        while epoch == seen {
+            sleeping = self.wake.wait(sleeping).unwrap_or_else(PoisonError::into_inner);
+            epoch = self.epoch.load(Ordering::SeqCst);
+        }
+        *sleeping -= 1;
+        (!self.stop.load(Ordering::SeqCst)).then_some(epoch)
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::SeqCst);
+        self.shared.epoch.fetch_add(1, Ordering::SeqCst);
+        drop(self.shared.sleeping.lock());
+        self.shared.wake.notify_all();
+        for worker in self.workers.drain(..) {
+            // A worker that unwound has already said so on its own thread.
+            let _ = worker.join();
+        }
+    }
+}

@@ -1,0 +1,106 @@
+//! The one error type at the library's boundary.
+
+use std::path::PathBuf;
+
+/// A `Result` with Halite's [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Everything that can go wrong, as a value: Halite never panics, aborts or prints.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The operating system refused a file operation.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file concerned.
+        path: PathBuf,
+        /// What the operating system said.
+        source: std::io::Error,
+    },
+    /// The bytes are not a well-formed GGUF file.
+    #[error("{}: {source}", path.display())]
+    Gguf {
+        /// The file concerned.
+        path: PathBuf,
+        /// What is malformed, and where.
+        source: crate::gguf::GgufError,
+    },
+    /// A mapped file changed or shrank while it was in use, so its bytes can no longer be trusted.
+    #[error("{}: the file changed while it was mapped ({detail}); load it again", path.display())]
+    FileChanged {
+        /// The file concerned.
+        path: PathBuf,
+        /// What differs from the moment of loading.
+        detail: String,
+    },
+    /// The metadata or tensors do not describe a model that Halite can build.
+    #[error("model: {0}")]
+    Model(String),
+    /// The model's architecture has no program here.
+    #[error("model: architecture `{0}` is not supported (supported: {1})")]
+    Architecture(String, String),
+    /// The vocabulary in the file cannot be used.
+    #[error("tokenizer: {0}")]
+    Tokenizer(String),
+    /// A program is inconsistent: a shape, a name or an order of definitions.
+    #[error("program: {0}")]
+    Program(String),
+    /// A backend cannot run a program; every op that it lacks is listed.
+    #[error("backend `{backend}` cannot run this program:\n  {}", gaps.join("\n  "))]
+    Unsupported {
+        /// The backend's name.
+        backend: String,
+        /// One line for each op that it cannot run, with the reason.
+        gaps: Vec<String>,
+    },
+    /// A call's arguments do not fit together.
+    #[error("{what}: expected {expected}, got {got}")]
+    Argument {
+        /// Which argument of which call.
+        what: &'static str,
+        /// What would have been right.
+        expected: String,
+        /// What was passed.
+        got: String,
+    },
+    /// A memory ceiling would be passed.
+    #[error("out of memory: {what} needs {need_bytes} bytes, {have_bytes} are available")]
+    OutOfMemory {
+        /// What asked for memory.
+        what: String,
+        /// Bytes asked for.
+        need_bytes: u64,
+        /// Bytes that were left.
+        have_bytes: u64,
+    },
+    /// The sequence does not fit in the context.
+    #[error("context full: {need} positions needed, the session has {have}")]
+    ContextFull {
+        /// Positions needed.
+        need: u64,
+        /// Positions available.
+        have: u64,
+    },
+    /// The work was cancelled from outside.
+    #[error("cancelled")]
+    Cancelled,
+    /// A backend failed while running.
+    #[error("backend `{backend}`: {message}")]
+    Backend {
+        /// The backend's name.
+        backend: String,
+        /// What failed.
+        message: String,
+    },
+}
+
+impl Error {
+    /// An [`Error::Argument`], for checks at the boundary.
+    pub(crate) fn argument(
+        what: &'static str,
+        expected: impl std::fmt::Display,
+        got: impl std::fmt::Display,
+    ) -> Self {
+        Error::Argument { what, expected: expected.to_string(), got: got.to_string() }
+    }
+}

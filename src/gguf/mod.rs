@@ -1,0 +1,432 @@
+//! GGUF model files: a checked directory over mapped bytes. Nothing is copied; a split model is several sources.
+
+mod parse;
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use halite_kernels::formats::Format;
+
+pub use parse::{GgufError, Header, MAX_ALIGNMENT, MAX_KEY_BYTES, MAX_NAME_BYTES, TensorRecord, Value, ValueType, parse};
+
+use crate::error::{Error, Result};
+use crate::map::{Region, Source};
+
+/// Most files that a split model may have.
+pub const MAX_SPLITS: u64 = 1024;
+
+/// An opened model file (or a set of split files).
+#[derive(Debug)]
+pub struct Gguf {
+    parts: Vec<Part>,
+    keys: HashMap<String, usize>,
+    tensors: HashMap<String, (usize, usize)>,
+}
+
+#[derive(Debug)]
+struct Part {
+    source: Arc<Source>,
+    header: Header,
+}
+
+/// A tensor of the directory.
+#[derive(Debug, Clone, Copy)]
+pub struct TensorInfo<'a> {
+    /// Name, dimensions, format and place in its file.
+    pub record: &'a TensorRecord,
+    source: &'a Arc<Source>,
+}
+
+impl TensorInfo<'_> {
+    /// The tensor's bytes in the map.
+    pub fn region(&self) -> Result<Region> {
+        Region::new(self.source, self.record.bytes.clone()).ok_or_else(|| Error::FileChanged {
+            path: self.source.path().to_owned(),
+            detail: format!("tensor `{}` is no longer inside", self.record.name),
+        })
+    }
+}
+
+impl Gguf {
+    /// Maps a file and checks its header. If it is the first of a split model, maps its siblings in the same folder too.
+    ///
+    /// # Errors
+    /// [`Error::Io`] or [`Error::Gguf`].
+    pub fn open(path: &Path) -> Result<Gguf> {
+        let mut gguf = Gguf::from_source(Source::open(path)?)?;
+        let count = gguf.optional_u64("split.count")?.unwrap_or(1);
+        if count > 1 {
+            let split = |message: String| gguf_error(path, GgufError::Split(message));
+            if count > MAX_SPLITS {
+                return Err(split(format!("split.count: expected at most {MAX_SPLITS}, got {count}")));
+            }
+            let index = gguf.optional_u64("split.no")?.unwrap_or(0);
+            if index != 0 {
+                return Err(split(format!(
+                    "this is file {} of {count}; open the first one",
+                    index.saturating_add(1)
+                )));
+            }
+            for index in 1..count {
+                let sibling = split_sibling(path, index, count).ok_or_else(|| {
+                    split(format!("the file name must end in -00001-of-{count:05}.gguf to find its siblings"))
+                })?;
+                let part = Gguf::from_source(Source::open(&sibling)?)?;
+                let (no, n) = (part.optional_u64("split.no")?, part.optional_u64("split.count")?);
+                if no != Some(index) || n != Some(count) {
+                    let found = format!(
+                        "{}: expected split.no {index} of {count}, got {no:?} of {n:?}",
+                        sibling.display()
+                    );
+                    return Err(split(found));
+                }
+                gguf.parts.extend(part.parts);
+            }
+            gguf.index_tensors()?;
+            let declared = gguf.optional_u64("split.tensors.count")?;
+            if let Some(declared) = declared
+                && declared != gguf.tensors.len() as u64
+            {
+                return Err(split(format!(
+                    "split.tensors.count: expected {declared} tensors in all files, got {}",
+                    gguf.tensors.len()
+                )));
+            }
+        }
+        Ok(gguf)
+    }
+
+    /// Checks the header of one file's bytes.
+    ///
+    /// # Errors
+    /// [`Error::Gguf`].
+    pub fn from_source(source: Arc<Source>) -> Result<Gguf> {
+        let header = parse(source.bytes()).map_err(|e| gguf_error(source.path(), e))?;
+        let keys = header.metadata.iter().enumerate().map(|(i, (key, _))| (key.clone(), i)).collect();
+        let mut gguf = Gguf { parts: vec![Part { source, header }], keys, tensors: HashMap::new() };
+        gguf.index_tensors()?;
+        Ok(gguf)
+    }
+
+    fn index_tensors(&mut self) -> Result<()> {
+        self.tensors.clear();
+        for (p, part) in self.parts.iter().enumerate() {
+            for (t, record) in part.header.tensors.iter().enumerate() {
+                if self.tensors.insert(record.name.clone(), (p, t)).is_some() {
+                    let name = record.name.clone();
+                    let at = record.bytes.start as u64;
+                    return Err(gguf_error(part.source.path(), GgufError::DuplicateTensor { name, at }));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The first file's path.
+    pub fn path(&self) -> &Path {
+        self.parts.first().map_or(Path::new(""), |part| part.source.path())
+    }
+
+    /// The files, in order, with their headers.
+    pub fn parts(&self) -> impl Iterator<Item = (&Arc<Source>, &Header)> {
+        self.parts.iter().map(|part| (&part.source, &part.header))
+    }
+
+    /// Checks that none of the mapped files changed since they were opened.
+    ///
+    /// # Errors
+    /// [`Error::FileChanged`].
+    pub fn verify(&self) -> Result<()> {
+        self.parts.iter().try_for_each(|part| part.source.verify())
+    }
+
+    /// All tensors, in file order.
+    pub fn tensors(&self) -> impl Iterator<Item = TensorInfo<'_>> {
+        self.parts.iter().flat_map(|part| {
+            part.header.tensors.iter().map(|record| TensorInfo { record, source: &part.source })
+        })
+    }
+
+    /// A tensor by name.
+    pub fn tensor(&self, name: &str) -> Option<TensorInfo<'_>> {
+        let &(p, t) = self.tensors.get(name)?;
+        let part = self.parts.get(p)?;
+        Some(TensorInfo { record: part.header.tensors.get(t)?, source: &part.source })
+    }
+
+    /// All metadata of the first file, in file order.
+    pub fn metadata(&self) -> &[(String, Value)] {
+        self.parts.first().map_or(&[], |part| &part.header.metadata)
+    }
+
+    fn value(&self, key: &str) -> Option<(&Value, &[u8])> {
+        let part = self.parts.first()?;
+        let (_, value) = part.header.metadata.get(*self.keys.get(key)?)?;
+        Some((value, part.source.bytes().get(value.bytes.clone())?))
+    }
+
+    fn wrong_type(&self, key: &str, expected: &'static str, value: &Value) -> Error {
+        gguf_error(
+            self.path(),
+            GgufError::ValueType { key: key.to_owned(), expected, got: value.describe() },
+        )
+    }
+
+    /// The error for a key that must be there.
+    pub(crate) fn missing(&self, key: &str) -> Error {
+        gguf_error(self.path(), GgufError::MissingKey { key: key.to_owned() })
+    }
+
+    /// An unsigned integer of any width, or a signed one that is not negative; `None` if absent.
+    ///
+    /// # Errors
+    /// [`GgufError::ValueType`] if the value is of another type.
+    pub fn optional_u64(&self, key: &str) -> Result<Option<u64>> {
+        let Some((value, bytes)) = self.value(key) else { return Ok(None) };
+        match (value.array_len, integer(value.kind, bytes)) {
+            (None, Some(v)) => u64::try_from(v)
+                .map(Some)
+                .map_err(|_| self.wrong_type(key, "an integer that is not negative", value)),
+            _ => Err(self.wrong_type(key, "an integer", value)),
+        }
+    }
+
+    /// A required unsigned integer that fits in 32 bits.
+    ///
+    /// # Errors
+    /// [`GgufError::MissingKey`], [`GgufError::ValueType`] or [`GgufError::Invalid`].
+    pub fn u32(&self, key: &str) -> Result<u32> {
+        self.optional_u32(key)?.ok_or_else(|| self.missing(key))
+    }
+
+    /// An unsigned integer that fits in 32 bits; `None` if absent.
+    ///
+    /// # Errors
+    /// [`GgufError::ValueType`] or [`GgufError::Invalid`].
+    pub fn optional_u32(&self, key: &str) -> Result<Option<u32>> {
+        let Some(v) = self.optional_u64(key)? else { return Ok(None) };
+        let at = self.value(key).map_or(0, |(value, _)| value.bytes.start as u64);
+        u32::try_from(v).map(Some).map_err(|_| {
+            let what = format!("key `{key}`");
+            gguf_error(
+                self.path(),
+                GgufError::Invalid { what, at, expected: "at most 2^32 - 1", got: v.to_string() },
+            )
+        })
+    }
+
+    /// A finite f32; `None` if absent.
+    ///
+    /// # Errors
+    /// [`GgufError::ValueType`] or [`GgufError::Invalid`].
+    pub fn optional_f32(&self, key: &str) -> Result<Option<f32>> {
+        let Some((value, bytes)) = self.value(key) else { return Ok(None) };
+        let v = match (value.array_len, value.kind, bytes) {
+            (None, ValueType::F32, &[a, b, c, d]) => f32::from_le_bytes([a, b, c, d]),
+            _ => return Err(self.wrong_type(key, "f32", value)),
+        };
+        if !v.is_finite() {
+            let (what, at) = (format!("key `{key}`"), value.bytes.start as u64);
+            let error = GgufError::Invalid { what, at, expected: "a finite number", got: v.to_string() };
+            return Err(gguf_error(self.path(), error));
+        }
+        Ok(Some(v))
+    }
+
+    /// A required finite f32.
+    ///
+    /// # Errors
+    /// [`GgufError::MissingKey`], [`GgufError::ValueType`] or [`GgufError::Invalid`].
+    pub fn f32(&self, key: &str) -> Result<f32> {
+        self.optional_f32(key)?.ok_or_else(|| self.missing(key))
+    }
+
+    /// A bool; `None` if absent.
+    ///
+    /// # Errors
+    /// [`GgufError::ValueType`].
+    pub fn optional_bool(&self, key: &str) -> Result<Option<bool>> {
+        let Some((value, bytes)) = self.value(key) else { return Ok(None) };
+        match (value.array_len, value.kind, bytes) {
+            (None, ValueType::Bool, &[b]) => Ok(Some(b == 1)),
+            _ => Err(self.wrong_type(key, "bool", value)),
+        }
+    }
+
+    /// A UTF-8 string; `None` if absent.
+    ///
+    /// # Errors
+    /// [`GgufError::ValueType`] or [`GgufError::Invalid`].
+    pub fn optional_str(&self, key: &str) -> Result<Option<&str>> {
+        let Some((value, bytes)) = self.value(key) else { return Ok(None) };
+        if value.array_len.is_some() || value.kind != ValueType::String {
+            return Err(self.wrong_type(key, "string", value));
+        }
+        std::str::from_utf8(bytes).map(Some).map_err(|_| {
+            let (what, at) = (format!("key `{key}`"), value.bytes.start as u64);
+            gguf_error(
+                self.path(),
+                GgufError::Invalid { what, at, expected: "UTF-8", got: String::from_utf8_lossy(bytes).into() },
+            )
+        })
+    }
+
+    /// A required UTF-8 string.
+    ///
+    /// # Errors
+    /// [`GgufError::MissingKey`], [`GgufError::ValueType`] or [`GgufError::Invalid`].
+    pub fn str(&self, key: &str) -> Result<&str> {
+        self.optional_str(key)?.ok_or_else(|| self.missing(key))
+    }
+
+    /// The strings of an array, as bytes (token texts need not be UTF-8); `None` if absent.
+    ///
+    /// # Errors
+    /// [`GgufError::ValueType`].
+    pub fn optional_strings(&self, key: &str) -> Result<Option<Strings<'_>>> {
+        let Some((value, bytes)) = self.value(key) else { return Ok(None) };
+        match (value.array_len, value.kind) {
+            (Some(len), ValueType::String) => Ok(Some(Strings { bytes, len })),
+            _ => Err(self.wrong_type(key, "array of string", value)),
+        }
+    }
+
+    /// An integer or an array of integers, as `len` values: a scalar stands for all of them. `None` if absent.
+    ///
+    /// # Errors
+    /// [`GgufError::ValueType`] or [`GgufError::Invalid`] if an array has another length or a negative value.
+    pub fn optional_u32_per_layer(&self, key: &str, len: usize) -> Result<Option<Vec<u32>>> {
+        let Some((value, _)) = self.value(key) else { return Ok(None) };
+        if value.array_len.is_none() {
+            return Ok(self.optional_u32(key)?.map(|v| vec![v; len]));
+        }
+        let values = self.optional_integers(key)?.unwrap_or_default();
+        let values: Option<Vec<u32>> = values.iter().map(|&v| u32::try_from(v).ok()).collect();
+        match values {
+            Some(values) if values.len() == len => Ok(Some(values)),
+            _ => Err(gguf_error(
+                self.path(),
+                GgufError::Invalid {
+                    what: format!("key `{key}`"),
+                    at: value.bytes.start as u64,
+                    expected: "one value of 0 to 2^32 - 1 for each layer",
+                    got: format!("{} values", value.array_len.unwrap_or(0)),
+                },
+            )),
+        }
+    }
+
+    /// An array of integers (or bools, as 0 and 1); `None` if absent.
+    ///
+    /// # Errors
+    /// [`GgufError::ValueType`].
+    pub fn optional_integers(&self, key: &str) -> Result<Option<Vec<i128>>> {
+        let Some((value, bytes)) = self.value(key) else { return Ok(None) };
+        let width = value.kind.bytes().unwrap_or(1);
+        let values = bytes.chunks_exact(width).map(|b| integer(value.kind, b)).collect::<Option<Vec<_>>>();
+        match (value.array_len, values) {
+            (Some(_), Some(values)) => Ok(Some(values)),
+            _ => Err(self.wrong_type(key, "array of integers", value)),
+        }
+    }
+
+    /// An array of f32 (integers are converted: some files store scores so); `None` if absent.
+    ///
+    /// # Errors
+    /// [`GgufError::ValueType`].
+    pub fn optional_f32s(&self, key: &str) -> Result<Option<Vec<f32>>> {
+        let Some((value, bytes)) = self.value(key) else { return Ok(None) };
+        if value.array_len.is_some() && value.kind == ValueType::F32 {
+            let (words, _) = bytes.as_chunks::<4>();
+            return Ok(Some(words.iter().map(|&w| f32::from_le_bytes(w)).collect()));
+        }
+        match self.optional_integers(key) {
+            Ok(values) => Ok(values.map(|values| values.iter().map(|&v| v as f32).collect())),
+            Err(_) => Err(self.wrong_type(key, "array of numbers", value)),
+        }
+    }
+
+    /// A metadata value in words, for people: long arrays are cut short.
+    pub fn display_value(&self, value: &Value) -> String {
+        let bytes = self.parts.first().and_then(|p| p.source.bytes().get(value.bytes.clone())).unwrap_or(&[]);
+        let scalar = |bytes: &[u8]| match (value.kind, integer(value.kind, bytes)) {
+            (ValueType::Bool, Some(v)) => (v == 1).to_string(),
+            (_, Some(v)) => v.to_string(),
+            (ValueType::F32, _) => bytes.try_into().map_or(String::new(), |b| f32::from_le_bytes(b).to_string()),
+            (ValueType::F64, _) => bytes.try_into().map_or(String::new(), |b| f64::from_le_bytes(b).to_string()),
+            _ => format!("{:?}", String::from_utf8_lossy(bytes)),
+        };
+        let Some(len) = value.array_len else { return scalar(bytes) };
+        const SHOWN: usize = 6;
+        let shown: Vec<String> = match value.kind.bytes() {
+            Some(width) => bytes.chunks_exact(width).take(SHOWN).map(scalar).collect(),
+            None => Strings { bytes, len }.iter().take(SHOWN).map(scalar).collect(),
+        };
+        let more = if len > SHOWN { ", …" } else { "" };
+        format!("{len} × {:?} [{}{more}]", value.kind, shown.join(", "))
+    }
+}
+
+/// A string array of the metadata, read in place.
+#[derive(Debug, Clone, Copy)]
+pub struct Strings<'a> {
+    bytes: &'a [u8],
+    len: usize,
+}
+
+impl<'a> Strings<'a> {
+    /// How many strings there are.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The strings in order, as bytes.
+    pub fn iter(&self) -> impl Iterator<Item = &'a [u8]> + use<'a> {
+        let mut rest = self.bytes;
+        std::iter::from_fn(move || {
+            let (len, after) = rest.split_first_chunk::<8>()?;
+            let len = usize::try_from(u64::from_le_bytes(*len)).ok()?;
+            let text = after.get(..len)?;
+            rest = after.get(len..)?;
+            Some(text)
+        })
+    }
+}
+
+fn integer(kind: ValueType, bytes: &[u8]) -> Option<i128> {
+    use ValueType::*;
+    Some(match kind {
+        U8 | Bool => i128::from(*bytes.first()?),
+        I8 => i128::from(*bytes.first()? as i8),
+        U16 => i128::from(u16::from_le_bytes(bytes.try_into().ok()?)),
+        I16 => i128::from(i16::from_le_bytes(bytes.try_into().ok()?)),
+        U32 => i128::from(u32::from_le_bytes(bytes.try_into().ok()?)),
+        I32 => i128::from(i32::from_le_bytes(bytes.try_into().ok()?)),
+        U64 => i128::from(u64::from_le_bytes(bytes.try_into().ok()?)),
+        I64 => i128::from(i64::from_le_bytes(bytes.try_into().ok()?)),
+        F32 | F64 | String | Array => return None,
+    })
+}
+
+fn gguf_error(path: &Path, source: GgufError) -> Error {
+    Error::Gguf { path: path.to_owned(), source }
+}
+
+/// `base-00001-of-00003.gguf` → its sibling with another index, in the same folder.
+fn split_sibling(first: &Path, index: u64, count: u64) -> Option<PathBuf> {
+    let name = first.file_name()?.to_str()?;
+    let base = name.strip_suffix(&format!("-00001-of-{count:05}.gguf"))?;
+    Some(first.with_file_name(format!("{base}-{:05}-of-{count:05}.gguf", index + 1)))
+}
+
+/// The bytes that a tensor of this format and shape takes, or `None` if its rows are not whole blocks.
+pub fn tensor_bytes(format: Format, cols: u64, rows: u64) -> Option<u64> {
+    let row = format.row_bytes(usize::try_from(cols).ok()?)?;
+    (row as u64).checked_mul(rows)
+}

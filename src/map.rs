@@ -1,0 +1,137 @@
+//! Read-only bytes that weights live in: a mapped file, or memory that outlives the program.
+//!
+//! A mapping is only as good as the file under it. [`Source::verify`] compares the file with its state at the moment of
+//! mapping, so that a session notices a file that shrank or was rewritten; [`exit_on_bus_error`] turns the signal that a
+//! shrunken file raises into a message and a clean exit for programs that want one.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use crate::error::{Error, Result};
+
+/// Where bytes come from.
+#[derive(Debug)]
+pub struct Source {
+    path: PathBuf,
+    bytes: Bytes,
+}
+
+#[derive(Debug)]
+enum Bytes {
+    Mapped { map: memmap2::Mmap, file: File, len: u64, modified: Option<SystemTime> },
+    Static(&'static [u8]),
+    Owned(Vec<u64>, usize),
+}
+
+impl Source {
+    /// Maps a file read-only.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if it cannot be opened or mapped.
+    pub fn open(path: &Path) -> Result<Arc<Source>> {
+        let io = |source| Error::Io { path: path.to_owned(), source };
+        let file = File::open(path).map_err(io)?;
+        let metadata = file.metadata().map_err(io)?;
+        if !metadata.is_file() {
+            return Err(io(std::io::Error::other("not a regular file")));
+        }
+        #[allow(unsafe_code)]
+        // SAFETY: the map is read-only and private to this value. Another process may still change the file: readers
+        // treat the bytes as untrusted, and `verify` reports the change.
+        let map = unsafe { memmap2::Mmap::map(&file) }.map_err(io)?;
+        let bytes = Bytes::Mapped { map, file, len: metadata.len(), modified: metadata.modified().ok() };
+        Ok(Arc::new(Source { path: path.to_owned(), bytes }))
+    }
+
+    /// Bytes that are part of the program, such as a model embedded with `include_bytes!`. `name` stands in messages.
+    pub fn from_static(name: &str, bytes: &'static [u8]) -> Arc<Source> {
+        Arc::new(Source { path: name.into(), bytes: Bytes::Static(bytes) })
+    }
+
+    /// A copy of bytes from memory, aligned for every format. `name` stands in messages.
+    pub fn from_bytes(name: &str, bytes: &[u8]) -> Arc<Source> {
+        let mut words = vec![0u64; bytes.len().div_ceil(8)];
+        bytemuck::cast_slice_mut::<u64, u8>(&mut words)[..bytes.len()].copy_from_slice(bytes);
+        Arc::new(Source { path: name.into(), bytes: Bytes::Owned(words, bytes.len()) })
+    }
+
+    /// The path or name, for messages.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// All bytes.
+    pub fn bytes(&self) -> &[u8] {
+        match &self.bytes {
+            Bytes::Mapped { map, .. } => map,
+            Bytes::Static(bytes) => bytes,
+            Bytes::Owned(words, len) => &bytemuck::cast_slice(words)[..*len],
+        }
+    }
+
+    /// Checks that a mapped file is still the one that was mapped.
+    ///
+    /// # Errors
+    /// [`Error::FileChanged`] if its length or modification time differ.
+    pub fn verify(&self) -> Result<()> {
+        let Bytes::Mapped { file, len, modified, .. } = &self.bytes else { return Ok(()) };
+        let now = file.metadata().map_err(|source| Error::Io { path: self.path.clone(), source })?;
+        let changed = |detail| Err(Error::FileChanged { path: self.path.clone(), detail });
+        if now.len() != *len {
+            return changed(format!("it had {len} bytes, it has {}", now.len()));
+        }
+        if now.modified().ok() != *modified {
+            return changed("it was written to".into());
+        }
+        Ok(())
+    }
+}
+
+/// A range of a [`Source`]: one tensor's bytes.
+#[derive(Debug, Clone)]
+pub struct Region {
+    source: Arc<Source>,
+    start: usize,
+    end: usize,
+}
+
+impl Region {
+    /// The bytes `range` of `source`, or `None` if they are not all there.
+    pub fn new(source: &Arc<Source>, range: std::ops::Range<usize>) -> Option<Region> {
+        source.bytes().get(range.clone())?;
+        Some(Region { source: source.clone(), start: range.start, end: range.end })
+    }
+
+    /// The bytes.
+    pub fn bytes(&self) -> &[u8] {
+        // The range was checked against this very source, whose length never changes.
+        self.source.bytes().get(self.start..self.end).unwrap_or(&[])
+    }
+
+    /// Where they come from.
+    pub fn source(&self) -> &Arc<Source> {
+        &self.source
+    }
+}
+
+/// Makes a read past the end of a mapped file that shrank end the process with a message and exit code 74 instead of a
+/// bare signal. For whole programs (the command line calls it); a library user decides for the process itself.
+#[cfg(unix)]
+#[allow(unsafe_code)]
+pub fn exit_on_bus_error() {
+    extern "C" fn on_bus_error(_: libc::c_int) {
+        let message = b"halite: a model file shrank while it was in use; nothing computed from it can be trusted\n";
+        // SAFETY: write and _exit are async-signal-safe, and the message is static.
+        unsafe {
+            libc::write(2, message.as_ptr().cast(), message.len());
+            libc::_exit(74);
+        }
+    }
+    let handler: extern "C" fn(libc::c_int) = on_bus_error;
+    // SAFETY: the handler has the type that `signal` wants and calls only async-signal-safe functions.
+    unsafe {
+        libc::signal(libc::SIGBUS, handler as libc::sighandler_t);
+    }
+}

@@ -1,0 +1,784 @@
+//! The vocabulary between models and backends: a flat list of fused, LLM-shaped ops over named tensors.
+//!
+//! A model records a [`Program`] once with the [`Builder`]; a backend prepares it once and runs it per step. Tensors are
+//! row-major and contiguous, one row per token unless said otherwise. `reference.rs` defines what each op computes.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use halite_kernels::formats::Format;
+pub use halite_kernels::rows::{Gate, Unary};
+
+use crate::error::{Error, Result};
+
+/// Positions in one page of the KV cache, and in one chunk of the attention's online softmax.
+pub const PAGE_POSITIONS: u32 = halite_kernels::attention::CHUNK as u32;
+
+/// A tensor of a [`Program`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct TensorId(pub u32);
+
+/// A state (a layer's KV cache) of a [`Program`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct StateId(pub u32);
+
+/// How many rows a tensor has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Dim {
+    /// Always this many.
+    Fixed(u32),
+    /// One for each token of the step.
+    Tokens,
+    /// One for each token of the step whose output is wanted.
+    Outputs,
+}
+
+/// Where a tensor lives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Slot {
+    /// Weight number n of the program: read-only, bound by the caller.
+    Weight(u32),
+    /// Input or output number n: a buffer bound by the caller, readable after the step.
+    Io(u32),
+    /// The backend's own memory, undefined between steps.
+    Scratch,
+}
+
+/// A tensor: `experts` matrices (one, but for mixtures of experts) of `rows` × `cols`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Tensor {
+    /// A name for messages and taps; weights have their name in the file.
+    pub name: String,
+    /// Matrices, one after the other.
+    pub experts: u32,
+    /// Rows of each.
+    pub rows: Dim,
+    /// Elements of a row.
+    pub cols: u32,
+    /// How elements are stored: any format for weights, `F32` or `I32` for the rest.
+    pub format: Format,
+    /// Where it lives.
+    pub slot: Slot,
+}
+
+/// One layer's KV cache: per position `kv_heads` keys of `key_dim` and values of `value_dim` elements.
+#[derive(Debug, Clone, PartialEq)]
+pub struct State {
+    /// A name for messages.
+    pub name: String,
+    /// Heads that have keys and values of their own.
+    pub kv_heads: u32,
+    /// Elements of a key.
+    pub key_dim: u32,
+    /// Elements of a value.
+    pub value_dim: u32,
+    /// How elements are stored: `F32` or `F16`.
+    pub format: Format,
+    /// Positions that attention looks back, the current one included; `None`: all.
+    pub window: Option<u32>,
+}
+
+impl State {
+    /// Bytes of one page of [`PAGE_POSITIONS`] positions: keys `[kv_heads][key_dim][position]`, then values
+    /// `[kv_heads][position][value_dim]`.
+    pub fn page_bytes(&self) -> u64 {
+        let elements = u64::from(self.kv_heads) * (u64::from(self.key_dim) + u64::from(self.value_dim));
+        elements * u64::from(PAGE_POSITIONS) * self.format.block_bytes() as u64
+    }
+}
+
+/// Which mean a norm removes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum NormKind {
+    /// `x / sqrt(mean(x²) + eps)` (Zhang & Sennrich 2019).
+    Rms,
+    /// `(x - mean(x)) / sqrt(var(x) + eps)` (Ba et al. 2016).
+    Layer,
+}
+
+/// Which elements a rotary embedding pairs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum RopePairs {
+    /// `(2i, 2i + 1)`, as in the RoFormer paper; what GGUF files of the llama family are converted to.
+    Adjacent,
+    /// `(i, i + dims / 2)`, as in GPT-NeoX.
+    Halves,
+}
+
+/// One output of a [`Op::MatMul`].
+#[derive(Debug, Clone, PartialEq)]
+pub struct Part {
+    /// The weight, `[rows, cols]`; a token's output element r is the dot of its input with row r.
+    pub weight: TensorId,
+    /// Added to each output row, `[1, rows]`.
+    pub bias: Option<TensorId>,
+    /// `[tokens, rows]`. Under [`Epilogue::Glu`] and [`Epilogue::Add`] only the first part's is written.
+    pub out: TensorId,
+}
+
+/// What a matmul does with its results before they are stored.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Epilogue {
+    /// Nothing.
+    None,
+    /// The first of two parts is the gate of a gated linear unit: `out = act(part 0) * part 1`.
+    Glu(Gate),
+    /// `out = residual + part 0`.
+    Add(TensorId),
+}
+
+/// How router logits become expert weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Gating {
+    /// Softmax over all experts, then the top ones.
+    Softmax,
+    /// The top ones, then softmax over their logits.
+    SoftmaxOfTop,
+    /// A sigmoid for each expert, then the top ones.
+    Sigmoid,
+}
+
+/// An op. Tensors that it writes are named `out`, `sum` or stand in [`Part`].
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub enum Op {
+    /// `out[t] = scale * table[token t]`.
+    Embed {
+        /// `[vocab, cols]`, any format.
+        table: TensorId,
+        /// `[tokens, cols]`.
+        out: TensorId,
+        /// A factor on every element.
+        scale: f32,
+    },
+    /// Copies the rows whose output is wanted.
+    Select {
+        /// `[tokens, cols]`.
+        x: TensorId,
+        /// `[outputs, cols]`.
+        out: TensorId,
+    },
+    /// Normalises each run of `group` elements: `out = norm(x + add) * weight + bias`, and `sum = x + add`.
+    Norm {
+        /// `[rows, cols]`.
+        x: TensorId,
+        /// Added to `x` first.
+        add: Option<TensorId>,
+        /// Where `x + add` goes, if it is wanted.
+        sum: Option<TensorId>,
+        /// `[1, group]`; absent: ones.
+        weight: Option<TensorId>,
+        /// `[1, group]`; absent: zeros.
+        bias: Option<TensorId>,
+        /// `[rows, cols]`.
+        out: TensorId,
+        /// Which norm.
+        kind: NormKind,
+        /// Added under the root.
+        eps: f32,
+        /// Elements normalised together; divides `cols`.
+        group: u32,
+    },
+    /// Products of the same input with one or more weights.
+    MatMul {
+        /// `[rows, cols]`.
+        x: TensorId,
+        /// The weights and their outputs.
+        parts: Vec<Part>,
+        /// What happens to the products.
+        epilogue: Epilogue,
+    },
+    /// Rotary position embedding (Su et al. 2021) of the first `2 * frequencies.len()` elements of each head.
+    Rope {
+        /// `[tokens, heads * head_dim]`.
+        x: TensorId,
+        /// The same shape.
+        out: TensorId,
+        /// Elements of a head.
+        head_dim: u32,
+        /// Radians per position for each pair: base, scaling and interpolation are folded in here.
+        frequencies: Arc<[f32]>,
+        /// Divides the frequencies, `[1, frequencies.len()]`, where the file carries factors.
+        factors: Option<TensorId>,
+        /// A factor on sine and cosine (YaRN's attention factor).
+        magnitude: f32,
+        /// Which elements are pairs.
+        pairs: RopePairs,
+    },
+    /// Stores keys and values of the step's tokens in the KV cache.
+    KvWrite {
+        /// `[tokens, kv_heads * key_dim]`.
+        k: TensorId,
+        /// `[tokens, kv_heads * value_dim]`.
+        v: TensorId,
+        /// The cache.
+        state: StateId,
+    },
+    /// Causal attention over the KV cache; query head h uses KV head `h * kv_heads / heads`.
+    Attend {
+        /// `[tokens, heads * key_dim]`.
+        q: TensorId,
+        /// The cache; its window is the attention's.
+        state: StateId,
+        /// `[tokens, heads * value_dim]`.
+        out: TensorId,
+        /// Query heads.
+        heads: u32,
+        /// A factor on the scores.
+        scale: f32,
+        /// `cap * tanh(score / cap)` before the softmax.
+        softcap: Option<f32>,
+        /// `[1, heads]`: one more logit in each head's softmax denominator.
+        sinks: Option<TensorId>,
+    },
+    /// `out = act(gate) * up`.
+    Glu {
+        /// `[rows, cols]`.
+        gate: TensorId,
+        /// `[rows, cols]`.
+        up: TensorId,
+        /// `[rows, cols]`.
+        out: TensorId,
+        /// The activation.
+        act: Gate,
+    },
+    /// `out = a + b`.
+    Add {
+        /// `[rows, cols]`.
+        a: TensorId,
+        /// `[rows, cols]`.
+        b: TensorId,
+        /// `[rows, cols]`.
+        out: TensorId,
+    },
+    /// A function of each element.
+    Map {
+        /// `[rows, cols]`.
+        x: TensorId,
+        /// `[rows, cols]`.
+        out: TensorId,
+        /// Which.
+        f: Unary,
+    },
+    /// Chooses experts for each token. Ties go to the lower index; experts are in order of falling logit.
+    Route {
+        /// `[tokens, experts]`.
+        logits: TensorId,
+        /// `[tokens, used]`, `I32`.
+        ids: TensorId,
+        /// `[tokens, used]`.
+        weights: TensorId,
+        /// How logits become weights.
+        gating: Gating,
+        /// Whether the chosen weights are divided by their sum.
+        normalise: bool,
+        /// A factor on the weights.
+        scale: f32,
+    },
+    /// Gated feed-forward experts: `out = Σ weight · down(act(gate x) * (up x))` in the order of `ids`.
+    Experts {
+        /// `[tokens, cols]`.
+        x: TensorId,
+        /// `[tokens, used]`, `I32`.
+        ids: TensorId,
+        /// `[tokens, used]`.
+        weights: TensorId,
+        /// Experts × `[hidden, cols]`.
+        gate: TensorId,
+        /// Experts × `[hidden, cols]`.
+        up: TensorId,
+        /// Experts × `[cols, hidden]`.
+        down: TensorId,
+        /// Biases `[experts, rows]` of gate, up and down.
+        biases: Option<[TensorId; 3]>,
+        /// `[tokens, cols]`.
+        out: TensorId,
+        /// The activation.
+        act: Gate,
+    },
+    /// The index of each row's largest element; the lowest on ties.
+    ArgMax {
+        /// `[rows, cols]`.
+        x: TensorId,
+        /// `[rows, 1]`, `I32`.
+        out: TensorId,
+    },
+}
+
+impl Op {
+    /// The op's name.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Op::Embed { .. } => "Embed",
+            Op::Select { .. } => "Select",
+            Op::Norm { .. } => "Norm",
+            Op::MatMul { .. } => "MatMul",
+            Op::Rope { .. } => "Rope",
+            Op::KvWrite { .. } => "KvWrite",
+            Op::Attend { .. } => "Attend",
+            Op::Glu { .. } => "Glu",
+            Op::Add { .. } => "Add",
+            Op::Map { .. } => "Map",
+            Op::Route { .. } => "Route",
+            Op::Experts { .. } => "Experts",
+            Op::ArgMax { .. } => "ArgMax",
+        }
+    }
+
+    /// Calls `f` with every tensor that the op reads, weights included.
+    pub fn inputs(&self, f: &mut dyn FnMut(TensorId)) {
+        let mut each = |ids: &[Option<TensorId>]| ids.iter().flatten().copied().for_each(&mut *f);
+        match self {
+            Op::Embed { table, .. } => each(&[Some(*table)]),
+            Op::Select { x, .. } | Op::Map { x, .. } | Op::ArgMax { x, .. } => each(&[Some(*x)]),
+            Op::Norm { x, add, weight, bias, .. } => each(&[Some(*x), *add, *weight, *bias]),
+            Op::MatMul { x, parts, epilogue } => {
+                each(&[Some(*x)]);
+                for part in parts {
+                    each(&[Some(part.weight), part.bias]);
+                }
+                if let Epilogue::Add(residual) = epilogue {
+                    each(&[Some(*residual)]);
+                }
+            }
+            Op::Rope { x, factors, .. } => each(&[Some(*x), *factors]),
+            Op::KvWrite { k, v, .. } => each(&[Some(*k), Some(*v)]),
+            Op::Attend { q, sinks, .. } => each(&[Some(*q), *sinks]),
+            Op::Glu { gate, up, .. } => each(&[Some(*gate), Some(*up)]),
+            Op::Add { a, b, .. } => each(&[Some(*a), Some(*b)]),
+            Op::Route { logits, .. } => each(&[Some(*logits)]),
+            Op::Experts { x, ids, weights, gate, up, down, biases, .. } => {
+                each(&[Some(*x), Some(*ids), Some(*weights), Some(*gate), Some(*up), Some(*down)]);
+                each(&biases.map_or([None; 3], |b| b.map(Some)));
+            }
+        }
+    }
+
+    /// Calls `f` with every tensor that the op writes.
+    pub fn outputs(&self, f: &mut dyn FnMut(TensorId)) {
+        match self {
+            Op::Embed { out, .. }
+            | Op::Select { out, .. }
+            | Op::Rope { out, .. }
+            | Op::Attend { out, .. }
+            | Op::Glu { out, .. }
+            | Op::Add { out, .. }
+            | Op::Map { out, .. }
+            | Op::Experts { out, .. }
+            | Op::ArgMax { out, .. } => f(*out),
+            Op::Norm { sum, out, .. } => {
+                f(*out);
+                sum.iter().copied().for_each(f);
+            }
+            Op::MatMul { parts, epilogue: Epilogue::None, .. } => parts.iter().for_each(|p| f(p.out)),
+            Op::MatMul { parts, .. } => parts.iter().take(1).for_each(|p| f(p.out)),
+            Op::KvWrite { .. } => {}
+            Op::Route { ids, weights, .. } => {
+                f(*ids);
+                f(*weights);
+            }
+        }
+    }
+}
+
+/// A run of ops that needs only its own weights and those of [`Program::shared`]: one layer, the unit of streaming.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Segment {
+    /// A name for messages and profiles.
+    pub name: String,
+    /// In order of execution.
+    pub ops: Vec<Op>,
+}
+
+/// A model as data.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Program {
+    /// The model's name.
+    pub name: String,
+    /// Every tensor, by [`TensorId`].
+    pub tensors: Vec<Tensor>,
+    /// Every state, by [`StateId`].
+    pub states: Vec<State>,
+    /// In order of execution.
+    pub segments: Vec<Segment>,
+    /// Tensors in weight slots, in slot order.
+    pub weights: Vec<TensorId>,
+    /// Tensors in input and output slots, in slot order.
+    pub io: Vec<TensorId>,
+}
+
+impl Program {
+    /// A tensor's description. An id of another program gives a description of nothing.
+    pub fn tensor(&self, id: TensorId) -> &Tensor {
+        static NOTHING: Tensor = Tensor {
+            name: String::new(),
+            experts: 0,
+            rows: Dim::Fixed(0),
+            cols: 0,
+            format: Format::F32,
+            slot: Slot::Scratch,
+        };
+        self.tensors.get(id.0 as usize).unwrap_or(&NOTHING)
+    }
+
+    /// A tensor by name.
+    pub fn find(&self, name: &str) -> Option<TensorId> {
+        self.tensors.iter().position(|t| t.name == name).map(|i| TensorId(i as u32))
+    }
+
+    /// All ops with their segment's index, in order of execution.
+    pub fn ops(&self) -> impl Iterator<Item = (usize, &Op)> {
+        self.segments.iter().enumerate().flat_map(|(i, s)| s.ops.iter().map(move |op| (i, op)))
+    }
+
+    /// Bytes of a fixed-size tensor (a weight).
+    pub fn fixed_bytes(&self, id: TensorId) -> Option<u64> {
+        let t = self.tensor(id);
+        let Dim::Fixed(rows) = t.rows else { return None };
+        crate::gguf::tensor_bytes(t.format, t.cols.into(), u64::from(rows) * u64::from(t.experts))
+    }
+
+    /// Bytes of all weights.
+    pub fn weight_bytes(&self) -> u64 {
+        self.weights.iter().filter_map(|&id| self.fixed_bytes(id)).sum()
+    }
+
+    /// Bytes of the KV cache for `positions` positions.
+    pub fn kv_bytes(&self, positions: u64) -> u64 {
+        let pages = positions.div_ceil(u64::from(PAGE_POSITIONS));
+        self.states.iter().map(|s| pages.saturating_mul(s.page_bytes())).sum()
+    }
+
+    /// Checks shapes, formats and order of definitions.
+    ///
+    /// # Errors
+    /// [`Error::Program`] that names the op and tensor at fault.
+    pub fn validate(&self) -> Result<()> {
+        crate::validate::validate(self)
+    }
+}
+
+/// A weight that a model file offers.
+#[derive(Debug, Clone, PartialEq)]
+pub struct WeightInfo {
+    /// Row length first, one to four dimensions.
+    pub dims: Vec<u64>,
+    /// How it is stored.
+    pub format: Format,
+}
+
+/// Records a [`Program`]. Shapes are inferred and checked as ops are added; the first mistake is kept and returned by
+/// [`Builder::finish`], so that a model reads without a `?` on every line.
+pub struct Builder<'a> {
+    program: Program,
+    lookup: &'a dyn Fn(&str) -> Option<WeightInfo>,
+    by_name: HashMap<String, TensorId>,
+    prefix: String,
+    error: Option<Error>,
+}
+
+impl<'a> Builder<'a> {
+    /// An empty program whose weights are found with `lookup`.
+    pub fn new(name: &str, lookup: &'a dyn Fn(&str) -> Option<WeightInfo>) -> Self {
+        let program = Program {
+            name: name.into(),
+            tensors: Vec::new(),
+            states: Vec::new(),
+            segments: Vec::new(),
+            weights: Vec::new(),
+            io: Vec::new(),
+        };
+        Builder { program, lookup, by_name: HashMap::new(), prefix: String::new(), error: None }
+    }
+
+    /// Starts a segment. Tensors named from here on are called `name.…`.
+    pub fn segment(&mut self, name: &str) {
+        self.program.segments.push(Segment { name: name.into(), ops: Vec::new() });
+        self.prefix = format!("{name}.");
+    }
+
+    fn fail(&mut self, message: String) {
+        self.error.get_or_insert(Error::Model(message));
+    }
+
+    fn push(&mut self, op: Op) {
+        if self.program.segments.is_empty() {
+            self.segment("main");
+        }
+        if let Some(segment) = self.program.segments.last_mut() {
+            segment.ops.push(op);
+        }
+    }
+
+    fn add_tensor(&mut self, tensor: Tensor) -> TensorId {
+        let id = TensorId(self.program.tensors.len() as u32);
+        match tensor.slot {
+            Slot::Weight(_) => self.program.weights.push(id),
+            Slot::Io(_) => self.program.io.push(id),
+            Slot::Scratch => {}
+        }
+        self.by_name.insert(tensor.name.clone(), id);
+        self.program.tensors.push(tensor);
+        id
+    }
+
+    /// A result tensor of the program.
+    fn result(&mut self, name: &str, rows: Dim, cols: u32, format: Format) -> TensorId {
+        let mut full = format!("{}{name}", self.prefix);
+        let mut n = 1;
+        while self.by_name.contains_key(&full) {
+            n += 1;
+            full = format!("{}{name}_{n}", self.prefix);
+        }
+        self.add_tensor(Tensor { name: full, experts: 1, rows, cols, format, slot: Slot::Scratch })
+    }
+
+    fn like(&mut self, name: &str, x: TensorId) -> TensorId {
+        let (rows, cols) = self.shape(x);
+        self.result(name, rows, cols, Format::F32)
+    }
+
+    /// Rows and columns of a tensor.
+    pub fn shape(&self, id: TensorId) -> (Dim, u32) {
+        let t = self.program.tensor(id);
+        (t.rows, t.cols)
+    }
+
+    /// Whether the file has a weight of this name.
+    pub fn has(&self, name: &str) -> bool {
+        (self.lookup)(name).is_some()
+    }
+
+    /// An optional weight `[rows, cols]`; a wrong shape is a mistake, absence is not.
+    pub fn optional(&mut self, name: &str, rows: u32, cols: u32) -> Option<TensorId> {
+        self.has(name).then(|| self.weight(name, rows, cols))
+    }
+
+    /// A required weight `[rows, cols]`.
+    pub fn weight(&mut self, name: &str, rows: u32, cols: u32) -> TensorId {
+        self.expert_weight(name, 1, rows, cols)
+    }
+
+    /// A required weight of `experts` matrices `[rows, cols]`.
+    pub fn expert_weight(&mut self, name: &str, experts: u32, rows: u32, cols: u32) -> TensorId {
+        if let Some(&id) = self.by_name.get(name) {
+            let t = self.program.tensor(id);
+            if (t.experts, t.rows, t.cols) != (experts, Dim::Fixed(rows), cols) {
+                self.fail(format!("tensor `{name}` is used with two different shapes"));
+            }
+            return id;
+        }
+        let mut format = Format::F32;
+        match (self.lookup)(name) {
+            None => self.fail(format!("tensor `{name}` [{cols}, {rows}] is missing from the file")),
+            Some(info) => {
+                let mut dims = [1u64; 4];
+                for (to, from) in dims.iter_mut().zip(&info.dims) {
+                    *to = *from;
+                }
+                if dims != [u64::from(cols), u64::from(rows), u64::from(experts), 1] {
+                    let mut expected = vec![cols, rows, experts];
+                    while expected.len() > 1 && expected.last() == Some(&1) {
+                        expected.pop();
+                    }
+                    self.fail(format!("tensor `{name}`: expected shape {expected:?}, got {:?}", info.dims));
+                }
+                format = info.format;
+            }
+        }
+        let slot = Slot::Weight(self.program.weights.len() as u32);
+        self.add_tensor(Tensor { name: name.into(), experts, rows: Dim::Fixed(rows), cols, format, slot })
+    }
+
+    /// An input bound by the caller.
+    pub fn input(&mut self, name: &str, rows: Dim, cols: u32) -> TensorId {
+        let slot = Slot::Io(self.program.io.len() as u32);
+        self.add_tensor(Tensor { name: name.into(), experts: 1, rows, cols, format: Format::F32, slot })
+    }
+
+    /// A layer's KV cache.
+    pub fn state(&mut self, state: State) -> StateId {
+        self.program.states.push(state);
+        StateId(self.program.states.len() as u32 - 1)
+    }
+
+    /// Makes a result readable by the caller.
+    pub fn output(&mut self, x: TensorId) {
+        let slot = Slot::Io(self.program.io.len() as u32);
+        if let Some(t) = self.program.tensors.get_mut(x.0 as usize)
+            && t.slot == Slot::Scratch
+        {
+            t.slot = slot;
+            self.program.io.push(x);
+        }
+    }
+
+    /// [`Op::Embed`].
+    pub fn embed(&mut self, table: TensorId, scale: f32) -> TensorId {
+        let cols = self.shape(table).1;
+        let out = self.result("embed", Dim::Tokens, cols, Format::F32);
+        self.push(Op::Embed { table, out, scale });
+        out
+    }
+
+    /// [`Op::Select`].
+    pub fn select(&mut self, x: TensorId) -> TensorId {
+        let cols = self.shape(x).1;
+        let out = self.result("select", Dim::Outputs, cols, Format::F32);
+        self.push(Op::Select { x, out });
+        out
+    }
+
+    /// A root-mean-square norm over whole rows.
+    pub fn rms_norm(&mut self, name: &str, x: TensorId, weight: TensorId, eps: f32) -> TensorId {
+        let group = self.shape(x).1;
+        self.norm(name, x, NormKind::Rms, Some(weight), None, eps, group)
+    }
+
+    /// A root-mean-square norm of each head.
+    pub fn head_norm(&mut self, name: &str, x: TensorId, weight: TensorId, eps: f32) -> TensorId {
+        let group = self.shape(weight).1;
+        self.norm(name, x, NormKind::Rms, Some(weight), None, eps, group)
+    }
+
+    /// [`Op::Norm`] without an addition.
+    #[allow(clippy::too_many_arguments)]
+    pub fn norm(
+        &mut self,
+        name: &str,
+        x: TensorId,
+        kind: NormKind,
+        weight: Option<TensorId>,
+        bias: Option<TensorId>,
+        eps: f32,
+        group: u32,
+    ) -> TensorId {
+        let out = self.like(name, x);
+        self.push(Op::Norm { x, add: None, sum: None, weight, bias, out, kind, eps, group });
+        out
+    }
+
+    /// [`Op::MatMul`] with one weight.
+    pub fn linear(&mut self, name: &str, x: TensorId, weight: TensorId, bias: Option<TensorId>) -> TensorId {
+        let cols = match self.shape(weight).0 {
+            Dim::Fixed(rows) => rows,
+            _ => 0,
+        };
+        let rows = self.shape(x).0;
+        let out = self.result(name, rows, cols, Format::F32);
+        let parts = vec![Part { weight, bias, out }];
+        self.push(Op::MatMul { x, parts, epilogue: Epilogue::None });
+        out
+    }
+
+    /// [`Op::Rope`].
+    #[allow(clippy::too_many_arguments)]
+    pub fn rope(
+        &mut self,
+        name: &str,
+        x: TensorId,
+        head_dim: u32,
+        frequencies: &Arc<[f32]>,
+        factors: Option<TensorId>,
+        magnitude: f32,
+        pairs: RopePairs,
+    ) -> TensorId {
+        let out = self.like(name, x);
+        let frequencies = frequencies.clone();
+        self.push(Op::Rope { x, out, head_dim, frequencies, factors, magnitude, pairs });
+        out
+    }
+
+    /// [`Op::KvWrite`].
+    pub fn kv_write(&mut self, k: TensorId, v: TensorId, state: StateId) {
+        self.push(Op::KvWrite { k, v, state });
+    }
+
+    /// [`Op::Attend`].
+    pub fn attend(
+        &mut self,
+        q: TensorId,
+        state: StateId,
+        heads: u32,
+        scale: f32,
+        softcap: Option<f32>,
+        sinks: Option<TensorId>,
+    ) -> TensorId {
+        let value_dim = self.program.states.get(state.0 as usize).map_or(0, |s| s.value_dim);
+        let rows = self.shape(q).0;
+        let out = self.result("attend", rows, heads.saturating_mul(value_dim), Format::F32);
+        self.push(Op::Attend { q, state, out, heads, scale, softcap, sinks });
+        out
+    }
+
+    /// [`Op::Glu`].
+    pub fn glu(&mut self, gate: TensorId, up: TensorId, act: Gate) -> TensorId {
+        let out = self.like("glu", gate);
+        self.push(Op::Glu { gate, up, out, act });
+        out
+    }
+
+    /// [`Op::Add`].
+    pub fn add(&mut self, name: &str, a: TensorId, b: TensorId) -> TensorId {
+        let out = self.like(name, a);
+        self.push(Op::Add { a, b, out });
+        out
+    }
+
+    /// [`Op::Map`].
+    pub fn map(&mut self, name: &str, x: TensorId, f: Unary) -> TensorId {
+        let out = self.like(name, x);
+        self.push(Op::Map { x, out, f });
+        out
+    }
+
+    /// [`Op::Route`]: ids and weights of the `used` best experts.
+    pub fn route(
+        &mut self,
+        logits: TensorId,
+        used: u32,
+        gating: Gating,
+        normalise: bool,
+        scale: f32,
+    ) -> (TensorId, TensorId) {
+        let rows = self.shape(logits).0;
+        let ids = self.result("expert_ids", rows, used, Format::I32);
+        let weights = self.result("expert_weights", rows, used, Format::F32);
+        self.push(Op::Route { logits, ids, weights, gating, normalise, scale });
+        (ids, weights)
+    }
+
+    /// [`Op::Experts`]; `weights` holds the gate, up and down projections.
+    pub fn experts(
+        &mut self,
+        x: TensorId,
+        (ids, weights): (TensorId, TensorId),
+        [gate, up, down]: [TensorId; 3],
+        biases: Option<[TensorId; 3]>,
+        act: Gate,
+    ) -> TensorId {
+        let out = self.like("experts", x);
+        self.push(Op::Experts { x, ids, weights, gate, up, down, biases, out, act });
+        out
+    }
+
+    /// [`Op::ArgMax`].
+    pub fn arg_max(&mut self, x: TensorId) -> TensorId {
+        let rows = self.shape(x).0;
+        let out = self.result("argmax", rows, 1, Format::I32);
+        self.push(Op::ArgMax { x, out });
+        out
+    }
+
+    /// The finished program.
+    ///
+    /// # Errors
+    /// The first mistake made while recording, or what [`Program::validate`] finds.
+    pub fn finish(self) -> Result<Program> {
+        if let Some(error) = self.error {
+            return Err(error);
+        }
+        self.program.validate()?;
+        Ok(self.program)
+    }
+}

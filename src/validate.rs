@@ -1,0 +1,266 @@
+//! What makes a program well-formed. Backends rely on it: after `validate` no shape in a program can surprise them.
+
+use halite_kernels::formats::{Format, Kind};
+
+use crate::error::{Error, Result};
+use crate::program::{Dim, Epilogue, Op, Program, Slot, StateId, Tensor, TensorId};
+
+/// Largest accepted number of columns, rows, experts or heads of one tensor.
+const MAX_EXTENT: u32 = 1 << 27;
+
+pub(crate) fn validate(program: &Program) -> Result<()> {
+    for (i, t) in program.tensors.iter().enumerate() {
+        let fixed_rows = if let Dim::Fixed(rows) = t.rows { rows } else { 1 };
+        if [t.cols, fixed_rows, t.experts].iter().any(|&n| n == 0 || n > MAX_EXTENT) {
+            return Err(Error::Program(format!("tensor `{}`: every extent must be 1 to {MAX_EXTENT}", t.name)));
+        }
+        let (list, n) = match t.slot {
+            Slot::Weight(n) => (&program.weights, n),
+            Slot::Io(n) => (&program.io, n),
+            Slot::Scratch => continue,
+        };
+        if list.get(n as usize) != Some(&TensorId(i as u32)) {
+            return Err(Error::Program(format!("tensor `{}` is not the one in its slot", t.name)));
+        }
+        if matches!(t.slot, Slot::Weight(_)) && program.fixed_bytes(TensorId(i as u32)).is_none() {
+            let message = format!(
+                "weight `{}`: rows of {} elements are not whole blocks of {}",
+                t.name,
+                t.cols,
+                t.format.name()
+            );
+            return Err(Error::Program(message));
+        }
+    }
+    for s in &program.states {
+        if [s.kv_heads, s.key_dim, s.value_dim].iter().any(|&n| n == 0 || n > 1 << 16) || s.window == Some(0) {
+            return Err(Error::Program(format!("state `{}`: heads, dimensions or window out of range", s.name)));
+        }
+        if !matches!(s.format, Format::F32 | Format::F16) {
+            return Err(Error::Program(format!(
+                "state `{}`: KV format {} is not supported (F32 or F16)",
+                s.name,
+                s.format.name()
+            )));
+        }
+    }
+    let mut defined: Vec<bool> =
+        program.tensors.iter().map(|t| !matches!(t.slot, Slot::Scratch)).collect();
+    let mut written = vec![false; program.tensors.len()];
+    for (segment, op) in program.ops() {
+        let at = |message: String| {
+            let segment = program.segments.get(segment).map_or("?", |s| &s.name);
+            Error::Program(format!("{} in segment `{segment}`: {message}", op.name()))
+        };
+        let mut problem = None;
+        op.inputs(&mut |id| match defined.get(id.0 as usize) {
+            Some(true) => {}
+            _ => problem = Some(format!("tensor `{}` is read before it is written", program.tensor(id).name)),
+        });
+        op.outputs(&mut |id| {
+            match written.get_mut(id.0 as usize) {
+                Some(done @ false) if !matches!(program.tensor(id).slot, Slot::Weight(_)) => *done = true,
+                _ => problem = Some(format!("tensor `{}` cannot be written here", program.tensor(id).name)),
+            }
+            if let Some(d) = defined.get_mut(id.0 as usize) {
+                *d = true;
+            }
+        });
+        if let Some(problem) = problem {
+            return Err(at(problem));
+        }
+        Check { program, op }.shapes().map_err(at)?;
+    }
+    Ok(())
+}
+
+struct Check<'a> {
+    program: &'a Program,
+    op: &'a Op,
+}
+
+type Checked = std::result::Result<(), String>;
+
+impl Check<'_> {
+    fn t(&self, id: TensorId) -> &Tensor {
+        self.program.tensor(id)
+    }
+
+    /// An activation of the given shape.
+    fn is(&self, id: TensorId, rows: Dim, cols: u32) -> Checked {
+        self.is_of(id, rows, cols, Format::F32)
+    }
+
+    fn is_of(&self, id: TensorId, rows: Dim, cols: u32, format: Format) -> Checked {
+        let t = self.t(id);
+        if (t.experts, t.rows, t.cols, t.format) == (1, rows, cols, format)
+            && !matches!(t.slot, Slot::Weight(_))
+        {
+            return Ok(());
+        }
+        Err(format!(
+            "tensor `{}`: expected {rows:?} × {cols} of {}, got {:?} × {} of {}",
+            t.name,
+            format.name(),
+            t.rows,
+            t.cols,
+            t.format.name()
+        ))
+    }
+
+    fn like(&self, id: TensorId, x: TensorId) -> Checked {
+        self.is(id, self.t(x).rows, self.t(x).cols)
+    }
+
+    /// A weight of the given shape; `plain` asks for F32 (norms, biases and other vectors).
+    fn weight(&self, id: TensorId, experts: u32, rows: u32, cols: u32, plain: bool) -> Checked {
+        let t = self.t(id);
+        if !matches!(t.slot, Slot::Weight(_)) || (t.experts, t.rows, t.cols) != (experts, Dim::Fixed(rows), cols) {
+            return Err(format!(
+                "weight `{}`: expected {experts} × {rows} × {cols}, got {} × {:?} × {}",
+                t.name, t.experts, t.rows, t.cols
+            ));
+        }
+        if plain && t.format != Format::F32 {
+            return Err(format!("weight `{}`: expected F32, got {}", t.name, t.format.name()));
+        }
+        Ok(())
+    }
+
+    fn optional_vector(&self, id: Option<TensorId>, cols: u32) -> Checked {
+        id.map_or(Ok(()), |id| self.weight(id, 1, 1, cols, true))
+    }
+
+    fn fixed_rows(&self, id: TensorId) -> u32 {
+        if let Dim::Fixed(rows) = self.t(id).rows { rows } else { 0 }
+    }
+
+    fn state(&self, id: StateId) -> std::result::Result<&crate::program::State, String> {
+        self.program.states.get(id.0 as usize).ok_or_else(|| format!("state {} does not exist", id.0))
+    }
+
+    /// A weight that a matmul can use with rows of `cols` elements.
+    fn matrix(&self, id: TensorId, experts: u32, rows: u32, cols: u32) -> Checked {
+        self.weight(id, experts, rows, cols, false)?;
+        let format = self.t(id).format;
+        if let Kind::Quantised { activation, .. } = format.kind()
+            && cols as usize % activation.block_len() != 0
+        {
+            return Err(format!(
+                "weight `{}` of {}: rows of {cols} elements are not whole activation blocks of {}",
+                self.t(id).name,
+                format.name(),
+                activation.block_len()
+            ));
+        }
+        Ok(())
+    }
+
+    fn shapes(&self) -> Checked {
+        let t = |id| self.t(id);
+        match self.op {
+            Op::Embed { table, out, .. } => {
+                self.weight(*table, 1, self.fixed_rows(*table), t(*table).cols, false)?;
+                self.is(*out, Dim::Tokens, t(*table).cols)
+            }
+            Op::Select { x, out } => {
+                self.is(*x, Dim::Tokens, t(*x).cols)?;
+                self.is(*out, Dim::Outputs, t(*x).cols)
+            }
+            Op::Norm { x, add, sum, weight, bias, out, group, .. } => {
+                for id in [Some(*x), *add, *sum, Some(*out)].into_iter().flatten() {
+                    self.like(id, *x)?;
+                }
+                if *group == 0 || t(*x).cols % group != 0 {
+                    return Err(format!("group {group} does not divide the {} columns", t(*x).cols));
+                }
+                self.optional_vector(*weight, *group)?;
+                self.optional_vector(*bias, *group)
+            }
+            Op::MatMul { x, parts, epilogue } => {
+                self.like(*x, *x)?;
+                if parts.is_empty() || parts.len() > 8 {
+                    return Err(format!("expected 1 to 8 parts, got {}", parts.len()));
+                }
+                for part in parts {
+                    let rows = self.fixed_rows(part.weight);
+                    self.matrix(part.weight, 1, rows, t(*x).cols)?;
+                    self.optional_vector(part.bias, rows)?;
+                    self.is(part.out, t(*x).rows, rows)?;
+                }
+                match (epilogue, parts.as_slice()) {
+                    (Epilogue::None, _) => Ok(()),
+                    (Epilogue::Glu(_), [gate, up]) => self.like(up.out, gate.out),
+                    (Epilogue::Add(residual), [part]) => self.like(*residual, part.out),
+                    _ => Err(format!("{epilogue:?} does not fit {} parts", parts.len())),
+                }
+            }
+            Op::Rope { x, out, head_dim, frequencies, factors, .. } => {
+                self.is(*x, Dim::Tokens, t(*x).cols)?;
+                self.like(*out, *x)?;
+                let pairs = frequencies.len() as u64;
+                if *head_dim == 0 || t(*x).cols % head_dim != 0 || pairs * 2 > u64::from(*head_dim) {
+                    return Err(format!("{pairs} pairs do not fit heads of {head_dim} in {} columns", t(*x).cols));
+                }
+                self.optional_vector(*factors, pairs as u32)
+            }
+            Op::KvWrite { k, v, state } => {
+                let s = self.state(*state)?;
+                self.is(*k, Dim::Tokens, s.kv_heads * s.key_dim)?;
+                self.is(*v, Dim::Tokens, s.kv_heads * s.value_dim)
+            }
+            Op::Attend { q, state, out, heads, sinks, .. } => {
+                let s = self.state(*state)?;
+                if *heads == 0 || *heads > 1 << 16 || heads % s.kv_heads != 0 {
+                    return Err(format!("{heads} heads are not a multiple of {} KV heads", s.kv_heads));
+                }
+                let extent = |dim: u32| heads.checked_mul(dim).ok_or("heads out of range");
+                self.is(*q, Dim::Tokens, extent(s.key_dim)?)?;
+                self.is(*out, Dim::Tokens, extent(s.value_dim)?)?;
+                self.optional_vector(*sinks, *heads)
+            }
+            Op::Glu { gate, up, out, .. } => {
+                self.like(*gate, *gate)?;
+                self.like(*up, *gate)?;
+                self.like(*out, *gate)
+            }
+            Op::Add { a, b, out } => {
+                self.like(*a, *a)?;
+                self.like(*b, *a)?;
+                self.like(*out, *a)
+            }
+            Op::Map { x, out, .. } => {
+                self.like(*x, *x)?;
+                self.like(*out, *x)
+            }
+            Op::Route { logits, ids, weights, .. } => {
+                self.is(*logits, Dim::Tokens, t(*logits).cols)?;
+                let used = t(*ids).cols;
+                if used > t(*logits).cols || used > 64 {
+                    return Err(format!("{used} experts used of {} (at most 64)", t(*logits).cols));
+                }
+                self.is_of(*ids, Dim::Tokens, used, Format::I32)?;
+                self.is(*weights, Dim::Tokens, used)
+            }
+            Op::Experts { x, ids, weights, gate, up, down, biases, out, .. } => {
+                let (cols, hidden, experts) = (t(*x).cols, self.fixed_rows(*gate), t(*gate).experts);
+                self.is(*x, Dim::Tokens, cols)?;
+                self.is_of(*ids, Dim::Tokens, t(*ids).cols, Format::I32)?;
+                self.is(*weights, Dim::Tokens, t(*ids).cols)?;
+                self.matrix(*gate, experts, hidden, cols)?;
+                self.matrix(*up, experts, hidden, cols)?;
+                self.matrix(*down, experts, cols, hidden)?;
+                if let Some([g, u, d]) = *biases {
+                    self.weight(g, 1, experts, hidden, true)?;
+                    self.weight(u, 1, experts, hidden, true)?;
+                    self.weight(d, 1, experts, cols, true)?;
+                }
+                self.is(*out, Dim::Tokens, cols)
+            }
+            Op::ArgMax { x, out } => {
+                self.like(*x, *x)?;
+                self.is_of(*out, t(*x).rows, 1, Format::I32)
+            }
+        }
+    }
+}
