@@ -1,11 +1,18 @@
 //! Halite: an embedded inference runtime for custom accelerators.
 #![deny(unsafe_code)]
 
+pub mod backend;
 pub mod error;
 pub mod gguf;
 pub mod map;
+pub mod model;
+pub mod passes;
 pub mod program;
+pub mod sampler;
+pub mod session;
 mod validate;
+pub mod weights;
 
+pub use model::Model;
 pub use error::{Error, Result};
 pub use halite_kernels as kernels;

@@ -164,7 +164,7 @@ pub enum Op {
         x: TensorId,
         /// Added to `x` first.
         add: Option<TensorId>,
-        /// Where `x + add` goes, if it is wanted.
+        /// Where `x + add` goes; present if and only if `add` is.
         sum: Option<TensorId>,
         /// `[1, group]`; absent: ones.
         weight: Option<TensorId>,
@@ -610,6 +610,17 @@ impl<'a> Builder<'a> {
         {
             t.slot = slot;
             self.program.io.push(x);
+        }
+    }
+
+    /// Renames a result.
+    pub fn name(&mut self, x: TensorId, name: &str) {
+        if self.by_name.insert(name.into(), x).is_some() {
+            self.fail(format!("two results are named `{name}`"));
+        }
+        if let Some(t) = self.program.tensors.get_mut(x.0 as usize) {
+            self.by_name.remove(&t.name);
+            t.name = name.into();
         }
     }
 

@@ -171,6 +171,9 @@ impl Check<'_> {
                 for id in [Some(*x), *add, *sum, Some(*out)].into_iter().flatten() {
                     self.like(id, *x)?;
                 }
+                if add.is_some() != sum.is_some() {
+                    return Err("`add` and `sum` come together".into());
+                }
                 if *group == 0 || t(*x).cols % group != 0 {
                     return Err(format!("group {group} does not divide the {} columns", t(*x).cols));
                 }

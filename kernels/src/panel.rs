@@ -32,6 +32,11 @@ impl<'a> PanelMut<'a> {
         self.cols
     }
 
+    /// The same panel for a shorter time.
+    pub fn reborrow(&mut self) -> PanelMut<'_> {
+        PanelMut { matrix: PhantomData, ..*self }
+    }
+
     /// A row's elements in this panel; empty if there is no such row.
     #[inline(always)]
     pub fn row(&mut self, row: usize) -> &mut [f32] {

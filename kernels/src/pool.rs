@@ -4,6 +4,7 @@
 //! Workers look for work for some microseconds after a job, because the next op of a step follows at once, and then
 //! sleep: an idle pool uses no CPU.
 
+use std::marker::PhantomData;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -131,15 +132,69 @@ impl Pool {
         });
     }
 
-    /// Cuts rows of `cols` elements into runs of about `grain` rows and calls `task(first row, rows)` for each.
-    pub fn rows(&self, out: &mut [f32], cols: usize, grain: usize, task: &(dyn Fn(usize, &mut [f32]) + Sync)) {
-        let rows = out.len().checked_div(cols).unwrap_or(0);
-        let grain = grain.max(1);
-        // One long row, cut into columns, is the same memory.
-        let mut whole = [PanelMut::new(&mut out[..rows * cols], (rows * cols).max(1))];
-        self.panels(&mut whole, grain * cols.max(1), &|_, start, mut panel| {
-            task(start / cols.max(1), panel.row(0));
+    /// Cuts a matrix of rows of `cols` elements into runs of `grain` rows and calls `task(first row, rows)` for each.
+    pub fn rows<T: Send>(
+        &self,
+        matrix: &mut [T],
+        cols: usize,
+        grain: usize,
+        task: &(dyn Fn(usize, &mut [T]) + Sync),
+    ) {
+        let matrix = Rows::new(matrix, cols, grain);
+        self.run(matrix.runs(), &|n| {
+            // SAFETY: run `n` is this task's alone.
+            task(n * matrix.grain, unsafe { matrix.run(n) });
         });
+    }
+
+    /// As [`Pool::rows`] for three matrices of as many rows.
+    pub fn rows3<A: Send, B: Send, C: Send>(
+        &self,
+        (a, a_cols): (&mut [A], usize),
+        (b, b_cols): (&mut [B], usize),
+        (c, c_cols): (&mut [C], usize),
+        grain: usize,
+        task: &(dyn Fn(usize, &mut [A], &mut [B], &mut [C]) + Sync),
+    ) {
+        let (a, b, c) = (Rows::new(a, a_cols, grain), Rows::new(b, b_cols, grain), Rows::new(c, c_cols, grain));
+        self.run(a.runs().min(b.runs()).min(c.runs()), &|n| {
+            // SAFETY: run `n` of each is this task's alone.
+            let (a_run, b_run, c_run) = unsafe { (a.run(n), b.run(n), c.run(n)) };
+            task(n * a.grain, a_run, b_run, c_run);
+        });
+    }
+}
+
+/// A matrix to be cut into runs of rows.
+struct Rows<'a, T> {
+    start: *mut T,
+    rows: usize,
+    cols: usize,
+    grain: usize,
+    matrix: PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: shared access gives out disjoint runs only; see `Rows::run`.
+unsafe impl<T: Send> Sync for Rows<'_, T> {}
+
+impl<'a, T> Rows<'a, T> {
+    fn new(matrix: &'a mut [T], cols: usize, grain: usize) -> Self {
+        let rows = matrix.len().checked_div(cols).unwrap_or(0);
+        Rows { start: matrix.as_mut_ptr(), rows, cols, grain: grain.max(1), matrix: PhantomData }
+    }
+
+    fn runs(&self) -> usize {
+        self.rows.div_ceil(self.grain)
+    }
+
+    /// # Safety
+    /// Run `n` is below `runs()` and is asked for once while its result is in use.
+    #[allow(clippy::mut_from_ref, reason = "runs are disjoint")]
+    unsafe fn run(&self, n: usize) -> &mut [T] {
+        let first = n * self.grain;
+        let rows = self.grain.min(self.rows - first);
+        // SAFETY: rows `first..first + rows` lie inside the matrix.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(first * self.cols), rows * self.cols) }
     }
 }
 

@@ -5,6 +5,9 @@
 use crate::isa::{Isa, WithIsa};
 use crate::math;
 
+/// Most experts that a router may choose from.
+pub const MAX_EXPERTS: usize = 1024;
+
 /// The activation of a gated linear unit: `f(gate) * up`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[non_exhaustive]

@@ -7,7 +7,7 @@ The text is the data file of the R package janeaustenr (Debian: r-cran-janeauste
 Everything else that is needed is in requirements.txt. Ctrl-C, or SIGTERM, ends the training early
 and still writes the model; `--export CHECKPOINT` writes a GGUF from a checkpoint alone.
 """
-import argparse, json, math, os, re, signal, struct, time, zlib
+import argparse, json, math, multiprocessing, os, re, signal, struct, time, zlib
 
 import gguf
 import torch
@@ -395,8 +395,8 @@ def main():
     meet = os.path.join(a.work, "meet")
     if os.path.exists(meet):
         os.remove(meet)
-    for s in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(s, lambda *_: None)  # the first process, told as well, ends them all
+    for s in (signal.SIGINT, signal.SIGTERM):  # the processes then end together, after their step
+        signal.signal(s, lambda *_: [p.terminate() for p in multiprocessing.active_children()])
     torch.multiprocessing.spawn(train_rank, (a,), a.procs)
 
 

@@ -54,11 +54,12 @@ impl Quantised for Q5_0 {
 /// Writes 32 codes of 0 to 31, plus `offset`.
 #[inline(always)]
 pub(super) fn unpack_codes(qh: &[u8; 4], qs: &[u8; 16], offset: i8, out: &mut Unpacked) {
-    let (low_top, high_top) = (u16::from_le_bytes([qh[0], qh[1]]), u16::from_le_bytes([qh[2], qh[3]]));
+    let (first, second) = (u16::from_le_bytes([qh[0], qh[1]]), u16::from_le_bytes([qh[2], qh[3]]));
     for j in 0..16 {
-        let top = |bits: u16| if bits & (1 << j) != 0 { 16 } else { 0 };
-        out.codes[j] = ((qs[j] & 15) | top(low_top)) as i8 + offset;
-        out.codes[j + 16] = ((qs[j] >> 4) | top(high_top)) as i8 + offset;
+        // Shifts to the left by constants are products, which vectorise everywhere.
+        let top = |bits: u16| ((bits << (15 - j)) >> 11) as u8 & 0x10;
+        out.codes[j] = ((qs[j] & 15) | top(first)) as i8 + offset;
+        out.codes[j + 16] = ((qs[j] >> 4) | top(second)) as i8 + offset;
     }
 }
 

@@ -1,0 +1,525 @@
+//! The CPU backend: `halite-kernels` over mapped pages, on a pool of threads.
+//!
+//! Weights are imported, never copied. Work is cut by output columns or rows, so no thread waits for another inside an op
+//! and no result depends on how it was cut.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use halite_kernels::activation::{Activation, Quantise, Quantised, QuantisedMut};
+use halite_kernels::attention::Attend;
+use halite_kernels::formats::Kind;
+use halite_kernels::isa::Cpu as Isa;
+use halite_kernels::matmul::{self, MatMul, X};
+use halite_kernels::panel::PanelMut;
+use halite_kernels::pool::Pool;
+use halite_kernels::rows::{self, Gate, Unary};
+
+use super::host::{
+    self, After, AttendArgs, ExpertsArgs, HostPlan, Kernels, Matrix, NormArgs, Product, RopeArgs, RouteArgs, memory,
+};
+use super::{Backend, Buffer, Caps, Contract, Fusions, Gap, Limits, OpSig, Plan, Support, Usage, check_support};
+use crate::error::{Error, Result};
+use crate::map::Region;
+use crate::program::{Epilogue, Gating, NormKind, Op, Program, RopePairs};
+
+/// The CPU.
+#[derive(Debug)]
+pub struct Cpu {
+    caps: Caps,
+    isa: Isa,
+    pool: Arc<Pool>,
+}
+
+impl Cpu {
+    /// The CPU with so many threads (0: as many as it runs at once) and its best instruction set, or the one named in the
+    /// environment variable `HALITE_ISA`.
+    ///
+    /// # Errors
+    /// [`Error::Backend`] if the named instruction set is not there or a thread cannot be started.
+    pub fn new(threads: usize) -> Result<Cpu> {
+        match std::env::var("HALITE_ISA") {
+            Ok(name) => Cpu::with_isa(threads, &name),
+            Err(_) => Cpu::with_isa(threads, Isa::detect().name()),
+        }
+    }
+
+    /// The CPU with a named instruction set: `scalar`, `avx2` or `avx512`.
+    ///
+    /// # Errors
+    /// [`Error::Backend`] if this CPU lacks it or a thread cannot be started.
+    pub fn with_isa(threads: usize, name: &str) -> Result<Cpu> {
+        let failed = |message: String| Error::Backend { backend: "cpu".into(), message };
+        let isa = Isa::from_name(name).ok_or_else(|| {
+            failed(format!("instruction set `{name}`: expected one that this CPU has, of {}", Isa::NAMES.join(", ")))
+        })?;
+        let threads = match threads {
+            0 => std::thread::available_parallelism().map_or(1, |n| n.get()),
+            n => n,
+        };
+        let pool = Pool::new(threads).map_err(|e| failed(format!("cannot start {threads} threads: {e}")))?;
+        let caps = Caps {
+            name: "cpu".into(),
+            device: format!("{} on {threads} thread{}", isa.name(), if threads == 1 { "" } else { "s" }),
+            memory_bytes: memory_bytes(),
+            fusions: Fusions { shared_input: true, add_norm: true, glu: false, residual: false },
+            contract: Contract::Exact,
+        };
+        Ok(Cpu { caps, isa, pool: Arc::new(pool) })
+    }
+
+    /// The instruction set in use.
+    pub fn isa(&self) -> &'static str {
+        self.isa.name()
+    }
+}
+
+/// The machine's memory, or no limit where it cannot be asked.
+fn memory_bytes() -> u64 {
+    let total = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| {
+        let line = text.lines().find(|l| l.starts_with("MemTotal:"))?;
+        line.split_whitespace().nth(1)?.parse::<u64>().ok()
+    });
+    total.map_or(u64::MAX, |kib| kib.saturating_mul(1024))
+}
+
+impl Backend for Cpu {
+    fn caps(&self) -> &Caps {
+        &self.caps
+    }
+
+    fn supports(&self, sig: &OpSig<'_>) -> Support {
+        match sig.op {
+            Op::MatMul { epilogue: Epilogue::Glu(_) | Epilogue::Add(_), .. } => {
+                Support::Unsupported(Gap::NotYet("epilogues run as ops of their own".into()))
+            }
+            _ => Support::Native,
+        }
+    }
+
+    fn alloc(&self, bytes: u64, _: Usage) -> Result<Buffer> {
+        memory::alloc(&self.caps.name, bytes, self.caps.memory_bytes)
+    }
+
+    fn import(&self, region: &Region) -> Result<Option<Buffer>> {
+        Ok(Some(memory::import(region)))
+    }
+
+    fn fill(&self, dst: &Buffer, range: Range<u64>, write: &mut dyn FnMut(&mut [u8])) -> Result<()> {
+        memory::fill(&self.caps.name, dst, range, write)
+    }
+
+    fn read(&self, src: &Buffer, offset: u64, dst: &mut [u8]) -> Result<()> {
+        memory::read(&self.caps.name, src, offset, dst)
+    }
+
+    fn prepare(&self, program: &Arc<Program>, limits: Limits) -> Result<Box<dyn Plan>> {
+        program.validate()?;
+        check_support(self, program)?;
+        let kernels = CpuKernels {
+            isa: self.isa,
+            pool: self.pool.clone(),
+            memory: Scratch::for_program(program, limits).allocate()?,
+        };
+        Ok(Box::new(HostPlan::new(&self.caps.name, program, limits, kernels)?))
+    }
+
+    fn scratch_bytes(&self, program: &Program, limits: Limits) -> u64 {
+        host::scratch_bytes(program, limits).saturating_add(Scratch::for_program(program, limits).bytes())
+    }
+}
+
+/// Elements of memory that kernels need besides tensors.
+#[derive(Debug, Clone, Copy, Default)]
+struct Scratch {
+    /// Quantised values: tokens times the longest matmul input.
+    quantised: u64,
+    /// Expert pairs (token, rank) of the largest expert op, its input and hidden columns.
+    pairs: u64,
+    expert_cols: u64,
+    expert_hidden: u64,
+}
+
+impl Scratch {
+    fn for_program(program: &Program, limits: Limits) -> Scratch {
+        let mut s = Scratch::default();
+        for (_, op) in program.ops() {
+            match op {
+                Op::MatMul { x, .. } => {
+                    let x = program.tensor(*x);
+                    let rows = crate::passes::rows(x.rows, limits.tokens, limits.outputs);
+                    s.quantised = s.quantised.max(rows.saturating_mul(x.cols.into()));
+                }
+                Op::Experts { x, ids, gate, .. } => {
+                    let hidden = match program.tensor(*gate).rows {
+                        crate::program::Dim::Fixed(rows) => u64::from(rows),
+                        _ => 0,
+                    };
+                    let cols = u64::from(program.tensor(*x).cols);
+                    let pairs = u64::from(limits.tokens) * u64::from(program.tensor(*ids).cols);
+                    s.pairs = s.pairs.max(pairs);
+                    s.expert_cols = s.expert_cols.max(cols);
+                    s.expert_hidden = s.expert_hidden.max(hidden);
+                    s.quantised = s.quantised.max(pairs.saturating_mul(cols.max(hidden)));
+                }
+                _ => {}
+            }
+        }
+        s
+    }
+
+    /// Lengths of: codes, scales, sums (each for two activation formats), expert inputs, hidden buffers (three), outputs.
+    fn lengths(&self) -> [u64; 6] {
+        let (pairs, cols, hidden) = (self.pairs, self.expert_cols, self.expert_hidden);
+        [
+            self.quantised,
+            self.quantised / 32 + 1,
+            self.quantised / 16 + 1,
+            pairs.saturating_mul(cols),
+            pairs.saturating_mul(hidden),
+            pairs.saturating_mul(cols).saturating_mul(2),
+        ]
+    }
+
+    fn bytes(&self) -> u64 {
+        let [codes, scales, sums, input, hidden, output] = self.lengths();
+        let floats = [scales, sums, scales, sums, input, hidden, hidden, hidden, output].iter().fold(0u64, |n, l| n.saturating_add(*l));
+        codes.saturating_mul(2).saturating_add(floats.saturating_mul(4)).saturating_add(self.pairs.saturating_mul(8))
+    }
+
+    fn allocate(&self) -> Result<KernelMemory> {
+        let need_bytes = self.bytes();
+        fn zeros<T: Clone + Default>(len: u64, need_bytes: u64) -> Result<Vec<T>> {
+            let mut v = Vec::new();
+            let len = usize::try_from(len).unwrap_or(usize::MAX);
+            v.try_reserve_exact(len).map_err(|_| Error::OutOfMemory {
+                what: "kernel scratch on `cpu`".into(),
+                need_bytes,
+                have_bytes: 0,
+            })?;
+            v.resize(len, T::default());
+            Ok(v)
+        }
+        let [codes, scales, sums, input, hidden, output] = self.lengths();
+        let quantised = || -> Result<QuantisedMemory> {
+            Ok(QuantisedMemory {
+                codes: zeros(codes, need_bytes)?,
+                scales: zeros(scales, need_bytes)?,
+                sums: zeros(sums, need_bytes)?,
+            })
+        };
+        Ok(KernelMemory {
+            q8_0: quantised()?,
+            q8_k: quantised()?,
+            pairs: zeros(self.pairs, need_bytes)?,
+            input: zeros(input, need_bytes)?,
+            gate: zeros(hidden, need_bytes)?,
+            up: zeros(hidden, need_bytes)?,
+            both: zeros(hidden, need_bytes)?,
+            output: zeros(output, need_bytes)?,
+        })
+    }
+}
+
+/// Memory for one activation format.
+#[derive(Debug, Default)]
+struct QuantisedMemory {
+    codes: Vec<i8>,
+    scales: Vec<f32>,
+    sums: Vec<i32>,
+}
+
+impl QuantisedMemory {
+    /// Quantises rows of `k` values.
+    fn quantise(&mut self, isa: Isa, pool: &Pool, to: Activation, x: &[f32], k: usize) {
+        let blocks = k / to.block_len();
+        let tokens = x.len() / k;
+        let codes = &mut self.codes[..tokens * k];
+        let scales = &mut self.scales[..tokens * blocks];
+        let sums = &mut self.sums[..tokens * k / 16];
+        pool.rows3((codes, k), (scales, blocks), (sums, k / 16), 8, &|first, codes, scales, sums| {
+            let x = &x[first * k..first * k + codes.len()];
+            isa.run(Quantise { to, x, out: QuantisedMut { codes, scales, sums } });
+        });
+    }
+
+    fn view(&self, to: Activation, tokens: usize, k: usize) -> Quantised<'_> {
+        Quantised {
+            k,
+            codes: &self.codes[..tokens * k],
+            scales: &self.scales[..tokens * (k / to.block_len())],
+            sums: &self.sums[..tokens * k / 16],
+        }
+    }
+}
+
+/// Memory that kernels reuse from step to step.
+#[derive(Debug)]
+struct KernelMemory {
+    q8_0: QuantisedMemory,
+    q8_k: QuantisedMemory,
+    /// (token, rank) pairs of one expert.
+    pairs: Vec<(u32, u32)>,
+    input: Vec<f32>,
+    gate: Vec<f32>,
+    up: Vec<f32>,
+    both: Vec<f32>,
+    /// One expert's outputs, then those of all pairs in order of token and rank.
+    output: Vec<f32>,
+}
+
+/// [`Kernels`] with vector instructions and threads.
+struct CpuKernels {
+    isa: Isa,
+    pool: Arc<Pool>,
+    memory: KernelMemory,
+}
+
+/// Elements of row work below which waking a thread costs more than it saves.
+const SERIAL_ELEMENTS: usize = 16 * 1024;
+
+impl CpuKernels {
+    /// Runs `task(first row, rows)` over rows of `out`, on the pool if there is enough to do.
+    fn rows(&self, out: &mut [f32], cols: usize, task: &(dyn Fn(usize, &mut [f32]) + Sync)) {
+        if out.len() <= SERIAL_ELEMENTS {
+            return task(0, out);
+        }
+        let grain = (SERIAL_ELEMENTS / 4 / cols.max(1)).max(1);
+        self.pool.rows(out, cols, grain, task);
+    }
+}
+
+/// Products of one input with several weights, each into its own output.
+fn products(
+    isa: Isa,
+    pool: &Pool,
+    memory: (&mut QuantisedMemory, &mut QuantisedMemory),
+    x: &[f32],
+    products: &[Product<'_>],
+    outs: &mut [PanelMut<'_>],
+) {
+    let (q8_0, q8_k) = memory;
+    let k = products.first().map_or(1, |p| p.weight.cols);
+    let tokens = x.len() / k;
+    let wants = |to: Activation| {
+        let wanted = |p: &Product<'_>| matches!(p.weight.format.kind(), Kind::Quantised { activation, .. } if activation == to);
+        products.iter().any(wanted)
+    };
+    if wants(Activation::Q8_0) {
+        q8_0.quantise(isa, pool, Activation::Q8_0, x, k);
+    }
+    if wants(Activation::Q8_K) {
+        q8_k.quantise(isa, pool, Activation::Q8_K, x, k);
+    }
+    let total: usize = products.iter().map(|p| p.weight.rows).sum();
+    // A few runs a thread, so that an uneven machine evens out; whole tiles of 16 rows.
+    let grain = (total / (4 * pool.threads())).next_multiple_of(16).clamp(16, 1024);
+    pool.panels(outs, grain, &|i, first, mut panel| {
+        let Some(product) = products.get(i) else { return };
+        let cols = panel.cols();
+        let weight = product.weight.rows(first..first + cols);
+        let x = match weight.format.kind() {
+            Kind::Float => X::F32(x),
+            Kind::Quantised { activation: Activation::Q8_0, .. } => X::Quantised(q8_0.view(Activation::Q8_0, tokens, k)),
+            Kind::Quantised { .. } => X::Quantised(q8_k.view(Activation::Q8_K, tokens, k)),
+        };
+        matmul::matmul(isa, weight.format, MatMul { w: weight.bytes, k, x, out: panel.reborrow() });
+        if let Some(bias) = product.bias {
+            for t in 0..panel.rows() {
+                for (y, b) in panel.row(t).iter_mut().zip(&bias[first..first + cols]) {
+                    *y += b;
+                }
+            }
+        }
+    });
+}
+
+impl Kernels for CpuKernels {
+    fn embed(&mut self, table: Matrix<'_>, tokens: &[u32], scale: f32, out: &mut [f32]) {
+        self.rows(out, table.cols, &|first, out| {
+            for (out, &token) in out.chunks_exact_mut(table.cols).zip(&tokens[first..]) {
+                matmul::embed(table.format, table.bytes, token as usize, scale, out);
+            }
+        });
+    }
+
+    fn add(&mut self, a: &[f32], b: &[f32], out: &mut [f32]) {
+        self.rows(out, 1, &|first, out| {
+            let range = first..first + out.len();
+            self.isa.run(rows::Add { a: &a[range.clone()], b: &b[range], out });
+        });
+    }
+
+    fn norm(&mut self, n: &NormArgs<'_>, out: &mut [f32], sum: Option<&mut [f32]>) {
+        let x = match (n.add, sum) {
+            (Some(add), Some(sum)) => {
+                self.add(n.x, add, sum);
+                &*sum
+            }
+            _ => n.x,
+        };
+        self.rows(out, n.cols, &|first, out| {
+            let x = &x[first * n.cols..][..out.len()];
+            for (x, out) in x.chunks_exact(n.group).zip(out.chunks_exact_mut(n.group)) {
+                let centred = n.kind == NormKind::Layer;
+                self.isa.run(rows::Norm { x, weight: n.weight, bias: n.bias, eps: n.eps, centred, out });
+            }
+        });
+    }
+
+    fn matmul(&mut self, x: &[f32], list: &[Product<'_>], _after: After<'_>, outs: &mut [&mut [f32]]) {
+        // `supports` answers for no epilogue, so `_after` is always nothing.
+        let mut panels: [PanelMut<'_>; 8] = std::array::from_fn(|_| PanelMut::new(&mut [], 1));
+        for ((panel, out), product) in panels.iter_mut().zip(outs.iter_mut()).zip(list) {
+            *panel = PanelMut::new(out, product.weight.rows);
+        }
+        let memory = (&mut self.memory.q8_0, &mut self.memory.q8_k);
+        let count = list.len().min(panels.len());
+        products(self.isa, &self.pool, memory, x, list, &mut panels[..count]);
+    }
+
+    fn rope(&mut self, a: &RopeArgs<'_>, out: &mut [f32]) {
+        self.rows(out, a.cols, &|first, out| {
+            for (i, out) in out.chunks_exact_mut(a.cols).enumerate() {
+                let t = first + i;
+                self.isa.run(rows::Rope {
+                    x: &a.x[t * a.cols..][..a.cols],
+                    out,
+                    head_dim: a.head_dim,
+                    position: a.positions[t],
+                    frequencies: a.frequencies,
+                    factors: a.factors,
+                    magnitude: a.magnitude,
+                    adjacent: a.pairs == RopePairs::Adjacent,
+                });
+            }
+        });
+    }
+
+    fn attend(&mut self, a: &AttendArgs<'_>, out: &mut [f32]) {
+        let shape = a.shape;
+        let tokens = out.len() / (a.heads * shape.value_dim);
+        let group = a.heads / shape.kv_heads;
+        // A task is the heads that share keys; single heads where that would leave threads without work.
+        let per_task = if tokens * shape.kv_heads < 2 * self.pool.threads() { 1 } else { group };
+        self.pool.rows(out, per_task * shape.value_dim, 1, &|task, out| {
+            let head = task * per_task;
+            let (t, h) = (head / a.heads, head % a.heads);
+            let (table, position) = a.tokens.place(t);
+            let end = position as usize + 1;
+            self.isa.run(Attend {
+                q: &a.q[head * shape.key_dim..][..per_task * shape.key_dim],
+                out,
+                pages: a.pages,
+                shape,
+                table,
+                kv_head: h / group,
+                first: a.window.map_or(0, |w| end.saturating_sub(w as usize)),
+                end,
+                scale: a.scale,
+                softcap: a.softcap,
+                sinks: a.sinks.map(|s| &s[h..h + per_task]),
+            });
+        });
+    }
+
+    fn glu(&mut self, act: Gate, gate: &[f32], up: &[f32], out: &mut [f32]) {
+        self.rows(out, 1, &|first, out| {
+            let range = first..first + out.len();
+            self.isa.run(rows::Glu { f: act, gate: &gate[range.clone()], up: &up[range], out });
+        });
+    }
+
+    fn map(&mut self, f: Unary, x: &[f32], out: &mut [f32]) {
+        self.rows(out, 1, &|first, out| {
+            self.isa.run(rows::Map { f, x: &x[first..first + out.len()], out });
+        });
+    }
+
+    fn route(&mut self, a: &RouteArgs<'_>, ids: &mut [i32], weights: &mut [f32]) {
+        let mut p = [0.0f32; rows::MAX_EXPERTS];
+        let out = ids.chunks_exact_mut(a.used).zip(weights.chunks_exact_mut(a.used));
+        for (logits, (ids, weights)) in a.logits.chunks_exact(a.experts).zip(out) {
+            let p = &mut p[..a.experts];
+            p.copy_from_slice(logits);
+            match a.gating {
+                Gating::Softmax => self.isa.run(rows::Softmax { x: p }),
+                Gating::Sigmoid => self.isa.run(rows::Sigmoid { x: p }),
+                Gating::SoftmaxOfTop => {}
+            }
+            rows::top_k(p, ids);
+            for (weight, &id) in weights.iter_mut().zip(&*ids) {
+                *weight = p[id as usize];
+            }
+            if a.gating == Gating::SoftmaxOfTop {
+                self.isa.run(rows::Softmax { x: weights });
+            }
+            if a.normalise {
+                let sum: f32 = weights.iter().sum();
+                weights.iter_mut().for_each(|w| *w /= sum);
+            }
+            if a.scale != 1.0 {
+                weights.iter_mut().for_each(|w| *w *= a.scale);
+            }
+        }
+    }
+
+    fn experts(&mut self, a: &ExpertsArgs<'_>, out: &mut [f32]) {
+        let (cols, hidden) = (a.gate.cols, a.gate.rows / a.experts);
+        let (isa, pool) = (self.isa, self.pool.clone());
+        let KernelMemory { q8_0, q8_k, pairs, input, gate, up, both, output } = &mut self.memory;
+        let (one, all) = output.split_at_mut(a.ids.len() * cols);
+        // Tokens are grouped by expert, so that an expert's weights are read once.
+        for e in 0..a.experts {
+            let mut n = 0;
+            for (i, _) in a.ids.iter().enumerate().filter(|&(_, &id)| id as usize == e) {
+                let token = i / a.used;
+                pairs[n] = (token as u32, i as u32);
+                input[n * cols..][..cols].copy_from_slice(&a.x[token * cols..][..cols]);
+                n += 1;
+            }
+            if n == 0 {
+                continue;
+            }
+            let bias = |which: usize, len: usize| a.biases.map(|b| &b[which][e * len..][..len]);
+            let product = |which: usize| {
+                let weight: Matrix<'_> = [a.gate, a.up, a.down][which];
+                let weight = weight.expert(e, a.experts);
+                (weight, bias(which, weight.rows))
+            };
+            let ((gate_w, gate_b), (up_w, up_b), (down_w, down_b)) =
+                (product(0), product(1), product(2));
+            let (gate, up) = (&mut gate[..n * hidden], &mut up[..n * hidden]);
+            {
+                let list = [Product { weight: gate_w, bias: gate_b }, Product { weight: up_w, bias: up_b }];
+                let mut outs = [PanelMut::new(gate, hidden), PanelMut::new(up, hidden)];
+                products(isa, &pool, (q8_0, q8_k), &input[..n * cols], &list, &mut outs);
+            }
+            let both = &mut both[..n * hidden];
+            pool.rows(both, 1, SERIAL_ELEMENTS, &|first, out| {
+                let range = first..first + out.len();
+                isa.run(rows::Glu { f: a.act, gate: &gate[range.clone()], up: &up[range], out });
+            });
+            {
+                let list = [Product { weight: down_w, bias: down_b }];
+                let mut outs = [PanelMut::new(&mut one[..n * cols], cols)];
+                products(isa, &pool, (q8_0, q8_k), both, &list, &mut outs);
+            }
+            for (y, &(_, i)) in one.chunks_exact(cols).zip(&pairs[..n]) {
+                all[i as usize * cols..][..cols].copy_from_slice(y);
+            }
+        }
+        for (t, out) in out.chunks_exact_mut(cols).enumerate() {
+            out.fill(0.0);
+            for i in t * a.used..(t + 1) * a.used {
+                isa.run(rows::AddScaled { weight: a.weights[i], x: &all[i * cols..][..cols], acc: out });
+            }
+        }
+    }
+
+    fn arg_max(&mut self, x: &[f32], cols: usize, out: &mut [i32]) {
+        for (x, out) in x.chunks_exact(cols).zip(out) {
+            *out = self.isa.run(rows::ArgMax { x }) as i32;
+        }
+    }
+}

@@ -1,0 +1,724 @@
+//! What backends that compute in host memory share: buffers, and a plan that walks the ops and hands slices to [`Kernels`].
+
+use std::ops::{Deref, DerefMut, Range};
+use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::time::{Duration, Instant};
+
+use halite_kernels::attention::{PageShape, Pages, PagesMut, write as write_kv};
+use halite_kernels::formats::Format;
+use halite_kernels::rows::{Gate, Unary};
+
+use super::{Bindings, Buffer, Clock, Limits, Plan, Step, Ticket, Timing};
+use crate::error::{Error, Result};
+use crate::map::Region;
+use crate::passes::{self, Layout};
+use crate::program::{
+    Dim, Epilogue, Gating, NormKind, Op, PAGE_POSITIONS, Program, RopePairs, Slot, State, StateId, TensorId,
+};
+
+/// A weight's bytes and shape.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Matrix<'a> {
+    pub format: Format,
+    pub bytes: &'a [u8],
+    pub rows: usize,
+    pub cols: usize,
+}
+
+impl<'a> Matrix<'a> {
+    const EMPTY: Matrix<'static> = Matrix { format: Format::F32, bytes: &[], rows: 0, cols: 0 };
+
+    /// Rows `range`, or nothing if they are not all there.
+    pub fn rows(&self, range: Range<usize>) -> Matrix<'a> {
+        let row = self.format.row_bytes(self.cols).unwrap_or(0);
+        let bytes = self.bytes.get(range.start * row..range.end * row).unwrap_or(&[]);
+        Matrix { bytes, rows: range.len(), ..*self }
+    }
+
+    /// Matrix `expert` of `experts` stacked ones.
+    pub fn expert(&self, expert: usize, experts: usize) -> Matrix<'a> {
+        let rows = self.rows / experts.max(1);
+        self.rows(expert * rows..(expert + 1) * rows)
+    }
+}
+
+/// One product of a [`Kernels::matmul`].
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Product<'a> {
+    pub weight: Matrix<'a>,
+    pub bias: Option<&'a [f32]>,
+}
+
+/// What follows the products.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum After<'a> {
+    Nothing,
+    Glu(Gate),
+    Add(&'a [f32]),
+}
+
+pub(crate) struct NormArgs<'a> {
+    pub x: &'a [f32],
+    /// Added to `x` first.
+    pub add: Option<&'a [f32]>,
+    pub cols: usize,
+    pub weight: Option<&'a [f32]>,
+    pub bias: Option<&'a [f32]>,
+    pub kind: NormKind,
+    pub eps: f32,
+    pub group: usize,
+}
+
+pub(crate) struct RopeArgs<'a> {
+    pub x: &'a [f32],
+    /// One for each row.
+    pub positions: &'a [u32],
+    pub cols: usize,
+    pub head_dim: usize,
+    pub frequencies: &'a [f32],
+    pub factors: Option<&'a [f32]>,
+    pub magnitude: f32,
+    pub pairs: RopePairs,
+}
+
+pub(crate) struct AttendArgs<'a> {
+    /// `[tokens][heads][key_dim]`.
+    pub q: &'a [f32],
+    pub heads: usize,
+    pub pages: Pages<'a>,
+    pub shape: PageShape,
+    /// Each token's pages and position.
+    pub tokens: &'a Tokens<'a>,
+    pub window: Option<u32>,
+    pub scale: f32,
+    pub softcap: Option<f32>,
+    pub sinks: Option<&'a [f32]>,
+}
+
+/// Where each token of a step stands.
+#[derive(Debug)]
+pub(crate) struct Tokens<'a> {
+    pub spans: &'a [super::Span<'a>],
+    /// The span of each token.
+    pub span: &'a [u32],
+    /// The position of each token.
+    pub position: &'a [u32],
+}
+
+impl<'a> Tokens<'a> {
+    /// A token's pages and position.
+    pub fn place(&self, token: usize) -> (&'a [u32], u32) {
+        let span = self.span.get(token).and_then(|&s| self.spans.get(s as usize));
+        (span.map_or(&[], |s| s.pages), self.position.get(token).copied().unwrap_or(0))
+    }
+}
+
+pub(crate) struct RouteArgs<'a> {
+    pub logits: &'a [f32],
+    pub experts: usize,
+    pub used: usize,
+    pub gating: Gating,
+    pub normalise: bool,
+    pub scale: f32,
+}
+
+pub(crate) struct ExpertsArgs<'a> {
+    pub x: &'a [f32],
+    pub ids: &'a [i32],
+    pub weights: &'a [f32],
+    pub used: usize,
+    pub experts: usize,
+    pub gate: Matrix<'a>,
+    pub up: Matrix<'a>,
+    pub down: Matrix<'a>,
+    pub biases: Option<[&'a [f32]; 3]>,
+    pub act: Gate,
+}
+
+/// The ops on slices. Lengths are those that `Program::validate` guarantees.
+pub(crate) trait Kernels: Send {
+    fn embed(&mut self, table: Matrix<'_>, tokens: &[u32], scale: f32, out: &mut [f32]);
+    fn add(&mut self, a: &[f32], b: &[f32], out: &mut [f32]);
+    fn norm(&mut self, args: &NormArgs<'_>, out: &mut [f32], sum: Option<&mut [f32]>);
+    fn matmul(&mut self, x: &[f32], products: &[Product<'_>], after: After<'_>, outs: &mut [&mut [f32]]);
+    fn rope(&mut self, args: &RopeArgs<'_>, out: &mut [f32]);
+    fn attend(&mut self, args: &AttendArgs<'_>, out: &mut [f32]);
+    fn glu(&mut self, act: Gate, gate: &[f32], up: &[f32], out: &mut [f32]);
+    fn map(&mut self, f: Unary, x: &[f32], out: &mut [f32]);
+    fn route(&mut self, args: &RouteArgs<'_>, ids: &mut [i32], weights: &mut [f32]);
+    fn experts(&mut self, args: &ExpertsArgs<'_>, out: &mut [f32]);
+    fn arg_max(&mut self, x: &[f32], cols: usize, out: &mut [i32]);
+}
+
+/// Host memory behind a [`Buffer`].
+enum HostMemory {
+    Mapped(Region),
+    Owned(RwLock<Vec<u64>>),
+}
+
+/// Buffers in host memory; the part of `Backend` that all host backends share.
+pub(crate) mod memory {
+    use super::*;
+
+    pub fn alloc(backend: &str, bytes: u64, limit_bytes: u64) -> Result<Buffer> {
+        let words = usize::try_from(bytes.div_ceil(8)).ok().filter(|_| bytes <= limit_bytes);
+        let mut memory = Vec::new();
+        let reserved = words.is_some_and(|words| memory.try_reserve_exact(words).is_ok());
+        let (Some(words), true) = (words, reserved) else {
+            let what = format!("a buffer on `{backend}`");
+            return Err(Error::OutOfMemory { what, need_bytes: bytes, have_bytes: limit_bytes });
+        };
+        memory.resize(words, 0);
+        Ok(Buffer::new(bytes, HostMemory::Owned(RwLock::new(memory))))
+    }
+
+    pub fn import(region: &Region) -> Buffer {
+        Buffer::new(region.bytes().len() as u64, HostMemory::Mapped(region.clone()))
+    }
+
+    pub fn fill(
+        backend: &str,
+        dst: &Buffer,
+        range: Range<u64>,
+        write: &mut dyn FnMut(&mut [u8]),
+    ) -> Result<()> {
+        let mut memory = write_guard(backend, dst)?;
+        let bytes = bytemuck::cast_slice_mut(&mut memory);
+        let outside = || Error::argument("fill range", format!("inside 0..{}", dst.bytes()), format!("{range:?}"));
+        let slice = bytes.get_mut(range.start as usize..range.end as usize).ok_or_else(outside)?;
+        write(slice);
+        Ok(())
+    }
+
+    pub fn read(backend: &str, src: &Buffer, offset: u64, dst: &mut [u8]) -> Result<()> {
+        let memory = read_guard(backend, src)?;
+        let end = offset.saturating_add(dst.len() as u64);
+        let outside =
+            || Error::argument("read range", format!("inside 0..{}", src.bytes()), format!("{offset}..{end}"));
+        dst.copy_from_slice(memory.bytes().get(offset as usize..end as usize).ok_or_else(outside)?);
+        Ok(())
+    }
+}
+
+/// Shared access to a buffer's bytes.
+enum ReadGuard<'a> {
+    Mapped(&'a [u8]),
+    Owned(RwLockReadGuard<'a, Vec<u64>>),
+}
+
+impl ReadGuard<'_> {
+    fn bytes(&self) -> &[u8] {
+        match self {
+            ReadGuard::Mapped(bytes) => bytes,
+            ReadGuard::Owned(words) => bytemuck::cast_slice(words),
+        }
+    }
+}
+
+fn host_memory<'a>(backend: &str, buffer: &'a Buffer) -> Result<&'a HostMemory> {
+    buffer.memory().ok_or_else(|| Error::Backend {
+        backend: backend.into(),
+        message: "a buffer of another backend was passed".into(),
+    })
+}
+
+fn poisoned(backend: &str) -> Error {
+    Error::Backend { backend: backend.into(), message: "a buffer was left half-written by a failed thread".into() }
+}
+
+fn read_guard<'a>(backend: &str, buffer: &'a Buffer) -> Result<ReadGuard<'a>> {
+    match host_memory(backend, buffer)? {
+        HostMemory::Mapped(region) => Ok(ReadGuard::Mapped(region.bytes())),
+        HostMemory::Owned(lock) => lock.read().map(ReadGuard::Owned).map_err(|_| poisoned(backend)),
+    }
+}
+
+fn write_guard<'a>(backend: &str, buffer: &'a Buffer) -> Result<RwLockWriteGuard<'a, Vec<u64>>> {
+    match host_memory(backend, buffer)? {
+        HostMemory::Mapped(_) => Err(Error::Backend {
+            backend: backend.into(),
+            message: "a mapped weight cannot be written".into(),
+        }),
+        HostMemory::Owned(lock) => lock.write().map_err(|_| poisoned(backend)),
+    }
+}
+
+/// An output's memory while an op runs.
+enum Out<'a> {
+    /// A scratch place, taken out of the plan.
+    Place(usize, Vec<f32>, usize),
+    /// A bound buffer.
+    Io(RwLockWriteGuard<'a, Vec<u64>>, usize),
+}
+
+impl Deref for Out<'_> {
+    type Target = [f32];
+    fn deref(&self) -> &[f32] {
+        match self {
+            Out::Place(_, memory, len) => &memory[..*len],
+            Out::Io(memory, len) => &bytemuck::cast_slice(memory)[..*len],
+        }
+    }
+}
+
+impl DerefMut for Out<'_> {
+    fn deref_mut(&mut self) -> &mut [f32] {
+        match self {
+            Out::Place(_, memory, len) => &mut memory[..*len],
+            Out::Io(memory, len) => &mut bytemuck::cast_slice_mut(memory)[..*len],
+        }
+    }
+}
+
+/// An input's elements while an op runs.
+enum In<'a> {
+    Place(&'a [f32]),
+    Bound(ReadGuard<'a>, usize),
+}
+
+impl Deref for In<'_> {
+    type Target = [f32];
+    fn deref(&self) -> &[f32] {
+        match self {
+            In::Place(x) => x,
+            In::Bound(guard, len) => bytemuck::try_cast_slice(&guard.bytes()[..4 * len]).unwrap_or(&[]),
+        }
+    }
+}
+
+/// A weight's bytes while an op runs.
+struct Weight<'a> {
+    guard: ReadGuard<'a>,
+    format: Format,
+    rows: usize,
+    cols: usize,
+}
+
+impl Weight<'_> {
+    fn matrix(&self) -> Matrix<'_> {
+        Matrix { format: self.format, bytes: self.guard.bytes(), rows: self.rows, cols: self.cols }
+    }
+}
+
+/// A prepared program on a host backend.
+pub(crate) struct HostPlan<K> {
+    memory: Memory,
+    kernels: K,
+    limits: Limits,
+    spans: Vec<u32>,
+    positions: Vec<u32>,
+    submitted: u64,
+    elapsed: Duration,
+}
+
+/// A plan's scratch tensors.
+struct Memory {
+    backend: String,
+    program: Arc<Program>,
+    layout: Layout,
+    places: Vec<Vec<f32>>,
+}
+
+/// Bytes of a host plan's scratch tensors.
+pub(crate) fn scratch_bytes(program: &Program, limits: Limits) -> u64 {
+    passes::liveness(program).bytes(limits.tokens, limits.outputs)
+}
+
+impl<K: Kernels> HostPlan<K> {
+    pub fn new(backend: &str, program: &Arc<Program>, limits: Limits, kernels: K) -> Result<HostPlan<K>> {
+        let layout = passes::liveness(program);
+        let mut places = Vec::new();
+        for &(dim, cols) in &layout.places {
+            let len = passes::rows(dim, limits.tokens, limits.outputs).saturating_mul(cols.into());
+            let mut place = Vec::new();
+            let need = usize::try_from(len).unwrap_or(usize::MAX);
+            place.try_reserve_exact(need).map_err(|_| Error::OutOfMemory {
+                what: format!("scratch memory on `{backend}`"),
+                need_bytes: len.saturating_mul(4),
+                have_bytes: 0,
+            })?;
+            place.resize(need, 0.0);
+            places.push(place);
+        }
+        let memory = Memory { backend: backend.into(), program: program.clone(), layout, places };
+        Ok(HostPlan {
+            memory,
+            kernels,
+            limits,
+            spans: Vec::with_capacity(limits.tokens as usize),
+            positions: Vec::with_capacity(limits.tokens as usize),
+            submitted: 0,
+            elapsed: Duration::ZERO,
+        })
+    }
+
+    /// Checks a step against the limits and notes where each token stands.
+    fn place_tokens(&mut self, step: &Step<'_>) -> Result<()> {
+        let tokens = step.tokens.len();
+        if tokens == 0 || tokens > self.limits.tokens as usize {
+            return Err(Error::argument("step tokens", format!("1 to {}", self.limits.tokens), tokens));
+        }
+        if step.outputs.len() > self.limits.outputs as usize {
+            return Err(Error::argument("step outputs", format!("at most {}", self.limits.outputs), step.outputs.len()));
+        }
+        if let Some(&bad) = step.outputs.iter().find(|&&o| o as usize >= tokens) {
+            return Err(Error::argument("step output", format!("below {tokens}"), bad));
+        }
+        let in_spans: u64 = step.spans.iter().map(|s| u64::from(s.len)).sum();
+        if in_spans != tokens as u64 {
+            return Err(Error::argument("step spans", format!("{tokens} tokens in all"), in_spans));
+        }
+        self.spans.clear();
+        self.positions.clear();
+        for (i, span) in step.spans.iter().enumerate() {
+            let end = u64::from(span.start) + u64::from(span.len);
+            let have = span.pages.len() as u64 * u64::from(PAGE_POSITIONS);
+            if end > have {
+                return Err(Error::argument("span", format!("at most {have} positions (its pages)"), end));
+            }
+            for p in 0..span.len {
+                self.spans.push(i as u32);
+                self.positions.push(span.start + p);
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Memory {
+    /// Rows of a tensor in this step.
+    fn len(&self, id: TensorId, step: &Step<'_>) -> usize {
+        let t = self.program.tensor(id);
+        let rows = passes::rows(t.rows, step.tokens.len() as u32, step.outputs.len() as u32);
+        rows as usize * t.experts as usize * t.cols as usize
+    }
+
+    /// A tensor's memory, to write; scratch memory goes back with [`Memory::put`].
+    fn take<'b>(&mut self, id: TensorId, step: &Step<'_>, b: &Bindings<'b>) -> Result<Out<'b>> {
+        let len = self.len(id, step);
+        let t = self.program.tensor(id);
+        let (out, have) = match t.slot {
+            Slot::Io(n) => {
+                let guard = write_guard(&self.backend, bound(b.io, n, "io")?)?;
+                let have = 2 * guard.len();
+                (Out::Io(guard, len), have)
+            }
+            _ => {
+                let place = self.layout.place.get(id.0 as usize).copied().flatten();
+                let memory = place.and_then(|p| self.places.get_mut(p)).map(std::mem::take).unwrap_or_default();
+                let have = memory.len();
+                (Out::Place(place.unwrap_or(usize::MAX), memory, len), have)
+            }
+        };
+        if have < len {
+            self.put(out);
+            return Err(Error::argument("buffer", format!("at least {} bytes", 4 * len), 4 * have));
+        }
+        Ok(out)
+    }
+
+    fn put(&mut self, out: Out<'_>) {
+        if let Out::Place(place, memory, _) = out
+            && let Some(p) = self.places.get_mut(place)
+        {
+            *p = memory;
+        }
+    }
+
+    /// A tensor's elements, to read.
+    fn get<'b>(&'b self, id: TensorId, step: &Step<'_>, b: &Bindings<'b>) -> Result<In<'b>> {
+        let len = self.len(id, step);
+        let guard = match self.program.tensor(id).slot {
+            Slot::Io(n) => read_guard(&self.backend, bound(b.io, n, "io")?)?,
+            Slot::Weight(n) => read_guard(&self.backend, bound(b.weights, n, "weights")?)?,
+            Slot::Scratch => {
+                let place = self.layout.place.get(id.0 as usize).copied().flatten();
+                let memory = place.and_then(|p| self.places.get(p)).map_or(&[][..], |p| p);
+                return memory.get(..len).map(In::Place).ok_or_else(|| {
+                    Error::argument("scratch tensor", format!("{len} elements"), memory.len())
+                });
+            }
+        };
+        let bytes = guard.bytes();
+        if bytes.len() < 4 * len || !(bytes.as_ptr() as usize).is_multiple_of(4) {
+            return Err(Error::argument("buffer", format!("at least {} aligned bytes", 4 * len), bytes.len()));
+        }
+        Ok(In::Bound(guard, len))
+    }
+
+    fn optional<'b>(&'b self, id: Option<TensorId>, step: &Step<'_>, b: &Bindings<'b>) -> Result<Option<In<'b>>> {
+        id.map(|id| self.get(id, step, b)).transpose()
+    }
+
+    fn weight<'b>(&self, id: TensorId, b: &Bindings<'b>) -> Result<Weight<'b>> {
+        let t = self.program.tensor(id);
+        let (Slot::Weight(n), Dim::Fixed(rows)) = (t.slot, t.rows) else {
+            return Err(Error::Program(format!("`{}` is no weight", t.name)));
+        };
+        let guard = read_guard(&self.backend, bound(b.weights, n, "weights")?)?;
+        let (need, have) = (self.program.fixed_bytes(id).unwrap_or(u64::MAX), guard.bytes().len() as u64);
+        if have < need {
+            return Err(Error::argument("weight buffer", format!("{need} bytes for `{}`", t.name), have));
+        }
+        Ok(Weight { guard, format: t.format, rows: rows as usize * t.experts as usize, cols: t.cols as usize })
+    }
+
+    fn state(&self, id: StateId) -> Result<(&State, PageShape)> {
+        let state = self.program.states.get(id.0 as usize);
+        let state = state.ok_or_else(|| Error::Program(format!("state {} does not exist", id.0)))?;
+        let shape = PageShape {
+            kv_heads: state.kv_heads as usize,
+            key_dim: state.key_dim as usize,
+            value_dim: state.value_dim as usize,
+        };
+        Ok((state, shape))
+    }
+
+    fn cols(&self, id: TensorId) -> usize {
+        self.program.tensor(id).cols as usize
+    }
+}
+
+fn bound<'a>(buffers: &'a [Buffer], n: u32, what: &'static str) -> Result<&'a Buffer> {
+    let missing = || Error::argument("bindings", format!("a buffer in {what} slot {n}"), buffers.len());
+    buffers.get(n as usize).ok_or_else(missing)
+}
+
+/// Most outputs of one op.
+const MAX_OUTPUTS: usize = 8;
+
+/// Runs one op: takes its outputs out of the plan, borrows its inputs, calls the kernel, puts the outputs back.
+fn execute<K: Kernels>(
+    memory: &mut Memory,
+    kernels: &mut K,
+    op: &Op,
+    step: &Step<'_>,
+    tokens: &Tokens<'_>,
+    b: &Bindings<'_>,
+) -> Result<()> {
+    let mut ids = [None; MAX_OUTPUTS];
+    let mut count = 0;
+    op.outputs(&mut |id| {
+        if let Some(place) = ids.get_mut(count) {
+            *place = Some(id);
+        }
+        count += 1;
+    });
+    let mut outs: [Option<Out<'_>>; MAX_OUTPUTS] = Default::default();
+    let mut result = Ok(());
+    for (out, id) in outs.iter_mut().zip(ids.iter().flatten()) {
+        match memory.take(*id, step, b) {
+            Ok(taken) => *out = Some(taken),
+            Err(error) => result = Err(error),
+        }
+    }
+    if result.is_ok() {
+        result = compute(memory, kernels, op, step, tokens, b, &mut outs);
+    }
+    for out in outs.into_iter().flatten() {
+        memory.put(out);
+    }
+    result
+}
+
+fn compute<K: Kernels>(
+    memory: &Memory,
+    kernels: &mut K,
+    op: &Op,
+    step: &Step<'_>,
+    tokens: &Tokens<'_>,
+    b: &Bindings<'_>,
+    outs: &mut [Option<Out<'_>>; MAX_OUTPUTS],
+) -> Result<()> {
+    if let Op::MatMul { x, parts, epilogue } = op {
+        let x = memory.get(*x, step, b)?;
+        let residual = match epilogue {
+            Epilogue::Add(id) => Some(memory.get(*id, step, b)?),
+            _ => None,
+        };
+        let mut weights: [Option<(Weight<'_>, Option<In<'_>>)>; MAX_OUTPUTS] = Default::default();
+        for (weight, part) in weights.iter_mut().zip(parts) {
+            *weight = Some((memory.weight(part.weight, b)?, memory.optional(part.bias, step, b)?));
+        }
+        let mut products = [Product { weight: Matrix::EMPTY, bias: None }; MAX_OUTPUTS];
+        for (product, (weight, bias)) in products.iter_mut().zip(weights.iter().flatten()) {
+            *product = Product { weight: weight.matrix(), bias: bias.as_deref() };
+        }
+        let after = match (epilogue, &residual) {
+            (Epilogue::Glu(act), _) => After::Glu(*act),
+            (Epilogue::Add(_), Some(residual)) => After::Add(residual),
+            _ => After::Nothing,
+        };
+        let mut slices: [&mut [f32]; MAX_OUTPUTS] = Default::default();
+        for (slice, out) in slices.iter_mut().zip(outs.iter_mut().flatten()) {
+            *slice = out;
+        }
+        kernels.matmul(&x, &products[..parts.len()], after, &mut slices);
+        return Ok(());
+    }
+    let [first, second, ..] = outs;
+    let out: &mut [f32] = first.as_mut().map_or(&mut [], |out| &mut out[..]);
+    match op {
+        Op::Embed { table, scale, .. } => {
+            let table = memory.weight(*table, b)?;
+            if let Some(&bad) = step.tokens.iter().find(|&&t| t as usize >= table.rows) {
+                return Err(Error::argument("token id", format!("below {}", table.rows), bad));
+            }
+            kernels.embed(table.matrix(), step.tokens, *scale, out);
+        }
+        Op::Select { x, .. } => {
+            let cols = memory.cols(*x);
+            let x = memory.get(*x, step, b)?;
+            for (out, &row) in out.chunks_exact_mut(cols).zip(step.outputs) {
+                out.copy_from_slice(&x[row as usize * cols..][..cols]);
+            }
+        }
+        Op::Norm { x, add, weight, bias, kind, eps, group, .. } => {
+            let cols = memory.cols(*x);
+            let (x, add) = (memory.get(*x, step, b)?, memory.optional(*add, step, b)?);
+            let (weight, bias) = (memory.optional(*weight, step, b)?, memory.optional(*bias, step, b)?);
+            let args = NormArgs {
+                x: &x,
+                add: add.as_deref(),
+                cols,
+                weight: weight.as_deref(),
+                bias: bias.as_deref(),
+                kind: *kind,
+                eps: *eps,
+                group: *group as usize,
+            };
+            let sum: Option<&mut [f32]> = second.as_mut().map(|out| &mut out[..]);
+            kernels.norm(&args, out, sum);
+        }
+        Op::MatMul { .. } => {}
+        Op::Rope { x, head_dim, frequencies, factors, magnitude, pairs, .. } => {
+            let (cols, x) = (memory.cols(*x), memory.get(*x, step, b)?);
+            let factors = memory.optional(*factors, step, b)?;
+            let args = RopeArgs {
+                x: &x,
+                positions: tokens.position,
+                cols,
+                head_dim: *head_dim as usize,
+                frequencies,
+                factors: factors.as_deref(),
+                magnitude: *magnitude,
+                pairs: *pairs,
+            };
+            kernels.rope(&args, out);
+        }
+        Op::KvWrite { k, v, state } => {
+            let (k_cols, v_cols) = (memory.cols(*k), memory.cols(*v));
+            let (k, v) = (memory.get(*k, step, b)?, memory.get(*v, step, b)?);
+            let (description, shape) = memory.state(*state)?;
+            let mut guard = write_guard(&memory.backend, bound(b.states, state.0, "states")?)?;
+            let mut pages = match description.format {
+                Format::F16 => PagesMut::F16(bytemuck::cast_slice_mut(&mut guard)),
+                _ => PagesMut::F32(bytemuck::cast_slice_mut(&mut guard)),
+            };
+            for (t, (k, v)) in k.chunks_exact(k_cols).zip(v.chunks_exact(v_cols)).enumerate() {
+                let (table, position) = tokens.place(t);
+                let (chunk, slot) = (position / PAGE_POSITIONS, position % PAGE_POSITIONS);
+                let page = table.get(chunk as usize).map_or(usize::MAX, |&p| p as usize);
+                write_kv(&mut pages, shape, page, slot as usize, k, v);
+            }
+        }
+        Op::Attend { q, state, heads, scale, softcap, sinks, .. } => {
+            let q = memory.get(*q, step, b)?;
+            let sinks = memory.optional(*sinks, step, b)?;
+            let (description, shape) = memory.state(*state)?;
+            let guard = read_guard(&memory.backend, bound(b.states, state.0, "states")?)?;
+            let pages = match description.format {
+                Format::F16 => Pages::F16(bytemuck::try_cast_slice(guard.bytes()).unwrap_or(&[])),
+                _ => Pages::F32(bytemuck::try_cast_slice(guard.bytes()).unwrap_or(&[])),
+            };
+            let args = AttendArgs {
+                q: &q,
+                heads: *heads as usize,
+                pages,
+                shape,
+                tokens,
+                window: description.window,
+                scale: *scale,
+                softcap: *softcap,
+                sinks: sinks.as_deref(),
+            };
+            kernels.attend(&args, out);
+        }
+        Op::Glu { gate, up, act, .. } => {
+            kernels.glu(*act, &memory.get(*gate, step, b)?, &memory.get(*up, step, b)?, out);
+        }
+        Op::Add { a, b: other, .. } => {
+            kernels.add(&memory.get(*a, step, b)?, &memory.get(*other, step, b)?, out);
+        }
+        Op::Map { x, f, .. } => kernels.map(*f, &memory.get(*x, step, b)?, out),
+        Op::Route { logits, ids, gating, normalise, scale, .. } => {
+            let (experts, used) = (memory.cols(*logits), memory.cols(*ids));
+            let logits = memory.get(*logits, step, b)?;
+            let args = RouteArgs {
+                logits: &logits,
+                experts,
+                used,
+                gating: *gating,
+                normalise: *normalise,
+                scale: *scale,
+            };
+            let weights: &mut [f32] = second.as_mut().map_or(&mut [], |out| &mut out[..]);
+            kernels.route(&args, bytemuck::cast_slice_mut(out), weights);
+        }
+        Op::Experts { x, ids, weights, gate, up, down, biases, act, .. } => {
+            let (used, experts) = (memory.cols(*ids), memory.program.tensor(*gate).experts as usize);
+            let (x, ids) = (memory.get(*x, step, b)?, memory.get(*ids, step, b)?);
+            let weights = memory.get(*weights, step, b)?;
+            let (gate, up, down) = (memory.weight(*gate, b)?, memory.weight(*up, b)?, memory.weight(*down, b)?);
+            let biases = match biases {
+                Some([g, u, d]) => Some([memory.get(*g, step, b)?, memory.get(*u, step, b)?, memory.get(*d, step, b)?]),
+                None => None,
+            };
+            let args = ExpertsArgs {
+                x: &x,
+                ids: bytemuck::cast_slice(&ids),
+                weights: &weights,
+                used,
+                experts,
+                gate: gate.matrix(),
+                up: up.matrix(),
+                down: down.matrix(),
+                biases: biases.as_ref().map(|b| b.each_ref().map(|b| &b[..])),
+                act: *act,
+            };
+            kernels.experts(&args, out);
+        }
+        Op::ArgMax { x, .. } => {
+            kernels.arg_max(&memory.get(*x, step, b)?, memory.cols(*x), bytemuck::cast_slice_mut(out));
+        }
+    }
+    Ok(())
+}
+
+impl<K: Kernels> Plan for HostPlan<K> {
+    fn submit(&mut self, step: &Step<'_>, segments: Range<usize>, bindings: &Bindings<'_>) -> Result<Ticket> {
+        let start = Instant::now();
+        self.place_tokens(step)?;
+        let program = self.memory.program.clone();
+        let tokens = Tokens { spans: step.spans, span: &self.spans, position: &self.positions };
+        let wrong = || Error::argument("segments", format!("within 0..{}", program.segments.len()), "a range outside");
+        for segment in program.segments.get(segments).ok_or_else(wrong)? {
+            for op in &segment.ops {
+                if step.cancel.is_cancelled() {
+                    return Err(Error::Cancelled);
+                }
+                execute(&mut self.memory, &mut self.kernels, op, step, &tokens, bindings)?;
+            }
+        }
+        self.submitted += 1;
+        self.elapsed = start.elapsed();
+        Ok(Ticket(self.submitted))
+    }
+
+    fn wait(&mut self, ticket: Ticket) -> Result<Timing> {
+        if ticket.0 != self.submitted {
+            return Err(Error::argument("ticket", self.submitted, ticket.0));
+        }
+        Ok(Timing { elapsed: self.elapsed, clock: Clock::Host })
+    }
+}

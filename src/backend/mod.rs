@@ -1,0 +1,293 @@
+//! The only trait that a chip implements.
+//!
+//! A [`Backend`] owns memory and turns a [`Program`] into a [`Plan`]; a plan runs steps. Nothing here knows a model, and
+//! nothing above knows a chip. `template.rs` is a whole backend to copy.
+
+pub mod cpu;
+mod host;
+pub mod reference;
+pub mod template;
+
+use std::any::Any;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use crate::error::Result;
+use crate::map::Region;
+use crate::program::{Op, Program};
+
+/// What a backend promises about its results.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Contract {
+    /// The bits of the reference, always.
+    Exact,
+    /// Close to the reference; conformance states the bounds.
+    Close,
+}
+
+/// Which fused forms a backend wants `passes::fuse` to make.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Fusions {
+    /// Matmuls of one input become parts of one op.
+    pub shared_input: bool,
+    /// An addition becomes part of the norm that follows.
+    pub add_norm: bool,
+    /// A gated linear unit becomes the epilogue of its matmuls.
+    pub glu: bool,
+    /// A residual addition becomes the epilogue of its matmul.
+    pub residual: bool,
+}
+
+impl Fusions {
+    /// Every fusion there is.
+    pub const ALL: Fusions = Fusions { shared_input: true, add_norm: true, glu: true, residual: true };
+}
+
+/// What a backend is.
+#[derive(Debug, Clone)]
+pub struct Caps {
+    /// Its name, as `--backend` takes it.
+    pub name: String,
+    /// What it runs on, for people.
+    pub device: String,
+    /// Bytes of memory that buffers may take.
+    pub memory_bytes: u64,
+    /// Fused forms that it wants.
+    pub fusions: Fusions,
+    /// What its results promise.
+    pub contract: Contract,
+}
+
+/// Whether a backend can run an op.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Support {
+    /// It can.
+    Native,
+    /// It cannot, for a named reason.
+    Unsupported(Gap),
+}
+
+/// Why a backend lacks an op.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Gap {
+    /// The hardware cannot, and will not.
+    Never(String),
+    /// Nobody has written it yet.
+    NotYet(String),
+}
+
+impl std::fmt::Display for Gap {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Gap::Never(why) => write!(f, "never: {why}"),
+            Gap::NotYet(why) => write!(f, "not yet: {why}"),
+        }
+    }
+}
+
+/// An op in its program: everything that decides whether a backend can run it.
+#[derive(Debug, Clone, Copy)]
+pub struct OpSig<'a> {
+    /// The program, for shapes and formats.
+    pub program: &'a Program,
+    /// The op.
+    pub op: &'a Op,
+}
+
+/// What a buffer is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Usage {
+    /// Written once, read by every step.
+    Weight,
+    /// Read and written by steps.
+    State,
+    /// Written by the host or a step, read by the other.
+    Io,
+}
+
+/// Memory of one backend. Cheap to clone; all clones are the same memory.
+#[derive(Debug, Clone)]
+pub struct Buffer {
+    bytes: u64,
+    memory: Arc<dyn Any + Send + Sync>,
+}
+
+impl Buffer {
+    /// A handle on a backend's own kind of memory.
+    pub fn new<M: Any + Send + Sync>(bytes: u64, memory: M) -> Buffer {
+        Buffer { bytes, memory: Arc::new(memory) }
+    }
+
+    /// The size.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// The backend's memory, if it is of this kind.
+    pub fn memory<M: Any>(&self) -> Option<&M> {
+        (*self.memory).downcast_ref()
+    }
+}
+
+/// A request to stop, from any thread. Backends look at it before every op.
+#[derive(Debug, Clone, Default)]
+pub struct Cancel(Arc<AtomicBool>);
+
+impl Cancel {
+    /// Asks the work to stop; it ends with `Error::Cancelled` within one op.
+    pub fn cancel(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+
+    /// Lets later work run again.
+    pub fn reset(&self) {
+        self.0.store(false, Ordering::Relaxed);
+    }
+
+    /// Whether a stop was asked for.
+    pub fn is_cancelled(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// A run of one sequence's tokens in a step.
+#[derive(Debug, Clone, Copy)]
+pub struct Span<'a> {
+    /// The sequence's KV pages, in order; they cover `start + len` positions.
+    pub pages: &'a [u32],
+    /// Position of the first token.
+    pub start: u32,
+    /// Tokens.
+    pub len: u32,
+}
+
+/// One step: tokens of one or more sequences, run together.
+#[derive(Debug, Clone, Copy)]
+pub struct Step<'a> {
+    /// In the order of `tokens`.
+    pub spans: &'a [Span<'a>],
+    /// Token ids, span after span.
+    pub tokens: &'a [u32],
+    /// Which tokens' outputs are wanted: indices into `tokens`, rising.
+    pub outputs: &'a [u32],
+    /// Stops the step.
+    pub cancel: &'a Cancel,
+}
+
+/// The most that a plan is prepared for. Memory is reserved once, so that no step allocates.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Tokens of a step.
+    pub tokens: u32,
+    /// Outputs of a step.
+    pub outputs: u32,
+}
+
+/// Buffers in the order of the program's slots.
+#[derive(Debug, Clone, Copy)]
+pub struct Bindings<'a> {
+    /// One for each of `Program::weights`.
+    pub weights: &'a [Buffer],
+    /// One for each of `Program::states`, whole pages of `State::page_bytes`.
+    pub states: &'a [Buffer],
+    /// One for each of `Program::io`, large enough for the plan's limits.
+    pub io: &'a [Buffer],
+}
+
+/// Work under way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ticket(pub u64);
+
+/// Which clock a time is from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Clock {
+    /// The host's.
+    Host,
+    /// The device's own timestamps.
+    Device,
+    /// A model of the device.
+    Simulated,
+}
+
+/// How long a submission took.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Timing {
+    /// From start to end.
+    pub elapsed: Duration,
+    /// By which clock.
+    pub clock: Clock,
+}
+
+/// A device, and how to run programs on it.
+pub trait Backend: Send + Sync {
+    /// What it is.
+    fn caps(&self) -> &Caps;
+
+    /// Whether it can run an op. The answer may depend on formats and shapes, never on values.
+    fn supports(&self, sig: &OpSig<'_>) -> Support;
+
+    /// New memory, zeroed.
+    ///
+    /// # Errors
+    /// `Error::OutOfMemory`.
+    fn alloc(&self, bytes: u64, usage: Usage) -> Result<Buffer>;
+
+    /// Uses mapped host pages as they are, if the device can; `None` if it needs a copy.
+    ///
+    /// # Errors
+    /// What the device says.
+    fn import(&self, region: &Region) -> Result<Option<Buffer>>;
+
+    /// Writes `range` of a buffer: `write` fills the bytes, in one or more consecutive pieces.
+    ///
+    /// # Errors
+    /// `Error::Argument` if the buffer is another backend's or the range is outside; what the device says.
+    fn fill(&self, dst: &Buffer, range: Range<u64>, write: &mut dyn FnMut(&mut [u8])) -> Result<()>;
+
+    /// Reads a buffer's bytes from `offset`.
+    ///
+    /// # Errors
+    /// As [`Backend::fill`].
+    fn read(&self, src: &Buffer, offset: u64, dst: &mut [u8]) -> Result<()>;
+
+    /// Makes a program ready to run.
+    ///
+    /// # Errors
+    /// `Error::Unsupported` listing every op that it lacks; it never falls back to another device.
+    fn prepare(&self, program: &Arc<Program>, limits: Limits) -> Result<Box<dyn Plan>>;
+
+    /// Bytes that a plan of this program would take besides its buffers, known without preparing it.
+    fn scratch_bytes(&self, program: &Program, limits: Limits) -> u64;
+}
+
+/// A prepared program.
+pub trait Plan: Send {
+    /// Starts the given segments on a step. Scratch tensors live until the next submission that starts at segment 0.
+    ///
+    /// # Errors
+    /// `Error::Cancelled`, `Error::Argument`, or what the device says.
+    fn submit(&mut self, step: &Step<'_>, segments: Range<usize>, bindings: &Bindings<'_>) -> Result<Ticket>;
+
+    /// Waits for a submission.
+    ///
+    /// # Errors
+    /// What the device says.
+    fn wait(&mut self, ticket: Ticket) -> Result<Timing>;
+}
+
+/// The ops that a backend lacks, one line each; `Ok` if there are none.
+pub(crate) fn check_support(backend: &dyn Backend, program: &Program) -> Result<()> {
+    let mut gaps: Vec<String> = Vec::new();
+    for (segment, op) in program.ops() {
+        if let Support::Unsupported(gap) = backend.supports(&OpSig { program, op }) {
+            let segment = program.segments.get(segment).map_or("?", |s| &s.name);
+            gaps.push(format!("{} in `{segment}`: {gap}", op.name()));
+        }
+    }
+    if gaps.is_empty() {
+        return Ok(());
+    }
+    Err(crate::Error::Unsupported { backend: backend.caps().name.clone(), gaps })
+}

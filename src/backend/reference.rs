@@ -1,0 +1,451 @@
+//! The definition of every op, in plain scalar code, one element after the other. Every kernel, shader and simulated
+//! instruction is tested against it; exact backends give its bits. It shares formats and elementary functions with
+//! `halite-kernels`, and nothing else.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use halite_kernels::attention::{CHUNK, PageShape, Pages};
+use halite_kernels::formats::{Activation, Kind, Unpacked};
+use halite_kernels::isa::Scalar;
+use halite_kernels::math;
+use halite_kernels::rows::{Gate, Unary};
+
+use super::host::{
+    self, After, AttendArgs, ExpertsArgs, HostPlan, Kernels, Matrix, NormArgs, Product, RopeArgs, RouteArgs, memory,
+};
+use super::{Backend, Buffer, Caps, Contract, Fusions, Limits, OpSig, Plan, Support, Usage, check_support};
+use crate::error::Result;
+use crate::map::Region;
+use crate::program::{Gating, NormKind, Program, RopePairs};
+
+/// The reference as a backend: slow, and right by definition.
+#[derive(Debug)]
+pub struct Reference {
+    caps: Caps,
+}
+
+impl Reference {
+    /// The reference backend. It wants no fusion, and runs all of them.
+    #[allow(clippy::new_without_default)]
+    pub fn new() -> Reference {
+        let caps = Caps {
+            name: "reference".into(),
+            device: "scalar definitions of all ops, one thread".into(),
+            memory_bytes: u64::MAX,
+            fusions: Fusions::default(),
+            contract: Contract::Exact,
+        };
+        Reference { caps }
+    }
+}
+
+impl Backend for Reference {
+    fn caps(&self) -> &Caps {
+        &self.caps
+    }
+
+    fn supports(&self, _: &OpSig<'_>) -> Support {
+        Support::Native
+    }
+
+    fn alloc(&self, bytes: u64, _: Usage) -> Result<Buffer> {
+        memory::alloc(&self.caps.name, bytes, self.caps.memory_bytes)
+    }
+
+    fn import(&self, region: &Region) -> Result<Option<Buffer>> {
+        Ok(Some(memory::import(region)))
+    }
+
+    fn fill(&self, dst: &Buffer, range: Range<u64>, write: &mut dyn FnMut(&mut [u8])) -> Result<()> {
+        memory::fill(&self.caps.name, dst, range, write)
+    }
+
+    fn read(&self, src: &Buffer, offset: u64, dst: &mut [u8]) -> Result<()> {
+        memory::read(&self.caps.name, src, offset, dst)
+    }
+
+    fn prepare(&self, program: &Arc<Program>, limits: Limits) -> Result<Box<dyn Plan>> {
+        program.validate()?;
+        check_support(self, program)?;
+        Ok(Box::new(HostPlan::new(&self.caps.name, program, limits, Definitions)?))
+    }
+
+    fn scratch_bytes(&self, program: &Program, limits: Limits) -> u64 {
+        host::scratch_bytes(program, limits)
+    }
+}
+
+/// The lane of an elementary function.
+macro_rules! scalar {
+    ($f:ident($x:expr)) => {
+        math::$f(Scalar, [$x; 16])[0]
+    };
+}
+
+fn fma(a: f32, b: f32, c: f32) -> f32 {
+    a.mul_add(b, c)
+}
+
+/// Sixteen strided accumulators, then the tree: lanes i and i + 8, i and i + 4, i + 2, i + 1.
+fn strided(values: impl Iterator<Item = (f32, f32)>) -> f32 {
+    let mut lanes = [0.0f32; 16];
+    for (k, (a, b)) in values.enumerate() {
+        lanes[k % 16] = fma(a, b, lanes[k % 16]);
+    }
+    tree(lanes)
+}
+
+fn tree(lanes: [f32; 16]) -> f32 {
+    let mut lanes = lanes.to_vec();
+    while lanes.len() > 1 {
+        let half = lanes.len() / 2;
+        lanes = (0..half).map(|i| lanes[i] + lanes[i + half]).collect();
+    }
+    lanes[0]
+}
+
+/// One block of activations: codes and scale. See `halite_kernels::activation`.
+fn quantise(to: Activation, x: &[f32]) -> (Vec<i32>, f32) {
+    let amax = x.iter().fold(0.0f32, |m, v| if v.abs() > m { v.abs() } else { m });
+    if x.iter().any(|v| !v.is_finite()) {
+        return (vec![0; x.len()], f32::NAN);
+    }
+    let inverse = 127.0 / amax;
+    if amax == 0.0 || !inverse.is_finite() {
+        return (vec![0; x.len()], 0.0);
+    }
+    let codes = x.iter().map(|v| (v * inverse).round_ties_even() as i32).collect();
+    let scale = match to {
+        Activation::Q8_0 => half::f16::from_f32(amax / 127.0).to_f32(),
+        Activation::Q8_K => 1.0 / inverse,
+    };
+    (codes, scale)
+}
+
+/// The dot of a weight row with a token's activations.
+fn dot(w: Matrix<'_>, row: usize, x: &[f32]) -> f32 {
+    let row = w.rows(row..row + 1).bytes;
+    let Kind::Quantised { activation, group, has_min } = w.format.kind() else {
+        let mut values = vec![0.0; w.cols];
+        // The lengths fit: the row was cut to whole blocks.
+        let _ = w.format.dequantize(row, &mut values);
+        return strided(values.into_iter().zip(x.iter().copied()));
+    };
+    let block_len = activation.block_len();
+    let blocks: Vec<(Vec<i32>, f32)> = x.chunks(block_len).map(|x| quantise(activation, x)).collect();
+    let code = |k: usize| blocks[k / block_len].0[k % block_len];
+    let mut acc = 0.0f32;
+    let mut block = Unpacked::ZERO;
+    for (n, bytes) in row.chunks(w.format.block_bytes()).enumerate() {
+        let _ = w.format.unpack(bytes, &mut block);
+        for g in 0..w.format.block_len() / group {
+            let places = g * group..(g + 1) * group;
+            let first = n * w.format.block_len();
+            let scale = blocks[(first + places.start) / block_len].1;
+            let sum: i32 = places
+                .clone()
+                .map(|i| i32::from(block.sub[i / 16]) * i32::from(block.codes[i]) * code(first + i))
+                .sum();
+            acc = fma(sum as f32, block.d[g] * scale, acc);
+            if has_min {
+                let sum: i32 = places.map(|i| i32::from(block.mins[i / 16]) * code(first + i)).sum();
+                acc = fma(sum as f32, block.m[g] * scale, acc);
+            }
+        }
+    }
+    acc
+}
+
+fn unary(f: Unary, x: f32) -> f32 {
+    match f {
+        Unary::Silu => x / (1.0 + scalar!(exp(0.0 - x))),
+        Unary::Gelu => {
+            let t = scalar!(tanh(0.797_884_6 * fma(0.044_715 * (x * x), x, x)));
+            fma(0.5 * x, t, 0.5 * x)
+        }
+        Unary::GeluErf => fma(0.5 * x, scalar!(erf(x * std::f32::consts::FRAC_1_SQRT_2)), 0.5 * x),
+        Unary::Relu => if x > 0.0 { x } else { 0.0 },
+        Unary::ReluSquared => unary(Unary::Relu, x) * unary(Unary::Relu, x),
+        Unary::Scale(factor) => x * factor,
+        Unary::SoftCap(cap) => cap * scalar!(tanh(x / cap)),
+        _ => f32::NAN,
+    }
+}
+
+fn gate(f: Gate, g: f32, up: f32) -> f32 {
+    match f {
+        Gate::Silu => unary(Unary::Silu, g) * up,
+        Gate::Gelu => unary(Unary::Gelu, g) * up,
+        Gate::GeluErf => unary(Unary::GeluErf, g) * up,
+        Gate::Relu => unary(Unary::Relu, g) * up,
+        Gate::SiluClamped { alpha, limit } => {
+            let g = if g > limit { limit } else { g };
+            let up = if up > limit { limit } else { up };
+            let up = if -limit > up { -limit } else { up };
+            let s = g * scalar!(sigmoid(alpha * g));
+            fma(s, up, s)
+        }
+        _ => f32::NAN,
+    }
+}
+
+fn softmax(x: &mut [f32]) {
+    let max = x.iter().fold(f32::NEG_INFINITY, |m, &x| if x > m { x } else { m });
+    x.iter_mut().for_each(|x| *x = scalar!(exp(*x - max)));
+    let mut lanes = [0.0f32; 16];
+    x.iter().enumerate().for_each(|(i, x)| lanes[i % 16] += x);
+    let sum = tree(lanes);
+    x.iter_mut().for_each(|x| *x /= sum);
+}
+
+/// One element of the cache as f32.
+fn element(pages: &Pages<'_>, at: usize) -> f32 {
+    match pages {
+        Pages::F32(data) => data[at],
+        Pages::F16(data) => half::f16::from_bits(data[at]).to_f32(),
+    }
+}
+
+/// One query head's attention over positions `first..end`.
+#[allow(clippy::too_many_arguments)]
+fn attend(
+    q: &[f32],
+    a: &AttendArgs<'_>,
+    shape: PageShape,
+    table: &[u32],
+    kv_head: usize,
+    first: usize,
+    end: usize,
+    sink: Option<f32>,
+    out: &mut [f32],
+) {
+    let mut state: Option<(f32, f32, Vec<f32>)> = None;
+    for chunk in first / CHUNK..end.div_ceil(CHUNK) {
+        let page = table[chunk] as usize * shape.elements();
+        let keys = page + kv_head * shape.key_dim * CHUNK;
+        let values = page + (shape.kv_heads * shape.key_dim + kv_head * shape.value_dim) * CHUNK;
+        let valid = |j: &usize| (first..end).contains(&(chunk * CHUNK + j));
+        let score = |j: usize| {
+            let dot = (0..shape.key_dim).fold(0.0f32, |sum, d| fma(q[d], element(&a.pages, keys + d * CHUNK + j), sum));
+            let score = dot * a.scale;
+            a.softcap.map_or(score, |cap| unary(Unary::SoftCap(cap), score))
+        };
+        let scores: Vec<(usize, f32)> = (0..CHUNK).filter(valid).map(|j| (j, score(j))).collect();
+        let max = scores.iter().fold(f32::NEG_INFINITY, |m, &(_, s)| if s > m { s } else { m });
+        let p: Vec<(usize, f32)> = scores.iter().map(|&(j, s)| (j, scalar!(exp(s - max)))).collect();
+        let mut lanes = [0.0f32; 16];
+        p.iter().for_each(|&(j, p)| lanes[j % 16] += p);
+        let sum = tree(lanes);
+        let weighted = |d: usize| {
+            p.iter().fold(0.0f32, |acc, &(j, p)| fma(p, element(&a.pages, values + j * shape.value_dim + d), acc))
+        };
+        let o: Vec<f32> = (0..shape.value_dim).map(weighted).collect();
+        state = Some(match state {
+            None => (max, sum, o),
+            Some((old_max, old_sum, old_o)) => {
+                let new_max = if max > old_max { max } else { old_max };
+                let (old, new) = (scalar!(exp(old_max - new_max)), scalar!(exp(max - new_max)));
+                let o = old_o.iter().zip(&o).map(|(a, b)| fma(*a, old, b * new)).collect();
+                (new_max, fma(old_sum, old, sum * new), o)
+            }
+        });
+    }
+    let Some((max, mut sum, o)) = state else { return };
+    let mut scale = 1.0;
+    if let Some(sink) = sink {
+        let new_max = if sink > max { sink } else { max };
+        scale = scalar!(exp(max - new_max));
+        sum = fma(sum, scale, scalar!(exp(sink - new_max)));
+    }
+    for (out, o) in out.iter_mut().zip(o) {
+        *out = o * (scale / sum);
+    }
+}
+
+/// [`Kernels`] by definition.
+struct Definitions;
+
+impl Kernels for Definitions {
+    fn embed(&mut self, table: Matrix<'_>, tokens: &[u32], scale: f32, out: &mut [f32]) {
+        for (out, &token) in out.chunks_exact_mut(table.cols).zip(tokens) {
+            let row = table.rows(token as usize..token as usize + 1);
+            let _ = row.format.dequantize(row.bytes, out);
+            if scale != 1.0 {
+                out.iter_mut().for_each(|x| *x *= scale);
+            }
+        }
+    }
+
+    fn add(&mut self, a: &[f32], b: &[f32], out: &mut [f32]) {
+        for (out, (a, b)) in out.iter_mut().zip(a.iter().zip(b)) {
+            *out = a + b;
+        }
+    }
+
+    fn norm(&mut self, n: &NormArgs<'_>, out: &mut [f32], sum: Option<&mut [f32]>) {
+        let mut x = n.x.to_vec();
+        if let Some(add) = n.add {
+            self.add(n.x, add, &mut x);
+        }
+        if let Some(sum) = sum {
+            sum.copy_from_slice(&x);
+        }
+        for (x, out) in x.chunks_exact(n.group).zip(out.chunks_exact_mut(n.group)) {
+            let mean = match n.kind {
+                NormKind::Rms => 0.0,
+                NormKind::Layer => {
+                    let mut lanes = [0.0f32; 16];
+                    x.iter().enumerate().for_each(|(i, x)| lanes[i % 16] += x);
+                    tree(lanes) / x.len() as f32
+                }
+            };
+            let squares = strided(x.iter().map(|x| (x - mean, x - mean)));
+            let scale = 1.0 / (squares / x.len() as f32 + n.eps).sqrt();
+            for (i, (x, out)) in x.iter().zip(out).enumerate() {
+                let scaled = (x - mean) * scale;
+                *out = match (n.weight, n.bias) {
+                    (None, None) => scaled,
+                    (Some(w), None) => scaled * w[i],
+                    (None, Some(b)) => scaled + b[i],
+                    (Some(w), Some(b)) => fma(scaled, w[i], b[i]),
+                };
+            }
+        }
+    }
+
+    fn matmul(&mut self, x: &[f32], products: &[Product<'_>], after: After<'_>, outs: &mut [&mut [f32]]) {
+        let product = |p: &Product<'_>| -> Vec<f32> {
+            let of_token = |x: &[f32]| -> Vec<f32> {
+                (0..p.weight.rows)
+                    .map(|r| {
+                        let y = dot(p.weight, r, x);
+                        p.bias.map_or(y, |b| y + b[r])
+                    })
+                    .collect()
+            };
+            x.chunks_exact(p.weight.cols).flat_map(of_token).collect()
+        };
+        match after {
+            After::Nothing => {
+                for (p, out) in products.iter().zip(outs) {
+                    out.copy_from_slice(&product(p));
+                }
+            }
+            After::Glu(act) => {
+                let (g, up) = (product(&products[0]), product(&products[1]));
+                self.glu(act, &g, &up, outs[0]);
+            }
+            After::Add(residual) => self.add(residual, &product(&products[0]), outs[0]),
+        }
+    }
+
+    fn rope(&mut self, a: &RopeArgs<'_>, out: &mut [f32]) {
+        let pairs = a.frequencies.len();
+        out.copy_from_slice(a.x);
+        for (out, &position) in out.chunks_exact_mut(a.cols).zip(a.positions) {
+            for head in out.chunks_exact_mut(a.head_dim) {
+                for i in 0..pairs {
+                    let frequency = a.factors.map_or(a.frequencies[i], |f| a.frequencies[i] / f[i]);
+                    let (sin, cos) = math::sin_cos(Scalar, [position as f32 * frequency; 16]);
+                    let (sin, cos) = (sin[0] * a.magnitude, cos[0] * a.magnitude);
+                    let (first, second) = match a.pairs {
+                        RopePairs::Adjacent => (2 * i, 2 * i + 1),
+                        RopePairs::Halves => (i, i + pairs),
+                    };
+                    let (x, y) = (head[first], head[second]);
+                    head[first] = fma(x, cos, 0.0 - y * sin);
+                    head[second] = fma(x, sin, y * cos);
+                }
+            }
+        }
+    }
+
+    fn attend(&mut self, a: &AttendArgs<'_>, out: &mut [f32]) {
+        let shape = a.shape;
+        let (q_cols, out_cols) = (a.heads * shape.key_dim, a.heads * shape.value_dim);
+        for (t, (q, out)) in a.q.chunks_exact(q_cols).zip(out.chunks_exact_mut(out_cols)).enumerate() {
+            let (table, position) = a.tokens.place(t);
+            let end = position as usize + 1;
+            let first = a.window.map_or(0, |w| end.saturating_sub(w as usize));
+            let heads = q.chunks_exact(shape.key_dim).zip(out.chunks_exact_mut(shape.value_dim));
+            for (h, (q, out)) in heads.enumerate() {
+                let kv_head = h * shape.kv_heads / a.heads;
+                attend(q, a, shape, table, kv_head, first, end, a.sinks.map(|s| s[h]), out);
+            }
+        }
+    }
+
+    fn glu(&mut self, act: Gate, g: &[f32], up: &[f32], out: &mut [f32]) {
+        for (out, (g, up)) in out.iter_mut().zip(g.iter().zip(up)) {
+            *out = gate(act, *g, *up);
+        }
+    }
+
+    fn map(&mut self, f: Unary, x: &[f32], out: &mut [f32]) {
+        for (out, x) in out.iter_mut().zip(x) {
+            *out = unary(f, *x);
+        }
+    }
+
+    fn route(&mut self, a: &RouteArgs<'_>, ids: &mut [i32], weights: &mut [f32]) {
+        let rows = ids.chunks_exact_mut(a.used).zip(weights.chunks_exact_mut(a.used));
+        for (logits, (ids, weights)) in a.logits.chunks_exact(a.experts).zip(rows) {
+            let mut p = logits.to_vec();
+            match a.gating {
+                Gating::Softmax => softmax(&mut p),
+                Gating::Sigmoid => p.iter_mut().for_each(|p| *p = scalar!(sigmoid(*p))),
+                Gating::SoftmaxOfTop => {}
+            }
+            let mut order: Vec<usize> = (0..a.experts).collect();
+            // A stable sort keeps the lower index first on ties.
+            order.sort_by(|&i, &j| p[j].partial_cmp(&p[i]).unwrap_or(std::cmp::Ordering::Equal));
+            for ((id, weight), &expert) in ids.iter_mut().zip(weights.iter_mut()).zip(&order) {
+                (*id, *weight) = (expert as i32, p[expert]);
+            }
+            if a.gating == Gating::SoftmaxOfTop {
+                softmax(weights);
+            }
+            if a.normalise {
+                let sum: f32 = weights.iter().sum();
+                weights.iter_mut().for_each(|w| *w /= sum);
+            }
+            if a.scale != 1.0 {
+                weights.iter_mut().for_each(|w| *w *= a.scale);
+            }
+        }
+    }
+
+    fn experts(&mut self, a: &ExpertsArgs<'_>, out: &mut [f32]) {
+        let cols = a.gate.cols;
+        for (t, (x, out)) in a.x.chunks_exact(cols).zip(out.chunks_exact_mut(cols)).enumerate() {
+            out.fill(0.0);
+            for (id, weight) in a.ids[t * a.used..][..a.used].iter().zip(&a.weights[t * a.used..]) {
+                let e = *id as usize;
+                let mut product = |m: Matrix<'_>, bias: Option<&[f32]>, x: &[f32]| {
+                    let weight = m.expert(e, a.experts);
+                    let mut y = vec![0.0; weight.rows];
+                    let bias = bias.map(|b| &b[e * weight.rows..][..weight.rows]);
+                    self.matmul(x, &[Product { weight, bias }], After::Nothing, &mut [&mut y]);
+                    y
+                };
+                let g = product(a.gate, a.biases.map(|b| b[0]), x);
+                let up = product(a.up, a.biases.map(|b| b[1]), x);
+                let hidden: Vec<f32> = g.iter().zip(&up).map(|(g, up)| gate(a.act, *g, *up)).collect();
+                let y = product(a.down, a.biases.map(|b| b[2]), &hidden);
+                for (out, y) in out.iter_mut().zip(y) {
+                    *out = fma(*weight, y, *out);
+                }
+            }
+        }
+    }
+
+    fn arg_max(&mut self, x: &[f32], cols: usize, out: &mut [i32]) {
+        for (x, out) in x.chunks_exact(cols).zip(out) {
+            let best = x.iter().enumerate().fold((0, f32::NEG_INFINITY), |best, (i, &x)| {
+                if x > best.1 { (i, x) } else { best }
+            });
+            *out = best.0 as i32;
+        }
+    }
+}

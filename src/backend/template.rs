@@ -1,0 +1,135 @@
+//! A whole backend that runs nothing yet: the file to copy for a new chip.
+//!
+//! It compiles, every call answers, and conformance lists each op as a named gap. To bring a chip up, keep a buffer type of
+//! your own behind [`Buffer`], answer `Native` in [`Backend::supports`] for one op after another, and record the chip's
+//! commands in [`Plan::submit`].
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::{
+    Backend, Bindings, Buffer, Caps, Clock, Contract, Fusions, Gap, Limits, OpSig, Plan, Step, Support, Ticket, Timing,
+    Usage, check_support,
+};
+use crate::error::{Error, Result};
+use crate::map::Region;
+use crate::program::Program;
+
+/// The template's name, in one place.
+const NAME: &str = "template";
+
+/// The device: open handles and facts that never change.
+#[derive(Debug)]
+pub struct Template {
+    caps: Caps,
+}
+
+/// Device memory. A real chip keeps an address here, and frees it on drop.
+#[derive(Debug)]
+struct Memory {
+    bytes: std::sync::Mutex<Vec<u8>>,
+}
+
+impl Template {
+    /// Opens the device.
+    #[allow(clippy::new_without_default)]
+    pub fn new() -> Template {
+        let caps = Caps {
+            name: NAME.into(),
+            device: "a backend to copy; it runs nothing".into(),
+            memory_bytes: 1 << 30,
+            // Ask for the fused forms that the chip has instructions for.
+            fusions: Fusions::default(),
+            // `Exact` only if results are the reference's bits.
+            contract: Contract::Close,
+        };
+        Template { caps }
+    }
+
+    fn memory<'a>(&self, buffer: &'a Buffer) -> Result<&'a Memory> {
+        buffer.memory().ok_or_else(|| error("a buffer of another backend was passed"))
+    }
+}
+
+fn error(message: &str) -> Error {
+    Error::Backend { backend: NAME.into(), message: message.into() }
+}
+
+impl Backend for Template {
+    fn caps(&self) -> &Caps {
+        &self.caps
+    }
+
+    fn supports(&self, sig: &OpSig<'_>) -> Support {
+        // Match on `sig.op`, and on formats and shapes in `sig.program`, and answer `Support::Native` for what works.
+        // `Gap::Never` is for what the hardware cannot do at all.
+        Support::Unsupported(Gap::NotYet(format!("{} is not written", sig.op.name())))
+    }
+
+    fn alloc(&self, bytes: u64, _usage: Usage) -> Result<Buffer> {
+        if bytes > self.caps.memory_bytes {
+            let (what, have_bytes) = ("a buffer on `template`".into(), self.caps.memory_bytes);
+            return Err(Error::OutOfMemory { what, need_bytes: bytes, have_bytes });
+        }
+        Ok(Buffer::new(bytes, Memory { bytes: vec![0; bytes as usize].into() }))
+    }
+
+    fn import(&self, _region: &Region) -> Result<Option<Buffer>> {
+        // A chip that reads host memory returns a handle on the region's pages; others get a copy through `fill`.
+        Ok(None)
+    }
+
+    fn fill(&self, dst: &Buffer, range: Range<u64>, write: &mut dyn FnMut(&mut [u8])) -> Result<()> {
+        let mut bytes = self.memory(dst)?.bytes.lock().map_err(|_| error("a thread failed while it wrote"))?;
+        let outside = || Error::argument("fill range", format!("inside 0..{}", dst.bytes()), format!("{range:?}"));
+        write(bytes.get_mut(range.start as usize..range.end as usize).ok_or_else(outside)?);
+        Ok(())
+    }
+
+    fn read(&self, src: &Buffer, offset: u64, dst: &mut [u8]) -> Result<()> {
+        let bytes = self.memory(src)?.bytes.lock().map_err(|_| error("a thread failed while it wrote"))?;
+        let end = offset.saturating_add(dst.len() as u64);
+        let outside =
+            || Error::argument("read range", format!("inside 0..{}", src.bytes()), format!("{offset}..{end}"));
+        dst.copy_from_slice(bytes.get(offset as usize..end as usize).ok_or_else(outside)?);
+        Ok(())
+    }
+
+    fn prepare(&self, program: &Arc<Program>, _limits: Limits) -> Result<Box<dyn Plan>> {
+        program.validate()?;
+        check_support(self, program)?;
+        // Compile here whatever can be compiled: `submit` is called for every token.
+        Ok(Box::new(TemplatePlan { program: program.clone(), submitted: 0 }))
+    }
+
+    fn scratch_bytes(&self, program: &Program, limits: Limits) -> u64 {
+        // `liveness` lets tensors that are never needed together share memory.
+        crate::passes::liveness(program).bytes(limits.tokens, limits.outputs)
+    }
+}
+
+/// A program ready to run.
+struct TemplatePlan {
+    program: Arc<Program>,
+    submitted: u64,
+}
+
+impl Plan for TemplatePlan {
+    fn submit(&mut self, step: &Step<'_>, segments: Range<usize>, _bindings: &Bindings<'_>) -> Result<Ticket> {
+        for segment in self.program.segments.get(segments).unwrap_or(&[]) {
+            for op in &segment.ops {
+                if step.cancel.is_cancelled() {
+                    return Err(Error::Cancelled);
+                }
+                // Queue the op's commands. `prepare` has refused every op that `supports` does not answer for.
+                return Err(error(&format!("{} is not written", op.name())));
+            }
+        }
+        self.submitted += 1;
+        Ok(Ticket(self.submitted))
+    }
+
+    fn wait(&mut self, _ticket: Ticket) -> Result<Timing> {
+        Ok(Timing { elapsed: std::time::Duration::ZERO, clock: Clock::Device })
+    }
+}

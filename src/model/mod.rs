@@ -1,0 +1,120 @@
+//! Model families as plain programs. A family reads its hyper-parameters from the file and records ops; it knows no
+//! backend.
+
+mod gemma3;
+mod hparams;
+mod llama;
+
+use std::path::Path;
+use std::sync::Arc;
+
+use halite_kernels::formats::Format;
+
+pub use hparams::Hparams;
+
+use crate::error::{Error, Result};
+use crate::gguf::Gguf;
+use crate::map::Source;
+use crate::program::{Builder, Program, WeightInfo};
+
+/// Records a family's program.
+type Record = fn(&Hparams, &mut Builder<'_>);
+
+/// One line for each architecture: its name in `general.architecture` and what records it.
+const FAMILIES: &[(&str, Record)] = &[("llama", llama::record), ("gemma3", gemma3::record)];
+
+/// Architectures that Halite can build.
+pub fn architectures() -> impl Iterator<Item = &'static str> {
+    FAMILIES.iter().map(|(name, _)| *name)
+}
+
+/// Choices that shape a program.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ProgramOptions {
+    /// How the KV cache is stored: `F16` or `F32`.
+    pub kv_format: Format,
+}
+
+impl Default for ProgramOptions {
+    fn default() -> Self {
+        ProgramOptions { kv_format: Format::F16 }
+    }
+}
+
+/// A model file and what it describes. Opening reads only the header.
+#[derive(Debug)]
+pub struct Model {
+    gguf: Gguf,
+    hparams: Hparams,
+    record: Record,
+}
+
+/// The names of a program's results.
+pub mod outputs {
+    /// Logits, `[outputs, vocab]`.
+    pub const LOGITS: &str = "logits";
+    /// Each output row's most likely token, `[outputs, 1]` of i32; in a segment of its own, the last.
+    pub const ARG_MAX: &str = "argmax";
+}
+
+impl Model {
+    /// Opens a GGUF file (the first one of a split model).
+    ///
+    /// # Errors
+    /// [`Error::Io`], [`Error::Gguf`], [`Error::Architecture`] or [`Error::Model`].
+    pub fn open(path: impl AsRef<Path>) -> Result<Model> {
+        Model::from_gguf(Gguf::open(path.as_ref())?)
+    }
+
+    /// A model from bytes in memory; see [`Source::from_static`] and [`Source::from_bytes`].
+    ///
+    /// # Errors
+    /// As [`Model::open`].
+    pub fn from_source(source: Arc<Source>) -> Result<Model> {
+        Model::from_gguf(Gguf::from_source(source)?)
+    }
+
+    /// A model from an opened file.
+    ///
+    /// # Errors
+    /// [`Error::Architecture`] or [`Error::Model`].
+    pub fn from_gguf(gguf: Gguf) -> Result<Model> {
+        let architecture = gguf.str("general.architecture")?;
+        let record = FAMILIES.iter().find(|(name, _)| *name == architecture).map(|(_, record)| *record);
+        let record = record.ok_or_else(|| {
+            Error::Architecture(architecture.into(), architectures().collect::<Vec<_>>().join(", "))
+        })?;
+        let hparams = Hparams::read(&gguf)?;
+        Ok(Model { gguf, hparams, record })
+    }
+
+    /// The file.
+    pub fn gguf(&self) -> &Gguf {
+        &self.gguf
+    }
+
+    /// The hyper-parameters.
+    pub fn hparams(&self) -> &Hparams {
+        &self.hparams
+    }
+
+    /// `general.name`, or the architecture.
+    pub fn name(&self) -> &str {
+        self.gguf.optional_str("general.name").ok().flatten().unwrap_or(&self.hparams.architecture)
+    }
+
+    /// The model's program, before any fusion. Needs the header only, no weights.
+    ///
+    /// # Errors
+    /// [`Error::Model`] for a missing or misshapen tensor, [`Error::Program`] for shapes that no program can have.
+    pub fn program(&self, options: ProgramOptions) -> Result<Program> {
+        let lookup = |name: &str| {
+            let info = self.gguf.tensor(name)?;
+            Some(WeightInfo { dims: info.record.dims.clone(), format: info.record.format })
+        };
+        let mut builder = Builder::new(self.name(), &lookup);
+        let hparams = Hparams { kv_format: options.kv_format, ..self.hparams.clone() };
+        (self.record)(&hparams, &mut builder);
+        builder.finish()
+    }
+}

@@ -1,0 +1,261 @@
+//! Pure functions on programs: fusing, undoing it, exposing results, assigning scratch memory.
+
+use crate::backend::Fusions;
+use crate::program::{Dim, Epilogue, Op, Part, Program, Slot, TensorId};
+
+/// Makes the fused forms that a backend asks for. Results never change; only results that nobody else reads are fused
+/// away.
+pub fn fuse(program: &Program, fusions: Fusions) -> Program {
+    let mut out = program.clone();
+    let uses = uses(&out);
+    let internal = |id: TensorId| {
+        matches!(out.tensors.get(id.0 as usize), Some(t) if t.slot == Slot::Scratch)
+            && uses.get(id.0 as usize) == Some(&1)
+    };
+    let segments: Vec<Vec<Op>> = out
+        .segments
+        .iter()
+        .map(|segment| {
+            let mut ops = segment.ops.clone();
+            if fusions.shared_input {
+                ops = share_inputs(ops);
+            }
+            if fusions.glu {
+                ops = fuse_pairs(ops, |a, b| glu(a, b, &internal));
+            }
+            if fusions.add_norm {
+                ops = fuse_pairs(ops, |a, b| add_norm(a, b));
+            }
+            if fusions.residual {
+                ops = fuse_pairs(ops, |a, b| residual(a, b, &internal));
+            }
+            ops
+        })
+        .collect();
+    for (segment, ops) in out.segments.iter_mut().zip(segments) {
+        segment.ops = ops;
+    }
+    out
+}
+
+/// How many ops read each tensor.
+fn uses(program: &Program) -> Vec<u32> {
+    let mut uses = vec![0u32; program.tensors.len()];
+    for (_, op) in program.ops() {
+        op.inputs(&mut |id| {
+            if let Some(n) = uses.get_mut(id.0 as usize) {
+                *n += 1;
+            }
+        });
+    }
+    uses
+}
+
+/// Joins matmuls that follow each other and read the same input.
+fn share_inputs(ops: Vec<Op>) -> Vec<Op> {
+    let mut out: Vec<Op> = Vec::new();
+    for op in ops {
+        if let Op::MatMul { x, parts, epilogue: Epilogue::None } = &op
+            && let Some(Op::MatMul { x: last, parts: joined, epilogue: Epilogue::None }) = out.last_mut()
+            && last == x
+            && joined.len() + parts.len() <= 4
+        {
+            joined.extend(parts.iter().cloned());
+            continue;
+        }
+        out.push(op);
+    }
+    out
+}
+
+/// Replaces neighbours for which `f` has one op that does both.
+fn fuse_pairs(ops: Vec<Op>, f: impl Fn(&Op, &Op) -> Option<Op>) -> Vec<Op> {
+    let mut out: Vec<Op> = Vec::new();
+    for op in ops {
+        match out.last().and_then(|last| f(last, &op)) {
+            Some(both) => {
+                out.pop();
+                out.push(both);
+            }
+            None => out.push(op),
+        }
+    }
+    out
+}
+
+fn glu(a: &Op, b: &Op, internal: &dyn Fn(TensorId) -> bool) -> Option<Op> {
+    let (Op::MatMul { x, parts, epilogue: Epilogue::None }, Op::Glu { gate, up, out, act }) = (a, b) else {
+        return None;
+    };
+    let [first, second] = parts.as_slice() else { return None };
+    let (gate_part, up_part) = match (first.out == *gate, second.out == *up) {
+        (true, true) => (first, second),
+        _ if second.out == *gate && first.out == *up => (second, first),
+        _ => return None,
+    };
+    (internal(*gate) && internal(*up)).then(|| Op::MatMul {
+        x: *x,
+        parts: vec![Part { out: *out, ..gate_part.clone() }, up_part.clone()],
+        epilogue: Epilogue::Glu(*act),
+    })
+}
+
+fn add_norm(a: &Op, b: &Op) -> Option<Op> {
+    let Op::Add { a: left, b: right, out: added } = a else { return None };
+    let Op::Norm { x, add: None, sum: None, weight, bias, out, kind, eps, group } = b else { return None };
+    (x == added).then(|| Op::Norm {
+        x: *left,
+        add: Some(*right),
+        sum: Some(*added),
+        weight: *weight,
+        bias: *bias,
+        out: *out,
+        kind: *kind,
+        eps: *eps,
+        group: *group,
+    })
+}
+
+fn residual(a: &Op, b: &Op, internal: &dyn Fn(TensorId) -> bool) -> Option<Op> {
+    let (Op::MatMul { x, parts, epilogue: Epilogue::None }, Op::Add { a: left, b: right, out }) = (a, b) else {
+        return None;
+    };
+    let [part] = parts.as_slice() else { return None };
+    // Addition commutes exactly, so either side may be the product.
+    let other = if *left == part.out { right } else if *right == part.out { left } else { return None };
+    (internal(part.out) && *other != part.out).then(|| Op::MatMul {
+        x: *x,
+        parts: vec![Part { out: *out, ..part.clone() }],
+        epilogue: Epilogue::Add(*other),
+    })
+}
+
+/// Undoes every fusion: the definition of what a fused op means.
+pub fn decompose(program: &Program) -> Program {
+    let mut out = program.clone();
+    for s in 0..out.segments.len() {
+        let ops = std::mem::take(&mut out.segments[s].ops);
+        for op in ops {
+            let ops = decompose_op(&mut out, op);
+            out.segments[s].ops.extend(ops);
+        }
+    }
+    out
+}
+
+fn decompose_op(program: &mut Program, op: Op) -> Vec<Op> {
+    let mut temporary = |like: TensorId| {
+        let tensor = program.tensor(like).clone();
+        let name = format!("{}.unfused{}", tensor.name, program.tensors.len());
+        program.tensors.push(crate::program::Tensor { name, slot: Slot::Scratch, ..tensor });
+        TensorId(program.tensors.len() as u32 - 1)
+    };
+    match op {
+        Op::MatMul { x, parts, epilogue } => {
+            let mut ops = Vec::new();
+            let mut outs = Vec::new();
+            for part in &parts {
+                let out = if epilogue == Epilogue::None { part.out } else { temporary(parts[0].out) };
+                outs.push(out);
+                let parts = vec![Part { out, ..part.clone() }];
+                ops.push(Op::MatMul { x, parts, epilogue: Epilogue::None });
+            }
+            match (epilogue, outs.as_slice()) {
+                (Epilogue::Glu(act), &[gate, up]) => ops.push(Op::Glu { gate, up, out: parts[0].out, act }),
+                (Epilogue::Add(a), &[b]) => ops.push(Op::Add { a, b, out: parts[0].out }),
+                _ => {}
+            }
+            ops
+        }
+        Op::Norm { x, add: Some(add), sum: Some(sum), weight, bias, out, kind, eps, group } => vec![
+            Op::Add { a: x, b: add, out: sum },
+            Op::Norm { x: sum, add: None, sum: None, weight, bias, out, kind, eps, group },
+        ],
+        op => vec![op],
+    }
+}
+
+/// Makes results readable by name after a step (taps): each becomes an output slot, after those there are. Do this before
+/// fusing, which leaves outputs alone. Returns the tensors in the order of `names`, `None` for a name that is none.
+pub fn expose(program: &Program, names: &[&str]) -> (Program, Vec<Option<TensorId>>) {
+    let mut out = program.clone();
+    let mut found = Vec::new();
+    for name in names {
+        let id = out.find(name);
+        if let Some(t) = id.and_then(|id| out.tensors.get_mut(id.0 as usize))
+            && t.slot == Slot::Scratch
+        {
+            t.slot = Slot::Io(out.io.len() as u32);
+            out.io.extend(id);
+        }
+        found.push(id);
+    }
+    (out, found)
+}
+
+/// Where scratch tensors live: several share one place if they are never needed together.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Layout {
+    /// The place of each tensor; `None` if it is no scratch tensor or never written.
+    pub place: Vec<Option<usize>>,
+    /// The rows and the most columns of each place.
+    pub places: Vec<(Dim, u32)>,
+}
+
+impl Layout {
+    /// Bytes of all places for a step of at most so many tokens and outputs.
+    pub fn bytes(&self, tokens: u32, outputs: u32) -> u64 {
+        self.places.iter().map(|&(dim, cols)| 4 * rows(dim, tokens, outputs) * u64::from(cols)).sum()
+    }
+}
+
+/// Rows of a tensor in a step.
+pub fn rows(dim: Dim, tokens: u32, outputs: u32) -> u64 {
+    u64::from(match dim {
+        Dim::Fixed(rows) => rows,
+        Dim::Tokens => tokens,
+        Dim::Outputs => outputs,
+    })
+}
+
+/// Assigns scratch tensors to places by the span from the op that writes them to the last that reads them. An op's outputs
+/// never share a place with its inputs.
+pub fn liveness(program: &Program) -> Layout {
+    let mut last_use = vec![0usize; program.tensors.len()];
+    for (at, (_, op)) in program.ops().enumerate() {
+        let mut touch = |id: TensorId| {
+            if let Some(last) = last_use.get_mut(id.0 as usize) {
+                *last = at;
+            }
+        };
+        op.inputs(&mut touch);
+        op.outputs(&mut touch);
+    }
+    let mut layout = Layout { place: vec![None; program.tensors.len()], places: Vec::new() };
+    // For each place, the op after which it is free.
+    let mut busy_until: Vec<usize> = Vec::new();
+    for (at, (_, op)) in program.ops().enumerate() {
+        op.outputs(&mut |id| {
+            let t = program.tensor(id);
+            if t.slot != Slot::Scratch {
+                return;
+            }
+            let free = (0..layout.places.len())
+                .filter(|&p| busy_until[p] < at && layout.places[p].0 == t.rows)
+                // The best fit: the place that grows least, then the smallest.
+                .min_by_key(|&p| (t.cols.saturating_sub(layout.places[p].1), layout.places[p].1));
+            let place = free.unwrap_or_else(|| {
+                layout.places.push((t.rows, 0));
+                busy_until.push(0);
+                layout.places.len() - 1
+            });
+            layout.places[place].1 = layout.places[place].1.max(t.cols);
+            let until = last_use.get(id.0 as usize).copied().unwrap_or(at).max(at);
+            busy_until[place] = until;
+            if let Some(p) = layout.place.get_mut(id.0 as usize) {
+                *p = Some(place);
+            }
+        });
+    }
+    layout
+}

@@ -1,0 +1,507 @@
+//! What an application holds: a model on a backend, its sequences and their KV cache.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::backend::{Backend, Bindings, Buffer, Cancel, Limits, Plan, Span, Step, Timing, Usage};
+use crate::error::{Error, Result};
+use crate::model::{Model, ProgramOptions, outputs};
+use crate::passes;
+use crate::program::{Dim, PAGE_POSITIONS, Program, Slot, TensorId};
+use crate::weights::Weights;
+
+/// Most runs of one step.
+pub const MAX_RUNS: usize = 64;
+
+/// What a session reserves.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SessionOptions {
+    /// Positions of the KV cache, over all sequences; 0: the model's context length, at most 4096.
+    pub context: u32,
+    /// Most tokens of a step. Longer prompts take several steps, with the same result.
+    pub batch: u32,
+    /// Most outputs (rows of logits) of a step.
+    pub outputs: u32,
+    /// Choices that shape the program.
+    pub program: ProgramOptions,
+    /// Names of results to make readable after each step; see [`Session::tap`].
+    pub taps: Vec<String>,
+}
+
+impl Default for SessionOptions {
+    fn default() -> Self {
+        SessionOptions { context: 0, batch: 512, outputs: 1, program: ProgramOptions::default(), taps: Vec::new() }
+    }
+}
+
+impl SessionOptions {
+    /// The positions that a session on this model would reserve.
+    pub fn positions(&self, model: &Model) -> u32 {
+        match self.context {
+            0 => model.hparams().context_length.min(4096),
+            n => n,
+        }
+    }
+
+    fn limits(&self, positions: u32) -> Limits {
+        let tokens = self.batch.clamp(1, positions.max(1));
+        Limits { tokens, outputs: self.outputs.clamp(1, tokens) }
+    }
+}
+
+/// What a session takes, known from the header alone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Footprint {
+    /// Weights, mapped or copied.
+    pub weight_bytes: u64,
+    /// The KV cache.
+    pub kv_bytes: u64,
+    /// Activations and other working memory.
+    pub scratch_bytes: u64,
+    /// Buffers that the host reads.
+    pub io_bytes: u64,
+}
+
+impl Footprint {
+    /// Everything but the weights.
+    pub fn working_bytes(&self) -> u64 {
+        self.kv_bytes.saturating_add(self.scratch_bytes).saturating_add(self.io_bytes)
+    }
+}
+
+/// What a session with these options would take on a backend. Reads no weights.
+///
+/// # Errors
+/// [`Error::Model`] or [`Error::Program`] if the model has no program.
+pub fn footprint(model: &Model, backend: &dyn Backend, options: &SessionOptions) -> Result<Footprint> {
+    let program = passes::fuse(&model.program(options.program)?, backend.caps().fusions);
+    let positions = options.positions(model);
+    let limits = options.limits(positions);
+    Ok(Footprint {
+        weight_bytes: program.weight_bytes(),
+        kv_bytes: program.kv_bytes(positions.into()),
+        scratch_bytes: backend.scratch_bytes(&program, limits),
+        io_bytes: program.io.iter().map(|&id| io_bytes(&program, id, limits)).sum(),
+    })
+}
+
+fn io_bytes(program: &Program, id: TensorId, limits: Limits) -> u64 {
+    let t = program.tensor(id);
+    4 * passes::rows(t.rows, limits.tokens, limits.outputs) * u64::from(t.cols)
+}
+
+/// A sequence of a [`Session`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct SequenceId(u32);
+
+/// Which outputs of a run are wanted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wanted {
+    /// None: the run only fills the KV cache.
+    Nothing,
+    /// The last token's.
+    Last,
+    /// Every token's.
+    All,
+}
+
+/// Tokens of one sequence in a step.
+#[derive(Debug, Clone, Copy)]
+pub struct Run<'a> {
+    /// The sequence that they continue.
+    pub sequence: SequenceId,
+    /// At least one.
+    pub tokens: &'a [u32],
+    /// Which outputs are wanted.
+    pub wanted: Wanted,
+}
+
+/// What a step computes for its outputs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Head {
+    /// Logits; see [`Session::logits`].
+    Logits,
+    /// Only the most likely tokens; see [`Session::arg_max`].
+    ArgMax,
+}
+
+struct Sequence {
+    pages: Vec<u32>,
+    len: u32,
+    live: bool,
+}
+
+/// A model on a backend, ready to run. All memory is reserved by [`Session::new`]: a step allocates nothing.
+pub struct Session {
+    model: Arc<Model>,
+    backend: Arc<dyn Backend>,
+    program: Arc<Program>,
+    plan: Box<dyn Plan>,
+    weights: Weights,
+    states: Vec<Buffer>,
+    io: Vec<Buffer>,
+    taps: Vec<TensorId>,
+    limits: Limits,
+    positions: u32,
+    free_pages: Vec<u32>,
+    page_uses: Vec<u32>,
+    sequences: Vec<Sequence>,
+    tokens: Vec<u32>,
+    wanted: Vec<u32>,
+    logits: Vec<f32>,
+    arg_max: Vec<u32>,
+    cancel: Cancel,
+    last: Option<Timing>,
+}
+
+impl std::fmt::Debug for Session {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Session")
+            .field("model", &self.model.name())
+            .field("backend", &self.backend.caps().name)
+            .field("positions", &self.positions)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Session {
+    /// Builds the program, loads the weights and reserves all memory. `progress` is told the weight bytes done so far.
+    ///
+    /// # Errors
+    /// What the model lacks, what the backend lacks (every unsupported op by name), or out of memory.
+    pub fn new(
+        model: &Arc<Model>,
+        backend: &Arc<dyn Backend>,
+        options: &SessionOptions,
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<Session> {
+        let program = model.program(options.program)?;
+        let names: Vec<&str> = options.taps.iter().map(String::as_str).collect();
+        let (program, found) = passes::expose(&program, &names);
+        let mut taps = Vec::new();
+        for (name, id) in names.iter().zip(found) {
+            let id = id.filter(|&id| matches!(program.tensor(id).slot, Slot::Io(_)));
+            taps.push(id.ok_or_else(|| {
+                Error::argument("tap", "the name of a result of the program", format!("`{name}`"))
+            })?);
+        }
+        let program = Arc::new(passes::fuse(&program, backend.caps().fusions));
+        let positions = options.positions(model);
+        let limits = options.limits(positions);
+        let pages = u64::from(positions).div_ceil(PAGE_POSITIONS.into());
+        let plan = backend.prepare(&program, limits)?;
+        let weights = Weights::load(model.gguf(), &program, &**backend, progress)?;
+        let states = program.states.iter().map(|s| backend.alloc(pages * s.page_bytes(), Usage::State));
+        let states = states.collect::<Result<Vec<_>>>()?;
+        let io = program.io.iter().map(|&id| backend.alloc(io_bytes(&program, id, limits), Usage::Io));
+        let io = io.collect::<Result<Vec<_>>>()?;
+        let vocab = model.hparams().vocab_size as usize;
+        let outputs = limits.outputs as usize;
+        Ok(Session {
+            model: model.clone(),
+            backend: backend.clone(),
+            plan,
+            weights,
+            states,
+            io,
+            taps,
+            limits,
+            positions,
+            free_pages: (0..pages as u32).rev().collect(),
+            page_uses: vec![0; pages as usize],
+            sequences: Vec::new(),
+            tokens: Vec::with_capacity(limits.tokens as usize),
+            wanted: Vec::with_capacity(outputs),
+            logits: vec![0.0; outputs * vocab],
+            arg_max: vec![0; outputs],
+            cancel: Cancel::default(),
+            last: None,
+            program,
+        })
+    }
+
+    /// The model.
+    pub fn model(&self) -> &Arc<Model> {
+        &self.model
+    }
+
+    /// The backend.
+    pub fn backend(&self) -> &Arc<dyn Backend> {
+        &self.backend
+    }
+
+    /// The program as it runs.
+    pub fn program(&self) -> &Program {
+        &self.program
+    }
+
+    /// How the weights were loaded.
+    pub fn weights(&self) -> &Weights {
+        &self.weights
+    }
+
+    /// Most tokens of a step.
+    pub fn batch(&self) -> u32 {
+        self.limits.tokens
+    }
+
+    /// Positions of the KV cache.
+    pub fn positions(&self) -> u32 {
+        self.positions
+    }
+
+    /// A handle that stops work from another thread.
+    pub fn cancel(&self) -> Cancel {
+        self.cancel.clone()
+    }
+
+    /// Starts an empty sequence.
+    pub fn add_sequence(&mut self) -> SequenceId {
+        let fresh = |pages| Sequence { pages, len: 0, live: true };
+        if let Some(i) = self.sequences.iter().position(|s| !s.live) {
+            let pages = std::mem::take(&mut self.sequences[i].pages);
+            self.sequences[i] = fresh(pages);
+            return SequenceId(i as u32);
+        }
+        self.sequences.push(fresh(Vec::with_capacity(self.page_uses.len())));
+        SequenceId(self.sequences.len() as u32 - 1)
+    }
+
+    /// A new sequence with the same content. Pages are shared until one of the two writes to them.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if there is no such sequence.
+    pub fn fork(&mut self, of: SequenceId) -> Result<SequenceId> {
+        self.get(of)?;
+        let new = self.add_sequence();
+        let Range { start: from, end: to } = of.0 as usize..new.0 as usize;
+        let (pages, len) = (self.sequences[from].pages.clone(), self.sequences[from].len);
+        for &page in &pages {
+            self.page_uses[page as usize] += 1;
+        }
+        let sequence = &mut self.sequences[to];
+        sequence.pages.extend(pages);
+        sequence.len = len;
+        Ok(new)
+    }
+
+    /// Positions of a sequence.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if there is no such sequence.
+    pub fn len(&self, id: SequenceId) -> Result<u32> {
+        Ok(self.get(id)?.len)
+    }
+
+    /// Forgets a sequence's positions from `len` on.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if there is no such sequence.
+    pub fn truncate(&mut self, id: SequenceId, len: u32) -> Result<()> {
+        self.get(id)?;
+        let sequence = &mut self.sequences[id.0 as usize];
+        sequence.len = sequence.len.min(len);
+        let keep = sequence.len.div_ceil(PAGE_POSITIONS) as usize;
+        while sequence.pages.len() > keep {
+            let Some(page) = sequence.pages.pop() else { break };
+            let uses = &mut self.page_uses[page as usize];
+            *uses -= 1;
+            if *uses == 0 {
+                self.free_pages.push(page);
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends a sequence and frees its pages.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if there is no such sequence.
+    pub fn remove(&mut self, id: SequenceId) -> Result<()> {
+        self.truncate(id, 0)?;
+        self.sequences[id.0 as usize].live = false;
+        Ok(())
+    }
+
+    fn get(&self, id: SequenceId) -> Result<&Sequence> {
+        let sequence = self.sequences.get(id.0 as usize).filter(|s| s.live);
+        sequence.ok_or_else(|| Error::argument("sequence", "one of this session", id.0))
+    }
+
+    /// Runs one step: every run continues its sequence. On an error no sequence changes.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for runs that do not fit the session, [`Error::ContextFull`], [`Error::Cancelled`],
+    /// [`Error::FileChanged`], or what the backend says.
+    pub fn step(&mut self, runs: &[Run<'_>], head: Head) -> Result<()> {
+        self.gather(runs)?;
+        for run in runs {
+            self.make_room(run.sequence, run.tokens.len() as u32)?;
+        }
+        let mut spans = [Span { pages: &[], start: 0, len: 0 }; MAX_RUNS];
+        for (span, run) in spans.iter_mut().zip(runs) {
+            let sequence = &self.sequences[run.sequence.0 as usize];
+            *span = Span { pages: &sequence.pages, start: sequence.len, len: run.tokens.len() as u32 };
+        }
+        let step = Step {
+            spans: &spans[..runs.len()],
+            tokens: &self.tokens,
+            outputs: &self.wanted,
+            cancel: &self.cancel,
+        };
+        let bindings = Bindings { weights: &self.weights.buffers, states: &self.states, io: &self.io };
+        // The last two segments are the head and the arg-max.
+        let segments = self.program.segments.len();
+        let segments = match (self.wanted.is_empty(), head) {
+            (true, _) => 0..segments.saturating_sub(2),
+            (false, Head::Logits) => 0..segments.saturating_sub(1),
+            (false, Head::ArgMax) => 0..segments,
+        };
+        let ticket = self.plan.submit(&step, segments, &bindings)?;
+        self.last = Some(self.plan.wait(ticket)?);
+        // Whatever was computed from a file that has changed is not to be trusted.
+        self.model.gguf().verify()?;
+        match head {
+            Head::Logits => {
+                let len = self.wanted.len() * self.model.hparams().vocab_size as usize;
+                read_into(&*self.backend, &self.program, &self.io, outputs::LOGITS, &mut self.logits[..len])?;
+            }
+            Head::ArgMax => {
+                let len = self.wanted.len();
+                read_into(&*self.backend, &self.program, &self.io, outputs::ARG_MAX, &mut self.arg_max[..len])?;
+            }
+        }
+        for run in runs {
+            self.sequences[run.sequence.0 as usize].len += run.tokens.len() as u32;
+        }
+        Ok(())
+    }
+
+    /// Checks the runs and lists their tokens and wanted outputs.
+    fn gather(&mut self, runs: &[Run<'_>]) -> Result<()> {
+        self.tokens.clear();
+        self.wanted.clear();
+        let total: usize = runs.iter().map(|r| r.tokens.len()).sum();
+        if runs.is_empty() || runs.len() > MAX_RUNS || total > self.limits.tokens as usize {
+            let expected = format!("1 to {MAX_RUNS} runs of at most {} tokens in all", self.limits.tokens);
+            return Err(Error::argument("step", expected, format!("{} of {total}", runs.len())));
+        }
+        let vocab = self.model.hparams().vocab_size;
+        for (i, run) in runs.iter().enumerate() {
+            self.get(run.sequence)?;
+            if runs[..i].iter().any(|r| r.sequence == run.sequence) {
+                return Err(Error::argument("step", "one run for each sequence", "two of one"));
+            }
+            if run.tokens.is_empty() {
+                return Err(Error::argument("run", "at least one token", 0));
+            }
+            if let Some(&bad) = run.tokens.iter().find(|&&t| t >= vocab) {
+                return Err(Error::argument("token id", format!("below {vocab}"), bad));
+            }
+            let first = self.tokens.len();
+            self.tokens.extend_from_slice(run.tokens);
+            let wanted = match run.wanted {
+                Wanted::Nothing => 0..0,
+                Wanted::Last => self.tokens.len() - 1..self.tokens.len(),
+                Wanted::All => first..self.tokens.len(),
+            };
+            if self.wanted.len() + wanted.len() > self.limits.outputs as usize {
+                let got = self.wanted.len() + wanted.len();
+                return Err(Error::argument("step outputs", format!("at most {}", self.limits.outputs), got));
+            }
+            self.wanted.extend(wanted.map(|i| i as u32));
+        }
+        Ok(())
+    }
+
+    /// Gives a sequence pages of its own for `more` positions.
+    fn make_room(&mut self, id: SequenceId, more: u32) -> Result<()> {
+        let len = self.get(id)?.len;
+        let end = u64::from(len) + u64::from(more);
+        let need = end.div_ceil(PAGE_POSITIONS.into()) as usize;
+        let full = |have: u64| Error::ContextFull { need: end, have };
+        let positions = u64::from(self.positions);
+        if end > positions {
+            return Err(full(positions));
+        }
+        while self.sequences[id.0 as usize].pages.len() < need {
+            let page = self.free_pages.pop().ok_or_else(|| full(positions))?;
+            self.page_uses[page as usize] = 1;
+            self.sequences[id.0 as usize].pages.push(page);
+        }
+        // A page that another sequence shares is copied before the first write to it.
+        for i in (len / PAGE_POSITIONS) as usize..need {
+            let shared = self.sequences[id.0 as usize].pages[i];
+            if self.page_uses[shared as usize] > 1 {
+                let page = self.free_pages.pop().ok_or_else(|| full(positions))?;
+                self.copy_page(shared, page)?;
+                self.page_uses[shared as usize] -= 1;
+                self.page_uses[page as usize] = 1;
+                self.sequences[id.0 as usize].pages[i] = page;
+            }
+        }
+        Ok(())
+    }
+
+    fn copy_page(&self, from: u32, to: u32) -> Result<()> {
+        for (state, buffer) in self.program.states.iter().zip(&self.states) {
+            let bytes = state.page_bytes();
+            let mut content = vec![0; bytes as usize];
+            self.backend.read(buffer, u64::from(from) * bytes, &mut content)?;
+            let start = u64::from(to) * bytes;
+            let mut rest = content.as_slice();
+            self.backend.fill(buffer, start..start + bytes, &mut |out| {
+                let (now, later) = rest.split_at(out.len().min(rest.len()));
+                out[..now.len()].copy_from_slice(now);
+                rest = later;
+            })?;
+        }
+        Ok(())
+    }
+
+    /// The logits of the last step's outputs, one row after the other, if it was run with [`Head::Logits`].
+    pub fn logits(&self) -> &[f32] {
+        &self.logits[..self.wanted.len() * self.model.hparams().vocab_size as usize]
+    }
+
+    /// The most likely token of each output of the last step, if it was run with [`Head::ArgMax`].
+    pub fn arg_max(&self) -> &[u32] {
+        &self.arg_max[..self.wanted.len()]
+    }
+
+    /// Reads tap number `n` of the options after a step: the rows of the last step, `[tokens or outputs, cols]`.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if there is no such tap; what the backend says.
+    pub fn tap(&self, n: usize) -> Result<Vec<f32>> {
+        let missing = || Error::argument("tap", format!("below {}", self.taps.len()), n);
+        let t = self.program.tensor(*self.taps.get(n).ok_or_else(missing)?);
+        let rows = match t.rows {
+            Dim::Tokens => self.tokens.len(),
+            Dim::Outputs => self.wanted.len(),
+            Dim::Fixed(rows) => rows as usize,
+        };
+        let mut out = vec![0.0; rows * t.cols as usize];
+        read_into(&*self.backend, &self.program, &self.io, &t.name, &mut out)?;
+        Ok(out)
+    }
+
+    /// How long the last step took on the device.
+    pub fn last_timing(&self) -> Option<Timing> {
+        self.last
+    }
+}
+
+/// Reads the start of a named output.
+fn read_into<T: bytemuck::Pod>(
+    backend: &dyn Backend,
+    program: &Program,
+    io: &[Buffer],
+    name: &str,
+    out: &mut [T],
+) -> Result<()> {
+    let slot = program.io.iter().position(|&id| program.tensor(id).name == name);
+    let buffer = slot.and_then(|slot| io.get(slot));
+    let missing = || Error::Program(format!("there is no output `{name}`"));
+    backend.read(buffer.ok_or_else(missing)?, 0, bytemuck::cast_slice_mut(out))
+}
