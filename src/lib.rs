@@ -10,9 +10,11 @@ pub mod passes;
 pub mod program;
 pub mod sampler;
 pub mod session;
+pub mod tokenizer;
 mod validate;
 pub mod weights;
 
 pub use model::Model;
+pub use tokenizer::Tokenizer;
 pub use error::{Error, Result};
 pub use halite_kernels as kernels;

@@ -29,6 +29,8 @@ pub trait Isa: Copy + Send + Sync + 'static {
     fn load(self, x: &[f32; 16]) -> Self::F;
     /// Lanes from half-precision floats, exactly.
     fn load_f16(self, x: &[u16; 16]) -> Self::F;
+    /// Each lane rounded to half precision, ties to even.
+    fn round_f16(self, x: Self::F) -> Self::F;
     /// Lanes from bfloat16, exactly.
     fn load_bf16(self, x: &[u16; 16]) -> Self::F;
     /// Lanes to memory.
@@ -126,6 +128,10 @@ impl Isa for Scalar {
     #[inline(always)]
     fn load_f16(self, x: &[u16; 16]) -> Self::F {
         map1(*x, math::f16_to_f32)
+    }
+    #[inline(always)]
+    fn round_f16(self, x: Self::F) -> Self::F {
+        map1(x, |x| math::f16_to_f32(math::f32_to_f16(x)))
     }
     #[inline(always)]
     fn load_bf16(self, x: &[u16; 16]) -> Self::F {
@@ -334,6 +340,10 @@ mod x86 {
             op!([_mm256_cvtph_ps(_mm_loadu_si128(p)), _mm256_cvtph_ps(_mm_loadu_si128(p.add(1)))])
         }
         #[inline(always)]
+        fn round_f16(self, x: Self::F) -> Self::F {
+            op!(pair(x, |x| _mm256_cvtph_ps(_mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x))))
+        }
+        #[inline(always)]
         fn load_bf16(self, x: &[u16; 16]) -> Self::F {
             let p = x.as_ptr().cast::<__m128i>();
             op!([0, 1].map(|i| {
@@ -527,6 +537,10 @@ mod x86 {
         #[inline(always)]
         fn load_f16(self, x: &[u16; 16]) -> Self::F {
             op!(_mm512_cvtph_ps(_mm256_loadu_si256(x.as_ptr().cast())))
+        }
+        #[inline(always)]
+        fn round_f16(self, x: Self::F) -> Self::F {
+            op!(_mm512_cvtph_ps(_mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x)))
         }
         #[inline(always)]
         fn load_bf16(self, x: &[u16; 16]) -> Self::F {

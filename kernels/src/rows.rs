@@ -14,7 +14,7 @@ pub const MAX_EXPERTS: usize = 1024;
 pub enum Gate {
     /// `gate · σ(gate)` (SwiGLU, Shazeer 2020).
     Silu,
-    /// The tanh approximation of GELU.
+    /// The tanh approximation of GELU (Hendrycks & Gimpel 2016), from and to half precision as in GGML.
     Gelu,
     /// GELU by the error function.
     GeluErf,
@@ -35,7 +35,7 @@ pub enum Gate {
 pub enum Unary {
     /// `x · σ(x)`.
     Silu,
-    /// The tanh approximation of GELU.
+    /// The tanh approximation of GELU (Hendrycks & Gimpel 2016), from and to half precision as in GGML.
     Gelu,
     /// GELU by the error function.
     GeluErf,
@@ -55,13 +55,20 @@ fn silu<I: Isa>(isa: I, x: I::F) -> I::F {
     isa.div(x, isa.add(one, math::exp(isa, isa.sub(isa.splat(0.0), x))))
 }
 
+/// From half precision to half precision, as GGML's table of 2^16 entries has it, so that models which were measured with it
+/// give the same logits here.
 #[inline(always)]
 fn gelu<I: Isa>(isa: I, x: I::F) -> I::F {
     const SQRT_2_OVER_PI: f32 = 0.797_884_6;
-    let cubic = isa.fma(isa.mul(isa.splat(0.044_715), isa.mul(x, x)), x, x);
+    /// From here on GELU is the identity, and below its negative zero.
+    const LINEAR: f32 = 10.0;
+    let h = isa.round_f16(x);
+    let cubic = isa.fma(isa.mul(isa.splat(0.044_715), isa.mul(h, h)), h, h);
     let t = math::tanh(isa, isa.mul(isa.splat(SQRT_2_OVER_PI), cubic));
-    let half = isa.mul(isa.splat(0.5), x);
-    isa.fma(half, t, half)
+    let half = isa.mul(isa.splat(0.5), h);
+    let y = isa.round_f16(isa.fma(half, t, half));
+    let y = isa.select_gt(isa.splat(LINEAR), x, y, x);
+    isa.select_gt(x, isa.splat(-LINEAR), y, isa.splat(0.0))
 }
 
 #[inline(always)]

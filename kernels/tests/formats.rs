@@ -1,4 +1,5 @@
-//! Formats against the vectors of `tests/scripts/formats.py`, which describes the cases, and against themselves.
+//! Formats against the vectors of `tests/scripts/formats.py`, which describes the cases, and against
+//! themselves.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -35,7 +36,8 @@ fn values(seed: u64, rows: usize) -> Vec<f32> {
     random_words(seed, rows * ROW).enumerate().map(value).collect()
 }
 
-/// Rows whose blocks of 32 have the largest magnitude 127 and no value near half an integer, times a power of two.
+/// Rows whose blocks of 32 have the largest magnitude 127 and no value near half an integer, times a power of
+/// two.
 fn centred(seed: u64, rows: usize) -> Vec<f32> {
     let value = |(i, word): (usize, u32)| {
         let whole = (word % 253) as f32 - 126.0;
@@ -124,11 +126,9 @@ fn check_vectors(format: Format, path: &Path) -> usize {
                             .collect()
                     }
                     "fill" => (0..count(1)).flat_map(|v| vec![v as u8; row_bytes(format)]).collect(),
-                    "counting" => (0..=u16::MAX)
-                        .cycle()
-                        .flat_map(u16::to_le_bytes)
-                        .take(bytes_of(count(1)))
-                        .collect(),
+                    "counting" => {
+                        (0..=u16::MAX).cycle().flat_map(u16::to_le_bytes).take(bytes_of(count(1))).collect()
+                    }
                     "random" => random_bytes(count(1) as u64, bytes_of(count(2))),
                     other => panic!("{format:?}: unknown case {other}"),
                 };
@@ -152,7 +152,8 @@ fn dequantisation_and_quantisation_match_the_vectors() {
     assert_eq!(files, Format::ALL.len(), "a vector file without a format");
 }
 
-/// `formats.py --count N --out DIR`, then `HALITE_FORMAT_VECTORS=DIR cargo test -- --ignored many_random_rows`.
+/// `formats.py --count N --out DIR`, then `HALITE_FORMAT_VECTORS=DIR cargo test -- --ignored
+/// many_random_rows`.
 #[test]
 #[ignore = "needs a folder of vectors in HALITE_FORMAT_VECTORS"]
 fn many_random_rows() {
@@ -187,20 +188,36 @@ fn the_normal_form_says_the_same_as_dequantisation() {
                 }
                 let error = (f64::from(value) - exact).abs();
                 // Half a unit in the last place of the largest term, since products are exact or round once.
-                assert!(error <= magnitude * 2f64.powi(-24), "{format:?} block {index} value {i}: {value} for {exact}");
+                assert!(
+                    error <= magnitude * 2f64.powi(-24),
+                    "{format:?} block {index} value {i}: {value} for {exact}"
+                );
             }
             let len = format.block_len();
-            assert!(unpacked.codes[len..].iter().all(|&code| code == 0x55), "{format:?}: codes after the last");
-            assert!(unpacked.sub[len / 16..].iter().all(|&sub| sub == 0x5555), "{format:?}: sub-scales after the last");
-            assert!(unpacked.d[len / group..].iter().all(|d| d.is_nan()), "{format:?}: scales after the last");
+            assert!(
+                unpacked.codes[len..].iter().all(|&code| code == 0x55),
+                "{format:?}: codes after the last"
+            );
+            assert!(
+                unpacked.sub[len / 16..].iter().all(|&sub| sub == 0x5555),
+                "{format:?}: sub-scales after the last"
+            );
+            assert!(
+                unpacked.d[len / group..].iter().all(|d| d.is_nan()),
+                "{format:?}: scales after the last"
+            );
             let used = if has_min { len } else { 0 };
-            assert!(unpacked.mins[used / 16..].iter().all(|&min| min == 0x5555), "{format:?}: factors of minimums");
+            assert!(
+                unpacked.mins[used / 16..].iter().all(|&min| min == 0x5555),
+                "{format:?}: factors of minimums"
+            );
             assert!(unpacked.m[used / group..].iter().all(|m| m.is_nan()), "{format:?}: minimums");
         }
     }
 }
 
-/// Integer kernels rely on these ranges: products of codes and sub-scales must not overflow their accumulators.
+/// Integer kernels rely on these ranges: products of codes and sub-scales must not overflow their
+/// accumulators.
 #[test]
 fn codes_and_sub_scales_stay_in_their_ranges() {
     for (format, activation, group, _) in quantised() {
@@ -236,10 +253,18 @@ fn codes_and_sub_scales_stay_in_their_ranges() {
             Format::MXFP4 | Format::NVFP4 => (12, 1, 0),
             other => panic!("{other:?}: no range is given"),
         };
-        assert_eq!((code, sub, min), expected, "{format:?}: largest code, sub-scale and factor of the minimum");
-        let blocks = if activation == Activation::Q8_K { (256, 256) } else { (format.block_len(), group.max(16)) };
+        assert_eq!(
+            (code, sub, min),
+            expected,
+            "{format:?}: largest code, sub-scale and factor of the minimum"
+        );
+        let blocks =
+            if activation == Activation::Q8_K { (256, 256) } else { (format.block_len(), group.max(16)) };
         assert_eq!((format.block_len(), group), blocks, "{format:?}: block and group");
-        assert!(activation == Activation::Q8_K || group <= 32, "{format:?}: a group within a block of activations");
+        assert!(
+            activation == Activation::Q8_K || group <= 32,
+            "{format:?}: a group within a block of activations"
+        );
     }
 }
 
@@ -280,12 +305,19 @@ fn other_ids_are_refused_by_name() {
         (38, "IQ4_NL_8_8"),
     ];
     for (id, expected) in removed {
-        assert!(matches!(Format::from_id(id).unwrap_err().why, Why::Removed { name, .. } if name == expected));
+        assert!(
+            matches!(Format::from_id(id).unwrap_err().why, Why::Removed { name, .. } if name == expected)
+        );
         assert!(message(id).starts_with(&format!("tensor type {id} is {expected}, which GGML removed; ")));
     }
-    for (id, expected) in [(133, "Q6_0"), (137, "IQ2_K"), (144, "IQ4_KS"), (158, "IQ1_KT"), (202, "row-interleaved")] {
+    for (id, expected) in
+        [(133, "Q6_0"), (137, "IQ2_K"), (144, "IQ4_KS"), (158, "IQ1_KT"), (202, "row-interleaved")]
+    {
         assert!(matches!(Format::from_id(id).unwrap_err().why, Why::Fork { name, .. } if name == expected));
-        assert_eq!(message(id), format!("tensor type {id} is a format of the fork ik_llama.cpp ({expected})"));
+        assert_eq!(
+            message(id),
+            format!("tensor type {id} is a format of the fork ik_llama.cpp ({expected})")
+        );
     }
     for id in [43, 132, 159, 201, 400, u32::MAX] {
         assert_eq!(Format::from_id(id), Err(UnknownFormat { id, why: Why::Unknown }));
@@ -301,7 +333,9 @@ fn wrong_lengths_are_errors() {
     for &format in Format::ALL {
         let (len, bytes) = (format.block_len(), format.block_bytes());
         let mismatch = |bytes, values| LengthMismatch { format, bytes, values };
-        for (wrong_bytes, wrong_len) in [(2 * bytes, len), (bytes, 2 * len), (bytes + 1, len), (0, len), (bytes, 0)] {
+        for (wrong_bytes, wrong_len) in
+            [(2 * bytes, len), (bytes, 2 * len), (bytes + 1, len), (0, len), (bytes, 0)]
+        {
             let expected = mismatch(wrong_bytes, wrong_len);
             let mut blocks = vec![0; wrong_bytes];
             let mut values = vec![1.0; wrong_len];
@@ -331,12 +365,15 @@ fn scales_that_are_not_finite_are_found() {
         let last = blocks.len() - format.block_bytes();
         for scale in [f32::INFINITY, f32::NAN] {
             format.set_scale(&mut blocks[last..], scale);
-            let always = matches!(format, Format::I8 | Format::I16 | Format::I32 | Format::I64 | Format::NVFP4);
+            let always =
+                matches!(format, Format::I8 | Format::I16 | Format::I32 | Format::I64 | Format::NVFP4);
             assert_eq!(format.is_finite(&blocks), always, "{format:?}: the last scale is {scale}");
         }
     }
     // Each scale of a block by itself.
-    for (format, at) in [(Format::Q4_1, 2), (Format::Q5_1, 2), (Format::Q4_K, 2), (Format::Q5_K, 2), (Format::Q2_K, 82)] {
+    for (format, at) in
+        [(Format::Q4_1, 2), (Format::Q5_1, 2), (Format::Q4_K, 2), (Format::Q5_K, 2), (Format::Q2_K, 82)]
+    {
         for at in [at - 2, at] {
             let mut block = sane_blocks(format, 9, 1);
             block[at..at + 2].copy_from_slice(&0x7c00u16.to_le_bytes());
@@ -363,7 +400,11 @@ fn setting_a_scale_leaves_codes_and_sub_scales() {
                 _ if format.name().starts_with("IQ2") || format.name().starts_with("IQ1") => 0.03125,
                 _ => 0.25,
             };
-            assert!(after.d[..format.block_len() / group].iter().all(|&d| d == unit), "{format:?}: {:?}", after.d);
+            assert!(
+                after.d[..format.block_len() / group].iter().all(|&d| d == unit),
+                "{format:?}: {:?}",
+                after.d
+            );
             assert!(!has_min || after.m[0].abs() == 0.25, "{format:?}: {:?}", after.m);
         }
     }
@@ -416,11 +457,8 @@ fn activation_formats_follow_their_formulas() {
     with_zeros[..512].fill(0.0);
     with_zeros[512] = f32::NAN;
     for input in [&input, &with_zeros] {
-        let (q8_0, q8_1, q8_k) = (
-            quantize(Format::Q8_0, input),
-            quantize(Format::Q8_1, input),
-            quantize(Format::Q8_K, input),
-        );
+        let (q8_0, q8_1, q8_k) =
+            (quantize(Format::Q8_0, input), quantize(Format::Q8_1, input), quantize(Format::Q8_K, input));
         let code = |x: f32, largest: f32| {
             if largest == 0.0 || x.is_nan() { 0 } else { (x * (127.0 / largest)).round_ties_even() as i8 }
         };

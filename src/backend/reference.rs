@@ -160,9 +160,13 @@ fn dot(w: Matrix<'_>, row: usize, x: &[f32]) -> f32 {
 fn unary(f: Unary, x: f32) -> f32 {
     match f {
         Unary::Silu => x / (1.0 + scalar!(exp(0.0 - x))),
+        Unary::Gelu if x <= -10.0 => 0.0,
+        Unary::Gelu if x >= 10.0 => x,
         Unary::Gelu => {
-            let t = scalar!(tanh(0.797_884_6 * fma(0.044_715 * (x * x), x, x)));
-            fma(0.5 * x, t, 0.5 * x)
+            let half = |x| half::f16::from_f32(x).to_f32();
+            let h = half(x);
+            let t = scalar!(tanh(0.797_884_6 * fma(0.044_715 * (h * h), h, h)));
+            half(fma(0.5 * h, t, 0.5 * h))
         }
         Unary::GeluErf => fma(0.5 * x, scalar!(erf(x * std::f32::consts::FRAC_1_SQRT_2)), 0.5 * x),
         Unary::Relu => if x > 0.0 { x } else { 0.0 },

@@ -25,6 +25,7 @@ FNV-1a over the hashes of its rows.
 import argparse
 import pathlib
 import warnings
+from importlib.metadata import version
 
 import gguf
 import numpy as np
@@ -40,12 +41,9 @@ def f16(blocks, offset):
     return blocks[:, offset : offset + 2].copy().view(np.float16).astype(np.float32)
 
 
-def q8(offset, scale):
-    return lambda b: scale(b) * b[:, offset : offset + len_of_codes(b, offset)].view(np.int8).astype(np.float32)
-
-
-def len_of_codes(blocks, offset):
-    return 32 if blocks.shape[1] < 64 else 256
+def q8(blocks, len):
+    """The int8 codes at byte 4."""
+    return blocks[:, 4 : 4 + len].view(np.int8).astype(np.float32)
 
 
 def bits(blocks, width):
@@ -61,8 +59,8 @@ def cast(dtype):
 
 # Formats that the gguf package does not decode: blocks [n, bytes] to values [n, len].
 DEFINED = {
-    "Q8_1": (9, 32, 36, q8(4, lambda b: f16(b, 0))),
-    "Q8_K": (15, 256, 292, q8(4, lambda b: b[:, :4].copy().view(np.float32))),
+    "Q8_1": (9, 32, 36, lambda b: f16(b, 0) * q8(b, 32)),
+    "Q8_K": (15, 256, 292, lambda b: b[:, :4].copy().view(np.float32) * q8(b, 256)),
     "I8": (24, 1, 1, cast(np.int8)),
     "I16": (25, 1, 2, cast(np.int16)),
     "I32": (26, 1, 4, cast(np.int32)),
@@ -197,7 +195,7 @@ def digest(rows):
 
 
 def cases(format):
-    head = f"# {format.name}: written by tests/scripts/formats.py with gguf {version()}\n"
+    head = f"# {format.name}: written by tests/scripts/formats.py with gguf {version('gguf')}\n"
     lines = [head + f"format {format.id} {format.len} {format.bytes}"]
     for row in format.edge_rows():
         lines.append(f"bytes {row.tobytes().hex()} {digest(format.values(row[None]))}")
@@ -219,12 +217,6 @@ def many(format, count):
         seed, rows = 1_000_000 + start, min(1000, count - start)
         lines.append(f"random {seed} {rows} {digest(format.values(random(seed, rows, format.row_bytes)))}")
     return lines
-
-
-def version():
-    from importlib.metadata import version
-
-    return version("gguf")
 
 
 def main():

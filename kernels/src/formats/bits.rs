@@ -50,8 +50,9 @@ pub const fn nibble(bytes: &[u8], index: usize) -> u8 {
 
 /// The eight scales and eight minimums, 6 bits each, of a Q4_K or Q5_K block.
 ///
-/// Bytes 0 to 3 hold scales 0 to 3 and bytes 4 to 7 minimums 0 to 3 in their low 6 bits. Bytes 8 to 11 hold the low
-/// nibbles of scales (low) and minimums (high) 4 to 7, whose upper two bits are the top bits of bytes 0 to 7.
+/// Bytes 0 to 3 hold scales 0 to 3 and bytes 4 to 7 minimums 0 to 3 in their low 6 bits. Bytes 8 to 11 hold
+/// the low nibbles of scales (low) and minimums (high) 4 to 7, whose upper two bits are the top bits of bytes
+/// 0 to 7.
 #[inline(always)]
 pub const fn six_bit_pairs(bytes: &[u8; 12]) -> ([u8; 8], [u8; 8]) {
     let (mut scales, mut mins) = ([0; 8], [0; 8]);

@@ -9,7 +9,8 @@ pub unsafe trait Bytes: Copy + 'static {
     #[inline]
     fn cast(bytes: &[u8]) -> &[Self] {
         let count = bytes.len() / size_of::<Self>();
-        // SAFETY: `count` values lie inside `bytes`, and the trait promises that any bytes at any address are values.
+        // SAFETY: `count` values lie inside `bytes`, and the trait promises that any bytes at any address are
+        // values.
         unsafe { core::slice::from_raw_parts(bytes.as_ptr().cast(), count) }
     }
 

@@ -76,7 +76,8 @@ const FORKS: &[(u32, u32, &str, &str)] = &[
 
 impl UnknownFormat {
     pub(super) fn new(id: u32) -> UnknownFormat {
-        let removed = REMOVED.iter().find(|row| row.0 == id).map(|&(_, name, note)| Why::Removed { name, note });
+        let removed =
+            REMOVED.iter().find(|row| row.0 == id).map(|&(_, name, note)| Why::Removed { name, note });
         let fork = || FORKS.iter().find(|row| (row.0..=row.1).contains(&id));
         let why = removed.or_else(|| fork().map(|&(_, _, fork, name)| Why::Fork { fork, name }));
         UnknownFormat { id, why: why.unwrap_or(Why::Unknown) }
@@ -87,7 +88,9 @@ impl fmt::Display for UnknownFormat {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let id = self.id;
         match self.why {
-            Why::Removed { name, note } => write!(f, "tensor type {id} is {name}, which GGML removed; {note}"),
+            Why::Removed { name, note } => {
+                write!(f, "tensor type {id} is {name}, which GGML removed; {note}")
+            }
             Why::Fork { fork, name } => write!(f, "tensor type {id} is a format of the fork {fork} ({name})"),
             Why::Unknown => write!(f, "tensor type {id} is not known"),
         }
@@ -143,7 +146,9 @@ impl fmt::Display for FormatError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             FormatError::Length(mismatch) => mismatch.fmt(f),
-            FormatError::NoQuantiser(format) => write!(f, "{}: values cannot be quantised to it", format.name()),
+            FormatError::NoQuantiser(format) => {
+                write!(f, "{}: values cannot be quantised to it", format.name())
+            }
             FormatError::NotQuantised(format) => write!(f, "{}: it has no codes to unpack", format.name()),
         }
     }

@@ -6,21 +6,24 @@
 //!
 //! Copyright (c) 2023-2026 The ggml authors
 //!
-//! Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated
-//! documentation files (the "Software"), to deal in the Software without restriction, including without limitation the
-//! rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to
-//! permit persons to whom the Software is furnished to do so, subject to the following conditions:
+//! Permission is hereby granted, free of charge, to any person obtaining a copy of this software and
+//! associated documentation files (the "Software"), to deal in the Software without restriction, including
+//! without limitation the rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell
+//! copies of the Software, and to permit persons to whom the Software is furnished to do so, subject to the
+//! following conditions:
 //!
-//! The above copyright notice and this permission notice shall be included in all copies or substantial portions of the
-//! Software.
+//! The above copyright notice and this permission notice shall be included in all copies or substantial
+//! portions of the Software.
 //!
-//! THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO THE
-//! WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR
-//! COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR
-//! OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+//! THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT
+//! LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO
+//! EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER
+//! IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR
+//! THE USE OR OTHER DEALINGS IN THE SOFTWARE.
 //!
-//! Every grid lists its points in rising order, read as a number whose lowest digit is the first magnitude. So a grid is
-//! told by one bit for each possible point, which is how it stands here; the compiler expands it.
+//! Every grid lists its points in rising order, read as a number whose lowest digit is the first magnitude.
+//! So a grid is told by one bit for each possible point, which is how it stands here; the compiler expands
+//! it.
 
 /// 256 points of 8 magnitudes of IQ2_XXS, the first in the lowest byte.
 pub static IQ2_XXS_GRID: [u64; 256] = points(&IQ2_XXS_SET, &IQ2_MAGNITUDES, 8);
@@ -70,6 +73,7 @@ const fn halves<const N: usize>(points: [u64; N]) -> [u32; N] {
     halves
 }
 
+#[rustfmt::skip]
 const IQ2_XXS_SET: [u64; 103] = [
     0x4141441055141555, 0x0000100044140400, 0x0040001400400400, 0x1050000004000000, 0x4004140100114140,
     0x0500001000400450, 0x0001000050000010, 0x4004144100004000, 0x0400000400001414, 0x0000000000040000,
@@ -94,6 +98,7 @@ const IQ2_XXS_SET: [u64; 103] = [
     0x0000000000000004, 0x0000000000000000, 0x0000000000000000,
 ];
 
+#[rustfmt::skip]
 const IQ2_XS_SET: [u64; 103] = [
     0x1541455551555555, 0x4145505555540145, 0x4010515400010510, 0x5550000101000441, 0x0004140115154145,
     0x0404010500414550, 0x0005100041400000, 0x1105554000004000, 0x0540400010010414, 0x0010400000040001,
@@ -118,6 +123,7 @@ const IQ2_XS_SET: [u64; 103] = [
     0x0500000000000004, 0x0000050000000000, 0x0000000100010000,
 ];
 
+#[rustfmt::skip]
 const IQ2_S_SET: [u64; 103] = [
     0x1555455551555555, 0x5545505155551105, 0x5010515414150514, 0x5550101111000455, 0x5145541555555545,
     0x5414555514555550, 0x1451000455401051, 0x1155154000105004, 0x0540010110515555, 0x0040401051440455,
@@ -142,6 +148,7 @@ const IQ2_S_SET: [u64; 103] = [
     0x0400004000000000, 0x0000011401400000, 0x0000000100001000,
 ];
 
+#[rustfmt::skip]
 const IQ3_XXS_SET: [u64; 64] = [
     0x2800000402058a15, 0x010010020522050a, 0x200082008a050215, 0x0100000000200582, 0x2800801080000800,
     0x0000040004000082, 0x0010000020000000, 0x0002000800005100, 0x00000180150a050a, 0x0000000000050205,
@@ -158,6 +165,7 @@ const IQ3_XXS_SET: [u64; 64] = [
     0x0000000200020000, 0x0000000000100005, 0x0000000001000000, 0x0000000000000000,
 ];
 
+#[rustfmt::skip]
 const IQ3_S_SET: [u64; 64] = [
     0x92050aa5082357a7, 0x0422001022892317, 0x09000aa4112249a3, 0x228005104a052208, 0x0100020904128801,
     0x084000a208450014, 0x0200040002000a40, 0x0000110008450015, 0x040250005205ab17, 0x410005020902114b,
@@ -174,6 +182,7 @@ const IQ3_S_SET: [u64; 64] = [
     0x0000010000010822, 0x0000000400040000, 0x0000000002000004, 0x0000000000000001,
 ];
 
+#[rustfmt::skip]
 const IQ1_SET: [u64; 103] = [
     0x514202a085142555, 0xa28a2086a8314508, 0x14508514202a081a, 0xa005152545442082, 0x8208001888208202,
     0x0aaabb88a02a03a0, 0xaa0a0022000baa90, 0x4508514008a0828c, 0x0851421450808821, 0x2a8008a09808308a,
@@ -197,4 +206,3 @@ const IQ1_SET: [u64; 103] = [
     0x0020f2ac82820800, 0x20ba0a280aaa0000, 0x280948820002a2ea, 0x0051454b110014e9, 0x5142145002a80145,
     0x400a288808248808, 0x02a0051401450008, 0x0000000145085140,
 ];
-

@@ -1,6 +1,8 @@
-//! IQ1_M: `value = d * (2s + 1) * (grid ± 1/8)`, a 3-bit s for each 16 values, a direction of the shift for each 8.
+//! IQ1_M: `value = d * (2s + 1) * (grid ± 1/8)`, a 3-bit s for each 16 values, a direction of the shift for
+//! each 8.
 //!
-//! Codes and scale are scaled by 8 as in IQ1_S, whose grid this is. The f16 scale lies in the top nibbles of `scales`.
+//! Codes and scale are scaled by 8 as in IQ1_S, whose grid this is. The f16 scale lies in the top nibbles of
+//! `scales`.
 
 use super::bytes::layout;
 use super::iq1_s::shifted_point;
@@ -11,11 +13,11 @@ layout! {
     pub struct IQ1_M {
         /// Low 8 bits of the grid index of each 8 values.
         qs: [u8; 32],
-        /// For each 8 values, the low nibble first: the top 3 bits of the grid index, and a bit that is set where the
-        /// shift is down.
+        /// For each 8 values, the low nibble first: the top 3 bits of the grid index, and a bit that is set
+        /// where the shift is down.
         qh: [u8; 16],
-        /// For each 64 values, little-endian: four 3-bit sub-scales, the first lowest, and 4 bits of the scale, whose
-        /// lowest 4 bits come first.
+        /// For each 64 values, little-endian: four 3-bit sub-scales, the first lowest, and 4 bits of the
+        /// scale, whose lowest 4 bits come first.
         scales: [[u8; 2]; 4],
     }
 }

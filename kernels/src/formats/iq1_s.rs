@@ -13,8 +13,8 @@ layout! {
         d: F16,
         /// Low 8 bits of the grid index of each 8 values, in groups of 32 values.
         qs: [[u8; 4]; 8],
-        /// For each 32 values, little-endian: the top 3 bits of four grid indices, the first lowest, the 3-bit
-        /// sub-scale, and a bit that is set where the shift is down.
+        /// For each 32 values, little-endian: the top 3 bits of four grid indices, the first lowest, the
+        /// 3-bit sub-scale, and a bit that is set where the shift is down.
         qh: [[u8; 2]; 8],
     }
 }

@@ -1,6 +1,7 @@
 //! IQ2_XXS: `value = d * (2s + 1) / 8 * grid * sign`, a 4-bit s for each 32 values.
 //!
-//! A group of 32 is eight bytes: four grid indices, then a little-endian u32 of four 7-bit sign codes and, on top, s.
+//! A group of 32 is eight bytes: four grid indices, then a little-endian u32 of four 7-bit sign codes and, on
+//! top, s.
 
 use super::bits::{even_signs, negate};
 use super::bytes::layout;

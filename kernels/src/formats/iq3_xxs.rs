@@ -11,7 +11,8 @@ layout! {
         d: F16,
         /// For each 8 values, two grid indices of 4 values.
         qs: [[u8; 2]; 32],
-        /// For each 32 values, little-endian: four 7-bit sign codes, the first lowest, and the 4-bit sub-scale.
+        /// For each 32 values, little-endian: four 7-bit sign codes, the first lowest, and the 4-bit
+        /// sub-scale.
         signs: [[u8; 4]; 8],
     }
 }

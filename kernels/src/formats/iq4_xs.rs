@@ -1,5 +1,5 @@
-//! IQ4_XS: `value = d * (s - 32) * TABLE[q]`, 4-bit q into the table of IQ4_NL, a 6-bit s for each 32 values. Of a
-//! group's 16 bytes, byte j holds q of its values j (low nibble) and j + 16.
+//! IQ4_XS: `value = d * (s - 32) * TABLE[q]`, 4-bit q into the table of IQ4_NL, a 6-bit s for each 32 values.
+//! Of a group's 16 bytes, byte j holds q of its values j (low nibble) and j + 16.
 
 use super::bits::nibble;
 use super::bytes::layout;

@@ -1,9 +1,9 @@
 //! The tensor types of GGUF: one file a format, one row a format in the table of [`Format`].
 //!
-//! A *block* is the unit of a format: a fixed number of values in a fixed number of bytes. Each quantised block is a
-//! struct whose fields are its bytes in file order, so a mapped page is a slice of blocks ([`Bytes::cast`]). The one
-//! definition of what a block means is [`Quantised::unpack`], which writes it in a normal form, [`Unpacked`];
-//! dequantisation follows from it, and every kernel is tested against it.
+//! A *block* is the unit of a format: a fixed number of values in a fixed number of bytes. Each quantised
+//! block is a struct whose fields are its bytes in file order, so a mapped page is a slice of blocks
+//! ([`Bytes::cast`]). The one definition of what a block means is [`Quantised::unpack`], which writes it in a
+//! normal form, [`Unpacked`]; dequantisation follows from it, and every kernel is tested against it.
 //!
 //! Layouts, code tables and formulas are those that the GGML project publishes for GGUF.
 #![allow(clippy::needless_range_loop, reason = "constant ranges over arrays read as the formulas they are")]
@@ -83,16 +83,17 @@ pub trait Block: Bytes {
     /// Values in a block.
     const LEN: usize;
 
-    /// Whether no scale of the block is NaN, infinite or, in MXFP4, the code that stands for NaN. For a plain float,
-    /// whether the value is finite.
+    /// Whether no scale of the block is NaN, infinite or, in MXFP4, the code that stands for NaN. For a plain
+    /// float, whether the value is finite.
     fn is_finite(&self) -> bool;
 
-    /// Sets every float scale, the minimum's included, to `scale` or the nearest below that the format has. Codes and
-    /// integer sub-scales stay, so that random bytes become a block of sane values. A plain float keeps its sign and
-    /// fraction and takes the exponent of `scale`; a plain integer stays.
+    /// Sets every float scale, the minimum's included, to `scale` or the nearest below that the format has.
+    /// Codes and integer sub-scales stay, so that random bytes become a block of sane values. A plain float
+    /// keeps its sign and fraction and takes the exponent of `scale`; a plain integer stays.
     fn set_scale(&mut self, scale: f32);
 
-    /// The block that stands for `LEN` values, or `None` from a format without a quantiser, or for another length.
+    /// The block that stands for `LEN` values, or `None` from a format without a quantiser, or for another
+    /// length.
     fn quantize(_values: &[f32]) -> Option<Self> {
         None
     }
@@ -113,8 +114,8 @@ pub trait Quantised: Block {
     /// Whether values have a minimum added.
     const HAS_MIN: bool;
 
-    /// Writes the block in normal form, exactly. Only the entries that the format uses are written: `LEN` codes,
-    /// `LEN / 16` sub-scales, `LEN / GROUP` scales, and as many minimums if `HAS_MIN`.
+    /// Writes the block in normal form, exactly. Only the entries that the format uses are written: `LEN`
+    /// codes, `LEN / 16` sub-scales, `LEN / GROUP` scales, and as many minimums if `HAS_MIN`.
     fn unpack(&self, out: &mut Unpacked);
 }
 
@@ -146,8 +147,9 @@ pub enum Kind {
 
 /// One block in the normal form of all quantised formats.
 ///
-/// `value[i] = d[i / GROUP] * sub[i / 16] * codes[i] + m[i / GROUP] * mins[i / 16]`, where the last term is present
-/// only in formats with a minimum. Codes, sub-scales and their products are exact integers; `d` and `m` are exact.
+/// `value[i] = d[i / GROUP] * sub[i / 16] * codes[i] + m[i / GROUP] * mins[i / 16]`, where the last term is
+/// present only in formats with a minimum. Codes, sub-scales and their products are exact integers; `d` and
+/// `m` are exact.
 #[repr(C, align(64))]
 #[derive(Clone, Debug)]
 pub struct Unpacked {
@@ -165,7 +167,8 @@ pub struct Unpacked {
 
 impl Unpacked {
     /// All zero.
-    pub const ZERO: Unpacked = Unpacked { codes: [0; 256], sub: [0; 16], mins: [0; 16], d: [0.0; 16], m: [0.0; 16] };
+    pub const ZERO: Unpacked =
+        Unpacked { codes: [0; 256], sub: [0; 16], mins: [0; 16], d: [0.0; 16], m: [0.0; 16] };
 
     /// The codes, eight at a time.
     #[inline(always)]
@@ -183,8 +186,8 @@ impl Default for Unpacked {
 
 /// Writes the values of one unpacked block of `Q` to `out`, whose length is `Q::LEN`.
 ///
-/// The order of operations is the published one: scale times sub-scale, times code, plus minimum. The two products are
-/// exact in every format but Q6_K, whose second one rounds; no fused operation is used.
+/// The order of operations is the published one: scale times sub-scale, times code, plus minimum. The two
+/// products are exact in every format but Q6_K, whose second one rounds; no fused operation is used.
 fn write_values<Q: Quantised>(block: &Unpacked, out: &mut [f32]) {
     let sixteens = out.as_chunks_mut::<16>().0.iter_mut().zip(block.codes.as_chunks::<16>().0);
     for (i, (out, codes)) in sixteens.enumerate() {
@@ -284,7 +287,8 @@ impl Entry {
                 write_values::<Q>(&unpacked, out);
             }
         };
-        let unpack = |bytes: &[u8], out: &mut Unpacked| Q::cast(bytes).iter().for_each(|block| block.unpack(out));
+        let unpack =
+            |bytes: &[u8], out: &mut Unpacked| Q::cast(bytes).iter().for_each(|block| block.unpack(out));
         Entry { unpack: Some(unpack), ..Entry::new::<Q>(name, kind, dequantize, Kernels::quantised::<Q>()) }
     }
 }
@@ -323,17 +327,17 @@ formats! {
     Q5_0 = 6, quantised: "5-bit codes, a scale for each 32.";
     Q5_1 = 7, quantised: "5-bit codes, a scale and a minimum for each 32.";
     Q8_0 = 8, quantised: "8-bit codes, a scale for each 32; also an activation format.";
-    Q8_1 = 9, quantised: "Q8_0 with the sum of the values stored; an activation format, suspicious in a file.";
+    Q8_1 = 9, quantised: "Q8_0 with the sum of the values; an activation format, odd in a file.";
     Q2_K = 10, quantised: "2-bit codes, 4-bit scales and minimums for each 16.";
     Q3_K = 11, quantised: "3-bit codes, 6-bit scales for each 16.";
     Q4_K = 12, quantised: "4-bit codes, 6-bit scales and minimums for each 32.";
     Q5_K = 13, quantised: "5-bit codes, 6-bit scales and minimums for each 32.";
     Q6_K = 14, quantised: "6-bit codes, 8-bit scales for each 16.";
-    Q8_K = 15, quantised: "8-bit codes, an f32 scale for each 256; an activation format, suspicious in a file.";
+    Q8_K = 15, quantised: "8-bit codes, an f32 scale for each 256; an activation format, odd in a file.";
     IQ2_XXS = 16, quantised: "8 values from a grid of 256 points, signs, 4-bit scales for each 32.";
     IQ2_XS = 17, quantised: "8 values from a grid of 512 points, signs, 4-bit scales for each 16.";
     IQ3_XXS = 18, quantised: "4 values from a grid of 256 points, signs, 4-bit scales for each 32.";
-    IQ1_S = 19, quantised: "8 values from a ternary grid of 2048 points, a shift and 3-bit scales for each 32.";
+    IQ1_S = 19, quantised: "8 values from a grid of 2048 points, a shift and 3-bit scales for each 32.";
     IQ4_NL = 20, quantised: "4-bit codes into a table of uneven steps, a scale for each 32.";
     IQ3_S = 21, quantised: "4 values from a grid of 512 points, signs, 4-bit scales for each 32.";
     IQ2_S = 22, quantised: "8 values from a grid of 1024 points, signs, 4-bit scales for each 16.";
@@ -384,9 +388,14 @@ impl Format {
         self.entry().block_bytes
     }
 
-    /// Bytes of a row of `len` values, or `None` if that is not a whole number of blocks or more bytes than a `usize`.
+    /// Bytes of a row of `len` values, or `None` if that is not a whole number of blocks or more bytes than a
+    /// `usize`.
     pub const fn row_bytes(self, len: usize) -> Option<usize> {
-        if len.is_multiple_of(self.block_len()) { (len / self.block_len()).checked_mul(self.block_bytes()) } else { None }
+        if len.is_multiple_of(self.block_len()) {
+            (len / self.block_len()).checked_mul(self.block_bytes())
+        } else {
+            None
+        }
     }
 
     /// Its matrix products.
@@ -420,8 +429,8 @@ impl Format {
         if (self.entry().quantize)(values, blocks) { Ok(()) } else { Err(FormatError::NoQuantiser(self)) }
     }
 
-    /// Whether every scale (of a plain float: every value) in `blocks` is finite. Bytes after the last whole block are
-    /// not looked at.
+    /// Whether every scale (of a plain float: every value) in `blocks` is finite. Bytes after the last whole
+    /// block are not looked at.
     pub fn is_finite(self, blocks: &[u8]) -> bool {
         (self.entry().is_finite)(blocks)
     }
@@ -432,6 +441,10 @@ impl Format {
     }
 
     fn check(self, bytes: usize, values: usize) -> Result<(), LengthMismatch> {
-        if self.row_bytes(values) == Some(bytes) { Ok(()) } else { Err(LengthMismatch { format: self, bytes, values }) }
+        if self.row_bytes(values) == Some(bytes) {
+            Ok(())
+        } else {
+            Err(LengthMismatch { format: self, bytes, values })
+        }
     }
 }

@@ -1,7 +1,7 @@
 //! MXFP4: `value = 2^(e - 127) * E2M1(q)`, 4-bit q. Byte j holds q of values j (low nibble) and j + 16.
 //!
-//! Source of the elements: OCP Microscaling Formats (MX) 1.0. Codes are the elements doubled, which makes them
-//! integers; the scale is halved.
+//! Source of the elements: OCP Microscaling Formats (MX) 1.0. Codes are the elements doubled, which makes
+//! them integers; the scale is halved.
 
 use super::bytes::layout;
 use super::{Activation, Block, Format, Quantised, Unpacked};

@@ -1,8 +1,8 @@
-//! NVFP4: `value = UE4M3(d) * E2M1(q)`, 4-bit q, a scale for each 16 values. Of a group's eight bytes, byte j holds q of
-//! its values j (low nibble) and j + 8.
+//! NVFP4: `value = UE4M3(d) * E2M1(q)`, 4-bit q, a scale for each 16 values. Of a group's eight bytes, byte j
+//! holds q of its values j (low nibble) and j + 8.
 //!
-//! Codes and scale are doubled and halved as in MXFP4. A tensor of this format also has an f32 scale of its own, which
-//! files keep beside it.
+//! Codes and scale are doubled and halved as in MXFP4. A tensor of this format also has an f32 scale of its
+//! own, which files keep beside it.
 
 use super::bytes::layout;
 use super::mxfp4::e2m1_doubled;

@@ -5,8 +5,8 @@ use super::{Block, Format, Plain};
 
 /// Declares a plain format by the primitive that its bytes are, and what each method does with it.
 macro_rules! plain {
-    ($name:ident($bits:ty): $doc:literal, value: $value:expr, is_finite: $is_finite:expr, set_scale: $set_scale:expr,
-     quantize: $quantize:expr) => {
+    ($name:ident($bits:ty): $doc:literal, value: $value:expr, is_finite: $is_finite:expr,
+     set_scale: $set_scale:expr, quantize: $quantize:expr) => {
         layout! {
             #[doc = $doc]
             pub struct $name {
@@ -107,11 +107,13 @@ impl F16 {
     }
 }
 
-/// The value of a binary16, without a branch and without the CPU's conversion, so that loops over scales vectorise.
+/// The value of a binary16, without a branch and without the CPU's conversion, so that loops over scales
+/// vectorise.
 #[inline(always)]
 const fn f16_value(bits: u16) -> f32 {
     let (sign, magnitude) = ((bits as u32 & 0x8000) << 16, (bits as u32 & 0x7fff) << 13);
-    // The exponent field is now 112 too small; the product mends that, and turns denormals into normals on the way.
+    // The exponent field is now 112 too small; the product mends that, and turns denormals into normals on
+    // the way.
     let scaled = f32::from_bits(magnitude) * f32::from_bits((127 + 112) << 23);
     // An exponent field of all ones stays one.
     let special = if magnitude >= 0x1f << 23 { 0xff << 23 } else { 0 };

@@ -12,8 +12,8 @@ layout! {
         hmask: [u8; 32],
         /// Low two bits of codes plus 4, in two halves.
         qs: [[u8; 32]; 2],
-        /// Sub-scales plus 32: the low 4 bits of sub-scale i are in byte i % 8, the low nibble first; the top two
-        /// are in byte 8 + i % 4, from bit 2 * (i / 4).
+        /// Sub-scales plus 32: the low 4 bits of sub-scale i are in byte i % 8, the low nibble first; the top
+        /// two are in byte 8 + i % 4, from bit 2 * (i / 4).
         scales: [u8; 12],
         /// Scale of the sub-scales.
         d: F16,

@@ -1,5 +1,5 @@
-//! Q5_0: `value = d * (q - 16)`, 5-bit q. Byte j holds the low nibbles of values j (low) and j + 16; bit i of `qh` is
-//! the top bit of value i.
+//! Q5_0: `value = d * (q - 16)`, 5-bit q. Byte j holds the low nibbles of values j (low) and j + 16; bit i of
+//! `qh` is the top bit of value i.
 
 use super::bytes::layout;
 use super::{Activation, Block, F16, Format, Plain, Quantised, Unpacked};
@@ -47,19 +47,19 @@ impl Quantised for Q5_0 {
     fn unpack(&self, out: &mut Unpacked) {
         out.d[0] = self.d.value();
         out.sub[..2].fill(1);
-        unpack_codes(&self.qh, &self.qs, -16, out);
+        unpack_codes(&self.qh, &self.qs, out);
     }
 }
 
-/// Writes 32 codes of 0 to 31, plus `offset`.
+/// Writes 32 codes of -16 to 15.
 #[inline(always)]
-pub(super) fn unpack_codes(qh: &[u8; 4], qs: &[u8; 16], offset: i8, out: &mut Unpacked) {
+pub(super) fn unpack_codes(qh: &[u8; 4], qs: &[u8; 16], out: &mut Unpacked) {
     let (first, second) = (u16::from_le_bytes([qh[0], qh[1]]), u16::from_le_bytes([qh[2], qh[3]]));
     for j in 0..16 {
-        // Shifts to the left by constants are products, which vectorise everywhere.
-        let top = |bits: u16| ((bits << (15 - j)) >> 11) as u8 & 0x10;
-        out.codes[j] = ((qs[j] & 15) | top(first)) as i8 + offset;
-        out.codes[j + 16] = ((qs[j] >> 4) | top(second)) as i8 + offset;
+        // Without its top bit q - 16 is negative: all upper bits are set.
+        let upper = |bits: u16| if bits & (1 << j) != 0 { 0 } else { 0xf0 };
+        out.codes[j] = ((qs[j] & 15) | upper(first)) as i8;
+        out.codes[j + 16] = ((qs[j] >> 4) | upper(second)) as i8;
     }
 }
 

@@ -53,6 +53,9 @@ impl Quantised for Q5_1 {
         out.m[0] = self.m.value();
         out.sub[..2].fill(1);
         out.mins[..2].fill(1);
-        unpack_codes(&self.qh, &self.qs, 0, out);
+        unpack_codes(&self.qh, &self.qs, out);
+        for code in &mut out.codes[..32] {
+            *code += 16;
+        }
     }
 }

@@ -1,7 +1,8 @@
 //! Q6_K: `value = d * s * (q - 32)`, 6-bit q, an 8-bit s for each 16 values.
 //!
-//! In each half of 128 values, the low nibbles of values 32k + l are: k = 0, 1 in the low nibbles of bytes 32k + l,
-//! k = 2, 3 in the high nibbles of bytes 32(k - 2) + l. Bits 2k and 2k + 1 of `qh` byte l are the top bits.
+//! In each half of 128 values, the low nibbles of values 32k + l are: k = 0, 1 in the low nibbles of bytes
+//! 32k + l, k = 2, 3 in the high nibbles of bytes 32(k - 2) + l. Bits 2k and 2k + 1 of `qh` byte l are the
+//! top bits.
 
 use super::bytes::layout;
 use super::{Activation, Block, F16, Format, Plain, Quantised, Unpacked};

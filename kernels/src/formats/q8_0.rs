@@ -47,7 +47,8 @@ impl Quantised for Q8_0 {
     }
 }
 
-/// The largest magnitude of `values`, and `x * (127 / largest)` of each value, rounded to nearest even; 0 for NaN.
+/// The largest magnitude of `values`, and `x * (127 / largest)` of each value, rounded to nearest even; 0 for
+/// NaN.
 pub(super) fn symmetric_codes<const N: usize>(values: &[f32; N]) -> (f32, [i8; N]) {
     let largest = values.iter().fold(0f32, |largest, x| largest.max(x.abs()));
     let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };

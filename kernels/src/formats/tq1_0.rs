@@ -1,7 +1,8 @@
-//! TQ1_0: `value = d * (q - 1)`, ternary q. A byte is a fraction of 256 whose first five base-3 digits are codes.
+//! TQ1_0: `value = d * (q - 1)`, ternary q. A byte is a fraction of 256 whose first five base-3 digits are
+//! codes.
 //!
-//! Digit n of bytes 0 to 31 gives values 32n + j, of bytes 32 to 47 values 160 + 16n + j, and of the four bytes of
-//! `qh`, which have four digits, values 240 + 4n + j.
+//! Digit n of bytes 0 to 31 gives values 32n + j, of bytes 32 to 47 values 160 + 16n + j, and of the four
+//! bytes of `qh`, which have four digits, values 240 + 4n + j.
 
 use super::bytes::layout;
 use super::{Activation, Block, F16, Format, Plain, Quantised, Unpacked};

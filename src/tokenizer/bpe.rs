@@ -1,0 +1,134 @@
+//! Byte-level byte-pair encoding (Sennrich et al. 2016; Radford et al. 2019): each word's bytes, written as printable
+//! characters, are merged in order of rank.
+
+use std::collections::{BinaryHeap, HashMap};
+
+use super::pretokenize::Pretokenizer;
+use crate::error::{Error, Result};
+use crate::gguf::Strings;
+
+/// A pair of tokens, its rank and what it becomes.
+type Merges = HashMap<(u32, u32), (u32, u32)>;
+
+#[derive(Debug)]
+pub(super) struct Bpe {
+    pre: Pretokenizer,
+    merges: Merges,
+    /// The character that stands for each byte.
+    chars: Box<[char; 256]>,
+    /// The token of each byte's character.
+    bytes: Box<[Option<u32>; 256]>,
+    byte_of: HashMap<char, u8>,
+}
+
+impl Bpe {
+    pub(super) fn new(pre: Pretokenizer, list: Strings<'_>, by_text: &HashMap<Box<[u8]>, u32>) -> Result<Bpe> {
+        let mut merges = HashMap::with_capacity(list.len());
+        let mut joined = Vec::new();
+        for (rank, merge) in list.iter().enumerate() {
+            let bad = |why: &str| {
+                let merge = String::from_utf8_lossy(merge);
+                Error::Tokenizer(format!("tokenizer.ggml.merges[{rank}] = {merge:?}: {why}"))
+            };
+            // The first part may begin with a space, never be one.
+            let space = merge.iter().skip(1).position(|&b| b == b' ').map(|i| i + 1);
+            let (left, right) = space.map(|i| (&merge[..i], &merge[i + 1..])).ok_or_else(|| bad("expected two parts"))?;
+            joined.clear();
+            joined.extend_from_slice(left);
+            joined.extend_from_slice(right);
+            let id = |text: &[u8]| by_text.get(text).copied().ok_or_else(|| bad("a part is not in the vocabulary"));
+            merges.entry((id(left)?, id(right)?)).or_insert((rank as u32, id(&joined)?));
+        }
+        let chars = Box::new(byte_chars());
+        let token = |b: usize| by_text.get(chars[b].encode_utf8(&mut [0; 4]).as_bytes()).copied();
+        let bytes = Box::new(std::array::from_fn(token));
+        let byte_of = chars.iter().enumerate().map(|(b, &c)| (c, b as u8)).collect();
+        Ok(Bpe { pre, merges, chars, bytes, byte_of })
+    }
+
+    pub(super) fn encode(&self, text: &str, by_text: &HashMap<Box<[u8]>, u32>, out: &mut Vec<u32>) {
+        self.pre.split(text, &mut |word| {
+            if self.pre.ignore_merges {
+                let written: String = word.bytes().map(|b| self.chars[b as usize]).collect();
+                if let Some(&id) = by_text.get(written.as_bytes()) {
+                    return out.push(id);
+                }
+            }
+            self.encode_word(word, out);
+        });
+    }
+
+    fn encode_word(&self, word: &str, out: &mut Vec<u32>) {
+        // Bytes that the vocabulary lacks cannot be written; they are left out, as in llama.cpp.
+        let mut symbols: Vec<Symbol> = Vec::new();
+        for id in word.bytes().filter_map(|b| self.bytes[b as usize]) {
+            let i = symbols.len();
+            symbols.push(Symbol { id: Some(id), prev: i.checked_sub(1), next: Some(i + 1) });
+        }
+        if let Some(last) = symbols.last_mut() {
+            last.next = None;
+        }
+        let candidate = |symbols: &[Symbol], left: usize, right: usize| {
+            let pair = (symbols[left].id?, symbols[right].id?);
+            let &(rank, id) = self.merges.get(&pair)?;
+            // The heap's greatest is the lowest rank, then the one further left.
+            Some((std::cmp::Reverse((rank, left)), right, pair, id))
+        };
+        let mut queue = BinaryHeap::new();
+        for right in 1..symbols.len() {
+            queue.extend(candidate(&symbols, right - 1, right));
+        }
+        while let Some((std::cmp::Reverse((_, left)), right, pair, id)) = queue.pop() {
+            // One of the two may have been merged with another neighbour since.
+            if (symbols[left].id, symbols[right].id) != (Some(pair.0), Some(pair.1)) || symbols[left].next != Some(right) {
+                continue;
+            }
+            symbols[left].id = Some(id);
+            symbols[right].id = None;
+            let next = symbols[right].next;
+            symbols[left].next = next;
+            if let Some(next) = next {
+                symbols[next].prev = Some(left);
+                queue.extend(candidate(&symbols, left, next));
+            }
+            if let Some(prev) = symbols[left].prev {
+                queue.extend(candidate(&symbols, prev, left));
+            }
+        }
+        out.extend(symbols.iter().filter_map(|s| s.id));
+    }
+
+    pub(super) fn decode(&self, text: &[u8], out: &mut Vec<u8>) {
+        for chunk in text.utf8_chunks() {
+            for c in chunk.valid().chars() {
+                match self.byte_of.get(&c) {
+                    Some(&b) => out.push(b),
+                    None => out.extend_from_slice(c.encode_utf8(&mut [0; 4]).as_bytes()),
+                }
+            }
+            out.extend_from_slice(chunk.invalid());
+        }
+    }
+}
+
+struct Symbol {
+    /// `None` once it was merged into the one before.
+    id: Option<u32>,
+    prev: Option<usize>,
+    next: Option<usize>,
+}
+
+/// GPT-2's printable stand-ins: printable Latin-1 characters are themselves, the others follow from U+0100 on.
+fn byte_chars() -> [char; 256] {
+    let mut next = 0x100;
+    std::array::from_fn(|b| {
+        let itself = matches!(b, 0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff);
+        let code = if itself {
+            b as u32
+        } else {
+            next += 1;
+            next - 1
+        };
+        char::from_u32(code).unwrap_or(char::REPLACEMENT_CHARACTER)
+    })
+}

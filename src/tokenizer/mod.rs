@@ -1,0 +1,379 @@
+//! Text to tokens and back, from GGUF metadata alone: SentencePiece-style (`llama`) and byte-level BPE (`gpt2`)
+//! vocabularies.
+
+mod bpe;
+mod pretokenize;
+mod spm;
+
+use std::collections::HashMap;
+use std::sync::OnceLock;
+
+use aho_corasick::{AhoCorasick, MatchKind};
+
+use crate::error::{Error, Result};
+use crate::gguf::Gguf;
+
+/// What a token is for: the published values of `tokenizer.ggml.token_type`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum TokenKind {
+    Normal,
+    Unknown,
+    Control,
+    UserDefined,
+    Unused,
+    Byte,
+}
+
+#[derive(Debug, Clone)]
+struct Token {
+    text: Box<[u8]>,
+    score: f32,
+    kind: TokenKind,
+}
+
+#[derive(Debug)]
+enum Algorithm {
+    Spm(spm::Spm),
+    Bpe(bpe::Bpe),
+}
+
+/// A vocabulary and its algorithm.
+#[derive(Debug)]
+pub struct Tokenizer {
+    tokens: Vec<Token>,
+    by_text: HashMap<Box<[u8]>, u32>,
+    algorithm: Algorithm,
+    bos: Option<u32>,
+    eos: Option<u32>,
+    add_bos: bool,
+    add_eos: bool,
+    ends: Vec<u32>,
+    /// Finds tokens that are matched in raw text before the algorithm runs; built at first use.
+    literals: OnceLock<Option<Literals>>,
+}
+
+#[derive(Debug)]
+struct Literals {
+    finder: AhoCorasick,
+    ids: Vec<u32>,
+}
+
+/// How text is encoded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct EncodeOptions {
+    /// Adds the begin- and end-of-text tokens that the vocabulary asks for.
+    pub add_special: bool,
+    /// Reads control tokens written out in the text as such. Leave it off for text from strangers.
+    pub parse_special: bool,
+}
+
+/// Texts of tokens that end a generation, whatever the metadata forget to say.
+const END_TEXTS: &[&str] = &[
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<|return|>",
+    "<|call|>",
+    "<end_of_turn>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<EOT>",
+    "</s>",
+];
+
+impl Tokenizer {
+    /// The tokenizer of a file; `None` if the file has no vocabulary (`tokenizer.ggml.model` is `none` or absent).
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] for a kind that is not supported or a vocabulary that is inconsistent, [`Error::Gguf`] for
+    /// mistyped metadata.
+    pub fn from_gguf(gguf: &Gguf) -> Result<Option<Tokenizer>> {
+        let Some(model) = gguf.optional_str("tokenizer.ggml.model")? else { return Ok(None) };
+        if matches!(model, "none" | "no_vocab") {
+            return Ok(None);
+        }
+        let tokens = read_tokens(gguf)?;
+        let count = tokens.len();
+        let mut by_text = HashMap::with_capacity(count);
+        for (id, token) in tokens.iter().enumerate() {
+            // Of tokens with one text the last is the one that text stands for, as in llama.cpp.
+            by_text.insert(token.text.clone(), id as u32);
+        }
+        let special = |name: &str, default: Option<u32>| -> Result<Option<u32>> {
+            let id = gguf.optional_u32(&format!("tokenizer.ggml.{name}_token_id"))?.or(default);
+            match id {
+                Some(id) if id as usize >= count => {
+                    Err(Error::Tokenizer(format!("{name}_token_id: expected below {count}, got {id}")))
+                }
+                id => Ok(id),
+            }
+        };
+        let pre = gguf.optional_str("tokenizer.ggml.pre")?.unwrap_or("default");
+        let (algorithm, bos, eos, add_bos) = match model {
+            "llama" => {
+                let add_space_prefix = gguf.optional_bool("tokenizer.ggml.add_space_prefix")?.unwrap_or(true);
+                let spm = spm::Spm::new(&tokens, &by_text, special("unknown", Some(0))?, add_space_prefix)?;
+                let or = |id: u32| (count > id as usize).then_some(id);
+                (Algorithm::Spm(spm), special("bos", or(1))?, special("eos", or(2))?, true)
+            }
+            "gpt2" => {
+                let pre = pretokenize::Pretokenizer::new(pre)?;
+                let add_bos = pre.add_bos;
+                let merges = gguf
+                    .optional_strings("tokenizer.ggml.merges")?
+                    .ok_or_else(|| Error::Tokenizer("tokenizer.ggml.merges is missing".into()))?;
+                let bpe = bpe::Bpe::new(pre, merges, &by_text)?;
+                (Algorithm::Bpe(bpe), special("bos", None)?, special("eos", None)?, add_bos)
+            }
+            other => {
+                let message = format!("tokenizer model `{other}` is not supported yet (llama, gpt2, none)");
+                return Err(Error::Tokenizer(message));
+            }
+        };
+        let mut ends: Vec<u32> = eos.into_iter().collect();
+        ends.extend(special("eot", None)?);
+        ends.extend(special("eom", None)?);
+        for text in END_TEXTS {
+            if let Some(&id) = by_text.get(text.as_bytes())
+                && matches!(tokens[id as usize].kind, TokenKind::Control | TokenKind::UserDefined)
+            {
+                ends.push(id);
+            }
+        }
+        // Where a harmony vocabulary has its own end markers, `<|end|>` only closes a message.
+        let has = |text: &str| by_text.contains_key(text.as_bytes());
+        if has("<|return|>") && has("<|call|>") {
+            ends.retain(|&id| &*tokens[id as usize].text != b"<|end|>");
+        }
+        ends.sort_unstable();
+        ends.dedup();
+        Ok(Some(Tokenizer {
+            add_bos: gguf.optional_bool("tokenizer.ggml.add_bos_token")?.unwrap_or(add_bos),
+            add_eos: gguf.optional_bool("tokenizer.ggml.add_eos_token")?.unwrap_or(false),
+            tokens,
+            by_text,
+            algorithm,
+            bos,
+            eos,
+            ends,
+            literals: OnceLock::new(),
+        }))
+    }
+
+    /// Tokens in the vocabulary.
+    pub fn len(&self) -> usize {
+        self.tokens.len()
+    }
+
+    /// Whether the vocabulary is empty; it never is.
+    pub fn is_empty(&self) -> bool {
+        self.tokens.is_empty()
+    }
+
+    /// The token that begins a text.
+    pub fn bos(&self) -> Option<u32> {
+        self.bos
+    }
+
+    /// The token that ends a text.
+    pub fn eos(&self) -> Option<u32> {
+        self.eos
+    }
+
+    /// Whether encoding with `add_special` begins with the begin-of-text token.
+    pub fn adds_bos(&self) -> bool {
+        self.add_bos && self.bos.is_some()
+    }
+
+    /// Whether a token ends a generation.
+    pub fn is_end(&self, id: u32) -> bool {
+        self.ends.binary_search(&id).is_ok()
+    }
+
+    /// What a token is for.
+    pub fn kind(&self, id: u32) -> Option<TokenKind> {
+        self.tokens.get(id as usize).map(|t| t.kind)
+    }
+
+    /// The token's text as the vocabulary has it.
+    pub fn text(&self, id: u32) -> Option<&[u8]> {
+        self.tokens.get(id as usize).map(|t| &*t.text)
+    }
+
+    /// The token of a text as the vocabulary has it.
+    pub fn token(&self, text: &[u8]) -> Option<u32> {
+        self.by_text.get(text).copied()
+    }
+
+    /// Encodes a text.
+    pub fn encode(&self, text: &str, options: EncodeOptions) -> Vec<u32> {
+        let mut out = Vec::new();
+        if options.add_special && self.add_bos {
+            out.extend(self.bos);
+        }
+        let mut start = 0;
+        let mut after_literal = true;
+        for (range, id) in self.find_literals(text, options.parse_special) {
+            self.encode_plain(&text[start..range.start], after_literal, &mut out);
+            out.push(id);
+            (start, after_literal) = (range.end, true);
+        }
+        self.encode_plain(&text[start..], after_literal, &mut out);
+        if options.add_special && self.add_eos {
+            out.extend(self.eos);
+        }
+        out
+    }
+
+    fn encode_plain(&self, text: &str, first: bool, out: &mut Vec<u32>) {
+        if text.is_empty() {
+            return;
+        }
+        match &self.algorithm {
+            Algorithm::Spm(spm) => spm.encode(text, first, &self.tokens, &self.by_text, out),
+            Algorithm::Bpe(bpe) => bpe.encode(text, &self.by_text, out),
+        }
+    }
+
+    /// User-defined tokens in the text, and control tokens if they are to be parsed: longest first, not overlapping, in
+    /// order.
+    fn find_literals(&self, text: &str, parse_special: bool) -> Vec<(std::ops::Range<usize>, u32)> {
+        let Some(literals) = self.literals.get_or_init(|| self.build_literals()) else { return Vec::new() };
+        let mut all: Vec<_> = literals
+            .finder
+            .find_overlapping_iter(text)
+            .map(|m| (m.range(), literals.ids[m.pattern().as_usize()]))
+            .filter(|&(_, id)| parse_special || self.tokens[id as usize].kind == TokenKind::UserDefined)
+            .collect();
+        all.sort_by_key(|(range, id)| (std::cmp::Reverse(range.len()), *id, range.start));
+        let mut chosen: Vec<(std::ops::Range<usize>, u32)> = Vec::new();
+        let mut by_start = std::collections::BTreeMap::new();
+        for (range, id) in all {
+            let before = by_start.range(..range.end).next_back();
+            if before.is_none_or(|(_, &end)| end <= range.start) {
+                by_start.insert(range.start, range.end);
+                chosen.push((range, id));
+            }
+        }
+        chosen.sort_by_key(|(range, _)| range.start);
+        chosen
+    }
+
+    fn build_literals(&self) -> Option<Literals> {
+        let is_literal = |t: &Token| {
+            matches!(t.kind, TokenKind::UserDefined | TokenKind::Control | TokenKind::Unknown) && !t.text.is_empty()
+        };
+        let ids: Vec<u32> = (0..self.tokens.len()).filter(|&i| is_literal(&self.tokens[i])).map(|i| i as u32).collect();
+        let texts = ids.iter().map(|&id| &self.tokens[id as usize].text);
+        let finder = AhoCorasick::builder().match_kind(MatchKind::Standard).build(texts).ok()?;
+        Some(Literals { finder, ids })
+    }
+
+    /// Appends the bytes that a token stands for. Control tokens stand for nothing unless `special` is set.
+    pub fn decode_token(&self, id: u32, special: bool, out: &mut Vec<u8>) {
+        let Some(token) = self.tokens.get(id as usize) else { return };
+        match (token.kind, &self.algorithm) {
+            (TokenKind::Control | TokenKind::Unknown, _) => {
+                if special {
+                    out.extend_from_slice(&token.text);
+                }
+            }
+            (TokenKind::UserDefined, _) => out.extend_from_slice(&token.text),
+            (_, Algorithm::Spm(spm)) => spm.decode(id, &token.text, out),
+            (_, Algorithm::Bpe(bpe)) => bpe.decode(&token.text, out),
+        }
+    }
+
+    /// Decodes tokens to text; bytes that are not UTF-8 become replacement characters.
+    pub fn decode(&self, ids: &[u32], special: bool) -> String {
+        let mut bytes = Vec::new();
+        for &id in ids {
+            self.decode_token(id, special, &mut bytes);
+        }
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    /// Whether decoding a whole text leaves a space in front that encoding put there.
+    pub fn adds_space_prefix(&self) -> bool {
+        matches!(&self.algorithm, Algorithm::Spm(spm) if spm.add_space_prefix)
+    }
+}
+
+fn read_tokens(gguf: &Gguf) -> Result<Vec<Token>> {
+    let missing = || Error::Tokenizer("tokenizer.ggml.tokens is missing".into());
+    let texts = gguf.optional_strings("tokenizer.ggml.tokens")?.ok_or_else(missing)?;
+    let count = texts.len();
+    if count == 0 {
+        return Err(Error::Tokenizer("tokenizer.ggml.tokens is empty".into()));
+    }
+    let same = |key: &str, len: usize| {
+        if len == count {
+            return Ok(());
+        }
+        Err(Error::Tokenizer(format!("tokenizer.ggml.{key}: expected {count} values, one a token, got {len}")))
+    };
+    let scores = gguf.optional_f32s("tokenizer.ggml.scores")?;
+    if let Some(scores) = &scores {
+        same("scores", scores.len())?;
+        if scores.iter().any(|s| s.is_nan()) {
+            return Err(Error::Tokenizer("tokenizer.ggml.scores: expected numbers, got NaN".into()));
+        }
+    }
+    let kinds = gguf.optional_integers("tokenizer.ggml.token_type")?;
+    if let Some(kinds) = &kinds {
+        same("token_type", kinds.len())?;
+    }
+    let kind = |i: usize| match kinds.as_ref().map_or(1, |k| k[i]) {
+        1 => Ok(TokenKind::Normal),
+        2 => Ok(TokenKind::Unknown),
+        3 => Ok(TokenKind::Control),
+        4 => Ok(TokenKind::UserDefined),
+        5 => Ok(TokenKind::Unused),
+        6 => Ok(TokenKind::Byte),
+        other => Err(Error::Tokenizer(format!("tokenizer.ggml.token_type[{i}]: expected 1 to 6, got {other}"))),
+    };
+    let score = |i: usize| scores.as_ref().map_or(0.0, |s| s[i]);
+    texts.iter().enumerate().map(|(i, text)| Ok(Token { text: text.into(), score: score(i), kind: kind(i)? })).collect()
+}
+
+/// Decodes a stream of tokens, a whole number of characters at a time.
+#[derive(Debug, Default)]
+pub struct Detokenizer {
+    /// Bytes of a character that is not complete yet.
+    pending: Vec<u8>,
+}
+
+impl Detokenizer {
+    /// Adds a token and appends the text that is now complete to `out`.
+    pub fn push(&mut self, tokenizer: &Tokenizer, id: u32, out: &mut String) {
+        tokenizer.decode_token(id, false, &mut self.pending);
+        let mut done = 0;
+        for chunk in self.pending.utf8_chunks() {
+            let invalid = chunk.invalid();
+            out.push_str(chunk.valid());
+            done += chunk.valid().len();
+            // A sequence that is only cut short may be completed by the next token.
+            let at_end = done + invalid.len() == self.pending.len();
+            if !invalid.is_empty() && !(at_end && is_incomplete(invalid)) {
+                out.push(char::REPLACEMENT_CHARACTER);
+                done += invalid.len();
+            }
+        }
+        self.pending.drain(..done);
+    }
+
+    /// Appends what is left at the end of a stream: a replacement character if it stopped inside one.
+    pub fn finish(&mut self, out: &mut String) {
+        if !self.pending.is_empty() {
+            out.push(char::REPLACEMENT_CHARACTER);
+            self.pending.clear();
+        }
+    }
+}
+
+/// Whether bytes that are not UTF-8 are the start of a character.
+fn is_incomplete(bytes: &[u8]) -> bool {
+    std::str::from_utf8(bytes).is_err_and(|e| e.error_len().is_none())
+}
