@@ -2,7 +2,9 @@
 #![deny(unsafe_code)]
 
 pub mod backend;
+pub mod conformance;
 pub mod error;
+pub mod generate;
 pub mod gguf;
 pub mod map;
 pub mod model;

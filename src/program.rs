@@ -501,6 +501,11 @@ impl<'a> Builder<'a> {
         self.error.get_or_insert(Error::Model(message));
     }
 
+    /// Appends an op as it is; the typed methods below build the plain forms.
+    pub fn op(&mut self, op: Op) {
+        self.push(op);
+    }
+
     fn push(&mut self, op: Op) {
         if self.program.segments.is_empty() {
             self.segment("main");

@@ -1,0 +1,142 @@
+//! `halite inspect`: everything from the header alone.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use clap::Args;
+use halite::backend::Backend;
+use halite::backend::cpu::Cpu;
+use halite::backend::reference::Reference;
+use halite::gguf::Gguf;
+use halite::session::{SessionOptions, footprint};
+use halite::{Model, Tokenizer};
+
+use super::{Failure, bytes, print};
+
+#[derive(Args)]
+pub struct InspectArgs {
+    /// A GGUF file (the first one of a split model).
+    file: PathBuf,
+    /// Positions of the KV cache that the estimate is for [default: what a session takes].
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    ctx: u32,
+    /// List every tensor.
+    #[arg(long)]
+    tensors: bool,
+    /// One JSON object.
+    #[arg(long)]
+    json: bool,
+}
+
+/// What the file would take on one backend, or why it does not run there.
+struct Estimate {
+    backend: String,
+    result: Result<halite::session::Footprint, String>,
+}
+
+pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
+    let gguf = Gguf::open(&args.file)?;
+    let file_bytes: u64 = gguf.parts().map(|(source, _)| source.bytes().len() as u64).sum();
+    let version = gguf.parts().next().map_or(0, |(_, header)| header.version);
+    let alignment = gguf.parts().next().map_or(0, |(_, header)| header.alignment);
+    let metadata: Vec<(String, String)> =
+        gguf.metadata().iter().map(|(key, value)| (key.clone(), gguf.display_value(value))).collect();
+    let mut formats: Vec<(&str, u64, u64)> = Vec::new();
+    let mut tensors = Vec::new();
+    for tensor in gguf.tensors() {
+        let r = tensor.record;
+        let size = r.bytes.len() as u64;
+        match formats.iter_mut().find(|(name, ..)| *name == r.format.name()) {
+            Some((_, count, total)) => (*count, *total) = (*count + 1, *total + size),
+            None => formats.push((r.format.name(), 1, size)),
+        }
+        tensors.push((r.name.clone(), r.format.name(), r.dims.clone(), size));
+    }
+    let tokenizer = match Tokenizer::from_gguf(&gguf) {
+        Ok(Some(t)) => Ok(format!("{} tokens", t.len())),
+        Ok(None) => Ok("none: token ids only".into()),
+        Err(error) => Err(error.to_string()),
+    };
+    let options = SessionOptions { context: args.ctx, ..Default::default() };
+    let mut positions = args.ctx;
+    let mut estimates = Vec::new();
+    match Model::from_gguf(gguf) {
+        Err(error) => estimates.push(Estimate { backend: "any".into(), result: Err(error.to_string()) }),
+        Ok(model) => {
+            positions = options.positions(&model);
+            for backend in backends()? {
+                let program = model.program(options.program).map_err(|e| e.to_string());
+                let result = program.and_then(|_| footprint(&model, &*backend, &options).map_err(|e| e.to_string()));
+                estimates.push(Estimate { backend: backend.caps().name.clone(), result });
+            }
+        }
+    }
+    if args.json {
+        let report = serde_json::json!({
+            "file": args.file,
+            "file_bytes": file_bytes,
+            "version": version,
+            "alignment": alignment,
+            "metadata": metadata.iter().cloned().collect::<std::collections::BTreeMap<_, _>>(),
+            "tensors": tensors.iter().map(|(name, format, dims, size)| serde_json::json!({
+                "name": name, "format": format, "dims": dims, "bytes": size,
+            })).collect::<Vec<_>>(),
+            "tokenizer": tokenizer.as_ref().map_or_else(|e| e.clone(), Clone::clone),
+            "context": positions,
+            "backends": estimates.iter().map(|e| match &e.result {
+                Ok(f) => serde_json::json!({
+                    "name": e.backend, "runs": true, "weight_bytes": f.weight_bytes, "kv_bytes": f.kv_bytes,
+                    "scratch_bytes": f.scratch_bytes, "io_bytes": f.io_bytes,
+                }),
+                Err(why) => serde_json::json!({ "name": e.backend, "runs": false, "why": why }),
+            }).collect::<Vec<_>>(),
+        });
+        return print(&format!("{report:#}\n"));
+    }
+    let mut text = format!(
+        "{}: GGUF version {version}, {}, {} tensors, alignment {alignment}\n\nmetadata\n",
+        args.file.display(),
+        bytes(file_bytes),
+        tensors.len()
+    );
+    for (key, value) in &metadata {
+        let value: String = if value.chars().count() > 100 {
+            value.chars().take(99).chain(['…']).collect()
+        } else {
+            value.clone()
+        };
+        text += &format!("  {key} = {value}\n");
+    }
+    text += "\nformats\n";
+    for (name, count, size) in &formats {
+        text += &format!("  {name:8} {count:5} tensors {:>12}\n", bytes(*size));
+    }
+    if args.tensors {
+        text += "\ntensors\n";
+        for (name, format, dims, size) in &tensors {
+            text += &format!("  {name:40} {format:8} {dims:?} {}\n", bytes(*size));
+        }
+    }
+    text += &format!("\ntokenizer: {}\n", tokenizer.unwrap_or_else(|e| e));
+    text += &format!("\nwith a context of {positions}\n");
+    for e in &estimates {
+        match &e.result {
+            Ok(f) => {
+                text += &format!(
+                    "  {:10} runs: weights {}, KV cache {}, scratch {}, outputs {}\n",
+                    e.backend,
+                    bytes(f.weight_bytes),
+                    bytes(f.kv_bytes),
+                    bytes(f.scratch_bytes),
+                    bytes(f.io_bytes)
+                );
+            }
+            Err(why) => text += &format!("  {:10} does not run: {why}\n", e.backend),
+        }
+    }
+    print(&text)
+}
+
+fn backends() -> Result<Vec<Arc<dyn Backend>>, Failure> {
+    Ok(vec![Arc::new(Cpu::new(1)?), Arc::new(Reference::new())])
+}

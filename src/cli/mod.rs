@@ -1,0 +1,204 @@
+//! The command line: arguments in, library calls, text out. Everything that prints is here.
+
+mod inspect;
+mod run;
+mod tools;
+
+use std::io::{IsTerminal, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use halite::backend::cpu::Cpu;
+use halite::backend::reference::Reference;
+use halite::backend::template::Template;
+use halite::backend::Backend;
+use halite::kernels::formats::Format;
+use halite::map::Source;
+use halite::model::ProgramOptions;
+use halite::session::{Session, SessionOptions};
+use halite::{Model, Tokenizer};
+
+/// What a command fails with: a message for people.
+type Failure = Box<dyn std::error::Error>;
+
+/// The model that is part of the program.
+static EMBEDDED: Aligned<[u8; EMBEDDED_BYTES]> = Aligned(*include_bytes!("../../models/austen/halite-austen.gguf"));
+const EMBEDDED_BYTES: usize = include_bytes!("../../models/austen/halite-austen.gguf").len();
+
+/// Bytes where weights may be read in place.
+#[repr(C, align(64))]
+struct Aligned<T>(T);
+
+/// Run language models on CPUs, GPUs and simulated accelerators.
+#[derive(Parser)]
+#[command(version, arg_required_else_help = true, disable_help_subcommand = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Continue a prompt.
+    Run(run::RunArgs),
+    /// Show what is in a model file, whether it runs here, and what it will take.
+    Inspect(inspect::InspectArgs),
+    /// List backends.
+    Devices,
+    /// Turn text into token ids, or back with --decode.
+    Tokenize(tools::TokenizeArgs),
+    /// Write the logits of every position to a file.
+    Logits(tools::LogitsArgs),
+    /// Measure how well a model predicts a text.
+    Perplexity(tools::PerplexityArgs),
+    /// Check every kernel of a backend against the reference.
+    Conform(tools::ConformArgs),
+}
+
+/// Which model, and on what.
+#[derive(Args)]
+struct ModelArgs {
+    /// A GGUF file (the first one of a split model); without it, the small model that is built in.
+    #[arg(short, long, value_name = "FILE")]
+    model: Option<PathBuf>,
+    #[command(flatten)]
+    backend: BackendArgs,
+    /// Positions of the KV cache [default: what the model was trained for, at most 4096].
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    ctx: u32,
+    /// How the KV cache is stored.
+    #[arg(long, value_name = "FORMAT", default_value = "f16")]
+    kv: KvFormat,
+}
+
+/// Which backend.
+#[derive(Args)]
+struct BackendArgs {
+    /// cpu, reference or template.
+    #[arg(long, value_name = "NAME", default_value = "cpu")]
+    backend: String,
+    /// CPU threads [default: one for each core].
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    threads: usize,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum KvFormat {
+    F16,
+    F32,
+}
+
+impl BackendArgs {
+    fn open(&self) -> Result<Arc<dyn Backend>, Failure> {
+        Ok(match self.backend.as_str() {
+            "cpu" => Arc::new(Cpu::new(self.threads)?),
+            "reference" => Arc::new(Reference::new()),
+            "template" => Arc::new(Template::new()),
+            other => {
+                return Err(format!("backend `{other}`: expected cpu, reference or template").into());
+            }
+        })
+    }
+}
+
+impl ModelArgs {
+    fn open(&self) -> Result<Arc<Model>, Failure> {
+        Ok(Arc::new(match &self.model {
+            Some(path) => Model::open(path)?,
+            None => Model::from_source(Source::from_static("the built-in model", &EMBEDDED.0))?,
+        }))
+    }
+
+    fn program(&self) -> ProgramOptions {
+        ProgramOptions {
+            kv_format: match self.kv {
+                KvFormat::F16 => Format::F16,
+                KvFormat::F32 => Format::F32,
+            },
+        }
+    }
+
+    /// Opens a session, with a bar where it takes long.
+    fn session(&self, model: &Arc<Model>, batch: u32, outputs: u32) -> Result<Session, Failure> {
+        let backend = self.backend.open()?;
+        let options =
+            SessionOptions { context: self.ctx, batch, outputs, program: self.program(), ..Default::default() };
+        let total = model.gguf().tensors().map(|t| t.record.bytes.len() as u64).sum();
+        let bar = progress(total, "loading");
+        let session = Session::new(model, &backend, &options, &mut |done| bar.set_position(done))?;
+        bar.finish_and_clear();
+        Ok(session)
+    }
+}
+
+fn tokenizer(model: &Model) -> Result<Tokenizer, Failure> {
+    Tokenizer::from_gguf(model.gguf())?.ok_or_else(|| "this model file has no vocabulary: pass token ids".into())
+}
+
+/// A bar on stderr, drawn only on a terminal and only for work that takes over a second.
+fn progress(total: u64, what: &'static str) -> indicatif::ProgressBar {
+    if !std::io::stderr().is_terminal() {
+        return indicatif::ProgressBar::hidden();
+    }
+    let bar = indicatif::ProgressBar::with_draw_target(Some(total), indicatif::ProgressDrawTarget::hidden());
+    let style = indicatif::ProgressStyle::with_template("{msg} {wide_bar} {percent}% {eta}");
+    if let Ok(style) = style {
+        bar.set_style(style);
+    }
+    bar.set_message(what);
+    let late = bar.clone();
+    std::thread::spawn(move || {
+        std::thread::sleep(std::time::Duration::from_secs(1));
+        if !late.is_finished() {
+            late.set_draw_target(indicatif::ProgressDrawTarget::stderr());
+        }
+    });
+    bar
+}
+
+/// A text file, or stdin for `-`.
+fn read_text(path: &Path) -> Result<String, Failure> {
+    let text = if path == Path::new("-") {
+        std::io::read_to_string(std::io::stdin())
+    } else {
+        std::fs::read_to_string(path)
+    };
+    text.map_err(|e| format!("{}: {e}", path.display()).into())
+}
+
+/// Writes to stdout; a reader that went away ends the command quietly.
+fn print(text: &str) -> Result<(), Failure> {
+    let mut out = std::io::stdout().lock();
+    out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(Into::into)
+}
+
+/// Bytes for people.
+fn bytes(n: u64) -> String {
+    indicatif::BinaryBytes(n).to_string()
+}
+
+pub fn main() -> ExitCode {
+    #[cfg(unix)]
+    halite::map::exit_on_bus_error();
+    let result = match Cli::parse().command {
+        Command::Run(args) => run::run(&args),
+        Command::Inspect(args) => inspect::inspect(&args),
+        Command::Devices => tools::devices(),
+        Command::Tokenize(args) => tools::tokenize(&args),
+        Command::Logits(args) => tools::logits(&args),
+        Command::Perplexity(args) => tools::perplexity(&args),
+        Command::Conform(args) => tools::conform(&args),
+    };
+    let Err(failure) = result else { return ExitCode::SUCCESS };
+    let broken_pipe = failure
+        .downcast_ref::<std::io::Error>()
+        .is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe);
+    if broken_pipe {
+        return ExitCode::SUCCESS;
+    }
+    // Nothing is left to do if stderr is gone as well.
+    let _ = writeln!(std::io::stderr(), "halite: {failure}");
+    ExitCode::FAILURE
+}

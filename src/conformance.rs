@@ -1,0 +1,606 @@
+//! Does a backend compute what the reference defines? A generated matrix of small programs, op by format by shape, run on
+//! both and compared: bit for bit where the backend promises it, within a bound where it does not.
+//!
+//! Output buffers are poisoned before every step and have guard bytes behind them, so an element that is not written and one
+//! that is written too far both show.
+
+use std::fmt;
+use std::sync::Arc;
+
+use halite_kernels::formats::{Format, Kind};
+use halite_kernels::rows::{Gate, Unary};
+
+use crate::backend::reference::Reference;
+use crate::backend::{Backend, Bindings, Buffer, Cancel, Contract, Gap, Limits, OpSig, Span, Step, Support, Usage};
+use crate::error::{Error, Result};
+use crate::program::{
+    Builder, Dim, Epilogue, Gating, NormKind, Op, PAGE_POSITIONS, Part, Program, RopePairs, State, TensorId,
+    WeightInfo,
+};
+
+/// One program, its data and its steps.
+#[derive(Debug, Clone)]
+pub struct Case {
+    /// What it exercises: op, format, shape, tokens.
+    pub name: String,
+    program: Arc<Program>,
+    /// For each step, for each sequence: first position and tokens.
+    steps: Vec<Vec<(u32, u32)>>,
+    /// The largest normalised mean squared error of a backend that is not exact.
+    bound: f64,
+    /// The magnitude of random inputs.
+    magnitude: f32,
+}
+
+/// What came of a case.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Outcome {
+    /// Within its contract; the normalised mean squared error.
+    Pass(f64),
+    /// Outside, or an error.
+    Fail(String),
+    /// The backend declares that it lacks the op.
+    Gap(Gap),
+    /// The backend declares a gap that it does not have.
+    UnexpectedPass(Gap),
+}
+
+impl Outcome {
+    /// Whether nothing is to be said about it.
+    pub fn passed(&self) -> bool {
+        matches!(self, Outcome::Pass(_))
+    }
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Outcome::Pass(nmse) if *nmse == 0.0 => write!(f, "pass, same bits"),
+            Outcome::Pass(nmse) => write!(f, "pass, error {nmse:.1e}"),
+            Outcome::Fail(why) => write!(f, "FAIL {why}"),
+            Outcome::Gap(gap) => write!(f, "gap, {gap}"),
+            Outcome::UnexpectedPass(gap) => write!(f, "FAIL passes, but is declared a gap ({gap})"),
+        }
+    }
+}
+
+/// Counts of outcomes.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Report {
+    /// Cases within their contract.
+    pub passed: usize,
+    /// Cases that fail, unexpected passes included.
+    pub failed: usize,
+    /// Declared gaps.
+    pub gaps: usize,
+}
+
+impl Report {
+    /// Counts an outcome.
+    pub fn add(&mut self, outcome: &Outcome) {
+        match outcome {
+            Outcome::Pass(_) => self.passed += 1,
+            Outcome::Gap(_) => self.gaps += 1,
+            Outcome::Fail(_) | Outcome::UnexpectedPass(_) => self.failed += 1,
+        }
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} passed, {} failed, {} declared gaps", self.passed, self.failed, self.gaps)
+    }
+}
+
+/// Runs a case on a backend and on the reference.
+pub fn check(backend: &dyn Backend, case: &Case) -> Outcome {
+    let gap = case.program.ops().find_map(|(_, op)| {
+        match backend.supports(&OpSig { program: &case.program, op }) {
+            Support::Native => None,
+            Support::Unsupported(gap) => Some(gap),
+        }
+    });
+    let got = execute(backend, case);
+    match (gap, got) {
+        (Some(gap), Ok(_)) => Outcome::UnexpectedPass(gap),
+        (Some(gap), Err(Error::Unsupported { .. })) => Outcome::Gap(gap),
+        (_, Err(error)) => Outcome::Fail(error.to_string()),
+        (None, Ok(got)) => match execute(&Reference::new(), case) {
+            Err(error) => Outcome::Fail(format!("the reference: {error}")),
+            Ok(want) => compare(&got, &want, backend.caps().contract, case.bound),
+        },
+    }
+}
+
+/// Outputs of one step: name, whether it holds integers, words.
+type Output = (String, bool, Vec<u32>);
+
+fn compare(got: &[Output], want: &[Output], contract: Contract, bound: f64) -> Outcome {
+    let (mut error, mut power) = (0.0f64, 0.0f64);
+    for ((name, integers, got), (_, _, want)) in got.iter().zip(want) {
+        for (i, (&g, &w)) in got.iter().zip(want).enumerate() {
+            let (gf, wf) = (f32::from_bits(g), f32::from_bits(w));
+            if g == w || (!integers && gf.is_nan() && wf.is_nan()) {
+                power += if *integers { 0.0 } else { f64::from(wf).powi(2) };
+                continue;
+            }
+            let place = format!("{name}[{i}]: expected {wf:e} ({w:#010x}), got {gf:e} ({g:#010x})");
+            if contract == Contract::Exact || *integers || !gf.is_finite() {
+                return Outcome::Fail(place);
+            }
+            error += (f64::from(gf) - f64::from(wf)).powi(2);
+            power += f64::from(wf).powi(2);
+        }
+    }
+    let nmse = if error == 0.0 { 0.0 } else { error / power };
+    if nmse <= bound { Outcome::Pass(nmse) } else { Outcome::Fail(format!("error {nmse:.2e} > {bound:.0e}")) }
+}
+
+const GUARD_BYTES: usize = 64;
+const GUARD: u8 = 0xa5;
+/// A NaN that no arithmetic makes.
+const POISON: u32 = 0x7fba_dbad;
+
+fn execute(backend: &dyn Backend, case: &Case) -> Result<Vec<Output>> {
+    let program = &case.program;
+    let tokens: u32 = case.steps.iter().map(|s| s.iter().map(|&(_, n)| n).sum()).max().unwrap_or(1);
+    let limits = Limits { tokens, outputs: tokens };
+    let mut plan = backend.prepare(program, limits)?;
+    let mut rng = Rng(case.name.bytes().fold(1, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3)));
+
+    let upload = |bytes: &[u8], usage| -> Result<Buffer> {
+        let buffer = backend.alloc(bytes.len() as u64, usage)?;
+        write(backend, &buffer, bytes)?;
+        Ok(buffer)
+    };
+    let mut weights = Vec::new();
+    for &id in &program.weights {
+        let bytes = random_weight(program, id, &mut rng);
+        weights.push(upload(&bytes, Usage::Weight)?);
+    }
+    let sequences = case.steps.iter().map(Vec::len).max().unwrap_or(1);
+    let positions = case.steps.iter().flatten().map(|&(start, n)| start + n).max().unwrap_or(1);
+    let pages_each = positions.div_ceil(PAGE_POSITIONS);
+    // Pages of the sequences are interleaved and in falling order: a backend that ignores the table fails.
+    let tables: Vec<Vec<u32>> = (0..sequences as u32)
+        .map(|s| (0..pages_each).rev().map(|p| p * sequences as u32 + s).collect())
+        .collect();
+    let mut states = Vec::new();
+    for state in &program.states {
+        let bytes = u64::from(pages_each) * sequences as u64 * state.page_bytes();
+        // Positions that were never written hold NaN, which must never be seen.
+        states.push(upload(&vec![0xff; bytes as usize], Usage::State)?);
+    }
+    let written = |id: TensorId| program.ops().any(|(_, op)| {
+        let mut found = false;
+        op.outputs(&mut |out| found |= out == id);
+        found
+    });
+    let mut io = Vec::new();
+    for &id in &program.io {
+        let bytes = 4 * crate::passes::rows(program.tensor(id).rows, tokens, tokens) as usize
+            * program.tensor(id).cols as usize;
+        io.push(upload(&vec![GUARD; bytes + GUARD_BYTES], Usage::Io)?);
+    }
+    let cancel = Cancel::default();
+    let mut outputs = Vec::new();
+    for step in &case.steps {
+        let n: u32 = step.iter().map(|&(_, n)| n).sum();
+        let spans: Vec<Span<'_>> = step
+            .iter()
+            .zip(&tables)
+            .filter(|((_, len), _)| *len > 0)
+            .map(|(&(start, len), pages)| Span { pages, start, len })
+            .collect();
+        let vocab = program.ops().find_map(|(_, op)| match op {
+            Op::Embed { table, .. } => Some(program.tensor(*table).rows),
+            _ => None,
+        });
+        let vocab = if let Some(Dim::Fixed(rows)) = vocab { rows } else { 1 };
+        let ids: Vec<u32> = (0..n).map(|_| (rng.next() % u64::from(vocab)) as u32).collect();
+        let wanted: Vec<u32> = (0..n).step_by(2).collect();
+        for (&id, buffer) in program.io.iter().zip(&io) {
+            let words = (buffer.bytes() as usize - GUARD_BYTES) / 4;
+            let content: Vec<u32> = match written(id) {
+                true => vec![POISON; words],
+                false => (0..words).map(|_| (rng.normal() * case.magnitude).to_bits()).collect(),
+            };
+            write(backend, buffer, bytemuck::cast_slice(&content))?;
+        }
+        let bindings = Bindings { weights: &weights, states: &states, io: &io };
+        let step = Step { spans: &spans, tokens: &ids, outputs: &wanted, cancel: &cancel };
+        let ticket = plan.submit(&step, 0..program.segments.len(), &bindings)?;
+        plan.wait(ticket)?;
+        for (&id, buffer) in program.io.iter().zip(&io) {
+            if !written(id) {
+                continue;
+            }
+            let t = program.tensor(id);
+            let words = crate::passes::rows(t.rows, n, wanted.len() as u32) as usize * t.cols as usize;
+            let mut content = vec![0; buffer.bytes() as usize];
+            backend.read(buffer, 0, &mut content)?;
+            let (values, rest) = content.split_at(4 * words);
+            let (unused, guard) = rest.split_at(rest.len() - GUARD_BYTES);
+            let values: Vec<u32> = values.as_chunks::<4>().0.iter().map(|&b| u32::from_le_bytes(b)).collect();
+            let past = guard.iter().any(|&b| b != GUARD)
+                || unused.as_chunks::<4>().0.iter().any(|&b| u32::from_le_bytes(b) != POISON);
+            let message = match values.iter().position(|&v| v == POISON) {
+                Some(i) => format!("`{}`[{i}] was not written", t.name),
+                None if past => format!("memory behind `{}` was written", t.name),
+                None => {
+                    outputs.push((t.name.clone(), t.format == Format::I32, values));
+                    continue;
+                }
+            };
+            return Err(Error::Backend { backend: backend.caps().name.clone(), message });
+        }
+    }
+    Ok(outputs)
+}
+
+fn write(backend: &dyn Backend, buffer: &Buffer, bytes: &[u8]) -> Result<()> {
+    let mut rest = bytes;
+    backend.fill(buffer, 0..bytes.len() as u64, &mut |out| {
+        let (now, later) = rest.split_at(out.len().min(rest.len()));
+        out[..now.len()].copy_from_slice(now);
+        rest = later;
+    })
+}
+
+/// Random bytes under sane scales: every code and integer sub-scale that the format has comes up.
+fn random_weight(program: &Program, id: TensorId, rng: &mut Rng) -> Vec<u8> {
+    let t = program.tensor(id);
+    let bytes = program.fixed_bytes(id).unwrap_or(0) as usize;
+    match t.format {
+        Format::F32 => (0..bytes / 4).flat_map(|_| rng.normal().to_le_bytes()).collect(),
+        format => {
+            let mut content: Vec<u8> = std::iter::repeat_with(|| rng.next().to_le_bytes()).flatten().take(bytes).collect();
+            for block in content.chunks_exact_mut(format.block_bytes()) {
+                let scale = 0.01 * (0.5 + rng.unit());
+                format.set_scale(block, scale);
+            }
+            content
+        }
+    }
+}
+
+/// Steele, Lea & Flood 2014.
+struct Rng(u64);
+
+impl Rng {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    fn unit(&mut self) -> f32 {
+        (self.next() >> 40) as f32 / (1u64 << 24) as f32
+    }
+
+    /// Roughly normal: a sum of four uniform draws, scaled to variance 1.
+    fn normal(&mut self) -> f32 {
+        let sum: f32 = (0..4).map(|_| self.unit()).sum();
+        (sum - 2.0) * 3f32.sqrt()
+    }
+}
+
+/// Collects cases.
+struct Cases(Vec<Case>);
+
+/// Weights of any shape, in a format that the name begins with: `Q4_0.w`.
+fn lookup<'a>(shapes: &'a [(&'a str, Format, Vec<u64>)]) -> impl Fn(&str) -> Option<WeightInfo> + 'a {
+    move |name| {
+        let (_, format, dims) = shapes.iter().find(|(n, ..)| *n == name)?;
+        Some(WeightInfo { dims: dims.clone(), format: *format })
+    }
+}
+
+impl Cases {
+    fn add(
+        &mut self,
+        name: String,
+        weights: &[(&str, Format, Vec<u64>)],
+        steps: &[&[(u32, u32)]],
+        bound: f64,
+        record: impl FnOnce(&mut Builder<'_>),
+    ) {
+        let find = lookup(weights);
+        let mut builder = Builder::new(&name, &find);
+        record(&mut builder);
+        // A case that is not a valid program would be a mistake in this file; the test of this module finds it.
+        if let Ok(program) = builder.finish() {
+            let steps = steps.iter().map(|s| s.to_vec()).collect();
+            self.0.push(Case { name, program: Arc::new(program), steps, bound, magnitude: 1.0 });
+        }
+    }
+
+    /// Cases in one step of one sequence.
+    fn row(&mut self, name: String, weights: &[(&str, Format, Vec<u64>)], n: u32, record: impl FnOnce(&mut Builder<'_>)) {
+        self.add(name, weights, &[&[(0, n)]], 1e-10, record);
+    }
+}
+
+/// The values that a matmul's rows must be whole multiples of.
+fn unit(format: Format) -> u32 {
+    let activation = match format.kind() {
+        Kind::Float => 1,
+        Kind::Quantised { activation, .. } => activation.block_len(),
+    };
+    format.block_len().max(activation) as u32
+}
+
+/// The bound of a product with a format on backends that are not exact. Quantised activations make it wide: a backend may
+/// keep them in floats.
+fn bound(format: Format) -> f64 {
+    match format.kind() {
+        Kind::Float => 1e-9,
+        Kind::Quantised { .. } => 1e-3,
+    }
+}
+
+/// The whole matrix.
+pub fn cases() -> Vec<Case> {
+    let mut cases = Cases(Vec::new());
+    matmuls(&mut cases);
+    rows(&mut cases);
+    attention(&mut cases);
+    experts(&mut cases);
+    cases.0
+}
+
+fn matmuls(cases: &mut Cases) {
+    for &format in Format::ALL {
+        // Rows, units of k, tokens: single, few and many tokens; whole and partial tiles; rows longer than a chunk.
+        for (rows, units, tokens) in [(1, 1, 1), (17, 2, 1), (16, 9, 2), (5, 3, 4), (33, 9, 5), (16, 1, 9), (3, 2, 17)] {
+            let k = if unit(format) == 1 { [0, 1, 16, 100, 0, 0, 0, 0, 0, 300][units as usize] } else { units * unit(format) };
+            let name = format!("MatMul {} {rows}x{k} tokens={tokens}", format.name());
+            let weights = [("w", format, vec![k.into(), rows.into()])];
+            cases.add(name, &weights, &[&[(0, tokens)]], bound(format), |b| {
+                let x = b.input("x", Dim::Tokens, k);
+                let w = b.weight("w", rows, k);
+                let y = b.linear("y", x, w, None);
+                b.output(y);
+            });
+        }
+        let name = format!("Embed {}", format.name());
+        let cols = 3 * format.block_len() as u32;
+        cases.row(name, &[("table", format, vec![cols.into(), 11])], 5, |b| {
+            let table = b.weight("table", 11, cols);
+            let y = b.embed(table, 1.5);
+            b.output(y);
+        });
+    }
+    // Parts with one input, of formats with different activations, with and without biases.
+    let weights = [
+        ("a", Format::Q4_0, vec![512, 24]),
+        ("b", Format::Q6_K, vec![512, 40]),
+        ("c", Format::F16, vec![512, 7]),
+        ("bias", Format::F32, vec![40]),
+    ];
+    for tokens in [1, 6] {
+        cases.add(format!("MatMul parts Q4_0+Q6_K+F16 tokens={tokens}"), &weights, &[&[(0, tokens)]], 1e-3, |b| {
+            let x = b.input("x", Dim::Tokens, 512);
+            let ws = [b.weight("a", 24, 512), b.weight("b", 40, 512), b.weight("c", 7, 512)];
+            let bias = b.weight("bias", 1, 40);
+            let outs = [b.input("ya", Dim::Tokens, 24), b.input("yb", Dim::Tokens, 40), b.input("yc", Dim::Tokens, 7)];
+            let biases = [None, Some(bias), None];
+            let parts = (0..3).map(|i| Part { weight: ws[i], bias: biases[i], out: outs[i] }).collect();
+            b.op(Op::MatMul { x, parts, epilogue: Epilogue::None });
+        });
+        let pair = [("a", Format::Q8_0, vec![64, 24]), ("b", Format::Q8_0, vec![64, 24])];
+        for (name, epilogue) in [("Glu", Epilogue::Glu(Gate::Silu)), ("Add", Epilogue::Add(TensorId(0)))] {
+            cases.add(format!("MatMul epilogue {name} tokens={tokens}"), &pair, &[&[(0, tokens)]], 1e-3, |b| {
+                let residual = b.input("residual", Dim::Tokens, 24);
+                let x = b.input("x", Dim::Tokens, 64);
+                let (wa, wb) = (b.weight("a", 24, 64), b.weight("b", 24, 64));
+                let out = b.input("y", Dim::Tokens, 24);
+                let part = |weight, out| Part { weight, bias: None, out };
+                let (parts, epilogue) = match epilogue {
+                    Epilogue::Glu(_) => (vec![part(wa, out), part(wb, out)], epilogue),
+                    _ => (vec![part(wa, out)], Epilogue::Add(residual)),
+                };
+                b.op(Op::MatMul { x, parts, epilogue });
+            });
+        }
+    }
+}
+
+fn rows(cases: &mut Cases) {
+    for (cols, group) in [(1, 1), (100, 100), (64, 16), (257, 257), (2048, 2048)] {
+        for kind in [NormKind::Rms, NormKind::Layer] {
+            for (weighted, biased) in [(true, false), (false, false), (true, true), (false, true)] {
+                let name = format!("Norm {kind:?} {cols}/{group} weight={weighted} bias={biased}");
+                let weights = [("w", Format::F32, vec![group.into()]), ("b", Format::F32, vec![group.into()])];
+                cases.row(name, &weights, 3, |b| {
+                    let x = b.input("x", Dim::Tokens, cols);
+                    let weight = weighted.then(|| b.weight("w", 1, group));
+                    let bias = biased.then(|| b.weight("b", 1, group));
+                    let y = b.norm("y", x, kind, weight, bias, 1e-5, group);
+                    b.output(y);
+                });
+            }
+        }
+        cases.row(format!("Norm add {cols}"), &[], 3, |b| {
+            let (x, add) = (b.input("x", Dim::Tokens, cols), b.input("add", Dim::Tokens, cols));
+            let (sum, out) = (b.input("sum", Dim::Tokens, cols), b.input("y", Dim::Tokens, cols));
+            let (kind, eps, group) = (NormKind::Rms, 1e-6, cols);
+            b.op(Op::Norm { x, add: Some(add), sum: Some(sum), weight: None, bias: None, out, kind, eps, group });
+        });
+        for act in [
+            Gate::Silu,
+            Gate::Gelu,
+            Gate::GeluErf,
+            Gate::Relu,
+            Gate::SiluClamped { alpha: 1.702, limit: 1.5 },
+        ] {
+            cases.row(format!("Glu {act:?} {cols}"), &[], 3, |b| {
+                let (gate, up) = (b.input("gate", Dim::Tokens, cols), b.input("up", Dim::Tokens, cols));
+                let y = b.glu(gate, up, act);
+                b.output(y);
+            });
+        }
+        for f in [
+            Unary::Silu,
+            Unary::Gelu,
+            Unary::GeluErf,
+            Unary::Relu,
+            Unary::ReluSquared,
+            Unary::Scale(0.7),
+            Unary::SoftCap(1.3),
+        ] {
+            cases.row(format!("Map {f:?} {cols}"), &[], 3, |b| {
+                let x = b.input("x", Dim::Tokens, cols);
+                let y = b.map("y", x, f);
+                b.output(y);
+            });
+        }
+        cases.row(format!("Add {cols}"), &[], 3, |b| {
+            let (x, y) = (b.input("x", Dim::Tokens, cols), b.input("other", Dim::Tokens, cols));
+            let y = b.add("y", x, y);
+            b.output(y);
+        });
+        cases.row(format!("ArgMax {cols}"), &[], 3, |b| {
+            let x = b.input("x", Dim::Tokens, cols);
+            // About half of the elements tie for the largest: minus zero.
+            let x = b.map("relu", x, Unary::Relu);
+            let x = b.map("negative", x, Unary::Scale(-1.0));
+            let best = b.arg_max(x);
+            b.output(best);
+        });
+        cases.row(format!("Select {cols}"), &[], 5, |b| {
+            let x = b.input("x", Dim::Tokens, cols);
+            let y = b.select(x);
+            b.output(y);
+        });
+    }
+    for pairs in [RopePairs::Adjacent, RopePairs::Halves] {
+        for (heads, head_dim, dims) in [(1, 2, 2), (3, 64, 64), (2, 80, 32), (1, 128, 100)] {
+            for factored in [false, true] {
+                let name = format!("Rope {pairs:?} {heads}x{head_dim} dims={dims} factors={factored}");
+                let weights = [("factors", Format::F32, vec![u64::from(dims) / 2])];
+                cases.add(name, &weights, &[&[(0, 3)], &[(4000, 2)]], 1e-10, |b| {
+                    let x = b.input("x", Dim::Tokens, heads * head_dim);
+                    let frequencies: Arc<[f32]> =
+                        (0..dims / 2).map(|i| 1e4f32.powf(-2.0 * i as f32 / dims as f32)).collect();
+                    let factors = factored.then(|| b.weight("factors", 1, dims / 2));
+                    let y = b.rope("y", x, head_dim, &frequencies, factors, 1.1, pairs);
+                    b.output(y);
+                });
+            }
+        }
+    }
+}
+
+fn attention(cases: &mut Cases) {
+    for format in [Format::F32, Format::F16] {
+        for (heads, kv_heads, key_dim, value_dim) in [(1, 1, 16, 16), (4, 1, 64, 64), (6, 2, 80, 48), (2, 2, 7, 130)] {
+            for (window, softcap, sinks) in [(None, None, false), (Some(5), None, false), (Some(70), Some(2.0), true)] {
+                let name = format!(
+                    "Attend {} {heads}/{kv_heads} {key_dim}/{value_dim} window={window:?} softcap={softcap:?} sinks={sinks}",
+                    format.name()
+                );
+                // A prefill over a page's end, then single tokens beside a second sequence that starts later.
+                let steps: [&[(u32, u32)]; 4] =
+                    [&[(0, 67), (0, 0)], &[(67, 1), (0, 3)], &[(68, 61), (3, 1)], &[(129, 1), (4, 70)]];
+                let weights = [("sinks", Format::F32, vec![heads.into()])];
+                cases.add(name, &weights, &steps, 1e-6, |b| {
+                    let q = b.input("q", Dim::Tokens, heads * key_dim);
+                    let k = b.input("k", Dim::Tokens, kv_heads * key_dim);
+                    let v = b.input("v", Dim::Tokens, kv_heads * value_dim);
+                    let kv = b.state(State { name: "kv".into(), kv_heads, key_dim, value_dim, format, window });
+                    let sinks = sinks.then(|| b.weight("sinks", 1, heads));
+                    b.kv_write(k, v, kv);
+                    let y = b.attend(q, kv, heads, 1.0 / (key_dim as f32).sqrt(), softcap, sinks);
+                    b.output(y);
+                });
+            }
+        }
+    }
+}
+
+fn experts(cases: &mut Cases) {
+    for gating in [Gating::Softmax, Gating::SoftmaxOfTop, Gating::Sigmoid] {
+        for (experts, used, normalise) in [(8, 2, true), (4, 4, false), (60, 6, true)] {
+            let name = format!("Route {gating:?} {used} of {experts} normalise={normalise}");
+            cases.row(name, &[], 5, |b| {
+                let logits = b.input("logits", Dim::Tokens, experts);
+                let (ids, weights) = b.route(logits, used, gating, normalise, 1.25);
+                b.output(ids);
+                b.output(weights);
+            });
+        }
+    }
+    for format in [Format::F32, Format::Q4_0, Format::Q4_K, Format::MXFP4, Format::IQ2_XS] {
+        for (tokens, biased) in [(1, false), (3, true), (20, false)] {
+            let name = format!("Experts {} tokens={tokens} biases={biased}", format.name());
+            let (cols, hidden, n) = (256, 512, 4);
+            let weights = [
+                ("gate", format, vec![cols, hidden, n]),
+                ("up", format, vec![cols, hidden, n]),
+                ("down", format, vec![hidden, cols, n]),
+                ("gate.b", Format::F32, vec![hidden, n]),
+                ("up.b", Format::F32, vec![hidden, n]),
+                ("down.b", Format::F32, vec![cols, n]),
+            ];
+            let (cols, hidden, n) = (cols as u32, hidden as u32, n as u32);
+            cases.add(name, &weights, &[&[(0, tokens)]], 1e-2, |b| {
+                let x = b.input("x", Dim::Tokens, cols);
+                let logits = b.input("logits", Dim::Tokens, n);
+                let routes = b.route(logits, 2, Gating::Softmax, true, 1.0);
+                let mats = [
+                    b.expert_weight("gate", n, hidden, cols),
+                    b.expert_weight("up", n, hidden, cols),
+                    b.expert_weight("down", n, cols, hidden),
+                ];
+                let biases = biased
+                    .then(|| [b.weight("gate.b", n, hidden), b.weight("up.b", n, hidden), b.weight("down.b", n, cols)]);
+                let y = b.experts(x, routes, mats, biases, Gate::Silu);
+                b.output(y);
+            });
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::template::Template;
+
+    #[test]
+    fn every_op_and_format_has_cases() {
+        let cases = cases();
+        for op in [
+            "Embed", "Select", "Norm", "MatMul", "Rope", "Attend", "Glu", "Add", "Map", "Route", "Experts", "ArgMax",
+        ] {
+            assert!(cases.iter().any(|c| c.name.starts_with(op)), "{op}");
+        }
+        for format in Format::ALL {
+            let of_format = cases.iter().filter(|c| c.name.starts_with(&format!("MatMul {} ", format.name())));
+            assert_eq!(of_format.count(), 7, "{}", format.name());
+        }
+        let mut names: Vec<_> = cases.iter().map(|c| &c.name).collect();
+        names.sort();
+        names.dedup();
+        assert_eq!(names.len(), cases.len());
+        assert!(cases.len() > 450, "{}: some case is not a valid program", cases.len());
+    }
+
+    #[test]
+    fn the_template_lists_every_op_as_a_gap() {
+        let mut report = Report::default();
+        cases().iter().for_each(|case| report.add(&check(&Template::new(), case)));
+        assert_eq!((report.passed, report.failed, report.gaps), (0, 0, cases().len()));
+    }
+
+    #[test]
+    fn a_difference_of_one_bit_fails_an_exact_backend() {
+        let one = |bits: u32| vec![("y".to_owned(), false, vec![1f32.to_bits(), bits])];
+        let (want, got) = (one(2f32.to_bits()), one(2f32.to_bits() + 1));
+        assert!(compare(&want, &want, Contract::Exact, 0.0).passed());
+        assert!(!compare(&got, &want, Contract::Exact, 1.0).passed());
+        assert!(compare(&got, &want, Contract::Close, 1e-6).passed());
+        assert!(!compare(&one(4f32.to_bits()), &want, Contract::Close, 1e-6).passed());
+    }
+}
