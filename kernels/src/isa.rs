@@ -3,6 +3,10 @@
 //! Kernels are written once over [`Isa`], whose vectors have 16 lanes on every instruction set. Each operation rounds
 //! the same way everywhere, so a kernel's result is the same bits on all of them. (The idea of capability tokens is from
 //! the `pulp` and `rten-simd` crates.)
+//!
+//! Vector code must be inlined into [`Isa::run`] to be compiled with the instructions. The array methods of `core` (`map`,
+//! `from_fn`) are not reliably inlined: kernels loop over arrays of vectors instead.
+#![allow(clippy::needless_range_loop, reason = "see above: loops by index are what inlines")]
 
 use crate::math;
 
@@ -346,9 +350,8 @@ mod x86 {
         #[inline(always)]
         fn load_bf16(self, x: &[u16; 16]) -> Self::F {
             let p = x.as_ptr().cast::<__m128i>();
-            op!([0, 1].map(|i| {
-                let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.add(i)));
-                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
+            op!(pair([_mm_loadu_si128(p), _mm_loadu_si128(p.add(1))], |x| {
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(x)))
             }))
         }
         #[inline(always)]
@@ -385,10 +388,10 @@ mod x86 {
         }
         #[inline(always)]
         fn select_gt(self, a: Self::F, b: Self::F, yes: Self::F, no: Self::F) -> Self::F {
-            op!([0, 1].map(|i| {
-                let mask = _mm256_cmp_ps::<_CMP_GT_OQ>(a[i], b[i]);
-                _mm256_blendv_ps(no[i], yes[i], mask)
-            }))
+            op!({
+                let mask = both(a, b, |a, b| _mm256_cmp_ps::<_CMP_GT_OQ>(a, b));
+                [_mm256_blendv_ps(no[0], yes[0], mask[0]), _mm256_blendv_ps(no[1], yes[1], mask[1])]
+            })
         }
         #[inline(always)]
         fn abs(self, x: Self::F) -> Self::F {
@@ -473,23 +476,31 @@ mod x86 {
             let p = codes.as_ptr().cast::<__m256i>();
             op!({
                 let x = _mm256_set1_epi32(i32::from_le_bytes(x.map(|b| b as u8)));
-                [0, 1].map(|i| _mm256_add_epi32(acc[i], dot_signed(_mm256_loadu_si256(p.add(i)), x)))
+                let dots = pair([_mm256_loadu_si256(p), _mm256_loadu_si256(p.add(1))], |codes| dot_signed(codes, x));
+                both(acc, dots, |acc, dot| _mm256_add_epi32(acc, dot))
             })
         }
         #[inline(always)]
         fn dot16(self, codes: &[i8; 256], x: &[i8; 256]) -> Self::I {
             let (c, x) = (codes.as_ptr().cast::<__m256i>(), x.as_ptr().cast::<__m256i>());
-            op!([0, 1].map(|half| {
-                let dot = |i: usize| {
-                    let i = 4 * half + i;
-                    dot_signed(_mm256_loadu_si256(c.add(i)), _mm256_loadu_si256(x.add(i)))
-                };
+            op!({
                 // Each vector holds two groups, one a 128-bit lane; two levels of pairwise sums leave group 2i + lane.
-                let low = _mm256_hadd_epi32(dot(0), dot(1));
-                let high = _mm256_hadd_epi32(dot(2), dot(3));
-                let sums = _mm256_hadd_epi32(low, high);
-                _mm256_permutevar8x32_epi32(sums, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7))
-            }))
+                let order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+                let mut out = [order; 2];
+                for half in 0..2 {
+                    let mut dots = [order; 4];
+                    for i in 0..4 {
+                        let at = 4 * half + i;
+                        dots[i] = dot_signed(_mm256_loadu_si256(c.add(at)), _mm256_loadu_si256(x.add(at)));
+                    }
+                    let sums = _mm256_hadd_epi32(
+                        _mm256_hadd_epi32(dots[0], dots[1]),
+                        _mm256_hadd_epi32(dots[2], dots[3]),
+                    );
+                    out[half] = _mm256_permutevar8x32_epi32(sums, order);
+                }
+                out
+            })
         }
     }
 
@@ -658,13 +669,14 @@ mod x86 {
             op!({
                 let bias = _mm512_set1_epi8(-128);
                 let zero = _mm512_setzero_si512();
-                let dots = [0, 1, 2, 3].map(|i| {
+                let mut dots = [zero; 4];
+                for (i, dot) in dots.iter_mut().enumerate() {
                     let x = _mm512_loadu_si512(x.add(i));
                     let biased = _mm512_xor_si512(_mm512_loadu_si512(c.add(i)), bias);
                     // The bias is taken out again with a second dot, of the activations with -128 read as unsigned.
                     let excess = _mm512_dpbusd_epi32(zero, bias, x);
-                    _mm512_sub_epi32(_mm512_dpbusd_epi32(zero, biased, x), excess)
-                });
+                    *dot = _mm512_sub_epi32(_mm512_dpbusd_epi32(zero, biased, x), excess);
+                }
                 let low = _mm512_add_epi32(
                     _mm512_unpacklo_epi32(dots[0], dots[1]),
                     _mm512_unpackhi_epi32(dots[0], dots[1]),

@@ -9,6 +9,8 @@
 //! dots it with a few tokens, for decode; and `tile`, which interleaves 16 rows so that a lane is a row, for prefill. Which
 //! one runs never shows in the result.
 
+#![allow(clippy::needless_range_loop, reason = "loops by index over vectors are what inlines; see `isa`")]
+
 use crate::activation;
 use crate::formats::{Format, Plain, Quantised, Unpacked};
 use crate::isa::{Cpu, Isa, Scalar};
@@ -270,13 +272,14 @@ fn tile<I: Isa, Q: Quantised>(
                 // A block of fewer tokens at the end repeats its last one, and stores it once.
                 let n = (tokens - t).min(TILE_TOKENS);
                 let token: [usize; TILE_TOKENS] = core::array::from_fn(|i| t + i.min(n - 1));
-                let acc = core::array::from_fn(|i| {
-                    let mut lanes = [0.0; 16];
-                    if c > 0 {
+                let mut acc = [isa.splat(0.0); TILE_TOKENS];
+                if c > 0 {
+                    for i in 0..TILE_TOKENS {
+                        let mut lanes = [0.0; 16];
                         lanes[..here].copy_from_slice(&out.row(token[i])[first..first + here]);
+                        acc[i] = isa.load(&lanes);
                     }
-                    isa.load(&lanes)
-                });
+                }
                 let acc = tile_dot::<I, Q>(isa, &tile, &x, token, c, len, acc);
                 for (acc, &token) in acc.iter().zip(&token[..n]) {
                     let mut lanes = [0.0; 16];
@@ -327,7 +330,10 @@ fn tile_dot<I: Isa, Q: Quantised>(
     let mut group = [zero; TILE_TOKENS];
     let mut group_min = [zero; TILE_TOKENS];
     for g in 0..len / 16 {
-        let mut dot: [I::I; TILE_TOKENS] = core::array::from_fn(|i| isa.splat_i(-bias * sums[i][g]));
+        let mut dot = [zero; TILE_TOKENS];
+        for i in 0..TILE_TOKENS {
+            dot[i] = isa.splat_i(-bias * sums[i][g]);
+        }
         for k in 4 * g..4 * g + 4 {
             for i in 0..TILE_TOKENS {
                 dot[i] = isa.dot4(dot[i], &tile.codes[k], codes[i][k]);
@@ -406,17 +412,8 @@ fn plain_dot<I: Isa, P: Plain, const R: usize, const T: usize>(
     let w_runs = w.map(|w| w.as_chunks::<16>());
     let x_runs = x.map(|x| x.as_chunks::<16>());
     let mut acc = [[isa.splat(0.0); T]; R];
-    let step = |acc: &mut [[I::F; T]; R], w: [&[P; 16]; R], x: [&[f32; 16]; T]| {
-        let x = x.map(|x| isa.load(x));
-        for r in 0..R {
-            let w = load_plain::<I, P>(isa, w[r]);
-            for t in 0..T {
-                acc[r][t] = isa.fma(w, x[t], acc[r][t]);
-            }
-        }
-    };
     for run in 0..w_runs[0].0.len() {
-        step(&mut acc, w_runs.map(|w| &w.0[run]), x_runs.map(|x| &x.0[run]));
+        plain_step::<I, P, R, T>(isa, &mut acc, w_runs.map(|w| &w.0[run]), x_runs.map(|x| &x.0[run]));
     }
     let rest = w_runs[0].1.len();
     if rest > 0 {
@@ -431,9 +428,35 @@ fn plain_dot<I: Isa, P: Plain, const R: usize, const T: usize>(
             run[..rest].copy_from_slice(x.1);
             run
         });
-        step(&mut acc, core::array::from_fn(|i| &w[i]), core::array::from_fn(|i| &x[i]));
+        plain_step::<I, P, R, T>(isa, &mut acc, w.each_ref(), x.each_ref());
     }
-    acc.map(|row| row.map(|lanes| isa.sum(lanes)))
+    let mut sums = [[0.0; T]; R];
+    for r in 0..R {
+        for t in 0..T {
+            sums[r][t] = isa.sum(acc[r][t]);
+        }
+    }
+    sums
+}
+
+/// One run of 16 values of `R` weight rows and `T` tokens.
+#[inline(always)]
+fn plain_step<I: Isa, P: Plain, const R: usize, const T: usize>(
+    isa: I,
+    acc: &mut [[I::F; T]; R],
+    w: [&[P; 16]; R],
+    x: [&[f32; 16]; T],
+) {
+    let mut x_lanes = [isa.splat(0.0); T];
+    for t in 0..T {
+        x_lanes[t] = isa.load(x[t]);
+    }
+    for r in 0..R {
+        let w = load_plain::<I, P>(isa, w[r]);
+        for t in 0..T {
+            acc[r][t] = isa.fma(w, x_lanes[t], acc[r][t]);
+        }
+    }
 }
 
 /// Sixteen plain values as vector lanes.

@@ -408,6 +408,12 @@ fn setting_a_scale_leaves_codes_and_sub_scales() {
             assert!(!has_min || after.m[0].abs() == 0.25, "{format:?}: {:?}", after.m);
         }
     }
+    let blocks = sane_blocks(Format::Q8_1, 13, 2);
+    for block in Q8_1::cast(&blocks) {
+        let sum: i32 = block.qs.iter().map(|&q| i32::from(q)).sum();
+        let expected = F16::from_f32(block.d.value() * sum as f32);
+        assert_eq!(block.s.to_bits(), expected.to_bits(), "Q8_1: the stored sum follows the scale");
+    }
 }
 
 #[test]
