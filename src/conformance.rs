@@ -11,7 +11,9 @@ use halite_kernels::formats::{Format, Kind};
 use halite_kernels::rows::{Gate, Unary};
 
 use crate::backend::reference::Reference;
-use crate::backend::{Backend, Bindings, Buffer, Cancel, Contract, Gap, Limits, OpSig, Span, Step, Support, Usage};
+use crate::backend::{
+    Backend, Bindings, Buffer, Cancel, Contract, Gap, Limits, OpSig, Span, Step, Support, Usage,
+};
 use crate::error::{Error, Result};
 use crate::program::{
     Builder, Dim, Epilogue, Gating, NormKind, Op, PAGE_POSITIONS, Part, Program, RopePairs, State, TensorId,
@@ -171,14 +173,17 @@ fn execute(backend: &dyn Backend, case: &Case) -> Result<Vec<Output>> {
         // Positions that were never written hold NaN, which must never be seen.
         states.push(upload(&vec![0xff; bytes as usize], Usage::State)?);
     }
-    let written = |id: TensorId| program.ops().any(|(_, op)| {
-        let mut found = false;
-        op.outputs(&mut |out| found |= out == id);
-        found
-    });
+    let written = |id: TensorId| {
+        program.ops().any(|(_, op)| {
+            let mut found = false;
+            op.outputs(&mut |out| found |= out == id);
+            found
+        })
+    };
     let mut io = Vec::new();
     for &id in &program.io {
-        let bytes = 4 * crate::passes::rows(program.tensor(id).rows, tokens, tokens) as usize
+        let bytes = 4
+            * crate::passes::rows(program.tensor(id).rows, tokens, tokens) as usize
             * program.tensor(id).cols as usize;
         io.push(upload(&vec![GUARD; bytes + GUARD_BYTES], Usage::Io)?);
     }
@@ -254,7 +259,8 @@ fn random_weight(program: &Program, id: TensorId, rng: &mut Rng) -> Vec<u8> {
     match t.format {
         Format::F32 => (0..bytes / 4).flat_map(|_| rng.normal().to_le_bytes()).collect(),
         format => {
-            let mut content: Vec<u8> = std::iter::repeat_with(|| rng.next().to_le_bytes()).flatten().take(bytes).collect();
+            let mut content: Vec<u8> =
+                std::iter::repeat_with(|| rng.next().to_le_bytes()).flatten().take(bytes).collect();
             for block in content.chunks_exact_mut(format.block_bytes()) {
                 let scale = 0.01 * (0.5 + rng.unit());
                 format.set_scale(block, scale);
@@ -317,7 +323,13 @@ impl Cases {
     }
 
     /// Cases in one step of one sequence.
-    fn row(&mut self, name: String, weights: &[(&str, Format, Vec<u64>)], n: u32, record: impl FnOnce(&mut Builder<'_>)) {
+    fn row(
+        &mut self,
+        name: String,
+        weights: &[(&str, Format, Vec<u64>)],
+        n: u32,
+        record: impl FnOnce(&mut Builder<'_>),
+    ) {
         self.add(name, weights, &[&[(0, n)]], 1e-10, record);
     }
 }
@@ -353,8 +365,14 @@ pub fn cases() -> Vec<Case> {
 fn matmuls(cases: &mut Cases) {
     for &format in Format::ALL {
         // Rows, units of k, tokens: single, few and many tokens; whole and partial tiles; rows longer than a chunk.
-        for (rows, units, tokens) in [(1, 1, 1), (17, 2, 1), (16, 9, 2), (5, 3, 4), (33, 9, 5), (16, 1, 9), (3, 2, 17)] {
-            let k = if unit(format) == 1 { [0, 1, 16, 100, 0, 0, 0, 0, 0, 300][units as usize] } else { units * unit(format) };
+        for (rows, units, tokens) in
+            [(1, 1, 1), (17, 2, 1), (16, 9, 2), (5, 3, 4), (33, 9, 5), (16, 1, 9), (3, 2, 17)]
+        {
+            let k = if unit(format) == 1 {
+                [0, 1, 16, 100, 0, 0, 0, 0, 0, 300][units as usize]
+            } else {
+                units * unit(format)
+            };
             let name = format!("MatMul {} {rows}x{k} tokens={tokens}", format.name());
             let weights = [("w", format, vec![k.into(), rows.into()])];
             cases.add(name, &weights, &[&[(0, tokens)]], bound(format), |b| {
@@ -380,29 +398,45 @@ fn matmuls(cases: &mut Cases) {
         ("bias", Format::F32, vec![40]),
     ];
     for tokens in [1, 6] {
-        cases.add(format!("MatMul parts Q4_0+Q6_K+F16 tokens={tokens}"), &weights, &[&[(0, tokens)]], 1e-3, |b| {
-            let x = b.input("x", Dim::Tokens, 512);
-            let ws = [b.weight("a", 24, 512), b.weight("b", 40, 512), b.weight("c", 7, 512)];
-            let bias = b.weight("bias", 1, 40);
-            let outs = [b.input("ya", Dim::Tokens, 24), b.input("yb", Dim::Tokens, 40), b.input("yc", Dim::Tokens, 7)];
-            let biases = [None, Some(bias), None];
-            let parts = (0..3).map(|i| Part { weight: ws[i], bias: biases[i], out: outs[i] }).collect();
-            b.op(Op::MatMul { x, parts, epilogue: Epilogue::None });
-        });
+        cases.add(
+            format!("MatMul parts Q4_0+Q6_K+F16 tokens={tokens}"),
+            &weights,
+            &[&[(0, tokens)]],
+            1e-3,
+            |b| {
+                let x = b.input("x", Dim::Tokens, 512);
+                let ws = [b.weight("a", 24, 512), b.weight("b", 40, 512), b.weight("c", 7, 512)];
+                let bias = b.weight("bias", 1, 40);
+                let outs = [
+                    b.input("ya", Dim::Tokens, 24),
+                    b.input("yb", Dim::Tokens, 40),
+                    b.input("yc", Dim::Tokens, 7),
+                ];
+                let biases = [None, Some(bias), None];
+                let parts = (0..3).map(|i| Part { weight: ws[i], bias: biases[i], out: outs[i] }).collect();
+                b.op(Op::MatMul { x, parts, epilogue: Epilogue::None });
+            },
+        );
         let pair = [("a", Format::Q8_0, vec![64, 24]), ("b", Format::Q8_0, vec![64, 24])];
         for (name, epilogue) in [("Glu", Epilogue::Glu(Gate::Silu)), ("Add", Epilogue::Add(TensorId(0)))] {
-            cases.add(format!("MatMul epilogue {name} tokens={tokens}"), &pair, &[&[(0, tokens)]], 1e-3, |b| {
-                let residual = b.input("residual", Dim::Tokens, 24);
-                let x = b.input("x", Dim::Tokens, 64);
-                let (wa, wb) = (b.weight("a", 24, 64), b.weight("b", 24, 64));
-                let out = b.input("y", Dim::Tokens, 24);
-                let part = |weight, out| Part { weight, bias: None, out };
-                let (parts, epilogue) = match epilogue {
-                    Epilogue::Glu(_) => (vec![part(wa, out), part(wb, out)], epilogue),
-                    _ => (vec![part(wa, out)], Epilogue::Add(residual)),
-                };
-                b.op(Op::MatMul { x, parts, epilogue });
-            });
+            cases.add(
+                format!("MatMul epilogue {name} tokens={tokens}"),
+                &pair,
+                &[&[(0, tokens)]],
+                1e-3,
+                |b| {
+                    let residual = b.input("residual", Dim::Tokens, 24);
+                    let x = b.input("x", Dim::Tokens, 64);
+                    let (wa, wb) = (b.weight("a", 24, 64), b.weight("b", 24, 64));
+                    let out = b.input("y", Dim::Tokens, 24);
+                    let part = |weight, out| Part { weight, bias: None, out };
+                    let (parts, epilogue) = match epilogue {
+                        Epilogue::Glu(_) => (vec![part(wa, out), part(wb, out)], epilogue),
+                        _ => (vec![part(wa, out)], Epilogue::Add(residual)),
+                    };
+                    b.op(Op::MatMul { x, parts, epilogue });
+                },
+            );
         }
     }
 }
@@ -412,7 +446,8 @@ fn rows(cases: &mut Cases) {
         for kind in [NormKind::Rms, NormKind::Layer] {
             for (weighted, biased) in [(true, false), (false, false), (true, true), (false, true)] {
                 let name = format!("Norm {kind:?} {cols}/{group} weight={weighted} bias={biased}");
-                let weights = [("w", Format::F32, vec![group.into()]), ("b", Format::F32, vec![group.into()])];
+                let weights =
+                    [("w", Format::F32, vec![group.into()]), ("b", Format::F32, vec![group.into()])];
                 cases.row(name, &weights, 3, |b| {
                     let x = b.input("x", Dim::Tokens, cols);
                     let weight = weighted.then(|| b.weight("w", 1, group));
@@ -426,7 +461,17 @@ fn rows(cases: &mut Cases) {
             let (x, add) = (b.input("x", Dim::Tokens, cols), b.input("add", Dim::Tokens, cols));
             let (sum, out) = (b.input("sum", Dim::Tokens, cols), b.input("y", Dim::Tokens, cols));
             let (kind, eps, group) = (NormKind::Rms, 1e-6, cols);
-            b.op(Op::Norm { x, add: Some(add), sum: Some(sum), weight: None, bias: None, out, kind, eps, group });
+            b.op(Op::Norm {
+                x,
+                add: Some(add),
+                sum: Some(sum),
+                weight: None,
+                bias: None,
+                out,
+                kind,
+                eps,
+                group,
+            });
         });
         for act in [
             Gate::Silu,
@@ -495,8 +540,12 @@ fn rows(cases: &mut Cases) {
 
 fn attention(cases: &mut Cases) {
     for format in [Format::F32, Format::F16] {
-        for (heads, kv_heads, key_dim, value_dim) in [(1, 1, 16, 16), (4, 1, 64, 64), (6, 2, 80, 48), (2, 2, 7, 130)] {
-            for (window, softcap, sinks) in [(None, None, false), (Some(5), None, false), (Some(70), Some(2.0), true)] {
+        for (heads, kv_heads, key_dim, value_dim) in
+            [(1, 1, 16, 16), (4, 1, 64, 64), (6, 2, 80, 48), (2, 2, 7, 130)]
+        {
+            for (window, softcap, sinks) in
+                [(None, None, false), (Some(5), None, false), (Some(70), Some(2.0), true)]
+            {
                 let name = format!(
                     "Attend {} {heads}/{kv_heads} {key_dim}/{value_dim} window={window:?} softcap={softcap:?} sinks={sinks}",
                     format.name()
@@ -509,7 +558,8 @@ fn attention(cases: &mut Cases) {
                     let q = b.input("q", Dim::Tokens, heads * key_dim);
                     let k = b.input("k", Dim::Tokens, kv_heads * key_dim);
                     let v = b.input("v", Dim::Tokens, kv_heads * value_dim);
-                    let kv = b.state(State { name: "kv".into(), kv_heads, key_dim, value_dim, format, window });
+                    let kv =
+                        b.state(State { name: "kv".into(), kv_heads, key_dim, value_dim, format, window });
                     let sinks = sinks.then(|| b.weight("sinks", 1, heads));
                     b.kv_write(k, v, kv);
                     let y = b.attend(q, kv, heads, 1.0 / (key_dim as f32).sqrt(), softcap, sinks);
@@ -554,8 +604,9 @@ fn experts(cases: &mut Cases) {
                     b.expert_weight("up", n, hidden, cols),
                     b.expert_weight("down", n, cols, hidden),
                 ];
-                let biases = biased
-                    .then(|| [b.weight("gate.b", n, hidden), b.weight("up.b", n, hidden), b.weight("down.b", n, cols)]);
+                let biases = biased.then(|| {
+                    [b.weight("gate.b", n, hidden), b.weight("up.b", n, hidden), b.weight("down.b", n, cols)]
+                });
                 let y = b.experts(x, routes, mats, biases, Gate::Silu);
                 b.output(y);
             });
@@ -572,12 +623,14 @@ mod tests {
     fn every_op_and_format_has_cases() {
         let cases = cases();
         for op in [
-            "Embed", "Select", "Norm", "MatMul", "Rope", "Attend", "Glu", "Add", "Map", "Route", "Experts", "ArgMax",
+            "Embed", "Select", "Norm", "MatMul", "Rope", "Attend", "Glu", "Add", "Map", "Route", "Experts",
+            "ArgMax",
         ] {
             assert!(cases.iter().any(|c| c.name.starts_with(op)), "{op}");
         }
         for format in Format::ALL {
-            let of_format = cases.iter().filter(|c| c.name.starts_with(&format!("MatMul {} ", format.name())));
+            let of_format =
+                cases.iter().filter(|c| c.name.starts_with(&format!("MatMul {} ", format.name())));
             assert_eq!(of_format.count(), 7, "{}", format.name());
         }
         let mut names: Vec<_> = cases.iter().map(|c| &c.name).collect();

@@ -16,7 +16,7 @@ pub mod tokenizer;
 mod validate;
 pub mod weights;
 
-pub use model::Model;
-pub use tokenizer::Tokenizer;
 pub use error::{Error, Result};
 pub use halite_kernels as kernels;
+pub use model::Model;
+pub use tokenizer::Tokenizer;

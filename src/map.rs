@@ -122,7 +122,8 @@ impl Region {
 #[allow(unsafe_code)]
 pub fn exit_on_bus_error() {
     extern "C" fn on_bus_error(_: libc::c_int) {
-        let message = b"halite: a model file shrank while it was in use; nothing computed from it can be trusted\n";
+        let message =
+            b"halite: a model file shrank while it was in use; nothing computed from it can be trusted\n";
         // SAFETY: write and _exit are async-signal-safe, and the message is static.
         unsafe {
             libc::write(2, message.as_ptr().cast(), message.len());

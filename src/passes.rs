@@ -117,12 +117,19 @@ fn add_norm(a: &Op, b: &Op) -> Option<Op> {
 }
 
 fn residual(a: &Op, b: &Op, internal: &dyn Fn(TensorId) -> bool) -> Option<Op> {
-    let (Op::MatMul { x, parts, epilogue: Epilogue::None }, Op::Add { a: left, b: right, out }) = (a, b) else {
+    let (Op::MatMul { x, parts, epilogue: Epilogue::None }, Op::Add { a: left, b: right, out }) = (a, b)
+    else {
         return None;
     };
     let [part] = parts.as_slice() else { return None };
     // Addition commutes exactly, so either side may be the product.
-    let other = if *left == part.out { right } else if *right == part.out { left } else { return None };
+    let other = if *left == part.out {
+        right
+    } else if *right == part.out {
+        left
+    } else {
+        return None;
+    };
     (internal(part.out) && *other != part.out).then(|| Op::MatMul {
         x: *x,
         parts: vec![Part { out: *out, ..part.clone() }],

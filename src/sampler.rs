@@ -129,7 +129,8 @@ impl Sampler {
             self.penalise();
         }
         if self.options.temperature == 0.0 {
-            let best = self.candidates.iter().fold((0, f32::NEG_INFINITY), |b, &c| if c.1 > b.1 { c } else { b });
+            let best =
+                self.candidates.iter().fold((0, f32::NEG_INFINITY), |b, &c| if c.1 > b.1 { c } else { b });
             return Ok(best.0);
         }
         self.keep_top_k();
@@ -252,7 +253,8 @@ mod tests {
 
     #[test]
     fn draws_follow_the_probabilities() {
-        let mut s = sampler(SamplerOptions { temperature: 1.0, min_p: 0.0, top_p: 1.0, ..Default::default() });
+        let mut s =
+            sampler(SamplerOptions { temperature: 1.0, min_p: 0.0, top_p: 1.0, ..Default::default() });
         let n = 20_000;
         let logits = [3f32.ln(), 0.0];
         let hits = (0..n).filter(|_| s.sample(&logits).unwrap() == 0).count();
@@ -261,7 +263,8 @@ mod tests {
 
     #[test]
     fn filters_cut_the_tail() {
-        let hot = SamplerOptions { temperature: 50.0, top_k: 0, top_p: 1.0, min_p: 0.0, ..Default::default() };
+        let hot =
+            SamplerOptions { temperature: 50.0, top_k: 0, top_p: 1.0, min_p: 0.0, ..Default::default() };
         let seen = |options: SamplerOptions| {
             let mut s = sampler(options);
             let mut seen: Vec<u32> = (0..500).map(|_| s.sample(&[4.0, 3.9, 1.0, 0.9]).unwrap()).collect();
@@ -282,7 +285,8 @@ mod tests {
         assert_eq!(s.sample(&logits).unwrap(), 0);
         s.accept(0);
         assert_eq!(s.sample(&logits).unwrap(), 1);
-        let mut s = sampler(SamplerOptions { frequency_penalty: 0.06, penalty_window: 2, ..Default::default() });
+        let mut s =
+            sampler(SamplerOptions { frequency_penalty: 0.06, penalty_window: 2, ..Default::default() });
         s.accept(0);
         assert_eq!(s.sample(&logits).unwrap(), 0);
         s.accept(0);

@@ -30,7 +30,13 @@ pub struct SessionOptions {
 
 impl Default for SessionOptions {
     fn default() -> Self {
-        SessionOptions { context: 0, batch: 512, outputs: 1, program: ProgramOptions::default(), taps: Vec::new() }
+        SessionOptions {
+            context: 0,
+            batch: 512,
+            outputs: 1,
+            program: ProgramOptions::default(),
+            taps: Vec::new(),
+        }
     }
 }
 
@@ -368,7 +374,13 @@ impl Session {
             }
             Head::ArgMax => {
                 let len = self.wanted.len();
-                read_into(&*self.backend, &self.program, &self.io, outputs::ARG_MAX, &mut self.arg_max[..len])?;
+                read_into(
+                    &*self.backend,
+                    &self.program,
+                    &self.io,
+                    outputs::ARG_MAX,
+                    &mut self.arg_max[..len],
+                )?;
             }
         }
         for run in runs {

@@ -12,7 +12,10 @@ pub(crate) fn validate(program: &Program) -> Result<()> {
     for (i, t) in program.tensors.iter().enumerate() {
         let fixed_rows = if let Dim::Fixed(rows) = t.rows { rows } else { 1 };
         if [t.cols, fixed_rows, t.experts].iter().any(|&n| n == 0 || n > MAX_EXTENT) {
-            return Err(Error::Program(format!("tensor `{}`: every extent must be 1 to {MAX_EXTENT}", t.name)));
+            return Err(Error::Program(format!(
+                "tensor `{}`: every extent must be 1 to {MAX_EXTENT}",
+                t.name
+            )));
         }
         let (list, n) = match t.slot {
             Slot::Weight(n) => (&program.weights, n),
@@ -33,8 +36,12 @@ pub(crate) fn validate(program: &Program) -> Result<()> {
         }
     }
     for s in &program.states {
-        if [s.kv_heads, s.key_dim, s.value_dim].iter().any(|&n| n == 0 || n > 1 << 16) || s.window == Some(0) {
-            return Err(Error::Program(format!("state `{}`: heads, dimensions or window out of range", s.name)));
+        if [s.kv_heads, s.key_dim, s.value_dim].iter().any(|&n| n == 0 || n > 1 << 16) || s.window == Some(0)
+        {
+            return Err(Error::Program(format!(
+                "state `{}`: heads, dimensions or window out of range",
+                s.name
+            )));
         }
         if !matches!(s.format, Format::F32 | Format::F16) {
             return Err(Error::Program(format!(
@@ -44,8 +51,7 @@ pub(crate) fn validate(program: &Program) -> Result<()> {
             )));
         }
     }
-    let mut defined: Vec<bool> =
-        program.tensors.iter().map(|t| !matches!(t.slot, Slot::Scratch)).collect();
+    let mut defined: Vec<bool> = program.tensors.iter().map(|t| !matches!(t.slot, Slot::Scratch)).collect();
     let mut written = vec![false; program.tensors.len()];
     for (segment, op) in program.ops() {
         let at = |message: String| {
@@ -115,7 +121,9 @@ impl Check<'_> {
     /// A weight of the given shape; `plain` asks for F32 (norms, biases and other vectors).
     fn weight(&self, id: TensorId, experts: u32, rows: u32, cols: u32, plain: bool) -> Checked {
         let t = self.t(id);
-        if !matches!(t.slot, Slot::Weight(_)) || (t.experts, t.rows, t.cols) != (experts, Dim::Fixed(rows), cols) {
+        if !matches!(t.slot, Slot::Weight(_))
+            || (t.experts, t.rows, t.cols) != (experts, Dim::Fixed(rows), cols)
+        {
             return Err(format!(
                 "weight `{}`: expected {experts} × {rows} × {cols}, got {} × {:?} × {}",
                 t.name, t.experts, t.rows, t.cols
@@ -203,7 +211,10 @@ impl Check<'_> {
                 self.like(*out, *x)?;
                 let pairs = frequencies.len() as u64;
                 if *head_dim == 0 || t(*x).cols % head_dim != 0 || pairs * 2 > u64::from(*head_dim) {
-                    return Err(format!("{pairs} pairs do not fit heads of {head_dim} in {} columns", t(*x).cols));
+                    return Err(format!(
+                        "{pairs} pairs do not fit heads of {head_dim} in {} columns",
+                        t(*x).cols
+                    ));
                 }
                 self.optional_vector(*factors, pairs as u32)
             }

@@ -6,8 +6,8 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use halite::backend::cpu::Cpu;
 use halite::backend::Backend;
+use halite::backend::cpu::Cpu;
 use halite::kernels::formats::Format;
 use halite::model::ProgramOptions;
 use halite::session::{Head, Run, Session, SessionOptions, Wanted};
@@ -33,7 +33,8 @@ struct Case {
 fn cases(dir: &Path) -> Vec<Case> {
     let manifest = std::fs::read(dir.join("manifest.json")).unwrap();
     let manifest: serde_json::Value = serde_json::from_slice(&manifest).unwrap();
-    let list = |v: &serde_json::Value| v.as_array().unwrap().iter().map(|v| v.as_u64().unwrap()).collect::<Vec<_>>();
+    let list =
+        |v: &serde_json::Value| v.as_array().unwrap().iter().map(|v| v.as_u64().unwrap()).collect::<Vec<_>>();
     let case = |entry: &serde_json::Value| Case {
         model: dir.join(entry["model"].as_str().unwrap()),
         tokens: list(&entry["tokens"]).iter().map(|&t| t as u32).collect(),
@@ -106,6 +107,11 @@ fn check(dir: &Path, select: impl Fn(&str) -> Option<f64>) {
     }
     assert!(ran > 0, "no case in {}", dir.display());
     assert!(failures.is_empty(), "\n{}", failures.join("\n"));
+}
+
+#[test]
+fn committed() {
+    check(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/golden"), |file| Some(bound(file)));
 }
 
 #[test]

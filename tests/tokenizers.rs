@@ -28,7 +28,12 @@ fn check(name: &str) {
     let mut inputs: Vec<&str> = inputs.split("\n__ggml_vocab_test__\n").collect();
     assert_eq!(inputs.pop(), Some(""));
     let outputs: Vec<&str> = outputs.lines().collect();
-    assert!(inputs.len() >= 40 && inputs.len() == outputs.len(), "{} inputs, {} outputs", inputs.len(), outputs.len());
+    assert!(
+        inputs.len() >= 40 && inputs.len() == outputs.len(),
+        "{} inputs, {} outputs",
+        inputs.len(),
+        outputs.len()
+    );
     let mut wrong = Vec::new();
     for (input, output) in inputs.iter().zip(&outputs) {
         let want: Vec<u32> = output.split_whitespace().map(|id| id.parse().unwrap()).collect();
@@ -42,7 +47,8 @@ fn check(name: &str) {
             stream.push(&tokenizer, id, &mut text);
         }
         stream.finish(&mut text);
-        let text = if tokenizer.adds_space_prefix() { text.strip_prefix(' ').unwrap_or(&text) } else { &text };
+        let text =
+            if tokenizer.adds_space_prefix() { text.strip_prefix(' ').unwrap_or(&text) } else { &text };
         if text != *input {
             wrong.push(format!("{input:?} comes back as {text:?}"));
         }

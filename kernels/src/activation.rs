@@ -65,7 +65,9 @@ impl WithIsa for Quantise<'_> {
             Activation::Q8_0 => quantise::<I, 2>(isa, self.x, self.out, |d, inverse| {
                 (math::f16_to_f32(math::f32_to_f16(d)), inverse)
             }),
-            Activation::Q8_K => quantise::<I, 16>(isa, self.x, self.out, |_, inverse| (1.0 / inverse, inverse)),
+            Activation::Q8_K => {
+                quantise::<I, 16>(isa, self.x, self.out, |_, inverse| (1.0 / inverse, inverse))
+            }
         }
     }
 }

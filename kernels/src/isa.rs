@@ -426,10 +426,7 @@ mod x86 {
         #[inline(always)]
         fn load_i16(self, x: &[i16; 16]) -> Self::I {
             let p = x.as_ptr().cast::<__m128i>();
-            op!([
-                _mm256_cvtepi16_epi32(_mm_loadu_si128(p)),
-                _mm256_cvtepi16_epi32(_mm_loadu_si128(p.add(1)))
-            ])
+            op!([_mm256_cvtepi16_epi32(_mm_loadu_si128(p)), _mm256_cvtepi16_epi32(_mm_loadu_si128(p.add(1)))])
         }
         #[inline(always)]
         fn store_i(self, x: Self::I, out: &mut [i32; 16]) {
@@ -476,7 +473,8 @@ mod x86 {
             let p = codes.as_ptr().cast::<__m256i>();
             op!({
                 let x = _mm256_set1_epi32(i32::from_le_bytes(x.map(|b| b as u8)));
-                let dots = pair([_mm256_loadu_si256(p), _mm256_loadu_si256(p.add(1))], |codes| dot_signed(codes, x));
+                let dots =
+                    pair([_mm256_loadu_si256(p), _mm256_loadu_si256(p.add(1))], |codes| dot_signed(codes, x));
                 both(acc, dots, |acc, dot| _mm256_add_epi32(acc, dot))
             })
         }

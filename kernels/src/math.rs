@@ -148,11 +148,8 @@ pub fn sin_cos<I: Isa>(isa: I, x: I::F) -> (I::F, I::F) {
     let r = isa.fma(q, isa.splat(-4.837_513e-4), r);
     let r = isa.fma(q, isa.splat(-7.549_79e-8), r);
     let s = isa.mul(r, r);
-    let sine = isa.fma(
-        isa.mul(polynomial(isa, s, [-1.951_529_6e-4, 8.332_161e-3, -1.666_665_5e-1]), s),
-        r,
-        r,
-    );
+    let sine =
+        isa.fma(isa.mul(polynomial(isa, s, [-1.951_529_6e-4, 8.332_161e-3, -1.666_665_5e-1]), s), r, r);
     let cosine = polynomial(isa, s, [2.443_315_7e-5, -1.388_731_6e-3, 4.166_664_6e-2]);
     let cosine = isa.fma(isa.mul(cosine, s), s, isa.fma(s, isa.splat(-0.5), isa.splat(1.0)));
     let zero = isa.splat(0.0);

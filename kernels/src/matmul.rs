@@ -13,9 +13,9 @@
 
 use crate::activation;
 use crate::formats::{Format, Plain, Quantised, Unpacked};
-use crate::isa::{Cpu, Isa, Scalar};
 #[cfg(target_arch = "x86_64")]
 use crate::isa::{Avx2, Avx512};
+use crate::isa::{Cpu, Isa, Scalar};
 use crate::panel::PanelMut;
 
 /// Up to this many tokens are computed row by row; more in tiles.

@@ -156,7 +156,8 @@ impl Pool {
         grain: usize,
         task: &(dyn Fn(usize, &mut [A], &mut [B], &mut [C]) + Sync),
     ) {
-        let (a, b, c) = (Rows::new(a, a_cols, grain), Rows::new(b, b_cols, grain), Rows::new(c, c_cols, grain));
+        let (a, b, c) =
+            (Rows::new(a, a_cols, grain), Rows::new(b, b_cols, grain), Rows::new(c, c_cols, grain));
         self.run(a.runs().min(b.runs()).min(c.runs()), &|n| {
             // SAFETY: run `n` of each is this task's alone.
             let (a_run, b_run, c_run) = unsafe { (a.run(n), b.run(n), c.run(n)) };

@@ -95,9 +95,7 @@ fn unary<I: Isa>(isa: I, f: Unary, x: I::F) -> I::F {
             isa.mul(y, y)
         }
         Unary::Scale(factor) => isa.mul(x, isa.splat(factor)),
-        Unary::SoftCap(cap) => {
-            isa.mul(isa.splat(cap), math::tanh(isa, isa.div(x, isa.splat(cap))))
-        }
+        Unary::SoftCap(cap) => isa.mul(isa.splat(cap), math::tanh(isa, isa.div(x, isa.splat(cap)))),
     }
 }
 
@@ -272,11 +270,8 @@ impl WithIsa for Norm<'_> {
     fn call<I: Isa>(self, isa: I) {
         let n = self.x.len() as f32;
         let zero = isa.splat(0.0);
-        let mean = if self.centred {
-            isa.sum(fold16(isa, self.x, zero, |acc, x| isa.add(acc, x))) / n
-        } else {
-            0.0
-        };
+        let mean =
+            if self.centred { isa.sum(fold16(isa, self.x, zero, |acc, x| isa.add(acc, x))) / n } else { 0.0 };
         let (mean_v, out) = (isa.splat(mean), self.out);
         let squares = if self.centred {
             // The padding of the last run must stay zero, so the centred values are stored first.

@@ -16,9 +16,12 @@ use halite_kernels::pool::Pool;
 use halite_kernels::rows::{self, Gate, Unary};
 
 use super::host::{
-    self, After, AttendArgs, ExpertsArgs, HostPlan, Kernels, Matrix, NormArgs, Product, RopeArgs, RouteArgs, memory,
+    self, After, AttendArgs, ExpertsArgs, HostPlan, Kernels, Matrix, NormArgs, Product, RopeArgs, RouteArgs,
+    memory,
 };
-use super::{Backend, Buffer, Caps, Contract, Fusions, Gap, Limits, OpSig, Plan, Support, Usage, check_support};
+use super::{
+    Backend, Buffer, Caps, Contract, Fusions, Gap, Limits, OpSig, Plan, Support, Usage, check_support,
+};
 use crate::error::{Error, Result};
 use crate::map::Region;
 use crate::program::{Epilogue, Gating, NormKind, Op, Program, RopePairs};
@@ -51,7 +54,10 @@ impl Cpu {
     pub fn with_isa(threads: usize, name: &str) -> Result<Cpu> {
         let failed = |message: String| Error::Backend { backend: "cpu".into(), message };
         let isa = Isa::from_name(name).ok_or_else(|| {
-            failed(format!("instruction set `{name}`: expected one that this CPU has, of {}", Isa::NAMES.join(", ")))
+            failed(format!(
+                "instruction set `{name}`: expected one that this CPU has, of {}",
+                Isa::NAMES.join(", ")
+            ))
         })?;
         let threads = match threads {
             0 => std::thread::available_parallelism().map_or(1, |n| n.get()),
@@ -183,8 +189,13 @@ impl Scratch {
 
     fn bytes(&self) -> u64 {
         let [codes, scales, sums, input, hidden, output] = self.lengths();
-        let floats = [scales, sums, scales, sums, input, hidden, hidden, hidden, output].iter().fold(0u64, |n, l| n.saturating_add(*l));
-        codes.saturating_mul(2).saturating_add(floats.saturating_mul(4)).saturating_add(self.pairs.saturating_mul(8))
+        let floats = [scales, sums, scales, sums, input, hidden, hidden, hidden, output]
+            .iter()
+            .fold(0u64, |n, l| n.saturating_add(*l));
+        codes
+            .saturating_mul(2)
+            .saturating_add(floats.saturating_mul(4))
+            .saturating_add(self.pairs.saturating_mul(8))
     }
 
     fn allocate(&self) -> Result<KernelMemory> {
@@ -320,7 +331,9 @@ fn products(
         let weight = product.weight.rows(first..first + cols);
         let x = match weight.format.kind() {
             Kind::Float => X::F32(x),
-            Kind::Quantised { activation: Activation::Q8_0, .. } => X::Quantised(q8_0.view(Activation::Q8_0, tokens, k)),
+            Kind::Quantised { activation: Activation::Q8_0, .. } => {
+                X::Quantised(q8_0.view(Activation::Q8_0, tokens, k))
+            }
             Kind::Quantised { .. } => X::Quantised(q8_k.view(Activation::Q8_K, tokens, k)),
         };
         matmul::matmul(isa, weight.format, MatMul { w: weight.bytes, k, x, out: panel.reborrow() });
@@ -487,8 +500,7 @@ impl Kernels for CpuKernels {
                 let weight = weight.expert(e, a.experts);
                 (weight, bias(which, weight.rows))
             };
-            let ((gate_w, gate_b), (up_w, up_b), (down_w, down_b)) =
-                (product(0), product(1), product(2));
+            let ((gate_w, gate_b), (up_w, up_b), (down_w, down_b)) = (product(0), product(1), product(2));
             let (gate, up) = (&mut gate[..n * hidden], &mut up[..n * hidden]);
             {
                 let list = [Product { weight: gate_w, bias: gate_b }, Product { weight: up_w, bias: up_b }];

@@ -184,7 +184,8 @@ pub(crate) mod memory {
     ) -> Result<()> {
         let mut memory = write_guard(backend, dst)?;
         let bytes = bytemuck::cast_slice_mut(&mut memory);
-        let outside = || Error::argument("fill range", format!("inside 0..{}", dst.bytes()), format!("{range:?}"));
+        let outside =
+            || Error::argument("fill range", format!("inside 0..{}", dst.bytes()), format!("{range:?}"));
         let slice = bytes.get_mut(range.start as usize..range.end as usize).ok_or_else(outside)?;
         write(slice);
         Ok(())
@@ -193,8 +194,9 @@ pub(crate) mod memory {
     pub fn read(backend: &str, src: &Buffer, offset: u64, dst: &mut [u8]) -> Result<()> {
         let memory = read_guard(backend, src)?;
         let end = offset.saturating_add(dst.len() as u64);
-        let outside =
-            || Error::argument("read range", format!("inside 0..{}", src.bytes()), format!("{offset}..{end}"));
+        let outside = || {
+            Error::argument("read range", format!("inside 0..{}", src.bytes()), format!("{offset}..{end}"))
+        };
         dst.copy_from_slice(memory.bytes().get(offset as usize..end as usize).ok_or_else(outside)?);
         Ok(())
     }
@@ -223,7 +225,10 @@ fn host_memory<'a>(backend: &str, buffer: &'a Buffer) -> Result<&'a HostMemory> 
 }
 
 fn poisoned(backend: &str) -> Error {
-    Error::Backend { backend: backend.into(), message: "a buffer was left half-written by a failed thread".into() }
+    Error::Backend {
+        backend: backend.into(),
+        message: "a buffer was left half-written by a failed thread".into(),
+    }
 }
 
 fn read_guard<'a>(backend: &str, buffer: &'a Buffer) -> Result<ReadGuard<'a>> {
@@ -359,7 +364,11 @@ impl<K: Kernels> HostPlan<K> {
             return Err(Error::argument("step tokens", format!("1 to {}", self.limits.tokens), tokens));
         }
         if step.outputs.len() > self.limits.outputs as usize {
-            return Err(Error::argument("step outputs", format!("at most {}", self.limits.outputs), step.outputs.len()));
+            return Err(Error::argument(
+                "step outputs",
+                format!("at most {}", self.limits.outputs),
+                step.outputs.len(),
+            ));
         }
         if let Some(&bad) = step.outputs.iter().find(|&&o| o as usize >= tokens) {
             return Err(Error::argument("step output", format!("below {tokens}"), bad));
@@ -405,7 +414,8 @@ impl Memory {
             }
             _ => {
                 let place = self.layout.place.get(id.0 as usize).copied().flatten();
-                let memory = place.and_then(|p| self.places.get_mut(p)).map(std::mem::take).unwrap_or_default();
+                let memory =
+                    place.and_then(|p| self.places.get_mut(p)).map(std::mem::take).unwrap_or_default();
                 let have = memory.len();
                 (Out::Place(place.unwrap_or(usize::MAX), memory, len), have)
             }
@@ -441,12 +451,21 @@ impl Memory {
         };
         let bytes = guard.bytes();
         if bytes.len() < 4 * len || !(bytes.as_ptr() as usize).is_multiple_of(4) {
-            return Err(Error::argument("buffer", format!("at least {} aligned bytes", 4 * len), bytes.len()));
+            return Err(Error::argument(
+                "buffer",
+                format!("at least {} aligned bytes", 4 * len),
+                bytes.len(),
+            ));
         }
         Ok(In::Bound(guard, len))
     }
 
-    fn optional<'b>(&'b self, id: Option<TensorId>, step: &Step<'_>, b: &Bindings<'b>) -> Result<Option<In<'b>>> {
+    fn optional<'b>(
+        &'b self,
+        id: Option<TensorId>,
+        step: &Step<'_>,
+        b: &Bindings<'b>,
+    ) -> Result<Option<In<'b>>> {
         id.map(|id| self.get(id, step, b)).transpose()
     }
 
@@ -460,7 +479,12 @@ impl Memory {
         if have < need {
             return Err(Error::argument("weight buffer", format!("{need} bytes for `{}`", t.name), have));
         }
-        Ok(Weight { guard, format: t.format, rows: rows as usize * t.experts as usize, cols: t.cols as usize })
+        Ok(Weight {
+            guard,
+            format: t.format,
+            rows: rows as usize * t.experts as usize,
+            cols: t.cols as usize,
+        })
     }
 
     fn state(&self, id: StateId) -> Result<(&State, PageShape)> {
@@ -669,9 +693,12 @@ fn compute<K: Kernels>(
             let (used, experts) = (memory.cols(*ids), memory.program.tensor(*gate).experts as usize);
             let (x, ids) = (memory.get(*x, step, b)?, memory.get(*ids, step, b)?);
             let weights = memory.get(*weights, step, b)?;
-            let (gate, up, down) = (memory.weight(*gate, b)?, memory.weight(*up, b)?, memory.weight(*down, b)?);
+            let (gate, up, down) =
+                (memory.weight(*gate, b)?, memory.weight(*up, b)?, memory.weight(*down, b)?);
             let biases = match biases {
-                Some([g, u, d]) => Some([memory.get(*g, step, b)?, memory.get(*u, step, b)?, memory.get(*d, step, b)?]),
+                Some([g, u, d]) => {
+                    Some([memory.get(*g, step, b)?, memory.get(*u, step, b)?, memory.get(*d, step, b)?])
+                }
                 None => None,
             };
             let args = ExpertsArgs {
@@ -701,7 +728,9 @@ impl<K: Kernels> Plan for HostPlan<K> {
         self.place_tokens(step)?;
         let program = self.memory.program.clone();
         let tokens = Tokens { spans: step.spans, span: &self.spans, position: &self.positions };
-        let wrong = || Error::argument("segments", format!("within 0..{}", program.segments.len()), "a range outside");
+        let wrong = || {
+            Error::argument("segments", format!("within 0..{}", program.segments.len()), "a range outside")
+        };
         for segment in program.segments.get(segments).ok_or_else(wrong)? {
             for op in &segment.ops {
                 if step.cancel.is_cancelled() {

@@ -12,7 +12,8 @@ use halite_kernels::math;
 use halite_kernels::rows::{Gate, Unary};
 
 use super::host::{
-    self, After, AttendArgs, ExpertsArgs, HostPlan, Kernels, Matrix, NormArgs, Product, RopeArgs, RouteArgs, memory,
+    self, After, AttendArgs, ExpertsArgs, HostPlan, Kernels, Matrix, NormArgs, Product, RopeArgs, RouteArgs,
+    memory,
 };
 use super::{Backend, Buffer, Caps, Contract, Fusions, Limits, OpSig, Plan, Support, Usage, check_support};
 use crate::error::Result;
@@ -169,7 +170,13 @@ fn unary(f: Unary, x: f32) -> f32 {
             half(fma(0.5 * h, t, 0.5 * h))
         }
         Unary::GeluErf => fma(0.5 * x, scalar!(erf(x * std::f32::consts::FRAC_1_SQRT_2)), 0.5 * x),
-        Unary::Relu => if x > 0.0 { x } else { 0.0 },
+        Unary::Relu => {
+            if x > 0.0 {
+                x
+            } else {
+                0.0
+            }
+        }
         Unary::ReluSquared => unary(Unary::Relu, x) * unary(Unary::Relu, x),
         Unary::Scale(factor) => x * factor,
         Unary::SoftCap(cap) => cap * scalar!(tanh(x / cap)),
@@ -231,7 +238,8 @@ fn attend(
         let values = page + (shape.kv_heads * shape.key_dim + kv_head * shape.value_dim) * CHUNK;
         let valid = |j: &usize| (first..end).contains(&(chunk * CHUNK + j));
         let score = |j: usize| {
-            let dot = (0..shape.key_dim).fold(0.0f32, |sum, d| fma(q[d], element(&a.pages, keys + d * CHUNK + j), sum));
+            let dot = (0..shape.key_dim)
+                .fold(0.0f32, |sum, d| fma(q[d], element(&a.pages, keys + d * CHUNK + j), sum));
             let score = dot * a.scale;
             a.softcap.map_or(score, |cap| unary(Unary::SoftCap(cap), score))
         };
@@ -242,7 +250,8 @@ fn attend(
         p.iter().for_each(|&(j, p)| lanes[j % 16] += p);
         let sum = tree(lanes);
         let weighted = |d: usize| {
-            p.iter().fold(0.0f32, |acc, &(j, p)| fma(p, element(&a.pages, values + j * shape.value_dim + d), acc))
+            p.iter()
+                .fold(0.0f32, |acc, &(j, p)| fma(p, element(&a.pages, values + j * shape.value_dim + d), acc))
         };
         let o: Vec<f32> = (0..shape.value_dim).map(weighted).collect();
         state = Some(match state {
@@ -446,9 +455,10 @@ impl Kernels for Definitions {
 
     fn arg_max(&mut self, x: &[f32], cols: usize, out: &mut [i32]) {
         for (x, out) in x.chunks_exact(cols).zip(out) {
-            let best = x.iter().enumerate().fold((0, f32::NEG_INFINITY), |best, (i, &x)| {
-                if x > best.1 { (i, x) } else { best }
-            });
+            let best = x
+                .iter()
+                .enumerate()
+                .fold((0, f32::NEG_INFINITY), |best, (i, &x)| if x > best.1 { (i, x) } else { best });
             *out = best.0 as i32;
         }
     }

@@ -8,8 +8,8 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::{
-    Backend, Bindings, Buffer, Caps, Clock, Contract, Fusions, Gap, Limits, OpSig, Plan, Step, Support, Ticket, Timing,
-    Usage, check_support,
+    Backend, Bindings, Buffer, Caps, Clock, Contract, Fusions, Gap, Limits, OpSig, Plan, Step, Support,
+    Ticket, Timing, Usage, check_support,
 };
 use crate::error::{Error, Result};
 use crate::map::Region;
@@ -80,8 +80,10 @@ impl Backend for Template {
     }
 
     fn fill(&self, dst: &Buffer, range: Range<u64>, write: &mut dyn FnMut(&mut [u8])) -> Result<()> {
-        let mut bytes = self.memory(dst)?.bytes.lock().map_err(|_| error("a thread failed while it wrote"))?;
-        let outside = || Error::argument("fill range", format!("inside 0..{}", dst.bytes()), format!("{range:?}"));
+        let mut bytes =
+            self.memory(dst)?.bytes.lock().map_err(|_| error("a thread failed while it wrote"))?;
+        let outside =
+            || Error::argument("fill range", format!("inside 0..{}", dst.bytes()), format!("{range:?}"));
         write(bytes.get_mut(range.start as usize..range.end as usize).ok_or_else(outside)?);
         Ok(())
     }
@@ -89,8 +91,9 @@ impl Backend for Template {
     fn read(&self, src: &Buffer, offset: u64, dst: &mut [u8]) -> Result<()> {
         let bytes = self.memory(src)?.bytes.lock().map_err(|_| error("a thread failed while it wrote"))?;
         let end = offset.saturating_add(dst.len() as u64);
-        let outside =
-            || Error::argument("read range", format!("inside 0..{}", src.bytes()), format!("{offset}..{end}"));
+        let outside = || {
+            Error::argument("read range", format!("inside 0..{}", src.bytes()), format!("{offset}..{end}"))
+        };
         dst.copy_from_slice(bytes.get(offset as usize..end as usize).ok_or_else(outside)?);
         Ok(())
     }
@@ -115,7 +118,12 @@ struct TemplatePlan {
 }
 
 impl Plan for TemplatePlan {
-    fn submit(&mut self, step: &Step<'_>, segments: Range<usize>, _bindings: &Bindings<'_>) -> Result<Ticket> {
+    fn submit(
+        &mut self,
+        step: &Step<'_>,
+        segments: Range<usize>,
+        _bindings: &Bindings<'_>,
+    ) -> Result<Ticket> {
         for segment in self.program.segments.get(segments).unwrap_or(&[]) {
             for op in &segment.ops {
                 if step.cancel.is_cancelled() {

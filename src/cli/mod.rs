@@ -10,10 +10,10 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use halite::backend::Backend;
 use halite::backend::cpu::Cpu;
 use halite::backend::reference::Reference;
 use halite::backend::template::Template;
-use halite::backend::Backend;
 use halite::kernels::formats::Format;
 use halite::map::Source;
 use halite::model::ProgramOptions;
@@ -24,7 +24,8 @@ use halite::{Model, Tokenizer};
 type Failure = Box<dyn std::error::Error>;
 
 /// The model that is part of the program.
-static EMBEDDED: Aligned<[u8; EMBEDDED_BYTES]> = Aligned(*include_bytes!("../../models/austen/halite-austen.gguf"));
+static EMBEDDED: Aligned<[u8; EMBEDDED_BYTES]> =
+    Aligned(*include_bytes!("../../models/austen/halite-austen.gguf"));
 const EMBEDDED_BYTES: usize = include_bytes!("../../models/austen/halite-austen.gguf").len();
 
 /// Bytes where weights may be read in place.
@@ -123,8 +124,13 @@ impl ModelArgs {
     /// Opens a session, with a bar where it takes long.
     fn session(&self, model: &Arc<Model>, batch: u32, outputs: u32) -> Result<Session, Failure> {
         let backend = self.backend.open()?;
-        let options =
-            SessionOptions { context: self.ctx, batch, outputs, program: self.program(), ..Default::default() };
+        let options = SessionOptions {
+            context: self.ctx,
+            batch,
+            outputs,
+            program: self.program(),
+            ..Default::default()
+        };
         let total = model.gguf().tensors().map(|t| t.record.bytes.len() as u64).sum();
         let bar = progress(total, "loading");
         let session = Session::new(model, &backend, &options, &mut |done| bar.set_position(done))?;
@@ -134,7 +140,8 @@ impl ModelArgs {
 }
 
 fn tokenizer(model: &Model) -> Result<Tokenizer, Failure> {
-    Tokenizer::from_gguf(model.gguf())?.ok_or_else(|| "this model file has no vocabulary: pass token ids".into())
+    Tokenizer::from_gguf(model.gguf())?
+        .ok_or_else(|| "this model file has no vocabulary: pass token ids".into())
 }
 
 /// A bar on stderr, drawn only on a terminal and only for work that takes over a second.
@@ -192,9 +199,8 @@ pub fn main() -> ExitCode {
         Command::Conform(args) => tools::conform(&args),
     };
     let Err(failure) = result else { return ExitCode::SUCCESS };
-    let broken_pipe = failure
-        .downcast_ref::<std::io::Error>()
-        .is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe);
+    let broken_pipe =
+        failure.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe);
     if broken_pipe {
         return ExitCode::SUCCESS;
     }

@@ -118,8 +118,12 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
         if written.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
     })?;
     written?;
-    let session_options =
-        SessionOptions { context: args.model.ctx, batch: args.batch, program: args.model.program(), ..Default::default() };
+    let session_options = SessionOptions {
+        context: args.model.ctx,
+        batch: args.batch,
+        program: args.model.program(),
+        ..Default::default()
+    };
     let memory = footprint(&model, &**session.backend(), &session_options)?;
     if args.json {
         let report = json(&prompt, &generation, load, memory.working_bytes(), memory.weight_bytes);

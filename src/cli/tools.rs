@@ -128,7 +128,9 @@ pub fn perplexity(args: &PerplexityArgs) -> Result<(), Failure> {
     }
     let window = args.window as usize;
     if window < 2 || tokens.len() < window {
-        return Err(format!("perplexity: expected at least {window} tokens (and 2), got {}", tokens.len()).into());
+        return Err(
+            format!("perplexity: expected at least {window} tokens (and 2), got {}", tokens.len()).into()
+        );
     }
     let vocab = model.hparams().vocab_size as usize;
     let batch = rows_per_step(vocab as u32).min(args.window);
@@ -139,7 +141,9 @@ pub fn perplexity(args: &PerplexityArgs) -> Result<(), Failure> {
     let (mut sum, mut sum_of_squares, mut count) = (0.0f64, 0.0f64, 0u64);
     for window_tokens in tokens.chunks_exact(window) {
         let mut input = window_tokens.to_vec();
-        if tokenizer.adds_bos() && let Some(bos) = tokenizer.bos() {
+        if tokenizer.adds_bos()
+            && let Some(bos) = tokenizer.bos()
+        {
             input[0] = bos;
         }
         let sequence = session.add_sequence();
@@ -167,14 +171,18 @@ pub fn perplexity(args: &PerplexityArgs) -> Result<(), Failure> {
     bar.finish_and_clear();
     let mean = sum / count as f64;
     let perplexity = mean.exp();
-    let deviation = ((sum_of_squares / count as f64 - mean * mean) / (count.max(2) - 1) as f64).max(0.0).sqrt();
+    let deviation =
+        ((sum_of_squares / count as f64 - mean * mean) / (count.max(2) - 1) as f64).max(0.0).sqrt();
     if args.json {
         let report = serde_json::json!({
             "perplexity": perplexity, "standard_error": deviation * perplexity, "tokens": count, "windows": windows,
         });
         return print(&format!("{report}\n"));
     }
-    print(&format!("perplexity {perplexity:.4} ± {:.4} over {count} tokens in {windows} windows of {window}\n", deviation * perplexity))
+    print(&format!(
+        "perplexity {perplexity:.4} ± {:.4} over {count} tokens in {windows} windows of {window}\n",
+        deviation * perplexity
+    ))
 }
 
 /// `-ln softmax(logits)[target]`, in f64.

@@ -8,7 +8,10 @@ use std::sync::Arc;
 
 use halite_kernels::formats::Format;
 
-pub use parse::{GgufError, Header, MAX_ALIGNMENT, MAX_KEY_BYTES, MAX_NAME_BYTES, TensorRecord, Value, ValueType, parse};
+pub(crate) use parse::printable;
+pub use parse::{
+    GgufError, Header, MAX_ALIGNMENT, MAX_KEY_BYTES, MAX_NAME_BYTES, TensorRecord, Value, ValueType, parse,
+};
 
 use crate::error::{Error, Result};
 use crate::map::{Region, Source};
@@ -75,11 +78,13 @@ impl Gguf {
                 let part = Gguf::from_source(Source::open(&sibling)?)?;
                 let (no, n) = (part.optional_u64("split.no")?, part.optional_u64("split.count")?);
                 if no != Some(index) || n != Some(count) {
-                    let found = format!(
-                        "{}: expected split.no {index} of {count}, got {no:?} of {n:?}",
-                        sibling.display()
-                    );
-                    return Err(split(found));
+                    let shown = |value: Option<u64>| value.map_or("none".into(), |value| value.to_string());
+                    return Err(split(format!(
+                        "{}: expected split.no {index} of {count}, got {} of {}",
+                        sibling.display(),
+                        shown(no),
+                        shown(n)
+                    )));
                 }
                 gguf.parts.extend(part.parts);
             }
@@ -114,9 +119,9 @@ impl Gguf {
         for (p, part) in self.parts.iter().enumerate() {
             for (t, record) in part.header.tensors.iter().enumerate() {
                 if self.tensors.insert(record.name.clone(), (p, t)).is_some() {
-                    let name = record.name.clone();
-                    let at = record.bytes.start as u64;
-                    return Err(gguf_error(part.source.path(), GgufError::DuplicateTensor { name, at }));
+                    // Within one file the parser has refused it.
+                    let message = format!("tensor `{}` is in two files", record.name);
+                    return Err(gguf_error(part.source.path(), GgufError::Split(message)));
                 }
             }
         }
@@ -167,10 +172,7 @@ impl Gguf {
     }
 
     fn wrong_type(&self, key: &str, expected: &'static str, value: &Value) -> Error {
-        gguf_error(
-            self.path(),
-            GgufError::ValueType { key: key.to_owned(), expected, got: value.describe() },
-        )
+        gguf_error(self.path(), GgufError::ValueType { key: key.to_owned(), expected, got: value.describe() })
     }
 
     /// The error for a key that must be there.
@@ -265,10 +267,7 @@ impl Gguf {
         }
         std::str::from_utf8(bytes).map(Some).map_err(|_| {
             let (what, at) = (format!("key `{key}`"), value.bytes.start as u64);
-            gguf_error(
-                self.path(),
-                GgufError::Invalid { what, at, expected: "UTF-8", got: String::from_utf8_lossy(bytes).into() },
-            )
+            gguf_error(self.path(), GgufError::Invalid { what, at, expected: "UTF-8", got: printable(bytes) })
         })
     }
 
@@ -301,11 +300,12 @@ impl Gguf {
         if value.array_len.is_none() {
             return Ok(self.optional_u32(key)?.map(|v| vec![v; len]));
         }
-        let values = self.optional_integers(key)?.unwrap_or_default();
-        let values: Option<Vec<u32>> = values.iter().map(|&v| u32::try_from(v).ok()).collect();
+        let values = self.optional_integers(key)?.filter(|values| values.len() == len);
+        let values: Option<Vec<u32>> =
+            values.and_then(|values| values.map(|v| u32::try_from(v).ok()).collect());
         match values {
-            Some(values) if values.len() == len => Ok(Some(values)),
-            _ => Err(gguf_error(
+            Some(values) => Ok(Some(values)),
+            None => Err(gguf_error(
                 self.path(),
                 GgufError::Invalid {
                     what: format!("key `{key}`"),
@@ -321,13 +321,16 @@ impl Gguf {
     ///
     /// # Errors
     /// [`GgufError::ValueType`].
-    pub fn optional_integers(&self, key: &str) -> Result<Option<Vec<i128>>> {
+    pub fn optional_integers(&self, key: &str) -> Result<Option<impl ExactSizeIterator<Item = i128>>> {
         let Some((value, bytes)) = self.value(key) else { return Ok(None) };
-        let width = value.kind.bytes().unwrap_or(1);
-        let values = bytes.chunks_exact(width).map(|b| integer(value.kind, b)).collect::<Option<Vec<_>>>();
-        match (value.array_len, values) {
-            (Some(_), Some(values)) => Ok(Some(values)),
-            _ => Err(self.wrong_type(key, "array of integers", value)),
+        let kind = value.kind;
+        match (value.array_len, kind, kind.bytes()) {
+            (None, ..) | (_, ValueType::F32 | ValueType::F64, _) | (_, _, None) => {
+                Err(self.wrong_type(key, "array of integers", value))
+            }
+            (Some(_), _, Some(width)) => {
+                Ok(Some(bytes.chunks_exact(width).map(move |b| integer(kind, b).unwrap_or(0))))
+            }
         }
     }
 
@@ -342,7 +345,7 @@ impl Gguf {
             return Ok(Some(words.iter().map(|&w| f32::from_le_bytes(w)).collect()));
         }
         match self.optional_integers(key) {
-            Ok(values) => Ok(values.map(|values| values.iter().map(|&v| v as f32).collect())),
+            Ok(values) => Ok(values.map(|values| values.map(|v| v as f32).collect())),
             Err(_) => Err(self.wrong_type(key, "array of numbers", value)),
         }
     }
@@ -353,8 +356,12 @@ impl Gguf {
         let scalar = |bytes: &[u8]| match (value.kind, integer(value.kind, bytes)) {
             (ValueType::Bool, Some(v)) => (v == 1).to_string(),
             (_, Some(v)) => v.to_string(),
-            (ValueType::F32, _) => bytes.try_into().map_or(String::new(), |b| f32::from_le_bytes(b).to_string()),
-            (ValueType::F64, _) => bytes.try_into().map_or(String::new(), |b| f64::from_le_bytes(b).to_string()),
+            (ValueType::F32, _) => {
+                bytes.try_into().map_or(String::new(), |b| f32::from_le_bytes(b).to_string())
+            }
+            (ValueType::F64, _) => {
+                bytes.try_into().map_or(String::new(), |b| f64::from_le_bytes(b).to_string())
+            }
             _ => format!("{:?}", String::from_utf8_lossy(bytes)),
         };
         let Some(len) = value.array_len else { return scalar(bytes) };

@@ -32,7 +32,9 @@ pub enum GgufError {
         got: Vec<u8>,
     },
     /// The file is big-endian.
-    #[error("big-endian GGUF (version field {version:#010x}): only little-endian files are supported; convert it")]
+    #[error(
+        "big-endian GGUF (version field {version:#010x}): only little-endian files are supported; convert it"
+    )]
     BigEndian {
         /// The version as read in little-endian order.
         version: u32,
@@ -246,7 +248,7 @@ pub fn parse(file: &[u8]) -> Result<Header, GgufError> {
     }
     r.at = 4;
     let version = r.u32("version")?;
-    if version & 0xffff == 0 {
+    if version != 0 && version & 0xffff == 0 {
         return Err(GgufError::BigEndian { version });
     }
     if version != 2 && version != 3 {
@@ -294,7 +296,13 @@ pub fn parse(file: &[u8]) -> Result<Header, GgufError> {
         .map(|record| record.place(data_start, alignment, file.len() as u64))
         .collect::<Result<Vec<_>, _>>()?;
     check_overlap(&tensors)?;
-    Ok(Header { version, alignment, metadata, tensors, data_start: data_start.min(file.len() as u64) as usize })
+    Ok(Header {
+        version,
+        alignment,
+        metadata,
+        tensors,
+        data_start: data_start.min(file.len() as u64) as usize,
+    })
 }
 
 fn alignment(file: &[u8], metadata: &[(String, Value)]) -> Result<u64, GgufError> {
@@ -332,6 +340,14 @@ fn check_overlap(tensors: &[TensorRecord]) -> Result<(), GgufError> {
         }
     }
     Ok(())
+}
+
+/// The start of a text from a file, for messages: in quotes, escaped, and not longer than a line.
+pub(crate) fn printable(text: &[u8]) -> String {
+    const SHOWN: usize = 64;
+    let shown = text.get(..SHOWN).unwrap_or(text);
+    let more = if shown.len() < text.len() { "…" } else { "" };
+    format!("\"{}\"{more}", shown.escape_ascii())
 }
 
 impl Value {
@@ -455,7 +471,7 @@ impl<'a> Reader<'a> {
         Ok(self.at - len as usize..self.at)
     }
 
-    /// A non-empty UTF-8 name of limited length.
+    /// A non-empty UTF-8 name of limited length, without control characters.
     fn name(&mut self, what: &str, limit: u64) -> Result<&'a str, GgufError> {
         let at = self.at as u64;
         let len = self.u64(what)?;
@@ -463,11 +479,15 @@ impl<'a> Reader<'a> {
             return Err(GgufError::TooLarge { what: format!("length of {what}"), at, limit, got: len });
         }
         let bytes = self.take(what, len)?;
-        let invalid = |expected, got: String| GgufError::Invalid { what: what.into(), at, expected, got };
+        let invalid = |expected, got| GgufError::Invalid { what: what.into(), at, expected, got };
         match std::str::from_utf8(bytes) {
             Ok("") => Err(invalid("at least one byte", "an empty string".into())),
+            // Names stand in messages: what would steer a terminal is no name.
+            Ok(name) if name.contains(char::is_control) => {
+                Err(invalid("text without control characters", printable(bytes)))
+            }
             Ok(name) => Ok(name),
-            Err(_) => Err(invalid("UTF-8", String::from_utf8_lossy(bytes).into_owned())),
+            Err(_) => Err(invalid("UTF-8", printable(bytes))),
         }
     }
 

@@ -62,7 +62,8 @@ fn attention(h: &Hparams, b: &mut Builder<'_>, layer: u32, x: TensorId) -> Tenso
     let q = b.rope("q_rope", q, h.key_length, &frequencies, None, 1.0, RopePairs::Halves);
     let k = b.rope("k_rope", k, h.key_length, &frequencies, None, 1.0, RopePairs::Halves);
     b.kv_write(k, v, kv);
-    let scaled_by = if h.block_count == BLOCKS_27B { h.embedding_length / heads.max(1) } else { h.key_length };
+    let scaled_by =
+        if h.block_count == BLOCKS_27B { h.embedding_length / heads.max(1) } else { h.key_length };
     let scale = h.attention_scale.unwrap_or(1.0 / (scaled_by as f32).sqrt());
     let attended = b.attend(q, kv, heads, scale, h.attn_logit_softcapping, None);
     b.linear("attn_output", attended, w_o, None)

@@ -95,21 +95,26 @@ impl Hparams {
             }
         }
         let default_length = embedding_length / head_count.first().copied().unwrap_or(1).max(1);
-        let length = |name: &str| {
-            ranged(name, gguf.optional_u32(&key(name))?.unwrap_or(default_length), 1 << 16)
-        };
+        let length =
+            |name: &str| ranged(name, gguf.optional_u32(&key(name))?.unwrap_or(default_length), 1 << 16);
         let key_length = length("attention.key_length")?;
         let value_length = length("attention.value_length")?;
-        let rope_dimension_count =
-            ranged("rope.dimension_count", gguf.optional_u32(&key("rope.dimension_count"))?.unwrap_or(key_length), 1 << 16)?;
+        let rope_dimension_count = ranged(
+            "rope.dimension_count",
+            gguf.optional_u32(&key("rope.dimension_count"))?.unwrap_or(key_length),
+            1 << 16,
+        )?;
         if rope_dimension_count % 2 != 0 || rope_dimension_count > key_length {
             let name = key("rope.dimension_count");
-            let message = format!("key `{name}`: expected an even number up to {key_length}, got {rope_dimension_count}");
+            let message = format!(
+                "key `{name}`: expected an even number up to {key_length}, got {rope_dimension_count}"
+            );
             return Err(Error::Model(message));
         }
         let rope_freq_base = gguf.optional_f32(&key("rope.freq_base"))?.unwrap_or(10_000.0);
         if rope_freq_base <= 0.0 {
-            let message = format!("key `{}`: expected a positive number, got {rope_freq_base}", key("rope.freq_base"));
+            let message =
+                format!("key `{}`: expected a positive number, got {rope_freq_base}", key("rope.freq_base"));
             return Err(Error::Model(message));
         }
         let norm_eps = match gguf.optional_f32(&key("attention.layer_norm_rms_epsilon"))? {
@@ -122,7 +127,10 @@ impl Hparams {
             Some(size) => size,
             None => match gguf.optional_strings("tokenizer.ggml.tokens")? {
                 Some(tokens) => tokens.len() as u32,
-                None => gguf.tensor("token_embd.weight").and_then(|t| t.record.dims.get(1).copied()).unwrap_or(0) as u32,
+                None => {
+                    gguf.tensor("token_embd.weight").and_then(|t| t.record.dims.get(1).copied()).unwrap_or(0)
+                        as u32
+                }
             },
         };
         ranged("vocab_size", vocab_size, MAX_EXTENT)?;
@@ -132,14 +140,17 @@ impl Hparams {
             || expert_count as usize > halite_kernels::rows::MAX_EXPERTS
             || (expert_count > 0 && expert_used_count == 0)
         {
-            let message = format!("{expert_used_count} experts used of {expert_count}: expected 1 to all of at most 1024");
+            let message = format!(
+                "{expert_used_count} experts used of {expert_count}: expected 1 to all of at most 1024"
+            );
             return Err(Error::Model(message));
         }
         Ok(Hparams {
             context_length: required("context_length", u32::MAX)?,
             embedding_length,
             block_count,
-            feed_forward_length: per_layer("feed_forward_length")?.ok_or_else(|| missing("feed_forward_length"))?,
+            feed_forward_length: per_layer("feed_forward_length")?
+                .ok_or_else(|| missing("feed_forward_length"))?,
             head_count,
             head_count_kv,
             key_length,
@@ -184,7 +195,9 @@ impl Hparams {
             RopeScaling::None => 1.0,
             RopeScaling::Linear { factor } => f64::from(factor),
         };
-        (0..dims / 2).map(|i| (f64::from(base).powf(-f64::from(2 * i) / f64::from(dims)) / factor) as f32).collect()
+        (0..dims / 2)
+            .map(|i| (f64::from(base).powf(-f64::from(2 * i) / f64::from(dims)) / factor) as f32)
+            .collect()
     }
 
     /// `[1, cols]` of the vocabulary's embedding table, which is also the output matrix where a file has none of its own.
@@ -218,7 +231,10 @@ fn rope_scaling(gguf: &Gguf, architecture: &str) -> Result<RopeScaling> {
         if factor > 0.0 {
             return Ok(RopeScaling::Linear { factor });
         }
-        Err(Error::Model(format!("key `{}`: expected a positive number, got {factor}", key("scaling.factor"))))
+        Err(Error::Model(format!(
+            "key `{}`: expected a positive number, got {factor}",
+            key("scaling.factor")
+        )))
     };
     match gguf.optional_str(&key("scaling.type"))? {
         None => match gguf.optional_f32(&key("scale_linear"))? {

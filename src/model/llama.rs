@@ -13,7 +13,8 @@ pub(super) fn record(h: &Hparams, b: &mut Builder<'_>) {
         x = b.add("attn_residual", x, attended);
         let norm = b.weight(&format!("blk.{layer}.ffn_norm.weight"), 1, h.embedding_length);
         let normed = b.rms_norm("ffn_norm", x, norm, h.norm_eps);
-        let fed = if h.expert_count > 0 { experts(h, b, layer, normed) } else { feed_forward(h, b, layer, normed) };
+        let fed =
+            if h.expert_count > 0 { experts(h, b, layer, normed) } else { feed_forward(h, b, layer, normed) };
         x = b.add("ffn_residual", x, fed);
     }
     let norm = b.weight("output_norm.weight", 1, h.embedding_length);

@@ -5,7 +5,7 @@ use std::collections::{BinaryHeap, HashMap};
 
 use super::pretokenize::Pretokenizer;
 use crate::error::{Error, Result};
-use crate::gguf::Strings;
+use crate::gguf::{Strings, printable};
 
 /// A pair of tokens, its rank and what it becomes.
 type Merges = HashMap<(u32, u32), (u32, u32)>;
@@ -22,21 +22,27 @@ pub(super) struct Bpe {
 }
 
 impl Bpe {
-    pub(super) fn new(pre: Pretokenizer, list: Strings<'_>, by_text: &HashMap<Box<[u8]>, u32>) -> Result<Bpe> {
+    pub(super) fn new(
+        pre: Pretokenizer,
+        list: Strings<'_>,
+        by_text: &HashMap<Box<[u8]>, u32>,
+    ) -> Result<Bpe> {
         let mut merges = HashMap::with_capacity(list.len());
         let mut joined = Vec::new();
         for (rank, merge) in list.iter().enumerate() {
             let bad = |why: &str| {
-                let merge = String::from_utf8_lossy(merge);
-                Error::Tokenizer(format!("tokenizer.ggml.merges[{rank}] = {merge:?}: {why}"))
+                Error::Tokenizer(format!("tokenizer.ggml.merges[{rank}] = {}: {why}", printable(merge)))
             };
             // The first part may begin with a space, never be one.
             let space = merge.iter().skip(1).position(|&b| b == b' ').map(|i| i + 1);
-            let (left, right) = space.map(|i| (&merge[..i], &merge[i + 1..])).ok_or_else(|| bad("expected two parts"))?;
+            let parts = space.map(|i| (&merge[..i], &merge[i + 1..])).filter(|(_, right)| !right.is_empty());
+            let (left, right) = parts.ok_or_else(|| bad("expected two parts"))?;
             joined.clear();
             joined.extend_from_slice(left);
             joined.extend_from_slice(right);
-            let id = |text: &[u8]| by_text.get(text).copied().ok_or_else(|| bad("a part is not in the vocabulary"));
+            let id = |text: &[u8]| {
+                by_text.get(text).copied().ok_or_else(|| bad("a part is not in the vocabulary"))
+            };
             merges.entry((id(left)?, id(right)?)).or_insert((rank as u32, id(&joined)?));
         }
         let chars = Box::new(byte_chars());
@@ -80,7 +86,9 @@ impl Bpe {
         }
         while let Some((std::cmp::Reverse((_, left)), right, pair, id)) = queue.pop() {
             // One of the two may have been merged with another neighbour since.
-            if (symbols[left].id, symbols[right].id) != (Some(pair.0), Some(pair.1)) || symbols[left].next != Some(right) {
+            if (symbols[left].id, symbols[right].id) != (Some(pair.0), Some(pair.1))
+                || symbols[left].next != Some(right)
+            {
                 continue;
             }
             symbols[left].id = Some(id);

@@ -5,13 +5,13 @@ mod bpe;
 mod pretokenize;
 mod spm;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::OnceLock;
 
-use aho_corasick::{AhoCorasick, MatchKind};
+use aho_corasick::{AhoCorasick, AhoCorasickKind, MatchKind};
 
 use crate::error::{Error, Result};
-use crate::gguf::Gguf;
+use crate::gguf::{Gguf, printable};
 
 /// What a token is for: the published values of `tokenizer.ggml.token_type`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -128,7 +128,8 @@ impl Tokenizer {
                 (Algorithm::Bpe(bpe), special("bos", None)?, special("eos", None)?, add_bos)
             }
             other => {
-                let message = format!("tokenizer model `{other}` is not supported yet (llama, gpt2, none)");
+                let other = printable(other.as_bytes());
+                let message = format!("tokenizer model {other} is not supported yet (llama, gpt2, none)");
                 return Err(Error::Tokenizer(message));
             }
         };
@@ -262,12 +263,19 @@ impl Tokenizer {
     }
 
     fn build_literals(&self) -> Option<Literals> {
-        let is_literal = |t: &Token| {
-            matches!(t.kind, TokenKind::UserDefined | TokenKind::Control | TokenKind::Unknown) && !t.text.is_empty()
+        // Only whole characters can be cut out of a text. Of tokens with one text and kind the first is enough.
+        let mut seen = HashSet::new();
+        let mut is_literal = |t: &Token| {
+            matches!(t.kind, TokenKind::UserDefined | TokenKind::Control | TokenKind::Unknown)
+                && std::str::from_utf8(&t.text).is_ok_and(|text| !text.is_empty())
+                && seen.insert((t.text.clone(), t.kind == TokenKind::UserDefined))
         };
-        let ids: Vec<u32> = (0..self.tokens.len()).filter(|&i| is_literal(&self.tokens[i])).map(|i| i as u32).collect();
+        let ids: Vec<u32> =
+            (0..).zip(&self.tokens).filter(|(_, token)| is_literal(token)).map(|(id, _)| id).collect();
         let texts = ids.iter().map(|&id| &self.tokens[id as usize].text);
-        let finder = AhoCorasick::builder().match_kind(MatchKind::Standard).build(texts).ok()?;
+        // The kind whose size stays in proportion to the texts, however long they are.
+        let kind = Some(AhoCorasickKind::ContiguousNFA);
+        let finder = AhoCorasick::builder().match_kind(MatchKind::Standard).kind(kind).build(texts).ok()?;
         Some(Literals { finder, ids })
     }
 
@@ -308,11 +316,22 @@ fn read_tokens(gguf: &Gguf) -> Result<Vec<Token>> {
     if count == 0 {
         return Err(Error::Tokenizer("tokenizer.ggml.tokens is empty".into()));
     }
+    // A padded table may have more rows than there are tokens, never fewer.
+    let rows = gguf.tensor("token_embd.weight").and_then(|t| t.record.dims.get(1).copied());
+    if let Some(rows) = rows
+        && rows < count as u64
+    {
+        let message =
+            format!("tokenizer.ggml.tokens: expected at most {rows}, the embedding's rows, got {count}");
+        return Err(Error::Tokenizer(message));
+    }
     let same = |key: &str, len: usize| {
         if len == count {
             return Ok(());
         }
-        Err(Error::Tokenizer(format!("tokenizer.ggml.{key}: expected {count} values, one a token, got {len}")))
+        Err(Error::Tokenizer(format!(
+            "tokenizer.ggml.{key}: expected {count} values, one a token, got {len}"
+        )))
     };
     let scores = gguf.optional_f32s("tokenizer.ggml.scores")?;
     if let Some(scores) = &scores {
@@ -325,6 +344,7 @@ fn read_tokens(gguf: &Gguf) -> Result<Vec<Token>> {
     if let Some(kinds) = &kinds {
         same("token_type", kinds.len())?;
     }
+    let kinds: Option<Vec<i128>> = kinds.map(Iterator::collect);
     let kind = |i: usize| match kinds.as_ref().map_or(1, |k| k[i]) {
         1 => Ok(TokenKind::Normal),
         2 => Ok(TokenKind::Unknown),
@@ -332,10 +352,16 @@ fn read_tokens(gguf: &Gguf) -> Result<Vec<Token>> {
         4 => Ok(TokenKind::UserDefined),
         5 => Ok(TokenKind::Unused),
         6 => Ok(TokenKind::Byte),
-        other => Err(Error::Tokenizer(format!("tokenizer.ggml.token_type[{i}]: expected 1 to 6, got {other}"))),
+        other => {
+            Err(Error::Tokenizer(format!("tokenizer.ggml.token_type[{i}]: expected 1 to 6, got {other}")))
+        }
     };
     let score = |i: usize| scores.as_ref().map_or(0.0, |s| s[i]);
-    texts.iter().enumerate().map(|(i, text)| Ok(Token { text: text.into(), score: score(i), kind: kind(i)? })).collect()
+    texts
+        .iter()
+        .enumerate()
+        .map(|(i, text)| Ok(Token { text: text.into(), score: score(i), kind: kind(i)? }))
+        .collect()
 }
 
 /// Decodes a stream of tokens, a whole number of characters at a time.

@@ -3,6 +3,7 @@
 use fancy_regex::Regex;
 
 use crate::error::{Error, Result};
+use crate::gguf::printable;
 
 /// A kind of pre-tokenizer.
 struct Kind {
@@ -59,7 +60,8 @@ impl Pretokenizer {
     pub(super) fn new(name: &str) -> Result<Pretokenizer> {
         let Some(kind) = KINDS.iter().find(|kind| kind.names.contains(&name)) else {
             let known: Vec<&str> = KINDS.iter().flat_map(|kind| kind.names).copied().collect();
-            let message = format!("pre-tokenizer `{name}` is not supported yet ({})", known.join(", "));
+            let name = printable(name.as_bytes());
+            let message = format!("pre-tokenizer {name} is not supported yet ({})", known.join(", "));
             return Err(Error::Tokenizer(message));
         };
         let patterns = kind.patterns.iter().map(|pattern| {

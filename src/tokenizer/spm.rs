@@ -5,6 +5,7 @@ use std::collections::{BinaryHeap, HashMap};
 
 use super::{Token, TokenKind};
 use crate::error::{Error, Result};
+use crate::gguf::printable;
 
 /// U+2581, which stands for a space.
 const SPACE: &str = "\u{2581}";
@@ -58,8 +59,8 @@ impl Spm {
     ) -> Result<Spm> {
         for token in tokens.iter().filter(|t| t.kind == TokenKind::Byte) {
             if byte_of(&token.text).is_none() {
-                let text = String::from_utf8_lossy(&token.text);
-                return Err(Error::Tokenizer(format!("byte token: expected <0x00> to <0xFF>, got {text:?}")));
+                let text = printable(&token.text);
+                return Err(Error::Tokenizer(format!("byte token: expected <0x00> to <0xFF>, got {text}")));
             }
         }
         let bytes = std::array::from_fn(|b| {
@@ -103,7 +104,10 @@ impl Spm {
         while let Some(merge) = queue.pop() {
             let (left, right) = (merge.left, merge.right);
             // One of the two may have been merged with another neighbour since.
-            if symbols[left].len == 0 || symbols[right].len == 0 || symbols[left].len + symbols[right].len != merge.len {
+            if symbols[left].len == 0
+                || symbols[right].len == 0
+                || symbols[left].len + symbols[right].len != merge.len
+            {
                 continue;
             }
             symbols[left].len = merge.len;

@@ -1,0 +1,10 @@
+//! Header, vocabulary and program of any bytes.
+#![no_main]
+
+#[allow(dead_code)]
+#[path = "../../tests/common/exercise.rs"]
+mod exercise;
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
+    exercise::model(bytes);
+});

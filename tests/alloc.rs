@@ -1,0 +1,81 @@
+//! A decode step allocates nothing: memory is reserved when a session is made.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use halite::Model;
+use halite::backend::Backend;
+use halite::backend::cpu::Cpu;
+use halite::sampler::{Sampler, SamplerOptions};
+use halite::session::{Head, Run, Session, SessionOptions, Wanted};
+
+struct Counting;
+
+static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
+
+// SAFETY: every call is the system allocator's; only a counter is added.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: as the caller promised.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
+        // SAFETY: as the caller promised.
+        unsafe { System.dealloc(ptr, layout) }
+    }
+
+    unsafe fn realloc(&self, ptr: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: as the caller promised.
+        unsafe { System.realloc(ptr, layout, size) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+fn count(f: impl FnOnce()) -> usize {
+    let before = ALLOCATIONS.load(Ordering::Relaxed);
+    f();
+    ALLOCATIONS.load(Ordering::Relaxed) - before
+}
+
+#[test]
+fn a_decode_step_allocates_nothing() {
+    let files = ["models/austen/halite-austen.gguf", "tests/data/golden/llama-Q4_K_M.gguf"];
+    for file in files {
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(file);
+        let model = Arc::new(Model::open(path).unwrap());
+        let backend: Arc<dyn Backend> = Arc::new(Cpu::new(2).unwrap());
+        let options = SessionOptions { context: 256, batch: 32, ..Default::default() };
+        let mut session = Session::new(&model, &backend, &options, &mut |_| {}).unwrap();
+        let sequence = session.add_sequence();
+        let hot = SamplerOptions { temperature: 0.8, repeat_penalty: 1.1, ..Default::default() };
+        let mut sampler = Sampler::new(hot, model.hparams().vocab_size as usize).unwrap();
+        assert!(count(|| drop(vec![1u8; 100])) > 0, "the counter counts");
+
+        // The pool's threads allocate while they start, which is over when they have done some work.
+        for _ in 0..20 {
+            session.prefill(sequence, &[1, 2, 3, 4, 5], Head::Logits).unwrap();
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        let steps = count(|| {
+            session.prefill(sequence, &[1, 2, 3, 4, 5], Head::Logits).unwrap();
+            // Past a page's end, so that taking a page is counted too.
+            for _ in 0..80 {
+                let token = sampler.sample(session.logits()).unwrap();
+                sampler.accept(token);
+                session
+                    .step(&[Run { sequence, tokens: &[token], wanted: Wanted::Last }], Head::Logits)
+                    .unwrap();
+            }
+            for _ in 0..20 {
+                session.step(&[Run { sequence, tokens: &[7], wanted: Wanted::Last }], Head::ArgMax).unwrap();
+            }
+        });
+        assert_eq!(steps, 0, "{file}");
+    }
+}

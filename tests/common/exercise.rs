@@ -1,0 +1,57 @@
+//! What must never panic, whatever the bytes: run by the tests and by the fuzz targets.
+
+use halite::gguf::{Gguf, parse};
+use halite::map::Source;
+use halite::model::ProgramOptions;
+use halite::tokenizer::{Detokenizer, EncodeOptions};
+use halite::{Model, Tokenizer};
+
+/// Parses a header and checks what it promises.
+pub fn header(bytes: &[u8]) {
+    let Ok(header) = parse(bytes) else { return };
+    let mut ends_before = header.data_start;
+    let mut tensors: Vec<_> = header.tensors.iter().collect();
+    tensors.sort_by_key(|t| t.bytes.start);
+    for tensor in tensors {
+        assert!(tensor.bytes.start >= ends_before && tensor.bytes.start < tensor.bytes.end);
+        assert!(tensor.bytes.end <= bytes.len());
+        assert_eq!(tensor.bytes.start as u64 % header.alignment, header.data_start as u64 % header.alignment);
+        assert!((1..=4).contains(&tensor.dims.len()));
+        ends_before = tensor.bytes.end;
+    }
+    for (key, value) in &header.metadata {
+        assert!(!key.is_empty() && value.bytes.end <= bytes.len());
+    }
+}
+
+/// Takes a file as far as it goes without running it: metadata, vocabulary, a short text there and back, the program.
+/// Returns whether there was a program.
+pub fn model(bytes: &[u8]) -> bool {
+    let Ok(gguf) = Gguf::from_source(Source::from_bytes("bytes", bytes)) else { return false };
+    for (_, value) in gguf.metadata() {
+        gguf.display_value(value);
+    }
+    for tensor in gguf.tensors() {
+        assert_eq!(tensor.region().unwrap().bytes().len(), tensor.record.bytes.len());
+    }
+    if let Ok(Some(tokenizer)) = Tokenizer::from_gguf(&gguf) {
+        vocabulary(&tokenizer);
+    }
+    let Ok(model) = Model::from_gguf(gguf) else { return false };
+    model.program(ProgramOptions::default()).is_ok()
+}
+
+fn vocabulary(tokenizer: &Tokenizer) {
+    const TEXT: &str = "Hello <s>world</s>\n\n  é \u{1f600}12345, aaaaaaaa b's";
+    for parse_special in [false, true] {
+        let ids = tokenizer.encode(TEXT, EncodeOptions { add_special: true, parse_special });
+        assert!(ids.iter().all(|&id| (id as usize) < tokenizer.len()));
+        let (mut stream, mut text) = (Detokenizer::default(), String::new());
+        for &id in &ids {
+            stream.push(tokenizer, id, &mut text);
+        }
+        stream.finish(&mut text);
+        tokenizer.decode(&ids, parse_special);
+    }
+    tokenizer.decode(&[0, tokenizer.len() as u32, u32::MAX], true);
+}

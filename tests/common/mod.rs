@@ -1,0 +1,4 @@
+//! What several tests share.
+
+pub mod exercise;
+pub mod gguf;

@@ -1,0 +1,358 @@
+//! The numeric contract, as bits: logits do not depend on the instruction set, the number of threads, the batch, how a prompt
+//! is cut into steps, who else is in a step, or on fusion; and they are the reference's.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use halite::backend::cpu::Cpu;
+use halite::backend::reference::Reference;
+use halite::backend::{Backend, Bindings, Cancel, Fusions, Limits, Span, Step, Usage};
+use halite::kernels::formats::Format;
+use halite::kernels::isa::Cpu as Isa;
+use halite::model::ProgramOptions;
+use halite::passes;
+use halite::program::{Dim, Op, Program};
+use halite::session::{Head, Run, SequenceId, Session, SessionOptions, Wanted};
+use halite::weights::Weights;
+use halite::{Error, Model};
+
+fn repository() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// Small models of several formats; more of them where the golden set lies beside the checkout.
+fn models() -> Vec<Arc<Model>> {
+    let golden = std::env::var_os("HALITE_GOLDEN").map_or_else(|| "../shared/golden".into(), PathBuf::from);
+    let golden = repository().join(golden);
+    let mut paths: Vec<PathBuf> = ["Q4_K_M", "Q4_0", "TQ1_0"]
+        .map(|f| repository().join(format!("tests/data/golden/llama-{f}.gguf")))
+        .into();
+    if golden.is_dir() {
+        paths.extend(
+            ["Q5_0", "Q6_K", "Q8_0", "F16", "MXFP4-raw", "IQ2_XS-raw"]
+                .map(|f| golden.join(format!("quants/llama-{f}.gguf"))),
+        );
+        paths.extend(["gemma3", "mixtral"].map(|f| golden.join(format!("families/{f}.gguf"))));
+    } else {
+        eprintln!("skipped: models in {}, which is not there", golden.display());
+    }
+    paths.iter().map(|path| Arc::new(Model::open(path).unwrap())).collect()
+}
+
+/// Some tokens: enough to pass a page's end and a window of 16.
+fn tokens(model: &Model) -> Vec<u32> {
+    let vocab = model.hparams().vocab_size;
+    (0..83u32).map(|i| (i * i * 7 + 3 * i + 1) % vocab).collect()
+}
+
+fn session(model: &Arc<Model>, backend: &Arc<dyn Backend>, taps: &[&str]) -> Session {
+    let options = SessionOptions {
+        context: 512,
+        batch: 128,
+        outputs: 128,
+        taps: taps.iter().map(|t| t.to_string()).collect(),
+        ..Default::default()
+    };
+    Session::new(model, backend, &options, &mut |_| {}).unwrap()
+}
+
+fn bits(x: &[f32]) -> Vec<u32> {
+    x.iter().map(|x| x.to_bits()).collect()
+}
+
+/// Logits of every position, fed in steps of at most `chunk` tokens.
+fn logits(model: &Arc<Model>, backend: &Arc<dyn Backend>, tokens: &[u32], chunk: usize) -> Vec<u32> {
+    let mut session = session(model, backend, &[]);
+    let sequence = session.add_sequence();
+    let mut out = Vec::new();
+    for tokens in tokens.chunks(chunk) {
+        session.step(&[Run { sequence, tokens, wanted: Wanted::All }], Head::Logits).unwrap();
+        out.extend(bits(session.logits()));
+    }
+    out
+}
+
+fn cpu(threads: usize, isa: &str) -> Arc<dyn Backend> {
+    Arc::new(Cpu::with_isa(threads, isa).unwrap())
+}
+
+fn best() -> Arc<dyn Backend> {
+    cpu(2, Isa::detect().name())
+}
+
+#[test]
+fn every_instruction_set_gives_the_same_bits() {
+    for model in models() {
+        let tokens = tokens(&model);
+        let want = logits(&model, &best(), &tokens, 128);
+        assert!(want.iter().all(|&b| f32::from_bits(b).is_finite()));
+        for isa in Isa::NAMES.iter().filter(|isa| Isa::from_name(isa).is_some()) {
+            let backend = cpu(1, isa);
+            // Prefill and decode use different kernels: both are held to it.
+            assert_eq!(
+                logits(&model, &backend, &tokens, 128),
+                want,
+                "{} {isa}",
+                model.gguf().path().display()
+            );
+            let head = &tokens[..5];
+            assert_eq!(logits(&model, &backend, head, 1), want[..logits_of(&model, 5)], "{isa} decode");
+        }
+    }
+}
+
+/// How many logits the first `n` positions have.
+fn logits_of(model: &Model, n: usize) -> usize {
+    n * model.hparams().vocab_size as usize
+}
+
+#[test]
+fn any_number_of_threads_gives_the_same_bits() {
+    for model in models() {
+        let tokens = tokens(&model);
+        let want = logits(&model, &cpu(1, Isa::detect().name()), &tokens, 128);
+        for threads in [2, 3, 7] {
+            assert_eq!(
+                logits(&model, &cpu(threads, Isa::detect().name()), &tokens, 128),
+                want,
+                "{threads} threads"
+            );
+        }
+    }
+}
+
+#[test]
+fn prefill_and_decode_and_all_between_give_the_same_bits() {
+    for model in models() {
+        let tokens = tokens(&model);
+        let want = logits(&model, &best(), &tokens, 128);
+        for chunk in [1, 2, 5, 64] {
+            assert_eq!(logits(&model, &best(), &tokens, chunk), want, "steps of {chunk}");
+        }
+    }
+}
+
+#[test]
+fn strangers_in_a_step_change_nothing() {
+    for model in models() {
+        let tokens = tokens(&model);
+        let want = logits(&model, &best(), &tokens, 128);
+        let mut session = session(&model, &best(), &[]);
+        let (ours, a, b) = (session.add_sequence(), session.add_sequence(), session.add_sequence());
+        let strangers: Vec<u32> = tokens.iter().rev().copied().collect();
+        let mut got = Vec::new();
+        for (i, step) in tokens.chunks(9).enumerate() {
+            let runs = [
+                Run { sequence: a, tokens: &strangers[i..i + 1], wanted: Wanted::Last },
+                Run { sequence: ours, tokens: step, wanted: Wanted::All },
+                Run { sequence: b, tokens: &strangers[..4 + i % 3], wanted: Wanted::Nothing },
+            ];
+            session.step(&runs, Head::Logits).unwrap();
+            got.extend(bits(&session.logits()[logits_of(&model, 1)..]));
+        }
+        assert_eq!(got, want);
+    }
+}
+
+#[test]
+fn the_cpu_gives_the_bits_of_the_reference() {
+    for model in models() {
+        let tokens = &tokens(&model)[..7];
+        let reference: Arc<dyn Backend> = Arc::new(Reference::new());
+        assert_eq!(logits(&model, &best(), tokens, 7), logits(&model, &reference, tokens, 7));
+    }
+}
+
+#[test]
+fn forks_and_truncation_give_the_same_bits() {
+    let model = &models()[0];
+    let tokens = tokens(model);
+    let want = logits(model, &best(), &tokens, 128);
+    let vocab = logits_of(model, 1);
+    let mut session = session(model, &best(), &[]);
+    let first = session.add_sequence();
+    session
+        .step(&[Run { sequence: first, tokens: &tokens[..70], wanted: Wanted::Nothing }], Head::Logits)
+        .unwrap();
+    let fork = session.fork(first).unwrap();
+    // The first one goes elsewhere on the page that both share; the fork must not notice.
+    session
+        .step(&[Run { sequence: first, tokens: &[1, 2, 3], wanted: Wanted::Nothing }], Head::Logits)
+        .unwrap();
+    let rest = Run { sequence: fork, tokens: &tokens[70..], wanted: Wanted::Last };
+    session.step(&[rest], Head::Logits).unwrap();
+    assert_eq!(bits(session.logits()), want[want.len() - vocab..]);
+    // Back to where they were the same, and on as the fork did.
+    session.truncate(first, 70).unwrap();
+    session.step(&[Run { sequence: first, ..rest }], Head::Logits).unwrap();
+    assert_eq!(bits(session.logits()), want[want.len() - vocab..]);
+    session
+        .step(&[Run { sequence: fork, tokens: &tokens[..1], wanted: Wanted::Last }], Head::ArgMax)
+        .unwrap();
+    let arg_max = session.arg_max()[0];
+    session.truncate(fork, 83).unwrap();
+    session
+        .step(&[Run { sequence: fork, tokens: &tokens[..1], wanted: Wanted::Last }], Head::Logits)
+        .unwrap();
+    let best = session
+        .logits()
+        .iter()
+        .enumerate()
+        .fold((0, f32::MIN), |b, (i, &l)| if l > b.1 { (i, l) } else { b });
+    assert_eq!(best.0 as u32, arg_max);
+}
+
+/// Runs a program's whole step on the reference and returns its outputs.
+fn run(model: &Model, program: Program, tokens: &[u32]) -> Vec<Vec<u8>> {
+    let backend = Reference::new();
+    let program = Arc::new(program);
+    let n = tokens.len() as u32;
+    let mut plan = backend.prepare(&program, Limits { tokens: n, outputs: n }).unwrap();
+    let weights = Weights::load(model.gguf(), &program, &backend, &mut |_| {}).unwrap();
+    let alloc = |bytes, usage| backend.alloc(bytes, usage).unwrap();
+    let states: Vec<_> = program.states.iter().map(|s| alloc(2 * s.page_bytes(), Usage::State)).collect();
+    let bytes = |t: &halite::program::Tensor| 4 * u64::from(n) * u64::from(t.cols);
+    let io: Vec<_> = program.io.iter().map(|&id| alloc(bytes(program.tensor(id)), Usage::Io)).collect();
+    let spans = [Span { pages: &[1, 0], start: 0, len: n }];
+    let outputs: Vec<u32> = (0..n).collect();
+    let cancel = Cancel::default();
+    let step = Step { spans: &spans, tokens, outputs: &outputs, cancel: &cancel };
+    let bindings = Bindings { weights: &weights.buffers, states: &states, io: &io };
+    let ticket = plan.submit(&step, 0..program.segments.len(), &bindings).unwrap();
+    plan.wait(ticket).unwrap();
+    io.iter()
+        .map(|buffer| {
+            let mut out = vec![0; buffer.bytes() as usize];
+            backend.read(buffer, 0, &mut out).unwrap();
+            out
+        })
+        .collect()
+}
+
+#[test]
+fn fusion_never_changes_a_bit_and_can_be_undone() {
+    for model in models() {
+        let plain = model.program(ProgramOptions { kv_format: Format::F16 }).unwrap();
+        let fused = passes::fuse(&plain, Fusions::ALL);
+        fused.validate().unwrap();
+        let undone = passes::decompose(&fused);
+        undone.validate().unwrap();
+        let count = |p: &Program| p.ops().count();
+        assert!(count(&fused) < count(&plain), "nothing was fused");
+        assert_eq!(count(&undone), count(&plain));
+        let again = passes::fuse(&undone, Fusions::ALL);
+        assert_eq!(count(&again), count(&fused));
+        let tokens = &tokens(&model)[..3];
+        let want = run(&model, plain, tokens);
+        assert_eq!(run(&model, fused, tokens), want);
+        assert_eq!(run(&model, undone, tokens), want);
+    }
+}
+
+#[test]
+fn fusion_makes_the_forms_it_is_asked_for() {
+    let model = &models()[0];
+    let plain = model.program(ProgramOptions::default()).unwrap();
+    let ops = |fusions| {
+        let fused = passes::fuse(&plain, fusions);
+        fused.segments[1].ops.iter().map(|op| op.name()).collect::<Vec<_>>().join(" ")
+    };
+    assert_eq!(
+        ops(Fusions::default()),
+        "Norm MatMul MatMul MatMul Rope Rope KvWrite Attend MatMul Add Norm MatMul MatMul Glu MatMul Add"
+    );
+    assert_eq!(
+        ops(Fusions { shared_input: true, add_norm: true, ..Default::default() }),
+        "Norm MatMul Rope Rope KvWrite Attend MatMul Norm MatMul Glu MatMul Add"
+    );
+    assert_eq!(ops(Fusions::ALL), "Norm MatMul Rope Rope KvWrite Attend MatMul Norm MatMul MatMul");
+}
+
+#[test]
+fn a_tap_reads_any_result_and_changes_none() {
+    let model = &models()[0];
+    let tokens = tokens(model);
+    let want = logits(model, &best(), &tokens, 128);
+    let names = ["blk.0.attn_norm", "blk.1.glu", "blk.1.attn_residual", "output.norm"];
+    let mut tapped = session(model, &best(), &names);
+    let sequence = tapped.add_sequence();
+    tapped.step(&[Run { sequence, tokens: &tokens, wanted: Wanted::All }], Head::Logits).unwrap();
+    assert_eq!(bits(tapped.logits()), want);
+    let width = model.hparams().embedding_length as usize;
+    let norm = tapped.tap(0).unwrap();
+    assert_eq!(norm.len(), tokens.len() * width);
+    // A normalised row has a mean square of about one, times its weights.
+    assert!(norm.iter().all(|x| x.is_finite()) && norm.iter().any(|x| *x != 0.0));
+    let reference: Arc<dyn Backend> = Arc::new(Reference::new());
+    let mut other = session(model, &reference, &names);
+    let sequence = other.add_sequence();
+    other.step(&[Run { sequence, tokens: &tokens[..3], wanted: Wanted::All }], Head::Logits).unwrap();
+    for tap in 0..names.len() {
+        let (got, want) = (tapped.tap(tap).unwrap(), other.tap(tap).unwrap());
+        assert_eq!(bits(&got[..want.len()]), bits(&want), "{}", names[tap]);
+    }
+    let options = SessionOptions { taps: vec!["blk.9.nothing".into()], ..Default::default() };
+    assert!(matches!(Session::new(model, &best(), &options, &mut |_| {}), Err(Error::Argument { .. })));
+}
+
+#[test]
+fn steps_that_do_not_fit_are_errors_and_change_nothing() {
+    let model = &models()[0];
+    let vocab = model.hparams().vocab_size;
+    let mut session = session(model, &best(), &[]);
+    let sequence = session.add_sequence();
+    let other = session.add_sequence();
+    session.remove(other).unwrap();
+    let many = vec![1; 129];
+    fn run(sequence: SequenceId, tokens: &[u32]) -> Run<'_> {
+        Run { sequence, tokens, wanted: Wanted::Last }
+    }
+    let beyond = [vocab];
+    let cases: [&[Run<'_>]; 6] = [
+        &[],
+        &[run(sequence, &[])],
+        &[run(sequence, &many)],
+        &[run(sequence, &beyond)],
+        &[run(other, &[1])],
+        &[run(sequence, &[1]), run(sequence, &[1])],
+    ];
+    for runs in cases {
+        assert!(matches!(session.step(runs, Head::Logits), Err(Error::Argument { .. })), "{runs:?}");
+    }
+    for _ in 0..4 {
+        session.step(&[run(sequence, &many[..128])], Head::Logits).unwrap();
+    }
+    let error = session.step(&[run(sequence, &[1])], Head::Logits).unwrap_err();
+    assert!(matches!(error, Error::ContextFull { need: 513, have: 512 }), "{error}");
+    assert_eq!(session.len(sequence).unwrap(), 512);
+    session.truncate(sequence, 3).unwrap();
+    let cancel = session.cancel();
+    cancel.cancel();
+    assert!(matches!(session.step(&[run(sequence, &[1])], Head::Logits), Err(Error::Cancelled)));
+    assert_eq!(session.len(sequence).unwrap(), 3);
+    cancel.reset();
+    session.step(&[run(sequence, &[1])], Head::Logits).unwrap();
+    assert_eq!(session.len(sequence).unwrap(), 4);
+}
+
+#[test]
+fn scratch_memory_is_shared_but_never_between_inputs_and_outputs() {
+    for model in models() {
+        let program = passes::fuse(&model.program(ProgramOptions::default()).unwrap(), Fusions::ALL);
+        let layout = passes::liveness(&program);
+        assert!(layout.places.len() < 14, "{} places", layout.places.len());
+        for (_, op) in program.ops() {
+            let mut inputs = Vec::new();
+            op.inputs(&mut |id| inputs.extend(layout.place[id.0 as usize]));
+            op.outputs(&mut |id| {
+                let place = layout.place[id.0 as usize];
+                assert!(place.is_none_or(|p| !inputs.contains(&p)), "{}", op.name());
+                let dim = program.tensor(id).rows;
+                assert!(place.is_none_or(|p| layout.places[p].0 == dim && dim != Dim::Fixed(0)));
+            });
+            if let Op::Experts { x, out, .. } = op {
+                assert_ne!(layout.place[x.0 as usize], layout.place[out.0 as usize]);
+            }
+        }
+    }
+}
