@@ -24,7 +24,7 @@ pub fn fuse(program: &Program, fusions: Fusions) -> Program {
                 ops = fuse_pairs(ops, |a, b| glu(a, b, &internal));
             }
             if fusions.add_norm {
-                ops = fuse_pairs(ops, |a, b| add_norm(a, b));
+                ops = fuse_pairs(ops, add_norm);
             }
             if fusions.residual {
                 ops = fuse_pairs(ops, |a, b| residual(a, b, &internal));
@@ -103,7 +103,7 @@ fn glu(a: &Op, b: &Op, internal: &dyn Fn(TensorId) -> bool) -> Option<Op> {
 fn add_norm(a: &Op, b: &Op) -> Option<Op> {
     let Op::Add { a: left, b: right, out: added } = a else { return None };
     let Op::Norm { x, add: None, sum: None, weight, bias, out, kind, eps, group } = b else { return None };
-    (x == added).then(|| Op::Norm {
+    (x == added).then_some(Op::Norm {
         x: *left,
         add: Some(*right),
         sum: Some(*added),

@@ -152,7 +152,7 @@ impl Check<'_> {
         self.weight(id, experts, rows, cols, false)?;
         let format = self.t(id).format;
         if let Kind::Quantised { activation, .. } = format.kind()
-            && cols as usize % activation.block_len() != 0
+            && !(cols as usize).is_multiple_of(activation.block_len())
         {
             return Err(format!(
                 "weight `{}` of {}: rows of {cols} elements are not whole activation blocks of {}",

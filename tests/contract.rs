@@ -287,9 +287,9 @@ fn a_tap_reads_any_result_and_changes_none() {
     let mut other = session(model, &reference, &names);
     let sequence = other.add_sequence();
     other.step(&[Run { sequence, tokens: &tokens[..3], wanted: Wanted::All }], Head::Logits).unwrap();
-    for tap in 0..names.len() {
+    for (tap, name) in names.iter().enumerate() {
         let (got, want) = (tapped.tap(tap).unwrap(), other.tap(tap).unwrap());
-        assert_eq!(bits(&got[..want.len()]), bits(&want), "{}", names[tap]);
+        assert_eq!(bits(&got[..want.len()]), bits(&want), "{name}");
     }
     let options = SessionOptions { taps: vec!["blk.9.nothing".into()], ..Default::default() };
     assert!(matches!(Session::new(model, &best(), &options, &mut |_| {}), Err(Error::Argument { .. })));

@@ -84,9 +84,7 @@ pub trait Isa: Copy + Send + Sync + 'static {
     /// Converts, rounding to nearest even.
     fn to_f32(self, x: Self::I) -> Self::F;
     /// The float with these bits.
-    fn from_bits(self, x: Self::I) -> Self::F;
-    /// The bits of a float.
-    fn to_bits(self, x: Self::F) -> Self::I;
+    fn with_bits(self, x: Self::I) -> Self::F;
 
     /// `acc[lane] + Σ (codes[4 lane + i] - CODE_BIAS) · x[i] + CODE_BIAS · Σ x[i]` for i < 4: the dot of four code bytes
     /// of each lane with the four signed bytes of `x`. A caller that starts `acc` at `-CODE_BIAS · Σ x` gets the exact dot
@@ -232,12 +230,8 @@ impl Isa for Scalar {
         map1(x, |x| x as f32)
     }
     #[inline(always)]
-    fn from_bits(self, x: Self::I) -> Self::F {
+    fn with_bits(self, x: Self::I) -> Self::F {
         map1(x, |x| f32::from_bits(x as u32))
-    }
-    #[inline(always)]
-    fn to_bits(self, x: Self::F) -> Self::I {
-        map1(x, |x| x.to_bits() as i32)
     }
     #[inline(always)]
     fn dot4(self, acc: Self::I, codes: &[u8; 64], x: [i8; 4]) -> Self::I {
@@ -461,12 +455,8 @@ mod x86 {
             op!(pair(x, |x| _mm256_cvtepi32_ps(x)))
         }
         #[inline(always)]
-        fn from_bits(self, x: Self::I) -> Self::F {
+        fn with_bits(self, x: Self::I) -> Self::F {
             op!(pair(x, |x| _mm256_castsi256_ps(x)))
-        }
-        #[inline(always)]
-        fn to_bits(self, x: Self::F) -> Self::I {
-            op!(pair(x, |x| _mm256_castps_si256(x)))
         }
         #[inline(always)]
         fn dot4(self, acc: Self::I, codes: &[u8; 64], x: [i8; 4]) -> Self::I {
@@ -647,12 +637,8 @@ mod x86 {
             op!(_mm512_cvtepi32_ps(x))
         }
         #[inline(always)]
-        fn from_bits(self, x: Self::I) -> Self::F {
+        fn with_bits(self, x: Self::I) -> Self::F {
             op!(_mm512_castsi512_ps(x))
-        }
-        #[inline(always)]
-        fn to_bits(self, x: Self::F) -> Self::I {
-            op!(_mm512_castps_si512(x))
         }
         #[inline(always)]
         fn dot4(self, acc: Self::I, codes: &[u8; 64], x: [i8; 4]) -> Self::I {

@@ -2,6 +2,7 @@
 //!
 //! Polynomials are those of the Cephes library (S. Moshier): `expf`, `sinf`, `cosf`, `tanhf`.
 
+use crate::formats::{F16, Plain};
 use crate::isa::Isa;
 
 /// `a * b + c`, rounded once, on CPUs without the instruction.
@@ -29,13 +30,13 @@ pub fn fma(a: f32, b: f32, c: f32) -> f32 {
 /// Half precision to single, exactly.
 #[inline(always)]
 pub fn f16_to_f32(bits: u16) -> f32 {
-    half::f16::from_bits(bits).to_f32()
+    F16::from_bits(bits).value()
 }
 
 /// Single to half precision, rounded to nearest even.
 #[inline(always)]
 pub fn f32_to_f16(x: f32) -> u16 {
-    half::f16::from_f32(x).to_bits()
+    F16::from_f32(x).to_bits()
 }
 
 /// The nearest integer, ties to even; what x86 gives outside the range of i32.
@@ -100,7 +101,7 @@ pub fn exp<I: Isa>(isa: I, x: I::F) -> I::F {
     let c = [1.987_569_1e-4, 1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 5.0e-1];
     let p = polynomial(isa, r, c);
     let y = isa.add(isa.fma(p, isa.mul(r, r), r), isa.splat(1.0));
-    let scale = isa.from_bits(isa.shl_i::<23>(isa.add_i(n, isa.splat_i(127))));
+    let scale = isa.with_bits(isa.shl_i::<23>(isa.add_i(n, isa.splat_i(127))));
     let y = isa.mul(y, scale);
     let y = isa.select_gt(x, high, isa.splat(f32::INFINITY), y);
     isa.select_gt(x, low, y, isa.splat(0.0))
@@ -121,7 +122,7 @@ pub fn tanh<I: Isa>(isa: I, x: I::F) -> I::F {
     let far = isa.sub(one, isa.div(two, isa.add(exp(isa, isa.add(z, z)), one)));
     let far = isa.select_gt(zero, x, isa.sub(zero, far), far);
     let s = isa.mul(x, x);
-    let c = [-5.704_988_7e-3, 2.063_908_9e-2, -5.373_971_6e-2, 1.333_144_2e-1, -3.333_328_2e-1];
+    let c = [-5.704_988_7e-3, 2.063_909e-2, -5.373_971_6e-2, 1.333_144_2e-1, -3.333_328e-1];
     let near = isa.fma(isa.mul(polynomial(isa, s, c), s), x, x);
     isa.select_gt(isa.splat(0.625), z, near, far)
 }

@@ -154,7 +154,7 @@ impl Pool {
         (b, b_cols): (&mut [B], usize),
         (c, c_cols): (&mut [C], usize),
         grain: usize,
-        task: &(dyn Fn(usize, &mut [A], &mut [B], &mut [C]) + Sync),
+        task: &Task3<'_, A, B, C>,
     ) {
         let (a, b, c) =
             (Rows::new(a, a_cols, grain), Rows::new(b, b_cols, grain), Rows::new(c, c_cols, grain));
@@ -198,6 +198,9 @@ impl<'a, T> Rows<'a, T> {
         unsafe { std::slice::from_raw_parts_mut(self.start.add(first * self.cols), rows * self.cols) }
     }
 }
+
+/// A task on runs of three matrices: the first row's number, and the rows.
+type Task3<'a, A, B, C> = dyn Fn(usize, &mut [A], &mut [B], &mut [C]) + Sync + 'a;
 
 struct SharedPanels<'a, 'b>(&'a [PanelMut<'b>]);
 

@@ -232,8 +232,9 @@ fn attend(
     out: &mut [f32],
 ) {
     let mut state: Option<(f32, f32, Vec<f32>)> = None;
-    for chunk in first / CHUNK..end.div_ceil(CHUNK) {
-        let page = table[chunk] as usize * shape.elements();
+    let chunks = first / CHUNK..end.div_ceil(CHUNK);
+    for (chunk, page) in table.iter().enumerate().take(chunks.end).skip(chunks.start) {
+        let page = *page as usize * shape.elements();
         let keys = page + kv_head * shape.key_dim * CHUNK;
         let values = page + (shape.kv_heads * shape.key_dim + kv_head * shape.value_dim) * CHUNK;
         let valid = |j: &usize| (first..end).contains(&(chunk * CHUNK + j));

@@ -13,7 +13,7 @@ use super::{
 };
 use crate::error::{Error, Result};
 use crate::map::Region;
-use crate::program::Program;
+use crate::program::{Op, Program};
 
 /// The template's name, in one place.
 const NAME: &str = "template";
@@ -117,6 +117,13 @@ struct TemplatePlan {
     submitted: u64,
 }
 
+impl TemplatePlan {
+    /// Queues an op's commands. `prepare` has refused every op that `supports` does not answer for.
+    fn queue(&mut self, op: &Op) -> Result<()> {
+        Err(error(&format!("{} is not written", op.name())))
+    }
+}
+
 impl Plan for TemplatePlan {
     fn submit(
         &mut self,
@@ -124,14 +131,13 @@ impl Plan for TemplatePlan {
         segments: Range<usize>,
         _bindings: &Bindings<'_>,
     ) -> Result<Ticket> {
-        for segment in self.program.segments.get(segments).unwrap_or(&[]) {
-            for op in &segment.ops {
-                if step.cancel.is_cancelled() {
-                    return Err(Error::Cancelled);
-                }
-                // Queue the op's commands. `prepare` has refused every op that `supports` does not answer for.
-                return Err(error(&format!("{} is not written", op.name())));
+        let program = self.program.clone();
+        let ops = program.segments.get(segments).unwrap_or(&[]).iter().flat_map(|segment| &segment.ops);
+        for op in ops {
+            if step.cancel.is_cancelled() {
+                return Err(Error::Cancelled);
             }
+            self.queue(op)?;
         }
         self.submitted += 1;
         Ok(Ticket(self.submitted))

@@ -183,13 +183,15 @@ impl Gguf {
     /// An unsigned integer of any width, or a signed one that is not negative; `None` if absent.
     ///
     /// # Errors
-    /// [`GgufError::ValueType`] if the value is of another type.
+    /// [`GgufError::ValueType`] if the value is of another type, [`GgufError::Invalid`] if it is negative.
     pub fn optional_u64(&self, key: &str) -> Result<Option<u64>> {
         let Some((value, bytes)) = self.value(key) else { return Ok(None) };
-        match (value.array_len, integer(value.kind, bytes)) {
-            (None, Some(v)) => u64::try_from(v)
-                .map(Some)
-                .map_err(|_| self.wrong_type(key, "an integer that is not negative", value)),
+        match (value.array_len, integer(value.kind, bytes).filter(|_| value.kind != ValueType::Bool)) {
+            (None, Some(v)) => u64::try_from(v).map(Some).map_err(|_| {
+                let (what, at) = (format!("key `{key}`"), value.bytes.start as u64);
+                let (expected, got) = ("an integer that is not negative", v.to_string());
+                gguf_error(self.path(), GgufError::Invalid { what, at, expected, got })
+            }),
             _ => Err(self.wrong_type(key, "an integer", value)),
         }
     }
@@ -311,7 +313,7 @@ impl Gguf {
                     what: format!("key `{key}`"),
                     at: value.bytes.start as u64,
                     expected: "one value of 0 to 2^32 - 1 for each layer",
-                    got: format!("{} values", value.array_len.unwrap_or(0)),
+                    got: self.display_value(value),
                 },
             )),
         }

@@ -389,12 +389,12 @@ impl Unplaced<'_> {
         let bytes = (elements / self.format.block_len() as u64)
             .checked_mul(self.format.block_bytes() as u64)
             .ok_or_else(|| shape_error("more than 2^64 bytes".into()))?;
-        if self.offset % alignment != 0 {
+        if !self.offset.is_multiple_of(alignment) {
             return Err(GgufError::Invalid {
                 what: format!("offset of tensor `{}`", self.name),
                 at: self.at,
                 expected: "a multiple of the alignment",
-                got: self.offset.to_string(),
+                got: format!("{} (alignment {alignment})", self.offset),
             });
         }
         let start = data_start.checked_add(self.offset);

@@ -382,7 +382,8 @@ impl Detokenizer {
             done += chunk.valid().len();
             // A sequence that is only cut short may be completed by the next token.
             let at_end = done + invalid.len() == self.pending.len();
-            if !invalid.is_empty() && !(at_end && is_incomplete(invalid)) {
+            let waits = at_end && is_incomplete(invalid);
+            if !invalid.is_empty() && !waits {
                 out.push(char::REPLACEMENT_CHARACTER);
                 done += invalid.len();
             }
