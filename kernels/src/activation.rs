@@ -35,7 +35,7 @@ pub struct Quantised<'a> {
     pub sums: &'a [i32],
 }
 
-/// Where [`quantise`] writes; lengths as in [`Quantised`].
+/// Where [`Quantise`] writes; lengths as in [`Quantised`].
 #[derive(Debug)]
 pub struct QuantisedMut<'a> {
     /// Codes.

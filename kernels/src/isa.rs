@@ -91,8 +91,11 @@ pub trait Isa: Copy + Send + Sync + 'static {
     /// of signed codes.
     fn dot4(self, acc: Self::I, codes: &[u8; 64], x: [i8; 4]) -> Self::I;
 
-    /// The sixteen sums, in order, of products of 16 adjacent pairs: `out[g] = Σ codes[16 g + i] · x[16 g + i]`.
-    fn dot16(self, codes: &[i8; 256], x: &[i8; 256]) -> Self::I;
+    /// The sixteen sums, in order, of products of 16 adjacent pairs: `out[g] = Σ codes[16 g + i] · x[16 g + i]`, where
+    /// `sums[g] = Σ x[16 g + i]`.
+    fn dot16(self, codes: &[i8; 256], x: &[i8; 256], sums: &[i32; 16]) -> Self::I;
+    /// In both lanes of each adjacent pair their sum.
+    fn add_pairs(self, x: Self::I) -> Self::I;
 }
 
 /// Plain scalar code: what every CPU can run.
@@ -242,9 +245,13 @@ impl Isa for Scalar {
         })
     }
     #[inline(always)]
-    fn dot16(self, codes: &[i8; 256], x: &[i8; 256]) -> Self::I {
+    fn dot16(self, codes: &[i8; 256], x: &[i8; 256], _: &[i32; 16]) -> Self::I {
         let (codes, x) = (codes.as_chunks::<16>().0, x.as_chunks::<16>().0);
         core::array::from_fn(|g| (0..16).map(|i| i32::from(codes[g][i]) * i32::from(x[g][i])).sum())
+    }
+    #[inline(always)]
+    fn add_pairs(self, x: Self::I) -> Self::I {
+        core::array::from_fn(|i| x[i] + x[i ^ 1])
     }
 }
 
@@ -469,7 +476,7 @@ mod x86 {
             })
         }
         #[inline(always)]
-        fn dot16(self, codes: &[i8; 256], x: &[i8; 256]) -> Self::I {
+        fn dot16(self, codes: &[i8; 256], x: &[i8; 256], _: &[i32; 16]) -> Self::I {
             let (c, x) = (codes.as_ptr().cast::<__m256i>(), x.as_ptr().cast::<__m256i>());
             op!({
                 // Each vector holds two groups, one a 128-bit lane; two levels of pairwise sums leave group 2i + lane.
@@ -489,6 +496,10 @@ mod x86 {
                 }
                 out
             })
+        }
+        #[inline(always)]
+        fn add_pairs(self, x: Self::I) -> Self::I {
+            op!(pair(x, |x| _mm256_add_epi32(x, _mm256_shuffle_epi32::<0b10_11_00_01>(x))))
         }
     }
 
@@ -648,7 +659,7 @@ mod x86 {
             })
         }
         #[inline(always)]
-        fn dot16(self, codes: &[i8; 256], x: &[i8; 256]) -> Self::I {
+        fn dot16(self, codes: &[i8; 256], x: &[i8; 256], x_sums: &[i32; 16]) -> Self::I {
             let (c, x) = (codes.as_ptr().cast::<__m512i>(), x.as_ptr().cast::<__m512i>());
             op!({
                 let bias = _mm512_set1_epi8(-128);
@@ -657,9 +668,7 @@ mod x86 {
                 for (i, dot) in dots.iter_mut().enumerate() {
                     let x = _mm512_loadu_si512(x.add(i));
                     let biased = _mm512_xor_si512(_mm512_loadu_si512(c.add(i)), bias);
-                    // The bias is taken out again with a second dot, of the activations with -128 read as unsigned.
-                    let excess = _mm512_dpbusd_epi32(zero, bias, x);
-                    *dot = _mm512_sub_epi32(_mm512_dpbusd_epi32(zero, biased, x), excess);
+                    *dot = _mm512_dpbusd_epi32(zero, biased, x);
                 }
                 let low = _mm512_add_epi32(
                     _mm512_unpacklo_epi32(dots[0], dots[1]),
@@ -673,8 +682,14 @@ mod x86 {
                 let sums =
                     _mm512_add_epi32(_mm512_unpacklo_epi64(low, high), _mm512_unpackhi_epi64(low, high));
                 let order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-                _mm512_permutexvar_epi32(order, sums)
+                // The bias is taken out again: 128 for each activation.
+                let excess = _mm512_slli_epi32::<7>(_mm512_loadu_si512(x_sums.as_ptr().cast()));
+                _mm512_sub_epi32(_mm512_permutexvar_epi32(order, sums), excess)
             })
+        }
+        #[inline(always)]
+        fn add_pairs(self, x: Self::I) -> Self::I {
+            op!(_mm512_add_epi32(x, _mm512_shuffle_epi32::<0b10_11_00_01>(x)))
         }
     }
 }

@@ -153,21 +153,33 @@ fn unpack_chunk<Q: Quantised>(row: &[Q], c: usize, out: &mut Unpacked) -> usize 
     }
     if blocks.len() < per_chunk {
         *out = Unpacked::ZERO;
-    }
-    let mut one = Unpacked::ZERO;
-    let (subs, groups) = (Q::LEN / 16, Q::LEN / Q::GROUP);
-    for (i, block) in blocks.iter().enumerate() {
-        block.unpack(&mut one);
-        out.codes[i * Q::LEN..(i + 1) * Q::LEN].copy_from_slice(&one.codes[..Q::LEN]);
-        out.d[i * groups..(i + 1) * groups].copy_from_slice(&one.d[..groups]);
-        out.sub[i * subs..(i + 1) * subs].copy_from_slice(&one.sub[..subs]);
-        if Q::HAS_MIN {
-            out.m[i * groups..(i + 1) * groups].copy_from_slice(&one.m[..groups]);
-            out.mins[i * subs..(i + 1) * subs].copy_from_slice(&one.mins[..subs]);
+        for (i, block) in blocks.iter().enumerate() {
+            unpack_at(block, i, out);
+        }
+    } else {
+        for i in 0..per_chunk {
+            unpack_at(&blocks[i], i, out);
         }
     }
     blocks.len() * Q::LEN
 }
+
+/// Unpacks a short block to its place in a chunk.
+#[inline(always)]
+fn unpack_at<Q: Quantised>(block: &Q, i: usize, out: &mut Unpacked) {
+    let mut one = Unpacked::ZERO;
+    block.unpack(&mut one);
+    let groups = Q::LEN / Q::GROUP;
+    // Formats of short blocks have no integer sub-scales: `sub` and `mins` are ones, which nobody reads.
+    out.codes[i * Q::LEN..(i + 1) * Q::LEN].copy_from_slice(&one.codes[..Q::LEN]);
+    out.d[i * groups..(i + 1) * groups].copy_from_slice(&one.d[..groups]);
+    if Q::HAS_MIN {
+        out.m[i * groups..(i + 1) * groups].copy_from_slice(&one.m[..groups]);
+    }
+}
+
+/// Rows that are computed side by side, so that one's chain of multiply-adds hides the other's.
+const ROWS: usize = 2;
 
 /// Row by row, for a few tokens.
 #[inline(always)]
@@ -179,51 +191,80 @@ fn rows<I: Isa, Q: Quantised>(
     tokens: usize,
     mut out: PanelMut<'_>,
 ) {
-    let mut chunk = Unpacked::ZERO;
-    for (r, row) in w.chunks_exact(row_blocks).enumerate().take(out.cols()) {
-        let mut acc = [0.0f32; FEW_TOKENS];
+    let count = (w.len() / row_blocks).min(out.cols());
+    let mut chunks = [Unpacked::ZERO; ROWS];
+    for first in (0..count).step_by(ROWS) {
+        let here = (count - first).min(ROWS);
+        let mut acc = [[0.0f32; ROWS]; FEW_TOKENS];
         for c in 0..x.k.div_ceil(CHUNK) {
-            let len = unpack_chunk(row, c, &mut chunk);
-            for (t, acc) in acc.iter_mut().enumerate().take(tokens) {
-                *acc = with_x::<Q, _>(
+            let mut len = 0;
+            for r in 0..here {
+                len = unpack_chunk(&w[(first + r) * row_blocks..][..row_blocks], c, &mut chunks[r]);
+            }
+            for t in 0..tokens {
+                acc[t] = with_x::<Q, _>(
                     &x,
                     t,
                     c,
                     #[inline(always)]
-                    |x| dot_chunk::<I, Q>(isa, &chunk, &x, len, *acc),
+                    |x| dot_chunk::<I, Q>(isa, &chunks, &x, len, acc[t]),
                 );
             }
         }
-        for (t, acc) in acc.iter().enumerate().take(tokens) {
-            out.row(t)[r] = *acc;
+        for t in 0..tokens {
+            out.row(t)[first..first + here].copy_from_slice(&acc[t][..here]);
         }
     }
 }
 
-/// `acc` and the dot of one unpacked chunk with one token's.
+/// `acc` and the dots of some rows' unpacked chunk with one token's.
 #[inline(always)]
-fn dot_chunk<I: Isa, Q: Quantised>(isa: I, w: &Unpacked, x: &XChunk<'_>, len: usize, mut acc: f32) -> f32 {
-    let sums = isa.mul_i(isa.dot16(&w.codes, x.codes), isa.load_i16(&w.sub));
-    let mins = |mins: &[i16; 16]| isa.mul_i(isa.load_i16(mins), isa.load_i(x.sums));
+fn dot_chunk<I: Isa, Q: Quantised>(
+    isa: I,
+    w: &[Unpacked; ROWS],
+    x: &XChunk<'_>,
+    len: usize,
+    mut acc: [f32; ROWS],
+) -> [f32; ROWS] {
     if Q::GROUP == CHUNK {
-        acc = isa.fma_one(isa.sum_i(sums) as f32, w.d[0] * x.scales[0], acc);
-        if Q::HAS_MIN {
-            acc = isa.fma_one(isa.sum_i(mins(&w.mins)) as f32, w.m[0] * x.scales[0], acc);
+        let scale = x.scales[0];
+        for r in 0..ROWS {
+            let sums = isa.mul_i(isa.dot16(&w[r].codes, x.codes, x.sums), isa.load_i16(&w[r].sub));
+            acc[r] = isa.fma_one(isa.sum_i(sums) as f32, w[r].d[0] * scale, acc[r]);
+            if Q::HAS_MIN {
+                let mins = isa.mul_i(isa.load_i16(&w[r].mins), isa.load_i(x.sums));
+                acc[r] = isa.fma_one(isa.sum_i(mins) as f32, w[r].m[0] * scale, acc[r]);
+            }
         }
         return acc;
     }
-    let (mut sum, mut min) = ([0; 16], [0; 16]);
-    isa.store_i(sums, &mut sum);
+    // Sums of 16 become sums of a group: the same for 16, of adjacent pairs for 32.
+    let grouped = |sums: I::I| isa.to_f32(if Q::GROUP == 32 { isa.add_pairs(sums) } else { sums });
+    let step = Q::GROUP / 16;
+    let mut sums = [[0.0; 16]; ROWS];
+    let mut scales = [[0.0; 16]; ROWS];
+    let mut min_sums = [0.0; 16];
+    let mut min_scales = [[0.0; 16]; ROWS];
     if Q::HAS_MIN {
-        isa.store_i(mins(&w.mins), &mut min);
+        isa.store(grouped(isa.load_i(x.sums)), &mut min_sums);
     }
-    let width = Q::GROUP / 16;
-    for g in 0..len / Q::GROUP {
-        let total = |x: &[i32; 16]| x[g * width..(g + 1) * width].iter().sum::<i32>() as f32;
-        let scale = x.scales[g * Q::GROUP / Q::ACTIVATION.block_len()];
-        acc = isa.fma_one(total(&sum), w.d[g] * scale, acc);
-        if Q::HAS_MIN {
-            acc = isa.fma_one(total(&min), w.m[g] * scale, acc);
+    let groups = len / Q::GROUP;
+    for r in 0..ROWS {
+        isa.store(grouped(isa.dot16(&w[r].codes, x.codes, x.sums)), &mut sums[r]);
+        for g in 0..groups {
+            let scale = x.scales[g * Q::GROUP / Q::ACTIVATION.block_len()];
+            scales[r][g] = w[r].d[g] * scale;
+            if Q::HAS_MIN {
+                min_scales[r][g] = w[r].m[g] * scale;
+            }
+        }
+    }
+    for g in 0..groups {
+        for r in 0..ROWS {
+            acc[r] = isa.fma_one(sums[r][g * step], scales[r][g], acc[r]);
+            if Q::HAS_MIN {
+                acc[r] = isa.fma_one(min_sums[g * step], min_scales[r][g], acc[r]);
+            }
         }
     }
     acc
@@ -298,12 +339,19 @@ fn interleave<I: Isa, Q: Quantised>(chunk: &Unpacked, lane: usize, tile: &mut Ti
         let biased = four.map(|c| (c as u8) ^ I::CODE_BIAS);
         codes[4 * lane..4 * lane + 4].copy_from_slice(&biased);
     }
-    for g in 0..16 {
+    for g in 0..CHUNK / Q::GROUP {
         tile.d[g][lane] = chunk.d[g];
-        tile.sub[g][lane] = chunk.sub[g].into();
         if Q::HAS_MIN {
             tile.m[g][lane] = chunk.m[g];
-            tile.mins[g][lane] = chunk.mins[g].into();
+        }
+    }
+    // Only formats with one f32 scale for 256 have integer sub-scales.
+    if Q::GROUP == CHUNK {
+        for g in 0..16 {
+            tile.sub[g][lane] = chunk.sub[g].into();
+            if Q::HAS_MIN {
+                tile.mins[g][lane] = chunk.mins[g].into();
+            }
         }
     }
 }
@@ -340,11 +388,11 @@ fn tile_dot<I: Isa, Q: Quantised>(
             }
         }
         for i in 0..TILE_TOKENS {
-            // Only formats with one f32 scale for 256 have integer sub-scales.
             let scaled = if Q::GROUP == CHUNK { isa.mul_i(dot[i], isa.load_i(&tile.sub[g])) } else { dot[i] };
             group[i] = isa.add_i(group[i], scaled);
             if Q::HAS_MIN {
-                let min = isa.mul_i(isa.load_i(&tile.mins[g]), isa.splat_i(sums[i][g]));
+                let sum = isa.splat_i(sums[i][g]);
+                let min = if Q::GROUP == CHUNK { isa.mul_i(isa.load_i(&tile.mins[g]), sum) } else { sum };
                 group_min[i] = isa.add_i(group_min[i], min);
             }
         }

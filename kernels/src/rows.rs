@@ -170,7 +170,12 @@ impl WithIsa for Map<'_> {
     type Out = ();
     #[inline(always)]
     fn call<I: Isa>(self, isa: I) {
-        each16([self.x], self.out, |[x], out| isa.store(unary(isa, self.f, isa.load(x)), out));
+        each16(
+            [self.x],
+            self.out,
+            #[inline(always)]
+            |[x], out| isa.store(unary(isa, self.f, isa.load(x)), out),
+        );
     }
 }
 
@@ -191,9 +196,14 @@ impl WithIsa for Glu<'_> {
     type Out = ();
     #[inline(always)]
     fn call<I: Isa>(self, isa: I) {
-        each16([self.gate, self.up], self.out, |[g, u], out| {
-            isa.store(gate(isa, self.f, isa.load(g), isa.load(u)), out);
-        });
+        each16(
+            [self.gate, self.up],
+            self.out,
+            #[inline(always)]
+            |[g, u], out| {
+                isa.store(gate(isa, self.f, isa.load(g), isa.load(u)), out);
+            },
+        );
     }
 }
 
@@ -212,7 +222,12 @@ impl WithIsa for Add<'_> {
     type Out = ();
     #[inline(always)]
     fn call<I: Isa>(self, isa: I) {
-        each16([self.a, self.b], self.out, |[a, b], out| isa.store(isa.add(isa.load(a), isa.load(b)), out));
+        each16(
+            [self.a, self.b],
+            self.out,
+            #[inline(always)]
+            |[a, b], out| isa.store(isa.add(isa.load(a), isa.load(b)), out),
+        );
     }
 }
 
@@ -270,31 +285,82 @@ impl WithIsa for Norm<'_> {
     fn call<I: Isa>(self, isa: I) {
         let n = self.x.len() as f32;
         let zero = isa.splat(0.0);
-        let mean =
-            if self.centred { isa.sum(fold16(isa, self.x, zero, |acc, x| isa.add(acc, x))) / n } else { 0.0 };
+        let mean = if self.centred {
+            isa.sum(fold16(
+                isa,
+                self.x,
+                zero,
+                #[inline(always)]
+                |acc, x| isa.add(acc, x),
+            )) / n
+        } else {
+            0.0
+        };
         let (mean_v, out) = (isa.splat(mean), self.out);
         let squares = if self.centred {
             // The padding of the last run must stay zero, so the centred values are stored first.
-            each16([self.x], out, |[x], out| isa.store(isa.sub(isa.load(x), mean_v), out));
-            isa.sum(fold16(isa, out, zero, |acc, x| isa.fma(x, x, acc)))
+            each16(
+                [self.x],
+                out,
+                #[inline(always)]
+                |[x], out| isa.store(isa.sub(isa.load(x), mean_v), out),
+            );
+            isa.sum(fold16(
+                isa,
+                out,
+                zero,
+                #[inline(always)]
+                |acc, x| isa.fma(x, x, acc),
+            ))
         } else {
-            isa.sum(fold16(isa, self.x, zero, |acc, x| isa.fma(x, x, acc)))
+            isa.sum(fold16(
+                isa,
+                self.x,
+                zero,
+                #[inline(always)]
+                |acc, x| isa.fma(x, x, acc),
+            ))
         };
         let scale = isa.splat(1.0 / math::sqrt(squares / n + self.eps));
-        let scaled = |x: &[f32; 16]| isa.mul(isa.sub(isa.load(x), mean_v), scale);
         match (self.weight, self.bias) {
-            (None, None) => each16([self.x], out, |[x], out| isa.store(scaled(x), out)),
+            (None, None) => each16(
+                [self.x],
+                out,
+                #[inline(always)]
+                |[x], out| isa.store(normalised(isa, x, mean_v, scale), out),
+            ),
             (Some(w), None) => {
-                each16([self.x, w], out, |[x, w], out| isa.store(isa.mul(scaled(x), isa.load(w)), out));
+                each16(
+                    [self.x, w],
+                    out,
+                    #[inline(always)]
+                    |[x, w], out| isa.store(isa.mul(normalised(isa, x, mean_v, scale), isa.load(w)), out),
+                );
             }
             (None, Some(b)) => {
-                each16([self.x, b], out, |[x, b], out| isa.store(isa.add(scaled(x), isa.load(b)), out));
+                each16(
+                    [self.x, b],
+                    out,
+                    #[inline(always)]
+                    |[x, b], out| isa.store(isa.add(normalised(isa, x, mean_v, scale), isa.load(b)), out),
+                );
             }
-            (Some(w), Some(b)) => each16([self.x, w, b], out, |[x, w, b], out| {
-                isa.store(isa.fma(scaled(x), isa.load(w), isa.load(b)), out);
-            }),
+            (Some(w), Some(b)) => each16(
+                [self.x, w, b],
+                out,
+                #[inline(always)]
+                |[x, w, b], out| {
+                    isa.store(isa.fma(normalised(isa, x, mean_v, scale), isa.load(w), isa.load(b)), out);
+                },
+            ),
         }
     }
+}
+
+/// Sixteen elements, centred and scaled.
+#[inline(always)]
+fn normalised<I: Isa>(isa: I, x: &[f32; 16], mean: I::F, scale: I::F) -> I::F {
+    isa.mul(isa.sub(isa.load(x), mean), scale)
 }
 
 /// A kernel: rotates the pairs of every head of one token by `position · frequency`.
@@ -379,7 +445,13 @@ impl WithIsa for Softmax<'_> {
             isa.store(math::exp(isa, isa.sub(isa.splat(*x), max)), &mut lanes);
             *x = lanes[0];
         }
-        let sum = isa.sum(fold16(isa, self.x, isa.splat(0.0), |acc, x| isa.add(acc, x)));
+        let sum = isa.sum(fold16(
+            isa,
+            self.x,
+            isa.splat(0.0),
+            #[inline(always)]
+            |acc, x| isa.add(acc, x),
+        ));
         for x in self.x.iter_mut() {
             *x /= sum;
         }

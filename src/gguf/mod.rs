@@ -10,7 +10,8 @@ use halite_kernels::formats::Format;
 
 pub(crate) use parse::printable;
 pub use parse::{
-    GgufError, Header, MAX_ALIGNMENT, MAX_KEY_BYTES, MAX_NAME_BYTES, TensorRecord, Value, ValueType, parse,
+    GgufError, Header, MAX_ALIGNMENT, MAX_ENTRIES, MAX_KEY_BYTES, MAX_NAME_BYTES, TensorRecord, Value,
+    ValueType, parse,
 };
 
 use crate::error::{Error, Result};

@@ -13,6 +13,8 @@ use halite_kernels::formats::{Format, UnknownFormat};
 pub const MAX_KEY_BYTES: u64 = 65_535;
 /// Longest accepted tensor name, in bytes (the format's own limit).
 pub const MAX_NAME_BYTES: u64 = 64;
+/// Most accepted metadata entries.
+pub const MAX_ENTRIES: u64 = 65_536;
 /// Largest accepted `general.alignment`, in bytes.
 pub const MAX_ALIGNMENT: u64 = 1 << 20;
 const DEFAULT_ALIGNMENT: u64 = 32;
@@ -256,8 +258,8 @@ pub fn parse(file: &[u8]) -> Result<Header, GgufError> {
     }
     let tensor_count = r.u64("tensor count")?;
     let entry_count = r.u64("metadata count")?;
-    r.check_count("metadata count", 16, entry_count, MIN_ENTRY_BYTES)?;
-    r.check_count("tensor count", 8, tensor_count, MIN_TENSOR_BYTES)?;
+    r.check_count("metadata count", 16, entry_count, MIN_ENTRY_BYTES, MAX_ENTRIES)?;
+    r.check_count("tensor count", 8, tensor_count, MIN_TENSOR_BYTES, u64::MAX)?;
 
     let mut metadata = Vec::new();
     let mut seen = HashSet::new();
@@ -455,9 +457,16 @@ impl<'a> Reader<'a> {
         self.array(what).map(u64::from_le_bytes)
     }
 
-    /// Refuses a count whose smallest possible content is longer than the rest of the file.
-    fn check_count(&self, what: &str, at: u64, count: u64, each_bytes: u64) -> Result<(), GgufError> {
-        let limit = self.remaining() / each_bytes.max(1);
+    /// Refuses a count above `most`, or whose smallest possible content is longer than the rest of the file.
+    fn check_count(
+        &self,
+        what: &str,
+        at: u64,
+        count: u64,
+        each_bytes: u64,
+        most: u64,
+    ) -> Result<(), GgufError> {
+        let limit = most.min(self.remaining() / each_bytes.max(1));
         if count > limit {
             return Err(GgufError::TooLarge { what: what.into(), at, limit, got: count });
         }
@@ -521,7 +530,8 @@ impl<'a> Reader<'a> {
         }
         let at = self.at as u64;
         let len = self.u64("array length")?;
-        self.check_count(&format!("array length of key `{key}`"), at, len, kind.bytes().unwrap_or(8) as u64)?;
+        let what = format!("array length of key `{key}`");
+        self.check_count(&what, at, len, kind.bytes().unwrap_or(8) as u64, u64::MAX)?;
         let bytes = self.values(key, kind, len)?;
         Ok(Value { kind, array_len: Some(len as usize), bytes })
     }

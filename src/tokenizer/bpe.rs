@@ -4,6 +4,7 @@
 use std::collections::{BinaryHeap, HashMap};
 
 use super::pretokenize::Pretokenizer;
+use super::vocabulary::Vocabulary;
 use crate::error::{Error, Result};
 use crate::gguf::{Strings, printable};
 
@@ -22,12 +23,8 @@ pub(super) struct Bpe {
 }
 
 impl Bpe {
-    pub(super) fn new(
-        pre: Pretokenizer,
-        list: Strings<'_>,
-        by_text: &HashMap<Box<[u8]>, u32>,
-    ) -> Result<Bpe> {
-        let mut merges = HashMap::with_capacity(list.len());
+    pub(super) fn new(pre: Pretokenizer, list: Strings<'_>, vocabulary: &Vocabulary) -> Result<Bpe> {
+        let mut merges = HashMap::new();
         let mut joined = Vec::new();
         for (rank, merge) in list.iter().enumerate() {
             let bad = |why: &str| {
@@ -40,23 +37,21 @@ impl Bpe {
             joined.clear();
             joined.extend_from_slice(left);
             joined.extend_from_slice(right);
-            let id = |text: &[u8]| {
-                by_text.get(text).copied().ok_or_else(|| bad("a part is not in the vocabulary"))
-            };
+            let id = |text: &[u8]| vocabulary.id(text).ok_or_else(|| bad("a part is not in the vocabulary"));
             merges.entry((id(left)?, id(right)?)).or_insert((rank as u32, id(&joined)?));
         }
         let chars = Box::new(byte_chars());
-        let token = |b: usize| by_text.get(chars[b].encode_utf8(&mut [0; 4]).as_bytes()).copied();
+        let token = |b: usize| vocabulary.id(chars[b].encode_utf8(&mut [0; 4]).as_bytes());
         let bytes = Box::new(std::array::from_fn(token));
         let byte_of = chars.iter().enumerate().map(|(b, &c)| (c, b as u8)).collect();
         Ok(Bpe { pre, merges, chars, bytes, byte_of })
     }
 
-    pub(super) fn encode(&self, text: &str, by_text: &HashMap<Box<[u8]>, u32>, out: &mut Vec<u32>) {
+    pub(super) fn encode(&self, text: &str, vocabulary: &Vocabulary, out: &mut Vec<u32>) {
         self.pre.split(text, &mut |word| {
             if self.pre.ignore_merges {
                 let written: String = word.bytes().map(|b| self.chars[b as usize]).collect();
-                if let Some(&id) = by_text.get(written.as_bytes()) {
+                if let Some(id) = vocabulary.id(written.as_bytes()) {
                     return out.push(id);
                 }
             }

@@ -4,14 +4,16 @@
 mod bpe;
 mod pretokenize;
 mod spm;
+mod vocabulary;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::sync::OnceLock;
 
 use aho_corasick::{AhoCorasick, AhoCorasickKind, MatchKind};
 
 use crate::error::{Error, Result};
 use crate::gguf::{Gguf, printable};
+use vocabulary::Vocabulary;
 
 /// What a token is for: the published values of `tokenizer.ggml.token_type`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,11 +27,21 @@ pub enum TokenKind {
     Byte,
 }
 
-#[derive(Debug, Clone)]
-struct Token {
-    text: Box<[u8]>,
-    score: f32,
-    kind: TokenKind,
+impl TokenKind {
+    fn read(token: usize, kind: i128) -> Result<TokenKind> {
+        Ok(match kind {
+            1 => TokenKind::Normal,
+            2 => TokenKind::Unknown,
+            3 => TokenKind::Control,
+            4 => TokenKind::UserDefined,
+            5 => TokenKind::Unused,
+            6 => TokenKind::Byte,
+            other => {
+                let message = format!("tokenizer.ggml.token_type[{token}]: expected 1 to 6, got {other}");
+                return Err(Error::Tokenizer(message));
+            }
+        })
+    }
 }
 
 #[derive(Debug)]
@@ -41,8 +53,7 @@ enum Algorithm {
 /// A vocabulary and its algorithm.
 #[derive(Debug)]
 pub struct Tokenizer {
-    tokens: Vec<Token>,
-    by_text: HashMap<Box<[u8]>, u32>,
+    vocabulary: Vocabulary,
     algorithm: Algorithm,
     bos: Option<u32>,
     eos: Option<u32>,
@@ -94,13 +105,8 @@ impl Tokenizer {
         if matches!(model, "none" | "no_vocab") {
             return Ok(None);
         }
-        let tokens = read_tokens(gguf)?;
-        let count = tokens.len();
-        let mut by_text = HashMap::with_capacity(count);
-        for (id, token) in tokens.iter().enumerate() {
-            // Of tokens with one text the last is the one that text stands for, as in llama.cpp.
-            by_text.insert(token.text.clone(), id as u32);
-        }
+        let vocabulary = Vocabulary::read(gguf)?;
+        let count = vocabulary.len();
         let special = |name: &str, default: Option<u32>| -> Result<Option<u32>> {
             let id = gguf.optional_u32(&format!("tokenizer.ggml.{name}_token_id"))?.or(default);
             match id {
@@ -114,7 +120,7 @@ impl Tokenizer {
         let (algorithm, bos, eos, add_bos) = match model {
             "llama" => {
                 let add_space_prefix = gguf.optional_bool("tokenizer.ggml.add_space_prefix")?.unwrap_or(true);
-                let spm = spm::Spm::new(&tokens, &by_text, special("unknown", Some(0))?, add_space_prefix)?;
+                let spm = spm::Spm::new(&vocabulary, special("unknown", Some(0))?, add_space_prefix)?;
                 let or = |id: u32| (count > id as usize).then_some(id);
                 (Algorithm::Spm(spm), special("bos", or(1))?, special("eos", or(2))?, true)
             }
@@ -124,7 +130,7 @@ impl Tokenizer {
                 let merges = gguf
                     .optional_strings("tokenizer.ggml.merges")?
                     .ok_or_else(|| Error::Tokenizer("tokenizer.ggml.merges is missing".into()))?;
-                let bpe = bpe::Bpe::new(pre, merges, &by_text)?;
+                let bpe = bpe::Bpe::new(pre, merges, &vocabulary)?;
                 (Algorithm::Bpe(bpe), special("bos", None)?, special("eos", None)?, add_bos)
             }
             other => {
@@ -137,24 +143,23 @@ impl Tokenizer {
         ends.extend(special("eot", None)?);
         ends.extend(special("eom", None)?);
         for text in END_TEXTS {
-            if let Some(&id) = by_text.get(text.as_bytes())
-                && matches!(tokens[id as usize].kind, TokenKind::Control | TokenKind::UserDefined)
+            if let Some(id) = vocabulary.id(text.as_bytes())
+                && matches!(vocabulary.kind(id), Some(TokenKind::Control | TokenKind::UserDefined))
             {
                 ends.push(id);
             }
         }
         // Where a harmony vocabulary has its own end markers, `<|end|>` only closes a message.
-        let has = |text: &str| by_text.contains_key(text.as_bytes());
+        let has = |text: &str| vocabulary.id(text.as_bytes()).is_some();
         if has("<|return|>") && has("<|call|>") {
-            ends.retain(|&id| &*tokens[id as usize].text != b"<|end|>");
+            ends.retain(|&id| vocabulary.text(id) != b"<|end|>");
         }
         ends.sort_unstable();
         ends.dedup();
         Ok(Some(Tokenizer {
             add_bos: gguf.optional_bool("tokenizer.ggml.add_bos_token")?.unwrap_or(add_bos),
             add_eos: gguf.optional_bool("tokenizer.ggml.add_eos_token")?.unwrap_or(false),
-            tokens,
-            by_text,
+            vocabulary,
             algorithm,
             bos,
             eos,
@@ -165,12 +170,12 @@ impl Tokenizer {
 
     /// Tokens in the vocabulary.
     pub fn len(&self) -> usize {
-        self.tokens.len()
+        self.vocabulary.len()
     }
 
     /// Whether the vocabulary is empty; it never is.
     pub fn is_empty(&self) -> bool {
-        self.tokens.is_empty()
+        self.vocabulary.len() == 0
     }
 
     /// The token that begins a text.
@@ -195,17 +200,17 @@ impl Tokenizer {
 
     /// What a token is for.
     pub fn kind(&self, id: u32) -> Option<TokenKind> {
-        self.tokens.get(id as usize).map(|t| t.kind)
+        self.vocabulary.kind(id)
     }
 
     /// The token's text as the vocabulary has it.
     pub fn text(&self, id: u32) -> Option<&[u8]> {
-        self.tokens.get(id as usize).map(|t| &*t.text)
+        self.vocabulary.kind(id).map(|_| self.vocabulary.text(id))
     }
 
     /// The token of a text as the vocabulary has it.
     pub fn token(&self, text: &[u8]) -> Option<u32> {
-        self.by_text.get(text).copied()
+        self.vocabulary.id(text)
     }
 
     /// Encodes a text.
@@ -233,8 +238,8 @@ impl Tokenizer {
             return;
         }
         match &self.algorithm {
-            Algorithm::Spm(spm) => spm.encode(text, first, &self.tokens, &self.by_text, out),
-            Algorithm::Bpe(bpe) => bpe.encode(text, &self.by_text, out),
+            Algorithm::Spm(spm) => spm.encode(text, first, &self.vocabulary, out),
+            Algorithm::Bpe(bpe) => bpe.encode(text, &self.vocabulary, out),
         }
     }
 
@@ -246,7 +251,7 @@ impl Tokenizer {
             .finder
             .find_overlapping_iter(text)
             .map(|m| (m.range(), literals.ids[m.pattern().as_usize()]))
-            .filter(|&(_, id)| parse_special || self.tokens[id as usize].kind == TokenKind::UserDefined)
+            .filter(|&(_, id)| parse_special || self.kind(id) == Some(TokenKind::UserDefined))
             .collect();
         all.sort_by_key(|(range, id)| (std::cmp::Reverse(range.len()), *id, range.start));
         let mut chosen: Vec<(std::ops::Range<usize>, u32)> = Vec::new();
@@ -265,14 +270,14 @@ impl Tokenizer {
     fn build_literals(&self) -> Option<Literals> {
         // Only whole characters can be cut out of a text. Of tokens with one text and kind the first is enough.
         let mut seen = HashSet::new();
-        let mut is_literal = |t: &Token| {
-            matches!(t.kind, TokenKind::UserDefined | TokenKind::Control | TokenKind::Unknown)
-                && std::str::from_utf8(&t.text).is_ok_and(|text| !text.is_empty())
-                && seen.insert((t.text.clone(), t.kind == TokenKind::UserDefined))
+        let mut is_literal = |&id: &u32| {
+            let (kind, text) = (self.kind(id), self.vocabulary.text(id));
+            matches!(kind, Some(TokenKind::UserDefined | TokenKind::Control | TokenKind::Unknown))
+                && std::str::from_utf8(text).is_ok_and(|text| !text.is_empty())
+                && seen.insert((text, kind == Some(TokenKind::UserDefined)))
         };
-        let ids: Vec<u32> =
-            (0..).zip(&self.tokens).filter(|(_, token)| is_literal(token)).map(|(id, _)| id).collect();
-        let texts = ids.iter().map(|&id| &self.tokens[id as usize].text);
+        let ids: Vec<u32> = self.vocabulary.iter().filter(|id| is_literal(id)).collect();
+        let texts = ids.iter().map(|&id| self.vocabulary.text(id));
         // The kind whose size stays in proportion to the texts, however long they are.
         let kind = Some(AhoCorasickKind::ContiguousNFA);
         let finder = AhoCorasick::builder().match_kind(MatchKind::Standard).kind(kind).build(texts).ok()?;
@@ -281,16 +286,16 @@ impl Tokenizer {
 
     /// Appends the bytes that a token stands for. Control tokens stand for nothing unless `special` is set.
     pub fn decode_token(&self, id: u32, special: bool, out: &mut Vec<u8>) {
-        let Some(token) = self.tokens.get(id as usize) else { return };
-        match (token.kind, &self.algorithm) {
+        let (Some(kind), text) = (self.kind(id), self.vocabulary.text(id)) else { return };
+        match (kind, &self.algorithm) {
             (TokenKind::Control | TokenKind::Unknown, _) => {
                 if special {
-                    out.extend_from_slice(&token.text);
+                    out.extend_from_slice(text);
                 }
             }
-            (TokenKind::UserDefined, _) => out.extend_from_slice(&token.text),
-            (_, Algorithm::Spm(spm)) => spm.decode(id, &token.text, out),
-            (_, Algorithm::Bpe(bpe)) => bpe.decode(&token.text, out),
+            (TokenKind::UserDefined, _) => out.extend_from_slice(text),
+            (_, Algorithm::Spm(spm)) => spm.decode(id, text, out),
+            (_, Algorithm::Bpe(bpe)) => bpe.decode(text, out),
         }
     }
 
@@ -307,61 +312,6 @@ impl Tokenizer {
     pub fn adds_space_prefix(&self) -> bool {
         matches!(&self.algorithm, Algorithm::Spm(spm) if spm.add_space_prefix)
     }
-}
-
-fn read_tokens(gguf: &Gguf) -> Result<Vec<Token>> {
-    let missing = || Error::Tokenizer("tokenizer.ggml.tokens is missing".into());
-    let texts = gguf.optional_strings("tokenizer.ggml.tokens")?.ok_or_else(missing)?;
-    let count = texts.len();
-    if count == 0 {
-        return Err(Error::Tokenizer("tokenizer.ggml.tokens is empty".into()));
-    }
-    // A padded table may have more rows than there are tokens, never fewer.
-    let rows = gguf.tensor("token_embd.weight").and_then(|t| t.record.dims.get(1).copied());
-    if let Some(rows) = rows
-        && rows < count as u64
-    {
-        let message =
-            format!("tokenizer.ggml.tokens: expected at most {rows}, the embedding's rows, got {count}");
-        return Err(Error::Tokenizer(message));
-    }
-    let same = |key: &str, len: usize| {
-        if len == count {
-            return Ok(());
-        }
-        Err(Error::Tokenizer(format!(
-            "tokenizer.ggml.{key}: expected {count} values, one a token, got {len}"
-        )))
-    };
-    let scores = gguf.optional_f32s("tokenizer.ggml.scores")?;
-    if let Some(scores) = &scores {
-        same("scores", scores.len())?;
-        if scores.iter().any(|s| s.is_nan()) {
-            return Err(Error::Tokenizer("tokenizer.ggml.scores: expected numbers, got NaN".into()));
-        }
-    }
-    let kinds = gguf.optional_integers("tokenizer.ggml.token_type")?;
-    if let Some(kinds) = &kinds {
-        same("token_type", kinds.len())?;
-    }
-    let kinds: Option<Vec<i128>> = kinds.map(Iterator::collect);
-    let kind = |i: usize| match kinds.as_ref().map_or(1, |k| k[i]) {
-        1 => Ok(TokenKind::Normal),
-        2 => Ok(TokenKind::Unknown),
-        3 => Ok(TokenKind::Control),
-        4 => Ok(TokenKind::UserDefined),
-        5 => Ok(TokenKind::Unused),
-        6 => Ok(TokenKind::Byte),
-        other => {
-            Err(Error::Tokenizer(format!("tokenizer.ggml.token_type[{i}]: expected 1 to 6, got {other}")))
-        }
-    };
-    let score = |i: usize| scores.as_ref().map_or(0.0, |s| s[i]);
-    texts
-        .iter()
-        .enumerate()
-        .map(|(i, text)| Ok(Token { text: text.into(), score: score(i), kind: kind(i)? }))
-        .collect()
 }
 
 /// Decodes a stream of tokens, a whole number of characters at a time.

@@ -1,9 +1,10 @@
 //! SentencePiece-style vocabularies: neighbours are merged in order of falling score (Kudo & Richardson 2018), and what the
 //! vocabulary lacks is spelled in bytes.
 
-use std::collections::{BinaryHeap, HashMap};
+use std::collections::BinaryHeap;
 
-use super::{Token, TokenKind};
+use super::TokenKind;
+use super::vocabulary::Vocabulary;
 use crate::error::{Error, Result};
 use crate::gguf::printable;
 
@@ -51,33 +52,21 @@ struct Symbol {
 }
 
 impl Spm {
-    pub(super) fn new(
-        tokens: &[Token],
-        by_text: &HashMap<Box<[u8]>, u32>,
-        unknown: Option<u32>,
-        add_space_prefix: bool,
-    ) -> Result<Spm> {
-        for token in tokens.iter().filter(|t| t.kind == TokenKind::Byte) {
-            if byte_of(&token.text).is_none() {
-                let text = printable(&token.text);
+    pub(super) fn new(vocabulary: &Vocabulary, unknown: Option<u32>, add_space_prefix: bool) -> Result<Spm> {
+        for id in vocabulary.iter().filter(|&id| vocabulary.kind(id) == Some(TokenKind::Byte)) {
+            if byte_of(vocabulary.text(id)).is_none() {
+                let text = printable(vocabulary.text(id));
                 return Err(Error::Tokenizer(format!("byte token: expected <0x00> to <0xFF>, got {text}")));
             }
         }
         let bytes = std::array::from_fn(|b| {
             let named = format!("<0x{b:02X}>");
-            by_text.get(named.as_bytes()).or_else(|| by_text.get([b as u8].as_slice())).copied()
+            vocabulary.id(named.as_bytes()).or_else(|| vocabulary.id(&[b as u8]))
         });
         Ok(Spm { add_space_prefix, bytes: Box::new(bytes), unknown })
     }
 
-    pub(super) fn encode(
-        &self,
-        text: &str,
-        first: bool,
-        tokens: &[Token],
-        by_text: &HashMap<Box<[u8]>, u32>,
-        out: &mut Vec<u32>,
-    ) {
+    pub(super) fn encode(&self, text: &str, first: bool, vocabulary: &Vocabulary, out: &mut Vec<u32>) {
         let mut escaped = String::with_capacity(text.len() + 3);
         if self.add_space_prefix && first {
             escaped.push_str(SPACE);
@@ -94,8 +83,8 @@ impl Spm {
         let candidate = |symbols: &[Symbol], left: usize, right: usize| {
             let len = symbols[left].len + symbols[right].len;
             let start = symbols[left].start;
-            let &id = by_text.get(&escaped.as_bytes()[start..start + len])?;
-            Some(Merge { score: tokens[id as usize].score, left, right, len })
+            let id = vocabulary.id(&escaped.as_bytes()[start..start + len])?;
+            Some(Merge { score: vocabulary.score(id), left, right, len })
         };
         let mut queue = BinaryHeap::new();
         for left in 1..symbols.len() {
@@ -124,8 +113,8 @@ impl Spm {
         }
         for symbol in symbols.iter().filter(|s| s.len > 0) {
             let bytes = &escaped.as_bytes()[symbol.start..symbol.start + symbol.len];
-            match by_text.get(bytes) {
-                Some(&id) => out.push(id),
+            match vocabulary.id(bytes) {
+                Some(id) => out.push(id),
                 None => out.extend(bytes.iter().filter_map(|&b| self.bytes[b as usize].or(self.unknown))),
             }
         }

@@ -224,6 +224,21 @@ pub fn mixture() -> File {
         .tensor("blk.0.ffn_down_exps.weight", &[16, 8, 4])
 }
 
+/// The smallest sensible Gemma 3: one windowed layer.
+pub fn gemma3() -> File {
+    let mut file = llama().set("general.architecture", "gemma3");
+    for (key, _) in &mut file.entries {
+        if let Some(rest) = key.strip_prefix(b"llama.") {
+            *key = [b"gemma3.", rest].concat();
+        }
+    }
+    file = file.entry("gemma3.attention.sliding_window", 16u32).entry("gemma3.attention.key_length", 4u32);
+    for (name, dims) in [("post_attention_norm", 8), ("post_ffw_norm", 8), ("attn_q_norm", 4), ("attn_k_norm", 4)] {
+        file = file.tensor(format!("blk.0.{name}.weight"), &[dims]);
+    }
+    file
+}
+
 /// A byte-level vocabulary without a model around it.
 pub fn bpe() -> File {
     let tokens = vec!["a", "b", "\u{120}", "1", "ab", "\u{120}ab", "<|end|>", "\u{120}a"];

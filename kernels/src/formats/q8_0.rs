@@ -26,7 +26,7 @@ impl Block for Q8_0 {
         self.d = F16::from_f32(scale);
     }
 
-    /// The largest magnitude becomes 127; see [`symmetric_codes`].
+    /// The largest magnitude becomes 127; see `symmetric_codes`.
     fn quantize(values: &[f32]) -> Option<Self> {
         let values: &[f32; 32] = values.try_into().ok()?;
         let (largest, qs) = symmetric_codes(values);

@@ -1,0 +1,134 @@
+//! A vocabulary's tokens: texts in one allocation, and a table from text to id.
+
+use std::hash::{BuildHasher, RandomState};
+
+use hashbrown::HashTable;
+
+use super::TokenKind;
+use crate::error::{Error, Result};
+use crate::gguf::Gguf;
+
+/// Most tokens that a vocabulary may have.
+const MAX_TOKENS: usize = 1 << 22;
+
+/// Tokens by id and by text.
+pub(super) struct Vocabulary {
+    /// All texts, one after the other.
+    texts: Vec<u8>,
+    /// Where each text ends.
+    ends: Vec<usize>,
+    scores: Vec<f32>,
+    kinds: Vec<TokenKind>,
+    /// Ids by text. The hasher is keyed: texts come from files that nobody vouches for.
+    ids: HashTable<u32>,
+    hasher: RandomState,
+}
+
+impl std::fmt::Debug for Vocabulary {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Vocabulary({} tokens)", self.len())
+    }
+}
+
+impl Vocabulary {
+    /// Reads and checks `tokenizer.ggml.tokens`, `.scores` and `.token_type`.
+    pub(super) fn read(gguf: &Gguf) -> Result<Vocabulary> {
+        let missing = || Error::Tokenizer("tokenizer.ggml.tokens is missing".into());
+        let texts = gguf.optional_strings("tokenizer.ggml.tokens")?.ok_or_else(missing)?;
+        let count = texts.len();
+        if !(1..=MAX_TOKENS).contains(&count) {
+            let message = format!("tokenizer.ggml.tokens: expected 1 to {MAX_TOKENS} tokens, got {count}");
+            return Err(Error::Tokenizer(message));
+        }
+        // A padded table may have more rows than there are tokens, never fewer.
+        let rows = gguf.tensor("token_embd.weight").and_then(|t| t.record.dims.get(1).copied());
+        if let Some(rows) = rows
+            && rows < count as u64
+        {
+            let message =
+                format!("tokenizer.ggml.tokens: expected at most {rows}, the embedding's rows, got {count}");
+            return Err(Error::Tokenizer(message));
+        }
+        let same = |key: &str, len: usize| {
+            if len == count {
+                return Ok(());
+            }
+            Err(Error::Tokenizer(format!(
+                "tokenizer.ggml.{key}: expected {count} values, one a token, got {len}"
+            )))
+        };
+        let scores = gguf.optional_f32s("tokenizer.ggml.scores")?.unwrap_or_else(|| vec![0.0; count]);
+        same("scores", scores.len())?;
+        if scores.iter().any(|s| s.is_nan()) {
+            return Err(Error::Tokenizer("tokenizer.ggml.scores: expected numbers, got NaN".into()));
+        }
+        let kinds = match gguf.optional_integers("tokenizer.ggml.token_type")? {
+            None => vec![TokenKind::Normal; count],
+            Some(kinds) => {
+                kinds.enumerate().map(|(i, kind)| TokenKind::read(i, kind)).collect::<Result<_>>()?
+            }
+        };
+        same("token_type", kinds.len())?;
+        let mut vocabulary = Vocabulary {
+            texts: Vec::new(),
+            ends: Vec::with_capacity(count),
+            scores,
+            kinds,
+            ids: HashTable::with_capacity(count),
+            hasher: RandomState::new(),
+        };
+        for text in texts.iter() {
+            vocabulary.texts.extend_from_slice(text);
+            vocabulary.ends.push(vocabulary.texts.len());
+        }
+        for id in 0..count as u32 {
+            vocabulary.index(id);
+        }
+        Ok(vocabulary)
+    }
+
+    fn index(&mut self, id: u32) {
+        let Vocabulary { texts, ends, ids, hasher, .. } = self;
+        let text = |id: u32| text(texts, ends, id);
+        let hash = hasher.hash_one(text(id));
+        let entry = ids.entry(hash, |&other| text(other) == text(id), |&other| hasher.hash_one(text(other)));
+        // Of tokens with one text the last is the one that text stands for, as in llama.cpp.
+        *entry.or_insert(id).get_mut() = id;
+    }
+
+    /// Tokens.
+    pub(super) fn len(&self) -> usize {
+        self.ends.len()
+    }
+
+    /// A token's text as the file has it; empty if there is no such token.
+    pub(super) fn text(&self, id: u32) -> &[u8] {
+        text(&self.texts, &self.ends, id)
+    }
+
+    /// The token of a text.
+    pub(super) fn id(&self, text: &[u8]) -> Option<u32> {
+        self.ids.find(self.hasher.hash_one(text), |&id| self.text(id) == text).copied()
+    }
+
+    /// What a token is for.
+    pub(super) fn kind(&self, id: u32) -> Option<TokenKind> {
+        self.kinds.get(id as usize).copied()
+    }
+
+    /// A token's score.
+    pub(super) fn score(&self, id: u32) -> f32 {
+        self.scores.get(id as usize).copied().unwrap_or(0.0)
+    }
+
+    /// All ids.
+    pub(super) fn iter(&self) -> impl Iterator<Item = u32> + use<> {
+        0..self.len() as u32
+    }
+}
+
+fn text<'a>(texts: &'a [u8], ends: &[usize], id: u32) -> &'a [u8] {
+    let i = id as usize;
+    let start = if i == 0 { 0 } else { ends.get(i - 1).copied().unwrap_or(0) };
+    ends.get(i).and_then(|&end| texts.get(start..end)).unwrap_or(&[])
+}
