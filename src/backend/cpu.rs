@@ -17,7 +17,7 @@ use halite_kernels::rows::{self, Gate, Unary};
 
 use super::host::{
     self, After, AttendArgs, ExpertsArgs, HostPlan, Kernels, Matrix, NormArgs, Product, RopeArgs, RouteArgs,
-    memory,
+    memory, zeroed,
 };
 use super::{
     Backend, Buffer, Caps, Contract, Fusions, Gap, Limits, OpSig, Plan, Support, Usage, check_support,
@@ -199,35 +199,24 @@ impl Scratch {
     }
 
     fn allocate(&self) -> Result<KernelMemory> {
-        let need_bytes = self.bytes();
-        fn zeros<T: Clone + Default>(len: u64, need_bytes: u64) -> Result<Vec<T>> {
-            let mut v = Vec::new();
-            let len = usize::try_from(len).unwrap_or(usize::MAX);
-            v.try_reserve_exact(len).map_err(|_| Error::OutOfMemory {
-                what: "kernel scratch on `cpu`".into(),
-                need_bytes,
-                have_bytes: 0,
-            })?;
-            v.resize(len, T::default());
-            Ok(v)
-        }
+        const WHAT: &str = "kernel scratch on `cpu`";
         let [codes, scales, sums, input, hidden, output] = self.lengths();
         let quantised = || -> Result<QuantisedMemory> {
             Ok(QuantisedMemory {
-                codes: zeros(codes, need_bytes)?,
-                scales: zeros(scales, need_bytes)?,
-                sums: zeros(sums, need_bytes)?,
+                codes: zeroed(codes, WHAT)?,
+                scales: zeroed(scales, WHAT)?,
+                sums: zeroed(sums, WHAT)?,
             })
         };
         Ok(KernelMemory {
             q8_0: quantised()?,
             q8_k: quantised()?,
-            pairs: zeros(self.pairs, need_bytes)?,
-            input: zeros(input, need_bytes)?,
-            gate: zeros(hidden, need_bytes)?,
-            up: zeros(hidden, need_bytes)?,
-            both: zeros(hidden, need_bytes)?,
-            output: zeros(output, need_bytes)?,
+            pairs: zeroed(self.pairs, WHAT)?,
+            input: zeroed(input, WHAT)?,
+            gate: zeroed(hidden, WHAT)?,
+            up: zeroed(hidden, WHAT)?,
+            both: zeroed(hidden, WHAT)?,
+            output: zeroed(output, WHAT)?,
         })
     }
 }

@@ -150,6 +150,17 @@ pub(crate) trait Kernels: Send {
     fn arg_max(&mut self, x: &[f32], cols: usize, out: &mut [i32]);
 }
 
+/// Zeros from the operating system, which costs nothing until they are touched.
+pub(crate) fn zeroed<T: bytemuck::Zeroable>(len: u64, what: &str) -> Result<Vec<T>> {
+    let memory =
+        usize::try_from(len).ok().and_then(|len| bytemuck::allocation::try_zeroed_slice_box(len).ok());
+    memory.map(Vec::from).ok_or_else(|| Error::OutOfMemory {
+        what: what.into(),
+        need_bytes: len.saturating_mul(size_of::<T>() as u64),
+        have_bytes: 0,
+    })
+}
+
 /// Host memory behind a [`Buffer`].
 enum HostMemory {
     Mapped(Region),
@@ -161,14 +172,11 @@ pub(crate) mod memory {
     use super::*;
 
     pub fn alloc(backend: &str, bytes: u64, limit_bytes: u64) -> Result<Buffer> {
-        let words = usize::try_from(bytes.div_ceil(8)).ok().filter(|_| bytes <= limit_bytes);
-        let mut memory = Vec::new();
-        let reserved = words.is_some_and(|words| memory.try_reserve_exact(words).is_ok());
-        let (Some(words), true) = (words, reserved) else {
-            let what = format!("a buffer on `{backend}`");
+        let what = format!("a buffer on `{backend}`");
+        if bytes > limit_bytes {
             return Err(Error::OutOfMemory { what, need_bytes: bytes, have_bytes: limit_bytes });
-        };
-        memory.resize(words, 0);
+        }
+        let memory = zeroed(bytes.div_ceil(8), &what)?;
         Ok(Buffer::new(bytes, HostMemory::Owned(RwLock::new(memory))))
     }
 
@@ -335,14 +343,7 @@ impl<K: Kernels> HostPlan<K> {
         let mut places = Vec::new();
         for &(dim, cols) in &layout.places {
             let len = passes::rows(dim, limits.tokens, limits.outputs).saturating_mul(cols.into());
-            let mut place = Vec::new();
-            let need = usize::try_from(len).unwrap_or(usize::MAX);
-            place.try_reserve_exact(need).map_err(|_| Error::OutOfMemory {
-                what: format!("scratch memory on `{backend}`"),
-                need_bytes: len.saturating_mul(4),
-                have_bytes: 0,
-            })?;
-            place.resize(need, 0.0);
+            let place = zeroed(len, &format!("scratch memory on `{backend}`"))?;
             places.push(place);
         }
         let memory = Memory { backend: backend.into(), program: program.clone(), layout, places };

@@ -347,9 +347,14 @@ fn check_overlap(tensors: &[TensorRecord]) -> Result<(), GgufError> {
 /// The start of a text from a file, for messages: in quotes, escaped, and not longer than a line.
 pub(crate) fn printable(text: &[u8]) -> String {
     const SHOWN: usize = 64;
-    let shown = text.get(..SHOWN).unwrap_or(text);
-    let more = if shown.len() < text.len() { "…" } else { "" };
-    format!("\"{}\"{more}", shown.escape_ascii())
+    let start = text.get(..SHOWN).unwrap_or(text);
+    let mut out = String::from("\"");
+    for chunk in start.utf8_chunks() {
+        out.extend(chunk.valid().escape_debug());
+        out.extend(chunk.invalid().escape_ascii().map(char::from));
+    }
+    out.push_str(if start.len() < text.len() { "\"…" } else { "\"" });
+    out
 }
 
 impl Value {

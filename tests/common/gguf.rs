@@ -233,7 +233,9 @@ pub fn gemma3() -> File {
         }
     }
     file = file.entry("gemma3.attention.sliding_window", 16u32).entry("gemma3.attention.key_length", 4u32);
-    for (name, dims) in [("post_attention_norm", 8), ("post_ffw_norm", 8), ("attn_q_norm", 4), ("attn_k_norm", 4)] {
+    for (name, dims) in
+        [("post_attention_norm", 8), ("post_ffw_norm", 8), ("attn_q_norm", 4), ("attn_k_norm", 4)]
+    {
         file = file.tensor(format!("blk.0.{name}.weight"), &[dims]);
     }
     file
