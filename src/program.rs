@@ -381,7 +381,7 @@ impl Op {
     }
 }
 
-/// A run of ops that needs only its own weights and those of [`Program::shared`]: one layer, the unit of streaming.
+/// A run of ops that needs only its own weights: one layer, the unit of streaming.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Segment {
     /// A name for messages and profiles.

@@ -22,17 +22,26 @@ impl Activation {
     }
 }
 
-/// Rows of activations in quantised form, each of `k` values.
+/// Rows of activations in quantised form. Each row takes the place of a multiple of [`PADDING`] values, with codes and sums of
+/// zero after its end, so that kernels read whole chunks.
 #[derive(Debug, Clone, Copy)]
 pub struct Quantised<'a> {
     /// Values of a row; a multiple of the block length.
     pub k: usize,
-    /// Codes, `[rows][k]`; never -128.
+    /// Codes, `[rows][padded(k)]`; never -128.
     pub codes: &'a [i8],
-    /// Scales, `[rows][k / block_len]`.
+    /// Scales, `[rows][padded(k) / block_len]`.
     pub scales: &'a [f32],
-    /// Sums of 16 codes, `[rows][k / 16]`.
+    /// Sums of 16 codes, `[rows][padded(k) / 16]`.
     pub sums: &'a [i32],
+}
+
+/// Rows are padded to a multiple of this many values.
+pub const PADDING: usize = 256;
+
+/// The values that a row of `k` takes the place of.
+pub const fn padded(k: usize) -> usize {
+    k.next_multiple_of(PADDING)
 }
 
 /// Where [`Quantise`] writes; lengths as in [`Quantised`].
@@ -46,12 +55,14 @@ pub struct QuantisedMut<'a> {
     pub sums: &'a mut [i32],
 }
 
-/// A kernel: quantises values to one activation format, block by block.
+/// A kernel: quantises rows of values to one activation format, block by block.
 #[derive(Debug)]
 pub struct Quantise<'a> {
     /// The format.
     pub to: Activation,
-    /// Values; whole blocks.
+    /// Values of a row; whole blocks.
+    pub k: usize,
+    /// `[rows][k]`.
     pub x: &'a [f32],
     /// Where the result goes.
     pub out: QuantisedMut<'a>,
@@ -61,12 +72,24 @@ impl WithIsa for Quantise<'_> {
     type Out = ();
     #[inline(always)]
     fn call<I: Isa>(self, isa: I) {
-        match self.to {
-            Activation::Q8_0 => quantise::<I, 2>(isa, self.x, self.out, |d, inverse| {
-                (math::f16_to_f32(math::f32_to_f16(d)), inverse)
-            }),
-            Activation::Q8_K => {
-                quantise::<I, 16>(isa, self.x, self.out, |_, inverse| (1.0 / inverse, inverse))
+        if self.k == 0 {
+            return;
+        }
+        let (width, blocks) = (padded(self.k), padded(self.k) / self.to.block_len());
+        let out = self.out.codes.chunks_exact_mut(width).zip(self.out.scales.chunks_exact_mut(blocks));
+        for ((x, (codes, scales)), sums) in
+            self.x.chunks_exact(self.k).zip(out).zip(self.out.sums.chunks_exact_mut(width / 16))
+        {
+            codes[self.k..].fill(0);
+            scales[self.k / self.to.block_len()..].fill(0.0);
+            sums[self.k / 16..].fill(0);
+            match self.to {
+                Activation::Q8_0 => quantise::<I, 2>(isa, x, codes, scales, sums, |d, inverse| {
+                    (math::f16_to_f32(math::f32_to_f16(d)), inverse)
+                }),
+                Activation::Q8_K => {
+                    quantise::<I, 16>(isa, x, codes, scales, sums, |_, inverse| (1.0 / inverse, inverse));
+                }
             }
         }
     }
@@ -77,13 +100,15 @@ impl WithIsa for Quantise<'_> {
 fn quantise<I: Isa, const N: usize>(
     isa: I,
     x: &[f32],
-    out: QuantisedMut<'_>,
+    codes: &mut [i8],
+    scales: &mut [f32],
+    sums: &mut [i32],
     scale: impl Fn(f32, f32) -> (f32, f32),
 ) {
     let x = x.as_chunks::<16>().0.as_chunks::<N>().0;
-    let codes = out.codes.as_chunks_mut::<16>().0.as_chunks_mut::<N>().0;
-    let sums = out.sums.as_chunks_mut::<N>().0;
-    for (((x, codes), d), sums) in x.iter().zip(codes).zip(out.scales).zip(sums) {
+    let codes = codes.as_chunks_mut::<16>().0.as_chunks_mut::<N>().0;
+    let sums = sums.as_chunks_mut::<N>().0;
+    for (((x, codes), d), sums) in x.iter().zip(codes).zip(scales).zip(sums) {
         // Magnitudes are compared as integers, in which order NaN is above infinity is above every number.
         let mut amax_bits = 0i32;
         for lanes in x {
@@ -92,27 +117,15 @@ fn quantise<I: Isa, const N: usize>(
             }
         }
         let amax = f32::from_bits(amax_bits as u32);
-        if !amax.is_finite() {
-            *d = f32::NAN;
-            *codes = [[0; 16]; N];
-            *sums = [0; N];
-            continue;
-        }
-        if amax == 0.0 {
-            *d = 0.0;
-            *codes = [[0; 16]; N];
-            *sums = [0; N];
-            continue;
-        }
         let (stored, factor) = scale(amax / 127.0, 127.0 / amax);
-        *d = stored;
-        if !factor.is_finite() {
-            // The largest magnitude is so small that its inverse overflows: the block is zero for every purpose.
-            *d = 0.0;
+        if !amax.is_finite() || !factor.is_finite() {
+            // Infinity or NaN poisons the block. Magnitudes so small that their inverse overflows are zero.
+            *d = if amax.is_finite() { 0.0 } else { f32::NAN };
             *codes = [[0; 16]; N];
             *sums = [0; N];
             continue;
         }
+        *d = stored;
         let factor = isa.splat(factor);
         for ((lanes, codes), sum) in x.iter().zip(codes).zip(sums) {
             let mut rounded = [0i32; 16];

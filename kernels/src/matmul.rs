@@ -11,7 +11,7 @@
 
 #![allow(clippy::needless_range_loop, reason = "loops by index over vectors are what inlines; see `isa`")]
 
-use crate::activation;
+use crate::activation::{self, padded};
 use crate::formats::{Format, Plain, Quantised, Unpacked};
 #[cfg(target_arch = "x86_64")]
 use crate::isa::{Avx2, Avx512};
@@ -96,7 +96,7 @@ fn quantised<I: Isa, Q: Quantised>(isa: I, product: MatMul<'_, '_>) {
     let X::Quantised(x) = product.x else { return };
     let row_blocks = product.k / Q::LEN;
     let w = Q::cast(product.w);
-    let tokens = x.codes.len().checked_div(product.k).unwrap_or(0).min(product.out.rows());
+    let tokens = (x.codes.len() / padded(product.k).max(1)).min(product.out.rows());
     if row_blocks == 0 || product.k != x.k {
         return;
     }
@@ -119,30 +119,21 @@ struct XChunk<'a> {
     scales: &'a [f32],
 }
 
-/// Calls `f` with a token's activations in chunk `c`, padded with zeros at a row's end.
-#[inline(always)]
-fn with_x<Q: Quantised, R>(
-    x: &activation::Quantised<'_>,
-    token: usize,
-    c: usize,
-    f: impl FnOnce(XChunk<'_>) -> R,
-) -> R {
-    let start = token * x.k + c * CHUNK;
-    let len = (x.k - c * CHUNK).min(CHUNK);
-    let block = Q::ACTIVATION.block_len();
-    let scales = &x.scales[start / block..(start + len) / block];
-    let codes = &x.codes[start..start + len];
-    let sums = &x.sums[start / 16..(start + len) / 16];
-    if let (Ok(codes), Ok(sums)) = (codes.try_into(), sums.try_into()) {
-        return f(XChunk { codes, sums, scales });
+impl<'a> XChunk<'a> {
+    #[inline(always)]
+    fn new<Q: Quantised>(x: &activation::Quantised<'a>, token: usize, c: usize) -> Self {
+        let start = token * padded(x.k) + c * CHUNK;
+        let block = Q::ACTIVATION.block_len();
+        XChunk {
+            codes: x.codes[start..].first_chunk().unwrap_or(&[0; CHUNK]),
+            sums: x.sums[start / 16..].first_chunk().unwrap_or(&[0; 16]),
+            scales: &x.scales[start / block..(start + CHUNK) / block],
+        }
     }
-    let (mut padded, mut padded_sums) = ([0; CHUNK], [0; 16]);
-    padded[..len].copy_from_slice(codes);
-    padded_sums[..len / 16].copy_from_slice(sums);
-    f(XChunk { codes: &padded, sums: &padded_sums, scales })
 }
 
-/// Unpacks a row's chunk `c` and returns how many values it has. Codes past a row's end are zero.
+/// Unpacks a row's chunk `c` and returns how many values it has. Codes past a row's end are arbitrary: activations there
+/// are zero.
 #[inline(always)]
 fn unpack_chunk<Q: Quantised>(row: &[Q], c: usize, out: &mut Unpacked) -> usize {
     let per_chunk = CHUNK / Q::LEN;
@@ -151,15 +142,8 @@ fn unpack_chunk<Q: Quantised>(row: &[Q], c: usize, out: &mut Unpacked) -> usize 
         blocks[0].unpack(out);
         return CHUNK;
     }
-    if blocks.len() < per_chunk {
-        *out = Unpacked::ZERO;
-        for (i, block) in blocks.iter().enumerate() {
-            unpack_at(block, i, out);
-        }
-    } else {
-        for i in 0..per_chunk {
-            unpack_at(&blocks[i], i, out);
-        }
+    for (i, block) in blocks.iter().enumerate() {
+        unpack_at(block, i, out);
     }
     blocks.len() * Q::LEN
 }
@@ -202,13 +186,7 @@ fn rows<I: Isa, Q: Quantised>(
                 len = unpack_chunk(&w[(first + r) * row_blocks..][..row_blocks], c, &mut chunks[r]);
             }
             for t in 0..tokens {
-                acc[t] = with_x::<Q, _>(
-                    &x,
-                    t,
-                    c,
-                    #[inline(always)]
-                    |x| dot_chunk::<I, Q>(isa, &chunks, &x, len, acc[t]),
-                );
+                acc[t] = dot_chunk::<I, Q>(isa, &chunks, &XChunk::new::<Q>(&x, t, c), len, acc[t]);
             }
         }
         for t in 0..tokens {
@@ -368,7 +346,7 @@ fn tile_dot<I: Isa, Q: Quantised>(
     mut acc: [I::F; TILE_TOKENS],
 ) -> [I::F; TILE_TOKENS] {
     let block = Q::ACTIVATION.block_len();
-    let start = token.map(|t| t * x.k + c * CHUNK);
+    let start = token.map(|t| t * padded(x.k) + c * CHUNK);
     let codes = start.map(|s| x.codes[s..s + len].as_chunks::<4>().0);
     let sums = start.map(|s| &x.sums[s / 16..(s + len) / 16]);
     let scales = start.map(|s| &x.scales[s / block..(s + len) / block]);

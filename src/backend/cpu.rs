@@ -6,7 +6,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use halite_kernels::activation::{Activation, Quantise, Quantised, QuantisedMut};
+use halite_kernels::activation::{Activation, Quantise, Quantised, QuantisedMut, padded};
 use halite_kernels::attention::Attend;
 use halite_kernels::formats::Kind;
 use halite_kernels::isa::Cpu as Isa;
@@ -154,7 +154,7 @@ impl Scratch {
                 Op::MatMul { x, .. } => {
                     let x = program.tensor(*x);
                     let rows = crate::passes::rows(x.rows, limits.tokens, limits.outputs);
-                    s.quantised = s.quantised.max(rows.saturating_mul(x.cols.into()));
+                    s.quantised = s.quantised.max(rows.saturating_mul(padded(x.cols as usize) as u64));
                 }
                 Op::Experts { x, ids, gate, .. } => {
                     let hidden = match program.tensor(*gate).rows {
@@ -166,7 +166,8 @@ impl Scratch {
                     s.pairs = s.pairs.max(pairs);
                     s.expert_cols = s.expert_cols.max(cols);
                     s.expert_hidden = s.expert_hidden.max(hidden);
-                    s.quantised = s.quantised.max(pairs.saturating_mul(cols.max(hidden)));
+                    s.quantised =
+                        s.quantised.max(pairs.saturating_mul(padded(cols.max(hidden) as usize) as u64));
                 }
                 _ => {}
             }
@@ -232,23 +233,24 @@ struct QuantisedMemory {
 impl QuantisedMemory {
     /// Quantises rows of `k` values.
     fn quantise(&mut self, isa: Isa, pool: &Pool, to: Activation, x: &[f32], k: usize) {
-        let blocks = k / to.block_len();
-        let tokens = x.len() / k;
-        let codes = &mut self.codes[..tokens * k];
+        let (tokens, width) = (x.len() / k, padded(k));
+        let blocks = width / to.block_len();
+        let codes = &mut self.codes[..tokens * width];
         let scales = &mut self.scales[..tokens * blocks];
-        let sums = &mut self.sums[..tokens * k / 16];
-        pool.rows3((codes, k), (scales, blocks), (sums, k / 16), 8, &|first, codes, scales, sums| {
-            let x = &x[first * k..first * k + codes.len()];
-            isa.run(Quantise { to, x, out: QuantisedMut { codes, scales, sums } });
+        let sums = &mut self.sums[..tokens * width / 16];
+        pool.rows3((codes, width), (scales, blocks), (sums, width / 16), 8, &|first, codes, scales, sums| {
+            let x = &x[first * k..][..codes.len() / width * k];
+            isa.run(Quantise { to, k, x, out: QuantisedMut { codes, scales, sums } });
         });
     }
 
     fn view(&self, to: Activation, tokens: usize, k: usize) -> Quantised<'_> {
+        let width = tokens * padded(k);
         Quantised {
             k,
-            codes: &self.codes[..tokens * k],
-            scales: &self.scales[..tokens * (k / to.block_len())],
-            sums: &self.sums[..tokens * k / 16],
+            codes: &self.codes[..width],
+            scales: &self.scales[..width / to.block_len()],
+            sums: &self.sums[..width / 16],
         }
     }
 }
