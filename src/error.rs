@@ -37,7 +37,7 @@ pub enum Error {
     #[error("model: {0}")]
     Model(String),
     /// The model's architecture has no program here.
-    #[error("model: architecture `{0}` is not supported (supported: {1})")]
+    #[error("model: architecture {0} is not supported (supported: {1})")]
     Architecture(String, String),
     /// The vocabulary in the file cannot be used.
     #[error("tokenizer: {0}")]

@@ -220,8 +220,8 @@ impl Check<'_> {
             }
             Op::KvWrite { k, v, state } => {
                 let s = self.state(*state)?;
-                self.is(*k, Dim::Tokens, s.kv_heads * s.key_dim)?;
-                self.is(*v, Dim::Tokens, s.kv_heads * s.value_dim)
+                self.is(*k, Dim::Tokens, s.kv_heads.saturating_mul(s.key_dim))?;
+                self.is(*v, Dim::Tokens, s.kv_heads.saturating_mul(s.value_dim))
             }
             Op::Attend { q, state, out, heads, sinks, .. } => {
                 let s = self.state(*state)?;

@@ -11,8 +11,13 @@
 
 #![allow(clippy::needless_range_loop, reason = "loops by index over vectors are what inlines; see `isa`")]
 
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+
 use crate::activation::{self, padded};
 use crate::formats::{Format, Plain, Quantised, Unpacked};
+#[cfg(target_arch = "x86_64")]
+use crate::formats::{Q4_0, Q5_0, Q8_0};
 #[cfg(target_arch = "x86_64")]
 use crate::isa::{Avx2, Avx512};
 use crate::isa::{Cpu, Isa, Scalar};
@@ -64,7 +69,12 @@ impl Kernels {
             #[cfg(target_arch = "x86_64")]
             avx2: quantised::<Avx2, Q>,
             #[cfg(target_arch = "x86_64")]
-            avx512: quantised::<Avx512, Q>,
+            avx512: match Q::FORMAT {
+                Format::Q4_0 => blocks32::<Q4_0>,
+                Format::Q5_0 => blocks32::<Q5_0>,
+                Format::Q8_0 => blocks32::<Q8_0>,
+                _ => quantised::<Avx512, Q>,
+            },
         }
     }
 
@@ -93,6 +103,22 @@ pub fn matmul(cpu: Cpu, format: Format, product: MatMul<'_, '_>) {
 }
 
 fn quantised<I: Isa, Q: Quantised>(isa: I, product: MatMul<'_, '_>) {
+    with_rows(isa, product, rows::<I, Q>);
+}
+
+/// Formats of short blocks on AVX-512.
+#[cfg(target_arch = "x86_64")]
+fn blocks32<Q: avx512::Codes>(isa: Avx512, product: MatMul<'_, '_>) {
+    with_rows(isa, product, avx512::rows::<Q>);
+}
+
+/// Computes a product with `rows` for few tokens and with tiles for many.
+#[inline(always)]
+fn with_rows<I: Isa, Q: Quantised>(
+    isa: I,
+    product: MatMul<'_, '_>,
+    rows: impl FnOnce(I, &[Q], usize, activation::Quantised<'_>, usize, PanelMut<'_>),
+) {
     let X::Quantised(x) = product.x else { return };
     let row_blocks = product.k / Q::LEN;
     let w = Q::cast(product.w);
@@ -104,7 +130,7 @@ fn quantised<I: Isa, Q: Quantised>(isa: I, product: MatMul<'_, '_>) {
         #[inline(always)]
         || {
             if tokens <= FEW_TOKENS {
-                rows::<I, Q>(isa, w, row_blocks, x, tokens, product.out);
+                rows(isa, w, row_blocks, x, tokens, product.out);
             } else {
                 tile::<I, Q>(isa, w, row_blocks, x, tokens, product.out);
             }

@@ -5,13 +5,16 @@ use std::sync::Arc;
 use halite_kernels::formats::Format;
 
 use crate::error::{Error, Result};
-use crate::gguf::Gguf;
+use crate::gguf::{Gguf, printable};
 use crate::program::{Builder, Dim, State, TensorId};
 
 /// Most layers that a model may have.
 const MAX_LAYERS: u32 = 1024;
 /// Most elements of a row, heads or vocabulary entries.
 const MAX_EXTENT: u32 = 1 << 24;
+
+/// Most elements of a head's key or value.
+const MAX_HEAD_LENGTH: u32 = 1 << 12;
 
 /// What the families share, under the names of the GGUF keys.
 #[derive(Debug, Clone, PartialEq)]
@@ -94,15 +97,33 @@ impl Hparams {
                 return Err(Error::Model(message));
             }
         }
+        let lengths = ["attention.key_length", "attention.value_length"];
+        let defaulted = lengths.iter().any(|name| !gguf.metadata().iter().any(|(k, _)| *k == key(name)));
+        if defaulted && let Some(heads) = head_count.iter().find(|&&heads| heads > embedding_length) {
+            let message = format!(
+                "key `{}`: expected at most the embedding's {embedding_length} elements, got {heads}",
+                key("attention.head_count")
+            );
+            return Err(Error::Model(message));
+        }
         let default_length = embedding_length / head_count.first().copied().unwrap_or(1).max(1);
-        let length =
-            |name: &str| ranged(name, gguf.optional_u32(&key(name))?.unwrap_or(default_length), 1 << 16);
+        let length = |name: &str| {
+            ranged(name, gguf.optional_u32(&key(name))?.unwrap_or(default_length), MAX_HEAD_LENGTH)
+        };
         let key_length = length("attention.key_length")?;
         let value_length = length("attention.value_length")?;
+        let heads = head_count.iter().max().copied().unwrap_or(0);
+        let head_length = key_length.max(value_length);
+        if u64::from(heads) * u64::from(head_length) > MAX_EXTENT.into() {
+            let message = format!(
+                "{heads} attention heads of {head_length} elements: expected at most {MAX_EXTENT} in all"
+            );
+            return Err(Error::Model(message));
+        }
         let rope_dimension_count = ranged(
             "rope.dimension_count",
             gguf.optional_u32(&key("rope.dimension_count"))?.unwrap_or(key_length),
-            1 << 16,
+            MAX_HEAD_LENGTH,
         )?;
         if rope_dimension_count % 2 != 0 || rope_dimension_count > key_length {
             let name = key("rope.dimension_count");
@@ -248,8 +269,9 @@ fn rope_scaling(gguf: &Gguf, architecture: &str) -> Result<RopeScaling> {
         Some("none") => Ok(RopeScaling::None),
         Some("linear") => positive(gguf.f32(&key("scaling.factor"))?),
         Some(other) => Err(Error::Model(format!(
-            "key `{}`: scaling `{other}` is not supported yet (none, linear)",
-            key("scaling.type")
+            "key `{}`: scaling {} is not supported yet (none, linear)",
+            key("scaling.type"),
+            printable(other.as_bytes())
         ))),
     }
 }

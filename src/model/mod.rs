@@ -13,7 +13,7 @@ use halite_kernels::formats::Format;
 pub use hparams::Hparams;
 
 use crate::error::{Error, Result};
-use crate::gguf::Gguf;
+use crate::gguf::{Gguf, printable};
 use crate::map::Source;
 use crate::program::{Builder, Program, WeightInfo};
 
@@ -82,7 +82,10 @@ impl Model {
         let architecture = gguf.str("general.architecture")?;
         let record = FAMILIES.iter().find(|(name, _)| *name == architecture).map(|(_, record)| *record);
         let record = record.ok_or_else(|| {
-            Error::Architecture(architecture.into(), architectures().collect::<Vec<_>>().join(", "))
+            Error::Architecture(
+                printable(architecture.as_bytes()),
+                architectures().collect::<Vec<_>>().join(", "),
+            )
         })?;
         let hparams = Hparams::read(&gguf)?;
         Ok(Model { gguf, hparams, record })
@@ -98,9 +101,10 @@ impl Model {
         &self.hparams
     }
 
-    /// `general.name`, or the architecture.
-    pub fn name(&self) -> &str {
-        self.gguf.optional_str("general.name").ok().flatten().unwrap_or(&self.hparams.architecture)
+    /// `general.name`, or the architecture; without characters that could move a terminal's cursor.
+    pub fn name(&self) -> String {
+        let name = self.gguf.optional_str("general.name").ok().flatten();
+        name.unwrap_or(&self.hparams.architecture).chars().filter(|c| !c.is_control()).take(256).collect()
     }
 
     /// The model's program, before any fusion. Needs the header only, no weights.
@@ -112,7 +116,7 @@ impl Model {
             let info = self.gguf.tensor(name)?;
             Some(WeightInfo { dims: info.record.dims.clone(), format: info.record.format })
         };
-        let mut builder = Builder::new(self.name(), &lookup);
+        let mut builder = Builder::new(&self.name(), &lookup);
         let hparams = Hparams { kv_format: options.kv_format, ..self.hparams.clone() };
         (self.record)(&hparams, &mut builder);
         builder.finish()

@@ -1,8 +1,16 @@
 //! What must never panic, whatever the bytes: run by the tests and by the fuzz targets.
 
+use std::ops::ControlFlow;
+use std::sync::Arc;
+
+use halite::backend::Backend;
+use halite::backend::cpu::Cpu;
+use halite::backend::reference::Reference;
+use halite::generate::GenerateOptions;
 use halite::gguf::{Gguf, parse};
 use halite::map::Source;
 use halite::model::ProgramOptions;
+use halite::session::{Session, SessionOptions};
 use halite::tokenizer::{Detokenizer, EncodeOptions};
 use halite::{Model, Tokenizer};
 
@@ -39,6 +47,23 @@ pub fn model(bytes: &[u8]) -> bool {
     }
     let Ok(model) = Model::from_gguf(gguf) else { return false };
     model.program(ProgramOptions::default()).is_ok()
+}
+
+/// Runs a few steps of what [`model`] accepts, on every CPU backend. Returns whether there was anything to run.
+pub fn run(bytes: &[u8]) -> bool {
+    let Ok(model) = Model::from_source(Source::from_bytes("bytes", bytes)) else { return false };
+    let Ok(Some(tokenizer)) = Tokenizer::from_gguf(model.gguf()) else { return false };
+    let model = Arc::new(model);
+    let backends: [Arc<dyn Backend>; 2] = [Arc::new(Cpu::new(1).unwrap()), Arc::new(Reference::new())];
+    let mut ran = false;
+    for backend in &backends {
+        let options = SessionOptions { context: 8, batch: 4, ..Default::default() };
+        let Ok(mut session) = Session::new(&model, backend, &options, &mut |_| {}) else { continue };
+        let options = GenerateOptions { max_tokens: 4, ..Default::default() };
+        let result = session.generate(&tokenizer, "ab", &options, &mut |_| ControlFlow::Continue(()));
+        ran |= result.is_ok();
+    }
+    ran
 }
 
 fn vocabulary(tokenizer: &Tokenizer) {

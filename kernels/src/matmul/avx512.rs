@@ -1,0 +1,280 @@
+//! Hand-written decode for AVX-512: formats of 32-value blocks, straight from the file's bytes.
+//!
+//! Eight blocks of a row are four vectors of codes and four dot instructions; a transposed reduction leaves one sum a block,
+//! and the chain of multiply-adds runs for several rows at once, so that its latency is hidden.
+
+use core::arch::x86_64::*;
+
+use super::{CHUNK, XChunk};
+use crate::activation;
+use crate::formats::{Q4_0, Q5_0, Q8_0, Quantised};
+use crate::isa::Avx512;
+use crate::panel::PanelMut;
+
+/// Rows computed side by side.
+const ROWS: usize = 4;
+/// Blocks of a chunk.
+const BLOCKS: usize = CHUNK / 32;
+
+/// A format whose block of 32 codes becomes unsigned bytes in order.
+pub(super) trait Codes: Quantised {
+    /// Every unsigned code is so much above the value.
+    const OFFSET: i32;
+    /// The codes of two blocks.
+    ///
+    /// # Safety
+    /// The CPU has AVX-512 F, BW and VL.
+    unsafe fn codes(two: &[Self; 2]) -> __m512i;
+    /// The scale, as half-precision bits.
+    fn scale(&self) -> u16;
+}
+
+impl Codes for Q8_0 {
+    const OFFSET: i32 = 128;
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+    unsafe fn codes(two: &[Q8_0; 2]) -> __m512i {
+        // SAFETY: as the caller promised; each load reads the 32 bytes of a block's codes.
+        unsafe {
+            let low = _mm256_loadu_si256(two[0].qs.as_ptr().cast());
+            let high = _mm256_loadu_si256(two[1].qs.as_ptr().cast());
+            let codes = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(low), high);
+            _mm512_xor_si512(codes, _mm512_set1_epi8(-128))
+        }
+    }
+    #[inline(always)]
+    fn scale(&self) -> u16 {
+        self.d.to_bits()
+    }
+}
+
+/// Sixteen bytes of nibbles of two blocks as 64 codes: low nibbles, then high ones, of each.
+///
+/// # Safety
+/// The CPU has AVX-512 F and BW.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+unsafe fn nibbles(first: &[u8; 16], second: &[u8; 16]) -> __m512i {
+    // SAFETY: as the caller promised; each load reads 16 bytes.
+    unsafe {
+        let first = _mm_loadu_si128(first.as_ptr().cast());
+        let second = _mm_loadu_si128(second.as_ptr().cast());
+        let low = _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(first), _mm_srli_epi16::<4>(first));
+        let high = _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(second), _mm_srli_epi16::<4>(second));
+        let both = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(low), high);
+        _mm512_and_si512(both, _mm512_set1_epi8(15))
+    }
+}
+
+impl Codes for Q4_0 {
+    const OFFSET: i32 = 8;
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+    unsafe fn codes(two: &[Q4_0; 2]) -> __m512i {
+        // SAFETY: as the caller promised.
+        unsafe { nibbles(&two[0].qs, &two[1].qs) }
+    }
+    #[inline(always)]
+    fn scale(&self) -> u16 {
+        self.d.to_bits()
+    }
+}
+
+impl Codes for Q5_0 {
+    const OFFSET: i32 = 16;
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+    unsafe fn codes(two: &[Q5_0; 2]) -> __m512i {
+        let bits = |block: &Q5_0| u64::from(u32::from_le_bytes(block.qh));
+        // SAFETY: as the caller promised.
+        unsafe {
+            let low = nibbles(&two[0].qs, &two[1].qs);
+            _mm512_mask_add_epi8(low, bits(&two[0]) | bits(&two[1]) << 32, low, _mm512_set1_epi8(16))
+        }
+    }
+    #[inline(always)]
+    fn scale(&self) -> u16 {
+        self.d.to_bits()
+    }
+}
+
+/// Row by row, for a few tokens; see `super::rows`, whose bits it gives.
+#[inline(always)]
+pub(super) fn rows<Q: Codes>(
+    _: Avx512,
+    w: &[Q],
+    row_blocks: usize,
+    x: activation::Quantised<'_>,
+    tokens: usize,
+    mut out: PanelMut<'_>,
+) {
+    let count = (w.len() / row_blocks).min(out.cols());
+    for first in (0..count).step_by(ROWS) {
+        let here = (count - first).min(ROWS);
+        // Rows past the end repeat the last one, and are not stored.
+        let row = |r: usize| &w[(first + r.min(here - 1)) * row_blocks..][..row_blocks];
+        let rows = [row(0), row(1), row(2), row(3)];
+        for t in 0..tokens {
+            // SAFETY: the token proves the instructions.
+            let sums = unsafe { dot_rows(rows, &x, t) };
+            out.row(t)[first..first + here].copy_from_slice(&sums[..here]);
+        }
+    }
+}
+
+/// The dots of some rows with one token.
+///
+/// # Safety
+/// The CPU has what [`Avx512`] stands for.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+unsafe fn dot_rows<Q: Codes>(rows: [&[Q]; ROWS], x: &activation::Quantised<'_>, token: usize) -> [f32; ROWS] {
+    let chunks = rows.map(|row| row.as_chunks::<BLOCKS>());
+    let whole = chunks[0].0.len();
+    let rest = chunks[0].1.len();
+    // SAFETY: as the caller promised.
+    unsafe {
+        let mut acc = _mm_setzero_ps();
+        for c in 0..whole {
+            let x = XChunk::new::<Q>(x, token, c);
+            for row in chunks {
+                prefetch(&row.0[c], ROWS * size_of_val(rows[0]));
+            }
+            acc =
+                chain([&chunks[0].0[c], &chunks[1].0[c], &chunks[2].0[c], &chunks[3].0[c]], &x, BLOCKS, acc);
+        }
+        if rest > 0 {
+            // Activations past a row's end are zero, so it does not matter which codes stand there.
+            let mut last = [[rows[0][0]; BLOCKS]; ROWS];
+            for r in 0..ROWS {
+                last[r][..rest].copy_from_slice(chunks[r].1);
+            }
+            let x = XChunk::new::<Q>(x, token, whole);
+            acc = chain([&last[0], &last[1], &last[2], &last[3]], &x, rest, acc);
+        }
+        let mut sums = [0.0; ROWS];
+        _mm_storeu_ps(sums.as_mut_ptr(), acc);
+        sums
+    }
+}
+
+/// Asks for the bytes that lie `ahead` of these, wherever that is: the same place of the rows that come next. The CPU's own
+/// prefetcher follows a row but not the step to the next ones.
+#[inline(always)]
+fn prefetch<T>(bytes: &T, ahead: usize) {
+    for line in (0..size_of::<T>()).step_by(64) {
+        let place = core::ptr::from_ref(bytes).cast::<i8>().wrapping_add(ahead + line);
+        // SAFETY: a prefetch never faults, whatever the address.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(place) };
+    }
+}
+
+/// `acc`, a lane a row, and the first `groups` blocks of a chunk in order, one fused multiply-add each.
+///
+/// # Safety
+/// The CPU has what [`Avx512`] stands for.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+unsafe fn chain<Q: Codes>(
+    rows: [&[Q; BLOCKS]; ROWS],
+    x: &XChunk<'_>,
+    groups: usize,
+    mut acc: __m128,
+) -> __m128 {
+    // SAFETY: as the caller promised; loads read arrays of the size that is read.
+    unsafe {
+        let x_sums = activation_sums(x, Q::OFFSET);
+        let (s0, d0) = block_sums(rows[0], x, x_sums);
+        let (s1, d1) = block_sums(rows[1], x, x_sums);
+        let (s2, d2) = block_sums(rows[2], x, x_sums);
+        let (s3, d3) = block_sums(rows[3], x, x_sums);
+        let (sums, scales) = (transpose([s0, s1, s2, s3]), transpose([d0, d1, d2, d3]));
+        let pairs = [
+            (_mm256_castps256_ps128(sums[0]), _mm256_castps256_ps128(scales[0])),
+            (_mm256_castps256_ps128(sums[1]), _mm256_castps256_ps128(scales[1])),
+            (_mm256_castps256_ps128(sums[2]), _mm256_castps256_ps128(scales[2])),
+            (_mm256_castps256_ps128(sums[3]), _mm256_castps256_ps128(scales[3])),
+            (_mm256_extractf128_ps::<1>(sums[0]), _mm256_extractf128_ps::<1>(scales[0])),
+            (_mm256_extractf128_ps::<1>(sums[1]), _mm256_extractf128_ps::<1>(scales[1])),
+            (_mm256_extractf128_ps::<1>(sums[2]), _mm256_extractf128_ps::<1>(scales[2])),
+            (_mm256_extractf128_ps::<1>(sums[3]), _mm256_extractf128_ps::<1>(scales[3])),
+        ];
+        for (sum, scale) in pairs.iter().take(groups) {
+            acc = _mm_fmadd_ps(*sum, *scale, acc);
+        }
+        acc
+    }
+}
+
+/// Four rows of eight: result i has element i of every row in its low half, element i + 4 in its high half.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+fn transpose(rows: [__m256; 4]) -> [__m256; 4] {
+    let low = [_mm256_unpacklo_ps(rows[0], rows[1]), _mm256_unpacklo_ps(rows[2], rows[3])];
+    let high = [_mm256_unpackhi_ps(rows[0], rows[1]), _mm256_unpackhi_ps(rows[2], rows[3])];
+    let [a, b] = [_mm256_castps_pd(low[0]), _mm256_castps_pd(low[1])];
+    let [c, d] = [_mm256_castps_pd(high[0]), _mm256_castps_pd(high[1])];
+    [
+        _mm256_castpd_ps(_mm256_unpacklo_pd(a, b)),
+        _mm256_castpd_ps(_mm256_unpackhi_pd(a, b)),
+        _mm256_castpd_ps(_mm256_unpacklo_pd(c, d)),
+        _mm256_castpd_ps(_mm256_unpackhi_pd(c, d)),
+    ]
+}
+
+/// `offset` times the sum of each 32 activations.
+///
+/// # Safety
+/// The CPU has AVX2.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+unsafe fn activation_sums(x: &XChunk<'_>, offset: i32) -> __m256i {
+    // SAFETY: as the caller promised; the two loads read the 16 sums.
+    unsafe {
+        let low = _mm256_loadu_si256(x.sums.as_ptr().cast());
+        let high = _mm256_loadu_si256(x.sums.as_ptr().add(8).cast());
+        let sums = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_hadd_epi32(low, high));
+        _mm256_mullo_epi32(sums, _mm256_set1_epi32(offset))
+    }
+}
+
+/// The integer sum of each block with its activations, as f32, and the product of their scales.
+///
+/// # Safety
+/// The CPU has what [`Avx512`] stands for.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+unsafe fn block_sums<Q: Codes>(blocks: &[Q; BLOCKS], x: &XChunk<'_>, x_sums: __m256i) -> (__m256, __m256) {
+    let (pairs, x_pairs) = (blocks.as_chunks::<2>().0, x.codes.as_chunks::<64>().0);
+    // SAFETY: as the caller promised; every load reads an array of the size that is read.
+    unsafe {
+        let zero = _mm512_setzero_si512();
+        let mut dots = [zero; 4];
+        for i in 0..4 {
+            let x = _mm512_loadu_si512(x_pairs[i].as_ptr().cast());
+            dots[i] = _mm512_dpbusd_epi32(zero, Q::codes(&pairs[i]), x);
+        }
+        let low = _mm512_add_epi32(
+            _mm512_unpacklo_epi32(dots[0], dots[1]),
+            _mm512_unpackhi_epi32(dots[0], dots[1]),
+        );
+        let high = _mm512_add_epi32(
+            _mm512_unpacklo_epi32(dots[2], dots[3]),
+            _mm512_unpackhi_epi32(dots[2], dots[3]),
+        );
+        // Each 128-bit lane: its part of the sums of four pairs. Lanes 0 and 1 are first blocks, 2 and 3 second ones.
+        let parts = _mm512_add_epi32(_mm512_unpacklo_epi64(low, high), _mm512_unpackhi_epi64(low, high));
+        let (first, second) = (_mm512_castsi512_si256(parts), _mm512_extracti64x4_epi64::<1>(parts));
+        let first = _mm_add_epi32(_mm256_castsi256_si128(first), _mm256_extracti128_si256::<1>(first));
+        let second = _mm_add_epi32(_mm256_castsi256_si128(second), _mm256_extracti128_si256::<1>(second));
+        let total = _mm256_inserti128_si256::<1>(
+            _mm256_castsi128_si256(_mm_unpacklo_epi32(first, second)),
+            _mm_unpackhi_epi32(first, second),
+        );
+        let sums = _mm256_cvtepi32_ps(_mm256_sub_epi32(total, x_sums));
+        let d = |i: usize| blocks[i].scale() as i16;
+        let d = _mm256_cvtph_ps(_mm_set_epi16(d(7), d(6), d(5), d(4), d(3), d(2), d(1), d(0)));
+        let x_scales = x.scales.first_chunk::<BLOCKS>().unwrap_or(&[0.0; BLOCKS]);
+        (sums, _mm256_mul_ps(d, _mm256_loadu_ps(x_scales.as_ptr())))
+    }
+}
