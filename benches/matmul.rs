@@ -21,7 +21,7 @@ fn products(c: &mut Criterion) {
         group.measurement_time(std::time::Duration::from_millis(1000));
         for &format in Format::ALL {
             let Some(row_bytes) = format.row_bytes(K) else { continue };
-            let mut w: Vec<u8> = (0..rows * row_bytes).map(|i| (i * 2_654_435_761 >> 13) as u8).collect();
+            let mut w: Vec<u8> = (0..rows * row_bytes).map(|i| ((i * 2_654_435_761) >> 13) as u8).collect();
             format.set_scale(&mut w, 0.01);
             let x: Vec<f32> = (0..tokens * K).map(|i| ((i * 7919) % 1000) as f32 / 500.0 - 1.0).collect();
             let to = match format.kind() {
