@@ -17,7 +17,7 @@ mod avx512;
 use crate::activation::{self, padded};
 use crate::formats::{Format, Plain, Quantised, Unpacked};
 #[cfg(target_arch = "x86_64")]
-use crate::formats::{Q4_0, Q5_0, Q8_0};
+use crate::formats::{Q4_0, Q4_K, Q5_0, Q5_K, Q6_K, Q8_0};
 #[cfg(target_arch = "x86_64")]
 use crate::isa::{Avx2, Avx512};
 use crate::isa::{Cpu, Isa, Scalar};
@@ -73,6 +73,9 @@ impl Kernels {
                 Format::Q4_0 => blocks32::<Q4_0>,
                 Format::Q5_0 => blocks32::<Q5_0>,
                 Format::Q8_0 => blocks32::<Q8_0>,
+                Format::Q4_K => blocks256::<Q4_K>,
+                Format::Q5_K => blocks256::<Q5_K>,
+                Format::Q6_K => blocks256::<Q6_K>,
                 _ => quantised::<Avx512, Q>,
             },
         }
@@ -110,6 +113,12 @@ fn quantised<I: Isa, Q: Quantised>(isa: I, product: MatMul<'_, '_>) {
 #[cfg(target_arch = "x86_64")]
 fn blocks32<Q: avx512::Codes>(isa: Avx512, product: MatMul<'_, '_>) {
     with_rows(isa, product, avx512::rows::<Q>);
+}
+
+/// Formats of super-blocks on AVX-512.
+#[cfg(target_arch = "x86_64")]
+fn blocks256<Q: avx512::SuperCodes>(isa: Avx512, product: MatMul<'_, '_>) {
+    with_rows(isa, product, avx512::super_rows::<Q>);
 }
 
 /// Computes a product with `rows` for few tokens and with tiles for many.

@@ -54,18 +54,16 @@ pub const fn nibble(bytes: &[u8], index: usize) -> u8 {
 /// the low nibbles of scales (low) and minimums (high) 4 to 7, whose upper two bits are the top bits of bytes
 /// 0 to 7.
 #[inline(always)]
-pub const fn six_bit_pairs(bytes: &[u8; 12]) -> ([u8; 8], [u8; 8]) {
-    let (mut scales, mut mins) = ([0; 8], [0; 8]);
-    let mut i = 0;
-    while i < 4 {
-        let (scale, min, low) = (bytes[i], bytes[i + 4], bytes[i + 8]);
-        scales[i] = scale & 63;
-        scales[i + 4] = (low & 15) | ((scale >> 6) << 4);
-        mins[i] = min & 63;
-        mins[i + 4] = (low >> 4) | ((min >> 6) << 4);
-        i += 1;
-    }
-    (scales, mins)
+pub fn six_bit_pairs(bytes: &[u8; 12]) -> ([u8; 8], [u8; 8]) {
+    const NIBBLES: u64 = 0x0f0f_0f0f;
+    const SIX: u64 = 0x3f3f_3f3f;
+    const TOP: u64 = 0x3030_3030;
+    let word = |i: usize| u32::from_le_bytes([bytes[i], bytes[i + 1], bytes[i + 2], bytes[i + 3]]) as u64;
+    let (scale, min, low) = (word(0), word(4), word(8));
+    // Four values at a time, one a byte.
+    let scales = (scale & SIX) | ((low & NIBBLES) | ((scale >> 2) & TOP)) << 32;
+    let mins = (min & SIX) | (((low >> 4) & NIBBLES) | ((min >> 2) & TOP)) << 32;
+    (scales.to_le_bytes(), mins.to_le_bytes())
 }
 
 /// The nearest integer, ties to even, of |x| < 2^22. NaN stays NaN; larger magnitudes stay beyond 2^22.

@@ -44,6 +44,7 @@ mod tq2_0;
 
 use crate::matmul::Kernels;
 
+pub(crate) use bits::six_bit_pairs;
 pub use bytes::Bytes;
 pub use error::{FormatError, LengthMismatch, UnknownFormat, Why};
 pub use grids::{IQ1_GRID, IQ2_S_GRID, IQ2_XS_GRID, IQ2_XXS_GRID, IQ3_S_GRID, IQ3_XXS_GRID};
