@@ -106,18 +106,43 @@ pub(super) fn rows<Q: Codes>(
     row_blocks: usize,
     x: activation::Quantised<'_>,
     tokens: usize,
+    out: PanelMut<'_>,
+) {
+    // SAFETY: the token proves the instructions.
+    by_fours(w, row_blocks, tokens, out, |rows, t| unsafe { dot_rows(rows, row_blocks, &x, t) });
+}
+
+/// As [`rows`], for super-blocks.
+#[inline(always)]
+pub(super) fn super_rows<Q: SuperCodes>(
+    _: Avx512,
+    w: &[Q],
+    row_blocks: usize,
+    x: activation::Quantised<'_>,
+    tokens: usize,
+    out: PanelMut<'_>,
+) {
+    // SAFETY: the token proves the instructions.
+    by_fours(w, row_blocks, tokens, out, |rows, t| unsafe { super_dot_rows(rows, row_blocks, &x, t) });
+}
+
+/// Fills `out` with `dot(rows, token)`, four rows at a time. A row is cut to its start only: what follows it are the next.
+#[inline(always)]
+fn by_fours<Q>(
+    w: &[Q],
+    row_blocks: usize,
+    tokens: usize,
     mut out: PanelMut<'_>,
+    dot: impl Fn([&[Q]; ROWS], usize) -> [f32; ROWS],
 ) {
     let count = (w.len() / row_blocks).min(out.cols());
     for first in (0..count).step_by(ROWS) {
         let here = (count - first).min(ROWS);
         // Rows past the end repeat the last one, and are not stored.
-        let row = |r: usize| &w[(first + r.min(here - 1)) * row_blocks..][..row_blocks];
+        let row = |r: usize| &w[(first + r.min(here - 1)) * row_blocks..];
         let rows = [row(0), row(1), row(2), row(3)];
         for t in 0..tokens {
-            // SAFETY: the token proves the instructions.
-            let sums = unsafe { dot_rows(rows, &x, t) };
-            out.row(t)[first..first + here].copy_from_slice(&sums[..here]);
+            out.row(t)[first..first + here].copy_from_slice(&dot(rows, t)[..here]);
         }
     }
 }
@@ -128,34 +153,38 @@ pub(super) fn rows<Q: Codes>(
 /// The CPU has what [`Avx512`] stands for.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-unsafe fn dot_rows<Q: Codes>(rows: [&[Q]; ROWS], x: &activation::Quantised<'_>, token: usize) -> [f32; ROWS] {
-    let chunks = rows.map(|row| row.as_chunks::<BLOCKS>());
-    let whole = chunks[0].0.len();
-    let rest = chunks[0].1.len();
-    // SAFETY: as the caller promised.
-    unsafe {
-        let mut acc = _mm_setzero_ps();
-        for c in 0..whole {
-            let x = XChunk::new::<Q>(x, token, c);
-            for row in chunks {
-                prefetch(&row.0[c], ROWS * size_of_val(rows[0]));
+unsafe fn dot_rows<Q: Codes>(
+    rows: [&[Q]; ROWS],
+    row_blocks: usize,
+    x: &activation::Quantised<'_>,
+    token: usize,
+) -> [f32; ROWS] {
+    let mut acc = _mm_setzero_ps();
+    for first in (0..row_blocks).step_by(BLOCKS) {
+        let groups = (row_blocks - first).min(BLOCKS);
+        let x = XChunk::new::<Q>(x, token, first / BLOCKS);
+        let chunk = |r: usize| rows[r][first..].first_chunk::<BLOCKS>();
+        // Activations past a row's end are zero, so it does not matter that the codes there are another row's.
+        if let (Some(a), Some(b), Some(c), Some(d)) = (chunk(0), chunk(1), chunk(2), chunk(3)) {
+            for chunk in [a, b, c, d] {
+                prefetch(chunk, ROWS * row_blocks * size_of::<Q>());
             }
-            acc =
-                chain([&chunks[0].0[c], &chunks[1].0[c], &chunks[2].0[c], &chunks[3].0[c]], &x, BLOCKS, acc);
+            // SAFETY: as the caller promised.
+            acc = unsafe { chain([a, b, c, d], &x, groups, acc) };
+            continue;
         }
-        if rest > 0 {
-            // Activations past a row's end are zero, so it does not matter which codes stand there.
-            let mut last = [[rows[0][0]; BLOCKS]; ROWS];
-            for r in 0..ROWS {
-                last[r][..rest].copy_from_slice(chunks[r].1);
-            }
-            let x = XChunk::new::<Q>(x, token, whole);
-            acc = chain([&last[0], &last[1], &last[2], &last[3]], &x, rest, acc);
+        // Only at the end of the matrix is there nothing behind a row.
+        let mut last = [[rows[0][0]; BLOCKS]; ROWS];
+        for (last, row) in last.iter_mut().zip(rows) {
+            last[..groups].copy_from_slice(&row[first..first + groups]);
         }
-        let mut sums = [0.0; ROWS];
-        _mm_storeu_ps(sums.as_mut_ptr(), acc);
-        sums
+        // SAFETY: as the caller promised.
+        acc = unsafe { chain([&last[0], &last[1], &last[2], &last[3]], &x, groups, acc) };
     }
+    let mut sums = [0.0; ROWS];
+    // SAFETY: the store writes four floats.
+    unsafe { _mm_storeu_ps(sums.as_mut_ptr(), acc) };
+    sums
 }
 
 /// Asks for the bytes that lie `ahead` of these, wherever that is: the same place of the rows that come next. The CPU's own
@@ -349,7 +378,9 @@ impl SuperCodes for Q5_K {
         let high = unsafe { _mm256_loadu_si256(self.qh.as_ptr().cast()) };
         let mut codes = [_mm512_setzero_si512(); 4];
         for (q, codes) in codes.iter_mut().enumerate() {
-            let bit = |n: usize| u64::from(_mm256_test_epi8_mask(high, _mm256_set1_epi8(1u8.rotate_left(n as u32) as i8)));
+            let bit = |n: usize| {
+                u64::from(_mm256_test_epi8_mask(high, _mm256_set1_epi8(1u8.rotate_left(n as u32) as i8)))
+            };
             let top = bit(2 * q) | bit(2 * q + 1) << 32;
             let low = quarter(&self.qs[q]);
             *codes = _mm512_mask_add_epi8(low, top, low, _mm512_set1_epi8(16));
@@ -419,30 +450,6 @@ impl SuperCodes for Q6_K {
     }
 }
 
-/// Row by row, for a few tokens; see `super::rows`, whose bits it gives.
-#[inline(always)]
-pub(super) fn super_rows<Q: SuperCodes>(
-    _: Avx512,
-    w: &[Q],
-    row_blocks: usize,
-    x: activation::Quantised<'_>,
-    tokens: usize,
-    mut out: PanelMut<'_>,
-) {
-    let count = (w.len() / row_blocks).min(out.cols());
-    for first in (0..count).step_by(ROWS) {
-        let here = (count - first).min(ROWS);
-        // Rows past the end repeat the last one, and are not stored.
-        let row = |r: usize| &w[(first + r.min(here - 1)) * row_blocks..][..row_blocks];
-        let rows = [row(0), row(1), row(2), row(3)];
-        for t in 0..tokens {
-            // SAFETY: the token proves the instructions.
-            let sums = unsafe { super_dot_rows(rows, &x, t) };
-            out.row(t)[first..first + here].copy_from_slice(&sums[..here]);
-        }
-    }
-}
-
 /// The dots of some rows with one token.
 ///
 /// # Safety
@@ -451,21 +458,22 @@ pub(super) fn super_rows<Q: SuperCodes>(
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 unsafe fn super_dot_rows<Q: SuperCodes>(
     rows: [&[Q]; ROWS],
+    row_blocks: usize,
     x: &activation::Quantised<'_>,
     token: usize,
 ) -> [f32; ROWS] {
     // SAFETY: as the caller promised; loads and stores are of arrays of their size.
     unsafe {
         let mut acc = _mm_setzero_ps();
-        for (c, block) in rows[0].iter().enumerate() {
+        for c in 0..row_blocks {
             let x = XChunk::new::<Q>(x, token, c);
-            let blocks = [block, &rows[1][c], &rows[2][c], &rows[3][c]];
+            let blocks = [&rows[0][c], &rows[1][c], &rows[2][c], &rows[3][c]];
             let order = _mm512_cvtepu8_epi32(_mm_loadu_si128(GROUPS.as_ptr().cast()));
             let x_sums = _mm512_permutexvar_epi32(order, _mm512_loadu_si512(x.sums.as_ptr().cast()));
             let excess = _mm512_mullo_epi32(x_sums, _mm512_set1_epi32(Q::OFFSET));
             let mut scaled = [excess; ROWS];
             for r in 0..ROWS {
-                prefetch(blocks[r], ROWS * size_of_val(rows[0]));
+                prefetch(blocks[r], ROWS * row_blocks * size_of::<Q>());
                 let sums = _mm512_sub_epi32(group_sums(blocks[r].codes(), x.codes), excess);
                 scaled[r] = _mm512_mullo_epi32(sums, blocks[r].sub_scales());
             }
