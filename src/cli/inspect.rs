@@ -11,7 +11,7 @@ use halite::gguf::Gguf;
 use halite::session::{SessionOptions, footprint};
 use halite::{Model, Tokenizer};
 
-use super::{Failure, bytes, print};
+use super::{Failure, bytes, print, progress};
 
 #[derive(Args)]
 pub struct InspectArgs {
@@ -23,6 +23,9 @@ pub struct InspectArgs {
     /// List every tensor.
     #[arg(long)]
     tensors: bool,
+    /// Read all weights and name the tensors with scales or values that are not finite.
+    #[arg(long)]
+    verify: bool,
     /// One JSON object.
     #[arg(long)]
     json: bool,
@@ -43,8 +46,16 @@ pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
         gguf.metadata().iter().map(|(key, value)| (key.clone(), gguf.display_value(value))).collect();
     let mut formats: Vec<(&str, u64, u64)> = Vec::new();
     let mut tensors = Vec::new();
+    let mut not_finite = Vec::new();
+    let bar = progress(if args.verify { file_bytes } else { 0 }, "verifying");
     for tensor in gguf.tensors() {
         let r = tensor.record;
+        if args.verify {
+            if !r.format.is_finite(tensor.region()?.bytes()) {
+                not_finite.push(r.name.clone());
+            }
+            bar.inc(r.bytes.len() as u64);
+        }
         let size = r.bytes.len() as u64;
         match formats.iter_mut().find(|(name, ..)| *name == r.format.name()) {
             Some((_, count, total)) => (*count, *total) = (*count + 1, *total + size),
@@ -52,6 +63,7 @@ pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
         }
         tensors.push((r.name.clone(), r.format.name(), r.dims.clone(), size));
     }
+    bar.finish_and_clear();
     let tokenizer = match Tokenizer::from_gguf(&gguf) {
         Ok(Some(t)) => Ok(format!("{} tokens", t.len())),
         Ok(None) => Ok("none: token ids only".into()),
@@ -84,6 +96,7 @@ pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
             })).collect::<Vec<_>>(),
             "tokenizer": tokenizer.as_ref().map_or_else(|e| e.clone(), Clone::clone),
             "context": positions,
+            "not_finite": args.verify.then_some(&not_finite),
             "backends": estimates.iter().map(|e| match &e.result {
                 Ok(f) => serde_json::json!({
                     "name": e.backend, "runs": true, "weight_bytes": f.weight_bytes, "kv_bytes": f.kv_bytes,
@@ -92,7 +105,8 @@ pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
                 Err(why) => serde_json::json!({ "name": e.backend, "runs": false, "why": why }),
             }).collect::<Vec<_>>(),
         });
-        return print(&format!("{report:#}\n"));
+        print(&format!("{report:#}\n"))?;
+        return verdict(&not_finite);
     }
     let mut text = format!(
         "{}: GGUF version {version}, {}, {} tensors, alignment {alignment}\n\nmetadata\n",
@@ -135,7 +149,18 @@ pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
             Err(why) => text += &format!("  {:10} does not run: {why}\n", e.backend),
         }
     }
-    print(&text)
+    if args.verify {
+        text += &format!("\nverified: {} of {} tensors are not finite\n", not_finite.len(), tensors.len());
+    }
+    print(&text)?;
+    verdict(&not_finite)
+}
+
+fn verdict(not_finite: &[String]) -> Result<(), Failure> {
+    if not_finite.is_empty() {
+        return Ok(());
+    }
+    Err(format!("tensors with scales or values that are not finite: {}", not_finite.join(", ")).into())
 }
 
 fn backends() -> Result<Vec<Arc<dyn Backend>>, Failure> {
