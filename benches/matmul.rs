@@ -4,7 +4,7 @@
 //! prefill. `HALITE_ISA` narrows the instruction set.
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use halite::kernels::activation::{Activation, Quantise, Quantised, QuantisedMut, padded};
+use halite::kernels::activation::{Activation, PADDING, Quantise, Quantised, QuantisedMut, SUMS, padded};
 use halite::kernels::formats::{Format, Kind};
 use halite::kernels::isa::Cpu;
 use halite::kernels::matmul::{MatMul, X, matmul};
@@ -30,7 +30,7 @@ fn products(c: &mut Criterion) {
             };
             let width = tokens * padded(K);
             let (mut codes, mut scales, mut sums) =
-                (vec![0; width], vec![0.0; width / to.block_len()], vec![0; width / 16]);
+                (vec![0; width], vec![0.0; width / to.block_len()], vec![0; width / PADDING * SUMS]);
             let out = QuantisedMut { codes: &mut codes, scales: &mut scales, sums: &mut sums };
             cpu.run(Quantise { to, k: K, x: &x, out });
             let x = match format.kind() {

@@ -32,12 +32,16 @@ pub struct Quantised<'a> {
     pub codes: &'a [i8],
     /// Scales, `[rows][padded(k) / block_len]`.
     pub scales: &'a [f32],
-    /// Sums of 16 codes, `[rows][padded(k) / 16]`.
+    /// [`SUMS`] sums for each [`PADDING`] values: of each 16 codes; of each 16 and of each 32, times minus the bias that the
+    /// instruction set's dot product puts on weight codes ([`Isa::CODE_BIAS`]).
     pub sums: &'a [i32],
 }
 
 /// Rows are padded to a multiple of this many values.
 pub const PADDING: usize = 256;
+
+/// Sums kept for each [`PADDING`] values.
+pub const SUMS: usize = 16 + 16 + 8;
 
 /// The values that a row of `k` takes the place of.
 pub const fn padded(k: usize) -> usize {
@@ -51,7 +55,7 @@ pub struct QuantisedMut<'a> {
     pub codes: &'a mut [i8],
     /// Scales.
     pub scales: &'a mut [f32],
-    /// Sums of 16 codes.
+    /// Sums.
     pub sums: &'a mut [i32],
 }
 
@@ -78,20 +82,34 @@ impl WithIsa for Quantise<'_> {
         let (width, blocks) = (padded(self.k), padded(self.k) / self.to.block_len());
         let out = self.out.codes.chunks_exact_mut(width).zip(self.out.scales.chunks_exact_mut(blocks));
         for ((x, (codes, scales)), sums) in
-            self.x.chunks_exact(self.k).zip(out).zip(self.out.sums.chunks_exact_mut(width / 16))
+            self.x.chunks_exact(self.k).zip(out).zip(self.out.sums.chunks_exact_mut(width / PADDING * SUMS))
         {
             codes[self.k..].fill(0);
             scales[self.k / self.to.block_len()..].fill(0.0);
-            sums[self.k / 16..].fill(0);
             match self.to {
-                Activation::Q8_0 => quantise::<I, 2>(isa, x, codes, scales, sums, |d, inverse| {
+                Activation::Q8_0 => quantise::<I, 2>(isa, x, codes, scales, |d, inverse| {
                     (math::f16_to_f32(math::f32_to_f16(d)), inverse)
                 }),
                 Activation::Q8_K => {
-                    quantise::<I, 16>(isa, x, codes, scales, sums, |_, inverse| (1.0 / inverse, inverse));
+                    quantise::<I, 16>(isa, x, codes, scales, |_, inverse| (1.0 / inverse, inverse));
                 }
             }
+            let chunks = codes.as_chunks::<PADDING>().0.iter().zip(sums.as_chunks_mut::<SUMS>().0);
+            chunks.for_each(|(codes, sums)| sum_up(codes, i32::from(I::CODE_BIAS), sums));
         }
+    }
+}
+
+/// The sums of one chunk of codes.
+#[inline(always)]
+fn sum_up(codes: &[i8; PADDING], bias: i32, sums: &mut [i32; SUMS]) {
+    for (g, codes) in codes.as_chunks::<16>().0.iter().enumerate() {
+        let sum: i32 = codes.iter().map(|&c| i32::from(c)).sum();
+        sums[g] = sum;
+        sums[16 + g] = -bias * sum;
+    }
+    for g in 0..8 {
+        sums[32 + g] = sums[16 + 2 * g] + sums[17 + 2 * g];
     }
 }
 
@@ -102,13 +120,11 @@ fn quantise<I: Isa, const N: usize>(
     x: &[f32],
     codes: &mut [i8],
     scales: &mut [f32],
-    sums: &mut [i32],
     scale: impl Fn(f32, f32) -> (f32, f32),
 ) {
     let x = x.as_chunks::<16>().0.as_chunks::<N>().0;
     let codes = codes.as_chunks_mut::<16>().0.as_chunks_mut::<N>().0;
-    let sums = sums.as_chunks_mut::<N>().0;
-    for (((x, codes), d), sums) in x.iter().zip(codes).zip(scales).zip(sums) {
+    for ((x, codes), d) in x.iter().zip(codes).zip(scales) {
         // Magnitudes are compared as integers, in which order NaN is above infinity is above every number.
         let mut amax_bits = 0i32;
         for lanes in x {
@@ -122,15 +138,13 @@ fn quantise<I: Isa, const N: usize>(
             // Infinity or NaN poisons the block. Magnitudes so small that their inverse overflows are zero.
             *d = if amax.is_finite() { 0.0 } else { f32::NAN };
             *codes = [[0; 16]; N];
-            *sums = [0; N];
             continue;
         }
         *d = stored;
         let factor = isa.splat(factor);
-        for ((lanes, codes), sum) in x.iter().zip(codes).zip(sums) {
+        for (lanes, codes) in x.iter().zip(codes) {
             let mut rounded = [0i32; 16];
             isa.store_i(isa.to_i32(isa.mul(isa.load(lanes), factor)), &mut rounded);
-            *sum = rounded.iter().sum();
             for (code, r) in codes.iter_mut().zip(rounded) {
                 *code = r as i8;
             }

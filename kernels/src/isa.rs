@@ -19,6 +19,8 @@ pub trait Isa: Copy + Send + Sync + 'static {
     const NAME: &'static str;
     /// What [`Isa::dot4`] wants added to each code byte: 0 for signed codes, 128 where the dot product takes unsigned ones.
     const CODE_BIAS: u8;
+    /// Whether there are registers for tiles of two vectors of rows.
+    const WIDE_TILES: bool;
     /// Sixteen f32.
     type F: Copy;
     /// Sixteen i32.
@@ -91,6 +93,9 @@ pub trait Isa: Copy + Send + Sync + 'static {
     /// of signed codes.
     fn dot4(self, acc: Self::I, codes: &[u8; 64], x: [i8; 4]) -> Self::I;
 
+    /// `acc[lane] + w[2 lane] · x[0] + w[2 lane + 1] · x[1]`.
+    fn dot2(self, acc: Self::I, w: &[i16; 32], x: [i16; 2]) -> Self::I;
+
     /// The sixteen sums, in order, of products of 16 adjacent pairs: `out[g] = Σ codes[16 g + i] · x[16 g + i]`, where
     /// `sums[g] = Σ x[16 g + i]`.
     fn dot16(self, codes: &[i8; 256], x: &[i8; 256], sums: &[i32; 16]) -> Self::I;
@@ -115,6 +120,7 @@ fn map2<T: Copy, U>(a: [T; 16], b: [T; 16], f: impl Fn(T, T) -> U) -> [U; 16] {
 impl Isa for Scalar {
     const NAME: &'static str = "scalar";
     const CODE_BIAS: u8 = 0;
+    const WIDE_TILES: bool = false;
     type F = [f32; 16];
     type I = [i32; 16];
 
@@ -245,6 +251,11 @@ impl Isa for Scalar {
         })
     }
     #[inline(always)]
+    fn dot2(self, acc: Self::I, w: &[i16; 32], x: [i16; 2]) -> Self::I {
+        let product = |i: usize, j: usize| i32::from(w[i]) * i32::from(x[j]);
+        core::array::from_fn(|lane| acc[lane] + product(2 * lane, 0) + product(2 * lane + 1, 1))
+    }
+    #[inline(always)]
     fn dot16(self, codes: &[i8; 256], x: &[i8; 256], _: &[i32; 16]) -> Self::I {
         let (codes, x) = (codes.as_chunks::<16>().0, x.as_chunks::<16>().0);
         core::array::from_fn(|g| (0..16).map(|i| i32::from(codes[g][i]) * i32::from(x[g][i])).sum())
@@ -318,6 +329,7 @@ mod x86 {
     impl Isa for Avx2 {
         const NAME: &'static str = "avx2";
         const CODE_BIAS: u8 = 0;
+        const WIDE_TILES: bool = false;
         type F = [__m256; 2];
         type I = [__m256i; 2];
 
@@ -476,6 +488,17 @@ mod x86 {
             })
         }
         #[inline(always)]
+        fn dot2(self, acc: Self::I, w: &[i16; 32], x: [i16; 2]) -> Self::I {
+            let p = w.as_ptr().cast::<__m256i>();
+            op!({
+                let x = _mm256_set1_epi32(i32::from(x[0] as u16) | i32::from(x[1]) << 16);
+                [
+                    _mm256_add_epi32(acc[0], _mm256_madd_epi16(_mm256_loadu_si256(p), x)),
+                    _mm256_add_epi32(acc[1], _mm256_madd_epi16(_mm256_loadu_si256(p.add(1)), x)),
+                ]
+            })
+        }
+        #[inline(always)]
         fn dot16(self, codes: &[i8; 256], x: &[i8; 256], _: &[i32; 16]) -> Self::I {
             let (c, x) = (codes.as_ptr().cast::<__m256i>(), x.as_ptr().cast::<__m256i>());
             op!({
@@ -524,6 +547,7 @@ mod x86 {
     impl Isa for Avx512 {
         const NAME: &'static str = "avx512";
         const CODE_BIAS: u8 = 128;
+        const WIDE_TILES: bool = true;
         type F = __m512;
         type I = __m512i;
 
@@ -656,6 +680,13 @@ mod x86 {
             op!({
                 let x = _mm512_set1_epi32(i32::from_le_bytes(x.map(|b| b as u8)));
                 _mm512_dpbusd_epi32(acc, _mm512_loadu_si512(codes.as_ptr().cast()), x)
+            })
+        }
+        #[inline(always)]
+        fn dot2(self, acc: Self::I, w: &[i16; 32], x: [i16; 2]) -> Self::I {
+            op!({
+                let x = _mm512_set1_epi32(i32::from(x[0] as u16) | i32::from(x[1]) << 16);
+                _mm512_dpwssd_epi32(acc, _mm512_loadu_si512(w.as_ptr().cast()), x)
             })
         }
         #[inline(always)]

@@ -14,7 +14,7 @@
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 
-use crate::activation::{self, padded};
+use crate::activation::{self, SUMS, padded};
 use crate::formats::{Format, Plain, Quantised, Unpacked};
 #[cfg(target_arch = "x86_64")]
 use crate::formats::{Q4_0, Q4_K, Q5_0, Q5_K, Q6_K, Q8_0};
@@ -150,7 +150,7 @@ fn with_rows<I: Isa, Q: Quantised>(
 /// One token's activations in one chunk.
 struct XChunk<'a> {
     codes: &'a [i8; CHUNK],
-    sums: &'a [i32; 16],
+    sums: &'a [i32; SUMS],
     scales: &'a [f32],
 }
 
@@ -161,9 +161,17 @@ impl<'a> XChunk<'a> {
         let block = Q::ACTIVATION.block_len();
         XChunk {
             codes: x.codes[start..].first_chunk().unwrap_or(&[0; CHUNK]),
-            sums: x.sums[start / 16..].first_chunk().unwrap_or(&[0; 16]),
+            sums: x.sums[start / CHUNK * SUMS..].first_chunk().unwrap_or(&[0; SUMS]),
             scales: &x.scales[start / block..(start + CHUNK) / block],
         }
+    }
+}
+
+impl XChunk<'_> {
+    /// The sum of each 16 codes.
+    #[inline(always)]
+    fn sums16(&self) -> &[i32; 16] {
+        self.sums.first_chunk().unwrap_or(&[0; 16])
     }
 }
 
@@ -242,10 +250,10 @@ fn dot_chunk<I: Isa, Q: Quantised>(
     if Q::GROUP == CHUNK {
         let scale = x.scales[0];
         for r in 0..ROWS {
-            let sums = isa.mul_i(isa.dot16(&w[r].codes, x.codes, x.sums), isa.load_i16(&w[r].sub));
+            let sums = isa.mul_i(isa.dot16(&w[r].codes, x.codes, x.sums16()), isa.load_i16(&w[r].sub));
             acc[r] = isa.fma_one(isa.sum_i(sums) as f32, w[r].d[0] * scale, acc[r]);
             if Q::HAS_MIN {
-                let mins = isa.mul_i(isa.load_i16(&w[r].mins), isa.load_i(x.sums));
+                let mins = isa.mul_i(isa.load_i16(&w[r].mins), isa.load_i(x.sums16()));
                 acc[r] = isa.fma_one(isa.sum_i(mins) as f32, w[r].m[0] * scale, acc[r]);
             }
         }
@@ -259,11 +267,11 @@ fn dot_chunk<I: Isa, Q: Quantised>(
     let mut min_sums = [0.0; 16];
     let mut min_scales = [[0.0; 16]; ROWS];
     if Q::HAS_MIN {
-        isa.store(grouped(isa.load_i(x.sums)), &mut min_sums);
+        isa.store(grouped(isa.load_i(x.sums16())), &mut min_sums);
     }
     let groups = len / Q::GROUP;
     for r in 0..ROWS {
-        isa.store(grouped(isa.dot16(&w[r].codes, x.codes, x.sums)), &mut sums[r]);
+        isa.store(grouped(isa.dot16(&w[r].codes, x.codes, x.sums16())), &mut sums[r]);
         for g in 0..groups {
             let scale = x.scales[g * Q::GROUP / Q::ACTIVATION.block_len()];
             scales[r][g] = w[r].d[g] * scale;
@@ -285,18 +293,71 @@ fn dot_chunk<I: Isa, Q: Quantised>(
 
 /// Sixteen rows of one chunk, interleaved: everything about one row stands in one lane.
 #[repr(C, align(64))]
+#[derive(Clone, Copy)]
 struct Tile {
     /// `codes[k / 4][4 · row + k % 4]`, with the instruction set's bias.
     codes: [[u8; 64]; CHUNK / 4],
     sub: [[i32; 16]; 16],
-    mins: [[i32; 16]; 16],
+    /// `mins[k / 32][2 · row + k / 16 % 2]`.
+    mins: [[i16; 32]; 8],
     d: [[f32; 16]; 16],
     m: [[f32; 16]; 16],
 }
 
-/// Tiles of 16 rows, for many tokens.
+impl Tile {
+    const ZERO: Tile = Tile {
+        codes: [[0; 64]; CHUNK / 4],
+        sub: [[0; 16]; 16],
+        mins: [[0; 32]; 8],
+        d: [[0.0; 16]; 16],
+        m: [[0.0; 16]; 16],
+    };
+
+    /// Puts a row's chunk in a lane.
+    #[inline(always)]
+    fn set<I: Isa, Q: Quantised>(&mut self, lane: usize, chunk: &Unpacked) {
+        for (codes, four) in self.codes.iter_mut().zip(chunk.codes.as_chunks::<4>().0) {
+            let biased = four.map(|c| (c as u8) ^ I::CODE_BIAS);
+            codes[4 * lane..4 * lane + 4].copy_from_slice(&biased);
+        }
+        for g in 0..CHUNK / Q::GROUP {
+            self.d[g][lane] = chunk.d[g];
+            if Q::HAS_MIN {
+                self.m[g][lane] = chunk.m[g];
+            }
+        }
+        // Only formats with one f32 scale for 256 have integer sub-scales.
+        if Q::GROUP == CHUNK {
+            for g in 0..16 {
+                self.sub[g][lane] = chunk.sub[g].into();
+                if Q::HAS_MIN {
+                    self.mins[g / 2][2 * lane + g % 2] = chunk.mins[g];
+                }
+            }
+        }
+    }
+}
+
+/// Tiles of rows, for many tokens: as wide as the registers allow.
 #[inline(always)]
 fn tile<I: Isa, Q: Quantised>(
+    isa: I,
+    w: &[Q],
+    row_blocks: usize,
+    x: activation::Quantised<'_>,
+    tokens: usize,
+    out: PanelMut<'_>,
+) {
+    if I::WIDE_TILES {
+        tiles::<I, Q, 2>(isa, w, row_blocks, x, tokens, out);
+    } else {
+        tiles::<I, Q, 1>(isa, w, row_blocks, x, tokens, out);
+    }
+}
+
+/// `G` tiles of 16 rows side by side.
+#[inline(always)]
+fn tiles<I: Isa, Q: Quantised, const G: usize>(
     isa: I,
     w: &[Q],
     row_blocks: usize,
@@ -305,125 +366,119 @@ fn tile<I: Isa, Q: Quantised>(
     mut out: PanelMut<'_>,
 ) {
     let rows = (w.len() / row_blocks).min(out.cols());
-    let mut tile = Tile {
-        codes: [[0; 64]; CHUNK / 4],
-        sub: [[0; 16]; 16],
-        mins: [[0; 16]; 16],
-        d: [[0.0; 16]; 16],
-        m: [[0.0; 16]; 16],
-    };
+    let mut tiles = [Tile::ZERO; G];
     let mut chunk = Unpacked::ZERO;
-    for first in (0..rows).step_by(16) {
-        let here = (rows - first).min(16);
+    for first in (0..rows).step_by(16 * G) {
+        let here = (rows - first).min(16 * G);
         for c in 0..x.k.div_ceil(CHUNK) {
             let mut len = 0;
-            for lane in 0..here {
-                len = unpack_chunk(&w[(first + lane) * row_blocks..][..row_blocks], c, &mut chunk);
-                interleave::<I, Q>(&chunk, lane, &mut tile);
+            for row in 0..here {
+                len = unpack_chunk(&w[(first + row) * row_blocks..][..row_blocks], c, &mut chunk);
+                tiles[row / 16].set::<I, Q>(row % 16, &chunk);
             }
-            let mut t = 0;
-            while t < tokens {
+            for t in (0..tokens).step_by(TILE_TOKENS) {
                 // A block of fewer tokens at the end repeats its last one, and stores it once.
                 let n = (tokens - t).min(TILE_TOKENS);
-                let token: [usize; TILE_TOKENS] = core::array::from_fn(|i| t + i.min(n - 1));
-                let mut acc = [isa.splat(0.0); TILE_TOKENS];
+                let mut lanes = [[[0.0f32; 16]; G]; TILE_TOKENS];
                 if c > 0 {
-                    for i in 0..TILE_TOKENS {
-                        let mut lanes = [0.0; 16];
-                        lanes[..here].copy_from_slice(&out.row(token[i])[first..first + here]);
-                        acc[i] = isa.load(&lanes);
+                    for i in 0..n {
+                        lanes[i].as_flattened_mut()[..here]
+                            .copy_from_slice(&out.row(t + i)[first..first + here]);
                     }
                 }
-                let acc = tile_dot::<I, Q>(isa, &tile, &x, token, c, len, acc);
-                for (acc, &token) in acc.iter().zip(&token[..n]) {
-                    let mut lanes = [0.0; 16];
-                    isa.store(*acc, &mut lanes);
-                    out.row(token)[first..first + here].copy_from_slice(&lanes[..here]);
+                let x: [XChunk<'_>; TILE_TOKENS] =
+                    core::array::from_fn(|i| XChunk::new::<Q>(&x, t + i.min(n - 1), c));
+                tile_dot::<I, Q, G>(isa, &tiles, &x, len, &mut lanes);
+                for i in 0..n {
+                    out.row(t + i)[first..first + here].copy_from_slice(&lanes[i].as_flattened()[..here]);
                 }
-                t += n;
             }
         }
     }
 }
 
+/// Adds the dots of tiles with some tokens' chunk to `sums`.
 #[inline(always)]
-fn interleave<I: Isa, Q: Quantised>(chunk: &Unpacked, lane: usize, tile: &mut Tile) {
-    for (codes, four) in tile.codes.iter_mut().zip(chunk.codes.as_chunks::<4>().0) {
-        let biased = four.map(|c| (c as u8) ^ I::CODE_BIAS);
-        codes[4 * lane..4 * lane + 4].copy_from_slice(&biased);
-    }
-    for g in 0..CHUNK / Q::GROUP {
-        tile.d[g][lane] = chunk.d[g];
-        if Q::HAS_MIN {
-            tile.m[g][lane] = chunk.m[g];
-        }
-    }
-    // Only formats with one f32 scale for 256 have integer sub-scales.
-    if Q::GROUP == CHUNK {
-        for g in 0..16 {
-            tile.sub[g][lane] = chunk.sub[g].into();
-            if Q::HAS_MIN {
-                tile.mins[g][lane] = chunk.mins[g].into();
-            }
-        }
-    }
-}
-
-/// `acc` and the dots of a tile with some tokens' chunk `c`.
-#[inline(always)]
-fn tile_dot<I: Isa, Q: Quantised>(
+fn tile_dot<I: Isa, Q: Quantised, const G: usize>(
     isa: I,
-    tile: &Tile,
-    x: &activation::Quantised<'_>,
-    token: [usize; TILE_TOKENS],
-    c: usize,
+    tiles: &[Tile; G],
+    x: &[XChunk<'_>; TILE_TOKENS],
     len: usize,
-    mut acc: [I::F; TILE_TOKENS],
-) -> [I::F; TILE_TOKENS] {
+    sums: &mut [[[f32; 16]; G]; TILE_TOKENS],
+) {
     let block = Q::ACTIVATION.block_len();
-    let start = token.map(|t| t * padded(x.k) + c * CHUNK);
-    let codes = start.map(|s| x.codes[s..s + len].as_chunks::<4>().0);
-    let sums = start.map(|s| &x.sums[s / 16..(s + len) / 16]);
-    let scales = start.map(|s| &x.scales[s / block..(s + len) / block]);
-    let bias = i32::from(I::CODE_BIAS);
     let zero = isa.splat_i(0);
-    // Over one group: the integer sum, and that of the minimums.
-    let mut group = [zero; TILE_TOKENS];
-    let mut group_min = [zero; TILE_TOKENS];
-    for g in 0..len / 16 {
-        let mut dot = [zero; TILE_TOKENS];
-        for i in 0..TILE_TOKENS {
-            dot[i] = isa.splat_i(-bias * sums[i][g]);
+    let mut acc = [[isa.splat(0.0); G]; TILE_TOKENS];
+    for i in 0..TILE_TOKENS {
+        for r in 0..G {
+            acc[i][r] = isa.load(&sums[i][r]);
         }
-        for k in 4 * g..4 * g + 4 {
-            for i in 0..TILE_TOKENS {
-                dot[i] = isa.dot4(dot[i], &tile.codes[k], codes[i][k]);
+    }
+    // Values of one integer accumulation: one sub-scale, or one f32 scale.
+    let step = if Q::GROUP == 32 { 32 } else { 16 };
+    let starts = if Q::GROUP == 32 { 32 } else { 16 };
+    let mut group = [[zero; G]; TILE_TOKENS];
+    for s in 0..len.min(CHUNK) / step {
+        let mut dot = [[zero; G]; TILE_TOKENS];
+        for i in 0..TILE_TOKENS {
+            let start = isa.splat_i(x[i].sums[starts + s]);
+            for r in 0..G {
+                dot[i][r] = start;
             }
         }
-        for i in 0..TILE_TOKENS {
-            let scaled = if Q::GROUP == CHUNK { isa.mul_i(dot[i], isa.load_i(&tile.sub[g])) } else { dot[i] };
-            group[i] = isa.add_i(group[i], scaled);
-            if Q::HAS_MIN {
-                let sum = isa.splat_i(sums[i][g]);
-                let min = if Q::GROUP == CHUNK { isa.mul_i(isa.load_i(&tile.mins[g]), sum) } else { sum };
-                group_min[i] = isa.add_i(group_min[i], min);
+        for k in s * step / 4..(s + 1) * step / 4 {
+            for i in 0..TILE_TOKENS {
+                let four = x[i].codes.as_chunks::<4>().0[k];
+                for r in 0..G {
+                    dot[i][r] = isa.dot4(dot[i][r], &tiles[r].codes[k], four);
+                }
             }
         }
-        if (g + 1) * 16 % Q::GROUP == 0 {
-            let n = g * 16 / Q::GROUP;
-            let s = n * Q::GROUP / block;
-            for i in 0..TILE_TOKENS {
-                let scale = isa.splat(scales[i][s]);
-                acc[i] = isa.fma(isa.to_f32(group[i]), isa.mul(isa.load(&tile.d[n]), scale), acc[i]);
-                group[i] = zero;
+        if Q::GROUP == CHUNK {
+            for r in 0..G {
+                let sub = isa.load_i(&tiles[r].sub[s]);
+                for i in 0..TILE_TOKENS {
+                    group[i][r] = isa.add_i(group[i][r], isa.mul_i(dot[i][r], sub));
+                }
+            }
+            continue;
+        }
+        for i in 0..TILE_TOKENS {
+            let scale = isa.splat(x[i].scales[s * Q::GROUP / block]);
+            let min = (0..step / 16).map(|j| x[i].sums[s * step / 16 + j]).sum::<i32>() as f32;
+            for r in 0..G {
+                let d = isa.mul(isa.load(&tiles[r].d[s]), scale);
+                acc[i][r] = isa.fma(isa.to_f32(dot[i][r]), d, acc[i][r]);
                 if Q::HAS_MIN {
-                    acc[i] = isa.fma(isa.to_f32(group_min[i]), isa.mul(isa.load(&tile.m[n]), scale), acc[i]);
-                    group_min[i] = zero;
+                    let m = isa.mul(isa.load(&tiles[r].m[s]), scale);
+                    acc[i][r] = isa.fma(isa.splat(min), m, acc[i][r]);
                 }
             }
         }
     }
-    acc
+    if Q::GROUP == CHUNK {
+        for i in 0..TILE_TOKENS {
+            let scale = isa.splat(x[i].scales[0]);
+            for r in 0..G {
+                let d = isa.mul(isa.load(&tiles[r].d[0]), scale);
+                acc[i][r] = isa.fma(isa.to_f32(group[i][r]), d, acc[i][r]);
+                if Q::HAS_MIN {
+                    let mut mins = zero;
+                    for j in 0..8 {
+                        let pair = [x[i].sums[2 * j] as i16, x[i].sums[2 * j + 1] as i16];
+                        mins = isa.dot2(mins, &tiles[r].mins[j], pair);
+                    }
+                    let m = isa.mul(isa.load(&tiles[r].m[0]), scale);
+                    acc[i][r] = isa.fma(isa.to_f32(mins), m, acc[i][r]);
+                }
+            }
+        }
+    }
+    for i in 0..TILE_TOKENS {
+        for r in 0..G {
+            isa.store(acc[i][r], &mut sums[i][r]);
+        }
+    }
 }
 
 /// Plain formats: four rows by four tokens in registers.

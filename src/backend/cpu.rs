@@ -6,7 +6,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use halite_kernels::activation::{Activation, Quantise, Quantised, QuantisedMut, padded};
+use halite_kernels::activation::{Activation, PADDING, Quantise, Quantised, QuantisedMut, SUMS, padded};
 use halite_kernels::attention::Attend;
 use halite_kernels::formats::Kind;
 use halite_kernels::isa::Cpu as Isa;
@@ -181,7 +181,7 @@ impl Scratch {
         [
             self.quantised,
             self.quantised / 32 + 1,
-            self.quantised / 16 + 1,
+            self.quantised / PADDING as u64 * SUMS as u64,
             pairs.saturating_mul(cols),
             pairs.saturating_mul(hidden),
             pairs.saturating_mul(cols).saturating_mul(2),
@@ -237,8 +237,9 @@ impl QuantisedMemory {
         let blocks = width / to.block_len();
         let codes = &mut self.codes[..tokens * width];
         let scales = &mut self.scales[..tokens * blocks];
-        let sums = &mut self.sums[..tokens * width / 16];
-        pool.rows3((codes, width), (scales, blocks), (sums, width / 16), 8, &|first, codes, scales, sums| {
+        let sums_width = width / PADDING * SUMS;
+        let sums = &mut self.sums[..tokens * sums_width];
+        pool.rows3((codes, width), (scales, blocks), (sums, sums_width), 8, &|first, codes, scales, sums| {
             let x = &x[first * k..][..codes.len() / width * k];
             isa.run(Quantise { to, k, x, out: QuantisedMut { codes, scales, sums } });
         });
@@ -250,7 +251,7 @@ impl QuantisedMemory {
             k,
             codes: &self.codes[..width],
             scales: &self.scales[..width / to.block_len()],
-            sums: &self.sums[..width / 16],
+            sums: &self.sums[..width / PADDING * SUMS],
         }
     }
 }
