@@ -9,6 +9,8 @@
 //! A page holds one chunk: keys transposed, `[kv_heads][key_dim][CHUNK]`, so that a lane is a position and no score needs a
 //! reduction; then values `[kv_heads][CHUNK][value_dim]`.
 
+#![allow(clippy::needless_range_loop, reason = "loops by index over vectors are what inlines; see `isa`")]
+
 use crate::isa::{Isa, WithIsa};
 use crate::math;
 
@@ -148,44 +150,83 @@ impl WithIsa for Attend<'_> {
     }
 }
 
+/// Heads in fours, that keys and values may be read once for several, then those that are left.
 #[inline(always)]
-fn attend<I: Isa, T: Element>(isa: I, a: Attend<'_>, data: &[T]) {
+fn attend<I: Isa, T: Element>(isa: I, mut a: Attend<'_>, data: &[T]) {
+    let out = core::mem::take(&mut a.out);
     let (key_dim, value_dim) = (a.shape.key_dim, a.shape.value_dim);
-    let heads = a.q.chunks_exact(key_dim).zip(a.out.chunks_exact_mut(value_dim)).enumerate();
-    for (head, (q, out)) in heads {
-        let mut max = f32::NEG_INFINITY;
-        let mut sum = 0.0f32;
-        let mut started = false;
-        for chunk in a.first / CHUNK..a.end.div_ceil(CHUNK) {
-            let page = a.table.get(chunk).map_or(usize::MAX, |&p| p as usize);
-            let start = page.saturating_mul(a.shape.elements());
-            let Some(page) = data.get(start..).and_then(|d| d.get(..a.shape.elements())) else { continue };
-            let k = &page[a.shape.key(a.kv_head)..][..key_dim * CHUNK];
-            let v = &page[a.shape.value(a.kv_head)..][..value_dim * CHUNK];
-            let low = a.first.saturating_sub(chunk * CHUNK);
-            let high = (a.end - chunk * CHUNK).min(CHUNK);
+    let heads = a.q.len() / key_dim;
+    let (mut q_rest, mut out_rest) = (a.q, out);
+    let mut head = 0;
+    while head < heads {
+        let n = match heads - head {
+            4.. => 4,
+            2.. => 2,
+            _ => 1,
+        };
+        let (q, q_after) = q_rest.split_at(n * key_dim);
+        let (out, out_after) = out_rest.split_at_mut(n * value_dim);
+        match n {
+            4 => attend_heads::<I, T, 4>(isa, &a, data, head, q, out),
+            2 => attend_heads::<I, T, 2>(isa, &a, data, head, q, out),
+            _ => attend_heads::<I, T, 1>(isa, &a, data, head, q, out),
+        }
+        (q_rest, out_rest) = (q_after, out_after);
+        head += n;
+    }
+}
 
-            let mut p = scores(isa, q, k, a.scale, a.softcap);
-            let chunk_max = p[low..high].iter().fold(f32::NEG_INFINITY, |m, &s| if s > m { s } else { m });
-            let chunk_sum = probabilities(isa, &mut p, chunk_max, low..high);
+/// The attention of `N` heads from number `head` on.
+#[inline(always)]
+fn attend_heads<I: Isa, T: Element, const N: usize>(
+    isa: I,
+    a: &Attend<'_>,
+    data: &[T],
+    head: usize,
+    q: &[f32],
+    out: &mut [f32],
+) {
+    let (key_dim, value_dim) = (a.shape.key_dim, a.shape.value_dim);
+    let mut max = [f32::NEG_INFINITY; N];
+    let mut sum = [0.0f32; N];
+    let mut started = false;
+    for chunk in a.first / CHUNK..a.end.div_ceil(CHUNK) {
+        let page = a.table.get(chunk).map_or(usize::MAX, |&p| p as usize);
+        let start = page.saturating_mul(a.shape.elements());
+        let Some(page) = data.get(start..).and_then(|d| d.get(..a.shape.elements())) else { continue };
+        let k = &page[a.shape.key(a.kv_head)..][..key_dim * CHUNK];
+        let v = &page[a.shape.value(a.kv_head)..][..value_dim * CHUNK];
+        let low = a.first.saturating_sub(chunk * CHUNK);
+        let high = (a.end - chunk * CHUNK).min(CHUNK);
+
+        let mut p = scores::<I, T, N>(isa, q, k, a.scale, a.softcap);
+        // What is kept of the output so far, and what is added of this chunk.
+        let mut merge = [(0.0, 1.0); N];
+        for h in 0..N {
+            let chunk_max = p[h][low..high].iter().fold(f32::NEG_INFINITY, |m, &s| if s > m { s } else { m });
+            let chunk_sum = probabilities(isa, &mut p[h], chunk_max, low..high);
             if !started {
-                weighted_sum(isa, &p[low..high], &v[low * value_dim..], value_dim, out, None);
-                (max, sum, started) = (chunk_max, chunk_sum, true);
-            } else {
-                let new_max = if chunk_max > max { chunk_max } else { max };
-                let (old, new) = (exp_one(isa, max - new_max), exp_one(isa, chunk_max - new_max));
-                weighted_sum(isa, &p[low..high], &v[low * value_dim..], value_dim, out, Some((old, new)));
-                sum = isa.fma_one(sum, old, chunk_sum * new);
-                max = new_max;
+                (max[h], sum[h]) = (chunk_max, chunk_sum);
+                continue;
             }
+            let new_max = if chunk_max > max[h] { chunk_max } else { max[h] };
+            let (old, new) = (exp_one(isa, max[h] - new_max), exp_one(isa, chunk_max - new_max));
+            sum[h] = isa.fma_one(sum[h], old, chunk_sum * new);
+            max[h] = new_max;
+            merge[h] = (old, new);
         }
+        let rows = &v[low * value_dim..high * value_dim];
+        weighted_sum::<I, T, N>(isa, &p, low, rows, value_dim, out, started.then_some(merge));
+        started = true;
+    }
+    for (h, out) in out.chunks_exact_mut(value_dim).enumerate() {
         let mut scale = 1.0;
-        if let Some(&sink) = a.sinks.and_then(|s| s.get(head)) {
-            let new_max = if sink > max { sink } else { max };
-            scale = exp_one(isa, max - new_max);
-            sum = isa.fma_one(sum, scale, exp_one(isa, sink - new_max));
+        if let Some(&sink) = a.sinks.and_then(|s| s.get(head + h)) {
+            let new_max = if sink > max[h] { sink } else { max[h] };
+            scale = exp_one(isa, max[h] - new_max);
+            sum[h] = isa.fma_one(sum[h], scale, exp_one(isa, sink - new_max));
         }
-        let inverse = scale / sum;
+        let inverse = scale / sum[h];
         for x in out.iter_mut() {
             *x *= inverse;
         }
@@ -199,24 +240,36 @@ fn exp_one<I: Isa>(isa: I, x: f32) -> f32 {
     lanes[0]
 }
 
-/// The scores of a query with all positions of a chunk; those of positions never written are arbitrary.
+/// The scores of queries with all positions of a chunk; those of positions never written are arbitrary.
 #[inline(always)]
-fn scores<I: Isa, T: Element>(isa: I, q: &[f32], k: &[T], scale: f32, softcap: Option<f32>) -> [f32; CHUNK] {
-    let mut acc = [isa.splat(0.0); RUNS];
-    for (&q, column) in q.iter().zip(k.as_chunks::<CHUNK>().0) {
-        let q = isa.splat(q);
+fn scores<I: Isa, T: Element, const N: usize>(
+    isa: I,
+    q: &[f32],
+    k: &[T],
+    scale: f32,
+    softcap: Option<f32>,
+) -> [[f32; CHUNK]; N] {
+    let key_dim = q.len() / N;
+    let mut acc = [[isa.splat(0.0); RUNS]; N];
+    for (d, column) in k.as_chunks::<CHUNK>().0.iter().enumerate() {
         let runs = column.as_chunks::<16>().0;
-        for (acc, run) in acc.iter_mut().zip(runs) {
-            *acc = isa.fma(q, T::load(isa, run), *acc);
+        for run in 0..RUNS {
+            let k = T::load(isa, &runs[run]);
+            for h in 0..N {
+                acc[h][run] = isa.fma(isa.splat(q[h * key_dim + d]), k, acc[h][run]);
+            }
         }
     }
-    let mut out = [0.0; CHUNK];
-    for (acc, out) in acc.into_iter().zip(out.as_chunks_mut::<16>().0) {
-        let mut score = isa.mul(acc, isa.splat(scale));
-        if let Some(cap) = softcap {
-            score = isa.mul(isa.splat(cap), math::tanh(isa, isa.div(score, isa.splat(cap))));
+    let mut out = [[0.0; CHUNK]; N];
+    for h in 0..N {
+        let out = out[h].as_chunks_mut::<16>().0;
+        for run in 0..RUNS {
+            let mut score = isa.mul(acc[h][run], isa.splat(scale));
+            if let Some(cap) = softcap {
+                score = isa.mul(isa.splat(cap), math::tanh(isa, isa.div(score, isa.splat(cap))));
+            }
+            isa.store(score, &mut out[run]);
         }
-        isa.store(score, out);
     }
     out
 }
@@ -225,62 +278,72 @@ fn scores<I: Isa, T: Element>(isa: I, q: &[f32], k: &[T], scale: f32, softcap: O
 #[inline(always)]
 fn probabilities<I: Isa>(isa: I, p: &mut [f32; CHUNK], max: f32, valid: core::ops::Range<usize>) -> f32 {
     let mut acc = isa.splat(0.0);
-    for (i, run) in p.as_chunks_mut::<16>().0.iter_mut().enumerate() {
+    for run in p.as_chunks_mut::<16>().0 {
         isa.store(math::exp(isa, isa.sub(isa.load(run), isa.splat(max))), run);
-        for (j, x) in run.iter_mut().enumerate() {
-            if !valid.contains(&(16 * i + j)) {
-                *x = 0.0;
-            }
-        }
+    }
+    p[..valid.start].fill(0.0);
+    p[valid.end..].fill(0.0);
+    for run in p.as_chunks::<16>().0 {
         acc = isa.add(acc, isa.load(run));
     }
     isa.sum(acc)
 }
 
-/// `Σ p[j] · v[j]` into `out`, merged with what is there as `old · out + new · sum` if `merge` is `(old, new)`.
+/// `Σ p[h][first + j] · v[j]` over the rows of `v` into each head's part of `out`, merged with what is there as
+/// `old · out + new · sum` if `merge` has `(old, new)` of each head.
 #[inline(always)]
-fn weighted_sum<I: Isa, T: Element>(
+fn weighted_sum<I: Isa, T: Element, const N: usize>(
     isa: I,
-    p: &[f32],
+    p: &[[f32; CHUNK]; N],
+    first: usize,
     v: &[T],
     value_dim: usize,
     out: &mut [f32],
-    merge: Option<(f32, f32)>,
+    merge: Option<[(f32, f32); N]>,
 ) {
-    let store = |isa: I, acc: I::F, out: &mut [f32; 16]| match merge {
-        None => isa.store(acc, out),
-        Some((old, new)) => {
-            let scaled = isa.mul(acc, isa.splat(new));
-            isa.store(isa.fma(isa.load(out), isa.splat(old), scaled), out);
-        }
-    };
-    let whole = value_dim / 16 * 16;
+    // A few runs of 16 elements for all heads stay in registers.
+    const WIDTH: usize = 4;
     let mut d = 0;
-    while d + 64 <= whole {
-        let mut acc = [isa.splat(0.0); 4];
-        for (&p, row) in p.iter().zip(v.chunks_exact(value_dim)) {
-            let p = isa.splat(p);
-            for (acc, run) in acc.iter_mut().zip(row[d..d + 64].as_chunks::<16>().0) {
-                *acc = isa.fma(p, T::load(isa, run), *acc);
-            }
-        }
-        for (acc, out) in acc.into_iter().zip(out[d..d + 64].as_chunks_mut::<16>().0) {
-            store(isa, acc, out);
-        }
-        d += 64;
-    }
     while d < value_dim {
-        let n = (value_dim - d).min(16);
-        let mut acc = isa.splat(0.0);
-        for (&p, row) in p.iter().zip(v.chunks_exact(value_dim)) {
-            let mut run = [row[d]; 16];
-            run[..n].copy_from_slice(&row[d..d + n]);
-            acc = isa.fma(isa.splat(p), T::load(isa, &run), acc);
+        let runs = ((value_dim - d) / 16).min(WIDTH);
+        let mut acc = [[isa.splat(0.0); WIDTH]; N];
+        let width = if runs == WIDTH {
+            for (j, row) in v.chunks_exact(value_dim).enumerate() {
+                let row = row[d..d + 16 * WIDTH].as_chunks::<16>().0;
+                for run in 0..WIDTH {
+                    let v = T::load(isa, &row[run]);
+                    for h in 0..N {
+                        acc[h][run] = isa.fma(isa.splat(p[h][first + j]), v, acc[h][run]);
+                    }
+                }
+            }
+            16 * WIDTH
+        } else {
+            let n = (value_dim - d).min(16);
+            for (j, row) in v.chunks_exact(value_dim).enumerate() {
+                let mut run = [row[d]; 16];
+                run[..n].copy_from_slice(&row[d..d + n]);
+                let v = T::load(isa, &run);
+                for h in 0..N {
+                    acc[h][0] = isa.fma(isa.splat(p[h][first + j]), v, acc[h][0]);
+                }
+            }
+            n
+        };
+        for h in 0..N {
+            let mut lanes = [0.0f32; 16 * WIDTH];
+            let out = &mut out[h * value_dim + d..][..width];
+            lanes[..width].copy_from_slice(out);
+            for (run, lanes) in lanes.as_chunks_mut::<16>().0.iter_mut().enumerate() {
+                let mut sum = acc[h][run];
+                if let Some(merge) = merge {
+                    let (old, new) = merge[h];
+                    sum = isa.fma(isa.load(lanes), isa.splat(old), isa.mul(sum, isa.splat(new)));
+                }
+                isa.store(sum, lanes);
+            }
+            out.copy_from_slice(&lanes[..width]);
         }
-        let mut lanes = [0.0; 16];
-        lanes[..n].copy_from_slice(&out[d..d + n]);
-        store(isa, acc, &mut lanes);
-        out[d..d + n].copy_from_slice(&lanes[..n]);
-        d += n;
+        d += width;
     }
 }

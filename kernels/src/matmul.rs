@@ -382,15 +382,21 @@ fn tiles<I: Isa, Q: Quantised, const G: usize>(
                 let mut lanes = [[[0.0f32; 16]; G]; TILE_TOKENS];
                 if c > 0 {
                     for i in 0..n {
-                        lanes[i].as_flattened_mut()[..here]
-                            .copy_from_slice(&out.row(t + i)[first..first + here]);
+                        let (whole, rest) = out.row(t + i)[first..first + here].as_chunks::<16>();
+                        lanes[i][..whole.len()].copy_from_slice(whole);
+                        if !rest.is_empty() {
+                            lanes[i][whole.len()][..rest.len()].copy_from_slice(rest);
+                        }
                     }
                 }
-                let x: [XChunk<'_>; TILE_TOKENS] =
-                    core::array::from_fn(|i| XChunk::new::<Q>(&x, t + i.min(n - 1), c));
-                tile_dot::<I, Q, G>(isa, &tiles, &x, len, &mut lanes);
+                let chunk = |i: usize| XChunk::new::<Q>(&x, t + i.min(n - 1), c);
+                tile_dot::<I, Q, G>(isa, &tiles, &[chunk(0), chunk(1), chunk(2), chunk(3)], len, &mut lanes);
                 for i in 0..n {
-                    out.row(t + i)[first..first + here].copy_from_slice(&lanes[i].as_flattened()[..here]);
+                    let (whole, rest) = out.row(t + i)[first..first + here].as_chunks_mut::<16>();
+                    whole.copy_from_slice(&lanes[i][..whole.len()]);
+                    if !rest.is_empty() {
+                        rest.copy_from_slice(&lanes[i][whole.len()][..rest.len()]);
+                    }
                 }
             }
         }

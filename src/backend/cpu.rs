@@ -405,8 +405,10 @@ impl Kernels for CpuKernels {
         let shape = a.shape;
         let tokens = out.len() / (a.heads * shape.value_dim);
         let group = a.heads / shape.kv_heads;
-        // A task is the heads that share keys; single heads where that would leave threads without work.
-        let per_task = if tokens * shape.kv_heads < 2 * self.pool.threads() { 1 } else { group };
+        // A task is the heads that share keys, or as many of them as leave work for every thread.
+        let tasks = |per_task: usize| tokens * (a.heads / per_task);
+        let fits = |n: &usize| group.is_multiple_of(*n) && tasks(*n) >= self.pool.threads();
+        let per_task = (1..=group).rev().find(fits).unwrap_or(1);
         self.pool.rows(out, per_task * shape.value_dim, 1, &|task, out| {
             let head = task * per_task;
             let (t, h) = (head / a.heads, head % a.heads);
