@@ -19,6 +19,7 @@ use crate::program::{
     Builder, Dim, Epilogue, Gating, NormKind, Op, PAGE_POSITIONS, Part, Program, RopePairs, State, TensorId,
     WeightInfo,
 };
+use crate::rng::SplitMix64;
 
 /// One program, its data and its steps.
 #[derive(Debug, Clone)]
@@ -148,11 +149,12 @@ fn execute(backend: &dyn Backend, case: &Case) -> Result<Vec<Output>> {
     let tokens: u32 = case.steps.iter().map(|s| s.iter().map(|&(_, n)| n).sum()).max().unwrap_or(1);
     let limits = Limits { tokens, outputs: tokens };
     let mut plan = backend.prepare(program, limits)?;
-    let mut rng = Rng(case.name.bytes().fold(1, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3)));
+    let mut rng =
+        SplitMix64::new(case.name.bytes().fold(1, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3)));
 
     let upload = |bytes: &[u8], usage| -> Result<Buffer> {
         let buffer = backend.alloc(bytes.len() as u64, usage)?;
-        write(backend, &buffer, bytes)?;
+        crate::backend::upload(backend, &buffer, 0, bytes)?;
         Ok(buffer)
     };
     let mut weights = Vec::new();
@@ -208,9 +210,9 @@ fn execute(backend: &dyn Backend, case: &Case) -> Result<Vec<Output>> {
             let words = (buffer.bytes() as usize - GUARD_BYTES) / 4;
             let content: Vec<u32> = match written(id) {
                 true => vec![POISON; words],
-                false => (0..words).map(|_| (rng.normal() * case.magnitude).to_bits()).collect(),
+                false => (0..words).map(|_| (normal(&mut rng) * case.magnitude).to_bits()).collect(),
             };
-            write(backend, buffer, bytemuck::cast_slice(&content))?;
+            crate::backend::upload(backend, buffer, 0, bytemuck::cast_slice(&content))?;
         }
         let bindings = Bindings { weights: &weights, states: &states, io: &io };
         let step = Step { spans: &spans, tokens: &ids, outputs: &wanted, cancel: &cancel };
@@ -243,21 +245,18 @@ fn execute(backend: &dyn Backend, case: &Case) -> Result<Vec<Output>> {
     Ok(outputs)
 }
 
-fn write(backend: &dyn Backend, buffer: &Buffer, bytes: &[u8]) -> Result<()> {
-    let mut rest = bytes;
-    backend.fill(buffer, 0..bytes.len() as u64, &mut |out| {
-        let (now, later) = rest.split_at(out.len().min(rest.len()));
-        out[..now.len()].copy_from_slice(now);
-        rest = later;
-    })
+/// Roughly normal: a sum of four uniform draws, scaled to variance 1.
+fn normal(rng: &mut SplitMix64) -> f32 {
+    let sum: f32 = (0..4).map(|_| rng.unit()).sum();
+    (sum - 2.0) * 3f32.sqrt()
 }
 
 /// Random bytes under sane scales: every code and integer sub-scale that the format has comes up.
-fn random_weight(program: &Program, id: TensorId, rng: &mut Rng) -> Vec<u8> {
+fn random_weight(program: &Program, id: TensorId, rng: &mut SplitMix64) -> Vec<u8> {
     let t = program.tensor(id);
     let bytes = program.fixed_bytes(id).unwrap_or(0) as usize;
     match t.format {
-        Format::F32 => (0..bytes / 4).flat_map(|_| rng.normal().to_le_bytes()).collect(),
+        Format::F32 => (0..bytes / 4).flat_map(|_| normal(rng).to_le_bytes()).collect(),
         format => {
             let mut content: Vec<u8> =
                 std::iter::repeat_with(|| rng.next().to_le_bytes()).flatten().take(bytes).collect();
@@ -267,28 +266,6 @@ fn random_weight(program: &Program, id: TensorId, rng: &mut Rng) -> Vec<u8> {
             }
             content
         }
-    }
-}
-
-/// Steele, Lea & Flood 2014.
-struct Rng(u64);
-
-impl Rng {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    fn unit(&mut self) -> f32 {
-        (self.next() >> 40) as f32 / (1u64 << 24) as f32
-    }
-
-    /// Roughly normal: a sum of four uniform draws, scaled to variance 1.
-    fn normal(&mut self) -> f32 {
-        let sum: f32 = (0..4).map(|_| self.unit()).sum();
-        (sum - 2.0) * 3f32.sqrt()
     }
 }
 

@@ -10,6 +10,7 @@ pub mod map;
 pub mod model;
 pub mod passes;
 pub mod program;
+mod rng;
 pub mod sampler;
 pub mod session;
 pub mod tokenizer;

@@ -4,6 +4,7 @@ use halite_kernels::isa::Scalar;
 use halite_kernels::math;
 
 use crate::error::{Error, Result};
+use crate::rng::SplitMix64;
 
 /// How tokens are chosen. The default is greedy.
 #[derive(Debug, Clone, PartialEq)]
@@ -91,7 +92,7 @@ impl Sampler {
     pub fn new(options: SamplerOptions, vocab_size: usize) -> Result<Sampler> {
         options.check()?;
         Ok(Sampler {
-            rng: SplitMix64(options.seed),
+            rng: SplitMix64::new(options.seed),
             candidates: Vec::with_capacity(vocab_size),
             recent: Vec::with_capacity(options.penalty_window.min(1 << 20)),
             next: 0,
@@ -207,24 +208,6 @@ impl Sampler {
     fn keep_min_p(&mut self) {
         let least = self.candidates.first().map_or(0.0, |c| c.1) * self.options.min_p;
         self.candidates.retain(|c| c.1 >= least);
-    }
-}
-
-/// Steele, Lea & Flood 2014: the draws of a seed stay the same in every version and on every machine.
-#[derive(Debug, Clone)]
-struct SplitMix64(u64);
-
-impl SplitMix64 {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// A number from 0 up to, not including, 1.
-    fn unit(&mut self) -> f32 {
-        (self.next() >> 40) as f32 / (1u64 << 24) as f32
     }
 }
 

@@ -3,7 +3,9 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::backend::{Backend, Bindings, Buffer, Cancel, Limits, Plan, Span, Step, Timing, Usage};
+use crate::backend::{
+    Backend, Bindings, Buffer, Cancel, Limits, Plan, Span, Step, Timing, Usage, check_support, upload,
+};
 use crate::error::{Error, Result};
 use crate::model::{Model, ProgramOptions, outputs};
 use crate::passes;
@@ -78,9 +80,10 @@ impl Footprint {
 /// What a session with these options would take on a backend. Reads no weights.
 ///
 /// # Errors
-/// [`Error::Model`] or [`Error::Program`] if the model has no program.
+/// [`Error::Model`] or [`Error::Program`] if the model has no program, [`Error::Unsupported`] if the backend lacks ops of it.
 pub fn footprint(model: &Model, backend: &dyn Backend, options: &SessionOptions) -> Result<Footprint> {
     let program = passes::fuse(&model.program(options.program)?, backend.caps().fusions);
+    check_support(backend, &program)?;
     let positions = options.positions(model);
     let limits = options.limits(positions);
     Ok(Footprint {
@@ -460,13 +463,7 @@ impl Session {
             let bytes = state.page_bytes();
             let mut content = vec![0; bytes as usize];
             self.backend.read(buffer, u64::from(from) * bytes, &mut content)?;
-            let start = u64::from(to) * bytes;
-            let mut rest = content.as_slice();
-            self.backend.fill(buffer, start..start + bytes, &mut |out| {
-                let (now, later) = rest.split_at(out.len().min(rest.len()));
-                out[..now.len()].copy_from_slice(now);
-                rest = later;
-            })?;
+            upload(&*self.backend, buffer, u64::from(to) * bytes, &content)?;
         }
         Ok(())
     }

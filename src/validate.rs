@@ -249,7 +249,10 @@ impl Check<'_> {
             }
             Op::Route { logits, ids, weights, .. } => {
                 self.is(*logits, Dim::Tokens, t(*logits).cols)?;
-                let used = t(*ids).cols;
+                let (used, experts) = (t(*ids).cols, t(*logits).cols as usize);
+                if experts > halite_kernels::rows::MAX_EXPERTS {
+                    return Err(format!("{experts} experts: at most {}", halite_kernels::rows::MAX_EXPERTS));
+                }
                 if used > t(*logits).cols || used > 64 {
                     return Err(format!("{used} experts used of {} (at most 64)", t(*logits).cols));
                 }

@@ -1,7 +1,7 @@
 //! From a model file to a backend's buffers, in the order of the program: imported where the device can read mapped pages,
 //! copied where it cannot.
 
-use crate::backend::{Backend, Buffer, Usage};
+use crate::backend::{Backend, Buffer, Usage, upload};
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
 use crate::program::Program;
@@ -48,12 +48,7 @@ impl Weights {
                         return Err(Error::OutOfMemory { what, need_bytes: bytes, have_bytes });
                     }
                     let buffer = backend.alloc(bytes, Usage::Weight)?;
-                    let mut rest = region.bytes();
-                    backend.fill(&buffer, 0..bytes, &mut |to| {
-                        let (now, later) = rest.split_at(to.len().min(rest.len()));
-                        to[..now.len()].copy_from_slice(now);
-                        rest = later;
-                    })?;
+                    upload(backend, &buffer, 0, region.bytes())?;
                     weights.copied_bytes += bytes;
                     buffer
                 }

@@ -11,7 +11,7 @@ use halite::kernels::formats::Format;
 use halite::kernels::isa::Cpu as Isa;
 use halite::model::ProgramOptions;
 use halite::passes;
-use halite::program::{Dim, Op, Program};
+use halite::program::{Builder, Dim, Gating, Op, Program};
 use halite::session::{Head, Run, SequenceId, Session, SessionOptions, Wanted};
 use halite::weights::Weights;
 use halite::{Error, Model};
@@ -355,4 +355,17 @@ fn scratch_memory_is_shared_but_never_between_inputs_and_outputs() {
             }
         }
     }
+}
+
+#[test]
+fn a_router_over_too_many_experts_is_an_error() {
+    let none = |_: &str| None;
+    let mut builder = Builder::new("router", &none);
+    let logits = builder.input("logits", Dim::Tokens, 1025);
+    builder.route(logits, 2, Gating::Softmax, true, 1.0);
+    let error = builder.finish().unwrap_err();
+    assert!(
+        matches!(&error, Error::Program(message) if message.contains("1025 experts: at most 1024")),
+        "{error}"
+    );
 }

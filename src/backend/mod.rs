@@ -291,3 +291,13 @@ pub(crate) fn check_support(backend: &dyn Backend, program: &Program) -> Result<
     }
     Err(crate::Error::Unsupported { backend: backend.caps().name.clone(), gaps })
 }
+
+/// Writes bytes to a buffer from `offset`, in whatever pieces the backend asks for them.
+pub(crate) fn upload(backend: &dyn Backend, dst: &Buffer, offset: u64, bytes: &[u8]) -> Result<()> {
+    let mut rest = bytes;
+    backend.fill(dst, offset..offset.saturating_add(bytes.len() as u64), &mut |to| {
+        let (now, later) = rest.split_at(to.len().min(rest.len()));
+        to[..now.len()].copy_from_slice(now);
+        rest = later;
+    })
+}

@@ -77,9 +77,7 @@ pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
         Ok(model) => {
             positions = options.positions(&model);
             for backend in backends()? {
-                let program = model.program(options.program).map_err(|e| e.to_string());
-                let result =
-                    program.and_then(|_| footprint(&model, &*backend, &options).map_err(|e| e.to_string()));
+                let result = footprint(&model, &*backend, &options).map_err(|e| e.to_string());
                 estimates.push(Estimate { backend: backend.caps().name.clone(), result });
             }
         }

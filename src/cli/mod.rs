@@ -59,7 +59,7 @@ enum Command {
 }
 
 /// Which model, and on what.
-#[derive(Args)]
+#[derive(Args, Clone)]
 struct ModelArgs {
     /// A GGUF file (the first one of a split model); without it, the small model that is built in.
     #[arg(short, long, value_name = "FILE")]
@@ -75,7 +75,7 @@ struct ModelArgs {
 }
 
 /// Which backend.
-#[derive(Args)]
+#[derive(Args, Clone)]
 struct BackendArgs {
     /// cpu, reference or template.
     #[arg(long, value_name = "NAME", default_value = "cpu")]

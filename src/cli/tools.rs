@@ -134,7 +134,7 @@ pub fn perplexity(args: &PerplexityArgs) -> Result<(), Failure> {
     }
     let vocab = model.hparams().vocab_size as usize;
     let batch = rows_per_step(vocab as u32).min(args.window);
-    let context = ModelArgs { ctx: args.window, ..copy(&args.model) };
+    let context = ModelArgs { ctx: args.window, ..args.model.clone() };
     let mut session = context.session(&model, batch, batch)?;
     let windows = tokens.len() / window;
     let bar = progress((windows * window) as u64, "perplexity");
@@ -190,15 +190,6 @@ fn cross_entropy(logits: &[f32], target: usize) -> f64 {
     let max = logits.iter().fold(f32::NEG_INFINITY, |m, &x| m.max(x));
     let sum: f64 = logits.iter().map(|&x| f64::from(x - max).exp()).sum();
     sum.ln() - f64::from(logits.get(target).copied().unwrap_or(f32::NEG_INFINITY) - max)
-}
-
-fn copy(args: &ModelArgs) -> ModelArgs {
-    ModelArgs {
-        model: args.model.clone(),
-        backend: BackendArgs { backend: args.backend.backend.clone(), threads: args.backend.threads },
-        ctx: args.ctx,
-        kv: args.kv,
-    }
 }
 
 #[derive(Args)]

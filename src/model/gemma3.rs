@@ -29,7 +29,7 @@ pub(super) fn record(h: &Hparams, b: &mut Builder<'_>) {
         let attended = b.rms_norm("attn_post_norm", attended, attn_post_norm, h.norm_eps);
         x = b.add("attn_residual", x, attended);
         let normed = b.rms_norm("ffn_norm", x, ffn_norm, h.norm_eps);
-        let fed = feed_forward(h, b, layer, normed);
+        let fed = h.feed_forward(b, layer, normed, Gate::Gelu);
         let fed = b.rms_norm("ffn_post_norm", fed, ffn_post_norm, h.norm_eps);
         x = b.add("ffn_residual", x, fed);
     }
@@ -67,16 +67,4 @@ fn attention(h: &Hparams, b: &mut Builder<'_>, layer: u32, x: TensorId) -> Tenso
     let scale = h.attention_scale.unwrap_or(1.0 / (scaled_by as f32).sqrt());
     let attended = b.attend(q, kv, heads, scale, h.attn_logit_softcapping, None);
     b.linear("attn_output", attended, w_o, None)
-}
-
-fn feed_forward(h: &Hparams, b: &mut Builder<'_>, layer: u32, x: TensorId) -> TensorId {
-    let hidden = Hparams::at(&h.feed_forward_length, layer);
-    let name = |part: &str| format!("blk.{layer}.{part}.weight");
-    let w_gate = b.weight(&name("ffn_gate"), hidden, h.embedding_length);
-    let w_up = b.weight(&name("ffn_up"), hidden, h.embedding_length);
-    let w_down = b.weight(&name("ffn_down"), h.embedding_length, hidden);
-    let gate = b.linear("ffn_gate", x, w_gate, None);
-    let up = b.linear("ffn_up", x, w_up, None);
-    let y = b.glu(gate, up, Gate::Gelu);
-    b.linear("ffn_down", y, w_down, None)
 }

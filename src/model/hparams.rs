@@ -6,7 +6,7 @@ use halite_kernels::formats::Format;
 
 use crate::error::{Error, Result};
 use crate::gguf::{Gguf, printable};
-use crate::program::{Builder, Dim, State, TensorId};
+use crate::program::{Builder, Dim, Gate, State, TensorId};
 
 /// Most layers that a model may have.
 const MAX_LAYERS: u32 = 1024;
@@ -225,6 +225,19 @@ impl Hparams {
     pub(crate) fn output_weight(&self, b: &mut Builder<'_>, embedding: TensorId) -> TensorId {
         let name = "output.weight";
         if b.has(name) { b.weight(name, self.vocab_size, self.embedding_length) } else { embedding }
+    }
+
+    /// The gated feed-forward block that most families share: `down(act(gate x) * (up x))`.
+    pub(crate) fn feed_forward(&self, b: &mut Builder<'_>, layer: u32, x: TensorId, act: Gate) -> TensorId {
+        let hidden = Hparams::at(&self.feed_forward_length, layer);
+        let name = |part: &str| format!("blk.{layer}.{part}.weight");
+        let w_gate = b.weight(&name("ffn_gate"), hidden, self.embedding_length);
+        let w_up = b.weight(&name("ffn_up"), hidden, self.embedding_length);
+        let w_down = b.weight(&name("ffn_down"), self.embedding_length, hidden);
+        let gate = b.linear("ffn_gate", x, w_gate, None);
+        let up = b.linear("ffn_up", x, w_up, None);
+        let y = b.glu(gate, up, act);
+        b.linear("ffn_down", y, w_down, None)
     }
 
     /// The end of every program: the rows that are wanted, their logits, and in a last segment the most likely token.

@@ -13,8 +13,11 @@ pub(super) fn record(h: &Hparams, b: &mut Builder<'_>) {
         x = b.add("attn_residual", x, attended);
         let norm = b.weight(&format!("blk.{layer}.ffn_norm.weight"), 1, h.embedding_length);
         let normed = b.rms_norm("ffn_norm", x, norm, h.norm_eps);
-        let fed =
-            if h.expert_count > 0 { experts(h, b, layer, normed) } else { feed_forward(h, b, layer, normed) };
+        let fed = if h.expert_count > 0 {
+            experts(h, b, layer, normed)
+        } else {
+            h.feed_forward(b, layer, normed, Gate::Silu)
+        };
         x = b.add("ffn_residual", x, fed);
     }
     let norm = b.weight("output_norm.weight", 1, h.embedding_length);
@@ -49,18 +52,6 @@ fn attention(h: &Hparams, b: &mut Builder<'_>, layer: u32, x: TensorId) -> Tenso
     let scale = h.attention_scale.unwrap_or(1.0 / (h.key_length as f32).sqrt());
     let attended = b.attend(q, kv, heads, scale, None, None);
     b.linear("attn_output", attended, w_o, b_o)
-}
-
-fn feed_forward(h: &Hparams, b: &mut Builder<'_>, layer: u32, x: TensorId) -> TensorId {
-    let hidden = Hparams::at(&h.feed_forward_length, layer);
-    let name = |part: &str| format!("blk.{layer}.{part}");
-    let w_gate = b.weight(&name("ffn_gate.weight"), hidden, h.embedding_length);
-    let w_up = b.weight(&name("ffn_up.weight"), hidden, h.embedding_length);
-    let w_down = b.weight(&name("ffn_down.weight"), h.embedding_length, hidden);
-    let gate = b.linear("ffn_gate", x, w_gate, None);
-    let up = b.linear("ffn_up", x, w_up, None);
-    let y = b.glu(gate, up, Gate::Silu);
-    b.linear("ffn_down", y, w_down, None)
 }
 
 fn experts(h: &Hparams, b: &mut Builder<'_>, layer: u32, x: TensorId) -> TensorId {

@@ -326,12 +326,20 @@ pub(super) trait SuperCodes: Quantised {
 /// The order in which [`group_sums`] leaves the sums of 16: lane 4 l + v is group 4 v + l.
 const GROUPS: [u8; 16] = [0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15];
 
-/// Eight sub-scales, one for each 32 values, in the order of [`GROUPS`].
+/// The sub-scales of Q4_K and Q5_K, one for each 32 values, in the order of [`GROUPS`].
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-unsafe fn spread(scales: [u8; 8]) -> __m512i {
+fn six_bit_scales(packed: &[u8; 12]) -> __m512i {
+    let scales = six_bit_pairs(packed).0;
     let order = _mm_setr_epi8(0, 2, 4, 6, 0, 2, 4, 6, 1, 3, 5, 7, 1, 3, 5, 7);
     _mm512_cvtepu8_epi32(_mm_shuffle_epi8(_mm_cvtsi64_si128(i64::from_le_bytes(scales)), order))
+}
+
+/// The minimums of Q4_K and Q5_K, one for each 32 values, in order.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+fn six_bit_mins(packed: &[u8; 12]) -> __m256i {
+    _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(i64::from_le_bytes(six_bit_pairs(packed).1)))
 }
 
 /// Nibbles of 32 bytes: low ones, then high ones.
@@ -354,14 +362,12 @@ impl SuperCodes for Q4_K {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
     unsafe fn sub_scales(&self) -> __m512i {
-        // SAFETY: as the caller promised.
-        unsafe { spread(six_bit_pairs(&self.scales).0) }
+        six_bit_scales(&self.scales)
     }
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
     unsafe fn mins(&self) -> __m256i {
-        let mins = i64::from_le_bytes(six_bit_pairs(&self.scales).1);
-        _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(mins))
+        six_bit_mins(&self.scales)
     }
     #[inline(always)]
     fn scales(&self) -> (u16, u16) {
@@ -390,14 +396,12 @@ impl SuperCodes for Q5_K {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
     unsafe fn sub_scales(&self) -> __m512i {
-        // SAFETY: as the caller promised.
-        unsafe { spread(six_bit_pairs(&self.scales).0) }
+        six_bit_scales(&self.scales)
     }
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
     unsafe fn mins(&self) -> __m256i {
-        let mins = i64::from_le_bytes(six_bit_pairs(&self.scales).1);
-        _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(mins))
+        six_bit_mins(&self.scales)
     }
     #[inline(always)]
     fn scales(&self) -> (u16, u16) {
