@@ -12,31 +12,6 @@ pub struct Avx2(());
 #[derive(Debug, Clone, Copy)]
 pub struct Avx512(());
 
-impl Avx2 {
-    /// The token, where the CPU has the instructions.
-    #[cfg(feature = "std")]
-    pub fn detect() -> Option<Self> {
-        let all = std::arch::is_x86_feature_detected!("avx2")
-            && std::arch::is_x86_feature_detected!("fma")
-            && std::arch::is_x86_feature_detected!("f16c");
-        all.then_some(Avx2(()))
-    }
-}
-
-impl Avx512 {
-    /// The token, where the CPU has the instructions.
-    #[cfg(feature = "std")]
-    pub fn detect() -> Option<Self> {
-        let all = std::arch::is_x86_feature_detected!("avx512f")
-            && std::arch::is_x86_feature_detected!("avx512bw")
-            && std::arch::is_x86_feature_detected!("avx512dq")
-            && std::arch::is_x86_feature_detected!("avx512vl")
-            && std::arch::is_x86_feature_detected!("avx512vnni")
-            && Avx2::detect().is_some();
-        all.then_some(Avx512(()))
-    }
-}
-
 /// Wraps intrinsics. The token that every method takes proves that the CPU has them.
 macro_rules! op {
     ($e:expr) => {
@@ -63,6 +38,13 @@ impl Isa for Avx2 {
     type F = [__m256; 2];
     type I = [__m256i; 2];
 
+    #[cfg(feature = "std")]
+    fn detect() -> Option<Self> {
+        let all = std::arch::is_x86_feature_detected!("avx2")
+            && std::arch::is_x86_feature_detected!("fma")
+            && std::arch::is_x86_feature_detected!("f16c");
+        all.then_some(Avx2(()))
+    }
     #[inline(always)]
     fn run<R>(self, f: impl FnOnce() -> R) -> R {
         #[target_feature(enable = "avx2,fma,f16c")]
@@ -311,6 +293,16 @@ impl Isa for Avx512 {
     type F = __m512;
     type I = __m512i;
 
+    #[cfg(feature = "std")]
+    fn detect() -> Option<Self> {
+        let all = std::arch::is_x86_feature_detected!("avx512f")
+            && std::arch::is_x86_feature_detected!("avx512bw")
+            && std::arch::is_x86_feature_detected!("avx512dq")
+            && std::arch::is_x86_feature_detected!("avx512vl")
+            && std::arch::is_x86_feature_detected!("avx512vnni")
+            && Avx2::detect().is_some();
+        all.then_some(Avx512(()))
+    }
     #[inline(always)]
     fn run<R>(self, f: impl FnOnce() -> R) -> R {
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
