@@ -322,8 +322,12 @@ impl Isa for Scalar {
     }
 }
 
+#[cfg(all(target_arch = "aarch64", target_feature = "neon", target_endian = "little"))]
+mod neon;
 #[cfg(target_arch = "x86_64")]
 mod x86;
+#[cfg(all(target_arch = "aarch64", target_feature = "neon", target_endian = "little"))]
+pub use neon::Neon;
 #[cfg(target_arch = "x86_64")]
 pub use x86::{Avx2, Avx512};
 
@@ -383,6 +387,12 @@ macro_rules! cpu {
 cpu! {
     /// No vector instructions beyond the target's baseline.
     Scalar: Scalar,
+    /// NEON.
+    #[cfg(all(target_arch = "aarch64", target_feature = "neon", target_endian = "little"))]
+    Neon: Neon<false>,
+    /// NEON with dot products of bytes.
+    #[cfg(all(target_arch = "aarch64", target_feature = "neon", target_endian = "little"))]
+    NeonDot: Neon<true>,
     /// AVX2, FMA and F16C.
     #[cfg(target_arch = "x86_64")]
     Avx2: Avx2,
