@@ -1,4 +1,4 @@
-//! Instruction sets as tokens: a value of [`Avx2`] or [`Avx512`] can only exist where the CPU has the instructions.
+//! Instruction sets as tokens: a value of `Avx2` or `Neon` can only exist where the CPU has the instructions.
 //!
 //! Kernels are written once over [`Isa`], whose vectors have 16 lanes on every instruction set. Each operation rounds
 //! the same way everywhere, so a kernel's result is the same bits on all of them. (The idea of capability tokens is from
