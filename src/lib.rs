@@ -13,6 +13,7 @@ pub mod program;
 mod rng;
 pub mod sampler;
 pub mod session;
+pub mod synth;
 pub mod tokenizer;
 mod validate;
 pub mod weights;

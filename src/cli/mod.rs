@@ -2,6 +2,7 @@
 
 mod inspect;
 mod run;
+mod synth;
 mod tools;
 
 use std::io::{IsTerminal, Write};
@@ -54,6 +55,8 @@ enum Command {
     Logits(tools::LogitsArgs),
     /// Measure how well a model predicts a text.
     Perplexity(tools::PerplexityArgs),
+    /// Write a model file of a named shape with random weights, to time a device on.
+    Synth(synth::SynthArgs),
     /// Check every kernel of a backend against the reference.
     Conform(tools::ConformArgs),
 }
@@ -196,6 +199,7 @@ pub fn main() -> ExitCode {
         Command::Tokenize(args) => tools::tokenize(&args),
         Command::Logits(args) => tools::logits(&args),
         Command::Perplexity(args) => tools::perplexity(&args),
+        Command::Synth(args) => synth::synth(&args),
         Command::Conform(args) => tools::conform(&args),
     };
     let Err(failure) = result else { return ExitCode::SUCCESS };
