@@ -103,6 +103,11 @@ impl Synth {
         Ok(Synth { header: header(shape, formats)?, scales, rng })
     }
 
+    /// The tensors that the file will have.
+    pub fn tensors(&self) -> &[NewTensor] {
+        self.header.tensors()
+    }
+
     /// Writes the file.
     ///
     /// # Errors
@@ -220,17 +225,15 @@ fn word(mut n: u32) -> String {
     letters.iter().rev().map(|&letter| letter as char).collect()
 }
 
-/// Fills `bytes` with random blocks of this scale.
+/// Fills `bytes` with random blocks of this scale, of either sign: codes alone seldom have a mean of zero.
 fn random_blocks(format: Format, scale: f32, rng: &mut SplitMix64, bytes: &mut [u8]) {
     rng.fill(bytes);
-    match format.kind() {
-        // The minimum does not balance codes that are not negative: blocks of either sign do.
-        Kind::Quantised { has_min: true, .. } => {
-            for block in bytes.chunks_exact_mut(format.block_bytes()) {
-                format.set_scale(block, if rng.unit() < 0.5 { scale } else { -scale });
-            }
-        }
-        _ => format.set_scale(bytes, scale),
+    // The scale of NVFP4 has no sign, and of plain floats the sign is as random as the rest.
+    if format == Format::NVFP4 || format.kind() == Kind::Float {
+        return format.set_scale(bytes, scale);
+    }
+    for block in bytes.chunks_exact_mut(format.block_bytes()) {
+        format.set_scale(block, if rng.unit() < 0.5 { scale } else { -scale });
     }
 }
 
