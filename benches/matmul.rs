@@ -7,7 +7,7 @@ use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_m
 use halite::kernels::activation::{Activation, PADDING, Quantise, Quantised, QuantisedMut, SUMS, padded};
 use halite::kernels::formats::{Format, Kind};
 use halite::kernels::isa::Cpu;
-use halite::kernels::matmul::{MatMul, X, matmul};
+use halite::kernels::matmul::{Layout, MatMul, X, matmul};
 use halite::kernels::panel::PanelMut;
 
 const K: usize = 2048;
@@ -45,7 +45,13 @@ fn products(c: &mut Criterion) {
                 _ => Throughput::Elements((tokens * rows * K) as u64),
             });
             group.bench_function(BenchmarkId::from_parameter(format.name()), |b| {
-                b.iter(|| matmul(cpu, format, MatMul { w: &w, k: K, x, out: PanelMut::new(&mut y, rows) }));
+                b.iter(|| {
+                    matmul(
+                        cpu,
+                        format,
+                        MatMul { w: &w, layout: Layout::Rows, k: K, x, out: PanelMut::new(&mut y, rows) },
+                    )
+                });
             });
         }
         group.finish();

@@ -3,7 +3,7 @@
 //! The formulas are GGML's: Q8_0 has `d = max|x| / 127` rounded to half precision and Q8_K has an f32 scale, both with
 //! codes `round(x · 127 / max|x|)`, ties to even. (Q8_K as published carries the sign of the largest element in its
 //! scale; codes and scale change sign together, so every product is the same.) The layout is planar, and block sums are
-//! kept beside the codes for minimums and for dot instructions with one unsigned side.
+//! kept beside the codes for minimums and for codes that kernels hold raised.
 //!
 //! A block whose largest magnitude is infinite or NaN gets the scale NaN and codes 0: it poisons its outputs the same
 //! way on every instruction set.
@@ -32,16 +32,17 @@ pub struct Quantised<'a> {
     pub codes: &'a [i8],
     /// Scales, `[rows][padded(k) / block_len]`.
     pub scales: &'a [f32],
-    /// [`SUMS`] sums for each [`PADDING`] values: of each 16 codes; of each 16 and of each 32, times minus the bias that the
-    /// instruction set's dot product puts on weight codes ([`Isa::CODE_BIAS`]).
+    /// [`SUMS`] numbers for each [`PADDING`] values: the sums of each 16 codes; of each 32; then the former as 8, and the
+    /// latter as 4 pairs of 16-bit integers, of which number `2 i` has sums `4 i` (low) and `4 i + 2`, number `2 i + 1` sums
+    /// `4 i + 1` and `4 i + 3`; then zeros.
     pub sums: &'a [i32],
 }
 
 /// Rows are padded to a multiple of this many values.
 pub const PADDING: usize = 256;
 
-/// Sums kept for each [`PADDING`] values.
-pub const SUMS: usize = 16 + 16 + 8;
+/// Numbers kept in [`Quantised::sums`] for each [`PADDING`] values.
+pub const SUMS: usize = 16 + 8 + 8 + 4 + 4;
 
 /// The values that a row of `k` takes the place of.
 pub const fn padded(k: usize) -> usize {
@@ -95,21 +96,25 @@ impl WithIsa for Quantise<'_> {
                 }
             }
             let chunks = codes.as_chunks::<PADDING>().0.iter().zip(sums.as_chunks_mut::<SUMS>().0);
-            chunks.for_each(|(codes, sums)| sum_up(codes, i32::from(I::CODE_BIAS), sums));
+            chunks.for_each(|(codes, sums)| sum_up(codes, sums));
         }
     }
 }
 
 /// The sums of one chunk of codes.
 #[inline(always)]
-fn sum_up(codes: &[i8; PADDING], bias: i32, sums: &mut [i32; SUMS]) {
-    for (g, codes) in codes.as_chunks::<16>().0.iter().enumerate() {
-        let sum: i32 = codes.iter().map(|&c| i32::from(c)).sum();
-        sums[g] = sum;
-        sums[16 + g] = -bias * sum;
+fn sum_up(codes: &[i8; PADDING], sums: &mut [i32; SUMS]) {
+    for (sum, codes) in sums.iter_mut().zip(codes.as_chunks::<16>().0) {
+        *sum = codes.iter().map(|&c| i32::from(c)).sum();
     }
     for g in 0..8 {
-        sums[32 + g] = sums[16 + 2 * g] + sums[17 + 2 * g];
+        sums[16 + g] = sums[2 * g] + sums[2 * g + 1];
+    }
+    let pair = |low: i32, high: i32| (low & 0xffff) | (high << 16);
+    for i in 0..6 {
+        // Four sums of 16, and further on of 32, become two pairs.
+        sums[24 + 2 * i] = pair(sums[4 * i], sums[4 * i + 2]);
+        sums[25 + 2 * i] = pair(sums[4 * i + 1], sums[4 * i + 3]);
     }
 }
 

@@ -5,26 +5,20 @@
 //! Plain formats: 16 strided accumulators (lane = k mod 16), fma, then the fixed tree. A row's result never depends on its
 //! tile or its neighbours.
 //!
-//! Every quantised format runs through its normal form ([`Unpacked`]) in one of two loops: `rows`, which unpacks a row and
-//! dots it with a few tokens, for decode; and `tile`, which interleaves 16 rows so that a lane is a row, for prefill. Which
-//! one runs never shows in the result.
+//! Every quantised product holds one weight row in each of 16 lanes, so that sums need no reduction. Formats with kernels of
+//! their own ([`Interleaved`]) bring their blocks into that order by transposing words, or find them so in a packed file; the
+//! others are unpacked to their normal form ([`Unpacked`]) first. For a few tokens, codes go from the blocks straight into dot
+//! products (decode); for many, they are expanded once into a [`Tile`] (prefill). Which one runs never shows in the result.
 
 #![allow(clippy::needless_range_loop, reason = "loops by index over vectors are what inlines; see `isa`")]
 
-#[cfg(target_arch = "x86_64")]
-mod avx512;
-
 use crate::activation::{self, SUMS, padded};
-use crate::formats::{Format, Plain, Quantised, Unpacked};
-#[cfg(target_arch = "x86_64")]
-use crate::formats::{Q4_0, Q4_K, Q5_0, Q5_K, Q6_K, Q8_0};
+use crate::formats::{Bytes, Format, Interleave, Interleaved, Plain, Quantised, ROWS, Unpacked};
 #[cfg(target_arch = "x86_64")]
 use crate::isa::{Avx2, Avx512};
 use crate::isa::{Cpu, Isa, Scalar};
 use crate::panel::PanelMut;
 
-/// Up to this many tokens are computed row by row; more in tiles.
-const FEW_TOKENS: usize = 4;
 /// Tokens that a tile keeps in registers.
 const TILE_TOKENS: usize = 4;
 /// Values of a row that are unpacked at a time.
@@ -39,11 +33,24 @@ pub enum X<'a> {
     Quantised(activation::Quantised<'a>),
 }
 
+/// How the rows of a weight lie in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum Layout {
+    /// One after the other, as published.
+    #[default]
+    Rows,
+    /// In groups of [`ROWS`], each interleaved block by block ([`crate::formats::Lanes`]); rows after the last whole group
+    /// one after the other.
+    Interleaved,
+}
+
 /// One product: some rows of a weight with all tokens.
 #[derive(Debug)]
 pub struct MatMul<'a, 'o> {
-    /// The rows' bytes, one after the other.
+    /// The rows' bytes.
     pub w: &'a [u8],
+    /// How they lie. Interleaved ones start with a whole group of rows.
+    pub layout: Layout,
     /// Values of a row.
     pub k: usize,
     /// Activations.
@@ -63,21 +70,23 @@ pub(crate) struct Kernels {
 }
 
 impl Kernels {
+    pub(crate) const fn interleaved<Q: Interleaved>() -> Kernels {
+        Kernels {
+            scalar: interleaved::<Scalar, Q>,
+            #[cfg(target_arch = "x86_64")]
+            avx2: interleaved::<Avx2, Q>,
+            #[cfg(target_arch = "x86_64")]
+            avx512: interleaved::<Avx512, Q>,
+        }
+    }
+
     pub(crate) const fn quantised<Q: Quantised>() -> Kernels {
         Kernels {
-            scalar: quantised::<Scalar, Q>,
+            scalar: unpacked::<Scalar, Q>,
             #[cfg(target_arch = "x86_64")]
-            avx2: quantised::<Avx2, Q>,
+            avx2: unpacked::<Avx2, Q>,
             #[cfg(target_arch = "x86_64")]
-            avx512: match Q::FORMAT {
-                Format::Q4_0 => blocks32::<Q4_0>,
-                Format::Q5_0 => blocks32::<Q5_0>,
-                Format::Q8_0 => blocks32::<Q8_0>,
-                Format::Q4_K => blocks256::<Q4_K>,
-                Format::Q5_K => blocks256::<Q5_K>,
-                Format::Q6_K => blocks256::<Q6_K>,
-                _ => quantised::<Avx512, Q>,
-            },
+            avx512: unpacked::<Avx512, Q>,
         }
     }
 
@@ -105,51 +114,100 @@ pub fn matmul(cpu: Cpu, format: Format, product: MatMul<'_, '_>) {
     }
 }
 
-fn quantised<I: Isa, Q: Quantised>(isa: I, product: MatMul<'_, '_>) {
-    with_rows(isa, product, rows::<I, Q>);
+/// A product with quantised activations, checked.
+struct Task<'a, 'o, Q> {
+    w: &'a [Q],
+    row_blocks: usize,
+    rows: usize,
+    layout: Layout,
+    x: activation::Quantised<'a>,
+    tokens: usize,
+    out: PanelMut<'o>,
 }
 
-/// Formats of short blocks on AVX-512.
-#[cfg(target_arch = "x86_64")]
-fn blocks32<Q: avx512::Codes>(isa: Avx512, product: MatMul<'_, '_>) {
-    with_rows(isa, product, avx512::rows::<Q>);
-}
-
-/// Formats of super-blocks on AVX-512.
-#[cfg(target_arch = "x86_64")]
-fn blocks256<Q: avx512::SuperCodes>(isa: Avx512, product: MatMul<'_, '_>) {
-    with_rows(isa, product, avx512::super_rows::<Q>);
-}
-
-/// Computes a product with `rows` for few tokens and with tiles for many.
-#[inline(always)]
-fn with_rows<I: Isa, Q: Quantised>(
-    isa: I,
-    product: MatMul<'_, '_>,
-    rows: impl FnOnce(I, &[Q], usize, activation::Quantised<'_>, usize, PanelMut<'_>),
-) {
-    let X::Quantised(x) = product.x else { return };
-    let row_blocks = product.k / Q::LEN;
-    let w = Q::cast(product.w);
-    let tokens = (x.codes.len() / padded(product.k).max(1)).min(product.out.rows());
-    if row_blocks == 0 || product.k != x.k {
-        return;
+impl<'a, 'o, Q: Quantised> Task<'a, 'o, Q> {
+    /// `None` if there is nothing to compute.
+    fn new(product: MatMul<'a, 'o>) -> Option<Self> {
+        let X::Quantised(x) = product.x else { return None };
+        let row_blocks = product.k / Q::LEN;
+        let w = Q::cast(product.w);
+        let tokens = (x.codes.len() / padded(product.k).max(1)).min(product.out.rows());
+        if row_blocks == 0 || product.k != x.k {
+            return None;
+        }
+        let rows = (w.len() / row_blocks).min(product.out.cols());
+        Some(Task { w, row_blocks, rows, layout: product.layout, x, tokens, out: product.out })
     }
+
+    /// Blocks `blocks` of sixteen rows; rows past the end repeat the last one.
+    #[inline(always)]
+    fn blocks(&self, first: usize, block: usize) -> [&'a Q; ROWS] {
+        let mut rows = [&self.w[0]; ROWS];
+        for r in 0..ROWS {
+            rows[r] = &self.w[(first + r).min(self.rows - 1) * self.row_blocks + block];
+        }
+        rows
+    }
+
+    /// Chunks of a row.
+    #[inline(always)]
+    fn chunks(&self) -> usize {
+        self.x.k.div_ceil(CHUNK)
+    }
+}
+
+/// Formats that are read as interleaved rows.
+fn interleaved<I: Isa, Q: Interleaved>(isa: I, product: MatMul<'_, '_>) {
+    let Some(mut task) = Task::<Q>::new(product) else { return };
     isa.run(
         #[inline(always)]
-        || {
-            if tokens <= FEW_TOKENS {
-                rows(isa, w, row_blocks, x, tokens, product.out);
-            } else {
-                tile::<I, Q>(isa, w, row_blocks, x, tokens, product.out);
+        || match task.tokens {
+            0 => {}
+            1 => decode::<I, Q, 1>(isa, &mut task),
+            2..=TILE_TOKENS => decode::<I, Q, TILE_TOKENS>(isa, &mut task),
+            _ => {
+                let mut near = [Q::Lanes::ZERO; BLOCKS];
+                prefill::<I, Q>(
+                    isa,
+                    &mut task,
+                    #[inline(always)]
+                    |task, first, c, tile| {
+                        let lanes = lanes_of::<I, Q>(isa, task, first, c, &mut near);
+                        tile.expand::<I, Q>(isa, lanes);
+                    },
+                );
             }
         },
     );
 }
 
+/// Formats that are unpacked to their normal form.
+fn unpacked<I: Isa, Q: Quantised>(isa: I, product: MatMul<'_, '_>) {
+    let Some(mut task) = Task::<Q>::new(product) else { return };
+    isa.run(
+        #[inline(always)]
+        || {
+            let mut rows = [Unpacked::ZERO; ROWS];
+            prefill::<I, Q>(
+                isa,
+                &mut task,
+                #[inline(always)]
+                |task, first, c, tile| {
+                    for r in 0..ROWS {
+                        let row = (first + r).min(task.rows - 1) * task.row_blocks;
+                        unpack_chunk(&task.w[row..row + task.row_blocks], c, &mut rows[r]);
+                    }
+                    tile.set::<I, Q>(isa, &rows);
+                },
+            );
+        },
+    );
+}
+
 /// One token's activations in one chunk.
+#[derive(Clone, Copy)]
 struct XChunk<'a> {
-    codes: &'a [i8; CHUNK],
+    codes: &'a [[i8; 4]; CHUNK / 4],
     sums: &'a [i32; SUMS],
     scales: &'a [f32],
 }
@@ -160,242 +218,324 @@ impl<'a> XChunk<'a> {
         let start = token * padded(x.k) + c * CHUNK;
         let block = Q::ACTIVATION.block_len();
         XChunk {
-            codes: x.codes[start..].first_chunk().unwrap_or(&[0; CHUNK]),
+            codes: x.codes[start..].as_chunks().0.first_chunk().unwrap_or(&[[0; 4]; CHUNK / 4]),
             sums: x.sums[start / CHUNK * SUMS..].first_chunk().unwrap_or(&[0; SUMS]),
             scales: &x.scales[start / block..(start + CHUNK) / block],
         }
     }
-}
 
-impl XChunk<'_> {
-    /// The sum of each 16 codes.
+    /// The sums of each 16 codes (16 of them) or of each 32 (8), times `factor`.
     #[inline(always)]
-    fn sums16(&self) -> &[i32; 16] {
-        self.sums.first_chunk().unwrap_or(&[0; 16])
+    fn sums<I: Isa>(&self, isa: I, values: usize, factor: i32) -> [i32; 16] {
+        let first = if values == 16 { 0 } else { 16 };
+        let mut out = [0; 16];
+        let sums = self.sums[first..].first_chunk().unwrap_or(&[0; 16]);
+        isa.store_i(isa.mul_i(isa.load_i(sums), isa.splat_i(factor)), &mut out);
+        out
     }
 }
 
-/// Unpacks a row's chunk `c` and returns how many values it has. Codes past a row's end are arbitrary: activations there
-/// are zero.
+/// Unpacks a row's chunk `c`. Codes past a row's end are arbitrary: activations there are zero.
 #[inline(always)]
-fn unpack_chunk<Q: Quantised>(row: &[Q], c: usize, out: &mut Unpacked) -> usize {
+fn unpack_chunk<Q: Quantised>(row: &[Q], c: usize, out: &mut Unpacked) {
     let per_chunk = CHUNK / Q::LEN;
     let blocks = &row[c * per_chunk..row.len().min((c + 1) * per_chunk)];
     if Q::LEN == CHUNK {
-        blocks[0].unpack(out);
-        return CHUNK;
+        return blocks[0].unpack(out);
     }
-    for (i, block) in blocks.iter().enumerate() {
-        unpack_at(block, i, out);
-    }
-    blocks.len() * Q::LEN
-}
-
-/// Unpacks a short block to its place in a chunk.
-#[inline(always)]
-fn unpack_at<Q: Quantised>(block: &Q, i: usize, out: &mut Unpacked) {
-    let mut one = Unpacked::ZERO;
-    block.unpack(&mut one);
     let groups = Q::LEN / Q::GROUP;
-    // Formats of short blocks have no integer sub-scales: `sub` and `mins` are ones, which nobody reads.
-    out.codes[i * Q::LEN..(i + 1) * Q::LEN].copy_from_slice(&one.codes[..Q::LEN]);
-    out.d[i * groups..(i + 1) * groups].copy_from_slice(&one.d[..groups]);
-    if Q::HAS_MIN {
-        out.m[i * groups..(i + 1) * groups].copy_from_slice(&one.m[..groups]);
+    for (i, block) in blocks.iter().enumerate() {
+        // Formats of short blocks have no integer sub-scales: `sub` and `mins` are ones, which nobody reads.
+        let mut one = Unpacked::ZERO;
+        block.unpack(&mut one);
+        out.codes[i * Q::LEN..(i + 1) * Q::LEN].copy_from_slice(&one.codes[..Q::LEN]);
+        out.d[i * groups..(i + 1) * groups].copy_from_slice(&one.d[..groups]);
     }
 }
 
-/// Rows that are computed side by side, so that one's chain of multiply-adds hides the other's.
-const ROWS: usize = 2;
+/// Sixteen rows of a chunk, one in each lane: what a dot product reads.
+trait Source<I: Isa, Q: Quantised>: Copy {
+    /// The code bytes of values `32 part + 4 k` and the next three.
+    fn code(self, isa: I, part: usize, k: usize) -> I::I;
+    /// The scale of a group.
+    fn d(self, isa: I, group: usize) -> I::F;
+    /// The minimum of a group.
+    fn m(self, isa: I, group: usize) -> I::F;
+    /// The integer sub-scale of the `s`-th [`Quantised::SUB`] values.
+    fn sub(self, isa: I, s: usize) -> I::I;
+    /// Factors of the minimum as 16-bit pairs: number `2 i` has those of sums `4 i` and `4 i + 2`, number `2 i + 1` those of
+    /// `4 i + 1` and `4 i + 3`.
+    fn mins(self, isa: I, pair: usize) -> I::I;
+}
 
-/// Row by row, for a few tokens.
+/// Interleaved blocks of one chunk, and the sub-scales and minimums that stand in them.
+#[derive(Clone, Copy)]
+struct Direct<'a, Q: Interleaved> {
+    lanes: &'a [Q::Lanes],
+    subs: &'a [[u8; 64]; 4],
+    mins: &'a [[u8; 64]; 4],
+}
+
+/// Four words of sub-scales or minimums.
+type Words = [[u8; 64]; 4];
+
+/// Stores the sub-scales and minimums of a chunk.
 #[inline(always)]
-fn rows<I: Isa, Q: Quantised>(
-    isa: I,
-    w: &[Q],
-    row_blocks: usize,
-    x: activation::Quantised<'_>,
-    tokens: usize,
-    mut out: PanelMut<'_>,
-) {
-    let count = (w.len() / row_blocks).min(out.cols());
-    let mut chunks = [Unpacked::ZERO; ROWS];
-    for first in (0..count).step_by(ROWS) {
-        let here = (count - first).min(ROWS);
-        let mut acc = [[0.0f32; ROWS]; FEW_TOKENS];
-        for c in 0..x.k.div_ceil(CHUNK) {
-            let mut len = 0;
-            for r in 0..here {
-                len = unpack_chunk(&w[(first + r) * row_blocks..][..row_blocks], c, &mut chunks[r]);
-            }
-            for t in 0..tokens {
-                acc[t] = dot_chunk::<I, Q>(isa, &chunks, &XChunk::new::<Q>(&x, t, c), len, acc[t]);
-            }
-        }
-        for t in 0..tokens {
-            out.row(t)[first..first + here].copy_from_slice(&acc[t][..here]);
+fn store_subs<I: Isa, Q: Interleaved>(isa: I, lanes: &[Q::Lanes], subs: &mut Words, mins: &mut Words) {
+    if Q::GROUP < CHUNK {
+        return;
+    }
+    let Some(lanes) = lanes.first() else { return };
+    // With one sub-scale for each 32 values only two words are used.
+    let words = if Q::SUB == 16 { 4 } else { 2 };
+    if Q::SUB < CHUNK {
+        let all = Q::subs(isa, lanes);
+        for i in 0..words {
+            isa.store_words(all[i], &mut subs[i]);
         }
     }
-}
-
-/// `acc` and the dots of some rows' unpacked chunk with one token's.
-#[inline(always)]
-fn dot_chunk<I: Isa, Q: Quantised>(
-    isa: I,
-    w: &[Unpacked; ROWS],
-    x: &XChunk<'_>,
-    len: usize,
-    mut acc: [f32; ROWS],
-) -> [f32; ROWS] {
-    if Q::GROUP == CHUNK {
-        let scale = x.scales[0];
-        for r in 0..ROWS {
-            let sums = isa.mul_i(isa.dot16(&w[r].codes, x.codes, x.sums16()), isa.load_i16(&w[r].sub));
-            acc[r] = isa.fma_one(isa.sum_i(sums) as f32, w[r].d[0] * scale, acc[r]);
-            if Q::HAS_MIN {
-                let mins = isa.mul_i(isa.load_i16(&w[r].mins), isa.load_i(x.sums16()));
-                acc[r] = isa.fma_one(isa.sum_i(mins) as f32, w[r].m[0] * scale, acc[r]);
-            }
-        }
-        return acc;
-    }
-    // Sums of 16 become sums of a group: the same for 16, of adjacent pairs for 32.
-    let grouped = |sums: I::I| isa.to_f32(if Q::GROUP == 32 { isa.add_pairs(sums) } else { sums });
-    let step = Q::GROUP / 16;
-    let mut sums = [[0.0; 16]; ROWS];
-    let mut scales = [[0.0; 16]; ROWS];
-    let mut min_sums = [0.0; 16];
-    let mut min_scales = [[0.0; 16]; ROWS];
     if Q::HAS_MIN {
-        isa.store(grouped(isa.load_i(x.sums16())), &mut min_sums);
-    }
-    let groups = len / Q::GROUP;
-    for r in 0..ROWS {
-        isa.store(grouped(isa.dot16(&w[r].codes, x.codes, x.sums16())), &mut sums[r]);
-        for g in 0..groups {
-            let scale = x.scales[g * Q::GROUP / Q::ACTIVATION.block_len()];
-            scales[r][g] = w[r].d[g] * scale;
-            if Q::HAS_MIN {
-                min_scales[r][g] = w[r].m[g] * scale;
-            }
+        let all = Q::mins(isa, lanes);
+        for i in 0..words {
+            isa.store_words(all[i], &mut mins[i]);
         }
     }
-    for g in 0..groups {
-        for r in 0..ROWS {
-            acc[r] = isa.fma_one(sums[r][g * step], scales[r][g], acc[r]);
-            if Q::HAS_MIN {
-                acc[r] = isa.fma_one(min_sums[g * step], min_scales[r][g], acc[r]);
-            }
-        }
-    }
-    acc
 }
 
-/// Sixteen rows of one chunk, interleaved: everything about one row stands in one lane.
+impl<I: Isa, Q: Interleaved> Source<I, Q> for Direct<'_, Q> {
+    #[inline(always)]
+    fn code(self, isa: I, part: usize, k: usize) -> I::I {
+        if Q::LEN == 32 {
+            Q::code(isa, &self.lanes[part], 0, k)
+        } else {
+            Q::code(isa, &self.lanes[0], part, k)
+        }
+    }
+    #[inline(always)]
+    fn d(self, isa: I, group: usize) -> I::F {
+        Q::d(isa, &self.lanes[group])
+    }
+    #[inline(always)]
+    fn m(self, isa: I, group: usize) -> I::F {
+        Q::m(isa, &self.lanes[group])
+    }
+    #[inline(always)]
+    fn sub(self, isa: I, s: usize) -> I::I {
+        let word = isa.load_words(&self.subs[s / 4]);
+        isa.sar_i::<24>(isa.shl_by(word, 24 - 8 * (s % 4) as u32))
+    }
+    #[inline(always)]
+    fn mins(self, isa: I, pair: usize) -> I::I {
+        let word = isa.load_words(&self.mins[pair / 2]);
+        isa.and_i(isa.shr_by(word, 8 * (pair % 2) as u32), isa.splat_i(0x00ff_00ff))
+    }
+}
+
+/// Sixteen rows of one chunk, expanded.
 #[repr(C, align(64))]
 #[derive(Clone, Copy)]
 struct Tile {
-    /// `codes[k / 4][4 · row + k % 4]`, with the instruction set's bias.
     codes: [[u8; 64]; CHUNK / 4],
     sub: [[i32; 16]; 16],
-    /// `mins[k / 32][2 · row + k / 16 % 2]`.
-    mins: [[i16; 32]; 8],
+    mins: [[u8; 64]; 8],
     d: [[f32; 16]; 16],
     m: [[f32; 16]; 16],
+}
+
+impl<I: Isa, Q: Quantised> Source<I, Q> for &Tile {
+    #[inline(always)]
+    fn code(self, isa: I, part: usize, k: usize) -> I::I {
+        isa.load_words(&self.codes[8 * part + k])
+    }
+    #[inline(always)]
+    fn d(self, isa: I, group: usize) -> I::F {
+        isa.load(&self.d[group])
+    }
+    #[inline(always)]
+    fn m(self, isa: I, group: usize) -> I::F {
+        isa.load(&self.m[group])
+    }
+    #[inline(always)]
+    fn sub(self, isa: I, s: usize) -> I::I {
+        isa.load_i(&self.sub[s])
+    }
+    #[inline(always)]
+    fn mins(self, isa: I, pair: usize) -> I::I {
+        isa.load_words(&self.mins[pair])
+    }
 }
 
 impl Tile {
     const ZERO: Tile = Tile {
         codes: [[0; 64]; CHUNK / 4],
         sub: [[0; 16]; 16],
-        mins: [[0; 32]; 8],
+        mins: [[0; 64]; 8],
         d: [[0.0; 16]; 16],
         m: [[0.0; 16]; 16],
     };
 
-    /// Puts a row's chunk in a lane.
+    /// From interleaved blocks.
     #[inline(always)]
-    fn set<I: Isa, Q: Quantised>(&mut self, lane: usize, chunk: &Unpacked) {
-        for (codes, four) in self.codes.iter_mut().zip(chunk.codes.as_chunks::<4>().0) {
-            let biased = four.map(|c| (c as u8) ^ I::CODE_BIAS);
-            codes[4 * lane..4 * lane + 4].copy_from_slice(&biased);
-        }
-        for g in 0..CHUNK / Q::GROUP {
-            self.d[g][lane] = chunk.d[g];
-            if Q::HAS_MIN {
-                self.m[g][lane] = chunk.m[g];
+    fn expand<I: Isa, Q: Interleaved>(&mut self, isa: I, lanes: &[Q::Lanes]) {
+        let (mut subs, mut mins) = ([[0; 64]; 4], [[0; 64]; 4]);
+        store_subs::<I, Q>(isa, lanes, &mut subs, &mut mins);
+        let source = Direct::<Q> { lanes, subs: &subs, mins: &mins };
+        for part in 0..lanes.len() * Q::LEN / 32 {
+            for k in 0..8 {
+                isa.store_words(source.code(isa, part, k), &mut self.codes[8 * part + k]);
             }
         }
-        // Only formats with one f32 scale for 256 have integer sub-scales.
-        if Q::GROUP == CHUNK {
-            for g in 0..16 {
-                self.sub[g][lane] = chunk.sub[g].into();
-                if Q::HAS_MIN {
-                    self.mins[g / 2][2 * lane + g % 2] = chunk.mins[g];
+        for group in 0..lanes.len() {
+            isa.store(Source::<I, Q>::d(source, isa, group), &mut self.d[group]);
+            if Q::HAS_MIN {
+                isa.store(Source::<I, Q>::m(source, isa, group), &mut self.m[group]);
+            }
+        }
+        if Q::GROUP == CHUNK && Q::SUB < CHUNK {
+            for s in 0..CHUNK / Q::SUB {
+                isa.store_i(Source::<I, Q>::sub(source, isa, s), &mut self.sub[s]);
+            }
+        }
+        if Q::GROUP == CHUNK && Q::HAS_MIN {
+            for pair in 0..CHUNK / Q::SUB / 2 {
+                isa.store_words(Source::<I, Q>::mins(source, isa, pair), &mut self.mins[pair]);
+            }
+        }
+    }
+
+    /// From rows in normal form; for formats without minimums.
+    #[inline(always)]
+    fn set<I: Isa, Q: Quantised>(&mut self, isa: I, rows: &[Unpacked; ROWS]) {
+        const { assert!(!Q::HAS_MIN && Q::SIGNED && Q::SUB == 16) };
+        for quad in 0..CHUNK / 16 {
+            let mut four = [&[0; 16]; ROWS];
+            for r in 0..ROWS {
+                four[r] = rows[r].code_bytes(quad);
+            }
+            let words = isa.transpose(&four);
+            for i in 0..4 {
+                isa.store_words(isa.signed(words[i]), &mut self.codes[4 * quad + i]);
+            }
+        }
+        for r in 0..ROWS {
+            for g in 0..CHUNK / Q::GROUP {
+                self.d[g][r] = rows[r].d[g];
+            }
+            if Q::GROUP == CHUNK {
+                for s in 0..16 {
+                    self.sub[s][r] = rows[r].sub[s].into();
                 }
             }
         }
     }
 }
 
-/// Tiles of rows, for many tokens: as wide as the registers allow.
+/// Short blocks of a chunk.
+const BLOCKS: usize = CHUNK / 32;
+
+/// The interleaved blocks of chunk `c` of sixteen rows: where they are, or in `near`.
 #[inline(always)]
-fn tile<I: Isa, Q: Quantised>(
+fn lanes_of<'b, I: Isa, Q: Interleaved>(
     isa: I,
-    w: &[Q],
-    row_blocks: usize,
-    x: activation::Quantised<'_>,
-    tokens: usize,
-    out: PanelMut<'_>,
-) {
-    if I::WIDE_TILES {
-        tiles::<I, Q, 2>(isa, w, row_blocks, x, tokens, out);
-    } else {
-        tiles::<I, Q, 1>(isa, w, row_blocks, x, tokens, out);
+    task: &Task<'b, '_, Q>,
+    first: usize,
+    c: usize,
+    near: &'b mut [Q::Lanes; BLOCKS],
+) -> &'b [Q::Lanes] {
+    let start = c * CHUNK / Q::LEN;
+    let count = (CHUNK / Q::LEN).min(task.row_blocks - start);
+    if task.layout == Layout::Interleaved && first + ROWS <= task.rows {
+        let group = &task.w[first * task.row_blocks..][..ROWS * task.row_blocks];
+        return &Q::Lanes::cast(Q::bytes_of(group))[start..start + count];
+    }
+    for i in 0..count {
+        near[i].interleave(isa, &task.blocks(first, start + i));
+    }
+    &near[..count]
+}
+
+/// A few tokens: codes go from the blocks into dot products.
+#[inline(always)]
+fn decode<I: Isa, Q: Interleaved, const T: usize>(isa: I, task: &mut Task<'_, '_, Q>) {
+    let mut near = [Q::Lanes::ZERO; BLOCKS];
+    let (mut subs, mut mins) = ([[0; 64]; 4], [[0; 64]; 4]);
+    for first in (0..task.rows).step_by(ROWS) {
+        let mut acc = [[isa.splat(0.0); 1]; T];
+        for c in 0..task.chunks() {
+            let lanes = lanes_of::<I, Q>(isa, task, first, c, &mut near);
+            store_subs::<I, Q>(isa, lanes, &mut subs, &mut mins);
+            let source = Direct::<Q> { lanes, subs: &subs, mins: &mins };
+            let mut x = [XChunk::new::<Q>(&task.x, 0, c); T];
+            for t in 1..T {
+                x[t] = XChunk::new::<Q>(&task.x, t.min(task.tokens - 1), c);
+            }
+            dot::<I, Q, _, 1, T>(isa, [source], &x, lanes.len() * Q::LEN, &mut acc);
+        }
+        for t in 0..task.tokens.min(T) {
+            let mut lanes = [0.0; ROWS];
+            isa.store(acc[t][0], &mut lanes);
+            let here = (task.rows - first).min(ROWS);
+            task.out.row(t)[first..first + here].copy_from_slice(&lanes[..here]);
+        }
     }
 }
 
-/// `G` tiles of 16 rows side by side.
+/// Many tokens: `fill` expands sixteen rows of a chunk, which then meet all tokens.
 #[inline(always)]
-fn tiles<I: Isa, Q: Quantised, const G: usize>(
+fn prefill<'a, I: Isa, Q: Quantised>(
     isa: I,
-    w: &[Q],
-    row_blocks: usize,
-    x: activation::Quantised<'_>,
-    tokens: usize,
-    mut out: PanelMut<'_>,
+    task: &mut Task<'a, '_, Q>,
+    fill: impl FnMut(&Task<'a, '_, Q>, usize, usize, &mut Tile),
 ) {
-    let rows = (w.len() / row_blocks).min(out.cols());
+    if task.tokens <= 1 {
+        tiles::<I, Q, 1, 1>(isa, task, fill);
+    } else if I::WIDE_TILES {
+        tiles::<I, Q, 2, TILE_TOKENS>(isa, task, fill);
+    } else {
+        tiles::<I, Q, 1, TILE_TOKENS>(isa, task, fill);
+    }
+}
+
+/// `G` tiles of 16 rows side by side, `T` tokens at a time.
+#[inline(always)]
+fn tiles<'a, I: Isa, Q: Quantised, const G: usize, const T: usize>(
+    isa: I,
+    task: &mut Task<'a, '_, Q>,
+    mut fill: impl FnMut(&Task<'a, '_, Q>, usize, usize, &mut Tile),
+) {
     let mut tiles = [Tile::ZERO; G];
-    let mut chunk = Unpacked::ZERO;
-    for first in (0..rows).step_by(16 * G) {
-        let here = (rows - first).min(16 * G);
-        for c in 0..x.k.div_ceil(CHUNK) {
-            let mut len = 0;
-            for row in 0..here {
-                len = unpack_chunk(&w[(first + row) * row_blocks..][..row_blocks], c, &mut chunk);
-                tiles[row / 16].set::<I, Q>(row % 16, &chunk);
+    for first in (0..task.rows).step_by(ROWS * G) {
+        let here = (task.rows - first).min(ROWS * G);
+        for c in 0..task.chunks() {
+            for g in 0..here.div_ceil(ROWS) {
+                fill(task, first + ROWS * g, c, &mut tiles[g]);
             }
-            for t in (0..tokens).step_by(TILE_TOKENS) {
+            let mut sources = [&tiles[0]; G];
+            for g in 0..G {
+                sources[g] = &tiles[g];
+            }
+            let len = (task.x.k - c * CHUNK).min(CHUNK);
+            for t in (0..task.tokens).step_by(T) {
                 // A block of fewer tokens at the end repeats its last one, and stores it once.
-                let n = (tokens - t).min(TILE_TOKENS);
-                let mut lanes = [[[0.0f32; 16]; G]; TILE_TOKENS];
+                let n = (task.tokens - t).min(T);
+                let mut x = [XChunk::new::<Q>(&task.x, t, c); T];
+                for i in 1..T {
+                    x[i] = XChunk::new::<Q>(&task.x, t + i.min(n - 1), c);
+                }
+                let mut acc = [[isa.splat(0.0); G]; T];
                 if c > 0 {
                     for i in 0..n {
-                        let (whole, rest) = out.row(t + i)[first..first + here].as_chunks::<16>();
-                        lanes[i][..whole.len()].copy_from_slice(whole);
-                        if !rest.is_empty() {
-                            lanes[i][whole.len()][..rest.len()].copy_from_slice(rest);
+                        let out = &task.out.row(t + i)[first..first + here];
+                        for g in 0..G {
+                            acc[i][g] = load_lanes(isa, out, g);
                         }
                     }
                 }
-                let chunk = |i: usize| XChunk::new::<Q>(&x, t + i.min(n - 1), c);
-                tile_dot::<I, Q, G>(isa, &tiles, &[chunk(0), chunk(1), chunk(2), chunk(3)], len, &mut lanes);
+                dot::<I, Q, _, G, T>(isa, sources, &x, len, &mut acc);
                 for i in 0..n {
-                    let (whole, rest) = out.row(t + i)[first..first + here].as_chunks_mut::<16>();
-                    whole.copy_from_slice(&lanes[i][..whole.len()]);
-                    if !rest.is_empty() {
-                        rest.copy_from_slice(&lanes[i][whole.len()][..rest.len()]);
+                    let out = &mut task.out.row(t + i)[first..first + here];
+                    for g in 0..G {
+                        store_lanes(isa, acc[i][g], out, g);
                     }
                 }
             }
@@ -403,86 +543,142 @@ fn tiles<I: Isa, Q: Quantised, const G: usize>(
     }
 }
 
-/// Adds the dots of tiles with some tokens' chunk to `sums`.
+/// Sixteen floats, number `g` of `x`; what is past its end is zero.
 #[inline(always)]
-fn tile_dot<I: Isa, Q: Quantised, const G: usize>(
+fn load_lanes<I: Isa>(isa: I, x: &[f32], g: usize) -> I::F {
+    let (whole, rest) = x.as_chunks::<ROWS>();
+    match whole.get(g) {
+        Some(lanes) => isa.load(lanes),
+        None => {
+            let mut lanes = [0.0; ROWS];
+            if g == whole.len() {
+                lanes[..rest.len()].copy_from_slice(rest);
+            }
+            isa.load(&lanes)
+        }
+    }
+}
+
+/// Stores sixteen floats as number `g` of `x`, as far as that goes.
+#[inline(always)]
+fn store_lanes<I: Isa>(isa: I, lanes: I::F, x: &mut [f32], g: usize) {
+    let (whole, rest) = x.as_chunks_mut::<ROWS>();
+    let count = whole.len();
+    match whole.get_mut(g) {
+        Some(out) => isa.store(lanes, out),
+        None => {
+            let mut out = [0.0; ROWS];
+            isa.store(lanes, &mut out);
+            if g == count {
+                rest.copy_from_slice(&out[..rest.len()]);
+            }
+        }
+    }
+}
+
+/// Adds the dots of the first `len` values of `G` times sixteen rows with `T` tokens to `acc`.
+#[inline(always)]
+fn dot<I: Isa, Q: Quantised, S: Source<I, Q>, const G: usize, const T: usize>(
     isa: I,
-    tiles: &[Tile; G],
-    x: &[XChunk<'_>; TILE_TOKENS],
+    w: [S; G],
+    x: &[XChunk<'_>; T],
     len: usize,
-    sums: &mut [[[f32; 16]; G]; TILE_TOKENS],
+    acc: &mut [[I::F; G]; T],
 ) {
-    let block = Q::ACTIVATION.block_len();
+    let whole = Q::GROUP == CHUNK;
+    // Values of one integer accumulation.
+    let step = if Q::GROUP == 16 || whole && Q::SUB == 16 { 16 } else { 32 };
+    // Code bytes stand this much above codes.
+    let bias = if Q::SIGNED { I::SIGNED_BIAS } else { Q::OFFSET };
+    let mut starts = [[0; 16]; T];
+    if bias != 0 {
+        for t in 0..T {
+            starts[t] = x[t].sums(isa, step, -bias);
+        }
+    }
     let zero = isa.splat_i(0);
-    let mut acc = [[isa.splat(0.0); G]; TILE_TOKENS];
-    for i in 0..TILE_TOKENS {
-        for r in 0..G {
-            acc[i][r] = isa.load(&sums[i][r]);
-        }
-    }
-    // Values of one integer accumulation: one sub-scale, or one f32 scale.
-    let step = if Q::GROUP == 32 { 32 } else { 16 };
-    let starts = if Q::GROUP == 32 { 32 } else { 16 };
-    let mut group = [[zero; G]; TILE_TOKENS];
-    for s in 0..len.min(CHUNK) / step {
-        let mut dot = [[zero; G]; TILE_TOKENS];
-        for i in 0..TILE_TOKENS {
-            let start = isa.splat_i(x[i].sums[starts + s]);
-            for r in 0..G {
-                dot[i][r] = start;
-            }
-        }
-        for k in s * step / 4..(s + 1) * step / 4 {
-            for i in 0..TILE_TOKENS {
-                let four = x[i].codes.as_chunks::<4>().0[k];
-                for r in 0..G {
-                    dot[i][r] = isa.dot4(dot[i][r], &tiles[r].codes[k], four);
-                }
-            }
-        }
-        if Q::GROUP == CHUNK {
-            for r in 0..G {
-                let sub = isa.load_i(&tiles[r].sub[s]);
-                for i in 0..TILE_TOKENS {
-                    group[i][r] = isa.add_i(group[i][r], isa.mul_i(dot[i][r], sub));
-                }
-            }
-            continue;
-        }
-        for i in 0..TILE_TOKENS {
-            let scale = isa.splat(x[i].scales[s * Q::GROUP / block]);
-            let min = (0..step / 16).map(|j| x[i].sums[s * step / 16 + j]).sum::<i32>() as f32;
-            for r in 0..G {
-                let d = isa.mul(isa.load(&tiles[r].d[s]), scale);
-                acc[i][r] = isa.fma(isa.to_f32(dot[i][r]), d, acc[i][r]);
-                if Q::HAS_MIN {
-                    let m = isa.mul(isa.load(&tiles[r].m[s]), scale);
-                    acc[i][r] = isa.fma(isa.splat(min), m, acc[i][r]);
-                }
-            }
-        }
-    }
-    if Q::GROUP == CHUNK {
-        for i in 0..TILE_TOKENS {
-            let scale = isa.splat(x[i].scales[0]);
-            for r in 0..G {
-                let d = isa.mul(isa.load(&tiles[r].d[0]), scale);
-                acc[i][r] = isa.fma(isa.to_f32(group[i][r]), d, acc[i][r]);
-                if Q::HAS_MIN {
-                    let mut mins = zero;
-                    for j in 0..8 {
-                        let pair = [x[i].sums[2 * j] as i16, x[i].sums[2 * j + 1] as i16];
-                        mins = isa.dot2(mins, &tiles[r].mins[j], pair);
+    let mut sums = [[zero; G]; T];
+    for part in 0..len / 32 {
+        for piece in 0..32 / step {
+            let s = part * (32 / step) + piece;
+            let mut dots = [[zero; G]; T];
+            if bias != 0 {
+                for t in 0..T {
+                    let start = isa.splat_i(starts[t][s]);
+                    for g in 0..G {
+                        dots[t][g] = start;
                     }
-                    let m = isa.mul(isa.load(&tiles[r].m[0]), scale);
-                    acc[i][r] = isa.fma(isa.to_f32(mins), m, acc[i][r]);
+                }
+            }
+            for k in piece * step / 4..(piece + 1) * step / 4 {
+                let mut codes = [zero; G];
+                for g in 0..G {
+                    codes[g] = w[g].code(isa, part, k);
+                }
+                for t in 0..T {
+                    let four = x[t].codes[8 * part + k];
+                    let four = isa.splat_i(i32::from_le_bytes([
+                        four[0] as u8,
+                        four[1] as u8,
+                        four[2] as u8,
+                        four[3] as u8,
+                    ]));
+                    for g in 0..G {
+                        dots[t][g] = if Q::SIGNED {
+                            isa.dot4::<true>(dots[t][g], codes[g], four)
+                        } else {
+                            isa.dot4::<false>(dots[t][g], codes[g], four)
+                        };
+                    }
+                }
+            }
+            if whole {
+                for g in 0..G {
+                    let sub = if Q::SUB < CHUNK { w[g].sub(isa, s) } else { zero };
+                    for t in 0..T {
+                        let scaled = if Q::SUB < CHUNK { isa.mul_i(dots[t][g], sub) } else { dots[t][g] };
+                        sums[t][g] = isa.add_i(sums[t][g], scaled);
+                    }
+                }
+                continue;
+            }
+            for t in 0..T {
+                let scale = isa.splat(x[t].scales[s * Q::GROUP / Q::ACTIVATION.block_len()]);
+                for g in 0..G {
+                    let d = isa.mul(w[g].d(isa, s), scale);
+                    acc[t][g] = isa.fma(isa.to_f32(dots[t][g]), d, acc[t][g]);
+                }
+                if Q::HAS_MIN {
+                    let sum = isa.splat(x[t].sums[if step == 16 { s } else { 16 + s }] as f32);
+                    for g in 0..G {
+                        let m = isa.mul(w[g].m(isa, s), scale);
+                        acc[t][g] = isa.fma(sum, m, acc[t][g]);
+                    }
                 }
             }
         }
     }
-    for i in 0..TILE_TOKENS {
-        for r in 0..G {
-            isa.store(acc[i][r], &mut sums[i][r]);
+    if !whole {
+        return;
+    }
+    for t in 0..T {
+        let scale = isa.splat(x[t].scales[0]);
+        for g in 0..G {
+            let d = isa.mul(w[g].d(isa, 0), scale);
+            acc[t][g] = isa.fma(isa.to_f32(sums[t][g]), d, acc[t][g]);
+        }
+        if Q::HAS_MIN {
+            let pairs = if Q::SUB == 16 { 24..32 } else { 32..36 };
+            let mut mins = [zero; G];
+            for (pair, &x) in x[t].sums[pairs].iter().enumerate() {
+                for g in 0..G {
+                    mins[g] = isa.dot2(mins[g], w[g].mins(isa, pair), isa.splat_i(x));
+                }
+            }
+            for g in 0..G {
+                let m = isa.mul(w[g].m(isa, 0), scale);
+                acc[t][g] = isa.fma(isa.to_f32(mins[g]), m, acc[t][g]);
+            }
         }
     }
 }

@@ -328,7 +328,11 @@ fn products(
             }
             Kind::Quantised { .. } => X::Quantised(q8_k.view(Activation::Q8_K, tokens, k)),
         };
-        matmul::matmul(isa, weight.format, MatMul { w: weight.bytes, k, x, out: panel.reborrow() });
+        matmul::matmul(
+            isa,
+            weight.format,
+            MatMul { w: weight.bytes, layout: weight.layout, k, x, out: panel.reborrow() },
+        );
         if let Some(bias) = product.bias {
             for t in 0..panel.rows() {
                 for (y, b) in panel.row(t).iter_mut().zip(&bias[first..first + cols]) {

@@ -6,12 +6,13 @@ use std::time::{Duration, Instant};
 
 use halite_kernels::attention::{PageShape, Pages, PagesMut, write as write_kv};
 use halite_kernels::formats::Format;
+use halite_kernels::matmul::Layout;
 use halite_kernels::rows::{Gate, Unary};
 
 use super::{Bindings, Buffer, Clock, Limits, Plan, Step, Ticket, Timing};
 use crate::error::{Error, Result};
 use crate::map::Region;
-use crate::passes::{self, Layout};
+use crate::passes;
 use crate::program::{
     Dim, Epilogue, Gating, NormKind, Op, PAGE_POSITIONS, Program, RopePairs, Slot, State, StateId, TensorId,
 };
@@ -20,13 +21,15 @@ use crate::program::{
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Matrix<'a> {
     pub format: Format,
+    pub layout: Layout,
     pub bytes: &'a [u8],
     pub rows: usize,
     pub cols: usize,
 }
 
 impl<'a> Matrix<'a> {
-    const EMPTY: Matrix<'static> = Matrix { format: Format::F32, bytes: &[], rows: 0, cols: 0 };
+    const EMPTY: Matrix<'static> =
+        Matrix { format: Format::F32, layout: Layout::Rows, bytes: &[], rows: 0, cols: 0 };
 
     /// Rows `range`, or nothing if they are not all there.
     pub fn rows(&self, range: Range<usize>) -> Matrix<'a> {
@@ -309,7 +312,13 @@ struct Weight<'a> {
 
 impl Weight<'_> {
     fn matrix(&self) -> Matrix<'_> {
-        Matrix { format: self.format, bytes: self.guard.bytes(), rows: self.rows, cols: self.cols }
+        Matrix {
+            format: self.format,
+            layout: Layout::Rows,
+            bytes: self.guard.bytes(),
+            rows: self.rows,
+            cols: self.cols,
+        }
     }
 }
 
@@ -328,7 +337,7 @@ pub(crate) struct HostPlan<K> {
 struct Memory {
     backend: String,
     program: Arc<Program>,
-    layout: Layout,
+    layout: passes::Layout,
     places: Vec<Vec<f32>>,
 }
 

@@ -28,6 +28,13 @@ pub unsafe trait Bytes: Copy + 'static {
         // SAFETY: a value is nothing but its bytes, all of them initialised.
         unsafe { core::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) }
     }
+
+    /// As [`Bytes::bytes_of`], to write.
+    #[inline]
+    fn bytes_of_mut(values: &mut [Self]) -> &mut [u8] {
+        // SAFETY: as in `bytes_of`, and any bytes are a value.
+        unsafe { core::slice::from_raw_parts_mut(values.as_mut_ptr().cast(), size_of_val(values)) }
+    }
 }
 
 // SAFETY: a byte.

@@ -1,7 +1,9 @@
 //! IQ4_NL: `value = d * TABLE[q]`, 4-bit q. Byte j holds q of values j (low nibble) and j + 16.
 
 use super::bytes::layout;
-use super::{Activation, Block, F16, Format, Plain, Quantised, Unpacked};
+use super::lanes::Lanes;
+use super::{Activation, Block, F16, Format, Interleaved, Plain, Quantised, Unpacked};
+use crate::isa::Isa;
 
 /// The value of each code of IQ4_NL and IQ4_XS, before scaling.
 pub static IQ4_VALUES: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
@@ -42,5 +44,19 @@ impl Quantised for IQ4_NL {
             out.codes[j] = IQ4_VALUES[usize::from(self.qs[j] & 15)];
             out.codes[j + 16] = IQ4_VALUES[usize::from(self.qs[j] >> 4)];
         }
+    }
+}
+
+impl Interleaved for IQ4_NL {
+    type Lanes = Lanes<2, 4, 0>;
+
+    #[inline(always)]
+    fn code<I: Isa>(isa: I, lanes: &Self::Lanes, _part: usize, k: usize) -> I::I {
+        isa.signed(isa.lookup(&IQ4_VALUES, lanes.nibbles(isa, k % 4, k / 4)))
+    }
+
+    #[inline(always)]
+    fn d<I: Isa>(isa: I, lanes: &Self::Lanes) -> I::F {
+        lanes.head_f16(isa)
     }
 }

@@ -3,7 +3,9 @@
 
 use super::bits::nibble;
 use super::bytes::layout;
-use super::{Activation, Block, F16, Format, IQ4_VALUES, Plain, Quantised, Unpacked};
+use super::lanes::{Lanes, less_32};
+use super::{Activation, Block, F16, Format, IQ4_VALUES, Interleaved, Plain, Quantised, Unpacked};
+use crate::isa::Isa;
 
 layout! {
     /// 256 values in 136 bytes.
@@ -36,6 +38,7 @@ impl Quantised for IQ4_XS {
     const ACTIVATION: Activation = Activation::Q8_K;
     const GROUP: usize = 256;
     const HAS_MIN: bool = false;
+    const SUB: usize = 32;
 
     #[inline(always)]
     fn unpack(&self, out: &mut Unpacked) {
@@ -52,5 +55,35 @@ impl Quantised for IQ4_XS {
                 out.codes[32 * group + j + 16] = IQ4_VALUES[usize::from(byte >> 4)];
             }
         }
+    }
+}
+
+impl Interleaved for IQ4_XS {
+    type Lanes = Lanes<0, 34, 0>;
+
+    #[inline(always)]
+    fn code<I: Isa>(isa: I, lanes: &Self::Lanes, part: usize, k: usize) -> I::I {
+        isa.signed(isa.lookup(&IQ4_VALUES, lanes.nibbles(isa, 2 + 4 * part + k % 4, k / 4)))
+    }
+
+    #[inline(always)]
+    fn d<I: Isa>(isa: I, lanes: &Self::Lanes) -> I::F {
+        isa.low_f16(lanes.word(isa, 0))
+    }
+
+    #[inline(always)]
+    fn subs<I: Isa>(isa: I, lanes: &Self::Lanes) -> [I::I; 4] {
+        let (low, high) = (lanes.word(isa, 1), isa.shr_by(lanes.word(isa, 0), 16));
+        let sub = |g: u32| {
+            // Fields of 4 and of 2 bits to bytes of their own, in two doublings.
+            let low = isa.and_i(isa.shr_by(low, 16 * g), isa.splat_i(0xffff));
+            let low = isa.and_i(isa.or_i(low, isa.shl_by(low, 8)), isa.splat_i(0x00ff_00ff));
+            let low = isa.and_i(isa.or_i(low, isa.shl_by(low, 4)), isa.splat_i(0x0f0f_0f0f));
+            let high = isa.and_i(isa.shr_by(high, 8 * g), isa.splat_i(0xff));
+            let high = isa.and_i(isa.or_i(high, isa.shl_by(high, 12)), isa.splat_i(0x000f_000f));
+            let high = isa.and_i(isa.or_i(high, isa.shl_by(high, 6)), isa.splat_i(0x0303_0303));
+            less_32(isa, isa.or_i(low, isa.shl_by(high, 4)))
+        };
+        [sub(0), sub(1), isa.splat_i(0), isa.splat_i(0)]
     }
 }

@@ -12,6 +12,7 @@ mod bits;
 mod bytes;
 mod error;
 mod grids;
+mod lanes;
 mod plain;
 
 mod iq1_m;
@@ -42,9 +43,9 @@ mod q8_k;
 mod tq1_0;
 mod tq2_0;
 
+use crate::isa::Isa;
 use crate::matmul::Kernels;
 
-pub(crate) use bits::six_bit_pairs;
 pub use bytes::Bytes;
 pub use error::{FormatError, LengthMismatch, UnknownFormat, Why};
 pub use grids::{IQ1_GRID, IQ2_S_GRID, IQ2_XS_GRID, IQ2_XXS_GRID, IQ3_S_GRID, IQ3_XXS_GRID};
@@ -57,6 +58,7 @@ pub use iq3_s::IQ3_S;
 pub use iq3_xxs::IQ3_XXS;
 pub use iq4_nl::{IQ4_NL, IQ4_VALUES};
 pub use iq4_xs::IQ4_XS;
+pub use lanes::{Interleave, Lanes, ROWS};
 pub use mxfp4::{E2M1_DOUBLED, E8M0, MXFP4};
 pub use nvfp4::{NVFP4, UE4M3};
 pub use plain::{BF16, F16, F32, F64, I8, I16, I32, I64};
@@ -114,10 +116,44 @@ pub trait Quantised: Block {
     const GROUP: usize;
     /// Whether values have a minimum added.
     const HAS_MIN: bool;
+    /// Values that share one integer sub-scale, where `GROUP` is 256; 256: it is one for all.
+    const SUB: usize = 16;
+    /// How much the code bytes in kernels stand above the codes.
+    const OFFSET: i32 = 0;
+    /// Whether the code bytes in kernels are signed; unsigned ones are at most 127.
+    const SIGNED: bool = true;
 
     /// Writes the block in normal form, exactly. Only the entries that the format uses are written: `LEN`
     /// codes, `LEN / 16` sub-scales, `LEN / GROUP` scales, and as many minimums if `HAS_MIN`.
     fn unpack(&self, out: &mut Unpacked);
+}
+
+/// A format with kernels on sixteen interleaved rows: how vectors of 16 rows are read from their words.
+pub trait Interleaved: Quantised {
+    /// Its interleaved block.
+    type Lanes: Interleave;
+
+    /// The code bytes of values `32 part + 4 k` to `32 part + 4 k + 3`, `k` < 8, of each row: codes plus
+    /// [`Quantised::OFFSET`], or, if they are signed, made so by [`Isa::signed`].
+    fn code<I: Isa>(isa: I, lanes: &Self::Lanes, part: usize, k: usize) -> I::I;
+
+    /// The scale of each row.
+    fn d<I: Isa>(isa: I, lanes: &Self::Lanes) -> I::F;
+
+    /// The minimum of each row, with the sign with which it is added.
+    fn m<I: Isa>(isa: I, _lanes: &Self::Lanes) -> I::F {
+        isa.splat(0.0)
+    }
+
+    /// The integer sub-scales, one a byte, four to a word in order, signed.
+    fn subs<I: Isa>(isa: I, _lanes: &Self::Lanes) -> [I::I; 4] {
+        [isa.splat_i(0); 4]
+    }
+
+    /// The integer factors of the minimum, one for each [`Quantised::SUB`] values, laid out as [`Interleaved::subs`].
+    fn mins<I: Isa>(isa: I, _lanes: &Self::Lanes) -> [I::I; 4] {
+        [isa.splat_i(0); 4]
+    }
 }
 
 /// What activations are quantised to before a dot product with a quantised format.
@@ -171,12 +207,24 @@ impl Unpacked {
     pub const ZERO: Unpacked =
         Unpacked { codes: [0; 256], sub: [0; 16], mins: [0; 16], d: [0.0; 16], m: [0.0; 16] };
 
+    /// Sixteen codes as bytes, number `i` of their sixteens.
+    #[inline(always)]
+    pub(crate) fn code_bytes(&self, i: usize) -> &[u8; 16] {
+        u8s(&self.codes.as_chunks::<16>().0[i])
+    }
+
     /// The codes, eight at a time.
     #[inline(always)]
     fn octets(&mut self) -> &mut [[u8; 8]; 32] {
         // SAFETY: both are 256 bytes of alignment 1, and every byte is both an i8 and a u8.
         unsafe { &mut *self.codes.as_mut_ptr().cast() }
     }
+}
+
+/// The same bytes.
+#[inline(always)]
+fn u8s(x: &[i8; 16]) -> &[u8; 16] {
+    u8::cast(i8::bytes_of(x)).first_chunk().unwrap_or(&[0; 16])
 }
 
 impl Default for Unpacked {
@@ -294,6 +342,14 @@ impl Entry {
     }
 }
 
+impl Entry {
+    const fn interleaved<Q: Interleaved>(name: &'static str) -> Entry {
+        // One scale for all that is interleaved, or for each part of 32.
+        assert!(Q::LEN == 256 && Q::GROUP == 256 || Q::LEN == 32 && Q::GROUP == 32);
+        Entry { kernels: Kernels::interleaved::<Q>(), ..Entry::quantised::<Q>(name) }
+    }
+}
+
 /// The table: one row a format. Order is that of the ids.
 macro_rules! formats {
     ($($name:ident = $id:literal, $kind:ident: $doc:literal;)+) => {
@@ -323,26 +379,26 @@ macro_rules! formats {
 formats! {
     F32 = 0, plain: "IEEE binary32.";
     F16 = 1, plain: "IEEE binary16.";
-    Q4_0 = 2, quantised: "4-bit codes, a scale for each 32.";
-    Q4_1 = 3, quantised: "4-bit codes, a scale and a minimum for each 32.";
-    Q5_0 = 6, quantised: "5-bit codes, a scale for each 32.";
-    Q5_1 = 7, quantised: "5-bit codes, a scale and a minimum for each 32.";
-    Q8_0 = 8, quantised: "8-bit codes, a scale for each 32; also an activation format.";
+    Q4_0 = 2, interleaved: "4-bit codes, a scale for each 32.";
+    Q4_1 = 3, interleaved: "4-bit codes, a scale and a minimum for each 32.";
+    Q5_0 = 6, interleaved: "5-bit codes, a scale for each 32.";
+    Q5_1 = 7, interleaved: "5-bit codes, a scale and a minimum for each 32.";
+    Q8_0 = 8, interleaved: "8-bit codes, a scale for each 32; also an activation format.";
     Q8_1 = 9, quantised: "Q8_0 with the sum of the values; an activation format, odd in a file.";
-    Q2_K = 10, quantised: "2-bit codes, 4-bit scales and minimums for each 16.";
-    Q3_K = 11, quantised: "3-bit codes, 6-bit scales for each 16.";
-    Q4_K = 12, quantised: "4-bit codes, 6-bit scales and minimums for each 32.";
-    Q5_K = 13, quantised: "5-bit codes, 6-bit scales and minimums for each 32.";
-    Q6_K = 14, quantised: "6-bit codes, 8-bit scales for each 16.";
+    Q2_K = 10, interleaved: "2-bit codes, 4-bit scales and minimums for each 16.";
+    Q3_K = 11, interleaved: "3-bit codes, 6-bit scales for each 16.";
+    Q4_K = 12, interleaved: "4-bit codes, 6-bit scales and minimums for each 32.";
+    Q5_K = 13, interleaved: "5-bit codes, 6-bit scales and minimums for each 32.";
+    Q6_K = 14, interleaved: "6-bit codes, 8-bit scales for each 16.";
     Q8_K = 15, quantised: "8-bit codes, an f32 scale for each 256; an activation format, odd in a file.";
     IQ2_XXS = 16, quantised: "8 values from a grid of 256 points, signs, 4-bit scales for each 32.";
     IQ2_XS = 17, quantised: "8 values from a grid of 512 points, signs, 4-bit scales for each 16.";
     IQ3_XXS = 18, quantised: "4 values from a grid of 256 points, signs, 4-bit scales for each 32.";
     IQ1_S = 19, quantised: "8 values from a grid of 2048 points, a shift and 3-bit scales for each 32.";
-    IQ4_NL = 20, quantised: "4-bit codes into a table of uneven steps, a scale for each 32.";
+    IQ4_NL = 20, interleaved: "4-bit codes into a table of uneven steps, a scale for each 32.";
     IQ3_S = 21, quantised: "4 values from a grid of 512 points, signs, 4-bit scales for each 32.";
     IQ2_S = 22, quantised: "8 values from a grid of 1024 points, signs, 4-bit scales for each 16.";
-    IQ4_XS = 23, quantised: "4-bit codes into the table of IQ4_NL, 6-bit scales for each 32.";
+    IQ4_XS = 23, interleaved: "4-bit codes into the table of IQ4_NL, 6-bit scales for each 32.";
     I8 = 24, plain: "Signed 8-bit integer.";
     I16 = 25, plain: "Signed 16-bit integer.";
     I32 = 26, plain: "Signed 32-bit integer.";
@@ -351,8 +407,8 @@ formats! {
     IQ1_M = 29, quantised: "The grid of IQ1_S, a shift for each 8, 3-bit scales for each 16.";
     BF16 = 30, plain: "The upper half of an IEEE binary32.";
     TQ1_0 = 34, quantised: "Ternary codes, five to a byte, a scale for each 256.";
-    TQ2_0 = 35, quantised: "Ternary codes, four to a byte, a scale for each 256.";
-    MXFP4 = 39, quantised: "OCP MXFP4: E2M1 codes, an E8M0 scale for each 32.";
+    TQ2_0 = 35, interleaved: "Ternary codes, four to a byte, a scale for each 256.";
+    MXFP4 = 39, interleaved: "OCP MXFP4: E2M1 codes, an E8M0 scale for each 32.";
     NVFP4 = 40, quantised: "E2M1 codes, an unsigned E4M3 scale for each 16.";
     Q1_0 = 41, quantised: "Signs, a scale for each 128.";
     Q2_0 = 42, quantised: "2-bit codes, a scale for each 64.";

@@ -4,10 +4,15 @@
 //! them integers; the scale is halved.
 
 use super::bytes::layout;
-use super::{Activation, Block, Format, Quantised, Unpacked};
+use super::lanes::Lanes;
+use super::{Activation, Block, Format, Interleaved, Quantised, Unpacked};
+use crate::isa::Isa;
 
 /// Twice the value of each E2M1 code.
 pub static E2M1_DOUBLED: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
+
+/// [`E2M1_DOUBLED`] plus 12.
+static E2M1_RAISED: [i8; 16] = [12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0];
 
 /// The entry of [`E2M1_DOUBLED`] for a code of 0 to 15, in arithmetic that vectorises as no look-up does.
 #[inline(always)]
@@ -63,6 +68,8 @@ impl Quantised for MXFP4 {
     const ACTIVATION: Activation = Activation::Q8_0;
     const GROUP: usize = 32;
     const HAS_MIN: bool = false;
+    const OFFSET: i32 = 12;
+    const SIGNED: bool = false;
 
     #[inline(always)]
     fn unpack(&self, out: &mut Unpacked) {
@@ -72,5 +79,19 @@ impl Quantised for MXFP4 {
             out.codes[j] = e2m1_doubled(self.qs[j] & 15);
             out.codes[j + 16] = e2m1_doubled(self.qs[j] >> 4);
         }
+    }
+}
+
+impl Interleaved for MXFP4 {
+    type Lanes = Lanes<1, 4, 0>;
+
+    #[inline(always)]
+    fn code<I: Isa>(isa: I, lanes: &Self::Lanes, _part: usize, k: usize) -> I::I {
+        isa.lookup(&E2M1_RAISED, lanes.nibbles(isa, k % 4, k / 4))
+    }
+
+    #[inline(always)]
+    fn d<I: Isa>(isa: I, lanes: &Self::Lanes) -> I::F {
+        isa.load(&lanes.head.map(|[e]| E8M0 { e }.half()))
     }
 }

@@ -3,7 +3,9 @@
 //! In each half of 128 values, bits 2k and 2k + 1 of byte l hold q of value 32k + l.
 
 use super::bytes::layout;
-use super::{Activation, Block, F16, Format, Plain, Quantised, Unpacked};
+use super::lanes::Lanes;
+use super::{Activation, Block, F16, Format, Interleaved, Plain, Quantised, Unpacked};
+use crate::isa::Isa;
 
 layout! {
     /// 256 values in 84 bytes.
@@ -37,6 +39,7 @@ impl Quantised for Q2_K {
     const ACTIVATION: Activation = Activation::Q8_K;
     const GROUP: usize = 256;
     const HAS_MIN: bool = true;
+    const SIGNED: bool = false;
 
     #[inline(always)]
     fn unpack(&self, out: &mut Unpacked) {
@@ -53,5 +56,39 @@ impl Quantised for Q2_K {
                 }
             }
         }
+    }
+}
+
+impl Interleaved for Q2_K {
+    type Lanes = Lanes<0, 21, 0>;
+
+    #[inline(always)]
+    fn code<I: Isa>(isa: I, lanes: &Self::Lanes, part: usize, k: usize) -> I::I {
+        {
+            let codes = isa.shr_by(lanes.word(isa, 4 + 8 * (part / 4) + k), 2 * (part % 4) as u32);
+            isa.and_i(codes, isa.splat_i(0x0303_0303))
+        }
+    }
+
+    #[inline(always)]
+    fn d<I: Isa>(isa: I, lanes: &Self::Lanes) -> I::F {
+        isa.low_f16(lanes.word(isa, 20))
+    }
+
+    #[inline(always)]
+    fn m<I: Isa>(isa: I, lanes: &Self::Lanes) -> I::F {
+        isa.mul(isa.low_f16(isa.shr_by(lanes.word(isa, 20), 16)), isa.splat(-1.0))
+    }
+
+    #[inline(always)]
+    fn subs<I: Isa>(isa: I, lanes: &Self::Lanes) -> [I::I; 4] {
+        let low = |w: usize| lanes.nibbles(isa, w, 0);
+        [low(0), low(1), low(2), low(3)]
+    }
+
+    #[inline(always)]
+    fn mins<I: Isa>(isa: I, lanes: &Self::Lanes) -> [I::I; 4] {
+        let high = |w: usize| lanes.nibbles(isa, w, 1);
+        [high(0), high(1), high(2), high(3)]
     }
 }

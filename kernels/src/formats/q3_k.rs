@@ -3,7 +3,9 @@
 //! The low two bits of q lie as in Q2_K; the top bit of value 128h + 32k + l is bit 4h + k of `hmask[l]`.
 
 use super::bytes::layout;
-use super::{Activation, Block, F16, Format, Plain, Quantised, Unpacked};
+use super::lanes::{Lanes, less_32};
+use super::{Activation, Block, F16, Format, Interleaved, Plain, Quantised, Unpacked};
+use crate::isa::Isa;
 
 layout! {
     /// 256 values in 110 bytes.
@@ -37,6 +39,8 @@ impl Quantised for Q3_K {
     const ACTIVATION: Activation = Activation::Q8_K;
     const GROUP: usize = 256;
     const HAS_MIN: bool = false;
+    const OFFSET: i32 = 4;
+    const SIGNED: bool = false;
 
     #[inline(always)]
     fn unpack(&self, out: &mut Unpacked) {
@@ -55,5 +59,33 @@ impl Quantised for Q3_K {
                 }
             }
         }
+    }
+}
+
+impl Interleaved for Q3_K {
+    type Lanes = Lanes<0, 27, 2>;
+
+    #[inline(always)]
+    fn code<I: Isa>(isa: I, lanes: &Self::Lanes, part: usize, k: usize) -> I::I {
+        {
+            let low = isa.shr_by(lanes.word(isa, 8 + 8 * (part / 4) + k), 2 * (part % 4) as u32);
+            let top = isa.and_i(isa.shr_by(lanes.word(isa, k), part as u32), isa.splat_i(0x0101_0101));
+            isa.or_i(isa.and_i(low, isa.splat_i(0x0303_0303)), isa.shl_by(top, 2))
+        }
+    }
+
+    #[inline(always)]
+    fn d<I: Isa>(isa: I, lanes: &Self::Lanes) -> I::F {
+        lanes.tail_f16(isa)
+    }
+
+    #[inline(always)]
+    fn subs<I: Isa>(isa: I, lanes: &Self::Lanes) -> [I::I; 4] {
+        let sub = |g: usize| {
+            let top = isa.and_i(isa.shr_by(lanes.word(isa, 26), 2 * g as u32), isa.splat_i(0x0303_0303));
+            let six = isa.or_i(lanes.nibbles(isa, 24 + g % 2, g / 2), isa.shl_by(top, 4));
+            less_32(isa, six)
+        };
+        [sub(0), sub(1), sub(2), sub(3)]
     }
 }

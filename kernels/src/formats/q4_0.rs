@@ -1,7 +1,9 @@
 //! Q4_0: `value = d * (q - 8)`, 4-bit q. Byte j holds q of values j (low nibble) and j + 16.
 
 use super::bytes::layout;
-use super::{Activation, Block, F16, Format, Plain, Quantised, Unpacked};
+use super::lanes::Lanes;
+use super::{Activation, Block, F16, Format, Interleaved, Plain, Quantised, Unpacked};
+use crate::isa::Isa;
 
 layout! {
     /// 32 values in 18 bytes.
@@ -40,6 +42,8 @@ impl Quantised for Q4_0 {
     const ACTIVATION: Activation = Activation::Q8_0;
     const GROUP: usize = 32;
     const HAS_MIN: bool = false;
+    const OFFSET: i32 = 8;
+    const SIGNED: bool = false;
 
     #[inline(always)]
     fn unpack(&self, out: &mut Unpacked) {
@@ -49,5 +53,19 @@ impl Quantised for Q4_0 {
             out.codes[j] = (self.qs[j] & 15) as i8 - 8;
             out.codes[j + 16] = (self.qs[j] >> 4) as i8 - 8;
         }
+    }
+}
+
+impl Interleaved for Q4_0 {
+    type Lanes = Lanes<2, 4, 0>;
+
+    #[inline(always)]
+    fn code<I: Isa>(isa: I, lanes: &Self::Lanes, _part: usize, k: usize) -> I::I {
+        lanes.nibbles(isa, k % 4, k / 4)
+    }
+
+    #[inline(always)]
+    fn d<I: Isa>(isa: I, lanes: &Self::Lanes) -> I::F {
+        lanes.head_f16(isa)
     }
 }

@@ -1,7 +1,9 @@
 //! Q4_1: `value = d * q + m`, 4-bit q. Byte j holds q of values j (low nibble) and j + 16.
 
 use super::bytes::layout;
-use super::{Activation, Block, F16, Format, Plain, Quantised, Unpacked};
+use super::lanes::Lanes;
+use super::{Activation, Block, F16, Format, Interleaved, Plain, Quantised, Unpacked};
+use crate::isa::Isa;
 
 layout! {
     /// 32 values in 20 bytes.
@@ -44,6 +46,7 @@ impl Quantised for Q4_1 {
     const ACTIVATION: Activation = Activation::Q8_0;
     const GROUP: usize = 32;
     const HAS_MIN: bool = true;
+    const SIGNED: bool = false;
 
     #[inline(always)]
     fn unpack(&self, out: &mut Unpacked) {
@@ -55,5 +58,24 @@ impl Quantised for Q4_1 {
             out.codes[j] = (self.qs[j] & 15) as i8;
             out.codes[j + 16] = (self.qs[j] >> 4) as i8;
         }
+    }
+}
+
+impl Interleaved for Q4_1 {
+    type Lanes = Lanes<0, 5, 0>;
+
+    #[inline(always)]
+    fn code<I: Isa>(isa: I, lanes: &Self::Lanes, _part: usize, k: usize) -> I::I {
+        lanes.nibbles(isa, 1 + k % 4, k / 4)
+    }
+
+    #[inline(always)]
+    fn d<I: Isa>(isa: I, lanes: &Self::Lanes) -> I::F {
+        isa.low_f16(lanes.word(isa, 0))
+    }
+
+    #[inline(always)]
+    fn m<I: Isa>(isa: I, lanes: &Self::Lanes) -> I::F {
+        isa.low_f16(isa.shr_by(lanes.word(isa, 0), 16))
     }
 }

@@ -4,7 +4,9 @@
 
 use super::bits::six_bit_pairs;
 use super::bytes::layout;
-use super::{Activation, Block, F16, Format, Plain, Quantised, Unpacked};
+use super::lanes::{Lanes, six_bit_words};
+use super::{Activation, Block, F16, Format, Interleaved, Plain, Quantised, Unpacked};
+use crate::isa::Isa;
 
 layout! {
     /// 256 values in 144 bytes.
@@ -38,6 +40,8 @@ impl Quantised for Q4_K {
     const ACTIVATION: Activation = Activation::Q8_K;
     const GROUP: usize = 256;
     const HAS_MIN: bool = true;
+    const SUB: usize = 32;
+    const SIGNED: bool = false;
 
     #[inline(always)]
     fn unpack(&self, out: &mut Unpacked) {
@@ -50,6 +54,39 @@ impl Quantised for Q4_K {
                 out.codes[64 * quarter + 32 + l] = (self.qs[quarter][l] >> 4) as i8;
             }
         }
+    }
+}
+
+impl Interleaved for Q4_K {
+    type Lanes = Lanes<0, 36, 0>;
+
+    #[inline(always)]
+    fn code<I: Isa>(isa: I, lanes: &Self::Lanes, part: usize, k: usize) -> I::I {
+        lanes.nibbles(isa, 4 + 8 * (part / 2) + k, part % 2)
+    }
+
+    #[inline(always)]
+    fn d<I: Isa>(isa: I, lanes: &Self::Lanes) -> I::F {
+        isa.low_f16(lanes.word(isa, 0))
+    }
+
+    #[inline(always)]
+    fn m<I: Isa>(isa: I, lanes: &Self::Lanes) -> I::F {
+        isa.mul(isa.low_f16(isa.shr_by(lanes.word(isa, 0), 16)), isa.splat(-1.0))
+    }
+
+    #[inline(always)]
+    fn subs<I: Isa>(isa: I, lanes: &Self::Lanes) -> [I::I; 4] {
+        let words = [lanes.word(isa, 1), lanes.word(isa, 2), lanes.word(isa, 3)];
+        let [low, high] = six_bit_words(isa, words)[0];
+        [low, high, isa.splat_i(0), isa.splat_i(0)]
+    }
+
+    #[inline(always)]
+    fn mins<I: Isa>(isa: I, lanes: &Self::Lanes) -> [I::I; 4] {
+        let words = [lanes.word(isa, 1), lanes.word(isa, 2), lanes.word(isa, 3)];
+        let [low, high] = six_bit_words(isa, words)[1];
+        [low, high, isa.splat_i(0), isa.splat_i(0)]
     }
 }
 

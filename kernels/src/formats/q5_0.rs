@@ -2,7 +2,9 @@
 //! `qh` is the top bit of value i.
 
 use super::bytes::layout;
-use super::{Activation, Block, F16, Format, Plain, Quantised, Unpacked};
+use super::lanes::{Lanes, spread_bits};
+use super::{Activation, Block, F16, Format, Interleaved, Plain, Quantised, Unpacked};
+use crate::isa::Isa;
 
 layout! {
     /// 32 values in 22 bytes.
@@ -42,12 +44,28 @@ impl Quantised for Q5_0 {
     const ACTIVATION: Activation = Activation::Q8_0;
     const GROUP: usize = 32;
     const HAS_MIN: bool = false;
+    const OFFSET: i32 = 16;
+    const SIGNED: bool = false;
 
     #[inline(always)]
     fn unpack(&self, out: &mut Unpacked) {
         out.d[0] = self.d.value();
         out.sub[..2].fill(1);
         unpack_codes(&self.qh, &self.qs, out);
+    }
+}
+
+impl Interleaved for Q5_0 {
+    type Lanes = Lanes<2, 5, 0>;
+
+    #[inline(always)]
+    fn code<I: Isa>(isa: I, lanes: &Self::Lanes, _part: usize, k: usize) -> I::I {
+        isa.or_i(lanes.nibbles(isa, 1 + k % 4, k / 4), spread_bits(isa, lanes.word(isa, 0), k))
+    }
+
+    #[inline(always)]
+    fn d<I: Isa>(isa: I, lanes: &Self::Lanes) -> I::F {
+        lanes.head_f16(isa)
     }
 }
 

@@ -1,8 +1,10 @@
 //! Q5_1: `value = d * q + m`, 5-bit q. Codes lie as in Q5_0.
 
 use super::bytes::layout;
+use super::lanes::{Lanes, spread_bits};
 use super::q5_0::{pack, unpack_codes};
-use super::{Activation, Block, F16, Format, Plain, Quantised, Unpacked};
+use super::{Activation, Block, F16, Format, Interleaved, Plain, Quantised, Unpacked};
+use crate::isa::Isa;
 
 layout! {
     /// 32 values in 24 bytes.
@@ -46,6 +48,7 @@ impl Quantised for Q5_1 {
     const ACTIVATION: Activation = Activation::Q8_0;
     const GROUP: usize = 32;
     const HAS_MIN: bool = true;
+    const SIGNED: bool = false;
 
     #[inline(always)]
     fn unpack(&self, out: &mut Unpacked) {
@@ -57,5 +60,24 @@ impl Quantised for Q5_1 {
         for code in &mut out.codes[..32] {
             *code += 16;
         }
+    }
+}
+
+impl Interleaved for Q5_1 {
+    type Lanes = Lanes<0, 6, 0>;
+
+    #[inline(always)]
+    fn code<I: Isa>(isa: I, lanes: &Self::Lanes, _part: usize, k: usize) -> I::I {
+        isa.or_i(lanes.nibbles(isa, 2 + k % 4, k / 4), spread_bits(isa, lanes.word(isa, 1), k))
+    }
+
+    #[inline(always)]
+    fn d<I: Isa>(isa: I, lanes: &Self::Lanes) -> I::F {
+        isa.low_f16(lanes.word(isa, 0))
+    }
+
+    #[inline(always)]
+    fn m<I: Isa>(isa: I, lanes: &Self::Lanes) -> I::F {
+        isa.low_f16(isa.shr_by(lanes.word(isa, 0), 16))
     }
 }

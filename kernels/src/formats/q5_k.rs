@@ -3,8 +3,10 @@
 //! The low nibbles of q and the scales lie as in Q4_K; the top bit of value 32k + l is bit k of `qh[l]`.
 
 use super::bytes::layout;
+use super::lanes::{Lanes, six_bit_words};
 use super::q4_k::unpack_scales;
-use super::{Activation, Block, F16, Format, Plain, Quantised, Unpacked};
+use super::{Activation, Block, F16, Format, Interleaved, Plain, Quantised, Unpacked};
+use crate::isa::Isa;
 
 layout! {
     /// 256 values in 176 bytes.
@@ -40,6 +42,8 @@ impl Quantised for Q5_K {
     const ACTIVATION: Activation = Activation::Q8_K;
     const GROUP: usize = 256;
     const HAS_MIN: bool = true;
+    const SUB: usize = 32;
+    const SIGNED: bool = false;
 
     #[inline(always)]
     fn unpack(&self, out: &mut Unpacked) {
@@ -53,5 +57,41 @@ impl Quantised for Q5_K {
                 out.codes[64 * quarter + 32 + l] = ((low >> 4) | ((high & 2) << 3)) as i8;
             }
         }
+    }
+}
+
+impl Interleaved for Q5_K {
+    type Lanes = Lanes<0, 44, 0>;
+
+    #[inline(always)]
+    fn code<I: Isa>(isa: I, lanes: &Self::Lanes, part: usize, k: usize) -> I::I {
+        {
+            let top = isa.and_i(isa.shr_by(lanes.word(isa, 4 + k), part as u32), isa.splat_i(0x0101_0101));
+            isa.or_i(lanes.nibbles(isa, 12 + 8 * (part / 2) + k, part % 2), isa.shl_by(top, 4))
+        }
+    }
+
+    #[inline(always)]
+    fn d<I: Isa>(isa: I, lanes: &Self::Lanes) -> I::F {
+        isa.low_f16(lanes.word(isa, 0))
+    }
+
+    #[inline(always)]
+    fn m<I: Isa>(isa: I, lanes: &Self::Lanes) -> I::F {
+        isa.mul(isa.low_f16(isa.shr_by(lanes.word(isa, 0), 16)), isa.splat(-1.0))
+    }
+
+    #[inline(always)]
+    fn subs<I: Isa>(isa: I, lanes: &Self::Lanes) -> [I::I; 4] {
+        let words = [lanes.word(isa, 1), lanes.word(isa, 2), lanes.word(isa, 3)];
+        let [low, high] = six_bit_words(isa, words)[0];
+        [low, high, isa.splat_i(0), isa.splat_i(0)]
+    }
+
+    #[inline(always)]
+    fn mins<I: Isa>(isa: I, lanes: &Self::Lanes) -> [I::I; 4] {
+        let words = [lanes.word(isa, 1), lanes.word(isa, 2), lanes.word(isa, 3)];
+        let [low, high] = six_bit_words(isa, words)[1];
+        [low, high, isa.splat_i(0), isa.splat_i(0)]
     }
 }

@@ -5,7 +5,9 @@
 //! top bits.
 
 use super::bytes::layout;
-use super::{Activation, Block, F16, Format, Plain, Quantised, Unpacked};
+use super::lanes::Lanes;
+use super::{Activation, Block, F16, Format, Interleaved, Plain, Quantised, Unpacked};
+use crate::isa::Isa;
 
 layout! {
     /// 256 values in 210 bytes.
@@ -38,6 +40,8 @@ impl Quantised for Q6_K {
     const ACTIVATION: Activation = Activation::Q8_K;
     const GROUP: usize = 256;
     const HAS_MIN: bool = false;
+    const OFFSET: i32 = 32;
+    const SIGNED: bool = false;
 
     #[inline(always)]
     fn unpack(&self, out: &mut Unpacked) {
@@ -55,5 +59,31 @@ impl Quantised for Q6_K {
                 }
             }
         }
+    }
+}
+
+impl Interleaved for Q6_K {
+    type Lanes = Lanes<0, 52, 2>;
+
+    #[inline(always)]
+    fn code<I: Isa>(isa: I, lanes: &Self::Lanes, part: usize, k: usize) -> I::I {
+        {
+            let (half, j) = (part / 4, part % 4);
+            let top = isa.and_i(
+                isa.shr_by(lanes.word(isa, 32 + 8 * half + k), 2 * j as u32),
+                isa.splat_i(0x0303_0303),
+            );
+            isa.or_i(lanes.nibbles(isa, 16 * half + 8 * (j % 2) + k, j / 2), isa.shl_by(top, 4))
+        }
+    }
+
+    #[inline(always)]
+    fn d<I: Isa>(isa: I, lanes: &Self::Lanes) -> I::F {
+        lanes.tail_f16(isa)
+    }
+
+    #[inline(always)]
+    fn subs<I: Isa>(isa: I, lanes: &Self::Lanes) -> [I::I; 4] {
+        [lanes.word(isa, 48), lanes.word(isa, 49), lanes.word(isa, 50), lanes.word(isa, 51)]
     }
 }

@@ -2,7 +2,9 @@
 
 use super::bits::round_ties_even;
 use super::bytes::layout;
-use super::{Activation, Block, F16, Format, Plain, Quantised, Unpacked};
+use super::lanes::Lanes;
+use super::{Activation, Block, F16, Format, Interleaved, Plain, Quantised, Unpacked};
+use crate::isa::Isa;
 
 layout! {
     /// 32 values in 34 bytes.
@@ -44,6 +46,20 @@ impl Quantised for Q8_0 {
         out.d[0] = self.d.value();
         out.sub[..2].fill(1);
         out.codes[..32].copy_from_slice(&self.qs);
+    }
+}
+
+impl Interleaved for Q8_0 {
+    type Lanes = Lanes<2, 8, 0>;
+
+    #[inline(always)]
+    fn code<I: Isa>(isa: I, lanes: &Self::Lanes, _part: usize, k: usize) -> I::I {
+        isa.signed(lanes.word(isa, k))
+    }
+
+    #[inline(always)]
+    fn d<I: Isa>(isa: I, lanes: &Self::Lanes) -> I::F {
+        lanes.head_f16(isa)
     }
 }
 

@@ -1,7 +1,9 @@
 //! TQ2_0: `value = d * (q - 1)`, 2-bit q, which lies as in Q2_K.
 
 use super::bytes::layout;
-use super::{Activation, Block, F16, Format, Plain, Quantised, Unpacked};
+use super::lanes::Lanes;
+use super::{Activation, Block, F16, Format, Interleaved, Plain, Quantised, Unpacked};
+use crate::isa::Isa;
 
 layout! {
     /// 256 values in 66 bytes.
@@ -30,6 +32,9 @@ impl Quantised for TQ2_0 {
     const ACTIVATION: Activation = Activation::Q8_K;
     const GROUP: usize = 256;
     const HAS_MIN: bool = false;
+    const SUB: usize = 256;
+    const OFFSET: i32 = 1;
+    const SIGNED: bool = false;
 
     #[inline(always)]
     fn unpack(&self, out: &mut Unpacked) {
@@ -42,5 +47,22 @@ impl Quantised for TQ2_0 {
                 }
             }
         }
+    }
+}
+
+impl Interleaved for TQ2_0 {
+    type Lanes = Lanes<0, 16, 2>;
+
+    #[inline(always)]
+    fn code<I: Isa>(isa: I, lanes: &Self::Lanes, part: usize, k: usize) -> I::I {
+        {
+            let codes = isa.shr_by(lanes.word(isa, 8 * (part / 4) + k), 2 * (part % 4) as u32);
+            isa.and_i(codes, isa.splat_i(0x0303_0303))
+        }
+    }
+
+    #[inline(always)]
+    fn d<I: Isa>(isa: I, lanes: &Self::Lanes) -> I::F {
+        lanes.tail_f16(isa)
     }
 }

@@ -1,0 +1,401 @@
+//! Instruction sets as tokens: a value of [`Avx2`] or [`Avx512`] can only exist where the CPU has the instructions.
+//!
+//! Kernels are written once over [`Isa`], whose vectors have 16 lanes on every instruction set. Each operation rounds
+//! the same way everywhere, so a kernel's result is the same bits on all of them. (The idea of capability tokens is from
+//! the `pulp` and `rten-simd` crates.)
+//!
+//! Vector code must be inlined into [`Isa::run`] to be compiled with the instructions. The array methods of `core` (`map`,
+//! `from_fn`) are not reliably inlined: kernels loop over arrays of vectors instead.
+#![allow(clippy::needless_range_loop, reason = "see above: loops by index are what inlines")]
+
+use crate::math;
+
+/// Sixteen lanes of arithmetic.
+///
+/// Multiply-add is fused, conversions to integer round to nearest even, and `max` returns its second operand unless the
+/// first is greater.
+pub trait Isa: Copy + Send + Sync + 'static {
+    /// The name in [`Cpu::from_name`].
+    const NAME: &'static str;
+    /// What [`Isa::signed`] adds to each code: 128 where the dot product takes unsigned ones, else 0.
+    const SIGNED_BIAS: i32;
+    /// Whether there are registers for tiles of two vectors of rows.
+    const WIDE_TILES: bool;
+    /// Sixteen f32.
+    type F: Copy;
+    /// Sixteen i32.
+    type I: Copy;
+
+    /// Runs `f` compiled for this instruction set.
+    fn run<R>(self, f: impl FnOnce() -> R) -> R;
+
+    /// All lanes `x`.
+    fn splat(self, x: f32) -> Self::F;
+    /// Lanes from memory.
+    fn load(self, x: &[f32; 16]) -> Self::F;
+    /// Lanes from half-precision floats, exactly.
+    fn load_f16(self, x: &[u16; 16]) -> Self::F;
+    /// Each lane rounded to half precision, ties to even.
+    fn round_f16(self, x: Self::F) -> Self::F;
+    /// Lanes from bfloat16, exactly.
+    fn load_bf16(self, x: &[u16; 16]) -> Self::F;
+    /// Lanes to memory.
+    fn store(self, x: Self::F, out: &mut [f32; 16]);
+    /// `a + b`.
+    fn add(self, a: Self::F, b: Self::F) -> Self::F;
+    /// `a - b`.
+    fn sub(self, a: Self::F, b: Self::F) -> Self::F;
+    /// `a * b`.
+    fn mul(self, a: Self::F, b: Self::F) -> Self::F;
+    /// `a / b`.
+    fn div(self, a: Self::F, b: Self::F) -> Self::F;
+    /// `a * b + c`, rounded once.
+    fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
+    /// `a > b ? a : b`.
+    fn max(self, a: Self::F, b: Self::F) -> Self::F;
+    /// `a > b ? yes : no`, lane by lane.
+    fn select_gt(self, a: Self::F, b: Self::F, yes: Self::F, no: Self::F) -> Self::F;
+    /// `|x|`.
+    fn abs(self, x: Self::F) -> Self::F;
+    /// The sum of all lanes by a fixed tree: lanes i and i + 8, then i and i + 4, i + 2, i + 1.
+    fn sum(self, x: Self::F) -> f32;
+
+    /// `a * b + c` of single numbers, rounded once.
+    fn fma_one(self, a: f32, b: f32, c: f32) -> f32;
+
+    /// All lanes `x`.
+    fn splat_i(self, x: i32) -> Self::I;
+    /// Lanes from memory.
+    fn load_i(self, x: &[i32; 16]) -> Self::I;
+    /// Lanes to memory.
+    fn store_i(self, x: Self::I, out: &mut [i32; 16]);
+    /// `a + b`, wrapping.
+    fn add_i(self, a: Self::I, b: Self::I) -> Self::I;
+    /// `a - b`, wrapping.
+    fn sub_i(self, a: Self::I, b: Self::I) -> Self::I;
+    /// `a * b`, wrapping.
+    fn mul_i(self, a: Self::I, b: Self::I) -> Self::I;
+    /// `a & b`.
+    fn and_i(self, a: Self::I, b: Self::I) -> Self::I;
+    /// `x << BITS`.
+    fn shl_i<const BITS: u32>(self, x: Self::I) -> Self::I;
+    /// Rounds to nearest even; undefined lanes beyond the range of i32.
+    fn to_i32(self, x: Self::F) -> Self::I;
+    /// Converts, rounding to nearest even.
+    fn to_f32(self, x: Self::I) -> Self::F;
+    /// The float with these bits.
+    fn with_bits(self, x: Self::I) -> Self::F;
+
+    /// The half-precision float in the low half of each lane, exactly.
+    fn low_f16(self, x: Self::I) -> Self::F;
+    /// Each lane's four bytes from memory.
+    fn load_words(self, x: &[u8; 64]) -> Self::I;
+    /// Lanes to memory, four bytes each.
+    fn store_words(self, x: Self::I, out: &mut [u8; 64]);
+    /// Sixteen rows of four words, transposed: word `w` of row `r` in lane `r` of result `w`.
+    fn transpose(self, rows: &[&[u8; 16]; 16]) -> [Self::I; 4];
+    /// `a | b`.
+    fn or_i(self, a: Self::I, b: Self::I) -> Self::I;
+    /// `x << bits`, each lane; `bits` < 32.
+    fn shl_by(self, x: Self::I, bits: u32) -> Self::I;
+    /// `x >> bits`, each lane, filled with zeros; `bits` < 32.
+    fn shr_by(self, x: Self::I, bits: u32) -> Self::I;
+    /// `x >> BITS`, each lane, filled with the sign.
+    fn sar_i<const BITS: u32>(self, x: Self::I) -> Self::I;
+    /// For each byte of `x`, which is below 16, that entry of `table`.
+    fn lookup(self, table: &[i8; 16], x: Self::I) -> Self::I;
+    /// Signed code bytes as [`Isa::dot4`] wants them: each plus [`Isa::SIGNED_BIAS`].
+    fn signed(self, codes: Self::I) -> Self::I;
+
+    /// `acc` plus, in each lane, the dot of the four code bytes with the four signed bytes of `x`, none of which is -128.
+    /// Codes are unsigned and at most 127, or if `SIGNED` what [`Isa::signed`] makes of signed ones: then the sum is too large
+    /// by [`Isa::SIGNED_BIAS`] times the sum of the bytes of `x`.
+    fn dot4<const SIGNED: bool>(self, acc: Self::I, codes: Self::I, x: Self::I) -> Self::I;
+
+    /// `acc` plus, in each lane, the dot of two 16-bit integers with two of `x`.
+    fn dot2(self, acc: Self::I, w: Self::I, x: Self::I) -> Self::I;
+}
+
+/// Plain scalar code: what every CPU can run.
+#[derive(Debug, Clone, Copy)]
+pub struct Scalar;
+
+#[inline(always)]
+fn map1<T: Copy, U>(x: [T; 16], f: impl Fn(T) -> U) -> [U; 16] {
+    core::array::from_fn(|i| f(x[i]))
+}
+
+#[inline(always)]
+fn map2<T: Copy, U>(a: [T; 16], b: [T; 16], f: impl Fn(T, T) -> U) -> [U; 16] {
+    core::array::from_fn(|i| f(a[i], b[i]))
+}
+
+impl Isa for Scalar {
+    const NAME: &'static str = "scalar";
+    const SIGNED_BIAS: i32 = 0;
+    const WIDE_TILES: bool = false;
+    type F = [f32; 16];
+    type I = [i32; 16];
+
+    #[inline(always)]
+    fn run<R>(self, f: impl FnOnce() -> R) -> R {
+        f()
+    }
+    #[inline(always)]
+    fn splat(self, x: f32) -> Self::F {
+        [x; 16]
+    }
+    #[inline(always)]
+    fn load(self, x: &[f32; 16]) -> Self::F {
+        *x
+    }
+    #[inline(always)]
+    fn load_f16(self, x: &[u16; 16]) -> Self::F {
+        map1(*x, math::f16_to_f32)
+    }
+    #[inline(always)]
+    fn round_f16(self, x: Self::F) -> Self::F {
+        map1(x, |x| math::f16_to_f32(math::f32_to_f16(x)))
+    }
+    #[inline(always)]
+    fn load_bf16(self, x: &[u16; 16]) -> Self::F {
+        map1(*x, |bits| f32::from_bits(u32::from(bits) << 16))
+    }
+    #[inline(always)]
+    fn store(self, x: Self::F, out: &mut [f32; 16]) {
+        *out = x;
+    }
+    #[inline(always)]
+    fn add(self, a: Self::F, b: Self::F) -> Self::F {
+        map2(a, b, |a, b| a + b)
+    }
+    #[inline(always)]
+    fn sub(self, a: Self::F, b: Self::F) -> Self::F {
+        map2(a, b, |a, b| a - b)
+    }
+    #[inline(always)]
+    fn mul(self, a: Self::F, b: Self::F) -> Self::F {
+        map2(a, b, |a, b| a * b)
+    }
+    #[inline(always)]
+    fn div(self, a: Self::F, b: Self::F) -> Self::F {
+        map2(a, b, |a, b| a / b)
+    }
+    #[inline(always)]
+    fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
+        core::array::from_fn(|i| math::fma(a[i], b[i], c[i]))
+    }
+    #[inline(always)]
+    fn max(self, a: Self::F, b: Self::F) -> Self::F {
+        map2(a, b, |a, b| if a > b { a } else { b })
+    }
+    #[inline(always)]
+    fn select_gt(self, a: Self::F, b: Self::F, yes: Self::F, no: Self::F) -> Self::F {
+        core::array::from_fn(|i| if a[i] > b[i] { yes[i] } else { no[i] })
+    }
+    #[inline(always)]
+    fn abs(self, x: Self::F) -> Self::F {
+        map1(x, |x| f32::from_bits(x.to_bits() & 0x7fff_ffff))
+    }
+    #[inline(always)]
+    fn sum(self, x: Self::F) -> f32 {
+        let a: [f32; 8] = core::array::from_fn(|i| x[i] + x[i + 8]);
+        let b: [f32; 4] = core::array::from_fn(|i| a[i] + a[i + 4]);
+        (b[0] + b[2]) + (b[1] + b[3])
+    }
+    #[inline(always)]
+    fn fma_one(self, a: f32, b: f32, c: f32) -> f32 {
+        math::fma(a, b, c)
+    }
+    #[inline(always)]
+    fn splat_i(self, x: i32) -> Self::I {
+        [x; 16]
+    }
+    #[inline(always)]
+    fn load_i(self, x: &[i32; 16]) -> Self::I {
+        *x
+    }
+    #[inline(always)]
+    fn store_i(self, x: Self::I, out: &mut [i32; 16]) {
+        *out = x;
+    }
+    #[inline(always)]
+    fn add_i(self, a: Self::I, b: Self::I) -> Self::I {
+        map2(a, b, i32::wrapping_add)
+    }
+    #[inline(always)]
+    fn sub_i(self, a: Self::I, b: Self::I) -> Self::I {
+        map2(a, b, i32::wrapping_sub)
+    }
+    #[inline(always)]
+    fn mul_i(self, a: Self::I, b: Self::I) -> Self::I {
+        map2(a, b, i32::wrapping_mul)
+    }
+    #[inline(always)]
+    fn and_i(self, a: Self::I, b: Self::I) -> Self::I {
+        map2(a, b, |a, b| a & b)
+    }
+    #[inline(always)]
+    fn shl_i<const BITS: u32>(self, x: Self::I) -> Self::I {
+        map1(x, |x| x << BITS)
+    }
+    #[inline(always)]
+    fn to_i32(self, x: Self::F) -> Self::I {
+        map1(x, math::round_to_i32)
+    }
+    #[inline(always)]
+    fn to_f32(self, x: Self::I) -> Self::F {
+        map1(x, |x| x as f32)
+    }
+    #[inline(always)]
+    fn with_bits(self, x: Self::I) -> Self::F {
+        map1(x, |x| f32::from_bits(x as u32))
+    }
+    #[inline(always)]
+    fn low_f16(self, x: Self::I) -> Self::F {
+        map1(x, |x| math::f16_to_f32(x as u16))
+    }
+    #[inline(always)]
+    fn load_words(self, x: &[u8; 64]) -> Self::I {
+        let words = x.as_chunks::<4>().0;
+        core::array::from_fn(|i| i32::from_le_bytes(words[i]))
+    }
+    #[inline(always)]
+    fn store_words(self, x: Self::I, out: &mut [u8; 64]) {
+        for (word, lane) in out.as_chunks_mut::<4>().0.iter_mut().zip(x) {
+            *word = lane.to_le_bytes();
+        }
+    }
+    #[inline(always)]
+    fn transpose(self, rows: &[&[u8; 16]; 16]) -> [Self::I; 4] {
+        core::array::from_fn(|w| core::array::from_fn(|r| i32::from_le_bytes(rows[r].as_chunks::<4>().0[w])))
+    }
+    #[inline(always)]
+    fn or_i(self, a: Self::I, b: Self::I) -> Self::I {
+        map2(a, b, |a, b| a | b)
+    }
+    #[inline(always)]
+    fn shl_by(self, x: Self::I, bits: u32) -> Self::I {
+        map1(x, |x| x << bits)
+    }
+    #[inline(always)]
+    fn shr_by(self, x: Self::I, bits: u32) -> Self::I {
+        map1(x, |x| (x as u32 >> bits) as i32)
+    }
+    #[inline(always)]
+    fn sar_i<const BITS: u32>(self, x: Self::I) -> Self::I {
+        map1(x, |x| x >> BITS)
+    }
+    #[inline(always)]
+    fn lookup(self, table: &[i8; 16], x: Self::I) -> Self::I {
+        map1(x, |x| i32::from_le_bytes(x.to_le_bytes().map(|i| table[usize::from(i & 15)] as u8)))
+    }
+    #[inline(always)]
+    fn signed(self, codes: Self::I) -> Self::I {
+        codes
+    }
+    #[inline(always)]
+    fn dot4<const SIGNED: bool>(self, acc: Self::I, codes: Self::I, x: Self::I) -> Self::I {
+        // Unsigned codes are at most 127, so both kinds read as signed bytes.
+        core::array::from_fn(|lane| {
+            let (codes, x) = (codes[lane].to_le_bytes(), x[lane].to_le_bytes());
+            let products: [i32; 4] =
+                core::array::from_fn(|i| i32::from(codes[i] as i8) * i32::from(x[i] as i8));
+            acc[lane] + products.iter().sum::<i32>()
+        })
+    }
+    #[inline(always)]
+    fn dot2(self, acc: Self::I, w: Self::I, x: Self::I) -> Self::I {
+        core::array::from_fn(|lane| {
+            let halves = |v: i32| (v as i16 as i32, v >> 16);
+            let (w, x) = (halves(w[lane]), halves(x[lane]));
+            acc[lane] + w.0 * x.0 + w.1 * x.1
+        })
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86;
+#[cfg(target_arch = "x86_64")]
+pub use x86::{Avx2, Avx512};
+
+/// The instruction sets that this CPU can run, best last, as one value.
+#[derive(Debug, Clone, Copy)]
+#[non_exhaustive]
+pub enum Cpu {
+    /// No vector instructions beyond the target's baseline.
+    Scalar(Scalar),
+    /// AVX2, FMA and F16C.
+    #[cfg(target_arch = "x86_64")]
+    Avx2(Avx2),
+    /// AVX-512 with VNNI.
+    #[cfg(target_arch = "x86_64")]
+    Avx512(Avx512),
+}
+
+/// A kernel call that works with any instruction set.
+pub trait WithIsa {
+    /// What it returns.
+    type Out;
+    /// The kernel.
+    fn call<I: Isa>(self, isa: I) -> Self::Out;
+}
+
+impl Cpu {
+    /// Names of the instruction sets that exist for this target, slowest first.
+    pub const NAMES: &'static [&'static str] = {
+        #[cfg(target_arch = "x86_64")]
+        let names = &["scalar", "avx2", "avx512"];
+        #[cfg(not(target_arch = "x86_64"))]
+        let names = &["scalar"];
+        names
+    };
+
+    /// The best that the CPU has.
+    #[cfg(feature = "std")]
+    pub fn detect() -> Cpu {
+        Cpu::NAMES.iter().rev().find_map(|name| Cpu::from_name(name)).unwrap_or(Cpu::Scalar(Scalar))
+    }
+
+    /// The named one, if the CPU has it.
+    #[cfg(feature = "std")]
+    pub fn from_name(name: &str) -> Option<Cpu> {
+        match name {
+            "scalar" => Some(Cpu::Scalar(Scalar)),
+            #[cfg(target_arch = "x86_64")]
+            "avx2" => Avx2::detect().map(Cpu::Avx2),
+            #[cfg(target_arch = "x86_64")]
+            "avx512" => Avx512::detect().map(Cpu::Avx512),
+            _ => None,
+        }
+    }
+
+    /// The name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Cpu::Scalar(_) => Scalar::NAME,
+            #[cfg(target_arch = "x86_64")]
+            Cpu::Avx2(_) => Avx2::NAME,
+            #[cfg(target_arch = "x86_64")]
+            Cpu::Avx512(_) => Avx512::NAME,
+        }
+    }
+
+    /// Runs a kernel with this instruction set.
+    #[inline]
+    pub fn run<K: WithIsa>(self, kernel: K) -> K::Out {
+        match self {
+            Cpu::Scalar(isa) => kernel.call(isa),
+            #[cfg(target_arch = "x86_64")]
+            Cpu::Avx2(isa) => isa.run(
+                #[inline(always)]
+                || kernel.call(isa),
+            ),
+            #[cfg(target_arch = "x86_64")]
+            Cpu::Avx512(isa) => isa.run(
+                #[inline(always)]
+                || kernel.call(isa),
+            ),
+        }
+    }
+}

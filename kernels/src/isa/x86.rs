@@ -1,0 +1,500 @@
+//! AVX2 and AVX-512.
+#![allow(clippy::needless_range_loop, reason = "loops by index are what inlines; see `isa`")]
+
+use super::Isa;
+use core::arch::x86_64::*;
+
+/// AVX2 with FMA and F16C (Haswell, Zen and later).
+#[derive(Debug, Clone, Copy)]
+pub struct Avx2(());
+
+/// AVX-512 F, BW, DQ, VL and VNNI (Cascade Lake, Ice Lake, Zen 4 and later).
+#[derive(Debug, Clone, Copy)]
+pub struct Avx512(());
+
+impl Avx2 {
+    /// The token, where the CPU has the instructions.
+    #[cfg(feature = "std")]
+    pub fn detect() -> Option<Self> {
+        let all = std::arch::is_x86_feature_detected!("avx2")
+            && std::arch::is_x86_feature_detected!("fma")
+            && std::arch::is_x86_feature_detected!("f16c");
+        all.then_some(Avx2(()))
+    }
+}
+
+impl Avx512 {
+    /// The token, where the CPU has the instructions.
+    #[cfg(feature = "std")]
+    pub fn detect() -> Option<Self> {
+        let all = std::arch::is_x86_feature_detected!("avx512f")
+            && std::arch::is_x86_feature_detected!("avx512bw")
+            && std::arch::is_x86_feature_detected!("avx512dq")
+            && std::arch::is_x86_feature_detected!("avx512vl")
+            && std::arch::is_x86_feature_detected!("avx512vnni")
+            && Avx2::detect().is_some();
+        all.then_some(Avx512(()))
+    }
+}
+
+/// Wraps intrinsics. The token that every method takes proves that the CPU has them.
+macro_rules! op {
+    ($e:expr) => {
+        // SAFETY: `self` exists only where the CPU has these instructions; pointers come from array references of
+        // at least the size that is read or written, and unaligned forms are used.
+        unsafe { $e }
+    };
+}
+
+#[inline(always)]
+fn pair<T: Copy, U>(x: [T; 2], f: impl Fn(T) -> U) -> [U; 2] {
+    [f(x[0]), f(x[1])]
+}
+
+#[inline(always)]
+fn both<T: Copy, U>(a: [T; 2], b: [T; 2], f: impl Fn(T, T) -> U) -> [U; 2] {
+    [f(a[0], b[0]), f(a[1], b[1])]
+}
+
+impl Isa for Avx2 {
+    const NAME: &'static str = "avx2";
+    const SIGNED_BIAS: i32 = 0;
+    const WIDE_TILES: bool = false;
+    type F = [__m256; 2];
+    type I = [__m256i; 2];
+
+    #[inline(always)]
+    fn run<R>(self, f: impl FnOnce() -> R) -> R {
+        #[target_feature(enable = "avx2,fma,f16c")]
+        #[inline]
+        fn inner<R>(f: impl FnOnce() -> R) -> R {
+            f()
+        }
+        op!(inner(f))
+    }
+    #[inline(always)]
+    fn splat(self, x: f32) -> Self::F {
+        op!([_mm256_set1_ps(x); 2])
+    }
+    #[inline(always)]
+    fn load(self, x: &[f32; 16]) -> Self::F {
+        let p = x.as_ptr();
+        op!([_mm256_loadu_ps(p), _mm256_loadu_ps(p.add(8))])
+    }
+    #[inline(always)]
+    fn load_f16(self, x: &[u16; 16]) -> Self::F {
+        let p = x.as_ptr().cast::<__m128i>();
+        op!([_mm256_cvtph_ps(_mm_loadu_si128(p)), _mm256_cvtph_ps(_mm_loadu_si128(p.add(1)))])
+    }
+    #[inline(always)]
+    fn round_f16(self, x: Self::F) -> Self::F {
+        op!(pair(x, |x| _mm256_cvtph_ps(_mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x))))
+    }
+    #[inline(always)]
+    fn load_bf16(self, x: &[u16; 16]) -> Self::F {
+        let p = x.as_ptr().cast::<__m128i>();
+        op!(pair([_mm_loadu_si128(p), _mm_loadu_si128(p.add(1))], |x| {
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(x)))
+        }))
+    }
+    #[inline(always)]
+    fn store(self, x: Self::F, out: &mut [f32; 16]) {
+        let p = out.as_mut_ptr();
+        op!({
+            _mm256_storeu_ps(p, x[0]);
+            _mm256_storeu_ps(p.add(8), x[1]);
+        })
+    }
+    #[inline(always)]
+    fn add(self, a: Self::F, b: Self::F) -> Self::F {
+        op!(both(a, b, |a, b| _mm256_add_ps(a, b)))
+    }
+    #[inline(always)]
+    fn sub(self, a: Self::F, b: Self::F) -> Self::F {
+        op!(both(a, b, |a, b| _mm256_sub_ps(a, b)))
+    }
+    #[inline(always)]
+    fn mul(self, a: Self::F, b: Self::F) -> Self::F {
+        op!(both(a, b, |a, b| _mm256_mul_ps(a, b)))
+    }
+    #[inline(always)]
+    fn div(self, a: Self::F, b: Self::F) -> Self::F {
+        op!(both(a, b, |a, b| _mm256_div_ps(a, b)))
+    }
+    #[inline(always)]
+    fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
+        op!([_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])])
+    }
+    #[inline(always)]
+    fn max(self, a: Self::F, b: Self::F) -> Self::F {
+        op!(both(a, b, |a, b| _mm256_max_ps(a, b)))
+    }
+    #[inline(always)]
+    fn select_gt(self, a: Self::F, b: Self::F, yes: Self::F, no: Self::F) -> Self::F {
+        op!({
+            let mask = both(a, b, |a, b| _mm256_cmp_ps::<_CMP_GT_OQ>(a, b));
+            [_mm256_blendv_ps(no[0], yes[0], mask[0]), _mm256_blendv_ps(no[1], yes[1], mask[1])]
+        })
+    }
+    #[inline(always)]
+    fn abs(self, x: Self::F) -> Self::F {
+        op!(pair(x, |x| _mm256_andnot_ps(_mm256_set1_ps(-0.0), x)))
+    }
+    #[inline(always)]
+    fn sum(self, x: Self::F) -> f32 {
+        op!(sum8(_mm256_add_ps(x[0], x[1])))
+    }
+    #[inline(always)]
+    fn fma_one(self, a: f32, b: f32, c: f32) -> f32 {
+        op!(_mm_cvtss_f32(_mm_fmadd_ss(_mm_set_ss(a), _mm_set_ss(b), _mm_set_ss(c))))
+    }
+    #[inline(always)]
+    fn splat_i(self, x: i32) -> Self::I {
+        op!([_mm256_set1_epi32(x); 2])
+    }
+    #[inline(always)]
+    fn load_i(self, x: &[i32; 16]) -> Self::I {
+        let p = x.as_ptr().cast::<__m256i>();
+        op!([_mm256_loadu_si256(p), _mm256_loadu_si256(p.add(1))])
+    }
+    #[inline(always)]
+    fn store_i(self, x: Self::I, out: &mut [i32; 16]) {
+        let p = out.as_mut_ptr().cast::<__m256i>();
+        op!({
+            _mm256_storeu_si256(p, x[0]);
+            _mm256_storeu_si256(p.add(1), x[1]);
+        })
+    }
+    #[inline(always)]
+    fn add_i(self, a: Self::I, b: Self::I) -> Self::I {
+        op!(both(a, b, |a, b| _mm256_add_epi32(a, b)))
+    }
+    #[inline(always)]
+    fn sub_i(self, a: Self::I, b: Self::I) -> Self::I {
+        op!(both(a, b, |a, b| _mm256_sub_epi32(a, b)))
+    }
+    #[inline(always)]
+    fn mul_i(self, a: Self::I, b: Self::I) -> Self::I {
+        op!(both(a, b, |a, b| _mm256_mullo_epi32(a, b)))
+    }
+    #[inline(always)]
+    fn and_i(self, a: Self::I, b: Self::I) -> Self::I {
+        op!(both(a, b, |a, b| _mm256_and_si256(a, b)))
+    }
+    #[inline(always)]
+    fn shl_i<const BITS: u32>(self, x: Self::I) -> Self::I {
+        op!(pair(x, |x| _mm256_sll_epi32(x, _mm_cvtsi32_si128(BITS as i32))))
+    }
+    #[inline(always)]
+    fn to_i32(self, x: Self::F) -> Self::I {
+        op!(pair(x, |x| _mm256_cvtps_epi32(x)))
+    }
+    #[inline(always)]
+    fn to_f32(self, x: Self::I) -> Self::F {
+        op!(pair(x, |x| _mm256_cvtepi32_ps(x)))
+    }
+    #[inline(always)]
+    fn with_bits(self, x: Self::I) -> Self::F {
+        op!(pair(x, |x| _mm256_castsi256_ps(x)))
+    }
+    #[inline(always)]
+    fn low_f16(self, x: Self::I) -> Self::F {
+        op!(pair(x, |x| {
+            let halves =
+                _mm256_packus_epi32(_mm256_and_si256(x, _mm256_set1_epi32(0xffff)), _mm256_setzero_si256());
+            _mm256_cvtph_ps(_mm256_castsi256_si128(_mm256_permute4x64_epi64::<0b00_00_10_00>(halves)))
+        }))
+    }
+    #[inline(always)]
+    fn load_words(self, x: &[u8; 64]) -> Self::I {
+        let p = x.as_ptr().cast::<__m256i>();
+        op!([_mm256_loadu_si256(p), _mm256_loadu_si256(p.add(1))])
+    }
+    #[inline(always)]
+    fn store_words(self, x: Self::I, out: &mut [u8; 64]) {
+        let p = out.as_mut_ptr().cast::<__m256i>();
+        op!({
+            _mm256_storeu_si256(p, x[0]);
+            _mm256_storeu_si256(p.add(1), x[1]);
+        })
+    }
+    #[inline(always)]
+    fn transpose(self, rows: &[&[u8; 16]; 16]) -> [Self::I; 4] {
+        op!({
+            let load = |r: usize| _mm_loadu_si128(rows[r].as_ptr().cast());
+            let mut out = [[_mm256_setzero_si256(); 2]; 4];
+            for half in 0..2 {
+                // Rows i and i + 4 side by side: after the transposition of each 128-bit lane, rows are in order.
+                let two = |i: usize| {
+                    _mm256_inserti128_si256::<1>(
+                        _mm256_castsi128_si256(load(8 * half + i)),
+                        load(8 * half + i + 4),
+                    )
+                };
+                let (a, b, c, d) = (two(0), two(1), two(2), two(3));
+                let (ab, cd) = (_mm256_unpacklo_epi32(a, b), _mm256_unpacklo_epi32(c, d));
+                out[0][half] = _mm256_unpacklo_epi64(ab, cd);
+                out[1][half] = _mm256_unpackhi_epi64(ab, cd);
+                let (ab, cd) = (_mm256_unpackhi_epi32(a, b), _mm256_unpackhi_epi32(c, d));
+                out[2][half] = _mm256_unpacklo_epi64(ab, cd);
+                out[3][half] = _mm256_unpackhi_epi64(ab, cd);
+            }
+            out
+        })
+    }
+    #[inline(always)]
+    fn or_i(self, a: Self::I, b: Self::I) -> Self::I {
+        op!(both(a, b, |a, b| _mm256_or_si256(a, b)))
+    }
+    #[inline(always)]
+    fn shl_by(self, x: Self::I, bits: u32) -> Self::I {
+        op!(pair(x, |x| _mm256_sll_epi32(x, _mm_cvtsi32_si128(bits as i32))))
+    }
+    #[inline(always)]
+    fn shr_by(self, x: Self::I, bits: u32) -> Self::I {
+        op!(pair(x, |x| _mm256_srl_epi32(x, _mm_cvtsi32_si128(bits as i32))))
+    }
+    #[inline(always)]
+    fn sar_i<const BITS: u32>(self, x: Self::I) -> Self::I {
+        op!(pair(x, |x| _mm256_sra_epi32(x, _mm_cvtsi32_si128(BITS as i32))))
+    }
+    #[inline(always)]
+    fn lookup(self, table: &[i8; 16], x: Self::I) -> Self::I {
+        op!({
+            let table = _mm256_broadcastsi128_si256(_mm_loadu_si128(table.as_ptr().cast()));
+            [_mm256_shuffle_epi8(table, x[0]), _mm256_shuffle_epi8(table, x[1])]
+        })
+    }
+    #[inline(always)]
+    fn signed(self, codes: Self::I) -> Self::I {
+        codes
+    }
+    #[inline(always)]
+    fn dot4<const SIGNED: bool>(self, acc: Self::I, codes: Self::I, x: Self::I) -> Self::I {
+        op!([dot_bytes::<SIGNED>(acc[0], codes[0], x[0]), dot_bytes::<SIGNED>(acc[1], codes[1], x[1])])
+    }
+    #[inline(always)]
+    fn dot2(self, acc: Self::I, w: Self::I, x: Self::I) -> Self::I {
+        op!([
+            _mm256_add_epi32(acc[0], _mm256_madd_epi16(w[0], x[0])),
+            _mm256_add_epi32(acc[1], _mm256_madd_epi16(w[1], x[1])),
+        ])
+    }
+}
+
+/// `acc` plus the dots of four adjacent bytes in each 32-bit lane. No sum of two products passes 2 · 128 · 127, so the 16-bit
+/// step cannot saturate.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn dot_bytes<const SIGNED: bool>(acc: __m256i, codes: __m256i, x: __m256i) -> __m256i {
+    let pairs = if SIGNED {
+        _mm256_maddubs_epi16(_mm256_abs_epi8(codes), _mm256_sign_epi8(x, codes))
+    } else {
+        _mm256_maddubs_epi16(codes, x)
+    };
+    _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn sum8(x: __m256) -> f32 {
+    let x = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
+    let x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+    let x = _mm_add_ss(x, _mm_movehdup_ps(x));
+    _mm_cvtss_f32(x)
+}
+
+impl Isa for Avx512 {
+    const NAME: &'static str = "avx512";
+    const SIGNED_BIAS: i32 = 128;
+    const WIDE_TILES: bool = true;
+    type F = __m512;
+    type I = __m512i;
+
+    #[inline(always)]
+    fn run<R>(self, f: impl FnOnce() -> R) -> R {
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+        #[inline]
+        fn inner<R>(f: impl FnOnce() -> R) -> R {
+            f()
+        }
+        op!(inner(f))
+    }
+    #[inline(always)]
+    fn splat(self, x: f32) -> Self::F {
+        op!(_mm512_set1_ps(x))
+    }
+    #[inline(always)]
+    fn load(self, x: &[f32; 16]) -> Self::F {
+        op!(_mm512_loadu_ps(x.as_ptr()))
+    }
+    #[inline(always)]
+    fn load_f16(self, x: &[u16; 16]) -> Self::F {
+        op!(_mm512_cvtph_ps(_mm256_loadu_si256(x.as_ptr().cast())))
+    }
+    #[inline(always)]
+    fn round_f16(self, x: Self::F) -> Self::F {
+        op!(_mm512_cvtph_ps(_mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x)))
+    }
+    #[inline(always)]
+    fn load_bf16(self, x: &[u16; 16]) -> Self::F {
+        op!({
+            let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(x.as_ptr().cast()));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
+        })
+    }
+    #[inline(always)]
+    fn store(self, x: Self::F, out: &mut [f32; 16]) {
+        op!(_mm512_storeu_ps(out.as_mut_ptr(), x))
+    }
+    #[inline(always)]
+    fn add(self, a: Self::F, b: Self::F) -> Self::F {
+        op!(_mm512_add_ps(a, b))
+    }
+    #[inline(always)]
+    fn sub(self, a: Self::F, b: Self::F) -> Self::F {
+        op!(_mm512_sub_ps(a, b))
+    }
+    #[inline(always)]
+    fn mul(self, a: Self::F, b: Self::F) -> Self::F {
+        op!(_mm512_mul_ps(a, b))
+    }
+    #[inline(always)]
+    fn div(self, a: Self::F, b: Self::F) -> Self::F {
+        op!(_mm512_div_ps(a, b))
+    }
+    #[inline(always)]
+    fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
+        op!(_mm512_fmadd_ps(a, b, c))
+    }
+    #[inline(always)]
+    fn max(self, a: Self::F, b: Self::F) -> Self::F {
+        op!(_mm512_max_ps(a, b))
+    }
+    #[inline(always)]
+    fn select_gt(self, a: Self::F, b: Self::F, yes: Self::F, no: Self::F) -> Self::F {
+        op!(_mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_GT_OQ>(a, b), no, yes))
+    }
+    #[inline(always)]
+    fn abs(self, x: Self::F) -> Self::F {
+        op!(_mm512_abs_ps(x))
+    }
+    #[inline(always)]
+    fn sum(self, x: Self::F) -> f32 {
+        op!(sum8(_mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps::<1>(x))))
+    }
+    #[inline(always)]
+    fn fma_one(self, a: f32, b: f32, c: f32) -> f32 {
+        op!(_mm_cvtss_f32(_mm_fmadd_ss(_mm_set_ss(a), _mm_set_ss(b), _mm_set_ss(c))))
+    }
+    #[inline(always)]
+    fn splat_i(self, x: i32) -> Self::I {
+        op!(_mm512_set1_epi32(x))
+    }
+    #[inline(always)]
+    fn load_i(self, x: &[i32; 16]) -> Self::I {
+        op!(_mm512_loadu_si512(x.as_ptr().cast()))
+    }
+    #[inline(always)]
+    fn store_i(self, x: Self::I, out: &mut [i32; 16]) {
+        op!(_mm512_storeu_si512(out.as_mut_ptr().cast(), x))
+    }
+    #[inline(always)]
+    fn add_i(self, a: Self::I, b: Self::I) -> Self::I {
+        op!(_mm512_add_epi32(a, b))
+    }
+    #[inline(always)]
+    fn sub_i(self, a: Self::I, b: Self::I) -> Self::I {
+        op!(_mm512_sub_epi32(a, b))
+    }
+    #[inline(always)]
+    fn mul_i(self, a: Self::I, b: Self::I) -> Self::I {
+        op!(_mm512_mullo_epi32(a, b))
+    }
+    #[inline(always)]
+    fn and_i(self, a: Self::I, b: Self::I) -> Self::I {
+        op!(_mm512_and_si512(a, b))
+    }
+    #[inline(always)]
+    fn shl_i<const BITS: u32>(self, x: Self::I) -> Self::I {
+        op!(_mm512_slli_epi32::<BITS>(x))
+    }
+    #[inline(always)]
+    fn to_i32(self, x: Self::F) -> Self::I {
+        op!(_mm512_cvtps_epi32(x))
+    }
+    #[inline(always)]
+    fn to_f32(self, x: Self::I) -> Self::F {
+        op!(_mm512_cvtepi32_ps(x))
+    }
+    #[inline(always)]
+    fn with_bits(self, x: Self::I) -> Self::F {
+        op!(_mm512_castsi512_ps(x))
+    }
+    #[inline(always)]
+    fn low_f16(self, x: Self::I) -> Self::F {
+        op!(_mm512_cvtph_ps(_mm512_cvtepi32_epi16(x)))
+    }
+    #[inline(always)]
+    fn load_words(self, x: &[u8; 64]) -> Self::I {
+        op!(_mm512_loadu_si512(x.as_ptr().cast()))
+    }
+    #[inline(always)]
+    fn store_words(self, x: Self::I, out: &mut [u8; 64]) {
+        op!(_mm512_storeu_si512(out.as_mut_ptr().cast(), x))
+    }
+    #[inline(always)]
+    fn transpose(self, rows: &[&[u8; 16]; 16]) -> [Self::I; 4] {
+        op!({
+            // Rows i, i + 4, i + 8 and i + 12 side by side: after the transposition of each 128-bit lane, rows are in order.
+            let four = |i: usize| {
+                let load = |r: usize| _mm_loadu_si128(rows[r].as_ptr().cast());
+                let x = _mm512_castsi128_si512(load(i));
+                let x = _mm512_mask_broadcast_i32x4(x, 0x00f0, load(i + 4));
+                let x = _mm512_mask_broadcast_i32x4(x, 0x0f00, load(i + 8));
+                _mm512_mask_broadcast_i32x4(x, 0xf000, load(i + 12))
+            };
+            let (a, b, c, d) = (four(0), four(1), four(2), four(3));
+            let (low, high) = (_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+            let (low2, high2) = (_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+            [
+                _mm512_unpacklo_epi64(low, low2),
+                _mm512_unpackhi_epi64(low, low2),
+                _mm512_unpacklo_epi64(high, high2),
+                _mm512_unpackhi_epi64(high, high2),
+            ]
+        })
+    }
+    #[inline(always)]
+    fn or_i(self, a: Self::I, b: Self::I) -> Self::I {
+        op!(_mm512_or_si512(a, b))
+    }
+    #[inline(always)]
+    fn shl_by(self, x: Self::I, bits: u32) -> Self::I {
+        op!(_mm512_sll_epi32(x, _mm_cvtsi32_si128(bits as i32)))
+    }
+    #[inline(always)]
+    fn shr_by(self, x: Self::I, bits: u32) -> Self::I {
+        op!(_mm512_srl_epi32(x, _mm_cvtsi32_si128(bits as i32)))
+    }
+    #[inline(always)]
+    fn sar_i<const BITS: u32>(self, x: Self::I) -> Self::I {
+        op!(_mm512_srai_epi32::<BITS>(x))
+    }
+    #[inline(always)]
+    fn lookup(self, table: &[i8; 16], x: Self::I) -> Self::I {
+        op!(_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(table.as_ptr().cast())), x))
+    }
+    #[inline(always)]
+    fn signed(self, codes: Self::I) -> Self::I {
+        op!(_mm512_xor_si512(codes, _mm512_set1_epi8(-128)))
+    }
+    #[inline(always)]
+    fn dot4<const SIGNED: bool>(self, acc: Self::I, codes: Self::I, x: Self::I) -> Self::I {
+        op!(_mm512_dpbusd_epi32(acc, codes, x))
+    }
+    #[inline(always)]
+    fn dot2(self, acc: Self::I, w: Self::I, x: Self::I) -> Self::I {
+        op!(_mm512_dpwssd_epi32(acc, w, x))
+    }
+}
