@@ -11,6 +11,9 @@ use crate::isa::Isa;
 /// Rows that are interleaved.
 pub const ROWS: usize = 16;
 
+/// Most bytes of a row that [`Interleave::interleave`] takes at once: eight blocks of any format of short blocks.
+pub const RUN_BYTES: usize = 8 * 34;
+
 /// One block of each of [`ROWS`] rows: `HEAD` bytes of each, `WORDS` words of each, `TAIL` bytes of each.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
@@ -31,8 +34,9 @@ pub trait Interleave: Bytes {
     /// All zero.
     const ZERO: Self;
 
-    /// Interleaves one block of each row. Blocks are as long as the interleaved block has bytes for each row.
-    fn interleave<I: Isa, B: Bytes>(&mut self, isa: I, rows: &[&B; ROWS]);
+    /// Interleaves as many blocks of each row as `out` takes, at most [`RUN_BYTES`]. Rows start `stride` bytes apart; bytes
+    /// that are missing are zeros.
+    fn interleave<I: Isa>(isa: I, rows: &[u8], stride: usize, out: &mut [Self]);
 
     /// The block of one row.
     fn row<B: Bytes>(&self, row: usize, out: &mut B);
@@ -43,24 +47,42 @@ impl<const HEAD: usize, const WORDS: usize, const TAIL: usize> Interleave for La
         Lanes { head: [[0; HEAD]; ROWS], words: [[0; 4 * ROWS]; WORDS], tail: [[0; TAIL]; ROWS] };
 
     #[inline(always)]
-    fn interleave<I: Isa, B: Bytes>(&mut self, isa: I, rows: &[&B; ROWS]) {
-        const { assert!(size_of::<B>() * ROWS == size_of::<Self>() && WORDS >= 4) };
-        for row in 0..ROWS {
-            let bytes = B::bytes_of(core::slice::from_ref(rows[row]));
-            self.head[row].copy_from_slice(&bytes[..HEAD]);
-            self.tail[row].copy_from_slice(&bytes[HEAD + 4 * WORDS..]);
-        }
-        for quad in 0..WORDS.div_ceil(4) {
-            // The last four words may overlap the four before them.
-            let first = (4 * quad).min(WORDS - 4);
-            let mut four = [&[0; 16]; ROWS];
-            for row in 0..ROWS {
-                let bytes = B::bytes_of(core::slice::from_ref(rows[row]));
-                four[row] = bytes[HEAD + 4 * first..].first_chunk().unwrap_or(&[0; 16]);
+    fn interleave<I: Isa>(isa: I, rows: &[u8], stride: usize, out: &mut [Self]) {
+        const { assert!(WORDS >= 4) };
+        let bytes = HEAD + 4 * WORDS + TAIL;
+        if HEAD == 0 {
+            for (i, out) in out.iter_mut().enumerate() {
+                let rows = rows.get(i * bytes..).unwrap_or(&[]);
+                transpose_words(isa, rows, stride, &mut out.words);
+                for row in 0..ROWS {
+                    let tail = rows.get(row * stride + 4 * WORDS..).and_then(|b| b.first_chunk());
+                    out.tail[row] = *tail.unwrap_or(&[0; TAIL]);
+                }
             }
-            let words = isa.transpose(&four);
-            for i in 0..4 {
-                isa.store_words(words[i], &mut self.words[first + i]);
+            return;
+        }
+        // Words of the run first, wherever blocks start, then the words and heads of each block out of these.
+        let mut run = [[0; 4 * ROWS]; RUN_BYTES / 4];
+        let words = (out.len() * bytes).div_ceil(4).clamp(4, RUN_BYTES / 4);
+        transpose_words(isa, rows, stride, &mut run[..words]);
+        let word_at = |at: usize| {
+            let word = isa.load_words(&run[(at / 4).min(RUN_BYTES / 4 - 1)]);
+            if at.is_multiple_of(4) {
+                return word;
+            }
+            let (next, bits) =
+                (isa.load_words(&run[(at / 4 + 1).min(RUN_BYTES / 4 - 1)]), 8 * (at % 4) as u32);
+            isa.or_i(isa.shr_by(word, bits), isa.shl_by(next, 32 - bits))
+        };
+        for (i, out) in out.iter_mut().enumerate() {
+            let at = i * bytes;
+            let mut heads = [[0; 2]; ROWS];
+            isa.store_u16(word_at(at), &mut heads);
+            for row in 0..ROWS {
+                out.head[row].copy_from_slice(&heads[row][..HEAD]);
+            }
+            for w in 0..WORDS {
+                isa.store_words(word_at(at + HEAD + 4 * w), &mut out.words[w]);
             }
         }
     }
@@ -104,6 +126,19 @@ impl<const HEAD: usize, const WORDS: usize> Lanes<HEAD, WORDS, 2> {
     #[inline(always)]
     pub fn tail_f16<I: Isa>(&self, isa: I) -> I::F {
         isa.load_f16(&self.tail.map(u16::from_le_bytes))
+    }
+}
+
+/// Words of sixteen rows, transposed.
+#[inline(always)]
+fn transpose_words<I: Isa>(isa: I, rows: &[u8], stride: usize, out: &mut [[u8; 4 * ROWS]]) {
+    for quad in 0..out.len().div_ceil(4) {
+        // The last four words may overlap the four before them.
+        let first = (4 * quad).min(out.len() - 4);
+        let words = isa.transpose(rows.get(4 * first..).unwrap_or(&[]), stride);
+        for i in 0..4 {
+            isa.store_words(words[i], &mut out[first + i]);
+        }
     }
 }
 
