@@ -3,6 +3,7 @@
 
 pub mod backend;
 pub mod conformance;
+pub mod cost;
 pub mod error;
 pub mod generate;
 pub mod gguf;
