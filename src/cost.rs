@@ -87,9 +87,12 @@ impl Cost {
 
     /// The seconds below which no device of these rates can be: those of the memory or of the arithmetic, whichever are more.
     pub fn least_seconds(&self, rates: &Rates) -> f64 {
-        let memory = self.memory_bytes() as f64 / rates.bytes_per_s;
-        let integer = self.integer_ops as f64 / rates.integer_ops_per_s;
-        memory.max(integer + self.float_ops as f64 / rates.float_ops_per_s)
+        (self.memory_bytes() as f64 / rates.bytes_per_s).max(self.arithmetic_seconds(rates))
+    }
+
+    /// The seconds of the arithmetic alone.
+    pub fn arithmetic_seconds(&self, rates: &Rates) -> f64 {
+        self.integer_ops as f64 / rates.integer_ops_per_s + self.float_ops as f64 / rates.float_ops_per_s
     }
 }
 
