@@ -437,9 +437,7 @@ fn lanes_of<'b, I: Isa, Q: Interleaved>(
     }
     let stride = task.row_blocks * size_of::<Q>();
     let rows = task.w.get(first * task.row_blocks + start..).unwrap_or(&[]);
-    // Whole words are read, so at the very end of a matrix some bytes may be missing.
-    let words = (count * size_of::<Q>()).next_multiple_of(4);
-    if first + ROWS <= task.rows && size_of_val(rows) >= (ROWS - 1) * stride + words {
+    if first + ROWS <= task.rows {
         // The same place of the rows that come next: the CPU's own prefetcher follows a row, not the step to other ones.
         for r in 0..ROWS {
             for line in (0..count * size_of::<Q>()).step_by(64) {

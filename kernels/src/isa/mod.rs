@@ -109,6 +109,11 @@ pub trait Isa: Copy + Send + Sync + 'static {
     fn sar_i<const BITS: u32>(self, x: Self::I) -> Self::I;
     /// For each byte of `x`, which is below 16, that entry of `table`.
     fn lookup(self, table: &[i8; 16], x: Self::I) -> Self::I;
+    /// [`Isa::signed`] of [`Isa::lookup`].
+    #[inline(always)]
+    fn lookup_signed(self, table: &[i8; 16], x: Self::I) -> Self::I {
+        self.signed(self.lookup(table, x))
+    }
     /// Signed code bytes as [`Isa::dot4`] wants them: each plus [`Isa::SIGNED_BIAS`].
     fn signed(self, codes: Self::I) -> Self::I;
 

@@ -524,6 +524,13 @@ impl Isa for Avx512 {
         op!(_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(table.as_ptr().cast())), x))
     }
     #[inline(always)]
+    fn lookup_signed(self, table: &[i8; 16], x: Self::I) -> Self::I {
+        op!({
+            let table = _mm_xor_si128(_mm_loadu_si128(table.as_ptr().cast()), _mm_set1_epi8(-128));
+            _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), x)
+        })
+    }
+    #[inline(always)]
     fn signed(self, codes: Self::I) -> Self::I {
         op!(_mm512_xor_si512(codes, _mm512_set1_epi8(-128)))
     }
