@@ -283,7 +283,7 @@ fn markdown(row: &Row, heading: bool) -> String {
         format!("{} ± {}", scaled("mean_tokens_per_s", 2, 1.0), scaled("deviation_tokens_per_s", 2, 1.0));
     // Heading, least width, cell.
     let columns = [
-        ("model", 24, text("model")),
+        ("model", 30, text("model")),
         ("weights", 10, bytes(get("weight_bytes").as_u64().unwrap_or(0))),
         ("device", 19, text("device")),
         ("test", 14, text("test")),
