@@ -15,7 +15,9 @@ const K: usize = 2048;
 fn products(c: &mut Criterion) {
     let cpu =
         std::env::var("HALITE_ISA").ok().and_then(|name| Cpu::from_name(&name)).unwrap_or_else(Cpu::detect);
-    for (name, tokens, rows) in [("decode", 1usize, 16384usize), ("prefill", 128, 256)] {
+    for (name, tokens, rows) in
+        [("decode", 1usize, 16384usize), ("decode in cache", 1, 256), ("prefill", 128, 256)]
+    {
         let mut group = c.benchmark_group(name);
         group.sample_size(20).warm_up_time(std::time::Duration::from_millis(300));
         group.measurement_time(std::time::Duration::from_millis(1000));
@@ -41,7 +43,7 @@ fn products(c: &mut Criterion) {
             };
             let mut y = vec![0.0; tokens * rows];
             group.throughput(match name {
-                "decode" => Throughput::Bytes(w.len() as u64),
+                "decode" | "decode in cache" => Throughput::Bytes(w.len() as u64),
                 _ => Throughput::Elements((tokens * rows * K) as u64),
             });
             group.bench_function(BenchmarkId::from_parameter(format.name()), |b| {

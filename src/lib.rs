@@ -3,6 +3,7 @@
 
 pub mod backend;
 pub mod conformance;
+pub mod cost;
 pub mod error;
 pub mod generate;
 pub mod gguf;
@@ -13,6 +14,7 @@ pub mod program;
 mod rng;
 pub mod sampler;
 pub mod session;
+pub mod synth;
 pub mod tokenizer;
 mod validate;
 pub mod weights;

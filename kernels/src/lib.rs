@@ -17,4 +17,5 @@ pub mod matmul;
 pub mod panel;
 #[cfg(feature = "std")]
 pub mod pool;
+pub mod roofline;
 pub mod rows;

@@ -114,16 +114,6 @@ impl<'a, 'o, Q: Quantised> Task<'a, 'o, Q> {
         Some(Task { w, row_blocks, rows, layout: product.layout, x, tokens, out: product.out })
     }
 
-    /// Blocks `blocks` of sixteen rows; rows past the end repeat the last one.
-    #[inline(always)]
-    fn blocks(&self, first: usize, block: usize) -> [&'a Q; ROWS] {
-        let mut rows = [&self.w[0]; ROWS];
-        for r in 0..ROWS {
-            rows[r] = &self.w[(first + r).min(self.rows - 1) * self.row_blocks + block];
-        }
-        rows
-    }
-
     /// Chunks of a row.
     #[inline(always)]
     fn chunks(&self) -> usize {
@@ -382,12 +372,9 @@ impl Tile {
     #[inline(always)]
     fn set<I: Isa, Q: Quantised>(&mut self, isa: I, rows: &[Unpacked; ROWS]) {
         const { assert!(!Q::HAS_MIN && Q::SIGNED && Q::SUB == 16) };
+        let bytes = Unpacked::all_bytes(rows);
         for quad in 0..CHUNK / 16 {
-            let mut four = [&[0; 16]; ROWS];
-            for r in 0..ROWS {
-                four[r] = rows[r].code_bytes(quad);
-            }
-            let words = isa.transpose(&four);
+            let words = isa.transpose(&bytes[16 * quad..], size_of::<Unpacked>());
             for i in 0..4 {
                 isa.store_words(isa.signed(words[i]), &mut self.codes[4 * quad + i]);
             }
@@ -423,9 +410,31 @@ fn lanes_of<'b, I: Isa, Q: Interleaved>(
         let group = &task.w[first * task.row_blocks..][..ROWS * task.row_blocks];
         return &Q::Lanes::cast(Q::bytes_of(group))[start..start + count];
     }
-    for i in 0..count {
-        near[i].interleave(isa, &task.blocks(first, start + i));
+    let stride = task.row_blocks * size_of::<Q>();
+    let rows = task.w.get(first * task.row_blocks + start..).unwrap_or(&[]);
+    if first + ROWS <= task.rows {
+        // As many bytes of the next rows, from their start on, as are read here of these: the CPU's own prefetcher follows
+        // one row, not sixteen.
+        let group = Q::bytes_of(&task.w[first * task.row_blocks..]);
+        let mut ahead = ROWS * (stride + start * size_of::<Q>());
+        for pair in (0..count).step_by(2) {
+            let end = (pair + 2).min(count);
+            for line in (0..(end - pair) * ROWS * size_of::<Q>()).step_by(64) {
+                isa.prefetch(group, ahead + line);
+            }
+            ahead += (end - pair) * ROWS * size_of::<Q>();
+            Q::Lanes::interleave(isa, Q::bytes_of(&rows[pair..]), stride, &mut near[pair..end]);
+        }
+        return &near[..count];
     }
+    // Rows past the end repeat the last one.
+    let mut blocks = [[task.w[0]; BLOCKS]; ROWS];
+    for r in 0..ROWS {
+        let row = &task.w[(first + r).min(task.rows - 1) * task.row_blocks..];
+        blocks[r][..count].copy_from_slice(&row[start..start + count]);
+    }
+    let bytes = <[Q; BLOCKS]>::bytes_of(&blocks);
+    Q::Lanes::interleave(isa, bytes, BLOCKS * size_of::<Q>(), &mut near[..count]);
     &near[..count]
 }
 

@@ -13,6 +13,7 @@ use halite_kernels::isa::Cpu as Isa;
 use halite_kernels::matmul::{self, MatMul, X};
 use halite_kernels::panel::PanelMut;
 use halite_kernels::pool::Pool;
+use halite_kernels::roofline;
 use halite_kernels::rows::{self, Gate, Unary};
 
 use super::host::{
@@ -22,6 +23,7 @@ use super::host::{
 use super::{
     Backend, Buffer, Caps, Contract, Fusions, Gap, Limits, OpSig, Plan, Support, Usage, check_support,
 };
+use crate::cost::Rates;
 use crate::error::{Error, Result};
 use crate::map::Region;
 use crate::program::{Epilogue, Gating, NormKind, Op, Program, RopePairs};
@@ -77,6 +79,22 @@ impl Cpu {
     /// The instruction set in use.
     pub fn isa(&self) -> &'static str {
         self.isa.name()
+    }
+
+    /// What this CPU does at best with these threads and this instruction set, measured, which takes a second or two.
+    /// Memory is what reads `buffer_bytes` again and again: a cache, if one holds them.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`] if there is no room for the buffer.
+    pub fn rates(&self, buffer_bytes: u64) -> Result<Rates> {
+        let mut buffer: Vec<u8> = zeroed(buffer_bytes, "the buffer to measure memory with")?;
+        // Pages that were never written are all one page.
+        buffer.fill(1);
+        Ok(Rates {
+            bytes_per_s: roofline::read_bytes_per_s(self.isa, &self.pool, &buffer),
+            integer_ops_per_s: roofline::dots_per_s(self.isa, &self.pool),
+            float_ops_per_s: roofline::flops_per_s(self.isa, &self.pool),
+        })
     }
 }
 

@@ -1,7 +1,9 @@
 //! The command line: arguments in, library calls, text out. Everything that prints is here.
 
+mod bench;
 mod inspect;
 mod run;
+mod synth;
 mod tools;
 
 use std::io::{IsTerminal, Write};
@@ -54,6 +56,10 @@ enum Command {
     Logits(tools::LogitsArgs),
     /// Measure how well a model predicts a text.
     Perplexity(tools::PerplexityArgs),
+    /// Time prompts and generation.
+    Bench(bench::BenchArgs),
+    /// Write a model file of a named shape with random weights, to time a device on.
+    Synth(synth::SynthArgs),
     /// Check every kernel of a backend against the reference.
     Conform(tools::ConformArgs),
 }
@@ -104,21 +110,31 @@ impl BackendArgs {
     }
 }
 
+impl KvFormat {
+    fn program(self) -> ProgramOptions {
+        let kv_format = match self {
+            KvFormat::F16 => Format::F16,
+            KvFormat::F32 => Format::F32,
+        };
+        ProgramOptions { kv_format }
+    }
+}
+
+/// The model of a file, or the one that is built in.
+fn open_model(path: Option<&Path>) -> Result<Arc<Model>, Failure> {
+    Ok(Arc::new(match path {
+        Some(path) => Model::open(path)?,
+        None => Model::from_source(Source::from_static("the built-in model", &EMBEDDED.0))?,
+    }))
+}
+
 impl ModelArgs {
     fn open(&self) -> Result<Arc<Model>, Failure> {
-        Ok(Arc::new(match &self.model {
-            Some(path) => Model::open(path)?,
-            None => Model::from_source(Source::from_static("the built-in model", &EMBEDDED.0))?,
-        }))
+        open_model(self.model.as_deref())
     }
 
     fn program(&self) -> ProgramOptions {
-        ProgramOptions {
-            kv_format: match self.kv {
-                KvFormat::F16 => Format::F16,
-                KvFormat::F32 => Format::F32,
-            },
-        }
+        self.kv.program()
     }
 
     /// Opens a session, with a bar where it takes long.
@@ -196,6 +212,8 @@ pub fn main() -> ExitCode {
         Command::Tokenize(args) => tools::tokenize(&args),
         Command::Logits(args) => tools::logits(&args),
         Command::Perplexity(args) => tools::perplexity(&args),
+        Command::Bench(args) => bench::bench(&args),
+        Command::Synth(args) => synth::synth(&args),
         Command::Conform(args) => tools::conform(&args),
     };
     let Err(failure) = result else { return ExitCode::SUCCESS };

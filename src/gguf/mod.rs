@@ -1,6 +1,7 @@
 //! GGUF model files: a checked directory over mapped bytes. Nothing is copied; a split model is several sources.
 
 mod parse;
+pub mod write;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};

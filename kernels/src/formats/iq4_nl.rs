@@ -52,7 +52,7 @@ impl Interleaved for IQ4_NL {
 
     #[inline(always)]
     fn code<I: Isa>(isa: I, lanes: &Self::Lanes, _part: usize, k: usize) -> I::I {
-        isa.signed(isa.lookup(&IQ4_VALUES, lanes.nibbles(isa, k % 4, k / 4)))
+        isa.lookup_signed(&IQ4_VALUES, lanes.nibbles(isa, k % 4, k / 4))
     }
 
     #[inline(always)]

@@ -63,7 +63,7 @@ impl Interleaved for IQ4_XS {
 
     #[inline(always)]
     fn code<I: Isa>(isa: I, lanes: &Self::Lanes, part: usize, k: usize) -> I::I {
-        isa.signed(isa.lookup(&IQ4_VALUES, lanes.nibbles(isa, 2 + 4 * part + k % 4, k / 4)))
+        isa.lookup_signed(&IQ4_VALUES, lanes.nibbles(isa, 2 + 4 * part + k % 4, k / 4))
     }
 
     #[inline(always)]
@@ -74,16 +74,17 @@ impl Interleaved for IQ4_XS {
     #[inline(always)]
     fn subs<I: Isa>(isa: I, lanes: &Self::Lanes) -> [I::I; 4] {
         let (low, high) = (lanes.word(isa, 1), isa.shr_by(lanes.word(isa, 0), 16));
-        let sub = |g: u32| {
+        let mut subs = [isa.splat_i(0); 4];
+        for g in 0..2 {
             // Fields of 4 and of 2 bits to bytes of their own, in two doublings.
-            let low = isa.and_i(isa.shr_by(low, 16 * g), isa.splat_i(0xffff));
+            let low = isa.and_i(isa.shr_by(low, 16 * g as u32), isa.splat_i(0xffff));
             let low = isa.and_i(isa.or_i(low, isa.shl_by(low, 8)), isa.splat_i(0x00ff_00ff));
             let low = isa.and_i(isa.or_i(low, isa.shl_by(low, 4)), isa.splat_i(0x0f0f_0f0f));
-            let high = isa.and_i(isa.shr_by(high, 8 * g), isa.splat_i(0xff));
+            let high = isa.and_i(isa.shr_by(high, 8 * g as u32), isa.splat_i(0xff));
             let high = isa.and_i(isa.or_i(high, isa.shl_by(high, 12)), isa.splat_i(0x000f_000f));
             let high = isa.and_i(isa.or_i(high, isa.shl_by(high, 6)), isa.splat_i(0x0303_0303));
-            less_32(isa, isa.or_i(low, isa.shl_by(high, 4)))
-        };
-        [sub(0), sub(1), isa.splat_i(0), isa.splat_i(0)]
+            subs[g] = less_32(isa, isa.or_i(low, isa.shl_by(high, 4)));
+        }
+        subs
     }
 }

@@ -11,6 +11,9 @@ use crate::isa::Isa;
 /// Rows that are interleaved.
 pub const ROWS: usize = 16;
 
+/// Most words of a pair of short blocks: those of Q8_0.
+const PAIR_WORDS: usize = 17;
+
 /// One block of each of [`ROWS`] rows: `HEAD` bytes of each, `WORDS` words of each, `TAIL` bytes of each.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
@@ -31,8 +34,9 @@ pub trait Interleave: Bytes {
     /// All zero.
     const ZERO: Self;
 
-    /// Interleaves one block of each row. Blocks are as long as the interleaved block has bytes for each row.
-    fn interleave<I: Isa, B: Bytes>(&mut self, isa: I, rows: &[&B; ROWS]);
+    /// Interleaves as many blocks of each row as `out` takes. Rows start `stride` bytes apart; bytes
+    /// that are missing are zeros.
+    fn interleave<I: Isa>(isa: I, rows: &[u8], stride: usize, out: &mut [Self]);
 
     /// The block of one row.
     fn row<B: Bytes>(&self, row: usize, out: &mut B);
@@ -43,24 +47,56 @@ impl<const HEAD: usize, const WORDS: usize, const TAIL: usize> Interleave for La
         Lanes { head: [[0; HEAD]; ROWS], words: [[0; 4 * ROWS]; WORDS], tail: [[0; TAIL]; ROWS] };
 
     #[inline(always)]
-    fn interleave<I: Isa, B: Bytes>(&mut self, isa: I, rows: &[&B; ROWS]) {
-        const { assert!(size_of::<B>() * ROWS == size_of::<Self>() && WORDS >= 4) };
-        for row in 0..ROWS {
-            let bytes = B::bytes_of(core::slice::from_ref(rows[row]));
-            self.head[row].copy_from_slice(&bytes[..HEAD]);
-            self.tail[row].copy_from_slice(&bytes[HEAD + 4 * WORDS..]);
-        }
-        for quad in 0..WORDS.div_ceil(4) {
-            // The last four words may overlap the four before them.
-            let first = (4 * quad).min(WORDS - 4);
-            let mut four = [&[0; 16]; ROWS];
-            for row in 0..ROWS {
-                let bytes = B::bytes_of(core::slice::from_ref(rows[row]));
-                four[row] = bytes[HEAD + 4 * first..].first_chunk().unwrap_or(&[0; 16]);
+    fn interleave<I: Isa>(isa: I, rows: &[u8], stride: usize, out: &mut [Self]) {
+        const { assert!(WORDS >= 4) };
+        let bytes = HEAD + 4 * WORDS + TAIL;
+        let mut first = 0;
+        if HEAD == 2 && TAIL == 0 {
+            // Two blocks are whole words; those of the second one stand across them.
+            while first + 2 <= out.len() {
+                let mut words = [[0; 4 * ROWS]; PAIR_WORDS];
+                for quad in 0..(1 + 2 * WORDS).div_ceil(4) {
+                    // The last four words may overlap the four before them.
+                    let at = (4 * quad).min(2 * WORDS - 3);
+                    let four = isa.transpose(rows.get(first * bytes + 4 * at..).unwrap_or(&[]), stride);
+                    for i in 0..4 {
+                        isa.store_words(four[i], &mut words[at + i]);
+                    }
+                }
+                if let Some(heads) = out[first].head_u16() {
+                    isa.store_u16(isa.load_words(&words[0]), heads);
+                }
+                if let Some(heads) = out[first + 1].head_u16() {
+                    isa.store_u16(isa.shr_by(isa.load_words(&words[WORDS]), 16), heads);
+                }
+                for w in 0..WORDS {
+                    let low = isa.shr_by(isa.load_words(&words[w]), 16);
+                    let high = isa.shl_by(isa.load_words(&words[w + 1]), 16);
+                    isa.store_words(isa.or_i(low, high), &mut out[first].words[w]);
+                    out[first + 1].words[w] = words[1 + WORDS + w];
+                }
+                first += 2;
             }
-            let words = isa.transpose(&four);
-            for i in 0..4 {
-                isa.store_words(words[i], &mut self.words[first + i]);
+        }
+        for (i, out) in out.iter_mut().enumerate().skip(first) {
+            let rows = rows.get(i * bytes..).unwrap_or(&[]);
+            for quad in 0..WORDS.div_ceil(4) {
+                // The last four words may overlap the four before them.
+                let first = (4 * quad).min(WORDS - 4);
+                let words = isa.transpose(rows.get(HEAD + 4 * first..).unwrap_or(&[]), stride);
+                for i in 0..4 {
+                    isa.store_words(words[i], &mut out.words[first + i]);
+                }
+            }
+            for row in 0..ROWS {
+                if HEAD > 0 {
+                    out.head[row] =
+                        *rows.get(row * stride..).and_then(|b| b.first_chunk()).unwrap_or(&[0; HEAD]);
+                }
+                if TAIL > 0 {
+                    let tail = rows.get(row * stride + HEAD + 4 * WORDS..).and_then(|b| b.first_chunk());
+                    out.tail[row] = *tail.unwrap_or(&[0; TAIL]);
+                }
             }
         }
     }
@@ -78,6 +114,13 @@ impl<const HEAD: usize, const WORDS: usize, const TAIL: usize> Interleave for La
 }
 
 impl<const HEAD: usize, const WORDS: usize, const TAIL: usize> Lanes<HEAD, WORDS, TAIL> {
+    /// The heads, if they have two bytes.
+    #[inline(always)]
+    fn head_u16(&mut self) -> Option<&mut [[u8; 2]; ROWS]> {
+        let heads = <[[u8; HEAD]; ROWS]>::bytes_of_mut(core::slice::from_mut(&mut self.head));
+        heads.as_chunks_mut().0.first_chunk_mut()
+    }
+
     /// Word `w` of every row.
     #[inline(always)]
     pub fn word<I: Isa>(&self, isa: I, w: usize) -> I::I {
@@ -122,10 +165,10 @@ pub(super) fn six_bit_words<I: Isa>(isa: I, scales: [I::I; 3]) -> [[I::I; 2]; 2]
     let six = isa.splat_i(0x3f3f_3f3f);
     let (nibble, top) = (isa.splat_i(0x0f0f_0f0f), isa.splat_i(0x3030_3030));
     let [scale, min, low] = scales;
-    let high = |x: I::I| isa.and_i(isa.shr_by(x, 2), top);
+    let (scale_top, min_top) = (isa.and_i(isa.shr_by(scale, 2), top), isa.and_i(isa.shr_by(min, 2), top));
     [
-        [isa.and_i(scale, six), isa.or_i(isa.and_i(low, nibble), high(scale))],
-        [isa.and_i(min, six), isa.or_i(isa.and_i(isa.shr_by(low, 4), nibble), high(min))],
+        [isa.and_i(scale, six), isa.or_i(isa.and_i(low, nibble), scale_top)],
+        [isa.and_i(min, six), isa.or_i(isa.and_i(isa.shr_by(low, 4), nibble), min_top)],
     ]
 }
 

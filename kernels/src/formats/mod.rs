@@ -207,10 +207,16 @@ impl Unpacked {
     pub const ZERO: Unpacked =
         Unpacked { codes: [0; 256], sub: [0; 16], mins: [0; 16], d: [0.0; 16], m: [0.0; 16] };
 
-    /// Sixteen codes as bytes, number `i` of their sixteens.
+    /// The bytes of several, which start with codes.
     #[inline(always)]
-    pub(crate) fn code_bytes(&self, i: usize) -> &[u8; 16] {
-        u8s(&self.codes.as_chunks::<16>().0[i])
+    pub(crate) fn all_bytes(all: &[Unpacked]) -> &[u8] {
+        const {
+            assert!(
+                size_of::<Unpacked>() == 256 + 2 * 32 + 2 * 64 && core::mem::offset_of!(Unpacked, codes) == 0
+            )
+        };
+        // SAFETY: the size is the sum of the fields' sizes, so there is no padding.
+        unsafe { core::slice::from_raw_parts(all.as_ptr().cast(), size_of_val(all)) }
     }
 
     /// The codes, eight at a time.
@@ -219,12 +225,6 @@ impl Unpacked {
         // SAFETY: both are 256 bytes of alignment 1, and every byte is both an i8 and a u8.
         unsafe { &mut *self.codes.as_mut_ptr().cast() }
     }
-}
-
-/// The same bytes.
-#[inline(always)]
-fn u8s(x: &[i8; 16]) -> &[u8; 16] {
-    u8::cast(i8::bytes_of(x)).first_chunk().unwrap_or(&[0; 16])
 }
 
 impl Default for Unpacked {

@@ -82,13 +82,21 @@ impl Interleaved for Q2_K {
 
     #[inline(always)]
     fn subs<I: Isa>(isa: I, lanes: &Self::Lanes) -> [I::I; 4] {
-        let low = |w: usize| lanes.nibbles(isa, w, 0);
-        [low(0), low(1), low(2), low(3)]
+        [
+            lanes.nibbles(isa, 0, 0),
+            lanes.nibbles(isa, 1, 0),
+            lanes.nibbles(isa, 2, 0),
+            lanes.nibbles(isa, 3, 0),
+        ]
     }
 
     #[inline(always)]
     fn mins<I: Isa>(isa: I, lanes: &Self::Lanes) -> [I::I; 4] {
-        let high = |w: usize| lanes.nibbles(isa, w, 1);
-        [high(0), high(1), high(2), high(3)]
+        [
+            lanes.nibbles(isa, 0, 1),
+            lanes.nibbles(isa, 1, 1),
+            lanes.nibbles(isa, 2, 1),
+            lanes.nibbles(isa, 3, 1),
+        ]
     }
 }

@@ -81,11 +81,11 @@ impl Interleaved for Q3_K {
 
     #[inline(always)]
     fn subs<I: Isa>(isa: I, lanes: &Self::Lanes) -> [I::I; 4] {
-        let sub = |g: usize| {
+        let mut subs = [isa.splat_i(0); 4];
+        for g in 0..4 {
             let top = isa.and_i(isa.shr_by(lanes.word(isa, 26), 2 * g as u32), isa.splat_i(0x0303_0303));
-            let six = isa.or_i(lanes.nibbles(isa, 24 + g % 2, g / 2), isa.shl_by(top, 4));
-            less_32(isa, six)
-        };
-        [sub(0), sub(1), sub(2), sub(3)]
+            subs[g] = less_32(isa, isa.or_i(lanes.nibbles(isa, 24 + g % 2, g / 2), isa.shl_by(top, 4)));
+        }
+        subs
     }
 }

@@ -96,8 +96,13 @@ pub trait Isa: Copy + Send + Sync + 'static {
     fn load_words(self, x: &[u8; 64]) -> Self::I;
     /// Lanes to memory, four bytes each.
     fn store_words(self, x: Self::I, out: &mut [u8; 64]);
-    /// Sixteen rows of four words, transposed: word `w` of row `r` in lane `r` of result `w`.
-    fn transpose(self, rows: &[&[u8; 16]; 16]) -> [Self::I; 4];
+    /// The low half of each lane to memory, little-endian.
+    fn store_u16(self, x: Self::I, out: &mut [[u8; 2]; 16]);
+    /// Four words of each of sixteen rows that start `stride` bytes apart, transposed: word `w` of row `r` in lane `r` of
+    /// result `w`. Zeros if not all of them are there.
+    fn transpose(self, rows: &[u8], stride: usize) -> [Self::I; 4];
+    /// Asks for the cache line that lies `ahead` bytes after the start of `place`, wherever that is.
+    fn prefetch(self, place: &[u8], ahead: usize);
     /// `a | b`.
     fn or_i(self, a: Self::I, b: Self::I) -> Self::I;
     /// `x << bits`, each lane; `bits` < 32.
@@ -108,6 +113,11 @@ pub trait Isa: Copy + Send + Sync + 'static {
     fn sar_i<const BITS: u32>(self, x: Self::I) -> Self::I;
     /// For each byte of `x`, which is below 16, that entry of `table`.
     fn lookup(self, table: &[i8; 16], x: Self::I) -> Self::I;
+    /// [`Isa::signed`] of [`Isa::lookup`].
+    #[inline(always)]
+    fn lookup_signed(self, table: &[i8; 16], x: Self::I) -> Self::I {
+        self.signed(self.lookup(table, x))
+    }
     /// Signed code bytes as [`Isa::dot4`] wants them: each plus [`Isa::SIGNED_BIAS`].
     fn signed(self, codes: Self::I) -> Self::I;
 
@@ -275,9 +285,19 @@ impl Isa for Scalar {
         }
     }
     #[inline(always)]
-    fn transpose(self, rows: &[&[u8; 16]; 16]) -> [Self::I; 4] {
-        core::array::from_fn(|w| core::array::from_fn(|r| i32::from_le_bytes(rows[r].as_chunks::<4>().0[w])))
+    fn store_u16(self, x: Self::I, out: &mut [[u8; 2]; 16]) {
+        *out = map1(x, |x| (x as u16).to_le_bytes());
     }
+    #[inline(always)]
+    fn transpose(self, rows: &[u8], stride: usize) -> [Self::I; 4] {
+        let word = |r: usize, w: usize| rows.get(r * stride + 4 * w..)?.first_chunk().copied();
+        if word(15, 3).is_none() {
+            return [[0; 16]; 4];
+        }
+        core::array::from_fn(|w| core::array::from_fn(|r| i32::from_le_bytes(word(r, w).unwrap_or([0; 4]))))
+    }
+    #[inline(always)]
+    fn prefetch(self, _: &[u8], _: usize) {}
     #[inline(always)]
     fn or_i(self, a: Self::I, b: Self::I) -> Self::I {
         map2(a, b, |a, b| a | b)
@@ -320,6 +340,12 @@ impl Isa for Scalar {
             acc[lane] + w.0 * x.0 + w.1 * x.1
         })
     }
+}
+
+/// The first of sixteen rows, if 16 bytes of each are there; row `r` is `r * stride` bytes after it.
+#[inline(always)]
+fn sixteen(rows: &[u8], stride: usize) -> Option<*const u8> {
+    (stride.checked_mul(15)?.checked_add(16)? <= rows.len()).then_some(rows.as_ptr())
 }
 
 #[cfg(all(target_arch = "aarch64", target_feature = "neon", target_endian = "little"))]

@@ -1,6 +1,6 @@
 //! NEON, with and without dot products of bytes.
 
-use super::Isa;
+use super::{Isa, sixteen};
 use core::arch::aarch64::*;
 use core::arch::asm;
 
@@ -180,9 +180,27 @@ impl<const DOT: bool> Isa for Neon<DOT> {
         each!(i => vst1q_u8(out.as_mut_ptr().add(16 * i), vreinterpretq_u8_s32(x[i])));
     }
     #[inline(always)]
-    fn transpose(self, rows: &[&[u8; 16]; 16]) -> [Self::I; 4] {
-        let quads = each!(i => transpose4([rows[4 * i], rows[4 * i + 1], rows[4 * i + 2], rows[4 * i + 3]]));
+    fn store_u16(self, x: Self::I, out: &mut [[u8; 2]; 16]) {
+        each!(i => vst1_u8(out.as_flattened_mut()[8 * i..].as_mut_ptr(), vreinterpret_u8_s16(vmovn_s32(x[i]))));
+    }
+    #[inline(always)]
+    fn transpose(self, rows: &[u8], stride: usize) -> [Self::I; 4] {
+        let Some(rows) = sixteen(rows, stride) else { return [self.splat_i(0); 4] };
+        let quads = each!(i => {
+            let [a, b, c, d] = four(|r| vreinterpretq_s32_u8(vld1q_u8(rows.add((4 * i + r) * stride))));
+            let [ab, cd] = [[vtrn1q_s32(a, b), vtrn2q_s32(a, b)], [vtrn1q_s32(c, d), vtrn2q_s32(c, d)]];
+            four(|w| {
+                let (ab, cd) = (vreinterpretq_s64_s32(ab[w % 2]), vreinterpretq_s64_s32(cd[w % 2]));
+                vreinterpretq_s32_s64(if w < 2 { vtrn1q_s64(ab, cd) } else { vtrn2q_s64(ab, cd) })
+            })
+        });
         four(|w| four(|i| quads[i][w]))
+    }
+    #[inline(always)]
+    fn prefetch(self, place: &[u8], ahead: usize) {
+        let place = place.as_ptr().wrapping_add(ahead);
+        // (The intrinsic is not stable.)
+        op!(asm!("prfm pldl2keep, [{}]", in(reg) place, options(readonly, nostack, preserves_flags)));
     }
     #[inline(always)]
     fn or_i(self, a: Self::I, b: Self::I) -> Self::I {
@@ -226,22 +244,6 @@ impl<const DOT: bool> Isa for Neon<DOT> {
             vaddq_s32(acc[i], vpaddq_s32(low, vmull_high_s16(w, x)))
         })
     }
-}
-
-/// Four rows of four words, transposed.
-#[inline]
-#[target_feature(enable = "neon")]
-fn transpose4(rows: [&[u8; 16]; 4]) -> [int32x4_t; 4] {
-    // SAFETY: a row is as long as a vector.
-    let [a, b, c, d] = rows.map(|row| unsafe { vreinterpretq_s32_u8(vld1q_u8(row.as_ptr())) });
-    let pairs = |a, b| (vreinterpretq_s64_s32(vtrn1q_s32(a, b)), vreinterpretq_s64_s32(vtrn2q_s32(a, b)));
-    let ((ab_even, ab_odd), (cd_even, cd_odd)) = (pairs(a, b), pairs(c, d));
-    [
-        vreinterpretq_s32_s64(vtrn1q_s64(ab_even, cd_even)),
-        vreinterpretq_s32_s64(vtrn1q_s64(ab_odd, cd_odd)),
-        vreinterpretq_s32_s64(vtrn2q_s64(ab_even, cd_even)),
-        vreinterpretq_s32_s64(vtrn2q_s64(ab_odd, cd_odd)),
-    ]
 }
 
 /// `acc` plus the dots of four adjacent bytes in each 32-bit lane.

@@ -1,7 +1,7 @@
 //! AVX2 and AVX-512.
 #![allow(clippy::needless_range_loop, reason = "loops by index are what inlines; see `isa`")]
 
-use super::Isa;
+use super::{Isa, sixteen};
 use core::arch::x86_64::*;
 
 /// AVX2 with FMA and F16C (Haswell, Zen and later).
@@ -201,9 +201,19 @@ impl Isa for Avx2 {
         })
     }
     #[inline(always)]
-    fn transpose(self, rows: &[&[u8; 16]; 16]) -> [Self::I; 4] {
+    fn store_u16(self, x: Self::I, out: &mut [[u8; 2]; 16]) {
         op!({
-            let load = |r: usize| _mm_loadu_si128(rows[r].as_ptr().cast());
+            let low = pair(x, |x| _mm256_and_si256(x, _mm256_set1_epi32(0xffff)));
+            let halves = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packus_epi32(low[0], low[1]));
+            _mm256_storeu_si256(out.as_mut_ptr().cast(), halves);
+        })
+    }
+    #[inline(always)]
+    fn transpose(self, rows: &[u8], stride: usize) -> [Self::I; 4] {
+        let Some(rows) = sixteen(rows, stride) else { return [self.splat_i(0); 4] };
+        let stride = opaque(stride);
+        op!({
+            let load = |r: usize| _mm_loadu_si128(rows.add(r * stride).cast());
             let mut out = [[_mm256_setzero_si256(); 2]; 4];
             for half in 0..2 {
                 // Rows i and i + 4 side by side: after the transposition of each 128-bit lane, rows are in order.
@@ -223,6 +233,10 @@ impl Isa for Avx2 {
             }
             out
         })
+    }
+    #[inline(always)]
+    fn prefetch(self, place: &[u8], ahead: usize) {
+        op!(_mm_prefetch::<_MM_HINT_T1>(place.as_ptr().wrapping_add(ahead).cast()))
     }
     #[inline(always)]
     fn or_i(self, a: Self::I, b: Self::I) -> Self::I {
@@ -262,6 +276,14 @@ impl Isa for Avx2 {
             _mm256_add_epi32(acc[1], _mm256_madd_epi16(w[1], x[1])),
         ])
     }
+}
+
+/// The same number, of which the compiler knows nothing: otherwise it keeps sixteen multiples of a stride in memory.
+#[inline(always)]
+fn opaque(mut x: usize) -> usize {
+    // SAFETY: no instruction.
+    unsafe { core::arch::asm!("/* {0} */", inout(reg) x, options(nomem, nostack, preserves_flags)) };
+    x
 }
 
 /// `acc` plus the dots of four adjacent bytes in each 32-bit lane. No sum of two products passes 2 · 128 · 127, so the 16-bit
@@ -436,11 +458,17 @@ impl Isa for Avx512 {
         op!(_mm512_storeu_si512(out.as_mut_ptr().cast(), x))
     }
     #[inline(always)]
-    fn transpose(self, rows: &[&[u8; 16]; 16]) -> [Self::I; 4] {
+    fn store_u16(self, x: Self::I, out: &mut [[u8; 2]; 16]) {
+        op!(_mm256_storeu_si256(out.as_mut_ptr().cast(), _mm512_cvtepi32_epi16(x)))
+    }
+    #[inline(always)]
+    fn transpose(self, rows: &[u8], stride: usize) -> [Self::I; 4] {
+        let Some(rows) = sixteen(rows, stride) else { return [self.splat_i(0); 4] };
+        let stride = opaque(stride);
         op!({
             // Rows i, i + 4, i + 8 and i + 12 side by side: after the transposition of each 128-bit lane, rows are in order.
             let four = |i: usize| {
-                let load = |r: usize| _mm_loadu_si128(rows[r].as_ptr().cast());
+                let load = |r: usize| _mm_loadu_si128(rows.add(r * stride).cast());
                 let x = _mm512_castsi128_si512(load(i));
                 let x = _mm512_mask_broadcast_i32x4(x, 0x00f0, load(i + 4));
                 let x = _mm512_mask_broadcast_i32x4(x, 0x0f00, load(i + 8));
@@ -456,6 +484,10 @@ impl Isa for Avx512 {
                 _mm512_unpackhi_epi64(high, high2),
             ]
         })
+    }
+    #[inline(always)]
+    fn prefetch(self, place: &[u8], ahead: usize) {
+        op!(_mm_prefetch::<_MM_HINT_T1>(place.as_ptr().wrapping_add(ahead).cast()))
     }
     #[inline(always)]
     fn or_i(self, a: Self::I, b: Self::I) -> Self::I {
@@ -476,6 +508,13 @@ impl Isa for Avx512 {
     #[inline(always)]
     fn lookup(self, table: &[i8; 16], x: Self::I) -> Self::I {
         op!(_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(table.as_ptr().cast())), x))
+    }
+    #[inline(always)]
+    fn lookup_signed(self, table: &[i8; 16], x: Self::I) -> Self::I {
+        op!({
+            let table = _mm_xor_si128(_mm_loadu_si128(table.as_ptr().cast()), _mm_set1_epi8(-128));
+            _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), x)
+        })
     }
     #[inline(always)]
     fn signed(self, codes: Self::I) -> Self::I {

@@ -1,0 +1,48 @@
+//! `halite synth`.
+
+use std::fs::File;
+use std::io::BufWriter;
+use std::path::PathBuf;
+
+use clap::Args;
+use clap::builder::PossibleValuesParser;
+use halite::Error;
+use halite::kernels::formats::Format;
+use halite::synth::{self, Formats, Synth};
+
+use super::Failure;
+
+#[derive(Args)]
+pub struct SynthArgs {
+    /// Which model's sizes.
+    #[arg(value_parser = PossibleValuesParser::new(synth::SHAPES.iter().map(|shape| shape.name)))]
+    shape: String,
+    /// The GGUF file to write; it must not exist yet.
+    out: PathBuf,
+    /// How weights are stored, such as q4_0.
+    #[arg(long, value_parser = format)]
+    format: Format,
+    /// How the output matrix is stored [default: as the other weights].
+    #[arg(long, value_name = "FORMAT", value_parser = format)]
+    output_format: Option<Format>,
+    /// Seed of the weights.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+}
+
+fn format(name: &str) -> Result<Format, String> {
+    Format::from_name(&name.to_uppercase()).ok_or_else(|| {
+        let names: Vec<_> = Format::ALL.iter().map(|format| format.name().to_lowercase()).collect();
+        format!("expected one of {}", names.join(", "))
+    })
+}
+
+pub fn synth(args: &SynthArgs) -> Result<(), Failure> {
+    let shape = synth::shape(&args.shape).ok_or_else(|| format!("shape `{}` is not known", args.shape))?;
+    let formats = Formats { weights: args.format, output: args.output_format.unwrap_or(args.format) };
+    let file = Synth::new(shape, formats, args.seed)?;
+    let io = |source| Error::Io { path: args.out.clone(), source };
+    // What is there, perhaps a real model, is not overwritten.
+    let mut out = BufWriter::new(File::create_new(&args.out).map_err(io)?);
+    Ok(file.write(&mut out).map_err(io)?)
+}

@@ -1,0 +1,183 @@
+//! What a program costs: bytes moved and operations done, counted from shapes alone.
+//!
+//! The counts are what the program asks of any device: each byte of weights and cache once a step, whatever a backend reads
+//! again or keeps on the chip. With the rates of a device they give the shortest time that a step can take there.
+
+use std::ops::{Add, AddAssign};
+
+use halite_kernels::formats::Kind;
+
+use crate::passes;
+use crate::program::{Dim, Op, Program, Slot, TensorId};
+
+/// A step of one sequence.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Extent {
+    /// Position of the first token.
+    pub start: u32,
+    /// Tokens.
+    pub tokens: u32,
+    /// Tokens whose output is wanted.
+    pub outputs: u32,
+}
+
+/// What an op or a whole step costs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Cost {
+    /// Bytes of weights that are read: of an embedding table the rows of the tokens, of experts as many as the tokens can
+    /// use (fewer, if several tokens use the same).
+    pub weight_bytes: u64,
+    /// Bytes of the KV cache that are read or written.
+    pub kv_bytes: u64,
+    /// Bytes of other tensors that are read or written.
+    pub activation_bytes: u64,
+    /// Operations of products with quantised weights; a multiply-add is two.
+    pub integer_ops: u64,
+    /// Operations of products with plain weights, and of attention; a multiply-add is two.
+    pub float_ops: u64,
+}
+
+impl Add for Cost {
+    type Output = Cost;
+
+    fn add(self, b: Cost) -> Cost {
+        Cost {
+            weight_bytes: self.weight_bytes.saturating_add(b.weight_bytes),
+            kv_bytes: self.kv_bytes.saturating_add(b.kv_bytes),
+            activation_bytes: self.activation_bytes.saturating_add(b.activation_bytes),
+            integer_ops: self.integer_ops.saturating_add(b.integer_ops),
+            float_ops: self.float_ops.saturating_add(b.float_ops),
+        }
+    }
+}
+
+impl AddAssign for Cost {
+    fn add_assign(&mut self, b: Cost) {
+        *self = *self + b;
+    }
+}
+
+impl std::iter::Sum for Cost {
+    fn sum<I: Iterator<Item = Cost>>(costs: I) -> Cost {
+        costs.fold(Cost::default(), Cost::add)
+    }
+}
+
+/// What a device does at best.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Rates {
+    /// Bytes of memory read per second.
+    pub bytes_per_s: f64,
+    /// Integer operations per second; a multiply-add is two.
+    pub integer_ops_per_s: f64,
+    /// Floating-point operations per second; a multiply-add is two.
+    pub float_ops_per_s: f64,
+}
+
+impl Cost {
+    /// Bytes of memory: weights and KV cache. Other tensors are small and stay close to where they are computed.
+    pub fn memory_bytes(&self) -> u64 {
+        self.weight_bytes.saturating_add(self.kv_bytes)
+    }
+
+    /// All operations.
+    pub fn ops(&self) -> u64 {
+        self.integer_ops.saturating_add(self.float_ops)
+    }
+
+    /// The seconds below which no device of these rates can be: those of the memory or of the arithmetic, whichever are more.
+    pub fn least_seconds(&self, rates: &Rates) -> f64 {
+        (self.memory_bytes() as f64 / rates.bytes_per_s).max(self.arithmetic_seconds(rates))
+    }
+
+    /// The seconds of the arithmetic alone.
+    pub fn arithmetic_seconds(&self, rates: &Rates) -> f64 {
+        self.integer_ops as f64 / rates.integer_ops_per_s + self.float_ops as f64 / rates.float_ops_per_s
+    }
+}
+
+/// What all ops of a program cost in a step. Ops on wanted outputs cost nothing where none are wanted.
+pub fn step(program: &Program, extent: Extent) -> Cost {
+    program.ops().map(|(_, o)| op(program, o, extent)).sum()
+}
+
+/// What one op of a program costs in a step.
+pub fn op(program: &Program, op: &Op, extent: Extent) -> Cost {
+    let is_weight = |id| matches!(program.tensor(id).slot, Slot::Weight(_));
+    let mut tensors = Vec::new();
+    op.inputs(&mut |id| tensors.push(id));
+    op.outputs(&mut |id| tensors.push(id));
+    // An op works on all rows of its tensors, but for a selection, which reads only what it writes.
+    let rows = tensors.iter().filter(|&&id| !is_weight(id));
+    let rows = rows.map(|&id| passes::rows(program.tensor(id).rows, extent.tokens, extent.outputs)).min();
+    let rows = rows.unwrap_or(0);
+    if rows == 0 {
+        return Cost::default();
+    }
+    let mut cost = Cost::default();
+    for id in tensors {
+        if is_weight(id) {
+            let bytes = program.fixed_bytes(id).unwrap_or(0);
+            let (used, of) = used(program, op, id, rows);
+            cost.weight_bytes += (bytes / of).saturating_mul(used);
+        } else {
+            cost.activation_bytes += 4 * rows * u64::from(program.tensor(id).cols);
+        }
+    }
+    match op {
+        Op::MatMul { parts, .. } => parts.iter().for_each(|p| cost += product(program, p.weight, rows)),
+        Op::Experts { ids, gate, up, down, .. } => {
+            let rows = rows * u64::from(program.tensor(*ids).cols);
+            [gate, up, down].into_iter().for_each(|&weight| cost += product(program, weight, rows));
+        }
+        Op::KvWrite { state, .. } => cost.kv_bytes += rows * position_bytes(program, state.0),
+        Op::Attend { state, heads, .. } => {
+            let Some(s) = program.states.get(state.0 as usize) else { return cost };
+            let window = u64::from(s.window.unwrap_or(u32::MAX));
+            let (start, end) = (u64::from(extent.start), u64::from(extent.start) + rows);
+            let read = end - (start + 1).saturating_sub(window);
+            cost.kv_bytes += read.saturating_mul(position_bytes(program, state.0));
+            // Token by token one more, until the window is full.
+            let growing = window.clamp(start, end) - start;
+            let seen =
+                growing * start + growing * (growing + 1) / 2 + (rows - growing).saturating_mul(window);
+            let elements = u64::from(*heads) * (u64::from(s.key_dim) + u64::from(s.value_dim));
+            cost.float_ops += seen.saturating_mul(2 * elements);
+        }
+        _ => {}
+    }
+    cost
+}
+
+/// How many of the equal pieces of a weight an op reads, and of how many.
+fn used(program: &Program, op: &Op, weight: TensorId, rows: u64) -> (u64, u64) {
+    let t = program.tensor(weight);
+    let table_rows = passes::rows(t.rows, 0, 0).max(1);
+    match op {
+        Op::Embed { .. } => (rows.min(table_rows), table_rows),
+        Op::Experts { ids, gate, .. } => {
+            let experts = u64::from(program.tensor(*gate).experts).max(1);
+            ((rows * u64::from(program.tensor(*ids).cols)).min(experts), experts)
+        }
+        _ => (1, 1),
+    }
+}
+
+/// The operations of multiplying `rows` rows with one matrix of a weight.
+fn product(program: &Program, weight: TensorId, rows: u64) -> Cost {
+    let t = program.tensor(weight);
+    let Dim::Fixed(outputs) = t.rows else { return Cost::default() };
+    let ops = rows.saturating_mul(2 * u64::from(outputs) * u64::from(t.cols));
+    match t.format.kind() {
+        Kind::Quantised { .. } => Cost { integer_ops: ops, ..Cost::default() },
+        Kind::Float => Cost { float_ops: ops, ..Cost::default() },
+    }
+}
+
+/// Bytes of one position of a KV cache.
+fn position_bytes(program: &Program, state: u32) -> u64 {
+    program
+        .states
+        .get(state as usize)
+        .map_or(0, |s| s.page_bytes() / u64::from(crate::program::PAGE_POSITIONS))
+}

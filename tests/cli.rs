@@ -1,0 +1,82 @@
+//! The command, run as a process.
+#![cfg(feature = "cli")]
+
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+fn halite(args: &str) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_halite")).args(args.split_whitespace()).output().unwrap()
+}
+
+fn text(args: &str) -> String {
+    let output = halite(args);
+    assert!(output.status.success(), "{args}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[test]
+fn bench_reports_each_combination() {
+    let args = "bench -p 8,0 -n 3 -d 0,70 -t 1,2 -r 3 --no-roofline";
+    let rows: Value = serde_json::from_str(&text(&format!("{args} -o json"))).unwrap();
+    let rows = rows.as_array().unwrap();
+    let tests: Vec<_> =
+        rows.iter().map(|row| (row["device"].as_str().unwrap(), row["test"].as_str().unwrap())).collect();
+    let each = ["pp8", "tg3", "pp8 @ d70", "tg3 @ d70"];
+    let names: Vec<_> = tests.iter().map(|(_, test)| *test).collect();
+    assert_eq!(names, [each, each].concat());
+    assert!(tests[..4].iter().all(|(device, _)| device.ends_with("on 1 thread")));
+    assert!(tests[4..].iter().all(|(device, _)| device.ends_with("on 2 threads")));
+    for row in rows {
+        let seconds: Vec<f64> =
+            row["seconds"].as_array().unwrap().iter().map(|s| s.as_f64().unwrap()).collect();
+        assert_eq!(seconds.len(), 3);
+        let tokens = row["prompt_tokens"].as_f64().unwrap() + row["generated_tokens"].as_f64().unwrap();
+        let mut speeds: Vec<f64> = seconds.iter().map(|s| tokens / s).collect();
+        speeds.sort_by(f64::total_cmp);
+        let close = |name: &str, expected: f64| {
+            let got = row[name].as_f64().unwrap();
+            assert!((got / expected - 1.0).abs() < 1e-9, "{name}: expected {expected}, got {got}");
+        };
+        close("median_tokens_per_s", speeds[1]);
+        close("mean_tokens_per_s", speeds.iter().sum::<f64>() / 3.0);
+        assert!(row["roofline_percent"].is_null());
+    }
+    // A token that is generated reads all weights, a prompt's share them; what is in the cache costs more.
+    let bytes = |i: usize| rows[i]["bytes_per_token"].as_u64().unwrap();
+    let weights = rows[0]["weight_bytes"].as_u64().unwrap();
+    assert!(bytes(1) > weights / 2 && bytes(0) < bytes(1) / 7 && bytes(3) > bytes(1));
+
+    let csv = text(&format!("{args} -o csv"));
+    let fields: Vec<usize> = csv.lines().map(|line| line.split(',').count()).collect();
+    assert!(fields.len() == 9 && fields.iter().all(|&n| n == fields[0]), "{csv}");
+    let table = text(args);
+    let cells: Vec<usize> = table.lines().map(|line| line.split('|').count()).collect();
+    assert!(cells.len() == 10 && cells.iter().all(|&n| n == 13), "{table}");
+}
+
+#[test]
+fn bench_measures_the_machine() {
+    let rows: Value = serde_json::from_str(&text("bench -p 16 -n 0 -t 1 -r 1 -o json")).unwrap();
+    for name in ["bytes_per_s", "ops_per_s", "integer_ops_per_s", "float_ops_per_s", "percent"] {
+        assert!(rows[0][format!("roofline_{name}")].as_f64().unwrap() > 0.0, "{name}");
+    }
+}
+
+#[test]
+fn synth_writes_what_runs_and_overwrites_nothing() {
+    let dir = std::env::temp_dir().join(format!("halite-cli-{}", std::process::id()));
+    std::fs::create_dir_all(&dir).unwrap();
+    let file = dir.join("tiny.gguf");
+    let args = format!("synth tiny {} --format q4_k --output-format q6_k", file.display());
+    text(&args);
+    let before = std::fs::read(&file).unwrap();
+    assert!(!text(&format!("run -m {} hi -n 4", file.display())).is_empty());
+    let again = halite(&args);
+    assert!(!again.status.success() && std::fs::read(&file).unwrap() == before);
+    // A mistake leaves no file behind.
+    let other = dir.join("other.gguf");
+    let failed = halite(&format!("synth tiny {} --format i8", other.display()));
+    assert!(!failed.status.success() && !other.exists());
+    std::fs::remove_dir_all(&dir).unwrap();
+}
