@@ -116,7 +116,11 @@ pub trait Isa: Copy + Send + Sync + 'static {
     /// [`Isa::signed`] of [`Isa::lookup`].
     #[inline(always)]
     fn lookup_signed(self, table: &[i8; 16], x: Self::I) -> Self::I {
-        self.signed(self.lookup(table, x))
+        let mut raised = *table;
+        for entry in &mut raised {
+            *entry = entry.wrapping_add(Self::SIGNED_BIAS as i8);
+        }
+        self.lookup(&raised, x)
     }
     /// Signed code bytes as [`Isa::dot4`] wants them: each plus [`Isa::SIGNED_BIAS`].
     fn signed(self, codes: Self::I) -> Self::I;
@@ -421,7 +425,10 @@ cpu! {
     NeonDot: Neon<true>,
     /// AVX2, FMA and F16C.
     #[cfg(target_arch = "x86_64")]
-    Avx2: Avx2,
+    Avx2: Avx2<false>,
+    /// AVX2 with AVX-VNNI.
+    #[cfg(target_arch = "x86_64")]
+    AvxVnni: Avx2<true>,
     /// AVX-512 with VNNI.
     #[cfg(target_arch = "x86_64")]
     Avx512: Avx512,

@@ -4,9 +4,9 @@
 use super::{Isa, sixteen};
 use core::arch::x86_64::*;
 
-/// AVX2 with FMA and F16C (Haswell, Zen and later).
+/// AVX2 with FMA and F16C (Haswell, Zen and later), if `VNNI` with AVX-VNNI (Alder Lake, Zen 5 and later).
 #[derive(Debug, Clone, Copy)]
-pub struct Avx2(());
+pub struct Avx2<const VNNI: bool>(());
 
 /// AVX-512 F, BW, DQ, VL and VNNI (Cascade Lake, Ice Lake, Zen 4 and later).
 #[derive(Debug, Clone, Copy)]
@@ -31,9 +31,9 @@ fn both<T: Copy, U>(a: [T; 2], b: [T; 2], f: impl Fn(T, T) -> U) -> [U; 2] {
     [f(a[0], b[0]), f(a[1], b[1])]
 }
 
-impl Isa for Avx2 {
-    const NAME: &'static str = "avx2";
-    const SIGNED_BIAS: i32 = 0;
+impl<const VNNI: bool> Isa for Avx2<VNNI> {
+    const NAME: &'static str = if VNNI { "avxvnni" } else { "avx2" };
+    const SIGNED_BIAS: i32 = if VNNI { 128 } else { 0 };
     const WIDE_TILES: bool = false;
     type F = [__m256; 2];
     type I = [__m256i; 2];
@@ -42,7 +42,8 @@ impl Isa for Avx2 {
     fn detect() -> Option<Self> {
         let all = std::arch::is_x86_feature_detected!("avx2")
             && std::arch::is_x86_feature_detected!("fma")
-            && std::arch::is_x86_feature_detected!("f16c");
+            && std::arch::is_x86_feature_detected!("f16c")
+            && (!VNNI || std::arch::is_x86_feature_detected!("avxvnni"));
         all.then_some(Avx2(()))
     }
     #[inline(always)]
@@ -52,7 +53,12 @@ impl Isa for Avx2 {
         fn inner<R>(f: impl FnOnce() -> R) -> R {
             f()
         }
-        op!(inner(f))
+        #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
+        #[inline]
+        fn with_vnni<R>(f: impl FnOnce() -> R) -> R {
+            f()
+        }
+        op!(if VNNI { with_vnni(f) } else { inner(f) })
     }
     #[inline(always)]
     fn splat(self, x: f32) -> Self::F {
@@ -263,11 +269,15 @@ impl Isa for Avx2 {
     }
     #[inline(always)]
     fn signed(self, codes: Self::I) -> Self::I {
-        codes
+        if VNNI { op!(pair(codes, |x| _mm256_xor_si256(x, _mm256_set1_epi8(-128)))) } else { codes }
     }
     #[inline(always)]
     fn dot4<const SIGNED: bool>(self, acc: Self::I, codes: Self::I, x: Self::I) -> Self::I {
-        op!([dot_bytes::<SIGNED>(acc[0], codes[0], x[0]), dot_bytes::<SIGNED>(acc[1], codes[1], x[1])])
+        op!(if VNNI {
+            [_mm256_dpbusd_avx_epi32(acc[0], codes[0], x[0]), _mm256_dpbusd_avx_epi32(acc[1], codes[1], x[1])]
+        } else {
+            [dot_bytes::<SIGNED>(acc[0], codes[0], x[0]), dot_bytes::<SIGNED>(acc[1], codes[1], x[1])]
+        })
     }
     #[inline(always)]
     fn dot2(self, acc: Self::I, w: Self::I, x: Self::I) -> Self::I {
@@ -322,7 +332,7 @@ impl Isa for Avx512 {
             && std::arch::is_x86_feature_detected!("avx512dq")
             && std::arch::is_x86_feature_detected!("avx512vl")
             && std::arch::is_x86_feature_detected!("avx512vnni")
-            && Avx2::detect().is_some();
+            && Avx2::<false>::detect().is_some();
         all.then_some(Avx512(()))
     }
     #[inline(always)]
@@ -508,13 +518,6 @@ impl Isa for Avx512 {
     #[inline(always)]
     fn lookup(self, table: &[i8; 16], x: Self::I) -> Self::I {
         op!(_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(table.as_ptr().cast())), x))
-    }
-    #[inline(always)]
-    fn lookup_signed(self, table: &[i8; 16], x: Self::I) -> Self::I {
-        op!({
-            let table = _mm_xor_si128(_mm_loadu_si128(table.as_ptr().cast()), _mm_set1_epi8(-128));
-            _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), x)
-        })
     }
     #[inline(always)]
     fn signed(self, codes: Self::I) -> Self::I {
