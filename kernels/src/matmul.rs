@@ -156,7 +156,7 @@ fn interleaved<I: Isa, Q: Interleaved>(isa: I, product: MatMul<'_, '_>) {
             1 => decode::<I, Q, 1>(isa, &mut task),
             2..=TILE_TOKENS => decode::<I, Q, TILE_TOKENS>(isa, &mut task),
             _ => {
-                let mut near = [Q::Lanes::ZERO; BLOCKS];
+                let mut near = Near::ZERO;
                 prefill::<I, Q>(
                     isa,
                     &mut task,
@@ -420,6 +420,14 @@ impl Tile {
 /// Short blocks of a chunk.
 const BLOCKS: usize = CHUNK / 32;
 
+/// Room for the interleaved blocks of one chunk of any format.
+#[repr(C, align(64))]
+struct Near([u8; ROWS * BLOCKS * 34]);
+
+impl Near {
+    const ZERO: Near = Near([0; ROWS * BLOCKS * 34]);
+}
+
 /// The interleaved blocks of chunk `c` of sixteen rows: where they are, or in `near`.
 #[inline(always)]
 fn lanes_of<'b, I: Isa, Q: Interleaved>(
@@ -427,7 +435,7 @@ fn lanes_of<'b, I: Isa, Q: Interleaved>(
     task: &Task<'b, '_, Q>,
     first: usize,
     c: usize,
-    near: &'b mut [Q::Lanes; BLOCKS],
+    near: &'b mut Near,
 ) -> &'b [Q::Lanes] {
     let start = c * CHUNK / Q::LEN;
     let count = (CHUNK / Q::LEN).min(task.row_blocks - start);
@@ -435,6 +443,8 @@ fn lanes_of<'b, I: Isa, Q: Interleaved>(
         let group = &task.w[first * task.row_blocks..][..ROWS * task.row_blocks];
         return &Q::Lanes::cast(Q::bytes_of(group))[start..start + count];
     }
+    const { assert!(CHUNK / Q::LEN * size_of::<Q::Lanes>() <= size_of::<Near>()) };
+    let near = &mut Q::Lanes::cast_mut(&mut near.0)[..count];
     let stride = task.row_blocks * size_of::<Q>();
     let rows = task.w.get(first * task.row_blocks + start..).unwrap_or(&[]);
     if first + ROWS <= task.rows {
@@ -450,7 +460,7 @@ fn lanes_of<'b, I: Isa, Q: Interleaved>(
             ahead += (end - pair) * ROWS * size_of::<Q>();
             Q::Lanes::interleave(isa, Q::bytes_of(&rows[pair..]), stride, &mut near[pair..end]);
         }
-        return &near[..count];
+        return near;
     }
     // Rows past the end repeat the last one.
     let mut blocks = [[task.w[0]; BLOCKS]; ROWS];
@@ -459,14 +469,14 @@ fn lanes_of<'b, I: Isa, Q: Interleaved>(
         blocks[r][..count].copy_from_slice(&row[start..start + count]);
     }
     let bytes = <[Q; BLOCKS]>::bytes_of(&blocks);
-    Q::Lanes::interleave(isa, bytes, BLOCKS * size_of::<Q>(), &mut near[..count]);
-    &near[..count]
+    Q::Lanes::interleave(isa, bytes, BLOCKS * size_of::<Q>(), near);
+    near
 }
 
 /// A few tokens: codes go from the blocks into dot products.
 #[inline(always)]
 fn decode<I: Isa, Q: Interleaved, const T: usize>(isa: I, task: &mut Task<'_, '_, Q>) {
-    let mut near = [Q::Lanes::ZERO; BLOCKS];
+    let mut near = Near::ZERO;
     let (mut subs, mut mins) = ([[0; 64]; 4], [[0; 64]; 4]);
     for first in (0..task.rows).step_by(ROWS) {
         let mut acc = [[isa.splat(0.0); 1]; T];

@@ -31,9 +31,6 @@ unsafe impl<const HEAD: usize, const WORDS: usize, const TAIL: usize> Bytes for 
 
 /// What the kernels need of any [`Lanes`].
 pub trait Interleave: Bytes {
-    /// All zero.
-    const ZERO: Self;
-
     /// Interleaves as many blocks of each row as `out` takes. Rows start `stride` bytes apart; bytes
     /// that are missing are zeros.
     fn interleave<I: Isa>(isa: I, rows: &[u8], stride: usize, out: &mut [Self]);
@@ -43,9 +40,6 @@ pub trait Interleave: Bytes {
 }
 
 impl<const HEAD: usize, const WORDS: usize, const TAIL: usize> Interleave for Lanes<HEAD, WORDS, TAIL> {
-    const ZERO: Self =
-        Lanes { head: [[0; HEAD]; ROWS], words: [[0; 4 * ROWS]; WORDS], tail: [[0; TAIL]; ROWS] };
-
     #[inline(always)]
     fn interleave<I: Isa>(isa: I, rows: &[u8], stride: usize, out: &mut [Self]) {
         const { assert!(WORDS >= 4) };
