@@ -7,7 +7,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use halite_kernels::formats::{Format, Kind};
+use halite_kernels::formats::{Format, Kind, Layout};
 use halite_kernels::rows::{Gate, Unary};
 
 use crate::backend::reference::Reference;
@@ -276,7 +276,7 @@ struct Cases(Vec<Case>);
 fn lookup<'a>(shapes: &'a [(&'a str, Format, Vec<u64>)]) -> impl Fn(&str) -> Option<WeightInfo> + 'a {
     move |name| {
         let (_, format, dims) = shapes.iter().find(|(n, ..)| *n == name)?;
-        Some(WeightInfo { dims: dims.clone(), format: *format })
+        Some(WeightInfo { dims: dims.clone(), format: *format, layout: Layout::Rows })
     }
 }
 

@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use halite_kernels::formats::Format;
+pub use halite_kernels::formats::Layout;
 pub use halite_kernels::rows::{Gate, Unary};
 
 use crate::error::{Error, Result};
@@ -57,6 +58,8 @@ pub struct Tensor {
     pub cols: u32,
     /// How elements are stored: any format for weights, `F32` or `I32` for the rest.
     pub format: Format,
+    /// How the rows of each matrix lie: [`Layout::Rows`] for all but weights.
+    pub layout: Layout,
     /// Where it lives.
     pub slot: Slot,
 }
@@ -416,6 +419,7 @@ impl Program {
             rows: Dim::Fixed(0),
             cols: 0,
             format: Format::F32,
+            layout: Layout::Rows,
             slot: Slot::Scratch,
         };
         self.tensors.get(id.0 as usize).unwrap_or(&NOTHING)
@@ -465,6 +469,8 @@ pub struct WeightInfo {
     pub dims: Vec<u64>,
     /// How it is stored.
     pub format: Format,
+    /// How the rows of each matrix lie.
+    pub layout: Layout,
 }
 
 /// Records a [`Program`]. Shapes are inferred and checked as ops are added; the first mistake is kept and returned by
@@ -535,7 +541,15 @@ impl<'a> Builder<'a> {
             n += 1;
             full = format!("{}{name}_{n}", self.prefix);
         }
-        self.add_tensor(Tensor { name: full, experts: 1, rows, cols, format, slot: Slot::Scratch })
+        self.add_tensor(Tensor {
+            name: full,
+            experts: 1,
+            rows,
+            cols,
+            format,
+            layout: Layout::Rows,
+            slot: Slot::Scratch,
+        })
     }
 
     fn like(&mut self, name: &str, x: TensorId) -> TensorId {
@@ -573,7 +587,7 @@ impl<'a> Builder<'a> {
             }
             return id;
         }
-        let mut format = Format::F32;
+        let (mut format, mut layout) = (Format::F32, Layout::Rows);
         match (self.lookup)(name) {
             None => self.fail(format!("tensor `{name}` [{cols}, {rows}] is missing from the file")),
             Some(info) => {
@@ -588,17 +602,33 @@ impl<'a> Builder<'a> {
                     }
                     self.fail(format!("tensor `{name}`: expected shape {expected:?}, got {:?}", info.dims));
                 }
-                format = info.format;
+                (format, layout) = (info.format, info.layout);
             }
         }
         let slot = Slot::Weight(self.program.weights.len() as u32);
-        self.add_tensor(Tensor { name: name.into(), experts, rows: Dim::Fixed(rows), cols, format, slot })
+        self.add_tensor(Tensor {
+            name: name.into(),
+            experts,
+            rows: Dim::Fixed(rows),
+            cols,
+            format,
+            layout,
+            slot,
+        })
     }
 
     /// An input bound by the caller.
     pub fn input(&mut self, name: &str, rows: Dim, cols: u32) -> TensorId {
         let slot = Slot::Io(self.program.io.len() as u32);
-        self.add_tensor(Tensor { name: name.into(), experts: 1, rows, cols, format: Format::F32, slot })
+        self.add_tensor(Tensor {
+            name: name.into(),
+            experts: 1,
+            rows,
+            cols,
+            format: Format::F32,
+            layout: Layout::Rows,
+            slot,
+        })
     }
 
     /// A layer's KV cache.

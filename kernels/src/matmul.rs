@@ -13,7 +13,9 @@
 #![allow(clippy::needless_range_loop, reason = "loops by index over vectors are what inlines; see `isa`")]
 
 use crate::activation::{self, SUMS, padded};
-use crate::formats::{Bytes, Format, Interleave, Interleaved, Plain, Quantised, ROWS, Unpacked};
+use crate::formats::{
+    Bytes, Format, Interleave, Interleaved, Layout, MAX_BLOCK_BYTES, Plain, Quantised, ROWS, Unpacked,
+};
 #[cfg(target_arch = "x86_64")]
 use crate::isa::{Avx2, Avx512};
 use crate::isa::{Cpu, Isa, Scalar};
@@ -31,17 +33,6 @@ pub enum X<'a> {
     F32(&'a [f32]),
     /// For quantised formats.
     Quantised(activation::Quantised<'a>),
-}
-
-/// How the rows of a weight lie in memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
-pub enum Layout {
-    /// One after the other, as published.
-    #[default]
-    Rows,
-    /// In groups of [`ROWS`], each interleaved block by block ([`crate::formats::Lanes`]); rows after the last whole group
-    /// one after the other.
-    Interleaved,
 }
 
 /// One product: some rows of a weight with all tokens.
@@ -810,11 +801,19 @@ fn load_plain<I: Isa, P: Plain>(isa: I, w: &[P; 16]) -> I::F {
     }
 }
 
-/// Reads rows of a table as f32: `out` is filled with row `row`, times `scale`.
-pub fn embed(format: Format, table: &[u8], row: usize, scale: f32, out: &mut [f32]) {
-    let Some(bytes) = format.row_bytes(out.len()) else { return };
-    let Some(row) = row.checked_mul(bytes).and_then(|at| table.get(at..)?.get(..bytes)) else { return };
-    if format.dequantize(row, out).is_ok() && scale != 1.0 {
-        out.iter_mut().for_each(|x| *x *= scale);
+/// Reads a row of a table as f32: `out` is filled with row `row`, times `scale`. Left alone if the row is not there.
+pub fn embed(format: Format, layout: Layout, table: &[u8], row: usize, scale: f32, out: &mut [f32]) {
+    let (len, bytes) = (format.block_len(), format.block_bytes());
+    let row_blocks = out.len() / len;
+    let mut block = [0; MAX_BLOCK_BYTES];
+    for (i, values) in out.chunks_exact_mut(len).enumerate() {
+        let block = &mut block[..bytes];
+        if format.copy_block(layout, table, row_blocks, row, i, block).is_none() {
+            return;
+        }
+        let _ = format.dequantize(block, values);
+        if scale != 1.0 {
+            values.iter_mut().for_each(|x| *x *= scale);
+        }
     }
 }

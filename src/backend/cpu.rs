@@ -70,6 +70,7 @@ impl Cpu {
             name: "cpu".into(),
             device: format!("{} on {threads} thread{}", isa.name(), if threads == 1 { "" } else { "s" }),
             memory_bytes: memory_bytes(),
+            interleaved: true,
             fusions: Fusions { shared_input: true, add_norm: true, glu: false, residual: false },
             contract: Contract::Exact,
         };
@@ -365,7 +366,7 @@ impl Kernels for CpuKernels {
     fn embed(&mut self, table: Matrix<'_>, tokens: &[u32], scale: f32, out: &mut [f32]) {
         self.rows(out, table.cols, &|first, out| {
             for (out, &token) in out.chunks_exact_mut(table.cols).zip(&tokens[first..]) {
-                matmul::embed(table.format, table.bytes, token as usize, scale, out);
+                matmul::embed(table.format, table.layout, table.bytes, token as usize, scale, out);
             }
         });
     }

@@ -5,8 +5,7 @@ use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, Instant};
 
 use halite_kernels::attention::{PageShape, Pages, PagesMut, write as write_kv};
-use halite_kernels::formats::Format;
-use halite_kernels::matmul::Layout;
+use halite_kernels::formats::{Format, Layout};
 use halite_kernels::rows::{Gate, Unary};
 
 use super::{Bindings, Buffer, Clock, Limits, Plan, Step, Ticket, Timing};
@@ -31,11 +30,24 @@ impl<'a> Matrix<'a> {
     const EMPTY: Matrix<'static> =
         Matrix { format: Format::F32, layout: Layout::Rows, bytes: &[], rows: 0, cols: 0 };
 
-    /// Rows `range`, or nothing if they are not all there.
+    /// Rows `range`, or nothing if they are not all there. A range of interleaved rows starts with a whole group.
     pub fn rows(&self, range: Range<usize>) -> Matrix<'a> {
         let row = self.format.row_bytes(self.cols).unwrap_or(0);
         let bytes = self.bytes.get(range.start * row..range.end * row).unwrap_or(&[]);
         Matrix { bytes, rows: range.len(), ..*self }
+    }
+
+    /// The bytes of one row, or nothing if it is not there.
+    pub fn row(&self, row: usize) -> Vec<u8> {
+        let bytes = self.format.block_bytes();
+        let blocks = self.cols / self.format.block_len();
+        let mut out = vec![0; blocks * bytes];
+        for (block, out) in out.chunks_exact_mut(bytes).enumerate() {
+            if self.format.copy_block(self.layout, self.bytes, blocks, row, block, out).is_none() {
+                return Vec::new();
+            }
+        }
+        out
     }
 
     /// Matrix `expert` of `experts` stacked ones.
@@ -306,6 +318,7 @@ impl Deref for In<'_> {
 struct Weight<'a> {
     guard: ReadGuard<'a>,
     format: Format,
+    layout: Layout,
     rows: usize,
     cols: usize,
 }
@@ -314,7 +327,7 @@ impl Weight<'_> {
     fn matrix(&self) -> Matrix<'_> {
         Matrix {
             format: self.format,
-            layout: Layout::Rows,
+            layout: self.layout,
             bytes: self.guard.bytes(),
             rows: self.rows,
             cols: self.cols,
@@ -492,6 +505,7 @@ impl Memory {
         Ok(Weight {
             guard,
             format: t.format,
+            layout: t.layout,
             rows: rows as usize * t.experts as usize,
             cols: t.cols as usize,
         })

@@ -54,6 +54,8 @@ pub struct Caps {
     pub device: String,
     /// Bytes of memory that buffers may take.
     pub memory_bytes: u64,
+    /// Whether it reads interleaved weights; if not, they are brought into plain rows on the way.
+    pub interleaved: bool,
     /// Fused forms that it wants.
     pub fusions: Fusions,
     /// What its results promise.

@@ -114,7 +114,11 @@ impl Model {
     pub fn program(&self, options: ProgramOptions) -> Result<Program> {
         let lookup = |name: &str| {
             let info = self.gguf.tensor(name)?;
-            Some(WeightInfo { dims: info.record.dims.clone(), format: info.record.format })
+            Some(WeightInfo {
+                dims: info.record.dims.clone(),
+                format: info.record.format,
+                layout: info.record.layout,
+            })
         };
         let mut builder = Builder::new(&self.name(), &lookup);
         let hparams = Hparams { kv_format: options.kv_format, ..self.hparams.clone() };

@@ -14,6 +14,17 @@ pub const ROWS: usize = 16;
 /// Most words of a pair of short blocks: those of Q8_0.
 const PAIR_WORDS: usize = 17;
 
+/// How the rows of a matrix lie in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum Layout {
+    /// One after the other, as published.
+    #[default]
+    Rows,
+    /// In groups of [`ROWS`], each interleaved block by block ([`Lanes`]); rows after the last whole group one after the
+    /// other.
+    Interleaved,
+}
+
 /// One block of each of [`ROWS`] rows: `HEAD` bytes of each, `WORDS` words of each, `TAIL` bytes of each.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
