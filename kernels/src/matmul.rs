@@ -112,8 +112,19 @@ struct Task<'a, 'o, Q> {
     rows: usize,
     layout: Layout,
     x: activation::Quantised<'a>,
+    /// Codes and sums of `x`, chunk by chunk.
+    codes: &'a [[[i8; 4]; CHUNK / 4]],
+    sums: &'a [[i32; SUMS]],
     tokens: usize,
     out: PanelMut<'o>,
+}
+
+impl<Q> Task<'_, '_, Q> {
+    /// Chunks of a row.
+    #[inline(always)]
+    fn chunks(&self) -> usize {
+        self.x.k.div_ceil(CHUNK)
+    }
 }
 
 impl<'a, 'o, Q: Quantised> Task<'a, 'o, Q> {
@@ -127,13 +138,9 @@ impl<'a, 'o, Q: Quantised> Task<'a, 'o, Q> {
             return None;
         }
         let rows = (w.len() / row_blocks).min(product.out.cols());
-        Some(Task { w, row_blocks, rows, layout: product.layout, x, tokens, out: product.out })
-    }
-
-    /// Chunks of a row.
-    #[inline(always)]
-    fn chunks(&self) -> usize {
-        self.x.k.div_ceil(CHUNK)
+        let codes = x.codes.as_chunks::<4>().0.as_chunks::<{ CHUNK / 4 }>().0;
+        let sums = x.sums.as_chunks().0;
+        Some(Task { w, row_blocks, rows, layout: product.layout, x, codes, sums, tokens, out: product.out })
     }
 }
 
@@ -195,13 +202,13 @@ struct XChunk<'a> {
 
 impl<'a> XChunk<'a> {
     #[inline(always)]
-    fn new<Q: Quantised>(x: &activation::Quantised<'a>, token: usize, c: usize) -> Self {
-        let start = token * padded(x.k) + c * CHUNK;
-        let block = Q::ACTIVATION.block_len();
+    fn new<Q>(task: &Task<'a, '_, Q>, token: usize, c: usize) -> Self {
+        let i = token * task.chunks() + c;
+        let scales = task.x.scales.len() / task.codes.len().max(1);
         XChunk {
-            codes: x.codes[start..].as_chunks().0.first_chunk().unwrap_or(&[[0; 4]; CHUNK / 4]),
-            sums: x.sums[start / CHUNK * SUMS..].first_chunk().unwrap_or(&[0; SUMS]),
-            scales: &x.scales[start / block..(start + CHUNK) / block],
+            codes: task.codes.get(i).unwrap_or(&[[0; 4]; CHUNK / 4]),
+            sums: task.sums.get(i).unwrap_or(&[0; SUMS]),
+            scales: task.x.scales.get(i * scales..(i + 1) * scales).unwrap_or(&[0.0; CHUNK / 32]),
         }
     }
 
@@ -446,7 +453,7 @@ fn lanes_of<'b, I: Isa, Q: Interleaved>(
         for pair in (0..count).step_by(2) {
             let end = (pair + 2).min(count);
             for line in (0..(end - pair) * ROWS * size_of::<Q>()).step_by(64) {
-                isa.prefetch(group, ahead + line);
+                isa.prefetch::<false>(group, ahead + line);
             }
             ahead += (end - pair) * ROWS * size_of::<Q>();
             Q::Lanes::interleave(isa, Q::bytes_of(&rows[pair..]), stride, &mut near[pair..end]);
@@ -475,9 +482,9 @@ fn decode<I: Isa, Q: Interleaved, const T: usize>(isa: I, task: &mut Task<'_, '_
             let lanes = lanes_of::<I, Q>(isa, task, first, c, &mut near);
             store_subs::<I, Q>(isa, lanes, &mut subs, &mut mins);
             let source = Direct::<Q> { lanes, subs: &subs, mins: &mins };
-            let mut x = [XChunk::new::<Q>(&task.x, 0, c); T];
+            let mut x = [XChunk::new(task, 0, c); T];
             for t in 1..T {
-                x[t] = XChunk::new::<Q>(&task.x, t.min(task.tokens - 1), c);
+                x[t] = XChunk::new(task, t.min(task.tokens - 1), c);
             }
             dot::<I, Q, _, 1, T>(isa, [source], &x, lanes.len() * Q::LEN, &mut acc);
         }
@@ -514,74 +521,72 @@ fn tiles<'a, I: Isa, Q: Quantised, const G: usize, const T: usize>(
     mut fill: impl FnMut(&Task<'a, '_, Q>, usize, usize, &mut Tile),
 ) {
     let mut tiles = [Tile::ZERO; G];
-    for first in (0..task.rows).step_by(ROWS * G) {
-        let here = (task.rows - first).min(ROWS * G);
-        for c in 0..task.chunks() {
-            for g in 0..here.div_ceil(ROWS) {
-                fill(task, first + ROWS * g, c, &mut tiles[g]);
+    let mut sums = [[[0.0; ROWS]; G]; BLOCK_TOKENS];
+    for start in (0..task.tokens).step_by(BLOCK_TOKENS) {
+        let tokens = (task.tokens - start).min(BLOCK_TOKENS);
+        for first in (0..task.rows).step_by(ROWS * G) {
+            let here = (task.rows - first).min(ROWS * G);
+            for c in 0..task.chunks() {
+                for g in 0..here.div_ceil(ROWS) {
+                    fill(task, first + ROWS * g, c, &mut tiles[g]);
+                }
+                for t in (0..tokens).step_by(T) {
+                    tile_tokens::<I, Q, G, T>(isa, task, &tiles, c, start + t, &mut sums[t..]);
+                }
             }
-            let mut sources = [&tiles[0]; G];
+            for (t, sums) in sums[..tokens].iter().enumerate() {
+                task.out.row(start + t)[first..first + here].copy_from_slice(&sums.as_flattened()[..here]);
+            }
+        }
+    }
+}
+
+/// Tokens whose sums are kept near while all chunks of a tile's rows pass.
+const BLOCK_TOKENS: usize = 256;
+
+/// Adds the products of one chunk of tiled rows with `T` tokens from number `first` on to their sums; sets these if the chunk
+/// is the first.
+#[inline(always)]
+fn tile_tokens<I: Isa, Q: Quantised, const G: usize, const T: usize>(
+    isa: I,
+    task: &Task<'_, '_, Q>,
+    tiles: &[Tile; G],
+    c: usize,
+    first: usize,
+    sums: &mut [[[f32; ROWS]; G]],
+) {
+    // A few too many at the end are computed in vain: there is room for whole blocks of tokens, and activations read as zeros.
+    let Some(sums) = sums.first_chunk_mut::<T>() else { return };
+    let mut sources = [&tiles[0]; G];
+    for g in 0..G {
+        sources[g] = &tiles[g];
+    }
+    let mut x = [XChunk::new(task, first, c); T];
+    for t in 1..T {
+        x[t] = XChunk::new(task, first + t, c);
+    }
+    for t in 0..T {
+        let next = XChunk::new(task, first + T + t, c);
+        for line in (0..CHUNK).step_by(64) {
+            isa.prefetch::<true>(
+                u8::cast(<[[i8; 4]; CHUNK / 4]>::bytes_of(core::slice::from_ref(next.codes))),
+                line,
+            );
+        }
+    }
+    let mut acc = [[isa.splat(0.0); G]; T];
+    if c > 0 {
+        for t in 0..T {
             for g in 0..G {
-                sources[g] = &tiles[g];
-            }
-            let len = (task.x.k - c * CHUNK).min(CHUNK);
-            for t in (0..task.tokens).step_by(T) {
-                // A block of fewer tokens at the end repeats its last one, and stores it once.
-                let n = (task.tokens - t).min(T);
-                let mut x = [XChunk::new::<Q>(&task.x, t, c); T];
-                for i in 1..T {
-                    x[i] = XChunk::new::<Q>(&task.x, t + i.min(n - 1), c);
-                }
-                let mut acc = [[isa.splat(0.0); G]; T];
-                if c > 0 {
-                    for i in 0..n {
-                        let out = &task.out.row(t + i)[first..first + here];
-                        for g in 0..G {
-                            acc[i][g] = load_lanes(isa, out, g);
-                        }
-                    }
-                }
-                dot::<I, Q, _, G, T>(isa, sources, &x, len, &mut acc);
-                for i in 0..n {
-                    let out = &mut task.out.row(t + i)[first..first + here];
-                    for g in 0..G {
-                        store_lanes(isa, acc[i][g], out, g);
-                    }
-                }
+                acc[t][g] = isa.load(&sums[t][g]);
             }
         }
     }
-}
-
-/// Sixteen floats, number `g` of `x`; what is past its end is zero.
-#[inline(always)]
-fn load_lanes<I: Isa>(isa: I, x: &[f32], g: usize) -> I::F {
-    let (whole, rest) = x.as_chunks::<ROWS>();
-    match whole.get(g) {
-        Some(lanes) => isa.load(lanes),
-        None => {
-            let mut lanes = [0.0; ROWS];
-            if g == whole.len() {
-                lanes[..rest.len()].copy_from_slice(rest);
-            }
-            isa.load(&lanes)
-        }
-    }
-}
-
-/// Stores sixteen floats as number `g` of `x`, as far as that goes.
-#[inline(always)]
-fn store_lanes<I: Isa>(isa: I, lanes: I::F, x: &mut [f32], g: usize) {
-    let (whole, rest) = x.as_chunks_mut::<ROWS>();
-    let count = whole.len();
-    match whole.get_mut(g) {
-        Some(out) => isa.store(lanes, out),
-        None => {
-            let mut out = [0.0; ROWS];
-            isa.store(lanes, &mut out);
-            if g == count {
-                rest.copy_from_slice(&out[..rest.len()]);
-            }
+    let len = (task.x.k - c * CHUNK).min(CHUNK);
+    dot::<I, Q, _, G, T>(isa, sources, &x, len, &mut acc);
+    for t in 0..T {
+        for g in 0..G {
+            isa.store(acc[t][g], &mut sums[t][g]);
         }
     }
 }

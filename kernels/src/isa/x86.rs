@@ -253,8 +253,9 @@ impl Isa for Avx2 {
         })
     }
     #[inline(always)]
-    fn prefetch(self, place: &[u8], ahead: usize) {
-        op!(_mm_prefetch::<_MM_HINT_T1>(place.as_ptr().wrapping_add(ahead).cast()))
+    fn prefetch<const NEAR: bool>(self, place: &[u8], ahead: usize) {
+        let line = place.as_ptr().wrapping_add(ahead).cast();
+        if NEAR { op!(_mm_prefetch::<_MM_HINT_T0>(line)) } else { op!(_mm_prefetch::<_MM_HINT_T1>(line)) }
     }
     #[inline(always)]
     fn or_i(self, a: Self::I, b: Self::I) -> Self::I {
@@ -500,8 +501,9 @@ impl Isa for Avx512 {
         })
     }
     #[inline(always)]
-    fn prefetch(self, place: &[u8], ahead: usize) {
-        op!(_mm_prefetch::<_MM_HINT_T1>(place.as_ptr().wrapping_add(ahead).cast()))
+    fn prefetch<const NEAR: bool>(self, place: &[u8], ahead: usize) {
+        let line = place.as_ptr().wrapping_add(ahead).cast();
+        if NEAR { op!(_mm_prefetch::<_MM_HINT_T0>(line)) } else { op!(_mm_prefetch::<_MM_HINT_T1>(line)) }
     }
     #[inline(always)]
     fn or_i(self, a: Self::I, b: Self::I) -> Self::I {
