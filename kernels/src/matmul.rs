@@ -438,13 +438,18 @@ fn lanes_of<'b, I: Isa, Q: Interleaved>(
     let stride = task.row_blocks * size_of::<Q>();
     let rows = task.w.get(first * task.row_blocks + start..).unwrap_or(&[]);
     if first + ROWS <= task.rows {
-        // The same place of the rows that come next: the CPU's own prefetcher follows a row, not the step to other ones.
-        for r in 0..ROWS {
-            for line in (0..count * size_of::<Q>()).step_by(64) {
-                isa.prefetch(Q::bytes_of(rows), (ROWS + r) * stride + line);
+        // As many bytes of the next rows, from their start on, as are read here of these: the CPU's own prefetcher follows
+        // one row, not sixteen.
+        let group = Q::bytes_of(&task.w[first * task.row_blocks..]);
+        let mut ahead = ROWS * (stride + start * size_of::<Q>());
+        for pair in (0..count).step_by(2) {
+            let end = (pair + 2).min(count);
+            for line in (0..(end - pair) * ROWS * size_of::<Q>()).step_by(64) {
+                isa.prefetch(group, ahead + line);
             }
+            ahead += (end - pair) * ROWS * size_of::<Q>();
+            Q::Lanes::interleave(isa, Q::bytes_of(&rows[pair..]), stride, &mut near[pair..end]);
         }
-        Q::Lanes::interleave(isa, Q::bytes_of(rows), stride, &mut near[..count]);
         return &near[..count];
     }
     // Rows past the end repeat the last one.

@@ -254,7 +254,7 @@ impl Isa for Avx2 {
     }
     #[inline(always)]
     fn prefetch(self, place: &[u8], ahead: usize) {
-        op!(_mm_prefetch::<_MM_HINT_T0>(place.as_ptr().wrapping_add(ahead).cast()))
+        op!(_mm_prefetch::<_MM_HINT_T1>(place.as_ptr().wrapping_add(ahead).cast()))
     }
     #[inline(always)]
     fn or_i(self, a: Self::I, b: Self::I) -> Self::I {
@@ -501,7 +501,7 @@ impl Isa for Avx512 {
     }
     #[inline(always)]
     fn prefetch(self, place: &[u8], ahead: usize) {
-        op!(_mm_prefetch::<_MM_HINT_T0>(place.as_ptr().wrapping_add(ahead).cast()))
+        op!(_mm_prefetch::<_MM_HINT_T1>(place.as_ptr().wrapping_add(ahead).cast()))
     }
     #[inline(always)]
     fn or_i(self, a: Self::I, b: Self::I) -> Self::I {
