@@ -535,7 +535,15 @@ fn tiles<'a, I: Isa, Q: Quantised, const G: usize, const T: usize>(
                 }
             }
             for (t, sums) in sums[..tokens].iter().enumerate() {
-                task.out.row(start + t)[first..first + here].copy_from_slice(&sums.as_flattened()[..here]);
+                let out = &mut task.out.row(start + t)[first..first + here];
+                let (whole, rest) = out.as_chunks_mut::<ROWS>();
+                for g in 0..G {
+                    match whole.get_mut(g) {
+                        Some(out) => isa.store(isa.load(&sums[g]), out),
+                        None if g * ROWS < here => rest.copy_from_slice(&sums[g][..here % ROWS]),
+                        None => {}
+                    }
+                }
             }
         }
     }
