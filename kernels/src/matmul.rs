@@ -16,10 +16,9 @@ use crate::activation::{self, SUMS, padded};
 use crate::formats::{
     Bytes, Format, Interleave, Interleaved, Layout, MAX_BLOCK_BYTES, Plain, Quantised, ROWS, Unpacked,
 };
-#[cfg(target_arch = "x86_64")]
-use crate::isa::{Avx2, Avx512};
-use crate::isa::{Cpu, Isa, Scalar};
+use crate::isa::{Cpu, Isa, WithIsa};
 use crate::panel::PanelMut;
+use core::marker::PhantomData;
 
 /// Tokens that a tile keeps in registers.
 const TILE_TOKENS: usize = 4;
@@ -50,59 +49,35 @@ pub struct MatMul<'a, 'o> {
     pub out: PanelMut<'o>,
 }
 
-/// A format's kernels, one for each instruction set.
-#[derive(Debug)]
-pub(crate) struct Kernels {
-    scalar: fn(Scalar, MatMul<'_, '_>),
-    #[cfg(target_arch = "x86_64")]
-    avx2: fn(Avx2, MatMul<'_, '_>),
-    #[cfg(target_arch = "x86_64")]
-    avx512: fn(Avx512, MatMul<'_, '_>),
+/// A format's kernel for every CPU.
+pub(crate) type Kernel = fn(Cpu, MatMul<'_, '_>);
+
+/// For kernels that are generic over the instruction set and the format, functions that choose the former.
+macro_rules! for_every_cpu {
+    ($($kernel:ident<$format:ident>)+) => {
+        pub(crate) mod every_cpu {
+            use super::*;
+            $(pub(crate) fn $kernel<Q: $format>(cpu: Cpu, product: MatMul<'_, '_>) {
+                struct Call<'a, 'o, Q>(MatMul<'a, 'o>, PhantomData<Q>);
+                impl<Q: $format> WithIsa for Call<'_, '_, Q> {
+                    type Out = ();
+                    #[inline(always)]
+                    fn call<I: Isa>(self, isa: I) {
+                        super::$kernel::<I, Q>(isa, self.0);
+                    }
+                }
+                cpu.run(Call::<Q>(product, PhantomData));
+            })+
+        }
+    };
 }
 
-impl Kernels {
-    pub(crate) const fn interleaved<Q: Interleaved>() -> Kernels {
-        Kernels {
-            scalar: interleaved::<Scalar, Q>,
-            #[cfg(target_arch = "x86_64")]
-            avx2: interleaved::<Avx2, Q>,
-            #[cfg(target_arch = "x86_64")]
-            avx512: interleaved::<Avx512, Q>,
-        }
-    }
-
-    pub(crate) const fn quantised<Q: Quantised>() -> Kernels {
-        Kernels {
-            scalar: unpacked::<Scalar, Q>,
-            #[cfg(target_arch = "x86_64")]
-            avx2: unpacked::<Avx2, Q>,
-            #[cfg(target_arch = "x86_64")]
-            avx512: unpacked::<Avx512, Q>,
-        }
-    }
-
-    pub(crate) const fn plain<P: Plain>() -> Kernels {
-        Kernels {
-            scalar: plain::<Scalar, P>,
-            #[cfg(target_arch = "x86_64")]
-            avx2: plain::<Avx2, P>,
-            #[cfg(target_arch = "x86_64")]
-            avx512: plain::<Avx512, P>,
-        }
-    }
-}
+for_every_cpu! { interleaved<Interleaved> unpacked<Quantised> plain<Plain> }
 
 /// Computes a product of rows stored as `format`. Rows and tokens for which bytes or activations are missing are left
 /// alone; if `x` is not of the kind that the format wants, all are.
 pub fn matmul(cpu: Cpu, format: Format, product: MatMul<'_, '_>) {
-    let kernels = format.kernels();
-    match cpu {
-        Cpu::Scalar(isa) => (kernels.scalar)(isa, product),
-        #[cfg(target_arch = "x86_64")]
-        Cpu::Avx2(isa) => (kernels.avx2)(isa, product),
-        #[cfg(target_arch = "x86_64")]
-        Cpu::Avx512(isa) => (kernels.avx512)(isa, product),
-    }
+    (format.kernel())(cpu, product);
 }
 
 /// A product with quantised activations, checked.

@@ -47,7 +47,7 @@ impl Cpu {
         }
     }
 
-    /// The CPU with a named instruction set: `scalar`, `avx2` or `avx512`.
+    /// The CPU with a named instruction set, one of [`Isa::NAMES`].
     ///
     /// # Errors
     /// [`Error::Backend`] if this CPU lacks it or a thread cannot be started.

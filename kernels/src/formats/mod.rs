@@ -44,7 +44,7 @@ mod tq1_0;
 mod tq2_0;
 
 use crate::isa::{Isa, Scalar};
-use crate::matmul::Kernels;
+use crate::matmul::{Kernel, every_cpu};
 
 pub use bytes::Bytes;
 pub use error::{FormatError, LengthMismatch, UnknownFormat, Why};
@@ -282,7 +282,7 @@ struct Entry {
     quantize: fn(&[f32], &mut [u8]) -> bool,
     is_finite: fn(&[u8]) -> bool,
     set_scale: fn(&mut [u8], f32),
-    kernels: Kernels,
+    kernel: Kernel,
     interleaving: Option<Interleaving>,
 }
 
@@ -302,12 +302,12 @@ impl Entry {
         name: &'static str,
         kind: Kind,
         dequantize: fn(&[u8], &mut [f32]),
-        kernels: Kernels,
+        kernel: Kernel,
     ) -> Entry {
         assert!(size_of::<B>() <= MAX_BLOCK_BYTES);
         Entry {
             interleaving: None,
-            kernels,
+            kernel,
             name,
             block_len: B::LEN,
             block_bytes: size_of::<B>(),
@@ -336,7 +336,7 @@ impl Entry {
                 *out = block.value();
             }
         };
-        Entry::new::<P>(name, Kind::Float, dequantize, Kernels::plain::<P>())
+        Entry::new::<P>(name, Kind::Float, dequantize, every_cpu::plain::<P>)
     }
 
     const fn quantised<Q: Quantised>(name: &'static str) -> Entry {
@@ -352,7 +352,7 @@ impl Entry {
         };
         let unpack =
             |bytes: &[u8], out: &mut Unpacked| Q::cast(bytes).iter().for_each(|block| block.unpack(out));
-        Entry { unpack: Some(unpack), ..Entry::new::<Q>(name, kind, dequantize, Kernels::quantised::<Q>()) }
+        Entry { unpack: Some(unpack), ..Entry::new::<Q>(name, kind, dequantize, every_cpu::unpacked::<Q>) }
     }
 }
 
@@ -374,8 +374,8 @@ impl Entry {
                 }
             },
         };
-        let kernels = Kernels::interleaved::<Q>();
-        Entry { kernels, interleaving: Some(interleaving), ..Entry::quantised::<Q>(name) }
+        let kernel = every_cpu::interleaved::<Q>;
+        Entry { kernel, interleaving: Some(interleaving), ..Entry::quantised::<Q>(name) }
     }
 }
 
@@ -536,8 +536,8 @@ impl Format {
     }
 
     /// Its matrix products.
-    pub(crate) const fn kernels(self) -> &'static Kernels {
-        &self.entry().kernels
+    pub(crate) const fn kernel(self) -> Kernel {
+        self.entry().kernel
     }
 
     /// How a dot product with this format is computed.

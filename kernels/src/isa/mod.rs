@@ -1,4 +1,4 @@
-//! Instruction sets as tokens: a value of [`Avx2`] or [`Avx512`] can only exist where the CPU has the instructions.
+//! Instruction sets as tokens: a value of `Avx2` or `Neon` can only exist where the CPU has the instructions.
 //!
 //! Kernels are written once over [`Isa`], whose vectors have 16 lanes on every instruction set. Each operation rounds
 //! the same way everywhere, so a kernel's result is the same bits on all of them. (The idea of capability tokens is from
@@ -25,6 +25,10 @@ pub trait Isa: Copy + Send + Sync + 'static {
     type F: Copy;
     /// Sixteen i32.
     type I: Copy;
+
+    /// The token, where the CPU has the instructions.
+    #[cfg(feature = "std")]
+    fn detect() -> Option<Self>;
 
     /// Runs `f` compiled for this instruction set.
     fn run<R>(self, f: impl FnOnce() -> R) -> R;
@@ -148,6 +152,10 @@ impl Isa for Scalar {
     type F = [f32; 16];
     type I = [i32; 16];
 
+    #[cfg(feature = "std")]
+    fn detect() -> Option<Self> {
+        Some(Scalar)
+    }
     #[inline(always)]
     fn run<R>(self, f: impl FnOnce() -> R) -> R {
         f()
@@ -335,24 +343,20 @@ impl Isa for Scalar {
     }
 }
 
+/// The first of sixteen rows, if 16 bytes of each are there; row `r` is `r * stride` bytes after it.
+#[inline(always)]
+fn sixteen(rows: &[u8], stride: usize) -> Option<*const u8> {
+    (stride.checked_mul(15)?.checked_add(16)? <= rows.len()).then_some(rows.as_ptr())
+}
+
+#[cfg(all(target_arch = "aarch64", target_feature = "neon", target_endian = "little"))]
+mod neon;
 #[cfg(target_arch = "x86_64")]
 mod x86;
+#[cfg(all(target_arch = "aarch64", target_feature = "neon", target_endian = "little"))]
+pub use neon::Neon;
 #[cfg(target_arch = "x86_64")]
 pub use x86::{Avx2, Avx512};
-
-/// The instruction sets that this CPU can run, best last, as one value.
-#[derive(Debug, Clone, Copy)]
-#[non_exhaustive]
-pub enum Cpu {
-    /// No vector instructions beyond the target's baseline.
-    Scalar(Scalar),
-    /// AVX2, FMA and F16C.
-    #[cfg(target_arch = "x86_64")]
-    Avx2(Avx2),
-    /// AVX-512 with VNNI.
-    #[cfg(target_arch = "x86_64")]
-    Avx512(Avx512),
-}
 
 /// A kernel call that works with any instruction set.
 pub trait WithIsa {
@@ -362,61 +366,72 @@ pub trait WithIsa {
     fn call<I: Isa>(self, isa: I) -> Self::Out;
 }
 
-impl Cpu {
-    /// Names of the instruction sets that exist for this target, slowest first.
-    pub const NAMES: &'static [&'static str] = {
-        #[cfg(target_arch = "x86_64")]
-        let names = &["scalar", "avx2", "avx512"];
-        #[cfg(not(target_arch = "x86_64"))]
-        let names = &["scalar"];
-        names
-    };
+/// Defines [`Cpu`]: a variant for each instruction set, slowest first, with the token that proves it.
+macro_rules! cpu {
+    ($($(#[doc = $doc:literal])+ $(#[cfg($cfg:meta)])? $name:ident: $token:ty,)+) => {
+        /// An instruction set that this CPU can run.
+        #[derive(Debug, Clone, Copy)]
+        #[non_exhaustive]
+        pub enum Cpu {
+            $($(#[doc = $doc])+ $(#[cfg($cfg)])? $name($token),)+
+        }
 
+        impl Cpu {
+            /// Names of the instruction sets that exist for this target, slowest first.
+            pub const NAMES: &'static [&'static str] = &[$($(#[cfg($cfg)])? <$token>::NAME),+];
+
+            /// The named one, if the CPU has it.
+            #[cfg(feature = "std")]
+            pub fn from_name(name: &str) -> Option<Cpu> {
+                $($(#[cfg($cfg)])?
+                if name == <$token>::NAME {
+                    return <$token>::detect().map(Cpu::$name);
+                })+
+                None
+            }
+
+            /// The name.
+            pub fn name(self) -> &'static str {
+                match self {
+                    $($(#[cfg($cfg)])? Cpu::$name(_) => <$token>::NAME,)+
+                }
+            }
+
+            /// Runs a kernel with this instruction set.
+            #[inline]
+            pub fn run<K: WithIsa>(self, kernel: K) -> K::Out {
+                match self {
+                    $($(#[cfg($cfg)])? Cpu::$name(isa) => isa.run(
+                        #[inline(always)]
+                        || kernel.call(isa),
+                    ),)+
+                }
+            }
+        }
+    };
+}
+
+cpu! {
+    /// No vector instructions beyond the target's baseline.
+    Scalar: Scalar,
+    /// NEON.
+    #[cfg(all(target_arch = "aarch64", target_feature = "neon", target_endian = "little"))]
+    Neon: Neon<false>,
+    /// NEON with dot products of bytes.
+    #[cfg(all(target_arch = "aarch64", target_feature = "neon", target_endian = "little"))]
+    NeonDot: Neon<true>,
+    /// AVX2, FMA and F16C.
+    #[cfg(target_arch = "x86_64")]
+    Avx2: Avx2,
+    /// AVX-512 with VNNI.
+    #[cfg(target_arch = "x86_64")]
+    Avx512: Avx512,
+}
+
+impl Cpu {
     /// The best that the CPU has.
     #[cfg(feature = "std")]
     pub fn detect() -> Cpu {
         Cpu::NAMES.iter().rev().find_map(|name| Cpu::from_name(name)).unwrap_or(Cpu::Scalar(Scalar))
-    }
-
-    /// The named one, if the CPU has it.
-    #[cfg(feature = "std")]
-    pub fn from_name(name: &str) -> Option<Cpu> {
-        match name {
-            "scalar" => Some(Cpu::Scalar(Scalar)),
-            #[cfg(target_arch = "x86_64")]
-            "avx2" => Avx2::detect().map(Cpu::Avx2),
-            #[cfg(target_arch = "x86_64")]
-            "avx512" => Avx512::detect().map(Cpu::Avx512),
-            _ => None,
-        }
-    }
-
-    /// The name.
-    pub fn name(self) -> &'static str {
-        match self {
-            Cpu::Scalar(_) => Scalar::NAME,
-            #[cfg(target_arch = "x86_64")]
-            Cpu::Avx2(_) => Avx2::NAME,
-            #[cfg(target_arch = "x86_64")]
-            Cpu::Avx512(_) => Avx512::NAME,
-        }
-    }
-
-    /// Runs a kernel with this instruction set.
-    #[inline]
-    pub fn run<K: WithIsa>(self, kernel: K) -> K::Out {
-        match self {
-            Cpu::Scalar(isa) => kernel.call(isa),
-            #[cfg(target_arch = "x86_64")]
-            Cpu::Avx2(isa) => isa.run(
-                #[inline(always)]
-                || kernel.call(isa),
-            ),
-            #[cfg(target_arch = "x86_64")]
-            Cpu::Avx512(isa) => isa.run(
-                #[inline(always)]
-                || kernel.call(isa),
-            ),
-        }
     }
 }

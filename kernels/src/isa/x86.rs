@@ -1,7 +1,7 @@
 //! AVX2 and AVX-512.
 #![allow(clippy::needless_range_loop, reason = "loops by index are what inlines; see `isa`")]
 
-use super::Isa;
+use super::{Isa, sixteen};
 use core::arch::x86_64::*;
 
 /// AVX2 with FMA and F16C (Haswell, Zen and later).
@@ -11,31 +11,6 @@ pub struct Avx2(());
 /// AVX-512 F, BW, DQ, VL and VNNI (Cascade Lake, Ice Lake, Zen 4 and later).
 #[derive(Debug, Clone, Copy)]
 pub struct Avx512(());
-
-impl Avx2 {
-    /// The token, where the CPU has the instructions.
-    #[cfg(feature = "std")]
-    pub fn detect() -> Option<Self> {
-        let all = std::arch::is_x86_feature_detected!("avx2")
-            && std::arch::is_x86_feature_detected!("fma")
-            && std::arch::is_x86_feature_detected!("f16c");
-        all.then_some(Avx2(()))
-    }
-}
-
-impl Avx512 {
-    /// The token, where the CPU has the instructions.
-    #[cfg(feature = "std")]
-    pub fn detect() -> Option<Self> {
-        let all = std::arch::is_x86_feature_detected!("avx512f")
-            && std::arch::is_x86_feature_detected!("avx512bw")
-            && std::arch::is_x86_feature_detected!("avx512dq")
-            && std::arch::is_x86_feature_detected!("avx512vl")
-            && std::arch::is_x86_feature_detected!("avx512vnni")
-            && Avx2::detect().is_some();
-        all.then_some(Avx512(()))
-    }
-}
 
 /// Wraps intrinsics. The token that every method takes proves that the CPU has them.
 macro_rules! op {
@@ -63,6 +38,13 @@ impl Isa for Avx2 {
     type F = [__m256; 2];
     type I = [__m256i; 2];
 
+    #[cfg(feature = "std")]
+    fn detect() -> Option<Self> {
+        let all = std::arch::is_x86_feature_detected!("avx2")
+            && std::arch::is_x86_feature_detected!("fma")
+            && std::arch::is_x86_feature_detected!("f16c");
+        all.then_some(Avx2(()))
+    }
     #[inline(always)]
     fn run<R>(self, f: impl FnOnce() -> R) -> R {
         #[target_feature(enable = "avx2,fma,f16c")]
@@ -305,12 +287,6 @@ fn opaque(mut x: usize) -> usize {
     x
 }
 
-/// The first of sixteen rows, if 16 bytes of each are there.
-#[inline(always)]
-fn sixteen(rows: &[u8], stride: usize) -> Option<*const u8> {
-    (stride.checked_mul(15)?.checked_add(16)? <= rows.len()).then_some(rows.as_ptr())
-}
-
 /// `acc` plus the dots of four adjacent bytes in each 32-bit lane. No sum of two products passes 2 · 128 · 127, so the 16-bit
 /// step cannot saturate.
 #[inline]
@@ -340,6 +316,16 @@ impl Isa for Avx512 {
     type F = __m512;
     type I = __m512i;
 
+    #[cfg(feature = "std")]
+    fn detect() -> Option<Self> {
+        let all = std::arch::is_x86_feature_detected!("avx512f")
+            && std::arch::is_x86_feature_detected!("avx512bw")
+            && std::arch::is_x86_feature_detected!("avx512dq")
+            && std::arch::is_x86_feature_detected!("avx512vl")
+            && std::arch::is_x86_feature_detected!("avx512vnni")
+            && Avx2::detect().is_some();
+        all.then_some(Avx512(()))
+    }
     #[inline(always)]
     fn run<R>(self, f: impl FnOnce() -> R) -> R {
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]

@@ -1,0 +1,275 @@
+//! NEON, with and without dot products of bytes.
+
+use super::{Isa, sixteen};
+use core::arch::aarch64::*;
+use core::arch::asm;
+
+/// NEON (every 64-bit Arm CPU with floats), if `DOT` with the dot products of bytes of Armv8.2 (Cortex-A55 and A75, Neoverse
+/// N1, Apple A11 and later).
+#[derive(Debug, Clone, Copy)]
+pub struct Neon<const DOT: bool>(());
+
+/// Wraps intrinsics. The token that every method takes proves that the CPU has them.
+macro_rules! op {
+    ($e:expr) => {
+        // SAFETY: `self` exists only where the CPU has these instructions; pointers come from array references of
+        // at least the size that is read or written.
+        unsafe { $e }
+    };
+}
+
+/// The same for each of the four vectors that make up sixteen lanes; `$i` is its number.
+macro_rules! each {
+    ($i:ident => $e:expr) => {
+        op!(four(
+            #[inline(always)]
+            |$i| $e
+        ))
+    };
+}
+
+#[inline(always)]
+fn four<T>(mut f: impl FnMut(usize) -> T) -> [T; 4] {
+    [f(0), f(1), f(2), f(3)]
+}
+
+impl<const DOT: bool> Isa for Neon<DOT> {
+    const NAME: &'static str = if DOT { "dotprod" } else { "neon" };
+    const SIGNED_BIAS: i32 = 0;
+    const WIDE_TILES: bool = false;
+    type F = [float32x4_t; 4];
+    type I = [int32x4_t; 4];
+
+    #[cfg(feature = "std")]
+    fn detect() -> Option<Self> {
+        let all = std::arch::is_aarch64_feature_detected!("neon")
+            && (!DOT || std::arch::is_aarch64_feature_detected!("dotprod"));
+        all.then_some(Neon(()))
+    }
+    #[inline(always)]
+    fn run<R>(self, f: impl FnOnce() -> R) -> R {
+        #[target_feature(enable = "neon,dotprod")]
+        #[inline]
+        fn with_dot<R>(f: impl FnOnce() -> R) -> R {
+            f()
+        }
+        if DOT { op!(with_dot(f)) } else { f() }
+    }
+    #[inline(always)]
+    fn splat(self, x: f32) -> Self::F {
+        op!([vdupq_n_f32(x); 4])
+    }
+    #[inline(always)]
+    fn load(self, x: &[f32; 16]) -> Self::F {
+        each!(i => vld1q_f32(x.as_ptr().add(4 * i)))
+    }
+    #[inline(always)]
+    fn load_f16(self, x: &[u16; 16]) -> Self::F {
+        each!(i => vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(x.as_ptr().add(4 * i)))))
+    }
+    #[inline(always)]
+    fn round_f16(self, x: Self::F) -> Self::F {
+        each!(i => vcvt_f32_f16(vcvt_f16_f32(x[i])))
+    }
+    #[inline(always)]
+    fn load_bf16(self, x: &[u16; 16]) -> Self::F {
+        each!(i => vreinterpretq_f32_u32(vshll_n_u16::<16>(vld1_u16(x.as_ptr().add(4 * i)))))
+    }
+    #[inline(always)]
+    fn store(self, x: Self::F, out: &mut [f32; 16]) {
+        each!(i => vst1q_f32(out.as_mut_ptr().add(4 * i), x[i]));
+    }
+    #[inline(always)]
+    fn add(self, a: Self::F, b: Self::F) -> Self::F {
+        each!(i => vaddq_f32(a[i], b[i]))
+    }
+    #[inline(always)]
+    fn sub(self, a: Self::F, b: Self::F) -> Self::F {
+        each!(i => vsubq_f32(a[i], b[i]))
+    }
+    #[inline(always)]
+    fn mul(self, a: Self::F, b: Self::F) -> Self::F {
+        each!(i => vmulq_f32(a[i], b[i]))
+    }
+    #[inline(always)]
+    fn div(self, a: Self::F, b: Self::F) -> Self::F {
+        each!(i => vdivq_f32(a[i], b[i]))
+    }
+    #[inline(always)]
+    fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
+        each!(i => vfmaq_f32(c[i], a[i], b[i]))
+    }
+    #[inline(always)]
+    fn max(self, a: Self::F, b: Self::F) -> Self::F {
+        // The instruction for a maximum has rules of its own for NaN and for zeros.
+        self.select_gt(a, b, a, b)
+    }
+    #[inline(always)]
+    fn select_gt(self, a: Self::F, b: Self::F, yes: Self::F, no: Self::F) -> Self::F {
+        each!(i => vbslq_f32(vcgtq_f32(a[i], b[i]), yes[i], no[i]))
+    }
+    #[inline(always)]
+    fn abs(self, x: Self::F) -> Self::F {
+        each!(i => vabsq_f32(x[i]))
+    }
+    #[inline(always)]
+    fn sum(self, x: Self::F) -> f32 {
+        op!({
+            let x = vaddq_f32(vaddq_f32(x[0], x[2]), vaddq_f32(x[1], x[3]));
+            vaddv_f32(vadd_f32(vget_low_f32(x), vget_high_f32(x)))
+        })
+    }
+    #[inline(always)]
+    fn fma_one(self, a: f32, b: f32, c: f32) -> f32 {
+        op!(vfmas_lane_f32::<0>(c, a, vdup_n_f32(b)))
+    }
+    #[inline(always)]
+    fn splat_i(self, x: i32) -> Self::I {
+        op!([vdupq_n_s32(x); 4])
+    }
+    #[inline(always)]
+    fn load_i(self, x: &[i32; 16]) -> Self::I {
+        each!(i => vld1q_s32(x.as_ptr().add(4 * i)))
+    }
+    #[inline(always)]
+    fn store_i(self, x: Self::I, out: &mut [i32; 16]) {
+        each!(i => vst1q_s32(out.as_mut_ptr().add(4 * i), x[i]));
+    }
+    #[inline(always)]
+    fn add_i(self, a: Self::I, b: Self::I) -> Self::I {
+        each!(i => vaddq_s32(a[i], b[i]))
+    }
+    #[inline(always)]
+    fn sub_i(self, a: Self::I, b: Self::I) -> Self::I {
+        each!(i => vsubq_s32(a[i], b[i]))
+    }
+    #[inline(always)]
+    fn mul_i(self, a: Self::I, b: Self::I) -> Self::I {
+        each!(i => vmulq_s32(a[i], b[i]))
+    }
+    #[inline(always)]
+    fn and_i(self, a: Self::I, b: Self::I) -> Self::I {
+        each!(i => vandq_s32(a[i], b[i]))
+    }
+    #[inline(always)]
+    fn shl_i<const BITS: u32>(self, x: Self::I) -> Self::I {
+        self.shl_by(x, BITS)
+    }
+    #[inline(always)]
+    fn to_i32(self, x: Self::F) -> Self::I {
+        each!(i => vcvtnq_s32_f32(x[i]))
+    }
+    #[inline(always)]
+    fn to_f32(self, x: Self::I) -> Self::F {
+        each!(i => vcvtq_f32_s32(x[i]))
+    }
+    #[inline(always)]
+    fn with_bits(self, x: Self::I) -> Self::F {
+        each!(i => vreinterpretq_f32_s32(x[i]))
+    }
+    #[inline(always)]
+    fn low_f16(self, x: Self::I) -> Self::F {
+        each!(i => vcvt_f32_f16(vreinterpret_f16_s16(vmovn_s32(x[i]))))
+    }
+    #[inline(always)]
+    fn load_words(self, x: &[u8; 64]) -> Self::I {
+        each!(i => vreinterpretq_s32_u8(vld1q_u8(x.as_ptr().add(16 * i))))
+    }
+    #[inline(always)]
+    fn store_words(self, x: Self::I, out: &mut [u8; 64]) {
+        each!(i => vst1q_u8(out.as_mut_ptr().add(16 * i), vreinterpretq_u8_s32(x[i])));
+    }
+    #[inline(always)]
+    fn store_u16(self, x: Self::I, out: &mut [[u8; 2]; 16]) {
+        each!(i => vst1_u8(out.as_flattened_mut()[8 * i..].as_mut_ptr(), vreinterpret_u8_s16(vmovn_s32(x[i]))));
+    }
+    #[inline(always)]
+    fn transpose(self, rows: &[u8], stride: usize) -> [Self::I; 4] {
+        let Some(rows) = sixteen(rows, stride) else { return [self.splat_i(0); 4] };
+        let quads = each!(i => {
+            let [a, b, c, d] = four(|r| vreinterpretq_s32_u8(vld1q_u8(rows.add((4 * i + r) * stride))));
+            let [ab, cd] = [[vtrn1q_s32(a, b), vtrn2q_s32(a, b)], [vtrn1q_s32(c, d), vtrn2q_s32(c, d)]];
+            four(|w| {
+                let (ab, cd) = (vreinterpretq_s64_s32(ab[w % 2]), vreinterpretq_s64_s32(cd[w % 2]));
+                vreinterpretq_s32_s64(if w < 2 { vtrn1q_s64(ab, cd) } else { vtrn2q_s64(ab, cd) })
+            })
+        });
+        four(|w| four(|i| quads[i][w]))
+    }
+    #[inline(always)]
+    fn prefetch<const NEAR: bool>(self, place: &[u8], ahead: usize) {
+        let place = place.as_ptr().wrapping_add(ahead);
+        // (The intrinsic is not stable.)
+        if NEAR {
+            op!(asm!("prfm pldl1keep, [{}]", in(reg) place, options(readonly, nostack, preserves_flags)));
+        } else {
+            op!(asm!("prfm pldl2keep, [{}]", in(reg) place, options(readonly, nostack, preserves_flags)));
+        }
+    }
+    #[inline(always)]
+    fn or_i(self, a: Self::I, b: Self::I) -> Self::I {
+        each!(i => vorrq_s32(a[i], b[i]))
+    }
+    #[inline(always)]
+    fn shl_by(self, x: Self::I, bits: u32) -> Self::I {
+        each!(i => vshlq_s32(x[i], vdupq_n_s32(bits as i32)))
+    }
+    #[inline(always)]
+    fn shr_by(self, x: Self::I, bits: u32) -> Self::I {
+        // A shift to the left by less than nothing.
+        each!(i => {
+            let x = vshlq_u32(vreinterpretq_u32_s32(x[i]), vdupq_n_s32(-(bits as i32)));
+            vreinterpretq_s32_u32(x)
+        })
+    }
+    #[inline(always)]
+    fn sar_i<const BITS: u32>(self, x: Self::I) -> Self::I {
+        each!(i => vshlq_s32(x[i], vdupq_n_s32(-(BITS as i32))))
+    }
+    #[inline(always)]
+    fn lookup(self, table: &[i8; 16], x: Self::I) -> Self::I {
+        let table = op!(vld1q_s8(table.as_ptr()));
+        each!(i => vreinterpretq_s32_s8(vqtbl1q_s8(table, vreinterpretq_u8_s32(x[i]))))
+    }
+    #[inline(always)]
+    fn signed(self, codes: Self::I) -> Self::I {
+        codes
+    }
+    #[inline(always)]
+    fn dot4<const SIGNED: bool>(self, acc: Self::I, codes: Self::I, x: Self::I) -> Self::I {
+        // Unsigned codes are at most 127, so both kinds read as signed bytes.
+        each!(i => if DOT { sdot(acc[i], codes[i], x[i]) } else { dot_bytes(acc[i], codes[i], x[i]) })
+    }
+    #[inline(always)]
+    fn dot2(self, acc: Self::I, w: Self::I, x: Self::I) -> Self::I {
+        each!(i => {
+            let (w, x) = (vreinterpretq_s16_s32(w[i]), vreinterpretq_s16_s32(x[i]));
+            let low = vmull_s16(vget_low_s16(w), vget_low_s16(x));
+            vaddq_s32(acc[i], vpaddq_s32(low, vmull_high_s16(w, x)))
+        })
+    }
+}
+
+/// `acc` plus the dots of four adjacent bytes in each 32-bit lane.
+#[inline]
+#[target_feature(enable = "neon,dotprod")]
+fn sdot(mut acc: int32x4_t, codes: int32x4_t, x: int32x4_t) -> int32x4_t {
+    // SAFETY: works on registers alone. (The intrinsic is not stable.)
+    unsafe {
+        asm!(
+            "sdot {:v}.4s, {:v}.16b, {:v}.16b",
+            inout(vreg) acc, in(vreg) codes, in(vreg) x,
+            options(pure, nomem, nostack, preserves_flags),
+        );
+    }
+    acc
+}
+
+/// The same without the instruction. No sum of two products passes 2 · 128 · 127, so the 16-bit step cannot overflow.
+#[inline]
+#[target_feature(enable = "neon")]
+fn dot_bytes(acc: int32x4_t, codes: int32x4_t, x: int32x4_t) -> int32x4_t {
+    let (codes, x) = (vreinterpretq_s8_s32(codes), vreinterpretq_s8_s32(x));
+    let low = vmull_s8(vget_low_s8(codes), vget_low_s8(x));
+    vpadalq_s16(acc, vpaddq_s16(low, vmull_high_s8(codes, x)))
+}
