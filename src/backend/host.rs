@@ -37,19 +37,6 @@ impl<'a> Matrix<'a> {
         Matrix { bytes, rows: range.len(), ..*self }
     }
 
-    /// The bytes of one row, or nothing if it is not there.
-    pub fn row(&self, row: usize) -> Vec<u8> {
-        let bytes = self.format.block_bytes();
-        let blocks = self.cols / self.format.block_len();
-        let mut out = vec![0; blocks * bytes];
-        for (block, out) in out.chunks_exact_mut(bytes).enumerate() {
-            if self.format.copy_block(self.layout, self.bytes, blocks, row, block, out).is_none() {
-                return Vec::new();
-            }
-        }
-        out
-    }
-
     /// Matrix `expert` of `experts` stacked ones.
     pub fn expert(&self, expert: usize, experts: usize) -> Matrix<'a> {
         let rows = self.rows / experts.max(1);

@@ -34,7 +34,7 @@ impl Reference {
             name: "reference".into(),
             device: "scalar definitions of all ops, one thread".into(),
             memory_bytes: u64::MAX,
-            interleaved: true,
+            interleaved: false,
             fusions: Fusions::default(),
             contract: Contract::Exact,
         };
@@ -127,11 +127,11 @@ fn quantise(to: Activation, x: &[f32]) -> (Vec<i32>, f32) {
 
 /// The dot of a weight row with a token's activations.
 fn dot(w: Matrix<'_>, row: usize, x: &[f32]) -> f32 {
-    let row = w.row(row);
+    let row = w.rows(row..row + 1).bytes;
     let Kind::Quantised { activation, group, has_min } = w.format.kind() else {
         let mut values = vec![0.0; w.cols];
         // The lengths fit: the row was cut to whole blocks.
-        let _ = w.format.dequantize(&row, &mut values);
+        let _ = w.format.dequantize(row, &mut values);
         return strided(values.into_iter().zip(x.iter().copied()));
     };
     let block_len = activation.block_len();
@@ -284,7 +284,8 @@ struct Definitions;
 impl Kernels for Definitions {
     fn embed(&mut self, table: Matrix<'_>, tokens: &[u32], scale: f32, out: &mut [f32]) {
         for (out, &token) in out.chunks_exact_mut(table.cols).zip(tokens) {
-            let _ = table.format.dequantize(&table.row(token as usize), out);
+            let row = table.rows(token as usize..token as usize + 1);
+            let _ = row.format.dequantize(row.bytes, out);
             if scale != 1.0 {
                 out.iter_mut().for_each(|x| *x *= scale);
             }
