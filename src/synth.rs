@@ -2,7 +2,7 @@
 
 use std::io::{self, Write};
 
-use halite_kernels::formats::{Format, Kind, Layout};
+use halite_kernels::formats::{Format, Kind};
 
 use crate::error::{Error, Result};
 use crate::gguf::write::{NewTensor, Writer};
@@ -166,9 +166,9 @@ fn header(shape: &Shape, formats: Formats) -> Result<Writer> {
         [shape.embedding_length, shape.feed_forward_length, shape.vocab_size].map(u64::from);
     let kv_dim = u64::from(shape.head_count_kv) * u64::from(head_length);
     let experts = u64::from(shape.expert_count);
-    w.tensor("token_embd.weight", &[dim, vocab], formats.weights, Layout::Rows)?;
-    w.tensor("output_norm.weight", &[dim], Format::F32, Layout::Rows)?;
-    w.tensor("output.weight", &[dim, vocab], formats.output, Layout::Rows)?;
+    w.tensor("token_embd.weight", &[dim, vocab], formats.weights)?;
+    w.tensor("output_norm.weight", &[dim], Format::F32)?;
+    w.tensor("output.weight", &[dim, vocab], formats.output)?;
     let attention: [(&str, &[u64]); 6] = [
         ("attn_norm", &[dim]),
         ("attn_q", &[dim, dim]),
@@ -189,7 +189,7 @@ fn header(shape: &Shape, formats: Formats) -> Result<Writer> {
         for (name, dims) in attention.iter().chain(if experts > 0 { mixture } else { dense }) {
             let plain = dims.len() == 1 || *name == "ffn_gate_inp";
             let format = if plain { Format::F32 } else { formats.weights };
-            w.tensor(&format!("blk.{layer}.{name}.weight"), dims, format, Layout::Rows)?;
+            w.tensor(&format!("blk.{layer}.{name}.weight"), dims, format)?;
         }
     }
     Ok(w)

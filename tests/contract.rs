@@ -7,8 +7,10 @@ use std::sync::Arc;
 use halite::backend::cpu::Cpu;
 use halite::backend::reference::Reference;
 use halite::backend::{Backend, Bindings, Cancel, Fusions, Limits, Span, Step, Usage};
-use halite::kernels::formats::Format;
+use halite::gguf::TensorInfo;
+use halite::kernels::formats::{Format, Layout};
 use halite::kernels::isa::Cpu as Isa;
+use halite::map::Source;
 use halite::model::ProgramOptions;
 use halite::passes;
 use halite::program::{Builder, Dim, Gating, Op, Program};
@@ -54,6 +56,13 @@ fn session(model: &Arc<Model>, backend: &Arc<dyn Backend>, taps: &[&str]) -> Ses
         ..Default::default()
     };
     Session::new(model, backend, &options, &mut |_| {}).unwrap()
+}
+
+/// The same model with its rows interleaved.
+fn packed(model: &Model) -> Arc<Model> {
+    let mut file = Vec::new();
+    halite::pack::pack(model.gguf(), &mut file, &mut |_| {}).unwrap();
+    Arc::new(Model::from_source(Source::from_bytes("packed", &file)).unwrap())
 }
 
 fn bits(x: &[f32]) -> Vec<u32> {
@@ -129,6 +138,37 @@ fn prefill_and_decode_and_all_between_give_the_same_bits() {
         for chunk in [1, 2, 5, 64] {
             assert_eq!(logits(&model, &best(), &tokens, chunk), want, "steps of {chunk}");
         }
+    }
+}
+
+#[test]
+fn packed_weights_give_the_same_bits() {
+    for model in models() {
+        let (tokens, packed) = (tokens(&model), packed(&model));
+        let interleaved = |t: TensorInfo<'_>| t.record.layout == Layout::Interleaved;
+        let can = |t: TensorInfo<'_>| t.record.format.interleaves() && t.record.dims.len() > 1;
+        assert_eq!(packed.gguf().tensors().any(interleaved), model.gguf().tensors().any(can));
+        let want = logits(&model, &best(), &tokens, 128);
+        for isa in Isa::NAMES.iter().filter(|isa| Isa::from_name(isa).is_some()) {
+            for chunk in [1, 128] {
+                assert_eq!(logits(&packed, &cpu(3, isa), &tokens, chunk), want, "{isa}, steps of {chunk}");
+            }
+        }
+        // A backend that reads plain rows only gets them.
+        let reference: Arc<dyn Backend> = Arc::new(Reference::new());
+        assert_eq!(
+            logits(&packed, &reference, &tokens[..3], 128),
+            logits(&model, &best(), &tokens[..3], 128)
+        );
+        // Packing what is packed changes nothing, and the way back is exact.
+        let again = self::packed(&packed);
+        for ((a, b), original) in
+            packed.gguf().tensors().zip(again.gguf().tensors()).zip(model.gguf().tensors())
+        {
+            assert_eq!(a.region().unwrap().bytes(), b.region().unwrap().bytes());
+            assert_eq!(a.rows().unwrap(), original.rows().unwrap());
+        }
+        assert_eq!(packed.gguf().metadata().len(), again.gguf().metadata().len());
     }
 }
 

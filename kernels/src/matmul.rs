@@ -8,7 +8,7 @@
 //! Every quantised product holds one weight row in each of 16 lanes, so that sums need no reduction. Formats with kernels of
 //! their own ([`Interleaved`]) bring their blocks into that order by transposing words, or find them so in a packed file; the
 //! others are unpacked to their normal form ([`Unpacked`]) first. For a few tokens, codes go from the blocks straight into dot
-//! products (decode); for many, they are expanded once into a [`Tile`] (prefill). Which one runs never shows in the result.
+//! products (decode); for many, they are expanded once into a tile (prefill). Which one runs never shows in the result.
 
 #![allow(clippy::needless_range_loop, reason = "loops by index over vectors are what inlines; see `isa`")]
 

@@ -160,7 +160,22 @@ impl Writer {
     /// # Errors
     /// [`Error::Argument`] for a name that is not one or is there already, rows that are not whole blocks, or a size
     /// that does not fit in 63 bits.
-    pub fn tensor(&mut self, name: &str, dims: &[u64], format: Format, layout: Layout) -> Result<()> {
+    pub fn tensor(&mut self, name: &str, dims: &[u64], format: Format) -> Result<()> {
+        self.tensor_in(Layout::Rows, name, dims, format)
+    }
+
+    /// As [`Writer::tensor`], in a layout.
+    ///
+    /// # Errors
+    /// As there, and for a format that cannot be interleaved.
+    pub fn tensor_in(&mut self, layout: Layout, name: &str, dims: &[u64], format: Format) -> Result<()> {
+        if layout == Layout::Interleaved && !format.interleaves() {
+            return Err(Error::argument(
+                "interleaved GGUF tensor",
+                "a format that interleaves",
+                format.name(),
+            ));
+        }
         claim(&mut self.names, "GGUF tensor name", name, MAX_NAME_BYTES)?;
         let rows = dims.iter().skip(1).try_fold(1u64, |n, &dim| n.checked_mul(dim));
         let bytes = match (dims, rows) {
