@@ -14,7 +14,7 @@
 
 use crate::activation::{self, SUMS, padded};
 use crate::formats::{
-    Bytes, Format, Interleave, Interleaved, Layout, MAX_BLOCK_BYTES, Plain, Quantised, ROWS, Unpacked,
+    Bytes, Format, Interleave, Interleaved, Kind, Layout, MAX_BLOCK_BYTES, Plain, Quantised, ROWS, Unpacked,
 };
 use crate::isa::{Cpu, Isa, WithIsa};
 use crate::panel::PanelMut;
@@ -74,6 +74,50 @@ macro_rules! for_every_cpu {
 
 for_every_cpu! { interleaved<Interleaved> unpacked<Quantised> plain<Plain> }
 
+/// The loop that computes a product.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Loop {
+    /// Four rows by one or four tokens, lanes along k.
+    Plain,
+    /// Sixteen rows in lanes, codes straight from the blocks.
+    Direct,
+    /// Sixteen rows in lanes, expanded once for all tokens; twice as many where there are registers.
+    Tiles,
+}
+
+impl Loop {
+    /// Direct loops pay while a block meets no more tokens than registers hold.
+    const fn choose(format: Format, tokens: usize) -> Loop {
+        match format.kind() {
+            Kind::Float => Loop::Plain,
+            Kind::Quantised { .. } if format.interleaves() && tokens <= TILE_TOKENS => Loop::Direct,
+            Kind::Quantised { .. } => Loop::Tiles,
+        }
+    }
+}
+
+/// Which kernel computes a product with so many tokens, and why: a line for people.
+pub fn describe(cpu: Cpu, format: Format, layout: Layout, tokens: usize) -> impl core::fmt::Display {
+    struct Line(Cpu, Format, Layout, usize);
+    impl core::fmt::Display for Line {
+        fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+            let Line(cpu, format, layout, tokens) = *self;
+            let isa = cpu.name();
+            let source = match layout {
+                Layout::Interleaved => "rows interleaved in the file",
+                Layout::Rows if format.interleaves() => "rows interleaved on the way",
+                Layout::Rows => "blocks unpacked: the format has no kernel on interleaved rows",
+            };
+            match Loop::choose(format, tokens) {
+                Loop::Plain => write!(f, "{isa} plain: lanes along k, {} floats", format.name()),
+                Loop::Direct => write!(f, "{isa} direct: {source}; {tokens} <= {TILE_TOKENS} tokens"),
+                Loop::Tiles => write!(f, "{isa} tiles: {source}; expanded once for {tokens} tokens"),
+            }
+        }
+    }
+    Line(cpu, format, layout, tokens)
+}
+
 /// Computes a product of rows stored as `format`. Rows and tokens for which bytes or activations are missing are left
 /// alone; if `x` is not of the kind that the format wants, all are.
 pub fn matmul(cpu: Cpu, format: Format, product: MatMul<'_, '_>) {
@@ -124,11 +168,10 @@ fn interleaved<I: Isa, Q: Interleaved>(isa: I, product: MatMul<'_, '_>) {
     let Some(mut task) = Task::<Q>::new(product) else { return };
     isa.run(
         #[inline(always)]
-        || match task.tokens {
-            0 => {}
-            1 => decode::<I, Q, 1>(isa, &mut task),
-            2..=TILE_TOKENS => decode::<I, Q, TILE_TOKENS>(isa, &mut task),
-            _ => {
+        || match Loop::choose(Q::FORMAT, task.tokens) {
+            Loop::Direct if task.tokens == 1 => decode::<I, Q, 1>(isa, &mut task),
+            Loop::Direct => decode::<I, Q, TILE_TOKENS>(isa, &mut task),
+            Loop::Plain | Loop::Tiles => {
                 let mut near = Near::ZERO;
                 prefill::<I, Q>(
                     isa,

@@ -116,6 +116,20 @@ impl Backend for Cpu {
         Support::Native
     }
 
+    fn explain(&self, sig: &OpSig<'_>, tokens: u32) -> String {
+        let line = |weight| {
+            let t = sig.program.tensor(weight);
+            matmul::describe(self.isa, t.format, t.layout, tokens as usize).to_string()
+        };
+        let mut lines: Vec<String> = match sig.op {
+            Op::MatMul { parts, .. } => parts.iter().map(|part| line(part.weight)).collect(),
+            Op::Experts { gate, .. } => vec![line(*gate)],
+            _ => vec![self.isa.name().into()],
+        };
+        lines.dedup();
+        lines.join(" | ")
+    }
+
     fn alloc(&self, bytes: u64, _: Usage) -> Result<Buffer> {
         memory::alloc(&self.caps.name, bytes, self.caps.memory_bytes)
     }

@@ -230,6 +230,11 @@ pub trait Backend: Send + Sync {
     /// Whether it can run an op. The answer may depend on formats and shapes, never on values.
     fn supports(&self, sig: &OpSig<'_>) -> Support;
 
+    /// Which kernel runs an op for so many tokens, and why: a line for people, or nothing.
+    fn explain(&self, _sig: &OpSig<'_>, _tokens: u32) -> String {
+        String::new()
+    }
+
     /// New memory, zeroed.
     ///
     /// # Errors

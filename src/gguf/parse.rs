@@ -608,7 +608,7 @@ impl<'a> Reader<'a> {
             _ => (Layout::Interleaved, id & !INTERLEAVED),
         };
         let unknown = |source| GgufError::TensorType { name: name.into(), source };
-        let format = Format::from_id(plain_id).map_err(unknown)?;
+        let format = Format::from_id(plain_id).map_err(|_| unknown(UnknownFormat::new(id)))?;
         if layout == Layout::Interleaved && !format.interleaves() {
             return Err(unknown(UnknownFormat::new(id)));
         }
