@@ -14,7 +14,8 @@
 
 use crate::activation::{self, SUMS, padded};
 use crate::formats::{
-    Bytes, Format, Interleave, Interleaved, Kind, Layout, MAX_BLOCK_BYTES, Plain, Quantised, ROWS, Unpacked,
+    Bytes, Format, Interleave, Interleaved, Kind, Layout, MAX_BLOCK_BYTES, Near, Plain, Quantised, ROWS,
+    Unpacked,
 };
 use crate::isa::{Cpu, Isa, WithIsa};
 use crate::panel::PanelMut;
@@ -172,7 +173,7 @@ fn interleaved<I: Isa, Q: Interleaved>(isa: I, product: MatMul<'_, '_>) {
             Loop::Direct if task.tokens == 1 => decode::<I, Q, 1>(isa, &mut task),
             Loop::Direct => decode::<I, Q, TILE_TOKENS>(isa, &mut task),
             Loop::Plain | Loop::Tiles => {
-                let mut near = Near::ZERO;
+                let mut near = Room::ZERO;
                 prefill::<I, Q>(
                     isa,
                     &mut task,
@@ -438,10 +439,10 @@ const BLOCKS: usize = CHUNK / 32;
 
 /// Room for the interleaved blocks of one chunk of any format.
 #[repr(C, align(64))]
-struct Near([u8; ROWS * BLOCKS * 34]);
+struct Room([u8; ROWS * BLOCKS * 34]);
 
-impl Near {
-    const ZERO: Near = Near([0; ROWS * BLOCKS * 34]);
+impl Room {
+    const ZERO: Room = Room([0; ROWS * BLOCKS * 34]);
 }
 
 /// The interleaved blocks of chunk `c` of sixteen rows: where they are, or in `near`.
@@ -451,7 +452,7 @@ fn lanes_of<'b, I: Isa, Q: Interleaved>(
     task: &Task<'b, '_, Q>,
     first: usize,
     c: usize,
-    near: &'b mut Near,
+    near: &'b mut Room,
 ) -> &'b [Q::Lanes] {
     let start = c * CHUNK / Q::LEN;
     let count = (CHUNK / Q::LEN).min(task.row_blocks - start);
@@ -459,21 +460,14 @@ fn lanes_of<'b, I: Isa, Q: Interleaved>(
         let group = &task.w[first * task.row_blocks..][..ROWS * task.row_blocks];
         return &Q::Lanes::cast(Q::bytes_of(group))[start..start + count];
     }
-    const { assert!(CHUNK / Q::LEN * size_of::<Q::Lanes>() <= size_of::<Near>()) };
+    const { assert!(CHUNK / Q::LEN * size_of::<Q::Lanes>() <= size_of::<Room>()) };
     let near = &mut Q::Lanes::cast_mut(&mut near.0)[..count];
     let stride = task.row_blocks * size_of::<Q>();
     let rows = task.w.get(first * task.row_blocks + start..).unwrap_or(&[]);
     if first + ROWS <= task.rows {
-        // As many bytes of the next rows, from their start on, as are read here of these: the CPU's own prefetcher follows
-        // one row, not sixteen.
-        let group = Q::bytes_of(&task.w[first * task.row_blocks..]);
-        let mut ahead = ROWS * (stride + start * size_of::<Q>());
         for pair in (0..count).step_by(2) {
             let end = (pair + 2).min(count);
-            for line in (0..(end - pair) * ROWS * size_of::<Q>()).step_by(64) {
-                isa.prefetch::<false>(group, ahead + line);
-            }
-            ahead += (end - pair) * ROWS * size_of::<Q>();
+            ask_ahead::<I, Q>(isa, task, first, start + pair, end - pair);
             Q::Lanes::interleave(isa, Q::bytes_of(&rows[pair..]), stride, &mut near[pair..end]);
         }
         return near;
@@ -489,22 +483,76 @@ fn lanes_of<'b, I: Isa, Q: Interleaved>(
     near
 }
 
+/// Asks for as many bytes of the next sixteen rows, from their start on, as `count` blocks of these have from number `start` on:
+/// the CPU's own prefetcher follows one row, not sixteen.
+#[inline(always)]
+fn ask_ahead<I: Isa, Q: Quantised>(isa: I, task: &Task<'_, '_, Q>, first: usize, start: usize, count: usize) {
+    let group = Q::bytes_of(task.w.get(first * task.row_blocks..).unwrap_or(&[]));
+    let ahead = ROWS * (task.row_blocks + start) * size_of::<Q>();
+    for line in (0..count * ROWS * size_of::<Q>()).step_by(64) {
+        isa.prefetch::<false>(group, ahead + line);
+    }
+}
+
+/// One short block of each row, in registers.
+#[derive(Clone, Copy)]
+struct Transposed<I: Isa>(Near<I>);
+
+impl<I: Isa, Q: Interleaved> Source<I, Q> for Transposed<I> {
+    #[inline(always)]
+    fn code(self, isa: I, _: usize, k: usize) -> I::I {
+        Q::code(isa, &self.0, 0, k)
+    }
+    #[inline(always)]
+    fn d(self, isa: I, _: usize) -> I::F {
+        Q::d(isa, &self.0)
+    }
+    #[inline(always)]
+    fn m(self, isa: I, _: usize) -> I::F {
+        Q::m(isa, &self.0)
+    }
+    /// Short blocks have no sub-scales.
+    fn sub(self, isa: I, _: usize) -> I::I {
+        isa.splat_i(0)
+    }
+    /// Short blocks have no factors of a minimum.
+    fn mins(self, isa: I, _: usize) -> I::I {
+        isa.splat_i(0)
+    }
+}
+
 /// A few tokens: codes go from the blocks into dot products.
 #[inline(always)]
 fn decode<I: Isa, Q: Interleaved, const T: usize>(isa: I, task: &mut Task<'_, '_, Q>) {
-    let mut near = Near::ZERO;
+    let mut near = Room::ZERO;
     let (mut subs, mut mins) = ([[0; 64]; 4], [[0; 64]; 4]);
     for first in (0..task.rows).step_by(ROWS) {
         let mut acc = [[isa.splat(0.0); 1]; T];
         for c in 0..task.chunks() {
-            let lanes = lanes_of::<I, Q>(isa, task, first, c, &mut near);
-            store_subs::<I, Q>(isa, lanes, &mut subs, &mut mins);
-            let source = Direct::<Q> { lanes, subs: &subs, mins: &mins };
             let mut x = [XChunk::new(task, 0, c); T];
             for t in 1..T {
                 x[t] = XChunk::new(task, t.min(task.tokens - 1), c);
             }
-            dot::<I, Q, _, 1, T>(isa, [source], &x, lanes.len() * Q::LEN, &mut acc);
+            let starts = starts::<I, Q, T>(isa, &x);
+            if let (Some((head, words)), Layout::Rows) = (Q::Lanes::SHORT, task.layout)
+                && first + ROWS <= task.rows
+            {
+                // Short blocks of plain rows are transposed in registers.
+                let stride = task.row_blocks * size_of::<Q>();
+                let count = BLOCKS.min(task.row_blocks - c * BLOCKS);
+                for part in 0..count {
+                    let block = first * task.row_blocks + c * BLOCKS + part;
+                    let rows = Q::bytes_of(task.w.get(block..).unwrap_or(&[]));
+                    ask_ahead::<I, Q>(isa, task, first, c * BLOCKS + part, 1);
+                    let source = Transposed::<I>(Near::new(isa, rows, stride, head, words));
+                    dot::<I, Q, _, 1, T>(isa, [source], &x, &starts, part..part + 1, &mut acc);
+                }
+                continue;
+            }
+            let lanes = lanes_of::<I, Q>(isa, task, first, c, &mut near);
+            store_subs::<I, Q>(isa, lanes, &mut subs, &mut mins);
+            let source = Direct::<Q> { lanes, subs: &subs, mins: &mins };
+            dot::<I, Q, _, 1, T>(isa, [source], &x, &starts, 0..lanes.len() * Q::LEN / 32, &mut acc);
         }
         for t in 0..task.tokens.min(T) {
             let mut lanes = [0.0; ROWS];
@@ -609,7 +657,7 @@ fn tile_tokens<I: Isa, Q: Quantised, const G: usize, const T: usize>(
         }
     }
     let len = (task.x.k - c * CHUNK).min(CHUNK);
-    dot::<I, Q, _, G, T>(isa, sources, &x, len, &mut acc);
+    dot::<I, Q, _, G, T>(isa, sources, &x, &starts::<I, Q, T>(isa, &x), 0..len / 32, &mut acc);
     for t in 0..T {
         for g in 0..G {
             isa.store(acc[t][g], &mut sums[t][g]);
@@ -617,29 +665,44 @@ fn tile_tokens<I: Isa, Q: Quantised, const G: usize, const T: usize>(
     }
 }
 
-/// Adds the dots of the first `len` values of `G` times sixteen rows with `T` tokens to `acc`.
+/// Values of one integer accumulation.
+const fn step<Q: Quantised>() -> usize {
+    if Q::GROUP == 16 || Q::GROUP == CHUNK && Q::SUB == 16 { 16 } else { 32 }
+}
+
+/// How much code bytes stand above codes.
+const fn bias<I: Isa, Q: Quantised>() -> i32 {
+    if Q::SIGNED { I::SIGNED_BIAS } else { Q::OFFSET }
+}
+
+/// What the integer accumulations of a chunk start from: what takes the bias out again.
+#[inline(always)]
+fn starts<I: Isa, Q: Quantised, const T: usize>(isa: I, x: &[XChunk<'_>; T]) -> [[i32; 16]; T] {
+    let mut starts = [[0; 16]; T];
+    if bias::<I, Q>() != 0 {
+        for t in 0..T {
+            starts[t] = x[t].sums(isa, step::<Q>(), -bias::<I, Q>());
+        }
+    }
+    starts
+}
+
+/// Adds the dots of some parts of 32 values of `G` times sixteen rows with `T` tokens to `acc`.
 #[inline(always)]
 fn dot<I: Isa, Q: Quantised, S: Source<I, Q>, const G: usize, const T: usize>(
     isa: I,
     w: [S; G],
     x: &[XChunk<'_>; T],
-    len: usize,
+    starts: &[[i32; 16]; T],
+    parts: core::ops::Range<usize>,
     acc: &mut [[I::F; G]; T],
 ) {
     let whole = Q::GROUP == CHUNK;
-    // Values of one integer accumulation.
-    let step = if Q::GROUP == 16 || whole && Q::SUB == 16 { 16 } else { 32 };
-    // Code bytes stand this much above codes.
-    let bias = if Q::SIGNED { I::SIGNED_BIAS } else { Q::OFFSET };
-    let mut starts = [[0; 16]; T];
-    if bias != 0 {
-        for t in 0..T {
-            starts[t] = x[t].sums(isa, step, -bias);
-        }
-    }
+    let step = step::<Q>();
+    let bias = bias::<I, Q>();
     let zero = isa.splat_i(0);
     let mut sums = [[zero; G]; T];
-    for part in 0..len / 32 {
+    for part in parts {
         for piece in 0..32 / step {
             let s = part * (32 / step) + piece;
             let mut dots = [[zero; G]; T];

@@ -58,7 +58,7 @@ pub use iq3_s::IQ3_S;
 pub use iq3_xxs::IQ3_XXS;
 pub use iq4_nl::{IQ4_NL, IQ4_VALUES};
 pub use iq4_xs::IQ4_XS;
-pub use lanes::{Interleave, Lanes, Layout, ROWS};
+pub use lanes::{Interleave, Lanes, Layout, Near, ROWS, Words};
 pub use mxfp4::{E2M1_DOUBLED, E8M0, MXFP4};
 pub use nvfp4::{NVFP4, UE4M3};
 pub use plain::{BF16, F16, F32, F64, I8, I16, I32, I64};
@@ -135,23 +135,23 @@ pub trait Interleaved: Quantised {
 
     /// The code bytes of values `32 part + 4 k` to `32 part + 4 k + 3`, `k` < 8, of each row: codes plus
     /// [`Quantised::OFFSET`], or, if they are signed, made so by [`Isa::signed`].
-    fn code<I: Isa>(isa: I, lanes: &Self::Lanes, part: usize, k: usize) -> I::I;
+    fn code<I: Isa>(isa: I, lanes: &impl Words<I>, part: usize, k: usize) -> I::I;
 
     /// The scale of each row.
-    fn d<I: Isa>(isa: I, lanes: &Self::Lanes) -> I::F;
+    fn d<I: Isa>(isa: I, lanes: &impl Words<I>) -> I::F;
 
     /// The minimum of each row, with the sign with which it is added.
-    fn m<I: Isa>(isa: I, _lanes: &Self::Lanes) -> I::F {
+    fn m<I: Isa>(isa: I, _lanes: &impl Words<I>) -> I::F {
         isa.splat(0.0)
     }
 
     /// The integer sub-scales, one a byte, four to a word in order, signed.
-    fn subs<I: Isa>(isa: I, _lanes: &Self::Lanes) -> [I::I; 4] {
+    fn subs<I: Isa>(isa: I, _lanes: &impl Words<I>) -> [I::I; 4] {
         [isa.splat_i(0); 4]
     }
 
     /// The integer factors of the minimum, one for each [`Quantised::SUB`] values, laid out as [`Interleaved::subs`].
-    fn mins<I: Isa>(isa: I, _lanes: &Self::Lanes) -> [I::I; 4] {
+    fn mins<I: Isa>(isa: I, _lanes: &impl Words<I>) -> [I::I; 4] {
         [isa.splat_i(0); 4]
     }
 }
