@@ -11,9 +11,6 @@ use crate::isa::Isa;
 /// Rows that are interleaved.
 pub const ROWS: usize = 16;
 
-/// Most words of a pair of short blocks: those of Q8_0.
-const PAIR_WORDS: usize = 17;
-
 /// How the rows of a matrix lie in memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum Layout {
@@ -73,35 +70,7 @@ impl<const HEAD: usize, const WORDS: usize, const TAIL: usize> Interleave for La
     fn interleave<I: Isa>(isa: I, rows: &[u8], stride: usize, out: &mut [Self]) {
         const { assert!(WORDS >= 4) };
         let bytes = HEAD + 4 * WORDS + TAIL;
-        let mut first = 0;
-        if HEAD == 2 && TAIL == 0 {
-            // Two blocks are whole words; those of the second one stand across them.
-            while first + 2 <= out.len() {
-                let mut words = [[0; 4 * ROWS]; PAIR_WORDS];
-                for quad in 0..(1 + 2 * WORDS).div_ceil(4) {
-                    // The last four words may overlap the four before them.
-                    let at = (4 * quad).min(2 * WORDS - 3);
-                    let four = isa.transpose(rows.get(first * bytes + 4 * at..).unwrap_or(&[]), stride);
-                    for i in 0..4 {
-                        isa.store_words(four[i], &mut words[at + i]);
-                    }
-                }
-                if let Some(heads) = out[first].heads_mut() {
-                    isa.store_u16(isa.load_words(&words[0]), heads);
-                }
-                if let Some(heads) = out[first + 1].heads_mut() {
-                    isa.store_u16(isa.shr_by(isa.load_words(&words[WORDS]), 16), heads);
-                }
-                for w in 0..WORDS {
-                    let low = isa.shr_by(isa.load_words(&words[w]), 16);
-                    let high = isa.shl_by(isa.load_words(&words[w + 1]), 16);
-                    isa.store_words(isa.or_i(low, high), &mut out[first].words[w]);
-                    out[first + 1].words[w] = words[1 + WORDS + w];
-                }
-                first += 2;
-            }
-        }
-        for (i, out) in out.iter_mut().enumerate().skip(first) {
+        for (i, out) in out.iter_mut().enumerate() {
             let rows = rows.get(i * bytes..).unwrap_or(&[]);
             for quad in 0..WORDS.div_ceil(4) {
                 // The last four words may overlap the four before them.
@@ -150,15 +119,6 @@ impl<const HEAD: usize, const WORDS: usize, const TAIL: usize> Interleave for La
     #[inline(always)]
     fn tail_u16(&self) -> [u16; ROWS] {
         u16s(&self.tail)
-    }
-}
-
-impl<const HEAD: usize, const WORDS: usize, const TAIL: usize> Lanes<HEAD, WORDS, TAIL> {
-    /// The heads, if they have two bytes.
-    #[inline(always)]
-    fn heads_mut(&mut self) -> Option<&mut [[u8; 2]; ROWS]> {
-        let heads = <[[u8; HEAD]; ROWS]>::bytes_of_mut(core::slice::from_mut(&mut self.head));
-        heads.as_chunks_mut().0.first_chunk_mut()
     }
 }
 

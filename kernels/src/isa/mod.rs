@@ -96,8 +96,6 @@ pub trait Isa: Copy + Send + Sync + 'static {
     fn load_words(self, x: &[u8; 64]) -> Self::I;
     /// Lanes to memory, four bytes each.
     fn store_words(self, x: Self::I, out: &mut [u8; 64]);
-    /// The low half of each lane to memory, little-endian.
-    fn store_u16(self, x: Self::I, out: &mut [[u8; 2]; 16]);
     /// Four words of each of sixteen rows that start `stride` bytes apart, transposed: word `w` of row `r` in lane `r` of
     /// result `w`. Zeros if not all of them are there.
     fn transpose(self, rows: &[u8], stride: usize) -> [Self::I; 4];
@@ -284,10 +282,6 @@ impl Isa for Scalar {
         for (word, lane) in out.as_chunks_mut::<4>().0.iter_mut().zip(x) {
             *word = lane.to_le_bytes();
         }
-    }
-    #[inline(always)]
-    fn store_u16(self, x: Self::I, out: &mut [[u8; 2]; 16]) {
-        *out = map1(x, |x| (x as u16).to_le_bytes());
     }
     #[inline(always)]
     fn transpose(self, rows: &[u8], stride: usize) -> [Self::I; 4] {

@@ -180,10 +180,6 @@ impl<const DOT: bool> Isa for Neon<DOT> {
         each!(i => vst1q_u8(out.as_mut_ptr().add(16 * i), vreinterpretq_u8_s32(x[i])));
     }
     #[inline(always)]
-    fn store_u16(self, x: Self::I, out: &mut [[u8; 2]; 16]) {
-        each!(i => vst1_u8(out.as_flattened_mut()[8 * i..].as_mut_ptr(), vreinterpret_u8_s16(vmovn_s32(x[i]))));
-    }
-    #[inline(always)]
     fn transpose(self, rows: &[u8], stride: usize) -> [Self::I; 4] {
         let Some(rows) = sixteen(rows, stride) else { return [self.splat_i(0); 4] };
         let quads = each!(i => {

@@ -201,14 +201,6 @@ impl Isa for Avx2 {
         })
     }
     #[inline(always)]
-    fn store_u16(self, x: Self::I, out: &mut [[u8; 2]; 16]) {
-        op!({
-            let low = pair(x, |x| _mm256_and_si256(x, _mm256_set1_epi32(0xffff)));
-            let halves = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packus_epi32(low[0], low[1]));
-            _mm256_storeu_si256(out.as_mut_ptr().cast(), halves);
-        })
-    }
-    #[inline(always)]
     fn transpose(self, rows: &[u8], stride: usize) -> [Self::I; 4] {
         let Some(rows) = sixteen(rows, stride) else { return [self.splat_i(0); 4] };
         let stride = opaque(stride);
@@ -457,10 +449,6 @@ impl Isa for Avx512 {
     #[inline(always)]
     fn store_words(self, x: Self::I, out: &mut [u8; 64]) {
         op!(_mm512_storeu_si512(out.as_mut_ptr().cast(), x))
-    }
-    #[inline(always)]
-    fn store_u16(self, x: Self::I, out: &mut [[u8; 2]; 16]) {
-        op!(_mm256_storeu_si256(out.as_mut_ptr().cast(), _mm512_cvtepi32_epi16(x)))
     }
     #[inline(always)]
     fn transpose(self, rows: &[u8], stride: usize) -> [Self::I; 4] {
