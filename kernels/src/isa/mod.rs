@@ -39,6 +39,15 @@ pub trait Isa: Copy + Send + Sync + 'static {
     fn round_f16(self, x: Self::F) -> Self::F;
     /// Lanes from bfloat16, exactly.
     fn load_bf16(self, x: &[u16; 16]) -> Self::F;
+    /// Lanes from signed bytes.
+    #[inline(always)]
+    fn load_i8(self, x: &[i8; 16]) -> Self::F {
+        let mut lanes = [0.0; 16];
+        for i in 0..16 {
+            lanes[i] = f32::from(x[i]);
+        }
+        self.load(&lanes)
+    }
     /// Lanes to memory.
     fn store(self, x: Self::F, out: &mut [f32; 16]);
     /// `a + b`.

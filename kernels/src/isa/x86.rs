@@ -87,6 +87,14 @@ impl Isa for Avx2 {
         op!([_mm256_cvtph_ps(_mm_loadu_si128(p)), _mm256_cvtph_ps(_mm_loadu_si128(p.add(1)))])
     }
     #[inline(always)]
+    fn load_i8(self, x: &[i8; 16]) -> Self::F {
+        let p = x.as_ptr().cast::<__m128i>();
+        op!({
+            let x = _mm_loadu_si128(p);
+            pair([x, _mm_unpackhi_epi64(x, x)], |x| _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(x)))
+        })
+    }
+    #[inline(always)]
     fn round_f16(self, x: Self::F) -> Self::F {
         op!(pair(x, |x| _mm256_cvtph_ps(_mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x))))
     }
@@ -360,6 +368,10 @@ impl Isa for Avx512 {
     #[inline(always)]
     fn load_f16(self, x: &[u16; 16]) -> Self::F {
         op!(_mm512_cvtph_ps(_mm256_loadu_si256(x.as_ptr().cast())))
+    }
+    #[inline(always)]
+    fn load_i8(self, x: &[i8; 16]) -> Self::F {
+        op!(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(x.as_ptr().cast()))))
     }
     #[inline(always)]
     fn round_f16(self, x: Self::F) -> Self::F {
