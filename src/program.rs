@@ -87,7 +87,8 @@ impl State {
     /// `[kv_heads][key_dim / 32][position]`, then of the values `[kv_heads][value_dim / 32][position]`, half precision.
     pub fn page_bytes(&self) -> u64 {
         let elements = u64::from(self.kv_heads) * (u64::from(self.key_dim) + u64::from(self.value_dim));
-        elements * u64::from(PAGE_POSITIONS) / self.format.block_len() as u64 * self.format.block_bytes() as u64
+        elements * u64::from(PAGE_POSITIONS) / self.format.block_len() as u64
+            * self.format.block_bytes() as u64
     }
 }
 

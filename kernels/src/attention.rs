@@ -309,11 +309,10 @@ fn attend_rows<I: Isa, T: Element, const N: usize>(
             p_at[r] = r * CHUNK + valid[r].0;
         }
 
-        p[..n].fill([0.0; CHUNK]);
         for d in (0..key_dim).step_by(CHUNK) {
             let tile = &mut tile[..(key_dim - d).min(CHUNK)];
             keys(isa, page, a.shape, a.kv_head * key_dim + d, tile);
-            products(isa, &a.q[d..], &q_at[..n], tile, all.1.div_ceil(16), &mut p);
+            products(isa, &a.q[d..], &q_at[..n], tile, all.1.div_ceil(16), d == 0, &mut p);
         }
         // Weights of what is kept of the output so far, and of what is added.
         let (mut old, mut new, mut chunk_sum) = ([0.0; N], [0.0; N], [0.0; N]);
@@ -329,7 +328,7 @@ fn attend_rows<I: Isa, T: Element, const N: usize>(
         }
         for weights in [&mut old, &mut new] {
             for x in weights[..n.next_multiple_of(16)].as_chunks_mut::<16>().0 {
-                isa.store(math::exp(isa, isa.load(x)), x);
+                isa.store(math::exp_falling(isa, isa.load(x)), x);
             }
         }
         for r in 0..n {
@@ -341,15 +340,14 @@ fn attend_rows<I: Isa, T: Element, const N: usize>(
         for d in (0..value_dim).step_by(CHUNK) {
             let width = (value_dim - d).min(CHUNK);
             values(isa, page, a.shape, a.kv_head, d..d + width, all, &mut tile);
-            added[..n].fill([0.0; CHUNK]);
             let mut r = 0;
             while r < n {
                 let (low, high) = valid[r];
                 let same = valid[r..n].iter().take_while(|&&v| v == (low, high)).count();
                 if low < high {
-                    let rows = r..r + same;
-                    let runs = width.div_ceil(16);
-                    products(isa, p.as_flattened(), &p_at[rows.clone()], &tile[low..high], runs, &mut added[rows]);
+                    let (at, out) = (&p_at[r..r + same], &mut added[r..r + same]);
+                    let (p, b) = (p.as_flattened(), &tile[low..high]);
+                    products(isa, p, at, b, width.div_ceil(16), true, out);
                 }
                 r += same;
             }
@@ -434,8 +432,8 @@ fn values<I: Isa, T: Element>(
     }
 }
 
-/// Adds to each row of `out` the product of a row of `a`, which starts at its place of `at`, with `b`; in order of the rows of
-/// `b`. What is in `out` after so many runs of sixteen columns is arbitrary.
+/// Adds to each row of `out`, or to zeros if it is `fresh`, the product of a row of `a`, which starts at its place of `at`, with
+/// `b`; in order of the rows of `b`. What is in `out` after so many runs of sixteen columns is arbitrary.
 #[inline(always)]
 fn products<I: Isa>(
     isa: I,
@@ -443,6 +441,7 @@ fn products<I: Isa>(
     at: &[usize],
     b: &[[f32; CHUNK]],
     runs: usize,
+    fresh: bool,
     out: &mut [[f32; CHUNK]],
 ) {
     let wide = I::WIDE_TILES && runs > 2;
@@ -450,11 +449,11 @@ fn products<I: Isa>(
     while r < at.len() {
         let (at, out) = (&at[r..], &mut out[r..]);
         r += match (at.len(), wide) {
-            (4.., true) => product::<I, 4, 4>(isa, a, at, b, runs, out),
-            (4.., false) => product::<I, 4, 1>(isa, a, at, b, runs, out),
-            (2.., true) => product::<I, 2, 4>(isa, a, at, b, runs, out),
-            (2.., false) => product::<I, 2, 2>(isa, a, at, b, runs, out),
-            _ => product::<I, 1, 4>(isa, a, at, b, runs, out),
+            (4.., true) => product::<I, 4, 4>(isa, a, at, b, runs, fresh, out),
+            (4.., false) => product::<I, 4, 1>(isa, a, at, b, runs, fresh, out),
+            (2.., true) => product::<I, 2, 4>(isa, a, at, b, runs, fresh, out),
+            (2.., false) => product::<I, 2, 2>(isa, a, at, b, runs, fresh, out),
+            _ => product::<I, 1, 4>(isa, a, at, b, runs, fresh, out),
         };
     }
 }
@@ -467,6 +466,7 @@ fn product<I: Isa, const N: usize, const R: usize>(
     at: &[usize],
     b: &[[f32; CHUNK]],
     runs: usize,
+    fresh: bool,
     out: &mut [[f32; CHUNK]],
 ) -> usize {
     let mut rows: [&[f32]; N] = [&[]; N];
@@ -477,7 +477,9 @@ fn product<I: Isa, const N: usize, const R: usize>(
         let mut acc = [[isa.splat(0.0); R]; N];
         for h in 0..N {
             for run in 0..R {
-                acc[h][run] = isa.load(&out[h].as_chunks::<16>().0[first + run]);
+                if !fresh {
+                    acc[h][run] = isa.load(&out[h].as_chunks::<16>().0[first + run]);
+                }
             }
         }
         for (k, b) in b.iter().enumerate() {
@@ -520,14 +522,7 @@ fn score<I: Isa>(
     for run in p.as_chunks::<16>().0 {
         max = isa.max(isa.load(run), max);
     }
-    let mut lanes = [0.0; 16];
-    isa.store(max, &mut lanes);
-    for half in [8, 4, 2, 1] {
-        for i in 0..half {
-            lanes[i] = if lanes[i] > lanes[i + half] { lanes[i] } else { lanes[i + half] };
-        }
-    }
-    lanes[0]
+    isa.largest(max)
 }
 
 /// Turns scores into `exp(score - max)`, which is zero for minus infinity, and returns their sum.
@@ -535,7 +530,7 @@ fn score<I: Isa>(
 fn probabilities<I: Isa>(isa: I, p: &mut [f32; CHUNK], max: f32) -> f32 {
     let mut acc = isa.splat(0.0);
     for run in p.as_chunks_mut::<16>().0 {
-        let x = math::exp(isa, isa.sub(isa.load(run), isa.splat(max)));
+        let x = math::exp_falling(isa, isa.sub(isa.load(run), isa.splat(max)));
         isa.store(x, run);
         acc = isa.add(acc, x);
     }

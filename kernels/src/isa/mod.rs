@@ -69,6 +69,18 @@ pub trait Isa: Copy + Send + Sync + 'static {
     /// The sum of all lanes by a fixed tree: lanes i and i + 8, then i and i + 4, i + 2, i + 1.
     fn sum(self, x: Self::F) -> f32;
 
+    /// The largest lane; none may be NaN.
+    #[inline(always)]
+    fn largest(self, x: Self::F) -> f32 {
+        let mut lanes = [0.0; 16];
+        self.store(x, &mut lanes);
+        let mut max = lanes[0];
+        for lane in lanes {
+            max = if lane > max { lane } else { max };
+        }
+        max
+    }
+
     /// `a * b + c` of single numbers, rounded once.
     fn fma_one(self, a: f32, b: f32, c: f32) -> f32;
 

@@ -153,6 +153,10 @@ impl Isa for Avx2 {
         op!(sum8(_mm256_add_ps(x[0], x[1])))
     }
     #[inline(always)]
+    fn largest(self, x: Self::F) -> f32 {
+        op!(largest8(_mm256_max_ps(x[0], x[1])))
+    }
+    #[inline(always)]
     fn fma_one(self, a: f32, b: f32, c: f32) -> f32 {
         op!(_mm_cvtss_f32(_mm_fmadd_ss(_mm_set_ss(a), _mm_set_ss(b), _mm_set_ss(c))))
     }
@@ -334,6 +338,14 @@ fn dot_bytes<const SIGNED: bool>(acc: __m256i, codes: __m256i, x: __m256i) -> __
 
 #[inline]
 #[target_feature(enable = "avx2")]
+fn largest8(x: __m256) -> f32 {
+    let x = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
+    let x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+    _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)))
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
 fn sum8(x: __m256) -> f32 {
     let x = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
     let x = _mm_add_ps(x, _mm_movehl_ps(x, x));
@@ -423,6 +435,10 @@ impl Isa for Avx512 {
     #[inline(always)]
     fn sum(self, x: Self::F) -> f32 {
         op!(sum8(_mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps::<1>(x))))
+    }
+    #[inline(always)]
+    fn largest(self, x: Self::F) -> f32 {
+        op!(largest8(_mm256_max_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps::<1>(x))))
     }
     #[inline(always)]
     fn fma_one(self, a: f32, b: f32, c: f32) -> f32 {
