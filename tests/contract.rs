@@ -57,7 +57,6 @@ fn session_in(kv_format: Format, model: &Arc<Model>, backend: &Arc<dyn Backend>,
         batch: 128,
         outputs: 128,
         taps: taps.iter().map(|t| t.to_string()).collect(),
-        ..Default::default()
     };
     Session::new(model, backend, &options, &mut |_| {}).unwrap()
 }
@@ -182,11 +181,11 @@ fn the_cpu_gives_the_bits_of_the_reference() {
 
 #[test]
 fn a_cache_of_any_format_gives_the_same_bits_and_stays_close_to_single_precision() {
-    let model = Arc::new(Model::open(&repository().join("models/austen/halite-austen.gguf")).unwrap());
+    let model = Arc::new(Model::open(repository().join("models/austen/halite-austen.gguf")).unwrap());
     let tokens = tokens(&model);
     let reference: Arc<dyn Backend> = Arc::new(Reference::new());
     let exact = logits_in(Format::F32, &model, &best(), &tokens, 128);
-    for (format, bound) in [(Format::F32, 0.0), (Format::F16, 1e-5), (Format::Q8_0, 2e-3)] {
+    for (format, bound) in [(Format::F32, 0.0), (Format::F16, 1e-4), (Format::Q8_0, 3e-4)] {
         let want = logits_in(format, &model, &best(), &tokens, 128);
         for isa in Isa::NAMES.iter().filter(|isa| Isa::from_name(isa).is_some()) {
             for (threads, chunk) in [(1, 128), (1, 5), (3, 1), (3, 20)] {
