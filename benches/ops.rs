@@ -43,21 +43,28 @@ fn attention(c: &mut Criterion) {
             let single: Vec<f32> = values(half.len());
             let table: Vec<u32> = (0..pages as u32).collect();
             let (q, mut out) = (values(heads * HEAD), vec![0.0; heads * HEAD]);
-            for (name, pages, bytes) in
-                [("F16", Pages::F16(&half), 2 * half.len()), ("F32", Pages::F32(&single), 4 * single.len())]
-            {
+            let codes: Vec<i8> = (0..pages * shape.q8_0_bytes()).map(|i| (i % 60) as i8).collect();
+            for (name, pages, bytes) in [
+                ("F32", Pages::F32(&single), 4 * single.len()),
+                ("F16", Pages::F16(&half), 2 * half.len()),
+                ("Q8_0", Pages::Q8_0(&codes), codes.len()),
+            ] {
                 group.throughput(Throughput::Bytes(bytes as u64));
                 group.bench_function(format!("{name}/{depth}"), |b| {
                     b.iter(|| {
                         cpu.run(Attend {
                             q: &q,
+                            q_stride: q.len(),
                             out: &mut out,
+                            out_stride: heads * HEAD,
+                            tokens: 1,
+                            heads,
                             pages,
                             shape,
                             table: &table,
                             kv_head: 0,
-                            first: 0,
-                            end: depth,
+                            position: depth - 1,
+                            window: None,
                             scale: 0.09,
                             softcap: None,
                             sinks: None,

@@ -567,10 +567,14 @@ fn rows(cases: &mut Cases) {
 }
 
 fn attention(cases: &mut Cases) {
-    for format in [Format::F32, Format::F16] {
+    for format in [Format::F32, Format::F16, Format::Q8_0] {
         for (heads, kv_heads, key_dim, value_dim) in
-            [(1, 1, 16, 16), (4, 1, 64, 64), (6, 2, 80, 48), (2, 2, 7, 130)]
+            [(1, 1, 16, 16), (4, 1, 64, 64), (6, 2, 80, 48), (2, 2, 7, 130), (6, 3, 96, 32), (10, 1, 32, 160)]
         {
+            let block = format.block_len() as u32;
+            if key_dim % block != 0 || value_dim % block != 0 {
+                continue;
+            }
             for (window, softcap, sinks) in
                 [(None, None, false), (Some(5), None, false), (Some(70), Some(2.0), true)]
             {

@@ -7,7 +7,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use halite_kernels::activation::{Activation, PADDING, Quantise, Quantised, QuantisedMut, SUMS, padded};
-use halite_kernels::attention::Attend;
+use halite_kernels::attention::{Attend, ROWS};
 use halite_kernels::formats::Kind;
 use halite_kernels::isa::Cpu as Isa;
 use halite_kernels::matmul::{self, MatMul, X};
@@ -494,31 +494,46 @@ impl Kernels for CpuKernels {
     }
 
     fn attend(&mut self, a: &AttendArgs<'_>, out: &mut [f32]) {
-        let shape = a.shape;
-        let tokens = out.len() / (a.heads * shape.value_dim);
+        let (shape, threads) = (a.shape, self.pool.threads());
         let group = a.heads / shape.kv_heads;
-        // A task is the heads that share keys, or as many of them as leave work for every thread.
-        let tasks = |per_task: usize| tokens * (a.heads / per_task);
-        let fits = |n: &usize| group.is_multiple_of(*n) && tasks(*n) >= self.pool.threads();
-        let per_task = (1..=group).rev().find(fits).unwrap_or(1);
-        self.pool.rows(out, per_task * shape.value_dim, 1, &|task, out| {
-            let head = task * per_task;
-            let (t, h) = (head / a.heads, head % a.heads);
-            let (table, position) = a.tokens.place(t);
-            let end = position as usize + 1;
-            self.isa.run(Attend {
-                q: &a.q[head * shape.key_dim..][..per_task * shape.key_dim],
-                out,
-                pages: a.pages,
-                shape,
-                table,
-                kv_head: h / group,
-                first: a.window.map_or(0, |w| end.saturating_sub(w as usize)),
-                end,
-                scale: a.scale,
-                softcap: a.softcap,
-                sinks: a.sinks.map(|s| &s[h..h + per_task]),
-            });
+        let tokens = out.len() / (a.heads * shape.value_dim);
+        // A task is some tokens with all heads if every thread gets several such; else the heads of one token that share
+        // keys, or as many of them as leave work for every thread.
+        let (heads, grain) = if tokens >= 4 * threads {
+            (a.heads, (tokens / (4 * threads)).min((ROWS / group).max(1)))
+        } else {
+            let fits = |n: &usize| group.is_multiple_of(*n) && tokens * (a.heads / n) >= threads;
+            ((1..=group).rev().find(fits).unwrap_or(1), 1)
+        };
+        let (q_cols, cols) = (a.heads * shape.key_dim, heads * shape.value_dim);
+        self.pool.rows(out, cols, grain, &|first, out| {
+            let (token, head) = (first * heads / a.heads, first * heads % a.heads);
+            let spans = &a.tokens.span[token..token + out.len() / cols];
+            let mut done = 0;
+            for span in spans.chunk_by(|a, b| a == b) {
+                let token = token + done;
+                let (table, position) = a.tokens.place(token);
+                for h in (head..head + heads).step_by(group.min(heads)) {
+                    self.isa.run(Attend {
+                        q: &a.q[token * q_cols + h * shape.key_dim..],
+                        q_stride: q_cols,
+                        out: &mut out[done * cols + (h - head) * shape.value_dim..],
+                        out_stride: cols,
+                        tokens: span.len(),
+                        heads: group.min(heads),
+                        pages: a.pages,
+                        shape,
+                        table,
+                        kv_head: h / group,
+                        position: position as usize,
+                        window: a.window,
+                        scale: a.scale,
+                        softcap: a.softcap,
+                        sinks: a.sinks.map(|s| &s[h..h + group.min(heads)]),
+                    });
+                }
+                done += span.len();
+            }
         });
     }
 

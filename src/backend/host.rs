@@ -648,6 +648,7 @@ fn compute<K: Kernels>(
             let mut guard = write_guard(&memory.backend, bound(b.states, state.0, "states")?)?;
             let mut pages = match description.format {
                 Format::F16 => PagesMut::F16(bytemuck::cast_slice_mut(&mut guard)),
+                Format::Q8_0 => PagesMut::Q8_0(bytemuck::cast_slice_mut(&mut guard)),
                 _ => PagesMut::F32(bytemuck::cast_slice_mut(&mut guard)),
             };
             for (t, (k, v)) in k.chunks_exact(k_cols).zip(v.chunks_exact(v_cols)).enumerate() {
@@ -664,6 +665,7 @@ fn compute<K: Kernels>(
             let guard = read_guard(&memory.backend, bound(b.states, state.0, "states")?)?;
             let pages = match description.format {
                 Format::F16 => Pages::F16(bytemuck::try_cast_slice(guard.bytes()).unwrap_or(&[])),
+                Format::Q8_0 => Pages::Q8_0(bytemuck::try_cast_slice(guard.bytes()).unwrap_or(&[])),
                 _ => Pages::F32(bytemuck::try_cast_slice(guard.bytes()).unwrap_or(&[])),
             };
             let args = AttendArgs {

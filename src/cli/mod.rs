@@ -98,6 +98,8 @@ struct BackendArgs {
 enum KvFormat {
     F16,
     F32,
+    #[value(name = "q8_0")]
+    Q8_0,
 }
 
 impl BackendArgs {
@@ -118,6 +120,7 @@ impl KvFormat {
         let kv_format = match self {
             KvFormat::F16 => Format::F16,
             KvFormat::F32 => Format::F32,
+            KvFormat::Q8_0 => Format::Q8_0,
         };
         ProgramOptions { kv_format }
     }

@@ -43,6 +43,15 @@ pub trait Isa: Copy + Send + Sync + 'static {
     fn round_f16(self, x: Self::F) -> Self::F;
     /// Lanes from bfloat16, exactly.
     fn load_bf16(self, x: &[u16; 16]) -> Self::F;
+    /// Lanes from signed bytes.
+    #[inline(always)]
+    fn load_i8(self, x: &[i8; 16]) -> Self::F {
+        let mut lanes = [0.0; 16];
+        for i in 0..16 {
+            lanes[i] = f32::from(x[i]);
+        }
+        self.load(&lanes)
+    }
     /// Lanes to memory.
     fn store(self, x: Self::F, out: &mut [f32; 16]);
     /// `a + b`.
@@ -63,6 +72,18 @@ pub trait Isa: Copy + Send + Sync + 'static {
     fn abs(self, x: Self::F) -> Self::F;
     /// The sum of all lanes by a fixed tree: lanes i and i + 8, then i and i + 4, i + 2, i + 1.
     fn sum(self, x: Self::F) -> f32;
+
+    /// The largest lane; none may be NaN.
+    #[inline(always)]
+    fn largest(self, x: Self::F) -> f32 {
+        let mut lanes = [0.0; 16];
+        self.store(x, &mut lanes);
+        let mut max = lanes[0];
+        for lane in lanes {
+            max = if lane > max { lane } else { max };
+        }
+        max
+    }
 
     /// `a * b + c` of single numbers, rounded once.
     fn fma_one(self, a: f32, b: f32, c: f32) -> f32;

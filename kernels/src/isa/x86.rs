@@ -69,6 +69,14 @@ impl Isa for Avx2 {
         op!([_mm256_cvtph_ps(_mm_loadu_si128(p)), _mm256_cvtph_ps(_mm_loadu_si128(p.add(1)))])
     }
     #[inline(always)]
+    fn load_i8(self, x: &[i8; 16]) -> Self::F {
+        let p = x.as_ptr().cast::<__m128i>();
+        op!({
+            let x = _mm_loadu_si128(p);
+            pair([x, _mm_unpackhi_epi64(x, x)], |x| _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(x)))
+        })
+    }
+    #[inline(always)]
     fn round_f16(self, x: Self::F) -> Self::F {
         op!(pair(x, |x| _mm256_cvtph_ps(_mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x))))
     }
@@ -125,6 +133,10 @@ impl Isa for Avx2 {
     #[inline(always)]
     fn sum(self, x: Self::F) -> f32 {
         op!(sum8(_mm256_add_ps(x[0], x[1])))
+    }
+    #[inline(always)]
+    fn largest(self, x: Self::F) -> f32 {
+        op!(largest8(_mm256_max_ps(x[0], x[1])))
     }
     #[inline(always)]
     fn fma_one(self, a: f32, b: f32, c: f32) -> f32 {
@@ -294,6 +306,14 @@ fn dot_bytes<const SIGNED: bool>(acc: __m256i, codes: __m256i, x: __m256i) -> __
 
 #[inline]
 #[target_feature(enable = "avx2")]
+fn largest8(x: __m256) -> f32 {
+    let x = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
+    let x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+    _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)))
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
 fn sum8(x: __m256) -> f32 {
     let x = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
     let x = _mm_add_ps(x, _mm_movehl_ps(x, x));
@@ -338,6 +358,10 @@ impl Isa for Avx512 {
     #[inline(always)]
     fn load_f16(self, x: &[u16; 16]) -> Self::F {
         op!(_mm512_cvtph_ps(_mm256_loadu_si256(x.as_ptr().cast())))
+    }
+    #[inline(always)]
+    fn load_i8(self, x: &[i8; 16]) -> Self::F {
+        op!(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(x.as_ptr().cast()))))
     }
     #[inline(always)]
     fn round_f16(self, x: Self::F) -> Self::F {
@@ -389,6 +413,10 @@ impl Isa for Avx512 {
     #[inline(always)]
     fn sum(self, x: Self::F) -> f32 {
         op!(sum8(_mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps::<1>(x))))
+    }
+    #[inline(always)]
+    fn largest(self, x: Self::F) -> f32 {
+        op!(largest8(_mm256_max_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps::<1>(x))))
     }
     #[inline(always)]
     fn fma_one(self, a: f32, b: f32, c: f32) -> f32 {
