@@ -5,9 +5,9 @@
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use halite::kernels::activation::{Activation, PADDING, Quantise, Quantised, QuantisedMut, SUMS, padded};
-use halite::kernels::formats::{Format, Kind};
+use halite::kernels::formats::{Format, Kind, Layout};
 use halite::kernels::isa::Cpu;
-use halite::kernels::matmul::{Layout, MatMul, X, matmul};
+use halite::kernels::matmul::{MatMul, X, matmul};
 use halite::kernels::panel::PanelMut;
 
 const K: usize = 2048;

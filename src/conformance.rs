@@ -7,7 +7,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use halite_kernels::formats::{Format, Kind};
+use halite_kernels::formats::{Format, Kind, Layout, LengthMismatch};
 use halite_kernels::rows::{Gate, Unary};
 
 use crate::backend::reference::Reference;
@@ -95,6 +95,17 @@ impl fmt::Display for Report {
     }
 }
 
+impl Case {
+    /// Which kernels of a backend it runs; see [`Backend::explain`].
+    pub fn explain(&self, backend: &dyn Backend) -> String {
+        let tokens = self.steps.iter().map(|s| s.iter().map(|&(_, n)| n).sum()).max().unwrap_or(1);
+        let sig = |op| OpSig { program: &self.program, op };
+        let mut lines: Vec<_> = self.program.ops().map(|(_, op)| backend.explain(&sig(op), tokens)).collect();
+        lines.dedup();
+        lines.join(" | ")
+    }
+}
+
 /// Runs a case on a backend and on the reference.
 pub fn check(backend: &dyn Backend, case: &Case) -> Outcome {
     let gap = case.program.ops().find_map(|(_, op)| {
@@ -145,7 +156,9 @@ const GUARD: u8 = 0xa5;
 const POISON: u32 = 0x7fba_dbad;
 
 fn execute(backend: &dyn Backend, case: &Case) -> Result<Vec<Output>> {
-    let program = &case.program;
+    let mut program = Program::clone(&case.program);
+    crate::passes::lay_out(&mut program, backend.caps());
+    let program = &Arc::new(program);
     let tokens: u32 = case.steps.iter().map(|s| s.iter().map(|&(_, n)| n).sum()).max().unwrap_or(1);
     let limits = Limits { tokens, outputs: tokens };
     let mut plan = backend.prepare(program, limits)?;
@@ -159,7 +172,10 @@ fn execute(backend: &dyn Backend, case: &Case) -> Result<Vec<Output>> {
     };
     let mut weights = Vec::new();
     for &id in &program.weights {
-        let bytes = random_weight(program, id, &mut rng);
+        let mut bytes = random_weight(program, id, &mut rng);
+        if program.tensor(id).layout == Layout::Interleaved {
+            bytes = interleave(program, id, &bytes)?;
+        }
         weights.push(upload(&bytes, Usage::Weight)?);
     }
     let sequences = case.steps.iter().map(Vec::len).max().unwrap_or(1);
@@ -251,6 +267,18 @@ fn normal(rng: &mut SplitMix64) -> f32 {
     (sum - 2.0) * 3f32.sqrt()
 }
 
+/// A weight's matrices with their rows interleaved.
+fn interleave(program: &Program, id: TensorId, bytes: &[u8]) -> Result<Vec<u8>> {
+    let t = program.tensor(id);
+    let mut out = vec![0; bytes.len()];
+    let matrix = bytes.len() / t.experts.max(1) as usize;
+    for (rows, out) in bytes.chunks_exact(matrix).zip(out.chunks_exact_mut(matrix)) {
+        let wrong = |e: LengthMismatch| Error::Program(format!("`{}`: {e}", t.name));
+        t.format.interleave(t.cols as usize, rows, out).map_err(wrong)?;
+    }
+    Ok(out)
+}
+
 /// Random bytes under sane scales: every code and integer sub-scale that the format has comes up.
 fn random_weight(program: &Program, id: TensorId, rng: &mut SplitMix64) -> Vec<u8> {
     let t = program.tensor(id);
@@ -272,11 +300,12 @@ fn random_weight(program: &Program, id: TensorId, rng: &mut SplitMix64) -> Vec<u
 /// Collects cases.
 struct Cases(Vec<Case>);
 
-/// Weights of any shape, in a format that the name begins with: `Q4_0.w`.
+/// Weights of any shape; those named `packed…` have their rows interleaved.
 fn lookup<'a>(shapes: &'a [(&'a str, Format, Vec<u64>)]) -> impl Fn(&str) -> Option<WeightInfo> + 'a {
     move |name| {
         let (_, format, dims) = shapes.iter().find(|(n, ..)| *n == name)?;
-        Some(WeightInfo { dims: dims.clone(), format: *format })
+        let layout = if name.starts_with("packed") { Layout::Interleaved } else { Layout::Rows };
+        Some(WeightInfo { dims: dims.clone(), format: *format, layout })
     }
 }
 
@@ -359,8 +388,30 @@ fn matmuls(cases: &mut Cases) {
                 b.output(y);
             });
         }
-        let name = format!("Embed {}", format.name());
+        // Whole groups of rows, and some rows besides.
+        let packed: &[(u32, u32)] =
+            if format.interleaves() { &[(1, 1), (9, 2), (2, 4), (10, 5)] } else { &[] };
+        for &(units, tokens) in packed {
+            let (rows, k) = (53, units * unit(format));
+            let name = format!("MatMul {} packed {rows}x{k} tokens={tokens}", format.name());
+            let weights = [("packed.w", format, vec![k.into(), rows.into()])];
+            cases.add(name, &weights, &[&[(0, tokens)]], bound(format), |b| {
+                let x = b.input("x", Dim::Tokens, k);
+                let w = b.weight("packed.w", rows, k);
+                let y = b.linear("y", x, w, None);
+                b.output(y);
+            });
+        }
         let cols = 3 * format.block_len() as u32;
+        if format.interleaves() {
+            let name = format!("Embed {} packed", format.name());
+            cases.row(name, &[("packed.table", format, vec![cols.into(), 43])], 5, |b| {
+                let table = b.weight("packed.table", 43, cols);
+                let y = b.embed(table, 1.5);
+                b.output(y);
+            });
+        }
+        let name = format!("Embed {}", format.name());
         cases.row(name, &[("table", format, vec![cols.into(), 11])], 5, |b| {
             let table = b.weight("table", 11, cols);
             let y = b.embed(table, 1.5);
@@ -516,10 +567,14 @@ fn rows(cases: &mut Cases) {
 }
 
 fn attention(cases: &mut Cases) {
-    for format in [Format::F32, Format::F16] {
+    for format in [Format::F32, Format::F16, Format::Q8_0] {
         for (heads, kv_heads, key_dim, value_dim) in
-            [(1, 1, 16, 16), (4, 1, 64, 64), (6, 2, 80, 48), (2, 2, 7, 130)]
+            [(1, 1, 16, 16), (4, 1, 64, 64), (6, 2, 80, 48), (2, 2, 7, 130), (6, 3, 96, 32), (10, 1, 32, 160)]
         {
+            let block = format.block_len() as u32;
+            if key_dim % block != 0 || value_dim % block != 0 {
+                continue;
+            }
             for (window, softcap, sinks) in
                 [(None, None, false), (Some(5), None, false), (Some(70), Some(2.0), true)]
             {
@@ -608,7 +663,8 @@ mod tests {
         for format in Format::ALL {
             let of_format =
                 cases.iter().filter(|c| c.name.starts_with(&format!("MatMul {} ", format.name())));
-            assert_eq!(of_format.count(), 7, "{}", format.name());
+            let packed = if format.interleaves() { 4 } else { 0 };
+            assert_eq!(of_format.count(), 7 + packed, "{}", format.name());
         }
         let mut names: Vec<_> = cases.iter().map(|c| &c.name).collect();
         names.sort();

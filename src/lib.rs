@@ -9,6 +9,7 @@ pub mod generate;
 pub mod gguf;
 pub mod map;
 pub mod model;
+pub mod pack;
 pub mod passes;
 pub mod program;
 mod rng;

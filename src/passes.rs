@@ -1,7 +1,21 @@
 //! Pure functions on programs: fusing, undoing it, exposing results, assigning scratch memory.
 
-use crate::backend::Fusions;
-use crate::program::{Dim, Epilogue, Op, Part, Program, Slot, TensorId};
+use crate::backend::{Caps, Fusions};
+use crate::program::{Dim, Epilogue, Layout as RowLayout, Op, Part, Program, Slot, TensorId};
+
+/// A model's program as a backend wants it: fused, and with weights in plain rows if it reads no others.
+pub fn adapt(program: &Program, caps: &Caps) -> Program {
+    let mut out = fuse(program, caps.fusions);
+    lay_out(&mut out, caps);
+    out
+}
+
+/// Plain rows for a backend that reads no others.
+pub fn lay_out(program: &mut Program, caps: &Caps) {
+    if !caps.interleaved {
+        program.tensors.iter_mut().for_each(|t| t.layout = RowLayout::Rows);
+    }
+}
 
 /// Makes the fused forms that a backend asks for. Results never change; only results that nobody else reads are fused
 /// away.

@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use halite_kernels::formats::Format;
+pub use halite_kernels::formats::Layout;
 pub use halite_kernels::rows::{Gate, Unary};
 
 use crate::error::{Error, Result};
@@ -57,6 +58,8 @@ pub struct Tensor {
     pub cols: u32,
     /// How elements are stored: any format for weights, `F32` or `I32` for the rest.
     pub format: Format,
+    /// How the rows of each matrix lie: [`Layout::Rows`] for all but weights.
+    pub layout: Layout,
     /// Where it lives.
     pub slot: Slot,
 }
@@ -72,7 +75,7 @@ pub struct State {
     pub key_dim: u32,
     /// Elements of a value.
     pub value_dim: u32,
-    /// How elements are stored: `F32` or `F16`.
+    /// How elements are stored: `F32`, `F16` or, if keys and values are whole blocks of 32, `Q8_0`.
     pub format: Format,
     /// Positions that attention looks back, the current one included; `None`: all.
     pub window: Option<u32>,
@@ -80,10 +83,12 @@ pub struct State {
 
 impl State {
     /// Bytes of one page of [`PAGE_POSITIONS`] positions: keys `[kv_heads][key_dim][position]`, then values
-    /// `[kv_heads][position][value_dim]`.
+    /// `[kv_heads][position][value_dim]`. In `Q8_0` these are codes, and scales follow: of the keys
+    /// `[kv_heads][key_dim / 32][position]`, then of the values `[kv_heads][value_dim / 32][position]`, half precision.
     pub fn page_bytes(&self) -> u64 {
         let elements = u64::from(self.kv_heads) * (u64::from(self.key_dim) + u64::from(self.value_dim));
-        elements * u64::from(PAGE_POSITIONS) * self.format.block_bytes() as u64
+        elements * u64::from(PAGE_POSITIONS) / self.format.block_len() as u64
+            * self.format.block_bytes() as u64
     }
 }
 
@@ -416,6 +421,7 @@ impl Program {
             rows: Dim::Fixed(0),
             cols: 0,
             format: Format::F32,
+            layout: Layout::Rows,
             slot: Slot::Scratch,
         };
         self.tensors.get(id.0 as usize).unwrap_or(&NOTHING)
@@ -465,6 +471,8 @@ pub struct WeightInfo {
     pub dims: Vec<u64>,
     /// How it is stored.
     pub format: Format,
+    /// How the rows of each matrix lie.
+    pub layout: Layout,
 }
 
 /// Records a [`Program`]. Shapes are inferred and checked as ops are added; the first mistake is kept and returned by
@@ -535,7 +543,15 @@ impl<'a> Builder<'a> {
             n += 1;
             full = format!("{}{name}_{n}", self.prefix);
         }
-        self.add_tensor(Tensor { name: full, experts: 1, rows, cols, format, slot: Slot::Scratch })
+        self.add_tensor(Tensor {
+            name: full,
+            experts: 1,
+            rows,
+            cols,
+            format,
+            layout: Layout::Rows,
+            slot: Slot::Scratch,
+        })
     }
 
     fn like(&mut self, name: &str, x: TensorId) -> TensorId {
@@ -573,7 +589,7 @@ impl<'a> Builder<'a> {
             }
             return id;
         }
-        let mut format = Format::F32;
+        let (mut format, mut layout) = (Format::F32, Layout::Rows);
         match (self.lookup)(name) {
             None => self.fail(format!("tensor `{name}` [{cols}, {rows}] is missing from the file")),
             Some(info) => {
@@ -588,17 +604,33 @@ impl<'a> Builder<'a> {
                     }
                     self.fail(format!("tensor `{name}`: expected shape {expected:?}, got {:?}", info.dims));
                 }
-                format = info.format;
+                (format, layout) = (info.format, info.layout);
             }
         }
         let slot = Slot::Weight(self.program.weights.len() as u32);
-        self.add_tensor(Tensor { name: name.into(), experts, rows: Dim::Fixed(rows), cols, format, slot })
+        self.add_tensor(Tensor {
+            name: name.into(),
+            experts,
+            rows: Dim::Fixed(rows),
+            cols,
+            format,
+            layout,
+            slot,
+        })
     }
 
     /// An input bound by the caller.
     pub fn input(&mut self, name: &str, rows: Dim, cols: u32) -> TensorId {
         let slot = Slot::Io(self.program.io.len() as u32);
-        self.add_tensor(Tensor { name: name.into(), experts: 1, rows, cols, format: Format::F32, slot })
+        self.add_tensor(Tensor {
+            name: name.into(),
+            experts: 1,
+            rows,
+            cols,
+            format: Format::F32,
+            layout: Layout::Rows,
+            slot,
+        })
     }
 
     /// A layer's KV cache.

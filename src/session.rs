@@ -82,7 +82,7 @@ impl Footprint {
 /// # Errors
 /// [`Error::Model`] or [`Error::Program`] if the model has no program, [`Error::Unsupported`] if the backend lacks ops of it.
 pub fn footprint(model: &Model, backend: &dyn Backend, options: &SessionOptions) -> Result<Footprint> {
-    let program = passes::fuse(&model.program(options.program)?, backend.caps().fusions);
+    let program = passes::adapt(&model.program(options.program)?, backend.caps());
     check_support(backend, &program)?;
     let positions = options.positions(model);
     let limits = options.limits(positions);
@@ -194,7 +194,7 @@ impl Session {
                 Error::argument("tap", "the name of a result of the program", format!("`{name}`"))
             })?);
         }
-        let program = Arc::new(passes::fuse(&program, backend.caps().fusions));
+        let program = Arc::new(passes::adapt(&program, backend.caps()));
         let positions = options.positions(model);
         let limits = options.limits(positions);
         let pages = u64::from(positions).div_ceil(PAGE_POSITIONS.into());

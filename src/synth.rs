@@ -95,7 +95,7 @@ impl Synth {
     /// Plans a file; nothing is written yet.
     ///
     /// # Errors
-    /// [`Error::Argument`] if rows are not whole blocks of a format, or its blocks have no float scale.
+    /// [`Error::Argument`] if the shape has no attention heads, rows are not whole blocks of a format, or its blocks have no float scale.
     pub fn new(shape: &Shape, formats: Formats, seed: u64) -> Result<Synth> {
         let mut rng = SplitMix64::new(seed);
         let mut scale = |format| Ok((format, block_scale(format, &mut rng)?));
@@ -141,7 +141,9 @@ fn header(shape: &Shape, formats: Formats) -> Result<Writer> {
     let mut w = Writer::new(32)?;
     w.entry("general.architecture", "llama")?;
     w.entry("general.name", format!("{} of random weights", shape.name).as_str())?;
-    let head_length = shape.embedding_length / shape.head_count;
+    let head_length = shape.embedding_length.checked_div(shape.head_count);
+    let head_length =
+        head_length.ok_or_else(|| Error::argument("shape", "at least one attention head", 0))?;
     for (key, value) in [
         ("vocab_size", shape.vocab_size),
         ("context_length", shape.context_length),
@@ -162,7 +164,7 @@ fn header(shape: &Shape, formats: Formats) -> Result<Writer> {
 
     let [dim, hidden, vocab] =
         [shape.embedding_length, shape.feed_forward_length, shape.vocab_size].map(u64::from);
-    let kv_dim = u64::from(shape.head_count_kv * head_length);
+    let kv_dim = u64::from(shape.head_count_kv) * u64::from(head_length);
     let experts = u64::from(shape.expert_count);
     w.tensor("token_embd.weight", &[dim, vocab], formats.weights)?;
     w.tensor("output_norm.weight", &[dim], Format::F32)?;

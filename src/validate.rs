@@ -43,11 +43,21 @@ pub(crate) fn validate(program: &Program) -> Result<()> {
                 s.name
             )));
         }
-        if !matches!(s.format, Format::F32 | Format::F16) {
+        if !matches!(s.format, Format::F32 | Format::F16 | Format::Q8_0) {
             return Err(Error::Program(format!(
-                "state `{}`: KV format {} is not supported (F32 or F16)",
+                "state `{}`: KV format {} is not supported (F32, F16 or Q8_0)",
                 s.name,
                 s.format.name()
+            )));
+        }
+        let block = s.format.block_len() as u32;
+        if !s.key_dim.is_multiple_of(block) || !s.value_dim.is_multiple_of(block) {
+            return Err(Error::Program(format!(
+                "state `{}`: a KV cache in {} needs keys and values of whole blocks of {block} elements, got {} and {}",
+                s.name,
+                s.format.name(),
+                s.key_dim,
+                s.value_dim
             )));
         }
     }

@@ -34,9 +34,12 @@ impl Weights {
         for &id in &program.weights {
             let name = &program.tensor(id).name;
             let missing = || Error::Model(format!("tensor `{name}` is missing from the file"));
-            let region = gguf.tensor(name).ok_or_else(missing)?.region()?;
+            let tensor = gguf.tensor(name).ok_or_else(missing)?;
+            let region = tensor.region()?;
             let bytes = region.bytes().len() as u64;
-            let buffer = match backend.import(&region)? {
+            let as_stored = tensor.record.layout == program.tensor(id).layout;
+            let imported = if as_stored { backend.import(&region)? } else { None };
+            let buffer = match imported {
                 Some(buffer) => {
                     weights.mapped_bytes += bytes;
                     buffer
@@ -48,7 +51,11 @@ impl Weights {
                         return Err(Error::OutOfMemory { what, need_bytes: bytes, have_bytes });
                     }
                     let buffer = backend.alloc(bytes, Usage::Weight)?;
-                    upload(backend, &buffer, 0, region.bytes())?;
+                    if as_stored {
+                        upload(backend, &buffer, 0, region.bytes())?;
+                    } else {
+                        upload(backend, &buffer, 0, &tensor.rows()?)?;
+                    }
                     weights.copied_bytes += bytes;
                     buffer
                 }

@@ -7,11 +7,13 @@ use std::sync::Arc;
 use halite::backend::cpu::Cpu;
 use halite::backend::reference::Reference;
 use halite::backend::{Backend, Bindings, Cancel, Fusions, Limits, Span, Step, Usage};
-use halite::kernels::formats::Format;
+use halite::gguf::TensorInfo;
+use halite::kernels::formats::{Format, Layout};
 use halite::kernels::isa::Cpu as Isa;
+use halite::map::Source;
 use halite::model::ProgramOptions;
 use halite::passes;
-use halite::program::{Builder, Dim, Gating, Op, Program};
+use halite::program::{Builder, Dim, Gating, Op, Program, State};
 use halite::session::{Head, Run, SequenceId, Session, SessionOptions, Wanted};
 use halite::weights::Weights;
 use halite::{Error, Model};
@@ -46,14 +48,26 @@ fn tokens(model: &Model) -> Vec<u32> {
 }
 
 fn session(model: &Arc<Model>, backend: &Arc<dyn Backend>, taps: &[&str]) -> Session {
+    session_in(Format::F16, model, backend, taps)
+}
+
+/// A session with its KV cache in a format.
+fn session_in(kv_format: Format, model: &Arc<Model>, backend: &Arc<dyn Backend>, taps: &[&str]) -> Session {
     let options = SessionOptions {
+        program: ProgramOptions { kv_format },
         context: 512,
         batch: 128,
         outputs: 128,
         taps: taps.iter().map(|t| t.to_string()).collect(),
-        ..Default::default()
     };
     Session::new(model, backend, &options, &mut |_| {}).unwrap()
+}
+
+/// The same model with its rows interleaved.
+fn packed(model: &Model) -> Arc<Model> {
+    let mut file = Vec::new();
+    halite::pack::pack(model.gguf(), &mut file, &mut |_| {}).unwrap();
+    Arc::new(Model::from_source(Source::from_bytes("packed", &file)).unwrap())
 }
 
 fn bits(x: &[f32]) -> Vec<u32> {
@@ -62,7 +76,18 @@ fn bits(x: &[f32]) -> Vec<u32> {
 
 /// Logits of every position, fed in steps of at most `chunk` tokens.
 fn logits(model: &Arc<Model>, backend: &Arc<dyn Backend>, tokens: &[u32], chunk: usize) -> Vec<u32> {
-    let mut session = session(model, backend, &[]);
+    logits_in(Format::F16, model, backend, tokens, chunk)
+}
+
+/// [`logits`] with the KV cache in a format.
+fn logits_in(
+    kv_format: Format,
+    model: &Arc<Model>,
+    backend: &Arc<dyn Backend>,
+    tokens: &[u32],
+    chunk: usize,
+) -> Vec<u32> {
+    let mut session = session_in(kv_format, model, backend, &[]);
     let sequence = session.add_sequence();
     let mut out = Vec::new();
     for tokens in tokens.chunks(chunk) {
@@ -133,6 +158,37 @@ fn prefill_and_decode_and_all_between_give_the_same_bits() {
 }
 
 #[test]
+fn packed_weights_give_the_same_bits() {
+    for model in models() {
+        let (tokens, packed) = (tokens(&model), packed(&model));
+        let interleaved = |t: TensorInfo<'_>| t.record.layout == Layout::Interleaved;
+        let can = |t: TensorInfo<'_>| t.record.format.interleaves() && t.record.dims.len() > 1;
+        assert_eq!(packed.gguf().tensors().any(interleaved), model.gguf().tensors().any(can));
+        let want = logits(&model, &best(), &tokens, 128);
+        for isa in Isa::NAMES.iter().filter(|isa| Isa::from_name(isa).is_some()) {
+            for chunk in [1, 128] {
+                assert_eq!(logits(&packed, &cpu(3, isa), &tokens, chunk), want, "{isa}, steps of {chunk}");
+            }
+        }
+        // A backend that reads plain rows only gets them.
+        let reference: Arc<dyn Backend> = Arc::new(Reference::new());
+        assert_eq!(
+            logits(&packed, &reference, &tokens[..3], 128),
+            logits(&model, &best(), &tokens[..3], 128)
+        );
+        // Packing what is packed changes nothing, and the way back is exact.
+        let again = self::packed(&packed);
+        for ((a, b), original) in
+            packed.gguf().tensors().zip(again.gguf().tensors()).zip(model.gguf().tensors())
+        {
+            assert_eq!(a.region().unwrap().bytes(), b.region().unwrap().bytes());
+            assert_eq!(a.rows().unwrap(), original.rows().unwrap());
+        }
+        assert_eq!(packed.gguf().metadata().len(), again.gguf().metadata().len());
+    }
+}
+
+#[test]
 fn strangers_in_a_step_change_nothing() {
     for model in models() {
         let tokens = tokens(&model);
@@ -161,6 +217,46 @@ fn the_cpu_gives_the_bits_of_the_reference() {
         let reference: Arc<dyn Backend> = Arc::new(Reference::new());
         assert_eq!(logits(&model, &best(), tokens, 7), logits(&model, &reference, tokens, 7));
     }
+}
+
+#[test]
+fn a_cache_of_any_format_gives_the_same_bits_and_stays_close_to_single_precision() {
+    let model = Arc::new(Model::open(repository().join("models/austen/halite-austen.gguf")).unwrap());
+    let tokens = tokens(&model);
+    let reference: Arc<dyn Backend> = Arc::new(Reference::new());
+    let exact = logits_in(Format::F32, &model, &best(), &tokens, 128);
+    for (format, bound) in [(Format::F32, 0.0), (Format::F16, 1e-4), (Format::Q8_0, 3e-4)] {
+        let want = logits_in(format, &model, &best(), &tokens, 128);
+        for isa in Isa::NAMES.iter().filter(|isa| Isa::from_name(isa).is_some()) {
+            for (threads, chunk) in [(1, 128), (1, 5), (3, 1), (3, 20)] {
+                let got = logits_in(format, &model, &cpu(threads, isa), &tokens, chunk);
+                assert_eq!(got, want, "{} {isa}, steps of {chunk}", format.name());
+            }
+        }
+        let few = logits_in(format, &model, &reference, &tokens[..3], 3);
+        assert_eq!(few, want[..few.len()], "{} on the reference", format.name());
+        let (mut error, mut power) = (0.0, 0.0);
+        for (a, b) in want.iter().zip(&exact) {
+            let (a, b) = (f64::from(f32::from_bits(*a)), f64::from(f32::from_bits(*b)));
+            error += (a - b).powi(2);
+            power += b.powi(2);
+        }
+        let nmse = error / power;
+        eprintln!("{}: {nmse:.2e} (bound {bound:.0e})", format.name());
+        assert!(nmse <= bound, "{}: {nmse:.2e} > {bound:.0e}", format.name());
+        // A cache that is not in the format would be too close.
+        assert!(nmse >= bound / 1e3, "{}: {nmse:.2e}", format.name());
+    }
+}
+
+#[test]
+fn a_cache_in_q8_0_needs_whole_blocks() {
+    let lookup = |_: &str| None;
+    let mut builder = Builder::new("odd heads", &lookup);
+    let (key_dim, value_dim, format) = (80, 64, Format::Q8_0);
+    builder.state(State { name: "kv.0".into(), kv_heads: 1, key_dim, value_dim, format, window: None });
+    let error = builder.finish().and_then(|p| p.validate()).unwrap_err().to_string();
+    assert!(error.contains("kv.0") && error.contains("blocks of 32") && error.contains("80"), "{error}");
 }
 
 #[test]

@@ -186,6 +186,10 @@ fn malformed_headers() {
         ("a block and a half of Q4_K", one_tensor(|t| (t.id, t.dims) = (12, vec![384, 2])),
             "TensorShape", "tensor `t`: shape [384, 2] of Q4_K: row length must be a multiple of the block length 256"),
         // Types.
+        ("interleaved rows of floats", id(1 << 16),
+            "TensorType", "tensor `t`: tensor type 65536 is not known"),
+        ("interleaved twice", id(3 << 16 | 2),
+            "TensorType", "tensor `t`: tensor type 196610 is not known"),
         ("type 4", id(4),
             "TensorType", "tensor `t`: tensor type 4 is Q4_2, which GGML removed; it was withdrawn in 2023: convert the original model again"),
         ("type 5", id(5),

@@ -195,6 +195,20 @@ fn a_seed_gives_one_file() {
 }
 
 #[test]
+fn shapes_that_are_none_are_refused() {
+    let formats = Formats { weights: Format::Q4_0, output: Format::Q4_0 };
+    let tiny = || shape("tiny").unwrap().clone();
+    for bad in [
+        halite::synth::Shape { head_count: 0, ..tiny() },
+        halite::synth::Shape { head_count_kv: 0, ..tiny() },
+        halite::synth::Shape { vocab_size: 0, ..tiny() },
+        halite::synth::Shape { head_count_kv: u32::MAX, embedding_length: u32::MAX, head_count: 1, ..tiny() },
+    ] {
+        assert!(matches!(Synth::new(&bad, formats, 0), Err(halite::Error::Argument { .. })), "{bad:?}");
+    }
+}
+
+#[test]
 fn rows_that_are_not_whole_blocks_are_refused() {
     let shape = halite::synth::Shape { feed_forward_length: 320, ..shape("tiny").unwrap().clone() };
     let error = Synth::new(&shape, Formats { weights: Format::Q4_K, output: Format::Q6_K }, 0).unwrap_err();

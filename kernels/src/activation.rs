@@ -9,7 +9,7 @@
 //! way on every instruction set.
 
 pub use crate::formats::Activation;
-use crate::isa::{Isa, WithIsa};
+use crate::isa::{Isa, Scalar, WithIsa};
 use crate::math;
 
 impl Activation {
@@ -116,6 +116,13 @@ fn sum_up(codes: &[i8; PADDING], sums: &mut [i32; SUMS]) {
         sums[24 + 2 * i] = pair(sums[4 * i], sums[4 * i + 2]);
         sums[25 + 2 * i] = pair(sums[4 * i + 1], sums[4 * i + 3]);
     }
+}
+
+/// One block of Q8_0: its scale in half precision, and its codes.
+pub fn q8_0(x: &[f32; 32]) -> (u16, [i8; 32]) {
+    let (mut scale, mut codes) = ([0.0], [0; 32]);
+    quantise::<Scalar, 2>(Scalar, x, &mut codes, &mut scale, |d, inverse| (d, inverse));
+    (math::f32_to_f16(scale[0]), codes)
 }
 
 /// Blocks of `N` times 16 values. `scale` turns `(amax / 127, 127 / amax)` into the stored scale and the factor.

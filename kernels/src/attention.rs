@@ -1,4 +1,4 @@
-//! One query token's attention over a paged KV cache, in one pass with online softmax (Milakov & Gimelshein 2018; Dao et
+//! Attention of query tokens over a paged KV cache, in one pass with online softmax (Milakov & Gimelshein 2018; Dao et
 //! al. 2022).
 //!
 //! The contract: the cache is walked in chunks of [`CHUNK`] positions, counted from position 0. In a chunk, a score is the
@@ -7,15 +7,25 @@
 //! multiply-adds. Chunks are merged in order. How work is split never shows.
 //!
 //! A page holds one chunk: keys transposed, `[kv_heads][key_dim][CHUNK]`, so that a lane is a position and no score needs a
-//! reduction; then values `[kv_heads][CHUNK][value_dim]`.
+//! reduction; then values `[kv_heads][CHUNK][value_dim]`. In Q8_0 these are the codes, one byte each, and the scales follow in
+//! half precision, little-endian: `[kv_heads][key_dim / 32][CHUNK]` of the keys, then `[kv_heads][value_dim / 32][CHUNK]` of the
+//! values. An element is scale times code, which f32 holds exactly.
+//!
+//! Each page's part is turned to f32 once for all rows (a row is a query head of a token) that need it. Scores and sums of values
+//! are then the same product of a few rows with a tile of 64 columns: positions the one time, elements the other.
 
 #![allow(clippy::needless_range_loop, reason = "loops by index over vectors are what inlines; see `isa`")]
 
+use core::ops::Range;
+
+use crate::activation;
 use crate::isa::{Isa, WithIsa};
 use crate::math;
 
 /// Positions in a chunk and in a page.
 pub const CHUNK: usize = 64;
+/// Elements that share a scale in Q8_0.
+pub const BLOCK: usize = 32;
 const RUNS: usize = CHUNK / 16;
 
 /// The shape of a layer's pages.
@@ -23,9 +33,9 @@ const RUNS: usize = CHUNK / 16;
 pub struct PageShape {
     /// Heads with keys and values of their own.
     pub kv_heads: usize,
-    /// Elements of a key.
+    /// Elements of a key; a multiple of [`BLOCK`] in Q8_0.
     pub key_dim: usize,
-    /// Elements of a value.
+    /// Elements of a value; a multiple of [`BLOCK`] in Q8_0.
     pub value_dim: usize,
 }
 
@@ -35,12 +45,24 @@ impl PageShape {
         self.kv_heads * (self.key_dim + self.value_dim) * CHUNK
     }
 
-    const fn key(&self, head: usize) -> usize {
-        head * self.key_dim * CHUNK
+    /// Bytes of a page in Q8_0.
+    pub const fn q8_0_bytes(&self) -> usize {
+        self.elements() + self.elements() / BLOCK * 2
     }
 
-    const fn value(&self, head: usize) -> usize {
-        (self.kv_heads * self.key_dim + head * self.value_dim) * CHUNK
+    /// Where element `d` of the keys of all heads starts, one place for each position.
+    const fn key(&self, d: usize) -> usize {
+        d * CHUNK
+    }
+
+    /// Where the value of a head at a position starts.
+    const fn value(&self, head: usize, slot: usize) -> usize {
+        (self.kv_heads * self.key_dim + head * self.value_dim) * CHUNK + slot * self.value_dim
+    }
+
+    /// Where the Q8_0 scales of a block of all keys' elements, and then of all values', start.
+    const fn scales(&self, block: usize) -> usize {
+        self.elements() + block * CHUNK * 2
     }
 }
 
@@ -51,6 +73,8 @@ pub enum Pages<'a> {
     F32(&'a [f32]),
     /// Half precision.
     F16(&'a [u16]),
+    /// Codes and scales.
+    Q8_0(&'a [i8]),
 }
 
 /// A cache's elements, to write.
@@ -60,6 +84,8 @@ pub enum PagesMut<'a> {
     F32(&'a mut [f32]),
     /// Half precision, rounded to nearest even.
     F16(&'a mut [u16]),
+    /// Codes and scales by the formulas of [`crate::activation`].
+    Q8_0(&'a mut [i8]),
 }
 
 /// Stores one position's keys `[kv_heads][key_dim]` and values `[kv_heads][value_dim]` at `slot` of page `page`.
@@ -68,7 +94,14 @@ pub fn write(pages: &mut PagesMut<'_>, shape: PageShape, page: usize, slot: usiz
     match pages {
         PagesMut::F32(data) => write_as(data, shape, page, slot, k, v, |x| x),
         PagesMut::F16(data) => write_as(data, shape, page, slot, k, v, math::f32_to_f16),
+        PagesMut::Q8_0(data) => write_q8_0(data, shape, page, slot, k, v),
     }
+}
+
+/// The place of page `page`, each of `len` elements.
+fn place(page: usize, len: usize) -> Range<usize> {
+    let start = page.saturating_mul(len);
+    start..start.saturating_add(len)
 }
 
 fn write_as<T>(
@@ -80,26 +113,53 @@ fn write_as<T>(
     v: &[f32],
     convert: impl Fn(f32) -> T,
 ) {
-    let start = page.saturating_mul(shape.elements());
-    let Some(data) = data.get_mut(start..).and_then(|d| d.get_mut(..shape.elements())) else { return };
-    let (keys, values) = data.split_at_mut(shape.value(0));
-    for (column, &x) in keys.chunks_exact_mut(CHUNK).zip(k) {
-        column[slot] = convert(x);
+    let Some(data) = data.get_mut(place(page, shape.elements())) else { return };
+    for (d, &x) in k.iter().enumerate() {
+        data[shape.key(d) + slot] = convert(x);
     }
-    for (head, v) in values.chunks_exact_mut(CHUNK * shape.value_dim).zip(v.chunks_exact(shape.value_dim)) {
-        for (out, &x) in head[slot * shape.value_dim..].iter_mut().zip(v) {
+    for (head, v) in v.chunks_exact(shape.value_dim).enumerate() {
+        for (out, &x) in data[shape.value(head, slot)..].iter_mut().zip(v) {
             *out = convert(x);
         }
     }
 }
 
-/// A kernel: the attention of some query heads that share one KV head.
+fn write_q8_0(data: &mut [i8], shape: PageShape, page: usize, slot: usize, k: &[f32], v: &[f32]) {
+    let Some(data) = data.get_mut(place(page, shape.q8_0_bytes())) else { return };
+    let keys = k.as_chunks::<BLOCK>().0;
+    for (block, x) in keys.iter().chain(v.as_chunks::<BLOCK>().0).enumerate() {
+        let (scale, codes) = activation::q8_0(x);
+        for (at, byte) in scale.to_le_bytes().into_iter().enumerate() {
+            data[shape.scales(block) + 2 * slot + at] = byte as i8;
+        }
+        for (i, code) in codes.into_iter().enumerate() {
+            let at = match block.checked_sub(keys.len()) {
+                None => shape.key(block * BLOCK + i) + slot,
+                Some(block) => {
+                    let d = block * BLOCK + i;
+                    shape.value(d / shape.value_dim, slot) + d % shape.value_dim
+                }
+            };
+            data[at] = code;
+        }
+    }
+}
+
+/// A kernel: the attention of consecutive tokens of one sequence, for some query heads that share one KV head.
 #[derive(Debug)]
 pub struct Attend<'a> {
-    /// `[heads][key_dim]`.
+    /// `[tokens][q_stride]`, of which each token's `[heads][key_dim]` come first; the last token may end there.
     pub q: &'a [f32],
-    /// `[heads][value_dim]`.
+    /// Elements from a token's queries to the next's.
+    pub q_stride: usize,
+    /// `[tokens][out_stride]`, of which each token's `[heads][value_dim]` come first; the last token may end there.
     pub out: &'a mut [f32],
+    /// Elements from a token's outputs to the next's.
+    pub out_stride: usize,
+    /// Tokens.
+    pub tokens: usize,
+    /// Query heads.
+    pub heads: usize,
     /// The layer's cache.
     pub pages: Pages<'a>,
     /// Its shape.
@@ -108,34 +168,72 @@ pub struct Attend<'a> {
     pub table: &'a [u32],
     /// The KV head.
     pub kv_head: usize,
-    /// First position attended to.
-    pub first: usize,
-    /// One past the last.
-    pub end: usize,
+    /// The first token's position.
+    pub position: usize,
+    /// Positions that a token looks back, its own included; `None`: all.
+    pub window: Option<u32>,
     /// A factor on scores.
     pub scale: f32,
     /// `cap * tanh(score / cap)`.
     pub softcap: Option<f32>,
-    /// One more logit in each head's denominator.
+    /// One more logit in each head's denominator, `[heads]`.
     pub sinks: Option<&'a [f32]>,
 }
 
 /// An element type of the cache.
-trait Element: Copy {
-    fn load<I: Isa>(isa: I, x: &[Self; 16]) -> I::F;
+trait Element: Copy + Default {
+    /// Whether elements are codes, with scales.
+    const SCALED: bool = false;
+    fn lanes<I: Isa>(isa: I, x: &[Self; 16]) -> I::F;
+
+    /// The sixteen elements from `at` on, zeros after the end.
+    #[inline(always)]
+    fn load<I: Isa>(isa: I, page: &[Self], at: usize) -> I::F {
+        let rest = page.get(at..).unwrap_or(&[]);
+        if let Some(x) = rest.first_chunk() {
+            return Self::lanes(isa, x);
+        }
+        let mut padded = [Self::default(); 16];
+        for (padded, x) in padded.iter_mut().zip(rest) {
+            *padded = *x;
+        }
+        Self::lanes(isa, &padded)
+    }
+
+    /// The scales from `at` on.
+    #[inline(always)]
+    fn scales<I: Isa>(isa: I, _: &[Self], _: usize) -> I::F {
+        isa.splat(1.0)
+    }
 }
 
 impl Element for f32 {
     #[inline(always)]
-    fn load<I: Isa>(isa: I, x: &[f32; 16]) -> I::F {
+    fn lanes<I: Isa>(isa: I, x: &[f32; 16]) -> I::F {
         isa.load(x)
     }
 }
 
 impl Element for u16 {
     #[inline(always)]
-    fn load<I: Isa>(isa: I, x: &[u16; 16]) -> I::F {
+    fn lanes<I: Isa>(isa: I, x: &[u16; 16]) -> I::F {
         isa.load_f16(x)
+    }
+}
+
+impl Element for i8 {
+    const SCALED: bool = true;
+    #[inline(always)]
+    fn lanes<I: Isa>(isa: I, x: &[i8; 16]) -> I::F {
+        isa.load_i8(x)
+    }
+    #[inline(always)]
+    fn scales<I: Isa>(isa: I, page: &[i8], at: usize) -> I::F {
+        let mut bits = [0; 16];
+        for (bits, x) in bits.iter_mut().zip(page[at..].as_chunks::<2>().0) {
+            *bits = u16::from_le_bytes([x[0] as u8, x[1] as u8]);
+        }
+        isa.load_f16(&bits)
     }
 }
 
@@ -146,88 +244,133 @@ impl WithIsa for Attend<'_> {
         match self.pages {
             Pages::F32(data) => attend(isa, self, data),
             Pages::F16(data) => attend(isa, self, data),
+            Pages::Q8_0(data) => attend(isa, self, data),
         }
     }
 }
 
-/// Heads in fours, that keys and values may be read once for several, then those that are left.
+/// Most rows that share a pass over the cache.
+pub const ROWS: usize = 64;
+/// As many are one token's heads, which need less memory.
+const FEW_ROWS: usize = 16;
+
 #[inline(always)]
 fn attend<I: Isa, T: Element>(isa: I, mut a: Attend<'_>, data: &[T]) {
     let out = core::mem::take(&mut a.out);
-    let (key_dim, value_dim) = (a.shape.key_dim, a.shape.value_dim);
-    let heads = a.q.len() / key_dim;
-    let (mut q_rest, mut out_rest) = (a.q, out);
-    let mut head = 0;
-    while head < heads {
-        let n = match heads - head {
-            4.. => 4,
-            2.. => 2,
-            _ => 1,
-        };
-        let (q, q_after) = q_rest.split_at(n * key_dim);
-        let (out, out_after) = out_rest.split_at_mut(n * value_dim);
-        match n {
-            4 => attend_heads::<I, T, 4>(isa, &a, data, head, q, out),
-            2 => attend_heads::<I, T, 2>(isa, &a, data, head, q, out),
-            _ => attend_heads::<I, T, 1>(isa, &a, data, head, q, out),
+    let tokens = (ROWS / a.heads.max(1)).max(1);
+    for t in (0..a.tokens).step_by(tokens) {
+        let t = t..(t + tokens).min(a.tokens);
+        for h in (0..a.heads).step_by(ROWS) {
+            let h = h..(h + ROWS).min(a.heads);
+            if t.len() * h.len() <= FEW_ROWS {
+                attend_rows::<I, T, FEW_ROWS>(isa, &a, data, t.clone(), h, out);
+            } else {
+                attend_rows::<I, T, ROWS>(isa, &a, data, t.clone(), h, out);
+            }
         }
-        (q_rest, out_rest) = (q_after, out_after);
-        head += n;
     }
 }
 
-/// The attention of `N` heads from number `head` on.
+/// The attention of tokens `t` and heads `h`, at most `N` rows.
 #[inline(always)]
-fn attend_heads<I: Isa, T: Element, const N: usize>(
+fn attend_rows<I: Isa, T: Element, const N: usize>(
     isa: I,
     a: &Attend<'_>,
     data: &[T],
-    head: usize,
-    q: &[f32],
+    t: Range<usize>,
+    h: Range<usize>,
     out: &mut [f32],
 ) {
     let (key_dim, value_dim) = (a.shape.key_dim, a.shape.value_dim);
-    let mut max = [f32::NEG_INFINITY; N];
-    let mut sum = [0.0f32; N];
-    let mut started = false;
-    for chunk in a.first / CHUNK..a.end.div_ceil(CHUNK) {
+    let n = t.len() * h.len();
+    let seen = |t: usize| {
+        let end = a.position + t + 1;
+        (a.window.map_or(0, |w| end.saturating_sub(w as usize)), end)
+    };
+    let (mut q_at, mut out_at, mut p_at) = ([0; N], [0; N], [0; N]);
+    for r in 0..n {
+        let (t, h) = (t.start + r / h.len(), h.start + r % h.len());
+        (q_at[r], out_at[r]) = (t * a.q_stride + h * key_dim, t * a.out_stride + h * value_dim);
+    }
+    let (mut max, mut sum, mut started) = ([f32::NEG_INFINITY; N], [0.0f32; N], [false; N]);
+    // In order of use: a part of the page, scores that become probabilities, and what the page adds to the output.
+    let (mut tile, mut p, mut added) = ([[0.0; CHUNK]; CHUNK], [[0.0; CHUNK]; N], [[0.0; CHUNK]; N]);
+    for chunk in seen(t.start).0 / CHUNK..seen(t.end - 1).1.div_ceil(CHUNK) {
         let page = a.table.get(chunk).map_or(usize::MAX, |&p| p as usize);
-        let start = page.saturating_mul(a.shape.elements());
-        let Some(page) = data.get(start..).and_then(|d| d.get(..a.shape.elements())) else { continue };
-        let k = &page[a.shape.key(a.kv_head)..][..key_dim * CHUNK];
-        let v = &page[a.shape.value(a.kv_head)..][..value_dim * CHUNK];
-        let low = a.first.saturating_sub(chunk * CHUNK);
-        let high = (a.end - chunk * CHUNK).min(CHUNK);
+        let len = if T::SCALED { a.shape.q8_0_bytes() } else { a.shape.elements() };
+        let Some(page) = data.get(place(page, len)) else { continue };
+        // The positions of this chunk that each row sees, and all that any row sees.
+        let (mut valid, mut all) = ([(0, 0); N], (CHUNK, 0));
+        for r in 0..n {
+            let (first, end) = seen(t.start + r / h.len());
+            let place = |x: usize| x.saturating_sub(chunk * CHUNK).min(CHUNK);
+            valid[r] = (place(first), place(end));
+            all = (all.0.min(valid[r].0), all.1.max(valid[r].1));
+            p_at[r] = r * CHUNK + valid[r].0;
+        }
 
-        let mut p = scores::<I, T, N>(isa, q, k, a.scale, a.softcap);
-        // What is kept of the output so far, and what is added of this chunk.
-        let mut merge = [(0.0, 1.0); N];
-        for h in 0..N {
-            let chunk_max = p[h][low..high].iter().fold(f32::NEG_INFINITY, |m, &s| if s > m { s } else { m });
-            let chunk_sum = probabilities(isa, &mut p[h], chunk_max, low..high);
-            if !started {
-                (max[h], sum[h]) = (chunk_max, chunk_sum);
+        for d in (0..key_dim).step_by(CHUNK) {
+            let tile = &mut tile[..(key_dim - d).min(CHUNK)];
+            keys(isa, page, a.shape, a.kv_head * key_dim + d, tile);
+            products(isa, &a.q[d..], &q_at[..n], tile, all.1.div_ceil(16), d == 0, &mut p);
+        }
+        // Weights of what is kept of the output so far, and of what is added.
+        let (mut old, mut new, mut chunk_sum) = ([0.0; N], [0.0; N], [0.0; N]);
+        for r in 0..n {
+            if valid[r].0 >= valid[r].1 {
                 continue;
             }
-            let new_max = if chunk_max > max[h] { chunk_max } else { max[h] };
-            let (old, new) = (exp_one(isa, max[h] - new_max), exp_one(isa, chunk_max - new_max));
-            sum[h] = isa.fma_one(sum[h], old, chunk_sum * new);
-            max[h] = new_max;
-            merge[h] = (old, new);
+            let chunk_max = score(isa, &mut p[r], a.scale, a.softcap, valid[r]);
+            chunk_sum[r] = probabilities(isa, &mut p[r], chunk_max);
+            let new_max = if chunk_max > max[r] { chunk_max } else { max[r] };
+            (old[r], new[r]) = (max[r] - new_max, chunk_max - new_max);
+            max[r] = new_max;
         }
-        let rows = &v[low * value_dim..high * value_dim];
-        weighted_sum::<I, T, N>(isa, &p, low, rows, value_dim, out, started.then_some(merge));
-        started = true;
+        for weights in [&mut old, &mut new] {
+            for x in weights[..n.next_multiple_of(16)].as_chunks_mut::<16>().0 {
+                isa.store(math::exp_falling(isa, isa.load(x)), x);
+            }
+        }
+        for r in 0..n {
+            if valid[r].0 < valid[r].1 {
+                let merged = isa.fma_one(sum[r], old[r], chunk_sum[r] * new[r]);
+                sum[r] = if started[r] { merged } else { chunk_sum[r] };
+            }
+        }
+        for d in (0..value_dim).step_by(CHUNK) {
+            let width = (value_dim - d).min(CHUNK);
+            values(isa, page, a.shape, a.kv_head, d..d + width, all, &mut tile);
+            let mut r = 0;
+            while r < n {
+                let (low, high) = valid[r];
+                let same = valid[r..n].iter().take_while(|&&v| v == (low, high)).count();
+                if low < high {
+                    let (at, out) = (&p_at[r..r + same], &mut added[r..r + same]);
+                    let (p, b) = (p.as_flattened(), &tile[low..high]);
+                    products(isa, p, at, b, width.div_ceil(16), true, out);
+                }
+                r += same;
+            }
+            for r in 0..n {
+                if valid[r].0 < valid[r].1 {
+                    let out = &mut out[out_at[r] + d..][..width];
+                    merge(isa, out, &added[r], started[r].then_some((old[r], new[r])));
+                }
+            }
+        }
+        for r in 0..n {
+            started[r] |= valid[r].0 < valid[r].1;
+        }
     }
-    for (h, out) in out.chunks_exact_mut(value_dim).enumerate() {
+    for r in 0..n {
         let mut scale = 1.0;
-        if let Some(&sink) = a.sinks.and_then(|s| s.get(head + h)) {
-            let new_max = if sink > max[h] { sink } else { max[h] };
-            scale = exp_one(isa, max[h] - new_max);
-            sum[h] = isa.fma_one(sum[h], scale, exp_one(isa, sink - new_max));
+        if let Some(&sink) = a.sinks.and_then(|s| s.get(h.start + r % h.len())) {
+            let new_max = if sink > max[r] { sink } else { max[r] };
+            scale = exp_one(isa, max[r] - new_max);
+            sum[r] = isa.fma_one(sum[r], scale, exp_one(isa, sink - new_max));
         }
-        let inverse = scale / sum[h];
-        for x in out.iter_mut() {
+        let inverse = scale / sum[r];
+        for x in &mut out[out_at[r]..][..value_dim] {
             *x *= inverse;
         }
     }
@@ -240,110 +383,174 @@ fn exp_one<I: Isa>(isa: I, x: f32) -> f32 {
     lanes[0]
 }
 
-/// The scores of queries with all positions of a chunk; those of positions never written are arbitrary.
+/// Elements of all positions' keys, counted over all heads from `d` on, as many as the tile has rows.
 #[inline(always)]
-fn scores<I: Isa, T: Element, const N: usize>(
-    isa: I,
-    q: &[f32],
-    k: &[T],
-    scale: f32,
-    softcap: Option<f32>,
-) -> [[f32; CHUNK]; N] {
-    let key_dim = q.len() / N;
-    let mut acc = [[isa.splat(0.0); RUNS]; N];
-    for (d, column) in k.as_chunks::<CHUNK>().0.iter().enumerate() {
-        let runs = column.as_chunks::<16>().0;
+fn keys<I: Isa, T: Element>(isa: I, page: &[T], shape: PageShape, d: usize, tile: &mut [[f32; CHUNK]]) {
+    for (block, rows) in tile.chunks_mut(BLOCK).enumerate() {
+        let d = d + block * BLOCK;
+        let mut scales = [isa.splat(1.0); RUNS];
         for run in 0..RUNS {
-            let k = T::load(isa, &runs[run]);
-            for h in 0..N {
-                acc[h][run] = isa.fma(isa.splat(q[h * key_dim + d]), k, acc[h][run]);
+            scales[run] = T::scales(isa, page, shape.scales(d / BLOCK) + 32 * run);
+        }
+        for (i, row) in rows.iter_mut().enumerate() {
+            let row = row.as_chunks_mut::<16>().0;
+            for run in 0..RUNS {
+                let x = T::load(isa, page, shape.key(d + i) + 16 * run);
+                isa.store(if T::SCALED { isa.mul(x, scales[run]) } else { x }, &mut row[run]);
             }
         }
     }
-    let mut out = [[0.0; CHUNK]; N];
-    for h in 0..N {
-        let out = out[h].as_chunks_mut::<16>().0;
-        for run in 0..RUNS {
-            let mut score = isa.mul(acc[h][run], isa.splat(scale));
-            if let Some(cap) = softcap {
-                score = isa.mul(isa.splat(cap), math::tanh(isa, isa.div(score, isa.splat(cap))));
-            }
-            isa.store(score, &mut out[run]);
-        }
-    }
-    out
 }
 
-/// Turns scores into `exp(score - max)`, zero outside `valid`, and returns their sum.
+/// Elements `d` of the values at the positions of `valid`, each position in its row of the tile.
 #[inline(always)]
-fn probabilities<I: Isa>(isa: I, p: &mut [f32; CHUNK], max: f32, valid: core::ops::Range<usize>) -> f32 {
+fn values<I: Isa, T: Element>(
+    isa: I,
+    page: &[T],
+    shape: PageShape,
+    head: usize,
+    d: Range<usize>,
+    valid: (usize, usize),
+    tile: &mut [[f32; CHUNK]; CHUNK],
+) {
+    let mut scales = [[1.0; CHUNK]; CHUNK / BLOCK];
+    if T::SCALED {
+        let block = (shape.kv_heads * shape.key_dim + head * shape.value_dim + d.start) / BLOCK;
+        for (i, scales) in scales.iter_mut().enumerate().take(d.len() / BLOCK) {
+            for (run, scales) in scales.as_chunks_mut::<16>().0.iter_mut().enumerate() {
+                isa.store(T::scales(isa, page, shape.scales(block + i) + 32 * run), scales);
+            }
+        }
+    }
+    for j in valid.0..valid.1 {
+        let row = tile[j].as_chunks_mut::<16>().0;
+        for run in 0..d.len().div_ceil(16) {
+            let x = T::load(isa, page, shape.value(head, j) + d.start + 16 * run);
+            let scale = isa.splat(scales[run * 16 / BLOCK][j]);
+            isa.store(if T::SCALED { isa.mul(x, scale) } else { x }, &mut row[run]);
+        }
+    }
+}
+
+/// Adds to each row of `out`, or to zeros if it is `fresh`, the product of a row of `a`, which starts at its place of `at`, with
+/// `b`; in order of the rows of `b`. What is in `out` after so many runs of sixteen columns is arbitrary.
+#[inline(always)]
+fn products<I: Isa>(
+    isa: I,
+    a: &[f32],
+    at: &[usize],
+    b: &[[f32; CHUNK]],
+    runs: usize,
+    fresh: bool,
+    out: &mut [[f32; CHUNK]],
+) {
+    let wide = I::WIDE_TILES && runs > 2;
+    let mut r = 0;
+    while r < at.len() {
+        let (at, out) = (&at[r..], &mut out[r..]);
+        r += match (at.len(), wide) {
+            (4.., true) => product::<I, 4, 4>(isa, a, at, b, runs, fresh, out),
+            (4.., false) => product::<I, 4, 1>(isa, a, at, b, runs, fresh, out),
+            (2.., true) => product::<I, 2, 4>(isa, a, at, b, runs, fresh, out),
+            (2.., false) => product::<I, 2, 2>(isa, a, at, b, runs, fresh, out),
+            _ => product::<I, 1, 4>(isa, a, at, b, runs, fresh, out),
+        };
+    }
+}
+
+/// [`products`] of the first `N` rows, `R` runs at a time; returns `N`.
+#[inline(always)]
+fn product<I: Isa, const N: usize, const R: usize>(
+    isa: I,
+    a: &[f32],
+    at: &[usize],
+    b: &[[f32; CHUNK]],
+    runs: usize,
+    fresh: bool,
+    out: &mut [[f32; CHUNK]],
+) -> usize {
+    let mut rows: [&[f32]; N] = [&[]; N];
+    for h in 0..N {
+        rows[h] = &a[at[h]..][..b.len()];
+    }
+    for first in (0..runs).step_by(R) {
+        let mut acc = [[isa.splat(0.0); R]; N];
+        for h in 0..N {
+            for run in 0..R {
+                if !fresh {
+                    acc[h][run] = isa.load(&out[h].as_chunks::<16>().0[first + run]);
+                }
+            }
+        }
+        for (k, b) in b.iter().enumerate() {
+            let b = &b.as_chunks::<16>().0[first..first + R];
+            for h in 0..N {
+                let x = isa.splat(rows[h][k]);
+                for run in 0..R {
+                    acc[h][run] = isa.fma(x, isa.load(&b[run]), acc[h][run]);
+                }
+            }
+        }
+        for h in 0..N {
+            for run in 0..R {
+                isa.store(acc[h][run], &mut out[h].as_chunks_mut::<16>().0[first + run]);
+            }
+        }
+    }
+    N
+}
+
+/// Turns dots into scores, those of positions that are not `valid` into minus infinity, and returns the largest.
+#[inline(always)]
+fn score<I: Isa>(
+    isa: I,
+    p: &mut [f32; CHUNK],
+    scale: f32,
+    softcap: Option<f32>,
+    valid: (usize, usize),
+) -> f32 {
+    for run in p.as_chunks_mut::<16>().0 {
+        let mut score = isa.mul(isa.load(run), isa.splat(scale));
+        if let Some(cap) = softcap {
+            score = isa.mul(isa.splat(cap), math::tanh(isa, isa.div(score, isa.splat(cap))));
+        }
+        isa.store(score, run);
+    }
+    p[..valid.0].fill(f32::NEG_INFINITY);
+    p[valid.1..].fill(f32::NEG_INFINITY);
+    let mut max = isa.splat(f32::NEG_INFINITY);
+    for run in p.as_chunks::<16>().0 {
+        max = isa.max(isa.load(run), max);
+    }
+    isa.largest(max)
+}
+
+/// Turns scores into `exp(score - max)`, which is zero for minus infinity, and returns their sum.
+#[inline(always)]
+fn probabilities<I: Isa>(isa: I, p: &mut [f32; CHUNK], max: f32) -> f32 {
     let mut acc = isa.splat(0.0);
     for run in p.as_chunks_mut::<16>().0 {
-        isa.store(math::exp(isa, isa.sub(isa.load(run), isa.splat(max))), run);
-    }
-    p[..valid.start].fill(0.0);
-    p[valid.end..].fill(0.0);
-    for run in p.as_chunks::<16>().0 {
-        acc = isa.add(acc, isa.load(run));
+        let x = math::exp_falling(isa, isa.sub(isa.load(run), isa.splat(max)));
+        isa.store(x, run);
+        acc = isa.add(acc, x);
     }
     isa.sum(acc)
 }
 
-/// `Σ p[h][first + j] · v[j]` over the rows of `v` into each head's part of `out`, merged with what is there as
-/// `old · out + new · sum` if `merge` has `(old, new)` of each head.
+/// `out = old · out + new · added`, or what was added if there are no weights.
 #[inline(always)]
-fn weighted_sum<I: Isa, T: Element, const N: usize>(
-    isa: I,
-    p: &[[f32; CHUNK]; N],
-    first: usize,
-    v: &[T],
-    value_dim: usize,
-    out: &mut [f32],
-    merge: Option<[(f32, f32); N]>,
-) {
-    // A few runs of 16 elements for all heads stay in registers.
-    const WIDTH: usize = 4;
-    let mut d = 0;
-    while d < value_dim {
-        let runs = ((value_dim - d) / 16).min(WIDTH);
-        let mut acc = [[isa.splat(0.0); WIDTH]; N];
-        let width = if runs == WIDTH {
-            for (j, row) in v.chunks_exact(value_dim).enumerate() {
-                let row = row[d..d + 16 * WIDTH].as_chunks::<16>().0;
-                for run in 0..WIDTH {
-                    let v = T::load(isa, &row[run]);
-                    for h in 0..N {
-                        acc[h][run] = isa.fma(isa.splat(p[h][first + j]), v, acc[h][run]);
-                    }
-                }
-            }
-            16 * WIDTH
-        } else {
-            let n = (value_dim - d).min(16);
-            for (j, row) in v.chunks_exact(value_dim).enumerate() {
-                let mut run = [row[d]; 16];
-                run[..n].copy_from_slice(&row[d..d + n]);
-                let v = T::load(isa, &run);
-                for h in 0..N {
-                    acc[h][0] = isa.fma(isa.splat(p[h][first + j]), v, acc[h][0]);
-                }
-            }
-            n
-        };
-        for h in 0..N {
-            let mut lanes = [0.0f32; 16 * WIDTH];
-            let out = &mut out[h * value_dim + d..][..width];
-            lanes[..width].copy_from_slice(out);
-            for (run, lanes) in lanes.as_chunks_mut::<16>().0.iter_mut().enumerate() {
-                let mut sum = acc[h][run];
-                if let Some(merge) = merge {
-                    let (old, new) = merge[h];
-                    sum = isa.fma(isa.load(lanes), isa.splat(old), isa.mul(sum, isa.splat(new)));
-                }
-                isa.store(sum, lanes);
-            }
-            out.copy_from_slice(&lanes[..width]);
-        }
-        d += width;
+fn merge<I: Isa>(isa: I, out: &mut [f32], added: &[f32; CHUNK], weights: Option<(f32, f32)>) {
+    let Some((old, new)) = weights else {
+        out.copy_from_slice(&added[..out.len()]);
+        return;
+    };
+    let (runs, rest) = out.as_chunks_mut::<16>();
+    let (added_runs, added_rest) = added.split_at(16 * runs.len());
+    for (run, x) in runs.iter_mut().zip(added_runs.as_chunks::<16>().0) {
+        let x = isa.mul(isa.load(x), isa.splat(new));
+        isa.store(isa.fma(isa.load(run), isa.splat(old), x), run);
+    }
+    for (out, x) in rest.iter_mut().zip(added_rest) {
+        *out = isa.fma_one(*out, old, x * new);
     }
 }

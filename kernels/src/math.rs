@@ -88,11 +88,16 @@ fn polynomial<I: Isa, const N: usize>(isa: I, x: I::F, c: [f32; N]) -> I::F {
 /// eˣ. Zero below -87.3, infinity above 88.3; NaN gives 0.
 #[inline(always)]
 pub fn exp<I: Isa>(isa: I, x: I::F) -> I::F {
-    const LOW: f32 = -87.336_54;
-    const HIGH: f32 = 88.376_26;
-    let (low, high) = (isa.splat(LOW), isa.splat(HIGH));
-    let clamped = isa.select_gt(x, high, high, x);
-    let clamped = isa.select_gt(clamped, low, clamped, low);
+    let high = isa.splat(88.376_26);
+    let y = exp_falling(isa, isa.select_gt(x, high, high, x));
+    isa.select_gt(x, high, isa.splat(f32::INFINITY), y)
+}
+
+/// [`exp`] of numbers that are not above 88.3.
+#[inline(always)]
+pub fn exp_falling<I: Isa>(isa: I, x: I::F) -> I::F {
+    let low = isa.splat(-87.336_54);
+    let clamped = isa.select_gt(x, low, x, low);
     let n = isa.to_i32(isa.mul(clamped, isa.splat(core::f32::consts::LOG2_E)));
     let n_f = isa.to_f32(n);
     // ln 2 in two parts, the first with few enough bits that n times it is exact.
@@ -102,9 +107,7 @@ pub fn exp<I: Isa>(isa: I, x: I::F) -> I::F {
     let p = polynomial(isa, r, c);
     let y = isa.add(isa.fma(p, isa.mul(r, r), r), isa.splat(1.0));
     let scale = isa.with_bits(isa.shl_i::<23>(isa.add_i(n, isa.splat_i(127))));
-    let y = isa.mul(y, scale);
-    let y = isa.select_gt(x, high, isa.splat(f32::INFINITY), y);
-    isa.select_gt(x, low, y, isa.splat(0.0))
+    isa.select_gt(x, low, isa.mul(y, scale), isa.splat(0.0))
 }
 
 /// 1 / (1 + e⁻ˣ).

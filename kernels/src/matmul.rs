@@ -8,12 +8,15 @@
 //! Every quantised product holds one weight row in each of 16 lanes, so that sums need no reduction. Formats with kernels of
 //! their own ([`Interleaved`]) bring their blocks into that order by transposing words, or find them so in a packed file; the
 //! others are unpacked to their normal form ([`Unpacked`]) first. For a few tokens, codes go from the blocks straight into dot
-//! products (decode); for many, they are expanded once into a [`Tile`] (prefill). Which one runs never shows in the result.
+//! products (decode); for many, they are expanded once into a tile (prefill). Which one runs never shows in the result.
 
 #![allow(clippy::needless_range_loop, reason = "loops by index over vectors are what inlines; see `isa`")]
 
 use crate::activation::{self, SUMS, padded};
-use crate::formats::{Bytes, Format, Interleave, Interleaved, Plain, Quantised, ROWS, Unpacked};
+use crate::formats::{
+    Bytes, Format, Interleave, Interleaved, Kind, Layout, MAX_BLOCK_BYTES, Near, Plain, Quantised, ROWS,
+    Unpacked,
+};
 use crate::isa::{Cpu, Isa, WithIsa};
 use crate::panel::PanelMut;
 use core::marker::PhantomData;
@@ -30,17 +33,6 @@ pub enum X<'a> {
     F32(&'a [f32]),
     /// For quantised formats.
     Quantised(activation::Quantised<'a>),
-}
-
-/// How the rows of a weight lie in memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
-pub enum Layout {
-    /// One after the other, as published.
-    #[default]
-    Rows,
-    /// In groups of [`ROWS`], each interleaved block by block ([`crate::formats::Lanes`]); rows after the last whole group
-    /// one after the other.
-    Interleaved,
 }
 
 /// One product: some rows of a weight with all tokens.
@@ -83,6 +75,50 @@ macro_rules! for_every_cpu {
 
 for_every_cpu! { interleaved<Interleaved> unpacked<Quantised> plain<Plain> }
 
+/// The loop that computes a product.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Loop {
+    /// Four rows by one or four tokens, lanes along k.
+    Plain,
+    /// Sixteen rows in lanes, codes straight from the blocks.
+    Direct,
+    /// Sixteen rows in lanes, expanded once for all tokens; twice as many where there are registers.
+    Tiles,
+}
+
+impl Loop {
+    /// Direct loops pay while a block meets no more tokens than registers hold.
+    const fn choose(format: Format, tokens: usize) -> Loop {
+        match format.kind() {
+            Kind::Float => Loop::Plain,
+            Kind::Quantised { .. } if format.interleaves() && tokens <= TILE_TOKENS => Loop::Direct,
+            Kind::Quantised { .. } => Loop::Tiles,
+        }
+    }
+}
+
+/// Which kernel computes a product with so many tokens, and why: a line for people.
+pub fn describe(cpu: Cpu, format: Format, layout: Layout, tokens: usize) -> impl core::fmt::Display {
+    struct Line(Cpu, Format, Layout, usize);
+    impl core::fmt::Display for Line {
+        fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+            let Line(cpu, format, layout, tokens) = *self;
+            let isa = cpu.name();
+            let source = match layout {
+                Layout::Interleaved => "rows interleaved in the file",
+                Layout::Rows if format.interleaves() => "rows interleaved on the way",
+                Layout::Rows => "blocks unpacked: the format has no kernel on interleaved rows",
+            };
+            match Loop::choose(format, tokens) {
+                Loop::Plain => write!(f, "{isa} plain: lanes along k, {} floats", format.name()),
+                Loop::Direct => write!(f, "{isa} direct: {source}; {tokens} <= {TILE_TOKENS} tokens"),
+                Loop::Tiles => write!(f, "{isa} tiles: {source}; expanded once for {tokens} tokens"),
+            }
+        }
+    }
+    Line(cpu, format, layout, tokens)
+}
+
 /// Computes a product of rows stored as `format`. Rows and tokens for which bytes or activations are missing are left
 /// alone; if `x` is not of the kind that the format wants, all are.
 pub fn matmul(cpu: Cpu, format: Format, product: MatMul<'_, '_>) {
@@ -96,8 +132,19 @@ struct Task<'a, 'o, Q> {
     rows: usize,
     layout: Layout,
     x: activation::Quantised<'a>,
+    /// Codes and sums of `x`, chunk by chunk.
+    codes: &'a [[[i8; 4]; CHUNK / 4]],
+    sums: &'a [[i32; SUMS]],
     tokens: usize,
     out: PanelMut<'o>,
+}
+
+impl<Q> Task<'_, '_, Q> {
+    /// Chunks of a row.
+    #[inline(always)]
+    fn chunks(&self) -> usize {
+        self.x.k.div_ceil(CHUNK)
+    }
 }
 
 impl<'a, 'o, Q: Quantised> Task<'a, 'o, Q> {
@@ -111,13 +158,9 @@ impl<'a, 'o, Q: Quantised> Task<'a, 'o, Q> {
             return None;
         }
         let rows = (w.len() / row_blocks).min(product.out.cols());
-        Some(Task { w, row_blocks, rows, layout: product.layout, x, tokens, out: product.out })
-    }
-
-    /// Chunks of a row.
-    #[inline(always)]
-    fn chunks(&self) -> usize {
-        self.x.k.div_ceil(CHUNK)
+        let codes = x.codes.as_chunks::<4>().0.as_chunks::<{ CHUNK / 4 }>().0;
+        let sums = x.sums.as_chunks().0;
+        Some(Task { w, row_blocks, rows, layout: product.layout, x, codes, sums, tokens, out: product.out })
     }
 }
 
@@ -126,12 +169,11 @@ fn interleaved<I: Isa, Q: Interleaved>(isa: I, product: MatMul<'_, '_>) {
     let Some(mut task) = Task::<Q>::new(product) else { return };
     isa.run(
         #[inline(always)]
-        || match task.tokens {
-            0 => {}
-            1 => decode::<I, Q, 1>(isa, &mut task),
-            2..=TILE_TOKENS => decode::<I, Q, TILE_TOKENS>(isa, &mut task),
-            _ => {
-                let mut near = [Q::Lanes::ZERO; BLOCKS];
+        || match Loop::choose(Q::FORMAT, task.tokens) {
+            Loop::Direct if task.tokens == 1 => decode::<I, Q, 1>(isa, &mut task),
+            Loop::Direct => decode::<I, Q, TILE_TOKENS>(isa, &mut task),
+            Loop::Plain | Loop::Tiles => {
+                let mut near = Room::ZERO;
                 prefill::<I, Q>(
                     isa,
                     &mut task,
@@ -179,13 +221,13 @@ struct XChunk<'a> {
 
 impl<'a> XChunk<'a> {
     #[inline(always)]
-    fn new<Q: Quantised>(x: &activation::Quantised<'a>, token: usize, c: usize) -> Self {
-        let start = token * padded(x.k) + c * CHUNK;
-        let block = Q::ACTIVATION.block_len();
+    fn new<Q>(task: &Task<'a, '_, Q>, token: usize, c: usize) -> Self {
+        let i = token * task.chunks() + c;
+        let scales = task.x.scales.len() / task.codes.len().max(1);
         XChunk {
-            codes: x.codes[start..].as_chunks().0.first_chunk().unwrap_or(&[[0; 4]; CHUNK / 4]),
-            sums: x.sums[start / CHUNK * SUMS..].first_chunk().unwrap_or(&[0; SUMS]),
-            scales: &x.scales[start / block..(start + CHUNK) / block],
+            codes: task.codes.get(i).unwrap_or(&[[0; 4]; CHUNK / 4]),
+            sums: task.sums.get(i).unwrap_or(&[0; SUMS]),
+            scales: task.x.scales.get(i * scales..(i + 1) * scales).unwrap_or(&[0.0; CHUNK / 32]),
         }
     }
 
@@ -395,6 +437,14 @@ impl Tile {
 /// Short blocks of a chunk.
 const BLOCKS: usize = CHUNK / 32;
 
+/// Room for the interleaved blocks of one chunk of any format.
+#[repr(C, align(64))]
+struct Room([u8; ROWS * BLOCKS * 34]);
+
+impl Room {
+    const ZERO: Room = Room([0; ROWS * BLOCKS * 34]);
+}
+
 /// The interleaved blocks of chunk `c` of sixteen rows: where they are, or in `near`.
 #[inline(always)]
 fn lanes_of<'b, I: Isa, Q: Interleaved>(
@@ -402,7 +452,7 @@ fn lanes_of<'b, I: Isa, Q: Interleaved>(
     task: &Task<'b, '_, Q>,
     first: usize,
     c: usize,
-    near: &'b mut [Q::Lanes; BLOCKS],
+    near: &'b mut Room,
 ) -> &'b [Q::Lanes] {
     let start = c * CHUNK / Q::LEN;
     let count = (CHUNK / Q::LEN).min(task.row_blocks - start);
@@ -410,22 +460,17 @@ fn lanes_of<'b, I: Isa, Q: Interleaved>(
         let group = &task.w[first * task.row_blocks..][..ROWS * task.row_blocks];
         return &Q::Lanes::cast(Q::bytes_of(group))[start..start + count];
     }
+    const { assert!(CHUNK / Q::LEN * size_of::<Q::Lanes>() <= size_of::<Room>()) };
+    let near = &mut Q::Lanes::cast_mut(&mut near.0)[..count];
     let stride = task.row_blocks * size_of::<Q>();
     let rows = task.w.get(first * task.row_blocks + start..).unwrap_or(&[]);
     if first + ROWS <= task.rows {
-        // As many bytes of the next rows, from their start on, as are read here of these: the CPU's own prefetcher follows
-        // one row, not sixteen.
-        let group = Q::bytes_of(&task.w[first * task.row_blocks..]);
-        let mut ahead = ROWS * (stride + start * size_of::<Q>());
         for pair in (0..count).step_by(2) {
             let end = (pair + 2).min(count);
-            for line in (0..(end - pair) * ROWS * size_of::<Q>()).step_by(64) {
-                isa.prefetch(group, ahead + line);
-            }
-            ahead += (end - pair) * ROWS * size_of::<Q>();
+            ask_ahead::<I, Q>(isa, task, first, start + pair, end - pair);
             Q::Lanes::interleave(isa, Q::bytes_of(&rows[pair..]), stride, &mut near[pair..end]);
         }
-        return &near[..count];
+        return near;
     }
     // Rows past the end repeat the last one.
     let mut blocks = [[task.w[0]; BLOCKS]; ROWS];
@@ -434,26 +479,80 @@ fn lanes_of<'b, I: Isa, Q: Interleaved>(
         blocks[r][..count].copy_from_slice(&row[start..start + count]);
     }
     let bytes = <[Q; BLOCKS]>::bytes_of(&blocks);
-    Q::Lanes::interleave(isa, bytes, BLOCKS * size_of::<Q>(), &mut near[..count]);
-    &near[..count]
+    Q::Lanes::interleave(isa, bytes, BLOCKS * size_of::<Q>(), near);
+    near
+}
+
+/// Asks for as many bytes of the next sixteen rows, from their start on, as `count` blocks of these have from number `start` on:
+/// the CPU's own prefetcher follows one row, not sixteen.
+#[inline(always)]
+fn ask_ahead<I: Isa, Q: Quantised>(isa: I, task: &Task<'_, '_, Q>, first: usize, start: usize, count: usize) {
+    let group = Q::bytes_of(task.w.get(first * task.row_blocks..).unwrap_or(&[]));
+    let ahead = ROWS * (task.row_blocks + start) * size_of::<Q>();
+    for line in (0..count * ROWS * size_of::<Q>()).step_by(64) {
+        isa.prefetch::<false>(group, ahead + line);
+    }
+}
+
+/// One short block of each row, in registers.
+#[derive(Clone, Copy)]
+struct Transposed<I: Isa>(Near<I>);
+
+impl<I: Isa, Q: Interleaved> Source<I, Q> for Transposed<I> {
+    #[inline(always)]
+    fn code(self, isa: I, _: usize, k: usize) -> I::I {
+        Q::code(isa, &self.0, 0, k)
+    }
+    #[inline(always)]
+    fn d(self, isa: I, _: usize) -> I::F {
+        Q::d(isa, &self.0)
+    }
+    #[inline(always)]
+    fn m(self, isa: I, _: usize) -> I::F {
+        Q::m(isa, &self.0)
+    }
+    /// Short blocks have no sub-scales.
+    fn sub(self, isa: I, _: usize) -> I::I {
+        isa.splat_i(0)
+    }
+    /// Short blocks have no factors of a minimum.
+    fn mins(self, isa: I, _: usize) -> I::I {
+        isa.splat_i(0)
+    }
 }
 
 /// A few tokens: codes go from the blocks into dot products.
 #[inline(always)]
 fn decode<I: Isa, Q: Interleaved, const T: usize>(isa: I, task: &mut Task<'_, '_, Q>) {
-    let mut near = [Q::Lanes::ZERO; BLOCKS];
+    let mut near = Room::ZERO;
     let (mut subs, mut mins) = ([[0; 64]; 4], [[0; 64]; 4]);
     for first in (0..task.rows).step_by(ROWS) {
         let mut acc = [[isa.splat(0.0); 1]; T];
         for c in 0..task.chunks() {
+            let mut x = [XChunk::new(task, 0, c); T];
+            for t in 1..T {
+                x[t] = XChunk::new(task, t.min(task.tokens - 1), c);
+            }
+            let starts = starts::<I, Q, T>(isa, &x);
+            if let (Some((head, words)), Layout::Rows) = (Q::Lanes::SHORT, task.layout)
+                && first + ROWS <= task.rows
+            {
+                // Short blocks of plain rows are transposed in registers.
+                let stride = task.row_blocks * size_of::<Q>();
+                let count = BLOCKS.min(task.row_blocks - c * BLOCKS);
+                for part in 0..count {
+                    let block = first * task.row_blocks + c * BLOCKS + part;
+                    let rows = Q::bytes_of(task.w.get(block..).unwrap_or(&[]));
+                    ask_ahead::<I, Q>(isa, task, first, c * BLOCKS + part, 1);
+                    let source = Transposed::<I>(Near::new(isa, rows, stride, head, words));
+                    dot::<I, Q, _, 1, T>(isa, [source], &x, &starts, part..part + 1, &mut acc);
+                }
+                continue;
+            }
             let lanes = lanes_of::<I, Q>(isa, task, first, c, &mut near);
             store_subs::<I, Q>(isa, lanes, &mut subs, &mut mins);
             let source = Direct::<Q> { lanes, subs: &subs, mins: &mins };
-            let mut x = [XChunk::new::<Q>(&task.x, 0, c); T];
-            for t in 1..T {
-                x[t] = XChunk::new::<Q>(&task.x, t.min(task.tokens - 1), c);
-            }
-            dot::<I, Q, _, 1, T>(isa, [source], &x, lanes.len() * Q::LEN, &mut acc);
+            dot::<I, Q, _, 1, T>(isa, [source], &x, &starts, 0..lanes.len() * Q::LEN / 32, &mut acc);
         }
         for t in 0..task.tokens.min(T) {
             let mut lanes = [0.0; ROWS];
@@ -488,101 +587,122 @@ fn tiles<'a, I: Isa, Q: Quantised, const G: usize, const T: usize>(
     mut fill: impl FnMut(&Task<'a, '_, Q>, usize, usize, &mut Tile),
 ) {
     let mut tiles = [Tile::ZERO; G];
-    for first in (0..task.rows).step_by(ROWS * G) {
-        let here = (task.rows - first).min(ROWS * G);
-        for c in 0..task.chunks() {
-            for g in 0..here.div_ceil(ROWS) {
-                fill(task, first + ROWS * g, c, &mut tiles[g]);
+    let mut sums = [[[0.0; ROWS]; G]; BLOCK_TOKENS];
+    for start in (0..task.tokens).step_by(BLOCK_TOKENS) {
+        let tokens = (task.tokens - start).min(BLOCK_TOKENS);
+        for first in (0..task.rows).step_by(ROWS * G) {
+            let here = (task.rows - first).min(ROWS * G);
+            for c in 0..task.chunks() {
+                for g in 0..here.div_ceil(ROWS) {
+                    fill(task, first + ROWS * g, c, &mut tiles[g]);
+                }
+                for t in (0..tokens).step_by(T) {
+                    tile_tokens::<I, Q, G, T>(isa, task, &tiles, c, start + t, &mut sums[t..]);
+                }
             }
-            let mut sources = [&tiles[0]; G];
+            for (t, sums) in sums[..tokens].iter().enumerate() {
+                let out = &mut task.out.row(start + t)[first..first + here];
+                let (whole, rest) = out.as_chunks_mut::<ROWS>();
+                for g in 0..G {
+                    match whole.get_mut(g) {
+                        Some(out) => isa.store(isa.load(&sums[g]), out),
+                        None if g * ROWS < here => rest.copy_from_slice(&sums[g][..here % ROWS]),
+                        None => {}
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Tokens whose sums are kept near while all chunks of a tile's rows pass.
+const BLOCK_TOKENS: usize = 256;
+
+/// Adds the products of one chunk of tiled rows with `T` tokens from number `first` on to their sums; sets these if the chunk
+/// is the first.
+#[inline(always)]
+fn tile_tokens<I: Isa, Q: Quantised, const G: usize, const T: usize>(
+    isa: I,
+    task: &Task<'_, '_, Q>,
+    tiles: &[Tile; G],
+    c: usize,
+    first: usize,
+    sums: &mut [[[f32; ROWS]; G]],
+) {
+    // A few too many at the end are computed in vain: there is room for whole blocks of tokens, and activations read as zeros.
+    let Some(sums) = sums.first_chunk_mut::<T>() else { return };
+    let mut sources = [&tiles[0]; G];
+    for g in 0..G {
+        sources[g] = &tiles[g];
+    }
+    let mut x = [XChunk::new(task, first, c); T];
+    for t in 1..T {
+        x[t] = XChunk::new(task, first + t, c);
+    }
+    for t in 0..T {
+        let next = XChunk::new(task, first + T + t, c);
+        for line in (0..CHUNK).step_by(64) {
+            isa.prefetch::<true>(
+                u8::cast(<[[i8; 4]; CHUNK / 4]>::bytes_of(core::slice::from_ref(next.codes))),
+                line,
+            );
+        }
+    }
+    let mut acc = [[isa.splat(0.0); G]; T];
+    if c > 0 {
+        for t in 0..T {
             for g in 0..G {
-                sources[g] = &tiles[g];
+                acc[t][g] = isa.load(&sums[t][g]);
             }
-            let len = (task.x.k - c * CHUNK).min(CHUNK);
-            for t in (0..task.tokens).step_by(T) {
-                // A block of fewer tokens at the end repeats its last one, and stores it once.
-                let n = (task.tokens - t).min(T);
-                let mut x = [XChunk::new::<Q>(&task.x, t, c); T];
-                for i in 1..T {
-                    x[i] = XChunk::new::<Q>(&task.x, t + i.min(n - 1), c);
-                }
-                let mut acc = [[isa.splat(0.0); G]; T];
-                if c > 0 {
-                    for i in 0..n {
-                        let out = &task.out.row(t + i)[first..first + here];
-                        for g in 0..G {
-                            acc[i][g] = load_lanes(isa, out, g);
-                        }
-                    }
-                }
-                dot::<I, Q, _, G, T>(isa, sources, &x, len, &mut acc);
-                for i in 0..n {
-                    let out = &mut task.out.row(t + i)[first..first + here];
-                    for g in 0..G {
-                        store_lanes(isa, acc[i][g], out, g);
-                    }
-                }
-            }
+        }
+    }
+    let len = (task.x.k - c * CHUNK).min(CHUNK);
+    dot::<I, Q, _, G, T>(isa, sources, &x, &starts::<I, Q, T>(isa, &x), 0..len / 32, &mut acc);
+    for t in 0..T {
+        for g in 0..G {
+            isa.store(acc[t][g], &mut sums[t][g]);
         }
     }
 }
 
-/// Sixteen floats, number `g` of `x`; what is past its end is zero.
+/// Values of one integer accumulation.
+const fn step<Q: Quantised>() -> usize {
+    if Q::GROUP == 16 || Q::GROUP == CHUNK && Q::SUB == 16 { 16 } else { 32 }
+}
+
+/// How much code bytes stand above codes.
+const fn bias<I: Isa, Q: Quantised>() -> i32 {
+    if Q::SIGNED { I::SIGNED_BIAS } else { Q::OFFSET }
+}
+
+/// What the integer accumulations of a chunk start from: what takes the bias out again.
 #[inline(always)]
-fn load_lanes<I: Isa>(isa: I, x: &[f32], g: usize) -> I::F {
-    let (whole, rest) = x.as_chunks::<ROWS>();
-    match whole.get(g) {
-        Some(lanes) => isa.load(lanes),
-        None => {
-            let mut lanes = [0.0; ROWS];
-            if g == whole.len() {
-                lanes[..rest.len()].copy_from_slice(rest);
-            }
-            isa.load(&lanes)
+fn starts<I: Isa, Q: Quantised, const T: usize>(isa: I, x: &[XChunk<'_>; T]) -> [[i32; 16]; T] {
+    let mut starts = [[0; 16]; T];
+    if bias::<I, Q>() != 0 {
+        for t in 0..T {
+            starts[t] = x[t].sums(isa, step::<Q>(), -bias::<I, Q>());
         }
     }
+    starts
 }
 
-/// Stores sixteen floats as number `g` of `x`, as far as that goes.
-#[inline(always)]
-fn store_lanes<I: Isa>(isa: I, lanes: I::F, x: &mut [f32], g: usize) {
-    let (whole, rest) = x.as_chunks_mut::<ROWS>();
-    let count = whole.len();
-    match whole.get_mut(g) {
-        Some(out) => isa.store(lanes, out),
-        None => {
-            let mut out = [0.0; ROWS];
-            isa.store(lanes, &mut out);
-            if g == count {
-                rest.copy_from_slice(&out[..rest.len()]);
-            }
-        }
-    }
-}
-
-/// Adds the dots of the first `len` values of `G` times sixteen rows with `T` tokens to `acc`.
+/// Adds the dots of some parts of 32 values of `G` times sixteen rows with `T` tokens to `acc`.
 #[inline(always)]
 fn dot<I: Isa, Q: Quantised, S: Source<I, Q>, const G: usize, const T: usize>(
     isa: I,
     w: [S; G],
     x: &[XChunk<'_>; T],
-    len: usize,
+    starts: &[[i32; 16]; T],
+    parts: core::ops::Range<usize>,
     acc: &mut [[I::F; G]; T],
 ) {
     let whole = Q::GROUP == CHUNK;
-    // Values of one integer accumulation.
-    let step = if Q::GROUP == 16 || whole && Q::SUB == 16 { 16 } else { 32 };
-    // Code bytes stand this much above codes.
-    let bias = if Q::SIGNED { I::SIGNED_BIAS } else { Q::OFFSET };
-    let mut starts = [[0; 16]; T];
-    if bias != 0 {
-        for t in 0..T {
-            starts[t] = x[t].sums(isa, step, -bias);
-        }
-    }
+    let step = step::<Q>();
+    let bias = bias::<I, Q>();
     let zero = isa.splat_i(0);
     let mut sums = [[zero; G]; T];
-    for part in 0..len / 32 {
+    for part in parts {
         for piece in 0..32 / step {
             let s = part * (32 / step) + piece;
             let mut dots = [[zero; G]; T];
@@ -775,11 +895,19 @@ fn load_plain<I: Isa, P: Plain>(isa: I, w: &[P; 16]) -> I::F {
     }
 }
 
-/// Reads rows of a table as f32: `out` is filled with row `row`, times `scale`.
-pub fn embed(format: Format, table: &[u8], row: usize, scale: f32, out: &mut [f32]) {
-    let Some(bytes) = format.row_bytes(out.len()) else { return };
-    let Some(row) = row.checked_mul(bytes).and_then(|at| table.get(at..)?.get(..bytes)) else { return };
-    if format.dequantize(row, out).is_ok() && scale != 1.0 {
-        out.iter_mut().for_each(|x| *x *= scale);
+/// Reads a row of a table as f32: `out` is filled with row `row`, times `scale`. Left alone if the row is not there.
+pub fn embed(format: Format, layout: Layout, table: &[u8], row: usize, scale: f32, out: &mut [f32]) {
+    let (len, bytes) = (format.block_len(), format.block_bytes());
+    let row_blocks = out.len() / len;
+    let mut block = [0; MAX_BLOCK_BYTES];
+    for (i, values) in out.chunks_exact_mut(len).enumerate() {
+        let block = &mut block[..bytes];
+        if format.copy_block(layout, table, row_blocks, row, i, block).is_none() {
+            return;
+        }
+        let _ = format.dequantize(block, values);
+        if scale != 1.0 {
+            values.iter_mut().for_each(|x| *x *= scale);
+        }
     }
 }

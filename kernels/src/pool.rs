@@ -132,6 +132,26 @@ impl Pool {
         });
     }
 
+    /// Cuts two panels of as many columns into runs of `grain` columns and calls `task(first column, columns, columns)` for
+    /// each.
+    pub fn panel_pairs(
+        &self,
+        (a, b): (PanelMut<'_>, PanelMut<'_>),
+        grain: usize,
+        task: &(dyn Fn(usize, PanelMut<'_>, PanelMut<'_>) + Sync),
+    ) {
+        let grain = grain.max(1);
+        let both = [a, b];
+        // SAFETY of sharing: as in `panels`.
+        let shared = SharedPanels(&both);
+        self.run(both[0].cols().min(both[1].cols()).div_ceil(grain), &|n| {
+            let [a, b] = shared.get() else { return };
+            // SAFETY: run `n` of each panel is this task's alone.
+            let (a, b) = unsafe { (a.columns(n * grain, grain), b.columns(n * grain, grain)) };
+            task(n * grain, a, b);
+        });
+    }
+
     /// Cuts a matrix of rows of `cols` elements into runs of `grain` rows and calls `task(first row, rows)` for each.
     pub fn rows<T: Send>(
         &self,

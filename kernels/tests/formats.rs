@@ -537,3 +537,28 @@ fn grids_have_distinct_points() {
     check("IQ3_S", &IQ3_S_GRID, twice, &[1, 3, 5, 7, 9, 11, 13, 15]);
     check("IQ1", &IQ1_GRID, u64::to_le_bytes, &[120, 128, 136]);
 }
+
+#[test]
+fn interleaving_is_undone_block_by_block() {
+    for format in Format::ALL.iter().copied().filter(|format| format.interleaves()) {
+        // Odd and even numbers of blocks; whole groups, a rest, and less than a group.
+        for (row_blocks, rows) in [(1, 16), (2, 37), (3, 48), (9, 16), (8, 33), (2, 5)] {
+            let (cols, bytes) = (row_blocks * format.block_len(), format.block_bytes());
+            let plain = random_bytes(17, rows * row_blocks * bytes);
+            let mut lanes = vec![0; plain.len()];
+            format.interleave(cols, &plain, &mut lanes).unwrap();
+            assert_eq!(lanes == plain, rows < ROWS, "{format:?}: groups are moved, the rest is not");
+            for (i, want) in plain.chunks(bytes).enumerate() {
+                let mut got = vec![0; bytes];
+                let (row, block) = (i / row_blocks, i % row_blocks);
+                format.copy_block(Layout::Interleaved, &lanes, row_blocks, row, block, &mut got).unwrap();
+                assert_eq!(got, want, "{format:?}: row {row}, block {block}");
+            }
+            let mut none = vec![0; bytes];
+            assert!(format.copy_block(Layout::Interleaved, &lanes, row_blocks, rows, 0, &mut none).is_none());
+        }
+        let mut short = vec![0; format.block_bytes()];
+        assert!(format.interleave(format.block_len(), &[0; 3], &mut short).is_err());
+        assert!(format.interleave(format.block_len() + 1, &short.clone(), &mut short).is_err());
+    }
+}

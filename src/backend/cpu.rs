@@ -7,7 +7,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use halite_kernels::activation::{Activation, PADDING, Quantise, Quantised, QuantisedMut, SUMS, padded};
-use halite_kernels::attention::Attend;
+use halite_kernels::attention::{Attend, ROWS};
 use halite_kernels::formats::Kind;
 use halite_kernels::isa::Cpu as Isa;
 use halite_kernels::matmul::{self, MatMul, X};
@@ -20,9 +20,7 @@ use super::host::{
     self, After, AttendArgs, ExpertsArgs, HostPlan, Kernels, Matrix, NormArgs, Product, RopeArgs, RouteArgs,
     memory, zeroed,
 };
-use super::{
-    Backend, Buffer, Caps, Contract, Fusions, Gap, Limits, OpSig, Plan, Support, Usage, check_support,
-};
+use super::{Backend, Buffer, Caps, Contract, Fusions, Limits, OpSig, Plan, Support, Usage, check_support};
 use crate::cost::Rates;
 use crate::error::{Error, Result};
 use crate::map::Region;
@@ -70,7 +68,8 @@ impl Cpu {
             name: "cpu".into(),
             device: format!("{} on {threads} thread{}", isa.name(), if threads == 1 { "" } else { "s" }),
             memory_bytes: memory_bytes(),
-            fusions: Fusions { shared_input: true, add_norm: true, glu: false, residual: false },
+            interleaved: true,
+            fusions: Fusions::ALL,
             contract: Contract::Exact,
         };
         Ok(Cpu { caps, isa, pool: Arc::new(pool) })
@@ -112,13 +111,23 @@ impl Backend for Cpu {
         &self.caps
     }
 
-    fn supports(&self, sig: &OpSig<'_>) -> Support {
-        match sig.op {
-            Op::MatMul { epilogue: Epilogue::Glu(_) | Epilogue::Add(_), .. } => {
-                Support::Unsupported(Gap::NotYet("epilogues run as ops of their own".into()))
-            }
-            _ => Support::Native,
-        }
+    /// Every op, with every epilogue.
+    fn supports(&self, _: &OpSig<'_>) -> Support {
+        Support::Native
+    }
+
+    fn explain(&self, sig: &OpSig<'_>, tokens: u32) -> String {
+        let line = |weight| {
+            let t = sig.program.tensor(weight);
+            matmul::describe(self.isa, t.format, t.layout, tokens as usize).to_string()
+        };
+        let mut lines: Vec<String> = match sig.op {
+            Op::MatMul { parts, .. } => parts.iter().map(|part| line(part.weight)).collect(),
+            Op::Experts { gate, .. } => vec![line(*gate)],
+            _ => vec![self.isa.name().into()],
+        };
+        lines.dedup();
+        lines.join(" | ")
     }
 
     fn alloc(&self, bytes: u64, _: Usage) -> Result<Buffer> {
@@ -158,6 +167,8 @@ impl Backend for Cpu {
 struct Scratch {
     /// Quantised values: tokens times the longest matmul input.
     quantised: u64,
+    /// The second product of the largest gated linear unit: tokens times columns.
+    up: u64,
     /// Expert pairs (token, rank) of the largest expert op, its input and hidden columns.
     pairs: u64,
     expert_cols: u64,
@@ -169,9 +180,13 @@ impl Scratch {
         let mut s = Scratch::default();
         for (_, op) in program.ops() {
             match op {
-                Op::MatMul { x, .. } => {
+                Op::MatMul { x, parts, epilogue } => {
                     let x = program.tensor(*x);
                     let rows = crate::passes::rows(x.rows, limits.tokens, limits.outputs);
+                    if let (Epilogue::Glu(_), Some(part)) = (epilogue, parts.first()) {
+                        let cols = u64::from(program.tensor(part.out).cols);
+                        s.up = s.up.max(rows.saturating_mul(cols));
+                    }
                     s.quantised = s.quantised.max(rows.saturating_mul(padded(x.cols as usize) as u64));
                 }
                 Op::Experts { x, ids, gate, .. } => {
@@ -184,6 +199,7 @@ impl Scratch {
                     s.pairs = s.pairs.max(pairs);
                     s.expert_cols = s.expert_cols.max(cols);
                     s.expert_hidden = s.expert_hidden.max(hidden);
+                    s.up = s.up.max(pairs.saturating_mul(hidden));
                     s.quantised =
                         s.quantised.max(pairs.saturating_mul(padded(cols.max(hidden) as usize) as u64));
                 }
@@ -193,22 +209,24 @@ impl Scratch {
         s
     }
 
-    /// Lengths of: codes, scales, sums (each for two activation formats), expert inputs, hidden buffers (three), outputs.
-    fn lengths(&self) -> [u64; 6] {
+    /// Lengths of: codes, scales, sums (each for two activation formats), expert inputs, second products of gated units,
+    /// hidden values of experts, outputs.
+    fn lengths(&self) -> [u64; 7] {
         let (pairs, cols, hidden) = (self.pairs, self.expert_cols, self.expert_hidden);
         [
             self.quantised,
             self.quantised / 32 + 1,
             self.quantised / PADDING as u64 * SUMS as u64,
             pairs.saturating_mul(cols),
+            self.up,
             pairs.saturating_mul(hidden),
             pairs.saturating_mul(cols).saturating_mul(2),
         ]
     }
 
     fn bytes(&self) -> u64 {
-        let [codes, scales, sums, input, hidden, output] = self.lengths();
-        let floats = [scales, sums, scales, sums, input, hidden, hidden, hidden, output]
+        let [codes, scales, sums, input, up, hidden, output] = self.lengths();
+        let floats = [scales, sums, scales, sums, input, up, hidden, output]
             .iter()
             .fold(0u64, |n, l| n.saturating_add(*l));
         codes
@@ -219,7 +237,7 @@ impl Scratch {
 
     fn allocate(&self) -> Result<KernelMemory> {
         const WHAT: &str = "kernel scratch on `cpu`";
-        let [codes, scales, sums, input, hidden, output] = self.lengths();
+        let [codes, scales, sums, input, up, hidden, output] = self.lengths();
         let quantised = || -> Result<QuantisedMemory> {
             Ok(QuantisedMemory {
                 codes: zeroed(codes, WHAT)?,
@@ -232,8 +250,7 @@ impl Scratch {
             q8_k: quantised()?,
             pairs: zeroed(self.pairs, WHAT)?,
             input: zeroed(input, WHAT)?,
-            gate: zeroed(hidden, WHAT)?,
-            up: zeroed(hidden, WHAT)?,
+            up: zeroed(up, WHAT)?,
             both: zeroed(hidden, WHAT)?,
             output: zeroed(output, WHAT)?,
         })
@@ -282,7 +299,6 @@ struct KernelMemory {
     /// (token, rank) pairs of one expert.
     pairs: Vec<(u32, u32)>,
     input: Vec<f32>,
-    gate: Vec<f32>,
     up: Vec<f32>,
     both: Vec<f32>,
     /// One expert's outputs, then those of all pairs in order of token and rank.
@@ -310,62 +326,116 @@ impl CpuKernels {
     }
 }
 
-/// Products of one input with several weights, each into its own output.
+/// One input, quantised for the weights that it will meet.
+struct Input<'a> {
+    x: &'a [f32],
+    k: usize,
+    tokens: usize,
+    q8_0: &'a QuantisedMemory,
+    q8_k: &'a QuantisedMemory,
+}
+
+impl<'a> Input<'a> {
+    fn new(
+        isa: Isa,
+        pool: &Pool,
+        memory: (&'a mut QuantisedMemory, &'a mut QuantisedMemory),
+        x: &'a [f32],
+        products: &[Product<'_>],
+    ) -> Input<'a> {
+        let (q8_0, q8_k) = memory;
+        let k = products.first().map_or(1, |p| p.weight.cols);
+        let wants = |to: Activation| {
+            let wanted = |p: &Product<'_>| matches!(p.weight.format.kind(), Kind::Quantised { activation, .. } if activation == to);
+            products.iter().any(wanted)
+        };
+        if wants(Activation::Q8_0) {
+            q8_0.quantise(isa, pool, Activation::Q8_0, x, k);
+        }
+        if wants(Activation::Q8_K) {
+            q8_k.quantise(isa, pool, Activation::Q8_K, x, k);
+        }
+        Input { x, k, tokens: x.len() / k, q8_0, q8_k }
+    }
+
+    /// Columns of a product, from number `first` on, with the bias added.
+    fn product(&self, isa: Isa, product: &Product<'_>, first: usize, out: &mut PanelMut<'_>) {
+        let cols = out.cols();
+        let weight = product.weight.rows(first..first + cols);
+        let x = match weight.format.kind() {
+            Kind::Float => X::F32(self.x),
+            Kind::Quantised { activation: Activation::Q8_0, .. } => {
+                X::Quantised(self.q8_0.view(Activation::Q8_0, self.tokens, self.k))
+            }
+            Kind::Quantised { .. } => X::Quantised(self.q8_k.view(Activation::Q8_K, self.tokens, self.k)),
+        };
+        let (w, layout) = (weight.bytes, weight.layout);
+        matmul::matmul(isa, weight.format, MatMul { w, layout, k: self.k, x, out: out.reborrow() });
+        if let Some(bias) = product.bias {
+            for t in 0..out.rows() {
+                for (y, b) in out.row(t).iter_mut().zip(&bias[first..first + cols]) {
+                    *y += b;
+                }
+            }
+        }
+    }
+}
+
+/// Columns of one task: a few tasks a thread, so that an uneven machine evens out; whole tiles.
+fn grain(pool: &Pool, columns: usize) -> usize {
+    (columns / (4 * pool.threads())).next_multiple_of(32).clamp(32, 1024)
+}
+
+/// Products of one input with several weights, each into its own output, and what follows them. `up` is memory for the
+/// second product of a gated linear unit.
 fn products(
     isa: Isa,
     pool: &Pool,
-    memory: (&mut QuantisedMemory, &mut QuantisedMemory),
-    x: &[f32],
+    input: &Input<'_>,
     products: &[Product<'_>],
+    after: After<'_>,
     outs: &mut [PanelMut<'_>],
+    up: &mut [f32],
 ) {
-    let (q8_0, q8_k) = memory;
-    let k = products.first().map_or(1, |p| p.weight.cols);
-    let tokens = x.len() / k;
-    let wants = |to: Activation| {
-        let wanted = |p: &Product<'_>| matches!(p.weight.format.kind(), Kind::Quantised { activation, .. } if activation == to);
-        products.iter().any(wanted)
-    };
-    if wants(Activation::Q8_0) {
-        q8_0.quantise(isa, pool, Activation::Q8_0, x, k);
-    }
-    if wants(Activation::Q8_K) {
-        q8_k.quantise(isa, pool, Activation::Q8_K, x, k);
+    if let (After::Glu(f), [gate_product, up_product], [out, ..]) = (after, products, &mut *outs) {
+        let columns = out.cols();
+        let up = PanelMut::new(&mut up[..input.tokens * columns], columns);
+        return pool.panel_pairs((out.reborrow(), up), grain(pool, columns), &|first, mut gate, mut up| {
+            input.product(isa, gate_product, first, &mut gate);
+            input.product(isa, up_product, first, &mut up);
+            let mut gates = [0.0; GLU_ELEMENTS];
+            for t in 0..gate.rows() {
+                for (out, up) in gate.row(t).chunks_mut(GLU_ELEMENTS).zip(up.row(t).chunks(GLU_ELEMENTS)) {
+                    let gate = &mut gates[..out.len()];
+                    gate.copy_from_slice(out);
+                    isa.run(rows::Glu { f, gate, up, out });
+                }
+            }
+        });
     }
     let total: usize = products.iter().map(|p| p.weight.rows).sum();
-    // A few runs a thread, so that an uneven machine evens out; whole tiles of 16 rows.
-    let grain = (total / (4 * pool.threads())).next_multiple_of(16).clamp(16, 1024);
-    pool.panels(outs, grain, &|i, first, mut panel| {
+    pool.panels(outs, grain(pool, total), &|i, first, mut panel| {
         let Some(product) = products.get(i) else { return };
-        let cols = panel.cols();
-        let weight = product.weight.rows(first..first + cols);
-        let x = match weight.format.kind() {
-            Kind::Float => X::F32(x),
-            Kind::Quantised { activation: Activation::Q8_0, .. } => {
-                X::Quantised(q8_0.view(Activation::Q8_0, tokens, k))
-            }
-            Kind::Quantised { .. } => X::Quantised(q8_k.view(Activation::Q8_K, tokens, k)),
-        };
-        matmul::matmul(
-            isa,
-            weight.format,
-            MatMul { w: weight.bytes, layout: weight.layout, k, x, out: panel.reborrow() },
-        );
-        if let Some(bias) = product.bias {
+        input.product(isa, product, first, &mut panel);
+        if let After::Add(residual) = after {
+            let (cols, width) = (panel.cols(), product.weight.rows);
             for t in 0..panel.rows() {
-                for (y, b) in panel.row(t).iter_mut().zip(&bias[first..first + cols]) {
-                    *y += b;
+                for (y, r) in panel.row(t).iter_mut().zip(&residual[t * width + first..][..cols]) {
+                    *y += r;
                 }
             }
         }
     });
 }
 
+/// Elements of a gate that are kept aside while the unit is computed in its place.
+const GLU_ELEMENTS: usize = 256;
+
 impl Kernels for CpuKernels {
     fn embed(&mut self, table: Matrix<'_>, tokens: &[u32], scale: f32, out: &mut [f32]) {
         self.rows(out, table.cols, &|first, out| {
             for (out, &token) in out.chunks_exact_mut(table.cols).zip(&tokens[first..]) {
-                matmul::embed(table.format, table.bytes, token as usize, scale, out);
+                matmul::embed(table.format, table.layout, table.bytes, token as usize, scale, out);
             }
         });
     }
@@ -394,15 +464,15 @@ impl Kernels for CpuKernels {
         });
     }
 
-    fn matmul(&mut self, x: &[f32], list: &[Product<'_>], _after: After<'_>, outs: &mut [&mut [f32]]) {
-        // `supports` answers for no epilogue, so `_after` is always nothing.
+    fn matmul(&mut self, x: &[f32], list: &[Product<'_>], after: After<'_>, outs: &mut [&mut [f32]]) {
+        let count = outs.len().min(list.len()).min(8);
         let mut panels: [PanelMut<'_>; 8] = std::array::from_fn(|_| PanelMut::new(&mut [], 1));
         for ((panel, out), product) in panels.iter_mut().zip(outs.iter_mut()).zip(list) {
             *panel = PanelMut::new(out, product.weight.rows);
         }
         let memory = (&mut self.memory.q8_0, &mut self.memory.q8_k);
-        let count = list.len().min(panels.len());
-        products(self.isa, &self.pool, memory, x, list, &mut panels[..count]);
+        let input = Input::new(self.isa, &self.pool, memory, x, list);
+        products(self.isa, &self.pool, &input, list, after, &mut panels[..count], &mut self.memory.up);
     }
 
     fn rope(&mut self, a: &RopeArgs<'_>, out: &mut [f32]) {
@@ -424,31 +494,46 @@ impl Kernels for CpuKernels {
     }
 
     fn attend(&mut self, a: &AttendArgs<'_>, out: &mut [f32]) {
-        let shape = a.shape;
-        let tokens = out.len() / (a.heads * shape.value_dim);
+        let (shape, threads) = (a.shape, self.pool.threads());
         let group = a.heads / shape.kv_heads;
-        // A task is the heads that share keys, or as many of them as leave work for every thread.
-        let tasks = |per_task: usize| tokens * (a.heads / per_task);
-        let fits = |n: &usize| group.is_multiple_of(*n) && tasks(*n) >= self.pool.threads();
-        let per_task = (1..=group).rev().find(fits).unwrap_or(1);
-        self.pool.rows(out, per_task * shape.value_dim, 1, &|task, out| {
-            let head = task * per_task;
-            let (t, h) = (head / a.heads, head % a.heads);
-            let (table, position) = a.tokens.place(t);
-            let end = position as usize + 1;
-            self.isa.run(Attend {
-                q: &a.q[head * shape.key_dim..][..per_task * shape.key_dim],
-                out,
-                pages: a.pages,
-                shape,
-                table,
-                kv_head: h / group,
-                first: a.window.map_or(0, |w| end.saturating_sub(w as usize)),
-                end,
-                scale: a.scale,
-                softcap: a.softcap,
-                sinks: a.sinks.map(|s| &s[h..h + per_task]),
-            });
+        let tokens = out.len() / (a.heads * shape.value_dim);
+        // A task is some tokens with all heads if every thread gets several such; else the heads of one token that share
+        // keys, or as many of them as leave work for every thread.
+        let (heads, grain) = if tokens >= 4 * threads {
+            (a.heads, (tokens / (4 * threads)).min((ROWS / group).max(1)))
+        } else {
+            let fits = |n: &usize| group.is_multiple_of(*n) && tokens * (a.heads / n) >= threads;
+            ((1..=group).rev().find(fits).unwrap_or(1), 1)
+        };
+        let (q_cols, cols) = (a.heads * shape.key_dim, heads * shape.value_dim);
+        self.pool.rows(out, cols, grain, &|first, out| {
+            let (token, head) = (first * heads / a.heads, first * heads % a.heads);
+            let spans = &a.tokens.span[token..token + out.len() / cols];
+            let mut done = 0;
+            for span in spans.chunk_by(|a, b| a == b) {
+                let token = token + done;
+                let (table, position) = a.tokens.place(token);
+                for h in (head..head + heads).step_by(group.min(heads)) {
+                    self.isa.run(Attend {
+                        q: &a.q[token * q_cols + h * shape.key_dim..],
+                        q_stride: q_cols,
+                        out: &mut out[done * cols + (h - head) * shape.value_dim..],
+                        out_stride: cols,
+                        tokens: span.len(),
+                        heads: group.min(heads),
+                        pages: a.pages,
+                        shape,
+                        table,
+                        kv_head: h / group,
+                        position: position as usize,
+                        window: a.window,
+                        scale: a.scale,
+                        softcap: a.softcap,
+                        sinks: a.sinks.map(|s| &s[h..h + group.min(heads)]),
+                    });
+                }
+                done += span.len();
+            }
         });
     }
 
@@ -496,7 +581,7 @@ impl Kernels for CpuKernels {
     fn experts(&mut self, a: &ExpertsArgs<'_>, out: &mut [f32]) {
         let (cols, hidden) = (a.gate.cols, a.gate.rows / a.experts);
         let (isa, pool) = (self.isa, self.pool.clone());
-        let KernelMemory { q8_0, q8_k, pairs, input, gate, up, both, output } = &mut self.memory;
+        let KernelMemory { q8_0, q8_k, pairs, input, up, both, output } = &mut self.memory;
         let (one, all) = output.split_at_mut(a.ids.len() * cols);
         // Tokens are grouped by expert, so that an expert's weights are read once.
         for e in 0..a.experts {
@@ -517,21 +602,18 @@ impl Kernels for CpuKernels {
                 (weight, bias(which, weight.rows))
             };
             let ((gate_w, gate_b), (up_w, up_b), (down_w, down_b)) = (product(0), product(1), product(2));
-            let (gate, up) = (&mut gate[..n * hidden], &mut up[..n * hidden]);
+            let both = &mut both[..n * hidden];
             {
                 let list = [Product { weight: gate_w, bias: gate_b }, Product { weight: up_w, bias: up_b }];
-                let mut outs = [PanelMut::new(gate, hidden), PanelMut::new(up, hidden)];
-                products(isa, &pool, (q8_0, q8_k), &input[..n * cols], &list, &mut outs);
+                let input = Input::new(isa, &pool, (&mut *q8_0, &mut *q8_k), &input[..n * cols], &list);
+                let mut outs = [PanelMut::new(both, hidden)];
+                products(isa, &pool, &input, &list, After::Glu(a.act), &mut outs, up);
             }
-            let both = &mut both[..n * hidden];
-            pool.rows(both, 1, SERIAL_ELEMENTS, &|first, out| {
-                let range = first..first + out.len();
-                isa.run(rows::Glu { f: a.act, gate: &gate[range.clone()], up: &up[range], out });
-            });
             {
                 let list = [Product { weight: down_w, bias: down_b }];
+                let input = Input::new(isa, &pool, (&mut *q8_0, &mut *q8_k), both, &list);
                 let mut outs = [PanelMut::new(&mut one[..n * cols], cols)];
-                products(isa, &pool, (q8_0, q8_k), both, &list, &mut outs);
+                products(isa, &pool, &input, &list, After::Nothing, &mut outs, up);
             }
             for (y, &(_, i)) in one.chunks_exact(cols).zip(&pairs[..n]) {
                 all[i as usize * cols..][..cols].copy_from_slice(y);

@@ -5,8 +5,7 @@ use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, Instant};
 
 use halite_kernels::attention::{PageShape, Pages, PagesMut, write as write_kv};
-use halite_kernels::formats::Format;
-use halite_kernels::matmul::Layout;
+use halite_kernels::formats::{Format, Layout};
 use halite_kernels::rows::{Gate, Unary};
 
 use super::{Bindings, Buffer, Clock, Limits, Plan, Step, Ticket, Timing};
@@ -31,7 +30,7 @@ impl<'a> Matrix<'a> {
     const EMPTY: Matrix<'static> =
         Matrix { format: Format::F32, layout: Layout::Rows, bytes: &[], rows: 0, cols: 0 };
 
-    /// Rows `range`, or nothing if they are not all there.
+    /// Rows `range`, or nothing if they are not all there. A range of interleaved rows starts with a whole group.
     pub fn rows(&self, range: Range<usize>) -> Matrix<'a> {
         let row = self.format.row_bytes(self.cols).unwrap_or(0);
         let bytes = self.bytes.get(range.start * row..range.end * row).unwrap_or(&[]);
@@ -306,6 +305,7 @@ impl Deref for In<'_> {
 struct Weight<'a> {
     guard: ReadGuard<'a>,
     format: Format,
+    layout: Layout,
     rows: usize,
     cols: usize,
 }
@@ -314,7 +314,7 @@ impl Weight<'_> {
     fn matrix(&self) -> Matrix<'_> {
         Matrix {
             format: self.format,
-            layout: Layout::Rows,
+            layout: self.layout,
             bytes: self.guard.bytes(),
             rows: self.rows,
             cols: self.cols,
@@ -492,6 +492,7 @@ impl Memory {
         Ok(Weight {
             guard,
             format: t.format,
+            layout: t.layout,
             rows: rows as usize * t.experts as usize,
             cols: t.cols as usize,
         })
@@ -647,6 +648,7 @@ fn compute<K: Kernels>(
             let mut guard = write_guard(&memory.backend, bound(b.states, state.0, "states")?)?;
             let mut pages = match description.format {
                 Format::F16 => PagesMut::F16(bytemuck::cast_slice_mut(&mut guard)),
+                Format::Q8_0 => PagesMut::Q8_0(bytemuck::cast_slice_mut(&mut guard)),
                 _ => PagesMut::F32(bytemuck::cast_slice_mut(&mut guard)),
             };
             for (t, (k, v)) in k.chunks_exact(k_cols).zip(v.chunks_exact(v_cols)).enumerate() {
@@ -663,6 +665,7 @@ fn compute<K: Kernels>(
             let guard = read_guard(&memory.backend, bound(b.states, state.0, "states")?)?;
             let pages = match description.format {
                 Format::F16 => Pages::F16(bytemuck::try_cast_slice(guard.bytes()).unwrap_or(&[])),
+                Format::Q8_0 => Pages::Q8_0(bytemuck::try_cast_slice(guard.bytes()).unwrap_or(&[])),
                 _ => Pages::F32(bytemuck::try_cast_slice(guard.bytes()).unwrap_or(&[])),
             };
             let args = AttendArgs {

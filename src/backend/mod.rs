@@ -54,6 +54,8 @@ pub struct Caps {
     pub device: String,
     /// Bytes of memory that buffers may take.
     pub memory_bytes: u64,
+    /// Whether it reads interleaved weights; if not, they are brought into plain rows on the way.
+    pub interleaved: bool,
     /// Fused forms that it wants.
     pub fusions: Fusions,
     /// What its results promise.
@@ -227,6 +229,11 @@ pub trait Backend: Send + Sync {
 
     /// Whether it can run an op. The answer may depend on formats and shapes, never on values.
     fn supports(&self, sig: &OpSig<'_>) -> Support;
+
+    /// Which kernel runs an op for so many tokens, and why: a line for people, or nothing.
+    fn explain(&self, _sig: &OpSig<'_>, _tokens: u32) -> String {
+        String::new()
+    }
 
     /// New memory, zeroed.
     ///

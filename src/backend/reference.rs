@@ -5,7 +5,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use halite_kernels::attention::{CHUNK, PageShape, Pages};
+use halite_kernels::attention::{BLOCK, CHUNK, PageShape, Pages};
 use halite_kernels::formats::{Activation, Kind, Unpacked};
 use halite_kernels::isa::Scalar;
 use halite_kernels::math;
@@ -34,6 +34,7 @@ impl Reference {
             name: "reference".into(),
             device: "scalar definitions of all ops, one thread".into(),
             memory_bytes: u64::MAX,
+            interleaved: false,
             fusions: Fusions::default(),
             contract: Contract::Exact,
         };
@@ -210,11 +211,16 @@ fn softmax(x: &mut [f32]) {
     x.iter_mut().for_each(|x| *x /= sum);
 }
 
-/// One element of the cache as f32.
-fn element(pages: &Pages<'_>, at: usize) -> f32 {
+/// One element of the cache as f32: element `at` of page `page`, which in Q8_0 has scale `scale`.
+fn element(pages: &Pages<'_>, shape: PageShape, page: usize, at: usize, scale: usize) -> f32 {
     match pages {
-        Pages::F32(data) => data[at],
-        Pages::F16(data) => half::f16::from_bits(data[at]).to_f32(),
+        Pages::F32(data) => data[page * shape.elements() + at],
+        Pages::F16(data) => half::f16::from_bits(data[page * shape.elements() + at]).to_f32(),
+        Pages::Q8_0(data) => {
+            let page = &data[page * shape.q8_0_bytes()..][..shape.q8_0_bytes()];
+            let scale = &page[shape.elements() + 2 * scale..];
+            half::f16::from_le_bytes([scale[0] as u8, scale[1] as u8]).to_f32() * f32::from(page[at])
+        }
     }
 }
 
@@ -234,13 +240,20 @@ fn attend(
     let mut state: Option<(f32, f32, Vec<f32>)> = None;
     let chunks = first / CHUNK..end.div_ceil(CHUNK);
     for (chunk, page) in table.iter().enumerate().take(chunks.end).skip(chunks.start) {
-        let page = *page as usize * shape.elements();
-        let keys = page + kv_head * shape.key_dim * CHUNK;
-        let values = page + (shape.kv_heads * shape.key_dim + kv_head * shape.value_dim) * CHUNK;
+        // Elements of a position before this head's key, and before its value.
+        let keys = kv_head * shape.key_dim;
+        let values = shape.kv_heads * shape.key_dim + kv_head * shape.value_dim;
+        let key = |d: usize, j: usize| {
+            let scale = (keys + d) / BLOCK * CHUNK + j;
+            element(&a.pages, shape, *page as usize, (keys + d) * CHUNK + j, scale)
+        };
+        let value = |d: usize, j: usize| {
+            let scale = (values + d) / BLOCK * CHUNK + j;
+            element(&a.pages, shape, *page as usize, values * CHUNK + j * shape.value_dim + d, scale)
+        };
         let valid = |j: &usize| (first..end).contains(&(chunk * CHUNK + j));
         let score = |j: usize| {
-            let dot = (0..shape.key_dim)
-                .fold(0.0f32, |sum, d| fma(q[d], element(&a.pages, keys + d * CHUNK + j), sum));
+            let dot = (0..shape.key_dim).fold(0.0f32, |sum, d| fma(q[d], key(d, j), sum));
             let score = dot * a.scale;
             a.softcap.map_or(score, |cap| unary(Unary::SoftCap(cap), score))
         };
@@ -250,10 +263,7 @@ fn attend(
         let mut lanes = [0.0f32; 16];
         p.iter().for_each(|&(j, p)| lanes[j % 16] += p);
         let sum = tree(lanes);
-        let weighted = |d: usize| {
-            p.iter()
-                .fold(0.0f32, |acc, &(j, p)| fma(p, element(&a.pages, values + j * shape.value_dim + d), acc))
-        };
+        let weighted = |d: usize| p.iter().fold(0.0f32, |acc, &(j, p)| fma(p, value(d, j), acc));
         let o: Vec<f32> = (0..shape.value_dim).map(weighted).collect();
         state = Some(match state {
             None => (max, sum, o),

@@ -39,6 +39,7 @@ impl Template {
             device: "a backend to copy; it runs nothing".into(),
             memory_bytes: 1 << 30,
             // Ask for the fused forms that the chip has instructions for.
+            interleaved: false,
             fusions: Fusions::default(),
             // `Exact` only if results are the reference's bits.
             contract: Contract::Close,

@@ -8,6 +8,7 @@ use halite::backend::Backend;
 use halite::backend::cpu::Cpu;
 use halite::backend::reference::Reference;
 use halite::gguf::Gguf;
+use halite::kernels::formats::Layout;
 use halite::session::{SessionOptions, footprint};
 use halite::{Model, Tokenizer};
 
@@ -51,7 +52,11 @@ pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
     for tensor in gguf.tensors() {
         let r = tensor.record;
         if args.verify {
-            if !r.format.is_finite(tensor.region()?.bytes()) {
+            let finite = match r.layout {
+                Layout::Rows => r.format.is_finite(tensor.region()?.bytes()),
+                Layout::Interleaved => r.format.is_finite(&tensor.rows()?),
+            };
+            if !finite {
                 not_finite.push(r.name.clone());
             }
             bar.inc(r.bytes.len() as u64);

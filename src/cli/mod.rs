@@ -2,6 +2,7 @@
 
 mod bench;
 mod inspect;
+mod pack;
 mod run;
 mod synth;
 mod tools;
@@ -60,6 +61,8 @@ enum Command {
     Bench(bench::BenchArgs),
     /// Write a model file of a named shape with random weights, to time a device on.
     Synth(synth::SynthArgs),
+    /// Interleave a model's rows for the fastest kernels; the copy is read in place as well.
+    Pack(pack::PackArgs),
     /// Check every kernel of a backend against the reference.
     Conform(tools::ConformArgs),
 }
@@ -95,6 +98,8 @@ struct BackendArgs {
 enum KvFormat {
     F16,
     F32,
+    #[value(name = "q8_0")]
+    Q8_0,
 }
 
 impl BackendArgs {
@@ -115,6 +120,7 @@ impl KvFormat {
         let kv_format = match self {
             KvFormat::F16 => Format::F16,
             KvFormat::F32 => Format::F32,
+            KvFormat::Q8_0 => Format::Q8_0,
         };
         ProgramOptions { kv_format }
     }
@@ -214,6 +220,7 @@ pub fn main() -> ExitCode {
         Command::Perplexity(args) => tools::perplexity(&args),
         Command::Bench(args) => bench::bench(&args),
         Command::Synth(args) => synth::synth(&args),
+        Command::Pack(args) => pack::pack(&args),
         Command::Conform(args) => tools::conform(&args),
     };
     let Err(failure) = result else { return ExitCode::SUCCESS };

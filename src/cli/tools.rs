@@ -212,7 +212,8 @@ pub fn conform(args: &ConformArgs) -> Result<(), Failure> {
     for case in &cases {
         let outcome = conformance::check(&*backend, case);
         if args.verbose || !outcome.passed() {
-            bar.suspend(|| print(&format!("{:60} {outcome}\n", case.name)))?;
+            let kernels = case.explain(&*backend);
+            bar.suspend(|| print(&format!("{:60} {outcome:8} {kernels}\n", case.name)))?;
         }
         report.add(&outcome);
         bar.inc(1);

@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use halite_kernels::formats::Format;
+use halite_kernels::formats::{Format, Layout};
 
 pub(crate) use parse::printable;
 pub use parse::{
@@ -50,6 +50,53 @@ impl TensorInfo<'_> {
             path: self.source.path().to_owned(),
             detail: format!("tensor `{}` is no longer inside", self.record.name),
         })
+    }
+
+    /// Calls `f` with each matrix of the tensor: its bytes in the map, and values of a row.
+    fn matrices(&self, f: &mut dyn FnMut(&[u8], usize)) -> Result<()> {
+        let region = self.region()?;
+        let dim = |i: usize| self.record.dims.get(i).copied().unwrap_or(1) as usize;
+        // Checked when the header was parsed: the tensor lies in the file.
+        let bytes = self.record.bytes.len() / (dim(2) * dim(3)).max(1);
+        region.bytes().chunks_exact(bytes.max(1)).for_each(|matrix| f(matrix, dim(0)));
+        Ok(())
+    }
+
+    /// The tensor's bytes with its rows one after the other, however they lie in the file.
+    ///
+    /// # Errors
+    /// [`Error::FileChanged`].
+    pub fn rows(&self) -> Result<Vec<u8>> {
+        let (format, layout) = (self.record.format, self.record.layout);
+        let mut out = Vec::with_capacity(self.record.bytes.len());
+        self.matrices(&mut |matrix, cols| {
+            let mut rows = vec![0; matrix.len()];
+            let (row_blocks, bytes) = (cols / format.block_len(), format.block_bytes());
+            for (i, block) in rows.chunks_exact_mut(bytes).enumerate() {
+                format.copy_block(layout, matrix, row_blocks, i / row_blocks, i % row_blocks, block);
+            }
+            out.extend(rows);
+        })?;
+        Ok(out)
+    }
+
+    /// The tensor's bytes with its rows interleaved, however they lie in the file.
+    ///
+    /// # Errors
+    /// [`Error::FileChanged`].
+    pub fn interleaved(&self) -> Result<Vec<u8>> {
+        let mut out = Vec::with_capacity(self.record.bytes.len());
+        self.matrices(&mut |matrix, cols| {
+            let mut lanes = vec![0; matrix.len()];
+            // The lengths are those of whole rows; what is interleaved already stays.
+            match self.record.layout {
+                Layout::Rows if self.record.format.interleave(cols, matrix, &mut lanes).is_ok() => {
+                    out.extend(lanes)
+                }
+                _ => out.extend(matrix),
+            }
+        })?;
+        Ok(out)
     }
 }
 
@@ -165,6 +212,14 @@ impl Gguf {
     /// All metadata of the first file, in file order.
     pub fn metadata(&self) -> &[(String, Value)] {
         self.parts.first().map_or(&[], |part| &part.header.metadata)
+    }
+
+    /// All metadata of the first file, ready to be written to another.
+    pub fn encoded_metadata(&self) -> impl Iterator<Item = (&str, write::Encoded)> {
+        self.parts.first().into_iter().flat_map(|part| {
+            let file = part.source.bytes();
+            part.header.metadata.iter().map(move |(key, v)| (key.as_str(), write::Encoded::copy(v, file)))
+        })
     }
 
     fn value(&self, key: &str) -> Option<(&Value, &[u8])> {

@@ -7,7 +7,7 @@
 use std::collections::HashSet;
 use std::ops::Range;
 
-use halite_kernels::formats::{Format, UnknownFormat};
+use halite_kernels::formats::{Format, Layout, UnknownFormat};
 
 /// Longest accepted key, in bytes (the format's own limit).
 pub const MAX_KEY_BYTES: u64 = 65_535;
@@ -211,6 +211,10 @@ pub struct Value {
     pub bytes: Range<usize>,
 }
 
+/// Set in the id of a tensor's type if its rows are interleaved ([`Layout::Interleaved`]). This is Halite's own: other readers
+/// know no such type and refuse the file, rather than take the bytes for what they are not.
+pub const INTERLEAVED: u32 = 1 << 16;
+
 /// One tensor of the file's directory.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TensorRecord {
@@ -220,6 +224,8 @@ pub struct TensorRecord {
     pub dims: Vec<u64>,
     /// How its elements are stored.
     pub format: Format,
+    /// How the rows of each matrix lie.
+    pub layout: Layout,
     /// Its data, from the start of the file.
     pub bytes: Range<usize>,
 }
@@ -370,6 +376,7 @@ struct Unplaced<'a> {
     name: &'a str,
     dims: Vec<u64>,
     format: Format,
+    layout: Layout,
     offset: u64,
     at: u64,
 }
@@ -411,6 +418,7 @@ impl Unplaced<'_> {
                 name: self.name.to_owned(),
                 dims: self.dims,
                 format: self.format,
+                layout: self.layout,
                 bytes: start as usize..end as usize,
             }),
             _ => Err(GgufError::TensorRange {
@@ -595,10 +603,17 @@ impl<'a> Reader<'a> {
             dims.push(dim);
         }
         let id = self.u32("tensor type")?;
-        let format =
-            Format::from_id(id).map_err(|source| GgufError::TensorType { name: name.into(), source })?;
+        let (layout, plain_id) = match id & INTERLEAVED {
+            0 => (Layout::Rows, id),
+            _ => (Layout::Interleaved, id & !INTERLEAVED),
+        };
+        let unknown = |source| GgufError::TensorType { name: name.into(), source };
+        let format = Format::from_id(plain_id).map_err(|_| unknown(UnknownFormat::new(id)))?;
+        if layout == Layout::Interleaved && !format.interleaves() {
+            return Err(unknown(UnknownFormat::new(id)));
+        }
         let at = self.at as u64;
         let offset = self.u64("tensor offset")?;
-        Ok(Unplaced { name, dims, format, offset, at })
+        Ok(Unplaced { name, dims, format, layout, offset, at })
     }
 }

@@ -3,9 +3,11 @@
 use std::collections::HashSet;
 use std::io::{self, Write};
 
-use halite_kernels::formats::Format;
+use halite_kernels::formats::{Format, Layout};
 
-use super::parse::{MAX_ALIGNMENT, MAX_ENTRIES, MAX_KEY_BYTES, MAX_NAME_BYTES, ValueType};
+use super::parse::{
+    INTERLEAVED, MAX_ALIGNMENT, MAX_ENTRIES, MAX_KEY_BYTES, MAX_NAME_BYTES, Value, ValueType,
+};
 use super::tensor_bytes;
 use crate::error::{Error, Result};
 
@@ -23,6 +25,21 @@ impl Encoded {
         out.0.extend((len as u64).to_le_bytes());
         out.0.extend(bytes);
         out
+    }
+}
+
+impl Encoded {
+    /// A value as it stands in `file`, the bytes that it was parsed from.
+    pub fn copy(value: &Value, file: &[u8]) -> Encoded {
+        let bytes = file.get(value.bytes.clone()).unwrap_or(&[]);
+        match value.array_len {
+            Some(len) => Encoded::array(value.kind, len, bytes.iter().copied()),
+            None if value.kind == ValueType::String => {
+                let len = (bytes.len() as u64).to_le_bytes();
+                Encoded::scalar(value.kind, &[&len[..], bytes].concat())
+            }
+            None => Encoded::scalar(value.kind, bytes),
+        }
     }
 }
 
@@ -76,6 +93,8 @@ pub struct NewTensor {
     pub dims: Vec<u64>,
     /// How its elements are stored.
     pub format: Format,
+    /// How the rows of each matrix lie.
+    pub layout: Layout,
     /// Bytes of its data.
     pub bytes: u64,
     /// Where its data start, in bytes after the start of all data.
@@ -142,6 +161,21 @@ impl Writer {
     /// [`Error::Argument`] for a name that is not one or is there already, rows that are not whole blocks, or a size
     /// that does not fit in 63 bits.
     pub fn tensor(&mut self, name: &str, dims: &[u64], format: Format) -> Result<()> {
+        self.tensor_in(Layout::Rows, name, dims, format)
+    }
+
+    /// As [`Writer::tensor`], in a layout.
+    ///
+    /// # Errors
+    /// As there, and for a format that cannot be interleaved.
+    pub fn tensor_in(&mut self, layout: Layout, name: &str, dims: &[u64], format: Format) -> Result<()> {
+        if layout == Layout::Interleaved && !format.interleaves() {
+            return Err(Error::argument(
+                "interleaved GGUF tensor",
+                "a format that interleaves",
+                format.name(),
+            ));
+        }
         claim(&mut self.names, "GGUF tensor name", name, MAX_NAME_BYTES)?;
         let rows = dims.iter().skip(1).try_fold(1u64, |n, &dim| n.checked_mul(dim));
         let bytes = match (dims, rows) {
@@ -162,7 +196,7 @@ impl Writer {
             return Err(Error::argument("GGUF tensor", expected, got));
         };
         let offset = std::mem::replace(&mut self.end, end);
-        self.tensors.push(NewTensor { name: name.into(), dims: dims.into(), format, bytes, offset });
+        self.tensors.push(NewTensor { name: name.into(), dims: dims.into(), format, layout, bytes, offset });
         Ok(())
     }
 
@@ -189,7 +223,8 @@ impl Writer {
             header.extend(string(&tensor.name));
             header.extend((tensor.dims.len() as u32).to_le_bytes());
             header.extend(tensor.dims.iter().flat_map(|dim| dim.to_le_bytes()));
-            header.extend(tensor.format.id().to_le_bytes());
+            let layout = if tensor.layout == Layout::Interleaved { INTERLEAVED } else { 0 };
+            header.extend((tensor.format.id() | layout).to_le_bytes());
             header.extend(tensor.offset.to_le_bytes());
         }
         out.write_all(&header)?;

@@ -31,7 +31,7 @@ pub fn architectures() -> impl Iterator<Item = &'static str> {
 /// Choices that shape a program.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ProgramOptions {
-    /// How the KV cache is stored: `F16` or `F32`.
+    /// How the KV cache is stored: `F16`, `F32` or `Q8_0`.
     pub kv_format: Format,
 }
 
@@ -114,7 +114,11 @@ impl Model {
     pub fn program(&self, options: ProgramOptions) -> Result<Program> {
         let lookup = |name: &str| {
             let info = self.gguf.tensor(name)?;
-            Some(WeightInfo { dims: info.record.dims.clone(), format: info.record.format })
+            Some(WeightInfo {
+                dims: info.record.dims.clone(),
+                format: info.record.format,
+                layout: info.record.layout,
+            })
         };
         let mut builder = Builder::new(&self.name(), &lookup);
         let hparams = Hparams { kv_format: options.kv_format, ..self.hparams.clone() };

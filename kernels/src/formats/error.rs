@@ -75,7 +75,8 @@ const FORKS: &[(u32, u32, &str, &str)] = &[
 ];
 
 impl UnknownFormat {
-    pub(super) fn new(id: u32) -> UnknownFormat {
+    /// What is known of an id that no format has.
+    pub fn new(id: u32) -> UnknownFormat {
         let removed =
             REMOVED.iter().find(|row| row.0 == id).map(|&(_, name, note)| Why::Removed { name, note });
         let fork = || FORKS.iter().find(|row| (row.0..=row.1).contains(&id));

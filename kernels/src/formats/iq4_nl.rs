@@ -1,7 +1,7 @@
 //! IQ4_NL: `value = d * TABLE[q]`, 4-bit q. Byte j holds q of values j (low nibble) and j + 16.
 
 use super::bytes::layout;
-use super::lanes::Lanes;
+use super::lanes::{Lanes, Words};
 use super::{Activation, Block, F16, Format, Interleaved, Plain, Quantised, Unpacked};
 use crate::isa::Isa;
 
@@ -51,12 +51,12 @@ impl Interleaved for IQ4_NL {
     type Lanes = Lanes<2, 4, 0>;
 
     #[inline(always)]
-    fn code<I: Isa>(isa: I, lanes: &Self::Lanes, _part: usize, k: usize) -> I::I {
+    fn code<I: Isa>(isa: I, lanes: &impl Words<I>, _part: usize, k: usize) -> I::I {
         isa.lookup_signed(&IQ4_VALUES, lanes.nibbles(isa, k % 4, k / 4))
     }
 
     #[inline(always)]
-    fn d<I: Isa>(isa: I, lanes: &Self::Lanes) -> I::F {
+    fn d<I: Isa>(isa: I, lanes: &impl Words<I>) -> I::F {
         lanes.head_f16(isa)
     }
 }

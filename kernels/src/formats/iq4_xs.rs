@@ -3,7 +3,7 @@
 
 use super::bits::nibble;
 use super::bytes::layout;
-use super::lanes::{Lanes, less_32};
+use super::lanes::{Lanes, Words, less_32};
 use super::{Activation, Block, F16, Format, IQ4_VALUES, Interleaved, Plain, Quantised, Unpacked};
 use crate::isa::Isa;
 
@@ -62,17 +62,17 @@ impl Interleaved for IQ4_XS {
     type Lanes = Lanes<0, 34, 0>;
 
     #[inline(always)]
-    fn code<I: Isa>(isa: I, lanes: &Self::Lanes, part: usize, k: usize) -> I::I {
+    fn code<I: Isa>(isa: I, lanes: &impl Words<I>, part: usize, k: usize) -> I::I {
         isa.lookup_signed(&IQ4_VALUES, lanes.nibbles(isa, 2 + 4 * part + k % 4, k / 4))
     }
 
     #[inline(always)]
-    fn d<I: Isa>(isa: I, lanes: &Self::Lanes) -> I::F {
+    fn d<I: Isa>(isa: I, lanes: &impl Words<I>) -> I::F {
         isa.low_f16(lanes.word(isa, 0))
     }
 
     #[inline(always)]
-    fn subs<I: Isa>(isa: I, lanes: &Self::Lanes) -> [I::I; 4] {
+    fn subs<I: Isa>(isa: I, lanes: &impl Words<I>) -> [I::I; 4] {
         let (low, high) = (lanes.word(isa, 1), isa.shr_by(lanes.word(isa, 0), 16));
         let mut subs = [isa.splat_i(0); 4];
         for g in 0..2 {

@@ -11,8 +11,16 @@ use crate::isa::Isa;
 /// Rows that are interleaved.
 pub const ROWS: usize = 16;
 
-/// Most words of a pair of short blocks: those of Q8_0.
-const PAIR_WORDS: usize = 17;
+/// How the rows of a matrix lie in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum Layout {
+    /// One after the other, as published.
+    #[default]
+    Rows,
+    /// In groups of [`ROWS`], each interleaved block by block ([`Lanes`]); rows after the last whole group one after the
+    /// other.
+    Interleaved,
+}
 
 /// One block of each of [`ROWS`] rows: `HEAD` bytes of each, `WORDS` words of each, `TAIL` bytes of each.
 #[repr(C)]
@@ -31,54 +39,38 @@ unsafe impl<const HEAD: usize, const WORDS: usize, const TAIL: usize> Bytes for 
 
 /// What the kernels need of any [`Lanes`].
 pub trait Interleave: Bytes {
-    /// All zero.
-    const ZERO: Self;
-
     /// Interleaves as many blocks of each row as `out` takes. Rows start `stride` bytes apart; bytes
     /// that are missing are zeros.
     fn interleave<I: Isa>(isa: I, rows: &[u8], stride: usize, out: &mut [Self]);
 
+    /// Bytes of the front and words, if blocks can be read by [`Near::new`].
+    const SHORT: Option<(usize, usize)>;
+
     /// The block of one row.
     fn row<B: Bytes>(&self, row: usize, out: &mut B);
+
+    /// Word `w` of every row.
+    fn word_bytes(&self, w: usize) -> &[u8; 4 * ROWS];
+    /// Two bytes of each front, as numbers.
+    fn head_u16(&self) -> [u16; ROWS];
+    /// The first byte of each front.
+    fn head_u8(&self) -> [u8; ROWS];
+    /// Two bytes of each end, as numbers.
+    fn tail_u16(&self) -> [u16; ROWS];
 }
 
 impl<const HEAD: usize, const WORDS: usize, const TAIL: usize> Interleave for Lanes<HEAD, WORDS, TAIL> {
-    const ZERO: Self =
-        Lanes { head: [[0; HEAD]; ROWS], words: [[0; 4 * ROWS]; WORDS], tail: [[0; TAIL]; ROWS] };
+    const SHORT: Option<(usize, usize)> = if (HEAD == 0 || HEAD == 2) && WORDS <= SHORT_WORDS && TAIL == 0 {
+        Some((HEAD, WORDS))
+    } else {
+        None
+    };
 
     #[inline(always)]
     fn interleave<I: Isa>(isa: I, rows: &[u8], stride: usize, out: &mut [Self]) {
         const { assert!(WORDS >= 4) };
         let bytes = HEAD + 4 * WORDS + TAIL;
-        let mut first = 0;
-        if HEAD == 2 && TAIL == 0 {
-            // Two blocks are whole words; those of the second one stand across them.
-            while first + 2 <= out.len() {
-                let mut words = [[0; 4 * ROWS]; PAIR_WORDS];
-                for quad in 0..(1 + 2 * WORDS).div_ceil(4) {
-                    // The last four words may overlap the four before them.
-                    let at = (4 * quad).min(2 * WORDS - 3);
-                    let four = isa.transpose(rows.get(first * bytes + 4 * at..).unwrap_or(&[]), stride);
-                    for i in 0..4 {
-                        isa.store_words(four[i], &mut words[at + i]);
-                    }
-                }
-                if let Some(heads) = out[first].head_u16() {
-                    isa.store_u16(isa.load_words(&words[0]), heads);
-                }
-                if let Some(heads) = out[first + 1].head_u16() {
-                    isa.store_u16(isa.shr_by(isa.load_words(&words[WORDS]), 16), heads);
-                }
-                for w in 0..WORDS {
-                    let low = isa.shr_by(isa.load_words(&words[w]), 16);
-                    let high = isa.shl_by(isa.load_words(&words[w + 1]), 16);
-                    isa.store_words(isa.or_i(low, high), &mut out[first].words[w]);
-                    out[first + 1].words[w] = words[1 + WORDS + w];
-                }
-                first += 2;
-            }
-        }
-        for (i, out) in out.iter_mut().enumerate().skip(first) {
+        for (i, out) in out.iter_mut().enumerate() {
             let rows = rows.get(i * bytes..).unwrap_or(&[]);
             for quad in 0..WORDS.div_ceil(4) {
                 // The last four words may overlap the four before them.
@@ -111,42 +103,120 @@ impl<const HEAD: usize, const WORDS: usize, const TAIL: usize> Interleave for La
         }
         tail.copy_from_slice(&self.tail[row]);
     }
+
+    #[inline(always)]
+    fn word_bytes(&self, w: usize) -> &[u8; 4 * ROWS] {
+        &self.words[w]
+    }
+    #[inline(always)]
+    fn head_u16(&self) -> [u16; ROWS] {
+        u16s(&self.head)
+    }
+    #[inline(always)]
+    fn head_u8(&self) -> [u8; ROWS] {
+        self.head.map(|head| head.first().copied().unwrap_or(0))
+    }
+    #[inline(always)]
+    fn tail_u16(&self) -> [u16; ROWS] {
+        u16s(&self.tail)
+    }
 }
 
-impl<const HEAD: usize, const WORDS: usize, const TAIL: usize> Lanes<HEAD, WORDS, TAIL> {
-    /// The heads, if they have two bytes.
-    #[inline(always)]
-    fn head_u16(&mut self) -> Option<&mut [[u8; 2]; ROWS]> {
-        let heads = <[[u8; HEAD]; ROWS]>::bytes_of_mut(core::slice::from_mut(&mut self.head));
-        heads.as_chunks_mut().0.first_chunk_mut()
-    }
-
+/// One block of each of sixteen rows, wherever its words are: what a format's kernels read.
+pub trait Words<I: Isa> {
     /// Word `w` of every row.
-    #[inline(always)]
-    pub fn word<I: Isa>(&self, isa: I, w: usize) -> I::I {
-        isa.load_words(&self.words[w])
-    }
+    fn word(&self, isa: I, w: usize) -> I::I;
+    /// The half-precision float at the front.
+    fn head_f16(&self, isa: I) -> I::F;
+    /// The byte at the front.
+    fn head_u8(&self) -> [u8; ROWS];
+    /// The half-precision float at the end.
+    fn tail_f16(&self, isa: I) -> I::F;
 
     /// Nibbles of word `w`: the low ones if `high` is 0, the high ones if it is 1.
     #[inline(always)]
-    pub fn nibbles<I: Isa>(&self, isa: I, w: usize, high: usize) -> I::I {
+    fn nibbles(&self, isa: I, w: usize, high: usize) -> I::I {
         isa.and_i(isa.shr_by(self.word(isa, w), 4 * high as u32), isa.splat_i(0x0f0f_0f0f))
     }
 }
 
-impl<const WORDS: usize, const TAIL: usize> Lanes<2, WORDS, TAIL> {
-    /// The half-precision float at the front.
+impl<I: Isa, L: Interleave> Words<I> for L {
     #[inline(always)]
-    pub fn head_f16<I: Isa>(&self, isa: I) -> I::F {
-        isa.load_f16(&self.head.map(u16::from_le_bytes))
+    fn word(&self, isa: I, w: usize) -> I::I {
+        isa.load_words(self.word_bytes(w))
+    }
+    #[inline(always)]
+    fn head_f16(&self, isa: I) -> I::F {
+        isa.load_f16(&self.head_u16())
+    }
+    #[inline(always)]
+    fn head_u8(&self) -> [u8; ROWS] {
+        Interleave::head_u8(self)
+    }
+    #[inline(always)]
+    fn tail_f16(&self, isa: I) -> I::F {
+        isa.load_f16(&self.tail_u16())
     }
 }
 
-impl<const HEAD: usize, const WORDS: usize> Lanes<HEAD, WORDS, 2> {
-    /// The half-precision float at the end.
+/// Two bytes of each row as a number; zeros if there are not two.
+#[inline(always)]
+fn u16s<const N: usize>(bytes: &[[u8; N]; ROWS]) -> [u16; ROWS] {
+    bytes.map(|bytes| bytes.first_chunk().map_or(0, |&two| u16::from_le_bytes(two)))
+}
+
+/// Most words of a short block: those of Q8_0.
+const SHORT_WORDS: usize = 8;
+
+/// One short block of each of sixteen plain rows, transposed in registers.
+#[derive(Debug, Clone, Copy)]
+pub struct Near<I: Isa> {
+    words: [I::I; SHORT_WORDS],
+    /// The first word of the block, of which the front is a part.
+    head: I::I,
+}
+
+impl<I: Isa> Near<I> {
+    /// The blocks at the start of rows that lie `stride` bytes apart, with a front of `head` bytes and so many words. Zeros if
+    /// they are not all there.
     #[inline(always)]
-    pub fn tail_f16<I: Isa>(&self, isa: I) -> I::F {
-        isa.load_f16(&self.tail.map(u16::from_le_bytes))
+    pub fn new(isa: I, rows: &[u8], stride: usize, head: usize, words: usize) -> Self {
+        let mut near = Near { words: [isa.splat_i(0); SHORT_WORDS], head: isa.splat_i(0) };
+        if head > 0 {
+            near.head = isa.transpose(rows, stride)[0];
+        }
+        let low = isa.transpose(rows.get(head..).unwrap_or(&[]), stride);
+        for i in 0..4 {
+            near.words[i] = low[i];
+        }
+        if words > 4 {
+            // The last four words may overlap the four before them.
+            let first = words - 4;
+            let high = isa.transpose(rows.get(head + 4 * first..).unwrap_or(&[]), stride);
+            for i in 0..4 {
+                near.words[first + i] = high[i];
+            }
+        }
+        near
+    }
+}
+
+impl<I: Isa> Words<I> for Near<I> {
+    #[inline(always)]
+    fn word(&self, _: I, w: usize) -> I::I {
+        self.words[w]
+    }
+    #[inline(always)]
+    fn head_f16(&self, isa: I) -> I::F {
+        isa.low_f16(self.head)
+    }
+    /// No format with such a front is read this way.
+    fn head_u8(&self) -> [u8; ROWS] {
+        [0; ROWS]
+    }
+    /// No format with an end is read this way.
+    fn tail_f16(&self, isa: I) -> I::F {
+        isa.splat(0.0)
     }
 }
 

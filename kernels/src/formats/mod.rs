@@ -43,7 +43,7 @@ mod q8_k;
 mod tq1_0;
 mod tq2_0;
 
-use crate::isa::Isa;
+use crate::isa::{Isa, Scalar};
 use crate::matmul::{Kernel, every_cpu};
 
 pub use bytes::Bytes;
@@ -58,7 +58,7 @@ pub use iq3_s::IQ3_S;
 pub use iq3_xxs::IQ3_XXS;
 pub use iq4_nl::{IQ4_NL, IQ4_VALUES};
 pub use iq4_xs::IQ4_XS;
-pub use lanes::{Interleave, Lanes, ROWS};
+pub use lanes::{Interleave, Lanes, Layout, Near, ROWS, Words};
 pub use mxfp4::{E2M1_DOUBLED, E8M0, MXFP4};
 pub use nvfp4::{NVFP4, UE4M3};
 pub use plain::{BF16, F16, F32, F64, I8, I16, I32, I64};
@@ -135,23 +135,23 @@ pub trait Interleaved: Quantised {
 
     /// The code bytes of values `32 part + 4 k` to `32 part + 4 k + 3`, `k` < 8, of each row: codes plus
     /// [`Quantised::OFFSET`], or, if they are signed, made so by [`Isa::signed`].
-    fn code<I: Isa>(isa: I, lanes: &Self::Lanes, part: usize, k: usize) -> I::I;
+    fn code<I: Isa>(isa: I, lanes: &impl Words<I>, part: usize, k: usize) -> I::I;
 
     /// The scale of each row.
-    fn d<I: Isa>(isa: I, lanes: &Self::Lanes) -> I::F;
+    fn d<I: Isa>(isa: I, lanes: &impl Words<I>) -> I::F;
 
     /// The minimum of each row, with the sign with which it is added.
-    fn m<I: Isa>(isa: I, _lanes: &Self::Lanes) -> I::F {
+    fn m<I: Isa>(isa: I, _lanes: &impl Words<I>) -> I::F {
         isa.splat(0.0)
     }
 
     /// The integer sub-scales, one a byte, four to a word in order, signed.
-    fn subs<I: Isa>(isa: I, _lanes: &Self::Lanes) -> [I::I; 4] {
+    fn subs<I: Isa>(isa: I, _lanes: &impl Words<I>) -> [I::I; 4] {
         [isa.splat_i(0); 4]
     }
 
     /// The integer factors of the minimum, one for each [`Quantised::SUB`] values, laid out as [`Interleaved::subs`].
-    fn mins<I: Isa>(isa: I, _lanes: &Self::Lanes) -> [I::I; 4] {
+    fn mins<I: Isa>(isa: I, _lanes: &impl Words<I>) -> [I::I; 4] {
         [isa.splat_i(0); 4]
     }
 }
@@ -283,7 +283,19 @@ struct Entry {
     is_finite: fn(&[u8]) -> bool,
     set_scale: fn(&mut [u8], f32),
     kernel: Kernel,
+    interleaving: Option<Interleaving>,
 }
+
+/// Between rows and interleaved rows, by bytes.
+struct Interleaving {
+    /// Whole groups of [`ROWS`] rows of so many blocks.
+    interleave: fn(&[u8], usize, &mut [u8]),
+    /// One row's block out of an interleaved one.
+    block: fn(&[u8], usize, &mut [u8]),
+}
+
+/// Most bytes of a block of any format.
+pub const MAX_BLOCK_BYTES: usize = 292;
 
 impl Entry {
     const fn new<B: Block>(
@@ -292,7 +304,9 @@ impl Entry {
         dequantize: fn(&[u8], &mut [f32]),
         kernel: Kernel,
     ) -> Entry {
+        assert!(size_of::<B>() <= MAX_BLOCK_BYTES);
         Entry {
+            interleaving: None,
             kernel,
             name,
             block_len: B::LEN,
@@ -346,7 +360,22 @@ impl Entry {
     const fn interleaved<Q: Interleaved>(name: &'static str) -> Entry {
         // One scale for all that is interleaved, or for each part of 32.
         assert!(Q::LEN == 256 && Q::GROUP == 256 || Q::LEN == 32 && Q::GROUP == 32);
-        Entry { kernel: every_cpu::interleaved::<Q>, ..Entry::quantised::<Q>(name) }
+        let interleaving = Interleaving {
+            interleave: |rows, row_blocks, out| {
+                let stride = row_blocks * size_of::<Q>();
+                let groups = rows.chunks_exact(ROWS * stride).zip(out.chunks_exact_mut(ROWS * stride));
+                for (rows, out) in groups {
+                    Q::Lanes::interleave(Scalar, rows, stride, Q::Lanes::cast_mut(out));
+                }
+            },
+            block: |lanes, row, out| {
+                for (lanes, out) in Q::Lanes::cast(lanes).iter().zip(Q::cast_mut(out)) {
+                    lanes.row(row, out);
+                }
+            },
+        };
+        let kernel = every_cpu::interleaved::<Q>;
+        Entry { kernel, interleaving: Some(interleaving), ..Entry::quantised::<Q>(name) }
     }
 }
 
@@ -453,6 +482,57 @@ impl Format {
         } else {
             None
         }
+    }
+
+    /// Whether rows of this format can be interleaved.
+    pub const fn interleaves(self) -> bool {
+        self.entry().interleaving.is_some()
+    }
+
+    /// A matrix of rows of `cols` values, from [`Layout::Rows`] to [`Layout::Interleaved`]. `rows` and `out` are as long as
+    /// each other; a format that does not interleave is copied.
+    ///
+    /// # Errors
+    /// Lengths that do not match or are no whole rows.
+    pub fn interleave(self, cols: usize, rows: &[u8], out: &mut [u8]) -> Result<(), LengthMismatch> {
+        let mismatch = LengthMismatch { format: self, bytes: out.len(), values: cols };
+        let row_bytes = self.row_bytes(cols).filter(|&bytes| bytes > 0).ok_or(mismatch)?;
+        if rows.len() != out.len() || !rows.len().is_multiple_of(row_bytes) {
+            return Err(mismatch);
+        }
+        let mut whole = 0;
+        if let Some(interleaving) = &self.entry().interleaving {
+            whole = rows.len() / (ROWS * row_bytes) * (ROWS * row_bytes);
+            (interleaving.interleave)(&rows[..whole], cols / self.block_len(), &mut out[..whole]);
+        }
+        out[whole..].copy_from_slice(&rows[whole..]);
+        Ok(())
+    }
+
+    /// Copies one block of one row of a matrix whose rows have `row_blocks` blocks; `None` if it is not there.
+    pub fn copy_block(
+        self,
+        layout: Layout,
+        matrix: &[u8],
+        row_blocks: usize,
+        row: usize,
+        block: usize,
+        out: &mut [u8],
+    ) -> Option<()> {
+        let bytes = self.block_bytes();
+        let rows = matrix.len() / bytes.checked_mul(row_blocks)?.max(1);
+        let group = row / ROWS * ROWS;
+        match &self.entry().interleaving {
+            Some(interleaving) if layout == Layout::Interleaved && group + ROWS <= rows => {
+                let at = group.checked_mul(row_blocks)?.checked_add(block * ROWS)?.checked_mul(bytes)?;
+                (interleaving.block)(matrix.get(at..)?.get(..ROWS * bytes)?, row % ROWS, out);
+            }
+            _ => {
+                let at = row.checked_mul(row_blocks)?.checked_add(block)?.checked_mul(bytes)?;
+                out.copy_from_slice(matrix.get(at..)?.get(..bytes)?);
+            }
+        }
+        Some(())
     }
 
     /// Its matrix products.

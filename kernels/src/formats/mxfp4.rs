@@ -4,7 +4,7 @@
 //! them integers; the scale is halved.
 
 use super::bytes::layout;
-use super::lanes::Lanes;
+use super::lanes::{Lanes, Words};
 use super::{Activation, Block, Format, Interleaved, Quantised, Unpacked};
 use crate::isa::Isa;
 
@@ -86,12 +86,12 @@ impl Interleaved for MXFP4 {
     type Lanes = Lanes<1, 4, 0>;
 
     #[inline(always)]
-    fn code<I: Isa>(isa: I, lanes: &Self::Lanes, _part: usize, k: usize) -> I::I {
+    fn code<I: Isa>(isa: I, lanes: &impl Words<I>, _part: usize, k: usize) -> I::I {
         isa.lookup(&E2M1_RAISED, lanes.nibbles(isa, k % 4, k / 4))
     }
 
     #[inline(always)]
-    fn d<I: Isa>(isa: I, lanes: &Self::Lanes) -> I::F {
-        isa.load(&lanes.head.map(|[e]| E8M0 { e }.half()))
+    fn d<I: Isa>(isa: I, lanes: &impl Words<I>) -> I::F {
+        isa.load(&lanes.head_u8().map(|e| E8M0 { e }.half()))
     }
 }

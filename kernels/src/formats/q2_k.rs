@@ -3,7 +3,7 @@
 //! In each half of 128 values, bits 2k and 2k + 1 of byte l hold q of value 32k + l.
 
 use super::bytes::layout;
-use super::lanes::Lanes;
+use super::lanes::{Lanes, Words};
 use super::{Activation, Block, F16, Format, Interleaved, Plain, Quantised, Unpacked};
 use crate::isa::Isa;
 
@@ -63,7 +63,7 @@ impl Interleaved for Q2_K {
     type Lanes = Lanes<0, 21, 0>;
 
     #[inline(always)]
-    fn code<I: Isa>(isa: I, lanes: &Self::Lanes, part: usize, k: usize) -> I::I {
+    fn code<I: Isa>(isa: I, lanes: &impl Words<I>, part: usize, k: usize) -> I::I {
         {
             let codes = isa.shr_by(lanes.word(isa, 4 + 8 * (part / 4) + k), 2 * (part % 4) as u32);
             isa.and_i(codes, isa.splat_i(0x0303_0303))
@@ -71,17 +71,17 @@ impl Interleaved for Q2_K {
     }
 
     #[inline(always)]
-    fn d<I: Isa>(isa: I, lanes: &Self::Lanes) -> I::F {
+    fn d<I: Isa>(isa: I, lanes: &impl Words<I>) -> I::F {
         isa.low_f16(lanes.word(isa, 20))
     }
 
     #[inline(always)]
-    fn m<I: Isa>(isa: I, lanes: &Self::Lanes) -> I::F {
+    fn m<I: Isa>(isa: I, lanes: &impl Words<I>) -> I::F {
         isa.mul(isa.low_f16(isa.shr_by(lanes.word(isa, 20), 16)), isa.splat(-1.0))
     }
 
     #[inline(always)]
-    fn subs<I: Isa>(isa: I, lanes: &Self::Lanes) -> [I::I; 4] {
+    fn subs<I: Isa>(isa: I, lanes: &impl Words<I>) -> [I::I; 4] {
         [
             lanes.nibbles(isa, 0, 0),
             lanes.nibbles(isa, 1, 0),
@@ -91,7 +91,7 @@ impl Interleaved for Q2_K {
     }
 
     #[inline(always)]
-    fn mins<I: Isa>(isa: I, lanes: &Self::Lanes) -> [I::I; 4] {
+    fn mins<I: Isa>(isa: I, lanes: &impl Words<I>) -> [I::I; 4] {
         [
             lanes.nibbles(isa, 0, 1),
             lanes.nibbles(isa, 1, 1),

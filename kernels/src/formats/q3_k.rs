@@ -3,7 +3,7 @@
 //! The low two bits of q lie as in Q2_K; the top bit of value 128h + 32k + l is bit 4h + k of `hmask[l]`.
 
 use super::bytes::layout;
-use super::lanes::{Lanes, less_32};
+use super::lanes::{Lanes, Words, less_32};
 use super::{Activation, Block, F16, Format, Interleaved, Plain, Quantised, Unpacked};
 use crate::isa::Isa;
 
@@ -66,7 +66,7 @@ impl Interleaved for Q3_K {
     type Lanes = Lanes<0, 27, 2>;
 
     #[inline(always)]
-    fn code<I: Isa>(isa: I, lanes: &Self::Lanes, part: usize, k: usize) -> I::I {
+    fn code<I: Isa>(isa: I, lanes: &impl Words<I>, part: usize, k: usize) -> I::I {
         {
             let low = isa.shr_by(lanes.word(isa, 8 + 8 * (part / 4) + k), 2 * (part % 4) as u32);
             let top = isa.and_i(isa.shr_by(lanes.word(isa, k), part as u32), isa.splat_i(0x0101_0101));
@@ -75,12 +75,12 @@ impl Interleaved for Q3_K {
     }
 
     #[inline(always)]
-    fn d<I: Isa>(isa: I, lanes: &Self::Lanes) -> I::F {
+    fn d<I: Isa>(isa: I, lanes: &impl Words<I>) -> I::F {
         lanes.tail_f16(isa)
     }
 
     #[inline(always)]
-    fn subs<I: Isa>(isa: I, lanes: &Self::Lanes) -> [I::I; 4] {
+    fn subs<I: Isa>(isa: I, lanes: &impl Words<I>) -> [I::I; 4] {
         let mut subs = [isa.splat_i(0); 4];
         for g in 0..4 {
             let top = isa.and_i(isa.shr_by(lanes.word(isa, 26), 2 * g as u32), isa.splat_i(0x0303_0303));

@@ -1,7 +1,7 @@
 //! Q4_0: `value = d * (q - 8)`, 4-bit q. Byte j holds q of values j (low nibble) and j + 16.
 
 use super::bytes::layout;
-use super::lanes::Lanes;
+use super::lanes::{Lanes, Words};
 use super::{Activation, Block, F16, Format, Interleaved, Plain, Quantised, Unpacked};
 use crate::isa::Isa;
 
@@ -60,12 +60,12 @@ impl Interleaved for Q4_0 {
     type Lanes = Lanes<2, 4, 0>;
 
     #[inline(always)]
-    fn code<I: Isa>(isa: I, lanes: &Self::Lanes, _part: usize, k: usize) -> I::I {
+    fn code<I: Isa>(isa: I, lanes: &impl Words<I>, _part: usize, k: usize) -> I::I {
         lanes.nibbles(isa, k % 4, k / 4)
     }
 
     #[inline(always)]
-    fn d<I: Isa>(isa: I, lanes: &Self::Lanes) -> I::F {
+    fn d<I: Isa>(isa: I, lanes: &impl Words<I>) -> I::F {
         lanes.head_f16(isa)
     }
 }

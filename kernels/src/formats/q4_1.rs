@@ -1,7 +1,7 @@
 //! Q4_1: `value = d * q + m`, 4-bit q. Byte j holds q of values j (low nibble) and j + 16.
 
 use super::bytes::layout;
-use super::lanes::Lanes;
+use super::lanes::{Lanes, Words};
 use super::{Activation, Block, F16, Format, Interleaved, Plain, Quantised, Unpacked};
 use crate::isa::Isa;
 
@@ -65,17 +65,17 @@ impl Interleaved for Q4_1 {
     type Lanes = Lanes<0, 5, 0>;
 
     #[inline(always)]
-    fn code<I: Isa>(isa: I, lanes: &Self::Lanes, _part: usize, k: usize) -> I::I {
+    fn code<I: Isa>(isa: I, lanes: &impl Words<I>, _part: usize, k: usize) -> I::I {
         lanes.nibbles(isa, 1 + k % 4, k / 4)
     }
 
     #[inline(always)]
-    fn d<I: Isa>(isa: I, lanes: &Self::Lanes) -> I::F {
+    fn d<I: Isa>(isa: I, lanes: &impl Words<I>) -> I::F {
         isa.low_f16(lanes.word(isa, 0))
     }
 
     #[inline(always)]
-    fn m<I: Isa>(isa: I, lanes: &Self::Lanes) -> I::F {
+    fn m<I: Isa>(isa: I, lanes: &impl Words<I>) -> I::F {
         isa.low_f16(isa.shr_by(lanes.word(isa, 0), 16))
     }
 }

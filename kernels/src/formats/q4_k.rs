@@ -4,7 +4,7 @@
 
 use super::bits::six_bit_pairs;
 use super::bytes::layout;
-use super::lanes::{Lanes, six_bit_words};
+use super::lanes::{Lanes, Words, six_bit_words};
 use super::{Activation, Block, F16, Format, Interleaved, Plain, Quantised, Unpacked};
 use crate::isa::Isa;
 
@@ -61,29 +61,29 @@ impl Interleaved for Q4_K {
     type Lanes = Lanes<0, 36, 0>;
 
     #[inline(always)]
-    fn code<I: Isa>(isa: I, lanes: &Self::Lanes, part: usize, k: usize) -> I::I {
+    fn code<I: Isa>(isa: I, lanes: &impl Words<I>, part: usize, k: usize) -> I::I {
         lanes.nibbles(isa, 4 + 8 * (part / 2) + k, part % 2)
     }
 
     #[inline(always)]
-    fn d<I: Isa>(isa: I, lanes: &Self::Lanes) -> I::F {
+    fn d<I: Isa>(isa: I, lanes: &impl Words<I>) -> I::F {
         isa.low_f16(lanes.word(isa, 0))
     }
 
     #[inline(always)]
-    fn m<I: Isa>(isa: I, lanes: &Self::Lanes) -> I::F {
+    fn m<I: Isa>(isa: I, lanes: &impl Words<I>) -> I::F {
         isa.mul(isa.low_f16(isa.shr_by(lanes.word(isa, 0), 16)), isa.splat(-1.0))
     }
 
     #[inline(always)]
-    fn subs<I: Isa>(isa: I, lanes: &Self::Lanes) -> [I::I; 4] {
+    fn subs<I: Isa>(isa: I, lanes: &impl Words<I>) -> [I::I; 4] {
         let words = [lanes.word(isa, 1), lanes.word(isa, 2), lanes.word(isa, 3)];
         let [low, high] = six_bit_words(isa, words)[0];
         [low, high, isa.splat_i(0), isa.splat_i(0)]
     }
 
     #[inline(always)]
-    fn mins<I: Isa>(isa: I, lanes: &Self::Lanes) -> [I::I; 4] {
+    fn mins<I: Isa>(isa: I, lanes: &impl Words<I>) -> [I::I; 4] {
         let words = [lanes.word(isa, 1), lanes.word(isa, 2), lanes.word(isa, 3)];
         let [low, high] = six_bit_words(isa, words)[1];
         [low, high, isa.splat_i(0), isa.splat_i(0)]

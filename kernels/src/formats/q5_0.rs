@@ -2,7 +2,7 @@
 //! `qh` is the top bit of value i.
 
 use super::bytes::layout;
-use super::lanes::{Lanes, spread_bits};
+use super::lanes::{Lanes, Words, spread_bits};
 use super::{Activation, Block, F16, Format, Interleaved, Plain, Quantised, Unpacked};
 use crate::isa::Isa;
 
@@ -59,12 +59,12 @@ impl Interleaved for Q5_0 {
     type Lanes = Lanes<2, 5, 0>;
 
     #[inline(always)]
-    fn code<I: Isa>(isa: I, lanes: &Self::Lanes, _part: usize, k: usize) -> I::I {
+    fn code<I: Isa>(isa: I, lanes: &impl Words<I>, _part: usize, k: usize) -> I::I {
         isa.or_i(lanes.nibbles(isa, 1 + k % 4, k / 4), spread_bits(isa, lanes.word(isa, 0), k))
     }
 
     #[inline(always)]
-    fn d<I: Isa>(isa: I, lanes: &Self::Lanes) -> I::F {
+    fn d<I: Isa>(isa: I, lanes: &impl Words<I>) -> I::F {
         lanes.head_f16(isa)
     }
 }

@@ -1,7 +1,7 @@
 //! Q5_1: `value = d * q + m`, 5-bit q. Codes lie as in Q5_0.
 
 use super::bytes::layout;
-use super::lanes::{Lanes, spread_bits};
+use super::lanes::{Lanes, Words, spread_bits};
 use super::q5_0::{pack, unpack_codes};
 use super::{Activation, Block, F16, Format, Interleaved, Plain, Quantised, Unpacked};
 use crate::isa::Isa;
@@ -67,17 +67,17 @@ impl Interleaved for Q5_1 {
     type Lanes = Lanes<0, 6, 0>;
 
     #[inline(always)]
-    fn code<I: Isa>(isa: I, lanes: &Self::Lanes, _part: usize, k: usize) -> I::I {
+    fn code<I: Isa>(isa: I, lanes: &impl Words<I>, _part: usize, k: usize) -> I::I {
         isa.or_i(lanes.nibbles(isa, 2 + k % 4, k / 4), spread_bits(isa, lanes.word(isa, 1), k))
     }
 
     #[inline(always)]
-    fn d<I: Isa>(isa: I, lanes: &Self::Lanes) -> I::F {
+    fn d<I: Isa>(isa: I, lanes: &impl Words<I>) -> I::F {
         isa.low_f16(lanes.word(isa, 0))
     }
 
     #[inline(always)]
-    fn m<I: Isa>(isa: I, lanes: &Self::Lanes) -> I::F {
+    fn m<I: Isa>(isa: I, lanes: &impl Words<I>) -> I::F {
         isa.low_f16(isa.shr_by(lanes.word(isa, 0), 16))
     }
 }

@@ -3,7 +3,7 @@
 //! The low nibbles of q and the scales lie as in Q4_K; the top bit of value 32k + l is bit k of `qh[l]`.
 
 use super::bytes::layout;
-use super::lanes::{Lanes, six_bit_words};
+use super::lanes::{Lanes, Words, six_bit_words};
 use super::q4_k::unpack_scales;
 use super::{Activation, Block, F16, Format, Interleaved, Plain, Quantised, Unpacked};
 use crate::isa::Isa;
@@ -64,7 +64,7 @@ impl Interleaved for Q5_K {
     type Lanes = Lanes<0, 44, 0>;
 
     #[inline(always)]
-    fn code<I: Isa>(isa: I, lanes: &Self::Lanes, part: usize, k: usize) -> I::I {
+    fn code<I: Isa>(isa: I, lanes: &impl Words<I>, part: usize, k: usize) -> I::I {
         {
             let top = isa.and_i(isa.shr_by(lanes.word(isa, 4 + k), part as u32), isa.splat_i(0x0101_0101));
             isa.or_i(lanes.nibbles(isa, 12 + 8 * (part / 2) + k, part % 2), isa.shl_by(top, 4))
@@ -72,24 +72,24 @@ impl Interleaved for Q5_K {
     }
 
     #[inline(always)]
-    fn d<I: Isa>(isa: I, lanes: &Self::Lanes) -> I::F {
+    fn d<I: Isa>(isa: I, lanes: &impl Words<I>) -> I::F {
         isa.low_f16(lanes.word(isa, 0))
     }
 
     #[inline(always)]
-    fn m<I: Isa>(isa: I, lanes: &Self::Lanes) -> I::F {
+    fn m<I: Isa>(isa: I, lanes: &impl Words<I>) -> I::F {
         isa.mul(isa.low_f16(isa.shr_by(lanes.word(isa, 0), 16)), isa.splat(-1.0))
     }
 
     #[inline(always)]
-    fn subs<I: Isa>(isa: I, lanes: &Self::Lanes) -> [I::I; 4] {
+    fn subs<I: Isa>(isa: I, lanes: &impl Words<I>) -> [I::I; 4] {
         let words = [lanes.word(isa, 1), lanes.word(isa, 2), lanes.word(isa, 3)];
         let [low, high] = six_bit_words(isa, words)[0];
         [low, high, isa.splat_i(0), isa.splat_i(0)]
     }
 
     #[inline(always)]
-    fn mins<I: Isa>(isa: I, lanes: &Self::Lanes) -> [I::I; 4] {
+    fn mins<I: Isa>(isa: I, lanes: &impl Words<I>) -> [I::I; 4] {
         let words = [lanes.word(isa, 1), lanes.word(isa, 2), lanes.word(isa, 3)];
         let [low, high] = six_bit_words(isa, words)[1];
         [low, high, isa.splat_i(0), isa.splat_i(0)]

@@ -5,7 +5,7 @@
 //! top bits.
 
 use super::bytes::layout;
-use super::lanes::Lanes;
+use super::lanes::{Lanes, Words};
 use super::{Activation, Block, F16, Format, Interleaved, Plain, Quantised, Unpacked};
 use crate::isa::Isa;
 
@@ -66,7 +66,7 @@ impl Interleaved for Q6_K {
     type Lanes = Lanes<0, 52, 2>;
 
     #[inline(always)]
-    fn code<I: Isa>(isa: I, lanes: &Self::Lanes, part: usize, k: usize) -> I::I {
+    fn code<I: Isa>(isa: I, lanes: &impl Words<I>, part: usize, k: usize) -> I::I {
         {
             let (half, j) = (part / 4, part % 4);
             let top = isa.and_i(
@@ -78,12 +78,12 @@ impl Interleaved for Q6_K {
     }
 
     #[inline(always)]
-    fn d<I: Isa>(isa: I, lanes: &Self::Lanes) -> I::F {
+    fn d<I: Isa>(isa: I, lanes: &impl Words<I>) -> I::F {
         lanes.tail_f16(isa)
     }
 
     #[inline(always)]
-    fn subs<I: Isa>(isa: I, lanes: &Self::Lanes) -> [I::I; 4] {
+    fn subs<I: Isa>(isa: I, lanes: &impl Words<I>) -> [I::I; 4] {
         [lanes.word(isa, 48), lanes.word(isa, 49), lanes.word(isa, 50), lanes.word(isa, 51)]
     }
 }

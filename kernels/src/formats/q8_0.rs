@@ -2,7 +2,7 @@
 
 use super::bits::round_ties_even;
 use super::bytes::layout;
-use super::lanes::Lanes;
+use super::lanes::{Lanes, Words};
 use super::{Activation, Block, F16, Format, Interleaved, Plain, Quantised, Unpacked};
 use crate::isa::Isa;
 
@@ -53,12 +53,12 @@ impl Interleaved for Q8_0 {
     type Lanes = Lanes<2, 8, 0>;
 
     #[inline(always)]
-    fn code<I: Isa>(isa: I, lanes: &Self::Lanes, _part: usize, k: usize) -> I::I {
+    fn code<I: Isa>(isa: I, lanes: &impl Words<I>, _part: usize, k: usize) -> I::I {
         isa.signed(lanes.word(isa, k))
     }
 
     #[inline(always)]
-    fn d<I: Isa>(isa: I, lanes: &Self::Lanes) -> I::F {
+    fn d<I: Isa>(isa: I, lanes: &impl Words<I>) -> I::F {
         lanes.head_f16(isa)
     }
 }

@@ -43,6 +43,15 @@ pub trait Isa: Copy + Send + Sync + 'static {
     fn round_f16(self, x: Self::F) -> Self::F;
     /// Lanes from bfloat16, exactly.
     fn load_bf16(self, x: &[u16; 16]) -> Self::F;
+    /// Lanes from signed bytes.
+    #[inline(always)]
+    fn load_i8(self, x: &[i8; 16]) -> Self::F {
+        let mut lanes = [0.0; 16];
+        for i in 0..16 {
+            lanes[i] = f32::from(x[i]);
+        }
+        self.load(&lanes)
+    }
     /// Lanes to memory.
     fn store(self, x: Self::F, out: &mut [f32; 16]);
     /// `a + b`.
@@ -63,6 +72,18 @@ pub trait Isa: Copy + Send + Sync + 'static {
     fn abs(self, x: Self::F) -> Self::F;
     /// The sum of all lanes by a fixed tree: lanes i and i + 8, then i and i + 4, i + 2, i + 1.
     fn sum(self, x: Self::F) -> f32;
+
+    /// The largest lane; none may be NaN.
+    #[inline(always)]
+    fn largest(self, x: Self::F) -> f32 {
+        let mut lanes = [0.0; 16];
+        self.store(x, &mut lanes);
+        let mut max = lanes[0];
+        for lane in lanes {
+            max = if lane > max { lane } else { max };
+        }
+        max
+    }
 
     /// `a * b + c` of single numbers, rounded once.
     fn fma_one(self, a: f32, b: f32, c: f32) -> f32;
@@ -96,13 +117,12 @@ pub trait Isa: Copy + Send + Sync + 'static {
     fn load_words(self, x: &[u8; 64]) -> Self::I;
     /// Lanes to memory, four bytes each.
     fn store_words(self, x: Self::I, out: &mut [u8; 64]);
-    /// The low half of each lane to memory, little-endian.
-    fn store_u16(self, x: Self::I, out: &mut [[u8; 2]; 16]);
     /// Four words of each of sixteen rows that start `stride` bytes apart, transposed: word `w` of row `r` in lane `r` of
     /// result `w`. Zeros if not all of them are there.
     fn transpose(self, rows: &[u8], stride: usize) -> [Self::I; 4];
-    /// Asks for the cache line that lies `ahead` bytes after the start of `place`, wherever that is.
-    fn prefetch(self, place: &[u8], ahead: usize);
+    /// Asks for the cache line that lies `ahead` bytes after the start of `place`, wherever that is: into the first cache if
+    /// `NEAR`, else into the second.
+    fn prefetch<const NEAR: bool>(self, place: &[u8], ahead: usize);
     /// `a | b`.
     fn or_i(self, a: Self::I, b: Self::I) -> Self::I;
     /// `x << bits`, each lane; `bits` < 32.
@@ -289,10 +309,6 @@ impl Isa for Scalar {
         }
     }
     #[inline(always)]
-    fn store_u16(self, x: Self::I, out: &mut [[u8; 2]; 16]) {
-        *out = map1(x, |x| (x as u16).to_le_bytes());
-    }
-    #[inline(always)]
     fn transpose(self, rows: &[u8], stride: usize) -> [Self::I; 4] {
         let word = |r: usize, w: usize| rows.get(r * stride + 4 * w..)?.first_chunk().copied();
         if word(15, 3).is_none() {
@@ -301,7 +317,7 @@ impl Isa for Scalar {
         core::array::from_fn(|w| core::array::from_fn(|r| i32::from_le_bytes(word(r, w).unwrap_or([0; 4]))))
     }
     #[inline(always)]
-    fn prefetch(self, _: &[u8], _: usize) {}
+    fn prefetch<const NEAR: bool>(self, _: &[u8], _: usize) {}
     #[inline(always)]
     fn or_i(self, a: Self::I, b: Self::I) -> Self::I {
         map2(a, b, |a, b| a | b)

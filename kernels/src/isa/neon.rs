@@ -68,6 +68,20 @@ impl<const DOT: bool> Isa for Neon<DOT> {
         each!(i => vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(x.as_ptr().add(4 * i)))))
     }
     #[inline(always)]
+    fn load_i8(self, x: &[i8; 16]) -> Self::F {
+        op!({
+            let x = vld1q_s8(x.as_ptr());
+            let (low, high) = (vmovl_s8(vget_low_s8(x)), vmovl_high_s8(x));
+            let words = [
+                vmovl_s16(vget_low_s16(low)),
+                vmovl_high_s16(low),
+                vmovl_s16(vget_low_s16(high)),
+                vmovl_high_s16(high),
+            ];
+            self.to_f32(words)
+        })
+    }
+    #[inline(always)]
     fn round_f16(self, x: Self::F) -> Self::F {
         each!(i => vcvt_f32_f16(vcvt_f16_f32(x[i])))
     }
@@ -118,6 +132,10 @@ impl<const DOT: bool> Isa for Neon<DOT> {
             let x = vaddq_f32(vaddq_f32(x[0], x[2]), vaddq_f32(x[1], x[3]));
             vaddv_f32(vadd_f32(vget_low_f32(x), vget_high_f32(x)))
         })
+    }
+    #[inline(always)]
+    fn largest(self, x: Self::F) -> f32 {
+        op!(vmaxvq_f32(vmaxq_f32(vmaxq_f32(x[0], x[1]), vmaxq_f32(x[2], x[3]))))
     }
     #[inline(always)]
     fn fma_one(self, a: f32, b: f32, c: f32) -> f32 {
@@ -180,10 +198,6 @@ impl<const DOT: bool> Isa for Neon<DOT> {
         each!(i => vst1q_u8(out.as_mut_ptr().add(16 * i), vreinterpretq_u8_s32(x[i])));
     }
     #[inline(always)]
-    fn store_u16(self, x: Self::I, out: &mut [[u8; 2]; 16]) {
-        each!(i => vst1_u8(out.as_flattened_mut()[8 * i..].as_mut_ptr(), vreinterpret_u8_s16(vmovn_s32(x[i]))));
-    }
-    #[inline(always)]
     fn transpose(self, rows: &[u8], stride: usize) -> [Self::I; 4] {
         let Some(rows) = sixteen(rows, stride) else { return [self.splat_i(0); 4] };
         let quads = each!(i => {
@@ -197,10 +211,14 @@ impl<const DOT: bool> Isa for Neon<DOT> {
         four(|w| four(|i| quads[i][w]))
     }
     #[inline(always)]
-    fn prefetch(self, place: &[u8], ahead: usize) {
+    fn prefetch<const NEAR: bool>(self, place: &[u8], ahead: usize) {
         let place = place.as_ptr().wrapping_add(ahead);
         // (The intrinsic is not stable.)
-        op!(asm!("prfm pldl2keep, [{}]", in(reg) place, options(readonly, nostack, preserves_flags)));
+        if NEAR {
+            op!(asm!("prfm pldl1keep, [{}]", in(reg) place, options(readonly, nostack, preserves_flags)));
+        } else {
+            op!(asm!("prfm pldl2keep, [{}]", in(reg) place, options(readonly, nostack, preserves_flags)));
+        }
     }
     #[inline(always)]
     fn or_i(self, a: Self::I, b: Self::I) -> Self::I {

@@ -75,6 +75,14 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
         op!([_mm256_cvtph_ps(_mm_loadu_si128(p)), _mm256_cvtph_ps(_mm_loadu_si128(p.add(1)))])
     }
     #[inline(always)]
+    fn load_i8(self, x: &[i8; 16]) -> Self::F {
+        let p = x.as_ptr().cast::<__m128i>();
+        op!({
+            let x = _mm_loadu_si128(p);
+            pair([x, _mm_unpackhi_epi64(x, x)], |x| _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(x)))
+        })
+    }
+    #[inline(always)]
     fn round_f16(self, x: Self::F) -> Self::F {
         op!(pair(x, |x| _mm256_cvtph_ps(_mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x))))
     }
@@ -131,6 +139,10 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
     #[inline(always)]
     fn sum(self, x: Self::F) -> f32 {
         op!(sum8(_mm256_add_ps(x[0], x[1])))
+    }
+    #[inline(always)]
+    fn largest(self, x: Self::F) -> f32 {
+        op!(largest8(_mm256_max_ps(x[0], x[1])))
     }
     #[inline(always)]
     fn fma_one(self, a: f32, b: f32, c: f32) -> f32 {
@@ -207,14 +219,6 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
         })
     }
     #[inline(always)]
-    fn store_u16(self, x: Self::I, out: &mut [[u8; 2]; 16]) {
-        op!({
-            let low = pair(x, |x| _mm256_and_si256(x, _mm256_set1_epi32(0xffff)));
-            let halves = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packus_epi32(low[0], low[1]));
-            _mm256_storeu_si256(out.as_mut_ptr().cast(), halves);
-        })
-    }
-    #[inline(always)]
     fn transpose(self, rows: &[u8], stride: usize) -> [Self::I; 4] {
         let Some(rows) = sixteen(rows, stride) else { return [self.splat_i(0); 4] };
         let stride = opaque(stride);
@@ -241,8 +245,9 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
         })
     }
     #[inline(always)]
-    fn prefetch(self, place: &[u8], ahead: usize) {
-        op!(_mm_prefetch::<_MM_HINT_T1>(place.as_ptr().wrapping_add(ahead).cast()))
+    fn prefetch<const NEAR: bool>(self, place: &[u8], ahead: usize) {
+        let line = place.as_ptr().wrapping_add(ahead).cast();
+        if NEAR { op!(_mm_prefetch::<_MM_HINT_T0>(line)) } else { op!(_mm_prefetch::<_MM_HINT_T1>(line)) }
     }
     #[inline(always)]
     fn or_i(self, a: Self::I, b: Self::I) -> Self::I {
@@ -311,6 +316,14 @@ fn dot_bytes<const SIGNED: bool>(acc: __m256i, codes: __m256i, x: __m256i) -> __
 
 #[inline]
 #[target_feature(enable = "avx2")]
+fn largest8(x: __m256) -> f32 {
+    let x = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
+    let x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+    _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)))
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
 fn sum8(x: __m256) -> f32 {
     let x = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
     let x = _mm_add_ps(x, _mm_movehl_ps(x, x));
@@ -355,6 +368,10 @@ impl Isa for Avx512 {
     #[inline(always)]
     fn load_f16(self, x: &[u16; 16]) -> Self::F {
         op!(_mm512_cvtph_ps(_mm256_loadu_si256(x.as_ptr().cast())))
+    }
+    #[inline(always)]
+    fn load_i8(self, x: &[i8; 16]) -> Self::F {
+        op!(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(x.as_ptr().cast()))))
     }
     #[inline(always)]
     fn round_f16(self, x: Self::F) -> Self::F {
@@ -406,6 +423,10 @@ impl Isa for Avx512 {
     #[inline(always)]
     fn sum(self, x: Self::F) -> f32 {
         op!(sum8(_mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps::<1>(x))))
+    }
+    #[inline(always)]
+    fn largest(self, x: Self::F) -> f32 {
+        op!(largest8(_mm256_max_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps::<1>(x))))
     }
     #[inline(always)]
     fn fma_one(self, a: f32, b: f32, c: f32) -> f32 {
@@ -468,10 +489,6 @@ impl Isa for Avx512 {
         op!(_mm512_storeu_si512(out.as_mut_ptr().cast(), x))
     }
     #[inline(always)]
-    fn store_u16(self, x: Self::I, out: &mut [[u8; 2]; 16]) {
-        op!(_mm256_storeu_si256(out.as_mut_ptr().cast(), _mm512_cvtepi32_epi16(x)))
-    }
-    #[inline(always)]
     fn transpose(self, rows: &[u8], stride: usize) -> [Self::I; 4] {
         let Some(rows) = sixteen(rows, stride) else { return [self.splat_i(0); 4] };
         let stride = opaque(stride);
@@ -496,8 +513,9 @@ impl Isa for Avx512 {
         })
     }
     #[inline(always)]
-    fn prefetch(self, place: &[u8], ahead: usize) {
-        op!(_mm_prefetch::<_MM_HINT_T1>(place.as_ptr().wrapping_add(ahead).cast()))
+    fn prefetch<const NEAR: bool>(self, place: &[u8], ahead: usize) {
+        let line = place.as_ptr().wrapping_add(ahead).cast();
+        if NEAR { op!(_mm_prefetch::<_MM_HINT_T0>(line)) } else { op!(_mm_prefetch::<_MM_HINT_T1>(line)) }
     }
     #[inline(always)]
     fn or_i(self, a: Self::I, b: Self::I) -> Self::I {
