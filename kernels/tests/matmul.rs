@@ -2,9 +2,9 @@
 #![cfg(feature = "std")]
 
 use halite_kernels::activation::{Activation, PADDING, Quantise, Quantised, QuantisedMut, SUMS, padded};
-use halite_kernels::formats::{Format, Kind};
+use halite_kernels::formats::{Format, Kind, Layout};
 use halite_kernels::isa::Cpu;
-use halite_kernels::matmul::{Layout, MatMul, X, matmul};
+use halite_kernels::matmul::{MatMul, X, matmul};
 use halite_kernels::panel::PanelMut;
 
 const K: usize = 512;

@@ -5,6 +5,8 @@
 //! then all ends. A vector of sixteen words so has one row in each lane, on every instruction set, and sums need no
 //! reduction across lanes. The bytes are those of the sixteen blocks in another order: nothing is added.
 
+#![allow(clippy::manual_memcpy, reason = "loops by index over vectors are what inlines; see `isa`")]
+
 use super::Bytes;
 use crate::isa::Isa;
 
