@@ -1,36 +1,9 @@
 //! The measuring loops do the work that they say.
 #![cfg(feature = "std")]
 
-use std::time::{Duration, Instant};
-
 use halite_kernels::isa::Cpu;
 use halite_kernels::pool::Pool;
 use halite_kernels::roofline::{Dot, Fma, READ_BYTES, Read, dots_per_s, flops_per_s, read_bytes_per_s};
-
-fn shortest(mut work: impl FnMut()) -> Duration {
-    let time = |_| {
-        let start = Instant::now();
-        work();
-        start.elapsed()
-    };
-    (0..7).map(time).min().unwrap()
-}
-
-/// Four times the turns take more than twice as long: no loop was dropped or replaced by its result.
-#[test]
-fn time_grows_with_work() {
-    let buffer = vec![[1u8; READ_BYTES]; 16];
-    for cpu in Cpu::NAMES.iter().filter_map(|name| Cpu::from_name(name)) {
-        let read = |passes| _ = cpu.run(Read { runs: &buffer, passes });
-        let fma = |passes| _ = cpu.run(Fma { passes });
-        let dot = |passes| _ = cpu.run(Dot { passes });
-        let loops: [(&str, &dyn Fn(u64)); 3] = [("read", &read), ("fma", &fma), ("dot", &dot)];
-        for (name, work) in loops {
-            let (short, long) = (shortest(|| work(5_000)), shortest(|| work(20_000)));
-            assert!(long > 2 * short, "{name} on {}: {short:?}, then {long:?}", cpu.name());
-        }
-    }
-}
 
 #[test]
 fn loops_count_their_work() {
