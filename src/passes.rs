@@ -1,6 +1,6 @@
 //! Pure functions on programs: fusing, undoing it, exposing results, assigning scratch memory.
 
-use crate::backend::{Caps, Fusions};
+use crate::backend::{Caps, Fusions, Rows};
 use crate::program::{Dim, Epilogue, Layout as RowLayout, Op, Part, Program, Slot, TensorId};
 
 /// A model's program as a backend wants it: fused, and with weights in plain rows if it reads no others.
@@ -10,10 +10,16 @@ pub fn adapt(program: &Program, caps: &Caps) -> Program {
     out
 }
 
-/// Plain rows for a backend that reads no others.
+/// Rows of weights in the order in which a backend reads them.
 pub fn lay_out(program: &mut Program, caps: &Caps) {
-    if !caps.interleaved {
-        program.tensors.iter_mut().for_each(|t| t.layout = RowLayout::Rows);
+    for t in &mut program.tensors {
+        t.layout = match caps.rows {
+            Rows::AsStored => t.layout,
+            Rows::Interleaved if matches!(t.slot, Slot::Weight(_)) && t.format.interleaves() => {
+                RowLayout::Interleaved
+            }
+            _ => RowLayout::Rows,
+        };
     }
 }
 

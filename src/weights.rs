@@ -4,7 +4,7 @@
 use crate::backend::{Backend, Buffer, Usage, upload};
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
-use crate::program::Program;
+use crate::program::{Layout, Program};
 
 /// A program's weights on a backend.
 #[derive(Debug)]
@@ -51,10 +51,10 @@ impl Weights {
                         return Err(Error::OutOfMemory { what, need_bytes: bytes, have_bytes });
                     }
                     let buffer = backend.alloc(bytes, Usage::Weight)?;
-                    if as_stored {
-                        upload(backend, &buffer, 0, region.bytes())?;
-                    } else {
-                        upload(backend, &buffer, 0, &tensor.rows()?)?;
+                    match program.tensor(id).layout {
+                        _ if as_stored => upload(backend, &buffer, 0, region.bytes())?,
+                        Layout::Rows => upload(backend, &buffer, 0, &tensor.rows()?)?,
+                        Layout::Interleaved => upload(backend, &buffer, 0, &tensor.interleaved()?)?,
                     }
                     weights.copied_bytes += bytes;
                     buffer

@@ -20,7 +20,9 @@ use super::host::{
     self, After, AttendArgs, ExpertsArgs, HostPlan, Kernels, Matrix, NormArgs, Product, RopeArgs, RouteArgs,
     memory, zeroed,
 };
-use super::{Backend, Buffer, Caps, Contract, Fusions, Limits, OpSig, Plan, Support, Usage, check_support};
+use super::{
+    Backend, Buffer, Caps, Contract, Fusions, Limits, OpSig, Plan, Rows, Support, Usage, check_support,
+};
 use crate::cost::Rates;
 use crate::error::{Error, Result};
 use crate::map::Region;
@@ -68,7 +70,7 @@ impl Cpu {
             name: "cpu".into(),
             device: format!("{} on {threads} thread{}", isa.name(), if threads == 1 { "" } else { "s" }),
             memory_bytes: memory_bytes(),
-            interleaved: true,
+            rows: Rows::AsStored,
             fusions: Fusions::ALL,
             contract: Contract::Exact,
         };

@@ -8,7 +8,7 @@ use halite_kernels::attention::{PageShape, Pages, PagesMut, write as write_kv};
 use halite_kernels::formats::{Format, Layout};
 use halite_kernels::rows::{Gate, Unary};
 
-use super::{Bindings, Buffer, Clock, Limits, Plan, Step, Ticket, Timing};
+use super::{Bindings, Buffer, Clock, Limits, Plan, Step, Ticket, Timing, check_step};
 use crate::error::{Error, Result};
 use crate::map::Region;
 use crate::passes;
@@ -369,32 +369,10 @@ impl<K: Kernels> HostPlan<K> {
 
     /// Checks a step against the limits and notes where each token stands.
     fn place_tokens(&mut self, step: &Step<'_>) -> Result<()> {
-        let tokens = step.tokens.len();
-        if tokens == 0 || tokens > self.limits.tokens as usize {
-            return Err(Error::argument("step tokens", format!("1 to {}", self.limits.tokens), tokens));
-        }
-        if step.outputs.len() > self.limits.outputs as usize {
-            return Err(Error::argument(
-                "step outputs",
-                format!("at most {}", self.limits.outputs),
-                step.outputs.len(),
-            ));
-        }
-        if let Some(&bad) = step.outputs.iter().find(|&&o| o as usize >= tokens) {
-            return Err(Error::argument("step output", format!("below {tokens}"), bad));
-        }
-        let in_spans: u64 = step.spans.iter().map(|s| u64::from(s.len)).sum();
-        if in_spans != tokens as u64 {
-            return Err(Error::argument("step spans", format!("{tokens} tokens in all"), in_spans));
-        }
+        check_step(step, self.limits)?;
         self.spans.clear();
         self.positions.clear();
         for (i, span) in step.spans.iter().enumerate() {
-            let end = u64::from(span.start) + u64::from(span.len);
-            let have = span.pages.len() as u64 * u64::from(PAGE_POSITIONS);
-            if end > have {
-                return Err(Error::argument("span", format!("at most {have} positions (its pages)"), end));
-            }
             for p in 0..span.len {
                 self.spans.push(i as u32);
                 self.positions.push(span.start + p);

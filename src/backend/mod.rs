@@ -4,6 +4,8 @@
 //! nothing above knows a chip. `template.rs` is a whole backend to copy.
 
 pub mod cpu;
+#[cfg(feature = "gpu")]
+pub mod gpu;
 mod host;
 pub mod reference;
 pub mod template;
@@ -14,9 +16,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::map::Region;
-use crate::program::{Op, Program};
+use crate::program::{Op, PAGE_POSITIONS, Program};
 
 /// What a backend promises about its results.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,6 +47,17 @@ impl Fusions {
     pub const ALL: Fusions = Fusions { shared_input: true, add_norm: true, glu: true, residual: true };
 }
 
+/// How a backend reads the rows of weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rows {
+    /// As they are stored, plain or interleaved.
+    AsStored,
+    /// One after the other.
+    Plain,
+    /// Interleaved, in formats that interleave; one after the other in the rest.
+    Interleaved,
+}
+
 /// What a backend is.
 #[derive(Debug, Clone)]
 pub struct Caps {
@@ -54,8 +67,8 @@ pub struct Caps {
     pub device: String,
     /// Bytes of memory that buffers may take.
     pub memory_bytes: u64,
-    /// Whether it reads interleaved weights; if not, they are brought into plain rows on the way.
-    pub interleaved: bool,
+    /// How it reads the rows of weights, which are brought into that order on the way.
+    pub rows: Rows,
     /// Fused forms that it wants.
     pub fusions: Fusions,
     /// What its results promise.
@@ -296,7 +309,37 @@ pub(crate) fn check_support(backend: &dyn Backend, program: &Program) -> Result<
     if gaps.is_empty() {
         return Ok(());
     }
-    Err(crate::Error::Unsupported { backend: backend.caps().name.clone(), gaps })
+    Err(Error::Unsupported { backend: backend.caps().name.clone(), gaps })
+}
+
+/// Checks a step against what a plan was prepared for.
+pub(crate) fn check_step(step: &Step<'_>, limits: Limits) -> Result<()> {
+    let tokens = step.tokens.len();
+    if tokens == 0 || tokens > limits.tokens as usize {
+        return Err(Error::argument("step tokens", format!("1 to {}", limits.tokens), tokens));
+    }
+    if step.outputs.len() > limits.outputs as usize {
+        return Err(Error::argument(
+            "step outputs",
+            format!("at most {}", limits.outputs),
+            step.outputs.len(),
+        ));
+    }
+    if let Some(&bad) = step.outputs.iter().find(|&&o| o as usize >= tokens) {
+        return Err(Error::argument("step output", format!("below {tokens}"), bad));
+    }
+    let in_spans: u64 = step.spans.iter().map(|s| u64::from(s.len)).sum();
+    if in_spans != tokens as u64 {
+        return Err(Error::argument("step spans", format!("{tokens} tokens in all"), in_spans));
+    }
+    for span in step.spans {
+        let end = u64::from(span.start) + u64::from(span.len);
+        let have = span.pages.len() as u64 * u64::from(PAGE_POSITIONS);
+        if end > have {
+            return Err(Error::argument("span", format!("at most {have} positions (its pages)"), end));
+        }
+    }
+    Ok(())
 }
 
 /// Writes bytes to a buffer from `offset`, in whatever pieces the backend asks for them.

@@ -15,7 +15,9 @@ use super::host::{
     self, After, AttendArgs, ExpertsArgs, HostPlan, Kernels, Matrix, NormArgs, Product, RopeArgs, RouteArgs,
     memory,
 };
-use super::{Backend, Buffer, Caps, Contract, Fusions, Limits, OpSig, Plan, Support, Usage, check_support};
+use super::{
+    Backend, Buffer, Caps, Contract, Fusions, Limits, OpSig, Plan, Rows, Support, Usage, check_support,
+};
 use crate::error::Result;
 use crate::map::Region;
 use crate::program::{Gating, NormKind, Program, RopePairs};
@@ -34,7 +36,7 @@ impl Reference {
             name: "reference".into(),
             device: "scalar definitions of all ops, one thread".into(),
             memory_bytes: u64::MAX,
-            interleaved: false,
+            rows: Rows::Plain,
             fusions: Fusions::default(),
             contract: Contract::Exact,
         };

@@ -8,7 +8,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::{
-    Backend, Bindings, Buffer, Caps, Clock, Contract, Fusions, Gap, Limits, OpSig, Plan, Step, Support,
+    Backend, Bindings, Buffer, Caps, Clock, Contract, Fusions, Gap, Limits, OpSig, Plan, Rows, Step, Support,
     Ticket, Timing, Usage, check_support,
 };
 use crate::error::{Error, Result};
@@ -39,7 +39,7 @@ impl Template {
             device: "a backend to copy; it runs nothing".into(),
             memory_bytes: 1 << 30,
             // Ask for the fused forms that the chip has instructions for.
-            interleaved: false,
+            rows: Rows::Plain,
             fusions: Fusions::default(),
             // `Exact` only if results are the reference's bits.
             contract: Contract::Close,

@@ -15,6 +15,8 @@ use std::sync::Arc;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use halite::backend::Backend;
 use halite::backend::cpu::Cpu;
+#[cfg(feature = "gpu")]
+use halite::backend::gpu::{Gpu, GpuOptions};
 use halite::backend::reference::Reference;
 use halite::backend::template::Template;
 use halite::kernels::formats::Format;
@@ -86,7 +88,7 @@ struct ModelArgs {
 /// Which backend.
 #[derive(Args, Clone)]
 struct BackendArgs {
-    /// cpu, reference or template.
+    /// cpu, gpu (or gpu:N, gpu:NAME for one of `halite devices`), reference or template.
     #[arg(long, value_name = "NAME", default_value = "cpu")]
     backend: String,
     /// CPU threads [default: one for each core].
@@ -108,8 +110,15 @@ impl BackendArgs {
             "cpu" => Arc::new(Cpu::new(self.threads)?),
             "reference" => Arc::new(Reference::new()),
             "template" => Arc::new(Template::new()),
+            #[cfg(feature = "gpu")]
+            name if name == "gpu" || name.starts_with("gpu:") => {
+                let adapter = name.strip_prefix("gpu:").map(str::to_owned);
+                let without = std::env::var("HALITE_GPU_WITHOUT").unwrap_or_default();
+                let without = without.split(',').filter(|s| !s.is_empty()).map(str::to_owned).collect();
+                Arc::new(Gpu::new(&GpuOptions { adapter, memory_bytes: None, without })?)
+            }
             other => {
-                return Err(format!("backend `{other}`: expected cpu, reference or template").into());
+                return Err(format!("backend `{other}`: expected cpu, gpu, reference or template").into());
             }
         })
     }

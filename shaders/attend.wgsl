@@ -1,0 +1,150 @@
+// Attention of up to eight rows (a row is a query head of a token) that share a KV head and are of one sequence, over the
+// pages of a split, with online softmax (Milakov & Gimelshein 2018; Dao et al. 2022). An invocation has a position of the
+// page for the scores, and elements of the value for their sums.
+
+// By element, in two fours of rows.
+var<workgroup> q: array<vec4<f32>, 2u * KEY_DIM>;
+// By position, in two fours of rows.
+var<workgroup> p: array<vec4<f32>, 2u * 64u>;
+var<workgroup> tops: array<vec4<f32>, 2u * 64u>;
+
+const GROUP: u32 = HEADS / KV_HEADS;
+const VALUE_RUNS: u32 = (VALUE_DIM + 63u) / 64u;
+const LOWEST: f32 = -3.4028235e38;
+
+// First token and number of tokens of a tile.
+fn tile(i: u32) -> vec2<u32> { return vec2(step[STEP_TILES + 2u * i], step[STEP_TILES + 2u * i + 1u]); }
+
+fn limit(score: vec4<f32>) -> vec4<f32> {
+    if SOFTCAP == 0.0 { return score; }
+    return SOFTCAP * tanh(clamp(score / SOFTCAP, vec4(-15.0), vec4(15.0)));
+}
+
+@compute @workgroup_size(64)
+fn main(in: In) {
+    let kv_head = in.workgroup.x % KV_HEADS;
+    let split = in.workgroup.x / KV_HEADS;
+    let tokens = tile(in.workgroup.y / ROW_TILES);
+    let row0 = 8u * (in.workgroup.y % ROW_TILES);
+    let count = min(tokens.y * GROUP - min(row0, tokens.y * GROUP), 8u);
+    // Positions that the rows see.
+    var firsts = array<u32, 8>();
+    var ends = array<u32, 8>();
+    var lowest = 0xffffffffu;
+    var highest = 0u;
+    for (var r = 0u; r < 8u; r++) {
+        if r < count {
+            ends[r] = position(tokens.x + (row0 + r) / GROUP) + 1u;
+            firsts[r] = ends[r] - min(ends[r], WINDOW);
+            lowest = min(lowest, firsts[r]);
+            highest = max(highest, ends[r]);
+        }
+    }
+    let first0 = vec4(firsts[0], firsts[1], firsts[2], firsts[3]);
+    let first1 = vec4(firsts[4], firsts[5], firsts[6], firsts[7]);
+    let end0 = vec4(ends[0], ends[1], ends[2], ends[3]);
+    let end1 = vec4(ends[4], ends[5], ends[6], ends[7]);
+    for (var i = in.local; i < 8u * KEY_DIM; i += 64u) {
+        let r = i % 8u;
+        let d = i / 8u;
+        let row = row0 + r;
+        let at = (tokens.x + row / GROUP) * HEADS * KEY_DIM + (kv_head * GROUP + row % GROUP) * KEY_DIM + d;
+        q[2u * d + r / 4u][r % 4u] = select(0.0, x[at], r < count);
+    }
+    workgroupBarrier();
+    var top0 = vec4(LOWEST);
+    var top1 = vec4(LOWEST);
+    // Each invocation's part of the denominators.
+    var sum0 = vec4(0.0);
+    var sum1 = vec4(0.0);
+    var o0: array<vec4<f32>, VALUE_RUNS>;
+    var o1: array<vec4<f32>, VALUE_RUNS>;
+    let page_first = min(lowest, highest) / 64u;
+    let page_end = (highest + 63u) / 64u;
+    let each = (page_end - page_first + SPLITS - 1u) / SPLITS;
+    let here_first = min(page_first + split * each, page_end);
+    let here_end = min(here_first + each, page_end);
+    for (var chunk = here_first; chunk < here_end; chunk++) {
+        let at = page(tokens.x, chunk);
+        let place = 64u * chunk + in.local;
+        var s0 = vec4(0.0);
+        var s1 = vec4(0.0);
+        if place < highest {
+            for (var d = 0u; d < KEY_DIM; d++) {
+                let element = key(at, kv_head * KEY_DIM + d, in.local);
+                s0 += q[2u * d] * element;
+                s1 += q[2u * d + 1u] * element;
+            }
+        }
+        s0 = select(vec4(LOWEST), limit(s0 * SCALE), (vec4(place) >= first0) & (vec4(place) < end0));
+        s1 = select(vec4(LOWEST), limit(s1 * SCALE), (vec4(place) >= first1) & (vec4(place) < end1));
+        tops[2u * in.local] = s0;
+        tops[2u * in.local + 1u] = s1;
+        workgroupBarrier();
+        for (var half = 32u; half > 0u; half = half / 2u) {
+            if in.local < half {
+                let other = in.local + half;
+                tops[2u * in.local] = max(tops[2u * in.local], tops[2u * other]);
+                tops[2u * in.local + 1u] = max(tops[2u * in.local + 1u], tops[2u * other + 1u]);
+            }
+            workgroupBarrier();
+        }
+        let new0 = max(top0, tops[0]);
+        let new1 = max(top1, tops[1]);
+        let factor0 = exp(top0 - new0);
+        let factor1 = exp(top1 - new1);
+        top0 = new0;
+        top1 = new1;
+        // Where a row sees nothing yet, every score is the lowest there is.
+        s0 = select(exp(s0 - new0), vec4(0.0), s0 == vec4(LOWEST));
+        s1 = select(exp(s1 - new1), vec4(0.0), s1 == vec4(LOWEST));
+        sum0 = sum0 * factor0 + s0;
+        sum1 = sum1 * factor1 + s1;
+        p[2u * in.local] = s0;
+        p[2u * in.local + 1u] = s1;
+        workgroupBarrier();
+        // Positions that no row sees may hold anything.
+        let slot_first = max(lowest, 64u * chunk) - 64u * chunk;
+        let slot_end = min(highest - 64u * chunk, 64u);
+        for (var run = 0u; run < VALUE_RUNS; run++) {
+            let d = 64u * run + in.local;
+            if d < VALUE_DIM {
+                var a0 = o0[run] * factor0;
+                var a1 = o1[run] * factor1;
+                for (var slot = slot_first; slot < slot_end; slot++) {
+                    let element = value(at, kv_head * VALUE_DIM + d, slot);
+                    a0 += p[2u * slot] * element;
+                    a1 += p[2u * slot + 1u] * element;
+                }
+                o0[run] = a0;
+                o1[run] = a1;
+            }
+        }
+        workgroupBarrier();
+    }
+    // The denominators are the sums over the invocations.
+    tops[2u * in.local] = sum0;
+    tops[2u * in.local + 1u] = sum1;
+    workgroupBarrier();
+    for (var half = 32u; half > 0u; half = half / 2u) {
+        if in.local < half {
+            tops[2u * in.local] += tops[2u * (in.local + half)];
+            tops[2u * in.local + 1u] += tops[2u * (in.local + half) + 1u];
+        }
+        workgroupBarrier();
+    }
+    sum0 = tops[0];
+    sum1 = tops[1];
+    for (var r = 0u; r < count; r++) {
+        let row = row0 + r;
+        let token = tokens.x + row / GROUP;
+        let head = kv_head * GROUP + row % GROUP;
+        let top = select(top1, top0, r < 4u)[r % 4u];
+        let sum = select(sum1, sum0, r < 4u)[r % 4u];
+        for (var run = 0u; run < VALUE_RUNS; run++) {
+            let d = 64u * run + in.local;
+            let o = select(o1[run], o0[run], r < 4u)[r % 4u];
+            if d < VALUE_DIM { finish(token, head, split, d, o, sum, top); }
+        }
+    }
+}

@@ -1,0 +1,1 @@
+fn value(i: u32) -> f32 { return unpack2x16float(w[i / 2u] >> (16u * (i % 2u))).x; }

@@ -1,0 +1,4 @@
+// value = d * q
+const OFFSET: i32 = 0;
+fn code(part: u32, k: u32) -> u32 { return word(k); }
+fn scales(part: u32) -> vec4<f32> { return vec4(vec2(f16_low(head())), 0.0, 0.0); }

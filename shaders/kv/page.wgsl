@@ -1,0 +1,13 @@
+// A page: the keys of each head by element, then position; then the values of each head by position, then element.
+
+const KEYS: u32 = KV_HEADS * KEY_DIM;
+const VALUES: u32 = KV_HEADS * VALUE_DIM;
+const PAGE: u32 = 64u * (KEYS + VALUES);
+
+// Where an element of the keys of all heads is.
+fn key_place(d: u32, slot: u32) -> u32 { return d * 64u + slot; }
+
+// Where an element of the values of all heads is.
+fn value_place(d: u32, slot: u32) -> u32 {
+    return (KEYS + d / VALUE_DIM * VALUE_DIM) * 64u + slot * VALUE_DIM + d % VALUE_DIM;
+}

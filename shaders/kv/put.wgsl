@@ -1,0 +1,7 @@
+// Stores a part of a word that others may be writing to the rest of.
+fn put(word: u32, shift: u32, mask: u32, bits: u32) {
+    atomicAnd(&kv[word], ~(mask << shift));
+    atomicOr(&kv[word], (bits & mask) << shift);
+}
+fn put16(at: u32, bits: u32) { put(at / 2u, 16u * (at % 2u), 0xffffu, bits); }
+fn put8(at: u32, bits: u32) { put(at / 4u, 8u * (at % 4u), 0xffu, bits); }

@@ -1,0 +1,28 @@
+// Functions of one element, by the formulas of the CPU's `rows.rs` and `math.rs`.
+
+fn sigmoid(x: f32) -> f32 { return 1.0 / (1.0 + exp(-x)); }
+
+// Beyond 15 the result is 1 to the last bit, and some implementations overflow.
+fn tanh_safe(x: f32) -> f32 { return tanh(clamp(x, -15.0, 15.0)); }
+
+fn silu(x: f32) -> f32 { return x * sigmoid(x); }
+
+// From and to half precision, as GGML's table has it.
+fn gelu(x: f32) -> f32 {
+    let h = quantizeToF16(clamp(x, -10.0, 10.0));
+    let t = tanh_safe(0.7978846 * (h + 0.044715 * h * h * h));
+    let y = quantizeToF16(0.5 * h * (1.0 + t));
+    return select(select(y, x, x >= 10.0), 0.0, x <= -10.0);
+}
+
+// The error function (Abramowitz & Stegun 7.1.26).
+fn erf(x: f32) -> f32 {
+    let z = abs(x);
+    let t = 1.0 / (1.0 + 0.3275911 * z);
+    let p = ((((1.0614054 * t - 1.4531521) * t + 1.4214138) * t - 0.28449674) * t + 0.2548296) * t;
+    return sign(x) * (1.0 - p * exp(-z * z));
+}
+
+fn gelu_erf(x: f32) -> f32 { return 0.5 * x * (1.0 + erf(x * 0.70710678)); }
+
+fn relu(x: f32) -> f32 { return max(x, 0.0); }

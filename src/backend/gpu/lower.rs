@@ -1,0 +1,818 @@
+//! From a program to dispatches: which shader with which constants, bindings and numbers of workgroups. Pure: nothing here
+//! needs a device.
+
+use std::ops::Range;
+
+use halite_kernels::formats::{Activation, Format, Kind, Layout, ROWS};
+
+use super::shader::{Grid, Paths, Shader, WORKGROUP, after, gated, unary, wgsl};
+use crate::backend::Limits;
+use crate::passes;
+use crate::program::{
+    Dim, Epilogue, Gate, Gating, NormKind, Op, Part, Program, RopePairs, Slot, State, StateId, Tensor,
+    TensorId,
+};
+
+/// A buffer that a dispatch sees.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(super) enum Resource {
+    /// Bytes of a weight.
+    Weight(u32, Range<u64>),
+    State(u32),
+    Io(u32),
+    /// A place of the program's scratch tensors.
+    Place(usize),
+    /// A buffer that only lowering knows of.
+    Extra(Extra),
+    Grid(Grid),
+    Step,
+}
+
+/// Buffers between the dispatches of one op.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum Extra {
+    /// Activations quantised in blocks of 32.
+    Codes32,
+    /// Activations quantised in blocks of 256.
+    Codes256,
+    /// Products of a gate, until the products that it gates are there.
+    Gates,
+    /// Gated products of experts.
+    Hidden,
+    /// Products of experts, to be mixed.
+    Mixed,
+    /// Attention by splits.
+    Splits,
+}
+
+impl Extra {
+    pub const ALL: [Extra; 6] =
+        [Extra::Codes32, Extra::Codes256, Extra::Gates, Extra::Hidden, Extra::Mixed, Extra::Splits];
+}
+
+/// What a number of workgroups depends on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Of {
+    Rows(Dim),
+    /// Tiles of at most so many tokens of one sequence.
+    Tiles(u32),
+}
+
+/// A number of workgroups: `ceil(of * times / per)`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Count {
+    pub of: Of,
+    pub times: u32,
+    pub per: u32,
+}
+
+const ONE: Count = fixed(1);
+
+const fn fixed(n: u32) -> Count {
+    Count { of: Of::Rows(Dim::Fixed(n)), times: 1, per: 1 }
+}
+
+const fn each(of: Dim) -> Count {
+    Count { of: Of::Rows(of), times: 1, per: 1 }
+}
+
+/// One run of a shader.
+#[derive(Debug, Clone)]
+pub(super) struct Dispatch {
+    pub shader: Shader,
+    /// Along x and y, of which x may be folded into both, and z.
+    pub groups: [Count; 3],
+    /// Run only for so many rows of this dimension.
+    pub when: (Dim, Range<u32>),
+}
+
+/// Rows of activations up to which a product is one of vectors.
+const VECTORS: u32 = 8;
+/// Slices of a row of the matrix in a workgroup of `matvec.wgsl`.
+const SLICES: u32 = 8;
+/// Rows in a tile of attention.
+const ATTEND_ROWS: u32 = 8;
+
+/// A program as dispatches.
+#[derive(Debug)]
+pub(super) struct Lowered {
+    /// Those of each segment.
+    pub segments: Vec<Vec<Dispatch>>,
+    /// The program's scratch tensors.
+    pub layout: passes::Layout,
+    /// Bytes of each of [`Extra::ALL`].
+    pub extra_bytes: [u64; Extra::ALL.len()],
+    /// Sizes of tiles that a step must list.
+    pub tile_sizes: Vec<u32>,
+    /// Where things are in the step's buffer.
+    pub step: StepLayout,
+}
+
+/// Where things are in the step's buffer, in words; see `step.wgsl`.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct StepLayout {
+    pub ids: u32,
+    pub positions: u32,
+    pub tables: u32,
+    pub outputs: u32,
+    pub tiles: u32,
+    /// Words of the list of each tile size.
+    pub tile_words: u32,
+}
+
+impl StepLayout {
+    fn new(limits: Limits) -> StepLayout {
+        let (t, ids) = (limits.tokens, 2);
+        let (positions, tables, outputs) = (ids + t, ids + 2 * t, ids + 3 * t);
+        StepLayout { ids, positions, tables, outputs, tiles: outputs + limits.outputs, tile_words: 2 * t }
+    }
+
+    /// Where page tables start, after the lists of so many tile sizes.
+    pub fn pages(&self, tile_sizes: usize) -> u32 {
+        self.tiles + self.tile_words * tile_sizes as u32
+    }
+}
+
+/// What a device allows.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Bounds {
+    pub paths: Paths,
+    /// Bytes of a binding.
+    pub binding_bytes: u64,
+    /// Bytes of workgroup memory.
+    pub workgroup_bytes: u32,
+}
+
+/// Why an op cannot run, if it cannot.
+pub(super) fn missing(program: &Program, op: &Op, bounds: &Bounds) -> Option<String> {
+    let mut why = None;
+    let mut weights = Vec::new();
+    op.inputs(&mut |id| weights.push(id));
+    for id in weights {
+        let t = program.tensor(id);
+        if !matches!(t.slot, Slot::Weight(_)) {
+            continue;
+        }
+        if !super::shader::knows_format(t.format) {
+            why = Some(format!("format {}", t.format.name()));
+        }
+        let unit = shard_unit(t);
+        if matrix_bytes(t, unit) > bounds.binding_bytes {
+            why = Some(format!(
+                "`{}` cannot be divided into bindings of {} bytes",
+                t.name, bounds.binding_bytes
+            ));
+        }
+    }
+    match op {
+        Op::Attend { state, .. } => {
+            let state = &program.states[state.0 as usize];
+            let bytes = 16 * (2 * state.key_dim + 4 * 64);
+            if bytes > bounds.workgroup_bytes {
+                why = Some(format!(
+                    "keys of {} elements need {bytes} bytes of workgroup memory",
+                    state.key_dim
+                ));
+            }
+        }
+        Op::Glu { act, .. } | Op::Experts { act, .. } | Op::MatMul { epilogue: Epilogue::Glu(act), .. }
+            if !super::shader::knows_gate(*act) =>
+        {
+            why = Some(format!("{act:?}"));
+        }
+        Op::Map { f, .. } if !super::shader::knows_unary(*f) => why = Some(format!("{f:?}")),
+        _ => {}
+    }
+    why
+}
+
+/// Rows that a weight can be cut after: bindings start at multiples of 256 bytes, and groups of interleaved rows stay whole.
+fn shard_unit(t: &Tensor) -> u32 {
+    if t.experts > 1 { fixed_rows(t) } else { 256 }
+}
+
+fn fixed_rows(t: &Tensor) -> u32 {
+    if let Dim::Fixed(rows) = t.rows { rows } else { 0 }
+}
+
+/// Bytes of so many rows of a weight.
+fn matrix_bytes(t: &Tensor, rows: u32) -> u64 {
+    t.format.row_bytes(t.cols as usize).unwrap_or(0) as u64 * u64::from(rows)
+}
+
+/// Lowers a program whose ops are all supported.
+pub(super) fn lower(program: &Program, limits: Limits, bounds: &Bounds) -> Lowered {
+    let layout = passes::liveness(program);
+    let mut lowering = Lowering {
+        program,
+        limits,
+        bounds,
+        layout: &layout,
+        out: Vec::new(),
+        extra_bytes: [0; Extra::ALL.len()],
+        tile_sizes: Vec::new(),
+        step: StepLayout::new(limits),
+    };
+    let mut segments = Vec::new();
+    for segment in &program.segments {
+        segment.ops.iter().for_each(|op| lowering.op(op));
+        segments.push(std::mem::take(&mut lowering.out));
+    }
+    let Lowering { extra_bytes, tile_sizes, step, .. } = lowering;
+    Lowered { segments, layout, extra_bytes, tile_sizes, step }
+}
+
+struct Lowering<'a> {
+    program: &'a Program,
+    limits: Limits,
+    bounds: &'a Bounds,
+    layout: &'a passes::Layout,
+    out: Vec<Dispatch>,
+    extra_bytes: [u64; Extra::ALL.len()],
+    tile_sizes: Vec<u32>,
+    step: StepLayout,
+}
+
+/// A part of a weight that fits a binding.
+struct Shard {
+    /// Bytes of the weight.
+    bytes: Range<u64>,
+    /// First row, or first expert.
+    first: u32,
+    /// Rows of each matrix in it.
+    rows: u32,
+    /// Matrices in it.
+    matrices: u32,
+}
+
+/// What a product has besides its weight.
+struct Product<'a> {
+    weight: TensorId,
+    bias: Option<TensorId>,
+    input: Resource,
+    out: Resource,
+    /// Rows of activations, each with `times` outputs.
+    rows: Dim,
+    gate: Option<(Gate, Resource)>,
+    residual: Option<Resource>,
+    experts: Option<Routed<'a>>,
+}
+
+/// Which expert each row of activations goes to.
+#[derive(Clone, Copy)]
+struct Routed<'a> {
+    ids: &'a Resource,
+    /// Experts for each token.
+    used: u32,
+    /// Whether rows of activations are those of tokens, or already one for each expert.
+    per_token: bool,
+}
+
+impl Lowering<'_> {
+    fn tensor(&self, id: TensorId) -> Resource {
+        match self.program.tensor(id).slot {
+            Slot::Weight(n) => Resource::Weight(n, 0..self.program.fixed_bytes(id).unwrap_or(0)),
+            Slot::Io(n) => Resource::Io(n),
+            Slot::Scratch => {
+                let place = self.layout.place.get(id.0 as usize).copied().flatten();
+                Resource::Place(place.unwrap_or(usize::MAX))
+            }
+        }
+    }
+
+    fn cols(&self, id: TensorId) -> u32 {
+        self.program.tensor(id).cols
+    }
+
+    /// One of the buffers between dispatches, large enough for so many floats for each row.
+    fn extra(&mut self, extra: Extra, rows: Dim, floats: u64) -> Resource {
+        let rows = passes::rows(rows, self.limits.tokens, self.limits.outputs);
+        let bytes = &mut self.extra_bytes[extra as usize];
+        *bytes = (*bytes).max(4 * floats * rows);
+        Resource::Extra(extra)
+    }
+
+    fn shader(&self, name: &'static str) -> Shader {
+        Shader::new(name, self.bounds.paths)
+    }
+
+    /// A shader that reads the step.
+    fn step_shader(&self, name: &'static str) -> Shader {
+        let s = self.step;
+        self.shader(name)
+            .read("step", "u32", Resource::Step)
+            .u32("STEP_IDS", s.ids)
+            .u32("STEP_POSITIONS", s.positions)
+            .u32("STEP_TABLES", s.tables)
+            .u32("STEP_OUTPUTS", s.outputs)
+            .with(wgsl!("lib/step"))
+    }
+
+    /// `rows()`: how many there are in this step.
+    fn rows(shader: Shader, rows: Dim) -> Shader {
+        let body = match rows {
+            Dim::Fixed(n) => format!("{n}u"),
+            Dim::Tokens => "step_tokens()".into(),
+            Dim::Outputs => "step_outputs()".into(),
+        };
+        shader.with(&format!("fn rows() -> u32 {{ return {body}; }}"))
+    }
+
+    fn push(&mut self, shader: Shader, groups: [Count; 3]) {
+        self.push_when(shader, groups, (Dim::Fixed(1), 1..2));
+    }
+
+    fn push_when(&mut self, shader: Shader, groups: [Count; 3], when: (Dim, Range<u32>)) {
+        self.out.push(Dispatch { shader, groups, when });
+    }
+
+    /// A function of each element of `out`, `[rows, cols]`.
+    fn elementwise(&mut self, shader: Shader, out: TensorId, element: &str) {
+        let (rows, cols) = (self.program.tensor(out).rows, self.cols(out));
+        let shader = shader
+            .write("out", "f32", self.tensor(out))
+            .u32("COLUMNS", cols)
+            .with(wgsl!("lib/math"))
+            .with(&format!("fn element(at: u32) -> f32 {{ return {element}; }}"))
+            .with(wgsl!("elementwise"));
+        self.push(shader, [fixed(cols.div_ceil(WORKGROUP)), each(rows), ONE]);
+    }
+
+    fn op(&mut self, op: &Op) {
+        match op {
+            Op::Embed { table, out, scale } => self.embed(*table, *out, *scale),
+            Op::Select { x, out } => {
+                let cols = self.cols(*x);
+                let shader = self
+                    .step_shader("select")
+                    .read("x", "f32", self.tensor(*x))
+                    .write("out", "f32", self.tensor(*out))
+                    .u32("COLUMNS", cols)
+                    .with(wgsl!("select"));
+                self.push(shader, [fixed(cols.div_ceil(WORKGROUP)), each(Dim::Outputs), ONE]);
+            }
+            Op::Norm { .. } => self.norm(op),
+            Op::MatMul { x, parts, epilogue } => self.matmul(*x, parts, *epilogue),
+            Op::Rope { .. } => self.rope(op),
+            Op::KvWrite { k, v, state } => self.kv_write(*k, *v, *state),
+            Op::Attend { .. } => self.attend(op),
+            Op::Glu { gate, up, out, act } => {
+                let shader = self
+                    .shader("glu")
+                    .read("gate", "f32", self.tensor(*gate))
+                    .read("up", "f32", self.tensor(*up))
+                    .with(&gated(*act));
+                self.elementwise(shader, *out, "gated(gate[at], up[at])");
+            }
+            Op::Add { a, b, out } => {
+                let shader =
+                    self.shader("add").read("a", "f32", self.tensor(*a)).read("b", "f32", self.tensor(*b));
+                self.elementwise(shader, *out, "a[at] + b[at]");
+            }
+            Op::Map { x, out, f } => {
+                let shader = self.shader("map").read("x", "f32", self.tensor(*x)).with(&unary(*f));
+                self.elementwise(shader, *out, "f(x[at])");
+            }
+            Op::Route { .. } => self.route(op),
+            Op::Experts { .. } => self.experts(op),
+            Op::ArgMax { x, out } => {
+                let t = self.program.tensor(*x);
+                let shader = self
+                    .shader("arg_max")
+                    .workgroup(256)
+                    .read("x", "f32", self.tensor(*x))
+                    .write("out", "u32", self.tensor(*out))
+                    .u32("COLUMNS", t.cols)
+                    .with(wgsl!("arg_max"));
+                self.push(shader, [ONE, each(t.rows), ONE]);
+            }
+        }
+    }
+
+    /// A weight in parts that fit bindings.
+    fn shards(&self, id: TensorId) -> Vec<Shard> {
+        let t = self.program.tensor(id);
+        let total = if t.experts > 1 { t.experts } else { fixed_rows(t) };
+        // Rows or experts.
+        let (unit_bytes, step) =
+            if t.experts > 1 { (matrix_bytes(t, fixed_rows(t)), 1) } else { (matrix_bytes(t, 1), 256) };
+        let fit = (self.bounds.binding_bytes / unit_bytes.max(1)).min(total.into()) as u32;
+        let most = if fit == total { total } else { (fit / step * step).max(step) };
+        // Bindings of several matrices must start at multiples of 256 bytes as well.
+        let most =
+            (1..=most).rev().find(|n| *n == total || u64::from(*n) * unit_bytes % 256 == 0).unwrap_or(total);
+        let mut shards = Vec::new();
+        let mut first = 0;
+        while first < total {
+            let n = most.min(total - first);
+            let bytes = u64::from(first) * unit_bytes..u64::from(first + n) * unit_bytes;
+            let (rows, matrices) = if t.experts > 1 { (fixed_rows(t), n) } else { (n, 1) };
+            shards.push(Shard { bytes, first, rows, matrices });
+            first += n;
+        }
+        shards
+    }
+
+    /// The weight `w` of a shard, with its constants.
+    fn matrix(&self, shader: Shader, id: TensorId, shard: &Shard) -> Shader {
+        let t = self.program.tensor(id);
+        let Slot::Weight(n) = t.slot else { return shader };
+        let whole = fixed_rows(t) / ROWS as u32 * ROWS as u32;
+        let interleaved = match t.layout {
+            Layout::Interleaved if t.experts > 1 => whole,
+            Layout::Interleaved => whole.saturating_sub(shard.first).min(shard.rows),
+            Layout::Rows => 0,
+        };
+        shader
+            .u32("K", t.cols)
+            .u32("ROWS", shard.rows)
+            .u32("INTERLEAVED", interleaved)
+            .u32("BLOCKS", t.cols / t.format.block_len() as u32)
+            .matrix(t.format, Resource::Weight(n, shard.bytes.clone()))
+    }
+
+    fn embed(&mut self, table: TensorId, out: TensorId, scale: f32) {
+        let t = self.program.tensor(table);
+        let four = match t.format.kind() {
+            Kind::Float => wgsl!("lib/four_plain"),
+            Kind::Quantised { .. } => wgsl!("lib/four_quantised"),
+        };
+        for shard in self.shards(table) {
+            let shader = self.step_shader("embed");
+            let shader = self
+                .matrix(shader, table, &shard)
+                .write("out", "f32", self.tensor(out))
+                .u32("FIRST", shard.first)
+                .f32("SCALE", scale)
+                .with(four)
+                .with(wgsl!("embed"));
+            self.push(shader, [fixed(t.cols.div_ceil(4 * WORKGROUP)), each(Dim::Tokens), ONE]);
+        }
+    }
+
+    fn norm(&mut self, op: &Op) {
+        let Op::Norm { x, add, sum, weight, bias, out, kind, eps, group } = op else { return };
+        let (rows, cols) = (self.program.tensor(*x).rows, self.cols(*x));
+        let mut shader = self
+            .shader("norm")
+            .read("x", "f32", self.tensor(*x))
+            .write("out", "f32", self.tensor(*out))
+            .u32("COLUMNS", cols)
+            .u32("GROUP", *group)
+            .f32("EPS", *eps)
+            .bool("CENTRED", *kind == NormKind::Layer);
+        shader = match (add, sum) {
+            (Some(add), Some(sum)) => shader
+                .read("addend", "f32", self.tensor(*add))
+                .write("sum_out", "f32", self.tensor(*sum))
+                .with("fn input(at: u32) -> f32 { return x[at] + addend[at]; }")
+                .with("fn keep(at: u32, v: f32) { sum_out[at] = v; }"),
+            _ => {
+                shader.with("fn input(at: u32) -> f32 { return x[at]; }").with("fn keep(at: u32, v: f32) {}")
+            }
+        };
+        shader = self.optional(shader, *weight, "weight", "weight_of", "1.0");
+        shader = self.optional(shader, *bias, "bias", "bias_of", "0.0");
+        self.push(shader.with(wgsl!("norm")), [fixed(cols / group), each(rows), ONE]);
+    }
+
+    /// `function(i)`: element i of a weight, or a constant.
+    fn optional(
+        &self,
+        shader: Shader,
+        id: Option<TensorId>,
+        name: &str,
+        function: &str,
+        otherwise: &str,
+    ) -> Shader {
+        let (shader, value) = match id {
+            Some(id) => (shader.read(name, "f32", self.tensor(id)), format!("{name}[i]")),
+            None => (shader, otherwise.into()),
+        };
+        shader.with(&format!("fn {function}(i: u32) -> f32 {{ return {value}; }}"))
+    }
+
+    fn matmul(&mut self, x: TensorId, parts: &[Part], epilogue: Epilogue) {
+        let rows = self.program.tensor(x).rows;
+        let input = self.tensor(x);
+        let formats: Vec<Format> = parts.iter().map(|p| self.program.tensor(p.weight).format).collect();
+        self.quantise(&formats, &input, rows, 1, self.cols(x));
+        let plain = |part: &Part, out: Resource| Product {
+            weight: part.weight,
+            bias: part.bias,
+            input: input.clone(),
+            out,
+            rows,
+            gate: None,
+            residual: None,
+            experts: None,
+        };
+        match (epilogue, parts) {
+            (Epilogue::Glu(act), [gate, up]) => {
+                let gates = self.extra(Extra::Gates, rows, self.cols(up.out).into());
+                self.product(&plain(gate, gates.clone()));
+                let product = Product { gate: Some((act, gates)), ..plain(up, self.tensor(gate.out)) };
+                self.product(&product);
+            }
+            (Epilogue::Add(residual), [part]) => {
+                let residual = Some(self.tensor(residual));
+                self.product(&Product { residual, ..plain(part, self.tensor(part.out)) });
+            }
+            _ => parts.iter().for_each(|part| self.product(&plain(part, self.tensor(part.out)))),
+        }
+    }
+
+    /// What activations are quantised to for products with a format, if those are computed in integers.
+    fn codes(&self, format: Format) -> Option<Extra> {
+        match format.kind() {
+            Kind::Quantised { activation, .. } if self.bounds.paths.integer => Some(match activation {
+                Activation::Q8_0 => Extra::Codes32,
+                Activation::Q8_K => Extra::Codes256,
+            }),
+            _ => None,
+        }
+    }
+
+    /// Quantises `times` rows of activations for each row, in all the ways that formats need.
+    fn quantise(&mut self, formats: &[Format], x: &Resource, rows: Dim, times: u32, k: u32) {
+        for (codes, block) in [(Extra::Codes32, 32), (Extra::Codes256, 256)] {
+            if !formats.iter().any(|&f| self.codes(f) == Some(codes)) {
+                continue;
+            }
+            // For each 32 values twelve words.
+            let codes = self.extra(codes, rows, u64::from(times) * u64::from(k) / 32 * 12);
+            let shader = self
+                .shader("quantise")
+                .read("x", "vec4<f32>", x.clone())
+                .write("codes", "vec4<u32>", codes)
+                .u32("K", k)
+                .u32("BLOCK", block)
+                .with(wgsl!("quantise"));
+            let rows = Count { of: Of::Rows(rows), times, per: 1 };
+            self.push(shader, [fixed((k / 32).div_ceil(WORKGROUP)), rows, ONE]);
+        }
+    }
+
+    /// The shader of a product, up to the part that does it.
+    fn product_shader(&self, name: &'static str, p: &Product<'_>, shard: &Shard) -> Shader {
+        let t = self.program.tensor(p.weight);
+        let (codes, float) = (self.codes(t.format), t.format.kind() == Kind::Float);
+        let mut s = Self::rows(self.step_shader(name), p.rows);
+        if let Some(routed) = p.experts {
+            // A row of results for each token and expert.
+            s = s.with(&format!("fn results() -> u32 {{ return {}u * rows(); }}", routed.used));
+        } else {
+            s = s.with("fn results() -> u32 { return rows(); }");
+        }
+        s = self.matrix(s, p.weight, shard).write("out", "f32", p.out.clone());
+        s = match (codes, float) {
+            (Some(codes), _) => s.read("codes", "vec4<u32>", Resource::Extra(codes)),
+            (_, true) => s.read("x", "f32", p.input.clone()).with("fn x_at(i: u32) -> f32 { return x[i]; }"),
+            _ => s
+                .read("x", "vec4<f32>", p.input.clone())
+                .with("fn x_at(i: u32) -> f32 { return x[i / 4u][i % 4u]; }"),
+        };
+        let (first_row, first_matrix) = if p.experts.is_some() { (0, shard.first) } else { (shard.first, 0) };
+        let columns = fixed_rows(t);
+        s = s.u32("COLUMNS", columns).u32("FIRST", first_row).u32("FIRST_MATRIX", first_matrix);
+        s = self.optional(s, p.bias, "bias", "bias_of", "0.0");
+        if let Some((_, gates)) = &p.gate {
+            s = s.read("gates", "f32", gates.clone());
+        }
+        if let Some(residual) = &p.residual {
+            s = s.read("residual", "f32", residual.clone());
+        }
+        s = s.with(wgsl!("lib/math")).with(&after(p.gate.as_ref().map(|g| g.0), p.residual.is_some()));
+        s = match p.experts {
+            None => s
+                .with("fn matrix_of(row: u32) -> u32 { return 0u; }")
+                .with("fn is_here(matrix: u32) -> bool { return true; }")
+                .with("fn input_of(row: u32) -> u32 { return row; }"),
+            Some(routed) => s
+                .read("ids", "u32", routed.ids.clone())
+                .with("fn matrix_of(row: u32) -> u32 { return ids[min(row, results() - 1u)]; }")
+                .with(&format!(
+                    "fn is_here(matrix: u32) -> bool {{ return matrix - FIRST_MATRIX < {}u; }}",
+                    shard.matrices
+                ))
+                .with(&format!(
+                    "fn input_of(row: u32) -> u32 {{ return row / {}u; }}",
+                    if routed.per_token { routed.used } else { 1 }
+                )),
+        };
+        s.with(wgsl!("lib/output"))
+    }
+
+    fn product(&mut self, p: &Product<'_>) {
+        let t = self.program.tensor(p.weight);
+        let (integer, float) = (self.codes(t.format).is_some(), t.format.kind() == Kind::Float);
+        let used = p.experts.map_or(1, |routed| routed.used);
+        let most = passes::rows(p.rows, self.limits.tokens, self.limits.outputs) as u32;
+        for shard in self.shards(p.weight) {
+            let results = |per| Count { of: Of::Rows(p.rows), times: used, per };
+            if float {
+                let shader = self.product_shader("matvec_plain", p, &shard).with(wgsl!("matvec_plain"));
+                let when = if p.experts.is_some() { 0..u32::MAX } else { 0..VECTORS + 1 };
+                self.push_when(shader, [fixed(shard.rows), ONE, results(1)], (p.rows, when));
+            } else {
+                let part = if integer { wgsl!("lib/part_integer") } else { wgsl!("lib/part_float") };
+                // One row of activations at a time, or some.
+                let variants: &[(u32, Range<u32>)] = match p.experts {
+                    Some(_) => &[(1, 0..u32::MAX)],
+                    None => &[(1, 0..2), (4, 2..VECTORS + 1)],
+                };
+                for (tokens, when) in variants {
+                    let shader = self
+                        .product_shader("matvec", p, &shard)
+                        .u32("TOKENS", *tokens)
+                        .u32("SLICES", SLICES)
+                        .with(part)
+                        .with(wgsl!("matvec"));
+                    let groups = [fixed(shard.rows.div_ceil(ROWS as u32)), ONE, results(*tokens)];
+                    if when.start <= most {
+                        self.push_when(shader, groups, (p.rows, when.clone()));
+                    }
+                }
+            }
+            if p.experts.is_some() || most <= VECTORS {
+                continue;
+            }
+            let mut shader = self.product_shader("matmul", p, &shard).workgroup(256);
+            shader = match (integer, float) {
+                (true, _) => shader.with(wgsl!("lib/tiles_integer")),
+                (_, true) => shader.with(wgsl!("lib/four_plain")).with(wgsl!("lib/tiles_float")),
+                _ => shader.with(wgsl!("lib/four_quantised")).with(wgsl!("lib/tiles_float")),
+            };
+            let groups =
+                [fixed(shard.rows.div_ceil(64)), Count { of: Of::Rows(p.rows), times: 1, per: 64 }, ONE];
+            self.push_when(shader.with(wgsl!("matmul")), groups, (p.rows, VECTORS + 1..u32::MAX));
+        }
+    }
+
+    fn rope(&mut self, op: &Op) {
+        let Op::Rope { x, out, head_dim, frequencies, factors, magnitude, pairs } = op else { return };
+        let cols = self.cols(*x);
+        let n = frequencies.len() as u32;
+        let list: Vec<String> = frequencies.iter().map(|f| format!("{f:e}")).collect();
+        let mut shader = self
+            .step_shader("rope")
+            .read("x", "f32", self.tensor(*x))
+            .write("out", "f32", self.tensor(*out))
+            .u32("COLUMNS", cols)
+            .u32("HEAD_DIM", *head_dim)
+            .u32("PAIRS", n)
+            .f32("MAGNITUDE", *magnitude)
+            .bool("ADJACENT", *pairs == RopePairs::Adjacent)
+            .with(&format!(
+                "var<private> FREQUENCIES: array<f32, {n}> = array<f32, {n}>({});",
+                list.join(", ")
+            ));
+        shader = match factors {
+            Some(factors) => shader
+                .read("factors", "f32", self.tensor(*factors))
+                .with("fn frequency(i: u32) -> f32 { return FREQUENCIES[i] / factors[i]; }"),
+            None => shader.with("fn frequency(i: u32) -> f32 { return FREQUENCIES[i]; }"),
+        };
+        let lanes = cols / head_dim * (head_dim - n);
+        self.push(shader.with(wgsl!("rope")), [fixed(lanes.div_ceil(WORKGROUP)), each(Dim::Tokens), ONE]);
+    }
+
+    /// A shader that knows the pages of a cache.
+    fn kv_shader(&self, name: &'static str, state: &State) -> Shader {
+        self.step_shader(name)
+            .u32("KV_HEADS", state.kv_heads)
+            .u32("KEY_DIM", state.key_dim)
+            .u32("VALUE_DIM", state.value_dim)
+            .with(wgsl!("kv/page"))
+    }
+
+    fn kv_write(&mut self, k: TensorId, v: TensorId, id: StateId) {
+        let state = &self.program.states[id.0 as usize];
+        let mut shader = self
+            .kv_shader("kv_write", state)
+            .read("k", "f32", self.tensor(k))
+            .read("v", "f32", self.tensor(v))
+            .write("kv", "atomic<u32>", Resource::State(id.0))
+            .with(wgsl!("kv/put"));
+        let elements = state.kv_heads * (state.key_dim + state.value_dim);
+        let units = match state.format {
+            Format::Q8_0 => {
+                shader = shader.with(wgsl!("kv/q8_0")).with(wgsl!("kv/q8_0_write"));
+                elements / 32
+            }
+            Format::F16 => {
+                shader = shader.with(wgsl!("kv/f16_write"));
+                elements
+            }
+            _ => {
+                shader = shader.with(wgsl!("kv/f32_write"));
+                elements
+            }
+        };
+        let shader = shader.with(wgsl!("kv_write"));
+        self.push(shader, [fixed(units.div_ceil(WORKGROUP)), each(Dim::Tokens), ONE]);
+    }
+
+    fn attend(&mut self, op: &Op) {
+        let Op::Attend { q, state: id, out, heads, scale, softcap, sinks } = op else { return };
+        let state = &self.program.states[id.0 as usize];
+        let group = heads / state.kv_heads;
+        let tile = (ATTEND_ROWS / group).max(1);
+        let list = match self.tile_sizes.iter().position(|&t| t == tile) {
+            Some(list) => list,
+            None => {
+                self.tile_sizes.push(tile);
+                self.tile_sizes.len() - 1
+            }
+        };
+        let row_tiles = (tile * group).div_ceil(ATTEND_ROWS);
+        let mut shader = self
+            .kv_shader("attend", state)
+            .read("x", "f32", self.tensor(*q))
+            .read("kv", "u32", Resource::State(id.0))
+            .write("out", "f32", self.tensor(*out))
+            .u32("STEP_TILES", self.step.tiles + self.step.tile_words * list as u32)
+            .u32("HEADS", *heads)
+            .u32("ROW_TILES", row_tiles)
+            .u32("SPLITS", 1)
+            .u32("WINDOW", state.window.unwrap_or(u32::MAX))
+            .f32("SCALE", *scale)
+            .f32("SOFTCAP", softcap.unwrap_or(0.0))
+            .bool("HAS_SINK", sinks.is_some());
+        shader = match state.format {
+            Format::Q8_0 => shader.with(wgsl!("kv/q8_0")).with(wgsl!("kv/q8_0_read")),
+            Format::F16 => shader.with(wgsl!("kv/f16")),
+            _ => shader.with(wgsl!("kv/f32")),
+        };
+        shader = self.optional(shader, *sinks, "sinks", "sink", "-3.4028235e38");
+        shader = shader.with(wgsl!("lib/attend_whole")).with(wgsl!("attend"));
+        let tiles = Count { of: Of::Tiles(tile), times: row_tiles, per: 1 };
+        self.push(shader, [fixed(state.kv_heads), tiles, ONE]);
+    }
+
+    fn route(&mut self, op: &Op) {
+        let Op::Route { logits, ids, weights, gating, normalise, scale } = op else { return };
+        let rows = self.program.tensor(*logits).rows;
+        let shader = Self::rows(self.step_shader("route"), rows)
+            .read("x", "f32", self.tensor(*logits))
+            .write("ids", "u32", self.tensor(*ids))
+            .write("out", "f32", self.tensor(*weights))
+            .u32("EXPERTS", self.cols(*logits))
+            .u32("USED", self.cols(*ids))
+            .u32(
+                "GATING",
+                match gating {
+                    Gating::Softmax => 0,
+                    Gating::SoftmaxOfTop => 1,
+                    Gating::Sigmoid => 2,
+                },
+            )
+            .bool("NORMALISE", *normalise)
+            .f32("SCALE", *scale)
+            .with(wgsl!("lib/math"))
+            .with(wgsl!("route"));
+        self.push(shader, [Count { of: Of::Rows(rows), times: 1, per: WORKGROUP }, ONE, ONE]);
+    }
+
+    fn experts(&mut self, op: &Op) {
+        let Op::Experts { x, ids, weights, gate, up, down, biases, out, act } = op else { return };
+        let (rows, cols) = (self.program.tensor(*x).rows, self.cols(*x));
+        let (used, hidden_cols) = (self.cols(*ids), self.cols(*down));
+        let (input, ids) = (self.tensor(*x), self.tensor(*ids));
+        let format = |id: TensorId| self.program.tensor(id).format;
+        let (in_formats, down_format) = ([format(*gate), format(*up)], format(*down));
+        let hidden_floats = u64::from(used) * u64::from(hidden_cols);
+        let gates = self.extra(Extra::Gates, rows, hidden_floats);
+        let hidden = self.extra(Extra::Hidden, rows, hidden_floats);
+        let mixed = self.extra(Extra::Mixed, rows, u64::from(used) * u64::from(cols));
+        let bias = |n: usize| biases.map(|b| b[n]);
+        let routed = Routed { ids: &ids, used, per_token: true };
+        let product = |weight: TensorId, bias, input: &Resource, out: &Resource, routed| Product {
+            weight,
+            bias,
+            input: input.clone(),
+            out: out.clone(),
+            rows,
+            gate: None,
+            residual: None,
+            experts: Some(routed),
+        };
+        self.quantise(&in_formats, &input, rows, 1, cols);
+        self.product(&product(*gate, bias(0), &input, &gates, routed));
+        let gated_up =
+            Product { gate: Some((*act, gates)), ..product(*up, bias(1), &input, &hidden, routed) };
+        self.product(&gated_up);
+        self.quantise(&[down_format], &hidden, rows, used, hidden_cols);
+        let routed = Routed { per_token: false, ..routed };
+        self.product(&product(*down, bias(2), &hidden, &mixed, routed));
+        let shader = self
+            .shader("mix")
+            .read("x", "f32", mixed)
+            .read("expert_weights", "f32", self.tensor(*weights))
+            .write("out", "f32", self.tensor(*out))
+            .u32("COLUMNS", cols)
+            .u32("USED", used)
+            .with(wgsl!("mix"));
+        self.push(shader, [fixed(cols.div_ceil(WORKGROUP)), each(rows), ONE]);
+    }
+}

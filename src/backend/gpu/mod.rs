@@ -1,0 +1,359 @@
+//! The GPU backend: compute shaders on Vulkan, Metal, DX12 or WebGPU, by wgpu.
+//!
+//! `shader.rs` puts WGSL together from the files in `shaders/`; `lower.rs` turns a program into dispatches; `plan.rs` runs
+//! them, all of a step in one submission; `adapter.rs` finds a device. Weights of formats that interleave are kept
+//! interleaved ([`crate::backend::Rows`]), so that neighbouring invocations read neighbouring words of neighbouring rows.
+
+mod adapter;
+mod lower;
+mod plan;
+mod shader;
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::{Arc, Mutex};
+
+pub use adapter::{Adapter, adapters};
+
+use super::{
+    Backend, Buffer, Caps, Contract, Fusions, Gap, Limits, OpSig, Plan, Rows, Support, Usage, check_support,
+};
+use crate::error::{Error, Result};
+use crate::map::Region;
+use crate::program::Program;
+use lower::{Bounds, Lowered};
+use shader::Paths;
+
+/// The name of the backend.
+const NAME: &str = "gpu";
+
+/// Most bytes of one write to the device.
+const PIECE_BYTES: usize = 8 << 20;
+
+fn failed(message: impl Into<String>) -> Error {
+    Error::Backend { backend: NAME.into(), message: message.into() }
+}
+
+/// Which device to open, and what to use of it.
+#[derive(Debug, Clone, Default)]
+pub struct GpuOptions {
+    /// A number of [`adapters`], or a part of a name; by default the fastest kind there is.
+    pub adapter: Option<String>,
+    /// Bytes that buffers may take; by default as many as the device gives.
+    pub memory_bytes: Option<u64>,
+    /// Paths not to use, for tests: `subgroups`, `integer`.
+    pub without: Vec<String>,
+}
+
+/// A GPU.
+#[derive(Debug)]
+pub struct Gpu {
+    caps: Caps,
+    bounds: Bounds,
+    device: Arc<Device>,
+}
+
+/// An open device, and what is shared by everything on it.
+#[derive(Debug)]
+struct Device {
+    device: wgpu::Device,
+    queue: wgpu::Queue,
+    /// The first error that the device reported outside of a call that returns it.
+    error: Arc<Mutex<Option<String>>>,
+    /// Compiled shaders, by their text.
+    pipelines: Mutex<HashMap<String, Pipeline>>,
+}
+
+/// A compiled shader.
+#[derive(Debug, Clone)]
+struct Pipeline {
+    pipeline: wgpu::ComputePipeline,
+    layout: wgpu::BindGroupLayout,
+}
+
+/// Device memory.
+#[derive(Debug)]
+struct Memory(wgpu::Buffer);
+
+impl Gpu {
+    /// Opens a device.
+    ///
+    /// # Errors
+    /// [`Error::Backend`] that says what was tried if there is none, or why it cannot be opened.
+    pub fn new(options: &GpuOptions) -> Result<Gpu> {
+        let adapter = adapter::choose(options.adapter.as_deref())?;
+        let mut paths = Paths { subgroups: adapter.has_subgroups(), integer: true };
+        for without in &options.without {
+            match without.as_str() {
+                "subgroups" => paths.subgroups = false,
+                "integer" => paths.integer = false,
+                other => return Err(Error::argument("path", "subgroups or integer", format!("`{other}`"))),
+            }
+        }
+        let (device, queue) = adapter.open()?;
+        let limits = device.limits();
+        let error: Arc<Mutex<Option<String>>> = Arc::default();
+        let note = |error: &Arc<Mutex<Option<String>>>| {
+            let error = error.clone();
+            move |message: String| {
+                if let Ok(mut error) = error.lock() {
+                    error.get_or_insert(message);
+                }
+            }
+        };
+        let uncaptured = note(&error);
+        device.on_uncaptured_error(Arc::new(move |e: wgpu::Error| uncaptured(e.to_string())));
+        let lost = note(&error);
+        device.set_device_lost_callback(move |reason, message| {
+            lost(format!("the device was lost ({reason:?}): {message}"));
+        });
+        let caps = Caps {
+            name: NAME.into(),
+            device: adapter.to_string(),
+            memory_bytes: options.memory_bytes.unwrap_or(u64::MAX),
+            rows: Rows::Interleaved,
+            fusions: Fusions::ALL,
+            contract: Contract::Close,
+        };
+        let bounds = Bounds {
+            paths,
+            binding_bytes: limits.max_storage_buffer_binding_size & !255,
+            workgroup_bytes: limits.max_compute_workgroup_storage_size,
+        };
+        let device = Arc::new(Device { device, queue, error, pipelines: Mutex::default() });
+        Ok(Gpu { caps, bounds, device })
+    }
+
+    fn lower(&self, program: &Program, limits: Limits) -> Lowered {
+        lower::lower(program, limits, &self.bounds)
+    }
+}
+
+impl Device {
+    /// What the device has reported since it was last asked.
+    fn check(&self) -> Result<()> {
+        let error = self.error.lock().map_err(|_| failed("a thread failed while it held the device"))?.take();
+        error.map_or(Ok(()), |message| Err(failed(message)))
+    }
+
+    /// A zeroed buffer.
+    fn buffer(&self, bytes: u64, what: &str) -> Result<wgpu::Buffer> {
+        let limit = self.device.limits().max_buffer_size;
+        let out_of_memory =
+            |have_bytes| Error::OutOfMemory { what: what.into(), need_bytes: bytes, have_bytes };
+        let size = bytes.next_multiple_of(4).max(4);
+        if size > limit {
+            return Err(out_of_memory(limit));
+        }
+        let scope = self.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
+        let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST | wgpu::BufferUsages::COPY_SRC;
+        let buffer = self.device.create_buffer(&wgpu::BufferDescriptor {
+            label: Some(what),
+            size,
+            usage,
+            mapped_at_creation: false,
+        });
+        if pollster::block_on(scope.pop()).is_some() {
+            return Err(out_of_memory(0));
+        }
+        self.check()?;
+        Ok(buffer)
+    }
+
+    /// Waits until everything that was submitted is done.
+    fn wait(&self) -> Result<()> {
+        let polled = self.device.poll(wgpu::PollType::wait_indefinitely());
+        self.check()?;
+        polled.map(|_| ()).map_err(|e| failed(e.to_string()))
+    }
+
+    /// Bytes of a buffer from a multiple of four on.
+    fn read(&self, src: &wgpu::Buffer, offset: u64, bytes: u64) -> Result<Vec<u8>> {
+        let staging = self.device.create_buffer(&wgpu::BufferDescriptor {
+            label: Some("read back"),
+            size: bytes,
+            usage: wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST,
+            mapped_at_creation: false,
+        });
+        let mut encoder = self.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+        encoder.copy_buffer_to_buffer(src, offset, &staging, 0, bytes);
+        self.queue.submit([encoder.finish()]);
+        let mapped: Arc<Mutex<Option<Result<(), wgpu::BufferAsyncError>>>> = Arc::default();
+        let result = mapped.clone();
+        staging.map_async(wgpu::MapMode::Read, .., move |outcome| {
+            if let Ok(mut result) = result.lock() {
+                *result = Some(outcome);
+            }
+        });
+        self.wait()?;
+        let outcome = mapped.lock().ok().and_then(|mut outcome| outcome.take());
+        match outcome {
+            Some(Ok(())) => {}
+            Some(Err(e)) => return Err(failed(format!("cannot read device memory: {e}"))),
+            None => return Err(failed("device memory was not mapped for reading")),
+        }
+        let view =
+            staging.get_mapped_range(..).map_err(|e| failed(format!("cannot read device memory: {e}")))?;
+        Ok(view.to_vec())
+    }
+
+    /// Compiles a shader, or finds it compiled.
+    fn pipeline(&self, shader: &shader::Shader) -> Result<Pipeline> {
+        let source = shader.source();
+        let poisoned = |_| failed("a thread failed while it compiled a shader");
+        if let Some(pipeline) = self.pipelines.lock().map_err(poisoned)?.get(&source) {
+            return Ok(pipeline.clone());
+        }
+        let scope = self.device.push_error_scope(wgpu::ErrorFilter::Validation);
+        let label = Some(shader.name);
+        let module = self.device.create_shader_module(wgpu::ShaderModuleDescriptor {
+            label,
+            source: wgpu::ShaderSource::Wgsl(source.as_str().into()),
+        });
+        let entries: Vec<_> = shader
+            .bindings
+            .iter()
+            .enumerate()
+            .map(|(i, (_, written))| wgpu::BindGroupLayoutEntry {
+                binding: i as u32,
+                visibility: wgpu::ShaderStages::COMPUTE,
+                ty: wgpu::BindingType::Buffer {
+                    ty: wgpu::BufferBindingType::Storage { read_only: !written },
+                    has_dynamic_offset: false,
+                    min_binding_size: None,
+                },
+                count: None,
+            })
+            .collect();
+        let descriptor = wgpu::BindGroupLayoutDescriptor { label, entries: &entries };
+        let layout = self.device.create_bind_group_layout(&descriptor);
+        let pipeline_layout = self.device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
+            label,
+            bind_group_layouts: &[Some(&layout)],
+            immediate_size: 0,
+        });
+        let pipeline = self.device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
+            label,
+            layout: Some(&pipeline_layout),
+            module: &module,
+            entry_point: Some("main"),
+            compilation_options: wgpu::PipelineCompilationOptions::default(),
+            cache: None,
+        });
+        if let Some(e) = pollster::block_on(scope.pop()) {
+            return Err(failed(format!("shader `{}`: {e}", shader.name)));
+        }
+        self.check()?;
+        let pipeline = Pipeline { pipeline, layout };
+        self.pipelines.lock().map_err(poisoned)?.insert(source, pipeline.clone());
+        Ok(pipeline)
+    }
+}
+
+/// A buffer's device memory.
+fn memory(buffer: &Buffer) -> Result<&wgpu::Buffer> {
+    let memory: Option<&Memory> = buffer.memory();
+    memory.map(|m| &m.0).ok_or_else(|| failed("a buffer of another backend was passed"))
+}
+
+impl Backend for Gpu {
+    fn caps(&self) -> &Caps {
+        &self.caps
+    }
+
+    fn supports(&self, sig: &OpSig<'_>) -> Support {
+        match lower::missing(sig.program, sig.op, &self.bounds) {
+            None => Support::Native,
+            Some(why) => Support::Unsupported(Gap::NotYet(why)),
+        }
+    }
+
+    fn explain(&self, sig: &OpSig<'_>, tokens: u32) -> String {
+        let limits = Limits { tokens, outputs: tokens };
+        let mut program = sig.program.clone();
+        program.segments.truncate(1);
+        if let Some(segment) = program.segments.first_mut() {
+            segment.ops = vec![sig.op.clone()];
+        }
+        let lowered = self.lower(&program, limits);
+        let step = plan::Counts { tokens, outputs: tokens, tiles: &[] };
+        let runs = lowered.segments.iter().flatten().filter(|d| step.runs(d));
+        runs.map(|d| d.shader.name).collect::<Vec<_>>().join(", ")
+    }
+
+    fn alloc(&self, bytes: u64, _: Usage) -> Result<Buffer> {
+        let what = format!("a buffer on `{NAME}`");
+        if bytes > self.caps.memory_bytes {
+            let have_bytes = self.caps.memory_bytes;
+            return Err(Error::OutOfMemory { what, need_bytes: bytes, have_bytes });
+        }
+        Ok(Buffer::new(bytes, Memory(self.device.buffer(bytes, &what)?)))
+    }
+
+    fn import(&self, _: &Region) -> Result<Option<Buffer>> {
+        Ok(None)
+    }
+
+    fn fill(&self, dst: &Buffer, range: Range<u64>, write: &mut dyn FnMut(&mut [u8])) -> Result<()> {
+        let buffer = memory(dst)?;
+        if range.start > range.end || range.end > dst.bytes() {
+            return Err(Error::argument(
+                "fill range",
+                format!("inside 0..{}", dst.bytes()),
+                format!("{range:?}"),
+            ));
+        }
+        let mut staged = Vec::new();
+        let mut at = range.start;
+        while at < range.end {
+            // Writes are of whole words: what shares a word with the ends is read first.
+            let start = at & !3;
+            let end = range.end.min(start + PIECE_BYTES as u64);
+            let whole = (end.next_multiple_of(4) - start) as usize;
+            staged.clear();
+            staged.resize(whole, 0);
+            let shared_end = end % 4 != 0 && end < dst.bytes();
+            if at != start || shared_end {
+                let before = self.device.read(buffer, start, whole as u64)?;
+                staged.copy_from_slice(&before);
+            }
+            write(&mut staged[(at - start) as usize..(end - start) as usize]);
+            self.device.queue.write_buffer(buffer, start, &staged);
+            // Staging memory is freed once it was submitted and is done.
+            self.device.queue.submit([]);
+            self.device.wait()?;
+            at = end;
+        }
+        self.device.check()
+    }
+
+    fn read(&self, src: &Buffer, offset: u64, dst: &mut [u8]) -> Result<()> {
+        let buffer = memory(src)?;
+        let end = offset.saturating_add(dst.len() as u64);
+        if end > src.bytes() {
+            return Err(Error::argument(
+                "read range",
+                format!("inside 0..{}", src.bytes()),
+                format!("{offset}..{end}"),
+            ));
+        }
+        if dst.is_empty() {
+            return Ok(());
+        }
+        let start = offset & !3;
+        let bytes = self.device.read(buffer, start, end.next_multiple_of(4) - start)?;
+        dst.copy_from_slice(&bytes[(offset - start) as usize..][..dst.len()]);
+        Ok(())
+    }
+
+    fn prepare(&self, program: &Arc<Program>, limits: Limits) -> Result<Box<dyn Plan>> {
+        program.validate()?;
+        check_support(self, program)?;
+        Ok(Box::new(plan::GpuPlan::new(&self.device, program, limits, self.lower(program, limits))?))
+    }
+
+    fn scratch_bytes(&self, program: &Program, limits: Limits) -> u64 {
+        let lowered = self.lower(program, limits);
+        lowered.layout.bytes(limits.tokens, limits.outputs) + lowered.extra_bytes.iter().sum::<u64>()
+    }
+}

@@ -1,0 +1,282 @@
+//! A prepared program: pipelines, bind groups and buffers, ready to be recorded into one submission a step.
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::lower::{Count, Dispatch, Lowered, Of, Resource};
+use super::shader::Grid;
+use super::{Device, Pipeline, failed, memory};
+use crate::backend::{Bindings, Clock, Limits, Plan, Step, Ticket, Timing, check_step};
+use crate::error::{Error, Result};
+use crate::passes;
+use crate::program::{Dim, Op, PAGE_POSITIONS, Program};
+
+/// A program on a device.
+pub(super) struct GpuPlan {
+    device: Arc<Device>,
+    program: Arc<Program>,
+    limits: Limits,
+    lowered: Lowered,
+    /// One for each dispatch, segment by segment.
+    pipelines: Vec<Vec<Pipeline>>,
+    places: Vec<wgpu::Buffer>,
+    extras: Vec<wgpu::Buffer>,
+    grids: HashMap<Grid, wgpu::Buffer>,
+    step: wgpu::Buffer,
+    step_words: Vec<u32>,
+    bound: Option<Bound>,
+    submitted: u64,
+    started: Instant,
+    elapsed: Duration,
+}
+
+/// Bind groups for the buffers of the last submission.
+struct Bound {
+    buffers: Vec<wgpu::Buffer>,
+    step: wgpu::Buffer,
+    groups: Vec<Vec<wgpu::BindGroup>>,
+}
+
+/// What a step counts.
+pub(super) struct Counts<'a> {
+    pub tokens: u32,
+    pub outputs: u32,
+    /// Tiles, for each of the sizes of `Lowered::tile_sizes`.
+    pub tiles: &'a [(u32, u32)],
+}
+
+impl Counts<'_> {
+    fn rows(&self, dim: Dim) -> u32 {
+        passes::rows(dim, self.tokens, self.outputs) as u32
+    }
+
+    /// Whether a dispatch has anything to do in this step.
+    pub fn runs(&self, dispatch: &Dispatch) -> bool {
+        dispatch.when.1.contains(&self.rows(dispatch.when.0))
+    }
+
+    fn count(&self, count: Count) -> u32 {
+        let of = match count.of {
+            Of::Rows(dim) => self.rows(dim),
+            Of::Tiles(size) => self.tiles.iter().find(|t| t.0 == size).map_or(0, |t| t.1),
+        };
+        (u64::from(of) * u64::from(count.times)).div_ceil(count.per.into()) as u32
+    }
+}
+
+impl GpuPlan {
+    pub fn new(
+        device: &Arc<Device>,
+        program: &Arc<Program>,
+        limits: Limits,
+        lowered: Lowered,
+    ) -> Result<GpuPlan> {
+        let compile =
+            |dispatches: &Vec<Dispatch>| dispatches.iter().map(|d| device.pipeline(&d.shader)).collect();
+        let pipelines = lowered.segments.iter().map(compile).collect::<Result<_>>()?;
+        let place = |&(dim, cols): &(Dim, u32)| {
+            let bytes = 4 * passes::rows(dim, limits.tokens, limits.outputs) * u64::from(cols);
+            device.buffer(bytes, "scratch memory on `gpu`")
+        };
+        let places = lowered.layout.places.iter().map(place).collect::<Result<_>>()?;
+        let extra = |&bytes: &u64| device.buffer(bytes, "memory between shaders on `gpu`");
+        let extras = lowered.extra_bytes.iter().map(extra).collect::<Result<_>>()?;
+        let mut grids = HashMap::new();
+        for dispatch in lowered.segments.iter().flatten() {
+            for (resource, _) in &dispatch.shader.bindings {
+                if let Resource::Grid(grid) = resource
+                    && !grids.contains_key(grid)
+                {
+                    let words = grid.words();
+                    let buffer = device.buffer(4 * words.len() as u64, "a grid on `gpu`")?;
+                    device.queue.write_buffer(&buffer, 0, bytemuck::cast_slice(&words));
+                    grids.insert(*grid, buffer);
+                }
+            }
+        }
+        let step =
+            device.buffer(4 * u64::from(lowered.step.pages(lowered.tile_sizes.len())), "a step on `gpu`")?;
+        Ok(GpuPlan {
+            device: device.clone(),
+            program: program.clone(),
+            limits,
+            lowered,
+            pipelines,
+            places,
+            extras,
+            grids,
+            step,
+            step_words: Vec::new(),
+            bound: None,
+            submitted: 0,
+            started: Instant::now(),
+            elapsed: Duration::ZERO,
+        })
+    }
+
+    /// Writes the step for the shaders, and counts it.
+    fn write_step(&mut self, step: &Step<'_>) -> Result<Vec<(u32, u32)>> {
+        let layout = self.lowered.step;
+        let words = &mut self.step_words;
+        words.clear();
+        words.resize(layout.pages(self.lowered.tile_sizes.len()) as usize, 0);
+        words[0] = step.tokens.len() as u32;
+        words[1] = step.outputs.len() as u32;
+        words[layout.ids as usize..][..step.tokens.len()].copy_from_slice(step.tokens);
+        words[layout.outputs as usize..][..step.outputs.len()].copy_from_slice(step.outputs);
+        let mut token = 0;
+        for span in step.spans {
+            let table = words.len() as u32;
+            let needed = (span.start + span.len).div_ceil(PAGE_POSITIONS) as usize;
+            words.extend_from_slice(span.pages.get(..needed).unwrap_or(&[]));
+            for i in 0..span.len {
+                words[(layout.positions + token) as usize] = span.start + i;
+                words[(layout.tables + token) as usize] = table;
+                token += 1;
+            }
+        }
+        let mut tiles = Vec::new();
+        for (list, &size) in self.lowered.tile_sizes.iter().enumerate() {
+            let at = (layout.tiles + layout.tile_words * list as u32) as usize;
+            let (mut first, mut n) = (0, 0);
+            for span in step.spans {
+                for start in (0..span.len).step_by(size as usize) {
+                    words[at + 2 * n] = first + start;
+                    words[at + 2 * n + 1] = size.min(span.len - start);
+                    n += 1;
+                }
+                first += span.len;
+            }
+            tiles.push((size, n as u32));
+        }
+        let bytes = 4 * words.len() as u64;
+        if bytes > self.step.size() {
+            self.step = self.device.buffer(bytes.next_power_of_two(), "a step on `gpu`")?;
+        }
+        self.device.queue.write_buffer(&self.step, 0, bytemuck::cast_slice(&self.step_words));
+        Ok(tiles)
+    }
+
+    /// Makes bind groups, unless those of the last submission are for the same buffers.
+    fn bind(&mut self, bindings: &Bindings<'_>) -> Result<()> {
+        let all = bindings.weights.iter().chain(bindings.states).chain(bindings.io);
+        let buffers = all.map(|b| memory(b).cloned()).collect::<Result<Vec<_>>>()?;
+        if self.bound.as_ref().is_some_and(|b| b.buffers == buffers && b.step == self.step) {
+            return Ok(());
+        }
+        let wanted = [self.program.weights.len(), self.program.states.len(), self.program.io.len()];
+        let got = [bindings.weights.len(), bindings.states.len(), bindings.io.len()];
+        if wanted != got {
+            return Err(Error::argument("bindings", format!("{wanted:?}"), format!("{got:?}")));
+        }
+        let (states, io) = (wanted[0], wanted[0] + wanted[1]);
+        let mut groups = Vec::new();
+        for (dispatches, pipelines) in self.lowered.segments.iter().zip(&self.pipelines) {
+            let mut segment = Vec::new();
+            for (dispatch, pipeline) in dispatches.iter().zip(pipelines) {
+                let mut entries = Vec::new();
+                for (i, (resource, _)) in dispatch.shader.bindings.iter().enumerate() {
+                    let (buffer, range) = match resource {
+                        Resource::Weight(n, range) => (buffers.get(*n as usize), Some(range)),
+                        Resource::State(n) => (buffers.get(states + *n as usize), None),
+                        Resource::Io(n) => (buffers.get(io + *n as usize), None),
+                        Resource::Place(n) => (self.places.get(*n), None),
+                        Resource::Extra(extra) => (self.extras.get(*extra as usize), None),
+                        Resource::Grid(grid) => (self.grids.get(grid), None),
+                        Resource::Step => (Some(&self.step), None),
+                    };
+                    let buffer = buffer.ok_or_else(|| failed(format!("{resource:?} is not there")))?;
+                    let (offset, size) = match range {
+                        // The last word of a weight may be shared with nothing.
+                        Some(range) => (range.start, range.end.next_multiple_of(4) - range.start),
+                        None => (0, buffer.size()),
+                    };
+                    if offset + size > buffer.size() {
+                        let expected = format!("at least {} bytes", offset + size);
+                        return Err(Error::argument("buffer", expected, buffer.size()));
+                    }
+                    let size = std::num::NonZeroU64::new(size);
+                    let binding = wgpu::BufferBinding { buffer, offset, size };
+                    entries.push(wgpu::BindGroupEntry {
+                        binding: i as u32,
+                        resource: wgpu::BindingResource::Buffer(binding),
+                    });
+                }
+                segment.push(self.device.device.create_bind_group(&wgpu::BindGroupDescriptor {
+                    label: Some(dispatch.shader.name),
+                    layout: &pipeline.layout,
+                    entries: &entries,
+                }));
+            }
+            groups.push(segment);
+        }
+        self.device.check()?;
+        self.bound = Some(Bound { buffers, step: self.step.clone(), groups });
+        Ok(())
+    }
+
+    /// Refuses token ids that a table does not have.
+    fn check_tokens(&self, step: &Step<'_>, segments: &Range<usize>) -> Result<()> {
+        for op in self.program.segments.get(segments.clone()).unwrap_or(&[]).iter().flat_map(|s| &s.ops) {
+            if let Op::Embed { table, .. } = op
+                && let Dim::Fixed(rows) = self.program.tensor(*table).rows
+                && let Some(bad) = step.tokens.iter().find(|&&t| t >= rows)
+            {
+                return Err(Error::argument("token id", format!("below {rows}"), bad));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Plan for GpuPlan {
+    fn submit(&mut self, step: &Step<'_>, segments: Range<usize>, bindings: &Bindings<'_>) -> Result<Ticket> {
+        check_step(step, self.limits)?;
+        self.check_tokens(step, &segments)?;
+        self.started = Instant::now();
+        let tiles = self.write_step(step)?;
+        self.bind(bindings)?;
+        let counts =
+            Counts { tokens: step.tokens.len() as u32, outputs: step.outputs.len() as u32, tiles: &tiles };
+        let mut encoder =
+            self.device.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+        {
+            let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
+            let most = self.device.device.limits().max_compute_workgroups_per_dimension;
+            let Some(bound) = &self.bound else { return Err(failed("nothing is bound")) };
+            for segment in segments {
+                let Some(dispatches) = self.lowered.segments.get(segment) else { continue };
+                for (i, dispatch) in dispatches.iter().enumerate() {
+                    if step.cancel.is_cancelled() {
+                        return Err(Error::Cancelled);
+                    }
+                    if !counts.runs(dispatch) {
+                        continue;
+                    }
+                    let [mut x, mut y, z] = dispatch.groups.map(|n| counts.count(n));
+                    if x > most && y == 1 {
+                        y = x.div_ceil(most);
+                        x = x.div_ceil(y);
+                    }
+                    pass.set_pipeline(&self.pipelines[segment][i].pipeline);
+                    pass.set_bind_group(0, &bound.groups[segment][i], &[]);
+                    pass.dispatch_workgroups(x, y, z);
+                }
+            }
+        }
+        self.device.queue.submit([encoder.finish()]);
+        self.device.check()?;
+        self.submitted += 1;
+        Ok(Ticket(self.submitted))
+    }
+
+    fn wait(&mut self, ticket: Ticket) -> Result<Timing> {
+        if ticket.0 == self.submitted {
+            self.device.wait()?;
+            self.elapsed = self.started.elapsed();
+        }
+        Ok(Timing { elapsed: self.elapsed, clock: Clock::Host })
+    }
+}

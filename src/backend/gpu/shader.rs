@@ -1,0 +1,301 @@
+//! WGSL put together from the files in `shaders/`: constants, bindings, libraries, a format, an op.
+
+use std::fmt::Write;
+
+use halite_kernels::formats::{
+    E2M1_DOUBLED, Format, IQ1_GRID, IQ2_S_GRID, IQ2_XS_GRID, IQ2_XXS_GRID, IQ3_S_GRID, IQ3_XXS_GRID,
+    IQ4_VALUES, Kind,
+};
+
+use super::lower::Resource;
+use crate::program::{Gate, Unary};
+
+/// Which of an adapter's abilities shaders use. Each path can be switched off, so that the others are tested as well.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Paths {
+    /// Reductions within subgroups.
+    pub subgroups: bool,
+    /// Products of quantised weights in integers, by `dot4I8Packed`; else in floats.
+    pub integer: bool,
+}
+
+macro_rules! wgsl {
+    ($name:literal) => {
+        include_str!(concat!("../../../shaders/", $name, ".wgsl"))
+    };
+}
+pub(super) use wgsl;
+
+/// Invocations of a workgroup, where a shader does not say otherwise.
+pub(super) const WORKGROUP: u32 = 64;
+
+/// A shader while it is put together: its text, and what its bindings are.
+#[derive(Debug, Clone)]
+pub(super) struct Shader {
+    pub name: &'static str,
+    declarations: String,
+    body: String,
+    /// What each binding is, and whether it is written.
+    pub bindings: Vec<(Resource, bool)>,
+    paths: Paths,
+    workgroup: u32,
+}
+
+impl Shader {
+    pub fn new(name: &'static str, paths: Paths) -> Shader {
+        let (declarations, body) = Default::default();
+        Shader { name, declarations, body, bindings: Vec::new(), paths, workgroup: WORKGROUP }
+    }
+
+    pub fn workgroup(mut self, invocations: u32) -> Shader {
+        self.workgroup = invocations;
+        self
+    }
+
+    pub fn u32(mut self, name: &str, value: u32) -> Shader {
+        let _ = writeln!(self.declarations, "const {name}: u32 = {value}u;");
+        self
+    }
+
+    pub fn f32(mut self, name: &str, value: f32) -> Shader {
+        // The shortest digits that come back as they were.
+        let _ = writeln!(self.declarations, "const {name}: f32 = {value:e};");
+        self
+    }
+
+    pub fn bool(mut self, name: &str, value: bool) -> Shader {
+        let _ = writeln!(self.declarations, "const {name}: bool = {value};");
+        self
+    }
+
+    fn binding(mut self, name: &str, ty: &str, resource: Resource, written: bool) -> Shader {
+        let (n, access) = (self.bindings.len(), if written { "read_write" } else { "read" });
+        let _ = writeln!(
+            self.declarations,
+            "@group(0) @binding({n}) var<storage, {access}> {name}: array<{ty}>;"
+        );
+        self.bindings.push((resource, written));
+        self
+    }
+
+    /// A buffer to read.
+    pub fn read(self, name: &str, ty: &str, resource: Resource) -> Shader {
+        self.binding(name, ty, resource, false)
+    }
+
+    /// A buffer to write.
+    pub fn write(self, name: &str, ty: &str, resource: Resource) -> Shader {
+        self.binding(name, ty, resource, true)
+    }
+
+    /// A part of the text: a file, or a function made here.
+    pub fn with(mut self, text: &str) -> Shader {
+        self.body.push_str(text);
+        self.body.push('\n');
+        self
+    }
+
+    /// The matrix `w` of a quantised format, or of plain numbers; see `words.wgsl`.
+    pub fn matrix(mut self, format: Format, resource: Resource) -> Shader {
+        self = self.read("w", "u32", resource);
+        let Some(parts) = parts(format) else { return self.with(text(format)) };
+        self = self.u32("LEN", format.block_len() as u32);
+        self = self.u32("HEAD", parts.head).u32("WORDS", parts.words).u32("TAIL", parts.tail);
+        if let Some(grid) = parts.grid {
+            self = self.read("grid", "u32", Resource::Grid(grid));
+        }
+        self = self.with(wgsl!("lib/words"));
+        match format {
+            Format::IQ4_NL | Format::IQ4_XS => self = self.table16(&IQ4_VALUES),
+            Format::MXFP4 | Format::NVFP4 => self = self.table16(&E2M1_DOUBLED),
+            Format::Q4_K | Format::Q5_K => self = self.with(wgsl!("lib/six_bits")),
+            _ => {}
+        }
+        self.with(text(format))
+    }
+
+    fn table16(mut self, values: &[i8; 16]) -> Shader {
+        let word = |i: usize| u32::from_le_bytes([0, 1, 2, 3].map(|j| values[4 * i + j] as u8));
+        let [a, b, c, d] = [0, 1, 2, 3].map(word);
+        let _ = writeln!(self.declarations, "const TABLE: vec4<u32> = vec4<u32>({a}u, {b}u, {c}u, {d}u);");
+        self.with(wgsl!("lib/table16"))
+    }
+
+    /// The whole text.
+    pub fn source(&self) -> String {
+        let reduce =
+            if self.paths.subgroups { wgsl!("lib/reduce_subgroup") } else { wgsl!("lib/reduce_shared") };
+        let workgroup = self.workgroup;
+        format!("const WORKGROUP: u32 = {workgroup}u;\n{}{reduce}\n{}", self.declarations, self.body)
+    }
+}
+
+/// `after(at, y)`: what an epilogue makes of a product.
+pub(super) fn after(gate: Option<Gate>, residual: bool) -> String {
+    match (gate, residual) {
+        (Some(gate), _) => {
+            format!("{}\nfn after(at: u32, y: f32) -> f32 {{ return gated(gates[at], y); }}", gated(gate))
+        }
+        (None, true) => "fn after(at: u32, y: f32) -> f32 { return residual[at] + y; }".into(),
+        (None, false) => "fn after(at: u32, y: f32) -> f32 { return y; }".into(),
+    }
+}
+
+/// `gated(g, u)`: a gated linear unit. `None` for one that is not known here.
+pub(super) fn gated(gate: Gate) -> String {
+    let body = match gate {
+        Gate::Silu => "return silu(g) * u;".into(),
+        Gate::Gelu => "return gelu(g) * u;".into(),
+        Gate::GeluErf => "return gelu_erf(g) * u;".into(),
+        Gate::Relu => "return relu(g) * u;".into(),
+        Gate::SiluClamped { alpha, limit } => format!(
+            "let s = min(g, {limit:e}) * sigmoid({alpha:e} * min(g, {limit:e}));
+             return s * clamp(u, -{limit:e}, {limit:e}) + s;"
+        ),
+        _ => "return g;".into(),
+    };
+    format!("fn gated(g: f32, u: f32) -> f32 {{ {body} }}")
+}
+
+/// `f(x)`: a function of one element.
+pub(super) fn unary(f: Unary) -> String {
+    let body = match f {
+        Unary::Silu => "silu(x)".into(),
+        Unary::Gelu => "gelu(x)".into(),
+        Unary::GeluErf => "gelu_erf(x)".into(),
+        Unary::Relu => "relu(x)".into(),
+        Unary::ReluSquared => "relu(x) * relu(x)".into(),
+        Unary::Scale(factor) => format!("{factor:e} * x"),
+        Unary::SoftCap(cap) => format!("{cap:e} * tanh_safe(x / {cap:e})"),
+        _ => "x".into(),
+    };
+    format!("fn f(x: f32) -> f32 {{ return {body}; }}")
+}
+
+/// Whether the shaders know a gate.
+pub(super) fn knows_gate(gate: Gate) -> bool {
+    matches!(gate, Gate::Silu | Gate::Gelu | Gate::GeluErf | Gate::Relu | Gate::SiluClamped { .. })
+}
+
+/// Whether the shaders know a function.
+pub(super) fn knows_unary(f: Unary) -> bool {
+    matches!(
+        f,
+        Unary::Silu
+            | Unary::Gelu
+            | Unary::GeluErf
+            | Unary::Relu
+            | Unary::ReluSquared
+            | Unary::Scale(_)
+            | Unary::SoftCap(_)
+    )
+}
+
+/// Tables of points that formats look up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum Grid {
+    Iq2Xxs,
+    Iq2Xs,
+    Iq2S,
+    Iq3Xxs,
+    Iq3S,
+    Iq1,
+}
+
+impl Grid {
+    /// Its points in little-endian words.
+    pub fn words(self) -> Vec<u32> {
+        let halves = |points: &[u64]| points.iter().flat_map(|&p| [p as u32, (p >> 32) as u32]).collect();
+        match self {
+            Grid::Iq2Xxs => halves(&IQ2_XXS_GRID),
+            Grid::Iq2Xs => halves(&IQ2_XS_GRID),
+            Grid::Iq2S => halves(&IQ2_S_GRID),
+            Grid::Iq3Xxs => IQ3_XXS_GRID.to_vec(),
+            Grid::Iq3S => IQ3_S_GRID.to_vec(),
+            Grid::Iq1 => halves(&IQ1_GRID),
+        }
+    }
+}
+
+/// How a quantised block is divided: bytes before its words, words, bytes after them; and the grid it points into.
+struct Parts {
+    head: u32,
+    words: u32,
+    tail: u32,
+    grid: Option<Grid>,
+}
+
+/// `None` for plain numbers.
+fn parts(format: Format) -> Option<Parts> {
+    use Format::*;
+    if format.kind() == Kind::Float {
+        return None;
+    }
+    let (head, tail) = match format {
+        Q4_0 | Q5_0 | Q8_0 | IQ4_NL | IQ2_XXS | IQ2_XS | IQ2_S | IQ3_XXS | IQ3_S | IQ1_S | Q1_0 | Q2_0 => {
+            (2, 0)
+        }
+        Q3_K | Q6_K | TQ2_0 | TQ1_0 => (0, 2),
+        MXFP4 => (1, 0),
+        Q8_1 => (4, 0),
+        _ => (0, 0),
+    };
+    let grid = match format {
+        IQ2_XXS => Some(Grid::Iq2Xxs),
+        IQ2_XS => Some(Grid::Iq2Xs),
+        IQ2_S => Some(Grid::Iq2S),
+        IQ3_XXS => Some(Grid::Iq3Xxs),
+        IQ3_S => Some(Grid::Iq3S),
+        IQ1_S | IQ1_M => Some(Grid::Iq1),
+        _ => None,
+    };
+    Some(Parts { head, words: (format.block_bytes() as u32 - head - tail) / 4, tail, grid })
+}
+
+/// Whether the shaders know a format.
+pub(super) fn knows_format(format: Format) -> bool {
+    !text(format).is_empty()
+}
+
+/// A format's file.
+fn text(format: Format) -> &'static str {
+    use Format::*;
+    match format {
+        F32 => wgsl!("formats/f32"),
+        F16 => wgsl!("formats/f16"),
+        BF16 => wgsl!("formats/bf16"),
+        F64 => wgsl!("formats/f64"),
+        I8 => wgsl!("formats/i8"),
+        I16 => wgsl!("formats/i16"),
+        I32 => wgsl!("formats/i32"),
+        I64 => wgsl!("formats/i64"),
+        Q4_0 => wgsl!("formats/q4_0"),
+        Q4_1 => wgsl!("formats/q4_1"),
+        Q5_0 => wgsl!("formats/q5_0"),
+        Q5_1 => wgsl!("formats/q5_1"),
+        Q8_0 => wgsl!("formats/q8_0"),
+        Q8_1 => wgsl!("formats/q8_1"),
+        Q8_K => wgsl!("formats/q8_k"),
+        Q2_K => wgsl!("formats/q2_k"),
+        Q3_K => wgsl!("formats/q3_k"),
+        Q4_K => wgsl!("formats/q4_k"),
+        Q5_K => wgsl!("formats/q5_k"),
+        Q6_K => wgsl!("formats/q6_k"),
+        IQ1_S => wgsl!("formats/iq1_s"),
+        IQ1_M => wgsl!("formats/iq1_m"),
+        IQ2_XXS => wgsl!("formats/iq2_xxs"),
+        IQ2_XS => wgsl!("formats/iq2_xs"),
+        IQ2_S => wgsl!("formats/iq2_s"),
+        IQ3_XXS => wgsl!("formats/iq3_xxs"),
+        IQ3_S => wgsl!("formats/iq3_s"),
+        IQ4_NL => wgsl!("formats/iq4_nl"),
+        IQ4_XS => wgsl!("formats/iq4_xs"),
+        MXFP4 => wgsl!("formats/mxfp4"),
+        NVFP4 => wgsl!("formats/nvfp4"),
+        TQ1_0 => wgsl!("formats/tq1_0"),
+        TQ2_0 => wgsl!("formats/tq2_0"),
+        Q1_0 => wgsl!("formats/q1_0"),
+        Q2_0 => wgsl!("formats/q2_0"),
+        _ => "",
+    }
+}
