@@ -3,6 +3,10 @@
 //! The full set lies beside a checkout, in `../shared/golden` (or where `HALITE_GOLDEN` says); tests that need it say that
 //! they were skipped. A small set is part of the repository.
 
+#[cfg(feature = "gpu")]
+#[path = "common/gpu.rs"]
+mod common;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -88,14 +92,17 @@ fn bound(file: &str) -> f64 {
 
 /// Runs the cases that `select` has a bound for, and fails with all that miss theirs.
 fn check(dir: &Path, select: impl Fn(&str) -> Option<f64>) {
-    let backend: Arc<dyn Backend> = Arc::new(Cpu::new(2).unwrap());
+    check_on(&(Arc::new(Cpu::new(2).unwrap()) as Arc<dyn Backend>), dir, select);
+}
+
+fn check_on(backend: &Arc<dyn Backend>, dir: &Path, select: impl Fn(&str) -> Option<f64>) {
     let mut failures = Vec::new();
     let mut ran = 0;
     for case in cases(dir) {
         let file = case.model.file_name().unwrap().to_string_lossy().into_owned();
         let Some(bound) = select(&file) else { continue };
         ran += 1;
-        match nmse(&backend, &case) {
+        match nmse(backend, &case) {
             Ok(nmse) => {
                 eprintln!("{file}: {nmse:.2e} (bound {bound:.0e})");
                 if nmse.is_nan() || nmse > bound {
@@ -114,15 +121,38 @@ fn committed() {
     check(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/golden"), |file| Some(bound(file)));
 }
 
+const BUILT: [&str; 5] =
+    ["llama2.gguf", "llama3.gguf", "llama-linear-rope.gguf", "mixtral.gguf", "gemma3.gguf"];
+
 #[test]
 fn families() {
     let Some(dir) = shared() else { return };
-    let built = ["llama2.gguf", "llama3.gguf", "llama-linear-rope.gguf", "mixtral.gguf", "gemma3.gguf"];
-    check(&dir.join("families"), |file| built.contains(&file).then_some(1e-8));
+    check(&dir.join("families"), |file| BUILT.contains(&file).then_some(1e-8));
 }
 
 #[test]
 fn quants() {
     let Some(dir) = shared() else { return };
     check(&dir.join("quants"), |file| (!file.starts_with("gpt-oss")).then(|| bound(file)));
+}
+
+#[cfg(feature = "gpu")]
+mod on_gpu {
+    use super::common::gpu;
+    use super::*;
+
+    /// The CPU's bounds, on every path.
+    #[test]
+    fn golden() {
+        for without in [&[][..], &["integer"], &["subgroups"]] {
+            let Some(backend) = gpu(without) else { return };
+            let committed = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/golden");
+            check_on(&backend, &committed, |file| Some(bound(file)));
+            let Some(dir) = shared() else { continue };
+            check_on(&backend, &dir.join("families"), |file| BUILT.contains(&file).then_some(1e-7));
+            check_on(&backend, &dir.join("quants"), |file| {
+                (!file.starts_with("gpt-oss")).then(|| bound(file))
+            });
+        }
+    }
 }

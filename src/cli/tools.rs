@@ -21,6 +21,23 @@ pub fn devices() -> Result<(), Failure> {
         };
         print(&format!("{:10} {}; memory {memory}; contract {contract}\n", caps.name, caps.device))?;
     }
+    gpus()
+}
+
+#[cfg(not(feature = "gpu"))]
+fn gpus() -> Result<(), Failure> {
+    Ok(())
+}
+
+/// Every adapter, as `--backend gpu:N` takes it.
+#[cfg(feature = "gpu")]
+fn gpus() -> Result<(), Failure> {
+    for (n, adapter) in halite::backend::gpu::adapters().iter().enumerate() {
+        print(&format!("{:10} {adapter}; contract close\n", format!("gpu:{n}")))?;
+        for (fact, value) in adapter.facts() {
+            print(&format!("{:10}   {fact}: {value}\n", ""))?;
+        }
+    }
     Ok(())
 }
 

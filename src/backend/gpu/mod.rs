@@ -312,7 +312,7 @@ impl Backend for Gpu {
             let whole = (end.next_multiple_of(4) - start) as usize;
             staged.clear();
             staged.resize(whole, 0);
-            let shared_end = end % 4 != 0 && end < dst.bytes();
+            let shared_end = !end.is_multiple_of(4) && end < dst.bytes();
             if at != start || shared_end {
                 let before = self.device.read(buffer, start, whole as u64)?;
                 staged.copy_from_slice(&before);
