@@ -1,35 +1,66 @@
-// Products of a quantised matrix with few rows of activations. A workgroup has sixteen rows of the matrix, one in each of
-// sixteen invocations, SLICES times: each slice has every SLICES-th part of a row. In workgroups of one z are TOKENS rows of
-// activations.
+// Products of a quantised matrix with few rows of activations. An invocation has GROUPS rows of the matrix, sixteen apart, of
+// which neighbouring invocations have neighbouring ones; a workgroup has them SLICES times, and each slice every SLICES-th part
+// of a row. In workgroups of one z are TOKENS rows of activations.
 
-var<workgroup> sums: array<f32, 16u * SLICES * TOKENS>;
+struct Part {
+    low: vec4<u32>,
+    high: vec4<u32>,
+    // Of the first and of the last sixteen values; then their minimums.
+    scales: vec4<f32>,
+}
+
+fn load_part(matrix: u32, row: u32, part: u32) -> Part {
+    locate(matrix, min(row, ROWS - 1u), part / (LEN / 32u));
+    let p = part % (LEN / 32u);
+    return Part(
+        vec4(code(p, 0u), code(p, 1u), code(p, 2u), code(p, 3u)),
+        vec4(code(p, 4u), code(p, 5u), code(p, 6u), code(p, 7u)),
+        scales(p),
+    );
+}
 
 @compute @workgroup_size(16u * SLICES)
 fn main(in: In) {
     let lane = in.local % 16u;
     let slice = in.local / 16u;
-    let row = 16u * (in.workgroup.x + in.workgroup.y * in.workgroups.x) + lane;
+    let row = 16u * GROUPS * (in.workgroup.x + in.workgroup.y * in.workgroups.x) + lane;
     let first = TOKENS * in.workgroup.z;
     let count = min(results() - min(first, results()), TOKENS);
     let matrix = matrix_of(first);
-    let here = row < ROWS && is_here(matrix);
-    var acc: array<f32, TOKENS>;
+    let here = is_here(matrix);
+    // A component for each group of rows.
+    var acc: array<vec4<f32>, TOKENS>;
     if here {
         for (var part = slice; part < K / 32u; part += SLICES) {
-            locate(matrix - FIRST_MATRIX, row, part / (LEN / 32u));
-            let p = load_part(part % (LEN / 32u));
-            for (var t = 0u; t < count; t++) {
-                acc[t] += dot_part(p, input_of(first + t), part);
+            let m = matrix - FIRST_MATRIX;
+            let p0 = load_part(m, row, part);
+            var p1 = p0;
+            var p2 = p0;
+            var p3 = p0;
+            if GROUPS > 1u { p1 = load_part(m, row + 16u, part); }
+            if GROUPS > 2u {
+                p2 = load_part(m, row + 32u, part);
+                p3 = load_part(m, row + 48u, part);
+            }
+            for (var t = 0u; t < TOKENS; t++) {
+                if t < count {
+                    let x = load_input(input_of(first + t), part);
+                    acc[t].x += dot_part(p0, x);
+                    if GROUPS > 1u { acc[t].y += dot_part(p1, x); }
+                    if GROUPS > 2u {
+                        acc[t].z += dot_part(p2, x);
+                        acc[t].w += dot_part(p3, x);
+                    }
+                }
             }
         }
     }
-    for (var t = 0u; t < TOKENS; t++) { sums[(t * SLICES + slice) * 16u + lane] = acc[t]; }
-    workgroupBarrier();
-    for (var t = slice; t < count; t += SLICES) {
-        if here {
-            var sum = 0.0;
-            for (var s = 0u; s < SLICES; s++) { sum += sums[(t * SLICES + s) * 16u + lane]; }
-            store(first + t, row, matrix, sum);
+    for (var t = 0u; t < TOKENS; t++) {
+        let sums = add_slices(lane, slice, acc[t]);
+        if here && t < count {
+            for (var g = slice; g < GROUPS; g += SLICES) {
+                if row + 16u * g < ROWS { store(first + t, row + 16u * g, matrix, sums[g]); }
+            }
         }
     }
 }

@@ -1,34 +1,27 @@
 // Thirty-two weights, made floats in registers, against thirty-two activations.
 
-struct Part {
-    low: vec4<u32>,
-    high: vec4<u32>,
-    scales: vec4<f32>,
+struct Input {
+    low: mat4x4<f32>,
+    high: mat4x4<f32>,
+    sums: vec2<f32>,
 }
 
-fn load_part(part: u32) -> Part {
-    return Part(
-        vec4(code(part, 0u), code(part, 1u), code(part, 2u), code(part, 3u)),
-        vec4(code(part, 4u), code(part, 5u), code(part, 6u), code(part, 7u)),
-        scales(part),
-    );
+fn load_input(row: u32, part: u32) -> Input {
+    let at = row * (K / 4u) + 8u * part;
+    let low = mat4x4(x[at], x[at + 1u], x[at + 2u], x[at + 3u]);
+    let high = mat4x4(x[at + 4u], x[at + 5u], x[at + 6u], x[at + 7u]);
+    let ones = vec4(1.0);
+    return Input(low, high, vec2(dot(low * ones, ones), dot(high * ones, ones)));
 }
 
 fn floats(code: u32) -> vec4<f32> { return vec4<f32>(unpack4xI8(code) - vec4(OFFSET)); }
 
-// A dot product with sixteen activations, and their sum.
-fn dot16(a: vec4<u32>, at: u32) -> vec2<f32> {
-    let x0 = x[at];
-    let x1 = x[at + 1u];
-    let x2 = x[at + 2u];
-    let x3 = x[at + 3u];
-    let sum = (dot(floats(a.x), x0) + dot(floats(a.y), x1)) + (dot(floats(a.z), x2) + dot(floats(a.w), x3));
-    return vec2(sum, dot((x0 + x1) + (x2 + x3), vec4(1.0)));
+fn dot16(a: vec4<u32>, x: mat4x4<f32>) -> f32 {
+    return (dot(floats(a.x), x[0]) + dot(floats(a.y), x[1])) + (dot(floats(a.z), x[2]) + dot(floats(a.w), x[3]));
 }
 
-fn dot_part(p: Part, row: u32, part: u32) -> f32 {
-    let at = row * (K / 4u) + 8u * part;
-    let low = dot16(p.low, at);
-    let high = dot16(p.high, at + 4u);
-    return (p.scales.x * low.x + p.scales.y * high.x) + (p.scales.z * low.y + p.scales.w * high.y);
+fn dot_part(p: Part, x: Input) -> f32 {
+    var sum = p.scales.x * dot16(p.low, x.low) + p.scales.y * dot16(p.high, x.high);
+    if HAS_MIN { sum += p.scales.z * x.sums.x + p.scales.w * x.sums.y; }
+    return sum;
 }

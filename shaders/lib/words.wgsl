@@ -46,8 +46,9 @@ fn word(i: u32) -> u32 {
 fn half_word(i: u32) -> u32 { return (word(i / 2u) >> (16u * (i % 2u))) & 0xffffu; }
 fn byte(i: u32) -> u32 { return (word(i / 4u) >> (8u * (i % 4u))) & 0xffu; }
 
-fn head() -> u32 { return unaligned(head_at); }
-fn tail() -> u32 { return unaligned(tail_at); }
+// What stands before and after the words, from the lowest bit on; no more than a word's part is needed of it.
+fn head() -> u32 { return w[head_at / 4u] >> (8u * (head_at % 4u)); }
+fn tail() -> u32 { return w[tail_at / 4u] >> (8u * (tail_at % 4u)); }
 fn f16_low(bits: u32) -> f32 { return unpack2x16float(bits).x; }
 fn f16_high(bits: u32) -> f32 { return unpack2x16float(bits).y; }
 

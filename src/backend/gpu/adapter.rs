@@ -71,6 +71,11 @@ impl Adapter {
         self.adapter.features().contains(wgpu::Features::SUBGROUP)
     }
 
+    /// Whether it runs shaders on the CPU.
+    pub(super) fn is_cpu(&self) -> bool {
+        self.info.device_type == wgpu::DeviceType::Cpu
+    }
+
     /// What a person would want to know of it, by name.
     pub fn facts(&self) -> Vec<(&'static str, String)> {
         let limits = self.adapter.limits();

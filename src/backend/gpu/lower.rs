@@ -88,8 +88,6 @@ pub(super) struct Dispatch {
 
 /// Rows of activations up to which a product is one of vectors.
 const VECTORS: u32 = 8;
-/// Slices of a row of the matrix in a workgroup of `matvec.wgsl`.
-const SLICES: u32 = 8;
 /// Rows in a tile of attention.
 const ATTEND_ROWS: u32 = 8;
 
@@ -141,6 +139,23 @@ pub(super) struct Bounds {
     pub binding_bytes: u64,
     /// Bytes of workgroup memory.
     pub workgroup_bytes: u32,
+    pub tuning: Tuning,
+}
+
+/// Sizes that are better for one kind of device than for another.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Tuning {
+    /// Rows of a matrix of an invocation of `matvec.wgsl`: 1, 2 or 4.
+    pub groups: u32,
+    /// Slices of a row of the matrix in its workgroups.
+    pub slices: u32,
+}
+
+impl Tuning {
+    /// Many invocations, each with little to do.
+    pub const GPU: Tuning = Tuning { groups: 1, slices: 8 };
+    /// Shaders on a CPU: a load costs more than arithmetic, and barriers most of all.
+    pub const CPU: Tuning = Tuning { groups: 4, slices: 1 };
 }
 
 /// Why an op cannot run, if it cannot.
@@ -606,6 +621,7 @@ impl Lowering<'_> {
     fn product(&mut self, p: &Product<'_>) {
         let t = self.program.tensor(p.weight);
         let (integer, float) = (self.codes(t.format).is_some(), t.format.kind() == Kind::Float);
+        let tuning = self.bounds.tuning;
         let used = p.experts.map_or(1, |routed| routed.used);
         let most = passes::rows(p.rows, self.limits.tokens, self.limits.outputs) as u32;
         for shard in self.shards(p.weight) {
@@ -625,10 +641,13 @@ impl Lowering<'_> {
                     let shader = self
                         .product_shader("matvec", p, &shard)
                         .u32("TOKENS", *tokens)
-                        .u32("SLICES", SLICES)
+                        .u32("SLICES", tuning.slices)
+                        .u32("GROUPS", tuning.groups)
+                        .with(if tuning.slices > 1 { wgsl!("lib/slices") } else { wgsl!("lib/slice") })
                         .with(part)
                         .with(wgsl!("matvec"));
-                    let groups = [fixed(shard.rows.div_ceil(ROWS as u32)), ONE, results(*tokens)];
+                    let rows = tuning.groups * ROWS as u32;
+                    let groups = [fixed(shard.rows.div_ceil(rows)), ONE, results(*tokens)];
                     if when.start <= most {
                         self.push_when(shader, groups, (p.rows, when.clone()));
                     }

@@ -21,7 +21,7 @@ use super::{
 use crate::error::{Error, Result};
 use crate::map::Region;
 use crate::program::Program;
-use lower::{Bounds, Lowered};
+use lower::{Bounds, Lowered, Tuning};
 use shader::Paths;
 
 /// The name of the backend.
@@ -119,6 +119,7 @@ impl Gpu {
             paths,
             binding_bytes: limits.max_storage_buffer_binding_size & !255,
             workgroup_bytes: limits.max_compute_workgroup_storage_size,
+            tuning: if adapter.is_cpu() { Tuning::CPU } else { Tuning::GPU },
         };
         let device = Arc::new(Device { device, queue, error, pipelines: Mutex::default() });
         Ok(Gpu { caps, bounds, device })

@@ -100,7 +100,12 @@ impl Shader {
         self = self.read("w", "u32", resource);
         let Some(parts) = parts(format) else { return self.with(text(format)) };
         self = self.u32("LEN", format.block_len() as u32);
-        self = self.u32("HEAD", parts.head).u32("WORDS", parts.words).u32("TAIL", parts.tail);
+        let has_min = matches!(format.kind(), Kind::Quantised { has_min: true, .. });
+        self = self
+            .bool("HAS_MIN", has_min)
+            .u32("HEAD", parts.head)
+            .u32("WORDS", parts.words)
+            .u32("TAIL", parts.tail);
         if let Some(grid) = parts.grid {
             self = self.read("grid", "u32", Resource::Grid(grid));
         }
