@@ -251,77 +251,92 @@ impl WithIsa for Attend<'_> {
 
 /// Most rows that share a pass over the cache.
 pub const ROWS: usize = 64;
-/// As many are one token's heads, which need less memory.
-const FEW_ROWS: usize = 16;
+
+/// Memory of a pass, in order of use: a part of the page, scores that become probabilities, and what the page adds to the output.
+struct Work {
+    tile: [[f32; CHUNK]; CHUNK],
+    p: [[f32; CHUNK]; ROWS],
+    added: [[f32; CHUNK]; ROWS],
+}
 
 #[inline(always)]
 fn attend<I: Isa, T: Element>(isa: I, mut a: Attend<'_>, data: &[T]) {
     let out = core::mem::take(&mut a.out);
+    let mut work =
+        Work { tile: [[0.0; CHUNK]; CHUNK], p: [[0.0; CHUNK]; ROWS], added: [[0.0; CHUNK]; ROWS] };
     let tokens = (ROWS / a.heads.max(1)).max(1);
     for t in (0..a.tokens).step_by(tokens) {
         let t = t..(t + tokens).min(a.tokens);
         for h in (0..a.heads).step_by(ROWS) {
             let h = h..(h + ROWS).min(a.heads);
-            if t.len() * h.len() <= FEW_ROWS {
-                attend_rows::<I, T, FEW_ROWS>(isa, &a, data, t.clone(), h, out);
-            } else {
-                attend_rows::<I, T, ROWS>(isa, &a, data, t.clone(), h, out);
-            }
+            attend_rows(isa, &a, data, t.clone(), h, out, &mut work);
         }
     }
 }
 
-/// The attention of tokens `t` and heads `h`, at most `N` rows.
+/// The attention of tokens `t` and heads `h`, at most [`ROWS`] rows.
 #[inline(always)]
-fn attend_rows<I: Isa, T: Element, const N: usize>(
+fn attend_rows<I: Isa, T: Element>(
     isa: I,
     a: &Attend<'_>,
     data: &[T],
     t: Range<usize>,
     h: Range<usize>,
     out: &mut [f32],
+    work: &mut Work,
 ) {
+    let Work { tile, p, added } = work;
     let (key_dim, value_dim) = (a.shape.key_dim, a.shape.value_dim);
     let n = t.len() * h.len();
     let seen = |t: usize| {
         let end = a.position + t + 1;
         (a.window.map_or(0, |w| end.saturating_sub(w as usize)), end)
     };
-    let (mut q_at, mut out_at, mut p_at) = ([0; N], [0; N], [0; N]);
+    let (mut q_at, mut out_at, mut p_at) = ([0; ROWS], [0; ROWS], [0; ROWS]);
+    let mut positions = [(0, 0); ROWS];
     for r in 0..n {
         let (t, h) = (t.start + r / h.len(), h.start + r % h.len());
         (q_at[r], out_at[r]) = (t * a.q_stride + h * key_dim, t * a.out_stride + h * value_dim);
+        positions[r] = seen(t);
     }
-    let (mut max, mut sum, mut started) = ([f32::NEG_INFINITY; N], [0.0f32; N], [false; N]);
-    // In order of use: a part of the page, scores that become probabilities, and what the page adds to the output.
-    let (mut tile, mut p, mut added) = ([[0.0; CHUNK]; CHUNK], [[0.0; CHUNK]; N], [[0.0; CHUNK]; N]);
-    for chunk in seen(t.start).0 / CHUNK..seen(t.end - 1).1.div_ceil(CHUNK) {
-        let page = a.table.get(chunk).map_or(usize::MAX, |&p| p as usize);
-        let len = if T::SCALED { a.shape.q8_0_bytes() } else { a.shape.elements() };
-        let Some(page) = data.get(place(page, len)) else { continue };
+    let (mut max, mut sum, mut started) = ([f32::NEG_INFINITY; ROWS], [0.0f32; ROWS], [false; ROWS]);
+    let (mut old, mut new, mut chunk_sum) = ([0.0; ROWS], [0.0; ROWS], [0.0; ROWS]);
+    let chunks = positions[0].0 / CHUNK..positions[n - 1].1.div_ceil(CHUNK);
+    let len = if T::SCALED { a.shape.q8_0_bytes() } else { a.shape.elements() };
+    let start = |chunk: usize| a.table.get(chunk).map_or(usize::MAX, |&p| (p as usize).saturating_mul(len));
+    for chunk in chunks.clone() {
+        let Some(page) = data.get(start(chunk)..).and_then(|rest| rest.get(..len)) else { continue };
+        // Each line of the next page is asked for while its counterpart in this one is read.
+        let next = if chunk + 1 < chunks.end { start(chunk + 1) } else { start(chunk) };
+        let ahead = next.wrapping_sub(start(chunk)).wrapping_mul(size_of::<T>());
         // The positions of this chunk that each row sees, and all that any row sees.
-        let (mut valid, mut all) = ([(0, 0); N], (CHUNK, 0));
+        let (mut valid, mut all) = ([(0, 0); ROWS], (CHUNK, 0));
         for r in 0..n {
-            let (first, end) = seen(t.start + r / h.len());
             let place = |x: usize| x.saturating_sub(chunk * CHUNK).min(CHUNK);
-            valid[r] = (place(first), place(end));
+            valid[r] = (place(positions[r].0), place(positions[r].1));
             all = (all.0.min(valid[r].0), all.1.max(valid[r].1));
             p_at[r] = r * CHUNK + valid[r].0;
         }
 
-        for d in (0..key_dim).step_by(CHUNK) {
-            let tile = &mut tile[..(key_dim - d).min(CHUNK)];
-            keys(isa, page, a.shape, a.kv_head * key_dim + d, tile);
-            products(isa, &a.q[d..], &q_at[..n], tile, all.1.div_ceil(16), d == 0, &mut p);
+        let runs = all.1.div_ceil(16);
+        if !T::SCALED {
+            let keys = &page[a.shape.key(a.kv_head * key_dim)..];
+            let keys = Factor { elements: keys, stride: CHUNK, rows: key_dim, ahead };
+            products(isa, a.q, &q_at[..n], keys, runs, true, p);
+        } else {
+            for d in (0..key_dim).step_by(CHUNK) {
+                let tile = &mut tile[..(key_dim - d).min(CHUNK)];
+                keys(isa, page, a.shape, a.kv_head * key_dim + d, tile);
+                products(isa, &a.q[d..], &q_at[..n], Factor::tile(tile), runs, d == 0, p);
+            }
         }
         // Weights of what is kept of the output so far, and of what is added.
-        let (mut old, mut new, mut chunk_sum) = ([0.0; N], [0.0; N], [0.0; N]);
         for r in 0..n {
             if valid[r].0 >= valid[r].1 {
                 continue;
             }
-            let chunk_max = score(isa, &mut p[r], a.scale, a.softcap, valid[r]);
-            chunk_sum[r] = probabilities(isa, &mut p[r], chunk_max);
+            let (chunk_max, sum) = softmax(isa, &mut p[r], a.scale, a.softcap, valid[r]);
+            chunk_sum[r] = sum;
             let new_max = if chunk_max > max[r] { chunk_max } else { max[r] };
             (old[r], new[r]) = (max[r] - new_max, chunk_max - new_max);
             max[r] = new_max;
@@ -339,15 +354,24 @@ fn attend_rows<I: Isa, T: Element, const N: usize>(
         }
         for d in (0..value_dim).step_by(CHUNK) {
             let width = (value_dim - d).min(CHUNK);
-            values(isa, page, a.shape, a.kv_head, d..d + width, all, &mut tile);
+            let in_place = !T::SCALED && width == CHUNK;
+            if !in_place {
+                values(isa, page, a.shape, a.kv_head, d..d + width, all, tile);
+            }
             let mut r = 0;
             while r < n {
                 let (low, high) = valid[r];
                 let same = valid[r..n].iter().take_while(|&&v| v == (low, high)).count();
                 if low < high {
                     let (at, out) = (&p_at[r..r + same], &mut added[r..r + same]);
-                    let (p, b) = (p.as_flattened(), &tile[low..high]);
-                    products(isa, p, at, b, width.div_ceil(16), true, out);
+                    let (p, runs) = (p.as_flattened(), width.div_ceil(16));
+                    if in_place {
+                        let values = &page[a.shape.value(a.kv_head, low) + d..];
+                        let values = Factor { elements: values, stride: value_dim, rows: high - low, ahead };
+                        products(isa, p, at, values, runs, true, out);
+                    } else {
+                        products(isa, p, at, Factor::tile(&tile[low..high]), runs, true, out);
+                    }
                 }
                 r += same;
             }
@@ -432,14 +456,31 @@ fn values<I: Isa, T: Element>(
     }
 }
 
+/// The second factor of a product: rows of 64 columns, in the cache or in a tile.
+#[derive(Clone, Copy)]
+struct Factor<'a, T> {
+    elements: &'a [T],
+    /// Elements from a row to the next.
+    stride: usize,
+    rows: usize,
+    /// Bytes from a row to its counterpart in the next page.
+    ahead: usize,
+}
+
+impl<'a> Factor<'a, f32> {
+    fn tile(rows: &'a [[f32; CHUNK]]) -> Self {
+        Factor { elements: rows.as_flattened(), stride: CHUNK, rows: rows.len(), ahead: 0 }
+    }
+}
+
 /// Adds to each row of `out`, or to zeros if it is `fresh`, the product of a row of `a`, which starts at its place of `at`, with
 /// `b`; in order of the rows of `b`. What is in `out` after so many runs of sixteen columns is arbitrary.
 #[inline(always)]
-fn products<I: Isa>(
+fn products<I: Isa, T: Element>(
     isa: I,
     a: &[f32],
     at: &[usize],
-    b: &[[f32; CHUNK]],
+    b: Factor<'_, T>,
     runs: usize,
     fresh: bool,
     out: &mut [[f32; CHUNK]],
@@ -448,30 +489,33 @@ fn products<I: Isa>(
     let mut r = 0;
     while r < at.len() {
         let (at, out) = (&at[r..], &mut out[r..]);
+        // The first rows ask for the next page.
+        let b = Factor { ahead: if r == 0 { b.ahead } else { 0 }, ..b };
         r += match (at.len(), wide) {
-            (4.., true) => product::<I, 4, 4>(isa, a, at, b, runs, fresh, out),
-            (4.., false) => product::<I, 4, 1>(isa, a, at, b, runs, fresh, out),
-            (2.., true) => product::<I, 2, 4>(isa, a, at, b, runs, fresh, out),
-            (2.., false) => product::<I, 2, 2>(isa, a, at, b, runs, fresh, out),
-            _ => product::<I, 1, 4>(isa, a, at, b, runs, fresh, out),
+            (8.., _) if I::WIDE_TILES => product::<I, T, 8, 2>(isa, a, at, b, runs, fresh, out),
+            (4.., true) => product::<I, T, 4, 4>(isa, a, at, b, runs, fresh, out),
+            (4.., false) => product::<I, T, 4, 1>(isa, a, at, b, runs, fresh, out),
+            (2.., true) => product::<I, T, 2, 4>(isa, a, at, b, runs, fresh, out),
+            (2.., false) => product::<I, T, 2, 2>(isa, a, at, b, runs, fresh, out),
+            _ => product::<I, T, 1, 4>(isa, a, at, b, runs, fresh, out),
         };
     }
 }
 
 /// [`products`] of the first `N` rows, `R` runs at a time; returns `N`.
 #[inline(always)]
-fn product<I: Isa, const N: usize, const R: usize>(
+fn product<I: Isa, T: Element, const N: usize, const R: usize>(
     isa: I,
     a: &[f32],
     at: &[usize],
-    b: &[[f32; CHUNK]],
+    b: Factor<'_, T>,
     runs: usize,
     fresh: bool,
     out: &mut [[f32; CHUNK]],
 ) -> usize {
     let mut rows: [&[f32]; N] = [&[]; N];
     for h in 0..N {
-        rows[h] = &a[at[h]..][..b.len()];
+        rows[h] = &a[at[h]..][..b.rows];
     }
     for first in (0..runs).step_by(R) {
         let mut acc = [[isa.splat(0.0); R]; N];
@@ -482,12 +526,20 @@ fn product<I: Isa, const N: usize, const R: usize>(
                 }
             }
         }
-        for (k, b) in b.iter().enumerate() {
-            let b = &b.as_chunks::<16>().0[first..first + R];
+        for k in 0..b.rows {
+            let elements = &b.elements[k * b.stride + 16 * first..][..16 * R];
+            for line in (0..size_of_val(elements)).step_by(64) {
+                isa.prefetch::<false, _>(elements, b.ahead.wrapping_add(line));
+            }
+            let elements = elements.as_chunks::<16>().0;
+            let mut x = [isa.splat(0.0); R];
+            for run in 0..R {
+                x[run] = T::lanes(isa, &elements[run]);
+            }
             for h in 0..N {
-                let x = isa.splat(rows[h][k]);
+                let factor = isa.splat(rows[h][k]);
                 for run in 0..R {
-                    acc[h][run] = isa.fma(x, isa.load(&b[run]), acc[h][run]);
+                    acc[h][run] = isa.fma(factor, x[run], acc[h][run]);
                 }
             }
         }
@@ -500,42 +552,60 @@ fn product<I: Isa, const N: usize, const R: usize>(
     N
 }
 
-/// Turns dots into scores, those of positions that are not `valid` into minus infinity, and returns the largest.
+/// Turns dots into `exp(score - max)`, which is zero for positions that are not `valid`, and returns the largest score and the
+/// sum.
 #[inline(always)]
-fn score<I: Isa>(
+fn softmax<I: Isa>(
     isa: I,
     p: &mut [f32; CHUNK],
     scale: f32,
     softcap: Option<f32>,
     valid: (usize, usize),
-) -> f32 {
-    for run in p.as_chunks_mut::<16>().0 {
-        let mut score = isa.mul(isa.load(run), isa.splat(scale));
-        if let Some(cap) = softcap {
-            score = isa.mul(isa.splat(cap), math::tanh(isa, isa.div(score, isa.splat(cap))));
+) -> (f32, f32) {
+    let p = p.as_chunks_mut::<16>().0;
+    let mut x = [isa.splat(0.0); RUNS];
+    for run in 0..RUNS {
+        x[run] = isa.mul(isa.load(&p[run]), isa.splat(scale));
+    }
+    if let Some(cap) = softcap {
+        for run in 0..RUNS {
+            x[run] = isa.mul(isa.splat(cap), math::tanh(isa, isa.div(x[run], isa.splat(cap))));
         }
-        isa.store(score, run);
     }
-    p[..valid.0].fill(f32::NEG_INFINITY);
-    p[valid.1..].fill(f32::NEG_INFINITY);
-    let mut max = isa.splat(f32::NEG_INFINITY);
-    for run in p.as_chunks::<16>().0 {
-        max = isa.max(isa.load(run), max);
+    let none = isa.splat(f32::NEG_INFINITY);
+    if valid != (0, CHUNK) {
+        let (low, high) = (isa.splat(valid.0 as f32 - 0.5), isa.splat(valid.1 as f32 - 0.5));
+        for run in 0..RUNS {
+            let position = isa.add(isa.load(&LANES), isa.splat(16.0 * run as f32));
+            x[run] = isa.select_gt(position, low, x[run], none);
+            x[run] = isa.select_gt(high, position, x[run], none);
+        }
     }
-    isa.largest(max)
+    let mut max = none;
+    for run in 0..RUNS {
+        max = isa.max(x[run], max);
+    }
+    let largest = isa.largest(max);
+    let max = isa.splat(largest);
+    let mut sum = isa.splat(0.0);
+    for run in 0..RUNS {
+        x[run] = math::exp_falling(isa, isa.sub(x[run], max));
+        isa.store(x[run], &mut p[run]);
+        sum = isa.add(sum, x[run]);
+    }
+    (largest, isa.sum(sum))
 }
 
-/// Turns scores into `exp(score - max)`, which is zero for minus infinity, and returns their sum.
-#[inline(always)]
-fn probabilities<I: Isa>(isa: I, p: &mut [f32; CHUNK], max: f32) -> f32 {
-    let mut acc = isa.splat(0.0);
-    for run in p.as_chunks_mut::<16>().0 {
-        let x = math::exp_falling(isa, isa.sub(isa.load(run), isa.splat(max)));
-        isa.store(x, run);
-        acc = isa.add(acc, x);
+/// The number of each lane.
+const LANES: [f32; 16] = {
+    let mut lanes = [0.0; 16];
+    let mut i = 0;
+    while i < 16 {
+        lanes[i] = i as f32;
+        i += 1;
     }
-    isa.sum(acc)
-}
+    lanes
+};
 
 /// `out = old · out + new · added`, or what was added if there are no weights.
 #[inline(always)]
