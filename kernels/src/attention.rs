@@ -200,9 +200,9 @@ trait Element: Copy + Default {
         Self::lanes(isa, &padded)
     }
 
-    /// The scales from `at` on.
+    /// Sixteen scales.
     #[inline(always)]
-    fn scales<I: Isa>(isa: I, _: &[Self], _: usize) -> I::F {
+    fn scales<I: Isa>(isa: I, _: &[Self]) -> I::F {
         isa.splat(1.0)
     }
 }
@@ -228,9 +228,9 @@ impl Element for i8 {
         isa.load_i8(x)
     }
     #[inline(always)]
-    fn scales<I: Isa>(isa: I, page: &[i8], at: usize) -> I::F {
+    fn scales<I: Isa>(isa: I, bytes: &[i8]) -> I::F {
         let mut bits = [0; 16];
-        for (bits, x) in bits.iter_mut().zip(page[at..].as_chunks::<2>().0) {
+        for (bits, x) in bits.iter_mut().zip(bytes.as_chunks::<2>().0) {
             *bits = u16::from_le_bytes([x[0] as u8, x[1] as u8]);
         }
         isa.load_f16(&bits)
@@ -297,7 +297,7 @@ fn attend_rows<I: Isa, T: Element>(
     for r in 0..n {
         let (t, h) = (t.start + r / h.len(), h.start + r % h.len());
         (q_at[r], out_at[r]) = (t * a.q_stride + h * key_dim, t * a.out_stride + h * value_dim);
-        positions[r] = seen(t);
+        (p_at[r], positions[r]) = (r * CHUNK, seen(t));
     }
     let (mut max, mut sum, mut started) = ([f32::NEG_INFINITY; ROWS], [0.0f32; ROWS], [false; ROWS]);
     let (mut old, mut new, mut chunk_sum) = ([0.0; ROWS], [0.0; ROWS], [0.0; ROWS]);
@@ -315,20 +315,19 @@ fn attend_rows<I: Isa, T: Element>(
             let place = |x: usize| x.saturating_sub(chunk * CHUNK).min(CHUNK);
             valid[r] = (place(positions[r].0), place(positions[r].1));
             all = (all.0.min(valid[r].0), all.1.max(valid[r].1));
-            p_at[r] = r * CHUNK + valid[r].0;
         }
 
         let runs = all.1.div_ceil(16);
-        if !T::SCALED {
-            let keys = &page[a.shape.key(a.kv_head * key_dim)..];
-            let keys = Factor { elements: keys, stride: CHUNK, rows: key_dim, ahead };
-            products(isa, a.q, &q_at[..n], keys, runs, true, p);
-        } else {
-            for d in (0..key_dim).step_by(CHUNK) {
-                let tile = &mut tile[..(key_dim - d).min(CHUNK)];
-                keys(isa, page, a.shape, a.kv_head * key_dim + d, tile);
-                products(isa, &a.q[d..], &q_at[..n], Factor::tile(tile), runs, d == 0, p);
-            }
+        for d in (0..key_dim).step_by(CHUNK) {
+            let first = a.kv_head * key_dim + d;
+            let keys = Factor {
+                elements: &page[a.shape.key(first)..],
+                stride: CHUNK,
+                rows: (0, (key_dim - d).min(CHUNK)),
+                scales: &scales(isa, page, a.shape, first / BLOCK),
+                ahead,
+            };
+            products::<I, T, true>(isa, &a.q[d..], &q_at[..n], keys, runs, d == 0, p);
         }
         // Weights of what is kept of the output so far, and of what is added.
         for r in 0..n {
@@ -354,9 +353,12 @@ fn attend_rows<I: Isa, T: Element>(
         }
         for d in (0..value_dim).step_by(CHUNK) {
             let width = (value_dim - d).min(CHUNK);
-            let in_place = !T::SCALED && width == CHUNK;
+            let first = a.shape.kv_heads * key_dim + a.kv_head * value_dim + d;
+            let scales = scales(isa, page, a.shape, first / BLOCK);
+            let values = &page[a.shape.value(a.kv_head, 0) + d..];
+            let in_place = width == CHUNK;
             if !in_place {
-                values(isa, page, a.shape, a.kv_head, d..d + width, all, tile);
+                copy_values(isa, values, value_dim, width, &scales, all, tile);
             }
             let mut r = 0;
             while r < n {
@@ -365,12 +367,14 @@ fn attend_rows<I: Isa, T: Element>(
                 if low < high {
                     let (at, out) = (&p_at[r..r + same], &mut added[r..r + same]);
                     let (p, runs) = (p.as_flattened(), width.div_ceil(16));
+                    let (rows, scales) = ((low, high), &scales);
                     if in_place {
-                        let values = &page[a.shape.value(a.kv_head, low) + d..];
-                        let values = Factor { elements: values, stride: value_dim, rows: high - low, ahead };
-                        products(isa, p, at, values, runs, true, out);
+                        let values = Factor { elements: values, stride: value_dim, rows, scales, ahead };
+                        products::<I, T, false>(isa, p, at, values, runs, true, out);
                     } else {
-                        products(isa, p, at, Factor::tile(&tile[low..high]), runs, true, out);
+                        let elements = tile.as_flattened();
+                        let values = Factor { elements, stride: CHUNK, rows, scales, ahead: 0 };
+                        products::<I, f32, false>(isa, p, at, values, runs, true, out);
                     }
                 }
                 r += same;
@@ -407,76 +411,62 @@ fn exp_one<I: Isa>(isa: I, x: f32) -> f32 {
     lanes[0]
 }
 
-/// Elements of all positions' keys, counted over all heads from `d` on, as many as the tile has rows.
+/// The scales of two blocks of all positions, from number `first` on; the second may not be there.
+type Scales = [[f32; CHUNK]; CHUNK / BLOCK];
+
 #[inline(always)]
-fn keys<I: Isa, T: Element>(isa: I, page: &[T], shape: PageShape, d: usize, tile: &mut [[f32; CHUNK]]) {
-    for (block, rows) in tile.chunks_mut(BLOCK).enumerate() {
-        let d = d + block * BLOCK;
-        let mut scales = [isa.splat(1.0); RUNS];
-        for run in 0..RUNS {
-            scales[run] = T::scales(isa, page, shape.scales(d / BLOCK) + 32 * run);
-        }
-        for (i, row) in rows.iter_mut().enumerate() {
-            let row = row.as_chunks_mut::<16>().0;
-            for run in 0..RUNS {
-                let x = T::load(isa, page, shape.key(d + i) + 16 * run);
-                isa.store(if T::SCALED { isa.mul(x, scales[run]) } else { x }, &mut row[run]);
+fn scales<I: Isa, T: Element>(isa: I, page: &[T], shape: PageShape, first: usize) -> Scales {
+    let mut scales = [[1.0; CHUNK]; CHUNK / BLOCK];
+    if T::SCALED {
+        for (i, scales) in scales.iter_mut().enumerate() {
+            let block = page.get(shape.scales(first + i)..).unwrap_or(&[]);
+            for (block, scales) in block.chunks_exact(32).zip(scales.as_chunks_mut::<16>().0) {
+                isa.store(T::scales(isa, block), scales);
             }
         }
     }
+    scales
 }
 
-/// Elements `d` of the values at the positions of `valid`, each position in its row of the tile.
+/// The first `width` elements of the values at the positions of `valid`, each position in its row of the tile.
 #[inline(always)]
-fn values<I: Isa, T: Element>(
+fn copy_values<I: Isa, T: Element>(
     isa: I,
-    page: &[T],
-    shape: PageShape,
-    head: usize,
-    d: Range<usize>,
+    values: &[T],
+    stride: usize,
+    width: usize,
+    scales: &Scales,
     valid: (usize, usize),
     tile: &mut [[f32; CHUNK]; CHUNK],
 ) {
-    let mut scales = [[1.0; CHUNK]; CHUNK / BLOCK];
-    if T::SCALED {
-        let block = (shape.kv_heads * shape.key_dim + head * shape.value_dim + d.start) / BLOCK;
-        for (i, scales) in scales.iter_mut().enumerate().take(d.len() / BLOCK) {
-            for (run, scales) in scales.as_chunks_mut::<16>().0.iter_mut().enumerate() {
-                isa.store(T::scales(isa, page, shape.scales(block + i) + 32 * run), scales);
-            }
-        }
-    }
     for j in valid.0..valid.1 {
         let row = tile[j].as_chunks_mut::<16>().0;
-        for run in 0..d.len().div_ceil(16) {
-            let x = T::load(isa, page, shape.value(head, j) + d.start + 16 * run);
+        for run in 0..width.div_ceil(16) {
+            let x = T::load(isa, values, j * stride + 16 * run);
             let scale = isa.splat(scales[run * 16 / BLOCK][j]);
             isa.store(if T::SCALED { isa.mul(x, scale) } else { x }, &mut row[run]);
         }
     }
 }
 
-/// The second factor of a product: rows of 64 columns, in the cache or in a tile.
+/// The second factor of a product: rows of elements in the cache or in a tile.
 #[derive(Clone, Copy)]
 struct Factor<'a, T> {
     elements: &'a [T],
     /// Elements from a row to the next.
     stride: usize,
-    rows: usize,
+    /// The first row that counts, and the end.
+    rows: (usize, usize),
+    scales: &'a Scales,
     /// Bytes from a row to its counterpart in the next page.
     ahead: usize,
 }
 
-impl<'a> Factor<'a, f32> {
-    fn tile(rows: &'a [[f32; CHUNK]]) -> Self {
-        Factor { elements: rows.as_flattened(), stride: CHUNK, rows: rows.len(), ahead: 0 }
-    }
-}
-
 /// Adds to each row of `out`, or to zeros if it is `fresh`, the product of a row of `a`, which starts at its place of `at`, with
-/// `b`; in order of the rows of `b`. What is in `out` after so many runs of sixteen columns is arbitrary.
+/// `b`; in order of the rows of `b`. What is in `out` after so many runs of sixteen columns is arbitrary. Rows of `KEYS` are their elements,
+/// columns positions; of values the other way round.
 #[inline(always)]
-fn products<I: Isa, T: Element>(
+fn products<I: Isa, T: Element, const KEYS: bool>(
     isa: I,
     a: &[f32],
     at: &[usize],
@@ -492,19 +482,19 @@ fn products<I: Isa, T: Element>(
         // The first rows ask for the next page.
         let b = Factor { ahead: if r == 0 { b.ahead } else { 0 }, ..b };
         r += match (at.len(), wide) {
-            (8.., _) if I::WIDE_TILES => product::<I, T, 8, 2>(isa, a, at, b, runs, fresh, out),
-            (4.., true) => product::<I, T, 4, 4>(isa, a, at, b, runs, fresh, out),
-            (4.., false) => product::<I, T, 4, 1>(isa, a, at, b, runs, fresh, out),
-            (2.., true) => product::<I, T, 2, 4>(isa, a, at, b, runs, fresh, out),
-            (2.., false) => product::<I, T, 2, 2>(isa, a, at, b, runs, fresh, out),
-            _ => product::<I, T, 1, 4>(isa, a, at, b, runs, fresh, out),
+            (8.., _) if I::WIDE_TILES => product::<I, T, KEYS, 8, 2>(isa, a, at, b, runs, fresh, out),
+            (4.., true) => product::<I, T, KEYS, 4, 4>(isa, a, at, b, runs, fresh, out),
+            (4.., false) => product::<I, T, KEYS, 4, 1>(isa, a, at, b, runs, fresh, out),
+            (2.., true) => product::<I, T, KEYS, 2, 4>(isa, a, at, b, runs, fresh, out),
+            (2.., false) => product::<I, T, KEYS, 2, 2>(isa, a, at, b, runs, fresh, out),
+            _ => product::<I, T, KEYS, 1, 4>(isa, a, at, b, runs, fresh, out),
         };
     }
 }
 
 /// [`products`] of the first `N` rows, `R` runs at a time; returns `N`.
 #[inline(always)]
-fn product<I: Isa, T: Element, const N: usize, const R: usize>(
+fn product<I: Isa, T: Element, const KEYS: bool, const N: usize, const R: usize>(
     isa: I,
     a: &[f32],
     at: &[usize],
@@ -515,7 +505,7 @@ fn product<I: Isa, T: Element, const N: usize, const R: usize>(
 ) -> usize {
     let mut rows: [&[f32]; N] = [&[]; N];
     for h in 0..N {
-        rows[h] = &a[at[h]..][..b.rows];
+        rows[h] = &a[at[h]..][..b.rows.1];
     }
     for first in (0..runs).step_by(R) {
         let mut acc = [[isa.splat(0.0); R]; N];
@@ -526,7 +516,7 @@ fn product<I: Isa, T: Element, const N: usize, const R: usize>(
                 }
             }
         }
-        for k in 0..b.rows {
+        for k in b.rows.0..b.rows.1 {
             let elements = &b.elements[k * b.stride + 16 * first..][..16 * R];
             for line in (0..size_of_val(elements)).step_by(64) {
                 isa.prefetch::<false, _>(elements, b.ahead.wrapping_add(line));
@@ -535,6 +525,14 @@ fn product<I: Isa, T: Element, const N: usize, const R: usize>(
             let mut x = [isa.splat(0.0); R];
             for run in 0..R {
                 x[run] = T::lanes(isa, &elements[run]);
+                if T::SCALED {
+                    let scale = if KEYS {
+                        isa.load(&b.scales[k / BLOCK].as_chunks::<16>().0[first + run])
+                    } else {
+                        isa.splat(b.scales[(first + run) * 16 / BLOCK][k])
+                    };
+                    x[run] = isa.mul(x[run], scale);
+                }
             }
             for h in 0..N {
                 let factor = isa.splat(rows[h][k]);
