@@ -186,20 +186,6 @@ trait Element: Copy + Default {
     const SCALED: bool = false;
     fn lanes<I: Isa>(isa: I, x: &[Self; 16]) -> I::F;
 
-    /// The sixteen elements from `at` on, zeros after the end.
-    #[inline(always)]
-    fn load<I: Isa>(isa: I, page: &[Self], at: usize) -> I::F {
-        let rest = page.get(at..).unwrap_or(&[]);
-        if let Some(x) = rest.first_chunk() {
-            return Self::lanes(isa, x);
-        }
-        let mut padded = [Self::default(); 16];
-        for (padded, x) in padded.iter_mut().zip(rest) {
-            *padded = *x;
-        }
-        Self::lanes(isa, &padded)
-    }
-
     /// Sixteen scales.
     #[inline(always)]
     fn scales<I: Isa>(isa: I, _: &[Self]) -> I::F {
@@ -252,6 +238,9 @@ impl WithIsa for Attend<'_> {
 /// Most rows that share a pass over the cache.
 pub const ROWS: usize = 64;
 
+/// More rows than this make it worth to compute what codes stand for once for all of them.
+const FEW_ROWS: usize = 16;
+
 /// Memory of a pass, in order of use: a part of the page, scores that become probabilities, and what the page adds to the output.
 struct Work {
     tile: [[f32; CHUNK]; CHUNK],
@@ -262,8 +251,7 @@ struct Work {
 #[inline(always)]
 fn attend<I: Isa, T: Element>(isa: I, mut a: Attend<'_>, data: &[T]) {
     let out = core::mem::take(&mut a.out);
-    let mut work =
-        Work { tile: [[0.0; CHUNK]; CHUNK], p: [[0.0; CHUNK]; ROWS], added: [[0.0; CHUNK]; ROWS] };
+    let mut work = Work { tile: [[0.0; CHUNK]; CHUNK], p: [[0.0; CHUNK]; ROWS], added: [[0.0; CHUNK]; ROWS] };
     let tokens = (ROWS / a.heads.max(1)).max(1);
     for t in (0..a.tokens).step_by(tokens) {
         let t = t..(t + tokens).min(a.tokens);
@@ -288,6 +276,7 @@ fn attend_rows<I: Isa, T: Element>(
     let Work { tile, p, added } = work;
     let (key_dim, value_dim) = (a.shape.key_dim, a.shape.value_dim);
     let n = t.len() * h.len();
+    let shared = T::SCALED && n > FEW_ROWS;
     let seen = |t: usize| {
         let end = a.position + t + 1;
         (a.window.map_or(0, |w| end.saturating_sub(w as usize)), end)
@@ -327,7 +316,13 @@ fn attend_rows<I: Isa, T: Element>(
                 scales: &scales(isa, page, a.shape, first / BLOCK),
                 ahead,
             };
-            products::<I, T, true>(isa, &a.q[d..], &q_at[..n], keys, runs, d == 0, p);
+            let (q, at) = (&a.q[d..], &q_at[..n]);
+            if shared {
+                let keys = keys.copy::<I, true>(isa, CHUNK, tile);
+                products::<I, f32, true>(isa, q, at, keys, runs, d == 0, p);
+            } else {
+                products::<I, T, true>(isa, q, at, keys, runs, d == 0, p);
+            }
         }
         // Weights of what is kept of the output so far, and of what is added.
         for r in 0..n {
@@ -354,12 +349,14 @@ fn attend_rows<I: Isa, T: Element>(
         for d in (0..value_dim).step_by(CHUNK) {
             let width = (value_dim - d).min(CHUNK);
             let first = a.shape.kv_heads * key_dim + a.kv_head * value_dim + d;
-            let scales = scales(isa, page, a.shape, first / BLOCK);
-            let values = &page[a.shape.value(a.kv_head, 0) + d..];
-            let in_place = width == CHUNK;
-            if !in_place {
-                copy_values(isa, values, value_dim, width, &scales, all, tile);
-            }
+            let values = Factor {
+                elements: &page[a.shape.value(a.kv_head, 0) + d..],
+                stride: value_dim,
+                rows: all,
+                scales: &scales(isa, page, a.shape, first / BLOCK),
+                ahead,
+            };
+            let copied = (shared || width < CHUNK).then(|| values.copy::<I, false>(isa, width, tile));
             let mut r = 0;
             while r < n {
                 let (low, high) = valid[r];
@@ -367,14 +364,11 @@ fn attend_rows<I: Isa, T: Element>(
                 if low < high {
                     let (at, out) = (&p_at[r..r + same], &mut added[r..r + same]);
                     let (p, runs) = (p.as_flattened(), width.div_ceil(16));
-                    let (rows, scales) = ((low, high), &scales);
-                    if in_place {
-                        let values = Factor { elements: values, stride: value_dim, rows, scales, ahead };
-                        products::<I, T, false>(isa, p, at, values, runs, true, out);
+                    let rows = (low, high);
+                    if let Some(copied) = copied {
+                        products::<I, f32, false>(isa, p, at, Factor { rows, ..copied }, runs, true, out);
                     } else {
-                        let elements = tile.as_flattened();
-                        let values = Factor { elements, stride: CHUNK, rows, scales, ahead: 0 };
-                        products::<I, f32, false>(isa, p, at, values, runs, true, out);
+                        products::<I, T, false>(isa, p, at, Factor { rows, ..values }, runs, true, out);
                     }
                 }
                 r += same;
@@ -428,27 +422,6 @@ fn scales<I: Isa, T: Element>(isa: I, page: &[T], shape: PageShape, first: usize
     scales
 }
 
-/// The first `width` elements of the values at the positions of `valid`, each position in its row of the tile.
-#[inline(always)]
-fn copy_values<I: Isa, T: Element>(
-    isa: I,
-    values: &[T],
-    stride: usize,
-    width: usize,
-    scales: &Scales,
-    valid: (usize, usize),
-    tile: &mut [[f32; CHUNK]; CHUNK],
-) {
-    for j in valid.0..valid.1 {
-        let row = tile[j].as_chunks_mut::<16>().0;
-        for run in 0..width.div_ceil(16) {
-            let x = T::load(isa, values, j * stride + 16 * run);
-            let scale = isa.splat(scales[run * 16 / BLOCK][j]);
-            isa.store(if T::SCALED { isa.mul(x, scale) } else { x }, &mut row[run]);
-        }
-    }
-}
-
 /// The second factor of a product: rows of elements in the cache or in a tile.
 #[derive(Clone, Copy)]
 struct Factor<'a, T> {
@@ -460,6 +433,54 @@ struct Factor<'a, T> {
     scales: &'a Scales,
     /// Bytes from a row to its counterpart in the next page.
     ahead: usize,
+}
+
+impl<'a, T: Element> Factor<'a, T> {
+    /// Sixteen columns of a row that starts with `elements`.
+    #[inline(always)]
+    fn lanes<I: Isa, const KEYS: bool>(&self, isa: I, elements: &[T; 16], row: usize, run: usize) -> I::F {
+        let x = T::lanes(isa, elements);
+        if !T::SCALED {
+            x
+        } else if KEYS {
+            isa.mul(x, isa.load(&self.scales[row / BLOCK].as_chunks::<16>().0[run]))
+        } else {
+            isa.mul(x, isa.splat(self.scales[run * 16 / BLOCK][row]))
+        }
+    }
+
+    /// The first `width` columns in f32.
+    #[inline(always)]
+    fn copy<'b, I: Isa, const KEYS: bool>(
+        &self,
+        isa: I,
+        width: usize,
+        tile: &'b mut [[f32; CHUNK]; CHUNK],
+    ) -> Factor<'b, f32>
+    where
+        'a: 'b,
+    {
+        for k in self.rows.0..self.rows.1 {
+            for (run, out) in tile[k].as_chunks_mut::<16>().0.iter_mut().take(width.div_ceil(16)).enumerate()
+            {
+                let rest = &self.elements[k * self.stride + 16 * run..];
+                // Zeros after the end of the page.
+                let mut padded = [T::default(); 16];
+                let elements = rest.first_chunk().unwrap_or_else(|| {
+                    padded[..rest.len()].copy_from_slice(rest);
+                    &padded
+                });
+                isa.store(self.lanes::<I, KEYS>(isa, elements, k, run), out);
+            }
+        }
+        Factor {
+            elements: tile.as_flattened(),
+            stride: CHUNK,
+            rows: self.rows,
+            scales: self.scales,
+            ahead: 0,
+        }
+    }
 }
 
 /// Adds to each row of `out`, or to zeros if it is `fresh`, the product of a row of `a`, which starts at its place of `at`, with
@@ -524,15 +545,7 @@ fn product<I: Isa, T: Element, const KEYS: bool, const N: usize, const R: usize>
             let elements = elements.as_chunks::<16>().0;
             let mut x = [isa.splat(0.0); R];
             for run in 0..R {
-                x[run] = T::lanes(isa, &elements[run]);
-                if T::SCALED {
-                    let scale = if KEYS {
-                        isa.load(&b.scales[k / BLOCK].as_chunks::<16>().0[first + run])
-                    } else {
-                        isa.splat(b.scales[(first + run) * 16 / BLOCK][k])
-                    };
-                    x[run] = isa.mul(x[run], scale);
-                }
+                x[run] = b.lanes::<I, KEYS>(isa, &elements[run], k, first + run);
             }
             for h in 0..N {
                 let factor = isa.splat(rows[h][k]);
