@@ -180,6 +180,52 @@ pub struct Attend<'a> {
     pub sinks: Option<&'a [f32]>,
 }
 
+/// A kernel: the first part of [`Attend`] where chunks are split between threads; [`Merge`] is the second.
+#[derive(Debug)]
+pub struct AttendChunks<'a> {
+    /// The attention of one token and at most [`ROWS`] heads. `out` is `[chunks][heads][value_dim + 2]`: each head's values,
+    /// their weights' maximum and sum.
+    pub attend: Attend<'a>,
+    /// Chunks of which the token sees positions.
+    pub chunks: Range<usize>,
+}
+
+/// A kernel: merges what [`AttendChunks`] found for one head, chunks in order.
+#[derive(Debug)]
+pub struct Merge<'a> {
+    /// `[chunks][stride]`, of which each chunk's `[value_dim + 2]` come first; the last chunk may end there.
+    pub chunks: &'a [f32],
+    /// Elements from a chunk to the next.
+    pub stride: usize,
+    /// The output so far, `[value_dim]`, its maximum and its sum; `fresh` if these hold nothing yet.
+    pub out: &'a mut [f32],
+    /// See `out`.
+    pub max: &'a mut f32,
+    /// See `out`.
+    pub sum: &'a mut f32,
+    /// See `out`.
+    pub fresh: bool,
+    /// Whether these are the last chunks.
+    pub last: bool,
+    /// One more logit in the denominator.
+    pub sink: Option<f32>,
+}
+
+/// The first position that a token at `position` sees, and the end.
+const fn seen(position: usize, window: Option<u32>) -> (usize, usize) {
+    let end = position + 1;
+    match window {
+        Some(window) => (end.saturating_sub(window as usize), end),
+        None => (0, end),
+    }
+}
+
+/// The chunks that a token at `position` sees.
+pub const fn chunks(position: usize, window: Option<u32>) -> Range<usize> {
+    let (first, end) = seen(position, window);
+    first / CHUNK..end.div_ceil(CHUNK)
+}
+
 /// An element type of the cache.
 trait Element: Copy + Default {
     /// Whether elements are codes, with scales.
@@ -235,6 +281,41 @@ impl WithIsa for Attend<'_> {
     }
 }
 
+impl WithIsa for AttendChunks<'_> {
+    type Out = ();
+    #[inline(always)]
+    fn call<I: Isa>(self, isa: I) {
+        match self.attend.pages {
+            Pages::F32(data) => attend_chunks(isa, self, data),
+            Pages::F16(data) => attend_chunks(isa, self, data),
+            Pages::Q8_0(data) => attend_chunks(isa, self, data),
+        }
+    }
+}
+
+impl WithIsa for Merge<'_> {
+    type Out = ();
+    #[inline(always)]
+    fn call<I: Isa>(self, isa: I) {
+        let mut fresh = self.fresh;
+        for chunk in self.chunks.chunks(self.stride) {
+            let Some((values, &[chunk_max, chunk_sum, ..])) = chunk.split_at_checked(self.out.len()) else {
+                return;
+            };
+            let new_max = if chunk_max > *self.max { chunk_max } else { *self.max };
+            let (old, new) = (exp_one(isa, *self.max - new_max), exp_one(isa, chunk_max - new_max));
+            let merged = isa.fma_one(*self.sum, old, chunk_sum * new);
+            *self.sum = if fresh { chunk_sum } else { merged };
+            *self.max = if fresh { chunk_max } else { new_max };
+            merge(isa, self.out, values, (!fresh).then_some((old, new)));
+            fresh = false;
+        }
+        if self.last {
+            finish(isa, self.out, *self.max, *self.sum, self.sink);
+        }
+    }
+}
+
 /// Most rows that share a pass over the cache.
 pub const ROWS: usize = 64;
 
@@ -248,55 +329,85 @@ struct Work {
     added: [[f32; CHUNK]; ROWS],
 }
 
+impl Work {
+    const NEW: Work =
+        Work { tile: [[0.0; CHUNK]; CHUNK], p: [[0.0; CHUNK]; ROWS], added: [[0.0; CHUNK]; ROWS] };
+}
+
 #[inline(always)]
 fn attend<I: Isa, T: Element>(isa: I, mut a: Attend<'_>, data: &[T]) {
     let out = core::mem::take(&mut a.out);
-    let mut work = Work { tile: [[0.0; CHUNK]; CHUNK], p: [[0.0; CHUNK]; ROWS], added: [[0.0; CHUNK]; ROWS] };
+    let mut work = Work::NEW;
     let tokens = (ROWS / a.heads.max(1)).max(1);
     for t in (0..a.tokens).step_by(tokens) {
         let t = t..(t + tokens).min(a.tokens);
         for h in (0..a.heads).step_by(ROWS) {
             let h = h..(h + ROWS).min(a.heads);
-            attend_rows(isa, &a, data, t.clone(), h, out, &mut work);
+            let value_dim = a.shape.value_dim;
+            let rows = (&mut *out, value_dim);
+            let (max, sum) = attend_rows(isa, &a, data, t.clone(), h.clone(), 0..usize::MAX, rows, &mut work);
+            for r in 0..t.len() * h.len() {
+                let (t, h) = (t.start + r / h.len(), h.start + r % h.len());
+                let out = &mut out[t * a.out_stride + h * value_dim..][..value_dim];
+                finish(isa, out, max[r], sum[r], a.sinks.and_then(|s| s.get(h).copied()));
+            }
         }
     }
 }
 
-/// The attention of tokens `t` and heads `h`, at most [`ROWS`] rows.
 #[inline(always)]
+fn attend_chunks<I: Isa, T: Element>(isa: I, mut a: AttendChunks<'_>, data: &[T]) {
+    let out = core::mem::take(&mut a.attend.out);
+    let (a, chunks) = (a.attend, a.chunks);
+    let head = a.shape.value_dim + 2;
+    let mut work = Work::NEW;
+    for (chunk, out) in chunks.zip(out.chunks_exact_mut(a.heads * head)) {
+        let rows = (&mut *out, head);
+        let (max, sum) = attend_rows(isa, &a, data, 0..1, 0..a.heads, chunk..chunk + 1, rows, &mut work);
+        for (r, out) in out.chunks_exact_mut(head).enumerate() {
+            out[head - 2..].copy_from_slice(&[max[r], sum[r]]);
+        }
+    }
+}
+
+/// The attention of tokens `t` and heads `h`, at most [`ROWS`] rows, to those of `chunks` that they see: values times weights,
+/// and the maximum and the sum of the weights. Outputs of a token's heads are as far apart as `out` says.
+#[inline(always)]
+#[allow(
+    clippy::too_many_arguments,
+    reason = "what is passed on from kernel to kernel, and what differs between them"
+)]
 fn attend_rows<I: Isa, T: Element>(
     isa: I,
     a: &Attend<'_>,
     data: &[T],
     t: Range<usize>,
     h: Range<usize>,
-    out: &mut [f32],
+    chunks: Range<usize>,
+    (out, out_head): (&mut [f32], usize),
     work: &mut Work,
-) {
+) -> ([f32; ROWS], [f32; ROWS]) {
     let Work { tile, p, added } = work;
     let (key_dim, value_dim) = (a.shape.key_dim, a.shape.value_dim);
     let n = t.len() * h.len();
     let shared = T::SCALED && n > FEW_ROWS;
-    let seen = |t: usize| {
-        let end = a.position + t + 1;
-        (a.window.map_or(0, |w| end.saturating_sub(w as usize)), end)
-    };
     let (mut q_at, mut out_at, mut p_at) = ([0; ROWS], [0; ROWS], [0; ROWS]);
     let mut positions = [(0, 0); ROWS];
     for r in 0..n {
         let (t, h) = (t.start + r / h.len(), h.start + r % h.len());
-        (q_at[r], out_at[r]) = (t * a.q_stride + h * key_dim, t * a.out_stride + h * value_dim);
-        (p_at[r], positions[r]) = (r * CHUNK, seen(t));
+        (q_at[r], out_at[r]) = (t * a.q_stride + h * key_dim, t * a.out_stride + h * out_head);
+        (p_at[r], positions[r]) = (r * CHUNK, seen(a.position + t, a.window));
     }
     let (mut max, mut sum, mut started) = ([f32::NEG_INFINITY; ROWS], [0.0f32; ROWS], [false; ROWS]);
     let (mut old, mut new, mut chunk_sum) = ([0.0; ROWS], [0.0; ROWS], [0.0; ROWS]);
-    let chunks = positions[0].0 / CHUNK..positions[n - 1].1.div_ceil(CHUNK);
+    let seen = positions[0].0 / CHUNK..positions[n - 1].1.div_ceil(CHUNK);
+    let chunks = chunks.start.max(seen.start)..chunks.end.min(seen.end);
     let len = if T::SCALED { a.shape.q8_0_bytes() } else { a.shape.elements() };
     let start = |chunk: usize| a.table.get(chunk).map_or(usize::MAX, |&p| (p as usize).saturating_mul(len));
     for chunk in chunks.clone() {
         let Some(page) = data.get(start(chunk)..).and_then(|rest| rest.get(..len)) else { continue };
         // Each line of the next page is asked for while its counterpart in this one is read.
-        let next = if chunk + 1 < chunks.end { start(chunk + 1) } else { start(chunk) };
+        let next = if chunk + 1 < seen.end { start(chunk + 1) } else { start(chunk) };
         let ahead = next.wrapping_sub(start(chunk)).wrapping_mul(size_of::<T>());
         // The positions of this chunk that each row sees, and all that any row sees.
         let (mut valid, mut all) = ([(0, 0); ROWS], (CHUNK, 0));
@@ -384,17 +495,21 @@ fn attend_rows<I: Isa, T: Element>(
             started[r] |= valid[r].0 < valid[r].1;
         }
     }
-    for r in 0..n {
-        let mut scale = 1.0;
-        if let Some(&sink) = a.sinks.and_then(|s| s.get(h.start + r % h.len())) {
-            let new_max = if sink > max[r] { sink } else { max[r] };
-            scale = exp_one(isa, max[r] - new_max);
-            sum[r] = isa.fma_one(sum[r], scale, exp_one(isa, sink - new_max));
-        }
-        let inverse = scale / sum[r];
-        for x in &mut out[out_at[r]..][..value_dim] {
-            *x *= inverse;
-        }
+    (max, sum)
+}
+
+/// Adds the sink and divides by the sum.
+#[inline(always)]
+fn finish<I: Isa>(isa: I, out: &mut [f32], max: f32, mut sum: f32, sink: Option<f32>) {
+    let mut scale = 1.0;
+    if let Some(sink) = sink {
+        let new_max = if sink > max { sink } else { max };
+        scale = exp_one(isa, max - new_max);
+        sum = isa.fma_one(sum, scale, exp_one(isa, sink - new_max));
+    }
+    let inverse = scale / sum;
+    for x in out {
+        *x *= inverse;
     }
 }
 
@@ -620,7 +735,7 @@ const LANES: [f32; 16] = {
 
 /// `out = old · out + new · added`, or what was added if there are no weights.
 #[inline(always)]
-fn merge<I: Isa>(isa: I, out: &mut [f32], added: &[f32; CHUNK], weights: Option<(f32, f32)>) {
+fn merge<I: Isa>(isa: I, out: &mut [f32], added: &[f32], weights: Option<(f32, f32)>) {
     let Some((old, new)) = weights else {
         out.copy_from_slice(&added[..out.len()]);
         return;
