@@ -11,8 +11,9 @@
 //! half precision, little-endian: `[kv_heads][key_dim / 32][CHUNK]` of the keys, then `[kv_heads][value_dim / 32][CHUNK]` of the
 //! values. An element is scale times code, which f32 holds exactly.
 //!
-//! Each page's part is turned to f32 once for all rows (a row is a query head of a token) that need it. Scores and sums of values
-//! are then the same product of a few rows with a tile of 64 columns: positions the one time, elements the other.
+//! Scores and sums of values are the same product of a few rows (a row is a query head of a token) with 64 columns: positions the
+//! one time, elements the other. Its second factor is read where it lies in the page and turned to f32 in registers; codes that many
+//! rows share are turned to f32 once.
 
 #![allow(clippy::needless_range_loop, reason = "loops by index over vectors are what inlines; see `isa`")]
 
@@ -363,7 +364,8 @@ fn attend_chunks<I: Isa, T: Element>(isa: I, mut a: AttendChunks<'_>, data: &[T]
     let mut work = Work::NEW;
     for (chunk, out) in chunks.zip(out.chunks_exact_mut(a.heads * head)) {
         let rows = (&mut *out, head);
-        let (max, sum) = attend_rows(isa, &a, data, 0..1, 0..a.heads, chunk..chunk + 1, rows, &mut work);
+        let (max, sum) =
+            attend_rows(isa, &a, data, 0..1, 0..a.heads.min(ROWS), chunk..chunk + 1, rows, &mut work);
         for (r, out) in out.chunks_exact_mut(head).enumerate() {
             out[head - 2..].copy_from_slice(&[max[r], sum[r]]);
         }
@@ -400,14 +402,14 @@ fn attend_rows<I: Isa, T: Element>(
     }
     let (mut max, mut sum, mut started) = ([f32::NEG_INFINITY; ROWS], [0.0f32; ROWS], [false; ROWS]);
     let (mut old, mut new, mut chunk_sum) = ([0.0; ROWS], [0.0; ROWS], [0.0; ROWS]);
-    let seen = positions[0].0 / CHUNK..positions[n - 1].1.div_ceil(CHUNK);
-    let chunks = chunks.start.max(seen.start)..chunks.end.min(seen.end);
+    let end = positions[n - 1].1.div_ceil(CHUNK);
+    let chunks = chunks.start.max(positions[0].0 / CHUNK)..chunks.end.min(end);
     let len = if T::SCALED { a.shape.q8_0_bytes() } else { a.shape.elements() };
     let start = |chunk: usize| a.table.get(chunk).map_or(usize::MAX, |&p| (p as usize).saturating_mul(len));
-    for chunk in chunks.clone() {
+    for chunk in chunks {
         let Some(page) = data.get(start(chunk)..).and_then(|rest| rest.get(..len)) else { continue };
         // Each line of the next page is asked for while its counterpart in this one is read.
-        let next = if chunk + 1 < seen.end { start(chunk + 1) } else { start(chunk) };
+        let next = if chunk + 1 < end { start(chunk + 1) } else { start(chunk) };
         let ahead = next.wrapping_sub(start(chunk)).wrapping_mul(size_of::<T>());
         // The positions of this chunk that each row sees, and all that any row sees.
         let (mut valid, mut all) = ([(0, 0); ROWS], (CHUNK, 0));

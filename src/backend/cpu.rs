@@ -1,7 +1,7 @@
 //! The CPU backend: `halite-kernels` over mapped pages, on a pool of threads.
 //!
-//! Weights are imported, never copied. Work is cut by output columns or rows, so no thread waits for another inside an op
-//! and no result depends on how it was cut.
+//! Weights are imported, never copied. Work is cut by output columns or rows, or in attention by chunks of the cache that are
+//! merged in order, so no result depends on how it was cut.
 
 use std::ops::Range;
 use std::sync::Arc;
