@@ -1,4 +1,5 @@
 //! Attention split over chunks is the whole attention, bit for bit.
+#![cfg(feature = "std")]
 
 use halite_kernels::attention::{Attend, AttendChunks, CHUNK, Merge, PageShape, Pages, chunks};
 use halite_kernels::isa::Cpu;
