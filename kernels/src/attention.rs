@@ -401,7 +401,9 @@ fn attend_rows<I: Isa, T: Element>(
         (p_at[r], positions[r]) = (r * CHUNK, seen(a.position + t, a.window));
     }
     let (mut max, mut sum, mut started) = ([f32::NEG_INFINITY; ROWS], [0.0f32; ROWS], [false; ROWS]);
-    let (mut old, mut new, mut chunk_sum) = ([0.0; ROWS], [0.0; ROWS], [0.0; ROWS]);
+    let (mut old, mut new) = ([0.0; ROWS], [0.0; ROWS]);
+    let (mut chunk_max, mut chunk_sum) = ([0.0; ROWS], [0.0; ROWS]);
+    let mut valid = [(0, 0); ROWS];
     let end = positions[n - 1].1.div_ceil(CHUNK);
     let chunks = chunks.start.max(positions[0].0 / CHUNK)..chunks.end.min(end);
     let len = if T::SCALED { a.shape.q8_0_bytes() } else { a.shape.elements() };
@@ -412,7 +414,7 @@ fn attend_rows<I: Isa, T: Element>(
         let next = if chunk + 1 < end { start(chunk + 1) } else { start(chunk) };
         let ahead = next.wrapping_sub(start(chunk)).wrapping_mul(size_of::<T>());
         // The positions of this chunk that each row sees, and all that any row sees.
-        let (mut valid, mut all) = ([(0, 0); ROWS], (CHUNK, 0));
+        let mut all = (CHUNK, 0);
         for r in 0..n {
             let place = |x: usize| x.saturating_sub(chunk * CHUNK).min(CHUNK);
             valid[r] = (place(positions[r].0), place(positions[r].1));
@@ -437,16 +439,20 @@ fn attend_rows<I: Isa, T: Element>(
                 products::<I, T, true>(isa, q, at, keys, runs, d == 0, p);
             }
         }
-        // Weights of what is kept of the output so far, and of what is added.
+        // Weights of what is kept of the output so far, and of what is added. Few steps at a time for all rows, because the
+        // steps of one row wait for each other.
         for r in 0..n {
-            if valid[r].0 >= valid[r].1 {
-                continue;
+            if valid[r].0 < valid[r].1 {
+                chunk_max[r] = scores(isa, &mut p[r], a.scale, a.softcap, valid[r]);
             }
-            let (chunk_max, sum) = softmax(isa, &mut p[r], a.scale, a.softcap, valid[r]);
-            chunk_sum[r] = sum;
-            let new_max = if chunk_max > max[r] { chunk_max } else { max[r] };
-            (old[r], new[r]) = (max[r] - new_max, chunk_max - new_max);
-            max[r] = new_max;
+        }
+        for r in 0..n {
+            if valid[r].0 < valid[r].1 {
+                chunk_sum[r] = probabilities(isa, &mut p[r], chunk_max[r]);
+                let new_max = if chunk_max[r] > max[r] { chunk_max[r] } else { max[r] };
+                (old[r], new[r]) = (max[r] - new_max, chunk_max[r] - new_max);
+                max[r] = new_max;
+            }
         }
         for weights in [&mut old, &mut new] {
             for x in weights[..n.next_multiple_of(16)].as_chunks_mut::<16>().0 {
@@ -680,16 +686,15 @@ fn product<I: Isa, T: Element, const KEYS: bool, const N: usize, const R: usize>
     N
 }
 
-/// Turns dots into `exp(score - max)`, which is zero for positions that are not `valid`, and returns the largest score and the
-/// sum.
+/// Turns dots into scores, those of positions that are not `valid` into minus infinity, and returns the largest.
 #[inline(always)]
-fn softmax<I: Isa>(
+fn scores<I: Isa>(
     isa: I,
     p: &mut [f32; CHUNK],
     scale: f32,
     softcap: Option<f32>,
     valid: (usize, usize),
-) -> (f32, f32) {
+) -> f32 {
     let p = p.as_chunks_mut::<16>().0;
     let mut x = [isa.splat(0.0); RUNS];
     for run in 0..RUNS {
@@ -711,17 +716,22 @@ fn softmax<I: Isa>(
     }
     let mut max = none;
     for run in 0..RUNS {
+        isa.store(x[run], &mut p[run]);
         max = isa.max(x[run], max);
     }
-    let largest = isa.largest(max);
-    let max = isa.splat(largest);
+    isa.largest(max)
+}
+
+/// Turns scores into `exp(score - max)`, which is zero for minus infinity, and returns their sum.
+#[inline(always)]
+fn probabilities<I: Isa>(isa: I, p: &mut [f32; CHUNK], max: f32) -> f32 {
     let mut sum = isa.splat(0.0);
-    for run in 0..RUNS {
-        x[run] = math::exp_falling(isa, isa.sub(x[run], max));
-        isa.store(x[run], &mut p[run]);
-        sum = isa.add(sum, x[run]);
+    for p in p.as_chunks_mut::<16>().0 {
+        let x = math::exp_falling(isa, isa.sub(isa.load(p), isa.splat(max)));
+        isa.store(x, p);
+        sum = isa.add(sum, x);
     }
-    (largest, isa.sum(sum))
+    isa.sum(sum)
 }
 
 /// The number of each lane.
