@@ -584,15 +584,22 @@ fn attention(cases: &mut Cases) {
                 continue;
             }
             for (window, softcap, sinks) in
-                [(None, None, false), (Some(5), None, false), (Some(70), Some(2.0), true)]
+                [(None, None, false), (Some(5), None, false), (Some(150), Some(2.0), true)]
             {
                 let name = format!(
                     "Attend {} {heads}/{kv_heads} {key_dim}/{value_dim} window={window:?} softcap={softcap:?} sinks={sinks}",
                     format.name()
                 );
-                // A prefill over a page's end, then single tokens beside a second sequence that starts later.
-                let steps: [&[(u32, u32)]; 4] =
-                    [&[(0, 67), (0, 0)], &[(67, 1), (0, 3)], &[(68, 61), (3, 1)], &[(129, 1), (4, 70)]];
+                // A prefill over a page's end, then single tokens beside a second sequence that starts later; at last one
+                // that sees enough pages to be split between threads.
+                let steps: [&[(u32, u32)]; 6] = [
+                    &[(0, 67), (0, 0)],
+                    &[(67, 1), (0, 3)],
+                    &[(68, 61), (3, 1)],
+                    &[(129, 1), (4, 70)],
+                    &[(130, 70), (74, 0)],
+                    &[(200, 1), (74, 1)],
+                ];
                 let weights = [("sinks", Format::F32, vec![heads.into()])];
                 cases.add(name, &weights, &steps, 1e-6, |b| {
                     let q = b.input("q", Dim::Tokens, heads * key_dim);

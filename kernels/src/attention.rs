@@ -11,8 +11,9 @@
 //! half precision, little-endian: `[kv_heads][key_dim / 32][CHUNK]` of the keys, then `[kv_heads][value_dim / 32][CHUNK]` of the
 //! values. An element is scale times code, which f32 holds exactly.
 //!
-//! Each page's part is turned to f32 once for all rows (a row is a query head of a token) that need it. Scores and sums of values
-//! are then the same product of a few rows with a tile of 64 columns: positions the one time, elements the other.
+//! Scores and sums of values are the same product of a few rows (a row is a query head of a token) with 64 columns: positions the
+//! one time, elements the other. Its second factor is read where it lies in the page and turned to f32 in registers; codes that many
+//! rows share are turned to f32 once.
 
 #![allow(clippy::needless_range_loop, reason = "loops by index over vectors are what inlines; see `isa`")]
 
@@ -180,29 +181,61 @@ pub struct Attend<'a> {
     pub sinks: Option<&'a [f32]>,
 }
 
+/// A kernel: the first part of [`Attend`] where chunks are split between threads; [`Merge`] is the second.
+#[derive(Debug)]
+pub struct AttendChunks<'a> {
+    /// The attention of one token and at most [`ROWS`] heads. `out` is `[chunks][heads][value_dim + 2]`: each head's values,
+    /// their weights' maximum and sum.
+    pub attend: Attend<'a>,
+    /// Chunks of which the token sees positions.
+    pub chunks: Range<usize>,
+}
+
+/// A kernel: merges what [`AttendChunks`] found for one head, chunks in order.
+#[derive(Debug)]
+pub struct Merge<'a> {
+    /// `[chunks][stride]`, of which each chunk's `[value_dim + 2]` come first; the last chunk may end there.
+    pub chunks: &'a [f32],
+    /// Elements from a chunk to the next.
+    pub stride: usize,
+    /// The output so far, `[value_dim]`, its maximum and its sum; `fresh` if these hold nothing yet.
+    pub out: &'a mut [f32],
+    /// See `out`.
+    pub max: &'a mut f32,
+    /// See `out`.
+    pub sum: &'a mut f32,
+    /// See `out`.
+    pub fresh: bool,
+    /// Whether these are the last chunks.
+    pub last: bool,
+    /// One more logit in the denominator.
+    pub sink: Option<f32>,
+}
+
+/// The first position that a token at `position` sees, and the end.
+const fn seen(position: usize, window: Option<u32>) -> (usize, usize) {
+    let end = position + 1;
+    match window {
+        Some(window) => (end.saturating_sub(window as usize), end),
+        None => (0, end),
+    }
+}
+
+/// The chunks that a token at `position` sees.
+pub const fn chunks(position: usize, window: Option<u32>) -> Range<usize> {
+    let (first, end) = seen(position, window);
+    first / CHUNK..end.div_ceil(CHUNK)
+}
+
 /// An element type of the cache.
 trait Element: Copy + Default {
     /// Whether elements are codes, with scales.
     const SCALED: bool = false;
     fn lanes<I: Isa>(isa: I, x: &[Self; 16]) -> I::F;
 
-    /// The sixteen elements from `at` on, zeros after the end.
+    /// Sixteen scales.
     #[inline(always)]
-    fn load<I: Isa>(isa: I, page: &[Self], at: usize) -> I::F {
-        let rest = page.get(at..).unwrap_or(&[]);
-        if let Some(x) = rest.first_chunk() {
-            return Self::lanes(isa, x);
-        }
-        let mut padded = [Self::default(); 16];
-        for (padded, x) in padded.iter_mut().zip(rest) {
-            *padded = *x;
-        }
-        Self::lanes(isa, &padded)
-    }
-
-    /// The scales from `at` on.
-    #[inline(always)]
-    fn scales<I: Isa>(isa: I, _: &[Self], _: usize) -> I::F {
+    fn scales<I: Isa>(isa: I, _: &[Self]) -> I::F {
         isa.splat(1.0)
     }
 }
@@ -228,9 +261,9 @@ impl Element for i8 {
         isa.load_i8(x)
     }
     #[inline(always)]
-    fn scales<I: Isa>(isa: I, page: &[i8], at: usize) -> I::F {
+    fn scales<I: Isa>(isa: I, bytes: &[i8]) -> I::F {
         let mut bits = [0; 16];
-        for (bits, x) in bits.iter_mut().zip(page[at..].as_chunks::<2>().0) {
+        for (bits, x) in bits.iter_mut().zip(bytes.as_chunks::<2>().0) {
             *bits = u16::from_le_bytes([x[0] as u8, x[1] as u8]);
         }
         isa.load_f16(&bits)
@@ -249,82 +282,177 @@ impl WithIsa for Attend<'_> {
     }
 }
 
+impl WithIsa for AttendChunks<'_> {
+    type Out = ();
+    #[inline(always)]
+    fn call<I: Isa>(self, isa: I) {
+        match self.attend.pages {
+            Pages::F32(data) => attend_chunks(isa, self, data),
+            Pages::F16(data) => attend_chunks(isa, self, data),
+            Pages::Q8_0(data) => attend_chunks(isa, self, data),
+        }
+    }
+}
+
+impl WithIsa for Merge<'_> {
+    type Out = ();
+    #[inline(always)]
+    fn call<I: Isa>(self, isa: I) {
+        let mut fresh = self.fresh;
+        for chunk in self.chunks.chunks(self.stride) {
+            let Some((values, &[chunk_max, chunk_sum, ..])) = chunk.split_at_checked(self.out.len()) else {
+                return;
+            };
+            let new_max = if chunk_max > *self.max { chunk_max } else { *self.max };
+            let (old, new) = (exp_one(isa, *self.max - new_max), exp_one(isa, chunk_max - new_max));
+            let merged = isa.fma_one(*self.sum, old, chunk_sum * new);
+            *self.sum = if fresh { chunk_sum } else { merged };
+            *self.max = if fresh { chunk_max } else { new_max };
+            merge(isa, self.out, values, (!fresh).then_some((old, new)));
+            fresh = false;
+        }
+        if self.last {
+            finish(isa, self.out, *self.max, *self.sum, self.sink);
+        }
+    }
+}
+
 /// Most rows that share a pass over the cache.
 pub const ROWS: usize = 64;
-/// As many are one token's heads, which need less memory.
+
+/// More rows than this make it worth to compute what codes stand for once for all of them.
 const FEW_ROWS: usize = 16;
+
+/// Memory of a pass, in order of use: a part of the page, scores that become probabilities, and what the page adds to the output.
+struct Work {
+    tile: [[f32; CHUNK]; CHUNK],
+    p: [[f32; CHUNK]; ROWS],
+    added: [[f32; CHUNK]; ROWS],
+}
+
+impl Work {
+    const NEW: Work =
+        Work { tile: [[0.0; CHUNK]; CHUNK], p: [[0.0; CHUNK]; ROWS], added: [[0.0; CHUNK]; ROWS] };
+}
 
 #[inline(always)]
 fn attend<I: Isa, T: Element>(isa: I, mut a: Attend<'_>, data: &[T]) {
     let out = core::mem::take(&mut a.out);
+    let mut work = Work::NEW;
     let tokens = (ROWS / a.heads.max(1)).max(1);
     for t in (0..a.tokens).step_by(tokens) {
         let t = t..(t + tokens).min(a.tokens);
         for h in (0..a.heads).step_by(ROWS) {
             let h = h..(h + ROWS).min(a.heads);
-            if t.len() * h.len() <= FEW_ROWS {
-                attend_rows::<I, T, FEW_ROWS>(isa, &a, data, t.clone(), h, out);
-            } else {
-                attend_rows::<I, T, ROWS>(isa, &a, data, t.clone(), h, out);
+            let value_dim = a.shape.value_dim;
+            let rows = (&mut *out, value_dim);
+            let (max, sum) = attend_rows(isa, &a, data, t.clone(), h.clone(), 0..usize::MAX, rows, &mut work);
+            for r in 0..t.len() * h.len() {
+                let (t, h) = (t.start + r / h.len(), h.start + r % h.len());
+                let out = &mut out[t * a.out_stride + h * value_dim..][..value_dim];
+                finish(isa, out, max[r], sum[r], a.sinks.and_then(|s| s.get(h).copied()));
             }
         }
     }
 }
 
-/// The attention of tokens `t` and heads `h`, at most `N` rows.
 #[inline(always)]
-fn attend_rows<I: Isa, T: Element, const N: usize>(
+fn attend_chunks<I: Isa, T: Element>(isa: I, mut a: AttendChunks<'_>, data: &[T]) {
+    let out = core::mem::take(&mut a.attend.out);
+    let (a, chunks) = (a.attend, a.chunks);
+    let head = a.shape.value_dim + 2;
+    let mut work = Work::NEW;
+    for (chunk, out) in chunks.zip(out.chunks_exact_mut(a.heads * head)) {
+        let rows = (&mut *out, head);
+        let (max, sum) =
+            attend_rows(isa, &a, data, 0..1, 0..a.heads.min(ROWS), chunk..chunk + 1, rows, &mut work);
+        for (r, out) in out.chunks_exact_mut(head).enumerate() {
+            out[head - 2..].copy_from_slice(&[max[r], sum[r]]);
+        }
+    }
+}
+
+/// The attention of tokens `t` and heads `h`, at most [`ROWS`] rows, to those of `chunks` that they see: values times weights,
+/// and the maximum and the sum of the weights. Outputs of a token's heads are as far apart as `out` says.
+#[inline(always)]
+#[allow(
+    clippy::too_many_arguments,
+    reason = "what is passed on from kernel to kernel, and what differs between them"
+)]
+fn attend_rows<I: Isa, T: Element>(
     isa: I,
     a: &Attend<'_>,
     data: &[T],
     t: Range<usize>,
     h: Range<usize>,
-    out: &mut [f32],
-) {
+    chunks: Range<usize>,
+    (out, out_head): (&mut [f32], usize),
+    work: &mut Work,
+) -> ([f32; ROWS], [f32; ROWS]) {
+    let Work { tile, p, added } = work;
     let (key_dim, value_dim) = (a.shape.key_dim, a.shape.value_dim);
     let n = t.len() * h.len();
-    let seen = |t: usize| {
-        let end = a.position + t + 1;
-        (a.window.map_or(0, |w| end.saturating_sub(w as usize)), end)
-    };
-    let (mut q_at, mut out_at, mut p_at) = ([0; N], [0; N], [0; N]);
+    let shared = T::SCALED && n > FEW_ROWS;
+    let (mut q_at, mut out_at, mut p_at) = ([0; ROWS], [0; ROWS], [0; ROWS]);
+    let mut positions = [(0, 0); ROWS];
     for r in 0..n {
         let (t, h) = (t.start + r / h.len(), h.start + r % h.len());
-        (q_at[r], out_at[r]) = (t * a.q_stride + h * key_dim, t * a.out_stride + h * value_dim);
+        (q_at[r], out_at[r]) = (t * a.q_stride + h * key_dim, t * a.out_stride + h * out_head);
+        (p_at[r], positions[r]) = (r * CHUNK, seen(a.position + t, a.window));
     }
-    let (mut max, mut sum, mut started) = ([f32::NEG_INFINITY; N], [0.0f32; N], [false; N]);
-    // In order of use: a part of the page, scores that become probabilities, and what the page adds to the output.
-    let (mut tile, mut p, mut added) = ([[0.0; CHUNK]; CHUNK], [[0.0; CHUNK]; N], [[0.0; CHUNK]; N]);
-    for chunk in seen(t.start).0 / CHUNK..seen(t.end - 1).1.div_ceil(CHUNK) {
-        let page = a.table.get(chunk).map_or(usize::MAX, |&p| p as usize);
-        let len = if T::SCALED { a.shape.q8_0_bytes() } else { a.shape.elements() };
-        let Some(page) = data.get(place(page, len)) else { continue };
+    let (mut max, mut sum, mut started) = ([f32::NEG_INFINITY; ROWS], [0.0f32; ROWS], [false; ROWS]);
+    let (mut old, mut new) = ([0.0; ROWS], [0.0; ROWS]);
+    let (mut chunk_max, mut chunk_sum) = ([0.0; ROWS], [0.0; ROWS]);
+    let mut valid = [(0, 0); ROWS];
+    let end = positions[n - 1].1.div_ceil(CHUNK);
+    let chunks = chunks.start.max(positions[0].0 / CHUNK)..chunks.end.min(end);
+    let len = if T::SCALED { a.shape.q8_0_bytes() } else { a.shape.elements() };
+    let start = |chunk: usize| a.table.get(chunk).map_or(usize::MAX, |&p| (p as usize).saturating_mul(len));
+    for chunk in chunks {
+        let Some(page) = data.get(start(chunk)..).and_then(|rest| rest.get(..len)) else { continue };
+        // Each line of the next page is asked for while its counterpart in this one is read.
+        let next = if chunk + 1 < end { start(chunk + 1) } else { start(chunk) };
+        let ahead = next.wrapping_sub(start(chunk)).wrapping_mul(size_of::<T>());
         // The positions of this chunk that each row sees, and all that any row sees.
-        let (mut valid, mut all) = ([(0, 0); N], (CHUNK, 0));
+        let mut all = (CHUNK, 0);
         for r in 0..n {
-            let (first, end) = seen(t.start + r / h.len());
             let place = |x: usize| x.saturating_sub(chunk * CHUNK).min(CHUNK);
-            valid[r] = (place(first), place(end));
+            valid[r] = (place(positions[r].0), place(positions[r].1));
             all = (all.0.min(valid[r].0), all.1.max(valid[r].1));
-            p_at[r] = r * CHUNK + valid[r].0;
         }
 
+        let runs = all.1.div_ceil(16);
         for d in (0..key_dim).step_by(CHUNK) {
-            let tile = &mut tile[..(key_dim - d).min(CHUNK)];
-            keys(isa, page, a.shape, a.kv_head * key_dim + d, tile);
-            products(isa, &a.q[d..], &q_at[..n], tile, all.1.div_ceil(16), d == 0, &mut p);
-        }
-        // Weights of what is kept of the output so far, and of what is added.
-        let (mut old, mut new, mut chunk_sum) = ([0.0; N], [0.0; N], [0.0; N]);
-        for r in 0..n {
-            if valid[r].0 >= valid[r].1 {
-                continue;
+            let first = a.kv_head * key_dim + d;
+            let keys = Factor {
+                elements: &page[a.shape.key(first)..],
+                stride: CHUNK,
+                rows: (0, (key_dim - d).min(CHUNK)),
+                scales: &scales(isa, page, a.shape, first / BLOCK),
+                ahead,
+            };
+            let (q, at) = (&a.q[d..], &q_at[..n]);
+            if shared {
+                let keys = keys.copy::<I, true>(isa, CHUNK, tile);
+                products::<I, f32, true>(isa, q, at, keys, runs, d == 0, p);
+            } else {
+                products::<I, T, true>(isa, q, at, keys, runs, d == 0, p);
             }
-            let chunk_max = score(isa, &mut p[r], a.scale, a.softcap, valid[r]);
-            chunk_sum[r] = probabilities(isa, &mut p[r], chunk_max);
-            let new_max = if chunk_max > max[r] { chunk_max } else { max[r] };
-            (old[r], new[r]) = (max[r] - new_max, chunk_max - new_max);
-            max[r] = new_max;
+        }
+        // Weights of what is kept of the output so far, and of what is added. Few steps at a time for all rows, because the
+        // steps of one row wait for each other.
+        for r in 0..n {
+            if valid[r].0 < valid[r].1 {
+                chunk_max[r] = scores(isa, &mut p[r], a.scale, a.softcap, valid[r]);
+            }
+        }
+        for r in 0..n {
+            if valid[r].0 < valid[r].1 {
+                chunk_sum[r] = probabilities(isa, &mut p[r], chunk_max[r]);
+                let new_max = if chunk_max[r] > max[r] { chunk_max[r] } else { max[r] };
+                (old[r], new[r]) = (max[r] - new_max, chunk_max[r] - new_max);
+                max[r] = new_max;
+            }
         }
         for weights in [&mut old, &mut new] {
             for x in weights[..n.next_multiple_of(16)].as_chunks_mut::<16>().0 {
@@ -339,15 +467,28 @@ fn attend_rows<I: Isa, T: Element, const N: usize>(
         }
         for d in (0..value_dim).step_by(CHUNK) {
             let width = (value_dim - d).min(CHUNK);
-            values(isa, page, a.shape, a.kv_head, d..d + width, all, &mut tile);
+            let first = a.shape.kv_heads * key_dim + a.kv_head * value_dim + d;
+            let values = Factor {
+                elements: &page[a.shape.value(a.kv_head, 0) + d..],
+                stride: value_dim,
+                rows: all,
+                scales: &scales(isa, page, a.shape, first / BLOCK),
+                ahead,
+            };
+            let copied = (shared || width < CHUNK).then(|| values.copy::<I, false>(isa, width, tile));
             let mut r = 0;
             while r < n {
                 let (low, high) = valid[r];
                 let same = valid[r..n].iter().take_while(|&&v| v == (low, high)).count();
                 if low < high {
                     let (at, out) = (&p_at[r..r + same], &mut added[r..r + same]);
-                    let (p, b) = (p.as_flattened(), &tile[low..high]);
-                    products(isa, p, at, b, width.div_ceil(16), true, out);
+                    let (p, runs) = (p.as_flattened(), width.div_ceil(16));
+                    let rows = (low, high);
+                    if let Some(copied) = copied {
+                        products::<I, f32, false>(isa, p, at, Factor { rows, ..copied }, runs, true, out);
+                    } else {
+                        products::<I, T, false>(isa, p, at, Factor { rows, ..values }, runs, true, out);
+                    }
                 }
                 r += same;
             }
@@ -362,17 +503,21 @@ fn attend_rows<I: Isa, T: Element, const N: usize>(
             started[r] |= valid[r].0 < valid[r].1;
         }
     }
-    for r in 0..n {
-        let mut scale = 1.0;
-        if let Some(&sink) = a.sinks.and_then(|s| s.get(h.start + r % h.len())) {
-            let new_max = if sink > max[r] { sink } else { max[r] };
-            scale = exp_one(isa, max[r] - new_max);
-            sum[r] = isa.fma_one(sum[r], scale, exp_one(isa, sink - new_max));
-        }
-        let inverse = scale / sum[r];
-        for x in &mut out[out_at[r]..][..value_dim] {
-            *x *= inverse;
-        }
+    (max, sum)
+}
+
+/// Adds the sink and divides by the sum.
+#[inline(always)]
+fn finish<I: Isa>(isa: I, out: &mut [f32], max: f32, mut sum: f32, sink: Option<f32>) {
+    let mut scale = 1.0;
+    if let Some(sink) = sink {
+        let new_max = if sink > max { sink } else { max };
+        scale = exp_one(isa, max - new_max);
+        sum = isa.fma_one(sum, scale, exp_one(isa, sink - new_max));
+    }
+    let inverse = scale / sum;
+    for x in out {
+        *x *= inverse;
     }
 }
 
@@ -383,63 +528,93 @@ fn exp_one<I: Isa>(isa: I, x: f32) -> f32 {
     lanes[0]
 }
 
-/// Elements of all positions' keys, counted over all heads from `d` on, as many as the tile has rows.
-#[inline(always)]
-fn keys<I: Isa, T: Element>(isa: I, page: &[T], shape: PageShape, d: usize, tile: &mut [[f32; CHUNK]]) {
-    for (block, rows) in tile.chunks_mut(BLOCK).enumerate() {
-        let d = d + block * BLOCK;
-        let mut scales = [isa.splat(1.0); RUNS];
-        for run in 0..RUNS {
-            scales[run] = T::scales(isa, page, shape.scales(d / BLOCK) + 32 * run);
-        }
-        for (i, row) in rows.iter_mut().enumerate() {
-            let row = row.as_chunks_mut::<16>().0;
-            for run in 0..RUNS {
-                let x = T::load(isa, page, shape.key(d + i) + 16 * run);
-                isa.store(if T::SCALED { isa.mul(x, scales[run]) } else { x }, &mut row[run]);
-            }
-        }
-    }
-}
+/// The scales of two blocks of all positions, from number `first` on; the second may not be there.
+type Scales = [[f32; CHUNK]; CHUNK / BLOCK];
 
-/// Elements `d` of the values at the positions of `valid`, each position in its row of the tile.
 #[inline(always)]
-fn values<I: Isa, T: Element>(
-    isa: I,
-    page: &[T],
-    shape: PageShape,
-    head: usize,
-    d: Range<usize>,
-    valid: (usize, usize),
-    tile: &mut [[f32; CHUNK]; CHUNK],
-) {
+fn scales<I: Isa, T: Element>(isa: I, page: &[T], shape: PageShape, first: usize) -> Scales {
     let mut scales = [[1.0; CHUNK]; CHUNK / BLOCK];
     if T::SCALED {
-        let block = (shape.kv_heads * shape.key_dim + head * shape.value_dim + d.start) / BLOCK;
-        for (i, scales) in scales.iter_mut().enumerate().take(d.len() / BLOCK) {
-            for (run, scales) in scales.as_chunks_mut::<16>().0.iter_mut().enumerate() {
-                isa.store(T::scales(isa, page, shape.scales(block + i) + 32 * run), scales);
+        for (i, scales) in scales.iter_mut().enumerate() {
+            let block = page.get(shape.scales(first + i)..).unwrap_or(&[]);
+            for (block, scales) in block.chunks_exact(32).zip(scales.as_chunks_mut::<16>().0) {
+                isa.store(T::scales(isa, block), scales);
             }
         }
     }
-    for j in valid.0..valid.1 {
-        let row = tile[j].as_chunks_mut::<16>().0;
-        for run in 0..d.len().div_ceil(16) {
-            let x = T::load(isa, page, shape.value(head, j) + d.start + 16 * run);
-            let scale = isa.splat(scales[run * 16 / BLOCK][j]);
-            isa.store(if T::SCALED { isa.mul(x, scale) } else { x }, &mut row[run]);
+    scales
+}
+
+/// The second factor of a product: rows of elements in the cache or in a tile.
+#[derive(Clone, Copy)]
+struct Factor<'a, T> {
+    elements: &'a [T],
+    /// Elements from a row to the next.
+    stride: usize,
+    /// The first row that counts, and the end.
+    rows: (usize, usize),
+    scales: &'a Scales,
+    /// Bytes from a row to its counterpart in the next page.
+    ahead: usize,
+}
+
+impl<'a, T: Element> Factor<'a, T> {
+    /// Sixteen columns of a row that starts with `elements`.
+    #[inline(always)]
+    fn lanes<I: Isa, const KEYS: bool>(&self, isa: I, elements: &[T; 16], row: usize, run: usize) -> I::F {
+        let x = T::lanes(isa, elements);
+        if !T::SCALED {
+            x
+        } else if KEYS {
+            isa.mul(x, isa.load(&self.scales[row / BLOCK].as_chunks::<16>().0[run]))
+        } else {
+            isa.mul(x, isa.splat(self.scales[run * 16 / BLOCK][row]))
+        }
+    }
+
+    /// The first `width` columns in f32.
+    #[inline(always)]
+    fn copy<'b, I: Isa, const KEYS: bool>(
+        &self,
+        isa: I,
+        width: usize,
+        tile: &'b mut [[f32; CHUNK]; CHUNK],
+    ) -> Factor<'b, f32>
+    where
+        'a: 'b,
+    {
+        for k in self.rows.0..self.rows.1 {
+            for (run, out) in tile[k].as_chunks_mut::<16>().0.iter_mut().take(width.div_ceil(16)).enumerate()
+            {
+                let rest = &self.elements[k * self.stride + 16 * run..];
+                // Zeros after the end of the page.
+                let mut padded = [T::default(); 16];
+                let elements = rest.first_chunk().unwrap_or_else(|| {
+                    padded[..rest.len()].copy_from_slice(rest);
+                    &padded
+                });
+                isa.store(self.lanes::<I, KEYS>(isa, elements, k, run), out);
+            }
+        }
+        Factor {
+            elements: tile.as_flattened(),
+            stride: CHUNK,
+            rows: self.rows,
+            scales: self.scales,
+            ahead: 0,
         }
     }
 }
 
 /// Adds to each row of `out`, or to zeros if it is `fresh`, the product of a row of `a`, which starts at its place of `at`, with
-/// `b`; in order of the rows of `b`. What is in `out` after so many runs of sixteen columns is arbitrary.
+/// `b`; in order of the rows of `b`. What is in `out` after so many runs of sixteen columns is arbitrary. Rows of `KEYS` are their elements,
+/// columns positions; of values the other way round.
 #[inline(always)]
-fn products<I: Isa>(
+fn products<I: Isa, T: Element, const KEYS: bool>(
     isa: I,
     a: &[f32],
     at: &[usize],
-    b: &[[f32; CHUNK]],
+    b: Factor<'_, T>,
     runs: usize,
     fresh: bool,
     out: &mut [[f32; CHUNK]],
@@ -448,30 +623,33 @@ fn products<I: Isa>(
     let mut r = 0;
     while r < at.len() {
         let (at, out) = (&at[r..], &mut out[r..]);
+        // The first rows ask for the next page.
+        let b = Factor { ahead: if r == 0 { b.ahead } else { 0 }, ..b };
         r += match (at.len(), wide) {
-            (4.., true) => product::<I, 4, 4>(isa, a, at, b, runs, fresh, out),
-            (4.., false) => product::<I, 4, 1>(isa, a, at, b, runs, fresh, out),
-            (2.., true) => product::<I, 2, 4>(isa, a, at, b, runs, fresh, out),
-            (2.., false) => product::<I, 2, 2>(isa, a, at, b, runs, fresh, out),
-            _ => product::<I, 1, 4>(isa, a, at, b, runs, fresh, out),
+            (8.., _) if I::WIDE_TILES => product::<I, T, KEYS, 8, 2>(isa, a, at, b, runs, fresh, out),
+            (4.., true) => product::<I, T, KEYS, 4, 4>(isa, a, at, b, runs, fresh, out),
+            (4.., false) => product::<I, T, KEYS, 4, 1>(isa, a, at, b, runs, fresh, out),
+            (2.., true) => product::<I, T, KEYS, 2, 4>(isa, a, at, b, runs, fresh, out),
+            (2.., false) => product::<I, T, KEYS, 2, 2>(isa, a, at, b, runs, fresh, out),
+            _ => product::<I, T, KEYS, 1, 4>(isa, a, at, b, runs, fresh, out),
         };
     }
 }
 
 /// [`products`] of the first `N` rows, `R` runs at a time; returns `N`.
 #[inline(always)]
-fn product<I: Isa, const N: usize, const R: usize>(
+fn product<I: Isa, T: Element, const KEYS: bool, const N: usize, const R: usize>(
     isa: I,
     a: &[f32],
     at: &[usize],
-    b: &[[f32; CHUNK]],
+    b: Factor<'_, T>,
     runs: usize,
     fresh: bool,
     out: &mut [[f32; CHUNK]],
 ) -> usize {
     let mut rows: [&[f32]; N] = [&[]; N];
     for h in 0..N {
-        rows[h] = &a[at[h]..][..b.len()];
+        rows[h] = &a[at[h]..][..b.rows.1];
     }
     for first in (0..runs).step_by(R) {
         let mut acc = [[isa.splat(0.0); R]; N];
@@ -482,12 +660,20 @@ fn product<I: Isa, const N: usize, const R: usize>(
                 }
             }
         }
-        for (k, b) in b.iter().enumerate() {
-            let b = &b.as_chunks::<16>().0[first..first + R];
+        for k in b.rows.0..b.rows.1 {
+            let elements = &b.elements[k * b.stride + 16 * first..][..16 * R];
+            for line in (0..size_of_val(elements)).step_by(64) {
+                isa.prefetch::<false, _>(elements, b.ahead.wrapping_add(line));
+            }
+            let elements = elements.as_chunks::<16>().0;
+            let mut x = [isa.splat(0.0); R];
+            for run in 0..R {
+                x[run] = b.lanes::<I, KEYS>(isa, &elements[run], k, first + run);
+            }
             for h in 0..N {
-                let x = isa.splat(rows[h][k]);
+                let factor = isa.splat(rows[h][k]);
                 for run in 0..R {
-                    acc[h][run] = isa.fma(x, isa.load(&b[run]), acc[h][run]);
+                    acc[h][run] = isa.fma(factor, x[run], acc[h][run]);
                 }
             }
         }
@@ -502,25 +688,36 @@ fn product<I: Isa, const N: usize, const R: usize>(
 
 /// Turns dots into scores, those of positions that are not `valid` into minus infinity, and returns the largest.
 #[inline(always)]
-fn score<I: Isa>(
+fn scores<I: Isa>(
     isa: I,
     p: &mut [f32; CHUNK],
     scale: f32,
     softcap: Option<f32>,
     valid: (usize, usize),
 ) -> f32 {
-    for run in p.as_chunks_mut::<16>().0 {
-        let mut score = isa.mul(isa.load(run), isa.splat(scale));
-        if let Some(cap) = softcap {
-            score = isa.mul(isa.splat(cap), math::tanh(isa, isa.div(score, isa.splat(cap))));
-        }
-        isa.store(score, run);
+    let p = p.as_chunks_mut::<16>().0;
+    let mut x = [isa.splat(0.0); RUNS];
+    for run in 0..RUNS {
+        x[run] = isa.mul(isa.load(&p[run]), isa.splat(scale));
     }
-    p[..valid.0].fill(f32::NEG_INFINITY);
-    p[valid.1..].fill(f32::NEG_INFINITY);
-    let mut max = isa.splat(f32::NEG_INFINITY);
-    for run in p.as_chunks::<16>().0 {
-        max = isa.max(isa.load(run), max);
+    if let Some(cap) = softcap {
+        for run in 0..RUNS {
+            x[run] = isa.mul(isa.splat(cap), math::tanh(isa, isa.div(x[run], isa.splat(cap))));
+        }
+    }
+    let none = isa.splat(f32::NEG_INFINITY);
+    if valid != (0, CHUNK) {
+        let (low, high) = (isa.splat(valid.0 as f32 - 0.5), isa.splat(valid.1 as f32 - 0.5));
+        for run in 0..RUNS {
+            let position = isa.add(isa.load(&LANES), isa.splat(16.0 * run as f32));
+            x[run] = isa.select_gt(position, low, x[run], none);
+            x[run] = isa.select_gt(high, position, x[run], none);
+        }
+    }
+    let mut max = none;
+    for run in 0..RUNS {
+        isa.store(x[run], &mut p[run]);
+        max = isa.max(x[run], max);
     }
     isa.largest(max)
 }
@@ -528,18 +725,29 @@ fn score<I: Isa>(
 /// Turns scores into `exp(score - max)`, which is zero for minus infinity, and returns their sum.
 #[inline(always)]
 fn probabilities<I: Isa>(isa: I, p: &mut [f32; CHUNK], max: f32) -> f32 {
-    let mut acc = isa.splat(0.0);
-    for run in p.as_chunks_mut::<16>().0 {
-        let x = math::exp_falling(isa, isa.sub(isa.load(run), isa.splat(max)));
-        isa.store(x, run);
-        acc = isa.add(acc, x);
+    let mut sum = isa.splat(0.0);
+    for p in p.as_chunks_mut::<16>().0 {
+        let x = math::exp_falling(isa, isa.sub(isa.load(p), isa.splat(max)));
+        isa.store(x, p);
+        sum = isa.add(sum, x);
     }
-    isa.sum(acc)
+    isa.sum(sum)
 }
+
+/// The number of each lane.
+const LANES: [f32; 16] = {
+    let mut lanes = [0.0; 16];
+    let mut i = 0;
+    while i < 16 {
+        lanes[i] = i as f32;
+        i += 1;
+    }
+    lanes
+};
 
 /// `out = old · out + new · added`, or what was added if there are no weights.
 #[inline(always)]
-fn merge<I: Isa>(isa: I, out: &mut [f32], added: &[f32; CHUNK], weights: Option<(f32, f32)>) {
+fn merge<I: Isa>(isa: I, out: &mut [f32], added: &[f32], weights: Option<(f32, f32)>) {
     let Some((old, new)) = weights else {
         out.copy_from_slice(&added[..out.len()]);
         return;

@@ -490,7 +490,7 @@ fn ask_ahead<I: Isa, Q: Quantised>(isa: I, task: &Task<'_, '_, Q>, first: usize,
     let group = Q::bytes_of(task.w.get(first * task.row_blocks..).unwrap_or(&[]));
     let ahead = ROWS * (task.row_blocks + start) * size_of::<Q>();
     for line in (0..count * ROWS * size_of::<Q>()).step_by(64) {
-        isa.prefetch::<false>(group, ahead + line);
+        isa.prefetch::<false, _>(group, ahead + line);
     }
 }
 
@@ -642,7 +642,7 @@ fn tile_tokens<I: Isa, Q: Quantised, const G: usize, const T: usize>(
     for t in 0..T {
         let next = XChunk::new(task, first + T + t, c);
         for line in (0..CHUNK).step_by(64) {
-            isa.prefetch::<true>(
+            isa.prefetch::<true, _>(
                 u8::cast(<[[i8; 4]; CHUNK / 4]>::bytes_of(core::slice::from_ref(next.codes))),
                 line,
             );

@@ -1,13 +1,13 @@
 //! The CPU backend: `halite-kernels` over mapped pages, on a pool of threads.
 //!
-//! Weights are imported, never copied. Work is cut by output columns or rows, so no thread waits for another inside an op
-//! and no result depends on how it was cut.
+//! Weights are imported, never copied. Work is cut by output columns or rows, or in attention by chunks of the cache that are
+//! merged in order, so no result depends on how it was cut.
 
 use std::ops::Range;
 use std::sync::Arc;
 
 use halite_kernels::activation::{Activation, PADDING, Quantise, Quantised, QuantisedMut, SUMS, padded};
-use halite_kernels::attention::{Attend, ROWS};
+use halite_kernels::attention::{self, Attend, AttendChunks, Merge, ROWS};
 use halite_kernels::formats::Kind;
 use halite_kernels::isa::Cpu as Isa;
 use halite_kernels::matmul::{self, MatMul, X};
@@ -171,6 +171,8 @@ struct Scratch {
     quantised: u64,
     /// The second product of the largest gated linear unit: tokens times columns.
     up: u64,
+    /// What threads that share an attention find: heads times value elements, for some chunks.
+    attended: u64,
     /// Expert pairs (token, rank) of the largest expert op, its input and hidden columns.
     pairs: u64,
     expert_cols: u64,
@@ -205,6 +207,12 @@ impl Scratch {
                     s.quantised =
                         s.quantised.max(pairs.saturating_mul(padded(cols.max(hidden) as usize) as u64));
                 }
+                Op::Attend { state, heads, .. } => {
+                    let value_dim =
+                        program.states.get(state.0 as usize).map_or(0, |s| u64::from(s.value_dim));
+                    let head = 2 * KEPT_CHUNKS as u64 * (value_dim + 2) + 2;
+                    s.attended = s.attended.max(u64::from(*heads) * head);
+                }
                 _ => {}
             }
         }
@@ -212,8 +220,8 @@ impl Scratch {
     }
 
     /// Lengths of: codes, scales, sums (each for two activation formats), expert inputs, second products of gated units,
-    /// hidden values of experts, outputs.
-    fn lengths(&self) -> [u64; 7] {
+    /// hidden values of experts, outputs, results of attention.
+    fn lengths(&self) -> [u64; 8] {
         let (pairs, cols, hidden) = (self.pairs, self.expert_cols, self.expert_hidden);
         [
             self.quantised,
@@ -223,12 +231,13 @@ impl Scratch {
             self.up,
             pairs.saturating_mul(hidden),
             pairs.saturating_mul(cols).saturating_mul(2),
+            self.attended,
         ]
     }
 
     fn bytes(&self) -> u64 {
-        let [codes, scales, sums, input, up, hidden, output] = self.lengths();
-        let floats = [scales, sums, scales, sums, input, up, hidden, output]
+        let [codes, scales, sums, input, up, hidden, output, attended] = self.lengths();
+        let floats = [scales, sums, scales, sums, input, up, hidden, output, attended]
             .iter()
             .fold(0u64, |n, l| n.saturating_add(*l));
         codes
@@ -239,7 +248,7 @@ impl Scratch {
 
     fn allocate(&self) -> Result<KernelMemory> {
         const WHAT: &str = "kernel scratch on `cpu`";
-        let [codes, scales, sums, input, up, hidden, output] = self.lengths();
+        let [codes, scales, sums, input, up, hidden, output, attended] = self.lengths();
         let quantised = || -> Result<QuantisedMemory> {
             Ok(QuantisedMemory {
                 codes: zeroed(codes, WHAT)?,
@@ -255,6 +264,7 @@ impl Scratch {
             up: zeroed(up, WHAT)?,
             both: zeroed(hidden, WHAT)?,
             output: zeroed(output, WHAT)?,
+            attended: zeroed(attended, WHAT)?,
         })
     }
 }
@@ -303,6 +313,8 @@ struct KernelMemory {
     input: Vec<f32>,
     up: Vec<f32>,
     both: Vec<f32>,
+    /// Each head's maximum and sum, and what threads found in some chunks.
+    attended: Vec<f32>,
     /// One expert's outputs, then those of all pairs in order of token and rank.
     output: Vec<f32>,
 }
@@ -325,6 +337,84 @@ impl CpuKernels {
         }
         let grain = (SERIAL_ELEMENTS / 4 / cols.max(1)).max(1);
         self.pool.rows(out, cols, grain, task);
+    }
+}
+
+/// Chunks of the KV cache from which on a token's attention is split between threads.
+const SPLIT_CHUNKS: usize = 4;
+/// Chunks whose results are kept at a time.
+const KEPT_CHUNKS: usize = 64;
+
+/// The attention of one token to what one KV head holds.
+fn attend<'a>(a: &AttendArgs<'a>, token: usize, kv_head: usize, out: &'a mut [f32]) -> Attend<'a> {
+    let (shape, heads) = (a.shape, a.heads / a.shape.kv_heads);
+    let (table, position) = a.tokens.place(token);
+    let (q_stride, first) = (a.heads * shape.key_dim, kv_head * heads);
+    Attend {
+        q: &a.q[token * q_stride + first * shape.key_dim..],
+        q_stride,
+        out,
+        out_stride: heads * shape.value_dim,
+        tokens: 1,
+        heads,
+        pages: a.pages,
+        shape,
+        table,
+        kv_head,
+        position: position as usize,
+        window: a.window,
+        scale: a.scale,
+        softcap: a.softcap,
+        sinks: a.sinks.map(|s| &s[first..first + heads]),
+    }
+}
+
+impl CpuKernels {
+    /// The attention of one token, its chunks split between threads.
+    fn attend_split(&mut self, a: &AttendArgs<'_>, token: usize, out: &mut [f32]) {
+        let (shape, isa, pool) = (a.shape, self.isa, &self.pool);
+        let group = a.heads / shape.kv_heads;
+        let head = shape.value_dim + 2;
+        let all = attention::chunks(a.tokens.place(token).1 as usize, a.window);
+        let (max, rest) = self.memory.attended.split_at_mut(a.heads);
+        let (sum, kept) = rest.split_at_mut(a.heads);
+        for first in all.clone().step_by(KEPT_CHUNKS) {
+            let len = (all.end - first).min(KEPT_CHUNKS);
+            // A few tasks a thread; none has chunks of two KV heads.
+            let grain = (len * shape.kv_heads).div_ceil(4 * pool.threads()).min(len);
+            let runs = len.div_ceil(grain);
+            let grain = len.div_ceil(runs);
+            let kept = &mut kept[..shape.kv_heads * runs * grain * group * head];
+            pool.rows(kept, grain * group * head, 1, &|run, out| {
+                let (kv_head, start) = (run / runs, first + run % runs * grain);
+                let chunks = start..(start + grain).min(first + len);
+                isa.run(AttendChunks { attend: attend(a, token, kv_head, out), chunks });
+            });
+            let kept = &*kept;
+            let rows = ((&mut *out, shape.value_dim), (&mut *max, 1), (&mut *sum, 1));
+            pool.rows3(
+                rows.0,
+                rows.1,
+                rows.2,
+                a.heads.div_ceil(pool.threads()),
+                &|first_head, out, max, sum| {
+                    for (i, out) in out.chunks_exact_mut(shape.value_dim).enumerate() {
+                        let h = first_head + i;
+                        let start = (h / group * runs * grain * group + h % group) * head;
+                        isa.run(Merge {
+                            chunks: &kept[start..][..((len - 1) * group + 1) * head],
+                            stride: group * head,
+                            out,
+                            max: &mut max[i],
+                            sum: &mut sum[i],
+                            fresh: first == all.start,
+                            last: first + len == all.end,
+                            sink: a.sinks.map(|s| s[h]),
+                        });
+                    }
+                },
+            );
+        }
     }
 }
 
@@ -499,40 +589,34 @@ impl Kernels for CpuKernels {
         let (shape, threads) = (a.shape, self.pool.threads());
         let group = a.heads / shape.kv_heads;
         let tokens = out.len() / (a.heads * shape.value_dim);
-        // A task is some tokens with all heads if every thread gets several such; else the heads of one token that share
-        // keys, or as many of them as leave work for every thread.
+        let most = (0..tokens).map(|t| attention::chunks(a.tokens.place(t).1 as usize, a.window).len()).max();
+        if threads > 1 && tokens * shape.kv_heads < 4 * threads && group <= ROWS && most >= Some(SPLIT_CHUNKS)
+        {
+            for (t, out) in out.chunks_exact_mut(a.heads * shape.value_dim).enumerate() {
+                self.attend_split(a, t, out);
+            }
+            return;
+        }
+        // A task is some tokens with all heads if every thread gets several such, else a token's heads that share keys.
         let (heads, grain) = if tokens >= 4 * threads {
             (a.heads, (tokens / (4 * threads)).min((ROWS / group).max(1)))
         } else {
-            let fits = |n: &usize| group.is_multiple_of(*n) && tokens * (a.heads / n) >= threads;
-            ((1..=group).rev().find(fits).unwrap_or(1), 1)
+            (group, 1)
         };
-        let (q_cols, cols) = (a.heads * shape.key_dim, heads * shape.value_dim);
+        let cols = heads * shape.value_dim;
         self.pool.rows(out, cols, grain, &|first, out| {
             let (token, head) = (first * heads / a.heads, first * heads % a.heads);
             let spans = &a.tokens.span[token..token + out.len() / cols];
             let mut done = 0;
             for span in spans.chunk_by(|a, b| a == b) {
-                let token = token + done;
-                let (table, position) = a.tokens.place(token);
-                for h in (head..head + heads).step_by(group.min(heads)) {
-                    self.isa.run(Attend {
-                        q: &a.q[token * q_cols + h * shape.key_dim..],
-                        q_stride: q_cols,
-                        out: &mut out[done * cols + (h - head) * shape.value_dim..],
+                for h in (head..head + heads).step_by(group) {
+                    let out = &mut out[done * cols + (h - head) * shape.value_dim..];
+                    let attend = Attend {
                         out_stride: cols,
                         tokens: span.len(),
-                        heads: group.min(heads),
-                        pages: a.pages,
-                        shape,
-                        table,
-                        kv_head: h / group,
-                        position: position as usize,
-                        window: a.window,
-                        scale: a.scale,
-                        softcap: a.softcap,
-                        sinks: a.sinks.map(|s| &s[h..h + group.min(heads)]),
-                    });
+                        ..attend(a, token + done, h / group, out)
+                    };
+                    self.isa.run(attend);
                 }
                 done += span.len();
             }
@@ -583,7 +667,7 @@ impl Kernels for CpuKernels {
     fn experts(&mut self, a: &ExpertsArgs<'_>, out: &mut [f32]) {
         let (cols, hidden) = (a.gate.cols, a.gate.rows / a.experts);
         let (isa, pool) = (self.isa, self.pool.clone());
-        let KernelMemory { q8_0, q8_k, pairs, input, up, both, output } = &mut self.memory;
+        let KernelMemory { q8_0, q8_k, pairs, input, up, both, output, .. } = &mut self.memory;
         let (one, all) = output.split_at_mut(a.ids.len() * cols);
         // Tokens are grouped by expert, so that an expert's weights are read once.
         for e in 0..a.experts {

@@ -122,7 +122,7 @@ pub trait Isa: Copy + Send + Sync + 'static {
     fn transpose(self, rows: &[u8], stride: usize) -> [Self::I; 4];
     /// Asks for the cache line that lies `ahead` bytes after the start of `place`, wherever that is: into the first cache if
     /// `NEAR`, else into the second.
-    fn prefetch<const NEAR: bool>(self, place: &[u8], ahead: usize);
+    fn prefetch<const NEAR: bool, T>(self, place: &[T], ahead: usize);
     /// `a | b`.
     fn or_i(self, a: Self::I, b: Self::I) -> Self::I;
     /// `x << bits`, each lane; `bits` < 32.
@@ -317,7 +317,7 @@ impl Isa for Scalar {
         core::array::from_fn(|w| core::array::from_fn(|r| i32::from_le_bytes(word(r, w).unwrap_or([0; 4]))))
     }
     #[inline(always)]
-    fn prefetch<const NEAR: bool>(self, _: &[u8], _: usize) {}
+    fn prefetch<const NEAR: bool, T>(self, _: &[T], _: usize) {}
     #[inline(always)]
     fn or_i(self, a: Self::I, b: Self::I) -> Self::I {
         map2(a, b, |a, b| a | b)

@@ -211,8 +211,8 @@ impl<const DOT: bool> Isa for Neon<DOT> {
         four(|w| four(|i| quads[i][w]))
     }
     #[inline(always)]
-    fn prefetch<const NEAR: bool>(self, place: &[u8], ahead: usize) {
-        let place = place.as_ptr().wrapping_add(ahead);
+    fn prefetch<const NEAR: bool, T>(self, place: &[T], ahead: usize) {
+        let place = place.as_ptr().wrapping_byte_add(ahead);
         // (The intrinsic is not stable.)
         if NEAR {
             op!(asm!("prfm pldl1keep, [{}]", in(reg) place, options(readonly, nostack, preserves_flags)));

@@ -245,8 +245,8 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
         })
     }
     #[inline(always)]
-    fn prefetch<const NEAR: bool>(self, place: &[u8], ahead: usize) {
-        let line = place.as_ptr().wrapping_add(ahead).cast();
+    fn prefetch<const NEAR: bool, T>(self, place: &[T], ahead: usize) {
+        let line = place.as_ptr().wrapping_byte_add(ahead).cast();
         if NEAR { op!(_mm_prefetch::<_MM_HINT_T0>(line)) } else { op!(_mm_prefetch::<_MM_HINT_T1>(line)) }
     }
     #[inline(always)]
@@ -513,8 +513,8 @@ impl Isa for Avx512 {
         })
     }
     #[inline(always)]
-    fn prefetch<const NEAR: bool>(self, place: &[u8], ahead: usize) {
-        let line = place.as_ptr().wrapping_add(ahead).cast();
+    fn prefetch<const NEAR: bool, T>(self, place: &[T], ahead: usize) {
+        let line = place.as_ptr().wrapping_byte_add(ahead).cast();
         if NEAR { op!(_mm_prefetch::<_MM_HINT_T0>(line)) } else { op!(_mm_prefetch::<_MM_HINT_T1>(line)) }
     }
     #[inline(always)]
