@@ -463,11 +463,12 @@ fn lanes_of<'b, I: Isa, Q: Interleaved>(
     const { assert!(CHUNK / Q::LEN * size_of::<Q::Lanes>() <= size_of::<Room>()) };
     let near = &mut Q::Lanes::cast_mut(&mut near.0)[..count];
     let stride = task.row_blocks * size_of::<Q>();
-    let rows = task.w.get(first * task.row_blocks + start..).unwrap_or(&[]);
+    let group = task.w.get(first * task.row_blocks..).unwrap_or(&[]);
+    let rows = group.get(start..).unwrap_or(&[]);
     if first + ROWS <= task.rows {
         for pair in (0..count).step_by(2) {
             let end = (pair + 2).min(count);
-            ask_ahead::<I, Q>(isa, task, first, start + pair, end - pair);
+            ask_ahead::<I, Q, ROWS>(isa, group, task.row_blocks, start + pair, end - pair);
             Q::Lanes::interleave(isa, Q::bytes_of(&rows[pair..]), stride, &mut near[pair..end]);
         }
         return near;
@@ -483,14 +484,19 @@ fn lanes_of<'b, I: Isa, Q: Interleaved>(
     near
 }
 
-/// Asks for as many bytes of the next sixteen rows, from their start on, as `count` blocks of these have from number `start` on:
-/// the CPU's own prefetcher follows one row, not sixteen.
+/// Asks for as many bytes of the next `R` rows, from their start on, as `count` blocks of these have from number `start` on: the
+/// CPU's own prefetcher follows one row, not many.
 #[inline(always)]
-fn ask_ahead<I: Isa, Q: Quantised>(isa: I, task: &Task<'_, '_, Q>, first: usize, start: usize, count: usize) {
-    let group = Q::bytes_of(task.w.get(first * task.row_blocks..).unwrap_or(&[]));
-    let ahead = ROWS * (task.row_blocks + start) * size_of::<Q>();
-    for line in (0..count * ROWS * size_of::<Q>()).step_by(64) {
-        isa.prefetch::<false>(group, ahead + line);
+fn ask_ahead<I: Isa, B: Bytes, const R: usize>(
+    isa: I,
+    w: &[B],
+    row_blocks: usize,
+    start: usize,
+    count: usize,
+) {
+    let ahead = R * (row_blocks + start) * size_of::<B>();
+    for line in (0..count * R * size_of::<B>()).step_by(64) {
+        isa.prefetch::<false>(B::bytes_of(w), ahead + line);
     }
 }
 
@@ -539,11 +545,11 @@ fn decode<I: Isa, Q: Interleaved, const T: usize>(isa: I, task: &mut Task<'_, '_
             {
                 // Short blocks of plain rows are transposed in registers.
                 let stride = task.row_blocks * size_of::<Q>();
-                let count = BLOCKS.min(task.row_blocks - c * BLOCKS);
-                for part in 0..count {
-                    let block = first * task.row_blocks + c * BLOCKS + part;
-                    let rows = Q::bytes_of(task.w.get(block..).unwrap_or(&[]));
-                    ask_ahead::<I, Q>(isa, task, first, c * BLOCKS + part, 1);
+                let group = task.w.get(first * task.row_blocks..).unwrap_or(&[]);
+                for block in c * BLOCKS..((c + 1) * BLOCKS).min(task.row_blocks) {
+                    let part = block - c * BLOCKS;
+                    let rows = Q::bytes_of(group.get(block..).unwrap_or(&[]));
+                    ask_ahead::<I, Q, ROWS>(isa, group, task.row_blocks, block, 1);
                     let source = Transposed::<I>(Near::new(isa, rows, stride, head, words));
                     dot::<I, Q, _, 1, T>(isa, [source], &x, &starts, part..part + 1, &mut acc);
                 }
@@ -835,6 +841,9 @@ fn plain_dot<I: Isa, P: Plain, const R: usize, const T: usize>(
     let x_runs = x.map(|x| x.as_chunks::<16>());
     let mut acc = [[isa.splat(0.0); T]; R];
     for run in 0..w_runs[0].0.len() {
+        if T == 1 {
+            ask_ahead::<I, P, R>(isa, w[0], w[0].len(), 16 * run, 16);
+        }
         plain_step::<I, P, R, T>(isa, &mut acc, w_runs.map(|w| &w.0[run]), x_runs.map(|x| &x.0[run]));
     }
     let rest = w_runs[0].1.len();
