@@ -262,8 +262,8 @@ fn unpack_chunk<Q: Quantised>(row: &[Q], c: usize, out: &mut Unpacked) {
 
 /// Sixteen rows of a chunk, one in each lane: what a dot product reads.
 trait Source<I: Isa, Q: Quantised>: Copy {
-    /// The code bytes of values `32 part + 4 k` and the next three.
-    fn code(self, isa: I, part: usize, k: usize) -> I::I;
+    /// The code bytes of values `32 part + 4 k` and the next seven, as [`Isa::pair`].
+    fn codes(self, isa: I, part: usize, k: usize) -> [I::I; 2];
     /// The scale of a group.
     fn d(self, isa: I, group: usize) -> I::F;
     /// The minimum of a group.
@@ -311,12 +311,9 @@ fn store_subs<I: Isa, Q: Interleaved>(isa: I, lanes: &[Q::Lanes], subs: &mut Wor
 
 impl<I: Isa, Q: Interleaved> Source<I, Q> for Direct<'_, Q> {
     #[inline(always)]
-    fn code(self, isa: I, part: usize, k: usize) -> I::I {
-        if Q::LEN == 32 {
-            Q::code(isa, &self.lanes[part], 0, k)
-        } else {
-            Q::code(isa, &self.lanes[0], part, k)
-        }
+    fn codes(self, isa: I, part: usize, k: usize) -> [I::I; 2] {
+        let (lanes, part) = if Q::LEN == 32 { (&self.lanes[part], 0) } else { (&self.lanes[0], part) };
+        isa.pair([Q::code(isa, lanes, part, k), Q::code(isa, lanes, part, k + 1)])
     }
     #[inline(always)]
     fn d(self, isa: I, group: usize) -> I::F {
@@ -351,8 +348,8 @@ struct Tile {
 
 impl<I: Isa, Q: Quantised> Source<I, Q> for &Tile {
     #[inline(always)]
-    fn code(self, isa: I, part: usize, k: usize) -> I::I {
-        isa.load_words(&self.codes[8 * part + k])
+    fn codes(self, isa: I, part: usize, k: usize) -> [I::I; 2] {
+        [isa.load_words(&self.codes[8 * part + k]), isa.load_words(&self.codes[8 * part + k + 1])]
     }
     #[inline(always)]
     fn d(self, isa: I, group: usize) -> I::F {
@@ -388,8 +385,10 @@ impl Tile {
         store_subs::<I, Q>(isa, lanes, &mut subs, &mut mins);
         let source = Direct::<Q> { lanes, subs: &subs, mins: &mins };
         for part in 0..lanes.len() * Q::LEN / 32 {
-            for k in 0..8 {
-                isa.store_words(source.code(isa, part, k), &mut self.codes[8 * part + k]);
+            for k in (0..8).step_by(2) {
+                let pair = source.codes(isa, part, k);
+                isa.store_words(pair[0], &mut self.codes[8 * part + k]);
+                isa.store_words(pair[1], &mut self.codes[8 * part + k + 1]);
             }
         }
         for group in 0..lanes.len() {
@@ -417,8 +416,10 @@ impl Tile {
         let bytes = Unpacked::all_bytes(rows);
         for quad in 0..CHUNK / 16 {
             let words = isa.transpose(&bytes[16 * quad..], size_of::<Unpacked>());
-            for i in 0..4 {
-                isa.store_words(isa.signed(words[i]), &mut self.codes[4 * quad + i]);
+            for i in (0..4).step_by(2) {
+                let pair = isa.pair([isa.signed(words[i]), isa.signed(words[i + 1])]);
+                isa.store_words(pair[0], &mut self.codes[4 * quad + i]);
+                isa.store_words(pair[1], &mut self.codes[4 * quad + i + 1]);
             }
         }
         for r in 0..ROWS {
@@ -506,8 +507,8 @@ struct Transposed<I: Isa>(Near<I>);
 
 impl<I: Isa, Q: Interleaved> Source<I, Q> for Transposed<I> {
     #[inline(always)]
-    fn code(self, isa: I, _: usize, k: usize) -> I::I {
-        Q::code(isa, &self.0, 0, k)
+    fn codes(self, isa: I, _: usize, k: usize) -> [I::I; 2] {
+        isa.pair([Q::code(isa, &self.0, 0, k), Q::code(isa, &self.0, 0, k + 1)])
     }
     #[inline(always)]
     fn d(self, isa: I, _: usize) -> I::F {
@@ -713,33 +714,52 @@ fn dot<I: Isa, Q: Quantised, S: Source<I, Q>, const G: usize, const T: usize>(
             let s = part * (32 / step) + piece;
             let mut dots = [[zero; G]; T];
             if bias != 0 {
-                for t in 0..T {
-                    let start = isa.splat_i(starts[t][s]);
+                for t in (0..T).step_by(2) {
+                    let next = (t + 1).min(T - 1);
+                    let start = isa.splat_pair([starts[t][s], starts[next][s]]);
                     for g in 0..G {
-                        dots[t][g] = start;
+                        [dots[t][g], dots[next][g]] = start;
                     }
                 }
             }
-            for k in piece * step / 4..(piece + 1) * step / 4 {
-                let mut codes = [zero; G];
+            for k in (piece * step / 4..(piece + 1) * step / 4).step_by(2) {
+                let mut codes = [[zero; 2]; G];
                 for g in 0..G {
-                    codes[g] = w[g].code(isa, part, k);
+                    codes[g] = w[g].codes(isa, part, k);
                 }
+                let mut words = [[0; 2]; T];
                 for t in 0..T {
-                    let four = x[t].codes[8 * part + k];
-                    let four = isa.splat_i(i32::from_le_bytes([
-                        four[0] as u8,
-                        four[1] as u8,
-                        four[2] as u8,
-                        four[3] as u8,
-                    ]));
+                    for i in 0..2 {
+                        words[t][i] = i32::from_le_bytes(x[t].codes[8 * part + k + i].map(|code| code as u8));
+                    }
+                }
+                for t in (0..T - T % 2).step_by(2) {
                     for g in 0..G {
-                        dots[t][g] = if Q::SIGNED {
-                            isa.dot4::<true>(dots[t][g], codes[g], four)
+                        let (acc, x) = ([dots[t][g], dots[t + 1][g]], [words[t], words[t + 1]]);
+                        [dots[t][g], dots[t + 1][g]] = if Q::SIGNED {
+                            isa.dot8::<true>(acc, codes[g], x)
                         } else {
-                            isa.dot4::<false>(dots[t][g], codes[g], four)
+                            isa.dot8::<false>(acc, codes[g], x)
                         };
                     }
+                }
+                for t in T - T % 2..T {
+                    for g in 0..G {
+                        let codes = isa.unpair(codes[g]);
+                        for i in 0..2 {
+                            let x = isa.splat_i(words[t][i]);
+                            dots[t][g] = if Q::SIGNED {
+                                isa.dot4::<true>(dots[t][g], codes[i], x)
+                            } else {
+                                isa.dot4::<false>(dots[t][g], codes[i], x)
+                            };
+                        }
+                    }
+                }
+            }
+            for t in (0..T - T % 2).step_by(2) {
+                for g in 0..G {
+                    [dots[t][g], dots[t + 1][g]] = isa.unpair([dots[t][g], dots[t + 1][g]]);
                 }
             }
             if whole {
