@@ -41,6 +41,9 @@ impl Source {
         // SAFETY: the map is read-only and private to this value. Another process may still change the file: readers
         // treat the bytes as untrusted, and `verify` reports the change.
         let map = unsafe { memmap2::Mmap::map(&file) }.map_err(io)?;
+        // Where the system has huge pages for files, they take fewer page faults and TLB misses; elsewhere this does nothing.
+        #[cfg(target_os = "linux")]
+        let _ = map.advise(memmap2::Advice::HugePage);
         let bytes = Bytes::Mapped { map, file, len: metadata.len(), modified: metadata.modified().ok() };
         Ok(Arc::new(Source { path: path.to_owned(), bytes }))
     }

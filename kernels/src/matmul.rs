@@ -262,8 +262,8 @@ fn unpack_chunk<Q: Quantised>(row: &[Q], c: usize, out: &mut Unpacked) {
 
 /// Sixteen rows of a chunk, one in each lane: what a dot product reads.
 trait Source<I: Isa, Q: Quantised>: Copy {
-    /// The code bytes of values `32 part + 4 k` and the next three.
-    fn code(self, isa: I, part: usize, k: usize) -> I::I;
+    /// The code bytes of values `32 part + 4 k` and the next seven, as [`Isa::pair`].
+    fn codes(self, isa: I, part: usize, k: usize) -> [I::I; 2];
     /// The scale of a group.
     fn d(self, isa: I, group: usize) -> I::F;
     /// The minimum of a group.
@@ -311,12 +311,9 @@ fn store_subs<I: Isa, Q: Interleaved>(isa: I, lanes: &[Q::Lanes], subs: &mut Wor
 
 impl<I: Isa, Q: Interleaved> Source<I, Q> for Direct<'_, Q> {
     #[inline(always)]
-    fn code(self, isa: I, part: usize, k: usize) -> I::I {
-        if Q::LEN == 32 {
-            Q::code(isa, &self.lanes[part], 0, k)
-        } else {
-            Q::code(isa, &self.lanes[0], part, k)
-        }
+    fn codes(self, isa: I, part: usize, k: usize) -> [I::I; 2] {
+        let (lanes, part) = if Q::LEN == 32 { (&self.lanes[part], 0) } else { (&self.lanes[0], part) };
+        isa.pair([Q::code(isa, lanes, part, k), Q::code(isa, lanes, part, k + 1)])
     }
     #[inline(always)]
     fn d(self, isa: I, group: usize) -> I::F {
@@ -351,8 +348,8 @@ struct Tile {
 
 impl<I: Isa, Q: Quantised> Source<I, Q> for &Tile {
     #[inline(always)]
-    fn code(self, isa: I, part: usize, k: usize) -> I::I {
-        isa.load_words(&self.codes[8 * part + k])
+    fn codes(self, isa: I, part: usize, k: usize) -> [I::I; 2] {
+        [isa.load_words(&self.codes[8 * part + k]), isa.load_words(&self.codes[8 * part + k + 1])]
     }
     #[inline(always)]
     fn d(self, isa: I, group: usize) -> I::F {
@@ -388,8 +385,10 @@ impl Tile {
         store_subs::<I, Q>(isa, lanes, &mut subs, &mut mins);
         let source = Direct::<Q> { lanes, subs: &subs, mins: &mins };
         for part in 0..lanes.len() * Q::LEN / 32 {
-            for k in 0..8 {
-                isa.store_words(source.code(isa, part, k), &mut self.codes[8 * part + k]);
+            for k in (0..8).step_by(2) {
+                let pair = source.codes(isa, part, k);
+                isa.store_words(pair[0], &mut self.codes[8 * part + k]);
+                isa.store_words(pair[1], &mut self.codes[8 * part + k + 1]);
             }
         }
         for group in 0..lanes.len() {
@@ -417,8 +416,10 @@ impl Tile {
         let bytes = Unpacked::all_bytes(rows);
         for quad in 0..CHUNK / 16 {
             let words = isa.transpose(&bytes[16 * quad..], size_of::<Unpacked>());
-            for i in 0..4 {
-                isa.store_words(isa.signed(words[i]), &mut self.codes[4 * quad + i]);
+            for i in (0..4).step_by(2) {
+                let pair = isa.pair([isa.signed(words[i]), isa.signed(words[i + 1])]);
+                isa.store_words(pair[0], &mut self.codes[4 * quad + i]);
+                isa.store_words(pair[1], &mut self.codes[4 * quad + i + 1]);
             }
         }
         for r in 0..ROWS {
@@ -463,11 +464,12 @@ fn lanes_of<'b, I: Isa, Q: Interleaved>(
     const { assert!(CHUNK / Q::LEN * size_of::<Q::Lanes>() <= size_of::<Room>()) };
     let near = &mut Q::Lanes::cast_mut(&mut near.0)[..count];
     let stride = task.row_blocks * size_of::<Q>();
-    let rows = task.w.get(first * task.row_blocks + start..).unwrap_or(&[]);
+    let group = task.w.get(first * task.row_blocks..).unwrap_or(&[]);
+    let rows = group.get(start..).unwrap_or(&[]);
     if first + ROWS <= task.rows {
         for pair in (0..count).step_by(2) {
             let end = (pair + 2).min(count);
-            ask_ahead::<I, Q>(isa, task, first, start + pair, end - pair);
+            ask_ahead::<I, Q, ROWS>(isa, group, task.row_blocks, start + pair, end - pair);
             Q::Lanes::interleave(isa, Q::bytes_of(&rows[pair..]), stride, &mut near[pair..end]);
         }
         return near;
@@ -483,14 +485,19 @@ fn lanes_of<'b, I: Isa, Q: Interleaved>(
     near
 }
 
-/// Asks for as many bytes of the next sixteen rows, from their start on, as `count` blocks of these have from number `start` on:
-/// the CPU's own prefetcher follows one row, not sixteen.
+/// Asks for as many bytes of the next `R` rows, from their start on, as `count` blocks of these have from number `start` on: the
+/// CPU's own prefetcher follows one row, not many.
 #[inline(always)]
-fn ask_ahead<I: Isa, Q: Quantised>(isa: I, task: &Task<'_, '_, Q>, first: usize, start: usize, count: usize) {
-    let group = Q::bytes_of(task.w.get(first * task.row_blocks..).unwrap_or(&[]));
-    let ahead = ROWS * (task.row_blocks + start) * size_of::<Q>();
-    for line in (0..count * ROWS * size_of::<Q>()).step_by(64) {
-        isa.prefetch::<false, _>(group, ahead + line);
+fn ask_ahead<I: Isa, B: Bytes, const R: usize>(
+    isa: I,
+    w: &[B],
+    row_blocks: usize,
+    start: usize,
+    count: usize,
+) {
+    let ahead = R * (row_blocks + start) * size_of::<B>();
+    for line in (0..count * R * size_of::<B>()).step_by(64) {
+        isa.prefetch::<false, _>(B::bytes_of(w), ahead + line);
     }
 }
 
@@ -500,8 +507,8 @@ struct Transposed<I: Isa>(Near<I>);
 
 impl<I: Isa, Q: Interleaved> Source<I, Q> for Transposed<I> {
     #[inline(always)]
-    fn code(self, isa: I, _: usize, k: usize) -> I::I {
-        Q::code(isa, &self.0, 0, k)
+    fn codes(self, isa: I, _: usize, k: usize) -> [I::I; 2] {
+        isa.pair([Q::code(isa, &self.0, 0, k), Q::code(isa, &self.0, 0, k + 1)])
     }
     #[inline(always)]
     fn d(self, isa: I, _: usize) -> I::F {
@@ -539,11 +546,11 @@ fn decode<I: Isa, Q: Interleaved, const T: usize>(isa: I, task: &mut Task<'_, '_
             {
                 // Short blocks of plain rows are transposed in registers.
                 let stride = task.row_blocks * size_of::<Q>();
-                let count = BLOCKS.min(task.row_blocks - c * BLOCKS);
-                for part in 0..count {
-                    let block = first * task.row_blocks + c * BLOCKS + part;
-                    let rows = Q::bytes_of(task.w.get(block..).unwrap_or(&[]));
-                    ask_ahead::<I, Q>(isa, task, first, c * BLOCKS + part, 1);
+                let group = task.w.get(first * task.row_blocks..).unwrap_or(&[]);
+                for block in c * BLOCKS..((c + 1) * BLOCKS).min(task.row_blocks) {
+                    let part = block - c * BLOCKS;
+                    let rows = Q::bytes_of(group.get(block..).unwrap_or(&[]));
+                    ask_ahead::<I, Q, ROWS>(isa, group, task.row_blocks, block, 1);
                     let source = Transposed::<I>(Near::new(isa, rows, stride, head, words));
                     dot::<I, Q, _, 1, T>(isa, [source], &x, &starts, part..part + 1, &mut acc);
                 }
@@ -707,33 +714,52 @@ fn dot<I: Isa, Q: Quantised, S: Source<I, Q>, const G: usize, const T: usize>(
             let s = part * (32 / step) + piece;
             let mut dots = [[zero; G]; T];
             if bias != 0 {
-                for t in 0..T {
-                    let start = isa.splat_i(starts[t][s]);
+                for t in (0..T).step_by(2) {
+                    let next = (t + 1).min(T - 1);
+                    let start = isa.splat_pair([starts[t][s], starts[next][s]]);
                     for g in 0..G {
-                        dots[t][g] = start;
+                        [dots[t][g], dots[next][g]] = start;
                     }
                 }
             }
-            for k in piece * step / 4..(piece + 1) * step / 4 {
-                let mut codes = [zero; G];
+            for k in (piece * step / 4..(piece + 1) * step / 4).step_by(2) {
+                let mut codes = [[zero; 2]; G];
                 for g in 0..G {
-                    codes[g] = w[g].code(isa, part, k);
+                    codes[g] = w[g].codes(isa, part, k);
                 }
+                let mut words = [[0; 2]; T];
                 for t in 0..T {
-                    let four = x[t].codes[8 * part + k];
-                    let four = isa.splat_i(i32::from_le_bytes([
-                        four[0] as u8,
-                        four[1] as u8,
-                        four[2] as u8,
-                        four[3] as u8,
-                    ]));
+                    for i in 0..2 {
+                        words[t][i] = i32::from_le_bytes(x[t].codes[8 * part + k + i].map(|code| code as u8));
+                    }
+                }
+                for t in (0..T - T % 2).step_by(2) {
                     for g in 0..G {
-                        dots[t][g] = if Q::SIGNED {
-                            isa.dot4::<true>(dots[t][g], codes[g], four)
+                        let (acc, x) = ([dots[t][g], dots[t + 1][g]], [words[t], words[t + 1]]);
+                        [dots[t][g], dots[t + 1][g]] = if Q::SIGNED {
+                            isa.dot8::<true>(acc, codes[g], x)
                         } else {
-                            isa.dot4::<false>(dots[t][g], codes[g], four)
+                            isa.dot8::<false>(acc, codes[g], x)
                         };
                     }
+                }
+                for t in T - T % 2..T {
+                    for g in 0..G {
+                        let codes = isa.unpair(codes[g]);
+                        for i in 0..2 {
+                            let x = isa.splat_i(words[t][i]);
+                            dots[t][g] = if Q::SIGNED {
+                                isa.dot4::<true>(dots[t][g], codes[i], x)
+                            } else {
+                                isa.dot4::<false>(dots[t][g], codes[i], x)
+                            };
+                        }
+                    }
+                }
+            }
+            for t in (0..T - T % 2).step_by(2) {
+                for g in 0..G {
+                    [dots[t][g], dots[t + 1][g]] = isa.unpair([dots[t][g], dots[t + 1][g]]);
                 }
             }
             if whole {
@@ -835,6 +861,9 @@ fn plain_dot<I: Isa, P: Plain, const R: usize, const T: usize>(
     let x_runs = x.map(|x| x.as_chunks::<16>());
     let mut acc = [[isa.splat(0.0); T]; R];
     for run in 0..w_runs[0].0.len() {
+        if T == 1 {
+            ask_ahead::<I, P, R>(isa, w[0], w[0].len(), 16 * run, 16);
+        }
         plain_step::<I, P, R, T>(isa, &mut acc, w_runs.map(|w| &w.0[run]), x_runs.map(|x| &x.0[run]));
     }
     let rest = w_runs[0].1.len();

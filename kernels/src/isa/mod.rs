@@ -150,8 +150,52 @@ pub trait Isa: Copy + Send + Sync + 'static {
     /// by [`Isa::SIGNED_BIAS`] times the sum of the bytes of `x`.
     fn dot4<const SIGNED: bool>(self, acc: Self::I, codes: Self::I, x: Self::I) -> Self::I;
 
+    /// Two words of codes as [`Isa::dot8`] wants them.
+    #[inline(always)]
+    fn pair(self, codes: [Self::I; 2]) -> [Self::I; 2] {
+        codes
+    }
+    /// Takes apart what [`Isa::pair`] or [`Isa::splat_pair`] put together.
+    #[inline(always)]
+    fn unpair(self, pair: [Self::I; 2]) -> [Self::I; 2] {
+        pair
+    }
+    /// All lanes of the first `x[0]`, of the second `x[1]`, together.
+    #[inline(always)]
+    fn splat_pair(self, x: [i32; 2]) -> [Self::I; 2] {
+        x.map(
+            #[inline(always)]
+            |x| self.splat_i(x),
+        )
+    }
+    /// [`Isa::dot4`] of two words of codes with two words of each of two tokens: a pair of sums, of a pair of codes.
+    #[inline(always)]
+    fn dot8<const SIGNED: bool>(
+        self,
+        acc: [Self::I; 2],
+        codes: [Self::I; 2],
+        x: [[i32; 2]; 2],
+    ) -> [Self::I; 2] {
+        dot4_four_times::<Self, SIGNED>(self, acc, codes, x)
+    }
+
     /// `acc` plus, in each lane, the dot of two 16-bit integers with two of `x`.
     fn dot2(self, acc: Self::I, w: Self::I, x: Self::I) -> Self::I;
+}
+
+/// [`Isa::dot8`] where no instruction does more than [`Isa::dot4`].
+#[inline(always)]
+fn dot4_four_times<I: Isa, const SIGNED: bool>(
+    isa: I,
+    [mut a, mut b]: [I::I; 2],
+    codes: [I::I; 2],
+    x: [[i32; 2]; 2],
+) -> [I::I; 2] {
+    for k in 0..2 {
+        a = isa.dot4::<SIGNED>(a, codes[k], isa.splat_i(x[0][k]));
+        b = isa.dot4::<SIGNED>(b, codes[k], isa.splat_i(x[1][k]));
+    }
+    [a, b]
 }
 
 /// Plain scalar code: what every CPU can run.
@@ -435,10 +479,13 @@ cpu! {
     Scalar: Scalar,
     /// NEON.
     #[cfg(all(target_arch = "aarch64", target_feature = "neon", target_endian = "little"))]
-    Neon: Neon<false>,
+    Neon: Neon<false, false>,
     /// NEON with dot products of bytes.
     #[cfg(all(target_arch = "aarch64", target_feature = "neon", target_endian = "little"))]
-    NeonDot: Neon<true>,
+    NeonDot: Neon<true, false>,
+    /// NEON with dot products and matrix products of bytes.
+    #[cfg(all(target_arch = "aarch64", target_feature = "neon", target_endian = "little"))]
+    NeonI8mm: Neon<true, true>,
     /// AVX2, FMA and F16C.
     #[cfg(target_arch = "x86_64")]
     Avx2: Avx2<false>,

@@ -1,13 +1,13 @@
-//! NEON, with and without dot products of bytes.
+//! NEON, with and without dot products and matrix products of bytes.
 
-use super::{Isa, sixteen};
+use super::{Isa, dot4_four_times, sixteen};
 use core::arch::aarch64::*;
 use core::arch::asm;
 
 /// NEON (every 64-bit Arm CPU with floats), if `DOT` with the dot products of bytes of Armv8.2 (Cortex-A55 and A75, Neoverse
-/// N1, Apple A11 and later).
+/// N1, Apple A11 and later), if `I8MM` with the matrix products of bytes of Armv8.6 too (Neoverse N2 and V1, Apple A15 and later).
 #[derive(Debug, Clone, Copy)]
-pub struct Neon<const DOT: bool>(());
+pub struct Neon<const DOT: bool, const I8MM: bool>(());
 
 /// Wraps intrinsics. The token that every method takes proves that the CPU has them.
 macro_rules! op {
@@ -33,8 +33,12 @@ fn four<T>(mut f: impl FnMut(usize) -> T) -> [T; 4] {
     [f(0), f(1), f(2), f(3)]
 }
 
-impl<const DOT: bool> Isa for Neon<DOT> {
-    const NAME: &'static str = if DOT { "dotprod" } else { "neon" };
+impl<const DOT: bool, const I8MM: bool> Isa for Neon<DOT, I8MM> {
+    const NAME: &'static str = match (DOT, I8MM) {
+        (_, true) => "i8mm",
+        (true, _) => "dotprod",
+        _ => "neon",
+    };
     const SIGNED_BIAS: i32 = 0;
     const WIDE_TILES: bool = false;
     type F = [float32x4_t; 4];
@@ -43,7 +47,8 @@ impl<const DOT: bool> Isa for Neon<DOT> {
     #[cfg(feature = "std")]
     fn detect() -> Option<Self> {
         let all = std::arch::is_aarch64_feature_detected!("neon")
-            && (!DOT || std::arch::is_aarch64_feature_detected!("dotprod"));
+            && (!DOT || std::arch::is_aarch64_feature_detected!("dotprod"))
+            && (!I8MM || std::arch::is_aarch64_feature_detected!("i8mm"));
         all.then_some(Neon(()))
     }
     #[inline(always)]
@@ -53,7 +58,16 @@ impl<const DOT: bool> Isa for Neon<DOT> {
         fn with_dot<R>(f: impl FnOnce() -> R) -> R {
             f()
         }
-        if DOT { op!(with_dot(f)) } else { f() }
+        #[target_feature(enable = "neon,dotprod,i8mm")]
+        #[inline]
+        fn with_i8mm<R>(f: impl FnOnce() -> R) -> R {
+            f()
+        }
+        match (DOT, I8MM) {
+            (_, true) => op!(with_i8mm(f)),
+            (true, _) => op!(with_dot(f)),
+            _ => f(),
+        }
     }
     #[inline(always)]
     fn splat(self, x: f32) -> Self::F {
@@ -254,6 +268,42 @@ impl<const DOT: bool> Isa for Neon<DOT> {
         // Unsigned codes are at most 127, so both kinds read as signed bytes.
         each!(i => if DOT { sdot(acc[i], codes[i], x[i]) } else { dot_bytes(acc[i], codes[i], x[i]) })
     }
+    /// Eight codes of one row after the other: the first two rows of each four, then the other two.
+    #[inline(always)]
+    fn pair(self, [a, b]: [Self::I; 2]) -> [Self::I; 2] {
+        if !I8MM {
+            return [a, b];
+        }
+        [each!(i => vzip1q_s32(a[i], b[i])), each!(i => vzip2q_s32(a[i], b[i]))]
+    }
+    #[inline(always)]
+    fn unpair(self, [a, b]: [Self::I; 2]) -> [Self::I; 2] {
+        if !I8MM {
+            return [a, b];
+        }
+        [each!(i => vuzp1q_s32(a[i], b[i])), each!(i => vuzp2q_s32(a[i], b[i]))]
+    }
+    #[inline(always)]
+    fn splat_pair(self, x: [i32; 2]) -> [Self::I; 2] {
+        self.pair([self.splat_i(x[0]), self.splat_i(x[1])])
+    }
+    #[inline(always)]
+    fn dot8<const SIGNED: bool>(
+        self,
+        acc: [Self::I; 2],
+        codes: [Self::I; 2],
+        x: [[i32; 2]; 2],
+    ) -> [Self::I; 2] {
+        if I8MM {
+            // Both kinds of codes read as signed bytes, see `dot4`.
+            let x = op!(vcombine_s32(vld1_s32(x[0].as_ptr()), vld1_s32(x[1].as_ptr())));
+            return [
+                each!(i => smmla(acc[0][i], codes[0][i], x)),
+                each!(i => smmla(acc[1][i], codes[1][i], x)),
+            ];
+        }
+        dot4_four_times::<Self, SIGNED>(self, acc, codes, x)
+    }
     #[inline(always)]
     fn dot2(self, acc: Self::I, w: Self::I, x: Self::I) -> Self::I {
         each!(i => {
@@ -279,7 +329,22 @@ fn sdot(mut acc: int32x4_t, codes: int32x4_t, x: int32x4_t) -> int32x4_t {
     acc
 }
 
-/// The same without the instruction. No sum of two products passes 2 · 128 · 127, so the 16-bit step cannot overflow.
+/// `acc` plus the dots of eight bytes of each of two rows with eight of each of two tokens: row by row, token by token.
+#[inline]
+#[target_feature(enable = "neon,i8mm")]
+fn smmla(mut acc: int32x4_t, codes: int32x4_t, x: int32x4_t) -> int32x4_t {
+    // SAFETY: works on registers alone. (The intrinsic is not stable.)
+    unsafe {
+        asm!(
+            "smmla {:v}.4s, {:v}.16b, {:v}.16b",
+            inout(vreg) acc, in(vreg) codes, in(vreg) x,
+            options(pure, nomem, nostack, preserves_flags),
+        );
+    }
+    acc
+}
+
+/// [`sdot`] without the instruction. No sum of two products passes 2 · 128 · 127, so the 16-bit step cannot overflow.
 #[inline]
 #[target_feature(enable = "neon")]
 fn dot_bytes(acc: int32x4_t, codes: int32x4_t, x: int32x4_t) -> int32x4_t {
