@@ -28,30 +28,13 @@ fn main(in: In) {
     let count = min(results() - min(first, results()), TOKENS);
     let matrix = matrix_of(first);
     let here = is_here(matrix);
-    // A component for each group of rows.
-    var acc: array<vec4<f32>, TOKENS>;
+    var acc: array<Sums, TOKENS>;
     if here {
         for (var part = slice; part < K / 32u; part += SLICES) {
             let m = matrix - FIRST_MATRIX;
-            let p0 = load_part(m, row, part);
-            var p1 = p0;
-            var p2 = p0;
-            var p3 = p0;
-            if GROUPS > 1u { p1 = load_part(m, row + 16u, part); }
-            if GROUPS > 2u {
-                p2 = load_part(m, row + 32u, part);
-                p3 = load_part(m, row + 48u, part);
-            }
+            let parts = load_parts(m, row, part);
             for (var t = 0u; t < TOKENS; t++) {
-                if t < count {
-                    let x = load_input(input_of(first + t), part);
-                    acc[t].x += dot_part(p0, x);
-                    if GROUPS > 1u { acc[t].y += dot_part(p1, x); }
-                    if GROUPS > 2u {
-                        acc[t].z += dot_part(p2, x);
-                        acc[t].w += dot_part(p3, x);
-                    }
-                }
+                if t < count { acc[t] += dot_parts(parts, load_input(input_of(first + t), part)); }
             }
         }
     }
@@ -59,7 +42,7 @@ fn main(in: In) {
         let sums = add_slices(lane, slice, acc[t]);
         if here && t < count {
             for (var g = slice; g < GROUPS; g += SLICES) {
-                if row + 16u * g < ROWS { store(first + t, row + 16u * g, matrix, sums[g]); }
+                if row + 16u * g < ROWS { store(first + t, row + 16u * g, matrix, sum_of(sums, g)); }
             }
         }
     }

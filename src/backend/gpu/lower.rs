@@ -145,7 +145,7 @@ pub(super) struct Bounds {
 /// Sizes that are better for one kind of device than for another.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Tuning {
-    /// Rows of a matrix of an invocation of `matvec.wgsl`: 1, 2 or 4.
+    /// Rows of a matrix of an invocation of `matvec.wgsl`: 1 or 4.
     pub groups: u32,
     /// Slices of a row of the matrix in its workgroups.
     pub slices: u32,
@@ -441,9 +441,8 @@ impl Lowering<'_> {
         shader
             .u32("K", t.cols)
             .u32("ROWS", shard.rows)
-            .u32("INTERLEAVED", interleaved)
             .u32("BLOCKS", t.cols / t.format.block_len() as u32)
-            .matrix(t.format, Resource::Weight(n, shard.bytes.clone()))
+            .matrix(t.format, Resource::Weight(n, shard.bytes.clone()), interleaved, shard.rows)
     }
 
     fn embed(&mut self, table: TensorId, out: TensorId, scale: f32) {
@@ -642,7 +641,7 @@ impl Lowering<'_> {
                         .product_shader("matvec", p, &shard)
                         .u32("TOKENS", *tokens)
                         .u32("SLICES", tuning.slices)
-                        .u32("GROUPS", tuning.groups)
+                        .with(if tuning.groups > 1 { wgsl!("lib/groups") } else { wgsl!("lib/group") })
                         .with(if tuning.slices > 1 { wgsl!("lib/slices") } else { wgsl!("lib/slice") })
                         .with(part)
                         .with(wgsl!("matvec"));

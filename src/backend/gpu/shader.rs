@@ -95,8 +95,8 @@ impl Shader {
         self
     }
 
-    /// The matrix `w` of a quantised format, or of plain numbers; see `words.wgsl`.
-    pub fn matrix(mut self, format: Format, resource: Resource) -> Shader {
+    /// The matrix `w` of a quantised format, or of plain numbers; see `words.wgsl`. Of its rows some are interleaved.
+    pub fn matrix(mut self, format: Format, resource: Resource, interleaved: u32, rows: u32) -> Shader {
         self = self.read("w", "u32", resource);
         let Some(parts) = parts(format) else { return self.with(text(format)) };
         self = self.u32("LEN", format.block_len() as u32);
@@ -109,7 +109,14 @@ impl Shader {
         if let Some(grid) = parts.grid {
             self = self.read("grid", "u32", Resource::Grid(grid));
         }
-        self = self.with(wgsl!("lib/words"));
+        self = self.with(wgsl!("lib/words")).with(match interleaved {
+            0 => wgsl!("lib/words_plain"),
+            n if n == rows => wgsl!("lib/words_interleaved"),
+            _ => wgsl!("lib/words_mixed"),
+        });
+        if interleaved > 0 && interleaved < rows {
+            self = self.u32("INTERLEAVED", interleaved);
+        }
         match format {
             Format::IQ4_NL | Format::IQ4_XS => self = self.table16(&IQ4_VALUES),
             Format::MXFP4 | Format::NVFP4 => self = self.table16(&E2M1_DOUBLED),
