@@ -18,6 +18,6 @@ fn main(in: In) {
         codes[3u * at + i / 4u][i % 4u] = pack4xI8(code);
         sums[i / 4u] += code.x + code.y + code.z + code.w;
     }
-    let scale = select(most / 127.0, quantizeToF16(most / 127.0), BLOCK == 32u);
+    let scale = select(most / 127.0, round_f16(min(most / 127.0, 65504.0)), BLOCK == 32u);
     codes[3u * at + 2u] = vec4(bitcast<u32>(scale), (u32(sums.x) & 0xffffu) | (u32(sums.y) << 16u), 0u, 0u);
 }

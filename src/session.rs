@@ -136,8 +136,15 @@ pub enum Head {
 
 struct Sequence {
     pages: Vec<u32>,
-    len: u32,
+    /// What it consists of so far.
+    tokens: Vec<u32>,
     live: bool,
+}
+
+impl Sequence {
+    fn len(&self) -> u32 {
+        self.tokens.len() as u32
+    }
 }
 
 /// A model on a backend, ready to run. All memory is reserved by [`Session::new`]: a step allocates nothing.
@@ -161,6 +168,7 @@ pub struct Session {
     arg_max: Vec<u32>,
     cancel: Cancel,
     last: Option<Timing>,
+    options: SessionOptions,
 }
 
 impl std::fmt::Debug for Session {
@@ -199,7 +207,12 @@ impl Session {
         let limits = options.limits(positions);
         let pages = u64::from(positions).div_ceil(PAGE_POSITIONS.into());
         let plan = backend.prepare(&program, limits)?;
-        let weights = Weights::load(model.gguf(), &program, &**backend, progress)?;
+        let io_sizes = program.io.iter().map(|&id| io_bytes(&program, id, limits));
+        let working = backend.scratch_bytes(&program, limits)
+            + io_sizes.sum::<u64>()
+            + program.states.iter().map(|s| pages * s.page_bytes()).sum::<u64>();
+        let budget = backend.caps().memory_bytes.saturating_sub(working);
+        let weights = Weights::load(model.gguf(), &program, &**backend, budget, progress)?;
         let states = program.states.iter().map(|s| backend.alloc(pages * s.page_bytes(), Usage::State));
         let states = states.collect::<Result<Vec<_>>>()?;
         let io = program.io.iter().map(|&id| backend.alloc(io_bytes(&program, id, limits), Usage::Io));
@@ -225,6 +238,7 @@ impl Session {
             arg_max: vec![0; outputs],
             cancel: Cancel::default(),
             last: None,
+            options: options.clone(),
             program,
         })
     }
@@ -266,13 +280,13 @@ impl Session {
 
     /// Starts an empty sequence.
     pub fn add_sequence(&mut self) -> SequenceId {
-        let fresh = |pages| Sequence { pages, len: 0, live: true };
         if let Some(i) = self.sequences.iter().position(|s| !s.live) {
-            let pages = std::mem::take(&mut self.sequences[i].pages);
-            self.sequences[i] = fresh(pages);
+            self.sequences[i].live = true;
             return SequenceId(i as u32);
         }
-        self.sequences.push(fresh(Vec::with_capacity(self.page_uses.len())));
+        let pages = Vec::with_capacity(self.page_uses.len());
+        let tokens = Vec::with_capacity(self.positions as usize);
+        self.sequences.push(Sequence { pages, tokens, live: true });
         SequenceId(self.sequences.len() as u32 - 1)
     }
 
@@ -284,13 +298,13 @@ impl Session {
         self.get(of)?;
         let new = self.add_sequence();
         let Range { start: from, end: to } = of.0 as usize..new.0 as usize;
-        let (pages, len) = (self.sequences[from].pages.clone(), self.sequences[from].len);
+        let (pages, tokens) = (self.sequences[from].pages.clone(), self.sequences[from].tokens.clone());
         for &page in &pages {
             self.page_uses[page as usize] += 1;
         }
         let sequence = &mut self.sequences[to];
         sequence.pages.extend(pages);
-        sequence.len = len;
+        sequence.tokens.extend(tokens);
         Ok(new)
     }
 
@@ -299,7 +313,45 @@ impl Session {
     /// # Errors
     /// [`Error::Argument`] if there is no such sequence.
     pub fn len(&self, id: SequenceId) -> Result<u32> {
-        Ok(self.get(id)?.len)
+        Ok(self.get(id)?.len())
+    }
+
+    /// The tokens of a sequence.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if there is no such sequence.
+    pub fn tokens(&self, id: SequenceId) -> Result<&[u32]> {
+        Ok(&self.get(id)?.tokens)
+    }
+
+    /// A session on another backend, with the same options and sequences, which keep their ids: their tokens are run again
+    /// there. For when a device is lost; this session need not work any more.
+    ///
+    /// # Errors
+    /// As [`Session::new`] and [`Session::step`].
+    pub fn moved_to(&self, backend: &Arc<dyn Backend>, progress: &mut dyn FnMut(u64)) -> Result<Session> {
+        let mut new = Session::new(&self.model, backend, &self.options, progress)?;
+        for (i, sequence) in self.sequences.iter().enumerate() {
+            // What an earlier sequence has in common with this one is shared again.
+            let common =
+                |of: &Sequence| of.tokens.iter().zip(&sequence.tokens).take_while(|(a, b)| a == b).count();
+            let earlier = self.sequences[..i].iter().map(common).enumerate().max_by_key(|&(_, n)| n);
+            let (id, shared) = match earlier {
+                Some((of, shared)) if shared > 0 => {
+                    let id = new.fork(SequenceId(of as u32))?;
+                    new.truncate(id, shared as u32)?;
+                    (id, shared)
+                }
+                _ => (new.add_sequence(), 0),
+            };
+            for tokens in sequence.tokens[shared..].chunks(self.limits.tokens as usize) {
+                new.step(&[Run { sequence: id, tokens, wanted: Wanted::Nothing }], Head::Logits)?;
+            }
+        }
+        for (new, old) in new.sequences.iter_mut().zip(&self.sequences) {
+            new.live = old.live;
+        }
+        Ok(new)
     }
 
     /// Forgets a sequence's positions from `len` on.
@@ -309,8 +361,8 @@ impl Session {
     pub fn truncate(&mut self, id: SequenceId, len: u32) -> Result<()> {
         self.get(id)?;
         let sequence = &mut self.sequences[id.0 as usize];
-        sequence.len = sequence.len.min(len);
-        let keep = sequence.len.div_ceil(PAGE_POSITIONS) as usize;
+        sequence.tokens.truncate(len as usize);
+        let keep = sequence.len().div_ceil(PAGE_POSITIONS) as usize;
         while sequence.pages.len() > keep {
             let Some(page) = sequence.pages.pop() else { break };
             let uses = &mut self.page_uses[page as usize];
@@ -350,7 +402,7 @@ impl Session {
         let mut spans = [Span { pages: &[], start: 0, len: 0 }; MAX_RUNS];
         for (span, run) in spans.iter_mut().zip(runs) {
             let sequence = &self.sequences[run.sequence.0 as usize];
-            *span = Span { pages: &sequence.pages, start: sequence.len, len: run.tokens.len() as u32 };
+            *span = Span { pages: &sequence.pages, start: sequence.len(), len: run.tokens.len() as u32 };
         }
         let step = Step {
             spans: &spans[..runs.len()],
@@ -366,7 +418,12 @@ impl Session {
             (false, Head::Logits) => 0..segments.saturating_sub(1),
             (false, Head::ArgMax) => 0..segments,
         };
-        let ticket = self.plan.submit(&step, segments, &bindings)?;
+        let mut ticket = None;
+        for run in self.weights.runs(segments) {
+            self.weights.bring(self.model.gguf(), &self.program, &*self.backend, run.start)?;
+            ticket = Some(self.plan.submit(&step, run, &bindings)?);
+        }
+        let ticket = ticket.ok_or_else(|| Error::Program("there is nothing to run".into()))?;
         self.last = Some(self.plan.wait(ticket)?);
         // Whatever was computed from a file that has changed is not to be trusted.
         self.model.gguf().verify()?;
@@ -387,7 +444,7 @@ impl Session {
             }
         }
         for run in runs {
-            self.sequences[run.sequence.0 as usize].len += run.tokens.len() as u32;
+            self.sequences[run.sequence.0 as usize].tokens.extend_from_slice(run.tokens);
         }
         Ok(())
     }
@@ -431,7 +488,7 @@ impl Session {
 
     /// Gives a sequence pages of its own for `more` positions.
     fn make_room(&mut self, id: SequenceId, more: u32) -> Result<()> {
-        let len = self.get(id)?.len;
+        let len = self.get(id)?.len();
         let end = u64::from(len) + u64::from(more);
         let need = end.div_ceil(PAGE_POSITIONS.into()) as usize;
         let full = |have: u64| Error::ContextFull { need: end, have };

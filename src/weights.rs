@@ -1,62 +1,92 @@
 //! From a model file to a backend's buffers, in the order of the program: imported where the device can read mapped pages,
-//! copied where it cannot.
+//! copied where it cannot, and streamed where copies do not fit.
+//!
+//! Streamed segments (layers) share a ring of [`RING`] sets of buffers, in turn. A segment's weights are copied to its set
+//! right before it is submitted, while the device is still busy with the one before it: the set's last user was submitted
+//! earlier, and a device does what it is told in order.
+
+use std::ops::Range;
 
 use crate::backend::{Backend, Buffer, Usage, upload};
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
-use crate::program::{Layout, Program};
+use crate::program::{Layout, Program, TensorId};
+
+/// Sets of buffers that streamed segments share.
+pub const RING: usize = 2;
 
 /// A program's weights on a backend.
 #[derive(Debug)]
 pub struct Weights {
-    /// One for each of `Program::weights`.
+    /// One for each of `Program::weights`. Weights of streamed segments have buffers in common.
     pub buffers: Vec<Buffer>,
     /// Bytes that the device reads from the mapped file.
     pub mapped_bytes: u64,
-    /// Bytes that were copied to the device.
+    /// Bytes that were copied to the device, to stay.
     pub copied_bytes: u64,
+    /// Bytes that are copied to the device in every step.
+    pub streamed_bytes: u64,
+    /// For each segment, the slots of its streamed weights.
+    streamed: Vec<Vec<usize>>,
+}
+
+/// Which weights are streamed.
+struct Placement {
+    /// For each segment, the slots of its streamed weights.
+    streamed: Vec<Vec<usize>>,
+    /// For each place of a set, the bytes of its buffer.
+    ring_bytes: Vec<u64>,
 }
 
 impl Weights {
-    /// Loads every weight of `program`. `progress` is told the bytes done so far.
+    /// Loads every weight of `program`; copies take at most `budget_bytes` on the device. `progress` is told the bytes done so
+    /// far.
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`] if copies do not fit the device, [`Error::FileChanged`] if the file shrank, what the backend
-    /// says.
+    /// [`Error::OutOfMemory`] if not even two segments at a time fit, [`Error::FileChanged`] if the file shrank, what the
+    /// backend says.
     pub fn load(
         gguf: &Gguf,
         program: &Program,
         backend: &dyn Backend,
+        budget_bytes: u64,
         progress: &mut dyn FnMut(u64),
     ) -> Result<Weights> {
         gguf.verify()?;
-        let mut weights = Weights { buffers: Vec::new(), mapped_bytes: 0, copied_bytes: 0 };
+        let mut imported: Vec<Option<Buffer>> = Vec::new();
         for &id in &program.weights {
-            let name = &program.tensor(id).name;
-            let missing = || Error::Model(format!("tensor `{name}` is missing from the file"));
-            let tensor = gguf.tensor(name).ok_or_else(missing)?;
-            let region = tensor.region()?;
-            let bytes = region.bytes().len() as u64;
-            let as_stored = tensor.record.layout == program.tensor(id).layout;
-            let imported = if as_stored { backend.import(&region)? } else { None };
-            let buffer = match imported {
-                Some(buffer) => {
-                    weights.mapped_bytes += bytes;
-                    buffer
-                }
+            let (tensor, as_stored) = find(gguf, program, id)?;
+            imported.push(if as_stored { backend.import(&tensor.region()?)? } else { None });
+        }
+        let bytes = |slot: usize| program.fixed_bytes(program.weights[slot]).unwrap_or(0);
+        let copied: Vec<bool> = imported.iter().map(Option::is_none).collect();
+        let placement = place(program, &copied, budget_bytes, &backend.caps().name)?;
+        let alloc = |bytes| backend.alloc(bytes, Usage::Weight);
+        let mut ring = Vec::new();
+        for _ in 0..RING {
+            ring.push(placement.ring_bytes.iter().map(|&n| alloc(n)).collect::<Result<Vec<_>>>()?);
+        }
+        let mut buffers: Vec<Option<Buffer>> = imported;
+        let mut weights = Weights {
+            buffers: Vec::new(),
+            mapped_bytes: buffers.iter().flatten().map(Buffer::bytes).sum(),
+            copied_bytes: 0,
+            streamed_bytes: 0,
+            streamed: placement.streamed,
+        };
+        for (turn, slots) in weights.streamed.iter().filter(|slots| !slots.is_empty()).enumerate() {
+            for (buffer, &slot) in ring[turn % RING].iter().zip(slots) {
+                buffers[slot] = Some(buffer.clone());
+                weights.streamed_bytes += bytes(slot);
+            }
+        }
+        for (slot, buffer) in buffers.into_iter().enumerate() {
+            let buffer = match buffer {
+                Some(buffer) => buffer,
                 None => {
-                    let have_bytes = backend.caps().memory_bytes.saturating_sub(weights.copied_bytes);
-                    if bytes > have_bytes {
-                        let what = format!("weight `{name}` on `{}`", backend.caps().name);
-                        return Err(Error::OutOfMemory { what, need_bytes: bytes, have_bytes });
-                    }
-                    let buffer = backend.alloc(bytes, Usage::Weight)?;
-                    match program.tensor(id).layout {
-                        _ if as_stored => upload(backend, &buffer, 0, region.bytes())?,
-                        Layout::Rows => upload(backend, &buffer, 0, &tensor.rows()?)?,
-                        Layout::Interleaved => upload(backend, &buffer, 0, &tensor.interleaved()?)?,
-                    }
-                    weights.copied_bytes += bytes;
+                    let buffer = alloc(bytes(slot))?;
+                    copy(gguf, program, backend, slot, &buffer)?;
+                    weights.copied_bytes += bytes(slot);
                     buffer
                 }
             };
@@ -65,4 +95,97 @@ impl Weights {
         }
         Ok(weights)
     }
+
+    /// Whether anything is streamed.
+    pub fn streams(&self) -> bool {
+        self.streamed_bytes > 0
+    }
+
+    /// Cuts segments into runs of which only the first segment has to be brought first.
+    pub fn runs(&self, segments: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+        let streams = |s: usize| self.streamed.get(s).is_some_and(|slots| !slots.is_empty());
+        let mut next = segments.start;
+        std::iter::from_fn(move || {
+            let start = next;
+            if start >= segments.end {
+                return None;
+            }
+            next = (start + 1..segments.end).find(|&s| streams(s)).unwrap_or(segments.end);
+            Some(start..next)
+        })
+    }
+
+    /// Copies a segment's streamed weights to the device.
+    ///
+    /// # Errors
+    /// As [`Weights::load`].
+    pub fn bring(&self, gguf: &Gguf, program: &Program, backend: &dyn Backend, segment: usize) -> Result<()> {
+        for &slot in self.streamed.get(segment).into_iter().flatten() {
+            copy(gguf, program, backend, slot, &self.buffers[slot])?;
+        }
+        Ok(())
+    }
+}
+
+/// A weight in the file, and whether it lies there as the program has it.
+fn find<'a>(gguf: &'a Gguf, program: &Program, id: TensorId) -> Result<(crate::gguf::TensorInfo<'a>, bool)> {
+    let name = &program.tensor(id).name;
+    let missing = || Error::Model(format!("tensor `{name}` is missing from the file"));
+    let tensor = gguf.tensor(name).ok_or_else(missing)?;
+    let as_stored = tensor.record.layout == program.tensor(id).layout;
+    Ok((tensor, as_stored))
+}
+
+/// Copies a weight to a buffer, in the layout that the program has it in.
+fn copy(gguf: &Gguf, program: &Program, backend: &dyn Backend, slot: usize, to: &Buffer) -> Result<()> {
+    let id = program.weights[slot];
+    let (tensor, as_stored) = find(gguf, program, id)?;
+    match program.tensor(id).layout {
+        _ if as_stored => upload(backend, to, 0, tensor.region()?.bytes()),
+        Layout::Rows => upload(backend, to, 0, &tensor.rows()?),
+        Layout::Interleaved => upload(backend, to, 0, &tensor.interleaved()?),
+    }
+}
+
+/// Chooses the last segments to be streamed, as few as the budget allows. Weights of several segments stay.
+fn place(program: &Program, copied: &[bool], budget_bytes: u64, backend: &str) -> Result<Placement> {
+    let bytes = |slot: usize| program.fixed_bytes(program.weights[slot]).unwrap_or(0);
+    let mut users = vec![Vec::new(); program.weights.len()];
+    for (segment, op) in program.ops() {
+        op.inputs(&mut |id| {
+            if let Some(slot) = program.weights.iter().position(|&w| w == id)
+                && users[slot].last() != Some(&segment)
+            {
+                users[slot].push(segment);
+            }
+        });
+    }
+    let mut own = vec![Vec::new(); program.segments.len()];
+    let mut shared = 0u64;
+    for (slot, users) in users.iter().enumerate().filter(|&(slot, _)| copied[slot]) {
+        match users[..] {
+            [segment] => own[segment].push(slot),
+            _ => shared = shared.saturating_add(bytes(slot)),
+        }
+    }
+    let of = |slots: &Vec<usize>| slots.iter().map(|&slot| bytes(slot)).sum::<u64>();
+    let mut need = 0;
+    // Segments before `first` stay.
+    for first in (0..=own.len()).rev() {
+        let (stay, stream) = own.split_at(first);
+        let places = stream.iter().map(Vec::len).max().unwrap_or(0);
+        let largest =
+            |place: usize| stream.iter().filter_map(|slots| slots.get(place)).map(|&s| bytes(s)).max();
+        let ring_bytes: Vec<u64> = (0..places).map(|place| largest(place).unwrap_or(0)).collect();
+        need = shared
+            .saturating_add(stay.iter().map(of).sum())
+            .saturating_add(RING as u64 * ring_bytes.iter().sum::<u64>());
+        if need <= budget_bytes {
+            let streamed =
+                own.iter().enumerate().map(|(i, slots)| if i < first { Vec::new() } else { slots.clone() });
+            return Ok(Placement { streamed: streamed.collect(), ring_bytes });
+        }
+    }
+    let what = format!("weights on `{backend}`, even streamed,");
+    Err(Error::OutOfMemory { what, need_bytes: need, have_bytes: budget_bytes })
 }

@@ -304,7 +304,7 @@ fn run(model: &Model, program: Program, tokens: &[u32]) -> Vec<Vec<u8>> {
     let program = Arc::new(program);
     let n = tokens.len() as u32;
     let mut plan = backend.prepare(&program, Limits { tokens: n, outputs: n }).unwrap();
-    let weights = Weights::load(model.gguf(), &program, &backend, &mut |_| {}).unwrap();
+    let weights = Weights::load(model.gguf(), &program, &backend, u64::MAX, &mut |_| {}).unwrap();
     let alloc = |bytes, usage| backend.alloc(bytes, usage).unwrap();
     let states: Vec<_> = program.states.iter().map(|s| alloc(2 * s.page_bytes(), Usage::State)).collect();
     let bytes = |t: &halite::program::Tensor| 4 * u64::from(n) * u64::from(t.cols);

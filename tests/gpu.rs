@@ -6,7 +6,7 @@ mod common;
 
 use std::sync::Arc;
 
-use common::gpu;
+use common::{budgeted, gpu, open};
 use halite::Model;
 use halite::backend::cpu::Cpu;
 use halite::backend::gpu::{Gpu, GpuOptions};
@@ -14,7 +14,7 @@ use halite::backend::{Backend, Usage};
 use halite::conformance::{Report, cases, check};
 use halite::error::Error;
 use halite::map::Source;
-use halite::session::{Head, Run, Session, SessionOptions, Wanted};
+use halite::session::{Head, Run, SequenceId, Session, SessionOptions, Wanted, footprint};
 
 /// Every path conforms: each switched off alone, and all together.
 #[test]
@@ -81,25 +81,107 @@ fn errors_are_values() {
     assert!(backend.alloc(16, Usage::Io).is_ok());
 }
 
-/// The built-in model says the same as on the CPU, token by token, through a prefill and single steps.
+fn austen() -> Arc<Model> {
+    let file = concat!(env!("CARGO_MANIFEST_DIR"), "/models/austen/halite-austen.gguf");
+    Arc::new(Model::from_source(Source::open(file.as_ref()).unwrap()).unwrap())
+}
+
+fn session(model: &Arc<Model>, backend: &Arc<dyn Backend>) -> Session {
+    let options = SessionOptions { context: 256, batch: 64, ..Default::default() };
+    Session::new(model, backend, &options, &mut |_| {}).unwrap()
+}
+
+/// Feeds tokens and then says what is most likely, so many times.
+fn continued(
+    session: &mut Session,
+    sequence: SequenceId,
+    tokens: &[u32],
+    count: usize,
+) -> Result<Vec<u32>, Error> {
+    let mut said: Vec<u32> = Vec::new();
+    for tokens in tokens.chunks(64) {
+        session.step(&[Run { sequence, tokens, wanted: Wanted::Last }], Head::ArgMax)?;
+    }
+    while said.len() < count {
+        said.extend(session.arg_max());
+        session
+            .step(&[Run { sequence, tokens: &said[said.len() - 1..], wanted: Wanted::Last }], Head::ArgMax)?;
+    }
+    Ok(said)
+}
+
+/// The built-in model says the same as on the CPU, through a prefill and single steps.
 #[test]
 fn same_tokens_as_the_cpu() {
-    let Some(backend) = gpu(&[]) else { return };
-    let file = concat!(env!("CARGO_MANIFEST_DIR"), "/models/austen/halite-austen.gguf");
-    let model = Arc::new(Model::from_source(Source::open(file.as_ref()).unwrap()).unwrap());
-    let generate = |backend: &Arc<dyn Backend>| {
-        let options = SessionOptions { context: 256, ..Default::default() };
-        let mut session = Session::new(&model, backend, &options, &mut |_| {}).unwrap();
-        let sequence = session.add_sequence();
-        let mut tokens: Vec<u32> = (100..180).collect();
-        let mut said: Vec<u32> = Vec::new();
-        for _ in 0..40 {
-            session.step(&[Run { sequence, tokens: &tokens, wanted: Wanted::Last }], Head::ArgMax).unwrap();
-            tokens = session.arg_max().to_vec();
-            said.extend(&tokens);
-        }
-        said
-    };
+    let Some(gpu) = gpu(&[]) else { return };
     let cpu: Arc<dyn Backend> = Arc::new(Cpu::new(2).unwrap());
-    assert_eq!(generate(&backend), generate(&cpu));
+    let prompt: Vec<u32> = (100..200).collect();
+    let [ours, theirs] = [&gpu, &cpu].map(|backend| {
+        let mut session = session(&austen(), backend);
+        let sequence = session.add_sequence();
+        continued(&mut session, sequence, &prompt, 40).unwrap()
+    });
+    assert_eq!(ours, theirs);
+}
+
+/// Weights that do not fit are streamed, with the same logits; what cannot run even so is an error.
+#[test]
+fn streamed_weights_give_the_same_logits() {
+    let Some(resident) = gpu(&[]) else { return };
+    let model = austen();
+    let needed =
+        footprint(&model, &*resident, &SessionOptions { context: 256, batch: 64, ..Default::default() })
+            .unwrap();
+    let logits = |backend: &Arc<dyn Backend>| {
+        let mut session = session(&model, backend);
+        let sequence = session.add_sequence();
+        let streamed = session.weights().streamed_bytes;
+        let tokens: Vec<u32> = (100..130).collect();
+        let mut all = Vec::new();
+        for tokens in [&tokens[..20], &tokens[20..21], &tokens[21..]] {
+            session.step(&[Run { sequence, tokens, wanted: Wanted::Last }], Head::Logits).unwrap();
+            all.extend_from_slice(session.logits());
+        }
+        (all, streamed)
+    };
+    let (want, streamed) = logits(&resident);
+    assert_eq!(streamed, 0);
+    let mut most = 0;
+    for share in [4, 5, 7] {
+        let budget = needed.working_bytes() + needed.weight_bytes * share / 8;
+        let Some(backend) = budgeted(budget) else { return };
+        let (got, streamed) = logits(&backend);
+        assert!(streamed > 0 && got == want, "{share} / 8");
+        most = most.max(streamed);
+    }
+    assert!(most > needed.weight_bytes / 2);
+    let backend = budgeted(needed.working_bytes() + 1000).unwrap();
+    let options = SessionOptions { context: 256, batch: 64, ..Default::default() };
+    let error = Session::new(&model, &backend, &options, &mut |_| {}).unwrap_err();
+    assert!(matches!(error, Error::OutOfMemory { .. }), "{error}");
+}
+
+/// A lost device is an error, and the session goes on elsewhere from its tokens.
+#[test]
+fn a_lost_device_is_survived() {
+    let Some(gpu) = open(&GpuOptions::default()) else { return };
+    let gpu = Arc::new(gpu);
+    let backend: Arc<dyn Backend> = gpu.clone();
+    let cpu: Arc<dyn Backend> = Arc::new(Cpu::new(1).unwrap());
+    let (model, prompt) = (austen(), (100..200).collect::<Vec<u32>>());
+    let mut on_cpu = session(&model, &cpu);
+    let whole = on_cpu.add_sequence();
+    let want = continued(&mut on_cpu, whole, &prompt, 30).unwrap();
+    let mut on_gpu = session(&model, &backend);
+    let sequence = on_gpu.add_sequence();
+    let got = continued(&mut on_gpu, sequence, &prompt, 10).unwrap();
+    let other = on_gpu.fork(sequence).unwrap();
+    on_gpu.truncate(other, 50).unwrap();
+    gpu.destroy();
+    assert!(matches!(continued(&mut on_gpu, sequence, &got[9..], 1), Err(Error::Backend { .. })));
+    let mut moved = on_gpu.moved_to(&cpu, &mut |_| {}).unwrap();
+    assert_eq!(moved.tokens(sequence).unwrap(), [&prompt[..], &got].concat());
+    assert_eq!(moved.tokens(other).unwrap(), &prompt[..50]);
+    moved.truncate(sequence, 109).unwrap();
+    assert_eq!(continued(&mut moved, sequence, &got[9..], 20).unwrap(), want[10..]);
 }

@@ -7,11 +7,20 @@ fn tanh_safe(x: f32) -> f32 { return tanh(clamp(x, -15.0, 15.0)); }
 
 fn silu(x: f32) -> f32 { return x * sigmoid(x); }
 
+// To half precision and back, to nearest even; a device's own conversion may round otherwise. For magnitudes up to 65504.
+fn round_f16(x: f32) -> f32 {
+    let bits = bitcast<u32>(x);
+    let rounded = bitcast<f32>((bits + 0xfffu + ((bits >> 13u) & 1u)) & 0xffffe000u);
+    // Below 2^-14 the steps are of 2^-24, which are those of floats from 0.5 to 1.
+    let small = (abs(x) + 0.5) - 0.5;
+    return select(rounded, sign(x) * small, abs(x) < 6.1035156e-5);
+}
+
 // From and to half precision, as GGML's table has it.
 fn gelu(x: f32) -> f32 {
-    let h = quantizeToF16(clamp(x, -10.0, 10.0));
+    let h = round_f16(clamp(x, -10.0, 10.0));
     let t = tanh_safe(0.7978846 * (h + 0.044715 * h * h * h));
-    let y = quantizeToF16(0.5 * h * (1.0 + t));
+    let y = round_f16(0.5 * h * (1.0 + t));
     return select(select(y, x, x >= 10.0), 0.0, x <= -10.0);
 }
 

@@ -46,6 +46,9 @@ pub struct BenchArgs {
     /// cpu, reference or template.
     #[arg(long, value_name = "NAME", default_value = "cpu")]
     backend: String,
+    /// MiB of device memory that may be taken; weights that do not fit are streamed.
+    #[arg(long, value_name = "MIB")]
+    device_memory: Option<u64>,
     /// Do not measure what the machine does at best.
     #[arg(long)]
     no_roofline: bool,
@@ -118,7 +121,9 @@ pub fn bench(args: &BenchArgs) -> Result<(), Failure> {
     };
     let mut rows = Rows::new(args.output);
     for &threads in &args.threads {
-        let backend = BackendArgs { backend: args.backend.clone(), threads }.open()?;
+        let backend =
+            BackendArgs { backend: args.backend.clone(), threads, device_memory: args.device_memory }
+                .open()?;
         let measured = (args.backend == "cpu" && !args.no_roofline).then(|| Cpu::new(threads)).transpose()?;
         let mut session = Session::new(&model, &backend, &options, &mut |_| {})?;
         for &test in &tests {

@@ -91,6 +91,9 @@ struct BackendArgs {
     /// cpu, gpu (or gpu:N, gpu:NAME for one of `halite devices`), reference or template.
     #[arg(long, value_name = "NAME", default_value = "cpu")]
     backend: String,
+    /// MiB of device memory that may be taken; weights that do not fit are streamed.
+    #[arg(long, value_name = "MIB")]
+    device_memory: Option<u64>,
     /// CPU threads [default: one for each core].
     #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
     threads: usize,
@@ -115,7 +118,11 @@ impl BackendArgs {
                 let adapter = name.strip_prefix("gpu:").map(str::to_owned);
                 let without = std::env::var("HALITE_GPU_WITHOUT").unwrap_or_default();
                 let without = without.split(',').filter(|s| !s.is_empty()).map(str::to_owned).collect();
-                Arc::new(Gpu::new(&GpuOptions { adapter, memory_bytes: None, without })?)
+                Arc::new(Gpu::new(&GpuOptions {
+                    adapter,
+                    memory_bytes: self.device_memory.map(|mib| mib << 20),
+                    without,
+                })?)
             }
             other => {
                 return Err(format!("backend `{other}`: expected cpu, gpu, reference or template").into());

@@ -561,6 +561,7 @@ impl Lowering<'_> {
                 .write("codes", "vec4<u32>", codes)
                 .u32("K", k)
                 .u32("BLOCK", block)
+                .with(wgsl!("lib/math"))
                 .with(wgsl!("quantise"));
             let rows = Count { of: Of::Rows(rows), times, per: 1 };
             self.push(shader, [fixed((k / 32).div_ceil(WORKGROUP)), rows, ONE]);

@@ -11,6 +11,7 @@ mod shader;
 
 use std::collections::HashMap;
 use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 pub use adapter::{Adapter, adapters};
@@ -29,6 +30,9 @@ const NAME: &str = "gpu";
 
 /// Most bytes of one write to the device.
 const PIECE_BYTES: usize = 8 << 20;
+
+/// Bytes that may be on their way to the device.
+const STAGED_BYTES: u64 = 128 << 20;
 
 fn failed(message: impl Into<String>) -> Error {
     Error::Backend { backend: NAME.into(), message: message.into() }
@@ -60,6 +64,8 @@ struct Device {
     queue: wgpu::Queue,
     /// The first error that the device reported outside of a call that returns it.
     error: Arc<Mutex<Option<String>>>,
+    /// Bytes on their way to the device since it was last waited for.
+    staged: AtomicU64,
     /// Compiled shaders, by their text.
     pipelines: Mutex<HashMap<String, Pipeline>>,
 }
@@ -121,8 +127,16 @@ impl Gpu {
             workgroup_bytes: limits.max_compute_workgroup_storage_size,
             tuning: if adapter.is_cpu() { Tuning::CPU } else { Tuning::GPU },
         };
-        let device = Arc::new(Device { device, queue, error, pipelines: Mutex::default() });
+        let (staged, pipelines) = Default::default();
+        let device = Arc::new(Device { device, queue, error, staged, pipelines });
         Ok(Gpu { caps, bounds, device })
+    }
+
+    /// Gives the device up: whatever is asked of it from now on is an error. What a lost device looks like, for tests.
+    pub fn destroy(&self) {
+        self.device.device.destroy();
+        // The callback of a lost device comes with the next poll.
+        let _ = self.device.device.poll(wgpu::PollType::Poll);
     }
 
     fn lower(&self, program: &Program, limits: Limits) -> Lowered {
@@ -164,6 +178,7 @@ impl Device {
     /// Waits until everything that was submitted is done.
     fn wait(&self) -> Result<()> {
         let polled = self.device.poll(wgpu::PollType::wait_indefinitely());
+        self.staged.store(0, Ordering::Relaxed);
         self.check()?;
         polled.map(|_| ()).map_err(|e| failed(e.to_string()))
     }
@@ -320,9 +335,11 @@ impl Backend for Gpu {
             }
             write(&mut staged[(at - start) as usize..(end - start) as usize]);
             self.device.queue.write_buffer(buffer, start, &staged);
-            // Staging memory is freed once it was submitted and is done.
+            // Staging memory is free again once it was submitted and is done.
             self.device.queue.submit([]);
-            self.device.wait()?;
+            if self.device.staged.fetch_add(whole as u64, Ordering::Relaxed) > STAGED_BYTES {
+                self.device.wait()?;
+            }
             at = end;
         }
         self.device.check()

@@ -235,7 +235,9 @@ impl Plan for GpuPlan {
     fn submit(&mut self, step: &Step<'_>, segments: Range<usize>, bindings: &Bindings<'_>) -> Result<Ticket> {
         check_step(step, self.limits)?;
         self.check_tokens(step, &segments)?;
-        self.started = Instant::now();
+        if segments.start == 0 {
+            self.started = Instant::now();
+        }
         let tiles = self.write_step(step)?;
         self.bind(bindings)?;
         let counts =
