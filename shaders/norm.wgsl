@@ -1,4 +1,4 @@
-// Normalises each run of GROUP elements; a workgroup has one.
+// Normalises each run of GROUP elements; a workgroup has one. `after` is what follows.
 
 @compute @workgroup_size(WORKGROUP)
 fn main(in: In) {
@@ -19,4 +19,5 @@ fn main(in: In) {
     for (var i = in.local; i < GROUP; i += WORKGROUP) {
         out[first + i] = (input(first + i) - mean) * scale * weight_of(i) + bias_of(i);
     }
+    after(in);
 }

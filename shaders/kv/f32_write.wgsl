@@ -1,10 +1,10 @@
 const KEY_UNITS: u32 = KEYS;
 const UNITS: u32 = KEYS + VALUES;
 
-fn write_key(page: u32, slot: u32, unit: u32, token: u32) {
-    atomicStore(&kv[page * PAGE + key_place(unit, slot)], bitcast<u32>(k[token * KEYS + unit]));
+fn put_key(page: u32, slot: u32, d: u32, element: f32) {
+    atomicStore(&kv[page * PAGE + key_place(d, slot)], bitcast<u32>(element));
 }
 
-fn write_value(page: u32, slot: u32, unit: u32, token: u32) {
-    atomicStore(&kv[page * PAGE + value_place(unit, slot)], bitcast<u32>(v[token * VALUES + unit]));
+fn put_value(page: u32, slot: u32, d: u32, element: f32) {
+    atomicStore(&kv[page * PAGE + value_place(d, slot)], bitcast<u32>(element));
 }

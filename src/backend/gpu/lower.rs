@@ -210,6 +210,15 @@ fn fixed_rows(t: &Tensor) -> u32 {
     if let Dim::Fixed(rows) = t.rows { rows } else { 0 }
 }
 
+/// How many ops read each tensor.
+fn uses(program: &Program) -> Vec<u32> {
+    let mut uses = vec![0; program.tensors.len()];
+    for (_, op) in program.ops() {
+        op.inputs(&mut |id| uses[id.0 as usize] += 1);
+    }
+    uses
+}
+
 /// Bytes of so many rows of a weight.
 fn matrix_bytes(t: &Tensor, rows: u32) -> u64 {
     t.format.row_bytes(t.cols as usize).unwrap_or(0) as u64 * u64::from(rows)
@@ -227,10 +236,19 @@ pub(super) fn lower(program: &Program, limits: Limits, bounds: &Bounds) -> Lower
         extra_bytes: [0; Extra::ALL.len()],
         tile_sizes: Vec::new(),
         step: StepLayout::new(limits),
+        quantised: Vec::new(),
+        uses: uses(program),
     };
     let mut segments = Vec::new();
     for segment in &program.segments {
-        segment.ops.iter().for_each(|op| lowering.op(op));
+        let mut ops = &segment.ops[..];
+        while let Some(op) = ops.first() {
+            let fused = lowering.fused(ops);
+            if fused == 0 {
+                lowering.op(op);
+            }
+            ops = &ops[fused.max(1)..];
+        }
         segments.push(std::mem::take(&mut lowering.out));
     }
     let Lowering { extra_bytes, tile_sizes, step, .. } = lowering;
@@ -246,6 +264,10 @@ struct Lowering<'a> {
     extra_bytes: [u64; Extra::ALL.len()],
     tile_sizes: Vec<u32>,
     step: StepLayout,
+    /// Which tensor's activations are in which buffer of codes.
+    quantised: Vec<(Extra, TensorId)>,
+    /// How many ops read each tensor.
+    uses: Vec<u32>,
 }
 
 /// A part of a weight that fits a binding.
@@ -353,6 +375,33 @@ impl Lowering<'_> {
         self.push(shader, [fixed(cols.div_ceil(WORKGROUP)), each(rows), ONE]);
     }
 
+    /// Lowers the first few ops as one, if they are such that can be; says how many.
+    fn fused(&mut self, ops: &[Op]) -> usize {
+        match ops {
+            [norm @ Op::Norm { out, group, .. }, Op::MatMul { x, parts, .. }, ..]
+                if out == x && *group == self.cols(*x) && group % 32 == 0 =>
+            {
+                let mut kinds: Vec<Extra> =
+                    parts.iter().filter_map(|p| self.codes(self.program.tensor(p.weight).format)).collect();
+                kinds.dedup();
+                let [codes] = kinds[..] else { return 0 };
+                self.norm(norm, Some(codes));
+                1
+            }
+            [q @ Op::Rope { .. }, key @ Op::Rope { out, .. }, Op::KvWrite { k, v, state }, ..]
+                if out == k && self.only_used_here(*k) && self.rope_kv(q, key, *v, *state) =>
+            {
+                3
+            }
+            _ => 0,
+        }
+    }
+
+    /// Whether a tensor has one reader, in this program.
+    fn only_used_here(&self, id: TensorId) -> bool {
+        self.program.tensor(id).slot == Slot::Scratch && self.uses.get(id.0 as usize) == Some(&1)
+    }
+
     fn op(&mut self, op: &Op) {
         match op {
             Op::Embed { table, out, scale } => self.embed(*table, *out, *scale),
@@ -366,7 +415,7 @@ impl Lowering<'_> {
                     .with(wgsl!("select"));
                 self.push(shader, [fixed(cols.div_ceil(WORKGROUP)), each(Dim::Outputs), ONE]);
             }
-            Op::Norm { .. } => self.norm(op),
+            Op::Norm { .. } => self.norm(op, None),
             Op::MatMul { x, parts, epilogue } => self.matmul(*x, parts, *epilogue),
             Op::Rope { .. } => self.rope(op),
             Op::KvWrite { k, v, state } => self.kv_write(*k, *v, *state),
@@ -464,7 +513,8 @@ impl Lowering<'_> {
         }
     }
 
-    fn norm(&mut self, op: &Op) {
+    /// A norm, whose results are quantised as well if so wished.
+    fn norm(&mut self, op: &Op, codes: Option<Extra>) {
         let Op::Norm { x, add, sum, weight, bias, out, kind, eps, group } = op else { return };
         let (rows, cols) = (self.program.tensor(*x).rows, self.cols(*x));
         let mut shader = self
@@ -487,6 +537,14 @@ impl Lowering<'_> {
         };
         shader = self.optional(shader, *weight, "weight", "weight_of", "1.0");
         shader = self.optional(shader, *bias, "bias", "bias_of", "0.0");
+        shader = match codes {
+            None => shader.with("fn after(in: In) {}"),
+            Some(codes) => {
+                self.quantised.retain(|&(extra, _)| extra != codes);
+                self.quantised.push((codes, *out));
+                self.quantiser(shader, codes, rows, 1, cols).with(wgsl!("lib/norm_quantise"))
+            }
+        };
         self.push(shader.with(wgsl!("norm")), [fixed(cols / group), each(rows), ONE]);
     }
 
@@ -510,7 +568,7 @@ impl Lowering<'_> {
         let rows = self.program.tensor(x).rows;
         let input = self.tensor(x);
         let formats: Vec<Format> = parts.iter().map(|p| self.program.tensor(p.weight).format).collect();
-        self.quantise(&formats, &input, rows, 1, self.cols(x));
+        self.quantise(&formats, &input, Some(x), rows, 1, self.cols(x));
         let plain = |part: &Part, out: Resource| Product {
             weight: part.weight,
             bias: part.bias,
@@ -547,22 +605,37 @@ impl Lowering<'_> {
         }
     }
 
-    /// Quantises `times` rows of activations for each row, in all the ways that formats need.
-    fn quantise(&mut self, formats: &[Format], x: &Resource, rows: Dim, times: u32, k: u32) {
-        for (codes, block) in [(Extra::Codes32, 32), (Extra::Codes256, 256)] {
-            if !formats.iter().any(|&f| self.codes(f) == Some(codes)) {
+    /// The part of a shader that quantises `times` rows of `k` activations for each row.
+    fn quantiser(&mut self, shader: Shader, codes: Extra, rows: Dim, times: u32, k: u32) -> Shader {
+        // For each 32 values twelve words.
+        let buffer = self.extra(codes, rows, u64::from(times) * u64::from(k) / 32 * 12);
+        shader
+            .write("codes", "vec4<u32>", buffer)
+            .u32("K", k)
+            .u32("BLOCK", if codes == Extra::Codes256 { 256 } else { 32 })
+            .with(wgsl!("lib/math"))
+            .with(wgsl!("lib/quantise"))
+    }
+
+    /// Quantises `times` rows of activations for each row, in all the ways that formats need, unless they already are.
+    fn quantise(
+        &mut self,
+        formats: &[Format],
+        x: &Resource,
+        id: Option<TensorId>,
+        rows: Dim,
+        times: u32,
+        k: u32,
+    ) {
+        for codes in [Extra::Codes32, Extra::Codes256] {
+            let needed = formats.iter().any(|&f| self.codes(f) == Some(codes));
+            if !needed || id.is_some_and(|id| self.quantised.contains(&(codes, id))) {
                 continue;
             }
-            // For each 32 values twelve words.
-            let codes = self.extra(codes, rows, u64::from(times) * u64::from(k) / 32 * 12);
-            let shader = self
-                .shader("quantise")
-                .read("x", "vec4<f32>", x.clone())
-                .write("codes", "vec4<u32>", codes)
-                .u32("K", k)
-                .u32("BLOCK", block)
-                .with(wgsl!("lib/math"))
-                .with(wgsl!("quantise"));
+            self.quantised.retain(|&(extra, _)| extra != codes);
+            self.quantised.extend(id.map(|id| (codes, id)));
+            let shader = self.shader("quantise").read("x", "vec4<f32>", x.clone());
+            let shader = self.quantiser(shader, codes, rows, times, k).with(wgsl!("quantise"));
             let rows = Count { of: Of::Rows(rows), times, per: 1 };
             self.push(shader, [fixed((k / 32).div_ceil(WORKGROUP)), rows, ONE]);
         }
@@ -668,32 +741,74 @@ impl Lowering<'_> {
         }
     }
 
-    fn rope(&mut self, op: &Op) {
-        let Op::Rope { x, out, head_dim, frequencies, factors, magnitude, pairs } = op else { return };
-        let cols = self.cols(*x);
+    /// The part of a shader that knows the angles of an embedding.
+    fn rotation(
+        &self,
+        shader: Shader,
+        frequencies: &[f32],
+        factors: Option<TensorId>,
+        magnitude: f32,
+        pairs: RopePairs,
+    ) -> Shader {
         let n = frequencies.len() as u32;
         let list: Vec<String> = frequencies.iter().map(|f| format!("{f:e}")).collect();
-        let mut shader = self
-            .step_shader("rope")
-            .read("x", "f32", self.tensor(*x))
-            .write("out", "f32", self.tensor(*out))
-            .u32("COLUMNS", cols)
-            .u32("HEAD_DIM", *head_dim)
+        let shader = shader
             .u32("PAIRS", n)
-            .f32("MAGNITUDE", *magnitude)
-            .bool("ADJACENT", *pairs == RopePairs::Adjacent)
+            .f32("MAGNITUDE", magnitude)
+            .bool("ADJACENT", pairs == RopePairs::Adjacent)
+            .with(wgsl!("lib/sin_cos"))
             .with(&format!(
                 "var<private> FREQUENCIES: array<f32, {n}> = array<f32, {n}>({});",
                 list.join(", ")
             ));
-        shader = match factors {
+        match factors {
             Some(factors) => shader
-                .read("factors", "f32", self.tensor(*factors))
+                .read("factors", "f32", self.tensor(factors))
                 .with("fn frequency(i: u32) -> f32 { return FREQUENCIES[i] / factors[i]; }"),
             None => shader.with("fn frequency(i: u32) -> f32 { return FREQUENCIES[i]; }"),
+        }
+    }
+
+    fn rope(&mut self, op: &Op) {
+        let Op::Rope { x, out, head_dim, frequencies, factors, magnitude, pairs } = op else { return };
+        let cols = self.cols(*x);
+        let shader = self
+            .step_shader("rope")
+            .read("x", "f32", self.tensor(*x))
+            .write("out", "f32", self.tensor(*out))
+            .u32("COLUMNS", cols)
+            .u32("HEAD_DIM", *head_dim);
+        let shader = self.rotation(shader, frequencies, *factors, *magnitude, *pairs).with(wgsl!("rope"));
+        let lanes = cols / head_dim * (head_dim - frequencies.len() as u32);
+        self.push(shader, [fixed(lanes.div_ceil(WORKGROUP)), each(Dim::Tokens), ONE]);
+    }
+
+    /// Queries and keys rotated alike, the latter into the cache, and the values after them. Does nothing, and says so, if
+    /// they are not alike or the cache wants whole blocks.
+    fn rope_kv(&mut self, q: &Op, k: &Op, v: TensorId, id: StateId) -> bool {
+        let Op::Rope { x: q, out, head_dim, frequencies, factors, magnitude, pairs } = q else {
+            return false;
         };
-        let lanes = cols / head_dim * (head_dim - n);
-        self.push(shader.with(wgsl!("rope")), [fixed(lanes.div_ceil(WORKGROUP)), each(Dim::Tokens), ONE]);
+        let Op::Rope { x: k, head_dim: d, frequencies: f, factors: b, magnitude: m, pairs: p, .. } = k else {
+            return false;
+        };
+        let state = &self.program.states[id.0 as usize];
+        let alike = (head_dim, frequencies, factors, magnitude, pairs) == (d, f, b, m, p);
+        if !alike || *head_dim != state.key_dim || state.format == Format::Q8_0 {
+            return false;
+        }
+        let shader = self
+            .kv_writer("rope_kv", id)
+            .read("x", "f32", self.tensor(*q))
+            .read("k", "f32", self.tensor(*k))
+            .read("v", "f32", self.tensor(v))
+            .write("out", "f32", self.tensor(*out))
+            .u32("COLUMNS", self.cols(*q));
+        let shader = self.rotation(shader, frequencies, *factors, *magnitude, *pairs).with(wgsl!("rope_kv"));
+        let heads = self.cols(*q) / head_dim + state.kv_heads;
+        let lanes = heads * (head_dim - frequencies.len() as u32) + state.kv_heads * state.value_dim;
+        self.push(shader, [fixed(lanes.div_ceil(WORKGROUP)), each(Dim::Tokens), ONE]);
+        true
     }
 
     /// A shader that knows the pages of a cache.
@@ -705,29 +820,31 @@ impl Lowering<'_> {
             .with(wgsl!("kv/page"))
     }
 
-    fn kv_write(&mut self, k: TensorId, v: TensorId, id: StateId) {
+    /// A shader that writes to a cache.
+    fn kv_writer(&self, name: &'static str, id: StateId) -> Shader {
         let state = &self.program.states[id.0 as usize];
-        let mut shader = self
-            .kv_shader("kv_write", state)
-            .read("k", "f32", self.tensor(k))
-            .read("v", "f32", self.tensor(v))
+        let shader = self
+            .kv_shader(name, state)
             .write("kv", "atomic<u32>", Resource::State(id.0))
             .with(wgsl!("kv/put"));
+        match state.format {
+            Format::Q8_0 => shader.with(wgsl!("kv/q8_0")).with(wgsl!("kv/q8_0_write")),
+            Format::F16 => shader.with(wgsl!("kv/f16_write")),
+            _ => shader.with(wgsl!("kv/f32_write")),
+        }
+    }
+
+    fn kv_write(&mut self, k: TensorId, v: TensorId, id: StateId) {
+        let state = &self.program.states[id.0 as usize];
         let elements = state.kv_heads * (state.key_dim + state.value_dim);
-        let units = match state.format {
-            Format::Q8_0 => {
-                shader = shader.with(wgsl!("kv/q8_0")).with(wgsl!("kv/q8_0_write"));
-                elements / 32
-            }
-            Format::F16 => {
-                shader = shader.with(wgsl!("kv/f16_write"));
-                elements
-            }
-            _ => {
-                shader = shader.with(wgsl!("kv/f32_write"));
-                elements
-            }
-        };
+        let mut shader =
+            self.kv_writer("kv_write", id).read("k", "f32", self.tensor(k)).read("v", "f32", self.tensor(v));
+        let mut units = elements;
+        if state.format == Format::Q8_0 {
+            units /= 32;
+        } else {
+            shader = shader.with(wgsl!("kv/write_elements"));
+        }
         let shader = shader.with(wgsl!("kv_write"));
         self.push(shader, [fixed(units.div_ceil(WORKGROUP)), each(Dim::Tokens), ONE]);
     }
@@ -816,12 +933,12 @@ impl Lowering<'_> {
             residual: None,
             experts: Some(routed),
         };
-        self.quantise(&in_formats, &input, rows, 1, cols);
+        self.quantise(&in_formats, &input, Some(*x), rows, 1, cols);
         self.product(&product(*gate, bias(0), &input, &gates, routed));
         let gated_up =
             Product { gate: Some((*act, gates)), ..product(*up, bias(1), &input, &hidden, routed) };
         self.product(&gated_up);
-        self.quantise(&[down_format], &hidden, rows, used, hidden_cols);
+        self.quantise(&[down_format], &hidden, None, rows, used, hidden_cols);
         let routed = Routed { per_token: false, ..routed };
         self.product(&product(*down, bias(2), &hidden, &mixed, routed));
         let shader = self
