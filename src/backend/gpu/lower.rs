@@ -826,6 +826,7 @@ impl Lowering<'_> {
         let shader = self
             .kv_shader(name, state)
             .write("kv", "atomic<u32>", Resource::State(id.0))
+            .with(wgsl!("lib/math"))
             .with(wgsl!("kv/put"));
         match state.format {
             Format::Q8_0 => shader.with(wgsl!("kv/q8_0")).with(wgsl!("kv/q8_0_write")),
