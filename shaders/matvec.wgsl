@@ -1,4 +1,4 @@
-// Products of a quantised matrix with few rows of activations. An invocation has GROUPS rows of the matrix, sixteen apart, of
+// Products of a quantised matrix, or of several, with few rows of activations. An invocation has GROUPS rows of the matrix, sixteen apart, of
 // which neighbouring invocations have neighbouring ones; a workgroup has them SLICES times, and each slice every SLICES-th part
 // of a row. In workgroups of one z are TOKENS rows of activations.
 
@@ -10,7 +10,7 @@ struct Part {
 }
 
 fn load_part(matrix: u32, row: u32, part: u32) -> Part {
-    locate(matrix, min(row, ROWS - 1u), part / (LEN / 32u));
+    locate(matrix, min(row, row_count() - 1u), part / (LEN / 32u));
     let p = part % (LEN / 32u);
     return Part(
         vec4(code(p, 0u), code(p, 1u), code(p, 2u), code(p, 3u)),
@@ -23,7 +23,7 @@ fn load_part(matrix: u32, row: u32, part: u32) -> Part {
 fn main(in: In) {
     let lane = in.local % 16u;
     let slice = in.local / 16u;
-    let row = 16u * GROUPS * (in.workgroup.x + in.workgroup.y * in.workgroups.x) + lane;
+    let row = 16u * GROUPS * choose(in.workgroup.x + in.workgroup.y * in.workgroups.x) + lane;
     let first = TOKENS * in.workgroup.z;
     let count = min(results() - min(first, results()), TOKENS);
     let matrix = matrix_of(first);
@@ -42,7 +42,7 @@ fn main(in: In) {
         let sums = add_slices(lane, slice, acc[t]);
         if here && t < count {
             for (var g = slice; g < GROUPS; g += SLICES) {
-                if row + 16u * g < ROWS { store(first + t, row + 16u * g, matrix, sum_of(sums, g)); }
+                if row + 16u * g < row_count() { store(first + t, row + 16u * g, matrix, sum_of(sums, g)); }
             }
         }
     }

@@ -1,1 +1,1 @@
-fn value(i: u32) -> f32 { return bitcast<f32>(w[i]); }
+fn value(i: u32) -> f32 { return bitcast<f32>(weight_word(i)); }

@@ -1,1 +1,1 @@
-fn value(i: u32) -> f32 { return f32(extractBits(bitcast<i32>(w[i / 2u]), 16u * (i % 2u), 16u)); }
+fn value(i: u32) -> f32 { return f32(extractBits(bitcast<i32>(weight_word(i / 2u)), 16u * (i % 2u), 16u)); }

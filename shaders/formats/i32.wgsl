@@ -1,1 +1,1 @@
-fn value(i: u32) -> f32 { return f32(bitcast<i32>(w[i])); }
+fn value(i: u32) -> f32 { return f32(bitcast<i32>(weight_word(i))); }

@@ -1,1 +1,1 @@
-fn value(i: u32) -> f32 { return f32(extractBits(bitcast<i32>(w[i / 4u]), 8u * (i % 4u), 8u)); }
+fn value(i: u32) -> f32 { return f32(extractBits(bitcast<i32>(weight_word(i / 4u)), 8u * (i % 4u), 8u)); }

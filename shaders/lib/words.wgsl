@@ -13,8 +13,8 @@ fn byte(i: u32) -> u32 { return (word(i / 4u) >> (8u * (i % 4u))) & 0xffu; }
 
 
 // What stands before and after the words, from the lowest bit on; it never goes on in the next word.
-fn head() -> u32 { return w[head_at / 4u] >> (8u * (head_at % 4u)); }
-fn tail() -> u32 { return w[tail_at / 4u] >> (8u * (tail_at % 4u)); }
+fn head() -> u32 { return weight_word(head_at / 4u) >> (8u * (head_at % 4u)); }
+fn tail() -> u32 { return weight_word(tail_at / 4u) >> (8u * (tail_at % 4u)); }
 fn f16_low(bits: u32) -> f32 { return unpack2x16float(bits).x; }
 fn f16_high(bits: u32) -> f32 { return unpack2x16float(bits).y; }
 

@@ -9,4 +9,4 @@ fn locate(matrix: u32, row: u32, block: u32) {
     tail_at = group + 16u * (HEAD + 4u * WORDS) + lane * TAIL;
 }
 
-fn word(i: u32) -> u32 { return w[words_at + 16u * i]; }
+fn word(i: u32) -> u32 { return weight_word(words_at + 16u * i); }

@@ -11,5 +11,5 @@ fn word(i: u32) -> u32 {
     let at = words_at + 4u * i;
     let shift = 8u * (at % 4u);
     // A shift by 32 would be one by 0.
-    return (w[at / 4u] >> shift) | ((w[at / 4u + 1u] << 1u) << (31u - shift));
+    return (weight_word(at / 4u) >> shift) | ((weight_word(at / 4u + 1u) << 1u) << (31u - shift));
 }

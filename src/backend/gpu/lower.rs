@@ -579,18 +579,135 @@ impl Lowering<'_> {
             residual: None,
             experts: None,
         };
+        // With few rows of activations, products that are alike go together.
+        let merged = self.merged(&input, parts, epilogue, rows);
         match (epilogue, parts) {
             (Epilogue::Glu(act), [gate, up]) => {
                 let gates = self.extra(Extra::Gates, rows, self.cols(up.out).into());
-                self.product(&plain(gate, gates.clone()));
+                self.product(&plain(gate, gates.clone()), !merged);
                 let product = Product { gate: Some((act, gates)), ..plain(up, self.tensor(gate.out)) };
-                self.product(&product);
+                self.product(&product, !merged);
             }
             (Epilogue::Add(residual), [part]) => {
                 let residual = Some(self.tensor(residual));
-                self.product(&Product { residual, ..plain(part, self.tensor(part.out)) });
+                self.product(&Product { residual, ..plain(part, self.tensor(part.out)) }, true);
             }
-            _ => parts.iter().for_each(|part| self.product(&plain(part, self.tensor(part.out)))),
+            _ => parts.iter().for_each(|part| self.product(&plain(part, self.tensor(part.out)), !merged)),
+        }
+    }
+
+    /// Products of several matrices of one format with up to [`VECTORS`] rows of activations, in one dispatch. Does nothing,
+    /// and says so, if they are not such.
+    fn merged(&mut self, input: &Resource, parts: &[Part], epilogue: Epilogue, rows: Dim) -> bool {
+        let tensors: Vec<&Tensor> = parts.iter().map(|p| self.program.tensor(p.weight)).collect();
+        let format = tensors[0].format;
+        let gate = if let Epilogue::Glu(act) = epilogue { Some(act) } else { None };
+        let biases = parts.iter().filter(|p| p.bias.is_some()).count();
+        let outs = if gate.is_some() { 1 } else { parts.len() };
+        let alike = tensors.iter().all(|t| {
+            t.format == format
+                && t.layout == Layout::Interleaved
+                && fixed_rows(t) % ROWS as u32 == 0
+                && matrix_bytes(t, fixed_rows(t)) <= self.bounds.binding_bytes
+        });
+        // Two more are the step and the activations.
+        if parts.len() < 2 || !alike || 2 + parts.len() + outs + biases > 8 || (gate.is_some() && biases > 0)
+        {
+            return false;
+        }
+        let tuning = self.bounds.tuning;
+        let (groups, lib) = match (gate.is_some(), tuning.groups > 1) {
+            (false, false) => (1, wgsl!("lib/group")),
+            (false, true) => (4, wgsl!("lib/groups")),
+            (true, false) => (1, wgsl!("lib/pair")),
+            (true, true) => (2, wgsl!("lib/pairs")),
+        };
+        // For each matrix: its words, its rows, and where its results go.
+        let (mut words, mut counts, mut stores) = (String::new(), String::new(), String::new());
+        let mut choose = String::from("which = 0u; var rest = group;");
+        let mut shader = Self::rows(self.step_shader("matvec"), rows)
+            .with("var<private> which: u32;")
+            .with("fn results() -> u32 { return rows(); }")
+            .with("fn matrix_of(row: u32) -> u32 { return 0u; }")
+            .with("fn is_here(matrix: u32) -> bool { return true; }")
+            .with("fn input_of(row: u32) -> u32 { return row; }")
+            .u32("FIRST_MATRIX", 0)
+            .u32("K", tensors[0].cols)
+            .u32("ROWS", fixed_rows(tensors[0]))
+            .u32("BLOCKS", tensors[0].cols / format.block_len() as u32);
+        let mut workgroups = 0;
+        for (i, (part, t)) in parts.iter().zip(&tensors).enumerate() {
+            let (n, here) = (fixed_rows(t), fixed_rows(t).div_ceil(groups * ROWS as u32));
+            shader = shader.read(&format!("w{i}"), "u32", self.tensor(part.weight));
+            words += &format!("case {i}u: {{ return w{i}[i]; }}\n");
+            counts += &format!("case {i}u: {{ return {n}u; }}\n");
+            if gate.is_some() && i > 0 {
+                continue;
+            }
+            workgroups += here;
+            choose +=
+                &format!("if which == {i}u && rest >= {here}u {{ rest -= {here}u; which = {}u; }}", i + 1);
+            shader = shader.write(&format!("out{i}"), "f32", self.tensor(part.out));
+            shader = self.optional(shader, part.bias, &format!("bias{i}"), &format!("bias_of{i}"), "0.0");
+            stores +=
+                &format!("case {i}u: {{ out{i}[row * {n}u + column] = product + bias_of{i}(column); }}\n");
+        }
+        if let Some(gate) = gate {
+            shader = shader.with(&gated(gate));
+            // Loading leaves the second matrix chosen.
+            stores = stores.replace("case 0u", "case 1u");
+        }
+        shader = match self.codes(format) {
+            Some(codes) => shader.read("codes", "vec4<u32>", Resource::Extra(codes)),
+            None => shader.read("x", "vec4<f32>", input.clone()),
+        };
+        let switch =
+            |cases: &str, otherwise: &str| format!("switch which {{ {cases} default: {{ {otherwise} }} }}");
+        shader = shader
+            .with(&format!("fn weight_word(i: u32) -> u32 {{ {} }}", switch(&words, "return 0u;")))
+            .with(&format!("fn row_count() -> u32 {{ {} }}", switch(&counts, "return 1u;")))
+            .with(&format!("fn choose(group: u32) -> u32 {{ {choose} return rest; }}"))
+            .with(&format!(
+                "fn store(row: u32, column: u32, matrix: u32, product: f32) {{ {} }}",
+                switch(&stores, "")
+            ))
+            .with(wgsl!("lib/math"))
+            .format(format, fixed_rows(tensors[0]), fixed_rows(tensors[0]));
+        self.vectors(&shader, format, lib, fixed(workgroups), rows, 1, true);
+        true
+    }
+
+    /// Runs of `matvec.wgsl` for one row of activations at a time, and, if they may be of one matrix, for some.
+    #[allow(clippy::too_many_arguments)]
+    fn vectors(
+        &mut self,
+        shader: &Shader,
+        format: Format,
+        groups: &str,
+        workgroups: Count,
+        rows: Dim,
+        times: u32,
+        several: bool,
+    ) {
+        let tuning = self.bounds.tuning;
+        let integer = self.codes(format).is_some();
+        let variants: &[(u32, Range<u32>)] =
+            if several { &[(1, 0..2), (4, 2..VECTORS + 1)] } else { &[(1, 0..u32::MAX)] };
+        let most = passes::rows(rows, self.limits.tokens, self.limits.outputs) as u32;
+        for (tokens, when) in variants {
+            if when.start > most {
+                continue;
+            }
+            let shader = shader
+                .clone()
+                .u32("TOKENS", *tokens)
+                .u32("SLICES", tuning.slices)
+                .with(groups)
+                .with(if tuning.slices > 1 { wgsl!("lib/slices") } else { wgsl!("lib/slice") })
+                .with(if integer { wgsl!("lib/part_integer") } else { wgsl!("lib/part_float") })
+                .with(wgsl!("matvec"));
+            let results = Count { of: Of::Rows(rows), times, per: *tokens };
+            self.push_when(shader, [workgroups, ONE, results], (rows, when.clone()));
         }
     }
 
@@ -691,40 +808,28 @@ impl Lowering<'_> {
         s.with(wgsl!("lib/output"))
     }
 
-    fn product(&mut self, p: &Product<'_>) {
+    /// A product. Without `vectors`, only for more rows of activations than [`VECTORS`].
+    fn product(&mut self, p: &Product<'_>, vectors: bool) {
         let t = self.program.tensor(p.weight);
         let (integer, float) = (self.codes(t.format).is_some(), t.format.kind() == Kind::Float);
-        let tuning = self.bounds.tuning;
         let used = p.experts.map_or(1, |routed| routed.used);
         let most = passes::rows(p.rows, self.limits.tokens, self.limits.outputs) as u32;
         for shard in self.shards(p.weight) {
-            let results = |per| Count { of: Of::Rows(p.rows), times: used, per };
-            if float {
+            if !vectors {
+            } else if float {
                 let shader = self.product_shader("matvec_plain", p, &shard).with(wgsl!("matvec_plain"));
                 let when = if p.experts.is_some() { 0..u32::MAX } else { 0..VECTORS + 1 };
-                self.push_when(shader, [fixed(shard.rows), ONE, results(1)], (p.rows, when));
+                let results = Count { of: Of::Rows(p.rows), times: used, per: 1 };
+                self.push_when(shader, [fixed(shard.rows), ONE, results], (p.rows, when));
             } else {
-                let part = if integer { wgsl!("lib/part_integer") } else { wgsl!("lib/part_float") };
-                // One row of activations at a time, or some.
-                let variants: &[(u32, Range<u32>)] = match p.experts {
-                    Some(_) => &[(1, 0..u32::MAX)],
-                    None => &[(1, 0..2), (4, 2..VECTORS + 1)],
-                };
-                for (tokens, when) in variants {
-                    let shader = self
-                        .product_shader("matvec", p, &shard)
-                        .u32("TOKENS", *tokens)
-                        .u32("SLICES", tuning.slices)
-                        .with(if tuning.groups > 1 { wgsl!("lib/groups") } else { wgsl!("lib/group") })
-                        .with(if tuning.slices > 1 { wgsl!("lib/slices") } else { wgsl!("lib/slice") })
-                        .with(part)
-                        .with(wgsl!("matvec"));
-                    let rows = tuning.groups * ROWS as u32;
-                    let groups = [fixed(shard.rows.div_ceil(rows)), ONE, results(*tokens)];
-                    if when.start <= most {
-                        self.push_when(shader, groups, (p.rows, when.clone()));
-                    }
-                }
+                let shader = self
+                    .product_shader("matvec", p, &shard)
+                    .with("fn choose(group: u32) -> u32 { return group; }")
+                    .with("fn row_count() -> u32 { return ROWS; }");
+                let groups = self.bounds.tuning.groups;
+                let lib = if groups > 1 { wgsl!("lib/groups") } else { wgsl!("lib/group") };
+                let workgroups = fixed(shard.rows.div_ceil(groups * ROWS as u32));
+                self.vectors(&shader, t.format, lib, workgroups, p.rows, used, p.experts.is_none());
             }
             if p.experts.is_some() || most <= VECTORS {
                 continue;
@@ -935,13 +1040,13 @@ impl Lowering<'_> {
             experts: Some(routed),
         };
         self.quantise(&in_formats, &input, Some(*x), rows, 1, cols);
-        self.product(&product(*gate, bias(0), &input, &gates, routed));
+        self.product(&product(*gate, bias(0), &input, &gates, routed), true);
         let gated_up =
             Product { gate: Some((*act, gates)), ..product(*up, bias(1), &input, &hidden, routed) };
-        self.product(&gated_up);
+        self.product(&gated_up, true);
         self.quantise(&[down_format], &hidden, None, rows, used, hidden_cols);
         let routed = Routed { per_token: false, ..routed };
-        self.product(&product(*down, bias(2), &hidden, &mixed, routed));
+        self.product(&product(*down, bias(2), &hidden, &mixed, routed), true);
         let shader = self
             .shader("mix")
             .read("x", "f32", mixed)

@@ -96,8 +96,13 @@ impl Shader {
     }
 
     /// The matrix `w` of a quantised format, or of plain numbers; see `words.wgsl`. Of its rows some are interleaved.
-    pub fn matrix(mut self, format: Format, resource: Resource, interleaved: u32, rows: u32) -> Shader {
-        self = self.read("w", "u32", resource);
+    pub fn matrix(self, format: Format, resource: Resource, interleaved: u32, rows: u32) -> Shader {
+        let shader = self.read("w", "u32", resource).with("fn weight_word(i: u32) -> u32 { return w[i]; }");
+        shader.format(format, interleaved, rows)
+    }
+
+    /// How a matrix, of which `weight_word` gives words, is unpacked.
+    pub fn format(mut self, format: Format, interleaved: u32, rows: u32) -> Shader {
         let Some(parts) = parts(format) else { return self.with(text(format)) };
         self = self.u32("LEN", format.block_len() as u32);
         let has_min = matches!(format.kind(), Kind::Quantised { has_min: true, .. });
