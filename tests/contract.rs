@@ -328,7 +328,7 @@ fn run(model: &Model, program: Program, tokens: &[u32]) -> Vec<Vec<u8>> {
 #[test]
 fn fusion_never_changes_a_bit_and_can_be_undone() {
     for model in models() {
-        let plain = model.program(ProgramOptions { kv_format: Format::F16 }).unwrap();
+        let plain = model.program(ProgramOptions { kv_format: Format::F16 }, 256).unwrap();
         let fused = passes::fuse(&plain, Fusions::ALL);
         fused.validate().unwrap();
         let undone = passes::decompose(&fused);
@@ -348,7 +348,7 @@ fn fusion_never_changes_a_bit_and_can_be_undone() {
 #[test]
 fn fusion_makes_the_forms_it_is_asked_for() {
     let model = &models()[0];
-    let plain = model.program(ProgramOptions::default()).unwrap();
+    let plain = model.program(ProgramOptions::default(), 256).unwrap();
     let ops = |fusions| {
         let fused = passes::fuse(&plain, fusions);
         fused.segments[1].ops.iter().map(|op| op.name()).collect::<Vec<_>>().join(" ")
@@ -434,7 +434,7 @@ fn steps_that_do_not_fit_are_errors_and_change_nothing() {
 #[test]
 fn scratch_memory_is_shared_but_never_between_inputs_and_outputs() {
     for model in models() {
-        let program = passes::fuse(&model.program(ProgramOptions::default()).unwrap(), Fusions::ALL);
+        let program = passes::fuse(&model.program(ProgramOptions::default(), 256).unwrap(), Fusions::ALL);
         let layout = passes::liveness(&program);
         assert!(layout.places.len() < 14, "{} places", layout.places.len());
         for (_, op) in program.ops() {

@@ -252,7 +252,7 @@ fn malformed_headers() {
 fn open(bytes: &[u8]) -> Result<(), Error> {
     let gguf = Gguf::from_source(Source::from_bytes("test", bytes))?;
     let model = Model::from_gguf(gguf)?;
-    model.program(ProgramOptions::default())?;
+    model.program(ProgramOptions::default(), 256)?;
     Tokenizer::from_gguf(model.gguf()).map(drop)
 }
 
@@ -646,7 +646,7 @@ fn split_models() {
 
     let first = write(&three_parts());
     let model = Model::open(&first).unwrap();
-    assert!(model.program(ProgramOptions::default()).is_ok());
+    assert!(model.program(ProgramOptions::default(), 256).is_ok());
     assert_eq!(model.gguf().parts().count(), 3);
     let whole = Gguf::from_source(Source::from_bytes("whole", &llama().bytes())).unwrap();
     for (part, whole) in model.gguf().tensors().zip(whole.tensors()) {

@@ -9,7 +9,7 @@ use super::shader::{Grid, Paths, Shader, WORKGROUP, after, gated, unary, wgsl};
 use crate::backend::Limits;
 use crate::passes;
 use crate::program::{
-    Dim, Epilogue, Gate, Gating, NormKind, Op, Part, Program, RopePairs, Slot, State, StateId, Tensor,
+    Dim, Epilogue, Gate, Gating, Index, NormKind, Op, Part, Program, RopePairs, Slot, State, StateId, Tensor,
     TensorId,
 };
 
@@ -355,7 +355,7 @@ impl Lowering<'_> {
 
     fn op(&mut self, op: &Op) {
         match op {
-            Op::Embed { table, out, scale } => self.embed(*table, *out, *scale),
+            Op::Embed { table, index, out, scale } => self.embed(*table, *index, *out, *scale),
             Op::Select { x, out } => {
                 let cols = self.cols(*x);
                 let shader = self
@@ -446,7 +446,7 @@ impl Lowering<'_> {
             .matrix(t.format, Resource::Weight(n, shard.bytes.clone()))
     }
 
-    fn embed(&mut self, table: TensorId, out: TensorId, scale: f32) {
+    fn embed(&mut self, table: TensorId, index: Index, out: TensorId, scale: f32) {
         let t = self.program.tensor(table);
         let four = match t.format.kind() {
             Kind::Float => wgsl!("lib/four_plain"),
@@ -458,6 +458,7 @@ impl Lowering<'_> {
                 .matrix(shader, table, &shard)
                 .write("out", "f32", self.tensor(out))
                 .u32("FIRST", shard.first)
+                .bool("BY_POSITION", index == Index::Position)
                 .f32("SCALE", scale)
                 .with(four)
                 .with(wgsl!("embed"));
