@@ -76,6 +76,12 @@ pub struct FilePart {
     pub first_element: u64,
 }
 
+/// Whether rows `range` of a matrix of `rows` lie together: interleaved rows can be parted only between groups.
+pub(crate) fn part_as_stored(layout: Layout, range: Range<u32>, rows: u32) -> bool {
+    let between = |row: u32| row.is_multiple_of(formats::ROWS as u32) || row == rows;
+    layout == Layout::Rows || (between(range.start) && between(range.end))
+}
+
 /// One layer's KV cache: per position `kv_heads` keys of `key_dim` and values of `value_dim` elements.
 #[derive(Debug, Clone, PartialEq)]
 pub struct State {
@@ -625,9 +631,7 @@ impl<'a> Builder<'a> {
     /// keeps in one tensor. Nothing is copied where the device reads mapped pages.
     pub fn weight_rows(&mut self, name: &str, rows: u32, range: Range<u32>, cols: u32) -> TensorId {
         let (format, mut layout) = self.look_up(name, [cols, rows, 1]);
-        // Interleaved rows can be parted only between groups.
-        let whole = |row: u32| row.is_multiple_of(formats::ROWS as u32);
-        if !whole(range.start) || !(whole(range.end) || range.end == rows) {
+        if !part_as_stored(layout, range.clone(), rows) {
             layout = Layout::Rows;
         }
         let first_element = u64::from(range.start) * u64::from(cols);

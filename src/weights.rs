@@ -7,7 +7,7 @@ use std::ops::Range;
 use crate::backend::{Backend, Buffer, Usage, upload};
 use crate::error::{Error, Result};
 use crate::gguf::{Gguf, TensorInfo};
-use crate::program::{Layout, Program, Tensor, TensorId};
+use crate::program::{Dim, Layout, Program, Tensor, TensorId, part_as_stored};
 
 /// A program's weights on a backend.
 #[derive(Debug)]
@@ -40,7 +40,7 @@ impl Weights {
             let missing = || Error::Model(format!("tensor `{name}` is missing from the file"));
             let tensor = gguf.tensor(name).ok_or_else(missing)?;
             let range = bytes_in_file(program, id);
-            let as_stored = tensor.record.layout == weight.layout;
+            let as_stored = tensor.record.layout == weight.layout && lies_together(&tensor, program, id);
             let region = tensor.region()?;
             let region = region.part(range.clone()).filter(|_| as_stored);
             let bytes = range.len() as u64;
@@ -82,6 +82,15 @@ fn bytes_in_file(program: &Program, id: TensorId) -> Range<usize> {
         weight.part.as_ref().map_or(0, |part| part.first_element as usize) / weight.format.block_len();
     let start = blocks * weight.format.block_bytes();
     start..start.saturating_add(program.fixed_bytes(id).unwrap_or(0) as usize)
+}
+
+/// Whether a weight's rows are a range of the file's bytes.
+fn lies_together(tensor: &TensorInfo<'_>, program: &Program, id: TensorId) -> bool {
+    let weight = program.tensor(id);
+    let (Some(part), Dim::Fixed(rows)) = (&weight.part, weight.rows) else { return true };
+    let first = (part.first_element / u64::from(weight.cols.max(1))) as u32;
+    let all = tensor.record.dims.get(1).copied().unwrap_or(1) as u32;
+    part_as_stored(tensor.record.layout, first..first.saturating_add(rows), all)
 }
 
 /// A weight's bytes in the order of its layout, which the file's is not.
