@@ -5,8 +5,8 @@ mod common;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use common::exercise;
 use common::gguf::*;
+use common::{SplitMix, exercise};
 use halite::gguf::{Gguf, GgufError, parse};
 use halite::map::Source;
 use halite::model::ProgramOptions;
@@ -427,6 +427,7 @@ fn vocabularies_that_do_not_make_sense() {
         let file = File::new().entry("tokenizer.ggml.model", "llama").entry("tokenizer.ggml.tokens", &texts);
         file.entry("tokenizer.ggml.token_type", &vec![6i32]).bytes()
     };
+    let charsmap = |value: Value| unigram().set("tokenizer.ggml.precompiled_charsmap", value).bytes();
     let merge = |text: &'static str| set_bpe("merges", (&vec!["a b", text]).into());
     let mut scores = vec![0f32; 12];
     scores[3] = f32::NAN;
@@ -435,7 +436,27 @@ fn vocabularies_that_do_not_make_sense() {
         ("model of u32", set("model", 1u32.into()),
             "Gguf", "test: key `tokenizer.ggml.model`: expected string, got u32"),
         ("unknown model", set("model", "wordpiece\x1b[2J".into()),
-            "Tokenizer", "tokenizer: tokenizer model \"wordpiece\\u{1b}[2J\" is not supported yet (llama, gpt2, none)"),
+            "Tokenizer", "tokenizer: tokenizer model \"wordpiece\\u{1b}[2J\" is not supported (llama, gpt2, bert, t5, none)"),
+        ("WordPiece without an unknown token", wordpiece().without("tokenizer.ggml.unknown_token_id").bytes(),
+            "Tokenizer", "tokenizer: unknown_token_id is missing"),
+        ("separator beyond the tokens", wordpiece().set("tokenizer.ggml.seperator_token_id", 9u32).bytes(),
+            "Tokenizer", "tokenizer: seperator_token_id: expected below 8, got 9"),
+        ("lowercase of u32", wordpiece().set("tokenizer.ggml.normalizer.lowercase", 1u32).bytes(),
+            "Gguf", "test: key `tokenizer.ggml.normalizer.lowercase`: expected bool, got u32"),
+        ("charsmap of u32", charsmap((&vec![0u32; 8]).into()),
+            "Gguf", "test: key `tokenizer.ggml.precompiled_charsmap`: expected array of bytes, got array of u32"),
+        ("charsmap of 3 bytes", charsmap((&vec![0u8; 3]).into()),
+            "Tokenizer", "tokenizer: tokenizer.ggml.precompiled_charsmap: expected a size of 4 bytes"),
+        ("charsmap longer than it is", charsmap((&vec![255u8; 8]).into()),
+            "Tokenizer", "tokenizer: tokenizer.ggml.precompiled_charsmap: the array does not end inside"),
+        ("charsmap of half a unit", charsmap((&vec![2u8, 0, 0, 0, 0, 0, 0]).into()),
+            "Tokenizer", "tokenizer: tokenizer.ggml.precompiled_charsmap: expected units of 4 bytes"),
+        ("charsmap with texts that are no UTF-8", charsmap((&vec![0u8, 0, 0, 0, 255, 0]).into()),
+            "Tokenizer", "tokenizer: tokenizer.ggml.precompiled_charsmap: expected texts in UTF-8"),
+        ("charsmap with a value outside", charsmap((&vec![4u8, 0, 0, 0, 0, 1, 0, 64, b'a', 0]).into()),
+            "Tokenizer", "tokenizer: tokenizer.ggml.precompiled_charsmap: unit 0 leads to no text"),
+        ("charsmap with a text without end", charsmap((&vec![8u8, 0, 0, 0, 0, 5, 0, 0, 0, 0, 0, 128, b'a']).into()),
+            "Tokenizer", "tokenizer: tokenizer.ggml.precompiled_charsmap: unit 0 leads to no text"),
         ("tokens missing", llama().without("tokenizer.ggml.tokens").bytes(),
             "Tokenizer", "tokenizer: tokenizer.ggml.tokens is missing"),
         ("tokens empty", set("tokens", array(8, 0, &[])), "Tokenizer", "tokenizer: tokenizer.ggml.tokens: expected 1 to 4194304 tokens, got 0"),
@@ -486,7 +507,7 @@ fn vocabularies_that_do_not_make_sense() {
         ("byte token empty", byte_token(""),
             "Tokenizer", "tokenizer: byte token: expected <0x00> to <0xFF>, got \"\""),
         ("pre-tokenizer unknown", set_bpe("pre", "klingon".into()),
-            "Tokenizer", "tokenizer: pre-tokenizer \"klingon\" is not supported yet (default, …"),
+            "Tokenizer", "tokenizer: pre-tokenizer \"klingon\" is not supported (default, …"),
         ("pre-tokenizer of u32", set_bpe("pre", 1u32.into()),
             "Gguf", "test: key `tokenizer.ggml.pre`: expected string, got u32"),
         ("merges missing", bpe().without("tokenizer.ggml.merges").bytes(),
@@ -527,7 +548,19 @@ fn truncated_anywhere() {
 
 #[test]
 fn versions_2_and_3_are_alike() {
-    for file in [llama(), mixture(), gemma3(), phi3(), gpt2(), gpt_oss(), bpe(), every_type(), File::new()] {
+    for file in [
+        llama(),
+        mixture(),
+        gemma3(),
+        phi3(),
+        gpt2(),
+        gpt_oss(),
+        bpe(),
+        wordpiece(),
+        unigram(),
+        every_type(),
+        File::new(),
+    ] {
         let three = parse(&file.bytes()).unwrap();
         let mut two = parse(&File { version: 2, ..file }.bytes()).unwrap();
         assert_eq!((two.version, three.version), (2, 3));
@@ -836,19 +869,6 @@ fn a_file_that_shrinks_under_the_command() {
     }
 }
 
-/// A small generator of pseudo-random numbers (Steele et al. 2014, SplitMix64).
-struct SplitMix(u64);
-
-impl SplitMix {
-    fn below(&mut self, n: usize) -> usize {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        ((z ^ (z >> 31)) % n as u64) as usize
-    }
-}
-
 /// Flips one to four of a file's first `within` bytes at a time, and gives `f` each of `times` such files: none may panic.
 fn mutate(mut file: Vec<u8>, within: usize, times: usize, seed: u64, f: fn(&[u8]) -> bool) {
     let mut random = SplitMix(seed);
@@ -917,6 +937,8 @@ fn write_fuzz_seeds() {
         ("gpt2", gpt2()),
         ("gpt-oss", gpt_oss()),
         ("bpe", bpe()),
+        ("wordpiece", wordpiece()),
+        ("unigram", unigram()),
         ("every-type", every_type()),
         ("empty", File::new()),
     ];

@@ -295,15 +295,18 @@ impl Tokenizer {
         }
     }
 
-    /// User-defined tokens in the text, and control tokens if they are to be parsed: longest first, not overlapping, in
-    /// order.
+    /// User-defined tokens in the text (but for unigram vocabularies, which weigh them with the rest), and control tokens if
+    /// they are to be parsed: longest first, not overlapping, in order.
     fn find_literals(&self, text: &str, parse_special: bool) -> Vec<(std::ops::Range<usize>, u32)> {
         let Some(literals) = self.literals.get_or_init(|| self.build_literals()) else { return Vec::new() };
         let mut all: Vec<_> = literals
             .finder
             .find_overlapping_iter(text)
             .map(|m| (m.range(), literals.ids[m.pattern().as_usize()]))
-            .filter(|&(_, id)| parse_special || self.kind(id) == Some(TokenKind::UserDefined))
+            .filter(|&(_, id)| match self.kind(id) {
+                Some(TokenKind::UserDefined) => !matches!(self.algorithm, Algorithm::Unigram(_)),
+                _ => parse_special,
+            })
             .collect();
         all.sort_by_key(|(range, id)| (std::cmp::Reverse(range.len()), *id, range.start));
         let mut chosen: Vec<(std::ops::Range<usize>, u32)> = Vec::new();

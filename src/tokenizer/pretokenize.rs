@@ -66,7 +66,6 @@ const KINDS: &[Kind] = &[
         patterns: &[llama3!("{1,3}")],
         ignore_merges: true,
         add_bos: true,
-        ..PLAIN
     },
     Kind { names: &["dbrx", "smaug-bpe", "chatglm-bpe", "glm4"], patterns: &[llama3!("{1,3}")], ..PLAIN },
     Kind {
@@ -85,7 +84,7 @@ const KINDS: &[Kind] = &[
         patterns: &[cased!("(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])?", "{1,3}")],
         ..PLAIN
     },
-    Kind { names: &["tekken"], patterns: &[cased!("", "")], ignore_merges: true, add_bos: true, ..PLAIN },
+    Kind { names: &["tekken"], patterns: &[cased!("", "")], ignore_merges: true, add_bos: true },
     Kind {
         names: &["deepseek-llm"],
         patterns: &[
@@ -174,4 +173,42 @@ fn split<'t>(patterns: &[Regex], text: &'t str, f: &mut dyn FnMut(&'t str)) {
         end = found.end();
     }
     split(rest, &text[end..], f);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn words(name: &str, text: &'static str) -> Vec<&'static str> {
+        let mut words = Vec::new();
+        Pretokenizer::new(name).unwrap().split(text, &mut |word| words.push(word));
+        words
+    }
+
+    #[test]
+    fn every_kind_splits_a_text_into_itself() {
+        const TEXT: &str = "Hello WORLD's  tokenIZER\r\n\n\tx=12345; 你好ÀÉ e\u{301}!! …/ 'll\u{a0}\u{3000} ";
+        for name in KINDS.iter().flat_map(|kind| kind.names) {
+            assert_eq!(words(name, TEXT).concat(), TEXT, "{name}");
+        }
+    }
+
+    #[test]
+    fn kinds_differ_in_numbers_case_and_punctuation() {
+        const TEXT: &str = "HelloWorld's 12345!/\n";
+        for (name, want) in [
+            ("gpt-2", &["HelloWorld", "'s", " 12345", "!/", "\n"][..]),
+            ("llama-bpe", &["HelloWorld", "'s", " ", "123", "45", "!/\n"]),
+            ("qwen2", &["HelloWorld", "'s", " ", "1", "2", "3", "4", "5", "!/\n"]),
+            ("starcoder", &["HelloWorld", "'s", " ", "1", "2", "3", "4", "5", "!/", "\n"]),
+            ("gpt-4o", &["Hello", "World's", " ", "123", "45", "!/\n"]),
+            ("tekken", &["Hello", "World", "'s", " ", "1", "2", "3", "4", "5", "!/\n"]),
+            ("falcon", &["HelloWorld", "'", "s", " ", "123", "45", "!/", "\n"]),
+            ("deepseek-llm", &["HelloWorld", "'", "s", " ", "12345", "!/", "\n"]),
+            ("deepseek-coder", &["HelloWorld", "'", "s", " ", "1", "2", "3", "4", "5", "!/", "\n"]),
+            ("deepseek-v3", &["HelloWorld", "'s", " ", "123", "45", "!/\n"]),
+        ] {
+            assert_eq!(words(name, TEXT), want, "{name}");
+        }
+    }
 }

@@ -117,7 +117,7 @@ impl Unigram {
         }
         let mut text = replaced.as_str();
         if self.remove_extra_spaces {
-            text = text.trim_matches(' ');
+            text = text.trim_start_matches(' ');
         }
         let mut out = String::with_capacity(text.len() + SPACE.len());
         if self.add_space_prefix && first && !text.is_empty() {
@@ -131,6 +131,9 @@ impl Unigram {
                 c => out.push(c),
             }
             before = Some(c);
+        }
+        if self.remove_extra_spaces {
+            out.truncate(out.trim_end_matches(SPACE).len());
         }
         out
     }

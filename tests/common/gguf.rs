@@ -308,6 +308,35 @@ pub fn bpe() -> File {
         .entry("tokenizer.ggml.eos_token_id", 6u32)
 }
 
+/// A WordPiece vocabulary without a model around it.
+pub fn wordpiece() -> File {
+    let tokens = vec!["[PAD]", "[UNK]", "[CLS]", "[SEP]", "\u{2581}a", "b", "\u{2581},", "\u{2581}ab"];
+    File::new()
+        .entry("general.architecture", "bert")
+        .entry("tokenizer.ggml.model", "bert")
+        .entry("tokenizer.ggml.tokens", &tokens)
+        .entry("tokenizer.ggml.token_type", &vec![3i32, 2, 3, 3, 1, 1, 1, 1])
+        .entry("tokenizer.ggml.unknown_token_id", 1u32)
+        .entry("tokenizer.ggml.cls_token_id", 2u32)
+        .entry("tokenizer.ggml.seperator_token_id", 3u32)
+}
+
+/// A unigram vocabulary without a model around it; its charsmap makes `a` of `A`.
+pub fn unigram() -> File {
+    let tokens = vec!["<pad>", "</s>", "<unk>", "\u{2581}", "a", "b", "ab", "\u{2581}a", "<tag>"];
+    // Units of a double array: the root, whose children are at 64 ^ byte; `A` at 1; its value at 1 ^ 2.
+    let units = [64u32 << 10, 2 << 10 | 1 << 8 | 65, 0, 1 << 31];
+    let charsmap: Vec<u8> =
+        [16u32].iter().chain(&units).flat_map(|unit| unit.to_le_bytes()).chain(*b"a\0").collect();
+    File::new()
+        .entry("general.architecture", "t5")
+        .entry("tokenizer.ggml.model", "t5")
+        .entry("tokenizer.ggml.tokens", &tokens)
+        .entry("tokenizer.ggml.scores", &vec![0f32, 0.0, 0.0, -2.0, -3.0, -3.0, -3.5, -4.0, 0.0])
+        .entry("tokenizer.ggml.token_type", &vec![3i32, 3, 2, 1, 1, 1, 1, 1, 4])
+        .entry("tokenizer.ggml.precompiled_charsmap", &charsmap)
+}
+
 /// One entry of every type, alone and as an array.
 pub fn every_type() -> File {
     File::new()
