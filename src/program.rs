@@ -756,18 +756,6 @@ impl<'a> Builder<'a> {
         out
     }
 
-    /// A root-mean-square norm over whole rows.
-    pub fn rms_norm(&mut self, name: &str, x: TensorId, weight: TensorId, eps: f32) -> TensorId {
-        let group = self.shape(x).1;
-        self.norm(name, x, NormKind::Rms, Some(weight), None, eps, group)
-    }
-
-    /// A root-mean-square norm of each head.
-    pub fn head_norm(&mut self, name: &str, x: TensorId, weight: TensorId, eps: f32) -> TensorId {
-        let group = self.shape(weight).1;
-        self.norm(name, x, NormKind::Rms, Some(weight), None, eps, group)
-    }
-
     /// [`Op::Norm`] without an addition.
     #[allow(clippy::too_many_arguments)]
     pub fn norm(
