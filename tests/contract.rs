@@ -58,7 +58,7 @@ fn session(model: &Arc<Model>, backend: &Arc<dyn Backend>, taps: &[&str]) -> Ses
 fn session_in(kv_format: Format, model: &Arc<Model>, backend: &Arc<dyn Backend>, taps: &[&str]) -> Session {
     let options = SessionOptions {
         program: ProgramOptions { kv_format },
-        context: 512,
+        context: 256,
         batch: 128,
         outputs: 128,
         taps: taps.iter().map(|t| t.to_string()).collect(),
@@ -457,12 +457,12 @@ fn steps_that_do_not_fit_are_errors_and_change_nothing() {
     for runs in cases {
         assert!(matches!(session.step(runs, Head::Logits), Err(Error::Argument { .. })), "{runs:?}");
     }
-    for _ in 0..4 {
+    for _ in 0..2 {
         session.step(&[run(sequence, &many[..128])], Head::Logits).unwrap();
     }
     let error = session.step(&[run(sequence, &[1])], Head::Logits).unwrap_err();
-    assert!(matches!(error, Error::ContextFull { need: 513, have: 512 }), "{error}");
-    assert_eq!(session.len(sequence).unwrap(), 512);
+    assert!(matches!(error, Error::ContextFull { need: 257, have: 256 }), "{error}");
+    assert_eq!(session.len(sequence).unwrap(), 256);
     session.truncate(sequence, 3).unwrap();
     let cancel = session.cancel();
     cancel.cancel();

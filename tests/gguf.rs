@@ -352,7 +352,7 @@ fn models_that_do_not_make_sense() {
         ("ALiBi", set("llama.attention.max_alibi_bias", 8f32.into()),
             "Model", "model: key `llama.attention.max_alibi_bias`: only 0 is supported"),
         ("shared experts", mixed("llama.expert_shared_count", 1),
-            "Model", "model: key `llama.expert_shared_count`: only 0 is supported"),
+            "Model", "model: key `llama.expert_shared_count`: only up to 0 is supported"),
         ("unknown gating", mixed("llama.expert_gating_func", 9),
             "Model", "model: key `llama.expert_gating_func`: expected 0 to 3, got 9"),
         ("temperature beyond the original context", llama().entry("llama.attention.temperature_scale", 0.1f32).entry("llama.rope.scaling.original_context_length", 64u32).bytes(),
@@ -373,8 +373,8 @@ fn models_that_do_not_make_sense() {
             "Model", "model: tensor `blk.0.attn_qkv.weight`: expected shape [8, 16], got [8, 12]"),
         ("half of a fused bias", phi3().tensor("blk.0.ffn_up.bias", &[16]).bytes(),
             "Model", "model: tensor `blk.0.ffn_up.bias`: expected shape [32], got [16]"),
-        ("fewer positions than the context", gpt2().set("gpt2.context_length", 128u32).bytes(),
-            "Model", "model: tensor `position_embd.weight`: expected shape [8, 128], got [8, 64]"),
+        ("fewer positions than the context", gpt2().set("gpt2.context_length", 256u32).bytes(),
+            "Model", "model: tensor `position_embd.weight`: expected shape [8, 256], got [8, 64]"),
         ("tensor of another family", llama().tensor("blk.0.attn_q_norm.weight", &[4]).bytes(),
             "Model", "model: tensor `blk.0.attn_q_norm.weight` of the file is unknown to the family \"llama\""),
         ("scale of a weight", llama().tensor("blk.0.attn_q.scale", &[1]).bytes(),
@@ -411,6 +411,31 @@ fn models_that_do_not_make_sense() {
             "Program", "program: Norm in segment `output`: weight `output_norm.weight`: expected F32, got F16"),
     ];
     check(&rows, open);
+}
+
+#[test]
+fn positions_decide_what_a_program_needs() {
+    let program = |file: File, positions| {
+        let model = Model::from_source(Source::from_bytes("test", &file.bytes()))?;
+        model.program(ProgramOptions::default(), positions)
+    };
+    let factors = |positions| {
+        let program = program(phi3(), positions).unwrap();
+        ["short", "long"].map(|name| program.find(&format!("rope_factors_{name}.weight")).is_some())
+    };
+    assert_eq!(factors(4), [true, false]);
+    assert_eq!(factors(5), [false, true]);
+    assert!(program(gpt2(), 64).is_ok());
+    assert_eq!(
+        program(gpt2(), 65).unwrap_err().to_string(),
+        "model: positions of the KV cache: expected at most 64, which were learned, got 65"
+    );
+    let tempered = || {
+        llama()
+            .entry("llama.attention.temperature_scale", 0.1f32)
+            .entry("llama.rope.scaling.original_context_length", 32u32)
+    };
+    assert!(program(tempered(), 32).is_ok() && program(tempered(), 33).is_err());
 }
 
 #[test]

@@ -96,16 +96,16 @@ pub enum RopeScaling {
     Long,
 }
 
-/// Keys of options that change what a model computes and that no family here has, each with the value that it may have.
+/// Keys of options that change what a model computes and that no family here has, each with what it may say.
 const ONLY: &[(&str, Only)] = &[
     ("attention.causal", Only::Bool(true)),
     ("attention.clamp_kqv", Only::F32(0.0)),
     ("attention.max_alibi_bias", Only::F32(0.0)),
-    ("expert_group_count", Only::U32(1)),
-    ("expert_shared_count", Only::U32(0)),
-    ("interleave_moe_layer_step", Only::U32(1)),
-    ("leading_dense_block_count", Only::U32(0)),
-    ("nextn_predict_layers", Only::U32(0)),
+    ("expert_group_count", Only::UpTo(1)),
+    ("expert_shared_count", Only::UpTo(0)),
+    ("interleave_moe_layer_step", Only::UpTo(1)),
+    ("leading_dense_block_count", Only::UpTo(0)),
+    ("nextn_predict_layers", Only::UpTo(0)),
     ("rope.scaling.yarn_attn_factor", Only::F32(1.0)),
     ("rope.scaling.yarn_ext_factor", Only::F32(1.0)),
 ];
@@ -113,7 +113,7 @@ const ONLY: &[(&str, Only)] = &[
 #[derive(Clone, Copy)]
 enum Only {
     Bool(bool),
-    U32(u32),
+    UpTo(u32),
     F32(f32),
 }
 
@@ -191,7 +191,9 @@ impl Hparams {
             let key = key(name);
             let (fits, expected) = match only {
                 Only::Bool(only) => (gguf.optional_bool(&key)?.is_none_or(|v| v == *only), only.to_string()),
-                Only::U32(only) => (gguf.optional_u32(&key)?.is_none_or(|v| v == *only), only.to_string()),
+                Only::UpTo(only) => {
+                    (gguf.optional_u32(&key)?.is_none_or(|v| v <= *only), format!("up to {only}"))
+                }
                 Only::F32(only) => (gguf.optional_f32(&key)?.is_none_or(|v| v == *only), only.to_string()),
             };
             if !fits {

@@ -100,8 +100,14 @@ impl<'n, 'b> Network<'n, 'b> {
         self.b.embed(table, Index::Token, scale)
     }
 
-    /// Embeddings of the tokens' positions, learned for the whole context.
+    /// Embeddings of the tokens' positions, learned for the whole context and no further.
     pub fn embed_positions(&mut self) -> TensorId {
+        let (positions, most) = (self.h.positions, self.h.context_length);
+        if positions > most {
+            self.b.fail(format!(
+                "positions of the KV cache: expected at most {most}, which were learned, got {positions}"
+            ));
+        }
         let table = self.weight("position_embd.weight", self.h.context_length, self.h.embedding_length);
         self.b.embed(table, Index::Position, 1.0)
     }
