@@ -33,8 +33,10 @@ pub struct Hparams {
     pub key_length: u32,
     pub value_length: u32,
     pub vocab_size: u32,
-    /// Added under the root of norms.
-    pub norm_eps: f32,
+    /// Added under the root of layer norms.
+    pub layer_norm_epsilon: Option<f32>,
+    /// Added under the root of root-mean-square norms.
+    pub layer_norm_rms_epsilon: Option<f32>,
     /// Rotated elements of a head.
     pub rope_dimension_count: u32,
     pub rope_freq_base: f32,
@@ -211,11 +213,11 @@ impl Hparams {
         let factor = |name: &str| -> Result<Option<f32>> {
             if gguf.optional_f32(&key(name))? == Some(0.0) { Ok(None) } else { positive(name) }
         };
-        let norm_eps = match gguf.optional_f32(&key("attention.layer_norm_rms_epsilon"))? {
-            Some(eps) => eps,
-            None => gguf
-                .optional_f32(&key("attention.layer_norm_epsilon"))?
-                .ok_or_else(|| missing("attention.layer_norm_rms_epsilon"))?,
+        let epsilon = |name: &str| match gguf.optional_f32(&key(name))? {
+            Some(value) if value < 0.0 => {
+                Err(Error::Model(format!("key `{}`: expected at least 0, got {value}", key(name))))
+            }
+            value => Ok(value),
         };
         let vocab_size = match gguf.optional_u32(&key("vocab_size"))? {
             Some(size) => size,
@@ -271,7 +273,8 @@ impl Hparams {
             key_length,
             value_length,
             vocab_size,
-            norm_eps,
+            layer_norm_epsilon: epsilon("attention.layer_norm_epsilon")?,
+            layer_norm_rms_epsilon: epsilon("attention.layer_norm_rms_epsilon")?,
             rope_dimension_count,
             rope_freq_base: positive("rope.freq_base")?.unwrap_or(10_000.0),
             rope_freq_base_swa: positive("rope.freq_base_swa")?,

@@ -12,8 +12,9 @@ use crate::program::{Builder, Gate, Gating, Index, NormKind, RopePairs, TensorId
 pub(super) struct Network<'n, 'b> {
     pub h: &'n Hparams,
     b: &'n mut Builder<'b>,
-    /// The norm of the whole family.
+    /// The norm of the whole family, and what is added under its root.
     norm: NormKind,
+    norm_eps: f32,
     /// What names of weights begin with: `blk.3.` in layer 3.
     prefix: String,
     layer: u32,
@@ -58,7 +59,12 @@ impl<'n, 'b> Network<'n, 'b> {
                 h.architecture, h.original_context_length, h.positions
             ));
         }
-        Network { h, b, norm, prefix: String::new(), layer: 0 }
+        let mut network = Network { h, b, norm, norm_eps: 0.0, prefix: String::new(), layer: 0 };
+        network.norm_eps = match norm {
+            NormKind::Rms => network.required("attention.layer_norm_rms_epsilon", h.layer_norm_rms_epsilon),
+            NormKind::Layer => network.required("attention.layer_norm_epsilon", h.layer_norm_epsilon),
+        };
+        network
     }
 
     /// A hyper-parameter that the family cannot do without.
@@ -126,7 +132,7 @@ impl<'n, 'b> Network<'n, 'b> {
     fn norm_over(&mut self, result: &str, name: &str, x: TensorId, group: u32) -> TensorId {
         let weight = self.weight(&format!("{name}.weight"), 1, group);
         let bias = self.bias(name, group);
-        self.b.norm(result, x, self.norm, Some(weight), bias, self.h.norm_eps, group)
+        self.b.norm(result, x, self.norm, Some(weight), bias, self.norm_eps, group)
     }
 
     pub fn add(&mut self, name: &str, a: TensorId, b: TensorId) -> TensorId {
