@@ -16,8 +16,8 @@ use crate::backend::{
 };
 use crate::error::{Error, Result};
 use crate::program::{
-    Builder, Dim, Epilogue, Gating, NormKind, Op, PAGE_POSITIONS, Part, Program, RopePairs, State, TensorId,
-    WeightInfo,
+    Builder, Dim, Epilogue, Gating, Index, NormKind, Op, PAGE_POSITIONS, Part, Program, RopePairs, State,
+    TensorId, WeightInfo,
 };
 use crate::rng::SplitMix64;
 
@@ -415,14 +415,24 @@ fn matmuls(cases: &mut Cases) {
             let name = format!("Embed {} packed", format.name());
             cases.row(name, &[("packed.table", format, vec![cols.into(), 43])], 5, |b| {
                 let table = b.weight("packed.table", 43, cols);
-                let y = b.embed(table, 1.5);
+                let y = b.embed(table, Index::Token, 1.5);
                 b.output(y);
             });
         }
         let name = format!("Embed {}", format.name());
         cases.row(name, &[("table", format, vec![cols.into(), 11])], 5, |b| {
             let table = b.weight("table", 11, cols);
-            let y = b.embed(table, 1.5);
+            let y = b.embed(table, Index::Token, 1.5);
+            b.output(y);
+        });
+    }
+    // Two sequences that start at different positions.
+    for format in [Format::F32, Format::Q8_0] {
+        let name = format!("Embed {} by position", format.name());
+        let weights = [("table", format, vec![96, 70])];
+        cases.add(name, &weights, &[&[(0, 3), (66, 4)]], 1e-10, |b| {
+            let table = b.weight("table", 70, 96);
+            let y = b.embed(table, Index::Position, 1.0);
             b.output(y);
         });
     }

@@ -113,6 +113,16 @@ impl Region {
         self.source.bytes().get(self.start..self.end).unwrap_or(&[])
     }
 
+    /// The bytes `range` of this region, or `None` if they are not all there.
+    pub fn part(&self, range: std::ops::Range<usize>) -> Option<Region> {
+        self.bytes().get(range.clone())?;
+        Some(Region {
+            source: self.source.clone(),
+            start: self.start + range.start,
+            end: self.start + range.end,
+        })
+    }
+
     /// Where they come from.
     pub fn source(&self) -> &Arc<Source> {
         &self.source

@@ -4,10 +4,11 @@
 //! row-major and contiguous, one row per token unless said otherwise. `reference.rs` defines what each op computes.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::Arc;
 
-use halite_kernels::formats::Format;
 pub use halite_kernels::formats::Layout;
+use halite_kernels::formats::{self, Format};
 pub use halite_kernels::rows::{Gate, Unary};
 
 use crate::error::{Error, Result};
@@ -62,6 +63,23 @@ pub struct Tensor {
     pub layout: Layout,
     /// Where it lives.
     pub slot: Slot,
+    /// For a weight, the part of the file's tensor that it is; `None`: the tensor of its name, whole.
+    pub part: Option<FilePart>,
+}
+
+/// Consecutive elements of a tensor of the model file: some rows of a matrix, or some elements of a vector.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FilePart {
+    /// The tensor's name in the file.
+    pub of: String,
+    /// Elements before the first one.
+    pub first_element: u64,
+}
+
+/// Whether rows `range` of a matrix of `rows` lie together: interleaved rows can be parted only between groups.
+pub(crate) fn part_as_stored(layout: Layout, range: Range<u32>, rows: u32) -> bool {
+    let between = |row: u32| row.is_multiple_of(formats::ROWS as u32) || row == rows;
+    layout == Layout::Rows || (between(range.start) && between(range.end))
 }
 
 /// One layer's KV cache: per position `kv_heads` keys of `key_dim` and values of `value_dim` elements.
@@ -132,6 +150,15 @@ pub enum Epilogue {
     Add(TensorId),
 }
 
+/// What an embedding table is indexed with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Index {
+    /// The token's id.
+    Token,
+    /// The token's position in its sequence.
+    Position,
+}
+
 /// How router logits become expert weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Gating {
@@ -147,10 +174,12 @@ pub enum Gating {
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub enum Op {
-    /// `out[t] = scale * table[token t]`.
+    /// `out[t] = scale * table[index of t]`.
     Embed {
-        /// `[vocab, cols]`, any format.
+        /// `[vocab, cols]` or `[positions, cols]`, any format.
         table: TensorId,
+        /// What chooses the row. A step with an index beyond the table is refused.
+        index: Index,
         /// `[tokens, cols]`.
         out: TensorId,
         /// A factor on every element.
@@ -423,6 +452,7 @@ impl Program {
             format: Format::F32,
             layout: Layout::Rows,
             slot: Slot::Scratch,
+            part: None,
         };
         self.tensors.get(id.0 as usize).unwrap_or(&NOTHING)
     }
@@ -505,7 +535,8 @@ impl<'a> Builder<'a> {
         self.prefix = format!("{name}.");
     }
 
-    fn fail(&mut self, message: String) {
+    /// Notes a mistake: [`Builder::finish`] returns the first one.
+    pub fn fail(&mut self, message: String) {
         self.error.get_or_insert(Error::Model(message));
     }
 
@@ -551,6 +582,7 @@ impl<'a> Builder<'a> {
             format,
             layout: Layout::Rows,
             slot: Slot::Scratch,
+            part: None,
         })
     }
 
@@ -582,41 +614,87 @@ impl<'a> Builder<'a> {
 
     /// A required weight of `experts` matrices `[rows, cols]`.
     pub fn expert_weight(&mut self, name: &str, experts: u32, rows: u32, cols: u32) -> TensorId {
-        if let Some(&id) = self.by_name.get(name) {
-            let t = self.program.tensor(id);
-            if (t.experts, t.rows, t.cols) != (experts, Dim::Fixed(rows), cols) {
-                self.fail(format!("tensor `{name}` is used with two different shapes"));
-            }
-            return id;
-        }
-        let (mut format, mut layout) = (Format::F32, Layout::Rows);
-        match (self.lookup)(name) {
-            None => self.fail(format!("tensor `{name}` [{cols}, {rows}] is missing from the file")),
-            Some(info) => {
-                let mut dims = [1u64; 4];
-                for (to, from) in dims.iter_mut().zip(&info.dims) {
-                    *to = *from;
-                }
-                if dims != [u64::from(cols), u64::from(rows), u64::from(experts), 1] {
-                    let mut expected = vec![cols, rows, experts];
-                    while expected.len() > 1 && expected.last() == Some(&1) {
-                        expected.pop();
-                    }
-                    self.fail(format!("tensor `{name}`: expected shape {expected:?}, got {:?}", info.dims));
-                }
-                (format, layout) = (info.format, info.layout);
-            }
-        }
-        let slot = Slot::Weight(self.program.weights.len() as u32);
-        self.add_tensor(Tensor {
+        let (format, layout) = self.look_up(name, [cols, rows, experts]);
+        self.add_weight(Tensor {
             name: name.into(),
             experts,
             rows: Dim::Fixed(rows),
             cols,
             format,
             layout,
-            slot,
+            slot: Slot::Scratch,
+            part: None,
         })
+    }
+
+    /// Rows `range` of a required weight `[rows, cols]`, as a weight of their own: one of several matrices that a file
+    /// keeps in one tensor. Nothing is copied where the device reads mapped pages.
+    pub fn weight_rows(&mut self, name: &str, rows: u32, range: Range<u32>, cols: u32) -> TensorId {
+        let (format, mut layout) = self.look_up(name, [cols, rows, 1]);
+        if !part_as_stored(layout, range.clone(), rows) {
+            layout = Layout::Rows;
+        }
+        let first_element = u64::from(range.start) * u64::from(cols);
+        self.add_weight(Tensor {
+            name: format!("{name}[{}..{}]", range.start, range.end),
+            experts: 1,
+            rows: Dim::Fixed(range.len() as u32),
+            cols,
+            format,
+            layout,
+            slot: Slot::Scratch,
+            part: Some(FilePart { of: name.into(), first_element }),
+        })
+    }
+
+    /// Elements `range` of a vector of `len`; a wrong shape is a mistake, absence is not.
+    pub fn optional_elements(&mut self, name: &str, len: u32, range: Range<u32>) -> Option<TensorId> {
+        self.has(name).then(|| {
+            let (format, _) = self.look_up(name, [len, 1, 1]);
+            self.add_weight(Tensor {
+                name: format!("{name}[{}..{}]", range.start, range.end),
+                experts: 1,
+                rows: Dim::Fixed(1),
+                cols: range.len() as u32,
+                format,
+                layout: Layout::Rows,
+                slot: Slot::Scratch,
+                part: Some(FilePart { of: name.into(), first_element: range.start.into() }),
+            })
+        })
+    }
+
+    /// How the file stores a tensor of this shape.
+    fn look_up(&mut self, name: &str, shape: [u32; 3]) -> (Format, Layout) {
+        let mut expected = shape.to_vec();
+        while expected.len() > 1 && expected.last() == Some(&1) {
+            expected.pop();
+        }
+        let Some(info) = (self.lookup)(name) else {
+            self.fail(format!("tensor `{name}` {expected:?} is missing from the file"));
+            return (Format::F32, Layout::Rows);
+        };
+        let mut dims = [1u64; 4];
+        for (to, from) in dims.iter_mut().zip(&info.dims) {
+            *to = *from;
+        }
+        if dims != [shape[0], shape[1], shape[2], 1].map(u64::from) {
+            self.fail(format!("tensor `{name}`: expected shape {expected:?}, got {:?}", info.dims));
+        }
+        (info.format, info.layout)
+    }
+
+    /// Adds a weight in the next slot, or finds the one of this name.
+    fn add_weight(&mut self, tensor: Tensor) -> TensorId {
+        if let Some(&id) = self.by_name.get(&tensor.name) {
+            let t = self.program.tensor(id);
+            if (t.experts, t.rows, t.cols) != (tensor.experts, tensor.rows, tensor.cols) {
+                self.fail(format!("tensor `{}` is used with two different shapes", tensor.name));
+            }
+            return id;
+        }
+        let slot = Slot::Weight(self.program.weights.len() as u32);
+        self.add_tensor(Tensor { slot, ..tensor })
     }
 
     /// An input bound by the caller.
@@ -630,6 +708,7 @@ impl<'a> Builder<'a> {
             format: Format::F32,
             layout: Layout::Rows,
             slot,
+            part: None,
         })
     }
 
@@ -662,10 +741,10 @@ impl<'a> Builder<'a> {
     }
 
     /// [`Op::Embed`].
-    pub fn embed(&mut self, table: TensorId, scale: f32) -> TensorId {
+    pub fn embed(&mut self, table: TensorId, index: Index, scale: f32) -> TensorId {
         let cols = self.shape(table).1;
         let out = self.result("embed", Dim::Tokens, cols, Format::F32);
-        self.push(Op::Embed { table, out, scale });
+        self.push(Op::Embed { table, index, out, scale });
         out
     }
 
@@ -675,18 +754,6 @@ impl<'a> Builder<'a> {
         let out = self.result("select", Dim::Outputs, cols, Format::F32);
         self.push(Op::Select { x, out });
         out
-    }
-
-    /// A root-mean-square norm over whole rows.
-    pub fn rms_norm(&mut self, name: &str, x: TensorId, weight: TensorId, eps: f32) -> TensorId {
-        let group = self.shape(x).1;
-        self.norm(name, x, NormKind::Rms, Some(weight), None, eps, group)
-    }
-
-    /// A root-mean-square norm of each head.
-    pub fn head_norm(&mut self, name: &str, x: TensorId, weight: TensorId, eps: f32) -> TensorId {
-        let group = self.shape(weight).1;
-        self.norm(name, x, NormKind::Rms, Some(weight), None, eps, group)
     }
 
     /// [`Op::Norm`] without an addition.

@@ -82,9 +82,9 @@ impl Footprint {
 /// # Errors
 /// [`Error::Model`] or [`Error::Program`] if the model has no program, [`Error::Unsupported`] if the backend lacks ops of it.
 pub fn footprint(model: &Model, backend: &dyn Backend, options: &SessionOptions) -> Result<Footprint> {
-    let program = passes::adapt(&model.program(options.program)?, backend.caps());
-    check_support(backend, &program)?;
     let positions = options.positions(model);
+    let program = passes::adapt(&model.program(options.program, positions)?, backend.caps());
+    check_support(backend, &program)?;
     let limits = options.limits(positions);
     Ok(Footprint {
         weight_bytes: program.weight_bytes(),
@@ -192,7 +192,8 @@ impl Session {
         options: &SessionOptions,
         progress: &mut dyn FnMut(u64),
     ) -> Result<Session> {
-        let program = model.program(options.program)?;
+        let positions = options.positions(model);
+        let program = model.program(options.program, positions)?;
         let names: Vec<&str> = options.taps.iter().map(String::as_str).collect();
         let (program, found) = passes::expose(&program, &names);
         let mut taps = Vec::new();
@@ -203,7 +204,6 @@ impl Session {
             })?);
         }
         let program = Arc::new(passes::adapt(&program, backend.caps()));
-        let positions = options.positions(model);
         let limits = options.limits(positions);
         let pages = u64::from(positions).div_ceil(PAGE_POSITIONS.into());
         let plan = backend.prepare(&program, limits)?;

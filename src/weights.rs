@@ -5,12 +5,14 @@
 //! right before it is submitted, while the device is still busy with the one before it: the set's last user was submitted
 //! earlier, and a device does what it is told in order.
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use crate::backend::{Backend, Buffer, Usage, upload};
 use crate::error::{Error, Result};
-use crate::gguf::Gguf;
-use crate::program::{Layout, Program, TensorId};
+use crate::gguf::{Gguf, TensorInfo};
+use crate::map::Region;
+use crate::program::{Dim, Layout, Program, Tensor, TensorId, part_as_stored};
 
 /// Sets of buffers that streamed segments share.
 pub const RING: usize = 2;
@@ -55,8 +57,10 @@ impl Weights {
         gguf.verify()?;
         let mut imported: Vec<Option<Buffer>> = Vec::new();
         for &id in &program.weights {
-            let (tensor, as_stored) = find(gguf, program, id)?;
-            imported.push(if as_stored { backend.import(&tensor.region()?)? } else { None });
+            imported.push(match stored(&find(gguf, program, id)?, program, id)? {
+                Some(region) => backend.import(&region)?,
+                None => None,
+            });
         }
         let bytes = |slot: usize| program.fixed_bytes(program.weights[slot]).unwrap_or(0);
         let copied: Vec<bool> = imported.iter().map(Option::is_none).collect();
@@ -127,23 +131,29 @@ impl Weights {
     }
 }
 
-/// A weight in the file, and whether it lies there as the program has it.
-fn find<'a>(gguf: &'a Gguf, program: &Program, id: TensorId) -> Result<(crate::gguf::TensorInfo<'a>, bool)> {
-    let name = &program.tensor(id).name;
-    let missing = || Error::Model(format!("tensor `{name}` is missing from the file"));
-    let tensor = gguf.tensor(name).ok_or_else(missing)?;
-    let as_stored = tensor.record.layout == program.tensor(id).layout;
-    Ok((tensor, as_stored))
+/// The tensor of the file that a weight is, or is a part of.
+fn find<'a>(gguf: &'a Gguf, program: &Program, id: TensorId) -> Result<TensorInfo<'a>> {
+    let weight = program.tensor(id);
+    let name = weight.part.as_ref().map_or(&weight.name, |part| &part.of);
+    gguf.tensor(name).ok_or_else(|| Error::Model(format!("tensor `{name}` is missing from the file")))
+}
+
+/// A weight's bytes, if they lie in the file as the program has them.
+fn stored(tensor: &TensorInfo<'_>, program: &Program, id: TensorId) -> Result<Option<Region>> {
+    let as_stored = tensor.record.layout == program.tensor(id).layout && lies_together(tensor, program, id);
+    Ok(tensor.region()?.part(bytes_in_file(program, id)).filter(|_| as_stored))
 }
 
 /// Copies a weight to a buffer, in the layout that the program has it in.
 fn copy(gguf: &Gguf, program: &Program, backend: &dyn Backend, slot: usize, to: &Buffer) -> Result<()> {
     let id = program.weights[slot];
-    let (tensor, as_stored) = find(gguf, program, id)?;
-    match program.tensor(id).layout {
-        _ if as_stored => upload(backend, to, 0, tensor.region()?.bytes()),
-        Layout::Rows => upload(backend, to, 0, &tensor.rows()?),
-        Layout::Interleaved => upload(backend, to, 0, &tensor.interleaved()?),
+    let tensor = find(gguf, program, id)?;
+    match stored(&tensor, program, id)? {
+        Some(region) => upload(backend, to, 0, region.bytes()),
+        None => {
+            let bytes = laid_out(&tensor, program.tensor(id), bytes_in_file(program, id))?;
+            upload(backend, to, 0, &bytes)
+        }
     }
 }
 
@@ -188,4 +198,46 @@ fn place(program: &Program, copied: &[bool], budget_bytes: u64, backend: &str) -
     }
     let what = format!("weights on `{backend}`, even streamed,");
     Err(Error::OutOfMemory { what, need_bytes: need, have_bytes: budget_bytes })
+}
+
+/// Where a weight's bytes are in the file's tensor.
+fn bytes_in_file(program: &Program, id: TensorId) -> Range<usize> {
+    let weight = program.tensor(id);
+    let blocks =
+        weight.part.as_ref().map_or(0, |part| part.first_element as usize) / weight.format.block_len();
+    let start = blocks * weight.format.block_bytes();
+    start..start.saturating_add(program.fixed_bytes(id).unwrap_or(0) as usize)
+}
+
+/// Whether a weight's rows are a range of the file's bytes.
+fn lies_together(tensor: &TensorInfo<'_>, program: &Program, id: TensorId) -> bool {
+    let weight = program.tensor(id);
+    let (Some(part), Dim::Fixed(rows)) = (&weight.part, weight.rows) else { return true };
+    let first = (part.first_element / u64::from(weight.cols.max(1))) as u32;
+    let all = tensor.record.dims.get(1).copied().unwrap_or(1) as u32;
+    part_as_stored(tensor.record.layout, first..first.saturating_add(rows), all)
+}
+
+/// A weight's bytes in the order of its layout, which the file's is not.
+fn laid_out(tensor: &TensorInfo<'_>, weight: &Tensor, range: Range<usize>) -> Result<Vec<u8>> {
+    let region = tensor.region()?;
+    let rows = match tensor.record.layout {
+        Layout::Rows => Cow::Borrowed(region.bytes()),
+        Layout::Interleaved => Cow::Owned(tensor.rows()?),
+    };
+    let outside = || Error::Model(format!("weight `{}` is not inside its tensor", weight.name));
+    let rows = rows.get(range).ok_or_else(outside)?;
+    match weight.layout {
+        Layout::Rows => Ok(rows.to_vec()),
+        Layout::Interleaved => {
+            let mut out = Vec::with_capacity(rows.len());
+            for matrix in rows.chunks_exact((rows.len() / weight.experts.max(1) as usize).max(1)) {
+                let mut lanes = vec![0; matrix.len()];
+                let wrong = |e| Error::Model(format!("weight `{}`: {e}", weight.name));
+                weight.format.interleave(weight.cols as usize, matrix, &mut lanes).map_err(wrong)?;
+                out.extend(lanes);
+            }
+            Ok(out)
+        }
+    }
 }

@@ -16,7 +16,7 @@ use halite::synth::{Formats, Synth, shape};
 
 fn program_of(bytes: &[u8]) -> Program {
     let model = Model::from_source(Source::from_bytes("cost", bytes)).unwrap();
-    model.program(ProgramOptions::default()).unwrap()
+    model.program(ProgramOptions::default(), 256).unwrap()
 }
 
 fn program(file: File) -> Program {

@@ -5,8 +5,8 @@ mod common;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use common::exercise;
 use common::gguf::*;
+use common::{SplitMix, exercise};
 use halite::gguf::{Gguf, GgufError, parse};
 use halite::map::Source;
 use halite::model::ProgramOptions;
@@ -252,7 +252,7 @@ fn malformed_headers() {
 fn open(bytes: &[u8]) -> Result<(), Error> {
     let gguf = Gguf::from_source(Source::from_bytes("test", bytes))?;
     let model = Model::from_gguf(gguf)?;
-    model.program(ProgramOptions::default())?;
+    model.program(ProgramOptions::default(), 256)?;
     Tokenizer::from_gguf(model.gguf()).map(drop)
 }
 
@@ -270,7 +270,7 @@ fn models_that_do_not_make_sense() {
         ("architecture not UTF-8", set("general.architecture", b"\xffllama"[..].into()),
             "Gguf", "test: byte 64: key `general.architecture`: expected UTF-8, got \"\\xffllama\""),
         ("unknown architecture", set("general.architecture", "mamba".into()),
-            "Architecture", "model: architecture \"mamba\" is not supported (supported: llama, …"),
+            "Architecture", "model: architecture \"mamba\" is not supported (supported: cohere2, …"),
         ("block_count missing", llama().without("llama.block_count").bytes(),
             "Gguf", "test: key `llama.block_count` is missing"),
         ("block_count of string", set("llama.block_count", "1".into()),
@@ -292,7 +292,7 @@ fn models_that_do_not_make_sense() {
         ("block_count max", set("llama.block_count", u32::MAX.into()),
             "Model", "model: key `llama.block_count`: expected 1 to 1024, got 4294967295"),
         ("block_count one too many", set("llama.block_count", 2u32.into()),
-            "Model", "model: tensor `blk.1.attn_norm.weight` [8, 1] is missing from the file"),
+            "Model", "model: tensor `blk.1.attn_norm.weight` [8] is missing from the file"),
         ("context_length 0", set("llama.context_length", 0u32.into()),
             "Model", "model: key `llama.context_length`: expected 1 to 4294967295, got 0"),
         ("embedding_length 0", set("llama.embedding_length", 0u32.into()),
@@ -320,7 +320,11 @@ fn models_that_do_not_make_sense() {
         ("heads wrap", llama().set("llama.attention.head_count", 1u32 << 20).set("llama.attention.head_count_kv", 1u32 << 20).set("llama.attention.key_length", 1u32 << 12).set("llama.attention.value_length", 4u32).bytes(),
             "Model", "model: 1048576 attention heads of 4096 elements: expected at most 16777216 in all"),
         ("epsilon missing", llama().without("llama.attention.layer_norm_rms_epsilon").bytes(),
-            "Gguf", "test: key `llama.attention.layer_norm_rms_epsilon` is missing"),
+            "Model", "model: key `llama.attention.layer_norm_rms_epsilon` is missing"),
+        ("epsilon of the other norm", gpt2().without("gpt2.attention.layer_norm_epsilon").entry("gpt2.attention.layer_norm_rms_epsilon", 1e-5f32).bytes(),
+            "Model", "model: key `gpt2.attention.layer_norm_epsilon` is missing"),
+        ("epsilon negative", set("llama.attention.layer_norm_rms_epsilon", (-1f32).into()),
+            "Model", "model: key `llama.attention.layer_norm_rms_epsilon`: expected at least 0, got -1"),
         ("epsilon NaN", set("llama.attention.layer_norm_rms_epsilon", f32::NAN.into()),
             "Gguf", "test: byte 390: key `llama.attention.layer_norm_rms_epsilon`: expected a finite number, got NaN"),
         ("epsilon of f64", set("llama.attention.layer_norm_rms_epsilon", 1e-5f64.into()),
@@ -334,7 +338,51 @@ fn models_that_do_not_make_sense() {
         ("rope base infinite", set("llama.rope.freq_base", f32::INFINITY.into()),
             "Gguf", "test: byte 975: key `llama.rope.freq_base`: expected a finite number, got inf"),
         ("rope scaling unknown", set("llama.rope.scaling.type", "longer".into()),
-            "Model", "model: key `llama.rope.scaling.type`: scaling \"longer\" is not supported yet (none, linear)"),
+            "Model", "model: key `llama.rope.scaling.type`: scaling \"longer\" is not supported (none, linear, yarn, longrope)"),
+        ("yarn without factor", set("llama.rope.scaling.type", "yarn".into()),
+            "Gguf", "test: key `llama.rope.scaling.factor` is missing"),
+        ("yarn with a negative beta", gpt_oss().entry("gpt-oss.rope.scaling.yarn_beta_slow", -1f32).bytes(),
+            "Model", "model: key `gpt-oss.rope.scaling.yarn_beta_slow`: expected a positive number, got -1"),
+        ("yarn with an attention factor of its own", gpt_oss().entry("gpt-oss.rope.scaling.yarn_attn_factor", 2f32).bytes(),
+            "Model", "model: key `gpt-oss.rope.scaling.yarn_attn_factor`: only 1 is supported"),
+        ("LongRoPE without factors", set("llama.rope.scaling.type", "longrope".into()),
+            "Model", "model: tensor `rope_factors_long.weight` [2] is missing from the file"),
+        ("factors of half the pairs", phi3().without("rope_factors_long.weight").tensor("rope_factors_long.weight", &[1]).bytes(),
+            "Model", "model: tensor `rope_factors_long.weight`: expected shape [2], got [1]"),
+        ("original context 0", phi3().set("phi3.rope.scaling.original_context_length", 0u32).bytes(),
+            "Model", "model: key `phi3.rope.scaling.original_context_length`: expected 1 to 4294967295, got 0"),
+        ("not causal", set("llama.attention.causal", false.into()),
+            "Model", "model: key `llama.attention.causal`: only true is supported"),
+        ("ALiBi", set("llama.attention.max_alibi_bias", 8f32.into()),
+            "Model", "model: key `llama.attention.max_alibi_bias`: only 0 is supported"),
+        ("shared experts", mixed("llama.expert_shared_count", 1),
+            "Model", "model: key `llama.expert_shared_count`: only up to 0 is supported"),
+        ("unknown gating", mixed("llama.expert_gating_func", 9),
+            "Model", "model: key `llama.expert_gating_func`: expected 0 to 3, got 9"),
+        ("temperature beyond the original context", llama().entry("llama.attention.temperature_scale", 0.1f32).entry("llama.rope.scaling.original_context_length", 64u32).bytes(),
+            "Model", "model: key `llama.attention.temperature_scale`: supported up to 64 positions, the original context, got 256"),
+        ("pattern of two layers", gemma3().entry("gemma3.attention.sliding_window_pattern", &vec![true, false]).bytes(),
+            "Gguf", "test: byte 1105: key `gemma3.attention.sliding_window_pattern`: expected one value of 0 to 2^32 - 1 for each layer, got 2 × Bool [true, false]"),
+        ("windows without a size", gpt_oss().without("gpt-oss.attention.sliding_window").bytes(),
+            "Model", "model: key `gpt-oss.attention.sliding_window` is missing"),
+        ("sinks of one head", gpt_oss().without("blk.0.attn_sinks.weight").tensor("blk.0.attn_sinks.weight", &[1]).bytes(),
+            "Model", "model: tensor `blk.0.attn_sinks.weight`: expected shape [2], got [1]"),
+        ("one of three biases missing", gpt_oss().without("blk.0.ffn_up_exps.bias").bytes(),
+            "Model", "model: tensor `blk.0.ffn_up_exps.bias` [16, 4] is missing from the file"),
+        ("logit scale missing", granite().without("granite.logit_scale").bytes(),
+            "Model", "model: key `granite.logit_scale` is missing"),
+        ("logit scale negative", granite().set("granite.logit_scale", -8f32).bytes(),
+            "Model", "model: key `granite.logit_scale`: expected a positive number, got -8"),
+        ("fused rows missing", phi3().without("blk.0.attn_qkv.weight").tensor("blk.0.attn_qkv.weight", &[8, 12]).bytes(),
+            "Model", "model: tensor `blk.0.attn_qkv.weight`: expected shape [8, 16], got [8, 12]"),
+        ("half of a fused bias", phi3().tensor("blk.0.ffn_up.bias", &[16]).bytes(),
+            "Model", "model: tensor `blk.0.ffn_up.bias`: expected shape [32], got [16]"),
+        ("fewer positions than the context", gpt2().set("gpt2.context_length", 256u32).bytes(),
+            "Model", "model: tensor `position_embd.weight`: expected shape [8, 256], got [8, 64]"),
+        ("tensor of another family", llama().tensor("blk.0.attn_q_norm.weight", &[4]).bytes(),
+            "Model", "model: tensor `blk.0.attn_q_norm.weight` of the file is unknown to the family \"llama\""),
+        ("scale of a weight", llama().tensor("blk.0.attn_q.scale", &[1]).bytes(),
+            "Model", "model: tensor `blk.0.attn_q.scale` of the file is unknown to the family \"llama\""),
         ("rope scaling without factor", set("llama.rope.scaling.type", "linear".into()),
             "Gguf", "test: key `llama.rope.scaling.factor` is missing"),
         ("rope scaling negative", set("llama.rope.scaling.factor", (-2f32).into()),
@@ -370,6 +418,31 @@ fn models_that_do_not_make_sense() {
 }
 
 #[test]
+fn positions_decide_what_a_program_needs() {
+    let program = |file: File, positions| {
+        let model = Model::from_source(Source::from_bytes("test", &file.bytes()))?;
+        model.program(ProgramOptions::default(), positions)
+    };
+    let factors = |positions| {
+        let program = program(phi3(), positions).unwrap();
+        ["short", "long"].map(|name| program.find(&format!("rope_factors_{name}.weight")).is_some())
+    };
+    assert_eq!(factors(4), [true, false]);
+    assert_eq!(factors(5), [false, true]);
+    assert!(program(gpt2(), 64).is_ok());
+    assert_eq!(
+        program(gpt2(), 65).unwrap_err().to_string(),
+        "model: positions of the KV cache: expected at most 64, which were learned, got 65"
+    );
+    let tempered = || {
+        llama()
+            .entry("llama.attention.temperature_scale", 0.1f32)
+            .entry("llama.rope.scaling.original_context_length", 32u32)
+    };
+    assert!(program(tempered(), 32).is_ok() && program(tempered(), 33).is_err());
+}
+
+#[test]
 fn vocabularies_that_do_not_make_sense() {
     // Straight from the metadata: the hyper-parameters look at the token list too.
     let vocabulary = |bytes: &[u8]| {
@@ -383,6 +456,7 @@ fn vocabularies_that_do_not_make_sense() {
         let file = File::new().entry("tokenizer.ggml.model", "llama").entry("tokenizer.ggml.tokens", &texts);
         file.entry("tokenizer.ggml.token_type", &vec![6i32]).bytes()
     };
+    let charsmap = |value: Value| unigram().set("tokenizer.ggml.precompiled_charsmap", value).bytes();
     let merge = |text: &'static str| set_bpe("merges", (&vec!["a b", text]).into());
     let mut scores = vec![0f32; 12];
     scores[3] = f32::NAN;
@@ -391,7 +465,27 @@ fn vocabularies_that_do_not_make_sense() {
         ("model of u32", set("model", 1u32.into()),
             "Gguf", "test: key `tokenizer.ggml.model`: expected string, got u32"),
         ("unknown model", set("model", "wordpiece\x1b[2J".into()),
-            "Tokenizer", "tokenizer: tokenizer model \"wordpiece\\u{1b}[2J\" is not supported yet (llama, gpt2, none)"),
+            "Tokenizer", "tokenizer: tokenizer model \"wordpiece\\u{1b}[2J\" is not supported (llama, gpt2, bert, t5, none)"),
+        ("WordPiece without an unknown token", wordpiece().without("tokenizer.ggml.unknown_token_id").bytes(),
+            "Tokenizer", "tokenizer: unknown_token_id is missing"),
+        ("separator beyond the tokens", wordpiece().set("tokenizer.ggml.seperator_token_id", 9u32).bytes(),
+            "Tokenizer", "tokenizer: seperator_token_id: expected below 8, got 9"),
+        ("lowercase of u32", wordpiece().set("tokenizer.ggml.normalizer.lowercase", 1u32).bytes(),
+            "Gguf", "test: key `tokenizer.ggml.normalizer.lowercase`: expected bool, got u32"),
+        ("charsmap of u32", charsmap((&vec![0u32; 8]).into()),
+            "Gguf", "test: key `tokenizer.ggml.precompiled_charsmap`: expected array of bytes, got array of u32"),
+        ("charsmap of 3 bytes", charsmap((&vec![0u8; 3]).into()),
+            "Tokenizer", "tokenizer: tokenizer.ggml.precompiled_charsmap: expected a size of 4 bytes"),
+        ("charsmap longer than it is", charsmap((&vec![255u8; 8]).into()),
+            "Tokenizer", "tokenizer: tokenizer.ggml.precompiled_charsmap: the array does not end inside"),
+        ("charsmap of half a unit", charsmap((&vec![2u8, 0, 0, 0, 0, 0, 0]).into()),
+            "Tokenizer", "tokenizer: tokenizer.ggml.precompiled_charsmap: expected units of 4 bytes"),
+        ("charsmap with texts that are no UTF-8", charsmap((&vec![0u8, 0, 0, 0, 255, 0]).into()),
+            "Tokenizer", "tokenizer: tokenizer.ggml.precompiled_charsmap: expected texts in UTF-8"),
+        ("charsmap with a value outside", charsmap((&vec![4u8, 0, 0, 0, 0, 1, 0, 64, b'a', 0]).into()),
+            "Tokenizer", "tokenizer: tokenizer.ggml.precompiled_charsmap: unit 0 leads to no text"),
+        ("charsmap with a text without end", charsmap((&vec![8u8, 0, 0, 0, 0, 5, 0, 0, 0, 0, 0, 128, b'a']).into()),
+            "Tokenizer", "tokenizer: tokenizer.ggml.precompiled_charsmap: unit 0 leads to no text"),
         ("tokens missing", llama().without("tokenizer.ggml.tokens").bytes(),
             "Tokenizer", "tokenizer: tokenizer.ggml.tokens is missing"),
         ("tokens empty", set("tokens", array(8, 0, &[])), "Tokenizer", "tokenizer: tokenizer.ggml.tokens: expected 1 to 4194304 tokens, got 0"),
@@ -442,7 +536,7 @@ fn vocabularies_that_do_not_make_sense() {
         ("byte token empty", byte_token(""),
             "Tokenizer", "tokenizer: byte token: expected <0x00> to <0xFF>, got \"\""),
         ("pre-tokenizer unknown", set_bpe("pre", "klingon".into()),
-            "Tokenizer", "tokenizer: pre-tokenizer \"klingon\" is not supported yet (default, …"),
+            "Tokenizer", "tokenizer: pre-tokenizer \"klingon\" is not supported (default, …"),
         ("pre-tokenizer of u32", set_bpe("pre", 1u32.into()),
             "Gguf", "test: key `tokenizer.ggml.pre`: expected string, got u32"),
         ("merges missing", bpe().without("tokenizer.ggml.merges").bytes(),
@@ -483,7 +577,19 @@ fn truncated_anywhere() {
 
 #[test]
 fn versions_2_and_3_are_alike() {
-    for file in [llama(), mixture(), gemma3(), bpe(), every_type(), File::new()] {
+    for file in [
+        llama(),
+        mixture(),
+        gemma3(),
+        phi3(),
+        gpt2(),
+        gpt_oss(),
+        bpe(),
+        wordpiece(),
+        unigram(),
+        every_type(),
+        File::new(),
+    ] {
         let three = parse(&file.bytes()).unwrap();
         let mut two = parse(&File { version: 2, ..file }.bytes()).unwrap();
         assert_eq!((two.version, three.version), (2, 3));
@@ -646,7 +752,7 @@ fn split_models() {
 
     let first = write(&three_parts());
     let model = Model::open(&first).unwrap();
-    assert!(model.program(ProgramOptions::default()).is_ok());
+    assert!(model.program(ProgramOptions::default(), 256).is_ok());
     assert_eq!(model.gguf().parts().count(), 3);
     let whole = Gguf::from_source(Source::from_bytes("whole", &llama().bytes())).unwrap();
     for (part, whole) in model.gguf().tensors().zip(whole.tensors()) {
@@ -792,19 +898,6 @@ fn a_file_that_shrinks_under_the_command() {
     }
 }
 
-/// A small generator of pseudo-random numbers (Steele et al. 2014, SplitMix64).
-struct SplitMix(u64);
-
-impl SplitMix {
-    fn below(&mut self, n: usize) -> usize {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        ((z ^ (z >> 31)) % n as u64) as usize
-    }
-}
-
 /// Flips one to four of a file's first `within` bytes at a time, and gives `f` each of `times` such files: none may panic.
 fn mutate(mut file: Vec<u8>, within: usize, times: usize, seed: u64, f: fn(&[u8]) -> bool) {
     let mut random = SplitMix(seed);
@@ -832,7 +925,7 @@ fn mutate(mut file: Vec<u8>, within: usize, times: usize, seed: u64, f: fn(&[u8]
 
 #[test]
 fn mutants_of_small_files() {
-    for (seed, file) in [llama(), mixture(), gemma3()].into_iter().enumerate() {
+    for (seed, file) in [llama(), mixture(), gemma3(), phi3(), gpt2(), gpt_oss()].into_iter().enumerate() {
         let bytes = file.bytes();
         let header_bytes = parse(&bytes).unwrap().data_start;
         mutate(bytes, header_bytes, 5000, seed as u64, exercise::model);
@@ -850,7 +943,7 @@ fn mutants_of_a_real_file() {
 /// Weights may be any numbers, infinities and NaN among them.
 #[test]
 fn mutants_that_run() {
-    for (seed, file) in [llama(), mixture(), gemma3()].into_iter().enumerate() {
+    for (seed, file) in [llama(), mixture(), gemma3(), phi3(), gpt2(), gpt_oss()].into_iter().enumerate() {
         let bytes = file.bytes();
         let len = bytes.len();
         mutate(bytes, len, 1000, seed as u64, exercise::run);
@@ -869,7 +962,12 @@ fn write_fuzz_seeds() {
         ("llama", llama()),
         ("mixture", mixture()),
         ("gemma3", gemma3()),
+        ("phi3", phi3()),
+        ("gpt2", gpt2()),
+        ("gpt-oss", gpt_oss()),
         ("bpe", bpe()),
+        ("wordpiece", wordpiece()),
+        ("unigram", unigram()),
         ("every-type", every_type()),
         ("empty", File::new()),
     ];
@@ -883,6 +981,10 @@ fn fuzz_seeds() {
     assert!(exercise::model(&llama().bytes()));
     assert!(exercise::model(&mixture().bytes()));
     assert!(exercise::model(&gemma3().bytes()));
+    assert!(exercise::model(&phi3().bytes()));
+    assert!(exercise::model(&gpt2().bytes()));
+    assert!(exercise::model(&gpt_oss().bytes()));
+    assert!(exercise::model(&granite().bytes()));
     let mut seeds = 0;
     for entry in std::fs::read_dir(seed_dir()).unwrap() {
         let bytes = std::fs::read(entry.unwrap().path()).unwrap();

@@ -524,10 +524,10 @@ fn products(
 const GLU_ELEMENTS: usize = 256;
 
 impl Kernels for CpuKernels {
-    fn embed(&mut self, table: Matrix<'_>, tokens: &[u32], scale: f32, out: &mut [f32]) {
+    fn embed(&mut self, table: Matrix<'_>, rows: &[u32], scale: f32, out: &mut [f32]) {
         self.rows(out, table.cols, &|first, out| {
-            for (out, &token) in out.chunks_exact_mut(table.cols).zip(&tokens[first..]) {
-                matmul::embed(table.format, table.layout, table.bytes, token as usize, scale, out);
+            for (out, &row) in out.chunks_exact_mut(table.cols).zip(&rows[first..]) {
+                matmul::embed(table.format, table.layout, table.bytes, row as usize, scale, out);
             }
         });
     }

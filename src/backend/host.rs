@@ -13,7 +13,8 @@ use crate::error::{Error, Result};
 use crate::map::Region;
 use crate::passes;
 use crate::program::{
-    Dim, Epilogue, Gating, NormKind, Op, PAGE_POSITIONS, Program, RopePairs, Slot, State, StateId, TensorId,
+    Dim, Epilogue, Gating, Index, NormKind, Op, PAGE_POSITIONS, Program, RopePairs, Slot, State, StateId,
+    TensorId,
 };
 
 /// A weight's bytes and shape.
@@ -139,7 +140,7 @@ pub(crate) struct ExpertsArgs<'a> {
 
 /// The ops on slices. Lengths are those that `Program::validate` guarantees.
 pub(crate) trait Kernels: Send {
-    fn embed(&mut self, table: Matrix<'_>, tokens: &[u32], scale: f32, out: &mut [f32]);
+    fn embed(&mut self, table: Matrix<'_>, rows: &[u32], scale: f32, out: &mut [f32]);
     fn add(&mut self, a: &[f32], b: &[f32], out: &mut [f32]);
     fn norm(&mut self, args: &NormArgs<'_>, out: &mut [f32], sum: Option<&mut [f32]>);
     fn matmul(&mut self, x: &[f32], products: &[Product<'_>], after: After<'_>, outs: &mut [&mut [f32]]);
@@ -572,12 +573,16 @@ fn compute<K: Kernels>(
     let [first, second, ..] = outs;
     let out: &mut [f32] = first.as_mut().map_or(&mut [], |out| &mut out[..]);
     match op {
-        Op::Embed { table, scale, .. } => {
+        Op::Embed { table, index, scale, .. } => {
             let table = memory.weight(*table, b)?;
-            if let Some(&bad) = step.tokens.iter().find(|&&t| t as usize >= table.rows) {
-                return Err(Error::argument("token id", format!("below {}", table.rows), bad));
+            let (what, indices) = match index {
+                Index::Token => ("token id", step.tokens),
+                Index::Position => ("position", tokens.position),
+            };
+            if let Some(&bad) = indices.iter().find(|&&i| i as usize >= table.rows) {
+                return Err(Error::argument(what, format!("below {}", table.rows), bad));
             }
-            kernels.embed(table.matrix(), step.tokens, *scale, out);
+            kernels.embed(table.matrix(), indices, *scale, out);
         }
         Op::Select { x, .. } => {
             let cols = memory.cols(*x);

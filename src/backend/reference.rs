@@ -293,9 +293,9 @@ fn attend(
 struct Definitions;
 
 impl Kernels for Definitions {
-    fn embed(&mut self, table: Matrix<'_>, tokens: &[u32], scale: f32, out: &mut [f32]) {
-        for (out, &token) in out.chunks_exact_mut(table.cols).zip(tokens) {
-            let row = table.rows(token as usize..token as usize + 1);
+    fn embed(&mut self, table: Matrix<'_>, rows: &[u32], scale: f32, out: &mut [f32]) {
+        for (out, &row) in out.chunks_exact_mut(table.cols).zip(rows) {
+            let row = table.rows(row as usize..row as usize + 1);
             let _ = row.format.dequantize(row.bytes, out);
             if scale != 1.0 {
                 out.iter_mut().for_each(|x| *x *= scale);

@@ -393,6 +393,18 @@ impl Gguf {
         }
     }
 
+    /// An array of bytes, signed or not; `None` if absent.
+    ///
+    /// # Errors
+    /// [`GgufError::ValueType`].
+    pub fn optional_bytes(&self, key: &str) -> Result<Option<&[u8]>> {
+        let Some((value, bytes)) = self.value(key) else { return Ok(None) };
+        match (value.array_len, value.kind) {
+            (Some(_), ValueType::U8 | ValueType::I8) => Ok(Some(bytes)),
+            _ => Err(self.wrong_type(key, "array of bytes", value)),
+        }
+    }
+
     /// An array of f32 (integers are converted: some files store scores so); `None` if absent.
     ///
     /// # Errors

@@ -6,7 +6,7 @@ use halite_kernels::formats::Format;
 
 use crate::error::{Error, Result};
 use crate::gguf::{Gguf, printable};
-use crate::program::{Builder, Dim, Gate, State, TensorId};
+use crate::program::{Gating, State};
 
 /// Most layers that a model may have.
 const MAX_LAYERS: u32 = 1024;
@@ -33,21 +33,44 @@ pub struct Hparams {
     pub key_length: u32,
     pub value_length: u32,
     pub vocab_size: u32,
-    /// Added under the root of norms.
-    pub norm_eps: f32,
+    /// Added under the root of layer norms.
+    pub layer_norm_epsilon: Option<f32>,
+    /// Added under the root of root-mean-square norms.
+    pub layer_norm_rms_epsilon: Option<f32>,
     /// Rotated elements of a head.
     pub rope_dimension_count: u32,
     pub rope_freq_base: f32,
+    /// The rotary base of windowed layers, where it is another.
+    pub rope_freq_base_swa: Option<f32>,
     pub rope_scaling: RopeScaling,
+    /// A factor on sine and cosine, besides what the scaling has.
+    pub rope_attn_factor: f32,
+    /// Positions of the training before its context was extended.
+    pub original_context_length: u32,
+    /// Whether a file says that its model was trained with rotary embeddings.
+    pub rope_finetuned: Option<bool>,
     /// Positions that windowed layers look back.
     pub sliding_window: Option<u32>,
+    /// Which layers are windowed, if the file says so; one for each layer.
+    pub sliding_window_pattern: Option<Vec<bool>>,
     pub attention_scale: Option<f32>,
+    /// How much queries grow beyond the original context (Llama 4's temperature tuning).
+    pub attention_temperature_scale: Option<f32>,
     pub attn_logit_softcapping: Option<f32>,
     pub final_logit_softcapping: Option<f32>,
+    pub embedding_scale: Option<f32>,
+    pub residual_scale: Option<f32>,
+    pub logit_scale: Option<f32>,
     pub expert_count: u32,
     pub expert_used_count: u32,
+    pub expert_feed_forward_length: Option<u32>,
+    pub expert_gating_func: Option<Gating>,
+    pub expert_weights_norm: Option<bool>,
+    pub expert_weights_scale: Option<f32>,
     /// How the KV cache is stored; a choice of the caller.
     pub kv_format: Format,
+    /// Positions of the KV cache; a choice of the caller, which decides between the factors of LongRoPE.
+    pub positions: u32,
 }
 
 /// How rotary frequencies are stretched beyond the training context.
@@ -60,6 +83,40 @@ pub enum RopeScaling {
         /// The factor.
         factor: f32,
     },
+    /// Slow pairs are interpolated, fast ones are not (YaRN, Peng et al. 2023).
+    Yarn {
+        /// The factor.
+        factor: f32,
+        /// Rotations within the original context from which on a pair is left alone.
+        beta_fast: f32,
+        /// Rotations up to which it is interpolated in full.
+        beta_slow: f32,
+        /// What replaces the 1 of `0.1 · ln(factor) + 1` in the denominator of the attention factor, if not zero.
+        log_multiplier: f32,
+    },
+    /// Each pair has its own factor, in a tensor of the file (LongRoPE, Ding et al. 2024).
+    Long,
+}
+
+/// Keys of options that change what a model computes and that no family here has, each with what it may say.
+const ONLY: &[(&str, Only)] = &[
+    ("attention.causal", Only::Bool(true)),
+    ("attention.clamp_kqv", Only::F32(0.0)),
+    ("attention.max_alibi_bias", Only::F32(0.0)),
+    ("expert_group_count", Only::UpTo(1)),
+    ("expert_shared_count", Only::UpTo(0)),
+    ("interleave_moe_layer_step", Only::UpTo(1)),
+    ("leading_dense_block_count", Only::UpTo(0)),
+    ("nextn_predict_layers", Only::UpTo(0)),
+    ("rope.scaling.yarn_attn_factor", Only::F32(1.0)),
+    ("rope.scaling.yarn_ext_factor", Only::F32(1.0)),
+];
+
+#[derive(Clone, Copy)]
+enum Only {
+    Bool(bool),
+    UpTo(u32),
+    F32(f32),
 }
 
 impl Hparams {
@@ -132,17 +189,35 @@ impl Hparams {
             );
             return Err(Error::Model(message));
         }
-        let rope_freq_base = gguf.optional_f32(&key("rope.freq_base"))?.unwrap_or(10_000.0);
-        if rope_freq_base <= 0.0 {
-            let message =
-                format!("key `{}`: expected a positive number, got {rope_freq_base}", key("rope.freq_base"));
-            return Err(Error::Model(message));
+        for (name, only) in ONLY {
+            let key = key(name);
+            let (fits, expected) = match only {
+                Only::Bool(only) => (gguf.optional_bool(&key)?.is_none_or(|v| v == *only), only.to_string()),
+                Only::UpTo(only) => {
+                    (gguf.optional_u32(&key)?.is_none_or(|v| v <= *only), format!("up to {only}"))
+                }
+                Only::F32(only) => (gguf.optional_f32(&key)?.is_none_or(|v| v == *only), only.to_string()),
+            };
+            if !fits {
+                let message = format!("key `{key}`: only {expected} is supported");
+                return Err(Error::Model(message));
+            }
         }
-        let norm_eps = match gguf.optional_f32(&key("attention.layer_norm_rms_epsilon"))? {
-            Some(eps) => eps,
-            None => gguf
-                .optional_f32(&key("attention.layer_norm_epsilon"))?
-                .ok_or_else(|| missing("attention.layer_norm_rms_epsilon"))?,
+        let positive = |name: &str| match gguf.optional_f32(&key(name))? {
+            Some(value) if value <= 0.0 => {
+                Err(Error::Model(format!("key `{}`: expected a positive number, got {value}", key(name))))
+            }
+            value => Ok(value),
+        };
+        // Zero stands for a factor that there is not.
+        let factor = |name: &str| -> Result<Option<f32>> {
+            if gguf.optional_f32(&key(name))? == Some(0.0) { Ok(None) } else { positive(name) }
+        };
+        let epsilon = |name: &str| match gguf.optional_f32(&key(name))? {
+            Some(value) if value < 0.0 => {
+                Err(Error::Model(format!("key `{}`: expected at least 0, got {value}", key(name))))
+            }
+            value => Ok(value),
         };
         let vocab_size = match gguf.optional_u32(&key("vocab_size"))? {
             Some(size) => size,
@@ -166,28 +241,64 @@ impl Hparams {
             );
             return Err(Error::Model(message));
         }
+        let expert_feed_forward_length = match gguf.optional_u32(&key("expert_feed_forward_length"))? {
+            Some(length) => Some(ranged("expert_feed_forward_length", length, MAX_EXTENT)?),
+            None => None,
+        };
+        let feed_forward_length = per_layer("feed_forward_length")?
+            .or_else(|| expert_feed_forward_length.map(|length| vec![length; layers]))
+            .ok_or_else(|| missing("feed_forward_length"))?;
+        let expert_gating_func = match gguf.optional_u32(&key("expert_gating_func"))? {
+            None | Some(0) => None,
+            Some(1) => Some(Gating::Softmax),
+            Some(2) => Some(Gating::Sigmoid),
+            Some(3) => Some(Gating::SoftmaxOfTop),
+            Some(other) => {
+                let message = format!("key `{}`: expected 0 to 3, got {other}", key("expert_gating_func"));
+                return Err(Error::Model(message));
+            }
+        };
+        let context_length = required("context_length", u32::MAX)?;
+        let original_context_length = match gguf.optional_u32(&key("rope.scaling.original_context_length"))? {
+            Some(length) => ranged("rope.scaling.original_context_length", length, u32::MAX)?,
+            None => context_length,
+        };
         Ok(Hparams {
-            context_length: required("context_length", u32::MAX)?,
+            context_length,
             embedding_length,
             block_count,
-            feed_forward_length: per_layer("feed_forward_length")?
-                .ok_or_else(|| missing("feed_forward_length"))?,
+            feed_forward_length,
             head_count,
             head_count_kv,
             key_length,
             value_length,
             vocab_size,
-            norm_eps,
+            layer_norm_epsilon: epsilon("attention.layer_norm_epsilon")?,
+            layer_norm_rms_epsilon: epsilon("attention.layer_norm_rms_epsilon")?,
             rope_dimension_count,
-            rope_freq_base,
+            rope_freq_base: positive("rope.freq_base")?.unwrap_or(10_000.0),
+            rope_freq_base_swa: positive("rope.freq_base_swa")?,
             rope_scaling: rope_scaling(gguf, &architecture)?,
+            rope_attn_factor: positive("rope.scaling.attn_factor")?.unwrap_or(1.0),
+            original_context_length,
+            rope_finetuned: gguf.optional_bool(&key("rope.scaling.finetuned"))?,
             sliding_window: gguf.optional_u32(&key("attention.sliding_window"))?.filter(|&w| w > 0),
-            attention_scale: gguf.optional_f32(&key("attention.scale"))?.filter(|&s| s != 0.0),
-            attn_logit_softcapping: gguf.optional_f32(&key("attn_logit_softcapping"))?.filter(|&c| c > 0.0),
-            final_logit_softcapping: gguf.optional_f32(&key("final_logit_softcapping"))?.filter(|&c| c > 0.0),
+            sliding_window_pattern: sliding_window_pattern(gguf, &architecture, block_count)?,
+            attention_scale: factor("attention.scale")?,
+            attention_temperature_scale: factor("attention.temperature_scale")?,
+            attn_logit_softcapping: factor("attn_logit_softcapping")?,
+            final_logit_softcapping: factor("final_logit_softcapping")?,
+            embedding_scale: factor("embedding_scale")?,
+            residual_scale: factor("residual_scale")?,
+            logit_scale: factor("logit_scale")?,
             expert_count,
             expert_used_count,
+            expert_feed_forward_length,
+            expert_gating_func,
+            expert_weights_norm: gguf.optional_bool(&key("expert_weights_norm"))?,
+            expert_weights_scale: factor("expert_weights_scale")?,
             kv_format: Format::F16,
+            positions: context_length,
             architecture,
         })
     }
@@ -209,80 +320,106 @@ impl Hparams {
         }
     }
 
-    /// Radians per position of each rotated pair: `base^(-2i / dims)`, divided by the scaling factor.
-    pub(crate) fn rope_frequencies(&self, base: f32, scaling: RopeScaling) -> Arc<[f32]> {
-        let dims = self.rope_dimension_count;
-        let factor = match scaling {
-            RopeScaling::None => 1.0,
-            RopeScaling::Linear { factor } => f64::from(factor),
-        };
-        (0..dims / 2)
-            .map(|i| (f64::from(base).powf(-f64::from(2 * i) / f64::from(dims)) / factor) as f32)
-            .collect()
-    }
-
-    /// `[1, cols]` of the vocabulary's embedding table, which is also the output matrix where a file has none of its own.
-    pub(crate) fn output_weight(&self, b: &mut Builder<'_>, embedding: TensorId) -> TensorId {
-        let name = "output.weight";
-        if b.has(name) { b.weight(name, self.vocab_size, self.embedding_length) } else { embedding }
-    }
-
-    /// The gated feed-forward block that most families share: `down(act(gate x) * (up x))`.
-    pub(crate) fn feed_forward(&self, b: &mut Builder<'_>, layer: u32, x: TensorId, act: Gate) -> TensorId {
-        let hidden = Hparams::at(&self.feed_forward_length, layer);
-        let name = |part: &str| format!("blk.{layer}.{part}.weight");
-        let w_gate = b.weight(&name("ffn_gate"), hidden, self.embedding_length);
-        let w_up = b.weight(&name("ffn_up"), hidden, self.embedding_length);
-        let w_down = b.weight(&name("ffn_down"), self.embedding_length, hidden);
-        let gate = b.linear("ffn_gate", x, w_gate, None);
-        let up = b.linear("ffn_up", x, w_up, None);
-        let y = b.glu(gate, up, act);
-        b.linear("ffn_down", y, w_down, None)
-    }
-
-    /// The end of every program: the rows that are wanted, their logits, and in a last segment the most likely token.
-    pub(crate) fn head(&self, b: &mut Builder<'_>, x: TensorId, norm: TensorId, output: TensorId) {
-        b.segment("output");
-        let x = b.select(x);
-        let x = b.rms_norm("norm", x, norm, self.norm_eps);
-        let mut logits = b.linear("matmul", x, output, None);
-        if let Some(cap) = self.final_logit_softcapping {
-            logits = b.map("softcap", logits, crate::program::Unary::SoftCap(cap));
+    /// Whether a layer looks back only so far: as the file says, or else all but the last of every `period` layers.
+    pub(crate) fn is_windowed(&self, layer: u32, period: u32) -> bool {
+        match &self.sliding_window_pattern {
+            Some(pattern) => pattern.get(layer as usize).copied().unwrap_or(false),
+            None => windowed(layer, period),
         }
-        b.name(logits, super::outputs::LOGITS);
-        b.output(logits);
-        b.segment("argmax");
-        let best = b.arg_max(logits);
-        b.name(best, super::outputs::ARG_MAX);
-        b.output(best);
-        debug_assert!(matches!(b.shape(best).0, Dim::Outputs));
     }
+
+    /// Radians per position of each rotated pair, and the factor on sine and cosine.
+    ///
+    /// A pair i of n has the frequency `base^(-i / n)`, which linear scaling divides by its factor. YaRN mixes the two by
+    /// how often the pair rotates within the original context.
+    pub(crate) fn rope_frequencies(&self, base: f32, scaling: RopeScaling) -> (Arc<[f32]>, f32) {
+        let dims = f64::from(self.rope_dimension_count);
+        let base = f64::from(base);
+        let frequencies = (0..self.rope_dimension_count / 2).map(|i| {
+            let frequency = base.powf(-f64::from(2 * i) / dims);
+            let scaled = match scaling {
+                RopeScaling::None | RopeScaling::Long => frequency,
+                RopeScaling::Linear { factor } => frequency / f64::from(factor),
+                RopeScaling::Yarn { factor, beta_fast, beta_slow, .. } => {
+                    // The pair that rotates so many times within the original context.
+                    let pair = |rotations: f32| {
+                        let context = f64::from(self.original_context_length);
+                        dims * (context / (f64::from(rotations) * std::f64::consts::TAU)).ln()
+                            / (2.0 * base.ln())
+                    };
+                    let first = pair(beta_fast).floor().max(0.0);
+                    let last = pair(beta_slow).ceil().min(dims - 1.0);
+                    let ramp = ((f64::from(i) - first) / (last - first).max(0.001)).clamp(0.0, 1.0);
+                    frequency * (ramp / f64::from(factor) + (1.0 - ramp))
+                }
+            };
+            scaled as f32
+        });
+        let magnitude = match scaling {
+            RopeScaling::Yarn { factor, log_multiplier, .. } if factor > 1.0 => {
+                let grown = |by: f32| f64::from(by) * 0.1 * f64::from(factor).ln() + 1.0;
+                (if log_multiplier == 0.0 { grown(1.0) } else { grown(1.0) / grown(log_multiplier) }) as f32
+            }
+            _ => 1.0,
+        };
+        (frequencies.collect(), magnitude)
+    }
+}
+
+/// Whether a layer is none of the last of every `period` layers; a period of zero has no last one.
+fn windowed(layer: u32, period: u32) -> bool {
+    (layer + 1).checked_rem(period) != Some(0)
+}
+
+/// `attention.sliding_window_pattern`: a period, or for each layer whether it is windowed.
+fn sliding_window_pattern(gguf: &Gguf, architecture: &str, layers: u32) -> Result<Option<Vec<bool>>> {
+    let key = format!("{architecture}.attention.sliding_window_pattern");
+    let is_array = gguf.metadata().iter().any(|(k, value)| *k == key && value.array_len.is_some());
+    if is_array {
+        let pattern = gguf.optional_u32_per_layer(&key, layers as usize)?;
+        return Ok(pattern.map(|pattern| pattern.iter().map(|&v| v != 0).collect()));
+    }
+    let period = gguf.optional_u32(&key)?;
+    Ok(period.map(|period| (0..layers).map(|layer| windowed(layer, period)).collect()))
 }
 
 fn rope_scaling(gguf: &Gguf, architecture: &str) -> Result<RopeScaling> {
     let key = |name: &str| format!("{architecture}.rope.{name}");
-    let positive = |factor: f32| {
-        if factor > 0.0 {
-            return Ok(RopeScaling::Linear { factor });
+    let positive = |name: &str, value: f32| {
+        if value > 0.0 {
+            return Ok(value);
         }
-        Err(Error::Model(format!(
-            "key `{}`: expected a positive number, got {factor}",
-            key("scaling.factor")
-        )))
+        Err(Error::Model(format!("key `{}`: expected a positive number, got {value}", key(name))))
     };
+    let linear = |name: &str, factor: f32| Ok(RopeScaling::Linear { factor: positive(name, factor)? });
     match gguf.optional_str(&key("scaling.type"))? {
         None => match gguf.optional_f32(&key("scale_linear"))? {
             None => match gguf.optional_f32(&key("scaling.factor"))? {
                 // Files from before `scaling.type` mean linear scaling.
-                Some(factor) if factor != 1.0 && factor != 0.0 => positive(factor),
+                Some(factor) if factor != 1.0 && factor != 0.0 => linear("scaling.factor", factor),
                 _ => Ok(RopeScaling::None),
             },
-            Some(factor) => positive(factor),
+            Some(factor) => linear("scale_linear", factor),
         },
         Some("none") => Ok(RopeScaling::None),
-        Some("linear") => positive(gguf.f32(&key("scaling.factor"))?),
+        Some("linear") => linear("scaling.factor", gguf.f32(&key("scaling.factor"))?),
+        Some("yarn") => {
+            let beta =
+                |name: &str, default: f32| positive(name, gguf.optional_f32(&key(name))?.unwrap_or(default));
+            let log_multiplier = "scaling.yarn_log_multiplier";
+            Ok(RopeScaling::Yarn {
+                factor: positive("scaling.factor", gguf.f32(&key("scaling.factor"))?)?,
+                beta_fast: beta("scaling.yarn_beta_fast", 32.0)?,
+                beta_slow: beta("scaling.yarn_beta_slow", 1.0)?,
+                log_multiplier: match gguf.optional_f32(&key(log_multiplier))? {
+                    None | Some(0.0) => 0.0,
+                    Some(value) => positive(log_multiplier, value)?,
+                },
+            })
+        }
+        Some("longrope") => Ok(RopeScaling::Long),
         Some(other) => Err(Error::Model(format!(
-            "key `{}`: scaling {} is not supported yet (none, linear)",
+            "key `{}`: scaling {} is not supported (none, linear, yarn, longrope)",
             key("scaling.type"),
             printable(other.as_bytes())
         ))),

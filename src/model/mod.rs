@@ -1,10 +1,23 @@
 //! Model families as plain programs. A family reads its hyper-parameters from the file and records ops; it knows no
 //! backend.
 
-mod gemma3;
+mod cohere2;
+mod falcon;
+mod gemma;
+mod gpt2;
+mod gpt_oss;
+mod granite;
 mod hparams;
 mod llama;
+mod network;
+mod olmo2;
+mod phi;
+mod qwen;
+mod smollm3;
+mod stablelm;
+mod starcoder2;
 
+use std::collections::HashSet;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -21,7 +34,29 @@ use crate::program::{Builder, Program, WeightInfo};
 type Record = fn(&Hparams, &mut Builder<'_>);
 
 /// One line for each architecture: its name in `general.architecture` and what records it.
-const FAMILIES: &[(&str, Record)] = &[("llama", llama::record), ("gemma3", gemma3::record)];
+const FAMILIES: &[(&str, Record)] = &[
+    ("cohere2", cohere2::record),
+    ("falcon", falcon::record),
+    ("gemma2", gemma::record_2),
+    ("gemma3", gemma::record_3),
+    ("gpt-oss", gpt_oss::record),
+    ("gpt2", gpt2::record),
+    ("granite", granite::record),
+    ("llama", llama::record),
+    ("mistral3", llama::record),
+    ("olmo2", olmo2::record),
+    ("phi3", phi::record),
+    ("phimoe", phi::record),
+    ("qwen2", qwen::record_2),
+    ("qwen3", qwen::record_3),
+    ("qwen3moe", qwen::record_3),
+    ("smollm3", smollm3::record),
+    ("stablelm", stablelm::record),
+    ("starcoder2", starcoder2::record),
+];
+
+/// Tensors of which a model uses one or the other, or none.
+const OPTIONAL: &[&str] = &["rope_factors_long.weight", "rope_factors_short.weight"];
 
 /// Architectures that Halite can build.
 pub fn architectures() -> impl Iterator<Item = &'static str> {
@@ -107,11 +142,11 @@ impl Model {
         name.unwrap_or(&self.hparams.architecture).chars().filter(|c| !c.is_control()).take(256).collect()
     }
 
-    /// The model's program, before any fusion. Needs the header only, no weights.
+    /// The model's program for sequences of up to `positions`, before any fusion. Needs the header only, no weights.
     ///
     /// # Errors
-    /// [`Error::Model`] for a missing or misshapen tensor, [`Error::Program`] for shapes that no program can have.
-    pub fn program(&self, options: ProgramOptions) -> Result<Program> {
+    /// [`Error::Model`] for a missing, misshapen or unknown tensor, [`Error::Program`] for shapes that no program can have.
+    pub fn program(&self, options: ProgramOptions, positions: u32) -> Result<Program> {
         let lookup = |name: &str| {
             let info = self.gguf.tensor(name)?;
             Some(WeightInfo {
@@ -121,8 +156,23 @@ impl Model {
             })
         };
         let mut builder = Builder::new(&self.name(), &lookup);
-        let hparams = Hparams { kv_format: options.kv_format, ..self.hparams.clone() };
+        let hparams = Hparams { kv_format: options.kv_format, positions, ..self.hparams.clone() };
         (self.record)(&hparams, &mut builder);
-        builder.finish()
+        let program = builder.finish()?;
+        self.check_all_used(&program)?;
+        Ok(program)
+    }
+
+    /// Refuses a file with tensors that its family does not know: without them it would be another model.
+    fn check_all_used(&self, program: &Program) -> Result<()> {
+        let weights = program.weights.iter().map(|&id| program.tensor(id));
+        let used: HashSet<&str> =
+            weights.map(|t| t.part.as_ref().map_or(&t.name, |part| &part.of).as_str()).collect();
+        let mut names = self.gguf.tensors().map(|t| t.record.name.as_str());
+        let unused = names.find(|name| !used.contains(name) && !OPTIONAL.contains(name));
+        unused.map_or(Ok(()), |name| {
+            let architecture = printable(self.hparams.architecture.as_bytes());
+            Err(Error::Model(format!("tensor `{name}` of the file is unknown to the family {architecture}")))
+        })
     }
 }

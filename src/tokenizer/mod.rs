@@ -1,10 +1,12 @@
-//! Text to tokens and back, from GGUF metadata alone: SentencePiece-style (`llama`) and byte-level BPE (`gpt2`)
-//! vocabularies.
+//! Text to tokens and back, from GGUF metadata alone: SentencePiece's BPE (`llama`) and unigram (`t5`), byte-level BPE
+//! (`gpt2`) and WordPiece (`bert`) vocabularies.
 
 mod bpe;
 mod pretokenize;
 mod spm;
+mod unigram;
 mod vocabulary;
+mod wordpiece;
 
 use std::collections::HashSet;
 use std::sync::OnceLock;
@@ -48,6 +50,17 @@ impl TokenKind {
 enum Algorithm {
     Spm(spm::Spm),
     Bpe(bpe::Bpe),
+    WordPiece(wordpiece::WordPiece),
+    Unigram(unigram::Unigram),
+}
+
+/// A kind of vocabulary with its special tokens, and whether they are added unless the file says otherwise.
+struct Kind {
+    algorithm: Algorithm,
+    bos: Option<u32>,
+    eos: Option<u32>,
+    add_bos: bool,
+    add_eos: bool,
 }
 
 /// A vocabulary and its algorithm.
@@ -117,12 +130,20 @@ impl Tokenizer {
             }
         };
         let pre = gguf.optional_str("tokenizer.ggml.pre")?.unwrap_or("default");
-        let (algorithm, bos, eos, add_bos) = match model {
+        let or = |id: u32| (count > id as usize).then_some(id);
+        let flag = |name: &str, default: bool| -> Result<bool> {
+            Ok(gguf.optional_bool(&format!("tokenizer.ggml.{name}"))?.unwrap_or(default))
+        };
+        let required = |name: &str, default: u32| -> Result<u32> {
+            let missing = || Error::Tokenizer(format!("{name}_token_id is missing"));
+            special(name, or(default))?.ok_or_else(missing)
+        };
+        let Kind { algorithm, bos, eos, add_bos, add_eos } = match model {
             "llama" => {
-                let add_space_prefix = gguf.optional_bool("tokenizer.ggml.add_space_prefix")?.unwrap_or(true);
+                let add_space_prefix = flag("add_space_prefix", true)?;
                 let spm = spm::Spm::new(&vocabulary, special("unknown", Some(0))?, add_space_prefix)?;
-                let or = |id: u32| (count > id as usize).then_some(id);
-                (Algorithm::Spm(spm), special("bos", or(1))?, special("eos", or(2))?, true)
+                let (bos, eos) = (special("bos", or(1))?, special("eos", or(2))?);
+                Kind { algorithm: Algorithm::Spm(spm), bos, eos, add_bos: true, add_eos: false }
             }
             "gpt2" => {
                 let pre = pretokenize::Pretokenizer::new(pre)?;
@@ -130,12 +151,41 @@ impl Tokenizer {
                 let merges = gguf
                     .optional_strings("tokenizer.ggml.merges")?
                     .ok_or_else(|| Error::Tokenizer("tokenizer.ggml.merges is missing".into()))?;
-                let bpe = bpe::Bpe::new(pre, merges, &vocabulary)?;
-                (Algorithm::Bpe(bpe), special("bos", None)?, special("eos", None)?, add_bos)
+                let algorithm = Algorithm::Bpe(bpe::Bpe::new(pre, merges, &vocabulary)?);
+                Kind {
+                    algorithm,
+                    bos: special("bos", None)?,
+                    eos: special("eos", None)?,
+                    add_bos,
+                    add_eos: false,
+                }
+            }
+            "bert" => {
+                let lowercase = flag("normalizer.lowercase", true)?;
+                let strip_accents = flag("normalizer.strip_accents", lowercase)?;
+                let unknown = required("unknown", 100)?;
+                let algorithm = wordpiece::WordPiece::new(&vocabulary, unknown, lowercase, strip_accents)?;
+                // A text is put between a token that stands for all of it and a separator, which the format misspells.
+                let (bos, eos) = (special("cls", or(101))?, special("seperator", or(102))?);
+                let algorithm = Algorithm::WordPiece(algorithm);
+                Kind { algorithm, bos: special("bos", bos)?, eos, add_bos: true, add_eos: true }
+            }
+            "t5" => {
+                let charsmap = gguf.optional_bytes("tokenizer.ggml.precompiled_charsmap")?;
+                let unigram = unigram::Unigram::new(
+                    &vocabulary,
+                    required("unknown", 2)?,
+                    flag("add_space_prefix", true)?,
+                    flag("remove_extra_whitespaces", true)?,
+                    charsmap.filter(|bytes| !bytes.is_empty()),
+                )?;
+                let (bos, eos) = (special("bos", None)?, special("eos", or(1))?);
+                Kind { algorithm: Algorithm::Unigram(unigram), bos, eos, add_bos: false, add_eos: true }
             }
             other => {
                 let other = printable(other.as_bytes());
-                let message = format!("tokenizer model {other} is not supported yet (llama, gpt2, none)");
+                let message =
+                    format!("tokenizer model {other} is not supported (llama, gpt2, bert, t5, none)");
                 return Err(Error::Tokenizer(message));
             }
         };
@@ -157,8 +207,8 @@ impl Tokenizer {
         ends.sort_unstable();
         ends.dedup();
         Ok(Some(Tokenizer {
-            add_bos: gguf.optional_bool("tokenizer.ggml.add_bos_token")?.unwrap_or(add_bos),
-            add_eos: gguf.optional_bool("tokenizer.ggml.add_eos_token")?.unwrap_or(false),
+            add_bos: flag("add_bos_token", add_bos)?,
+            add_eos: flag("add_eos_token", add_eos)?,
             vocabulary,
             algorithm,
             bos,
@@ -240,18 +290,23 @@ impl Tokenizer {
         match &self.algorithm {
             Algorithm::Spm(spm) => spm.encode(text, first, &self.vocabulary, out),
             Algorithm::Bpe(bpe) => bpe.encode(text, &self.vocabulary, out),
+            Algorithm::WordPiece(wordpiece) => wordpiece.encode(text, &self.vocabulary, out),
+            Algorithm::Unigram(unigram) => unigram.encode(text, first, out),
         }
     }
 
-    /// User-defined tokens in the text, and control tokens if they are to be parsed: longest first, not overlapping, in
-    /// order.
+    /// User-defined tokens in the text (but for unigram vocabularies, which weigh them with the rest), and control tokens if
+    /// they are to be parsed: longest first, not overlapping, in order.
     fn find_literals(&self, text: &str, parse_special: bool) -> Vec<(std::ops::Range<usize>, u32)> {
         let Some(literals) = self.literals.get_or_init(|| self.build_literals()) else { return Vec::new() };
         let mut all: Vec<_> = literals
             .finder
             .find_overlapping_iter(text)
             .map(|m| (m.range(), literals.ids[m.pattern().as_usize()]))
-            .filter(|&(_, id)| parse_special || self.kind(id) == Some(TokenKind::UserDefined))
+            .filter(|&(_, id)| match self.kind(id) {
+                Some(TokenKind::UserDefined) => !matches!(self.algorithm, Algorithm::Unigram(_)),
+                _ => parse_special,
+            })
             .collect();
         all.sort_by_key(|(range, id)| (std::cmp::Reverse(range.len()), *id, range.start));
         let mut chosen: Vec<(std::ops::Range<usize>, u32)> = Vec::new();
@@ -296,6 +351,7 @@ impl Tokenizer {
             (TokenKind::UserDefined, _) => out.extend_from_slice(text),
             (_, Algorithm::Spm(spm)) => spm.decode(id, text, out),
             (_, Algorithm::Bpe(bpe)) => bpe.decode(text, out),
+            (_, Algorithm::WordPiece(_) | Algorithm::Unigram(_)) => vocabulary::unescape(text, out),
         }
     }
 
@@ -310,7 +366,12 @@ impl Tokenizer {
 
     /// Whether decoding a whole text leaves a space in front that encoding put there.
     pub fn adds_space_prefix(&self) -> bool {
-        matches!(&self.algorithm, Algorithm::Spm(spm) if spm.add_space_prefix)
+        match &self.algorithm {
+            Algorithm::Spm(spm) => spm.add_space_prefix,
+            Algorithm::Bpe(_) => false,
+            Algorithm::WordPiece(_) => true,
+            Algorithm::Unigram(unigram) => unigram.add_space_prefix,
+        }
     }
 }
 

@@ -17,35 +17,113 @@ struct Kind {
 }
 
 const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)";
+/// Llama 3's words, with numbers of so many digits.
+macro_rules! llama3 {
+    ($digits:literal) => {
+        concat!(
+            r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}",
+            $digits,
+            r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        )
+    };
+}
+/// Words that change from upper to lower case, with an ending (Mistral's Tekken has none) and numbers of so many digits.
+macro_rules! cased {
+    ($ending:literal, $digits:literal) => {
+        concat!(
+            r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+",
+            $ending,
+            r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*",
+            $ending,
+            r"|\p{N}",
+            $digits,
+            r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        )
+    };
+}
+/// Letters with case, as DeepSeek lists them; those that normalisation would turn into others are escaped.
+const DEEPSEEK_LETTERS: &str = concat!(
+    r"\s?[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-\x{1F7D}",
+    r"ᾀ-ᾴᾶ-ᾼ\x{1FBE}ῂ-ῄῆ-ῌῐ-\x{1FD3}ῖ-\x{1FDB}ῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤ\x{2126}ℨ\x{212A}-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ",
+    r"𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃]+"
+);
 
-/// The published patterns (OpenAI's GPT-2, Meta's Llama 3, Qwen 2, and llama.cpp's default), by the names that files use.
+/// The patterns that models were published with (in the files `tokenizer.json`), and llama.cpp's default, by the names that
+/// GGUF files give them.
 const KINDS: &[Kind] = &[
     Kind {
         names: &["default"],
         patterns: &[r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"],
-        ignore_merges: false,
-        add_bos: false,
+        ..PLAIN
     },
-    Kind { names: &["gpt-2", "phi-2"], patterns: &[GPT2], ignore_merges: false, add_bos: false },
     Kind {
-        names: &["llama3", "llama-v3", "llama-bpe"],
-        patterns: &[concat!(
-            r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}",
-            r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-        )],
+        names: &["gpt-2", "phi-2", "mpt", "olmo", "jais", "gigachat", "exaone4"],
+        patterns: &[GPT2],
+        ..PLAIN
+    },
+    Kind {
+        names: &["llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "lfm2"],
+        patterns: &[llama3!("{1,3}")],
         ignore_merges: true,
         add_bos: true,
     },
+    Kind { names: &["dbrx", "smaug-bpe", "chatglm-bpe", "glm4"], patterns: &[llama3!("{1,3}")], ..PLAIN },
     Kind {
-        names: &["qwen2", "deepseek-r1-qwen"],
-        patterns: &[concat!(
-            r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}",
-            r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-        )],
-        ignore_merges: false,
-        add_bos: false,
+        names: &["qwen2", "deepseek-r1-qwen", "stablelm2", "megrez", "hunyuan"],
+        patterns: &[llama3!("")],
+        ..PLAIN
+    },
+    Kind {
+        names: &["starcoder", "refact", "command-r", "smollm", "codeshell", "exaone", "minerva-7b"],
+        patterns: &[r"\p{N}", GPT2],
+        ..PLAIN
+    },
+    Kind { names: &["falcon"], patterns: &[r"[\p{P}\$\+<=>\^~\|`]+", GPT2, r"[0-9][0-9][0-9]"], ..PLAIN },
+    Kind {
+        names: &["gpt-4o", "llama4"],
+        patterns: &[cased!("(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])?", "{1,3}")],
+        ..PLAIN
+    },
+    Kind { names: &["tekken"], patterns: &[cased!("", "")], ignore_merges: true, add_bos: true },
+    Kind {
+        names: &["deepseek-llm"],
+        patterns: &[
+            r"[\r\n]",
+            DEEPSEEK_LETTERS,
+            r"\s?[!-/:-~！-／：-～‘-‟　-。]+",
+            r"\s+$",
+            r"[\x{4E00}-\x{9FA5}\x{800}-\x{4E00}\x{AC00}-\x{D7FF}]+",
+            r"\p{N}+",
+        ],
+        ..PLAIN
+    },
+    Kind {
+        names: &["deepseek-coder"],
+        patterns: &[
+            r"[\r\n]",
+            r"\s?\p{L}+",
+            r"\s?\p{P}+",
+            r"[\x{4E00}-\x{9FA5}\x{800}-\x{4E00}\x{AC00}-\x{D7FF}]+",
+            r"\p{N}",
+        ],
+        ..PLAIN
+    },
+    Kind {
+        names: &["deepseek-v3"],
+        patterns: &[
+            r"\p{N}{1,3}",
+            r"[\x{4E00}-\x{9FA5}\x{3040}-\x{309F}\x{30A0}-\x{30FF}]+",
+            concat!(
+                r"[!-/:-@\[-`{-~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*",
+                r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+            ),
+        ],
+        ..PLAIN
     },
 ];
+
+/// What most kinds have in common.
+const PLAIN: Kind = Kind { names: &[], patterns: &[], ignore_merges: false, add_bos: false };
 
 /// Cuts text into words.
 #[derive(Debug)]
@@ -61,7 +139,7 @@ impl Pretokenizer {
         let Some(kind) = KINDS.iter().find(|kind| kind.names.contains(&name)) else {
             let known: Vec<&str> = KINDS.iter().flat_map(|kind| kind.names).copied().collect();
             let name = printable(name.as_bytes());
-            let message = format!("pre-tokenizer {name} is not supported yet ({})", known.join(", "));
+            let message = format!("pre-tokenizer {name} is not supported ({})", known.join(", "));
             return Err(Error::Tokenizer(message));
         };
         let patterns = kind.patterns.iter().map(|pattern| {
@@ -95,4 +173,42 @@ fn split<'t>(patterns: &[Regex], text: &'t str, f: &mut dyn FnMut(&'t str)) {
         end = found.end();
     }
     split(rest, &text[end..], f);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn words(name: &str, text: &'static str) -> Vec<&'static str> {
+        let mut words = Vec::new();
+        Pretokenizer::new(name).unwrap().split(text, &mut |word| words.push(word));
+        words
+    }
+
+    #[test]
+    fn every_kind_splits_a_text_into_itself() {
+        const TEXT: &str = "Hello WORLD's  tokenIZER\r\n\n\tx=12345; 你好ÀÉ e\u{301}!! …/ 'll\u{a0}\u{3000} ";
+        for name in KINDS.iter().flat_map(|kind| kind.names) {
+            assert_eq!(words(name, TEXT).concat(), TEXT, "{name}");
+        }
+    }
+
+    #[test]
+    fn kinds_differ_in_numbers_case_and_punctuation() {
+        const TEXT: &str = "HelloWorld's 12345!/\n";
+        for (name, want) in [
+            ("gpt-2", &["HelloWorld", "'s", " 12345", "!/", "\n"][..]),
+            ("llama-bpe", &["HelloWorld", "'s", " ", "123", "45", "!/\n"]),
+            ("qwen2", &["HelloWorld", "'s", " ", "1", "2", "3", "4", "5", "!/\n"]),
+            ("starcoder", &["HelloWorld", "'s", " ", "1", "2", "3", "4", "5", "!/", "\n"]),
+            ("gpt-4o", &["Hello", "World's", " ", "123", "45", "!/\n"]),
+            ("tekken", &["Hello", "World", "'s", " ", "1", "2", "3", "4", "5", "!/\n"]),
+            ("falcon", &["HelloWorld", "'", "s", " ", "123", "45", "!/", "\n"]),
+            ("deepseek-llm", &["HelloWorld", "'", "s", " ", "12345", "!/", "\n"]),
+            ("deepseek-coder", &["HelloWorld", "'", "s", " ", "1", "2", "3", "4", "5", "!/", "\n"]),
+            ("deepseek-v3", &["HelloWorld", "'s", " ", "123", "45", "!/\n"]),
+        ] {
+            assert_eq!(words(name, TEXT), want, "{name}");
+        }
+    }
 }

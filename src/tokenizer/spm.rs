@@ -4,12 +4,9 @@
 use std::collections::BinaryHeap;
 
 use super::TokenKind;
-use super::vocabulary::Vocabulary;
+use super::vocabulary::{SPACE, Vocabulary, unescape};
 use crate::error::{Error, Result};
 use crate::gguf::printable;
-
-/// U+2581, which stands for a space.
-const SPACE: &str = "\u{2581}";
 
 #[derive(Debug)]
 pub(super) struct Spm {
@@ -126,17 +123,7 @@ impl Spm {
         {
             return out.push(b);
         }
-        let space = SPACE.as_bytes();
-        let mut rest = text;
-        while let Some((&first, after)) = rest.split_first() {
-            if let Some(after_space) = rest.strip_prefix(space) {
-                out.push(b' ');
-                rest = after_space;
-            } else {
-                out.push(first);
-                rest = after;
-            }
-        }
+        unescape(text, out);
     }
 }
 

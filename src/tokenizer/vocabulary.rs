@@ -8,6 +8,9 @@ use super::TokenKind;
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
 
+/// U+2581, which stands for a space.
+pub(super) const SPACE: &str = "\u{2581}";
+
 /// Most tokens that a vocabulary may have.
 const MAX_TOKENS: usize = 1 << 22;
 
@@ -131,4 +134,18 @@ fn text<'a>(texts: &'a [u8], ends: &[usize], id: u32) -> &'a [u8] {
     let i = id as usize;
     let start = if i == 0 { 0 } else { ends.get(i - 1).copied().unwrap_or(0) };
     ends.get(i).and_then(|&end| texts.get(start..end)).unwrap_or(&[])
+}
+
+/// Appends a token's text with U+2581 as the space that it stands for.
+pub(super) fn unescape(text: &[u8], out: &mut Vec<u8>) {
+    let mut rest = text;
+    while let Some((&first, after)) = rest.split_first() {
+        if let Some(after_space) = rest.strip_prefix(SPACE.as_bytes()) {
+            out.push(b' ');
+            rest = after_space;
+        } else {
+            out.push(first);
+            rest = after;
+        }
+    }
 }

@@ -46,7 +46,7 @@ pub fn model(bytes: &[u8]) -> bool {
         vocabulary(&tokenizer);
     }
     let Ok(model) = Model::from_gguf(gguf) else { return false };
-    model.program(ProgramOptions::default()).is_ok()
+    model.program(ProgramOptions::default(), model.hparams().context_length.min(256)).is_ok()
 }
 
 /// Runs a few steps of what [`model`] accepts, on every CPU backend. Returns whether there was anything to run.

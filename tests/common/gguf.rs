@@ -224,21 +224,73 @@ pub fn mixture() -> File {
         .tensor("blk.0.ffn_down_exps.weight", &[16, 8, 4])
 }
 
-/// The smallest sensible Gemma 3: one windowed layer.
-pub fn gemma3() -> File {
-    let mut file = llama().set("general.architecture", "gemma3");
+/// [`llama`]'s metadata under the keys of another family.
+fn family(architecture: &str, file: File) -> File {
+    let mut file = file.set("general.architecture", architecture);
     for (key, _) in &mut file.entries {
         if let Some(rest) = key.strip_prefix(b"llama.") {
-            *key = [b"gemma3.", rest].concat();
+            *key = [architecture.as_bytes(), b".", rest].concat();
         }
     }
-    file = file.entry("gemma3.attention.sliding_window", 16u32).entry("gemma3.attention.key_length", 4u32);
+    file
+}
+
+/// The smallest sensible Gemma 3: one windowed layer.
+pub fn gemma3() -> File {
+    let mut file = family("gemma3", llama())
+        .entry("gemma3.attention.sliding_window", 16u32)
+        .entry("gemma3.attention.key_length", 4u32);
     for (name, dims) in
         [("post_attention_norm", 8), ("post_ffw_norm", 8), ("attn_q_norm", 4), ("attn_k_norm", 4)]
     {
         file = file.tensor(format!("blk.0.{name}.weight"), &[dims]);
     }
     file
+}
+
+/// The smallest sensible Phi-3: fused weights, and factors for long and short contexts.
+pub fn phi3() -> File {
+    let mut file = family("phi3", llama()).entry("phi3.rope.scaling.original_context_length", 4u32);
+    for name in ["attn_q", "attn_k", "attn_v", "ffn_gate", "ffn_up"] {
+        file = file.without(&format!("blk.0.{name}.weight"));
+    }
+    let ones = || 1f32.to_le_bytes().repeat(2);
+    file.tensor("blk.0.attn_qkv.weight", &[8, 16])
+        .tensor("blk.0.ffn_up.weight", &[8, 32])
+        .tensor_of("rope_factors_long.weight", &[2], 0, ones())
+        .tensor_of("rope_factors_short.weight", &[2], 0, ones())
+}
+
+/// The smallest sensible GPT-2: learned positions, biases, no gates.
+pub fn gpt2() -> File {
+    let mut file = family("gpt2", llama())
+        .without("gpt2.attention.layer_norm_rms_epsilon")
+        .entry("gpt2.attention.layer_norm_epsilon", 1e-5f32)
+        .without("blk.0.ffn_gate.weight")
+        .tensor("position_embd.weight", &[8, 64]);
+    for (name, len) in [("attn_q", 8), ("attn_k", 4), ("attn_v", 4), ("attn_norm", 8), ("ffn_up", 16)] {
+        file = file.tensor(format!("blk.0.{name}.bias"), &[len]);
+    }
+    file
+}
+
+/// The smallest sensible gpt-oss: a windowed layer with sinks, and a mixture with biases.
+pub fn gpt_oss() -> File {
+    family("gpt-oss", mixture())
+        .without("blk.0.ffn_norm.weight")
+        .entry("gpt-oss.attention.sliding_window", 4u32)
+        .entry("gpt-oss.rope.scaling.type", "yarn")
+        .entry("gpt-oss.rope.scaling.factor", 32f32)
+        .tensor("blk.0.post_attention_norm.weight", &[8])
+        .tensor("blk.0.attn_sinks.weight", &[2])
+        .tensor("blk.0.ffn_gate_exps.bias", &[16, 4])
+        .tensor("blk.0.ffn_up_exps.bias", &[16, 4])
+        .tensor("blk.0.ffn_down_exps.bias", &[8, 4])
+}
+
+/// The smallest sensible Granite: llama with a factor on the logits.
+pub fn granite() -> File {
+    family("granite", llama()).entry("granite.logit_scale", 8f32)
 }
 
 /// A byte-level vocabulary without a model around it.
@@ -254,6 +306,35 @@ pub fn bpe() -> File {
         .entry("tokenizer.ggml.token_type", &kinds)
         .entry("tokenizer.ggml.merges", &merges)
         .entry("tokenizer.ggml.eos_token_id", 6u32)
+}
+
+/// A WordPiece vocabulary without a model around it.
+pub fn wordpiece() -> File {
+    let tokens = vec!["[PAD]", "[UNK]", "[CLS]", "[SEP]", "\u{2581}a", "b", "\u{2581},", "\u{2581}ab"];
+    File::new()
+        .entry("general.architecture", "bert")
+        .entry("tokenizer.ggml.model", "bert")
+        .entry("tokenizer.ggml.tokens", &tokens)
+        .entry("tokenizer.ggml.token_type", &vec![3i32, 2, 3, 3, 1, 1, 1, 1])
+        .entry("tokenizer.ggml.unknown_token_id", 1u32)
+        .entry("tokenizer.ggml.cls_token_id", 2u32)
+        .entry("tokenizer.ggml.seperator_token_id", 3u32)
+}
+
+/// A unigram vocabulary without a model around it; its charsmap makes `a` of `A`.
+pub fn unigram() -> File {
+    let tokens = vec!["<pad>", "</s>", "<unk>", "\u{2581}", "a", "b", "ab", "\u{2581}a", "<tag>"];
+    // Units of a double array: the root, whose children are at 64 ^ byte; `A` at 1; its value at 1 ^ 2.
+    let units = [64u32 << 10, 2 << 10 | 1 << 8 | 65, 0, 1 << 31];
+    let charsmap: Vec<u8> =
+        [16u32].iter().chain(&units).flat_map(|unit| unit.to_le_bytes()).chain(*b"a\0").collect();
+    File::new()
+        .entry("general.architecture", "t5")
+        .entry("tokenizer.ggml.model", "t5")
+        .entry("tokenizer.ggml.tokens", &tokens)
+        .entry("tokenizer.ggml.scores", &vec![0f32, 0.0, 0.0, -2.0, -3.0, -3.0, -3.5, -4.0, 0.0])
+        .entry("tokenizer.ggml.token_type", &vec![3i32, 3, 2, 1, 1, 1, 1, 1, 4])
+        .entry("tokenizer.ggml.precompiled_charsmap", &charsmap)
 }
 
 /// One entry of every type, alone and as an array.

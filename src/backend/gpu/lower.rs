@@ -9,7 +9,7 @@ use super::shader::{Grid, Paths, Shader, WORKGROUP, after, gated, unary, wgsl};
 use crate::backend::Limits;
 use crate::passes;
 use crate::program::{
-    Dim, Epilogue, Gate, Gating, NormKind, Op, Part, Program, RopePairs, Slot, State, StateId, Tensor,
+    Dim, Epilogue, Gate, Gating, Index, NormKind, Op, Part, Program, RopePairs, Slot, State, StateId, Tensor,
     TensorId,
 };
 
@@ -404,7 +404,7 @@ impl Lowering<'_> {
 
     fn op(&mut self, op: &Op) {
         match op {
-            Op::Embed { table, out, scale } => self.embed(*table, *out, *scale),
+            Op::Embed { table, index, out, scale } => self.embed(*table, *index, *out, *scale),
             Op::Select { x, out } => {
                 let cols = self.cols(*x);
                 let shader = self
@@ -494,7 +494,7 @@ impl Lowering<'_> {
             .matrix(t.format, Resource::Weight(n, shard.bytes.clone()), interleaved, shard.rows)
     }
 
-    fn embed(&mut self, table: TensorId, out: TensorId, scale: f32) {
+    fn embed(&mut self, table: TensorId, index: Index, out: TensorId, scale: f32) {
         let t = self.program.tensor(table);
         let four = match t.format.kind() {
             Kind::Float => wgsl!("lib/four_plain"),
@@ -506,6 +506,7 @@ impl Lowering<'_> {
                 .matrix(shader, table, &shard)
                 .write("out", "f32", self.tensor(out))
                 .u32("FIRST", shard.first)
+                .bool("BY_POSITION", index == Index::Position)
                 .f32("SCALE", scale)
                 .with(four)
                 .with(wgsl!("embed"));
@@ -607,7 +608,7 @@ impl Lowering<'_> {
         let alike = tensors.iter().all(|t| {
             t.format == format
                 && t.layout == Layout::Interleaved
-                && fixed_rows(t) % ROWS as u32 == 0
+                && fixed_rows(t).is_multiple_of(ROWS as u32)
                 && matrix_bytes(t, fixed_rows(t)) <= self.bounds.binding_bytes
         });
         // Two more are the step and the activations.

@@ -8,10 +8,10 @@ use std::time::{Duration, Instant};
 use super::lower::{Count, Dispatch, Lowered, Of, Resource};
 use super::shader::Grid;
 use super::{Device, Pipeline, failed, memory};
-use crate::backend::{Bindings, Clock, Limits, Plan, Step, Ticket, Timing, check_step};
+use crate::backend::{Bindings, Clock, Limits, Plan, Span, Step, Ticket, Timing, check_step};
 use crate::error::{Error, Result};
 use crate::passes;
-use crate::program::{Dim, Op, PAGE_POSITIONS, Program};
+use crate::program::{Dim, Index, Op, PAGE_POSITIONS, Program};
 
 /// A program on a device.
 pub(super) struct GpuPlan {
@@ -217,14 +217,20 @@ impl GpuPlan {
         Ok(())
     }
 
-    /// Refuses token ids that a table does not have.
-    fn check_tokens(&self, step: &Step<'_>, segments: &Range<usize>) -> Result<()> {
+    /// Refuses token ids and positions that a table does not have.
+    fn check_indices(&self, step: &Step<'_>, segments: &Range<usize>) -> Result<()> {
         for op in self.program.segments.get(segments.clone()).unwrap_or(&[]).iter().flat_map(|s| &s.ops) {
-            if let Op::Embed { table, .. } = op
-                && let Dim::Fixed(rows) = self.program.tensor(*table).rows
-                && let Some(bad) = step.tokens.iter().find(|&&t| t >= rows)
-            {
-                return Err(Error::argument("token id", format!("below {rows}"), bad));
+            let Op::Embed { table, index, .. } = op else { continue };
+            let Dim::Fixed(rows) = self.program.tensor(*table).rows else { continue };
+            let (what, largest) = match index {
+                Index::Token => ("token id", step.tokens.iter().copied().max()),
+                Index::Position => {
+                    let last = |span: &Span<'_>| (span.start + span.len).checked_sub(1);
+                    ("position", step.spans.iter().filter_map(last).max())
+                }
+            };
+            if let Some(bad) = largest.filter(|&i| i >= rows) {
+                return Err(Error::argument(what, format!("below {rows}"), bad));
             }
         }
         Ok(())
@@ -234,7 +240,7 @@ impl GpuPlan {
 impl Plan for GpuPlan {
     fn submit(&mut self, step: &Step<'_>, segments: Range<usize>, bindings: &Bindings<'_>) -> Result<Ticket> {
         check_step(step, self.limits)?;
-        self.check_tokens(step, &segments)?;
+        self.check_indices(step, &segments)?;
         if segments.start == 0 {
             self.started = Instant::now();
         }

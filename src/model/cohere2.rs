@@ -1,0 +1,29 @@
+//! Command R7B and A (Cohere 2024, 2025): attention and feed-forward side by side, positions only in the windowed three of
+//! four layers, a factor on the logits.
+
+use super::Hparams;
+use super::network::{Attention, Network};
+use crate::program::{Builder, Gate, NormKind, RopePairs};
+
+/// The last of so many layers sees the whole context, and knows no positions.
+const WINDOW_PERIOD: u32 = 4;
+
+pub(super) fn record(h: &Hparams, b: &mut Builder<'_>) {
+    let mut n = Network::new(h, b, NormKind::Layer);
+    let sliding_window = n.required("attention.sliding_window", h.sliding_window);
+    let logit_scale = n.required("logit_scale", h.logit_scale);
+    let rope = n.rope(RopePairs::Adjacent);
+    let mut x = n.embed(1.0);
+    for layer in 0..h.block_count {
+        n.layer(layer);
+        let windowed = h.is_windowed(layer, WINDOW_PERIOD);
+        let (window, rope) = (windowed.then_some(sliding_window), windowed.then_some(&rope));
+        let attention = Attention { rope, window, ..n.attention_of() };
+        let normed = n.norm("attn_norm", x);
+        let attended = n.attention(normed, &attention);
+        let fed = n.gated_mlp(normed, Gate::Silu);
+        let y = n.add("ffn_residual", fed, x);
+        x = n.add("attn_residual", y, attended);
+    }
+    n.head(x, logit_scale);
+}

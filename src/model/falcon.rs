@@ -1,0 +1,23 @@
+//! Falcon (Almazrouei et al. 2023): attention and feed-forward side by side, with one norm in the smaller model and one each
+//! in the larger.
+
+use super::Hparams;
+use super::network::{Attention, Network};
+use crate::program::{Builder, NormKind, RopePairs, Unary};
+
+pub(super) fn record(h: &Hparams, b: &mut Builder<'_>) {
+    let mut n = Network::new(h, b, NormKind::Layer);
+    let rope = n.rope(RopePairs::Halves);
+    let mut x = n.embed(1.0);
+    for layer in 0..h.block_count {
+        n.layer(layer);
+        let attention = Attention { rope: Some(&rope), ..n.attention_of() };
+        let normed = n.norm("attn_norm", x);
+        let to_attend = if n.has("attn_norm_2.weight") { n.norm("attn_norm_2", x) } else { normed };
+        let attended = n.attention(to_attend, &attention);
+        let fed = n.mlp(normed, Unary::Gelu);
+        let both = n.add("blocks", fed, attended);
+        x = n.add("residual", both, x);
+    }
+    n.head(x, 1.0);
+}

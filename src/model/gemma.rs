@@ -1,0 +1,66 @@
+//! Gemma 2 and 3 (Gemma Team 2024, 2025): norms before and after each block, sliding-window attention in most layers. Gemma 2
+//! caps its logits; Gemma 3 normalises queries and keys instead.
+
+use super::Hparams;
+use super::network::{Attention, Network, QkNorm, Rope};
+use crate::program::{Builder, Gate, NormKind, RopePairs};
+
+pub(super) fn record_2(h: &Hparams, b: &mut Builder<'_>) {
+    let mut n = Network::new(h, b, NormKind::Rms);
+    n.required("attention.sliding_window", h.sliding_window);
+    n.required("attn_logit_softcapping", h.attn_logit_softcapping);
+    n.required("final_logit_softcapping", h.final_logit_softcapping);
+    let rope = n.rope(RopePairs::Halves);
+    record(
+        n,
+        &Gemma { window_period: 2, blocks_27b: 46, qk_norm: None, global_rope: &rope, local_rope: &rope },
+    );
+}
+
+pub(super) fn record_3(h: &Hparams, b: &mut Builder<'_>) {
+    let mut n = Network::new(h, b, NormKind::Rms);
+    let global_rope = &n.rope(RopePairs::Halves);
+    let local_rope = &n.rope_unscaled(h.rope_freq_base_swa.unwrap_or(10_000.0), RopePairs::Halves);
+    let qk_norm = Some(QkNorm::Head);
+    record(n, &Gemma { window_period: 6, blocks_27b: 62, qk_norm, global_rope, local_rope });
+}
+
+/// What one Gemma has and the other has not.
+struct Gemma<'r> {
+    /// The last of so many layers sees the whole context.
+    window_period: u32,
+    /// The largest model's depth; its attention is scaled by the width of a head of the embedding, the others' by the key's.
+    blocks_27b: u32,
+    qk_norm: Option<QkNorm>,
+    global_rope: &'r Rope,
+    local_rope: &'r Rope,
+}
+
+fn record(mut n: Network<'_, '_>, gemma: &Gemma<'_>) {
+    let h = n.h;
+    let mut x = n.embed((h.embedding_length as f32).sqrt());
+    for layer in 0..h.block_count {
+        n.layer(layer);
+        let (window, rope) = match h.is_windowed(layer, gemma.window_period) && h.sliding_window.is_some() {
+            true => (h.sliding_window, gemma.local_rope),
+            false => (None, gemma.global_rope),
+        };
+        let scaled_by = match h.block_count == gemma.blocks_27b {
+            true => h.embedding_length / Hparams::at(&h.head_count, layer).max(1),
+            false => h.key_length,
+        };
+        let scale = h.attention_scale.unwrap_or(1.0 / (scaled_by as f32).sqrt());
+        let attention =
+            Attention { rope: Some(rope), window, qk_norm: gemma.qk_norm, scale, ..n.attention_of() };
+
+        let y = n.norm("attn_norm", x);
+        let y = n.attention(y, &attention);
+        let y = n.norm_as("attn_post_norm", "post_attention_norm", y);
+        x = n.add("attn_residual", x, y);
+        let y = n.norm("ffn_norm", x);
+        let y = n.gated_mlp(y, Gate::Gelu);
+        let y = n.norm_as("ffn_post_norm", "post_ffw_norm", y);
+        x = n.add("ffn_residual", x, y);
+    }
+    n.head(x, 1.0);
+}

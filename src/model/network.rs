@@ -1,0 +1,337 @@
+//! What families are made of: the blocks that their papers name, on weights by the names that GGUF files give them.
+//!
+//! Every matrix and every norm has a bias if the file has one: files have no other sign for it.
+
+use std::sync::Arc;
+
+use super::Hparams;
+use super::hparams::RopeScaling;
+use crate::program::{Builder, Gate, Gating, Index, NormKind, RopePairs, TensorId, Unary};
+
+/// A family's program while it is recorded.
+pub(super) struct Network<'n, 'b> {
+    pub h: &'n Hparams,
+    b: &'n mut Builder<'b>,
+    /// The norm of the whole family, and what is added under its root.
+    norm: NormKind,
+    norm_eps: f32,
+    /// What names of weights begin with: `blk.3.` in layer 3.
+    prefix: String,
+    layer: u32,
+}
+
+/// A rotary position embedding.
+pub(super) struct Rope {
+    frequencies: Arc<[f32]>,
+    factors: Option<TensorId>,
+    magnitude: f32,
+    pairs: RopePairs,
+}
+
+/// What queries and keys are normalised over.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum QkNorm {
+    /// Each head by itself, all with the same weights.
+    Head,
+    /// All heads together.
+    Row,
+}
+
+/// How a layer attends.
+pub(super) struct Attention<'r> {
+    /// Rotates queries and keys; without it they do not know where they are.
+    pub rope: Option<&'r Rope>,
+    /// Positions to look back.
+    pub window: Option<u32>,
+    pub qk_norm: Option<QkNorm>,
+    /// A factor on the scores.
+    pub scale: f32,
+    /// Whether each head has a logit for attending to nothing.
+    pub sinks: bool,
+}
+
+impl<'n, 'b> Network<'n, 'b> {
+    pub fn new(h: &'n Hparams, b: &'n mut Builder<'b>, norm: NormKind) -> Self {
+        if h.attention_temperature_scale.is_some() && h.positions > h.original_context_length {
+            // Up to there the factor is 1.
+            b.fail(format!(
+                "key `{}.attention.temperature_scale`: supported up to {} positions, the original context, got {}",
+                h.architecture, h.original_context_length, h.positions
+            ));
+        }
+        let mut network = Network { h, b, norm, norm_eps: 0.0, prefix: String::new(), layer: 0 };
+        network.norm_eps = match norm {
+            NormKind::Rms => network.required("attention.layer_norm_rms_epsilon", h.layer_norm_rms_epsilon),
+            NormKind::Layer => network.required("attention.layer_norm_epsilon", h.layer_norm_epsilon),
+        };
+        network
+    }
+
+    /// A hyper-parameter that the family cannot do without.
+    pub fn required<T: Default>(&mut self, key: &str, value: Option<T>) -> T {
+        value.unwrap_or_else(|| {
+            self.b.fail(format!("key `{}.{key}` is missing", self.h.architecture));
+            T::default()
+        })
+    }
+
+    /// Starts a layer: weights are its own from here on.
+    pub fn layer(&mut self, layer: u32) {
+        self.b.segment(&format!("blk.{layer}"));
+        self.prefix = format!("blk.{layer}.");
+        self.layer = layer;
+    }
+
+    /// Whether the file has this weight, in a layer that of the layer.
+    pub fn has(&self, name: &str) -> bool {
+        self.b.has(&format!("{}{name}", self.prefix))
+    }
+
+    fn weight(&mut self, name: &str, rows: u32, cols: u32) -> TensorId {
+        self.b.weight(&format!("{}{name}", self.prefix), rows, cols)
+    }
+
+    fn bias(&mut self, name: &str, len: u32) -> Option<TensorId> {
+        self.b.optional(&format!("{}{name}.bias", self.prefix), 1, len)
+    }
+
+    fn cols(&self, x: TensorId) -> u32 {
+        self.b.shape(x).1
+    }
+
+    /// Embeddings of the tokens, times a factor.
+    pub fn embed(&mut self, scale: f32) -> TensorId {
+        self.b.segment("embedding");
+        let table = self.weight("token_embd.weight", self.h.vocab_size, self.h.embedding_length);
+        self.b.embed(table, Index::Token, scale)
+    }
+
+    /// Embeddings of the tokens' positions, learned for the whole context and no further.
+    pub fn embed_positions(&mut self) -> TensorId {
+        let (positions, most) = (self.h.positions, self.h.context_length);
+        if positions > most {
+            self.b.fail(format!(
+                "positions of the KV cache: expected at most {most}, which were learned, got {positions}"
+            ));
+        }
+        let table = self.weight("position_embd.weight", self.h.context_length, self.h.embedding_length);
+        self.b.embed(table, Index::Position, 1.0)
+    }
+
+    /// The family's norm over whole rows.
+    pub fn norm(&mut self, name: &str, x: TensorId) -> TensorId {
+        self.norm_as(name, name, x)
+    }
+
+    /// A norm whose result has another name than its weight.
+    pub fn norm_as(&mut self, result: &str, name: &str, x: TensorId) -> TensorId {
+        let cols = self.cols(x);
+        self.norm_over(result, name, x, cols)
+    }
+
+    fn norm_over(&mut self, result: &str, name: &str, x: TensorId, group: u32) -> TensorId {
+        let weight = self.weight(&format!("{name}.weight"), 1, group);
+        let bias = self.bias(name, group);
+        self.b.norm(result, x, self.norm, Some(weight), bias, self.norm_eps, group)
+    }
+
+    pub fn add(&mut self, name: &str, a: TensorId, b: TensorId) -> TensorId {
+        self.b.add(name, a, b)
+    }
+
+    /// `x + scale · y`: what a block adds to the residual stream.
+    pub fn add_scaled(&mut self, name: &str, x: TensorId, y: TensorId, scale: f32) -> TensorId {
+        let y = self.scale(&format!("{name}_scaled"), y, scale);
+        self.b.add(name, x, y)
+    }
+
+    fn scale(&mut self, name: &str, x: TensorId, scale: f32) -> TensorId {
+        if scale == 1.0 { x } else { self.b.map(name, x, Unary::Scale(scale)) }
+    }
+
+    /// The product with a matrix of so many rows.
+    fn linear(&mut self, result: &str, name: &str, x: TensorId, rows: u32) -> TensorId {
+        let cols = self.cols(x);
+        let weight = self.weight(&format!("{name}.weight"), rows, cols);
+        let bias = self.bias(name, rows);
+        self.b.linear(result, x, weight, bias)
+    }
+
+    /// The products with matrices that lie one after the other in one tensor.
+    fn fused_linear<const N: usize>(
+        &mut self,
+        name: &str,
+        x: TensorId,
+        parts: [(&str, u32); N],
+    ) -> [TensorId; N] {
+        let (cols, all) = (self.cols(x), parts.iter().map(|(_, rows)| rows).sum());
+        let name = format!("{}{name}", self.prefix);
+        let mut start = 0;
+        parts.map(|(result, rows)| {
+            let range = start..start + rows;
+            start += rows;
+            let weight = self.b.weight_rows(&format!("{name}.weight"), all, range.clone(), cols);
+            let bias = self.b.optional_elements(&format!("{name}.bias"), all, range);
+            self.b.linear(result, x, weight, bias)
+        })
+    }
+
+    /// The file's rotary embedding.
+    pub fn rope(&mut self, pairs: RopePairs) -> Rope {
+        let (frequencies, magnitude) = self.h.rope_frequencies(self.h.rope_freq_base, self.h.rope_scaling);
+        let magnitude = magnitude * self.h.rope_attn_factor;
+        Rope { frequencies, factors: self.rope_factors(), magnitude, pairs }
+    }
+
+    /// A rotary embedding that is not scaled, whatever the file says of others.
+    pub fn rope_unscaled(&mut self, base: f32, pairs: RopePairs) -> Rope {
+        let (frequencies, magnitude) = self.h.rope_frequencies(base, RopeScaling::None);
+        Rope { frequencies, factors: None, magnitude, pairs }
+    }
+
+    /// Divisors of the frequencies: Llama 3's, or those of LongRoPE for the positions that there will be.
+    fn rope_factors(&mut self) -> Option<TensorId> {
+        let pairs = self.h.rope_dimension_count / 2;
+        let long = "rope_factors_long.weight";
+        if self.h.rope_scaling == RopeScaling::Long || self.b.has(long) {
+            let beyond = self.h.positions > self.h.original_context_length;
+            return Some(self.b.weight(if beyond { long } else { "rope_factors_short.weight" }, 1, pairs));
+        }
+        self.b.optional("rope_freqs.weight", 1, pairs)
+    }
+
+    /// Attention as most families have it, without positions.
+    pub fn attention_of<'r>(&self) -> Attention<'r> {
+        Attention {
+            rope: None,
+            window: self.h.sliding_window,
+            qk_norm: None,
+            scale: self.h.attention_scale.unwrap_or(1.0 / (self.h.key_length as f32).sqrt()),
+            sinks: false,
+        }
+    }
+
+    /// Causal attention of `x` to itself and the past, with keys and values that groups of heads share (Ainslie et al. 2023).
+    pub fn attention(&mut self, x: TensorId, a: &Attention<'_>) -> TensorId {
+        let h = self.h;
+        let (heads, kv_heads) =
+            (Hparams::at(&h.head_count, self.layer), Hparams::at(&h.head_count_kv, self.layer));
+        let parts =
+            [("q", heads * h.key_length), ("k", kv_heads * h.key_length), ("v", kv_heads * h.value_length)];
+        let [q, k, v] = if self.has("attn_qkv.weight") {
+            self.fused_linear("attn_qkv", x, parts)
+        } else {
+            parts.map(|(part, rows)| self.linear(part, &format!("attn_{part}"), x, rows))
+        };
+        let mut place = |part: &str, mut x: TensorId| {
+            if let Some(over) = a.qk_norm {
+                let group = if over == QkNorm::Head { h.key_length } else { self.cols(x) };
+                x = self.norm_over(&format!("{part}_norm"), &format!("attn_{part}_norm"), x, group);
+            }
+            if let Some(rope) = a.rope {
+                let Rope { frequencies, factors, magnitude, pairs } = rope;
+                let name = format!("{part}_rope");
+                x = self.b.rope(&name, x, h.key_length, frequencies, *factors, *magnitude, *pairs);
+            }
+            x
+        };
+        let (q, k) = (place("q", q), place("k", k));
+        let kv = self.b.state(h.kv_state(self.layer, a.window));
+        self.b.kv_write(k, v, kv);
+        let sinks = a.sinks.then(|| self.weight("attn_sinks.weight", 1, heads));
+        let attended = self.b.attend(q, kv, heads, a.scale, h.attn_logit_softcapping, sinks);
+        self.linear("attn_output", "attn_output", attended, h.embedding_length)
+    }
+
+    fn hidden(&self) -> u32 {
+        Hparams::at(&self.h.feed_forward_length, self.layer)
+    }
+
+    /// `down(act(up x))` (Vaswani et al. 2017).
+    pub fn mlp(&mut self, x: TensorId, act: Unary) -> TensorId {
+        let up = self.linear("ffn_up", "ffn_up", x, self.hidden());
+        let y = self.b.map("ffn_act", up, act);
+        self.linear("ffn_down", "ffn_down", y, self.h.embedding_length)
+    }
+
+    /// `down(act(gate x) * (up x))` (Shazeer 2020).
+    pub fn gated_mlp(&mut self, x: TensorId, act: Gate) -> TensorId {
+        let gate = self.linear("ffn_gate", "ffn_gate", x, self.hidden());
+        let up = self.linear("ffn_up", "ffn_up", x, self.hidden());
+        self.gated(gate, up, act)
+    }
+
+    /// The same with gate and up, in this order, in one tensor.
+    pub fn fused_gated_mlp(&mut self, x: TensorId, act: Gate) -> TensorId {
+        let hidden = self.hidden();
+        let [gate, up] = self.fused_linear("ffn_up", x, [("ffn_gate", hidden), ("ffn_up", hidden)]);
+        self.gated(gate, up, act)
+    }
+
+    fn gated(&mut self, gate: TensorId, up: TensorId, act: Gate) -> TensorId {
+        let y = self.b.glu(gate, up, act);
+        self.linear("ffn_down", "ffn_down", y, self.h.embedding_length)
+    }
+
+    /// A mixture of gated feed-forward blocks, of which a router chooses some for each token (Shazeer et al. 2017). What the
+    /// file says of the router goes before `gating` and `normalise`.
+    pub fn experts(&mut self, x: TensorId, gating: Gating, normalise: bool, act: Gate) -> TensorId {
+        let (h, n) = (self.h, self.h.expert_count);
+        let (cols, hidden) = (h.embedding_length, h.expert_feed_forward_length.unwrap_or(self.hidden()));
+        let logits = self.linear("router", "ffn_gate_inp", x, n);
+        let parts =
+            [("ffn_gate_exps", hidden, cols), ("ffn_up_exps", hidden, cols), ("ffn_down_exps", cols, hidden)];
+        let weights = parts.map(|(name, rows, cols)| {
+            self.b.expert_weight(&format!("{}{name}.weight", self.prefix), n, rows, cols)
+        });
+        let has_biases = parts.iter().any(|(name, ..)| self.has(&format!("{name}.bias")));
+        let biases =
+            has_biases.then(|| parts.map(|(name, rows, _)| self.weight(&format!("{name}.bias"), n, rows)));
+        let routes = self.b.route(
+            logits,
+            h.expert_used_count,
+            h.expert_gating_func.unwrap_or(gating),
+            h.expert_weights_norm.unwrap_or(normalise),
+            h.expert_weights_scale.unwrap_or(1.0),
+        );
+        self.b.experts(x, routes, weights, biases, act)
+    }
+
+    /// A layer with norms before its blocks: `x += attention(norm x)`, then `x += feed_forward(norm x)`.
+    pub fn pre_norm_layer(
+        &mut self,
+        x: TensorId,
+        attention: &Attention<'_>,
+        feed_forward: impl FnOnce(&mut Self, TensorId) -> TensorId,
+    ) -> TensorId {
+        let y = self.norm("attn_norm", x);
+        let y = self.attention(y, attention);
+        let x = self.add("attn_residual", x, y);
+        let y = self.norm("ffn_norm", x);
+        let y = feed_forward(self, y);
+        self.add("ffn_residual", x, y)
+    }
+
+    /// The end of every program: the rows that are wanted, their logits times a factor, and in a last segment the most likely
+    /// token. The output matrix is the embedding table where a file has none of its own.
+    pub fn head(mut self, x: TensorId, scale: f32) {
+        self.b.segment("output");
+        self.prefix.clear();
+        let x = self.b.select(x);
+        let x = self.norm_as("norm", "output_norm", x);
+        let name = if self.has("output.weight") { "output" } else { "token_embd" };
+        let weight = self.weight(&format!("{name}.weight"), self.h.vocab_size, self.h.embedding_length);
+        let bias = self.bias("output", self.h.vocab_size);
+        let logits = self.b.linear("matmul", x, weight, bias);
+        let mut logits = self.scale("scaled", logits, scale);
+        if let Some(cap) = self.h.final_logit_softcapping {
+            logits = self.b.map("softcap", logits, Unary::SoftCap(cap));
+        }
+        self.b.name(logits, super::outputs::LOGITS);
+        self.b.output(logits);
+        self.b.segment("argmax");
+        let best = self.b.arg_max(logits);
+        self.b.name(best, super::outputs::ARG_MAX);
+        self.b.output(best);
+    }
+}
