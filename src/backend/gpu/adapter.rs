@@ -71,9 +71,10 @@ impl Adapter {
         self.adapter.features().contains(wgpu::Features::SUBGROUP)
     }
 
-    /// Whether it runs shaders on the CPU.
-    pub(super) fn is_cpu(&self) -> bool {
-        self.info.device_type == wgpu::DeviceType::Cpu
+    /// Whether it runs shaders on the CPU, in wide vectors, and with a compiler to match: those for narrow ones take minutes
+    /// and gigabytes for long shaders.
+    pub(super) fn is_wide_cpu(&self) -> bool {
+        self.info.device_type == wgpu::DeviceType::Cpu && self.info.subgroup_max_size >= 8
     }
 
     /// What a person would want to know of it, by name.

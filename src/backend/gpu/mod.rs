@@ -125,7 +125,7 @@ impl Gpu {
             paths,
             binding_bytes: limits.max_storage_buffer_binding_size & !255,
             workgroup_bytes: limits.max_compute_workgroup_storage_size,
-            tuning: if adapter.is_cpu() { Tuning::CPU } else { Tuning::GPU },
+            tuning: if adapter.is_wide_cpu() { Tuning::CPU } else { Tuning::GPU },
         };
         let (staged, pipelines) = Default::default();
         let device = Arc::new(Device { device, queue, error, staged, pipelines });
