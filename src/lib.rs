@@ -9,6 +9,8 @@ pub mod generate;
 pub mod gguf;
 pub mod map;
 pub mod model;
+#[cfg(feature = "sim")]
+pub mod numerics;
 pub mod pack;
 pub mod passes;
 pub mod program;
