@@ -229,8 +229,7 @@ fn shift_right(significand: u32, shift: u32, rounding: Rounding) -> u32 {
     if shift == 0 {
         return significand;
     }
-    let (quotient, rest, half) =
-        (significand >> shift, significand & ((1 << shift) - 1), 1 << (shift - 1));
+    let (quotient, rest, half) = (significand >> shift, significand & ((1 << shift) - 1), 1 << (shift - 1));
     let up = match rounding {
         Rounding::NearestEven => rest > half || (rest == half && quotient & 1 == 1),
         Rounding::NearestAway => rest >= half,
