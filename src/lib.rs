@@ -13,6 +13,8 @@ pub mod model;
 pub mod numerics;
 pub mod pack;
 pub mod passes;
+#[cfg(feature = "sim")]
+pub mod profile;
 pub mod program;
 mod rng;
 pub mod sampler;
