@@ -32,11 +32,11 @@ pub fn profile(args: &ProfileArgs) -> Result<(), Failure> {
     let profile = Profile::open(name)?;
     let mut text = format!("{} ({})\n{}\n", profile.name, profile.vendor, profile.summary);
     text += &format!(
-        "\n{} tiles in {} clusters at {}Hz, driver {:?}\n",
+        "\n{} tiles in {} clusters at {}Hz, driver {}\n",
         profile.tiles(),
         profile.chip.clusters.value,
         scaled(profile.chip.clock_hz.value),
-        profile.driver
+        profile.driver.name()
     );
     text += "\nmemory             each holds   all read together\n";
     for memory in &profile.memory {
@@ -55,7 +55,7 @@ pub fn profile(args: &ProfileArgs) -> Result<(), Failure> {
     for (name, ops_per_s) in profile.peaks() {
         text += &format!("  {name:28} {:>14}", scaled(ops_per_s));
         for memory in &profile.memory {
-            text += &format!(" {:>14.4}", ops_per_s / profile.read_bytes_per_s(memory));
+            text += &format!(" {:>14.2}", ops_per_s / profile.read_bytes_per_s(memory));
         }
         text += "\n";
     }

@@ -77,6 +77,17 @@ pub enum Driver {
     Sim,
 }
 
+impl Driver {
+    /// As in profiles.
+    pub fn name(self) -> &'static str {
+        match self {
+            Driver::Cpu => "cpu",
+            Driver::Gpu => "gpu",
+            Driver::Sim => "sim",
+        }
+    }
+}
+
 /// Clock and counts. A tile is what holds an arithmetic unit and its nearest memory: a core, an SM, a NeuronCore.
 #[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
