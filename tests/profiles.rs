@@ -132,6 +132,8 @@ fn numbers_without_a_source_are_refused() {
     let fault =
         faults("clock_hz = 1e9", "clock_hz = { value = 1e9, basis = \"datasheet\", source = \"web\" }");
     assert_eq!(fault, "chip.clock_hz: source `web` is not in [sources], which holds []");
+    let fault = faults("clock_hz = 1e9", "clock_hz = { value = 1e9, source = \"\" }");
+    assert_eq!(fault, "chip.clock_hz: source is empty");
     assert!(faults("basis = \"derived\"", "basis = \"sure\"").contains("sure"));
 }
 

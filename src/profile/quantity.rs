@@ -248,7 +248,7 @@ fn number(
         (Some("datasheet" | "measured"), Some(source)) if !cited.iter().any(|c| c == source) => {
             faults.push(format!("{path}: source `{source}` is not in [sources], which holds {cited:?}"));
         }
-        (Some(_), Some(source)) if source.is_empty() => faults.push(format!("{path}: source is empty")),
+        (Some(_), Some("")) => faults.push(format!("{path}: source is empty")),
         (Some(_), Some(_)) => {}
         (basis, _) => {
             let what = if basis.is_none() { "basis" } else { "source" };
