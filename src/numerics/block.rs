@@ -11,6 +11,7 @@ use crate::{Error, Result};
 
 /// A block format.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct BlockFormat {
     /// Of each value, divided by its scale.
     pub element: Element,
@@ -169,7 +170,7 @@ impl BlockFormat {
     }
 
     fn check(self, values: usize, scales: usize, codes: usize) -> Result<()> {
-        if !values.is_multiple_of(self.len) {
+        if self.len == 0 || !values.is_multiple_of(self.len) {
             return Err(Error::argument("values", format!("a multiple of {}", self.len), values));
         }
         if codes != values {
@@ -197,7 +198,7 @@ impl BlockFormat {
         if self.pairs {
             let below = |v: &f32| f64::from(self.flushed(*v).abs()) < scale.value(0);
             let shifts = values.chunks(2).enumerate().filter(|(_, pair)| pair.iter().all(below));
-            scale.shifts = shifts.fold(0, |shifts, (j, _)| shifts | 1 << j);
+            scale.shifts = shifts.fold(0, |shifts, (j, _)| shifts | 1u8.checked_shl(j as u32).unwrap_or(0));
         }
         scale
     }

@@ -3,11 +3,12 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// A number format of at most 32 bits. Codes lie in the low bits of a `u32`.
+/// A number format of at most 32 bits: one of the constants below. Codes lie in the low bits of a `u32`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Element {
     /// Sign, exponent, fraction. With e the exponent field and f the fraction, the value is `2^(e - bias) * 1.f`, or
     /// `2^(1 - bias) * 0.f` where e is 0.
+    #[non_exhaustive]
     Float {
         /// Bits of the exponent, at most 8.
         exponent_bits: u32,
@@ -20,6 +21,7 @@ pub enum Element {
     },
     /// Two's complement, times `2^-fraction_bits`. The most negative code has a value but is never produced, so that the
     /// range is symmetric.
+    #[non_exhaustive]
     Fixed {
         /// Bits, the sign included.
         bits: u32,
