@@ -53,6 +53,14 @@ pub enum Error {
         /// One line for each op that it cannot run, with the reason.
         gaps: Vec<String>,
     },
+    /// A chip's profile is malformed, or its numbers cannot be.
+    #[error("profile {profile}:\n  {}", faults.join("\n  "))]
+    Profile {
+        /// The file or the name.
+        profile: String,
+        /// One line for each fault: the key, its value and unit, and what was expected.
+        faults: Vec<String>,
+    },
     /// A call's arguments do not fit together.
     #[error("{what}: expected {expected}, got {got}")]
     Argument {

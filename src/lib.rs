@@ -9,8 +9,12 @@ pub mod generate;
 pub mod gguf;
 pub mod map;
 pub mod model;
+#[cfg(feature = "sim")]
+pub mod numerics;
 pub mod pack;
 pub mod passes;
+#[cfg(feature = "sim")]
+pub mod profile;
 pub mod program;
 mod rng;
 pub mod sampler;

@@ -80,3 +80,31 @@ fn synth_writes_what_runs_and_overwrites_nothing() {
     assert!(!failed.status.success() && !other.exists());
     std::fs::remove_dir_all(&dir).unwrap();
 }
+
+#[cfg(feature = "sim")]
+#[test]
+fn profile_prints_rates_and_names_faults() {
+    let shown = text("profile maia-100 --numbers");
+    for expected in [
+        "64 tiles in 16 clusters at 1.43 GHz, driver sim",
+        "hbm                    64 GB            1.8 TB/s",
+        "mx9 x mx9                           1.499 P",
+        "72 %)",
+        "memory.hbm.read_bytes_per_s = 1800000000000.0 [datasheet: Microsoft, Inside Maia 100",
+    ] {
+        assert!(shown.contains(expected), "{expected}\n{shown}");
+    }
+    assert_eq!(text("profile").lines().count(), 9);
+    let schema: Value = serde_json::from_str(&text("profile --schema")).unwrap();
+    assert_eq!(schema["title"], "Profile");
+
+    let file = std::env::temp_dir().join(format!("halite-profile-{}.toml", std::process::id()));
+    let teaching = include_str!("../hw-profiles/teaching-16x16.toml");
+    std::fs::write(&file, teaching.replace("clock_hz = 1e9", "clock_hz = 1")).unwrap();
+    let output = halite(&format!("profile {}", file.display()));
+    std::fs::remove_file(&file).unwrap();
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert!(!output.status.success() && error.contains("chip.clock_hz = 1.0 Hz: expected from"), "{error}");
+    let output = halite("profile nothing");
+    assert!(String::from_utf8(output.stderr).unwrap().contains("maia-100"));
+}

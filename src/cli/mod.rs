@@ -3,6 +3,8 @@
 mod bench;
 mod inspect;
 mod pack;
+#[cfg(feature = "sim")]
+mod profile;
 mod run;
 mod synth;
 mod tools;
@@ -65,6 +67,9 @@ enum Command {
     Synth(synth::SynthArgs),
     /// Interleave a model's rows for the fastest kernels; the copy is read in place as well.
     Pack(pack::PackArgs),
+    /// Check a chip's profile, and print its rates.
+    #[cfg(feature = "sim")]
+    Profile(profile::ProfileArgs),
     /// Check every kernel of a backend against the reference.
     Conform(tools::ConformArgs),
 }
@@ -237,6 +242,8 @@ pub fn main() -> ExitCode {
         Command::Bench(args) => bench::bench(&args),
         Command::Synth(args) => synth::synth(&args),
         Command::Pack(args) => pack::pack(&args),
+        #[cfg(feature = "sim")]
+        Command::Profile(args) => profile::profile(&args),
         Command::Conform(args) => tools::conform(&args),
     };
     let Err(failure) = result else { return ExitCode::SUCCESS };

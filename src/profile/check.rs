@@ -1,0 +1,183 @@
+//! What numbers of a profile must be to each other.
+
+use super::{Driver, Managed, Profile, Quantity, Scope, is_block};
+use crate::numerics::Dtype;
+
+/// How far a stated peak may be from geometry x units x clock. Makers print two digits, and some only one: 0.75 as 0.8.
+const PEAK_TOLERANCE: f64 = 0.07;
+
+/// Everything that cannot be.
+pub(super) fn check(profile: &Profile) -> Vec<String> {
+    let mut faults = Vec::new();
+    matrix(profile, &mut faults);
+    vector(profile, &mut faults);
+    memory(profile, &mut faults);
+    power_and_price(profile, &mut faults);
+    faults
+}
+
+fn matrix(profile: &Profile, faults: &mut Vec<String>) {
+    let Some(matrix) = &profile.matrix else {
+        if profile.driver == Driver::Sim {
+            faults.push("matrix: missing; the simulator needs a matrix unit".into());
+        }
+        return;
+    };
+    if matrix.rate.is_empty() {
+        faults.push("matrix.rate: expected at least one".into());
+    }
+    for (i, rate) in matrix.rate.iter().enumerate() {
+        let path = format!("matrix.rate.{i} ({} x {})", rate.activations, rate.weights);
+        let geometry = profile.matrix_ops_per_s(matrix, rate);
+        peak(&path, geometry, rate.dense_ops_per_s.as_ref(), rate.measured_ops_per_s.as_ref(), faults);
+        if let Some(sparse) = &rate.sparse_ops_per_s
+            && sparse.value <= geometry * (1.0 + PEAK_TOLERANCE)
+        {
+            faults.push(format!(
+                "{path}.sparse_ops_per_s = {:?} operations/s: expected more than the dense {geometry:?}",
+                sparse.value
+            ));
+        }
+        for dtype in [rate.activations, rate.weights] {
+            let (len, depth) = (dtype.block_len() as f64, rate.depth_per_cycle.value);
+            if depth % len != 0.0 && len % depth != 0.0 {
+                faults.push(format!(
+                    "{path}.depth_per_cycle = {depth:?} products a cycle: expected a divisor or a multiple of the {len:?} \
+                     values of a block of {dtype}"
+                ));
+            }
+        }
+        if is_block(rate.accumulator) || narrower(rate.accumulator, [rate.activations, rate.weights]) {
+            faults.push(format!(
+                "{path}.accumulator = {}: expected an element format as wide as the operands",
+                rate.accumulator
+            ));
+        }
+        power_of_peak(profile, &path, rate.pj_per_op.as_ref(), geometry, faults);
+    }
+}
+
+fn narrower(accumulator: Dtype, operands: [Dtype; 2]) -> bool {
+    operands.iter().any(|operand| accumulator.bits() < operand.bits().floor())
+}
+
+fn vector(profile: &Profile, faults: &mut Vec<String>) {
+    for (i, rate) in profile.vector.rate.iter().enumerate() {
+        let path = format!("vector.rate.{i} ({})", rate.dtype);
+        let geometry = profile.vector_ops_per_s(rate);
+        peak(&path, geometry, rate.dense_ops_per_s.as_ref(), rate.measured_ops_per_s.as_ref(), faults);
+        power_of_peak(profile, &path, rate.pj_per_op.as_ref(), geometry, faults);
+    }
+    if profile.vector.rate.is_empty() {
+        faults.push("vector.rate: expected at least one".into());
+    }
+}
+
+/// A stated peak is what the geometry gives, and a measured rate is less.
+fn peak(
+    path: &str,
+    geometry: f64,
+    stated: Option<&Quantity>,
+    measured: Option<&Quantity>,
+    faults: &mut Vec<String>,
+) {
+    if let Some(stated) = stated {
+        let ratio = stated.value / geometry;
+        if (ratio - 1.0).abs() > PEAK_TOLERANCE {
+            let sparse = (ratio / 2.0 - 1.0).abs() <= PEAK_TOLERANCE;
+            let hint = if sparse { "; twice that looks like a sparse rate: sparse_ops_per_s" } else { "" };
+            faults.push(format!(
+                "{path}.dense_ops_per_s = {:?} operations/s: expected {geometry:?} +- {} %, which is geometry x units x \
+                 clock{hint}",
+                stated.value,
+                PEAK_TOLERANCE * 100.0
+            ));
+        }
+    }
+    if let Some(measured) = measured
+        && measured.value > geometry * (1.0 + PEAK_TOLERANCE)
+    {
+        faults.push(format!(
+            "{path}.measured_ops_per_s = {:?} operations/s: expected at most the peak of {geometry:?}",
+            measured.value
+        ));
+    }
+}
+
+/// At its peak a unit alone cannot take more than the whole chip may.
+fn power_of_peak(
+    profile: &Profile,
+    path: &str,
+    pj_per_op: Option<&Quantity>,
+    ops_per_s: f64,
+    faults: &mut Vec<String>,
+) {
+    let (Some(pj_per_op), Some(power)) = (pj_per_op, &profile.power) else { return };
+    let watts = pj_per_op.value * 1e-12 * ops_per_s;
+    if watts > power.tdp_w.value {
+        faults.push(format!(
+            "{path}.pj_per_op = {:?} pJ: at its peak {watts:.3} W, expected at most the {:?} W of power.tdp_w",
+            pj_per_op.value, power.tdp_w.value
+        ));
+    }
+}
+
+fn memory(profile: &Profile, faults: &mut Vec<String>) {
+    let names = profile.memory.iter().map(|m| &m.name).chain(profile.dma.iter().map(|d| &d.name));
+    let mut names: Vec<_> = names.collect();
+    names.sort();
+    for pair in names.windows(2).filter(|pair| pair[0] == pair[1]) {
+        faults.push(format!("name = {}: expected names of memory levels and DMA engines to differ", pair[0]));
+    }
+    let Some(last) = profile.memory.last() else {
+        faults.push("memory: expected at least one level".into());
+        return;
+    };
+    if last.scope < Scope::Chip || last.managed != Managed::Software {
+        faults.push(format!(
+            "memory.{}: the last level holds the weights; expected scope chip or host, managed by software",
+            last.name
+        ));
+    }
+    for pair in profile.memory.windows(2) {
+        let (near, far) = (&pair[0], &pair[1]);
+        let outside = |what: &str, far_value: f64, near_value: f64, unit: &str, bound: &str| {
+            format!(
+                "memory.{}.{what} = {far_value:?} {unit}: expected at {bound} the {near_value:?} {unit} of the nearer {}",
+                far.name, near.name
+            )
+        };
+        if far.scope < near.scope {
+            faults.push(format!(
+                "memory.{}.scope = {:?}: expected levels from inside to outside, but {} comes first",
+                far.name, far.scope, near.name
+            ));
+        }
+        let (near_rate, far_rate) = (profile.read_bytes_per_s(near), profile.read_bytes_per_s(far));
+        if far_rate > near_rate {
+            faults.push(outside("read_bytes_per_s (all)", far_rate, near_rate, "bytes/s", "most"));
+        }
+        if far.latency_ns.value < near.latency_ns.value {
+            faults.push(outside("latency_ns", far.latency_ns.value, near.latency_ns.value, "ns", "least"));
+        }
+    }
+}
+
+fn power_and_price(profile: &Profile, faults: &mut Vec<String>) {
+    if let Some(price) = &profile.price
+        && price.usd_per_hour.is_none()
+        && price.chip_usd.is_none()
+    {
+        faults.push("price: expected usd_per_hour or chip_usd".into());
+    }
+    let Some(power) = &profile.power else { return };
+    let parts = [("provisioned_w", &power.provisioned_w), ("idle_w", &power.idle_w)];
+    for (name, watts) in parts.into_iter().filter_map(|(name, w)| w.as_ref().map(|w| (name, w.value))) {
+        if watts > power.tdp_w.value {
+            faults.push(format!(
+                "power.{name} = {watts:?} W: expected at most tdp_w = {:?} W",
+                power.tdp_w.value
+            ));
+        }
+    }
+}

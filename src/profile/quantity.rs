@@ -1,0 +1,317 @@
+//! Numbers with their provenance, the table of keys that hold them, and the JSON Schema.
+//!
+//! In a file a number is bare, `clusters = 16`, and has the `basis` and `source` of the nearest table around it that gives them;
+//! or it brings its own: `clock_hz = { value = 1.43e9, basis = "derived", source = "stated peaks / geometry" }`.
+
+use std::borrow::Cow;
+
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
+use serde::Deserialize;
+use toml::{Table, Value};
+
+use super::Profile;
+
+/// A number, where it comes from and how sure it is.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Quantity {
+    /// In the unit of its key.
+    pub value: f64,
+    /// How sure it is.
+    pub basis: Basis,
+    /// A name from the profile's `sources`, or the reasoning.
+    pub source: String,
+}
+
+/// How sure a number is, from the surest on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Basis {
+    /// Published by the maker. The source is cited.
+    Datasheet,
+    /// Measured on the chip. The source is cited.
+    Measured,
+    /// Follows from other numbers; the source says how.
+    Derived,
+    /// Neither; the source says what speaks for it.
+    Guess,
+}
+
+impl Basis {
+    /// All of them, from the surest on.
+    pub const ALL: [Basis; 4] = [Basis::Datasheet, Basis::Measured, Basis::Derived, Basis::Guess];
+
+    /// As in profiles.
+    pub fn name(self) -> &'static str {
+        match self {
+            Basis::Datasheet => "datasheet",
+            Basis::Measured => "measured",
+            Basis::Derived => "derived",
+            Basis::Guess => "guess",
+        }
+    }
+}
+
+impl JsonSchema for Quantity {
+    fn schema_name() -> Cow<'static, str> {
+        "Quantity".into()
+    }
+
+    fn json_schema(generator: &mut SchemaGenerator) -> Schema {
+        let basis = generator.subschema_for::<Basis>();
+        json_schema!({
+            "description": "A number with the basis and source of the table around it, or with its own.",
+            "anyOf": [
+                { "type": "number" },
+                {
+                    "type": "object",
+                    "properties": { "value": { "type": "number" }, "basis": basis, "source": { "type": "string" } },
+                    "required": ["value"],
+                    "additionalProperties": false,
+                },
+            ],
+        })
+    }
+}
+
+/// What a key may hold.
+pub(super) struct Key {
+    pub name: &'static str,
+    pub unit: &'static str,
+    pub min: f64,
+    pub max: f64,
+    /// Whether it counts things.
+    pub whole: bool,
+}
+
+/// All keys with numbers. A key means the same wherever it stands.
+pub(super) static KEYS: &[Key] = &[
+    real("clock_hz", "Hz", 1e6, 1e10),
+    count("clusters", "clusters", 1.0, 4096.0),
+    count("tiles_per_cluster", "tiles", 1.0, 4096.0),
+    count("units_per_tile", "units", 1.0, 256.0),
+    count("rows", "rows", 1.0, 4096.0),
+    count("columns", "columns", 1.0, 4096.0),
+    real("depth_per_cycle", "products a cycle", 1.0 / 256.0, 4096.0),
+    real("ops_per_cycle", "operations a cycle", 0.125, 65536.0),
+    real("dense_ops_per_s", "operations/s", 1e6, 1e18),
+    real("sparse_ops_per_s", "operations/s", 1e6, 1e18),
+    real("measured_ops_per_s", "operations/s", 1e6, 1e18),
+    real("pj_per_op", "pJ", 1e-4, 1e3),
+    real("fill_cycles", "cycles", 0.0, 1e5),
+    real("min_issue_cycles", "cycles", 0.0, 1e5),
+    real("open_cycles", "cycles", 0.0, 1e5),
+    real("dependent_cycles", "cycles", 0.0, 1e5),
+    real("exp_cycles", "cycles", 0.125, 1e3),
+    real("rsqrt_cycles", "cycles", 0.125, 1e3),
+    real("divide_cycles", "cycles", 0.125, 1e3),
+    real("quantize_cycles", "cycles", 0.125, 1e3),
+    count("accumulator_bytes", "bytes", 4.0, 1e9),
+    count("capacity_bytes", "bytes", 64.0, 1e14),
+    real("read_bytes_per_s", "bytes/s", 1e6, 1e15),
+    real("write_bytes_per_s", "bytes/s", 1e6, 1e15),
+    real("latency_ns", "ns", 0.0, 1e6),
+    count("banks", "banks", 1.0, 65536.0),
+    count("line_bytes", "bytes", 1.0, 65536.0),
+    real("achievable_fraction", "of 1", 0.05, 1.0),
+    real("pj_per_byte", "pJ", 1e-3, 1e4),
+    count("engines", "engines", 1.0, 4096.0),
+    real("bytes_per_s", "bytes/s", 1e6, 1e14),
+    real("setup_ns", "ns", 0.0, 1e6),
+    real("descriptor_ns", "ns", 0.0, 1e5),
+    real("half_rate_run_bytes", "bytes", 0.0, 1e6),
+    count("max_dimensions", "dimensions", 1.0, 16.0),
+    count("queue_entries", "descriptors", 1.0, 65536.0),
+    real("link_bytes_per_cycle", "bytes a cycle", 0.125, 65536.0),
+    real("hop_cycles", "cycles", 0.0, 1e4),
+    real("semaphore_ns", "ns", 0.0, 1e6),
+    real("barrier_ns", "ns", 0.0, 1e7),
+    real("kernel_ns", "ns", 0.0, 1e9),
+    real("graph_kernel_ns", "ns", 0.0, 1e9),
+    real("host_bytes_per_s", "bytes/s", 1e5, 1e13),
+    count("links", "links", 1.0, 4096.0),
+    real("link_bytes_per_s", "bytes/s", 1e6, 1e13),
+    real("tdp_w", "W", 1e-3, 1e5),
+    real("provisioned_w", "W", 1e-3, 1e5),
+    real("idle_w", "W", 0.0, 1e5),
+    real("usd_per_hour", "US$/h", 1e-4, 1e4),
+    real("chip_usd", "US$", 0.1, 1e7),
+    real("lifetime_years", "years", 0.5, 30.0),
+    real("usd_per_kwh", "US$/kWh", 1e-3, 10.0),
+    real("utilisation_fraction", "of 1", 0.01, 1.0),
+    real("compute_fraction", "of 1", 0.01, 1.0),
+    real("memory_fraction", "of 1", 0.01, 1.0),
+    real("overhead_ns", "ns", 0.0, 1e9),
+    real("mean_error_fraction", "of 1", 0.0, 10.0),
+];
+
+const fn real(name: &'static str, unit: &'static str, min: f64, max: f64) -> Key {
+    Key { name, unit, min, max, whole: false }
+}
+
+const fn count(name: &'static str, unit: &'static str, min: f64, max: f64) -> Key {
+    Key { name, unit, min, max, whole: true }
+}
+
+/// `basis` and `source`, as far as the tables around give them.
+#[derive(Clone, Default)]
+struct Provenance {
+    basis: Option<Value>,
+    source: Option<Value>,
+}
+
+impl Provenance {
+    /// Takes the table's own out of it; what it lacks is inherited.
+    fn take(&self, table: &mut Table) -> Provenance {
+        Provenance {
+            basis: table.remove("basis").or_else(|| self.basis.clone()),
+            source: table.remove("source").or_else(|| self.source.clone()),
+        }
+    }
+}
+
+/// Gives every number of a file its provenance, written out. Returns what is wrong with single numbers.
+pub(super) fn resolve(file: &mut Table) -> Vec<String> {
+    let mut faults = Vec::new();
+    let around = Provenance::default().take(file);
+    // Names and texts only, under keys that the profile chooses.
+    let cited: Vec<String> = match file.get("sources") {
+        Some(Value::Table(sources)) => sources.keys().cloned().collect(),
+        _ => Vec::new(),
+    };
+    for (key, value) in file.iter_mut().filter(|(key, _)| *key != "sources") {
+        resolve_value(value, key, key, &around, &cited, &mut faults);
+    }
+    faults
+}
+
+fn resolve_value(
+    value: &mut Value,
+    path: &str,
+    key: &str,
+    around: &Provenance,
+    cited: &[String],
+    faults: &mut Vec<String>,
+) {
+    match value {
+        Value::Array(items) => {
+            for (i, item) in items.iter_mut().enumerate() {
+                resolve_value(item, &item_path(path, i, item), key, around, cited, faults);
+            }
+        }
+        Value::Table(table) if !table.contains_key("value") => {
+            let own = around.take(table);
+            for (key, value) in table.iter_mut() {
+                resolve_value(value, &format!("{path}.{key}"), key, &own, cited, faults);
+            }
+        }
+        Value::Table(quantity) => {
+            let own = around.take(quantity);
+            number(quantity, path, key, own, cited, faults);
+        }
+        Value::Integer(_) | Value::Float(_) => {
+            let mut quantity = Table::from_iter([("value".to_owned(), value.clone())]);
+            number(&mut quantity, path, key, around.clone(), cited, faults);
+            *value = Value::Table(quantity);
+        }
+        _ => {}
+    }
+}
+
+/// Completes and checks one number.
+fn number(
+    quantity: &mut Table,
+    path: &str,
+    key: &str,
+    provenance: Provenance,
+    cited: &[String],
+    faults: &mut Vec<String>,
+) {
+    let value = match quantity.get("value") {
+        Some(Value::Integer(i)) => *i as f64,
+        Some(Value::Float(f)) => *f,
+        // The schema's error is the better one.
+        _ => return,
+    };
+    quantity.insert("value".into(), Value::Float(value));
+    if let Some(Key { unit, min, max, whole, .. }) = KEYS.iter().find(|k| k.name == key) {
+        // Written so that NaN fails.
+        if !(value >= *min && value <= *max) {
+            faults.push(format!("{path} = {value:?} {unit}: expected from {min:?} to {max:?} {unit}"));
+        } else if *whole && value.fract() != 0.0 {
+            faults.push(format!("{path} = {value:?} {unit}: expected a whole number"));
+        }
+    }
+    let basis = provenance.basis.as_ref().and_then(Value::as_str);
+    let source = provenance.source.as_ref().and_then(Value::as_str);
+    match (basis, source) {
+        (Some("datasheet" | "measured"), Some(source)) if !cited.iter().any(|c| c == source) => {
+            faults.push(format!("{path}: source `{source}` is not in [sources], which holds {cited:?}"));
+        }
+        (Some(_), Some("")) => faults.push(format!("{path}: source is empty")),
+        (Some(_), Some(_)) => {}
+        (basis, _) => {
+            let what = if basis.is_none() { "basis" } else { "source" };
+            faults.push(format!("{path} = {value:?}: no `{what}`, neither its own nor of a table around it"));
+        }
+    }
+    let missing = || Value::String(Basis::Guess.name().into());
+    quantity.insert("basis".into(), provenance.basis.unwrap_or_else(missing));
+    quantity.insert("source".into(), provenance.source.unwrap_or_else(|| Value::String(String::new())));
+}
+
+/// The JSON Schema of a profile.
+pub fn schema() -> Schema {
+    let mut schema = schemars::schema_for!(Profile);
+    let Some(root) = schema.as_object_mut() else { return schema };
+    let basis = serde_json::json!({ "$ref": "#/$defs/Basis", "description": "Of all bare numbers below." });
+    let source = serde_json::json!({ "type": "string", "description": "Of all bare numbers below." });
+    let complete = |properties: &mut serde_json::Map<String, serde_json::Value>| {
+        for key in KEYS {
+            let Some(property) = properties.get_mut(key.name).and_then(|p| p.as_object_mut()) else {
+                continue;
+            };
+            let said = property.get("description").and_then(|d| d.as_str()).unwrap_or_default();
+            let unit = format!("{said} [{}, from {:?} to {:?}]", key.unit, key.min, key.max);
+            property.insert("description".into(), unit.trim().into());
+        }
+        properties.insert("basis".into(), basis.clone());
+        properties.insert("source".into(), source.clone());
+    };
+    if let Some(properties) = root.get_mut("properties").and_then(|p| p.as_object_mut()) {
+        complete(properties);
+    }
+    if let Some(defs) = root.get_mut("$defs").and_then(|d| d.as_object_mut()) {
+        let tables = defs.values_mut().filter_map(|d| d.get_mut("properties")?.as_object_mut());
+        tables.for_each(complete);
+    }
+    schema
+}
+
+/// Every number of a resolved file with its path, such as `memory.hbm.latency_ns`.
+pub(super) fn list(file: &Table) -> Vec<(String, Quantity)> {
+    let mut out = Vec::new();
+    file.iter().for_each(|(key, value)| collect(value, key, &mut out));
+    out
+}
+
+/// The path of an item of a list: by its name, if it has one.
+fn item_path(path: &str, index: usize, item: &Value) -> String {
+    match item.get("name").and_then(Value::as_str) {
+        Some(name) => format!("{path}.{name}"),
+        None => format!("{path}.{index}"),
+    }
+}
+
+fn collect(value: &Value, path: &str, out: &mut Vec<(String, Quantity)>) {
+    match value {
+        Value::Table(table) if table.contains_key("value") => {
+            out.extend(value.clone().try_into().ok().map(|quantity| (path.to_owned(), quantity)));
+        }
+        Value::Table(table) => table.iter().for_each(|(key, v)| collect(v, &format!("{path}.{key}"), out)),
+        Value::Array(items) => {
+            items.iter().enumerate().for_each(|(i, item)| collect(item, &item_path(path, i, item), out));
+        }
+        _ => {}
+    }
+}

@@ -1,0 +1,189 @@
+//! Profiles of chips: the shipped ones hold together, and what cannot be is refused by name, value, unit and range.
+#![cfg(feature = "sim")]
+
+use halite::Error;
+use halite::profile::{Basis, Profile, SHIPPED};
+
+const TEACHING: &str = include_str!("../hw-profiles/teaching-16x16.toml");
+
+fn shipped(name: &str) -> Profile {
+    Profile::open(name).unwrap_or_else(|e| panic!("{e}"))
+}
+
+/// What is said of the teaching chip with `from` replaced by `to`.
+fn faults(from: &str, to: &str) -> String {
+    assert!(TEACHING.contains(from), "{from}");
+    let text = TEACHING.replacen(from, to, 1);
+    match Profile::parse("changed", &text) {
+        Err(Error::Profile { faults, .. }) => faults.join("\n"),
+        Err(error) => panic!("{error}"),
+        Ok(_) => panic!("`{to}` was accepted"),
+    }
+}
+
+#[test]
+fn every_file_is_shipped_and_holds_together() {
+    let folder = std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/hw-profiles")).unwrap();
+    let files = folder.map(|file| file.unwrap().file_name().into_string().unwrap());
+    let mut files: Vec<_> = files.filter_map(|file| file.strip_suffix(".toml").map(str::to_owned)).collect();
+    files.sort();
+    let names: Vec<_> = SHIPPED.iter().map(|(name, _)| *name).collect();
+    assert_eq!(files, names);
+    for name in names {
+        let profile = shipped(name);
+        assert_eq!(profile.name, name);
+        assert!(!profile.peaks().is_empty() && profile.quantities.len() > 10, "{name}");
+        let cites = |source: &str| profile.quantities.iter().any(|(_, quantity)| quantity.source == source);
+        let unused: Vec<_> = profile.sources.keys().filter(|source| !cites(source)).collect();
+        assert!(unused.is_empty(), "{name}: cited by no number: {unused:?}");
+    }
+}
+
+#[test]
+fn the_schema_is_up_to_date() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/hw-profiles/schema.json");
+    let schema = format!("{:#}\n", halite::profile::schema().as_value());
+    let committed = std::fs::read_to_string(path).unwrap_or_default();
+    assert!(schema == committed, "run `halite profile --schema > hw-profiles/schema.json`");
+}
+
+/// The schema's keys with numbers all have a unit, so that the loader checks their range.
+#[test]
+fn every_number_has_a_unit_and_a_range() {
+    let schema = halite::profile::schema();
+    let mut numbers = 0;
+    for (table, definition) in schema.as_value()["$defs"].as_object().unwrap() {
+        for (key, property) in definition["properties"].as_object().into_iter().flatten() {
+            if property.to_string().contains("#/$defs/Quantity") {
+                let description = property["description"].as_str().unwrap();
+                assert!(description.contains(", from ") && description.ends_with(']'), "{table}.{key}");
+                numbers += 1;
+            }
+        }
+    }
+    assert!(numbers > 60, "{numbers}");
+}
+
+#[test]
+fn peaks_and_rates_follow_from_geometry() {
+    let peak = |profile: &Profile, name: &str| {
+        profile.peaks().into_iter().find(|(n, _)| n == name).unwrap_or_else(|| panic!("{name}")).1
+    };
+    let teaching = shipped("teaching-16x16");
+    assert_eq!(peak(&teaching, "int8 x int8"), 512e9);
+    assert_eq!(peak(&teaching, "bf16 x bf16"), 256e9);
+    assert_eq!(peak(&teaching, "fp32"), 16e9);
+    let maia = shipped("maia-100");
+    assert_eq!((maia.tiles(), maia.read_bytes_per_s(&maia.memory[0])), (64.0, 64.0 * 1.5e12));
+    // The published peaks, printed with one or two digits.
+    for (name, stated) in [("mx6 x mx6", 3e15), ("mx9 x mx9", 1.5e15), ("bf16 x bf16", 0.75e15)] {
+        assert!((peak(&maia, name) / stated - 1.0).abs() < 0.001, "{name}");
+    }
+}
+
+#[test]
+fn numbers_have_the_nearest_provenance() {
+    let maia = shipped("maia-100");
+    let of = |path: &str| {
+        let found = maia.quantities.iter().find(|(p, _)| p == path).unwrap_or_else(|| panic!("{path}"));
+        (found.1.value, found.1.basis, found.1.source.as_str())
+    };
+    assert_eq!(of("memory.hbm.read_bytes_per_s"), (1.8e12, Basis::Datasheet, "hotchips"));
+    // The file's.
+    assert_eq!(of("memory.tsram.latency_ns"), (20.0, Basis::Guess, "not published"));
+    // The table's source, the file's basis.
+    assert_eq!((of("vector.open_cycles").1, &of("vector.open_cycles").2[..6]), (Basis::Guess, "as AWS"));
+    assert_eq!(maia.chip.clusters.basis, Basis::Datasheet);
+}
+
+#[test]
+fn single_numbers_out_of_range_are_named() {
+    let fault = faults("clock_hz = 1e9", "clock_hz = 1.43");
+    assert_eq!(fault, "chip.clock_hz = 1.43 Hz: expected from 1000000.0 to 10000000000.0 Hz");
+    assert!(
+        faults("rows = 16", "rows = 16.5").starts_with("matrix.rows = 16.5 rows: expected a whole number")
+    );
+    assert!(faults("rows = 16", "rows = nan").contains("matrix.rows = NaN rows: expected from"));
+    let fault = faults("read_bytes_per_s = 8e9", "read_bytes_per_s = 8");
+    assert!(fault.starts_with("memory.dram.read_bytes_per_s = 8.0 bytes/s: expected from"), "{fault}");
+}
+
+#[test]
+fn keys_that_are_unknown_or_missing_are_named() {
+    for (from, to, expected) in [
+        ("latency_ns = 2\n", "latency_us = 2\n", "latency_us"),
+        ("name = \"teaching-16x16\"", "name = \"teaching-16x16\"\nflops = 7", "flops"),
+        ("latency_ns = 2\n", "", "latency_ns"),
+        ("activations = \"int8\"", "activations = \"int9\"", "int9"),
+        ("rows = 16", "rows = \"16\"", "rows"),
+        ("[chip]", "[chip", "expected"),
+    ] {
+        let fault = faults(from, to);
+        assert!(fault.contains(expected), "{to}: {fault}");
+    }
+}
+
+#[test]
+fn numbers_without_a_source_are_refused() {
+    let fault = faults("basis = \"derived\"\n", "");
+    assert!(fault.contains("chip.clock_hz = 1000000000.0: no `basis`"), "{fault}");
+    let fault = faults("source = \"chosen; there is no such chip\"\n", "");
+    assert!(fault.contains("sync.semaphore_ns = 10.0: no `source`"), "{fault}");
+    let fault =
+        faults("clock_hz = 1e9", "clock_hz = { value = 1e9, basis = \"datasheet\", source = \"web\" }");
+    assert_eq!(fault, "chip.clock_hz: source `web` is not in [sources], which holds []");
+    let fault = faults("clock_hz = 1e9", "clock_hz = { value = 1e9, source = \"\" }");
+    assert_eq!(fault, "chip.clock_hz: source is empty");
+    assert!(faults("basis = \"derived\"", "basis = \"sure\"").contains("sure"));
+}
+
+#[test]
+fn peaks_that_contradict_the_geometry_are_refused() {
+    let stated = |rate: &str| faults("depth_per_cycle = 1\n", &format!("depth_per_cycle = 1\n{rate}\n"));
+    let fault = stated("dense_ops_per_s = 700e9");
+    let expected =
+        "matrix.rate.0 (int8 x int8).dense_ops_per_s = 700000000000.0 operations/s: expected 512000000000.0";
+    assert!(fault.starts_with(expected) && !fault.contains("sparse"), "{fault}");
+    assert!(stated("dense_ops_per_s = 1024e9").contains("sparse_ops_per_s"));
+    assert!(stated("sparse_ops_per_s = 512e9").contains("expected more than the dense"));
+    assert!(stated("measured_ops_per_s = 600e9").contains("at most the peak"));
+    let slow = "dense_ops_per_s = 500e9\nsparse_ops_per_s = 1e12\nmeasured_ops_per_s = 300e9";
+    let within = TEACHING.replacen("depth_per_cycle = 1\n", &format!("depth_per_cycle = 1\n{slow}\n"), 1);
+    assert!(Profile::parse("within", &within).is_ok());
+}
+
+#[test]
+fn what_contradicts_physics_or_formats_is_refused() {
+    for (from, to, expected) in [
+        (
+            "read_bytes_per_s = 8e9",
+            "read_bytes_per_s = 80e9",
+            "memory.dram.read_bytes_per_s (all) = 80000000000.0",
+        ),
+        (
+            "latency_ns = 100\n",
+            "latency_ns = 1\n",
+            "memory.dram.latency_ns = 1.0 ns: expected at least the 2.0 ns",
+        ),
+        ("scope = \"tile\"", "scope = \"host\"", "from inside to outside"),
+        ("name = \"copy\"", "name = \"dram\"", "name = dram"),
+        ("accumulator = \"int32\"", "accumulator = \"int4\"", "accumulator = int4"),
+        ("accumulator = \"fp32\"", "accumulator = \"mx9\"", "accumulator = mx9"),
+        (
+            "[launch]",
+            "[power]\ntdp_w = 5\nidle_w = 6\n[launch]",
+            "power.idle_w = 6.0 W: expected at most tdp_w",
+        ),
+    ] {
+        let fault = faults(from, to);
+        assert!(fault.contains(expected), "{to}: {fault}");
+    }
+    let fault = faults(
+        "activations = \"bf16\"\nweights = \"bf16\"\naccumulator = \"fp32\"\ndepth_per_cycle = 0.5",
+        "activations = \"mx9\"\nweights = \"mx9\"\naccumulator = \"fp32\"\ndepth_per_cycle = 24",
+    );
+    assert!(fault.contains("a divisor or a multiple of the 16.0 values of a block of mx9"), "{fault}");
+    let fault =
+        faults("depth_per_cycle = 0.5\n", "depth_per_cycle = 0.5\npj_per_op = 100\n[power]\ntdp_w = 5\n");
+    assert!(fault.contains("at its peak 25.600 W, expected at most the 5.0 W"), "{fault}");
+}
