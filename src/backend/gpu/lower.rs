@@ -1059,3 +1059,51 @@ impl Lowering<'_> {
         self.push(shader, [fixed(cols.div_ceil(WORKGROUP)), each(rows), ONE]);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::{Caps, Contract, Fusions, Rows};
+    use crate::map::Source;
+    use crate::model::{Model, ProgramOptions};
+
+    /// A dense llama layer is ten dispatches in decode: norm, Q/K/V, rotation, attention, quantising, output, norm, gates,
+    /// quantising, down.
+    #[test]
+    fn a_dense_layer_is_ten_dispatches() {
+        let file = concat!(env!("CARGO_MANIFEST_DIR"), "/models/austen/halite-austen.gguf");
+        let model = Model::from_source(Source::open(file.as_ref()).unwrap()).unwrap();
+        let caps = Caps {
+            name: "test".into(),
+            device: String::new(),
+            memory_bytes: u64::MAX,
+            rows: Rows::Interleaved,
+            fusions: Fusions::ALL,
+            contract: Contract::Close,
+        };
+        let program = passes::adapt(&model.program(ProgramOptions::default(), 256).unwrap(), &caps);
+        for tuning in [Tuning::GPU, Tuning::CPU] {
+            let bounds = Bounds {
+                paths: Paths { subgroups: true, integer: true },
+                binding_bytes: 128 << 20,
+                workgroup_bytes: 16 << 10,
+                tuning,
+            };
+            let lowered = lower(&program, Limits { tokens: 64, outputs: 1 }, &bounds);
+            let runs = |tokens: u32| {
+                let counts = super::super::plan::Counts { tokens, outputs: 1, tiles: &[] };
+                lowered.segments[1]
+                    .iter()
+                    .filter(|d| counts.runs(d))
+                    .map(|d| d.shader.name)
+                    .collect::<Vec<_>>()
+            };
+            let expected = [
+                "norm", "matvec", "rope_kv", "attend", "quantise", "matvec", "norm", "matvec", "quantise",
+                "matvec",
+            ];
+            assert_eq!(runs(1), expected);
+            assert_eq!(runs(64).iter().filter(|&&name| name == "matmul").count(), 7);
+        }
+    }
+}
