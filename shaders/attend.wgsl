@@ -1,6 +1,6 @@
-// Attention of up to eight rows (a row is a query head of a token) that share a KV head and are of one sequence, over the
-// pages of a split, with online softmax (Milakov & Gimelshein 2018; Dao et al. 2022). An invocation has a position of the
-// page for the scores, and elements of the value for their sums.
+// Attention of up to eight rows (a row is a query head of a token) that share a KV head and are of one sequence, with
+// online softmax (Milakov & Gimelshein 2018; Dao et al. 2022). An invocation has a position of the page for the scores, and
+// elements of the value for their sums.
 
 // By element, in two fours of rows.
 var<workgroup> q: array<vec4<f32>, 2u * KEY_DIM>;
@@ -20,10 +20,17 @@ fn limit(score: vec4<f32>) -> vec4<f32> {
     return SOFTCAP * tanh(clamp(score / SOFTCAP, vec4(-15.0), vec4(15.0)));
 }
 
+// Stores an element of the output, from its sum, the denominator and the largest score.
+fn finish(token: u32, head: u32, d: u32, o: f32, sum: f32, top: f32) {
+    let highest = max(top, sink(head));
+    let factor = exp(top - highest);
+    let all = sum * factor + select(0.0, exp(sink(head) - highest), HAS_SINK);
+    out[(token * HEADS + head) * VALUE_DIM + d] = o * factor / all;
+}
+
 @compute @workgroup_size(64)
 fn main(in: In) {
-    let kv_head = in.workgroup.x % KV_HEADS;
-    let split = in.workgroup.x / KV_HEADS;
+    let kv_head = in.workgroup.x;
     let tokens = tile(in.workgroup.y / ROW_TILES);
     let row0 = 8u * (in.workgroup.y % ROW_TILES);
     let count = min(tokens.y * GROUP - min(row0, tokens.y * GROUP), 8u);
@@ -61,10 +68,7 @@ fn main(in: In) {
     var o1: array<vec4<f32>, VALUE_RUNS>;
     let page_first = min(lowest, highest) / 64u;
     let page_end = (highest + 63u) / 64u;
-    let each = (page_end - page_first + SPLITS - 1u) / SPLITS;
-    let here_first = min(page_first + split * each, page_end);
-    let here_end = min(here_first + each, page_end);
-    for (var chunk = here_first; chunk < here_end; chunk++) {
+    for (var chunk = page_first; chunk < page_end; chunk++) {
         let at = page(tokens.x, chunk);
         let place = 64u * chunk + in.local;
         var s0 = vec4(0.0);
@@ -144,7 +148,7 @@ fn main(in: In) {
         for (var run = 0u; run < VALUE_RUNS; run++) {
             let d = 64u * run + in.local;
             let o = select(o1[run], o0[run], r < 4u)[r % 4u];
-            if d < VALUE_DIM { finish(token, head, split, d, o, sum, top); }
+            if d < VALUE_DIM { finish(token, head, d, o, sum, top); }
         }
     }
 }

@@ -12,7 +12,7 @@ use crate::backend::{Backend, Buffer, Usage, upload};
 use crate::error::{Error, Result};
 use crate::gguf::{Gguf, TensorInfo};
 use crate::map::Region;
-use crate::program::{Dim, Layout, Program, Tensor, TensorId, part_as_stored};
+use crate::program::{Dim, Layout, Program, Slot, Tensor, TensorId, part_as_stored};
 
 /// Sets of buffers that streamed segments share.
 pub const RING: usize = 2;
@@ -163,10 +163,11 @@ fn place(program: &Program, copied: &[bool], budget_bytes: u64, backend: &str) -
     let mut users = vec![Vec::new(); program.weights.len()];
     for (segment, op) in program.ops() {
         op.inputs(&mut |id| {
-            if let Some(slot) = program.weights.iter().position(|&w| w == id)
-                && users[slot].last() != Some(&segment)
+            if let Slot::Weight(slot) = program.tensor(id).slot
+                && let Some(users) = users.get_mut(slot as usize)
+                && users.last() != Some(&segment)
             {
-                users[slot].push(segment);
+                users.push(segment);
             }
         });
     }

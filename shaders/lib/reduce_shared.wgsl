@@ -1,4 +1,4 @@
-// Reductions over a workgroup of WORKGROUP invocations, in workgroup memory. Every invocation gets the result.
+// Sums over a workgroup of WORKGROUP invocations, in workgroup memory. Every invocation gets the result.
 
 struct In {
     @builtin(workgroup_id) workgroup: vec3<u32>,
@@ -18,16 +18,4 @@ fn sum_all(in: In, x: f32) -> f32 {
     let sum = reduced[0];
     workgroupBarrier();
     return sum;
-}
-
-fn max_all(in: In, x: f32) -> f32 {
-    reduced[in.local] = x;
-    workgroupBarrier();
-    for (var half = WORKGROUP / 2u; half > 0u; half = half / 2u) {
-        if in.local < half { reduced[in.local] = max(reduced[in.local], reduced[in.local + half]); }
-        workgroupBarrier();
-    }
-    let largest = reduced[0];
-    workgroupBarrier();
-    return largest;
 }

@@ -1,4 +1,4 @@
-// Reductions over a workgroup of WORKGROUP invocations: within subgroups, then over them in workgroup memory. Every
+// Sums over a workgroup of WORKGROUP invocations: within subgroups, then over them in workgroup memory. Every
 // invocation gets the result.
 
 struct In {
@@ -20,14 +20,4 @@ fn sum_all(in: In, x: f32) -> f32 {
     for (var i = 0u; i < in.subgroups; i++) { sum += reduced[i]; }
     workgroupBarrier();
     return sum;
-}
-
-fn max_all(in: In, x: f32) -> f32 {
-    let part = subgroupMax(x);
-    if in.lane == 0u { reduced[in.subgroup] = part; }
-    workgroupBarrier();
-    var largest = reduced[0];
-    for (var i = 1u; i < in.subgroups; i++) { largest = max(largest, reduced[i]); }
-    workgroupBarrier();
-    return largest;
 }

@@ -125,7 +125,7 @@ impl BackendArgs {
                 let without = without.split(',').filter(|s| !s.is_empty()).map(str::to_owned).collect();
                 Arc::new(Gpu::new(&GpuOptions {
                     adapter,
-                    memory_bytes: self.device_memory.map(|mib| mib << 20),
+                    memory_bytes: self.device_memory.map(|mib| mib.saturating_mul(1 << 20)),
                     without,
                 })?)
             }

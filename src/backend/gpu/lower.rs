@@ -41,13 +41,10 @@ pub(super) enum Extra {
     Hidden,
     /// Products of experts, to be mixed.
     Mixed,
-    /// Attention by splits.
-    Splits,
 }
 
 impl Extra {
-    pub const ALL: [Extra; 6] =
-        [Extra::Codes32, Extra::Codes256, Extra::Gates, Extra::Hidden, Extra::Mixed, Extra::Splits];
+    pub const ALL: [Extra; 5] = [Extra::Codes32, Extra::Codes256, Extra::Gates, Extra::Hidden, Extra::Mixed];
 }
 
 /// What a number of workgroups depends on.
@@ -210,15 +207,6 @@ fn fixed_rows(t: &Tensor) -> u32 {
     if let Dim::Fixed(rows) = t.rows { rows } else { 0 }
 }
 
-/// How many ops read each tensor.
-fn uses(program: &Program) -> Vec<u32> {
-    let mut uses = vec![0; program.tensors.len()];
-    for (_, op) in program.ops() {
-        op.inputs(&mut |id| uses[id.0 as usize] += 1);
-    }
-    uses
-}
-
 /// Bytes of so many rows of a weight.
 fn matrix_bytes(t: &Tensor, rows: u32) -> u64 {
     t.format.row_bytes(t.cols as usize).unwrap_or(0) as u64 * u64::from(rows)
@@ -237,7 +225,7 @@ pub(super) fn lower(program: &Program, limits: Limits, bounds: &Bounds) -> Lower
         tile_sizes: Vec::new(),
         step: StepLayout::new(limits),
         quantised: Vec::new(),
-        uses: uses(program),
+        uses: passes::uses(program),
     };
     let mut segments = Vec::new();
     for segment in &program.segments {
@@ -977,7 +965,6 @@ impl Lowering<'_> {
             .u32("STEP_TILES", self.step.tiles + self.step.tile_words * list as u32)
             .u32("HEADS", *heads)
             .u32("ROW_TILES", row_tiles)
-            .u32("SPLITS", 1)
             .u32("WINDOW", state.window.unwrap_or(u32::MAX))
             .f32("SCALE", *scale)
             .f32("SOFTCAP", softcap.unwrap_or(0.0))
@@ -988,7 +975,7 @@ impl Lowering<'_> {
             _ => shader.with(wgsl!("kv/f32")),
         };
         shader = self.optional(shader, *sinks, "sinks", "sink", "-3.4028235e38");
-        shader = shader.with(wgsl!("lib/attend_whole")).with(wgsl!("attend"));
+        shader = shader.with(wgsl!("attend"));
         let tiles = Count { of: Of::Tiles(tile), times: row_tiles, per: 1 };
         self.push(shader, [fixed(state.kv_heads), tiles, ONE]);
     }
