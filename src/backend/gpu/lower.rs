@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use halite_kernels::formats::{Activation, Format, Kind, Layout, ROWS};
 
-use super::shader::{Grid, Paths, Shader, WORKGROUP, after, gated, unary, wgsl};
+use super::shader::{Grid, Paths, Shader, WORKGROUP, after, gated, knows_format, unary, wgsl};
 use crate::backend::Limits;
 use crate::passes;
 use crate::program::{
@@ -165,15 +165,12 @@ pub(super) fn missing(program: &Program, op: &Op, bounds: &Bounds) -> Option<Str
         if !matches!(t.slot, Slot::Weight(_)) {
             continue;
         }
-        if !super::shader::knows_format(t.format) {
+        if !knows_format(t.format) {
             why = Some(format!("format {}", t.format.name()));
         }
-        let unit = shard_unit(t);
-        if matrix_bytes(t, unit) > bounds.binding_bytes {
-            why = Some(format!(
-                "`{}` cannot be divided into bindings of {} bytes",
-                t.name, bounds.binding_bytes
-            ));
+        if shards(t, bounds.binding_bytes).is_none() {
+            let limit = bounds.binding_bytes;
+            why = Some(format!("`{}` cannot be divided into bindings of {limit} bytes", t.name));
         }
     }
     match op {
@@ -188,19 +185,14 @@ pub(super) fn missing(program: &Program, op: &Op, bounds: &Bounds) -> Option<Str
             }
         }
         Op::Glu { act, .. } | Op::Experts { act, .. } | Op::MatMul { epilogue: Epilogue::Glu(act), .. }
-            if !super::shader::knows_gate(*act) =>
+            if gated(*act).is_none() =>
         {
             why = Some(format!("{act:?}"));
         }
-        Op::Map { f, .. } if !super::shader::knows_unary(*f) => why = Some(format!("{f:?}")),
+        Op::Map { f, .. } if unary(*f).is_none() => why = Some(format!("{f:?}")),
         _ => {}
     }
     why
-}
-
-/// Rows that a weight can be cut after: bindings start at multiples of 256 bytes, and groups of interleaved rows stay whole.
-fn shard_unit(t: &Tensor) -> u32 {
-    if t.experts > 1 { fixed_rows(t) } else { 256 }
 }
 
 fn fixed_rows(t: &Tensor) -> u32 {
@@ -259,6 +251,7 @@ struct Lowering<'a> {
 }
 
 /// A part of a weight that fits a binding.
+#[derive(Debug, PartialEq)]
 struct Shard {
     /// Bytes of the weight.
     bytes: Range<u64>,
@@ -268,6 +261,30 @@ struct Shard {
     rows: u32,
     /// Matrices in it.
     matrices: u32,
+}
+
+/// A weight in as few parts as fit bindings, of whole experts or whole groups of interleaved rows, each from a multiple of 256
+/// bytes on. `None` if there are no such parts.
+fn shards(t: &Tensor, binding_bytes: u64) -> Option<Vec<Shard>> {
+    let of_experts = t.experts > 1;
+    // Experts or rows.
+    let (total, unit_bytes, whole) = match of_experts {
+        true => (t.experts, matrix_bytes(t, fixed_rows(t)), 1),
+        false => (fixed_rows(t), matrix_bytes(t, 1), ROWS as u32),
+    };
+    let fit = (binding_bytes / unit_bytes.max(1)).min(total.into()) as u32;
+    let together = (256 >> unit_bytes.trailing_zeros().min(8)).max(whole);
+    let most = if fit == total { total } else { fit / together * together };
+    if most == 0 && total > 0 {
+        return None;
+    }
+    let part = |first: u32| {
+        let n = most.min(total - first);
+        let bytes = u64::from(first) * unit_bytes..u64::from(first + n) * unit_bytes;
+        let (rows, matrices) = if of_experts { (fixed_rows(t), n) } else { (n, 1) };
+        Shard { bytes, first, rows, matrices }
+    };
+    Some((0..total).step_by(most.max(1) as usize).map(part).collect())
 }
 
 /// What a product has besides its weight.
@@ -413,7 +430,7 @@ impl Lowering<'_> {
                     .shader("glu")
                     .read("gate", "f32", self.tensor(*gate))
                     .read("up", "f32", self.tensor(*up))
-                    .with(&gated(*act));
+                    .with(&gated(*act).unwrap_or_default());
                 self.elementwise(shader, *out, "gated(gate[at], up[at])");
             }
             Op::Add { a, b, out } => {
@@ -422,7 +439,8 @@ impl Lowering<'_> {
                 self.elementwise(shader, *out, "a[at] + b[at]");
             }
             Op::Map { x, out, f } => {
-                let shader = self.shader("map").read("x", "f32", self.tensor(*x)).with(&unary(*f));
+                let shader =
+                    self.shader("map").read("x", "f32", self.tensor(*x)).with(&unary(*f).unwrap_or_default());
                 self.elementwise(shader, *out, "f(x[at])");
             }
             Op::Route { .. } => self.route(op),
@@ -441,28 +459,9 @@ impl Lowering<'_> {
         }
     }
 
-    /// A weight in parts that fit bindings.
+    /// The parts of a weight; `missing` has seen to it that there are some.
     fn shards(&self, id: TensorId) -> Vec<Shard> {
-        let t = self.program.tensor(id);
-        let total = if t.experts > 1 { t.experts } else { fixed_rows(t) };
-        // Rows or experts.
-        let (unit_bytes, step) =
-            if t.experts > 1 { (matrix_bytes(t, fixed_rows(t)), 1) } else { (matrix_bytes(t, 1), 256) };
-        let fit = (self.bounds.binding_bytes / unit_bytes.max(1)).min(total.into()) as u32;
-        let most = if fit == total { total } else { (fit / step * step).max(step) };
-        // Bindings of several matrices must start at multiples of 256 bytes as well.
-        let most =
-            (1..=most).rev().find(|n| *n == total || u64::from(*n) * unit_bytes % 256 == 0).unwrap_or(total);
-        let mut shards = Vec::new();
-        let mut first = 0;
-        while first < total {
-            let n = most.min(total - first);
-            let bytes = u64::from(first) * unit_bytes..u64::from(first + n) * unit_bytes;
-            let (rows, matrices) = if t.experts > 1 { (fixed_rows(t), n) } else { (n, 1) };
-            shards.push(Shard { bytes, first, rows, matrices });
-            first += n;
-        }
-        shards
+        shards(self.program.tensor(id), self.bounds.binding_bytes).unwrap_or_default()
     }
 
     /// The weight `w` of a shard, with its constants.
@@ -642,7 +641,7 @@ impl Lowering<'_> {
                 &format!("case {i}u: {{ out{i}[row * {n}u + column] = product + bias_of{i}(column); }}\n");
         }
         if let Some(gate) = gate {
-            shader = shader.with(&gated(gate));
+            shader = shader.with(&gated(gate).unwrap_or_default());
             // Loading leaves the second matrix chosen.
             stores = stores.replace("case 0u", "case 1u");
         }
@@ -1053,6 +1052,46 @@ mod tests {
     use crate::backend::{Caps, Contract, Fusions, Rows};
     use crate::map::Source;
     use crate::model::{Model, ProgramOptions};
+
+    /// Parts cover the weight in order, fit, and start where bindings may.
+    #[test]
+    fn weights_are_divided_into_bindings() {
+        let tensor = |experts, rows, cols, format| Tensor {
+            name: "w".into(),
+            experts,
+            rows: Dim::Fixed(rows),
+            cols,
+            format,
+            layout: Layout::Rows,
+            part: None,
+            slot: Slot::Weight(0),
+        };
+        let (small, large) = (1 << 16, 1 << 18);
+        for (t, limit, parts) in [
+            (tensor(1, 1000, 64, Format::Q4_0), small, Some(1)),
+            (tensor(1, 5000, 64, Format::Q4_0), small, Some(3)),
+            // Sixteen rows do not fit; experts of 13,600 bytes start at a multiple of 256 only eight together.
+            (tensor(1, 5, 4096, Format::F32), small, None),
+            (tensor(1, 100, 4096, Format::F32), large, Some(7)),
+            (tensor(9, 50, 256, Format::Q8_0), small, None),
+            (tensor(20, 50, 256, Format::Q8_0), large, Some(2)),
+        ] {
+            let shards = shards(&t, limit);
+            assert_eq!(shards.as_ref().map(Vec::len), parts, "{t:?}");
+            let mut end = 0;
+            for shard in shards.unwrap_or_default() {
+                assert!(
+                    shard.bytes.start == end && end % 256 == 0 && shard.bytes.end - end <= limit,
+                    "{shard:?}"
+                );
+                let matrices = u64::from(shard.matrices);
+                assert_eq!(shard.bytes.end - end, matrix_bytes(&t, shard.rows) * matrices);
+                end = shard.bytes.end;
+            }
+            let all = matrix_bytes(&t, fixed_rows(&t)) * u64::from(t.experts);
+            assert_eq!(end, if parts.is_some() { all } else { 0 });
+        }
+    }
 
     /// A dense llama layer is ten dispatches in decode: norm, Q/K/V, rotation, attention, quantising, output, norm, gates,
     /// quantising, down.

@@ -151,7 +151,10 @@ impl Shader {
 pub(super) fn after(gate: Option<Gate>, residual: bool) -> String {
     match (gate, residual) {
         (Some(gate), _) => {
-            format!("{}\nfn after(at: u32, y: f32) -> f32 {{ return gated(gates[at], y); }}", gated(gate))
+            format!(
+                "{}\nfn after(at: u32, y: f32) -> f32 {{ return gated(gates[at], y); }}",
+                gated(gate).unwrap_or_default()
+            )
         }
         (None, true) => "fn after(at: u32, y: f32) -> f32 { return residual[at] + y; }".into(),
         (None, false) => "fn after(at: u32, y: f32) -> f32 { return y; }".into(),
@@ -159,7 +162,7 @@ pub(super) fn after(gate: Option<Gate>, residual: bool) -> String {
 }
 
 /// `gated(g, u)`: a gated linear unit. `None` for one that is not known here.
-pub(super) fn gated(gate: Gate) -> String {
+pub(super) fn gated(gate: Gate) -> Option<String> {
     let body = match gate {
         Gate::Silu => "return silu(g) * u;".into(),
         Gate::Gelu => "return gelu(g) * u;".into(),
@@ -169,13 +172,13 @@ pub(super) fn gated(gate: Gate) -> String {
             "let s = min(g, {limit:e}) * sigmoid({alpha:e} * min(g, {limit:e}));
              return s * clamp(u, -{limit:e}, {limit:e}) + s;"
         ),
-        _ => "return g;".into(),
+        _ => return None,
     };
-    format!("fn gated(g: f32, u: f32) -> f32 {{ {body} }}")
+    Some(format!("fn gated(g: f32, u: f32) -> f32 {{ {body} }}"))
 }
 
-/// `f(x)`: a function of one element.
-pub(super) fn unary(f: Unary) -> String {
+/// `f(x)`: a function of one element. `None` for one that is not known here.
+pub(super) fn unary(f: Unary) -> Option<String> {
     let body = match f {
         Unary::Silu => "silu(x)".into(),
         Unary::Gelu => "gelu(x)".into(),
@@ -184,28 +187,9 @@ pub(super) fn unary(f: Unary) -> String {
         Unary::ReluSquared => "relu(x) * relu(x)".into(),
         Unary::Scale(factor) => format!("{factor:e} * x"),
         Unary::SoftCap(cap) => format!("{cap:e} * tanh_safe(x / {cap:e})"),
-        _ => "x".into(),
+        _ => return None,
     };
-    format!("fn f(x: f32) -> f32 {{ return {body}; }}")
-}
-
-/// Whether the shaders know a gate.
-pub(super) fn knows_gate(gate: Gate) -> bool {
-    matches!(gate, Gate::Silu | Gate::Gelu | Gate::GeluErf | Gate::Relu | Gate::SiluClamped { .. })
-}
-
-/// Whether the shaders know a function.
-pub(super) fn knows_unary(f: Unary) -> bool {
-    matches!(
-        f,
-        Unary::Silu
-            | Unary::Gelu
-            | Unary::GeluErf
-            | Unary::Relu
-            | Unary::ReluSquared
-            | Unary::Scale(_)
-            | Unary::SoftCap(_)
-    )
+    Some(format!("fn f(x: f32) -> f32 {{ return {body}; }}"))
 }
 
 /// Tables of points that formats look up.
