@@ -8,6 +8,8 @@ pub mod cpu;
 pub mod gpu;
 mod host;
 pub mod reference;
+#[cfg(feature = "sim")]
+pub mod sim;
 pub mod template;
 
 use std::any::Any;

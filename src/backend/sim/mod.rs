@@ -1,0 +1,3 @@
+//! Custom accelerators, simulated from their profiles.
+
+pub mod matrix;
