@@ -320,7 +320,7 @@ struct KernelMemory {
 }
 
 /// [`Kernels`] with vector instructions and threads.
-struct CpuKernels {
+pub(super) struct CpuKernels {
     isa: Isa,
     pool: Arc<Pool>,
     memory: KernelMemory,
@@ -330,6 +330,14 @@ struct CpuKernels {
 const SERIAL_ELEMENTS: usize = 16 * 1024;
 
 impl CpuKernels {
+    /// For ops on rows alone, on the calling thread.
+    #[cfg(feature = "sim")]
+    pub(super) fn of_rows(isa: Isa) -> Result<CpuKernels> {
+        let failed = |e| Error::Backend { backend: "cpu".into(), message: format!("no thread: {e}") };
+        let pool = Arc::new(Pool::new(1).map_err(failed)?);
+        Ok(CpuKernels { isa, pool, memory: Scratch::default().allocate()? })
+    }
+
     /// Runs `task(first row, rows)` over rows of `out`, on the pool if there is enough to do.
     fn rows(&self, out: &mut [f32], cols: usize, task: &(dyn Fn(usize, &mut [f32]) + Sync)) {
         if out.len() <= SERIAL_ELEMENTS {

@@ -138,8 +138,49 @@ pub(crate) struct ExpertsArgs<'a> {
     pub act: Gate,
 }
 
+/// The keys and values of some tokens, and where they go.
+pub(crate) struct KvArgs<'a> {
+    pub k: &'a [f32],
+    pub v: &'a [f32],
+    pub shape: PageShape,
+    pub tokens: &'a Tokens<'a>,
+}
+
 /// The ops on slices. Lengths are those that `Program::validate` guarantees.
 pub(crate) trait Kernels: Send {
+    /// What comes next.
+    fn begin(&mut self, _program: &Program, _op: &Op, _step: &Step<'_>) -> Result<()> {
+        Ok(())
+    }
+
+    /// How the op since [`Kernels::begin`] went.
+    fn end(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    /// The time of the ops since it was last asked, by another clock than the host's.
+    fn simulated(&mut self) -> Option<Duration> {
+        None
+    }
+
+    fn select(&mut self, x: &[f32], rows: &[u32], cols: usize, out: &mut [f32]) {
+        for (out, &row) in out.chunks_exact_mut(cols).zip(rows) {
+            out.copy_from_slice(&x[row as usize * cols..][..cols]);
+        }
+    }
+
+    fn kv_write(&mut self, args: &KvArgs<'_>, pages: &mut PagesMut<'_>) {
+        let shape = args.shape;
+        let rows = args.k.chunks_exact(shape.kv_heads * shape.key_dim);
+        let rows = rows.zip(args.v.chunks_exact(shape.kv_heads * shape.value_dim));
+        for (t, (k, v)) in rows.enumerate() {
+            let (table, position) = args.tokens.place(t);
+            let (chunk, slot) = (position / PAGE_POSITIONS, position % PAGE_POSITIONS);
+            let page = table.get(chunk as usize).map_or(usize::MAX, |&p| p as usize);
+            write_kv(pages, shape, page, slot as usize, k, v);
+        }
+    }
+
     fn embed(&mut self, table: Matrix<'_>, rows: &[u32], scale: f32, out: &mut [f32]);
     fn add(&mut self, a: &[f32], b: &[f32], out: &mut [f32]);
     fn norm(&mut self, args: &NormArgs<'_>, out: &mut [f32], sum: Option<&mut [f32]>);
@@ -331,7 +372,7 @@ pub(crate) struct HostPlan<K> {
     spans: Vec<u32>,
     positions: Vec<u32>,
     submitted: u64,
-    elapsed: Duration,
+    timing: Timing,
 }
 
 /// A plan's scratch tensors.
@@ -364,7 +405,7 @@ impl<K: Kernels> HostPlan<K> {
             spans: Vec::with_capacity(limits.tokens as usize),
             positions: Vec::with_capacity(limits.tokens as usize),
             submitted: 0,
-            elapsed: Duration::ZERO,
+            timing: Timing { elapsed: Duration::ZERO, clock: Clock::Host },
         })
     }
 
@@ -585,11 +626,7 @@ fn compute<K: Kernels>(
             kernels.embed(table.matrix(), indices, *scale, out);
         }
         Op::Select { x, .. } => {
-            let cols = memory.cols(*x);
-            let x = memory.get(*x, step, b)?;
-            for (out, &row) in out.chunks_exact_mut(cols).zip(step.outputs) {
-                out.copy_from_slice(&x[row as usize * cols..][..cols]);
-            }
+            kernels.select(&memory.get(*x, step, b)?, step.outputs, memory.cols(*x), out);
         }
         Op::Norm { x, add, weight, bias, kind, eps, group, .. } => {
             let cols = memory.cols(*x);
@@ -625,7 +662,6 @@ fn compute<K: Kernels>(
             kernels.rope(&args, out);
         }
         Op::KvWrite { k, v, state } => {
-            let (k_cols, v_cols) = (memory.cols(*k), memory.cols(*v));
             let (k, v) = (memory.get(*k, step, b)?, memory.get(*v, step, b)?);
             let (description, shape) = memory.state(*state)?;
             let mut guard = write_guard(&memory.backend, bound(b.states, state.0, "states")?)?;
@@ -634,12 +670,7 @@ fn compute<K: Kernels>(
                 Format::Q8_0 => PagesMut::Q8_0(bytemuck::cast_slice_mut(&mut guard)),
                 _ => PagesMut::F32(bytemuck::cast_slice_mut(&mut guard)),
             };
-            for (t, (k, v)) in k.chunks_exact(k_cols).zip(v.chunks_exact(v_cols)).enumerate() {
-                let (table, position) = tokens.place(t);
-                let (chunk, slot) = (position / PAGE_POSITIONS, position % PAGE_POSITIONS);
-                let page = table.get(chunk as usize).map_or(usize::MAX, |&p| p as usize);
-                write_kv(&mut pages, shape, page, slot as usize, k, v);
-            }
+            kernels.kv_write(&KvArgs { k: &k, v: &v, shape, tokens }, &mut pages);
         }
         Op::Attend { q, state, heads, scale, softcap, sinks, .. } => {
             let q = memory.get(*q, step, b)?;
@@ -732,11 +763,16 @@ impl<K: Kernels> Plan for HostPlan<K> {
                 if step.cancel.is_cancelled() {
                     return Err(Error::Cancelled);
                 }
+                self.kernels.begin(&program, op, step)?;
                 execute(&mut self.memory, &mut self.kernels, op, step, &tokens, bindings)?;
+                self.kernels.end()?;
             }
         }
         self.submitted += 1;
-        self.elapsed = start.elapsed();
+        self.timing = match self.kernels.simulated() {
+            Some(elapsed) => Timing { elapsed, clock: Clock::Simulated },
+            None => Timing { elapsed: start.elapsed(), clock: Clock::Host },
+        };
         Ok(Ticket(self.submitted))
     }
 
@@ -744,6 +780,6 @@ impl<K: Kernels> Plan for HostPlan<K> {
         if ticket.0 != self.submitted {
             return Err(Error::argument("ticket", self.submitted, ticket.0));
         }
-        Ok(Timing { elapsed: self.elapsed, clock: Clock::Host })
+        Ok(self.timing)
     }
 }

@@ -121,9 +121,13 @@ pub fn bench(args: &BenchArgs) -> Result<(), Failure> {
     };
     let mut rows = Rows::new(args.output);
     for &threads in &args.threads {
-        let backend =
-            BackendArgs { backend: args.backend.clone(), threads, device_memory: args.device_memory }
-                .open()?;
+        let backend = BackendArgs {
+            backend: args.backend.clone(),
+            threads,
+            device_memory: args.device_memory,
+            ..Default::default()
+        }
+        .open()?;
         let measured = (args.backend == "cpu" && !args.no_roofline).then(|| Cpu::new(threads)).transpose()?;
         let mut session = Session::new(&model, &backend, &options, &mut |_| {})?;
         for &test in &tests {

@@ -20,10 +20,16 @@ use halite::backend::cpu::Cpu;
 #[cfg(feature = "gpu")]
 use halite::backend::gpu::{Gpu, GpuOptions};
 use halite::backend::reference::Reference;
+#[cfg(feature = "sim")]
+use halite::backend::sim::{Numerics, Sim, SimOptions};
 use halite::backend::template::Template;
 use halite::kernels::formats::Format;
 use halite::map::Source;
 use halite::model::ProgramOptions;
+#[cfg(feature = "sim")]
+use halite::numerics::Dtype;
+#[cfg(feature = "sim")]
+use halite::profile::Profile;
 use halite::session::{Session, SessionOptions};
 use halite::{Model, Tokenizer};
 
@@ -91,14 +97,23 @@ struct ModelArgs {
 }
 
 /// Which backend.
-#[derive(Args, Clone)]
+#[derive(Args, Clone, Default)]
 struct BackendArgs {
-    /// cpu, gpu (or gpu:N, gpu:NAME for one of `halite devices`), reference or template.
+    /// cpu, gpu (or gpu:N, gpu:NAME for one of `halite devices`), sim:PROFILE (a simulated chip, one of `halite profile` or a
+    /// TOML file), reference or template.
     #[arg(long, value_name = "NAME", default_value = "cpu")]
     backend: String,
     /// MiB of device memory that may be taken; weights that do not fit are streamed.
     #[arg(long, value_name = "MIB")]
     device_memory: Option<u64>,
+    /// What a simulated chip computes in: the bits of the numeric contract, or its own formats.
+    #[cfg(feature = "sim")]
+    #[arg(long, value_name = "MODE", default_value = "exact")]
+    numerics: NumericsArg,
+    /// The format in which a simulated chip multiplies, one of its profile's [default: the nearest to each weight's].
+    #[cfg(feature = "sim")]
+    #[arg(long, value_name = "FORMAT")]
+    products: Option<String>,
     /// CPU threads [default: one for each core].
     #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
     threads: usize,
@@ -129,11 +144,44 @@ impl BackendArgs {
                     without,
                 })?)
             }
+            #[cfg(feature = "sim")]
+            name if name.starts_with("sim:") => Arc::new(self.simulated()?),
             other => {
-                return Err(format!("backend `{other}`: expected cpu, gpu, reference or template").into());
+                let expected = "expected cpu, gpu, sim:PROFILE, reference or template";
+                return Err(format!("backend `{other}`: {expected}").into());
             }
         })
     }
+}
+
+#[cfg(feature = "sim")]
+impl BackendArgs {
+    /// The simulated chip that is named.
+    fn simulated(&self) -> Result<Sim, Failure> {
+        let name = self.backend.strip_prefix("sim:").unwrap_or(&self.backend);
+        let numerics = match self.numerics {
+            NumericsArg::Exact => Numerics::Exact,
+            NumericsArg::Native => Numerics::Native,
+        };
+        let products = self.products.as_deref().map(product_format).transpose()?;
+        Ok(Sim::new(Profile::open(name)?, &SimOptions { numerics, products, ..SimOptions::default() })?)
+    }
+}
+
+/// A number format by name.
+#[cfg(feature = "sim")]
+fn product_format(name: &str) -> Result<Dtype, Failure> {
+    let found = Dtype::ALL.iter().find(|dtype| dtype.name() == name);
+    let names = || Dtype::ALL.iter().map(|dtype| dtype.name()).collect::<Vec<_>>().join(", ");
+    found.copied().ok_or_else(|| format!("format `{name}`: expected one of {}", names()).into())
+}
+
+#[cfg(feature = "sim")]
+#[derive(Clone, Copy, Default, ValueEnum)]
+enum NumericsArg {
+    #[default]
+    Exact,
+    Native,
 }
 
 impl KvFormat {

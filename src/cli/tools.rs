@@ -12,7 +12,7 @@ use super::{BackendArgs, Failure, ModelArgs, bytes, print, progress, read_text, 
 
 pub fn devices() -> Result<(), Failure> {
     for name in ["cpu", "reference", "template"] {
-        let backend = BackendArgs { backend: name.into(), threads: 0, device_memory: None }.open()?;
+        let backend = BackendArgs { backend: name.into(), ..Default::default() }.open()?;
         let caps = backend.caps();
         let memory = if caps.memory_bytes == u64::MAX { "no limit".into() } else { bytes(caps.memory_bytes) };
         let contract = match caps.contract {
