@@ -19,6 +19,8 @@ use super::tile::{
 use crate::program::PAGE_POSITIONS;
 use crate::{Error, Result};
 
+/// Slots of what is loaded: two, so that a load runs while a unit works, or one, where there is no room.
+const SLOTS: [u32; 2] = [2, 1];
 /// Bytes that are worth a command of their own.
 const BLOCK_BYTES: u64 = 16 * 1024;
 /// Bytes that are worth a tile of their own.
@@ -79,12 +81,13 @@ fn units_programs(chip: &Chip, units: &Units, stage: u32) -> Result<Vec<TileProg
     let only = |r: &&Rows| r.which == Which::Only;
     let once: u64 = all().filter(only).map(|r| aligned(r.bytes.into())).sum();
     let each: u64 = all().filter(|r| !only(r)).map(|r| u64::from(r.bytes)).sum();
-    // Two slots of each, and what rounding up adds.
+    // Rows that fit, with so many slots of each and what rounding up adds.
     let rounding = 2 * u64::from(ALIGNMENT) * all().count() as u64;
-    let fit = chip.scratch_bytes.saturating_sub(once + rounding) / (2 * each).max(1);
-    if fit == 0 {
-        return Err(too_small(chip, "one row of the op", once + rounding + 2 * each));
-    }
+    let fit = |slots: u64| chip.scratch_bytes.saturating_sub(once + rounding) / (slots * each).max(1);
+    let Some(slots) = SLOTS.into_iter().find(|&slots| fit(slots.into()) > 0) else {
+        return Err(too_small(chip, "one row of the op", once + rounding + each));
+    };
+    let fit = fit(slots.into());
     let total = each * u64::from(units.count);
     let tiles = u64::from(chip.tiles.min(units.count)).min(total.div_ceil(TILE_BYTES)) as u32;
     let block = (BLOCK_BYTES / each.max(1)).clamp(1, fit) as u32;
@@ -97,7 +100,7 @@ fn units_programs(chip: &Chip, units: &Units, stage: u32) -> Result<Vec<TileProg
         }
         let rings = |b: &mut Builder, rows: &[Rows]| -> Vec<_> {
             let own = rows.iter().filter(|r| r.which != Which::Only);
-            own.map(|r| (r.clone(), b.ring(2, u64::from(block) * u64::from(r.bytes)))).collect()
+            own.map(|r| (r.clone(), b.ring(slots, u64::from(block) * u64::from(r.bytes)))).collect()
         };
         let (mut reads, mut writes) = (rings(&mut b, &units.reads), rings(&mut b, &units.writes));
         for range in blocks(share(units.count, 1, tiles, tile), block) {
@@ -617,12 +620,12 @@ impl Attend {
         self.page(0, 0).iter().map(|(_, bytes)| u64::from(*bytes)).sum()
     }
 
-    /// Bytes of scratchpad that so many rows take.
-    fn scratch_bytes(&self, rows: u32) -> u64 {
+    /// Bytes of scratchpad that so many rows take, with so many slots for pages.
+    fn scratch_bytes(&self, rows: u32, pages: u32) -> u64 {
         let rows = u64::from(rows);
         let floats = |each: u32| aligned(4 * rows * u64::from(each));
         floats(self.key_dim)
-            + 2 * aligned(self.page_bytes())
+            + u64::from(pages) * aligned(self.page_bytes())
             + 4 * floats(PAGE_POSITIONS)
             + 4 * floats(self.found())
             + floats(self.value_dim)
@@ -633,9 +636,9 @@ impl Attend {
 fn attend_phases(chip: &Chip, a: &Attend, lowered: &mut Lowered) -> Result<()> {
     let group = a.heads / a.kv_heads.max(1);
     let heads = group.min(HEADS);
-    let rows_that_fit = (1..=HEADS).rev().find(|n| a.scratch_bytes(*n) <= chip.scratch_bytes);
-    let Some(fit) = rows_that_fit.filter(|fit| *fit >= heads.min(1)) else {
-        return Err(too_small(chip, "a page of the cache", a.scratch_bytes(1)));
+    let fits = |slots: u32| (1..=HEADS).rev().find(|&n| a.scratch_bytes(n, slots) <= chip.scratch_bytes);
+    let Some((slots, fit)) = SLOTS.into_iter().find_map(|slots| Some((slots, fits(slots)?))) else {
+        return Err(too_small(chip, "a page of the cache", a.scratch_bytes(1, 1)));
     };
     let heads = heads.min(fit);
     let head_runs: Vec<Range<u32>> =
@@ -666,7 +669,7 @@ fn attend_phases(chip: &Chip, a: &Attend, lowered: &mut Lowered) -> Result<()> {
         let tiles = chip.tiles.min(work.len() as u32);
         let programs = (0..tiles).map(|tile| {
             let mut b = Builder::default();
-            let mut rings = AttendRings::new(&mut b, a, heads * together);
+            let mut rings = AttendRings::new(&mut b, a, heads * together, slots);
             for (rows, pages) in work.iter().skip(tile as usize).step_by(tiles as usize) {
                 rings.whole(chip, &mut b, a, *rows, pages);
             }
@@ -683,7 +686,7 @@ fn attend_phases(chip: &Chip, a: &Attend, lowered: &mut Lowered) -> Result<()> {
     for (rows, pages) in &work {
         for range in blocks(a.chunks_of(*rows), run) {
             let mut b = Builder::default();
-            let mut rings = AttendRings::new(&mut b, a, heads * together);
+            let mut rings = AttendRings::new(&mut b, a, heads * together, slots);
             rings.run(chip, &mut b, a, *rows, pages, range, most);
             first.push(b.finish());
         }
@@ -712,12 +715,12 @@ struct AttendRings {
 }
 
 impl AttendRings {
-    fn new(b: &mut Builder, a: &Attend, rows: u32) -> AttendRings {
+    fn new(b: &mut Builder, a: &Attend, rows: u32, pages: u32) -> AttendRings {
         let floats = |each: u32| 4 * u64::from(rows) * u64::from(each);
         AttendRings {
             queries: b.ring(1, floats(a.key_dim)),
             sinks: b.ring(1, floats(1)),
-            page: b.ring(2, a.page_bytes()),
+            page: b.ring(pages, a.page_bytes()),
             scores: b.ring(2, floats(PAGE_POSITIONS)),
             shares: b.ring(2, floats(PAGE_POSITIONS)),
             found: b.ring(2, floats(a.found())),
