@@ -29,6 +29,8 @@ pub enum Contract {
     Exact,
     /// Close to the reference; conformance states the bounds.
     Close,
+    /// As close as number formats of its own allow; conformance states how close that is.
+    Rounded,
 }
 
 /// Which fused forms a backend wants `passes::fuse` to make.

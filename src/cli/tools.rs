@@ -18,6 +18,7 @@ pub fn devices() -> Result<(), Failure> {
         let contract = match caps.contract {
             Contract::Exact => "exact",
             Contract::Close => "close",
+            Contract::Rounded => "rounded",
         };
         print(&format!("{:10} {}; memory {memory}; contract {contract}\n", caps.name, caps.device))?;
     }

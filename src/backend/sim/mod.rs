@@ -129,7 +129,7 @@ impl Sim {
             memory_bytes: chip.device().capacity_bytes.value as u64,
             rows: Rows::Plain,
             fusions: Fusions::ALL,
-            contract: if exact { Contract::Exact } else { Contract::Close },
+            contract: if exact { Contract::Exact } else { Contract::Rounded },
         };
         let report = Arc::default();
         Ok(Sim { caps, chip: Arc::new(chip), order: options.order, isa: Isa::detect(), report })
