@@ -305,3 +305,144 @@ fn compute(
     }
     result.map_err(Fault::Of)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::chip::Numerics;
+    use super::super::lower::lower;
+    use super::super::shape::{Rows, Shape, Units};
+    use super::super::tile::{Builder, VectorWork, Work};
+    use super::*;
+    use crate::profile::Profile;
+
+    /// Copies what it reads.
+    struct Copy;
+
+    impl Function for Copy {
+        fn compute(&mut self, _: &Step, reads: &[&[u8]], writes: &mut [&mut [u8]]) -> Result<()> {
+            for (from, to) in reads.iter().zip(writes) {
+                to.copy_from_slice(from);
+            }
+            Ok(())
+        }
+    }
+
+    fn chip() -> Chip {
+        Chip::new(Profile::open("teaching-16x16").unwrap(), Numerics::Exact, None).unwrap()
+    }
+
+    /// What becomes of a program that has 256 bytes to read and 256 to write.
+    fn outcome(program: TileProgram, order: Order) -> std::result::Result<Vec<u8>, String> {
+        let input: Vec<u8> = (0..=255).collect();
+        let mut output = vec![0; 256];
+        let lowered = Lowered { phases: vec![vec![program]], temps: Vec::new() };
+        let mut operands = Operands { inputs: &[&input], outputs: &mut [&mut output] };
+        let mut memory = Memory::default();
+        execute(&chip(), &lowered, &mut memory, &mut operands, order, &mut Copy)
+            .map(|()| output)
+            .map_err(|error| error.to_string())
+    }
+
+    const STEP: (Work, Step) = (
+        Work::Vector(VectorWork { simple: 1, exp: 0, rsqrt: 0, divide: 0, quantize: 0 }),
+        Step::Units { stage: 0, first: 0, count: 1 },
+    );
+
+    /// Loads, copies and stores 256 bytes in pieces of 64, through two slots.
+    fn copying() -> TileProgram {
+        let mut b = Builder::default();
+        let (mut from, mut to) = (b.ring(2, 64), b.ring(2, 64));
+        for at in (0..256).step_by(64) {
+            let read = b.load(&mut from, [Piece::whole(Operand::In(0), at, 64)], 1);
+            let [written] = b.compute(STEP, &[read], [(&mut to, 64)], &[read]);
+            b.store(written, [Piece::whole(Operand::Out(0), at, 64)]);
+        }
+        b.finish()
+    }
+
+    #[test]
+    fn a_right_program_runs_in_any_order() {
+        for seed in 0..50 {
+            assert_eq!(outcome(copying(), Order::Random(seed)), Ok((0..=255).collect()));
+        }
+        assert_eq!(outcome(copying(), Order::Listed), Ok((0..=255).collect()));
+    }
+
+    /// Without any one of its waits the program does something that is refused, in some order.
+    #[test]
+    fn every_missing_wait_is_found() {
+        let program = copying();
+        let waits =
+            program.commands.iter().enumerate().flat_map(|(i, c)| (0..c.waits.len()).map(move |w| (i, w)));
+        for (command, wait) in waits {
+            let mut wrong = program.clone();
+            wrong.commands[command].waits.remove(wait);
+            let found = (0..200).find_map(|seed| outcome(wrong.clone(), Order::Random(seed)).err());
+            let found = found.unwrap_or_else(|| panic!("wait {wait} of command {command} is not missed"));
+            assert!(found.contains("program 0 of the op: "), "{found}");
+        }
+    }
+
+    #[test]
+    fn broken_rules_are_named() {
+        let changed = |change: &dyn Fn(&mut TileProgram)| {
+            let mut program = copying();
+            change(&mut program);
+            outcome(program, Order::Listed).unwrap_err()
+        };
+        let broken = |change: &dyn Fn(&mut TileProgram), message: &str| {
+            let found = changed(change);
+            assert!(found.contains(message), "expected `{message}`, got `{found}`");
+        };
+        broken(&|p| p.slots[0] = 70_000, "bytes of a scratchpad of 65536");
+        broken(&|p| drop(p.commands.remove(0)), "waits for later ones");
+        broken(&|p| p.slots[0] = 63, "a load of 64 bytes into slot 0 of 63");
+        broken(
+            &|p| p.commands[1].frees.clear(),
+            "a load fills slot 0 from byte 0 on, of which 64 are in use",
+        );
+        broken(&|p| p.commands[2].frees.clear(), "slot 2 is written while 64 bytes of it are in use");
+        let piece = |p: &mut TileProgram, to: Piece| match &mut p.commands[2].action {
+            Action::Store { to: piece, .. } => *piece = to,
+            other => panic!("{other:?}"),
+        };
+        broken(
+            &|p| piece(p, Piece::whole(Operand::Out(0), 0, 65)),
+            "a store reads byte 65 of slot 2, of which 64",
+        );
+        broken(&|p| piece(p, Piece::whole(Operand::Out(0), 250, 64)), "is outside of its 256 bytes");
+        broken(&|p| piece(p, Piece::whole(Operand::In(0), 0, 64)), "input 0 is written");
+        let unread = |p: &mut TileProgram| {
+            p.commands.remove(0);
+            p.commands[0].waits.clear();
+        };
+        broken(&unread, "slot 0 is read, of which nothing was written");
+    }
+
+    #[test]
+    fn a_wait_for_nothing_ends() {
+        let mut program = copying();
+        program.commands[0].signals.clear();
+        let error = outcome(program, Order::Random(1)).unwrap_err();
+        assert!(error.contains("waits for a signal that never comes"), "{error}");
+    }
+
+    /// What is lowered for a chip stays within its scratchpad, whatever the sizes.
+    #[test]
+    fn scratchpads_are_never_exceeded() {
+        for (count, elements) in [(1, 1), (1, 4000), (7, 8000), (1000, 16), (3, 16_000)] {
+            let rows = |operand| vec![Rows::own(operand, elements)];
+            let (reads, writes) = (rows(Operand::In(0)), rows(Operand::Out(0)));
+            let shape = Shape::Units(Units { count, reads, writes, work: [1, 0, 0, 0, 0] });
+            match lower(&chip(), &shape) {
+                Ok(lowered) => {
+                    let most = lowered.phases.iter().flatten().map(TileProgram::scratch_bytes).max();
+                    assert!(most <= Some(65536), "{count} x {elements}: {most:?}");
+                }
+                Err(error) => {
+                    assert!(elements > 8000 && error.to_string().contains("one row of the op"), "{error}")
+                }
+            }
+        }
+    }
+}
