@@ -5,7 +5,10 @@ use std::io::{self, Write};
 use halite_kernels::formats::{Format, Kind};
 
 use crate::error::{Error, Result};
+use crate::gguf::Gguf;
 use crate::gguf::write::{NewTensor, Writer};
+use crate::map::Source;
+use crate::model::Model;
 use crate::rng::SplitMix64;
 
 /// Root mean square that weights are given, as training commonly starts with.
@@ -60,7 +63,10 @@ shapes! {
     "moe-8x2":      1024 12 16  4  2816  32000   8192    10_000.0 8 2;
     "llama-1.1b":   2048 22 32  4  5632  32000   8192    10_000.0 0 0;
     "llama-2-7b":   4096 32 32 32 11008  32000   4096    10_000.0 0 0;
+    "llama-2-13b":  5120 40 40 40 13824  32000   4096    10_000.0 0 0;
+    "llama-2-70b":  8192 80 64  8 28672  32000   4096    10_000.0 0 0;
     "llama-3-8b":   4096 32 32  8 14336 128256   8192   500_000.0 0 0;
+    "llama-3-70b":  8192 80 64  8 28672 128256   8192   500_000.0 0 0;
     "mistral-7b":   4096 32 32  8 14336  32000  32768 1_000_000.0 0 0;
     "mixtral-8x7b": 4096 32 32  8 14336  32000  32768 1_000_000.0 8 2;
 }
@@ -106,6 +112,16 @@ impl Synth {
     /// The tensors that the file will have.
     pub fn tensors(&self) -> &[NewTensor] {
         self.header.tensors()
+    }
+
+    /// The model without its weights, for what follows from shapes.
+    ///
+    /// # Errors
+    /// As [`Model::from_gguf`].
+    pub fn model(&self) -> Result<Model> {
+        let header = self.header.header();
+        let file_bytes = self.header.data_bytes().saturating_add(header.len() as u64);
+        Model::from_gguf(Gguf::from_header(Source::from_bytes("a shape", &header), file_bytes)?)
     }
 
     /// Writes the file.

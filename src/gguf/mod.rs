@@ -12,7 +12,7 @@ use halite_kernels::formats::{Format, Layout};
 pub(crate) use parse::printable;
 pub use parse::{
     GgufError, Header, MAX_ALIGNMENT, MAX_ENTRIES, MAX_KEY_BYTES, MAX_NAME_BYTES, TensorRecord, Value,
-    ValueType, parse,
+    ValueType, parse, parse_header,
 };
 
 use crate::error::{Error, Result};
@@ -156,7 +156,17 @@ impl Gguf {
     /// # Errors
     /// [`Error::Gguf`].
     pub fn from_source(source: Arc<Source>) -> Result<Gguf> {
-        let header = parse(source.bytes()).map_err(|e| gguf_error(source.path(), e))?;
+        let file_bytes = source.bytes().len() as u64;
+        Gguf::from_header(source, file_bytes)
+    }
+
+    /// Checks the header of a file of `file_bytes` of which only the start is there. Its tensors have shapes but no data:
+    /// asking for these is [`Error::FileChanged`].
+    ///
+    /// # Errors
+    /// [`Error::Gguf`].
+    pub fn from_header(source: Arc<Source>, file_bytes: u64) -> Result<Gguf> {
+        let header = parse_header(source.bytes(), file_bytes).map_err(|e| gguf_error(source.path(), e))?;
         let keys = header.metadata.iter().enumerate().map(|(i, (key, _))| (key.clone(), i)).collect();
         let mut gguf = Gguf { parts: vec![Part { source, header }], keys, tensors: HashMap::new() };
         gguf.index_tensors()?;

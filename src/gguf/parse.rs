@@ -250,6 +250,14 @@ pub struct Header {
 /// # Errors
 /// A [`GgufError`] for the first thing that is not as the format says; never a panic, whatever the bytes.
 pub fn parse(file: &[u8]) -> Result<Header, GgufError> {
+    parse_header(file, file.len() as u64)
+}
+
+/// The same from the start of a file of `file_bytes`, which holds at least the header.
+///
+/// # Errors
+/// As [`parse`].
+pub fn parse_header(file: &[u8], file_bytes: u64) -> Result<Header, GgufError> {
     let mut r = Reader { file, at: 0 };
     if file.get(..4) != Some(b"GGUF") {
         return Err(GgufError::Magic { got: file.iter().take(4).copied().collect() });
@@ -291,26 +299,20 @@ pub fn parse(file: &[u8]) -> Result<Header, GgufError> {
         records.push(record);
     }
     let data_start = (r.at as u64).next_multiple_of(alignment);
-    if !records.is_empty() && data_start > file.len() as u64 {
+    if !records.is_empty() && data_start > file_bytes {
         return Err(GgufError::Truncated {
             what: "padding before tensor data".into(),
             at: r.at as u64,
             need: data_start - r.at as u64,
-            have: (file.len() - r.at) as u64,
+            have: file_bytes.saturating_sub(r.at as u64),
         });
     }
     let tensors = records
         .into_iter()
-        .map(|record| record.place(data_start, alignment, file.len() as u64))
+        .map(|record| record.place(data_start, alignment, file_bytes))
         .collect::<Result<Vec<_>, _>>()?;
     check_overlap(&tensors)?;
-    Ok(Header {
-        version,
-        alignment,
-        metadata,
-        tensors,
-        data_start: data_start.min(file.len() as u64) as usize,
-    })
+    Ok(Header { version, alignment, metadata, tensors, data_start: data_start.min(file_bytes) as usize })
 }
 
 fn alignment(file: &[u8], metadata: &[(String, Value)]) -> Result<u64, GgufError> {

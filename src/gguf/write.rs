@@ -205,15 +205,8 @@ impl Writer {
         &self.tensors
     }
 
-    /// Writes the file. `data` is called for one tensor after another and writes exactly its bytes.
-    ///
-    /// # Errors
-    /// What `out` or `data` say, and an error of kind `InvalidData` if `data` wrote more or fewer bytes.
-    pub fn write(
-        &self,
-        out: &mut dyn Write,
-        data: &mut dyn FnMut(&NewTensor, &mut dyn Write) -> io::Result<()>,
-    ) -> io::Result<()> {
+    /// The file up to the data of its tensors.
+    pub fn header(&self) -> Vec<u8> {
         let mut header = b"GGUF".to_vec();
         header.extend(3u32.to_le_bytes());
         header.extend((self.tensors.len() as u64).to_le_bytes());
@@ -227,8 +220,25 @@ impl Writer {
             header.extend((tensor.format.id() | layout).to_le_bytes());
             header.extend(tensor.offset.to_le_bytes());
         }
-        out.write_all(&header)?;
-        self.pad(header.len() as u64, out)?;
+        header.resize(header.len().next_multiple_of(self.alignment as usize), 0);
+        header
+    }
+
+    /// Bytes of the data of all tensors.
+    pub fn data_bytes(&self) -> u64 {
+        self.end
+    }
+
+    /// Writes the file. `data` is called for one tensor after another and writes exactly its bytes.
+    ///
+    /// # Errors
+    /// What `out` or `data` say, and an error of kind `InvalidData` if `data` wrote more or fewer bytes.
+    pub fn write(
+        &self,
+        out: &mut dyn Write,
+        data: &mut dyn FnMut(&NewTensor, &mut dyn Write) -> io::Result<()>,
+    ) -> io::Result<()> {
+        out.write_all(&self.header())?;
         for tensor in &self.tensors {
             let mut counted = Counted { out, written: 0 };
             data(tensor, &mut counted)?;

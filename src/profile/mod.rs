@@ -63,6 +63,9 @@ pub struct Profile {
     /// Every number above with its path, such as `memory.hbm.latency_ns`.
     #[serde(skip)]
     pub quantities: Vec<(String, Quantity)>,
+    /// The file that it was read from, each number with its provenance.
+    #[serde(skip)]
+    table: toml::Table,
 }
 
 /// What runs programs for a chip.
@@ -433,8 +436,8 @@ impl Profile {
         };
         let mut faults = quantity::resolve(&mut table);
         let quantities = quantity::list(&table);
-        let profile: Profile = match toml::Value::Table(table).try_into() {
-            Ok(profile) => Profile { quantities, ..profile },
+        let profile: Profile = match toml::Value::Table(table.clone()).try_into() {
+            Ok(profile) => Profile { quantities, table, ..profile },
             Err(error) => {
                 // What is missing its source is easier understood than what does not fit the schema.
                 faults.push(error.to_string().trim().replace('\n', " "));
@@ -443,6 +446,21 @@ impl Profile {
         };
         faults.extend(check::check(&profile));
         if faults.is_empty() { Ok(profile) } else { fail(faults) }
+    }
+
+    /// The same chip with another value for one of its [`Profile::quantities`]. The new value is not checked against others.
+    ///
+    /// Errors: [`Error::Argument`] if there is no number of that path.
+    pub fn with(&self, path: &str, value: f64) -> Result<Profile> {
+        let mut table = self.table.clone();
+        if !quantity::set(&mut table, path, value) {
+            return Err(Error::argument("path of a number", "one of `halite profile --numbers`", path));
+        }
+        let quantities = quantity::list(&table);
+        match toml::Value::Table(table.clone()).try_into() {
+            Ok(profile) => Ok(Profile { quantities, table, ..profile }),
+            Err(error) => Err(Error::Profile { profile: self.name.clone(), faults: vec![error.to_string()] }),
+        }
     }
 
     /// Tiles of the chip.

@@ -295,6 +295,31 @@ pub(super) fn list(file: &Table) -> Vec<(String, Quantity)> {
     out
 }
 
+/// Sets the number at a path; whether there is one.
+pub(super) fn set(file: &mut Table, path: &str, value: f64) -> bool {
+    file.iter_mut().any(|(key, item)| replace(item, key, path, value))
+}
+
+fn replace(item: &mut Value, here: &str, path: &str, value: f64) -> bool {
+    match item {
+        Value::Table(table) if here == path => match table.get_mut("value") {
+            Some(old) => {
+                *old = Value::Float(value);
+                true
+            }
+            None => false,
+        },
+        Value::Table(table) if path.starts_with(here) => {
+            table.iter_mut().any(|(key, item)| replace(item, &format!("{here}.{key}"), path, value))
+        }
+        Value::Array(items) if path.starts_with(here) => items.iter_mut().enumerate().any(|(i, item)| {
+            let here = item_path(here, i, item);
+            replace(item, &here, path, value)
+        }),
+        _ => false,
+    }
+}
+
 /// The path of an item of a list: by its name, if it has one.
 fn item_path(path: &str, index: usize, item: &Value) -> String {
     match item.get("name").and_then(Value::as_str) {

@@ -237,10 +237,11 @@ impl Chip {
         }
     }
 
-    /// Requests of an engine that may be under way.
+    /// Requests of an engine that may be under way; of caches, which fetch ahead by themselves, many.
     pub fn queue_entries(&self) -> usize {
-        let entries = self.dma().and_then(|dma| dma.queue_entries.as_ref());
-        entries.map_or(1, |entries| entries.value as usize).max(1)
+        let entries =
+            |dma: &Dma| dma.queue_entries.as_ref().map_or(1, |entries| entries.value as usize).max(1);
+        self.dma().map_or(16, entries)
     }
 
     /// Bytes per second that all tiles together get from device memory.

@@ -11,6 +11,7 @@ mod lower;
 pub mod matrix;
 mod native;
 mod shape;
+pub mod step;
 mod tile;
 
 use std::collections::HashMap;

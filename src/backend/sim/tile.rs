@@ -219,7 +219,8 @@ pub struct Lowered {
 #[derive(Debug)]
 pub struct Ring {
     first: Slot,
-    slots: u32,
+    /// How many there are.
+    pub slots: u32,
     full: Semaphore,
     free: Semaphore,
     entries: u32,
