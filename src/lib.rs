@@ -5,6 +5,8 @@ pub mod backend;
 pub mod conformance;
 pub mod cost;
 pub mod error;
+#[cfg(feature = "sim")]
+pub mod estimate;
 pub mod generate;
 pub mod gguf;
 pub mod map;

@@ -1,8 +1,12 @@
 //! The command line: arguments in, library calls, text out. Everything that prints is here.
 
 mod bench;
+#[cfg(feature = "sim")]
+mod estimate;
 mod inspect;
 mod pack;
+#[cfg(feature = "sim")]
+mod plot;
 #[cfg(feature = "sim")]
 mod profile;
 mod run;
@@ -76,6 +80,9 @@ enum Command {
     /// Check a chip's profile, and print its rates.
     #[cfg(feature = "sim")]
     Profile(profile::ProfileArgs),
+    /// Predict what serving a model on a simulated chip takes.
+    #[cfg(feature = "sim")]
+    Estimate(estimate::EstimateArgs),
     /// Check every kernel of a backend against the reference.
     Conform(tools::ConformArgs),
 }
@@ -292,6 +299,8 @@ pub fn main() -> ExitCode {
         Command::Pack(args) => pack::pack(&args),
         #[cfg(feature = "sim")]
         Command::Profile(args) => profile::profile(&args),
+        #[cfg(feature = "sim")]
+        Command::Estimate(args) => estimate::run(&args),
         Command::Conform(args) => tools::conform(&args),
     };
     let Err(failure) = result else { return ExitCode::SUCCESS };

@@ -30,7 +30,7 @@ pub struct SynthArgs {
     seed: u64,
 }
 
-fn format(name: &str) -> Result<Format, String> {
+pub fn format(name: &str) -> Result<Format, String> {
     Format::from_name(&name.to_uppercase()).ok_or_else(|| {
         let names: Vec<_> = Format::ALL.iter().map(|format| format.name().to_lowercase()).collect();
         format!("expected one of {}", names.join(", "))

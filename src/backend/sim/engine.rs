@@ -19,6 +19,8 @@ pub struct OpTime {
     pub launch_s: f64,
     /// Seconds that queues were busy, by [`Queue`].
     pub busy_s: [f64; 4],
+    /// Seconds that the busiest tile's engines take for their bytes, if they need not wait for memory.
+    pub engine_s: f64,
     /// Seconds that device memory takes for the bytes at its full rate.
     pub device_s: f64,
     /// Bytes read from device memory.
@@ -68,13 +70,11 @@ impl Bound {
 impl OpTime {
     /// The share of the time that each resource was busy, the busiest first.
     pub fn shares(&self) -> [(Bound, f64); 5] {
-        let dma = self.busy_s[Queue::Load as usize].max(self.busy_s[Queue::Store as usize]);
         let mut shares = [
             (Bound::Matrix, self.busy_s[Queue::Matrix as usize]),
             (Bound::Vector, self.busy_s[Queue::Vector as usize]),
             (Bound::Memory, self.device_s),
-            // Engines that wait for memory are not what limits.
-            (Bound::Dma, if dma > 1.05 * self.device_s { dma - self.device_s } else { 0.0 }),
+            (Bound::Dma, self.engine_s),
             (Bound::Launch, self.launch_s),
         ];
         for share in &mut shares {
@@ -96,6 +96,7 @@ impl OpTime {
             seconds: self.seconds + next.seconds,
             launch_s: self.launch_s + next.launch_s,
             busy_s: std::array::from_fn(|i| self.busy_s[i] + next.busy_s[i]),
+            engine_s: self.engine_s + next.engine_s,
             device_s: self.device_s + next.device_s,
             read_bytes: self.read_bytes + next.read_bytes,
             written_bytes: self.written_bytes + next.written_bytes,
@@ -135,6 +136,7 @@ pub fn time(chip: &Chip, lowered: &Lowered, mut trace: Option<&mut Vec<Busy>>) -
         for (total, busy) in total.busy_s.iter_mut().zip(busy) {
             *total += busy;
         }
+        total.engine_s += phase.tiles.iter().flat_map(|t| t.engine_s).fold(0.0, f64::max);
         for program in programs {
             count(chip, program, &mut total);
         }
@@ -209,6 +211,8 @@ struct TileState<'a> {
     /// Requests that were sent: when each is set up, and its command.
     requests: [VecDeque<(f64, u32)>; 4],
     busy_s: [f64; 4],
+    /// Seconds that engines take for what they moved, if they need not wait for memory.
+    engine_s: [f64; 4],
 }
 
 /// A transfer under way.
@@ -260,6 +264,7 @@ impl<'a, 't> Phase<'a, 't> {
                 busy: [false; 4],
                 requests: Default::default(),
                 busy_s: [0.0; 4],
+                engine_s: [0.0; 4],
             }
         };
         Phase {
@@ -432,8 +437,9 @@ impl<'a, 't> Phase<'a, 't> {
             Action::Store { to, .. } => (to, 1),
             Action::Compute { .. } => return,
         };
-        let bytes = self.chip.transfer_bytes(piece);
-        let engine_end_s = self.now_s + bytes / self.chip.engine_bytes_per_s();
+        let engine_s = self.chip.transfer_bytes(piece) / self.chip.engine_bytes_per_s();
+        state.engine_s[q] += engine_s;
+        let engine_end_s = self.now_s + engine_s;
         self.serve();
         let id = self.flow.len() as u32;
         self.flow.push(Flow { tile, queue, engine_end_s });

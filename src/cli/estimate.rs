@@ -1,0 +1,325 @@
+//! `halite estimate`: what serving a model on a chip takes, from shapes alone.
+
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use clap::Args;
+use halite::backend::Fusions;
+use halite::backend::sim::{Chip, Numerics, Queue, Report, step};
+use halite::estimate::workload::{Estimate, Workload, estimate};
+use halite::kernels::formats::Format;
+use halite::passes;
+use halite::profile::{Basis, Profile};
+use halite::program::Program;
+use halite::synth::{self, Formats, Synth};
+use halite::{Error, Model};
+use serde_json::{Value, json};
+
+use super::{Failure, KvFormat, bytes, print, product_format};
+
+/// One column for each profile. Nothing is computed and no weights are read: a model may be larger than this machine.
+#[derive(Args)]
+pub struct EstimateArgs {
+    /// A GGUF file, or a shape of `halite synth`.
+    #[arg(short, long, value_name = "FILE|SHAPE")]
+    model: String,
+    /// Profiles of simulated chips, shipped ones or TOML files.
+    #[arg(short, long, value_name = "FILE|NAME,…", value_delimiter = ',', required = true)]
+    profile: Vec<String>,
+    /// How a shape's weights are stored.
+    #[arg(long, value_parser = super::synth::format, default_value = "q4_0")]
+    format: Format,
+    /// The format in which the chip multiplies, one of its profile's [default: the nearest to each weight's].
+    #[arg(long, value_name = "FORMAT")]
+    products: Option<String>,
+    /// How the KV cache is stored.
+    #[arg(long, value_name = "FORMAT", default_value = "f16")]
+    kv: KvFormat,
+    /// Sequences at a time.
+    #[arg(short, long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    batch: u32,
+    /// Tokens of each prompt.
+    #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    prompt: u32,
+    /// Tokens that each sequence generates.
+    #[arg(long, value_name = "N", default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    generate: u32,
+    /// Most prompt tokens of a step.
+    #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    chunk: u32,
+    /// List the ops of a prompt's step and of a generating one, the longest first.
+    #[arg(long)]
+    ops: bool,
+    /// Write what every engine of some tiles does in a generating step, for Perfetto or chrome://tracing.
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
+    /// Tiles in the trace.
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    trace_tiles: u32,
+    /// Draw all ops under the chip's roofline, as SVG.
+    #[arg(long, value_name = "FILE")]
+    roofline: Option<PathBuf>,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+/// A model file, or a shape without weights.
+fn open(args: &EstimateArgs) -> Result<Arc<Model>, Failure> {
+    if let Some(shape) = synth::shape(&args.model) {
+        let formats = Formats { weights: args.format, output: args.format };
+        return Ok(Arc::new(Synth::new(shape, formats, 0)?.model()?));
+    }
+    let path = Path::new(&args.model);
+    if !path.exists() {
+        let names: Vec<_> = synth::SHAPES.iter().map(|shape| shape.name).collect();
+        return Err(
+            format!("model `{}`: expected a GGUF file or one of {}", args.model, names.join(", ")).into()
+        );
+    }
+    super::open_model(Some(path))
+}
+
+/// What was asked of one profile.
+struct Asked {
+    profile: Profile,
+    estimate: Estimate,
+}
+
+pub fn run(args: &EstimateArgs) -> Result<(), Failure> {
+    let model = open(args)?;
+    let positions = args.prompt.saturating_add(args.generate);
+    let program = model.program(args.kv.program(), positions)?;
+    let products = args.products.as_deref().map(product_format).transpose()?;
+    let workload =
+        Workload { batch: args.batch, prompt: args.prompt, generate: args.generate, chunk: args.chunk };
+    let mut all = Vec::new();
+    for name in &args.profile {
+        let profile = Profile::open(name)?;
+        let estimate = estimate(&profile, products, &program, &workload)?;
+        all.push(Asked { profile, estimate });
+    }
+    if let (Some(path), Some(first)) = (&args.trace, all.first()) {
+        let chip = Chip::new(first.profile.clone(), Numerics::Exact, products)?;
+        let spans = vec![(args.prompt + args.generate / 2, 1); args.batch as usize];
+        write_trace(path, &chip, &program, &spans, args.trace_tiles)?;
+    }
+    if let (Some(path), Some(first)) = (&args.roofline, all.first()) {
+        super::plot::roofline(path, &first.profile, products, &first.estimate)?;
+    }
+    if args.json {
+        let values: Vec<Value> = all.iter().map(as_json).collect();
+        return print(&format!("{:#}\n", Value::from(values)));
+    }
+    let heading = format!(
+        "{}, {} of weights; {} x ({} prompt + {} generated tokens)\n\n",
+        model.name(),
+        bytes(program.weight_bytes()),
+        args.batch,
+        args.prompt,
+        args.generate
+    );
+    let mut text = heading + &table(&all);
+    for asked in &all {
+        text += &explain(asked);
+        if args.ops {
+            text += &format!(
+                "\n{}, a prompt's step of {} tokens\n{}",
+                asked.profile.name,
+                args.chunk.min(args.prompt),
+                ops(&asked.estimate.prefill)
+            );
+            text += &format!("\n{}, a generating step\n{}", asked.profile.name, ops(&asked.estimate.decode));
+        }
+    }
+    print(&text)
+}
+
+/// Three digits and a unit.
+fn seconds(s: f64) -> String {
+    let (unit, name) = [(1.0, "s"), (1e-3, "ms"), (1e-6, "µs")]
+        .into_iter()
+        .find(|(unit, _)| s >= *unit)
+        .unwrap_or((1e-9, "ns"));
+    format!("{:.3} {name}", s / unit)
+}
+
+fn table(all: &[Asked]) -> String {
+    let or_dash = |value: Option<f64>, digits: usize| value.map_or("-".into(), |v| format!("{v:.digits$}"));
+    let rows: [(&str, &dyn Fn(&Asked) -> String); 9] = [
+        ("time to first token", &|a| seconds(a.estimate.first_token_s)),
+        ("generating step", &|a| seconds(a.estimate.step_s)),
+        ("tokens/s", &|a| format!("{:.1}", a.estimate.tokens_per_s)),
+        ("all", &|a| seconds(a.estimate.seconds)),
+        ("J/token, uncalibrated", &|a| or_dash(a.estimate.joules_per_token, 3)),
+        ("USD/million tokens", &|a| or_dash(a.estimate.usd_per_million_tokens, 2)),
+        ("memory", &|a| {
+            let (need, have) = (bytes(a.estimate.need_bytes), bytes(a.estimate.have_bytes));
+            format!("{need} of {have}{}", if a.estimate.fits() { "" } else { ", DOES NOT FIT" })
+        }),
+        ("rests on guesses", &|a| {
+            format!("{:.0} %", 100.0 * a.estimate.rests_on().get(&Basis::Guess).copied().unwrap_or(0.0))
+        }),
+        ("error", &|a| match &a.profile.calibration {
+            Some(c) => format!("± {:.0} %", 100.0 * c.mean_error_fraction.value),
+            None => "uncalibrated".into(),
+        }),
+    ];
+    let cells: Vec<Vec<String>> = all
+        .iter()
+        .map(|a| {
+            std::iter::once(a.profile.name.clone()).chain(rows.iter().map(|(_, cell)| cell(a))).collect()
+        })
+        .collect();
+    let names: Vec<&str> = std::iter::once("").chain(rows.iter().map(|(name, _)| *name)).collect();
+    let mut text = String::new();
+    for (row, name) in names.iter().enumerate() {
+        text += &format!("{name:22}");
+        for column in &cells {
+            let width = column.iter().map(|cell| cell.chars().count()).max().unwrap_or(0) + 2;
+            let cell = column.get(row).map_or("", String::as_str);
+            text += &format!("{cell:>width$}");
+        }
+        text += "\n";
+    }
+    text
+}
+
+/// What limits a chip, and which of its numbers matter.
+fn explain(asked: &Asked) -> String {
+    let Asked { profile, estimate } = asked;
+    let busy: Vec<_> = estimate
+        .shares
+        .iter()
+        .filter(|(_, share)| *share >= 0.005)
+        .map(|(bound, share)| format!("{} {:.0} %", bound.name(), 100.0 * share))
+        .collect();
+    let numbers: Vec<_> = estimate
+        .sensitivities
+        .iter()
+        .take(6)
+        .map(|s| format!("    {:+.2} % for +1 % of {} ({})\n", s.exponent, s.path, s.basis.name()))
+        .collect();
+    format!(
+        "\n{}\n  of a generating step busy: {}\n  time changes by\n{}",
+        profile.name,
+        busy.join(", "),
+        numbers.concat()
+    )
+}
+
+fn ops(report: &Report) -> String {
+    let total = report.total().seconds;
+    let mut ops: Vec<_> = report.ops.iter().collect();
+    ops.sort_by(|a, b| b.time.seconds.total_cmp(&a.time.seconds));
+    let mut text = format!(
+        "  {:26} {:>5} {:>12} {:>6}  {:8} {:>9} {:>9} {:>9} {:>8}\n",
+        "op", "times", "time", "share", "bound", "read", "written", "GOP", "mJ"
+    );
+    for op in ops {
+        let t = op.time;
+        text += &format!(
+            "  {:26} {:>5} {:>12} {:>5.1}%  {:8} {:>9} {:>9} {:>9.3} {:>8}\n",
+            op.name,
+            op.count,
+            seconds(t.seconds),
+            100.0 * t.seconds / total,
+            t.bound().name(),
+            bytes(t.read_bytes as u64),
+            bytes(t.written_bytes as u64),
+            t.matrix_ops / 1e9,
+            t.joules.map_or("-".into(), |j| format!("{:.3}", 1e3 * j))
+        );
+    }
+    text
+}
+
+fn as_json(asked: &Asked) -> Value {
+    let Asked { profile, estimate: e } = asked;
+    let report = |report: &Report| -> Vec<Value> {
+        let op = |op: &halite::backend::sim::OpReport| {
+            json!({
+                "name": op.name,
+                "count": op.count,
+                "seconds": op.time.seconds,
+                "bound": op.time.bound().name(),
+                "busy_s": Queue::ALL.map(|q| (q.name(), op.time.busy_s[q as usize])).into_iter().collect::<std::collections::BTreeMap<_, _>>(),
+                "read_bytes": op.time.read_bytes,
+                "written_bytes": op.time.written_bytes,
+                "scratchpad_bytes": op.time.scratch_bytes,
+                "matrix_ops": op.time.matrix_ops,
+                "joules": op.time.joules,
+            })
+        };
+        report.ops.iter().map(op).collect()
+    };
+    let rests_on: serde_json::Map<String, Value> =
+        e.rests_on().into_iter().map(|(basis, share)| (basis.name().to_owned(), json!(share))).collect();
+    let sensitivities: Vec<Value> = e
+        .sensitivities
+        .iter()
+        .map(|s| json!({ "path": s.path, "basis": s.basis.name(), "exponent": s.exponent }))
+        .collect();
+    json!({
+        "profile": profile.name,
+        "first_token_s": e.first_token_s,
+        "step_s": e.step_s,
+        "seconds": e.seconds,
+        "tokens_per_s": e.tokens_per_s,
+        "joules_per_token": e.joules_per_token,
+        "usd_per_million_tokens": e.usd_per_million_tokens,
+        "need_bytes": e.need_bytes,
+        "have_bytes": e.have_bytes,
+        "fits": e.fits(),
+        "busy": e.shares.iter().map(|(bound, share)| (bound.name(), *share)).collect::<std::collections::BTreeMap<_, _>>(),
+        "rests_on": rests_on,
+        "sensitivities": sensitivities,
+        "prefill": report(&e.prefill),
+        "decode": report(&e.decode),
+    })
+}
+
+/// A trace of a step in the Trace Event Format: a process for the ops, and one for each tile with a thread for each queue.
+fn write_trace(
+    path: &Path,
+    chip: &Chip,
+    program: &Program,
+    spans: &[(u32, u32)],
+    tiles: u32,
+) -> Result<(), Failure> {
+    let io = |source| Error::Io { path: path.to_owned(), source };
+    let program = passes::fuse(program, Fusions::ALL);
+    let mut out = BufWriter::new(File::create(path).map_err(io)?);
+    write!(out, "[").map_err(io)?;
+    let mut first = true;
+    let mut event = |value: Value| {
+        let comma = if std::mem::take(&mut first) { "" } else { ",\n" };
+        write!(out, "{comma}{value}").map_err(io)
+    };
+    let us = |s: f64| 1e6 * s;
+    let named = |what: &str, pid: u32, tid: u32, name: &str| json!({ "ph": "M", "name": what, "pid": pid, "tid": tid, "args": { "name": name } });
+    event(named("process_name", 0, 0, "ops"))?;
+    for tile in 0..tiles.min(chip.tiles) {
+        event(named("process_name", tile + 1, 0, &format!("tile {tile}")))?;
+        for queue in Queue::ALL {
+            event(named("thread_name", tile + 1, queue as u32, queue.name()))?;
+        }
+    }
+    for op in step::trace(chip, &program, spans, true)? {
+        event(json!({
+            "ph": "X", "pid": 0, "tid": 0, "name": op.name, "cat": op.segment,
+            "ts": us(op.start_s), "dur": us(op.time.seconds),
+            "args": { "segment": op.segment, "bound": op.time.bound().name(), "read_bytes": op.time.read_bytes },
+        }))?;
+        for busy in op.busy.iter().filter(|busy| busy.tile < tiles) {
+            event(json!({
+                "ph": "X", "pid": busy.tile + 1, "tid": busy.queue as u32, "name": busy.what, "cat": op.name,
+                "ts": us(op.start_s + busy.start_s), "dur": us(busy.end_s - busy.start_s),
+            }))?;
+        }
+    }
+    writeln!(out, "]").map_err(io)?;
+    Ok(out.flush().map_err(io)?)
+}

@@ -1,0 +1,3 @@
+//! Times that follow from a profile.
+
+pub mod workload;

@@ -1,0 +1,224 @@
+//! What serving a model on a chip takes: time to the first token, tokens per second, energy and money, from shapes alone.
+//!
+//! A prompt is processed in steps of [`Workload::chunk`] tokens, one sequence after the other; then all sequences generate
+//! together. Steps of a prompt cost linearly more towards its end, and so do generated tokens: each kind is timed once, at its
+//! middle.
+
+use std::collections::BTreeMap;
+
+use crate::backend::Fusions;
+use crate::backend::sim::step;
+use crate::backend::sim::{Bound, Chip, Numerics, OpTime, Report};
+use crate::error::Result;
+use crate::numerics::Dtype;
+use crate::passes;
+use crate::profile::{Basis, Profile};
+use crate::program::Program;
+
+/// What is asked of a chip.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Workload {
+    /// Sequences at a time.
+    pub batch: u32,
+    /// Tokens of each one's prompt.
+    pub prompt: u32,
+    /// Tokens that each one generates.
+    pub generate: u32,
+    /// Most prompt tokens of a step.
+    pub chunk: u32,
+}
+
+impl Workload {
+    /// Steps of one prompt, and the one in the middle.
+    fn prefill(&self) -> (u32, (u32, u32)) {
+        let chunk = self.chunk.clamp(1, self.prompt.max(1));
+        let steps = self.prompt.div_ceil(chunk);
+        (steps, (steps.saturating_sub(1) / 2 * chunk, chunk))
+    }
+
+    /// The position of a token in the middle of what is generated.
+    fn middle(&self) -> u32 {
+        self.prompt + self.generate / 2
+    }
+
+    /// Seconds of everything, from those of a prompt's step and of a generating one.
+    fn seconds(&self, prefill_s: f64, decode_s: f64) -> f64 {
+        self.first_token_s(prefill_s) + f64::from(self.generate.saturating_sub(1)) * decode_s
+    }
+
+    fn first_token_s(&self, prefill_s: f64) -> f64 {
+        f64::from(self.batch) * f64::from(self.prefill().0) * prefill_s
+    }
+}
+
+/// What a workload takes.
+#[derive(Debug, Clone)]
+pub struct Estimate {
+    /// Seconds until every sequence has its first token.
+    pub first_token_s: f64,
+    /// Seconds of a step that generates a token for each sequence, in the middle.
+    pub step_s: f64,
+    /// Seconds of everything.
+    pub seconds: f64,
+    /// Generated tokens per second, of all sequences, while generating.
+    pub tokens_per_s: f64,
+    /// Joules of each generated token, prompts included; absent where the profile does not have the numbers.
+    pub joules_per_token: Option<f64>,
+    /// Price of a million generated tokens, prompts included; absent where the profile does not have one.
+    pub usd_per_million_tokens: Option<f64>,
+    /// Bytes of weights and of the KV cache of all sequences.
+    pub need_bytes: u64,
+    /// Bytes of the memory that holds them.
+    pub have_bytes: u64,
+    /// The ops of a prompt's step.
+    pub prefill: Report,
+    /// The ops of a generating step.
+    pub decode: Report,
+    /// The share of a generating step that each resource is busy, the busiest first: what limits it, and what comes next.
+    pub shares: Vec<(Bound, f64)>,
+    /// How much each number of the profile matters, the most first.
+    pub sensitivities: Vec<Sensitivity>,
+}
+
+/// How the time depends on a number of the profile.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Sensitivity {
+    /// The number, as `halite profile --numbers` has it.
+    pub path: String,
+    /// How sure it is.
+    pub basis: Basis,
+    /// Per cent of time for each per cent of the number: `d ln seconds / d ln number`.
+    pub exponent: f64,
+}
+
+impl Estimate {
+    /// Whether weights and cache fit the chip.
+    pub fn fits(&self) -> bool {
+        self.need_bytes <= self.have_bytes
+    }
+
+    /// The part of the answer that rests on numbers of each basis: their share of all sensitivities.
+    pub fn rests_on(&self) -> BTreeMap<Basis, f64> {
+        let all: f64 = self.sensitivities.iter().map(|s| s.exponent.abs()).sum();
+        let mut shares = BTreeMap::new();
+        for s in &self.sensitivities {
+            *shares.entry(s.basis).or_insert(0.0) += s.exponent.abs() / all.max(f64::MIN_POSITIVE);
+        }
+        shares
+    }
+}
+
+/// The program as the chip gets it.
+fn adapted(program: &Program) -> Program {
+    passes::fuse(program, Fusions::ALL)
+}
+
+/// Estimates a workload of a program on the chip of a profile. `products` is the format in which it multiplies, if not the
+/// nearest to each weight's.
+///
+/// # Errors
+/// What [`Chip::new`] says, and ops that do not fit the chip.
+pub fn estimate(
+    profile: &Profile,
+    products: Option<Dtype>,
+    program: &Program,
+    workload: &Workload,
+) -> Result<Estimate> {
+    let program = &adapted(program);
+    let chip = Chip::new(profile.clone(), Numerics::Exact, products)?;
+    let (_, chunk) = workload.prefill();
+    let spans = vec![(workload.middle(), 1); workload.batch as usize];
+    let prefill = step::time(&chip, program, &[chunk], true)?;
+    let decode = step::time(&chip, program, &spans, true)?;
+    let (prefill_total, decode_total) = (prefill.total(), decode.total());
+    let seconds = workload.seconds(prefill_total.seconds, decode_total.seconds);
+    let tokens = f64::from(workload.batch) * f64::from(workload.generate);
+    let positions = u64::from(workload.prompt) + u64::from(workload.generate);
+    let cache = program.kv_bytes(positions).saturating_mul(workload.batch.into());
+    Ok(Estimate {
+        first_token_s: workload.first_token_s(prefill_total.seconds),
+        step_s: decode_total.seconds,
+        seconds,
+        tokens_per_s: f64::from(workload.batch) / decode_total.seconds,
+        joules_per_token: joules(profile, workload, seconds, prefill_total, decode_total).map(|j| j / tokens),
+        usd_per_million_tokens: usd_per_s(profile).map(|usd| 1e6 * usd * seconds / tokens),
+        need_bytes: program.weight_bytes().saturating_add(cache),
+        have_bytes: chip.device().capacity_bytes.value as u64,
+        shares: decode_total.shares().to_vec(),
+        prefill,
+        decode,
+        sensitivities: sensitivities(profile, products, program, workload)?,
+    })
+}
+
+/// Joules of everything: of operations and moved bytes, and of what the chip takes while it does nothing.
+fn joules(
+    profile: &Profile,
+    workload: &Workload,
+    seconds: f64,
+    prefill: OpTime,
+    decode: OpTime,
+) -> Option<f64> {
+    let moving = workload.seconds(prefill.joules?, decode.joules?);
+    let idle_w = profile.power.as_ref()?.idle_w.as_ref()?.value;
+    Some(moving + idle_w * seconds)
+}
+
+/// Money a second: rent, or what is written off, and energy at the chip's full power.
+fn usd_per_s(profile: &Profile) -> Option<f64> {
+    let price = profile.price.as_ref()?;
+    if let Some(rent) = &price.usd_per_hour {
+        return Some(rent.value / 3600.0);
+    }
+    let years = price.lifetime_years.as_ref()?.value;
+    let used = price.utilisation_fraction.as_ref().map_or(1.0, |fraction| fraction.value);
+    let year_s = 365.25 * 24.0 * 3600.0;
+    let energy = price.usd_per_kwh.as_ref().zip(profile.power.as_ref()).map(|(usd, power)| {
+        let watts = power.provisioned_w.as_ref().unwrap_or(&power.tdp_w).value;
+        usd.value * watts / 3.6e6
+    });
+    Some(price.chip_usd.as_ref()?.value / (years * year_s * used) + energy.unwrap_or(0.0))
+}
+
+/// Seconds of a workload by the closed form.
+///
+/// # Errors
+/// As [`estimate`].
+pub fn closed_s(chip: &Chip, program: &Program, workload: &Workload) -> Result<f64> {
+    let (_, chunk) = workload.prefill();
+    let spans = vec![(workload.middle(), 1); workload.batch as usize];
+    let prefill_s = step::closed(chip, program, &[chunk], true)?;
+    let decode_s = step::closed(chip, program, &spans, true)?;
+    Ok(workload.seconds(prefill_s, decode_s))
+}
+
+/// A number is changed by this factor to see what depends on it.
+const CHANGE: f64 = 1.05;
+
+fn sensitivities(
+    profile: &Profile,
+    products: Option<Dtype>,
+    program: &Program,
+    workload: &Workload,
+) -> Result<Vec<Sensitivity>> {
+    let seconds = |profile: Profile| {
+        let chip = Chip::new(profile, Numerics::Exact, products)?;
+        closed_s(&chip, program, workload)
+    };
+    let before = seconds(profile.clone())?;
+    let mut found = Vec::new();
+    for (path, quantity) in &profile.quantities {
+        // Counts are what they are.
+        let counts = ["clusters", "tiles_per_cluster", "engines", "rows", "columns", "capacity_bytes"];
+        if path.rsplit('.').next().is_some_and(|key| counts.contains(&key)) {
+            continue;
+        }
+        let after = seconds(profile.with(path, quantity.value * CHANGE)?)?;
+        let exponent = (after / before).ln() / CHANGE.ln();
+        if exponent.abs() > 1e-4 {
+            found.push(Sensitivity { path: path.clone(), basis: quantity.basis, exponent });
+        }
+    }
+    found.sort_by(|a, b| b.exponent.abs().total_cmp(&a.exponent.abs()));
+    Ok(found)
+}
