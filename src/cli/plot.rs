@@ -68,7 +68,7 @@ pub fn roofline(
     for (name, peak) in &peaks {
         let line = (0..=steps).map(|i| (at(i), (at(i) * bandwidth).min(*peak)));
         chart.draw_series(LineSeries::new(line, BLACK.mix(0.5)))?;
-        let label = Text::new(format!("{name} {peak:.2e}"), (right / 4.0, *peak * 1.05), ("sans-serif", 13));
+        let label = Text::new(format!("{name} {peak:.2e}"), (right / 5.0, *peak * 1.2), ("sans-serif", 13));
         chart.draw_series(std::iter::once(label))?;
     }
     chart.draw_series(prefill.iter().map(|p| Circle::new((p.1, p.2), 6, colour(p.3).filled())))?;

@@ -91,8 +91,11 @@ impl Scale {
     }
 
     fn exponent_at(self, index: usize) -> i32 {
-        let shift = self.shifts.checked_shr(index as u32 / 2).unwrap_or(0) & 1;
-        i32::from(self.exponent) - 127 - i32::from(shift)
+        i32::from(self.exponent) - 127 - i32::from(self.shift(index))
+    }
+
+    fn shift(self, index: usize) -> u8 {
+        self.shifts.checked_shr(index as u32 / 2).unwrap_or(0) & 1
     }
 }
 
@@ -145,9 +148,12 @@ impl BlockFormat {
         let blocks = values.chunks_exact(self.len).zip(codes.chunks_exact_mut(self.len));
         for ((values, codes), scale) in blocks.zip(scales) {
             *scale = self.scale(values, rules.scale);
+            // Scales are powers of two: to divide is to multiply.
+            let inverse =
+                [1.0 / Scale { shifts: 0, ..*scale }.value(0), 1.0 / Scale { shifts: 1, ..*scale }.value(0)];
             for (i, (&value, code)) in values.iter().zip(codes).enumerate() {
                 // Too small for a normal f32 is too small for any element; zero and NaN give code 0.
-                let scaled = (f64::from(self.flushed(value)) / scale.value(i)) as f32;
+                let scaled = (f64::from(self.flushed(value)) * inverse[scale.shift(i) as usize]) as f32;
                 let scaled = if scaled.is_nan() { 0.0 } else { scaled };
                 *code = self.element.encode(scaled, rules.rounding, Overflow::Saturate) as u8;
             }

@@ -177,7 +177,9 @@ impl Element {
                 }
                 let scaled = f64::from(value.abs()) * power_of_two(fraction_bits as i32);
                 let rounded = match rounding {
-                    Rounding::NearestEven => scaled.round_ties_even(),
+                    // Where f64 has no bits behind the point, addition rounds: much faster than a call, on any machine.
+                    Rounding::NearestEven if scaled < WHOLE => (scaled + WHOLE) - WHOLE,
+                    Rounding::NearestEven => scaled,
                     Rounding::NearestAway => scaled.round(),
                     Rounding::TowardZero => scaled.trunc(),
                 };
@@ -223,6 +225,9 @@ impl Element {
         }
     }
 }
+
+/// From here on every f64 is an integer.
+const WHOLE: f64 = (1u64 << 52) as f64;
 
 /// `significand / 2^shift`, rounded to an integer.
 fn shift_right(significand: u32, shift: u32, rounding: Rounding) -> u32 {

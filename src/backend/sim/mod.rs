@@ -186,7 +186,12 @@ impl Backend for Sim {
         program.validate()?;
         check_support(self, program)?;
         let kernels = SimKernels {
-            machine: Machine { isa: self.isa, chip: self.chip.clone(), decoded: native::Decoded::default() },
+            machine: Machine {
+                isa: self.isa,
+                chip: self.chip.clone(),
+                decoded: native::Decoded::default(),
+                unpacked: HashMap::new(),
+            },
             rows: CpuKernels::of_rows(self.isa)?,
             order: self.order,
             memory: execute::Memory::default(),
@@ -210,6 +215,8 @@ struct Machine {
     isa: Isa,
     chip: Arc<Chip>,
     decoded: native::Decoded,
+    /// Weights of this op that were unpacked before: tiles that share columns unpack the same.
+    unpacked: HashMap<Box<[u8]>, Box<[u8]>>,
 }
 
 /// [`Kernels`] that lower, run and time each op.
@@ -359,9 +366,14 @@ impl Machine {
                 native::encode(*dtype, rules, *k as usize, floats(reads[0]), writes[0])?;
             }
             Step::Unpack { k, rows, from, to: Form::Chip(dtype) } => {
+                if let Some(found) = self.unpacked.get(reads[0]) {
+                    writes[0].copy_from_slice(found);
+                    return Ok(());
+                }
                 let mut values = vec![0.0; *k as usize * *rows as usize];
                 from.dequantize(reads[0], &mut values).map_err(|e| Error::Program(e.to_string()))?;
                 native::encode(*dtype, rules, *k as usize, &values, writes[0])?;
+                self.unpacked.insert(reads[0].into(), (&*writes[0]).into());
             }
             Step::Product { rows, columns, k, x, w } => {
                 let (k, rows) = (*k as usize, *rows as usize);
@@ -551,6 +563,7 @@ fn quantised_mut(to: Activation, rows: usize, k: usize, bytes: &mut [u8]) -> Qua
 impl Kernels for SimKernels {
     fn begin(&mut self, program: &Program, op: &Op, step: &ProgramStep<'_>) -> Result<()> {
         self.name = name(program, op);
+        self.machine.unpacked.clear();
         self.op = Some(shape::shape(program, op, step, None)?);
         Ok(())
     }
