@@ -71,6 +71,8 @@ pub struct Generation {
     pub decode_steps: u32,
     /// Time of those steps, sampling included.
     pub decode: Duration,
+    /// Time of the prefill and of those steps on the device, by its clock.
+    pub device: (Duration, Duration),
 }
 
 impl Session {
@@ -134,9 +136,12 @@ impl Session {
             first_token: Duration::ZERO,
             decode_steps: 0,
             decode: Duration::ZERO,
+            device: (Duration::ZERO, Duration::ZERO),
         };
+        let before = self.device_time();
         let mut result = self.prefill(sequence, &generation.prompt_tokens, head);
         generation.prefill = start.elapsed();
+        generation.device.0 = self.device_time() - before;
         let mut decode_start = Instant::now();
         while generation.tokens.len() < options.max_tokens as usize {
             match result {
@@ -176,6 +181,7 @@ impl Session {
             generation.decode_steps += u32::from(result.is_ok());
         }
         generation.decode = decode_start.elapsed();
+        generation.device.1 = self.device_time() - before - generation.device.0;
         if !matches!(generation.finish, Finish::Stop | Finish::Callback) {
             out.finish(on_text);
         }

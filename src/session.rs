@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::backend::{
     Backend, Bindings, Buffer, Cancel, Limits, Plan, Span, Step, Timing, Usage, check_support, upload,
@@ -168,6 +169,7 @@ pub struct Session {
     arg_max: Vec<u32>,
     cancel: Cancel,
     last: Option<Timing>,
+    device_time: Duration,
     options: SessionOptions,
 }
 
@@ -238,6 +240,7 @@ impl Session {
             arg_max: vec![0; outputs],
             cancel: Cancel::default(),
             last: None,
+            device_time: Duration::ZERO,
             options: options.clone(),
             program,
         })
@@ -424,7 +427,9 @@ impl Session {
             ticket = Some(self.plan.submit(&step, run, &bindings)?);
         }
         let ticket = ticket.ok_or_else(|| Error::Program("there is nothing to run".into()))?;
-        self.last = Some(self.plan.wait(ticket)?);
+        let timing = self.plan.wait(ticket)?;
+        self.last = Some(timing);
+        self.device_time += timing.elapsed;
         // Whatever was computed from a file that has changed is not to be trusted.
         self.model.gguf().verify()?;
         match head {
@@ -550,6 +555,11 @@ impl Session {
         let mut out = vec![0.0; rows * t.cols as usize];
         read_into(&*self.backend, &self.program, &self.io, &t.name, &mut out)?;
         Ok(out)
+    }
+
+    /// How long all steps took on the device, by the clock of [`Session::last_timing`].
+    pub fn device_time(&self) -> Duration {
+        self.device_time
     }
 
     /// How long the last step took on the device.

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use clap::Args;
+use halite::backend::Clock;
 use halite::generate::{Finish, GenerateOptions, Generation};
 use halite::sampler::SamplerOptions;
 use halite::session::{SessionOptions, footprint};
@@ -145,6 +146,16 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
             bytes(memory.weight_bytes),
             bytes(session.weights().mapped_bytes),
         );
+        if session.last_timing().is_some_and(|timing| timing.clock == Clock::Simulated) {
+            let (prefill, decode) = generation.device;
+            eprintln!(
+                "simulated: prefill {}, {} · decode {} a token, {}",
+                millis(prefill),
+                rate(generation.prompt_tokens.len() as u32, prefill),
+                millis(decode.checked_div(generation.decode_steps).unwrap_or_default()),
+                rate(generation.decode_steps, decode),
+            );
+        }
     }
     Ok(())
 }
@@ -180,6 +191,8 @@ fn json(prompt: &str, g: &Generation, load: Duration, memory: u64, weights: u64)
         "first_token_s": g.first_token.as_secs_f64(),
         "prefill_tokens_per_s": per_second(g.prompt_tokens.len() as u32, g.prefill),
         "decode_tokens_per_s": per_second(g.decode_steps, g.decode),
+        "device_prefill_s": g.device.0.as_secs_f64(),
+        "device_decode_s": g.device.1.as_secs_f64(),
         "memory_bytes": memory,
         "weight_bytes": weights,
     })
