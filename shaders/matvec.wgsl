@@ -28,6 +28,7 @@ fn main(in: In) {
     let count = min(results() - min(first, results()), TOKENS);
     let matrix = matrix_of(first);
     let here = is_here(matrix);
+    prepare(in.local, input_of(first));
     var acc: array<Sums, TOKENS>;
     if here {
         for (var part = slice; part < K / 32u; part += SLICES) {

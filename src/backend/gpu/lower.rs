@@ -244,8 +244,8 @@ struct Lowering<'a> {
     extra_bytes: [u64; Extra::ALL.len()],
     tile_sizes: Vec<u32>,
     step: StepLayout,
-    /// Which tensor's activations are in which buffer of codes.
-    quantised: Vec<(Extra, TensorId)>,
+    /// Which tensor's activations are in which buffer of codes, and from how many rows on.
+    quantised: Vec<(Extra, TensorId, u32)>,
     /// How many ops read each tensor.
     uses: Vec<u32>,
 }
@@ -287,11 +287,14 @@ fn shards(t: &Tensor, binding_bytes: u64) -> Option<Vec<Shard>> {
     Some((0..total).step_by(most.max(1) as usize).map(part).collect())
 }
 
+/// Where activations are, and the tensor of the program that they are, if they are one.
+type Input<'a> = (&'a Resource, Option<TensorId>);
+
 /// What a product has besides its weight.
 struct Product<'a> {
     weight: TensorId,
     bias: Option<TensorId>,
-    input: Resource,
+    input: Input<'a>,
     out: Resource,
     /// Rows of activations, each with `times` outputs.
     rows: Dim,
@@ -528,8 +531,8 @@ impl Lowering<'_> {
         shader = match codes {
             None => shader.with("fn after(in: In) {}"),
             Some(codes) => {
-                self.quantised.retain(|&(extra, _)| extra != codes);
-                self.quantised.push((codes, *out));
+                self.quantised.retain(|q| q.0 != codes);
+                self.quantised.push((codes, *out, 1));
                 self.quantiser(shader, codes, rows, 1, cols).with(wgsl!("lib/norm_quantise"))
             }
         };
@@ -556,11 +559,11 @@ impl Lowering<'_> {
         let rows = self.program.tensor(x).rows;
         let input = self.tensor(x);
         let formats: Vec<Format> = parts.iter().map(|p| self.program.tensor(p.weight).format).collect();
-        self.quantise(&formats, &input, Some(x), rows, 1, self.cols(x));
+        self.quantise(&formats, (&input, Some(x)), rows, 1, self.cols(x));
         let plain = |part: &Part, out: Resource| Product {
             weight: part.weight,
             bias: part.bias,
-            input: input.clone(),
+            input: (&input, Some(x)),
             out,
             rows,
             gate: None,
@@ -568,7 +571,7 @@ impl Lowering<'_> {
             experts: None,
         };
         // With few rows of activations, products that are alike go together.
-        let merged = self.merged(&input, parts, epilogue, rows);
+        let merged = self.merged((&input, Some(x)), parts, epilogue, rows);
         match (epilogue, parts) {
             (Epilogue::Glu(act), [gate, up]) => {
                 let gates = self.extra(Extra::Gates, rows, self.cols(up.out).into());
@@ -586,7 +589,7 @@ impl Lowering<'_> {
 
     /// Products of several matrices of one format with up to [`VECTORS`] rows of activations, in one dispatch. Does nothing,
     /// and says so, if they are not such.
-    fn merged(&mut self, input: &Resource, parts: &[Part], epilogue: Epilogue, rows: Dim) -> bool {
+    fn merged(&mut self, input: Input<'_>, parts: &[Part], epilogue: Epilogue, rows: Dim) -> bool {
         let tensors: Vec<&Tensor> = parts.iter().map(|p| self.program.tensor(p.weight)).collect();
         let format = tensors[0].format;
         let gate = if let Epilogue::Glu(act) = epilogue { Some(act) } else { None };
@@ -645,10 +648,6 @@ impl Lowering<'_> {
             // Loading leaves the second matrix chosen.
             stores = stores.replace("case 0u", "case 1u");
         }
-        shader = match self.codes(format) {
-            Some(codes) => shader.read("codes", "vec4<u32>", Resource::Extra(codes)),
-            None => shader.read("x", "vec4<f32>", input.clone()),
-        };
         let switch =
             |cases: &str, otherwise: &str| format!("switch which {{ {cases} default: {{ {otherwise} }} }}");
         shader = shader
@@ -661,42 +660,69 @@ impl Lowering<'_> {
             ))
             .with(wgsl!("lib/math"))
             .format(format, fixed_rows(tensors[0]), fixed_rows(tensors[0]));
-        self.vectors(&shader, format, lib, fixed(workgroups), rows, 1, true);
+        self.vectors(&shader, tensors[0], input, lib, fixed(workgroups), rows, None);
         true
     }
 
-    /// Runs of `matvec.wgsl` for one row of activations at a time, and, if they may be of one matrix, for some.
+    /// Runs of `matvec.wgsl`: for one row of activations at a time, and, if they are all for one matrix, for some.
     #[allow(clippy::too_many_arguments)]
     fn vectors(
         &mut self,
         shader: &Shader,
-        format: Format,
+        t: &Tensor,
+        input: Input<'_>,
         groups: &str,
         workgroups: Count,
         rows: Dim,
-        times: u32,
-        several: bool,
+        used: Option<u32>,
     ) {
         let tuning = self.bounds.tuning;
-        let integer = self.codes(format).is_some();
-        let variants: &[(u32, Range<u32>)] =
-            if several { &[(1, 0..2), (4, 2..VECTORS + 1)] } else { &[(1, 0..u32::MAX)] };
+        let codes = self.codes(t.format);
         let most = passes::rows(rows, self.limits.tokens, self.limits.outputs) as u32;
-        for (tokens, when) in variants {
+        let rest = if used.is_some() { (1, 2..u32::MAX) } else { (4, 2..VECTORS + 1) };
+        for (tokens, when) in [(1, 0..2), rest] {
             if when.start > most {
                 continue;
             }
-            let shader = shader
-                .clone()
-                .u32("TOKENS", *tokens)
+            let own = codes.is_some_and(|codes| self.codes_from(codes, input.1, t.cols) > when.start.max(1));
+            let shader = self
+                .activations(shader.clone(), t.format, input.0, own)
+                .u32("TOKENS", tokens)
                 .u32("SLICES", tuning.slices)
                 .with(groups)
                 .with(if tuning.slices > 1 { wgsl!("lib/slices") } else { wgsl!("lib/slice") })
-                .with(if integer { wgsl!("lib/part_integer") } else { wgsl!("lib/part_float") })
+                .with(if codes.is_some() { wgsl!("lib/part_integer") } else { wgsl!("lib/part_float") })
                 .with(wgsl!("matvec"));
-            let results = Count { of: Of::Rows(rows), times, per: *tokens };
-            self.push_when(shader, [workgroups, ONE, results], (rows, when.clone()));
+            let results = Count { of: Of::Rows(rows), times: used.unwrap_or(1), per: tokens };
+            self.push_when(shader, [workgroups, ONE, results], (rows, when));
         }
+    }
+
+    /// How a product sees its activations: as they are, as codes in a buffer, or as codes that each workgroup makes of its own.
+    fn activations(&self, shader: Shader, format: Format, input: &Resource, own: bool) -> Shader {
+        match self.codes(format) {
+            Some(codes) if own => {
+                Self::coder(shader.read("x", "vec4<f32>", input.clone()), codes).with(wgsl!("lib/codes_own"))
+            }
+            Some(codes) => shader
+                .read("codes", "vec4<u32>", Resource::Extra(codes))
+                .with(wgsl!("lib/codes"))
+                .with(wgsl!("lib/codes_stored")),
+            None if format.kind() == Kind::Float => {
+                shader.read("x", "f32", input.clone()).with("fn x_at(i: u32) -> f32 { return x[i]; }")
+            }
+            None => shader
+                .read("x", "vec4<f32>", input.clone())
+                .with("fn x_at(i: u32) -> f32 { return x[i / 4u][i % 4u]; }"),
+        }
+    }
+
+    /// From how many rows on the codes of activations are in their buffer. Products quantise fewer rows themselves.
+    fn codes_from(&self, codes: Extra, x: Option<TensorId>, k: u32) -> u32 {
+        let there = self.quantised.iter().find(|q| q.0 == codes && Some(q.1) == x);
+        // For each 32 values codes, their scale, sums and largest; and what `slices.wgsl` and sums over workgroups may take.
+        let bytes = k / 32 * (32 + 4 + 4 + 4) + 16 * self.bounds.tuning.slices * (16 + 4);
+        there.map_or(if bytes <= self.bounds.workgroup_bytes { 2 } else { 1 }, |q| q.2)
     }
 
     /// What activations are quantised to for products with a format, if those are computed in integers.
@@ -710,46 +736,47 @@ impl Lowering<'_> {
         }
     }
 
+    /// The part of a shader that makes codes.
+    fn coder(shader: Shader, codes: Extra) -> Shader {
+        shader
+            .u32("BLOCK", if codes == Extra::Codes256 { 256 } else { 32 })
+            .with(wgsl!("lib/codes"))
+            .with(wgsl!("lib/to_codes"))
+    }
+
     /// The part of a shader that quantises `times` rows of `k` activations for each row.
     fn quantiser(&mut self, shader: Shader, codes: Extra, rows: Dim, times: u32, k: u32) -> Shader {
         // For each 32 values twelve words.
         let buffer = self.extra(codes, rows, u64::from(times) * u64::from(k) / 32 * 12);
-        shader
-            .write("codes", "vec4<u32>", buffer)
-            .u32("K", k)
-            .u32("BLOCK", if codes == Extra::Codes256 { 256 } else { 32 })
+        Self::coder(shader.write("codes", "vec4<u32>", buffer).u32("K", k), codes)
             .with(wgsl!("lib/math"))
             .with(wgsl!("lib/quantise"))
     }
 
-    /// Quantises `times` rows of activations for each row, in all the ways that formats need, unless they already are.
-    fn quantise(
-        &mut self,
-        formats: &[Format],
-        x: &Resource,
-        id: Option<TensorId>,
-        rows: Dim,
-        times: u32,
-        k: u32,
-    ) {
+    /// Quantises `times` rows of activations for each row, in all the ways that formats need, unless they already are or the
+    /// products do it.
+    fn quantise(&mut self, formats: &[Format], (x, id): Input<'_>, rows: Dim, times: u32, k: u32) {
+        let most = passes::rows(rows, self.limits.tokens, self.limits.outputs) as u32;
         for codes in [Extra::Codes32, Extra::Codes256] {
             let needed = formats.iter().any(|&f| self.codes(f) == Some(codes));
-            if !needed || id.is_some_and(|id| self.quantised.contains(&(codes, id))) {
+            let there = self.quantised.iter().any(|q| q.0 == codes && Some(q.1) == id);
+            let from = self.codes_from(codes, id, k);
+            if !needed || there || from > most {
                 continue;
             }
-            self.quantised.retain(|&(extra, _)| extra != codes);
-            self.quantised.extend(id.map(|id| (codes, id)));
+            self.quantised.retain(|q| q.0 != codes);
+            self.quantised.extend(id.map(|id| (codes, id, from)));
             let shader = self.shader("quantise").read("x", "vec4<f32>", x.clone());
             let shader = self.quantiser(shader, codes, rows, times, k).with(wgsl!("quantise"));
-            let rows = Count { of: Of::Rows(rows), times, per: 1 };
-            self.push(shader, [fixed((k / 32).div_ceil(WORKGROUP)), rows, ONE]);
+            let groups =
+                [fixed((k / 32).div_ceil(WORKGROUP)), Count { of: Of::Rows(rows), times, per: 1 }, ONE];
+            self.push_when(shader, groups, (rows, from..u32::MAX));
         }
     }
 
     /// The shader of a product, up to the part that does it.
     fn product_shader(&self, name: &'static str, p: &Product<'_>, shard: &Shard) -> Shader {
         let t = self.program.tensor(p.weight);
-        let (codes, float) = (self.codes(t.format), t.format.kind() == Kind::Float);
         let mut s = Self::rows(self.step_shader(name), p.rows);
         if let Some(routed) = p.experts {
             // A row of results for each token and expert.
@@ -758,13 +785,6 @@ impl Lowering<'_> {
             s = s.with("fn results() -> u32 { return rows(); }");
         }
         s = self.matrix(s, p.weight, shard).write("out", "f32", p.out.clone());
-        s = match (codes, float) {
-            (Some(codes), _) => s.read("codes", "vec4<u32>", Resource::Extra(codes)),
-            (_, true) => s.read("x", "f32", p.input.clone()).with("fn x_at(i: u32) -> f32 { return x[i]; }"),
-            _ => s
-                .read("x", "vec4<f32>", p.input.clone())
-                .with("fn x_at(i: u32) -> f32 { return x[i / 4u][i % 4u]; }"),
-        };
         let (first_row, first_matrix) = if p.experts.is_some() { (0, shard.first) } else { (shard.first, 0) };
         let columns = fixed_rows(t);
         s = s.u32("COLUMNS", columns).u32("FIRST", first_row).u32("FIRST_MATRIX", first_matrix);
@@ -805,7 +825,8 @@ impl Lowering<'_> {
         for shard in self.shards(p.weight) {
             if !vectors {
             } else if float {
-                let shader = self.product_shader("matvec_plain", p, &shard).with(wgsl!("matvec_plain"));
+                let shader = self.product_shader("matvec_plain", p, &shard);
+                let shader = self.activations(shader, t.format, p.input.0, false).with(wgsl!("matvec_plain"));
                 let when = if p.experts.is_some() { 0..u32::MAX } else { 0..VECTORS + 1 };
                 let results = Count { of: Of::Rows(p.rows), times: used, per: 1 };
                 self.push_when(shader, [fixed(shard.rows), ONE, results], (p.rows, when));
@@ -817,13 +838,14 @@ impl Lowering<'_> {
                 let groups = self.bounds.tuning.groups;
                 let lib = if groups > 1 { wgsl!("lib/groups") } else { wgsl!("lib/group") };
                 let workgroups = fixed(shard.rows.div_ceil(groups * ROWS as u32));
-                self.vectors(&shader, t.format, lib, workgroups, p.rows, used, p.experts.is_none());
+                self.vectors(&shader, t, p.input, lib, workgroups, p.rows, p.experts.map(|r| r.used));
             }
             if p.experts.is_some() || most <= VECTORS {
                 continue;
             }
-            let mut shader = self.product_shader("matmul", p, &shard).workgroup(256);
-            shader = match (integer, float) {
+            let shader = self.product_shader("matmul", p, &shard).workgroup(256);
+            let shader = self.activations(shader, t.format, p.input.0, false);
+            let shader = match (integer, float) {
                 (true, _) => shader.with(wgsl!("lib/tiles_integer")),
                 (_, true) => shader.with(wgsl!("lib/four_plain")).with(wgsl!("lib/tiles_float")),
                 _ => shader.with(wgsl!("lib/four_quantised")).with(wgsl!("lib/tiles_float")),
@@ -1016,24 +1038,24 @@ impl Lowering<'_> {
         let mixed = self.extra(Extra::Mixed, rows, u64::from(used) * u64::from(cols));
         let bias = |n: usize| biases.map(|b| b[n]);
         let routed = Routed { ids: &ids, used, per_token: true };
-        let product = |weight: TensorId, bias, input: &Resource, out: &Resource, routed| Product {
+        let product = |weight: TensorId, bias, input, out: &Resource, routed| Product {
             weight,
             bias,
-            input: input.clone(),
+            input,
             out: out.clone(),
             rows,
             gate: None,
             residual: None,
             experts: Some(routed),
         };
-        self.quantise(&in_formats, &input, Some(*x), rows, 1, cols);
-        self.product(&product(*gate, bias(0), &input, &gates, routed), true);
-        let gated_up =
-            Product { gate: Some((*act, gates)), ..product(*up, bias(1), &input, &hidden, routed) };
+        let x = (&input, Some(*x));
+        self.quantise(&in_formats, x, rows, 1, cols);
+        self.product(&product(*gate, bias(0), x, &gates, routed), true);
+        let gated_up = Product { gate: Some((*act, gates)), ..product(*up, bias(1), x, &hidden, routed) };
         self.product(&gated_up, true);
-        self.quantise(&[down_format], &hidden, None, rows, used, hidden_cols);
+        self.quantise(&[down_format], (&hidden, None), rows, used, hidden_cols);
         let routed = Routed { per_token: false, ..routed };
-        self.product(&product(*down, bias(2), &hidden, &mixed, routed), true);
+        self.product(&product(*down, bias(2), (&hidden, None), &mixed, routed), true);
         let shader = self
             .shader("mix")
             .read("x", "f32", mixed)
@@ -1093,10 +1115,9 @@ mod tests {
         }
     }
 
-    /// A dense llama layer is ten dispatches in decode: norm, Q/K/V, rotation, attention, quantising, output, norm, gates,
-    /// quantising, down.
+    /// A dense llama layer is eight dispatches in decode: norm, Q/K/V, rotation, attention, output, norm, gates, down.
     #[test]
-    fn a_dense_layer_is_ten_dispatches() {
+    fn a_dense_layer_is_eight_dispatches() {
         let file = concat!(env!("CARGO_MANIFEST_DIR"), "/models/austen/halite-austen.gguf");
         let model = Model::from_source(Source::open(file.as_ref()).unwrap()).unwrap();
         let caps = Caps {
@@ -1124,10 +1145,7 @@ mod tests {
                     .map(|d| d.shader.name)
                     .collect::<Vec<_>>()
             };
-            let expected = [
-                "norm", "matvec", "rope_kv", "attend", "quantise", "matvec", "norm", "matvec", "quantise",
-                "matvec",
-            ];
+            let expected = ["norm", "matvec", "rope_kv", "attend", "matvec", "norm", "matvec", "matvec"];
             assert_eq!(runs(1), expected);
             assert_eq!(runs(64).iter().filter(|&&name| name == "matmul").count(), 7);
         }
