@@ -628,6 +628,28 @@ fn attention(cases: &mut Cases) {
                 });
             }
         }
+        // One token, and some of two sequences, of caches long enough to be split by devices with many workgroups to fill.
+        for (window, sinks) in [(None, false), (Some(520), true)] {
+            let name = format!("Attend {} long window={window:?} sinks={sinks}", format.name());
+            let steps: [&[(u32, u32)]; 4] =
+                [&[(0, 530), (0, 0)], &[(530, 1), (0, 0)], &[(531, 1), (0, 2)], &[(532, 3), (2, 1)]];
+            cases.add(name, &[("sinks", Format::F32, vec![2])], &steps, 1e-6, |b| {
+                let (q, k) = (b.input("q", Dim::Tokens, 2 * 32), b.input("k", Dim::Tokens, 32));
+                let v = b.input("v", Dim::Tokens, 96);
+                let kv = b.state(State {
+                    name: "kv".into(),
+                    kv_heads: 1,
+                    key_dim: 32,
+                    value_dim: 96,
+                    format,
+                    window,
+                });
+                let sinks = sinks.then(|| b.weight("sinks", 1, 2));
+                b.kv_write(k, v, kv);
+                let y = b.attend(q, kv, 2, 0.2, None, sinks);
+                b.output(y);
+            });
+        }
     }
 }
 

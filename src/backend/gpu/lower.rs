@@ -41,10 +41,13 @@ pub(super) enum Extra {
     Hidden,
     /// Products of experts, to be mixed.
     Mixed,
+    /// Results of attention for splits of the cache.
+    Splits,
 }
 
 impl Extra {
-    pub const ALL: [Extra; 5] = [Extra::Codes32, Extra::Codes256, Extra::Gates, Extra::Hidden, Extra::Mixed];
+    pub const ALL: [Extra; 6] =
+        [Extra::Codes32, Extra::Codes256, Extra::Gates, Extra::Hidden, Extra::Mixed, Extra::Splits];
 }
 
 /// What a number of workgroups depends on.
@@ -53,6 +56,8 @@ pub(super) enum Of {
     Rows(Dim),
     /// Tiles of at most so many tokens of one sequence.
     Tiles(u32),
+    /// Splits of attention over long caches; 1 where it is whole.
+    Splits,
 }
 
 /// A number of workgroups: `ceil(of * times / per)`.
@@ -79,14 +84,16 @@ pub(super) struct Dispatch {
     pub shader: Shader,
     /// Along x and y, of which x may be folded into both, and z.
     pub groups: [Count; 3],
-    /// Run only for so many rows of this dimension.
-    pub when: (Dim, Range<u32>),
+    /// Run only for so many of these.
+    pub when: (Of, Range<u32>),
 }
 
 /// Rows of activations up to which a product is one of vectors.
 const VECTORS: u32 = 8;
 /// Rows in a tile of attention.
 const ATTEND_ROWS: u32 = 8;
+/// The least positions of a split of the cache.
+const SPLIT_POSITIONS: u32 = 256;
 
 /// A program as dispatches.
 #[derive(Debug)]
@@ -99,8 +106,17 @@ pub(super) struct Lowered {
     pub extra_bytes: [u64; Extra::ALL.len()],
     /// Sizes of tiles that a step must list.
     pub tile_sizes: Vec<u32>,
+    /// Most splits of attention over long caches, for a single token.
+    most_splits: u32,
     /// Where things are in the step's buffer.
     pub step: StepLayout,
+}
+
+impl Lowered {
+    /// Into how many splits a step of so many tokens cuts its caches, of which the longest has so many positions.
+    pub fn splits(&self, tokens: u32, longest: u32) -> u32 {
+        (longest / SPLIT_POSITIONS).min(self.most_splits / tokens.max(1)).max(1)
+    }
 }
 
 /// Where things are in the step's buffer, in words; see `step.wgsl`.
@@ -117,7 +133,7 @@ pub(super) struct StepLayout {
 
 impl StepLayout {
     fn new(limits: Limits) -> StepLayout {
-        let (t, ids) = (limits.tokens, 2);
+        let (t, ids) = (limits.tokens, 3);
         let (positions, tables, outputs) = (ids + t, ids + 2 * t, ids + 3 * t);
         StepLayout { ids, positions, tables, outputs, tiles: outputs + limits.outputs, tile_words: 2 * t }
     }
@@ -146,13 +162,15 @@ pub(super) struct Tuning {
     pub groups: u32,
     /// Slices of a row of the matrix in its workgroups.
     pub slices: u32,
+    /// Workgroups of attention that keep the device busy.
+    pub attend: u32,
 }
 
 impl Tuning {
     /// Many invocations, each with little to do.
-    pub const GPU: Tuning = Tuning { groups: 1, slices: 8 };
+    pub const GPU: Tuning = Tuning { groups: 1, slices: 8, attend: 256 };
     /// Shaders on a CPU: a load costs more than arithmetic, and barriers most of all.
-    pub const CPU: Tuning = Tuning { groups: 4, slices: 1 };
+    pub const CPU: Tuning = Tuning { groups: 4, slices: 1, attend: 16 };
 }
 
 /// Why an op cannot run, if it cannot.
@@ -215,6 +233,7 @@ pub(super) fn lower(program: &Program, limits: Limits, bounds: &Bounds) -> Lower
         out: Vec::new(),
         extra_bytes: [0; Extra::ALL.len()],
         tile_sizes: Vec::new(),
+        most_splits: most_splits(program, bounds),
         step: StepLayout::new(limits),
         quantised: Vec::new(),
         uses: passes::uses(program),
@@ -231,8 +250,13 @@ pub(super) fn lower(program: &Program, limits: Limits, bounds: &Bounds) -> Lower
         }
         segments.push(std::mem::take(&mut lowering.out));
     }
-    let Lowering { extra_bytes, tile_sizes, step, .. } = lowering;
-    Lowered { segments, layout, extra_bytes, tile_sizes, step }
+    let Lowering { extra_bytes, tile_sizes, most_splits, step, .. } = lowering;
+    Lowered { segments, layout, extra_bytes, tile_sizes, most_splits, step }
+}
+
+/// The most splits of attention that are of use: those that with its KV heads make enough workgroups.
+fn most_splits(program: &Program, bounds: &Bounds) -> u32 {
+    program.states.iter().map(|s| bounds.tuning.attend / s.kv_heads).max().unwrap_or(0).max(1)
 }
 
 struct Lowering<'a> {
@@ -243,6 +267,7 @@ struct Lowering<'a> {
     out: Vec<Dispatch>,
     extra_bytes: [u64; Extra::ALL.len()],
     tile_sizes: Vec<u32>,
+    most_splits: u32,
     step: StepLayout,
     /// Which tensor's activations are in which buffer of codes, and from how many rows on.
     quantised: Vec<(Extra, TensorId, u32)>,
@@ -364,10 +389,10 @@ impl Lowering<'_> {
     }
 
     fn push(&mut self, shader: Shader, groups: [Count; 3]) {
-        self.push_when(shader, groups, (Dim::Fixed(1), 1..2));
+        self.push_when(shader, groups, (Of::Rows(Dim::Fixed(1)), 1..2));
     }
 
-    fn push_when(&mut self, shader: Shader, groups: [Count; 3], when: (Dim, Range<u32>)) {
+    fn push_when(&mut self, shader: Shader, groups: [Count; 3], when: (Of, Range<u32>)) {
         self.out.push(Dispatch { shader, groups, when });
     }
 
@@ -694,7 +719,7 @@ impl Lowering<'_> {
                 .with(if codes.is_some() { wgsl!("lib/part_integer") } else { wgsl!("lib/part_float") })
                 .with(wgsl!("matvec"));
             let results = Count { of: Of::Rows(rows), times: used.unwrap_or(1), per: tokens };
-            self.push_when(shader, [workgroups, ONE, results], (rows, when));
+            self.push_when(shader, [workgroups, ONE, results], (Of::Rows(rows), when));
         }
     }
 
@@ -770,7 +795,7 @@ impl Lowering<'_> {
             let shader = self.quantiser(shader, codes, rows, times, k).with(wgsl!("quantise"));
             let groups =
                 [fixed((k / 32).div_ceil(WORKGROUP)), Count { of: Of::Rows(rows), times, per: 1 }, ONE];
-            self.push_when(shader, groups, (rows, from..u32::MAX));
+            self.push_when(shader, groups, (Of::Rows(rows), from..u32::MAX));
         }
     }
 
@@ -829,7 +854,7 @@ impl Lowering<'_> {
                 let shader = self.activations(shader, t.format, p.input.0, false).with(wgsl!("matvec_plain"));
                 let when = if p.experts.is_some() { 0..u32::MAX } else { 0..VECTORS + 1 };
                 let results = Count { of: Of::Rows(p.rows), times: used, per: 1 };
-                self.push_when(shader, [fixed(shard.rows), ONE, results], (p.rows, when));
+                self.push_when(shader, [fixed(shard.rows), ONE, results], (Of::Rows(p.rows), when));
             } else {
                 let shader = self
                     .product_shader("matvec", p, &shard)
@@ -852,7 +877,7 @@ impl Lowering<'_> {
             };
             let groups =
                 [fixed(shard.rows.div_ceil(64)), Count { of: Of::Rows(p.rows), times: 1, per: 64 }, ONE];
-            self.push_when(shader.with(wgsl!("matmul")), groups, (p.rows, VECTORS + 1..u32::MAX));
+            self.push_when(shader.with(wgsl!("matmul")), groups, (Of::Rows(p.rows), VECTORS + 1..u32::MAX));
         }
     }
 
@@ -978,27 +1003,46 @@ impl Lowering<'_> {
             }
         };
         let row_tiles = (tile * group).div_ceil(ATTEND_ROWS);
+        // A shader that stores results knows the sinks, if there are some.
+        let stores = |shader: Shader| {
+            let shader = shader.write("out", "f32", self.tensor(*out)).bool("HAS_SINK", sinks.is_some());
+            self.optional(shader, *sinks, "sinks", "sink", "-3.4028235e38").with(wgsl!("lib/attended"))
+        };
         let mut shader = self
             .kv_shader("attend", state)
             .read("x", "f32", self.tensor(*q))
             .read("kv", "u32", Resource::State(id.0))
-            .write("out", "f32", self.tensor(*out))
             .u32("STEP_TILES", self.step.tiles + self.step.tile_words * list as u32)
             .u32("HEADS", *heads)
             .u32("ROW_TILES", row_tiles)
             .u32("WINDOW", state.window.unwrap_or(u32::MAX))
             .f32("SCALE", *scale)
-            .f32("SOFTCAP", softcap.unwrap_or(0.0))
-            .bool("HAS_SINK", sinks.is_some());
+            .f32("SOFTCAP", softcap.unwrap_or(0.0));
         shader = match state.format {
             Format::Q8_0 => shader.with(wgsl!("kv/q8_0")).with(wgsl!("kv/q8_0_read")),
             Format::F16 => shader.with(wgsl!("kv/f16")),
             _ => shader.with(wgsl!("kv/f32")),
         };
-        shader = self.optional(shader, *sinks, "sinks", "sink", "-3.4028235e38");
         shader = shader.with(wgsl!("attend"));
+        let whole = stores(shader.clone()).with(wgsl!("lib/attend_whole"));
         let tiles = Count { of: Of::Tiles(tile), times: row_tiles, per: 1 };
-        self.push(shader, [fixed(state.kv_heads), tiles, ONE]);
+        // What a window leaves of a long cache is short.
+        if self.most_splits < 2 || state.window.is_some_and(|window| window < 2 * SPLIT_POSITIONS) {
+            return self.push(whole, [fixed(state.kv_heads), tiles, ONE]);
+        }
+        let merge = stores(self.step_shader("merge").u32("HEADS", *heads).u32("VALUE_DIM", state.value_dim));
+        self.push_when(whole, [fixed(state.kv_heads), tiles, ONE], (Of::Splits, 1..2));
+        // Splits times tokens are at most what is of use for a token.
+        let floats = u64::from(self.most_splits) * u64::from(*heads) * (u64::from(state.value_dim) + 2);
+        let splits = self.extra(Extra::Splits, Dim::Fixed(1), floats);
+        let shader = shader
+            .write("splits", "f32", splits.clone())
+            .with(wgsl!("lib/split_place"))
+            .with(wgsl!("lib/attend_split"));
+        let split = Count { of: Of::Splits, times: 1, per: 1 };
+        self.push_when(shader, [fixed(state.kv_heads), tiles, split], (Of::Splits, 2..u32::MAX));
+        let merge = merge.read("splits", "f32", splits).with(wgsl!("lib/split_place")).with(wgsl!("merge"));
+        self.push_when(merge, [fixed(*heads), each(Dim::Tokens), ONE], (Of::Splits, 2..u32::MAX));
     }
 
     fn route(&mut self, op: &Op) {
@@ -1115,7 +1159,7 @@ mod tests {
         }
     }
 
-    /// A dense llama layer is eight dispatches in decode: norm, Q/K/V, rotation, attention, output, norm, gates, down.
+    /// A dense llama layer is eight dispatches in decode while its cache is short: norm, Q/K/V, rotation, attention, output, norm, gates, down.
     #[test]
     fn a_dense_layer_is_eight_dispatches() {
         let file = concat!(env!("CARGO_MANIFEST_DIR"), "/models/austen/halite-austen.gguf");
@@ -1137,8 +1181,9 @@ mod tests {
                 tuning,
             };
             let lowered = lower(&program, Limits { tokens: 64, outputs: 1 }, &bounds);
-            let runs = |tokens: u32| {
-                let counts = super::super::plan::Counts { tokens, outputs: 1, tiles: &[] };
+            let runs = |tokens: u32, longest: u32| {
+                let splits = lowered.splits(tokens, longest);
+                let counts = super::super::plan::Counts { tokens, outputs: 1, tiles: &[], splits };
                 lowered.segments[1]
                     .iter()
                     .filter(|d| counts.runs(d))
@@ -1146,8 +1191,11 @@ mod tests {
                     .collect::<Vec<_>>()
             };
             let expected = ["norm", "matvec", "rope_kv", "attend", "matvec", "norm", "matvec", "matvec"];
-            assert_eq!(runs(1), expected);
-            assert_eq!(runs(64).iter().filter(|&&name| name == "matmul").count(), 7);
+            assert_eq!(runs(1, 511), expected);
+            // Attention over a long cache is split and merged.
+            assert_eq!(runs(1, 512)[3..5], ["attend", "merge"]);
+            assert_eq!(runs(1, 512).len(), 9);
+            assert_eq!(runs(64, 5000).iter().filter(|&&name| name == "matmul").count(), 7);
         }
     }
 }

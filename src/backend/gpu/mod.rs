@@ -253,7 +253,11 @@ impl Device {
             layout: Some(&pipeline_layout),
             module: &module,
             entry_point: Some("main"),
-            compilation_options: wgpu::PipelineCompilationOptions::default(),
+            // Shaders write what they share before they read it.
+            compilation_options: wgpu::PipelineCompilationOptions {
+                zero_initialize_workgroup_memory: false,
+                ..Default::default()
+            },
             cache: None,
         });
         if let Some(e) = pollster::block_on(scope.pop()) {
@@ -292,7 +296,7 @@ impl Backend for Gpu {
             segment.ops = vec![sig.op.clone()];
         }
         let lowered = self.lower(&program, limits);
-        let step = plan::Counts { tokens, outputs: tokens, tiles: &[] };
+        let step = plan::Counts { tokens, outputs: tokens, tiles: &[], splits: 1 };
         let runs = lowered.segments.iter().flatten().filter(|d| step.runs(d));
         runs.map(|d| d.shader.name).collect::<Vec<_>>().join(", ")
     }

@@ -45,24 +45,26 @@ pub(super) struct Counts<'a> {
     pub outputs: u32,
     /// Tiles, for each of the sizes of `Lowered::tile_sizes`.
     pub tiles: &'a [(u32, u32)],
+    /// Into how many splits attention over long caches is cut.
+    pub splits: u32,
 }
 
 impl Counts<'_> {
-    fn rows(&self, dim: Dim) -> u32 {
-        passes::rows(dim, self.tokens, self.outputs) as u32
-    }
-
     /// Whether a dispatch has anything to do in this step.
     pub fn runs(&self, dispatch: &Dispatch) -> bool {
-        dispatch.when.1.contains(&self.rows(dispatch.when.0))
+        dispatch.when.1.contains(&self.of(dispatch.when.0))
+    }
+
+    fn of(&self, of: Of) -> u32 {
+        match of {
+            Of::Rows(dim) => passes::rows(dim, self.tokens, self.outputs) as u32,
+            Of::Tiles(size) => self.tiles.iter().find(|t| t.0 == size).map_or(0, |t| t.1),
+            Of::Splits => self.splits,
+        }
     }
 
     fn count(&self, count: Count) -> u32 {
-        let of = match count.of {
-            Of::Rows(dim) => self.rows(dim),
-            Of::Tiles(size) => self.tiles.iter().find(|t| t.0 == size).map_or(0, |t| t.1),
-        };
-        (u64::from(of) * u64::from(count.times)).div_ceil(count.per.into()) as u32
+        (u64::from(self.of(count.of)) * u64::from(count.times)).div_ceil(count.per.into()) as u32
     }
 }
 
@@ -116,14 +118,15 @@ impl GpuPlan {
         })
     }
 
-    /// Writes the step for the shaders, and counts it.
-    fn write_step(&mut self, step: &Step<'_>) -> Result<Vec<(u32, u32)>> {
+    /// Writes the step for the shaders; returns its tiles.
+    fn write_step(&mut self, step: &Step<'_>, splits: u32) -> Result<Vec<(u32, u32)>> {
         let layout = self.lowered.step;
         let words = &mut self.step_words;
         words.clear();
         words.resize(layout.pages(self.lowered.tile_sizes.len()) as usize, 0);
         words[0] = step.tokens.len() as u32;
         words[1] = step.outputs.len() as u32;
+        words[2] = splits;
         words[layout.ids as usize..][..step.tokens.len()].copy_from_slice(step.tokens);
         words[layout.outputs as usize..][..step.outputs.len()].copy_from_slice(step.outputs);
         let mut token = 0;
@@ -244,10 +247,12 @@ impl Plan for GpuPlan {
         if segments.start == 0 {
             self.started = Instant::now();
         }
-        let tiles = self.write_step(step)?;
+        let (tokens, outputs) = (step.tokens.len() as u32, step.outputs.len() as u32);
+        let longest = step.spans.iter().map(|span| span.start + span.len).max().unwrap_or(0);
+        let splits = self.lowered.splits(tokens, longest);
+        let tiles = self.write_step(step, splits)?;
         self.bind(bindings)?;
-        let counts =
-            Counts { tokens: step.tokens.len() as u32, outputs: step.outputs.len() as u32, tiles: &tiles };
+        let counts = Counts { tokens, outputs, tiles: &tiles, splits };
         let mut encoder =
             self.device.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
         {
