@@ -9,8 +9,8 @@ use std::sync::Arc;
 use common::{budgeted, gpu, open};
 use halite::Model;
 use halite::backend::cpu::Cpu;
-use halite::backend::gpu::{Gpu, GpuOptions};
-use halite::backend::{Backend, Usage};
+use halite::backend::gpu::{Gpu, GpuOptions, adapters};
+use halite::backend::{Backend, Clock, Usage};
 use halite::conformance::{cases, check};
 use halite::error::Error;
 use halite::map::Source;
@@ -127,6 +127,29 @@ fn same_tokens_as_the_cpu() {
         continued(&mut session, sequence, &prompt, 40).unwrap()
     });
     assert_eq!(ours, theirs);
+}
+
+/// Where a device has timestamps, they are what times a step, in one submission or in several.
+#[test]
+fn steps_are_timed_by_the_device() {
+    let Some(resident) = gpu(&[]) else { return };
+    let model = austen();
+    let options = SessionOptions { context: 256, batch: 64, ..Default::default() };
+    let needed = footprint(&model, &*resident, &options).unwrap();
+    let streamed = budgeted(needed.working_bytes() + needed.weight_bytes / 2).unwrap();
+    let adapters = adapters();
+    let adapter = adapters.iter().find(|a| a.to_string() == resident.caps().device).unwrap();
+    let offered = adapter.facts().iter().any(|(name, value)| *name == "timestamps" && value == "yes");
+    for backend in [resident, streamed] {
+        let mut session = session(&model, &backend);
+        let sequence = session.add_sequence();
+        for tokens in [&[1, 2, 3][..], &[4]] {
+            session.step(&[Run { sequence, tokens, wanted: Wanted::Last }], Head::ArgMax).unwrap();
+            let timing = session.last_timing().unwrap();
+            assert_eq!(timing.clock, if offered { Clock::Device } else { Clock::Host });
+            assert!(!timing.elapsed.is_zero());
+        }
+    }
 }
 
 /// Weights that do not fit are streamed, with the same logits; what cannot run even so is an error.

@@ -5,6 +5,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::clock::DeviceClock;
 use super::lower::{Count, Dispatch, Lowered, Of, Resource};
 use super::shader::Grid;
 use super::{Device, Pipeline, failed, memory};
@@ -28,8 +29,9 @@ pub(super) struct GpuPlan {
     step_words: Vec<u32>,
     bound: Option<Bound>,
     submitted: u64,
+    clock: Option<DeviceClock>,
     started: Instant,
-    elapsed: Duration,
+    timing: Timing,
 }
 
 /// Bind groups for the buffers of the last submission.
@@ -113,8 +115,9 @@ impl GpuPlan {
             step_words: Vec::new(),
             bound: None,
             submitted: 0,
+            clock: DeviceClock::new(device),
             started: Instant::now(),
-            elapsed: Duration::ZERO,
+            timing: Timing { elapsed: Duration::ZERO, clock: Clock::Host },
         })
     }
 
@@ -164,11 +167,15 @@ impl GpuPlan {
 
     /// Makes bind groups, unless those of the last submission are for the same buffers.
     fn bind(&mut self, bindings: &Bindings<'_>) -> Result<()> {
-        let all = bindings.weights.iter().chain(bindings.states).chain(bindings.io);
-        let buffers = all.map(|b| memory(b).cloned()).collect::<Result<Vec<_>>>()?;
-        if self.bound.as_ref().is_some_and(|b| b.buffers == buffers && b.step == self.step) {
+        let all = || bindings.weights.iter().chain(bindings.states).chain(bindings.io);
+        if let Some(bound) = &self.bound
+            && bound.step == self.step
+            && all().count() == bound.buffers.len()
+            && all().zip(&bound.buffers).all(|(new, old)| memory(new).is_ok_and(|new| new == old))
+        {
             return Ok(());
         }
+        let buffers = all().map(|b| memory(b).cloned()).collect::<Result<Vec<_>>>()?;
         let wanted = [self.program.weights.len(), self.program.states.len(), self.program.io.len()];
         let got = [bindings.weights.len(), bindings.states.len(), bindings.io.len()];
         if wanted != got {
@@ -244,7 +251,8 @@ impl Plan for GpuPlan {
     fn submit(&mut self, step: &Step<'_>, segments: Range<usize>, bindings: &Bindings<'_>) -> Result<Ticket> {
         check_step(step, self.limits)?;
         self.check_indices(step, &segments)?;
-        if segments.start == 0 {
+        let first = segments.start == 0;
+        if first {
             self.started = Instant::now();
         }
         let (tokens, outputs) = (step.tokens.len() as u32, step.outputs.len() as u32);
@@ -256,7 +264,10 @@ impl Plan for GpuPlan {
         let mut encoder =
             self.device.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
         {
-            let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
+            let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor {
+                label: None,
+                timestamp_writes: self.clock.as_ref().map(|clock| clock.writes(first)),
+            });
             let most = self.device.device.limits().max_compute_workgroups_per_dimension;
             let Some(bound) = &self.bound else { return Err(failed("nothing is bound")) };
             for segment in segments {
@@ -279,6 +290,9 @@ impl Plan for GpuPlan {
                 }
             }
         }
+        if let Some(clock) = &self.clock {
+            clock.resolve(&mut encoder, first);
+        }
         self.device.queue.submit([encoder.finish()]);
         self.device.check()?;
         self.submitted += 1;
@@ -287,9 +301,15 @@ impl Plan for GpuPlan {
 
     fn wait(&mut self, ticket: Ticket) -> Result<Timing> {
         if ticket.0 == self.submitted {
-            self.device.wait()?;
-            self.elapsed = self.started.elapsed();
+            let by_device = match &self.clock {
+                Some(clock) => clock.elapsed(&self.device)?,
+                None => self.device.wait().map(|()| None)?,
+            };
+            self.timing = match by_device {
+                Some(elapsed) => Timing { elapsed, clock: Clock::Device },
+                None => Timing { elapsed: self.started.elapsed(), clock: Clock::Host },
+            };
         }
-        Ok(Timing { elapsed: self.elapsed, clock: Clock::Host })
+        Ok(self.timing)
     }
 }
