@@ -564,6 +564,19 @@ fn rows(cases: &mut Cases) {
             let best = b.arg_max(x);
             b.output(best);
         });
+        cases.row(format!("TopK {cols}"), &[], 3, |b| {
+            let x = b.input("x", Dim::Tokens, cols);
+            let (ids, values) = b.top_k(x, cols.div_ceil(3).min(300));
+            b.output(ids);
+            b.output(values);
+        });
+        cases.row(format!("TopK {cols} of equals"), &[], 2, |b| {
+            let x = b.input("x", Dim::Tokens, cols);
+            let x = b.map("relu", x, Unary::Relu);
+            let (ids, values) = b.top_k(x, cols.min(300));
+            b.output(ids);
+            b.output(values);
+        });
         cases.row(format!("Select {cols}"), &[], 5, |b| {
             let x = b.input("x", Dim::Tokens, cols);
             let y = b.select(x);
@@ -707,7 +720,7 @@ mod tests {
         let cases = cases();
         for op in [
             "Embed", "Select", "Norm", "MatMul", "Rope", "Attend", "Glu", "Add", "Map", "Route", "Experts",
-            "ArgMax",
+            "ArgMax", "TopK",
         ] {
             assert!(cases.iter().any(|c| c.name.starts_with(op)), "{op}");
         }

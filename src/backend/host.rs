@@ -192,6 +192,7 @@ pub(crate) trait Kernels: Send {
     fn route(&mut self, args: &RouteArgs<'_>, ids: &mut [i32], weights: &mut [f32]);
     fn experts(&mut self, args: &ExpertsArgs<'_>, out: &mut [f32]);
     fn arg_max(&mut self, x: &[f32], cols: usize, out: &mut [i32]);
+    fn top_k(&mut self, x: &[f32], cols: usize, k: usize, ids: &mut [i32], values: &mut [f32]);
 }
 
 /// Zeros from the operating system, which costs nothing until they are touched.
@@ -741,6 +742,11 @@ fn compute<K: Kernels>(
                 act: *act,
             };
             kernels.experts(&args, out);
+        }
+        Op::TopK { x, ids, .. } => {
+            let values: &mut [f32] = second.as_mut().map_or(&mut [], |out| &mut out[..]);
+            let (cols, k) = (memory.cols(*x), memory.cols(*ids));
+            kernels.top_k(&memory.get(*x, step, b)?, cols, k, bytemuck::cast_slice_mut(out), values);
         }
         Op::ArgMax { x, .. } => {
             kernels.arg_max(&memory.get(*x, step, b)?, memory.cols(*x), bytemuck::cast_slice_mut(out));

@@ -43,11 +43,23 @@ pub(super) enum Extra {
     Mixed,
     /// Results of attention for splits of the cache.
     Splits,
+    /// The largest elements of pieces of rows.
+    Ranked,
+    /// The largest of those.
+    Reranked,
 }
 
 impl Extra {
-    pub const ALL: [Extra; 6] =
-        [Extra::Codes32, Extra::Codes256, Extra::Gates, Extra::Hidden, Extra::Mixed, Extra::Splits];
+    pub const ALL: [Extra; 8] = [
+        Extra::Codes32,
+        Extra::Codes256,
+        Extra::Gates,
+        Extra::Hidden,
+        Extra::Mixed,
+        Extra::Splits,
+        Extra::Ranked,
+        Extra::Reranked,
+    ];
 }
 
 /// What a number of workgroups depends on.
@@ -92,6 +104,8 @@ pub(super) struct Dispatch {
 const VECTORS: u32 = 8;
 /// Rows in a tile of attention.
 const ATTEND_ROWS: u32 = 8;
+/// Elements of a row that a workgroup sorts to find the largest.
+const TOP_K_PIECE: u32 = 1024;
 /// The least positions of a split of the cache.
 const SPLIT_POSITIONS: u32 = 256;
 
@@ -206,6 +220,10 @@ pub(super) fn missing(program: &Program, op: &Op, bounds: &Bounds) -> Option<Str
             if gated(*act).is_none() =>
         {
             why = Some(format!("{act:?}"));
+        }
+        // A piece must leave less than it has.
+        Op::TopK { ids, .. } if program.tensor(*ids).cols > TOP_K_PIECE / 2 => {
+            why = Some(format!("more than {} of the largest", TOP_K_PIECE / 2));
         }
         Op::Map { f, .. } if unary(*f).is_none() => why = Some(format!("{f:?}")),
         _ => {}
@@ -473,6 +491,7 @@ impl Lowering<'_> {
             }
             Op::Route { .. } => self.route(op),
             Op::Experts { .. } => self.experts(op),
+            Op::TopK { x, ids, values } => self.top_k(*x, *ids, *values),
             Op::ArgMax { x, out } => {
                 let t = self.program.tensor(*x);
                 let shader = self
@@ -484,6 +503,44 @@ impl Lowering<'_> {
                     .with(wgsl!("arg_max"));
                 self.push(shader, [ONE, each(t.rows), ONE]);
             }
+        }
+    }
+
+    /// The largest of pieces of a row, then of the pieces of those, until one piece has them.
+    fn top_k(&mut self, x: TensorId, ids: TensorId, values: TensorId) {
+        let (rows, k) = (self.program.tensor(x).rows, self.cols(ids));
+        let (mut count, mut from) = (self.cols(x), None);
+        loop {
+            let pieces = count.div_ceil(TOP_K_PIECE);
+            let shader =
+                self.shader("top_k").workgroup(256).u32("PIECE", TOP_K_PIECE).u32("COUNT", count).u32("K", k);
+            let shader = match from.clone() {
+                None => shader.read("x", "u32", self.tensor(x)).with(
+                    "fn element(row: u32, i: u32) -> vec2<u32> { return vec2(rank(x[row * COUNT + i]), i); }",
+                ),
+                Some(from) => shader
+                    .read("x", "vec2<u32>", from)
+                    .with("fn element(row: u32, i: u32) -> vec2<u32> { return x[row * COUNT + i]; }"),
+            };
+            let groups = [fixed(pieces), each(rows), ONE];
+            if pieces == 1 {
+                let shader =
+                    shader.write("ids", "u32", self.tensor(ids)).write("values", "u32", self.tensor(values));
+                let keep = "fn keep(row: u32, i: u32, e: vec2<u32>) {
+                    ids[row * K + i] = e.y;
+                    values[row * K + i] = bits_of(e.x);
+                }";
+                return self.push(shader.with(keep).with(wgsl!("lib/rank")).with(wgsl!("top_k")), groups);
+            }
+            count = pieces * k;
+            // A dispatch reads what the one before it wrote.
+            let to =
+                if from == Some(Resource::Extra(Extra::Ranked)) { Extra::Reranked } else { Extra::Ranked };
+            let to = self.extra(to, rows, 2 * u64::from(count));
+            let keep = format!("fn keep(row: u32, i: u32, e: vec2<u32>) {{ kept[row * {count}u + i] = e; }}");
+            let shader = shader.write("kept", "vec2<u32>", to.clone()).with(&keep);
+            self.push(shader.with(wgsl!("lib/rank")).with(wgsl!("top_k")), groups);
+            from = Some(to);
         }
     }
 
