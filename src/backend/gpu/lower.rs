@@ -43,6 +43,8 @@ pub(super) enum Extra {
     Mixed,
     /// Results of attention for splits of the cache.
     Splits,
+    /// Rows in order of their experts.
+    Order,
     /// The largest elements of pieces of rows.
     Ranked,
     /// The largest of those.
@@ -50,13 +52,14 @@ pub(super) enum Extra {
 }
 
 impl Extra {
-    pub const ALL: [Extra; 8] = [
+    pub const ALL: [Extra; 9] = [
         Extra::Codes32,
         Extra::Codes256,
         Extra::Gates,
         Extra::Hidden,
         Extra::Mixed,
         Extra::Splits,
+        Extra::Order,
         Extra::Ranked,
         Extra::Reranked,
     ];
@@ -72,22 +75,27 @@ pub(super) enum Of {
     Splits,
 }
 
-/// A number of workgroups: `ceil(of * times / per)`.
+/// A number of workgroups: `ceil(of * times / per) + plus`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Count {
     pub of: Of,
     pub times: u32,
     pub per: u32,
+    pub plus: u32,
 }
 
 const ONE: Count = fixed(1);
 
+const fn count(of: Of, times: u32, per: u32) -> Count {
+    Count { of, times, per, plus: 0 }
+}
+
 const fn fixed(n: u32) -> Count {
-    Count { of: Of::Rows(Dim::Fixed(n)), times: 1, per: 1 }
+    count(Of::Rows(Dim::Fixed(n)), 1, 1)
 }
 
 const fn each(of: Dim) -> Count {
-    Count { of: Of::Rows(of), times: 1, per: 1 }
+    count(Of::Rows(of), 1, 1)
 }
 
 /// One run of a shader.
@@ -102,6 +110,8 @@ pub(super) struct Dispatch {
 
 /// Rows of activations up to which a product is one of vectors.
 const VECTORS: u32 = 8;
+/// Rows of activations that share what a workgroup of `matvec.wgsl` reads of the matrix, where there are several.
+const GROUP: u32 = 4;
 /// Rows in a tile of attention.
 const ATTEND_ROWS: u32 = 8;
 /// Elements of a row that a workgroup sorts to find the largest.
@@ -350,10 +360,19 @@ struct Product<'a> {
 #[derive(Clone, Copy)]
 struct Routed<'a> {
     ids: &'a Resource,
+    /// Experts that there are.
+    of: u32,
     /// Experts for each token.
     used: u32,
     /// Whether rows of activations are those of tokens, or already one for each expert.
     per_token: bool,
+}
+
+impl Routed<'_> {
+    /// Rows of activations from which on results are put in groups of one expert: about two of them have the same.
+    fn grouped_from(&self) -> u32 {
+        (2 * self.of).div_ceil(self.used.max(1)).max(2)
+    }
 }
 
 impl Lowering<'_> {
@@ -701,9 +720,7 @@ impl Lowering<'_> {
         let mut shader = Self::rows(self.step_shader("matvec"), rows)
             .with("var<private> which: u32;")
             .with("fn results() -> u32 { return rows(); }")
-            .with("fn matrix_of(row: u32) -> u32 { return 0u; }")
             .with("fn is_here(matrix: u32) -> bool { return true; }")
-            .with("fn input_of(row: u32) -> u32 { return row; }")
             .u32("FIRST_MATRIX", 0)
             .u32("K", tensors[0].cols)
             .u32("ROWS", fixed_rows(tensors[0]))
@@ -756,14 +773,19 @@ impl Lowering<'_> {
         groups: &str,
         workgroups: Count,
         rows: Dim,
-        used: Option<u32>,
+        experts: Option<Routed<'_>>,
     ) {
         let tuning = self.bounds.tuning;
         let codes = self.codes(t.format);
         let most = passes::rows(rows, self.limits.tokens, self.limits.outputs) as u32;
-        let rest = if used.is_some() { (1, 2..u32::MAX) } else { (4, 2..VECTORS + 1) };
-        for (tokens, when) in [(1, 0..2), rest] {
-            if when.start > most {
+        let variants = match experts {
+            None => vec![(1, 0..2), (GROUP, 2..VECTORS + 1)],
+            Some(routed) => {
+                vec![(1, 0..2), (1, 2..routed.grouped_from()), (GROUP, routed.grouped_from()..u32::MAX)]
+            }
+        };
+        for (tokens, when) in variants {
+            if when.start > most || when.is_empty() {
                 continue;
             }
             let own = codes.is_some_and(|codes| self.codes_from(codes, input.1, t.cols) > when.start.max(1));
@@ -773,9 +795,13 @@ impl Lowering<'_> {
                 .u32("SLICES", tuning.slices)
                 .with(groups)
                 .with(if tuning.slices > 1 { wgsl!("lib/slices") } else { wgsl!("lib/slice") })
-                .with(if codes.is_some() { wgsl!("lib/part_integer") } else { wgsl!("lib/part_float") })
-                .with(wgsl!("matvec"));
-            let results = Count { of: Of::Rows(rows), times: used.unwrap_or(1), per: tokens };
+                .with(if codes.is_some() { wgsl!("lib/part_integer") } else { wgsl!("lib/part_float") });
+            let grouped = experts.is_some() && tokens > 1;
+            let shader = self.rows_of_results(shader, experts, grouped).with(wgsl!("matvec"));
+            let mut results = count(Of::Rows(rows), experts.map_or(1, |e| e.used), tokens);
+            if let Some(routed) = experts.filter(|_| grouped) {
+                results.plus = routed.of;
+            }
             self.push_when(shader, [workgroups, ONE, results], (Of::Rows(rows), when));
         }
     }
@@ -850,8 +876,7 @@ impl Lowering<'_> {
             self.quantised.extend(id.map(|id| (codes, id, from)));
             let shader = self.shader("quantise").read("x", "vec4<f32>", x.clone());
             let shader = self.quantiser(shader, codes, rows, times, k).with(wgsl!("quantise"));
-            let groups =
-                [fixed((k / 32).div_ceil(WORKGROUP)), Count { of: Of::Rows(rows), times, per: 1 }, ONE];
+            let groups = [fixed((k / 32).div_ceil(WORKGROUP)), count(Of::Rows(rows), times, 1), ONE];
             self.push_when(shader, groups, (Of::Rows(rows), from..u32::MAX));
         }
     }
@@ -878,24 +903,34 @@ impl Lowering<'_> {
             s = s.read("residual", "f32", residual.clone());
         }
         s = s.with(wgsl!("lib/math")).with(&after(p.gate.as_ref().map(|g| g.0), p.residual.is_some()));
-        s = match p.experts {
-            None => s
-                .with("fn matrix_of(row: u32) -> u32 { return 0u; }")
-                .with("fn is_here(matrix: u32) -> bool { return true; }")
-                .with("fn input_of(row: u32) -> u32 { return row; }"),
-            Some(routed) => s
-                .read("ids", "u32", routed.ids.clone())
-                .with("fn matrix_of(row: u32) -> u32 { return ids[min(row, results() - 1u)]; }")
-                .with(&format!(
-                    "fn is_here(matrix: u32) -> bool {{ return matrix - FIRST_MATRIX < {}u; }}",
-                    shard.matrices
-                ))
-                .with(&format!(
-                    "fn input_of(row: u32) -> u32 {{ return row / {}u; }}",
-                    if routed.per_token { routed.used } else { 1 }
-                )),
+        let here = match p.experts {
+            None => "true".into(),
+            Some(_) => format!("matrix - FIRST_MATRIX < {}u", shard.matrices),
         };
+        s = s.with(&format!("fn is_here(matrix: u32) -> bool {{ return {here}; }}"));
         s.with(wgsl!("lib/output"))
+    }
+
+    /// Which row of the results, and so which matrix and which row of activations, an invocation has: as they come, or in groups
+    /// of one expert.
+    fn rows_of_results(&self, shader: Shader, experts: Option<Routed<'_>>, grouped: bool) -> Shader {
+        let Some(routed) = experts else {
+            return shader
+                .with("fn matrix_of(first: u32) -> u32 { return 0u; }")
+                .with("fn input_of(row: u32) -> u32 { return row; }")
+                .with(wgsl!("lib/rows_each"));
+        };
+        let of_token = if routed.per_token { routed.used } else { 1 };
+        let shader = shader.with(&format!("fn input_of(row: u32) -> u32 {{ return row / {of_token}u; }}"));
+        match grouped {
+            true => {
+                shader.read("order", "u32", Resource::Extra(Extra::Order)).with(wgsl!("lib/rows_grouped"))
+            }
+            false => shader
+                .read("ids", "u32", routed.ids.clone())
+                .with("fn matrix_of(first: u32) -> u32 { return ids[min(first, results() - 1u)]; }")
+                .with(wgsl!("lib/rows_each")),
+        }
     }
 
     /// A product. Without `vectors`, only for more rows of activations than [`VECTORS`].
@@ -908,9 +943,10 @@ impl Lowering<'_> {
             if !vectors {
             } else if float {
                 let shader = self.product_shader("matvec_plain", p, &shard);
-                let shader = self.activations(shader, t.format, p.input.0, false).with(wgsl!("matvec_plain"));
+                let shader = self.activations(shader, t.format, p.input.0, false).u32("TOKENS", 1);
+                let shader = self.rows_of_results(shader, p.experts, false).with(wgsl!("matvec_plain"));
                 let when = if p.experts.is_some() { 0..u32::MAX } else { 0..VECTORS + 1 };
-                let results = Count { of: Of::Rows(p.rows), times: used, per: 1 };
+                let results = count(Of::Rows(p.rows), used, 1);
                 self.push_when(shader, [fixed(shard.rows), ONE, results], (Of::Rows(p.rows), when));
             } else {
                 let shader = self
@@ -920,7 +956,7 @@ impl Lowering<'_> {
                 let groups = self.bounds.tuning.groups;
                 let lib = if groups > 1 { wgsl!("lib/groups") } else { wgsl!("lib/group") };
                 let workgroups = fixed(shard.rows.div_ceil(groups * ROWS as u32));
-                self.vectors(&shader, t, p.input, lib, workgroups, p.rows, p.experts.map(|r| r.used));
+                self.vectors(&shader, t, p.input, lib, workgroups, p.rows, p.experts);
             }
             if p.experts.is_some() || most <= VECTORS {
                 continue;
@@ -932,8 +968,7 @@ impl Lowering<'_> {
                 (_, true) => shader.with(wgsl!("lib/four_plain")).with(wgsl!("lib/tiles_float")),
                 _ => shader.with(wgsl!("lib/four_quantised")).with(wgsl!("lib/tiles_float")),
             };
-            let groups =
-                [fixed(shard.rows.div_ceil(64)), Count { of: Of::Rows(p.rows), times: 1, per: 64 }, ONE];
+            let groups = [fixed(shard.rows.div_ceil(64)), count(Of::Rows(p.rows), 1, 64), ONE];
             self.push_when(shader.with(wgsl!("matmul")), groups, (Of::Rows(p.rows), VECTORS + 1..u32::MAX));
         }
     }
@@ -1082,7 +1117,7 @@ impl Lowering<'_> {
         };
         shader = shader.with(wgsl!("attend"));
         let whole = stores(shader.clone()).with(wgsl!("lib/attend_whole"));
-        let tiles = Count { of: Of::Tiles(tile), times: row_tiles, per: 1 };
+        let tiles = count(Of::Tiles(tile), row_tiles, 1);
         // What a window leaves of a long cache is short.
         if self.most_splits < 2 || state.window.is_some_and(|window| window < 2 * SPLIT_POSITIONS) {
             return self.push(whole, [fixed(state.kv_heads), tiles, ONE]);
@@ -1096,7 +1131,7 @@ impl Lowering<'_> {
             .write("splits", "f32", splits.clone())
             .with(wgsl!("lib/split_place"))
             .with(wgsl!("lib/attend_split"));
-        let split = Count { of: Of::Splits, times: 1, per: 1 };
+        let split = count(Of::Splits, 1, 1);
         self.push_when(shader, [fixed(state.kv_heads), tiles, split], (Of::Splits, 2..u32::MAX));
         let merge = merge.read("splits", "f32", splits).with(wgsl!("lib/split_place")).with(wgsl!("merge"));
         self.push_when(merge, [fixed(*heads), each(Dim::Tokens), ONE], (Of::Splits, 2..u32::MAX));
@@ -1123,7 +1158,27 @@ impl Lowering<'_> {
             .f32("SCALE", *scale)
             .with(wgsl!("lib/math"))
             .with(wgsl!("route"));
-        self.push(shader, [Count { of: Of::Rows(rows), times: 1, per: WORKGROUP }, ONE, ONE]);
+        self.push(shader, [count(Of::Rows(rows), 1, WORKGROUP), ONE, ONE]);
+    }
+
+    /// Puts the results of experts in groups, for steps of enough rows.
+    fn group(&mut self, rows: Dim, routed: Routed<'_>) {
+        let most = passes::rows(rows, self.limits.tokens, self.limits.outputs);
+        if u64::from(routed.grouped_from()) > most {
+            return;
+        }
+        let groups = (most * u64::from(routed.used)).div_ceil(GROUP.into()) + u64::from(routed.of);
+        let order = self.extra(Extra::Order, Dim::Fixed(1), groups * u64::from(GROUP + 1));
+        let shader = Self::rows(self.step_shader("group"), rows)
+            .workgroup(256)
+            .read("ids", "u32", routed.ids.clone())
+            .write("order", "u32", order)
+            .u32("EXPERTS", routed.of)
+            .u32("TOKENS", GROUP)
+            .with("const NONE: u32 = 0xffffffffu;")
+            .with(&format!("fn results() -> u32 {{ return {}u * rows(); }}", routed.used))
+            .with(wgsl!("group"));
+        self.push_when(shader, [ONE; 3], (Of::Rows(rows), routed.grouped_from()..u32::MAX));
     }
 
     fn experts(&mut self, op: &Op) {
@@ -1138,7 +1193,9 @@ impl Lowering<'_> {
         let hidden = self.extra(Extra::Hidden, rows, hidden_floats);
         let mixed = self.extra(Extra::Mixed, rows, u64::from(used) * u64::from(cols));
         let bias = |n: usize| biases.map(|b| b[n]);
-        let routed = Routed { ids: &ids, used, per_token: true };
+        let of = self.program.tensor(*gate).experts;
+        let routed = Routed { ids: &ids, of, used, per_token: true };
+        self.group(rows, routed);
         let product = |weight: TensorId, bias, input, out: &Resource, routed| Product {
             weight,
             bias,

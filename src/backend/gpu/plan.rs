@@ -66,7 +66,7 @@ impl Counts<'_> {
     }
 
     fn count(&self, count: Count) -> u32 {
-        (u64::from(self.of(count.of)) * u64::from(count.times)).div_ceil(count.per.into()) as u32
+        (u64::from(self.of(count.of)) * u64::from(count.times)).div_ceil(count.per.into()) as u32 + count.plus
     }
 }
 
