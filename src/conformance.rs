@@ -583,6 +583,13 @@ fn rows(cases: &mut Cases) {
             b.output(y);
         });
     }
+    // In several stages, where a device divides rows.
+    cases.row("TopK 100 of 12288".into(), &[], 2, |b| {
+        let x = b.input("x", Dim::Tokens, 12288);
+        let (ids, values) = b.top_k(x, 100);
+        b.output(ids);
+        b.output(values);
+    });
     for pairs in [RopePairs::Adjacent, RopePairs::Halves] {
         for (heads, head_dim, dims) in [(1, 2, 2), (3, 64, 64), (2, 80, 32), (1, 128, 100)] {
             for factored in [false, true] {

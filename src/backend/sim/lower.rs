@@ -41,6 +41,7 @@ pub fn lower(chip: &Chip, shape: &Shape) -> Result<Lowered> {
         Shape::Product(product) => lowered.phases.push(product_programs(chip, product, chip.tiles)?),
         Shape::Attend(attend) => attend_phases(chip, attend, &mut lowered)?,
         Shape::Experts(experts) => experts_phases(chip, experts, &mut lowered)?,
+        Shape::TopK { rows, cols, k } => top_k_phases(chip, *rows, *cols, *k, &mut lowered)?,
         Shape::ArgMax { rows, cols } => arg_max_phases(chip, *rows, *cols, &mut lowered)?,
     }
     Ok(lowered)
@@ -162,6 +163,30 @@ fn arg_max_phases(chip: &Chip, rows: u32, cols: u32, lowered: &mut Lowered) -> R
     lowered.temps.push(8 * u64::from(rows) * u64::from(runs));
     lowered.phases.push(units_programs(chip, &first, 0)?);
     lowered.phases.push(units_programs(chip, &second, 1)?);
+    Ok(())
+}
+
+fn top_k_phases(chip: &Chip, rows: u32, cols: u32, k: u32, lowered: &mut Lowered) -> Result<()> {
+    // Rows in equal runs, each of which leaves a list of pairs; then a few lists leave one, until there is one.
+    let run = (k.max(64)..=2048.min(cols)).rev().find(|run| cols.is_multiple_of(*run)).unwrap_or(cols);
+    let (mut from, mut words, mut lists) = (Operand::In(0), run, cols / run.max(1));
+    for stage in 0.. {
+        let last = lists == 1;
+        let to = Operand::Temp(lowered.temps.len());
+        let writes = match last {
+            true => vec![Rows::own(Operand::Out(0), k), Rows::own(Operand::Out(1), k)],
+            false => vec![Rows::own(to, 2 * k)],
+        };
+        let (count, reads) = (rows * lists, vec![Rows::own(from, words)]);
+        let units = Units { count, reads, writes, work: [words.into(), 0, 0, 0, 0] };
+        lowered.phases.push(units_programs(chip, &units, stage)?);
+        if last {
+            break;
+        }
+        lowered.temps.push(8 * u64::from(rows) * u64::from(lists) * u64::from(k));
+        let together = (2..=4).rev().find(|n| lists.is_multiple_of(*n)).unwrap_or(lists);
+        (from, words, lists) = (to, together * 2 * k, lists / together);
+    }
     Ok(())
 }
 
