@@ -20,14 +20,6 @@ fn limit(score: vec4<f32>) -> vec4<f32> {
     return SOFTCAP * tanh(clamp(score / SOFTCAP, vec4(-15.0), vec4(15.0)));
 }
 
-// Stores an element of the output, from its sum, the denominator and the largest score.
-fn finish(token: u32, head: u32, d: u32, o: f32, sum: f32, top: f32) {
-    let highest = max(top, sink(head));
-    let factor = exp(top - highest);
-    let all = sum * factor + select(0.0, exp(sink(head) - highest), HAS_SINK);
-    out[(token * HEADS + head) * VALUE_DIM + d] = o * factor / all;
-}
-
 @compute @workgroup_size(64)
 fn main(in: In) {
     let kv_head = in.workgroup.x;
@@ -66,9 +58,8 @@ fn main(in: In) {
     var sum1 = vec4(0.0);
     var o0: array<vec4<f32>, VALUE_RUNS>;
     var o1: array<vec4<f32>, VALUE_RUNS>;
-    let page_first = min(lowest, highest) / 64u;
-    let page_end = (highest + 63u) / 64u;
-    for (var chunk = page_first; chunk < page_end; chunk++) {
+    let pages = pages_of(in.workgroup.z, min(lowest, highest) / 64u, (highest + 63u) / 64u);
+    for (var chunk = pages.x; chunk < pages.y; chunk++) {
         let at = page(tokens.x, chunk);
         let place = 64u * chunk + in.local;
         var s0 = vec4(0.0);
@@ -148,7 +139,7 @@ fn main(in: In) {
         for (var run = 0u; run < VALUE_RUNS; run++) {
             let d = 64u * run + in.local;
             let o = select(o1[run], o0[run], r < 4u)[r % 4u];
-            if d < VALUE_DIM { finish(token, head, d, o, sum, top); }
+            if d < VALUE_DIM { keep(in.workgroup.z, token, head, d, o, sum, top); }
         }
     }
 }

@@ -25,16 +25,17 @@ fn main(in: In) {
     let slice = in.local / 16u;
     let row = 16u * GROUPS * choose(in.workgroup.x + in.workgroup.y * in.workgroups.x) + lane;
     let first = TOKENS * in.workgroup.z;
-    let count = min(results() - min(first, results()), TOKENS);
+    let count = count_at(first);
     let matrix = matrix_of(first);
-    let here = is_here(matrix);
+    let here = count > 0u && is_here(matrix);
+    prepare(in.local, input_of(row_of(first)));
     var acc: array<Sums, TOKENS>;
     if here {
         for (var part = slice; part < K / 32u; part += SLICES) {
             let m = matrix - FIRST_MATRIX;
             let parts = load_parts(m, row, part);
             for (var t = 0u; t < TOKENS; t++) {
-                if t < count { acc[t] += dot_parts(parts, load_input(input_of(first + t), part)); }
+                if t < count { acc[t] += dot_parts(parts, load_input(input_of(row_of(first + t)), part)); }
             }
         }
     }
@@ -42,7 +43,7 @@ fn main(in: In) {
         let sums = add_slices(lane, slice, acc[t]);
         if here && t < count {
             for (var g = slice; g < GROUPS; g += SLICES) {
-                if row + 16u * g < row_count() { store(first + t, row + 16u * g, matrix, sum_of(sums, g)); }
+                if row + 16u * g < row_count() { store(row_of(first + t), row + 16u * g, matrix, sum_of(sums, g)); }
             }
         }
     }

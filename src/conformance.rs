@@ -564,12 +564,32 @@ fn rows(cases: &mut Cases) {
             let best = b.arg_max(x);
             b.output(best);
         });
+        cases.row(format!("TopK {cols}"), &[], 3, |b| {
+            let x = b.input("x", Dim::Tokens, cols);
+            let (ids, values) = b.top_k(x, cols.div_ceil(3).min(300));
+            b.output(ids);
+            b.output(values);
+        });
+        cases.row(format!("TopK {cols} of equals"), &[], 2, |b| {
+            let x = b.input("x", Dim::Tokens, cols);
+            let x = b.map("relu", x, Unary::Relu);
+            let (ids, values) = b.top_k(x, cols.min(300));
+            b.output(ids);
+            b.output(values);
+        });
         cases.row(format!("Select {cols}"), &[], 5, |b| {
             let x = b.input("x", Dim::Tokens, cols);
             let y = b.select(x);
             b.output(y);
         });
     }
+    // In several stages, where a device divides rows.
+    cases.row("TopK 100 of 12288".into(), &[], 2, |b| {
+        let x = b.input("x", Dim::Tokens, 12288);
+        let (ids, values) = b.top_k(x, 100);
+        b.output(ids);
+        b.output(values);
+    });
     for pairs in [RopePairs::Adjacent, RopePairs::Halves] {
         for (heads, head_dim, dims) in [(1, 2, 2), (3, 64, 64), (2, 80, 32), (1, 128, 100)] {
             for factored in [false, true] {
@@ -628,6 +648,28 @@ fn attention(cases: &mut Cases) {
                 });
             }
         }
+        // One token, and some of two sequences, of caches long enough to be split by devices with many workgroups to fill.
+        for (window, sinks) in [(None, false), (Some(520), true)] {
+            let name = format!("Attend {} long window={window:?} sinks={sinks}", format.name());
+            let steps: [&[(u32, u32)]; 4] =
+                [&[(0, 530), (0, 0)], &[(530, 1), (0, 0)], &[(531, 1), (0, 2)], &[(532, 3), (2, 1)]];
+            cases.add(name, &[("sinks", Format::F32, vec![2])], &steps, 1e-6, |b| {
+                let (q, k) = (b.input("q", Dim::Tokens, 2 * 32), b.input("k", Dim::Tokens, 32));
+                let v = b.input("v", Dim::Tokens, 96);
+                let kv = b.state(State {
+                    name: "kv".into(),
+                    kv_heads: 1,
+                    key_dim: 32,
+                    value_dim: 96,
+                    format,
+                    window,
+                });
+                let sinks = sinks.then(|| b.weight("sinks", 1, 2));
+                b.kv_write(k, v, kv);
+                let y = b.attend(q, kv, 2, 0.2, None, sinks);
+                b.output(y);
+            });
+        }
     }
 }
 
@@ -685,7 +727,7 @@ mod tests {
         let cases = cases();
         for op in [
             "Embed", "Select", "Norm", "MatMul", "Rope", "Attend", "Glu", "Add", "Map", "Route", "Experts",
-            "ArgMax",
+            "ArgMax", "TopK",
         ] {
             assert!(cases.iter().any(|c| c.name.starts_with(op)), "{op}");
         }

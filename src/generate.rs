@@ -4,6 +4,7 @@ use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
+use crate::model::outputs;
 use crate::sampler::{Sampler, SamplerOptions};
 use crate::session::{Head, Run, SequenceId, Session, Wanted};
 use crate::tokenizer::{Detokenizer, EncodeOptions, Tokenizer};
@@ -125,7 +126,11 @@ impl Session {
         let vocab = self.model().hparams().vocab_size as usize;
         let mut sampler = Sampler::new(options.sampler.clone(), vocab)?;
         prompt_tokens.iter().for_each(|&t| sampler.accept(t));
-        let head = if options.sampler.is_arg_max() { Head::ArgMax } else { Head::Logits };
+        let head = match options.sampler.needed() {
+            Some(1) => Head::ArgMax,
+            Some(k) if k <= outputs::TOP_K as usize => Head::TopK,
+            _ => Head::Logits,
+        };
         let mut out = Output::new(options, tokenizer);
         let mut generation = Generation {
             text: String::new(),
@@ -158,6 +163,10 @@ impl Session {
             }
             let token = match head {
                 Head::ArgMax => self.arg_max().first().copied().unwrap_or(0),
+                Head::TopK => {
+                    let (ids, logits) = self.top_k();
+                    sampler.sample_of(ids, logits)?
+                }
                 Head::Logits => sampler.sample(self.logits())?,
             };
             if generation.tokens.is_empty() {

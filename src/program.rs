@@ -337,6 +337,16 @@ pub enum Op {
         /// `[rows, 1]`, `I32`.
         out: TensorId,
     },
+    /// Each row's `k` largest elements, largest first, by IEEE 754's total order with NaN above all; the lower index first on
+    /// ties.
+    TopK {
+        /// `[rows, cols]`.
+        x: TensorId,
+        /// Their indices, `[rows, k]`, `I32`.
+        ids: TensorId,
+        /// `[rows, k]`.
+        values: TensorId,
+    },
 }
 
 impl Op {
@@ -356,6 +366,7 @@ impl Op {
             Op::Route { .. } => "Route",
             Op::Experts { .. } => "Experts",
             Op::ArgMax { .. } => "ArgMax",
+            Op::TopK { .. } => "TopK",
         }
     }
 
@@ -364,7 +375,9 @@ impl Op {
         let mut each = |ids: &[Option<TensorId>]| ids.iter().flatten().copied().for_each(&mut *f);
         match self {
             Op::Embed { table, .. } => each(&[Some(*table)]),
-            Op::Select { x, .. } | Op::Map { x, .. } | Op::ArgMax { x, .. } => each(&[Some(*x)]),
+            Op::Select { x, .. } | Op::Map { x, .. } | Op::ArgMax { x, .. } | Op::TopK { x, .. } => {
+                each(&[Some(*x)]);
+            }
             Op::Norm { x, add, weight, bias, .. } => each(&[Some(*x), *add, *weight, *bias]),
             Op::MatMul { x, parts, epilogue } => {
                 each(&[Some(*x)]);
@@ -407,9 +420,9 @@ impl Op {
             Op::MatMul { parts, epilogue: Epilogue::None, .. } => parts.iter().for_each(|p| f(p.out)),
             Op::MatMul { parts, .. } => parts.iter().take(1).for_each(|p| f(p.out)),
             Op::KvWrite { .. } => {}
-            Op::Route { ids, weights, .. } => {
+            Op::Route { ids, weights: second, .. } | Op::TopK { ids, values: second, .. } => {
                 f(*ids);
-                f(*weights);
+                f(*second);
             }
         }
     }
@@ -883,6 +896,15 @@ impl<'a> Builder<'a> {
         let out = self.result("argmax", rows, 1, Format::I32);
         self.push(Op::ArgMax { x, out });
         out
+    }
+
+    /// [`Op::TopK`]: indices and values.
+    pub fn top_k(&mut self, x: TensorId, k: u32) -> (TensorId, TensorId) {
+        let rows = self.shape(x).0;
+        let ids = self.result("top_ids", rows, k, Format::I32);
+        let values = self.result("top_values", rows, k, Format::F32);
+        self.push(Op::TopK { x, ids, values });
+        (ids, values)
     }
 
     /// The finished program.

@@ -66,10 +66,23 @@ impl SamplerOptions {
             && (self.repeat_penalty != 1.0 || self.frequency_penalty != 0.0 || self.presence_penalty != 0.0)
     }
 
-    /// Whether the most likely token is always taken, so that a backend may find it and logits need not be read.
-    pub fn is_arg_max(&self) -> bool {
-        self.temperature == 0.0 && !self.penalises()
+    /// How many of the most likely tokens a choice depends on, so that a backend may find them and logits need not be read; `None`
+    /// if it may depend on all.
+    pub fn needed(&self) -> Option<usize> {
+        match (self.penalises(), self.temperature == 0.0, self.top_k) {
+            (true, ..) => None,
+            (false, true, _) => Some(1),
+            (false, false, k) => (k > 0).then_some(k),
+        }
     }
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Candidate {
+    token: u32,
+    /// After penalties.
+    logit: f32,
+    probability: f32,
 }
 
 /// Chooses tokens. All memory is reserved when it is made.
@@ -77,8 +90,7 @@ impl SamplerOptions {
 pub struct Sampler {
     options: SamplerOptions,
     rng: SplitMix64,
-    /// Token and logit (later: probability) of the candidates.
-    candidates: Vec<(u32, f32)>,
+    candidates: Vec<Candidate>,
     /// A ring of the last tokens.
     recent: Vec<u32>,
     next: usize,
@@ -121,49 +133,58 @@ impl Sampler {
     /// # Errors
     /// [`Error::Argument`] if there are no logits or one of them is NaN.
     pub fn sample(&mut self, logits: &[f32]) -> Result<u32> {
-        if logits.is_empty() || logits.iter().any(|l| l.is_nan()) {
-            return Err(Error::argument("logits", "numbers", if logits.is_empty() { "none" } else { "NaN" }));
-        }
+        self.take(logits.iter().enumerate().map(|(i, &logit)| (i as u32, logit)))
+    }
+
+    /// Chooses a token by the logits of the most likely ones, at least as many as [`SamplerOptions::needed`] says: the same that
+    /// [`Sampler::sample`] would choose by all logits.
+    ///
+    /// # Errors
+    /// As [`Sampler::sample`].
+    pub fn sample_of(&mut self, tokens: &[u32], logits: &[f32]) -> Result<u32> {
+        self.take(tokens.iter().copied().zip(logits.iter().copied()))
+    }
+
+    fn take(&mut self, logits: impl Iterator<Item = (u32, f32)>) -> Result<u32> {
         self.candidates.clear();
-        self.candidates.extend(logits.iter().enumerate().map(|(i, &l)| (i as u32, l)));
+        let candidate = |(token, logit)| Candidate { token, logit, probability: 0.0 };
+        self.candidates.extend(logits.map(candidate));
+        let empty = self.candidates.is_empty();
+        if empty || self.candidates.iter().any(|c| c.logit.is_nan()) {
+            return Err(Error::argument("logits", "numbers", if empty { "none" } else { "NaN" }));
+        }
         if self.options.penalises() {
             self.penalise();
         }
         if self.options.temperature == 0.0 {
-            let best =
-                self.candidates.iter().fold((0, f32::NEG_INFINITY), |b, &c| if c.1 > b.1 { c } else { b });
-            return Ok(best.0);
+            let first = (0, f32::NEG_INFINITY);
+            let better = |b: (u32, f32), c: &Candidate| if c.logit > b.1 { (c.token, c.logit) } else { b };
+            return Ok(self.candidates.iter().fold(first, better).0);
         }
         self.keep_top_k();
         self.probabilities(1.0);
         self.keep_top_p();
         self.keep_min_p();
         // The temperature applies to what the filters left, as in llama.cpp's default order.
-        for c in &mut self.candidates {
-            c.1 = logits[c.0 as usize];
-        }
-        if self.options.penalises() {
-            self.penalise();
-        }
         self.probabilities(self.options.temperature);
-        let total: f32 = self.candidates.iter().map(|c| c.1).sum();
+        let total: f32 = self.candidates.iter().map(|c| c.probability).sum();
         let mut left = self.rng.unit() * total;
-        for &(token, p) in &self.candidates {
-            left -= p;
+        for c in &self.candidates {
+            left -= c.probability;
             if left < 0.0 {
-                return Ok(token);
+                return Ok(c.token);
             }
         }
-        Ok(self.candidates.last().map_or(0, |c| c.0))
+        Ok(self.candidates.last().map_or(0, |c| c.token))
     }
 
     fn penalise(&mut self) {
         let o = &self.options;
-        for (token, logit) in &mut self.candidates {
-            let count = self.recent.iter().filter(|t| *t == token).count();
+        for c in &mut self.candidates {
+            let count = self.recent.iter().filter(|t| **t == c.token).count();
             if count > 0 {
-                *logit = if *logit > 0.0 { *logit / o.repeat_penalty } else { *logit * o.repeat_penalty };
-                *logit -= count as f32 * o.frequency_penalty + o.presence_penalty;
+                c.logit = if c.logit > 0.0 { c.logit / o.repeat_penalty } else { c.logit * o.repeat_penalty };
+                c.logit -= count as f32 * o.frequency_penalty + o.presence_penalty;
             }
         }
     }
@@ -171,7 +192,7 @@ impl Sampler {
     /// Leaves the most likely candidates, most likely first.
     fn keep_top_k(&mut self) {
         // Falling logit, then rising id: a total order, so that the choice is reproducible.
-        let order = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
+        let order = |a: &Candidate, b: &Candidate| b.logit.total_cmp(&a.logit).then(a.token.cmp(&b.token));
         let k = self.options.top_k;
         if k > 0 && k < self.candidates.len() {
             self.candidates.select_nth_unstable_by(k - 1, order);
@@ -182,14 +203,14 @@ impl Sampler {
 
     /// Turns the candidates' logits into probabilities.
     fn probabilities(&mut self, temperature: f32) {
-        let max = self.candidates.iter().fold(f32::NEG_INFINITY, |m, c| m.max(c.1));
+        let max = self.candidates.iter().fold(f32::NEG_INFINITY, |m, c| m.max(c.logit));
         let mut sum = 0.0;
         for c in &mut self.candidates {
-            c.1 = math::exp(Scalar, [(c.1 - max) / temperature; 16])[0];
-            sum += c.1;
+            c.probability = math::exp(Scalar, [(c.logit - max) / temperature; 16])[0];
+            sum += c.probability;
         }
         for c in &mut self.candidates {
-            c.1 /= sum;
+            c.probability /= sum;
         }
     }
 
@@ -197,7 +218,7 @@ impl Sampler {
         let mut sum = 0.0;
         let top_p = self.options.top_p;
         let enough = self.candidates.iter().position(|c| {
-            sum += c.1;
+            sum += c.probability;
             sum >= top_p
         });
         if let Some(last) = enough {
@@ -206,8 +227,8 @@ impl Sampler {
     }
 
     fn keep_min_p(&mut self) {
-        let least = self.candidates.first().map_or(0.0, |c| c.1) * self.options.min_p;
-        self.candidates.retain(|c| c.1 >= least);
+        let least = self.candidates.first().map_or(0.0, |c| c.probability) * self.options.min_p;
+        self.candidates.retain(|c| c.probability >= least);
     }
 }
 
@@ -259,6 +280,31 @@ mod tests {
         assert_eq!(seen(SamplerOptions { top_k: 2, ..hot.clone() }), [0, 1]);
         assert_eq!(seen(SamplerOptions { top_p: 0.8, ..hot.clone() }), [0, 1]);
         assert_eq!(seen(SamplerOptions { min_p: 0.5, ..hot }), [0, 1]);
+    }
+
+    /// What is chosen by the most likely tokens alone is what is chosen by all; NaN is seen there, too.
+    #[test]
+    fn the_most_likely_are_enough() {
+        let mut rng = SplitMix64::new(3);
+        for (top_k, seed) in (1..=40).zip(0..) {
+            let options = SamplerOptions { temperature: 1.3, top_k, seed, ..Default::default() };
+            assert_eq!(options.needed(), Some(top_k));
+            let (mut whole, mut part) = (sampler(options.clone()), sampler(options));
+            for _ in 0..20 {
+                // Few different values: there are ties, also between the zeros.
+                let logits: Vec<f32> = (0..500).map(|_| (rng.unit() * 9.0 - 5.0).round()).collect();
+                let (mut ids, mut values) = ([0; 64], [0.0; 64]);
+                halite_kernels::rows::largest(&logits, &mut ids, &mut values);
+                let ids = ids.map(|id| id as u32);
+                assert_eq!(whole.sample(&logits).unwrap(), part.sample_of(&ids, &values).unwrap());
+            }
+        }
+        let (mut ids, mut values) = ([0; 2], [0.0; 2]);
+        halite_kernels::rows::largest(&[1.0, -f32::NAN, f32::INFINITY], &mut ids, &mut values);
+        assert_eq!(ids, [1, 2]);
+        assert!(sampler(SamplerOptions::default()).sample_of(&[1, 2], &values).is_err());
+        assert_eq!(SamplerOptions { repeat_penalty: 1.1, ..Default::default() }.needed(), None);
+        assert_eq!(SamplerOptions { temperature: 1.0, top_k: 0, ..Default::default() }.needed(), None);
     }
 
     #[test]

@@ -133,6 +133,8 @@ pub enum Head {
     Logits,
     /// Only the most likely tokens; see [`Session::arg_max`].
     ArgMax,
+    /// Only the [`outputs::TOP_K`] most likely tokens and their logits; see [`Session::top_k`].
+    TopK,
 }
 
 struct Sequence {
@@ -167,6 +169,8 @@ pub struct Session {
     wanted: Vec<u32>,
     logits: Vec<f32>,
     arg_max: Vec<u32>,
+    top_ids: Vec<u32>,
+    top_logits: Vec<f32>,
     cancel: Cancel,
     last: Option<Timing>,
     device_time: Duration,
@@ -220,7 +224,8 @@ impl Session {
         let io = program.io.iter().map(|&id| backend.alloc(io_bytes(&program, id, limits), Usage::Io));
         let io = io.collect::<Result<Vec<_>>>()?;
         let vocab = model.hparams().vocab_size as usize;
-        let outputs = limits.outputs as usize;
+        let rows = limits.outputs as usize;
+        let k = vocab.min(outputs::TOP_K as usize);
         Ok(Session {
             model: model.clone(),
             backend: backend.clone(),
@@ -235,9 +240,11 @@ impl Session {
             page_uses: vec![0; pages as usize],
             sequences: Vec::new(),
             tokens: Vec::with_capacity(limits.tokens as usize),
-            wanted: Vec::with_capacity(outputs),
-            logits: vec![0.0; outputs * vocab],
-            arg_max: vec![0; outputs],
+            wanted: Vec::with_capacity(rows),
+            logits: vec![0.0; rows * vocab],
+            arg_max: vec![0; rows],
+            top_ids: vec![0; rows * k],
+            top_logits: vec![0.0; rows * k],
             cancel: Cancel::default(),
             last: None,
             device_time: Duration::ZERO,
@@ -414,15 +421,16 @@ impl Session {
             cancel: &self.cancel,
         };
         let bindings = Bindings { weights: &self.weights.buffers, states: &self.states, io: &self.io };
-        // The last two segments are the head and the arg-max.
-        let segments = self.program.segments.len();
-        let segments = match (self.wanted.is_empty(), head) {
-            (true, _) => 0..segments.saturating_sub(2),
-            (false, Head::Logits) => 0..segments.saturating_sub(1),
-            (false, Head::ArgMax) => 0..segments,
+        // The last three segments are the head, the arg-max and the most likely tokens.
+        let last = self.program.segments.len().saturating_sub(1);
+        let (first, then) = match (self.wanted.is_empty(), head) {
+            (true, _) => (last.saturating_sub(2), 0..0),
+            (false, Head::Logits) => (last.saturating_sub(1), 0..0),
+            (false, Head::ArgMax) => (last, 0..0),
+            (false, Head::TopK) => (last.saturating_sub(1), last..last + 1),
         };
         let mut ticket = None;
-        for run in self.weights.runs(segments) {
+        for run in self.weights.runs(0..first).chain(self.weights.runs(then)) {
             self.weights.bring(self.model.gguf(), &self.program, &*self.backend, run.start)?;
             ticket = Some(self.plan.submit(&step, run, &bindings)?);
         }
@@ -433,6 +441,12 @@ impl Session {
         // Whatever was computed from a file that has changed is not to be trusted.
         self.model.gguf().verify()?;
         match head {
+            Head::TopK => {
+                let len = self.wanted.len() * self.k();
+                let (ids, logits) = (&mut self.top_ids[..len], &mut self.top_logits[..len]);
+                read_into(&*self.backend, &self.program, &self.io, outputs::TOP_IDS, ids)?;
+                read_into(&*self.backend, &self.program, &self.io, outputs::TOP_LOGITS, logits)?;
+            }
             Head::Logits => {
                 let len = self.wanted.len() * self.model.hparams().vocab_size as usize;
                 read_into(&*self.backend, &self.program, &self.io, outputs::LOGITS, &mut self.logits[..len])?;
@@ -538,6 +552,18 @@ impl Session {
     /// The most likely token of each output of the last step, if it was run with [`Head::ArgMax`].
     pub fn arg_max(&self) -> &[u32] {
         &self.arg_max[..self.wanted.len()]
+    }
+
+    /// How many of the most likely tokens an output has.
+    fn k(&self) -> usize {
+        self.model.hparams().vocab_size.min(outputs::TOP_K) as usize
+    }
+
+    /// The most likely tokens of each output of the last step and their logits, most likely first, the lower id first on ties,
+    /// one row of [`outputs::TOP_K`] (or the whole vocabulary) after the other, if it was run with [`Head::TopK`].
+    pub fn top_k(&self) -> (&[u32], &[f32]) {
+        let len = self.wanted.len() * self.k();
+        (&self.top_ids[..len], &self.top_logits[..len])
     }
 
     /// Reads tap number `n` of the options after a step: the rows of the last step, `[tokens or outputs, cols]`.

@@ -284,6 +284,15 @@ impl Check<'_> {
                 }
                 self.is(*out, Dim::Tokens, cols)
             }
+            Op::TopK { x, ids, values } => {
+                let (k, cols) = (t(*ids).cols, t(*x).cols);
+                self.like(*x, *x)?;
+                if k > cols {
+                    return Err(format!("the {k} largest of {cols}"));
+                }
+                self.is_of(*ids, t(*x).rows, k, Format::I32)?;
+                self.is(*values, t(*x).rows, k)
+            }
             Op::ArgMax { x, out } => {
                 self.like(*x, *x)?;
                 self.is_of(*out, t(*x).rows, 1, Format::I32)

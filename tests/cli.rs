@@ -108,3 +108,10 @@ fn profile_prints_rates_and_names_faults() {
     let output = halite("profile nothing");
     assert!(String::from_utf8(output.stderr).unwrap().contains("maia-100"));
 }
+
+#[test]
+fn device_memory_is_a_gpus() {
+    let output = halite("run --backend cpu --device-memory 64 -n 1 hello");
+    assert!(!output.status.success());
+    assert!(String::from_utf8(output.stderr).unwrap().contains("--device-memory"));
+}

@@ -9,11 +9,12 @@ use std::sync::Arc;
 use common::{budgeted, gpu, open};
 use halite::Model;
 use halite::backend::cpu::Cpu;
-use halite::backend::gpu::{Gpu, GpuOptions};
-use halite::backend::{Backend, Usage};
+use halite::backend::gpu::{Gpu, GpuOptions, adapters};
+use halite::backend::{Backend, Clock, Usage};
 use halite::conformance::{cases, check};
 use halite::error::Error;
 use halite::map::Source;
+use halite::sampler::{Sampler, SamplerOptions};
 use halite::session::{Head, Run, SequenceId, Session, SessionOptions, Wanted, footprint};
 
 /// Every path conforms: each switched off alone, and all together.
@@ -129,6 +130,29 @@ fn same_tokens_as_the_cpu() {
     assert_eq!(ours, theirs);
 }
 
+/// Where a device has timestamps, they are what times a step, in one submission or in several.
+#[test]
+fn steps_are_timed_by_the_device() {
+    let Some(resident) = gpu(&[]) else { return };
+    let model = austen();
+    let options = SessionOptions { context: 256, batch: 64, ..Default::default() };
+    let needed = footprint(&model, &*resident, &options).unwrap();
+    let streamed = budgeted(needed.working_bytes() + needed.weight_bytes / 2).unwrap();
+    let adapters = adapters();
+    let adapter = adapters.iter().find(|a| a.to_string() == resident.caps().device).unwrap();
+    let offered = adapter.facts().iter().any(|(name, value)| *name == "timestamps" && value == "yes");
+    for backend in [resident, streamed] {
+        let mut session = session(&model, &backend);
+        let sequence = session.add_sequence();
+        for tokens in [&[1, 2, 3][..], &[4]] {
+            session.step(&[Run { sequence, tokens, wanted: Wanted::Last }], Head::ArgMax).unwrap();
+            let timing = session.last_timing().unwrap();
+            assert_eq!(timing.clock, if offered { Clock::Device } else { Clock::Host });
+            assert!(!timing.elapsed.is_zero());
+        }
+    }
+}
+
 /// Weights that do not fit are streamed, with the same logits; what cannot run even so is an error.
 #[test]
 fn streamed_weights_give_the_same_logits() {
@@ -189,4 +213,40 @@ fn a_lost_device_is_survived() {
     assert_eq!(moved.tokens(other).unwrap(), &prompt[..50]);
     moved.truncate(sequence, 109).unwrap();
     assert_eq!(continued(&mut moved, sequence, &got[9..], 20).unwrap(), want[10..]);
+}
+
+/// What is sampled from the most likely tokens, found by the device, is what is sampled from all logits.
+#[test]
+fn the_most_likely_tokens_are_enough_to_sample() {
+    let Some(gpu) = gpu(&[]) else { return };
+    let options = SamplerOptions {
+        temperature: 1.5,
+        top_k: 100,
+        top_p: 1.0,
+        min_p: 0.0,
+        seed: 9,
+        ..Default::default()
+    };
+    let model = austen();
+    let [by_top_k, by_logits] = [Head::TopK, Head::Logits].map(|head| {
+        let mut session = session(&model, &gpu);
+        let mut sampler = Sampler::new(options.clone(), model.hparams().vocab_size as usize).unwrap();
+        let sequence = session.add_sequence();
+        let mut said = vec![100];
+        while said.len() < 30 {
+            let tokens = &said[said.len() - 1..];
+            session.step(&[Run { sequence, tokens, wanted: Wanted::Last }], head).unwrap();
+            let token = match head {
+                Head::TopK => {
+                    let (ids, logits) = session.top_k();
+                    assert_eq!((ids.len(), logits.len()), (256, 256));
+                    sampler.sample_of(ids, logits).unwrap()
+                }
+                _ => sampler.sample(session.logits()).unwrap(),
+            };
+            said.push(token);
+        }
+        said
+    });
+    assert_eq!(by_top_k, by_logits);
 }

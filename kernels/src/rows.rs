@@ -515,3 +515,30 @@ pub fn top_k(x: &[f32], ids: &mut [i32]) {
         ids[at] = i as i32;
     }
 }
+
+/// Writes the `ids.len()` largest elements and their indices, largest first, the lower index first on ties, in the total order of
+/// IEEE 754; but NaN counts as the largest, so that it is seen.
+pub fn largest(x: &[f32], ids: &mut [i32], values: &mut [f32]) {
+    let k = ids.len().min(values.len());
+    let rank = |v: f32| {
+        let bits = v.to_bits() as i32;
+        if v.is_nan() { i32::MAX } else { bits ^ ((bits >> 31) & i32::MAX) }
+    };
+    // The least rank that was found, once there are `k`.
+    let (mut found, mut least) = (0, i32::MIN);
+    for (i, &v) in x.iter().enumerate() {
+        let new = rank(v);
+        if found == k && new <= least {
+            continue;
+        }
+        let at = values[..found].partition_point(|&old| rank(old) >= new);
+        if at == k {
+            continue;
+        }
+        found = (found + 1).min(k);
+        ids[at..found].rotate_right(1);
+        values[at..found].rotate_right(1);
+        (ids[at], values[at]) = (i as i32, v);
+        least = rank(values[found - 1]);
+    }
+}

@@ -6,6 +6,8 @@ struct Input {
     sums: vec2<f32>,
 }
 
+fn prepare(local: u32, row: u32) {}
+
 fn load_input(row: u32, part: u32) -> Input {
     let at = row * (K / 4u) + 8u * part;
     let low = mat4x4(x[at], x[at + 1u], x[at + 2u], x[at + 3u]);

@@ -22,7 +22,7 @@ fn load_tiles(local: u32, row0: u32, token0: u32, step: u32) {
     if k == 2u {
         let about = codes[3u * at + 2u];
         let scale = bitcast<f32>(about.x);
-        let sums = vec2(extractBits(bitcast<i32>(about.y), 0u, 16u), bitcast<i32>(about.y) >> 16u);
+        let sums = unpack_sums(about.y);
         input_meta[i] = vec4(scale, scale * f32(sums.x), scale * f32(sums.y), 0.0);
     }
 }

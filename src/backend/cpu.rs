@@ -721,6 +721,13 @@ impl Kernels for CpuKernels {
         }
     }
 
+    fn top_k(&mut self, x: &[f32], cols: usize, k: usize, ids: &mut [i32], values: &mut [f32]) {
+        let rows = ids.chunks_exact_mut(k).zip(values.chunks_exact_mut(k));
+        for (x, (ids, values)) in x.chunks_exact(cols).zip(rows) {
+            rows::largest(x, ids, values);
+        }
+    }
+
     fn arg_max(&mut self, x: &[f32], cols: usize, out: &mut [i32]) {
         for (x, out) in x.chunks_exact(cols).zip(out) {
             *out = self.isa.run(rows::ArgMax { x }) as i32;

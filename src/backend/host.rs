@@ -192,6 +192,7 @@ pub(crate) trait Kernels: Send {
     fn route(&mut self, args: &RouteArgs<'_>, ids: &mut [i32], weights: &mut [f32]);
     fn experts(&mut self, args: &ExpertsArgs<'_>, out: &mut [f32]);
     fn arg_max(&mut self, x: &[f32], cols: usize, out: &mut [i32]);
+    fn top_k(&mut self, x: &[f32], cols: usize, k: usize, ids: &mut [i32], values: &mut [f32]);
 }
 
 /// Zeros from the operating system, which costs nothing until they are touched.
@@ -742,6 +743,11 @@ fn compute<K: Kernels>(
             };
             kernels.experts(&args, out);
         }
+        Op::TopK { x, ids, .. } => {
+            let values: &mut [f32] = second.as_mut().map_or(&mut [], |out| &mut out[..]);
+            let (cols, k) = (memory.cols(*x), memory.cols(*ids));
+            kernels.top_k(&memory.get(*x, step, b)?, cols, k, bytemuck::cast_slice_mut(out), values);
+        }
         Op::ArgMax { x, .. } => {
             kernels.arg_max(&memory.get(*x, step, b)?, memory.cols(*x), bytemuck::cast_slice_mut(out));
         }
@@ -752,6 +758,7 @@ fn compute<K: Kernels>(
 impl<K: Kernels> Plan for HostPlan<K> {
     fn submit(&mut self, step: &Step<'_>, segments: Range<usize>, bindings: &Bindings<'_>) -> Result<Ticket> {
         let start = Instant::now();
+        let from_start = segments.start == 0;
         self.place_tokens(step)?;
         let program = self.memory.program.clone();
         let tokens = Tokens { spans: step.spans, span: &self.spans, position: &self.positions };
@@ -769,9 +776,11 @@ impl<K: Kernels> Plan for HostPlan<K> {
             }
         }
         self.submitted += 1;
+        // Submissions of one step add up.
+        let before = if from_start { Duration::ZERO } else { self.timing.elapsed };
         self.timing = match self.kernels.simulated() {
-            Some(elapsed) => Timing { elapsed, clock: Clock::Simulated },
-            None => Timing { elapsed: start.elapsed(), clock: Clock::Host },
+            Some(elapsed) => Timing { elapsed: before + elapsed, clock: Clock::Simulated },
+            None => Timing { elapsed: before + start.elapsed(), clock: Clock::Host },
         };
         Ok(Ticket(self.submitted))
     }

@@ -466,6 +466,19 @@ impl Kernels for Definitions {
         }
     }
 
+    fn top_k(&mut self, x: &[f32], cols: usize, k: usize, ids: &mut [i32], values: &mut [f32]) {
+        let rows = ids.chunks_exact_mut(k).zip(values.chunks_exact_mut(k));
+        for (x, (ids, values)) in x.chunks_exact(cols).zip(rows) {
+            let mut order: Vec<usize> = (0..cols).collect();
+            let nan_first = |&i: &usize| !x[i].is_nan();
+            order.sort_by(|&i, &j| x[j].total_cmp(&x[i]));
+            order.sort_by_key(nan_first);
+            for (i, (id, value)) in order.into_iter().zip(ids.iter_mut().zip(values)) {
+                (*id, *value) = (i as i32, x[i]);
+            }
+        }
+    }
+
     fn arg_max(&mut self, x: &[f32], cols: usize, out: &mut [i32]) {
         for (x, out) in x.chunks_exact(cols).zip(out) {
             let best = x

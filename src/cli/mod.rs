@@ -136,6 +136,11 @@ enum KvFormat {
 
 impl BackendArgs {
     fn open(&self) -> Result<Arc<dyn Backend>, Failure> {
+        if self.device_memory.is_some() && !self.backend.starts_with("gpu") {
+            return Err(
+                format!("--device-memory: backend `{}` has no memory of its own", self.backend).into()
+            );
+        }
         Ok(match self.backend.as_str() {
             "cpu" => Arc::new(Cpu::new(self.threads)?),
             "reference" => Arc::new(Reference::new()),

@@ -312,8 +312,8 @@ impl<'n, 'b> Network<'n, 'b> {
         self.add("ffn_residual", x, y)
     }
 
-    /// The end of every program: the rows that are wanted, their logits times a factor, and in a last segment the most likely
-    /// token. The output matrix is the embedding table where a file has none of its own.
+    /// The end of every program: the rows that are wanted, their logits times a factor, and in segments of their own the most
+    /// likely token and the most likely tokens. The output matrix is the embedding table where a file has none of its own.
     pub fn head(mut self, x: TensorId, scale: f32) {
         self.b.segment("output");
         self.prefix.clear();
@@ -333,5 +333,11 @@ impl<'n, 'b> Network<'n, 'b> {
         let best = self.b.arg_max(logits);
         self.b.name(best, super::outputs::ARG_MAX);
         self.b.output(best);
+        self.b.segment("topk");
+        let (ids, values) = self.b.top_k(logits, super::outputs::TOP_K.min(self.h.vocab_size));
+        for (id, name) in [(ids, super::outputs::TOP_IDS), (values, super::outputs::TOP_LOGITS)] {
+            self.b.name(id, name);
+            self.b.output(id);
+        }
     }
 }

@@ -106,7 +106,8 @@ impl Adapter {
     pub(super) fn open(&self) -> Result<(wgpu::Device, wgpu::Queue)> {
         let descriptor = wgpu::DeviceDescriptor {
             label: Some("halite"),
-            required_features: self.adapter.features() & wgpu::Features::SUBGROUP,
+            required_features: self.adapter.features()
+                & (wgpu::Features::SUBGROUP | wgpu::Features::TIMESTAMP_QUERY),
             // All that the adapter has: what is not asked for cannot be used.
             required_limits: self.adapter.limits(),
             ..Default::default()

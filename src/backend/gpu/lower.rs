@@ -41,10 +41,28 @@ pub(super) enum Extra {
     Hidden,
     /// Products of experts, to be mixed.
     Mixed,
+    /// Results of attention for splits of the cache.
+    Splits,
+    /// Rows in order of their experts.
+    Order,
+    /// The largest elements of pieces of rows.
+    Ranked,
+    /// The largest of those.
+    Reranked,
 }
 
 impl Extra {
-    pub const ALL: [Extra; 5] = [Extra::Codes32, Extra::Codes256, Extra::Gates, Extra::Hidden, Extra::Mixed];
+    pub const ALL: [Extra; 9] = [
+        Extra::Codes32,
+        Extra::Codes256,
+        Extra::Gates,
+        Extra::Hidden,
+        Extra::Mixed,
+        Extra::Splits,
+        Extra::Order,
+        Extra::Ranked,
+        Extra::Reranked,
+    ];
 }
 
 /// What a number of workgroups depends on.
@@ -53,24 +71,31 @@ pub(super) enum Of {
     Rows(Dim),
     /// Tiles of at most so many tokens of one sequence.
     Tiles(u32),
+    /// Splits of attention over long caches; 1 where it is whole.
+    Splits,
 }
 
-/// A number of workgroups: `ceil(of * times / per)`.
+/// A number of workgroups: `ceil(of * times / per) + plus`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Count {
     pub of: Of,
     pub times: u32,
     pub per: u32,
+    pub plus: u32,
 }
 
 const ONE: Count = fixed(1);
 
+const fn count(of: Of, times: u32, per: u32) -> Count {
+    Count { of, times, per, plus: 0 }
+}
+
 const fn fixed(n: u32) -> Count {
-    Count { of: Of::Rows(Dim::Fixed(n)), times: 1, per: 1 }
+    count(Of::Rows(Dim::Fixed(n)), 1, 1)
 }
 
 const fn each(of: Dim) -> Count {
-    Count { of: Of::Rows(of), times: 1, per: 1 }
+    count(Of::Rows(of), 1, 1)
 }
 
 /// One run of a shader.
@@ -79,14 +104,20 @@ pub(super) struct Dispatch {
     pub shader: Shader,
     /// Along x and y, of which x may be folded into both, and z.
     pub groups: [Count; 3],
-    /// Run only for so many rows of this dimension.
-    pub when: (Dim, Range<u32>),
+    /// Run only for so many of these.
+    pub when: (Of, Range<u32>),
 }
 
 /// Rows of activations up to which a product is one of vectors.
 const VECTORS: u32 = 8;
+/// Rows of activations that share what a workgroup of `matvec.wgsl` reads of the matrix, where there are several.
+const GROUP: u32 = 4;
 /// Rows in a tile of attention.
 const ATTEND_ROWS: u32 = 8;
+/// Elements of a row that a workgroup sorts to find the largest.
+const TOP_K_PIECE: u32 = 1024;
+/// The least positions of a split of the cache.
+const SPLIT_POSITIONS: u32 = 256;
 
 /// A program as dispatches.
 #[derive(Debug)]
@@ -99,8 +130,17 @@ pub(super) struct Lowered {
     pub extra_bytes: [u64; Extra::ALL.len()],
     /// Sizes of tiles that a step must list.
     pub tile_sizes: Vec<u32>,
+    /// Most splits of attention over long caches, for a single token.
+    most_splits: u32,
     /// Where things are in the step's buffer.
     pub step: StepLayout,
+}
+
+impl Lowered {
+    /// Into how many splits a step of so many tokens cuts its caches, of which the longest has so many positions.
+    pub fn splits(&self, tokens: u32, longest: u32) -> u32 {
+        (longest / SPLIT_POSITIONS).min(self.most_splits / tokens.max(1)).max(1)
+    }
 }
 
 /// Where things are in the step's buffer, in words; see `step.wgsl`.
@@ -117,7 +157,7 @@ pub(super) struct StepLayout {
 
 impl StepLayout {
     fn new(limits: Limits) -> StepLayout {
-        let (t, ids) = (limits.tokens, 2);
+        let (t, ids) = (limits.tokens, 3);
         let (positions, tables, outputs) = (ids + t, ids + 2 * t, ids + 3 * t);
         StepLayout { ids, positions, tables, outputs, tiles: outputs + limits.outputs, tile_words: 2 * t }
     }
@@ -146,13 +186,15 @@ pub(super) struct Tuning {
     pub groups: u32,
     /// Slices of a row of the matrix in its workgroups.
     pub slices: u32,
+    /// Workgroups of attention that keep the device busy.
+    pub attend: u32,
 }
 
 impl Tuning {
     /// Many invocations, each with little to do.
-    pub const GPU: Tuning = Tuning { groups: 1, slices: 8 };
+    pub const GPU: Tuning = Tuning { groups: 1, slices: 8, attend: 256 };
     /// Shaders on a CPU: a load costs more than arithmetic, and barriers most of all.
-    pub const CPU: Tuning = Tuning { groups: 4, slices: 1 };
+    pub const CPU: Tuning = Tuning { groups: 4, slices: 1, attend: 16 };
 }
 
 /// Why an op cannot run, if it cannot.
@@ -189,6 +231,10 @@ pub(super) fn missing(program: &Program, op: &Op, bounds: &Bounds) -> Option<Str
         {
             why = Some(format!("{act:?}"));
         }
+        // A piece must leave less than it has.
+        Op::TopK { ids, .. } if program.tensor(*ids).cols > TOP_K_PIECE / 2 => {
+            why = Some(format!("more than {} of the largest", TOP_K_PIECE / 2));
+        }
         Op::Map { f, .. } if unary(*f).is_none() => why = Some(format!("{f:?}")),
         _ => {}
     }
@@ -215,6 +261,7 @@ pub(super) fn lower(program: &Program, limits: Limits, bounds: &Bounds) -> Lower
         out: Vec::new(),
         extra_bytes: [0; Extra::ALL.len()],
         tile_sizes: Vec::new(),
+        most_splits: most_splits(program, bounds),
         step: StepLayout::new(limits),
         quantised: Vec::new(),
         uses: passes::uses(program),
@@ -231,8 +278,13 @@ pub(super) fn lower(program: &Program, limits: Limits, bounds: &Bounds) -> Lower
         }
         segments.push(std::mem::take(&mut lowering.out));
     }
-    let Lowering { extra_bytes, tile_sizes, step, .. } = lowering;
-    Lowered { segments, layout, extra_bytes, tile_sizes, step }
+    let Lowering { extra_bytes, tile_sizes, most_splits, step, .. } = lowering;
+    Lowered { segments, layout, extra_bytes, tile_sizes, most_splits, step }
+}
+
+/// The most splits of attention that are of use: those that with its KV heads make enough workgroups.
+fn most_splits(program: &Program, bounds: &Bounds) -> u32 {
+    program.states.iter().map(|s| bounds.tuning.attend / s.kv_heads).max().unwrap_or(0).max(1)
 }
 
 struct Lowering<'a> {
@@ -243,9 +295,10 @@ struct Lowering<'a> {
     out: Vec<Dispatch>,
     extra_bytes: [u64; Extra::ALL.len()],
     tile_sizes: Vec<u32>,
+    most_splits: u32,
     step: StepLayout,
-    /// Which tensor's activations are in which buffer of codes.
-    quantised: Vec<(Extra, TensorId)>,
+    /// Which tensor's activations are in which buffer of codes, and from how many rows on.
+    quantised: Vec<(Extra, TensorId, u32)>,
     /// How many ops read each tensor.
     uses: Vec<u32>,
 }
@@ -287,11 +340,14 @@ fn shards(t: &Tensor, binding_bytes: u64) -> Option<Vec<Shard>> {
     Some((0..total).step_by(most.max(1) as usize).map(part).collect())
 }
 
+/// Where activations are, and the tensor of the program that they are, if they are one.
+type Input<'a> = (&'a Resource, Option<TensorId>);
+
 /// What a product has besides its weight.
 struct Product<'a> {
     weight: TensorId,
     bias: Option<TensorId>,
-    input: Resource,
+    input: Input<'a>,
     out: Resource,
     /// Rows of activations, each with `times` outputs.
     rows: Dim,
@@ -304,10 +360,19 @@ struct Product<'a> {
 #[derive(Clone, Copy)]
 struct Routed<'a> {
     ids: &'a Resource,
+    /// Experts that there are.
+    of: u32,
     /// Experts for each token.
     used: u32,
     /// Whether rows of activations are those of tokens, or already one for each expert.
     per_token: bool,
+}
+
+impl Routed<'_> {
+    /// Rows of activations from which on results are put in groups of one expert: about two of them have the same.
+    fn grouped_from(&self) -> u32 {
+        (2 * self.of).div_ceil(self.used.max(1)).max(2)
+    }
 }
 
 impl Lowering<'_> {
@@ -361,10 +426,10 @@ impl Lowering<'_> {
     }
 
     fn push(&mut self, shader: Shader, groups: [Count; 3]) {
-        self.push_when(shader, groups, (Dim::Fixed(1), 1..2));
+        self.push_when(shader, groups, (Of::Rows(Dim::Fixed(1)), 1..2));
     }
 
-    fn push_when(&mut self, shader: Shader, groups: [Count; 3], when: (Dim, Range<u32>)) {
+    fn push_when(&mut self, shader: Shader, groups: [Count; 3], when: (Of, Range<u32>)) {
         self.out.push(Dispatch { shader, groups, when });
     }
 
@@ -445,6 +510,7 @@ impl Lowering<'_> {
             }
             Op::Route { .. } => self.route(op),
             Op::Experts { .. } => self.experts(op),
+            Op::TopK { x, ids, values } => self.top_k(*x, *ids, *values),
             Op::ArgMax { x, out } => {
                 let t = self.program.tensor(*x);
                 let shader = self
@@ -456,6 +522,44 @@ impl Lowering<'_> {
                     .with(wgsl!("arg_max"));
                 self.push(shader, [ONE, each(t.rows), ONE]);
             }
+        }
+    }
+
+    /// The largest of pieces of a row, then of the pieces of those, until one piece has them.
+    fn top_k(&mut self, x: TensorId, ids: TensorId, values: TensorId) {
+        let (rows, k) = (self.program.tensor(x).rows, self.cols(ids));
+        let (mut count, mut from) = (self.cols(x), None);
+        loop {
+            let pieces = count.div_ceil(TOP_K_PIECE);
+            let shader =
+                self.shader("top_k").workgroup(256).u32("PIECE", TOP_K_PIECE).u32("COUNT", count).u32("K", k);
+            let shader = match from.clone() {
+                None => shader.read("x", "u32", self.tensor(x)).with(
+                    "fn element(row: u32, i: u32) -> vec2<u32> { return vec2(rank(x[row * COUNT + i]), i); }",
+                ),
+                Some(from) => shader
+                    .read("x", "vec2<u32>", from)
+                    .with("fn element(row: u32, i: u32) -> vec2<u32> { return x[row * COUNT + i]; }"),
+            };
+            let groups = [fixed(pieces), each(rows), ONE];
+            if pieces == 1 {
+                let shader =
+                    shader.write("ids", "u32", self.tensor(ids)).write("values", "u32", self.tensor(values));
+                let keep = "fn keep(row: u32, i: u32, e: vec2<u32>) {
+                    ids[row * K + i] = e.y;
+                    values[row * K + i] = bits_of(e.x);
+                }";
+                return self.push(shader.with(keep).with(wgsl!("lib/rank")).with(wgsl!("top_k")), groups);
+            }
+            count = pieces * k;
+            // A dispatch reads what the one before it wrote.
+            let to =
+                if from == Some(Resource::Extra(Extra::Ranked)) { Extra::Reranked } else { Extra::Ranked };
+            let to = self.extra(to, rows, 2 * u64::from(count));
+            let keep = format!("fn keep(row: u32, i: u32, e: vec2<u32>) {{ kept[row * {count}u + i] = e; }}");
+            let shader = shader.write("kept", "vec2<u32>", to.clone()).with(&keep);
+            self.push(shader.with(wgsl!("lib/rank")).with(wgsl!("top_k")), groups);
+            from = Some(to);
         }
     }
 
@@ -528,8 +632,8 @@ impl Lowering<'_> {
         shader = match codes {
             None => shader.with("fn after(in: In) {}"),
             Some(codes) => {
-                self.quantised.retain(|&(extra, _)| extra != codes);
-                self.quantised.push((codes, *out));
+                self.quantised.retain(|q| q.0 != codes);
+                self.quantised.push((codes, *out, 1));
                 self.quantiser(shader, codes, rows, 1, cols).with(wgsl!("lib/norm_quantise"))
             }
         };
@@ -556,11 +660,11 @@ impl Lowering<'_> {
         let rows = self.program.tensor(x).rows;
         let input = self.tensor(x);
         let formats: Vec<Format> = parts.iter().map(|p| self.program.tensor(p.weight).format).collect();
-        self.quantise(&formats, &input, Some(x), rows, 1, self.cols(x));
+        self.quantise(&formats, (&input, Some(x)), rows, 1, self.cols(x));
         let plain = |part: &Part, out: Resource| Product {
             weight: part.weight,
             bias: part.bias,
-            input: input.clone(),
+            input: (&input, Some(x)),
             out,
             rows,
             gate: None,
@@ -568,7 +672,7 @@ impl Lowering<'_> {
             experts: None,
         };
         // With few rows of activations, products that are alike go together.
-        let merged = self.merged(&input, parts, epilogue, rows);
+        let merged = self.merged((&input, Some(x)), parts, epilogue, rows);
         match (epilogue, parts) {
             (Epilogue::Glu(act), [gate, up]) => {
                 let gates = self.extra(Extra::Gates, rows, self.cols(up.out).into());
@@ -586,7 +690,7 @@ impl Lowering<'_> {
 
     /// Products of several matrices of one format with up to [`VECTORS`] rows of activations, in one dispatch. Does nothing,
     /// and says so, if they are not such.
-    fn merged(&mut self, input: &Resource, parts: &[Part], epilogue: Epilogue, rows: Dim) -> bool {
+    fn merged(&mut self, input: Input<'_>, parts: &[Part], epilogue: Epilogue, rows: Dim) -> bool {
         let tensors: Vec<&Tensor> = parts.iter().map(|p| self.program.tensor(p.weight)).collect();
         let format = tensors[0].format;
         let gate = if let Epilogue::Glu(act) = epilogue { Some(act) } else { None };
@@ -616,9 +720,7 @@ impl Lowering<'_> {
         let mut shader = Self::rows(self.step_shader("matvec"), rows)
             .with("var<private> which: u32;")
             .with("fn results() -> u32 { return rows(); }")
-            .with("fn matrix_of(row: u32) -> u32 { return 0u; }")
             .with("fn is_here(matrix: u32) -> bool { return true; }")
-            .with("fn input_of(row: u32) -> u32 { return row; }")
             .u32("FIRST_MATRIX", 0)
             .u32("K", tensors[0].cols)
             .u32("ROWS", fixed_rows(tensors[0]))
@@ -645,10 +747,6 @@ impl Lowering<'_> {
             // Loading leaves the second matrix chosen.
             stores = stores.replace("case 0u", "case 1u");
         }
-        shader = match self.codes(format) {
-            Some(codes) => shader.read("codes", "vec4<u32>", Resource::Extra(codes)),
-            None => shader.read("x", "vec4<f32>", input.clone()),
-        };
         let switch =
             |cases: &str, otherwise: &str| format!("switch which {{ {cases} default: {{ {otherwise} }} }}");
         shader = shader
@@ -661,42 +759,78 @@ impl Lowering<'_> {
             ))
             .with(wgsl!("lib/math"))
             .format(format, fixed_rows(tensors[0]), fixed_rows(tensors[0]));
-        self.vectors(&shader, format, lib, fixed(workgroups), rows, 1, true);
+        self.vectors(&shader, tensors[0], input, lib, fixed(workgroups), rows, None);
         true
     }
 
-    /// Runs of `matvec.wgsl` for one row of activations at a time, and, if they may be of one matrix, for some.
+    /// Runs of `matvec.wgsl`: for one row of activations at a time, and, if they are all for one matrix, for some.
     #[allow(clippy::too_many_arguments)]
     fn vectors(
         &mut self,
         shader: &Shader,
-        format: Format,
+        t: &Tensor,
+        input: Input<'_>,
         groups: &str,
         workgroups: Count,
         rows: Dim,
-        times: u32,
-        several: bool,
+        experts: Option<Routed<'_>>,
     ) {
         let tuning = self.bounds.tuning;
-        let integer = self.codes(format).is_some();
-        let variants: &[(u32, Range<u32>)] =
-            if several { &[(1, 0..2), (4, 2..VECTORS + 1)] } else { &[(1, 0..u32::MAX)] };
+        let codes = self.codes(t.format);
         let most = passes::rows(rows, self.limits.tokens, self.limits.outputs) as u32;
+        let variants = match experts {
+            None => vec![(1, 0..2), (GROUP, 2..VECTORS + 1)],
+            Some(routed) => {
+                vec![(1, 0..2), (1, 2..routed.grouped_from()), (GROUP, routed.grouped_from()..u32::MAX)]
+            }
+        };
         for (tokens, when) in variants {
-            if when.start > most {
+            if when.start > most || when.is_empty() {
                 continue;
             }
-            let shader = shader
-                .clone()
-                .u32("TOKENS", *tokens)
+            let own = codes.is_some_and(|codes| self.codes_from(codes, input.1, t.cols) > when.start.max(1));
+            let shader = self
+                .activations(shader.clone(), t.format, input.0, own)
+                .u32("TOKENS", tokens)
                 .u32("SLICES", tuning.slices)
                 .with(groups)
                 .with(if tuning.slices > 1 { wgsl!("lib/slices") } else { wgsl!("lib/slice") })
-                .with(if integer { wgsl!("lib/part_integer") } else { wgsl!("lib/part_float") })
-                .with(wgsl!("matvec"));
-            let results = Count { of: Of::Rows(rows), times, per: *tokens };
-            self.push_when(shader, [workgroups, ONE, results], (rows, when.clone()));
+                .with(if codes.is_some() { wgsl!("lib/part_integer") } else { wgsl!("lib/part_float") });
+            let grouped = experts.is_some() && tokens > 1;
+            let shader = self.rows_of_results(shader, experts, grouped).with(wgsl!("matvec"));
+            let mut results = count(Of::Rows(rows), experts.map_or(1, |e| e.used), tokens);
+            if let Some(routed) = experts.filter(|_| grouped) {
+                results.plus = routed.of;
+            }
+            self.push_when(shader, [workgroups, ONE, results], (Of::Rows(rows), when));
         }
+    }
+
+    /// How a product sees its activations: as they are, as codes in a buffer, or as codes that each workgroup makes of its own.
+    fn activations(&self, shader: Shader, format: Format, input: &Resource, own: bool) -> Shader {
+        match self.codes(format) {
+            Some(codes) if own => {
+                Self::coder(shader.read("x", "vec4<f32>", input.clone()), codes).with(wgsl!("lib/codes_own"))
+            }
+            Some(codes) => shader
+                .read("codes", "vec4<u32>", Resource::Extra(codes))
+                .with(wgsl!("lib/codes"))
+                .with(wgsl!("lib/codes_stored")),
+            None if format.kind() == Kind::Float => {
+                shader.read("x", "f32", input.clone()).with("fn x_at(i: u32) -> f32 { return x[i]; }")
+            }
+            None => shader
+                .read("x", "vec4<f32>", input.clone())
+                .with("fn x_at(i: u32) -> f32 { return x[i / 4u][i % 4u]; }"),
+        }
+    }
+
+    /// From how many rows on the codes of activations are in their buffer. Products quantise fewer rows themselves.
+    fn codes_from(&self, codes: Extra, x: Option<TensorId>, k: u32) -> u32 {
+        let there = self.quantised.iter().find(|q| q.0 == codes && Some(q.1) == x);
+        // For each 32 values codes, their scale, sums and largest; and what `slices.wgsl` and sums over workgroups may take.
+        let bytes = k / 32 * (32 + 4 + 4 + 4) + 16 * self.bounds.tuning.slices * (16 + 4);
+        there.map_or(if bytes <= self.bounds.workgroup_bytes { 2 } else { 1 }, |q| q.2)
     }
 
     /// What activations are quantised to for products with a format, if those are computed in integers.
@@ -710,46 +844,46 @@ impl Lowering<'_> {
         }
     }
 
+    /// The part of a shader that makes codes.
+    fn coder(shader: Shader, codes: Extra) -> Shader {
+        shader
+            .u32("BLOCK", if codes == Extra::Codes256 { 256 } else { 32 })
+            .with(wgsl!("lib/codes"))
+            .with(wgsl!("lib/to_codes"))
+    }
+
     /// The part of a shader that quantises `times` rows of `k` activations for each row.
     fn quantiser(&mut self, shader: Shader, codes: Extra, rows: Dim, times: u32, k: u32) -> Shader {
         // For each 32 values twelve words.
         let buffer = self.extra(codes, rows, u64::from(times) * u64::from(k) / 32 * 12);
-        shader
-            .write("codes", "vec4<u32>", buffer)
-            .u32("K", k)
-            .u32("BLOCK", if codes == Extra::Codes256 { 256 } else { 32 })
+        Self::coder(shader.write("codes", "vec4<u32>", buffer).u32("K", k), codes)
             .with(wgsl!("lib/math"))
             .with(wgsl!("lib/quantise"))
     }
 
-    /// Quantises `times` rows of activations for each row, in all the ways that formats need, unless they already are.
-    fn quantise(
-        &mut self,
-        formats: &[Format],
-        x: &Resource,
-        id: Option<TensorId>,
-        rows: Dim,
-        times: u32,
-        k: u32,
-    ) {
+    /// Quantises `times` rows of activations for each row, in all the ways that formats need, unless they already are or the
+    /// products do it.
+    fn quantise(&mut self, formats: &[Format], (x, id): Input<'_>, rows: Dim, times: u32, k: u32) {
+        let most = passes::rows(rows, self.limits.tokens, self.limits.outputs) as u32;
         for codes in [Extra::Codes32, Extra::Codes256] {
             let needed = formats.iter().any(|&f| self.codes(f) == Some(codes));
-            if !needed || id.is_some_and(|id| self.quantised.contains(&(codes, id))) {
+            let there = self.quantised.iter().any(|q| q.0 == codes && Some(q.1) == id);
+            let from = self.codes_from(codes, id, k);
+            if !needed || there || from > most {
                 continue;
             }
-            self.quantised.retain(|&(extra, _)| extra != codes);
-            self.quantised.extend(id.map(|id| (codes, id)));
+            self.quantised.retain(|q| q.0 != codes);
+            self.quantised.extend(id.map(|id| (codes, id, from)));
             let shader = self.shader("quantise").read("x", "vec4<f32>", x.clone());
             let shader = self.quantiser(shader, codes, rows, times, k).with(wgsl!("quantise"));
-            let rows = Count { of: Of::Rows(rows), times, per: 1 };
-            self.push(shader, [fixed((k / 32).div_ceil(WORKGROUP)), rows, ONE]);
+            let groups = [fixed((k / 32).div_ceil(WORKGROUP)), count(Of::Rows(rows), times, 1), ONE];
+            self.push_when(shader, groups, (Of::Rows(rows), from..u32::MAX));
         }
     }
 
     /// The shader of a product, up to the part that does it.
     fn product_shader(&self, name: &'static str, p: &Product<'_>, shard: &Shard) -> Shader {
         let t = self.program.tensor(p.weight);
-        let (codes, float) = (self.codes(t.format), t.format.kind() == Kind::Float);
         let mut s = Self::rows(self.step_shader(name), p.rows);
         if let Some(routed) = p.experts {
             // A row of results for each token and expert.
@@ -758,13 +892,6 @@ impl Lowering<'_> {
             s = s.with("fn results() -> u32 { return rows(); }");
         }
         s = self.matrix(s, p.weight, shard).write("out", "f32", p.out.clone());
-        s = match (codes, float) {
-            (Some(codes), _) => s.read("codes", "vec4<u32>", Resource::Extra(codes)),
-            (_, true) => s.read("x", "f32", p.input.clone()).with("fn x_at(i: u32) -> f32 { return x[i]; }"),
-            _ => s
-                .read("x", "vec4<f32>", p.input.clone())
-                .with("fn x_at(i: u32) -> f32 { return x[i / 4u][i % 4u]; }"),
-        };
         let (first_row, first_matrix) = if p.experts.is_some() { (0, shard.first) } else { (shard.first, 0) };
         let columns = fixed_rows(t);
         s = s.u32("COLUMNS", columns).u32("FIRST", first_row).u32("FIRST_MATRIX", first_matrix);
@@ -776,24 +903,34 @@ impl Lowering<'_> {
             s = s.read("residual", "f32", residual.clone());
         }
         s = s.with(wgsl!("lib/math")).with(&after(p.gate.as_ref().map(|g| g.0), p.residual.is_some()));
-        s = match p.experts {
-            None => s
-                .with("fn matrix_of(row: u32) -> u32 { return 0u; }")
-                .with("fn is_here(matrix: u32) -> bool { return true; }")
-                .with("fn input_of(row: u32) -> u32 { return row; }"),
-            Some(routed) => s
-                .read("ids", "u32", routed.ids.clone())
-                .with("fn matrix_of(row: u32) -> u32 { return ids[min(row, results() - 1u)]; }")
-                .with(&format!(
-                    "fn is_here(matrix: u32) -> bool {{ return matrix - FIRST_MATRIX < {}u; }}",
-                    shard.matrices
-                ))
-                .with(&format!(
-                    "fn input_of(row: u32) -> u32 {{ return row / {}u; }}",
-                    if routed.per_token { routed.used } else { 1 }
-                )),
+        let here = match p.experts {
+            None => "true".into(),
+            Some(_) => format!("matrix - FIRST_MATRIX < {}u", shard.matrices),
         };
+        s = s.with(&format!("fn is_here(matrix: u32) -> bool {{ return {here}; }}"));
         s.with(wgsl!("lib/output"))
+    }
+
+    /// Which row of the results, and so which matrix and which row of activations, an invocation has: as they come, or in groups
+    /// of one expert.
+    fn rows_of_results(&self, shader: Shader, experts: Option<Routed<'_>>, grouped: bool) -> Shader {
+        let Some(routed) = experts else {
+            return shader
+                .with("fn matrix_of(first: u32) -> u32 { return 0u; }")
+                .with("fn input_of(row: u32) -> u32 { return row; }")
+                .with(wgsl!("lib/rows_each"));
+        };
+        let of_token = if routed.per_token { routed.used } else { 1 };
+        let shader = shader.with(&format!("fn input_of(row: u32) -> u32 {{ return row / {of_token}u; }}"));
+        match grouped {
+            true => {
+                shader.read("order", "u32", Resource::Extra(Extra::Order)).with(wgsl!("lib/rows_grouped"))
+            }
+            false => shader
+                .read("ids", "u32", routed.ids.clone())
+                .with("fn matrix_of(first: u32) -> u32 { return ids[min(first, results() - 1u)]; }")
+                .with(wgsl!("lib/rows_each")),
+        }
     }
 
     /// A product. Without `vectors`, only for more rows of activations than [`VECTORS`].
@@ -805,10 +942,12 @@ impl Lowering<'_> {
         for shard in self.shards(p.weight) {
             if !vectors {
             } else if float {
-                let shader = self.product_shader("matvec_plain", p, &shard).with(wgsl!("matvec_plain"));
+                let shader = self.product_shader("matvec_plain", p, &shard);
+                let shader = self.activations(shader, t.format, p.input.0, false).u32("TOKENS", 1);
+                let shader = self.rows_of_results(shader, p.experts, false).with(wgsl!("matvec_plain"));
                 let when = if p.experts.is_some() { 0..u32::MAX } else { 0..VECTORS + 1 };
-                let results = Count { of: Of::Rows(p.rows), times: used, per: 1 };
-                self.push_when(shader, [fixed(shard.rows), ONE, results], (p.rows, when));
+                let results = count(Of::Rows(p.rows), used, 1);
+                self.push_when(shader, [fixed(shard.rows), ONE, results], (Of::Rows(p.rows), when));
             } else {
                 let shader = self
                     .product_shader("matvec", p, &shard)
@@ -817,20 +956,20 @@ impl Lowering<'_> {
                 let groups = self.bounds.tuning.groups;
                 let lib = if groups > 1 { wgsl!("lib/groups") } else { wgsl!("lib/group") };
                 let workgroups = fixed(shard.rows.div_ceil(groups * ROWS as u32));
-                self.vectors(&shader, t.format, lib, workgroups, p.rows, used, p.experts.is_none());
+                self.vectors(&shader, t, p.input, lib, workgroups, p.rows, p.experts);
             }
             if p.experts.is_some() || most <= VECTORS {
                 continue;
             }
-            let mut shader = self.product_shader("matmul", p, &shard).workgroup(256);
-            shader = match (integer, float) {
+            let shader = self.product_shader("matmul", p, &shard).workgroup(256);
+            let shader = self.activations(shader, t.format, p.input.0, false);
+            let shader = match (integer, float) {
                 (true, _) => shader.with(wgsl!("lib/tiles_integer")),
                 (_, true) => shader.with(wgsl!("lib/four_plain")).with(wgsl!("lib/tiles_float")),
                 _ => shader.with(wgsl!("lib/four_quantised")).with(wgsl!("lib/tiles_float")),
             };
-            let groups =
-                [fixed(shard.rows.div_ceil(64)), Count { of: Of::Rows(p.rows), times: 1, per: 64 }, ONE];
-            self.push_when(shader.with(wgsl!("matmul")), groups, (p.rows, VECTORS + 1..u32::MAX));
+            let groups = [fixed(shard.rows.div_ceil(64)), count(Of::Rows(p.rows), 1, 64), ONE];
+            self.push_when(shader.with(wgsl!("matmul")), groups, (Of::Rows(p.rows), VECTORS + 1..u32::MAX));
         }
     }
 
@@ -956,27 +1095,46 @@ impl Lowering<'_> {
             }
         };
         let row_tiles = (tile * group).div_ceil(ATTEND_ROWS);
+        // A shader that stores results knows the sinks, if there are some.
+        let stores = |shader: Shader| {
+            let shader = shader.write("out", "f32", self.tensor(*out)).bool("HAS_SINK", sinks.is_some());
+            self.optional(shader, *sinks, "sinks", "sink", "-3.4028235e38").with(wgsl!("lib/attended"))
+        };
         let mut shader = self
             .kv_shader("attend", state)
             .read("x", "f32", self.tensor(*q))
             .read("kv", "u32", Resource::State(id.0))
-            .write("out", "f32", self.tensor(*out))
             .u32("STEP_TILES", self.step.tiles + self.step.tile_words * list as u32)
             .u32("HEADS", *heads)
             .u32("ROW_TILES", row_tiles)
             .u32("WINDOW", state.window.unwrap_or(u32::MAX))
             .f32("SCALE", *scale)
-            .f32("SOFTCAP", softcap.unwrap_or(0.0))
-            .bool("HAS_SINK", sinks.is_some());
+            .f32("SOFTCAP", softcap.unwrap_or(0.0));
         shader = match state.format {
             Format::Q8_0 => shader.with(wgsl!("kv/q8_0")).with(wgsl!("kv/q8_0_read")),
             Format::F16 => shader.with(wgsl!("kv/f16")),
             _ => shader.with(wgsl!("kv/f32")),
         };
-        shader = self.optional(shader, *sinks, "sinks", "sink", "-3.4028235e38");
         shader = shader.with(wgsl!("attend"));
-        let tiles = Count { of: Of::Tiles(tile), times: row_tiles, per: 1 };
-        self.push(shader, [fixed(state.kv_heads), tiles, ONE]);
+        let whole = stores(shader.clone()).with(wgsl!("lib/attend_whole"));
+        let tiles = count(Of::Tiles(tile), row_tiles, 1);
+        // What a window leaves of a long cache is short.
+        if self.most_splits < 2 || state.window.is_some_and(|window| window < 2 * SPLIT_POSITIONS) {
+            return self.push(whole, [fixed(state.kv_heads), tiles, ONE]);
+        }
+        let merge = stores(self.step_shader("merge").u32("HEADS", *heads).u32("VALUE_DIM", state.value_dim));
+        self.push_when(whole, [fixed(state.kv_heads), tiles, ONE], (Of::Splits, 1..2));
+        // Splits times tokens are at most what is of use for a token.
+        let floats = u64::from(self.most_splits) * u64::from(*heads) * (u64::from(state.value_dim) + 2);
+        let splits = self.extra(Extra::Splits, Dim::Fixed(1), floats);
+        let shader = shader
+            .write("splits", "f32", splits.clone())
+            .with(wgsl!("lib/split_place"))
+            .with(wgsl!("lib/attend_split"));
+        let split = count(Of::Splits, 1, 1);
+        self.push_when(shader, [fixed(state.kv_heads), tiles, split], (Of::Splits, 2..u32::MAX));
+        let merge = merge.read("splits", "f32", splits).with(wgsl!("lib/split_place")).with(wgsl!("merge"));
+        self.push_when(merge, [fixed(*heads), each(Dim::Tokens), ONE], (Of::Splits, 2..u32::MAX));
     }
 
     fn route(&mut self, op: &Op) {
@@ -1000,7 +1158,27 @@ impl Lowering<'_> {
             .f32("SCALE", *scale)
             .with(wgsl!("lib/math"))
             .with(wgsl!("route"));
-        self.push(shader, [Count { of: Of::Rows(rows), times: 1, per: WORKGROUP }, ONE, ONE]);
+        self.push(shader, [count(Of::Rows(rows), 1, WORKGROUP), ONE, ONE]);
+    }
+
+    /// Puts the results of experts in groups, for steps of enough rows.
+    fn group(&mut self, rows: Dim, routed: Routed<'_>) {
+        let most = passes::rows(rows, self.limits.tokens, self.limits.outputs);
+        if u64::from(routed.grouped_from()) > most {
+            return;
+        }
+        let groups = (most * u64::from(routed.used)).div_ceil(GROUP.into()) + u64::from(routed.of);
+        let order = self.extra(Extra::Order, Dim::Fixed(1), groups * u64::from(GROUP + 1));
+        let shader = Self::rows(self.step_shader("group"), rows)
+            .workgroup(256)
+            .read("ids", "u32", routed.ids.clone())
+            .write("order", "u32", order)
+            .u32("EXPERTS", routed.of)
+            .u32("TOKENS", GROUP)
+            .with("const NONE: u32 = 0xffffffffu;")
+            .with(&format!("fn results() -> u32 {{ return {}u * rows(); }}", routed.used))
+            .with(wgsl!("group"));
+        self.push_when(shader, [ONE; 3], (Of::Rows(rows), routed.grouped_from()..u32::MAX));
     }
 
     fn experts(&mut self, op: &Op) {
@@ -1015,25 +1193,27 @@ impl Lowering<'_> {
         let hidden = self.extra(Extra::Hidden, rows, hidden_floats);
         let mixed = self.extra(Extra::Mixed, rows, u64::from(used) * u64::from(cols));
         let bias = |n: usize| biases.map(|b| b[n]);
-        let routed = Routed { ids: &ids, used, per_token: true };
-        let product = |weight: TensorId, bias, input: &Resource, out: &Resource, routed| Product {
+        let of = self.program.tensor(*gate).experts;
+        let routed = Routed { ids: &ids, of, used, per_token: true };
+        self.group(rows, routed);
+        let product = |weight: TensorId, bias, input, out: &Resource, routed| Product {
             weight,
             bias,
-            input: input.clone(),
+            input,
             out: out.clone(),
             rows,
             gate: None,
             residual: None,
             experts: Some(routed),
         };
-        self.quantise(&in_formats, &input, Some(*x), rows, 1, cols);
-        self.product(&product(*gate, bias(0), &input, &gates, routed), true);
-        let gated_up =
-            Product { gate: Some((*act, gates)), ..product(*up, bias(1), &input, &hidden, routed) };
+        let x = (&input, Some(*x));
+        self.quantise(&in_formats, x, rows, 1, cols);
+        self.product(&product(*gate, bias(0), x, &gates, routed), true);
+        let gated_up = Product { gate: Some((*act, gates)), ..product(*up, bias(1), x, &hidden, routed) };
         self.product(&gated_up, true);
-        self.quantise(&[down_format], &hidden, None, rows, used, hidden_cols);
+        self.quantise(&[down_format], (&hidden, None), rows, used, hidden_cols);
         let routed = Routed { per_token: false, ..routed };
-        self.product(&product(*down, bias(2), &hidden, &mixed, routed), true);
+        self.product(&product(*down, bias(2), (&hidden, None), &mixed, routed), true);
         let shader = self
             .shader("mix")
             .read("x", "f32", mixed)
@@ -1093,10 +1273,9 @@ mod tests {
         }
     }
 
-    /// A dense llama layer is ten dispatches in decode: norm, Q/K/V, rotation, attention, quantising, output, norm, gates,
-    /// quantising, down.
+    /// A dense llama layer is eight dispatches in decode while its cache is short: norm, Q/K/V, rotation, attention, output, norm, gates, down.
     #[test]
-    fn a_dense_layer_is_ten_dispatches() {
+    fn a_dense_layer_is_eight_dispatches() {
         let file = concat!(env!("CARGO_MANIFEST_DIR"), "/models/austen/halite-austen.gguf");
         let model = Model::from_source(Source::open(file.as_ref()).unwrap()).unwrap();
         let caps = Caps {
@@ -1116,20 +1295,21 @@ mod tests {
                 tuning,
             };
             let lowered = lower(&program, Limits { tokens: 64, outputs: 1 }, &bounds);
-            let runs = |tokens: u32| {
-                let counts = super::super::plan::Counts { tokens, outputs: 1, tiles: &[] };
+            let runs = |tokens: u32, longest: u32| {
+                let splits = lowered.splits(tokens, longest);
+                let counts = super::super::plan::Counts { tokens, outputs: 1, tiles: &[], splits };
                 lowered.segments[1]
                     .iter()
                     .filter(|d| counts.runs(d))
                     .map(|d| d.shader.name)
                     .collect::<Vec<_>>()
             };
-            let expected = [
-                "norm", "matvec", "rope_kv", "attend", "quantise", "matvec", "norm", "matvec", "quantise",
-                "matvec",
-            ];
-            assert_eq!(runs(1), expected);
-            assert_eq!(runs(64).iter().filter(|&&name| name == "matmul").count(), 7);
+            let expected = ["norm", "matvec", "rope_kv", "attend", "matvec", "norm", "matvec", "matvec"];
+            assert_eq!(runs(1, 511), expected);
+            // Attention over a long cache is split and merged.
+            assert_eq!(runs(1, 512)[3..5], ["attend", "merge"]);
+            assert_eq!(runs(1, 512).len(), 9);
+            assert_eq!(runs(64, 5000).iter().filter(|&&name| name == "matmul").count(), 7);
         }
     }
 }

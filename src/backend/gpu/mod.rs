@@ -1,10 +1,11 @@
 //! The GPU backend: compute shaders on Vulkan, Metal, DX12 or WebGPU, by wgpu.
 //!
 //! `shader.rs` puts WGSL together from the files in `shaders/`; `lower.rs` turns a program into dispatches; `plan.rs` runs
-//! them, all of a step in one submission; `adapter.rs` finds a device. Weights of formats that interleave are kept
+//! them, all of a step in one submission; `adapter.rs` finds a device; `clock.rs` is the device's. Weights of formats that interleave are kept
 //! interleaved ([`crate::backend::Rows`]), so that neighbouring invocations read neighbouring words of neighbouring rows.
 
 mod adapter;
+mod clock;
 mod lower;
 mod plan;
 mod shader;
@@ -66,6 +67,8 @@ struct Device {
     error: Arc<Mutex<Option<String>>>,
     /// Bytes on their way to the device since it was last waited for.
     staged: AtomicU64,
+    /// Where what is read goes through.
+    read_back: Mutex<Option<wgpu::Buffer>>,
     /// Compiled shaders, by their text.
     pipelines: Mutex<HashMap<String, Pipeline>>,
 }
@@ -127,8 +130,8 @@ impl Gpu {
             workgroup_bytes: limits.max_compute_workgroup_storage_size,
             tuning: if adapter.is_wide_cpu() { Tuning::CPU } else { Tuning::GPU },
         };
-        let (staged, pipelines) = Default::default();
-        let device = Arc::new(Device { device, queue, error, staged, pipelines });
+        let (staged, read_back, pipelines) = Default::default();
+        let device = Arc::new(Device { device, queue, error, staged, read_back, pipelines });
         Ok(Gpu { caps, bounds, device })
     }
 
@@ -183,20 +186,38 @@ impl Device {
         polled.map(|_| ()).map_err(|e| failed(e.to_string()))
     }
 
-    /// Bytes of a buffer from a multiple of four on.
-    fn read(&self, src: &wgpu::Buffer, offset: u64, bytes: u64) -> Result<Vec<u8>> {
-        let staging = self.device.create_buffer(&wgpu::BufferDescriptor {
-            label: Some("read back"),
-            size: bytes,
-            usage: wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST,
-            mapped_at_creation: false,
-        });
-        let mut encoder = self.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
-        encoder.copy_buffer_to_buffer(src, offset, &staging, 0, bytes);
-        self.queue.submit([encoder.finish()]);
+    /// Reads whole words of a buffer, from a multiple of four on.
+    fn read(&self, src: &wgpu::Buffer, offset: u64, dst: &mut [u8]) -> Result<()> {
+        let poisoned = |_| failed("a thread failed while it read device memory");
+        let mut kept = self.read_back.lock().map_err(poisoned)?;
+        let mut offset = offset;
+        for piece in dst.chunks_mut(PIECE_BYTES) {
+            let bytes = piece.len() as u64;
+            let staging = match kept.take().filter(|buffer| buffer.size() >= bytes) {
+                Some(buffer) => buffer,
+                None => self.device.create_buffer(&wgpu::BufferDescriptor {
+                    label: Some("read back"),
+                    size: bytes.next_power_of_two(),
+                    usage: wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST,
+                    mapped_at_creation: false,
+                }),
+            };
+            let mut encoder = self.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+            encoder.copy_buffer_to_buffer(src, offset, &staging, 0, bytes);
+            self.queue.submit([encoder.finish()]);
+            self.mapped(&staging, piece)?;
+            *kept = Some(staging);
+            offset += bytes;
+        }
+        Ok(())
+    }
+
+    /// Waits for the device and reads the start of a buffer that can be mapped.
+    fn mapped(&self, buffer: &wgpu::Buffer, dst: &mut [u8]) -> Result<()> {
         let mapped: Arc<Mutex<Option<Result<(), wgpu::BufferAsyncError>>>> = Arc::default();
         let result = mapped.clone();
-        staging.map_async(wgpu::MapMode::Read, .., move |outcome| {
+        let range = 0..dst.len() as u64;
+        buffer.map_async(wgpu::MapMode::Read, range.clone(), move |outcome| {
             if let Ok(mut result) = result.lock() {
                 *result = Some(outcome);
             }
@@ -209,8 +230,11 @@ impl Device {
             None => return Err(failed("device memory was not mapped for reading")),
         }
         let view =
-            staging.get_mapped_range(..).map_err(|e| failed(format!("cannot read device memory: {e}")))?;
-        Ok(view.to_vec())
+            buffer.get_mapped_range(range).map_err(|e| failed(format!("cannot read device memory: {e}")))?;
+        dst.copy_from_slice(&view);
+        drop(view);
+        buffer.unmap();
+        Ok(())
     }
 
     /// Compiles a shader, or finds it compiled.
@@ -253,7 +277,11 @@ impl Device {
             layout: Some(&pipeline_layout),
             module: &module,
             entry_point: Some("main"),
-            compilation_options: wgpu::PipelineCompilationOptions::default(),
+            // Shaders write what they share before they read it.
+            compilation_options: wgpu::PipelineCompilationOptions {
+                zero_initialize_workgroup_memory: false,
+                ..Default::default()
+            },
             cache: None,
         });
         if let Some(e) = pollster::block_on(scope.pop()) {
@@ -292,7 +320,7 @@ impl Backend for Gpu {
             segment.ops = vec![sig.op.clone()];
         }
         let lowered = self.lower(&program, limits);
-        let step = plan::Counts { tokens, outputs: tokens, tiles: &[] };
+        let step = plan::Counts { tokens, outputs: tokens, tiles: &[], splits: 1 };
         let runs = lowered.segments.iter().flatten().filter(|d| step.runs(d));
         runs.map(|d| d.shader.name).collect::<Vec<_>>().join(", ")
     }
@@ -330,8 +358,7 @@ impl Backend for Gpu {
             staged.resize(whole, 0);
             let shared_end = !end.is_multiple_of(4) && end < dst.bytes();
             if at != start || shared_end {
-                let before = self.device.read(buffer, start, whole as u64)?;
-                staged.copy_from_slice(&before);
+                self.device.read(buffer, start, &mut staged)?;
             }
             write(&mut staged[(at - start) as usize..(end - start) as usize]);
             self.device.queue.write_buffer(buffer, start, &staged);
@@ -359,8 +386,12 @@ impl Backend for Gpu {
             return Ok(());
         }
         let start = offset & !3;
-        let bytes = self.device.read(buffer, start, end.next_multiple_of(4) - start)?;
-        dst.copy_from_slice(&bytes[(offset - start) as usize..][..dst.len()]);
+        if start == offset && dst.len().is_multiple_of(4) {
+            return self.device.read(buffer, offset, dst);
+        }
+        let mut words = vec![0; (end.next_multiple_of(4) - start) as usize];
+        self.device.read(buffer, start, &mut words)?;
+        dst.copy_from_slice(&words[(offset - start) as usize..][..dst.len()]);
         Ok(())
     }
 

@@ -5,6 +5,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::clock::DeviceClock;
 use super::lower::{Count, Dispatch, Lowered, Of, Resource};
 use super::shader::Grid;
 use super::{Device, Pipeline, failed, memory};
@@ -28,8 +29,9 @@ pub(super) struct GpuPlan {
     step_words: Vec<u32>,
     bound: Option<Bound>,
     submitted: u64,
+    clock: Option<DeviceClock>,
     started: Instant,
-    elapsed: Duration,
+    timing: Timing,
 }
 
 /// Bind groups for the buffers of the last submission.
@@ -45,24 +47,26 @@ pub(super) struct Counts<'a> {
     pub outputs: u32,
     /// Tiles, for each of the sizes of `Lowered::tile_sizes`.
     pub tiles: &'a [(u32, u32)],
+    /// Into how many splits attention over long caches is cut.
+    pub splits: u32,
 }
 
 impl Counts<'_> {
-    fn rows(&self, dim: Dim) -> u32 {
-        passes::rows(dim, self.tokens, self.outputs) as u32
-    }
-
     /// Whether a dispatch has anything to do in this step.
     pub fn runs(&self, dispatch: &Dispatch) -> bool {
-        dispatch.when.1.contains(&self.rows(dispatch.when.0))
+        dispatch.when.1.contains(&self.of(dispatch.when.0))
+    }
+
+    fn of(&self, of: Of) -> u32 {
+        match of {
+            Of::Rows(dim) => passes::rows(dim, self.tokens, self.outputs) as u32,
+            Of::Tiles(size) => self.tiles.iter().find(|t| t.0 == size).map_or(0, |t| t.1),
+            Of::Splits => self.splits,
+        }
     }
 
     fn count(&self, count: Count) -> u32 {
-        let of = match count.of {
-            Of::Rows(dim) => self.rows(dim),
-            Of::Tiles(size) => self.tiles.iter().find(|t| t.0 == size).map_or(0, |t| t.1),
-        };
-        (u64::from(of) * u64::from(count.times)).div_ceil(count.per.into()) as u32
+        (u64::from(self.of(count.of)) * u64::from(count.times)).div_ceil(count.per.into()) as u32 + count.plus
     }
 }
 
@@ -111,19 +115,21 @@ impl GpuPlan {
             step_words: Vec::new(),
             bound: None,
             submitted: 0,
+            clock: DeviceClock::new(device),
             started: Instant::now(),
-            elapsed: Duration::ZERO,
+            timing: Timing { elapsed: Duration::ZERO, clock: Clock::Host },
         })
     }
 
-    /// Writes the step for the shaders, and counts it.
-    fn write_step(&mut self, step: &Step<'_>) -> Result<Vec<(u32, u32)>> {
+    /// Writes the step for the shaders; returns its tiles.
+    fn write_step(&mut self, step: &Step<'_>, splits: u32) -> Result<Vec<(u32, u32)>> {
         let layout = self.lowered.step;
         let words = &mut self.step_words;
         words.clear();
         words.resize(layout.pages(self.lowered.tile_sizes.len()) as usize, 0);
         words[0] = step.tokens.len() as u32;
         words[1] = step.outputs.len() as u32;
+        words[2] = splits;
         words[layout.ids as usize..][..step.tokens.len()].copy_from_slice(step.tokens);
         words[layout.outputs as usize..][..step.outputs.len()].copy_from_slice(step.outputs);
         let mut token = 0;
@@ -161,11 +167,15 @@ impl GpuPlan {
 
     /// Makes bind groups, unless those of the last submission are for the same buffers.
     fn bind(&mut self, bindings: &Bindings<'_>) -> Result<()> {
-        let all = bindings.weights.iter().chain(bindings.states).chain(bindings.io);
-        let buffers = all.map(|b| memory(b).cloned()).collect::<Result<Vec<_>>>()?;
-        if self.bound.as_ref().is_some_and(|b| b.buffers == buffers && b.step == self.step) {
+        let all = || bindings.weights.iter().chain(bindings.states).chain(bindings.io);
+        if let Some(bound) = &self.bound
+            && bound.step == self.step
+            && all().count() == bound.buffers.len()
+            && all().zip(&bound.buffers).all(|(new, old)| memory(new).is_ok_and(|new| new == old))
+        {
             return Ok(());
         }
+        let buffers = all().map(|b| memory(b).cloned()).collect::<Result<Vec<_>>>()?;
         let wanted = [self.program.weights.len(), self.program.states.len(), self.program.io.len()];
         let got = [bindings.weights.len(), bindings.states.len(), bindings.io.len()];
         if wanted != got {
@@ -241,17 +251,23 @@ impl Plan for GpuPlan {
     fn submit(&mut self, step: &Step<'_>, segments: Range<usize>, bindings: &Bindings<'_>) -> Result<Ticket> {
         check_step(step, self.limits)?;
         self.check_indices(step, &segments)?;
-        if segments.start == 0 {
+        let first = segments.start == 0;
+        if first {
             self.started = Instant::now();
         }
-        let tiles = self.write_step(step)?;
+        let (tokens, outputs) = (step.tokens.len() as u32, step.outputs.len() as u32);
+        let longest = step.spans.iter().map(|span| span.start + span.len).max().unwrap_or(0);
+        let splits = self.lowered.splits(tokens, longest);
+        let tiles = self.write_step(step, splits)?;
         self.bind(bindings)?;
-        let counts =
-            Counts { tokens: step.tokens.len() as u32, outputs: step.outputs.len() as u32, tiles: &tiles };
+        let counts = Counts { tokens, outputs, tiles: &tiles, splits };
         let mut encoder =
             self.device.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
         {
-            let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
+            let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor {
+                label: None,
+                timestamp_writes: self.clock.as_ref().map(|clock| clock.writes(first)),
+            });
             let most = self.device.device.limits().max_compute_workgroups_per_dimension;
             let Some(bound) = &self.bound else { return Err(failed("nothing is bound")) };
             for segment in segments {
@@ -274,6 +290,9 @@ impl Plan for GpuPlan {
                 }
             }
         }
+        if let Some(clock) = &self.clock {
+            clock.resolve(&mut encoder, first);
+        }
         self.device.queue.submit([encoder.finish()]);
         self.device.check()?;
         self.submitted += 1;
@@ -282,9 +301,15 @@ impl Plan for GpuPlan {
 
     fn wait(&mut self, ticket: Ticket) -> Result<Timing> {
         if ticket.0 == self.submitted {
-            self.device.wait()?;
-            self.elapsed = self.started.elapsed();
+            let by_device = match &self.clock {
+                Some(clock) => clock.elapsed(&self.device)?,
+                None => self.device.wait().map(|()| None)?,
+            };
+            self.timing = match by_device {
+                Some(elapsed) => Timing { elapsed, clock: Clock::Device },
+                None => Timing { elapsed: self.started.elapsed(), clock: Clock::Host },
+            };
         }
-        Ok(Timing { elapsed: self.elapsed, clock: Clock::Host })
+        Ok(self.timing)
     }
 }

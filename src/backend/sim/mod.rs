@@ -718,6 +718,39 @@ impl Kernels for SimKernels {
         });
     }
 
+    fn top_k(&mut self, x: &[f32], cols: usize, k: usize, ids: &mut [i32], values: &mut [f32]) {
+        let mut outputs = [bytemuck::cast_slice_mut(ids), values];
+        self.run(&[bytes_of(x)], &mut outputs, |_, _, step, reads, writes| {
+            let Step::Units { stage, first, count } = *step else { return Err(unknown(step)) };
+            let x = floats(reads[0]);
+            let row = x.len() / (count as usize).max(1);
+            for (unit, x) in x.chunks_exact(row.max(1)).enumerate() {
+                let before = (first as usize + unit) % (cols / row.max(1)).max(1) * row;
+                // Lists are in the order of the runs that they are of, so ties stay in order.
+                let (from, x): (Vec<f32>, Vec<f32>) = match stage {
+                    0 => x.iter().enumerate().map(|(i, &x)| (f32::from_bits((before + i) as u32), x)).unzip(),
+                    _ => x.as_chunks::<2>().0.iter().map(|&[id, x]| (id, x)).unzip(),
+                };
+                let (mut at, mut best) = (vec![0; k], vec![0.0; k]);
+                rows::largest(&x, &mut at, &mut best);
+                let ids = at.iter().map(|&at| from[at as usize]);
+                if let [to_ids, to_values] = writes {
+                    let run = unit * k..(unit + 1) * k;
+                    let to = &mut bytemuck::try_cast_slice_mut(to_ids).unwrap_or(&mut [])[run.clone()];
+                    to.iter_mut().zip(ids).for_each(|(to, id)| *to = id);
+                    let to = &mut bytemuck::try_cast_slice_mut(to_values).unwrap_or(&mut [])[run];
+                    to.copy_from_slice(&best);
+                } else {
+                    let to = &mut floats_mut(writes, 0)[2 * unit * k..][..2 * k];
+                    for (to, (id, value)) in to.as_chunks_mut::<2>().0.iter_mut().zip(ids.zip(best)) {
+                        *to = [id, value];
+                    }
+                }
+            }
+            Ok(())
+        });
+    }
+
     fn arg_max(&mut self, x: &[f32], cols: usize, out: &mut [i32]) {
         self.run(&[bytes_of(x)], &mut [bytemuck::cast_slice_mut(out)], |kernels, _, step, reads, writes| {
             let Step::Units { stage, first, count } = *step else { return Err(unknown(step)) };

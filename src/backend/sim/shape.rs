@@ -22,6 +22,8 @@ pub enum Shape {
     Experts(Experts),
     /// The largest element of rows.
     ArgMax { rows: u32, cols: u32 },
+    /// The `k` largest elements of rows.
+    TopK { rows: u32, cols: u32, k: u32 },
 }
 
 /// Units of which each is computed by itself.
@@ -346,6 +348,7 @@ pub fn shape(program: &Program, op: &Op, step: &Step<'_>, ids: Option<&[i32]>) -
                 },
             })
         }
+        Op::TopK { x, ids, .. } => Shape::TopK { rows: rows(*x), cols: cols(*x), k: cols(*ids) },
         Op::ArgMax { x, .. } => Shape::ArgMax { rows: rows(*x), cols: cols(*x) },
     })
 }

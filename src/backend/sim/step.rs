@@ -9,7 +9,7 @@ use super::shape::{Shape, shape};
 use super::{Report, name};
 use crate::backend::{Cancel, Span, Step};
 use crate::error::Result;
-use crate::program::{PAGE_POSITIONS, Program};
+use crate::program::{Op, PAGE_POSITIONS, Program};
 
 /// An op of a traced step.
 #[derive(Debug, Clone)]
@@ -52,6 +52,10 @@ fn each_op(
     let cancel = Cancel::default();
     let step = Step { spans: &views, tokens: &tokens, outputs: &outputs, cancel: &cancel };
     for (segment, op) in program.ops() {
+        // A step that samples ends in this instead of the arg-max.
+        if matches!(op, Op::TopK { .. }) {
+            continue;
+        }
         let segment = program.segments.get(segment).map_or("", |s| &s.name);
         f(segment, name(program, op), &shape(program, op, &step, None)?)?;
     }
@@ -65,7 +69,7 @@ fn is_empty(shape: &Shape) -> bool {
         Shape::Product(product) => product.m == 0,
         Shape::Attend(attend) => attend.spans.is_empty(),
         Shape::Experts(experts) => experts.tokens == 0,
-        Shape::ArgMax { rows, .. } => *rows == 0,
+        Shape::ArgMax { rows, .. } | Shape::TopK { rows, .. } => *rows == 0,
     }
 }
 

@@ -22,7 +22,7 @@ use crate::{Error, Result};
 use attend::{attend_phases, attend_s};
 use experts::{experts_phases, experts_s};
 use product::{Costs, product_programs};
-use units::{arg_max_phases, arg_max_stages, units_programs, units_s};
+use units::{arg_max_stages, stage_phases, stages_s, top_k_stages, units_programs, units_s};
 
 /// Slots of what is loaded: two, so that a load runs while a unit works, or one, where there is no room.
 const SLOTS: [u32; 2] = [2, 1];
@@ -49,7 +49,8 @@ pub fn lower(chip: &Chip, shape: &Shape) -> Result<Lowered> {
         Shape::Product(product) => lowered.phases.push(product_programs(chip, product, chip.tiles)?),
         Shape::Attend(attend) => attend_phases(chip, attend, &mut lowered)?,
         Shape::Experts(experts) => experts_phases(chip, experts, &mut lowered)?,
-        Shape::ArgMax { rows, cols } => arg_max_phases(chip, *rows, *cols, &mut lowered)?,
+        Shape::ArgMax { rows, cols } => stage_phases(chip, &arg_max_stages(*rows, *cols), &mut lowered)?,
+        Shape::TopK { rows, cols, k } => stage_phases(chip, &top_k_stages(*rows, *cols, *k), &mut lowered)?,
     }
     Ok(lowered)
 }
@@ -65,10 +66,8 @@ pub fn closed_s(chip: &Chip, shape: &Shape) -> Result<f64> {
         Shape::Product(product) => Costs::new(chip, product, chip.tiles).tiling()?.1 + barrier_s,
         Shape::Attend(attend) => attend_s(chip, attend)? + barrier_s,
         Shape::Experts(experts) => experts_s(chip, experts)?,
-        Shape::ArgMax { rows, cols } => {
-            let [first, second] = arg_max_stages(*rows, *cols);
-            units_s(chip, &first)? + units_s(chip, &second)? + 2.0 * barrier_s
-        }
+        Shape::ArgMax { rows, cols } => stages_s(chip, &arg_max_stages(*rows, *cols))?,
+        Shape::TopK { rows, cols, k } => stages_s(chip, &top_k_stages(*rows, *cols, *k))?,
     };
     Ok(seconds + chip.launch_s())
 }

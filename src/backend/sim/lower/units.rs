@@ -158,11 +158,40 @@ pub fn arg_max_stages(rows: u32, cols: u32) -> [Units; 2] {
     ]
 }
 
-pub fn arg_max_phases(chip: &Chip, rows: u32, cols: u32, lowered: &mut Lowered) -> Result<()> {
-    let stages = arg_max_stages(rows, cols);
-    lowered.temps.push(8 * u64::from(stages[0].count));
+/// Seconds of stages by the closed form.
+pub fn stages_s(chip: &Chip, stages: &[Units]) -> Result<f64> {
+    stages.iter().try_fold(0.0, |sum, units| Ok(sum + units_s(chip, units)? + chip.barrier_s()))
+}
+
+/// Stages that follow each other; what one leaves for the next is in temporary buffers, one for each but the last.
+pub fn stage_phases(chip: &Chip, stages: &[Units], lowered: &mut Lowered) -> Result<()> {
     for (number, units) in stages.iter().enumerate() {
+        let is_temp = |rows: &&Rows| matches!(rows.operand, Operand::Temp(_));
+        let temps = units.writes.iter().filter(is_temp);
+        lowered.temps.extend(temps.map(|rows| u64::from(rows.bytes) * u64::from(units.count)));
         lowered.phases.push(units_programs(chip, units, number as u32)?);
     }
     Ok(())
+}
+
+/// Rows in equal runs, each of which leaves a list of pairs; then a few lists leave one, until there is one.
+pub fn top_k_stages(rows: u32, cols: u32, k: u32) -> Vec<Units> {
+    let run = (k.max(64)..=2048.min(cols)).rev().find(|run| cols.is_multiple_of(*run)).unwrap_or(cols);
+    let (mut from, mut words, mut lists) = (Operand::In(0), run, cols / run.max(1));
+    let mut stages = Vec::new();
+    loop {
+        let last = lists <= 1;
+        let to = Operand::Temp(stages.len());
+        let writes = match last {
+            true => vec![Rows::own(Operand::Out(0), k), Rows::own(Operand::Out(1), k)],
+            false => vec![Rows::own(to, 2 * k)],
+        };
+        let reads = vec![Rows::own(from, words)];
+        stages.push(Units { count: rows * lists, reads, writes, work: [words.into(), 0, 0, 0, 0] });
+        if last {
+            return stages;
+        }
+        let together = (2..=4).rev().find(|n| lists.is_multiple_of(*n)).unwrap_or(lists);
+        (from, words, lists) = (to, together * 2 * k, lists / together);
+    }
 }
