@@ -2,6 +2,8 @@
 
 mod bench;
 #[cfg(feature = "sim")]
+mod calibrate;
+#[cfg(feature = "sim")]
 mod estimate;
 mod inspect;
 mod pack;
@@ -83,6 +85,9 @@ enum Command {
     /// Predict what serving a model on a simulated chip takes.
     #[cfg(feature = "sim")]
     Estimate(estimate::EstimateArgs),
+    /// Fit the constants of a chip's timing model to measured kernels.
+    #[cfg(feature = "sim")]
+    Calibrate(calibrate::CalibrateArgs),
     /// Check every kernel of a backend against the reference.
     Conform(tools::ConformArgs),
 }
@@ -301,6 +306,8 @@ pub fn main() -> ExitCode {
         Command::Profile(args) => profile::profile(&args),
         #[cfg(feature = "sim")]
         Command::Estimate(args) => estimate::run(&args),
+        #[cfg(feature = "sim")]
+        Command::Calibrate(args) => calibrate::calibrate(&args),
         Command::Conform(args) => tools::conform(&args),
     };
     let Err(failure) = result else { return ExitCode::SUCCESS };

@@ -142,7 +142,19 @@ pub(super) static KEYS: &[Key] = &[
     real("compute_fraction", "of 1", 0.01, 1.0),
     real("memory_fraction", "of 1", 0.01, 1.0),
     real("overhead_ns", "ns", 0.0, 1e9),
+    real("cache_fraction", "of 1", 0.01, 1.0),
+    real("resident_fraction", "of 1", 0.0, 1.0),
+    real("wave_ns", "ns", 0.0, 1e6),
+    real("split_ns", "ns", 0.0, 1e6),
+    real("item_ns", "ns", 0.0, 1e6),
+    real("tile_bytes_per_s", "bytes/s", 1e6, 1e13),
+    real("overlap_exponent", "of the times", 1.0, 1e3),
+    count("points", "measurements", 1.0, 1e9),
     real("mean_error_fraction", "of 1", 0.0, 10.0),
+    real("worst_error_fraction", "of 1", 0.0, 1e3),
+    real("small_error_fraction", "of 1", 0.0, 10.0),
+    real("memory_error_fraction", "of 1", 0.0, 10.0),
+    real("compute_error_fraction", "of 1", 0.0, 10.0),
 ];
 
 const fn real(name: &'static str, unit: &'static str, min: f64, max: f64) -> Key {
