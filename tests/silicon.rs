@@ -1,6 +1,6 @@
 //! The timing formulas against measured chips: fitted to some shapes, held to account on others.
 //!
-//! `tests/data/silicon/README.md` says where the measurements come from, `docs/timing-model.md` what the errors are on all of them.
+//! `tests/data/silicon/README.md` says where the measurements come from, `docs/timing-model.md` what the errors of all are.
 #![cfg(feature = "sim")]
 
 use halite::Error;

@@ -86,6 +86,7 @@ enum Command {
     #[cfg(feature = "sim")]
     Estimate(estimate::EstimateArgs),
     /// Fit the constants of a chip's timing model to measured kernels.
+    /// Measure this machine's memory and kernels, or fit a chip's timing model to measured kernels.
     #[cfg(feature = "sim")]
     Calibrate(calibrate::CalibrateArgs),
     /// Check every kernel of a backend against the reference.

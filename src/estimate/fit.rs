@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 
 use super::kernel::{AttentionConstants, Formats, Kernel, Machine, MatMulConstants};
 use super::kernel::{attention_seconds, matmul_seconds, work};
+use super::measure::digits;
 use super::points::{Point, held_out, shape};
 use crate::profile::Profile;
 use crate::{Error, Result};
@@ -308,7 +309,7 @@ impl Fit {
             self.formats.activations, self.formats.weights
         );
         for (key, value) in &self.constants {
-            text += &format!("{key} = {}\n", rounded(*value));
+            text += &format!("{key} = {}\n", digits(*value));
         }
         let (points, mean, worst) = self.errors(None);
         text += &format!(
@@ -324,12 +325,6 @@ impl Fit {
         }
         text
     }
-}
-
-/// Four digits.
-fn rounded(value: f64) -> String {
-    let digits: f64 = format!("{value:.3e}").parse().unwrap_or(value);
-    format!("{digits:?}")
 }
 
 /// A profile's text with another `[calibration]`.

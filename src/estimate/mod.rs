@@ -3,6 +3,8 @@
 //! `docs/timing-model.md` has the formulas, their errors on chips that were measured, and what they cannot say.
 
 pub mod fit;
+pub mod host;
 pub mod kernel;
+pub mod measure;
 pub mod points;
 pub mod workload;

@@ -381,6 +381,60 @@ pub struct Calibration {
     pub matmul: Vec<MatMulFit>,
     /// Decode attention, by formats.
     pub attention: Vec<AttentionFit>,
+    /// The kernels of the backend `cpu`, by numbers of threads.
+    pub host: Vec<HostRates>,
+}
+
+/// What the kernels of the backend `cpu` reach on so many threads, measured by `halite calibrate`.
+#[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct HostRates {
+    /// Threads that compute.
+    pub threads: Quantity,
+    /// The instruction set.
+    pub isa: String,
+    /// Time of an op that does nothing, its barrier included.
+    pub op_ns: Quantity,
+    /// Peak of integer dot products; a multiply-add is two.
+    pub integer_ops_per_s: Quantity,
+    /// Peak of fused multiply-adds; each is two.
+    pub float_ops_per_s: Quantity,
+    /// Bytes of tensors per second of norms, rotations and additions.
+    pub row_bytes_per_s: Quantity,
+    /// Bytes of the KV cache per second, of attention of one token.
+    pub attend_bytes_per_s: Quantity,
+    /// Operations per second of attention of many tokens.
+    pub attend_ops_per_s: Quantity,
+    /// Memory levels.
+    #[serde(default)]
+    pub level: Vec<HostLevel>,
+    /// Products, by formats of weights.
+    #[serde(default)]
+    pub product: Vec<HostProduct>,
+}
+
+/// What all threads together reach of a memory level.
+#[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct HostLevel {
+    /// Name, as in `memory`.
+    pub name: String,
+    /// Bytes read per second.
+    pub read_bytes_per_s: Quantity,
+    /// Bytes copied per second.
+    pub copy_bytes_per_s: Quantity,
+}
+
+/// What products with weights of one format reach.
+#[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct HostProduct {
+    /// Format of the weights, as GGUF names it.
+    pub format: String,
+    /// Bytes of weights per second, of one token.
+    pub weight_bytes_per_s: Quantity,
+    /// Operations per second of 512 tokens; a multiply-add is two.
+    pub product_ops_per_s: Quantity,
 }
 
 /// Constants of the time of products.
