@@ -52,7 +52,7 @@ fn bench_reports_each_combination() {
     assert!(fields.len() == 9 && fields.iter().all(|&n| n == fields[0]), "{csv}");
     let table = text(args);
     let cells: Vec<usize> = table.lines().map(|line| line.split('|').count()).collect();
-    assert!(cells.len() == 10 && cells.iter().all(|&n| n == 13), "{table}");
+    assert!(cells.len() == 10 && cells.iter().all(|&n| n == 14), "{table}");
 }
 
 #[test]
@@ -94,7 +94,7 @@ fn profile_prints_rates_and_names_faults() {
     ] {
         assert!(shown.contains(expected), "{expected}\n{shown}");
     }
-    assert_eq!(text("profile").lines().count(), 9);
+    assert_eq!(text("profile").lines().count(), 11);
     let schema: Value = serde_json::from_str(&text("profile --schema")).unwrap();
     assert_eq!(schema["title"], "Profile");
 
@@ -107,4 +107,25 @@ fn profile_prints_rates_and_names_faults() {
     assert!(!output.status.success() && error.contains("chip.clock_hz = 1.0 Hz: expected from"), "{error}");
     let output = halite("profile nothing");
     assert!(String::from_utf8(output.stderr).unwrap().contains("maia-100"));
+}
+
+#[cfg(feature = "sim")]
+#[test]
+fn calibrate_fits_measured_kernels() {
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/silicon");
+    let file = std::env::temp_dir().join(format!("halite-calibrate-{}.toml", std::process::id()));
+    let args =
+        format!("calibrate --profile tenstorrent-p150 --fit {folder}/p150-11x10.csv -o {}", file.display());
+    let shown = text(&args);
+    assert!(
+        shown.contains("matmul, mxfp4 x mxfp4: fitted to 9 points") && shown.contains("wrote"),
+        "{shown}"
+    );
+    let written = text(&format!("profile --numbers {}", file.display()));
+    let other = halite(&format!("bench -p 1 -n 0 -t 1 --no-roofline --profile {}", file.display()));
+    std::fs::remove_file(&file).unwrap();
+    assert!(written.contains("calibration.matmul.2.compute_fraction"), "{written}");
+    assert!(written.contains("points of p150-11x10.csv; errors of each shape"), "{written}");
+    let error = String::from_utf8(other.stderr).unwrap();
+    assert!(!other.status.success() && error.contains("[[calibration.host]] for 1 threads"), "{error}");
 }
