@@ -85,7 +85,6 @@ enum Command {
     /// Predict what serving a model on a simulated chip takes.
     #[cfg(feature = "sim")]
     Estimate(estimate::EstimateArgs),
-    /// Fit the constants of a chip's timing model to measured kernels.
     /// Measure this machine's memory and kernels, or fit a chip's timing model to measured kernels.
     #[cfg(feature = "sim")]
     Calibrate(calibrate::CalibrateArgs),
