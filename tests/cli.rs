@@ -52,7 +52,7 @@ fn bench_reports_each_combination() {
     assert!(fields.len() == 9 && fields.iter().all(|&n| n == fields[0]), "{csv}");
     let table = text(args);
     let cells: Vec<usize> = table.lines().map(|line| line.split('|').count()).collect();
-    assert!(cells.len() == 10 && cells.iter().all(|&n| n == 13), "{table}");
+    assert!(cells.len() == 10 && cells.iter().all(|&n| n == 14), "{table}");
 }
 
 #[test]
@@ -94,7 +94,7 @@ fn profile_prints_rates_and_names_faults() {
     ] {
         assert!(shown.contains(expected), "{expected}\n{shown}");
     }
-    assert_eq!(text("profile").lines().count(), 9);
+    assert_eq!(text("profile").lines().count(), 11);
     let schema: Value = serde_json::from_str(&text("profile --schema")).unwrap();
     assert_eq!(schema["title"], "Profile");
 
@@ -114,4 +114,55 @@ fn device_memory_is_a_gpus() {
     let output = halite("run --backend cpu --device-memory 64 -n 1 hello");
     assert!(!output.status.success());
     assert!(String::from_utf8(output.stderr).unwrap().contains("--device-memory"));
+}
+
+#[cfg(feature = "sim")]
+#[test]
+fn estimate_explains_itself() {
+    let folder = std::env::temp_dir().join(format!("halite-estimate-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let (trace, plot) = (folder.join("step.json"), folder.join("step.svg"));
+    let shown = text(&format!(
+        "estimate -m llama-1.1b -p maia-100,tpu-v1 --batch 2 --ops --trace {} --roofline {}",
+        trace.display(),
+        plot.display()
+    ));
+    for expected in
+        ["time to first token", "rests on guesses", "memory.hbm", "MatMul ffn_down", "uncalibrated"]
+    {
+        assert!(shown.contains(expected), "{expected}\n{shown}");
+    }
+    let events: Value = serde_json::from_str(&std::fs::read_to_string(&trace).unwrap()).unwrap();
+    let ops = events.as_array().unwrap().iter().filter(|e| e["pid"] == 0 && e["ph"] == "X");
+    // The ops of all layers follow each other.
+    let ends: Vec<f64> = ops.map(|e| e["ts"].as_f64().unwrap() + e["dur"].as_f64().unwrap()).collect();
+    assert!(ends.len() > 200 && ends.is_sorted(), "{}", ends.len());
+    assert!(std::fs::read_to_string(&plot).unwrap().contains("mx9 x mx9"));
+    std::fs::remove_dir_all(&folder).unwrap();
+    let json: Value =
+        serde_json::from_str(&text("estimate -m llama-2-7b -p maia-200 --format mxfp4 --json")).unwrap();
+    assert!(json[0]["fits"] == true && json[0]["tokens_per_s"].as_f64().unwrap() > 1.0, "{json}");
+    let output = halite("estimate -m llama-0 -p maia-100");
+    assert!(String::from_utf8(output.stderr).unwrap().contains("mixtral-8x7b"));
+}
+
+#[cfg(feature = "sim")]
+#[test]
+fn calibrate_fits_measured_kernels() {
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/silicon");
+    let file = std::env::temp_dir().join(format!("halite-calibrate-{}.toml", std::process::id()));
+    let args =
+        format!("calibrate --profile tenstorrent-p150 --fit {folder}/p150-11x10.csv -o {}", file.display());
+    let shown = text(&args);
+    assert!(
+        shown.contains("matmul, mxfp4 x mxfp4: fitted to 9 points") && shown.contains("wrote"),
+        "{shown}"
+    );
+    let written = text(&format!("profile --numbers {}", file.display()));
+    let other = halite(&format!("bench -p 1 -n 0 -t 1 --no-roofline --profile {}", file.display()));
+    std::fs::remove_file(&file).unwrap();
+    assert!(written.contains("calibration.matmul.2.compute_fraction"), "{written}");
+    assert!(written.contains("points of p150-11x10.csv; errors of each shape"), "{written}");
+    let error = String::from_utf8(other.stderr).unwrap();
+    assert!(!other.status.success() && error.contains("[[calibration.host]] for 1 threads"), "{error}");
 }

@@ -143,11 +143,13 @@ fn keep<I: Isa, const N: usize>(isa: I, acc: [I::I; N]) {
 }
 
 #[cfg(feature = "std")]
-pub use measure::{dots_per_s, flops_per_s, read_bytes_per_s};
+pub use measure::{copy_bytes_per_s, dots_per_s, flops_per_s, read_bytes_per_s};
 
 #[cfg(feature = "std")]
 mod measure {
+    use std::hint::black_box;
     use std::sync::atomic::{AtomicU64, Ordering};
+    use std::sync::{Mutex, PoisonError};
     use std::time::{Duration, Instant};
 
     use super::{Dot, Fma, READ_BYTES, Read};
@@ -166,6 +168,24 @@ mod measure {
         let runs = buffer.get(buffer.as_ptr().align_offset(64)..).unwrap_or(&[]).as_chunks::<READ_BYTES>().0;
         let part = runs.len() / pool.threads();
         peak(pool, |task, passes| cpu.run(Read { runs: &runs[task * part..(task + 1) * part], passes }))
+    }
+
+    /// Bytes per second that all threads of `pool` together copy from one half of their parts of a buffer to the other: as many
+    /// are read as are written.
+    pub fn copy_bytes_per_s(pool: &Pool, buffer: &mut [u8]) -> f64 {
+        let part = (buffer.len() / pool.threads()).max(2);
+        let parts: Vec<_> = buffer.chunks_exact_mut(part).map(Mutex::new).collect();
+        peak(pool, |task, passes| {
+            let Some(part) = parts.get(task) else { return 0 };
+            // Each thread has its own: nobody waits.
+            let mut part = part.lock().unwrap_or_else(PoisonError::into_inner);
+            let half = part.len() / 2;
+            let (from, to) = part.split_at_mut(half);
+            for _ in 0..passes {
+                black_box(&mut *to)[..half].copy_from_slice(black_box(from));
+            }
+            half as u64 * passes
+        })
     }
 
     /// Floating-point operations per second of fused multiply-adds, on all threads of `pool` together; a multiply-add is two.

@@ -88,15 +88,43 @@ impl Cpu {
     /// # Errors
     /// [`Error::OutOfMemory`] if there is no room for the buffer.
     pub fn rates(&self, buffer_bytes: u64) -> Result<Rates> {
-        let mut buffer: Vec<u8> = zeroed(buffer_bytes, "the buffer to measure memory with")?;
-        // Pages that were never written are all one page.
-        buffer.fill(1);
         Ok(Rates {
-            bytes_per_s: roofline::read_bytes_per_s(self.isa, &self.pool, &buffer),
+            bytes_per_s: self.read_bytes_per_s(buffer_bytes)?,
             integer_ops_per_s: roofline::dots_per_s(self.isa, &self.pool),
             float_ops_per_s: roofline::flops_per_s(self.isa, &self.pool),
         })
     }
+}
+
+impl Cpu {
+    /// Threads that compute.
+    pub fn threads(&self) -> usize {
+        self.pool.threads()
+    }
+
+    /// Bytes per second that all threads together read of a buffer, each its own part again and again, measured.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`] if there is no room for the buffer.
+    pub fn read_bytes_per_s(&self, buffer_bytes: u64) -> Result<f64> {
+        Ok(roofline::read_bytes_per_s(self.isa, &self.pool, &touched(buffer_bytes)?))
+    }
+
+    /// Bytes per second that all threads together copy within a buffer, each in its own part, measured: as many are read as are
+    /// written.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`] if there is no room for the buffer.
+    pub fn copy_bytes_per_s(&self, buffer_bytes: u64) -> Result<f64> {
+        Ok(roofline::copy_bytes_per_s(&self.pool, &mut touched(buffer_bytes)?))
+    }
+}
+
+/// A buffer to measure memory with. Pages that were never written are all one page.
+fn touched(bytes: u64) -> Result<Vec<u8>> {
+    let mut buffer: Vec<u8> = zeroed(bytes, "the buffer to measure memory with")?;
+    buffer.fill(1);
+    Ok(buffer)
 }
 
 /// The machine's memory, or no limit where it cannot be asked.

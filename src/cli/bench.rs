@@ -6,6 +6,10 @@ use std::time::Instant;
 use clap::{Args, ValueEnum};
 use halite::backend::cpu::Cpu;
 use halite::cost::{self, Cost, Extent, Rates};
+#[cfg(feature = "sim")]
+use halite::estimate::host;
+#[cfg(feature = "sim")]
+use halite::profile::Profile;
 use halite::session::{Head, Run, SequenceId, Session, SessionOptions, Wanted};
 use serde_json::{Value, json};
 
@@ -52,6 +56,10 @@ pub struct BenchArgs {
     /// Do not measure what the machine does at best.
     #[arg(long)]
     no_roofline: bool,
+    /// Predict the times as well, from a profile of this machine (`halite calibrate`).
+    #[cfg(feature = "sim")]
+    #[arg(long, value_name = "FILE")]
+    profile: Option<String>,
     /// How results are printed.
     #[arg(short, long, value_name = "FORMAT", default_value = "md")]
     output: Output,
@@ -119,6 +127,8 @@ pub fn bench(args: &BenchArgs) -> Result<(), Failure> {
         program: args.kv.program(),
         ..SessionOptions::default()
     };
+    #[cfg(feature = "sim")]
+    let profile = args.profile.as_deref().map(Profile::open).transpose()?;
     let mut rows = Rows::new(args.output);
     for &threads in &args.threads {
         let backend = BackendArgs {
@@ -136,11 +146,26 @@ pub fn bench(args: &BenchArgs) -> Result<(), Failure> {
             let step_bytes = costs.iter().map(Cost::memory_bytes).max().unwrap_or(0);
             let rates =
                 measured.as_ref().map(|cpu| cpu.rates(step_bytes.min(MOST_BUFFER_BYTES))).transpose()?;
+            #[cfg(feature = "sim")]
+            let predicted = profile.as_ref().map(|p| predicted(p, &session, test, threads)).transpose()?;
+            #[cfg(not(feature = "sim"))]
+            let predicted = None;
             let seconds = time(&mut session, test, args.repetitions)?;
-            rows.add(row(&session, test, &costs, rates, &seconds))?;
+            rows.add(row(&session, test, &costs, rates, predicted, &seconds))?;
         }
     }
     rows.finish()
+}
+
+/// The seconds that a test should take on the CPU.
+#[cfg(feature = "sim")]
+fn predicted(profile: &Profile, session: &Session, test: Test, threads: usize) -> Result<f64, Failure> {
+    let threads = Cpu::new(threads)?.threads();
+    let rates = host::rates(profile, threads)?;
+    let steps = test.steps(session.batch());
+    Ok(steps
+        .map(|extent| host::step_seconds(rates, session.program(), extent))
+        .sum::<halite::Result<f64>>()?)
 }
 
 /// The seconds of each repetition of a test, after a warm-up that does not count.
@@ -183,7 +208,14 @@ fn tokens(vocab: u32, len: u32) -> Vec<u32> {
 /// The columns of a result, in order.
 type Row = Vec<(&'static str, Value)>;
 
-fn row(session: &Session, test: Test, costs: &[Cost], rates: Option<Rates>, seconds: &[f64]) -> Row {
+fn row(
+    session: &Session,
+    test: Test,
+    costs: &[Cost],
+    rates: Option<Rates>,
+    predicted: Option<f64>,
+    seconds: &[f64],
+) -> Row {
     let program = session.program();
     let caps = session.backend().caps();
     let rate = |seconds: &f64| f64::from(test.tokens()) / seconds;
@@ -214,6 +246,7 @@ fn row(session: &Session, test: Test, costs: &[Cost], rates: Option<Rates>, seco
         ("roofline_integer_ops_per_s", json!(rates.map(|r| r.integer_ops_per_s))),
         ("roofline_float_ops_per_s", json!(rates.map(|r| r.float_ops_per_s))),
         ("roofline_percent", json!(least.map(|least| 100.0 * least / typical))),
+        ("predicted_tokens_per_s", json!(predicted.map(|predicted| tokens as f64 / predicted))),
         ("seconds", json!(seconds)),
     ]
 }
@@ -303,8 +336,9 @@ fn markdown(row: &Row, heading: bool) -> String {
         ("GOP/s", 7, scaled("ops_per_s", 1, 1e9)),
         ("of", 7, scaled("roofline_ops_per_s", 1, 1e9)),
         ("roofline %", 10, scaled("roofline_percent", 1, 1.0)),
+        ("predicted", 9, scaled("predicted_tokens_per_s", 2, 1.0)),
     ];
-    let line = |cells: [String; 11]| format!("| {} |\n", cells.join(" | "));
+    let line = |cells: [String; 12]| format!("| {} |\n", cells.join(" | "));
     let mut out = String::new();
     if heading {
         out += &line(columns.each_ref().map(|(name, width, _)| format!("{name:>width$}")));

@@ -2,6 +2,8 @@
 
 mod bench;
 #[cfg(feature = "sim")]
+mod calibrate;
+#[cfg(feature = "sim")]
 mod estimate;
 mod inspect;
 mod pack;
@@ -83,6 +85,9 @@ enum Command {
     /// Predict what serving a model on a simulated chip takes.
     #[cfg(feature = "sim")]
     Estimate(estimate::EstimateArgs),
+    /// Measure this machine's memory and kernels, or fit a chip's timing model to measured kernels.
+    #[cfg(feature = "sim")]
+    Calibrate(calibrate::CalibrateArgs),
     /// Check every kernel of a backend against the reference.
     Conform(tools::ConformArgs),
 }
@@ -306,6 +311,8 @@ pub fn main() -> ExitCode {
         Command::Profile(args) => profile::profile(&args),
         #[cfg(feature = "sim")]
         Command::Estimate(args) => estimate::run(&args),
+        #[cfg(feature = "sim")]
+        Command::Calibrate(args) => calibrate::calibrate(&args),
         Command::Conform(args) => tools::conform(&args),
     };
     let Err(failure) = result else { return ExitCode::SUCCESS };

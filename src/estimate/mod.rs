@@ -1,3 +1,10 @@
-//! Times that follow from a profile.
+//! Times that follow from a profile, and the measurements that their constants are fitted to.
+//!
+//! `docs/timing-model.md` has the formulas, their errors on chips that were measured, and what they cannot say.
 
+pub mod fit;
+pub mod host;
+pub mod kernel;
+pub mod measure;
+pub mod points;
 pub mod workload;

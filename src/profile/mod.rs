@@ -372,18 +372,140 @@ impl RoundingRules {
     }
 }
 
-/// What measured kernels reach of a profile's numbers.
+/// What measured kernels reach of a profile's numbers: constants of the formulas of [`crate::estimate`], which were fitted to
+/// measurements.
+#[derive(Debug, Clone, PartialEq, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Calibration {
+    /// Products, by formats.
+    pub matmul: Vec<MatMulFit>,
+    /// Decode attention, by formats.
+    pub attention: Vec<AttentionFit>,
+    /// The kernels of the backend `cpu`, by numbers of threads.
+    pub host: Vec<HostRates>,
+}
+
+/// What the kernels of the backend `cpu` reach on so many threads, measured by `halite calibrate`.
 #[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub struct Calibration {
-    /// Part of the peak rate.
+pub struct HostRates {
+    /// Threads that compute.
+    pub threads: Quantity,
+    /// The instruction set.
+    pub isa: String,
+    /// Time of an op that does nothing, its barrier included.
+    pub op_ns: Quantity,
+    /// Peak of integer dot products; a multiply-add is two.
+    pub integer_ops_per_s: Quantity,
+    /// Peak of fused multiply-adds; each is two.
+    pub float_ops_per_s: Quantity,
+    /// Bytes of tensors per second of norms, rotations and additions.
+    pub row_bytes_per_s: Quantity,
+    /// Bytes of the KV cache per second, of attention of one token.
+    pub attend_bytes_per_s: Quantity,
+    /// Operations per second of attention of many tokens.
+    pub attend_ops_per_s: Quantity,
+    /// Memory levels.
+    #[serde(default)]
+    pub level: Vec<HostLevel>,
+    /// Products, by formats of weights.
+    #[serde(default)]
+    pub product: Vec<HostProduct>,
+}
+
+/// What all threads together reach of a memory level.
+#[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct HostLevel {
+    /// Name, as in `memory`.
+    pub name: String,
+    /// Bytes read per second.
+    pub read_bytes_per_s: Quantity,
+    /// Bytes copied per second.
+    pub copy_bytes_per_s: Quantity,
+}
+
+/// What products with weights of one format reach.
+#[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct HostProduct {
+    /// Format of the weights, as GGUF names it.
+    pub format: String,
+    /// Bytes of weights per second, of one token.
+    pub weight_bytes_per_s: Quantity,
+    /// Operations per second of 512 tokens; a multiply-add is two.
+    pub product_ops_per_s: Quantity,
+}
+
+/// Constants of the time of products.
+#[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct MatMulFit {
+    /// Format of the activations.
+    pub activations: Dtype,
+    /// Format of the weights.
+    pub weights: Dtype,
+    /// Part of the peak rate that a tile reaches.
     pub compute_fraction: Quantity,
-    /// Part of the bandwidth.
+    /// Part of the bandwidth of main memory.
     pub memory_fraction: Quantity,
     /// Time of a kernel that does nothing.
     pub overhead_ns: Quantity,
-    /// Mean absolute error of the times that follow, relative to the measured ones.
+    /// Further time of each wave of output tiles [default: 0].
+    pub wave_ns: Option<Quantity>,
+    /// Further time where sums are split [default: 0].
+    pub split_ns: Option<Quantity>,
+    /// How compute and memory time overlap: 1 is not at all [default: 1].
+    pub overlap_exponent: Option<Quantity>,
+    /// How far off the times are.
+    pub errors: FitErrors,
+}
+
+/// Constants of the time of decode attention.
+#[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct AttentionFit {
+    /// Format of the activations.
+    pub activations: Dtype,
+    /// Format of the KV cache.
+    pub weights: Dtype,
+    /// Part of the bandwidth of main memory.
+    pub memory_fraction: Quantity,
+    /// Part of the bandwidth of the last cache.
+    pub cache_fraction: Quantity,
+    /// Part of the last cache that holds the KV cache from one run to the next.
+    pub resident_fraction: Quantity,
+    /// Time of a kernel that does nothing.
+    pub overhead_ns: Quantity,
+    /// Time of a work item besides its keys and values.
+    pub item_ns: Quantity,
+    /// Bytes per second of keys and values that one tile works through.
+    pub tile_bytes_per_s: Quantity,
+    /// Further time where positions are split.
+    pub split_ns: Quantity,
+    /// How compute and memory time overlap: 1 is not at all.
+    pub overlap_exponent: Quantity,
+    /// How far off the times are.
+    pub errors: FitErrors,
+}
+
+/// Errors of fitted times relative to the measured ones, on shapes that were not fitted to. Regimes without measurements are
+/// left out.
+#[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct FitErrors {
+    /// Measurements that the errors are of.
+    pub points: Quantity,
+    /// Mean absolute error of all.
     pub mean_error_fraction: Quantity,
+    /// The largest.
+    pub worst_error_fraction: Quantity,
+    /// Mean of those that would take less than 3 us at the profile's peaks.
+    pub small_error_fraction: Option<Quantity>,
+    /// Mean of the others that are bound by memory.
+    pub memory_error_fraction: Option<Quantity>,
+    /// Mean of the others that are bound by compute.
+    pub compute_error_fraction: Option<Quantity>,
 }
 
 macro_rules! shipped {
@@ -401,8 +523,10 @@ shipped! {
     "jetson-orin-nano-super"
     "maia-100"
     "maia-200"
+    "nvidia-a100"
     "nvidia-h100"
     "teaching-16x16"
+    "tenstorrent-p150"
     "tpu-v1"
 }
 

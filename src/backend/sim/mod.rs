@@ -1,5 +1,5 @@
-//! Custom accelerators, simulated from their profiles: ops are lowered to commands for the chip's tiles ([`lower`]), which are
-//! run for their results through scratchpads of the chip's size ([`execute`]) and for their time as events ([`engine`]).
+//! Custom accelerators, simulated from their profiles: ops are lowered to commands for the chip's tiles (`lower`), which are
+//! run for their results through scratchpads of the chip's size (`execute`) and for their time as events (`engine`).
 //!
 //! In [`Numerics::Exact`] results are the bits of the numeric contract; in [`Numerics::Native`] products are computed in the
 //! formats of the chip.
