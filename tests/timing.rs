@@ -3,8 +3,9 @@
 
 use halite::backend::Fusions;
 use halite::backend::sim::{Bound, Chip, Numerics, Queue, step};
-use halite::estimate::workload::{Workload, closed_s, estimate};
+use halite::estimate::workload::{Choices, Workload, closed_s, estimate};
 use halite::kernels::formats::Format;
+use halite::numerics::Dtype;
 use halite::passes;
 use halite::profile::{Basis, Profile};
 use halite::program::{Builder, Dim, Program, WeightInfo};
@@ -215,7 +216,7 @@ fn workloads_add_up() {
     let profile = Profile::open("maia-100").unwrap();
     let program = model("llama-1.1b", Format::Q8_0);
     let workload = Workload { batch: 4, prompt: 1000, generate: 100, chunk: 512 };
-    let e = estimate(&profile, None, &program, &workload).unwrap();
+    let e = estimate(&profile, Choices::default(), &program, &workload).unwrap();
     near(e.first_token_s, 8.0 * e.prefill.total().seconds, 1e-9);
     near(e.seconds, e.first_token_s + 99.0 * e.step_s, 1e-9);
     near(e.tokens_per_s, 4.0 / e.step_s, 1e-9);
@@ -226,10 +227,16 @@ fn workloads_add_up() {
     near(closed_s(&chip("maia-100"), &program, &workload).unwrap(), e.seconds, 0.15);
     // Twice the bandwidth cannot take less than half the time.
     assert!(e.sensitivities.iter().all(|s| s.exponent.abs() <= 1.5), "{:?}", e.sensitivities);
+    // Activations in fewer bits move fewer bytes, and weights as many as before.
+    let choices = Choices { activations: Dtype::Bf16, ..Choices::default() };
+    let narrow = estimate(&profile, choices, &program, &workload).unwrap();
+    let written = |e: &halite::estimate::workload::Estimate| e.prefill.total().written_bytes;
+    assert!(narrow.seconds < e.seconds && written(&narrow) < 0.6 * written(&e));
     // The same chip with a price and too little memory.
     let text = halite::profile::SHIPPED.iter().find(|(name, _)| *name == "maia-100").unwrap().1;
     let text = format!("{text}\n[price]\nusd_per_hour = 3.6\n").replace("64_000_000_000", "1_000_000_000");
-    let small = estimate(&Profile::parse("small", &text).unwrap(), None, &program, &workload).unwrap();
+    let small =
+        estimate(&Profile::parse("small", &text).unwrap(), Choices::default(), &program, &workload).unwrap();
     assert!(!small.fits());
     near(small.usd_per_million_tokens.unwrap(), 1e6 * 0.001 * small.seconds / 400.0, 1e-9);
 }

@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use clap::Args;
 use halite::backend::Fusions;
-use halite::backend::sim::{Chip, Numerics, Queue, Report, step};
-use halite::estimate::workload::{Estimate, Workload, estimate};
+use halite::backend::sim::{Chip, Queue, Report, step};
+use halite::estimate::workload::{Choices, Estimate, Workload, estimate};
 use halite::kernels::formats::Format;
 use halite::passes;
 use halite::profile::{Basis, Profile};
@@ -34,6 +34,9 @@ pub struct EstimateArgs {
     /// The format in which the chip multiplies, one of its profile's [default: the nearest to each weight's].
     #[arg(long, value_name = "FORMAT")]
     products: Option<String>,
+    /// The format in which the chip keeps activations in device memory between ops.
+    #[arg(long, value_name = "FORMAT", default_value = "fp32")]
+    activations: String,
     /// How the KV cache is stored.
     #[arg(long, value_name = "FORMAT", default_value = "f16")]
     kv: KvFormat,
@@ -93,21 +96,22 @@ pub fn run(args: &EstimateArgs) -> Result<(), Failure> {
     let positions = args.prompt.saturating_add(args.generate);
     let program = model.program(args.kv.program(), positions)?;
     let products = args.products.as_deref().map(product_format).transpose()?;
+    let choices = Choices { products, activations: product_format(&args.activations)? };
     let workload =
         Workload { batch: args.batch, prompt: args.prompt, generate: args.generate, chunk: args.chunk };
     let mut all = Vec::new();
     for name in &args.profile {
         let profile = Profile::open(name)?;
-        let estimate = estimate(&profile, products, &program, &workload)?;
+        let estimate = estimate(&profile, choices, &program, &workload)?;
         all.push(Asked { profile, estimate });
     }
     if let (Some(path), Some(first)) = (&args.trace, all.first()) {
-        let chip = Chip::new(first.profile.clone(), Numerics::Exact, products)?;
+        let chip = choices.chip(first.profile.clone())?;
         let spans = vec![(args.prompt + args.generate / 2, 1); args.batch as usize];
         write_trace(path, &chip, &program, &spans, args.trace_tiles)?;
     }
     if let (Some(path), Some(first)) = (&args.roofline, all.first()) {
-        super::plot::roofline(path, &first.profile, products, &first.estimate)?;
+        super::plot::roofline(path, &choices.chip(first.profile.clone())?, &first.estimate)?;
     }
     if args.json {
         let values: Vec<Value> = all.iter().map(as_json).collect();

@@ -2,10 +2,8 @@
 
 use std::path::Path;
 
-use halite::backend::sim::{Bound, Chip, Numerics, Report};
+use halite::backend::sim::{Bound, Chip, Report};
 use halite::estimate::workload::Estimate;
-use halite::numerics::Dtype;
-use halite::profile::Profile;
 use plotters::prelude::*;
 
 use super::Failure;
@@ -24,13 +22,8 @@ fn colour(bound: Bound) -> RGBColor {
 
 /// Draws the ops of an estimate that multiply: operations a byte against operations a second, under what the chip does at
 /// best. Circles are of a prompt's step, squares of a generating one; each in the colour of what limits it.
-pub fn roofline(
-    path: &Path,
-    profile: &Profile,
-    products: Option<Dtype>,
-    estimate: &Estimate,
-) -> Result<(), Failure> {
-    let chip = Chip::new(profile.clone(), Numerics::Exact, products)?;
+pub fn roofline(path: &Path, chip: &Chip, estimate: &Estimate) -> Result<(), Failure> {
+    let profile = &chip.profile;
     let bandwidth = chip.device_bytes_per_s();
     let peaks: Vec<(String, f64)> = profile.peaks();
     let best = peaks.iter().map(|(_, peak)| *peak).fold(0.0, f64::max);

@@ -113,19 +113,45 @@ fn adapted(program: &Program) -> Program {
     passes::fuse(program, Fusions::ALL)
 }
 
-/// Estimates a workload of a program on the chip of a profile. `products` is the format in which it multiplies, if not the
-/// nearest to each weight's.
+/// What may be chosen on a chip.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Choices {
+    /// The format in which it multiplies, if not the nearest to each weight's.
+    pub products: Option<Dtype>,
+    /// The format in which activations lie in device memory between ops.
+    pub activations: Dtype,
+}
+
+impl Default for Choices {
+    fn default() -> Choices {
+        Choices { products: None, activations: Dtype::Fp32 }
+    }
+}
+
+impl Choices {
+    /// The chip of a profile, for times.
+    ///
+    /// # Errors
+    /// As [`Chip::new`].
+    pub fn chip(self, profile: Profile) -> Result<Chip> {
+        let mut chip = Chip::new(profile, Numerics::Exact, self.products)?;
+        chip.activations = self.activations;
+        Ok(chip)
+    }
+}
+
+/// Estimates a workload of a program on the chip of a profile.
 ///
 /// # Errors
 /// What [`Chip::new`] says, and ops that do not fit the chip.
 pub fn estimate(
     profile: &Profile,
-    products: Option<Dtype>,
+    choices: Choices,
     program: &Program,
     workload: &Workload,
 ) -> Result<Estimate> {
     let program = &adapted(program);
-    let chip = Chip::new(profile.clone(), Numerics::Exact, products)?;
+    let chip = choices.chip(profile.clone())?;
     let (_, chunk) = workload.prefill();
     let spans = vec![(workload.middle(), 1); workload.batch as usize];
     let prefill = step::time(&chip, program, &[chunk], true)?;
@@ -147,7 +173,7 @@ pub fn estimate(
         shares: decode_total.shares().to_vec(),
         prefill,
         decode,
-        sensitivities: sensitivities(profile, products, program, workload)?,
+        sensitivities: sensitivities(profile, choices, program, workload)?,
     })
 }
 
@@ -197,14 +223,11 @@ const CHANGE: f64 = 1.05;
 
 fn sensitivities(
     profile: &Profile,
-    products: Option<Dtype>,
+    choices: Choices,
     program: &Program,
     workload: &Workload,
 ) -> Result<Vec<Sensitivity>> {
-    let seconds = |profile: Profile| {
-        let chip = Chip::new(profile, Numerics::Exact, products)?;
-        closed_s(&chip, program, workload)
-    };
+    let seconds = |profile: Profile| closed_s(&choices.chip(profile)?, program, workload);
     let before = seconds(profile.clone())?;
     let mut found = Vec::new();
     for (path, quantity) in &profile.quantities {

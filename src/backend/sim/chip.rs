@@ -27,6 +27,8 @@ pub struct Chip {
     pub numerics: Numerics,
     /// Which format products are computed in, whatever the weight's; otherwise each weight chooses.
     pub products: Option<Dtype>,
+    /// The format in which activations lie in device memory, for times. What runs for its results has 32-bit floats.
+    pub activations: Dtype,
     /// Tiles.
     pub tiles: u32,
     /// Bytes of a tile's scratchpad.
@@ -43,7 +45,9 @@ pub struct Multiplication {
     pub x: Form,
     /// How the unit takes weights.
     pub w: Form,
-    /// Whether the vector unit brings the weight's stored form into one that the unit takes.
+    /// Whether the vector unit brings activations into the format that the unit takes.
+    pub converts: bool,
+    /// Whether it does the same for the weight's stored form.
     pub unpacks: bool,
 }
 
@@ -63,7 +67,8 @@ impl Chip {
         };
         let scratch_bytes = profile.memory[scratch].capacity_bytes.value as u64;
         let tiles = profile.tiles() as u32;
-        let chip = Chip { profile, numerics, products, tiles, scratch_bytes, scratch };
+        let activations = Dtype::Fp32;
+        let chip = Chip { profile, numerics, products, activations, tiles, scratch_bytes, scratch };
         if let Some(wanted) = products
             && !chip.rates().any(|(_, _, weights)| weights == wanted)
         {
@@ -118,18 +123,15 @@ impl Chip {
         let any = || self.rates().find(|&(_, x, w)| fits(w) && fits(x)).or(self.rates().next());
         let found = preferences.into_iter().find_map(find).or_else(any);
         let (rate, x, w) = found.unwrap_or((0, Dtype::Fp32, Dtype::Fp32));
-        let unpacks = stored_as(weight) != Some(w);
-        match (self.numerics, weight.kind()) {
-            (Numerics::Native, _) => {
-                Multiplication { rate, x: Form::Chip(x), w: Form::Chip(w), unpacks: true }
-            }
-            (Numerics::Exact, Kind::Float) => {
-                Multiplication { rate, x: Form::F32, w: Form::File(weight), unpacks }
-            }
+        let (converts, unpacks) = (self.activations != x, stored_as(weight) != Some(w));
+        let (x, w) = match (self.numerics, weight.kind()) {
+            (Numerics::Native, _) => (Form::Chip(x), Form::Chip(w)),
+            (Numerics::Exact, Kind::Float) => (Form::F32, Form::File(weight)),
             (Numerics::Exact, Kind::Quantised { activation, .. }) => {
-                Multiplication { rate, x: Form::Quantised(activation), w: Form::File(weight), unpacks }
+                (Form::Quantised(activation), Form::File(weight))
             }
-        }
+        };
+        Multiplication { rate, x, w, converts, unpacks }
     }
 
     /// The rate at which attention multiplies: the fastest of floats that keep half precision, or the fastest of all.
@@ -269,11 +271,26 @@ impl Chip {
         1e-9 * (setup_ns + descriptors * descriptor_ns + self.device().latency_ns.value)
     }
 
+    /// Bytes that a 32-bit activation takes in device memory.
+    pub fn activation_bytes(&self) -> f64 {
+        self.activations.bits() / 8.0
+    }
+
+    /// The part of its bytes that a piece takes in device memory.
+    fn kept(&self, activations: bool) -> f64 {
+        if activations { self.activation_bytes() / 4.0 } else { 1.0 }
+    }
+
+    /// Bytes of a piece in device memory.
+    pub fn memory_bytes(&self, piece: &Piece) -> f64 {
+        piece.bytes() as f64 * self.kept(piece.activations)
+    }
+
     /// Bytes that a piece counts as, short runs being slower.
     pub fn transfer_bytes(&self, piece: &Piece) -> f64 {
         let half = self.dma().and_then(|dma| dma.half_rate_run_bytes.as_ref()).map_or(0.0, |half| half.value);
-        let run = f64::from(piece.run_bytes).max(1.0);
-        piece.bytes() as f64 * (run + half) / run
+        let run = (f64::from(piece.run_bytes) * self.kept(piece.activations)).max(1.0);
+        self.memory_bytes(piece) * (run + half) / run
     }
 
     /// By how many one read of device memory is divided, of `sharers` tiles that load the same.

@@ -161,12 +161,12 @@ fn count(chip: &Chip, program: &TileProgram, total: &mut OpTime) {
     for command in &program.commands {
         match &command.action {
             Action::Load { from, to, at, sharers } => {
-                total.read_bytes += from.bytes() as f64 / f64::from(chip.multicast(*sharers));
+                total.read_bytes += chip.memory_bytes(from) / f64::from(chip.multicast(*sharers));
                 total.scratch_bytes += from.bytes() as f64;
                 held[*to as usize] = u64::from(*at) + from.bytes();
             }
             Action::Store { to, .. } => {
-                total.written_bytes += to.bytes() as f64;
+                total.written_bytes += chip.memory_bytes(to);
                 total.scratch_bytes += to.bytes() as f64;
             }
             Action::Compute { work, reads, writes, .. } => {
@@ -443,7 +443,7 @@ impl<'a, 't> Phase<'a, 't> {
         self.serve();
         let id = self.flow.len() as u32;
         self.flow.push(Flow { tile, queue, engine_end_s });
-        let share = piece.bytes() as f64 / f64::from(self.chip.multicast(sharers));
+        let share = self.chip.memory_bytes(piece) / f64::from(self.chip.multicast(sharers));
         self.flows.push(Reverse((when(self.served + share), id)));
     }
 }

@@ -48,6 +48,8 @@ pub struct Rows {
     pub bytes: u32,
     /// Which rows.
     pub which: Which,
+    /// Whether they are activations; see [`super::tile::Piece::activations`].
+    pub activations: bool,
 }
 
 /// Which row of an operand belongs to a unit.
@@ -176,11 +178,11 @@ impl Units {
 impl Rows {
     /// Each unit's own row.
     pub fn own(operand: Operand, elements: u32) -> Rows {
-        Rows { operand, bytes: 4 * elements, which: Which::Own }
+        Rows { operand, bytes: 4 * elements, which: Which::Own, activations: true }
     }
 
     fn only(operand: Operand, elements: u32) -> Rows {
-        Rows { operand, bytes: 4 * elements, which: Which::Only }
+        Rows { operand, bytes: 4 * elements, which: Which::Only, activations: false }
     }
 }
 
@@ -212,7 +214,12 @@ pub fn shape(program: &Program, op: &Op, step: &Step<'_>, ids: Option<&[i32]>) -
             let bytes = t.format.row_bytes(t.cols as usize).unwrap_or(0) as u32;
             Shape::Units(Units {
                 count: rows(*out),
-                reads: vec![Rows { operand: Operand::In(0), bytes, which: Which::Listed(indices) }],
+                reads: vec![Rows {
+                    operand: Operand::In(0),
+                    bytes,
+                    which: Which::Listed(indices),
+                    activations: false,
+                }],
                 writes: vec![Rows::own(Operand::Out(0), t.cols)],
                 work: work(SIMPLE.times(2 * u64::from(t.cols))),
             })
@@ -223,6 +230,7 @@ pub fn shape(program: &Program, op: &Op, step: &Step<'_>, ids: Option<&[i32]>) -
                 operand: Operand::In(0),
                 bytes: 4 * cols(*x),
                 which: Which::Listed(step.outputs.to_vec()),
+                activations: true,
             }],
             writes: vec![Rows::own(Operand::Out(0), cols(*x))],
             work: work(SIMPLE.times(cols(*x).into())),
@@ -285,7 +293,7 @@ pub fn shape(program: &Program, op: &Op, step: &Step<'_>, ids: Option<&[i32]>) -
             let s = state_of(program, state.0)?;
             let stored = |cols: u32| {
                 let bytes = s.format.row_bytes(cols as usize).unwrap_or(0) as u32;
-                move |operand| Rows { operand, bytes, which: Which::Own }
+                move |operand| Rows { operand, bytes, which: Which::Own, activations: false }
             };
             let elements = u64::from(cols(*k)) + u64::from(cols(*v));
             Shape::Units(Units {

@@ -30,12 +30,19 @@ pub struct Piece {
     pub run_bytes: u32,
     /// Bytes from the start of one to the start of the next.
     pub stride: u64,
+    /// Whether they are activations: 32-bit floats here, which the chip may keep in a narrower format.
+    pub activations: bool,
 }
 
 impl Piece {
     /// Consecutive bytes.
     pub fn whole(operand: Operand, offset: u64, bytes: u32) -> Piece {
-        Piece { operand, offset, runs: 1, run_bytes: bytes, stride: 0 }
+        Piece { operand, offset, runs: 1, run_bytes: bytes, stride: 0, activations: false }
+    }
+
+    /// The same, of activations.
+    pub fn of_activations(self) -> Piece {
+        Piece { activations: true, ..self }
     }
 
     /// All bytes.

@@ -147,7 +147,8 @@ pub fn attend_s(chip: &Chip, a: &Attend) -> Result<f64> {
         setup_s,
         requests: (a.page(0, 0).len() as f64, tiling.run.map_or(0.0, |_| 1.0)),
     };
-    let query_s = work * (setup_s + 4.0 * f64::from(queries) * f64::from(a.key_dim) / engine + signal);
+    let query_s = work
+        * (setup_s + chip.activation_bytes() * f64::from(queries) * f64::from(a.key_dim) / engine + signal);
     let mut seconds = pipeline.seconds(chip) + query_s;
     if tiling.run.is_some() {
         let heads: u32 = tiling.work.iter().map(|(rows, _)| rows.heads).sum();
@@ -236,6 +237,7 @@ impl AttendRings {
             runs: rows.tokens,
             run_bytes: rows.heads * row as u32,
             stride: u64::from(a.heads) * row,
+            activations: true,
         };
         b.load(&mut self.queries, [piece], 1)
     }
@@ -376,6 +378,7 @@ fn outputs(a: &Attend, rows: QueryRows) -> Piece {
         runs: rows.tokens,
         run_bytes: rows.heads * row as u32,
         stride: u64::from(a.heads) * row,
+        activations: true,
     }
 }
 
@@ -384,7 +387,14 @@ fn partial(a: &Attend, token: u32, head: u32, chunk: u32, most: u32) -> Piece {
     let row = 4 * u64::from(a.found());
     let before = u64::from(token) * u64::from(a.heads) + u64::from(head);
     let offset = (before * u64::from(most) + u64::from(chunk)) * row;
-    Piece { operand: PARTIAL, offset, runs: 1, run_bytes: 0, stride: u64::from(most) * row }
+    Piece {
+        operand: PARTIAL,
+        offset,
+        runs: 1,
+        run_bytes: 0,
+        stride: u64::from(most) * row,
+        activations: false,
+    }
 }
 
 fn merging(a: &Attend, rows: QueryRows, chunks: u32) -> Work {

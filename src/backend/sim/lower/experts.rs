@@ -38,8 +38,12 @@ fn experts_waves(chip: &Chip, e: &Experts) -> Vec<Wave> {
         let weight = (expert::WEIGHTS[which], u64::from(expert) * bytes);
         Part { n, format: e.formats[which], weight, bias, out }
     };
-    let listed =
-        |operand, elements: u32, list| Rows { operand, bytes: 4 * elements, which: Which::Listed(list) };
+    let listed = |operand, elements: u32, list| Rows {
+        operand,
+        bytes: 4 * elements,
+        which: Which::Listed(list),
+        activations: true,
+    };
     let wave = |experts: &[(u32, &Vec<u32>)]| {
         let gates = experts.iter().map(|&(i, rows)| Product {
             m: rows.len() as u32,

@@ -100,6 +100,13 @@ impl<'a> Costs<'a> {
         self.how.iter().any(|m| !matches!(m.w, Form::File(_)))
     }
 
+    /// The work of bringing rows of activations into the formats that they are multiplied in.
+    fn converting(&self, rows: u32) -> VectorWork {
+        let needed = self.how.iter().any(|m| m.converts);
+        let elements = if needed { u64::from(rows) * u64::from(self.p.k) } else { 0 };
+        VectorWork { quantize: elements, ..Default::default() }
+    }
+
     /// Bytes of scratchpad that a tiling takes.
     fn scratch_bytes(&self, t: Tiling) -> u64 {
         let (p, rows, columns) = (self.p, t.rows, t.columns);
@@ -128,18 +135,18 @@ impl<'a> Costs<'a> {
         let rate = self.how.first().map_or(0, |m| m.rate);
         let (product_s, drain_s) = chip.compute_s(Work::Matrix { rate, m: rows, n: block, k: p.k });
         let vector_s = |work: VectorWork| chip.compute_s(Work::Vector(work)).0;
-        let convert = VectorWork { quantize: u64::from(rows) * u64::from(p.k), ..Default::default() };
-        let convert_s = if self.forms.contains(&Form::F32) { 0.0 } else { vector_s(convert) };
+        let convert_s = if self.forms.contains(&Form::F32) { 0.0 } else { vector_s(self.converting(rows)) };
         let unpacks = self.how.iter().any(|m| m.unpacks);
         let unpack_s = if unpacks { width * vector_s(unpacking(block, p.k)) } else { 0.0 };
         let finish_s = if p.finishes() { vector_s(finishing(p, rows, block)) } else { 0.0 };
-        let added = if matches!(p.after, After::Add(_)) { 4.0 } else { 0.0 };
+        let each = chip.activation_bytes();
+        let added = if matches!(p.after, After::Add(_)) { each } else { 0.0 };
         let weights = passes * f64::from(grid_m) / f64::from(chip.multicast(grid_m));
         let activations = f64::from(grid_n) / f64::from(chip.multicast(grid_n));
         let all_columns = f64::from(p.columns());
-        let device_bytes = 4.0 * m * k * activations
+        let device_bytes = each * m * k * activations
             + weights * all_columns * self.column_bytes
-            + (4.0 + added) * m * all_columns;
+            + (each + added) * m * all_columns;
         let engine = chip.engine_bytes_per_s();
         let (rows, block) = (f64::from(rows), f64::from(block));
         let pipeline = Pipeline {
@@ -147,7 +154,7 @@ impl<'a> Costs<'a> {
             load_s: block * (self.column_bytes + added * rows) / engine,
             units_s: [width * product_s, unpack_s + finish_s],
             drain_s,
-            store_s: 4.0 * rows * block / engine,
+            store_s: each * rows * block / engine,
             device_s: device_bytes / chip.device_bytes_per_s(),
             setup_s: chip.setup_s(&Piece::whole(X, 0, 1)),
             requests: (
@@ -158,7 +165,7 @@ impl<'a> Costs<'a> {
         };
         // Activations come first, and nothing overlaps with them.
         let waits = if chip.queue_entries() > 1 { 0.0 } else { pipeline.setup_s };
-        let x_s = (4.0 * rows * k / engine).max(4.0 * m * k * activations / chip.device_bytes_per_s());
+        let x_s = (each * rows * k / engine).max(each * m * k * activations / chip.device_bytes_per_s());
         let x_s = x_s + waits * requests(&p.x, rows as u32);
         let again = passes - 1.0;
         // Once they are converted, the next ones can be loaded; where they are used as they are, only after the last product.
@@ -170,9 +177,13 @@ impl<'a> Costs<'a> {
     pub fn tiling(&self) -> Result<(Tiling, f64)> {
         let p = self.p;
         let halves = |n: u32| std::iter::successors(Some(n.max(1)), |n| (*n > 1).then(|| n.div_ceil(2)));
+        let divisors = (1..=self.tiles).filter(|n| self.tiles.is_multiple_of(*n));
+        let mut grids: Vec<u32> = halves(self.tiles).chain(divisors).map(|n| n.min(p.m).max(1)).collect();
+        grids.sort_unstable();
+        grids.dedup();
         let mut best: Option<(f64, Tiling)> = None;
         let mut least = u64::MAX;
-        for grid_m in halves(p.m.min(self.tiles)) {
+        for grid_m in grids.into_iter().rev() {
             let grid_n = (self.tiles / grid_m).min(p.columns().div_ceil(COLUMNS)).max(1);
             let columns = p.columns().div_ceil(COLUMNS).div_ceil(grid_n) * COLUMNS;
             for rows in halves(p.m.div_ceil(grid_m)) {
@@ -289,9 +300,10 @@ impl<'a> ProductRings<'a> {
                 _ => (Step::Part, 0),
             };
             let mut weight = vec![stored];
-            if how.unpacks {
+            if how.unpacks || bytes > 0 {
                 let done = if bytes > 0 { std::mem::take(&mut weight) } else { Vec::new() };
-                let work = Work::Vector(unpacking(count, p.k));
+                let work = if how.unpacks { unpacking(count, p.k) } else { VectorWork::default() };
+                let work = Work::Vector(work);
                 let to = (&mut self.unpacked[slot], bytes);
                 weight.extend(b.compute((work, step), &[stored], [to], &done));
             }
@@ -365,8 +377,7 @@ fn product_program(costs: &Costs<'_>, t: Tiling, rows: Range<u32>, columns: Rang
         let mut xs: Vec<(Form, Entry)> = if keeps_floats { vec![(Form::F32, x)] } else { Vec::new() };
         let conversions = converted.len();
         for (i, (form, ring)) in converted.iter_mut().enumerate() {
-            let elements = u64::from(row_count) * u64::from(p.k);
-            let work = Work::Vector(VectorWork { quantize: elements, ..Default::default() });
+            let work = Work::Vector(costs.converting(row_count));
             let step = Step::Convert { rows: row_count, k: p.k, to: *form };
             let frees = if i + 1 == conversions && !keeps_floats { vec![x] } else { Vec::new() };
             let bytes = form_bytes(*form, row_count, p.k);
@@ -396,11 +407,18 @@ fn out_pieces(p: &Product, part: &Part, rows: Range<u32>, range: Range<u32>) -> 
     match &p.out_rows {
         None => {
             let runs = rows.end - rows.start;
-            vec![Piece { operand: part.out, offset: at(rows.start), runs, run_bytes: bytes, stride }]
+            vec![Piece {
+                operand: part.out,
+                offset: at(rows.start),
+                runs,
+                run_bytes: bytes,
+                stride,
+                activations: true,
+            }]
         }
         Some(list) => {
             let rows = list.get(rows.start as usize..rows.end as usize).unwrap_or(&[]);
-            rows.iter().map(|&row| Piece::whole(part.out, at(row), bytes)).collect()
+            rows.iter().map(|&row| Piece::whole(part.out, at(row), bytes).of_activations()).collect()
         }
     }
 }

@@ -52,9 +52,16 @@ pub fn units_s(chip: &Chip, units: &Units) -> Result<f64> {
     let per_tile = units.count.div_ceil(tiles);
     let block = block.min(per_tile);
     let count = f64::from(per_tile.div_ceil(block));
-    let (reads, writes) = (block as f64 * read as f64, block as f64 * written as f64);
-    let total = f64::from(units.count) * (read + written) as f64
-        + (once * u64::from(tiles / chip.multicast(tiles))) as f64;
+    // Of all rows in device memory.
+    let part = |rows: &[Rows], bytes: u64| {
+        let moved = rows.iter().filter(|r| !only(r)).map(|r| chip.memory_bytes(&row_piece(r))).sum::<f64>();
+        moved / (bytes as f64).max(1.0)
+    };
+    let (read, written) =
+        (read as f64 * part(&units.reads, read), written as f64 * part(&units.writes, written));
+    let (reads, writes) = (f64::from(block) * read, f64::from(block) * written);
+    let total =
+        f64::from(units.count) * (read + written) + (once * u64::from(tiles / chip.multicast(tiles))) as f64;
     let (vector_s, drain_s) = chip.compute_s(Work::Vector(units.work(block)));
     let setup_s = chip.setup_s(&Piece::whole(Operand::In(0), 0, 1));
     Ok(Pipeline {
@@ -128,17 +135,22 @@ fn filled((rows, ring): &mut (Rows, Ring), count: u32) -> (&mut Ring, u64) {
     (ring, u64::from(count) * u64::from(rows.bytes))
 }
 
+fn row_piece(rows: &Rows) -> Piece {
+    Piece { activations: rows.activations, ..Piece::whole(rows.operand, 0, rows.bytes) }
+}
+
 /// The pieces that rows of an operand are.
 pub fn row_pieces(rows: &Rows, range: Range<u32>) -> Vec<Piece> {
     let at = |row: u32| u64::from(row) * u64::from(rows.bytes);
-    match &rows.which {
+    let pieces = match &rows.which {
         Which::Own => vec![Piece::whole(rows.operand, at(range.start), rows.bytes * range.len() as u32)],
         Which::Only => vec![Piece::whole(rows.operand, 0, rows.bytes)],
         Which::Listed(list) => {
             let rows_of = list.get(range.start as usize..range.end as usize).unwrap_or(&[]);
             rows_of.iter().map(|&row| Piece::whole(rows.operand, at(row), rows.bytes)).collect()
         }
-    }
+    };
+    pieces.into_iter().map(|piece| Piece { activations: rows.activations, ..piece }).collect()
 }
 
 /// Rows in equal runs, of which each tells its largest element, and then rows, which compare them.
