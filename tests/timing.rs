@@ -224,7 +224,7 @@ fn workloads_add_up() {
     let rests: f64 = e.rests_on().values().sum();
     near(rests, 1.0, 1e-9);
     assert!(e.rests_on()[&Basis::Guess] > 0.1 && e.joules_per_token.unwrap() > 0.0);
-    near(closed_s(&chip("maia-100"), &program, &workload).unwrap(), e.seconds, 0.15);
+    near(closed_s(&profile, Choices::default(), &program, &workload).unwrap(), e.seconds, 0.15);
     // Twice the bandwidth cannot take less than half the time.
     assert!(e.sensitivities.iter().all(|s| s.exponent.abs() <= 1.5), "{:?}", e.sensitivities);
     // Activations in fewer bits move fewer bytes, and weights as many as before.
@@ -239,4 +239,20 @@ fn workloads_add_up() {
         estimate(&Profile::parse("small", &text).unwrap(), Choices::default(), &program, &workload).unwrap();
     assert!(!small.fits());
     near(small.usd_per_million_tokens.unwrap(), 1e6 * 0.001 * small.seconds / 400.0, 1e-9);
+}
+
+/// Devices that are not simulated are the sum of their measured kernels, and nothing that was not measured is made up.
+#[test]
+fn measured_devices_say_what_was_measured() {
+    let profile = Profile::open("nvidia-h100").unwrap();
+    let workload = Workload { batch: 8, prompt: 1024, generate: 64, chunk: 512 };
+    let e = estimate(&profile, Choices::default(), &model("llama-2-7b", Format::BF16), &workload).unwrap();
+    // Weights alone take 13.2 GB / 3.35 TB/s, and nothing is ten times slower than its bytes.
+    assert!((3.9e-3..39e-3).contains(&e.step_s) && e.error.unwrap() < 0.1, "{}", e.step_s);
+    let refused = |program: &Program| {
+        estimate(&profile, Choices::default(), program, &workload).map(|_| ()).unwrap_err().to_string()
+    };
+    assert!(refused(&model("llama-2-7b", Format::Q4_0)).contains("Q4_0, which no product was measured in"));
+    // Routers are F32.
+    assert!(refused(&model("moe-8x2", Format::BF16)).contains("F32, which no product was measured in"));
 }

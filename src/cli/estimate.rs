@@ -11,7 +11,7 @@ use halite::backend::sim::{Chip, Queue, Report, step};
 use halite::estimate::workload::{Choices, Estimate, Workload, estimate};
 use halite::kernels::formats::Format;
 use halite::passes;
-use halite::profile::{Basis, Profile};
+use halite::profile::{Basis, Driver, Profile};
 use halite::program::Program;
 use halite::synth::{self, Formats, Synth};
 use halite::{Error, Model};
@@ -25,7 +25,7 @@ pub struct EstimateArgs {
     /// A GGUF file, or a shape of `halite synth`.
     #[arg(short, long, value_name = "FILE|SHAPE")]
     model: String,
-    /// Profiles of simulated chips, shipped ones or TOML files.
+    /// Profiles of chips, shipped ones or TOML files.
     #[arg(short, long, value_name = "FILE|NAME,…", value_delimiter = ',', required = true)]
     profile: Vec<String>,
     /// How a shape's weights are stored.
@@ -105,6 +105,14 @@ pub fn run(args: &EstimateArgs) -> Result<(), Failure> {
         let estimate = estimate(&profile, choices, &program, &workload)?;
         all.push(Asked { profile, estimate });
     }
+    let drawn = args.trace.is_some() || args.roofline.is_some();
+    if let Some(first) = all.first().filter(|first| drawn && first.profile.driver != Driver::Sim) {
+        let (name, driver) = (&first.profile.name, first.profile.driver.name());
+        return Err(format!(
+            "--trace, --roofline: expected a simulated chip first, got {name} (driver {driver})"
+        )
+        .into());
+    }
     if let (Some(path), Some(first)) = (&args.trace, all.first()) {
         let chip = choices.chip(first.profile.clone())?;
         let spans = vec![(args.prompt + args.generate / 2, 1); args.batch as usize];
@@ -166,8 +174,7 @@ fn column(asked: &Asked) -> [(&'static str, String); 10] {
         ("USD/million tokens", or_dash(e.usd_per_million_tokens, 2)),
         ("memory", format!("{} of {}{fits}", bytes(e.need_bytes), bytes(e.have_bytes))),
         ("rests on guesses", format!("{:.0} %", 100.0 * guesses)),
-        // What was fitted to measured kernels is not what the simulated schedule takes.
-        ("error", "uncalibrated".into()),
+        ("error", e.error.map_or("uncalibrated".into(), |e| format!("products ± {:.1} %", 100.0 * e))),
     ]
 }
 

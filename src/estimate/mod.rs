@@ -2,6 +2,7 @@
 //!
 //! `docs/timing-model.md` has the formulas, their errors on chips that were measured, and what they cannot say.
 
+pub mod device;
 pub mod fit;
 pub mod host;
 pub mod kernel;

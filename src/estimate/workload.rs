@@ -6,13 +6,14 @@
 
 use std::collections::BTreeMap;
 
+use super::device;
 use crate::backend::Fusions;
 use crate::backend::sim::step;
 use crate::backend::sim::{Bound, Chip, Numerics, OpTime, Report};
 use crate::error::Result;
 use crate::numerics::Dtype;
 use crate::passes;
-use crate::profile::{Basis, Profile};
+use crate::profile::{Basis, Driver, Profile};
 use crate::program::Program;
 
 /// What is asked of a chip.
@@ -70,6 +71,8 @@ pub struct Estimate {
     pub need_bytes: u64,
     /// Bytes of the memory that holds them.
     pub have_bytes: u64,
+    /// The mean error of products on shapes that were held out, as a fraction; absent where nothing was measured.
+    pub error: Option<f64>,
     /// The ops of a prompt's step.
     pub prefill: Report,
     /// The ops of a generating step.
@@ -140,10 +143,48 @@ impl Choices {
     }
 }
 
+/// What tells how long steps take.
+enum Timer<'a> {
+    /// Commands of a simulated chip.
+    Chip(Box<Chip>),
+    /// Kernels of a device that were measured; of a CPU with so many threads.
+    Device(&'a Profile, Option<usize>),
+}
+
+impl<'a> Timer<'a> {
+    fn new(profile: &'a Profile, choices: Choices) -> Result<Timer<'a>> {
+        Ok(match profile.driver {
+            Driver::Sim => Timer::Chip(Box::new(choices.chip(profile.clone())?)),
+            Driver::Gpu => Timer::Device(profile, None),
+            Driver::Cpu => {
+                // As many threads as were measured.
+                let rates = profile.calibration.iter().flat_map(|c| &c.host);
+                let most = rates.map(|rates| rates.threads.value as usize).max();
+                Timer::Device(profile, Some(most.unwrap_or(profile.tiles() as usize)))
+            }
+        })
+    }
+
+    fn report(&self, program: &Program, spans: &[(u32, u32)]) -> Result<Report> {
+        match self {
+            Timer::Chip(chip) => step::time(chip, program, spans, true),
+            Timer::Device(profile, threads) => device::time(profile, program, spans, *threads),
+        }
+    }
+
+    /// Seconds, in closed form where there is a quicker one than the report's.
+    fn seconds(&self, program: &Program, spans: &[(u32, u32)]) -> Result<f64> {
+        match self {
+            Timer::Chip(chip) => step::closed(chip, program, spans, true),
+            Timer::Device(..) => Ok(self.report(program, spans)?.total().seconds),
+        }
+    }
+}
+
 /// Estimates a workload of a program on the chip of a profile.
 ///
 /// # Errors
-/// What [`Chip::new`] says, and ops that do not fit the chip.
+/// What [`Chip::new`] says, and ops that do not fit the chip; of devices that are not simulated, what was not measured.
 pub fn estimate(
     profile: &Profile,
     choices: Choices,
@@ -151,11 +192,11 @@ pub fn estimate(
     workload: &Workload,
 ) -> Result<Estimate> {
     let program = &adapted(program);
-    let chip = choices.chip(profile.clone())?;
+    let timer = Timer::new(profile, choices)?;
     let (_, chunk) = workload.prefill();
     let spans = vec![(workload.middle(), 1); workload.batch as usize];
-    let prefill = step::time(&chip, program, &[chunk], true)?;
-    let decode = step::time(&chip, program, &spans, true)?;
+    let prefill = timer.report(program, &[chunk])?;
+    let decode = timer.report(program, &spans)?;
     let (prefill_total, decode_total) = (prefill.total(), decode.total());
     let seconds = workload.seconds(prefill_total.seconds, decode_total.seconds);
     let tokens = f64::from(workload.batch) * f64::from(workload.generate);
@@ -169,12 +210,20 @@ pub fn estimate(
         joules_per_token: joules(profile, workload, seconds, prefill_total, decode_total).map(|j| j / tokens),
         usd_per_million_tokens: usd_per_s(profile).map(|usd| 1e6 * usd * seconds / tokens),
         need_bytes: program.weight_bytes().saturating_add(cache),
-        have_bytes: chip.device().capacity_bytes.value as u64,
+        have_bytes: profile.memory.last().map_or(0, |memory| memory.capacity_bytes.value as u64),
+        error: error(profile),
         shares: decode_total.shares().to_vec(),
         prefill,
         decode,
         sensitivities: sensitivities(profile, choices, program, workload)?,
     })
+}
+
+/// How far off kernels of a device were on shapes that no constant was fitted to. Schedules of simulated chips were never
+/// measured.
+fn error(profile: &Profile) -> Option<f64> {
+    let fit = profile.calibration.as_ref().filter(|_| profile.driver == Driver::Gpu)?.matmul.first()?;
+    Some(fit.errors.mean_error_fraction.value)
 }
 
 /// Joules of everything: of operations and moved bytes, and of what the chip takes while it does nothing.
@@ -206,16 +255,16 @@ fn usd_per_s(profile: &Profile) -> Option<f64> {
     Some(price.chip_usd.as_ref()?.value / (years * year_s * used) + energy.unwrap_or(0.0))
 }
 
-/// Seconds of a workload by the closed form.
+/// Seconds of a workload, in closed form: quickly, and near what [`estimate`] says.
 ///
 /// # Errors
 /// As [`estimate`].
-pub fn closed_s(chip: &Chip, program: &Program, workload: &Workload) -> Result<f64> {
+pub fn closed_s(profile: &Profile, choices: Choices, program: &Program, workload: &Workload) -> Result<f64> {
+    let timer = Timer::new(profile, choices)?;
     let (_, chunk) = workload.prefill();
     let spans = vec![(workload.middle(), 1); workload.batch as usize];
-    let prefill_s = step::closed(chip, program, &[chunk], true)?;
-    let decode_s = step::closed(chip, program, &spans, true)?;
-    Ok(workload.seconds(prefill_s, decode_s))
+    let prefill_s = timer.seconds(program, &[chunk])?;
+    Ok(workload.seconds(prefill_s, timer.seconds(program, &spans)?))
 }
 
 /// A number is changed by this factor to see what depends on it.
@@ -227,7 +276,7 @@ fn sensitivities(
     program: &Program,
     workload: &Workload,
 ) -> Result<Vec<Sensitivity>> {
-    let seconds = |profile: Profile| closed_s(&choices.chip(profile)?, program, workload);
+    let seconds = |profile: Profile| closed_s(&profile, choices, program, workload);
     let before = seconds(profile.clone())?;
     let mut found = Vec::new();
     for (path, quantity) in &profile.quantities {

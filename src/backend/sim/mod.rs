@@ -777,7 +777,7 @@ impl Kernels for SimKernels {
 }
 
 /// An op for reports: its name, and for products the weight's, without the layer.
-fn name(program: &Program, op: &Op) -> String {
+pub(crate) fn name(program: &Program, op: &Op) -> String {
     let weight = match op {
         Op::MatMul { parts, .. } => parts.first().map(|p| p.weight),
         Op::Experts { gate, .. } => Some(*gate),
