@@ -100,7 +100,7 @@ impl Sim {
     /// The chip of a profile.
     ///
     /// # Errors
-    /// [`Error::Argument`] if the profile cannot be simulated so.
+    /// [`crate::Error::Argument`] if the profile cannot be simulated so.
     pub fn new(profile: Profile, options: &SimOptions) -> Result<Sim> {
         let chip = Chip::new(profile, options.numerics, options.products)?;
         if options.numerics == Numerics::Native {
