@@ -4,7 +4,8 @@ use std::path::PathBuf;
 
 use clap::Args;
 use halite::backend::Contract;
-use halite::conformance;
+use halite::conformance::{self, Outcome};
+use halite::kernels::formats::Format;
 use halite::session::{Head, Run, Wanted};
 use halite::tokenizer::EncodeOptions;
 
@@ -220,9 +221,69 @@ pub struct ConformArgs {
     /// Show every case, not only those that do not pass.
     #[arg(short, long)]
     verbose: bool,
+    /// Print what these backends run as a table, instead.
+    #[arg(long, value_name = "NAME,…", value_delimiter = ',', conflicts_with_all = ["backend", "filter", "verbose"])]
+    table: Vec<String>,
+}
+
+/// A table of ops and formats by backend, from a run of all cases. Fails if any of them does.
+fn support_table(backends: &[String]) -> Result<String, Failure> {
+    let cases = conformance::cases();
+    // Ops, then weight formats, then cache formats: for each backend, how many cases pass, and why others are not run.
+    let mut groups: Vec<(usize, String)> = Vec::new();
+    let mut cells: Vec<Vec<(u32, Option<String>)>> = Vec::new();
+    for (column, name) in backends.iter().enumerate() {
+        let backend = BackendArgs { backend: name.clone(), ..Default::default() }.open()?;
+        for case in &cases {
+            let outcome = conformance::check(&*backend, case);
+            let mut words = case.name.split_whitespace();
+            let (op, second) = (words.next().unwrap_or(""), words.next().unwrap_or(""));
+            let format = Format::from_name(second).map(|format| {
+                let section = if op == "Attend" { 2 } else { 1 };
+                (section, format.name().to_owned())
+            });
+            for group in std::iter::once((0, op.to_owned())).chain(format) {
+                let at = groups.iter().position(|g| *g == group).unwrap_or_else(|| {
+                    groups.push(group);
+                    cells.push(vec![(0, None); backends.len()]);
+                    groups.len() - 1
+                });
+                let cell = &mut cells[at][column];
+                match &outcome {
+                    Outcome::Pass(_) => cell.0 += 1,
+                    Outcome::Gap(gap) => cell.1 = Some(gap.to_string()),
+                    failed => return Err(format!("{name}: {}: {failed}", case.name).into()),
+                }
+            }
+        }
+    }
+    let mut text = "# What runs where\n\nWritten by `halite conform --table`: how many cases of each kind give what the \
+         reference defines,\nand why the others are not run.\n"
+        .to_owned();
+    for (section, heading) in ["Ops", "Weight formats", "KV cache formats"].iter().enumerate() {
+        text += &format!(
+            "\n## {heading}\n\n| | {} |\n|---|{}\n",
+            backends.join(" | "),
+            "---|".repeat(backends.len())
+        );
+        let rows = groups.iter().zip(&cells).filter(|((s, _), _)| *s == section);
+        for ((_, name), row) in rows {
+            let cell = |(passed, gap): &(u32, Option<String>)| match gap {
+                None => passed.to_string(),
+                Some(gap) => format!("{passed}; {gap}"),
+            };
+            text += &format!("| {name} | {} |\n", row.iter().map(cell).collect::<Vec<_>>().join(" | "));
+        }
+    }
+    let families: Vec<_> = halite::model::architectures().map(|name| format!("`{name}`")).collect();
+    text += "\n## Families\n\nA family is a program of these ops, and runs wherever they do:\n";
+    Ok(text + &families.join(", ") + ".\n")
 }
 
 pub fn conform(args: &ConformArgs) -> Result<(), Failure> {
+    if !args.table.is_empty() {
+        return print(&support_table(&args.table)?);
+    }
     let backend = args.backend.open()?;
     let cases: Vec<_> = conformance::cases().into_iter().filter(|c| c.name.contains(&args.filter)).collect();
     let bar = progress(cases.len() as u64, "conformance");
