@@ -237,6 +237,10 @@ struct Phase<'a, 't> {
     flows: BinaryHeap<Reverse<(When, u32)>>,
     flow: Vec<Flow>,
     queue_entries: usize,
+    /// Of the chip: bytes per second of device memory and of an engine, seconds of a signal.
+    device_bytes_per_s: f64,
+    engine_bytes_per_s: f64,
+    semaphore_s: f64,
     start_s: f64,
     trace: Option<&'t mut Vec<Busy>>,
 }
@@ -279,6 +283,9 @@ impl<'a, 't> Phase<'a, 't> {
             flows: BinaryHeap::new(),
             flow: Vec::new(),
             queue_entries: chip.queue_entries(),
+            device_bytes_per_s: chip.device_bytes_per_s(),
+            engine_bytes_per_s: chip.engine_bytes_per_s(),
+            semaphore_s: chip.semaphore_s(),
             start_s,
             trace,
         }
@@ -292,7 +299,7 @@ impl<'a, 't> Phase<'a, 't> {
             let event = self.events.peek().map(|Reverse((time, ..))| f64::from_bits(*time));
             let served = self.flows.peek().map(|Reverse((count, _))| {
                 let left = f64::from_bits(*count) - self.served;
-                self.served_at_s + left.max(0.0) * self.flows.len() as f64 / self.chip.device_bytes_per_s()
+                self.served_at_s + left.max(0.0) * self.flows.len() as f64 / self.device_bytes_per_s
             });
             match (event, served) {
                 (None, None) => break,
@@ -319,7 +326,7 @@ impl<'a, 't> Phase<'a, 't> {
     /// Brings the count of served bytes up to now.
     fn serve(&mut self) {
         if !self.flows.is_empty() {
-            let rate = self.chip.device_bytes_per_s() / self.flows.len() as f64;
+            let rate = self.device_bytes_per_s / self.flows.len() as f64;
             self.served += (self.now_s - self.served_at_s) * rate;
         }
         self.served_at_s = self.now_s;
@@ -368,7 +375,7 @@ impl<'a, 't> Phase<'a, 't> {
 
     fn signal(&mut self, tile: u32, command: u32, time: f64) {
         if !self.tiles[tile as usize].program.commands[command as usize].signals.is_empty() {
-            self.at(time + self.chip.semaphore_s(), Event::Signals { tile, command });
+            self.at(time + self.semaphore_s, Event::Signals { tile, command });
         }
     }
 
@@ -437,7 +444,7 @@ impl<'a, 't> Phase<'a, 't> {
             Action::Store { to, .. } => (to, 1),
             Action::Compute { .. } => return,
         };
-        let engine_s = self.chip.transfer_bytes(piece) / self.chip.engine_bytes_per_s();
+        let engine_s = self.chip.transfer_bytes(piece) / self.engine_bytes_per_s;
         state.engine_s[q] += engine_s;
         let engine_end_s = self.now_s + engine_s;
         self.serve();
