@@ -5,51 +5,13 @@ use std::ops::Range;
 
 use halite_kernels::formats::{Activation, Format, Kind, Layout, ROWS};
 
-use super::shader::{Grid, Paths, Shader, WORKGROUP, after, gated, knows_format, unary, wgsl};
+use super::shader::{Extra, Paths, Resource, Shader, WORKGROUP, after, gated, knows_format, unary, wgsl};
 use crate::backend::Limits;
 use crate::passes;
 use crate::program::{
     Dim, Epilogue, Gate, Gating, Index, NormKind, Op, Part, Program, RopePairs, Slot, State, StateId, Tensor,
     TensorId,
 };
-
-/// A buffer that a dispatch sees.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub(super) enum Resource {
-    /// Bytes of a weight.
-    Weight(u32, Range<u64>),
-    State(u32),
-    Io(u32),
-    /// A place of the program's scratch tensors.
-    Place(usize),
-    /// A buffer that only lowering knows of.
-    Extra(Extra),
-    Grid(Grid),
-    Step,
-}
-
-/// Buffers between the dispatches of one op.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(super) enum Extra {
-    /// Activations quantised in blocks of 32.
-    Codes32,
-    /// Activations quantised in blocks of 256.
-    Codes256,
-    /// Products of a gate, until the products that it gates are there.
-    Gates,
-    /// Gated products of experts.
-    Hidden,
-    /// Products of experts, to be mixed.
-    Mixed,
-    /// Results of attention for splits of the cache.
-    Splits,
-    /// Rows in order of their experts.
-    Order,
-    /// The largest elements of pieces of rows.
-    Ranked,
-    /// The largest of those.
-    Reranked,
-}
 
 impl Extra {
     pub const ALL: [Extra; 9] = [

@@ -6,8 +6,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::clock::DeviceClock;
-use super::lower::{Count, Dispatch, Lowered, Of, Resource};
+use super::lower::{Count, Dispatch, Lowered, Of};
 use super::shader::Grid;
+use super::shader::Resource;
 use super::{Device, Pipeline, failed, memory};
 use crate::backend::{Bindings, Clock, Limits, Plan, Span, Step, Ticket, Timing, check_step};
 use crate::error::{Error, Result};

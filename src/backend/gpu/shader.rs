@@ -1,14 +1,52 @@
 //! WGSL put together from the files in `shaders/`: constants, bindings, libraries, a format, an op.
 
 use std::fmt::Write;
+use std::ops::Range;
 
 use halite_kernels::formats::{
     E2M1_DOUBLED, Format, IQ1_GRID, IQ2_S_GRID, IQ2_XS_GRID, IQ2_XXS_GRID, IQ3_S_GRID, IQ3_XXS_GRID,
     IQ4_VALUES, Kind,
 };
 
-use super::lower::Resource;
 use crate::program::{Gate, Unary};
+
+/// A buffer that a dispatch sees.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(super) enum Resource {
+    /// Bytes of a weight.
+    Weight(u32, Range<u64>),
+    State(u32),
+    Io(u32),
+    /// A place of the program's scratch tensors.
+    Place(usize),
+    /// A buffer that only lowering knows of.
+    Extra(Extra),
+    Grid(Grid),
+    Step,
+}
+
+/// Buffers between the dispatches of one op.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum Extra {
+    /// Activations quantised in blocks of 32.
+    Codes32,
+    /// Activations quantised in blocks of 256.
+    Codes256,
+    /// Products of a gate, until the products that it gates are there.
+    Gates,
+    /// Gated products of experts.
+    Hidden,
+    /// Products of experts, to be mixed.
+    Mixed,
+    /// Results of attention for splits of the cache.
+    Splits,
+    /// Rows in order of their experts.
+    Order,
+    /// The largest elements of pieces of rows.
+    Ranked,
+    /// The largest of those.
+    Reranked,
+}
 
 /// Which of an adapter's abilities shaders use. Each path can be switched off, so that the others are tested as well.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
