@@ -23,7 +23,15 @@ pub fn devices() -> Result<(), Failure> {
         };
         print(&format!("{:10} {}; memory {memory}; contract {contract}\n", caps.name, caps.device))?;
     }
-    gpus()
+    gpus()?;
+    #[cfg(feature = "sim")]
+    for (name, text) in halite::profile::SHIPPED {
+        let profile = halite::profile::Profile::parse(name, text)?;
+        if profile.driver == halite::profile::Driver::Sim {
+            print(&format!("sim:{name}\n{:12} {}\n", "", profile.summary))?;
+        }
+    }
+    Ok(())
 }
 
 #[cfg(not(feature = "gpu"))]

@@ -181,7 +181,8 @@ pub fn attend_phases(chip: &Chip, a: &Attend, lowered: &mut Lowered) -> Result<(
     // Runs of chunks, then merging: what each finds goes to memory `[token][head][chunk]`.
     let most = work.iter().map(|(rows, _)| a.chunks_of(*rows).end).max().unwrap_or(0);
     let tokens: u32 = a.spans.iter().map(|(_, _, n)| n).sum();
-    lowered.temps.push(4 * u64::from(tokens * a.heads * most) * u64::from(a.found()));
+    let rows = u64::from(tokens) * u64::from(a.heads);
+    lowered.temps.push(4 * rows * u64::from(most) * u64::from(a.found()));
     let mut first = Vec::new();
     for (rows, pages) in &work {
         for range in blocks(a.chunks_of(*rows), run) {
