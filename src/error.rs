@@ -42,6 +42,9 @@ pub enum Error {
     /// The vocabulary in the file cannot be used.
     #[error("tokenizer: {0}")]
     Tokenizer(String),
+    /// A chat template is malformed, refuses the messages, or takes too much.
+    #[error("chat template: {0}")]
+    Template(String),
     /// A program is inconsistent: a shape, a name or an order of definitions.
     #[error("program: {0}")]
     Program(String),

@@ -22,6 +22,8 @@ pub struct GenerateOptions {
     pub encode: EncodeOptions,
     /// Goes on after tokens that end a text.
     pub ignore_end: bool,
+    /// Writes control tokens out in the text.
+    pub special: bool,
 }
 
 impl Default for GenerateOptions {
@@ -32,6 +34,7 @@ impl Default for GenerateOptions {
             stop: Vec::new(),
             encode: EncodeOptions { add_special: true, parse_special: false },
             ignore_end: false,
+            special: false,
         }
     }
 }
@@ -60,6 +63,8 @@ pub struct Generation {
     pub text: String,
     /// The prompt's tokens.
     pub prompt_tokens: Vec<u32>,
+    /// How many of them the sequence began with already.
+    pub reused_tokens: u32,
     /// The generated tokens, without the one that ended the text.
     pub tokens: Vec<u32>,
     /// Why it ended.
@@ -91,12 +96,10 @@ impl Session {
         Ok(())
     }
 
-    /// Continues a prompt in a sequence of its own. `on_text` gets the text as it appears, whole characters at a time, and
-    /// may end the generation.
+    /// Continues a prompt in a sequence of its own; see [`Session::generate_in`].
     ///
     /// # Errors
-    /// As [`Session::step`]; [`Error::Argument`] for an empty prompt or options out of range. A cancelled or full session is
-    /// not an error: it ends the generation, and what was generated is returned.
+    /// As [`Session::generate_in`].
     pub fn generate(
         &mut self,
         tokenizer: &Tokenizer,
@@ -105,27 +108,38 @@ impl Session {
         on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
     ) -> Result<Generation> {
         let sequence = self.add_sequence();
-        let result = self.generate_in(sequence, tokenizer, prompt, options, on_text);
+        let prompt = tokenizer.encode(prompt, options.encode);
+        let result = self.generate_in(sequence, tokenizer, &prompt, options, on_text);
         self.remove(sequence)?;
         result
     }
 
-    fn generate_in(
+    /// Makes a sequence consist of a prompt, and continues it. What the sequence begins with in common with the prompt is kept, so
+    /// that only the rest is computed. `on_text` gets the text as it appears, whole characters at a time, and may end the
+    /// generation.
+    ///
+    /// # Errors
+    /// As [`Session::step`]; [`Error::Argument`] for an empty prompt or options out of range. A cancelled or full session is
+    /// not an error: it ends the generation, and what was generated is returned.
+    pub fn generate_in(
         &mut self,
         sequence: SequenceId,
         tokenizer: &Tokenizer,
-        prompt: &str,
+        prompt: &[u32],
         options: &GenerateOptions,
         on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
     ) -> Result<Generation> {
         let start = Instant::now();
-        let prompt_tokens = tokenizer.encode(prompt, options.encode);
-        if prompt_tokens.is_empty() {
+        let Some((_, all_but_last)) = prompt.split_last() else {
             return Err(Error::argument("prompt", "text of at least one token", "none"));
-        }
+        };
+        // The last token is always run, for its outputs.
+        let reused =
+            self.tokens(sequence)?.iter().zip(all_but_last).take_while(|(have, want)| have == want).count();
+        self.truncate(sequence, reused as u32)?;
         let vocab = self.model().hparams().vocab_size as usize;
         let mut sampler = Sampler::new(options.sampler.clone(), vocab)?;
-        prompt_tokens.iter().for_each(|&t| sampler.accept(t));
+        prompt.iter().for_each(|&t| sampler.accept(t));
         let head = match options.sampler.needed() {
             Some(1) => Head::ArgMax,
             Some(k) if k <= outputs::TOP_K as usize => Head::TopK,
@@ -134,7 +148,8 @@ impl Session {
         let mut out = Output::new(options, tokenizer);
         let mut generation = Generation {
             text: String::new(),
-            prompt_tokens,
+            prompt_tokens: prompt.to_vec(),
+            reused_tokens: reused as u32,
             tokens: Vec::with_capacity(options.max_tokens.min(self.positions()) as usize),
             finish: Finish::Length,
             prefill: Duration::ZERO,
@@ -144,7 +159,7 @@ impl Session {
             device: (Duration::ZERO, Duration::ZERO),
         };
         let before = self.device_time();
-        let mut result = self.prefill(sequence, &generation.prompt_tokens, head);
+        let mut result = self.prefill(sequence, &prompt[reused..], head);
         generation.prefill = start.elapsed();
         generation.device.0 = self.device_time() - before;
         let mut decode_start = Instant::now();
@@ -204,6 +219,7 @@ struct Output<'a> {
     tokenizer: &'a Tokenizer,
     detokenizer: Detokenizer,
     stop: &'a [String],
+    special: bool,
     text: String,
     /// How much of the text was given out.
     given: usize,
@@ -215,13 +231,14 @@ impl<'a> Output<'a> {
             tokenizer,
             detokenizer: Detokenizer::default(),
             stop: &options.stop,
+            special: options.special,
             text: String::with_capacity(4096),
             given: 0,
         }
     }
 
     fn push(&mut self, token: u32, on_text: &mut dyn FnMut(&str) -> ControlFlow<()>) -> Option<Finish> {
-        self.detokenizer.push(self.tokenizer, token, &mut self.text);
+        self.detokenizer.push(self.tokenizer, token, self.special, &mut self.text);
         let fresh = &self.text[self.given..];
         let stop = self.stop.iter().filter(|s| !s.is_empty()).filter_map(|s| fresh.find(s.as_str())).min();
         if let Some(at) = stop {

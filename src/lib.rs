@@ -2,6 +2,8 @@
 #![deny(unsafe_code)]
 
 pub mod backend;
+#[cfg(feature = "chat")]
+pub mod chat;
 pub mod conformance;
 pub mod cost;
 pub mod error;

@@ -278,6 +278,11 @@ impl Session {
         self.limits.tokens
     }
 
+    /// Most outputs of a step.
+    pub fn outputs(&self) -> u32 {
+        self.limits.outputs
+    }
+
     /// Positions of the KV cache.
     pub fn positions(&self) -> u32 {
         self.positions

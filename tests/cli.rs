@@ -166,3 +166,33 @@ fn calibrate_fits_measured_kernels() {
     let error = String::from_utf8(other.stderr).unwrap();
     assert!(!other.status.success() && error.contains("[[calibration.host]] for 1 threads"), "{error}");
 }
+
+#[cfg(unix)]
+#[test]
+fn chat_answers_each_line() {
+    use std::io::Write;
+    let file = std::env::temp_dir().join(format!("halite-chat-{}.jinja", std::process::id()));
+    std::fs::write(&file, "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}").unwrap();
+    let mut child = Command::new(env!("CARGO_BIN_EXE_halite"))
+        .args(["chat", "-n", "8", "--temp", "0", "--system", "Speak.", "--template"])
+        .arg(&file)
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    child.stdin.take().unwrap().write_all(b"Who was Emma?\n\nAnd then?\n").unwrap();
+    let output = child.wait_with_output().unwrap();
+    std::fs::remove_file(&file).unwrap();
+    let notes = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success(), "{notes}");
+    let kept: Vec<u32> = notes
+        .lines()
+        .filter_map(|line| line.strip_prefix('[')?.split_once(" tokens kept")?.0.parse().ok())
+        .collect();
+    assert!(kept.len() == 2 && kept[0] == 0 && kept[1] > 8, "{notes}");
+    assert!(!output.stdout.is_empty());
+    let output = halite("chat");
+    assert!(!output.status.success());
+    assert!(String::from_utf8(output.stderr).unwrap().contains("no chat template"));
+}

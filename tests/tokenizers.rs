@@ -61,7 +61,7 @@ fn check_file(path: &Path, normalised: bool) {
         // A stream of tokens gives the text back, character by character.
         let (mut stream, mut text) = (Detokenizer::default(), String::new());
         for &id in &got {
-            stream.push(&tokenizer, id, &mut text);
+            stream.push(&tokenizer, id, false, &mut text);
         }
         stream.finish(&mut text);
         let text =

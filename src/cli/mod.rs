@@ -3,6 +3,7 @@
 mod bench;
 #[cfg(feature = "sim")]
 mod calibrate;
+mod chat;
 #[cfg(feature = "sim")]
 mod estimate;
 mod inspect;
@@ -36,6 +37,7 @@ use halite::model::ProgramOptions;
 use halite::numerics::Dtype;
 #[cfg(feature = "sim")]
 use halite::profile::Profile;
+use halite::sampler::SamplerOptions;
 use halite::session::{Session, SessionOptions};
 use halite::{Model, Tokenizer};
 
@@ -63,6 +65,8 @@ struct Cli {
 enum Command {
     /// Continue a prompt.
     Run(run::RunArgs),
+    /// Talk with a model, in the format that its chat template gives.
+    Chat(chat::ChatArgs),
     /// Show what is in a model file, whether it runs here, and what it will take.
     Inspect(inspect::InspectArgs),
     /// List backends.
@@ -106,6 +110,54 @@ struct ModelArgs {
     /// How the KV cache is stored.
     #[arg(long, value_name = "FORMAT", default_value = "f16")]
     kv: KvFormat,
+}
+
+/// How tokens are chosen.
+#[derive(Args, Clone)]
+struct SamplerArgs {
+    /// Sampling temperature; 0 always takes the most likely token.
+    #[arg(long, default_value_t = 0.8)]
+    temp: f32,
+    /// Choose among this many of the most likely tokens; 0: all.
+    #[arg(long, value_name = "N", default_value_t = 40)]
+    top_k: usize,
+    /// Choose among the most likely tokens up to this probability.
+    #[arg(long, value_name = "P", default_value_t = 0.95)]
+    top_p: f32,
+    /// Choose among tokens at least this likely relative to the first.
+    #[arg(long, value_name = "P", default_value_t = 0.05)]
+    min_p: f32,
+    /// Divides the logits of recent tokens; 1: off.
+    #[arg(long, value_name = "X", default_value_t = 1.0)]
+    repeat_penalty: f32,
+    /// Taken off a recent token's logit for each time it occurred.
+    #[arg(long, value_name = "X", default_value_t = 0.0)]
+    frequency_penalty: f32,
+    /// Taken off a recent token's logit.
+    #[arg(long, value_name = "X", default_value_t = 0.0)]
+    presence_penalty: f32,
+    /// How many tokens count as recent.
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    penalty_window: usize,
+    /// Seed of the draws.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+}
+
+impl SamplerArgs {
+    fn options(&self) -> SamplerOptions {
+        SamplerOptions {
+            temperature: self.temp,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            min_p: self.min_p,
+            repeat_penalty: self.repeat_penalty,
+            frequency_penalty: self.frequency_penalty,
+            presence_penalty: self.presence_penalty,
+            penalty_window: self.penalty_window,
+            seed: self.seed,
+        }
+    }
 }
 
 /// Which backend.
@@ -299,6 +351,7 @@ pub fn main() -> ExitCode {
     halite::map::exit_on_bus_error();
     let result = match Cli::parse().command {
         Command::Run(args) => run::run(&args),
+        Command::Chat(args) => chat::chat(&args),
         Command::Inspect(args) => inspect::inspect(&args),
         Command::Devices => tools::devices(),
         Command::Tokenize(args) => tools::tokenize(&args),

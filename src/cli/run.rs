@@ -8,11 +8,10 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use halite::backend::Clock;
 use halite::generate::{Finish, GenerateOptions, Generation};
-use halite::sampler::SamplerOptions;
 use halite::session::{SessionOptions, footprint};
 use halite::tokenizer::EncodeOptions;
 
-use super::{Failure, ModelArgs, bytes, print, read_text, tokenizer};
+use super::{Failure, ModelArgs, SamplerArgs, bytes, print, read_text, tokenizer};
 
 #[derive(Args)]
 pub struct RunArgs {
@@ -26,33 +25,8 @@ pub struct RunArgs {
     /// Most tokens to generate.
     #[arg(short, value_name = "N", default_value_t = 128)]
     n: u32,
-    /// Sampling temperature; 0 always takes the most likely token.
-    #[arg(long, default_value_t = 0.8)]
-    temp: f32,
-    /// Choose among this many of the most likely tokens; 0: all.
-    #[arg(long, value_name = "N", default_value_t = 40)]
-    top_k: usize,
-    /// Choose among the most likely tokens up to this probability.
-    #[arg(long, value_name = "P", default_value_t = 0.95)]
-    top_p: f32,
-    /// Choose among tokens at least this likely relative to the first.
-    #[arg(long, value_name = "P", default_value_t = 0.05)]
-    min_p: f32,
-    /// Divides the logits of recent tokens; 1: off.
-    #[arg(long, value_name = "X", default_value_t = 1.0)]
-    repeat_penalty: f32,
-    /// Taken off a recent token's logit for each time it occurred.
-    #[arg(long, value_name = "X", default_value_t = 0.0)]
-    frequency_penalty: f32,
-    /// Taken off a recent token's logit.
-    #[arg(long, value_name = "X", default_value_t = 0.0)]
-    presence_penalty: f32,
-    /// How many tokens count as recent.
-    #[arg(long, value_name = "N", default_value_t = 64)]
-    penalty_window: usize,
-    /// Seed of the draws.
-    #[arg(long, default_value_t = 0)]
-    seed: u64,
+    #[command(flatten)]
+    sampler: SamplerArgs,
     /// Stop before this text; may be given several times.
     #[arg(long, value_name = "TEXT")]
     stop: Vec<String>,
@@ -93,20 +67,11 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
 
     let options = GenerateOptions {
         max_tokens: args.n,
-        sampler: SamplerOptions {
-            temperature: args.temp,
-            top_k: args.top_k,
-            top_p: args.top_p,
-            min_p: args.min_p,
-            repeat_penalty: args.repeat_penalty,
-            frequency_penalty: args.frequency_penalty,
-            presence_penalty: args.presence_penalty,
-            penalty_window: args.penalty_window,
-            seed: args.seed,
-        },
+        sampler: args.sampler.options(),
         stop: args.stop.clone(),
         encode: EncodeOptions { add_special: true, parse_special: args.special },
         ignore_end: args.ignore_end,
+        special: false,
     };
     if !args.json {
         print(&prompt)?;
@@ -168,7 +133,7 @@ fn per_second(n: u32, t: Duration) -> f64 {
     if t.is_zero() { 0.0 } else { f64::from(n) / t.as_secs_f64() }
 }
 
-fn rate(n: u32, t: Duration) -> String {
+pub(super) fn rate(n: u32, t: Duration) -> String {
     format!("{n} tokens, {:.1} tokens/s", per_second(n, t))
 }
 

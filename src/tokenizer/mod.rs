@@ -383,9 +383,9 @@ pub struct Detokenizer {
 }
 
 impl Detokenizer {
-    /// Adds a token and appends the text that is now complete to `out`.
-    pub fn push(&mut self, tokenizer: &Tokenizer, id: u32, out: &mut String) {
-        tokenizer.decode_token(id, false, &mut self.pending);
+    /// Adds a token and appends the text that is now complete to `out`. Control tokens have none unless `special` is set.
+    pub fn push(&mut self, tokenizer: &Tokenizer, id: u32, special: bool, out: &mut String) {
+        tokenizer.decode_token(id, special, &mut self.pending);
         let mut done = 0;
         for chunk in self.pending.utf8_chunks() {
             let invalid = chunk.invalid();

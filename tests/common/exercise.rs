@@ -73,7 +73,7 @@ fn vocabulary(tokenizer: &Tokenizer) {
         assert!(ids.iter().all(|&id| (id as usize) < tokenizer.len()));
         let (mut stream, mut text) = (Detokenizer::default(), String::new());
         for &id in &ids {
-            stream.push(tokenizer, id, &mut text);
+            stream.push(tokenizer, id, false, &mut text);
         }
         stream.finish(&mut text);
         tokenizer.decode(&ids, parse_special);

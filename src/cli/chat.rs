@@ -1,0 +1,104 @@
+//! `halite chat`.
+
+use std::io::{BufRead, IsTerminal, Write};
+use std::ops::ControlFlow;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use clap::Args;
+use halite::chat::{self, Message, Template};
+use halite::generate::{Finish, GenerateOptions};
+
+use super::run::rate;
+use super::{Failure, ModelArgs, SamplerArgs, print, read_text, tokenizer};
+
+#[derive(Args)]
+pub struct ChatArgs {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// What the model is told first.
+    #[arg(long, value_name = "TEXT")]
+    system: Option<String>,
+    /// A Jinja template to use instead of the model file's.
+    #[arg(long, value_name = "FILE")]
+    template: Option<PathBuf>,
+    /// Most tokens of an answer.
+    #[arg(short, value_name = "N", default_value_t = 2048)]
+    n: u32,
+    #[command(flatten)]
+    sampler: SamplerArgs,
+    /// Most prompt tokens of one step.
+    #[arg(long, value_name = "N", default_value_t = 512)]
+    batch: u32,
+    /// No timings after answers.
+    #[arg(short, long)]
+    quiet: bool,
+}
+
+/// Each line of stdin is a message; answers go to stdout.
+pub fn chat(args: &ChatArgs) -> Result<(), Failure> {
+    let model = args.model.open()?;
+    let tokenizer = tokenizer(&model)?;
+    let template = match &args.template {
+        Some(file) => Template::new(&read_text(file)?, &tokenizer)?,
+        None => Template::from_gguf(model.gguf(), &tokenizer)?.ok_or(
+            "this model file has no chat template (tokenizer.chat_template): use `halite run`, or pass one with --template",
+        )?,
+    };
+    let mut session = args.model.session(&model, args.batch, 1)?;
+    // Ctrl-C ends an answer; before one, the command.
+    let (cancel, answering) = (session.cancel(), Arc::new(AtomicBool::new(false)));
+    let busy = answering.clone();
+    ctrlc::set_handler(move || {
+        if busy.load(Ordering::Relaxed) {
+            cancel.cancel();
+        } else {
+            std::process::exit(130);
+        }
+    })?;
+    let options = GenerateOptions {
+        max_tokens: args.n,
+        sampler: args.sampler.options(),
+        special: true,
+        ..Default::default()
+    };
+    let interactive = std::io::stdin().is_terminal();
+    let sequence = session.add_sequence();
+    let mut messages: Vec<Message> = args.system.iter().map(|text| Message::new("system", text)).collect();
+    let mut lines = std::io::stdin().lock().lines();
+    loop {
+        if interactive {
+            write!(std::io::stderr(), "> ")?;
+        }
+        let Some(line) = lines.next().transpose()? else { return Ok(()) };
+        if line.trim().is_empty() {
+            continue;
+        }
+        messages.push(Message::new("user", &line));
+        let prompt = chat::encode(&tokenizer, &template.render(&messages, true)?);
+        answering.store(true, Ordering::Relaxed);
+        let mut written = Ok(());
+        let generation = session.generate_in(sequence, &tokenizer, &prompt, &options, &mut |text| {
+            written = print(text);
+            if written.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+        })?;
+        answering.store(false, Ordering::Relaxed);
+        session.cancel().reset();
+        written?;
+        print("\n")?;
+        messages.push(Message::answer(&generation.text));
+        if !args.quiet {
+            let fed = generation.prompt_tokens.len() as u32 - generation.reused_tokens;
+            eprintln!(
+                "[{} tokens kept · prefill {} · decode {}]",
+                generation.reused_tokens,
+                rate(fed, generation.prefill),
+                rate(generation.decode_steps, generation.decode),
+            );
+        }
+        if generation.finish == Finish::ContextFull {
+            return Err(format!("the context of {} positions is full: see --ctx", session.positions()).into());
+        }
+    }
+}

@@ -1,0 +1,209 @@
+//! Chat templates, and turns of a chat that share what they have in common.
+#![cfg(feature = "chat")]
+
+#[allow(dead_code, reason = "other tests use the rest")]
+mod common;
+
+use std::ops::ControlFlow;
+use std::sync::Arc;
+
+use halite::backend::Backend;
+use halite::backend::cpu::Cpu;
+use halite::chat::{self, Message, Template};
+use halite::generate::{GenerateOptions, Generation};
+use halite::gguf::Gguf;
+use halite::map::Source;
+use halite::session::{SequenceId, Session, SessionOptions};
+use halite::{Error, Model, Tokenizer};
+
+/// In the manner of ChatML.
+const CHATML: &str = "{%- for message in messages %}
+    {%- if loop.first and message['role'] != 'system' %}
+        {{- '<|im_start|>system\\nBe helpful.<|im_end|>\\n' }}
+    {%- endif %}
+    {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
+{%- endfor %}
+{%- if tools is not none and tools %}{{ raise_exception('tools') }}{% endif %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}";
+
+/// In the manner of Llama 3: a slice, a namespace, a method of Python's texts, the begin-of-text token.
+const HEADERS: &str = "{{- bos_token }}
+{%- set ns = namespace(system='') %}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set ns.system = messages[0]['content'].strip() %}
+    {%- set messages = messages[1:] %}
+{%- endif %}
+{%- if not date_string is defined %}{% set date_string = '26 Jul 2024' %}{% endif %}
+{{- '<|start_header_id|>system<|end_header_id|>\\n\\nToday Date: ' + date_string + '\\n\\n' + ns.system + '<|eot_id|>' }}
+{%- for message in messages %}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}";
+
+/// In the manner of Gemma: roles must alternate, blocks on lines of their own.
+const TURNS: &str = "{{ bos_token }}
+{% if messages[0]['role'] == 'system' %}
+{% set first = messages[0]['content'] + '\\n\\n' %}
+{% set rest = messages[1:] %}
+{% else %}
+{% set first = '' %}
+{% set rest = messages %}
+{% endif %}
+{% for message in rest %}
+    {% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
+        {{ raise_exception('roles must alternate user/assistant') }}
+    {% endif %}
+    {% set role = 'model' if message['role'] == 'assistant' else message['role'] %}
+    {{- '<start_of_turn>' + role + '\\n' + (first if loop.first else '') }}
+    {{- message['content'] | trim + '<end_of_turn>\\n' -}}
+{% endfor %}
+{% if add_generation_prompt %}
+    {{- '<start_of_turn>model\\n' -}}
+{% endif %}";
+
+fn gguf(file: &common::gguf::File) -> Gguf {
+    Gguf::from_source(Source::from_bytes("test", &file.bytes())).unwrap()
+}
+
+fn tokenizer() -> Tokenizer {
+    Tokenizer::from_gguf(&gguf(&common::gguf::llama())).unwrap().unwrap()
+}
+
+fn render(template: &str, messages: &[Message]) -> Result<String, Error> {
+    Template::new(template, &tokenizer())?.render(messages, true)
+}
+
+fn messages() -> [Message; 4] {
+    [
+        Message::new("system", " Be brief."),
+        Message::new("user", "Hi "),
+        Message::new("assistant", "Hello!"),
+        Message::new("user", "Bye"),
+    ]
+}
+
+#[test]
+fn templates_of_three_families() {
+    let [system, user, ..] = messages();
+    assert_eq!(
+        render(CHATML, &messages()).unwrap(),
+        "<|im_start|>system\n Be brief.<|im_end|>\n<|im_start|>user\nHi <|im_end|>\n\
+         <|im_start|>assistant\nHello!<|im_end|>\n<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n"
+    );
+    assert_eq!(
+        render(CHATML, std::slice::from_ref(&user)).unwrap(),
+        "<|im_start|>system\nBe helpful.<|im_end|>\n<|im_start|>user\nHi <|im_end|>\n<|im_start|>assistant\n"
+    );
+    assert_eq!(
+        render(HEADERS, &[system.clone(), user.clone()]).unwrap(),
+        "<s><|start_header_id|>system<|end_header_id|>\n\nToday Date: 26 Jul 2024\n\nBe brief.<|eot_id|>\
+         <|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+    );
+    assert_eq!(
+        render(TURNS, &messages()).unwrap(),
+        "<s>\n<start_of_turn>user\n Be brief.\n\nHi<end_of_turn>\n<start_of_turn>model\nHello!<end_of_turn>\n\
+         <start_of_turn>user\nBye<end_of_turn>\n<start_of_turn>model\n"
+    );
+    let error = render(TURNS, &[user.clone(), user]).unwrap_err().to_string();
+    assert!(error.contains("roles must alternate"), "{error}");
+    let dates = render("{{ strftime_now('%Y-%m-%d') }}", &[]).unwrap();
+    assert!(dates.len() == 10 && dates.starts_with('2'), "{dates}");
+}
+
+#[test]
+fn a_template_comes_from_the_file() {
+    let file = common::gguf::llama();
+    assert!(Template::from_gguf(&gguf(&file), &tokenizer()).unwrap().is_none());
+    let with = gguf(&file.entry("tokenizer.chat_template", CHATML));
+    let template = Template::from_gguf(&with, &tokenizer()).unwrap().unwrap();
+    assert!(template.render(&messages(), false).unwrap().ends_with("Bye<|im_end|>\n"));
+    let mistyped = gguf(&common::gguf::llama().entry("tokenizer.chat_template", 7u32));
+    assert!(matches!(Template::from_gguf(&mistyped, &tokenizer()), Err(Error::Gguf { .. })));
+}
+
+#[test]
+fn templates_that_mean_harm_are_errors() {
+    let nested = format!("{}1{}", "(".repeat(100_000), ")".repeat(100_000));
+    for template in [
+        "{% for",
+        "{{ messages[0].content.nothing.more }}",
+        "{{ unknown() }}",
+        "{% include 'secret' %}",
+        "{% import '/etc/passwd' as p %}",
+        "{% for a in range(10000) %}{% for b in range(10000) %}{% endfor %}{% endfor %}",
+        "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+        "{% for i in range(9999) %}{{ 'aaaaaaaaaaaaaaaa' * 1000 }}{% endfor %}",
+        "{{ 'a' * 1000000000000 }}",
+        "{{ [1] | tojson(indent=1000000000000000) }}",
+        "{{ [1] | tojson(1000000000000000) }}",
+        "{{ 'a' | indent(10000000000000000) }}",
+        "{{ 1 // 0 }}",
+        &format!("{{{{ {nested} }}}}"),
+        &"{% if true %}".repeat(10_000),
+    ] {
+        let error = render(template, &messages());
+        assert!(
+            matches!(error, Err(Error::Template(_))),
+            "{}: {error:?}",
+            &template[..40.min(template.len())]
+        );
+    }
+    assert_eq!(render("{{ [1] | tojson(indent=1) }}", &[]).unwrap(), "[\n 1\n]");
+}
+
+#[test]
+fn one_begin_of_text_token() {
+    let t = tokenizer();
+    assert_eq!(chat::encode(&t, "<s>ab</s>"), chat::encode(&t, "ab</s>"));
+    assert_eq!(chat::encode(&t, "ab</s>")[0], 1);
+    assert_eq!(chat::encode(&t, "ab</s>").last(), Some(&2));
+}
+
+#[test]
+fn a_history_keeps_answers() {
+    assert_eq!(Message::answer("hi"), Message::new("assistant", "hi"));
+    let harmony = "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>4";
+    assert_eq!(Message::answer(harmony).content, "4");
+    assert_eq!(Message::answer("<|channel|>analysis<|message|>hm").content, "");
+}
+
+/// What is kept from an earlier turn gives the text that a fresh sequence gives.
+#[test]
+fn turns_share_their_beginning() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/models/austen/halite-austen.gguf");
+    let model = Arc::new(Model::open(path).unwrap());
+    let tokenizer = Tokenizer::from_gguf(model.gguf()).unwrap().unwrap();
+    let backend: Arc<dyn Backend> = Arc::new(Cpu::new(2).unwrap());
+    let options = SessionOptions { context: 256, batch: 32, ..Default::default() };
+    let mut session = Session::new(&model, &backend, &options, &mut |_| {}).unwrap();
+    let options = GenerateOptions { max_tokens: 12, ignore_end: true, ..Default::default() };
+    let run = |sequence: SequenceId, session: &mut Session, prompt: &[u32]| -> Generation {
+        session
+            .generate_in(sequence, &tokenizer, prompt, &options, &mut |_| ControlFlow::Continue(()))
+            .unwrap()
+    };
+    let template =
+        Template::new("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", &tokenizer);
+    let template = template.unwrap();
+    let chat = session.add_sequence();
+    let mut history = Vec::new();
+    for turn in 0..3 {
+        history.push(Message::new("user", ["Who was Emma?", "And then?", "Why?"][turn]));
+        let prompt = chat::encode(&tokenizer, &template.render(&history, true).unwrap());
+        let shared = run(chat, &mut session, &prompt);
+        let fresh = session.add_sequence();
+        let alone = run(fresh, &mut session, &prompt);
+        session.remove(fresh).unwrap();
+        assert_eq!(shared.tokens, alone.tokens);
+        assert_eq!(alone.reused_tokens, 0);
+        assert_eq!(shared.reused_tokens > 0, turn > 0);
+        history.push(Message::answer(&shared.text));
+    }
+    // The same prompt once more: all but its last token is there.
+    let prompt = session.tokens(chat).unwrap()[..40].to_vec();
+    let again = run(chat, &mut session, &prompt);
+    assert_eq!(again.reused_tokens, 39);
+    assert_eq!(&session.tokens(chat).unwrap()[..40], prompt);
+}
