@@ -74,6 +74,16 @@ pub enum Error {
         /// What was passed.
         got: String,
     },
+    /// A saved sequence is not this session's, or damaged.
+    #[error("saved sequence: {what}: expected {expected}, got {got}")]
+    Saved {
+        /// What does not fit.
+        what: &'static str,
+        /// What the session has.
+        expected: String,
+        /// What was read.
+        got: String,
+    },
     /// A memory ceiling would be passed.
     #[error("out of memory: {what} needs {need_bytes} bytes, {have_bytes} are available")]
     OutOfMemory {

@@ -7,6 +7,7 @@ use crate::error::{Error, Result};
 use crate::model::outputs;
 use crate::sampler::{Sampler, SamplerOptions};
 use crate::session::{Head, Run, SequenceId, Session, Wanted};
+use crate::speculate::Drafter;
 use crate::tokenizer::{Detokenizer, EncodeOptions, Tokenizer};
 
 /// What to generate.
@@ -36,6 +37,19 @@ impl Default for GenerateOptions {
             ignore_end: false,
             special: false,
         }
+    }
+}
+
+/// What may take part in a generation.
+#[derive(Default)]
+pub struct Aids<'a> {
+    /// Guesses tokens, which are then checked together: at most [`Session::outputs`] in a step, the one before them included.
+    pub drafter: Option<&'a mut dyn Drafter>,
+}
+
+impl std::fmt::Debug for Aids<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Aids").field("drafter", &self.drafter.is_some()).finish()
     }
 }
 
@@ -73,8 +87,12 @@ pub struct Generation {
     pub prefill: Duration,
     /// From the call to the first token.
     pub first_token: Duration,
-    /// Steps after the prefill, one token each.
+    /// Tokens chosen after the first one, the one that ended the text included.
+    pub decode_tokens: u32,
+    /// Steps after the prefill: one a token, or fewer with a drafter.
     pub decode_steps: u32,
+    /// Tokens that were drafted, and how many of them were chosen.
+    pub drafted: (u32, u32),
     /// Time of those steps, sampling included.
     pub decode: Duration,
     /// Time of the prefill and of those steps on the device, by its clock.
@@ -109,7 +127,7 @@ impl Session {
     ) -> Result<Generation> {
         let sequence = self.add_sequence();
         let prompt = tokenizer.encode(prompt, options.encode);
-        let result = self.generate_in(sequence, tokenizer, &prompt, options, on_text);
+        let result = self.generate_in(sequence, tokenizer, &prompt, options, Aids::default(), on_text);
         self.remove(sequence)?;
         result
     }
@@ -127,6 +145,7 @@ impl Session {
         tokenizer: &Tokenizer,
         prompt: &[u32],
         options: &GenerateOptions,
+        mut aids: Aids<'_>,
         on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
     ) -> Result<Generation> {
         let start = Instant::now();
@@ -134,9 +153,7 @@ impl Session {
             return Err(Error::argument("prompt", "text of at least one token", "none"));
         };
         // The last token is always run, for its outputs.
-        let reused =
-            self.tokens(sequence)?.iter().zip(all_but_last).take_while(|(have, want)| have == want).count();
-        self.truncate(sequence, reused as u32)?;
+        let reused = self.reuse(sequence, all_but_last)?;
         let vocab = self.model().hparams().vocab_size as usize;
         let mut sampler = Sampler::new(options.sampler.clone(), vocab)?;
         prompt.iter().for_each(|&t| sampler.accept(t));
@@ -154,7 +171,9 @@ impl Session {
             finish: Finish::Length,
             prefill: Duration::ZERO,
             first_token: Duration::ZERO,
+            decode_tokens: 0,
             decode_steps: 0,
+            drafted: (0, 0),
             decode: Duration::ZERO,
             device: (Duration::ZERO, Duration::ZERO),
         };
@@ -163,6 +182,9 @@ impl Session {
         generation.prefill = start.elapsed();
         generation.device.0 = self.device_time() - before;
         let mut decode_start = Instant::now();
+        // The last token, and what was drafted after it.
+        let mut fed: Vec<u32> = Vec::new();
+        let mut text = prompt.to_vec();
         while generation.tokens.len() < options.max_tokens as usize {
             match result {
                 Ok(()) => {}
@@ -176,33 +198,49 @@ impl Session {
                 }
                 Err(error) => return Err(error),
             }
-            let token = match head {
-                Head::ArgMax => self.arg_max().first().copied().unwrap_or(0),
-                Head::TopK => {
-                    let (ids, logits) = self.top_k();
-                    sampler.sample_of(ids, logits)?
+            generation.decode_steps += u32::from(!fed.is_empty());
+            let drafted = fed.get(1..).unwrap_or_default();
+            let mut right = 0;
+            let ended = loop {
+                let token = self.choose(right, head, &mut sampler)?;
+                if generation.tokens.is_empty() {
+                    generation.first_token = start.elapsed();
+                    decode_start = Instant::now();
+                } else {
+                    generation.decode_tokens += 1;
                 }
-                Head::Logits => sampler.sample(self.logits())?,
+                if tokenizer.is_end(token) && !options.ignore_end {
+                    break Some(Finish::End);
+                }
+                sampler.accept(token);
+                generation.tokens.push(token);
+                text.push(token);
+                let is_right = drafted.get(right) == Some(&token);
+                right += usize::from(is_right);
+                let full = generation.tokens.len() == options.max_tokens as usize;
+                let ended = out.push(token, on_text).or(full.then_some(Finish::Length));
+                if ended.is_some() || !is_right {
+                    break ended;
+                }
             };
-            if generation.tokens.is_empty() {
-                generation.first_token = start.elapsed();
-                decode_start = Instant::now();
-            }
-            if tokenizer.is_end(token) && !options.ignore_end {
-                generation.finish = Finish::End;
-                break;
-            }
-            sampler.accept(token);
-            generation.tokens.push(token);
-            if let Some(finish) = out.push(token, on_text) {
+            generation.drafted.0 += drafted.len() as u32;
+            generation.drafted.1 += right as u32;
+            let wrong = (drafted.len() - right) as u32;
+            self.truncate(sequence, self.len(sequence)? - wrong)?;
+            if let Some(finish) = ended {
                 generation.finish = finish;
                 break;
             }
-            if generation.tokens.len() == options.max_tokens as usize {
-                break;
+            fed.clear();
+            fed.extend(text.last());
+            if let Some(drafter) = &mut aids.drafter {
+                let left = options.max_tokens as usize - generation.tokens.len();
+                let most = self.room(sequence)?.min(left).saturating_sub(1);
+                drafter.draft(&text, most, &mut fed)?;
+                fed.truncate(most + 1);
             }
-            result = self.step(&[Run { sequence, tokens: &[token], wanted: Wanted::Last }], head);
-            generation.decode_steps += u32::from(result.is_ok());
+            let wanted = if fed.len() > 1 { Wanted::All } else { Wanted::Last };
+            result = self.step(&[Run { sequence, tokens: &fed, wanted }], head);
         }
         generation.decode = decode_start.elapsed();
         generation.device.1 = self.device_time() - before - generation.device.0;
@@ -211,6 +249,29 @@ impl Session {
         }
         generation.text = out.text;
         Ok(generation)
+    }
+}
+
+impl Session {
+    /// Most tokens that one step may add to a sequence, with all of their outputs.
+    fn room(&self, sequence: SequenceId) -> Result<usize> {
+        let left = self.positions() - self.len(sequence)?;
+        Ok(self.outputs().min(self.batch()).min(left) as usize)
+    }
+
+    /// Chooses a token by one of the last step's outputs.
+    fn choose(&self, output: usize, head: Head, sampler: &mut Sampler) -> Result<u32> {
+        let vocab = self.model().hparams().vocab_size as usize;
+        match head {
+            Head::ArgMax => Ok(self.arg_max().get(output).copied().unwrap_or(0)),
+            Head::TopK => {
+                let (ids, logits) = self.top_k();
+                let k = vocab.min(outputs::TOP_K as usize);
+                let row = output * k..(output + 1) * k;
+                sampler.sample_of(&ids[row.clone()], &logits[row])
+            }
+            Head::Logits => sampler.sample(&self.logits()[output * vocab..][..vocab]),
+        }
     }
 }
 

@@ -23,6 +23,7 @@ pub mod program;
 mod rng;
 pub mod sampler;
 pub mod session;
+pub mod speculate;
 pub mod synth;
 pub mod tokenizer;
 mod validate;

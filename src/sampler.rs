@@ -136,6 +136,15 @@ impl Sampler {
         self.take(logits.iter().enumerate().map(|(i, &logit)| (i as u32, logit)))
     }
 
+    /// Chooses a token among those that are allowed.
+    ///
+    /// # Errors
+    /// As [`Sampler::sample`].
+    pub fn sample_among(&mut self, logits: &[f32], allowed: impl Fn(u32) -> bool) -> Result<u32> {
+        let candidates = logits.iter().enumerate().map(|(i, &logit)| (i as u32, logit));
+        self.take(candidates.filter(|&(token, _)| allowed(token)))
+    }
+
     /// Chooses a token by the logits of the most likely ones, at least as many as [`SamplerOptions::needed`] says: the same that
     /// [`Sampler::sample`] would choose by all logits.
     ///
@@ -157,9 +166,8 @@ impl Sampler {
             self.penalise();
         }
         if self.options.temperature == 0.0 {
-            let first = (0, f32::NEG_INFINITY);
-            let better = |b: (u32, f32), c: &Candidate| if c.logit > b.1 { (c.token, c.logit) } else { b };
-            return Ok(self.candidates.iter().fold(first, better).0);
+            let better = |b: Candidate, c: Candidate| if c.logit > b.logit { c } else { b };
+            return Ok(self.candidates.iter().copied().reduce(better).map_or(0, |c| c.token));
         }
         self.keep_top_k();
         self.probabilities(1.0);

@@ -1,5 +1,8 @@
 //! What an application holds: a model on a backend, its sequences and their KV cache.
 
+#[cfg(feature = "save")]
+mod save;
+
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
@@ -387,6 +390,16 @@ impl Session {
             }
         }
         Ok(())
+    }
+
+    /// Forgets a sequence's positions from the first one on that differs from `tokens`, and says how many are left.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if there is no such sequence.
+    pub fn reuse(&mut self, id: SequenceId, tokens: &[u32]) -> Result<usize> {
+        let same = self.get(id)?.tokens.iter().zip(tokens).take_while(|(have, want)| have == want).count();
+        self.truncate(id, same as u32)?;
+        Ok(same)
     }
 
     /// Ends a sequence and frees its pages.

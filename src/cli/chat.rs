@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::Args;
 use halite::chat::{self, Message, Template};
-use halite::generate::{Finish, GenerateOptions};
+use halite::generate::{Aids, Finish, GenerateOptions};
 
 use super::run::rate;
 use super::{Failure, ModelArgs, SamplerArgs, print, read_text, tokenizer};
@@ -79,10 +79,11 @@ pub fn chat(args: &ChatArgs) -> Result<(), Failure> {
         let prompt = chat::encode(&tokenizer, &template.render(&messages, true)?);
         answering.store(true, Ordering::Relaxed);
         let mut written = Ok(());
-        let generation = session.generate_in(sequence, &tokenizer, &prompt, &options, &mut |text| {
-            written = print(text);
-            if written.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
-        })?;
+        let generation =
+            session.generate_in(sequence, &tokenizer, &prompt, &options, Aids::default(), &mut |text| {
+                written = print(text);
+                if written.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+            })?;
         answering.store(false, Ordering::Relaxed);
         session.cancel().reset();
         written?;
@@ -94,7 +95,7 @@ pub fn chat(args: &ChatArgs) -> Result<(), Failure> {
                 "[{} tokens kept · prefill {} · decode {}]",
                 generation.reused_tokens,
                 rate(fed, generation.prefill),
-                rate(generation.decode_steps, generation.decode),
+                rate(generation.decode_tokens, generation.decode),
             );
         }
         if generation.finish == Finish::ContextFull {

@@ -1,14 +1,16 @@
 //! `halite run`.
 
-use std::io::IsTerminal;
+use std::fs::File;
+use std::io::{BufReader, BufWriter, IsTerminal, Write};
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use clap::Args;
 use halite::backend::Clock;
-use halite::generate::{Finish, GenerateOptions, Generation};
+use halite::generate::{Aids, Finish, GenerateOptions, Generation};
 use halite::session::{SessionOptions, footprint};
+use halite::speculate::{DraftModel, Drafter, Lookup};
 use halite::tokenizer::EncodeOptions;
 
 use super::{Failure, ModelArgs, SamplerArgs, bytes, print, read_text, tokenizer};
@@ -27,6 +29,21 @@ pub struct RunArgs {
     n: u32,
     #[command(flatten)]
     sampler: SamplerArgs,
+    /// Guess up to N tokens by what followed the last few the time before, and check them in one step; the text stays the same.
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true, conflicts_with = "draft")]
+    lookup: u32,
+    /// Guess tokens with a smaller model of the same vocabulary, and check them in one step; the text stays the same.
+    #[arg(long, value_name = "FILE")]
+    draft: Option<PathBuf>,
+    /// Most tokens that the draft model guesses at a time.
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    draft_tokens: u32,
+    /// Go on after the text of a sequence that --save wrote; the prompt may be empty.
+    #[arg(long, value_name = "FILE")]
+    restore: Option<PathBuf>,
+    /// Write the sequence with its KV cache to a file at the end.
+    #[arg(long, value_name = "FILE")]
+    save: Option<PathBuf>,
     /// Stop before this text; may be given several times.
     #[arg(long, value_name = "TEXT")]
     stop: Vec<String>,
@@ -59,7 +76,18 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
     let start = Instant::now();
     let model = args.model.open()?;
     let tokenizer = tokenizer(&model)?;
-    let mut session = args.model.session(&model, args.batch, 1)?;
+    let drafts = if args.draft.is_some() { args.draft_tokens } else { args.lookup };
+    let outputs = drafts.saturating_add(1);
+    let mut session = args.model.session(&model, args.batch, outputs)?;
+    let mut drafter: Option<Box<dyn Drafter>> = match &args.draft {
+        Some(file) => {
+            let draft = ModelArgs { model: Some(file.clone()), ..args.model.clone() };
+            let draft = draft.session(&draft.open()?, args.batch, 1)?;
+            Some(Box::new(DraftModel::new(draft, &session, drafts as usize)?))
+        }
+        None if drafts > 0 => Some(Box::new(Lookup::new(drafts as usize))),
+        None => None,
+    };
     let load = start.elapsed();
     let cancel = session.cancel();
     // Ctrl-C ends the generation; what was generated and its timings are still printed.
@@ -77,16 +105,37 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
         print(&prompt)?;
     }
     let mut written = Ok(());
-    let generation = session.generate(&tokenizer, &prompt, &options, &mut |text| {
+    let mut tokens = Vec::new();
+    let sequence = match &args.restore {
+        Some(file) => {
+            let open = File::open(file).map_err(|e| format!("{}: {e}", file.display()))?;
+            let sequence = session.restore(&mut BufReader::new(open))?;
+            tokens.extend(session.tokens(sequence)?);
+            sequence
+        }
+        None => session.add_sequence(),
+    };
+    // What continues a text does not begin one.
+    let encode = EncodeOptions { add_special: tokens.is_empty(), ..options.encode };
+    tokens.extend(tokenizer.encode(&prompt, encode));
+    let aids = Aids { drafter: drafter.as_deref_mut().map(|d| d as _) };
+    let generation = session.generate_in(sequence, &tokenizer, &tokens, &options, aids, &mut |text| {
         if !args.json {
             written = print(text);
         }
         if written.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
     })?;
     written?;
+    if let Some(file) = &args.save {
+        let failed = |e: std::io::Error| format!("{}: {e}", file.display());
+        let mut out = BufWriter::new(File::create(file).map_err(failed)?);
+        session.save(sequence, &mut out)?;
+        out.flush().map_err(failed)?;
+    }
     let session_options = SessionOptions {
         context: args.model.ctx,
         batch: args.batch,
+        outputs,
         program: args.model.program(),
         ..Default::default()
     };
@@ -98,6 +147,7 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
     print("\n")?;
     if !args.quiet {
         let caps = session.backend().caps();
+        let prefilled = generation.prompt_tokens.len() as u32 - generation.reused_tokens;
         eprintln!(
             "\n{} on {} ({})\nload {} · first token {} · prefill {} · decode {} · memory {} + {} weights, {} mapped",
             model.name(),
@@ -105,20 +155,24 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
             caps.device,
             millis(load),
             millis(generation.first_token),
-            rate(generation.prompt_tokens.len() as u32, generation.prefill),
-            rate(generation.decode_steps, generation.decode),
+            rate(prefilled, generation.prefill),
+            rate(generation.decode_tokens, generation.decode),
             bytes(memory.working_bytes()),
             bytes(memory.weight_bytes),
             bytes(session.weights().mapped_bytes),
         );
+        if drafter.is_some() {
+            let (drafted, right) = generation.drafted;
+            eprintln!("drafted {drafted} tokens, {right} of them right · {} steps", generation.decode_steps);
+        }
         if session.last_timing().is_some_and(|timing| timing.clock == Clock::Simulated) {
             let (prefill, decode) = generation.device;
             eprintln!(
                 "simulated: prefill {}, {} · decode {} a token, {}",
                 millis(prefill),
-                rate(generation.prompt_tokens.len() as u32, prefill),
-                millis(decode.checked_div(generation.decode_steps).unwrap_or_default()),
-                rate(generation.decode_steps, decode),
+                rate(prefilled, prefill),
+                millis(decode.checked_div(generation.decode_tokens).unwrap_or_default()),
+                rate(generation.decode_tokens, decode),
             );
         }
     }
@@ -154,8 +208,11 @@ fn json(prompt: &str, g: &Generation, load: Duration, memory: u64, weights: u64)
         "finish": finish,
         "load_s": load.as_secs_f64(),
         "first_token_s": g.first_token.as_secs_f64(),
-        "prefill_tokens_per_s": per_second(g.prompt_tokens.len() as u32, g.prefill),
-        "decode_tokens_per_s": per_second(g.decode_steps, g.decode),
+        "prefill_tokens_per_s": per_second(g.prompt_tokens.len() as u32 - g.reused_tokens, g.prefill),
+        "decode_steps": g.decode_steps,
+        "drafted_tokens": g.drafted.0,
+        "accepted_tokens": g.drafted.1,
+        "decode_tokens_per_s": per_second(g.decode_tokens, g.decode),
         "device_prefill_s": g.device.0.as_secs_f64(),
         "device_decode_s": g.device.1.as_secs_f64(),
         "memory_bytes": memory,

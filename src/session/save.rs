@@ -1,0 +1,202 @@
+//! A sequence written out and read back, KV cache included, so that what was run need not be run again.
+//!
+//! All integers are little-endian:
+//!
+//! | Bytes | What |
+//! |---|---|
+//! | 8 | `HALITEKV` |
+//! | 4 | version: 1 |
+//! | 8 | the model: XXH3 of its files' headers (metadata and tensor tables, not the weights) and sizes, and of the names of the tensors that the program uses |
+//! | 4, then so many | the layout of the cache, as text |
+//! | 4, then 4 each | tokens: how many, and their ids |
+//! | rest | the pages in order, for each those of all states: [`State::page_bytes`](crate::program::State::page_bytes) |
+//! | 8 | XXH3 of everything before |
+//!
+//! A file that changes the weights alone, under the same header and size, is not noticed.
+
+use std::hash::Hasher as _;
+use std::io::{self, Read, Write};
+
+use twox_hash::xxhash3_64::Hasher;
+
+use super::{SequenceId, Session};
+use crate::backend::upload;
+use crate::error::{Error, Result};
+use crate::program::PAGE_POSITIONS;
+
+const MAGIC: &[u8; 8] = b"HALITEKV";
+const VERSION: u32 = 1;
+
+/// Most bytes of a layout that are read to be shown.
+const MAX_LAYOUT_BYTES: u32 = 1 << 20;
+
+impl Session {
+    /// Writes a sequence.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if there is no such sequence, [`Error::Io`], or what the backend says.
+    pub fn save(&self, id: SequenceId, out: &mut dyn Write) -> Result<()> {
+        let sequence = self.get(id)?;
+        let mut out = Hashing { inner: out, hasher: Hasher::new() };
+        let layout = self.layout();
+        out.put(MAGIC)?;
+        out.put(&VERSION.to_le_bytes())?;
+        out.put(&self.model_hash().to_le_bytes())?;
+        out.put(&(layout.len() as u32).to_le_bytes())?;
+        out.put(layout.as_bytes())?;
+        out.put(&sequence.len().to_le_bytes())?;
+        for token in &sequence.tokens {
+            out.put(&token.to_le_bytes())?;
+        }
+        let mut page = Vec::new();
+        // A step that failed may have left more.
+        for &n in sequence.pages.iter().take(sequence.len().div_ceil(PAGE_POSITIONS) as usize) {
+            for (state, buffer) in self.program.states.iter().zip(&self.states) {
+                page.resize(state.page_bytes() as usize, 0);
+                self.backend.read(buffer, u64::from(n) * state.page_bytes(), &mut page)?;
+                out.put(&page)?;
+            }
+        }
+        let sum = out.hasher.finish();
+        out.put(&sum.to_le_bytes())
+    }
+
+    /// Reads a sequence that [`Session::save`] wrote into a new one. On an error there is no new sequence.
+    ///
+    /// # Errors
+    /// [`Error::Saved`] if it is another model's, laid out otherwise, damaged or not a saved sequence at all;
+    /// [`Error::ContextFull`] if it has no room, [`Error::Io`], or what the backend says.
+    pub fn restore(&mut self, from: &mut dyn Read) -> Result<SequenceId> {
+        let mut from = Hashing { inner: from, hasher: Hasher::new() };
+        let tokens = self.read_header(&mut from)?;
+        let id = self.add_sequence();
+        let result = self.read_pages(id, tokens, &mut from);
+        if result.is_err() {
+            self.remove(id)?;
+        }
+        result.map(|()| id)
+    }
+
+    /// Checks everything before the pages, and returns the tokens.
+    fn read_header(&self, from: &mut Hashing<&mut dyn Read>) -> Result<Vec<u32>> {
+        check("magic", *MAGIC, from.array()?, |magic| magic.escape_ascii().to_string())?;
+        check("version", VERSION, from.u32()?, |version| version.to_string())?;
+        let hash = |hash: &u64| format!("the one with hash {hash:016x}");
+        check("model", self.model_hash(), u64::from_le_bytes(from.array()?), hash)?;
+        let layout_len = from.u32()?;
+        let mut layout = vec![0; layout_len.min(MAX_LAYOUT_BYTES) as usize];
+        from.get(&mut layout)?;
+        let text = |layout: &Vec<u8>| String::from_utf8_lossy(layout).into_owned();
+        check("cache layout", self.layout().into_bytes(), layout, text)?;
+        let count = from.u32()?;
+        if count > self.positions {
+            return Err(Error::ContextFull { need: count.into(), have: self.positions.into() });
+        }
+        let vocab = self.model.hparams().vocab_size;
+        let token = |_| {
+            let token = from.u32()?;
+            if token < vocab {
+                return Ok(token);
+            }
+            Err(saved("token", format!("below {vocab}"), token.to_string()))
+        };
+        (0..count).map(token).collect()
+    }
+
+    fn read_pages(
+        &mut self,
+        id: SequenceId,
+        tokens: Vec<u32>,
+        from: &mut Hashing<&mut dyn Read>,
+    ) -> Result<()> {
+        self.make_room(id, tokens.len() as u32)?;
+        let mut page = Vec::new();
+        for &n in &self.sequences[id.0 as usize].pages {
+            for (state, buffer) in self.program.states.iter().zip(&self.states) {
+                page.resize(state.page_bytes() as usize, 0);
+                from.get(&mut page)?;
+                upload(&*self.backend, buffer, u64::from(n) * state.page_bytes(), &page)?;
+            }
+        }
+        let sum = from.hasher.finish();
+        let show = |sum: &u64| format!("{sum:016x}");
+        check("checksum", sum, u64::from_le_bytes(from.array()?), show)?;
+        self.sequences[id.0 as usize].tokens.extend(tokens);
+        Ok(())
+    }
+
+    fn model_hash(&self) -> u64 {
+        let mut hasher = Hasher::new();
+        for (source, header) in self.model.gguf().parts() {
+            let bytes = source.bytes();
+            hasher.write(bytes.get(..header.data_start).unwrap_or(bytes));
+            hasher.write(&(bytes.len() as u64).to_le_bytes());
+        }
+        // Some models use other tensors in longer contexts, which changes what is in the cache.
+        let mut names: Vec<&str> =
+            self.program.weights.iter().map(|&id| self.program.tensor(id).name.as_str()).collect();
+        names.sort_unstable();
+        for name in names {
+            hasher.write(name.as_bytes());
+            hasher.write(&[0]);
+        }
+        hasher.finish()
+    }
+
+    /// What the bytes of a page depend on.
+    fn layout(&self) -> String {
+        let state = |s: &crate::program::State| {
+            format!("{}x({}+{}) {:?}", s.kv_heads, s.key_dim, s.value_dim, s.format)
+        };
+        let states: Vec<String> = self.program.states.iter().map(state).collect();
+        format!("{PAGE_POSITIONS} positions of {}", states.join(", "))
+    }
+}
+
+/// A stream whose bytes are summed up.
+struct Hashing<T> {
+    inner: T,
+    hasher: Hasher,
+}
+
+impl Hashing<&mut dyn Write> {
+    fn put(&mut self, bytes: &[u8]) -> Result<()> {
+        self.hasher.write(bytes);
+        self.inner.write_all(bytes).map_err(io_error)
+    }
+}
+
+impl Hashing<&mut dyn Read> {
+    fn get(&mut self, bytes: &mut [u8]) -> Result<()> {
+        self.inner.read_exact(bytes).map_err(|e| match e.kind() {
+            io::ErrorKind::UnexpectedEof => {
+                saved("length", format!("{} more bytes", bytes.len()), "fewer".into())
+            }
+            _ => io_error(e),
+        })?;
+        self.hasher.write(bytes);
+        Ok(())
+    }
+
+    fn array<const N: usize>(&mut self) -> Result<[u8; N]> {
+        let mut bytes = [0; N];
+        self.get(&mut bytes)?;
+        Ok(bytes)
+    }
+
+    fn u32(&mut self) -> Result<u32> {
+        Ok(u32::from_le_bytes(self.array()?))
+    }
+}
+
+fn io_error(source: io::Error) -> Error {
+    Error::Io { path: "saved sequence".into(), source }
+}
+
+fn saved(what: &'static str, expected: String, got: String) -> Error {
+    Error::Saved { what, expected, got }
+}
+
+fn check<T: PartialEq>(what: &'static str, expected: T, got: T, show: impl Fn(&T) -> String) -> Result<()> {
+    if expected == got { Ok(()) } else { Err(saved(what, show(&expected), show(&got))) }
+}
