@@ -45,6 +45,9 @@ pub enum Error {
     /// A chat template is malformed, refuses the messages, or takes too much.
     #[error("chat template: {0}")]
     Template(String),
+    /// What the output should be held to is malformed, cannot be satisfied, or takes too much.
+    #[error("constraint: {0}")]
+    Constraint(String),
     /// A program is inconsistent: a shape, a name or an order of definitions.
     #[error("program: {0}")]
     Program(String),

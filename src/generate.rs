@@ -45,11 +45,45 @@ impl Default for GenerateOptions {
 pub struct Aids<'a> {
     /// Guesses tokens, which are then checked together: at most [`Session::outputs`] in a step, the one before them included.
     pub drafter: Option<&'a mut dyn Drafter>,
+    /// Says which tokens may come. Tokens that end a text then do so in any case.
+    pub constraint: Option<&'a mut dyn Constraint>,
 }
 
 impl std::fmt::Debug for Aids<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Aids").field("drafter", &self.drafter.is_some()).finish()
+        let (drafter, constraint) = (self.drafter.is_some(), self.constraint.is_some());
+        f.debug_struct("Aids").field("drafter", &drafter).field("constraint", &constraint).finish()
+    }
+}
+
+/// What a text is held to, token by token.
+pub trait Constraint {
+    /// What may come next.
+    ///
+    /// # Errors
+    /// [`Error::Constraint`] if that cannot be said. It ends the generation.
+    fn allowed(&mut self) -> Result<Allowed<'_>>;
+
+    /// Goes on after a token that was allowed.
+    ///
+    /// # Errors
+    /// As [`Constraint::allowed`].
+    fn accept(&mut self, token: u32) -> Result<()>;
+}
+
+/// What may come next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Allowed<'a> {
+    /// Token t may if bit t % 32 of word t / 32 is set.
+    pub tokens: &'a [u32],
+    /// Whether the text may end here. It does if no token may come.
+    pub end: bool,
+}
+
+impl Allowed<'_> {
+    /// Whether a token may come.
+    pub fn token(&self, token: u32) -> bool {
+        self.tokens.get(token as usize / 32).is_some_and(|word| word >> (token % 32) & 1 == 1)
     }
 }
 
@@ -158,6 +192,7 @@ impl Session {
         let mut sampler = Sampler::new(options.sampler.clone(), vocab)?;
         prompt.iter().for_each(|&t| sampler.accept(t));
         let head = match options.sampler.needed() {
+            _ if aids.constraint.is_some() => Head::Logits,
             Some(1) => Head::ArgMax,
             Some(k) if k <= outputs::TOP_K as usize => Head::TopK,
             _ => Head::Logits,
@@ -202,17 +237,23 @@ impl Session {
             let drafted = fed.get(1..).unwrap_or_default();
             let mut right = 0;
             let ended = loop {
-                let token = self.choose(right, head, &mut sampler)?;
+                let token = match &mut aids.constraint {
+                    None => Some(self.choose(right, head, &mut sampler)?),
+                    Some(constraint) => self.choose_allowed(right, tokenizer, &mut sampler, *constraint)?,
+                };
                 if generation.tokens.is_empty() {
                     generation.first_token = start.elapsed();
                     decode_start = Instant::now();
                 } else {
                     generation.decode_tokens += 1;
                 }
-                if tokenizer.is_end(token) && !options.ignore_end {
-                    break Some(Finish::End);
-                }
+                let goes_on =
+                    |id: &u32| !tokenizer.is_end(*id) || (options.ignore_end && aids.constraint.is_none());
+                let Some(token) = token.filter(goes_on) else { break Some(Finish::End) };
                 sampler.accept(token);
+                if let Some(constraint) = &mut aids.constraint {
+                    constraint.accept(token)?;
+                }
                 generation.tokens.push(token);
                 text.push(token);
                 let is_right = drafted.get(right) == Some(&token);
@@ -272,6 +313,25 @@ impl Session {
             }
             Head::Logits => sampler.sample(&self.logits()[output * vocab..][..vocab]),
         }
+    }
+
+    /// Chooses a token by one of the last step's logits among those that are allowed; `None` if the text is complete.
+    fn choose_allowed(
+        &self,
+        output: usize,
+        tokenizer: &Tokenizer,
+        sampler: &mut Sampler,
+        constraint: &mut dyn Constraint,
+    ) -> Result<Option<u32>> {
+        let vocab = self.model().hparams().vocab_size as usize;
+        let logits = &self.logits()[output * vocab..][..vocab];
+        let allowed = constraint.allowed()?;
+        let may = |token: u32| if tokenizer.is_end(token) { allowed.end } else { allowed.token(token) };
+        if (0..vocab as u32).all(|token| tokenizer.is_end(token) || !allowed.token(token)) {
+            let stuck = || Error::Constraint("no token may come next".into());
+            return if allowed.end { Ok(None) } else { Err(stuck()) };
+        }
+        sampler.sample_among(logits, may).map(Some)
     }
 }
 

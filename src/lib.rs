@@ -5,6 +5,8 @@ pub mod backend;
 #[cfg(feature = "chat")]
 pub mod chat;
 pub mod conformance;
+#[cfg(feature = "constrain")]
+pub mod constrain;
 pub mod cost;
 pub mod error;
 #[cfg(feature = "sim")]

@@ -44,7 +44,7 @@ fn generate(
     let prompt = "She was happy, and he was happy. She was happy, and he was";
     let prompt = tokenizer.encode(prompt, options.encode);
     let sequence = session.add_sequence();
-    let aids = Aids { drafter };
+    let aids = Aids { drafter, ..Aids::default() };
     let generation = session
         .generate_in(sequence, tokenizer, &prompt, options, aids, &mut |_| ControlFlow::Continue(()))
         .unwrap();

@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use halite::backend::Clock;
+#[cfg(feature = "constrain")]
+use halite::constrain::{Guide, Rule};
 use halite::generate::{Aids, Finish, GenerateOptions, Generation};
 use halite::session::{SessionOptions, footprint};
 use halite::speculate::{DraftModel, Drafter, Lookup};
@@ -44,6 +46,9 @@ pub struct RunArgs {
     /// Write the sequence with its KV cache to a file at the end.
     #[arg(long, value_name = "FILE")]
     save: Option<PathBuf>,
+    #[cfg(feature = "constrain")]
+    #[command(flatten)]
+    rule: RuleArgs,
     /// Stop before this text; may be given several times.
     #[arg(long, value_name = "TEXT")]
     stop: Vec<String>,
@@ -62,6 +67,35 @@ pub struct RunArgs {
     /// No timings at the end.
     #[arg(short, long)]
     quiet: bool,
+}
+
+/// What the output is held to.
+#[cfg(feature = "constrain")]
+#[derive(Args)]
+#[group(multiple = false)]
+struct RuleArgs {
+    /// Generate JSON of the schema in this file.
+    #[arg(long, value_name = "FILE")]
+    json_schema: Option<PathBuf>,
+    /// Generate a text that this regular expression matches.
+    #[arg(long, value_name = "REGEX")]
+    regex: Option<String>,
+    /// Generate a text of the grammar in this file, in llguidance's variant of Lark's syntax.
+    #[arg(long, value_name = "FILE")]
+    grammar: Option<PathBuf>,
+}
+
+#[cfg(feature = "constrain")]
+impl RuleArgs {
+    fn guide(&self, tokenizer: &halite::Tokenizer) -> Result<Option<Guide>, Failure> {
+        let rule = match self {
+            RuleArgs { json_schema: Some(file), .. } => Rule::JsonSchema(read_text(file)?),
+            RuleArgs { regex: Some(regex), .. } => Rule::Regex(regex.clone()),
+            RuleArgs { grammar: Some(file), .. } => Rule::Grammar(read_text(file)?),
+            _ => return Ok(None),
+        };
+        Ok(Some(Guide::new(tokenizer, &rule)?))
+    }
 }
 
 pub fn run(args: &RunArgs) -> Result<(), Failure> {
@@ -118,7 +152,15 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
     // What continues a text does not begin one.
     let encode = EncodeOptions { add_special: tokens.is_empty(), ..options.encode };
     tokens.extend(tokenizer.encode(&prompt, encode));
-    let aids = Aids { drafter: drafter.as_deref_mut().map(|d| d as _) };
+    #[cfg(feature = "constrain")]
+    let mut guide = args.rule.guide(&tokenizer)?;
+    let aids = Aids {
+        drafter: drafter.as_deref_mut().map(|d| d as _),
+        #[cfg(feature = "constrain")]
+        constraint: guide.as_mut().map(|g| g as _),
+        #[cfg(not(feature = "constrain"))]
+        constraint: None,
+    };
     let generation = session.generate_in(sequence, &tokenizer, &tokens, &options, aids, &mut |text| {
         if !args.json {
             written = print(text);

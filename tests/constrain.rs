@@ -1,0 +1,156 @@
+//! Output held to a rule is what the rule says, whatever the model and its vocabulary.
+#![cfg(feature = "constrain")]
+
+#[allow(dead_code, reason = "other tests use the rest")]
+mod common;
+
+use std::ops::ControlFlow;
+use std::sync::Arc;
+
+use halite::backend::Backend;
+use halite::backend::cpu::Cpu;
+use halite::constrain::{Guide, Rule};
+use halite::generate::{Aids, Constraint, Finish, GenerateOptions, Generation};
+use halite::gguf::Gguf;
+use halite::map::Source;
+use halite::sampler::SamplerOptions;
+use halite::session::{Session, SessionOptions};
+use halite::speculate::{Drafter, Lookup};
+use halite::tokenizer::EncodeOptions;
+use halite::{Error, Model, Tokenizer};
+use serde_json::Value;
+
+struct Austen {
+    session: Session,
+    tokenizer: Tokenizer,
+}
+
+impl Austen {
+    fn new() -> Austen {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/models/austen/halite-austen.gguf");
+        let model = Arc::new(Model::open(path).unwrap());
+        let tokenizer = Tokenizer::from_gguf(model.gguf()).unwrap().unwrap();
+        let backend: Arc<dyn Backend> = Arc::new(Cpu::new(2).unwrap());
+        let options = SessionOptions { context: 256, batch: 32, outputs: 8, ..Default::default() };
+        let session = Session::new(&model, &backend, &options, &mut |_| {}).unwrap();
+        Austen { session, tokenizer }
+    }
+
+    fn write(
+        &mut self,
+        rule: &Rule,
+        sampler: SamplerOptions,
+        drafter: Option<&mut dyn Drafter>,
+    ) -> Generation {
+        let mut guide = Guide::new(&self.tokenizer, rule).unwrap();
+        let options = GenerateOptions { max_tokens: 200, sampler, ignore_end: true, ..Default::default() };
+        let prompt = self.tokenizer.encode("Her name was", options.encode);
+        let sequence = self.session.add_sequence();
+        let aids = Aids { drafter: drafter.map(|d| d as _), constraint: Some(&mut guide) };
+        let generation =
+            self.session.generate_in(sequence, &self.tokenizer, &prompt, &options, aids, &mut |_| {
+                ControlFlow::Continue(())
+            });
+        self.session.remove(sequence).unwrap();
+        generation.unwrap()
+    }
+}
+
+const SCHEMA: &str = r##"{
+    "type": "object",
+    "properties": {
+        "name": { "type": "string", "maxLength": 12 },
+        "age": { "type": "integer", "minimum": 16, "maximum": 99 },
+        "moods": { "type": "array", "items": { "$ref": "#/$defs/mood" }, "minItems": 2, "maxItems": 3 }
+    },
+    "required": ["name", "age", "moods"],
+    "additionalProperties": false,
+    "$defs": { "mood": { "enum": ["glad", "vexed", "é\"\n"] } }
+}"##;
+
+fn check_json(text: &str) {
+    let value: Value = serde_json::from_str(text).unwrap_or_else(|e| panic!("{text}: {e}"));
+    assert_eq!(value.as_object().unwrap().len(), 3, "{text}");
+    assert!(value["name"].as_str().unwrap().chars().count() <= 12, "{text}");
+    assert!((16..=99).contains(&value["age"].as_u64().unwrap()), "{text}");
+    let moods = value["moods"].as_array().unwrap();
+    assert!((2..=3).contains(&moods.len()), "{text}");
+    assert!(moods.iter().all(|m| ["glad", "vexed", "é\"\n"].contains(&m.as_str().unwrap())), "{text}");
+}
+
+#[test]
+fn the_built_in_model_writes_json() {
+    let mut austen = Austen::new();
+    let rule = Rule::JsonSchema(SCHEMA.into());
+    for seed in 0..6 {
+        let temperature = if seed == 0 { 0.0 } else { 1.5 };
+        let sampler = SamplerOptions { temperature, seed, ..Default::default() };
+        let plain = austen.write(&rule, sampler.clone(), None);
+        assert_eq!(plain.finish, Finish::End, "{}", plain.text);
+        check_json(&plain.text);
+        let drafted = austen.write(&rule, sampler, Some(&mut Lookup::new(7)));
+        assert_eq!((drafted.tokens, drafted.text), (plain.tokens, plain.text));
+    }
+}
+
+#[test]
+fn expressions_and_grammars() {
+    let mut austen = Austen::new();
+    for seed in 0..4 {
+        let sampler = SamplerOptions { temperature: 1.0, seed, ..Default::default() };
+        let text =
+            austen.write(&Rule::Regex("(Emma|Anne) has [0-9]{2} cats\\.".into()), sampler.clone(), None).text;
+        let rest = text.strip_prefix("Emma has ").or(text.strip_prefix("Anne has ")).unwrap();
+        let number = rest.strip_suffix(" cats.").unwrap();
+        assert!(number.len() == 2 && number.parse::<u32>().is_ok(), "{text}");
+        let grammar = "start: sum\nsum: NUMBER | \"(\" sum \"+\" sum \")\"\nNUMBER: /[1-9]/\n";
+        let sum = austen.write(&Rule::Grammar(grammar.into()), sampler, None);
+        if sum.finish == Finish::End {
+            let count = |c: char| sum.text.matches(c).count();
+            assert_eq!((count('('), count('(')), (count(')'), count('+')), "{}", sum.text);
+        }
+    }
+}
+
+#[test]
+fn rules_that_make_no_sense_are_errors() {
+    let tokenizer = Austen::new().tokenizer;
+    for rule in [
+        Rule::JsonSchema("{".into()),
+        Rule::JsonSchema(r#"{"type": "nothing"}"#.into()),
+        Rule::JsonSchema(r#"{"type": "integer", "minimum": 3, "maximum": 2}"#.into()),
+        Rule::JsonSchema(r#"{"$ref": "https://example.com/schema"}"#.into()),
+        Rule::Regex("(".into()),
+        Rule::Grammar("start: nothing".into()),
+        Rule::Grammar("".into()),
+    ] {
+        assert!(matches!(Guide::new(&tokenizer, &rule), Err(Error::Constraint(_))), "{rule:?}");
+    }
+}
+
+/// A text that a rule allows is allowed token by token, and may end where it ends: for each kind of vocabulary.
+#[test]
+fn every_kind_of_vocabulary() {
+    let unigram = std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/unigram.gguf")).unwrap();
+    for (name, bytes) in [
+        ("spm", common::gguf::llama().bytes()),
+        ("bpe", common::gguf::bpe().bytes()),
+        ("wordpiece", common::gguf::wordpiece().bytes()),
+        ("unigram", unigram),
+    ] {
+        let gguf = Gguf::from_source(Source::from_bytes(name, &bytes)).unwrap();
+        let tokenizer = Tokenizer::from_gguf(&gguf).unwrap().unwrap();
+        let plain = EncodeOptions { add_special: false, parse_special: false };
+        let tokens = tokenizer.encode("ab", plain);
+        let text = tokenizer.decode(&tokens, false);
+        assert!(text.contains("ab") && !tokens.is_empty(), "{name}: {text:?}");
+        let mut guide = Guide::new(&tokenizer, &Rule::Regex(format!("{text}|{text}q"))).unwrap();
+        for &token in &tokens {
+            let allowed = guide.allowed().unwrap();
+            assert!(allowed.token(token) && !allowed.end, "{name}");
+            assert!(!allowed.token(tokenizer.len() as u32));
+            guide.accept(token).unwrap();
+        }
+        assert!(guide.allowed().unwrap().end, "{name}");
+    }
+}
