@@ -167,6 +167,22 @@ fn calibrate_fits_measured_kernels() {
     assert!(!other.status.success() && error.contains("[[calibration.host]] for 1 threads"), "{error}");
 }
 
+#[test]
+fn a_text_in_instalments_is_the_text() {
+    let file = std::env::temp_dir().join(format!("halite-saved-{}", std::process::id()));
+    let json = |args: &str| -> Value { serde_json::from_str(&text(args)).unwrap() };
+    let whole = json("run --temp 0 --ignore-end --json -n 24 Once");
+    let (save, restore) = (format!("--save {}", file.display()), format!("--restore {}", file.display()));
+    let first = json(&format!("run --temp 0 --ignore-end --json -n 10 --lookup 4 {save} Once"));
+    // No prompt of its own: stdin is empty.
+    let second = json(&format!("run --temp 0 --ignore-end --json -n 14 {restore}"));
+    std::fs::remove_file(&file).unwrap();
+    let tokens = |v: &Value| v["tokens"].as_array().unwrap().clone();
+    assert_eq!([tokens(&first), tokens(&second)].concat(), tokens(&whole));
+    let got = second["prompt_tokens"].as_array().unwrap().len();
+    assert_eq!(got, first["prompt_tokens"].as_array().unwrap().len() + 10);
+}
+
 #[cfg(unix)]
 #[test]
 fn chat_answers_each_line() {

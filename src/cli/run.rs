@@ -11,7 +11,7 @@ use halite::backend::Clock;
 #[cfg(feature = "constrain")]
 use halite::constrain::{Guide, Rule};
 use halite::generate::{Aids, Finish, GenerateOptions, Generation};
-use halite::session::{SessionOptions, footprint};
+use halite::session::{Head, SessionOptions, footprint};
 use halite::speculate::{DraftModel, Drafter, Lookup};
 use halite::tokenizer::EncodeOptions;
 
@@ -135,9 +135,6 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
         ignore_end: args.ignore_end,
         special: false,
     };
-    if !args.json {
-        print(&prompt)?;
-    }
     let mut written = Ok(());
     let mut tokens = Vec::new();
     let sequence = match &args.restore {
@@ -154,6 +151,9 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
     tokens.extend(tokenizer.encode(&prompt, encode));
     #[cfg(feature = "constrain")]
     let mut guide = args.rule.guide(&tokenizer)?;
+    if !args.json {
+        print(&prompt)?;
+    }
     let aids = Aids {
         drafter: drafter.as_deref_mut().map(|d| d as _),
         #[cfg(feature = "constrain")]
@@ -170,6 +170,12 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
     written?;
     if let Some(file) = &args.save {
         let failed = |e: std::io::Error| format!("{}: {e}", file.display());
+        // The last token was chosen, but not run. After Ctrl-C, there is still something to save.
+        session.cancel().reset();
+        let mut text = [&generation.prompt_tokens[..], &generation.tokens].concat();
+        text.truncate(session.positions() as usize);
+        let done = session.reuse(sequence, &text)?;
+        session.prefill(sequence, &text[done..], Head::Logits)?;
         let mut out = BufWriter::new(File::create(file).map_err(failed)?);
         session.save(sequence, &mut out)?;
         out.flush().map_err(failed)?;
