@@ -4,6 +4,7 @@
 pub mod backend;
 pub mod conformance;
 pub mod cost;
+pub mod embed;
 pub mod error;
 #[cfg(feature = "sim")]
 pub mod estimate;

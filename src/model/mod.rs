@@ -1,6 +1,7 @@
 //! Model families as plain programs. A family reads its hyper-parameters from the file and records ops; it knows no
 //! backend.
 
+mod bert;
 mod cohere2;
 mod falcon;
 mod gemma;
@@ -23,7 +24,7 @@ use std::sync::Arc;
 
 use halite_kernels::formats::Format;
 
-pub use hparams::Hparams;
+pub use hparams::{Hparams, Pooling};
 
 use crate::error::{Error, Result};
 use crate::gguf::{Gguf, printable};
@@ -35,6 +36,7 @@ type Record = fn(&Hparams, &mut Builder<'_>);
 
 /// One line for each architecture: its name in `general.architecture` and what records it.
 const FAMILIES: &[(&str, Record)] = &[
+    ("bert", bert::record),
     ("cohere2", cohere2::record),
     ("falcon", falcon::record),
     ("gemma2", gemma::record_2),
@@ -44,6 +46,7 @@ const FAMILIES: &[(&str, Record)] = &[
     ("granite", granite::record),
     ("llama", llama::record),
     ("mistral3", llama::record),
+    ("nomic-bert", bert::record_nomic),
     ("olmo2", olmo2::record),
     ("phi3", phi::record),
     ("phimoe", phi::record),
@@ -86,6 +89,8 @@ pub struct Model {
 
 /// The names of a program's results.
 pub mod outputs {
+    /// What an encoder makes of each token, `[outputs, embedding]`: its only result.
+    pub const EMBEDDINGS: &str = "embeddings";
     /// Logits, `[outputs, vocab]`.
     pub const LOGITS: &str = "logits";
     /// Each output row's most likely token, `[outputs, 1]` of i32; in a segment of its own, the last but one.
