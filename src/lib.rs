@@ -3,6 +3,8 @@
 
 pub mod backend;
 pub mod conformance;
+#[cfg(feature = "convert")]
+pub mod convert;
 pub mod cost;
 pub mod embed;
 pub mod error;

@@ -3,6 +3,8 @@
 mod bench;
 #[cfg(feature = "sim")]
 mod calibrate;
+mod convert;
+mod embed;
 #[cfg(feature = "sim")]
 mod estimate;
 mod inspect;
@@ -77,6 +79,10 @@ enum Command {
     Bench(bench::BenchArgs),
     /// Write a model file of a named shape with random weights, to time a device on.
     Synth(synth::SynthArgs),
+    /// Turn texts into vectors, with an encoder.
+    Embed(embed::EmbedArgs),
+    /// Write a folder of safetensors as a GGUF file.
+    Convert(convert::ConvertArgs),
     /// Interleave a model's rows for the fastest kernels; the copy is read in place as well.
     Pack(pack::PackArgs),
     /// Check a chip's profile, and print its rates.
@@ -306,6 +312,8 @@ pub fn main() -> ExitCode {
         Command::Perplexity(args) => tools::perplexity(&args),
         Command::Bench(args) => bench::bench(&args),
         Command::Synth(args) => synth::synth(&args),
+        Command::Embed(args) => embed::embed(&args),
+        Command::Convert(args) => convert::convert(&args),
         Command::Pack(args) => pack::pack(&args),
         #[cfg(feature = "sim")]
         Command::Profile(args) => profile::profile(&args),
