@@ -12,6 +12,7 @@ pub mod error;
 pub mod estimate;
 pub mod generate;
 pub mod gguf;
+mod lora;
 pub mod map;
 pub mod model;
 #[cfg(feature = "sim")]

@@ -28,6 +28,7 @@ pub use hparams::{Hparams, Pooling};
 
 use crate::error::{Error, Result};
 use crate::gguf::{Gguf, printable};
+use crate::lora::Adapter;
 use crate::map::Source;
 use crate::program::{Builder, Program, WeightInfo};
 
@@ -85,6 +86,7 @@ pub struct Model {
     gguf: Gguf,
     hparams: Hparams,
     record: Record,
+    adapters: Vec<Adapter>,
 }
 
 /// The names of a program's results.
@@ -134,10 +136,24 @@ impl Model {
             )
         })?;
         let hparams = Hparams::read(&gguf)?;
-        Ok(Model { gguf, hparams, record })
+        Ok(Model { gguf, hparams, record, adapters: Vec::new() })
     }
 
-    /// The file.
+    /// Adds a low-rank adapter (LoRA) to the model, times a factor; several add up. Its weights stay in their file, and the model's
+    /// as they are.
+    ///
+    /// # Errors
+    /// [`Error::Gguf`] or [`Error::Model`] for a file that is no adapter of this architecture. Tensors that do not fit the model
+    /// are found by [`Model::program`].
+    pub fn adapt(&mut self, adapter: Gguf, scale: f32) -> Result<()> {
+        let prefix = format!("lora{}.", self.adapters.len());
+        let read = Adapter::read(&adapter, &self.hparams.architecture, prefix, scale)?;
+        self.gguf.join(adapter, &read.prefix)?;
+        self.adapters.push(read);
+        Ok(())
+    }
+
+    /// The file, and those of its adapters.
     pub fn gguf(&self) -> &Gguf {
         &self.gguf
     }
@@ -169,7 +185,13 @@ impl Model {
         let mut builder = Builder::new(&self.name(), &lookup);
         let hparams = Hparams { kv_format: options.kv_format, positions, ..self.hparams.clone() };
         (self.record)(&hparams, &mut builder);
-        let program = builder.finish()?;
+        let mut program = builder.finish()?;
+        for adapter in &self.adapters {
+            adapter.apply(&mut program, &self.gguf)?;
+        }
+        if !self.adapters.is_empty() {
+            program.validate()?;
+        }
         self.check_all_used(&program)?;
         Ok(program)
     }
