@@ -64,6 +64,7 @@ fn attention(c: &mut Criterion) {
                             table: &table,
                             kv_head: 0,
                             position: depth - 1,
+                            causal: true,
                             window: None,
                             scale: 0.09,
                             softcap: None,

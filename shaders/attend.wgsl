@@ -12,8 +12,11 @@ const GROUP: u32 = HEADS / KV_HEADS;
 const VALUE_RUNS: u32 = (VALUE_DIM + 63u) / 64u;
 const LOWEST: f32 = -3.4028235e38;
 
-// First token and number of tokens of a tile.
-fn tile(i: u32) -> vec2<u32> { return vec2(step[STEP_TILES + 2u * i], step[STEP_TILES + 2u * i + 1u]); }
+// First token and number of tokens of a tile, and the end of the positions that their sequence has.
+fn tile(i: u32) -> vec3<u32> {
+    let at = STEP_TILES + 3u * i;
+    return vec3(step[at], step[at + 1u], step[at + 2u]);
+}
 
 fn limit(score: vec4<f32>) -> vec4<f32> {
     if SOFTCAP == 0.0 { return score; }
@@ -33,7 +36,7 @@ fn main(in: In) {
     var highest = 0u;
     for (var r = 0u; r < 8u; r++) {
         if r < count {
-            ends[r] = position(tokens.x + (row0 + r) / GROUP) + 1u;
+            ends[r] = select(tokens.z, position(tokens.x + (row0 + r) / GROUP) + 1u, CAUSAL);
             firsts[r] = ends[r] - min(ends[r], WINDOW);
             lowest = min(lowest, firsts[r]);
             highest = max(highest, ends[r]);

@@ -440,6 +440,12 @@ fn matmuls(cases: &mut Cases) {
             let y = b.embed(table, Index::Position, 1.0);
             b.output(y);
         });
+        let name = format!("Embed {} of one row", format.name());
+        cases.add(name, &weights, &[&[(0, 3), (66, 4)]], 1e-10, |b| {
+            let table = b.weight("table", 70, 96);
+            let y = b.embed(table, Index::First, 1.0);
+            b.output(y);
+        });
     }
     // Parts with one input, of formats with different activations, with and without biases.
     let weights = [
@@ -640,14 +646,54 @@ fn attention(cases: &mut Cases) {
                     let q = b.input("q", Dim::Tokens, heads * key_dim);
                     let k = b.input("k", Dim::Tokens, kv_heads * key_dim);
                     let v = b.input("v", Dim::Tokens, kv_heads * value_dim);
-                    let kv =
-                        b.state(State { name: "kv".into(), kv_heads, key_dim, value_dim, format, window });
+                    let kv = b.state(State {
+                        name: "kv".into(),
+                        kv_heads,
+                        key_dim,
+                        value_dim,
+                        format,
+                        window,
+                        causal: true,
+                    });
                     let sinks = sinks.then(|| b.weight("sinks", 1, heads));
                     b.kv_write(k, v, kv);
                     let y = b.attend(q, kv, heads, 1.0 / (key_dim as f32).sqrt(), softcap, sinks);
                     b.output(y);
                 });
             }
+        }
+        // In both directions: whole sequences, over the ends of pages; then some tokens that see what is before them as well,
+        // and a single one of a cache long enough to be split.
+        for (heads, kv_heads, key_dim, value_dim, sinks) in [(3, 3, 32, 32, false), (4, 2, 64, 96, true)] {
+            let name = format!(
+                "Attend {} {heads}/{kv_heads} {key_dim}/{value_dim} both directions sinks={sinks}",
+                format.name()
+            );
+            let steps: [&[(u32, u32)]; 5] = [
+                &[(0, 67), (0, 3)],
+                &[(0, 1), (0, 130)],
+                &[(0, 64), (130, 9)],
+                &[(64, 540), (0, 2)],
+                &[(604, 1), (0, 0)],
+            ];
+            cases.add(name, &[("sinks", Format::F32, vec![heads.into()])], &steps, 1e-6, |b| {
+                let q = b.input("q", Dim::Tokens, heads * key_dim);
+                let k = b.input("k", Dim::Tokens, kv_heads * key_dim);
+                let v = b.input("v", Dim::Tokens, kv_heads * value_dim);
+                let kv = b.state(State {
+                    name: "kv".into(),
+                    kv_heads,
+                    key_dim,
+                    value_dim,
+                    format,
+                    window: None,
+                    causal: false,
+                });
+                let sinks = sinks.then(|| b.weight("sinks", 1, heads));
+                b.kv_write(k, v, kv);
+                let y = b.attend(q, kv, heads, 0.3, None, sinks);
+                b.output(y);
+            });
         }
         // One token, and some of two sequences, of caches long enough to be split by devices with many workgroups to fill.
         for (window, sinks) in [(None, false), (Some(520), true)] {
@@ -664,6 +710,7 @@ fn attention(cases: &mut Cases) {
                     value_dim: 96,
                     format,
                     window,
+                    causal: true,
                 });
                 let sinks = sinks.then(|| b.weight("sinks", 1, 2));
                 b.kv_write(k, v, kv);

@@ -141,6 +141,7 @@ pub fn op(program: &Program, op: &Op, extent: Extent) -> Cost {
             let growing = window.clamp(start, end) - start;
             let seen =
                 growing * start + growing * (growing + 1) / 2 + (rows - growing).saturating_mul(window);
+            let seen = if s.causal { seen } else { rows.saturating_mul(end) };
             let elements = u64::from(*heads) * (u64::from(s.key_dim) + u64::from(s.value_dim));
             cost.float_ops += seen.saturating_mul(2 * elements);
         }

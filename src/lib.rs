@@ -7,12 +7,16 @@ pub mod chat;
 pub mod conformance;
 #[cfg(feature = "constrain")]
 pub mod constrain;
+#[cfg(feature = "convert")]
+pub mod convert;
 pub mod cost;
+pub mod embed;
 pub mod error;
 #[cfg(feature = "sim")]
 pub mod estimate;
 pub mod generate;
 pub mod gguf;
+mod lora;
 pub mod map;
 pub mod model;
 #[cfg(feature = "sim")]

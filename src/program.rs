@@ -97,6 +97,9 @@ pub struct State {
     pub format: Format,
     /// Positions that attention looks back, the current one included; `None`: all.
     pub window: Option<u32>,
+    /// Whether attention ends at the current position. If not, each token of a span sees every position up to the end of the span:
+    /// the step must hold all that the tokens are to see. Such attention has no window.
+    pub causal: bool,
 }
 
 impl State {
@@ -157,6 +160,8 @@ pub enum Index {
     Token,
     /// The token's position in its sequence.
     Position,
+    /// Row 0 for every token.
+    First,
 }
 
 /// How router logits become expert weights.
@@ -248,11 +253,11 @@ pub enum Op {
         /// The cache.
         state: StateId,
     },
-    /// Causal attention over the KV cache; query head h uses KV head `h * kv_heads / heads`.
+    /// Attention over the KV cache; query head h uses KV head `h * kv_heads / heads`.
     Attend {
         /// `[tokens, heads * key_dim]`.
         q: TensorId,
-        /// The cache; its window is the attention's.
+        /// The cache, which says what of it a token sees.
         state: StateId,
         /// `[tokens, heads * value_dim]`.
         out: TensorId,
@@ -725,8 +730,14 @@ impl<'a> Builder<'a> {
         })
     }
 
-    /// A layer's KV cache.
+    /// A layer's KV cache, or the one that is there already under this name.
     pub fn state(&mut self, state: State) -> StateId {
+        if let Some(i) = self.program.states.iter().position(|s| s.name == state.name) {
+            if self.program.states[i] != state {
+                self.fail(format!("two states of different shapes are named `{}`", state.name));
+            }
+            return StateId(i as u32);
+        }
         self.program.states.push(state);
         StateId(self.program.states.len() as u32 - 1)
     }

@@ -203,6 +203,12 @@ impl Session {
     ) -> Result<Session> {
         let positions = options.positions(model);
         let program = model.program(options.program, positions)?;
+        if program.find(outputs::LOGITS).is_none() {
+            let architecture = &model.hparams().architecture;
+            return Err(Error::Model(format!(
+                "family {architecture} has no logits, it makes embeddings: use `Embedder`, or `halite embed`"
+            )));
+        }
         let names: Vec<&str> = options.taps.iter().map(String::as_str).collect();
         let (program, found) = passes::expose(&program, &names);
         let mut taps = Vec::new();

@@ -43,6 +43,12 @@ pub(crate) fn validate(program: &Program) -> Result<()> {
                 s.name
             )));
         }
+        if !s.causal && s.window.is_some() {
+            return Err(Error::Program(format!(
+                "state `{}`: attention in both directions has no window",
+                s.name
+            )));
+        }
         if !matches!(s.format, Format::F32 | Format::F16 | Format::Q8_0) {
             return Err(Error::Program(format!(
                 "state `{}`: KV format {} is not supported (F32, F16 or Q8_0)",

@@ -257,7 +257,15 @@ fn a_cache_in_q8_0_needs_whole_blocks() {
     let lookup = |_: &str| None;
     let mut builder = Builder::new("odd heads", &lookup);
     let (key_dim, value_dim, format) = (80, 64, Format::Q8_0);
-    builder.state(State { name: "kv.0".into(), kv_heads: 1, key_dim, value_dim, format, window: None });
+    builder.state(State {
+        name: "kv.0".into(),
+        kv_heads: 1,
+        key_dim,
+        value_dim,
+        format,
+        window: None,
+        causal: true,
+    });
     let error = builder.finish().and_then(|p| p.validate()).unwrap_err().to_string();
     assert!(error.contains("kv.0") && error.contains("blocks of 32") && error.contains("80"), "{error}");
 }

@@ -169,8 +169,10 @@ pub struct Attend<'a> {
     pub table: &'a [u32],
     /// The KV head.
     pub kv_head: usize,
-    /// The first token's position.
+    /// The last position that the first token sees: its own, if attention is causal.
     pub position: usize,
+    /// Whether each further token sees one more position; else they see what the first one sees.
+    pub causal: bool,
     /// Positions that a token looks back, its own included; `None`: all.
     pub window: Option<u32>,
     /// A factor on scores.
@@ -212,7 +214,7 @@ pub struct Merge<'a> {
     pub sink: Option<f32>,
 }
 
-/// The first position that a token at `position` sees, and the end.
+/// The first position that a token sees whose last is `position`, and the end.
 const fn seen(position: usize, window: Option<u32>) -> (usize, usize) {
     let end = position + 1;
     match window {
@@ -221,7 +223,7 @@ const fn seen(position: usize, window: Option<u32>) -> (usize, usize) {
     }
 }
 
-/// The chunks that a token at `position` sees.
+/// The chunks that a token sees whose last position is `position`.
 pub const fn chunks(position: usize, window: Option<u32>) -> Range<usize> {
     let (first, end) = seen(position, window);
     first / CHUNK..end.div_ceil(CHUNK)
@@ -398,7 +400,7 @@ fn attend_rows<I: Isa, T: Element>(
     for r in 0..n {
         let (t, h) = (t.start + r / h.len(), h.start + r % h.len());
         (q_at[r], out_at[r]) = (t * a.q_stride + h * key_dim, t * a.out_stride + h * out_head);
-        (p_at[r], positions[r]) = (r * CHUNK, seen(a.position + t, a.window));
+        (p_at[r], positions[r]) = (r * CHUNK, seen(a.position + if a.causal { t } else { 0 }, a.window));
     }
     let (mut max, mut sum, mut started) = ([f32::NEG_INFINITY; ROWS], [0.0f32; ROWS], [false; ROWS]);
     let (mut old, mut new) = ([0.0; ROWS], [0.0; ROWS]);

@@ -38,6 +38,7 @@ fn chunks_merged_a_few_at_a_time_are_the_whole() {
                 table: &table,
                 kv_head: 1,
                 position,
+                causal: true,
                 window,
                 scale: 0.2,
                 softcap: None,

@@ -384,7 +384,7 @@ const KEPT_CHUNKS: usize = 64;
 /// The attention of one token to what one KV head holds.
 fn attend<'a>(a: &AttendArgs<'a>, token: usize, kv_head: usize, out: &'a mut [f32]) -> Attend<'a> {
     let (shape, heads) = (a.shape, a.heads / a.shape.kv_heads);
-    let (table, position) = a.tokens.place(token);
+    let (table, position) = a.sees(token);
     let (q_stride, first) = (a.heads * shape.key_dim, kv_head * heads);
     Attend {
         q: &a.q[token * q_stride + first * shape.key_dim..],
@@ -398,6 +398,7 @@ fn attend<'a>(a: &AttendArgs<'a>, token: usize, kv_head: usize, out: &'a mut [f3
         table,
         kv_head,
         position: position as usize,
+        causal: a.causal,
         window: a.window,
         scale: a.scale,
         softcap: a.softcap,
@@ -411,7 +412,7 @@ impl CpuKernels {
         let (shape, isa, pool) = (a.shape, self.isa, &self.pool);
         let group = a.heads / shape.kv_heads;
         let head = shape.value_dim + 2;
-        let all = attention::chunks(a.tokens.place(token).1 as usize, a.window);
+        let all = attention::chunks(a.sees(token).1 as usize, a.window);
         let (max, rest) = self.memory.attended.split_at_mut(a.heads);
         let (sum, kept) = rest.split_at_mut(a.heads);
         for first in all.clone().step_by(KEPT_CHUNKS) {
@@ -625,7 +626,7 @@ impl Kernels for CpuKernels {
         let (shape, threads) = (a.shape, self.pool.threads());
         let group = a.heads / shape.kv_heads;
         let tokens = out.len() / (a.heads * shape.value_dim);
-        let most = (0..tokens).map(|t| attention::chunks(a.tokens.place(t).1 as usize, a.window).len()).max();
+        let most = (0..tokens).map(|t| attention::chunks(a.sees(t).1 as usize, a.window).len()).max();
         if threads > 1 && tokens * shape.kv_heads < 4 * threads && group <= ROWS && most >= Some(SPLIT_CHUNKS)
         {
             for (t, out) in out.chunks_exact_mut(a.heads * shape.value_dim).enumerate() {

@@ -93,6 +93,7 @@ pub(crate) struct AttendArgs<'a> {
     /// Each token's pages and position.
     pub tokens: &'a Tokens<'a>,
     pub window: Option<u32>,
+    pub causal: bool,
     pub scale: f32,
     pub softcap: Option<f32>,
     pub sinks: Option<&'a [f32]>,
@@ -106,6 +107,8 @@ pub(crate) struct Tokens<'a> {
     pub span: &'a [u32],
     /// The position of each token.
     pub position: &'a [u32],
+    /// A zero for each token.
+    pub zeros: &'a [u32],
 }
 
 impl<'a> Tokens<'a> {
@@ -113,6 +116,16 @@ impl<'a> Tokens<'a> {
     pub fn place(&self, token: usize) -> (&'a [u32], u32) {
         let span = self.span.get(token).and_then(|&s| self.spans.get(s as usize));
         (span.map_or(&[], |s| s.pages), self.position.get(token).copied().unwrap_or(0))
+    }
+}
+
+impl<'a> AttendArgs<'a> {
+    /// A token's pages and the last position that it sees.
+    pub fn sees(&self, token: usize) -> (&'a [u32], u32) {
+        let (pages, position) = self.tokens.place(token);
+        let span = self.tokens.span.get(token).and_then(|&s| self.tokens.spans.get(s as usize));
+        let end = span.map_or(0, |s| s.start.saturating_add(s.len));
+        (pages, if self.causal { position } else { end.saturating_sub(1) })
     }
 }
 
@@ -372,6 +385,7 @@ pub(crate) struct HostPlan<K> {
     limits: Limits,
     spans: Vec<u32>,
     positions: Vec<u32>,
+    zeros: Vec<u32>,
     submitted: u64,
     timing: Timing,
 }
@@ -405,6 +419,7 @@ impl<K: Kernels> HostPlan<K> {
             limits,
             spans: Vec::with_capacity(limits.tokens as usize),
             positions: Vec::with_capacity(limits.tokens as usize),
+            zeros: vec![0; limits.tokens as usize],
             submitted: 0,
             timing: Timing { elapsed: Duration::ZERO, clock: Clock::Host },
         })
@@ -620,6 +635,7 @@ fn compute<K: Kernels>(
             let (what, indices) = match index {
                 Index::Token => ("token id", step.tokens),
                 Index::Position => ("position", tokens.position),
+                Index::First => ("row", tokens.zeros),
             };
             if let Some(&bad) = indices.iter().find(|&&i| i as usize >= table.rows) {
                 return Err(Error::argument(what, format!("below {}", table.rows), bad));
@@ -690,6 +706,7 @@ fn compute<K: Kernels>(
                 shape,
                 tokens,
                 window: description.window,
+                causal: description.causal,
                 scale: *scale,
                 softcap: *softcap,
                 sinks: sinks.as_deref(),
@@ -761,7 +778,8 @@ impl<K: Kernels> Plan for HostPlan<K> {
         let from_start = segments.start == 0;
         self.place_tokens(step)?;
         let program = self.memory.program.clone();
-        let tokens = Tokens { spans: step.spans, span: &self.spans, position: &self.positions };
+        let zeros = self.zeros.get(..step.tokens.len()).unwrap_or(&[]);
+        let tokens = Tokens { spans: step.spans, span: &self.spans, position: &self.positions, zeros };
         let wrong = || {
             Error::argument("segments", format!("within 0..{}", program.segments.len()), "a range outside")
         };

@@ -391,8 +391,8 @@ impl Kernels for Definitions {
         let shape = a.shape;
         let (q_cols, out_cols) = (a.heads * shape.key_dim, a.heads * shape.value_dim);
         for (t, (q, out)) in a.q.chunks_exact(q_cols).zip(out.chunks_exact_mut(out_cols)).enumerate() {
-            let (table, position) = a.tokens.place(t);
-            let end = position as usize + 1;
+            let (table, last) = a.sees(t);
+            let end = last as usize + 1;
             let first = a.window.map_or(0, |w| end.saturating_sub(w as usize));
             let heads = q.chunks_exact(shape.key_dim).zip(out.chunks_exact_mut(shape.value_dim));
             for (h, (q, out)) in heads.enumerate() {

@@ -4,6 +4,8 @@ mod bench;
 #[cfg(feature = "sim")]
 mod calibrate;
 mod chat;
+mod convert;
+mod embed;
 #[cfg(feature = "sim")]
 mod estimate;
 mod inspect;
@@ -30,6 +32,7 @@ use halite::backend::reference::Reference;
 #[cfg(feature = "sim")]
 use halite::backend::sim::{Numerics, Sim, SimOptions};
 use halite::backend::template::Template;
+use halite::gguf::Gguf;
 use halite::kernels::formats::Format;
 use halite::map::Source;
 use halite::model::ProgramOptions;
@@ -81,6 +84,10 @@ enum Command {
     Bench(bench::BenchArgs),
     /// Write a model file of a named shape with random weights, to time a device on.
     Synth(synth::SynthArgs),
+    /// Turn texts into vectors, with an encoder.
+    Embed(embed::EmbedArgs),
+    /// Write a folder of safetensors as a GGUF file.
+    Convert(convert::ConvertArgs),
     /// Interleave a model's rows for the fastest kernels; the copy is read in place as well.
     Pack(pack::PackArgs),
     /// Check a chip's profile, and print its rates.
@@ -104,6 +111,9 @@ struct ModelArgs {
     model: Option<PathBuf>,
     #[command(flatten)]
     backend: BackendArgs,
+    /// A low-rank adapter of the model, and a factor on it; may be given several times.
+    #[arg(long, value_name = "FILE[:SCALE]")]
+    lora: Vec<String>,
     /// Positions of the KV cache [default: what the model was trained for, at most 4096].
     #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
     ctx: u32,
@@ -266,15 +276,26 @@ impl KvFormat {
 
 /// The model of a file, or the one that is built in.
 fn open_model(path: Option<&Path>) -> Result<Arc<Model>, Failure> {
-    Ok(Arc::new(match path {
+    open_adapted(path, &[])
+}
+
+/// The same with adapters, each `FILE` or `FILE:SCALE`.
+fn open_adapted(path: Option<&Path>, adapters: &[String]) -> Result<Arc<Model>, Failure> {
+    let mut model = match path {
         Some(path) => Model::open(path)?,
         None => Model::from_source(Source::from_static("the built-in model", &EMBEDDED.0))?,
-    }))
+    };
+    for adapter in adapters {
+        let scaled = adapter.rsplit_once(':').and_then(|(file, scale)| Some((file, scale.parse().ok()?)));
+        let (file, scale) = scaled.unwrap_or((adapter, 1.0));
+        model.adapt(Gguf::open(file.as_ref())?, scale)?;
+    }
+    Ok(Arc::new(model))
 }
 
 impl ModelArgs {
     fn open(&self) -> Result<Arc<Model>, Failure> {
-        open_model(self.model.as_deref())
+        open_adapted(self.model.as_deref(), &self.lora)
     }
 
     fn program(&self) -> ProgramOptions {
@@ -359,6 +380,8 @@ pub fn main() -> ExitCode {
         Command::Perplexity(args) => tools::perplexity(&args),
         Command::Bench(args) => bench::bench(&args),
         Command::Synth(args) => synth::synth(&args),
+        Command::Embed(args) => embed::embed(&args),
+        Command::Convert(args) => convert::convert(&args),
         Command::Pack(args) => pack::pack(&args),
         #[cfg(feature = "sim")]
         Command::Profile(args) => profile::profile(&args),

@@ -340,6 +340,7 @@ fn attention(cpus: &[Cpu], extent: Extent) -> Result<Probe> {
             value_dim: HEAD_DIM,
             format: Format::F16,
             window: None,
+            causal: true,
         });
         let out = b.attend(q, state, HEADS, 0.1, None, None);
         b.output(out);

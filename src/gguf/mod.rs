@@ -173,6 +173,17 @@ impl Gguf {
         Ok(gguf)
     }
 
+    /// Takes in the tensors of another file, under names that begin with `prefix`. Its metadata are left behind.
+    pub(crate) fn join(&mut self, other: Gguf, prefix: &str) -> Result<()> {
+        for mut part in other.parts {
+            for record in &mut part.header.tensors {
+                record.name.insert_str(0, prefix);
+            }
+            self.parts.push(part);
+        }
+        self.index_tensors()
+    }
+
     fn index_tensors(&mut self) -> Result<()> {
         self.tensors.clear();
         for (p, part) in self.parts.iter().enumerate() {

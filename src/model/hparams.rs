@@ -53,6 +53,8 @@ pub struct Hparams {
     pub sliding_window: Option<u32>,
     /// Which layers are windowed, if the file says so; one for each layer.
     pub sliding_window_pattern: Option<Vec<bool>>,
+    /// Whether a token sees no later ones, if the file says so.
+    pub attention_causal: Option<bool>,
     pub attention_scale: Option<f32>,
     /// How much queries grow beyond the original context (Llama 4's temperature tuning).
     pub attention_temperature_scale: Option<f32>,
@@ -67,6 +69,10 @@ pub struct Hparams {
     pub expert_gating_func: Option<Gating>,
     pub expert_weights_norm: Option<bool>,
     pub expert_weights_scale: Option<f32>,
+    /// What an encoder makes of the vectors of a text's tokens.
+    pub pooling_type: Option<Pooling>,
+    /// Kinds of texts that an encoder tells apart.
+    pub token_type_count: Option<u32>,
     /// How the KV cache is stored; a choice of the caller.
     pub kv_format: Format,
     /// Positions of the KV cache; a choice of the caller, which decides between the factors of LongRoPE.
@@ -98,9 +104,21 @@ pub enum RopeScaling {
     Long,
 }
 
+/// What becomes of the vectors of a text's tokens (Reimers & Gurevych 2019).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pooling {
+    /// Nothing: there is one for each token.
+    None,
+    /// Their mean.
+    Mean,
+    /// The first one, of the token that stands for the whole text.
+    Cls,
+    /// The last one.
+    Last,
+}
+
 /// Keys of options that change what a model computes and that no family here has, each with what it may say.
 const ONLY: &[(&str, Only)] = &[
-    ("attention.causal", Only::Bool(true)),
     ("attention.clamp_kqv", Only::F32(0.0)),
     ("attention.max_alibi_bias", Only::F32(0.0)),
     ("expert_group_count", Only::UpTo(1)),
@@ -114,7 +132,6 @@ const ONLY: &[(&str, Only)] = &[
 
 #[derive(Clone, Copy)]
 enum Only {
-    Bool(bool),
     UpTo(u32),
     F32(f32),
 }
@@ -192,7 +209,6 @@ impl Hparams {
         for (name, only) in ONLY {
             let key = key(name);
             let (fits, expected) = match only {
-                Only::Bool(only) => (gguf.optional_bool(&key)?.is_none_or(|v| v == *only), only.to_string()),
                 Only::UpTo(only) => {
                     (gguf.optional_u32(&key)?.is_none_or(|v| v <= *only), format!("up to {only}"))
                 }
@@ -284,6 +300,7 @@ impl Hparams {
             rope_finetuned: gguf.optional_bool(&key("rope.scaling.finetuned"))?,
             sliding_window: gguf.optional_u32(&key("attention.sliding_window"))?.filter(|&w| w > 0),
             sliding_window_pattern: sliding_window_pattern(gguf, &architecture, block_count)?,
+            attention_causal: gguf.optional_bool(&key("attention.causal"))?,
             attention_scale: factor("attention.scale")?,
             attention_temperature_scale: factor("attention.temperature_scale")?,
             attn_logit_softcapping: factor("attn_logit_softcapping")?,
@@ -297,6 +314,8 @@ impl Hparams {
             expert_gating_func,
             expert_weights_norm: gguf.optional_bool(&key("expert_weights_norm"))?,
             expert_weights_scale: factor("expert_weights_scale")?,
+            pooling_type: pooling_type(gguf, &architecture)?,
+            token_type_count: gguf.optional_u32("tokenizer.ggml.token_type_count")?,
             kv_format: Format::F16,
             positions: context_length,
             architecture,
@@ -309,14 +328,16 @@ impl Hparams {
     }
 
     /// The KV cache of a layer.
-    pub(crate) fn kv_state(&self, layer: u32, window: Option<u32>) -> State {
+    pub(crate) fn kv_state(&self, layer: u32, window: Option<u32>, causal: bool) -> State {
         State {
-            name: format!("kv.{layer}"),
+            // Without a past nothing outlives a layer, so that all of them use one.
+            name: if causal { format!("kv.{layer}") } else { "kv".into() },
             kv_heads: Hparams::at(&self.head_count_kv, layer),
             key_dim: self.key_length,
             value_dim: self.value_length,
             format: self.kv_format,
             window,
+            causal,
         }
     }
 
@@ -364,6 +385,23 @@ impl Hparams {
         };
         (frequencies.collect(), magnitude)
     }
+}
+
+/// `pooling_type`: the published values of the key.
+fn pooling_type(gguf: &Gguf, architecture: &str) -> Result<Option<Pooling>> {
+    let key = format!("{architecture}.pooling_type");
+    Ok(match gguf.optional_u32(&key)? {
+        None => None,
+        Some(0) => Some(Pooling::None),
+        Some(1) => Some(Pooling::Mean),
+        Some(2) => Some(Pooling::Cls),
+        Some(3) => Some(Pooling::Last),
+        Some(other) => {
+            let message =
+                format!("key `{key}`: expected 0 (none), 1 (mean), 2 (CLS) or 3 (last), got {other}");
+            return Err(Error::Model(message));
+        }
+    })
 }
 
 /// Whether a layer is none of the last of every `period` layers; a period of zero has no last one.

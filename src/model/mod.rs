@@ -1,6 +1,7 @@
 //! Model families as plain programs. A family reads its hyper-parameters from the file and records ops; it knows no
 //! backend.
 
+mod bert;
 mod cohere2;
 mod falcon;
 mod gemma;
@@ -23,10 +24,11 @@ use std::sync::Arc;
 
 use halite_kernels::formats::Format;
 
-pub use hparams::Hparams;
+pub use hparams::{Hparams, Pooling};
 
 use crate::error::{Error, Result};
 use crate::gguf::{Gguf, printable};
+use crate::lora::Adapter;
 use crate::map::Source;
 use crate::program::{Builder, Program, WeightInfo};
 
@@ -35,6 +37,7 @@ type Record = fn(&Hparams, &mut Builder<'_>);
 
 /// One line for each architecture: its name in `general.architecture` and what records it.
 const FAMILIES: &[(&str, Record)] = &[
+    ("bert", bert::record),
     ("cohere2", cohere2::record),
     ("falcon", falcon::record),
     ("gemma2", gemma::record_2),
@@ -44,6 +47,7 @@ const FAMILIES: &[(&str, Record)] = &[
     ("granite", granite::record),
     ("llama", llama::record),
     ("mistral3", llama::record),
+    ("nomic-bert", bert::record_nomic),
     ("olmo2", olmo2::record),
     ("phi3", phi::record),
     ("phimoe", phi::record),
@@ -82,10 +86,13 @@ pub struct Model {
     gguf: Gguf,
     hparams: Hparams,
     record: Record,
+    adapters: Vec<Adapter>,
 }
 
 /// The names of a program's results.
 pub mod outputs {
+    /// What an encoder makes of each token, `[outputs, embedding]`: its only result.
+    pub const EMBEDDINGS: &str = "embeddings";
     /// Logits, `[outputs, vocab]`.
     pub const LOGITS: &str = "logits";
     /// Each output row's most likely token, `[outputs, 1]` of i32; in a segment of its own, the last but one.
@@ -129,10 +136,24 @@ impl Model {
             )
         })?;
         let hparams = Hparams::read(&gguf)?;
-        Ok(Model { gguf, hparams, record })
+        Ok(Model { gguf, hparams, record, adapters: Vec::new() })
     }
 
-    /// The file.
+    /// Adds a low-rank adapter (LoRA) to the model, times a factor; several add up. Its weights stay in their file, and the model's
+    /// as they are.
+    ///
+    /// # Errors
+    /// [`Error::Gguf`] or [`Error::Model`] for a file that is no adapter of this architecture. Tensors that do not fit the model
+    /// are found by [`Model::program`].
+    pub fn adapt(&mut self, adapter: Gguf, scale: f32) -> Result<()> {
+        let prefix = format!("lora{}.", self.adapters.len());
+        let read = Adapter::read(&adapter, &self.hparams.architecture, prefix, scale)?;
+        self.gguf.join(adapter, &read.prefix)?;
+        self.adapters.push(read);
+        Ok(())
+    }
+
+    /// The file, and those of its adapters.
     pub fn gguf(&self) -> &Gguf {
         &self.gguf
     }
@@ -164,7 +185,13 @@ impl Model {
         let mut builder = Builder::new(&self.name(), &lookup);
         let hparams = Hparams { kv_format: options.kv_format, positions, ..self.hparams.clone() };
         (self.record)(&hparams, &mut builder);
-        let program = builder.finish()?;
+        let mut program = builder.finish()?;
+        for adapter in &self.adapters {
+            adapter.apply(&mut program, &self.gguf)?;
+        }
+        if !self.adapters.is_empty() {
+            program.validate()?;
+        }
         self.check_all_used(&program)?;
         Ok(program)
     }

@@ -46,6 +46,8 @@ pub(super) struct Attention<'r> {
     pub qk_norm: Option<QkNorm>,
     /// A factor on the scores.
     pub scale: f32,
+    /// Whether tokens see no later ones.
+    pub causal: bool,
     /// Whether each head has a logit for attending to nothing.
     pub sinks: bool,
 }
@@ -116,6 +118,17 @@ impl<'n, 'b> Network<'n, 'b> {
         }
         let table = self.weight("position_embd.weight", self.h.context_length, self.h.embedding_length);
         self.b.embed(table, Index::Position, 1.0)
+    }
+
+    /// The embedding of the type that the tokens of a single text have.
+    pub fn embed_type(&mut self) -> TensorId {
+        let h = self.h;
+        let types = h.token_type_count.unwrap_or_else(|| {
+            self.b.fail("key `tokenizer.ggml.token_type_count` is missing".into());
+            1
+        });
+        let table = self.weight("token_types.weight", types, h.embedding_length);
+        self.b.embed(table, Index::First, 1.0)
     }
 
     /// The family's norm over whole rows.
@@ -207,13 +220,18 @@ impl<'n, 'b> Network<'n, 'b> {
             window: self.h.sliding_window,
             qk_norm: None,
             scale: self.h.attention_scale.unwrap_or(1.0 / (self.h.key_length as f32).sqrt()),
+            causal: true,
             sinks: false,
         }
     }
 
-    /// Causal attention of `x` to itself and the past, with keys and values that groups of heads share (Ainslie et al. 2023).
+    /// Attention of `x` to itself and the past, or to all of its text, with keys and values that groups of heads share (Ainslie et al. 2023).
     pub fn attention(&mut self, x: TensorId, a: &Attention<'_>) -> TensorId {
         let h = self.h;
+        if h.attention_causal.is_some_and(|causal| causal != a.causal) {
+            let only = a.causal;
+            self.b.fail(format!("key `{}.attention.causal`: only {only} is supported", h.architecture));
+        }
         let (heads, kv_heads) =
             (Hparams::at(&h.head_count, self.layer), Hparams::at(&h.head_count_kv, self.layer));
         let parts =
@@ -236,7 +254,7 @@ impl<'n, 'b> Network<'n, 'b> {
             x
         };
         let (q, k) = (place("q", q), place("k", k));
-        let kv = self.b.state(h.kv_state(self.layer, a.window));
+        let kv = self.b.state(h.kv_state(self.layer, a.window, a.causal));
         self.b.kv_write(k, v, kv);
         let sinks = a.sinks.then(|| self.weight("attn_sinks.weight", 1, heads));
         let attended = self.b.attend(q, kv, heads, a.scale, h.attn_logit_softcapping, sinks);
@@ -312,7 +330,31 @@ impl<'n, 'b> Network<'n, 'b> {
         self.add("ffn_residual", x, y)
     }
 
-    /// The end of every program: the rows that are wanted, their logits times a factor, and in segments of their own the most
+    /// A layer with norms after its blocks (Vaswani et al. 2017): `x = norm(x + attention(x))`, then
+    /// `x = norm(x + feed_forward(x))`.
+    pub fn post_norm_layer(
+        &mut self,
+        x: TensorId,
+        attention: &Attention<'_>,
+        feed_forward: impl FnOnce(&mut Self, TensorId) -> TensorId,
+    ) -> TensorId {
+        let y = self.attention(x, attention);
+        let x = self.add("attn_residual", x, y);
+        let x = self.norm("attn_output_norm", x);
+        let y = feed_forward(self, x);
+        let x = self.add("ffn_residual", x, y);
+        self.norm("layer_output_norm", x)
+    }
+
+    /// The end of an encoder: the rows that are wanted.
+    pub fn embeddings(self, x: TensorId) {
+        self.b.segment("output");
+        let x = self.b.select(x);
+        self.b.name(x, super::outputs::EMBEDDINGS);
+        self.b.output(x);
+    }
+
+    /// The end of every program that continues texts: the rows that are wanted, their logits times a factor, and in segments of their own the most
     /// likely token and the most likely tokens. The output matrix is the embedding table where a file has none of its own.
     pub fn head(mut self, x: TensorId, scale: f32) {
         self.b.segment("output");

@@ -121,7 +121,7 @@ impl StepLayout {
     fn new(limits: Limits) -> StepLayout {
         let (t, ids) = (limits.tokens, 3);
         let (positions, tables, outputs) = (ids + t, ids + 2 * t, ids + 3 * t);
-        StepLayout { ids, positions, tables, outputs, tiles: outputs + limits.outputs, tile_words: 2 * t }
+        StepLayout { ids, positions, tables, outputs, tiles: outputs + limits.outputs, tile_words: 3 * t }
     }
 
     /// Where page tables start, after the lists of so many tile sizes.
@@ -559,7 +559,11 @@ impl Lowering<'_> {
                 .matrix(shader, table, &shard)
                 .write("out", "f32", self.tensor(out))
                 .u32("FIRST", shard.first)
-                .bool("BY_POSITION", index == Index::Position)
+                .with(match index {
+                    Index::Token => "fn row_of(token: u32) -> u32 { return token_id(token); }",
+                    Index::Position => "fn row_of(token: u32) -> u32 { return position(token); }",
+                    Index::First => "fn row_of(token: u32) -> u32 { return 0u; }",
+                })
                 .f32("SCALE", scale)
                 .with(four)
                 .with(wgsl!("embed"));
@@ -1070,6 +1074,7 @@ impl Lowering<'_> {
             .u32("HEADS", *heads)
             .u32("ROW_TILES", row_tiles)
             .u32("WINDOW", state.window.unwrap_or(u32::MAX))
+            .bool("CAUSAL", state.causal)
             .f32("SCALE", *scale)
             .f32("SOFTCAP", softcap.unwrap_or(0.0));
         shader = match state.format {

@@ -150,8 +150,9 @@ impl GpuPlan {
             let (mut first, mut n) = (0, 0);
             for span in step.spans {
                 for start in (0..span.len).step_by(size as usize) {
-                    words[at + 2 * n] = first + start;
-                    words[at + 2 * n + 1] = size.min(span.len - start);
+                    words[at + 3 * n] = first + start;
+                    words[at + 3 * n + 1] = size.min(span.len - start);
+                    words[at + 3 * n + 2] = span.start + span.len;
                     n += 1;
                 }
                 first += span.len;
@@ -235,6 +236,7 @@ impl GpuPlan {
             let Dim::Fixed(rows) = self.program.tensor(*table).rows else { continue };
             let (what, largest) = match index {
                 Index::Token => ("token id", step.tokens.iter().copied().max()),
+                Index::First => continue,
                 Index::Position => {
                     let last = |span: &Span<'_>| (span.start + span.len).checked_sub(1);
                     ("position", step.spans.iter().filter_map(last).max())

@@ -145,7 +145,7 @@ impl Machine {
                 };
                 let outs = out.chunks_exact_mut(heads * found).zip(q.chunks_exact(heads * shape.key_dim));
                 for (i, (out, q)) in outs.enumerate() {
-                    let position = rows.position + i as u32;
+                    let position = rows.position + if a.causal { i as u32 } else { 0 };
                     if !chunks(position, a.window).contains(chunk) {
                         continue;
                     }
@@ -162,6 +162,7 @@ impl Machine {
                         kv_head: 0,
                         // Positions are counted from the start of the page.
                         position: (position - chunk * PAGE_POSITIONS) as usize,
+                        causal: a.causal,
                         window: a.window,
                         scale: a.scale,
                         softcap: a.softcap,
@@ -178,7 +179,7 @@ impl Machine {
                 let heads = rows.heads as usize;
                 let stride = if *last { shape.value_dim } else { found };
                 for (row, out) in out.chunks_exact_mut(stride).enumerate() {
-                    let position = rows.position + (row / heads) as u32;
+                    let position = rows.position + if a.causal { (row / heads) as u32 } else { 0 };
                     let seen = chunks(position, a.window);
                     let old = state.map(|state| &state[row * found..][..found]);
                     let mut values = old.map_or(vec![0.0; found], <[f32]>::to_vec);
@@ -229,7 +230,7 @@ pub enum Epilogue {
     Add,
 }
 
-/// The chunks that a token at `position` sees.
+/// The chunks that a token sees whose last position is `position`.
 fn chunks(position: u32, window: Option<u32>) -> Range<u32> {
     let chunks = halite_kernels::attention::chunks(position as usize, window);
     chunks.start as u32..chunks.end as u32

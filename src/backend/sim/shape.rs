@@ -121,6 +121,8 @@ pub struct Attend {
     pub format: Format,
     /// Positions that a token looks back.
     pub window: Option<u32>,
+    /// Whether a token sees no position after its own.
+    pub causal: bool,
     /// Whether each head has one more logit.
     pub sinks: bool,
     /// Of each sequence: its pages, its first position, its tokens.
@@ -210,6 +212,7 @@ pub fn shape(program: &Program, op: &Op, step: &Step<'_>, ids: Option<&[i32]>) -
             let indices: Vec<u32> = match index {
                 Index::Token => step.tokens.to_vec(),
                 Index::Position => step.spans.iter().flat_map(|s| s.start..s.start + s.len).collect(),
+                Index::First => vec![0; step.tokens.len()],
             };
             let bytes = t.format.row_bytes(t.cols as usize).unwrap_or(0) as u32;
             Shape::Units(Units {
@@ -312,6 +315,7 @@ pub fn shape(program: &Program, op: &Op, step: &Step<'_>, ids: Option<&[i32]>) -
                 value_dim: s.value_dim,
                 format: s.format,
                 window: s.window,
+                causal: s.causal,
                 sinks: sinks.is_some(),
                 spans: step.spans.iter().map(|s| (s.pages.to_vec(), s.start, s.len)).collect(),
             })

@@ -136,7 +136,7 @@ pub struct QueryRows {
     pub token: u32,
     /// Tokens.
     pub tokens: u32,
-    /// Position of the first token.
+    /// The last position that the first token sees.
     pub position: u32,
     /// The first head.
     pub head: u32,

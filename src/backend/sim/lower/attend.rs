@@ -22,7 +22,12 @@ impl Attend {
         self.value_dim + 2
     }
 
-    /// The chunks that a token at `position` sees.
+    /// The last position that token number `i` of some sees.
+    fn last(&self, rows: QueryRows, i: u32) -> u32 {
+        rows.position + if self.causal { i } else { 0 }
+    }
+
+    /// The chunks that a token sees whose last position is `position`.
     pub fn chunks(&self, position: u32) -> Range<u32> {
         let chunks = halite_kernels::attention::chunks(position as usize, self.window);
         chunks.start as u32..chunks.end as u32
@@ -30,12 +35,12 @@ impl Attend {
 
     /// The chunks that any of some tokens sees.
     fn chunks_of(&self, rows: QueryRows) -> Range<u32> {
-        self.chunks(rows.position).start..self.chunks(rows.position + rows.tokens.max(1) - 1).end
+        self.chunks(rows.position).start..self.chunks(self.last(rows, rows.tokens.max(1) - 1)).end
     }
 
     /// How many of some tokens see a chunk.
     fn seeing(&self, rows: QueryRows, chunk: u32) -> u32 {
-        let sees = |i: &u32| self.chunks(rows.position + i).contains(&chunk);
+        let sees = |i: &u32| self.chunks(self.last(rows, *i)).contains(&chunk);
         (0..rows.tokens).filter(sees).count() as u32
     }
 
@@ -96,7 +101,7 @@ fn attend_tiling<'a>(chip: &Chip, a: &'a Attend) -> Result<AttendTiling<'a>> {
                 let rows = QueryRows {
                     token: first + range.start,
                     tokens: range.end - range.start,
-                    position: start + range.start,
+                    position: start + if a.causal { range.start } else { len - 1 },
                     head: run.start,
                     heads: run.end - run.start,
                 };
@@ -422,7 +427,7 @@ fn merge_program(a: &Attend, rows: QueryRows, most: u32) -> TileProgram {
     let mut out_ring = b.ring(1, 4 * u64::from(a.value_dim));
     let mut sink_ring = b.ring(1, 4);
     for i in 0..rows.tokens {
-        let rows = QueryRows { token: rows.token + i, tokens: 1, position: rows.position + i, ..rows };
+        let rows = QueryRows { token: rows.token + i, tokens: 1, position: a.last(rows, i), ..rows };
         let sinks = a.sinks.then(|| b.load(&mut sink_ring, [sinks(rows)], 1));
         let all = a.chunks_of(rows);
         let mut state: Option<Entry> = None;

@@ -1,0 +1,256 @@
+//! Texts to vectors, with an encoder: texts whose vectors point the same way mean much the same (Reimers & Gurevych 2019).
+
+use std::sync::Arc;
+
+use halite_kernels::formats::Format;
+
+use crate::backend::{Backend, Bindings, Buffer, Cancel, Limits, Plan, Span, Step, Usage, check_support};
+use crate::error::{Error, Result};
+use crate::model::{Model, Pooling, ProgramOptions, outputs};
+use crate::passes;
+use crate::program::{PAGE_POSITIONS, Program};
+use crate::session::MAX_RUNS;
+use crate::tokenizer::{EncodeOptions, Tokenizer};
+use crate::weights::Weights;
+
+/// What an embedder reserves, and what it makes of a text's tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct EmbedOptions {
+    /// Most tokens of a step, and of a text; as many texts go into a step as fit.
+    pub batch: u32,
+    /// How the vectors of a text's tokens become one; `None`: as the file says.
+    pub pooling: Option<Pooling>,
+    /// Whether vectors are divided by their length.
+    pub normalize: bool,
+    /// Whether texts that are too long lose their ends; otherwise they are errors.
+    pub truncate: bool,
+}
+
+impl Default for EmbedOptions {
+    fn default() -> Self {
+        EmbedOptions { batch: 512, pooling: None, normalize: true, truncate: false }
+    }
+}
+
+/// An encoder on a backend, ready to run. All memory of the device is reserved by [`Embedder::new`].
+pub struct Embedder {
+    model: Arc<Model>,
+    backend: Arc<dyn Backend>,
+    program: Arc<Program>,
+    plan: Box<dyn Plan>,
+    weights: Weights,
+    states: Vec<Buffer>,
+    io: Vec<Buffer>,
+    pooling: Pooling,
+    options: EmbedOptions,
+    longest: u32,
+    /// Numbers of all pages: texts have theirs one after the other.
+    pages: Vec<u32>,
+    cancel: Cancel,
+}
+
+impl std::fmt::Debug for Embedder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Embedder")
+            .field("model", &self.model.name())
+            .field("backend", &self.backend.caps().name)
+            .field("pooling", &self.pooling)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Embedder {
+    /// Builds the program, loads the weights and reserves all memory. `progress` is told the weight bytes done so far.
+    ///
+    /// # Errors
+    /// [`Error::Model`] for a model that is no encoder or does not say how its vectors are pooled; otherwise as
+    /// [`crate::session::Session::new`].
+    pub fn new(
+        model: &Arc<Model>,
+        backend: &Arc<dyn Backend>,
+        options: &EmbedOptions,
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<Embedder> {
+        let h = model.hparams();
+        // Keys and values are not kept, so there is nothing to gain from a shorter format.
+        let program = model.program(ProgramOptions { kv_format: Format::F32 }, h.context_length)?;
+        if program.find(outputs::EMBEDDINGS).is_none() {
+            return Err(Error::Model(format!(
+                "family {} is no encoder: it has no embeddings",
+                h.architecture
+            )));
+        }
+        let pooling = options.pooling.or(h.pooling_type).ok_or_else(|| {
+            Error::Model(format!("key `{}.pooling_type` is missing: choose a pooling", h.architecture))
+        })?;
+        let program = Arc::new(passes::adapt(&program, backend.caps()));
+        check_support(&**backend, &program)?;
+        let tokens = options.batch.max(1);
+        let limits = Limits { tokens, outputs: tokens };
+        let pages = tokens / PAGE_POSITIONS + MAX_RUNS as u32;
+        let plan = backend.prepare(&program, limits)?;
+        let io_bytes = u64::from(tokens) * u64::from(h.embedding_length) * 4;
+        let state_bytes = program.states.iter().map(|s| u64::from(pages) * s.page_bytes());
+        let working = backend.scratch_bytes(&program, limits) + io_bytes + state_bytes.clone().sum::<u64>();
+        let budget = backend.caps().memory_bytes.saturating_sub(working);
+        let weights = Weights::load(model.gguf(), &program, &**backend, budget, progress)?;
+        let states = state_bytes.map(|bytes| backend.alloc(bytes, Usage::State)).collect::<Result<_>>()?;
+        let io = program.io.iter().map(|_| backend.alloc(io_bytes, Usage::Io)).collect::<Result<_>>()?;
+        Ok(Embedder {
+            model: model.clone(),
+            backend: backend.clone(),
+            plan,
+            weights,
+            states,
+            io,
+            pooling,
+            options: *options,
+            longest: h.context_length.min(tokens),
+            pages: (0..pages).collect(),
+            cancel: Cancel::default(),
+            program,
+        })
+    }
+
+    /// The model.
+    pub fn model(&self) -> &Arc<Model> {
+        &self.model
+    }
+
+    /// How the vectors of a text's tokens become one.
+    pub fn pooling(&self) -> Pooling {
+        self.pooling
+    }
+
+    /// Elements of a vector.
+    pub fn dimension(&self) -> usize {
+        self.model.hparams().embedding_length as usize
+    }
+
+    /// Most tokens of a text.
+    pub fn longest(&self) -> u32 {
+        self.longest
+    }
+
+    /// A handle that stops work from another thread.
+    pub fn cancel(&self) -> Cancel {
+        self.cancel.clone()
+    }
+
+    /// A vector for each text; with [`Pooling::None`] one for each token of each text, in order.
+    ///
+    /// # Errors
+    /// As [`Embedder::embed_tokens`].
+    pub fn embed(&mut self, tokenizer: &Tokenizer, texts: &[impl AsRef<str>]) -> Result<Vec<Vec<f32>>> {
+        let options = EncodeOptions { add_special: true, parse_special: false };
+        let tokens: Vec<_> = texts.iter().map(|text| tokenizer.encode(text.as_ref(), options)).collect();
+        self.embed_tokens(&tokens)
+    }
+
+    /// The same of tokens, the special ones included. Which texts share a step never shows in their vectors.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a text without tokens or with too many of them (unless they are truncated, which keeps the last
+    /// one), or with a token that the model does not have; [`Error::Cancelled`], [`Error::FileChanged`], or what the backend
+    /// says.
+    pub fn embed_tokens(&mut self, texts: &[Vec<u32>]) -> Result<Vec<Vec<f32>>> {
+        let longest = self.longest as usize;
+        let mut fitting = texts.to_vec();
+        for (i, text) in fitting.iter_mut().enumerate() {
+            let Some(&last) = text.last() else {
+                return Err(Error::argument("text", "at least one token", format!("none in text {i}")));
+            };
+            if text.len() > longest && !self.options.truncate {
+                let expected = format!("at most {longest} tokens, or truncation");
+                return Err(Error::argument("text", expected, format!("{} in text {i}", text.len())));
+            }
+            if text.len() > longest {
+                text.truncate(longest - 1);
+                text.push(last);
+            }
+        }
+        let mut vectors = Vec::new();
+        let mut rest = &fitting[..];
+        while !rest.is_empty() {
+            let mut tokens = 0;
+            let fits = rest.iter().take(MAX_RUNS).take_while(|text| {
+                tokens += text.len();
+                tokens <= self.options.batch.max(1) as usize
+            });
+            let (now, later) = rest.split_at(fits.count());
+            self.step(now, &mut vectors)?;
+            rest = later;
+        }
+        Ok(vectors)
+    }
+
+    /// Runs texts that fit in a step, and pools their vectors.
+    fn step(&mut self, texts: &[Vec<u32>], vectors: &mut Vec<Vec<f32>>) -> Result<()> {
+        let mut spans = Vec::new();
+        let (mut wanted, mut first, mut page) = (Vec::new(), 0, 0);
+        for text in texts {
+            let len = text.len() as u32;
+            let pages = len.div_ceil(PAGE_POSITIONS) as usize;
+            spans.push(Span { pages: &self.pages[page..page + pages], start: 0, len });
+            wanted.extend(match self.pooling {
+                Pooling::None | Pooling::Mean => first..first + len,
+                Pooling::Cls => first..first + 1,
+                Pooling::Last => first + len - 1..first + len,
+            });
+            (first, page) = (first + len, page + pages);
+        }
+        let tokens = texts.concat();
+        let step = Step { spans: &spans, tokens: &tokens, outputs: &wanted, cancel: &self.cancel };
+        let bindings = Bindings { weights: &self.weights.buffers, states: &self.states, io: &self.io };
+        for run in self.weights.runs(0..self.program.segments.len()) {
+            self.weights.bring(self.model.gguf(), &self.program, &*self.backend, run.start)?;
+            let ticket = self.plan.submit(&step, run, &bindings)?;
+            self.plan.wait(ticket)?;
+        }
+        self.model.gguf().verify()?;
+        let mut rows = vec![0.0f32; wanted.len() * self.dimension()];
+        let missing = || Error::Program("an encoder has one output".into());
+        self.backend.read(self.io.first().ok_or_else(missing)?, 0, bytemuck::cast_slice_mut(&mut rows))?;
+        let mut rows = rows.chunks_exact(self.dimension());
+        for text in texts {
+            match self.pooling {
+                Pooling::None => vectors.extend(rows.by_ref().take(text.len()).map(<[f32]>::to_vec)),
+                Pooling::Mean => vectors.push(mean(rows.by_ref().take(text.len()), self.dimension())),
+                Pooling::Cls | Pooling::Last => vectors.extend(rows.next().map(<[f32]>::to_vec)),
+            }
+        }
+        let new = vectors.len() - if self.pooling == Pooling::None { tokens.len() } else { texts.len() };
+        if self.options.normalize {
+            vectors[new..].iter_mut().for_each(|vector| normalize(vector));
+        }
+        Ok(())
+    }
+}
+
+/// The mean of some rows.
+fn mean<'a>(rows: impl Iterator<Item = &'a [f32]>, dimension: usize) -> Vec<f32> {
+    let (mut sum, mut count) = (vec![0.0f64; dimension], 0.0);
+    for row in rows {
+        sum.iter_mut().zip(row).for_each(|(sum, &x)| *sum += f64::from(x));
+        count += 1.0;
+    }
+    sum.into_iter().map(|sum| (sum / count) as f32).collect()
+}
+
+/// Divides a vector by its length, unless that is zero.
+fn normalize(vector: &mut [f32]) {
+    let length = dot(vector, vector).sqrt();
+    if length > 0.0 {
+        vector.iter_mut().for_each(|x| *x = (f64::from(*x) / length) as f32);
+    }
+}
+
+fn dot(a: &[f32], b: &[f32]) -> f64 {
+    a.iter().zip(b).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum()
+}
+
+/// The cosine of the angle between two vectors; 0 if one of them has no length.
+pub fn cosine(a: &[f32], b: &[f32]) -> f64 {
+    let lengths = (dot(a, a) * dot(b, b)).sqrt();
+    if lengths > 0.0 { dot(a, b) / lengths } else { 0.0 }
+}

@@ -1,0 +1,177 @@
+//! Low-rank adapters (Hu et al. 2022) in llama.cpp's layout: for a matrix W of the model a file has A (`NAME.lora_a`,
+//! `[rank, cols]`) and B (`NAME.lora_b`, `[rows, rank]`), and `W x` becomes `W x + scale · B (A x)`. They are ops like any others,
+//! so every backend runs them, on weights that stay as they are, mapped.
+
+use halite_kernels::formats::{Format, Layout};
+use halite_kernels::rows::Unary;
+
+use crate::error::{Error, Result};
+use crate::gguf::{Gguf, printable};
+use crate::program::{Dim, Epilogue, FilePart, Op, Part, Program, Slot, Tensor, TensorId};
+
+/// An adapter whose tensors are among the model's, under names of their own.
+#[derive(Debug, Clone)]
+pub(crate) struct Adapter {
+    /// What the names of its tensors begin with.
+    pub prefix: String,
+    /// The factor on all of it, without the division by the rank.
+    scale: f32,
+    /// What the training's factor is relative to; 0: there is none.
+    alpha: f32,
+}
+
+impl Adapter {
+    /// Checks an adapter's metadata. Its tensors will be found under `prefix`.
+    pub fn read(gguf: &Gguf, architecture: &str, prefix: String, scale: f32) -> Result<Adapter> {
+        for (key, expected) in
+            [("general.type", "adapter"), ("adapter.type", "lora"), ("general.architecture", architecture)]
+        {
+            let got = gguf.str(key)?;
+            if got != expected {
+                let got = printable(got.as_bytes());
+                return Err(Error::Model(format!("adapter: key `{key}`: expected {expected}, got {got}")));
+            }
+        }
+        if let Some((key, _)) = gguf.metadata().iter().find(|(key, _)| key.starts_with("adapter.alora.")) {
+            return Err(Error::Model(format!("adapter: key `{key}`: activated adapters are not supported")));
+        }
+        if !scale.is_finite() {
+            return Err(Error::argument("adapter scale", "a finite number", scale));
+        }
+        Ok(Adapter { prefix, scale, alpha: gguf.f32("adapter.lora.alpha")? })
+    }
+
+    /// Adds the adapter to every product with a matrix that it has a part for. `gguf` has the tensors.
+    pub fn apply(&self, program: &mut Program, gguf: &Gguf) -> Result<()> {
+        for s in 0..program.segments.len() {
+            let ops = std::mem::take(&mut program.segments[s].ops);
+            for op in ops {
+                let ops = self.adapt(program, gguf, op)?;
+                program.segments[s].ops.extend(ops);
+            }
+        }
+        Ok(())
+    }
+
+    /// An op with what the adapter adds to it. Programs are adapted before they are fused: a product has one part.
+    fn adapt(&self, program: &mut Program, gguf: &Gguf, op: Op) -> Result<Vec<Op>> {
+        let has = |program: &Program, id: TensorId| {
+            let t = program.tensor(id);
+            let name = t.part.as_ref().map_or(&t.name, |part| &part.of);
+            gguf.tensor(&format!("{}{name}.lora_a", self.prefix)).is_some().then(|| name.clone())
+        };
+        if let Op::MatMul { x, parts, epilogue: Epilogue::None } = &op
+            && let [part] = parts.as_slice()
+        {
+            let Some(name) = has(program, part.weight) else { return Ok(vec![op]) };
+            return self.low_rank(program, gguf, &name, *x, part);
+        }
+        let mut other = None;
+        op.inputs(&mut |id| other = other.take().or_else(|| has(program, id)));
+        match other {
+            None => Ok(vec![op]),
+            Some(name) => Err(Error::Model(format!(
+                "adapter: tensor `{name}` is an input of {}: only matrices of plain products can be adapted",
+                op.name()
+            ))),
+        }
+    }
+
+    /// `W x + B (scale · A x)`, in the place of `W x`.
+    fn low_rank(
+        &self,
+        program: &mut Program,
+        gguf: &Gguf,
+        name: &str,
+        x: TensorId,
+        part: &Part,
+    ) -> Result<Vec<Op>> {
+        let (weight, out) = (program.tensor(part.weight).clone(), program.tensor(part.out).clone());
+        let Dim::Fixed(rows) = weight.rows else {
+            return Err(Error::Program(format!("`{}` is no weight", weight.name)));
+        };
+        let stored = |suffix: &str| {
+            let name = format!("{}{name}.{suffix}", self.prefix);
+            let found = gguf.tensor(&name).map(|t| (t.record.dims.clone(), t.record.format, t.record.layout));
+            found
+                .map(|found| (name, found))
+                .ok_or_else(|| Error::Model(format!("adapter: tensor `{}.{suffix}` is missing", weight.name)))
+        };
+        let ((a_name, a), (b_name, b)) = (stored("lora_a")?, stored("lora_b")?);
+        let rank = a.0.get(1).copied().unwrap_or(1);
+        // Of a matrix that is some rows of a tensor, B's are the same rows.
+        let first_row =
+            weight.part.as_ref().map_or(0, |part| part.first_element / u64::from(weight.cols.max(1)));
+        let whole = gguf.tensor(name).and_then(|t| t.record.dims.get(1).copied()).unwrap_or(1);
+        let fits = a.0.first() == Some(&weight.cols.into()) && b.0 == [rank, whole];
+        if a.0.len() != 2 || !fits {
+            return Err(Error::Model(format!(
+                "adapter: tensor `{name}`: expected A [{}, rank] and B [rank, {whole}], got {:?} and {:?}",
+                weight.cols, a.0, b.0
+            )));
+        }
+        if [a.2, b.2] != [Layout::Rows; 2] {
+            return Err(Error::Model(format!(
+                "adapter: tensor `{name}`: interleaved rows are not supported"
+            )));
+        }
+        let rank_cols = u32::try_from(rank).map_err(|_| Error::argument("adapter rank", "32 bits", rank))?;
+        let a = add_weight(program, &a_name, rank_cols, weight.cols, a.1, None);
+        let b = match &weight.part {
+            None => add_weight(program, &b_name, rows, rank_cols, b.1, None),
+            Some(_) => {
+                let range = format!("{b_name}[{first_row}..{}]", first_row + u64::from(rows));
+                let part = FilePart { of: b_name, first_element: first_row * rank };
+                add_weight(program, &range, rows, rank_cols, b.1, Some(part))
+            }
+        };
+        // A training without alpha has no factor of its own.
+        let scale = if self.alpha == 0.0 { self.scale } else { self.scale * self.alpha / rank as f32 };
+        let mut result = |what: &str, cols: u32| {
+            let name = format!("{}.{}{what}", out.name, self.prefix);
+            add_tensor(program, Tensor { name, cols, slot: Slot::Scratch, ..out.clone() })
+        };
+        let (low, scaled) = (result("a", rank_cols), result("scaled", rank_cols));
+        let (base, added) = (result("base", rows), result("b", rows));
+        let product = |x, weight, bias, out| Op::MatMul {
+            x,
+            parts: vec![Part { weight, bias, out }],
+            epilogue: Epilogue::None,
+        };
+        // The product with B comes right before the addition, so that they can be fused.
+        Ok(vec![
+            product(x, part.weight, part.bias, base),
+            product(x, a, None, low),
+            Op::Map { x: low, out: scaled, f: Unary::Scale(scale) },
+            product(scaled, b, None, added),
+            Op::Add { a: base, b: added, out: part.out },
+        ])
+    }
+}
+
+fn add_tensor(program: &mut Program, tensor: Tensor) -> TensorId {
+    program.tensors.push(tensor);
+    TensorId(program.tensors.len() as u32 - 1)
+}
+
+/// A weight in the next slot, or the one that is there already.
+fn add_weight(
+    program: &mut Program,
+    name: &str,
+    rows: u32,
+    cols: u32,
+    format: Format,
+    part: Option<FilePart>,
+) -> TensorId {
+    if let Some(id) = program.find(name) {
+        return id;
+    }
+    let slot = Slot::Weight(program.weights.len() as u32);
+    let rows = Dim::Fixed(rows);
+    let id = add_tensor(
+        program,
+        Tensor { name: name.into(), experts: 1, rows, cols, format, layout: Layout::Rows, slot, part },
+    );
+    program.weights.push(id);
+    id
+}

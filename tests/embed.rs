@@ -1,0 +1,248 @@
+//! Encoders: a tiny BERT of random weights against its vectors in double precision (`scripts/embed.py`), from a folder of
+//! safetensors to what the command prints.
+#![cfg(feature = "convert")]
+
+#[cfg(feature = "gpu")]
+#[path = "common/gpu.rs"]
+mod common;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use halite::backend::Backend;
+use halite::backend::cpu::Cpu;
+use halite::backend::reference::Reference;
+use halite::convert::convert;
+use halite::embed::{EmbedOptions, Embedder, cosine};
+use halite::kernels::formats::Format;
+use halite::map::Source;
+use halite::model::Pooling;
+use halite::session::{Session, SessionOptions};
+use halite::tokenizer::EncodeOptions;
+use halite::{Error, Model, Tokenizer};
+
+const SPECIAL: EncodeOptions = EncodeOptions { add_special: true, parse_special: false };
+
+fn folder() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/bert")
+}
+
+fn converted(folder: &Path, format: Format) -> Result<Arc<Model>, Error> {
+    let mut bytes = Vec::new();
+    convert(folder, format, &mut bytes, &mut |_| {})?;
+    Ok(Arc::new(Model::from_source(Source::from_bytes("bert", &bytes))?))
+}
+
+fn tokenizer(model: &Model) -> Tokenizer {
+    Tokenizer::from_gguf(model.gguf()).unwrap().unwrap()
+}
+
+fn embedder(backend: Arc<dyn Backend>, format: Format, options: EmbedOptions) -> Embedder {
+    let model = converted(&folder(), format).unwrap();
+    Embedder::new(&model, &backend, &options, &mut |_| {}).unwrap()
+}
+
+fn cpu() -> Arc<dyn Backend> {
+    Arc::new(Cpu::new(2).unwrap())
+}
+
+/// Texts, their ids and their vectors.
+fn expected() -> Vec<(String, Vec<u32>, Vec<f64>)> {
+    let all = std::fs::read(folder().join("expected.json")).unwrap();
+    let all: Vec<serde_json::Value> = serde_json::from_slice(&all).unwrap();
+    let row = |row: &serde_json::Value| {
+        (
+            row["text"].as_str().unwrap().into(),
+            row["ids"].as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect(),
+            row["vector"].as_array().unwrap().iter().map(|x| x.as_f64().unwrap()).collect(),
+        )
+    };
+    all.iter().map(row).collect()
+}
+
+fn texts() -> Vec<String> {
+    expected().into_iter().map(|(text, ..)| text).collect()
+}
+
+fn largest_difference(got: &[Vec<f32>]) -> f64 {
+    let expected = expected();
+    assert_eq!(got.len(), expected.len());
+    let pairs = got.iter().zip(&expected).flat_map(|(got, (_, _, want))| {
+        assert_eq!(got.len(), want.len());
+        got.iter().zip(want)
+    });
+    pairs.map(|(&got, want)| (f64::from(got) - want).abs()).fold(0.0, f64::max)
+}
+
+#[test]
+fn vectors_are_those_of_double_precision() {
+    let backends: Vec<Arc<dyn Backend>> = vec![cpu(), Arc::new(Reference::new())];
+    for backend in backends {
+        let mut f32 = embedder(backend.clone(), Format::F32, EmbedOptions::default());
+        let tokenizer = tokenizer(f32.model());
+        for (text, ids, _) in expected() {
+            assert_eq!(tokenizer.encode(&text, SPECIAL), ids, "{text}");
+        }
+        let got = f32.embed(&tokenizer, &texts()).unwrap();
+        assert!(largest_difference(&got) < 1e-6, "{}", largest_difference(&got));
+        let mut q8_0 = embedder(backend, Format::Q8_0, EmbedOptions::default());
+        let got = q8_0.embed(&tokenizer, &texts()).unwrap();
+        let difference = largest_difference(&got);
+        assert!((1e-6..5e-2).contains(&difference), "{difference}");
+    }
+}
+
+#[cfg(feature = "sim")]
+#[test]
+fn a_simulated_chip_gives_the_same_bits() {
+    use halite::backend::sim::{Sim, SimOptions};
+    use halite::profile::Profile;
+    let chip = Sim::new(Profile::open("maia-100").unwrap(), &SimOptions::default()).unwrap();
+    let mut on = [cpu(), Arc::new(chip)].map(|b| embedder(b, Format::Q8_0, EmbedOptions::default()));
+    let tokenizer = tokenizer(on[0].model());
+    let [cpu, chip] = on.each_mut().map(|on| on.embed(&tokenizer, &texts()).unwrap());
+    assert_eq!(cpu, chip);
+}
+
+#[cfg(feature = "gpu")]
+#[test]
+fn a_gpu_is_close() {
+    let Some(gpu) = common::gpu(&[]) else { return };
+    let mut gpu = embedder(gpu, Format::F32, EmbedOptions::default());
+    let got = gpu.embed(&tokenizer(gpu.model()), &texts()).unwrap();
+    assert!(largest_difference(&got) < 1e-4, "{}", largest_difference(&got));
+}
+
+#[test]
+fn which_texts_share_a_step_never_shows() {
+    let mut together = embedder(cpu(), Format::F32, EmbedOptions::default());
+    let tokenizer = tokenizer(together.model());
+    let many: Vec<String> = texts().iter().cycle().take(150).cloned().collect();
+    let all = together.embed(&tokenizer, &many).unwrap();
+    let mut apart = embedder(cpu(), Format::F32, EmbedOptions { batch: 80, ..Default::default() });
+    assert_eq!(apart.embed(&tokenizer, &many).unwrap(), all);
+    for (text, vector) in many.iter().zip(&all).take(8) {
+        assert_eq!(&apart.embed(&tokenizer, &[text]).unwrap(), std::slice::from_ref(vector));
+    }
+}
+
+#[test]
+fn poolings_are_of_the_same_vectors() {
+    let options = |pooling| EmbedOptions { pooling: Some(pooling), normalize: false, ..Default::default() };
+    let of = |pooling| {
+        let mut embedder = embedder(cpu(), Format::F32, options(pooling));
+        embedder.embed(&tokenizer(embedder.model()), &["a cat sat", "mat"]).unwrap()
+    };
+    let all = of(Pooling::None);
+    assert_eq!(all.len(), 5 + 3);
+    assert_eq!(of(Pooling::Cls), [&all[0], &all[5]].map(Clone::clone));
+    assert_eq!(of(Pooling::Last), [&all[4], &all[7]].map(Clone::clone));
+    for (mean, rows) in of(Pooling::Mean).iter().zip([&all[..5], &all[5..]]) {
+        for (i, x) in mean.iter().enumerate() {
+            let sum: f64 = rows.iter().map(|row| f64::from(row[i])).sum();
+            assert_eq!(*x, (sum / rows.len() as f64) as f32);
+        }
+    }
+    assert!((cosine(&all[0], &all[0]) - 1.0).abs() < 1e-12);
+    assert_eq!(cosine(&[0.0], &[1.0]), 0.0);
+}
+
+#[test]
+fn long_texts_are_cut_only_on_request() {
+    let long = "cat ".repeat(90);
+    let mut strict = embedder(cpu(), Format::F32, EmbedOptions::default());
+    let tokenizer = tokenizer(strict.model());
+    assert_eq!(strict.longest(), 80);
+    let error = strict.embed(&tokenizer, &["mat", &long]).unwrap_err().to_string();
+    assert!(error.contains("at most 80") && error.contains("92 in text 1"), "{error}");
+    let mut cutting = embedder(cpu(), Format::F32, EmbedOptions { truncate: true, ..Default::default() });
+    let kept = "cat ".repeat(78);
+    assert_eq!(cutting.embed(&tokenizer, &[long]).unwrap(), strict.embed(&tokenizer, &[kept]).unwrap());
+    assert!(strict.embed_tokens(&[vec![]]).unwrap_err().to_string().contains("none in text 0"));
+    assert!(strict.embed_tokens(&[vec![9999]]).unwrap_err().to_string().contains("token id"));
+    strict.cancel().cancel();
+    assert!(matches!(strict.embed_tokens(&[vec![1]]), Err(Error::Cancelled)));
+}
+
+#[test]
+fn encoders_and_decoders_are_not_confused() {
+    let bert = converted(&folder(), Format::F16).unwrap();
+    let error =
+        Session::new(&bert, &cpu(), &SessionOptions { context: 64, ..Default::default() }, &mut |_| {});
+    assert!(error.unwrap_err().to_string().contains("Embedder"));
+    let austen = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/austen/halite-austen.gguf");
+    let austen = Arc::new(Model::open(austen).unwrap());
+    let error = Embedder::new(&austen, &cpu(), &EmbedOptions::default(), &mut |_| {});
+    assert!(error.unwrap_err().to_string().contains("no encoder"));
+}
+
+#[test]
+fn what_cannot_be_converted_is_named() {
+    let copy = std::env::temp_dir().join(format!("halite-bert-{}", std::process::id()));
+    std::fs::create_dir_all(copy.join("1_Pooling")).unwrap();
+    let names =
+        ["config.json", "model.safetensors", "tokenizer_config.json", "vocab.txt", "1_Pooling/config.json"];
+    for (name, from, to, says) in [
+        ("config.json", "\"bert\"", "\"t5\"", "expected bert, got t5"),
+        ("config.json", "\"gelu\"", "\"relu\"", "expected gelu"),
+        ("config.json", "\"layer_norm_eps\"", "\"eps\"", "layer_norm_eps"),
+        ("config.json", "{", "", "config.json"),
+        ("vocab.txt", "[SEP]", "[END]", "[SEP]"),
+        (
+            "1_Pooling/config.json",
+            "\"pooling_mode_cls_token\": false",
+            "\"pooling_mode_cls_token\": true",
+            "cls_token",
+        ),
+    ] {
+        for name in names {
+            std::fs::copy(folder().join(name), copy.join(name)).unwrap();
+        }
+        let text = std::fs::read_to_string(copy.join(name)).unwrap();
+        assert!(text.contains(from));
+        std::fs::write(copy.join(name), text.replacen(from, to, 1)).unwrap();
+        let error = converted(&copy, Format::F32).unwrap_err().to_string();
+        assert!(error.contains(says), "{error}");
+    }
+    let mut weights = std::fs::read(folder().join("model.safetensors")).unwrap();
+    let at = weights.windows(6).position(|w| w == b"pooler").unwrap();
+    weights[at] = b'c';
+    std::fs::copy(folder().join(names[0]), copy.join(names[0])).unwrap();
+    std::fs::copy(folder().join(names[3]), copy.join(names[3])).unwrap();
+    std::fs::copy(folder().join(names[4]), copy.join(names[4])).unwrap();
+    std::fs::write(copy.join(names[1]), &weights).unwrap();
+    let error = converted(&copy, Format::F32).unwrap_err().to_string();
+    assert!(error.contains("cooler"), "{error}");
+    std::fs::write(copy.join(names[1]), &weights[..weights.len() / 2]).unwrap();
+    let error = converted(&copy, Format::F32).unwrap_err().to_string();
+    assert!(error.contains("model.safetensors"), "{error}");
+    std::fs::remove_dir_all(&copy).unwrap();
+    // 32 elements are no block of 256.
+    let error = converted(&folder(), Format::Q4_K).unwrap_err().to_string();
+    assert!(error.contains("multiple of 256"), "{error}");
+}
+
+#[cfg(feature = "cli")]
+#[test]
+fn the_command_prints_the_vectors() {
+    let file = std::env::temp_dir().join(format!("halite-bert-{}.gguf", std::process::id()));
+    let run = |args: &[&str]| {
+        let out = std::process::Command::new(env!("CARGO_BIN_EXE_halite")).args(args).output().unwrap();
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+        String::from_utf8(out.stdout).unwrap()
+    };
+    let (file_name, folder_name) = (file.to_str().unwrap(), folder());
+    run(&["convert", folder_name.to_str().unwrap(), file_name, "--format", "f32"]);
+    let texts = texts();
+    let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
+    let printed = run(&[&["embed", "-m", file_name], &texts[..]].concat());
+    let printed: serde_json::Value = serde_json::from_str(&printed).unwrap();
+    let vectors: Vec<Vec<f32>> = serde_json::from_value(printed["embeddings"].clone()).unwrap();
+    assert!(largest_difference(&vectors) < 1e-6);
+    let table = run(&["embed", "-m", file_name, "--compare", texts[0], texts[1]]);
+    let cell = format!("{:8.4}", cosine(&vectors[0], &vectors[1]));
+    let rows: Vec<&str> = table.lines().collect();
+    assert!(rows[0].starts_with(&format!("  1.0000{cell}  a cat sat")), "{table}");
+    assert!(rows[1].starts_with(&format!("{cell}  1.0000")), "{table}");
+    std::fs::remove_file(file).unwrap();
+}
