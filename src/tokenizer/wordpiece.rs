@@ -12,7 +12,7 @@ pub(super) struct WordPiece {
     unknown: u32,
     lowercase: bool,
     strip_accents: bool,
-    /// What is left out of a text.
+    /// What is left out of a text: control characters, but none that is not assigned.
     dropped: Regex,
     /// Words, and characters that are words by themselves.
     words: Regex,
@@ -41,7 +41,7 @@ impl WordPiece {
             unknown,
             lowercase,
             strip_accents,
-            dropped: regex(&format!(r"[\p{{C}}\x{{FFFD}}--\s]{accents}"))?,
+            dropped: regex(&format!(r"[\p{{Cc}}\p{{Cf}}\p{{Co}}\x{{FFFD}}--\s]{accents}"))?,
             words: regex(&format!(r"[{ALONE}]|[^\s{ALONE}]+"))?,
             longest: vocabulary.iter().map(|id| vocabulary.text(id).len()).max().unwrap_or(0),
         })
@@ -51,7 +51,8 @@ impl WordPiece {
         let mut text: String = if self.strip_accents { text.nfd().collect() } else { text.into() };
         text = self.dropped.replace_all(&text, "").into_owned();
         if self.lowercase {
-            text = text.to_lowercase();
+            // Each by itself: whether a sigma ends a word plays no part.
+            text = text.chars().flat_map(char::to_lowercase).collect();
         }
         for word in self.words.find_iter(&text).map_while(|found| found.ok()) {
             self.encode_word(&[SPACE, word.as_str()].concat(), vocabulary, out);
