@@ -485,6 +485,11 @@ impl Program {
         self.segments.iter().enumerate().flat_map(|(i, s)| s.ops.iter().map(move |op| (i, op)))
     }
 
+    /// The ops of a step whose last op is the arg-max. One that samples ends in the most likely tokens instead.
+    pub fn greedy_ops(&self) -> impl Iterator<Item = (usize, &Op)> {
+        self.ops().filter(|(_, op)| !matches!(op, Op::TopK { .. }))
+    }
+
     /// Bytes of a fixed-size tensor (a weight).
     pub fn fixed_bytes(&self, id: TensorId) -> Option<u64> {
         let t = self.tensor(id);

@@ -22,11 +22,7 @@ pub fn time(
     threads: Option<usize>,
 ) -> Result<Report> {
     let mut report = Report::default();
-    for (_, op) in program.ops() {
-        // A step that samples ends in this instead of the arg-max.
-        if matches!(op, Op::TopK { .. }) {
-            continue;
-        }
+    for (_, op) in program.greedy_ops() {
         let time = match threads {
             Some(threads) => on_host(profile, program, op, spans, threads)?,
             None => on_gpu(profile, program, op, spans)?,

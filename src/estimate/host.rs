@@ -29,9 +29,7 @@ pub fn rates(profile: &Profile, threads: usize) -> Result<&HostRates> {
 /// # Errors
 /// `Error::Argument` if a weight's format was not measured.
 pub fn step_seconds(rates: &HostRates, program: &Program, extent: Extent) -> Result<f64> {
-    // A step that samples ends in the most likely tokens instead of the arg-max.
-    let ops = program.ops().filter(|(_, op)| !matches!(op, Op::TopK { .. }));
-    ops.map(|(_, op)| op_seconds(rates, program, op, extent)).sum()
+    program.greedy_ops().map(|(_, op)| op_seconds(rates, program, op, extent)).sum()
 }
 
 /// Seconds of an op: its bytes or its operations, whichever take longer, and its barrier.

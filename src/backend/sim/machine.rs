@@ -1,7 +1,6 @@
 //! What the steps of products and of attention compute, on the slots of a tile.
 
 use std::collections::HashMap;
-use std::ops::Range;
 use std::sync::Arc;
 
 use halite_kernels::activation::{Activation, PADDING, Quantise, Quantised, QuantisedMut, SUMS, padded};
@@ -14,6 +13,7 @@ use halite_kernels::rows::{self, Gate};
 
 use super::chip::{Chip, Numerics};
 use super::native;
+use super::shape::chunks;
 use super::tile::{Form, Step};
 use crate::backend::host::AttendArgs;
 use crate::error::{Error, Result};
@@ -228,12 +228,6 @@ pub enum Epilogue {
     Nothing,
     Glu(Gate),
     Add,
-}
-
-/// The chunks that a token sees whose last position is `position`.
-fn chunks(position: u32, window: Option<u32>) -> Range<u32> {
-    let chunks = halite_kernels::attention::chunks(position as usize, window);
-    chunks.start as u32..chunks.end as u32
 }
 
 /// Quantised activations as they lie in a slot: codes, scales, sums.

@@ -146,9 +146,9 @@ impl Backend for Sim {
         let pages = [0];
         let spans = [super::Span { pages: &pages, start: 0, len: 1 }];
         let step = ProgramStep { spans: &spans, tokens: &[0], outputs: &[0], cancel: &cancel };
-        let lowered =
-            shape::shape(sig.program, sig.op, &step, None).and_then(|s| lower::lower(&self.chip, &s));
-        match lowered {
+        let fits =
+            shape::shape(sig.program, sig.op, &step, None).and_then(|s| lower::closed_s(&self.chip, &s));
+        match fits {
             Ok(_) => Support::Native,
             Err(error) => Support::Unsupported(Gap::NotYet(error.to_string())),
         }

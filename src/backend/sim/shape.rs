@@ -1,5 +1,7 @@
 //! What an op of a step comes to, as numbers: what [`super::lower`] turns into commands.
 
+use std::ops::Range;
+
 use halite_kernels::formats::Format;
 use halite_kernels::rows::Unary;
 
@@ -371,6 +373,12 @@ fn fixed(program: &Program, id: TensorId) -> u32 {
 
 fn state_of(program: &Program, id: u32) -> Result<&State> {
     program.states.get(id as usize).ok_or_else(|| Error::Program(format!("state {id} does not exist")))
+}
+
+/// The chunks of the cache that a token sees whose last position is `position`.
+pub fn chunks(position: u32, window: Option<u32>) -> Range<u32> {
+    let chunks = halite_kernels::attention::chunks(position as usize, window);
+    chunks.start as u32..chunks.end as u32
 }
 
 impl Attend {

@@ -9,7 +9,7 @@ use super::shape::{Shape, shape};
 use super::{Report, name};
 use crate::backend::{Cancel, Span, Step};
 use crate::error::Result;
-use crate::program::{Op, PAGE_POSITIONS, Program};
+use crate::program::{PAGE_POSITIONS, Program};
 
 /// An op of a traced step.
 #[derive(Debug, Clone)]
@@ -51,11 +51,7 @@ fn each_op(
     let outputs: Vec<u32> = if wanted { ends.collect() } else { Vec::new() };
     let cancel = Cancel::default();
     let step = Step { spans: &views, tokens: &tokens, outputs: &outputs, cancel: &cancel };
-    for (segment, op) in program.ops() {
-        // A step that samples ends in this instead of the arg-max.
-        if matches!(op, Op::TopK { .. }) {
-            continue;
-        }
+    for (segment, op) in program.greedy_ops() {
         let segment = program.segments.get(segment).map_or("", |s| &s.name);
         f(segment, name(program, op), &shape(program, op, &step, None)?)?;
     }

@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::{HEADS, PAGE_SLOTS, Pipeline, aligned, blocks, too_small};
 use crate::Result;
 use crate::backend::sim::chip::Chip;
-use crate::backend::sim::shape::Attend;
+use crate::backend::sim::shape::{Attend, chunks};
 use crate::backend::sim::tile::{
     Builder, Entry, Lowered, Operand, Piece, QueryRows, Ring, Step, TileProgram, VectorWork, Work,
 };
@@ -29,8 +29,7 @@ impl Attend {
 
     /// The chunks that a token sees whose last position is `position`.
     pub fn chunks(&self, position: u32) -> Range<u32> {
-        let chunks = halite_kernels::attention::chunks(position as usize, self.window);
-        chunks.start as u32..chunks.end as u32
+        chunks(position, self.window)
     }
 
     /// The chunks that any of some tokens sees.
