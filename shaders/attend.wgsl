@@ -46,12 +46,16 @@ fn main(in: In) {
     let first1 = vec4(firsts[4], firsts[5], firsts[6], firsts[7]);
     let end0 = vec4(ends[0], ends[1], ends[2], ends[3]);
     let end1 = vec4(ends[4], ends[5], ends[6], ends[7]);
-    for (var i = in.local; i < 8u * KEY_DIM; i += 64u) {
-        let r = i % 8u;
-        let d = i / 8u;
-        let row = row0 + r;
-        let at = (tokens.x + row / GROUP) * HEADS * KEY_DIM + (kv_head * GROUP + row % GROUP) * KEY_DIM + d;
-        q[2u * d + r / 4u][r % 4u] = select(0.0, x[at], r < count);
+    for (var i = in.local; i < 2u * KEY_DIM; i += 64u) {
+        let four = i / KEY_DIM;
+        let d = i % KEY_DIM;
+        var elements = vec4(0.0);
+        for (var j = 0u; j < 4u; j++) {
+            let row = row0 + 4u * four + j;
+            let at = (tokens.x + row / GROUP) * HEADS * KEY_DIM + (kv_head * GROUP + row % GROUP) * KEY_DIM + d;
+            elements[j] = select(0.0, x[at], 4u * four + j < count);
+        }
+        q[2u * d + four] = elements;
     }
     workgroupBarrier();
     var top0 = vec4(LOWEST);

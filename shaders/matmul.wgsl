@@ -5,7 +5,7 @@
 fn main(in: In) {
     let row0 = 64u * in.workgroup.x;
     let token0 = 64u * in.workgroup.y;
-    // Quads of rows and of activations of this invocation.
+    // Of the rows and of the activations an invocation has four each, sixteen apart.
     let r = in.local % 16u;
     let t = in.local / 16u;
     // A column for each of its rows.
@@ -17,9 +17,9 @@ fn main(in: In) {
         workgroupBarrier();
     }
     for (var j = 0u; j < 4u; j++) {
-        let token = token0 + 4u * t + j;
+        let token = token0 + t + 16u * j;
         for (var i = 0u; i < 4u; i++) {
-            let row = row0 + 4u * r + i;
+            let row = row0 + r + 16u * i;
             if token < rows() && row < ROWS { store(token, row, 0u, acc[i][j]); }
         }
     }
