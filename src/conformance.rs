@@ -380,9 +380,11 @@ pub fn cases() -> Vec<Case> {
 fn matmuls(cases: &mut Cases) {
     for &format in Format::ALL {
         // Rows, units of k, tokens: single, few and many tokens; whole and partial tiles; rows longer than a chunk.
-        for (rows, units, tokens) in
-            [(1, 1, 1), (17, 2, 1), (16, 9, 2), (5, 3, 4), (33, 9, 5), (16, 1, 9), (3, 2, 17)]
-        {
+        let shapes = [(1, 1, 1), (17, 2, 1), (16, 9, 2), (5, 3, 4), (33, 9, 5), (16, 1, 9), (3, 2, 17)];
+        // Several tiles.
+        let large =
+            matches!(format, Format::F32 | Format::F16 | Format::Q4_0 | Format::Q6_K).then_some((70, 2, 67));
+        for (rows, units, tokens) in shapes.into_iter().chain(large) {
             let k = if unit(format) == 1 {
                 [0, 1, 16, 100, 0, 0, 0, 0, 0, 300][units as usize]
             } else {

@@ -11,16 +11,16 @@ use halite::Model;
 use halite::backend::cpu::Cpu;
 use halite::backend::gpu::{Gpu, GpuOptions, adapters};
 use halite::backend::{Backend, Clock, Usage};
-use halite::conformance::{cases, check};
+use halite::conformance::{Case, cases, check};
 use halite::error::Error;
 use halite::map::Source;
 use halite::sampler::{Sampler, SamplerOptions};
 use halite::session::{Head, Run, SequenceId, Session, SessionOptions, Wanted, footprint};
 
-/// Every path conforms: each switched off alone, and all together.
+/// Every path conforms: each switched off, and all together.
 #[test]
 fn conforms() {
-    let paths = [&[][..], &["integer"], &["subgroups"], &["integer", "subgroups"]];
+    let paths = [&[][..], &["integer", "f16"], &["subgroups"], &["integer", "subgroups", "f16"]];
     // At once: most of the time goes into compiling shaders, one by one.
     let failures = std::thread::scope(|scope| {
         let threads = paths.map(|without| scope.spawn(move || failures(without)));
@@ -39,6 +39,49 @@ fn failures(without: &[&str]) -> Vec<String> {
         .filter(|(outcome, _)| !outcome.passed())
         .map(|(outcome, name)| format!("{name}: {outcome}"))
         .collect()
+}
+
+/// Matrix units conform, where there are some, in products with many activations.
+#[test]
+fn matrix_units_conform() {
+    let Some(device) = open(&GpuOptions::default()) else { return };
+    let adapters = adapters();
+    let adapter = adapters.iter().find(|a| a.to_string() == device.caps().device).unwrap();
+    let none = adapter.facts().iter().any(|(name, value)| *name == "matrix units" && value == "no");
+    let asked = GpuOptions { cooperative: true, ..Default::default() };
+    if none {
+        let adapter = std::env::var("HALITE_GPU").ok().filter(|name| !name.is_empty());
+        let refused = Gpu::new(&GpuOptions { adapter, ..asked }).unwrap_err().to_string();
+        assert!(refused.contains("no matrix units"), "{refused}");
+        return;
+    }
+    let device = open(&asked).unwrap();
+    let many = |case: &Case| ["tokens=17", "tokens=67"].iter().any(|tokens| case.name.ends_with(tokens));
+    for case in cases().into_iter().filter(many) {
+        let outcome = check(&device, &case);
+        assert!(outcome.passed(), "{}: {outcome}", case.name);
+    }
+}
+
+/// Compiled shaders are kept, and what is damaged is as good as nothing.
+#[test]
+fn compiled_shaders_are_kept() {
+    let folder = std::env::temp_dir().join(format!("halite-shaders-{}", std::process::id()));
+    let options = GpuOptions { shader_cache: Some(folder.clone()), ..Default::default() };
+    let case = cases().into_iter().find(|case| case.name.starts_with("Add")).unwrap();
+    let kept = || {
+        let device = open(&options)?;
+        assert!(check(&device, &case).passed());
+        let file = std::fs::read_dir(&folder).unwrap().next().unwrap().unwrap().path();
+        Some((std::fs::read(&file).unwrap(), file))
+    };
+    let Some((first, file)) = kept() else { return };
+    assert!(first.len() > 8);
+    for damaged in [&first[..first.len() - 1], b"", &[b'x'; 200]] {
+        std::fs::write(&file, damaged).unwrap();
+        assert_eq!(kept().unwrap().0.len(), first.len());
+    }
+    std::fs::remove_dir_all(&folder).unwrap();
 }
 
 /// Bytes come back as they were written, in pieces that share words.

@@ -2,9 +2,9 @@ const KEY_UNITS: u32 = KEYS;
 const UNITS: u32 = KEYS + VALUES;
 
 fn put_key(page: u32, slot: u32, d: u32, element: f32) {
-    put16(page * PAGE + key_place(d, slot), f16_bits(element));
+    put_half(page * PAGE + key_place(d, slot), element);
 }
 
 fn put_value(page: u32, slot: u32, d: u32, element: f32) {
-    put16(page * PAGE + value_place(d, slot), f16_bits(element));
+    put_half(page * PAGE + value_place(d, slot), element);
 }

@@ -8,3 +8,4 @@ fn put8(at: u32, bits: u32) { put(at / 4u, 8u * (at % 4u), 0xffu, bits); }
 
 // In half precision; what is rounded already packs as it is, whichever way a device rounds.
 fn f16_bits(x: f32) -> u32 { return pack2x16float(vec2(round_f16(clamp(x, -65504.0, 65504.0)), 0.0)); }
+fn put_half(at: u32, x: f32) { put16(at, f16_bits(x)); }

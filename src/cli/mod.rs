@@ -180,6 +180,14 @@ struct BackendArgs {
     /// MiB of device memory that may be taken; weights that do not fit are streamed.
     #[arg(long, value_name = "MIB")]
     device_memory: Option<u64>,
+    /// Multiply prompts with the GPU's matrix units, in half precision. Experimental in wgpu.
+    #[cfg(feature = "gpu")]
+    #[arg(long)]
+    cooperative: bool,
+    /// A folder to keep the GPU's compiled shaders in.
+    #[cfg(feature = "gpu")]
+    #[arg(long, value_name = "FOLDER")]
+    shader_cache: Option<PathBuf>,
     /// What a simulated chip computes in: the bits of the numeric contract, or its own formats.
     #[cfg(feature = "sim")]
     #[arg(long, value_name = "MODE", default_value = "exact")]
@@ -221,6 +229,8 @@ impl BackendArgs {
                     adapter,
                     memory_bytes: self.device_memory.map(|mib| mib.saturating_mul(1 << 20)),
                     without,
+                    cooperative: self.cooperative,
+                    shader_cache: self.shader_cache.clone(),
                 })?)
             }
             #[cfg(feature = "sim")]

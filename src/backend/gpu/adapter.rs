@@ -3,7 +3,10 @@
 use std::fmt;
 
 use super::failed;
+use super::shader::{Cooperative, Paths};
 use crate::error::Result;
+
+const MATRICES: wgpu::Features = wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX;
 
 /// A device that could be opened.
 #[derive(Debug)]
@@ -67,8 +70,36 @@ pub(super) fn choose(wanted: Option<&str>) -> Result<Adapter> {
 }
 
 impl Adapter {
-    pub(super) fn has_subgroups(&self) -> bool {
-        self.adapter.features().contains(wgpu::Features::SUBGROUP)
+    pub(super) fn info(&self) -> &wgpu::AdapterInfo {
+        &self.info
+    }
+
+    /// All that shaders can use of it.
+    pub(super) fn paths(&self) -> Paths {
+        let features = self.adapter.features();
+        let f16 = features.contains(wgpu::Features::SHADER_F16);
+        Paths {
+            subgroups: features.contains(wgpu::Features::SUBGROUP),
+            integer: true,
+            f16,
+            cooperative: self.cooperative().filter(|_| f16),
+        }
+    }
+
+    /// Matrices of halves that subgroups multiply to floats, the largest there are.
+    fn cooperative(&self) -> Option<Cooperative> {
+        use wgpu::CooperativeScalarType::{F16, F32};
+        if !self.adapter.features().contains(MATRICES | wgpu::Features::SUBGROUP) {
+            return None;
+        }
+        let square = |p: &wgpu::CooperativeMatrixProperties| {
+            let same = p.m_size == p.n_size && p.m_size == p.k_size;
+            (same && (p.ab_type, p.cr_type) == (F16, F32) && matches!(p.m_size, 8 | 16)).then_some(p.m_size)
+        };
+        let side = self.adapter.cooperative_matrix_properties().iter().filter_map(square).max()?;
+        let subgroup = self.info.subgroup_max_size;
+        let fits = 4 * subgroup <= self.adapter.limits().max_compute_invocations_per_workgroup;
+        fits.then_some(Cooperative { side, subgroup })
     }
 
     /// Whether it runs shaders on the CPU, in wide vectors, and with a compiler to match: those for narrow ones take minutes
@@ -87,14 +118,20 @@ impl Adapter {
             ("kind", format!("{:?}", self.info.device_type)),
             (
                 "subgroups",
-                match self.has_subgroups() {
+                match features.contains(wgpu::Features::SUBGROUP) {
                     true => format!("{} to {}", self.info.subgroup_min_size, self.info.subgroup_max_size),
                     false => "no".into(),
                 },
             ),
             ("f16", yes(wgpu::Features::SHADER_F16)),
             ("timestamps", yes(wgpu::Features::TIMESTAMP_QUERY)),
-            ("cooperative matrices", yes(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX)),
+            (
+                "matrix units",
+                match self.cooperative() {
+                    Some(Cooperative { side, .. }) => format!("{side} by {side}, f16"),
+                    None => "no".into(),
+                },
+            ),
             ("largest buffer", format!("{} MiB", limits.max_buffer_size >> 20)),
             ("largest binding", format!("{} MiB", limits.max_storage_buffer_binding_size >> 20)),
             ("bindings of a shader", limits.max_storage_buffers_per_shader_stage.to_string()),
@@ -103,11 +140,23 @@ impl Adapter {
         ]
     }
 
-    pub(super) fn open(&self) -> Result<(wgpu::Device, wgpu::Queue)> {
+    /// Opens it for such shaders.
+    pub(super) fn open(&self, paths: Paths) -> Result<(wgpu::Device, wgpu::Queue)> {
+        let mut wanted =
+            wgpu::Features::SUBGROUP | wgpu::Features::TIMESTAMP_QUERY | wgpu::Features::PIPELINE_CACHE;
+        wanted.set(wgpu::Features::SHADER_F16, paths.f16);
+        wanted.set(MATRICES, paths.cooperative.is_some());
+        let experimental_features = match paths.cooperative {
+            // SAFETY: what is experimental is asked for only by who has read `GpuOptions::cooperative`. The shader that uses
+            // it passes naga's validation, and addresses its own workgroup memory, within bounds that are constants.
+            #[allow(unsafe_code)]
+            Some(_) => unsafe { wgpu::ExperimentalFeatures::enabled() },
+            None => wgpu::ExperimentalFeatures::disabled(),
+        };
         let descriptor = wgpu::DeviceDescriptor {
             label: Some("halite"),
-            required_features: self.adapter.features()
-                & (wgpu::Features::SUBGROUP | wgpu::Features::TIMESTAMP_QUERY),
+            required_features: self.adapter.features() & wanted,
+            experimental_features,
             // All that the adapter has: what is not asked for cannot be used.
             required_limits: self.adapter.limits(),
             ..Default::default()

@@ -5,7 +5,9 @@ use std::ops::Range;
 
 use halite_kernels::formats::{Activation, Format, Kind, Layout, ROWS};
 
-use super::shader::{Extra, Paths, Resource, Shader, WORKGROUP, after, gated, knows_format, unary, wgsl};
+use super::shader::{
+    Cooperative, Extra, Paths, Resource, Shader, WORKGROUP, after, gated, knows_format, unary, wgsl,
+};
 use crate::backend::Limits;
 use crate::passes;
 use crate::program::{
@@ -14,12 +16,14 @@ use crate::program::{
 };
 
 impl Extra {
-    pub const ALL: [Extra; 9] = [
+    pub const ALL: [Extra; 11] = [
         Extra::Codes32,
         Extra::Codes256,
         Extra::Gates,
         Extra::Hidden,
         Extra::Mixed,
+        Extra::Halves,
+        Extra::Factors,
         Extra::Splits,
         Extra::Order,
         Extra::Ranked,
@@ -259,8 +263,8 @@ struct Lowering<'a> {
     tile_sizes: Vec<u32>,
     most_splits: u32,
     step: StepLayout,
-    /// Which tensor's activations are in which buffer of codes, and from how many rows on.
-    quantised: Vec<(Extra, TensorId, u32)>,
+    /// Which tensor's activations are in which buffer of codes or halves, and for how many rows.
+    quantised: Vec<(Extra, TensorId, Range<u32>)>,
     /// How many ops read each tensor.
     uses: Vec<u32>,
 }
@@ -599,7 +603,7 @@ impl Lowering<'_> {
             None => shader.with("fn after(in: In) {}"),
             Some(codes) => {
                 self.quantised.retain(|q| q.0 != codes);
-                self.quantised.push((codes, *out, 1));
+                self.quantised.push((codes, *out, 1..u32::MAX));
                 self.quantiser(shader, codes, rows, 1, cols).with(wgsl!("lib/norm_quantise"))
             }
         };
@@ -626,7 +630,10 @@ impl Lowering<'_> {
         let rows = self.program.tensor(x).rows;
         let input = self.tensor(x);
         let formats: Vec<Format> = parts.iter().map(|p| self.program.tensor(p.weight).format).collect();
-        self.quantise(&formats, (&input, Some(x)), rows, 1, self.cols(x));
+        // Matrix units have halves instead of codes.
+        let end = if self.bounds.paths.cooperative.is_some() { VECTORS + 1 } else { u32::MAX };
+        self.quantise(&formats, (&input, Some(x)), rows, 1, self.cols(x), end);
+        self.halve(&formats, (&input, Some(x)), rows, self.cols(x));
         let plain = |part: &Part, out: Resource| Product {
             weight: part.weight,
             bias: part.bias,
@@ -796,7 +803,7 @@ impl Lowering<'_> {
         let there = self.quantised.iter().find(|q| q.0 == codes && Some(q.1) == x);
         // For each 32 values codes, their scale, sums and largest; and what `slices.wgsl` and sums over workgroups may take.
         let bytes = k / 32 * (32 + 4 + 4 + 4) + 16 * self.bounds.tuning.slices * (16 + 4);
-        there.map_or(if bytes <= self.bounds.workgroup_bytes { 2 } else { 1 }, |q| q.2)
+        there.map_or(if bytes <= self.bounds.workgroup_bytes { 2 } else { 1 }, |q| q.2.start)
     }
 
     /// What activations are quantised to for products with a format, if those are computed in integers.
@@ -808,6 +815,33 @@ impl Lowering<'_> {
             }),
             _ => None,
         }
+    }
+
+    /// What products of a format with many activations are made of, if matrix units make them.
+    fn cooperative(&self, format: Format) -> Option<Cooperative> {
+        self.bounds.paths.cooperative.filter(|_| format.kind() != Kind::Float)
+    }
+
+    /// Rounds many rows of activations to halves, if products with a format are to have them so.
+    fn halve(&mut self, formats: &[Format], (x, id): Input<'_>, rows: Dim, k: u32) {
+        let most = passes::rows(rows, self.limits.tokens, self.limits.outputs) as u32;
+        let there = self.quantised.iter().any(|q| q.0 == Extra::Halves && Some(q.1) == id);
+        if there || most <= VECTORS || !formats.iter().any(|&f| self.cooperative(f).is_some()) {
+            return;
+        }
+        self.quantised.retain(|q| q.0 != Extra::Halves);
+        let many = VECTORS + 1..u32::MAX;
+        self.quantised.extend(id.map(|id| (Extra::Halves, id, many.clone())));
+        let halves = self.extra(Extra::Halves, rows, u64::from(k).div_ceil(2));
+        let factors = self.extra(Extra::Factors, rows, 1);
+        let shader = self
+            .shader("halve")
+            .read("x", "f32", x.clone())
+            .write("halves", "f16", halves)
+            .write("factors", "f32", factors)
+            .u32("K", k)
+            .with(wgsl!("halve"));
+        self.push_when(shader, [ONE, each(rows), ONE], (Of::Rows(rows), many));
     }
 
     /// The part of a shader that makes codes.
@@ -827,23 +861,24 @@ impl Lowering<'_> {
             .with(wgsl!("lib/quantise"))
     }
 
-    /// Quantises `times` rows of activations for each row, in all the ways that formats need, unless they already are or the
-    /// products do it.
-    fn quantise(&mut self, formats: &[Format], (x, id): Input<'_>, rows: Dim, times: u32, k: u32) {
+    /// Quantises `times` rows of activations for each row, of which there are fewer than `end`, in all the ways that formats
+    /// need, unless they already are or the products do it.
+    #[allow(clippy::too_many_arguments)]
+    fn quantise(&mut self, formats: &[Format], (x, id): Input<'_>, rows: Dim, times: u32, k: u32, end: u32) {
         let most = passes::rows(rows, self.limits.tokens, self.limits.outputs) as u32;
         for codes in [Extra::Codes32, Extra::Codes256] {
             let needed = formats.iter().any(|&f| self.codes(f) == Some(codes));
-            let there = self.quantised.iter().any(|q| q.0 == codes && Some(q.1) == id);
+            let there = self.quantised.iter().any(|q| q.0 == codes && Some(q.1) == id && q.2.end >= end);
             let from = self.codes_from(codes, id, k);
             if !needed || there || from > most {
                 continue;
             }
             self.quantised.retain(|q| q.0 != codes);
-            self.quantised.extend(id.map(|id| (codes, id, from)));
+            self.quantised.extend(id.map(|id| (codes, id, from..end)));
             let shader = self.shader("quantise").read("x", "vec4<f32>", x.clone());
             let shader = self.quantiser(shader, codes, rows, times, k).with(wgsl!("quantise"));
             let groups = [fixed((k / 32).div_ceil(WORKGROUP)), count(Of::Rows(rows), times, 1), ONE];
-            self.push_when(shader, groups, (Of::Rows(rows), from..u32::MAX));
+            self.push_when(shader, groups, (Of::Rows(rows), from..end));
         }
     }
 
@@ -927,6 +962,18 @@ impl Lowering<'_> {
             if p.experts.is_some() || most <= VECTORS {
                 continue;
             }
+            let tiles = |side: u32| [fixed(shard.rows.div_ceil(side)), count(Of::Rows(p.rows), 1, side), ONE];
+            let when = (Of::Rows(p.rows), VECTORS + 1..u32::MAX);
+            if let Some(units) = self.cooperative(t.format) {
+                let shader = self.product_shader("matmul_cooperative", p, &shard);
+                let shader = shader
+                    .cooperative(units)
+                    .read("halves", "vec4<f16>", Resource::Extra(Extra::Halves))
+                    .read("factors", "f32", Resource::Extra(Extra::Factors))
+                    .with(wgsl!("matmul_cooperative"));
+                self.push_when(shader, tiles(4 * units.side), when);
+                continue;
+            }
             let shader = self.product_shader("matmul", p, &shard).workgroup(256);
             let shader = self.activations(shader, t.format, p.input.0, false);
             let shader = match (integer, float) {
@@ -934,8 +981,7 @@ impl Lowering<'_> {
                 (_, true) => shader.with(wgsl!("lib/four_plain")).with(wgsl!("lib/tiles_float")),
                 _ => shader.with(wgsl!("lib/four_quantised")).with(wgsl!("lib/tiles_float")),
             };
-            let groups = [fixed(shard.rows.div_ceil(64)), count(Of::Rows(p.rows), 1, 64), ONE];
-            self.push_when(shader.with(wgsl!("matmul")), groups, (Of::Rows(p.rows), VECTORS + 1..u32::MAX));
+            self.push_when(shader.with(wgsl!("matmul")), tiles(64), when);
         }
     }
 
@@ -1018,14 +1064,22 @@ impl Lowering<'_> {
             .with(wgsl!("kv/page"))
     }
 
+    /// Whether a cache is one of halves, and shaders see them as such.
+    fn kv_halves(&self, state: &State) -> bool {
+        state.format == Format::F16 && self.bounds.paths.f16
+    }
+
     /// A shader that writes to a cache.
     fn kv_writer(&self, name: &'static str, id: StateId) -> Shader {
         let state = &self.program.states[id.0 as usize];
         let shader = self
             .kv_shader(name, state)
-            .write("kv", "atomic<u32>", Resource::State(id.0))
-            .with(wgsl!("lib/math"))
-            .with(wgsl!("kv/put"));
+            .write("kv", if self.kv_halves(state) { "f16" } else { "atomic<u32>" }, Resource::State(id.0))
+            .with(wgsl!("lib/math"));
+        if self.kv_halves(state) {
+            return shader.with(wgsl!("kv/put_half")).with(wgsl!("kv/f16_write"));
+        }
+        let shader = shader.with(wgsl!("kv/put"));
         match state.format {
             Format::Q8_0 => shader.with(wgsl!("kv/q8_0")).with(wgsl!("kv/q8_0_write")),
             Format::F16 => shader.with(wgsl!("kv/f16_write")),
@@ -1069,7 +1123,7 @@ impl Lowering<'_> {
         let mut shader = self
             .kv_shader("attend", state)
             .read("x", "f32", self.tensor(*q))
-            .read("kv", "u32", Resource::State(id.0))
+            .read("kv", if self.kv_halves(state) { "f16" } else { "u32" }, Resource::State(id.0))
             .u32("STEP_TILES", self.step.tiles + self.step.tile_words * list as u32)
             .u32("HEADS", *heads)
             .u32("ROW_TILES", row_tiles)
@@ -1079,7 +1133,10 @@ impl Lowering<'_> {
             .f32("SOFTCAP", softcap.unwrap_or(0.0));
         shader = match state.format {
             Format::Q8_0 => shader.with(wgsl!("kv/q8_0")).with(wgsl!("kv/q8_0_read")),
-            Format::F16 => shader.with(wgsl!("kv/f16")),
+            Format::F16 => shader.with(wgsl!("kv/f16")).with(match self.kv_halves(state) {
+                true => "fn half_at(at: u32) -> f32 { return f32(kv[at]); }",
+                false => wgsl!("kv/half_at"),
+            }),
             _ => shader.with(wgsl!("kv/f32")),
         };
         shader = shader.with(wgsl!("attend"));
@@ -1174,11 +1231,11 @@ impl Lowering<'_> {
             experts: Some(routed),
         };
         let x = (&input, Some(*x));
-        self.quantise(&in_formats, x, rows, 1, cols);
+        self.quantise(&in_formats, x, rows, 1, cols, u32::MAX);
         self.product(&product(*gate, bias(0), x, &gates, routed), true);
         let gated_up = Product { gate: Some((*act, gates)), ..product(*up, bias(1), x, &hidden, routed) };
         self.product(&gated_up, true);
-        self.quantise(&[down_format], (&hidden, None), rows, used, hidden_cols);
+        self.quantise(&[down_format], (&hidden, None), rows, used, hidden_cols, u32::MAX);
         let routed = Routed { per_token: false, ..routed };
         self.product(&product(*down, bias(2), (&hidden, None), &mixed, routed), true);
         let shader = self
@@ -1256,7 +1313,7 @@ mod tests {
         let program = passes::adapt(&model.program(ProgramOptions::default(), 256).unwrap(), &caps);
         for tuning in [Tuning::GPU, Tuning::CPU] {
             let bounds = Bounds {
-                paths: Paths { subgroups: true, integer: true },
+                paths: Paths { subgroups: true, integer: true, f16: true, cooperative: None },
                 binding_bytes: 128 << 20,
                 workgroup_bytes: 16 << 10,
                 tuning,

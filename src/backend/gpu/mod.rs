@@ -5,6 +5,7 @@
 //! interleaved ([`crate::backend::Rows`]), so that neighbouring invocations read neighbouring words of neighbouring rows.
 
 mod adapter;
+mod cache;
 mod clock;
 mod lower;
 mod plan;
@@ -12,6 +13,7 @@ mod shader;
 
 use std::collections::HashMap;
 use std::ops::Range;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -23,8 +25,8 @@ use super::{
 use crate::error::{Error, Result};
 use crate::map::Region;
 use crate::program::Program;
+use cache::Cache;
 use lower::{Bounds, Lowered, Tuning};
-use shader::Paths;
 
 /// The name of the backend.
 const NAME: &str = "gpu";
@@ -46,8 +48,13 @@ pub struct GpuOptions {
     pub adapter: Option<String>,
     /// Bytes that buffers may take; by default as many as the device gives.
     pub memory_bytes: Option<u64>,
-    /// Paths not to use, for tests: `subgroups`, `integer`.
+    /// Paths not to use, for tests: `subgroups`, `integer`, `f16`.
     pub without: Vec<String>,
+    /// Multiply prompts with the device's matrix units (cooperative matrices), with activations and weights rounded to half
+    /// precision. wgpu calls this experimental: mistakes in it or in drivers may be undefined behaviour.
+    pub cooperative: bool,
+    /// A folder to keep compiled shaders in, so that the next start need not compile them; by default they are not kept.
+    pub shader_cache: Option<PathBuf>,
 }
 
 /// A GPU.
@@ -71,6 +78,8 @@ struct Device {
     read_back: Mutex<Option<wgpu::Buffer>>,
     /// Compiled shaders, by their text.
     pipelines: Mutex<HashMap<String, Pipeline>>,
+    /// The same on disk, if they are to be kept.
+    cache: Option<Cache>,
 }
 
 /// A compiled shader.
@@ -91,15 +100,26 @@ impl Gpu {
     /// [`Error::Backend`] that says what was tried if there is none, or why it cannot be opened.
     pub fn new(options: &GpuOptions) -> Result<Gpu> {
         let adapter = adapter::choose(options.adapter.as_deref())?;
-        let mut paths = Paths { subgroups: adapter.has_subgroups(), integer: true };
+        let mut paths = adapter.paths();
+        if !options.cooperative {
+            paths.cooperative = None;
+        } else if paths.cooperative.is_none() {
+            return Err(failed(format!("{adapter} has no matrix units of 8 by 8 or 16 by 16 halves")));
+        }
         for without in &options.without {
             match without.as_str() {
                 "subgroups" => paths.subgroups = false,
                 "integer" => paths.integer = false,
-                other => return Err(Error::argument("path", "subgroups or integer", format!("`{other}`"))),
+                "f16" => paths.f16 = false,
+                other => {
+                    return Err(Error::argument("path", "subgroups, integer or f16", format!("`{other}`")));
+                }
             }
         }
-        let (device, queue) = adapter.open()?;
+        if paths.cooperative.is_some() && !(paths.subgroups && paths.f16) {
+            return Err(failed("matrix units need subgroups and f16"));
+        }
+        let (device, queue) = adapter.open(paths)?;
         let limits = device.limits();
         let error: Arc<Mutex<Option<String>>> = Arc::default();
         let note = |error: &Arc<Mutex<Option<String>>>| {
@@ -131,7 +151,9 @@ impl Gpu {
             tuning: if adapter.is_wide_cpu() { Tuning::CPU } else { Tuning::GPU },
         };
         let (staged, read_back, pipelines) = Default::default();
-        let device = Arc::new(Device { device, queue, error, staged, read_back, pipelines });
+        let folder = options.shader_cache.as_deref();
+        let cache = folder.map(|folder| Cache::open(&device, adapter.info(), folder)).transpose()?;
+        let device = Arc::new(Device { device, queue, error, staged, read_back, pipelines, cache });
         Ok(Gpu { caps, bounds, device })
     }
 
@@ -282,7 +304,7 @@ impl Device {
                 zero_initialize_workgroup_memory: false,
                 ..Default::default()
             },
-            cache: None,
+            cache: self.cache.as_ref().map(Cache::of_pipelines),
         });
         if let Some(e) = pollster::block_on(scope.pop()) {
             return Err(failed(format!("shader `{}`: {e}", shader.name)));
@@ -398,7 +420,11 @@ impl Backend for Gpu {
     fn prepare(&self, program: &Arc<Program>, limits: Limits) -> Result<Box<dyn Plan>> {
         program.validate()?;
         check_support(self, program)?;
-        Ok(Box::new(plan::GpuPlan::new(&self.device, program, limits, self.lower(program, limits))?))
+        let plan = plan::GpuPlan::new(&self.device, program, limits, self.lower(program, limits))?;
+        if let Some(cache) = &self.device.cache {
+            cache.keep()?;
+        }
+        Ok(Box::new(plan))
     }
 
     fn scratch_bytes(&self, program: &Program, limits: Limits) -> u64 {

@@ -38,6 +38,9 @@ pub(super) enum Extra {
     Hidden,
     /// Products of experts, to be mixed.
     Mixed,
+    /// Activations in half precision, by rows, and the factors that they were multiplied by.
+    Halves,
+    Factors,
     /// Results of attention for splits of the cache.
     Splits,
     /// Rows in order of their experts.
@@ -55,6 +58,19 @@ pub(super) struct Paths {
     pub subgroups: bool,
     /// Products of quantised weights in integers, by `dot4I8Packed`; else in floats.
     pub integer: bool,
+    /// Halves in memory as such; else two to a word.
+    pub f16: bool,
+    /// Products of quantised weights with many activations by matrices of so many rows and columns, which a subgroup has
+    /// together.
+    pub cooperative: Option<Cooperative>,
+}
+
+/// What an adapter's matrix units multiply: matrices of halves with as many rows as columns, to sums in floats.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Cooperative {
+    pub side: u32,
+    /// Invocations of the largest subgroup.
+    pub subgroup: u32,
 }
 
 macro_rules! wgsl {
@@ -77,17 +93,36 @@ pub(super) struct Shader {
     pub bindings: Vec<(Resource, bool)>,
     paths: Paths,
     workgroup: u32,
+    cooperative: bool,
 }
 
 impl Shader {
     pub fn new(name: &'static str, paths: Paths) -> Shader {
         let (declarations, body) = Default::default();
-        Shader { name, declarations, body, bindings: Vec::new(), paths, workgroup: WORKGROUP }
+        Shader {
+            name,
+            declarations,
+            body,
+            bindings: Vec::new(),
+            paths,
+            workgroup: WORKGROUP,
+            cooperative: false,
+        }
     }
 
     pub fn workgroup(mut self, invocations: u32) -> Shader {
         self.workgroup = invocations;
         self
+    }
+
+    /// Multiplies matrices that four subgroups have: `Left` by `Right` to `Sums`, of `SIDE` rows and columns.
+    pub fn cooperative(mut self, units: Cooperative) -> Shader {
+        let side = units.side;
+        for (name, of) in [("Left", "f16, A"), ("Right", "f16, B"), ("Sums", "f32, C")] {
+            let _ = writeln!(self.declarations, "alias {name} = coop_mat{side}x{side}<{of}>;");
+        }
+        self.cooperative = true;
+        self.u32("SIDE", side).workgroup(4 * units.subgroup)
     }
 
     pub fn u32(mut self, name: &str, value: u32) -> Shader {
@@ -135,6 +170,9 @@ impl Shader {
 
     /// The matrix `w` of a quantised format, or of plain numbers; see `words.wgsl`. Of its rows some are interleaved.
     pub fn matrix(self, format: Format, resource: Resource, interleaved: u32, rows: u32) -> Shader {
+        if format == Format::F16 && self.paths.f16 {
+            return self.read("w", "f16", resource).with("fn value(i: u32) -> f32 { return f32(w[i]); }");
+        }
         let shader = self.read("w", "u32", resource).with("fn weight_word(i: u32) -> u32 { return w[i]; }");
         shader.format(format, interleaved, rows)
     }
@@ -181,7 +219,12 @@ impl Shader {
         let reduce =
             if self.paths.subgroups { wgsl!("lib/reduce_subgroup") } else { wgsl!("lib/reduce_shared") };
         let workgroup = self.workgroup;
-        format!("const WORKGROUP: u32 = {workgroup}u;\n{}{reduce}\n{}", self.declarations, self.body)
+        let halves = if self.paths.f16 { "enable f16;\n" } else { "" };
+        let cooperative = if self.cooperative { "enable wgpu_cooperative_matrix;\n" } else { "" };
+        format!(
+            "{halves}{cooperative}const WORKGROUP: u32 = {workgroup}u;\n{}{reduce}\n{}",
+            self.declarations, self.body
+        )
     }
 }
 
