@@ -403,6 +403,20 @@ fn matmuls(cases: &mut Cases) {
                 b.output(y);
             });
         }
+        // Infinities among the activations.
+        let infinite: &[u32] = if matches!(format, Format::Q4_0 | Format::Q4_K) { &[1, 2, 17] } else { &[] };
+        for &tokens in infinite {
+            let name = format!("MatMul {} infinite 16x256 tokens={tokens}", format.name());
+            let weights = [("w", format, vec![256, 16])];
+            cases.add(name, &weights, &[&[(0, tokens)]], bound(format), |b| {
+                let x = b.input("x", Dim::Tokens, 256);
+                let large = b.map("large", x, Unary::Scale(1e38));
+                let infinite = b.map("infinite", large, Unary::Scale(10.0));
+                let w = b.weight("w", 16, 256);
+                let y = b.linear("y", infinite, w, None);
+                b.output(y);
+            });
+        }
         // Whole groups of rows, and some rows besides.
         let packed: &[(u32, u32)] =
             if format.interleaves() { &[(1, 1), (9, 2), (2, 4), (10, 5)] } else { &[] };

@@ -5,7 +5,7 @@ const PARTS: u32 = K / 32u;
 var<workgroup> own_codes: array<vec4<u32>, 2u * PARTS>;
 // Scale, and sums.
 var<workgroup> own_about: array<vec2<u32>, PARTS>;
-var<workgroup> own_largest: array<f32, PARTS>;
+var<workgroup> own_largest: array<u32, PARTS>;
 
 fn activations(four: u32) -> vec4<f32> { return x[four]; }
 
@@ -13,7 +13,7 @@ fn prepare(local: u32, row: u32) {
     for (var part = local; part < PARTS; part += 16u * SLICES) { own_largest[part] = largest(row * PARTS + part); }
     workgroupBarrier();
     for (var part = local; part < PARTS; part += 16u * SLICES) {
-        var most = 0.0;
+        var most = 0u;
         let first = part - part % (BLOCK / 32u);
         for (var i = 0u; i < BLOCK / 32u; i++) { most = max(most, own_largest[first + i]); }
         let made = to_codes(row * PARTS + part, most);

@@ -840,6 +840,7 @@ impl Lowering<'_> {
             .write("halves", "f16", halves)
             .write("factors", "f32", factors)
             .u32("K", k)
+            .with(wgsl!("lib/math"))
             .with(wgsl!("halve"));
         self.push_when(shader, [ONE, each(rows), ONE], (Of::Rows(rows), many));
     }
