@@ -298,10 +298,12 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
     let vectors = rope.write(w)?;
     vocabulary::write(folder, config, w)?;
 
-    let mut unused = UNUSED.to_vec();
-    if config.bool("tie_word_embeddings")? == Some(true) {
+    let (mut unused, mut required) = (UNUSED.to_vec(), Vec::new());
+    match config.bool("tie_word_embeddings")? {
         // Some folders have the table of embeddings a second time.
-        unused.push("lm_head.weight");
+        Some(true) => unused.push("lm_head.weight"),
+        Some(false) => required.push("lm_head.weight"),
+        None => {}
     }
     let kv_heads = config.optional_u32("num_key_value_heads")?.unwrap_or(heads);
     let interleaved = vec![(".attn_q", heads as usize), (".attn_k", kv_heads as usize)];
@@ -309,6 +311,7 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
         prefix: "model.",
         names: vec![family.names, NAMES],
         unused,
+        required,
         interleaved: if family.interleaved { interleaved } else { Vec::new() },
         norm_offset: family.norm_offset,
         vectors,

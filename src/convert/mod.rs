@@ -46,6 +46,8 @@ struct Plan {
     names: Vec<&'static [(&'static str, &'static str)]>,
     /// Names that are left out; a star stands for anything at one end.
     unused: Vec<&'static str>,
+    /// Names that have to be there although the model could be opened without.
+    required: Vec<&'static str>,
     /// Names in GGUF files whose rows are reordered for so many heads.
     interleaved: Vec<(&'static str, usize)>,
     /// What is added to the weights of norms.
@@ -129,6 +131,9 @@ fn check(folder: &Path, writer: &Writer) -> Result<()> {
 impl Plan {
     /// The tensors to write, by their names.
     fn targets<'a>(&self, tensors: BTreeMap<String, TensorView<'a>>) -> Result<BTreeMap<String, Target<'a>>> {
+        if let Some(name) = self.required.iter().find(|name| !tensors.contains_key(**name)) {
+            return Err(Error::Model(format!("tensor `{name}` is missing")));
+        }
         // Experts of one tensor come together, in the order of their numbers.
         let mut found: BTreeMap<String, BTreeMap<Option<usize>, TensorView<'a>>> = BTreeMap::new();
         for (full, view) in tensors {
