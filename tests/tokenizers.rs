@@ -203,7 +203,7 @@ fn random_texts_come_back() {
                 0 => (0..random.below(30)).map(|_| character(&mut random)).collect(),
                 _ => (0..random.below(12)).map(|_| PARTS[random.below(PARTS.len())]).collect(),
             };
-            common::exercise::there_and_back(&tokenizer, &text, loses_nothing(&name));
+            common::exercise::there_and_back(&tokenizer, &text, loses_nothing(&name, &text));
         }
     }
 }
@@ -271,7 +271,12 @@ fn vocabularies() -> Vec<(String, Tokenizer)> {
     all
 }
 
-/// Whether a vocabulary can spell anything.
-fn loses_nothing(name: &str) -> bool {
-    !matches!(name, "unigram" | "bert" | "ggml-vocab-bert-bge")
+/// Whether a vocabulary can spell a text.
+fn loses_nothing(name: &str, text: &str) -> bool {
+    match name {
+        "unigram" | "bert" | "ggml-vocab-bert-bge" => false,
+        // It has no tokens for the first bytes of these characters.
+        "ggml-vocab-falcon" => !text.contains(|c| ('\u{40000}'..'\u{100000}').contains(&c)),
+        _ => true,
+    }
 }
