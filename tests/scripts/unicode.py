@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Writes random texts of all of Unicode, and the ids that other programs give them, which tests/tokenizers.rs reads.
 
-    pip install tokenizers
+    pip install tokenizers gguf
     unicode.py                                  ids of the folders of convert.py and embed.py, by the library tokenizers
-    unicode.py --llama-ids PROGRAM VOCABS       ids of ggml-vocab-*.gguf in a folder, by llama.cpp (llama_ids.cpp)
+    unicode.py --llama-ids PROGRAM VOCABS       ids of ggml-vocab-*.gguf in a folder, by llama.cpp (llama_ids.cpp), and where they
+                                                are word pieces by the library
     unicode.py … --texts 10000 --out FOLDER     more texts, for a test with HALITE_UNICODE=FOLDER
 
 The folder gets texts.json, and for each vocabulary a file of ids, one line a text. A line is `-` where the library changes the text
@@ -18,18 +19,18 @@ import random
 import subprocess
 import unicodedata
 
+import gguf
 from tokenizers import BertWordPieceTokenizer, Tokenizer
 
 DATA = pathlib.Path(__file__).resolve().parents[1] / "data"
 FOLDERS = ["gemma2", "llama", "llama-spm", "qwen2", "starcoder2"]
-VOCABULARIES = ["bert-bge", "deepseek-llm", "falcon", "gpt-2", "llama-bpe", "llama-spm", "phi-3", "qwen2"]
-# Characters for which llama.cpp's ids are not those of the library tokenizers: any since Unicode 15.1; syllables of which its NFD keeps
-# the first part; four-byte characters for whose first byte the vocabulary has no token, left out before or after merging; and a
-# space that is punctuation too.
+VOCABULARIES = ["deepseek-llm", "falcon", "gpt-2", "llama-bpe", "llama-spm", "phi-3", "qwen2"]
+# Characters for which llama.cpp's ids are not those of the library tokenizers: any since Unicode 15.1; four-byte characters for whose
+# first byte the vocabulary has no token, left out before or after merging; and a space that is punctuation too.
 RECENT = [(0x2ffc, 0x3000), (0x105c0, 0x10600), (0x10d40, 0x10d90), (0x10ec2, 0x10f00), (0x11380, 0x11400), (0x116d0, 0x11700),
           (0x11bc0, 0x11c00), (0x13460, 0x14400), (0x16100, 0x16140), (0x16d40, 0x16d80), (0x1cc00, 0x1cf00), (0x1e5d0, 0x1e600),
           (0x2ebf0, 0x2ee60)]
-LEFT_OUT = {"bert-bge": [(0xac00, 0xd7a4)], "falcon": [(0x40000, 0x100000)], "deepseek-llm": [(0x3000, 0x3001)]}
+LEFT_OUT = {"falcon": [(0x40000, 0x100000)], "deepseek-llm": [(0x3000, 0x3001)]}
 # Blocks of which a text often has several characters in a row.
 BLOCKS = [(0x20, 0x7f), (0xa0, 0x250), (0x300, 0x370), (0x370, 0x590), (0x5d0, 0x700), (0x900, 0xe80), (0x1e00, 0x2200),
           (0x3000, 0x3100), (0x4e00, 0xa000), (0xac00, 0xd7a4), (0xf900, 0x10000), (0x1f300, 0x1fb00)]
@@ -83,6 +84,9 @@ def main():
         for text in texts:
             yield "-" if left_out(text) else " ".join(map(str, tokenizer.encode(text, add_special_tokens=False).ids))
 
+    def word_pieces(tokens):
+        return encode(BertWordPieceTokenizer({token: i for i, token in enumerate(tokens)}, lowercase=True), is_recent)
+
     if args.llama_ids:
         program, vocabularies = args.llama_ids
         hexadecimal = "".join(text.encode().hex() + "\n" for text in texts)
@@ -92,12 +96,15 @@ def main():
             left_out = RECENT + LEFT_OUT.get(name, [])
             known = [not any(first <= ord(c) < end for c in text for first, end in left_out) for text in texts]
             write(f"ggml-vocab-{name}", [ids if known else "-" for ids, known in zip(run.stdout.splitlines(), known)])
+        tokens = gguf.GGUFReader(vocabularies / "ggml-vocab-bert-bge.gguf").get_field("tokenizer.ggml.tokens").contents()
+        pieces = [t[1:] if t.startswith("\u2581") else t if t.startswith("[") and len(t) > 1 else "##" + t for t in tokens]
+        write("ggml-vocab-bert-bge", word_pieces(pieces))
     else:
         for name in FOLDERS:
             tokenizer = Tokenizer.from_file(str(DATA / "convert" / name / "tokenizer.json"))
             nfc = tokenizer.normalizer.__class__.__name__ == "NFC"
             write(name, encode(tokenizer, changed if nfc else lambda _: False))
-        write("bert", encode(BertWordPieceTokenizer(str(DATA / "bert/vocab.txt"), lowercase=True), is_recent))
+        write("bert", word_pieces((DATA / "bert/vocab.txt").read_text().splitlines()))
 
 
 main()
