@@ -58,8 +58,8 @@ enum Window {
     Period(u32),
 }
 
-/// Most layers; the runtime's limit is lower.
-const MAX_LAYERS: u32 = 1 << 16;
+/// Most layers and elements of a head, before anything as long is made; the runtime's limits are lower.
+const MAX_EXTENT: u32 = 1 << 16;
 
 /// What a config has to have.
 const REQUIRED: &[Key] = &[
@@ -255,6 +255,7 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
     let architecture = family.architecture;
     w.entry("general.architecture", architecture)?;
     let name = config.value.get("_name_or_path").and_then(Value::as_str).filter(|name| !name.is_empty());
+    let name = name.or(folder.file_name().and_then(|name| name.to_str()));
     w.entry("general.name", name.unwrap_or(model_type))?;
     for (key, from, kind) in [REQUIRED, OPTIONAL, family.keys].into_iter().flatten() {
         let key = format!("{architecture}.{key}");
@@ -270,8 +271,14 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
         from.iter().try_for_each(|key| required(key).map(|_| ()))?;
     }
     let (heads, layers) = (required("num_attention_heads")?, required("num_hidden_layers")?);
-    if layers > MAX_LAYERS {
-        return Err(config.wrong("num_hidden_layers", &format!("at most {MAX_LAYERS}"), layers));
+    let head_dim = match config.optional_u32("head_dim")? {
+        Some(head_dim) => head_dim,
+        None => required("hidden_size")?.checked_div(heads).unwrap_or(0),
+    };
+    for (key, extent) in [("num_hidden_layers", layers), ("head_dim", head_dim)] {
+        if extent > MAX_EXTENT {
+            return Err(config.wrong(key, &format!("at most {MAX_EXTENT}"), extent));
+        }
     }
     if let Some(scalar) = config.optional_f64("query_pre_attn_scalar")? {
         w.entry(&format!("{architecture}.attention.scale"), (1.0 / scalar.sqrt()) as f32)?;
@@ -290,10 +297,6 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
             ));
         }
     }
-    let head_dim = match config.optional_u32("head_dim")? {
-        Some(head_dim) => head_dim,
-        None => required("hidden_size")?.checked_div(heads).unwrap_or(0),
-    };
     let rope = Rope { config, architecture, head_dim, default_base: family.rope_base };
     let vectors = rope.write(w)?;
     vocabulary::write(folder, config, w)?;

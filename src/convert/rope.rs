@@ -51,7 +51,8 @@ impl Rope<'_> {
         if let Some(local) = local {
             w.entry(&entry("freq_base_swa"), local as f32)?;
         }
-        let rotated = number("partial_rotary_factor")?.unwrap_or(1.0) * f64::from(self.head_dim);
+        let part = number("partial_rotary_factor")?.unwrap_or(1.0);
+        let rotated = part.min(1.0) * f64::from(self.head_dim);
         w.entry(&entry("dimension_count"), rotated as u32)?;
         match parameters {
             Some(parameters) => self.scaling(parameters, base, rotated as u32, w),

@@ -20,8 +20,11 @@ const USER_DEFINED: i32 = 4;
 const UNUSED: i32 = 5;
 const BYTE: i32 = 6;
 
-/// Most tokens, as in tables of embeddings.
-const MAX_TOKENS: u32 = 1 << 24;
+/// Most tokens, as in the runtime.
+const MAX_TOKENS: u32 = 1 << 22;
+
+/// Most bytes of a token that is looked for in every way to put it together.
+const MAX_TOKEN_BYTES: usize = 1 << 10;
 
 /// SentencePiece's space.
 const SPACE: &str = "\u{2581}";
@@ -223,6 +226,10 @@ fn scores(model: &Json, tokens: &Tokens, merges: &[(&str, &str)]) -> Result<Vec<
     }
     let normal = |text: &str| tokens.ids.get(text).is_some_and(|&id| !is_added(id));
     for (text, _) in tokens.ids.iter().filter(|(_, id)| !is_added(**id)) {
+        if text.len() > MAX_TOKEN_BYTES {
+            let expected = format!("tokens of at most {MAX_TOKEN_BYTES} bytes");
+            return Err(model.wrong("vocab", &expected, text.len()));
+        }
         for (at, _) in text.char_indices().skip(1) {
             let (left, right) = text.split_at(at);
             if normal(left) && normal(right) && !pairs.contains_key(&(left, right)) {
