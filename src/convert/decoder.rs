@@ -222,7 +222,15 @@ const FAMILIES: &[Family] = &[
         interleaved: false,
         ..LLAMA
     },
-    Family { model_type: "smollm3", architecture: "smollm3", ..LLAMA },
+    Family {
+        model_type: "smollm3",
+        architecture: "smollm3",
+        only: &[
+            ("hidden_act", Only::Text("silu")),
+            ("no_rope_layer_interval", Only::Number(NOPE_PERIOD as f64)),
+        ],
+        ..LLAMA
+    },
     Family {
         model_type: "starcoder2",
         architecture: "starcoder2",
@@ -257,23 +265,22 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
     let name = config.value.get("_name_or_path").and_then(Value::as_str).filter(|name| !name.is_empty());
     let name = name.or(folder.file_name().and_then(|name| name.to_str()));
     w.entry("general.name", name.unwrap_or(model_type))?;
-    for (key, from, kind) in [REQUIRED, OPTIONAL, family.keys].into_iter().flatten() {
-        let key = format!("{architecture}.{key}");
-        let Some(from) = from.iter().find(|from| config.get(from).is_some()) else { continue };
-        match kind {
-            Kind::U32 => w.entry(&key, config.u32(from)?)?,
-            Kind::F32 => w.entry(&key, config.f64(from)? as f32)?,
-            Kind::Bool => w.entry(&key, config.bool(from)? == Some(true))?,
+    for (required, keys) in [(true, REQUIRED), (false, OPTIONAL), (false, family.keys)] {
+        for (key, from, kind) in keys {
+            let there = from.iter().find(|from| config.get(from).is_some());
+            let Some(from) = there.or(from.first().filter(|_| required)) else { continue };
+            let key = format!("{architecture}.{key}");
+            match kind {
+                Kind::U32 => w.entry(&key, config.u32(from)?)?,
+                Kind::F32 => w.entry(&key, config.f64(from)? as f32)?,
+                Kind::Bool => w.entry(&key, config.bool(from)? == Some(true))?,
+            }
         }
     }
-    let required = |key: &str| config.u32(key);
-    for (_, from, _) in REQUIRED {
-        from.iter().try_for_each(|key| required(key).map(|_| ()))?;
-    }
-    let (heads, layers) = (required("num_attention_heads")?, required("num_hidden_layers")?);
+    let (heads, layers) = (config.u32("num_attention_heads")?, config.u32("num_hidden_layers")?);
     let head_dim = match config.optional_u32("head_dim")? {
         Some(head_dim) => head_dim,
-        None => required("hidden_size")?.checked_div(heads).unwrap_or(0),
+        None => config.u32("hidden_size")?.checked_div(heads).unwrap_or(0),
     };
     for (key, extent) in [("num_hidden_layers", layers), ("head_dim", head_dim)] {
         if extent > MAX_EXTENT {
@@ -285,15 +292,14 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
     }
     window(config, family, layers, w)?;
     if model_type == "smollm3" {
-        let expected =
-            (1..=layers as usize).map(|layer| Value::from(u32::from(!layer.is_multiple_of(NOPE_PERIOD))));
-        let expected: Vec<Value> = expected.collect();
-        if let Some(value) = config.get("no_rope_layers").filter(|value| value.as_array() != Some(&expected))
-        {
+        let layers = 1..=layers as usize;
+        let usual: Vec<Value> =
+            layers.map(|layer| u32::from(!layer.is_multiple_of(NOPE_PERIOD)).into()).collect();
+        if let Some(other) = config.get("no_rope_layers").filter(|list| list.as_array() != Some(&usual)) {
             return Err(config.wrong(
                 "no_rope_layers",
                 "0 for every fourth layer and 1 for the others",
-                value,
+                other,
             ));
         }
     }
@@ -332,8 +338,8 @@ fn window(config: &Json, family: &Family, layers: u32, w: &mut Writer) -> Result
         Window::All => vec![true; layers as usize],
         Window::Period(period) => by_period(period).collect(),
     };
-    let named = |key: &str| config.get(key).map(|_| key.to_owned());
-    let period = named("sliding_window_pattern").or(named("_sliding_window_pattern"));
+    let period = ["sliding_window_pattern", "_sliding_window_pattern"];
+    let period = period.into_iter().find(|key| config.get(key).is_some());
     let windowed: Vec<bool> = match (config.get("layer_types"), period) {
         (Some(types), _) => {
             let windowed = |kind: &Value| match kind.as_str() {
@@ -347,7 +353,7 @@ fn window(config: &Json, family: &Family, layers: u32, w: &mut Writer) -> Result
             let list = list.filter(|list| list.len() == layers as usize);
             list.ok_or_else(|| config.wrong("layer_types", expected, types))?
         }
-        (None, Some(period)) => by_period(config.u32(&period)?).collect(),
+        (None, Some(period)) => by_period(config.u32(period)?).collect(),
         (None, None) if config.get("use_sliding_window").is_some() => {
             // Which layers these are has been a matter of versions.
             return Err(config.missing("layer_types", "a list beside use_sliding_window"));

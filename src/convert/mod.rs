@@ -282,8 +282,11 @@ impl Target<'_> {
     }
 }
 
+/// The value of an element's bytes.
+type Value = fn(&[u8]) -> f32;
+
 /// What reads an element, and its bytes.
-fn reader(dtype: Dtype) -> Result<(fn(&[u8]) -> f32, usize)> {
+fn reader(dtype: Dtype) -> Result<(Value, usize)> {
     Ok(match dtype {
         Dtype::F32 => (|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]), 4),
         Dtype::F16 => (|b| math::f16_to_f32(u16::from_le_bytes([b[0], b[1]])), 2),
