@@ -29,11 +29,9 @@ const MAX_TOKEN_BYTES: usize = 1 << 10;
 /// SentencePiece's space.
 const SPACE: &str = "\u{2581}";
 
-/// English endings without regard to case as files have them, and as [`pretokenize`] has them.
-const SPELLINGS: &[(&str, &str)] = &[
-    ("(?i:'s|'t|'re|'ve|'m|'ll|'d)", "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"),
-    ("(?i:[sdmt]|ll|ve|re)", "(?:[sSdDmMtT]|[lL][lL]|[vV][eE]|[rR][eE])"),
-];
+/// English endings without regard to case, as files spell them and as [`pretokenize`] does.
+const ENDINGS: (&str, &str) =
+    ("(?i:'s|'t|'re|'ve|'m|'ll|'d)", "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])");
 
 /// The tokens of a vocabulary, one for each row of the embedding.
 struct Tokens {
@@ -305,8 +303,7 @@ fn pre_tokenizer(json: &Json, model: &Json) -> Result<&'static str> {
         let regex = step.pointer("/pattern/Regex").and_then(Value::as_str);
         patterns.extend(match (step.get("type").and_then(Value::as_str), regex) {
             (Some("Split"), Some(regex)) if is("behavior", "Isolated") && !flag("invert") => {
-                let spell = |text: String, (from, to): &(&str, &str)| text.replace(from, to);
-                Some(SPELLINGS.iter().fold(regex.to_owned(), spell))
+                Some(regex.replace(ENDINGS.0, ENDINGS.1))
             }
             (Some("Digits"), _) if flag("individual_digits") => Some(r"\p{N}".into()),
             (Some("ByteLevel"), _) if at + 1 == steps.len() && !flag("add_prefix_space") => {
