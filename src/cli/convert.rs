@@ -12,7 +12,7 @@ use super::{Failure, progress, synth};
 
 #[derive(Args)]
 pub struct ConvertArgs {
-    /// A folder with config.json, model.safetensors and a vocabulary.
+    /// A folder with config.json, safetensors and a vocabulary.
     folder: PathBuf,
     /// The GGUF file to write; it must not exist yet.
     out: PathBuf,

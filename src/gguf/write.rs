@@ -67,6 +67,12 @@ impl From<bool> for Encoded {
     }
 }
 
+impl From<&[bool]> for Encoded {
+    fn from(values: &[bool]) -> Encoded {
+        Encoded::array(ValueType::Bool, values.len(), values.iter().map(|&v| v.into()))
+    }
+}
+
 impl From<&str> for Encoded {
     fn from(v: &str) -> Encoded {
         Encoded::scalar(ValueType::String, &string(v))

@@ -2,7 +2,7 @@
 //! (`gpt2`) and WordPiece (`bert`) vocabularies.
 
 mod bpe;
-mod pretokenize;
+pub(crate) mod pretokenize;
 mod spm;
 mod unigram;
 mod vocabulary;

@@ -16,7 +16,8 @@ struct Kind {
     add_bos: bool,
 }
 
-const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)";
+/// GPT-2's words.
+pub(crate) const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)";
 /// Llama 3's words, with numbers of so many digits.
 macro_rules! llama3 {
     ($digits:literal) => {
@@ -124,6 +125,13 @@ const KINDS: &[Kind] = &[
 
 /// What most kinds have in common.
 const PLAIN: Kind = Kind { names: &[], patterns: &[], ignore_merges: false, add_bos: false };
+
+/// The name in GGUF files of a kind with these patterns.
+#[cfg(feature = "convert")]
+pub(crate) fn name_of(patterns: &[String], ignore_merges: bool) -> Option<&'static str> {
+    let kind = KINDS.iter().find(|kind| kind.patterns == patterns && kind.ignore_merges == ignore_merges);
+    kind.and_then(|kind| kind.names.first().copied())
+}
 
 /// Cuts text into words.
 #[derive(Debug)]

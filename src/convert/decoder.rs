@@ -1,0 +1,397 @@
+//! Models that continue texts: what each family calls its weights and options, and what it has in GGUF files.
+
+use std::path::Path;
+
+use serde_json::Value;
+
+use super::folder::Json;
+use super::rope::Rope;
+use super::{Plan, vocabulary};
+use crate::error::Result;
+use crate::gguf::write::Writer;
+
+/// What differs between families.
+struct Family {
+    /// `model_type` of config.json, and `general.architecture`.
+    model_type: &'static str,
+    architecture: &'static str,
+    /// Names that others do not have, or have for something else.
+    names: &'static [(&'static str, &'static str)],
+    /// Options that others do not have.
+    keys: &'static [Key],
+    /// Options of which one value is supported.
+    only: &'static [(&'static str, Only)],
+    /// Files have the rotated pairs of a head next to each other; published are they a half apart.
+    interleaved: bool,
+    /// What is added to the weights of norms.
+    norm_offset: f32,
+    window: Window,
+    /// The base of rotary frequencies that a config without one means.
+    rope_base: Option<f64>,
+}
+
+/// An option: its key in the file without the architecture, its keys in the folder of which one is there, and its type.
+type Key = (&'static str, &'static [&'static str], Kind);
+
+#[derive(Clone, Copy)]
+enum Kind {
+    U32,
+    F32,
+    Bool,
+}
+
+#[derive(Clone, Copy)]
+enum Only {
+    Text(&'static str),
+    Bool(bool),
+    Number(f64),
+    /// An empty list.
+    Nothing,
+}
+
+/// Which layers look back only so far.
+#[derive(Clone, Copy)]
+enum Window {
+    /// All, or none of a config without a window.
+    All,
+    /// All but the last of so many, unless a config says otherwise.
+    Period(u32),
+}
+
+/// Most layers and elements of a head, before anything as long is made; the runtime's limits are lower.
+const MAX_EXTENT: u32 = 1 << 16;
+
+/// What a config has to have.
+const REQUIRED: &[Key] = &[
+    ("context_length", &["max_position_embeddings"], Kind::U32),
+    ("embedding_length", &["hidden_size"], Kind::U32),
+    ("block_count", &["num_hidden_layers"], Kind::U32),
+    ("feed_forward_length", &["intermediate_size"], Kind::U32),
+    ("attention.head_count", &["num_attention_heads"], Kind::U32),
+    ("vocab_size", &["vocab_size"], Kind::U32),
+];
+
+/// What it may have; what a family cannot do without is missed when the result is opened.
+const OPTIONAL: &[Key] = &[
+    ("attention.head_count_kv", &["num_key_value_heads"], Kind::U32),
+    ("attention.key_length", &["head_dim"], Kind::U32),
+    ("attention.value_length", &["head_dim"], Kind::U32),
+    ("attention.layer_norm_rms_epsilon", &["rms_norm_eps"], Kind::F32),
+    ("attention.layer_norm_epsilon", &["layer_norm_eps", "norm_epsilon"], Kind::F32),
+    ("expert_count", &["num_local_experts", "num_experts"], Kind::U32),
+    ("expert_used_count", &["num_experts_per_tok"], Kind::U32),
+];
+
+/// Names that most families have, without `model.` in front.
+const NAMES: &[(&str, &str)] = &[
+    ("embed_tokens", "token_embd"),
+    ("norm", "output_norm"),
+    ("lm_head", "output"),
+    ("layers.{}.input_layernorm", "blk.{}.attn_norm"),
+    ("layers.{}.self_attn.q_proj", "blk.{}.attn_q"),
+    ("layers.{}.self_attn.k_proj", "blk.{}.attn_k"),
+    ("layers.{}.self_attn.v_proj", "blk.{}.attn_v"),
+    ("layers.{}.self_attn.o_proj", "blk.{}.attn_output"),
+    ("layers.{}.self_attn.q_norm", "blk.{}.attn_q_norm"),
+    ("layers.{}.self_attn.k_norm", "blk.{}.attn_k_norm"),
+    ("layers.{}.post_attention_layernorm", "blk.{}.ffn_norm"),
+    ("layers.{}.mlp.gate_proj", "blk.{}.ffn_gate"),
+    ("layers.{}.mlp.up_proj", "blk.{}.ffn_up"),
+    ("layers.{}.mlp.down_proj", "blk.{}.ffn_down"),
+];
+
+/// Norms after the blocks as well as before them, or instead.
+const POST_NORMS: &[(&str, &str)] = &[
+    ("layers.{}.post_attention_layernorm", "blk.{}.post_attention_norm"),
+    ("layers.{}.pre_feedforward_layernorm", "blk.{}.ffn_norm"),
+    ("layers.{}.post_feedforward_layernorm", "blk.{}.post_ffw_norm"),
+];
+
+/// What is no weight: frequencies written out.
+const UNUSED: &[&str] = &["*.rotary_emb.inv_freq"];
+
+/// A family that is like Llama in everything.
+const LLAMA: Family = Family {
+    model_type: "llama",
+    architecture: "llama",
+    names: &[],
+    keys: &[],
+    only: &[("hidden_act", Only::Text("silu"))],
+    interleaved: true,
+    norm_offset: 0.0,
+    window: Window::All,
+    rope_base: None,
+};
+
+const GEMMA: Family = Family {
+    names: POST_NORMS,
+    keys: &[
+        ("attn_logit_softcapping", &["attn_logit_softcapping"], Kind::F32),
+        ("final_logit_softcapping", &["final_logit_softcapping"], Kind::F32),
+    ],
+    only: &[
+        ("hidden_activation", Only::Text("gelu_pytorch_tanh")),
+        ("use_bidirectional_attention", Only::Bool(false)),
+    ],
+    interleaved: false,
+    norm_offset: 1.0,
+    ..LLAMA
+};
+
+const OLMO: Family = Family { architecture: "olmo2", names: POST_NORMS, interleaved: false, ..LLAMA };
+
+const FAMILIES: &[Family] = &[
+    Family {
+        model_type: "cohere2",
+        architecture: "cohere2",
+        keys: &[("logit_scale", &["logit_scale"], Kind::F32)],
+        only: &[
+            ("hidden_act", Only::Text("silu")),
+            ("use_qk_norm", Only::Bool(false)),
+            ("rotary_pct", Only::Number(1.0)),
+        ],
+        // Published are they next to each other, too.
+        interleaved: false,
+        window: Window::Period(4),
+        ..LLAMA
+    },
+    Family {
+        model_type: "gemma2",
+        architecture: "gemma2",
+        window: Window::Period(2),
+        rope_base: Some(1e4),
+        ..GEMMA
+    },
+    Family { model_type: "gemma3_text", architecture: "gemma3", window: Window::Period(6), ..GEMMA },
+    Family {
+        model_type: "granite",
+        architecture: "granite",
+        keys: &[
+            ("attention.scale", &["attention_multiplier"], Kind::F32),
+            ("embedding_scale", &["embedding_multiplier"], Kind::F32),
+            ("residual_scale", &["residual_multiplier"], Kind::F32),
+            ("logit_scale", &["logits_scaling"], Kind::F32),
+        ],
+        ..LLAMA
+    },
+    Family { rope_base: Some(1e4), ..LLAMA },
+    Family { model_type: "mistral", rope_base: Some(1e4), ..LLAMA },
+    Family {
+        model_type: "mixtral",
+        names: &[
+            ("layers.{}.block_sparse_moe.gate", "blk.{}.ffn_gate_inp"),
+            ("layers.{}.block_sparse_moe.experts.{}.w1", "blk.{}.ffn_gate_exps"),
+            ("layers.{}.block_sparse_moe.experts.{}.w2", "blk.{}.ffn_down_exps"),
+            ("layers.{}.block_sparse_moe.experts.{}.w3", "blk.{}.ffn_up_exps"),
+        ],
+        ..LLAMA
+    },
+    Family { model_type: "olmo2", ..OLMO },
+    Family { model_type: "olmo3", window: Window::Period(4), ..OLMO },
+    Family {
+        model_type: "phi3",
+        architecture: "phi3",
+        names: &[
+            ("layers.{}.self_attn.qkv_proj", "blk.{}.attn_qkv"),
+            ("layers.{}.mlp.gate_up_proj", "blk.{}.ffn_up"),
+        ],
+        interleaved: false,
+        rope_base: Some(1e4),
+        ..LLAMA
+    },
+    Family { model_type: "qwen2", architecture: "qwen2", interleaved: false, ..LLAMA },
+    Family { model_type: "qwen3", architecture: "qwen3", interleaved: false, ..LLAMA },
+    Family {
+        model_type: "qwen3_moe",
+        architecture: "qwen3moe",
+        names: &[
+            ("layers.{}.mlp.gate", "blk.{}.ffn_gate_inp"),
+            ("layers.{}.mlp.experts.{}.gate_proj", "blk.{}.ffn_gate_exps"),
+            ("layers.{}.mlp.experts.{}.down_proj", "blk.{}.ffn_down_exps"),
+            ("layers.{}.mlp.experts.{}.up_proj", "blk.{}.ffn_up_exps"),
+        ],
+        keys: &[
+            ("expert_feed_forward_length", &["moe_intermediate_size"], Kind::U32),
+            ("expert_weights_norm", &["norm_topk_prob"], Kind::Bool),
+        ],
+        only: &[
+            ("hidden_act", Only::Text("silu")),
+            ("decoder_sparse_step", Only::Number(1.0)),
+            ("mlp_only_layers", Only::Nothing),
+        ],
+        interleaved: false,
+        ..LLAMA
+    },
+    Family {
+        model_type: "smollm3",
+        architecture: "smollm3",
+        only: &[
+            ("hidden_act", Only::Text("silu")),
+            ("no_rope_layer_interval", Only::Number(NOPE_PERIOD as f64)),
+        ],
+        ..LLAMA
+    },
+    Family {
+        model_type: "starcoder2",
+        architecture: "starcoder2",
+        names: &[("layers.{}.mlp.c_fc", "blk.{}.ffn_up"), ("layers.{}.mlp.c_proj", "blk.{}.ffn_down")],
+        only: &[("hidden_act", Only::Text("gelu_pytorch_tanh"))],
+        interleaved: false,
+        ..LLAMA
+    },
+];
+
+/// SmolLM3's layers without positions: the last of so many.
+const NOPE_PERIOD: usize = 4;
+
+/// Writes the metadata of a decoder, and says what becomes of its tensors.
+pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan> {
+    let model_type = config.str("model_type")?;
+    let family = FAMILIES.iter().find(|family| family.model_type == model_type);
+    let family = family.ok_or_else(|| {
+        let known: Vec<&str> = FAMILIES.iter().map(|family| family.model_type).collect();
+        config.wrong("model_type", &format!("one of bert, {}", known.join(", ")), model_type)
+    })?;
+    if config.get("quantization_config").is_some() {
+        return Err(config.wrong("quantization_config", "weights that are not quantised", "some that are"));
+    }
+    for (key, only) in family.only {
+        if let Some(value) = config.get(key).filter(|value| !only.is(value)) {
+            return Err(config.wrong(key, &only.to_string(), value));
+        }
+    }
+    let architecture = family.architecture;
+    w.entry("general.architecture", architecture)?;
+    let name = config.value.get("_name_or_path").and_then(Value::as_str).filter(|name| !name.is_empty());
+    let name = name.or(folder.file_name().and_then(|name| name.to_str()));
+    w.entry("general.name", name.unwrap_or(model_type))?;
+    for (required, keys) in [(true, REQUIRED), (false, OPTIONAL), (false, family.keys)] {
+        for (key, from, kind) in keys {
+            let there = from.iter().find(|from| config.get(from).is_some());
+            let Some(from) = there.or(from.first().filter(|_| required)) else { continue };
+            let key = format!("{architecture}.{key}");
+            match kind {
+                Kind::U32 => w.entry(&key, config.u32(from)?)?,
+                Kind::F32 => w.entry(&key, config.f64(from)? as f32)?,
+                Kind::Bool => w.entry(&key, config.bool(from)? == Some(true))?,
+            }
+        }
+    }
+    let (heads, layers) = (config.u32("num_attention_heads")?, config.u32("num_hidden_layers")?);
+    let head_dim = match config.optional_u32("head_dim")? {
+        Some(head_dim) => head_dim,
+        None => config.u32("hidden_size")?.checked_div(heads).unwrap_or(0),
+    };
+    for (key, extent) in [("num_hidden_layers", layers), ("head_dim", head_dim)] {
+        if extent > MAX_EXTENT {
+            return Err(config.wrong(key, &format!("at most {MAX_EXTENT}"), extent));
+        }
+    }
+    if let Some(scalar) = config.optional_f64("query_pre_attn_scalar")? {
+        w.entry(&format!("{architecture}.attention.scale"), (1.0 / scalar.sqrt()) as f32)?;
+    }
+    window(config, family, layers, w)?;
+    if model_type == "smollm3" {
+        let layers = 1..=layers as usize;
+        let usual: Vec<Value> =
+            layers.map(|layer| u32::from(!layer.is_multiple_of(NOPE_PERIOD)).into()).collect();
+        if let Some(other) = config.get("no_rope_layers").filter(|list| list.as_array() != Some(&usual)) {
+            return Err(config.wrong(
+                "no_rope_layers",
+                "0 for every fourth layer and 1 for the others",
+                other,
+            ));
+        }
+    }
+    let rope = Rope { config, architecture, head_dim, default_base: family.rope_base };
+    let vectors = rope.write(w)?;
+    vocabulary::write(folder, config, w)?;
+
+    let (mut unused, mut required) = (UNUSED.to_vec(), Vec::new());
+    match config.bool("tie_word_embeddings")? {
+        // Some folders have the table of embeddings a second time.
+        Some(true) => unused.push("lm_head.weight"),
+        Some(false) => required.push("lm_head.weight"),
+        None => {}
+    }
+    let kv_heads = config.optional_u32("num_key_value_heads")?.unwrap_or(heads);
+    let interleaved = vec![(".attn_q", heads as usize), (".attn_k", kv_heads as usize)];
+    Ok(Plan {
+        prefix: "model.",
+        names: vec![family.names, NAMES],
+        unused,
+        required,
+        interleaved: if family.interleaved { interleaved } else { Vec::new() },
+        norm_offset: family.norm_offset,
+        vectors,
+    })
+}
+
+/// How far layers look back, and which.
+fn window(config: &Json, family: &Family, layers: u32, w: &mut Writer) -> Result<()> {
+    let Some(length) = config.optional_u32("sliding_window")? else { return Ok(()) };
+    if config.bool("use_sliding_window")? == Some(false) {
+        return Ok(());
+    }
+    let by_period = |period: u32| (1..=layers).map(move |layer| layer.checked_rem(period) != Some(0));
+    let default: Vec<bool> = match family.window {
+        Window::All => vec![true; layers as usize],
+        Window::Period(period) => by_period(period).collect(),
+    };
+    let period = ["sliding_window_pattern", "_sliding_window_pattern"];
+    let period = period.into_iter().find(|key| config.get(key).is_some());
+    let windowed: Vec<bool> = match (config.get("layer_types"), period) {
+        (Some(types), _) => {
+            let windowed = |kind: &Value| match kind.as_str() {
+                Some("sliding_attention") => Some(true),
+                Some("full_attention") => Some(false),
+                _ => None,
+            };
+            let list: Option<Vec<bool>> =
+                types.as_array().and_then(|list| list.iter().map(windowed).collect());
+            let expected = "sliding_attention or full_attention for each layer";
+            let list = list.filter(|list| list.len() == layers as usize);
+            list.ok_or_else(|| config.wrong("layer_types", expected, types))?
+        }
+        (None, Some(period)) => by_period(config.u32(period)?).collect(),
+        (None, None) if config.get("use_sliding_window").is_some() => {
+            // Which layers these are has been a matter of versions.
+            return Err(config.missing("layer_types", "a list beside use_sliding_window"));
+        }
+        (None, None) => default.clone(),
+    };
+    if windowed != default {
+        match family.window {
+            Window::All if windowed.contains(&true) => {
+                return Err(config.wrong("layer_types", "the same for every layer", "some of each"));
+            }
+            Window::All => return Ok(()),
+            Window::Period(_) => {
+                w.entry(&format!("{}.attention.sliding_window_pattern", family.architecture), &windowed[..])?;
+            }
+        }
+    }
+    w.entry(&format!("{}.attention.sliding_window", family.architecture), length)
+}
+
+impl Only {
+    fn is(self, value: &Value) -> bool {
+        match self {
+            Only::Text(only) => value == only,
+            Only::Bool(only) => *value == only,
+            Only::Number(only) => value.as_f64() == Some(only),
+            Only::Nothing => value.as_array().is_some_and(Vec::is_empty),
+        }
+    }
+}
+
+impl std::fmt::Display for Only {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Only::Text(only) => f.write_str(only),
+            Only::Bool(only) => only.fmt(f),
+            Only::Number(only) => only.fmt(f),
+            Only::Nothing => f.write_str("an empty list"),
+        }
+    }
+}

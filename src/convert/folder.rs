@@ -1,0 +1,173 @@
+//! What lies in a folder: JSON files, and weights in one file or in several. All of it is from strangers.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use safetensors::SafeTensors;
+use safetensors::tensor::TensorView;
+use serde_json::Value;
+
+use crate::error::{Error, Result};
+use crate::gguf::printable;
+use crate::map::Source;
+
+/// The file of all weights, and what says in which files they are where there are several.
+const SINGLE: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+
+/// A JSON file of the folder.
+pub(super) struct Json {
+    path: PathBuf,
+    pub(super) value: Value,
+}
+
+impl Json {
+    pub(super) fn open(folder: &Path, name: &str) -> Result<Json> {
+        let path = folder.join(name);
+        let text = std::fs::read(&path).map_err(|source| Error::Io { path: path.clone(), source })?;
+        let value = serde_json::from_slice(&text);
+        let value = value.map_err(|e| Error::Model(format!("{}: {e}", path.display())))?;
+        Ok(Json { path, value })
+    }
+
+    /// The same for a file that need not be there: without it no key is.
+    pub(super) fn open_if_there(folder: &Path, name: &str) -> Result<Json> {
+        match folder.join(name).exists() {
+            true => Json::open(folder, name),
+            false => Ok(Json { path: folder.join(name), value: Value::Null }),
+        }
+    }
+
+    /// The value of a key; none where it is null.
+    pub(super) fn get(&self, key: &str) -> Option<&Value> {
+        self.value.get(key).filter(|value| !value.is_null())
+    }
+
+    pub(super) fn wrong(&self, key: &str, expected: &str, got: impl std::fmt::Display) -> Error {
+        let got: String = got.to_string().chars().filter(|c| !c.is_control()).take(256).collect();
+        Error::Model(format!("{}: key `{key}`: expected {expected}, got {got}", self.path.display()))
+    }
+
+    pub(super) fn missing(&self, key: &str, expected: &str) -> Error {
+        self.wrong(key, expected, self.value.get(key).unwrap_or(&Value::Null))
+    }
+
+    pub(super) fn str(&self, key: &str) -> Result<&str> {
+        self.value.get(key).and_then(Value::as_str).ok_or_else(|| self.missing(key, "a text"))
+    }
+
+    pub(super) fn bool(&self, key: &str) -> Result<Option<bool>> {
+        let value =
+            self.get(key).map(|value| value.as_bool().ok_or_else(|| self.missing(key, "true or false")));
+        value.transpose()
+    }
+
+    pub(super) fn u32(&self, key: &str) -> Result<u32> {
+        self.optional_u32(key)?.ok_or_else(|| self.missing(key, "a whole number"))
+    }
+
+    pub(super) fn optional_u32(&self, key: &str) -> Result<Option<u32>> {
+        let number = |value: &Value| value.as_u64().and_then(|n| n.try_into().ok());
+        let value = self.get(key).map(|v| number(v).ok_or_else(|| self.missing(key, "a whole number")));
+        value.transpose()
+    }
+
+    /// A finite number.
+    pub(super) fn optional_f64(&self, key: &str) -> Result<Option<f64>> {
+        let number = |value: &Value| value.as_f64().filter(|x| (*x as f32).is_finite());
+        let value = self.get(key).map(|v| number(v).ok_or_else(|| self.missing(key, "a number")));
+        value.transpose()
+    }
+
+    pub(super) fn f64(&self, key: &str) -> Result<f64> {
+        self.optional_f64(key)?.ok_or_else(|| self.missing(key, "a number"))
+    }
+
+    /// A list of finite numbers.
+    pub(super) fn optional_f32s(&self, key: &str) -> Result<Option<Vec<f32>>> {
+        let Some(value) = self.get(key) else { return Ok(None) };
+        let number = |x: &Value| x.as_f64().map(|x| x as f32).filter(|x| x.is_finite());
+        let list: Option<Vec<f32>> = value.as_array().and_then(|list| list.iter().map(number).collect());
+        list.map(Some).ok_or_else(|| self.missing(key, "a list of numbers"))
+    }
+
+    /// The object of a key as a file of its own; errors name the key.
+    pub(super) fn object(&self, key: &str) -> Result<Option<Json>> {
+        match self.get(key) {
+            None => Ok(None),
+            Some(Value::Object(object)) => {
+                let path = PathBuf::from(format!("{} ({key})", self.path.display()));
+                Ok(Some(Json { path, value: Value::Object(object.clone()) }))
+            }
+            Some(_) => Err(self.missing(key, "an object")),
+        }
+    }
+}
+
+/// The mapped files of a folder's weights.
+pub(super) struct Files {
+    files: Vec<(PathBuf, Arc<Source>)>,
+    /// The file of each tensor, where an index says so.
+    index: Option<BTreeMap<String, usize>>,
+}
+
+impl Files {
+    pub(super) fn open(folder: &Path) -> Result<Files> {
+        let open = |name: &str| -> Result<_> { Ok((folder.join(name), Source::open(&folder.join(name))?)) };
+        if folder.join(SINGLE).exists() || !folder.join(INDEX).exists() {
+            return Ok(Files { files: vec![open(SINGLE)?], index: None });
+        }
+        let json = Json::open(folder, INDEX)?;
+        let map = json.value.get("weight_map").and_then(Value::as_object);
+        let map = map.ok_or_else(|| json.missing("weight_map", "an object"))?;
+        let (mut files, mut places, mut index) = (Vec::new(), BTreeMap::new(), BTreeMap::new());
+        for (tensor, file) in map {
+            let name = file.as_str().filter(|name| is_plain(name));
+            let name = name.ok_or_else(|| json.wrong("weight_map", "names of files in the folder", file))?;
+            let place = match places.get(name) {
+                Some(&place) => place,
+                None => {
+                    files.push(open(name)?);
+                    places.insert(name, files.len() - 1);
+                    files.len() - 1
+                }
+            };
+            index.insert(tensor.clone(), place);
+        }
+        Ok(Files { files, index: Some(index) })
+    }
+
+    /// Every tensor by its name.
+    pub(super) fn tensors(&self) -> Result<BTreeMap<String, TensorView<'_>>> {
+        let mut all = BTreeMap::new();
+        for (place, (path, source)) in self.files.iter().enumerate() {
+            let wrong = |message: String| Error::Model(format!("{}: {message}", path.display()));
+            let tensors = SafeTensors::deserialize(source.bytes()).map_err(|e| wrong(e.to_string()))?;
+            for (name, view) in tensors.iter() {
+                if let Some(index) = &self.index
+                    && index.get(name) != Some(&place)
+                {
+                    let name = printable(name.as_bytes());
+                    return Err(wrong(format!("tensor `{name}` is not of this file in {INDEX}")));
+                }
+                all.insert(name.to_owned(), view);
+            }
+        }
+        let mut names = self.index.iter().flat_map(BTreeMap::keys);
+        match names.find(|name| !all.contains_key(*name)) {
+            Some(name) => {
+                let name = printable(name.as_bytes());
+                Err(Error::Model(format!("tensor `{name}` of {INDEX} is in none of its files")))
+            }
+            None => Ok(all),
+        }
+    }
+}
+
+/// Whether a name is of a file in the folder itself.
+fn is_plain(name: &str) -> bool {
+    let mut parts = Path::new(name).components();
+    matches!((parts.next(), parts.next()), (Some(std::path::Component::Normal(part)), None) if part == name)
+        && !name.contains(['/', '\\', '\0'])
+}

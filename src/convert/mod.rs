@@ -1,0 +1,296 @@
+//! Folders of safetensors, as models are published in, to GGUF: config.json, weights in one file or several and a vocabulary
+//! become one file under the names that llama.cpp's converter gives.
+//!
+//! What a family calls its weights, its options and its vocabulary is in tables (`decoder.rs`, `bert.rs`); everything else is the
+//! same for all. Nothing is written before the result's header has been opened as a model: a folder that lacks a weight or has one
+//! of another shape is refused.
+
+mod bert;
+mod decoder;
+mod folder;
+mod rope;
+mod vocabulary;
+
+use std::collections::BTreeMap;
+use std::io::{self, Write};
+use std::path::Path;
+
+use halite_kernels::formats::Format;
+use halite_kernels::math;
+use safetensors::Dtype;
+use safetensors::tensor::TensorView;
+
+use crate::error::{Error, Result};
+use crate::gguf::write::Writer;
+use crate::gguf::{Gguf, printable};
+use crate::map::Source;
+use crate::model::{Model, ProgramOptions};
+use crate::tokenizer::Tokenizer;
+use folder::{Files, Json};
+
+/// Alignment of tensor data: a cache line.
+const ALIGNMENT: u32 = 64;
+
+/// Matrices that stay F32 besides vectors and biases: they are small, and read a row at a time or decide what is read.
+const PLAIN: &[&str] = &["position_embd.weight", "token_types.weight", ".ffn_gate_inp.weight", ".bias"];
+
+/// Positions of the program that a header is checked with.
+const CHECKED_POSITIONS: u32 = 256;
+
+/// What a family makes of the tensors of a folder.
+#[derive(Default)]
+struct Plan {
+    /// What names may begin with, left out.
+    prefix: &'static str,
+    /// Names in the folder and in GGUF files, without `.weight` and `.bias`; the first `{}` is a layer, the second an expert.
+    names: Vec<&'static [(&'static str, &'static str)]>,
+    /// Names that are left out; a star stands for anything at one end.
+    unused: Vec<&'static str>,
+    /// Names that have to be there although the model could be opened without.
+    required: Vec<&'static str>,
+    /// Names in GGUF files whose rows are reordered for so many heads.
+    interleaved: Vec<(&'static str, usize)>,
+    /// What is added to the weights of norms.
+    norm_offset: f32,
+    /// Vectors that are in no file of the folder.
+    vectors: Vec<(&'static str, Vec<f32>)>,
+}
+
+/// A tensor to write.
+#[derive(Default)]
+struct Target<'a> {
+    /// Row length first.
+    dims: Vec<u64>,
+    /// What it is made of, one after the other; the vector instead, where it comes from no file.
+    views: Vec<TensorView<'a>>,
+    vector: Vec<f32>,
+    heads: Option<usize>,
+    offset: f32,
+}
+
+/// Writes the model of a folder as GGUF, with matrices in `format`; vectors, biases and routers stay F32. `progress` is told the
+/// bytes of each tensor done.
+///
+/// What a byte-level vocabulary does to a text before it (NFC) and at the edges of special tokens (taking away spaces) has no
+/// keys in GGUF, and is left out.
+///
+/// # Errors
+/// [`Error::Io`] for what cannot be read (of `out` without a path); [`Error::Model`] or [`Error::Tokenizer`] for a family, an
+/// option, a tensor or a vocabulary that is not known, a format that has no quantiser or whose blocks do not fit, and values that are
+/// not finite; and what opening the result says.
+pub fn convert(
+    folder: &Path,
+    format: Format,
+    out: &mut dyn Write,
+    progress: &mut dyn FnMut(u64),
+) -> Result<()> {
+    let config = Json::open(folder, "config.json")?;
+    let mut writer = Writer::new(ALIGNMENT)?;
+    let plan = match config.str("model_type")? {
+        "bert" => bert::plan(folder, &config, &mut writer)?,
+        _ => decoder::plan(folder, &config, &mut writer)?,
+    };
+    let files = Files::open(folder)?;
+    let targets = plan.targets(files.tensors()?)?;
+    for (name, target) in &targets {
+        let plain = target.dims.len() < 2 || PLAIN.iter().any(|plain| name.ends_with(plain));
+        writer.tensor(name, &target.dims, if plain { Format::F32 } else { format })?;
+    }
+    check(folder, &writer)?;
+
+    let mut targets = targets.values();
+    let mut failure = None;
+    let written = writer.write(out, &mut |new, out| {
+        let target = targets.next().ok_or(io::ErrorKind::NotFound)?;
+        progress(new.bytes);
+        target.write(new.format, out).map_err(|error| match error {
+            Error::Io { source, .. } => source,
+            error => {
+                failure = Some(Error::Model(format!("tensor `{}`: {error}", new.name)));
+                io::ErrorKind::InvalidData.into()
+            }
+        })
+    });
+    match (failure, written) {
+        (Some(error), _) => Err(error),
+        (None, written) => written.map_err(|source| Error::Io { path: Default::default(), source }),
+    }
+}
+
+/// Opens what will be written, as far as that goes without weights.
+fn check(folder: &Path, writer: &Writer) -> Result<()> {
+    let header = writer.header();
+    let bytes = (header.len() as u64).saturating_add(writer.data_bytes());
+    let name = folder.display().to_string();
+    let model = Model::from_gguf(Gguf::from_header(Source::from_bytes(&name, &header), bytes)?)?;
+    Tokenizer::from_gguf(model.gguf())?;
+    let positions = model.hparams().context_length.min(CHECKED_POSITIONS);
+    model.program(ProgramOptions::default(), positions).map(|_| ())
+}
+
+impl Plan {
+    /// The tensors to write, by their names.
+    fn targets<'a>(&self, tensors: BTreeMap<String, TensorView<'a>>) -> Result<BTreeMap<String, Target<'a>>> {
+        if let Some(name) = self.required.iter().find(|name| !tensors.contains_key(**name)) {
+            return Err(Error::Model(format!("tensor `{name}` is missing")));
+        }
+        // Experts of one tensor come together, in the order of their numbers.
+        let mut found: BTreeMap<String, BTreeMap<Option<usize>, TensorView<'a>>> = BTreeMap::new();
+        for (full, view) in tensors {
+            let short = full.strip_prefix(self.prefix).unwrap_or(&full);
+            if self.unused.iter().any(|pattern| matches(pattern, short)) {
+                continue;
+            }
+            let wrong = |why: &str| {
+                Error::Model(format!("tensor `{}` {why}", printable(full.as_bytes()).trim_matches('"')))
+            };
+            let (name, expert) = self.gguf_name(short).ok_or_else(|| wrong("is unknown to the family"))?;
+            if found.entry(name).or_default().insert(expert, view).is_some() {
+                return Err(wrong("is there under another name, too"));
+            }
+        }
+        let mut targets = BTreeMap::new();
+        for (name, views) in found {
+            let target =
+                self.target(&name, views).map_err(|e| Error::Model(format!("tensor `{name}`: {e}")))?;
+            targets.insert(name, target);
+        }
+        for (name, vector) in &self.vectors {
+            let target =
+                Target { dims: vec![vector.len() as u64], vector: vector.clone(), ..Target::default() };
+            targets.insert((*name).to_owned(), target);
+        }
+        Ok(targets)
+    }
+
+    /// The name of a tensor in a GGUF file, and of which expert it is.
+    fn gguf_name(&self, name: &str) -> Option<(String, Option<usize>)> {
+        let (stem, kind) = name.rsplit_once('.')?;
+        let kind = match kind {
+            "weight" | "gamma" => "weight",
+            "bias" | "beta" => "bias",
+            _ => return None,
+        };
+        self.names.iter().copied().flatten().find_map(|(from, to)| {
+            let numbers = numbers(from, stem)?;
+            let layer = numbers.first().map(u32::to_string).unwrap_or_default();
+            let expert = numbers.get(1).map(|&expert| expert as usize);
+            Some((format!("{}.{kind}", to.replace("{}", &layer)), expert))
+        })
+    }
+
+    /// A tensor to write from those of the folder; the errors do not name it.
+    fn target<'a>(
+        &self,
+        name: &str,
+        views: BTreeMap<Option<usize>, TensorView<'a>>,
+    ) -> Result<Target<'a>, String> {
+        let mut target = Target::default();
+        let experts = views.len() as u64;
+        for (place, (expert, view)) in views.into_iter().enumerate() {
+            if expert.is_some_and(|expert| expert != place) {
+                return Err(format!("expert {place} is missing"));
+            }
+            let dims = view.shape().iter().rev().map(|&dim| dim as u64).chain(expert.map(|_| experts));
+            let dims: Vec<u64> = dims.collect();
+            if place > 0 && dims != target.dims {
+                let expected = &target.dims;
+                return Err(format!(
+                    "expert {place}: expected the shape {expected:?} of the others, got {dims:?}"
+                ));
+            }
+            target.dims = dims;
+            target.views.push(view);
+        }
+        let stem = name.strip_suffix(".weight").or_else(|| name.strip_suffix(".bias")).unwrap_or(name);
+        let interleaved = self.interleaved.iter().find(|(ending, _)| stem.ends_with(ending));
+        target.heads = interleaved.map(|(_, heads)| *heads);
+        if let (Some(heads), Some(view)) = (target.heads, target.views.first()) {
+            let rows = view.shape().first().copied().unwrap_or(0);
+            if heads == 0 || rows % heads != 0 || rows / heads % 2 != 0 {
+                return Err(format!("expected rows of pairs for {heads} heads, got {rows}"));
+            }
+        }
+        if name.ends_with("norm.weight") {
+            target.offset = self.norm_offset;
+        }
+        Ok(target)
+    }
+}
+
+/// Whether a name is that of a pattern, in which a star at one end stands for anything.
+fn matches(pattern: &str, name: &str) -> bool {
+    match (pattern.strip_prefix('*'), pattern.strip_suffix('*')) {
+        (Some(end), _) => name.ends_with(end),
+        (_, Some(start)) => name.starts_with(start),
+        (None, None) => name == pattern,
+    }
+}
+
+/// The numbers in the places of a pattern, if a name has its form.
+fn numbers(pattern: &str, name: &str) -> Option<Vec<u32>> {
+    let mut pieces = pattern.split("{}");
+    let mut rest = name.strip_prefix(pieces.next()?)?;
+    let mut numbers = Vec::new();
+    for piece in pieces {
+        let digits = rest.bytes().take_while(u8::is_ascii_digit).count();
+        numbers.push(rest[..digits].parse().ok()?);
+        rest = rest[digits..].strip_prefix(piece)?;
+    }
+    rest.is_empty().then_some(numbers)
+}
+
+/// The row that becomes row `row` of a head whose rotated pairs are next to each other, from one whose pairs are a half apart.
+fn halves_to_pairs(row: usize, rows_of_a_head: usize) -> usize {
+    let (head, at) = (row / rows_of_a_head, row % rows_of_a_head);
+    head * rows_of_a_head + at % 2 * (rows_of_a_head / 2) + at / 2
+}
+
+impl Target<'_> {
+    /// Writes the rows in a format.
+    fn write(&self, format: Format, out: &mut dyn Write) -> Result<()> {
+        let mut blocks = Vec::new();
+        let mut row = |values: &[f32]| {
+            let wrong = |e: &dyn std::fmt::Display| Error::Model(e.to_string());
+            let bytes = format.row_bytes(values.len()).ok_or_else(|| wrong(&"rows are not whole blocks"))?;
+            blocks.resize(bytes, 0);
+            format.quantize(values, &mut blocks).map_err(|e| wrong(&e))?;
+            if !values.iter().all(|value| value.is_finite()) || !format.is_finite(&blocks) {
+                return Err(Error::Model(format!("a value is not finite in {}", format.name())));
+            }
+            out.write_all(&blocks).map_err(|source| Error::Io { path: Default::default(), source })
+        };
+        if !self.vector.is_empty() {
+            return row(&self.vector);
+        }
+        let mut values = Vec::new();
+        for view in &self.views {
+            let (value, bytes) = reader(view.dtype())?;
+            // Vectors are columns, so that whatever becomes of rows becomes of them.
+            let cols = if view.shape().len() < 2 { 1 } else { view.shape().last().copied().unwrap_or(0) };
+            let rows = view.data().chunks_exact(cols.saturating_mul(bytes).max(1));
+            let rows_of_a_head = self.heads.map(|heads| rows.len() / heads);
+            for at in 0..rows.len() {
+                let from = rows_of_a_head.map_or(at, |rows| halves_to_pairs(at, rows));
+                let elements = rows.clone().nth(from).unwrap_or(&[]).chunks_exact(bytes);
+                values.clear();
+                values.extend(elements.map(|element| value(element) + self.offset));
+                row(&values)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The value of an element's bytes.
+type Value = fn(&[u8]) -> f32;
+
+/// What reads an element, and its bytes.
+fn reader(dtype: Dtype) -> Result<(Value, usize)> {
+    Ok(match dtype {
+        Dtype::F32 => (|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]), 4),
+        Dtype::F16 => (|b| math::f16_to_f32(u16::from_le_bytes([b[0], b[1]])), 2),
+        Dtype::BF16 => (|b| f32::from_bits(u32::from(u16::from_le_bytes([b[0], b[1]])) << 16), 2),
+        other => return Err(Error::Model(format!("expected F32, F16 or BF16, got {other:?}"))),
+    })
+}

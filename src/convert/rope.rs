@@ -1,0 +1,160 @@
+//! Rotary position embeddings: what config.json says of frequencies and of a longer context, in the keys of GGUF.
+
+use super::folder::Json;
+use crate::error::Result;
+use crate::gguf::write::Writer;
+
+/// Frequencies of a model's rotary embeddings.
+pub(super) struct Rope<'c> {
+    pub(super) config: &'c Json,
+    pub(super) architecture: &'c str,
+    /// Elements of a head's key.
+    pub(super) head_dim: u32,
+    /// The base that a config without one means.
+    pub(super) default_base: Option<f64>,
+}
+
+/// Vectors of the file, by their names.
+type Vectors = Vec<(&'static str, Vec<f32>)>;
+
+impl Rope<'_> {
+    /// Writes the keys, and gives the factors of frequencies that go to tensors.
+    ///
+    /// A config has either `rope_parameters`, with its own for each kind of layer where there are two, or the older `rope_theta`,
+    /// `rope_local_base_freq` and `rope_scaling`.
+    pub(super) fn write(&self, w: &mut Writer) -> Result<Vectors> {
+        let Rope { config, architecture, .. } = self;
+        let entry = |name: &str| format!("{architecture}.rope.{name}");
+        let given = config.object("rope_parameters")?;
+        let (full, windowed) = match &given {
+            Some(given) => (given.object("full_attention")?, given.object("sliding_attention")?),
+            None => (config.object("rope_scaling")?, None),
+        };
+        let parameters = full.as_ref().or(given.as_ref());
+        let number = |name: &str| match parameters.map(|p| p.optional_f64(name)).transpose()?.flatten() {
+            Some(value) => Ok(Some(value)),
+            None => config.optional_f64(name),
+        };
+        let base = number("rope_theta")?.or(self.default_base);
+        let base = base.ok_or_else(|| config.missing("rope_theta", "a number"))?;
+        w.entry(&entry("freq_base"), base as f32)?;
+        if let Some(windowed) = &windowed {
+            let kind = kind(windowed)?;
+            if !matches!(kind, "default" | "none") {
+                return Err(windowed.wrong("rope_type", "default", kind));
+            }
+        }
+        let local = match &windowed {
+            Some(windowed) => windowed.optional_f64("rope_theta")?,
+            None => config.optional_f64("rope_local_base_freq")?,
+        };
+        if let Some(local) = local {
+            w.entry(&entry("freq_base_swa"), local as f32)?;
+        }
+        let part = number("partial_rotary_factor")?.unwrap_or(1.0);
+        let rotated = part.min(1.0) * f64::from(self.head_dim);
+        w.entry(&entry("dimension_count"), rotated as u32)?;
+        match parameters {
+            Some(parameters) => self.scaling(parameters, base, rotated as u32, w),
+            None => Ok(Vec::new()),
+        }
+    }
+
+    fn scaling(&self, p: &Json, base: f64, rotated: u32, w: &mut Writer) -> Result<Vectors> {
+        let Rope { config, architecture, .. } = self;
+        let entry = |name: &str| format!("{architecture}.rope.scaling.{name}");
+        let original = match p.optional_u32("original_max_position_embeddings")? {
+            Some(original) => Some(original),
+            None => config.optional_u32("original_max_position_embeddings")?,
+        };
+        let attention_factor = p.optional_f64("attention_factor")?;
+        match kind(p)? {
+            "default" | "none" => Ok(Vec::new()),
+            "linear" => {
+                w.entry(&entry("type"), "linear")?;
+                w.entry(&entry("factor"), p.f64("factor")? as f32)?;
+                Ok(Vec::new())
+            }
+            "llama3" => {
+                let original = original
+                    .ok_or_else(|| p.missing("original_max_position_embeddings", "a whole number"))?;
+                let (factor, low, high) =
+                    (p.f64("factor")?, p.f64("low_freq_factor")?, p.f64("high_freq_factor")?);
+                let factors = (0..rotated / 2).map(|pair| {
+                    let frequency = base.powf(-f64::from(2 * pair) / f64::from(rotated));
+                    // Pairs that rotate often within the original context stay as they are, and those that hardly do are
+                    // interpolated (Llama 3.1's `apply_scaling`).
+                    let rotations = f64::from(original) * frequency / std::f64::consts::TAU;
+                    let kept = ((rotations - low) / (high - low)).clamp(0.0, 1.0);
+                    (1.0 / ((1.0 - kept) / factor + kept)) as f32
+                });
+                let factors: Vec<f32> = factors.collect();
+                if !factors.iter().all(|factor| factor.is_finite() && *factor > 0.0) {
+                    return Err(p.wrong("factor", "factors that give positive frequencies", factor));
+                }
+                Ok(vec![("rope_freqs.weight", factors)])
+            }
+            "yarn" => {
+                for (key, only) in [("truncate", true), ("finetuned", true)] {
+                    if p.bool(key)?.is_some_and(|value| value != only) {
+                        return Err(p.wrong(key, &only.to_string(), !only));
+                    }
+                }
+                let factor = p.f64("factor")?;
+                w.entry(&entry("type"), "yarn")?;
+                w.entry(&entry("factor"), factor as f32)?;
+                let original = match original {
+                    Some(original) => original,
+                    None => config.u32("max_position_embeddings")?,
+                };
+                w.entry(&entry("original_context_length"), original)?;
+                for (key, from) in [("yarn_beta_fast", "beta_fast"), ("yarn_beta_slow", "beta_slow")] {
+                    if let Some(value) = p.optional_f64(from)? {
+                        w.entry(&entry(key), value as f32)?;
+                    }
+                }
+                let grown = |by: f64| if factor > 1.0 { 0.1 * by * factor.ln() + 1.0 } else { 1.0 };
+                let usual = grown(1.0);
+                let wanted = match (p.optional_f64("mscale")?, p.optional_f64("mscale_all_dim")?) {
+                    (Some(scale), Some(all)) if scale != 0.0 && all != 0.0 => grown(scale) / grown(all),
+                    _ => usual,
+                };
+                let wanted = attention_factor.unwrap_or(wanted);
+                if wanted != usual {
+                    w.entry(&entry("attn_factor"), (wanted / usual) as f32)?;
+                }
+                Ok(Vec::new())
+            }
+            "longrope" | "su" => {
+                let original = original
+                    .ok_or_else(|| p.missing("original_max_position_embeddings", "a whole number"))?;
+                let grown = f64::from(config.u32("max_position_embeddings")?) / f64::from(original.max(1));
+                let factor = p.optional_f64("factor")?.unwrap_or(grown);
+                let usual = match factor > 1.0 {
+                    true => (1.0 + factor.ln() / f64::from(original).ln()).sqrt(),
+                    false => 1.0,
+                };
+                w.entry(&entry("type"), "longrope")?;
+                w.entry(&entry("original_context_length"), original)?;
+                w.entry(&entry("attn_factor"), attention_factor.unwrap_or(usual) as f32)?;
+                let factors = |name: &str| {
+                    let list = p.optional_f32s(name)?;
+                    list.ok_or_else(|| p.missing(name, "a list of numbers"))
+                };
+                Ok(vec![
+                    ("rope_factors_long.weight", factors("long_factor")?),
+                    ("rope_factors_short.weight", factors("short_factor")?),
+                ])
+            }
+            other => Err(p.wrong("rope_type", "default, linear, llama3, yarn or longrope", other)),
+        }
+    }
+}
+
+/// How frequencies are scaled, under the key's present or its older name.
+fn kind(parameters: &Json) -> Result<&str> {
+    match ["rope_type", "type"].into_iter().find(|key| parameters.get(key).is_some()) {
+        Some(key) => parameters.str(key),
+        None => Ok("default"),
+    }
+}

@@ -1,0 +1,376 @@
+//! Folders of safetensors as the library transformers writes them (`scripts/convert.py`): tiny models of random weights, converted,
+//! against the logits of that library and the ids of the library tokenizers; and folders that are refused.
+#![cfg(feature = "convert")]
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use halite::backend::Backend;
+use halite::backend::cpu::Cpu;
+use halite::backend::reference::Reference;
+use halite::convert::convert;
+use halite::kernels::formats::Format;
+use halite::map::Source;
+use halite::model::ProgramOptions;
+use halite::session::{Head, Run, Session, SessionOptions, Wanted};
+use halite::tokenizer::{EncodeOptions, TokenKind};
+use halite::{Error, Model, Tokenizer};
+use serde_json::{Value, json};
+
+const FAMILIES: &[&str] = &[
+    "cohere2",
+    "gemma2",
+    "gemma3",
+    "granite",
+    "llama",
+    "llama-spm",
+    "mistral",
+    "mixtral",
+    "olmo2",
+    "olmo3",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "smollm3",
+    "starcoder2",
+];
+
+fn folder(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/convert").join(name)
+}
+
+fn converted(folder: &Path, format: Format) -> Result<Arc<Model>, Error> {
+    let mut bytes = Vec::new();
+    convert(folder, format, &mut bytes, &mut |_| {})?;
+    Ok(Arc::new(Model::from_source(Source::from_bytes("converted", &bytes))?))
+}
+
+fn tokenizer(model: &Model) -> Tokenizer {
+    Tokenizer::from_gguf(model.gguf()).unwrap().unwrap()
+}
+
+fn json_of(folder: &Path, name: &str) -> Value {
+    serde_json::from_slice(&std::fs::read(folder.join(name)).unwrap()).unwrap()
+}
+
+fn ids(value: &Value) -> Vec<u32> {
+    serde_json::from_value(value.clone()).unwrap()
+}
+
+/// Mean square error over mean square of the logits that are expected of the last positions.
+fn error(folder: &Path, model: &Arc<Model>, backend: &Arc<dyn Backend>) -> f64 {
+    let tokens = ids(&json_of(folder, "expected.json")["tokens"]);
+    let want = std::fs::read(folder.join("logits.f32")).unwrap();
+    let want: Vec<f32> = want.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect();
+    let program = ProgramOptions { kv_format: Format::F32 };
+    let count = tokens.len() as u32;
+    let options = SessionOptions { context: 64, batch: count, outputs: count, program, taps: Vec::new() };
+    let mut session = Session::new(model, backend, &options, &mut |_| {}).unwrap();
+    let sequence = session.add_sequence();
+    session.step(&[Run { sequence, tokens: &tokens, wanted: Wanted::All }], Head::Logits).unwrap();
+    let got = session.logits();
+    let got = &got[got.len() - want.len()..];
+    let square = |x: f64| x * x;
+    let error: f64 =
+        got.iter().zip(&want).map(|(&got, &want)| square(f64::from(got) - f64::from(want))).sum();
+    error / want.iter().map(|&want| square(want.into())).sum::<f64>()
+}
+
+#[test]
+fn logits_are_those_of_transformers() {
+    let backends: [Arc<dyn Backend>; 2] = [Arc::new(Cpu::new(1).unwrap()), Arc::new(Reference::new())];
+    let mut wrong = Vec::new();
+    for name in FAMILIES {
+        let folder = folder(name);
+        let model = converted(&folder, Format::F32).unwrap_or_else(|e| panic!("{name}: {e}"));
+        for backend in &backends {
+            let error = error(&folder, &model, backend);
+            // The runtime's GELU by tanh goes through half precision; see docs/numeric-contract.md.
+            let gelu = matches!(*name, "gemma2" | "gemma3" | "starcoder2");
+            let bound = if gelu { 1e-6 } else { 1e-11 };
+            if error.is_nan() || error > bound {
+                wrong.push(format!("{name}: {error:.3e}"));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn ids_are_those_of_tokenizers() {
+    for name in FAMILIES {
+        let folder = folder(name);
+        let tokenizer = tokenizer(&converted(&folder, Format::F16).unwrap());
+        let options = EncodeOptions { add_special: true, parse_special: true };
+        for row in json_of(&folder, "expected.json")["texts"].as_array().unwrap() {
+            let text = row[0].as_str().unwrap();
+            assert_eq!(tokenizer.encode(text, options), ids(&row[1]), "{name}: {text:?}");
+        }
+        let kind = |text: &str| tokenizer.token(text.as_bytes()).and_then(|id| tokenizer.kind(id));
+        assert_eq!(kind("<|end|>"), Some(TokenKind::Control));
+        assert_eq!(kind("<tool>"), Some(TokenKind::UserDefined));
+        assert_eq!(tokenizer.kind(tokenizer.len() as u32 - 1), Some(TokenKind::Unused));
+        assert_eq!(tokenizer.text(tokenizer.eos().unwrap()), Some(&b"</s>"[..]));
+        assert!(tokenizer.is_end(tokenizer.token(b"<|end|>").unwrap()));
+    }
+}
+
+/// Vectors stay F32, and matrices are what was asked for; BF16 keeps what is published.
+#[test]
+fn formats_are_of_matrices() {
+    let folder = folder("mixtral");
+    for (format, matrix) in
+        [(Format::F32, Format::F32), (Format::BF16, Format::BF16), (Format::F16, Format::F16)]
+    {
+        let model = converted(&folder, format).unwrap();
+        for tensor in model.gguf().tensors() {
+            let name = &tensor.record.name;
+            let plain = tensor.record.dims.len() < 2 || name.contains("ffn_gate_inp");
+            assert_eq!(tensor.record.format, if plain { Format::F32 } else { matrix }, "{name}");
+        }
+        let experts = model.gguf().tensor("blk.0.ffn_down_exps.weight").unwrap();
+        assert_eq!(experts.record.dims, [32, 24, 3]);
+    }
+    let reference: Arc<dyn Backend> = Arc::new(Reference::new());
+    let error = error(&folder, &converted(&folder, Format::BF16).unwrap(), &reference);
+    assert!(error < 1e-4, "{error}");
+    // 24 elements are no block of 32.
+    let error = converted(&folder, Format::Q8_0).unwrap_err().to_string();
+    assert!(error.contains("multiple of 32"), "{error}");
+}
+
+#[test]
+fn chat_templates_are_found() {
+    for name in ["llama", "qwen2"] {
+        let model = converted(&folder(name), Format::F16).unwrap();
+        let template = model.gguf().str("tokenizer.chat_template").unwrap();
+        assert!(template.contains("message.role"), "{name}: {template}");
+    }
+    let model = converted(&folder("qwen3"), Format::F16).unwrap();
+    assert_eq!(model.gguf().optional_str("tokenizer.chat_template").unwrap(), None);
+}
+
+/// A copy of a folder, gone with the value.
+struct Copy(PathBuf);
+
+impl Copy {
+    fn of(name: &str) -> Copy {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        let to = std::env::temp_dir().join(format!("halite-convert-{}-{count}", std::process::id()));
+        std::fs::create_dir_all(&to).unwrap();
+        for file in std::fs::read_dir(folder(name)).unwrap() {
+            let file = file.unwrap();
+            std::fs::write(to.join(file.file_name()), std::fs::read(file.path()).unwrap()).unwrap();
+        }
+        Copy(to)
+    }
+
+    /// Sets a value of a JSON file, by its pointer.
+    fn set(&self, file: &str, pointer: &str, value: Value) {
+        let mut json = json_of(&self.0, file);
+        let (parent, key) = pointer.rsplit_once('/').unwrap();
+        match json.pointer_mut(parent).unwrap() {
+            Value::Object(object) => drop(object.insert(key.into(), value)),
+            Value::Array(list) => list[key.parse::<usize>().unwrap()] = value,
+            other => panic!("{pointer}: {other}"),
+        }
+        std::fs::write(self.0.join(file), json.to_string()).unwrap();
+    }
+
+    /// Replaces the first such bytes in a file.
+    fn replace(&self, file: &str, from: &[u8], to: &[u8]) {
+        let mut bytes = std::fs::read(self.0.join(file)).unwrap();
+        let at = bytes.windows(from.len()).position(|window| window == from).unwrap();
+        bytes[at..at + from.len()].copy_from_slice(to);
+        std::fs::write(self.0.join(file), bytes).unwrap();
+    }
+
+    /// Refused with a message that has these words; else what happened.
+    fn refused(&self, why: &str, says: &str) -> Option<String> {
+        let error = match converted(&self.0, Format::F32) {
+            Ok(_) => "nothing".into(),
+            Err(error) => error.to_string(),
+        };
+        (!error.contains(says)).then(|| format!("{why}: expected `{says}`, got {error}"))
+    }
+
+    fn is_refused(&self, why: &str, says: &str) {
+        assert_eq!(self.refused(why, says), None);
+    }
+}
+
+impl Drop for Copy {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+const CONFIG: &str = "config.json";
+const INDEX: &str = "model.safetensors.index.json";
+const VOCABULARY: &str = "tokenizer.json";
+
+#[test]
+fn what_is_not_supported_is_named() {
+    let mut wrong = Vec::new();
+    for (family, file, pointer, value, says) in [
+        ("llama", CONFIG, "/model_type", json!("rwkv"), "one of bert, cohere2, gemma2"),
+        ("llama", CONFIG, "/hidden_act", json!("relu"), "expected silu, got"),
+        ("llama", CONFIG, "/quantization_config", json!({}), "quantization_config"),
+        ("llama", CONFIG, "/rope_parameters/rope_type", json!("dynamic"), "got dynamic"),
+        ("llama", CONFIG, "/rope_parameters/low_freq_factor", json!("1"), "low_freq_factor"),
+        ("llama", CONFIG, "/rope_parameters/factor", json!(-8), "factor"),
+        ("llama", CONFIG, "/rms_norm_eps", json!(-1), "layer_norm_rms_epsilon"),
+        ("llama", CONFIG, "/rms_norm_eps", json!(1e300), "rms_norm_eps"),
+        ("llama", CONFIG, "/rms_norm_eps", Value::Null, "layer_norm_rms_epsilon` is missing"),
+        ("llama", CONFIG, "/hidden_size", Value::Null, "key `hidden_size`: expected a whole number"),
+        ("llama", CONFIG, "/hidden_size", json!(16), "token_embd.weight"),
+        ("llama", CONFIG, "/num_hidden_layers", json!(3), "blk.2."),
+        ("llama", CONFIG, "/num_hidden_layers", json!(1), "blk.1."),
+        ("llama", CONFIG, "/num_hidden_layers", json!(4_000_000_000u32), "num_hidden_layers"),
+        ("llama", CONFIG, "/num_attention_heads", json!(0), "0"),
+        ("llama", CONFIG, "/head_dim", json!(u32::MAX), "head_dim"),
+        ("llama", CONFIG, "/head_dim", json!(-8), "head_dim"),
+        ("llama", CONFIG, "/vocab_size", json!(u32::MAX), "tokens"),
+        ("llama", CONFIG, "/vocab_size", json!(300), "the embedding's rows"),
+        ("phi3", CONFIG, "/rope_parameters/original_max_position_embeddings", json!(1), "attn_factor"),
+        ("phi3", CONFIG, "/rope_parameters/partial_rotary_factor", json!(-1), "rope.dimension_count"),
+        ("gemma2", CONFIG, "/query_pre_attn_scalar", json!(0), "attention.scale"),
+        ("gemma2", CONFIG, "/query_pre_attn_scalar", json!(-1), "attention.scale"),
+        ("llama", CONFIG, "/num_key_value_heads", json!(3), "blk.0.attn_k"),
+        ("llama", CONFIG, "/head_dim", json!(4), "blk.0.attn_q"),
+        ("llama", CONFIG, "/tie_word_embeddings", json!("yes"), "true or false"),
+        ("mistral", CONFIG, "/layer_types", json!(["chunked_attention"]), "layer_types"),
+        ("olmo3", CONFIG, "/layer_types", json!(["full_attention"]), "for each layer"),
+        ("qwen2", CONFIG, "/rope_parameters/truncate", json!(false), "truncate"),
+        ("qwen2", CONFIG, "/rope_parameters", Value::Null, "rope_theta"),
+        ("smollm3", CONFIG, "/no_rope_layers/0", json!(0), "no_rope_layers"),
+        ("phi3", CONFIG, "/rope_parameters/long_factor", json!([1, 2]), "rope_factors_long"),
+        ("gemma3", CONFIG, "/rope_parameters/sliding_attention/rope_type", json!("yarn"), "rope_type"),
+        ("qwen3_moe", CONFIG, "/mlp_only_layers", json!([0]), "mlp_only_layers"),
+        ("llama", VOCABULARY, "/model/type", json!("Unigram"), "expected BPE, got Unigram"),
+        ("llama", VOCABULARY, "/model/vocab/x", json!(5), "one text for each id"),
+        ("llama", VOCABULARY, "/model/vocab/xyz", json!(288), "ids below 288"),
+        ("llama", VOCABULARY, "/model/vocab/xyz", json!(-1), "ids below 288"),
+        ("llama", VOCABULARY, "/model/merges/0", json!(["~", "~"]), "not in the vocabulary"),
+        ("llama", VOCABULARY, "/model/merges/0", json!(["a"]), "pairs of texts"),
+        ("llama", VOCABULARY, "/model/end_of_word_suffix", json!("</w>"), "end_of_word_suffix"),
+        ("llama", VOCABULARY, "/model/ignore_merges", json!(1), "ignore_merges"),
+        (
+            "llama",
+            VOCABULARY,
+            "/pre_tokenizer/pretokenizers/0/pattern/Regex",
+            json!("."),
+            "one that is known",
+        ),
+        ("llama", VOCABULARY, "/normalizer", json!({"type": "Lowercase"}), "none or NFC"),
+        ("llama", VOCABULARY, "/post_processor", json!({"type": "RobertaProcessing"}), "post_processor"),
+        ("llama", VOCABULARY, "/added_tokens/0/content", json!("<x>"), "added_tokens"),
+        ("llama", "tokenizer_config.json", "/eos_token", json!("<end>"), "<end>"),
+        ("llama", "tokenizer_config.json", "/bos_token", json!("</s>"), "post_processor"),
+        ("llama", "tokenizer_config.json", "/chat_template", json!([]), "default"),
+        ("qwen2", "generation_config.json", "/eos_token_id", json!([1, 2, 3, 4]), "at most three"),
+        ("qwen2", "generation_config.json", "/eos_token_id", json!(288), "ids of tokens"),
+        ("llama-spm", VOCABULARY, "/normalizer", Value::Null, "Metaspace"),
+        ("llama-spm", VOCABULARY, "/added_tokens/4/normalized", json!(true), "normalized"),
+        ("gemma2", VOCABULARY, "/added_tokens/4/lstrip", json!(true), "lstrip"),
+        ("llama", INDEX, "/weight_map/x", json!("model-00001-of-00004.safetensors"), "`\"x\"`"),
+        ("llama", INDEX, "/weight_map/x", json!("model-00005-of-00004.safetensors"), "00005"),
+        ("llama", INDEX, "/weight_map/x", json!("../x.safetensors"), "names of files in the folder"),
+        ("llama", INDEX, "/weight_map/x", json!("/etc/passwd"), "names of files in the folder"),
+        ("llama", INDEX, "/weight_map/x", json!(".."), "names of files in the folder"),
+        ("llama", INDEX, "/weight_map/x", json!(""), "names of files in the folder"),
+        ("llama", INDEX, "/weight_map/x", json!("a\\b"), "names of files in the folder"),
+        (
+            "llama",
+            INDEX,
+            "/weight_map/model.norm.weight",
+            json!("model-00001-of-00004.safetensors"),
+            "not of this file",
+        ),
+        ("llama", INDEX, "/weight_map", json!([]), "weight_map"),
+    ] {
+        let copy = Copy::of(family);
+        copy.set(file, pointer, value.clone());
+        wrong.extend(copy.refused(&format!("{family} {file} {pointer} {value}"), says));
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn weights_that_do_not_fit_are_named() {
+    const WEIGHTS: &str = "model.safetensors";
+    let mut wrong = Vec::new();
+    for (family, from, to, says) in [
+        ("mixtral", "experts.1.w1", "experts.7.w1", "expert 1 is missing"),
+        ("mixtral", "experts.1.w1", "experts.1.w4", "unknown to the family"),
+        ("mixtral", "model.norm", "model.form", "unknown to the family"),
+        ("mixtral", "BF16", "I16 ", "model.safetensors"),
+        ("mixtral", "\"BF16\"", "\"I16\" ", "expected F32, F16 or BF16, got I16"),
+        ("mixtral", "[24,32]", "[32,24]", "expert"),
+        ("qwen2", "[288,24]", "[24,288]", "the embedding's rows"),
+    ] {
+        let copy = Copy::of(family);
+        copy.replace(WEIGHTS, from.as_bytes(), to.as_bytes());
+        wrong.extend(copy.refused(&format!("{family} {from} {to}"), says));
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    for name in [CONFIG, VOCABULARY, WEIGHTS] {
+        let copy = Copy::of("mixtral");
+        std::fs::remove_file(copy.0.join(name)).unwrap();
+        copy.is_refused(name, name);
+    }
+    let copy = Copy::of("mixtral");
+    let mut bytes = std::fs::read(copy.0.join(WEIGHTS)).unwrap();
+    bytes.truncate(bytes.len() - 1);
+    std::fs::write(copy.0.join(WEIGHTS), &bytes).unwrap();
+    copy.is_refused("cut off", WEIGHTS);
+    // The last element of all is not a number.
+    bytes.pop();
+    bytes.extend([0xc0, 0x7f]);
+    std::fs::write(copy.0.join(WEIGHTS), &bytes).unwrap();
+    copy.is_refused("not a number", "not finite");
+    // A folder without an output matrix that has one by its config.
+    let copy = Copy::of("qwen2");
+    copy.set(CONFIG, "/tie_word_embeddings", json!(false));
+    copy.is_refused("untied", "lm_head.weight");
+}
+
+/// Merges that no scores stand for are not taken for some.
+#[test]
+fn merges_without_scores_are_refused() {
+    let merges = json_of(&folder("llama-spm"), VOCABULARY)["model"]["merges"].clone();
+    let merges = merges.as_array().unwrap();
+    let mut missing = merges.clone();
+    missing.remove(3);
+    let mut apart = merges.clone();
+    let same = apart.windows(2).position(|two| {
+        let text = |merge: &Value| format!("{}{}", merge[0].as_str().unwrap(), merge[1].as_str().unwrap());
+        text(&two[0]) == text(&two[1])
+    });
+    let moved = apart.remove(same.unwrap());
+    apart.push(moved);
+    for (merges, says) in [(missing, "every merge"), (apart, "in a row")] {
+        let copy = Copy::of("llama-spm");
+        copy.set(VOCABULARY, "/model/merges", merges.into());
+        copy.is_refused("merges", says);
+    }
+}
+
+#[cfg(feature = "cli")]
+#[test]
+fn the_command_writes_a_model() {
+    let file = std::env::temp_dir().join(format!("halite-converted-{}.gguf", std::process::id()));
+    let _ = std::fs::remove_file(&file);
+    let folder = folder("llama");
+    let out = std::process::Command::new(env!("CARGO_BIN_EXE_halite"))
+        .args(["convert", folder.to_str().unwrap(), file.to_str().unwrap(), "--format", "f32"])
+        .output()
+        .unwrap();
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    let model = Model::open(&file).unwrap();
+    assert_eq!(model.hparams().architecture, "llama");
+    std::fs::remove_file(file).unwrap();
+}

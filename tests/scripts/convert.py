@@ -1,0 +1,219 @@
+#!/usr/bin/env python3
+"""Writes tiny models of random weights as the library transformers publishes them, with its logits and the ids of the library
+tokenizers, which tests/convert.rs reads.
+
+    pip install torch transformers tokenizers sentencepiece protobuf
+    convert.py                          the committed folders: tests/data/convert
+    convert.py --check FOLDER LOGITS    how far the logits that `halite logits` wrote of a folder's `tokens` are off
+
+Each folder has, besides what the library writes, a file expected.json (texts with their ids, and the ids of a longer text) and
+logits.f32, the logits of the last positions of the longer text. Weights are bfloat16 in the folder, and float32 in the forward pass.
+"""
+
+import argparse
+import io
+import json
+import pathlib
+import random
+import shutil
+
+import numpy as np
+import sentencepiece
+import torch
+import transformers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+OUT = ROOT / "tests/data/convert"
+VOCAB = 288
+TOKENS = 40
+POSITIONS = 3
+
+SHAPE = dict(vocab_size=VOCAB, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+             intermediate_size=32, max_position_embeddings=64, initializer_range=0.3, bos_token_id=0, eos_token_id=1,
+             pad_token_id=None)
+WINDOW = dict(sliding_window=10)
+LLAMA3 = dict(rope_type="llama3", rope_theta=10000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=32)
+YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=2.0, original_max_position_embeddings=32)
+# The numbers of experts are odd so that no shape is right by chance.
+FAMILIES = {
+    "llama": dict(model_type="llama", vocabulary="llama3", rope_parameters=LLAMA3, head_dim=8, attention_bias=True),
+    "llama-spm": dict(model_type="llama", vocabulary="spm", tie_word_embeddings=True, num_hidden_layers=1,
+                      rope_parameters=dict(rope_type="linear", rope_theta=10000.0, factor=2.0)),
+    "mistral": dict(model_type="mistral", vocabulary="tekken", num_hidden_layers=1, **WINDOW),
+    "mixtral": dict(model_type="mixtral", vocabulary="gpt2", num_hidden_layers=1, num_local_experts=3, num_experts_per_tok=2),
+    "qwen2": dict(model_type="qwen2", vocabulary="qwen2", num_hidden_layers=1, tie_word_embeddings=True, rope_parameters=YARN),
+    "qwen3": dict(model_type="qwen3", vocabulary="qwen2", num_hidden_layers=1, head_dim=8, tie_word_embeddings=True),
+    "qwen3_moe": dict(model_type="qwen3_moe", vocabulary="qwen2", num_hidden_layers=1, num_experts=3, num_experts_per_tok=2,
+                      moe_intermediate_size=16, head_dim=8, norm_topk_prob=True, tie_word_embeddings=True),
+    "gemma2": dict(model_type="gemma2", vocabulary="gemma", head_dim=8, query_pre_attn_scalar=12, **WINDOW),
+    "gemma3": dict(model_type="gemma3_text", vocabulary="gemma", head_dim=8, query_pre_attn_scalar=12, num_hidden_layers=6,
+                   intermediate_size=16, **WINDOW, rope_parameters=dict(
+                       full_attention=dict(rope_type="linear", rope_theta=1e6, factor=8.0),
+                       sliding_attention=dict(rope_type="default", rope_theta=10000.0))),
+    "phi3": dict(model_type="phi3", vocabulary="gpt2", num_hidden_layers=1, original_max_position_embeddings=32,
+                 tie_word_embeddings=True, rope_parameters=dict(
+                     rope_type="longrope", rope_theta=10000.0, short_factor=[1.0, 1.1, 1.2], long_factor=[1.0, 2.0, 4.0])),
+    "smollm3": dict(model_type="smollm3", vocabulary="llama3", num_hidden_layers=4, intermediate_size=16),
+    "granite": dict(model_type="granite", vocabulary="starcoder", num_hidden_layers=1, tie_word_embeddings=True,
+                    attention_multiplier=0.3, embedding_multiplier=1.7, residual_multiplier=0.4, logits_scaling=1.3),
+    "olmo2": dict(model_type="olmo2", vocabulary="dbrx", num_hidden_layers=1, tie_word_embeddings=True),
+    "olmo3": dict(model_type="olmo3", vocabulary="dbrx", num_hidden_layers=4, intermediate_size=16, tie_word_embeddings=True, **WINDOW),
+    "starcoder2": dict(model_type="starcoder2", vocabulary="starcoder", num_hidden_layers=1, **WINDOW),
+    "cohere2": dict(model_type="cohere2", vocabulary="starcoder", num_hidden_layers=4, intermediate_size=16, **WINDOW),
+}
+
+# The words of byte-level vocabularies, as models were published with them.
+LLAMA3_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+TEKKEN_WORDS = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?"
+                r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+QWEN_WORDS = LLAMA3_WORDS.replace("{1,3}", "")
+TEMPLATE = "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}{% endfor %}"
+TEXTS = ["", "a", "The licence is granted.", " Two  spaces,\n\n\ttabs 12345 and I'LL do it's", "Größe 世界 \U0001f600 x\r\n",
+         "before<|end|>after<tool>it  ", "<s>"]
+
+
+def words(regex):
+    split = pre_tokenizers.Split(Regex(regex), "isolated")
+    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def corpus():
+    return (ROOT / "LICENSE-APACHE").read_text().splitlines()
+
+
+def byte_level(kind):
+    plain = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    digits = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), plain])
+    tokenizer = Tokenizer(models.BPE(ignore_merges=kind in ("llama3", "tekken")))
+    tokenizer.pre_tokenizer = {"gpt2": plain, "starcoder": digits, "llama3": words(LLAMA3_WORDS), "dbrx": words(LLAMA3_WORDS),
+                               "qwen2": words(QWEN_WORDS), "tekken": words(TEKKEN_WORDS)}[kind]
+    if kind == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=VOCAB - 6, special_tokens=["<s>", "</s>", "<|end|>"], show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(corpus(), trainer)
+    tokenizer.add_tokens(["<tool>"])
+    if kind == "llama3":
+        tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), processors.TemplateProcessing(
+            single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))])])
+    else:
+        tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    return tokenizer
+
+
+def sentence_pieces(kind):
+    """A vocabulary of SentencePiece's BPE, with the merges that the scores stand for."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(corpus()), model_writer=model, model_type="bpe", vocab_size=VOCAB + 100, byte_fallback=True,
+        character_coverage=0.995, hard_vocab_limit=False, num_threads=1, minloglevel=2, normalization_rule_name="identity",
+        remove_extra_whitespaces=False)
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    # The head of the list, so that the table of embeddings is small: the last tokens are single characters, which all remain.
+    texts = [pieces.id_to_piece(i) for i in range(pieces.get_piece_size())]
+    merged = [text for text in texts[259:] if len(text) > 1]
+    single = [text for text in texts[259:] if len(text) == 1]
+    kept = texts[:3] + texts[3:259] + single
+    kept += merged[:max(0, EXTRA[kind] - len(kept))]
+    vocab = {text: i for i, text in enumerate(kept)}
+    score = {text: -i for i, text in enumerate(merged)}
+    merges = []
+    for text in sorted((t for t in kept if t in score), key=lambda t: -score[t]):
+        splits = [(text[:i], text[i:]) for i in range(1, len(text)) if text[:i] in vocab and text[i:] in vocab]
+        merges += sorted(splits, key=lambda s: (vocab[s[0]], vocab[s[1]]))
+    tokenizer = Tokenizer(models.BPE(vocab, merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    replace = normalizers.Replace(" ", "\u2581")
+    if kind == "spm":
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), replace])
+    else:
+        tokenizer.normalizer = replace
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+                                          + ([decoders.Strip(" ", 1, 0)] if kind == "spm" else []))
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>", "<|end|>"])
+    # Otherwise it would be one only with the space that the normaliser puts in front.
+    tokenizer.add_tokens([AddedToken("<tool>", normalized=False)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))])
+    return tokenizer
+
+
+# Tokens of a vocabulary with byte fallback before the added ones.
+EXTRA = {"spm": 430, "gemma": 400}
+
+
+def write(name, options):
+    options = dict(options)
+    kind = options.pop("vocabulary")
+    tokenizer = sentence_pieces(kind) if kind in EXTRA else byte_level(kind)
+    options = {**SHAPE, "vocab_size": max(VOCAB, tokenizer.get_vocab_size() + 2), **options}
+    options["bos_token_id"], options["eos_token_id"] = tokenizer.token_to_id("<s>"), tokenizer.token_to_id("</s>")
+    model_type = options.pop("model_type")
+    torch.manual_seed(1)
+    config = transformers.AutoConfig.for_model(model_type, **options)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for key, weight in model.named_parameters():
+            # Norms and biases start out as ones and zeros, which would hide where they go.
+            if weight.ndim == 1:
+                weight += 0.2 * torch.randn_like(weight)
+            elif "embed_tokens" not in key and "lm_head" not in key:
+                weight *= 0.7
+            weight.copy_(weight.bfloat16().float())
+    folder = OUT / name
+    shutil.rmtree(folder, ignore_errors=True)
+    shards = {"max_shard_size": "12KB"} if name == "llama" else {}
+    model.bfloat16().save_pretrained(folder, **shards)
+    # Frequencies do not survive a change of types; they are made again.
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    if name == "qwen3":
+        # The keys of configurations before rope_parameters.
+        path = folder / "config.json"
+        text = json.loads(path.read_text())
+        text["rope_theta"] = text.pop("rope_parameters")["rope_theta"]
+        path.write_text(json.dumps(text, indent=2) + "\n")
+    (folder / "tokenizer.json").write_text(json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=False, separators=(",", ":")))
+    about = {"bos_token": "<s>", "eos_token": {"content": "</s>", "special": True}, "unk_token": None}
+    if name == "llama":
+        about["chat_template"] = [{"name": "tools", "template": "no"}, {"name": "default", "template": TEMPLATE}]
+    elif name == "qwen2":
+        (folder / "chat_template.jinja").write_text(TEMPLATE)
+    (folder / "tokenizer_config.json").write_text(json.dumps(about))
+    (folder / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": [tokenizer.token_to_id("</s>"), tokenizer.token_to_id("<|end|>")]}))
+
+    ids = [[text, tokenizer.encode(text).ids] for text in TEXTS]
+    rng = random.Random(2)
+    tokens = [rng.randrange(tokenizer.get_vocab_size()) for _ in range(TOKENS)]
+    with torch.no_grad():
+        logits = model(torch.tensor([tokens])).logits[0, -POSITIONS:].float().numpy()
+    (folder / "expected.json").write_text(json.dumps({"texts": ids, "tokens": tokens}, ensure_ascii=False))
+    logits.astype("<f4").tofile(folder / "logits.f32")
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    print(f"{name}: {size} bytes, vocabulary {options['vocab_size']}, logits {logits.std():.2f}")
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--check", nargs=2, type=pathlib.Path, metavar=("FOLDER", "LOGITS"))
+    parser.add_argument("names", nargs="*")
+    args = parser.parse_args()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    if args.check:
+        folder, file = args.check
+        tokens = json.loads((folder / "expected.json").read_text())["tokens"]
+        want = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(torch.tensor([tokens])).logits[0]
+        want = want.detach().numpy().astype(np.float64)
+        got = np.fromfile(file, "<f4").reshape(want.shape)
+        print(f"normalised mean square error {((got - want) ** 2).mean() / (want**2).mean():.3g}")
+        return
+    for name, options in FAMILIES.items():
+        if not args.names or name in args.names:
+            write(name, options)
+
+
+main()
