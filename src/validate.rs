@@ -36,6 +36,9 @@ pub(crate) fn validate(program: &Program) -> Result<()> {
         }
     }
     for s in &program.states {
+        if !program.windows.contains(&s.window) {
+            return Err(Error::Program(format!("state `{}` is in no KV group", s.name)));
+        }
         if [s.kv_heads, s.key_dim, s.value_dim].iter().any(|&n| n == 0 || n > 1 << 16) || s.window == Some(0)
         {
             return Err(Error::Program(format!(

@@ -62,6 +62,7 @@ fn session_in(kv_format: Format, model: &Arc<Model>, backend: &Arc<dyn Backend>,
         batch: 128,
         outputs: 128,
         taps: taps.iter().map(|t| t.to_string()).collect(),
+        ..Default::default()
     };
     Session::new(model, backend, &options, &mut |_| {}).unwrap()
 }
@@ -359,7 +360,8 @@ fn run(backend: &dyn Backend, model: &Model, program: Program, tokens: &[u32]) -
     let states: Vec<_> = program.states.iter().map(|s| alloc(2 * s.page_bytes(), Usage::State)).collect();
     let bytes = |t: &halite::program::Tensor| 4 * u64::from(n) * u64::from(t.cols);
     let io: Vec<_> = program.io.iter().map(|&id| alloc(bytes(program.tensor(id)), Usage::Io)).collect();
-    let spans = [Span { pages: &[1, 0], start: 0, len: n }];
+    let tables = vec![vec![1, 0]; program.windows.len()];
+    let spans = [Span { tables: &tables, start: 0, len: n }];
     let outputs: Vec<u32> = (0..n).collect();
     let cancel = Cancel::default();
     let step = Step { spans: &spans, tokens, outputs: &outputs, cancel: &cancel };

@@ -312,19 +312,16 @@ impl ModelArgs {
         self.kv.program()
     }
 
+    fn options(&self, batch: u32, outputs: u32) -> SessionOptions {
+        SessionOptions { context: self.ctx, batch, outputs, program: self.program(), ..Default::default() }
+    }
+
     /// Opens a session, with a bar where it takes long.
-    fn session(&self, model: &Arc<Model>, batch: u32, outputs: u32) -> Result<Session, Failure> {
+    fn session(&self, model: &Arc<Model>, options: &SessionOptions) -> Result<Session, Failure> {
         let backend = self.backend.open()?;
-        let options = SessionOptions {
-            context: self.ctx,
-            batch,
-            outputs,
-            program: self.program(),
-            ..Default::default()
-        };
         let total = model.gguf().tensors().map(|t| t.record.bytes.len() as u64).sum();
         let bar = progress(total, "loading");
-        let session = Session::new(model, &backend, &options, &mut |done| bar.set_position(done))?;
+        let session = Session::new(model, &backend, options, &mut |done| bar.set_position(done))?;
         bar.finish_and_clear();
         Ok(session)
     }

@@ -114,7 +114,10 @@ impl Lowered {
 pub(super) struct StepLayout {
     pub ids: u32,
     pub positions: u32,
+    /// Of each KV group in turn.
     pub tables: u32,
+    /// Tokens of each of these lists.
+    pub tokens: u32,
     pub outputs: u32,
     pub tiles: u32,
     /// Words of the list of each tile size.
@@ -122,10 +125,12 @@ pub(super) struct StepLayout {
 }
 
 impl StepLayout {
-    fn new(limits: Limits) -> StepLayout {
-        let (t, ids) = (limits.tokens, 3);
-        let (positions, tables, outputs) = (ids + t, ids + 2 * t, ids + 3 * t);
-        StepLayout { ids, positions, tables, outputs, tiles: outputs + limits.outputs, tile_words: 3 * t }
+    fn new(program: &Program, limits: Limits) -> StepLayout {
+        let (tokens, ids) = (limits.tokens, 3);
+        let (positions, tables) = (ids + tokens, ids + 2 * tokens);
+        let outputs = tables + program.windows.len() as u32 * tokens;
+        let tiles = outputs + limits.outputs;
+        StepLayout { ids, positions, tables, tokens, outputs, tiles, tile_words: 3 * tokens }
     }
 
     /// Where page tables start, after the lists of so many tile sizes.
@@ -228,7 +233,7 @@ pub(super) fn lower(program: &Program, limits: Limits, bounds: &Bounds) -> Lower
         extra_bytes: [0; Extra::ALL.len()],
         tile_sizes: Vec::new(),
         most_splits: most_splits(program, bounds),
-        step: StepLayout::new(limits),
+        step: StepLayout::new(program, limits),
         quantised: Vec::new(),
         uses: passes::uses(program),
     };
@@ -376,7 +381,6 @@ impl Lowering<'_> {
             .read("step", "u32", Resource::Step)
             .u32("STEP_IDS", s.ids)
             .u32("STEP_POSITIONS", s.positions)
-            .u32("STEP_TABLES", s.tables)
             .u32("STEP_OUTPUTS", s.outputs)
             .with(wgsl!("lib/step"))
     }
@@ -1062,6 +1066,7 @@ impl Lowering<'_> {
             .u32("KV_HEADS", state.kv_heads)
             .u32("KEY_DIM", state.key_dim)
             .u32("VALUE_DIM", state.value_dim)
+            .u32("STEP_TABLES", self.step.tables + self.program.kv_group(state) as u32 * self.step.tokens)
             .with(wgsl!("kv/page"))
     }
 

@@ -6,7 +6,7 @@ use halite_kernels::formats::Format;
 use halite_kernels::rows::Unary;
 
 use super::tile::{Operand, VectorWork};
-use crate::backend::Step;
+use crate::backend::{Span, Step};
 use crate::passes;
 use crate::program::{Dim, Epilogue, Gating, Index, Op, PAGE_POSITIONS, Program, State, TensorId};
 use crate::{Error, Result};
@@ -310,6 +310,8 @@ pub fn shape(program: &Program, op: &Op, step: &Step<'_>, ids: Option<&[i32]>) -
         }
         Op::Attend { state, heads, sinks, .. } => {
             let s = state_of(program, state.0)?;
+            let group = program.kv_group(s);
+            let pages = |span: &Span<'_>| span.tables.get(group).cloned().unwrap_or_default();
             Shape::Attend(Attend {
                 heads: *heads,
                 kv_heads: s.kv_heads,
@@ -319,7 +321,7 @@ pub fn shape(program: &Program, op: &Op, step: &Step<'_>, ids: Option<&[i32]>) -
                 window: s.window,
                 causal: s.causal,
                 sinks: sinks.is_some(),
-                spans: step.spans.iter().map(|s| (s.pages.to_vec(), s.start, s.len)).collect(),
+                spans: step.spans.iter().map(|s| (pages(s), s.start, s.len)).collect(),
             })
         }
         Op::Glu { gate, .. } => {
