@@ -133,9 +133,9 @@ fn sequences_have_windows_of_their_own() {
         }
     }
     // There are more pages for the other layer than for windows, which ten short sequences fill.
-    all.map(|id| session.remove(id).unwrap());
+    all.iter().for_each(|&id| session.remove(id).unwrap());
     let short = [(); 10].map(|()| session.add_sequence());
-    short.map(|id| fed(&mut session, id, &tokens[..30], &[30]));
+    short.iter().for_each(|&id| _ = fed(&mut session, id, &tokens[..30], &[30]));
     let more = session.add_sequence();
     let error = session.prefill(more, &tokens[..30], Head::ArgMax).err();
     assert!(matches!(error, Some(Error::WindowsFull { window: WINDOW, sequences: 3 })), "{error:?}");
