@@ -5,10 +5,12 @@ mod common;
 
 use std::sync::Arc;
 
-use halite::backend::Backend;
 use halite::backend::cpu::Cpu;
 use halite::backend::reference::Reference;
+use halite::backend::{Backend, Bindings, Cancel, Limits, NO_PAGE, Span, Step, Usage};
+use halite::kernels::formats::Format;
 use halite::map::Source;
+use halite::program::{Builder, Dim, State};
 use halite::session::{Head, Run, SequenceId, Session, SessionOptions, Wanted, footprint};
 use halite::{Error, Model};
 
@@ -214,6 +216,45 @@ fn branches_move() {
     for id in all {
         assert_eq!(new.tokens(id).unwrap(), old.tokens(id).unwrap());
         assert_eq!(fed(&mut new, id, &[5, 6], &[1]), fed(&mut old, id, &[5, 6], &[1]));
+    }
+}
+
+/// A step that would read what was dropped does not run.
+#[test]
+fn holes_are_refused() {
+    let mut b = Builder::new("holes", &|_| None);
+    let (q, k, v) =
+        (b.input("q", Dim::Tokens, 4), b.input("k", Dim::Tokens, 4), b.input("v", Dim::Tokens, 4));
+    for window in [None, Some(70)] {
+        let name = format!("{window:?}");
+        let (kv_heads, key_dim, value_dim, format) = (1, 4, 4, Format::F32);
+        let kv = State { name, kv_heads, key_dim, value_dim, format, window, causal: true };
+        let kv = b.state(kv);
+        b.kv_write(k, v, kv);
+        let y = b.attend(q, kv, 1, 1.0, None, None);
+        b.output(y);
+    }
+    let program = Arc::new(b.finish().unwrap());
+    for backend in [cpu(), Arc::new(Reference::new())] {
+        let mut plan = backend.prepare(&program, Limits { tokens: 1, outputs: 1 }).unwrap();
+        let state = |s: &State| backend.alloc(3 * s.page_bytes(), Usage::State).unwrap();
+        let states: Vec<_> = program.states.iter().map(state).collect();
+        let io: Vec<_> = program.io.iter().map(|_| backend.alloc(16, Usage::Io).unwrap()).collect();
+        let bindings = Bindings { weights: &[], states: &states, io: &io };
+        let cancel = Cancel::default();
+        let mut run = |start, tables: [[u32; 3]; 2]| {
+            let tables = tables.map(|table| table.to_vec());
+            let spans = [Span { tables: &tables, start, len: 1 }];
+            let step = Step { spans: &spans, tokens: &[0], outputs: &[], cancel: &cancel };
+            plan.submit(&step, 0..1, &bindings).map(|_| ())
+        };
+        let refused = |result| matches!(result, Err(Error::Argument { what: "page table", .. }));
+        // Position 133 is the first of which the window does not reach the first page.
+        assert!(run(133, [[0, 1, 2], [NO_PAGE, 1, 2]]).is_ok());
+        assert!(refused(run(132, [[0, 1, 2], [NO_PAGE, 1, 2]])));
+        assert!(refused(run(133, [[0, 1, 2], [NO_PAGE, NO_PAGE, 2]])));
+        assert!(refused(run(133, [[0, 1, 2], [NO_PAGE, 1, NO_PAGE]])));
+        assert!(refused(run(133, [[NO_PAGE, 1, 2], [0, 1, 2]])));
     }
 }
 
