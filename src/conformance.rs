@@ -641,7 +641,7 @@ fn rows(cases: &mut Cases) {
 }
 
 fn attention(cases: &mut Cases) {
-    for format in [Format::F32, Format::F16, Format::Q8_0] {
+    for format in [Format::F32, Format::F16, Format::Q8_0, Format::Q4_0] {
         for (heads, kv_heads, key_dim, value_dim) in
             [(1, 1, 16, 16), (4, 1, 64, 64), (6, 2, 80, 48), (2, 2, 7, 130), (6, 3, 96, 32), (10, 1, 32, 160)]
         {

@@ -93,7 +93,7 @@ pub struct State {
     pub key_dim: u32,
     /// Elements of a value.
     pub value_dim: u32,
-    /// How elements are stored: `F32`, `F16` or, if keys and values are whole blocks of 32, `Q8_0`.
+    /// How elements are stored: `F32`, `F16` or, if keys and values are whole blocks of 32, `Q8_0` or `Q4_0`.
     pub format: Format,
     /// Positions that attention looks back, the current one included; `None`: all.
     pub window: Option<u32>,
@@ -104,7 +104,7 @@ pub struct State {
 
 impl State {
     /// Bytes of one page of [`PAGE_POSITIONS`] positions: keys `[kv_heads][key_dim][position]`, then values
-    /// `[kv_heads][position][value_dim]`. In `Q8_0` these are codes, and scales follow: of the keys
+    /// `[kv_heads][position][value_dim]`. In `Q8_0` and `Q4_0` these are codes, and scales follow: of the keys
     /// `[kv_heads][key_dim / 32][position]`, then of the values `[kv_heads][value_dim / 32][position]`, half precision.
     pub fn page_bytes(&self) -> u64 {
         let elements = u64::from(self.kv_heads) * (u64::from(self.key_dim) + u64::from(self.value_dim));

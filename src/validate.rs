@@ -52,9 +52,9 @@ pub(crate) fn validate(program: &Program) -> Result<()> {
                 s.name
             )));
         }
-        if !matches!(s.format, Format::F32 | Format::F16 | Format::Q8_0) {
+        if !matches!(s.format, Format::F32 | Format::F16 | Format::Q8_0 | Format::Q4_0) {
             return Err(Error::Program(format!(
-                "state `{}`: KV format {} is not supported (F32, F16 or Q8_0)",
+                "state `{}`: KV format {} is not supported (F32, F16, Q8_0 or Q4_0)",
                 s.name,
                 s.format.name()
             )));

@@ -229,7 +229,8 @@ fn a_cache_of_any_format_gives_the_same_bits_and_stays_close_to_single_precision
     let tokens = tokens(&model);
     let reference: Arc<dyn Backend> = Arc::new(Reference::new());
     let exact = logits_in(Format::F32, &model, &best(), &tokens, 128);
-    for (format, bound) in [(Format::F32, 0.0), (Format::F16, 1e-4), (Format::Q8_0, 3e-4)] {
+    let formats = [(Format::F32, 0.0), (Format::F16, 1e-4), (Format::Q8_0, 3e-4), (Format::Q4_0, 0.1)];
+    for (format, bound) in formats {
         let want = logits_in(format, &model, &best(), &tokens, 128);
         for isa in Isa::NAMES.iter().filter(|isa| Isa::from_name(isa).is_some()) {
             for (threads, chunk) in [(1, 128), (1, 5), (3, 1), (3, 20)] {
@@ -254,21 +255,15 @@ fn a_cache_of_any_format_gives_the_same_bits_and_stays_close_to_single_precision
 }
 
 #[test]
-fn a_cache_in_q8_0_needs_whole_blocks() {
-    let lookup = |_: &str| None;
-    let mut builder = Builder::new("odd heads", &lookup);
-    let (key_dim, value_dim, format) = (80, 64, Format::Q8_0);
-    builder.state(State {
-        name: "kv.0".into(),
-        kv_heads: 1,
-        key_dim,
-        value_dim,
-        format,
-        window: None,
-        causal: true,
-    });
-    let error = builder.finish().and_then(|p| p.validate()).unwrap_err().to_string();
-    assert!(error.contains("kv.0") && error.contains("blocks of 32") && error.contains("80"), "{error}");
+fn a_cache_of_codes_needs_whole_blocks() {
+    for format in [Format::Q8_0, Format::Q4_0] {
+        let lookup = |_: &str| None;
+        let mut builder = Builder::new("odd heads", &lookup);
+        let (name, kv_heads, key_dim, value_dim, causal) = ("kv.0".into(), 1, 80, 64, true);
+        builder.state(State { name, kv_heads, key_dim, value_dim, format, window: None, causal });
+        let error = builder.finish().and_then(|p| p.validate()).unwrap_err().to_string();
+        assert!(error.contains("kv.0") && error.contains("blocks of 32") && error.contains("80"), "{error}");
+    }
 }
 
 #[test]

@@ -688,6 +688,7 @@ fn compute<K: Kernels>(
             let mut pages = match description.format {
                 Format::F16 => PagesMut::F16(bytemuck::cast_slice_mut(&mut guard)),
                 Format::Q8_0 => PagesMut::Q8_0(bytemuck::cast_slice_mut(&mut guard)),
+                Format::Q4_0 => PagesMut::Q4_0(bytemuck::cast_slice_mut(&mut guard)),
                 _ => PagesMut::F32(bytemuck::cast_slice_mut(&mut guard)),
             };
             let group = memory.program.kv_group(description);
@@ -701,6 +702,7 @@ fn compute<K: Kernels>(
             let pages = match description.format {
                 Format::F16 => Pages::F16(bytemuck::try_cast_slice(guard.bytes()).unwrap_or(&[])),
                 Format::Q8_0 => Pages::Q8_0(bytemuck::try_cast_slice(guard.bytes()).unwrap_or(&[])),
+                Format::Q4_0 => Pages::Q4_0(guard.bytes()),
                 _ => Pages::F32(bytemuck::try_cast_slice(guard.bytes()).unwrap_or(&[])),
             };
             let args = AttendArgs {

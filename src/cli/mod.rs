@@ -207,6 +207,8 @@ enum KvFormat {
     F32,
     #[value(name = "q8_0")]
     Q8_0,
+    #[value(name = "q4_0")]
+    Q4_0,
 }
 
 impl BackendArgs {
@@ -279,6 +281,7 @@ impl KvFormat {
             KvFormat::F16 => Format::F16,
             KvFormat::F32 => Format::F32,
             KvFormat::Q8_0 => Format::Q8_0,
+            KvFormat::Q4_0 => Format::Q4_0,
         };
         ProgramOptions { kv_format }
     }

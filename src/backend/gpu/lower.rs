@@ -1043,7 +1043,7 @@ impl Lowering<'_> {
         };
         let state = &self.program.states[id.0 as usize];
         let alike = (head_dim, frequencies, factors, magnitude, pairs) == (d, f, b, m, p);
-        if !alike || *head_dim != state.key_dim || state.format == Format::Q8_0 {
+        if !alike || *head_dim != state.key_dim || state.format.block_len() > 1 {
             return false;
         }
         let shader = self
@@ -1075,6 +1075,11 @@ impl Lowering<'_> {
         state.format == Format::F16 && self.bounds.paths.f16
     }
 
+    /// A shader that knows the codes of a cache, by a format's own source.
+    fn coded(shader: Shader, state: &State, format: &str) -> Shader {
+        shader.u32("BLOCK_BYTES", state.format.block_bytes() as u32).with(format).with(wgsl!("kv/coded"))
+    }
+
     /// A shader that writes to a cache.
     fn kv_writer(&self, name: &'static str, id: StateId) -> Shader {
         let state = &self.program.states[id.0 as usize];
@@ -1087,7 +1092,8 @@ impl Lowering<'_> {
         }
         let shader = shader.with(wgsl!("kv/put"));
         match state.format {
-            Format::Q8_0 => shader.with(wgsl!("kv/q8_0")).with(wgsl!("kv/q8_0_write")),
+            Format::Q8_0 => Self::coded(shader, state, wgsl!("kv/q8_0_write")).with(wgsl!("kv/coded_write")),
+            Format::Q4_0 => Self::coded(shader, state, wgsl!("kv/q4_0_write")).with(wgsl!("kv/coded_write")),
             Format::F16 => shader.with(wgsl!("kv/f16_write")),
             _ => shader.with(wgsl!("kv/f32_write")),
         }
@@ -1099,7 +1105,7 @@ impl Lowering<'_> {
         let mut shader =
             self.kv_writer("kv_write", id).read("k", "f32", self.tensor(k)).read("v", "f32", self.tensor(v));
         let mut units = elements;
-        if state.format == Format::Q8_0 {
+        if state.format.block_len() > 1 {
             units /= 32;
         } else {
             shader = shader.with(wgsl!("kv/write_elements"));
@@ -1138,7 +1144,8 @@ impl Lowering<'_> {
             .f32("SCALE", *scale)
             .f32("SOFTCAP", softcap.unwrap_or(0.0));
         shader = match state.format {
-            Format::Q8_0 => shader.with(wgsl!("kv/q8_0")).with(wgsl!("kv/q8_0_read")),
+            Format::Q8_0 => Self::coded(shader, state, wgsl!("kv/q8_0")).with(wgsl!("kv/coded_read")),
+            Format::Q4_0 => Self::coded(shader, state, wgsl!("kv/q4_0")).with(wgsl!("kv/coded_read")),
             Format::F16 => shader.with(wgsl!("kv/f16")).with(match self.kv_halves(state) {
                 true => "fn half_at(at: u32) -> f32 { return f32(kv[at]); }",
                 false => wgsl!("kv/half_at"),

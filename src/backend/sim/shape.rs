@@ -391,23 +391,23 @@ impl Attend {
         let (heads, head) = (u64::from(self.kv_heads), u64::from(kv_head));
         let dims = [u64::from(self.key_dim), u64::from(self.value_dim)];
         let elements = heads * (dims[0] + dims[1]) * positions;
-        let block = self.format.block_len() as u64;
-        let quantised = self.format == Format::Q8_0;
-        let element_bytes = if quantised { 1 } else { self.format.block_bytes() as u64 };
-        let scales = if quantised { 2 * elements / block } else { 0 };
-        let base = u64::from(page) * (elements * element_bytes + scales);
+        // Of a block of codes, two bytes are its scale.
+        let (block, block_bytes) = (self.format.block_len() as u64, self.format.block_bytes() as u64);
+        let scale_bytes = if block > 1 { 2 } else { 0 };
+        let bytes = |elements: u64| elements / block * (block_bytes - scale_bytes);
+        let base = u64::from(page) * (elements / block * block_bytes);
         let mut pieces = Vec::with_capacity(4);
         // Values come behind the keys of all heads, and so do their scales.
         let mut before = 0;
         for dim in dims {
-            let bytes = dim * positions * element_bytes;
-            pieces.push((base + (before + head * dim) * positions * element_bytes, bytes as u32));
+            let place = base + bytes((before + head * dim) * positions);
+            pieces.push((place, bytes(dim * positions) as u32));
             before += heads * dim;
         }
-        if quantised {
-            let mut before = elements;
+        if scale_bytes > 0 {
+            let mut before = bytes(elements);
             for dim in dims {
-                let bytes = dim / block * positions * 2;
+                let bytes = dim / block * positions * scale_bytes;
                 pieces.push((base + before + head * bytes, bytes as u32));
                 before += heads * bytes;
             }
