@@ -44,10 +44,12 @@ fn attention(c: &mut Criterion) {
             let table: Vec<u32> = (0..pages as u32).collect();
             let (q, mut out) = (values(heads * HEAD), vec![0.0; heads * HEAD]);
             let codes: Vec<i8> = (0..pages * shape.q8_0_bytes()).map(|i| (i % 60) as i8).collect();
+            let nibbles: Vec<u8> = (0..pages * shape.q4_0_bytes()).map(|i| (i % 60) as u8).collect();
             for (name, pages, bytes) in [
                 ("F32", Pages::F32(&single), 4 * single.len()),
                 ("F16", Pages::F16(&half), 2 * half.len()),
                 ("Q8_0", Pages::Q8_0(&codes), codes.len()),
+                ("Q4_0", Pages::Q4_0(&nibbles), nibbles.len()),
             ] {
                 group.throughput(Throughput::Bytes(bytes as u64));
                 group.bench_function(format!("{name}/{depth}"), |b| {

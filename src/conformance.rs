@@ -12,7 +12,8 @@ use halite_kernels::rows::{Gate, Unary};
 
 use crate::backend::reference::Reference;
 use crate::backend::{
-    Backend, Bindings, Buffer, Cancel, Contract, Gap, Limits, OpSig, Span, Step, Support, Usage,
+    Backend, Bindings, Buffer, Cancel, Contract, Gap, Limits, NO_PAGE, OpSig, Span, Step, Support, Usage,
+    first_page,
 };
 use crate::error::{Error, Result};
 use crate::program::{
@@ -185,10 +186,16 @@ fn execute(backend: &dyn Backend, case: &Case) -> Result<Vec<Output>> {
     let sequences = case.steps.iter().map(Vec::len).max().unwrap_or(1);
     let positions = case.steps.iter().flatten().map(|&(start, n)| start + n).max().unwrap_or(1);
     let pages_each = positions.div_ceil(PAGE_POSITIONS);
-    // Pages of the sequences are interleaved and in falling order: a backend that ignores the table fails.
-    let tables: Vec<Vec<u32>> = (0..sequences as u32)
-        .map(|s| (0..pages_each).rev().map(|p| p * sequences as u32 + s).collect())
-        .collect();
+    // Pages of the sequences are interleaved and in falling order, in another one for each KV group: a backend that ignores the
+    // table fails. So does one that reads what is before a window.
+    let table = |sequence: usize, start: u32, group: usize| -> Vec<u32> {
+        let all = pages_each * sequences as u32;
+        let page = |p: u32| (p * sequences as u32 + (sequence + group) as u32) % all;
+        let mut table: Vec<u32> = (0..pages_each).rev().map(page).collect();
+        let first = first_page(start, program.windows[group]).min(table.len());
+        table[..first].fill(NO_PAGE);
+        table
+    };
     let mut states = Vec::new();
     for state in &program.states {
         let bytes = u64::from(pages_each) * sequences as u64 * state.page_bytes();
@@ -213,11 +220,13 @@ fn execute(backend: &dyn Backend, case: &Case) -> Result<Vec<Output>> {
     let mut outputs = Vec::new();
     for step in &case.steps {
         let n: u32 = step.iter().map(|&(_, n)| n).sum();
-        let spans: Vec<Span<'_>> = step
-            .iter()
-            .zip(&tables)
+        let groups = 0..program.windows.len();
+        let tables: Vec<Vec<Vec<u32>>> = (step.iter().enumerate())
+            .map(|(s, &(start, _))| groups.clone().map(|group| table(s, start, group)).collect())
+            .collect();
+        let spans: Vec<Span<'_>> = (step.iter().zip(&tables))
             .filter(|((_, len), _)| *len > 0)
-            .map(|(&(start, len), pages)| Span { pages, start, len })
+            .map(|(&(start, len), tables)| Span { tables, start, len })
             .collect();
         let vocab = program.ops().find_map(|(_, op)| match op {
             Op::Embed { table, .. } => Some(program.tensor(*table).rows),
@@ -632,7 +641,7 @@ fn rows(cases: &mut Cases) {
 }
 
 fn attention(cases: &mut Cases) {
-    for format in [Format::F32, Format::F16, Format::Q8_0] {
+    for format in [Format::F32, Format::F16, Format::Q8_0, Format::Q4_0] {
         for (heads, kv_heads, key_dim, value_dim) in
             [(1, 1, 16, 16), (4, 1, 64, 64), (6, 2, 80, 48), (2, 2, 7, 130), (6, 3, 96, 32), (10, 1, 32, 160)]
         {
@@ -711,6 +720,21 @@ fn attention(cases: &mut Cases) {
                 b.output(y);
             });
         }
+        // Layers that keep different parts of what was: each KV group has page tables of its own.
+        let steps: [&[(u32, u32)]; 4] =
+            [&[(0, 130), (0, 3)], &[(130, 1), (3, 1)], &[(131, 70), (4, 0)], &[(201, 2), (4, 61)]];
+        cases.add(format!("Attend {} in KV groups", format.name()), &[], &steps, 1e-6, |b| {
+            let (q, k) = (b.input("q", Dim::Tokens, 2 * 32), b.input("k", Dim::Tokens, 32));
+            let v = b.input("v", Dim::Tokens, 32);
+            for (name, window) in [("a", Some(20)), ("b", None), ("c", Some(70)), ("d", Some(20))] {
+                let (kv_heads, key_dim, value_dim, causal) = (1, 32, 32, true);
+                let name = name.into();
+                let kv = b.state(State { name, kv_heads, key_dim, value_dim, format, window, causal });
+                b.kv_write(k, v, kv);
+                let y = b.attend(q, kv, 2, 0.2, None, None);
+                b.output(y);
+            }
+        });
         // One token, and some of two sequences, of caches long enough to be split by devices with many workgroups to fill.
         for (window, sinks) in [(None, false), (Some(520), true)] {
             let name = format!("Attend {} long window={window:?} sinks={sinks}", format.name());

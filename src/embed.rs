@@ -44,8 +44,6 @@ pub struct Embedder {
     pooling: Pooling,
     options: EmbedOptions,
     longest: u32,
-    /// Numbers of all pages: texts have theirs one after the other.
-    pages: Vec<u32>,
     cancel: Cancel,
 }
 
@@ -106,7 +104,6 @@ impl Embedder {
             pooling,
             options: *options,
             longest: h.context_length.min(tokens),
-            pages: (0..pages).collect(),
             cancel: Cancel::default(),
             program,
         })
@@ -186,18 +183,25 @@ impl Embedder {
 
     /// Runs texts that fit in a step, and pools their vectors.
     fn step(&mut self, texts: &[Vec<u32>], vectors: &mut Vec<Vec<f32>>) -> Result<()> {
-        let mut spans = Vec::new();
-        let (mut wanted, mut first, mut page) = (Vec::new(), 0, 0);
+        // Texts have their pages one after the other.
+        let mut tables = Vec::new();
+        let mut page = 0;
         for text in texts {
+            let pages = (text.len() as u32).div_ceil(PAGE_POSITIONS);
+            tables.push(vec![(page..page + pages).collect::<Vec<u32>>(); self.program.windows.len()]);
+            page += pages;
+        }
+        let mut spans = Vec::new();
+        let (mut wanted, mut first) = (Vec::new(), 0);
+        for (text, tables) in texts.iter().zip(&tables) {
             let len = text.len() as u32;
-            let pages = len.div_ceil(PAGE_POSITIONS) as usize;
-            spans.push(Span { pages: &self.pages[page..page + pages], start: 0, len });
+            spans.push(Span { tables, start: 0, len });
             wanted.extend(match self.pooling {
                 Pooling::None | Pooling::Mean => first..first + len,
                 Pooling::Cls => first..first + 1,
                 Pooling::Last => first + len - 1..first + len,
             });
-            (first, page) = (first + len, page + pages);
+            first += len;
         }
         let tokens = texts.concat();
         let step = Step { spans: &spans, tokens: &tokens, outputs: &wanted, cancel: &self.cancel };

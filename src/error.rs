@@ -105,6 +105,17 @@ pub enum Error {
         /// Positions available.
         have: u64,
     },
+    /// No memory is left for the windows of one more sequence.
+    #[error(
+        "windows full: layers that look back {window} positions have memory for {sequences} sequences at once \
+         (SessionOptions::sequences)"
+    )]
+    WindowsFull {
+        /// Positions that the layers look back.
+        window: u32,
+        /// Sequences that the session was made for.
+        sequences: u32,
+    },
     /// The work was cancelled from outside.
     #[error("cancelled")]
     Cancelled,

@@ -93,7 +93,7 @@ pub struct State {
     pub key_dim: u32,
     /// Elements of a value.
     pub value_dim: u32,
-    /// How elements are stored: `F32`, `F16` or, if keys and values are whole blocks of 32, `Q8_0`.
+    /// How elements are stored: `F32`, `F16` or, if keys and values are whole blocks of 32, `Q8_0` or `Q4_0`.
     pub format: Format,
     /// Positions that attention looks back, the current one included; `None`: all.
     pub window: Option<u32>,
@@ -104,7 +104,7 @@ pub struct State {
 
 impl State {
     /// Bytes of one page of [`PAGE_POSITIONS`] positions: keys `[kv_heads][key_dim][position]`, then values
-    /// `[kv_heads][position][value_dim]`. In `Q8_0` these are codes, and scales follow: of the keys
+    /// `[kv_heads][position][value_dim]`. In `Q8_0` and `Q4_0` these are codes, and scales follow: of the keys
     /// `[kv_heads][key_dim / 32][position]`, then of the values `[kv_heads][value_dim / 32][position]`, half precision.
     pub fn page_bytes(&self) -> u64 {
         let elements = u64::from(self.kv_heads) * (u64::from(self.key_dim) + u64::from(self.value_dim));
@@ -451,6 +451,9 @@ pub struct Program {
     pub tensors: Vec<Tensor>,
     /// Every state, by [`StateId`].
     pub states: Vec<State>,
+    /// The windows that states have, each once. States of the same window are a *KV group*: a sequence keeps pages for the same
+    /// positions of each, so they share a page table; see [`Span::tables`](crate::backend::Span::tables).
+    pub windows: Vec<Option<u32>>,
     /// In order of execution.
     pub segments: Vec<Segment>,
     /// Tensors in weight slots, in slot order.
@@ -502,10 +505,17 @@ impl Program {
         self.weights.iter().filter_map(|&id| self.fixed_bytes(id)).sum()
     }
 
-    /// Bytes of the KV cache for `positions` positions.
-    pub fn kv_bytes(&self, positions: u64) -> u64 {
-        let pages = positions.div_ceil(u64::from(PAGE_POSITIONS));
-        self.states.iter().map(|s| pages.saturating_mul(s.page_bytes())).sum()
+    /// The KV group of a state: its place in [`Program::windows`].
+    pub fn kv_group(&self, state: &State) -> usize {
+        self.windows.iter().position(|&window| window == state.window).unwrap_or(usize::MAX)
+    }
+
+    /// Bytes of a KV cache in which states of a window have so many pages.
+    pub fn kv_bytes(&self, pages: impl Fn(Option<u32>) -> u64) -> u64 {
+        self.states
+            .iter()
+            .map(|s| pages(s.window).saturating_mul(s.page_bytes()))
+            .fold(0, u64::saturating_add)
     }
 
     /// Checks shapes, formats and order of definitions.
@@ -545,6 +555,7 @@ impl<'a> Builder<'a> {
             name: name.into(),
             tensors: Vec::new(),
             states: Vec::new(),
+            windows: Vec::new(),
             segments: Vec::new(),
             weights: Vec::new(),
             io: Vec::new(),
@@ -742,6 +753,9 @@ impl<'a> Builder<'a> {
                 self.fail(format!("two states of different shapes are named `{}`", state.name));
             }
             return StateId(i as u32);
+        }
+        if !self.program.windows.contains(&state.window) {
+            self.program.windows.push(state.window);
         }
         self.program.states.push(state);
         StateId(self.program.states.len() as u32 - 1)

@@ -3,17 +3,17 @@
 #[cfg(feature = "save")]
 mod save;
 
-use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
 use crate::backend::{
-    Backend, Bindings, Buffer, Cancel, Limits, Plan, Span, Step, Timing, Usage, check_support, upload,
+    Backend, Bindings, Buffer, Cancel, Limits, NO_PAGE, Plan, Span, Step, Timing, Usage, check_support,
+    first_page, upload,
 };
 use crate::error::{Error, Result};
 use crate::model::{Model, ProgramOptions, outputs};
 use crate::passes;
-use crate::program::{Dim, PAGE_POSITIONS, Program, Slot, TensorId};
+use crate::program::{Dim, PAGE_POSITIONS, Program, Slot, State, TensorId};
 use crate::weights::Weights;
 
 /// Most runs of one step.
@@ -28,6 +28,12 @@ pub struct SessionOptions {
     pub batch: u32,
     /// Most outputs (rows of logits) of a step.
     pub outputs: u32,
+    /// Layers that look back only some positions (a window) keep only these: memory is reserved for the windows of so many
+    /// sequences at once. Other layers have room for `context` positions, however many sequences share them.
+    pub sequences: u32,
+    /// How many positions a sequence can surely be taken back: windows keep so many more. What was added by the last step can
+    /// always be taken back. See [`Session::truncate`].
+    pub rewind: u32,
     /// Choices that shape the program.
     pub program: ProgramOptions,
     /// Names of results to make readable after each step; see [`Session::tap`].
@@ -40,6 +46,8 @@ impl Default for SessionOptions {
             context: 0,
             batch: 512,
             outputs: 1,
+            sequences: 1,
+            rewind: PAGE_POSITIONS,
             program: ProgramOptions::default(),
             taps: Vec::new(),
         }
@@ -58,6 +66,17 @@ impl SessionOptions {
     fn limits(&self, positions: u32) -> Limits {
         let tokens = self.batch.clamp(1, positions.max(1));
         Limits { tokens, outputs: self.outputs.clamp(1, tokens) }
+    }
+
+    /// Pages that are reserved for each state of a window.
+    fn pages(&self, window: Option<u32>, positions: u32) -> u64 {
+        let of = |positions: u64| positions.div_ceil(PAGE_POSITIONS.into());
+        let all = of(positions.into());
+        let Some(window) = window else { return all };
+        // Each sequence begins and ends within a page.
+        let each = of(u64::from(window) + u64::from(self.rewind)) + 2;
+        let added = of(self.limits(positions).tokens.into());
+        all.min(each.saturating_mul(self.sequences.max(1).into()) + added)
     }
 }
 
@@ -92,7 +111,7 @@ pub fn footprint(model: &Model, backend: &dyn Backend, options: &SessionOptions)
     let limits = options.limits(positions);
     Ok(Footprint {
         weight_bytes: program.weight_bytes(),
-        kv_bytes: program.kv_bytes(positions.into()),
+        kv_bytes: program.kv_bytes(|window| options.pages(window, positions)),
         scratch_bytes: backend.scratch_bytes(&program, limits),
         io_bytes: program.io.iter().map(|&id| io_bytes(&program, id, limits)).sum(),
     })
@@ -141,7 +160,8 @@ pub enum Head {
 }
 
 struct Sequence {
-    pages: Vec<u32>,
+    /// For each KV group the pages in order; in a group with a window, [`NO_PAGE`] for those before it.
+    tables: Vec<Vec<u32>>,
     /// What it consists of so far.
     tokens: Vec<u32>,
     live: bool,
@@ -150,6 +170,39 @@ struct Sequence {
 impl Sequence {
     fn len(&self) -> u32 {
         self.tokens.len() as u32
+    }
+}
+
+/// The pages of a KV group.
+struct Pool {
+    window: Option<u32>,
+    free: Vec<u32>,
+    /// How many sequences have each page.
+    uses: Vec<u32>,
+}
+
+impl Pool {
+    fn new(window: Option<u32>, pages: u64) -> Pool {
+        Pool { window, free: (0..pages as u32).rev().collect(), uses: vec![0; pages as usize] }
+    }
+
+    fn take(&mut self) -> Option<u32> {
+        let page = self.free.pop()?;
+        self.uses[page as usize] = 1;
+        Some(page)
+    }
+
+    fn release(&mut self, page: u32) {
+        let Some(uses) = self.uses.get_mut(page as usize) else { return };
+        *uses -= 1;
+        if *uses == 0 {
+            self.free.push(page);
+        }
+    }
+
+    /// The first page that a sequence of so many positions keeps.
+    fn first_kept(&self, len: u32, rewind: u32) -> usize {
+        first_page(len, self.window.map(|window| window.saturating_add(rewind)))
     }
 }
 
@@ -165,8 +218,8 @@ pub struct Session {
     taps: Vec<TensorId>,
     limits: Limits,
     positions: u32,
-    free_pages: Vec<u32>,
-    page_uses: Vec<u32>,
+    /// One for each KV group.
+    pools: Vec<Pool>,
     sequences: Vec<Sequence>,
     tokens: Vec<u32>,
     wanted: Vec<u32>,
@@ -220,16 +273,17 @@ impl Session {
         }
         let program = Arc::new(passes::adapt(&program, backend.caps()));
         let limits = options.limits(positions);
-        let pages = u64::from(positions).div_ceil(PAGE_POSITIONS.into());
         let plan = backend.prepare(&program, limits)?;
         let io_sizes = program.io.iter().map(|&id| io_bytes(&program, id, limits));
         let working = backend.scratch_bytes(&program, limits)
             + io_sizes.sum::<u64>()
-            + program.states.iter().map(|s| pages * s.page_bytes()).sum::<u64>();
+            + program.kv_bytes(|window| options.pages(window, positions));
         let budget = backend.caps().memory_bytes.saturating_sub(working);
         let weights = Weights::load(model.gguf(), &program, &**backend, budget, progress)?;
-        let states = program.states.iter().map(|s| backend.alloc(pages * s.page_bytes(), Usage::State));
-        let states = states.collect::<Result<Vec<_>>>()?;
+        let state =
+            |s: &State| backend.alloc(options.pages(s.window, positions) * s.page_bytes(), Usage::State);
+        let states = program.states.iter().map(state).collect::<Result<Vec<_>>>()?;
+        let pool = |&window: &Option<u32>| Pool::new(window, options.pages(window, positions));
         let io = program.io.iter().map(|&id| backend.alloc(io_bytes(&program, id, limits), Usage::Io));
         let io = io.collect::<Result<Vec<_>>>()?;
         let vocab = model.hparams().vocab_size as usize;
@@ -245,8 +299,7 @@ impl Session {
             taps,
             limits,
             positions,
-            free_pages: (0..pages as u32).rev().collect(),
-            page_uses: vec![0; pages as usize],
+            pools: program.windows.iter().map(pool).collect(),
             sequences: Vec::new(),
             tokens: Vec::with_capacity(limits.tokens as usize),
             wanted: Vec::with_capacity(rows),
@@ -308,9 +361,10 @@ impl Session {
             self.sequences[i].live = true;
             return SequenceId(i as u32);
         }
-        let pages = Vec::with_capacity(self.page_uses.len());
+        let most = self.positions.div_ceil(PAGE_POSITIONS) as usize;
+        let tables = self.pools.iter().map(|_| Vec::with_capacity(most)).collect();
         let tokens = Vec::with_capacity(self.positions as usize);
-        self.sequences.push(Sequence { pages, tokens, live: true });
+        self.sequences.push(Sequence { tables, tokens, live: true });
         SequenceId(self.sequences.len() as u32 - 1)
     }
 
@@ -321,15 +375,20 @@ impl Session {
     pub fn fork(&mut self, of: SequenceId) -> Result<SequenceId> {
         self.get(of)?;
         let new = self.add_sequence();
-        let Range { start: from, end: to } = of.0 as usize..new.0 as usize;
-        let (pages, tokens) = (self.sequences[from].pages.clone(), self.sequences[from].tokens.clone());
-        for &page in &pages {
-            self.page_uses[page as usize] += 1;
-        }
-        let sequence = &mut self.sequences[to];
-        sequence.pages.extend(pages);
-        sequence.tokens.extend(tokens);
+        self.share(of, new);
         Ok(new)
+    }
+
+    /// Gives an empty sequence what another one holds.
+    fn share(&mut self, from: SequenceId, to: SequenceId) {
+        let Sequence { tables, tokens, .. } = &self.sequences[from.0 as usize];
+        let (tables, tokens) = (tables.clone(), tokens.clone());
+        for (table, pool) in tables.iter().zip(&mut self.pools) {
+            table.iter().filter(|&&page| page != NO_PAGE).for_each(|&page| pool.uses[page as usize] += 1);
+        }
+        let sequence = &mut self.sequences[to.0 as usize];
+        sequence.tables.iter_mut().zip(tables).for_each(|(table, pages)| table.extend(pages));
+        sequence.tokens.extend(tokens);
     }
 
     /// Positions of a sequence.
@@ -355,21 +414,32 @@ impl Session {
     /// As [`Session::new`] and [`Session::step`].
     pub fn moved_to(&self, backend: &Arc<dyn Backend>, progress: &mut dyn FnMut(u64)) -> Result<Session> {
         let mut new = Session::new(&self.model, backend, &self.options, progress)?;
+        // What a sequence has in common with an earlier one is shared again: with which, the first that has most of it, and how
+        // many tokens. A sequence has all that it shares before it goes on by itself.
+        let common =
+            |a: &Sequence, b: &Sequence| a.tokens.iter().zip(&b.tokens).take_while(|(a, b)| a == b).count();
+        let shared: Vec<(usize, usize)> = (self.sequences.iter().enumerate())
+            .map(|(i, sequence)| {
+                let earlier = self.sequences[..i].iter().map(|of| common(of, sequence)).enumerate();
+                earlier.fold((i, 0), |most, (of, n)| if n > most.1 { (of, n) } else { most })
+            })
+            .collect();
+        self.sequences.iter().for_each(|_| _ = new.add_sequence());
         for (i, sequence) in self.sequences.iter().enumerate() {
-            // What an earlier sequence has in common with this one is shared again.
-            let common =
-                |of: &Sequence| of.tokens.iter().zip(&sequence.tokens).take_while(|(a, b)| a == b).count();
-            let earlier = self.sequences[..i].iter().map(common).enumerate().max_by_key(|&(_, n)| n);
-            let (id, shared) = match earlier {
-                Some((of, shared)) if shared > 0 => {
-                    let id = new.fork(SequenceId(of as u32))?;
-                    new.truncate(id, shared as u32)?;
-                    (id, shared)
+            let id = SequenceId(i as u32);
+            let branches = shared.iter().enumerate().filter(|(_, (of, n))| *of == i && *n > 0);
+            let mut ends: Vec<_> = branches.map(|(to, &(_, n))| (n, Some(SequenceId(to as u32)))).collect();
+            ends.push((sequence.tokens.len(), None));
+            ends.sort_by_key(|(end, _)| *end);
+            let mut done = shared[i].1;
+            for (end, branch) in ends {
+                for tokens in sequence.tokens[done..end].chunks(self.limits.tokens as usize) {
+                    new.step(&[Run { sequence: id, tokens, wanted: Wanted::Nothing }], Head::Logits)?;
                 }
-                _ => (new.add_sequence(), 0),
-            };
-            for tokens in sequence.tokens[shared..].chunks(self.limits.tokens as usize) {
-                new.step(&[Run { sequence: id, tokens, wanted: Wanted::Nothing }], Head::Logits)?;
+                done = end;
+                if let Some(to) = branch {
+                    new.share(id, to);
+                }
             }
         }
         for (new, old) in new.sequences.iter_mut().zip(&self.sequences) {
@@ -380,32 +450,48 @@ impl Session {
 
     /// Forgets a sequence's positions from `len` on.
     ///
+    /// A layer with a window has dropped what is far enough before it. A sequence can therefore be taken back to before its last
+    /// step, by [`SessionOptions::rewind`] positions, or to nothing; further back may be refused.
+    ///
     /// # Errors
-    /// [`Error::Argument`] if there is no such sequence.
+    /// [`Error::Argument`] if there is no such sequence, or if it no longer has what position `len` sees; then it stays as it is.
     pub fn truncate(&mut self, id: SequenceId, len: u32) -> Result<()> {
-        self.get(id)?;
+        let sequence = self.get(id)?;
+        if len != 0 && !self.has_window(sequence, len) {
+            let expected = format!("0, or a position at most {} before the last step", self.options.rewind);
+            return Err(Error::argument(
+                "truncated length",
+                expected,
+                format!("{len} of {}", sequence.len()),
+            ));
+        }
         let sequence = &mut self.sequences[id.0 as usize];
         sequence.tokens.truncate(len as usize);
         let keep = sequence.len().div_ceil(PAGE_POSITIONS) as usize;
-        while sequence.pages.len() > keep {
-            let Some(page) = sequence.pages.pop() else { break };
-            let uses = &mut self.page_uses[page as usize];
-            *uses -= 1;
-            if *uses == 0 {
-                self.free_pages.push(page);
-            }
+        for (table, pool) in sequence.tables.iter_mut().zip(&mut self.pools) {
+            table.drain(keep.min(table.len())..).for_each(|page| pool.release(page));
         }
         Ok(())
     }
 
-    /// Forgets a sequence's positions from the first one on that differs from `tokens`, and says how many are left.
+    /// Whether a sequence has all that its position `at` sees, as far as it has come.
+    fn has_window(&self, sequence: &Sequence, at: u32) -> bool {
+        let at = at.min(sequence.len());
+        let mut tables = sequence.tables.iter().zip(&self.pools);
+        tables.all(|(table, pool)| table.get(pool.first_kept(at, 0)) != Some(&NO_PAGE))
+    }
+
+    /// Forgets a sequence's positions from the first one on that differs from `tokens`, and says how many are left. Where windows
+    /// have dropped what the next position sees, none are: see [`Session::truncate`].
     ///
     /// # Errors
     /// [`Error::Argument`] if there is no such sequence.
     pub fn reuse(&mut self, id: SequenceId, tokens: &[u32]) -> Result<usize> {
-        let same = self.get(id)?.tokens.iter().zip(tokens).take_while(|(have, want)| have == want).count();
-        self.truncate(id, same as u32)?;
-        Ok(same)
+        let sequence = self.get(id)?;
+        let same = sequence.tokens.iter().zip(tokens).take_while(|(have, want)| have == want).count();
+        let kept = if self.has_window(sequence, same as u32) { same } else { 0 };
+        self.truncate(id, kept as u32)?;
+        Ok(kept)
     }
 
     /// Ends a sequence and frees its pages.
@@ -433,10 +519,10 @@ impl Session {
         for run in runs {
             self.make_room(run.sequence, run.tokens.len() as u32)?;
         }
-        let mut spans = [Span { pages: &[], start: 0, len: 0 }; MAX_RUNS];
+        let mut spans = [Span { tables: &[], start: 0, len: 0 }; MAX_RUNS];
         for (span, run) in spans.iter_mut().zip(runs) {
             let sequence = &self.sequences[run.sequence.0 as usize];
-            *span = Span { pages: &sequence.pages, start: sequence.len(), len: run.tokens.len() as u32 };
+            *span = Span { tables: &sequence.tables, start: sequence.len(), len: run.tokens.len() as u32 };
         }
         let step = Step {
             spans: &spans[..runs.len()],
@@ -529,43 +615,59 @@ impl Session {
         Ok(())
     }
 
-    /// Gives a sequence pages of its own for `more` positions.
+    /// Gives a sequence pages of its own for `more` positions, and drops those that no window needs any more.
     fn make_room(&mut self, id: SequenceId, more: u32) -> Result<()> {
-        let len = self.get(id)?.len();
-        let end = u64::from(len) + u64::from(more);
-        let need = end.div_ceil(PAGE_POSITIONS.into()) as usize;
-        let full = |have: u64| Error::ContextFull { need: end, have };
-        let positions = u64::from(self.positions);
-        if end > positions {
-            return Err(full(positions));
+        let end = self.get(id)?.len().saturating_add(more);
+        if end > self.positions {
+            return Err(Error::ContextFull { need: end.into(), have: self.positions.into() });
         }
-        while self.sequences[id.0 as usize].pages.len() < need {
-            let page = self.free_pages.pop().ok_or_else(|| full(positions))?;
-            self.page_uses[page as usize] = 1;
-            self.sequences[id.0 as usize].pages.push(page);
+        (0..self.pools.len()).try_for_each(|group| self.make_room_in(group, id, end))
+    }
+
+    /// The same in one KV group, for positions up to `end`.
+    fn make_room_in(&mut self, group: usize, id: SequenceId, end: u32) -> Result<()> {
+        let (pool, sequence) = (&mut self.pools[group], &mut self.sequences[id.0 as usize]);
+        let (len, table) = (sequence.len(), &mut sequence.tables[group]);
+        let full = match pool.window {
+            None => Error::ContextFull { need: end.into(), have: self.positions.into() },
+            Some(window) => Error::WindowsFull { window, sequences: self.options.sequences },
+        };
+        let first = pool.first_kept(len, self.options.rewind);
+        let dropped = table.iter_mut().take(first).rev().take_while(|page| **page != NO_PAGE);
+        dropped.for_each(|page| pool.release(std::mem::replace(page, NO_PAGE)));
+        let need = end.div_ceil(PAGE_POSITIONS) as usize;
+        while table.len() < need {
+            let page = if table.len() < first { Some(NO_PAGE) } else { pool.take() };
+            let Some(page) = page else { return Err(full) };
+            table.push(page);
         }
         // A page that another sequence shares is copied before the first write to it.
         for i in (len / PAGE_POSITIONS) as usize..need {
-            let shared = self.sequences[id.0 as usize].pages[i];
-            if self.page_uses[shared as usize] > 1 {
-                let page = self.free_pages.pop().ok_or_else(|| full(positions))?;
-                self.copy_page(shared, page)?;
-                self.page_uses[shared as usize] -= 1;
-                self.page_uses[page as usize] = 1;
-                self.sequences[id.0 as usize].pages[i] = page;
+            let shared = self.sequences[id.0 as usize].tables[group][i];
+            if self.pools[group].uses[shared as usize] > 1 {
+                let Some(page) = self.pools[group].take() else { return Err(full) };
+                self.copy_page(group, shared, page)?;
+                self.pools[group].release(shared);
+                self.sequences[id.0 as usize].tables[group][i] = page;
             }
         }
         Ok(())
     }
 
-    fn copy_page(&self, from: u32, to: u32) -> Result<()> {
-        for (state, buffer) in self.program.states.iter().zip(&self.states) {
+    fn copy_page(&self, group: usize, from: u32, to: u32) -> Result<()> {
+        for (state, buffer) in self.states_of(group) {
             let bytes = state.page_bytes();
             let mut content = vec![0; bytes as usize];
             self.backend.read(buffer, u64::from(from) * bytes, &mut content)?;
             upload(&*self.backend, buffer, u64::from(to) * bytes, &content)?;
         }
         Ok(())
+    }
+
+    /// The states of a KV group and their buffers.
+    fn states_of(&self, group: usize) -> impl Iterator<Item = (&State, &Buffer)> {
+        let states = self.program.states.iter().zip(&self.states);
+        states.filter(move |(state, _)| self.program.kv_group(state) == group)
     }
 
     /// The logits of the last step's outputs, one row after the other, if it was run with [`Head::Logits`].

@@ -64,6 +64,11 @@ pub struct DraftModel {
 impl DraftModel {
     /// Drafts of at most `most` tokens for the model of `target`.
     ///
+    /// A session whose model has windows should be able to go back `most` positions ([`SessionOptions::rewind`]): otherwise it may
+    /// have to run a text again after a wrong draft.
+    ///
+    /// [`SessionOptions::rewind`]: crate::session::SessionOptions::rewind
+    ///
     /// # Errors
     /// [`Error::Argument`] if the two vocabularies differ.
     pub fn new(mut session: Session, target: &Session, most: usize) -> Result<DraftModel> {

@@ -36,6 +36,9 @@ pub(crate) fn validate(program: &Program) -> Result<()> {
         }
     }
     for s in &program.states {
+        if !program.windows.contains(&s.window) {
+            return Err(Error::Program(format!("state `{}` is in no KV group", s.name)));
+        }
         if [s.kv_heads, s.key_dim, s.value_dim].iter().any(|&n| n == 0 || n > 1 << 16) || s.window == Some(0)
         {
             return Err(Error::Program(format!(
@@ -49,9 +52,9 @@ pub(crate) fn validate(program: &Program) -> Result<()> {
                 s.name
             )));
         }
-        if !matches!(s.format, Format::F32 | Format::F16 | Format::Q8_0) {
+        if !matches!(s.format, Format::F32 | Format::F16 | Format::Q8_0 | Format::Q4_0) {
             return Err(Error::Program(format!(
-                "state `{}`: KV format {} is not supported (F32, F16 or Q8_0)",
+                "state `{}`: KV format {} is not supported (F32, F16, Q8_0 or Q4_0)",
                 s.name,
                 s.format.name()
             )));

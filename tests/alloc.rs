@@ -1,5 +1,8 @@
 //! A decode step allocates nothing: memory is reserved when a session is made.
 
+#[allow(dead_code, reason = "other tests use the rest")]
+mod common;
+
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -7,6 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use halite::Model;
 use halite::backend::Backend;
 use halite::backend::cpu::Cpu;
+use halite::map::Source;
 use halite::sampler::{Sampler, SamplerOptions};
 use halite::session::{Head, Run, Session, SessionOptions, Wanted};
 
@@ -46,9 +50,13 @@ fn count(f: impl FnOnce()) -> usize {
 #[test]
 fn a_decode_step_allocates_nothing() {
     let files = ["models/austen/halite-austen.gguf", "tests/data/golden/llama-Q4_K_M.gguf"];
-    for file in files {
-        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(file);
-        let model = Arc::new(Model::open(path).unwrap());
+    let path = |file: &str| std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(file);
+    let mut models: Vec<Model> = files.iter().map(|file| Model::open(path(file)).unwrap()).collect();
+    // Its window is passed, so that giving a page back is counted too.
+    let windowed = Source::from_bytes("windowed", &common::gguf::windowed().bytes());
+    models.push(Model::from_source(windowed).unwrap());
+    for model in models {
+        let model = Arc::new(model);
         let backend: Arc<dyn Backend> = Arc::new(Cpu::new(2).unwrap());
         let options = SessionOptions { context: 256, batch: 32, ..Default::default() };
         let mut session = Session::new(&model, &backend, &options, &mut |_| {}).unwrap();
@@ -76,6 +84,6 @@ fn a_decode_step_allocates_nothing() {
                 session.step(&[Run { sequence, tokens: &[7], wanted: Wanted::Last }], Head::ArgMax).unwrap();
             }
         });
-        assert_eq!(steps, 0, "{file}");
+        assert_eq!(steps, 0, "{}", model.name());
     }
 }

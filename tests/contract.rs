@@ -62,6 +62,7 @@ fn session_in(kv_format: Format, model: &Arc<Model>, backend: &Arc<dyn Backend>,
         batch: 128,
         outputs: 128,
         taps: taps.iter().map(|t| t.to_string()).collect(),
+        ..Default::default()
     };
     Session::new(model, backend, &options, &mut |_| {}).unwrap()
 }
@@ -228,7 +229,8 @@ fn a_cache_of_any_format_gives_the_same_bits_and_stays_close_to_single_precision
     let tokens = tokens(&model);
     let reference: Arc<dyn Backend> = Arc::new(Reference::new());
     let exact = logits_in(Format::F32, &model, &best(), &tokens, 128);
-    for (format, bound) in [(Format::F32, 0.0), (Format::F16, 1e-4), (Format::Q8_0, 3e-4)] {
+    let formats = [(Format::F32, 0.0), (Format::F16, 1e-4), (Format::Q8_0, 3e-4), (Format::Q4_0, 1e-2)];
+    for (format, bound) in formats {
         let want = logits_in(format, &model, &best(), &tokens, 128);
         for isa in Isa::NAMES.iter().filter(|isa| Isa::from_name(isa).is_some()) {
             for (threads, chunk) in [(1, 128), (1, 5), (3, 1), (3, 20)] {
@@ -253,21 +255,15 @@ fn a_cache_of_any_format_gives_the_same_bits_and_stays_close_to_single_precision
 }
 
 #[test]
-fn a_cache_in_q8_0_needs_whole_blocks() {
-    let lookup = |_: &str| None;
-    let mut builder = Builder::new("odd heads", &lookup);
-    let (key_dim, value_dim, format) = (80, 64, Format::Q8_0);
-    builder.state(State {
-        name: "kv.0".into(),
-        kv_heads: 1,
-        key_dim,
-        value_dim,
-        format,
-        window: None,
-        causal: true,
-    });
-    let error = builder.finish().and_then(|p| p.validate()).unwrap_err().to_string();
-    assert!(error.contains("kv.0") && error.contains("blocks of 32") && error.contains("80"), "{error}");
+fn a_cache_of_codes_needs_whole_blocks() {
+    for format in [Format::Q8_0, Format::Q4_0] {
+        let lookup = |_: &str| None;
+        let mut builder = Builder::new("odd heads", &lookup);
+        let (name, kv_heads, key_dim, value_dim, causal) = ("kv.0".into(), 1, 80, 64, true);
+        builder.state(State { name, kv_heads, key_dim, value_dim, format, window: None, causal });
+        let error = builder.finish().and_then(|p| p.validate()).unwrap_err().to_string();
+        assert!(error.contains("kv.0") && error.contains("blocks of 32") && error.contains("80"), "{error}");
+    }
 }
 
 #[test]
@@ -359,7 +355,8 @@ fn run(backend: &dyn Backend, model: &Model, program: Program, tokens: &[u32]) -
     let states: Vec<_> = program.states.iter().map(|s| alloc(2 * s.page_bytes(), Usage::State)).collect();
     let bytes = |t: &halite::program::Tensor| 4 * u64::from(n) * u64::from(t.cols);
     let io: Vec<_> = program.io.iter().map(|&id| alloc(bytes(program.tensor(id)), Usage::Io)).collect();
-    let spans = [Span { pages: &[1, 0], start: 0, len: n }];
+    let tables = vec![vec![1, 0]; program.windows.len()];
+    let spans = [Span { tables: &tables, start: 0, len: n }];
     let outputs: Vec<u32> = (0..n).collect();
     let cancel = Cancel::default();
     let step = Step { spans: &spans, tokens, outputs: &outputs, cancel: &cancel };

@@ -66,7 +66,7 @@ fn error(folder: &Path, model: &Arc<Model>, backend: &Arc<dyn Backend>) -> f64 {
     let want: Vec<f32> = want.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect();
     let program = ProgramOptions { kv_format: Format::F32 };
     let count = tokens.len() as u32;
-    let options = SessionOptions { context: 64, batch: count, outputs: count, program, taps: Vec::new() };
+    let options = SessionOptions { context: 64, batch: count, outputs: count, program, ..Default::default() };
     let mut session = Session::new(model, backend, &options, &mut |_| {}).unwrap();
     let sequence = session.add_sequence();
     session.step(&[Run { sequence, tokens: &tokens, wanted: Wanted::All }], Head::Logits).unwrap();

@@ -586,6 +586,7 @@ fn versions_2_and_3_are_alike() {
         phi3(),
         gpt2(),
         gpt_oss(),
+        windowed(),
         bpe(),
         wordpiece(),
         unigram(),

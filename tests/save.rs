@@ -58,7 +58,7 @@ fn continued(session: &mut Session, sequence: SequenceId) -> Vec<u32> {
 #[test]
 fn a_restored_sequence_goes_on() {
     let model = golden();
-    for kv in [Format::F32, Format::F16, Format::Q8_0] {
+    for kv in [Format::F32, Format::F16, Format::Q8_0, Format::Q4_0] {
         let mut old = session(&model, cpu(), 256, kv);
         let id = old.add_sequence();
         let tokens: Vec<u32> = (0..100).map(|i| i % 50).collect();

@@ -220,7 +220,9 @@ fn workloads_add_up() {
     near(e.first_token_s, 8.0 * e.prefill.total().seconds, 1e-9);
     near(e.seconds, e.first_token_s + 99.0 * e.step_s, 1e-9);
     near(e.tokens_per_s, 4.0 / e.step_s, 1e-9);
-    assert!(e.fits() && e.need_bytes == program.weight_bytes() + 4 * program.kv_bytes(1100));
+    assert!(
+        e.fits() && e.need_bytes == program.weight_bytes() + 4 * program.kv_bytes(|_| 1100u64.div_ceil(64))
+    );
     let rests: f64 = e.rests_on().values().sum();
     near(rests, 1.0, 1e-9);
     assert!(e.rests_on()[&Basis::Guess] > 0.1 && e.joules_per_token.unwrap() > 0.0);

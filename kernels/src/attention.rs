@@ -7,9 +7,10 @@
 //! multiply-adds. Chunks are merged in order. How work is split never shows.
 //!
 //! A page holds one chunk: keys transposed, `[kv_heads][key_dim][CHUNK]`, so that a lane is a position and no score needs a
-//! reduction; then values `[kv_heads][CHUNK][value_dim]`. In Q8_0 these are the codes, one byte each, and the scales follow in
+//! reduction; then values `[kv_heads][CHUNK][value_dim]`. In Q8_0 and Q4_0 these are the codes, and the scales follow in
 //! half precision, little-endian: `[kv_heads][key_dim / 32][CHUNK]` of the keys, then `[kv_heads][value_dim / 32][CHUNK]` of the
-//! values. An element is scale times code, which f32 holds exactly.
+//! values. An element is scale times code, which f32 holds exactly. A code of Q8_0 is a byte. Of each 32 codes of Q4_0, in the
+//! order in which they lie, byte i has number i in its low half and number i + 16 in its high half, each plus 8.
 //!
 //! Scores and sums of values are the same product of a few rows (a row is a query head of a token) with 64 columns: positions the
 //! one time, elements the other. Its second factor is read where it lies in the page and turned to f32 in registers; codes that many
@@ -20,12 +21,13 @@
 use core::ops::Range;
 
 use crate::activation;
+use crate::formats::q4_0;
 use crate::isa::{Isa, WithIsa};
 use crate::math;
 
 /// Positions in a chunk and in a page.
 pub const CHUNK: usize = 64;
-/// Elements that share a scale in Q8_0.
+/// Elements that share a scale in Q8_0 and Q4_0.
 pub const BLOCK: usize = 32;
 const RUNS: usize = CHUNK / 16;
 
@@ -34,9 +36,9 @@ const RUNS: usize = CHUNK / 16;
 pub struct PageShape {
     /// Heads with keys and values of their own.
     pub kv_heads: usize,
-    /// Elements of a key; a multiple of [`BLOCK`] in Q8_0.
+    /// Elements of a key; a multiple of [`BLOCK`] where these share a scale.
     pub key_dim: usize,
-    /// Elements of a value; a multiple of [`BLOCK`] in Q8_0.
+    /// Elements of a value; a multiple of [`BLOCK`] where these share a scale.
     pub value_dim: usize,
 }
 
@@ -51,6 +53,11 @@ impl PageShape {
         self.elements() + self.elements() / BLOCK * 2
     }
 
+    /// Bytes of a page in Q4_0.
+    pub const fn q4_0_bytes(&self) -> usize {
+        self.elements() / 2 + self.elements() / BLOCK * 2
+    }
+
     /// Where element `d` of the keys of all heads starts, one place for each position.
     const fn key(&self, d: usize) -> usize {
         d * CHUNK
@@ -59,11 +66,6 @@ impl PageShape {
     /// Where the value of a head at a position starts.
     const fn value(&self, head: usize, slot: usize) -> usize {
         (self.kv_heads * self.key_dim + head * self.value_dim) * CHUNK + slot * self.value_dim
-    }
-
-    /// Where the Q8_0 scales of a block of all keys' elements, and then of all values', start.
-    const fn scales(&self, block: usize) -> usize {
-        self.elements() + block * CHUNK * 2
     }
 }
 
@@ -74,8 +76,10 @@ pub enum Pages<'a> {
     F32(&'a [f32]),
     /// Half precision.
     F16(&'a [u16]),
-    /// Codes and scales.
+    /// Codes of eight bits and scales.
     Q8_0(&'a [i8]),
+    /// Codes of four bits and scales.
+    Q4_0(&'a [u8]),
 }
 
 /// A cache's elements, to write.
@@ -87,6 +91,8 @@ pub enum PagesMut<'a> {
     F16(&'a mut [u16]),
     /// Codes and scales by the formulas of [`crate::activation`].
     Q8_0(&'a mut [i8]),
+    /// Codes and scales by the formulas of [`crate::formats`].
+    Q4_0(&'a mut [u8]),
 }
 
 /// Stores one position's keys `[kv_heads][key_dim]` and values `[kv_heads][value_dim]` at `slot` of page `page`.
@@ -95,7 +101,8 @@ pub fn write(pages: &mut PagesMut<'_>, shape: PageShape, page: usize, slot: usiz
     match pages {
         PagesMut::F32(data) => write_as(data, shape, page, slot, k, v, |x| x),
         PagesMut::F16(data) => write_as(data, shape, page, slot, k, v, math::f32_to_f16),
-        PagesMut::Q8_0(data) => write_q8_0(data, shape, page, slot, k, v),
+        PagesMut::Q8_0(data) => write_codes(data, shape, page, slot, k, v),
+        PagesMut::Q4_0(data) => write_codes(data, shape, page, slot, k, v),
     }
 }
 
@@ -125,13 +132,14 @@ fn write_as<T>(
     }
 }
 
-fn write_q8_0(data: &mut [i8], shape: PageShape, page: usize, slot: usize, k: &[f32], v: &[f32]) {
-    let Some(data) = data.get_mut(place(page, shape.q8_0_bytes())) else { return };
+fn write_codes<T: Codes>(data: &mut [T], shape: PageShape, page: usize, slot: usize, k: &[f32], v: &[f32]) {
+    let Some(data) = data.get_mut(place(page, T::page_len(shape))) else { return };
     let keys = k.as_chunks::<BLOCK>().0;
     for (block, x) in keys.iter().chain(v.as_chunks::<BLOCK>().0).enumerate() {
-        let (scale, codes) = activation::q8_0(x);
-        for (at, byte) in scale.to_le_bytes().into_iter().enumerate() {
-            data[shape.scales(block) + 2 * slot + at] = byte as i8;
+        let (scale, codes) = T::quantise(x);
+        let scales = &mut data[T::scales_at(shape, block) + 2 * slot..];
+        for (place, byte) in scales.iter_mut().zip(scale.to_le_bytes()) {
+            *place = T::from_byte(byte);
         }
         for (i, code) in codes.into_iter().enumerate() {
             let at = match block.checked_sub(keys.len()) {
@@ -141,7 +149,7 @@ fn write_q8_0(data: &mut [i8], shape: PageShape, page: usize, slot: usize, k: &[
                     shape.value(d / shape.value_dim, slot) + d % shape.value_dim
                 }
             };
-            data[at] = code;
+            T::put(data, at, code);
         }
     }
 }
@@ -229,46 +237,152 @@ pub const fn chunks(position: usize, window: Option<u32>) -> Range<usize> {
     first / CHUNK..end.div_ceil(CHUNK)
 }
 
-/// An element type of the cache.
+/// What a cache consists of.
 trait Element: Copy + Default {
     /// Whether elements are codes, with scales.
     const SCALED: bool = false;
-    fn lanes<I: Isa>(isa: I, x: &[Self; 16]) -> I::F;
+    /// Elements in one of these.
+    const PACKED: usize = 1;
 
-    /// Sixteen scales.
+    /// How many of these a page takes.
+    fn page_len(shape: PageShape) -> usize {
+        shape.elements() / Self::PACKED
+    }
+
+    /// `R` times sixteen elements from number `at` on, a multiple of sixteen times `R`.
+    fn lanes<I: Isa, const R: usize>(isa: I, x: &[Self], at: usize) -> [I::F; R];
+
+    /// Sixteen scales of block `block`, for the positions from `slot` on.
     #[inline(always)]
-    fn scales<I: Isa>(isa: I, _: &[Self]) -> I::F {
+    fn scales<I: Isa>(isa: I, _page: &[Self], _shape: PageShape, _block: usize, _slot: usize) -> I::F {
         isa.splat(1.0)
     }
 }
 
+/// `R` vectors, each loaded from sixteen elements.
+#[inline(always)]
+fn loaded<T, F: Copy, const R: usize>(x: &[T], at: usize, load: impl Fn(&[T; 16]) -> F) -> [F; R] {
+    let x = x[at..][..16 * R].as_chunks::<16>().0;
+    core::array::from_fn(|run| load(&x[run]))
+}
+
 impl Element for f32 {
     #[inline(always)]
-    fn lanes<I: Isa>(isa: I, x: &[f32; 16]) -> I::F {
-        isa.load(x)
+    fn lanes<I: Isa, const R: usize>(isa: I, x: &[f32], at: usize) -> [I::F; R] {
+        loaded(x, at, |x| isa.load(x))
     }
 }
 
 impl Element for u16 {
     #[inline(always)]
-    fn lanes<I: Isa>(isa: I, x: &[u16; 16]) -> I::F {
-        isa.load_f16(x)
+    fn lanes<I: Isa, const R: usize>(isa: I, x: &[u16], at: usize) -> [I::F; R] {
+        loaded(x, at, |x| isa.load_f16(x))
+    }
+}
+
+/// What a cache of codes consists of, its scales included.
+trait Codes: Element {
+    /// A block's scale and codes.
+    fn quantise(x: &[f32; BLOCK]) -> (u16, [i8; BLOCK]);
+    /// Stores the code of element `at` of a page.
+    fn put(page: &mut [Self], at: usize, code: i8);
+    /// A byte of a scale.
+    fn from_byte(byte: u8) -> Self;
+    /// See [`Codes::from_byte`].
+    fn byte(self) -> u8;
+
+    /// Where the scales of a block of all keys' elements, and then of all values', start.
+    #[inline(always)]
+    fn scales_at(shape: PageShape, block: usize) -> usize {
+        shape.elements() / Self::PACKED + block * CHUNK * 2
+    }
+
+    /// See [`Element::scales`].
+    #[inline(always)]
+    fn load_scales<I: Isa>(isa: I, page: &[Self], shape: PageShape, block: usize, slot: usize) -> I::F {
+        let bytes = page.get(Self::scales_at(shape, block) + 2 * slot..).unwrap_or(&[]);
+        let mut bits = [0; 16];
+        for (bits, x) in bits.iter_mut().zip(bytes.as_chunks::<2>().0) {
+            *bits = u16::from_le_bytes([x[0].byte(), x[1].byte()]);
+        }
+        isa.load_f16(&bits)
     }
 }
 
 impl Element for i8 {
     const SCALED: bool = true;
-    #[inline(always)]
-    fn lanes<I: Isa>(isa: I, x: &[i8; 16]) -> I::F {
-        isa.load_i8(x)
+    fn page_len(shape: PageShape) -> usize {
+        shape.q8_0_bytes()
     }
     #[inline(always)]
-    fn scales<I: Isa>(isa: I, bytes: &[i8]) -> I::F {
-        let mut bits = [0; 16];
-        for (bits, x) in bits.iter_mut().zip(bytes.as_chunks::<2>().0) {
-            *bits = u16::from_le_bytes([x[0] as u8, x[1] as u8]);
+    fn lanes<I: Isa, const R: usize>(isa: I, x: &[i8], at: usize) -> [I::F; R] {
+        loaded(x, at, |x| isa.load_i8(x))
+    }
+    #[inline(always)]
+    fn scales<I: Isa>(isa: I, page: &[i8], shape: PageShape, block: usize, slot: usize) -> I::F {
+        Self::load_scales(isa, page, shape, block, slot)
+    }
+}
+
+impl Codes for i8 {
+    fn quantise(x: &[f32; BLOCK]) -> (u16, [i8; BLOCK]) {
+        activation::q8_0(x)
+    }
+    fn put(page: &mut [i8], at: usize, code: i8) {
+        page[at] = code;
+    }
+    #[inline(always)]
+    fn from_byte(byte: u8) -> i8 {
+        byte as i8
+    }
+    #[inline(always)]
+    fn byte(self) -> u8 {
+        self as u8
+    }
+}
+
+/// Codes of four bits.
+impl Element for u8 {
+    const SCALED: bool = true;
+    const PACKED: usize = 2;
+    fn page_len(shape: PageShape) -> usize {
+        shape.q4_0_bytes()
+    }
+    #[inline(always)]
+    fn lanes<I: Isa, const R: usize>(isa: I, x: &[u8], at: usize) -> [I::F; R] {
+        let x = x[at / BLOCK * 16..][..16 * R.div_ceil(2)].as_chunks::<16>().0;
+        let mut lanes = [isa.splat(0.0); R];
+        for (lanes, x) in lanes.chunks_mut(2).zip(x) {
+            let halves = isa.load_nibbles(x);
+            // One vector may be either half.
+            let first = if R == 1 { at / 16 % 2 } else { 0 };
+            lanes.copy_from_slice(&halves[first..first + lanes.len()]);
         }
-        isa.load_f16(&bits)
+        lanes
+    }
+    #[inline(always)]
+    fn scales<I: Isa>(isa: I, page: &[u8], shape: PageShape, block: usize, slot: usize) -> I::F {
+        Self::load_scales(isa, page, shape, block, slot)
+    }
+}
+
+impl Codes for u8 {
+    fn quantise(x: &[f32; BLOCK]) -> (u16, [i8; BLOCK]) {
+        let (scale, codes) = q4_0::codes(x);
+        let finite = x.iter().all(|x| x.is_finite());
+        (math::f32_to_f16(if finite { scale } else { f32::NAN }), codes.map(|code| code as i8))
+    }
+    fn put(page: &mut [u8], at: usize, code: i8) {
+        let (byte, shift) = (&mut page[at / BLOCK * 16 + at % 16], at / 16 % 2 * 4);
+        *byte = *byte & !(15 << shift) | (code as u8) << shift;
+    }
+    #[inline(always)]
+    fn from_byte(byte: u8) -> u8 {
+        byte
+    }
+    #[inline(always)]
+    fn byte(self) -> u8 {
+        self
     }
 }
 
@@ -280,6 +394,7 @@ impl WithIsa for Attend<'_> {
             Pages::F32(data) => attend(isa, self, data),
             Pages::F16(data) => attend(isa, self, data),
             Pages::Q8_0(data) => attend(isa, self, data),
+            Pages::Q4_0(data) => attend(isa, self, data),
         }
     }
 }
@@ -292,6 +407,7 @@ impl WithIsa for AttendChunks<'_> {
             Pages::F32(data) => attend_chunks(isa, self, data),
             Pages::F16(data) => attend_chunks(isa, self, data),
             Pages::Q8_0(data) => attend_chunks(isa, self, data),
+            Pages::Q4_0(data) => attend_chunks(isa, self, data),
         }
     }
 }
@@ -408,7 +524,7 @@ fn attend_rows<I: Isa, T: Element>(
     let mut valid = [(0, 0); ROWS];
     let end = positions[n - 1].1.div_ceil(CHUNK);
     let chunks = chunks.start.max(positions[0].0 / CHUNK)..chunks.end.min(end);
-    let len = if T::SCALED { a.shape.q8_0_bytes() } else { a.shape.elements() };
+    let len = T::page_len(a.shape);
     let start = |chunk: usize| a.table.get(chunk).map_or(usize::MAX, |&p| (p as usize).saturating_mul(len));
     for chunk in chunks {
         let Some(page) = data.get(start(chunk)..).and_then(|rest| rest.get(..len)) else { continue };
@@ -427,7 +543,7 @@ fn attend_rows<I: Isa, T: Element>(
         for d in (0..key_dim).step_by(CHUNK) {
             let first = a.kv_head * key_dim + d;
             let keys = Factor {
-                elements: &page[a.shape.key(first)..],
+                elements: &page[a.shape.key(first) / T::PACKED..],
                 stride: CHUNK,
                 rows: (0, (key_dim - d).min(CHUNK)),
                 scales: &scales(isa, page, a.shape, first / BLOCK),
@@ -471,7 +587,7 @@ fn attend_rows<I: Isa, T: Element>(
             let width = (value_dim - d).min(CHUNK);
             let first = a.shape.kv_heads * key_dim + a.kv_head * value_dim + d;
             let values = Factor {
-                elements: &page[a.shape.value(a.kv_head, 0) + d..],
+                elements: &page[(a.shape.value(a.kv_head, 0) + d) / T::PACKED..],
                 stride: value_dim,
                 rows: all,
                 scales: &scales(isa, page, a.shape, first / BLOCK),
@@ -538,9 +654,8 @@ fn scales<I: Isa, T: Element>(isa: I, page: &[T], shape: PageShape, first: usize
     let mut scales = [[1.0; CHUNK]; CHUNK / BLOCK];
     if T::SCALED {
         for (i, scales) in scales.iter_mut().enumerate() {
-            let block = page.get(shape.scales(first + i)..).unwrap_or(&[]);
-            for (block, scales) in block.chunks_exact(32).zip(scales.as_chunks_mut::<16>().0) {
-                isa.store(T::scales(isa, block), scales);
+            for (run, scales) in scales.as_chunks_mut::<16>().0.iter_mut().enumerate() {
+                isa.store(T::scales(isa, page, shape, first + i, 16 * run), scales);
             }
         }
     }
@@ -561,13 +676,22 @@ struct Factor<'a, T> {
 }
 
 impl<'a, T: Element> Factor<'a, T> {
-    /// Sixteen columns of a row that starts with `elements`.
+    /// `R` times sixteen columns of a row, from run number `first` on.
     #[inline(always)]
-    fn lanes<I: Isa, const KEYS: bool>(&self, isa: I, elements: &[T; 16], row: usize, run: usize) -> I::F {
-        let x = T::lanes(isa, elements);
-        if !T::SCALED {
-            x
-        } else if KEYS {
+    fn lanes<I: Isa, const KEYS: bool, const R: usize>(&self, isa: I, row: usize, first: usize) -> [I::F; R] {
+        let mut x = T::lanes::<I, R>(isa, self.elements, row * self.stride + 16 * first);
+        if T::SCALED {
+            for run in 0..R {
+                x[run] = self.scaled::<I, KEYS>(isa, x[run], row, first + run);
+            }
+        }
+        x
+    }
+
+    /// Sixteen codes times their scales.
+    #[inline(always)]
+    fn scaled<I: Isa, const KEYS: bool>(&self, isa: I, x: I::F, row: usize, run: usize) -> I::F {
+        if KEYS {
             isa.mul(x, isa.load(&self.scales[row / BLOCK].as_chunks::<16>().0[run]))
         } else {
             isa.mul(x, isa.splat(self.scales[run * 16 / BLOCK][row]))
@@ -588,14 +712,16 @@ impl<'a, T: Element> Factor<'a, T> {
         for k in self.rows.0..self.rows.1 {
             for (run, out) in tile[k].as_chunks_mut::<16>().0.iter_mut().take(width.div_ceil(16)).enumerate()
             {
-                let rest = &self.elements[k * self.stride + 16 * run..];
-                // Zeros after the end of the page.
-                let mut padded = [T::default(); 16];
-                let elements = rest.first_chunk().unwrap_or_else(|| {
+                let at = k * self.stride + 16 * run;
+                let [x] = if at + 16 <= self.elements.len() * T::PACKED {
+                    self.lanes::<I, KEYS, 1>(isa, k, run)
+                } else {
+                    // Zeros after the end of the page, which is within a run only where nothing is packed.
+                    let (rest, mut padded) = (&self.elements[at / T::PACKED..], [T::default(); 16]);
                     padded[..rest.len()].copy_from_slice(rest);
-                    &padded
-                });
-                isa.store(self.lanes::<I, KEYS>(isa, elements, k, run), out);
+                    T::lanes::<I, 1>(isa, &padded, 0)
+                };
+                isa.store(x, out);
             }
         }
         Factor {
@@ -663,15 +789,11 @@ fn product<I: Isa, T: Element, const KEYS: bool, const N: usize, const R: usize>
             }
         }
         for k in b.rows.0..b.rows.1 {
-            let elements = &b.elements[k * b.stride + 16 * first..][..16 * R];
-            for line in (0..size_of_val(elements)).step_by(64) {
-                isa.prefetch::<false, _>(elements, b.ahead.wrapping_add(line));
+            let ahead = &b.elements[(k * b.stride + 16 * first) / T::PACKED..];
+            for line in (0..16 * R * size_of::<T>() / T::PACKED).step_by(64) {
+                isa.prefetch::<false, _>(ahead, b.ahead.wrapping_add(line));
             }
-            let elements = elements.as_chunks::<16>().0;
-            let mut x = [isa.splat(0.0); R];
-            for run in 0..R {
-                x[run] = b.lanes::<I, KEYS>(isa, &elements[run], k, first + run);
-            }
+            let x = b.lanes::<I, KEYS, R>(isa, k, first);
             for h in 0..N {
                 let factor = isa.splat(rows[h][k]);
                 for run in 0..R {

@@ -1,7 +1,10 @@
 //! Attention split over chunks is the whole attention, bit for bit.
 #![cfg(feature = "std")]
 
-use halite_kernels::attention::{Attend, AttendChunks, CHUNK, Merge, PageShape, Pages, chunks};
+use halite_kernels::attention::{
+    Attend, AttendChunks, CHUNK, Merge, PageShape, Pages, PagesMut, chunks, write,
+};
+use halite_kernels::formats::Format;
 use halite_kernels::isa::Cpu;
 
 /// Numbers from -1 to 1.
@@ -72,5 +75,100 @@ fn chunks_merged_a_few_at_a_time_are_the_whole() {
             let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
             assert_eq!(bits(&got), bits(&expected), "{} at {position}", isa.name());
         }
+    }
+}
+
+/// What a page in Q4_0 holds are the blocks of the weight format, whose bytes are ggml's, with codes and scales where the page
+/// has them; positions beside the written ones stay as they were.
+#[test]
+fn a_page_in_q4_0_holds_its_blocks() {
+    let shape = PageShape { kv_heads: 2, key_dim: 64, value_dim: 32 };
+    let (keys, values_of) = (shape.kv_heads * shape.key_dim, shape.kv_heads * shape.value_dim);
+    let mut data = vec![0xa5; 3 * shape.q4_0_bytes()];
+    let before = data.clone();
+    let mut x: Vec<f32> = values((keys + values_of) * CHUNK);
+    x[5] = f32::NAN;
+    x[40..72].fill(0.0);
+    let slots = [0, 1, 15, 16, 17, 40, 63];
+    for slot in slots {
+        let (k, v) = x[slot * (keys + values_of)..][..keys + values_of].split_at(keys);
+        write(&mut PagesMut::Q4_0(&mut data), shape, 1, slot, k, v);
+    }
+    let (written, rest) = data.split_at(2 * shape.q4_0_bytes());
+    let (first, page) = written.split_at(shape.q4_0_bytes());
+    assert!(first == &before[..first.len()] && rest == &before[..rest.len()], "other pages stay");
+    let (codes, scales) = page.split_at(shape.elements() / 2);
+    let code = |at: usize| (codes[at / 32 * 16 + at % 16] >> (at % 32 / 16 * 4)) & 15;
+    for slot in 0..CHUNK {
+        for d in 0..keys + values_of {
+            let block = d / 32;
+            let at = match d.checked_sub(keys) {
+                None => d * CHUNK + slot,
+                Some(d) => {
+                    (keys + d / shape.value_dim * shape.value_dim) * CHUNK
+                        + slot * shape.value_dim
+                        + d % shape.value_dim
+                }
+            };
+            let scale = [scales[2 * (block * CHUNK + slot)], scales[2 * (block * CHUNK + slot) + 1]];
+            if !slots.contains(&slot) {
+                assert_eq!((code(at), scale), (if at % 32 < 16 { 5 } else { 10 }, [0xa5; 2]), "{slot} {d}");
+                continue;
+            }
+            let x = &x[slot * (keys + values_of) + 32 * block..][..32];
+            if x.iter().any(|x| x.is_nan()) {
+                assert_eq!(u16::from_le_bytes(scale) & 0x7c00, 0x7c00);
+                assert_ne!(u16::from_le_bytes(scale) & 0x03ff, 0);
+                continue;
+            }
+            let mut want = [0; 18];
+            Format::Q4_0.quantize(x, &mut want).unwrap();
+            let byte = want[2 + d % 16];
+            assert_eq!(
+                (code(at), scale),
+                (if d % 32 < 16 { byte & 15 } else { byte >> 4 }, [want[0], want[1]]),
+                "{slot} {d}"
+            );
+        }
+    }
+}
+
+/// Rows that share a pass, for which codes are turned to f32 once, find what each finds alone.
+#[test]
+fn codes_are_read_alike_for_few_rows_and_for_many() {
+    let shape = PageShape { kv_heads: 1, key_dim: 96, value_dim: 96 };
+    let mut codes = vec![0u8; 2 * shape.q4_0_bytes()];
+    for position in 0..2 * CHUNK {
+        let x = &values(shape.key_dim * (position + 1))[shape.key_dim * position..];
+        write(&mut PagesMut::Q4_0(&mut codes), shape, position / CHUNK, position % CHUNK, x, x);
+    }
+    const TOKENS: usize = 40;
+    let q = values(TOKENS * shape.key_dim);
+    for isa in Cpu::NAMES.iter().filter_map(|name| Cpu::from_name(name)) {
+        let attend = |out: &mut [f32], first: usize, tokens: usize| {
+            isa.run(Attend {
+                q: &q[first * shape.key_dim..][..tokens * shape.key_dim],
+                q_stride: shape.key_dim,
+                out,
+                out_stride: shape.value_dim,
+                tokens,
+                heads: 1,
+                pages: Pages::Q4_0(&codes),
+                shape,
+                table: &[0, 1],
+                kv_head: 0,
+                position: CHUNK + 10 + first,
+                causal: true,
+                window: None,
+                scale: 0.1,
+                softcap: None,
+                sinks: None,
+            });
+        };
+        let (mut all, mut each) = (vec![0.0; TOKENS * 96], vec![0.0; TOKENS * 96]);
+        attend(&mut all, 0, TOKENS);
+        each.chunks_exact_mut(96).enumerate().for_each(|(t, out)| attend(out, t, 1));
+        assert!(all.iter().all(|x| x.is_finite() && *x != 0.0));
+        assert_eq!(all, each, "{}", isa.name());
     }
 }

@@ -4,6 +4,9 @@ const KEYS: u32 = KV_HEADS * KEY_DIM;
 const VALUES: u32 = KV_HEADS * VALUE_DIM;
 const PAGE: u32 = 64u * (KEYS + VALUES);
 
+// The page that holds positions 64 i to 64 i + 63 of a token's sequence, in the table of the cache's group.
+fn page(token: u32, i: u32) -> u32 { return step[step[STEP_TABLES + token] + i]; }
+
 // Where an element of the keys of all heads is.
 fn key_place(d: u32, slot: u32) -> u32 { return d * 64u + slot; }
 

@@ -90,7 +90,8 @@ pub(crate) struct AttendArgs<'a> {
     pub heads: usize,
     pub pages: Pages<'a>,
     pub shape: PageShape,
-    /// Each token's pages and position.
+    /// The KV group, and each token's pages in it and position.
+    pub group: usize,
     pub tokens: &'a Tokens<'a>,
     pub window: Option<u32>,
     pub causal: bool,
@@ -112,17 +113,18 @@ pub(crate) struct Tokens<'a> {
 }
 
 impl<'a> Tokens<'a> {
-    /// A token's pages and position.
-    pub fn place(&self, token: usize) -> (&'a [u32], u32) {
+    /// A token's pages in a KV group, and its position.
+    pub fn place(&self, token: usize, group: usize) -> (&'a [u32], u32) {
         let span = self.span.get(token).and_then(|&s| self.spans.get(s as usize));
-        (span.map_or(&[], |s| s.pages), self.position.get(token).copied().unwrap_or(0))
+        let table = span.and_then(|s| s.tables.get(group));
+        (table.map_or(&[], |t| &t[..]), self.position.get(token).copied().unwrap_or(0))
     }
 }
 
 impl<'a> AttendArgs<'a> {
     /// A token's pages and the last position that it sees.
     pub fn sees(&self, token: usize) -> (&'a [u32], u32) {
-        let (pages, position) = self.tokens.place(token);
+        let (pages, position) = self.tokens.place(token, self.group);
         let span = self.tokens.span.get(token).and_then(|&s| self.tokens.spans.get(s as usize));
         let end = span.map_or(0, |s| s.start.saturating_add(s.len));
         (pages, if self.causal { position } else { end.saturating_sub(1) })
@@ -156,6 +158,7 @@ pub(crate) struct KvArgs<'a> {
     pub k: &'a [f32],
     pub v: &'a [f32],
     pub shape: PageShape,
+    pub group: usize,
     pub tokens: &'a Tokens<'a>,
 }
 
@@ -187,7 +190,7 @@ pub(crate) trait Kernels: Send {
         let rows = args.k.chunks_exact(shape.kv_heads * shape.key_dim);
         let rows = rows.zip(args.v.chunks_exact(shape.kv_heads * shape.value_dim));
         for (t, (k, v)) in rows.enumerate() {
-            let (table, position) = args.tokens.place(t);
+            let (table, position) = args.tokens.place(t, args.group);
             let (chunk, slot) = (position / PAGE_POSITIONS, position % PAGE_POSITIONS);
             let page = table.get(chunk as usize).map_or(usize::MAX, |&p| p as usize);
             write_kv(pages, shape, page, slot as usize, k, v);
@@ -427,7 +430,7 @@ impl<K: Kernels> HostPlan<K> {
 
     /// Checks a step against the limits and notes where each token stands.
     fn place_tokens(&mut self, step: &Step<'_>) -> Result<()> {
-        check_step(step, self.limits)?;
+        check_step(step, &self.memory.program, self.limits)?;
         self.spans.clear();
         self.positions.clear();
         for (i, span) in step.spans.iter().enumerate() {
@@ -685,9 +688,11 @@ fn compute<K: Kernels>(
             let mut pages = match description.format {
                 Format::F16 => PagesMut::F16(bytemuck::cast_slice_mut(&mut guard)),
                 Format::Q8_0 => PagesMut::Q8_0(bytemuck::cast_slice_mut(&mut guard)),
+                Format::Q4_0 => PagesMut::Q4_0(bytemuck::cast_slice_mut(&mut guard)),
                 _ => PagesMut::F32(bytemuck::cast_slice_mut(&mut guard)),
             };
-            kernels.kv_write(&KvArgs { k: &k, v: &v, shape, tokens }, &mut pages);
+            let group = memory.program.kv_group(description);
+            kernels.kv_write(&KvArgs { k: &k, v: &v, shape, group, tokens }, &mut pages);
         }
         Op::Attend { q, state, heads, scale, softcap, sinks, .. } => {
             let q = memory.get(*q, step, b)?;
@@ -697,6 +702,7 @@ fn compute<K: Kernels>(
             let pages = match description.format {
                 Format::F16 => Pages::F16(bytemuck::try_cast_slice(guard.bytes()).unwrap_or(&[])),
                 Format::Q8_0 => Pages::Q8_0(bytemuck::try_cast_slice(guard.bytes()).unwrap_or(&[])),
+                Format::Q4_0 => Pages::Q4_0(guard.bytes()),
                 _ => Pages::F32(bytemuck::try_cast_slice(guard.bytes()).unwrap_or(&[])),
             };
             let args = AttendArgs {
@@ -704,6 +710,7 @@ fn compute<K: Kernels>(
                 heads: *heads as usize,
                 pages,
                 shape,
+                group: memory.program.kv_group(description),
                 tokens,
                 window: description.window,
                 causal: description.causal,

@@ -171,11 +171,15 @@ impl Cancel {
     }
 }
 
+/// In a page table, where a sequence has no page any more.
+pub const NO_PAGE: u32 = u32::MAX;
+
 /// A run of one sequence's tokens in a step.
 #[derive(Debug, Clone, Copy)]
 pub struct Span<'a> {
-    /// The sequence's KV pages, in order; they cover `start + len` positions.
-    pub pages: &'a [u32],
+    /// For each KV group ([`Program::windows`]) the sequence's pages in order: those of each state of the group. They cover
+    /// `start + len` positions. A page that is wholly before the window of the first token may be [`NO_PAGE`].
+    pub tables: &'a [Vec<u32>],
     /// Position of the first token.
     pub start: u32,
     /// Tokens.
@@ -316,8 +320,13 @@ pub(crate) fn check_support(backend: &dyn Backend, program: &Program) -> Result<
     Err(Error::Unsupported { backend: backend.caps().name.clone(), gaps })
 }
 
+/// The first page that tokens from position `start` on see through a window.
+pub(crate) fn first_page(start: u32, window: Option<u32>) -> usize {
+    halite_kernels::attention::chunks(start as usize, window).start
+}
+
 /// Checks a step against what a plan was prepared for.
-pub(crate) fn check_step(step: &Step<'_>, limits: Limits) -> Result<()> {
+pub(crate) fn check_step(step: &Step<'_>, program: &Program, limits: Limits) -> Result<()> {
     let tokens = step.tokens.len();
     if tokens == 0 || tokens > limits.tokens as usize {
         return Err(Error::argument("step tokens", format!("1 to {}", limits.tokens), tokens));
@@ -338,9 +347,22 @@ pub(crate) fn check_step(step: &Step<'_>, limits: Limits) -> Result<()> {
     }
     for span in step.spans {
         let end = u64::from(span.start) + u64::from(span.len);
-        let have = span.pages.len() as u64 * u64::from(PAGE_POSITIONS);
-        if end > have {
-            return Err(Error::argument("span", format!("at most {have} positions (its pages)"), end));
+        let groups = program.windows.len();
+        if span.tables.len() != groups {
+            return Err(Error::argument("span", format!("{groups} page tables"), span.tables.len()));
+        }
+        for (table, &window) in span.tables.iter().zip(&program.windows) {
+            let have = table.len() as u64 * u64::from(PAGE_POSITIONS);
+            if end > have {
+                return Err(Error::argument("span", format!("at most {have} positions (its pages)"), end));
+            }
+            // What is read must be there: no kernel looks for it.
+            let seen = table.get(first_page(span.start, window)..).unwrap_or(&[]);
+            if let Some(hole) = seen.iter().position(|&page| page == NO_PAGE) {
+                let at = table.len() - seen.len() + hole;
+                let expected = format!("a page for all that position {} sees", span.start);
+                return Err(Error::argument("page table", expected, format!("none at place {at}")));
+            }
         }
     }
     Ok(())

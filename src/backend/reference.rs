@@ -213,7 +213,7 @@ fn softmax(x: &mut [f32]) {
     x.iter_mut().for_each(|x| *x /= sum);
 }
 
-/// One element of the cache as f32: element `at` of page `page`, which in Q8_0 has scale `scale`.
+/// One element of the cache as f32: element `at` of page `page`, which in a format of blocks has scale `scale`.
 fn element(pages: &Pages<'_>, shape: PageShape, page: usize, at: usize, scale: usize) -> f32 {
     match pages {
         Pages::F32(data) => data[page * shape.elements() + at],
@@ -222,6 +222,13 @@ fn element(pages: &Pages<'_>, shape: PageShape, page: usize, at: usize, scale: u
             let page = &data[page * shape.q8_0_bytes()..][..shape.q8_0_bytes()];
             let scale = &page[shape.elements() + 2 * scale..];
             half::f16::from_le_bytes([scale[0] as u8, scale[1] as u8]).to_f32() * f32::from(page[at])
+        }
+        Pages::Q4_0(data) => {
+            let page = &data[page * shape.q4_0_bytes()..][..shape.q4_0_bytes()];
+            let scale = &page[shape.elements() / 2 + 2 * scale..];
+            let byte = page[at / 32 * 16 + at % 16];
+            let code = if at % 32 < 16 { byte & 15 } else { byte >> 4 };
+            half::f16::from_le_bytes([scale[0], scale[1]]).to_f32() * (f32::from(code) - 8.0)
         }
     }
 }

@@ -125,6 +125,8 @@ pub fn bench(args: &BenchArgs) -> Result<(), Failure> {
         context,
         batch: args.batch,
         program: args.kv.program(),
+        // Every repetition starts at the same depth.
+        rewind: tests.iter().map(|test| test.tokens()).max().unwrap_or(0),
         ..SessionOptions::default()
     };
     #[cfg(feature = "sim")]

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use clap::Args;
 use halite::chat::{self, Message, Template};
 use halite::generate::{Aids, Finish, GenerateOptions};
+use halite::session::SessionOptions;
 
 use super::run::rate;
 use super::{Failure, ModelArgs, SamplerArgs, print, read_text, tokenizer};
@@ -46,7 +47,9 @@ pub fn chat(args: &ChatArgs) -> Result<(), Failure> {
             "this model file has no chat template (tokenizer.chat_template): use `halite run`, or pass one with --template",
         )?,
     };
-    let mut session = args.model.session(&model, args.batch, 1)?;
+    // The next prompt may have the last answer in another form, as without its thoughts.
+    let session_options = SessionOptions { rewind: args.n, ..args.model.options(args.batch, 1) };
+    let mut session = args.model.session(&model, &session_options)?;
     // Ctrl-C ends an answer; before one, the command.
     let (cancel, answering) = (session.cancel(), Arc::new(AtomicBool::new(false)));
     let busy = answering.clone();

@@ -207,6 +207,8 @@ enum KvFormat {
     F32,
     #[value(name = "q8_0")]
     Q8_0,
+    #[value(name = "q4_0")]
+    Q4_0,
 }
 
 impl BackendArgs {
@@ -279,6 +281,7 @@ impl KvFormat {
             KvFormat::F16 => Format::F16,
             KvFormat::F32 => Format::F32,
             KvFormat::Q8_0 => Format::Q8_0,
+            KvFormat::Q4_0 => Format::Q4_0,
         };
         ProgramOptions { kv_format }
     }
@@ -312,19 +315,16 @@ impl ModelArgs {
         self.kv.program()
     }
 
+    fn options(&self, batch: u32, outputs: u32) -> SessionOptions {
+        SessionOptions { context: self.ctx, batch, outputs, program: self.program(), ..Default::default() }
+    }
+
     /// Opens a session, with a bar where it takes long.
-    fn session(&self, model: &Arc<Model>, batch: u32, outputs: u32) -> Result<Session, Failure> {
+    fn session(&self, model: &Arc<Model>, options: &SessionOptions) -> Result<Session, Failure> {
         let backend = self.backend.open()?;
-        let options = SessionOptions {
-            context: self.ctx,
-            batch,
-            outputs,
-            program: self.program(),
-            ..Default::default()
-        };
         let total = model.gguf().tensors().map(|t| t.record.bytes.len() as u64).sum();
         let bar = progress(total, "loading");
-        let session = Session::new(model, &backend, &options, &mut |done| bar.set_position(done))?;
+        let session = Session::new(model, &backend, options, &mut |done| bar.set_position(done))?;
         bar.finish_and_clear();
         Ok(session)
     }

@@ -112,11 +112,14 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
     let tokenizer = tokenizer(&model)?;
     let drafts = if args.draft.is_some() { args.draft_tokens } else { args.lookup };
     let outputs = drafts.saturating_add(1);
-    let mut session = args.model.session(&model, args.batch, outputs)?;
+    let session_options = args.model.options(args.batch, outputs);
+    let mut session = args.model.session(&model, &session_options)?;
     let mut drafter: Option<Box<dyn Drafter>> = match &args.draft {
         Some(file) => {
             let draft = ModelArgs { model: Some(file.clone()), ..args.model.clone() };
-            let draft = draft.session(&draft.open()?, args.batch, 1)?;
+            // A draft that is wrong from its first token on is taken back whole.
+            let options = SessionOptions { rewind: drafts, ..draft.options(args.batch, 1) };
+            let draft = draft.session(&draft.open()?, &options)?;
             Some(Box::new(DraftModel::new(draft, &session, drafts as usize)?))
         }
         None if drafts > 0 => Some(Box::new(Lookup::new(drafts as usize))),
@@ -180,13 +183,6 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
         session.save(sequence, &mut out)?;
         out.flush().map_err(failed)?;
     }
-    let session_options = SessionOptions {
-        context: args.model.ctx,
-        batch: args.batch,
-        outputs,
-        program: args.model.program(),
-        ..Default::default()
-    };
     let memory = footprint(&model, &**session.backend(), &session_options)?;
     if args.json {
         let report = json(&prompt, &generation, load, memory.working_bytes(), memory.weight_bytes);

@@ -102,7 +102,7 @@ pub fn logits(args: &LogitsArgs) -> Result<(), Failure> {
     let tokens = parse_ids(&args.tokens)?;
     let model = args.model.open()?;
     let batch = rows_per_step(model.hparams().vocab_size);
-    let mut session = args.model.session(&model, batch, batch)?;
+    let mut session = args.model.session(&model, &args.model.options(batch, batch))?;
     let sequence = session.add_sequence();
     let out = |e| format!("{}: {e}", args.out.display());
     let file = std::fs::File::create(&args.out).map_err(out)?;
@@ -162,7 +162,7 @@ pub fn perplexity(args: &PerplexityArgs) -> Result<(), Failure> {
     let vocab = model.hparams().vocab_size as usize;
     let batch = rows_per_step(vocab as u32).min(args.window);
     let context = ModelArgs { ctx: args.window, ..args.model.clone() };
-    let mut session = context.session(&model, batch, batch)?;
+    let mut session = context.session(&model, &context.options(batch, batch))?;
     let windows = tokens.len() / window;
     let bar = progress((windows * window) as u64, "perplexity");
     let (mut sum, mut sum_of_squares, mut count) = (0.0f64, 0.0f64, 0u64);

@@ -195,7 +195,8 @@ impl Probe {
         let Extent { start, tokens, .. } = self.extent;
         let pages: Vec<u32> = (0..(start + tokens).div_ceil(PAGE_POSITIONS)).collect();
         let ids = vec![0; tokens as usize];
-        let spans = [Span { pages: &pages, start, len: tokens }];
+        let tables = vec![pages; self.program.windows.len()];
+        let spans = [Span { tables: &tables, start, len: tokens }];
         let step = Step { spans: &spans, tokens: &ids, outputs: &[], cancel: &Cancel::default() };
         let bindings = Bindings { weights: &self.weights, states: &self.states, io: &self.io };
         let begin = Instant::now();

@@ -14,7 +14,7 @@ use crate::error::Result;
 use crate::numerics::Dtype;
 use crate::passes;
 use crate::profile::{Basis, Driver, Profile};
-use crate::program::Program;
+use crate::program::{PAGE_POSITIONS, Program};
 
 /// What is asked of a chip.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -201,7 +201,11 @@ pub fn estimate(
     let seconds = workload.seconds(prefill_total.seconds, decode_total.seconds);
     let tokens = f64::from(workload.batch) * f64::from(workload.generate);
     let positions = u64::from(workload.prompt) + u64::from(workload.generate);
-    let cache = program.kv_bytes(positions).saturating_mul(workload.batch.into());
+    // A window begins and ends within a page.
+    let page = u64::from(PAGE_POSITIONS);
+    let kept = |window: Option<u32>| window.map_or(positions, |w| positions.min(u64::from(w) + page));
+    let each = program.kv_bytes(|window| kept(window).div_ceil(page));
+    let cache = each.saturating_mul(workload.batch.into());
     Ok(Estimate {
         first_token_s: workload.first_token_s(prefill_total.seconds),
         step_s: decode_total.seconds,

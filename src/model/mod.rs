@@ -70,7 +70,7 @@ pub fn architectures() -> impl Iterator<Item = &'static str> {
 /// Choices that shape a program.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ProgramOptions {
-    /// How the KV cache is stored: `F16`, `F32` or `Q8_0`.
+    /// How the KV cache is stored: `F16`, `F32`, `Q8_0` or `Q4_0`.
     pub kv_format: Format,
 }
 

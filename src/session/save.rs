@@ -5,11 +5,11 @@
 //! | Bytes | What |
 //! |---|---|
 //! | 8 | `HALITEKV` |
-//! | 4 | version: 1 |
+//! | 4 | version: 2 |
 //! | 8 | the model: XXH3 of its files' headers (metadata and tensor tables, not the weights) and sizes, and of the names of the tensors that the program uses |
 //! | 4, then so many | the layout of the cache, as text |
 //! | 4, then 4 each | tokens: how many, and their ids |
-//! | rest | the pages in order, for each those of all states: [`State::page_bytes`](crate::program::State::page_bytes) |
+//! | rest | for each KV group: 4, the number of the first page that is kept; then the pages from there on in order, for each those of all states of the group: [`State::page_bytes`](crate::program::State::page_bytes) |
 //! | 8 | XXH3 of everything before |
 //!
 //! A file that changes the weights alone, under the same header and size, is not noticed.
@@ -20,12 +20,12 @@ use std::io::{self, Read, Write};
 use twox_hash::xxhash3_64::Hasher;
 
 use super::{SequenceId, Session};
-use crate::backend::upload;
+use crate::backend::{NO_PAGE, upload};
 use crate::error::{Error, Result};
 use crate::program::PAGE_POSITIONS;
 
 const MAGIC: &[u8; 8] = b"HALITEKV";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// Most bytes of a layout that are read to be shown.
 const MAX_LAYOUT_BYTES: u32 = 1 << 20;
@@ -49,12 +49,18 @@ impl Session {
             out.put(&token.to_le_bytes())?;
         }
         let mut page = Vec::new();
-        // A step that failed may have left more.
-        for &n in sequence.pages.iter().take(sequence.len().div_ceil(PAGE_POSITIONS) as usize) {
-            for (state, buffer) in self.program.states.iter().zip(&self.states) {
-                page.resize(state.page_bytes() as usize, 0);
-                self.backend.read(buffer, u64::from(n) * state.page_bytes(), &mut page)?;
-                out.put(&page)?;
+        for (group, table) in sequence.tables.iter().enumerate() {
+            // A step that failed may have left more.
+            let table = &table[..table.len().min(sequence.len().div_ceil(PAGE_POSITIONS) as usize)];
+            let first = self.pools[group].first_kept(sequence.len(), self.options.rewind).min(table.len());
+            let first = first.max(table.iter().take_while(|&&n| n == NO_PAGE).count());
+            out.put(&(first as u32).to_le_bytes())?;
+            for &n in &table[first..] {
+                for (state, buffer) in self.states_of(group) {
+                    page.resize(state.page_bytes() as usize, 0);
+                    self.backend.read(buffer, u64::from(n) * state.page_bytes(), &mut page)?;
+                    out.put(&page)?;
+                }
             }
         }
         let sum = out.hasher.finish();
@@ -109,20 +115,35 @@ impl Session {
         tokens: Vec<u32>,
         from: &mut Hashing<&mut dyn Read>,
     ) -> Result<()> {
-        self.make_room(id, tokens.len() as u32)?;
+        let len = tokens.len() as u32;
+        let pages = len.div_ceil(PAGE_POSITIONS);
+        self.sequences[id.0 as usize].tokens.extend(tokens);
         let mut page = Vec::new();
-        for &n in &self.sequences[id.0 as usize].pages {
-            for (state, buffer) in self.program.states.iter().zip(&self.states) {
-                page.resize(state.page_bytes() as usize, 0);
-                from.get(&mut page)?;
-                upload(&*self.backend, buffer, u64::from(n) * state.page_bytes(), &page)?;
+        for group in 0..self.pools.len() {
+            let first = from.u32()?;
+            let needed = self.pools[group].first_kept(len, 0) as u32;
+            if first > needed.min(pages) {
+                return Err(saved("first page", format!("at most {}", needed.min(pages)), first.to_string()));
+            }
+            // Windows of this session may keep less than those of the one that saved.
+            let kept = first.max(self.pools[group].first_kept(len, self.options.rewind) as u32);
+            let table = &mut self.sequences[id.0 as usize].tables[group];
+            table.resize(kept.min(pages) as usize, NO_PAGE);
+            self.make_room_in(group, id, len)?;
+            for i in first..pages {
+                let n = self.sequences[id.0 as usize].tables[group][i as usize];
+                for (state, buffer) in self.states_of(group) {
+                    page.resize(state.page_bytes() as usize, 0);
+                    from.get(&mut page)?;
+                    if n != NO_PAGE {
+                        upload(&*self.backend, buffer, u64::from(n) * state.page_bytes(), &page)?;
+                    }
+                }
             }
         }
         let sum = from.hasher.finish();
         let show = |sum: &u64| format!("{sum:016x}");
-        check("checksum", sum, u64::from_le_bytes(from.array()?), show)?;
-        self.sequences[id.0 as usize].tokens.extend(tokens);
-        Ok(())
+        check("checksum", sum, u64::from_le_bytes(from.array()?), show)
     }
 
     fn model_hash(&self) -> u64 {

@@ -366,3 +366,21 @@ pub fn every_type() -> File {
         .entry("f64s", &vec![0.25f64])
         .entry("empty", &Vec::<u32>::new())
 }
+
+/// A Gemma 3 of two layers, the first of which looks back 16 positions, with weights that differ.
+pub fn windowed() -> File {
+    let mut file = gemma3()
+        .set("gemma3.block_count", 2u32)
+        .set("gemma3.context_length", 4096u32)
+        .entry("gemma3.attention.sliding_window_pattern", 2u32);
+    for tensor in file.tensors.clone() {
+        if let Some(rest) = tensor.name.strip_prefix(b"blk.0.") {
+            file.tensors.push(Tensor { name: [b"blk.1.", rest].concat(), ..tensor });
+        }
+    }
+    let mut random = super::SplitMix(7);
+    for value in file.tensors.iter_mut().flat_map(|t| t.data.as_chunks_mut::<4>().0) {
+        *value = (random.below(200) as f32 / 100.0 - 1.0).to_le_bytes();
+    }
+    file
+}

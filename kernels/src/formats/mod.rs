@@ -30,7 +30,7 @@ mod q1_0;
 mod q2_0;
 mod q2_k;
 mod q3_k;
-mod q4_0;
+pub(crate) mod q4_0;
 mod q4_1;
 mod q4_k;
 mod q5_0;

@@ -27,15 +27,17 @@ impl Block for Q4_0 {
         self.d = F16::from_f32(scale);
     }
 
-    /// The value of largest magnitude becomes code -8; ties of rounding go up.
     fn quantize(values: &[f32]) -> Option<Self> {
-        let values: &[f32; 32] = values.try_into().ok()?;
-        let d = super::extreme(values) / -8.0;
-        let inverse = super::inverse(d);
-        let q = |x: f32| ((x * inverse + 8.5) as u8).min(15);
-        let qs = core::array::from_fn(|j| q(values[j]) | (q(values[j + 16]) << 4));
-        Some(Q4_0 { d: F16::from_f32(d), qs })
+        let (d, q) = codes(values.try_into().ok()?);
+        Some(Q4_0 { d: F16::from_f32(d), qs: core::array::from_fn(|j| q[j] | (q[j + 16] << 4)) })
     }
+}
+
+/// A block's scale, and its codes plus 8. The value of largest magnitude becomes code -8; ties of rounding go up.
+pub(crate) fn codes(values: &[f32; 32]) -> (f32, [u8; 32]) {
+    let d = super::extreme(values) / -8.0;
+    let inverse = super::inverse(d);
+    (d, values.map(|x| ((x * inverse + 8.5) as u8).min(15)))
 }
 
 impl Quantised for Q4_0 {

@@ -52,6 +52,11 @@ pub trait Isa: Copy + Send + Sync + 'static {
         }
         self.load(&lanes)
     }
+    /// Lanes from the low halves of bytes and from the high ones, each less 8.
+    #[inline(always)]
+    fn load_nibbles(self, x: &[u8; 16]) -> [Self::F; 2] {
+        [self.load_i8(&x.map(|x| (x & 15) as i8 - 8)), self.load_i8(&x.map(|x| (x >> 4) as i8 - 8))]
+    }
     /// Lanes to memory.
     fn store(self, x: Self::F, out: &mut [f32; 16]);
     /// `a + b`.

@@ -374,6 +374,17 @@ impl Isa for Avx512 {
         op!(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(x.as_ptr().cast()))))
     }
     #[inline(always)]
+    fn load_nibbles(self, x: &[u8; 16]) -> [Self::F; 2] {
+        const TABLE: [f32; 16] =
+            [-8.0, -7.0, -6.0, -5.0, -4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0];
+        // A permutation looks at the low four bits of its indices.
+        op!({
+            let x = _mm512_cvtepu8_epi32(_mm_loadu_si128(x.as_ptr().cast()));
+            let table = _mm512_loadu_ps(TABLE.as_ptr());
+            [x, _mm512_srli_epi32::<4>(x)].map(|x| _mm512_permutexvar_ps(x, table))
+        })
+    }
+    #[inline(always)]
     fn round_f16(self, x: Self::F) -> Self::F {
         op!(_mm512_cvtph_ps(_mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x)))
     }

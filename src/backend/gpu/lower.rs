@@ -114,7 +114,10 @@ impl Lowered {
 pub(super) struct StepLayout {
     pub ids: u32,
     pub positions: u32,
+    /// Of each KV group in turn.
     pub tables: u32,
+    /// Tokens of each of these lists.
+    pub tokens: u32,
     pub outputs: u32,
     pub tiles: u32,
     /// Words of the list of each tile size.
@@ -122,10 +125,12 @@ pub(super) struct StepLayout {
 }
 
 impl StepLayout {
-    fn new(limits: Limits) -> StepLayout {
-        let (t, ids) = (limits.tokens, 3);
-        let (positions, tables, outputs) = (ids + t, ids + 2 * t, ids + 3 * t);
-        StepLayout { ids, positions, tables, outputs, tiles: outputs + limits.outputs, tile_words: 3 * t }
+    fn new(program: &Program, limits: Limits) -> StepLayout {
+        let (tokens, ids) = (limits.tokens, 3);
+        let (positions, tables) = (ids + tokens, ids + 2 * tokens);
+        let outputs = tables + program.windows.len() as u32 * tokens;
+        let tiles = outputs + limits.outputs;
+        StepLayout { ids, positions, tables, tokens, outputs, tiles, tile_words: 3 * tokens }
     }
 
     /// Where page tables start, after the lists of so many tile sizes.
@@ -228,7 +233,7 @@ pub(super) fn lower(program: &Program, limits: Limits, bounds: &Bounds) -> Lower
         extra_bytes: [0; Extra::ALL.len()],
         tile_sizes: Vec::new(),
         most_splits: most_splits(program, bounds),
-        step: StepLayout::new(limits),
+        step: StepLayout::new(program, limits),
         quantised: Vec::new(),
         uses: passes::uses(program),
     };
@@ -376,7 +381,6 @@ impl Lowering<'_> {
             .read("step", "u32", Resource::Step)
             .u32("STEP_IDS", s.ids)
             .u32("STEP_POSITIONS", s.positions)
-            .u32("STEP_TABLES", s.tables)
             .u32("STEP_OUTPUTS", s.outputs)
             .with(wgsl!("lib/step"))
     }
@@ -1039,7 +1043,7 @@ impl Lowering<'_> {
         };
         let state = &self.program.states[id.0 as usize];
         let alike = (head_dim, frequencies, factors, magnitude, pairs) == (d, f, b, m, p);
-        if !alike || *head_dim != state.key_dim || state.format == Format::Q8_0 {
+        if !alike || *head_dim != state.key_dim || state.format.block_len() > 1 {
             return false;
         }
         let shader = self
@@ -1062,12 +1066,18 @@ impl Lowering<'_> {
             .u32("KV_HEADS", state.kv_heads)
             .u32("KEY_DIM", state.key_dim)
             .u32("VALUE_DIM", state.value_dim)
+            .u32("STEP_TABLES", self.step.tables + self.program.kv_group(state) as u32 * self.step.tokens)
             .with(wgsl!("kv/page"))
     }
 
     /// Whether a cache is one of halves, and shaders see them as such.
     fn kv_halves(&self, state: &State) -> bool {
         state.format == Format::F16 && self.bounds.paths.f16
+    }
+
+    /// A shader that knows the codes of a cache, by a format's own source.
+    fn coded(shader: Shader, state: &State, format: &str) -> Shader {
+        shader.u32("BLOCK_BYTES", state.format.block_bytes() as u32).with(format).with(wgsl!("kv/coded"))
     }
 
     /// A shader that writes to a cache.
@@ -1082,7 +1092,8 @@ impl Lowering<'_> {
         }
         let shader = shader.with(wgsl!("kv/put"));
         match state.format {
-            Format::Q8_0 => shader.with(wgsl!("kv/q8_0")).with(wgsl!("kv/q8_0_write")),
+            Format::Q8_0 => Self::coded(shader, state, wgsl!("kv/q8_0_write")).with(wgsl!("kv/coded_write")),
+            Format::Q4_0 => Self::coded(shader, state, wgsl!("kv/q4_0_write")).with(wgsl!("kv/coded_write")),
             Format::F16 => shader.with(wgsl!("kv/f16_write")),
             _ => shader.with(wgsl!("kv/f32_write")),
         }
@@ -1094,7 +1105,7 @@ impl Lowering<'_> {
         let mut shader =
             self.kv_writer("kv_write", id).read("k", "f32", self.tensor(k)).read("v", "f32", self.tensor(v));
         let mut units = elements;
-        if state.format == Format::Q8_0 {
+        if state.format.block_len() > 1 {
             units /= 32;
         } else {
             shader = shader.with(wgsl!("kv/write_elements"));
@@ -1133,7 +1144,8 @@ impl Lowering<'_> {
             .f32("SCALE", *scale)
             .f32("SOFTCAP", softcap.unwrap_or(0.0));
         shader = match state.format {
-            Format::Q8_0 => shader.with(wgsl!("kv/q8_0")).with(wgsl!("kv/q8_0_read")),
+            Format::Q8_0 => Self::coded(shader, state, wgsl!("kv/q8_0")).with(wgsl!("kv/coded_read")),
+            Format::Q4_0 => Self::coded(shader, state, wgsl!("kv/q4_0")).with(wgsl!("kv/coded_read")),
             Format::F16 => shader.with(wgsl!("kv/f16")).with(match self.kv_halves(state) {
                 true => "fn half_at(at: u32) -> f32 { return f32(kv[at]); }",
                 false => wgsl!("kv/half_at"),

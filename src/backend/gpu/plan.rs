@@ -135,12 +135,15 @@ impl GpuPlan {
         words[layout.outputs as usize..][..step.outputs.len()].copy_from_slice(step.outputs);
         let mut token = 0;
         for span in step.spans {
-            let table = words.len() as u32;
             let needed = (span.start + span.len).div_ceil(PAGE_POSITIONS) as usize;
-            words.extend_from_slice(span.pages.get(..needed).unwrap_or(&[]));
+            for (group, table) in span.tables.iter().enumerate() {
+                let at = words.len() as u32;
+                words.extend_from_slice(table.get(..needed).unwrap_or(&[]));
+                let first = (layout.tables + group as u32 * layout.tokens + token) as usize;
+                words[first..][..span.len as usize].fill(at);
+            }
             for i in 0..span.len {
                 words[(layout.positions + token) as usize] = span.start + i;
-                words[(layout.tables + token) as usize] = table;
                 token += 1;
             }
         }
@@ -252,7 +255,7 @@ impl GpuPlan {
 
 impl Plan for GpuPlan {
     fn submit(&mut self, step: &Step<'_>, segments: Range<usize>, bindings: &Bindings<'_>) -> Result<Ticket> {
-        check_step(step, self.limits)?;
+        check_step(step, &self.program, self.limits)?;
         self.check_indices(step, &segments)?;
         let first = segments.start == 0;
         if first {

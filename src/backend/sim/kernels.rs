@@ -254,6 +254,7 @@ impl Kernels for SimKernels {
             Pages::F32(data) => bytemuck::cast_slice(data),
             Pages::F16(data) => bytemuck::cast_slice(data),
             Pages::Q8_0(data) => bytemuck::cast_slice(data),
+            Pages::Q4_0(data) => data,
         };
         let inputs = [bytes_of(a.q), pages, optional(a.sinks)];
         self.run(&inputs, &mut [out], |_, machine, step, reads, writes| {

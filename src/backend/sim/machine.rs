@@ -142,6 +142,7 @@ impl Machine {
                     Pages::F32(_) => Pages::F32(floats(page)),
                     Pages::F16(_) => Pages::F16(bytemuck::try_cast_slice(page).unwrap_or(&[])),
                     Pages::Q8_0(_) => Pages::Q8_0(bytemuck::cast_slice(page)),
+                    Pages::Q4_0(_) => Pages::Q4_0(page),
                 };
                 let outs = out.chunks_exact_mut(heads * found).zip(q.chunks_exact(heads * shape.key_dim));
                 for (i, (out, q)) in outs.enumerate() {

@@ -143,8 +143,8 @@ impl Backend for Sim {
     /// Every op of which the smallest part fits the scratchpad.
     fn supports(&self, sig: &OpSig<'_>) -> Support {
         let cancel = super::Cancel::default();
-        let pages = [0];
-        let spans = [super::Span { pages: &pages, start: 0, len: 1 }];
+        let tables = vec![vec![0]; sig.program.windows.len()];
+        let spans = [super::Span { tables: &tables, start: 0, len: 1 }];
         let step = ProgramStep { spans: &spans, tokens: &[0], outputs: &[0], cancel: &cancel };
         let fits =
             shape::shape(sig.program, sig.op, &step, None).and_then(|s| lower::closed_s(&self.chip, &s));

@@ -6,7 +6,7 @@ use halite_kernels::formats::Format;
 use halite_kernels::rows::Unary;
 
 use super::tile::{Operand, VectorWork};
-use crate::backend::Step;
+use crate::backend::{Span, Step};
 use crate::passes;
 use crate::program::{Dim, Epilogue, Gating, Index, Op, PAGE_POSITIONS, Program, State, TensorId};
 use crate::{Error, Result};
@@ -310,6 +310,8 @@ pub fn shape(program: &Program, op: &Op, step: &Step<'_>, ids: Option<&[i32]>) -
         }
         Op::Attend { state, heads, sinks, .. } => {
             let s = state_of(program, state.0)?;
+            let group = program.kv_group(s);
+            let pages = |span: &Span<'_>| span.tables.get(group).cloned().unwrap_or_default();
             Shape::Attend(Attend {
                 heads: *heads,
                 kv_heads: s.kv_heads,
@@ -319,7 +321,7 @@ pub fn shape(program: &Program, op: &Op, step: &Step<'_>, ids: Option<&[i32]>) -
                 window: s.window,
                 causal: s.causal,
                 sinks: sinks.is_some(),
-                spans: step.spans.iter().map(|s| (s.pages.to_vec(), s.start, s.len)).collect(),
+                spans: step.spans.iter().map(|s| (pages(s), s.start, s.len)).collect(),
             })
         }
         Op::Glu { gate, .. } => {
@@ -389,23 +391,23 @@ impl Attend {
         let (heads, head) = (u64::from(self.kv_heads), u64::from(kv_head));
         let dims = [u64::from(self.key_dim), u64::from(self.value_dim)];
         let elements = heads * (dims[0] + dims[1]) * positions;
-        let block = self.format.block_len() as u64;
-        let quantised = self.format == Format::Q8_0;
-        let element_bytes = if quantised { 1 } else { self.format.block_bytes() as u64 };
-        let scales = if quantised { 2 * elements / block } else { 0 };
-        let base = u64::from(page) * (elements * element_bytes + scales);
+        // Of a block of codes, two bytes are its scale.
+        let (block, block_bytes) = (self.format.block_len() as u64, self.format.block_bytes() as u64);
+        let scale_bytes = if block > 1 { 2 } else { 0 };
+        let bytes = |elements: u64| elements / block * (block_bytes - scale_bytes);
+        let base = u64::from(page) * (elements / block * block_bytes);
         let mut pieces = Vec::with_capacity(4);
         // Values come behind the keys of all heads, and so do their scales.
         let mut before = 0;
         for dim in dims {
-            let bytes = dim * positions * element_bytes;
-            pieces.push((base + (before + head * dim) * positions * element_bytes, bytes as u32));
+            let place = base + bytes((before + head * dim) * positions);
+            pieces.push((place, bytes(dim * positions) as u32));
             before += heads * dim;
         }
-        if quantised {
-            let mut before = elements;
+        if scale_bytes > 0 {
+            let mut before = bytes(elements);
             for dim in dims {
-                let bytes = dim / block * positions * 2;
+                let bytes = dim / block * positions * scale_bytes;
                 pieces.push((base + before + head * bytes, bytes as u32));
                 before += heads * bytes;
             }

@@ -34,15 +34,15 @@ fn each_op(
     wanted: bool,
     f: &mut dyn FnMut(&str, String, &Shape) -> Result<()>,
 ) -> Result<()> {
-    let mut pages = Vec::new();
+    let mut tables = Vec::new();
     let mut next = 0;
     for (start, len) in spans {
         let count = (start + len).div_ceil(PAGE_POSITIONS);
-        pages.push((next..next + count).collect::<Vec<u32>>());
+        tables.push(vec![(next..next + count).collect::<Vec<u32>>(); program.windows.len()]);
         next += count;
     }
     let views: Vec<Span<'_>> =
-        spans.iter().zip(&pages).map(|(&(start, len), pages)| Span { pages, start, len }).collect();
+        spans.iter().zip(&tables).map(|(&(start, len), tables)| Span { tables, start, len }).collect();
     let tokens = vec![0; spans.iter().map(|(_, len)| *len as usize).sum()];
     let ends = spans.iter().scan(0, |sum, (_, len)| {
         *sum += len;

@@ -1,0 +1,23 @@
+const KEY_UNITS: u32 = KEYS / 32u;
+const UNITS: u32 = (KEYS + VALUES) / 32u;
+
+// The first of two that has the larger magnitude.
+fn larger(a: f32, b: f32) -> f32 { return select(a, b, abs(b) > abs(a)); }
+
+fn write_key(page: u32, slot: u32, unit: u32, token: u32) {
+    var most = 0.0;
+    for (var i = 0u; i < 32u; i++) { most = larger(most, k[token * KEYS + 32u * unit + i]); }
+    put16(scale_place(page, unit, slot), f16_bits(scale(most)));
+    for (var i = 0u; i < 32u; i++) {
+        put_code(page * PAGE_BYTES, key_place(32u * unit + i, slot), k[token * KEYS + 32u * unit + i] * factor(most));
+    }
+}
+
+fn write_value(page: u32, slot: u32, unit: u32, token: u32) {
+    var most = 0.0;
+    for (var i = 0u; i < 32u; i++) { most = larger(most, v[token * VALUES + 32u * unit + i]); }
+    put16(scale_place(page, KEY_UNITS + unit, slot), f16_bits(scale(most)));
+    for (var i = 0u; i < 32u; i++) {
+        put_code(page * PAGE_BYTES, value_place(32u * unit + i, slot), v[token * VALUES + 32u * unit + i] * factor(most));
+    }
+}
