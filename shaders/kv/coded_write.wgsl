@@ -1,13 +1,21 @@
 const KEY_UNITS: u32 = KEYS / 32u;
 const UNITS: u32 = (KEYS + VALUES) / 32u;
 
+// Magnitudes in their order, as integers, with NaN above infinity.
+fn magnitude(x: f32) -> u32 { return bitcast<u32>(x) & 0x7fffffffu; }
+
 // The first of two that has the larger magnitude.
-fn larger(a: f32, b: f32) -> f32 { return select(a, b, abs(b) > abs(a)); }
+fn larger(a: f32, b: f32) -> f32 { return select(a, b, magnitude(b) > magnitude(a)); }
+
+// An infinity or NaN makes NaN of its block.
+fn put_scale(at: u32, most: f32) {
+    put16(at, select(f16_bits(scale(most)), 0x7e00u, magnitude(most) >= 0x7f800000u));
+}
 
 fn write_key(page: u32, slot: u32, unit: u32, token: u32) {
     var most = 0.0;
     for (var i = 0u; i < 32u; i++) { most = larger(most, k[token * KEYS + 32u * unit + i]); }
-    put16(scale_place(page, unit, slot), f16_bits(scale(most)));
+    put_scale(scale_place(page, unit, slot), most);
     for (var i = 0u; i < 32u; i++) {
         put_code(page * PAGE_BYTES, key_place(32u * unit + i, slot), k[token * KEYS + 32u * unit + i] * factor(most));
     }
@@ -16,7 +24,7 @@ fn write_key(page: u32, slot: u32, unit: u32, token: u32) {
 fn write_value(page: u32, slot: u32, unit: u32, token: u32) {
     var most = 0.0;
     for (var i = 0u; i < 32u; i++) { most = larger(most, v[token * VALUES + 32u * unit + i]); }
-    put16(scale_place(page, KEY_UNITS + unit, slot), f16_bits(scale(most)));
+    put_scale(scale_place(page, KEY_UNITS + unit, slot), most);
     for (var i = 0u; i < 32u; i++) {
         put_code(page * PAGE_BYTES, value_place(32u * unit + i, slot), v[token * VALUES + 32u * unit + i] * factor(most));
     }
