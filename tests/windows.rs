@@ -255,6 +255,9 @@ fn holes_are_refused() {
         assert!(refused(run(133, [[0, 1, 2], [NO_PAGE, NO_PAGE, 2]])));
         assert!(refused(run(133, [[0, 1, 2], [NO_PAGE, 1, NO_PAGE]])));
         assert!(refused(run(133, [[NO_PAGE, 1, 2], [0, 1, 2]])));
+        // Pages that no buffer has.
+        assert!(refused(run(133, [[0, 1, 1000], [NO_PAGE, 1, 2]])));
+        assert!(refused(run(133, [[0, 1, 2], [NO_PAGE, 1000, 2]])));
     }
 }
 

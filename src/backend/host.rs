@@ -429,8 +429,8 @@ impl<K: Kernels> HostPlan<K> {
     }
 
     /// Checks a step against the limits and notes where each token stands.
-    fn place_tokens(&mut self, step: &Step<'_>) -> Result<()> {
-        check_step(step, &self.memory.program, self.limits)?;
+    fn place_tokens(&mut self, step: &Step<'_>, states: &[Buffer]) -> Result<()> {
+        check_step(step, &self.memory.program, self.limits, states)?;
         self.spans.clear();
         self.positions.clear();
         for (i, span) in step.spans.iter().enumerate() {
@@ -783,7 +783,7 @@ impl<K: Kernels> Plan for HostPlan<K> {
     fn submit(&mut self, step: &Step<'_>, segments: Range<usize>, bindings: &Bindings<'_>) -> Result<Ticket> {
         let start = Instant::now();
         let from_start = segments.start == 0;
-        self.place_tokens(step)?;
+        self.place_tokens(step, bindings.states)?;
         let program = self.memory.program.clone();
         let zeros = self.zeros.get(..step.tokens.len()).unwrap_or(&[]);
         let tokens = Tokens { spans: step.spans, span: &self.spans, position: &self.positions, zeros };

@@ -325,8 +325,13 @@ pub(crate) fn first_page(start: u32, window: Option<u32>) -> usize {
     halite_kernels::attention::chunks(start as usize, window).start
 }
 
-/// Checks a step against what a plan was prepared for.
-pub(crate) fn check_step(step: &Step<'_>, program: &Program, limits: Limits) -> Result<()> {
+/// Checks a step against what a plan was prepared for, and against the buffers of its states.
+pub(crate) fn check_step(
+    step: &Step<'_>,
+    program: &Program,
+    limits: Limits,
+    states: &[Buffer],
+) -> Result<()> {
     let tokens = step.tokens.len();
     if tokens == 0 || tokens > limits.tokens as usize {
         return Err(Error::argument("step tokens", format!("1 to {}", limits.tokens), tokens));
@@ -357,11 +362,17 @@ pub(crate) fn check_step(step: &Step<'_>, program: &Program, limits: Limits) -> 
                 return Err(Error::argument("span", format!("at most {have} positions (its pages)"), end));
             }
             // What is read must be there: no kernel looks for it.
+            let of_group = program.states.iter().zip(states).filter(|(state, _)| state.window == window);
+            let pages = of_group.map(|(state, buffer)| buffer.bytes() / state.page_bytes().max(1)).min();
             let seen = table.get(first_page(span.start, window)..).unwrap_or(&[]);
-            if let Some(hole) = seen.iter().position(|&page| page == NO_PAGE) {
+            let there = |page: u32| pages.is_none_or(|pages| u64::from(page) < pages);
+            if let Some(hole) = seen.iter().position(|&page| page == NO_PAGE || !there(page)) {
                 let at = table.len() - seen.len() + hole;
-                let expected = format!("a page for all that position {} sees", span.start);
-                return Err(Error::argument("page table", expected, format!("none at place {at}")));
+                let expected =
+                    format!("a page, of {}, for all that position {} sees", pages.unwrap_or(0), span.start);
+                let got = table.get(at).filter(|&&page| page != NO_PAGE);
+                let got = got.map_or_else(|| "none".into(), |page| format!("page {page}"));
+                return Err(Error::argument("page table", expected, format!("{got} at place {at}")));
             }
         }
     }

@@ -255,7 +255,7 @@ impl GpuPlan {
 
 impl Plan for GpuPlan {
     fn submit(&mut self, step: &Step<'_>, segments: Range<usize>, bindings: &Bindings<'_>) -> Result<Ticket> {
-        check_step(step, &self.program, self.limits)?;
+        check_step(step, &self.program, self.limits, bindings.states)?;
         self.check_indices(step, &segments)?;
         let first = segments.start == 0;
         if first {
