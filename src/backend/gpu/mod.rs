@@ -1,6 +1,6 @@
 //! The GPU backend: compute shaders on Vulkan, Metal, DX12 or WebGPU, by wgpu.
 //!
-//! `shader.rs` puts WGSL together from the files in `shaders/`; `lower.rs` turns a program into dispatches; `plan.rs` runs
+//! `shader.rs` puts WGSL together from the files in `shaders/`; `lower` turns a program into dispatches; `plan.rs` runs
 //! them, all of a step in one submission; `adapter.rs` finds a device; `clock.rs` is the device's. Weights of formats that interleave are kept
 //! interleaved ([`crate::backend::Rows`]), so that neighbouring invocations read neighbouring words of neighbouring rows.
 

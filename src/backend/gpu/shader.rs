@@ -75,7 +75,7 @@ pub(super) struct Cooperative {
 
 macro_rules! wgsl {
     ($name:literal) => {
-        include_str!(concat!("../../../shaders/", $name, ".wgsl"))
+        include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/shaders/", $name, ".wgsl"))
     };
 }
 pub(super) use wgsl;
