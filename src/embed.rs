@@ -4,14 +4,13 @@ use std::sync::Arc;
 
 use halite_kernels::formats::Format;
 
-use crate::backend::{Backend, Bindings, Buffer, Cancel, Limits, Plan, Span, Step, Usage, check_support};
+use crate::backend::{Backend, Cancel, Limits, Span, Step};
 use crate::error::{Error, Result};
+use crate::loaded::Loaded;
 use crate::model::{Model, Pooling, ProgramOptions, outputs};
-use crate::passes;
-use crate::program::{PAGE_POSITIONS, Program};
+use crate::program::PAGE_POSITIONS;
 use crate::session::MAX_RUNS;
 use crate::tokenizer::{EncodeOptions, Tokenizer};
-use crate::weights::Weights;
 
 /// What an embedder reserves, and what it makes of a text's tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,13 +33,7 @@ impl Default for EmbedOptions {
 
 /// An encoder on a backend, ready to run. All memory of the device is reserved by [`Embedder::new`].
 pub struct Embedder {
-    model: Arc<Model>,
-    backend: Arc<dyn Backend>,
-    program: Arc<Program>,
-    plan: Box<dyn Plan>,
-    weights: Weights,
-    states: Vec<Buffer>,
-    io: Vec<Buffer>,
+    loaded: Loaded,
     pooling: Pooling,
     options: EmbedOptions,
     longest: u32,
@@ -50,8 +43,8 @@ pub struct Embedder {
 impl std::fmt::Debug for Embedder {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Embedder")
-            .field("model", &self.model.name())
-            .field("backend", &self.backend.caps().name)
+            .field("model", &self.loaded.model.name())
+            .field("backend", &self.loaded.backend.caps().name)
             .field("pooling", &self.pooling)
             .finish_non_exhaustive()
     }
@@ -81,37 +74,22 @@ impl Embedder {
         let pooling = options.pooling.or(h.pooling_type).ok_or_else(|| {
             Error::Model(format!("key `{}.pooling_type` is missing: choose a pooling", h.architecture))
         })?;
-        let program = Arc::new(passes::adapt(&program, backend.caps()));
-        check_support(&**backend, &program)?;
         let tokens = options.batch.max(1);
         let limits = Limits { tokens, outputs: tokens };
-        let pages = tokens / PAGE_POSITIONS + MAX_RUNS as u32;
-        let plan = backend.prepare(&program, limits)?;
-        let io_bytes = u64::from(tokens) * u64::from(h.embedding_length) * 4;
-        let state_bytes = program.states.iter().map(|s| u64::from(pages) * s.page_bytes());
-        let working = backend.scratch_bytes(&program, limits) + io_bytes + state_bytes.clone().sum::<u64>();
-        let budget = backend.caps().memory_bytes.saturating_sub(working);
-        let weights = Weights::load(model.gguf(), &program, &**backend, budget, progress)?;
-        let states = state_bytes.map(|bytes| backend.alloc(bytes, Usage::State)).collect::<Result<_>>()?;
-        let io = program.io.iter().map(|_| backend.alloc(io_bytes, Usage::Io)).collect::<Result<_>>()?;
+        let pages = u64::from(tokens / PAGE_POSITIONS) + MAX_RUNS as u64;
+        let loaded = Loaded::new(model, backend, &program, limits, |_| pages, progress)?;
         Ok(Embedder {
-            model: model.clone(),
-            backend: backend.clone(),
-            plan,
-            weights,
-            states,
-            io,
+            loaded,
             pooling,
             options: *options,
             longest: h.context_length.min(tokens),
             cancel: Cancel::default(),
-            program,
         })
     }
 
     /// The model.
     pub fn model(&self) -> &Arc<Model> {
-        &self.model
+        &self.loaded.model
     }
 
     /// How the vectors of a text's tokens become one.
@@ -121,7 +99,7 @@ impl Embedder {
 
     /// Elements of a vector.
     pub fn dimension(&self) -> usize {
-        self.model.hparams().embedding_length as usize
+        self.loaded.model.hparams().embedding_length as usize
     }
 
     /// Most tokens of a text.
@@ -188,7 +166,7 @@ impl Embedder {
         let mut page = 0;
         for text in texts {
             let pages = (text.len() as u32).div_ceil(PAGE_POSITIONS);
-            tables.push(vec![(page..page + pages).collect::<Vec<u32>>(); self.program.windows.len()]);
+            tables.push(vec![(page..page + pages).collect::<Vec<u32>>(); self.loaded.program.windows.len()]);
             page += pages;
         }
         let mut spans = Vec::new();
@@ -205,16 +183,10 @@ impl Embedder {
         }
         let tokens = texts.concat();
         let step = Step { spans: &spans, tokens: &tokens, outputs: &wanted, cancel: &self.cancel };
-        let bindings = Bindings { weights: &self.weights.buffers, states: &self.states, io: &self.io };
-        for run in self.weights.runs(0..self.program.segments.len()) {
-            self.weights.bring(self.model.gguf(), &self.program, &*self.backend, run.start)?;
-            let ticket = self.plan.submit(&step, run, &bindings)?;
-            self.plan.wait(ticket)?;
-        }
-        self.model.gguf().verify()?;
+        let all = 0..self.loaded.program.segments.len();
+        self.loaded.run(&step, [all])?;
         let mut rows = vec![0.0f32; wanted.len() * self.dimension()];
-        let missing = || Error::Program("an encoder has one output".into());
-        self.backend.read(self.io.first().ok_or_else(missing)?, 0, bytemuck::cast_slice_mut(&mut rows))?;
+        self.loaded.read(outputs::EMBEDDINGS, &mut rows)?;
         let mut rows = rows.chunks_exact(self.dimension());
         for text in texts {
             match self.pooling {

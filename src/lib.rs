@@ -16,6 +16,7 @@ pub mod error;
 pub mod estimate;
 pub mod generate;
 pub mod gguf;
+mod loaded;
 mod lora;
 pub mod map;
 pub mod model;

@@ -7,10 +7,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::backend::{
-    Backend, Bindings, Buffer, Cancel, Limits, NO_PAGE, Plan, Span, Step, Timing, Usage, check_support,
-    first_page, upload,
+    Backend, Buffer, Cancel, Limits, NO_PAGE, Span, Step, Timing, check_support, first_page, upload,
 };
 use crate::error::{Error, Result};
+pub use crate::loaded::Footprint;
+use crate::loaded::Loaded;
 use crate::model::{Model, ProgramOptions, outputs};
 use crate::passes;
 use crate::program::{Dim, PAGE_POSITIONS, Program, Slot, State, TensorId};
@@ -80,26 +81,6 @@ impl SessionOptions {
     }
 }
 
-/// What a session takes, known from the header alone.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Footprint {
-    /// Weights, mapped or copied.
-    pub weight_bytes: u64,
-    /// The KV cache.
-    pub kv_bytes: u64,
-    /// Activations and other working memory.
-    pub scratch_bytes: u64,
-    /// Buffers that the host reads.
-    pub io_bytes: u64,
-}
-
-impl Footprint {
-    /// Everything but the weights.
-    pub fn working_bytes(&self) -> u64 {
-        self.kv_bytes.saturating_add(self.scratch_bytes).saturating_add(self.io_bytes)
-    }
-}
-
 /// What a session with these options would take on a backend. Reads no weights.
 ///
 /// # Errors
@@ -109,17 +90,7 @@ pub fn footprint(model: &Model, backend: &dyn Backend, options: &SessionOptions)
     let program = passes::adapt(&model.program(options.program, positions)?, backend.caps());
     check_support(backend, &program)?;
     let limits = options.limits(positions);
-    Ok(Footprint {
-        weight_bytes: program.weight_bytes(),
-        kv_bytes: program.kv_bytes(|window| options.pages(window, positions)),
-        scratch_bytes: backend.scratch_bytes(&program, limits),
-        io_bytes: program.io.iter().map(|&id| io_bytes(&program, id, limits)).sum(),
-    })
-}
-
-fn io_bytes(program: &Program, id: TensorId, limits: Limits) -> u64 {
-    let t = program.tensor(id);
-    4 * passes::rows(t.rows, limits.tokens, limits.outputs) * u64::from(t.cols)
+    Ok(Footprint::of(&program, backend, limits, |window| options.pages(window, positions)))
 }
 
 /// A sequence of a [`Session`].
@@ -208,15 +179,8 @@ impl Pool {
 
 /// A model on a backend, ready to run. All memory is reserved by [`Session::new`]: a step allocates nothing.
 pub struct Session {
-    model: Arc<Model>,
-    backend: Arc<dyn Backend>,
-    program: Arc<Program>,
-    plan: Box<dyn Plan>,
-    weights: Weights,
-    states: Vec<Buffer>,
-    io: Vec<Buffer>,
+    loaded: Loaded,
     taps: Vec<TensorId>,
-    limits: Limits,
     positions: u32,
     /// One for each KV group.
     pools: Vec<Pool>,
@@ -236,8 +200,8 @@ pub struct Session {
 impl std::fmt::Debug for Session {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Session")
-            .field("model", &self.model.name())
-            .field("backend", &self.backend.caps().name)
+            .field("model", &self.loaded.model.name())
+            .field("backend", &self.loaded.backend.caps().name)
             .field("positions", &self.positions)
             .finish_non_exhaustive()
     }
@@ -271,35 +235,16 @@ impl Session {
                 Error::argument("tap", "the name of a result of the program", format!("`{name}`"))
             })?);
         }
-        let program = Arc::new(passes::adapt(&program, backend.caps()));
         let limits = options.limits(positions);
-        let plan = backend.prepare(&program, limits)?;
-        let io_sizes = program.io.iter().map(|&id| io_bytes(&program, id, limits));
-        let working = backend.scratch_bytes(&program, limits)
-            + io_sizes.sum::<u64>()
-            + program.kv_bytes(|window| options.pages(window, positions));
-        let budget = backend.caps().memory_bytes.saturating_sub(working);
-        let weights = Weights::load(model.gguf(), &program, &**backend, budget, progress)?;
-        let state =
-            |s: &State| backend.alloc(options.pages(s.window, positions) * s.page_bytes(), Usage::State);
-        let states = program.states.iter().map(state).collect::<Result<Vec<_>>>()?;
-        let pool = |&window: &Option<u32>| Pool::new(window, options.pages(window, positions));
-        let io = program.io.iter().map(|&id| backend.alloc(io_bytes(&program, id, limits), Usage::Io));
-        let io = io.collect::<Result<Vec<_>>>()?;
+        let pages = |window| options.pages(window, positions);
+        let loaded = Loaded::new(model, backend, &program, limits, pages, progress)?;
         let vocab = model.hparams().vocab_size as usize;
         let rows = limits.outputs as usize;
         let k = vocab.min(outputs::TOP_K as usize);
         Ok(Session {
-            model: model.clone(),
-            backend: backend.clone(),
-            plan,
-            weights,
-            states,
-            io,
             taps,
-            limits,
             positions,
-            pools: program.windows.iter().map(pool).collect(),
+            pools: loaded.program.windows.iter().map(|&window| Pool::new(window, pages(window))).collect(),
             sequences: Vec::new(),
             tokens: Vec::with_capacity(limits.tokens as usize),
             wanted: Vec::with_capacity(rows),
@@ -311,38 +256,38 @@ impl Session {
             last: None,
             device_time: Duration::ZERO,
             options: options.clone(),
-            program,
+            loaded,
         })
     }
 
     /// The model.
     pub fn model(&self) -> &Arc<Model> {
-        &self.model
+        &self.loaded.model
     }
 
     /// The backend.
     pub fn backend(&self) -> &Arc<dyn Backend> {
-        &self.backend
+        &self.loaded.backend
     }
 
     /// The program as it runs.
     pub fn program(&self) -> &Program {
-        &self.program
+        &self.loaded.program
     }
 
     /// How the weights were loaded.
     pub fn weights(&self) -> &Weights {
-        &self.weights
+        &self.loaded.weights
     }
 
     /// Most tokens of a step.
     pub fn batch(&self) -> u32 {
-        self.limits.tokens
+        self.loaded.limits.tokens
     }
 
     /// Most outputs of a step.
     pub fn outputs(&self) -> u32 {
-        self.limits.outputs
+        self.loaded.limits.outputs
     }
 
     /// Positions of the KV cache.
@@ -413,7 +358,7 @@ impl Session {
     /// # Errors
     /// As [`Session::new`] and [`Session::step`].
     pub fn moved_to(&self, backend: &Arc<dyn Backend>, progress: &mut dyn FnMut(u64)) -> Result<Session> {
-        let mut new = Session::new(&self.model, backend, &self.options, progress)?;
+        let mut new = Session::new(&self.loaded.model, backend, &self.options, progress)?;
         // What a sequence has in common with an earlier one is shared again: with which, the first that has most of it, and how
         // many tokens. A sequence has all that it shares before it goes on by itself.
         let common =
@@ -433,7 +378,7 @@ impl Session {
             ends.sort_by_key(|(end, _)| *end);
             let mut done = shared[i].1;
             for (end, branch) in ends {
-                for tokens in sequence.tokens[done..end].chunks(self.limits.tokens as usize) {
+                for tokens in sequence.tokens[done..end].chunks(self.loaded.limits.tokens as usize) {
                     new.step(&[Run { sequence: id, tokens, wanted: Wanted::Nothing }], Head::Logits)?;
                 }
                 done = end;
@@ -530,46 +475,30 @@ impl Session {
             outputs: &self.wanted,
             cancel: &self.cancel,
         };
-        let bindings = Bindings { weights: &self.weights.buffers, states: &self.states, io: &self.io };
         // The last three segments are the head, the arg-max and the most likely tokens.
-        let last = self.program.segments.len().saturating_sub(1);
+        let last = self.loaded.program.segments.len().saturating_sub(1);
         let (first, then) = match (self.wanted.is_empty(), head) {
             (true, _) => (last.saturating_sub(2), 0..0),
             (false, Head::Logits) => (last.saturating_sub(1), 0..0),
             (false, Head::ArgMax) => (last, 0..0),
             (false, Head::TopK) => (last.saturating_sub(1), last..last + 1),
         };
-        let mut ticket = None;
-        for run in self.weights.runs(0..first).chain(self.weights.runs(then)) {
-            self.weights.bring(self.model.gguf(), &self.program, &*self.backend, run.start)?;
-            ticket = Some(self.plan.submit(&step, run, &bindings)?);
-        }
-        let ticket = ticket.ok_or_else(|| Error::Program("there is nothing to run".into()))?;
-        let timing = self.plan.wait(ticket)?;
+        let timing = self.loaded.run(&step, [0..first, then])?;
         self.last = Some(timing);
         self.device_time += timing.elapsed;
-        // Whatever was computed from a file that has changed is not to be trusted.
-        self.model.gguf().verify()?;
         match head {
             Head::TopK => {
                 let len = self.wanted.len() * self.k();
                 let (ids, logits) = (&mut self.top_ids[..len], &mut self.top_logits[..len]);
-                read_into(&*self.backend, &self.program, &self.io, outputs::TOP_IDS, ids)?;
-                read_into(&*self.backend, &self.program, &self.io, outputs::TOP_LOGITS, logits)?;
+                self.loaded.read(outputs::TOP_IDS, ids)?;
+                self.loaded.read(outputs::TOP_LOGITS, logits)?;
             }
             Head::Logits => {
-                let len = self.wanted.len() * self.model.hparams().vocab_size as usize;
-                read_into(&*self.backend, &self.program, &self.io, outputs::LOGITS, &mut self.logits[..len])?;
+                let len = self.wanted.len() * self.loaded.model.hparams().vocab_size as usize;
+                self.loaded.read(outputs::LOGITS, &mut self.logits[..len])?;
             }
             Head::ArgMax => {
-                let len = self.wanted.len();
-                read_into(
-                    &*self.backend,
-                    &self.program,
-                    &self.io,
-                    outputs::ARG_MAX,
-                    &mut self.arg_max[..len],
-                )?;
+                self.loaded.read(outputs::ARG_MAX, &mut self.arg_max[..self.wanted.len()])?;
             }
         }
         for run in runs {
@@ -583,11 +512,12 @@ impl Session {
         self.tokens.clear();
         self.wanted.clear();
         let total: usize = runs.iter().map(|r| r.tokens.len()).sum();
-        if runs.is_empty() || runs.len() > MAX_RUNS || total > self.limits.tokens as usize {
-            let expected = format!("1 to {MAX_RUNS} runs of at most {} tokens in all", self.limits.tokens);
+        if runs.is_empty() || runs.len() > MAX_RUNS || total > self.loaded.limits.tokens as usize {
+            let expected =
+                format!("1 to {MAX_RUNS} runs of at most {} tokens in all", self.loaded.limits.tokens);
             return Err(Error::argument("step", expected, format!("{} of {total}", runs.len())));
         }
-        let vocab = self.model.hparams().vocab_size;
+        let vocab = self.loaded.model.hparams().vocab_size;
         for (i, run) in runs.iter().enumerate() {
             self.get(run.sequence)?;
             if runs[..i].iter().any(|r| r.sequence == run.sequence) {
@@ -606,9 +536,13 @@ impl Session {
                 Wanted::Last => self.tokens.len() - 1..self.tokens.len(),
                 Wanted::All => first..self.tokens.len(),
             };
-            if self.wanted.len() + wanted.len() > self.limits.outputs as usize {
+            if self.wanted.len() + wanted.len() > self.loaded.limits.outputs as usize {
                 let got = self.wanted.len() + wanted.len();
-                return Err(Error::argument("step outputs", format!("at most {}", self.limits.outputs), got));
+                return Err(Error::argument(
+                    "step outputs",
+                    format!("at most {}", self.loaded.limits.outputs),
+                    got,
+                ));
             }
             self.wanted.extend(wanted.map(|i| i as u32));
         }
@@ -658,21 +592,21 @@ impl Session {
         for (state, buffer) in self.states_of(group) {
             let bytes = state.page_bytes();
             let mut content = vec![0; bytes as usize];
-            self.backend.read(buffer, u64::from(from) * bytes, &mut content)?;
-            upload(&*self.backend, buffer, u64::from(to) * bytes, &content)?;
+            self.loaded.backend.read(buffer, u64::from(from) * bytes, &mut content)?;
+            upload(&*self.loaded.backend, buffer, u64::from(to) * bytes, &content)?;
         }
         Ok(())
     }
 
     /// The states of a KV group and their buffers.
     fn states_of(&self, group: usize) -> impl Iterator<Item = (&State, &Buffer)> {
-        let states = self.program.states.iter().zip(&self.states);
-        states.filter(move |(state, _)| self.program.kv_group(state) == group)
+        let states = self.loaded.program.states.iter().zip(&self.loaded.states);
+        states.filter(move |(state, _)| self.loaded.program.kv_group(state) == group)
     }
 
     /// The logits of the last step's outputs, one row after the other, if it was run with [`Head::Logits`].
     pub fn logits(&self) -> &[f32] {
-        &self.logits[..self.wanted.len() * self.model.hparams().vocab_size as usize]
+        &self.logits[..self.wanted.len() * self.loaded.model.hparams().vocab_size as usize]
     }
 
     /// The most likely token of each output of the last step, if it was run with [`Head::ArgMax`].
@@ -682,7 +616,7 @@ impl Session {
 
     /// How many of the most likely tokens an output has.
     fn k(&self) -> usize {
-        self.model.hparams().vocab_size.min(outputs::TOP_K) as usize
+        self.loaded.model.hparams().vocab_size.min(outputs::TOP_K) as usize
     }
 
     /// The most likely tokens of each output of the last step and their logits, most likely first, the lower id first on ties,
@@ -698,14 +632,14 @@ impl Session {
     /// [`Error::Argument`] if there is no such tap; what the backend says.
     pub fn tap(&self, n: usize) -> Result<Vec<f32>> {
         let missing = || Error::argument("tap", format!("below {}", self.taps.len()), n);
-        let t = self.program.tensor(*self.taps.get(n).ok_or_else(missing)?);
+        let t = self.loaded.program.tensor(*self.taps.get(n).ok_or_else(missing)?);
         let rows = match t.rows {
             Dim::Tokens => self.tokens.len(),
             Dim::Outputs => self.wanted.len(),
             Dim::Fixed(rows) => rows as usize,
         };
         let mut out = vec![0.0; rows * t.cols as usize];
-        read_into(&*self.backend, &self.program, &self.io, &t.name, &mut out)?;
+        self.loaded.read(&t.name, &mut out)?;
         Ok(out)
     }
 
@@ -718,18 +652,4 @@ impl Session {
     pub fn last_timing(&self) -> Option<Timing> {
         self.last
     }
-}
-
-/// Reads the start of a named output.
-fn read_into<T: bytemuck::Pod>(
-    backend: &dyn Backend,
-    program: &Program,
-    io: &[Buffer],
-    name: &str,
-    out: &mut [T],
-) -> Result<()> {
-    let slot = program.io.iter().position(|&id| program.tensor(id).name == name);
-    let buffer = slot.and_then(|slot| io.get(slot));
-    let missing = || Error::Program(format!("there is no output `{name}`"));
-    backend.read(buffer.ok_or_else(missing)?, 0, bytemuck::cast_slice_mut(out))
 }

@@ -58,7 +58,7 @@ impl Session {
             for &n in &table[first..] {
                 for (state, buffer) in self.states_of(group) {
                     page.resize(state.page_bytes() as usize, 0);
-                    self.backend.read(buffer, u64::from(n) * state.page_bytes(), &mut page)?;
+                    self.loaded.backend.read(buffer, u64::from(n) * state.page_bytes(), &mut page)?;
                     out.put(&page)?;
                 }
             }
@@ -98,7 +98,7 @@ impl Session {
         if count > self.positions {
             return Err(Error::ContextFull { need: count.into(), have: self.positions.into() });
         }
-        let vocab = self.model.hparams().vocab_size;
+        let vocab = self.loaded.model.hparams().vocab_size;
         let token = |_| {
             let token = from.u32()?;
             if token < vocab {
@@ -136,7 +136,7 @@ impl Session {
                     page.resize(state.page_bytes() as usize, 0);
                     from.get(&mut page)?;
                     if n != NO_PAGE {
-                        upload(&*self.backend, buffer, u64::from(n) * state.page_bytes(), &page)?;
+                        upload(&*self.loaded.backend, buffer, u64::from(n) * state.page_bytes(), &page)?;
                     }
                 }
             }
@@ -148,14 +148,19 @@ impl Session {
 
     fn model_hash(&self) -> u64 {
         let mut hasher = Hasher::new();
-        for (source, header) in self.model.gguf().parts() {
+        for (source, header) in self.loaded.model.gguf().parts() {
             let bytes = source.bytes();
             hasher.write(bytes.get(..header.data_start).unwrap_or(bytes));
             hasher.write(&(bytes.len() as u64).to_le_bytes());
         }
         // Some models use other tensors in longer contexts, which changes what is in the cache.
-        let mut names: Vec<&str> =
-            self.program.weights.iter().map(|&id| self.program.tensor(id).name.as_str()).collect();
+        let mut names: Vec<&str> = self
+            .loaded
+            .program
+            .weights
+            .iter()
+            .map(|&id| self.loaded.program.tensor(id).name.as_str())
+            .collect();
         names.sort_unstable();
         for name in names {
             hasher.write(name.as_bytes());
@@ -169,7 +174,7 @@ impl Session {
         let state = |s: &crate::program::State| {
             format!("{}x({}+{}) {:?}", s.kv_heads, s.key_dim, s.value_dim, s.format)
         };
-        let states: Vec<String> = self.program.states.iter().map(state).collect();
+        let states: Vec<String> = self.loaded.program.states.iter().map(state).collect();
         format!("{PAGE_POSITIONS} positions of {}", states.join(", "))
     }
 }

@@ -1,0 +1,118 @@
+//! A program on a backend, with its weights and all its memory: what sessions and embedders run their steps on.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::backend::{Backend, Bindings, Buffer, Limits, Plan, Step, Timing, Usage};
+use crate::error::{Error, Result};
+use crate::model::Model;
+use crate::passes;
+use crate::program::{Program, TensorId};
+use crate::weights::Weights;
+
+/// What a program takes on a backend, known from the header of its model alone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Footprint {
+    /// Weights, mapped or copied.
+    pub weight_bytes: u64,
+    /// The KV cache.
+    pub kv_bytes: u64,
+    /// Activations and other working memory.
+    pub scratch_bytes: u64,
+    /// Buffers that the host reads.
+    pub io_bytes: u64,
+}
+
+impl Footprint {
+    /// Of a program with so many pages for each state of a window.
+    pub(crate) fn of(
+        program: &Program,
+        backend: &dyn Backend,
+        limits: Limits,
+        pages: impl Fn(Option<u32>) -> u64,
+    ) -> Footprint {
+        Footprint {
+            weight_bytes: program.weight_bytes(),
+            kv_bytes: program.kv_bytes(pages),
+            scratch_bytes: backend.scratch_bytes(program, limits),
+            io_bytes: program.io.iter().map(|&id| io_bytes(program, id, limits)).sum(),
+        }
+    }
+
+    /// Everything but the weights.
+    pub fn working_bytes(&self) -> u64 {
+        self.kv_bytes.saturating_add(self.scratch_bytes).saturating_add(self.io_bytes)
+    }
+}
+
+fn io_bytes(program: &Program, id: TensorId, limits: Limits) -> u64 {
+    let t = program.tensor(id);
+    4 * passes::rows(t.rows, limits.tokens, limits.outputs) * u64::from(t.cols)
+}
+
+/// A program on a backend.
+pub(crate) struct Loaded {
+    pub model: Arc<Model>,
+    pub backend: Arc<dyn Backend>,
+    /// As it runs.
+    pub program: Arc<Program>,
+    pub limits: Limits,
+    pub weights: Weights,
+    /// One for each state.
+    pub states: Vec<Buffer>,
+    io: Vec<Buffer>,
+    plan: Box<dyn Plan>,
+}
+
+impl Loaded {
+    /// Prepares a program, loads its weights and reserves all memory, with so many pages for each state of a window. `progress`
+    /// is told the weight bytes done so far.
+    pub fn new(
+        model: &Arc<Model>,
+        backend: &Arc<dyn Backend>,
+        program: &Program,
+        limits: Limits,
+        pages: impl Fn(Option<u32>) -> u64,
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<Loaded> {
+        let program = Arc::new(passes::adapt(program, backend.caps()));
+        let plan = backend.prepare(&program, limits)?;
+        let working = Footprint::of(&program, &**backend, limits, &pages).working_bytes();
+        let budget = backend.caps().memory_bytes.saturating_sub(working);
+        let weights = Weights::load(model.gguf(), &program, &**backend, budget, progress)?;
+        let states =
+            program.states.iter().map(|s| backend.alloc(pages(s.window) * s.page_bytes(), Usage::State));
+        let states = states.collect::<Result<_>>()?;
+        let io = program.io.iter().map(|&id| backend.alloc(io_bytes(&program, id, limits), Usage::Io));
+        let io = io.collect::<Result<_>>()?;
+        let (model, backend) = (model.clone(), backend.clone());
+        Ok(Loaded { model, backend, program, limits, weights, states, io, plan })
+    }
+
+    /// Runs segments of a step, and says how long it took.
+    pub fn run(
+        &mut self,
+        step: &Step<'_>,
+        segments: impl IntoIterator<Item = Range<usize>>,
+    ) -> Result<Timing> {
+        let bindings = Bindings { weights: &self.weights.buffers, states: &self.states, io: &self.io };
+        let mut ticket = None;
+        for run in segments.into_iter().flat_map(|segments| self.weights.runs(segments)) {
+            self.weights.bring(self.model.gguf(), &self.program, &*self.backend, run.start)?;
+            ticket = Some(self.plan.submit(step, run, &bindings)?);
+        }
+        let ticket = ticket.ok_or_else(|| Error::Program("there is nothing to run".into()))?;
+        let timing = self.plan.wait(ticket)?;
+        // Whatever was computed from a file that has changed is not to be trusted.
+        self.model.gguf().verify()?;
+        Ok(timing)
+    }
+
+    /// Reads the start of a named output.
+    pub fn read<T: bytemuck::Pod>(&self, name: &str, out: &mut [T]) -> Result<()> {
+        let slot = self.program.io.iter().position(|&id| self.program.tensor(id).name == name);
+        let buffer = slot.and_then(|slot| self.io.get(slot));
+        let missing = || Error::Program(format!("there is no output `{name}`"));
+        self.backend.read(buffer.ok_or_else(missing)?, 0, bytemuck::cast_slice_mut(out))
+    }
+}
