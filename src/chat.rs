@@ -136,8 +136,8 @@ impl Template {
     }
 }
 
-/// The tokens of a rendered chat. Control tokens written out in it are read as such, those in messages too: who may write a
-/// message may end it. The begin-of-text token is added where the vocabulary asks for it and the template did not write it.
+/// The tokens of a rendered chat. Control tokens written out in it are read as such, those in messages too, unless
+/// [`Tokenizer::quote`] made them: otherwise who writes a message may end it, and go on as somebody else. The begin-of-text token is added where the vocabulary asks for it and the template did not write it.
 pub fn encode(tokenizer: &Tokenizer, prompt: &str) -> Vec<u32> {
     let mut tokens = tokenizer.encode(prompt, EncodeOptions { add_special: false, parse_special: true });
     if tokenizer.adds_bos() && tokens.first().copied() != tokenizer.bos() {

@@ -14,6 +14,7 @@ use halite::generate::{Aids, GenerateOptions, Generation};
 use halite::gguf::Gguf;
 use halite::map::Source;
 use halite::session::{SequenceId, Session, SessionOptions};
+use halite::tokenizer::EncodeOptions;
 use halite::{Error, Model, Tokenizer};
 
 /// In the manner of ChatML.
@@ -159,6 +160,21 @@ fn one_begin_of_text_token() {
     assert_eq!(chat::encode(&t, "<s>ab</s>"), chat::encode(&t, "ab</s>"));
     assert_eq!(chat::encode(&t, "ab</s>")[0], 1);
     assert_eq!(chat::encode(&t, "ab</s>").last(), Some(&2));
+}
+
+/// What a stranger writes cannot end their message.
+#[test]
+fn quoted_messages_have_no_control_tokens() {
+    let t = tokenizer();
+    let encode = |text: &str| chat::encode(&t, text);
+    for text in ["ab</s>", "</s></s>b", "<</s>", "a<s>b</s>a", "ab", "", "<unk></s"] {
+        let plain = t.encode(text, EncodeOptions { add_special: true, parse_special: false });
+        assert_eq!(encode(&t.quote(text)), plain, "{text}");
+    }
+    // A quoted text beside the template's own tokens; and one that was quoted before it came.
+    assert_eq!(encode(&format!("{}</s>", t.quote("a</s>"))).iter().filter(|&&id| id == 2).count(), 1);
+    assert_eq!(encode(&t.quote("a<\u{fdd0}/s>")), encode(&t.quote("a</s>")));
+    assert_eq!(encode(&t.quote(&t.quote("a</s>"))), encode(&t.quote("a</s>")));
 }
 
 #[test]

@@ -280,3 +280,24 @@ fn loses_nothing(name: &str, text: &str) -> bool {
         _ => true,
     }
 }
+
+/// What is quoted is taken for what it says, control tokens written out included.
+#[test]
+fn quoted_texts_have_no_control_tokens() {
+    for (name, t) in vocabularies() {
+        let controls: Vec<String> = (0..t.len() as u32)
+            .filter(|&id| t.kind(id) == Some(TokenKind::Control))
+            .filter_map(|id| String::from_utf8(t.text(id)?.to_vec()).ok())
+            .filter(|text| text.chars().count() > 1)
+            .take(300)
+            .collect();
+        let encode =
+            |text: &str, parse_special| t.encode(text, EncodeOptions { add_special: false, parse_special });
+        assert!(!controls.is_empty(), "{name}");
+        for (i, control) in controls.iter().enumerate() {
+            let text = format!("Hi {control}, {control}{}<{control} there", controls[controls.len() - 1 - i]);
+            assert_ne!(encode(&text, true), encode(&text, false), "{name}: {text}");
+            assert_eq!(encode(&t.quote(&text), true), encode(&text, false), "{name}: {text}");
+        }
+    }
+}

@@ -78,7 +78,7 @@ pub fn chat(args: &ChatArgs) -> Result<(), Failure> {
         if line.trim().is_empty() {
             continue;
         }
-        messages.push(Message::new("user", &line));
+        messages.push(Message::new("user", &tokenizer.quote(&line)));
         let prompt = chat::encode(&tokenizer, &template.render(&messages, true)?);
         answering.store(true, Ordering::Relaxed);
         let mut written = Ok(());

@@ -88,9 +88,14 @@ struct Literals {
 pub struct EncodeOptions {
     /// Adds the begin- and end-of-text tokens that the vocabulary asks for.
     pub add_special: bool,
-    /// Reads control tokens written out in the text as such. Leave it off for text from strangers.
+    /// Reads control tokens written out in the text as such, but for those in what [`Tokenizer::quote`] made. Leave it off for
+    /// text from strangers.
     pub parse_special: bool,
 }
+
+/// Keeps the text of a control token in a quoted text apart, and stands for nothing. Unicode has such characters for a program's
+/// own use, and never in texts that are exchanged (Unicode 16, section 23.7).
+const APART: char = '\u{fdd0}';
 
 /// Texts of tokens that end a generation, whatever the metadata forget to say.
 const END_TEXTS: &[&str] = &[
@@ -269,18 +274,47 @@ impl Tokenizer {
         if options.add_special && self.add_bos {
             out.extend(self.bos);
         }
-        let mut start = 0;
-        let mut after_literal = true;
-        for (range, id) in self.find_literals(text, options.parse_special) {
-            self.encode_plain(&text[start..range.start], after_literal, &mut out);
-            out.push(id);
-            (start, after_literal) = (range.end, true);
-        }
-        self.encode_plain(&text[start..], after_literal, &mut out);
+        self.encode_between(text, options.parse_special, true, &mut out);
         if options.add_special && self.add_eos {
             out.extend(self.eos);
         }
         out
+    }
+
+    /// A text that [`Tokenizer::encode`] takes for what it says, even where control tokens are parsed: for what strangers write
+    /// into a prompt. A control token of a single character cannot be quoted.
+    pub fn quote(&self, text: &str) -> String {
+        let Some(literals) = self.literals.get_or_init(|| self.build_literals()) else { return text.into() };
+        let control = |id| self.kind(id) != Some(TokenKind::UserDefined);
+        let found = literals.finder.find_overlapping_iter(text);
+        let found = found.filter(|m| control(literals.ids[m.pattern().as_usize()]));
+        let starts: std::collections::BTreeSet<usize> = found.map(|m| m.start()).collect();
+        let mut quoted = String::with_capacity(text.len());
+        for (at, c) in text.char_indices() {
+            quoted.push(c);
+            if starts.contains(&at) {
+                quoted.push(APART);
+            }
+        }
+        quoted
+    }
+
+    /// The parts of a text between its literals, and these.
+    fn encode_between(&self, text: &str, parse_special: bool, mut first: bool, out: &mut Vec<u32>) {
+        let mut start = 0;
+        for (range, id) in self.find_literals(text, parse_special) {
+            self.encode_part(&text[start..range.start], parse_special, first, out);
+            out.push(id);
+            (start, first) = (range.end, true);
+        }
+        self.encode_part(&text[start..], parse_special, first, out);
+    }
+
+    fn encode_part(&self, text: &str, may_be_quoted: bool, first: bool, out: &mut Vec<u32>) {
+        match may_be_quoted && text.contains(APART) {
+            true => self.encode_between(&text.replace(APART, ""), false, first, out),
+            false => self.encode_plain(text, first, out),
+        }
     }
 
     fn encode_plain(&self, text: &str, first: bool, out: &mut Vec<u32>) {
