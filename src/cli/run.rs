@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::{BufReader, BufWriter, IsTerminal, Write};
 use std::ops::ControlFlow;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use clap::Args;
@@ -170,19 +170,16 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
         }
         if written.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
     })?;
-    written?;
     if let Some(file) = &args.save {
-        let failed = |e: std::io::Error| format!("{}: {e}", file.display());
         // The last token was chosen, but not run. After Ctrl-C, there is still something to save.
         session.cancel().reset();
         let mut text = [&generation.prompt_tokens[..], &generation.tokens].concat();
         text.truncate(session.positions() as usize);
         let done = session.reuse(sequence, &text)?;
         session.prefill(sequence, &text[done..], Head::Logits)?;
-        let mut out = BufWriter::new(File::create(file).map_err(failed)?);
-        session.save(sequence, &mut out)?;
-        out.flush().map_err(failed)?;
+        replace(file, &mut |out| session.save(sequence, out))?;
     }
+    written?;
     let memory = footprint(&model, &**session.backend(), &session_options)?;
     if args.json {
         let report = json(&prompt, &generation, load, memory.working_bytes(), memory.weight_bytes);
@@ -229,6 +226,34 @@ fn millis(t: Duration) -> String {
 
 fn per_second(n: u32, t: Duration) -> f64 {
     if t.is_zero() { 0.0 } else { f64::from(n) / t.as_secs_f64() }
+}
+
+/// Writes a file beside the one that it then replaces, so that what was there is lost only to something whole. What is no plain
+/// file, such as a pipe, is written as it is.
+fn replace(
+    file: &Path,
+    write: &mut dyn FnMut(&mut dyn Write) -> Result<(), halite::Error>,
+) -> Result<(), Failure> {
+    // A link stays a link.
+    let target = file.canonicalize().unwrap_or_else(|_| file.to_owned());
+    let direct = target.exists() && !target.is_file();
+    let mut beside = target.clone().into_os_string();
+    beside.push(".part");
+    let written = if direct { target.clone() } else { PathBuf::from(beside) };
+    let failed = |e: std::io::Error| format!("{}: {e}", written.display());
+    let mut out = BufWriter::new(File::create(&written).map_err(failed)?);
+    let done = write(&mut out).map_err(Failure::from).and_then(|()| Ok(out.flush().map_err(failed)?));
+    if direct {
+        return done;
+    }
+    match done {
+        Ok(()) => Ok(std::fs::rename(&written, &target).map_err(failed)?),
+        Err(error) => {
+            // Half a file is of no use.
+            let _ = std::fs::remove_file(&written);
+            Err(error)
+        }
+    }
 }
 
 pub(super) fn rate(n: u32, t: Duration) -> String {
