@@ -8,7 +8,7 @@ var<workgroup> largest: array<u32, WORKGROUP>;
 fn main(in: In) {
     let first = in.workgroup.y * K;
     var most = 0u;
-    for (var k = in.local; k < K; k += WORKGROUP) { most = max(most, bitcast<u32>(x[first + k]) & 0x7fffffffu); }
+    for (var k = in.local; k < K; k += WORKGROUP) { most = max(most, magnitude(x[first + k])); }
     largest[in.local] = most;
     workgroupBarrier();
     for (var i = 0u; i < WORKGROUP; i++) { most = max(most, largest[i]); }

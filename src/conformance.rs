@@ -640,6 +640,18 @@ fn rows(cases: &mut Cases) {
     }
 }
 
+/// Attention of one input to what a state keeps of two others.
+fn attended(b: &mut Builder<'_>, kv: State, heads: u32, scale: f32, softcap: Option<f32>, sinks: bool) {
+    let q = b.input("q", Dim::Tokens, heads * kv.key_dim);
+    let k = b.input("k", Dim::Tokens, kv.kv_heads * kv.key_dim);
+    let v = b.input("v", Dim::Tokens, kv.kv_heads * kv.value_dim);
+    let kv = b.state(kv);
+    let sinks = sinks.then(|| b.weight("sinks", 1, heads));
+    b.kv_write(k, v, kv);
+    let y = b.attend(q, kv, heads, scale, softcap, sinks);
+    b.output(y);
+}
+
 fn attention(cases: &mut Cases) {
     for format in [Format::F32, Format::F16, Format::Q8_0, Format::Q4_0] {
         for (heads, kv_heads, key_dim, value_dim) in
@@ -668,22 +680,9 @@ fn attention(cases: &mut Cases) {
                 ];
                 let weights = [("sinks", Format::F32, vec![heads.into()])];
                 cases.add(name, &weights, &steps, 1e-6, |b| {
-                    let q = b.input("q", Dim::Tokens, heads * key_dim);
-                    let k = b.input("k", Dim::Tokens, kv_heads * key_dim);
-                    let v = b.input("v", Dim::Tokens, kv_heads * value_dim);
-                    let kv = b.state(State {
-                        name: "kv".into(),
-                        kv_heads,
-                        key_dim,
-                        value_dim,
-                        format,
-                        window,
-                        causal: true,
-                    });
-                    let sinks = sinks.then(|| b.weight("sinks", 1, heads));
-                    b.kv_write(k, v, kv);
-                    let y = b.attend(q, kv, heads, 1.0 / (key_dim as f32).sqrt(), softcap, sinks);
-                    b.output(y);
+                    let (name, causal) = ("kv".into(), true);
+                    let kv = State { name, kv_heads, key_dim, value_dim, format, window, causal };
+                    attended(b, kv, heads, 1.0 / (key_dim as f32).sqrt(), softcap, sinks);
                 });
             }
         }
@@ -702,22 +701,9 @@ fn attention(cases: &mut Cases) {
                 &[(604, 1), (0, 0)],
             ];
             cases.add(name, &[("sinks", Format::F32, vec![heads.into()])], &steps, 1e-6, |b| {
-                let q = b.input("q", Dim::Tokens, heads * key_dim);
-                let k = b.input("k", Dim::Tokens, kv_heads * key_dim);
-                let v = b.input("v", Dim::Tokens, kv_heads * value_dim);
-                let kv = b.state(State {
-                    name: "kv".into(),
-                    kv_heads,
-                    key_dim,
-                    value_dim,
-                    format,
-                    window: None,
-                    causal: false,
-                });
-                let sinks = sinks.then(|| b.weight("sinks", 1, heads));
-                b.kv_write(k, v, kv);
-                let y = b.attend(q, kv, heads, 0.3, None, sinks);
-                b.output(y);
+                let (name, window, causal) = ("kv".into(), None, false);
+                let kv = State { name, kv_heads, key_dim, value_dim, format, window, causal };
+                attended(b, kv, heads, 0.3, None, sinks);
             });
         }
         // Infinities where blocks have a scale.
@@ -759,21 +745,9 @@ fn attention(cases: &mut Cases) {
             let steps: [&[(u32, u32)]; 4] =
                 [&[(0, 530), (0, 0)], &[(530, 1), (0, 0)], &[(531, 1), (0, 2)], &[(532, 3), (2, 1)]];
             cases.add(name, &[("sinks", Format::F32, vec![2])], &steps, 1e-6, |b| {
-                let (q, k) = (b.input("q", Dim::Tokens, 2 * 32), b.input("k", Dim::Tokens, 32));
-                let v = b.input("v", Dim::Tokens, 96);
-                let kv = b.state(State {
-                    name: "kv".into(),
-                    kv_heads: 1,
-                    key_dim: 32,
-                    value_dim: 96,
-                    format,
-                    window,
-                    causal: true,
-                });
-                let sinks = sinks.then(|| b.weight("sinks", 1, 2));
-                b.kv_write(k, v, kv);
-                let y = b.attend(q, kv, 2, 0.2, None, sinks);
-                b.output(y);
+                let (name, kv_heads, key_dim, value_dim, causal) = ("kv".into(), 1, 32, 96, true);
+                let kv = State { name, kv_heads, key_dim, value_dim, format, window, causal };
+                attended(b, kv, 2, 0.2, None, sinks);
             });
         }
     }

@@ -1,9 +1,6 @@
 const KEY_UNITS: u32 = KEYS / 32u;
 const UNITS: u32 = (KEYS + VALUES) / 32u;
 
-// Magnitudes in their order, as integers, with NaN above infinity.
-fn magnitude(x: f32) -> u32 { return bitcast<u32>(x) & 0x7fffffffu; }
-
 // The first of two that has the larger magnitude.
 fn larger(a: f32, b: f32) -> f32 { return select(a, b, magnitude(b) > magnitude(a)); }
 

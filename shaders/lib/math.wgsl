@@ -16,6 +16,9 @@ fn round_f16(x: f32) -> f32 {
     return select(rounded, sign(x) * small, abs(x) < 6.1035156e-5);
 }
 
+// The bits of a magnitude. As integers they are in the order of the magnitudes, with NaN above infinity.
+fn magnitude(x: f32) -> u32 { return bitcast<u32>(x) & 0x7fffffffu; }
+
 // NaN in place of a number that comes of a largest magnitude, if that is infinity or NaN, by its bits.
 fn poisoned(x: f32, largest: u32) -> f32 {
     return bitcast<f32>(select(bitcast<u32>(x), 0x7fc00000u, largest >= 0x7f800000u));

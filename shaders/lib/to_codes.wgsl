@@ -1,7 +1,7 @@
 // Thirty-two activations to codes of eight bits with a scale for each BLOCK values, by the formulas of the CPU's `activation.rs`.
 // `activations` gives four values; parts of 32 are counted over all rows.
 
-// The bits of the largest magnitude of a part. As integers they are in the order of the magnitudes, with NaN above infinity.
+// The bits of the largest magnitude of a part, as `magnitude` has them.
 fn largest(part: u32) -> u32 {
     var most = vec4(0u);
     for (var i = 0u; i < 8u; i++) { most = max(most, magnitudes(activations(8u * part + i))); }
