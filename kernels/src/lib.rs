@@ -10,6 +10,7 @@
 
 pub mod activation;
 pub mod attention;
+pub mod float;
 pub mod formats;
 pub mod isa;
 pub mod math;

@@ -120,7 +120,7 @@ pub fn describe(cpu: Cpu, format: Format, layout: Layout, tokens: usize) -> impl
 }
 
 /// Computes a product of rows stored as `format`. Rows and tokens for which bytes or activations are missing are left
-/// alone; if `x` is not of the kind that the format wants, all are.
+/// alone; if `x` is not of the kind that the format wants, or `k` is no whole number of blocks, all are.
 pub fn matmul(cpu: Cpu, format: Format, product: MatMul<'_, '_>) {
     (format.kernel())(cpu, product);
 }
@@ -151,13 +151,28 @@ impl<'a, 'o, Q: Quantised> Task<'a, 'o, Q> {
     /// `None` if there is nothing to compute.
     fn new(product: MatMul<'a, 'o>) -> Option<Self> {
         let X::Quantised(x) = product.x else { return None };
-        let row_blocks = product.k / Q::LEN;
-        let w = Q::cast(product.w);
-        let tokens = (x.codes.len() / padded(product.k).max(1)).min(product.out.rows());
-        if row_blocks == 0 || product.k != x.k {
+        let k = product.k;
+        // No longer row could be in memory, and its padded length might overflow.
+        if k == 0 || k > isize::MAX as usize || !k.is_multiple_of(Q::LEN) || k != x.k {
             return None;
         }
+        let row_blocks = k / Q::LEN;
+        let w = Q::cast(product.w);
+        let width = padded(k);
+        let tokens = (x.codes.len() / width)
+            .min(x.scales.len() / (width / Q::ACTIVATION.block_len()))
+            .min(x.sums.len() / (width / activation::PADDING * SUMS))
+            .min(product.out.rows());
         let rows = (w.len() / row_blocks).min(product.out.cols());
+        if tokens == 0 || rows == 0 {
+            return None;
+        }
+        let x = activation::Quantised {
+            k,
+            codes: &x.codes[..tokens * width],
+            scales: &x.scales[..tokens * (width / Q::ACTIVATION.block_len())],
+            sums: &x.sums[..tokens * (width / activation::PADDING * SUMS)],
+        };
         let codes = x.codes.as_chunks::<4>().0.as_chunks::<{ CHUNK / 4 }>().0;
         let sums = x.sums.as_chunks().0;
         Some(Task { w, row_blocks, rows, layout: product.layout, x, codes, sums, tokens, out: product.out })

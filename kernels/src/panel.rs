@@ -54,10 +54,9 @@ impl<'a> PanelMut<'a> {
     #[cfg(feature = "std")]
     pub(crate) unsafe fn columns<'b>(&self, start: usize, cols: usize) -> PanelMut<'b> {
         let start = start.min(self.cols);
-        // SAFETY: `start` is at most a row's length, so the pointer stays within or one past the matrix.
-        let first = unsafe { self.start.add(start) };
         PanelMut {
-            start: first,
+            // A panel without rows has no memory behind it, so this may point anywhere; `row` then gives nothing out.
+            start: self.start.wrapping_add(start),
             rows: self.rows,
             cols: cols.min(self.cols - start),
             stride: self.stride,

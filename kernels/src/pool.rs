@@ -1,14 +1,19 @@
 //! A persistent pool of threads for kernels.
 //!
-//! A call hands out numbered tasks to the caller and the workers; which thread runs a task never shows in its result.
+//! A call hands out numbered tasks to the caller and the workers; which thread runs a task never shows in its result. Tasks
+//! run in the default floating-point environment, whatever the caller's is.
 //! Workers look for work for some microseconds after a job, because the next op of a step follows at once, and then
 //! sleep: an idle pool uses no CPU.
 
+use std::any::Any;
+use std::cell::Cell;
 use std::marker::PhantomData;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
+use crate::float::DefaultFloats;
 use crate::panel::PanelMut;
 
 /// How often a worker looks for a job before it sleeps; about 30 microseconds.
@@ -41,17 +46,34 @@ struct Job<'a> {
     run: &'a (dyn Fn(usize) + Sync),
     tasks: usize,
     next: AtomicUsize,
+    /// What the first task that panicked panicked with.
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
+}
+
+thread_local! {
+    /// Whether this thread is running a task of some pool.
+    static IN_TASK: Cell<bool> = const { Cell::new(false) };
 }
 
 impl Job<'_> {
+    /// Runs tasks until none is left. After a panic no thread starts another one.
     fn work(&self) {
-        loop {
-            let task = self.next.fetch_add(1, Ordering::Relaxed);
-            if task >= self.tasks {
-                return;
+        let _floats = DefaultFloats::set();
+        IN_TASK.set(true);
+        let tasks = || {
+            loop {
+                let task = self.next.fetch_add(1, Ordering::Relaxed);
+                if task >= self.tasks {
+                    return;
+                }
+                (self.run)(task);
             }
-            (self.run)(task);
+        };
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(tasks)) {
+            self.next.store(self.tasks, Ordering::Relaxed);
+            self.panic.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(panic);
         }
+        IN_TASK.set(false);
     }
 }
 
@@ -85,14 +107,19 @@ impl Pool {
         self.workers.len() + 1
     }
 
-    /// Runs tasks `0..tasks`, in any order and on any thread, and returns when all are done.
+    /// Runs tasks `0..tasks`, in any order and on any thread, and returns when all are done. A task may call this itself: the
+    /// inner tasks then run on its own thread.
+    ///
+    /// # Panics
+    /// If a task panics, with what it panicked with, once no task runs any more. The pool can be used again.
     pub fn run(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
-        if tasks <= 1 || self.workers.is_empty() {
+        if tasks <= 1 || self.workers.is_empty() || IN_TASK.get() {
+            let _floats = DefaultFloats::set();
             (0..tasks).for_each(task);
             return;
         }
         let _one_at_a_time = self.entry.lock().unwrap_or_else(PoisonError::into_inner);
-        let job = Job { run: task, tasks, next: AtomicUsize::new(0) };
+        let job = Job { run: task, tasks, next: AtomicUsize::new(0), panic: Mutex::new(None) };
         let shared = &*self.shared;
         shared.job.store((&raw const job).cast_mut().cast(), Ordering::Release);
         shared.open.store(true, Ordering::SeqCst);
@@ -100,9 +127,13 @@ impl Pool {
         if *shared.sleeping.lock().unwrap_or_else(PoisonError::into_inner) > 0 {
             shared.wake.notify_all();
         }
-        // Whatever happens in a task, the job outlives every worker that looks at it.
-        let _close = Close(shared);
+        // Whatever happens, the job outlives every worker that looks at it.
+        let close = Close(shared);
         job.work();
+        drop(close);
+        if let Some(panic) = job.panic.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            resume_unwind(panic);
+        }
     }
 
     /// Cuts every panel of `outs` into runs of `grain` columns and calls `task(panel index, first column, columns)` for
@@ -247,7 +278,7 @@ impl Drop for Close<'_> {
     }
 }
 
-/// Counts a worker inside the job, also when a task unwinds.
+/// Counts a worker inside the job.
 struct Inside<'a>(&'a Shared);
 
 impl Drop for Inside<'_> {

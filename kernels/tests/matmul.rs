@@ -41,3 +41,41 @@ fn the_largest_sums_are_exact_on_every_instruction_set() {
         }
     }
 }
+
+/// Whatever the lengths say, nothing panics, and what is there is computed.
+#[test]
+fn wrong_lengths_leave_rows_and_tokens_alone() {
+    let mut state = 1u64;
+    let mut draw = |below: usize| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) as usize % below
+    };
+    let codes = vec![1i8; 4 * 1024];
+    let (scales, sums) = (vec![1.0f32; 256], vec![0i32; 4 * 4 * SUMS]);
+    let floats = vec![1.0f32; 4 * 1024];
+    for &format in Format::ALL {
+        for round in 0..300 {
+            let cpu = Cpu::from_name(Cpu::NAMES[draw(Cpu::NAMES.len())]).unwrap_or(Cpu::detect());
+            let k = [draw(1100), 32 * draw(33), 256 * draw(5), usize::MAX - draw(300)][draw(4)];
+            let w = vec![0; draw(40 * format.block_bytes())];
+            let layout = if draw(2) == 0 { Layout::Rows } else { Layout::Interleaved };
+            let x = if round % 3 == 0 {
+                X::F32(&floats[..draw(floats.len())])
+            } else {
+                X::Quantised(Quantised {
+                    k: if draw(8) == 0 { draw(600) } else { k },
+                    codes: &codes[..draw(codes.len())],
+                    scales: &scales[..draw(scales.len())],
+                    sums: &sums[..draw(sums.len())],
+                })
+            };
+            let mut y = vec![7.0f32; draw(200)];
+            let cols = draw(40);
+            matmul(cpu, format, MatMul { w: &w, layout, k, x, out: PanelMut::new(&mut y, cols) });
+            let block_at = [draw(9), usize::MAX - draw(40)];
+            let mut block = vec![0; [format.block_bytes(), draw(64)][draw(2)]];
+            let blocks = [draw(9), usize::MAX - draw(9)][draw(2)];
+            let _ = format.copy_block(layout, &w, blocks, block_at[draw(2)], block_at[draw(2)], &mut block);
+        }
+    }
+}

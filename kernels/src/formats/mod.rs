@@ -509,7 +509,8 @@ impl Format {
         Ok(())
     }
 
-    /// Copies one block of one row of a matrix whose rows have `row_blocks` blocks; `None` if it is not there.
+    /// Copies one block of one row of a matrix whose rows have `row_blocks` blocks; `None` if it is not there or `out` is not
+    /// as long as a block.
     pub fn copy_block(
         self,
         layout: Layout,
@@ -521,14 +522,17 @@ impl Format {
     ) -> Option<()> {
         let bytes = self.block_bytes();
         let rows = matrix.len() / bytes.checked_mul(row_blocks)?.max(1);
+        if row >= rows || block >= row_blocks || out.len() != bytes {
+            return None;
+        }
         let group = row / ROWS * ROWS;
         match &self.entry().interleaving {
             Some(interleaving) if layout == Layout::Interleaved && group + ROWS <= rows => {
-                let at = group.checked_mul(row_blocks)?.checked_add(block * ROWS)?.checked_mul(bytes)?;
+                let at = (group * row_blocks + block * ROWS) * bytes;
                 (interleaving.block)(matrix.get(at..)?.get(..ROWS * bytes)?, row % ROWS, out);
             }
             _ => {
-                let at = row.checked_mul(row_blocks)?.checked_add(block)?.checked_mul(bytes)?;
+                let at = (row * row_blocks + block) * bytes;
                 out.copy_from_slice(matrix.get(at..)?.get(..bytes)?);
             }
         }

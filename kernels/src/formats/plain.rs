@@ -108,16 +108,19 @@ impl F16 {
 }
 
 /// The value of a binary16, without a branch and without the CPU's conversion, so that loops over scales
-/// vectorise.
+/// vectorise; and in any floating-point environment, as no subnormal is added or multiplied and nothing is rounded.
 #[inline(always)]
 const fn f16_value(bits: u16) -> f32 {
+    /// 2^-14: below it are the subnormals.
+    const NORMAL: u32 = (127 - 14) << 23;
     let (sign, magnitude) = ((bits as u32 & 0x8000) << 16, (bits as u32 & 0x7fff) << 13);
-    // The exponent field is now 112 too small; the product mends that, and turns denormals into normals on
-    // the way.
-    let scaled = f32::from_bits(magnitude) * f32::from_bits((127 + 112) << 23);
-    // An exponent field of all ones stays one.
-    let special = if magnitude >= 0x1f << 23 { 0xff << 23 } else { 0 };
-    f32::from_bits(scaled.to_bits() | special | sign)
+    // The exponent field is 112 too small, and 112 more where it was all ones and stays so.
+    let special = if magnitude >= 0x1f << 23 { 112 << 23 } else { 0 };
+    let normal = magnitude + (112 << 23) + special;
+    // A subnormal is what its fraction adds to 2^-14. Rounding down, the difference of equals is -0.
+    let difference = f32::from_bits(NORMAL + magnitude) - f32::from_bits(NORMAL);
+    let subnormal = difference.to_bits() & 0x7fff_ffff;
+    f32::from_bits(sign | if magnitude < 1 << 23 { subnormal } else { normal })
 }
 
 /// The nearest binary16, ties to even.
@@ -129,8 +132,10 @@ const fn f16_bits(value: f32) -> u16 {
     } else if magnitude >= (127 + 16) << 23 {
         0x7c00
     } else if magnitude < (127 - 14) << 23 {
-        // Next to 0.5 one unit in the last place is 2^-24, the step of denormals: the adder rounds.
-        (f32::from_bits(magnitude) + 0.5).to_bits() - 0.5f32.to_bits()
+        // The fraction with its leading one, in steps of 2^-24, those of subnormals. Below half a step nothing is left.
+        let (exponent, fraction) = (magnitude >> 23, magnitude & 0x7f_ffff | 0x80_0000);
+        let shift = if exponent < 126 - 25 { 25 } else { 126 - exponent };
+        (fraction + (1 << (shift - 1)) - 1 + ((fraction >> shift) & 1)) >> shift
     } else {
         let rebiased = magnitude - ((127 - 15) << 23);
         // A carry out of the fraction raises the exponent, at the top to infinity: both are right.
