@@ -20,7 +20,8 @@ fn tile(i: u32) -> vec3<u32> {
 
 fn limit(score: vec4<f32>) -> vec4<f32> {
     if SOFTCAP == 0.0 { return score; }
-    return SOFTCAP * tanh(clamp(score / SOFTCAP, vec4(-15.0), vec4(15.0)));
+    let s = score / SOFTCAP;
+    return SOFTCAP * vec4(tanh_safe(s.x), tanh_safe(s.y), tanh_safe(s.z), tanh_safe(s.w));
 }
 
 @compute @workgroup_size(64)

@@ -1,4 +1,9 @@
-// Chooses USED of EXPERTS for each token; ties go to the lower index.
+// Chooses USED of EXPERTS for each token; ties go to the lower index, and NaN is above all numbers, so that it is seen.
+
+fn above(a: f32, b: f32) -> bool {
+    let nan = vec2(magnitude(a) > 0x7f800000u, magnitude(b) > 0x7f800000u);
+    return select(a > b, nan.x && !nan.y, any(nan));
+}
 
 fn softmax(count: u32, p: ptr<function, array<f32, EXPERTS>>) {
     var largest = (*p)[0];
@@ -24,7 +29,7 @@ fn main(in: In) {
     var chosen: array<f32, EXPERTS>;
     for (var n = 0u; n < USED; n++) {
         var best = 0u;
-        for (var i = 1u; i < EXPERTS; i++) { if p[i] > p[best] { best = i; } }
+        for (var i = 1u; i < EXPERTS; i++) { if above(p[i], p[best]) { best = i; } }
         ids[token * USED + n] = best;
         chosen[n] = p[best];
         // Below every logit.

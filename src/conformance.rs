@@ -381,6 +381,7 @@ pub fn cases() -> Vec<Case> {
     let mut cases = Cases(Vec::new());
     matmuls(&mut cases);
     rows(&mut cases);
+    not_finite(&mut cases);
     attention(&mut cases);
     experts(&mut cases);
     cases.0
@@ -523,6 +524,117 @@ fn matmuls(cases: &mut Cases) {
     }
 }
 
+/// An input of which some elements become NaN.
+fn with_nan(b: &mut Builder<'_>, name: &str, cols: u32) -> TensorId {
+    let x = b.input(name, Dim::Tokens, cols);
+    let infinite = infinities(b, x, 10.0);
+    let opposite = infinities(b, x, -10.0);
+    // Zero where it did not overflow.
+    let nan = b.add("nan", infinite, opposite);
+    b.add("with nan", x, nan)
+}
+
+/// An input times 1e38 and a factor, so that some elements become infinite.
+fn infinities(b: &mut Builder<'_>, x: TensorId, factor: f32) -> TensorId {
+    let large = b.map("large", x, Unary::Scale(1e38));
+    b.map("infinite", large, Unary::Scale(factor))
+}
+
+/// NaN comes out where it went in, and is seen where one of several elements is chosen.
+fn not_finite(cases: &mut Cases) {
+    let cols = 100;
+    for f in UNARY {
+        cases.row(format!("Map {f:?} of NaN"), &[], 3, |b| {
+            let x = with_nan(b, "x", cols);
+            let y = b.map("y", x, f);
+            b.output(y);
+        });
+    }
+    for act in GATES {
+        for nan in ["gate", "up"] {
+            cases.row(format!("Glu {act:?} of NaN {nan}"), &[], 3, |b| {
+                let input = |b: &mut Builder<'_>, name: &str| match name == nan {
+                    true => with_nan(b, name, cols),
+                    false => b.input(name, Dim::Tokens, cols),
+                };
+                let (gate, up) = (input(b, "gate"), input(b, "up"));
+                let y = b.glu(gate, up, act);
+                b.output(y);
+            });
+        }
+    }
+    for cols in [100, 4100] {
+        cases.row(format!("ArgMax {cols} of NaN"), &[], 3, |b| {
+            let x = with_nan(b, "x", cols);
+            let best = b.arg_max(x);
+            b.output(best);
+        });
+        // Some of each sign, and only negative ones.
+        for negative in [false, true] {
+            cases.row(format!("ArgMax {cols} of infinities negative={negative}"), &[], 3, |b| {
+                let x = b.input("x", Dim::Tokens, cols);
+                let mut x = infinities(b, x, 10.0);
+                if negative {
+                    let up = b.map("up", x, Unary::Relu);
+                    let down = b.map("down", up, Unary::Scale(-1.0));
+                    x = b.map("infinite", down, Unary::Scale(1e38));
+                }
+                let best = b.arg_max(x);
+                b.output(best);
+            });
+        }
+    }
+    cases.row("Norm of NaN".into(), &[], 3, |b| {
+        let x = with_nan(b, "x", cols);
+        let y = b.norm("y", x, NormKind::Rms, None, None, 1e-5, cols);
+        b.output(y);
+    });
+    for gating in [Gating::Softmax, Gating::SoftmaxOfTop, Gating::Sigmoid] {
+        cases.row(format!("Route {gating:?} of NaN"), &[], 5, |b| {
+            let logits = with_nan(b, "logits", 16);
+            let (ids, weights) = b.route(logits, 3, gating, false, 1.0);
+            b.output(ids);
+            b.output(weights);
+        });
+    }
+    for (which, softcap) in [("q", None), ("q", Some(2.0)), ("k", Some(2.0)), ("v", None)] {
+        let name = format!("Attend F32 of NaN {which} softcap={softcap:?}");
+        cases.add(name, &[], &[&[(0, 3)], &[(3, 1)]], 1e-6, |b| {
+            let input = |b: &mut Builder<'_>, name: &str, cols: u32| match name == which {
+                true => with_nan(b, name, cols),
+                false => b.input(name, Dim::Tokens, cols),
+            };
+            let (q, k, v) = (input(b, "q", 2 * 32), input(b, "k", 32), input(b, "v", 32));
+            let (kv_heads, key_dim, value_dim, format) = (1, 32, 32, Format::F32);
+            let (name, window, causal) = ("kv".into(), None, true);
+            let kv = b.state(State { name, kv_heads, key_dim, value_dim, format, window, causal });
+            b.kv_write(k, v, kv);
+            let y = b.attend(q, kv, 2, 0.2, softcap, None);
+            b.output(y);
+        });
+    }
+}
+
+/// All gates.
+const GATES: [Gate; 5] = [
+    Gate::Silu,
+    Gate::Gelu,
+    Gate::GeluErf,
+    Gate::Relu,
+    Gate::SiluClamped { alpha: 1.702, limit: 1.5 },
+];
+
+/// All functions of one element.
+const UNARY: [Unary; 7] = [
+    Unary::Silu,
+    Unary::Gelu,
+    Unary::GeluErf,
+    Unary::Relu,
+    Unary::ReluSquared,
+    Unary::Scale(0.7),
+    Unary::SoftCap(1.3),
+];
+
 fn rows(cases: &mut Cases) {
     for (cols, group) in [(1, 1), (100, 100), (64, 16), (257, 257), (2048, 2048)] {
         for kind in [NormKind::Rms, NormKind::Layer] {
@@ -555,28 +667,14 @@ fn rows(cases: &mut Cases) {
                 group,
             });
         });
-        for act in [
-            Gate::Silu,
-            Gate::Gelu,
-            Gate::GeluErf,
-            Gate::Relu,
-            Gate::SiluClamped { alpha: 1.702, limit: 1.5 },
-        ] {
+        for act in GATES {
             cases.row(format!("Glu {act:?} {cols}"), &[], 3, |b| {
                 let (gate, up) = (b.input("gate", Dim::Tokens, cols), b.input("up", Dim::Tokens, cols));
                 let y = b.glu(gate, up, act);
                 b.output(y);
             });
         }
-        for f in [
-            Unary::Silu,
-            Unary::Gelu,
-            Unary::GeluErf,
-            Unary::Relu,
-            Unary::ReluSquared,
-            Unary::Scale(0.7),
-            Unary::SoftCap(1.3),
-        ] {
+        for f in UNARY {
             cases.row(format!("Map {f:?} {cols}"), &[], 3, |b| {
                 let x = b.input("x", Dim::Tokens, cols);
                 let y = b.map("y", x, f);

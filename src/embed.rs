@@ -187,6 +187,9 @@ impl Embedder {
         self.loaded.run(&step, [all])?;
         let mut rows = vec![0.0f32; wanted.len() * self.dimension()];
         self.loaded.read(outputs::EMBEDDINGS, &mut rows)?;
+        if let Some(bad) = rows.iter().find(|x| !x.is_finite()) {
+            return Err(Error::NotFinite { what: "embeddings", got: bad.to_string() });
+        }
         let mut rows = rows.chunks_exact(self.dimension());
         for text in texts {
             match self.pooling {

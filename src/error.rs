@@ -116,6 +116,14 @@ pub enum Error {
         /// Sequences that the session was made for.
         sequences: u32,
     },
+    /// A model computed something that is not a number: a weight, an adapter or the backend is at fault.
+    #[error("{what}: expected finite numbers, got {got}; a weight, an adapter or the backend is at fault")]
+    NotFinite {
+        /// What the numbers are, such as logits.
+        what: &'static str,
+        /// The first that is wrong, or what else is.
+        got: String,
+    },
     /// The work was cancelled from outside.
     #[error("cancelled")]
     Cancelled,

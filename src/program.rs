@@ -335,7 +335,8 @@ pub enum Op {
         /// The activation.
         act: Gate,
     },
-    /// The index of each row's largest element; the lowest on ties.
+    /// The index of each row's largest element, the lowest on ties; [`NOT_FINITE`] if that element is not finite or the row
+    /// has a NaN.
     ArgMax {
         /// `[rows, cols]`.
         x: TensorId,
@@ -353,6 +354,9 @@ pub enum Op {
         values: TensorId,
     },
 }
+
+/// What [`Op::ArgMax`] writes for a row that has no largest number.
+pub const NOT_FINITE: i32 = -1;
 
 impl Op {
     /// The op's name.

@@ -1,10 +1,14 @@
 //! From logits to a token: penalties, then top-k, top-p, min-p, temperature and a draw.
 
+use halite_kernels::float::DefaultFloats;
 use halite_kernels::isa::Scalar;
 use halite_kernels::math;
 
 use crate::error::{Error, Result};
 use crate::rng::SplitMix64;
+
+/// Most tokens that count as recent.
+pub const MAX_PENALTY_WINDOW: usize = 1 << 20;
 
 /// How tokens are chosen. The default is greedy.
 #[derive(Debug, Clone, PartialEq)]
@@ -23,7 +27,7 @@ pub struct SamplerOptions {
     pub frequency_penalty: f32,
     /// Taken off a recent token's logit once.
     pub presence_penalty: f32,
-    /// How many tokens are recent.
+    /// How many tokens are recent; at most [`MAX_PENALTY_WINDOW`] are.
     pub penalty_window: usize,
     /// The seed of the draws.
     pub seed: u64,
@@ -77,6 +81,19 @@ impl SamplerOptions {
     }
 }
 
+/// An empty vector with room for so many elements.
+fn reserved<T>(len: usize) -> Result<Vec<T>> {
+    let mut memory = Vec::new();
+    match memory.try_reserve_exact(len) {
+        Ok(()) => Ok(memory),
+        Err(_) => Err(Error::OutOfMemory {
+            what: "the sampler".into(),
+            need_bytes: (len as u64).saturating_mul(size_of::<T>() as u64),
+            have_bytes: 0,
+        }),
+    }
+}
+
 #[derive(Debug, Clone, Copy)]
 struct Candidate {
     token: u32,
@@ -94,19 +111,22 @@ pub struct Sampler {
     /// A ring of the last tokens.
     recent: Vec<u32>,
     next: usize,
+    /// The same tokens, sorted.
+    counted: Vec<u32>,
 }
 
 impl Sampler {
     /// A sampler for a vocabulary of this size.
     ///
     /// # Errors
-    /// [`Error::Argument`] for options out of range.
+    /// [`Error::Argument`] for options out of range, [`Error::OutOfMemory`].
     pub fn new(options: SamplerOptions, vocab_size: usize) -> Result<Sampler> {
         options.check()?;
         Ok(Sampler {
             rng: SplitMix64::new(options.seed),
-            candidates: Vec::with_capacity(vocab_size),
-            recent: Vec::with_capacity(options.penalty_window.min(1 << 20)),
+            candidates: reserved(vocab_size)?,
+            recent: reserved(options.penalty_window.min(MAX_PENALTY_WINDOW))?,
+            counted: reserved(options.penalty_window.min(MAX_PENALTY_WINDOW))?,
             next: 0,
             options,
         })
@@ -131,9 +151,9 @@ impl Sampler {
     /// Chooses a token.
     ///
     /// # Errors
-    /// [`Error::Argument`] if there are no logits or one of them is NaN.
+    /// [`Error::NotFinite`] if there are no logits, or one of them is NaN or positive infinity.
     pub fn sample(&mut self, logits: &[f32]) -> Result<u32> {
-        self.take(logits.iter().enumerate().map(|(i, &logit)| (i as u32, logit)))
+        self.take(logits.iter().enumerate().map(|(i, &logit)| (i as u32, logit)), true)
     }
 
     /// Chooses a token among those that are allowed.
@@ -142,7 +162,7 @@ impl Sampler {
     /// As [`Sampler::sample`].
     pub fn sample_among(&mut self, logits: &[f32], allowed: impl Fn(u32) -> bool) -> Result<u32> {
         let candidates = logits.iter().enumerate().map(|(i, &logit)| (i as u32, logit));
-        self.take(candidates.filter(|&(token, _)| allowed(token)))
+        self.take(candidates.filter(|&(token, _)| allowed(token)), true)
     }
 
     /// Chooses a token by the logits of the most likely ones, at least as many as [`SamplerOptions::needed`] says: the same that
@@ -151,19 +171,28 @@ impl Sampler {
     /// # Errors
     /// As [`Sampler::sample`].
     pub fn sample_of(&mut self, tokens: &[u32], logits: &[f32]) -> Result<u32> {
-        self.take(tokens.iter().copied().zip(logits.iter().copied()))
+        self.take(tokens.iter().copied().zip(logits.iter().copied()), false)
     }
 
-    fn take(&mut self, logits: impl Iterator<Item = (u32, f32)>) -> Result<u32> {
+    /// Chooses among tokens with their logits, `ordered` by token or not.
+    fn take(&mut self, logits: impl Iterator<Item = (u32, f32)>, ordered: bool) -> Result<u32> {
+        let _floats = DefaultFloats::set();
         self.candidates.clear();
         let candidate = |(token, logit)| Candidate { token, logit, probability: 0.0 };
         self.candidates.extend(logits.map(candidate));
-        let empty = self.candidates.is_empty();
-        if empty || self.candidates.iter().any(|c| c.logit.is_nan()) {
-            return Err(Error::argument("logits", "numbers", if empty { "none" } else { "NaN" }));
+        let (mut wrong, mut possible) = (false, false);
+        for c in &self.candidates {
+            wrong |= c.logit.is_nan() | (c.logit == f32::INFINITY);
+            possible |= c.logit > f32::NEG_INFINITY;
+        }
+        if wrong || !possible {
+            let bad = self.candidates.iter().map(|c| c.logit).find(|x| x.is_nan() || *x == f32::INFINITY);
+            let none = if self.candidates.is_empty() { "none" } else { "only -inf" };
+            let got = bad.map_or(none.into(), |x| x.to_string());
+            return Err(Error::NotFinite { what: "logits", got });
         }
         if self.options.penalises() {
-            self.penalise();
+            self.penalise(ordered);
         }
         if self.options.temperature == 0.0 {
             let better = |b: Candidate, c: Candidate| if c.logit > b.logit { c } else { b };
@@ -186,14 +215,20 @@ impl Sampler {
         Ok(self.candidates.last().map_or(0, |c| c.token))
     }
 
-    fn penalise(&mut self) {
+    /// Changes the logits of recent tokens, in time of their number.
+    fn penalise(&mut self, ordered: bool) {
         let o = &self.options;
-        for c in &mut self.candidates {
-            let count = self.recent.iter().filter(|t| **t == c.token).count();
-            if count > 0 {
-                c.logit = if c.logit > 0.0 { c.logit / o.repeat_penalty } else { c.logit * o.repeat_penalty };
-                c.logit -= count as f32 * o.frequency_penalty + o.presence_penalty;
-            }
+        self.counted.clear();
+        self.counted.extend_from_slice(&self.recent);
+        self.counted.sort_unstable();
+        for same in self.counted.chunk_by(|a, b| a == b) {
+            let at = match ordered {
+                true => self.candidates.binary_search_by_key(&same[0], |c| c.token).ok(),
+                false => self.candidates.iter().position(|c| c.token == same[0]),
+            };
+            let Some(c) = at.and_then(|at| self.candidates.get_mut(at)) else { continue };
+            c.logit = if c.logit > 0.0 { c.logit / o.repeat_penalty } else { c.logit * o.repeat_penalty };
+            c.logit -= same.len() as f32 * o.frequency_penalty + o.presence_penalty;
         }
     }
 
@@ -334,6 +369,35 @@ mod tests {
         assert_eq!(s.sample(&logits).unwrap(), 0);
     }
 
+    /// The same choice by all logits, by those of allowed tokens, and by the most likely ones in their order.
+    #[test]
+    fn penalties_find_tokens_in_any_order() {
+        let mut rng = SplitMix64::new(5);
+        let options = SamplerOptions {
+            repeat_penalty: 1.3,
+            frequency_penalty: 0.1,
+            presence_penalty: 0.2,
+            penalty_window: 20,
+            ..Default::default()
+        };
+        let mut s = Sampler::new(options, 50).unwrap();
+        for _ in 0..200 {
+            let logits: Vec<f32> = (0..50).map(|_| rng.unit() * 4.0 - 2.0).collect();
+            let (mut ids, mut values) = ([0; 50], [0.0; 50]);
+            halite_kernels::rows::largest(&logits, &mut ids, &mut values);
+            let want = (0..50u32).map(|token| {
+                let n = s.recent.iter().filter(|t| **t == token).count() as f32;
+                let x = logits[token as usize];
+                let x = if n == 0.0 { x } else { (if x > 0.0 { x / 1.3 } else { x * 1.3 }) - (n * 0.1 + 0.2) };
+                (token, x)
+            });
+            let want = want.reduce(|a, b| if b.1 > a.1 { b } else { a }).unwrap().0;
+            assert_eq!(s.sample(&logits).unwrap(), want);
+            assert_eq!(s.sample_of(&ids.map(|id| id as u32), &values).unwrap(), want);
+            s.accept(want);
+        }
+    }
+
     #[test]
     fn bad_options_and_logits_are_errors() {
         for bad in [
@@ -346,6 +410,15 @@ mod tests {
             assert!(matches!(Sampler::new(bad, 4), Err(Error::Argument { .. })));
         }
         assert!(sampler(SamplerOptions::default()).sample(&[]).is_err());
-        assert!(sampler(SamplerOptions::default()).sample(&[f32::NAN, 1.0]).is_err());
+        let hot = SamplerOptions { temperature: 1.0, ..Default::default() };
+        for options in [SamplerOptions::default(), hot] {
+            for bad in [f32::NAN, -f32::NAN, f32::INFINITY] {
+                let error = sampler(options.clone()).sample(&[1.0, bad, 1.0]).unwrap_err();
+                assert!(matches!(error, Error::NotFinite { .. }), "{error}");
+            }
+            assert!(sampler(options.clone()).sample(&[f32::NEG_INFINITY; 3]).is_err());
+            // A token may be impossible.
+            assert_eq!(sampler(options).sample(&[f32::NEG_INFINITY, 1.0]).unwrap(), 1);
+        }
     }
 }

@@ -11,10 +11,10 @@ use crate::backend::{
 };
 use crate::error::{Error, Result};
 pub use crate::loaded::Footprint;
-use crate::loaded::Loaded;
+use crate::loaded::{Loaded, check_logits};
 use crate::model::{Model, ProgramOptions, outputs};
 use crate::passes;
-use crate::program::{Dim, PAGE_POSITIONS, Program, Slot, State, TensorId};
+use crate::program::{Dim, NOT_FINITE, PAGE_POSITIONS, Program, Slot, State, TensorId};
 use crate::weights::Weights;
 
 /// Most runs of one step.
@@ -458,7 +458,7 @@ impl Session {
     ///
     /// # Errors
     /// [`Error::Argument`] for runs that do not fit the session, [`Error::ContextFull`], [`Error::Cancelled`],
-    /// [`Error::FileChanged`], or what the backend says.
+    /// [`Error::FileChanged`], [`Error::NotFinite`] if a wanted output is not of numbers, or what the backend says.
     pub fn step(&mut self, runs: &[Run<'_>], head: Head) -> Result<()> {
         self.gather(runs)?;
         for run in runs {
@@ -492,13 +492,22 @@ impl Session {
                 let (ids, logits) = (&mut self.top_ids[..len], &mut self.top_logits[..len]);
                 self.loaded.read(outputs::TOP_IDS, ids)?;
                 self.loaded.read(outputs::TOP_LOGITS, logits)?;
+                // NaN and infinity come first of all.
+                check_logits(logits, len / self.wanted.len().max(1))?;
             }
             Head::Logits => {
-                let len = self.wanted.len() * self.loaded.model.hparams().vocab_size as usize;
-                self.loaded.read(outputs::LOGITS, &mut self.logits[..len])?;
+                let vocab = self.loaded.model.hparams().vocab_size as usize;
+                let logits = &mut self.logits[..self.wanted.len() * vocab];
+                self.loaded.read(outputs::LOGITS, logits)?;
+                check_logits(logits, vocab)?;
             }
             Head::ArgMax => {
-                self.loaded.read(outputs::ARG_MAX, &mut self.arg_max[..self.wanted.len()])?;
+                let arg_max = &mut self.arg_max[..self.wanted.len()];
+                self.loaded.read(outputs::ARG_MAX, arg_max)?;
+                if let Some(row) = arg_max.iter().position(|&id| id == NOT_FINITE as u32) {
+                    let got = format!("a largest one that is none in output {row}");
+                    return Err(Error::NotFinite { what: "logits", got });
+                }
             }
         }
         for run in runs {

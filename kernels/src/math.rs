@@ -85,7 +85,7 @@ fn polynomial<I: Isa, const N: usize>(isa: I, x: I::F, c: [f32; N]) -> I::F {
     sum
 }
 
-/// eˣ. Zero below -87.3, infinity above 88.3; NaN gives 0.
+/// eˣ. Zero below -87.3, infinity above 88.3.
 #[inline(always)]
 pub fn exp<I: Isa>(isa: I, x: I::F) -> I::F {
     let high = isa.splat(88.376_26);
@@ -96,8 +96,11 @@ pub fn exp<I: Isa>(isa: I, x: I::F) -> I::F {
 /// [`exp`] of numbers that are not above 88.3.
 #[inline(always)]
 pub fn exp_falling<I: Isa>(isa: I, x: I::F) -> I::F {
-    let low = isa.splat(-87.336_54);
-    let clamped = isa.select_gt(x, low, x, low);
+    /// The least that does not give zero.
+    const LOW: f32 = (-87.336_54f32).next_up();
+    let low = isa.splat(LOW);
+    // Every comparison lets NaN through.
+    let clamped = isa.select_gt(low, x, low, x);
     let n = isa.to_i32(isa.mul(clamped, isa.splat(core::f32::consts::LOG2_E)));
     let n_f = isa.to_f32(n);
     // ln 2 in two parts, the first with few enough bits that n times it is exact.
@@ -107,7 +110,7 @@ pub fn exp_falling<I: Isa>(isa: I, x: I::F) -> I::F {
     let p = polynomial(isa, r, c);
     let y = isa.add(isa.fma(p, isa.mul(r, r), r), isa.splat(1.0));
     let scale = isa.with_bits(isa.shl_i::<23>(isa.add_i(n, isa.splat_i(127))));
-    isa.select_gt(x, low, isa.mul(y, scale), isa.splat(0.0))
+    isa.select_gt(low, x, isa.splat(0.0), isa.mul(y, scale))
 }
 
 /// 1 / (1 + e⁻ˣ).

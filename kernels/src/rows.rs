@@ -68,7 +68,7 @@ fn gelu<I: Isa>(isa: I, x: I::F) -> I::F {
     let half = isa.mul(isa.splat(0.5), h);
     let y = isa.round_f16(isa.fma(half, t, half));
     let y = isa.select_gt(isa.splat(LINEAR), x, y, x);
-    isa.select_gt(x, isa.splat(-LINEAR), y, isa.splat(0.0))
+    isa.select_gt(isa.splat(-LINEAR), x, isa.splat(0.0), y)
 }
 
 #[inline(always)]
@@ -80,7 +80,9 @@ fn gelu_erf<I: Isa>(isa: I, x: I::F) -> I::F {
 
 #[inline(always)]
 fn relu<I: Isa>(isa: I, x: I::F) -> I::F {
-    isa.max(x, isa.splat(0.0))
+    // NaN passes, as the second operand of a comparison; the sum makes -0 zero.
+    let zero = isa.splat(0.0);
+    isa.add(isa.max(zero, x), zero)
 }
 
 #[inline(always)]
@@ -477,7 +479,7 @@ impl WithIsa for Sigmoid<'_> {
     }
 }
 
-/// A kernel: the lowest index of the largest element; NaN is never the largest.
+/// A kernel: the lowest index of the largest element; `None` if that is not finite, or an element is NaN.
 #[derive(Debug)]
 pub struct ArgMax<'a> {
     /// Elements.
@@ -485,28 +487,37 @@ pub struct ArgMax<'a> {
 }
 
 impl WithIsa for ArgMax<'_> {
-    type Out = usize;
+    type Out = Option<usize>;
     #[inline(always)]
-    fn call<I: Isa>(self, isa: I) -> usize {
+    fn call<I: Isa>(self, isa: I) -> Option<usize> {
         let (chunks, rest) = self.x.as_chunks::<16>();
         let mut best = isa.splat(f32::NEG_INFINITY);
+        // Magnitudes as integers: NaN is above infinity.
+        let mut magnitudes = [0; 16];
         for lanes in chunks {
             best = isa.max(isa.load(lanes), best);
+            for i in 0..16 {
+                magnitudes[i] = (lanes[i].to_bits() & 0x7fff_ffff).max(magnitudes[i]);
+            }
         }
         let mut lanes = [0.0; 16];
         isa.store(best, &mut lanes);
         let max = lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |m, &x| if x > m { x } else { m });
-        self.x.iter().position(|&x| x == max).unwrap_or(0)
+        let nan = magnitudes.iter().any(|&m| m > f32::INFINITY.to_bits()) || rest.iter().any(|x| x.is_nan());
+        if nan || !max.is_finite() {
+            return None;
+        }
+        self.x.iter().position(|&x| x == max)
     }
 }
 
 /// Writes the indices of the `ids.len()` largest elements, largest first, the lower index first on ties; NaN counts as
-/// the smallest.
+/// the largest, so that it is seen.
 pub fn top_k(x: &[f32], ids: &mut [i32]) {
-    let key = |i: usize| if x[i].is_nan() { f32::NEG_INFINITY } else { x[i] };
+    let above = |a: f32, b: f32| a > b || (a.is_nan() && !b.is_nan());
     let mut found = 0;
     for i in 0..x.len() {
-        let at = ids[..found].iter().position(|&j| key(i) > key(j as usize)).unwrap_or(found);
+        let at = ids[..found].iter().position(|&j| above(x[i], x[j as usize])).unwrap_or(found);
         if at == ids.len() {
             continue;
         }

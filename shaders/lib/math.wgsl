@@ -3,7 +3,7 @@
 fn sigmoid(x: f32) -> f32 { return 1.0 / (1.0 + exp(-x)); }
 
 // Beyond 15 the result is 1 to the last bit, and some implementations overflow.
-fn tanh_safe(x: f32) -> f32 { return tanh(clamp(x, -15.0, 15.0)); }
+fn tanh_safe(x: f32) -> f32 { return or_nan(tanh(clamp(x, -15.0, 15.0)), x); }
 
 fn silu(x: f32) -> f32 { return x * sigmoid(x); }
 
@@ -24,12 +24,17 @@ fn poisoned(x: f32, largest: u32) -> f32 {
     return bitcast<f32>(select(bitcast<u32>(x), 0x7fc00000u, largest >= 0x7f800000u));
 }
 
+// `y`, or NaN where it comes of a NaN: comparisons and `max` may lose one.
+fn or_nan(y: f32, x: f32) -> f32 {
+    return bitcast<f32>(select(bitcast<u32>(y), 0x7fc00000u, magnitude(x) > 0x7f800000u));
+}
+
 // From and to half precision, as GGML's table has it.
 fn gelu(x: f32) -> f32 {
     let h = round_f16(clamp(x, -10.0, 10.0));
     let t = tanh_safe(0.7978846 * (h + 0.044715 * h * h * h));
     let y = round_f16(0.5 * h * (1.0 + t));
-    return select(select(y, x, x >= 10.0), 0.0, x <= -10.0);
+    return or_nan(select(select(y, x, x >= 10.0), 0.0, x <= -10.0), x);
 }
 
 // The error function (Abramowitz & Stegun 7.1.26).
@@ -37,9 +42,9 @@ fn erf(x: f32) -> f32 {
     let z = abs(x);
     let t = 1.0 / (1.0 + 0.3275911 * z);
     let p = ((((1.0614054 * t - 1.4531521) * t + 1.4214138) * t - 0.28449674) * t + 0.2548296) * t;
-    return sign(x) * (1.0 - p * exp(-z * z));
+    return or_nan(sign(x) * (1.0 - p * exp(-z * z)), x);
 }
 
 fn gelu_erf(x: f32) -> f32 { return 0.5 * x * (1.0 + erf(x * 0.70710678)); }
 
-fn relu(x: f32) -> f32 { return max(x, 0.0); }
+fn relu(x: f32) -> f32 { return or_nan(max(x, 0.0), x); }

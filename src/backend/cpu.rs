@@ -26,7 +26,7 @@ use super::{
 use crate::cost::Rates;
 use crate::error::{Error, Result};
 use crate::map::Region;
-use crate::program::{Epilogue, Gating, NormKind, Op, Program, RopePairs};
+use crate::program::{Epilogue, Gating, NOT_FINITE, NormKind, Op, Program, RopePairs};
 
 /// The CPU.
 #[derive(Debug)]
@@ -759,7 +759,7 @@ impl Kernels for CpuKernels {
 
     fn arg_max(&mut self, x: &[f32], cols: usize, out: &mut [i32]) {
         for (x, out) in x.chunks_exact(cols).zip(out) {
-            *out = self.isa.run(rows::ArgMax { x }) as i32;
+            *out = self.isa.run(rows::ArgMax { x }).map_or(NOT_FINITE, |at| at as i32);
         }
     }
 }

@@ -1,10 +1,12 @@
 //! What backends that compute in host memory share: buffers, and a plan that walks the ops and hands slices to [`Kernels`].
 
 use std::ops::{Deref, DerefMut, Range};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, Instant};
 
 use halite_kernels::attention::{PageShape, Pages, PagesMut, write as write_kv};
+use halite_kernels::float::DefaultFloats;
 use halite_kernels::formats::{Format, Layout};
 use halite_kernels::rows::{Gate, Unary};
 
@@ -587,7 +589,15 @@ fn execute<K: Kernels>(
         }
     }
     if result.is_ok() {
-        result = compute(memory, kernels, op, step, tokens, b, &mut outs);
+        // A panic must neither leave the library nor lose the memory that was taken out. What was being written to a bound
+        // buffer is lost: its lock is then poisoned, and later steps say so.
+        let compute = || compute(memory, kernels, op, step, tokens, b, &mut outs);
+        result = catch_unwind(AssertUnwindSafe(compute)).unwrap_or_else(|panic| {
+            let said = panic.downcast_ref::<&str>().copied();
+            let said = said.or_else(|| panic.downcast_ref::<String>().map(String::as_str));
+            let message = format!("{} panicked: {}", op.name(), said.unwrap_or("no message"));
+            Err(Error::Backend { backend: memory.backend.clone(), message })
+        });
     }
     for out in outs.into_iter().flatten() {
         memory.put(out);
@@ -782,6 +792,7 @@ fn compute<K: Kernels>(
 impl<K: Kernels> Plan for HostPlan<K> {
     fn submit(&mut self, step: &Step<'_>, segments: Range<usize>, bindings: &Bindings<'_>) -> Result<Ticket> {
         let start = Instant::now();
+        let _floats = DefaultFloats::set();
         let from_start = segments.start == 0;
         self.place_tokens(step, bindings.states)?;
         let program = self.memory.program.clone();

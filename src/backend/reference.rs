@@ -20,7 +20,7 @@ use super::{
 };
 use crate::error::Result;
 use crate::map::Region;
-use crate::program::{Gating, NormKind, Program, RopePairs};
+use crate::program::{Gating, NOT_FINITE, NormKind, Program, RopePairs};
 
 /// The reference as a backend: slow, and right by definition.
 #[derive(Debug)]
@@ -174,7 +174,7 @@ fn unary(f: Unary, x: f32) -> f32 {
         }
         Unary::GeluErf => fma(0.5 * x, scalar!(erf(x * std::f32::consts::FRAC_1_SQRT_2)), 0.5 * x),
         Unary::Relu => {
-            if x > 0.0 {
+            if x > 0.0 || x.is_nan() {
                 x
             } else {
                 0.0
@@ -433,6 +433,8 @@ impl Kernels for Definitions {
             let mut order: Vec<usize> = (0..a.experts).collect();
             // A stable sort keeps the lower index first on ties.
             order.sort_by(|&i, &j| p[j].partial_cmp(&p[i]).unwrap_or(std::cmp::Ordering::Equal));
+            // NaN comes first, so that it is seen.
+            order.sort_by_key(|&i| !p[i].is_nan());
             for ((id, weight), &expert) in ids.iter_mut().zip(weights.iter_mut()).zip(&order) {
                 (*id, *weight) = (expert as i32, p[expert]);
             }
@@ -492,7 +494,8 @@ impl Kernels for Definitions {
                 .iter()
                 .enumerate()
                 .fold((0, f32::NEG_INFINITY), |best, (i, &x)| if x > best.1 { (i, x) } else { best });
-            *out = best.0 as i32;
+            let finite = best.1.is_finite() && x.iter().all(|x| !x.is_nan());
+            *out = if finite { best.0 as i32 } else { NOT_FINITE };
         }
     }
 }

@@ -251,7 +251,7 @@ pub(super) fn gated(gate: Gate) -> Option<String> {
         Gate::Relu => "return relu(g) * u;".into(),
         Gate::SiluClamped { alpha, limit } => format!(
             "let s = min(g, {limit:e}) * sigmoid({alpha:e} * min(g, {limit:e}));
-             return s * clamp(u, -{limit:e}, {limit:e}) + s;"
+             return or_nan(or_nan(s * clamp(u, -{limit:e}, {limit:e}) + s, g), u);"
         ),
         _ => return None,
     };

@@ -20,7 +20,7 @@ use crate::backend::host::{
     After, AttendArgs, ExpertsArgs, Kernels, KvArgs, Matrix, NormArgs, Product, RopeArgs, RouteArgs,
 };
 use crate::error::{Error, Result};
-use crate::program::{Op, Program};
+use crate::program::{NOT_FINITE, Op, Program};
 
 /// [`Kernels`] that lower, run and time each op.
 pub struct SimKernels {
@@ -354,13 +354,23 @@ impl Kernels for SimKernels {
                 if stage == 0 {
                     let mut at = [0];
                     kernels.arg_max(x, run, &mut at);
-                    let value = x.get(at[0] as usize).copied().unwrap_or(f32::NAN);
+                    let value = match at[0] {
+                        // Another run may have a number.
+                        NOT_FINITE if x.iter().all(|&x| x == f32::NEG_INFINITY) => f32::NEG_INFINITY,
+                        NOT_FINITE => f32::NAN,
+                        at => x[at as usize],
+                    };
                     let before = (first as usize + unit) % (cols / run) * run;
-                    out.copy_from_slice(&[f32::from_bits(before as u32 + at[0] as u32), value]);
+                    out.copy_from_slice(&[f32::from_bits((before as u32).wrapping_add_signed(at[0])), value]);
                 } else {
-                    let best = |best: (f32, f32), new: (f32, f32)| if new.1 > best.1 { new } else { best };
+                    let best = |best: (f32, f32), new: (f32, f32)| {
+                        if new.1 > best.1 || new.1.is_nan() { new } else { best }
+                    };
                     let pairs = x.as_chunks::<2>().0.iter().map(|&[id, value]| (id, value));
-                    out[0] = pairs.fold((0.0, f32::NEG_INFINITY), best).0;
+                    let (id, value) = pairs.fold((0.0, f32::NEG_INFINITY), |found, new| {
+                        if found.1.is_nan() { found } else { best(found, new) }
+                    });
+                    out[0] = if value.is_finite() { id } else { f32::from_bits(NOT_FINITE as u32) };
                 }
             }
             Ok(())

@@ -172,7 +172,7 @@ impl Lowering<'_> {
             }),
             _ => shader.with(wgsl!("kv/f32")),
         };
-        shader = shader.with(wgsl!("attend"));
+        shader = shader.with(wgsl!("lib/math")).with(wgsl!("attend"));
         let whole = stores(shader.clone()).with(wgsl!("lib/attend_whole"));
         let tiles = count(Of::Tiles(tile), row_tiles, 1);
         // What a window leaves of a long cache is short.

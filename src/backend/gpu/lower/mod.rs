@@ -404,9 +404,10 @@ impl Lowering<'_> {
                 let shader = self
                     .shader("arg_max")
                     .workgroup(256)
-                    .read("x", "f32", self.tensor(*x))
+                    .read("x", "u32", self.tensor(*x))
                     .write("out", "u32", self.tensor(*out))
                     .u32("COLUMNS", t.cols)
+                    .with(wgsl!("lib/rank"))
                     .with(wgsl!("arg_max"));
                 self.push(shader, [ONE, each(t.rows), ONE]);
             }
