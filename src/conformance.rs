@@ -616,13 +616,8 @@ fn not_finite(cases: &mut Cases) {
 }
 
 /// All gates.
-const GATES: [Gate; 5] = [
-    Gate::Silu,
-    Gate::Gelu,
-    Gate::GeluErf,
-    Gate::Relu,
-    Gate::SiluClamped { alpha: 1.702, limit: 1.5 },
-];
+const GATES: [Gate; 5] =
+    [Gate::Silu, Gate::Gelu, Gate::GeluErf, Gate::Relu, Gate::SiluClamped { alpha: 1.702, limit: 1.5 }];
 
 /// All functions of one element.
 const UNARY: [Unary; 7] = [

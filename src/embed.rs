@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use halite_kernels::float::DefaultFloats;
 use halite_kernels::formats::Format;
 
 use crate::backend::{Backend, Cancel, Limits, Span, Step};
@@ -129,6 +130,7 @@ impl Embedder {
     /// one), or with a token that the model does not have; [`Error::Cancelled`], [`Error::FileChanged`], or what the backend
     /// says.
     pub fn embed_tokens(&mut self, texts: &[Vec<u32>]) -> Result<Vec<Vec<f32>>> {
+        let _floats = DefaultFloats::set();
         let longest = self.longest as usize;
         let mut fitting = texts.to_vec();
         for (i, text) in fitting.iter_mut().enumerate() {

@@ -17,6 +17,14 @@ pub enum Error {
         /// What the operating system said.
         source: std::io::Error,
     },
+    /// A file is not written, because of what it would replace.
+    #[error("{}: not written: {why}", path.display())]
+    Output {
+        /// The file concerned.
+        path: PathBuf,
+        /// What is there.
+        why: String,
+    },
     /// The bytes are not a well-formed GGUF file.
     #[error("{}: {source}", path.display())]
     Gguf {

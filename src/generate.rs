@@ -113,6 +113,8 @@ pub struct Generation {
     pub prompt_tokens: Vec<u32>,
     /// How many of them the sequence began with already.
     pub reused_tokens: u32,
+    /// How many of them were run: all others, unless the session was cancelled.
+    pub prefill_tokens: u32,
     /// The generated tokens, without the one that ended the text.
     pub tokens: Vec<u32>,
     /// Why it ended.
@@ -137,8 +139,13 @@ impl Session {
     /// Feeds tokens to a sequence in steps of at most [`Session::batch`] tokens; the last one's outputs are computed.
     ///
     /// # Errors
-    /// As [`Session::step`]. Steps before the one that failed stay done.
+    /// [`Error::ContextFull`] before anything is run, if not all tokens fit. As [`Session::step`]; steps before the one that
+    /// failed stay done.
     pub fn prefill(&mut self, sequence: SequenceId, tokens: &[u32], head: Head) -> Result<()> {
+        let need = u64::from(self.len(sequence)?) + tokens.len() as u64;
+        if need > self.positions().into() {
+            return Err(Error::ContextFull { need, have: self.positions().into() });
+        }
         let batch = self.batch() as usize;
         let chunks = tokens.len().div_ceil(batch);
         for (i, tokens) in tokens.chunks(batch).enumerate() {
@@ -202,6 +209,7 @@ impl Session {
             text: String::new(),
             prompt_tokens: prompt.to_vec(),
             reused_tokens: reused as u32,
+            prefill_tokens: 0,
             tokens: Vec::with_capacity(options.max_tokens.min(self.positions()) as usize),
             finish: Finish::Length,
             prefill: Duration::ZERO,
@@ -214,13 +222,14 @@ impl Session {
         };
         let before = self.device_time();
         let mut result = self.prefill(sequence, &prompt[reused..], head);
+        generation.prefill_tokens = self.len(sequence)? - reused as u32;
         generation.prefill = start.elapsed();
         generation.device.0 = self.device_time() - before;
         let mut decode_start = Instant::now();
         // The last token, and what was drafted after it.
         let mut fed: Vec<u32> = Vec::new();
         let mut text = prompt.to_vec();
-        while generation.tokens.len() < options.max_tokens as usize {
+        loop {
             match result {
                 Ok(()) => {}
                 Err(Error::Cancelled) => {
@@ -232,6 +241,10 @@ impl Session {
                     break;
                 }
                 Err(error) => return Err(error),
+            }
+            // Without tokens to choose, the prompt's errors still count.
+            if generation.tokens.len() >= options.max_tokens as usize {
+                break;
             }
             generation.decode_steps += u32::from(!fed.is_empty());
             let drafted = fed.get(1..).unwrap_or_default();
@@ -277,7 +290,11 @@ impl Session {
             if let Some(drafter) = &mut aids.drafter {
                 let left = options.max_tokens as usize - generation.tokens.len();
                 let most = self.room(sequence)?.min(left).saturating_sub(1);
-                drafter.draft(&text, most, &mut fed)?;
+                match drafter.draft(&text, most, &mut fed) {
+                    // A draft is a help, and the step after it notices that it is to stop.
+                    Err(Error::Cancelled) => {}
+                    drafted => drafted?,
+                }
                 fed.truncate(most + 1);
             }
             let wanted = if fed.len() > 1 { Wanted::All } else { Wanted::Last };

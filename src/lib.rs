@@ -22,6 +22,8 @@ pub mod map;
 pub mod model;
 #[cfg(feature = "sim")]
 pub mod numerics;
+#[cfg(feature = "output")]
+pub mod output;
 pub mod pack;
 pub mod passes;
 #[cfg(feature = "sim")]

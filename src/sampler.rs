@@ -388,7 +388,8 @@ mod tests {
             let want = (0..50u32).map(|token| {
                 let n = s.recent.iter().filter(|t| **t == token).count() as f32;
                 let x = logits[token as usize];
-                let x = if n == 0.0 { x } else { (if x > 0.0 { x / 1.3 } else { x * 1.3 }) - (n * 0.1 + 0.2) };
+                let x =
+                    if n == 0.0 { x } else { (if x > 0.0 { x / 1.3 } else { x * 1.3 }) - (n * 0.1 + 0.2) };
                 (token, x)
             });
             let want = want.reduce(|a, b| if b.1 > a.1 { b } else { a }).unwrap().0;

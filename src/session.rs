@@ -300,6 +300,11 @@ impl Session {
         self.cancel.clone()
     }
 
+    /// Stops whenever another session does.
+    pub(crate) fn stop_with(&mut self, other: &Session) {
+        self.cancel = other.cancel();
+    }
+
     /// Starts an empty sequence.
     pub fn add_sequence(&mut self) -> SequenceId {
         if let Some(i) = self.sequences.iter().position(|s| !s.live) {

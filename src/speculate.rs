@@ -88,6 +88,7 @@ impl DraftModel {
             return Err(Error::argument("draft model's vocabulary", "the model's", "another"));
         }
         let sequence = session.add_sequence();
+        session.stop_with(target);
         Ok(DraftModel { session, sequence, most })
     }
 }

@@ -1,5 +1,6 @@
 //! `halite calibrate`: a profile of this machine, or of a chip whose kernels others measured.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -8,9 +9,10 @@ use halite::estimate::fit::{self, Fit, Regime, Validation};
 use halite::estimate::measure::{self, Level, Rates, Sizes};
 use halite::estimate::points;
 use halite::kernels::formats::Format;
+use halite::output::{self, Replace};
 use halite::profile::{Profile, SHIPPED};
 
-use super::{Failure, print, read_text};
+use super::{Failure, interrupt, print, read_text};
 
 #[derive(Args)]
 pub struct CalibrateArgs {
@@ -37,6 +39,9 @@ pub struct CalibrateArgs {
 }
 
 pub fn calibrate(args: &CalibrateArgs) -> Result<(), Failure> {
+    if let Some(output) = &args.output {
+        check(args, output)?;
+    }
     let text = match &args.profile {
         Some(profile) => fit_profile(args, profile)?,
         None => measure_machine(args)?,
@@ -44,8 +49,25 @@ pub fn calibrate(args: &CalibrateArgs) -> Result<(), Failure> {
     let Some(output) = &args.output else { return Ok(()) };
     // What is written can be read.
     Profile::parse(&output.display().to_string(), &text)?;
-    std::fs::write(output, text).map_err(|e| format!("{}: {e}", output.display()))?;
+    let mut out = interrupt::File::create(output, Replace::Unmarked, &inputs(args))?;
+    out.write_all(text.as_bytes()).map_err(|e| format!("{}: {e}", output.display()))?;
+    out.commit()?;
     print(&format!("wrote {}\n", output.display()))
+}
+
+/// The files that are read.
+fn inputs(args: &CalibrateArgs) -> Vec<&Path> {
+    args.fit.iter().map(PathBuf::as_path).chain(args.profile.iter().map(Path::new)).collect()
+}
+
+/// Before anything is measured: the profile that is written may replace nothing but another profile.
+fn check(args: &CalibrateArgs, output: &Path) -> Result<(), Failure> {
+    output::check(output, Replace::Unmarked, &inputs(args))?;
+    if output.is_file() && output.metadata().is_ok_and(|m| m.len() > 0) {
+        Profile::parse(&output.display().to_string(), &read_text(output)?)
+            .map_err(|e| format!("{}: not written: it exists and is no profile: {e}", output.display()))?;
+    }
+    Ok(())
 }
 
 fn measure_machine(args: &CalibrateArgs) -> Result<String, Failure> {

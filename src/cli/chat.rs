@@ -3,16 +3,14 @@
 use std::io::{BufRead, IsTerminal, Write};
 use std::ops::ControlFlow;
 use std::path::PathBuf;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::Args;
 use halite::chat::{self, Message, Template};
 use halite::generate::{Aids, Finish, GenerateOptions};
 use halite::session::SessionOptions;
 
-use super::run::rate;
-use super::{Failure, ModelArgs, SamplerArgs, print, read_text, tokenizer};
+use super::run::{limit, rate};
+use super::{Failure, ModelArgs, SamplerArgs, interrupt, print, read_text, say, tokenizer};
 
 #[derive(Args)]
 pub struct ChatArgs {
@@ -24,8 +22,8 @@ pub struct ChatArgs {
     /// A Jinja template to use instead of the model file's.
     #[arg(long, value_name = "FILE")]
     template: Option<PathBuf>,
-    /// Most tokens of an answer.
-    #[arg(short, value_name = "N", default_value_t = 2048)]
+    /// Most tokens of an answer; -1: no limit.
+    #[arg(short, value_name = "N", default_value = "2048", value_parser = limit, allow_negative_numbers = true)]
     n: u32,
     #[command(flatten)]
     sampler: SamplerArgs,
@@ -50,16 +48,6 @@ pub fn chat(args: &ChatArgs) -> Result<(), Failure> {
     // The next prompt may have the last answer in another form, as without its thoughts.
     let session_options = SessionOptions { rewind: args.n, ..args.model.options(args.batch, 1) };
     let mut session = args.model.session(&model, &session_options)?;
-    // Ctrl-C ends an answer; before one, the command.
-    let (cancel, answering) = (session.cancel(), Arc::new(AtomicBool::new(false)));
-    let busy = answering.clone();
-    ctrlc::set_handler(move || {
-        if busy.load(Ordering::Relaxed) {
-            cancel.cancel();
-        } else {
-            std::process::exit(130);
-        }
-    })?;
     let options = GenerateOptions {
         max_tokens: args.n,
         sampler: args.sampler.options(),
@@ -80,26 +68,25 @@ pub fn chat(args: &ChatArgs) -> Result<(), Failure> {
         }
         messages.push(Message::new("user", &tokenizer.quote(&line)));
         let prompt = chat::encode(&tokenizer, &template.render(&messages, true)?);
-        answering.store(true, Ordering::Relaxed);
+        // Ctrl-C ends an answer; before one, the command.
+        let work = interrupt::Work::new(session.cancel());
         let mut written = Ok(());
         let generation =
             session.generate_in(sequence, &tokenizer, &prompt, &options, Aids::default(), &mut |text| {
                 written = print(text);
                 if written.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
             })?;
-        answering.store(false, Ordering::Relaxed);
-        session.cancel().reset();
+        drop(work);
         written?;
         print("\n")?;
         messages.push(Message::answer(&generation.text));
         if !args.quiet {
-            let fed = generation.prompt_tokens.len() as u32 - generation.reused_tokens;
-            eprintln!(
+            say(&format!(
                 "[{} tokens kept · prefill {} · decode {}]",
                 generation.reused_tokens,
-                rate(fed, generation.prefill),
+                rate(generation.prefill_tokens, generation.prefill),
                 rate(generation.decode_tokens, generation.decode),
-            );
+            ));
         }
         if generation.finish == Finish::ContextFull {
             return Err(format!("the context of {} positions is full: see --ctx", session.positions()).into());

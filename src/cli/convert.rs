@@ -1,13 +1,13 @@
 //! `halite convert`.
 
-use std::fs::File;
-use std::io::BufWriter;
 use std::path::PathBuf;
 
 use clap::Args;
 use halite::Error;
 use halite::kernels::formats::Format;
+use halite::output::Replace;
 
+use super::interrupt::File;
 use super::{Failure, progress, synth};
 
 #[derive(Args)]
@@ -23,18 +23,16 @@ pub struct ConvertArgs {
 
 pub fn convert(args: &ConvertArgs) -> Result<(), Failure> {
     let io = |source| Error::Io { path: args.out.clone(), source };
-    // What is there, perhaps a real model, is not overwritten.
-    let mut out = BufWriter::new(File::create_new(&args.out).map_err(io)?);
+    let mut out = File::create(&args.out, Replace::Nothing, &[])?;
     let bar = progress(0, "converting");
     let converted =
         halite::convert::convert(&args.folder, args.format, &mut out, &mut |bytes| bar.inc(bytes));
     bar.finish_and_clear();
-    if converted.is_err() {
-        // Half a file is of no use. That it stays where it cannot be removed is seen by the next attempt.
-        let _ = std::fs::remove_file(&args.out);
-    }
     match converted {
         Err(Error::Io { path, source }) if path.as_os_str().is_empty() => Err(io(source).into()),
-        converted => Ok(converted?),
+        converted => {
+            converted?;
+            out.commit()
+        }
     }
 }

@@ -71,8 +71,6 @@ pub fn embed(args: &EmbedArgs) -> Result<(), Failure> {
     let mut embedder =
         Embedder::new(&model, &args.backend.open()?, &options, &mut |done| bar.set_position(done))?;
     bar.finish_and_clear();
-    let cancel = embedder.cancel();
-    ctrlc::set_handler(move || cancel.cancel())?;
     let vectors = embedder.embed(&tokenizer, &texts)?;
     if args.compare {
         return print(&matrix(&texts, &vectors));

@@ -1,7 +1,6 @@
 //! `halite estimate`: what serving a model on a chip takes, from shapes alone.
 
-use std::fs::File;
-use std::io::{BufWriter, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -10,6 +9,7 @@ use halite::backend::Fusions;
 use halite::backend::sim::{Chip, Queue, Report, step};
 use halite::estimate::workload::{Choices, Estimate, Workload, estimate};
 use halite::kernels::formats::Format;
+use halite::output::Replace;
 use halite::passes;
 use halite::profile::{Basis, Driver, Profile};
 use halite::program::Program;
@@ -17,7 +17,7 @@ use halite::synth::{self, Formats, Synth};
 use halite::{Error, Model};
 use serde_json::{Value, json};
 
-use super::{Failure, KvFormat, bytes, print, product_format};
+use super::{Failure, KvFormat, bytes, interrupt, print, product_format};
 
 /// One column for each profile. Nothing is computed and no weights are read: a model may be larger than this machine.
 #[derive(Args)]
@@ -119,7 +119,10 @@ pub fn run(args: &EstimateArgs) -> Result<(), Failure> {
         write_trace(path, &chip, &program, &spans, args.trace_tiles)?;
     }
     if let (Some(path), Some(first)) = (&args.roofline, all.first()) {
-        super::plot::roofline(path, &choices.chip(first.profile.clone())?, &first.estimate)?;
+        let svg = super::plot::roofline(&choices.chip(first.profile.clone())?, &first.estimate)?;
+        let mut out = interrupt::File::create(path, SVG, &[])?;
+        out.write_all(svg.as_bytes()).map_err(|e| format!("{}: {e}", path.display()))?;
+        out.commit()?;
     }
     if args.json {
         let values: Vec<Value> = all.iter().map(as_json).collect();
@@ -286,6 +289,10 @@ fn as_json(asked: &Asked) -> Value {
     })
 }
 
+/// What a plot and a trace may replace.
+const SVG: Replace = Replace::StartingWith(b"<svg", "an SVG drawing");
+const TRACE: Replace = Replace::StartingWith(b"[", "a trace");
+
 /// A trace of a step in the Trace Event Format: a process for the ops, and one for each tile with a thread for each queue.
 fn write_trace(
     path: &Path,
@@ -296,7 +303,7 @@ fn write_trace(
 ) -> Result<(), Failure> {
     let io = |source| Error::Io { path: path.to_owned(), source };
     let program = passes::fuse(program, Fusions::ALL);
-    let mut out = BufWriter::new(File::create(path).map_err(io)?);
+    let mut out = interrupt::File::create(path, TRACE, &[])?;
     write!(out, "[").map_err(io)?;
     let mut first = true;
     let mut event = |value: Value| {
@@ -326,5 +333,5 @@ fn write_trace(
         }
     }
     writeln!(out, "]").map_err(io)?;
-    Ok(out.flush().map_err(io)?)
+    out.commit()
 }

@@ -9,6 +9,7 @@ mod embed;
 #[cfg(feature = "sim")]
 mod estimate;
 mod inspect;
+mod interrupt;
 mod pack;
 #[cfg(feature = "sim")]
 mod plot;
@@ -128,8 +129,8 @@ struct SamplerArgs {
     /// Sampling temperature; 0 always takes the most likely token.
     #[arg(long, default_value_t = 0.8)]
     temp: f32,
-    /// Choose among this many of the most likely tokens; 0: all.
-    #[arg(long, value_name = "N", default_value_t = 40)]
+    /// Choose among this many of the most likely tokens; 0 or -1: all.
+    #[arg(long, value_name = "N", default_value = "40", value_parser = top_k, allow_negative_numbers = true)]
     top_k: usize,
     /// Choose among the most likely tokens up to this probability.
     #[arg(long, value_name = "P", default_value_t = 0.95)]
@@ -149,9 +150,25 @@ struct SamplerArgs {
     /// How many tokens count as recent.
     #[arg(long, value_name = "N", default_value_t = 64)]
     penalty_window: usize,
-    /// Seed of the draws.
-    #[arg(long, default_value_t = 0)]
+    /// Seed of the draws; -1: a random one, which is printed.
+    #[arg(long, value_name = "N", default_value = "0", value_parser = seed, allow_negative_numbers = true)]
     seed: u64,
+}
+
+/// A number of tokens, or -1 for all.
+fn top_k(text: &str) -> Result<usize, String> {
+    if text == "-1" { Ok(0) } else { text.parse().map_err(|_| "expected a whole number, or -1".into()) }
+}
+
+/// A seed, or -1 for one that nobody knows before.
+fn seed(text: &str) -> Result<u64, String> {
+    if text == "-1" {
+        // The standard library seeds its hashers at random. Few digits, so that a person can type them.
+        let random = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), 0) >> 32;
+        say(&format!("seed {random}"));
+        return Ok(random);
+    }
+    text.parse().map_err(|_| "expected a whole number, or -1".into())
 }
 
 impl SamplerArgs {
@@ -225,7 +242,10 @@ impl BackendArgs {
             #[cfg(feature = "gpu")]
             name if name == "gpu" || name.starts_with("gpu:") => {
                 let adapter = name.strip_prefix("gpu:").map(str::to_owned);
-                let without = std::env::var("HALITE_GPU_WITHOUT").unwrap_or_default();
+                let without = std::env::var_os("HALITE_GPU_WITHOUT").unwrap_or_default();
+                let without = without.into_string().map_err(|name| {
+                    format!("HALITE_GPU_WITHOUT: expected integer, subgroups or f16, got {}", name.display())
+                })?;
                 let without = without.split(',').filter(|s| !s.is_empty()).map(str::to_owned).collect();
                 Arc::new(Gpu::new(&GpuOptions {
                     adapter,
@@ -299,16 +319,27 @@ fn open_adapted(path: Option<&Path>, adapters: &[String]) -> Result<Arc<Model>, 
         None => Model::from_source(Source::from_static("the built-in model", &EMBEDDED.0))?,
     };
     for adapter in adapters {
-        let scaled = adapter.rsplit_once(':').and_then(|(file, scale)| Some((file, scale.parse().ok()?)));
-        let (file, scale) = scaled.unwrap_or((adapter, 1.0));
+        let (file, scale) = scaled(adapter);
         model.adapt(Gguf::open(file.as_ref())?, scale)?;
     }
     Ok(Arc::new(model))
 }
 
+/// The file of an adapter and the factor on it, of `FILE` or `FILE:SCALE`.
+fn scaled(adapter: &str) -> (&str, f32) {
+    let scaled = adapter.rsplit_once(':').and_then(|(file, scale)| Some((file, scale.parse().ok()?)));
+    scaled.unwrap_or((adapter, 1.0))
+}
+
 impl ModelArgs {
     fn open(&self) -> Result<Arc<Model>, Failure> {
         open_adapted(self.model.as_deref(), &self.lora)
+    }
+
+    /// The files that are read.
+    fn inputs(&self) -> Vec<&Path> {
+        let adapters = self.lora.iter().map(|adapter| Path::new(scaled(adapter).0));
+        self.model.iter().map(PathBuf::as_path).chain(adapters).collect()
     }
 
     fn program(&self) -> ProgramOptions {
@@ -372,6 +403,11 @@ fn print(text: &str) -> Result<(), Failure> {
     out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(Into::into)
 }
 
+/// Writes a line to stderr. If nobody can read it, there is nobody to tell.
+fn say(line: &str) {
+    let _ = writeln!(std::io::stderr(), "{line}");
+}
+
 /// Bytes for people.
 fn bytes(n: u64) -> String {
     indicatif::BinaryBytes(n).to_string()
@@ -380,7 +416,9 @@ fn bytes(n: u64) -> String {
 pub fn main() -> ExitCode {
     #[cfg(unix)]
     halite::map::exit_on_bus_error();
-    let result = match Cli::parse().command {
+    let cli = Cli::parse();
+    let listening = interrupt::listen();
+    let result = listening.and_then(|()| match cli.command {
         Command::Run(args) => run::run(&args),
         Command::Chat(args) => chat::chat(&args),
         Command::Inspect(args) => inspect::inspect(&args),
@@ -400,14 +438,18 @@ pub fn main() -> ExitCode {
         #[cfg(feature = "sim")]
         Command::Calibrate(args) => calibrate::calibrate(&args),
         Command::Conform(args) => tools::conform(&args),
-    };
+    });
     let Err(failure) = result else { return ExitCode::SUCCESS };
     let broken_pipe =
         failure.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe);
     if broken_pipe {
         return ExitCode::SUCCESS;
     }
-    // Nothing is left to do if stderr is gone as well.
-    let _ = writeln!(std::io::stderr(), "halite: {failure}");
+    let cancelled = failure.downcast_ref().is_some_and(|e| matches!(e, halite::Error::Cancelled));
+    if cancelled || failure.is::<interrupt::Interrupted>() {
+        say("halite: interrupted");
+        return interrupt::EXIT_CODE.into();
+    }
+    say(&format!("halite: {failure}"));
     ExitCode::FAILURE
 }

@@ -1,13 +1,13 @@
 //! `halite pack`.
 
-use std::fs::File;
-use std::io::BufWriter;
 use std::path::PathBuf;
 
 use clap::Args;
 use halite::Error;
 use halite::gguf::Gguf;
+use halite::output::Replace;
 
+use super::interrupt::File;
 use super::{Failure, progress};
 
 #[derive(Args)]
@@ -21,13 +21,15 @@ pub struct PackArgs {
 pub fn pack(args: &PackArgs) -> Result<(), Failure> {
     let gguf = Gguf::open(&args.file)?;
     let io = |source| Error::Io { path: args.out.clone(), source };
-    // What is there, perhaps a real model, is not overwritten.
-    let mut out = BufWriter::new(File::create_new(&args.out).map_err(io)?);
+    let mut out = File::create(&args.out, Replace::Nothing, &[])?;
     let bar = progress(gguf.tensors().map(|t| t.record.bytes.len() as u64).sum(), "packing");
     let packed = halite::pack::pack(&gguf, &mut out, &mut |bytes| bar.inc(bytes));
     bar.finish_and_clear();
     match packed {
         Err(Error::Io { source, .. }) => Err(io(source).into()),
-        packed => Ok(packed?),
+        packed => {
+            packed?;
+            out.commit()
+        }
     }
 }

@@ -1,7 +1,5 @@
 //! Plots, as SVG.
 
-use std::path::Path;
-
 use halite::backend::sim::{Bound, Chip, Report};
 use halite::estimate::workload::Estimate;
 use plotters::prelude::*;
@@ -22,7 +20,7 @@ fn colour(bound: Bound) -> RGBColor {
 
 /// Draws the ops of an estimate that multiply: operations a byte against operations a second, under what the chip does at
 /// best. Circles are of a prompt's step, squares of a generating one; each in the colour of what limits it.
-pub fn roofline(path: &Path, chip: &Chip, estimate: &Estimate) -> Result<(), Failure> {
+pub fn roofline(chip: &Chip, estimate: &Estimate) -> Result<String, Failure> {
     let profile = &chip.profile;
     let bandwidth = chip.device_bytes_per_s();
     let peaks: Vec<(String, f64)> = profile.peaks();
@@ -40,7 +38,8 @@ pub fn roofline(path: &Path, chip: &Chip, estimate: &Estimate) -> Result<(), Fai
     let all = || prefill.iter().chain(&decode);
     let least = all().map(|p| p.2).fold(best, f64::min) / 3.0;
     let (left, right) = (0.25, 10.0 * best / bandwidth);
-    let root = SVGBackend::new(path, (1100, 720)).into_drawing_area();
+    let mut svg = String::new();
+    let root = SVGBackend::with_string(&mut svg, (1100, 720)).into_drawing_area();
     root.fill(&WHITE)?;
     let mut chart = ChartBuilder::on(&root)
         .caption(format!("{}: operations a second", profile.name), ("sans-serif", 24))
@@ -80,5 +79,7 @@ pub fn roofline(path: &Path, chip: &Chip, estimate: &Estimate) -> Result<(), Fai
     let what = "circles: a prompt's step; squares: a generating step";
     root.draw(&Text::new(what, (120, 60 + 18 * bounds.len() as i32), ("sans-serif", 14)))?;
     root.present()?;
-    Ok(())
+    // What is drawn is in the text once nothing holds on to it.
+    drop((chart, root));
+    Ok(svg)
 }

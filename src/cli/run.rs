@@ -1,7 +1,7 @@
 //! `halite run`.
 
 use std::fs::File;
-use std::io::{BufReader, BufWriter, IsTerminal, Write};
+use std::io::{BufReader, IsTerminal};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -11,11 +11,13 @@ use halite::backend::Clock;
 #[cfg(feature = "constrain")]
 use halite::constrain::{Guide, Rule};
 use halite::generate::{Aids, Finish, GenerateOptions, Generation};
+use halite::output::{self, Replace};
 use halite::session::{Head, SessionOptions, footprint};
 use halite::speculate::{DraftModel, Drafter, Lookup};
 use halite::tokenizer::EncodeOptions;
 
-use super::{Failure, ModelArgs, SamplerArgs, bytes, print, read_text, tokenizer};
+use super::interrupt::{self, Interrupted};
+use super::{Failure, ModelArgs, SamplerArgs, bytes, print, read_text, say, tokenizer};
 
 #[derive(Args)]
 pub struct RunArgs {
@@ -26,8 +28,8 @@ pub struct RunArgs {
     /// Read the prompt from a file (- for stdin).
     #[arg(short, long, value_name = "FILE", conflicts_with = "prompt")]
     file: Option<PathBuf>,
-    /// Most tokens to generate.
-    #[arg(short, value_name = "N", default_value_t = 128)]
+    /// Most tokens to generate; -1: no limit.
+    #[arg(short, value_name = "N", default_value = "128", value_parser = limit, allow_negative_numbers = true)]
     n: u32,
     #[command(flatten)]
     sampler: SamplerArgs,
@@ -108,6 +110,9 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
         (None, None) => read_text("-".as_ref())?,
     };
     let start = Instant::now();
+    if let Some(file) = &args.save {
+        output::check(file, SAVED, &inputs(args))?;
+    }
     let model = args.model.open()?;
     let tokenizer = tokenizer(&model)?;
     let drafts = if args.draft.is_some() { args.draft_tokens } else { args.lookup };
@@ -126,10 +131,6 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
         None => None,
     };
     let load = start.elapsed();
-    let cancel = session.cancel();
-    // Ctrl-C ends the generation; what was generated and its timings are still printed.
-    ctrlc::set_handler(move || cancel.cancel())?;
-
     let options = GenerateOptions {
         max_tokens: args.n,
         sampler: args.sampler.options(),
@@ -154,9 +155,6 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
     tokens.extend(tokenizer.encode(&prompt, encode));
     #[cfg(feature = "constrain")]
     let mut guide = args.rule.guide(&tokenizer)?;
-    if !args.json {
-        print(&prompt)?;
-    }
     let aids = Aids {
         drafter: drafter.as_deref_mut().map(|d| d as _),
         #[cfg(feature = "constrain")]
@@ -164,32 +162,51 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
         #[cfg(not(feature = "constrain"))]
         constraint: None,
     };
-    let generation = session.generate_in(sequence, &tokenizer, &tokens, &options, aids, &mut |text| {
-        if !args.json {
-            written = print(text);
+    // Ctrl-C ends the generation; what was generated and its timings are still printed, and the sequence is saved.
+    let work = interrupt::Work::new(session.cancel());
+    // The prompt comes with the first text: an option or a prompt that is wrong leaves nothing behind.
+    let mut prompted = args.json;
+    let mut show = |text: &str| {
+        if !std::mem::replace(&mut prompted, true) {
+            print(&prompt)?;
         }
+        if args.json { Ok(()) } else { print(text) }
+    };
+    let generation = session.generate_in(sequence, &tokenizer, &tokens, &options, aids, &mut |text| {
+        written = show(text);
         if written.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
     })?;
+    written = written.and_then(|()| show(""));
+    let interrupted = work.interrupted();
+    drop(work);
     if let Some(file) = &args.save {
-        // The last token was chosen, but not run. After Ctrl-C, there is still something to save.
-        session.cancel().reset();
         let mut text = [&generation.prompt_tokens[..], &generation.tokens].concat();
         text.truncate(session.positions() as usize);
         let done = session.reuse(sequence, &text)?;
-        session.prefill(sequence, &text[done..], Head::Logits)?;
-        replace(file, &mut |out| session.save(sequence, out))?;
+        // The last token was chosen, but not run. What else is missing was interrupted.
+        if text.len() - done <= 1 {
+            session.prefill(sequence, &text[done..], Head::Logits)?;
+        }
+        let mut out = interrupt::File::create(file, SAVED, &inputs(args))?;
+        session.save(sequence, &mut out).map_err(|e| match e {
+            halite::Error::Io { source, .. } => halite::Error::Io { path: file.clone(), source },
+            e => e,
+        })?;
+        out.commit()?;
     }
     written?;
     let memory = footprint(&model, &**session.backend(), &session_options)?;
     if args.json {
-        let report = json(&prompt, &generation, load, memory.working_bytes(), memory.weight_bytes);
-        return print(&format!("{report}\n"));
+        let mut report = json(&prompt, &generation, load, memory.working_bytes(), memory.weight_bytes);
+        report["seed"] = args.sampler.seed.into();
+        print(&format!("{report}\n"))?;
+        return if interrupted { Err(Interrupted.into()) } else { Ok(()) };
     }
     print("\n")?;
     if !args.quiet {
         let caps = session.backend().caps();
-        let prefilled = generation.prompt_tokens.len() as u32 - generation.reused_tokens;
-        eprintln!(
+        let prefilled = generation.prefill_tokens;
+        say(&format!(
             "\n{} on {} ({})\nload {} · first token {} · prefill {} · decode {} · memory {} + {} weights, {} mapped",
             model.name(),
             caps.name,
@@ -201,23 +218,52 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
             bytes(memory.working_bytes()),
             bytes(memory.weight_bytes),
             bytes(session.weights().mapped_bytes),
-        );
+        ));
         if drafter.is_some() {
             let (drafted, right) = generation.drafted;
-            eprintln!("drafted {drafted} tokens, {right} of them right · {} steps", generation.decode_steps);
+            let steps = generation.decode_steps;
+            say(&format!("drafted {drafted} tokens, {right} of them right · {steps} steps"));
         }
         if session.last_timing().is_some_and(|timing| timing.clock == Clock::Simulated) {
             let (prefill, decode) = generation.device;
-            eprintln!(
+            say(&format!(
                 "simulated: prefill {}, {} · decode {} a token, {}",
                 millis(prefill),
                 rate(prefilled, prefill),
                 millis(decode.checked_div(generation.decode_tokens).unwrap_or_default()),
                 rate(generation.decode_tokens, decode),
-            );
+            ));
+        }
+        if args.model.model.is_some() {
+            say(match model.gguf().optional_str("tokenizer.chat_template")? {
+                Some(_) => {
+                    "this model is made for chats, and `run` continues texts: `halite chat` has answers"
+                }
+                None => "this model continues texts: it has no chat template, which `halite chat` needs",
+            });
         }
     }
-    Ok(())
+    if interrupted { Err(Interrupted.into()) } else { Ok(()) }
+}
+
+/// What --save may replace.
+const SAVED: Replace = Replace::StartingWith(b"HALITEKV", "a saved sequence");
+
+/// The files that are read, but for the sequence that is restored: it may be saved again in its place.
+fn inputs(args: &RunArgs) -> Vec<&Path> {
+    let others = [&args.file, &args.draft];
+    let mut inputs = args.model.inputs();
+    inputs.extend(others.into_iter().flatten().map(PathBuf::as_path));
+    inputs
+}
+
+/// A number of tokens, or -1 for no limit.
+pub(super) fn limit(text: &str) -> Result<u32, String> {
+    if text == "-1" {
+        Ok(u32::MAX)
+    } else {
+        text.parse().map_err(|_| "expected a whole number, or -1".into())
+    }
 }
 
 fn millis(t: Duration) -> String {
@@ -226,34 +272,6 @@ fn millis(t: Duration) -> String {
 
 fn per_second(n: u32, t: Duration) -> f64 {
     if t.is_zero() { 0.0 } else { f64::from(n) / t.as_secs_f64() }
-}
-
-/// Writes a file beside the one that it then replaces, so that what was there is lost only to something whole. What is no plain
-/// file, such as a pipe, is written as it is.
-fn replace(
-    file: &Path,
-    write: &mut dyn FnMut(&mut dyn Write) -> Result<(), halite::Error>,
-) -> Result<(), Failure> {
-    // A link stays a link.
-    let target = file.canonicalize().unwrap_or_else(|_| file.to_owned());
-    let direct = target.exists() && !target.is_file();
-    let mut beside = target.clone().into_os_string();
-    beside.push(".part");
-    let written = if direct { target.clone() } else { PathBuf::from(beside) };
-    let failed = |e: std::io::Error| format!("{}: {e}", written.display());
-    let mut out = BufWriter::new(File::create(&written).map_err(failed)?);
-    let done = write(&mut out).map_err(Failure::from).and_then(|()| Ok(out.flush().map_err(failed)?));
-    if direct {
-        return done;
-    }
-    match done {
-        Ok(()) => Ok(std::fs::rename(&written, &target).map_err(failed)?),
-        Err(error) => {
-            // Half a file is of no use.
-            let _ = std::fs::remove_file(&written);
-            Err(error)
-        }
-    }
 }
 
 pub(super) fn rate(n: u32, t: Duration) -> String {
@@ -277,7 +295,8 @@ fn json(prompt: &str, g: &Generation, load: Duration, memory: u64, weights: u64)
         "finish": finish,
         "load_s": load.as_secs_f64(),
         "first_token_s": g.first_token.as_secs_f64(),
-        "prefill_tokens_per_s": per_second(g.prompt_tokens.len() as u32 - g.reused_tokens, g.prefill),
+        "prefill_tokens": g.prefill_tokens,
+        "prefill_tokens_per_s": per_second(g.prefill_tokens, g.prefill),
         "decode_steps": g.decode_steps,
         "drafted_tokens": g.drafted.0,
         "accepted_tokens": g.drafted.1,

@@ -1,16 +1,16 @@
 //! `halite synth`.
 
-use std::fs::File;
-use std::io::BufWriter;
 use std::path::PathBuf;
 
 use clap::Args;
 use clap::builder::PossibleValuesParser;
 use halite::Error;
 use halite::kernels::formats::Format;
+use halite::output::Replace;
 use halite::synth::{self, Formats, Synth};
 
 use super::Failure;
+use super::interrupt::File;
 
 #[derive(Args)]
 pub struct SynthArgs {
@@ -42,7 +42,7 @@ pub fn synth(args: &SynthArgs) -> Result<(), Failure> {
     let formats = Formats { weights: args.format, output: args.output_format.unwrap_or(args.format) };
     let file = Synth::new(shape, formats, args.seed)?;
     let io = |source| Error::Io { path: args.out.clone(), source };
-    // What is there, perhaps a real model, is not overwritten.
-    let mut out = BufWriter::new(File::create_new(&args.out).map_err(io)?);
-    Ok(file.write(&mut out).map_err(io)?)
+    let mut out = File::create(&args.out, Replace::Nothing, &[])?;
+    file.write(&mut out).map_err(io)?;
+    out.commit()
 }

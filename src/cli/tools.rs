@@ -6,10 +6,11 @@ use clap::Args;
 use halite::backend::Contract;
 use halite::conformance::{self, Outcome};
 use halite::kernels::formats::Format;
+use halite::output::{self, Replace};
 use halite::session::{Head, Run, Wanted};
 use halite::tokenizer::EncodeOptions;
 
-use super::{BackendArgs, Failure, ModelArgs, bytes, print, progress, read_text, tokenizer};
+use super::{BackendArgs, Failure, ModelArgs, bytes, interrupt, print, progress, read_text, tokenizer};
 
 pub fn devices() -> Result<(), Failure> {
     for name in ["cpu", "reference", "template"] {
@@ -100,13 +101,17 @@ pub struct LogitsArgs {
 
 pub fn logits(args: &LogitsArgs) -> Result<(), Failure> {
     let tokens = parse_ids(&args.tokens)?;
+    output::check(&args.out, Replace::Unmarked, &args.model.inputs())?;
     let model = args.model.open()?;
+    let vocab = model.hparams().vocab_size;
+    if let Some(bad) = tokens.iter().find(|&&id| id >= vocab) {
+        return Err(format!("token id: expected below {vocab}, got {bad}").into());
+    }
     let batch = rows_per_step(model.hparams().vocab_size);
     let mut session = args.model.session(&model, &args.model.options(batch, batch))?;
     let sequence = session.add_sequence();
     let out = |e| format!("{}: {e}", args.out.display());
-    let file = std::fs::File::create(&args.out).map_err(out)?;
-    let mut file = std::io::BufWriter::new(file);
+    let mut file = interrupt::File::create(&args.out, Replace::Unmarked, &args.model.inputs())?;
     let bar = progress(tokens.len() as u64, "logits");
     for tokens in tokens.chunks(batch as usize) {
         session.step(&[Run { sequence, tokens, wanted: Wanted::All }], Head::Logits)?;
@@ -116,8 +121,7 @@ pub fn logits(args: &LogitsArgs) -> Result<(), Failure> {
         bar.inc(tokens.len() as u64);
     }
     bar.finish_and_clear();
-    std::io::Write::flush(&mut file).map_err(out)?;
-    Ok(())
+    file.commit()
 }
 
 /// Rows of logits that take about 64 MiB.
@@ -154,10 +158,16 @@ pub fn perplexity(args: &PerplexityArgs) -> Result<(), Failure> {
         tokens.truncate(args.limit);
     }
     let window = args.window as usize;
-    if window < 2 || tokens.len() < window {
-        return Err(
-            format!("perplexity: expected at least {window} tokens (and 2), got {}", tokens.len()).into()
-        );
+    if window < 2 {
+        return Err(format!("--window: expected at least 2 tokens, got {window}").into());
+    }
+    if tokens.len() < window {
+        return Err(format!(
+            "{}: expected at least the {window} tokens of one window (see --window), got {}",
+            args.file.display(),
+            tokens.len()
+        )
+        .into());
     }
     let vocab = model.hparams().vocab_size as usize;
     let batch = rows_per_step(vocab as u32).min(args.window);

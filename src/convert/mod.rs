@@ -15,6 +15,7 @@ use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::path::Path;
 
+use halite_kernels::float::DefaultFloats;
 use halite_kernels::formats::Format;
 use halite_kernels::math;
 use safetensors::Dtype;
@@ -84,6 +85,7 @@ pub fn convert(
     out: &mut dyn Write,
     progress: &mut dyn FnMut(u64),
 ) -> Result<()> {
+    let _floats = DefaultFloats::set();
     let config = Json::open(folder, "config.json")?;
     let mut writer = Writer::new(ALIGNMENT)?;
     let plan = match config.str("model_type")? {

@@ -22,6 +22,7 @@ use std::collections::HashSet;
 use std::path::Path;
 use std::sync::Arc;
 
+use halite_kernels::float::DefaultFloats;
 use halite_kernels::formats::Format;
 
 pub use hparams::{Hparams, Pooling};
@@ -146,6 +147,7 @@ impl Model {
     /// [`Error::Gguf`] or [`Error::Model`] for a file that is no adapter of this architecture. Tensors that do not fit the model
     /// are found by [`Model::program`].
     pub fn adapt(&mut self, adapter: Gguf, scale: f32) -> Result<()> {
+        let _floats = DefaultFloats::set();
         let prefix = format!("lora{}.", self.adapters.len());
         let read = Adapter::read(&adapter, &self.hparams.architecture, prefix, scale)?;
         self.gguf.join(adapter, &read.prefix)?;
@@ -174,6 +176,7 @@ impl Model {
     /// # Errors
     /// [`Error::Model`] for a missing, misshapen or unknown tensor, [`Error::Program`] for shapes that no program can have.
     pub fn program(&self, options: ProgramOptions, positions: u32) -> Result<Program> {
+        let _floats = DefaultFloats::set();
         let lookup = |name: &str| {
             let info = self.gguf.tensor(name)?;
             Some(WeightInfo {

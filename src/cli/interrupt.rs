@@ -1,0 +1,104 @@
+//! Ctrl-C: the first one stops the work that is going on within one op, so that what is done can be shown and saved. Without such
+//! work, or the second time, the command ends at once. Unfinished files are removed in any case.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use halite::backend::Cancel;
+use halite::output::{Output, Replace};
+
+use super::Failure;
+
+/// The exit code of a command that Ctrl-C ended, as shells have it.
+pub const EXIT_CODE: u8 = 130;
+
+/// What a command fails with that Ctrl-C ended.
+#[derive(Debug, thiserror::Error)]
+#[error("interrupted")]
+pub struct Interrupted;
+
+struct State {
+    /// Work that can be stopped.
+    work: Option<Cancel>,
+    interrupted: bool,
+    /// Files that are not whole yet.
+    unfinished: Vec<PathBuf>,
+}
+
+static STATE: Mutex<State> = Mutex::new(State { work: None, interrupted: false, unfinished: Vec::new() });
+
+/// Nothing that takes long is done under this lock.
+fn state() -> MutexGuard<'static, State> {
+    STATE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Listens to Ctrl-C from now on.
+pub fn listen() -> Result<(), Failure> {
+    Ok(ctrlc::set_handler(|| {
+        let mut state = state();
+        if !state.interrupted
+            && let Some(work) = &state.work
+        {
+            work.cancel();
+            state.interrupted = true;
+            return;
+        }
+        for file in &state.unfinished {
+            let _ = std::fs::remove_file(file);
+        }
+        std::process::exit(EXIT_CODE.into());
+    })?)
+}
+
+/// Work that Ctrl-C stops, until this is dropped.
+pub struct Work(Cancel);
+
+impl Work {
+    pub fn new(cancel: Cancel) -> Work {
+        let mut state = state();
+        (state.work, state.interrupted) = (Some(cancel.clone()), false);
+        drop(state);
+        Work(cancel)
+    }
+
+    /// Whether Ctrl-C came since.
+    pub fn interrupted(&self) -> bool {
+        state().interrupted
+    }
+}
+
+impl Drop for Work {
+    fn drop(&mut self) {
+        let mut state = state();
+        (state.work, state.interrupted) = (None, false);
+        self.0.reset();
+    }
+}
+
+/// A file that is removed if Ctrl-C ends the command before it is whole.
+pub struct File(Output);
+
+impl File {
+    pub fn create(target: &Path, replace: Replace, inputs: &[&Path]) -> Result<File, Failure> {
+        // Between the file and its name in the list, Ctrl-C has to wait.
+        let mut state = state();
+        let output = Output::create(target, replace, inputs)?;
+        state.unfinished.extend(output.temporary().map(Path::to_owned));
+        Ok(File(output))
+    }
+
+    /// Puts the whole file in its place.
+    pub fn commit(self) -> Result<(), Failure> {
+        Ok(self.0.commit()?)
+    }
+}
+
+impl std::io::Write for File {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.write(bytes)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.0.flush()
+    }
+}
