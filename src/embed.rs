@@ -8,6 +8,7 @@ use halite_kernels::formats::Format;
 use crate::backend::{Backend, Cancel, Limits, Span, Step};
 use crate::error::{Error, Result};
 use crate::loaded::Loaded;
+use crate::memory::zeroed;
 use crate::model::{Model, Pooling, ProgramOptions, outputs};
 use crate::program::PAGE_POSITIONS;
 use crate::session::MAX_RUNS;
@@ -187,7 +188,7 @@ impl Embedder {
         let step = Step { spans: &spans, tokens: &tokens, outputs: &wanted, cancel: &self.cancel };
         let all = 0..self.loaded.program.segments.len();
         self.loaded.run(&step, [all])?;
-        let mut rows = vec![0.0f32; wanted.len() * self.dimension()];
+        let mut rows: Vec<f32> = zeroed(wanted.len() as u64 * self.dimension() as u64, "the embeddings")?;
         self.loaded.read(outputs::EMBEDDINGS, &mut rows)?;
         if let Some(bad) = rows.iter().find(|x| !x.is_finite()) {
             return Err(Error::NotFinite { what: "embeddings", got: bad.to_string() });

@@ -4,6 +4,7 @@ use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
+use crate::memory::reserved;
 use crate::model::outputs;
 use crate::sampler::{Sampler, SamplerOptions};
 use crate::session::{Head, Run, SequenceId, Session, Wanted};
@@ -210,7 +211,7 @@ impl Session {
             prompt_tokens: prompt.to_vec(),
             reused_tokens: reused as u32,
             prefill_tokens: 0,
-            tokens: Vec::with_capacity(options.max_tokens.min(self.positions()) as usize),
+            tokens: reserved(options.max_tokens.min(self.positions()).into(), "the generated tokens")?,
             finish: Finish::Length,
             prefill: Duration::ZERO,
             first_token: Duration::ZERO,

@@ -19,6 +19,7 @@ pub mod gguf;
 mod loaded;
 mod lora;
 pub mod map;
+mod memory;
 pub mod model;
 #[cfg(feature = "sim")]
 pub mod numerics;

@@ -5,6 +5,7 @@ use halite_kernels::isa::Scalar;
 use halite_kernels::math;
 
 use crate::error::{Error, Result};
+use crate::memory::reserved;
 use crate::rng::SplitMix64;
 
 /// Most tokens that count as recent.
@@ -81,19 +82,6 @@ impl SamplerOptions {
     }
 }
 
-/// An empty vector with room for so many elements.
-fn reserved<T>(len: usize) -> Result<Vec<T>> {
-    let mut memory = Vec::new();
-    match memory.try_reserve_exact(len) {
-        Ok(()) => Ok(memory),
-        Err(_) => Err(Error::OutOfMemory {
-            what: "the sampler".into(),
-            need_bytes: (len as u64).saturating_mul(size_of::<T>() as u64),
-            have_bytes: 0,
-        }),
-    }
-}
-
 #[derive(Debug, Clone, Copy)]
 struct Candidate {
     token: u32,
@@ -122,11 +110,12 @@ impl Sampler {
     /// [`Error::Argument`] for options out of range, [`Error::OutOfMemory`].
     pub fn new(options: SamplerOptions, vocab_size: usize) -> Result<Sampler> {
         options.check()?;
+        let window = options.penalty_window.min(MAX_PENALTY_WINDOW) as u64;
         Ok(Sampler {
             rng: SplitMix64::new(options.seed),
-            candidates: reserved(vocab_size)?,
-            recent: reserved(options.penalty_window.min(MAX_PENALTY_WINDOW))?,
-            counted: reserved(options.penalty_window.min(MAX_PENALTY_WINDOW))?,
+            candidates: reserved(vocab_size as u64, "the sampler")?,
+            recent: reserved(window, "the sampler")?,
+            counted: reserved(window, "the sampler")?,
             next: 0,
             options,
         })

@@ -12,10 +12,15 @@ use crate::backend::{
 use crate::error::{Error, Result};
 pub use crate::loaded::Footprint;
 use crate::loaded::{Loaded, check_logits};
+use crate::memory::{reserved, zeroed};
 use crate::model::{Model, ProgramOptions, outputs};
 use crate::passes;
 use crate::program::{Dim, NOT_FINITE, PAGE_POSITIONS, Program, Slot, State, TensorId};
 use crate::weights::Weights;
+
+/// What errors call memory.
+const OUTPUTS: &str = "a step's outputs";
+const SEQUENCES: &str = "a sequence's tokens and page tables";
 
 /// Most runs of one step.
 pub const MAX_RUNS: usize = 64;
@@ -139,6 +144,18 @@ struct Sequence {
 }
 
 impl Sequence {
+    /// Makes sure that tables and tokens have room for so many positions.
+    fn reserve(&mut self, positions: u32) -> Result<()> {
+        fn grow<T>(memory: &mut Vec<T>, len: u32) -> Result<()> {
+            let more = (len as usize).saturating_sub(memory.len());
+            let need_bytes = (more as u64).saturating_mul(size_of::<T>() as u64);
+            let none = |_| Error::OutOfMemory { what: SEQUENCES.into(), need_bytes, have_bytes: 0 };
+            memory.try_reserve_exact(more).map_err(none)
+        }
+        self.tables.iter_mut().try_for_each(|table| grow(table, positions.div_ceil(PAGE_POSITIONS)))?;
+        grow(&mut self.tokens, positions)
+    }
+
     fn len(&self) -> u32 {
         self.tokens.len() as u32
     }
@@ -153,8 +170,10 @@ struct Pool {
 }
 
 impl Pool {
-    fn new(window: Option<u32>, pages: u64) -> Pool {
-        Pool { window, free: (0..pages as u32).rev().collect(), uses: vec![0; pages as usize] }
+    fn new(window: Option<u32>, pages: u64) -> Result<Pool> {
+        let mut free = reserved(pages, "the list of free pages")?;
+        free.extend((0..pages as u32).rev());
+        Ok(Pool { window, free, uses: zeroed(pages, "the list of used pages")? })
     }
 
     fn take(&mut self) -> Option<u32> {
@@ -238,20 +257,25 @@ impl Session {
         let limits = options.limits(positions);
         let pages = |window| options.pages(window, positions);
         let loaded = Loaded::new(model, backend, &program, limits, pages, progress)?;
-        let vocab = model.hparams().vocab_size as usize;
-        let rows = limits.outputs as usize;
-        let k = vocab.min(outputs::TOP_K as usize);
+        let vocab = u64::from(model.hparams().vocab_size);
+        let rows = u64::from(limits.outputs);
+        let k = vocab.min(outputs::TOP_K.into());
         Ok(Session {
             taps,
             positions,
-            pools: loaded.program.windows.iter().map(|&window| Pool::new(window, pages(window))).collect(),
+            pools: loaded
+                .program
+                .windows
+                .iter()
+                .map(|&window| Pool::new(window, pages(window)))
+                .collect::<Result<_>>()?,
             sequences: Vec::new(),
-            tokens: Vec::with_capacity(limits.tokens as usize),
-            wanted: Vec::with_capacity(rows),
-            logits: vec![0.0; rows * vocab],
-            arg_max: vec![0; rows],
-            top_ids: vec![0; rows * k],
-            top_logits: vec![0.0; rows * k],
+            tokens: reserved(limits.tokens.into(), "a step's tokens")?,
+            wanted: reserved(rows, OUTPUTS)?,
+            logits: zeroed(rows.saturating_mul(vocab), OUTPUTS)?,
+            arg_max: zeroed(rows, OUTPUTS)?,
+            top_ids: zeroed(rows.saturating_mul(k), OUTPUTS)?,
+            top_logits: zeroed(rows.saturating_mul(k), OUTPUTS)?,
             cancel: Cancel::default(),
             last: None,
             device_time: Duration::ZERO,
@@ -311,9 +335,10 @@ impl Session {
             self.sequences[i].live = true;
             return SequenceId(i as u32);
         }
-        let most = self.positions.div_ceil(PAGE_POSITIONS) as usize;
-        let tables = self.pools.iter().map(|_| Vec::with_capacity(most)).collect();
-        let tokens = Vec::with_capacity(self.positions as usize);
+        // Room for all positions, so that no step allocates. Where there is none now, a step says what it lacks.
+        let pages = self.positions.div_ceil(PAGE_POSITIONS).into();
+        let tables = self.pools.iter().map(|_| reserved(pages, SEQUENCES).unwrap_or_default()).collect();
+        let tokens = reserved(self.positions.into(), SEQUENCES).unwrap_or_default();
         self.sequences.push(Sequence { tables, tokens, live: true });
         SequenceId(self.sequences.len() as u32 - 1)
     }
@@ -323,8 +348,13 @@ impl Session {
     /// # Errors
     /// [`Error::Argument`] if there is no such sequence.
     pub fn fork(&mut self, of: SequenceId) -> Result<SequenceId> {
-        self.get(of)?;
+        let len = self.get(of)?.len();
         let new = self.add_sequence();
+        let reserved = self.sequences[new.0 as usize].reserve(len);
+        if reserved.is_err() {
+            self.remove(new)?;
+        }
+        reserved?;
         self.share(of, new);
         Ok(new)
     }
@@ -569,6 +599,7 @@ impl Session {
         if end > self.positions {
             return Err(Error::ContextFull { need: end.into(), have: self.positions.into() });
         }
+        self.sequences[id.0 as usize].reserve(end)?;
         (0..self.pools.len()).try_for_each(|group| self.make_room_in(group, id, end))
     }
 
@@ -605,7 +636,7 @@ impl Session {
     fn copy_page(&self, group: usize, from: u32, to: u32) -> Result<()> {
         for (state, buffer) in self.states_of(group) {
             let bytes = state.page_bytes();
-            let mut content = vec![0; bytes as usize];
+            let mut content: Vec<u8> = zeroed(bytes, "a copied page")?;
             self.loaded.backend.read(buffer, u64::from(from) * bytes, &mut content)?;
             upload(&*self.loaded.backend, buffer, u64::from(to) * bytes, &content)?;
         }
@@ -652,7 +683,7 @@ impl Session {
             Dim::Outputs => self.wanted.len(),
             Dim::Fixed(rows) => rows as usize,
         };
-        let mut out = vec![0.0; rows * t.cols as usize];
+        let mut out = zeroed(rows as u64 * u64::from(t.cols), "a tap")?;
         self.loaded.read(&t.name, &mut out)?;
         Ok(out)
     }

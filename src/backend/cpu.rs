@@ -18,7 +18,7 @@ use halite_kernels::rows::{self, Gate, Unary};
 
 use super::host::{
     self, After, AttendArgs, ExpertsArgs, HostPlan, Kernels, Matrix, NormArgs, Product, RopeArgs, RouteArgs,
-    memory, zeroed,
+    memory,
 };
 use super::{
     Backend, Buffer, Caps, Contract, Fusions, Limits, OpSig, Plan, Rows, Support, Usage, check_support,
@@ -26,6 +26,7 @@ use super::{
 use crate::cost::Rates;
 use crate::error::{Error, Result};
 use crate::map::Region;
+use crate::memory::zeroed;
 use crate::program::{Epilogue, Gating, NOT_FINITE, NormKind, Op, Program, RopePairs};
 
 /// The CPU.
@@ -43,9 +44,9 @@ impl Cpu {
     /// # Errors
     /// [`Error::Backend`] if the named instruction set is not there or a thread cannot be started.
     pub fn new(threads: usize) -> Result<Cpu> {
-        match std::env::var("HALITE_ISA") {
-            Ok(name) => Cpu::with_isa(threads, &name),
-            Err(_) => Cpu::with_isa(threads, Isa::detect().name()),
+        match std::env::var_os("HALITE_ISA") {
+            Some(name) if !name.is_empty() => Cpu::with_isa(threads, &name.to_string_lossy()),
+            _ => Cpu::with_isa(threads, Isa::detect().name()),
         }
     }
 

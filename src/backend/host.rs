@@ -13,6 +13,7 @@ use halite_kernels::rows::{Gate, Unary};
 use super::{Bindings, Buffer, Clock, Limits, Plan, Step, Ticket, Timing, check_step};
 use crate::error::{Error, Result};
 use crate::map::Region;
+use crate::memory::{reserved, zeroed};
 use crate::passes;
 use crate::program::{
     Dim, Epilogue, Gating, Index, NormKind, Op, PAGE_POSITIONS, Program, RopePairs, Slot, State, StateId,
@@ -213,17 +214,6 @@ pub(crate) trait Kernels: Send {
     fn top_k(&mut self, x: &[f32], cols: usize, k: usize, ids: &mut [i32], values: &mut [f32]);
 }
 
-/// Zeros from the operating system, which costs nothing until they are touched.
-pub(crate) fn zeroed<T: bytemuck::Zeroable>(len: u64, what: &str) -> Result<Vec<T>> {
-    let memory =
-        usize::try_from(len).ok().and_then(|len| bytemuck::allocation::try_zeroed_slice_box(len).ok());
-    memory.map(Vec::from).ok_or_else(|| Error::OutOfMemory {
-        what: what.into(),
-        need_bytes: len.saturating_mul(size_of::<T>() as u64),
-        have_bytes: 0,
-    })
-}
-
 /// Host memory behind a [`Buffer`].
 enum HostMemory {
     Mapped(Region),
@@ -422,9 +412,9 @@ impl<K: Kernels> HostPlan<K> {
             memory,
             kernels,
             limits,
-            spans: Vec::with_capacity(limits.tokens as usize),
-            positions: Vec::with_capacity(limits.tokens as usize),
-            zeros: vec![0; limits.tokens as usize],
+            spans: reserved(limits.tokens.into(), "the places of tokens")?,
+            positions: reserved(limits.tokens.into(), "the places of tokens")?,
+            zeros: zeroed(limits.tokens.into(), "the places of tokens")?,
             submitted: 0,
             timing: Timing { elapsed: Duration::ZERO, clock: Clock::Host },
         })
