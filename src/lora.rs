@@ -15,7 +15,7 @@ pub(crate) struct Adapter {
     /// What the names of its tensors begin with.
     pub prefix: String,
     /// The factor on all of it, without the division by the rank.
-    scale: f32,
+    pub scale: f32,
     /// What the training's factor is relative to; 0: there is none.
     alpha: f32,
 }

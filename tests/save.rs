@@ -33,8 +33,13 @@ fn golden() -> Arc<Model> {
 
 /// The smallest model, with weights that differ from zero.
 fn tiny(name: &str) -> Arc<Model> {
+    trained(name, 7)
+}
+
+/// The same with weights that depend on a seed.
+fn trained(name: &str, seed: u64) -> Arc<Model> {
     let mut file = common::gguf::llama().set("general.name", name);
-    let mut random = common::SplitMix(7);
+    let mut random = common::SplitMix(seed);
     for tensor in &mut file.tensors {
         for value in tensor.data.as_chunks_mut::<4>().0 {
             *value = (random.below(200) as f32 / 100.0 - 1.0).to_le_bytes();
@@ -98,6 +103,8 @@ fn what_does_not_fit_is_named() {
     old.prefill(id, &[1, 2, 3], Head::Logits).unwrap();
     let bytes = saved(&old, id);
     assert_eq!(refused(&bytes, &mut session(&b, cpu(), 64, Format::F16)), "model");
+    // The same header, and other weights.
+    assert_eq!(refused(&bytes, &mut session(&trained("a", 8), cpu(), 64, Format::F16)), "model");
     assert_eq!(refused(&bytes, &mut session(&a, cpu(), 64, Format::F32)), "cache layout");
     let mut new = session(&a, cpu(), 64, Format::F16);
     assert_eq!(refused(b"GGUF and so on, long enough", &mut new), "magic");

@@ -155,6 +155,12 @@ impl Model {
         Ok(())
     }
 
+    /// The factors on its adapters.
+    #[cfg(feature = "save")]
+    pub(crate) fn adapter_scales(&self) -> impl Iterator<Item = f32> {
+        self.adapters.iter().map(|adapter| adapter.scale)
+    }
+
     /// The file, and those of its adapters.
     pub fn gguf(&self) -> &Gguf {
         &self.gguf

@@ -5,14 +5,16 @@
 //! | Bytes | What |
 //! |---|---|
 //! | 8 | `HALITEKV` |
-//! | 4 | version: 2 |
-//! | 8 | the model: XXH3 of its files' headers (metadata and tensor tables, not the weights) and sizes, and of the names of the tensors that the program uses |
+//! | 4 | version: 3 |
+//! | 8 | the model: XXH3 of its files' headers (metadata and tensor tables) and sizes, of some bytes of every tensor, of the factors on adapters, and of the names of the tensors that the program uses |
 //! | 4, then so many | the layout of the cache, as text |
 //! | 4, then 4 each | tokens: how many, and their ids |
 //! | rest | for each KV group: 4, the number of the first page that is kept; then the pages from there on in order, for each those of all states of the group: [`State::page_bytes`](crate::program::State::page_bytes) |
 //! | 8 | XXH3 of everything before |
 //!
-//! A file that changes the weights alone, under the same header and size, is not noticed.
+//! The two hashes find accidents: a damaged file, another model, the same model after more training. They have no key, so whoever
+//! may write the file can make one that passes, with any tokens and any cache. Take sequences only from those who may decide
+//! what the model says.
 
 use std::hash::Hasher as _;
 use std::io::{self, Read, Write};
@@ -25,7 +27,11 @@ use crate::error::{Error, Result};
 use crate::program::PAGE_POSITIONS;
 
 const MAGIC: &[u8; 8] = b"HALITEKV";
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
+
+/// Places in each tensor, and bytes at each of them, by which weights are told apart without reading all of them.
+const SAMPLES: usize = 4;
+const SAMPLE_BYTES: usize = 64;
 
 /// Most bytes of a layout that are read to be shown.
 const MAX_LAYOUT_BYTES: u32 = 1 << 20;
@@ -41,7 +47,7 @@ impl Session {
         let layout = self.layout();
         out.put(MAGIC)?;
         out.put(&VERSION.to_le_bytes())?;
-        out.put(&self.model_hash().to_le_bytes())?;
+        out.put(&self.model_hash()?.to_le_bytes())?;
         out.put(&(layout.len() as u32).to_le_bytes())?;
         out.put(layout.as_bytes())?;
         out.put(&sequence.len().to_le_bytes())?;
@@ -88,7 +94,7 @@ impl Session {
         check("magic", *MAGIC, from.array()?, |magic| magic.escape_ascii().to_string())?;
         check("version", VERSION, from.u32()?, |version| version.to_string())?;
         let hash = |hash: &u64| format!("the one with hash {hash:016x}");
-        check("model", self.model_hash(), u64::from_le_bytes(from.array()?), hash)?;
+        check("model", self.model_hash()?, u64::from_le_bytes(from.array()?), hash)?;
         let layout_len = from.u32()?;
         let mut layout = vec![0; layout_len.min(MAX_LAYOUT_BYTES) as usize];
         from.get(&mut layout)?;
@@ -146,12 +152,24 @@ impl Session {
         check("checksum", sum, u64::from_le_bytes(from.array()?), show)
     }
 
-    fn model_hash(&self) -> u64 {
+    fn model_hash(&self) -> Result<u64> {
         let mut hasher = Hasher::new();
         for (source, header) in self.loaded.model.gguf().parts() {
             let bytes = source.bytes();
             hasher.write(bytes.get(..header.data_start).unwrap_or(bytes));
             hasher.write(&(bytes.len() as u64).to_le_bytes());
+        }
+        for tensor in self.loaded.model.gguf().tensors() {
+            let region = tensor.region()?;
+            let bytes = region.bytes();
+            for sample in 0..SAMPLES {
+                let last = bytes.len().saturating_sub(SAMPLE_BYTES);
+                let start = last / (SAMPLES - 1) * sample;
+                hasher.write(bytes.get(start..(start + SAMPLE_BYTES).min(bytes.len())).unwrap_or(&[]));
+            }
+        }
+        for scale in self.loaded.model.adapter_scales() {
+            hasher.write(&scale.to_le_bytes());
         }
         // Some models use other tensors in longer contexts, which changes what is in the cache.
         let mut names: Vec<&str> = self
@@ -166,7 +184,7 @@ impl Session {
             hasher.write(name.as_bytes());
             hasher.write(&[0]);
         }
-        hasher.finish()
+        Ok(hasher.finish())
     }
 
     /// What the bytes of a page depend on.

@@ -1,9 +1,18 @@
 //! Compiled shaders on disk, where the API has them (Vulkan): a file for each device, in a folder that the user names.
 //!
-//! A file is what the driver gave, and its checksum. Another driver, or another version, makes nothing of it; wgpu sees to that.
+//! | Bytes | What |
+//! |---|---|
+//! | 8 | `HALITESH` |
+//! | 4 | version: 1 |
+//! | 8 | the device: XXH3 of its name, its driver and the API |
+//! | rest | what the driver gave |
+//! | 8 | XXH3 of everything before |
+//!
+//! The hashes find accidents: a damaged file, or one of another driver, which is then as good as none. They have no key, and a
+//! driver may trust what it is given: whoever may write to the folder may run code in this process.
 
 use std::hash::Hasher as _;
-use std::io::ErrorKind;
+use std::io::{ErrorKind, Write as _};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
@@ -11,15 +20,24 @@ use twox_hash::xxhash3_64::Hasher;
 
 use super::failed;
 use crate::error::{Error, Result};
+use crate::output::{Output, Replace};
 
 /// Compiled shaders of a device, and where they are kept.
 #[derive(Debug)]
 pub(super) struct Cache {
     cache: wgpu::PipelineCache,
     file: PathBuf,
-    /// Checksum of what the file holds.
-    kept: Mutex<u64>,
+    /// Tells devices and their drivers apart.
+    device: u64,
+    /// Checksum of what the driver gave for the file, if there is one.
+    kept: Mutex<Option<u64>>,
 }
+
+const MAGIC: &[u8; 8] = b"HALITESH";
+const VERSION: u32 = 1;
+
+/// Most bytes of a file that are read.
+const MAX_BYTES: u64 = 256 << 20;
 
 fn checksum(bytes: &[u8]) -> u64 {
     let mut hasher = Hasher::new();
@@ -27,11 +45,25 @@ fn checksum(bytes: &[u8]) -> u64 {
     hasher.finish()
 }
 
-/// What a file holds, and its checksum, if it is whole.
-fn whole(bytes: &[u8]) -> Option<(&[u8], u64)> {
-    let (data, sum) = bytes.split_last_chunk()?;
-    let sum = u64::from_le_bytes(*sum);
-    (checksum(data) == sum).then_some((data, sum))
+/// How a device's file starts.
+fn head(device: u64) -> Vec<u8> {
+    [&MAGIC[..], &VERSION.to_le_bytes(), &device.to_le_bytes()].concat()
+}
+
+/// A device's file.
+fn file_of(device: u64, data: &[u8]) -> Vec<u8> {
+    let mut bytes = head(device);
+    bytes.extend_from_slice(data);
+    let sum = checksum(&bytes);
+    bytes.extend_from_slice(&sum.to_le_bytes());
+    bytes
+}
+
+/// What the driver gave, if a file is whole and the device's.
+fn whole(device: u64, bytes: &[u8]) -> Option<&[u8]> {
+    let (start, sum) = bytes.split_last_chunk()?;
+    let data = start.strip_prefix(&head(device)[..])?;
+    (checksum(start) == u64::from_le_bytes(*sum)).then_some(data)
 }
 
 impl Cache {
@@ -44,14 +76,20 @@ impl Cache {
             .filter(|_| device.features().contains(wgpu::Features::PIPELINE_CACHE))
             .ok_or_else(|| failed(format!("{} keeps no compiled shaders ({:?})", info.name, info.backend)))?;
         let file = folder.join(key);
-        let bytes = match std::fs::read(&file) {
-            Err(e) if e.kind() == ErrorKind::NotFound => Vec::new(),
-            read => read.map_err(|source| Error::Io { path: file.clone(), source })?,
-        };
-        let kept = whole(&bytes);
+        let io = |source| Error::Io { path: file.clone(), source };
+        let mut bytes = Vec::new();
+        match std::fs::metadata(&file) {
+            Err(e) if e.kind() == ErrorKind::NotFound => {}
+            // What is no file, or too long, is as good as none.
+            Ok(metadata) if !metadata.is_file() || metadata.len() > MAX_BYTES => {}
+            _ => bytes = std::fs::read(&file).map_err(io)?,
+        }
+        let about = format!("{info:?}");
+        let id = checksum(about.as_bytes());
+        let kept = whole(id, &bytes);
         let descriptor = wgpu::PipelineCacheDescriptor {
             label: Some("halite"),
-            data: kept.map(|kept| kept.0),
+            data: kept,
             // What is of another driver is left.
             fallback: true,
         };
@@ -59,7 +97,7 @@ impl Cache {
         // to the folder has taken pains to forge it.
         #[allow(unsafe_code)]
         let cache = unsafe { device.create_pipeline_cache(&descriptor) };
-        Ok(Cache { cache, file, kept: Mutex::new(kept.map_or(0, |kept| kept.1)) })
+        Ok(Cache { cache, file, device: id, kept: Mutex::new(kept.map(checksum)) })
     }
 
     pub fn of_pipelines(&self) -> &wgpu::PipelineCache {
@@ -71,22 +109,19 @@ impl Cache {
     /// # Errors
     /// [`Error::Io`].
     pub fn keep(&self) -> Result<()> {
-        let Some(mut data) = self.cache.get_data() else { return Ok(()) };
-        let sum = checksum(&data);
+        let Some(data) = self.cache.get_data() else { return Ok(()) };
+        let sum = Some(checksum(&data));
         let mut kept = self.kept.lock().map_err(|_| failed("a thread failed while it kept shaders"))?;
         if *kept == sum {
             return Ok(());
         }
-        data.extend_from_slice(&sum.to_le_bytes());
-        let written = self.file.with_extension(std::process::id().to_string());
-        let put = || {
-            if let Some(folder) = self.file.parent() {
-                std::fs::create_dir_all(folder)?;
-            }
-            std::fs::write(&written, &data)?;
-            std::fs::rename(&written, &self.file)
-        };
-        put().map_err(|source| Error::Io { path: self.file.clone(), source })?;
+        let io = |source| Error::Io { path: self.file.clone(), source };
+        if let Some(folder) = self.file.parent() {
+            std::fs::create_dir_all(folder).map_err(io)?;
+        }
+        let mut out = Output::create(&self.file, Replace::Unmarked, &[])?;
+        out.write_all(&file_of(self.device, &data)).map_err(io)?;
+        out.commit()?;
         *kept = sum;
         Ok(())
     }
@@ -94,19 +129,18 @@ impl Cache {
 
 #[cfg(test)]
 mod tests {
-    use super::{checksum, whole};
+    use super::{file_of, whole};
 
     #[test]
     fn what_is_not_whole_is_nothing() {
-        let mut bytes = b"compiled".to_vec();
-        let sum = checksum(&bytes);
-        bytes.extend_from_slice(&sum.to_le_bytes());
-        assert_eq!(whole(&bytes), Some((&b"compiled"[..], sum)));
+        let bytes = file_of(7, b"compiled");
+        assert_eq!(whole(7, &bytes), Some(&b"compiled"[..]));
+        assert_eq!(whole(8, &bytes), None);
         for at in 0..bytes.len() {
-            assert_eq!(whole(&bytes[..at]), None, "cut at {at}");
+            assert_eq!(whole(7, &bytes[..at]), None, "cut at {at}");
             let mut flipped = bytes.clone();
             flipped[at] ^= 1;
-            assert_eq!(whole(&flipped), None, "flipped at {at}");
+            assert_eq!(whole(7, &flipped), None, "flipped at {at}");
         }
     }
 }
