@@ -894,6 +894,7 @@ fn experts(cases: &mut Cases) {
 mod tests {
     use super::*;
     use crate::backend::template::Template;
+    use crate::program::NOT_FINITE;
 
     #[test]
     fn every_op_and_format_has_cases() {
@@ -922,6 +923,31 @@ mod tests {
         let mut report = Report::default();
         cases().iter().for_each(|case| report.add(&check(&Template::new(), case)));
         assert_eq!((report.passed, report.failed, report.gaps), (0, 0, cases().len()));
+    }
+
+    /// Cases of what is not finite hold something to be seen, and are refused where it is lost.
+    #[test]
+    fn what_is_not_finite_comes_out() {
+        let mut seen = 0;
+        for case in cases().iter().filter(|c| c.name.contains(" of NaN") || c.name.contains("of infinities"))
+        {
+            let mut outputs = execute(&Reference::new(), case).unwrap();
+            let of = |integers: bool, word: u32| match integers {
+                true => word == NOT_FINITE as u32,
+                false => f32::from_bits(word).is_nan(),
+            };
+            let Some((_, integers, words)) =
+                outputs.iter_mut().find(|(_, integers, words)| words.iter().any(|&w| of(*integers, w)))
+            else {
+                panic!("{}: all finite", case.name);
+            };
+            let want = vec![("y".to_owned(), *integers, words.clone())];
+            let lost: Vec<u32> = words.iter().map(|&w| if of(*integers, w) { 0 } else { w }).collect();
+            let got = vec![("y".to_owned(), *integers, lost)];
+            assert!(!compare(&got, &want, Contract::Close, 1.0).passed(), "{}", case.name);
+            seen += 1;
+        }
+        assert!(seen > 30, "{seen}");
     }
 
     #[test]

@@ -14,7 +14,9 @@ fn opaque<T>(x: T) -> T {
     std::hint::black_box(x)
 }
 
-/// A quotient that rounds, and a product of a subnormal.
+/// A quotient that rounds, and a product of a subnormal. Not inlined, or it might be computed in another environment than where
+/// it stands.
+#[inline(never)]
 fn probe() -> (u32, u32) {
     ((opaque(1.0f32) / opaque(-3.0)).to_bits(), (opaque(f32::from_bits(3)) * opaque(2.0)).to_bits())
 }

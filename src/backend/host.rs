@@ -818,3 +818,71 @@ impl<K: Kernels> Plan for HostPlan<K> {
         Ok(self.timing)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::{Cancel, Span};
+    use crate::program::Builder;
+    use halite_kernels::pool::Pool;
+
+    /// Adds, unless a task is to fail.
+    struct Faulty {
+        pool: Pool,
+        fail: bool,
+    }
+
+    #[rustfmt::skip]
+    impl Kernels for Faulty {
+        fn add(&mut self, a: &[f32], b: &[f32], out: &mut [f32]) {
+            let fail = self.fail;
+            self.pool.run(8, &|n| assert!(!fail || n != 5, "task 5 fails"));
+            out.iter_mut().zip(a.iter().zip(b)).for_each(|(out, (a, b))| *out = a + b);
+        }
+        fn embed(&mut self, _: Matrix<'_>, _: &[u32], _: f32, _: &mut [f32]) { unreachable!() }
+        fn norm(&mut self, _: &NormArgs<'_>, _: &mut [f32], _: Option<&mut [f32]>) { unreachable!() }
+        fn matmul(&mut self, _: &[f32], _: &[Product<'_>], _: After<'_>, _: &mut [&mut [f32]]) { unreachable!() }
+        fn rope(&mut self, _: &RopeArgs<'_>, _: &mut [f32]) { unreachable!() }
+        fn attend(&mut self, _: &AttendArgs<'_>, _: &mut [f32]) { unreachable!() }
+        fn glu(&mut self, _: Gate, _: &[f32], _: &[f32], _: &mut [f32]) { unreachable!() }
+        fn map(&mut self, _: Unary, _: &[f32], _: &mut [f32]) { unreachable!() }
+        fn route(&mut self, _: &RouteArgs<'_>, _: &mut [i32], _: &mut [f32]) { unreachable!() }
+        fn experts(&mut self, _: &ExpertsArgs<'_>, _: &mut [f32]) { unreachable!() }
+        fn arg_max(&mut self, _: &[f32], _: usize, _: &mut [i32]) { unreachable!() }
+        fn top_k(&mut self, _: &[f32], _: usize, _: usize, _: &mut [i32], _: &mut [f32]) { unreachable!() }
+    }
+
+    /// A panic in a task of the pool is the step's error, and a later step that does not fail is right.
+    #[test]
+    fn a_panic_is_an_error() {
+        let no_weights = |_: &str| None;
+        let mut b = Builder::new("sum", &no_weights);
+        let x = b.input("x", Dim::Tokens, 4);
+        let twice = b.add("twice", x, x);
+        let y = b.add("y", twice, x);
+        b.output(y);
+        let program = Arc::new(b.finish().unwrap());
+        let kernels = Faulty { pool: Pool::new(3).unwrap(), fail: true };
+        let limits = Limits { tokens: 1, outputs: 1 };
+        let mut plan = HostPlan::new("faulty", &program, limits, kernels).unwrap();
+        let io: Vec<_> = (0..2).map(|_| memory::alloc("faulty", 16, u64::MAX).unwrap()).collect();
+        memory::fill("faulty", &io[0], 0..16, &mut |bytes| {
+            bytes.as_chunks_mut::<4>().0.iter_mut().for_each(|x| *x = 2f32.to_le_bytes());
+        })
+        .unwrap();
+        let tables = vec![vec![0]; program.windows.len()];
+        let (spans, cancel) = ([Span { tables: &tables, start: 0, len: 1 }], Cancel::default());
+        let step = Step { spans: &spans, tokens: &[0], outputs: &[], cancel: &cancel };
+        let bindings = Bindings { weights: &[], states: &[], io: &io };
+        let all = 0..program.segments.len();
+        for _ in 0..3 {
+            let error = plan.submit(&step, all.clone(), &bindings).unwrap_err().to_string();
+            assert_eq!(error, "backend `faulty`: Add panicked: task 5 fails");
+        }
+        plan.kernels.fail = false;
+        plan.submit(&step, all, &bindings).unwrap();
+        let mut found = [0; 16];
+        memory::read("faulty", &io[1], 0, &mut found).unwrap();
+        assert_eq!(bytemuck::cast::<_, [f32; 4]>(found), [6.0; 4]);
+    }
+}
