@@ -14,6 +14,10 @@ pub(super) const SPACE: &str = "\u{2581}";
 /// Most tokens that a vocabulary may have.
 const MAX_TOKENS: usize = 1 << 22;
 
+/// Most bytes of a token's text, and of all. The longest published ones are runs of some hundred spaces.
+pub(crate) const MAX_TOKEN_BYTES: usize = 1 << 10;
+const MAX_BYTES: usize = 1 << 26;
+
 /// Tokens by id and by text.
 pub(super) struct Vocabulary {
     /// All texts, one after the other.
@@ -80,7 +84,18 @@ impl Vocabulary {
             ids: HashTable::with_capacity(count),
             hasher: RandomState::new(),
         };
-        for text in texts.iter() {
+        for (id, text) in texts.iter().enumerate() {
+            let wrong = |what: &str, most: usize, got: usize| {
+                Error::Tokenizer(format!(
+                    "tokenizer.ggml.tokens{what}: expected at most {most} bytes, got {got}"
+                ))
+            };
+            if text.len() > MAX_TOKEN_BYTES {
+                return Err(wrong(&format!("[{id}]"), MAX_TOKEN_BYTES, text.len()));
+            }
+            if vocabulary.texts.len() + text.len() > MAX_BYTES {
+                return Err(wrong("", MAX_BYTES, vocabulary.texts.len() + text.len()));
+            }
             vocabulary.texts.extend_from_slice(text);
             vocabulary.ends.push(vocabulary.texts.len());
         }
