@@ -8,7 +8,7 @@ use clap::Args;
 use halite::Error;
 use halite::kernels::formats::Format;
 
-use super::{Failure, progress, synth};
+use super::{Failure, progress, synth, warn};
 
 #[derive(Args)]
 pub struct ConvertArgs {
@@ -35,6 +35,10 @@ pub fn convert(args: &ConvertArgs) -> Result<(), Failure> {
     }
     match converted {
         Err(Error::Io { path, source }) if path.as_os_str().is_empty() => Err(io(source).into()),
-        converted => Ok(converted?),
+        Err(error) => Err(error.into()),
+        Ok(left_out) => {
+            warn(&left_out);
+            Ok(())
+        }
     }
 }

@@ -335,6 +335,27 @@ fn tokenizer(model: &Model) -> Result<Tokenizer, Failure> {
         .ok_or_else(|| "this model file has no vocabulary: pass token ids".into())
 }
 
+/// Warnings on stderr, each once.
+fn warn(warnings: &[String]) {
+    static SAID: std::sync::Mutex<Vec<String>> = std::sync::Mutex::new(Vec::new());
+    let Ok(mut said) = SAID.lock() else { return };
+    for warning in warnings {
+        if !said.contains(warning) {
+            // Nothing is left to do if stderr is gone.
+            let _ = writeln!(std::io::stderr(), "halite: warning: {}", plain(warning));
+            said.push(warning.clone());
+        }
+    }
+}
+
+/// A text for a terminal: what would steer it is escaped.
+fn plain(text: &str) -> String {
+    let escape = |c: char| {
+        if c.is_control() && !"\n\t".contains(c) { c.escape_default().to_string() } else { c.into() }
+    };
+    text.chars().map(escape).collect()
+}
+
 /// A bar on stderr, drawn only on a terminal and only for work that takes over a second.
 fn progress(total: u64, what: &'static str) -> indicatif::ProgressBar {
     if !std::io::stderr().is_terminal() {
@@ -408,6 +429,6 @@ pub fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     // Nothing is left to do if stderr is gone as well.
-    let _ = writeln!(std::io::stderr(), "halite: {failure}");
+    let _ = writeln!(std::io::stderr(), "halite: {}", plain(&failure.to_string()));
     ExitCode::FAILURE
 }

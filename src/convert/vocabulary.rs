@@ -6,7 +6,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use super::folder::Json;
+use super::folder::{Json, has, read_text};
 use crate::error::{Error, Result};
 use crate::gguf::printable;
 use crate::gguf::write::Writer;
@@ -40,8 +40,8 @@ struct Tokens {
     ids: HashMap<String, u32>,
 }
 
-/// Writes a folder's vocabulary and chat template.
-pub(super) fn write(folder: &Path, config: &Json, w: &mut Writer) -> Result<()> {
+/// Writes a folder's vocabulary and chat template. Returns what is left out.
+pub(super) fn write(folder: &Path, config: &Json, w: &mut Writer) -> Result<Vec<String>> {
     let json = Json::open(folder, "tokenizer.json")?;
     let model = json.object("model")?.ok_or_else(|| json.missing("model", "an object"))?;
     let kind = model.str("type")?;
@@ -73,7 +73,28 @@ pub(super) fn write(folder: &Path, config: &Json, w: &mut Writer) -> Result<()> 
         let merges: Vec<String> = merges.iter().map(|(left, right)| format!("{left} {right}")).collect();
         w.entry("tokenizer.ggml.merges", &merges[..])?;
     }
-    special(folder, config, &json, &tokens, w)
+    special(folder, config, &json, &tokens, w)?;
+    let mut left_out = Vec::new();
+    // Other normalisers of a byte-level vocabulary are refused; SentencePiece's is carried over.
+    if !from_bytes && json.get("normalizer").is_some() {
+        left_out.push(
+            "tokenizer.json: key `normalizer` is left out: texts are taken as they are, not in the normal form NFC"
+                .to_owned(),
+        );
+    }
+    let special = |token: &&Value| token.get("special").is_some_and(|flag| *flag == true);
+    let added = json.get("added_tokens").and_then(Value::as_array).map_or(&[][..], |added| &added[..]);
+    for key in ["lstrip", "rstrip", "single_word"] {
+        let has_it = |token: &Value| token.get(key).is_some_and(|flag| *flag == true);
+        if let Some(token) = added.iter().filter(special).find(|token| has_it(token)) {
+            let text = token.get("content").and_then(Value::as_str).unwrap_or_default();
+            left_out.push(format!(
+                "tokenizer.json: `{key}` of special tokens is left out, such as of {}",
+                printable(text.as_bytes())
+            ));
+        }
+    }
+    Ok(left_out)
 }
 
 /// Texts and kinds of all tokens; with `space_prefix` of SentencePiece, whose texts may begin with a space.
@@ -423,10 +444,8 @@ fn template<'a>(json: &'a Json) -> Result<(Option<&'a str>, Option<&'a str>)> {
 
 /// The template of chats: a file of its own, or a text of tokenizer_config.json, or the default of several.
 fn chat_template(folder: &Path, about: &Json) -> Result<Option<String>> {
-    let path = folder.join("chat_template.jinja");
-    if path.exists() {
-        let text = std::fs::read_to_string(&path).map_err(|source| Error::Io { path, source })?;
-        return Ok(Some(text));
+    if has(folder, "chat_template.jinja") {
+        return Ok(Some(read_text(folder, "chat_template.jinja")?));
     }
     let text = |template: &Value| template.as_str().map(str::to_owned);
     match about.get("chat_template") {
