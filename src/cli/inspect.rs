@@ -12,7 +12,7 @@ use halite::kernels::formats::Layout;
 use halite::session::{SessionOptions, footprint};
 use halite::{Model, Tokenizer};
 
-use super::{Failure, bytes, print, progress};
+use super::{Failure, bytes, plain, plain_json, print, progress, warn};
 
 #[derive(Args)]
 pub struct InspectArgs {
@@ -70,7 +70,10 @@ pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
     }
     bar.finish_and_clear();
     let tokenizer = match Tokenizer::from_gguf(&gguf) {
-        Ok(Some(t)) => Ok(format!("{} tokens", t.len())),
+        Ok(Some(t)) => {
+            warn(t.warnings());
+            Ok(format!("{} tokens", t.len()))
+        }
         Ok(None) => Ok("none: token ids only".into()),
         Err(error) => Err(error.to_string()),
     };
@@ -80,6 +83,7 @@ pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
     match Model::from_gguf(gguf) {
         Err(error) => estimates.push(Estimate { backend: "any".into(), result: Err(error.to_string()) }),
         Ok(model) => {
+            warn(model.warnings());
             positions = options.positions(&model);
             for backend in backends()? {
                 let result = footprint(&model, &*backend, &options).map_err(|e| e.to_string());
@@ -89,7 +93,7 @@ pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
     }
     if args.json {
         let report = serde_json::json!({
-            "file": args.file,
+            "file": args.file.to_string_lossy(),
             "file_bytes": file_bytes,
             "version": version,
             "alignment": alignment,
@@ -108,7 +112,7 @@ pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
                 Err(why) => serde_json::json!({ "name": e.backend, "runs": false, "why": why }),
             }).collect::<Vec<_>>(),
         });
-        print(&format!("{report:#}\n"))?;
+        print(&plain_json(&report))?;
         return verdict(&not_finite);
     }
     let mut text = format!(
@@ -155,7 +159,7 @@ pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
     if args.verify {
         text += &format!("\nverified: {} of {} tensors are not finite\n", not_finite.len(), tensors.len());
     }
-    print(&text)?;
+    print(&plain(&text))?;
     verdict(&not_finite)
 }
 

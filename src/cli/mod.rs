@@ -303,6 +303,7 @@ fn open_adapted(path: Option<&Path>, adapters: &[String]) -> Result<Arc<Model>, 
         let (file, scale) = scaled.unwrap_or((adapter, 1.0));
         model.adapt(Gguf::open(file.as_ref())?, scale)?;
     }
+    warn(model.warnings());
     Ok(Arc::new(model))
 }
 
@@ -331,8 +332,10 @@ impl ModelArgs {
 }
 
 fn tokenizer(model: &Model) -> Result<Tokenizer, Failure> {
-    Tokenizer::from_gguf(model.gguf())?
-        .ok_or_else(|| "this model file has no vocabulary: pass token ids".into())
+    let tokenizer =
+        Tokenizer::from_gguf(model.gguf())?.ok_or("this model file has no vocabulary: pass token ids")?;
+    warn(tokenizer.warnings());
+    Ok(tokenizer)
 }
 
 /// Warnings on stderr, each once.
@@ -350,10 +353,17 @@ fn warn(warnings: &[String]) {
 
 /// A text for a terminal: what would steer it is escaped.
 fn plain(text: &str) -> String {
-    let escape = |c: char| {
-        if c.is_control() && !"\n\t".contains(c) { c.escape_default().to_string() } else { c.into() }
-    };
-    text.chars().map(escape).collect()
+    escaped(text, |c| c.escape_default().to_string())
+}
+
+/// JSON for a terminal: serde_json leaves the control characters from U+007F on as they are.
+fn plain_json(json: &serde_json::Value) -> String {
+    escaped(&format!("{json:#}\n"), |c| format!("\\u{:04x}", u32::from(c)))
+}
+
+fn escaped(text: &str, escape: impl Fn(char) -> String) -> String {
+    let steers = |c: char| c.is_control() && !matches!(c, '\n' | '\t');
+    text.chars().map(|c| if steers(c) { escape(c) } else { c.into() }).collect()
 }
 
 /// A bar on stderr, drawn only on a terminal and only for work that takes over a second.
@@ -384,7 +394,9 @@ fn read_text(path: &Path) -> Result<String, Failure> {
     } else {
         std::fs::read_to_string(path)
     };
-    text.map_err(|e| format!("{}: {e}", path.display()).into())
+    let text = text.map_err(|e| format!("{}: {e}", path.display()))?;
+    // A byte order mark says how a file is written, and is no part of its text.
+    Ok(text.strip_prefix('\u{feff}').map(str::to_owned).unwrap_or(text))
 }
 
 /// Writes to stdout; a reader that went away ends the command quietly.

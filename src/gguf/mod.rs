@@ -141,12 +141,12 @@ impl Gguf {
             }
             gguf.index_tensors()?;
             let declared = gguf.optional_u64("split.tensors.count")?;
+            let got = gguf.tensors.len() + gguf.parts().map(|(_, header)| header.empty.len()).sum::<usize>();
             if let Some(declared) = declared
-                && declared != gguf.tensors.len() as u64
+                && declared != got as u64
             {
                 return Err(split(format!(
-                    "split.tensors.count: expected {declared} tensors in all files, got {}",
-                    gguf.tensors.len()
+                    "split.tensors.count: expected {declared} tensors in all files, got {got}"
                 )));
             }
         }

@@ -87,6 +87,7 @@ pub struct Model {
     hparams: Hparams,
     record: Record,
     adapters: Vec<Adapter>,
+    warnings: Vec<String>,
 }
 
 /// The names of a program's results.
@@ -136,7 +137,8 @@ impl Model {
             )
         })?;
         let hparams = Hparams::read(&gguf)?;
-        Ok(Model { gguf, hparams, record, adapters: Vec::new() })
+        let warnings = without_elements(&gguf).into_iter().collect();
+        Ok(Model { gguf, hparams, record, adapters: Vec::new(), warnings })
     }
 
     /// Adds a low-rank adapter (LoRA) to the model, times a factor; several add up. Its weights stay in their file, and the model's
@@ -148,9 +150,15 @@ impl Model {
     pub fn adapt(&mut self, adapter: Gguf, scale: f32) -> Result<()> {
         let prefix = format!("lora{}.", self.adapters.len());
         let read = Adapter::read(&adapter, &self.hparams.architecture, prefix, scale)?;
+        self.warnings.extend(without_elements(&adapter));
         self.gguf.join(adapter, &read.prefix)?;
         self.adapters.push(read);
         Ok(())
+    }
+
+    /// What is odd about the file but does not keep it from running, one line each.
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
     }
 
     /// The file, and those of its adapters.
@@ -208,4 +216,12 @@ impl Model {
             Err(Error::Model(format!("tensor `{name}` of the file is unknown to the family {architecture}")))
         })
     }
+}
+
+/// A line that names a file's tensors without elements, if it has any.
+fn without_elements(gguf: &Gguf) -> Option<String> {
+    let mut names = gguf.parts().flat_map(|(_, header)| &header.empty);
+    let (first, others) = (names.next()?, names.count());
+    let others = if others > 0 { format!(" and {others} others") } else { String::new() };
+    Some(format!("tensor `{first}`{others}: no elements, left out"))
 }

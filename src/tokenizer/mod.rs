@@ -10,6 +10,8 @@ mod unigram;
 mod vocabulary;
 mod wordpiece;
 
+use std::cell::RefCell;
+
 use crate::error::{Error, Result};
 use crate::gguf::{Gguf, printable};
 use literals::Literals;
@@ -71,6 +73,7 @@ pub struct Tokenizer {
     add_bos: bool,
     add_eos: bool,
     ends: Vec<u32>,
+    warnings: Vec<String>,
     /// Tokens that are matched in raw text before the algorithm runs.
     literals: Literals,
 }
@@ -107,6 +110,25 @@ const END_TEXTS: &[&str] = &[
     "</s>",
 ];
 
+/// Texts that are control tokens even where a file calls them normal ones, as some published files do: a turn that is spelled in
+/// pieces neither begins nor ends. `</s>` is not among them, for vocabularies that have it as a tag of HTML.
+const CONTROL_TEXTS: &[&str] = &[
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<|return|>",
+    "<|call|>",
+    "<start_of_turn>",
+    "<end_of_turn>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<EOT>",
+];
+
 impl Tokenizer {
     /// The tokenizer of a file; `None` if the file has no vocabulary (`tokenizer.ggml.model` is `none` or absent).
     ///
@@ -118,18 +140,32 @@ impl Tokenizer {
         if matches!(model, "none" | "no_vocab") {
             return Ok(None);
         }
-        let vocabulary = Vocabulary::read(gguf)?;
+        let mut vocabulary = Vocabulary::read(gguf)?;
         let count = vocabulary.len();
+        let warnings = RefCell::new(Vec::new());
+        let warn = |warning: String| warnings.borrow_mut().push(warning);
+        for text in CONTROL_TEXTS {
+            if let Some(id) = vocabulary.id(text.as_bytes())
+                && matches!(vocabulary.kind(id), Some(TokenKind::Normal | TokenKind::Unused))
+            {
+                vocabulary.set_kind(id, TokenKind::Control);
+                warn(format!(
+                    "token {id}, `{text}`: the file calls it a normal token, it is taken for a control token"
+                ));
+            }
+        }
         let special = |name: &str, default: Option<u32>| -> Result<Option<u32>> {
-            let id = gguf.optional_u32(&format!("tokenizer.ggml.{name}_token_id"))?.or(default);
-            match id {
+            match gguf.optional_u32(&format!("tokenizer.ggml.{name}_token_id"))? {
                 Some(id) if id as usize >= count => {
-                    Err(Error::Tokenizer(format!("{name}_token_id: expected below {count}, got {id}")))
+                    let instead = default.map_or("none".into(), |id| id.to_string());
+                    warn(format!(
+                        "{name}_token_id: expected below {count}, got {id}: it is taken for {instead}"
+                    ));
+                    Ok(default)
                 }
-                id => Ok(id),
+                id => Ok(id.or(default)),
             }
         };
-        let pre = gguf.optional_str("tokenizer.ggml.pre")?.unwrap_or("default");
         let or = |id: u32| (count > id as usize).then_some(id);
         let flag = |name: &str, default: bool| -> Result<bool> {
             Ok(gguf.optional_bool(&format!("tokenizer.ggml.{name}"))?.unwrap_or(default))
@@ -141,12 +177,16 @@ impl Tokenizer {
         let Kind { algorithm, bos, eos, add_bos, add_eos } = match model {
             "llama" => {
                 let add_space_prefix = flag("add_space_prefix", true)?;
-                let spm = spm::Spm::new(&vocabulary, special("unknown", Some(0))?, add_space_prefix)?;
+                let spm = spm::Spm::new(&vocabulary, special("unknown", or(0))?, add_space_prefix)?;
                 let (bos, eos) = (special("bos", or(1))?, special("eos", or(2))?);
                 Kind { algorithm: Algorithm::Spm(spm), bos, eos, add_bos: true, add_eos: false }
             }
             "gpt2" => {
-                let pre = pretokenize::Pretokenizer::new(pre)?;
+                let pre = gguf.optional_str("tokenizer.ggml.pre")?;
+                if pre.is_none() {
+                    warn("tokenizer.ggml.pre is missing: words are cut as by `default`, perhaps not as in training".into());
+                }
+                let pre = pretokenize::Pretokenizer::new(pre.unwrap_or("default"))?;
                 let add_bos = pre.add_bos;
                 let merges = gguf
                     .optional_strings("tokenizer.ggml.merges")?
@@ -218,7 +258,13 @@ impl Tokenizer {
             bos,
             eos,
             ends,
+            warnings: warnings.into_inner(),
         }))
+    }
+
+    /// What is odd about the vocabulary but does not keep it from being used, one line each.
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
     }
 
     /// Tokens in the vocabulary.

@@ -129,6 +129,13 @@ impl Vocabulary {
         self.ids.find(self.hasher.hash_one(text), |&id| self.text(id) == text).copied()
     }
 
+    /// Says what a token is for, whatever the file says.
+    pub(super) fn set_kind(&mut self, id: u32, kind: TokenKind) {
+        if let Some(place) = self.kinds.get_mut(id as usize) {
+            *place = kind;
+        }
+    }
+
     /// What a token is for.
     pub(super) fn kind(&self, id: u32) -> Option<TokenKind> {
         self.kinds.get(id as usize).copied()
