@@ -221,3 +221,83 @@ fn chat_answers_each_line() {
     assert!(!output.status.success());
     assert!(String::from_utf8(output.stderr).unwrap().contains("no chat template"));
 }
+
+/// File names are bytes: what is no text is shown as well as it can be, and opened as it is.
+#[cfg(all(unix, feature = "sim"))]
+#[test]
+fn file_names_need_not_be_text() {
+    use std::ffi::{OsStr, OsString};
+    use std::os::unix::ffi::OsStrExt;
+    let folder = std::env::temp_dir().join(format!("halite-names-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let name = |end: &str| folder.join(OsStr::from_bytes(&[b"b\xff\x1b[2J", end.as_bytes()].concat()));
+    let model = name(".gguf");
+    let run = |args: &[&OsStr]| {
+        let output = Command::new(env!("CARGO_BIN_EXE_halite")).args(args).output().unwrap();
+        let error = String::from_utf8(output.stderr.clone()).unwrap();
+        assert!(!error.contains("panicked") && !error.contains('\u{1b}'), "{args:?}: {error}");
+        (output.status.success(), String::from_utf8_lossy(&output.stdout).into_owned(), error)
+    };
+    let words = |text: &str, files: &[&OsStr]| -> Vec<OsString> {
+        let mut files = files.iter();
+        let word = |word: &str| if word == "FILE" { files.next().unwrap().into() } else { word.into() };
+        text.split(' ').map(word).collect()
+    };
+    let done = |text: &str, files: &[&OsStr]| {
+        let args = words(text, files);
+        let (success, out, error) = run(&args.iter().map(OsString::as_os_str).collect::<Vec<_>>());
+        assert!(success, "{text}: {error}");
+        out
+    };
+    done("synth tiny FILE --format q8_0", &[model.as_os_str()]);
+    let report: Value = serde_json::from_str(&done("inspect --json FILE", &[model.as_os_str()])).unwrap();
+    assert!(report["file"].as_str().unwrap().ends_with("b\u{fffd}\u{1b}[2J.gguf"), "{report}");
+    assert!(!done("inspect FILE", &[model.as_os_str()]).contains('\u{1b}'));
+    done("run -n 2 -m FILE hello", &[model.as_os_str()]);
+    done("tokenize -m FILE hello", &[model.as_os_str()]);
+    done("logits -m FILE --tokens 1,2 -o FILE", &[model.as_os_str(), name(".logits").as_os_str()]);
+    done("run -n 2 -m FILE --save FILE hello", &[model.as_os_str(), name(".saved").as_os_str()]);
+    done("pack FILE FILE", &[model.as_os_str(), name("-packed.gguf").as_os_str()]);
+    done("estimate -m FILE -p maia-100 --trace FILE", &[model.as_os_str(), name(".json").as_os_str()]);
+    done("bench -m FILE -p 2 -n 0 -r 1 --no-roofline -o json", &[model.as_os_str()]);
+
+    // What cannot be opened is named, and no terminal does what it says.
+    let absent = name("-absent.gguf");
+    for args in [
+        "inspect FILE",
+        "run -m FILE hello",
+        "run --lora FILE hello",
+        "estimate -m FILE -p maia-100",
+        "embed -m FILE hello",
+        "profile FILE",
+        "convert FILE FILE",
+        "run --restore FILE x",
+        "perplexity -f FILE",
+    ] {
+        let args = words(args, &[absent.as_os_str(), name("-out").as_os_str()]);
+        let (success, _, error) = run(&args.iter().map(OsString::as_os_str).collect::<Vec<_>>());
+        assert!(!success && !error.is_empty(), "{args:?}: {error}");
+    }
+    // Nor does it wait for the other end of a pipe.
+    let pipe = name(".pipe");
+    assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    for args in [
+        "inspect FILE",
+        "run -m FILE hello",
+        "run --lora FILE hello",
+        "embed -m FILE hello",
+        "pack FILE FILE",
+    ] {
+        let args = words(args, &[pipe.as_os_str(), name("-out").as_os_str()]);
+        let (success, _, error) = run(&args.iter().map(OsString::as_os_str).collect::<Vec<_>>());
+        assert!(!success && error.contains("not a regular file"), "{args:?}: {error}");
+    }
+    let output = Command::new(env!("CARGO_BIN_EXE_halite"))
+        .args(["run", "-n", "1", "hello"])
+        .env("HALITE_ISA", OsStr::from_bytes(b"\xff"))
+        .output()
+        .unwrap();
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert!(!output.status.success() && error.contains("instruction set"), "{error}");
+    std::fs::remove_dir_all(&folder).unwrap();
+}

@@ -43,9 +43,9 @@ impl Cpu {
     /// # Errors
     /// [`Error::Backend`] if the named instruction set is not there or a thread cannot be started.
     pub fn new(threads: usize) -> Result<Cpu> {
-        match std::env::var("HALITE_ISA") {
-            Ok(name) => Cpu::with_isa(threads, &name),
-            Err(_) => Cpu::with_isa(threads, Isa::detect().name()),
+        match std::env::var_os("HALITE_ISA") {
+            Some(name) => Cpu::with_isa(threads, &name.to_string_lossy()),
+            None => Cpu::with_isa(threads, Isa::detect().name()),
         }
     }
 

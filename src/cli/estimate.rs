@@ -24,7 +24,7 @@ use super::{Failure, KvFormat, bytes, print, product_format};
 pub struct EstimateArgs {
     /// A GGUF file, or a shape of `halite synth`.
     #[arg(short, long, value_name = "FILE|SHAPE")]
-    model: String,
+    model: PathBuf,
     /// Profiles of chips, shipped ones or TOML files.
     #[arg(short, long, value_name = "FILE|NAME,…", value_delimiter = ',', required = true)]
     profile: Vec<String>,
@@ -71,16 +71,19 @@ pub struct EstimateArgs {
 
 /// A model file, or a shape without weights.
 fn open(args: &EstimateArgs) -> Result<Arc<Model>, Failure> {
-    if let Some(shape) = synth::shape(&args.model) {
+    if let Some(shape) = args.model.to_str().and_then(synth::shape) {
         let formats = Formats { weights: args.format, output: args.format };
         return Ok(Arc::new(Synth::new(shape, formats, 0)?.model()?));
     }
-    let path = Path::new(&args.model);
+    let path = args.model.as_path();
     if !path.exists() {
         let names: Vec<_> = synth::SHAPES.iter().map(|shape| shape.name).collect();
-        return Err(
-            format!("model `{}`: expected a GGUF file or one of {}", args.model, names.join(", ")).into()
-        );
+        return Err(format!(
+            "model `{}`: expected a GGUF file or one of {}",
+            path.display(),
+            names.join(", ")
+        )
+        .into());
     }
     super::open_model(Some(path))
 }

@@ -18,6 +18,7 @@ mod run;
 mod synth;
 mod tools;
 
+use std::ffi::{OsStr, OsString};
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -113,7 +114,7 @@ struct ModelArgs {
     backend: BackendArgs,
     /// A low-rank adapter of the model, and a factor on it; may be given several times.
     #[arg(long, value_name = "FILE[:SCALE]")]
-    lora: Vec<String>,
+    lora: Vec<OsString>,
     /// Positions of the KV cache [default: what the model was trained for, at most 4096].
     #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
     ctx: u32,
@@ -225,7 +226,8 @@ impl BackendArgs {
             #[cfg(feature = "gpu")]
             name if name == "gpu" || name.starts_with("gpu:") => {
                 let adapter = name.strip_prefix("gpu:").map(str::to_owned);
-                let without = std::env::var("HALITE_GPU_WITHOUT").unwrap_or_default();
+                let without = std::env::var_os("HALITE_GPU_WITHOUT").unwrap_or_default();
+                let without = without.to_string_lossy();
                 let without = without.split(',').filter(|s| !s.is_empty()).map(str::to_owned).collect();
                 Arc::new(Gpu::new(&GpuOptions {
                     adapter,
@@ -293,13 +295,14 @@ fn open_model(path: Option<&Path>) -> Result<Arc<Model>, Failure> {
 }
 
 /// The same with adapters, each `FILE` or `FILE:SCALE`.
-fn open_adapted(path: Option<&Path>, adapters: &[String]) -> Result<Arc<Model>, Failure> {
+fn open_adapted(path: Option<&Path>, adapters: &[OsString]) -> Result<Arc<Model>, Failure> {
     let mut model = match path {
         Some(path) => Model::open(path)?,
         None => Model::from_source(Source::from_static("the built-in model", &EMBEDDED.0))?,
     };
     for adapter in adapters {
-        let scaled = adapter.rsplit_once(':').and_then(|(file, scale)| Some((file, scale.parse().ok()?)));
+        let scaled = adapter.to_str().and_then(|text| text.rsplit_once(':'));
+        let scaled = scaled.and_then(|(file, scale)| Some((OsStr::new(file), scale.parse().ok()?)));
         let (file, scale) = scaled.unwrap_or((adapter, 1.0));
         model.adapt(Gguf::open(file.as_ref())?, scale)?;
     }

@@ -521,9 +521,18 @@ fn gguf_error(path: &Path, source: GgufError) -> Error {
 
 /// `base-00001-of-00003.gguf` → its sibling with another index, in the same folder.
 fn split_sibling(first: &Path, index: u64, count: u64) -> Option<PathBuf> {
-    let name = first.file_name()?.to_str()?;
-    let base = name.strip_suffix(&format!("-00001-of-{count:05}.gguf"))?;
-    Some(first.with_file_name(format!("{base}-{:05}-of-{count:05}.gguf", index + 1)))
+    let suffix = format!("-00001-of-{count:05}.gguf");
+    let name = first.file_name()?;
+    #[cfg(unix)]
+    let base = {
+        use std::os::unix::ffi::OsStrExt;
+        std::ffi::OsStr::from_bytes(name.as_bytes().strip_suffix(suffix.as_bytes())?)
+    };
+    #[cfg(not(unix))]
+    let base = name.to_str()?.strip_suffix(&suffix)?;
+    let mut sibling = std::ffi::OsString::from(base);
+    sibling.push(format!("-{:05}-of-{count:05}.gguf", index + 1));
+    Some(first.with_file_name(sibling))
 }
 
 /// The bytes that a tensor of this format and shape takes, or `None` if its rows are not whole blocks.
