@@ -301,3 +301,39 @@ fn file_names_need_not_be_text() {
     assert!(!output.status.success() && error.contains("instruction set"), "{error}");
     std::fs::remove_dir_all(&folder).unwrap();
 }
+
+#[test]
+fn ids_beyond_the_vocabulary_are_named() {
+    assert_eq!(text("tokenize --decode 5").lines().count(), 1);
+    let output = halite("tokenize --decode 5,99999,99998");
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert!(!output.status.success() && output.stdout.is_empty(), "{error}");
+    let size = halite::Model::open("models/austen/halite-austen.gguf").unwrap();
+    let size = halite::Tokenizer::from_gguf(size.gguf()).unwrap().unwrap().len();
+    assert!(
+        error.contains(&format!("token id: expected below {size}, ")) && error.contains("got 99999"),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_byte_order_mark_is_no_part_of_a_text() {
+    let file = std::env::temp_dir().join(format!("halite-bom-{}", std::process::id()));
+    let run = |text: &str| -> Value {
+        std::fs::write(&file, text).unwrap();
+        serde_json::from_str(&self::text(&format!("run --temp 0 --json -n 1 -f {}", file.display()))).unwrap()
+    };
+    let (with, without) = (run("\u{feff}Emma"), run("Emma"));
+    std::fs::remove_file(&file).unwrap();
+    assert_eq!(with["prompt_tokens"], without["prompt_tokens"]);
+}
+
+#[cfg(feature = "sim")]
+#[test]
+fn chips_without_four_bit_products_are_estimated() {
+    let shown = text("estimate -m llama-2-7b -p maia-100,nvidia-h100");
+    assert!(shown.contains("weights of Q4_0: products as measured in bf16"), "{shown}");
+    assert!(shown.contains("other formats, unknown"), "{shown}");
+    let shown = text("estimate -m llama-2-7b -p nvidia-h100 --format bf16 --kv q8_0");
+    assert!(shown.contains("KV cache of Q8_0: attention as measured in bf16"), "{shown}");
+}

@@ -368,7 +368,23 @@ impl Tokenizer {
         }
     }
 
-    /// Appends the bytes that a token stands for. Control tokens stand for nothing unless `special` is set.
+    /// Checks that there are tokens of these ids.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] with the first id that is beyond the vocabulary.
+    pub fn check(&self, ids: &[u32]) -> Result<()> {
+        match ids.iter().find(|&&id| id as usize >= self.len()) {
+            None => Ok(()),
+            Some(id) => Err(Error::argument(
+                "token id",
+                format!("below {}, the number of tokens in the vocabulary", self.len()),
+                id,
+            )),
+        }
+    }
+
+    /// Appends the bytes that a token stands for. Control tokens stand for nothing unless `special` is set; ids beyond the vocabulary
+    /// always do, since a model whose embedding has more rows than there are tokens may give them. [`Tokenizer::check`] finds these.
     pub fn decode_token(&self, id: u32, special: bool, out: &mut Vec<u8>) {
         let (Some(kind), text) = (self.kind(id), self.vocabulary.text(id)) else { return };
         match (kind, &self.algorithm) {
@@ -384,7 +400,7 @@ impl Tokenizer {
         }
     }
 
-    /// Decodes tokens to text; bytes that are not UTF-8 become replacement characters.
+    /// Decodes tokens to text, as [`Tokenizer::decode_token`] does each; bytes that are not UTF-8 become replacement characters.
     pub fn decode(&self, ids: &[u32], special: bool) -> String {
         let mut bytes = Vec::new();
         for &id in ids {
