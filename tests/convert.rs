@@ -2,6 +2,9 @@
 //! against the logits of that library and the ids of the library tokenizers; and folders that are refused.
 #![cfg(feature = "convert")]
 
+#[allow(dead_code, reason = "other tests use the rest")]
+mod common;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -534,6 +537,54 @@ fn what_is_no_file_or_too_large_is_refused() {
     bytes[..8].copy_from_slice(&((1u64 << 24) + 1).to_le_bytes());
     std::fs::write(copy.0.join("model.safetensors"), bytes).unwrap();
     copy.is_refused("header", "bytes of header");
+}
+
+/// A folder as the fuzz target takes it, if it has its weights in one file.
+fn in_one(name: &str) -> Option<Vec<u8>> {
+    let folder = folder(name);
+    let files = common::exercise::FOLDER.map(|file| std::fs::read(folder.join(file)).unwrap_or_default());
+    (!files[5].is_empty()).then(|| files.join(&[common::exercise::END][..]))
+}
+
+/// Writes what the fuzz target `safetensors` begins with.
+#[test]
+#[ignore = "writes into the source tree"]
+fn write_fuzz_corpus() {
+    let to = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus/safetensors");
+    std::fs::create_dir_all(&to).unwrap();
+    for name in FAMILIES.iter().chain(&["../bert"]) {
+        let name_of_file = name.trim_start_matches("../");
+        if let Some(bytes) = in_one(name) {
+            std::fs::write(to.join(name_of_file), bytes).unwrap();
+        }
+    }
+}
+
+/// Folders with single bytes changed, cut off or doubled: refused, or opened.
+#[test]
+fn mutants_of_folders() {
+    let at = std::env::temp_dir().join(format!("halite-mutants-{}", std::process::id()));
+    let mut random = common::SplitMix(11);
+    let mut converted = 0;
+    for name in ["llama-spm", "qwen2", "mixtral", "../bert"] {
+        let bytes = in_one(name).unwrap();
+        assert!(common::exercise::folder(&at, &bytes), "{name}");
+        for _ in 0..60 {
+            let mut mutant = bytes.clone();
+            // Most of what is read comes before the weights.
+            let texts = bytes.len()
+                - std::fs::metadata(folder(name).join("model.safetensors")).unwrap().len() as usize;
+            let place = random.below(texts + 2000).min(bytes.len() - 1);
+            match random.below(3) {
+                0 => mutant[place] = random.below(256) as u8,
+                1 => drop(mutant.remove(place)),
+                _ => mutant.insert(place, b"0-{}[],\"e\\"[random.below(10)]),
+            }
+            converted += u32::from(common::exercise::folder(&at, &mutant));
+        }
+    }
+    std::fs::remove_dir_all(&at).unwrap();
+    assert!(converted > 0);
 }
 
 #[cfg(feature = "cli")]
