@@ -337,3 +337,46 @@ fn chips_without_four_bit_products_are_estimated() {
     let shown = text("estimate -m llama-2-7b -p nvidia-h100 --format bf16 --kv q8_0");
     assert!(shown.contains("KV cache of Q8_0: attention as measured in bf16"), "{shown}");
 }
+
+/// The checksums are those of `sha256sum`; of a model that is another nothing is run.
+#[test]
+fn a_model_is_held_to_its_checksums() {
+    let folder = std::env::temp_dir().join(format!("halite-checksums-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let (model, list) = (folder.join("model.gguf"), folder.join("list"));
+    let mut bytes = std::fs::read("models/austen/halite-austen.gguf").unwrap();
+    std::fs::write(&model, &bytes).unwrap();
+    text(&format!("inspect {} --checksums {}", model.display(), list.display()));
+    let written = std::fs::read_to_string(&list).unwrap();
+    assert!(written.len() == 64 + 2 + 11 && written.ends_with("  model.gguf\n"), "{written}");
+    #[cfg(target_os = "linux")]
+    {
+        let checked =
+            Command::new("sha256sum").args(["--check", "list"]).current_dir(&folder).output().unwrap();
+        assert!(checked.status.success(), "{checked:?}");
+    }
+    let again = halite(&format!("inspect {} --checksums {}", model.display(), list.display()));
+    assert!(!again.status.success() && std::fs::read_to_string(&list).unwrap() == written);
+
+    let run = |list: &std::path::Path| {
+        let output =
+            halite(&format!("run -n 2 -m {} --verify-on-load {} Emma", model.display(), list.display()));
+        (output.status.success(), String::from_utf8(output.stderr).unwrap())
+    };
+    assert!(run(&list).0);
+    let upper = folder.join("upper");
+    std::fs::write(&upper, format!("comment\n{} *model.gguf\n", written[..64].to_uppercase())).unwrap();
+    assert!(run(&upper).0);
+    let (success, error) = run(&model);
+    assert!(!success && error.contains("expected at most 1048576 bytes"), "{error}");
+    std::fs::write(&upper, written.replace("model", "other")).unwrap();
+    let (success, error) = run(&upper);
+    assert!(!success && error.contains("no SHA-256 of model.gguf"), "{error}");
+    let last = bytes.len() - 1;
+    bytes[last] ^= 1;
+    std::fs::write(&model, &bytes).unwrap();
+    let (success, error) = run(&list);
+    let expected = format!("model.gguf: expected SHA-256 {}, got ", &written[..64]);
+    assert!(!success && error.contains(&expected), "{error}");
+    std::fs::remove_dir_all(&folder).unwrap();
+}

@@ -12,7 +12,7 @@ use halite::kernels::formats::Layout;
 use halite::session::{SessionOptions, footprint};
 use halite::{Model, Tokenizer};
 
-use super::{Failure, bytes, plain, plain_json, print, progress, warn};
+use super::{Failure, bytes, checksums, plain, plain_json, print, progress, warn};
 
 #[derive(Args)]
 pub struct InspectArgs {
@@ -27,6 +27,9 @@ pub struct InspectArgs {
     /// Read all weights and name the tensors with scales or values that are not finite.
     #[arg(long)]
     verify: bool,
+    /// Write the SHA-256 of each of the model's files to a new file, for --verify-on-load and `sha256sum --check`.
+    #[arg(long, value_name = "FILE")]
+    checksums: Option<PathBuf>,
     /// One JSON object.
     #[arg(long)]
     json: bool,
@@ -40,6 +43,9 @@ struct Estimate {
 
 pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
     let gguf = Gguf::open(&args.file)?;
+    if let Some(list) = &args.checksums {
+        checksums::write(&gguf, list)?;
+    }
     let file_bytes: u64 = gguf.parts().map(|(source, _)| source.bytes().len() as u64).sum();
     let version = gguf.parts().next().map_or(0, |(_, header)| header.version);
     let alignment = gguf.parts().next().map_or(0, |(_, header)| header.alignment);

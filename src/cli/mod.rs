@@ -4,6 +4,7 @@ mod bench;
 #[cfg(feature = "sim")]
 mod calibrate;
 mod chat;
+mod checksums;
 mod convert;
 mod embed;
 #[cfg(feature = "sim")]
@@ -110,6 +111,10 @@ struct ModelArgs {
     /// A GGUF file (the first one of a split model); without it, the small model that is built in.
     #[arg(short, long, value_name = "FILE")]
     model: Option<PathBuf>,
+    /// Refuse the model if the SHA-256 of one of its files, or of an adapter, is not the one in this list of `sha256sum` or of
+    /// `inspect --checksums`.
+    #[arg(long, value_name = "FILE")]
+    verify_on_load: Option<PathBuf>,
     #[command(flatten)]
     backend: BackendArgs,
     /// A low-rank adapter of the model, and a factor on it; may be given several times.
@@ -312,7 +317,11 @@ fn open_adapted(path: Option<&Path>, adapters: &[OsString]) -> Result<Arc<Model>
 
 impl ModelArgs {
     fn open(&self) -> Result<Arc<Model>, Failure> {
-        open_adapted(self.model.as_deref(), &self.lora)
+        let model = open_adapted(self.model.as_deref(), &self.lora)?;
+        if let Some(list) = &self.verify_on_load {
+            checksums::check(model.gguf(), list)?;
+        }
+        Ok(model)
     }
 
     fn program(&self) -> ProgramOptions {
