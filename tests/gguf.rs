@@ -1,5 +1,6 @@
 //! Model files, right and wrong: what is refused, with which message, and that nothing panics.
 
+#[allow(dead_code, reason = "other tests use the rest")]
 mod common;
 
 use std::path::{Path, PathBuf};

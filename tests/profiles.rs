@@ -1,6 +1,9 @@
 //! Profiles of chips: the shipped ones hold together, and what cannot be is refused by name, value, unit and range.
 #![cfg(feature = "sim")]
 
+#[allow(dead_code, reason = "other tests use the rest")]
+mod common;
+
 use halite::Error;
 use halite::profile::{Basis, Profile, SHIPPED};
 
@@ -220,4 +223,24 @@ fn large_and_rude_files_are_refused() {
     let sourced = TEACHING.replacen("basis = \"derived\"", "basis = \"datasheet\"", 1);
     let rude = refused(&sourced.replacen("source = \"chosen", "source = \"\\u001b[2J", 1)).concat();
     assert!(rude.contains("\\u{1b}[2J") && !rude.contains('\u{1b}'), "{rude}");
+}
+
+/// Profiles with single bytes changed, left out or added: refused, or whole.
+#[test]
+fn mutants_of_profiles() {
+    let mut random = common::SplitMix(5);
+    for (_, text) in SHIPPED {
+        common::exercise::profile(text);
+        for _ in 0..30 {
+            let mut mutant: Vec<char> = text.chars().collect();
+            let place = random.below(mutant.len());
+            let other = ['0', '9', '"', '=', '[', ']', '\n', '.', '-', 'e', '\u{1b}'][random.below(11)];
+            match random.below(3) {
+                0 => mutant[place] = other,
+                1 => drop(mutant.remove(place)),
+                _ => mutant.insert(place, other),
+            }
+            common::exercise::profile(&mutant.iter().collect::<String>());
+        }
+    }
 }

@@ -20,7 +20,7 @@ mod synth;
 mod tools;
 
 use std::ffi::{OsStr, OsString};
-use std::io::{IsTerminal, Write};
+use std::io::{IsTerminal, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -111,7 +111,7 @@ struct ModelArgs {
     /// A GGUF file (the first one of a split model); without it, the small model that is built in.
     #[arg(short, long, value_name = "FILE")]
     model: Option<PathBuf>,
-    /// Refuse the model if the SHA-256 of one of its files, or of an adapter, is not the one in this list of `sha256sum` or of
+    /// Refuse the model if the SHA-256 of one of its files, an adapter or a draft is not the one in this list of `sha256sum` or of
     /// `inspect --checksums`.
     #[arg(long, value_name = "FILE")]
     verify_on_load: Option<PathBuf>,
@@ -399,14 +399,21 @@ fn progress(total: u64, what: &'static str) -> indicatif::ProgressBar {
     bar
 }
 
-/// A text file, or stdin for `-`.
+/// Most bytes of a text.
+const MAX_TEXT_BYTES: u64 = 1 << 30;
+
+/// A text file, or stdin for `-`. It may be a pipe, as a shell makes one of a command.
 fn read_text(path: &Path) -> Result<String, Failure> {
-    let text = if path == Path::new("-") {
-        std::io::read_to_string(std::io::stdin())
+    let mut text = String::new();
+    let read = if path == Path::new("-") {
+        std::io::stdin().take(MAX_TEXT_BYTES + 1).read_to_string(&mut text)
     } else {
-        std::fs::read_to_string(path)
+        std::fs::File::open(path).and_then(|file| file.take(MAX_TEXT_BYTES + 1).read_to_string(&mut text))
     };
-    let text = text.map_err(|e| format!("{}: {e}", path.display()))?;
+    read.map_err(|e| format!("{}: {e}", path.display()))?;
+    if text.len() as u64 > MAX_TEXT_BYTES {
+        return Err(format!("{}: expected at most {MAX_TEXT_BYTES} bytes of text", path.display()).into());
+    }
     // A byte order mark says how a file is written, and is no part of its text.
     Ok(text.strip_prefix('\u{feff}').map(str::to_owned).unwrap_or(text))
 }

@@ -1,5 +1,6 @@
 //! BERT (Devlin et al. 2019): its names, its metadata and its vocabulary of word pieces.
 
+use std::collections::HashMap;
 use std::path::Path;
 
 use serde_json::Value;
@@ -9,7 +10,7 @@ use super::folder::{Json, has, read_text};
 use crate::embed::MAX_TEXT_TOKENS;
 use crate::error::{Error, Result};
 use crate::gguf::write::Writer;
-use crate::tokenizer::MAX_WORD_CHARS;
+use crate::tokenizer::{MAX_TOKENS, MAX_WORD_CHARS};
 
 /// Names in the folder, and in GGUF files. Each stands for a weight, a bias or both.
 const NAMES: &[(&str, &str)] = &[
@@ -151,7 +152,11 @@ fn pooling(folder: &Path) -> Result<Option<u32>> {
 fn wordpiece(folder: &Path, w: &mut Writer) -> Result<()> {
     let path = folder.join("vocab.txt");
     let text = read_text(folder, "vocab.txt")?;
-    let texts: Vec<&str> = text.strip_suffix('\n').unwrap_or(&text).split('\n').collect();
+    let texts = text.strip_suffix('\n').unwrap_or(&text).split('\n');
+    let texts: Vec<&str> = texts.take(MAX_TOKENS + 1).collect();
+    if texts.len() > MAX_TOKENS {
+        return Err(Error::Tokenizer(format!("{}: expected at most {MAX_TOKENS} tokens", path.display())));
+    }
     let config = Json::open(folder, "tokenizer_config.json")?;
     only(&config, "tokenize_chinese_chars", &true.into())?;
     only(&config, "do_basic_tokenize", &true.into())?;
@@ -177,9 +182,9 @@ fn wordpiece(folder: &Path, w: &mut Writer) -> Result<()> {
         special.push((*key, id));
     }
     let added = added(&fast, &texts)?;
-    let kind = |id: usize| match added.iter().find(|(added, _)| *added == id) {
+    let kind = |id: usize| match added.get(&id) {
         _ if special.iter().any(|(_, special)| *special == id) => CONTROL,
-        Some((_, kind)) => *kind,
+        Some(kind) => *kind,
         None => NORMAL,
     };
     let kinds: Vec<i32> = (0..texts.len()).map(kind).collect();
@@ -213,8 +218,8 @@ fn lowercases(tokenizer: &Json) -> Result<bool> {
 }
 
 /// Tokens that tokenizer.json looks for in the text as it is: their ids and kinds.
-fn added(fast: &Json, texts: &[&str]) -> Result<Vec<(usize, i32)>> {
-    let mut all = Vec::new();
+fn added(fast: &Json, texts: &[&str]) -> Result<HashMap<usize, i32>> {
+    let mut all = HashMap::new();
     for token in fast.get("added_tokens").and_then(Value::as_array).into_iter().flatten() {
         let id = token.get("id").and_then(Value::as_u64).and_then(|id| usize::try_from(id).ok());
         let text = token.get("content").and_then(Value::as_str);
@@ -225,7 +230,7 @@ fn added(fast: &Json, texts: &[&str]) -> Result<Vec<(usize, i32)>> {
         if let Some(key) = ["single_word", "normalized"].into_iter().find(|key| flag(key)) {
             return Err(fast.wrong("added_tokens", &format!("no {key}"), token));
         }
-        all.push((id, if flag("special") { CONTROL } else { USER_DEFINED }));
+        all.insert(id, if flag("special") { CONTROL } else { USER_DEFINED });
     }
     Ok(all)
 }

@@ -10,7 +10,7 @@ use super::folder::{Json, has, read_text};
 use crate::error::{Error, Result};
 use crate::gguf::printable;
 use crate::gguf::write::Writer;
-use crate::tokenizer::pretokenize;
+use crate::tokenizer::{MAX_TOKEN_BYTES, MAX_TOKENS, pretokenize};
 
 /// The published values of `tokenizer.ggml.token_type`.
 const NORMAL: i32 = 1;
@@ -19,12 +19,6 @@ const CONTROL: i32 = 3;
 const USER_DEFINED: i32 = 4;
 const UNUSED: i32 = 5;
 const BYTE: i32 = 6;
-
-/// Most tokens, as in the runtime.
-const MAX_TOKENS: u32 = 1 << 22;
-
-/// Most bytes of a token that is looked for in every way to put it together.
-const MAX_TOKEN_BYTES: usize = 1 << 10;
 
 /// SentencePiece's space.
 const SPACE: &str = "\u{2581}";
@@ -99,7 +93,7 @@ pub(super) fn write(folder: &Path, config: &Json, w: &mut Writer) -> Result<Vec<
 
 /// Texts and kinds of all tokens; with `space_prefix` of SentencePiece, whose texts may begin with a space.
 fn tokens(json: &Json, model: &Json, rows: u32, space_prefix: Option<bool>) -> Result<Tokens> {
-    if rows > MAX_TOKENS {
+    if rows as usize > MAX_TOKENS {
         return Err(model.wrong("vocab", &format!("at most {MAX_TOKENS} tokens"), rows));
     }
     // Rows without a token, as llama.cpp's converter names them.

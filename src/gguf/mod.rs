@@ -444,7 +444,7 @@ impl Gguf {
         }
     }
 
-    /// A metadata value in words, for people: long arrays are cut short.
+    /// A metadata value in words, for people: long arrays and texts are cut short.
     pub fn display_value(&self, value: &Value) -> String {
         let bytes = self.parts.first().and_then(|p| p.source.bytes().get(value.bytes.clone())).unwrap_or(&[]);
         let scalar = |bytes: &[u8]| match (value.kind, integer(value.kind, bytes)) {
@@ -456,7 +456,12 @@ impl Gguf {
             (ValueType::F64, _) => {
                 bytes.try_into().map_or(String::new(), |b| f64::from_le_bytes(b).to_string())
             }
-            _ => format!("{:?}", String::from_utf8_lossy(bytes)),
+            _ => {
+                const SHOWN_BYTES: usize = 1 << 16;
+                let more = if bytes.len() > SHOWN_BYTES { "…" } else { "" };
+                let shown = bytes.get(..SHOWN_BYTES).unwrap_or(bytes);
+                format!("{:?}{more}", String::from_utf8_lossy(shown))
+            }
         };
         let Some(len) = value.array_len else { return scalar(bytes) };
         const SHOWN: usize = 6;

@@ -16,6 +16,8 @@ use crate::error::{Error, Result};
 use crate::gguf::{Gguf, printable};
 use literals::Literals;
 use vocabulary::Vocabulary;
+#[cfg(feature = "convert")]
+pub(crate) use vocabulary::{MAX_TOKEN_BYTES, MAX_TOKENS};
 
 /// What a token is for: the published values of `tokenizer.ggml.token_type`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

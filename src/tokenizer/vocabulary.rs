@@ -12,7 +12,7 @@ use crate::gguf::Gguf;
 pub(super) const SPACE: &str = "\u{2581}";
 
 /// Most tokens that a vocabulary may have.
-const MAX_TOKENS: usize = 1 << 22;
+pub(crate) const MAX_TOKENS: usize = 1 << 22;
 
 /// Most bytes of a token's text, and of all. The longest published ones are runs of some hundred spaces.
 pub(crate) const MAX_TOKEN_BYTES: usize = 1 << 10;
