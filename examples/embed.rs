@@ -12,9 +12,10 @@ use halite::session::{Session, SessionOptions};
 use halite::{Model, Tokenizer};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let mut args = std::env::args().skip(1);
+    let mut args = std::env::args_os().skip(1);
     let file = args.next().unwrap_or_else(|| "models/austen/halite-austen.gguf".into());
     let prompt = args.next().unwrap_or_else(|| "Once upon a time".into());
+    let prompt = prompt.to_string_lossy();
 
     let model = Arc::new(Model::open(file)?);
     let tokenizer = Tokenizer::from_gguf(model.gguf())?.ok_or("the file has no vocabulary")?;

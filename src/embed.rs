@@ -14,6 +14,10 @@ use crate::program::PAGE_POSITIONS;
 use crate::session::MAX_RUNS;
 use crate::tokenizer::{EncodeOptions, Tokenizer};
 
+/// Most tokens of a text, special ones included, where that is less than the model has positions: what sentence-transformers calls
+/// `max_seq_length`. Halite's own key: GGUF has none for it.
+pub(crate) const MAX_TEXT_TOKENS: &str = "halite.embedding.max_text_tokens";
+
 /// What an embedder reserves, and what it makes of a text's tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct EmbedOptions {
@@ -77,6 +81,7 @@ impl Embedder {
             Error::Model(format!("key `{}.pooling_type` is missing: choose a pooling", h.architecture))
         })?;
         let tokens = options.batch.max(1);
+        let most = model.gguf().optional_u32(MAX_TEXT_TOKENS)?.unwrap_or(h.context_length).max(1);
         let limits = Limits { tokens, outputs: tokens };
         let pages = u64::from(tokens / PAGE_POSITIONS) + MAX_RUNS as u64;
         let loaded = Loaded::new(model, backend, &program, limits, |_| pages, progress)?;
@@ -84,7 +89,7 @@ impl Embedder {
             loaded,
             pooling,
             options: *options,
-            longest: h.context_length.min(tokens),
+            longest: h.context_length.min(tokens).min(most),
             cancel: Cancel::default(),
         })
     }
@@ -114,12 +119,13 @@ impl Embedder {
         self.cancel.clone()
     }
 
-    /// A vector for each text; with [`Pooling::None`] one for each token of each text, in order.
+    /// A vector for each text; with [`Pooling::None`] one for each token of each text, in order. Control tokens that a text spells,
+    /// such as `[MASK]`, are read as such, as the published tokenizers do; [`Tokenizer::quote`] keeps them out.
     ///
     /// # Errors
     /// As [`Embedder::embed_tokens`].
     pub fn embed(&mut self, tokenizer: &Tokenizer, texts: &[impl AsRef<str>]) -> Result<Vec<Vec<f32>>> {
-        let options = EncodeOptions { add_special: true, parse_special: false };
+        let options = EncodeOptions { add_special: true, parse_special: true };
         let tokens: Vec<_> = texts.iter().map(|text| tokenizer.encode(text.as_ref(), options)).collect();
         self.embed_tokens(&tokens)
     }

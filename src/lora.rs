@@ -35,6 +35,9 @@ impl Adapter {
         if let Some((key, _)) = gguf.metadata().iter().find(|(key, _)| key.starts_with("adapter.alora.")) {
             return Err(Error::Model(format!("adapter: key `{key}`: activated adapters are not supported")));
         }
+        if gguf.tensors().next().is_none() {
+            return Err(Error::Model("adapter: expected tensors, got none".into()));
+        }
         if !scale.is_finite() {
             return Err(Error::argument("adapter scale", "a finite number", scale));
         }

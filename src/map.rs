@@ -4,10 +4,10 @@
 //! mapping, so that a session notices a file that shrank or was rewritten; [`exit_on_bus_error`] turns the signal that a
 //! shrunken file raises into a message and a clean exit for programs that want one.
 
-use std::fs::File;
+use std::fs::{File, Metadata, OpenOptions};
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::SystemTime;
 
 use crate::error::{Error, Result};
 
@@ -20,7 +20,7 @@ pub struct Source {
 
 #[derive(Debug)]
 enum Bytes {
-    Mapped { map: memmap2::Mmap, file: File, len: u64, modified: Option<SystemTime> },
+    Mapped { map: memmap2::Mmap, file: File, opened: Metadata },
     Static(&'static [u8]),
     Owned(Vec<u64>, usize),
 }
@@ -32,11 +32,7 @@ impl Source {
     /// [`Error::Io`] if it cannot be opened or mapped.
     pub fn open(path: &Path) -> Result<Arc<Source>> {
         let io = |source| Error::Io { path: path.to_owned(), source };
-        let file = File::open(path).map_err(io)?;
-        let metadata = file.metadata().map_err(io)?;
-        if !metadata.is_file() {
-            return Err(io(std::io::Error::other("not a regular file")));
-        }
+        let (file, opened) = open_regular(path).map_err(io)?;
         #[allow(unsafe_code)]
         // SAFETY: the map is read-only and private to this value. Another process may still change the file: readers
         // treat the bytes as untrusted, and `verify` reports the change.
@@ -44,7 +40,7 @@ impl Source {
         // Where the system has huge pages for files, they take fewer page faults and TLB misses; elsewhere this does nothing.
         #[cfg(target_os = "linux")]
         let _ = map.advise(memmap2::Advice::HugePage);
-        let bytes = Bytes::Mapped { map, file, len: metadata.len(), modified: metadata.modified().ok() };
+        let bytes = Bytes::Mapped { map, file, opened };
         Ok(Arc::new(Source { path: path.to_owned(), bytes }))
     }
 
@@ -74,22 +70,70 @@ impl Source {
         }
     }
 
-    /// Checks that a mapped file is still the one that was mapped.
+    /// Checks that a mapped file is still the one that was mapped. One that was replaced under its name is: the map keeps it.
     ///
     /// # Errors
-    /// [`Error::FileChanged`] if its length or modification time differ.
+    /// [`Error::FileChanged`] if it has another length, or was written to as far as its times tell.
     pub fn verify(&self) -> Result<()> {
-        let Bytes::Mapped { file, len, modified, .. } = &self.bytes else { return Ok(()) };
+        let Bytes::Mapped { file, opened, .. } = &self.bytes else { return Ok(()) };
         let now = file.metadata().map_err(|source| Error::Io { path: self.path.clone(), source })?;
         let changed = |detail| Err(Error::FileChanged { path: self.path.clone(), detail });
-        if now.len() != *len {
-            return changed(format!("it had {len} bytes, it has {}", now.len()));
+        if now.len() != opened.len() {
+            return changed(format!("it had {} bytes, it has {}", opened.len(), now.len()));
         }
-        if now.modified().ok() != *modified {
+        if now.modified().ok() != opened.modified().ok() {
             return changed("it was written to".into());
+        }
+        #[cfg(unix)]
+        if self.was_written_behind_its_time(opened, &now) {
+            return changed("it was written to, and its time stamp set back".into());
         }
         Ok(())
     }
+
+    /// Whether a file's status changed for no other reason that can be seen: links, rights, an owner, another name.
+    #[cfg(unix)]
+    fn was_written_behind_its_time(&self, opened: &Metadata, now: &Metadata) -> bool {
+        use std::os::unix::fs::MetadataExt;
+        let status = |m: &Metadata| (m.ctime(), m.ctime_nsec());
+        let reasons = |m: &Metadata| (m.nlink(), m.mode(), m.uid(), m.gid());
+        let place = |m: &Metadata| (m.dev(), m.ino());
+        let is_in_place = || std::fs::metadata(&self.path).is_ok_and(|there| place(&there) == place(now));
+        status(now) != status(opened) && reasons(now) == reasons(opened) && is_in_place()
+    }
+}
+
+/// Opens a regular file. Nothing else is opened, since opening a pipe waits for its other end.
+fn open_regular(path: &Path) -> std::io::Result<(File, Metadata)> {
+    let regular = |metadata: Metadata| match metadata.is_file() {
+        true => Ok(metadata),
+        false => Err(std::io::Error::other("not a regular file")),
+    };
+    regular(std::fs::metadata(path)?)?;
+    let mut options = OpenOptions::new();
+    options.read(true);
+    // Another file may be there by now; then opening it does not wait, either.
+    #[cfg(unix)]
+    std::os::unix::fs::OpenOptionsExt::custom_flags(&mut options, libc::O_NONBLOCK);
+    let file = options.open(path)?;
+    let metadata = regular(file.metadata()?)?;
+    Ok((file, metadata))
+}
+
+/// The bytes of a regular file with a limit.
+///
+/// # Errors
+/// [`Error::Io`] if it cannot be read, is no regular file, or has more than `most_bytes`.
+pub fn read(path: &Path, most_bytes: u64) -> Result<Vec<u8>> {
+    let io = |source| Error::Io { path: path.to_owned(), source };
+    let (file, _) = open_regular(path).map_err(io)?;
+    let mut bytes = Vec::new();
+    // Its length may change while it is read.
+    file.take(most_bytes.saturating_add(1)).read_to_end(&mut bytes).map_err(io)?;
+    if bytes.len() as u64 > most_bytes {
+        return Err(io(std::io::Error::other(format!("expected at most {most_bytes} bytes, got more"))));
+    }
+    Ok(bytes)
 }
 
 /// A range of a [`Source`]: one tensor's bytes.

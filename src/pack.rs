@@ -16,6 +16,9 @@ use crate::gguf::write::Writer;
 /// Alignment of tensor data: a cache line.
 const ALIGNMENT: u32 = 64;
 
+/// What a file says of the set that it is part of, and of its own form. A packed file is one file of its own.
+const OWN: &[&str] = &["general.alignment", "split.no", "split.count", "split.tensors.count"];
+
 /// Writes `gguf`, split or not, as one packed file. `progress` is told the bytes of each tensor done.
 ///
 /// # Errors
@@ -23,7 +26,7 @@ const ALIGNMENT: u32 = 64;
 pub fn pack(gguf: &Gguf, out: &mut dyn Write, progress: &mut dyn FnMut(u64)) -> Result<()> {
     let mut writer = Writer::new(ALIGNMENT)?;
     for (key, value) in gguf.encoded_metadata() {
-        if key != "general.alignment" && !key.starts_with("split.") {
+        if !OWN.contains(&key) {
             writer.entry(key, value)?;
         }
     }

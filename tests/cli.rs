@@ -215,3 +215,162 @@ fn chat_answers_each_line() {
     assert!(!output.status.success());
     assert!(String::from_utf8(output.stderr).unwrap().contains("no chat template"));
 }
+
+/// File names are bytes: what is no text is shown as well as it can be, and opened as it is.
+#[cfg(all(unix, feature = "sim"))]
+#[test]
+fn file_names_need_not_be_text() {
+    use std::ffi::{OsStr, OsString};
+    use std::os::unix::ffi::OsStrExt;
+    let folder = std::env::temp_dir().join(format!("halite-names-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let name = |end: &str| folder.join(OsStr::from_bytes(&[b"b\xff\x1b[2J", end.as_bytes()].concat()));
+    let model = name(".gguf");
+    let run = |args: &[&OsStr]| {
+        let output = Command::new(env!("CARGO_BIN_EXE_halite")).args(args).output().unwrap();
+        let error = String::from_utf8(output.stderr.clone()).unwrap();
+        assert!(!error.contains("panicked") && !error.contains('\u{1b}'), "{args:?}: {error}");
+        (output.status.success(), String::from_utf8_lossy(&output.stdout).into_owned(), error)
+    };
+    let words = |text: &str, files: &[&OsStr]| -> Vec<OsString> {
+        let mut files = files.iter();
+        let word = |word: &str| if word == "FILE" { files.next().unwrap().into() } else { word.into() };
+        text.split(' ').map(word).collect()
+    };
+    let done = |text: &str, files: &[&OsStr]| {
+        let args = words(text, files);
+        let (success, out, error) = run(&args.iter().map(OsString::as_os_str).collect::<Vec<_>>());
+        assert!(success, "{text}: {error}");
+        out
+    };
+    done("synth tiny FILE --format q8_0", &[model.as_os_str()]);
+    let report: Value = serde_json::from_str(&done("inspect --json FILE", &[model.as_os_str()])).unwrap();
+    assert!(report["file"].as_str().unwrap().ends_with("b\u{fffd}\u{1b}[2J.gguf"), "{report}");
+    assert!(!done("inspect FILE", &[model.as_os_str()]).contains('\u{1b}'));
+    done("run -n 2 -m FILE hello", &[model.as_os_str()]);
+    done("tokenize -m FILE hello", &[model.as_os_str()]);
+    done("logits -m FILE --tokens 1,2 -o FILE", &[model.as_os_str(), name(".logits").as_os_str()]);
+    done("run -n 2 -m FILE --save FILE hello", &[model.as_os_str(), name(".saved").as_os_str()]);
+    done("pack FILE FILE", &[model.as_os_str(), name("-packed.gguf").as_os_str()]);
+    done("estimate -m FILE -p maia-100 --trace FILE", &[model.as_os_str(), name(".json").as_os_str()]);
+    done("bench -m FILE -p 2 -n 0 -r 1 --no-roofline -o json", &[model.as_os_str()]);
+
+    // What cannot be opened is named, and no terminal does what it says.
+    let absent = name("-absent.gguf");
+    for args in [
+        "inspect FILE",
+        "run -m FILE hello",
+        "run --lora FILE hello",
+        "estimate -m FILE -p maia-100",
+        "embed -m FILE hello",
+        "profile FILE",
+        "convert FILE FILE",
+        "run --restore FILE x",
+        "perplexity -f FILE",
+    ] {
+        let args = words(args, &[absent.as_os_str(), name("-out").as_os_str()]);
+        let (success, _, error) = run(&args.iter().map(OsString::as_os_str).collect::<Vec<_>>());
+        assert!(!success && !error.is_empty(), "{args:?}: {error}");
+    }
+    // Nor does it wait for the other end of a pipe.
+    let pipe = name(".pipe");
+    assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    for args in [
+        "inspect FILE",
+        "run -m FILE hello",
+        "run --lora FILE hello",
+        "embed -m FILE hello",
+        "pack FILE FILE",
+    ] {
+        let args = words(args, &[pipe.as_os_str(), name("-out").as_os_str()]);
+        let (success, _, error) = run(&args.iter().map(OsString::as_os_str).collect::<Vec<_>>());
+        assert!(!success && error.contains("not a regular file"), "{args:?}: {error}");
+    }
+    let output = Command::new(env!("CARGO_BIN_EXE_halite"))
+        .args(["run", "-n", "1", "hello"])
+        .env("HALITE_ISA", OsStr::from_bytes(b"\xff"))
+        .output()
+        .unwrap();
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert!(!output.status.success() && error.contains("instruction set"), "{error}");
+    std::fs::remove_dir_all(&folder).unwrap();
+}
+
+#[test]
+fn ids_beyond_the_vocabulary_are_named() {
+    assert_eq!(text("tokenize --decode 5").lines().count(), 1);
+    let output = halite("tokenize --decode 5,99999,99998");
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert!(!output.status.success() && output.stdout.is_empty(), "{error}");
+    let size = halite::Model::open("models/austen/halite-austen.gguf").unwrap();
+    let size = halite::Tokenizer::from_gguf(size.gguf()).unwrap().unwrap().len();
+    assert!(
+        error.contains(&format!("token id: expected below {size}, ")) && error.contains("got 99999"),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_byte_order_mark_is_no_part_of_a_text() {
+    let file = std::env::temp_dir().join(format!("halite-bom-{}", std::process::id()));
+    let run = |text: &str| -> Value {
+        std::fs::write(&file, text).unwrap();
+        serde_json::from_str(&self::text(&format!("run --temp 0 --json -n 1 -f {}", file.display()))).unwrap()
+    };
+    let (with, without) = (run("\u{feff}Emma"), run("Emma"));
+    std::fs::remove_file(&file).unwrap();
+    assert_eq!(with["prompt_tokens"], without["prompt_tokens"]);
+}
+
+#[cfg(feature = "sim")]
+#[test]
+fn chips_without_four_bit_products_are_estimated() {
+    let shown = text("estimate -m llama-2-7b -p maia-100,nvidia-h100");
+    assert!(shown.contains("weights of Q4_0: products as measured in bf16"), "{shown}");
+    assert!(shown.contains("other formats, unknown"), "{shown}");
+    let shown = text("estimate -m llama-2-7b -p nvidia-h100 --format bf16 --kv q8_0");
+    assert!(shown.contains("KV cache of Q8_0: attention as measured in bf16"), "{shown}");
+}
+
+/// The checksums are those of `sha256sum`; of a model that is another nothing is run.
+#[test]
+fn a_model_is_held_to_its_checksums() {
+    let folder = std::env::temp_dir().join(format!("halite-checksums-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let (model, list) = (folder.join("model.gguf"), folder.join("list"));
+    let mut bytes = std::fs::read("models/austen/halite-austen.gguf").unwrap();
+    std::fs::write(&model, &bytes).unwrap();
+    text(&format!("inspect {} --checksums {}", model.display(), list.display()));
+    let written = std::fs::read_to_string(&list).unwrap();
+    assert!(written.len() == 64 + 2 + 11 && written.ends_with("  model.gguf\n"), "{written}");
+    #[cfg(target_os = "linux")]
+    {
+        let checked =
+            Command::new("sha256sum").args(["--check", "list"]).current_dir(&folder).output().unwrap();
+        assert!(checked.status.success(), "{checked:?}");
+    }
+    let again = halite(&format!("inspect {} --checksums {}", model.display(), list.display()));
+    assert!(!again.status.success() && std::fs::read_to_string(&list).unwrap() == written);
+
+    let run = |list: &std::path::Path| {
+        let output =
+            halite(&format!("run -n 2 -m {} --verify-on-load {} Emma", model.display(), list.display()));
+        (output.status.success(), String::from_utf8(output.stderr).unwrap())
+    };
+    assert!(run(&list).0);
+    let upper = folder.join("upper");
+    std::fs::write(&upper, format!("comment\n{} *model.gguf\n", written[..64].to_uppercase())).unwrap();
+    assert!(run(&upper).0);
+    let (success, error) = run(&model);
+    assert!(!success && error.contains("expected at most 1048576 bytes"), "{error}");
+    std::fs::write(&upper, written.replace("model", "other")).unwrap();
+    let (success, error) = run(&upper);
+    assert!(!success && error.contains("no SHA-256 of model.gguf"), "{error}");
+    let last = bytes.len() - 1;
+    bytes[last] ^= 1;
+    std::fs::write(&model, &bytes).unwrap();
+    let (success, error) = run(&list);
+    let expected = format!("model.gguf: expected SHA-256 {}, got ", &written[..64]);
+    assert!(!success && error.contains(&expected), "{error}");
+    std::fs::remove_dir_all(&folder).unwrap();
+}

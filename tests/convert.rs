@@ -2,6 +2,9 @@
 //! against the logits of that library and the ids of the library tokenizers; and folders that are refused.
 #![cfg(feature = "convert")]
 
+#[allow(dead_code, reason = "other tests use the rest")]
+mod common;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -10,6 +13,7 @@ use halite::backend::Backend;
 use halite::backend::cpu::Cpu;
 use halite::backend::reference::Reference;
 use halite::convert::convert;
+use halite::embed::{EmbedOptions, Embedder};
 use halite::kernels::formats::Format;
 use halite::map::Source;
 use halite::model::ProgramOptions;
@@ -152,6 +156,17 @@ fn chat_templates_are_found() {
     assert_eq!(model.gguf().optional_str("tokenizer.chat_template").unwrap(), None);
 }
 
+fn copy_files(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for file in std::fs::read_dir(from).unwrap() {
+        let file = file.unwrap();
+        match file.path().is_dir() {
+            true => copy_files(&file.path(), &to.join(file.file_name())),
+            false => drop(std::fs::copy(file.path(), to.join(file.file_name())).unwrap()),
+        }
+    }
+}
+
 /// A copy of a folder, gone with the value.
 struct Copy(PathBuf);
 
@@ -160,11 +175,7 @@ impl Copy {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
         let to = std::env::temp_dir().join(format!("halite-convert-{}-{count}", std::process::id()));
-        std::fs::create_dir_all(&to).unwrap();
-        for file in std::fs::read_dir(folder(name)).unwrap() {
-            let file = file.unwrap();
-            std::fs::write(to.join(file.file_name()), std::fs::read(file.path()).unwrap()).unwrap();
-        }
+        copy_files(&folder(name), &to);
         Copy(to)
     }
 
@@ -357,6 +368,223 @@ fn merges_without_scores_are_refused() {
         copy.set(VOCABULARY, "/model/merges", merges.into());
         copy.is_refused("merges", says);
     }
+}
+
+fn convert_to_gguf(folder: &Path) -> (Arc<Model>, Vec<String>) {
+    let mut bytes = Vec::new();
+    let left_out = convert(folder, Format::F16, &mut bytes, &mut |_| {}).unwrap();
+    (Arc::new(Model::from_source(Source::from_bytes("converted", &bytes)).unwrap()), left_out)
+}
+
+/// A BERT with all the files that published ones have.
+fn sentence_bert() -> Copy {
+    let copy = Copy::of("../bert");
+    let vocabulary = std::fs::read_to_string(copy.0.join("vocab.txt")).unwrap();
+    let vocabulary: Vec<&str> = vocabulary.lines().collect();
+    let id = |text: &str| vocabulary.iter().position(|other| *other == text).unwrap();
+    let added = ["[PAD]", "[MASK]"].map(|text| json!({"id": id(text), "content": text, "special": true}));
+    let vocab: serde_json::Map<String, Value> =
+        vocabulary.iter().enumerate().map(|(id, text)| ((*text).to_owned(), id.into())).collect();
+    for (name, value) in [
+        (
+            "tokenizer.json",
+            json!({
+                "added_tokens": added,
+                "normalizer": {"type": "BertNormalizer", "clean_text": true, "handle_chinese_chars": true,
+                    "strip_accents": null, "lowercase": true},
+                "pre_tokenizer": {"type": "BertPreTokenizer"},
+                "model": {"type": "WordPiece", "continuing_subword_prefix": "##",
+                    "max_input_chars_per_word": 7, "vocab": vocab},
+            }),
+        ),
+        ("sentence_bert_config.json", json!({"max_seq_length": 16, "do_lower_case": false})),
+        (
+            "modules.json",
+            json!([{"type": "sentence_transformers.models.Transformer"},
+            {"type": "sentence_transformers.models.Pooling"},
+            {"type": "sentence_transformers.models.Normalize"}]),
+        ),
+    ] {
+        std::fs::write(copy.0.join(name), value.to_string()).unwrap();
+    }
+    copy
+}
+
+#[test]
+fn what_bert_does_to_texts_is_carried_over() {
+    let copy = sentence_bert();
+    let (model, left_out) = convert_to_gguf(&copy.0);
+    assert_eq!(left_out, [""; 0]);
+    let tokenizer = tokenizer(&model);
+    let special = EncodeOptions { add_special: false, parse_special: true };
+    let id = |text: &str| tokenizer.token(text.as_bytes()).unwrap();
+    assert_eq!(tokenizer.encode("catssss", special).len(), 5);
+    assert_eq!(tokenizer.encode("catsssss", special), [id("[UNK]")]);
+    assert_eq!(tokenizer.encode("cat[MASK]", special), [id("\u{2581}cat"), id("[MASK]")]);
+    // Without the key it is as published: 100.
+    let (plain, _) = convert_to_gguf(&folder("../bert"));
+    let plain = self::tokenizer(&plain);
+    let long = |len: usize| plain.encode(&("cat".to_owned() + &"s".repeat(len - 3)), special);
+    assert_eq!((long(100).len(), long(101)), (98, vec![id("[UNK]")]));
+
+    let backend: Arc<dyn Backend> = Arc::new(Cpu::new(1).unwrap());
+    let embedder = |truncate| {
+        let options = EmbedOptions { truncate, ..Default::default() };
+        Embedder::new(&model, &backend, &options, &mut |_| {}).unwrap()
+    };
+    assert_eq!(embedder(false).longest(), 16);
+    let text = "cat ".repeat(20);
+    let error = embedder(false).embed(&tokenizer, &[&text]).unwrap_err().to_string();
+    assert!(error.contains("at most 16 tokens"), "{error}");
+    let cut = embedder(true).embed(&tokenizer, &[&text, &"cat ".repeat(14)]).unwrap();
+    assert_eq!(cut[0], cut[1]);
+    let masked = embedder(true).embed(&tokenizer, &["cat [MASK]"]).unwrap();
+    let ids = tokenizer.encode("cat [MASK]", EncodeOptions { add_special: true, parse_special: true });
+    assert_eq!(masked, embedder(true).embed_tokens(&[ids]).unwrap());
+}
+
+#[test]
+fn what_bert_does_besides_is_named() {
+    let mut wrong = Vec::new();
+    for (file, pointer, value, says) in [
+        (VOCABULARY, "/normalizer/lowercase", json!(false), "lowercase"),
+        (VOCABULARY, "/normalizer/handle_chinese_chars", json!(false), "handle_chinese_chars"),
+        (VOCABULARY, "/normalizer/type", json!("NFKC"), "BertNormalizer"),
+        (VOCABULARY, "/pre_tokenizer/type", json!("Whitespace"), "BertPreTokenizer"),
+        (VOCABULARY, "/model/vocab/cat", json!(0), "the tokens of vocab.txt"),
+        (VOCABULARY, "/model/max_input_chars_per_word", json!("7"), "max_input_chars_per_word"),
+        (VOCABULARY, "/added_tokens/0/single_word", json!(true), "single_word"),
+        (VOCABULARY, "/added_tokens/0/content", json!("[pad]"), "added_tokens"),
+        ("tokenizer_config.json", "/tokenize_chinese_chars", json!(false), "tokenize_chinese_chars"),
+        ("tokenizer_config.json", "/never_split", json!(["cat"]), "never_split"),
+        ("sentence_bert_config.json", "/max_seq_length", json!(1.5), "max_seq_length"),
+        ("modules.json", "/2/type", json!("sentence_transformers.models.Dense"), "Dense"),
+        (CONFIG, "/is_decoder", json!(true), "is_decoder"),
+    ] {
+        let copy = sentence_bert();
+        copy.set(file, pointer, value.clone());
+        wrong.extend(copy.refused(&format!("{file} {pointer} {value}"), says));
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    let copy = sentence_bert();
+    std::fs::write(copy.0.join("modules.json"), "[]").unwrap();
+    let (_, left_out) = convert_to_gguf(&copy.0);
+    assert!(left_out.len() == 1 && left_out[0].contains("--no-normalize"), "{left_out:?}");
+    // Of decoders: a normal form that has no key.
+    let copy = Copy::of("llama");
+    copy.set(VOCABULARY, "/normalizer", json!({"type": "NFC"}));
+    let (_, left_out) = convert_to_gguf(&copy.0);
+    assert!(left_out.len() == 1 && left_out[0].contains("NFC"), "{left_out:?}");
+}
+
+#[cfg(unix)]
+#[test]
+fn no_link_leads_out_of_the_folder() {
+    use std::os::unix::fs::symlink;
+    let copy = Copy::of("llama");
+    let secret = copy.0.with_extension("secret");
+    std::fs::write(&secret, "a private text").unwrap();
+    symlink(&secret, copy.0.join("chat_template.jinja")).unwrap();
+    copy.is_refused("link", "chat_template.jinja: a link that leads out of the folder");
+    std::fs::remove_file(&secret).unwrap();
+    copy.is_refused("dangling link", "chat_template.jinja");
+    std::fs::remove_file(copy.0.join("chat_template.jinja")).unwrap();
+    // One that stays inside.
+    symlink("config.json", copy.0.join("chat_template.jinja")).unwrap();
+    assert!(converted(&copy.0, Format::F16).is_ok());
+    std::fs::remove_file(copy.0.join("config.json")).unwrap();
+    symlink("/dev/zero", copy.0.join("config.json")).unwrap();
+    copy.is_refused("device", "config.json");
+
+    // The cache of the Hugging Face hub.
+    let cache = copy.0.with_extension("cache");
+    for (repository, is_cache) in [("models--maker--llama", true), ("other", false)] {
+        let (blobs, snapshot) =
+            (cache.join(repository).join("blobs"), cache.join(repository).join("snapshots/1234"));
+        copy_files(&folder("llama"), &blobs);
+        std::fs::create_dir_all(&snapshot).unwrap();
+        for file in std::fs::read_dir(&blobs).unwrap() {
+            let name = file.unwrap().file_name();
+            symlink(Path::new("../../blobs").join(&name), snapshot.join(&name)).unwrap();
+        }
+        assert_eq!(converted(&snapshot, Format::F16).is_ok(), is_cache, "{repository}");
+        std::fs::write(cache.join("outside"), "{}").unwrap();
+        symlink("../../../outside", snapshot.join("chat_template.jinja")).unwrap();
+        let error = converted(&snapshot, Format::F16).unwrap_err().to_string();
+        assert!(error.contains("leads out of the folder"), "{error}");
+    }
+    std::fs::remove_dir_all(&cache).unwrap();
+}
+
+#[cfg(unix)]
+#[test]
+fn what_is_no_file_or_too_large_is_refused() {
+    for name in [CONFIG, VOCABULARY, "chat_template.jinja", "model.safetensors"] {
+        let copy = Copy::of("qwen2");
+        let _ = std::fs::remove_file(copy.0.join(name));
+        // Opening a pipe waits until somebody writes to it.
+        let made = std::process::Command::new("mkfifo").arg(copy.0.join(name)).status().unwrap();
+        assert!(made.success());
+        copy.is_refused(name, "not a regular file");
+    }
+    let copy = Copy::of("qwen2");
+    std::fs::write(copy.0.join(CONFIG), format!("{{\"x\": [{}1]}}", "1,".repeat(1 << 22))).unwrap();
+    copy.is_refused("many values", "too many values");
+    std::fs::File::create(copy.0.join(CONFIG)).unwrap().set_len((1 << 26) + 1).unwrap();
+    copy.is_refused("large", "expected at most 67108864 bytes");
+    let copy = Copy::of("mixtral");
+    let mut bytes = std::fs::read(copy.0.join("model.safetensors")).unwrap();
+    bytes[..8].copy_from_slice(&((1u64 << 24) + 1).to_le_bytes());
+    std::fs::write(copy.0.join("model.safetensors"), bytes).unwrap();
+    copy.is_refused("header", "bytes of header");
+}
+
+/// A folder as the fuzz target takes it, if it has its weights in one file.
+fn in_one(name: &str) -> Option<Vec<u8>> {
+    let folder = folder(name);
+    let files = common::exercise::FOLDER.map(|file| std::fs::read(folder.join(file)).unwrap_or_default());
+    (!files[5].is_empty()).then(|| files.join(&[common::exercise::END][..]))
+}
+
+/// Writes what the fuzz target `safetensors` begins with.
+#[test]
+#[ignore = "writes into the source tree"]
+fn write_fuzz_corpus() {
+    let to = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus/safetensors");
+    std::fs::create_dir_all(&to).unwrap();
+    for name in FAMILIES.iter().chain(&["../bert"]) {
+        let name_of_file = name.trim_start_matches("../");
+        if let Some(bytes) = in_one(name) {
+            std::fs::write(to.join(name_of_file), bytes).unwrap();
+        }
+    }
+}
+
+/// Folders with single bytes changed, cut off or doubled: refused, or opened.
+#[test]
+fn mutants_of_folders() {
+    let at = std::env::temp_dir().join(format!("halite-mutants-{}", std::process::id()));
+    let mut random = common::SplitMix(11);
+    let mut converted = 0;
+    for name in ["llama-spm", "qwen2", "mixtral", "../bert"] {
+        let bytes = in_one(name).unwrap();
+        assert!(common::exercise::folder(&at, &bytes), "{name}");
+        for _ in 0..60 {
+            let mut mutant = bytes.clone();
+            // Most of what is read comes before the weights.
+            let texts = bytes.len()
+                - std::fs::metadata(folder(name).join("model.safetensors")).unwrap().len() as usize;
+            let place = random.below(texts + 2000).min(bytes.len() - 1);
+            match random.below(3) {
+                0 => mutant[place] = random.below(256) as u8,
+                1 => drop(mutant.remove(place)),
+                _ => mutant.insert(place, b"0-{}[],\"e\\"[random.below(10)]),
+            }
+            converted += u32::from(common::exercise::folder(&at, &mutant));
+        }
+    }
+    std::fs::remove_dir_all(&at).unwrap();
+    assert!(converted > 0);
 }
 
 #[cfg(feature = "cli")]

@@ -206,3 +206,9 @@ fn adapters_that_do_not_fit_are_named() {
     let error = open(&base).adapt(gguf(&good), f32::NAN);
     assert!(matches!(error, Err(Error::Argument { .. })));
 }
+
+#[test]
+fn an_adapter_without_tensors_is_refused() {
+    let error = open(&llama()).adapt(gguf(&header("llama")), 1.0).unwrap_err();
+    assert!(matches!(error, Error::Model(_)) && error.to_string().contains("expected tensors"), "{error}");
+}

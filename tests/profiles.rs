@@ -1,6 +1,9 @@
 //! Profiles of chips: the shipped ones hold together, and what cannot be is refused by name, value, unit and range.
 #![cfg(feature = "sim")]
 
+#[allow(dead_code, reason = "other tests use the rest")]
+mod common;
+
 use halite::Error;
 use halite::profile::{Basis, Profile, SHIPPED};
 
@@ -188,4 +191,56 @@ fn what_contradicts_physics_or_formats_is_refused() {
     let fault =
         faults("depth_per_cycle = 0.5\n", "depth_per_cycle = 0.5\npj_per_op = 100\n[power]\ntdp_w = 5\n");
     assert!(fault.contains("at its peak 25.600 W, expected at most the 5.0 W"), "{fault}");
+}
+
+/// Files that would take far more memory than they have bytes, or a terminal that does what they say.
+#[test]
+fn large_and_rude_files_are_refused() {
+    let refused = |text: &str| match Profile::parse("changed", text) {
+        Err(Error::Profile { faults, .. }) => faults,
+        Err(error) => panic!("{error}"),
+        Ok(_) => panic!("accepted"),
+    };
+    let says = |text: &str, expected: &str| {
+        let faults = refused(text);
+        assert!(faults.len() == 1 && faults[0].contains(expected), "{faults:?}");
+    };
+    says(&format!("a = [{}]", "1,".repeat(100_000)), "expected at most 4096 values in all");
+    says(&format!("a = [{}]", "1,".repeat(200_000)), "expected at most 262144 bytes, got 400006");
+    says(&format!("source = \"{}\"", "x".repeat(1025)), "source: expected at most 1024 bytes, got 1025");
+    says(&format!("[[memory]]\nname = \"{}\"", "x".repeat(65)), "name: expected at most 64 bytes, got 65");
+    says(&format!("{} = 1", "k".repeat(65)), "a key: expected at most 64 bytes, got 65");
+    says("basis = [[1, 2], [3]]", "basis: expected a text");
+    says(&"[a]\n".repeat(2).replace('a', &"a.".repeat(30_000)), "");
+
+    let many = refused(&format!("a = [{}]", "1,".repeat(4000)));
+    assert!(many.len() <= 33 && many.iter().map(String::len).sum::<usize>() < 10_000, "{}", many.len());
+    for rude in ["name = \"\u{1b}[2J\"x", "\"\u{1b}]0;\" = 1\u{9b}", "[sources]\n\"\\u001b[2J\" = 1\n"] {
+        let faults = refused(rude).concat();
+        assert!(!faults.chars().any(|c| c.is_control() && c != '\n'), "{faults:?}");
+    }
+    // A text of the file in a fault.
+    let sourced = TEACHING.replacen("basis = \"derived\"", "basis = \"datasheet\"", 1);
+    let rude = refused(&sourced.replacen("source = \"chosen", "source = \"\\u001b[2J", 1)).concat();
+    assert!(rude.contains("\\u{1b}[2J") && !rude.contains('\u{1b}'), "{rude}");
+}
+
+/// Profiles with single bytes changed, left out or added: refused, or whole.
+#[test]
+fn mutants_of_profiles() {
+    let mut random = common::SplitMix(5);
+    for (_, text) in SHIPPED {
+        common::exercise::profile(text);
+        for _ in 0..30 {
+            let mut mutant: Vec<char> = text.chars().collect();
+            let place = random.below(mutant.len());
+            let other = ['0', '9', '"', '=', '[', ']', '\n', '.', '-', 'e', '\u{1b}'][random.below(11)];
+            match random.below(3) {
+                0 => mutant[place] = other,
+                1 => drop(mutant.remove(place)),
+                _ => mutant.insert(place, other),
+            }
+            common::exercise::profile(&mutant.iter().collect::<String>());
+        }
+    }
 }

@@ -301,3 +301,149 @@ fn quoted_texts_have_no_control_tokens() {
         }
     }
 }
+
+/// Literals as they are defined: all that are in the text, the longest first, then the lowest id, then the one further left; each
+/// unless it overlaps one that was taken.
+fn literals(texts: &[String], text: &str) -> Vec<(usize, usize, u32)> {
+    let mut all = Vec::new();
+    for (id, literal) in texts.iter().enumerate() {
+        let starts =
+            (0..text.len()).filter(|&start| text.as_bytes()[start..].starts_with(literal.as_bytes()));
+        all.extend(starts.map(|start| (start, start + literal.len(), id as u32)));
+    }
+    all.sort_by_key(|&(start, end, id)| (std::cmp::Reverse(end - start), id, start));
+    let mut taken: Vec<(usize, usize, u32)> = Vec::new();
+    for (start, end, id) in all {
+        if taken.iter().all(|other| end <= other.0 || other.1 <= start) {
+            taken.push((start, end, id));
+        }
+    }
+    taken.sort();
+    taken
+}
+
+/// A WordPiece vocabulary with user-defined tokens from id 0 on.
+fn with_literals(texts: &[String]) -> Tokenizer {
+    let mut tokens: Vec<&str> = texts.iter().map(String::as_str).collect();
+    tokens.extend(["[UNK]", "[CLS]", "[SEP]"]);
+    let mut kinds = vec![4i32; texts.len()];
+    kinds.extend([2, 3, 3]);
+    let first = texts.len() as u32;
+    tokenizer(
+        &common::gguf::wordpiece()
+            .set("tokenizer.ggml.tokens", &tokens)
+            .set("tokenizer.ggml.token_type", &kinds)
+            .set("tokenizer.ggml.unknown_token_id", first)
+            .set("tokenizer.ggml.cls_token_id", first + 1)
+            .set("tokenizer.ggml.seperator_token_id", first + 2),
+    )
+}
+
+#[test]
+fn overlapping_literals_are_the_longest_first() {
+    let mut random = SplitMix(3);
+    for _ in 0..300 {
+        let mut word = |most: usize| -> String {
+            (0..1 + random.below(most)).map(|_| ['a', 'b', '\u{e9}'][random.below(3)]).collect()
+        };
+        let mut texts: Vec<String> = (0..8).map(|_| word(6)).collect();
+        texts.sort();
+        texts.dedup();
+        texts.reverse();
+        let t = with_literals(&texts);
+        let text = word(60);
+        let want: Vec<u32> = literals(&texts, &text).iter().map(|&(_, _, id)| id).collect();
+        let mut got = t.encode(&text, PLAIN);
+        got.retain(|&id| (id as usize) < texts.len());
+        assert_eq!(got, want, "{texts:?} in {text}");
+    }
+}
+
+/// Runs something on `n` and on `4 n`. What takes time in proportion takes 4 times as long, with the square 16 times.
+fn is_linear(what: &str, n: usize, run: &dyn Fn(usize)) {
+    let time = |n: usize| {
+        let once = || {
+            let start = std::time::Instant::now();
+            run(n);
+            start.elapsed()
+        };
+        (0..3).map(|_| once()).min().unwrap()
+    };
+    run(n);
+    let (short, long) = (time(n), time(4 * n));
+    assert!(long < 10 * short + std::time::Duration::from_millis(50), "{what}: {short:?}, then {long:?}");
+}
+
+/// Vocabularies that are made to take long, and texts to go with them.
+#[test]
+fn no_vocabulary_takes_more_than_linear_time() {
+    let runs: Vec<String> = (1..=220).map(|len| "a".repeat(len)).collect();
+    let t = with_literals(&runs);
+    is_linear("runs as literals", 2_000, &|n| {
+        assert_eq!(t.encode(&"a".repeat(n), PLAIN).len(), n.div_ceil(220));
+    });
+
+    // Pieces that share all but their ends.
+    let mut tokens: Vec<String> = (1..=200).map(|len| "a".repeat(len)).collect();
+    tokens.extend((1..=200).map(|len| format!("\u{2581}{}", "a".repeat(len))));
+    tokens.extend(["[UNK]", "[CLS]", "[SEP]"].map(str::to_owned));
+    let tokens: Vec<&str> = tokens.iter().map(String::as_str).collect();
+    let pieces = common::gguf::wordpiece()
+        .set("tokenizer.ggml.tokens", &tokens)
+        .without("tokenizer.ggml.token_type")
+        .set("tokenizer.ggml.unknown_token_id", 400u32)
+        .set("tokenizer.ggml.cls_token_id", 401u32)
+        .set("tokenizer.ggml.seperator_token_id", 402u32)
+        .set("halite.tokenizer.max_input_chars_per_word", u32::MAX);
+    let t = tokenizer(&pieces);
+    is_linear("word pieces", 10_000, &|n| {
+        assert_eq!(t.encode(&"a".repeat(n), PLAIN).len(), n.div_ceil(200));
+    });
+    is_linear("word pieces without an end", 10_000, &|n| {
+        assert_eq!(t.encode(&("a".repeat(n) + "b"), PLAIN), [400]);
+    });
+
+    let mut tokens: Vec<String> = (1..=200).map(|len| "a".repeat(len)).collect();
+    tokens.push("<unk>".into());
+    let tokens: Vec<&str> = tokens.iter().map(String::as_str).collect();
+    let kinds: Vec<i32> = (0..201).map(|id| if id == 200 { 2 } else { 1 }).collect();
+    // A map in which every byte of `a` leads back to where it came from.
+    let mut units = vec![0u32; 256];
+    units[usize::from(b'a')] = u32::from(b'a') << 10 | u32::from(b'a');
+    let charsmap: Vec<u8> =
+        [4 * 256u32].iter().chain(&units).flat_map(|unit| unit.to_le_bytes()).chain(*b"b\0").collect();
+    let unigram = common::gguf::unigram()
+        .set("tokenizer.ggml.tokens", &tokens)
+        .set("tokenizer.ggml.scores", &vec![-1f32; 201])
+        .set("tokenizer.ggml.token_type", &kinds)
+        .set("tokenizer.ggml.unknown_token_id", 200u32)
+        .set("tokenizer.ggml.add_space_prefix", false)
+        .set("tokenizer.ggml.precompiled_charsmap", &charsmap);
+    let t = tokenizer(&unigram);
+    is_linear("unigram, and a map that loops", 2_000, &|n| {
+        assert_eq!(t.encode(&"a".repeat(n), PLAIN).len(), n.div_ceil(200));
+    });
+}
+
+#[test]
+fn texts_of_tokens_and_replacements_have_limits() {
+    let refused = |file: &common::gguf::File| {
+        let gguf = Gguf::from_source(Source::from_bytes("test", &file.bytes())).unwrap();
+        Tokenizer::from_gguf(&gguf).unwrap_err().to_string()
+    };
+    let long = "b".repeat(1025);
+    let tokens = vec!["[PAD]", "[UNK]", "[CLS]", "[SEP]", &long, "b", "\u{2581},", "\u{2581}ab"];
+    let error = refused(&common::gguf::wordpiece().set("tokenizer.ggml.tokens", &tokens));
+    assert!(error.contains("tokenizer.ggml.tokens[4]: expected at most 1024 bytes, got 1025"), "{error}");
+
+    let units = [64u32 << 10, 2 << 10 | 1 << 8 | 65, 0, 1 << 31];
+    let charsmap = |len: usize| -> Vec<u8> {
+        let units = [16u32].into_iter().chain(units).flat_map(u32::to_le_bytes);
+        units.chain("a".repeat(len).into_bytes()).chain([0]).collect()
+    };
+    let with = |len| common::gguf::unigram().set("tokenizer.ggml.precompiled_charsmap", &charsmap(len));
+    let t = tokenizer(&with(64));
+    assert_eq!(t.encode("A", PLAIN).len(), 64);
+    let error = refused(&with(65));
+    assert!(error.contains("precompiled_charsmap: unit 1 leads to no text of at most 64 bytes"), "{error}");
+}

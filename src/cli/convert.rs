@@ -8,7 +8,7 @@ use halite::kernels::formats::Format;
 use halite::output::Replace;
 
 use super::interrupt::File;
-use super::{Failure, progress, synth};
+use super::{Failure, progress, synth, warn};
 
 #[derive(Args)]
 pub struct ConvertArgs {
@@ -30,9 +30,11 @@ pub fn convert(args: &ConvertArgs) -> Result<(), Failure> {
     bar.finish_and_clear();
     match converted {
         Err(Error::Io { path, source }) if path.as_os_str().is_empty() => Err(io(source).into()),
-        converted => {
-            converted?;
-            out.commit()
+        Err(error) => Err(error.into()),
+        Ok(left_out) => {
+            out.commit()?;
+            warn(&left_out);
+            Ok(())
         }
     }
 }

@@ -17,14 +17,14 @@ use halite::synth::{self, Formats, Synth};
 use halite::{Error, Model};
 use serde_json::{Value, json};
 
-use super::{Failure, KvFormat, bytes, interrupt, print, product_format};
+use super::{Failure, KvFormat, bytes, interrupt, plain, plain_json, print, product_format};
 
 /// One column for each profile. Nothing is computed and no weights are read: a model may be larger than this machine.
 #[derive(Args)]
 pub struct EstimateArgs {
     /// A GGUF file, or a shape of `halite synth`.
     #[arg(short, long, value_name = "FILE|SHAPE")]
-    model: String,
+    model: PathBuf,
     /// Profiles of chips, shipped ones or TOML files.
     #[arg(short, long, value_name = "FILE|NAME,…", value_delimiter = ',', required = true)]
     profile: Vec<String>,
@@ -71,16 +71,19 @@ pub struct EstimateArgs {
 
 /// A model file, or a shape without weights.
 fn open(args: &EstimateArgs) -> Result<Arc<Model>, Failure> {
-    if let Some(shape) = synth::shape(&args.model) {
+    if let Some(shape) = args.model.to_str().and_then(synth::shape) {
         let formats = Formats { weights: args.format, output: args.format };
         return Ok(Arc::new(Synth::new(shape, formats, 0)?.model()?));
     }
-    let path = Path::new(&args.model);
+    let path = args.model.as_path();
     if !path.exists() {
         let names: Vec<_> = synth::SHAPES.iter().map(|shape| shape.name).collect();
-        return Err(
-            format!("model `{}`: expected a GGUF file or one of {}", args.model, names.join(", ")).into()
-        );
+        return Err(format!(
+            "model `{}`: expected a GGUF file or one of {}",
+            path.display(),
+            names.join(", ")
+        )
+        .into());
     }
     super::open_model(Some(path))
 }
@@ -126,7 +129,7 @@ pub fn run(args: &EstimateArgs) -> Result<(), Failure> {
     }
     if args.json {
         let values: Vec<Value> = all.iter().map(as_json).collect();
-        return print(&format!("{:#}\n", Value::from(values)));
+        return print(&plain_json(&Value::from(values)));
     }
     let heading = format!(
         "{}, {} of weights; {} x ({} prompt + {} generated tokens)\n\n",
@@ -149,7 +152,7 @@ pub fn run(args: &EstimateArgs) -> Result<(), Failure> {
             text += &format!("\n{}, a generating step\n{}", asked.profile.name, ops(&asked.estimate.decode));
         }
     }
-    print(&text)
+    print(&plain(&text))
 }
 
 /// Three digits and a unit.
@@ -166,6 +169,7 @@ fn column(asked: &Asked) -> [(&'static str, String); 10] {
     let Asked { profile, estimate: e } = asked;
     let or_dash = |value: Option<f64>, digits: usize| value.map_or("-".into(), |v| format!("{v:.digits$}"));
     let guesses = e.rests_on().get(&Basis::Guess).copied().unwrap_or(0.0);
+    let unknown = if e.unmeasured.is_empty() { "uncalibrated" } else { "other formats, unknown" };
     let fits = if e.fits() { "" } else { ", DOES NOT FIT" };
     [
         ("", profile.name.clone()),
@@ -177,7 +181,7 @@ fn column(asked: &Asked) -> [(&'static str, String); 10] {
         ("USD/million tokens", or_dash(e.usd_per_million_tokens, 2)),
         ("memory", format!("{} of {}{fits}", bytes(e.need_bytes), bytes(e.have_bytes))),
         ("rests on guesses", format!("{:.0} %", 100.0 * guesses)),
-        ("error", e.error.map_or("uncalibrated".into(), |e| format!("products ± {:.1} %", 100.0 * e))),
+        ("error", e.error.map_or(unknown.into(), |e| format!("products ± {:.1} %", 100.0 * e))),
     ]
 }
 
@@ -210,9 +214,11 @@ fn explain(asked: &Asked) -> String {
         .take(6)
         .map(|s| format!("    {:+.2} % for +1 % of {} ({})\n", s.exponent, s.path, s.basis.name()))
         .collect();
+    let unmeasured: Vec<_> = estimate.unmeasured.iter().map(|line| format!("  {line}\n")).collect();
     format!(
-        "\n{}\n  of a generating step busy: {}\n  time changes by\n{}",
+        "\n{}\n{}  of a generating step busy: {}\n  time changes by\n{}",
         profile.name,
+        unmeasured.concat(),
         busy.join(", "),
         numbers.concat()
     )
@@ -281,6 +287,7 @@ fn as_json(asked: &Asked) -> Value {
         "need_bytes": e.need_bytes,
         "have_bytes": e.have_bytes,
         "fits": e.fits(),
+        "unmeasured": e.unmeasured,
         "busy": e.shares.iter().map(|(bound, share)| (bound.name(), *share)).collect::<std::collections::BTreeMap<_, _>>(),
         "rests_on": rests_on,
         "sensitivities": sensitivities,

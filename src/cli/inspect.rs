@@ -12,7 +12,7 @@ use halite::kernels::formats::Layout;
 use halite::session::{SessionOptions, footprint};
 use halite::{Model, Tokenizer};
 
-use super::{Failure, bytes, print, progress};
+use super::{Failure, bytes, checksums, plain, plain_json, print, progress, warn};
 
 #[derive(Args)]
 pub struct InspectArgs {
@@ -27,6 +27,9 @@ pub struct InspectArgs {
     /// Read all weights and name the tensors with scales or values that are not finite.
     #[arg(long)]
     verify: bool,
+    /// Write the SHA-256 of each of the model's files to a new file, for --verify-on-load and `sha256sum --check`.
+    #[arg(long, value_name = "FILE")]
+    checksums: Option<PathBuf>,
     /// One JSON object.
     #[arg(long)]
     json: bool,
@@ -40,6 +43,9 @@ struct Estimate {
 
 pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
     let gguf = Gguf::open(&args.file)?;
+    if let Some(list) = &args.checksums {
+        checksums::write(&gguf, list)?;
+    }
     let file_bytes: u64 = gguf.parts().map(|(source, _)| source.bytes().len() as u64).sum();
     let version = gguf.parts().next().map_or(0, |(_, header)| header.version);
     let alignment = gguf.parts().next().map_or(0, |(_, header)| header.alignment);
@@ -70,7 +76,10 @@ pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
     }
     bar.finish_and_clear();
     let tokenizer = match Tokenizer::from_gguf(&gguf) {
-        Ok(Some(t)) => Ok(format!("{} tokens", t.len())),
+        Ok(Some(t)) => {
+            warn(t.warnings());
+            Ok(format!("{} tokens", t.len()))
+        }
         Ok(None) => Ok("none: token ids only".into()),
         Err(error) => Err(error.to_string()),
     };
@@ -80,6 +89,7 @@ pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
     match Model::from_gguf(gguf) {
         Err(error) => estimates.push(Estimate { backend: "any".into(), result: Err(error.to_string()) }),
         Ok(model) => {
+            warn(model.warnings());
             positions = options.positions(&model);
             for backend in backends()? {
                 let result = footprint(&model, &*backend, &options).map_err(|e| e.to_string());
@@ -89,7 +99,7 @@ pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
     }
     if args.json {
         let report = serde_json::json!({
-            "file": args.file,
+            "file": args.file.to_string_lossy(),
             "file_bytes": file_bytes,
             "version": version,
             "alignment": alignment,
@@ -108,7 +118,7 @@ pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
                 Err(why) => serde_json::json!({ "name": e.backend, "runs": false, "why": why }),
             }).collect::<Vec<_>>(),
         });
-        print(&format!("{report:#}\n"))?;
+        print(&plain_json(&report))?;
         return verdict(&not_finite);
     }
     let mut text = format!(
@@ -155,7 +165,7 @@ pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
     if args.verify {
         text += &format!("\nverified: {} of {} tensors are not finite\n", not_finite.len(), tensors.len());
     }
-    print(&text)?;
+    print(&plain(&text))?;
     verdict(&not_finite)
 }
 

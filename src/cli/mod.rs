@@ -4,6 +4,7 @@ mod bench;
 #[cfg(feature = "sim")]
 mod calibrate;
 mod chat;
+mod checksums;
 mod convert;
 mod embed;
 #[cfg(feature = "sim")]
@@ -19,7 +20,8 @@ mod run;
 mod synth;
 mod tools;
 
-use std::io::{IsTerminal, Write};
+use std::ffi::{OsStr, OsString};
+use std::io::{IsTerminal, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -110,11 +112,15 @@ struct ModelArgs {
     /// A GGUF file (the first one of a split model); without it, the small model that is built in.
     #[arg(short, long, value_name = "FILE")]
     model: Option<PathBuf>,
+    /// Refuse the model if the SHA-256 of one of its files, an adapter or a draft is not the one in this list of `sha256sum` or of
+    /// `inspect --checksums`.
+    #[arg(long, value_name = "FILE")]
+    verify_on_load: Option<PathBuf>,
     #[command(flatten)]
     backend: BackendArgs,
     /// A low-rank adapter of the model, and a factor on it; may be given several times.
     #[arg(long, value_name = "FILE[:SCALE]")]
-    lora: Vec<String>,
+    lora: Vec<OsString>,
     /// Positions of the KV cache [default: what the model was trained for, at most 4096].
     #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
     ctx: u32,
@@ -313,7 +319,7 @@ fn open_model(path: Option<&Path>) -> Result<Arc<Model>, Failure> {
 }
 
 /// The same with adapters, each `FILE` or `FILE:SCALE`.
-fn open_adapted(path: Option<&Path>, adapters: &[String]) -> Result<Arc<Model>, Failure> {
+fn open_adapted(path: Option<&Path>, adapters: &[OsString]) -> Result<Arc<Model>, Failure> {
     let mut model = match path {
         Some(path) => Model::open(path)?,
         None => Model::from_source(Source::from_static("the built-in model", &EMBEDDED.0))?,
@@ -322,18 +328,24 @@ fn open_adapted(path: Option<&Path>, adapters: &[String]) -> Result<Arc<Model>, 
         let (file, scale) = scaled(adapter);
         model.adapt(Gguf::open(file.as_ref())?, scale)?;
     }
+    warn(model.warnings());
     Ok(Arc::new(model))
 }
 
 /// The file of an adapter and the factor on it, of `FILE` or `FILE:SCALE`.
-fn scaled(adapter: &str) -> (&str, f32) {
-    let scaled = adapter.rsplit_once(':').and_then(|(file, scale)| Some((file, scale.parse().ok()?)));
+fn scaled(adapter: &OsStr) -> (&OsStr, f32) {
+    let scaled = adapter.to_str().and_then(|text| text.rsplit_once(':'));
+    let scaled = scaled.and_then(|(file, scale)| Some((OsStr::new(file), scale.parse().ok()?)));
     scaled.unwrap_or((adapter, 1.0))
 }
 
 impl ModelArgs {
     fn open(&self) -> Result<Arc<Model>, Failure> {
-        open_adapted(self.model.as_deref(), &self.lora)
+        let model = open_adapted(self.model.as_deref(), &self.lora)?;
+        if let Some(list) = &self.verify_on_load {
+            checksums::check(model.gguf(), list)?;
+        }
+        Ok(model)
     }
 
     /// The files that are read.
@@ -362,8 +374,38 @@ impl ModelArgs {
 }
 
 fn tokenizer(model: &Model) -> Result<Tokenizer, Failure> {
-    Tokenizer::from_gguf(model.gguf())?
-        .ok_or_else(|| "this model file has no vocabulary: pass token ids".into())
+    let tokenizer =
+        Tokenizer::from_gguf(model.gguf())?.ok_or("this model file has no vocabulary: pass token ids")?;
+    warn(tokenizer.warnings());
+    Ok(tokenizer)
+}
+
+/// Warnings on stderr, each once.
+fn warn(warnings: &[String]) {
+    static SAID: std::sync::Mutex<Vec<String>> = std::sync::Mutex::new(Vec::new());
+    let Ok(mut said) = SAID.lock() else { return };
+    for warning in warnings {
+        if !said.contains(warning) {
+            // Nothing is left to do if stderr is gone.
+            let _ = writeln!(std::io::stderr(), "halite: warning: {}", plain(warning));
+            said.push(warning.clone());
+        }
+    }
+}
+
+/// A text for a terminal: what would steer it is escaped.
+fn plain(text: &str) -> String {
+    escaped(text, |c| c.escape_default().to_string())
+}
+
+/// JSON for a terminal: serde_json leaves the control characters from U+007F on as they are.
+fn plain_json(json: &serde_json::Value) -> String {
+    escaped(&format!("{json:#}\n"), |c| format!("\\u{:04x}", u32::from(c)))
+}
+
+fn escaped(text: &str, escape: impl Fn(char) -> String) -> String {
+    let steers = |c: char| c.is_control() && !matches!(c, '\n' | '\t');
+    text.chars().map(|c| if steers(c) { escape(c) } else { c.into() }).collect()
 }
 
 /// A bar on stderr, drawn only on a terminal and only for work that takes over a second.
@@ -387,14 +429,23 @@ fn progress(total: u64, what: &'static str) -> indicatif::ProgressBar {
     bar
 }
 
-/// A text file, or stdin for `-`.
+/// Most bytes of a text.
+const MAX_TEXT_BYTES: u64 = 1 << 30;
+
+/// A text file, or stdin for `-`. It may be a pipe, as a shell makes one of a command.
 fn read_text(path: &Path) -> Result<String, Failure> {
-    let text = if path == Path::new("-") {
-        std::io::read_to_string(std::io::stdin())
+    let mut text = String::new();
+    let read = if path == Path::new("-") {
+        std::io::stdin().take(MAX_TEXT_BYTES + 1).read_to_string(&mut text)
     } else {
-        std::fs::read_to_string(path)
+        std::fs::File::open(path).and_then(|file| file.take(MAX_TEXT_BYTES + 1).read_to_string(&mut text))
     };
-    text.map_err(|e| format!("{}: {e}", path.display()).into())
+    read.map_err(|e| format!("{}: {e}", path.display()))?;
+    if text.len() as u64 > MAX_TEXT_BYTES {
+        return Err(format!("{}: expected at most {MAX_TEXT_BYTES} bytes of text", path.display()).into());
+    }
+    // A byte order mark says how a file is written, and is no part of its text.
+    Ok(text.strip_prefix('\u{feff}').map(str::to_owned).unwrap_or(text))
 }
 
 /// Writes to stdout; a reader that went away ends the command quietly.
@@ -450,6 +501,6 @@ pub fn main() -> ExitCode {
         say("halite: interrupted");
         return interrupt::EXIT_CODE.into();
     }
-    say(&format!("halite: {failure}"));
+    say(&format!("halite: {}", plain(&failure.to_string())));
     ExitCode::FAILURE
 }

@@ -3,7 +3,7 @@
 use clap::Args;
 use halite::profile::{Basis, Profile, SHIPPED};
 
-use super::{Failure, print};
+use super::{Failure, plain, print};
 
 #[derive(Args)]
 pub struct ProfileArgs {
@@ -72,7 +72,7 @@ pub fn profile(args: &ProfileArgs) -> Result<(), Failure> {
             text += &format!("{path} = {:?} [{}: {source}]\n", quantity.value, quantity.basis.name());
         }
     }
-    print(&text)
+    print(&plain(&text))
 }
 
 /// Four digits and a decimal prefix.

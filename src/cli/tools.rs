@@ -73,6 +73,7 @@ pub fn tokenize(args: &TokenizeArgs) -> Result<(), Failure> {
     let tokenizer = tokenizer(&*args.model.open()?)?;
     if args.decode {
         let ids = parse_ids(&args.text)?;
+        tokenizer.check(&ids)?;
         return print(&format!("{}\n", tokenizer.decode(&ids, args.special)));
     }
     let options = EncodeOptions { add_special: !args.no_special, parse_special: args.special };

@@ -1,13 +1,16 @@
 //! BERT (Devlin et al. 2019): its names, its metadata and its vocabulary of word pieces.
 
+use std::collections::HashMap;
 use std::path::Path;
 
 use serde_json::Value;
 
 use super::Plan;
-use super::folder::Json;
+use super::folder::{Json, has, read_text};
+use crate::embed::MAX_TEXT_TOKENS;
 use crate::error::{Error, Result};
 use crate::gguf::write::Writer;
+use crate::tokenizer::{MAX_TOKENS, MAX_WORD_CHARS};
 
 /// Names in the folder, and in GGUF files. Each stands for a weight, a bias or both.
 const NAMES: &[(&str, &str)] = &[
@@ -44,6 +47,7 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
             return Err(config.wrong(key, only, value));
         }
     }
+    only(config, "is_decoder", &false.into())?;
     w.entry("general.architecture", "bert")?;
     let name = config.value.get("_name_or_path").and_then(Value::as_str).filter(|name| !name.is_empty());
     w.entry("general.name", name.unwrap_or("bert"))?;
@@ -64,12 +68,68 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
     }
     wordpiece(folder, w)?;
     w.entry("tokenizer.ggml.token_type_count", config.u32("type_vocab_size")?)?;
-    Ok(Plan { prefix: "bert.", names: vec![NAMES], unused: UNUSED.to_vec(), ..Plan::default() })
+    let left_out = sentences(folder, config, w)?;
+    Ok(Plan { prefix: "bert.", names: vec![NAMES], unused: UNUSED.to_vec(), left_out, ..Plan::default() })
+}
+
+/// Refuses another value of a key than the one that is supported.
+fn only(json: &Json, key: &str, only: &Value) -> Result<()> {
+    match json.get(key).filter(|value| *value != only) {
+        Some(value) => Err(json.wrong(key, &only.to_string(), value)),
+        None => Ok(()),
+    }
+}
+
+/// What sentence-transformers does around the model: where it cuts texts, and what follows. Returns what is left out.
+fn sentences(folder: &Path, config: &Json, w: &mut Writer) -> Result<Vec<String>> {
+    let about = Json::open_if_there(folder, "sentence_bert_config.json")?;
+    let tokenizer = Json::open(folder, "tokenizer_config.json")?;
+    // Without a number of its own it cuts where the tokenizer says.
+    let (from, key) = match about.get("max_seq_length") {
+        Some(_) => (&about, "max_seq_length"),
+        None => (&tokenizer, "model_max_length"),
+    };
+    let positions = config.u32("max_position_embeddings")?;
+    // A tokenizer without a limit has one that is larger than any integer.
+    let longest = from.optional_f64(key)?.filter(|longest| *longest < f64::from(positions));
+    if let Some(longest) = longest {
+        if longest.fract() != 0.0 || longest < 3.0 {
+            return Err(from.missing(key, "a whole number of tokens, at least 3"));
+        }
+        w.entry(MAX_TEXT_TOKENS, longest as u32)?;
+    }
+    if !lowercases(&tokenizer)? {
+        only(&about, "do_lower_case", &false.into())?;
+    }
+    let modules = Json::open_if_there(folder, "modules.json")?;
+    let known = ["Transformer", "Pooling", "Normalize"];
+    let mut normalizes = modules.value.is_null();
+    for module in modules.value.as_array().into_iter().flatten() {
+        let kind = module.get("type").and_then(Value::as_str).unwrap_or_default();
+        let kind = kind.rsplit('.').next().unwrap_or_default();
+        if !known.contains(&kind) {
+            return Err(modules.wrong("type", &format!("one of {}", known.join(", ")), kind));
+        }
+        normalizes |= kind == "Normalize";
+    }
+    let mut left_out = Vec::new();
+    if !normalizes {
+        left_out.push(
+            "modules.json: vectors are not divided by their length: `halite embed` needs --no-normalize for that"
+                .to_owned(),
+        );
+    }
+    let prompts = Json::open_if_there(folder, "config_sentence_transformers.json")?;
+    if prompts.get("default_prompt_name").is_some() {
+        let what = "config_sentence_transformers.json: key `default_prompt_name` is left out: write the prompt before texts";
+        left_out.push(what.to_owned());
+    }
+    Ok(left_out)
 }
 
 /// How sentence-transformers pools, in the values of the key `pooling_type`.
 fn pooling(folder: &Path) -> Result<Option<u32>> {
-    if !folder.join("1_Pooling/config.json").is_file() {
+    if !has(folder, "1_Pooling/config.json") {
         return Ok(None);
     }
     let config = Json::open(folder, "1_Pooling/config.json")?;
@@ -91,9 +151,24 @@ fn pooling(folder: &Path) -> Result<Option<u32>> {
 /// A WordPiece vocabulary: what begins a word gets U+2581 in front, what continues one loses its `##`.
 fn wordpiece(folder: &Path, w: &mut Writer) -> Result<()> {
     let path = folder.join("vocab.txt");
-    let text = std::fs::read_to_string(&path).map_err(|source| Error::Io { path: path.clone(), source })?;
-    let texts: Vec<&str> = text.strip_suffix('\n').unwrap_or(&text).split('\n').collect();
+    let text = read_text(folder, "vocab.txt")?;
+    let texts = text.strip_suffix('\n').unwrap_or(&text).split('\n');
+    let texts: Vec<&str> = texts.take(MAX_TOKENS + 1).collect();
+    if texts.len() > MAX_TOKENS {
+        return Err(Error::Tokenizer(format!("{}: expected at most {MAX_TOKENS} tokens", path.display())));
+    }
     let config = Json::open(folder, "tokenizer_config.json")?;
+    only(&config, "tokenize_chinese_chars", &true.into())?;
+    only(&config, "do_basic_tokenize", &true.into())?;
+    only(&config, "never_split", &Value::Array(Vec::new()))?;
+    let fast = Json::open_if_there(folder, "tokenizer.json")?;
+    let max_chars = match fast.object("model")? {
+        Some(model) => {
+            check(&fast, &model, &config, &texts)?;
+            model.optional_u32("max_input_chars_per_word")?
+        }
+        None => config.optional_u32("max_input_chars_per_word")?,
+    };
     let mut special = Vec::new();
     for (key, from, usual) in SPECIAL {
         let token = match config.value.get(from) {
@@ -106,22 +181,85 @@ fn wordpiece(folder: &Path, w: &mut Writer) -> Result<()> {
         })?;
         special.push((*key, id));
     }
-    let is_special = |id: usize| special.iter().any(|(_, special)| *special == id);
+    let added = added(&fast, &texts)?;
+    let kind = |id: usize| match added.get(&id) {
+        _ if special.iter().any(|(_, special)| *special == id) => CONTROL,
+        Some(kind) => *kind,
+        None => NORMAL,
+    };
+    let kinds: Vec<i32> = (0..texts.len()).map(kind).collect();
     let tokens = texts.iter().enumerate().map(|(id, text)| match text.strip_prefix("##") {
-        _ if is_special(id) => (*text).to_owned(),
+        _ if kinds[id] != NORMAL => (*text).to_owned(),
         Some(rest) if !rest.is_empty() => rest.to_owned(),
         _ => format!("\u{2581}{text}"),
     });
     let tokens: Vec<String> = tokens.collect();
-    let kinds: Vec<i32> = (0..tokens.len()).map(|id| if is_special(id) { 3 } else { 1 }).collect();
     w.entry("tokenizer.ggml.model", "bert")?;
     w.entry("tokenizer.ggml.tokens", &tokens[..])?;
     w.entry("tokenizer.ggml.token_type", &kinds[..])?;
     for (key, id) in special {
         w.entry(&format!("tokenizer.ggml.{key}_token_id"), id as u32)?;
     }
-    let flag = |key: &str| config.value.get(key).and_then(Value::as_bool);
-    let lowercase = flag("do_lower_case").unwrap_or(true);
+    if let Some(most) = max_chars {
+        w.entry(MAX_WORD_CHARS, most)?;
+    }
+    let lowercase = lowercases(&config)?;
     w.entry("tokenizer.ggml.normalizer.lowercase", lowercase)?;
-    w.entry("tokenizer.ggml.normalizer.strip_accents", flag("strip_accents").unwrap_or(lowercase))
+    w.entry("tokenizer.ggml.normalizer.strip_accents", config.bool("strip_accents")?.unwrap_or(lowercase))
+}
+
+/// The published values of `tokenizer.ggml.token_type`.
+const NORMAL: i32 = 1;
+const CONTROL: i32 = 3;
+const USER_DEFINED: i32 = 4;
+
+fn lowercases(tokenizer: &Json) -> Result<bool> {
+    Ok(tokenizer.bool("do_lower_case")?.unwrap_or(true))
+}
+
+/// Tokens that tokenizer.json looks for in the text as it is: their ids and kinds.
+fn added(fast: &Json, texts: &[&str]) -> Result<HashMap<usize, i32>> {
+    let mut all = HashMap::new();
+    for token in fast.get("added_tokens").and_then(Value::as_array).into_iter().flatten() {
+        let id = token.get("id").and_then(Value::as_u64).and_then(|id| usize::try_from(id).ok());
+        let text = token.get("content").and_then(Value::as_str);
+        let id = id.filter(|id| text.is_some() && texts.get(*id).copied() == text);
+        let id = id.ok_or_else(|| fast.wrong("added_tokens", "texts and ids of vocab.txt", token))?;
+        let flag = |key: &str| token.get(key).is_some_and(|flag| *flag == true);
+        // Spaces at its sides are left out of every text.
+        if let Some(key) = ["single_word", "normalized"].into_iter().find(|key| flag(key)) {
+            return Err(fast.wrong("added_tokens", &format!("no {key}"), token));
+        }
+        all.insert(id, if flag("special") { CONTROL } else { USER_DEFINED });
+    }
+    Ok(all)
+}
+
+/// Refuses a tokenizer.json that does something else than what vocab.txt and tokenizer_config.json say.
+fn check(fast: &Json, model: &Json, config: &Json, texts: &[&str]) -> Result<()> {
+    only(model, "type", &"WordPiece".into())?;
+    only(model, "continuing_subword_prefix", &"##".into())?;
+    for (text, id) in model.get("vocab").and_then(Value::as_object).into_iter().flatten() {
+        let there = id.as_u64().and_then(|id| texts.get(usize::try_from(id).ok()?));
+        if there != Some(&text.as_str()) {
+            return Err(model.wrong("vocab", "the tokens of vocab.txt", format!("`{text}` for {id}")));
+        }
+    }
+    let lowercase = lowercases(config)?;
+    let accents = config.bool("strip_accents")?.unwrap_or(lowercase);
+    if let Some(normalizer) = fast.object("normalizer")? {
+        only(&normalizer, "type", &"BertNormalizer".into())?;
+        for (key, value) in [
+            ("clean_text", true),
+            ("handle_chinese_chars", true),
+            ("lowercase", lowercase),
+            ("strip_accents", accents),
+        ] {
+            only(&normalizer, key, &value.into())?;
+        }
+    }
+    if let Some(pre) = fast.object("pre_tokenizer")? {
+        only(&pre, "type", &"BertPreTokenizer".into())?;
+    }
+    Ok(())
 }

@@ -305,7 +305,7 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
     }
     let rope = Rope { config, architecture, head_dim, default_base: family.rope_base };
     let vectors = rope.write(w)?;
-    vocabulary::write(folder, config, w)?;
+    let left_out = vocabulary::write(folder, config, w)?;
 
     let (mut unused, mut required) = (UNUSED.to_vec(), Vec::new());
     match config.bool("tie_word_embeddings")? {
@@ -324,6 +324,7 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
         interleaved: if family.interleaved { interleaved } else { Vec::new() },
         norm_offset: family.norm_offset,
         vectors,
+        left_out,
     })
 }
 

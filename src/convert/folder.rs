@@ -9,12 +9,54 @@ use safetensors::tensor::TensorView;
 use serde_json::Value;
 
 use crate::error::{Error, Result};
-use crate::gguf::printable;
-use crate::map::Source;
+use crate::gguf::{escaped, printable};
+use crate::map::{self, Source};
 
 /// The file of all weights, and what says in which files they are where there are several.
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
+
+/// Most bytes of a text file. The largest published vocabularies have 33 million.
+const MAX_TEXT_BYTES: u64 = 1 << 26;
+
+/// Most that the values of a JSON file may weigh, an object eight times as much as another value: about what they take in memory. The
+/// largest published vocabularies weigh two million.
+const MAX_JSON_WEIGHT: usize = 1 << 22;
+
+/// Most bytes of what a file of safetensors says of its tensors.
+const MAX_HEADER_BYTES: u64 = 1 << 24;
+
+/// The place of a file of the folder, with all links followed. A link may not lead out of the folder: what it leads to would become
+/// part of a model that is passed on. The exception is the cache of the Hugging Face hub, in which `models--NAME/snapshots/REVISION`
+/// is a folder of links to `models--NAME/blobs`.
+fn inside(folder: &Path, name: &str) -> Result<PathBuf> {
+    let path = folder.join(name);
+    let real =
+        |path: &Path| path.canonicalize().map_err(|source| Error::Io { path: path.to_owned(), source });
+    let (root, target) = (real(folder)?, real(&path)?);
+    let repository =
+        root.parent().filter(|snapshots| snapshots.ends_with("snapshots")).and_then(Path::parent);
+    let is_cache =
+        |at: &&Path| at.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"models--"));
+    let blobs = repository.filter(is_cache).map(|repository| repository.join("blobs"));
+    if target.starts_with(&root) || blobs.is_some_and(|blobs| target.starts_with(blobs)) {
+        return Ok(target);
+    }
+    let message = "a link that leads out of the folder: replace it by the file";
+    Err(Error::Io { path, source: std::io::Error::other(message) })
+}
+
+/// Whether the folder has a file of that name, or a link.
+pub(super) fn has(folder: &Path, name: &str) -> bool {
+    folder.join(name).symlink_metadata().is_ok()
+}
+
+/// A text file of the folder.
+pub(super) fn read_text(folder: &Path, name: &str) -> Result<String> {
+    let path = folder.join(name);
+    let bytes = map::read(&inside(folder, name)?, MAX_TEXT_BYTES)?;
+    String::from_utf8(bytes).map_err(|e| Error::Io { path, source: std::io::Error::other(e.utf8_error()) })
+}
 
 /// A JSON file of the folder.
 pub(super) struct Json {
@@ -25,15 +67,23 @@ pub(super) struct Json {
 impl Json {
     pub(super) fn open(folder: &Path, name: &str) -> Result<Json> {
         let path = folder.join(name);
-        let text = std::fs::read(&path).map_err(|source| Error::Io { path: path.clone(), source })?;
-        let value = serde_json::from_slice(&text);
-        let value = value.map_err(|e| Error::Model(format!("{}: {e}", path.display())))?;
+        let text = read_text(folder, name)?;
+        let wrong = |e: &dyn std::fmt::Display| Error::Model(escaped(&format!("{}: {e}", path.display())));
+        let weight = |byte| match byte {
+            b'{' => 8,
+            b'[' | b',' => 1,
+            _ => 0,
+        };
+        if text.bytes().map(weight).sum::<usize>() > MAX_JSON_WEIGHT {
+            return Err(wrong(&"it has too many values"));
+        }
+        let value = serde_json::from_str(&text).map_err(|e| wrong(&e))?;
         Ok(Json { path, value })
     }
 
     /// The same for a file that need not be there: without it no key is.
     pub(super) fn open_if_there(folder: &Path, name: &str) -> Result<Json> {
-        match folder.join(name).exists() {
+        match has(folder, name) {
             true => Json::open(folder, name),
             false => Ok(Json { path: folder.join(name), value: Value::Null }),
         }
@@ -114,8 +164,9 @@ pub(super) struct Files {
 
 impl Files {
     pub(super) fn open(folder: &Path) -> Result<Files> {
-        let open = |name: &str| -> Result<_> { Ok((folder.join(name), Source::open(&folder.join(name))?)) };
-        if folder.join(SINGLE).exists() || !folder.join(INDEX).exists() {
+        let open =
+            |name: &str| -> Result<_> { Ok((folder.join(name), Source::open(&inside(folder, name)?)?)) };
+        if has(folder, SINGLE) || !has(folder, INDEX) {
             return Ok(Files { files: vec![open(SINGLE)?], index: None });
         }
         let json = Json::open(folder, INDEX)?;
@@ -142,7 +193,13 @@ impl Files {
     pub(super) fn tensors(&self) -> Result<BTreeMap<String, TensorView<'_>>> {
         let mut all = BTreeMap::new();
         for (place, (path, source)) in self.files.iter().enumerate() {
-            let wrong = |message: String| Error::Model(format!("{}: {message}", path.display()));
+            let wrong = |message: String| Error::Model(escaped(&format!("{}: {message}", path.display())));
+            let header = source.bytes().first_chunk().map_or(0, |len| u64::from_le_bytes(*len));
+            if header > MAX_HEADER_BYTES {
+                return Err(wrong(format!(
+                    "expected at most {MAX_HEADER_BYTES} bytes of header, got {header}"
+                )));
+            }
             let tensors = SafeTensors::deserialize(source.bytes()).map_err(|e| wrong(e.to_string()))?;
             for (name, view) in tensors.iter() {
                 if let Some(index) = &self.index

@@ -55,6 +55,8 @@ struct Plan {
     norm_offset: f32,
     /// Vectors that are in no file of the folder.
     vectors: Vec<(&'static str, Vec<f32>)>,
+    /// What the folder says and the file does not.
+    left_out: Vec<String>,
 }
 
 /// A tensor to write.
@@ -70,10 +72,11 @@ struct Target<'a> {
 }
 
 /// Writes the model of a folder as GGUF, with matrices in `format`; vectors, biases and routers stay F32. `progress` is told the
-/// bytes of each tensor done.
+/// bytes of each tensor done. Returns what the folder says and the file does not, one line each: what has no key in GGUF and
+/// changes little, such as a text's normal form (NFC) before a byte-level vocabulary. All else that has none is an error.
 ///
-/// What a byte-level vocabulary does to a text before it (NFC) and at the edges of special tokens (taking away spaces) has no
-/// keys in GGUF, and is left out.
+/// No link may lead out of the folder, but for those in the cache of the Hugging Face hub. Only regular files are read, texts of up
+/// to 64 MiB.
 ///
 /// # Errors
 /// [`Error::Io`] for what cannot be read (of `out` without a path); [`Error::Model`] or [`Error::Tokenizer`] for a family, an
@@ -84,7 +87,7 @@ pub fn convert(
     format: Format,
     out: &mut dyn Write,
     progress: &mut dyn FnMut(u64),
-) -> Result<()> {
+) -> Result<Vec<String>> {
     let _floats = DefaultFloats::set();
     let config = Json::open(folder, "config.json")?;
     let mut writer = Writer::new(ALIGNMENT)?;
@@ -115,7 +118,10 @@ pub fn convert(
     });
     match (failure, written) {
         (Some(error), _) => Err(error),
-        (None, written) => written.map_err(|source| Error::Io { path: Default::default(), source }),
+        (None, written) => {
+            written.map_err(|source| Error::Io { path: Default::default(), source })?;
+            Ok(plan.left_out)
+        }
     }
 }
 

@@ -6,11 +6,11 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use super::folder::Json;
+use super::folder::{Json, has, read_text};
 use crate::error::{Error, Result};
 use crate::gguf::printable;
 use crate::gguf::write::Writer;
-use crate::tokenizer::pretokenize;
+use crate::tokenizer::{MAX_TOKEN_BYTES, MAX_TOKENS, pretokenize};
 
 /// The published values of `tokenizer.ggml.token_type`.
 const NORMAL: i32 = 1;
@@ -19,12 +19,6 @@ const CONTROL: i32 = 3;
 const USER_DEFINED: i32 = 4;
 const UNUSED: i32 = 5;
 const BYTE: i32 = 6;
-
-/// Most tokens, as in the runtime.
-const MAX_TOKENS: u32 = 1 << 22;
-
-/// Most bytes of a token that is looked for in every way to put it together.
-const MAX_TOKEN_BYTES: usize = 1 << 10;
 
 /// SentencePiece's space.
 const SPACE: &str = "\u{2581}";
@@ -40,8 +34,8 @@ struct Tokens {
     ids: HashMap<String, u32>,
 }
 
-/// Writes a folder's vocabulary and chat template.
-pub(super) fn write(folder: &Path, config: &Json, w: &mut Writer) -> Result<()> {
+/// Writes a folder's vocabulary and chat template. Returns what is left out.
+pub(super) fn write(folder: &Path, config: &Json, w: &mut Writer) -> Result<Vec<String>> {
     let json = Json::open(folder, "tokenizer.json")?;
     let model = json.object("model")?.ok_or_else(|| json.missing("model", "an object"))?;
     let kind = model.str("type")?;
@@ -73,12 +67,33 @@ pub(super) fn write(folder: &Path, config: &Json, w: &mut Writer) -> Result<()> 
         let merges: Vec<String> = merges.iter().map(|(left, right)| format!("{left} {right}")).collect();
         w.entry("tokenizer.ggml.merges", &merges[..])?;
     }
-    special(folder, config, &json, &tokens, w)
+    special(folder, config, &json, &tokens, w)?;
+    let mut left_out = Vec::new();
+    // Other normalisers of a byte-level vocabulary are refused; SentencePiece's is carried over.
+    if !from_bytes && json.get("normalizer").is_some() {
+        left_out.push(
+            "tokenizer.json: key `normalizer` is left out: texts are taken as they are, not in the normal form NFC"
+                .to_owned(),
+        );
+    }
+    let special = |token: &&Value| token.get("special").is_some_and(|flag| *flag == true);
+    let added = json.get("added_tokens").and_then(Value::as_array).map_or(&[][..], |added| &added[..]);
+    for key in ["lstrip", "rstrip", "single_word"] {
+        let has_it = |token: &Value| token.get(key).is_some_and(|flag| *flag == true);
+        if let Some(token) = added.iter().filter(special).find(|token| has_it(token)) {
+            let text = token.get("content").and_then(Value::as_str).unwrap_or_default();
+            left_out.push(format!(
+                "tokenizer.json: `{key}` of special tokens is left out, such as of {}",
+                printable(text.as_bytes())
+            ));
+        }
+    }
+    Ok(left_out)
 }
 
 /// Texts and kinds of all tokens; with `space_prefix` of SentencePiece, whose texts may begin with a space.
 fn tokens(json: &Json, model: &Json, rows: u32, space_prefix: Option<bool>) -> Result<Tokens> {
-    if rows > MAX_TOKENS {
+    if rows as usize > MAX_TOKENS {
         return Err(model.wrong("vocab", &format!("at most {MAX_TOKENS} tokens"), rows));
     }
     // Rows without a token, as llama.cpp's converter names them.
@@ -423,10 +438,8 @@ fn template<'a>(json: &'a Json) -> Result<(Option<&'a str>, Option<&'a str>)> {
 
 /// The template of chats: a file of its own, or a text of tokenizer_config.json, or the default of several.
 fn chat_template(folder: &Path, about: &Json) -> Result<Option<String>> {
-    let path = folder.join("chat_template.jinja");
-    if path.exists() {
-        let text = std::fs::read_to_string(&path).map_err(|source| Error::Io { path, source })?;
-        return Ok(Some(text));
+    if has(folder, "chat_template.jinja") {
+        return Ok(Some(read_text(folder, "chat_template.jinja")?));
     }
     let text = |template: &Value| template.as_str().map(str::to_owned);
     match about.get("chat_template") {

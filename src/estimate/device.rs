@@ -1,6 +1,8 @@
 //! The time of a step on a device that is not simulated: the sum of its kernels, by the formulas that were fitted to measured
 //! ones (`driver = "gpu"`), or by the rates of this machine's (`driver = "cpu"`).
 
+use halite_kernels::formats::Format;
+
 use super::host;
 use super::kernel::{self, Formats, Kernel, Machine};
 use crate::backend::sim::{OpTime, Queue, Report};
@@ -8,13 +10,14 @@ use crate::cost::{self, Extent};
 use crate::numerics::Dtype;
 use crate::passes;
 use crate::profile::Profile;
-use crate::program::{Op, Program};
+use crate::program::{Op, Part, Program};
 use crate::{Error, Result};
 
 /// What the ops of a step take: of each sequence the tokens from a first position on, with an output for each sequence.
 ///
 /// # Errors
-/// [`Error::Argument`] for what was never measured: formats without a calibration; on a CPU, several sequences.
+/// [`Error::Argument`] for what was never measured: on a GPU, mixtures of experts, and anything without a calibration in bf16, which
+/// stands for other formats (see [`unmeasured`]); on a CPU, several sequences.
 pub fn time(
     profile: &Profile,
     program: &Program,
@@ -67,6 +70,38 @@ fn on_host(
     })
 }
 
+/// What of a program was not measured on a GPU: formats that stand for others, one line each. Of errors of products nothing is known
+/// then.
+pub fn unmeasured(program: &Program) -> Vec<String> {
+    let products = program.greedy_ops().flat_map(|(_, op)| match op {
+        Op::MatMul { parts, .. } => &parts[..],
+        _ => &[],
+    });
+    let weights = products.map(|part| program.tensor(part.weight).format);
+    let caches = program.states.iter().map(|state| state.format).filter(|f| stored_bits(*f) != 16.0);
+    let mut lines = Vec::new();
+    for (what, kernels, formats) in [
+        ("weights", "products", weights.filter(|f| *f != Format::BF16).collect::<Vec<_>>()),
+        ("KV cache", "attention", caches.collect()),
+    ] {
+        let mut names: Vec<&str> = formats.iter().map(|format| format.name()).collect();
+        names.sort_unstable();
+        names.dedup();
+        if !names.is_empty() {
+            lines.push(format!(
+                "{what} of {}: {kernels} as measured in bf16, with their own bytes; what unpacking takes is left out",
+                names.join(", ")
+            ));
+        }
+    }
+    lines
+}
+
+/// Bits of a value, scales included.
+fn stored_bits(format: Format) -> f64 {
+    8.0 * format.block_bytes() as f64 / format.block_len() as f64
+}
+
 const BF16: Formats = Formats { activations: Dtype::Bf16, weights: Dtype::Bf16 };
 
 fn on_gpu(profile: &Profile, program: &Program, op: &Op, spans: &[(u32, u32)]) -> Result<OpTime> {
@@ -76,21 +111,19 @@ fn on_gpu(profile: &Profile, program: &Program, op: &Op, spans: &[(u32, u32)]) -
     }
     let machine = Machine::new(profile, BF16)?;
     let tokens: u32 = spans.iter().map(|(_, len)| len).sum();
-    let product = |m: u64, n: u64, k: u64| kernel::estimate(profile, BF16, Kernel::MatMul { m, n, k });
     // A kernel of one result is the overhead of any.
-    let overhead_s = product(1, 1, 1)?.seconds;
+    let overhead_s = kernel::estimate(profile, BF16, Kernel::MatMul { m: 1, n: 1, k: 1 })?.seconds;
     let stored = cost.weight_bytes as f64 + cost.kv_bytes as f64;
     let bytes = stored + cost.activation_bytes as f64 * Dtype::Bf16.bits() / Dtype::Fp32.bits();
     let seconds = match op {
         Op::MatMul { x, parts, .. } => {
-            if let Some(part) = parts.iter().find(|p| program.tensor(p.weight).format.name() != "BF16") {
-                let format = program.tensor(part.weight).format.name();
-                let found = format!("{format}, which no product was measured in");
-                return Err(Error::argument("weight format", "BF16 for chips with driver = \"gpu\"", found));
-            }
-            let n = parts.iter().map(|p| passes::rows(program.tensor(p.weight).rows, 0, 0)).sum();
+            let rows = |p: &Part| passes::rows(program.tensor(p.weight).rows, 0, 0);
+            let n: u64 = parts.iter().map(rows).sum();
+            let bits = parts.iter().map(|p| rows(p) as f64 * stored_bits(program.tensor(p.weight).format));
+            let bits = bits.sum::<f64>() / n.max(1) as f64;
             let m = passes::rows(program.tensor(*x).rows, tokens, spans.len() as u32);
-            product(m, n, program.tensor(*x).cols.into())?.seconds
+            let kernel = Kernel::MatMul { m, n, k: program.tensor(*x).cols.into() };
+            kernel::estimate_stored(profile, BF16, bits, kernel)?.seconds
         }
         Op::Attend { state, heads, .. } if spans.iter().all(|(_, len)| *len == 1) => {
             let Some(state) = program.states.get(state.0 as usize) else { return Ok(OpTime::default()) };
@@ -102,7 +135,7 @@ fn on_gpu(profile: &Profile, program: &Program, op: &Op, spans: &[(u32, u32)]) -
                 head_dim: state.key_dim.into(),
                 kv_len: longest.min(state.window.unwrap_or(u32::MAX)).into(),
             };
-            kernel::estimate(profile, BF16, kernel)?.seconds
+            kernel::estimate_stored(profile, BF16, stored_bits(state.format), kernel)?.seconds
         }
         Op::Experts { .. } => {
             let expected = "a model without experts, for chips with driver = \"gpu\"";

@@ -266,7 +266,22 @@ pub struct Estimate {
 /// # Errors
 /// `Error::Argument` if the profile's matrix unit does not multiply these formats, or nothing is calibrated for them.
 pub fn estimate(profile: &Profile, formats: Formats, kernel: Kernel) -> Result<Estimate> {
-    let machine = Machine::new(profile, formats)?;
+    estimate_stored(profile, formats, formats.weights.bits(), kernel)
+}
+
+/// The time of a kernel that works in formats that were measured, on weights or a KV cache of so many bits a value, which it unpacks on
+/// the way: the bytes of these, and all else as measured. What unpacking takes is not known, and left out.
+///
+/// # Errors
+/// As [`estimate`].
+pub fn estimate_stored(
+    profile: &Profile,
+    formats: Formats,
+    stored_bits: f64,
+    kernel: Kernel,
+) -> Result<Estimate> {
+    let mut machine = Machine::new(profile, formats)?;
+    machine.bits.1 = stored_bits;
     let Formats { activations, weights } = formats;
     let missing = |table: &str| {
         let found = format!("profile {} without one for {activations} x {weights}", profile.name);

@@ -73,6 +73,8 @@ pub struct Estimate {
     pub have_bytes: u64,
     /// The mean error of products on shapes that were held out, as a fraction; absent where nothing was measured.
     pub error: Option<f64>,
+    /// What was not measured and stands for what was, one line each.
+    pub unmeasured: Vec<String>,
     /// The ops of a prompt's step.
     pub prefill: Report,
     /// The ops of a generating step.
@@ -192,6 +194,10 @@ pub fn estimate(
     workload: &Workload,
 ) -> Result<Estimate> {
     let program = &adapted(program);
+    let unmeasured = match profile.driver {
+        Driver::Gpu => device::unmeasured(program),
+        Driver::Cpu | Driver::Sim => Vec::new(),
+    };
     let timer = Timer::new(profile, choices)?;
     let (_, chunk) = workload.prefill();
     let spans = vec![(workload.middle(), 1); workload.batch as usize];
@@ -215,7 +221,8 @@ pub fn estimate(
         usd_per_million_tokens: usd_per_s(profile).map(|usd| 1e6 * usd * seconds / tokens),
         need_bytes: program.weight_bytes().saturating_add(cache),
         have_bytes: profile.memory.last().map_or(0, |memory| memory.capacity_bytes.value as u64),
-        error: error(profile),
+        error: error(profile).filter(|_| unmeasured.is_empty()),
+        unmeasured,
         shares: decode_total.shares().to_vec(),
         prefill,
         decode,

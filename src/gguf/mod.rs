@@ -9,6 +9,8 @@ use std::sync::Arc;
 
 use halite_kernels::formats::{Format, Layout};
 
+#[cfg(any(feature = "convert", feature = "sim"))]
+pub(crate) use parse::escaped;
 pub(crate) use parse::printable;
 pub use parse::{
     GgufError, Header, MAX_ALIGNMENT, MAX_ENTRIES, MAX_KEY_BYTES, MAX_NAME_BYTES, TensorRecord, Value,
@@ -139,12 +141,12 @@ impl Gguf {
             }
             gguf.index_tensors()?;
             let declared = gguf.optional_u64("split.tensors.count")?;
+            let got = gguf.tensors.len() + gguf.parts().map(|(_, header)| header.empty.len()).sum::<usize>();
             if let Some(declared) = declared
-                && declared != gguf.tensors.len() as u64
+                && declared != got as u64
             {
                 return Err(split(format!(
-                    "split.tensors.count: expected {declared} tensors in all files, got {}",
-                    gguf.tensors.len()
+                    "split.tensors.count: expected {declared} tensors in all files, got {got}"
                 )));
             }
         }
@@ -442,7 +444,7 @@ impl Gguf {
         }
     }
 
-    /// A metadata value in words, for people: long arrays are cut short.
+    /// A metadata value in words, for people: long arrays and texts are cut short.
     pub fn display_value(&self, value: &Value) -> String {
         let bytes = self.parts.first().and_then(|p| p.source.bytes().get(value.bytes.clone())).unwrap_or(&[]);
         let scalar = |bytes: &[u8]| match (value.kind, integer(value.kind, bytes)) {
@@ -454,7 +456,12 @@ impl Gguf {
             (ValueType::F64, _) => {
                 bytes.try_into().map_or(String::new(), |b| f64::from_le_bytes(b).to_string())
             }
-            _ => format!("{:?}", String::from_utf8_lossy(bytes)),
+            _ => {
+                const SHOWN_BYTES: usize = 1 << 16;
+                let more = if bytes.len() > SHOWN_BYTES { "…" } else { "" };
+                let shown = bytes.get(..SHOWN_BYTES).unwrap_or(bytes);
+                format!("{:?}{more}", String::from_utf8_lossy(shown))
+            }
         };
         let Some(len) = value.array_len else { return scalar(bytes) };
         const SHOWN: usize = 6;
@@ -519,9 +526,18 @@ fn gguf_error(path: &Path, source: GgufError) -> Error {
 
 /// `base-00001-of-00003.gguf` → its sibling with another index, in the same folder.
 fn split_sibling(first: &Path, index: u64, count: u64) -> Option<PathBuf> {
-    let name = first.file_name()?.to_str()?;
-    let base = name.strip_suffix(&format!("-00001-of-{count:05}.gguf"))?;
-    Some(first.with_file_name(format!("{base}-{:05}-of-{count:05}.gguf", index + 1)))
+    let suffix = format!("-00001-of-{count:05}.gguf");
+    let name = first.file_name()?;
+    #[cfg(unix)]
+    let base = {
+        use std::os::unix::ffi::OsStrExt;
+        std::ffi::OsStr::from_bytes(name.as_bytes().strip_suffix(suffix.as_bytes())?)
+    };
+    #[cfg(not(unix))]
+    let base = name.to_str()?.strip_suffix(&suffix)?;
+    let mut sibling = std::ffi::OsString::from(base);
+    sibling.push(format!("-{:05}-of-{count:05}.gguf", index + 1));
+    Some(first.with_file_name(sibling))
 }
 
 /// The bytes that a tensor of this format and shape takes, or `None` if its rows are not whole blocks.

@@ -241,6 +241,8 @@ pub struct Header {
     pub metadata: Vec<(String, Value)>,
     /// Tensors in file order.
     pub tensors: Vec<TensorRecord>,
+    /// Names of tensors without elements: one of their dimensions is zero. They are not among the others.
+    pub empty: Vec<String>,
     /// Where tensor data start, from the start of the file.
     pub data_start: usize,
 }
@@ -288,7 +290,7 @@ pub fn parse_header(file: &[u8], file_bytes: u64) -> Result<Header, GgufError> {
     }
     let alignment = alignment(file, &metadata)?;
 
-    let mut records = Vec::new();
+    let (mut records, mut empty) = (Vec::new(), Vec::new());
     seen.clear();
     for _ in 0..tensor_count {
         let at = r.at as u64;
@@ -296,7 +298,10 @@ pub fn parse_header(file: &[u8], file_bytes: u64) -> Result<Header, GgufError> {
         if !seen.insert(record.name) {
             return Err(GgufError::DuplicateTensor { name: record.name.into(), at });
         }
-        records.push(record);
+        match record.dims.contains(&0) {
+            true => empty.push(record.name.to_owned()),
+            false => records.push(record),
+        }
     }
     let data_start = (r.at as u64).next_multiple_of(alignment);
     if !records.is_empty() && data_start > file_bytes {
@@ -312,7 +317,8 @@ pub fn parse_header(file: &[u8], file_bytes: u64) -> Result<Header, GgufError> {
         .map(|record| record.place(data_start, alignment, file_bytes))
         .collect::<Result<Vec<_>, _>>()?;
     check_overlap(&tensors)?;
-    Ok(Header { version, alignment, metadata, tensors, data_start: data_start.min(file_bytes) as usize })
+    let data_start = data_start.min(file_bytes) as usize;
+    Ok(Header { version, alignment, metadata, tensors, empty, data_start })
 }
 
 fn alignment(file: &[u8], metadata: &[(String, Value)]) -> Result<u64, GgufError> {
@@ -350,6 +356,19 @@ fn check_overlap(tensors: &[TensorRecord]) -> Result<(), GgufError> {
         }
     }
     Ok(())
+}
+
+/// A text from a file, for messages of several lines: what would steer a terminal is escaped.
+#[cfg(any(feature = "convert", feature = "sim"))]
+pub(crate) fn escaped(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c.is_control() && c != '\n' {
+            true => out.extend(c.escape_default()),
+            false => out.push(c),
+        }
+    }
+    out
 }
 
 /// The start of a text from a file, for messages: in quotes, escaped, and not longer than a line.
@@ -592,17 +611,7 @@ impl<'a> Reader<'a> {
         }
         let mut dims = Vec::with_capacity(4);
         for _ in 0..n_dims {
-            let at = self.at as u64;
-            let dim = self.u64("dimension")?;
-            if dim == 0 {
-                return Err(GgufError::Invalid {
-                    what: format!("dimension of tensor `{name}`"),
-                    at,
-                    expected: "at least 1",
-                    got: "0".into(),
-                });
-            }
-            dims.push(dim);
+            dims.push(self.u64("dimension")?);
         }
         let id = self.u32("tensor type")?;
         let (layout, plain_id) = match id & INTERLEAVED {

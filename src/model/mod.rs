@@ -88,6 +88,7 @@ pub struct Model {
     hparams: Hparams,
     record: Record,
     adapters: Vec<Adapter>,
+    warnings: Vec<String>,
 }
 
 /// The names of a program's results.
@@ -137,7 +138,8 @@ impl Model {
             )
         })?;
         let hparams = Hparams::read(&gguf)?;
-        Ok(Model { gguf, hparams, record, adapters: Vec::new() })
+        let warnings = without_elements(&gguf).into_iter().collect();
+        Ok(Model { gguf, hparams, record, adapters: Vec::new(), warnings })
     }
 
     /// Adds a low-rank adapter (LoRA) to the model, times a factor; several add up. Its weights stay in their file, and the model's
@@ -150,6 +152,7 @@ impl Model {
         let _floats = DefaultFloats::set();
         let prefix = format!("lora{}.", self.adapters.len());
         let read = Adapter::read(&adapter, &self.hparams.architecture, prefix, scale)?;
+        self.warnings.extend(without_elements(&adapter));
         self.gguf.join(adapter, &read.prefix)?;
         self.adapters.push(read);
         Ok(())
@@ -159,6 +162,11 @@ impl Model {
     #[cfg(feature = "save")]
     pub(crate) fn adapter_scales(&self) -> impl Iterator<Item = f32> {
         self.adapters.iter().map(|adapter| adapter.scale)
+    }
+
+    /// What is odd about the file but does not keep it from running, one line each.
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
     }
 
     /// The file, and those of its adapters.
@@ -217,4 +225,12 @@ impl Model {
             Err(Error::Model(format!("tensor `{name}` of the file is unknown to the family {architecture}")))
         })
     }
+}
+
+/// A line that names a file's tensors without elements, if it has any.
+fn without_elements(gguf: &Gguf) -> Option<String> {
+    let mut names = gguf.parts().flat_map(|(_, header)| &header.empty);
+    let (first, others) = (names.next()?, names.count());
+    let others = if others > 0 { format!(" and {others} others") } else { String::new() };
+    Some(format!("tensor `{first}`{others}: no elements, left out"))
 }

@@ -12,6 +12,8 @@ use std::path::Path;
 use schemars::JsonSchema;
 use serde::Deserialize;
 
+use crate::gguf::escaped;
+use crate::map;
 use crate::numerics::{Dtype, Format, Rounding, Rules, ScaleRule};
 use crate::{Error, Result};
 
@@ -530,6 +532,11 @@ shipped! {
     "tpu-v1"
 }
 
+/// Most bytes of a file.
+const MAX_BYTES: u64 = 1 << 18;
+/// Most faults that are told; the others are counted.
+const MAX_FAULTS: usize = 32;
+
 impl Profile {
     /// The shipped profile of that name, or else the file.
     ///
@@ -544,8 +551,9 @@ impl Profile {
             let expected = format!("a file, or one of {}", names.join(", "));
             return Err(Error::argument("profile", expected, format!("`{name_or_path}`")));
         }
-        let text = std::fs::read_to_string(path);
-        let text = text.map_err(|source| Error::Io { path: path.to_owned(), source })?;
+        let text = String::from_utf8(map::read(path, MAX_BYTES)?);
+        let wrong = |e: std::string::FromUtf8Error| std::io::Error::other(e.utf8_error());
+        let text = text.map_err(|e| Error::Io { path: path.to_owned(), source: wrong(e) })?;
         Profile::parse(name_or_path, &text)
     }
 
@@ -553,17 +561,30 @@ impl Profile {
     ///
     /// Errors: [`Error::Profile`] with everything that is wrong.
     pub fn parse(origin: &str, text: &str) -> Result<Profile> {
-        let fail = |faults| Err(Error::Profile { profile: origin.to_owned(), faults });
+        let fail = |faults: Vec<String>| {
+            let more = faults.len().saturating_sub(MAX_FAULTS);
+            // Faults quote the file.
+            let told = faults.iter().take(MAX_FAULTS).map(|fault| escaped(fault));
+            let others = (more > 0).then(|| format!("and {more} more"));
+            Err(Error::Profile { profile: escaped(origin), faults: told.chain(others).collect() })
+        };
+        if text.len() as u64 > MAX_BYTES {
+            return fail(vec![format!("expected at most {MAX_BYTES} bytes, got {}", text.len())]);
+        }
         let mut table: toml::Table = match toml::from_str(text) {
             Ok(table) => table,
             Err(error) => return fail(vec![error.to_string()]),
         };
+        if let Err(fault) = quantity::check_size(&table) {
+            return fail(vec![fault]);
+        }
         let mut faults = quantity::resolve(&mut table);
         let quantities = quantity::list(&table);
         let profile: Profile = match toml::Value::Table(table.clone()).try_into() {
             Ok(profile) => Profile { quantities, table, ..profile },
             Err(error) => {
                 // What is missing its source is easier understood than what does not fit the schema.
+                faults.truncate(MAX_FAULTS - 1);
                 faults.push(error.to_string().trim().replace('\n', " "));
                 return fail(faults);
             }

@@ -192,6 +192,42 @@ impl Provenance {
     }
 }
 
+/// Most numbers and texts of a file, and most bytes of a key, of a name and of another text. Each number will have a path of names
+/// and keys and a copy of the text that says where it is from.
+const MAX_VALUES: usize = 4096;
+const MAX_NAME_BYTES: usize = 64;
+const MAX_TEXT_BYTES: usize = 1 << 10;
+
+/// Refuses a file that would become too large once it is resolved.
+pub(super) fn check_size(file: &Table) -> Result<(), String> {
+    fn check_table(table: &Table, left: &mut usize) -> Result<(), String> {
+        table.iter().try_for_each(|(key, value)| {
+            if key.len() > MAX_NAME_BYTES {
+                let got = key.len();
+                return Err(format!("a key: expected at most {MAX_NAME_BYTES} bytes, got {got}"));
+            }
+            check_value(key, value, left)
+        })
+    }
+    fn check_value(key: &str, value: &Value, left: &mut usize) -> Result<(), String> {
+        let fewer = left.checked_sub(1);
+        *left = fewer.ok_or_else(|| format!("{key}: expected at most {MAX_VALUES} values in all"))?;
+        match value {
+            Value::String(text) => {
+                let most = if key == "name" { MAX_NAME_BYTES } else { MAX_TEXT_BYTES };
+                let wrong = || format!("{key}: expected at most {most} bytes, got {}", text.len());
+                if text.len() > most { Err(wrong()) } else { Ok(()) }
+            }
+            // Numbers below inherit these.
+            _ if matches!(key, "basis" | "source") => Err(format!("{key}: expected a text")),
+            Value::Array(items) => items.iter().try_for_each(|item| check_value(key, item, left)),
+            Value::Table(table) => check_table(table, left),
+            _ => Ok(()),
+        }
+    }
+    check_table(file, &mut { MAX_VALUES })
+}
+
 /// Gives every number of a file its provenance, written out. Returns what is wrong with single numbers.
 pub(super) fn resolve(file: &mut Table) -> Vec<String> {
     let mut faults = Vec::new();
@@ -268,7 +304,8 @@ fn number(
     let source = provenance.source.as_ref().and_then(Value::as_str);
     match (basis, source) {
         (Some("datasheet" | "measured"), Some(source)) if !cited.iter().any(|c| c == source) => {
-            faults.push(format!("{path}: source `{source}` is not in [sources], which holds {cited:?}"));
+            let some = &cited[..cited.len().min(16)];
+            faults.push(format!("{path}: source `{source}` is not in [sources], which holds {some:?}"));
         }
         (Some(_), Some("")) => faults.push(format!("{path}: source is empty")),
         (Some(_), Some(_)) => {}

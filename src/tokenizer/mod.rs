@@ -2,20 +2,22 @@
 //! (`gpt2`) and WordPiece (`bert`) vocabularies.
 
 mod bpe;
+mod literals;
 pub(crate) mod pretokenize;
 mod spm;
+mod trie;
 mod unigram;
 mod vocabulary;
 mod wordpiece;
 
-use std::collections::HashSet;
-use std::sync::OnceLock;
-
-use aho_corasick::{AhoCorasick, AhoCorasickKind, MatchKind};
+use std::cell::RefCell;
 
 use crate::error::{Error, Result};
 use crate::gguf::{Gguf, printable};
+use literals::Literals;
 use vocabulary::Vocabulary;
+#[cfg(feature = "convert")]
+pub(crate) use vocabulary::{MAX_TOKEN_BYTES, MAX_TOKENS};
 
 /// What a token is for: the published values of `tokenizer.ggml.token_type`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -73,14 +75,9 @@ pub struct Tokenizer {
     add_bos: bool,
     add_eos: bool,
     ends: Vec<u32>,
-    /// Finds tokens that are matched in raw text before the algorithm runs; built at first use.
-    literals: OnceLock<Option<Literals>>,
-}
-
-#[derive(Debug)]
-struct Literals {
-    finder: AhoCorasick,
-    ids: Vec<u32>,
+    warnings: Vec<String>,
+    /// Tokens that are matched in raw text before the algorithm runs.
+    literals: Literals,
 }
 
 /// How text is encoded.
@@ -97,6 +94,9 @@ pub struct EncodeOptions {
 /// own use, and never in texts that are exchanged (Unicode 16, section 23.7).
 const APART: char = '\u{fdd0}';
 
+/// Most characters of a word of word pieces; a longer one is unknown. Halite's own key: GGUF has none for it.
+pub(crate) const MAX_WORD_CHARS: &str = "halite.tokenizer.max_input_chars_per_word";
+
 /// Texts of tokens that end a generation, whatever the metadata forget to say.
 const END_TEXTS: &[&str] = &[
     "<|eot_id|>",
@@ -112,6 +112,25 @@ const END_TEXTS: &[&str] = &[
     "</s>",
 ];
 
+/// Texts that are control tokens even where a file calls them normal ones, as some published files do: a turn that is spelled in
+/// pieces neither begins nor ends. `</s>` is not among them, for vocabularies that have it as a tag of HTML.
+const CONTROL_TEXTS: &[&str] = &[
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<|return|>",
+    "<|call|>",
+    "<start_of_turn>",
+    "<end_of_turn>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<EOT>",
+];
+
 impl Tokenizer {
     /// The tokenizer of a file; `None` if the file has no vocabulary (`tokenizer.ggml.model` is `none` or absent).
     ///
@@ -123,18 +142,32 @@ impl Tokenizer {
         if matches!(model, "none" | "no_vocab") {
             return Ok(None);
         }
-        let vocabulary = Vocabulary::read(gguf)?;
+        let mut vocabulary = Vocabulary::read(gguf)?;
         let count = vocabulary.len();
+        let warnings = RefCell::new(Vec::new());
+        let warn = |warning: String| warnings.borrow_mut().push(warning);
+        for text in CONTROL_TEXTS {
+            if let Some(id) = vocabulary.id(text.as_bytes())
+                && matches!(vocabulary.kind(id), Some(TokenKind::Normal | TokenKind::Unused))
+            {
+                vocabulary.set_kind(id, TokenKind::Control);
+                warn(format!(
+                    "token {id}, `{text}`: the file calls it a normal token, it is taken for a control token"
+                ));
+            }
+        }
         let special = |name: &str, default: Option<u32>| -> Result<Option<u32>> {
-            let id = gguf.optional_u32(&format!("tokenizer.ggml.{name}_token_id"))?.or(default);
-            match id {
+            match gguf.optional_u32(&format!("tokenizer.ggml.{name}_token_id"))? {
                 Some(id) if id as usize >= count => {
-                    Err(Error::Tokenizer(format!("{name}_token_id: expected below {count}, got {id}")))
+                    let instead = default.map_or("none".into(), |id| id.to_string());
+                    warn(format!(
+                        "{name}_token_id: expected below {count}, got {id}: it is taken for {instead}"
+                    ));
+                    Ok(default)
                 }
-                id => Ok(id),
+                id => Ok(id.or(default)),
             }
         };
-        let pre = gguf.optional_str("tokenizer.ggml.pre")?.unwrap_or("default");
         let or = |id: u32| (count > id as usize).then_some(id);
         let flag = |name: &str, default: bool| -> Result<bool> {
             Ok(gguf.optional_bool(&format!("tokenizer.ggml.{name}"))?.unwrap_or(default))
@@ -146,12 +179,16 @@ impl Tokenizer {
         let Kind { algorithm, bos, eos, add_bos, add_eos } = match model {
             "llama" => {
                 let add_space_prefix = flag("add_space_prefix", true)?;
-                let spm = spm::Spm::new(&vocabulary, special("unknown", Some(0))?, add_space_prefix)?;
+                let spm = spm::Spm::new(&vocabulary, special("unknown", or(0))?, add_space_prefix)?;
                 let (bos, eos) = (special("bos", or(1))?, special("eos", or(2))?);
                 Kind { algorithm: Algorithm::Spm(spm), bos, eos, add_bos: true, add_eos: false }
             }
             "gpt2" => {
-                let pre = pretokenize::Pretokenizer::new(pre)?;
+                let pre = gguf.optional_str("tokenizer.ggml.pre")?;
+                if pre.is_none() {
+                    warn("tokenizer.ggml.pre is missing: words are cut as by `default`, perhaps not as in training".into());
+                }
+                let pre = pretokenize::Pretokenizer::new(pre.unwrap_or("default"))?;
                 let add_bos = pre.add_bos;
                 let merges = gguf
                     .optional_strings("tokenizer.ggml.merges")?
@@ -169,7 +206,9 @@ impl Tokenizer {
                 let lowercase = flag("normalizer.lowercase", true)?;
                 let strip_accents = flag("normalizer.strip_accents", lowercase)?;
                 let unknown = required("unknown", 100)?;
-                let algorithm = wordpiece::WordPiece::new(&vocabulary, unknown, lowercase, strip_accents)?;
+                let max_chars = gguf.optional_u32(MAX_WORD_CHARS)?.unwrap_or(wordpiece::MAX_CHARS);
+                let algorithm =
+                    wordpiece::WordPiece::new(&vocabulary, unknown, lowercase, strip_accents, max_chars)?;
                 // A text is put between a token that stands for all of it and a separator, which the format misspells.
                 let (bos, eos) = (special("cls", or(101))?, special("seperator", or(102))?);
                 let algorithm = Algorithm::WordPiece(algorithm);
@@ -214,13 +253,20 @@ impl Tokenizer {
         Ok(Some(Tokenizer {
             add_bos: flag("add_bos_token", add_bos)?,
             add_eos: flag("add_eos_token", add_eos)?,
+            // Unigram vocabularies weigh user-defined tokens with the rest.
+            literals: Literals::new(&vocabulary, !matches!(algorithm, Algorithm::Unigram(_))),
             vocabulary,
             algorithm,
             bos,
             eos,
             ends,
-            literals: OnceLock::new(),
+            warnings: warnings.into_inner(),
         }))
+    }
+
+    /// What is odd about the vocabulary but does not keep it from being used, one line each.
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
     }
 
     /// Tokens in the vocabulary.
@@ -284,15 +330,10 @@ impl Tokenizer {
     /// A text that [`Tokenizer::encode`] takes for what it says, even where control tokens are parsed: for what strangers write
     /// into a prompt. A control token of a single character cannot be quoted.
     pub fn quote(&self, text: &str) -> String {
-        let Some(literals) = self.literals.get_or_init(|| self.build_literals()) else { return text.into() };
-        let control = |id| self.kind(id) != Some(TokenKind::UserDefined);
-        let found = literals.finder.find_overlapping_iter(text);
-        let found = found.filter(|m| control(literals.ids[m.pattern().as_usize()]));
-        let starts: std::collections::BTreeSet<usize> = found.map(|m| m.start()).collect();
         let mut quoted = String::with_capacity(text.len());
         for (at, c) in text.char_indices() {
             quoted.push(c);
-            if starts.contains(&at) {
+            if self.literals.is_control(&self.vocabulary, &text[at..]) {
                 quoted.push(APART);
             }
         }
@@ -302,7 +343,7 @@ impl Tokenizer {
     /// The parts of a text between its literals, and these.
     fn encode_between(&self, text: &str, parse_special: bool, mut first: bool, out: &mut Vec<u32>) {
         let mut start = 0;
-        for (range, id) in self.find_literals(text, parse_special) {
+        for (range, id) in self.literals.find(&self.vocabulary, text, parse_special) {
             self.encode_part(&text[start..range.start], parse_special, first, out);
             out.push(id);
             (start, first) = (range.end, true);
@@ -325,55 +366,27 @@ impl Tokenizer {
             Algorithm::Spm(spm) => spm.encode(text, first, &self.vocabulary, out),
             Algorithm::Bpe(bpe) => bpe.encode(text, &self.vocabulary, out),
             Algorithm::WordPiece(wordpiece) => wordpiece.encode(text, &self.vocabulary, out),
-            Algorithm::Unigram(unigram) => unigram.encode(text, first, out),
+            Algorithm::Unigram(unigram) => unigram.encode(text, first, &self.vocabulary, out),
         }
     }
 
-    /// User-defined tokens in the text (but for unigram vocabularies, which weigh them with the rest), and control tokens if
-    /// they are to be parsed: longest first, not overlapping, in order.
-    fn find_literals(&self, text: &str, parse_special: bool) -> Vec<(std::ops::Range<usize>, u32)> {
-        let Some(literals) = self.literals.get_or_init(|| self.build_literals()) else { return Vec::new() };
-        let mut all: Vec<_> = literals
-            .finder
-            .find_overlapping_iter(text)
-            .map(|m| (m.range(), literals.ids[m.pattern().as_usize()]))
-            .filter(|&(_, id)| match self.kind(id) {
-                Some(TokenKind::UserDefined) => !matches!(self.algorithm, Algorithm::Unigram(_)),
-                _ => parse_special,
-            })
-            .collect();
-        all.sort_by_key(|(range, id)| (std::cmp::Reverse(range.len()), *id, range.start));
-        let mut chosen: Vec<(std::ops::Range<usize>, u32)> = Vec::new();
-        let mut by_start = std::collections::BTreeMap::new();
-        for (range, id) in all {
-            let before = by_start.range(..range.end).next_back();
-            if before.is_none_or(|(_, &end)| end <= range.start) {
-                by_start.insert(range.start, range.end);
-                chosen.push((range, id));
-            }
+    /// Checks that there are tokens of these ids.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] with the first id that is beyond the vocabulary.
+    pub fn check(&self, ids: &[u32]) -> Result<()> {
+        match ids.iter().find(|&&id| id as usize >= self.len()) {
+            None => Ok(()),
+            Some(id) => Err(Error::argument(
+                "token id",
+                format!("below {}, the number of tokens in the vocabulary", self.len()),
+                id,
+            )),
         }
-        chosen.sort_by_key(|(range, _)| range.start);
-        chosen
     }
 
-    fn build_literals(&self) -> Option<Literals> {
-        // Only whole characters can be cut out of a text. Of tokens with one text and kind the first is enough.
-        let mut seen = HashSet::new();
-        let mut is_literal = |&id: &u32| {
-            let (kind, text) = (self.kind(id), self.vocabulary.text(id));
-            matches!(kind, Some(TokenKind::UserDefined | TokenKind::Control | TokenKind::Unknown))
-                && std::str::from_utf8(text).is_ok_and(|text| !text.is_empty())
-                && seen.insert((text, kind == Some(TokenKind::UserDefined)))
-        };
-        let ids: Vec<u32> = self.vocabulary.iter().filter(|id| is_literal(id)).collect();
-        let texts = ids.iter().map(|&id| self.vocabulary.text(id));
-        // The kind whose size stays in proportion to the texts, however long they are.
-        let kind = Some(AhoCorasickKind::ContiguousNFA);
-        let finder = AhoCorasick::builder().match_kind(MatchKind::Standard).kind(kind).build(texts).ok()?;
-        Some(Literals { finder, ids })
-    }
-
-    /// Appends the bytes that a token stands for. Control tokens stand for nothing unless `special` is set.
+    /// Appends the bytes that a token stands for. Control tokens stand for nothing unless `special` is set; ids beyond the vocabulary
+    /// always do, since a model whose embedding has more rows than there are tokens may give them. [`Tokenizer::check`] finds these.
     pub fn decode_token(&self, id: u32, special: bool, out: &mut Vec<u8>) {
         let (Some(kind), text) = (self.kind(id), self.vocabulary.text(id)) else { return };
         match (kind, &self.algorithm) {
@@ -389,7 +402,7 @@ impl Tokenizer {
         }
     }
 
-    /// Decodes tokens to text; bytes that are not UTF-8 become replacement characters.
+    /// Decodes tokens to text, as [`Tokenizer::decode_token`] does each; bytes that are not UTF-8 become replacement characters.
     pub fn decode(&self, ids: &[u32], special: bool) -> String {
         let mut bytes = Vec::new();
         for &id in ids {

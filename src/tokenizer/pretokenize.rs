@@ -1,6 +1,7 @@
 //! How text is cut into words before byte-level BPE. Every kind of `tokenizer.ggml.pre` is a row of a table.
 
-use fancy_regex::Regex;
+use regex_automata::Input;
+use regex_automata::meta::Regex;
 
 use crate::error::{Error, Result};
 use crate::gguf::printable;
@@ -133,10 +134,13 @@ pub(crate) fn name_of(patterns: &[String], ignore_merges: bool) -> Option<&'stat
     kind.and_then(|kind| kind.names.first().copied())
 }
 
+/// How patterns say that a run of spaces leaves its last one to the word that follows, if there is one.
+const SPACES: &str = r"|\s+(?!\S)";
+
 /// Cuts text into words.
 #[derive(Debug)]
 pub(super) struct Pretokenizer {
-    patterns: Vec<Regex>,
+    patterns: Vec<Pattern>,
     pub(super) ignore_merges: bool,
     pub(super) add_bos: bool,
 }
@@ -151,7 +155,8 @@ impl Pretokenizer {
             return Err(Error::Tokenizer(message));
         };
         let patterns = kind.patterns.iter().map(|pattern| {
-            Regex::new(pattern).map_err(|e| Error::Tokenizer(format!("pre-tokenizer `{name}`: {e}")))
+            Pattern::new(pattern)
+                .map_err(|e| Error::Tokenizer(format!("pre-tokenizer `{name}`: `{pattern}`: {e}")))
         });
         Ok(Pretokenizer {
             patterns: patterns.collect::<Result<_>>()?,
@@ -166,7 +171,40 @@ impl Pretokenizer {
     }
 }
 
-fn split<'t>(patterns: &[Regex], text: &'t str, f: &mut dyn FnMut(&'t str)) {
+/// A pattern, as an automaton that takes time in proportion to the text: a search that steps back, as look-ahead takes it, has
+/// limits that a long run of spaces passes.
+#[derive(Debug)]
+struct Pattern {
+    /// What the pattern is without [`SPACES`] at its end, and, where it has that, runs of spaces.
+    regex: Regex,
+}
+
+impl Pattern {
+    fn new(pattern: &str) -> Result<Pattern, Box<regex_automata::meta::BuildError>> {
+        // After the look-ahead a single space is a match or lies between matches, which is the same.
+        let words = pattern.strip_suffix(r"|\s+").unwrap_or(pattern).strip_suffix(SPACES);
+        let regex = match words {
+            Some(words) => Regex::new_many(&[words, r"\s+"]),
+            None => Regex::new(pattern),
+        };
+        Ok(Pattern { regex: regex? })
+    }
+
+    /// The first match from a byte of the text on.
+    fn find(&self, text: &str, from: usize) -> Option<std::ops::Range<usize>> {
+        let found = self.regex.find(Input::new(text).range(from..))?;
+        let (start, mut end) = (found.start(), found.end());
+        if found.pattern().as_usize() == 1 && end < text.len() {
+            let last = text[start..end].chars().next_back().map_or(0, char::len_utf8);
+            if start + last < end {
+                end -= last;
+            }
+        }
+        Some(start..end)
+    }
+}
+
+fn split<'t>(patterns: &[Pattern], text: &'t str, f: &mut dyn FnMut(&'t str)) {
     let Some((pattern, rest)) = patterns.split_first() else {
         if !text.is_empty() {
             f(text);
@@ -174,11 +212,10 @@ fn split<'t>(patterns: &[Regex], text: &'t str, f: &mut dyn FnMut(&'t str)) {
         return;
     };
     let mut end = 0;
-    // A pattern that gives up (its backtracking is limited) leaves the rest of the text as one piece.
-    for found in pattern.find_iter(text).map_while(|found| found.ok()) {
-        split(rest, &text[end..found.start()], f);
-        split(rest, found.as_str(), f);
-        end = found.end();
+    while let Some(found) = pattern.find(text, end) {
+        split(rest, &text[end..found.start], f);
+        split(rest, &text[found.clone()], f);
+        end = found.end;
     }
     split(rest, &text[end..], f);
 }
@@ -198,6 +235,29 @@ mod tests {
         const TEXT: &str = "Hello WORLD's  tokenIZER\r\n\n\tx=12345; 你好ÀÉ e\u{301}!! …/ 'll\u{a0}\u{3000} ";
         for name in KINDS.iter().flat_map(|kind| kind.names) {
             assert_eq!(words(name, TEXT).concat(), TEXT, "{name}");
+        }
+    }
+
+    /// A run of spaces is cut in the same places however long it is.
+    #[test]
+    fn long_runs_of_spaces_are_cut_as_short_ones() {
+        for kind in KINDS {
+            let name = kind.names[0];
+            let pre = Pretokenizer::new(name).unwrap();
+            for space in [" ", "\n", " \n", "\n "] {
+                let lengths = |times: usize| {
+                    let text = format!("one{}two 12345 they'll!", space.repeat(times));
+                    let mut words = Vec::new();
+                    pre.split(&text, &mut |word| words.push(word.to_owned()));
+                    words.retain(|word| word.chars().any(|c| !c.is_whitespace()));
+                    words
+                };
+                assert_eq!(lengths(60_000), lengths(5), "{name} {space:?}");
+            }
+            let text = " ".repeat(1_100_000) + "two";
+            let (mut words, mut bytes) = (0, 0);
+            pre.split(&text, &mut |word| (words, bytes) = (words + 1, bytes + word.len()));
+            assert_eq!((words <= 3, bytes), (true, text.len()), "{name}");
         }
     }
 

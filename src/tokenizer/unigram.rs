@@ -1,14 +1,16 @@
 //! Unigram vocabularies (Kudo 2018), as SentencePiece makes them: of all ways to spell a text in tokens the one whose
 //! log-probabilities have the greatest sum.
 
-use aho_corasick::{AhoCorasick, AhoCorasickKind, MatchKind};
-
 use super::TokenKind;
+use super::trie::Trie;
 use super::vocabulary::{SPACE, Vocabulary};
 use crate::error::{Error, Result};
 
 /// How much less probable than the rarest token an unknown character is, in log-probability.
 const UNKNOWN_PENALTY: f64 = 10.0;
+
+/// Most bytes of what a charsmap replaces, and of what by. Published ones have at most 33, for one character.
+const MAX_REPLACED_BYTES: usize = 64;
 
 #[derive(Debug)]
 pub(super) struct Unigram {
@@ -18,17 +20,15 @@ pub(super) struct Unigram {
     pub(super) remove_extra_spaces: bool,
     replacements: Option<Replacements>,
     unknown_score: f64,
-    /// Finds all tokens in a text.
-    finder: AhoCorasick,
-    /// The token and its score for each pattern of the finder.
-    tokens: Vec<(u32, f64)>,
+    /// The tokens that texts are spelled in.
+    tokens: Trie,
 }
 
-/// The best spelling of a text up to some byte: its score, and its last token with where that starts.
+/// The best spelling of a text up to some byte: its score, and its last token with the bytes of that.
 #[derive(Clone, Copy)]
 struct Best {
     score: f64,
-    start: usize,
+    len: u32,
     id: u32,
 }
 
@@ -40,65 +40,59 @@ impl Unigram {
         remove_extra_spaces: bool,
         charsmap: Option<&[u8]>,
     ) -> Result<Unigram> {
-        let mut tokens = Vec::new();
-        let mut lowest = 0f64;
-        for id in vocabulary.iter() {
-            let score = match vocabulary.kind(id) {
-                Some(TokenKind::Normal) => f64::from(vocabulary.score(id)),
-                Some(TokenKind::Unused) => f64::from(vocabulary.score(id)),
-                Some(TokenKind::UserDefined) => 0.0,
-                _ => continue,
-            };
-            if vocabulary.kind(id) == Some(TokenKind::Normal) {
-                lowest = lowest.min(score);
-            }
-            if !vocabulary.text(id).is_empty() && vocabulary.id(vocabulary.text(id)) == Some(id) {
-                tokens.push((id, score));
-            }
-        }
-        let texts = tokens.iter().map(|&(id, _)| vocabulary.text(id));
-        // The kind whose size stays in proportion to the texts, however long they are.
-        let kind = Some(AhoCorasickKind::ContiguousNFA);
-        let finder = AhoCorasick::builder().match_kind(MatchKind::Standard).kind(kind).build(texts);
+        let normal = vocabulary.iter().filter(|&id| vocabulary.kind(id) == Some(TokenKind::Normal));
+        let lowest = normal.map(|id| f64::from(vocabulary.score(id))).fold(0.0, f64::min);
+        let spells = |id: u32| {
+            use TokenKind::{Normal, Unused, UserDefined};
+            matches!(vocabulary.kind(id), Some(Normal | Unused | UserDefined))
+                && vocabulary.id(vocabulary.text(id)) == Some(id)
+        };
         Ok(Unigram {
             unknown,
             add_space_prefix,
             remove_extra_spaces,
             replacements: charsmap.map(Replacements::new).transpose()?,
             unknown_score: lowest - UNKNOWN_PENALTY,
-            finder: finder.map_err(|e| Error::Tokenizer(format!("tokenizer.ggml.tokens: {e}")))?,
-            tokens,
+            tokens: Trie::new(vocabulary, vocabulary.iter().filter(|&id| spells(id))),
         })
     }
 
-    pub(super) fn encode(&self, text: &str, first: bool, out: &mut Vec<u32>) {
+    pub(super) fn encode(&self, text: &str, first: bool, vocabulary: &Vocabulary, out: &mut Vec<u32>) {
         let text = self.normalise(text, first);
-        let mut best: Vec<Option<Best>> = vec![None; text.len() + 1];
-        if let Some(start) = best.first_mut() {
-            *start = Some(Best { score: 0.0, start: 0, id: self.unknown });
-        }
-        // Tokens in order of where they end, longer ones first: of equal sums the one with the longer last token stays.
-        let mut found = self.finder.find_overlapping_iter(&text).peekable();
-        for (start, c) in text.char_indices() {
-            let end = start + c.len_utf8();
-            let mut known = false;
-            while let Some(m) = found.next_if(|m| m.end() <= end) {
-                let (id, score) = self.tokens[m.pattern().as_usize()];
-                known |= m.range() == (start..end);
-                improve(&mut best, m.start(), m.end(), id, score);
+        // Without bytes it is where no spelling ends, but for the start.
+        let mut best = vec![Best { score: 0.0, len: 0, id: 0 }; text.len() + 1];
+        for start in 0..text.len() {
+            let from = best[start];
+            if from.len == 0 && start > 0 {
+                continue;
             }
-            if !known {
-                improve(&mut best, start, end, self.unknown, self.unknown_score);
+            // What starts later and ends in the same place is shorter: of equal sums the one with the longer last token stays.
+            let mut improve = |len: usize, id: u32, score: f64| {
+                let place = &mut best[start + len];
+                if place.len == 0 || from.score + score > place.score {
+                    *place = Best { score: from.score + score, len: len as u32, id };
+                }
+            };
+            // A token may end inside a character.
+            let character = text.get(start..).and_then(|text| text.chars().next()).map_or(0, char::len_utf8);
+            let mut known = false;
+            self.tokens.prefixes(vocabulary, &text.as_bytes()[start..], &mut |len, id| {
+                known |= len == character;
+                let defined = vocabulary.kind(id) == Some(TokenKind::UserDefined);
+                improve(len, id, if defined { 0.0 } else { f64::from(vocabulary.score(id)) });
+            });
+            if !known && character > 0 {
+                improve(character, self.unknown, self.unknown_score);
             }
         }
         let before = out.len();
         let mut end = text.len();
-        while let Some(Some(last)) = best.get(end).filter(|_| end > 0) {
+        while let Some(last) = best.get(end).filter(|last| last.len > 0) {
             // Unknown characters in a row are one unknown token.
             if last.id != self.unknown || out.len() == before || out.last() != Some(&self.unknown) {
                 out.push(last.id);
             }
-            end = last.start;
+            end -= last.len as usize;
         }
         out[before..].reverse();
     }
@@ -139,15 +133,6 @@ impl Unigram {
     }
 }
 
-fn improve(best: &mut [Option<Best>], start: usize, end: usize, id: u32, score: f64) {
-    let Some(score) = best.get(start).copied().flatten().map(|b| b.score + score) else { return };
-    if let Some(place) = best.get_mut(end)
-        && place.is_none_or(|b| score > b.score)
-    {
-        *place = Some(Best { score, start, id });
-    }
-}
-
 /// SentencePiece's `precompiled_charsmap`: the bytes of a double array (Aoe 1989, as laid out by Darts-clone), then texts that
 /// end in NUL.
 #[derive(Debug)]
@@ -169,7 +154,8 @@ impl Replacements {
         let replacements = Replacements { units, texts: texts.into() };
         for (i, &unit) in replacements.units.iter().enumerate() {
             if unit >> 31 == 0 && has_value(unit) && replacements.value(i, unit).is_none() {
-                return Err(wrong(&format!("unit {i} leads to no text")));
+                let most = MAX_REPLACED_BYTES;
+                return Err(wrong(&format!("unit {i} leads to no text of at most {most} bytes")));
             }
         }
         Ok(replacements)
@@ -179,7 +165,7 @@ impl Replacements {
     fn longest(&self, text: &str) -> Option<(usize, &str)> {
         let mut at = offset(*self.units.first()?);
         let mut longest = None;
-        for (i, byte) in text.bytes().enumerate() {
+        for (i, byte) in text.bytes().enumerate().take(MAX_REPLACED_BYTES) {
             let child = at ^ usize::from(byte);
             let Some(&unit) = self.units.get(child) else { break };
             // A value has the highest bit set, which no label has.
@@ -197,8 +183,10 @@ impl Replacements {
     /// The text of a unit that has one.
     fn value(&self, at: usize, unit: u32) -> Option<&str> {
         let leaf = self.units.get(at ^ offset(unit))?;
-        let text = self.texts.get((leaf & !(1 << 31)) as usize..)?;
-        text.split_once('\0').map(|(text, _)| text)
+        let start = (leaf & !(1 << 31)) as usize;
+        let text = self.texts.as_bytes().get(start..)?;
+        let end = text.iter().take(MAX_REPLACED_BYTES + 1).position(|&byte| byte == 0)?;
+        self.texts.get(start..start + end)
     }
 }
 

@@ -12,7 +12,11 @@ use crate::gguf::Gguf;
 pub(super) const SPACE: &str = "\u{2581}";
 
 /// Most tokens that a vocabulary may have.
-const MAX_TOKENS: usize = 1 << 22;
+pub(crate) const MAX_TOKENS: usize = 1 << 22;
+
+/// Most bytes of a token's text, and of all. The longest published ones are runs of some hundred spaces.
+pub(crate) const MAX_TOKEN_BYTES: usize = 1 << 10;
+const MAX_BYTES: usize = 1 << 26;
 
 /// Tokens by id and by text.
 pub(super) struct Vocabulary {
@@ -80,7 +84,18 @@ impl Vocabulary {
             ids: HashTable::with_capacity(count),
             hasher: RandomState::new(),
         };
-        for text in texts.iter() {
+        for (id, text) in texts.iter().enumerate() {
+            let wrong = |what: &str, most: usize, got: usize| {
+                Error::Tokenizer(format!(
+                    "tokenizer.ggml.tokens{what}: expected at most {most} bytes, got {got}"
+                ))
+            };
+            if text.len() > MAX_TOKEN_BYTES {
+                return Err(wrong(&format!("[{id}]"), MAX_TOKEN_BYTES, text.len()));
+            }
+            if vocabulary.texts.len() + text.len() > MAX_BYTES {
+                return Err(wrong("", MAX_BYTES, vocabulary.texts.len() + text.len()));
+            }
             vocabulary.texts.extend_from_slice(text);
             vocabulary.ends.push(vocabulary.texts.len());
         }
@@ -112,6 +127,13 @@ impl Vocabulary {
     /// The token of a text.
     pub(super) fn id(&self, text: &[u8]) -> Option<u32> {
         self.ids.find(self.hasher.hash_one(text), |&id| self.text(id) == text).copied()
+    }
+
+    /// Says what a token is for, whatever the file says.
+    pub(super) fn set_kind(&mut self, id: u32, kind: TokenKind) {
+        if let Some(place) = self.kinds.get_mut(id as usize) {
+            *place = kind;
+        }
     }
 
     /// What a token is for.

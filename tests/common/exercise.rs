@@ -92,3 +92,54 @@ fn vocabulary(tokenizer: &Tokenizer) {
     tokenizer.decode(&ids, true);
     tokenizer.decode(&[0, tokenizer.len() as u32, u32::MAX], true);
 }
+
+/// Reads a profile of any text, and changes every number of one that holds together.
+#[cfg(feature = "sim")]
+pub fn profile(text: &str) {
+    use halite::profile::Profile;
+    let profile = match Profile::parse("text", text) {
+        Ok(profile) => profile,
+        Err(error) => {
+            let said = error.to_string();
+            assert!(!said.chars().any(|c| c.is_control() && c != '\n'), "{said:?}");
+            return;
+        }
+    };
+    assert!(profile.peaks().iter().all(|(_, ops_per_s)| ops_per_s.is_finite() && *ops_per_s > 0.0));
+    for (path, quantity) in &profile.quantities {
+        assert!(profile.with(path, 2.0 * quantity.value).is_ok(), "{path}");
+    }
+}
+
+/// Files of a folder of safetensors, in the order in which [`folder`] takes them.
+pub const FOLDER: [&str; 6] = [
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+    "sentence_bert_config.json",
+    "model.safetensors",
+];
+
+/// What no text has: the end of a file in what [`folder`] takes.
+pub const END: u8 = 0xff;
+
+/// Converts a folder of any files, each but the last up to [`END`], and opens what comes of it. Returns whether anything did.
+#[cfg(feature = "convert")]
+pub fn folder(at: &std::path::Path, bytes: &[u8]) -> bool {
+    use halite::kernels::formats::Format;
+    std::fs::create_dir_all(at).unwrap();
+    let mut files = bytes.splitn(FOLDER.len(), |byte| *byte == END);
+    for name in FOLDER {
+        match files.next().filter(|file| !file.is_empty()) {
+            Some(file) => std::fs::write(at.join(name), file).unwrap(),
+            None => drop(std::fs::remove_file(at.join(name))),
+        }
+    }
+    let mut out = Vec::new();
+    let Ok(left_out) = halite::convert::convert(at, Format::F32, &mut out, &mut |_| {}) else { return false };
+    assert!(!left_out.concat().chars().any(char::is_control), "{left_out:?}");
+    // What is written can be opened.
+    assert!(model(&out));
+    true
+}

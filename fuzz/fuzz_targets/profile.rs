@@ -1,0 +1,8 @@
+//! Profiles of any text.
+#![no_main]
+
+#[allow(dead_code)]
+#[path = "../../tests/common/exercise.rs"]
+mod exercise;
+
+libfuzzer_sys::fuzz_target!(|text: &str| exercise::profile(text));

@@ -1,0 +1,78 @@
+//! Checksums of a model's files, in the form of `sha256sum`: who has them from a source that is trusted need not trust where the files
+//! come from.
+
+use std::ffi::OsStr;
+use std::fmt::Write as _;
+use std::io::Write;
+use std::path::Path;
+
+use halite::gguf::Gguf;
+use halite::map::{self, Source};
+use sha2::{Digest, Sha256};
+
+use super::{Failure, progress};
+
+/// Most bytes of a list of checksums.
+const MAX_BYTES: u64 = 1 << 20;
+/// Bytes that are hashed before the bar moves.
+const STEP: usize = 1 << 24;
+
+/// The SHA-256 of each file, with its name without folders.
+fn hashes<'g>(gguf: &'g Gguf) -> Vec<(&'g OsStr, String)> {
+    let sources: Vec<&'g Source> = gguf.parts().map(|(source, _)| &**source).collect();
+    let total = sources.iter().map(|source| source.bytes().len() as u64).sum();
+    let bar = progress(total, "hashing");
+    let hash = |source: &&'g Source| {
+        let mut hasher = Sha256::new();
+        for bytes in source.bytes().chunks(STEP) {
+            hasher.update(bytes);
+            bar.inc(bytes.len() as u64);
+        }
+        let mut hex = String::new();
+        for byte in hasher.finalize() {
+            let _ = write!(hex, "{byte:02x}");
+        }
+        (source.path().file_name().unwrap_or_default(), hex)
+    };
+    let hashes = sources.iter().map(hash).collect();
+    bar.finish_and_clear();
+    hashes
+}
+
+/// Writes the checksums of a model's files to a new file.
+pub fn write(gguf: &Gguf, path: &Path) -> Result<(), Failure> {
+    let mut text = Vec::new();
+    for (name, hash) in hashes(gguf) {
+        let name = name.as_encoded_bytes();
+        if name.iter().any(|byte| matches!(byte, b'\\' | b'\n' | b'\r')) {
+            return Err("--checksums: a file name with a line break or a backslash".into());
+        }
+        text.extend([hash.as_bytes(), b"  ", name, b"\n"].concat());
+    }
+    let written = std::fs::File::create_new(path).and_then(|mut file| file.write_all(&text));
+    written.map_err(|e| format!("{}: {e}", path.display()).into())
+}
+
+/// Refuses a model of which a file is not in the list, or is another.
+pub fn check(gguf: &Gguf, path: &Path) -> Result<(), Failure> {
+    let text = map::read(path, MAX_BYTES)?;
+    let listed = |name: &OsStr| {
+        let mut lines = text.split(|byte| *byte == b'\n');
+        // Two spaces, or a space and a star for a file that was read as it is.
+        lines.find_map(|line| match line.split_at_checked(64)? {
+            (hash, [b' ', b' ' | b'*', rest @ ..]) if rest == name.as_encoded_bytes() => Some(hash),
+            _ => None,
+        })
+    };
+    for (name, got) in hashes(gguf) {
+        let shown = name.to_string_lossy();
+        let Some(expected) = listed(name) else {
+            return Err(format!("{}: no SHA-256 of {shown}", path.display()).into());
+        };
+        if !expected.eq_ignore_ascii_case(got.as_bytes()) {
+            let expected = String::from_utf8_lossy(expected);
+            return Err(format!("{shown}: expected SHA-256 {expected}, got {got}: it is another file").into());
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,107 @@
+//! Tokens that are found in a text as it is, before the vocabulary's algorithm sees the rest.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BinaryHeap};
+use std::ops::Range;
+
+use super::TokenKind;
+use super::trie::Trie;
+use super::vocabulary::Vocabulary;
+
+#[derive(Debug)]
+pub(super) struct Literals {
+    /// User-defined tokens; none where the algorithm takes care of them.
+    defined: Trie,
+    /// Control tokens and unknown ones.
+    control: Trie,
+}
+
+/// A literal in a text. The greatest is taken first: the longest, then the one with the lowest id, then the one further left.
+type Found = (usize, Reverse<u32>, Reverse<usize>);
+
+impl Literals {
+    pub(super) fn new(vocabulary: &Vocabulary, with_defined: bool) -> Literals {
+        let trie = |wanted: &dyn Fn(TokenKind) -> bool| {
+            // Only whole characters can be cut out of a text.
+            let is_text = |id: u32| std::str::from_utf8(vocabulary.text(id)).is_ok();
+            let ids = vocabulary.iter().filter(|&id| vocabulary.kind(id).is_some_and(wanted) && is_text(id));
+            Trie::new(vocabulary, ids)
+        };
+        Literals {
+            defined: trie(&|kind| kind == TokenKind::UserDefined && with_defined),
+            control: trie(&|kind| matches!(kind, TokenKind::Control | TokenKind::Unknown)),
+        }
+    }
+
+    /// User-defined tokens in the text, and control tokens if `special` is set: longest first, not overlapping, in order.
+    pub(super) fn find(
+        &self,
+        vocabulary: &Vocabulary,
+        text: &str,
+        special: bool,
+    ) -> Vec<(Range<usize>, u32)> {
+        let text = text.as_bytes();
+        let mut chosen = Vec::new();
+        // Those that overlap each other, and where the last of them ends.
+        let mut tangle = BinaryHeap::new();
+        let mut end = 0;
+        for start in 0..text.len() {
+            if start >= end && !tangle.is_empty() {
+                self.choose(vocabulary, text, special, &mut tangle, &mut chosen);
+            }
+            if let Some(found) = self.longest(vocabulary, text, start..text.len(), special) {
+                end = end.max(start + found.0);
+                tangle.push(found);
+            }
+        }
+        self.choose(vocabulary, text, special, &mut tangle, &mut chosen);
+        chosen
+    }
+
+    /// Takes the greatest literal, then the greatest beside it, and so on. There is one candidate for each place where literals
+    /// start; one that reaches into what was taken is followed by the longest in the same place that does not. Each time there is
+    /// less than half the room, so a place is looked at a few times only.
+    fn choose(
+        &self,
+        vocabulary: &Vocabulary,
+        text: &[u8],
+        special: bool,
+        tangle: &mut BinaryHeap<Found>,
+        chosen: &mut Vec<(Range<usize>, u32)>,
+    ) {
+        let mut taken: BTreeMap<usize, (usize, u32)> = BTreeMap::new();
+        while let Some((len, Reverse(id), Reverse(start))) = tangle.pop() {
+            if taken.range(..=start).next_back().is_some_and(|(_, &(end, _))| end > start) {
+                continue;
+            }
+            match taken.range(start..start + len).next() {
+                Some((&limit, _)) => tangle.extend(self.longest(vocabulary, text, start..limit, special)),
+                None => {
+                    taken.insert(start, (start + len, id));
+                }
+            }
+        }
+        chosen.extend(taken.into_iter().map(|(start, (end, id))| (start..end, id)));
+    }
+
+    /// The longest literal at the start of a range, and inside it.
+    fn longest(
+        &self,
+        vocabulary: &Vocabulary,
+        text: &[u8],
+        range: Range<usize>,
+        special: bool,
+    ) -> Option<Found> {
+        let mut longest = None;
+        for trie in [Some(&self.defined), special.then_some(&self.control)].into_iter().flatten() {
+            let found = trie.longest(vocabulary, &text[range.clone()]);
+            longest = longest.max(found.map(|(len, id)| (len, Reverse(id), Reverse(range.start))));
+        }
+        longest
+    }
+
+    /// Whether a text begins with a control token.
+    pub(super) fn is_control(&self, vocabulary: &Vocabulary, text: &str) -> bool {
+        self.control.longest(vocabulary, text.as_bytes()).is_some()
+    }
+}

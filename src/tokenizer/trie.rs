@@ -1,0 +1,81 @@
+//! A tree over some of a vocabulary's texts, to find all that a text begins with. It has a node for each byte that two texts share,
+//! and one for what follows: its size stays in proportion to the texts, and a search ends with the longest of them.
+
+use super::vocabulary::Vocabulary;
+
+#[derive(Debug, Default)]
+pub(super) struct Trie {
+    /// The root comes first; the children of a node lie next to each other, in the order of their bytes.
+    nodes: Vec<Node>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Node {
+    /// The token whose text ends here; of a node without children the only one whose text leads here, however long it is.
+    token: Option<std::num::NonZeroU32>,
+    first_child: u32,
+    children: u16,
+    byte: u8,
+}
+
+impl Trie {
+    /// The tree of some tokens. Of tokens with one text the first is found.
+    pub(super) fn new(vocabulary: &Vocabulary, tokens: impl Iterator<Item = u32>) -> Trie {
+        let mut tokens: Vec<u32> = tokens.filter(|&id| !vocabulary.text(id).is_empty()).collect();
+        tokens.sort_by_key(|&id| (vocabulary.text(id), id));
+        tokens.dedup_by_key(|id| vocabulary.text(*id));
+        let mut nodes = vec![Node { token: None, first_child: 0, children: 0, byte: 0 }];
+        // Nodes whose children are not there yet: the tokens below them, and how long their texts are up to there.
+        let mut open = vec![(0, 0..tokens.len(), 0)];
+        while let Some((node, mut below, depth)) = open.pop() {
+            let stored = |id: u32| std::num::NonZeroU32::new(id + 1);
+            if below.len() == 1 && depth > 0 {
+                nodes[node].token = stored(tokens[below.start]);
+                continue;
+            }
+            if let Some(&id) = tokens[below.clone()].first()
+                && vocabulary.text(id).len() == depth
+            {
+                nodes[node].token = stored(id);
+                below.start += 1;
+            }
+            nodes[node].first_child = nodes.len() as u32;
+            while let Some(&id) = tokens[below.clone()].first() {
+                let byte = vocabulary.text(id)[depth];
+                let same = tokens[below.clone()].partition_point(|&id| vocabulary.text(id)[depth] <= byte);
+                open.push((nodes.len(), below.start..below.start + same, depth + 1));
+                nodes[node].children += 1;
+                nodes.push(Node { token: None, first_child: 0, children: 0, byte });
+                below.start += same;
+            }
+        }
+        Trie { nodes }
+    }
+
+    /// Calls `f` with the length and the id of every token whose text `text` begins with, the shortest first.
+    pub(super) fn prefixes(&self, vocabulary: &Vocabulary, text: &[u8], f: &mut dyn FnMut(usize, u32)) {
+        let mut children = self.nodes.first().map_or(&[][..], |root| self.children(root));
+        for (at, byte) in text.iter().enumerate() {
+            let Ok(child) = children.binary_search_by_key(byte, |child| child.byte) else { return };
+            let node = &children[child];
+            children = self.children(node);
+            let Some(id) = node.token.map(|id| id.get() - 1) else { continue };
+            let rest = vocabulary.text(id).get(at + 1..).unwrap_or(&[]);
+            if text[at + 1..].starts_with(rest) {
+                f(at + 1 + rest.len(), id);
+            }
+        }
+    }
+
+    /// The longest of them.
+    pub(super) fn longest(&self, vocabulary: &Vocabulary, text: &[u8]) -> Option<(usize, u32)> {
+        let mut longest = None;
+        self.prefixes(vocabulary, text, &mut |len, id| longest = Some((len, id)));
+        longest
+    }
+
+    fn children(&self, node: &Node) -> &[Node] {
+        let first = node.first_child as usize;
+        self.nodes.get(first..first + usize::from(node.children)).unwrap_or(&[])
+    }
+}
