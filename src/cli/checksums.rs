@@ -8,9 +8,10 @@ use std::path::Path;
 
 use halite::gguf::Gguf;
 use halite::map::{self, Source};
+use halite::output::Replace;
 use sha2::{Digest, Sha256};
 
-use super::{Failure, progress};
+use super::{Failure, interrupt, progress};
 
 /// Most bytes of a list of checksums.
 const MAX_BYTES: u64 = 1 << 20;
@@ -49,8 +50,9 @@ pub fn write(gguf: &Gguf, path: &Path) -> Result<(), Failure> {
         }
         text.extend([hash.as_bytes(), b"  ", name, b"\n"].concat());
     }
-    let written = std::fs::File::create_new(path).and_then(|mut file| file.write_all(&text));
-    written.map_err(|e| format!("{}: {e}", path.display()).into())
+    let mut out = interrupt::File::create(path, Replace::Nothing, &[])?;
+    out.write_all(&text).map_err(|e| format!("{}: {e}", path.display()))?;
+    out.commit()
 }
 
 /// Refuses a model of which a file is not in the list, or is another.

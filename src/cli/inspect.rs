@@ -9,6 +9,7 @@ use halite::backend::cpu::Cpu;
 use halite::backend::reference::Reference;
 use halite::gguf::Gguf;
 use halite::kernels::formats::Layout;
+use halite::model::outputs;
 use halite::session::{SessionOptions, footprint};
 use halite::{Model, Tokenizer};
 
@@ -40,6 +41,12 @@ struct Estimate {
     backend: String,
     result: Result<halite::session::Footprint, String>,
 }
+
+/// What a model is made for, and the command for it.
+type Use = (&'static str, &'static str);
+const CHATS: Use = ("chats", "chat");
+const TEXTS: Use = ("continuing texts", "run");
+const EMBEDDINGS: Use = ("embeddings", "embed");
 
 pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
     let gguf = Gguf::open(&args.file)?;
@@ -83,6 +90,8 @@ pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
         Ok(None) => Ok("none: token ids only".into()),
         Err(error) => Err(error.to_string()),
     };
+    let chats = gguf.optional_str("tokenizer.chat_template")?.is_some();
+    let mut made_for = if chats { CHATS } else { TEXTS };
     let options = SessionOptions { context: args.ctx, ..Default::default() };
     let mut positions = args.ctx;
     let mut estimates = Vec::new();
@@ -91,6 +100,9 @@ pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
         Ok(model) => {
             warn(model.warnings());
             positions = options.positions(&model);
+            if model.program(options.program, positions).is_ok_and(|p| p.find(outputs::LOGITS).is_none()) {
+                made_for = EMBEDDINGS;
+            }
             for backend in backends()? {
                 let result = footprint(&model, &*backend, &options).map_err(|e| e.to_string());
                 estimates.push(Estimate { backend: backend.caps().name.clone(), result });
@@ -108,6 +120,7 @@ pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
                 "name": name, "format": format, "dims": dims, "bytes": size,
             })).collect::<Vec<_>>(),
             "tokenizer": tokenizer.as_ref().map_or_else(|e| e.clone(), Clone::clone),
+            "made_for": made_for.0,
             "context": positions,
             "not_finite": args.verify.then_some(&not_finite),
             "backends": estimates.iter().map(|e| match &e.result {
@@ -146,6 +159,7 @@ pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
         }
     }
     text += &format!("\ntokenizer: {}\n", tokenizer.unwrap_or_else(|e| e));
+    text += &format!("made for: {}, with `halite {}`\n", made_for.0, made_for.1);
     text += &format!("\nwith a context of {positions}\n");
     for e in &estimates {
         match &e.result {

@@ -386,8 +386,7 @@ fn warn(warnings: &[String]) {
     let Ok(mut said) = SAID.lock() else { return };
     for warning in warnings {
         if !said.contains(warning) {
-            // Nothing is left to do if stderr is gone.
-            let _ = writeln!(std::io::stderr(), "halite: warning: {}", plain(warning));
+            say(&format!("halite: warning: {}", plain(warning)));
             said.push(warning.clone());
         }
     }
