@@ -139,11 +139,11 @@ fn compare(got: &[Output], want: &[Output], contract: Contract, bound: f64) -> O
         for (i, (&g, &w)) in got.iter().zip(want).enumerate() {
             let (gf, wf) = (f32::from_bits(g), f32::from_bits(w));
             if g == w || (!integers && gf.is_nan() && wf.is_nan()) {
-                power += if *integers { 0.0 } else { f64::from(wf).powi(2) };
+                power += if *integers || !wf.is_finite() { 0.0 } else { f64::from(wf).powi(2) };
                 continue;
             }
             let place = format!("{name}[{i}]: expected {wf:e} ({w:#010x}), got {gf:e} ({g:#010x})");
-            if contract == Contract::Exact || *integers || !gf.is_finite() {
+            if contract == Contract::Exact || *integers || !gf.is_finite() || !wf.is_finite() {
                 return Outcome::Fail(place);
             }
             error += (f64::from(gf) - f64::from(wf)).powi(2);
@@ -599,7 +599,8 @@ fn not_finite(cases: &mut Cases) {
     }
     for (which, softcap) in [("q", None), ("q", Some(2.0)), ("k", Some(2.0)), ("v", None)] {
         let name = format!("Attend F32 of NaN {which} softcap={softcap:?}");
-        cases.add(name, &[], &[&[(0, 3)], &[(3, 1)]], 1e-6, |b| {
+        // One token at a time: beside later ones, a device may multiply their values by zero.
+        cases.add(name, &[], &[&[(0, 1)], &[(1, 1)], &[(2, 1)]], 1e-6, |b| {
             let input = |b: &mut Builder<'_>, name: &str, cols: u32| match name == which {
                 true => with_nan(b, name, cols),
                 false => b.input(name, Dim::Tokens, cols),
