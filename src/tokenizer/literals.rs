@@ -16,7 +16,8 @@ pub(super) struct Literals {
     control: Trie,
 }
 
-/// A literal in a text. The greatest is taken first: the longest, then the one with the lowest id, then the one further left.
+/// A literal in a text. The greatest is taken first: the longest, then the one with the lowest id, then the
+/// one further left.
 type Found = (usize, Reverse<u32>, Reverse<usize>);
 
 impl Literals {
@@ -33,7 +34,8 @@ impl Literals {
         }
     }
 
-    /// User-defined tokens in the text, and control tokens if `special` is set: longest first, not overlapping, in order.
+    /// User-defined tokens in the text, and control tokens if `special` is set: longest first, not
+    /// overlapping, in order.
     pub(super) fn find(
         &self,
         vocabulary: &Vocabulary,
@@ -58,9 +60,10 @@ impl Literals {
         chosen
     }
 
-    /// Takes the greatest literal, then the greatest beside it, and so on. There is one candidate for each place where literals
-    /// start; one that reaches into what was taken is followed by the longest in the same place that does not. Each time there is
-    /// less than half the room, so a place is looked at a few times only.
+    /// Takes the greatest literal, then the greatest beside it, and so on. There is one candidate for each
+    /// place where literals start; one that reaches into what was taken is followed by the longest in the
+    /// same place that does not. Each time there is less than half the room, so a place is looked at a few
+    /// times only.
     fn choose(
         &self,
         vocabulary: &Vocabulary,
