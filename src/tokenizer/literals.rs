@@ -14,6 +14,8 @@ pub(super) struct Literals {
     defined: Trie,
     /// Control tokens and unknown ones.
     control: Trie,
+    /// Whether one of either begins with a byte: most places of most texts need no search.
+    begins: Box<[bool; 256]>,
 }
 
 /// A literal in a text. The greatest is taken first: the longest, then the one with the lowest id, then the
@@ -28,10 +30,11 @@ impl Literals {
             let ids = vocabulary.iter().filter(|&id| vocabulary.kind(id).is_some_and(wanted) && is_text(id));
             Trie::new(vocabulary, ids)
         };
-        Literals {
-            defined: trie(&|kind| kind == TokenKind::UserDefined && with_defined),
-            control: trie(&|kind| matches!(kind, TokenKind::Control | TokenKind::Unknown)),
-        }
+        let defined = trie(&|kind| kind == TokenKind::UserDefined && with_defined);
+        let control = trie(&|kind| matches!(kind, TokenKind::Control | TokenKind::Unknown));
+        let mut begins = Box::new([false; 256]);
+        defined.first_bytes().chain(control.first_bytes()).for_each(|byte| begins[usize::from(byte)] = true);
+        Literals { defined, control, begins }
     }
 
     /// User-defined tokens in the text, and control tokens if `special` is set: longest first, not
@@ -50,6 +53,9 @@ impl Literals {
         for start in 0..text.len() {
             if start >= end && !tangle.is_empty() {
                 self.choose(vocabulary, text, special, &mut tangle, &mut chosen);
+            }
+            if !self.begins[usize::from(text[start])] {
+                continue;
             }
             if let Some(found) = self.longest(vocabulary, text, start..text.len(), special) {
                 end = end.max(start + found.0);

@@ -77,6 +77,11 @@ impl Trie {
         longest
     }
 
+    /// What the texts begin with.
+    pub(super) fn first_bytes(&self) -> impl Iterator<Item = u8> {
+        self.nodes.first().into_iter().flat_map(|root| self.children(root)).map(|child| child.byte)
+    }
+
     fn children(&self, node: &Node) -> &[Node] {
         let first = node.first_child as usize;
         self.nodes.get(first..first + usize::from(node.children)).unwrap_or(&[])
