@@ -14,8 +14,8 @@ use crate::program::PAGE_POSITIONS;
 use crate::session::MAX_RUNS;
 use crate::tokenizer::{EncodeOptions, Tokenizer};
 
-/// Most tokens of a text, special ones included, where that is less than the model has positions: what sentence-transformers calls
-/// `max_seq_length`. Halite's own key: GGUF has none for it.
+/// Most tokens of a text, special ones included, where that is less than the model has positions: what
+/// sentence-transformers calls `max_seq_length`. Halite's own key: GGUF has none for it.
 pub(crate) const MAX_TEXT_TOKENS: &str = "halite.embedding.max_text_tokens";
 
 /// What an embedder reserves, and what it makes of a text's tokens.
@@ -119,8 +119,9 @@ impl Embedder {
         self.cancel.clone()
     }
 
-    /// A vector for each text; with [`Pooling::None`] one for each token of each text, in order. Control tokens that a text spells,
-    /// such as `[MASK]`, are read as such, as the published tokenizers do; [`Tokenizer::quote`] keeps them out.
+    /// A vector for each text; with [`Pooling::None`] one for each token of each text, in order. Control
+    /// tokens that a text spells, such as `[MASK]`, are read as such, as the published tokenizers do;
+    /// [`Tokenizer::quote`] keeps them out.
     ///
     /// # Errors
     /// As [`Embedder::embed_tokens`].

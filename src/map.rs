@@ -70,7 +70,8 @@ impl Source {
         }
     }
 
-    /// Checks that a mapped file is still the one that was mapped. One that was replaced under its name is: the map keeps it.
+    /// Checks that a mapped file is still the one that was mapped. One that was replaced under its name is:
+    /// the map keeps it.
     ///
     /// # Errors
     /// [`Error::FileChanged`] if it has another length, or was written to as far as its times tell.
@@ -91,7 +92,8 @@ impl Source {
         Ok(())
     }
 
-    /// Whether a file's status changed for no other reason that can be seen: links, rights, an owner, another name.
+    /// Whether a file's status changed for no other reason that can be seen: links, rights, an owner, another
+    /// name.
     #[cfg(unix)]
     fn was_written_behind_its_time(&self, opened: &Metadata, now: &Metadata) -> bool {
         use std::os::unix::fs::MetadataExt;

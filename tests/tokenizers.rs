@@ -302,8 +302,8 @@ fn quoted_texts_have_no_control_tokens() {
     }
 }
 
-/// Literals as they are defined: all that are in the text, the longest first, then the lowest id, then the one further left; each
-/// unless it overlaps one that was taken.
+/// Literals as they are defined: all that are in the text, the longest first, then the lowest id, then the
+/// one further left; each unless it overlaps one that was taken.
 fn literals(texts: &[String], text: &str) -> Vec<(usize, usize, u32)> {
     let mut all = Vec::new();
     for (id, literal) in texts.iter().enumerate() {
@@ -359,7 +359,8 @@ fn overlapping_literals_are_the_longest_first() {
     }
 }
 
-/// Runs something on `n` and on `4 n`. What takes time in proportion takes 4 times as long, with the square 16 times.
+/// Runs something on `n` and on `4 n`. What takes time in proportion takes 4 times as long, with the square
+/// 16 times.
 fn is_linear(what: &str, n: usize, run: &dyn Fn(usize)) {
     let time = |n: usize| {
         let once = || {

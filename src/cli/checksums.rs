@@ -1,5 +1,5 @@
-//! Checksums of a model's files, in the form of `sha256sum`: who has them from a source that is trusted need not trust where the files
-//! come from.
+//! Checksums of a model's files, in the form of `sha256sum`: who has them from a source that is trusted need
+//! not trust where the files come from.
 
 use std::ffi::OsStr;
 use std::fmt::Write as _;

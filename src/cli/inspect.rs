@@ -28,7 +28,8 @@ pub struct InspectArgs {
     /// Read all weights and name the tensors with scales or values that are not finite.
     #[arg(long)]
     verify: bool,
-    /// Write the SHA-256 of each of the model's files to a new file, for --verify-on-load and `sha256sum --check`.
+    /// Write the SHA-256 of each of the model's files to a new file, as `sha256sum` does, for
+    /// --verify-on-load.
     #[arg(long, value_name = "FILE")]
     checksums: Option<PathBuf>,
     /// One JSON object.

@@ -112,8 +112,8 @@ struct ModelArgs {
     /// A GGUF file (the first one of a split model); without it, the small model that is built in.
     #[arg(short, long, value_name = "FILE")]
     model: Option<PathBuf>,
-    /// Refuse the model if the SHA-256 of one of its files, an adapter or a draft is not the one in this list of `sha256sum` or of
-    /// `inspect --checksums`.
+    /// Refuse the model if the SHA-256 of one of its files, an adapter or a draft is not the one in this list
+    /// of `sha256sum` or of `inspect --checksums`.
     #[arg(long, value_name = "FILE")]
     verify_on_load: Option<PathBuf>,
     #[command(flatten)]

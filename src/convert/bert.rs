@@ -80,7 +80,8 @@ fn only(json: &Json, key: &str, only: &Value) -> Result<()> {
     }
 }
 
-/// What sentence-transformers does around the model: where it cuts texts, and what follows. Returns what is left out.
+/// What sentence-transformers does around the model: where it cuts texts, and what follows. Returns what is
+/// left out.
 fn sentences(folder: &Path, config: &Json, w: &mut Writer) -> Result<Vec<String>> {
     let about = Json::open_if_there(folder, "sentence_bert_config.json")?;
     let tokenizer = Json::open(folder, "tokenizer_config.json")?;

@@ -19,16 +19,16 @@ const INDEX: &str = "model.safetensors.index.json";
 /// Most bytes of a text file. The largest published vocabularies have 33 million.
 const MAX_TEXT_BYTES: u64 = 1 << 26;
 
-/// Most that the values of a JSON file may weigh, an object eight times as much as another value: about what they take in memory. The
-/// largest published vocabularies weigh two million.
+/// Most that the values of a JSON file may weigh, an object eight times as much as another value: about what
+/// they take in memory. The largest published vocabularies weigh two million.
 const MAX_JSON_WEIGHT: usize = 1 << 22;
 
 /// Most bytes of what a file of safetensors says of its tensors.
 const MAX_HEADER_BYTES: u64 = 1 << 24;
 
-/// The place of a file of the folder, with all links followed. A link may not lead out of the folder: what it leads to would become
-/// part of a model that is passed on. The exception is the cache of the Hugging Face hub, in which `models--NAME/snapshots/REVISION`
-/// is a folder of links to `models--NAME/blobs`.
+/// The place of a file of the folder, with all links followed. A link may not lead out of the folder: what it
+/// leads to would become part of a model that is passed on. The exception is the cache of the Hugging Face
+/// hub, in which `models--NAME/snapshots/REVISION` is a folder of links to `models--NAME/blobs`.
 fn inside(folder: &Path, name: &str) -> Result<PathBuf> {
     let path = folder.join(name);
     let real =

@@ -75,8 +75,8 @@ struct Target<'a> {
 /// bytes of each tensor done. Returns what the folder says and the file does not, one line each: what has no key in GGUF and
 /// changes little, such as a text's normal form (NFC) before a byte-level vocabulary. All else that has none is an error.
 ///
-/// No link may lead out of the folder, but for those in the cache of the Hugging Face hub. Only regular files are read, texts of up
-/// to 64 MiB.
+/// No link may lead out of the folder, but for those in the cache of the Hugging Face hub. Only regular files
+/// are read, texts of up to 64 MiB.
 ///
 /// # Errors
 /// [`Error::Io`] for what cannot be read (of `out` without a path); [`Error::Model`] or [`Error::Tokenizer`] for a family, an

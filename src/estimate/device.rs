@@ -16,8 +16,8 @@ use crate::{Error, Result};
 /// What the ops of a step take: of each sequence the tokens from a first position on, with an output for each sequence.
 ///
 /// # Errors
-/// [`Error::Argument`] for what was never measured: on a GPU, mixtures of experts, and anything without a calibration in bf16, which
-/// stands for other formats (see [`unmeasured`]); on a CPU, several sequences.
+/// [`Error::Argument`] for what was never measured: on a GPU, mixtures of experts, and anything without a
+/// calibration in bf16, which stands for other formats (see [`unmeasured`]); on a CPU, several sequences.
 pub fn time(
     profile: &Profile,
     program: &Program,
@@ -70,8 +70,8 @@ fn on_host(
     })
 }
 
-/// What of a program was not measured on a GPU: formats that stand for others, one line each. Of errors of products nothing is known
-/// then.
+/// What of a program was not measured on a GPU: formats that stand for others, one line each. Of errors of
+/// products nothing is known then.
 pub fn unmeasured(program: &Program) -> Vec<String> {
     let products = program.greedy_ops().flat_map(|(_, op)| match op {
         Op::MatMul { parts, .. } => &parts[..],

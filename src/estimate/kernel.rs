@@ -269,8 +269,9 @@ pub fn estimate(profile: &Profile, formats: Formats, kernel: Kernel) -> Result<E
     estimate_stored(profile, formats, formats.weights.bits(), kernel)
 }
 
-/// The time of a kernel that works in formats that were measured, on weights or a KV cache of so many bits a value, which it unpacks on
-/// the way: the bytes of these, and all else as measured. What unpacking takes is not known, and left out.
+/// The time of a kernel that works in formats that were measured, on weights or a KV cache of so many bits a
+/// value, which it unpacks on the way: the bytes of these, and all else as measured. What unpacking takes is
+/// not known, and left out.
 ///
 /// # Errors
 /// As [`estimate`].

@@ -192,8 +192,8 @@ impl Provenance {
     }
 }
 
-/// Most numbers and texts of a file, and most bytes of a key, of a name and of another text. Each number will have a path of names
-/// and keys and a copy of the text that says where it is from.
+/// Most numbers and texts of a file, and most bytes of a key, of a name and of another text. Each number will
+/// have a path of names and keys and a copy of the text that says where it is from.
 const MAX_VALUES: usize = 4096;
 const MAX_NAME_BYTES: usize = 64;
 const MAX_TEXT_BYTES: usize = 1 << 10;

@@ -14,9 +14,12 @@ pub(super) struct Literals {
     defined: Trie,
     /// Control tokens and unknown ones.
     control: Trie,
+    /// Whether one of either begins with a byte: most places of most texts need no search.
+    begins: Box<[bool; 256]>,
 }
 
-/// A literal in a text. The greatest is taken first: the longest, then the one with the lowest id, then the one further left.
+/// A literal in a text. The greatest is taken first: the longest, then the one with the lowest id, then the
+/// one further left.
 type Found = (usize, Reverse<u32>, Reverse<usize>);
 
 impl Literals {
@@ -27,13 +30,15 @@ impl Literals {
             let ids = vocabulary.iter().filter(|&id| vocabulary.kind(id).is_some_and(wanted) && is_text(id));
             Trie::new(vocabulary, ids)
         };
-        Literals {
-            defined: trie(&|kind| kind == TokenKind::UserDefined && with_defined),
-            control: trie(&|kind| matches!(kind, TokenKind::Control | TokenKind::Unknown)),
-        }
+        let defined = trie(&|kind| kind == TokenKind::UserDefined && with_defined);
+        let control = trie(&|kind| matches!(kind, TokenKind::Control | TokenKind::Unknown));
+        let mut begins = Box::new([false; 256]);
+        defined.first_bytes().chain(control.first_bytes()).for_each(|byte| begins[usize::from(byte)] = true);
+        Literals { defined, control, begins }
     }
 
-    /// User-defined tokens in the text, and control tokens if `special` is set: longest first, not overlapping, in order.
+    /// User-defined tokens in the text, and control tokens if `special` is set: longest first, not
+    /// overlapping, in order.
     pub(super) fn find(
         &self,
         vocabulary: &Vocabulary,
@@ -49,6 +54,9 @@ impl Literals {
             if start >= end && !tangle.is_empty() {
                 self.choose(vocabulary, text, special, &mut tangle, &mut chosen);
             }
+            if !self.begins[usize::from(text[start])] {
+                continue;
+            }
             if let Some(found) = self.longest(vocabulary, text, start..text.len(), special) {
                 end = end.max(start + found.0);
                 tangle.push(found);
@@ -58,9 +66,10 @@ impl Literals {
         chosen
     }
 
-    /// Takes the greatest literal, then the greatest beside it, and so on. There is one candidate for each place where literals
-    /// start; one that reaches into what was taken is followed by the longest in the same place that does not. Each time there is
-    /// less than half the room, so a place is looked at a few times only.
+    /// Takes the greatest literal, then the greatest beside it, and so on. There is one candidate for each
+    /// place where literals start; one that reaches into what was taken is followed by the longest in the
+    /// same place that does not. Each time there is less than half the room, so a place is looked at a few
+    /// times only.
     fn choose(
         &self,
         vocabulary: &Vocabulary,

@@ -112,8 +112,9 @@ const END_TEXTS: &[&str] = &[
     "</s>",
 ];
 
-/// Texts that are control tokens even where a file calls them normal ones, as some published files do: a turn that is spelled in
-/// pieces neither begins nor ends. `</s>` is not among them, for vocabularies that have it as a tag of HTML.
+/// Texts that are control tokens even where a file calls them normal ones, as some published files do: a turn
+/// that is spelled in pieces neither begins nor ends. `</s>` is not among them, for vocabularies that have it
+/// as a tag of HTML.
 const CONTROL_TEXTS: &[&str] = &[
     "<|eot_id|>",
     "<|eom_id|>",
@@ -385,8 +386,9 @@ impl Tokenizer {
         }
     }
 
-    /// Appends the bytes that a token stands for. Control tokens stand for nothing unless `special` is set; ids beyond the vocabulary
-    /// always do, since a model whose embedding has more rows than there are tokens may give them. [`Tokenizer::check`] finds these.
+    /// Appends the bytes that a token stands for. Control tokens stand for nothing unless `special` is set;
+    /// ids beyond the vocabulary always do, since a model whose embedding has more rows than there are tokens
+    /// may give them. [`Tokenizer::check`] finds these.
     pub fn decode_token(&self, id: u32, special: bool, out: &mut Vec<u8>) {
         let (Some(kind), text) = (self.kind(id), self.vocabulary.text(id)) else { return };
         match (kind, &self.algorithm) {
@@ -402,7 +404,8 @@ impl Tokenizer {
         }
     }
 
-    /// Decodes tokens to text, as [`Tokenizer::decode_token`] does each; bytes that are not UTF-8 become replacement characters.
+    /// Decodes tokens to text, as [`Tokenizer::decode_token`] does each; bytes that are not UTF-8 become
+    /// replacement characters.
     pub fn decode(&self, ids: &[u32], special: bool) -> String {
         let mut bytes = Vec::new();
         for &id in ids {

@@ -171,8 +171,8 @@ impl Pretokenizer {
     }
 }
 
-/// A pattern, as an automaton that takes time in proportion to the text: a search that steps back, as look-ahead takes it, has
-/// limits that a long run of spaces passes.
+/// A pattern, as an automaton that takes time in proportion to the text: a search that steps back, as
+/// look-ahead takes it, has limits that a long run of spaces passes.
 #[derive(Debug)]
 struct Pattern {
     /// What the pattern is without [`SPACES`] at its end, and, where it has that, runs of spaces.

@@ -1,5 +1,6 @@
-//! A tree over some of a vocabulary's texts, to find all that a text begins with. It has a node for each byte that two texts share,
-//! and one for what follows: its size stays in proportion to the texts, and a search ends with the longest of them.
+//! A tree over some of a vocabulary's texts, to find all that a text begins with. It has a node for each byte
+//! that two texts share, and one for what follows: its size stays in proportion to the texts, and a search
+//! ends with the longest of them.
 
 use super::vocabulary::Vocabulary;
 
@@ -11,7 +12,8 @@ pub(super) struct Trie {
 
 #[derive(Debug, Clone, Copy)]
 struct Node {
-    /// The token whose text ends here; of a node without children the only one whose text leads here, however long it is.
+    /// The token whose text ends here; of a node without children the only one whose text leads here, however
+    /// long it is.
     token: Option<std::num::NonZeroU32>,
     first_child: u32,
     children: u16,
@@ -25,7 +27,8 @@ impl Trie {
         tokens.sort_by_key(|&id| (vocabulary.text(id), id));
         tokens.dedup_by_key(|id| vocabulary.text(*id));
         let mut nodes = vec![Node { token: None, first_child: 0, children: 0, byte: 0 }];
-        // Nodes whose children are not there yet: the tokens below them, and how long their texts are up to there.
+        // Nodes whose children are not there yet: the tokens below them, and how long their texts are up to
+        // there.
         let mut open = vec![(0, 0..tokens.len(), 0)];
         while let Some((node, mut below, depth)) = open.pop() {
             let stored = |id: u32| std::num::NonZeroU32::new(id + 1);
@@ -72,6 +75,11 @@ impl Trie {
         let mut longest = None;
         self.prefixes(vocabulary, text, &mut |len, id| longest = Some((len, id)));
         longest
+    }
+
+    /// What the texts begin with.
+    pub(super) fn first_bytes(&self) -> impl Iterator<Item = u8> {
+        self.nodes.first().into_iter().flat_map(|root| self.children(root)).map(|child| child.byte)
     }
 
     fn children(&self, node: &Node) -> &[Node] {

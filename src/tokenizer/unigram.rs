@@ -66,7 +66,8 @@ impl Unigram {
             if from.len == 0 && start > 0 {
                 continue;
             }
-            // What starts later and ends in the same place is shorter: of equal sums the one with the longer last token stays.
+            // What starts later and ends in the same place is shorter: of equal sums the one with the longer
+            // last token stays.
             let mut improve = |len: usize, id: u32, score: f64| {
                 let place = &mut best[start + len];
                 if place.len == 0 || from.score + score > place.score {

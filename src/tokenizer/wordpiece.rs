@@ -76,8 +76,8 @@ impl WordPiece {
         }
     }
 
-    /// The longest piece, then the longest that continues it; one unknown token if at some place there is none, or if the word is too
-    /// long.
+    /// The longest piece, then the longest that continues it; one unknown token if at some place there is
+    /// none, or if the word is too long.
     fn encode_word(&self, word: &str, vocabulary: &Vocabulary, out: &mut Vec<u32>) {
         let (before, mut rest) = (out.len(), word.as_bytes());
         let too_long = word.chars().skip(1).nth(self.max_chars).is_some();

@@ -124,7 +124,8 @@ pub const FOLDER: [&str; 6] = [
 /// What no text has: the end of a file in what [`folder`] takes.
 pub const END: u8 = 0xff;
 
-/// Converts a folder of any files, each but the last up to [`END`], and opens what comes of it. Returns whether anything did.
+/// Converts a folder of any files, each but the last up to [`END`], and opens what comes of it. Returns
+/// whether anything did.
 #[cfg(feature = "convert")]
 pub fn folder(at: &std::path::Path, bytes: &[u8]) -> bool {
     use halite::kernels::formats::Format;

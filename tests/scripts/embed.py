@@ -49,6 +49,9 @@ class Bert:
         self.config = json.loads((folder / "config.json").read_text())
         self.w = {k: v.astype(np.float64) for k, v in load_file(folder / "model.safetensors").items()}
         self.tokenizer = BertWordPieceTokenizer(str(folder / "vocab.txt"), lowercase=True)
+        about = folder / "sentence_bert_config.json"
+        if about.exists():
+            self.tokenizer.enable_truncation(json.loads(about.read_text())["max_seq_length"])
 
     def linear(self, name, x):
         return x @ self.w[f"{name}.weight"].T + self.w[f"{name}.bias"]
