@@ -42,6 +42,10 @@ impl Run<'_> {
                 self.text_filter(name, value, given)
             }
             "abs" | "int" | "float" | "round" => self.number_filter(name, value, given),
+            // Nothing, whatever its kind, has no items to look at.
+            "map" | "select" | "reject" | "selectattr" | "rejectattr" if !value.truth() => {
+                self.heap.meter.list(Vec::new())
+            }
             "map" => self.map(&value, given),
             "select" | "reject" => self.select(&value, given, name == "select", false),
             "selectattr" | "rejectattr" => self.select(&value, given, name == "selectattr", true),
