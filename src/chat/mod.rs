@@ -14,7 +14,7 @@ mod value;
 
 use jiff::Timestamp;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, printable};
 use crate::gguf::Gguf;
 use crate::tokenizer::{EncodeOptions, Tokenizer};
 use eval::Run;
@@ -24,8 +24,8 @@ use value::{Fallible, Value};
 /// Most bytes of a template.
 const MAX_TEMPLATE: usize = 1 << 20;
 
-/// Most bytes of a template's complaint that an error repeats.
-const MAX_MESSAGE: usize = 1000;
+/// Most bytes of a date's format.
+const MAX_FORMAT: usize = 1000;
 
 /// The stack that a template is read and run on. The deepest that the limits allow takes a quarter of it without optimization.
 const STACK: usize = 64 << 20;
@@ -161,18 +161,6 @@ fn on_large_stack<T: Send>(f: impl FnOnce() -> Result<T, (u32, String)> + Send) 
     }
 }
 
-/// The start of a text, with control characters escaped: a terminal would obey them.
-fn printable(text: &str) -> String {
-    let mut out = String::new();
-    for c in text.chars() {
-        if out.len() > MAX_MESSAGE {
-            return out + "…";
-        }
-        if c.is_control() { out.extend(c.escape_default()) } else { out.push(c) }
-    }
-    out
-}
-
 /// The time now, in UTC, as `strftime` writes it; without widths, which a template could make as large as it likes.
 fn now(format: &str) -> Fallible<String> {
     let flags = ['-', '_', '0', '^', '#'];
@@ -183,8 +171,8 @@ fn now(format: &str) -> Fallible<String> {
     {
         return Err("strftime_now: no widths are allowed".into());
     }
-    if format.len() > MAX_MESSAGE {
-        return Err(format!("strftime_now: expected at most {MAX_MESSAGE} bytes, got {}", format.len()));
+    if format.len() > MAX_FORMAT {
+        return Err(format!("strftime_now: expected at most {MAX_FORMAT} bytes, got {}", format.len()));
     }
     jiff::fmt::strtime::format(format, Timestamp::now()).map_err(|e| format!("strftime_now: {e}"))
 }
