@@ -140,7 +140,7 @@ impl Error {
     }
 }
 
-/// The start of a text from outside, with control characters escaped: a terminal would obey them.
+/// The start of a text from outside, with control characters but newlines escaped: a terminal would obey them.
 #[cfg(any(feature = "chat", feature = "constrain"))]
 pub(crate) fn printable(text: &str) -> String {
     const MAX_BYTES: usize = 1000;
@@ -149,7 +149,7 @@ pub(crate) fn printable(text: &str) -> String {
         if out.len() > MAX_BYTES {
             return out + "…";
         }
-        if c.is_control() { out.extend(c.escape_default()) } else { out.push(c) }
+        if c.is_control() && c != '\n' { out.extend(c.escape_default()) } else { out.push(c) }
     }
     out
 }

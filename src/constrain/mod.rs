@@ -80,12 +80,8 @@ impl Rule {
             }
             Rule::Grammar(_) => {
                 at_most("open brackets", MAX_NESTING, nesting(text))?;
-                // A definition's colon, and others besides.
-                at_most(
-                    "definitions",
-                    MAX_DEFINITIONS,
-                    text.lines().filter(|line| line.contains(':')).count(),
-                )?;
+                // Each definition has a colon, and so has each of a JSON schema inside it.
+                at_most("colons", MAX_DEFINITIONS, text.matches(':').count())?;
                 Ok(TopLevelGrammar::from_lark(text.clone()))
             }
             Rule::Gbnf(_) => {
@@ -253,7 +249,9 @@ fn work(
             Request::Mask if matcher.is_stopped() => {
                 let reason = matcher.stop_reason();
                 if !reason.is_ok() {
-                    return Err(plain(&matcher.get_error().unwrap_or_else(|| reason.to_string())));
+                    return Err(plain(
+                        &matcher.get_error().unwrap_or_else(|| format!("nothing can follow ({reason})")),
+                    ));
                 }
                 Reply::Mask(SimpleVob::new(), true)
             }
