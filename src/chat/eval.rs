@@ -93,7 +93,7 @@ impl<'a> Run<'a> {
         Ok(out)
     }
 
-    fn nested<T>(&mut self, part: impl FnOnce(&mut Self) -> Fallible<T>) -> Fallible<T> {
+    pub fn nested<T>(&mut self, part: impl FnOnce(&mut Self) -> Fallible<T>) -> Fallible<T> {
         if self.depth >= MAX_DEPTH {
             return Err(format!("runs nested deeper than {MAX_DEPTH} levels"));
         }
@@ -326,6 +326,7 @@ impl<'a> Run<'a> {
                     run.expr(filter, scope)
                 })?;
                 if keep.truth() {
+                    self.heap.meter.items(1)?;
                     kept.push(item.clone());
                 }
             }
@@ -493,7 +494,7 @@ impl<'a> Run<'a> {
                 if count > 100_000 {
                     return Err("range: more than 100000 numbers".into());
                 }
-                self.heap.meter.items(count as usize)?;
+                self.heap.meter.room(count as usize)?;
                 let numbers = (0..count as i64).map(|i| Value::Int(start + i * step)).collect();
                 self.heap.meter.list(numbers)
             }
@@ -729,7 +730,7 @@ impl<'a> Run<'a> {
                 return Ok(Value::Str(text.into()));
             }
             ("+", Value::List(a), Value::List(b)) if a.tuple == b.tuple => {
-                self.heap.meter.items(a.items.len() + b.items.len())?;
+                self.heap.meter.room(a.items.len() + b.items.len())?;
                 let items = a.items.iter().chain(&b.items).cloned().collect();
                 return self.heap.meter.sequence(items, a.tuple);
             }
@@ -744,7 +745,7 @@ impl<'a> Run<'a> {
                         return Ok(Value::Str(text.repeat(times).into()));
                     }
                     Value::List(list) => {
-                        self.heap.meter.items(list.items.len().saturating_mul(times))?;
+                        self.heap.meter.room(list.items.len().saturating_mul(times))?;
                         let mut items = Vec::with_capacity(list.items.len() * times);
                         // Nothing is repeated as often as one likes.
                         for _ in 0..if list.items.is_empty() { 0 } else { times } {
@@ -804,7 +805,7 @@ impl<'a> Run<'a> {
                 Ok(Value::Str((0..taken).map(|i| chars[index(i)]).collect::<String>().into()))
             }
             Value::List(list) => {
-                self.heap.meter.items(taken)?;
+                self.heap.meter.room(taken)?;
                 let index = |i: usize| (first + i as i64 * step) as usize;
                 let items = (0..taken).map(|i| list.items[index(i)].clone()).collect();
                 self.heap.meter.sequence(items, list.tuple)

@@ -28,6 +28,11 @@ type Path = Vec<Value>;
 impl Run<'_> {
     pub fn filter(&mut self, name: &str, value: Value, given: Given) -> Fallible<Value> {
         self.heap.meter.work(1)?;
+        // A filter that is given others runs them inside of it.
+        self.nested(|run| run.any_filter(name, value, given))
+    }
+
+    fn any_filter(&mut self, name: &str, value: Value, given: Given) -> Fallible<Value> {
         match name {
             "default" | "d" => {
                 let [default, boolean] = given.bind(["default_value", "boolean"])?;
@@ -385,7 +390,7 @@ impl Run<'_> {
                 }
                 value => {
                     let list = self.iterate(value)?;
-                    self.heap.meter.items(list.items.len())?;
+                    self.heap.meter.room(list.items.len())?;
                     let items = list.items.iter().rev().cloned().collect();
                     self.heap.meter.list(items)
                 }
@@ -459,6 +464,7 @@ impl Run<'_> {
                 let [attribute, default, case] = given.bind(["attribute", "default", "case_sensitive"])?;
                 let path = self.path(attribute)?;
                 let list = self.iterate(&value)?;
+                self.heap.meter.items(list.items.len().saturating_mul(2))?;
                 let mut keyed = Vec::new();
                 for item in &list.items {
                     let key = self.follow(item, &path, default.as_ref())?;
@@ -484,7 +490,7 @@ impl Run<'_> {
     }
 
     fn copy(&mut self, items: &[Value]) -> Fallible<Value> {
-        self.heap.meter.items(items.len())?;
+        self.heap.meter.room(items.len())?;
         self.heap.meter.list(items.to_vec())
     }
 
@@ -500,7 +506,7 @@ impl Run<'_> {
         if name == "batch" {
             for chunk in list.items.chunks(count) {
                 let missing = if fill.is_some() { count - chunk.len() } else { 0 };
-                self.heap.meter.items(chunk.len().saturating_add(missing))?;
+                self.heap.meter.room(chunk.len().saturating_add(missing))?;
                 let mut items = chunk.to_vec();
                 items.extend(std::iter::repeat_n(&fill, missing).flatten().cloned());
                 out.push(self.heap.meter.list(items)?);
@@ -537,6 +543,7 @@ impl Run<'_> {
             attribute => vec![self.path(attribute)?],
         };
         let list = self.iterate(value)?;
+        self.heap.meter.items(list.items.len().saturating_mul(2))?;
         let mut keyed = Vec::new();
         for item in &list.items {
             let mut key = Vec::new();

@@ -212,7 +212,7 @@ impl Meter {
     pub fn memory(&mut self, bytes: usize) -> Fallible<()> {
         self.memory = self.memory.saturating_add(bytes);
         if self.memory > MAX_MEMORY {
-            return Err(format!("builds texts and lists of more than {MAX_MEMORY} bytes"));
+            return Err(too_large());
         }
         self.read(bytes)
     }
@@ -225,7 +225,15 @@ impl Meter {
         self.memory(bytes)
     }
 
-    /// Room for a list, before it is made.
+    /// Whether there is room for a list, before its items are put together.
+    pub fn room(&mut self, count: usize) -> Fallible<()> {
+        if count.saturating_mul(ITEM) > MAX_MEMORY.saturating_sub(self.memory) {
+            return Err(too_large());
+        }
+        self.work(count)
+    }
+
+    /// Memory for so many items that are no list yet, or are only looked at.
     pub fn items(&mut self, count: usize) -> Fallible<()> {
         self.memory(count.saturating_mul(ITEM))
     }
@@ -408,6 +416,10 @@ impl Meter {
         let mut slots: Vec<Option<T>> = items.drain(..).map(|(_, item)| Some(item)).collect();
         Ok(order.into_iter().filter_map(|at| slots[at].take()).collect())
     }
+}
+
+fn too_large() -> String {
+    format!("builds texts and lists of more than {MAX_MEMORY} bytes")
 }
 
 fn deepest<'a>(values: impl Iterator<Item = &'a Value>) -> Fallible<u16> {

@@ -20,7 +20,7 @@ use crate::tokenizer::{TokenKind, Tokenizer};
 /// Most bytes of a rule.
 const MAX_BYTES: usize = 256 << 10;
 
-/// Most definitions of a grammar, each of which can need the next.
+/// Most definitions of a grammar and references in a schema, each of which can need the next.
 const MAX_DEFINITIONS: usize = 2000;
 
 /// Most values of a schema, names among them.
@@ -36,7 +36,7 @@ const MAX_STATES: usize = 50_000;
 /// Longest time for an answer: for a rule built, and for a token.
 const MAX_TIME: Duration = Duration::from_secs(2);
 
-/// The stack of a rule's thread. A chain of so many definitions takes half of it without optimization.
+/// The stack of a rule's thread. A chain of so many references takes less than half of it without optimization.
 const STACK: usize = 256 << 20;
 
 /// What the output must be.
@@ -67,7 +67,9 @@ impl Rule {
         match self {
             Rule::JsonSchema(_) => {
                 let mut schema: serde_json::Value = serde_json::from_str(text).map_err(|e| e.to_string())?;
-                at_most("values", MAX_VALUES, count(&schema))?;
+                let (values, references) = count(&schema);
+                at_most("values", MAX_VALUES, values)?;
+                at_most("references", MAX_DEFINITIONS, references)?;
                 if let Some(schema) = schema.as_object_mut() {
                     let compact = || serde_json::json!({ "whitespace_flexible": false });
                     schema.entry("x-guidance").or_insert_with(compact);
@@ -111,12 +113,16 @@ fn nesting(text: &str) -> usize {
     most
 }
 
-/// The values of a schema; reading it has limited how deep they are.
-fn count(value: &serde_json::Value) -> usize {
-    1 + match value {
-        serde_json::Value::Array(items) => items.iter().map(count).sum::<usize>(),
-        serde_json::Value::Object(items) => items.values().map(count).sum(),
-        _ => 0,
+/// The values of a schema, and the references in it. Reading it has limited how deep it is.
+fn count(value: &serde_json::Value) -> (usize, usize) {
+    let sum = |(a, b), (c, d)| (a + c, b + d);
+    match value {
+        serde_json::Value::Array(items) => items.iter().map(count).fold((1, 0), sum),
+        serde_json::Value::Object(items) => {
+            let references = usize::from(items.contains_key("$ref"));
+            items.values().map(count).fold((1, references), sum)
+        }
+        _ => (1, 0),
     }
 }
 
