@@ -613,7 +613,7 @@ impl Run<'_> {
     }
 
     fn again(&mut self, given: &Given) -> Fallible<Given> {
-        self.heap.meter.work(1 + given.positional.len() + given.named.len())?;
+        self.heap.meter.items(given.positional.len() + 2 * given.named.len())?;
         Ok(Given { positional: given.positional.clone(), named: given.named.clone() })
     }
 

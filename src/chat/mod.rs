@@ -27,7 +27,7 @@ const MAX_TEMPLATE: usize = 1 << 20;
 /// Most bytes of a date's format.
 const MAX_FORMAT: usize = 1000;
 
-/// The stack that a template is read and run on. The deepest that the limits allow takes a quarter of it without optimization.
+/// The stack that a template is read and run on: eight times what the deepest that the limits allow takes without optimization.
 const STACK: usize = 64 << 20;
 
 /// Where the answer starts in texts that think first, in OpenAI's harmony format: templates refuse what is before in a history.

@@ -159,7 +159,15 @@ impl<'a> Reader<'a> {
                 Some(_) => return self.expected("a part of a rule"),
             }
             self.space();
-            while let Some(repeats) = self.repeats()? {
+            for count in 0.. {
+                let Some(repeats) = self.repeats()? else { break };
+                if count > self.max_nesting {
+                    return Err(format!(
+                        "line {}: more than {} repetitions of one part",
+                        self.line(),
+                        self.max_nesting
+                    ));
+                }
                 item = format!("({item}){repeats}");
                 self.space();
             }
