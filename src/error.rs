@@ -155,3 +155,17 @@ impl Error {
         Error::Argument { what, expected: expected.to_string(), got: got.to_string() }
     }
 }
+
+/// The start of a text from outside, with control characters but newlines escaped: a terminal would obey them.
+#[cfg(any(feature = "chat", feature = "constrain"))]
+pub(crate) fn printable(text: &str) -> String {
+    const MAX_BYTES: usize = 1000;
+    let mut out = String::new();
+    for c in text.chars() {
+        if out.len() > MAX_BYTES {
+            return out + "…";
+        }
+        if c.is_control() && c != '\n' { out.extend(c.escape_default()) } else { out.push(c) }
+    }
+    out
+}

@@ -138,7 +138,7 @@ fn templates_that_mean_harm_are_errors() {
         "{% for i in range(9999) %}{{ 'aaaaaaaaaaaaaaaa' * 1000 }}{% endfor %}",
         "{{ 'a' * 1000000000000 }}",
         "{{ [1] | tojson(indent=1000000000000000) }}",
-        "{{ [1] | tojson(1000000000000000) }}",
+        "{{ [1] | tojson(true, 1000000000000000) }}",
         "{{ 'a' | indent(10000000000000000) }}",
         "{{ 1 // 0 }}",
         &format!("{{{{ {nested} }}}}"),
@@ -152,6 +152,61 @@ fn templates_that_mean_harm_are_errors() {
         );
     }
     assert_eq!(render("{{ [1] | tojson(indent=1) }}", &[]).unwrap(), "[\n 1\n]");
+}
+
+/// As Python's jinja2 renders them; `tests/scripts/templates.py` compares many more.
+#[test]
+fn templates_are_read_as_python_reads_them() {
+    for (template, expected) in [
+        // Without tools, as transformers has it: none, which is not iterable.
+        ("{% if tools is iterable and tools | length > 0 %}T{% endif %}x", "x"),
+        ("{{ tools is none }}{{ tools is defined }}{{ none | selectattr('a') | list }}", "TrueTrue[]"),
+        // The mark of what is trained on writes only its body, wherever its name is.
+        ("a {%- generation -%} {{ 1 }} b {%- endgeneration -%} c", "a1 bc"),
+        (
+            "{% generation %}\nx{% endgeneration %}\n{{ '{% generation %}' }}{# {% generation %} #}",
+            "x{% generation %}",
+        ),
+        ("{% raw %}{% generation %}{% endraw %}", "{% generation %}"),
+        ("{% generation %}{% set x = 1 %}{% endgeneration %}{{ x is defined }}", "False"),
+        // JSON as json.dumps writes it.
+        (
+            r#"{{ {'b': "<é>&'\"", 'a': [1, 2.0, true, none]} | tojson }}"#,
+            r#"{"b": "<é>&'\"", "a": [1, 2.0, true, null]}"#,
+        ),
+        ("{{ {'b': 1, 'a': []} | tojson(sort_keys=true, separators=(',', ':')) }}", r#"{"a":[],"b":1}"#),
+        ("{{ ['é😀'] | tojson(ensure_ascii=true) }}", r#"["\u00e9\ud83d\ude00"]"#),
+        ("{{ {'a': [1]} | tojson(indent=2) }}", "{\n  \"a\": [\n    1\n  ]\n}"),
+        ("{{ [1e16, 1e-5, 0.1, 100.0] | tojson }}", "[1e+16, 1e-05, 0.1, 100.0]"),
+        // Formatting and methods.
+        ("{{ '%s has %03d, %.2f, %-4s|%r%%' % ('a', 7, 2.5, 'b', 'c') }}", "a has 007, 2.50, b   |'c'%"),
+        ("{{ '%(x)5s' % {'x': 1} }}{{ '{:>4}{!r}'.format(1, 'a') }}", "    1   1'a'"),
+        ("{{ 'a-b-c'.rsplit('-', 1) }}{{ 'a-b'.partition('-') }}", "['a-b', 'c']('a', '-', 'b')"),
+        ("{{ 'a-b-c'.rpartition('-')[0] }}{{ 'abc'.index('c') }}", "a-b2"),
+        ("{{ 'abc'.removeprefix('a').removesuffix('c') }}{{ [3, 4].index(4) }}", "b1"),
+        ("{{ [true, none, 'it\\'s', 1.0, (1,), {'a': 1}] }}", "[True, None, \"it's\", 1.0, (1,), {'a': 1}]"),
+        ("{{ -7 // 2 }} {{ -7 % 3 }} {{ 7 / 2 }} {{ 2 ** 3 ** 2 }} {{ 1 < 2 < 3 }}", "-4 2 3.5 64 True"),
+        // Scopes: a loop's variables end with it, a namespace's do not; a macro sees what is set after it.
+        ("{% set x = 1 %}{% for i in [1, 2] %}{% set x = 2 %}{% endfor %}{{ x }}", "1"),
+        ("{% macro m() %}{{ y }}{% endmacro %}{% set y = 3 %}{{ m() }}", "3"),
+        ("{% for i in [1, [2]] recursive %}{{ i if i is number else loop(i) }}{% endfor %}", "12"),
+        (
+            "{% for i in range(9) if i is odd %}{% if loop.last %}{% break %}{% endif %}{{ i }}{% endfor %}",
+            "135",
+        ),
+    ] {
+        assert_eq!(render(template, &messages()).unwrap_or_else(|e| format!("{template}: {e}")), expected);
+    }
+}
+
+#[test]
+fn a_template_cannot_write_to_the_terminal_by_its_errors() {
+    let error = render("\n{{ raise_exception('a\\x1b]0;b\\x07\\x9bc\\r') }}", &[]).unwrap_err().to_string();
+    assert_eq!(error, r"chat template: line 2: a\u{1b}]0;b\u{7}\u{9b}c\r");
+    let error = render("{{ 'a\u{1b}' | nothing }}{% \u{1b} %}", &[]).unwrap_err().to_string();
+    assert!(!error.contains('\u{1b}'), "{error}");
+    let error = render("{{ raise_exception('x' * 100000) }}", &[]).unwrap_err().to_string();
+    assert!(error.len() < 2000);
 }
 
 #[test]

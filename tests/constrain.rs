@@ -128,6 +128,70 @@ fn rules_that_make_no_sense_are_errors() {
     }
 }
 
+/// Which texts a grammar in GBNF has, character by character.
+#[test]
+fn grammars_in_gbnf() {
+    let bytes = common::gguf::llama().bytes();
+    let gguf = Gguf::from_source(Source::from_bytes("llama", &bytes)).unwrap();
+    let tokenizer = Tokenizer::from_gguf(&gguf).unwrap().unwrap();
+    // Its texts have only a, b and bytes, so that each text is tokens one way or another.
+    let has = |grammar: &str, text: &str| {
+        let rule = Rule::grammar(grammar);
+        assert!(matches!(rule, Rule::Gbnf(_)), "{grammar}");
+        let mut guide = Guide::new(&tokenizer, &rule).unwrap_or_else(|e| panic!("{grammar}: {e}"));
+        let bytes: Vec<u8> = text.bytes().collect();
+        for byte in bytes {
+            let token = (0..tokenizer.len() as u32).find(|&token| {
+                let mut out = Vec::new();
+                tokenizer.decode_token(token, false, &mut out);
+                out == [byte]
+            });
+            let token = token.unwrap_or_else(|| panic!("no token for {byte}"));
+            if !guide.allowed().unwrap().token(token) {
+                return false;
+            }
+            guide.accept(token).unwrap();
+        }
+        guide.allowed().unwrap().end
+    };
+    for (grammar, texts, others) in [
+        ("root ::= \"ab\"", &["ab"][..], &["a", "abb", "b"][..]),
+        // What repeats leaves what follows.
+        ("root ::= [a-z]* \"b\" | \"a\"", &["b", "ab", "bbb", "a"], &["", "ba"]),
+        ("# first\nroot ::= x (\n  \"a\" # here\n | x\n) \nx ::= \"b\"", &["ba", "bb"], &["b", "ab"]),
+        ("root ::= \"a\"\n  | \"b\"", &["a", "b"], &["ab"]),
+        ("root ::= \"a\"{2} \"b\"{1,2}", &["aab", "aabb"], &["ab", "aabbb"]),
+        ("root ::= \"a\"{2,} \"b\"{0,1}", &["aa", "aaab"], &["a", "aabb"]),
+        ("root ::= \"a\"+ \"b\"?", &["a", "aab"], &["", "b"]),
+        ("root ::= [^a] . ", &["ba", "bb"], &["aa", "b"]),
+        ("root ::= [^\\x00-\\x60b\\]\\-]", &["a"], &["b"]),
+        ("root ::= [\\u0061\\U00000062]{2}", &["ab", "ba"], &["a"]),
+        ("a-1 ::= \"a\"\nroot ::= a-1 Root2\nRoot2 ::= \"b\"", &["ab"], &["a"]),
+        ("root ::= \"a\" root \"b\" | \"\"", &["", "ab", "aabb"], &["a", "aab"]),
+        ("root ::= | \"a\"", &["", "a"], &["b"]),
+    ] {
+        texts.iter().for_each(|text| assert!(has(grammar, text), "{grammar}: {text}"));
+        others.iter().for_each(|text| assert!(!has(grammar, text), "{grammar}: {text}"));
+    }
+    for (grammar, fault) in [
+        ("root ::= x", "line 1: rule \"x\" is not defined"),
+        ("a ::= \"a\"", "no rule \"root\""),
+        ("root ::= \"a\"\nroot ::= \"b\"", "line 2: rule \"root\" is there twice"),
+        ("root ::= \"a", "line 1: expected a closing quote"),
+        ("root ::= [z-a]", "is empty"),
+        ("root ::= (\"a\"", "expected \")\""),
+        ("root ::= \"a\"{2,1}", "a number from 2"),
+        ("root ::= \"a\"{999999999}", "a number from 0"),
+        ("root ::= \"\\q\"", "an escape of GBNF"),
+        ("root ::= <think>", "single tokens"),
+        ("root ::= \"a\" )", "expected a rule's name"),
+    ] {
+        let error = Guide::new(&tokenizer, &Rule::grammar(grammar)).unwrap_err().to_string();
+        assert!(error.starts_with("constraint: GBNF: ") && error.contains(fault), "{grammar}: {error}");
+    }
+    assert!(matches!(Rule::grammar("// a comment\nstart: \"::=\""), Rule::Grammar(_)));
+}
+
 /// A text that a rule allows is allowed token by token, and may end where it ends: for each kind of vocabulary.
 #[test]
 fn every_kind_of_vocabulary() {

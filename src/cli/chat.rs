@@ -5,6 +5,7 @@ use std::ops::ControlFlow;
 use std::path::PathBuf;
 
 use clap::Args;
+use halite::Error;
 use halite::chat::{self, Message, Template};
 use halite::generate::{Aids, Finish, GenerateOptions};
 use halite::session::SessionOptions;
@@ -25,6 +26,9 @@ pub struct ChatArgs {
     /// Most tokens of an answer; -1: no limit.
     #[arg(short, value_name = "N", default_value = "2048", value_parser = limit, allow_negative_numbers = true)]
     n: u32,
+    /// When the context is full, forget the oldest turns, but not --system; without it, the newest message is dropped.
+    #[arg(long)]
+    drop_oldest: bool,
     #[command(flatten)]
     sampler: SamplerArgs,
     /// Most prompt tokens of one step.
@@ -35,7 +39,7 @@ pub struct ChatArgs {
     quiet: bool,
 }
 
-/// Each line of stdin is a message; answers go to stdout.
+/// Each line of stdin is a message; answers go to stdout. A message that has no answer is dropped, and the chat goes on.
 pub fn chat(args: &ChatArgs) -> Result<(), Failure> {
     let model = args.model.open()?;
     let tokenizer = tokenizer(&model)?;
@@ -57,17 +61,47 @@ pub fn chat(args: &ChatArgs) -> Result<(), Failure> {
     let interactive = std::io::stdin().is_terminal();
     let sequence = session.add_sequence();
     let mut messages: Vec<Message> = args.system.iter().map(|text| Message::new("system", text)).collect();
-    let mut lines = std::io::stdin().lock().lines();
+    let mut stdin = std::io::stdin().lock();
+    let (mut line, mut dropped) = (Vec::new(), 0);
     loop {
         if interactive {
             write!(std::io::stderr(), "> ")?;
         }
-        let Some(line) = lines.next().transpose()? else { return Ok(()) };
-        if line.trim().is_empty() {
+        line.clear();
+        if stdin.read_until(b'\n', &mut line)? == 0 {
+            break;
+        }
+        let mut drop_message = |why: &dyn std::fmt::Display| {
+            dropped += 1;
+            say(&format!("halite: {why}; this message is dropped"));
+        };
+        let Ok(text) = std::str::from_utf8(&line) else {
+            drop_message(&"a line is not UTF-8");
+            continue;
+        };
+        let text = text.trim_end_matches(['\n', '\r']);
+        if text.trim().is_empty() {
             continue;
         }
-        messages.push(Message::new("user", &tokenizer.quote(&line)));
-        let prompt = chat::encode(&tokenizer, &template.render(&messages, true)?);
+        messages.push(Message::new("user", &tokenizer.quote(text)));
+        // With room for an answer, unless the context is small.
+        let room = args.n.min(session.positions() / 4);
+        let most = session.positions().saturating_sub(room) as usize;
+        let prompt = loop {
+            let prompt = template.render(&messages, true).map(|prompt| chat::encode(&tokenizer, &prompt));
+            let full = prompt.as_ref().is_ok_and(|prompt| prompt.len() > most);
+            if !(args.drop_oldest && full && forget_oldest(&mut messages)) {
+                break prompt;
+            }
+        };
+        let prompt = match prompt {
+            Ok(prompt) => prompt,
+            Err(error) => {
+                messages.pop();
+                drop_message(&error);
+                continue;
+            }
+        };
         // Ctrl-C ends an answer; before one, the command.
         let work = interrupt::Work::new(session.cancel());
         let mut written = Ok(());
@@ -75,9 +109,19 @@ pub fn chat(args: &ChatArgs) -> Result<(), Failure> {
             session.generate_in(sequence, &tokenizer, &prompt, &options, Aids::default(), &mut |text| {
                 written = print(text);
                 if written.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
-            })?;
+            });
         drop(work);
         written?;
+        let generation = match generation {
+            Ok(generation) => generation,
+            // The message's fault, not the session's.
+            Err(error @ (Error::ContextFull { .. } | Error::Argument { .. })) => {
+                messages.pop();
+                drop_message(&format!("{error}{}", hint(&error)));
+                continue;
+            }
+            Err(error) => return Err(error.into()),
+        };
         print("\n")?;
         messages.push(Message::answer(&generation.text));
         if !args.quiet {
@@ -89,7 +133,41 @@ pub fn chat(args: &ChatArgs) -> Result<(), Failure> {
             ));
         }
         if generation.finish == Finish::ContextFull {
-            return Err(format!("the context of {} positions is full: see --ctx", session.positions()).into());
+            let full = format!(
+                "the context of {} positions is full, so the answer is cut short",
+                session.positions()
+            );
+            if args.drop_oldest {
+                say(&format!("halite: {full}"));
+            } else {
+                messages.truncate(messages.len() - 2);
+                drop_message(&format!("{full}{FULL}"));
+            }
         }
     }
+    // A terminal's user saw it happen.
+    match dropped {
+        1.. if !interactive => Err(format!("messages that were dropped: {dropped}").into()),
+        _ => Ok(()),
+    }
+}
+
+/// What to do about a full context.
+const FULL: &str = " (see --ctx and --drop-oldest)";
+
+fn hint(error: &Error) -> &'static str {
+    if matches!(error, Error::ContextFull { .. }) { FULL } else { "" }
+}
+
+/// Removes the oldest message after the system's and what answers it; not the newest message.
+fn forget_oldest(messages: &mut Vec<Message>) -> bool {
+    let first = usize::from(messages.first().is_some_and(|message| message.role == "system"));
+    if messages.len() <= first + 1 {
+        return false;
+    }
+    messages.remove(first);
+    while messages.len() > first + 1 && messages[first].role != "user" {
+        messages.remove(first);
+    }
+    true
 }

@@ -82,7 +82,7 @@ struct RuleArgs {
     /// Generate a text that this regular expression matches.
     #[arg(long, value_name = "REGEX")]
     regex: Option<String>,
-    /// Generate a text of the grammar in this file, in llguidance's variant of Lark's syntax.
+    /// Generate a text of the grammar in this file, in GBNF or in llguidance's variant of Lark's syntax.
     #[arg(long, value_name = "FILE")]
     grammar: Option<PathBuf>,
 }
@@ -93,7 +93,7 @@ impl RuleArgs {
         let rule = match self {
             RuleArgs { json_schema: Some(file), .. } => Rule::JsonSchema(read_text(file)?),
             RuleArgs { regex: Some(regex), .. } => Rule::Regex(regex.clone()),
-            RuleArgs { grammar: Some(file), .. } => Rule::Grammar(read_text(file)?),
+            RuleArgs { grammar: Some(file), .. } => Rule::grammar(&read_text(file)?),
             _ => return Ok(None),
         };
         Ok(Some(Guide::new(tokenizer, &rule)?))

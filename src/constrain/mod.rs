@@ -1,0 +1,309 @@
+//! Output held to a JSON schema, a regular expression or a grammar, by llguidance: before each token, it says which tokens may come.
+//!
+//! Rules come from requests. Their size is limited, and they are built and followed on a thread of their own, with a stack for what
+//! nests and a deadline for each answer: llguidance recurses as deep as a rule does, and cannot be stopped while it builds one.
+
+mod gbnf;
+
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::time::Duration;
+
+use llguidance::api::TopLevelGrammar;
+use llguidance::toktrie::{ApproximateTokEnv, SimpleVob, TokEnv, TokRxInfo, TokTrie};
+use llguidance::{CancellationHandle, Matcher, ParserFactory};
+
+use crate::error::{Error, Result, printable};
+use crate::generate::{Allowed, Constraint};
+use crate::tokenizer::{TokenKind, Tokenizer};
+
+/// Most bytes of a rule.
+const MAX_BYTES: usize = 256 << 10;
+
+/// Most definitions of a grammar and references in a schema, each of which can need the next.
+const MAX_DEFINITIONS: usize = 2000;
+
+/// Most values of a schema, names among them.
+const MAX_VALUES: usize = 10_000;
+
+/// Most open brackets of a grammar or an expression.
+const MAX_NESTING: usize = 200;
+
+/// Most symbols that a grammar becomes, and most states of what reads its words, at about 2 kB each.
+const MAX_SYMBOLS: usize = 200_000;
+const MAX_STATES: usize = 50_000;
+
+/// Longest time for an answer: for a rule built, and for a token.
+const MAX_TIME: Duration = Duration::from_secs(2);
+
+/// The stack of a rule's thread. A chain of so many references takes less than half of it without optimization.
+const STACK: usize = 256 << 20;
+
+/// What the output must be.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Rule {
+    /// JSON of this schema, without spaces between its parts unless the schema's `x-guidance` says otherwise: where they are allowed,
+    /// small models write them for ever.
+    JsonSchema(String),
+    /// A text that this regular expression matches as a whole, in the syntax of the crate `regex`.
+    Regex(String),
+    /// A text of this grammar, in llguidance's variant of Lark's syntax.
+    Grammar(String),
+    /// A text of this grammar, in GBNF, llama.cpp's syntax; without its rules for single tokens. It is followed character by
+    /// character, which takes longer than a grammar whose words are expressions.
+    Gbnf(String),
+}
+
+impl Rule {
+    /// A grammar in either syntax: [`Rule::Gbnf`] if its first rule is written with `::=`, else [`Rule::Grammar`].
+    pub fn grammar(text: &str) -> Rule {
+        if gbnf::is_gbnf(text) { Rule::Gbnf(text.into()) } else { Rule::Grammar(text.into()) }
+    }
+
+    /// What llguidance reads.
+    fn read(&self) -> Result<TopLevelGrammar, String> {
+        let (Rule::JsonSchema(text) | Rule::Regex(text) | Rule::Grammar(text) | Rule::Gbnf(text)) = self;
+        at_most("bytes", MAX_BYTES, text.len())?;
+        match self {
+            Rule::JsonSchema(_) => {
+                let mut schema: serde_json::Value = serde_json::from_str(text).map_err(|e| e.to_string())?;
+                let (values, references) = count(&schema);
+                at_most("values", MAX_VALUES, values)?;
+                at_most("references", MAX_DEFINITIONS, references)?;
+                if let Some(schema) = schema.as_object_mut() {
+                    let compact = || serde_json::json!({ "whitespace_flexible": false });
+                    schema.entry("x-guidance").or_insert_with(compact);
+                }
+                Ok(TopLevelGrammar::from_json_schema(schema))
+            }
+            Rule::Regex(_) => {
+                at_most("open brackets", MAX_NESTING, nesting(text))?;
+                Ok(TopLevelGrammar::from_regex(text))
+            }
+            Rule::Grammar(_) => {
+                at_most("open brackets", MAX_NESTING, nesting(text))?;
+                // Each definition has a colon, and so has each of a JSON schema inside it.
+                at_most("colons", MAX_DEFINITIONS, text.matches(':').count())?;
+                Ok(TopLevelGrammar::from_lark(text.clone()))
+            }
+            Rule::Gbnf(_) => {
+                let lark =
+                    gbnf::to_lark(text, MAX_NESTING, MAX_DEFINITIONS).map_err(|e| format!("GBNF: {e}"))?;
+                Ok(TopLevelGrammar::from_lark(lark))
+            }
+        }
+    }
+}
+
+fn at_most(what: &str, most: usize, got: usize) -> Result<(), String> {
+    if got > most { Err(format!("expected at most {most} {what}, got {got}")) } else { Ok(()) }
+}
+
+/// The most brackets that are open at once, counting those in strings too.
+fn nesting(text: &str) -> usize {
+    let (mut open, mut most) = (0usize, 0);
+    for byte in text.bytes() {
+        match byte {
+            b'(' | b'[' | b'{' => open += 1,
+            b')' | b']' | b'}' => open = open.saturating_sub(1),
+            _ => {}
+        }
+        most = most.max(open);
+    }
+    most
+}
+
+/// The values of a schema, and the references in it. Reading it has limited how deep it is.
+fn count(value: &serde_json::Value) -> (usize, usize) {
+    let sum = |(a, b), (c, d)| (a + c, b + d);
+    match value {
+        serde_json::Value::Array(items) => items.iter().map(count).fold((1, 0), sum),
+        serde_json::Value::Object(items) => {
+            let references = usize::from(items.contains_key("$ref"));
+            items.values().map(count).fold((1, references), sum)
+        }
+        _ => (1, 0),
+    }
+}
+
+/// A rule on its way through a text.
+pub struct Guide {
+    requests: SyncSender<Request>,
+    answers: Receiver<Answer>,
+    cancel: Option<CancellationHandle>,
+    /// What ended it.
+    failed: Option<String>,
+    mask: SimpleVob,
+}
+
+enum Request {
+    Mask,
+    Accept(u32),
+}
+
+enum Reply {
+    /// The vocabulary is read; the rule is next.
+    Vocabulary,
+    Built(Option<CancellationHandle>),
+    Mask(SimpleVob, bool),
+    Accepted,
+}
+
+type Answer = Result<Reply, String>;
+
+impl std::fmt::Debug for Guide {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Guide").finish_non_exhaustive()
+    }
+}
+
+impl Guide {
+    /// A rule for the texts of a tokenizer, whatever its kind: only the tokens' bytes matter.
+    ///
+    /// # Errors
+    /// [`Error::Constraint`] for a rule that is malformed, that nothing satisfies, or that takes too much.
+    pub fn new(tokenizer: &Tokenizer, rule: &Rule) -> Result<Guide> {
+        let grammar = rule.read().map_err(|message| Error::Constraint(printable(&message)))?;
+        let end = tokenizer.len() as u32;
+        let mut words: Vec<Vec<u8>> = (0..end).map(|id| word(tokenizer, id)).collect();
+        words.push(Vec::new());
+        let (requests, wanted) = sync_channel(1);
+        let (send, answers) = sync_channel(1);
+        std::thread::Builder::new()
+            .name("constraint".into())
+            .stack_size(STACK)
+            .spawn(move || {
+                if let Err(message) = work(&words, grammar, end, &wanted, &send) {
+                    let _ = send.send(Err(message));
+                }
+            })
+            .map_err(|e| Error::Constraint(format!("no thread to build it on: {e}")))?;
+        let mut guide = Guide { requests, answers, cancel: None, failed: None, mask: SimpleVob::new() };
+        // How long a vocabulary takes is not the rule's doing.
+        while let Reply::Vocabulary = guide.answer(Duration::MAX)? {
+            if let Reply::Built(cancel) = guide.answer(MAX_TIME)? {
+                guide.cancel = cancel;
+                return Ok(guide);
+            }
+        }
+        Err(Error::Constraint("the rule was not built".into()))
+    }
+
+    /// The next answer. After an error, it is the answer to everything.
+    fn answer(&mut self, wait: Duration) -> Result<Reply> {
+        let failed = match self.answers.recv_timeout(wait) {
+            Ok(Ok(reply)) => return Ok(reply),
+            Ok(Err(message)) => printable(&message),
+            Err(RecvTimeoutError::Timeout) => format!("takes longer than {MAX_TIME:?}"),
+            Err(RecvTimeoutError::Disconnected) => "the rule's thread ended".into(),
+        };
+        self.failed = Some(failed.clone());
+        Err(Error::Constraint(failed))
+    }
+
+    fn ask(&mut self, request: Request) -> Result<Reply> {
+        if let Some(failed) = &self.failed {
+            return Err(Error::Constraint(failed.clone()));
+        }
+        if self.requests.send(request).is_err() {
+            return Err(Error::Constraint("the rule's thread ended".into()));
+        }
+        self.answer(MAX_TIME)
+    }
+}
+
+impl Drop for Guide {
+    /// The thread ends by itself: at the next request, or where it looks whether it was cancelled.
+    fn drop(&mut self) {
+        if let Some(cancel) = &self.cancel {
+            cancel.cancel();
+        }
+    }
+}
+
+/// What a rule's thread does.
+fn work(
+    words: &[Vec<u8>],
+    grammar: TopLevelGrammar,
+    end: u32,
+    requests: &Receiver<Request>,
+    answers: &SyncSender<Answer>,
+) -> Result<(), String> {
+    let answer = |reply| answers.send(Ok(reply)).map_err(|e| e.to_string());
+    let trie = TokTrie::from(&TokRxInfo::new(end + 1, end), words);
+    let env: TokEnv = Arc::new(ApproximateTokEnv::new(trie));
+    let mut factory = ParserFactory::new_simple(&env).map_err(|e| e.to_string())?;
+    factory.quiet();
+    let limits = factory.limits_mut();
+    limits.max_grammar_size = MAX_SYMBOLS;
+    limits.max_lexer_states = MAX_STATES;
+    // Each character is a word of its own in GBNF.
+    limits.step_max_items = 1_000_000;
+    limits.verbose_errors = false;
+    answer(Reply::Vocabulary)?;
+    let mut matcher = Matcher::new(factory.create_parser(grammar)).into_cancellable();
+    if let Some(error) = matcher.get_error() {
+        return Err(plain(&error));
+    }
+    answer(Reply::Built(matcher.cancellation_handle()))?;
+    for request in requests {
+        answer(match request {
+            Request::Accept(token) => {
+                matcher.consume_token(token).map_err(|e| plain(&e.to_string()))?;
+                Reply::Accepted
+            }
+            Request::Mask if matcher.is_stopped() => {
+                let reason = matcher.stop_reason();
+                if !reason.is_ok() {
+                    return Err(plain(
+                        &matcher.get_error().unwrap_or_else(|| format!("nothing can follow ({reason})")),
+                    ));
+                }
+                Reply::Mask(SimpleVob::new(), true)
+            }
+            Request::Mask => {
+                let mut mask = matcher.compute_mask().map_err(|e| plain(&e.to_string()))?;
+                let ends = mask.is_allowed(end);
+                mask.disallow_token(end);
+                Reply::Mask(mask, ends)
+            }
+        })?;
+    }
+    Ok(())
+}
+
+/// An error without where in llguidance it came from.
+fn plain(error: &str) -> String {
+    error.split("\n<").next().unwrap_or_default().trim().to_string()
+}
+
+/// The bytes of a token; none for tokens without text, and for those that start with the byte that no text has, which is a mark
+/// of llguidance.
+fn word(tokenizer: &Tokenizer, id: u32) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    if matches!(tokenizer.kind(id), Some(TokenKind::Normal | TokenKind::UserDefined | TokenKind::Byte))
+        && !tokenizer.is_end(id)
+    {
+        tokenizer.decode_token(id, false, &mut bytes);
+    }
+    if bytes.first() == Some(&TokTrie::SPECIAL_TOKEN_MARKER) {
+        bytes.clear();
+    }
+    bytes
+}
+
+impl Constraint for Guide {
+    fn allowed(&mut self) -> Result<Allowed<'_>> {
+        match self.ask(Request::Mask)? {
+            Reply::Mask(mask, end) => {
+                self.mask = mask;
+                Ok(Allowed { tokens: self.mask.as_slice(), end })
+            }
+            _ => Err(Error::Constraint("the rule's thread answered something else".into())),
+        }
+    }
+
+    fn accept(&mut self, token: u32) -> Result<()> {
+        self.ask(Request::Accept(token)).map(drop)
+    }
+}
