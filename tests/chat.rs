@@ -280,3 +280,49 @@ fn turns_share_their_beginning() {
     assert_eq!(again.reused_tokens, 39);
     assert_eq!(&session.tokens(chat).unwrap()[..40], prompt);
 }
+
+/// A message without an answer is dropped, and the chat goes on; with room made where it is asked for.
+#[cfg(feature = "cli")]
+#[test]
+fn a_chat_goes_on() {
+    use std::io::Write;
+    use std::process::{Command, Stdio};
+    let template = std::env::temp_dir().join(format!("halite-chat-goes-on-{}.jinja", std::process::id()));
+    let source = "{% for m in messages %}{% if m.content == 'boom' %}{{ raise_exception('no \\x1b[31m') }}{% endif %}\
+                  {{ m.role }}: {{ m.content }}\n{% endfor %}";
+    std::fs::write(&template, source).unwrap();
+    let chat = |arguments: &[&str], stdin: &[u8]| {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_halite"))
+            .args(["chat", "-q", "--temp", "0", "--system", "Speak.", "--template"])
+            .arg(&template)
+            .args(arguments)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        child.stdin.take().unwrap().write_all(stdin).unwrap();
+        let output = child.wait_with_output().unwrap();
+        let text = |bytes| String::from_utf8(bytes).unwrap();
+        (output.status.success(), text(output.stdout), text(output.stderr))
+    };
+    let alone = chat(&["-n", "4"], b"Why?\n");
+    assert!(alone.0 && alone.2.is_empty(), "{}", alone.2);
+    // What is dropped leaves no trace in what comes after.
+    let (success, out, errors) = chat(&["-n", "4"], b"\xff\xfe\nboom\n\nWhy?\n");
+    assert_eq!((success, out), (false, alone.1));
+    assert!(errors.contains("not UTF-8") && errors.contains(r"no \u{1b}[31m"), "{errors}");
+    assert!(errors.contains("dropped: 2"), "{errors}");
+    let line = "A line that takes some of the few positions.\n";
+    let (success, _, errors) = chat(&["-n", "8", "--ctx", "64"], line.repeat(5).as_bytes());
+    assert!(!success && errors.contains("--drop-oldest"), "{errors}");
+    let (success, out, errors) =
+        chat(&["-n", "8", "--ctx", "64", "--drop-oldest"], line.repeat(5).as_bytes());
+    assert!(success && errors.is_empty() && !out.is_empty(), "{errors}");
+    // What fits in no way is dropped even then, and only that.
+    let text = format!("{}\nWhy?\n", line.trim().repeat(20));
+    let (success, out, errors) = chat(&["-n", "4", "--ctx", "64", "--drop-oldest"], text.as_bytes());
+    assert!(!success && errors.contains("context full") && errors.contains("dropped: 1"), "{errors}");
+    assert!(!out.is_empty());
+    std::fs::remove_file(&template).unwrap();
+}

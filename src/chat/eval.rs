@@ -664,8 +664,10 @@ impl<'a> Run<'a> {
                 for (number, bound) in numbers.iter_mut().zip(bounds) {
                     let Some(bound) = bound else { continue };
                     let bound = self.expr(bound, scope)?;
-                    if !matches!(bound, Value::None) {
-                        *number = Some(bound.int().ok_or("a slice's bounds must be ints")?);
+                    match bound.int() {
+                        _ if matches!(bound, Value::None) => {}
+                        None if !matches!(value, Value::Undefined(_)) => return self.undefined("a slice"),
+                        at => *number = at,
                     }
                 }
                 self.slice(&value, numbers)

@@ -41,7 +41,7 @@ impl Run<'_> {
             }
             "string" | "safe" => Ok(Value::Str(self.heap.str(&value)?)),
             "length" | "count" => self.length(&value).map(|n| Value::Int(n as i64)),
-            "tojson" => self.to_json(&value, given),
+            "tojson" => self.json_filter(&value, given),
             "upper" | "lower" | "capitalize" | "title" | "trim" | "replace" | "indent" | "center"
             | "format" | "truncate" | "wordcount" | "escape" | "e" | "urlencode" => {
                 self.text_filter(name, value, given)
@@ -72,7 +72,7 @@ impl Run<'_> {
         }
     }
 
-    fn to_json(&mut self, value: &Value, given: Given) -> Fallible<Value> {
+    fn json_filter(&mut self, value: &Value, given: Given) -> Fallible<Value> {
         let [ascii, indent, separators, sort] =
             given.bind(["ensure_ascii", "indent", "separators", "sort_keys"])?;
         let indent = match indent {

@@ -222,7 +222,7 @@ impl<'a> Lexer<'a> {
     }
 
     fn number(&mut self) -> Fallible<()> {
-        let bytes = self.source[self.at..].as_bytes();
+        let bytes = &self.source.as_bytes()[self.at..];
         let digits = |from: usize, digit: fn(&u8) -> bool| {
             let mut at = from;
             while bytes.get(at).is_some_and(digit)

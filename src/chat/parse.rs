@@ -608,9 +608,11 @@ impl Parser {
             self.primary()?
         };
         value = self.postfix(value)?;
-        while filters {
+        loop {
             let line = self.line();
-            value = if self.skip_op("|") {
+            value = if !filters {
+                break;
+            } else if self.skip_op("|") {
                 let filter = self.named()?;
                 let depth = value.depth.max(filter.arguments.depth());
                 self.make(line, depth, Kind::Filter(Box::new(value), filter))?

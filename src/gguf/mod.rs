@@ -19,6 +19,7 @@ pub use parse::{
 
 use crate::error::{Error, Result};
 use crate::map::{Region, Source};
+use crate::memory::reserved;
 
 /// Most files that a split model may have.
 pub const MAX_SPLITS: u64 = 1024;
@@ -436,7 +437,9 @@ impl Gguf {
         let Some((value, bytes)) = self.value(key) else { return Ok(None) };
         if value.array_len.is_some() && value.kind == ValueType::F32 {
             let (words, _) = bytes.as_chunks::<4>();
-            return Ok(Some(words.iter().map(|&w| f32::from_le_bytes(w)).collect()));
+            let mut values = reserved(words.len() as u64, "an array of a model file")?;
+            values.extend(words.iter().map(|&w| f32::from_le_bytes(w)));
+            return Ok(Some(values));
         }
         match self.optional_integers(key) {
             Ok(values) => Ok(values.map(|values| values.map(|v| v as f32).collect())),

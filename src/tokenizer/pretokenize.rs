@@ -1,7 +1,7 @@
 //! How text is cut into words before byte-level BPE. Every kind of `tokenizer.ggml.pre` is a row of a table.
 
-use regex_automata::Input;
 use regex_automata::meta::Regex;
+use regex_automata::{Anchored, Input};
 
 use crate::error::{Error, Result};
 use crate::gguf::printable;
@@ -192,7 +192,10 @@ impl Pattern {
 
     /// The first match from a byte of the text on.
     fn find(&self, text: &str, from: usize) -> Option<std::ops::Range<usize>> {
-        let found = self.regex.find(Input::new(text).range(from..))?;
+        let input = Input::new(text).range(from..);
+        // Most words follow each other. To look only here is faster: where a match starts need not be found.
+        let here = self.regex.find(input.clone().anchored(Anchored::Yes));
+        let found = here.or_else(|| self.regex.find(input))?;
         let (start, mut end) = (found.start(), found.end());
         if found.pattern().as_usize() == 1 && end < text.len() {
             let last = text[start..end].chars().next_back().map_or(0, char::len_utf8);

@@ -7,6 +7,7 @@ use hashbrown::HashTable;
 use super::TokenKind;
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
+use crate::memory::{reserved, zeroed};
 
 /// U+2581, which stands for a space.
 pub(super) const SPACE: &str = "\u{2581}";
@@ -37,6 +38,9 @@ impl std::fmt::Debug for Vocabulary {
     }
 }
 
+/// What an error calls the memory of a vocabulary.
+const WHAT: &str = "the vocabulary";
+
 impl Vocabulary {
     /// Reads and checks `tokenizer.ggml.tokens`, `.scores` and `.token_type`.
     pub(super) fn read(gguf: &Gguf) -> Result<Vocabulary> {
@@ -64,7 +68,10 @@ impl Vocabulary {
                 "tokenizer.ggml.{key}: expected {count} values, one a token, got {len}"
             )))
         };
-        let scores = gguf.optional_f32s("tokenizer.ggml.scores")?.unwrap_or_else(|| vec![0.0; count]);
+        let scores = match gguf.optional_f32s("tokenizer.ggml.scores")? {
+            Some(scores) => scores,
+            None => zeroed(count as u64, WHAT)?,
+        };
         same("scores", scores.len())?;
         if scores.iter().any(|s| s.is_nan()) {
             return Err(Error::Tokenizer("tokenizer.ggml.scores: expected numbers, got NaN".into()));
@@ -77,11 +84,14 @@ impl Vocabulary {
         };
         same("token_type", kinds.len())?;
         let mut vocabulary = Vocabulary {
-            texts: Vec::new(),
-            ends: Vec::with_capacity(count),
+            texts: reserved(
+                texts.iter().map(|text| text.len() as u64).sum::<u64>().min(MAX_BYTES as u64),
+                WHAT,
+            )?,
+            ends: reserved(count as u64, WHAT)?,
             scores,
             kinds,
-            ids: HashTable::with_capacity(count),
+            ids: HashTable::new(),
             hasher: RandomState::new(),
         };
         for (id, text) in texts.iter().enumerate() {
@@ -98,6 +108,10 @@ impl Vocabulary {
             }
             vocabulary.texts.extend_from_slice(text);
             vocabulary.ends.push(vocabulary.texts.len());
+        }
+        if vocabulary.ids.try_reserve(count, |_| 0).is_err() {
+            let need_bytes = 4 * count as u64;
+            return Err(Error::OutOfMemory { what: WHAT.into(), need_bytes, have_bytes: 0 });
         }
         for id in 0..count as u32 {
             vocabulary.index(id);
