@@ -381,9 +381,9 @@ pub fn cases() -> Vec<Case> {
     let mut cases = Cases(Vec::new());
     matmuls(&mut cases);
     rows(&mut cases);
-    not_finite(&mut cases);
     attention(&mut cases);
     experts(&mut cases);
+    not_finite(&mut cases);
     cases.0
 }
 
