@@ -18,18 +18,19 @@ use halite::session::{Head, Run, SequenceId, Session, SessionOptions, Wanted};
 use halite::weights::Weights;
 use halite::{Error, Model};
 
+#[path = "common/golden.rs"]
+mod golden;
+
 fn repository() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
 /// Small models of several formats; more of them where the golden set lies beside the checkout.
 fn models() -> Vec<Arc<Model>> {
-    let golden = std::env::var_os("HALITE_GOLDEN").map_or_else(|| "../shared/golden".into(), PathBuf::from);
-    let golden = repository().join(golden);
     let mut paths: Vec<PathBuf> = ["Q4_K_M", "Q4_0", "TQ1_0"]
         .map(|f| repository().join(format!("tests/data/golden/llama-{f}.gguf")))
         .into();
-    if golden.is_dir() {
+    if let Some(golden) = golden::folder() {
         paths.extend(
             ["Q5_0", "Q6_K", "Q8_0", "F16", "MXFP4-raw", "IQ2_XS-raw"]
                 .map(|f| golden.join(format!("quants/llama-{f}.gguf"))),
@@ -38,8 +39,6 @@ fn models() -> Vec<Arc<Model>> {
             ["gemma3", "mixtral", "gpt2", "phi3-longrope", "gpt-oss", "cohere2"]
                 .map(|f| golden.join(format!("families/{f}.gguf"))),
         );
-    } else {
-        eprintln!("skipped: models in {}, which is not there", golden.display());
     }
     paths.iter().map(|path| Arc::new(Model::open(path).unwrap())).collect()
 }

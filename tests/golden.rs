@@ -1,11 +1,12 @@
 //! Logits of small random models against llama.cpp's, within the bounds that come with them.
 //!
-//! The full set lies beside a checkout, in `../shared/golden` (or where `HALITE_GOLDEN` says); tests that need it say that
-//! they were skipped. A small set is part of the repository.
+//! The full set lies beside a checkout; see `common/golden.rs`. A small set is part of the repository.
 
 #[cfg(feature = "gpu")]
 #[path = "common/gpu.rs"]
 mod common;
+#[path = "common/golden.rs"]
+mod shared;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -16,16 +17,6 @@ use halite::kernels::formats::Format;
 use halite::model::ProgramOptions;
 use halite::session::{Head, Run, Session, SessionOptions, Wanted};
 use halite::{Error, Model};
-
-fn shared() -> Option<PathBuf> {
-    let dir = std::env::var_os("HALITE_GOLDEN").map_or_else(|| "../shared/golden".into(), PathBuf::from);
-    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join(dir);
-    if dir.is_dir() {
-        return Some(dir);
-    }
-    eprintln!("skipped: {} is not there", dir.display());
-    None
-}
 
 struct Case {
     model: PathBuf,
@@ -123,13 +114,13 @@ fn committed() {
 
 #[test]
 fn families() {
-    let Some(dir) = shared() else { return };
+    let Some(dir) = shared::folder() else { return };
     check(&dir.join("families"), |_| Some(1e-8));
 }
 
 #[test]
 fn quants() {
-    let Some(dir) = shared() else { return };
+    let Some(dir) = shared::folder() else { return };
     check(&dir.join("quants"), |file| Some(bound(file)));
 }
 
@@ -145,7 +136,7 @@ mod on_gpu {
             let Some(backend) = gpu(without) else { return };
             let committed = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/golden");
             check_on(&backend, &committed, |file| Some(bound(file)));
-            let Some(dir) = shared() else { continue };
+            let Some(dir) = shared::folder() else { continue };
             check_on(&backend, &dir.join("families"), |_| Some(1e-7));
             check_on(&backend, &dir.join("quants"), |file| Some(bound(file)));
         }

@@ -16,6 +16,9 @@ use halite::numerics::Dtype;
 use halite::profile::Profile;
 use halite::session::{Head, Run, Session, SessionOptions, Wanted};
 
+#[path = "common/golden.rs"]
+mod golden;
+
 const CHIPS: [&str; 4] = ["teaching-16x16", "maia-100", "tpu-v1", "coral-edge-tpu"];
 
 fn sim(chip: &str, options: SimOptions) -> Arc<dyn Backend> {
@@ -90,12 +93,9 @@ fn logits(backend: &Arc<dyn Backend>, model: &Arc<Model>) -> Vec<u32> {
 
 fn models() -> Vec<PathBuf> {
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let golden = std::env::var_os("HALITE_GOLDEN").map_or_else(|| "../shared/golden".into(), PathBuf::from);
-    let families = here.join(golden).join("families");
     let mut models = vec![here.join("tests/data/golden/llama-Q4_K_M.gguf")];
-    match std::fs::read_dir(&families) {
-        Ok(files) => models.extend(files.map(|file| file.unwrap().path())),
-        Err(_) => eprintln!("skipped: {} is not there", families.display()),
+    if let Some(folder) = golden::folder() {
+        models.extend(std::fs::read_dir(folder.join("families")).unwrap().map(|file| file.unwrap().path()));
     }
     models.retain(|path| path.extension().is_some_and(|e| e == "gguf"));
     models

@@ -3,6 +3,8 @@
 
 #[allow(dead_code, reason = "other tests use the rest")]
 mod common;
+#[path = "common/golden.rs"]
+mod golden;
 
 use std::path::{Path, PathBuf};
 
@@ -21,13 +23,7 @@ fn tokenizer(file: &common::gguf::File) -> Tokenizer {
 }
 
 fn vocab_dir() -> Option<PathBuf> {
-    let dir = std::env::var_os("HALITE_GOLDEN").map_or_else(|| "../shared/golden".into(), PathBuf::from);
-    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join(dir).join("vocab");
-    if dir.is_dir() {
-        return Some(dir);
-    }
-    eprintln!("skipped: {} is not there", dir.display());
-    None
+    golden::folder().map(|folder| folder.join("vocab"))
 }
 
 /// Ids of a vocabulary in every line, and that texts come back: as they were, or if `normalised` as texts of the same ids.

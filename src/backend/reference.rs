@@ -5,15 +5,15 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use halite_kernels::attention::{BLOCK, CHUNK, PageShape, Pages};
+use halite_kernels::attention::{BLOCK, CHUNK, PageShape, Pages, PagesMut};
 use halite_kernels::formats::{Activation, Kind, Unpacked};
 use halite_kernels::isa::Scalar;
 use halite_kernels::math;
 use halite_kernels::rows::{Gate, Unary};
 
 use super::host::{
-    self, After, AttendArgs, ExpertsArgs, HostPlan, Kernels, Matrix, NormArgs, Product, RopeArgs, RouteArgs,
-    memory,
+    self, After, AttendArgs, ExpertsArgs, HostPlan, Kernels, KvArgs, Matrix, NormArgs, Product, RopeArgs,
+    RouteArgs, memory,
 };
 use super::{
     Backend, Buffer, Caps, Contract, Fusions, Limits, OpSig, Plan, Rows, Support, Usage, check_support,
@@ -233,6 +233,55 @@ fn element(pages: &Pages<'_>, shape: PageShape, page: usize, at: usize, scale: u
     }
 }
 
+/// Stores one element at place `at` of a page, in a format of single elements.
+fn put(pages: &mut PagesMut<'_>, shape: PageShape, page: usize, at: usize, x: f32) {
+    match pages {
+        PagesMut::F32(data) => data[page * shape.elements() + at] = x,
+        PagesMut::F16(data) => data[page * shape.elements() + at] = half::f16::from_f32(x).to_bits(),
+        PagesMut::Q8_0(_) | PagesMut::Q4_0(_) => {}
+    }
+}
+
+/// Stores a block of elements in a format of blocks: number `i` at place `at(i)`, its scale as number `scale`.
+fn put_block(
+    pages: &mut PagesMut<'_>,
+    shape: PageShape,
+    page: usize,
+    scale: usize,
+    x: &[f32],
+    at: impl Fn(usize) -> usize,
+) {
+    let magnitude = x.iter().fold(0.0f32, |m, x| if x.abs() > m { x.abs() } else { m });
+    let finite = x.iter().all(|x| x.is_finite());
+    let half_of = |d: f32| half::f16::from_f32(if finite { d } else { f32::NAN }).to_le_bytes();
+    match pages {
+        PagesMut::F32(_) | PagesMut::F16(_) => {}
+        PagesMut::Q8_0(data) => {
+            let page = &mut data[page * shape.q8_0_bytes()..][..shape.q8_0_bytes()];
+            let (d, inverse) = (magnitude / 127.0, 127.0 / magnitude);
+            let none = !finite || !inverse.is_finite();
+            for (i, x) in x.iter().enumerate() {
+                page[at(i)] = if none { 0 } else { (x * inverse).round_ties_even() as i8 };
+            }
+            let d = half_of(if none { 0.0 } else { d });
+            page[shape.elements() + 2 * scale..][..2].copy_from_slice(&d.map(|byte| byte as i8));
+        }
+        PagesMut::Q4_0(data) => {
+            let page = &mut data[page * shape.q4_0_bytes()..][..shape.q4_0_bytes()];
+            // The first of largest magnitude, with its sign.
+            let largest = x.iter().copied().find(|x| x.abs() == magnitude).unwrap_or(0.0);
+            let d = largest / -8.0;
+            let inverse = if d == 0.0 { 0.0 } else { 1.0 / d };
+            for (i, x) in x.iter().enumerate() {
+                let code = ((x * inverse + 8.5) as u8).min(15);
+                let byte = &mut page[at(i) / 32 * 16 + at(i) % 16];
+                *byte = if at(i) % 32 < 16 { *byte & 0xf0 | code } else { *byte & 0x0f | code << 4 };
+            }
+            page[shape.elements() / 2 + 2 * scale..][..2].copy_from_slice(&half_of(d));
+        }
+    }
+}
+
 /// One query head's attention over positions `first..end`.
 #[allow(clippy::too_many_arguments)]
 fn attend(
@@ -306,6 +355,33 @@ impl Kernels for Definitions {
             let _ = row.format.dequantize(row.bytes, out);
             if scale != 1.0 {
                 out.iter_mut().for_each(|x| *x *= scale);
+            }
+        }
+    }
+
+    fn kv_write(&mut self, a: &KvArgs<'_>, pages: &mut PagesMut<'_>) {
+        let shape = a.shape;
+        let (key_cols, value_cols) = (shape.kv_heads * shape.key_dim, shape.kv_heads * shape.value_dim);
+        for (t, (k, v)) in a.k.chunks_exact(key_cols).zip(a.v.chunks_exact(value_cols)).enumerate() {
+            let (table, position) = a.tokens.place(t, a.group);
+            let (page, slot) = (table[position as usize / CHUNK] as usize, position as usize % CHUNK);
+            let key = |i: usize| i * CHUNK + slot;
+            let value = |i: usize| {
+                let (head, d) = (i / shape.value_dim, i % shape.value_dim);
+                (key_cols + head * shape.value_dim) * CHUNK + slot * shape.value_dim + d
+            };
+            for (i, &x) in k.iter().enumerate() {
+                put(pages, shape, page, key(i), x);
+            }
+            for (i, &x) in v.iter().enumerate() {
+                put(pages, shape, page, value(i), x);
+            }
+            for (block, x) in k.chunks(BLOCK).enumerate() {
+                put_block(pages, shape, page, block * CHUNK + slot, x, |i| key(block * BLOCK + i));
+            }
+            for (block, x) in v.chunks(BLOCK).enumerate() {
+                let scale = (key_cols / BLOCK + block) * CHUNK + slot;
+                put_block(pages, shape, page, scale, x, |i| value(block * BLOCK + i));
             }
         }
     }
