@@ -27,7 +27,8 @@ use crate::rng::SplitMix64;
 pub struct Case {
     /// What it exercises: op, format, shape, tokens.
     pub name: String,
-    program: Arc<Program>,
+    /// What it runs; or what is wrong with the case, which then fails on every backend.
+    program: Result<Arc<Program>, String>,
     /// For each step, for each sequence: first position and tokens.
     steps: Vec<Vec<(u32, u32)>>,
     /// The largest normalised mean squared error of a backend that is not exact.
@@ -100,8 +101,9 @@ impl Case {
     /// Which kernels of a backend it runs; see [`Backend::explain`].
     pub fn explain(&self, backend: &dyn Backend) -> String {
         let tokens = self.steps.iter().map(|s| s.iter().map(|&(_, n)| n).sum()).max().unwrap_or(1);
-        let sig = |op| OpSig { program: &self.program, op };
-        let mut lines: Vec<_> = self.program.ops().map(|(_, op)| backend.explain(&sig(op), tokens)).collect();
+        let Ok(program) = &self.program else { return String::new() };
+        let sig = |op| OpSig { program, op };
+        let mut lines: Vec<_> = program.ops().map(|(_, op)| backend.explain(&sig(op), tokens)).collect();
         lines.dedup();
         lines.join(" | ")
     }
@@ -109,11 +111,13 @@ impl Case {
 
 /// Runs a case on a backend and on the reference.
 pub fn check(backend: &dyn Backend, case: &Case) -> Outcome {
-    let gap = case.program.ops().find_map(|(_, op)| {
-        match backend.supports(&OpSig { program: &case.program, op }) {
-            Support::Native => None,
-            Support::Unsupported(gap) => Some(gap),
-        }
+    let program = match &case.program {
+        Ok(program) => program,
+        Err(fault) => return Outcome::Fail(format!("the case itself: {fault}")),
+    };
+    let gap = program.ops().find_map(|(_, op)| match backend.supports(&OpSig { program, op }) {
+        Support::Native => None,
+        Support::Unsupported(gap) => Some(gap),
     });
     let got = execute(backend, case);
     match (gap, got) {
@@ -161,7 +165,7 @@ const GUARD: u8 = 0xa5;
 const POISON: u32 = 0x7fba_dbad;
 
 fn execute(backend: &dyn Backend, case: &Case) -> Result<Vec<Output>> {
-    let mut program = Program::clone(&case.program);
+    let mut program = Program::clone(case.program.as_ref().map_err(|fault| Error::Program(fault.clone()))?);
     crate::passes::lay_out(&mut program, backend.caps());
     let program = &Arc::new(program);
     let tokens: u32 = case.steps.iter().map(|s| s.iter().map(|&(_, n)| n).sum()).max().unwrap_or(1);
@@ -339,11 +343,9 @@ impl Cases {
         let find = lookup(weights);
         let mut builder = Builder::new(&name, &find);
         record(&mut builder);
-        // A case that is not a valid program would be a mistake in this file; the test of this module finds it.
-        if let Ok(program) = builder.finish() {
-            let steps = steps.iter().map(|s| s.to_vec()).collect();
-            self.0.push(Case { name, program: Arc::new(program), steps, bound, magnitude: 1.0 });
-        }
+        let program = builder.finish().map(Arc::new).map_err(|e| e.to_string());
+        let steps = steps.iter().map(|s| s.to_vec()).collect();
+        self.0.push(Case { name, program, steps, bound, magnitude: 1.0 });
     }
 
     /// Cases in one step of one sequence.
@@ -917,6 +919,24 @@ mod tests {
         names.dedup();
         assert_eq!(names.len(), cases.len());
         assert!(cases.len() > 450, "{}: some case is not a valid program", cases.len());
+    }
+
+    /// A case that is no valid program fails, whatever the backend.
+    #[test]
+    fn a_mistake_in_a_case_is_a_failure() {
+        let mut cases = Cases(Vec::new());
+        cases.row("Add of other lengths".into(), &[], 1, |b| {
+            let (x, y) = (b.input("x", Dim::Tokens, 3), b.input("y", Dim::Tokens, 4));
+            let sum = b.add("sum", x, y);
+            b.output(sum);
+        });
+        for backend in [&Reference::new() as &dyn Backend, &Template::new()] {
+            let outcome = check(backend, &cases.0[0]);
+            assert!(
+                matches!(&outcome, Outcome::Fail(why) if why.starts_with("the case itself")),
+                "{outcome}"
+            );
+        }
     }
 
     #[test]
