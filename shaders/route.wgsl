@@ -10,7 +10,7 @@ fn softmax(count: u32, p: ptr<function, array<f32, EXPERTS>>) {
     for (var i = 1u; i < count; i++) { largest = max(largest, (*p)[i]); }
     var sum = 0.0;
     for (var i = 0u; i < count; i++) {
-        (*p)[i] = exp((*p)[i] - largest);
+        (*p)[i] = or_nan(exp((*p)[i] - largest), (*p)[i]);
         sum += (*p)[i];
     }
     for (var i = 0u; i < count; i++) { (*p)[i] /= sum; }

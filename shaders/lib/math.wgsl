@@ -1,6 +1,6 @@
 // Functions of one element, by the formulas of the CPU's `rows.rs` and `math.rs`.
 
-fn sigmoid(x: f32) -> f32 { return 1.0 / (1.0 + exp(-x)); }
+fn sigmoid(x: f32) -> f32 { return or_nan(1.0 / (1.0 + exp(-x)), x); }
 
 // Beyond 15 the result is 1 to the last bit, and some implementations overflow.
 fn tanh_safe(x: f32) -> f32 { return or_nan(tanh(clamp(x, -15.0, 15.0)), x); }
