@@ -96,13 +96,13 @@ pub enum Error {
         got: String,
     },
     /// A memory ceiling would be passed.
-    #[error("out of memory: {what} needs {need_bytes} bytes, {have_bytes} are available")]
+    #[error("out of memory: {what} needs {need_bytes} bytes, {}", available(*have_bytes))]
     OutOfMemory {
         /// What asked for memory.
         what: String,
         /// Bytes asked for.
         need_bytes: u64,
-        /// Bytes that were left.
+        /// Bytes that were left; 0 if nobody knows.
         have_bytes: u64,
     },
     /// The sequence does not fit in the context.
@@ -143,6 +143,10 @@ pub enum Error {
         /// What failed.
         message: String,
     },
+}
+
+fn available(bytes: u64) -> String {
+    if bytes == 0 { "which the system does not give".into() } else { format!("{bytes} are available") }
 }
 
 impl Error {
