@@ -195,3 +195,14 @@ pub fn exit_on_bus_error() {
         libc::signal(libc::SIGBUS, handler as libc::sighandler_t);
     }
 }
+
+/// Makes a write that passes the process's limit of file sizes an error, as on a full disk, instead of a signal that ends the
+/// process. For whole programs, as [`exit_on_bus_error`].
+#[cfg(unix)]
+#[allow(unsafe_code)]
+pub fn fail_on_file_size() {
+    // SAFETY: ignoring a signal runs no code of ours.
+    unsafe {
+        libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
+    }
+}

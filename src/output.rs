@@ -66,7 +66,11 @@ pub fn check(target: &Path, replace: Replace, inputs: &[&Path]) -> Result<()> {
         Ok(metadata) => metadata,
         // A link that leads nowhere is not followed.
         Err(e) if e.kind() == io::ErrorKind::NotFound && std::fs::symlink_metadata(target).is_err() => {
-            return Ok(());
+            let folder = folder(target);
+            return match folder.is_dir() {
+                true => Ok(()),
+                false => refused(format!("there is no folder {}", folder.display())),
+            };
         }
         Err(e) => return Err(io(e)),
     };

@@ -63,6 +63,9 @@ fn inputs_and_files_of_other_kinds_are_never_replaced() {
         ("logits --tokens 99,x -o notes.txt", "token id: expected a number"),
         ("logits -m m.gguf --tokens 1 -o m.gguf", "which is read"),
         ("logits --tokens 1 -o m.gguf", "is a model"),
+        ("run --save none/s.kv Once", "there is no folder none"),
+        ("logits --tokens 1 -o none/k.bin", "there is no folder none"),
+        ("logits --tokens 1 --verify-on-load notes.txt -o notes.txt", "which is read"),
         ("pack m.gguf notes.txt", "exists already"),
         ("pack m.gguf m.gguf", "exists already"),
         ("synth tiny notes.txt --format q8_0", "exists already"),
@@ -143,7 +146,11 @@ mod interrupts {
 
     /// Sends the signal of Ctrl-C.
     fn interrupt(child: &Child) {
-        let sent = Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+        signal(child, "-INT");
+    }
+
+    fn signal(child: &Child, name: &str) {
+        let sent = Command::new("kill").args([name, &child.id().to_string()]).status().unwrap();
         assert!(sent.success());
     }
 
@@ -192,7 +199,11 @@ mod interrupts {
     #[test]
     fn unfinished_files_are_removed() {
         let folder = tempfile::tempdir().unwrap();
-        for args in ["synth llama-2-7b big.gguf --format q8_0", "logits --ctx 200000 -o k.bin --tokens "] {
+        for (args, name) in [
+            ("synth llama-2-7b big.gguf --format q8_0", "-INT"),
+            ("synth llama-2-7b big.gguf --format q8_0", "-TERM"),
+            ("logits --ctx 200000 -o k.bin --tokens ", "-INT"),
+        ] {
             let args = if args.ends_with("--tokens ") {
                 format!("{args}{}", "1,".repeat(50_000) + "1")
             } else {
@@ -200,10 +211,20 @@ mod interrupts {
             };
             let mut child = start(folder.path(), &args);
             appears(folder.path(), ".part");
-            interrupt(&child);
+            signal(&child, name);
             assert_eq!(child.wait().unwrap().code(), Some(130));
             assert!(names(folder.path()).is_empty(), "{:?}", names(folder.path()));
         }
+    }
+
+    /// A limit of file sizes is an error as a full disk is.
+    #[test]
+    fn a_file_that_may_not_grow_is_an_error() {
+        let folder = tempfile::tempdir().unwrap();
+        let script = format!("ulimit -f 1000; {} pack {MODEL} p.gguf", env!("CARGO_BIN_EXE_halite"));
+        let output = Command::new("bash").current_dir(&folder).args(["-c", &script]).output().unwrap();
+        assert_eq!(output.status.code(), Some(1), "{}", String::from_utf8_lossy(&output.stderr));
+        assert!(names(folder.path()).is_empty());
     }
 
     /// The first Ctrl-C waits for a reader that does not read; the second one does not.

@@ -1,6 +1,6 @@
 //! `halite chat`.
 
-use std::io::{BufRead, IsTerminal, Write};
+use std::io::{BufRead, IsTerminal, Read, Write};
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 
@@ -68,13 +68,22 @@ pub fn chat(args: &ChatArgs) -> Result<(), Failure> {
             write!(std::io::stderr(), "> ")?;
         }
         line.clear();
-        if stdin.read_until(b'\n', &mut line)? == 0 {
+        if (&mut stdin).take(MAX_LINE).read_until(b'\n', &mut line)? == 0 {
             break;
+        }
+        let cut = line.len() as u64 == MAX_LINE && !line.ends_with(b"\n");
+        if cut {
+            // The rest of the line is no message of its own.
+            stdin.skip_until(b'\n')?;
         }
         let mut drop_message = |why: &dyn std::fmt::Display| {
             dropped += 1;
             say(&format!("halite: {why}; this message is dropped"));
         };
+        if cut {
+            drop_message(&format!("a line is longer than {MAX_LINE} bytes"));
+            continue;
+        }
         let Ok(text) = std::str::from_utf8(&line) else {
             drop_message(&"a line is not UTF-8");
             continue;
@@ -93,6 +102,7 @@ pub fn chat(args: &ChatArgs) -> Result<(), Failure> {
             if !(args.drop_oldest && full && forget_oldest(&mut messages)) {
                 break prompt;
             }
+            say("halite: the context is full: the oldest turn is forgotten");
         };
         let prompt = match prompt {
             Ok(prompt) => prompt,
@@ -151,6 +161,9 @@ pub fn chat(args: &ChatArgs) -> Result<(), Failure> {
         _ => Ok(()),
     }
 }
+
+/// Most bytes of a message.
+const MAX_LINE: u64 = 16 << 20;
 
 /// What to do about a full context.
 const FULL: &str = " (see --ctx and --drop-oldest)";

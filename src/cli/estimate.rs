@@ -9,7 +9,7 @@ use halite::backend::Fusions;
 use halite::backend::sim::{Chip, Queue, Report, step};
 use halite::estimate::workload::{Choices, Estimate, Workload, estimate};
 use halite::kernels::formats::Format;
-use halite::output::Replace;
+use halite::output::{self, Replace};
 use halite::passes;
 use halite::profile::{Basis, Driver, Profile};
 use halite::program::Program;
@@ -115,6 +115,14 @@ pub fn run(args: &EstimateArgs) -> Result<(), Failure> {
             "--trace, --roofline: expected a simulated chip first, got {name} (driver {driver})"
         )
         .into());
+    }
+    // Both before either is written.
+    for (path, replace) in [(&args.trace, TRACE), (&args.roofline, SVG)] {
+        let others: Vec<&Path> = args.profile.iter().map(Path::new).chain([args.model.as_path()]).collect();
+        path.as_deref().map_or(Ok(()), |path| output::check(path, replace, &others))?;
+    }
+    if args.trace.is_some() && args.trace == args.roofline {
+        return Err("--trace and --roofline: expected two files, got one name".into());
     }
     if let (Some(path), Some(first)) = (&args.trace, all.first()) {
         let chip = choices.chip(first.profile.clone())?;

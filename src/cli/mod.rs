@@ -351,7 +351,9 @@ impl ModelArgs {
     /// The files that are read.
     fn inputs(&self) -> Vec<&Path> {
         let adapters = self.lora.iter().map(|adapter| Path::new(scaled(adapter).0));
-        self.model.iter().map(PathBuf::as_path).chain(adapters).collect()
+        let list = self.verify_on_load.iter().map(PathBuf::as_path);
+        let chip = self.backend.backend.strip_prefix("sim:").map(Path::new);
+        self.model.iter().map(PathBuf::as_path).chain(adapters).chain(list).chain(chip).collect()
     }
 
     fn program(&self) -> ProgramOptions {
@@ -465,7 +467,10 @@ fn bytes(n: u64) -> String {
 
 pub fn main() -> ExitCode {
     #[cfg(unix)]
-    halite::map::exit_on_bus_error();
+    {
+        halite::map::exit_on_bus_error();
+        halite::map::fail_on_file_size();
+    }
     let cli = Cli::parse();
     let listening = interrupt::listen();
     let result = listening.and_then(|()| match cli.command {

@@ -17,7 +17,7 @@ use halite::speculate::{DraftModel, Drafter, Lookup};
 use halite::tokenizer::EncodeOptions;
 
 use super::interrupt::{self, Interrupted};
-use super::{Failure, ModelArgs, SamplerArgs, bytes, print, read_text, say, tokenizer};
+use super::{Failure, ModelArgs, SamplerArgs, bytes, plain, print, read_text, say, tokenizer};
 
 #[derive(Args)]
 pub struct RunArgs {
@@ -209,8 +209,8 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
         say(&format!(
             "\n{} on {} ({})\nload {} · first token {} · prefill {} · decode {} · memory {} + {} weights, {} mapped",
             model.name(),
-            caps.name,
-            caps.device,
+            plain(&caps.name),
+            plain(&caps.device),
             millis(load),
             millis(generation.first_token),
             rate(prefilled, generation.prefill),
@@ -253,6 +253,8 @@ const SAVED: Replace = Replace::StartingWith(b"HALITEKV", "a saved sequence");
 fn inputs(args: &RunArgs) -> Vec<&Path> {
     let others = [&args.file, &args.draft];
     let mut inputs = args.model.inputs();
+    #[cfg(feature = "constrain")]
+    inputs.extend([&args.rule.json_schema, &args.rule.grammar].into_iter().flatten().map(PathBuf::as_path));
     inputs.extend(others.into_iter().flatten().map(PathBuf::as_path));
     inputs
 }

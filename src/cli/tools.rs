@@ -10,7 +10,9 @@ use halite::output::{self, Replace};
 use halite::session::{Head, Run, Wanted};
 use halite::tokenizer::EncodeOptions;
 
-use super::{BackendArgs, Failure, ModelArgs, bytes, interrupt, print, progress, read_text, tokenizer};
+use super::{
+    BackendArgs, Failure, ModelArgs, bytes, interrupt, plain, print, progress, read_text, tokenizer,
+};
 
 pub fn devices() -> Result<(), Failure> {
     for name in ["cpu", "reference", "template"] {
@@ -22,7 +24,7 @@ pub fn devices() -> Result<(), Failure> {
             Contract::Close => "close",
             Contract::Rounded => "rounded",
         };
-        print(&format!("{:10} {}; memory {memory}; contract {contract}\n", caps.name, caps.device))?;
+        print(&plain(&format!("{:10} {}; memory {memory}; contract {contract}\n", caps.name, caps.device)))?;
     }
     gpus()?;
     #[cfg(feature = "sim")]
