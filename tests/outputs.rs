@@ -99,6 +99,23 @@ fn inputs_and_files_of_other_kinds_are_never_replaced() {
     assert_eq!(std::fs::read(at("s.kv.part")).unwrap(), b"mine");
 }
 
+/// A saved sequence is the whole file, and an error names it.
+#[test]
+fn what_follows_a_saved_sequence_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("s.kv");
+    assert!(halite(folder.path(), "run -q -n 2 --save s.kv Once").status.success());
+    let mut bytes = std::fs::read(&file).unwrap();
+    bytes.push(0);
+    std::fs::write(&file, &bytes).unwrap();
+    let (_, error) = failure(folder.path(), "run -q -n 2 --restore s.kv");
+    assert!(error.contains("s.kv: expected nothing after"), "{error}");
+    bytes[0] = b'h';
+    std::fs::write(&file, &bytes).unwrap();
+    let (_, error) = failure(folder.path(), "run -q -n 2 --restore s.kv");
+    assert!(error.contains("s.kv: saved sequence: magic"), "{error}");
+}
+
 #[test]
 fn options_that_are_wrong_leave_stdout_empty() {
     let folder = tempfile::tempdir().unwrap();

@@ -1,7 +1,7 @@
 //! `halite run`.
 
 use std::fs::File;
-use std::io::{BufReader, IsTerminal};
+use std::io::{BufRead, BufReader, IsTerminal};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -144,7 +144,11 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
     let sequence = match &args.restore {
         Some(file) => {
             let open = File::open(file).map_err(|e| format!("{}: {e}", file.display()))?;
-            let sequence = session.restore(&mut BufReader::new(open))?;
+            let mut open = BufReader::new(open);
+            let sequence = session.restore(&mut open).map_err(|e| format!("{}: {e}", file.display()))?;
+            if open.fill_buf().is_ok_and(|rest| !rest.is_empty()) {
+                return Err(format!("{}: expected nothing after the saved sequence", file.display()).into());
+            }
             tokens.extend(session.tokens(sequence)?);
             sequence
         }

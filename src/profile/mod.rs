@@ -536,6 +536,8 @@ shipped! {
 const MAX_BYTES: u64 = 1 << 18;
 /// Most faults that are told; the others are counted.
 const MAX_FAULTS: usize = 32;
+/// Most bytes of a fault that quotes the file.
+const MAX_SHOWN: usize = 1000;
 
 impl Profile {
     /// The shipped profile of that name, or else the file.
@@ -573,7 +575,13 @@ impl Profile {
         }
         let mut table: toml::Table = match toml::from_str(text) {
             Ok(table) => table,
-            Err(error) => return fail(vec![error.to_string()]),
+            Err(error) => {
+                // It quotes the line, which may be the whole file.
+                let (shown, start) = (error.to_string(), error.span().map_or(0, |span| span.start));
+                let line = 1 + text.bytes().take(start).filter(|byte| *byte == b'\n').count();
+                let short = || format!("line {line}: {}", error.message());
+                return fail(vec![if shown.len() > MAX_SHOWN { short() } else { shown }]);
+            }
         };
         if let Err(fault) = quantity::check_size(&table) {
             return fail(vec![fault]);
