@@ -24,7 +24,13 @@ pub enum Replace {
 }
 
 /// How the files start that hold a model or a sequence, and what they are called.
-const PRECIOUS: [(&[u8], &str); 2] = [(b"GGUF", "a model"), (b"HALITEKV", "a saved sequence")];
+const MODEL: (&[u8], &str) = (b"GGUF", "a model");
+const SEQUENCE: (&[u8], &str) = (b"HALITEKV", "a saved sequence");
+
+impl Replace {
+    /// A saved sequence.
+    pub const SAVED_SEQUENCE: Replace = Replace::StartingWith(SEQUENCE.0, SEQUENCE.1);
+}
 
 /// A file that is being written.
 #[derive(Debug)]
@@ -100,7 +106,7 @@ pub fn check(target: &Path, replace: Replace, inputs: &[&Path]) -> Result<()> {
             }
         }
         Replace::Unmarked => {
-            if let Some((_, kind)) = PRECIOUS.iter().find(|(mark, _)| start.starts_with(mark)) {
+            if let Some((_, kind)) = [MODEL, SEQUENCE].iter().find(|(mark, _)| start.starts_with(mark)) {
                 return refused(format!("it exists and is {kind}; remove it, or choose another name"));
             }
         }
@@ -203,7 +209,7 @@ mod tests {
         names
     }
 
-    const KIND: Replace = Replace::StartingWith(b"HALITEKV", "a saved sequence");
+    const KIND: Replace = Replace::SAVED_SEQUENCE;
 
     #[test]
     fn a_file_is_replaced_whole_or_stays() {

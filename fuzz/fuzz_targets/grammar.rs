@@ -1,31 +1,14 @@
-//! Any grammar, in Lark's syntax or in GBNF, and any expression ends in a guide that can be followed, or an error, soon and in bounded memory.
+//! Any grammar, in Lark's syntax or in GBNF, and any expression ends in a guide that can be followed, or an error, soon and in
+//! bounded memory.
 #![no_main]
 
-use std::sync::LazyLock;
+mod guide;
 
-use halite::constrain::{Guide, Rule};
-use halite::generate::Constraint;
-use halite::gguf::Gguf;
-use halite::map::Source;
-use halite::tokenizer::Tokenizer;
-use libfuzzer_sys::fuzz_target;
+use halite::constrain::Rule;
 
-static TOKENIZER: LazyLock<Tokenizer> = LazyLock::new(|| {
-    let gguf = Gguf::from_source(Source::from_bytes("llama", include_bytes!("../seeds/llama.gguf"))).unwrap();
-    Tokenizer::from_gguf(&gguf).unwrap().unwrap()
-});
-
-fuzz_target!(|text: &str| {
-    let rule = match text.strip_prefix("/") {
+libfuzzer_sys::fuzz_target!(|text: &str| {
+    guide::follow(&match text.strip_prefix("/") {
         Some(regex) => Rule::Regex(regex.into()),
         None => Rule::grammar(text),
-    };
-    let Ok(mut guide) = Guide::new(&TOKENIZER, &rule) else { return };
-    for _ in 0..8 {
-        let Ok(allowed) = guide.allowed() else { return };
-        let Some(token) = (0..TOKENIZER.len() as u32).rev().find(|&token| allowed.token(token)) else { return };
-        if guide.accept(token).is_err() {
-            return;
-        }
-    }
+    });
 });

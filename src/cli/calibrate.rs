@@ -1,6 +1,5 @@
 //! `halite calibrate`: a profile of this machine, or of a chip whose kernels others measured.
 
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -49,9 +48,7 @@ pub fn calibrate(args: &CalibrateArgs) -> Result<(), Failure> {
     let Some(output) = &args.output else { return Ok(()) };
     // What is written can be read.
     Profile::parse(&output.display().to_string(), &text)?;
-    let mut out = interrupt::File::create(output, Replace::Unmarked, &inputs(args))?;
-    out.write_all(text.as_bytes()).map_err(|e| format!("{}: {e}", output.display()))?;
-    out.commit()?;
+    interrupt::write(output, Replace::Unmarked, &inputs(args), text.as_bytes())?;
     print(&format!("wrote {}\n", output.display()))
 }
 

@@ -10,8 +10,8 @@ use halite::chat::{self, Message, Template};
 use halite::generate::{Aids, Finish, GenerateOptions};
 use halite::session::SessionOptions;
 
-use super::run::{limit, rate};
-use super::{Failure, ModelArgs, SamplerArgs, interrupt, print, read_text, say, tokenizer};
+use super::run::rate;
+use super::{Failure, ModelArgs, SamplerArgs, interrupt, limit, print, read_text, say, tokenizer};
 
 #[derive(Args)]
 pub struct ChatArgs {
@@ -71,16 +71,13 @@ pub fn chat(args: &ChatArgs) -> Result<(), Failure> {
         if (&mut stdin).take(MAX_LINE).read_until(b'\n', &mut line)? == 0 {
             break;
         }
-        let cut = line.len() as u64 == MAX_LINE && !line.ends_with(b"\n");
-        if cut {
-            // The rest of the line is no message of its own.
-            stdin.skip_until(b'\n')?;
-        }
         let mut drop_message = |why: &dyn std::fmt::Display| {
             dropped += 1;
             say(&format!("halite: {why}; this message is dropped"));
         };
-        if cut {
+        if line.len() as u64 == MAX_LINE && !line.ends_with(b"\n") {
+            // The rest of the line is no message of its own.
+            stdin.skip_until(b'\n')?;
             drop_message(&format!("a line is longer than {MAX_LINE} bytes"));
             continue;
         }

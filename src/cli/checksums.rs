@@ -2,8 +2,7 @@
 //! not trust where the files come from.
 
 use std::ffi::OsStr;
-use std::fmt::Write as _;
-use std::io::Write;
+use std::fmt::Write;
 use std::path::Path;
 
 use halite::gguf::Gguf;
@@ -50,9 +49,7 @@ pub fn write(gguf: &Gguf, path: &Path) -> Result<(), Failure> {
         }
         text.extend([hash.as_bytes(), b"  ", name, b"\n"].concat());
     }
-    let mut out = interrupt::File::create(path, Replace::Nothing, &[])?;
-    out.write_all(&text).map_err(|e| format!("{}: {e}", path.display()))?;
-    out.commit()
+    interrupt::write(path, Replace::Nothing, &[], &text)
 }
 
 /// Refuses a model of which a file is not in the list, or is another.

@@ -117,9 +117,9 @@ pub fn run(args: &EstimateArgs) -> Result<(), Failure> {
         .into());
     }
     // Both before either is written.
+    let inputs: Vec<&Path> = args.profile.iter().map(Path::new).chain([args.model.as_path()]).collect();
     for (path, replace) in [(&args.trace, TRACE), (&args.roofline, SVG)] {
-        let others: Vec<&Path> = args.profile.iter().map(Path::new).chain([args.model.as_path()]).collect();
-        path.as_deref().map_or(Ok(()), |path| output::check(path, replace, &others))?;
+        path.iter().try_for_each(|path| output::check(path, replace, &inputs))?;
     }
     if args.trace.is_some() && args.trace == args.roofline {
         return Err("--trace and --roofline: expected two files, got one name".into());
@@ -131,9 +131,7 @@ pub fn run(args: &EstimateArgs) -> Result<(), Failure> {
     }
     if let (Some(path), Some(first)) = (&args.roofline, all.first()) {
         let svg = super::plot::roofline(&choices.chip(first.profile.clone())?, &first.estimate)?;
-        let mut out = interrupt::File::create(path, SVG, &[])?;
-        out.write_all(svg.as_bytes()).map_err(|e| format!("{}: {e}", path.display()))?;
-        out.commit()?;
+        interrupt::write(path, SVG, &[], svg.as_bytes())?;
     }
     if args.json {
         let values: Vec<Value> = all.iter().map(as_json).collect();

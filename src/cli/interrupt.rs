@@ -1,6 +1,7 @@
 //! Ctrl-C: the first one stops the work that is going on within one op, so that what is done can be shown and saved. Without such
 //! work, or the second time, the command ends at once. Unfinished files are removed in any case.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -93,7 +94,14 @@ impl File {
     }
 }
 
-impl std::io::Write for File {
+/// Writes a whole file.
+pub fn write(target: &Path, replace: Replace, inputs: &[&Path], bytes: &[u8]) -> Result<(), Failure> {
+    let mut out = File::create(target, replace, inputs)?;
+    out.write_all(bytes).map_err(|e| format!("{}: {e}", target.display()))?;
+    out.commit()
+}
+
+impl Write for File {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
         self.0.write(bytes)
     }

@@ -161,20 +161,32 @@ struct SamplerArgs {
     seed: u64,
 }
 
-/// A number of tokens, or -1 for all.
+/// A number, or what -1 stands for.
+fn or_minus_one<T: std::str::FromStr>(text: &str, stands_for: impl FnOnce() -> T) -> Result<T, String> {
+    match text {
+        "-1" => Ok(stands_for()),
+        _ => text.parse().map_err(|_| "expected a whole number, or -1".into()),
+    }
+}
+
+/// A number of tokens to choose among, or -1 for all.
 fn top_k(text: &str) -> Result<usize, String> {
-    if text == "-1" { Ok(0) } else { text.parse().map_err(|_| "expected a whole number, or -1".into()) }
+    or_minus_one(text, || 0)
+}
+
+/// A number of tokens to generate, or -1 for no limit.
+fn limit(text: &str) -> Result<u32, String> {
+    or_minus_one(text, || u32::MAX)
 }
 
 /// A seed, or -1 for one that nobody knows before.
 fn seed(text: &str) -> Result<u64, String> {
-    if text == "-1" {
+    or_minus_one(text, || {
         // The standard library seeds its hashers at random. Few digits, so that a person can type them.
         let random = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), 0) >> 32;
         say(&format!("seed {random}"));
-        return Ok(random);
-    }
-    text.parse().map_err(|_| "expected a whole number, or -1".into())
+        random
+    })
 }
 
 impl SamplerArgs {
@@ -388,7 +400,7 @@ fn warn(warnings: &[String]) {
     let Ok(mut said) = SAID.lock() else { return };
     for warning in warnings {
         if !said.contains(warning) {
-            say(&format!("halite: warning: {}", plain(warning)));
+            say(&format!("halite: warning: {warning}"));
             said.push(warning.clone());
         }
     }
@@ -455,9 +467,9 @@ fn print(text: &str) -> Result<(), Failure> {
     out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(Into::into)
 }
 
-/// Writes a line to stderr. If nobody can read it, there is nobody to tell.
+/// Writes a line to stderr; what would steer a terminal is escaped. If nobody can read it, there is nobody to tell.
 fn say(line: &str) {
-    let _ = writeln!(std::io::stderr(), "{line}");
+    let _ = writeln!(std::io::stderr(), "{}", plain(line));
 }
 
 /// Bytes for people.
@@ -505,6 +517,6 @@ pub fn main() -> ExitCode {
         say("halite: interrupted");
         return interrupt::EXIT_CODE.into();
     }
-    say(&format!("halite: {}", plain(&failure.to_string())));
+    say(&format!("halite: {failure}"));
     ExitCode::FAILURE
 }

@@ -17,7 +17,7 @@ use halite::speculate::{DraftModel, Drafter, Lookup};
 use halite::tokenizer::EncodeOptions;
 
 use super::interrupt::{self, Interrupted};
-use super::{Failure, ModelArgs, SamplerArgs, bytes, plain, print, read_text, say, tokenizer};
+use super::{Failure, ModelArgs, SamplerArgs, bytes, limit, print, read_text, say, tokenizer};
 
 #[derive(Args)]
 pub struct RunArgs {
@@ -111,7 +111,7 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
     };
     let start = Instant::now();
     if let Some(file) = &args.save {
-        output::check(file, SAVED, &inputs(args))?;
+        output::check(file, Replace::SAVED_SEQUENCE, &inputs(args))?;
     }
     let model = args.model.open()?;
     let tokenizer = tokenizer(&model)?;
@@ -191,7 +191,7 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
         if text.len() - done <= 1 {
             session.prefill(sequence, &text[done..], Head::Logits)?;
         }
-        let mut out = interrupt::File::create(file, SAVED, &inputs(args))?;
+        let mut out = interrupt::File::create(file, Replace::SAVED_SEQUENCE, &inputs(args))?;
         session.save(sequence, &mut out).map_err(|e| match e {
             halite::Error::Io { source, .. } => halite::Error::Io { path: file.clone(), source },
             e => e,
@@ -213,8 +213,8 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
         say(&format!(
             "\n{} on {} ({})\nload {} · first token {} · prefill {} · decode {} · memory {} + {} weights, {} mapped",
             model.name(),
-            plain(&caps.name),
-            plain(&caps.device),
+            caps.name,
+            caps.device,
             millis(load),
             millis(generation.first_token),
             rate(prefilled, generation.prefill),
@@ -250,9 +250,6 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
     if interrupted { Err(Interrupted.into()) } else { Ok(()) }
 }
 
-/// What --save may replace.
-const SAVED: Replace = Replace::StartingWith(b"HALITEKV", "a saved sequence");
-
 /// The files that are read, but for the sequence that is restored: it may be saved again in its place.
 fn inputs(args: &RunArgs) -> Vec<&Path> {
     let others = [&args.file, &args.draft];
@@ -261,15 +258,6 @@ fn inputs(args: &RunArgs) -> Vec<&Path> {
     inputs.extend([&args.rule.json_schema, &args.rule.grammar].into_iter().flatten().map(PathBuf::as_path));
     inputs.extend(others.into_iter().flatten().map(PathBuf::as_path));
     inputs
-}
-
-/// A number of tokens, or -1 for no limit.
-pub(super) fn limit(text: &str) -> Result<u32, String> {
-    if text == "-1" {
-        Ok(u32::MAX)
-    } else {
-        text.parse().map_err(|_| "expected a whole number, or -1".into())
-    }
 }
 
 fn millis(t: Duration) -> String {

@@ -110,7 +110,7 @@ pub fn logits(args: &LogitsArgs) -> Result<(), Failure> {
     if let Some(bad) = tokens.iter().find(|&&id| id >= vocab) {
         return Err(format!("token id: expected below {vocab}, got {bad}").into());
     }
-    let batch = rows_per_step(model.hparams().vocab_size);
+    let batch = rows_per_step(vocab);
     let mut session = args.model.session(&model, &args.model.options(batch, batch))?;
     let sequence = session.add_sequence();
     let out = |e| format!("{}: {e}", args.out.display());
