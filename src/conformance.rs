@@ -526,6 +526,11 @@ fn matmuls(cases: &mut Cases) {
     }
 }
 
+/// An input; of the one called `which` some elements become NaN.
+fn input_or_nan(b: &mut Builder<'_>, which: &str, name: &str, cols: u32) -> TensorId {
+    if name == which { with_nan(b, name, cols) } else { b.input(name, Dim::Tokens, cols) }
+}
+
 /// An input of which some elements become NaN.
 fn with_nan(b: &mut Builder<'_>, name: &str, cols: u32) -> TensorId {
     let x = b.input(name, Dim::Tokens, cols);
@@ -555,11 +560,7 @@ fn not_finite(cases: &mut Cases) {
     for act in GATES {
         for nan in ["gate", "up"] {
             cases.row(format!("Glu {act:?} of NaN {nan}"), &[], 3, |b| {
-                let input = |b: &mut Builder<'_>, name: &str| match name == nan {
-                    true => with_nan(b, name, cols),
-                    false => b.input(name, Dim::Tokens, cols),
-                };
-                let (gate, up) = (input(b, "gate"), input(b, "up"));
+                let (gate, up) = (input_or_nan(b, nan, "gate", cols), input_or_nan(b, nan, "up", cols));
                 let y = b.glu(gate, up, act);
                 b.output(y);
             });
@@ -603,11 +604,8 @@ fn not_finite(cases: &mut Cases) {
         let name = format!("Attend F32 of NaN {which} softcap={softcap:?}");
         // One token at a time: beside later ones, a device may multiply their values by zero.
         cases.add(name, &[], &[&[(0, 1)], &[(1, 1)], &[(2, 1)]], 1e-6, |b| {
-            let input = |b: &mut Builder<'_>, name: &str, cols: u32| match name == which {
-                true => with_nan(b, name, cols),
-                false => b.input(name, Dim::Tokens, cols),
-            };
-            let (q, k, v) = (input(b, "q", 2 * 32), input(b, "k", 32), input(b, "v", 32));
+            let q = input_or_nan(b, which, "q", 2 * 32);
+            let (k, v) = (input_or_nan(b, which, "k", 32), input_or_nan(b, which, "v", 32));
             let (kv_heads, key_dim, value_dim, format) = (1, 32, 32, Format::F32);
             let (name, window, causal) = ("kv".into(), None, true);
             let kv = b.state(State { name, kv_heads, key_dim, value_dim, format, window, causal });
@@ -918,7 +916,8 @@ mod tests {
         names.sort();
         names.dedup();
         assert_eq!(names.len(), cases.len());
-        assert!(cases.len() > 450, "{}: some case is not a valid program", cases.len());
+        assert!(cases.len() > 450, "{}", cases.len());
+        assert!(cases.iter().all(|c| c.program.is_ok()), "some case is not a valid program");
     }
 
     /// A case that is no valid program fails, whatever the backend.

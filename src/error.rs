@@ -160,13 +160,24 @@ impl Error {
     }
 }
 
-/// The start of a text from outside, with control characters but newlines escaped: a terminal would obey them.
+/// A text from outside, with control characters but newlines escaped: a terminal would obey them.
+#[cfg(any(feature = "convert", feature = "sim"))]
+pub(crate) fn escaped(text: &str) -> String {
+    escaped_to(text, usize::MAX)
+}
+
+/// The start of such a text.
 #[cfg(any(feature = "chat", feature = "constrain"))]
 pub(crate) fn printable(text: &str) -> String {
-    const MAX_BYTES: usize = 1000;
+    escaped_to(text, 1000)
+}
+
+/// Not much more than `most` bytes of it.
+#[cfg(any(feature = "chat", feature = "constrain", feature = "convert", feature = "sim"))]
+fn escaped_to(text: &str, most: usize) -> String {
     let mut out = String::new();
     for c in text.chars() {
-        if out.len() > MAX_BYTES {
+        if out.len() > most {
             return out + "…";
         }
         if c.is_control() && c != '\n' { out.extend(c.escape_default()) } else { out.push(c) }

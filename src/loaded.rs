@@ -116,22 +116,3 @@ impl Loaded {
         self.backend.read(buffer.ok_or_else(missing)?, 0, bytemuck::cast_slice_mut(out))
     }
 }
-
-/// Checks logits of some outputs, one row of `cols` after the other: none may be NaN or infinite, but that a token may be
-/// impossible (minus infinity) if another one is not.
-pub(crate) fn check_logits(logits: &[f32], cols: usize) -> Result<()> {
-    for (row, logits) in logits.chunks_exact(cols.max(1)).enumerate() {
-        // Without a branch, so that the compiler can do many at a time.
-        let (mut wrong, mut possible) = (false, false);
-        for &x in logits {
-            wrong |= x.is_nan() | (x == f32::INFINITY);
-            possible |= x > f32::NEG_INFINITY;
-        }
-        if wrong || !possible {
-            let bad = logits.iter().find(|x| x.is_nan() || **x == f32::INFINITY);
-            let got = bad.map_or("only -inf".into(), f32::to_string);
-            return Err(Error::NotFinite { what: "logits", got: format!("{got} in output {row}") });
-        }
-    }
-    Ok(())
-}

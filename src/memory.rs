@@ -3,7 +3,8 @@
 
 use crate::error::{Error, Result};
 
-fn none_left<T>(len: u64, what: &str) -> Error {
+/// What is said where there is no memory for so many elements.
+pub(crate) fn none_left<T>(len: u64, what: &str) -> Error {
     let need_bytes = len.saturating_mul(size_of::<T>() as u64);
     Error::OutOfMemory { what: what.into(), need_bytes, have_bytes: 0 }
 }
@@ -15,9 +16,16 @@ pub(crate) fn zeroed<T: bytemuck::Zeroable>(len: u64, what: &str) -> Result<Vec<
     memory.map(Vec::from).ok_or_else(|| none_left::<T>(len, what))
 }
 
+/// Room for elements of a vector up to a length.
+pub(crate) fn grow<T>(memory: &mut Vec<T>, len: u64, what: &str) -> Result<()> {
+    let more = usize::try_from(len).ok().map(|len| len.saturating_sub(memory.len()));
+    let done = more.and_then(|more| memory.try_reserve_exact(more).ok());
+    done.ok_or_else(|| none_left::<T>(len, what))
+}
+
 /// An empty vector with room for so many elements.
 pub(crate) fn reserved<T>(len: u64, what: &str) -> Result<Vec<T>> {
     let mut memory = Vec::new();
-    let done = usize::try_from(len).ok().and_then(|len| memory.try_reserve_exact(len).ok());
-    done.map(|()| memory).ok_or_else(|| none_left::<T>(len, what))
+    grow(&mut memory, len, what)?;
+    Ok(memory)
 }

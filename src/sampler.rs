@@ -82,6 +82,23 @@ impl SamplerOptions {
     }
 }
 
+/// Checks logits to choose among: none may be NaN or infinite, but that a token may be impossible (minus infinity) if another
+/// one is not. The error says what there is instead.
+pub(crate) fn check_logits(logits: impl Iterator<Item = f32> + Clone) -> Result<(), String> {
+    // Without a branch, so that the compiler can do many at a time.
+    let (mut wrong, mut possible) = (false, false);
+    for x in logits.clone() {
+        wrong |= x.is_nan() | (x == f32::INFINITY);
+        possible |= x > f32::NEG_INFINITY;
+    }
+    if possible && !wrong {
+        return Ok(());
+    }
+    let none = if logits.clone().next().is_none() { "none" } else { "only -inf" };
+    let bad = { logits }.find(|x| x.is_nan() || *x == f32::INFINITY);
+    Err(bad.map_or(none.into(), |x| x.to_string()))
+}
+
 #[derive(Debug, Clone, Copy)]
 struct Candidate {
     token: u32,
@@ -169,17 +186,8 @@ impl Sampler {
         self.candidates.clear();
         let candidate = |(token, logit)| Candidate { token, logit, probability: 0.0 };
         self.candidates.extend(logits.map(candidate));
-        let (mut wrong, mut possible) = (false, false);
-        for c in &self.candidates {
-            wrong |= c.logit.is_nan() | (c.logit == f32::INFINITY);
-            possible |= c.logit > f32::NEG_INFINITY;
-        }
-        if wrong || !possible {
-            let bad = self.candidates.iter().map(|c| c.logit).find(|x| x.is_nan() || *x == f32::INFINITY);
-            let none = if self.candidates.is_empty() { "none" } else { "only -inf" };
-            let got = bad.map_or(none.into(), |x| x.to_string());
-            return Err(Error::NotFinite { what: "logits", got });
-        }
+        check_logits(self.candidates.iter().map(|c| c.logit))
+            .map_err(|got| Error::NotFinite { what: "logits", got })?;
         if self.options.penalises() {
             self.penalise(ordered);
         }

@@ -11,11 +11,12 @@ use crate::backend::{
 };
 use crate::error::{Error, Result};
 pub use crate::loaded::Footprint;
-use crate::loaded::{Loaded, check_logits};
-use crate::memory::{reserved, zeroed};
+use crate::loaded::Loaded;
+use crate::memory::{grow, reserved, zeroed};
 use crate::model::{Model, ProgramOptions, outputs};
 use crate::passes;
 use crate::program::{Dim, NOT_FINITE, PAGE_POSITIONS, Program, Slot, State, TensorId};
+use crate::sampler::check_logits;
 use crate::weights::Weights;
 
 /// What errors call memory.
@@ -98,6 +99,14 @@ pub fn footprint(model: &Model, backend: &dyn Backend, options: &SessionOptions)
     Ok(Footprint::of(&program, backend, limits, |window| options.pages(window, positions)))
 }
 
+/// Checks the logits of each output, one row of `cols` after the other.
+fn check_rows(logits: &[f32], cols: usize) -> Result<()> {
+    logits.chunks_exact(cols.max(1)).enumerate().try_for_each(|(row, logits)| {
+        check_logits(logits.iter().copied())
+            .map_err(|got| Error::NotFinite { what: "logits", got: format!("{got} in output {row}") })
+    })
+}
+
 /// A sequence of a [`Session`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct SequenceId(u32);
@@ -146,14 +155,9 @@ struct Sequence {
 impl Sequence {
     /// Makes sure that tables and tokens have room for so many positions.
     fn reserve(&mut self, positions: u32) -> Result<()> {
-        fn grow<T>(memory: &mut Vec<T>, len: u32) -> Result<()> {
-            let more = (len as usize).saturating_sub(memory.len());
-            let need_bytes = (more as u64).saturating_mul(size_of::<T>() as u64);
-            let none = |_| Error::OutOfMemory { what: SEQUENCES.into(), need_bytes, have_bytes: 0 };
-            memory.try_reserve_exact(more).map_err(none)
-        }
-        self.tables.iter_mut().try_for_each(|table| grow(table, positions.div_ceil(PAGE_POSITIONS)))?;
-        grow(&mut self.tokens, positions)
+        let pages = u64::from(positions.div_ceil(PAGE_POSITIONS));
+        self.tables.iter_mut().try_for_each(|table| grow(table, pages, SEQUENCES))?;
+        grow(&mut self.tokens, positions.into(), SEQUENCES)
     }
 
     fn len(&self) -> u32 {
@@ -528,13 +532,13 @@ impl Session {
                 self.loaded.read(outputs::TOP_IDS, ids)?;
                 self.loaded.read(outputs::TOP_LOGITS, logits)?;
                 // NaN and infinity come first of all.
-                check_logits(logits, len / self.wanted.len().max(1))?;
+                check_rows(logits, len / self.wanted.len().max(1))?;
             }
             Head::Logits => {
                 let vocab = self.loaded.model.hparams().vocab_size as usize;
                 let logits = &mut self.logits[..self.wanted.len() * vocab];
                 self.loaded.read(outputs::LOGITS, logits)?;
-                check_logits(logits, vocab)?;
+                check_rows(logits, vocab)?;
             }
             Head::ArgMax => {
                 let arg_max = &mut self.arg_max[..self.wanted.len()];

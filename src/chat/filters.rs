@@ -9,7 +9,8 @@ use super::value::{Fallible, Value, is_space};
 /// Most digits of a text that is read as an integer, as in Python.
 const MAX_DIGITS: usize = 4300;
 
-fn whole(value: Option<Value>, name: &str) -> Fallible<Option<i64>> {
+/// An argument that is an integer, if it is given.
+pub(super) fn whole(value: Option<Value>, name: &str) -> Fallible<Option<i64>> {
     match value {
         None | Some(Value::None) => Ok(None),
         Some(value) => {

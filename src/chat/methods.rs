@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::eval::{Given, Run};
+use super::filters::whole;
 use super::text::Heap;
 use super::value::{Fallible, Value, is_space};
 
@@ -89,10 +90,7 @@ fn text(value: Option<Value>, name: &str) -> Fallible<Arc<str>> {
 }
 
 fn number(value: Option<Value>, name: &str, default: i64) -> Fallible<i64> {
-    match value {
-        None | Some(Value::None) => Ok(default),
-        Some(value) => value.int().ok_or_else(|| format!("{name}: expected an int, got a {}", value.kind())),
-    }
+    Ok(whole(value, name)?.unwrap_or(default))
 }
 
 impl Run<'_> {

@@ -512,21 +512,25 @@ impl Parser {
     }
 
     fn or(&mut self) -> Fallible<Expr> {
-        let line = self.line();
-        let mut left = self.and()?;
-        while self.skip_name("or") {
-            let right = self.and()?;
-            left = self.make_pair(line, left, right, Kind::Or)?;
-        }
-        Ok(left)
+        self.chain("or", Self::and, Kind::Or)
     }
 
     fn and(&mut self) -> Fallible<Expr> {
+        self.chain("and", Self::not, Kind::And)
+    }
+
+    /// Parts with a word between them, from the left.
+    fn chain(
+        &mut self,
+        word: &str,
+        part: fn(&mut Self) -> Fallible<Expr>,
+        kind: fn(Box<(Expr, Expr)>) -> Kind,
+    ) -> Fallible<Expr> {
         let line = self.line();
-        let mut left = self.not()?;
-        while self.skip_name("and") {
-            let right = self.not()?;
-            left = self.make_pair(line, left, right, Kind::And)?;
+        let mut left = part(self)?;
+        while self.skip_name(word) {
+            let right = part(self)?;
+            left = self.make_pair(line, left, right, kind)?;
         }
         Ok(left)
     }

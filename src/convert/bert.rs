@@ -7,6 +7,7 @@ use serde_json::Value;
 
 use super::Plan;
 use super::folder::{Json, has, read_text};
+use super::vocabulary::{CONTROL, NORMAL, USER_DEFINED};
 use crate::embed::MAX_TEXT_TOKENS;
 use crate::error::{Error, Result};
 use crate::gguf::write::Writer;
@@ -208,11 +209,6 @@ fn wordpiece(folder: &Path, w: &mut Writer) -> Result<()> {
     w.entry("tokenizer.ggml.normalizer.lowercase", lowercase)?;
     w.entry("tokenizer.ggml.normalizer.strip_accents", config.bool("strip_accents")?.unwrap_or(lowercase))
 }
-
-/// The published values of `tokenizer.ggml.token_type`.
-const NORMAL: i32 = 1;
-const CONTROL: i32 = 3;
-const USER_DEFINED: i32 = 4;
 
 fn lowercases(tokenizer: &Json) -> Result<bool> {
     Ok(tokenizer.bool("do_lower_case")?.unwrap_or(true))

@@ -8,8 +8,8 @@ use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
 use serde_json::Value;
 
-use crate::error::{Error, Result};
-use crate::gguf::{escaped, printable};
+use crate::error::{Error, Result, escaped};
+use crate::gguf::printable;
 use crate::map::{self, Source};
 
 /// The file of all weights, and what says in which files they are where there are several.

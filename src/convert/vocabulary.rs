@@ -13,10 +13,10 @@ use crate::gguf::write::Writer;
 use crate::tokenizer::{MAX_TOKEN_BYTES, MAX_TOKENS, pretokenize};
 
 /// The published values of `tokenizer.ggml.token_type`.
-const NORMAL: i32 = 1;
+pub(super) const NORMAL: i32 = 1;
 const UNKNOWN: i32 = 2;
-const CONTROL: i32 = 3;
-const USER_DEFINED: i32 = 4;
+pub(super) const CONTROL: i32 = 3;
+pub(super) const USER_DEFINED: i32 = 4;
 const UNUSED: i32 = 5;
 const BYTE: i32 = 6;
 

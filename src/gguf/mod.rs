@@ -9,8 +9,6 @@ use std::sync::Arc;
 
 use halite_kernels::formats::{Format, Layout};
 
-#[cfg(any(feature = "convert", feature = "sim"))]
-pub(crate) use parse::escaped;
 pub(crate) use parse::printable;
 pub use parse::{
     GgufError, Header, MAX_ALIGNMENT, MAX_ENTRIES, MAX_KEY_BYTES, MAX_NAME_BYTES, TensorRecord, Value,

@@ -358,19 +358,6 @@ fn check_overlap(tensors: &[TensorRecord]) -> Result<(), GgufError> {
     Ok(())
 }
 
-/// A text from a file, for messages of several lines: what would steer a terminal is escaped.
-#[cfg(any(feature = "convert", feature = "sim"))]
-pub(crate) fn escaped(text: &str) -> String {
-    let mut out = String::with_capacity(text.len());
-    for c in text.chars() {
-        match c.is_control() && c != '\n' {
-            true => out.extend(c.escape_default()),
-            false => out.push(c),
-        }
-    }
-    out
-}
-
 /// The start of a text from a file, for messages: in quotes, escaped, and not longer than a line.
 pub(crate) fn printable(text: &[u8]) -> String {
     const SHOWN: usize = 64;

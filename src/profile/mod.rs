@@ -12,7 +12,7 @@ use std::path::Path;
 use schemars::JsonSchema;
 use serde::Deserialize;
 
-use crate::gguf::escaped;
+use crate::error::escaped;
 use crate::map;
 use crate::numerics::{Dtype, Format, Rounding, Rules, ScaleRule};
 use crate::{Error, Result};

@@ -162,9 +162,8 @@ impl Session {
         for tensor in self.loaded.model.gguf().tensors() {
             let region = tensor.region()?;
             let bytes = region.bytes();
-            for sample in 0..SAMPLES {
-                let last = bytes.len().saturating_sub(SAMPLE_BYTES);
-                let start = last / (SAMPLES - 1) * sample;
+            let apart = bytes.len().saturating_sub(SAMPLE_BYTES) / (SAMPLES - 1);
+            for start in (0..SAMPLES).map(|sample| apart * sample) {
                 hasher.write(bytes.get(start..(start + SAMPLE_BYTES).min(bytes.len())).unwrap_or(&[]));
             }
         }

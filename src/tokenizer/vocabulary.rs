@@ -7,7 +7,7 @@ use hashbrown::HashTable;
 use super::TokenKind;
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
-use crate::memory::{reserved, zeroed};
+use crate::memory::{none_left, reserved, zeroed};
 
 /// U+2581, which stands for a space.
 pub(super) const SPACE: &str = "\u{2581}";
@@ -109,10 +109,8 @@ impl Vocabulary {
             vocabulary.texts.extend_from_slice(text);
             vocabulary.ends.push(vocabulary.texts.len());
         }
-        if vocabulary.ids.try_reserve(count, |_| 0).is_err() {
-            let need_bytes = 4 * count as u64;
-            return Err(Error::OutOfMemory { what: WHAT.into(), need_bytes, have_bytes: 0 });
-        }
+        let ids = vocabulary.ids.try_reserve(count, |_| 0);
+        ids.map_err(|_| none_left::<u32>(count as u64, WHAT))?;
         for id in 0..count as u32 {
             vocabulary.index(id);
         }

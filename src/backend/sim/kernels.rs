@@ -363,13 +363,11 @@ impl Kernels for SimKernels {
                     let before = (first as usize + unit) % (cols / run) * run;
                     out.copy_from_slice(&[f32::from_bits((before as u32).wrapping_add_signed(at[0])), value]);
                 } else {
-                    let best = |best: (f32, f32), new: (f32, f32)| {
-                        if new.1 > best.1 || new.1.is_nan() { new } else { best }
-                    };
-                    let pairs = x.as_chunks::<2>().0.iter().map(|&[id, value]| (id, value));
-                    let (id, value) = pairs.fold((0.0, f32::NEG_INFINITY), |found, new| {
-                        if found.1.is_nan() { found } else { best(found, new) }
-                    });
+                    // What is no number stays, once it is found.
+                    let better = |new: f32, old: f32| !old.is_nan() && (new > old || new.is_nan());
+                    let best =
+                        |old: [f32; 2], &new: &[f32; 2]| if better(new[1], old[1]) { new } else { old };
+                    let [id, value] = x.as_chunks().0.iter().fold([0.0, f32::NEG_INFINITY], best);
                     out[0] = if value.is_finite() { id } else { f32::from_bits(NOT_FINITE as u32) };
                 }
             }
