@@ -2,6 +2,9 @@
 // which neighbouring invocations have neighbouring ones; a workgroup has them SLICES times, and each slice every SLICES-th part
 // of a row. In workgroups of one z are TOKENS rows of activations.
 
+const PARTS: u32 = K / 32u;
+const TURNS: u32 = (PARTS + SLICES - 1u) / SLICES;
+
 struct Part {
     low: vec4<u32>,
     high: vec4<u32>,
@@ -19,7 +22,7 @@ fn load_part(matrix: u32, row: u32, part: u32) -> Part {
     );
 }
 
-@compute @workgroup_size(16u * SLICES)
+@compute @workgroup_size(WORKGROUP)
 fn main(in: In) {
     let lane = in.local % 16u;
     let slice = in.local / 16u;
@@ -31,11 +34,14 @@ fn main(in: In) {
     prepare(in.local, input_of(row_of(first)));
     var acc: array<Sums, TOKENS>;
     if here {
-        for (var part = slice; part < K / 32u; part += SLICES) {
-            let m = matrix - FIRST_MATRIX;
-            let parts = load_parts(m, row, part);
-            for (var t = 0u; t < TOKENS; t++) {
-                if t < count { acc[t] += dot_parts(parts, load_input(input_of(row_of(first + t)), part)); }
+        // A constant number of turns, which compilers unroll.
+        for (var turn = 0u; turn < TURNS; turn++) {
+            let part = turn * SLICES + slice;
+            if PARTS % SLICES == 0u || part < PARTS {
+                let parts = load_parts(matrix - FIRST_MATRIX, row, part);
+                for (var t = 0u; t < TOKENS; t++) {
+                    if t < count { acc[t] += dot_parts(parts, load_input(input_of(row_of(first + t)), part)); }
+                }
             }
         }
     }

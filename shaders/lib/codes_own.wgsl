@@ -1,26 +1,20 @@
 // Codes that each workgroup makes itself, of its one row of activations: where there are few rows of activations and many
 // workgroups, that is less than a dispatch and a wait for it.
 
-const PARTS: u32 = K / 32u;
-var<workgroup> own_codes: array<vec4<u32>, 2u * PARTS>;
+const SPAN: u32 = K;
+var<workgroup> own_codes: array<vec4<u32>, K / 16u>;
 // Scale, and sums.
-var<workgroup> own_about: array<vec2<u32>, PARTS>;
-var<workgroup> own_largest: array<u32, PARTS>;
+var<workgroup> own_about: array<vec2<u32>, K / 32u>;
+// The first half of the row.
+var<private> own_first: u32;
 
 fn activations(four: u32) -> vec4<f32> { return x[four]; }
+fn keep_codes(half: u32, codes: vec4<u32>) { own_codes[half - own_first] = codes; }
+fn keep_about(part: u32, scale: u32, sums: u32) { own_about[part - own_first / 2u] = vec2(scale, sums); }
 
 fn prepare(local: u32, row: u32) {
-    for (var part = local; part < PARTS; part += 16u * SLICES) { own_largest[part] = largest(row * PARTS + part); }
-    workgroupBarrier();
-    for (var part = local; part < PARTS; part += 16u * SLICES) {
-        var most = 0u;
-        let first = part - part % (BLOCK / 32u);
-        for (var i = 0u; i < BLOCK / 32u; i++) { most = max(most, own_largest[first + i]); }
-        let made = to_codes(row * PARTS + part, most);
-        own_codes[2u * part] = made.low;
-        own_codes[2u * part + 1u] = made.high;
-        own_about[part] = vec2(bitcast<u32>(made.scale), pack_sums(made.sums));
-    }
+    own_first = row * (K / 16u);
+    to_codes(local, own_first, K / 16u);
     workgroupBarrier();
 }
 

@@ -1,5 +1,7 @@
 // Quantises the row that this workgroup has written.
 
+const SPAN: u32 = K;
+
 fn activations(four: u32) -> vec4<f32> {
     return vec4(out[4u * four], out[4u * four + 1u], out[4u * four + 2u], out[4u * four + 3u]);
 }
@@ -7,5 +9,5 @@ fn activations(four: u32) -> vec4<f32> {
 fn after(in: In) {
     storageBarrier();
     workgroupBarrier();
-    for (var part = in.local; part < K / 32u; part += WORKGROUP) { quantise(in.workgroup.y, part); }
+    to_codes(in.local, in.workgroup.y * (K / 16u), K / 16u);
 }

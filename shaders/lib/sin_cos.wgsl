@@ -1,3 +1,18 @@
+// A quotient to the last bit: a device's own may be 2.5 units off (Vulkan), and a position multiplies that. The remainder is
+// exact in integers, since it is small: what wraps around in its two terms is the same.
+fn quotient(a: f32, b: f32) -> f32 {
+    let q = a / b;
+    let bits = vec3(bitcast<u32>(a), bitcast<u32>(b), bitcast<u32>(q));
+    let exponents = bits >> vec3(23u);
+    let m = (bits & vec3(0x7fffffu)) | vec3(0x800000u);
+    let shift = exponents.x + 150u - exponents.y - exponents.z;
+    let remainder = bitcast<i32>((m.x << (shift & 31u)) - m.y * m.z);
+    let better = bitcast<f32>(bits.z + bitcast<u32>(i32(round(f32(remainder) / f32(m.y)))));
+    // Signs, infinities, NaN and subnormal numbers are left as they are.
+    let normal = all(exponents > vec3(0u)) && all(exponents < vec3(255u)) && shift < 32u;
+    return select(q, better, normal);
+}
+
 // Sine and cosine: those of a device may be off by 2^-11 (Vulkan), and by more at large angles.
 fn sin_cos(x: f32) -> vec2<f32> {
     let quadrant = round(x * 0.63661977);

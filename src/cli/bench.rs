@@ -13,7 +13,7 @@ use halite::profile::Profile;
 use halite::session::{Head, Run, SequenceId, Session, SessionOptions, Wanted};
 use serde_json::{Value, json};
 
-use super::{BackendArgs, Failure, KvFormat, bytes, open_model, print};
+use super::{DeviceArgs, Failure, KvFormat, bytes, open_model, print};
 
 /// The largest buffer that memory is measured with: more than any cache holds.
 const MOST_BUFFER_BYTES: u64 = 1 << 30;
@@ -47,12 +47,8 @@ pub struct BenchArgs {
     /// How the KV cache is stored.
     #[arg(long, value_name = "FORMAT", default_value = "f16")]
     kv: KvFormat,
-    /// cpu, reference or template.
-    #[arg(long, value_name = "NAME", default_value = "cpu")]
-    backend: String,
-    /// MiB of device memory that may be taken; weights that do not fit are streamed.
-    #[arg(long, value_name = "MIB")]
-    device_memory: Option<u64>,
+    #[command(flatten)]
+    device: DeviceArgs,
     /// Do not measure what the machine does at best.
     #[arg(long)]
     no_roofline: bool,
@@ -133,14 +129,9 @@ pub fn bench(args: &BenchArgs) -> Result<(), Failure> {
     let profile = args.profile.as_deref().map(Profile::open).transpose()?;
     let mut rows = Rows::new(args.output);
     for &threads in &args.threads {
-        let backend = BackendArgs {
-            backend: args.backend.clone(),
-            threads,
-            device_memory: args.device_memory,
-            ..Default::default()
-        }
-        .open()?;
-        let measured = (args.backend == "cpu" && !args.no_roofline).then(|| Cpu::new(threads)).transpose()?;
+        let backend = args.device.open(threads)?;
+        let measured =
+            (args.device.backend == "cpu" && !args.no_roofline).then(|| Cpu::new(threads)).transpose()?;
         let mut session = Session::new(&model, &backend, &options, &mut |_| {})?;
         for &test in &tests {
             let costs: Vec<Cost> =

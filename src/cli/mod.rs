@@ -205,9 +205,25 @@ impl SamplerArgs {
     }
 }
 
-/// Which backend.
+/// Which backend, and on how many threads.
 #[derive(Args, Clone, Default)]
 struct BackendArgs {
+    #[command(flatten)]
+    device: DeviceArgs,
+    /// CPU threads [default: one for each core].
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    threads: usize,
+}
+
+impl BackendArgs {
+    fn open(&self) -> Result<Arc<dyn Backend>, Failure> {
+        self.device.open(self.threads)
+    }
+}
+
+/// Which backend.
+#[derive(Args, Clone, Default)]
+struct DeviceArgs {
     /// cpu, gpu (or gpu:N, gpu:NAME for one of `halite devices`), sim:PROFILE (a simulated chip, one of `halite profile` or a
     /// TOML file), reference or template.
     #[arg(long, value_name = "NAME", default_value = "cpu")]
@@ -231,9 +247,6 @@ struct BackendArgs {
     #[cfg(feature = "sim")]
     #[arg(long, value_name = "FORMAT")]
     products: Option<String>,
-    /// CPU threads [default: one for each core].
-    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
-    threads: usize,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -246,15 +259,15 @@ enum KvFormat {
     Q4_0,
 }
 
-impl BackendArgs {
-    fn open(&self) -> Result<Arc<dyn Backend>, Failure> {
+impl DeviceArgs {
+    fn open(&self, threads: usize) -> Result<Arc<dyn Backend>, Failure> {
         if self.device_memory.is_some() && !self.backend.starts_with("gpu") {
             return Err(
                 format!("--device-memory: backend `{}` has no memory of its own", self.backend).into()
             );
         }
         Ok(match self.backend.as_str() {
-            "cpu" => Arc::new(Cpu::new(self.threads)?),
+            "cpu" => Arc::new(Cpu::new(threads)?),
             "reference" => Arc::new(Reference::new()),
             "template" => Arc::new(Template::new()),
             #[cfg(feature = "gpu")]
@@ -284,7 +297,7 @@ impl BackendArgs {
 }
 
 #[cfg(feature = "sim")]
-impl BackendArgs {
+impl DeviceArgs {
     /// The simulated chip that is named.
     fn simulated(&self) -> Result<Sim, Failure> {
         let name = self.backend.strip_prefix("sim:").unwrap_or(&self.backend);
@@ -364,7 +377,7 @@ impl ModelArgs {
     fn inputs(&self) -> Vec<&Path> {
         let adapters = self.lora.iter().map(|adapter| Path::new(scaled(adapter).0));
         let list = self.verify_on_load.iter().map(PathBuf::as_path);
-        let chip = self.backend.backend.strip_prefix("sim:").map(Path::new);
+        let chip = self.backend.device.backend.strip_prefix("sim:").map(Path::new);
         self.model.iter().map(PathBuf::as_path).chain(adapters).chain(list).chain(chip).collect()
     }
 

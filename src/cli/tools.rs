@@ -11,12 +11,13 @@ use halite::session::{Head, Run, Wanted};
 use halite::tokenizer::EncodeOptions;
 
 use super::{
-    BackendArgs, Failure, ModelArgs, bytes, interrupt, plain, print, progress, read_text, tokenizer,
+    BackendArgs, DeviceArgs, Failure, ModelArgs, bytes, interrupt, plain, print, progress, read_text,
+    tokenizer,
 };
 
 pub fn devices() -> Result<(), Failure> {
     for name in ["cpu", "reference", "template"] {
-        let backend = BackendArgs { backend: name.into(), ..Default::default() }.open()?;
+        let backend = DeviceArgs { backend: name.into(), ..Default::default() }.open(0)?;
         let caps = backend.caps();
         let memory = if caps.memory_bytes == u64::MAX { "no limit".into() } else { bytes(caps.memory_bytes) };
         let contract = match caps.contract {
@@ -254,7 +255,7 @@ fn support_table(backends: &[String]) -> Result<String, Failure> {
     let mut groups: Vec<(usize, String)> = Vec::new();
     let mut cells: Vec<Vec<(u32, Option<String>)>> = Vec::new();
     for (column, name) in backends.iter().enumerate() {
-        let backend = BackendArgs { backend: name.clone(), ..Default::default() }.open()?;
+        let backend = DeviceArgs { backend: name.clone(), ..Default::default() }.open(0)?;
         for case in &cases {
             let outcome = conformance::check(&*backend, case);
             let mut words = case.name.split_whitespace();

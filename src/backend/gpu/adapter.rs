@@ -3,6 +3,7 @@
 use std::fmt;
 
 use super::failed;
+use super::lower::Tuning;
 use super::shader::{Cooperative, Paths};
 use crate::error::Result;
 
@@ -98,14 +99,23 @@ impl Adapter {
         };
         let side = self.adapter.cooperative_matrix_properties().iter().filter_map(square).max()?;
         let subgroup = self.info.subgroup_max_size;
-        let fits = 4 * subgroup <= self.adapter.limits().max_compute_invocations_per_workgroup;
+        let fits = 8 * subgroup <= self.adapter.limits().max_compute_invocations_per_workgroup;
         fits.then_some(Cooperative { side, subgroup })
     }
 
     /// Whether it runs shaders on the CPU, in wide vectors, and with a compiler to match: those for narrow ones take minutes
     /// and gigabytes for long shaders.
-    pub(super) fn is_wide_cpu(&self) -> bool {
+    fn is_wide_cpu(&self) -> bool {
         self.info.device_type == wgpu::DeviceType::Cpu && self.info.subgroup_max_size >= 8
+    }
+
+    /// Sizes of workgroups for it.
+    pub(super) fn tuning(&self) -> Tuning {
+        match self.info.device_type {
+            wgpu::DeviceType::DiscreteGpu => Tuning::DISCRETE,
+            _ if self.is_wide_cpu() => Tuning::CPU,
+            _ => Tuning::INTEGRATED,
+        }
     }
 
     /// What a person would want to know of it, by name.

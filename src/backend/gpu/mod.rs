@@ -26,7 +26,7 @@ use crate::error::{Error, Result};
 use crate::map::Region;
 use crate::program::Program;
 use cache::Cache;
-use lower::{Bounds, Lowered, Tuning};
+use lower::{Bounds, Lowered};
 
 /// The name of the backend.
 const NAME: &str = "gpu";
@@ -148,7 +148,8 @@ impl Gpu {
             paths,
             binding_bytes: limits.max_storage_buffer_binding_size & !255,
             workgroup_bytes: limits.max_compute_workgroup_storage_size,
-            tuning: if adapter.is_wide_cpu() { Tuning::CPU } else { Tuning::GPU },
+            workgroup: limits.max_compute_invocations_per_workgroup,
+            tuning: adapter.tuning(),
         };
         let (staged, read_back, pipelines) = Default::default();
         let folder = options.shader_cache.as_deref();
@@ -268,10 +269,18 @@ impl Device {
         }
         let scope = self.device.push_error_scope(wgpu::ErrorFilter::Validation);
         let label = Some(shader.name);
-        let module = self.device.create_shader_module(wgpu::ShaderModuleDescriptor {
-            label,
-            source: wgpu::ShaderSource::Wgsl(source.as_str().into()),
-        });
+        let checked = wgpu::ShaderRuntimeChecks::checked();
+        let checks =
+            wgpu::ShaderRuntimeChecks { force_loop_bounding: false, int_div_checks: false, ..checked };
+        let text = wgpu::ShaderSource::Wgsl(source.as_str().into());
+        // SAFETY: accesses to buffers stay checked. The loops in `shaders/` end, whatever buffers hold: each counts to a bound
+        // that it does not change. Divisors are constants above zero, or the number of splits, which is at least one. Counters
+        // in loops would keep a driver's compiler from unrolling them.
+        #[allow(unsafe_code)]
+        let module = unsafe {
+            let descriptor = wgpu::ShaderModuleDescriptor { label, source: text };
+            self.device.create_shader_module_trusted(descriptor, checks)
+        };
         let entries: Vec<_> = shader
             .bindings
             .iter()

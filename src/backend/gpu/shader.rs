@@ -115,14 +115,14 @@ impl Shader {
         self
     }
 
-    /// Multiplies matrices that four subgroups have: `Left` by `Right` to `Sums`, of `SIDE` rows and columns.
+    /// Multiplies matrices that eight subgroups have: `Left` by `Right` to `Sums`, of `SIDE` rows and columns.
     pub fn cooperative(mut self, units: Cooperative) -> Shader {
         let side = units.side;
         for (name, of) in [("Left", "f16, A"), ("Right", "f16, B"), ("Sums", "f32, C")] {
             let _ = writeln!(self.declarations, "alias {name} = coop_mat{side}x{side}<{of}>;");
         }
         self.cooperative = true;
-        self.u32("SIDE", side).workgroup(4 * units.subgroup)
+        self.u32("SIDE", side).workgroup(8 * units.subgroup)
     }
 
     pub fn u32(mut self, name: &str, value: u32) -> Shader {

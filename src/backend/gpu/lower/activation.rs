@@ -10,6 +10,9 @@ use crate::program::{Dim, TensorId};
 /// Where activations are, and the tensor of the program that they are, if they are one.
 pub(super) type Input<'a> = (&'a Resource, Option<TensorId>);
 
+/// Activations that a workgroup quantises, where that is a dispatch of its own.
+const QUANTISED: u32 = 16 * WORKGROUP;
+
 impl Lowering<'_> {
     /// How a product sees its activations: as they are, as codes in a buffer, or as codes that each workgroup makes of its own.
     pub(super) fn activations(&self, shader: Shader, format: Format, input: &Resource, own: bool) -> Shader {
@@ -33,8 +36,9 @@ impl Lowering<'_> {
     /// From how many rows on the codes of activations are in their buffer. Products quantise fewer rows themselves.
     pub(super) fn codes_from(&self, codes: Extra, x: Option<TensorId>, k: u32) -> u32 {
         let there = self.quantised.iter().find(|q| q.0 == codes && Some(q.1) == x);
-        // For each 32 values codes, their scale, sums and largest; and what `slices.wgsl` and sums over workgroups may take.
-        let bytes = k / 32 * (32 + 4 + 4 + 4) + 16 * self.bounds.tuning.slices * (16 + 4);
+        // For each 32 values codes, their scale and sums twice, and their largest; and what `slices.wgsl` and sums over
+        // workgroups may take.
+        let bytes = k / 32 * (32 + 4 + 8 + 4) + 16 * self.most_slices(k) * (16 + 4);
         there.map_or(if bytes <= self.bounds.workgroup_bytes { 2 } else { 1 }, |q| q.2.start)
     }
 
@@ -124,8 +128,10 @@ impl Lowering<'_> {
             self.quantised.retain(|q| q.0 != codes);
             self.quantised.extend(id.map(|id| (codes, id, from..end)));
             let shader = self.shader("quantise").read("x", "vec4<f32>", x.clone());
-            let shader = self.quantiser(shader, codes, rows, times, k).with(wgsl!("quantise"));
-            let groups = [fixed((k / 32).div_ceil(WORKGROUP)), count(Of::Rows(rows), times, 1), ONE];
+            let span = QUANTISED.min(k);
+            let shader =
+                self.quantiser(shader.u32("SPAN", span), codes, rows, times, k).with(wgsl!("quantise"));
+            let groups = [fixed(k.div_ceil(span)), count(Of::Rows(rows), times, 1), ONE];
             self.push_when(shader, groups, (Of::Rows(rows), from..end));
         }
     }

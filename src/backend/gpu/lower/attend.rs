@@ -33,7 +33,7 @@ impl Lowering<'_> {
         match factors {
             Some(factors) => shader
                 .read("factors", "f32", self.tensor(factors))
-                .with("fn frequency(i: u32) -> f32 { return FREQUENCIES[i] / factors[i]; }"),
+                .with("fn frequency(i: u32) -> f32 { return quotient(FREQUENCIES[i], factors[i]); }"),
             None => shader.with("fn frequency(i: u32) -> f32 { return FREQUENCIES[i]; }"),
         }
     }

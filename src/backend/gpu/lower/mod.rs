@@ -82,7 +82,7 @@ const GROUP: u32 = 4;
 /// Elements of a row that a workgroup sorts to find the largest.
 const TOP_K_PIECE: u32 = 1024;
 /// The least positions of a split of the cache.
-const SPLIT_POSITIONS: u32 = 256;
+const SPLIT_POSITIONS: u32 = 64;
 
 /// A program as dispatches.
 #[derive(Debug)]
@@ -146,6 +146,8 @@ pub(super) struct Bounds {
     pub binding_bytes: u64,
     /// Bytes of workgroup memory.
     pub workgroup_bytes: u32,
+    /// Invocations of a workgroup.
+    pub workgroup: u32,
     pub tuning: Tuning,
 }
 
@@ -154,17 +156,21 @@ pub(super) struct Bounds {
 pub(super) struct Tuning {
     /// Rows of a matrix of an invocation of `matvec.wgsl`: 1 or 4.
     pub groups: u32,
-    /// Slices of a row of the matrix in its workgroups.
-    pub slices: u32,
+    /// Invocations of a product of vectors that keep the device busy.
+    pub invocations: u32,
+    /// Invocations that a row of a norm, or of logits, is shared among.
+    pub row: u32,
     /// Workgroups of attention that keep the device busy.
     pub attend: u32,
 }
 
 impl Tuning {
-    /// Many invocations, each with little to do.
-    pub const GPU: Tuning = Tuning { groups: 1, slices: 8, attend: 256 };
+    /// Some hundred thousand invocations at once: each has little to do, and many hide what memory takes.
+    pub const DISCRETE: Tuning = Tuning { groups: 1, invocations: 1 << 17, row: 512, attend: 256 };
+    /// Some ten thousand.
+    pub const INTEGRATED: Tuning = Tuning { groups: 1, invocations: 1 << 14, row: 256, attend: 256 };
     /// Shaders on a CPU: a load costs more than arithmetic, and barriers most of all.
-    pub const CPU: Tuning = Tuning { groups: 4, slices: 1, attend: 16 };
+    pub const CPU: Tuning = Tuning { groups: 4, invocations: 1, row: 256, attend: 16 };
 }
 
 /// Why an op cannot run, if it cannot.
@@ -403,7 +409,7 @@ impl Lowering<'_> {
                 let t = self.program.tensor(*x);
                 let shader = self
                     .shader("arg_max")
-                    .workgroup(256)
+                    .workgroup(self.row_workgroup(t.cols))
                     .read("x", "u32", self.tensor(*x))
                     .write("out", "u32", self.tensor(*out))
                     .u32("COLUMNS", t.cols)
@@ -476,12 +482,19 @@ impl Lowering<'_> {
         }
     }
 
+    /// Invocations for a row of so many elements: four elements each, if there are enough.
+    fn row_workgroup(&self, elements: u32) -> u32 {
+        let enough = (elements / 4).max(1).next_power_of_two().max(WORKGROUP);
+        enough.min(self.bounds.tuning.row).min(self.bounds.workgroup)
+    }
+
     /// A norm, whose results are quantised as well if so wished.
     fn norm(&mut self, op: &Op, codes: Option<Extra>) {
         let Op::Norm { x, add, sum, weight, bias, out, kind, eps, group } = op else { return };
         let (rows, cols) = (self.program.tensor(*x).rows, self.cols(*x));
         let mut shader = self
             .shader("norm")
+            .workgroup(self.row_workgroup(*group))
             .read("x", "f32", self.tensor(*x))
             .write("out", "f32", self.tensor(*out))
             .u32("COLUMNS", cols)
@@ -549,11 +562,12 @@ mod tests {
             contract: Contract::Close,
         };
         let program = passes::adapt(&model.program(ProgramOptions::default(), 256).unwrap(), &caps);
-        for tuning in [Tuning::GPU, Tuning::CPU] {
+        for tuning in [Tuning::DISCRETE, Tuning::INTEGRATED, Tuning::CPU] {
             let bounds = Bounds {
                 paths: Paths { subgroups: true, integer: true, f16: true, cooperative: None },
                 binding_bytes: 128 << 20,
                 workgroup_bytes: 16 << 10,
+                workgroup: 256,
                 tuning,
             };
             let lowered = lower(&program, Limits { tokens: 64, outputs: 1 }, &bounds);
@@ -567,10 +581,10 @@ mod tests {
                     .collect::<Vec<_>>()
             };
             let expected = ["norm", "matvec", "rope_kv", "attend", "matvec", "norm", "matvec", "matvec"];
-            assert_eq!(runs(1, 511), expected);
+            assert_eq!(runs(1, 127), expected);
             // Attention over a long cache is split and merged.
-            assert_eq!(runs(1, 512)[3..5], ["attend", "merge"]);
-            assert_eq!(runs(1, 512).len(), 9);
+            assert_eq!(runs(1, 128)[3..5], ["attend", "merge"]);
+            assert_eq!(runs(1, 128).len(), 9);
             assert_eq!(runs(64, 5000).iter().filter(|&&name| name == "matmul").count(), 7);
         }
     }

@@ -203,6 +203,18 @@ impl Lowering<'_> {
         true
     }
 
+    /// The most slices of a row of `k` that `matvec.wgsl` can have.
+    pub(super) fn most_slices(&self, k: u32) -> u32 {
+        let bounds = self.bounds;
+        let fit = (bounds.workgroup / 16).min(bounds.workgroup_bytes / 4 / (16 * 20)).min(k / 32).max(1);
+        1 << (fit.ilog2().min(bounds.tuning.invocations.ilog2()))
+    }
+
+    /// Into how many slices `matvec.wgsl` divides rows of `k`, of which it has so many at once.
+    fn slices(&self, rows: u32, k: u32) -> u32 {
+        (self.bounds.tuning.invocations / rows.max(1)).max(1).next_power_of_two().min(self.most_slices(k))
+    }
+
     /// Runs of `matvec.wgsl`: for one row of activations at a time, and, if they are all for one matrix, for some.
     #[allow(clippy::too_many_arguments)]
     pub(super) fn vectors(
@@ -215,8 +227,9 @@ impl Lowering<'_> {
         rows: Dim,
         experts: Option<Routed<'_>>,
     ) {
-        let tuning = self.bounds.tuning;
         let codes = self.codes(t.format);
+        let Count { of: Of::Rows(Dim::Fixed(groups_of_rows)), .. } = workgroups else { return };
+        let slices = self.slices(16 * groups_of_rows, t.cols);
         let most = passes::rows(rows, self.limits.tokens, self.limits.outputs) as u32;
         let variants = match experts {
             None => vec![(1, 0..2), (GROUP, 2..VECTORS + 1)],
@@ -232,9 +245,10 @@ impl Lowering<'_> {
             let shader = self
                 .activations(shader.clone(), t.format, input.0, own)
                 .u32("TOKENS", tokens)
-                .u32("SLICES", tuning.slices)
+                .u32("SLICES", slices)
+                .workgroup(slices * ROWS as u32)
                 .with(groups)
-                .with(if tuning.slices > 1 { wgsl!("lib/slices") } else { wgsl!("lib/slice") })
+                .with(if slices > 1 { wgsl!("lib/slices") } else { wgsl!("lib/slice") })
                 .with(if codes.is_some() { wgsl!("lib/part_integer") } else { wgsl!("lib/part_float") });
             let grouped = experts.is_some() && tokens > 1;
             let shader = self.rows_of_results(shader, experts, grouped).with(wgsl!("matvec"));
@@ -340,7 +354,7 @@ impl Lowering<'_> {
                     .read("halves", "vec4<f16>", Resource::Extra(Extra::Halves))
                     .read("factors", "f32", Resource::Extra(Extra::Factors))
                     .with(wgsl!("matmul_cooperative"));
-                self.push_when(shader, tiles(4 * units.side), when);
+                self.push_when(shader, tiles(8 * units.side), when);
                 continue;
             }
             let shader = self.product_shader("matmul", p, &shard).workgroup(256);
