@@ -498,8 +498,8 @@ fn matmuls(cases: &mut Cases) {
                     b.input("yc", Dim::Tokens, 7),
                 ];
                 let biases = [None, Some(bias), None];
-                let parts = (0..3).map(|i| Part { weight: ws[i], bias: biases[i], out: outs[i] }).collect();
-                b.op(Op::MatMul { x, parts, epilogue: Epilogue::None });
+                let parts = (0..3).map(|i| Part { weight: ws[i], bias: biases[i] }).collect();
+                b.op(Op::MatMul { x, parts, epilogue: Epilogue::None, outs: outs.into_iter().collect() });
             },
         );
         let pair = [("a", Format::Q8_0, vec![64, 24]), ("b", Format::Q8_0, vec![64, 24])];
@@ -514,12 +514,12 @@ fn matmuls(cases: &mut Cases) {
                     let x = b.input("x", Dim::Tokens, 64);
                     let (wa, wb) = (b.weight("a", 24, 64), b.weight("b", 24, 64));
                     let out = b.input("y", Dim::Tokens, 24);
-                    let part = |weight, out| Part { weight, bias: None, out };
-                    let (parts, epilogue) = match epilogue {
-                        Epilogue::Glu(_) => (vec![part(wa, out), part(wb, out)], epilogue),
-                        _ => (vec![part(wa, out)], Epilogue::Add(residual)),
+                    let (weights, epilogue) = match epilogue {
+                        Epilogue::Glu(_) => (&[wa, wb][..], epilogue),
+                        _ => (&[wa][..], Epilogue::Add(residual)),
                     };
-                    b.op(Op::MatMul { x, parts, epilogue });
+                    let parts = weights.iter().map(|&weight| Part { weight, bias: None }).collect();
+                    b.op(Op::MatMul { x, parts, epilogue, outs: [out].into_iter().collect() });
                 },
             );
         }
