@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::backend::{Backend, Bindings, Buffer, Limits, Plan, Step, Timing, Usage};
+use crate::backend::{Backend, Bindings, Buffer, Limits, Plan, Step, Timing, Usage, prepare};
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::passes;
@@ -76,7 +76,7 @@ impl Loaded {
         progress: &mut dyn FnMut(u64),
     ) -> Result<Loaded> {
         let program = Arc::new(passes::adapt(program, backend.caps()));
-        let plan = backend.prepare(&program, limits)?;
+        let plan = prepare(&**backend, &program, limits)?;
         let working = Footprint::of(&program, &**backend, limits, &pages).working_bytes();
         let budget = backend.caps().memory_bytes.saturating_sub(working);
         let weights = Weights::load(model.gguf(), &program, &**backend, budget, progress)?;

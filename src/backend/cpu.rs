@@ -17,9 +17,7 @@ use halite_kernels::roofline;
 use halite_kernels::rows;
 
 use super::host::{self, Attention, HostOp, HostPlan, HostStep, HostTensor, Kernels, Matrix, memory};
-use super::{
-    Backend, Buffer, Caps, Contract, Fusions, Limits, OpSig, Plan, Rows, Support, Usage, check_support,
-};
+use super::{Backend, Buffer, Caps, Contract, Fusions, Limits, OpSig, Plan, Rows, Support, Usage};
 use crate::cost::Rates;
 use crate::error::{Error, Result};
 use crate::map::Region;
@@ -177,8 +175,6 @@ impl Backend for Cpu {
     }
 
     fn prepare(&self, program: &Arc<Program>, limits: Limits) -> Result<Box<dyn Plan>> {
-        program.validate()?;
-        check_support(self, program)?;
         let kernels = CpuKernels {
             isa: self.isa,
             pool: self.pool.clone(),

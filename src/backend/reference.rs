@@ -12,9 +12,7 @@ use halite_kernels::math;
 use halite_kernels::rows::{Gate, Unary};
 
 use super::host::{self, Attention, HostOp, HostPlan, HostStep, HostTensor, Kernels, Matrix, memory};
-use super::{
-    Backend, Buffer, Caps, Contract, Fusions, Limits, OpSig, Plan, Rows, Support, Usage, check_support,
-};
+use super::{Backend, Buffer, Caps, Contract, Fusions, Limits, OpSig, Plan, Rows, Support, Usage};
 use crate::error::Result;
 use crate::map::Region;
 use crate::program::{Epilogue, Gating, NOT_FINITE, NormKind, Op, Part, Program, RopePairs};
@@ -67,8 +65,6 @@ impl Backend for Reference {
     }
 
     fn prepare(&self, program: &Arc<Program>, limits: Limits) -> Result<Box<dyn Plan>> {
-        program.validate()?;
-        check_support(self, program)?;
         Ok(Box::new(HostPlan::new(&self.caps.name, program, limits, Definitions)?))
     }
 

@@ -19,9 +19,7 @@ use std::sync::{Arc, Mutex};
 
 pub use adapter::{Adapter, adapters};
 
-use super::{
-    Backend, Buffer, Caps, Contract, Fusions, Gap, Limits, OpSig, Plan, Rows, Support, Usage, check_support,
-};
+use super::{Backend, Buffer, Caps, Contract, Fusions, Gap, Limits, OpSig, Plan, Rows, Support, Usage};
 use crate::error::{Error, Result};
 use crate::map::Region;
 use crate::program::Program;
@@ -427,8 +425,6 @@ impl Backend for Gpu {
     }
 
     fn prepare(&self, program: &Arc<Program>, limits: Limits) -> Result<Box<dyn Plan>> {
-        program.validate()?;
-        check_support(self, program)?;
         let plan = plan::GpuPlan::new(&self.device, program, limits, self.lower(program, limits))?;
         if let Some(cache) = &self.device.cache {
             cache.keep()?;

@@ -24,7 +24,7 @@ use halite_kernels::isa::Cpu as Isa;
 use super::host::{self, HostPlan, memory};
 use super::{
     Backend, Buffer, Caps, Contract, Fusions, Gap, Limits, OpSig, Plan, Rows, Step as ProgramStep, Support,
-    Usage, check_support,
+    Usage,
 };
 use crate::error::Result;
 use crate::map::Region;
@@ -171,8 +171,6 @@ impl Backend for Sim {
     }
 
     fn prepare(&self, program: &Arc<Program>, limits: Limits) -> Result<Box<dyn Plan>> {
-        program.validate()?;
-        check_support(self, program)?;
         let kernels = SimKernels::new(self)?;
         Ok(Box::new(HostPlan::new(&self.caps.name, program, limits, kernels)?))
     }
