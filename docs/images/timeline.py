@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
 """Draws part of a trace of `halite estimate --trace` as an SVG timeline. Needs Python 3 only.
 
-    halite estimate -m llama-2-7b -p maia-100 --batch 8 --trace step.json
-    docs/images/timeline.py step.json timeline.svg --segment blk.1 --title "llama-2-7b on maia-100"
+    halite estimate -m llama-3-8b -p maia-100 --batch 8 --prompt 2048 --generate 256 --trace step.json --roofline roofline.svg
+    docs/images/timeline.py step.json timeline.svg --segment blk.1 --title "llama-3-8b (Q4_0) on maia-100: layer 1 of a decode step, batch 8"
+
+These two commands made the pictures in this folder.
 
 The first lane shows the ops of the step, coloured by what limits them. Below it, each tile has a lane for each of its queues.
 `--segment` selects one segment of the program (a layer is `blk.N`); `--from` and `--to` select a range in microseconds instead.
