@@ -6,8 +6,10 @@
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main};
 use halite::kernels::activation::{Activation, PADDING, Quantise, QuantisedMut, SUMS, padded};
-use halite::kernels::attention::{Attend, CHUNK, PageShape, Pages};
+use halite::kernels::attention::Attend;
+use halite::kernels::formats::Format;
 use halite::kernels::isa::Cpu;
+use halite::kernels::kv::{self, CHUNK, PageShape, Pages};
 use halite::kernels::rows::{Add, ArgMax, Gate, Glu, Norm, Rope, Softmax};
 
 /// Elements of a row: the embedding of a model of a billion parameters.
@@ -43,14 +45,14 @@ fn attention(c: &mut Criterion) {
             let single: Vec<f32> = values(half.len());
             let table: Vec<u32> = (0..pages as u32).collect();
             let (q, mut out) = (values(heads * HEAD), vec![0.0; heads * HEAD]);
-            let codes: Vec<i8> = (0..pages * shape.q8_0_bytes()).map(|i| (i % 60) as i8).collect();
-            let nibbles: Vec<u8> = (0..pages * shape.q4_0_bytes()).map(|i| (i % 60) as u8).collect();
-            for (name, pages, bytes) in [
-                ("F32", Pages::F32(&single), 4 * single.len()),
-                ("F16", Pages::F16(&half), 2 * half.len()),
-                ("Q8_0", Pages::Q8_0(&codes), codes.len()),
-                ("Q4_0", Pages::Q4_0(&nibbles), nibbles.len()),
-            ] {
+            let codes: Vec<u8> = (0..pages * shape.bytes(Format::Q8_0)).map(|i| (i % 60) as u8).collect();
+            for format in kv::formats() {
+                let bytes = match format {
+                    Format::F32 => bytemuck::cast_slice(&single),
+                    Format::F16 => bytemuck::cast_slice(&half),
+                    format => &codes[..pages * shape.bytes(format)],
+                };
+                let (name, pages, bytes) = (format.name(), Pages { format, bytes }, bytes.len());
                 group.throughput(Throughput::Bytes(bytes as u64));
                 group.bench_function(format!("{name}/{depth}"), |b| {
                     b.iter(|| {

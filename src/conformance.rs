@@ -8,6 +8,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use halite_kernels::formats::{Format, Kind, Layout, LengthMismatch};
+use halite_kernels::kv;
 use halite_kernels::rows::{Gate, Unary};
 
 use crate::backend::reference::Reference;
@@ -749,7 +750,7 @@ fn attended(b: &mut Builder<'_>, kv: State, heads: u32, scale: f32, softcap: Opt
 }
 
 fn attention(cases: &mut Cases) {
-    for format in [Format::F32, Format::F16, Format::Q8_0, Format::Q4_0] {
+    for format in kv::formats() {
         for (heads, kv_heads, key_dim, value_dim) in
             [(1, 1, 16, 16), (4, 1, 64, 64), (6, 2, 80, 48), (2, 2, 7, 130), (6, 3, 96, 32), (10, 1, 32, 160)]
         {

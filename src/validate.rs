@@ -1,6 +1,7 @@
 //! What makes a program well-formed. Backends rely on it: after `validate` no shape in a program can surprise them.
 
 use halite_kernels::formats::{Format, Kind};
+use halite_kernels::kv;
 
 use crate::error::{Error, Result};
 use crate::program::{Dim, Epilogue, Op, Program, Slot, StateId, Tensor, TensorId};
@@ -52,11 +53,13 @@ pub(crate) fn validate(program: &Program) -> Result<()> {
                 s.name
             )));
         }
-        if !matches!(s.format, Format::F32 | Format::F16 | Format::Q8_0 | Format::Q4_0) {
+        if !kv::formats().any(|format| format == s.format) {
+            let known: Vec<&str> = kv::formats().map(Format::name).collect();
             return Err(Error::Program(format!(
-                "state `{}`: KV format {} is not supported (F32, F16, Q8_0 or Q4_0)",
+                "state `{}`: KV format {} is not supported ({})",
                 s.name,
-                s.format.name()
+                s.format.name(),
+                known.join(", ")
             )));
         }
         let block = s.format.block_len() as u32;

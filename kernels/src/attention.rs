@@ -6,11 +6,7 @@
 //! = position mod 16, four runs in order, then the fixed tree; values are accumulated position by position with fused
 //! multiply-adds. Chunks are merged in order. How work is split never shows.
 //!
-//! A page holds one chunk: keys transposed, `[kv_heads][key_dim][CHUNK]`, so that a lane is a position and no score needs a
-//! reduction; then values `[kv_heads][CHUNK][value_dim]`. In Q8_0 and Q4_0 these are the codes, and the scales follow in
-//! half precision, little-endian: `[kv_heads][key_dim / 32][CHUNK]` of the keys, then `[kv_heads][value_dim / 32][CHUNK]` of the
-//! values. An element is scale times code, which f32 holds exactly. A code of Q8_0 is a byte. Of each 32 codes of Q4_0, in the
-//! order in which they lie, byte i has number i in its low half and number i + 16 in its high half, each plus 8.
+//! Pages are those of [`crate::kv`].
 //!
 //! Scores and sums of values are the same product of a few rows (a row is a query head of a token) with 64 columns: positions the
 //! one time, elements the other. Its second factor is read where it lies in the page and turned to f32 in registers; codes that many
@@ -20,139 +16,12 @@
 
 use core::ops::Range;
 
-use crate::activation;
-use crate::formats::q4_0;
 use crate::isa::{Isa, WithIsa};
+pub use crate::kv::{BLOCK, CHUNK, PageShape, Pages, PagesMut, write};
+use crate::kv::{F32, KvFormat, raw, with_format};
 use crate::math;
 
-/// Positions in a chunk and in a page.
-pub const CHUNK: usize = 64;
-/// Elements that share a scale in Q8_0 and Q4_0.
-pub const BLOCK: usize = 32;
 const RUNS: usize = CHUNK / 16;
-
-/// The shape of a layer's pages.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct PageShape {
-    /// Heads with keys and values of their own.
-    pub kv_heads: usize,
-    /// Elements of a key; a multiple of [`BLOCK`] where these share a scale.
-    pub key_dim: usize,
-    /// Elements of a value; a multiple of [`BLOCK`] where these share a scale.
-    pub value_dim: usize,
-}
-
-impl PageShape {
-    /// Elements of a page.
-    pub const fn elements(&self) -> usize {
-        self.kv_heads * (self.key_dim + self.value_dim) * CHUNK
-    }
-
-    /// Bytes of a page in Q8_0.
-    pub const fn q8_0_bytes(&self) -> usize {
-        self.elements() + self.elements() / BLOCK * 2
-    }
-
-    /// Bytes of a page in Q4_0.
-    pub const fn q4_0_bytes(&self) -> usize {
-        self.elements() / 2 + self.elements() / BLOCK * 2
-    }
-
-    /// Where element `d` of the keys of all heads starts, one place for each position.
-    const fn key(&self, d: usize) -> usize {
-        d * CHUNK
-    }
-
-    /// Where the value of a head at a position starts.
-    const fn value(&self, head: usize, slot: usize) -> usize {
-        (self.kv_heads * self.key_dim + head * self.value_dim) * CHUNK + slot * self.value_dim
-    }
-}
-
-/// A cache's elements.
-#[derive(Debug, Clone, Copy)]
-pub enum Pages<'a> {
-    /// Single precision.
-    F32(&'a [f32]),
-    /// Half precision.
-    F16(&'a [u16]),
-    /// Codes of eight bits and scales.
-    Q8_0(&'a [i8]),
-    /// Codes of four bits and scales.
-    Q4_0(&'a [u8]),
-}
-
-/// A cache's elements, to write.
-#[derive(Debug)]
-pub enum PagesMut<'a> {
-    /// Single precision.
-    F32(&'a mut [f32]),
-    /// Half precision, rounded to nearest even.
-    F16(&'a mut [u16]),
-    /// Codes and scales by the formulas of [`crate::activation`].
-    Q8_0(&'a mut [i8]),
-    /// Codes and scales by the formulas of [`crate::formats`].
-    Q4_0(&'a mut [u8]),
-}
-
-/// Stores one position's keys `[kv_heads][key_dim]` and values `[kv_heads][value_dim]` at `slot` of page `page`.
-/// Does nothing if the page is not there.
-pub fn write(pages: &mut PagesMut<'_>, shape: PageShape, page: usize, slot: usize, k: &[f32], v: &[f32]) {
-    match pages {
-        PagesMut::F32(data) => write_as(data, shape, page, slot, k, v, |x| x),
-        PagesMut::F16(data) => write_as(data, shape, page, slot, k, v, math::f32_to_f16),
-        PagesMut::Q8_0(data) => write_codes(data, shape, page, slot, k, v),
-        PagesMut::Q4_0(data) => write_codes(data, shape, page, slot, k, v),
-    }
-}
-
-/// The place of page `page`, each of `len` elements.
-fn place(page: usize, len: usize) -> Range<usize> {
-    let start = page.saturating_mul(len);
-    start..start.saturating_add(len)
-}
-
-fn write_as<T>(
-    data: &mut [T],
-    shape: PageShape,
-    page: usize,
-    slot: usize,
-    k: &[f32],
-    v: &[f32],
-    convert: impl Fn(f32) -> T,
-) {
-    let Some(data) = data.get_mut(place(page, shape.elements())) else { return };
-    for (d, &x) in k.iter().enumerate() {
-        data[shape.key(d) + slot] = convert(x);
-    }
-    for (head, v) in v.chunks_exact(shape.value_dim).enumerate() {
-        for (out, &x) in data[shape.value(head, slot)..].iter_mut().zip(v) {
-            *out = convert(x);
-        }
-    }
-}
-
-fn write_codes<T: Codes>(data: &mut [T], shape: PageShape, page: usize, slot: usize, k: &[f32], v: &[f32]) {
-    let Some(data) = data.get_mut(place(page, T::page_len(shape))) else { return };
-    let keys = k.as_chunks::<BLOCK>().0;
-    for (block, x) in keys.iter().chain(v.as_chunks::<BLOCK>().0).enumerate() {
-        let (scale, codes) = T::quantise(x);
-        let scales = &mut data[T::scales_at(shape, block) + 2 * slot..];
-        for (place, byte) in scales.iter_mut().zip(scale.to_le_bytes()) {
-            *place = T::from_byte(byte);
-        }
-        for (i, code) in codes.into_iter().enumerate() {
-            let at = match block.checked_sub(keys.len()) {
-                None => shape.key(block * BLOCK + i) + slot,
-                Some(block) => {
-                    let d = block * BLOCK + i;
-                    shape.value(d / shape.value_dim, slot) + d % shape.value_dim
-                }
-            };
-            T::put(data, at, code);
-        }
-    }
-}
 
 /// A kernel: the attention of consecutive tokens of one sequence, for some query heads that share one KV head.
 #[derive(Debug)]
@@ -237,165 +106,12 @@ pub const fn chunks(position: usize, window: Option<u32>) -> Range<usize> {
     first / CHUNK..end.div_ceil(CHUNK)
 }
 
-/// What a cache consists of.
-trait Element: Copy + Default {
-    /// Whether elements are codes, with scales.
-    const SCALED: bool = false;
-    /// Elements in one of these.
-    const PACKED: usize = 1;
-
-    /// How many of these a page takes.
-    fn page_len(shape: PageShape) -> usize {
-        shape.elements() / Self::PACKED
-    }
-
-    /// `R` times sixteen elements from number `at` on, a multiple of sixteen times `R`.
-    fn lanes<I: Isa, const R: usize>(isa: I, x: &[Self], at: usize) -> [I::F; R];
-
-    /// Sixteen scales of block `block`, for the positions from `slot` on.
-    #[inline(always)]
-    fn scales<I: Isa>(isa: I, _page: &[Self], _shape: PageShape, _block: usize, _slot: usize) -> I::F {
-        isa.splat(1.0)
-    }
-}
-
-/// `R` vectors, each loaded from sixteen elements.
-#[inline(always)]
-fn loaded<T, F: Copy, const R: usize>(x: &[T], at: usize, load: impl Fn(&[T; 16]) -> F) -> [F; R] {
-    let x = x[at..][..16 * R].as_chunks::<16>().0;
-    core::array::from_fn(|run| load(&x[run]))
-}
-
-impl Element for f32 {
-    #[inline(always)]
-    fn lanes<I: Isa, const R: usize>(isa: I, x: &[f32], at: usize) -> [I::F; R] {
-        loaded(x, at, |x| isa.load(x))
-    }
-}
-
-impl Element for u16 {
-    #[inline(always)]
-    fn lanes<I: Isa, const R: usize>(isa: I, x: &[u16], at: usize) -> [I::F; R] {
-        loaded(x, at, |x| isa.load_f16(x))
-    }
-}
-
-/// What a cache of codes consists of, its scales included.
-trait Codes: Element {
-    /// A block's scale and codes.
-    fn quantise(x: &[f32; BLOCK]) -> (u16, [i8; BLOCK]);
-    /// Stores the code of element `at` of a page.
-    fn put(page: &mut [Self], at: usize, code: i8);
-    /// A byte of a scale.
-    fn from_byte(byte: u8) -> Self;
-    /// See [`Codes::from_byte`].
-    fn byte(self) -> u8;
-
-    /// Where the scales of a block of all keys' elements, and then of all values', start.
-    #[inline(always)]
-    fn scales_at(shape: PageShape, block: usize) -> usize {
-        shape.elements() / Self::PACKED + block * CHUNK * 2
-    }
-
-    /// See [`Element::scales`].
-    #[inline(always)]
-    fn load_scales<I: Isa>(isa: I, page: &[Self], shape: PageShape, block: usize, slot: usize) -> I::F {
-        let bytes = page.get(Self::scales_at(shape, block) + 2 * slot..).unwrap_or(&[]);
-        let mut bits = [0; 16];
-        for (bits, x) in bits.iter_mut().zip(bytes.as_chunks::<2>().0) {
-            *bits = u16::from_le_bytes([x[0].byte(), x[1].byte()]);
-        }
-        isa.load_f16(&bits)
-    }
-}
-
-impl Element for i8 {
-    const SCALED: bool = true;
-    fn page_len(shape: PageShape) -> usize {
-        shape.q8_0_bytes()
-    }
-    #[inline(always)]
-    fn lanes<I: Isa, const R: usize>(isa: I, x: &[i8], at: usize) -> [I::F; R] {
-        loaded(x, at, |x| isa.load_i8(x))
-    }
-    #[inline(always)]
-    fn scales<I: Isa>(isa: I, page: &[i8], shape: PageShape, block: usize, slot: usize) -> I::F {
-        Self::load_scales(isa, page, shape, block, slot)
-    }
-}
-
-impl Codes for i8 {
-    fn quantise(x: &[f32; BLOCK]) -> (u16, [i8; BLOCK]) {
-        activation::q8_0(x)
-    }
-    fn put(page: &mut [i8], at: usize, code: i8) {
-        page[at] = code;
-    }
-    #[inline(always)]
-    fn from_byte(byte: u8) -> i8 {
-        byte as i8
-    }
-    #[inline(always)]
-    fn byte(self) -> u8 {
-        self as u8
-    }
-}
-
-/// Codes of four bits.
-impl Element for u8 {
-    const SCALED: bool = true;
-    const PACKED: usize = 2;
-    fn page_len(shape: PageShape) -> usize {
-        shape.q4_0_bytes()
-    }
-    #[inline(always)]
-    fn lanes<I: Isa, const R: usize>(isa: I, x: &[u8], at: usize) -> [I::F; R] {
-        let x = x[at / BLOCK * 16..][..16 * R.div_ceil(2)].as_chunks::<16>().0;
-        let mut lanes = [isa.splat(0.0); R];
-        for (lanes, x) in lanes.chunks_mut(2).zip(x) {
-            let halves = isa.load_nibbles(x);
-            // One vector may be either half.
-            let first = if R == 1 { at / 16 % 2 } else { 0 };
-            lanes.copy_from_slice(&halves[first..first + lanes.len()]);
-        }
-        lanes
-    }
-    #[inline(always)]
-    fn scales<I: Isa>(isa: I, page: &[u8], shape: PageShape, block: usize, slot: usize) -> I::F {
-        Self::load_scales(isa, page, shape, block, slot)
-    }
-}
-
-impl Codes for u8 {
-    fn quantise(x: &[f32; BLOCK]) -> (u16, [i8; BLOCK]) {
-        let (scale, codes) = q4_0::codes(x);
-        let finite = x.iter().all(|x| x.is_finite());
-        (math::f32_to_f16(if finite { scale } else { f32::NAN }), codes.map(|code| code as i8))
-    }
-    fn put(page: &mut [u8], at: usize, code: i8) {
-        let (byte, shift) = (&mut page[at / BLOCK * 16 + at % 16], at / 16 % 2 * 4);
-        *byte = *byte & !(15 << shift) | (code as u8) << shift;
-    }
-    #[inline(always)]
-    fn from_byte(byte: u8) -> u8 {
-        byte
-    }
-    #[inline(always)]
-    fn byte(self) -> u8 {
-        self
-    }
-}
-
 impl WithIsa for Attend<'_> {
     type Out = ();
     #[inline(always)]
     fn call<I: Isa>(self, isa: I) {
-        match self.pages {
-            Pages::F32(data) => attend(isa, self, data),
-            Pages::F16(data) => attend(isa, self, data),
-            Pages::Q8_0(data) => attend(isa, self, data),
-            Pages::Q4_0(data) => attend(isa, self, data),
-        }
+        let Pages { format, bytes } = self.pages;
+        with_format!(format, F => attend::<I, F>(isa, self, raw(bytes)), ());
     }
 }
 
@@ -403,12 +119,8 @@ impl WithIsa for AttendChunks<'_> {
     type Out = ();
     #[inline(always)]
     fn call<I: Isa>(self, isa: I) {
-        match self.attend.pages {
-            Pages::F32(data) => attend_chunks(isa, self, data),
-            Pages::F16(data) => attend_chunks(isa, self, data),
-            Pages::Q8_0(data) => attend_chunks(isa, self, data),
-            Pages::Q4_0(data) => attend_chunks(isa, self, data),
-        }
+        let Pages { format, bytes } = self.attend.pages;
+        with_format!(format, F => attend_chunks::<I, F>(isa, self, raw(bytes)), ());
     }
 }
 
@@ -454,7 +166,7 @@ impl Work {
 }
 
 #[inline(always)]
-fn attend<I: Isa, T: Element>(isa: I, mut a: Attend<'_>, data: &[T]) {
+fn attend<I: Isa, T: KvFormat>(isa: I, mut a: Attend<'_>, data: &[T::Raw]) {
     let out = core::mem::take(&mut a.out);
     let mut work = Work::NEW;
     let tokens = (ROWS / a.heads.max(1)).max(1);
@@ -464,7 +176,8 @@ fn attend<I: Isa, T: Element>(isa: I, mut a: Attend<'_>, data: &[T]) {
             let h = h..(h + ROWS).min(a.heads);
             let value_dim = a.shape.value_dim;
             let rows = (&mut *out, value_dim);
-            let (max, sum) = attend_rows(isa, &a, data, t.clone(), h.clone(), 0..usize::MAX, rows, &mut work);
+            let (max, sum) =
+                attend_rows::<I, T>(isa, &a, data, t.clone(), h.clone(), 0..usize::MAX, rows, &mut work);
             for r in 0..t.len() * h.len() {
                 let (t, h) = (t.start + r / h.len(), h.start + r % h.len());
                 let out = &mut out[t * a.out_stride + h * value_dim..][..value_dim];
@@ -475,7 +188,7 @@ fn attend<I: Isa, T: Element>(isa: I, mut a: Attend<'_>, data: &[T]) {
 }
 
 #[inline(always)]
-fn attend_chunks<I: Isa, T: Element>(isa: I, mut a: AttendChunks<'_>, data: &[T]) {
+fn attend_chunks<I: Isa, T: KvFormat>(isa: I, mut a: AttendChunks<'_>, data: &[T::Raw]) {
     let out = core::mem::take(&mut a.attend.out);
     let (a, chunks) = (a.attend, a.chunks);
     let head = a.shape.value_dim + 2;
@@ -483,7 +196,7 @@ fn attend_chunks<I: Isa, T: Element>(isa: I, mut a: AttendChunks<'_>, data: &[T]
     for (chunk, out) in chunks.zip(out.chunks_exact_mut(a.heads * head)) {
         let rows = (&mut *out, head);
         let (max, sum) =
-            attend_rows(isa, &a, data, 0..1, 0..a.heads.min(ROWS), chunk..chunk + 1, rows, &mut work);
+            attend_rows::<I, T>(isa, &a, data, 0..1, 0..a.heads.min(ROWS), chunk..chunk + 1, rows, &mut work);
         for (r, out) in out.chunks_exact_mut(head).enumerate() {
             out[head - 2..].copy_from_slice(&[max[r], sum[r]]);
         }
@@ -497,10 +210,10 @@ fn attend_chunks<I: Isa, T: Element>(isa: I, mut a: AttendChunks<'_>, data: &[T]
     clippy::too_many_arguments,
     reason = "what is passed on from kernel to kernel, and what differs between them"
 )]
-fn attend_rows<I: Isa, T: Element>(
+fn attend_rows<I: Isa, T: KvFormat>(
     isa: I,
     a: &Attend<'_>,
-    data: &[T],
+    data: &[T::Raw],
     t: Range<usize>,
     h: Range<usize>,
     chunks: Range<usize>,
@@ -524,13 +237,13 @@ fn attend_rows<I: Isa, T: Element>(
     let mut valid = [(0, 0); ROWS];
     let end = positions[n - 1].1.div_ceil(CHUNK);
     let chunks = chunks.start.max(positions[0].0 / CHUNK)..chunks.end.min(end);
-    let len = T::page_len(a.shape);
+    let len = a.shape.bytes(a.pages.format) / size_of::<T::Raw>();
     let start = |chunk: usize| a.table.get(chunk).map_or(usize::MAX, |&p| (p as usize).saturating_mul(len));
     for chunk in chunks {
         let Some(page) = data.get(start(chunk)..).and_then(|rest| rest.get(..len)) else { continue };
         // Each line of the next page is asked for while its counterpart in this one is read.
         let next = if chunk + 1 < end { start(chunk + 1) } else { start(chunk) };
-        let ahead = next.wrapping_sub(start(chunk)).wrapping_mul(size_of::<T>());
+        let ahead = next.wrapping_sub(start(chunk)).wrapping_mul(size_of::<T::Raw>());
         // The positions of this chunk that each row sees, and all that any row sees.
         let mut all = (CHUNK, 0);
         for r in 0..n {
@@ -546,13 +259,13 @@ fn attend_rows<I: Isa, T: Element>(
                 elements: &page[a.shape.key(first) / T::PACKED..],
                 stride: CHUNK,
                 rows: (0, (key_dim - d).min(CHUNK)),
-                scales: &scales(isa, page, a.shape, first / BLOCK),
+                scales: &scales::<I, T>(isa, page, a.shape, first / BLOCK),
                 ahead,
             };
             let (q, at) = (&a.q[d..], &q_at[..n]);
             if shared {
                 let keys = keys.copy::<I, true>(isa, CHUNK, tile);
-                products::<I, f32, true>(isa, q, at, keys, runs, d == 0, p);
+                products::<I, F32, true>(isa, q, at, keys, runs, d == 0, p);
             } else {
                 products::<I, T, true>(isa, q, at, keys, runs, d == 0, p);
             }
@@ -590,7 +303,7 @@ fn attend_rows<I: Isa, T: Element>(
                 elements: &page[(a.shape.value(a.kv_head, 0) + d) / T::PACKED..],
                 stride: value_dim,
                 rows: all,
-                scales: &scales(isa, page, a.shape, first / BLOCK),
+                scales: &scales::<I, T>(isa, page, a.shape, first / BLOCK),
                 ahead,
             };
             let copied = (shared || width < CHUNK).then(|| values.copy::<I, false>(isa, width, tile));
@@ -603,7 +316,7 @@ fn attend_rows<I: Isa, T: Element>(
                     let (p, runs) = (p.as_flattened(), width.div_ceil(16));
                     let rows = (low, high);
                     if let Some(copied) = copied {
-                        products::<I, f32, false>(isa, p, at, Factor { rows, ..copied }, runs, true, out);
+                        products::<I, F32, false>(isa, p, at, Factor { rows, ..copied }, runs, true, out);
                     } else {
                         products::<I, T, false>(isa, p, at, Factor { rows, ..values }, runs, true, out);
                     }
@@ -650,7 +363,7 @@ fn exp_one<I: Isa>(isa: I, x: f32) -> f32 {
 type Scales = [[f32; CHUNK]; CHUNK / BLOCK];
 
 #[inline(always)]
-fn scales<I: Isa, T: Element>(isa: I, page: &[T], shape: PageShape, first: usize) -> Scales {
+fn scales<I: Isa, T: KvFormat>(isa: I, page: &[T::Raw], shape: PageShape, first: usize) -> Scales {
     let mut scales = [[1.0; CHUNK]; CHUNK / BLOCK];
     if T::SCALED {
         for (i, scales) in scales.iter_mut().enumerate() {
@@ -664,8 +377,8 @@ fn scales<I: Isa, T: Element>(isa: I, page: &[T], shape: PageShape, first: usize
 
 /// The second factor of a product: rows of elements in the cache or in a tile.
 #[derive(Clone, Copy)]
-struct Factor<'a, T> {
-    elements: &'a [T],
+struct Factor<'a, T: KvFormat> {
+    elements: &'a [T::Raw],
     /// Elements from a row to the next.
     stride: usize,
     /// The first row that counts, and the end.
@@ -675,7 +388,7 @@ struct Factor<'a, T> {
     ahead: usize,
 }
 
-impl<'a, T: Element> Factor<'a, T> {
+impl<'a, T: KvFormat> Factor<'a, T> {
     /// `R` times sixteen columns of a row, from run number `first` on.
     #[inline(always)]
     fn lanes<I: Isa, const KEYS: bool, const R: usize>(&self, isa: I, row: usize, first: usize) -> [I::F; R] {
@@ -705,7 +418,7 @@ impl<'a, T: Element> Factor<'a, T> {
         isa: I,
         width: usize,
         tile: &'b mut [[f32; CHUNK]; CHUNK],
-    ) -> Factor<'b, f32>
+    ) -> Factor<'b, F32>
     where
         'a: 'b,
     {
@@ -717,7 +430,7 @@ impl<'a, T: Element> Factor<'a, T> {
                     self.lanes::<I, KEYS, 1>(isa, k, run)
                 } else {
                     // Zeros after the end of the page, which is within a run only where nothing is packed.
-                    let (rest, mut padded) = (&self.elements[at / T::PACKED..], [T::default(); 16]);
+                    let (rest, mut padded) = (&self.elements[at / T::PACKED..], [T::Raw::default(); 16]);
                     padded[..rest.len()].copy_from_slice(rest);
                     T::lanes::<I, 1>(isa, &padded, 0)
                 };
@@ -738,7 +451,7 @@ impl<'a, T: Element> Factor<'a, T> {
 /// `b`; in order of the rows of `b`. What is in `out` after so many runs of sixteen columns is arbitrary. Rows of `KEYS` are their elements,
 /// columns positions; of values the other way round.
 #[inline(always)]
-fn products<I: Isa, T: Element, const KEYS: bool>(
+fn products<I: Isa, T: KvFormat, const KEYS: bool>(
     isa: I,
     a: &[f32],
     at: &[usize],
@@ -766,7 +479,7 @@ fn products<I: Isa, T: Element, const KEYS: bool>(
 
 /// [`products`] of the first `N` rows, `R` runs at a time; returns `N`.
 #[inline(always)]
-fn product<I: Isa, T: Element, const KEYS: bool, const N: usize, const R: usize>(
+fn product<I: Isa, T: KvFormat, const KEYS: bool, const N: usize, const R: usize>(
     isa: I,
     a: &[f32],
     at: &[usize],
@@ -790,7 +503,7 @@ fn product<I: Isa, T: Element, const KEYS: bool, const N: usize, const R: usize>
         }
         for k in b.rows.0..b.rows.1 {
             let ahead = &b.elements[(k * b.stride + 16 * first) / T::PACKED..];
-            for line in (0..16 * R * size_of::<T>() / T::PACKED).step_by(64) {
+            for line in (0..16 * R * size_of::<T::Raw>() / T::PACKED).step_by(64) {
                 isa.prefetch::<false, _>(ahead, b.ahead.wrapping_add(line));
             }
             let x = b.lanes::<I, KEYS, R>(isa, k, first);

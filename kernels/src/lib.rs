@@ -13,6 +13,7 @@ pub mod attention;
 pub mod float;
 pub mod formats;
 pub mod isa;
+pub mod kv;
 pub mod math;
 pub mod matmul;
 pub mod panel;

@@ -36,7 +36,7 @@ fn chunks_merged_a_few_at_a_time_are_the_whole() {
                 out_stride: HEADS * shape.value_dim,
                 tokens: 1,
                 heads: HEADS,
-                pages: Pages::F32(&pages),
+                pages: Pages { format: Format::F32, bytes: bytemuck::cast_slice(&pages) },
                 shape,
                 table: &table,
                 kv_head: 1,
@@ -84,7 +84,7 @@ fn chunks_merged_a_few_at_a_time_are_the_whole() {
 fn a_page_in_q4_0_holds_its_blocks() {
     let shape = PageShape { kv_heads: 2, key_dim: 64, value_dim: 32 };
     let (keys, values_of) = (shape.kv_heads * shape.key_dim, shape.kv_heads * shape.value_dim);
-    let mut data = vec![0xa5; 3 * shape.q4_0_bytes()];
+    let mut data = vec![0xa5; 3 * shape.bytes(Format::Q4_0)];
     let before = data.clone();
     let mut x: Vec<f32> = values((keys + values_of) * CHUNK);
     x[5] = f32::NAN;
@@ -92,10 +92,10 @@ fn a_page_in_q4_0_holds_its_blocks() {
     let slots = [0, 1, 15, 16, 17, 40, 63];
     for slot in slots {
         let (k, v) = x[slot * (keys + values_of)..][..keys + values_of].split_at(keys);
-        write(&mut PagesMut::Q4_0(&mut data), shape, 1, slot, k, v);
+        write(&mut PagesMut { format: Format::Q4_0, bytes: &mut data }, shape, 1, slot, k, v);
     }
-    let (written, rest) = data.split_at(2 * shape.q4_0_bytes());
-    let (first, page) = written.split_at(shape.q4_0_bytes());
+    let (written, rest) = data.split_at(2 * shape.bytes(Format::Q4_0));
+    let (first, page) = written.split_at(shape.bytes(Format::Q4_0));
     assert!(first == &before[..first.len()] && rest == &before[..rest.len()], "other pages stay");
     let (codes, scales) = page.split_at(shape.elements() / 2);
     let code = |at: usize| (codes[at / 32 * 16 + at % 16] >> (at % 32 / 16 * 4)) & 15;
@@ -137,10 +137,17 @@ fn a_page_in_q4_0_holds_its_blocks() {
 #[test]
 fn codes_are_read_alike_for_few_rows_and_for_many() {
     let shape = PageShape { kv_heads: 1, key_dim: 96, value_dim: 96 };
-    let mut codes = vec![0u8; 2 * shape.q4_0_bytes()];
+    let mut codes = vec![0u8; 2 * shape.bytes(Format::Q4_0)];
     for position in 0..2 * CHUNK {
         let x = &values(shape.key_dim * (position + 1))[shape.key_dim * position..];
-        write(&mut PagesMut::Q4_0(&mut codes), shape, position / CHUNK, position % CHUNK, x, x);
+        write(
+            &mut PagesMut { format: Format::Q4_0, bytes: &mut codes },
+            shape,
+            position / CHUNK,
+            position % CHUNK,
+            x,
+            x,
+        );
     }
     const TOKENS: usize = 40;
     let q = values(TOKENS * shape.key_dim);
@@ -153,7 +160,7 @@ fn codes_are_read_alike_for_few_rows_and_for_many() {
                 out_stride: shape.value_dim,
                 tokens,
                 heads: 1,
-                pages: Pages::Q4_0(&codes),
+                pages: Pages { format: Format::Q4_0, bytes: &codes },
                 shape,
                 table: &[0, 1],
                 kv_head: 0,

@@ -162,23 +162,11 @@ pub(crate) struct HostState<'a> {
 
 impl HostState<'_> {
     pub fn pages(&self) -> Pages<'_> {
-        let bytes = self.memory.bytes();
-        match self.format {
-            Format::F16 => Pages::F16(bytemuck::try_cast_slice(bytes).unwrap_or(&[])),
-            Format::Q8_0 => Pages::Q8_0(bytemuck::cast_slice(bytes)),
-            Format::Q4_0 => Pages::Q4_0(bytes),
-            _ => Pages::F32(bytemuck::try_cast_slice(bytes).unwrap_or(&[])),
-        }
+        Pages { format: self.format, bytes: self.memory.bytes() }
     }
 
     pub fn pages_mut(&mut self) -> PagesMut<'_> {
-        let bytes = self.memory.bytes_mut();
-        match self.format {
-            Format::F16 => PagesMut::F16(bytemuck::try_cast_slice_mut(bytes).unwrap_or(&mut [])),
-            Format::Q8_0 => PagesMut::Q8_0(bytemuck::cast_slice_mut(bytes)),
-            Format::Q4_0 => PagesMut::Q4_0(bytes),
-            _ => PagesMut::F32(bytemuck::try_cast_slice_mut(bytes).unwrap_or(&mut [])),
-        }
+        PagesMut { format: self.format, bytes: self.memory.bytes_mut() }
     }
 }
 

@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use halite_kernels::attention::{BLOCK, CHUNK, PageShape, Pages, PagesMut};
-use halite_kernels::formats::{Activation, Kind, Unpacked};
+use halite_kernels::formats::{Activation, Format, Kind, Unpacked};
 use halite_kernels::isa::Scalar;
 use halite_kernels::math;
 use halite_kernels::rows::{Gate, Unary};
@@ -206,61 +206,63 @@ fn softmax(x: &mut [f32]) {
     x.iter_mut().for_each(|x| *x /= sum);
 }
 
-/// One element of the cache as f32: element `at` of page `page`, which in a format of blocks has scale `scale`.
-fn element(pages: &Pages<'_>, shape: PageShape, page: usize, at: usize, scale: usize) -> f32 {
-    match pages {
-        Pages::F32(data) => data[page * shape.elements() + at],
-        Pages::F16(data) => half::f16::from_bits(data[page * shape.elements() + at]).to_f32(),
-        Pages::Q8_0(data) => {
-            let page = &data[page * shape.q8_0_bytes()..][..shape.q8_0_bytes()];
-            let scale = &page[shape.elements() + 2 * scale..];
-            half::f16::from_le_bytes([scale[0] as u8, scale[1] as u8]).to_f32() * f32::from(page[at])
-        }
-        Pages::Q4_0(data) => {
-            let page = &data[page * shape.q4_0_bytes()..][..shape.q4_0_bytes()];
-            let scale = &page[shape.elements() / 2 + 2 * scale..];
+/// One page of a cache.
+fn page_of<'a>(pages: &Pages<'a>, shape: PageShape, page: usize) -> &'a [u8] {
+    &pages.bytes[page * shape.bytes(pages.format)..][..shape.bytes(pages.format)]
+}
+
+/// Bytes of a page before its scales: elements of 8 or 4 bits.
+fn code_bytes(format: Format, shape: PageShape) -> usize {
+    if format == Format::Q4_0 { shape.elements() / 2 } else { shape.elements() }
+}
+
+/// One element of a page as f32: number `at`, which in a format of codes has scale number `scale`.
+fn element(format: Format, shape: PageShape, page: &[u8], at: usize, scale: usize) -> f32 {
+    let half = |at: usize| half::f16::from_le_bytes([page[at], page[at + 1]]).to_f32();
+    let scale = || half(code_bytes(format, shape) + 2 * scale);
+    match format {
+        Format::F16 => half(2 * at),
+        Format::Q8_0 => scale() * f32::from(page[at] as i8),
+        Format::Q4_0 => {
             let byte = page[at / 32 * 16 + at % 16];
             let code = if at % 32 < 16 { byte & 15 } else { byte >> 4 };
-            half::f16::from_le_bytes([scale[0], scale[1]]).to_f32() * (f32::from(code) - 8.0)
+            scale() * (f32::from(code) - 8.0)
         }
+        _ => f32::from_le_bytes([0, 1, 2, 3].map(|i| page[4 * at + i])),
     }
 }
 
-/// Stores one element at place `at` of a page, in a format of single elements.
-fn put(pages: &mut PagesMut<'_>, shape: PageShape, page: usize, at: usize, x: f32) {
-    match pages {
-        PagesMut::F32(data) => data[page * shape.elements() + at] = x,
-        PagesMut::F16(data) => data[page * shape.elements() + at] = half::f16::from_f32(x).to_bits(),
-        PagesMut::Q8_0(_) | PagesMut::Q4_0(_) => {}
-    }
-}
-
-/// Stores a block of elements in a format of blocks: number `i` at place `at(i)`, its scale as number `scale`.
-fn put_block(
-    pages: &mut PagesMut<'_>,
+/// Stores a block of elements in a page: number `i` at place `at(i)`, with scale number `scale`.
+fn put(
+    format: Format,
     shape: PageShape,
-    page: usize,
+    page: &mut [u8],
     scale: usize,
     x: &[f32],
     at: impl Fn(usize) -> usize,
 ) {
     let magnitude = x.iter().fold(0.0f32, |m, x| if x.abs() > m { x.abs() } else { m });
     let finite = x.iter().all(|x| x.is_finite());
-    let half_of = |d: f32| half::f16::from_f32(if finite { d } else { f32::NAN }).to_le_bytes();
-    match pages {
-        PagesMut::F32(_) | PagesMut::F16(_) => {}
-        PagesMut::Q8_0(data) => {
-            let page = &mut data[page * shape.q8_0_bytes()..][..shape.q8_0_bytes()];
-            let (d, inverse) = (magnitude / 127.0, 127.0 / magnitude);
+    let scale_at = code_bytes(format, shape) + 2 * scale;
+    let put_scale = |page: &mut [u8], d: f32| {
+        let d = half::f16::from_f32(if finite { d } else { f32::NAN });
+        page[scale_at..][..2].copy_from_slice(&d.to_le_bytes());
+    };
+    match format {
+        Format::F16 => {
+            for (i, &x) in x.iter().enumerate() {
+                page[2 * at(i)..][..2].copy_from_slice(&half::f16::from_f32(x).to_le_bytes());
+            }
+        }
+        Format::Q8_0 => {
+            let inverse = 127.0 / magnitude;
             let none = !finite || !inverse.is_finite();
             for (i, x) in x.iter().enumerate() {
-                page[at(i)] = if none { 0 } else { (x * inverse).round_ties_even() as i8 };
+                page[at(i)] = if none { 0 } else { (x * inverse).round_ties_even() as i8 as u8 };
             }
-            let d = half_of(if none { 0.0 } else { d });
-            page[shape.elements() + 2 * scale..][..2].copy_from_slice(&d.map(|byte| byte as i8));
+            put_scale(page, if none { 0.0 } else { magnitude / 127.0 });
         }
-        PagesMut::Q4_0(data) => {
-            let page = &mut data[page * shape.q4_0_bytes()..][..shape.q4_0_bytes()];
+        Format::Q4_0 => {
             // The first of largest magnitude, with its sign.
             let largest = x.iter().copied().find(|x| x.abs() == magnitude).unwrap_or(0.0);
             let d = largest / -8.0;
@@ -270,7 +272,12 @@ fn put_block(
                 let byte = &mut page[at(i) / 32 * 16 + at(i) % 16];
                 *byte = if at(i) % 32 < 16 { *byte & 0xf0 | code } else { *byte & 0x0f | code << 4 };
             }
-            page[shape.elements() / 2 + 2 * scale..][..2].copy_from_slice(&half_of(d));
+            put_scale(page, d);
+        }
+        _ => {
+            for (i, &x) in x.iter().enumerate() {
+                page[4 * at(i)..][..4].copy_from_slice(&x.to_le_bytes());
+            }
         }
     }
 }
@@ -291,16 +298,17 @@ fn attend(
     let mut state: Option<(f32, f32, Vec<f32>)> = None;
     let chunks = first / CHUNK..end.div_ceil(CHUNK);
     for (chunk, page) in table.iter().enumerate().take(chunks.end).skip(chunks.start) {
+        let (format, page) = (a.pages.format, page_of(&a.pages, shape, *page as usize));
         // Elements of a position before this head's key, and before its value.
         let keys = kv_head * shape.key_dim;
         let values = shape.kv_heads * shape.key_dim + kv_head * shape.value_dim;
         let key = |d: usize, j: usize| {
             let scale = (keys + d) / BLOCK * CHUNK + j;
-            element(&a.pages, shape, *page as usize, (keys + d) * CHUNK + j, scale)
+            element(format, shape, page, (keys + d) * CHUNK + j, scale)
         };
         let value = |d: usize, j: usize| {
             let scale = (values + d) / BLOCK * CHUNK + j;
-            element(&a.pages, shape, *page as usize, values * CHUNK + j * shape.value_dim + d, scale)
+            element(format, shape, page, values * CHUNK + j * shape.value_dim + d, scale)
         };
         let valid = |j: &usize| (first..end).contains(&(chunk * CHUNK + j));
         let score = |j: usize| {
@@ -405,18 +413,14 @@ fn kv_write(pages: &mut PagesMut<'_>, shape: PageShape, page: usize, slot: usize
         let (head, d) = (i / shape.value_dim, i % shape.value_dim);
         (k.len() + head * shape.value_dim) * CHUNK + slot * shape.value_dim + d
     };
-    for (i, &x) in k.iter().enumerate() {
-        put(pages, shape, page, key(i), x);
-    }
-    for (i, &x) in v.iter().enumerate() {
-        put(pages, shape, page, value(i), x);
-    }
+    let (format, bytes) = (pages.format, shape.bytes(pages.format));
+    let page = &mut pages.bytes[page * bytes..][..bytes];
     for (block, x) in k.chunks(BLOCK).enumerate() {
-        put_block(pages, shape, page, block * CHUNK + slot, x, |i| key(block * BLOCK + i));
+        put(format, shape, page, block * CHUNK + slot, x, |i| key(block * BLOCK + i));
     }
     for (block, x) in v.chunks(BLOCK).enumerate() {
         let scale = (k.len() / BLOCK + block) * CHUNK + slot;
-        put_block(pages, shape, page, scale, x, |i| value(block * BLOCK + i));
+        put(format, shape, page, scale, x, |i| value(block * BLOCK + i));
     }
 }
 

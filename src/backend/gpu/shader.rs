@@ -339,6 +339,17 @@ pub(super) fn knows_format(format: Format) -> bool {
     !text(format).is_empty()
 }
 
+/// The files of a cache format: to read and to write. Empty for a format that is none of a cache.
+pub(super) fn kv_text(format: Format) -> (&'static str, &'static str) {
+    match format {
+        Format::F32 => (wgsl!("kv/f32"), wgsl!("kv/f32_write")),
+        Format::F16 => (wgsl!("kv/f16"), wgsl!("kv/f16_write")),
+        Format::Q8_0 => (wgsl!("kv/q8_0"), wgsl!("kv/q8_0_write")),
+        Format::Q4_0 => (wgsl!("kv/q4_0"), wgsl!("kv/q4_0_write")),
+        _ => ("", ""),
+    }
+}
+
 /// A format's file.
 fn text(format: Format) -> &'static str {
     use Format::*;

@@ -4,7 +4,6 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use halite_kernels::attention::Pages;
 use halite_kernels::rows;
 
 use super::engine::{self, OpTime};
@@ -98,13 +97,8 @@ impl Kernels for SimKernels {
             Op::KvWrite { .. } => rows.run(op, step),
             Op::Attend { .. } => {
                 let Some((a, out)) = op.attention(step) else { return Ok(()) };
-                let pages: &[u8] = match a.pages {
-                    Pages::F32(data) => bytemuck::cast_slice(data),
-                    Pages::F16(data) => bytemuck::cast_slice(data),
-                    Pages::Q8_0(data) => bytemuck::cast_slice(data),
-                    Pages::Q4_0(data) => data,
-                };
-                let inputs = [bytemuck::cast_slice(a.q), pages, bytemuck::cast_slice(a.sinks.unwrap_or(&[]))];
+                let inputs =
+                    [bytemuck::cast_slice(a.q), a.pages.bytes, bytemuck::cast_slice(a.sinks.unwrap_or(&[]))];
                 let mut outputs = [bytemuck::cast_slice_mut(out)];
                 device.run(&inputs, &mut outputs, |machine, step, reads, writes| {
                     machine.attend(&a, step, reads, writes)

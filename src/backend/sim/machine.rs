@@ -137,13 +137,7 @@ impl Machine {
                 let heads = rows.heads as usize;
                 let mut q = floats(reads[0]).to_vec();
                 self.round_products(&mut q);
-                let page = reads[1];
-                let pages = match a.pages {
-                    Pages::F32(_) => Pages::F32(floats(page)),
-                    Pages::F16(_) => Pages::F16(bytemuck::try_cast_slice(page).unwrap_or(&[])),
-                    Pages::Q8_0(_) => Pages::Q8_0(bytemuck::cast_slice(page)),
-                    Pages::Q4_0(_) => Pages::Q4_0(page),
-                };
+                let pages = Pages { bytes: reads[1], ..a.pages };
                 let outs = out.chunks_exact_mut(heads * found).zip(q.chunks_exact(heads * shape.key_dim));
                 for (i, (out, q)) in outs.enumerate() {
                     let position = rows.position + if a.causal { i as u32 } else { 0 };

@@ -3,7 +3,7 @@
 use halite_kernels::formats::Format;
 
 use super::{Lowering, ONE, Of, SPLIT_POSITIONS, count, each, fixed};
-use crate::backend::gpu::shader::{Extra, Resource, Shader, WORKGROUP, wgsl};
+use crate::backend::gpu::shader::{Extra, Resource, Shader, WORKGROUP, kv_text, wgsl};
 use crate::program::{Dim, Op, RopePairs, State, StateId, TensorId};
 
 /// Rows in a tile of attention.
@@ -95,9 +95,16 @@ impl Lowering<'_> {
         state.format == Format::F16 && self.bounds.paths.f16
     }
 
-    /// A shader that knows the codes of a cache, by a format's own source.
-    pub(super) fn coded(shader: Shader, state: &State, format: &str) -> Shader {
-        shader.u32("BLOCK_BYTES", state.format.block_bytes() as u32).with(format).with(wgsl!("kv/coded"))
+    /// A shader that knows a format of a cache, by the format's own source. `coded` is what formats of codes have in common.
+    fn cached(shader: Shader, state: &State, format: &str, coded: &str) -> Shader {
+        if state.format.block_len() == 1 {
+            return shader.with(format);
+        }
+        shader
+            .u32("BLOCK_BYTES", state.format.block_bytes() as u32)
+            .with(format)
+            .with(wgsl!("kv/coded"))
+            .with(coded)
     }
 
     /// A shader that writes to a cache.
@@ -110,13 +117,7 @@ impl Lowering<'_> {
         if self.kv_halves(state) {
             return shader.with(wgsl!("kv/put_half")).with(wgsl!("kv/f16_write"));
         }
-        let shader = shader.with(wgsl!("kv/put"));
-        match state.format {
-            Format::Q8_0 => Self::coded(shader, state, wgsl!("kv/q8_0_write")).with(wgsl!("kv/coded_write")),
-            Format::Q4_0 => Self::coded(shader, state, wgsl!("kv/q4_0_write")).with(wgsl!("kv/coded_write")),
-            Format::F16 => shader.with(wgsl!("kv/f16_write")),
-            _ => shader.with(wgsl!("kv/f32_write")),
-        }
+        Self::cached(shader.with(wgsl!("kv/put")), state, kv_text(state.format).1, wgsl!("kv/coded_write"))
     }
 
     pub(super) fn kv_write(&mut self, k: TensorId, v: TensorId, id: StateId) {
@@ -163,15 +164,13 @@ impl Lowering<'_> {
             .bool("CAUSAL", state.causal)
             .f32("SCALE", *scale)
             .f32("SOFTCAP", softcap.unwrap_or(0.0));
-        shader = match state.format {
-            Format::Q8_0 => Self::coded(shader, state, wgsl!("kv/q8_0")).with(wgsl!("kv/coded_read")),
-            Format::Q4_0 => Self::coded(shader, state, wgsl!("kv/q4_0")).with(wgsl!("kv/coded_read")),
-            Format::F16 => shader.with(wgsl!("kv/f16")).with(match self.kv_halves(state) {
+        shader = Self::cached(shader, state, kv_text(state.format).0, wgsl!("kv/coded_read"));
+        if state.format == Format::F16 {
+            shader = shader.with(match self.kv_halves(state) {
                 true => "fn half_at(at: u32) -> f32 { return f32(kv[at]); }",
                 false => wgsl!("kv/half_at"),
-            }),
-            _ => shader.with(wgsl!("kv/f32")),
-        };
+            });
+        }
         shader = shader.with(wgsl!("lib/math")).with(wgsl!("attend"));
         let whole = stores(shader.clone()).with(wgsl!("lib/attend_whole"));
         let tiles = count(Of::Tiles(tile), row_tiles, 1);

@@ -192,13 +192,14 @@ impl Lowering<'_> {
                 &format!("if which == {i}u && rest >= {here}u {{ rest -= {here}u; which = {}u; }}", i + 1);
             shader = shader.write(&format!("out{i}"), "f32", self.tensor(outs[i]));
             shader = self.optional(shader, part.bias, &format!("bias{i}"), &format!("bias_of{i}"), "0.0");
-            stores +=
-                &format!("case {i}u: {{ out{i}[row * {n}u + column] = product + bias_of{i}(column); }}\n");
+            // Loading a pair leaves the second matrix chosen.
+            let chosen = if gate.is_some() { 1 } else { i };
+            stores += &format!(
+                "case {chosen}u: {{ out{i}[row * {n}u + column] = product + bias_of{i}(column); }}\n"
+            );
         }
         if let Some(gate) = gate {
             shader = shader.with(&gated(gate).unwrap_or_default());
-            // Loading leaves the second matrix chosen.
-            stores = stores.replace("case 0u", "case 1u");
         }
         let switch =
             |cases: &str, otherwise: &str| format!("switch which {{ {cases} default: {{ {otherwise} }} }}");
