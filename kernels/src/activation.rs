@@ -9,7 +9,7 @@
 //! way on every instruction set.
 
 pub use crate::formats::Activation;
-use crate::isa::{Isa, Scalar, WithIsa};
+use crate::isa::{Isa, Scalar, WithIsa, kernels};
 use crate::math;
 
 impl Activation {
@@ -72,6 +72,8 @@ pub struct Quantise<'a> {
     /// Where the result goes.
     pub out: QuantisedMut<'a>,
 }
+
+kernels!(Quantise<'_>);
 
 impl WithIsa for Quantise<'_> {
     type Out = ();

@@ -16,7 +16,7 @@
 
 use core::ops::Range;
 
-use crate::isa::{Isa, WithIsa};
+use crate::isa::{Isa, WithIsa, kernels};
 pub use crate::kv::{BLOCK, CHUNK, PageShape, Pages, PagesMut, write};
 use crate::kv::{F32, KvFormat, raw, with_format};
 use crate::math;
@@ -105,6 +105,8 @@ pub const fn chunks(position: usize, window: Option<u32>) -> Range<usize> {
     let (first, end) = seen(position, window);
     first / CHUNK..end.div_ceil(CHUNK)
 }
+
+kernels!(Attend<'_>, AttendChunks<'_>, Merge<'_>);
 
 impl WithIsa for Attend<'_> {
     type Out = ();

@@ -67,7 +67,7 @@ macro_rules! for_every_cpu {
                         super::$kernel::<I, Q>(isa, self.0);
                     }
                 }
-                cpu.run(Call::<Q>(product, PhantomData));
+                cpu.run_inline(Call::<Q>(product, PhantomData));
             })+
         }
     };

@@ -9,7 +9,7 @@
 
 use core::hint::black_box;
 
-use crate::isa::{Isa, WithIsa};
+use crate::isa::{Isa, WithIsa, kernels};
 
 /// Bytes that [`Read`] reads between two looks at its loop counter.
 pub const READ_BYTES: usize = 512;
@@ -25,6 +25,8 @@ pub struct Read<'a> {
     /// How often it is read.
     pub passes: u64,
 }
+
+kernels!(Read<'_>, Fma, Dot);
 
 impl WithIsa for Read<'_> {
     /// Bytes read.

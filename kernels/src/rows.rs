@@ -2,7 +2,7 @@
 //!
 //! Sums over a row use 16 strided accumulators (lane = index mod 16) and a fixed tree.
 
-use crate::isa::{Isa, WithIsa};
+use crate::isa::{Isa, WithIsa, kernels};
 use crate::math;
 
 /// Most experts that a router may choose from.
@@ -167,6 +167,8 @@ pub struct Map<'a> {
     /// As many results.
     pub out: &'a mut [f32],
 }
+
+kernels!(Map<'_>, Glu<'_>, Add<'_>, AddScaled<'_>, Norm<'_>, Rope<'_>, Softmax<'_>, Sigmoid<'_>, ArgMax<'_>);
 
 impl WithIsa for Map<'_> {
     type Out = ();

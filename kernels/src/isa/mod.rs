@@ -426,6 +426,29 @@ pub use neon::Neon;
 #[cfg(target_arch = "x86_64")]
 pub use x86::{Avx2, Avx512};
 
+/// A kernel call, compiled once for each instruction set.
+pub trait Kernel {
+    /// What it returns.
+    type Out;
+    /// Runs it with an instruction set.
+    fn on(self, cpu: Cpu) -> Self::Out;
+}
+
+/// Makes [`Kernel`]s of types that are [`WithIsa`]. Their code is compiled here, once, and not wherever they are called.
+macro_rules! kernels {
+    ($($kernel:ty),* $(,)?) => {
+        $(impl $crate::isa::Kernel for $kernel {
+            type Out = <Self as $crate::isa::WithIsa>::Out;
+
+            #[inline(never)]
+            fn on(self, cpu: $crate::isa::Cpu) -> Self::Out {
+                cpu.run_inline(self)
+            }
+        })*
+    };
+}
+pub(crate) use kernels;
+
 /// A kernel call that works with any instruction set.
 pub trait WithIsa {
     /// What it returns.
@@ -467,7 +490,13 @@ macro_rules! cpu {
 
             /// Runs a kernel with this instruction set.
             #[inline]
-            pub fn run<K: WithIsa>(self, kernel: K) -> K::Out {
+            pub fn run<K: Kernel>(self, kernel: K) -> K::Out {
+                kernel.on(self)
+            }
+
+            /// Runs a kernel of any kind: its code becomes part of the caller, for every instruction set.
+            #[inline]
+            pub fn run_inline<K: WithIsa>(self, kernel: K) -> K::Out {
                 match self {
                     $($(#[cfg($cfg)])? Cpu::$name(isa) => isa.run(
                         #[inline(always)]
