@@ -22,7 +22,7 @@ use crate::program::{
 
 /// A weight's bytes and shape.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Matrix<'a> {
+pub struct Matrix<'a> {
     pub format: Format,
     pub layout: Layout,
     pub bytes: &'a [u8],
@@ -50,20 +50,20 @@ impl<'a> Matrix<'a> {
 
 /// One product of a [`Kernels::matmul`].
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Product<'a> {
+pub struct Product<'a> {
     pub weight: Matrix<'a>,
     pub bias: Option<&'a [f32]>,
 }
 
 /// What follows the products.
 #[derive(Debug, Clone, Copy)]
-pub(crate) enum After<'a> {
+pub enum After<'a> {
     Nothing,
     Glu(Gate),
     Add(&'a [f32]),
 }
 
-pub(crate) struct NormArgs<'a> {
+pub struct NormArgs<'a> {
     pub x: &'a [f32],
     /// Added to `x` first.
     pub add: Option<&'a [f32]>,
@@ -75,7 +75,7 @@ pub(crate) struct NormArgs<'a> {
     pub group: usize,
 }
 
-pub(crate) struct RopeArgs<'a> {
+pub struct RopeArgs<'a> {
     pub x: &'a [f32],
     /// One for each row.
     pub positions: &'a [u32],
@@ -87,7 +87,7 @@ pub(crate) struct RopeArgs<'a> {
     pub pairs: RopePairs,
 }
 
-pub(crate) struct AttendArgs<'a> {
+pub struct AttendArgs<'a> {
     /// `[tokens][heads][key_dim]`.
     pub q: &'a [f32],
     pub heads: usize,
@@ -105,7 +105,7 @@ pub(crate) struct AttendArgs<'a> {
 
 /// Where each token of a step stands.
 #[derive(Debug)]
-pub(crate) struct Tokens<'a> {
+pub struct Tokens<'a> {
     pub spans: &'a [super::Span<'a>],
     /// The span of each token.
     pub span: &'a [u32],
@@ -134,7 +134,7 @@ impl<'a> AttendArgs<'a> {
     }
 }
 
-pub(crate) struct RouteArgs<'a> {
+pub struct RouteArgs<'a> {
     pub logits: &'a [f32],
     pub experts: usize,
     pub used: usize,
@@ -143,7 +143,7 @@ pub(crate) struct RouteArgs<'a> {
     pub scale: f32,
 }
 
-pub(crate) struct ExpertsArgs<'a> {
+pub struct ExpertsArgs<'a> {
     pub x: &'a [f32],
     pub ids: &'a [i32],
     pub weights: &'a [f32],
@@ -157,7 +157,7 @@ pub(crate) struct ExpertsArgs<'a> {
 }
 
 /// The keys and values of some tokens, and where they go.
-pub(crate) struct KvArgs<'a> {
+pub struct KvArgs<'a> {
     pub k: &'a [f32],
     pub v: &'a [f32],
     pub shape: PageShape,
@@ -166,7 +166,7 @@ pub(crate) struct KvArgs<'a> {
 }
 
 /// The ops on slices. Lengths are those that `Program::validate` guarantees.
-pub(crate) trait Kernels: Send {
+pub trait Kernels: Send {
     /// What comes next.
     fn begin(&mut self, _program: &Program, _op: &Op, _step: &Step<'_>) -> Result<()> {
         Ok(())
@@ -221,7 +221,7 @@ enum HostMemory {
 }
 
 /// Buffers in host memory; the part of `Backend` that all host backends share.
-pub(crate) mod memory {
+pub mod memory {
     use super::*;
 
     pub fn alloc(backend: &str, bytes: u64, limit_bytes: u64) -> Result<Buffer> {
@@ -374,7 +374,7 @@ impl Weight<'_> {
 }
 
 /// A prepared program on a host backend.
-pub(crate) struct HostPlan<K> {
+pub struct HostPlan<K> {
     memory: Memory,
     kernels: K,
     limits: Limits,
@@ -394,7 +394,7 @@ struct Memory {
 }
 
 /// Bytes of a host plan's scratch tensors.
-pub(crate) fn scratch_bytes(program: &Program, limits: Limits) -> u64 {
+pub fn scratch_bytes(program: &Program, limits: Limits) -> u64 {
     passes::liveness(program).bytes(limits.tokens, limits.outputs)
 }
 

@@ -4,12 +4,10 @@
 //! nothing above knows a chip. `template.rs` is a whole backend to copy.
 
 pub mod cpu;
-#[cfg(feature = "gpu")]
-pub mod gpu;
-mod host;
+pub mod driver;
+#[allow(missing_docs, reason = "arguments of kernels have the names that they have in `Op`")]
+pub mod host;
 pub mod reference;
-#[cfg(feature = "sim")]
-pub mod sim;
 pub mod template;
 
 use std::any::Any;
@@ -306,7 +304,7 @@ pub trait Plan: Send {
 }
 
 /// The ops that a backend lacks, one line each; `Ok` if there are none.
-pub(crate) fn check_support(backend: &dyn Backend, program: &Program) -> Result<()> {
+pub fn check_support(backend: &dyn Backend, program: &Program) -> Result<()> {
     let mut gaps: Vec<String> = Vec::new();
     for (segment, op) in program.ops() {
         if let Support::Unsupported(gap) = backend.supports(&OpSig { program, op }) {
@@ -326,12 +324,7 @@ pub(crate) fn first_page(start: u32, window: Option<u32>) -> usize {
 }
 
 /// Checks a step against what a plan was prepared for, and against the buffers of its states.
-pub(crate) fn check_step(
-    step: &Step<'_>,
-    program: &Program,
-    limits: Limits,
-    states: &[Buffer],
-) -> Result<()> {
+pub fn check_step(step: &Step<'_>, program: &Program, limits: Limits, states: &[Buffer]) -> Result<()> {
     let tokens = step.tokens.len();
     if tokens == 0 || tokens > limits.tokens as usize {
         return Err(Error::argument("step tokens", format!("1 to {}", limits.tokens), tokens));
@@ -380,7 +373,7 @@ pub(crate) fn check_step(
 }
 
 /// Writes bytes to a buffer from `offset`, in whatever pieces the backend asks for them.
-pub(crate) fn upload(backend: &dyn Backend, dst: &Buffer, offset: u64, bytes: &[u8]) -> Result<()> {
+pub fn upload(backend: &dyn Backend, dst: &Buffer, offset: u64, bytes: &[u8]) -> Result<()> {
     let mut rest = bytes;
     backend.fill(dst, offset..offset.saturating_add(bytes.len() as u64), &mut |to| {
         let (now, later) = rest.split_at(to.len().min(rest.len()));

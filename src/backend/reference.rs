@@ -11,6 +11,7 @@ use halite_kernels::isa::Scalar;
 use halite_kernels::math;
 use halite_kernels::rows::{Gate, Unary};
 
+use super::driver::{Driver, Listed};
 use super::host::{
     self, After, AttendArgs, ExpertsArgs, HostPlan, Kernels, KvArgs, Matrix, NormArgs, Product, RopeArgs,
     RouteArgs, memory,
@@ -21,6 +22,16 @@ use super::{
 use crate::error::Result;
 use crate::map::Region;
 use crate::program::{Gating, NOT_FINITE, NormKind, Program, RopePairs};
+
+/// The reference, by name.
+pub const DRIVER: Driver = Driver {
+    name: "reference",
+    argument: None,
+    help: "",
+    options: &[],
+    open: |_, _| Ok(Arc::new(Reference::new())),
+    list: || Ok(vec![Listed::of(Reference::new().caps())]),
+};
 
 /// The reference as a backend: slow, and right by definition.
 #[derive(Debug)]
