@@ -13,14 +13,14 @@ use halite::tokenizer::EncodeOptions;
 use super::device::{DeviceArgs, drivers};
 use super::{Failure, ModelArgs, bytes, interrupt, plain, print, progress, read_text, tokenizer};
 
-/// The width of the names of devices; longer ones have a line of their own.
+/// The width of the names of devices; longer names have a line of their own.
 const NAME_WIDTH: usize = 10;
 
 pub fn devices() -> Result<(), Failure> {
     for driver in drivers() {
         for listed in (driver.list)()? {
             let mut text = format!("{:NAME_WIDTH$} ", listed.name);
-            if listed.name.len() > NAME_WIDTH {
+            if listed.name.len() >= NAME_WIDTH {
                 text = format!("{}\n{:NAME_WIDTH$}   ", listed.name, "");
             }
             text += &listed.device;

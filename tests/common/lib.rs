@@ -1,5 +1,5 @@
 //! What the tests of several crates share.
-#![allow(missing_docs, reason = "only tests use it")]
+#![allow(missing_docs, clippy::new_without_default, reason = "only tests use it")]
 
 pub mod bert;
 pub mod exercise;

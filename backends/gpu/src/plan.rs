@@ -12,8 +12,7 @@ use halite::backend::{Bindings, Clock, Limits, Plan, Span, Step, Ticket, Timing,
 use halite::error::{Error, Result};
 use halite::passes;
 use halite::program::{Dim, Index, Op, PAGE_POSITIONS, Program};
-use halite_shaders::Grid;
-use halite_shaders::Resource;
+use halite_shaders::{Grid, Resource};
 
 /// A program on a device.
 pub(super) struct GpuPlan {
