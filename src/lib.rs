@@ -24,7 +24,6 @@ pub mod output;
 pub mod pack;
 pub mod passes;
 pub mod program;
-#[doc(hidden)]
 pub mod rng;
 pub mod sampler;
 pub mod session;

@@ -1,14 +1,17 @@
 //! The one random generator: Steele, Lea & Flood 2014. The draws of a seed stay the same in every version and on every
 //! machine.
 
+/// A generator of pseudo-random numbers.
 #[derive(Debug, Clone)]
 pub struct SplitMix64(u64);
 
 impl SplitMix64 {
+    /// The generator of a seed.
     pub fn new(seed: u64) -> SplitMix64 {
         SplitMix64(seed)
     }
 
+    /// The next number.
     #[allow(clippy::should_implement_trait, reason = "it never ends")]
     pub fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);

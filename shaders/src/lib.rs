@@ -10,8 +10,7 @@ use halite_kernels::formats::{
     E2M1_DOUBLED, Format, IQ1_GRID, IQ2_S_GRID, IQ2_XS_GRID, IQ2_XXS_GRID, IQ3_S_GRID, IQ3_XXS_GRID,
     IQ4_VALUES, Kind,
 };
-
-use halite::program::{Gate, Unary};
+use halite_kernels::rows::{Gate, Unary};
 
 /// A buffer that a dispatch sees.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]

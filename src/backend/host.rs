@@ -224,6 +224,10 @@ enum HostMemory {
 pub mod memory {
     use super::*;
 
+    /// Zeroed memory, within a limit.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`].
     pub fn alloc(backend: &str, bytes: u64, limit_bytes: u64) -> Result<Buffer> {
         let what = format!("a buffer on `{backend}`");
         if bytes > limit_bytes {
@@ -233,10 +237,15 @@ pub mod memory {
         Ok(Buffer::new(bytes, HostMemory::Owned(RwLock::new(memory))))
     }
 
+    /// Mapped pages as they are.
     pub fn import(region: &Region) -> Buffer {
         Buffer::new(region.bytes().len() as u64, HostMemory::Mapped(region.clone()))
     }
 
+    /// As [`Backend::fill`](crate::backend::Backend::fill).
+    ///
+    /// # Errors
+    /// [`Error::Argument`] outside of the buffer, [`Error::Backend`] for memory of another kind.
     pub fn fill(
         backend: &str,
         dst: &Buffer,
@@ -252,6 +261,10 @@ pub mod memory {
         Ok(())
     }
 
+    /// As [`Backend::read`](crate::backend::Backend::read).
+    ///
+    /// # Errors
+    /// As [`fill`].
     pub fn read(backend: &str, src: &Buffer, offset: u64, dst: &mut [u8]) -> Result<()> {
         let memory = read_guard(backend, src)?;
         let end = offset.saturating_add(dst.len() as u64);

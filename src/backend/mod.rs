@@ -303,7 +303,10 @@ pub trait Plan: Send {
     fn wait(&mut self, ticket: Ticket) -> Result<Timing>;
 }
 
-/// The ops that a backend lacks, one line each; `Ok` if there are none.
+/// The ops that a backend lacks, one line each; `Ok` if there are none. For [`Backend::prepare`].
+///
+/// # Errors
+/// [`Error::Unsupported`].
 pub fn check_support(backend: &dyn Backend, program: &Program) -> Result<()> {
     let mut gaps: Vec<String> = Vec::new();
     for (segment, op) in program.ops() {
@@ -323,7 +326,10 @@ pub(crate) fn first_page(start: u32, window: Option<u32>) -> usize {
     halite_kernels::attention::chunks(start as usize, window).start
 }
 
-/// Checks a step against what a plan was prepared for, and against the buffers of its states.
+/// Checks a step against what a plan was prepared for, and against the buffers of its states. For [`Plan::submit`].
+///
+/// # Errors
+/// [`Error::Argument`].
 pub fn check_step(step: &Step<'_>, program: &Program, limits: Limits, states: &[Buffer]) -> Result<()> {
     let tokens = step.tokens.len();
     if tokens == 0 || tokens > limits.tokens as usize {
@@ -373,6 +379,9 @@ pub fn check_step(step: &Step<'_>, program: &Program, limits: Limits, states: &[
 }
 
 /// Writes bytes to a buffer from `offset`, in whatever pieces the backend asks for them.
+///
+/// # Errors
+/// As [`Backend::fill`].
 pub fn upload(backend: &dyn Backend, dst: &Buffer, offset: u64, bytes: &[u8]) -> Result<()> {
     let mut rest = bytes;
     backend.fill(dst, offset..offset.saturating_add(bytes.len() as u64), &mut |to| {
