@@ -108,11 +108,27 @@ fn profile_prints_rates_and_names_faults() {
     assert!(String::from_utf8(output.stderr).unwrap().contains("maia-100"));
 }
 
+/// An option that a backend does not have is an error that names both.
+#[cfg(all(feature = "gpu", feature = "sim"))]
 #[test]
-fn device_memory_is_a_gpus() {
-    let output = halite("run --backend cpu --device-memory 64 -n 1 hello");
-    assert!(!output.status.success());
-    assert!(String::from_utf8(output.stderr).unwrap().contains("--device-memory"));
+fn options_are_their_backends() {
+    for (backend, option, of) in [
+        ("cpu", "--device-memory 64", "gpu"),
+        ("reference", "--cooperative", "gpu"),
+        ("sim:teaching-16x16", "--shader-cache folder", "gpu"),
+        ("cpu", "--products int8", "sim"),
+        ("template", "--numerics exact", "sim"),
+        ("gpu", "--threads 1", "cpu"),
+    ] {
+        let output = halite(&format!("run --backend {backend} {option} -n 1 hello"));
+        assert!(!output.status.success());
+        let name = option.split(' ').next().unwrap();
+        let said = format!("halite: backend `{backend}`: has no option {name}; it is an option of {of}\n");
+        assert_eq!(String::from_utf8(output.stderr).unwrap(), said);
+    }
+    let output = halite("run --backend tpu hello");
+    let said = "halite: backend `tpu`: expected cpu, reference, template, gpu or sim:PROFILE\n";
+    assert_eq!(String::from_utf8(output.stderr).unwrap(), said);
 }
 
 #[cfg(feature = "sim")]
