@@ -317,7 +317,9 @@ fn ids_beyond_the_vocabulary_are_named() {
     let output = halite("tokenize --decode 5,99999,99998");
     let error = String::from_utf8(output.stderr).unwrap();
     assert!(!output.status.success() && output.stdout.is_empty(), "{error}");
-    let size = halite::Model::open("models/austen/halite-austen.gguf").unwrap();
+    let size =
+        halite::Model::open(concat!(env!("CARGO_MANIFEST_DIR"), "/../models/austen/halite-austen.gguf"))
+            .unwrap();
     let size = halite::Tokenizer::from_gguf(size.gguf()).unwrap().unwrap().len();
     assert!(
         error.contains(&format!("token id: expected below {size}, ")) && error.contains("got 99999"),
@@ -353,7 +355,8 @@ fn a_model_is_held_to_its_checksums() {
     let folder = std::env::temp_dir().join(format!("halite-checksums-{}", std::process::id()));
     std::fs::create_dir_all(&folder).unwrap();
     let (model, list) = (folder.join("model.gguf"), folder.join("list"));
-    let mut bytes = std::fs::read("models/austen/halite-austen.gguf").unwrap();
+    let mut bytes =
+        std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/../models/austen/halite-austen.gguf")).unwrap();
     std::fs::write(&model, &bytes).unwrap();
     text(&format!("inspect {} --checksums {}", model.display(), list.display()));
     let written = std::fs::read_to_string(&list).unwrap();
