@@ -1,5 +1,6 @@
 //! Texts to vectors, with an encoder: texts whose vectors point the same way mean much the same (Reimers & Gurevych 2019).
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use halite_kernels::float::DefaultFloats;
@@ -9,7 +10,7 @@ use crate::backend::{Backend, Cancel, Limits, Span, Step};
 use crate::error::{Error, Result};
 use crate::loaded::Loaded;
 use crate::memory::zeroed;
-use crate::model::{Model, Pooling, ProgramOptions, outputs};
+use crate::model::{Model, Pooling, ProgramOptions};
 use crate::program::PAGE_POSITIONS;
 use crate::session::MAX_RUNS;
 use crate::tokenizer::{EncodeOptions, Tokenizer};
@@ -40,6 +41,7 @@ impl Default for EmbedOptions {
 /// An encoder on a backend, ready to run. All memory of the device is reserved by [`Embedder::new`].
 pub struct Embedder {
     loaded: Loaded,
+    segments: Vec<Range<usize>>,
     pooling: Pooling,
     options: EmbedOptions,
     longest: u32,
@@ -71,12 +73,12 @@ impl Embedder {
         let h = model.hparams();
         // Keys and values are not kept, so there is nothing to gain from a shorter format.
         let program = model.program(ProgramOptions { kv_format: Format::F32 }, h.context_length)?;
-        if program.find(outputs::EMBEDDINGS).is_none() {
+        let Some(hidden) = program.outputs.hidden else {
             return Err(Error::Model(format!(
                 "family {} is no encoder: it has no embeddings",
                 h.architecture
             )));
-        }
+        };
         let pooling = options.pooling.or(h.pooling_type).ok_or_else(|| {
             Error::Model(format!("key `{}.pooling_type` is missing: choose a pooling", h.architecture))
         })?;
@@ -86,6 +88,7 @@ impl Embedder {
         let pages = u64::from(tokens / PAGE_POSITIONS) + MAX_RUNS as u64;
         let loaded = Loaded::new(model, backend, &program, limits, |_| pages, progress)?;
         Ok(Embedder {
+            segments: loaded.program.segments_for(&[hidden]),
             loaded,
             pooling,
             options: *options,
@@ -193,10 +196,9 @@ impl Embedder {
         }
         let tokens = texts.concat();
         let step = Step { spans: &spans, tokens: &tokens, outputs: &wanted, cancel: &self.cancel };
-        let all = 0..self.loaded.program.segments.len();
-        self.loaded.run(&step, [all])?;
+        self.loaded.run(&step, &self.segments)?;
         let mut rows: Vec<f32> = zeroed(wanted.len() as u64 * self.dimension() as u64, "the embeddings")?;
-        self.loaded.read(outputs::EMBEDDINGS, &mut rows)?;
+        self.loaded.read(self.loaded.program.outputs.hidden, &mut rows)?;
         if let Some(bad) = rows.iter().find(|x| !x.is_finite()) {
             return Err(Error::NotFinite { what: "embeddings", got: bad.to_string() });
         }

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
 use crate::memory::reserved;
-use crate::model::outputs;
+use crate::model::TOP_K;
 use crate::sampler::{Sampler, SamplerOptions};
 use crate::session::{Head, Run, SequenceId, Session, Wanted};
 use crate::speculate::Drafter;
@@ -202,7 +202,7 @@ impl Session {
         let head = match options.sampler.needed() {
             _ if aids.constraint.is_some() => Head::Logits,
             Some(1) => Head::ArgMax,
-            Some(k) if k <= outputs::TOP_K as usize => Head::TopK,
+            Some(k) if k <= TOP_K as usize => Head::TopK,
             _ => Head::Logits,
         };
         let mut out = Output::new(options, tokenizer);
@@ -325,7 +325,7 @@ impl Session {
             Head::ArgMax => Ok(self.arg_max().get(output).copied().unwrap_or(0)),
             Head::TopK => {
                 let (ids, logits) = self.top_k();
-                let k = vocab.min(outputs::TOP_K as usize);
+                let k = vocab.min(TOP_K as usize);
                 let row = output * k..(output + 1) * k;
                 sampler.sample_of(&ids[row.clone()], &logits[row])
             }

@@ -3,11 +3,11 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::backend::{Backend, Bindings, Buffer, Limits, Plan, Step, Timing, Usage};
+use crate::backend::{Backend, Bindings, Buffer, Limits, Plan, Step, Timing, Usage, prepare};
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::passes;
-use crate::program::{Program, TensorId};
+use crate::program::{Program, Slot, TensorId};
 use crate::weights::Weights;
 
 /// What a program takes on a backend, known from the header of its model alone.
@@ -76,7 +76,7 @@ impl Loaded {
         progress: &mut dyn FnMut(u64),
     ) -> Result<Loaded> {
         let program = Arc::new(passes::adapt(program, backend.caps()));
-        let plan = backend.prepare(&program, limits)?;
+        let plan = prepare(&**backend, &program, limits)?;
         let working = Footprint::of(&program, &**backend, limits, &pages).working_bytes();
         let budget = backend.caps().memory_bytes.saturating_sub(working);
         let weights = Weights::load(model.gguf(), &program, &**backend, budget, progress)?;
@@ -90,14 +90,10 @@ impl Loaded {
     }
 
     /// Runs segments of a step, and says how long it took.
-    pub fn run(
-        &mut self,
-        step: &Step<'_>,
-        segments: impl IntoIterator<Item = Range<usize>>,
-    ) -> Result<Timing> {
+    pub fn run(&mut self, step: &Step<'_>, segments: &[Range<usize>]) -> Result<Timing> {
         let bindings = Bindings { weights: &self.weights.buffers, states: &self.states, io: &self.io };
         let mut ticket = None;
-        for run in segments.into_iter().flat_map(|segments| self.weights.runs(segments)) {
+        for run in segments.iter().flat_map(|segments| self.weights.runs(segments.clone())) {
             self.weights.bring(self.model.gguf(), &self.program, &*self.backend, run.start)?;
             ticket = Some(self.plan.submit(step, run, &bindings)?);
         }
@@ -108,11 +104,11 @@ impl Loaded {
         Ok(timing)
     }
 
-    /// Reads the start of a named output.
-    pub fn read<T: bytemuck::Pod>(&self, name: &str, out: &mut [T]) -> Result<()> {
-        let slot = self.program.io.iter().position(|&id| self.program.tensor(id).name == name);
-        let buffer = slot.and_then(|slot| self.io.get(slot));
-        let missing = || Error::Program(format!("there is no output `{name}`"));
+    /// Reads the start of an output.
+    pub fn read<T: bytemuck::Pod>(&self, output: Option<TensorId>, out: &mut [T]) -> Result<()> {
+        let slot = output.map(|id| self.program.tensor(id).slot);
+        let buffer = if let Some(Slot::Io(n)) = slot { self.io.get(n as usize) } else { None };
+        let missing = || Error::Program("the program does not have this output".into());
         self.backend.read(buffer.ok_or_else(missing)?, 0, bytemuck::cast_slice_mut(out))
     }
 }

@@ -63,11 +63,11 @@ impl Adapter {
             let name = t.part.as_ref().map_or(&t.name, |part| &part.of);
             gguf.tensor(&format!("{}{name}.lora_a", self.prefix)).is_some().then(|| name.clone())
         };
-        if let Op::MatMul { x, parts, epilogue: Epilogue::None } = &op
-            && let [part] = parts.as_slice()
+        if let Op::MatMul { x, parts, epilogue: Epilogue::None, outs } = &op
+            && let ([part], [out]) = (parts.as_slice(), outs.as_slice())
         {
             let Some(name) = has(program, part.weight) else { return Ok(vec![op]) };
-            return self.low_rank(program, gguf, &name, *x, part);
+            return self.low_rank(program, gguf, &name, *x, part, *out);
         }
         let mut other = None;
         op.inputs(&mut |id| other = other.take().or_else(|| has(program, id)));
@@ -88,8 +88,9 @@ impl Adapter {
         name: &str,
         x: TensorId,
         part: &Part,
+        to: TensorId,
     ) -> Result<Vec<Op>> {
-        let (weight, out) = (program.tensor(part.weight).clone(), program.tensor(part.out).clone());
+        let (weight, out) = (program.tensor(part.weight).clone(), program.tensor(to).clone());
         let Dim::Fixed(rows) = weight.rows else {
             return Err(Error::Program(format!("`{}` is no weight", weight.name)));
         };
@@ -136,18 +137,13 @@ impl Adapter {
         };
         let (low, scaled) = (result("a", rank_cols), result("scaled", rank_cols));
         let (base, added) = (result("base", rows), result("b", rows));
-        let product = |x, weight, bias, out| Op::MatMul {
-            x,
-            parts: vec![Part { weight, bias, out }],
-            epilogue: Epilogue::None,
-        };
         // The product with B comes right before the addition, so that they can be fused.
         Ok(vec![
-            product(x, part.weight, part.bias, base),
-            product(x, a, None, low),
+            Op::product(x, part.weight, part.bias, base),
+            Op::product(x, a, None, low),
             Op::Map { x: low, out: scaled, f: Unary::Scale(scale) },
-            product(scaled, b, None, added),
-            Op::Add { a: base, b: added, out: part.out },
+            Op::product(scaled, b, None, added),
+            Op::Add { a: base, b: added, out: to },
         ])
     }
 }

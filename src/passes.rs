@@ -75,12 +75,13 @@ pub fn uses(program: &Program) -> Vec<u32> {
 fn share_inputs(ops: Vec<Op>) -> Vec<Op> {
     let mut out: Vec<Op> = Vec::new();
     for op in ops {
-        if let Op::MatMul { x, parts, epilogue: Epilogue::None } = &op
-            && let Some(Op::MatMul { x: last, parts: joined, epilogue: Epilogue::None }) = out.last_mut()
+        if let Op::MatMul { x, parts, epilogue: Epilogue::None, outs } = &op
+            && let Some(Op::MatMul { x: last, parts: joined, epilogue: Epilogue::None, outs: all }) =
+                out.last_mut()
             && last == x
-            && joined.len() + parts.len() <= 4
+            && joined.try_extend_from_slice(parts).is_ok()
+            && all.try_extend_from_slice(outs).is_ok()
         {
-            joined.extend(parts.iter().cloned());
             continue;
         }
         out.push(op);
@@ -104,19 +105,21 @@ fn fuse_pairs(ops: Vec<Op>, f: impl Fn(&Op, &Op) -> Option<Op>) -> Vec<Op> {
 }
 
 fn glu(a: &Op, b: &Op, internal: &dyn Fn(TensorId) -> bool) -> Option<Op> {
-    let (Op::MatMul { x, parts, epilogue: Epilogue::None }, Op::Glu { gate, up, out, act }) = (a, b) else {
+    let (Op::MatMul { x, parts, epilogue: Epilogue::None, outs }, Op::Glu { gate, up, out, act }) = (a, b)
+    else {
         return None;
     };
-    let [first, second] = parts.as_slice() else { return None };
-    let (gate_part, up_part) = match (first.out == *gate, second.out == *up) {
-        (true, true) => (first, second),
-        _ if second.out == *gate && first.out == *up => (second, first),
+    let mut parts = parts.clone();
+    match outs.as_slice() {
+        [first, second] if (first, second) == (gate, up) => {}
+        [first, second] if (first, second) == (up, gate) => parts.reverse(),
         _ => return None,
-    };
+    }
     (internal(*gate) && internal(*up)).then(|| Op::MatMul {
         x: *x,
-        parts: vec![Part { out: *out, ..gate_part.clone() }, up_part.clone()],
+        parts,
         epilogue: Epilogue::Glu(*act),
+        outs: [*out].into_iter().collect(),
     })
 }
 
@@ -137,23 +140,25 @@ fn add_norm(a: &Op, b: &Op) -> Option<Op> {
 }
 
 fn residual(a: &Op, b: &Op, internal: &dyn Fn(TensorId) -> bool) -> Option<Op> {
-    let (Op::MatMul { x, parts, epilogue: Epilogue::None }, Op::Add { a: left, b: right, out }) = (a, b)
+    let (Op::MatMul { x, parts, epilogue: Epilogue::None, outs }, Op::Add { a: left, b: right, out }) =
+        (a, b)
     else {
         return None;
     };
-    let [part] = parts.as_slice() else { return None };
+    let [product] = outs.as_slice() else { return None };
     // Addition commutes exactly, so either side may be the product.
-    let other = if *left == part.out {
+    let other = if left == product {
         right
-    } else if *right == part.out {
+    } else if right == product {
         left
     } else {
         return None;
     };
-    (internal(part.out) && *other != part.out).then(|| Op::MatMul {
+    (internal(*product) && other != product).then(|| Op::MatMul {
         x: *x,
-        parts: vec![Part { out: *out, ..part.clone() }],
+        parts: parts.clone(),
         epilogue: Epilogue::Add(*other),
+        outs: [*out].into_iter().collect(),
     })
 }
 
@@ -178,18 +183,16 @@ fn decompose_op(program: &mut Program, op: Op) -> Vec<Op> {
         TensorId(program.tensors.len() as u32 - 1)
     };
     match op {
-        Op::MatMul { x, parts, epilogue } => {
-            let mut ops = Vec::new();
-            let mut outs = Vec::new();
-            for part in &parts {
-                let out = if epilogue == Epilogue::None { part.out } else { temporary(parts[0].out) };
-                outs.push(out);
-                let parts = vec![Part { out, ..part.clone() }];
-                ops.push(Op::MatMul { x, parts, epilogue: Epilogue::None });
-            }
-            match (epilogue, outs.as_slice()) {
-                (Epilogue::Glu(act), &[gate, up]) => ops.push(Op::Glu { gate, up, out: parts[0].out, act }),
-                (Epilogue::Add(a), &[b]) => ops.push(Op::Add { a, b, out: parts[0].out }),
+        Op::MatMul { x, parts, epilogue, outs } => {
+            let product = |(part, &out): (&Part, &TensorId)| Op::product(x, part.weight, part.bias, out);
+            let (Epilogue::Glu(_) | Epilogue::Add(_), &[out]) = (epilogue, outs.as_slice()) else {
+                return parts.iter().zip(&outs).map(product).collect();
+            };
+            let products: Vec<TensorId> = parts.iter().map(|_| temporary(out)).collect();
+            let mut ops: Vec<Op> = parts.iter().zip(&products).map(product).collect();
+            match (epilogue, products.as_slice()) {
+                (Epilogue::Glu(act), &[gate, up]) => ops.push(Op::Glu { gate, up, out, act }),
+                (Epilogue::Add(a), &[b]) => ops.push(Op::Add { a, b, out }),
                 _ => {}
             }
             ops

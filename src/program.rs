@@ -3,10 +3,11 @@
 //! A model records a [`Program`] once with the [`Builder`]; a backend prepares it once and runs it per step. Tensors are
 //! row-major and contiguous, one row per token unless said otherwise. `reference.rs` defines what each op computes.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::sync::Arc;
 
+use arrayvec::ArrayVec;
 pub use halite_kernels::formats::Layout;
 use halite_kernels::formats::{self, Format};
 pub use halite_kernels::rows::{Gate, Unary};
@@ -131,26 +132,39 @@ pub enum RopePairs {
     Halves,
 }
 
-/// One output of a [`Op::MatMul`].
-#[derive(Debug, Clone, PartialEq)]
-pub struct Part {
-    /// The weight, `[rows, cols]`; a token's output element r is the dot of its input with row r.
-    pub weight: TensorId,
-    /// Added to each output row, `[1, rows]`.
-    pub bias: Option<TensorId>,
-    /// `[tokens, rows]`. Under [`Epilogue::Glu`] and [`Epilogue::Add`] only the first part's is written.
-    pub out: TensorId,
+/// The most weights of an [`Op::MatMul`].
+pub const MAX_PARTS: usize = 4;
+
+/// One weight of an [`Op::MatMul`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Part<T = TensorId> {
+    /// `[rows, cols]`; element r of a product is the dot of an input row with row r.
+    pub weight: T,
+    /// Added to each row of the product, `[1, rows]`.
+    pub bias: Option<T>,
 }
 
-/// What a matmul does with its results before they are stored.
+/// The weights of an [`Op::MatMul`].
+pub type Parts<T = TensorId> = ArrayVec<Part<T>, MAX_PARTS>;
+
+/// What a matmul does with its products before it stores them.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Epilogue {
-    /// Nothing.
+pub enum Epilogue<T = TensorId> {
+    /// Nothing: each product is an output.
     None,
-    /// The first of two parts is the gate of a gated linear unit: `out = act(part 0) * part 1`.
+    /// Two products become one output: `out = act(product 0) * product 1`.
     Glu(Gate),
-    /// `out = residual + part 0`.
-    Add(TensorId),
+    /// `out = residual + product 0`.
+    Add(T),
+}
+
+/// How an op uses an operand.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// It reads it.
+    Read,
+    /// It writes it.
+    Write,
 }
 
 /// What an embedding table is indexed with.
@@ -175,42 +189,45 @@ pub enum Gating {
     Sigmoid,
 }
 
-/// An op. Tensors that it writes are named `out`, `sum` or stand in [`Part`].
+/// An op on operands `T` and caches `S`.
+///
+/// A program has ops on ids. [`Op::try_map`] turns them into ops on anything else: tensors bound to memory, in a prepared plan,
+/// or shapes.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
-pub enum Op {
+pub enum Op<T = TensorId, S = StateId> {
     /// `out[t] = scale * table[index of t]`.
     Embed {
         /// `[vocab, cols]` or `[positions, cols]`, any format.
-        table: TensorId,
+        table: T,
         /// What chooses the row. A step with an index beyond the table is refused.
         index: Index,
         /// `[tokens, cols]`.
-        out: TensorId,
+        out: T,
         /// A factor on every element.
         scale: f32,
     },
     /// Copies the rows whose output is wanted.
     Select {
         /// `[tokens, cols]`.
-        x: TensorId,
+        x: T,
         /// `[outputs, cols]`.
-        out: TensorId,
+        out: T,
     },
     /// Normalises each run of `group` elements: `out = norm(x + add) * weight + bias`, and `sum = x + add`.
     Norm {
         /// `[rows, cols]`.
-        x: TensorId,
+        x: T,
         /// Added to `x` first.
-        add: Option<TensorId>,
+        add: Option<T>,
         /// Where `x + add` goes; present if and only if `add` is.
-        sum: Option<TensorId>,
+        sum: Option<T>,
         /// `[1, group]`; absent: ones.
-        weight: Option<TensorId>,
+        weight: Option<T>,
         /// `[1, group]`; absent: zeros.
-        bias: Option<TensorId>,
+        bias: Option<T>,
         /// `[rows, cols]`.
-        out: TensorId,
+        out: T,
         /// Which norm.
         kind: NormKind,
         /// Added under the root.
@@ -221,24 +238,26 @@ pub enum Op {
     /// Products of the same input with one or more weights.
     MatMul {
         /// `[rows, cols]`.
-        x: TensorId,
-        /// The weights and their outputs.
-        parts: Vec<Part>,
+        x: T,
+        /// The weights: at least one, two under [`Epilogue::Glu`], one under [`Epilogue::Add`].
+        parts: Parts<T>,
         /// What happens to the products.
-        epilogue: Epilogue,
+        epilogue: Epilogue<T>,
+        /// `[rows, rows of the weight]`: one for each part, or one in all under an epilogue.
+        outs: ArrayVec<T, MAX_PARTS>,
     },
     /// Rotary position embedding (Su et al. 2021) of the first `2 * frequencies.len()` elements of each head.
     Rope {
         /// `[tokens, heads * head_dim]`.
-        x: TensorId,
+        x: T,
         /// The same shape.
-        out: TensorId,
+        out: T,
         /// Elements of a head.
         head_dim: u32,
         /// Radians per position for each pair: base, scaling and interpolation are folded in here.
         frequencies: Arc<[f32]>,
         /// Divides the frequencies, `[1, frequencies.len()]`, where the file carries factors.
-        factors: Option<TensorId>,
+        factors: Option<T>,
         /// A factor on sine and cosine (YaRN's attention factor).
         magnitude: f32,
         /// Which elements are pairs.
@@ -247,20 +266,20 @@ pub enum Op {
     /// Stores keys and values of the step's tokens in the KV cache.
     KvWrite {
         /// `[tokens, kv_heads * key_dim]`.
-        k: TensorId,
+        k: T,
         /// `[tokens, kv_heads * value_dim]`.
-        v: TensorId,
+        v: T,
         /// The cache.
-        state: StateId,
+        state: S,
     },
     /// Attention over the KV cache; query head h uses KV head `h * kv_heads / heads`.
     Attend {
         /// `[tokens, heads * key_dim]`.
-        q: TensorId,
+        q: T,
         /// The cache, which says what of it a token sees.
-        state: StateId,
+        state: S,
         /// `[tokens, heads * value_dim]`.
-        out: TensorId,
+        out: T,
         /// Query heads.
         heads: u32,
         /// A factor on the scores.
@@ -268,45 +287,45 @@ pub enum Op {
         /// `cap * tanh(score / cap)` before the softmax.
         softcap: Option<f32>,
         /// `[1, heads]`: one more logit in each head's softmax denominator.
-        sinks: Option<TensorId>,
+        sinks: Option<T>,
     },
     /// `out = act(gate) * up`.
     Glu {
         /// `[rows, cols]`.
-        gate: TensorId,
+        gate: T,
         /// `[rows, cols]`.
-        up: TensorId,
+        up: T,
         /// `[rows, cols]`.
-        out: TensorId,
+        out: T,
         /// The activation.
         act: Gate,
     },
     /// `out = a + b`.
     Add {
         /// `[rows, cols]`.
-        a: TensorId,
+        a: T,
         /// `[rows, cols]`.
-        b: TensorId,
+        b: T,
         /// `[rows, cols]`.
-        out: TensorId,
+        out: T,
     },
     /// A function of each element.
     Map {
         /// `[rows, cols]`.
-        x: TensorId,
+        x: T,
         /// `[rows, cols]`.
-        out: TensorId,
+        out: T,
         /// Which.
         f: Unary,
     },
     /// Chooses experts for each token. Ties go to the lower index; experts are in order of falling logit.
     Route {
         /// `[tokens, experts]`.
-        logits: TensorId,
+        logits: T,
         /// `[tokens, used]`, `I32`.
-        ids: TensorId,
+        ids: T,
         /// `[tokens, used]`.
-        weights: TensorId,
+        weights: T,
         /// How logits become weights.
         gating: Gating,
         /// Whether the chosen weights are divided by their sum.
@@ -317,21 +336,21 @@ pub enum Op {
     /// Gated feed-forward experts: `out = Σ weight · down(act(gate x) * (up x))` in the order of `ids`.
     Experts {
         /// `[tokens, cols]`.
-        x: TensorId,
+        x: T,
         /// `[tokens, used]`, `I32`.
-        ids: TensorId,
+        ids: T,
         /// `[tokens, used]`.
-        weights: TensorId,
+        weights: T,
         /// Experts × `[hidden, cols]`.
-        gate: TensorId,
+        gate: T,
         /// Experts × `[hidden, cols]`.
-        up: TensorId,
+        up: T,
         /// Experts × `[cols, hidden]`.
-        down: TensorId,
+        down: T,
         /// Biases `[experts, rows]` of gate, up and down.
-        biases: Option<[TensorId; 3]>,
+        biases: Option<[T; 3]>,
         /// `[tokens, cols]`.
-        out: TensorId,
+        out: T,
         /// The activation.
         act: Gate,
     },
@@ -339,26 +358,26 @@ pub enum Op {
     /// has a NaN.
     ArgMax {
         /// `[rows, cols]`.
-        x: TensorId,
+        x: T,
         /// `[rows, 1]`, `I32`.
-        out: TensorId,
+        out: T,
     },
     /// Each row's `k` largest elements, largest first, by IEEE 754's total order with NaN above all; the lower index first on
     /// ties.
     TopK {
         /// `[rows, cols]`.
-        x: TensorId,
+        x: T,
         /// Their indices, `[rows, k]`, `I32`.
-        ids: TensorId,
+        ids: T,
         /// `[rows, k]`.
-        values: TensorId,
+        values: T,
     },
 }
 
 /// What [`Op::ArgMax`] writes for a row that has no largest number.
 pub const NOT_FINITE: i32 = -1;
 
-impl Op {
+impl<T, S> Op<T, S> {
     /// The op's name.
     pub fn name(&self) -> &'static str {
         match self {
@@ -379,61 +398,145 @@ impl Op {
         }
     }
 
+    /// The same op on other operands: `t` turns tensors, `s` caches. This is the one list of every op's operands; it visits what
+    /// an op reads before what it writes.
+    ///
+    /// # Errors
+    /// What `t` or `s` says.
+    pub fn try_map<'a, U, V, E>(
+        &'a self,
+        mut t: impl FnMut(&'a T, Access) -> std::result::Result<U, E>,
+        mut s: impl FnMut(&'a S, Access) -> std::result::Result<V, E>,
+    ) -> std::result::Result<Op<U, V>, E> {
+        use Access::{Read, Write};
+        Ok(match self {
+            Op::Embed { table, index, out, scale } => {
+                Op::Embed { table: t(table, Read)?, index: *index, out: t(out, Write)?, scale: *scale }
+            }
+            Op::Select { x, out } => Op::Select { x: t(x, Read)?, out: t(out, Write)? },
+            Op::Norm { x, add, sum, weight, bias, out, kind, eps, group } => Op::Norm {
+                x: t(x, Read)?,
+                add: add.as_ref().map(|x| t(x, Read)).transpose()?,
+                weight: weight.as_ref().map(|x| t(x, Read)).transpose()?,
+                bias: bias.as_ref().map(|x| t(x, Read)).transpose()?,
+                out: t(out, Write)?,
+                sum: sum.as_ref().map(|x| t(x, Write)).transpose()?,
+                kind: *kind,
+                eps: *eps,
+                group: *group,
+            },
+            Op::MatMul { x, parts, epilogue, outs } => {
+                let x = t(x, Read)?;
+                let epilogue = match epilogue {
+                    Epilogue::None => Epilogue::None,
+                    Epilogue::Glu(act) => Epilogue::Glu(*act),
+                    Epilogue::Add(residual) => Epilogue::Add(t(residual, Read)?),
+                };
+                let mut to = (Parts::new(), ArrayVec::new());
+                for Part { weight, bias } in parts {
+                    let weight = t(weight, Read)?;
+                    to.0.push(Part { weight, bias: bias.as_ref().map(|x| t(x, Read)).transpose()? });
+                }
+                for out in outs {
+                    to.1.push(t(out, Write)?);
+                }
+                Op::MatMul { x, parts: to.0, epilogue, outs: to.1 }
+            }
+            Op::Rope { x, out, head_dim, frequencies, factors, magnitude, pairs } => Op::Rope {
+                x: t(x, Read)?,
+                factors: factors.as_ref().map(|x| t(x, Read)).transpose()?,
+                out: t(out, Write)?,
+                head_dim: *head_dim,
+                frequencies: frequencies.clone(),
+                magnitude: *magnitude,
+                pairs: *pairs,
+            },
+            Op::KvWrite { k, v, state } => {
+                Op::KvWrite { k: t(k, Read)?, v: t(v, Read)?, state: s(state, Write)? }
+            }
+            Op::Attend { q, state, out, heads, scale, softcap, sinks } => Op::Attend {
+                q: t(q, Read)?,
+                state: s(state, Read)?,
+                sinks: sinks.as_ref().map(|x| t(x, Read)).transpose()?,
+                out: t(out, Write)?,
+                heads: *heads,
+                scale: *scale,
+                softcap: *softcap,
+            },
+            Op::Glu { gate, up, out, act } => {
+                Op::Glu { gate: t(gate, Read)?, up: t(up, Read)?, out: t(out, Write)?, act: *act }
+            }
+            Op::Add { a, b, out } => Op::Add { a: t(a, Read)?, b: t(b, Read)?, out: t(out, Write)? },
+            Op::Map { x, out, f } => Op::Map { x: t(x, Read)?, out: t(out, Write)?, f: *f },
+            Op::Route { logits, ids, weights, gating, normalise, scale } => Op::Route {
+                logits: t(logits, Read)?,
+                ids: t(ids, Write)?,
+                weights: t(weights, Write)?,
+                gating: *gating,
+                normalise: *normalise,
+                scale: *scale,
+            },
+            Op::Experts { x, ids, weights, gate, up, down, biases, out, act } => Op::Experts {
+                x: t(x, Read)?,
+                ids: t(ids, Read)?,
+                weights: t(weights, Read)?,
+                gate: t(gate, Read)?,
+                up: t(up, Read)?,
+                down: t(down, Read)?,
+                biases: match biases {
+                    Some([gate, up, down]) => Some([t(gate, Read)?, t(up, Read)?, t(down, Read)?]),
+                    None => None,
+                },
+                out: t(out, Write)?,
+                act: *act,
+            },
+            Op::ArgMax { x, out } => Op::ArgMax { x: t(x, Read)?, out: t(out, Write)? },
+            Op::TopK { x, ids, values } => {
+                Op::TopK { x: t(x, Read)?, ids: t(ids, Write)?, values: t(values, Write)? }
+            }
+        })
+    }
+
+    /// Calls `f` with every tensor that the op uses.
+    pub fn tensors<'a>(&'a self, mut f: impl FnMut(&'a T, Access)) {
+        let nothing: std::result::Result<Op<(), ()>, std::convert::Infallible> = self.try_map(
+            |id, access| {
+                f(id, access);
+                Ok(())
+            },
+            |_, _| Ok(()),
+        );
+        let Ok(_) = nothing;
+    }
+}
+
+impl<T, S> Op<T, S> {
+    /// [`Op::MatMul`] with one weight and no epilogue.
+    pub fn product(x: T, weight: T, bias: Option<T>, out: T) -> Self {
+        let (mut parts, mut outs) = (Parts::new(), ArrayVec::new());
+        parts.push(Part { weight, bias });
+        outs.push(out);
+        Op::MatMul { x, parts, epilogue: Epilogue::None, outs }
+    }
+}
+
+impl Op {
     /// Calls `f` with every tensor that the op reads, weights included.
     pub fn inputs(&self, f: &mut dyn FnMut(TensorId)) {
-        let mut each = |ids: &[Option<TensorId>]| ids.iter().flatten().copied().for_each(&mut *f);
-        match self {
-            Op::Embed { table, .. } => each(&[Some(*table)]),
-            Op::Select { x, .. } | Op::Map { x, .. } | Op::ArgMax { x, .. } | Op::TopK { x, .. } => {
-                each(&[Some(*x)]);
+        self.tensors(|&id, access| {
+            if access == Access::Read {
+                f(id)
             }
-            Op::Norm { x, add, weight, bias, .. } => each(&[Some(*x), *add, *weight, *bias]),
-            Op::MatMul { x, parts, epilogue } => {
-                each(&[Some(*x)]);
-                for part in parts {
-                    each(&[Some(part.weight), part.bias]);
-                }
-                if let Epilogue::Add(residual) = epilogue {
-                    each(&[Some(*residual)]);
-                }
-            }
-            Op::Rope { x, factors, .. } => each(&[Some(*x), *factors]),
-            Op::KvWrite { k, v, .. } => each(&[Some(*k), Some(*v)]),
-            Op::Attend { q, sinks, .. } => each(&[Some(*q), *sinks]),
-            Op::Glu { gate, up, .. } => each(&[Some(*gate), Some(*up)]),
-            Op::Add { a, b, .. } => each(&[Some(*a), Some(*b)]),
-            Op::Route { logits, .. } => each(&[Some(*logits)]),
-            Op::Experts { x, ids, weights, gate, up, down, biases, .. } => {
-                each(&[Some(*x), Some(*ids), Some(*weights), Some(*gate), Some(*up), Some(*down)]);
-                each(&biases.map_or([None; 3], |b| b.map(Some)));
-            }
-        }
+        });
     }
 
     /// Calls `f` with every tensor that the op writes.
     pub fn outputs(&self, f: &mut dyn FnMut(TensorId)) {
-        match self {
-            Op::Embed { out, .. }
-            | Op::Select { out, .. }
-            | Op::Rope { out, .. }
-            | Op::Attend { out, .. }
-            | Op::Glu { out, .. }
-            | Op::Add { out, .. }
-            | Op::Map { out, .. }
-            | Op::Experts { out, .. }
-            | Op::ArgMax { out, .. } => f(*out),
-            Op::Norm { sum, out, .. } => {
-                f(*out);
-                sum.iter().copied().for_each(f);
+        self.tensors(|&id, access| {
+            if access == Access::Write {
+                f(id)
             }
-            Op::MatMul { parts, epilogue: Epilogue::None, .. } => parts.iter().for_each(|p| f(p.out)),
-            Op::MatMul { parts, .. } => parts.iter().take(1).for_each(|p| f(p.out)),
-            Op::KvWrite { .. } => {}
-            Op::Route { ids, weights: second, .. } | Op::TopK { ids, values: second, .. } => {
-                f(*ids);
-                f(*second);
-            }
-        }
+        });
     }
 }
 
@@ -444,6 +547,19 @@ pub struct Segment {
     pub name: String,
     /// In order of execution.
     pub ops: Vec<Op>,
+}
+
+/// What a program computes for the rows that a step wants. Each is in an output slot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Outputs {
+    /// Logits, `[outputs, vocab]`.
+    pub logits: Option<TensorId>,
+    /// Each row's most likely token, `[outputs, 1]` of `I32`.
+    pub arg_max: Option<TensorId>,
+    /// Each row's most likely tokens, `[outputs, k]` of `I32`, and their logits, `[outputs, k]`.
+    pub top: Option<[TensorId; 2]>,
+    /// An encoder's hidden state, `[outputs, embedding]`.
+    pub hidden: Option<TensorId>,
 }
 
 /// A model as data.
@@ -464,6 +580,8 @@ pub struct Program {
     pub weights: Vec<TensorId>,
     /// Tensors in input and output slots, in slot order.
     pub io: Vec<TensorId>,
+    /// Which of them are the results.
+    pub outputs: Outputs,
 }
 
 impl Program {
@@ -492,9 +610,37 @@ impl Program {
         self.segments.iter().enumerate().flat_map(|(i, s)| s.ops.iter().map(move |op| (i, op)))
     }
 
-    /// The ops of a step whose last op is the arg-max. One that samples ends in the most likely tokens instead.
+    /// The segments that compute some tensors and fill the KV cache, as few runs of neighbours.
+    pub fn segments_for(&self, wanted: &[TensorId]) -> Vec<Range<usize>> {
+        let mut needed: HashSet<TensorId> = wanted.iter().copied().collect();
+        let mut runs: Vec<Range<usize>> = Vec::new();
+        for (i, segment) in self.segments.iter().enumerate().rev() {
+            let mut used = false;
+            for op in &segment.ops {
+                used |= matches!(op, Op::KvWrite { .. });
+                op.outputs(&mut |id| used |= needed.contains(&id));
+            }
+            if !used {
+                continue;
+            }
+            for op in &segment.ops {
+                op.inputs(&mut |id| _ = needed.insert(id));
+            }
+            match runs.last_mut().filter(|run| run.start == i + 1) {
+                Some(run) => run.start = i,
+                None => runs.push(i..i + 1),
+            }
+        }
+        runs.reverse();
+        runs
+    }
+
+    /// The ops of a step that ends in the most likely token, or in an encoder's hidden state.
     pub fn greedy_ops(&self) -> impl Iterator<Item = (usize, &Op)> {
-        self.ops().filter(|(_, op)| !matches!(op, Op::TopK { .. }))
+        let Outputs { arg_max, hidden, .. } = self.outputs;
+        let wanted: Vec<TensorId> = [arg_max, hidden].into_iter().flatten().collect();
+        let segments = self.segments_for(&wanted);
+        self.ops().filter(move |(i, _)| segments.iter().any(|run| run.contains(i)))
     }
 
     /// Bytes of a fixed-size tensor (a weight).
@@ -563,6 +709,7 @@ impl<'a> Builder<'a> {
             segments: Vec::new(),
             weights: Vec::new(),
             io: Vec::new(),
+            outputs: Outputs::default(),
         };
         Builder { program, lookup, by_name: HashMap::new(), prefix: String::new(), error: None }
     }
@@ -571,6 +718,11 @@ impl<'a> Builder<'a> {
     pub fn segment(&mut self, name: &str) {
         self.program.segments.push(Segment { name: name.into(), ops: Vec::new() });
         self.prefix = format!("{name}.");
+    }
+
+    /// The program's results, to be named. A tensor becomes readable by [`Builder::output`].
+    pub fn outputs(&mut self) -> &mut Outputs {
+        &mut self.program.outputs
     }
 
     /// Notes a mistake: [`Builder::finish`] returns the first one.
@@ -828,8 +980,7 @@ impl<'a> Builder<'a> {
         };
         let rows = self.shape(x).0;
         let out = self.result(name, rows, cols, Format::F32);
-        let parts = vec![Part { weight, bias, out }];
-        self.push(Op::MatMul { x, parts, epilogue: Epilogue::None });
+        self.push(Op::product(x, weight, bias, out));
         out
     }
 

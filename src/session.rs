@@ -3,6 +3,7 @@
 #[cfg(feature = "save")]
 mod save;
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,9 +14,9 @@ use crate::error::{Error, Result};
 pub use crate::loaded::Footprint;
 use crate::loaded::Loaded;
 use crate::memory::{grow, reserved, zeroed};
-use crate::model::{Model, ProgramOptions, outputs};
+use crate::model::{Model, ProgramOptions, TOP_K};
 use crate::passes;
-use crate::program::{Dim, NOT_FINITE, PAGE_POSITIONS, Program, Slot, State, TensorId};
+use crate::program::{Dim, NOT_FINITE, Outputs, PAGE_POSITIONS, Program, Slot, State, TensorId};
 use crate::sampler::check_logits;
 use crate::weights::Weights;
 
@@ -140,8 +141,32 @@ pub enum Head {
     Logits,
     /// Only the most likely tokens; see [`Session::arg_max`].
     ArgMax,
-    /// Only the [`outputs::TOP_K`] most likely tokens and their logits; see [`Session::top_k`].
+    /// Only the [`TOP_K`] most likely tokens and their logits; see [`Session::top_k`].
     TopK,
+}
+
+/// The segments that steps run.
+struct Segments {
+    /// Only to fill the KV cache.
+    nothing: Vec<Range<usize>>,
+    logits: Vec<Range<usize>>,
+    arg_max: Vec<Range<usize>>,
+    top: Vec<Range<usize>>,
+}
+
+impl Segments {
+    fn of(program: &Program) -> Segments {
+        let Outputs { logits, arg_max, top, .. } = program.outputs;
+        let of = |ids: &[Option<TensorId>]| {
+            program.segments_for(&ids.iter().copied().flatten().collect::<Vec<_>>())
+        };
+        Segments {
+            nothing: of(&[]),
+            logits: of(&[logits]),
+            arg_max: of(&[arg_max]),
+            top: of(&top.map_or([None; 2], |top| top.map(Some))),
+        }
+    }
 }
 
 struct Sequence {
@@ -203,6 +228,7 @@ impl Pool {
 /// A model on a backend, ready to run. All memory is reserved by [`Session::new`]: a step allocates nothing.
 pub struct Session {
     loaded: Loaded,
+    segments: Segments,
     taps: Vec<TensorId>,
     positions: u32,
     /// One for each KV group.
@@ -243,7 +269,7 @@ impl Session {
     ) -> Result<Session> {
         let positions = options.positions(model);
         let program = model.program(options.program, positions)?;
-        if program.find(outputs::LOGITS).is_none() {
+        if program.outputs.logits.is_none() {
             let architecture = &model.hparams().architecture;
             return Err(Error::Model(format!(
                 "family {architecture} has no logits, it makes embeddings: use `Embedder`, or `halite embed`"
@@ -263,8 +289,9 @@ impl Session {
         let loaded = Loaded::new(model, backend, &program, limits, pages, progress)?;
         let vocab = u64::from(model.hparams().vocab_size);
         let rows = u64::from(limits.outputs);
-        let k = vocab.min(outputs::TOP_K.into());
+        let k = vocab.min(TOP_K.into());
         Ok(Session {
+            segments: Segments::of(&loaded.program),
             taps,
             positions,
             pools: loaded
@@ -514,35 +541,34 @@ impl Session {
             outputs: &self.wanted,
             cancel: &self.cancel,
         };
-        // The last three segments are the head, the arg-max and the most likely tokens.
-        let last = self.loaded.program.segments.len().saturating_sub(1);
-        let (first, then) = match (self.wanted.is_empty(), head) {
-            (true, _) => (last.saturating_sub(2), 0..0),
-            (false, Head::Logits) => (last.saturating_sub(1), 0..0),
-            (false, Head::ArgMax) => (last, 0..0),
-            (false, Head::TopK) => (last.saturating_sub(1), last..last + 1),
+        let segments = match (self.wanted.is_empty(), head) {
+            (true, _) => &self.segments.nothing,
+            (false, Head::Logits) => &self.segments.logits,
+            (false, Head::ArgMax) => &self.segments.arg_max,
+            (false, Head::TopK) => &self.segments.top,
         };
-        let timing = self.loaded.run(&step, [0..first, then])?;
+        let Outputs { logits: logits_id, arg_max: best_id, top, .. } = self.loaded.program.outputs;
+        let timing = self.loaded.run(&step, segments)?;
         self.last = Some(timing);
         self.device_time += timing.elapsed;
         match head {
             Head::TopK => {
                 let len = self.wanted.len() * self.k();
                 let (ids, logits) = (&mut self.top_ids[..len], &mut self.top_logits[..len]);
-                self.loaded.read(outputs::TOP_IDS, ids)?;
-                self.loaded.read(outputs::TOP_LOGITS, logits)?;
+                self.loaded.read(top.map(|top| top[0]), ids)?;
+                self.loaded.read(top.map(|top| top[1]), logits)?;
                 // NaN and infinity come first of all.
                 check_rows(logits, len / self.wanted.len().max(1))?;
             }
             Head::Logits => {
                 let vocab = self.loaded.model.hparams().vocab_size as usize;
                 let logits = &mut self.logits[..self.wanted.len() * vocab];
-                self.loaded.read(outputs::LOGITS, logits)?;
+                self.loaded.read(logits_id, logits)?;
                 check_rows(logits, vocab)?;
             }
             Head::ArgMax => {
                 let arg_max = &mut self.arg_max[..self.wanted.len()];
-                self.loaded.read(outputs::ARG_MAX, arg_max)?;
+                self.loaded.read(best_id, arg_max)?;
                 if let Some(row) = arg_max.iter().position(|&id| id == NOT_FINITE as u32) {
                     let got = format!("a largest one that is none in output {row}");
                     return Err(Error::NotFinite { what: "logits", got });
@@ -665,11 +691,11 @@ impl Session {
 
     /// How many of the most likely tokens an output has.
     fn k(&self) -> usize {
-        self.loaded.model.hparams().vocab_size.min(outputs::TOP_K) as usize
+        self.loaded.model.hparams().vocab_size.min(TOP_K) as usize
     }
 
     /// The most likely tokens of each output of the last step and their logits, most likely first, the lower id first on ties,
-    /// one row of [`outputs::TOP_K`] (or the whole vocabulary) after the other, if it was run with [`Head::TopK`].
+    /// one row of [`TOP_K`] (or the whole vocabulary) after the other, if it was run with [`Head::TopK`].
     pub fn top_k(&self) -> (&[u32], &[f32]) {
         let len = self.wanted.len() * self.k();
         (&self.top_ids[..len], &self.top_logits[..len])
@@ -681,14 +707,15 @@ impl Session {
     /// [`Error::Argument`] if there is no such tap; what the backend says.
     pub fn tap(&self, n: usize) -> Result<Vec<f32>> {
         let missing = || Error::argument("tap", format!("below {}", self.taps.len()), n);
-        let t = self.loaded.program.tensor(*self.taps.get(n).ok_or_else(missing)?);
+        let id = *self.taps.get(n).ok_or_else(missing)?;
+        let t = self.loaded.program.tensor(id);
         let rows = match t.rows {
             Dim::Tokens => self.tokens.len(),
             Dim::Outputs => self.wanted.len(),
             Dim::Fixed(rows) => rows as usize,
         };
         let mut out = zeroed(rows as u64 * u64::from(t.cols), "a tap")?;
-        self.loaded.read(&t.name, &mut out)?;
+        self.loaded.read(Some(id), &mut out)?;
         Ok(out)
     }
 

@@ -207,23 +207,26 @@ impl Check<'_> {
                 self.optional_vector(*weight, *group)?;
                 self.optional_vector(*bias, *group)
             }
-            Op::MatMul { x, parts, epilogue } => {
+            Op::MatMul { x, parts, epilogue, outs } => {
                 self.like(*x, *x)?;
-                if parts.is_empty() || parts.len() > 8 {
-                    return Err(format!("expected 1 to 8 parts, got {}", parts.len()));
+                let wrong =
+                    || format!("{epilogue:?} does not fit {} parts and {} outputs", parts.len(), outs.len());
+                match (epilogue, parts.len(), outs.len()) {
+                    (Epilogue::None, 1.., n) if n == parts.len() => {}
+                    (Epilogue::Glu(_), 2, 1) | (Epilogue::Add(_), 1, 1) => {}
+                    _ => return Err(wrong()),
                 }
-                for part in parts {
+                // Under an epilogue, all products have the shape of the one output.
+                for (part, &out) in parts.iter().zip(outs.iter().cycle()) {
                     let rows = self.fixed_rows(part.weight);
                     self.matrix(part.weight, 1, rows, t(*x).cols)?;
                     self.optional_vector(part.bias, rows)?;
-                    self.is(part.out, t(*x).rows, rows)?;
+                    self.is(out, t(*x).rows, rows)?;
                 }
-                match (epilogue, parts.as_slice()) {
-                    (Epilogue::None, _) => Ok(()),
-                    (Epilogue::Glu(_), [gate, up]) => self.like(up.out, gate.out),
-                    (Epilogue::Add(residual), [part]) => self.like(*residual, part.out),
-                    _ => Err(format!("{epilogue:?} does not fit {} parts", parts.len())),
+                if let (Epilogue::Add(residual), Some(&out)) = (epilogue, outs.first()) {
+                    self.like(*residual, out)?;
                 }
+                Ok(())
             }
             Op::Rope { x, out, head_dim, frequencies, factors, .. } => {
                 self.is(*x, Dim::Tokens, t(*x).cols)?;

@@ -9,7 +9,6 @@ use halite::backend::cpu::Cpu;
 use halite::backend::reference::Reference;
 use halite::gguf::Gguf;
 use halite::kernels::formats::Layout;
-use halite::model::outputs;
 use halite::session::{SessionOptions, footprint};
 use halite::{Model, Tokenizer};
 
@@ -101,7 +100,7 @@ pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
         Ok(model) => {
             warn(model.warnings());
             positions = options.positions(&model);
-            if model.program(options.program, positions).is_ok_and(|p| p.find(outputs::LOGITS).is_none()) {
+            if model.program(options.program, positions).is_ok_and(|p| p.outputs.logits.is_none()) {
                 made_for = EMBEDDINGS;
             }
             for backend in backends()? {

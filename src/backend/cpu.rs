@@ -14,21 +14,18 @@ use halite_kernels::matmul::{self, MatMul, X};
 use halite_kernels::panel::PanelMut;
 use halite_kernels::pool::Pool;
 use halite_kernels::roofline;
-use halite_kernels::rows::{self, Gate, Unary};
+use halite_kernels::rows;
 
 use super::driver::{Driver, DriverOption, Listed, Value};
-use super::host::{
-    self, After, AttendArgs, ExpertsArgs, HostPlan, Kernels, Matrix, NormArgs, Product, RopeArgs, RouteArgs,
-    memory,
-};
-use super::{
-    Backend, Buffer, Caps, Contract, Fusions, Limits, OpSig, Plan, Rows, Support, Usage, check_support,
-};
+use super::host::{self, Attention, HostOp, HostPlan, HostStep, HostTensor, Kernels, Matrix, memory};
+use super::{Backend, Buffer, Caps, Contract, Fusions, Limits, OpSig, Plan, Rows, Support, Usage};
 use crate::cost::Rates;
 use crate::error::{Error, Result};
 use crate::map::Region;
 use crate::memory::zeroed;
-use crate::program::{Epilogue, Gating, NOT_FINITE, NormKind, Op, Program, RopePairs};
+use crate::program::{
+    Epilogue, Gating, MAX_PARTS, NOT_FINITE, NormKind, Op, PAGE_POSITIONS, Program, RopePairs,
+};
 
 /// The CPU, by name.
 pub const DRIVER: Driver = Driver {
@@ -196,8 +193,6 @@ impl Backend for Cpu {
     }
 
     fn prepare(&self, program: &Arc<Program>, limits: Limits) -> Result<Box<dyn Plan>> {
-        program.validate()?;
-        check_support(self, program)?;
         let kernels = CpuKernels {
             isa: self.isa,
             pool: self.pool.clone(),
@@ -231,11 +226,11 @@ impl Scratch {
         let mut s = Scratch::default();
         for (_, op) in program.ops() {
             match op {
-                Op::MatMul { x, parts, epilogue } => {
+                Op::MatMul { x, epilogue, outs, .. } => {
                     let x = program.tensor(*x);
                     let rows = crate::passes::rows(x.rows, limits.tokens, limits.outputs);
-                    if let (Epilogue::Glu(_), Some(part)) = (epilogue, parts.first()) {
-                        let cols = u64::from(program.tensor(part.out).cols);
+                    if let (Epilogue::Glu(_), Some(&out)) = (epilogue, outs.first()) {
+                        let cols = u64::from(program.tensor(out).cols);
                         s.up = s.up.max(rows.saturating_mul(cols));
                     }
                     s.quantised = s.quantised.max(rows.saturating_mul(padded(x.cols as usize) as u64));
@@ -400,7 +395,7 @@ const SPLIT_CHUNKS: usize = 4;
 const KEPT_CHUNKS: usize = 64;
 
 /// The attention of one token to what one KV head holds.
-fn attend<'a>(a: &AttendArgs<'a>, token: usize, kv_head: usize, out: &'a mut [f32]) -> Attend<'a> {
+fn attend<'a>(a: &Attention<'a>, token: usize, kv_head: usize, out: &'a mut [f32]) -> Attend<'a> {
     let (shape, heads) = (a.shape, a.heads / a.shape.kv_heads);
     let (table, position) = a.sees(token);
     let (q_stride, first) = (a.heads * shape.key_dim, kv_head * heads);
@@ -426,7 +421,7 @@ fn attend<'a>(a: &AttendArgs<'a>, token: usize, kv_head: usize, out: &'a mut [f3
 
 impl CpuKernels {
     /// The attention of one token, its chunks split between threads.
-    fn attend_split(&mut self, a: &AttendArgs<'_>, token: usize, out: &mut [f32]) {
+    fn attend_split(&mut self, a: &Attention<'_>, token: usize, out: &mut [f32]) {
         let (shape, isa, pool) = (a.shape, self.isa, &self.pool);
         let group = a.heads / shape.kv_heads;
         let head = shape.value_dim + 2;
@@ -470,6 +465,25 @@ impl CpuKernels {
                 },
             );
         }
+    }
+}
+
+/// A weight, or some rows of one, and its bias.
+#[derive(Debug, Clone, Copy)]
+struct Product<'a> {
+    weight: Matrix<'a>,
+    bias: Option<&'a [f32]>,
+}
+
+impl<'a> Product<'a> {
+    fn new(weight: &'a HostTensor<'_>, bias: Option<&'a HostTensor<'_>>) -> Product<'a> {
+        Product { weight: weight.matrix(), bias: bias.map(HostTensor::floats) }
+    }
+
+    /// The product of an expert, of which `biases` has a row for each.
+    fn of_expert(weight: &'a HostTensor<'_>, bias: Option<&'a HostTensor<'_>>, expert: usize) -> Product<'a> {
+        let bias = bias.map(|b| b.floats().get(expert * b.cols..(expert + 1) * b.cols).unwrap_or(&[]));
+        Product { weight: weight.expert(expert), bias }
     }
 }
 
@@ -540,11 +554,11 @@ fn products(
     pool: &Pool,
     input: &Input<'_>,
     products: &[Product<'_>],
-    after: After<'_>,
+    epilogue: Epilogue<&[f32]>,
     outs: &mut [PanelMut<'_>],
     up: &mut [f32],
 ) {
-    if let (After::Glu(f), [gate_product, up_product], [out, ..]) = (after, products, &mut *outs) {
+    if let (Epilogue::Glu(f), [gate_product, up_product], [out, ..]) = (epilogue, products, &mut *outs) {
         let columns = out.cols();
         let up = PanelMut::new(&mut up[..input.tokens * columns], columns);
         return pool.panel_pairs((out.reborrow(), up), grain(pool, columns), &|first, mut gate, mut up| {
@@ -564,7 +578,7 @@ fn products(
     pool.panels(outs, grain(pool, total), &|i, first, mut panel| {
         let Some(product) = products.get(i) else { return };
         input.product(isa, product, first, &mut panel);
-        if let After::Add(residual) = after {
+        if let Epilogue::Add(residual) = epilogue {
             let (cols, width) = (panel.cols(), product.weight.rows);
             for t in 0..panel.rows() {
                 for (y, r) in panel.row(t).iter_mut().zip(&residual[t * width + first..][..cols]) {
@@ -578,7 +592,7 @@ fn products(
 /// Elements of a gate that are kept aside while the unit is computed in its place.
 const GLU_ELEMENTS: usize = 256;
 
-impl Kernels for CpuKernels {
+impl CpuKernels {
     fn embed(&mut self, table: Matrix<'_>, rows: &[u32], scale: f32, out: &mut [f32]) {
         self.rows(out, table.cols, &|first, out| {
             for (out, &row) in out.chunks_exact_mut(table.cols).zip(&rows[first..]) {
@@ -594,53 +608,8 @@ impl Kernels for CpuKernels {
         });
     }
 
-    fn norm(&mut self, n: &NormArgs<'_>, out: &mut [f32], sum: Option<&mut [f32]>) {
-        let x = match (n.add, sum) {
-            (Some(add), Some(sum)) => {
-                self.add(n.x, add, sum);
-                &*sum
-            }
-            _ => n.x,
-        };
-        self.rows(out, n.cols, &|first, out| {
-            let x = &x[first * n.cols..][..out.len()];
-            for (x, out) in x.chunks_exact(n.group).zip(out.chunks_exact_mut(n.group)) {
-                let centred = n.kind == NormKind::Layer;
-                self.isa.run(rows::Norm { x, weight: n.weight, bias: n.bias, eps: n.eps, centred, out });
-            }
-        });
-    }
-
-    fn matmul(&mut self, x: &[f32], list: &[Product<'_>], after: After<'_>, outs: &mut [&mut [f32]]) {
-        let count = outs.len().min(list.len()).min(8);
-        let mut panels: [PanelMut<'_>; 8] = std::array::from_fn(|_| PanelMut::new(&mut [], 1));
-        for ((panel, out), product) in panels.iter_mut().zip(outs.iter_mut()).zip(list) {
-            *panel = PanelMut::new(out, product.weight.rows);
-        }
-        let memory = (&mut self.memory.q8_0, &mut self.memory.q8_k);
-        let input = Input::new(self.isa, &self.pool, memory, x, list);
-        products(self.isa, &self.pool, &input, list, after, &mut panels[..count], &mut self.memory.up);
-    }
-
-    fn rope(&mut self, a: &RopeArgs<'_>, out: &mut [f32]) {
-        self.rows(out, a.cols, &|first, out| {
-            for (i, out) in out.chunks_exact_mut(a.cols).enumerate() {
-                let t = first + i;
-                self.isa.run(rows::Rope {
-                    x: &a.x[t * a.cols..][..a.cols],
-                    out,
-                    head_dim: a.head_dim,
-                    position: a.positions[t],
-                    frequencies: a.frequencies,
-                    factors: a.factors,
-                    magnitude: a.magnitude,
-                    adjacent: a.pairs == RopePairs::Adjacent,
-                });
-            }
-        });
-    }
-
-    fn attend(&mut self, a: &AttendArgs<'_>, out: &mut [f32]) {
+    /// [`Op::Attend`].
+    fn attend(&mut self, a: &Attention<'_>, out: &mut [f32]) {
         let (shape, threads) = (a.shape, self.pool.threads());
         let group = a.heads / shape.kv_heads;
         let tokens = out.len() / (a.heads * shape.value_dim);
@@ -661,7 +630,7 @@ impl Kernels for CpuKernels {
         let cols = heads * shape.value_dim;
         self.pool.rows(out, cols, grain, &|first, out| {
             let (token, head) = (first * heads / a.heads, first * heads % a.heads);
-            let spans = &a.tokens.span[token..token + out.len() / cols];
+            let spans = &a.step.span[token..token + out.len() / cols];
             let mut done = 0;
             for span in spans.chunk_by(|a, b| a == b) {
                 for h in (head..head + heads).step_by(group) {
@@ -678,83 +647,40 @@ impl Kernels for CpuKernels {
         });
     }
 
-    fn glu(&mut self, act: Gate, gate: &[f32], up: &[f32], out: &mut [f32]) {
-        self.rows(out, 1, &|first, out| {
-            let range = first..first + out.len();
-            self.isa.run(rows::Glu { f: act, gate: &gate[range.clone()], up: &up[range], out });
-        });
-    }
-
-    fn map(&mut self, f: Unary, x: &[f32], out: &mut [f32]) {
-        self.rows(out, 1, &|first, out| {
-            self.isa.run(rows::Map { f, x: &x[first..first + out.len()], out });
-        });
-    }
-
-    fn route(&mut self, a: &RouteArgs<'_>, ids: &mut [i32], weights: &mut [f32]) {
-        let mut p = [0.0f32; rows::MAX_EXPERTS];
-        let out = ids.chunks_exact_mut(a.used).zip(weights.chunks_exact_mut(a.used));
-        for (logits, (ids, weights)) in a.logits.chunks_exact(a.experts).zip(out) {
-            let p = &mut p[..a.experts];
-            p.copy_from_slice(logits);
-            match a.gating {
-                Gating::Softmax => self.isa.run(rows::Softmax { x: p }),
-                Gating::Sigmoid => self.isa.run(rows::Sigmoid { x: p }),
-                Gating::SoftmaxOfTop => {}
-            }
-            rows::top_k(p, ids);
-            for (weight, &id) in weights.iter_mut().zip(&*ids) {
-                *weight = p[id as usize];
-            }
-            if a.gating == Gating::SoftmaxOfTop {
-                self.isa.run(rows::Softmax { x: weights });
-            }
-            if a.normalise {
-                let sum: f32 = weights.iter().sum();
-                weights.iter_mut().for_each(|w| *w /= sum);
-            }
-            if a.scale != 1.0 {
-                weights.iter_mut().for_each(|w| *w *= a.scale);
-            }
-        }
-    }
-
-    fn experts(&mut self, a: &ExpertsArgs<'_>, out: &mut [f32]) {
-        let (cols, hidden) = (a.gate.cols, a.gate.rows / a.experts);
+    /// [`Op::Experts`].
+    fn experts(&mut self, op: &mut HostOp<'_>) {
+        let Op::Experts { x, ids, weights, gate, up: up_weight, down, biases, out, act } = op else { return };
+        let (cols, hidden, used) = (gate.cols, gate.rows, ids.cols);
+        let (x, ids, weights, out) = (x.floats(), ids.ints(), weights.floats(), out.floats_mut());
+        let biases = biases.as_ref();
         let (isa, pool) = (self.isa, self.pool.clone());
         let KernelMemory { q8_0, q8_k, pairs, input, up, both, output, .. } = &mut self.memory;
-        let (one, all) = output.split_at_mut(a.ids.len() * cols);
+        let (one, all) = output.split_at_mut(ids.len() * cols);
         // Tokens are grouped by expert, so that an expert's weights are read once.
-        for e in 0..a.experts {
+        for e in 0..gate.experts {
             let mut n = 0;
-            for (i, _) in a.ids.iter().enumerate().filter(|&(_, &id)| id as usize == e) {
-                let token = i / a.used;
+            for (i, _) in ids.iter().enumerate().filter(|&(_, &id)| id as usize == e) {
+                let token = i / used;
                 pairs[n] = (token as u32, i as u32);
-                input[n * cols..][..cols].copy_from_slice(&a.x[token * cols..][..cols]);
+                input[n * cols..][..cols].copy_from_slice(&x[token * cols..][..cols]);
                 n += 1;
             }
             if n == 0 {
                 continue;
             }
-            let bias = |which: usize, len: usize| a.biases.map(|b| &b[which][e * len..][..len]);
-            let product = |which: usize| {
-                let weight: Matrix<'_> = [a.gate, a.up, a.down][which];
-                let weight = weight.expert(e, a.experts);
-                (weight, bias(which, weight.rows))
-            };
-            let ((gate_w, gate_b), (up_w, up_b), (down_w, down_b)) = (product(0), product(1), product(2));
+            let product = |weight, which: usize| Product::of_expert(weight, biases.map(|b| &b[which]), e);
             let both = &mut both[..n * hidden];
             {
-                let list = [Product { weight: gate_w, bias: gate_b }, Product { weight: up_w, bias: up_b }];
+                let list = [product(gate, 0), product(up_weight, 1)];
                 let input = Input::new(isa, &pool, (&mut *q8_0, &mut *q8_k), &input[..n * cols], &list);
                 let mut outs = [PanelMut::new(both, hidden)];
-                products(isa, &pool, &input, &list, After::Glu(a.act), &mut outs, up);
+                products(isa, &pool, &input, &list, Epilogue::Glu(*act), &mut outs, up);
             }
             {
-                let list = [Product { weight: down_w, bias: down_b }];
+                let list = [product(down, 2)];
                 let input = Input::new(isa, &pool, (&mut *q8_0, &mut *q8_k), both, &list);
                 let mut outs = [PanelMut::new(&mut one[..n * cols], cols)];
-                products(isa, &pool, &input, &list, After::Nothing, &mut outs, up);
+                products(isa, &pool, &input, &list, Epilogue::None, &mut outs, up);
             }
             for (y, &(_, i)) in one.chunks_exact(cols).zip(&pairs[..n]) {
                 all[i as usize * cols..][..cols].copy_from_slice(y);
@@ -762,22 +688,164 @@ impl Kernels for CpuKernels {
         }
         for (t, out) in out.chunks_exact_mut(cols).enumerate() {
             out.fill(0.0);
-            for i in t * a.used..(t + 1) * a.used {
-                isa.run(rows::AddScaled { weight: a.weights[i], x: &all[i * cols..][..cols], acc: out });
+            for i in t * used..(t + 1) * used {
+                isa.run(rows::AddScaled { weight: weights[i], x: &all[i * cols..][..cols], acc: out });
             }
         }
     }
+}
 
-    fn top_k(&mut self, x: &[f32], cols: usize, k: usize, ids: &mut [i32], values: &mut [f32]) {
-        let rows = ids.chunks_exact_mut(k).zip(values.chunks_exact_mut(k));
-        for (x, (ids, values)) in x.chunks_exact(cols).zip(rows) {
-            rows::largest(x, ids, values);
+impl Kernels for CpuKernels {
+    fn run(&mut self, op: &mut HostOp<'_>, step: &HostStep<'_>) -> Result<()> {
+        match op {
+            Op::Embed { table, index, out, scale } => {
+                let rows = step.rows(*index, table.rows)?;
+                self.embed(table.matrix(), rows, *scale, out.floats_mut());
+            }
+            Op::Select { x, out } => {
+                let (cols, x) = (x.cols, x.floats());
+                for (out, &row) in out.floats_mut().chunks_exact_mut(cols).zip(step.step.outputs) {
+                    out.copy_from_slice(&x[row as usize * cols..][..cols]);
+                }
+            }
+            Op::Norm { x, add, sum, weight, bias, out, kind, eps, group } => {
+                let (cols, group, centred) = (x.cols, *group as usize, *kind == NormKind::Layer);
+                let x = match (add, sum) {
+                    (Some(add), Some(sum)) => {
+                        self.add(x.floats(), add.floats(), sum.floats_mut());
+                        sum.floats()
+                    }
+                    _ => x.floats(),
+                };
+                let weight = weight.as_ref().map(|w| w.floats());
+                let bias = bias.as_ref().map(|b| b.floats());
+                let eps = *eps;
+                self.rows(out.floats_mut(), cols, &|first, out| {
+                    let x = &x[first * cols..][..out.len()];
+                    for (x, out) in x.chunks_exact(group).zip(out.chunks_exact_mut(group)) {
+                        self.isa.run(rows::Norm { x, weight, bias, eps, centred, out });
+                    }
+                });
+            }
+            Op::MatMul { x, parts, epilogue, outs } => {
+                let mut list = [Product { weight: Matrix::EMPTY, bias: None }; MAX_PARTS];
+                for (product, part) in list.iter_mut().zip(&*parts) {
+                    *product = Product::new(&part.weight, part.bias.as_ref());
+                }
+                let list = &list[..parts.len()];
+                let epilogue = match epilogue {
+                    Epilogue::None => Epilogue::None,
+                    Epilogue::Glu(act) => Epilogue::Glu(*act),
+                    Epilogue::Add(residual) => Epilogue::Add(residual.floats()),
+                };
+                let count = outs.len();
+                let mut panels: [PanelMut<'_>; MAX_PARTS] =
+                    std::array::from_fn(|_| PanelMut::new(&mut [], 1));
+                for (panel, out) in panels.iter_mut().zip(outs) {
+                    let cols = out.cols;
+                    *panel = PanelMut::new(out.floats_mut(), cols);
+                }
+                let memory = (&mut self.memory.q8_0, &mut self.memory.q8_k);
+                let input = Input::new(self.isa, &self.pool, memory, x.floats(), list);
+                let up = &mut self.memory.up;
+                products(self.isa, &self.pool, &input, list, epilogue, &mut panels[..count], up);
+            }
+            Op::Rope { x, out, head_dim, frequencies, factors, magnitude, pairs } => {
+                let (cols, x, head_dim, magnitude) = (x.cols, x.floats(), *head_dim as usize, *magnitude);
+                let factors = factors.as_ref().map(|f| f.floats());
+                let adjacent = *pairs == RopePairs::Adjacent;
+                self.rows(out.floats_mut(), cols, &|first, out| {
+                    for (i, out) in out.chunks_exact_mut(cols).enumerate() {
+                        let (x, position) = (&x[(first + i) * cols..][..cols], step.positions[first + i]);
+                        let frequencies: &[f32] = frequencies;
+                        let rope = rows::Rope {
+                            x,
+                            out,
+                            head_dim,
+                            position,
+                            frequencies,
+                            factors,
+                            magnitude,
+                            adjacent,
+                        };
+                        self.isa.run(rope);
+                    }
+                });
+            }
+            Op::KvWrite { k, v, state } => {
+                let (k, v, shape, group) = (k.floats(), v.floats(), state.shape, state.group);
+                let mut pages = state.pages_mut();
+                let rows = k.chunks_exact(shape.kv_heads * shape.key_dim);
+                let rows = rows.zip(v.chunks_exact(shape.kv_heads * shape.value_dim));
+                for (t, (k, v)) in rows.enumerate() {
+                    let (table, position) = step.place(t, group);
+                    let (chunk, slot) = (position / PAGE_POSITIONS, position % PAGE_POSITIONS);
+                    let page = table.get(chunk as usize).map_or(usize::MAX, |&p| p as usize);
+                    attention::write(&mut pages, shape, page, slot as usize, k, v);
+                }
+            }
+            Op::Attend { .. } => {
+                if let Some((a, out)) = op.attention(step) {
+                    self.attend(&a, out);
+                }
+            }
+            Op::Glu { gate, up, out, act } => {
+                let (f, gate, up) = (*act, gate.floats(), up.floats());
+                self.rows(out.floats_mut(), 1, &|first, out| {
+                    let range = first..first + out.len();
+                    self.isa.run(rows::Glu { f, gate: &gate[range.clone()], up: &up[range], out });
+                });
+            }
+            Op::Add { a, b, out } => self.add(a.floats(), b.floats(), out.floats_mut()),
+            Op::Map { x, out, f } => {
+                let (f, x) = (*f, x.floats());
+                self.rows(out.floats_mut(), 1, &|first, out| {
+                    self.isa.run(rows::Map { f, x: &x[first..first + out.len()], out });
+                });
+            }
+            Op::Route { logits, ids, weights, gating, normalise, scale } => {
+                let (experts, used) = (logits.cols, ids.cols);
+                let mut p = [0.0f32; rows::MAX_EXPERTS];
+                let out = ids.ints_mut().chunks_exact_mut(used);
+                let out = out.zip(weights.floats_mut().chunks_exact_mut(used));
+                for (logits, (ids, weights)) in logits.floats().chunks_exact(experts).zip(out) {
+                    let p = &mut p[..experts];
+                    p.copy_from_slice(logits);
+                    match gating {
+                        Gating::Softmax => self.isa.run(rows::Softmax { x: p }),
+                        Gating::Sigmoid => self.isa.run(rows::Sigmoid { x: p }),
+                        Gating::SoftmaxOfTop => {}
+                    }
+                    rows::top_k(p, ids);
+                    for (weight, &id) in weights.iter_mut().zip(&*ids) {
+                        *weight = p[id as usize];
+                    }
+                    if *gating == Gating::SoftmaxOfTop {
+                        self.isa.run(rows::Softmax { x: weights });
+                    }
+                    if *normalise {
+                        let sum: f32 = weights.iter().sum();
+                        weights.iter_mut().for_each(|w| *w /= sum);
+                    }
+                    if *scale != 1.0 {
+                        weights.iter_mut().for_each(|w| *w *= *scale);
+                    }
+                }
+            }
+            Op::Experts { .. } => self.experts(op),
+            Op::ArgMax { x, out } => {
+                for (x, out) in x.floats().chunks_exact(x.cols).zip(out.ints_mut()) {
+                    *out = self.isa.run(rows::ArgMax { x }).map_or(NOT_FINITE, |at| at as i32);
+                }
+            }
+            Op::TopK { x, ids, values } => {
+                let k = ids.cols;
+                let rows = ids.ints_mut().chunks_exact_mut(k).zip(values.floats_mut().chunks_exact_mut(k));
+                for (x, (ids, values)) in x.floats().chunks_exact(x.cols).zip(rows) {
+                    rows::largest(x, ids, values);
+                }
+            }
         }
-    }
-
-    fn arg_max(&mut self, x: &[f32], cols: usize, out: &mut [i32]) {
-        for (x, out) in x.chunks_exact(cols).zip(out) {
-            *out = self.isa.run(rows::ArgMax { x }).map_or(NOT_FINITE, |at| at as i32);
-        }
+        Ok(())
     }
 }

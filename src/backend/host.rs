@@ -1,37 +1,41 @@
-//! What backends that compute in host memory share: buffers, and a plan that walks the ops and hands slices to [`Kernels`].
+//! What backends that compute in host memory share: buffers, and a plan that binds the operands of each op to memory and hands
+//! the op to [`Kernels`].
 
-use std::ops::{Deref, DerefMut, Range};
+use std::cell::{Ref, RefCell, RefMut};
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, Instant};
 
-use halite_kernels::attention::{PageShape, Pages, PagesMut, write as write_kv};
+use halite_kernels::attention::{PageShape, Pages, PagesMut};
 use halite_kernels::float::DefaultFloats;
 use halite_kernels::formats::{Format, Layout};
-use halite_kernels::rows::{Gate, Unary};
 
-use super::{Bindings, Buffer, Clock, Limits, Plan, Step, Ticket, Timing, check_step};
+use super::{Bindings, Buffer, Clock, Limits, Plan, Span, Step, Ticket, Timing, check_step};
 use crate::error::{Error, Result};
 use crate::map::Region;
 use crate::memory::{reserved, zeroed};
 use crate::passes;
-use crate::program::{
-    Dim, Epilogue, Gating, Index, NormKind, Op, PAGE_POSITIONS, Program, RopePairs, Slot, State, StateId,
-    TensorId,
-};
+use crate::program::{Access, Dim, Index, Op, Program, Slot, StateId, TensorId};
 
 /// A weight's bytes and shape.
 #[derive(Debug, Clone, Copy)]
 pub struct Matrix<'a> {
+    /// How elements are stored.
     pub format: Format,
+    /// How rows lie in memory.
     pub layout: Layout,
+    /// The bytes of all rows.
     pub bytes: &'a [u8],
+    /// Rows.
     pub rows: usize,
+    /// Elements of a row.
     pub cols: usize,
 }
 
 impl<'a> Matrix<'a> {
-    const EMPTY: Matrix<'static> =
+    /// A weight without rows.
+    pub const EMPTY: Matrix<'static> =
         Matrix { format: Format::F32, layout: Layout::Rows, bytes: &[], rows: 0, cols: 0 };
 
     /// Rows `range`, or nothing if they are not all there. A range of interleaved rows starts with a whole group.
@@ -40,178 +44,284 @@ impl<'a> Matrix<'a> {
         let bytes = self.bytes.get(range.start * row..range.end * row).unwrap_or(&[]);
         Matrix { bytes, rows: range.len(), ..*self }
     }
+}
 
-    /// Matrix `expert` of `experts` stacked ones.
-    pub fn expert(&self, expert: usize, experts: usize) -> Matrix<'a> {
-        let rows = self.rows / experts.max(1);
-        self.rows(expert * rows..(expert + 1) * rows)
+/// Memory of an operand while an op runs.
+enum Memory<'a> {
+    Bytes(&'a [u8]),
+    BytesMut(&'a mut [u8]),
+    Scratch(Ref<'a, [f32]>),
+    ScratchMut(RefMut<'a, [f32]>),
+    Locked(RwLockReadGuard<'a, Vec<u64>>),
+    LockedMut(RwLockWriteGuard<'a, Vec<u64>>),
+}
+
+impl Memory<'_> {
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Memory::Bytes(bytes) => bytes,
+            Memory::BytesMut(bytes) => bytes,
+            Memory::Scratch(floats) => bytemuck::cast_slice(floats),
+            Memory::ScratchMut(floats) => bytemuck::cast_slice(floats),
+            Memory::Locked(words) => bytemuck::cast_slice(words),
+            Memory::LockedMut(words) => bytemuck::cast_slice(words),
+        }
+    }
+
+    /// Nothing, if it is there to be read.
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        match self {
+            Memory::BytesMut(bytes) => bytes,
+            Memory::ScratchMut(floats) => bytemuck::cast_slice_mut(floats),
+            Memory::LockedMut(words) => bytemuck::cast_slice_mut(words),
+            Memory::Bytes(_) | Memory::Scratch(_) | Memory::Locked(_) => &mut [],
+        }
     }
 }
 
-/// One product of a [`Kernels::matmul`].
-#[derive(Debug, Clone, Copy)]
-pub struct Product<'a> {
-    pub weight: Matrix<'a>,
-    pub bias: Option<&'a [f32]>,
-}
-
-/// What follows the products.
-#[derive(Debug, Clone, Copy)]
-pub enum After<'a> {
-    Nothing,
-    Glu(Gate),
-    Add(&'a [f32]),
-}
-
-pub struct NormArgs<'a> {
-    pub x: &'a [f32],
-    /// Added to `x` first.
-    pub add: Option<&'a [f32]>,
+/// An operand of an op, in host memory: `experts` matrices of `rows` by `cols`.
+pub struct HostTensor<'a> {
+    memory: Memory<'a>,
+    /// Bytes of memory that are the tensor's.
+    len: usize,
+    /// How elements are stored.
+    pub format: Format,
+    /// How rows lie in memory.
+    pub layout: Layout,
+    /// Matrices that are stacked; 1 for most tensors.
+    pub experts: usize,
+    /// Rows in this step.
+    pub rows: usize,
+    /// Elements of a row.
     pub cols: usize,
-    pub weight: Option<&'a [f32]>,
-    pub bias: Option<&'a [f32]>,
-    pub kind: NormKind,
-    pub eps: f32,
-    pub group: usize,
 }
 
-pub struct RopeArgs<'a> {
-    pub x: &'a [f32],
-    /// One for each row.
-    pub positions: &'a [u32],
-    pub cols: usize,
-    pub head_dim: usize,
-    pub frequencies: &'a [f32],
-    pub factors: Option<&'a [f32]>,
-    pub magnitude: f32,
-    pub pairs: RopePairs,
+impl<'a> HostTensor<'a> {
+    /// Rows of `cols` elements in the given bytes, to read.
+    pub fn shared(bytes: &'a [u8], format: Format, cols: usize) -> HostTensor<'a> {
+        HostTensor::new(Memory::Bytes(bytes), bytes.len(), format, cols)
+    }
+
+    /// Rows of `cols` elements in the given bytes, to write.
+    pub fn unique(bytes: &'a mut [u8], format: Format, cols: usize) -> HostTensor<'a> {
+        let len = bytes.len();
+        HostTensor::new(Memory::BytesMut(bytes), len, format, cols)
+    }
+
+    fn new(memory: Memory<'a>, len: usize, format: Format, cols: usize) -> HostTensor<'a> {
+        let rows = len / format.row_bytes(cols).unwrap_or(0).max(1);
+        HostTensor { memory, len, format, layout: Layout::Rows, experts: 1, rows, cols }
+    }
+
+    /// All bytes.
+    pub fn bytes(&self) -> &[u8] {
+        self.memory.bytes().get(..self.len).unwrap_or(&[])
+    }
+
+    /// All bytes of an output; of an input none.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        let len = self.len;
+        self.memory.bytes_mut().get_mut(..len).unwrap_or(&mut [])
+    }
+
+    /// The elements of a tensor of F32.
+    pub fn floats(&self) -> &[f32] {
+        bytemuck::try_cast_slice(self.bytes()).unwrap_or(&[])
+    }
+
+    /// The elements of an output of F32.
+    pub fn floats_mut(&mut self) -> &mut [f32] {
+        bytemuck::try_cast_slice_mut(self.bytes_mut()).unwrap_or(&mut [])
+    }
+
+    /// The elements of a tensor of I32.
+    pub fn ints(&self) -> &[i32] {
+        bytemuck::try_cast_slice(self.bytes()).unwrap_or(&[])
+    }
+
+    /// The elements of an output of I32.
+    pub fn ints_mut(&mut self) -> &mut [i32] {
+        bytemuck::try_cast_slice_mut(self.bytes_mut()).unwrap_or(&mut [])
+    }
+
+    /// A weight; of a mixture of experts the first.
+    pub fn matrix(&self) -> Matrix<'_> {
+        self.expert(0)
+    }
+
+    /// The weight of an expert; without rows, if there is no such expert.
+    pub fn expert(&self, expert: usize) -> Matrix<'_> {
+        let whole = Matrix {
+            format: self.format,
+            layout: self.layout,
+            bytes: self.bytes(),
+            rows: self.rows * self.experts,
+            cols: self.cols,
+        };
+        whole.rows(expert * self.rows..(expert + 1) * self.rows)
+    }
 }
 
-pub struct AttendArgs<'a> {
-    /// `[tokens][heads][key_dim]`.
-    pub q: &'a [f32],
-    pub heads: usize,
-    pub pages: Pages<'a>,
+/// A layer's KV cache, in host memory.
+pub struct HostState<'a> {
+    memory: Memory<'a>,
+    format: Format,
+    /// Heads and dimensions of a page.
     pub shape: PageShape,
-    /// The KV group, and each token's pages in it and position.
+    /// The KV group; see [`Program::windows`].
     pub group: usize,
-    pub tokens: &'a Tokens<'a>,
+    /// How many positions a token sees, its own included; all without.
     pub window: Option<u32>,
+    /// Whether a token sees only what is before it.
     pub causal: bool,
-    pub scale: f32,
-    pub softcap: Option<f32>,
-    pub sinks: Option<&'a [f32]>,
 }
 
-/// Where each token of a step stands.
-#[derive(Debug)]
-pub struct Tokens<'a> {
-    pub spans: &'a [super::Span<'a>],
+impl HostState<'_> {
+    /// The pages, to read.
+    pub fn pages(&self) -> Pages<'_> {
+        let bytes = self.memory.bytes();
+        match self.format {
+            Format::F16 => Pages::F16(bytemuck::try_cast_slice(bytes).unwrap_or(&[])),
+            Format::Q8_0 => Pages::Q8_0(bytemuck::cast_slice(bytes)),
+            Format::Q4_0 => Pages::Q4_0(bytes),
+            _ => Pages::F32(bytemuck::try_cast_slice(bytes).unwrap_or(&[])),
+        }
+    }
+
+    /// The pages, to write.
+    pub fn pages_mut(&mut self) -> PagesMut<'_> {
+        let bytes = self.memory.bytes_mut();
+        match self.format {
+            Format::F16 => PagesMut::F16(bytemuck::try_cast_slice_mut(bytes).unwrap_or(&mut [])),
+            Format::Q8_0 => PagesMut::Q8_0(bytemuck::cast_slice_mut(bytes)),
+            Format::Q4_0 => PagesMut::Q4_0(bytes),
+            _ => PagesMut::F32(bytemuck::try_cast_slice_mut(bytes).unwrap_or(&mut [])),
+        }
+    }
+}
+
+/// An op on host memory.
+pub type HostOp<'a> = Op<HostTensor<'a>, HostState<'a>>;
+
+/// What an op knows of its step.
+#[derive(Clone, Copy)]
+pub struct HostStep<'a> {
+    /// The program.
+    pub program: &'a Program,
+    /// The op in its program.
+    pub op: &'a Op,
+    /// The step.
+    pub step: &'a Step<'a>,
     /// The span of each token.
     pub span: &'a [u32],
     /// The position of each token.
-    pub position: &'a [u32],
+    pub positions: &'a [u32],
     /// A zero for each token.
     pub zeros: &'a [u32],
 }
 
-impl<'a> Tokens<'a> {
+impl<'a> HostStep<'a> {
+    fn span_of(&self, token: usize) -> Option<&'a Span<'a>> {
+        self.span.get(token).and_then(|&s| self.step.spans.get(s as usize))
+    }
+
     /// A token's pages in a KV group, and its position.
     pub fn place(&self, token: usize, group: usize) -> (&'a [u32], u32) {
-        let span = self.span.get(token).and_then(|&s| self.spans.get(s as usize));
-        let table = span.and_then(|s| s.tables.get(group));
-        (table.map_or(&[], |t| &t[..]), self.position.get(token).copied().unwrap_or(0))
+        let table = self.span_of(token).and_then(|span| span.tables.get(group));
+        (table.map_or(&[], |table| &table[..]), self.positions.get(token).copied().unwrap_or(0))
+    }
+
+    /// A token's pages of a cache, and the last position that it sees.
+    pub fn sees(&self, token: usize, group: usize, causal: bool) -> (&'a [u32], u32) {
+        let (pages, position) = self.place(token, group);
+        let end = self.span_of(token).map_or(0, |s| s.start.saturating_add(s.len));
+        (pages, if causal { position } else { end.saturating_sub(1) })
+    }
+
+    /// The row of a table of so many that each token chooses.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if there is no such row.
+    pub fn rows(&self, index: Index, rows: usize) -> Result<&'a [u32]> {
+        let (what, indices) = match index {
+            Index::Token => ("token id", self.step.tokens),
+            Index::Position => ("position", self.positions),
+            Index::First => ("row", self.zeros),
+        };
+        match indices.iter().find(|&&i| i as usize >= rows) {
+            Some(&bad) => Err(Error::argument(what, format!("below {rows}"), bad)),
+            None => Ok(indices),
+        }
     }
 }
 
-impl<'a> AttendArgs<'a> {
+/// [`Op::Attend`] on slices, for kernels that share it between threads.
+#[derive(Clone, Copy)]
+pub struct Attention<'a> {
+    /// `[tokens][heads][key_dim]`.
+    pub q: &'a [f32],
+    /// Query heads.
+    pub heads: usize,
+    /// The cache.
+    pub pages: Pages<'a>,
+    /// Heads and dimensions of a page.
+    pub shape: PageShape,
+    /// The KV group.
+    pub group: usize,
+    /// As in [`HostState`].
+    pub window: Option<u32>,
+    /// As in [`HostState`].
+    pub causal: bool,
+    /// Scores are multiplied by it.
+    pub scale: f32,
+    /// Scores are limited to it, smoothly.
+    pub softcap: Option<f32>,
+    /// A score for each head that no position has.
+    pub sinks: Option<&'a [f32]>,
+    /// The span of each token, its pages and its position.
+    pub step: &'a HostStep<'a>,
+}
+
+impl<'a> Attention<'a> {
     /// A token's pages and the last position that it sees.
     pub fn sees(&self, token: usize) -> (&'a [u32], u32) {
-        let (pages, position) = self.tokens.place(token, self.group);
-        let span = self.tokens.span.get(token).and_then(|&s| self.tokens.spans.get(s as usize));
-        let end = span.map_or(0, |s| s.start.saturating_add(s.len));
-        (pages, if self.causal { position } else { end.saturating_sub(1) })
+        self.step.sees(token, self.group, self.causal)
     }
 }
 
-pub struct RouteArgs<'a> {
-    pub logits: &'a [f32],
-    pub experts: usize,
-    pub used: usize,
-    pub gating: Gating,
-    pub normalise: bool,
-    pub scale: f32,
+impl HostOp<'_> {
+    /// [`Op::Attend`] on slices, and its output.
+    pub fn attention<'a>(&'a mut self, step: &'a HostStep<'a>) -> Option<(Attention<'a>, &'a mut [f32])> {
+        let Op::Attend { q, state, out, heads, scale, softcap, sinks } = self else { return None };
+        let attention = Attention {
+            q: q.floats(),
+            heads: *heads as usize,
+            pages: state.pages(),
+            shape: state.shape,
+            group: state.group,
+            window: state.window,
+            causal: state.causal,
+            scale: *scale,
+            softcap: *softcap,
+            sinks: sinks.as_ref().map(|sinks| sinks.floats()),
+            step,
+        };
+        Some((attention, out.floats_mut()))
+    }
 }
 
-pub struct ExpertsArgs<'a> {
-    pub x: &'a [f32],
-    pub ids: &'a [i32],
-    pub weights: &'a [f32],
-    pub used: usize,
-    pub experts: usize,
-    pub gate: Matrix<'a>,
-    pub up: Matrix<'a>,
-    pub down: Matrix<'a>,
-    pub biases: Option<[&'a [f32]; 3]>,
-    pub act: Gate,
-}
-
-/// The keys and values of some tokens, and where they go.
-pub struct KvArgs<'a> {
-    pub k: &'a [f32],
-    pub v: &'a [f32],
-    pub shape: PageShape,
-    pub group: usize,
-    pub tokens: &'a Tokens<'a>,
-}
-
-/// The ops on slices. Lengths are those that `Program::validate` guarantees.
+/// The ops of a backend on host memory.
 pub trait Kernels: Send {
-    /// What comes next.
-    fn begin(&mut self, _program: &Program, _op: &Op, _step: &Step<'_>) -> Result<()> {
-        Ok(())
-    }
-
-    /// How the op since [`Kernels::begin`] went.
-    fn end(&mut self) -> Result<()> {
-        Ok(())
-    }
+    /// Runs an op of a program that is valid: shapes fit each other.
+    ///
+    /// # Errors
+    /// What an op cannot do with these values.
+    fn run(&mut self, op: &mut HostOp<'_>, step: &HostStep<'_>) -> Result<()>;
 
     /// The time of the ops since it was last asked, by another clock than the host's.
     fn simulated(&mut self) -> Option<Duration> {
         None
     }
-
-    fn select(&mut self, x: &[f32], rows: &[u32], cols: usize, out: &mut [f32]) {
-        for (out, &row) in out.chunks_exact_mut(cols).zip(rows) {
-            out.copy_from_slice(&x[row as usize * cols..][..cols]);
-        }
-    }
-
-    fn kv_write(&mut self, args: &KvArgs<'_>, pages: &mut PagesMut<'_>) {
-        let shape = args.shape;
-        let rows = args.k.chunks_exact(shape.kv_heads * shape.key_dim);
-        let rows = rows.zip(args.v.chunks_exact(shape.kv_heads * shape.value_dim));
-        for (t, (k, v)) in rows.enumerate() {
-            let (table, position) = args.tokens.place(t, args.group);
-            let (chunk, slot) = (position / PAGE_POSITIONS, position % PAGE_POSITIONS);
-            let page = table.get(chunk as usize).map_or(usize::MAX, |&p| p as usize);
-            write_kv(pages, shape, page, slot as usize, k, v);
-        }
-    }
-
-    fn embed(&mut self, table: Matrix<'_>, rows: &[u32], scale: f32, out: &mut [f32]);
-    fn add(&mut self, a: &[f32], b: &[f32], out: &mut [f32]);
-    fn norm(&mut self, args: &NormArgs<'_>, out: &mut [f32], sum: Option<&mut [f32]>);
-    fn matmul(&mut self, x: &[f32], products: &[Product<'_>], after: After<'_>, outs: &mut [&mut [f32]]);
-    fn rope(&mut self, args: &RopeArgs<'_>, out: &mut [f32]);
-    fn attend(&mut self, args: &AttendArgs<'_>, out: &mut [f32]);
-    fn glu(&mut self, act: Gate, gate: &[f32], up: &[f32], out: &mut [f32]);
-    fn map(&mut self, f: Unary, x: &[f32], out: &mut [f32]);
-    fn route(&mut self, args: &RouteArgs<'_>, ids: &mut [i32], weights: &mut [f32]);
-    fn experts(&mut self, args: &ExpertsArgs<'_>, out: &mut [f32]);
-    fn arg_max(&mut self, x: &[f32], cols: usize, out: &mut [i32]);
-    fn top_k(&mut self, x: &[f32], cols: usize, k: usize, ids: &mut [i32], values: &mut [f32]);
 }
 
 /// Host memory behind a [`Buffer`].
@@ -253,7 +363,7 @@ pub mod memory {
         write: &mut dyn FnMut(&mut [u8]),
     ) -> Result<()> {
         let mut memory = write_guard(backend, dst)?;
-        let bytes = bytemuck::cast_slice_mut(&mut memory);
+        let bytes = memory.bytes_mut();
         let outside =
             || Error::argument("fill range", format!("inside 0..{}", dst.bytes()), format!("{range:?}"));
         let slice = bytes.get_mut(range.start as usize..range.end as usize).ok_or_else(outside)?;
@@ -276,21 +386,6 @@ pub mod memory {
     }
 }
 
-/// Shared access to a buffer's bytes.
-enum ReadGuard<'a> {
-    Mapped(&'a [u8]),
-    Owned(RwLockReadGuard<'a, Vec<u64>>),
-}
-
-impl ReadGuard<'_> {
-    fn bytes(&self) -> &[u8] {
-        match self {
-            ReadGuard::Mapped(bytes) => bytes,
-            ReadGuard::Owned(words) => bytemuck::cast_slice(words),
-        }
-    }
-}
-
 fn host_memory<'a>(backend: &str, buffer: &'a Buffer) -> Result<&'a HostMemory> {
     buffer.memory().ok_or_else(|| Error::Backend {
         backend: backend.into(),
@@ -305,91 +400,64 @@ fn poisoned(backend: &str) -> Error {
     }
 }
 
-fn read_guard<'a>(backend: &str, buffer: &'a Buffer) -> Result<ReadGuard<'a>> {
+fn read_guard<'a>(backend: &str, buffer: &'a Buffer) -> Result<Memory<'a>> {
     match host_memory(backend, buffer)? {
-        HostMemory::Mapped(region) => Ok(ReadGuard::Mapped(region.bytes())),
-        HostMemory::Owned(lock) => lock.read().map(ReadGuard::Owned).map_err(|_| poisoned(backend)),
+        HostMemory::Mapped(region) => Ok(Memory::Bytes(region.bytes())),
+        HostMemory::Owned(lock) => lock.read().map(Memory::Locked).map_err(|_| poisoned(backend)),
     }
 }
 
-fn write_guard<'a>(backend: &str, buffer: &'a Buffer) -> Result<RwLockWriteGuard<'a, Vec<u64>>> {
+fn write_guard<'a>(backend: &str, buffer: &'a Buffer) -> Result<Memory<'a>> {
     match host_memory(backend, buffer)? {
         HostMemory::Mapped(_) => Err(Error::Backend {
             backend: backend.into(),
             message: "a mapped weight cannot be written".into(),
         }),
-        HostMemory::Owned(lock) => lock.write().map_err(|_| poisoned(backend)),
+        HostMemory::Owned(lock) => lock.write().map(Memory::LockedMut).map_err(|_| poisoned(backend)),
     }
 }
 
-/// An output's memory while an op runs.
-enum Out<'a> {
-    /// A scratch place, taken out of the plan.
-    Place(usize, Vec<f32>, usize),
-    /// A bound buffer.
-    Io(RwLockWriteGuard<'a, Vec<u64>>, usize),
+/// Where an operand of a prepared op is.
+#[derive(Debug, Clone, Copy)]
+enum Place {
+    Weight(u32),
+    Io(u32),
+    Scratch(usize),
 }
 
-impl Deref for Out<'_> {
-    type Target = [f32];
-    fn deref(&self) -> &[f32] {
-        match self {
-            Out::Place(_, memory, len) => &memory[..*len],
-            Out::Io(memory, len) => &bytemuck::cast_slice(memory)[..*len],
-        }
-    }
-}
-
-impl DerefMut for Out<'_> {
-    fn deref_mut(&mut self) -> &mut [f32] {
-        match self {
-            Out::Place(_, memory, len) => &mut memory[..*len],
-            Out::Io(memory, len) => &mut bytemuck::cast_slice_mut(memory)[..*len],
-        }
-    }
-}
-
-/// An input's elements while an op runs.
-enum In<'a> {
-    Place(&'a [f32]),
-    Bound(ReadGuard<'a>, usize),
-}
-
-impl Deref for In<'_> {
-    type Target = [f32];
-    fn deref(&self) -> &[f32] {
-        match self {
-            In::Place(x) => x,
-            In::Bound(guard, len) => bytemuck::try_cast_slice(&guard.bytes()[..4 * len]).unwrap_or(&[]),
-        }
-    }
-}
-
-/// A weight's bytes while an op runs.
-struct Weight<'a> {
-    guard: ReadGuard<'a>,
+/// An operand of a prepared op.
+#[derive(Debug, Clone)]
+struct Operand {
+    id: TensorId,
+    place: Place,
     format: Format,
     layout: Layout,
-    rows: usize,
+    experts: usize,
+    rows: Dim,
     cols: usize,
+    /// Bytes of a row.
+    row_bytes: usize,
 }
 
-impl Weight<'_> {
-    fn matrix(&self) -> Matrix<'_> {
-        Matrix {
-            format: self.format,
-            layout: self.layout,
-            bytes: self.guard.bytes(),
-            rows: self.rows,
-            cols: self.cols,
-        }
-    }
+/// The cache of a prepared op.
+#[derive(Debug, Clone)]
+struct Cache {
+    id: StateId,
+    format: Format,
+    shape: PageShape,
+    group: usize,
+    window: Option<u32>,
+    causal: bool,
 }
+
+type PreparedOp = Op<Operand, Cache>;
 
 /// A prepared program on a host backend.
 pub struct HostPlan<K> {
-    memory: Memory,
     kernels: K,
+    bound: Bound,
+    /// The ops of each segment.
+    ops: Vec<Vec<PreparedOp>>,
     limits: Limits,
     spans: Vec<u32>,
     positions: Vec<u32>,
@@ -398,12 +466,12 @@ pub struct HostPlan<K> {
     timing: Timing,
 }
 
-/// A plan's scratch tensors.
-struct Memory {
+/// What operands are bound to, besides the buffers of a submission.
+struct Bound {
     backend: String,
     program: Arc<Program>,
-    layout: passes::Layout,
-    places: Vec<Vec<f32>>,
+    /// Scratch tensors. An op's outputs never share a place with its inputs.
+    places: Vec<RefCell<Vec<f32>>>,
 }
 
 /// Bytes of a host plan's scratch tensors.
@@ -411,19 +479,63 @@ pub fn scratch_bytes(program: &Program, limits: Limits) -> u64 {
     passes::liveness(program).bytes(limits.tokens, limits.outputs)
 }
 
+/// Where the tensors of an op are.
+fn prepared(program: &Program, layout: &passes::Layout, op: &Op) -> Result<PreparedOp> {
+    let operand = |&id: &TensorId, _| {
+        let t = program.tensor(id);
+        let place = match t.slot {
+            Slot::Weight(n) => Place::Weight(n),
+            Slot::Io(n) => Place::Io(n),
+            Slot::Scratch => {
+                let place = layout.place.get(id.0 as usize).copied().flatten();
+                Place::Scratch(place.ok_or_else(|| Error::Program(format!("`{}` is never written", t.name)))?)
+            }
+        };
+        Ok(Operand {
+            id,
+            place,
+            format: t.format,
+            layout: t.layout,
+            experts: t.experts as usize,
+            rows: t.rows,
+            cols: t.cols as usize,
+            row_bytes: t.format.row_bytes(t.cols as usize).unwrap_or(usize::MAX),
+        })
+    };
+    let cache = |&id: &StateId, _| {
+        let state = program.states.get(id.0 as usize);
+        let state = state.ok_or_else(|| Error::Program(format!("state {} does not exist", id.0)))?;
+        let shape = PageShape {
+            kv_heads: state.kv_heads as usize,
+            key_dim: state.key_dim as usize,
+            value_dim: state.value_dim as usize,
+        };
+        let (group, window, causal) = (program.kv_group(state), state.window, state.causal);
+        Ok(Cache { id, format: state.format, shape, group, window, causal })
+    };
+    op.try_map(operand, cache)
+}
+
 impl<K: Kernels> HostPlan<K> {
+    /// Binds the operands of a valid program, and reserves all memory that it takes.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`], [`Error::Program`].
     pub fn new(backend: &str, program: &Arc<Program>, limits: Limits, kernels: K) -> Result<HostPlan<K>> {
         let layout = passes::liveness(program);
         let mut places = Vec::new();
         for &(dim, cols) in &layout.places {
             let len = passes::rows(dim, limits.tokens, limits.outputs).saturating_mul(cols.into());
             let place = zeroed(len, &format!("scratch memory on `{backend}`"))?;
-            places.push(place);
+            places.push(RefCell::new(place));
         }
-        let memory = Memory { backend: backend.into(), program: program.clone(), layout, places };
+        let of_segment = |segment: &crate::program::Segment| {
+            segment.ops.iter().map(|op| prepared(program, &layout, op)).collect()
+        };
         Ok(HostPlan {
-            memory,
             kernels,
+            ops: program.segments.iter().map(of_segment).collect::<Result<_>>()?,
+            bound: Bound { backend: backend.into(), program: program.clone(), places },
             limits,
             spans: reserved(limits.tokens.into(), "the places of tokens")?,
             positions: reserved(limits.tokens.into(), "the places of tokens")?,
@@ -435,7 +547,7 @@ impl<K: Kernels> HostPlan<K> {
 
     /// Checks a step against the limits and notes where each token stands.
     fn place_tokens(&mut self, step: &Step<'_>, states: &[Buffer]) -> Result<()> {
-        check_step(step, &self.memory.program, self.limits, states)?;
+        check_step(step, &self.bound.program, self.limits, states)?;
         self.spans.clear();
         self.positions.clear();
         for (i, span) in step.spans.iter().enumerate() {
@@ -448,113 +560,78 @@ impl<K: Kernels> HostPlan<K> {
     }
 }
 
-impl Memory {
-    /// Rows of a tensor in this step.
-    fn len(&self, id: TensorId, step: &Step<'_>) -> usize {
-        let t = self.program.tensor(id);
-        let rows = passes::rows(t.rows, step.tokens.len() as u32, step.outputs.len() as u32);
-        rows as usize * t.experts as usize * t.cols as usize
-    }
-
-    /// A tensor's memory, to write; scratch memory goes back with [`Memory::put`].
-    fn take<'b>(&mut self, id: TensorId, step: &Step<'_>, b: &Bindings<'b>) -> Result<Out<'b>> {
-        let len = self.len(id, step);
-        let t = self.program.tensor(id);
-        let (out, have) = match t.slot {
-            Slot::Io(n) => {
-                let guard = write_guard(&self.backend, bound(b.io, n, "io")?)?;
-                let have = 2 * guard.len();
-                (Out::Io(guard, len), have)
-            }
-            _ => {
-                let place = self.layout.place.get(id.0 as usize).copied().flatten();
-                let memory =
-                    place.and_then(|p| self.places.get_mut(p)).map(std::mem::take).unwrap_or_default();
-                let have = memory.len();
-                (Out::Place(place.unwrap_or(usize::MAX), memory, len), have)
-            }
-        };
-        if have < len {
-            self.put(out);
-            return Err(Error::argument("buffer", format!("at least {} bytes", 4 * len), 4 * have));
-        }
-        Ok(out)
-    }
-
-    fn put(&mut self, out: Out<'_>) {
-        if let Out::Place(place, memory, _) = out
-            && let Some(p) = self.places.get_mut(place)
-        {
-            *p = memory;
-        }
-    }
-
-    /// A tensor's elements, to read.
-    fn get<'b>(&'b self, id: TensorId, step: &Step<'_>, b: &Bindings<'b>) -> Result<In<'b>> {
-        let len = self.len(id, step);
-        let guard = match self.program.tensor(id).slot {
-            Slot::Io(n) => read_guard(&self.backend, bound(b.io, n, "io")?)?,
-            Slot::Weight(n) => read_guard(&self.backend, bound(b.weights, n, "weights")?)?,
-            Slot::Scratch => {
-                let place = self.layout.place.get(id.0 as usize).copied().flatten();
-                let memory = place.and_then(|p| self.places.get(p)).map_or(&[][..], |p| p);
-                return memory.get(..len).map(In::Place).ok_or_else(|| {
-                    Error::argument("scratch tensor", format!("{len} elements"), memory.len())
-                });
-            }
-        };
-        let bytes = guard.bytes();
-        if bytes.len() < 4 * len || !(bytes.as_ptr() as usize).is_multiple_of(4) {
-            return Err(Error::argument(
-                "buffer",
-                format!("at least {} aligned bytes", 4 * len),
-                bytes.len(),
-            ));
-        }
-        Ok(In::Bound(guard, len))
-    }
-
-    fn optional<'b>(
-        &'b self,
-        id: Option<TensorId>,
+impl Bound {
+    /// An operand's memory in a step.
+    fn tensor<'a>(
+        &'a self,
+        o: &Operand,
+        access: Access,
         step: &Step<'_>,
-        b: &Bindings<'b>,
-    ) -> Result<Option<In<'b>>> {
-        id.map(|id| self.get(id, step, b)).transpose()
-    }
-
-    fn weight<'b>(&self, id: TensorId, b: &Bindings<'b>) -> Result<Weight<'b>> {
-        let t = self.program.tensor(id);
-        let (Slot::Weight(n), Dim::Fixed(rows)) = (t.slot, t.rows) else {
-            return Err(Error::Program(format!("`{}` is no weight", t.name)));
+        b: &Bindings<'a>,
+    ) -> Result<HostTensor<'a>> {
+        let rows = passes::rows(o.rows, step.tokens.len() as u32, step.outputs.len() as u32) as usize;
+        let len = o.row_bytes.saturating_mul(rows).saturating_mul(o.experts);
+        let backend = &self.backend;
+        let memory = match (o.place, access) {
+            (Place::Weight(n), _) => read_guard(backend, bound(b.weights, n, "weights")?)?,
+            (Place::Io(n), Access::Read) => read_guard(backend, bound(b.io, n, "io")?)?,
+            (Place::Io(n), Access::Write) => write_guard(backend, bound(b.io, n, "io")?)?,
+            (Place::Scratch(place), _) => {
+                let shared = || Error::Program(format!("`{}` is read and written", self.name(o)));
+                let elements = 0..len / size_of::<f32>();
+                let place = self.places.get(place).ok_or_else(shared)?;
+                let short = |have: usize| {
+                    Error::argument("scratch tensor", format!("{} elements", elements.end), have)
+                };
+                match access {
+                    Access::Read => {
+                        let floats = place.try_borrow().map_err(|_| shared())?;
+                        let have = floats.len();
+                        let floats = Ref::filter_map(floats, |floats| floats.get(elements.clone()));
+                        Memory::Scratch(floats.map_err(|_| short(have))?)
+                    }
+                    Access::Write => {
+                        let floats = place.try_borrow_mut().map_err(|_| shared())?;
+                        let have = floats.len();
+                        let floats = RefMut::filter_map(floats, |floats| floats.get_mut(elements.clone()));
+                        Memory::ScratchMut(floats.map_err(|_| short(have))?)
+                    }
+                }
+            }
         };
-        let guard = read_guard(&self.backend, bound(b.weights, n, "weights")?)?;
-        let (need, have) = (self.program.fixed_bytes(id).unwrap_or(u64::MAX), guard.bytes().len() as u64);
-        if have < need {
-            return Err(Error::argument("weight buffer", format!("{need} bytes for `{}`", t.name), have));
+        let have = memory.bytes().len();
+        if have < len {
+            let expected = format!("at least {len} bytes for `{}`", self.name(o));
+            return Err(Error::argument("buffer", expected, have));
         }
-        Ok(Weight {
-            guard,
-            format: t.format,
-            layout: t.layout,
-            rows: rows as usize * t.experts as usize,
-            cols: t.cols as usize,
+        if o.format == Format::F32 && !(memory.bytes().as_ptr() as usize).is_multiple_of(4) {
+            let expected = format!("`{}` at a multiple of 4 bytes", self.name(o));
+            return Err(Error::argument("buffer", expected, "another place"));
+        }
+        Ok(HostTensor {
+            memory,
+            len,
+            format: o.format,
+            layout: o.layout,
+            experts: o.experts,
+            rows,
+            cols: o.cols,
         })
     }
 
-    fn state(&self, id: StateId) -> Result<(&State, PageShape)> {
-        let state = self.program.states.get(id.0 as usize);
-        let state = state.ok_or_else(|| Error::Program(format!("state {} does not exist", id.0)))?;
-        let shape = PageShape {
-            kv_heads: state.kv_heads as usize,
-            key_dim: state.key_dim as usize,
-            value_dim: state.value_dim as usize,
-        };
-        Ok((state, shape))
+    fn name(&self, o: &Operand) -> &str {
+        &self.program.tensor(o.id).name
     }
 
-    fn cols(&self, id: TensorId) -> usize {
-        self.program.tensor(id).cols as usize
+    /// A cache's memory.
+    fn state<'a>(&self, c: &Cache, access: Access, b: &Bindings<'a>) -> Result<HostState<'a>> {
+        let buffer = bound(b.states, c.id.0, "states")?;
+        let memory = match access {
+            Access::Read => read_guard(&self.backend, buffer)?,
+            Access::Write => write_guard(&self.backend, buffer)?,
+        };
+        let Cache { format, shape, group, window, causal, .. } = *c;
+        Ok(HostState { memory, format, shape, group, window, causal })
     }
 }
 
@@ -563,233 +640,29 @@ fn bound<'a>(buffers: &'a [Buffer], n: u32, what: &'static str) -> Result<&'a Bu
     buffers.get(n as usize).ok_or_else(missing)
 }
 
-/// Most outputs of one op.
-const MAX_OUTPUTS: usize = 8;
-
-/// Runs one op: takes its outputs out of the plan, borrows its inputs, calls the kernel, puts the outputs back.
+/// Runs one op on the memory of its operands.
 fn execute<K: Kernels>(
-    memory: &mut Memory,
+    bound: &Bound,
     kernels: &mut K,
-    op: &Op,
-    step: &Step<'_>,
-    tokens: &Tokens<'_>,
+    op: &PreparedOp,
+    step: &HostStep<'_>,
     b: &Bindings<'_>,
 ) -> Result<()> {
-    let mut ids = [None; MAX_OUTPUTS];
-    let mut count = 0;
-    op.outputs(&mut |id| {
-        if let Some(place) = ids.get_mut(count) {
-            *place = Some(id);
-        }
-        count += 1;
-    });
-    let mut outs: [Option<Out<'_>>; MAX_OUTPUTS] = Default::default();
-    let mut result = Ok(());
-    for (out, id) in outs.iter_mut().zip(ids.iter().flatten()) {
-        match memory.take(*id, step, b) {
-            Ok(taken) => *out = Some(taken),
-            Err(error) => result = Err(error),
-        }
-    }
-    if result.is_ok() {
-        // A panic must neither leave the library nor lose the memory that was taken out. What was being written to a bound
-        // buffer is lost: its lock is then poisoned, and later steps say so.
-        let compute = || compute(memory, kernels, op, step, tokens, b, &mut outs);
-        result = catch_unwind(AssertUnwindSafe(compute)).unwrap_or_else(|panic| {
-            let said = panic.downcast_ref::<&str>().copied();
-            let said = said.or_else(|| panic.downcast_ref::<String>().map(String::as_str));
-            let message = format!("{} panicked: {}", op.name(), said.unwrap_or("no message"));
-            Err(Error::Backend { backend: memory.backend.clone(), message })
-        });
-    }
-    for out in outs.into_iter().flatten() {
-        memory.put(out);
-    }
-    result
-}
-
-fn compute<K: Kernels>(
-    memory: &Memory,
-    kernels: &mut K,
-    op: &Op,
-    step: &Step<'_>,
-    tokens: &Tokens<'_>,
-    b: &Bindings<'_>,
-    outs: &mut [Option<Out<'_>>; MAX_OUTPUTS],
-) -> Result<()> {
-    if let Op::MatMul { x, parts, epilogue } = op {
-        let x = memory.get(*x, step, b)?;
-        let residual = match epilogue {
-            Epilogue::Add(id) => Some(memory.get(*id, step, b)?),
-            _ => None,
-        };
-        let mut weights: [Option<(Weight<'_>, Option<In<'_>>)>; MAX_OUTPUTS] = Default::default();
-        for (weight, part) in weights.iter_mut().zip(parts) {
-            *weight = Some((memory.weight(part.weight, b)?, memory.optional(part.bias, step, b)?));
-        }
-        let mut products = [Product { weight: Matrix::EMPTY, bias: None }; MAX_OUTPUTS];
-        for (product, (weight, bias)) in products.iter_mut().zip(weights.iter().flatten()) {
-            *product = Product { weight: weight.matrix(), bias: bias.as_deref() };
-        }
-        let after = match (epilogue, &residual) {
-            (Epilogue::Glu(act), _) => After::Glu(*act),
-            (Epilogue::Add(_), Some(residual)) => After::Add(residual),
-            _ => After::Nothing,
-        };
-        let mut slices: [&mut [f32]; MAX_OUTPUTS] = Default::default();
-        for (slice, out) in slices.iter_mut().zip(outs.iter_mut().flatten()) {
-            *slice = out;
-        }
-        kernels.matmul(&x, &products[..parts.len()], after, &mut slices);
-        return Ok(());
-    }
-    let [first, second, ..] = outs;
-    let out: &mut [f32] = first.as_mut().map_or(&mut [], |out| &mut out[..]);
-    match op {
-        Op::Embed { table, index, scale, .. } => {
-            let table = memory.weight(*table, b)?;
-            let (what, indices) = match index {
-                Index::Token => ("token id", step.tokens),
-                Index::Position => ("position", tokens.position),
-                Index::First => ("row", tokens.zeros),
-            };
-            if let Some(&bad) = indices.iter().find(|&&i| i as usize >= table.rows) {
-                return Err(Error::argument(what, format!("below {}", table.rows), bad));
-            }
-            kernels.embed(table.matrix(), indices, *scale, out);
-        }
-        Op::Select { x, .. } => {
-            kernels.select(&memory.get(*x, step, b)?, step.outputs, memory.cols(*x), out);
-        }
-        Op::Norm { x, add, weight, bias, kind, eps, group, .. } => {
-            let cols = memory.cols(*x);
-            let (x, add) = (memory.get(*x, step, b)?, memory.optional(*add, step, b)?);
-            let (weight, bias) = (memory.optional(*weight, step, b)?, memory.optional(*bias, step, b)?);
-            let args = NormArgs {
-                x: &x,
-                add: add.as_deref(),
-                cols,
-                weight: weight.as_deref(),
-                bias: bias.as_deref(),
-                kind: *kind,
-                eps: *eps,
-                group: *group as usize,
-            };
-            let sum: Option<&mut [f32]> = second.as_mut().map(|out| &mut out[..]);
-            kernels.norm(&args, out, sum);
-        }
-        Op::MatMul { .. } => {}
-        Op::Rope { x, head_dim, frequencies, factors, magnitude, pairs, .. } => {
-            let (cols, x) = (memory.cols(*x), memory.get(*x, step, b)?);
-            let factors = memory.optional(*factors, step, b)?;
-            let args = RopeArgs {
-                x: &x,
-                positions: tokens.position,
-                cols,
-                head_dim: *head_dim as usize,
-                frequencies,
-                factors: factors.as_deref(),
-                magnitude: *magnitude,
-                pairs: *pairs,
-            };
-            kernels.rope(&args, out);
-        }
-        Op::KvWrite { k, v, state } => {
-            let (k, v) = (memory.get(*k, step, b)?, memory.get(*v, step, b)?);
-            let (description, shape) = memory.state(*state)?;
-            let mut guard = write_guard(&memory.backend, bound(b.states, state.0, "states")?)?;
-            let mut pages = match description.format {
-                Format::F16 => PagesMut::F16(bytemuck::cast_slice_mut(&mut guard)),
-                Format::Q8_0 => PagesMut::Q8_0(bytemuck::cast_slice_mut(&mut guard)),
-                Format::Q4_0 => PagesMut::Q4_0(bytemuck::cast_slice_mut(&mut guard)),
-                _ => PagesMut::F32(bytemuck::cast_slice_mut(&mut guard)),
-            };
-            let group = memory.program.kv_group(description);
-            kernels.kv_write(&KvArgs { k: &k, v: &v, shape, group, tokens }, &mut pages);
-        }
-        Op::Attend { q, state, heads, scale, softcap, sinks, .. } => {
-            let q = memory.get(*q, step, b)?;
-            let sinks = memory.optional(*sinks, step, b)?;
-            let (description, shape) = memory.state(*state)?;
-            let guard = read_guard(&memory.backend, bound(b.states, state.0, "states")?)?;
-            let pages = match description.format {
-                Format::F16 => Pages::F16(bytemuck::try_cast_slice(guard.bytes()).unwrap_or(&[])),
-                Format::Q8_0 => Pages::Q8_0(bytemuck::try_cast_slice(guard.bytes()).unwrap_or(&[])),
-                Format::Q4_0 => Pages::Q4_0(guard.bytes()),
-                _ => Pages::F32(bytemuck::try_cast_slice(guard.bytes()).unwrap_or(&[])),
-            };
-            let args = AttendArgs {
-                q: &q,
-                heads: *heads as usize,
-                pages,
-                shape,
-                group: memory.program.kv_group(description),
-                tokens,
-                window: description.window,
-                causal: description.causal,
-                scale: *scale,
-                softcap: *softcap,
-                sinks: sinks.as_deref(),
-            };
-            kernels.attend(&args, out);
-        }
-        Op::Glu { gate, up, act, .. } => {
-            kernels.glu(*act, &memory.get(*gate, step, b)?, &memory.get(*up, step, b)?, out);
-        }
-        Op::Add { a, b: other, .. } => {
-            kernels.add(&memory.get(*a, step, b)?, &memory.get(*other, step, b)?, out);
-        }
-        Op::Map { x, f, .. } => kernels.map(*f, &memory.get(*x, step, b)?, out),
-        Op::Route { logits, ids, gating, normalise, scale, .. } => {
-            let (experts, used) = (memory.cols(*logits), memory.cols(*ids));
-            let logits = memory.get(*logits, step, b)?;
-            let args = RouteArgs {
-                logits: &logits,
-                experts,
-                used,
-                gating: *gating,
-                normalise: *normalise,
-                scale: *scale,
-            };
-            let weights: &mut [f32] = second.as_mut().map_or(&mut [], |out| &mut out[..]);
-            kernels.route(&args, bytemuck::cast_slice_mut(out), weights);
-        }
-        Op::Experts { x, ids, weights, gate, up, down, biases, act, .. } => {
-            let (used, experts) = (memory.cols(*ids), memory.program.tensor(*gate).experts as usize);
-            let (x, ids) = (memory.get(*x, step, b)?, memory.get(*ids, step, b)?);
-            let weights = memory.get(*weights, step, b)?;
-            let (gate, up, down) =
-                (memory.weight(*gate, b)?, memory.weight(*up, b)?, memory.weight(*down, b)?);
-            let biases = match biases {
-                Some([g, u, d]) => {
-                    Some([memory.get(*g, step, b)?, memory.get(*u, step, b)?, memory.get(*d, step, b)?])
-                }
-                None => None,
-            };
-            let args = ExpertsArgs {
-                x: &x,
-                ids: bytemuck::cast_slice(&ids),
-                weights: &weights,
-                used,
-                experts,
-                gate: gate.matrix(),
-                up: up.matrix(),
-                down: down.matrix(),
-                biases: biases.as_ref().map(|b| b.each_ref().map(|b| &b[..])),
-                act: *act,
-            };
-            kernels.experts(&args, out);
-        }
-        Op::TopK { x, ids, .. } => {
-            let values: &mut [f32] = second.as_mut().map_or(&mut [], |out| &mut out[..]);
-            let (cols, k) = (memory.cols(*x), memory.cols(*ids));
-            kernels.top_k(&memory.get(*x, step, b)?, cols, k, bytemuck::cast_slice_mut(out), values);
-        }
-        Op::ArgMax { x, .. } => {
-            kernels.arg_max(&memory.get(*x, step, b)?, memory.cols(*x), bytemuck::cast_slice_mut(out));
-        }
-    }
-    Ok(())
+    // A panic must not leave the library. What was being written to a bound buffer is lost: its lock is then poisoned, and
+    // later steps say so.
+    let run = || {
+        let mut op = op.try_map(
+            |operand, access| bound.tensor(operand, access, step.step, b),
+            |cache, access| bound.state(cache, access, b),
+        )?;
+        kernels.run(&mut op, step)
+    };
+    catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|panic| {
+        let said = panic.downcast_ref::<&str>().copied();
+        let said = said.or_else(|| panic.downcast_ref::<String>().map(String::as_str));
+        let message = format!("{} panicked: {}", op.name(), said.unwrap_or("no message"));
+        Err(Error::Backend { backend: bound.backend.clone(), message })
+    })
 }
 
 impl<K: Kernels> Plan for HostPlan<K> {
@@ -798,21 +671,21 @@ impl<K: Kernels> Plan for HostPlan<K> {
         let _floats = DefaultFloats::set();
         let from_start = segments.start == 0;
         self.place_tokens(step, bindings.states)?;
-        let program = self.memory.program.clone();
+        let program = self.bound.program.clone();
         let zeros = self.zeros.get(..step.tokens.len()).unwrap_or(&[]);
-        let tokens = Tokens { spans: step.spans, span: &self.spans, position: &self.positions, zeros };
         let wrong = || {
             Error::argument("segments", format!("within 0..{}", program.segments.len()), "a range outside")
         };
-        for segment in program.segments.get(segments).ok_or_else(wrong)? {
-            for op in &segment.ops {
-                if step.cancel.is_cancelled() {
-                    return Err(Error::Cancelled);
-                }
-                self.kernels.begin(&program, op, step)?;
-                execute(&mut self.memory, &mut self.kernels, op, step, &tokens, bindings)?;
-                self.kernels.end()?;
+        let of_program = program.segments.get(segments.clone()).ok_or_else(wrong)?;
+        let prepared = self.ops.get(segments).ok_or_else(wrong)?;
+        let ops = of_program.iter().flat_map(|segment| &segment.ops);
+        for (op, prepared) in ops.zip(prepared.iter().flatten()) {
+            if step.cancel.is_cancelled() {
+                return Err(Error::Cancelled);
             }
+            let (span, positions) = (&self.spans[..], &self.positions[..]);
+            let step = HostStep { program: &program, op, step, span, positions, zeros };
+            execute(&self.bound, &mut self.kernels, prepared, &step, bindings)?;
         }
         self.submitted += 1;
         // Submissions of one step add up.
@@ -835,7 +708,7 @@ impl<K: Kernels> Plan for HostPlan<K> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::{Cancel, Span};
+    use crate::backend::Cancel;
     use crate::program::Builder;
     use halite_kernels::pool::Pool;
 
@@ -845,24 +718,15 @@ mod tests {
         fail: bool,
     }
 
-    #[rustfmt::skip]
     impl Kernels for Faulty {
-        fn add(&mut self, a: &[f32], b: &[f32], out: &mut [f32]) {
+        fn run(&mut self, op: &mut HostOp<'_>, _: &HostStep<'_>) -> Result<()> {
+            let Op::Add { a, b, out } = op else { return Err(Error::Cancelled) };
             let fail = self.fail;
             self.pool.run(8, &|n| assert!(!fail || n != 5, "task 5 fails"));
-            out.iter_mut().zip(a.iter().zip(b)).for_each(|(out, (a, b))| *out = a + b);
+            let sums = a.floats().iter().zip(b.floats()).map(|(a, b)| a + b);
+            out.floats_mut().iter_mut().zip(sums).for_each(|(out, sum)| *out = sum);
+            Ok(())
         }
-        fn embed(&mut self, _: Matrix<'_>, _: &[u32], _: f32, _: &mut [f32]) { unreachable!() }
-        fn norm(&mut self, _: &NormArgs<'_>, _: &mut [f32], _: Option<&mut [f32]>) { unreachable!() }
-        fn matmul(&mut self, _: &[f32], _: &[Product<'_>], _: After<'_>, _: &mut [&mut [f32]]) { unreachable!() }
-        fn rope(&mut self, _: &RopeArgs<'_>, _: &mut [f32]) { unreachable!() }
-        fn attend(&mut self, _: &AttendArgs<'_>, _: &mut [f32]) { unreachable!() }
-        fn glu(&mut self, _: Gate, _: &[f32], _: &[f32], _: &mut [f32]) { unreachable!() }
-        fn map(&mut self, _: Unary, _: &[f32], _: &mut [f32]) { unreachable!() }
-        fn route(&mut self, _: &RouteArgs<'_>, _: &mut [i32], _: &mut [f32]) { unreachable!() }
-        fn experts(&mut self, _: &ExpertsArgs<'_>, _: &mut [f32]) { unreachable!() }
-        fn arg_max(&mut self, _: &[f32], _: usize, _: &mut [i32]) { unreachable!() }
-        fn top_k(&mut self, _: &[f32], _: usize, _: usize, _: &mut [i32], _: &mut [f32]) { unreachable!() }
     }
 
     /// A panic in a task of the pool is the step's error, and a later step that does not fail is right.

@@ -5,7 +5,6 @@
 
 pub mod cpu;
 pub mod driver;
-#[allow(missing_docs, reason = "arguments of kernels have the names that they have in `Op`")]
 pub mod host;
 pub mod reference;
 pub mod template;
@@ -278,10 +277,11 @@ pub trait Backend: Send + Sync {
     /// As [`Backend::fill`].
     fn read(&self, src: &Buffer, offset: u64, dst: &mut [u8]) -> Result<()>;
 
-    /// Makes a program ready to run.
+    /// Makes a valid program ready to run. Call [`prepare`] instead, which refuses what [`Backend::supports`] declares a gap;
+    /// conformance calls this one to find gaps that are none.
     ///
     /// # Errors
-    /// `Error::Unsupported` listing every op that it lacks; it never falls back to another device.
+    /// What the device says. It never falls back to another device.
     fn prepare(&self, program: &Arc<Program>, limits: Limits) -> Result<Box<dyn Plan>>;
 
     /// Bytes that a plan of this program would take besides its buffers, known without preparing it.
@@ -303,10 +303,20 @@ pub trait Plan: Send {
     fn wait(&mut self, ticket: Ticket) -> Result<Timing>;
 }
 
-/// The ops that a backend lacks, one line each; `Ok` if there are none. For [`Backend::prepare`].
+/// Makes a program ready to run on a backend.
 ///
 /// # Errors
-/// [`Error::Unsupported`].
+/// [`Error::Program`] if it is not valid, [`Error::Unsupported`] listing every op that the backend lacks, or what the device says.
+pub fn prepare(backend: &dyn Backend, program: &Arc<Program>, limits: Limits) -> Result<Box<dyn Plan>> {
+    program.validate()?;
+    check_support(backend, program)?;
+    backend.prepare(program, limits)
+}
+
+/// Checks that a backend has all ops of a program.
+///
+/// # Errors
+/// [`Error::Unsupported`] with a line for each op that it lacks.
 pub fn check_support(backend: &dyn Backend, program: &Program) -> Result<()> {
     let mut gaps: Vec<String> = Vec::new();
     for (segment, op) in program.ops() {

@@ -12,16 +12,11 @@ use halite_kernels::math;
 use halite_kernels::rows::{Gate, Unary};
 
 use super::driver::{Driver, Listed};
-use super::host::{
-    self, After, AttendArgs, ExpertsArgs, HostPlan, Kernels, KvArgs, Matrix, NormArgs, Product, RopeArgs,
-    RouteArgs, memory,
-};
-use super::{
-    Backend, Buffer, Caps, Contract, Fusions, Limits, OpSig, Plan, Rows, Support, Usage, check_support,
-};
+use super::host::{self, Attention, HostOp, HostPlan, HostStep, HostTensor, Kernels, Matrix, memory};
+use super::{Backend, Buffer, Caps, Contract, Fusions, Limits, OpSig, Plan, Rows, Support, Usage};
 use crate::error::Result;
 use crate::map::Region;
-use crate::program::{Gating, NOT_FINITE, NormKind, Program, RopePairs};
+use crate::program::{Epilogue, Gating, NOT_FINITE, NormKind, Op, Part, Program, RopePairs};
 
 /// The reference, by name.
 pub const DRIVER: Driver = Driver {
@@ -81,8 +76,6 @@ impl Backend for Reference {
     }
 
     fn prepare(&self, program: &Arc<Program>, limits: Limits) -> Result<Box<dyn Plan>> {
-        program.validate()?;
-        check_support(self, program)?;
         Ok(Box::new(HostPlan::new(&self.caps.name, program, limits, Definitions)?))
     }
 
@@ -297,7 +290,7 @@ fn put_block(
 #[allow(clippy::too_many_arguments)]
 fn attend(
     q: &[f32],
-    a: &AttendArgs<'_>,
+    a: &Attention<'_>,
     shape: PageShape,
     table: &[u32],
     kv_head: usize,
@@ -356,233 +349,248 @@ fn attend(
     }
 }
 
+/// A row of activations with each row of a weight, and the bias added.
+fn product(w: Matrix<'_>, bias: Option<&[f32]>, x: &[f32]) -> Vec<f32> {
+    let element = |r| bias.map_or(dot(w, r, x), |b| dot(w, r, x) + b[r]);
+    (0..w.rows).map(element).collect()
+}
+
+/// The matrix of an expert with a row of activations; `bias` has a row for each expert.
+fn of_expert(w: &HostTensor<'_>, bias: Option<&HostTensor<'_>>, expert: usize, x: &[f32]) -> Vec<f32> {
+    product(w.expert(expert), bias.map(|b| &b.floats()[expert * b.cols..][..b.cols]), x)
+}
+
+fn norm(x: &[f32], weight: Option<&[f32]>, bias: Option<&[f32]>, kind: NormKind, eps: f32, out: &mut [f32]) {
+    let mean = match kind {
+        NormKind::Rms => 0.0,
+        NormKind::Layer => {
+            let mut lanes = [0.0f32; 16];
+            x.iter().enumerate().for_each(|(i, x)| lanes[i % 16] += x);
+            tree(lanes) / x.len() as f32
+        }
+    };
+    let squares = strided(x.iter().map(|x| (x - mean, x - mean)));
+    let scale = 1.0 / (squares / x.len() as f32 + eps).sqrt();
+    for (i, (x, out)) in x.iter().zip(out).enumerate() {
+        let scaled = (x - mean) * scale;
+        *out = match (weight, bias) {
+            (None, None) => scaled,
+            (Some(w), None) => scaled * w[i],
+            (None, Some(b)) => scaled + b[i],
+            (Some(w), Some(b)) => fma(scaled, w[i], b[i]),
+        };
+    }
+}
+
+fn route(logits: &[f32], gating: Gating, normalise: bool, scale: f32, ids: &mut [i32], weights: &mut [f32]) {
+    let mut p = logits.to_vec();
+    match gating {
+        Gating::Softmax => softmax(&mut p),
+        Gating::Sigmoid => p.iter_mut().for_each(|p| *p = scalar!(sigmoid(*p))),
+        Gating::SoftmaxOfTop => {}
+    }
+    let mut order: Vec<usize> = (0..p.len()).collect();
+    // A stable sort keeps the lower index first on ties.
+    order.sort_by(|&i, &j| p[j].partial_cmp(&p[i]).unwrap_or(std::cmp::Ordering::Equal));
+    // NaN comes first, so that it is seen.
+    order.sort_by_key(|&i| !p[i].is_nan());
+    for ((id, weight), &expert) in ids.iter_mut().zip(weights.iter_mut()).zip(&order) {
+        (*id, *weight) = (expert as i32, p[expert]);
+    }
+    if gating == Gating::SoftmaxOfTop {
+        softmax(weights);
+    }
+    if normalise {
+        let sum: f32 = weights.iter().sum();
+        weights.iter_mut().for_each(|w| *w /= sum);
+    }
+    if scale != 1.0 {
+        weights.iter_mut().for_each(|w| *w *= scale);
+    }
+}
+
+/// One token's keys and values into the cache: `slot` of `page`.
+fn kv_write(pages: &mut PagesMut<'_>, shape: PageShape, page: usize, slot: usize, k: &[f32], v: &[f32]) {
+    let key = |i: usize| i * CHUNK + slot;
+    let value = |i: usize| {
+        let (head, d) = (i / shape.value_dim, i % shape.value_dim);
+        (k.len() + head * shape.value_dim) * CHUNK + slot * shape.value_dim + d
+    };
+    for (i, &x) in k.iter().enumerate() {
+        put(pages, shape, page, key(i), x);
+    }
+    for (i, &x) in v.iter().enumerate() {
+        put(pages, shape, page, value(i), x);
+    }
+    for (block, x) in k.chunks(BLOCK).enumerate() {
+        put_block(pages, shape, page, block * CHUNK + slot, x, |i| key(block * BLOCK + i));
+    }
+    for (block, x) in v.chunks(BLOCK).enumerate() {
+        let scale = (k.len() / BLOCK + block) * CHUNK + slot;
+        put_block(pages, shape, page, scale, x, |i| value(block * BLOCK + i));
+    }
+}
+
+/// `out[i] = f(i)`.
+fn each(out: &mut HostTensor<'_>, f: impl Fn(usize) -> f32) {
+    out.floats_mut().iter_mut().enumerate().for_each(|(i, out)| *out = f(i));
+}
+
 /// [`Kernels`] by definition.
 struct Definitions;
 
 impl Kernels for Definitions {
-    fn embed(&mut self, table: Matrix<'_>, rows: &[u32], scale: f32, out: &mut [f32]) {
-        for (out, &row) in out.chunks_exact_mut(table.cols).zip(rows) {
-            let row = table.rows(row as usize..row as usize + 1);
-            let _ = row.format.dequantize(row.bytes, out);
-            if scale != 1.0 {
-                out.iter_mut().for_each(|x| *x *= scale);
-            }
-        }
-    }
-
-    fn kv_write(&mut self, a: &KvArgs<'_>, pages: &mut PagesMut<'_>) {
-        let shape = a.shape;
-        let (key_cols, value_cols) = (shape.kv_heads * shape.key_dim, shape.kv_heads * shape.value_dim);
-        for (t, (k, v)) in a.k.chunks_exact(key_cols).zip(a.v.chunks_exact(value_cols)).enumerate() {
-            let (table, position) = a.tokens.place(t, a.group);
-            let (page, slot) = (table[position as usize / CHUNK] as usize, position as usize % CHUNK);
-            let key = |i: usize| i * CHUNK + slot;
-            let value = |i: usize| {
-                let (head, d) = (i / shape.value_dim, i % shape.value_dim);
-                (key_cols + head * shape.value_dim) * CHUNK + slot * shape.value_dim + d
-            };
-            for (i, &x) in k.iter().enumerate() {
-                put(pages, shape, page, key(i), x);
-            }
-            for (i, &x) in v.iter().enumerate() {
-                put(pages, shape, page, value(i), x);
-            }
-            for (block, x) in k.chunks(BLOCK).enumerate() {
-                put_block(pages, shape, page, block * CHUNK + slot, x, |i| key(block * BLOCK + i));
-            }
-            for (block, x) in v.chunks(BLOCK).enumerate() {
-                let scale = (key_cols / BLOCK + block) * CHUNK + slot;
-                put_block(pages, shape, page, scale, x, |i| value(block * BLOCK + i));
-            }
-        }
-    }
-
-    fn add(&mut self, a: &[f32], b: &[f32], out: &mut [f32]) {
-        for (out, (a, b)) in out.iter_mut().zip(a.iter().zip(b)) {
-            *out = a + b;
-        }
-    }
-
-    fn norm(&mut self, n: &NormArgs<'_>, out: &mut [f32], sum: Option<&mut [f32]>) {
-        let mut x = n.x.to_vec();
-        if let Some(add) = n.add {
-            self.add(n.x, add, &mut x);
-        }
-        if let Some(sum) = sum {
-            sum.copy_from_slice(&x);
-        }
-        for (x, out) in x.chunks_exact(n.group).zip(out.chunks_exact_mut(n.group)) {
-            let mean = match n.kind {
-                NormKind::Rms => 0.0,
-                NormKind::Layer => {
-                    let mut lanes = [0.0f32; 16];
-                    x.iter().enumerate().for_each(|(i, x)| lanes[i % 16] += x);
-                    tree(lanes) / x.len() as f32
+    fn run(&mut self, op: &mut HostOp<'_>, step: &HostStep<'_>) -> Result<()> {
+        match op {
+            Op::Embed { table, index, out, scale } => {
+                let (table, rows) = (table.matrix(), step.rows(*index, table.rows)?);
+                for (out, &row) in out.floats_mut().chunks_exact_mut(table.cols).zip(rows) {
+                    let row = table.rows(row as usize..row as usize + 1);
+                    let _ = row.format.dequantize(row.bytes, out);
+                    if *scale != 1.0 {
+                        out.iter_mut().for_each(|x| *x *= *scale);
+                    }
                 }
-            };
-            let squares = strided(x.iter().map(|x| (x - mean, x - mean)));
-            let scale = 1.0 / (squares / x.len() as f32 + n.eps).sqrt();
-            for (i, (x, out)) in x.iter().zip(out).enumerate() {
-                let scaled = (x - mean) * scale;
-                *out = match (n.weight, n.bias) {
-                    (None, None) => scaled,
-                    (Some(w), None) => scaled * w[i],
-                    (None, Some(b)) => scaled + b[i],
-                    (Some(w), Some(b)) => fma(scaled, w[i], b[i]),
+            }
+            Op::Select { x, out } => {
+                let (x, cols, rows) = (x.floats(), x.cols, step.step.outputs);
+                each(out, |i| x[rows[i / cols] as usize * cols + i % cols]);
+            }
+            Op::Norm { x, add, sum, weight, bias, out, kind, eps, group } => {
+                let mut x = x.floats().to_vec();
+                if let (Some(add), Some(sum)) = (add, sum) {
+                    x.iter_mut().zip(add.floats()).for_each(|(x, add)| *x += add);
+                    sum.floats_mut().copy_from_slice(&x);
+                }
+                let weight = weight.as_ref().map(|w| w.floats());
+                let bias = bias.as_ref().map(|b| b.floats());
+                let group = *group as usize;
+                for (x, out) in x.chunks_exact(group).zip(out.floats_mut().chunks_exact_mut(group)) {
+                    norm(x, weight, bias, *kind, *eps, out);
+                }
+            }
+            Op::MatMul { x, parts, epilogue, outs } => {
+                let of_part = |part: &Part<HostTensor<'_>>| -> Vec<f32> {
+                    let (w, bias) = (part.weight.matrix(), part.bias.as_ref().map(|b| b.floats()));
+                    x.floats().chunks_exact(w.cols).flat_map(|x| product(w, bias, x)).collect()
                 };
-            }
-        }
-    }
-
-    fn matmul(&mut self, x: &[f32], products: &[Product<'_>], after: After<'_>, outs: &mut [&mut [f32]]) {
-        let product = |p: &Product<'_>| -> Vec<f32> {
-            let of_token = |x: &[f32]| -> Vec<f32> {
-                (0..p.weight.rows)
-                    .map(|r| {
-                        let y = dot(p.weight, r, x);
-                        p.bias.map_or(y, |b| y + b[r])
-                    })
-                    .collect()
-            };
-            x.chunks_exact(p.weight.cols).flat_map(of_token).collect()
-        };
-        match after {
-            After::Nothing => {
-                for (p, out) in products.iter().zip(outs) {
-                    out.copy_from_slice(&product(p));
+                let products: Vec<Vec<f32>> = parts.iter().map(of_part).collect();
+                for (out, y) in outs.iter_mut().zip(&products) {
+                    match &*epilogue {
+                        Epilogue::None => each(out, |i| y[i]),
+                        Epilogue::Glu(act) => each(out, |i| gate(*act, y[i], products[1][i])),
+                        Epilogue::Add(residual) => each(out, |i| residual.floats()[i] + y[i]),
+                    }
                 }
             }
-            After::Glu(act) => {
-                let (g, up) = (product(&products[0]), product(&products[1]));
-                self.glu(act, &g, &up, outs[0]);
-            }
-            After::Add(residual) => self.add(residual, &product(&products[0]), outs[0]),
-        }
-    }
-
-    fn rope(&mut self, a: &RopeArgs<'_>, out: &mut [f32]) {
-        let pairs = a.frequencies.len();
-        out.copy_from_slice(a.x);
-        for (out, &position) in out.chunks_exact_mut(a.cols).zip(a.positions) {
-            for head in out.chunks_exact_mut(a.head_dim) {
-                for i in 0..pairs {
-                    let frequency = a.factors.map_or(a.frequencies[i], |f| a.frequencies[i] / f[i]);
-                    let (sin, cos) = math::sin_cos(Scalar, [position as f32 * frequency; 16]);
-                    let (sin, cos) = (sin[0] * a.magnitude, cos[0] * a.magnitude);
-                    let (first, second) = match a.pairs {
-                        RopePairs::Adjacent => (2 * i, 2 * i + 1),
-                        RopePairs::Halves => (i, i + pairs),
-                    };
-                    let (x, y) = (head[first], head[second]);
-                    head[first] = fma(x, cos, 0.0 - y * sin);
-                    head[second] = fma(x, sin, y * cos);
+            Op::Rope { x, out, head_dim, frequencies, factors, magnitude, pairs } => {
+                let cols = x.cols;
+                let factors = factors.as_ref().map(|f| f.floats());
+                let count = frequencies.len();
+                out.floats_mut().copy_from_slice(x.floats());
+                for (out, &position) in out.floats_mut().chunks_exact_mut(cols).zip(step.positions) {
+                    for head in out.chunks_exact_mut(*head_dim as usize) {
+                        for i in 0..count {
+                            let frequency = factors.map_or(frequencies[i], |f| frequencies[i] / f[i]);
+                            let (sin, cos) = math::sin_cos(Scalar, [position as f32 * frequency; 16]);
+                            let (sin, cos) = (sin[0] * *magnitude, cos[0] * *magnitude);
+                            let (first, second) = match pairs {
+                                RopePairs::Adjacent => (2 * i, 2 * i + 1),
+                                RopePairs::Halves => (i, i + count),
+                            };
+                            let (x, y) = (head[first], head[second]);
+                            head[first] = fma(x, cos, 0.0 - y * sin);
+                            head[second] = fma(x, sin, y * cos);
+                        }
+                    }
                 }
             }
-        }
-    }
-
-    fn attend(&mut self, a: &AttendArgs<'_>, out: &mut [f32]) {
-        let shape = a.shape;
-        let (q_cols, out_cols) = (a.heads * shape.key_dim, a.heads * shape.value_dim);
-        for (t, (q, out)) in a.q.chunks_exact(q_cols).zip(out.chunks_exact_mut(out_cols)).enumerate() {
-            let (table, last) = a.sees(t);
-            let end = last as usize + 1;
-            let first = a.window.map_or(0, |w| end.saturating_sub(w as usize));
-            let heads = q.chunks_exact(shape.key_dim).zip(out.chunks_exact_mut(shape.value_dim));
-            for (h, (q, out)) in heads.enumerate() {
-                let kv_head = h * shape.kv_heads / a.heads;
-                attend(q, a, shape, table, kv_head, first, end, a.sinks.map(|s| s[h]), out);
+            Op::KvWrite { k, v, state } => {
+                let (shape, group) = (state.shape, state.group);
+                let rows = k.floats().chunks_exact(k.cols).zip(v.floats().chunks_exact(v.cols));
+                let mut pages = state.pages_mut();
+                for (t, (k, v)) in rows.enumerate() {
+                    let (table, position) = step.place(t, group);
+                    let (page, slot) = (table[position as usize / CHUNK] as usize, position as usize % CHUNK);
+                    kv_write(&mut pages, shape, page, slot, k, v);
+                }
             }
-        }
-    }
-
-    fn glu(&mut self, act: Gate, g: &[f32], up: &[f32], out: &mut [f32]) {
-        for (out, (g, up)) in out.iter_mut().zip(g.iter().zip(up)) {
-            *out = gate(act, *g, *up);
-        }
-    }
-
-    fn map(&mut self, f: Unary, x: &[f32], out: &mut [f32]) {
-        for (out, x) in out.iter_mut().zip(x) {
-            *out = unary(f, *x);
-        }
-    }
-
-    fn route(&mut self, a: &RouteArgs<'_>, ids: &mut [i32], weights: &mut [f32]) {
-        let rows = ids.chunks_exact_mut(a.used).zip(weights.chunks_exact_mut(a.used));
-        for (logits, (ids, weights)) in a.logits.chunks_exact(a.experts).zip(rows) {
-            let mut p = logits.to_vec();
-            match a.gating {
-                Gating::Softmax => softmax(&mut p),
-                Gating::Sigmoid => p.iter_mut().for_each(|p| *p = scalar!(sigmoid(*p))),
-                Gating::SoftmaxOfTop => {}
+            Op::Attend { .. } => {
+                let Some((a, out)) = op.attention(step) else { return Ok(()) };
+                let shape = a.shape;
+                let (q_cols, out_cols) = (a.heads * shape.key_dim, a.heads * shape.value_dim);
+                for (t, (q, out)) in a.q.chunks_exact(q_cols).zip(out.chunks_exact_mut(out_cols)).enumerate()
+                {
+                    let (table, last) = a.sees(t);
+                    let end = last as usize + 1;
+                    let first = a.window.map_or(0, |w| end.saturating_sub(w as usize));
+                    let heads = q.chunks_exact(shape.key_dim).zip(out.chunks_exact_mut(shape.value_dim));
+                    for (h, (q, out)) in heads.enumerate() {
+                        let kv_head = h * shape.kv_heads / a.heads;
+                        attend(q, &a, shape, table, kv_head, first, end, a.sinks.map(|s| s[h]), out);
+                    }
+                }
             }
-            let mut order: Vec<usize> = (0..a.experts).collect();
-            // A stable sort keeps the lower index first on ties.
-            order.sort_by(|&i, &j| p[j].partial_cmp(&p[i]).unwrap_or(std::cmp::Ordering::Equal));
-            // NaN comes first, so that it is seen.
-            order.sort_by_key(|&i| !p[i].is_nan());
-            for ((id, weight), &expert) in ids.iter_mut().zip(weights.iter_mut()).zip(&order) {
-                (*id, *weight) = (expert as i32, p[expert]);
+            Op::Glu { gate: g, up, out, act } => {
+                let (g, up) = (g.floats(), up.floats());
+                each(out, |i| gate(*act, g[i], up[i]));
             }
-            if a.gating == Gating::SoftmaxOfTop {
-                softmax(weights);
+            Op::Add { a, b, out } => {
+                let (a, b) = (a.floats(), b.floats());
+                each(out, |i| a[i] + b[i]);
             }
-            if a.normalise {
-                let sum: f32 = weights.iter().sum();
-                weights.iter_mut().for_each(|w| *w /= sum);
+            Op::Map { x, out, f } => {
+                let x = x.floats();
+                each(out, |i| unary(*f, x[i]));
             }
-            if a.scale != 1.0 {
-                weights.iter_mut().for_each(|w| *w *= a.scale);
+            Op::Route { logits, ids, weights, gating, normalise, scale } => {
+                let (experts, used) = (logits.cols, ids.cols);
+                let rows = ids.ints_mut().chunks_exact_mut(used);
+                let rows = rows.zip(weights.floats_mut().chunks_exact_mut(used));
+                for (logits, (ids, weights)) in logits.floats().chunks_exact(experts).zip(rows) {
+                    route(logits, *gating, *normalise, *scale, ids, weights);
+                }
             }
-        }
-    }
-
-    fn experts(&mut self, a: &ExpertsArgs<'_>, out: &mut [f32]) {
-        let cols = a.gate.cols;
-        for (t, (x, out)) in a.x.chunks_exact(cols).zip(out.chunks_exact_mut(cols)).enumerate() {
-            out.fill(0.0);
-            for (id, weight) in a.ids[t * a.used..][..a.used].iter().zip(&a.weights[t * a.used..]) {
-                let e = *id as usize;
-                let mut product = |m: Matrix<'_>, bias: Option<&[f32]>, x: &[f32]| {
-                    let weight = m.expert(e, a.experts);
-                    let mut y = vec![0.0; weight.rows];
-                    let bias = bias.map(|b| &b[e * weight.rows..][..weight.rows]);
-                    self.matmul(x, &[Product { weight, bias }], After::Nothing, &mut [&mut y]);
-                    y
-                };
-                let g = product(a.gate, a.biases.map(|b| b[0]), x);
-                let up = product(a.up, a.biases.map(|b| b[1]), x);
-                let hidden: Vec<f32> = g.iter().zip(&up).map(|(g, up)| gate(a.act, *g, *up)).collect();
-                let y = product(a.down, a.biases.map(|b| b[2]), &hidden);
-                for (out, y) in out.iter_mut().zip(y) {
-                    *out = fma(*weight, y, *out);
+            Op::Experts { x, ids, weights, gate: gate_weight, up, down, biases, out, act } => {
+                let (cols, used, biases) = (x.cols, ids.cols, biases.as_ref());
+                let chosen = ids.ints().chunks_exact(used).zip(weights.floats().chunks_exact(used));
+                let rows = x.floats().chunks_exact(cols).zip(out.floats_mut().chunks_exact_mut(cols));
+                for ((x, out), (ids, weights)) in rows.zip(chosen) {
+                    out.fill(0.0);
+                    for (id, weight) in ids.iter().zip(weights) {
+                        let e = *id as usize;
+                        let g = of_expert(gate_weight, biases.map(|b| &b[0]), e, x);
+                        let up = of_expert(up, biases.map(|b| &b[1]), e, x);
+                        let hidden: Vec<f32> = g.iter().zip(&up).map(|(g, up)| gate(*act, *g, *up)).collect();
+                        let y = of_expert(down, biases.map(|b| &b[2]), e, &hidden);
+                        for (out, y) in out.iter_mut().zip(y) {
+                            *out = fma(*weight, y, *out);
+                        }
+                    }
+                }
+            }
+            Op::TopK { x, ids, values } => {
+                let (k, cols) = (ids.cols, x.cols);
+                let rows = ids.ints_mut().chunks_exact_mut(k).zip(values.floats_mut().chunks_exact_mut(k));
+                for (x, (ids, values)) in x.floats().chunks_exact(cols).zip(rows) {
+                    let mut order: Vec<usize> = (0..cols).collect();
+                    order.sort_by(|&i, &j| x[j].total_cmp(&x[i]));
+                    order.sort_by_key(|&i| !x[i].is_nan());
+                    for (i, (id, value)) in order.into_iter().zip(ids.iter_mut().zip(values)) {
+                        (*id, *value) = (i as i32, x[i]);
+                    }
+                }
+            }
+            Op::ArgMax { x, out } => {
+                for (x, out) in x.floats().chunks_exact(x.cols).zip(out.ints_mut()) {
+                    let better =
+                        |best: (usize, f32), (i, &x): (usize, &f32)| if x > best.1 { (i, x) } else { best };
+                    let best = x.iter().enumerate().fold((0, f32::NEG_INFINITY), better);
+                    let finite = best.1.is_finite() && x.iter().all(|x| !x.is_nan());
+                    *out = if finite { best.0 as i32 } else { NOT_FINITE };
                 }
             }
         }
-    }
-
-    fn top_k(&mut self, x: &[f32], cols: usize, k: usize, ids: &mut [i32], values: &mut [f32]) {
-        let rows = ids.chunks_exact_mut(k).zip(values.chunks_exact_mut(k));
-        for (x, (ids, values)) in x.chunks_exact(cols).zip(rows) {
-            let mut order: Vec<usize> = (0..cols).collect();
-            let nan_first = |&i: &usize| !x[i].is_nan();
-            order.sort_by(|&i, &j| x[j].total_cmp(&x[i]));
-            order.sort_by_key(nan_first);
-            for (i, (id, value)) in order.into_iter().zip(ids.iter_mut().zip(values)) {
-                (*id, *value) = (i as i32, x[i]);
-            }
-        }
-    }
-
-    fn arg_max(&mut self, x: &[f32], cols: usize, out: &mut [i32]) {
-        for (x, out) in x.chunks_exact(cols).zip(out) {
-            let best = x
-                .iter()
-                .enumerate()
-                .fold((0, f32::NEG_INFINITY), |best, (i, &x)| if x > best.1 { (i, x) } else { best });
-            let finite = best.1.is_finite() && x.iter().all(|x| !x.is_nan());
-            *out = if finite { best.0 as i32 } else { NOT_FINITE };
-        }
+        Ok(())
     }
 }

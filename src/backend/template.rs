@@ -10,7 +10,7 @@ use std::sync::Arc;
 use super::driver::{Driver, Listed};
 use super::{
     Backend, Bindings, Buffer, Caps, Clock, Contract, Fusions, Gap, Limits, OpSig, Plan, Rows, Step, Support,
-    Ticket, Timing, Usage, check_support,
+    Ticket, Timing, Usage,
 };
 use crate::error::{Error, Result};
 use crate::map::Region;
@@ -111,8 +111,6 @@ impl Backend for Template {
     }
 
     fn prepare(&self, program: &Arc<Program>, _limits: Limits) -> Result<Box<dyn Plan>> {
-        program.validate()?;
-        check_support(self, program)?;
         // Compile here whatever can be compiled: `submit` is called for every token.
         Ok(Box::new(TemplatePlan { program: program.clone(), submitted: 0 }))
     }

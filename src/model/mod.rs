@@ -91,21 +91,8 @@ pub struct Model {
     warnings: Vec<String>,
 }
 
-/// The names of a program's results.
-pub mod outputs {
-    /// What an encoder makes of each token, `[outputs, embedding]`: its only result.
-    pub const EMBEDDINGS: &str = "embeddings";
-    /// Logits, `[outputs, vocab]`.
-    pub const LOGITS: &str = "logits";
-    /// Each output row's most likely token, `[outputs, 1]` of i32; in a segment of its own, the last but one.
-    pub const ARG_MAX: &str = "argmax";
-    /// Each output row's [`TOP_K`] most likely tokens (all, of a smaller vocabulary), `[outputs, k]` of i32; in the last segment.
-    pub const TOP_IDS: &str = "top_ids";
-    /// Their logits, `[outputs, k]`.
-    pub const TOP_LOGITS: &str = "top_logits";
-    /// How many of the most likely tokens there are in [`TOP_IDS`].
-    pub const TOP_K: u32 = 256;
-}
+/// How many of the most likely tokens a program lists for each row: all, of a smaller vocabulary.
+pub const TOP_K: u32 = 256;
 
 impl Model {
     /// Opens a GGUF file (the first one of a split model).

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::Hparams;
 use super::hparams::RopeScaling;
-use crate::program::{Builder, Gate, Gating, Index, NormKind, RopePairs, TensorId, Unary};
+use crate::program::{Builder, Gate, Gating, Index, NormKind, Outputs, RopePairs, TensorId, Unary};
 
 /// A family's program while it is recorded.
 pub(super) struct Network<'n, 'b> {
@@ -350,8 +350,9 @@ impl<'n, 'b> Network<'n, 'b> {
     pub fn embeddings(self, x: TensorId) {
         self.b.segment("output");
         let x = self.b.select(x);
-        self.b.name(x, super::outputs::EMBEDDINGS);
+        self.b.name(x, "embeddings");
         self.b.output(x);
+        self.b.outputs().hidden = Some(x);
     }
 
     /// The end of every program that continues texts: the rows that are wanted, their logits times a factor, and in segments of their own the most
@@ -369,17 +370,19 @@ impl<'n, 'b> Network<'n, 'b> {
         if let Some(cap) = self.h.final_logit_softcapping {
             logits = self.b.map("softcap", logits, Unary::SoftCap(cap));
         }
-        self.b.name(logits, super::outputs::LOGITS);
+        self.b.name(logits, "logits");
         self.b.output(logits);
         self.b.segment("argmax");
         let best = self.b.arg_max(logits);
-        self.b.name(best, super::outputs::ARG_MAX);
+        self.b.name(best, "argmax");
         self.b.output(best);
         self.b.segment("topk");
-        let (ids, values) = self.b.top_k(logits, super::outputs::TOP_K.min(self.h.vocab_size));
-        for (id, name) in [(ids, super::outputs::TOP_IDS), (values, super::outputs::TOP_LOGITS)] {
+        let (ids, values) = self.b.top_k(logits, super::TOP_K.min(self.h.vocab_size));
+        for (id, name) in [(ids, "top_ids"), (values, "top_logits")] {
             self.b.name(id, name);
             self.b.output(id);
         }
+        *self.b.outputs() =
+            Outputs { logits: Some(logits), arg_max: Some(best), top: Some([ids, values]), hidden: None };
     }
 }

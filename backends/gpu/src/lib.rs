@@ -22,7 +22,7 @@ pub use adapter::{Adapter, adapters};
 use cache::Cache;
 use halite::backend::driver::{Argument, Driver, DriverOption, Listed, Value};
 use halite::backend::{
-    Backend, Buffer, Caps, Contract, Fusions, Gap, Limits, OpSig, Plan, Rows, Support, Usage, check_support,
+    Backend, Buffer, Caps, Contract, Fusions, Gap, Limits, OpSig, Plan, Rows, Support, Usage,
 };
 use halite::error::{Error, Result};
 use halite::map::Region;
@@ -476,8 +476,6 @@ impl Backend for Gpu {
     }
 
     fn prepare(&self, program: &Arc<Program>, limits: Limits) -> Result<Box<dyn Plan>> {
-        program.validate()?;
-        check_support(self, program)?;
         let plan = plan::GpuPlan::new(&self.device, program, limits, self.lower(program, limits))?;
         if let Some(cache) = &self.device.cache {
             cache.keep()?;

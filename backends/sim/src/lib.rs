@@ -27,7 +27,7 @@ use halite::backend::driver::{Argument, Driver, DriverOption, Listed, Value};
 use halite::backend::host::{self, HostPlan, memory};
 use halite::backend::{
     Backend, Buffer, Caps, Contract, Fusions, Gap, Limits, OpSig, Plan, Rows, Step as ProgramStep, Support,
-    Usage, check_support,
+    Usage,
 };
 use halite::error::{Error, Result};
 use halite::map::Region;
@@ -215,8 +215,6 @@ impl Backend for Sim {
     }
 
     fn prepare(&self, program: &Arc<Program>, limits: Limits) -> Result<Box<dyn Plan>> {
-        program.validate()?;
-        check_support(self, program)?;
         let kernels = SimKernels::new(self)?;
         Ok(Box::new(HostPlan::new(&self.caps.name, program, limits, kernels)?))
     }

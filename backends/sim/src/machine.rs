@@ -9,15 +9,15 @@ use halite_kernels::formats::Layout;
 use halite_kernels::isa::Cpu as Isa;
 use halite_kernels::matmul::{MatMul, X, matmul};
 use halite_kernels::panel::PanelMut;
-use halite_kernels::rows::{self, Gate};
+use halite_kernels::rows;
 
 use super::chip::{Chip, Numerics};
 use super::native;
 use super::shape::chunks;
 use super::tile::{Form, Step};
-use halite::backend::host::AttendArgs;
+use halite::backend::host::Attention;
 use halite::error::{Error, Result};
-use halite::program::PAGE_POSITIONS;
+use halite::program::{Epilogue, PAGE_POSITIONS};
 
 pub fn floats(bytes: &[u8]) -> &[f32] {
     bytemuck::try_cast_slice(bytes).unwrap_or(&[])
@@ -54,7 +54,7 @@ impl Machine {
         step: &Step,
         reads: &[&[u8]],
         writes: &mut [&mut [u8]],
-        epilogue: Epilogue,
+        epilogue: Epilogue<()>,
     ) -> Result<()> {
         let rules = self.chip.profile.rounding.rules();
         match step {
@@ -106,9 +106,9 @@ impl Machine {
                 }
                 let out = floats_mut(writes, 0);
                 match (epilogue, products.as_slice(), rest) {
-                    (Epilogue::Nothing, [product], []) => out.copy_from_slice(product),
+                    (Epilogue::None, [product], []) => out.copy_from_slice(product),
                     (Epilogue::Glu(f), [gate, up], []) => self.isa.run(rows::Glu { f, gate, up, out }),
-                    (Epilogue::Add, [product], [residual]) => {
+                    (Epilogue::Add(()), [product], [residual]) => {
                         self.isa.run(rows::Add { a: residual, b: product, out });
                     }
                     _ => return Err(unknown(step)),
@@ -123,7 +123,7 @@ impl Machine {
     /// The steps of attention.
     pub fn attend(
         &mut self,
-        a: &AttendArgs<'_>,
+        a: &Attention<'_>,
         step: &Step,
         reads: &[&[u8]],
         writes: &mut [&mut [u8]],
@@ -221,14 +221,6 @@ impl Machine {
             native::round(dtype, self.chip.profile.rounding.elements, x);
         }
     }
-}
-
-/// What a product's last step does.
-#[derive(Debug, Clone, Copy)]
-pub enum Epilogue {
-    Nothing,
-    Glu(Gate),
-    Add,
 }
 
 /// Quantised activations as they lie in a slot: codes, scales, sums.

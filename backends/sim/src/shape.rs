@@ -256,7 +256,7 @@ pub fn shape(program: &Program, op: &Op, step: &Step<'_>, ids: Option<&[i32]>) -
                 work: work(VectorWork { simple, rsqrt: 1, ..Default::default() }),
             })
         }
-        Op::MatMul { x, parts, epilogue } => {
+        Op::MatMul { x, parts, epilogue, .. } => {
             let after = match epilogue {
                 Epilogue::None => After::Nothing,
                 Epilogue::Glu(_) => After::Glu,

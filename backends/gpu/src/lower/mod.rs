@@ -377,7 +377,7 @@ impl Lowering<'_> {
                 self.push(shader, [fixed(cols.div_ceil(WORKGROUP)), each(Dim::Outputs), ONE]);
             }
             Op::Norm { .. } => self.norm(op, None),
-            Op::MatMul { x, parts, epilogue } => self.matmul(*x, parts, *epilogue),
+            Op::MatMul { x, parts, epilogue, outs } => self.matmul(*x, parts, *epilogue, outs),
             Op::Rope { .. } => self.rope(op),
             Op::KvWrite { k, v, state } => self.kv_write(*k, *v, *state),
             Op::Attend { .. } => self.attend(op),

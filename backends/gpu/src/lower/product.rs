@@ -93,7 +93,7 @@ impl Lowering<'_> {
             .matrix(t.format, Resource::Weight(n, shard.bytes.clone()), interleaved, shard.rows)
     }
 
-    pub(super) fn matmul(&mut self, x: TensorId, parts: &[Part], epilogue: Epilogue) {
+    pub(super) fn matmul(&mut self, x: TensorId, parts: &[Part], epilogue: Epilogue, outs: &[TensorId]) {
         let rows = self.program.tensor(x).rows;
         let input = self.tensor(x);
         let formats: Vec<Format> = parts.iter().map(|p| self.program.tensor(p.weight).format).collect();
@@ -112,30 +112,40 @@ impl Lowering<'_> {
             experts: None,
         };
         // With few rows of activations, products that are alike go together.
-        let merged = self.merged((&input, Some(x)), parts, epilogue, rows);
-        match (epilogue, parts) {
-            (Epilogue::Glu(act), [gate, up]) => {
-                let gates = self.extra(Extra::Gates, rows, self.cols(up.out).into());
+        let merged = self.merged((&input, Some(x)), parts, epilogue, outs, rows);
+        match (epilogue, parts, outs) {
+            (Epilogue::Glu(act), [gate, up], &[out]) => {
+                let gates = self.extra(Extra::Gates, rows, self.cols(out).into());
                 self.product(&plain(gate, gates.clone()), !merged);
-                let product = Product { gate: Some((act, gates)), ..plain(up, self.tensor(gate.out)) };
+                let product = Product { gate: Some((act, gates)), ..plain(up, self.tensor(out)) };
                 self.product(&product, !merged);
             }
-            (Epilogue::Add(residual), [part]) => {
+            (Epilogue::Add(residual), [part], &[out]) => {
                 let residual = Some(self.tensor(residual));
-                self.product(&Product { residual, ..plain(part, self.tensor(part.out)) }, true);
+                self.product(&Product { residual, ..plain(part, self.tensor(out)) }, true);
             }
-            _ => parts.iter().for_each(|part| self.product(&plain(part, self.tensor(part.out)), !merged)),
+            _ => {
+                for (part, &out) in parts.iter().zip(outs) {
+                    self.product(&plain(part, self.tensor(out)), !merged);
+                }
+            }
         }
     }
 
     /// Products of several matrices of one format with up to [`VECTORS`] rows of activations, in one dispatch. Does nothing,
     /// and says so, if they are not such.
-    pub(super) fn merged(&mut self, input: Input<'_>, parts: &[Part], epilogue: Epilogue, rows: Dim) -> bool {
+    pub(super) fn merged(
+        &mut self,
+        input: Input<'_>,
+        parts: &[Part],
+        epilogue: Epilogue,
+        outs: &[TensorId],
+        rows: Dim,
+    ) -> bool {
         let tensors: Vec<&Tensor> = parts.iter().map(|p| self.program.tensor(p.weight)).collect();
         let format = tensors[0].format;
         let gate = if let Epilogue::Glu(act) = epilogue { Some(act) } else { None };
         let biases = parts.iter().filter(|p| p.bias.is_some()).count();
-        let outs = if gate.is_some() { 1 } else { parts.len() };
         let alike = tensors.iter().all(|t| {
             t.format == format
                 && t.layout == Layout::Interleaved
@@ -143,7 +153,10 @@ impl Lowering<'_> {
                 && matrix_bytes(t, fixed_rows(t)) <= self.bounds.binding_bytes
         });
         // Two more are the step and the activations.
-        if parts.len() < 2 || !alike || 2 + parts.len() + outs + biases > 8 || (gate.is_some() && biases > 0)
+        if parts.len() < 2
+            || !alike
+            || 2 + parts.len() + outs.len() + biases > 8
+            || (gate.is_some() && biases > 0)
         {
             return false;
         }
@@ -177,7 +190,7 @@ impl Lowering<'_> {
             workgroups += here;
             choose +=
                 &format!("if which == {i}u && rest >= {here}u {{ rest -= {here}u; which = {}u; }}", i + 1);
-            shader = shader.write(&format!("out{i}"), "f32", self.tensor(part.out));
+            shader = shader.write(&format!("out{i}"), "f32", self.tensor(outs[i]));
             shader = self.optional(shader, part.bias, &format!("bias{i}"), &format!("bias_of{i}"), "0.0");
             stores +=
                 &format!("case {i}u: {{ out{i}[row * {n}u + column] = product + bias_of{i}(column); }}\n");
