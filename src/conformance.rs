@@ -301,7 +301,7 @@ fn interleave(program: &Program, id: TensorId, bytes: &[u8]) -> Result<Vec<u8>> 
 
 /// Random bytes under sane scales: every code and integer sub-scale that the format has comes up.
 /// The bytes of a weight, in blocks of values around 0.01.
-pub(crate) fn random_weight(program: &Program, id: TensorId, rng: &mut SplitMix64) -> Vec<u8> {
+pub fn random_weight(program: &Program, id: TensorId, rng: &mut SplitMix64) -> Vec<u8> {
     let t = program.tensor(id);
     let bytes = program.fixed_bytes(id).unwrap_or(0) as usize;
     match t.format {

@@ -151,7 +151,7 @@ fn available(bytes: u64) -> String {
 
 impl Error {
     /// An [`Error::Argument`], for checks at the boundary.
-    pub(crate) fn argument(
+    pub fn argument(
         what: &'static str,
         expected: impl std::fmt::Display,
         got: impl std::fmt::Display,
@@ -161,8 +161,7 @@ impl Error {
 }
 
 /// A text from outside, with control characters but newlines escaped: a terminal would obey them.
-#[cfg(any(feature = "convert", feature = "sim"))]
-pub(crate) fn escaped(text: &str) -> String {
+pub fn escaped(text: &str) -> String {
     escaped_to(text, usize::MAX)
 }
 
@@ -173,7 +172,6 @@ pub(crate) fn printable(text: &str) -> String {
 }
 
 /// Not much more than `most` bytes of it.
-#[cfg(any(feature = "chat", feature = "constrain", feature = "convert", feature = "sim"))]
 fn escaped_to(text: &str, most: usize) -> String {
     let mut out = String::new();
     for c in text.chars() {

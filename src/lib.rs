@@ -12,8 +12,6 @@ pub mod convert;
 pub mod cost;
 pub mod embed;
 pub mod error;
-#[cfg(feature = "sim")]
-pub mod estimate;
 pub mod generate;
 pub mod gguf;
 mod loaded;
@@ -21,16 +19,12 @@ mod lora;
 pub mod map;
 mod memory;
 pub mod model;
-#[cfg(feature = "sim")]
-pub mod numerics;
 #[cfg(feature = "output")]
 pub mod output;
 pub mod pack;
 pub mod passes;
-#[cfg(feature = "sim")]
-pub mod profile;
 pub mod program;
-mod rng;
+pub mod rng;
 pub mod sampler;
 pub mod session;
 pub mod speculate;

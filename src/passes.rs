@@ -59,7 +59,7 @@ pub fn fuse(program: &Program, fusions: Fusions) -> Program {
 }
 
 /// How many ops read each tensor.
-pub(crate) fn uses(program: &Program) -> Vec<u32> {
+pub fn uses(program: &Program) -> Vec<u32> {
     let mut uses = vec![0u32; program.tensors.len()];
     for (_, op) in program.ops() {
         op.inputs(&mut |id| {

@@ -1,8 +1,5 @@
 //! A decode step allocates nothing: memory is reserved when a session is made.
 
-#[allow(dead_code, reason = "other tests use the rest")]
-mod common;
-
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -53,7 +50,7 @@ fn a_decode_step_allocates_nothing() {
     let path = |file: &str| std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(file);
     let mut models: Vec<Model> = files.iter().map(|file| Model::open(path(file)).unwrap()).collect();
     // Its window is passed, so that giving a page back is counted too.
-    let windowed = Source::from_bytes("windowed", &common::gguf::windowed().bytes());
+    let windowed = Source::from_bytes("windowed", &halite_testing::gguf::windowed().bytes());
     models.push(Model::from_source(windowed).unwrap());
     for model in models {
         let model = Arc::new(model);

@@ -1,9 +1,6 @@
 //! Chat templates, and turns of a chat that share what they have in common.
 #![cfg(feature = "chat")]
 
-#[allow(dead_code, reason = "other tests use the rest")]
-mod common;
-
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
@@ -64,12 +61,12 @@ const TURNS: &str = "{{ bos_token }}
     {{- '<start_of_turn>model\\n' -}}
 {% endif %}";
 
-fn gguf(file: &common::gguf::File) -> Gguf {
+fn gguf(file: &halite_testing::gguf::File) -> Gguf {
     Gguf::from_source(Source::from_bytes("test", &file.bytes())).unwrap()
 }
 
 fn tokenizer() -> Tokenizer {
-    Tokenizer::from_gguf(&gguf(&common::gguf::llama())).unwrap().unwrap()
+    Tokenizer::from_gguf(&gguf(&halite_testing::gguf::llama())).unwrap().unwrap()
 }
 
 fn render(template: &str, messages: &[Message]) -> Result<String, Error> {
@@ -115,12 +112,12 @@ fn templates_of_three_families() {
 
 #[test]
 fn a_template_comes_from_the_file() {
-    let file = common::gguf::llama();
+    let file = halite_testing::gguf::llama();
     assert!(Template::from_gguf(&gguf(&file), &tokenizer()).unwrap().is_none());
     let with = gguf(&file.entry("tokenizer.chat_template", CHATML));
     let template = Template::from_gguf(&with, &tokenizer()).unwrap().unwrap();
     assert!(template.render(&messages(), false).unwrap().ends_with("Bye<|im_end|>\n"));
-    let mistyped = gguf(&common::gguf::llama().entry("tokenizer.chat_template", 7u32));
+    let mistyped = gguf(&halite_testing::gguf::llama().entry("tokenizer.chat_template", 7u32));
     assert!(matches!(Template::from_gguf(&mistyped, &tokenizer()), Err(Error::Gguf { .. })));
 }
 
@@ -279,51 +276,4 @@ fn turns_share_their_beginning() {
     let again = run(chat, &mut session, &prompt);
     assert_eq!(again.reused_tokens, 39);
     assert_eq!(&session.tokens(chat).unwrap()[..40], prompt);
-}
-
-/// A message without an answer is dropped, and the chat goes on; with room made where it is asked for.
-#[cfg(feature = "cli")]
-#[test]
-fn a_chat_goes_on() {
-    use std::io::Write;
-    use std::process::{Command, Stdio};
-    let template = std::env::temp_dir().join(format!("halite-chat-goes-on-{}.jinja", std::process::id()));
-    let source = "{% for m in messages %}{% if m.content == 'boom' %}{{ raise_exception('no \\x1b[31m') }}{% endif %}\
-                  {{ m.role }}: {{ m.content }}\n{% endfor %}";
-    std::fs::write(&template, source).unwrap();
-    let chat = |arguments: &[&str], stdin: &[u8]| {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_halite"))
-            .args(["chat", "-q", "--temp", "0", "--system", "Speak.", "--template"])
-            .arg(&template)
-            .args(arguments)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        child.stdin.take().unwrap().write_all(stdin).unwrap();
-        let output = child.wait_with_output().unwrap();
-        let text = |bytes| String::from_utf8(bytes).unwrap();
-        (output.status.success(), text(output.stdout), text(output.stderr))
-    };
-    let alone = chat(&["-n", "4"], b"Why?\n");
-    assert!(alone.0 && alone.2.is_empty(), "{}", alone.2);
-    // What is dropped leaves no trace in what comes after.
-    let (success, out, errors) = chat(&["-n", "4"], b"\xff\xfe\nboom\n\nWhy?\n");
-    assert_eq!((success, out), (false, alone.1));
-    assert!(errors.contains("not UTF-8") && errors.contains(r"no \u{1b}[31m"), "{errors}");
-    assert!(errors.contains("dropped: 2"), "{errors}");
-    let line = "A line that takes some of the few positions.\n";
-    let (success, _, errors) = chat(&["-n", "8", "--ctx", "64"], line.repeat(5).as_bytes());
-    assert!(!success && errors.contains("--drop-oldest"), "{errors}");
-    let (success, out, errors) =
-        chat(&["-n", "8", "--ctx", "64", "--drop-oldest"], line.repeat(5).as_bytes());
-    let said = errors.lines().all(|line| line.ends_with("the oldest turn is forgotten"));
-    assert!(success && said && !errors.is_empty() && !out.is_empty(), "{errors}");
-    // What fits in no way is dropped even then, and only that.
-    let text = format!("{}\nWhy?\n", line.trim().repeat(20));
-    let (success, out, errors) = chat(&["-n", "4", "--ctx", "64", "--drop-oldest"], text.as_bytes());
-    assert!(!success && errors.contains("context full") && errors.contains("dropped: 1"), "{errors}");
-    assert!(!out.is_empty());
-    std::fs::remove_file(&template).unwrap();
 }

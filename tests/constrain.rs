@@ -1,9 +1,6 @@
 //! Output held to a rule is what the rule says, whatever the model and its vocabulary.
 #![cfg(feature = "constrain")]
 
-#[allow(dead_code, reason = "other tests use the rest")]
-mod common;
-
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
@@ -131,7 +128,7 @@ fn rules_that_make_no_sense_are_errors() {
 /// Which texts a grammar in GBNF has, character by character.
 #[test]
 fn grammars_in_gbnf() {
-    let bytes = common::gguf::llama().bytes();
+    let bytes = halite_testing::gguf::llama().bytes();
     let gguf = Gguf::from_source(Source::from_bytes("llama", &bytes)).unwrap();
     let tokenizer = Tokenizer::from_gguf(&gguf).unwrap().unwrap();
     // Its texts have only a, b and bytes, so that each text is tokens one way or another.
@@ -197,9 +194,9 @@ fn grammars_in_gbnf() {
 fn every_kind_of_vocabulary() {
     let unigram = std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/unigram.gguf")).unwrap();
     for (name, bytes) in [
-        ("spm", common::gguf::llama().bytes()),
-        ("bpe", common::gguf::bpe().bytes()),
-        ("wordpiece", common::gguf::wordpiece().bytes()),
+        ("spm", halite_testing::gguf::llama().bytes()),
+        ("bpe", halite_testing::gguf::bpe().bytes()),
+        ("wordpiece", halite_testing::gguf::wordpiece().bytes()),
         ("unigram", unigram),
     ] {
         let gguf = Gguf::from_source(Source::from_bytes(name, &bytes)).unwrap();

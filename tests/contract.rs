@@ -18,8 +18,7 @@ use halite::session::{Head, Run, SequenceId, Session, SessionOptions, Wanted};
 use halite::weights::Weights;
 use halite::{Error, Model};
 
-#[path = "common/golden.rs"]
-mod golden;
+use halite_testing::golden;
 
 fn repository() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))

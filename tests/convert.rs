@@ -2,9 +2,6 @@
 //! against the logits of that library and the ids of the library tokenizers; and folders that are refused.
 #![cfg(feature = "convert")]
 
-#[allow(dead_code, reason = "other tests use the rest")]
-mod common;
-
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -542,8 +539,9 @@ fn what_is_no_file_or_too_large_is_refused() {
 /// A folder as the fuzz target takes it, if it has its weights in one file.
 fn in_one(name: &str) -> Option<Vec<u8>> {
     let folder = folder(name);
-    let files = common::exercise::FOLDER.map(|file| std::fs::read(folder.join(file)).unwrap_or_default());
-    (!files[5].is_empty()).then(|| files.join(&[common::exercise::END][..]))
+    let files =
+        halite_testing::exercise::FOLDER.map(|file| std::fs::read(folder.join(file)).unwrap_or_default());
+    (!files[5].is_empty()).then(|| files.join(&[halite_testing::exercise::END][..]))
 }
 
 /// Writes what the fuzz target `safetensors` begins with.
@@ -564,11 +562,11 @@ fn write_fuzz_corpus() {
 #[test]
 fn mutants_of_folders() {
     let at = std::env::temp_dir().join(format!("halite-mutants-{}", std::process::id()));
-    let mut random = common::SplitMix(11);
+    let mut random = halite_testing::SplitMix(11);
     let mut converted = 0;
     for name in ["llama-spm", "qwen2", "mixtral", "../bert"] {
         let bytes = in_one(name).unwrap();
-        assert!(common::exercise::folder(&at, &bytes), "{name}");
+        assert!(halite_testing::exercise::folder(&at, &bytes), "{name}");
         for _ in 0..60 {
             let mut mutant = bytes.clone();
             // Most of what is read comes before the weights.
@@ -580,25 +578,9 @@ fn mutants_of_folders() {
                 1 => drop(mutant.remove(place)),
                 _ => mutant.insert(place, b"0-{}[],\"e\\"[random.below(10)]),
             }
-            converted += u32::from(common::exercise::folder(&at, &mutant));
+            converted += u32::from(halite_testing::exercise::folder(&at, &mutant));
         }
     }
     std::fs::remove_dir_all(&at).unwrap();
     assert!(converted > 0);
-}
-
-#[cfg(feature = "cli")]
-#[test]
-fn the_command_writes_a_model() {
-    let file = std::env::temp_dir().join(format!("halite-converted-{}.gguf", std::process::id()));
-    let _ = std::fs::remove_file(&file);
-    let folder = folder("llama");
-    let out = std::process::Command::new(env!("CARGO_BIN_EXE_halite"))
-        .args(["convert", folder.to_str().unwrap(), file.to_str().unwrap(), "--format", "f32"])
-        .output()
-        .unwrap();
-    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
-    let model = Model::open(&file).unwrap();
-    assert_eq!(model.hparams().architecture, "llama");
-    std::fs::remove_file(file).unwrap();
 }

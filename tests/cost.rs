@@ -1,9 +1,5 @@
 //! Counts of bytes and operations, against sums made by hand.
 
-#[allow(dead_code, reason = "other tests use the rest")]
-mod common;
-
-use common::gguf::{File, gemma3, llama, mixture};
 use halite::Model;
 use halite::backend::Fusions;
 use halite::cost::{Cost, Extent, Rates, op, step};
@@ -13,6 +9,7 @@ use halite::model::ProgramOptions;
 use halite::passes::fuse;
 use halite::program::{Op, Program};
 use halite::synth::{Formats, Synth, shape};
+use halite_testing::gguf::{File, gemma3, llama, mixture};
 
 fn program_of(bytes: &[u8]) -> Program {
     let model = Model::from_source(Source::from_bytes("cost", bytes)).unwrap();

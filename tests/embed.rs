@@ -2,77 +2,17 @@
 //! safetensors to what the command prints.
 #![cfg(feature = "convert")]
 
-#[cfg(feature = "gpu")]
-#[path = "common/gpu.rs"]
-mod common;
-
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use halite::backend::Backend;
-use halite::backend::cpu::Cpu;
 use halite::backend::reference::Reference;
-use halite::convert::convert;
 use halite::embed::{EmbedOptions, Embedder, cosine};
 use halite::kernels::formats::Format;
-use halite::map::Source;
 use halite::model::Pooling;
 use halite::session::{Session, SessionOptions};
-use halite::tokenizer::EncodeOptions;
-use halite::{Error, Model, Tokenizer};
-
-const SPECIAL: EncodeOptions = EncodeOptions { add_special: true, parse_special: false };
-
-fn folder() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/bert")
-}
-
-fn converted(folder: &Path, format: Format) -> Result<Arc<Model>, Error> {
-    let mut bytes = Vec::new();
-    convert(folder, format, &mut bytes, &mut |_| {})?;
-    Ok(Arc::new(Model::from_source(Source::from_bytes("bert", &bytes))?))
-}
-
-fn tokenizer(model: &Model) -> Tokenizer {
-    Tokenizer::from_gguf(model.gguf()).unwrap().unwrap()
-}
-
-fn embedder(backend: Arc<dyn Backend>, format: Format, options: EmbedOptions) -> Embedder {
-    let model = converted(&folder(), format).unwrap();
-    Embedder::new(&model, &backend, &options, &mut |_| {}).unwrap()
-}
-
-fn cpu() -> Arc<dyn Backend> {
-    Arc::new(Cpu::new(2).unwrap())
-}
-
-/// Texts, their ids and their vectors.
-fn expected() -> Vec<(String, Vec<u32>, Vec<f64>)> {
-    let all = std::fs::read(folder().join("expected.json")).unwrap();
-    let all: Vec<serde_json::Value> = serde_json::from_slice(&all).unwrap();
-    let row = |row: &serde_json::Value| {
-        (
-            row["text"].as_str().unwrap().into(),
-            row["ids"].as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect(),
-            row["vector"].as_array().unwrap().iter().map(|x| x.as_f64().unwrap()).collect(),
-        )
-    };
-    all.iter().map(row).collect()
-}
-
-fn texts() -> Vec<String> {
-    expected().into_iter().map(|(text, ..)| text).collect()
-}
-
-fn largest_difference(got: &[Vec<f32>]) -> f64 {
-    let expected = expected();
-    assert_eq!(got.len(), expected.len());
-    let pairs = got.iter().zip(&expected).flat_map(|(got, (_, _, want))| {
-        assert_eq!(got.len(), want.len());
-        got.iter().zip(want)
-    });
-    pairs.map(|(&got, want)| (f64::from(got) - want).abs()).fold(0.0, f64::max)
-}
+use halite::{Error, Model};
+use halite_testing::bert::*;
 
 #[test]
 fn vectors_are_those_of_double_precision() {
@@ -90,27 +30,6 @@ fn vectors_are_those_of_double_precision() {
         let difference = largest_difference(&got);
         assert!((1e-6..5e-2).contains(&difference), "{difference}");
     }
-}
-
-#[cfg(feature = "sim")]
-#[test]
-fn a_simulated_chip_gives_the_same_bits() {
-    use halite::backend::sim::{Sim, SimOptions};
-    use halite::profile::Profile;
-    let chip = Sim::new(Profile::open("maia-100").unwrap(), &SimOptions::default()).unwrap();
-    let mut on = [cpu(), Arc::new(chip)].map(|b| embedder(b, Format::Q8_0, EmbedOptions::default()));
-    let tokenizer = tokenizer(on[0].model());
-    let [cpu, chip] = on.each_mut().map(|on| on.embed(&tokenizer, &texts()).unwrap());
-    assert_eq!(cpu, chip);
-}
-
-#[cfg(feature = "gpu")]
-#[test]
-fn a_gpu_is_close() {
-    let Some(gpu) = common::gpu(&[]) else { return };
-    let mut gpu = embedder(gpu, Format::F32, EmbedOptions::default());
-    let got = gpu.embed(&tokenizer(gpu.model()), &texts()).unwrap();
-    assert!(largest_difference(&got) < 1e-4, "{}", largest_difference(&got));
 }
 
 #[test]
@@ -220,29 +139,4 @@ fn what_cannot_be_converted_is_named() {
     // 32 elements are no block of 256.
     let error = converted(&folder(), Format::Q4_K).unwrap_err().to_string();
     assert!(error.contains("multiple of 256"), "{error}");
-}
-
-#[cfg(feature = "cli")]
-#[test]
-fn the_command_prints_the_vectors() {
-    let file = std::env::temp_dir().join(format!("halite-bert-{}.gguf", std::process::id()));
-    let run = |args: &[&str]| {
-        let out = std::process::Command::new(env!("CARGO_BIN_EXE_halite")).args(args).output().unwrap();
-        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
-        String::from_utf8(out.stdout).unwrap()
-    };
-    let (file_name, folder_name) = (file.to_str().unwrap(), folder());
-    run(&["convert", folder_name.to_str().unwrap(), file_name, "--format", "f32"]);
-    let texts = texts();
-    let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
-    let printed = run(&[&["embed", "-m", file_name], &texts[..]].concat());
-    let printed: serde_json::Value = serde_json::from_str(&printed).unwrap();
-    let vectors: Vec<Vec<f32>> = serde_json::from_value(printed["embeddings"].clone()).unwrap();
-    assert!(largest_difference(&vectors) < 1e-6);
-    let table = run(&["embed", "-m", file_name, "--compare", texts[0], texts[1]]);
-    let cell = format!("{:8.4}", cosine(&vectors[0], &vectors[1]));
-    let rows: Vec<&str> = table.lines().collect();
-    assert!(rows[0].starts_with(&format!("  1.0000{cell}  a cat sat")), "{table}");
-    assert!(rows[1].starts_with(&format!("{cell}  1.0000")), "{table}");
-    std::fs::remove_file(file).unwrap();
 }

@@ -1,18 +1,15 @@
 //! Model files, right and wrong: what is refused, with which message, and that nothing panics.
 
-#[allow(dead_code, reason = "other tests use the rest")]
-mod common;
-
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use common::gguf::*;
-use common::{SplitMix, exercise};
 use halite::gguf::{Gguf, GgufError, parse};
 use halite::map::Source;
 use halite::model::ProgramOptions;
 use halite::tokenizer::EncodeOptions;
 use halite::{Error, Model, Tokenizer};
+use halite_testing::gguf::*;
+use halite_testing::{SplitMix, exercise};
 
 /// Something malformed: what is wrong with it, its bytes, the error's variant and its message (its start, if it ends in `…`).
 type Row = (&'static str, Vec<u8>, &'static str, &'static str);
@@ -980,45 +977,6 @@ fn files_that_change_after_opening() {
     std::fs::rename(folder.write("new.gguf", b"new"), &path).unwrap();
     source.verify().unwrap();
     gguf.verify().unwrap();
-}
-
-/// A model that shrinks under a running command ends it with an error or exit code 74, never with a bare signal.
-#[cfg(all(unix, feature = "cli"))]
-#[test]
-fn a_file_that_shrinks_under_the_command() {
-    use std::io::Read;
-    use std::process::{Command, Stdio};
-
-    let folder = Folder::new("shrinks");
-    // Long enough a context for the command to be at it still when the file shrinks.
-    let bytes = llama().set("llama.context_length", 1u32 << 16).bytes();
-    // What is cut off within a page reads as zeros; where a page is gone, reading it is a bus error.
-    for left in [bytes.len() as u64 - 1, 0] {
-        let path = folder.write("model.gguf", &bytes);
-        let mut child = Command::new(env!("CARGO_BIN_EXE_halite"))
-            .args(["run", "--ctx", "65536", "-n", "65000", "--ignore-end", "--temp", "0", "--model"])
-            .args([path.as_os_str(), "ab".as_ref()])
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        // The prompt comes out once the model is mapped.
-        let mut prompt = [0; 2];
-        let mut stdout = child.stdout.take().unwrap();
-        stdout.read_exact(&mut prompt).unwrap();
-        assert_eq!(&prompt, b"ab");
-        std::fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(left).unwrap();
-        std::io::copy(&mut stdout, &mut std::io::sink()).unwrap();
-        let output = child.wait_with_output().unwrap();
-        let message = String::from_utf8_lossy(&output.stderr);
-        match output.status.code() {
-            Some(74) => assert!(message.contains("a model file shrank while it was in use"), "{message}"),
-            Some(1) => assert!(message.contains("the file changed while it was mapped"), "{message}"),
-            _ => panic!("{}: {message}", output.status),
-        }
-        println!("{left} bytes left: {message}");
-    }
 }
 
 /// Flips one to four of a file's first `within` bytes at a time, and gives `f` each of `times` such files: none may panic.

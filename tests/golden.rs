@@ -2,143 +2,30 @@
 //!
 //! The full set lies beside a checkout; see `common/golden.rs`. A small set is part of the repository.
 
-#[cfg(feature = "gpu")]
-#[path = "common/gpu.rs"]
-mod common;
-#[path = "common/golden.rs"]
-mod shared;
-
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use halite::backend::Backend;
 use halite::backend::cpu::Cpu;
-use halite::kernels::formats::Format;
-use halite::model::ProgramOptions;
-use halite::session::{Head, Run, Session, SessionOptions, Wanted};
-use halite::{Error, Model};
+use halite_testing::golden::{self, bound, committed, folder};
 
-struct Case {
-    model: PathBuf,
-    tokens: Vec<u32>,
-    positions: Vec<usize>,
-    logits: Vec<f32>,
-}
-
-fn cases(dir: &Path) -> Vec<Case> {
-    let manifest = std::fs::read(dir.join("manifest.json")).unwrap();
-    let manifest: serde_json::Value = serde_json::from_slice(&manifest).unwrap();
-    let list =
-        |v: &serde_json::Value| v.as_array().unwrap().iter().map(|v| v.as_u64().unwrap()).collect::<Vec<_>>();
-    let case = |entry: &serde_json::Value| Case {
-        model: dir.join(entry["model"].as_str().unwrap()),
-        tokens: list(&entry["tokens"]).iter().map(|&t| t as u32).collect(),
-        positions: list(&entry["positions"]).iter().map(|&p| p as usize).collect(),
-        logits: std::fs::read(dir.join(entry["logits"].as_str().unwrap()))
-            .unwrap()
-            .as_chunks::<4>()
-            .0
-            .iter()
-            .map(|&b| f32::from_le_bytes(b))
-            .collect(),
-    };
-    manifest.as_array().unwrap().iter().map(case).collect()
-}
-
-/// Logits at every position, in one step.
-fn logits(backend: &Arc<dyn Backend>, model: &Arc<Model>, tokens: &[u32]) -> Result<Vec<f32>, Error> {
-    let n = tokens.len() as u32;
-    let program = ProgramOptions { kv_format: Format::F32 };
-    let options = SessionOptions { context: 256, batch: n, outputs: n, program, ..Default::default() };
-    let mut session = Session::new(model, backend, &options, &mut |_| {})?;
-    let sequence = session.add_sequence();
-    session.step(&[Run { sequence, tokens, wanted: Wanted::All }], Head::Logits)?;
-    Ok(session.logits().to_vec())
-}
-
-/// The normalised mean squared error of a case, or why it does not run.
-fn nmse(backend: &Arc<dyn Backend>, case: &Case) -> Result<f64, Error> {
-    let model = Arc::new(Model::open(&case.model)?);
-    let vocab = model.hparams().vocab_size as usize;
-    let ours = logits(backend, &model, &case.tokens)?;
-    let (mut error, mut power) = (0.0, 0.0);
-    for (row, &position) in case.logits.chunks_exact(vocab).zip(&case.positions) {
-        for (a, b) in ours[position * vocab..][..vocab].iter().zip(row) {
-            error += f64::from(a - b).powi(2);
-            power += f64::from(*b).powi(2);
-        }
-    }
-    assert!(power > 0.0);
-    Ok(error / power)
-}
-
-fn bound(file: &str) -> f64 {
-    match file {
-        _ if file.contains("F16") && !file.contains("BF16") => 1e-6,
-        _ if file.contains("BF16") => 5e-5,
-        _ if file.contains("NVFP4") => 5e-3,
-        _ => 1e-3,
-    }
-}
-
-/// Runs the cases that `select` has a bound for, and fails with all that miss theirs.
 fn check(dir: &Path, select: impl Fn(&str) -> Option<f64>) {
-    check_on(&(Arc::new(Cpu::new(2).unwrap()) as Arc<dyn Backend>), dir, select);
-}
-
-fn check_on(backend: &Arc<dyn Backend>, dir: &Path, select: impl Fn(&str) -> Option<f64>) {
-    let mut failures = Vec::new();
-    let mut ran = 0;
-    for case in cases(dir) {
-        let file = case.model.file_name().unwrap().to_string_lossy().into_owned();
-        let Some(bound) = select(&file) else { continue };
-        ran += 1;
-        match nmse(backend, &case) {
-            Ok(nmse) => {
-                eprintln!("{file}: {nmse:.2e} (bound {bound:.0e})");
-                if nmse.is_nan() || nmse > bound {
-                    failures.push(format!("{file}: {nmse:.3e} > {bound:.0e}"));
-                }
-            }
-            Err(error) => failures.push(format!("{file}: {error}")),
-        }
-    }
-    assert!(ran > 0, "no case in {}", dir.display());
-    assert!(failures.is_empty(), "\n{}", failures.join("\n"));
+    golden::check(&(Arc::new(Cpu::new(2).unwrap()) as Arc<dyn Backend>), dir, select);
 }
 
 #[test]
-fn committed() {
-    check(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/golden"), |file| Some(bound(file)));
+fn the_committed_set() {
+    check(&committed(), |file| Some(bound(file)));
 }
 
 #[test]
 fn families() {
-    let Some(dir) = shared::folder() else { return };
+    let Some(dir) = folder() else { return };
     check(&dir.join("families"), |_| Some(1e-8));
 }
 
 #[test]
 fn quants() {
-    let Some(dir) = shared::folder() else { return };
+    let Some(dir) = folder() else { return };
     check(&dir.join("quants"), |file| Some(bound(file)));
-}
-
-#[cfg(feature = "gpu")]
-mod on_gpu {
-    use super::common::gpu;
-    use super::*;
-
-    /// The CPU's bounds, on every path.
-    #[test]
-    fn golden() {
-        for without in [&[][..], &["integer"], &["subgroups"]] {
-            let Some(backend) = gpu(without) else { return };
-            let committed = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/golden");
-            check_on(&backend, &committed, |file| Some(bound(file)));
-            let Some(dir) = shared::folder() else { continue };
-            check_on(&backend, &dir.join("families"), |_| Some(1e-7));
-            check_on(&backend, &dir.join("quants"), |file| Some(bound(file)));
-        }
-    }
 }

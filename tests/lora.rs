@@ -1,91 +1,19 @@
 //! Low-rank adapters: a model with one gives the logits of a file into which it was merged.
 
-#[allow(dead_code, reason = "other tests use the rest")]
-mod common;
-
 use std::sync::Arc;
 
-use common::SplitMix;
-use common::gguf::{File, llama, phi3};
+use halite::Error;
 use halite::backend::Backend;
 use halite::backend::cpu::Cpu;
 use halite::backend::reference::Reference;
-use halite::gguf::Gguf;
-use halite::kernels::formats::Format;
-use halite::map::Source;
 use halite::model::ProgramOptions;
-use halite::session::{Head, Run, Session, SessionOptions, Wanted};
-use halite::{Error, Model};
-
-const TOKENS: [u32; 9] = [1, 5, 7, 6, 10, 8, 9, 5, 11];
-/// `alpha` of every adapter here.
-const ALPHA: f32 = 6.0;
-
-fn open(file: &File) -> Model {
-    Model::from_source(Source::from_bytes("model", &file.bytes())).unwrap()
-}
-
-fn gguf(file: &File) -> Gguf {
-    Gguf::from_source(Source::from_bytes("adapter", &file.bytes())).unwrap()
-}
-
-fn logits(model: Model, backend: Arc<dyn Backend>) -> Vec<f32> {
-    let (n, model) = (TOKENS.len() as u32, Arc::new(model));
-    let program = ProgramOptions { kv_format: Format::F32 };
-    let options = SessionOptions { context: 16, batch: n, outputs: n, program, ..Default::default() };
-    let mut session = Session::new(&model, &backend, &options, &mut |_| {}).unwrap();
-    let sequence = session.add_sequence();
-    session.step(&[Run { sequence, tokens: &TOKENS, wanted: Wanted::All }], Head::Logits).unwrap();
-    session.logits().to_vec()
-}
+use halite_testing::gguf::{File, llama, phi3};
+use halite_testing::lora::*;
 
 fn nmse(got: &[f32], want: &[f32]) -> f64 {
     let power: f64 = want.iter().map(|&w| f64::from(w).powi(2)).sum();
     let error: f64 = got.iter().zip(want).map(|(&g, &w)| (f64::from(g) - f64::from(w)).powi(2)).sum();
     error / power
-}
-
-fn random(n: u64, random: &mut SplitMix) -> Vec<f32> {
-    (0..n).map(|_| random.below(2001) as f32 / 1000.0 - 1.0).collect()
-}
-
-fn bytes(values: &[f32]) -> Vec<u8> {
-    values.iter().flat_map(|v| v.to_le_bytes()).collect()
-}
-
-fn floats(bytes: &[u8]) -> Vec<f32> {
-    bytes.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect()
-}
-
-fn header(architecture: &str) -> File {
-    File::new()
-        .entry("general.architecture", architecture)
-        .entry("general.type", "adapter")
-        .entry("adapter.type", "lora")
-        .entry("adapter.lora.alpha", ALPHA)
-}
-
-/// A model of random weights.
-fn randomised(mut file: File) -> File {
-    let mut numbers = SplitMix(3);
-    for tensor in file.tensors.iter_mut().filter(|t| t.dims.len() == 2) {
-        tensor.data = bytes(&random(tensor.dims.iter().product(), &mut numbers));
-    }
-    file
-}
-
-/// An adapter of this rank for every matrix of the layer.
-fn adapter(of: &File, architecture: &str, rank: u64, seed: u64) -> File {
-    let (mut file, mut numbers) = (header(architecture), SplitMix(seed));
-    for tensor in of.tensors.iter().filter(|t| t.dims.len() == 2 && t.name.starts_with(b"blk.")) {
-        let name = String::from_utf8(tensor.name.clone()).unwrap();
-        let (a, b) = ([tensor.dims[0], rank], [rank, tensor.dims[1]]);
-        file = file
-            .tensor_of(format!("{name}.lora_a"), &a, 0, bytes(&random(a[0] * rank, &mut numbers)))
-            .tensor_of(format!("{name}.lora_b"), &b, 0, bytes(&random(b[1] * rank, &mut numbers)));
-    }
-    assert!(file.tensors.len() > 6);
-    file
 }
 
 /// The model with an adapter in its weights.
@@ -138,33 +66,6 @@ fn an_adapter_is_what_merging_it_gives() {
             assert!(nmse(&logits(model, backend), &plain) < 1e-12);
         }
     }
-}
-
-#[cfg(feature = "cli")]
-#[test]
-fn the_command_takes_adapters() {
-    let base = randomised(llama());
-    let path = |name: &str| std::env::temp_dir().join(format!("halite-lora-{}-{name}", std::process::id()));
-    let (model, first, out) = (path("model.gguf"), path("first.gguf"), path("logits"));
-    std::fs::write(&model, base.bytes()).unwrap();
-    std::fs::write(&first, adapter(&base, "llama", 2, 11).bytes()).unwrap();
-    let tokens = TOKENS.map(|t| t.to_string()).join(",");
-    let adapter = format!("{}:0.25", first.display());
-    let args = ["logits", "--kv", "f32", "--tokens", &tokens, "--lora", &adapter];
-    let run = std::process::Command::new(env!("CARGO_BIN_EXE_halite"))
-        .args(args)
-        .arg("-m")
-        .arg(&model)
-        .arg("-o")
-        .arg(&out)
-        .output()
-        .unwrap();
-    assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
-    let mut expected = open(&base);
-    expected.adapt(Gguf::open(&first).unwrap(), 0.25).unwrap();
-    let expected = logits(expected, Arc::new(Cpu::new(2).unwrap()));
-    assert_eq!(floats(&std::fs::read(&out).unwrap()), expected);
-    [model, first, out].iter().for_each(|path| std::fs::remove_file(path).unwrap());
 }
 
 #[test]

@@ -1,19 +1,16 @@
 //! The encoder `nomic-bert` against its formulas in double precision.
 
-#[allow(dead_code, reason = "other tests use the rest")]
-mod common;
-
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use common::SplitMix;
-use common::gguf::File;
 use halite::Model;
 use halite::backend::Backend;
 use halite::backend::cpu::Cpu;
 use halite::embed::{EmbedOptions, Embedder};
 use halite::map::Source;
 use halite::model::Pooling;
+use halite_testing::SplitMix;
+use halite_testing::gguf::File;
 
 const DIM: usize = 16;
 const HEADS: usize = 2;

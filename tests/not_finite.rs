@@ -7,67 +7,16 @@ use halite::backend::Backend;
 use halite::backend::cpu::Cpu;
 use halite::backend::reference::Reference;
 use halite::generate::{Aids, GenerateOptions};
-use halite::gguf::Gguf;
-use halite::map::Source;
 use halite::sampler::SamplerOptions;
-use halite::session::{Head, Run, Session, SessionOptions, Wanted};
+use halite::session::{Session, SessionOptions};
 use halite::speculate::{DraftModel, Drafter};
-use halite::{Error, Model, Tokenizer};
-
-/// The built-in model, with a number in place of the first of a tensor of F32.
-fn model(tensor: &str, number: f32) -> Arc<Model> {
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/models/austen/halite-austen.gguf");
-    let mut bytes = std::fs::read(path).unwrap();
-    let gguf = Gguf::from_source(Source::from_bytes("whole", &bytes)).unwrap();
-    let info = gguf.tensor(tensor).unwrap();
-    assert_eq!(info.record.format, halite::kernels::formats::Format::F32);
-    let at = info.record.bytes.start as usize;
-    let old: [u8; 4] = bytes[at..at + 4].try_into().unwrap();
-    assert!(f32::from_le_bytes(old).is_finite());
-    bytes[at..at + 4].copy_from_slice(&number.to_le_bytes());
-    Arc::new(Model::from_source(Source::from_bytes("broken", &bytes)).unwrap())
-}
-
-fn backends() -> Vec<Arc<dyn Backend>> {
-    let mut backends: Vec<Arc<dyn Backend>> =
-        vec![Arc::new(Cpu::new(2).unwrap()), Arc::new(Reference::new())];
-    #[cfg(feature = "sim")]
-    {
-        use halite::backend::sim::{Sim, SimOptions};
-        use halite::profile::Profile;
-        let chip = Profile::open("teaching-16x16").unwrap();
-        backends.push(Arc::new(Sim::new(chip, &SimOptions::default()).unwrap()));
-    }
-    backends
-}
-
-fn is_not_finite<T: std::fmt::Debug>(result: Result<T, Error>, what: &str) {
-    match result {
-        Err(Error::NotFinite { what: "logits", .. }) => {}
-        other => panic!("{what}: {other:?}"),
-    }
-}
+use halite::{Model, Tokenizer};
+use halite_testing::not_finite::{every_head_names_it, is_not_finite, model};
 
 #[test]
-fn every_head_names_it() {
-    for (tensor, number) in [
-        ("output_norm.weight", f32::NAN),
-        ("blk.0.attn_norm.weight", f32::NAN),
-        ("output_norm.weight", f32::INFINITY),
-    ] {
-        let broken = model(tensor, number);
-        for backend in backends() {
-            let mut session =
-                Session::new(&broken, &backend, &SessionOptions::default(), &mut |_| {}).unwrap();
-            let sequence = session.add_sequence();
-            for head in [Head::Logits, Head::ArgMax, Head::TopK] {
-                let what = format!("{tensor} {number} {head:?} on {}", backend.caps().name);
-                let run = Run { sequence, tokens: &[5, 6, 7], wanted: Wanted::Last };
-                is_not_finite(session.step(&[run], head), &what);
-                assert_eq!(session.len(sequence).unwrap(), 0, "{what}");
-            }
-        }
-    }
+fn every_head_names_it_on_the_host() {
+    every_head_names_it(&(Arc::new(Cpu::new(2).unwrap()) as Arc<dyn Backend>));
+    every_head_names_it(&(Arc::new(Reference::new()) as Arc<dyn Backend>));
 }
 
 #[test]

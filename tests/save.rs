@@ -1,9 +1,6 @@
 //! Sequences saved and restored, and what is refused.
 #![cfg(feature = "save")]
 
-#[allow(dead_code, reason = "other tests use the rest")]
-mod common;
-
 use std::path::Path;
 use std::sync::Arc;
 
@@ -38,8 +35,8 @@ fn tiny(name: &str) -> Arc<Model> {
 
 /// The same with weights that depend on a seed.
 fn trained(name: &str, seed: u64) -> Arc<Model> {
-    let mut file = common::gguf::llama().set("general.name", name);
-    let mut random = common::SplitMix(seed);
+    let mut file = halite_testing::gguf::llama().set("general.name", name);
+    let mut random = halite_testing::SplitMix(seed);
     for tensor in &mut file.tensors {
         for value in tensor.data.as_chunks_mut::<4>().0 {
             *value = (random.below(200) as f32 / 100.0 - 1.0).to_le_bytes();

@@ -1,22 +1,19 @@
 //! Token ids against llama.cpp's published vectors, which lie beside a checkout in `../shared/golden/vocab`, and against
 //! SentencePiece's; texts that come back.
 
-#[allow(dead_code, reason = "other tests use the rest")]
-mod common;
-#[path = "common/golden.rs"]
-mod golden;
+use halite_testing::golden;
 
 use std::path::{Path, PathBuf};
 
-use common::SplitMix;
 use halite::Tokenizer;
 use halite::gguf::Gguf;
 use halite::map::Source;
 use halite::tokenizer::{Detokenizer, EncodeOptions, TokenKind};
+use halite_testing::SplitMix;
 
 const PLAIN: EncodeOptions = EncodeOptions { add_special: false, parse_special: false };
 
-fn tokenizer(file: &common::gguf::File) -> Tokenizer {
+fn tokenizer(file: &halite_testing::gguf::File) -> Tokenizer {
     Tokenizer::from_gguf(&Gguf::from_source(Source::from_bytes("test", &file.bytes())).unwrap())
         .unwrap()
         .unwrap()
@@ -133,13 +130,13 @@ fn special_tokens_of_word_pieces_and_unigrams() {
     let encode = |tokenizer: &Tokenizer, text: &str, add_special, parse_special| {
         tokenizer.encode(text, EncodeOptions { add_special, parse_special })
     };
-    let pieces = tokenizer(&common::gguf::wordpiece());
+    let pieces = tokenizer(&halite_testing::gguf::wordpiece());
     assert_eq!(encode(&pieces, "\u{c1}, AB abb [SEP]b", true, true), [2, 4, 6, 7, 7, 5, 3, 1, 3]);
     // Written out by a stranger a separator is punctuation and a word.
     assert_eq!(encode(&pieces, "[SEP]", false, false), [1, 1, 1]);
     assert_eq!(pieces.decode(&[2, 4, 6, 7, 3], false), " a , ab");
 
-    let unigram = tokenizer(&common::gguf::unigram());
+    let unigram = tokenizer(&halite_testing::gguf::unigram());
     assert_eq!(encode(&unigram, " AB  a<tag>", true, false), [7, 2, 7, 8, 1]);
     assert_eq!(encode(&unigram, "ab</s>", false, true), [3, 6, 1]);
     assert_eq!(encode(&unigram, "xyz", false, false), [3, 2]);
@@ -199,7 +196,7 @@ fn random_texts_come_back() {
                 0 => (0..random.below(30)).map(|_| character(&mut random)).collect(),
                 _ => (0..random.below(12)).map(|_| PARTS[random.below(PARTS.len())]).collect(),
             };
-            common::exercise::there_and_back(&tokenizer, &text, loses_nothing(&name, &text));
+            halite_testing::exercise::there_and_back(&tokenizer, &text, loses_nothing(&name, &text));
         }
     }
 }
@@ -326,7 +323,7 @@ fn with_literals(texts: &[String]) -> Tokenizer {
     kinds.extend([2, 3, 3]);
     let first = texts.len() as u32;
     tokenizer(
-        &common::gguf::wordpiece()
+        &halite_testing::gguf::wordpiece()
             .set("tokenizer.ggml.tokens", &tokens)
             .set("tokenizer.ggml.token_type", &kinds)
             .set("tokenizer.ggml.unknown_token_id", first)
@@ -385,7 +382,7 @@ fn no_vocabulary_takes_more_than_linear_time() {
     tokens.extend((1..=200).map(|len| format!("\u{2581}{}", "a".repeat(len))));
     tokens.extend(["[UNK]", "[CLS]", "[SEP]"].map(str::to_owned));
     let tokens: Vec<&str> = tokens.iter().map(String::as_str).collect();
-    let pieces = common::gguf::wordpiece()
+    let pieces = halite_testing::gguf::wordpiece()
         .set("tokenizer.ggml.tokens", &tokens)
         .without("tokenizer.ggml.token_type")
         .set("tokenizer.ggml.unknown_token_id", 400u32)
@@ -409,7 +406,7 @@ fn no_vocabulary_takes_more_than_linear_time() {
     units[usize::from(b'a')] = u32::from(b'a') << 10 | u32::from(b'a');
     let charsmap: Vec<u8> =
         [4 * 256u32].iter().chain(&units).flat_map(|unit| unit.to_le_bytes()).chain(*b"b\0").collect();
-    let unigram = common::gguf::unigram()
+    let unigram = halite_testing::gguf::unigram()
         .set("tokenizer.ggml.tokens", &tokens)
         .set("tokenizer.ggml.scores", &vec![-1f32; 201])
         .set("tokenizer.ggml.token_type", &kinds)
@@ -424,13 +421,13 @@ fn no_vocabulary_takes_more_than_linear_time() {
 
 #[test]
 fn texts_of_tokens_and_replacements_have_limits() {
-    let refused = |file: &common::gguf::File| {
+    let refused = |file: &halite_testing::gguf::File| {
         let gguf = Gguf::from_source(Source::from_bytes("test", &file.bytes())).unwrap();
         Tokenizer::from_gguf(&gguf).unwrap_err().to_string()
     };
     let long = "b".repeat(1025);
     let tokens = vec!["[PAD]", "[UNK]", "[CLS]", "[SEP]", &long, "b", "\u{2581},", "\u{2581}ab"];
-    let error = refused(&common::gguf::wordpiece().set("tokenizer.ggml.tokens", &tokens));
+    let error = refused(&halite_testing::gguf::wordpiece().set("tokenizer.ggml.tokens", &tokens));
     assert!(error.contains("tokenizer.ggml.tokens[4]: expected at most 1024 bytes, got 1025"), "{error}");
 
     let units = [64u32 << 10, 2 << 10 | 1 << 8 | 65, 0, 1 << 31];
@@ -438,7 +435,8 @@ fn texts_of_tokens_and_replacements_have_limits() {
         let units = [16u32].into_iter().chain(units).flat_map(u32::to_le_bytes);
         units.chain("a".repeat(len).into_bytes()).chain([0]).collect()
     };
-    let with = |len| common::gguf::unigram().set("tokenizer.ggml.precompiled_charsmap", &charsmap(len));
+    let with =
+        |len| halite_testing::gguf::unigram().set("tokenizer.ggml.precompiled_charsmap", &charsmap(len));
     let t = tokenizer(&with(64));
     assert_eq!(t.encode("A", PLAIN).len(), 64);
     let error = refused(&with(65));

@@ -1,8 +1,5 @@
 //! Layers with a window keep only what it shows, and nobody can tell.
 
-#[allow(dead_code, reason = "other tests use the rest")]
-mod common;
-
 use std::sync::Arc;
 
 use halite::backend::cpu::Cpu;
@@ -20,7 +17,10 @@ const WINDOW: u32 = 16;
 const PAGE_BYTES: u64 = 64 * 8 * 2;
 
 fn model() -> Arc<Model> {
-    Arc::new(Model::from_source(Source::from_bytes("windowed", &common::gguf::windowed().bytes())).unwrap())
+    Arc::new(
+        Model::from_source(Source::from_bytes("windowed", &halite_testing::gguf::windowed().bytes()))
+            .unwrap(),
+    )
 }
 
 fn cpu() -> Arc<dyn Backend> {
@@ -46,7 +46,7 @@ fn session_on(backend: &Arc<dyn Backend>, options: &SessionOptions) -> Session {
 }
 
 fn tokens(len: usize) -> Vec<u32> {
-    let mut random = common::SplitMix(3);
+    let mut random = halite_testing::SplitMix(3);
     (0..len).map(|_| random.below(12) as u32).collect()
 }
 
@@ -111,7 +111,7 @@ fn sequences_have_windows_of_their_own() {
     let want = whole_logits(&tokens);
     let mut session = session(&options(3, 0));
     let all = [(); 3].map(|()| session.add_sequence());
-    let mut random = common::SplitMix(5);
+    let mut random = halite_testing::SplitMix(5);
     let mut done = [0; 3];
     while done != [tokens.len(); 3] {
         let lens = [0, 1, 2].map(|i| random.below(14).min(tokens.len() - done[i]));

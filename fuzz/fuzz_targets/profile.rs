@@ -2,7 +2,7 @@
 #![no_main]
 
 #[allow(dead_code)]
-#[path = "../../tests/common/exercise.rs"]
+#[path = "../../hw-profiles/tests/common/exercise.rs"]
 mod exercise;
 
 libfuzzer_sys::fuzz_target!(|text: &str| exercise::profile(text));

@@ -16,6 +16,7 @@ use halite_kernels::pool::Pool;
 use halite_kernels::roofline;
 use halite_kernels::rows;
 
+use super::driver::{Driver, DriverOption, Listed, Value};
 use super::host::{self, Attention, HostOp, HostPlan, HostStep, HostTensor, Kernels, Matrix, memory};
 use super::{Backend, Buffer, Caps, Contract, Fusions, Limits, OpSig, Plan, Rows, Support, Usage};
 use crate::cost::Rates;
@@ -24,6 +25,23 @@ use crate::map::Region;
 use crate::memory::zeroed;
 use crate::program::{
     Epilogue, Gating, MAX_PARTS, NOT_FINITE, NormKind, Op, PAGE_POSITIONS, Program, RopePairs,
+};
+
+/// The CPU, by name.
+pub const DRIVER: Driver = Driver {
+    name: "cpu",
+    argument: None,
+    help: "",
+    options: &[DriverOption {
+        name: "threads",
+        value: Value::Number("N"),
+        help: "CPU threads [default: one for each core]",
+    }],
+    open: |_, options| {
+        let threads = options.number("threads")?.unwrap_or(0);
+        Ok(Arc::new(Cpu::new(usize::try_from(threads).unwrap_or(usize::MAX))?))
+    },
+    list: || Ok(vec![Listed::of(Cpu::new(0)?.caps())]),
 };
 
 /// The CPU.
@@ -344,7 +362,7 @@ struct KernelMemory {
 }
 
 /// [`Kernels`] with vector instructions and threads.
-pub(super) struct CpuKernels {
+pub struct CpuKernels {
     isa: Isa,
     pool: Arc<Pool>,
     memory: KernelMemory,
@@ -355,8 +373,7 @@ const SERIAL_ELEMENTS: usize = 16 * 1024;
 
 impl CpuKernels {
     /// For ops on rows alone, on the calling thread.
-    #[cfg(feature = "sim")]
-    pub(super) fn of_rows(isa: Isa) -> Result<CpuKernels> {
+    pub fn of_rows(isa: Isa) -> Result<CpuKernels> {
         let failed = |e| Error::Backend { backend: "cpu".into(), message: format!("no thread: {e}") };
         let pool = Arc::new(Pool::new(1).map_err(failed)?);
         Ok(CpuKernels { isa, pool, memory: Scratch::default().allocate()? })

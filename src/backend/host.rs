@@ -20,15 +20,21 @@ use crate::program::{Access, Dim, Index, Op, Program, Slot, StateId, TensorId};
 
 /// A weight's bytes and shape.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Matrix<'a> {
+pub struct Matrix<'a> {
+    /// How elements are stored.
     pub format: Format,
+    /// How rows lie in memory.
     pub layout: Layout,
+    /// The bytes of all rows.
     pub bytes: &'a [u8],
+    /// Rows.
     pub rows: usize,
+    /// Elements of a row.
     pub cols: usize,
 }
 
 impl<'a> Matrix<'a> {
+    /// A weight without rows.
     pub const EMPTY: Matrix<'static> =
         Matrix { format: Format::F32, layout: Layout::Rows, bytes: &[], rows: 0, cols: 0 };
 
@@ -74,59 +80,66 @@ impl Memory<'_> {
 }
 
 /// An operand of an op, in host memory: `experts` matrices of `rows` by `cols`.
-pub(crate) struct HostTensor<'a> {
+pub struct HostTensor<'a> {
     memory: Memory<'a>,
     /// Bytes of memory that are the tensor's.
     len: usize,
+    /// How elements are stored.
     pub format: Format,
+    /// How rows lie in memory.
     pub layout: Layout,
+    /// Matrices that are stacked; 1 for most tensors.
     pub experts: usize,
     /// Rows in this step.
     pub rows: usize,
+    /// Elements of a row.
     pub cols: usize,
 }
 
 impl<'a> HostTensor<'a> {
     /// Rows of `cols` elements in the given bytes, to read.
-    #[cfg(feature = "sim")]
     pub fn shared(bytes: &'a [u8], format: Format, cols: usize) -> HostTensor<'a> {
         HostTensor::new(Memory::Bytes(bytes), bytes.len(), format, cols)
     }
 
     /// Rows of `cols` elements in the given bytes, to write.
-    #[cfg(feature = "sim")]
     pub fn unique(bytes: &'a mut [u8], format: Format, cols: usize) -> HostTensor<'a> {
         let len = bytes.len();
         HostTensor::new(Memory::BytesMut(bytes), len, format, cols)
     }
 
-    #[cfg(feature = "sim")]
     fn new(memory: Memory<'a>, len: usize, format: Format, cols: usize) -> HostTensor<'a> {
         let rows = len / format.row_bytes(cols).unwrap_or(0).max(1);
         HostTensor { memory, len, format, layout: Layout::Rows, experts: 1, rows, cols }
     }
 
+    /// All bytes.
     pub fn bytes(&self) -> &[u8] {
         self.memory.bytes().get(..self.len).unwrap_or(&[])
     }
 
+    /// All bytes of an output; of an input none.
     pub fn bytes_mut(&mut self) -> &mut [u8] {
         let len = self.len;
         self.memory.bytes_mut().get_mut(..len).unwrap_or(&mut [])
     }
 
+    /// The elements of a tensor of F32.
     pub fn floats(&self) -> &[f32] {
         bytemuck::try_cast_slice(self.bytes()).unwrap_or(&[])
     }
 
+    /// The elements of an output of F32.
     pub fn floats_mut(&mut self) -> &mut [f32] {
         bytemuck::try_cast_slice_mut(self.bytes_mut()).unwrap_or(&mut [])
     }
 
+    /// The elements of a tensor of I32.
     pub fn ints(&self) -> &[i32] {
         bytemuck::try_cast_slice(self.bytes()).unwrap_or(&[])
     }
 
+    /// The elements of an output of I32.
     pub fn ints_mut(&mut self) -> &mut [i32] {
         bytemuck::try_cast_slice_mut(self.bytes_mut()).unwrap_or(&mut [])
     }
@@ -150,35 +163,42 @@ impl<'a> HostTensor<'a> {
 }
 
 /// A layer's KV cache, in host memory.
-pub(crate) struct HostState<'a> {
+pub struct HostState<'a> {
     memory: Memory<'a>,
     format: Format,
+    /// Heads and dimensions of a page.
     pub shape: PageShape,
     /// The KV group; see [`Program::windows`].
     pub group: usize,
+    /// How many positions a token sees, its own included; all without.
     pub window: Option<u32>,
+    /// Whether a token sees only what is before it.
     pub causal: bool,
 }
 
 impl HostState<'_> {
+    /// The pages, to read.
     pub fn pages(&self) -> Pages<'_> {
         Pages { format: self.format, bytes: self.memory.bytes() }
     }
 
+    /// The pages, to write.
     pub fn pages_mut(&mut self) -> PagesMut<'_> {
         PagesMut { format: self.format, bytes: self.memory.bytes_mut() }
     }
 }
 
 /// An op on host memory.
-pub(crate) type HostOp<'a> = Op<HostTensor<'a>, HostState<'a>>;
+pub type HostOp<'a> = Op<HostTensor<'a>, HostState<'a>>;
 
 /// What an op knows of its step.
 #[derive(Clone, Copy)]
-pub(crate) struct HostStep<'a> {
+pub struct HostStep<'a> {
+    /// The program.
     pub program: &'a Program,
     /// The op in its program.
     pub op: &'a Op,
+    /// The step.
     pub step: &'a Step<'a>,
     /// The span of each token.
     pub span: &'a [u32],
@@ -225,18 +245,26 @@ impl<'a> HostStep<'a> {
 
 /// [`Op::Attend`] on slices, for kernels that share it between threads.
 #[derive(Clone, Copy)]
-pub(crate) struct Attention<'a> {
+pub struct Attention<'a> {
     /// `[tokens][heads][key_dim]`.
     pub q: &'a [f32],
+    /// Query heads.
     pub heads: usize,
+    /// The cache.
     pub pages: Pages<'a>,
+    /// Heads and dimensions of a page.
     pub shape: PageShape,
     /// The KV group.
     pub group: usize,
+    /// As in [`HostState`].
     pub window: Option<u32>,
+    /// As in [`HostState`].
     pub causal: bool,
+    /// Scores are multiplied by it.
     pub scale: f32,
+    /// Scores are limited to it, smoothly.
     pub softcap: Option<f32>,
+    /// A score for each head that no position has.
     pub sinks: Option<&'a [f32]>,
     /// The span of each token, its pages and its position.
     pub step: &'a HostStep<'a>,
@@ -271,7 +299,7 @@ impl HostOp<'_> {
 }
 
 /// The ops of a backend on host memory.
-pub(crate) trait Kernels: Send {
+pub trait Kernels: Send {
     /// Runs an op of a program that is valid: shapes fit each other.
     ///
     /// # Errors
@@ -291,9 +319,13 @@ enum HostMemory {
 }
 
 /// Buffers in host memory; the part of `Backend` that all host backends share.
-pub(crate) mod memory {
+pub mod memory {
     use super::*;
 
+    /// Zeroed memory, within a limit.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`].
     pub fn alloc(backend: &str, bytes: u64, limit_bytes: u64) -> Result<Buffer> {
         let what = format!("a buffer on `{backend}`");
         if bytes > limit_bytes {
@@ -303,10 +335,15 @@ pub(crate) mod memory {
         Ok(Buffer::new(bytes, HostMemory::Owned(RwLock::new(memory))))
     }
 
+    /// Mapped pages as they are.
     pub fn import(region: &Region) -> Buffer {
         Buffer::new(region.bytes().len() as u64, HostMemory::Mapped(region.clone()))
     }
 
+    /// As [`Backend::fill`](crate::backend::Backend::fill).
+    ///
+    /// # Errors
+    /// [`Error::Argument`] outside of the buffer, [`Error::Backend`] for memory of another kind.
     pub fn fill(
         backend: &str,
         dst: &Buffer,
@@ -322,6 +359,10 @@ pub(crate) mod memory {
         Ok(())
     }
 
+    /// As [`Backend::read`](crate::backend::Backend::read).
+    ///
+    /// # Errors
+    /// As [`fill`].
     pub fn read(backend: &str, src: &Buffer, offset: u64, dst: &mut [u8]) -> Result<()> {
         let memory = read_guard(backend, src)?;
         let end = offset.saturating_add(dst.len() as u64);
@@ -400,7 +441,7 @@ struct Cache {
 type PreparedOp = Op<Operand, Cache>;
 
 /// A prepared program on a host backend.
-pub(crate) struct HostPlan<K> {
+pub struct HostPlan<K> {
     kernels: K,
     bound: Bound,
     /// The ops of each segment.
@@ -422,7 +463,7 @@ struct Bound {
 }
 
 /// Bytes of a host plan's scratch tensors.
-pub(crate) fn scratch_bytes(program: &Program, limits: Limits) -> u64 {
+pub fn scratch_bytes(program: &Program, limits: Limits) -> u64 {
     passes::liveness(program).bytes(limits.tokens, limits.outputs)
 }
 
@@ -464,6 +505,10 @@ fn prepared(program: &Program, layout: &passes::Layout, op: &Op) -> Result<Prepa
 }
 
 impl<K: Kernels> HostPlan<K> {
+    /// Binds the operands of a valid program, and reserves all memory that it takes.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`], [`Error::Program`].
     pub fn new(backend: &str, program: &Arc<Program>, limits: Limits, kernels: K) -> Result<HostPlan<K>> {
         let layout = passes::liveness(program);
         let mut places = Vec::new();

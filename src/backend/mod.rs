@@ -4,12 +4,9 @@
 //! nothing above knows a chip. `template.rs` is a whole backend to copy.
 
 pub mod cpu;
-#[cfg(feature = "gpu")]
-pub mod gpu;
-mod host;
+pub mod driver;
+pub mod host;
 pub mod reference;
-#[cfg(feature = "sim")]
-pub mod sim;
 pub mod template;
 
 use std::any::Any;
@@ -339,13 +336,11 @@ pub(crate) fn first_page(start: u32, window: Option<u32>) -> usize {
     halite_kernels::attention::chunks(start as usize, window).start
 }
 
-/// Checks a step against what a plan was prepared for, and against the buffers of its states.
-pub(crate) fn check_step(
-    step: &Step<'_>,
-    program: &Program,
-    limits: Limits,
-    states: &[Buffer],
-) -> Result<()> {
+/// Checks a step against what a plan was prepared for, and against the buffers of its states. For [`Plan::submit`].
+///
+/// # Errors
+/// [`Error::Argument`].
+pub fn check_step(step: &Step<'_>, program: &Program, limits: Limits, states: &[Buffer]) -> Result<()> {
     let tokens = step.tokens.len();
     if tokens == 0 || tokens > limits.tokens as usize {
         return Err(Error::argument("step tokens", format!("1 to {}", limits.tokens), tokens));
@@ -394,7 +389,10 @@ pub(crate) fn check_step(
 }
 
 /// Writes bytes to a buffer from `offset`, in whatever pieces the backend asks for them.
-pub(crate) fn upload(backend: &dyn Backend, dst: &Buffer, offset: u64, bytes: &[u8]) -> Result<()> {
+///
+/// # Errors
+/// As [`Backend::fill`].
+pub fn upload(backend: &dyn Backend, dst: &Buffer, offset: u64, bytes: &[u8]) -> Result<()> {
     let mut rest = bytes;
     backend.fill(dst, offset..offset.saturating_add(bytes.len() as u64), &mut |to| {
         let (now, later) = rest.split_at(to.len().min(rest.len()));

@@ -11,11 +11,22 @@ use halite_kernels::isa::Scalar;
 use halite_kernels::math;
 use halite_kernels::rows::{Gate, Unary};
 
+use super::driver::{Driver, Listed};
 use super::host::{self, Attention, HostOp, HostPlan, HostStep, HostTensor, Kernels, Matrix, memory};
 use super::{Backend, Buffer, Caps, Contract, Fusions, Limits, OpSig, Plan, Rows, Support, Usage};
 use crate::error::Result;
 use crate::map::Region;
 use crate::program::{Epilogue, Gating, NOT_FINITE, NormKind, Op, Part, Program, RopePairs};
+
+/// The reference, by name.
+pub const DRIVER: Driver = Driver {
+    name: "reference",
+    argument: None,
+    help: "",
+    options: &[],
+    open: |_, _| Ok(Arc::new(Reference::new())),
+    list: || Ok(vec![Listed::of(Reference::new().caps())]),
+};
 
 /// The reference as a backend: slow, and right by definition.
 #[derive(Debug)]

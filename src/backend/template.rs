@@ -7,6 +7,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::driver::{Driver, Listed};
 use super::{
     Backend, Bindings, Buffer, Caps, Clock, Contract, Fusions, Gap, Limits, OpSig, Plan, Rows, Step, Support,
     Ticket, Timing, Usage,
@@ -17,6 +18,16 @@ use crate::program::{Op, Program};
 
 /// The template's name, in one place.
 const NAME: &str = "template";
+
+/// The backend by name, for a table of drivers: `halite_cli::main` takes one.
+pub const DRIVER: Driver = Driver {
+    name: NAME,
+    argument: None,
+    help: "",
+    options: &[],
+    open: |_, _| Ok(Arc::new(Template::new())),
+    list: || Ok(vec![Listed::of(Template::new().caps())]),
+};
 
 /// The device: open handles and facts that never change.
 #[derive(Debug)]

@@ -93,24 +93,6 @@ fn vocabulary(tokenizer: &Tokenizer) {
     tokenizer.decode(&[0, tokenizer.len() as u32, u32::MAX], true);
 }
 
-/// Reads a profile of any text, and changes every number of one that holds together.
-#[cfg(feature = "sim")]
-pub fn profile(text: &str) {
-    use halite::profile::Profile;
-    let profile = match Profile::parse("text", text) {
-        Ok(profile) => profile,
-        Err(error) => {
-            let said = error.to_string();
-            assert!(!said.chars().any(|c| c.is_control() && c != '\n'), "{said:?}");
-            return;
-        }
-    };
-    assert!(profile.peaks().iter().all(|(_, ops_per_s)| ops_per_s.is_finite() && *ops_per_s > 0.0));
-    for (path, quantity) in &profile.quantities {
-        assert!(profile.with(path, 2.0 * quantity.value).is_ok(), "{path}");
-    }
-}
-
 /// Files of a folder of safetensors, in the order in which [`folder`] takes them.
 pub const FOLDER: [&str; 6] = [
     "config.json",
@@ -126,7 +108,6 @@ pub const END: u8 = 0xff;
 
 /// Converts a folder of any files, each but the last up to [`END`], and opens what comes of it. Returns
 /// whether anything did.
-#[cfg(feature = "convert")]
 pub fn folder(at: &std::path::Path, bytes: &[u8]) -> bool {
     use halite::kernels::formats::Format;
     std::fs::create_dir_all(at).unwrap();

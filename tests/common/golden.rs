@@ -1,13 +1,20 @@
 //! The golden set: models, logits and token vectors that are too large for the repository.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use halite::backend::Backend;
+use halite::kernels::formats::Format;
+use halite::model::ProgramOptions;
+use halite::session::{Head, Run, Session, SessionOptions, Wanted};
+use halite::{Error, Model};
 
 /// Its folder: `../shared/golden`, or where `HALITE_GOLDEN` says. `None` if it says `none`, or on a machine that happens not to have
 /// it; in CI, or if a place was named, a folder that is missing is a failure.
 pub fn folder() -> Option<PathBuf> {
     let named = std::env::var_os("HALITE_GOLDEN");
     let folder = named.clone().map_or_else(|| "../shared/golden".into(), PathBuf::from);
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join(folder);
+    let folder = Path::new(crate::ROOT).join(folder);
     if folder.is_dir() {
         return Some(folder);
     }
@@ -16,4 +23,97 @@ pub fn folder() -> Option<PathBuf> {
     assert!(left_out || !wanted, "no golden set in {} (HALITE_GOLDEN=none leaves it out)", folder.display());
     eprintln!("skipped: what needs {}", folder.display());
     None
+}
+
+/// The small set that is part of the repository.
+pub fn committed() -> PathBuf {
+    Path::new(crate::ROOT).join("tests/data/golden")
+}
+
+/// Tokens, and the logits of some positions.
+pub struct Case {
+    pub model: PathBuf,
+    pub tokens: Vec<u32>,
+    pub positions: Vec<usize>,
+    pub logits: Vec<f32>,
+}
+
+/// The cases of a folder, as its manifest lists them.
+pub fn cases(dir: &Path) -> Vec<Case> {
+    let manifest = std::fs::read(dir.join("manifest.json")).unwrap();
+    let manifest: serde_json::Value = serde_json::from_slice(&manifest).unwrap();
+    let list =
+        |v: &serde_json::Value| v.as_array().unwrap().iter().map(|v| v.as_u64().unwrap()).collect::<Vec<_>>();
+    let case = |entry: &serde_json::Value| Case {
+        model: dir.join(entry["model"].as_str().unwrap()),
+        tokens: list(&entry["tokens"]).iter().map(|&t| t as u32).collect(),
+        positions: list(&entry["positions"]).iter().map(|&p| p as usize).collect(),
+        logits: std::fs::read(dir.join(entry["logits"].as_str().unwrap()))
+            .unwrap()
+            .as_chunks::<4>()
+            .0
+            .iter()
+            .map(|&b| f32::from_le_bytes(b))
+            .collect(),
+    };
+    manifest.as_array().unwrap().iter().map(case).collect()
+}
+
+/// Logits at every position, in one step.
+pub fn logits(backend: &Arc<dyn Backend>, model: &Arc<Model>, tokens: &[u32]) -> Result<Vec<f32>, Error> {
+    let n = tokens.len() as u32;
+    let program = ProgramOptions { kv_format: Format::F32 };
+    let options = SessionOptions { context: 256, batch: n, outputs: n, program, ..Default::default() };
+    let mut session = Session::new(model, backend, &options, &mut |_| {})?;
+    let sequence = session.add_sequence();
+    session.step(&[Run { sequence, tokens, wanted: Wanted::All }], Head::Logits)?;
+    Ok(session.logits().to_vec())
+}
+
+/// The normalised mean squared error of a case, or why it does not run.
+pub fn nmse(backend: &Arc<dyn Backend>, case: &Case) -> Result<f64, Error> {
+    let model = Arc::new(Model::open(&case.model)?);
+    let vocab = model.hparams().vocab_size as usize;
+    let ours = logits(backend, &model, &case.tokens)?;
+    let (mut error, mut power) = (0.0, 0.0);
+    for (row, &position) in case.logits.chunks_exact(vocab).zip(&case.positions) {
+        for (a, b) in ours[position * vocab..][..vocab].iter().zip(row) {
+            error += f64::from(a - b).powi(2);
+            power += f64::from(*b).powi(2);
+        }
+    }
+    assert!(power > 0.0);
+    Ok(error / power)
+}
+
+/// The bound of a file of the set, by its format.
+pub fn bound(file: &str) -> f64 {
+    match file {
+        _ if file.contains("F16") && !file.contains("BF16") => 1e-6,
+        _ if file.contains("BF16") => 5e-5,
+        _ if file.contains("NVFP4") => 5e-3,
+        _ => 1e-3,
+    }
+}
+
+/// Runs the cases that `select` has a bound for, and fails with all that miss theirs.
+pub fn check(backend: &Arc<dyn Backend>, dir: &Path, select: impl Fn(&str) -> Option<f64>) {
+    let mut failures = Vec::new();
+    let mut ran = 0;
+    for case in cases(dir) {
+        let file = case.model.file_name().unwrap().to_string_lossy().into_owned();
+        let Some(bound) = select(&file) else { continue };
+        ran += 1;
+        match nmse(backend, &case) {
+            Ok(nmse) => {
+                eprintln!("{file}: {nmse:.2e} (bound {bound:.0e})");
+                if nmse.is_nan() || nmse > bound {
+                    failures.push(format!("{file}: {nmse:.3e} > {bound:.0e}"));
+                }
+            }
+            Err(error) => failures.push(format!("{file}: {error}")),
+        }
+    }
+    assert!(ran > 0, "no case in {}", dir.display());
+    assert!(failures.is_empty(), "\n{}", failures.join("\n"));
 }

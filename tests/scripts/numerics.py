@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Vectors for the number formats in src/numerics, from independent implementations (pip install ml_dtypes numpy).
+"""Vectors for the number formats in hw-profiles/src/numerics, from independent implementations (pip install ml_dtypes numpy).
 
-    numerics.py                rewrites tests/data/numerics.txt
+    numerics.py                rewrites hw-profiles/tests/data/numerics.txt
     numerics.py --check-quark  compares MX9 and MX6 below with AMD Quark (pip install amd-quark torch), on random blocks
 
 Elements come from `ml_dtypes` and numpy; blocks are put together here from the formulas of OCP MX 1.0, section 6.3, and of
@@ -24,7 +24,7 @@ from importlib.metadata import version
 import ml_dtypes
 import numpy as np
 
-OUT = pathlib.Path(__file__).resolve().parent.parent / "data" / "numerics.txt"
+OUT = pathlib.Path(__file__).resolve().parents[2] / "hw-profiles/tests/data/numerics.txt"
 U64 = np.uint64
 
 FLOATS = {

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measured kernels of GPUs, from the wheel aiconfigurator-core 0.12.0 (pip install pyarrow pandas; pip download --no-deps).
 
-    silicon.py WHEEL            rewrites the extracts in tests/data/silicon: some points of each shape, at random
+    silicon.py WHEEL            rewrites the extracts in backends/sim/tests/data/silicon: some points of each shape, at random
     silicon.py WHEEL --all DIR  writes all points, for `halite calibrate --fit`
 """
 
@@ -12,7 +12,7 @@ import zipfile
 
 import pandas as pd
 
-OUT = pathlib.Path(__file__).resolve().parent.parent / "data" / "silicon"
+OUT = pathlib.Path(__file__).resolve().parents[2] / "backends/sim/tests/data/silicon"
 ROOT = "aiconfigurator_core/systems/data/"
 MATMUL = {
     "h100-matmul": "h100_sxm/gemm/trtllm/1.3.0rc20/gemm_perf.parquet",

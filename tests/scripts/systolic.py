@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Cycles of random products on systolic arrays, as SCALE-Sim counts them (pip install scalesim==3.0.0 'numpy<2').
 
-Rewrites tests/data/systolic.csv. SCALE-Sim's "Total Cycles" is the index of the last cycle, one less than the cycles.
+Rewrites backends/sim/tests/data/systolic.csv. SCALE-Sim's "Total Cycles" is the index of the last cycle, one less than the cycles.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from importlib.metadata import version
 
 from scalesim.scale_sim import scalesim
 
-OUT = pathlib.Path(__file__).resolve().parent.parent / "data" / "systolic.csv"
+OUT = pathlib.Path(__file__).resolve().parents[2] / "backends/sim/tests/data/systolic.csv"
 DATAFLOWS = {"os": "output_stationary", "ws": "weight_stationary", "is": "input_stationary"}
 PRODUCTS = 25
 CONFIG = """[general]

@@ -2,7 +2,7 @@
 """Compares chat templates rendered by Halite and by Python's jinja2 as transformers sets it up: the same text, or an error on both sides.
 
     pip install jinja2
-    cargo build --example render --no-default-features --features chat
+    cargo build -p halite --example render
     templates.py target/debug/examples/render                     the expressions below
     templates.py target/debug/examples/render FOLDER [-v]         every *.jinja in a folder, five conversations each
 

@@ -1,0 +1,183 @@
+//! Finding and opening a device.
+
+use std::fmt;
+
+use super::failed;
+use super::lower::Tuning;
+use halite::error::Result;
+use halite_shaders::{Cooperative, Paths};
+
+const MATRICES: wgpu::Features = wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX;
+
+/// A device that could be opened.
+#[derive(Debug)]
+pub struct Adapter {
+    adapter: wgpu::Adapter,
+    info: wgpu::AdapterInfo,
+}
+
+/// The APIs that are asked for devices.
+fn instance() -> wgpu::Instance {
+    let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle();
+    descriptor.backends = wgpu::Backends::VULKAN
+        | wgpu::Backends::METAL
+        | wgpu::Backends::DX12
+        | wgpu::Backends::BROWSER_WEBGPU;
+    wgpu::Instance::new(descriptor)
+}
+
+/// All devices there are, the fastest kind first.
+pub fn adapters() -> Vec<Adapter> {
+    let instance = instance();
+    let found = pollster::block_on(instance.enumerate_adapters(wgpu::Backends::all()));
+    let mut found: Vec<Adapter> = found
+        .into_iter()
+        .map(|adapter| Adapter { info: adapter.get_info(), adapter })
+        .filter(|a| {
+            a.adapter.get_downlevel_capabilities().flags.contains(wgpu::DownlevelFlags::COMPUTE_SHADERS)
+        })
+        .collect();
+    let rank = |a: &Adapter| match a.info.device_type {
+        wgpu::DeviceType::DiscreteGpu => 0,
+        wgpu::DeviceType::IntegratedGpu => 1,
+        wgpu::DeviceType::VirtualGpu => 2,
+        wgpu::DeviceType::Other => 3,
+        wgpu::DeviceType::Cpu => 4,
+    };
+    found.sort_by_key(rank);
+    found
+}
+
+/// The device of a number or with a name, or the first.
+pub(super) fn choose(wanted: Option<&str>) -> Result<Adapter> {
+    let mut found = adapters();
+    if found.is_empty() {
+        return Err(failed(
+            "no device: tried Vulkan (needs a loader, libvulkan1, and a driver, such as mesa-vulkan-drivers), \
+             Metal and DX12",
+        ));
+    }
+    let Some(wanted) = wanted else { return Ok(found.swap_remove(0)) };
+    let lower = wanted.to_lowercase();
+    let place = match wanted.parse::<usize>() {
+        Ok(n) => (n < found.len()).then_some(n),
+        Err(_) => found.iter().position(|a| a.to_string().to_lowercase().contains(&lower)),
+    };
+    let Some(place) = place else {
+        let list: Vec<String> = found.iter().enumerate().map(|(i, a)| format!("{i}: {a}")).collect();
+        return Err(failed(format!("no device `{wanted}`; there are {}", list.join(", "))));
+    };
+    Ok(found.swap_remove(place))
+}
+
+impl Adapter {
+    pub(super) fn info(&self) -> &wgpu::AdapterInfo {
+        &self.info
+    }
+
+    /// All that shaders can use of it.
+    pub(super) fn paths(&self) -> Paths {
+        let features = self.adapter.features();
+        let f16 = features.contains(wgpu::Features::SHADER_F16);
+        Paths {
+            subgroups: features.contains(wgpu::Features::SUBGROUP),
+            integer: true,
+            f16,
+            cooperative: self.cooperative().filter(|_| f16),
+        }
+    }
+
+    /// Matrices of halves that subgroups multiply to floats, the largest there are.
+    fn cooperative(&self) -> Option<Cooperative> {
+        use wgpu::CooperativeScalarType::{F16, F32};
+        if !self.adapter.features().contains(MATRICES | wgpu::Features::SUBGROUP) {
+            return None;
+        }
+        let square = |p: &wgpu::CooperativeMatrixProperties| {
+            let same = p.m_size == p.n_size && p.m_size == p.k_size;
+            (same && (p.ab_type, p.cr_type) == (F16, F32) && matches!(p.m_size, 8 | 16)).then_some(p.m_size)
+        };
+        let side = self.adapter.cooperative_matrix_properties().iter().filter_map(square).max()?;
+        let subgroup = self.info.subgroup_max_size;
+        let fits = 8 * subgroup <= self.adapter.limits().max_compute_invocations_per_workgroup;
+        fits.then_some(Cooperative { side, subgroup })
+    }
+
+    /// Whether it runs shaders on the CPU, in wide vectors, and with a compiler to match: those for narrow ones take minutes
+    /// and gigabytes for long shaders.
+    fn is_wide_cpu(&self) -> bool {
+        self.info.device_type == wgpu::DeviceType::Cpu && self.info.subgroup_max_size >= 8
+    }
+
+    /// Sizes of workgroups for it.
+    pub(super) fn tuning(&self) -> Tuning {
+        match self.info.device_type {
+            wgpu::DeviceType::DiscreteGpu => Tuning::DISCRETE,
+            _ if self.is_wide_cpu() => Tuning::CPU,
+            _ => Tuning::INTEGRATED,
+        }
+    }
+
+    /// What a person would want to know of it, by name.
+    pub fn facts(&self) -> Vec<(&'static str, String)> {
+        let limits = self.adapter.limits();
+        let features = self.adapter.features();
+        let yes = |feature| if features.contains(feature) { "yes" } else { "no" }.to_owned();
+        vec![
+            ("driver", format!("{} {}", self.info.driver, self.info.driver_info)),
+            ("kind", format!("{:?}", self.info.device_type)),
+            (
+                "subgroups",
+                match features.contains(wgpu::Features::SUBGROUP) {
+                    true => format!("{} to {}", self.info.subgroup_min_size, self.info.subgroup_max_size),
+                    false => "no".into(),
+                },
+            ),
+            ("f16", yes(wgpu::Features::SHADER_F16)),
+            ("timestamps", yes(wgpu::Features::TIMESTAMP_QUERY)),
+            (
+                "matrix units",
+                match self.cooperative() {
+                    Some(Cooperative { side, .. }) => format!("{side} by {side}, f16"),
+                    None => "no".into(),
+                },
+            ),
+            ("largest buffer", format!("{} MiB", limits.max_buffer_size >> 20)),
+            ("largest binding", format!("{} MiB", limits.max_storage_buffer_binding_size >> 20)),
+            ("bindings of a shader", limits.max_storage_buffers_per_shader_stage.to_string()),
+            ("workgroup memory", format!("{} KiB", limits.max_compute_workgroup_storage_size >> 10)),
+            ("invocations of a workgroup", limits.max_compute_invocations_per_workgroup.to_string()),
+        ]
+    }
+
+    /// Opens it for such shaders.
+    pub(super) fn open(&self, paths: Paths) -> Result<(wgpu::Device, wgpu::Queue)> {
+        let mut wanted =
+            wgpu::Features::SUBGROUP | wgpu::Features::TIMESTAMP_QUERY | wgpu::Features::PIPELINE_CACHE;
+        wanted.set(wgpu::Features::SHADER_F16, paths.f16);
+        wanted.set(MATRICES, paths.cooperative.is_some());
+        let experimental_features = match paths.cooperative {
+            // SAFETY: what is experimental is asked for only by who has read `GpuOptions::cooperative`. The shader that uses
+            // it passes naga's validation, and addresses its own workgroup memory, within bounds that are constants.
+            #[allow(unsafe_code)]
+            Some(_) => unsafe { wgpu::ExperimentalFeatures::enabled() },
+            None => wgpu::ExperimentalFeatures::disabled(),
+        };
+        let descriptor = wgpu::DeviceDescriptor {
+            label: Some("halite"),
+            required_features: self.adapter.features() & wanted,
+            experimental_features,
+            // All that the adapter has: what is not asked for cannot be used.
+            required_limits: self.adapter.limits(),
+            ..Default::default()
+        };
+        pollster::block_on(self.adapter.request_device(&descriptor))
+            .map_err(|e| failed(format!("{self} cannot be opened: {e}")))
+    }
+}
+
+impl fmt::Display for Adapter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ({:?})", self.info.name, self.info.backend)
+    }
+}

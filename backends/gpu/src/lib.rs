@@ -1,0 +1,490 @@
+//! The GPU backend: compute shaders on Vulkan, Metal, DX12 or WebGPU, by wgpu.
+//!
+//! `halite-shaders` puts WGSL together; `lower` turns a program into dispatches; `plan.rs` runs
+//! them, all of a step in one submission; `adapter.rs` finds a device; `clock.rs` is the device's. Weights of formats that interleave are kept
+//! interleaved ([`halite::backend::Rows`]), so that neighbouring invocations read neighbouring words of neighbouring rows.
+#![deny(unsafe_code)]
+
+mod adapter;
+mod cache;
+mod clock;
+mod lower;
+mod plan;
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+pub use adapter::{Adapter, adapters};
+
+use cache::Cache;
+use halite::backend::driver::{Argument, Driver, DriverOption, Listed, Value};
+use halite::backend::{
+    Backend, Buffer, Caps, Contract, Fusions, Gap, Limits, OpSig, Plan, Rows, Support, Usage,
+};
+use halite::error::{Error, Result};
+use halite::map::Region;
+use halite::program::Program;
+use lower::{Bounds, Lowered};
+
+/// The name of the backend.
+const NAME: &str = "gpu";
+
+/// Most bytes of one write to the device.
+const PIECE_BYTES: usize = 8 << 20;
+
+/// Bytes that may be on their way to the device.
+const STAGED_BYTES: u64 = 128 << 20;
+
+fn failed(message: impl Into<String>) -> Error {
+    Error::Backend { backend: NAME.into(), message: message.into() }
+}
+
+/// The backend by name: `gpu`, `gpu:1` or `gpu:NAME`. `HALITE_GPU_WITHOUT` has [`GpuOptions::without`], with commas.
+pub const DRIVER: Driver = Driver {
+    name: NAME,
+    argument: Some(Argument { name: "NAME", required: false, is_file: false }),
+    help: "or gpu:N, gpu:NAME for one of `halite devices`",
+    options: &[
+        DriverOption {
+            name: "device-memory",
+            value: Value::Number("MIB"),
+            help: "MiB of device memory that may be taken; weights that do not fit are streamed",
+        },
+        DriverOption {
+            name: "cooperative",
+            value: Value::Flag,
+            help: "Multiply prompts with the GPU's matrix units, in half precision. Experimental in wgpu",
+        },
+        DriverOption {
+            name: "shader-cache",
+            value: Value::Path("FOLDER"),
+            help: "A folder to keep the GPU's compiled shaders in",
+        },
+    ],
+    open: |argument, options| {
+        let without = std::env::var_os("HALITE_GPU_WITHOUT").unwrap_or_default();
+        let expected = "integer, subgroups or f16";
+        let without = without
+            .into_string()
+            .map_err(|name| Error::argument("HALITE_GPU_WITHOUT", expected, name.display()))?;
+        Ok(Arc::new(Gpu::new(&GpuOptions {
+            adapter: (!argument.is_empty()).then(|| argument.to_owned()),
+            memory_bytes: options.number("device-memory")?.map(|mib| mib.saturating_mul(1 << 20)),
+            without: without.split(',').filter(|s| !s.is_empty()).map(str::to_owned).collect(),
+            cooperative: options.is_set("cooperative"),
+            shader_cache: options.path("shader-cache").map(Path::to_owned),
+        })?))
+    },
+    list: || {
+        let listed = |(n, adapter): (usize, &Adapter)| Listed {
+            name: format!("{NAME}:{n}"),
+            device: adapter.to_string(),
+            memory_bytes: None,
+            contract: Some(Contract::Close),
+            facts: adapter.facts().into_iter().map(|(fact, value)| (fact.to_owned(), value)).collect(),
+        };
+        Ok(adapters().iter().enumerate().map(listed).collect())
+    },
+};
+
+/// Which device to open, and what to use of it.
+#[derive(Debug, Clone, Default)]
+pub struct GpuOptions {
+    /// A number of [`adapters`], or a part of a name; by default the fastest kind there is.
+    pub adapter: Option<String>,
+    /// Bytes that buffers may take; by default as many as the device gives.
+    pub memory_bytes: Option<u64>,
+    /// Paths not to use, for tests: `subgroups`, `integer`, `f16`.
+    pub without: Vec<String>,
+    /// Multiply prompts with the device's matrix units (cooperative matrices), with activations and weights rounded to half
+    /// precision. wgpu calls this experimental: mistakes in it or in drivers may be undefined behaviour.
+    pub cooperative: bool,
+    /// A folder to keep compiled shaders in, so that the next start need not compile them; by default they are not kept.
+    pub shader_cache: Option<PathBuf>,
+}
+
+/// A GPU.
+#[derive(Debug)]
+pub struct Gpu {
+    caps: Caps,
+    bounds: Bounds,
+    device: Arc<Device>,
+}
+
+/// An open device, and what is shared by everything on it.
+#[derive(Debug)]
+struct Device {
+    device: wgpu::Device,
+    queue: wgpu::Queue,
+    /// The first error that the device reported outside of a call that returns it.
+    error: Arc<Mutex<Option<String>>>,
+    /// Bytes on their way to the device since it was last waited for.
+    staged: AtomicU64,
+    /// Where what is read goes through.
+    read_back: Mutex<Option<wgpu::Buffer>>,
+    /// Compiled shaders, by their text.
+    pipelines: Mutex<HashMap<String, Pipeline>>,
+    /// The same on disk, if they are to be kept.
+    cache: Option<Cache>,
+}
+
+/// A compiled shader.
+#[derive(Debug, Clone)]
+struct Pipeline {
+    pipeline: wgpu::ComputePipeline,
+    layout: wgpu::BindGroupLayout,
+}
+
+/// Device memory.
+#[derive(Debug)]
+struct Memory(wgpu::Buffer);
+
+impl Gpu {
+    /// Opens a device.
+    ///
+    /// # Errors
+    /// [`Error::Backend`] that says what was tried if there is none, or why it cannot be opened.
+    pub fn new(options: &GpuOptions) -> Result<Gpu> {
+        let adapter = adapter::choose(options.adapter.as_deref())?;
+        let mut paths = adapter.paths();
+        if !options.cooperative {
+            paths.cooperative = None;
+        } else if paths.cooperative.is_none() {
+            return Err(failed(format!("{adapter} has no matrix units of 8 by 8 or 16 by 16 halves")));
+        }
+        for without in &options.without {
+            match without.as_str() {
+                "subgroups" => paths.subgroups = false,
+                "integer" => paths.integer = false,
+                "f16" => paths.f16 = false,
+                other => {
+                    return Err(Error::argument("path", "subgroups, integer or f16", format!("`{other}`")));
+                }
+            }
+        }
+        if paths.cooperative.is_some() && !(paths.subgroups && paths.f16) {
+            return Err(failed("matrix units need subgroups and f16"));
+        }
+        let (device, queue) = adapter.open(paths)?;
+        let limits = device.limits();
+        let error: Arc<Mutex<Option<String>>> = Arc::default();
+        let note = |error: &Arc<Mutex<Option<String>>>| {
+            let error = error.clone();
+            move |message: String| {
+                if let Ok(mut error) = error.lock() {
+                    error.get_or_insert(message);
+                }
+            }
+        };
+        let uncaptured = note(&error);
+        device.on_uncaptured_error(Arc::new(move |e: wgpu::Error| uncaptured(e.to_string())));
+        let lost = note(&error);
+        device.set_device_lost_callback(move |reason, message| {
+            lost(format!("the device was lost ({reason:?}): {message}"));
+        });
+        let caps = Caps {
+            name: NAME.into(),
+            device: adapter.to_string(),
+            memory_bytes: options.memory_bytes.unwrap_or(u64::MAX),
+            rows: Rows::Interleaved,
+            fusions: Fusions::ALL,
+            contract: Contract::Close,
+        };
+        let bounds = Bounds {
+            paths,
+            binding_bytes: limits.max_storage_buffer_binding_size & !255,
+            workgroup_bytes: limits.max_compute_workgroup_storage_size,
+            workgroup: limits.max_compute_invocations_per_workgroup,
+            tuning: adapter.tuning(),
+        };
+        let (staged, read_back, pipelines) = Default::default();
+        let folder = options.shader_cache.as_deref();
+        let cache = folder.map(|folder| Cache::open(&device, adapter.info(), folder)).transpose()?;
+        let device = Arc::new(Device { device, queue, error, staged, read_back, pipelines, cache });
+        Ok(Gpu { caps, bounds, device })
+    }
+
+    /// Gives the device up: whatever is asked of it from now on is an error. What a lost device looks like, for tests.
+    pub fn destroy(&self) {
+        self.device.device.destroy();
+        // The callback of a lost device comes with the next poll.
+        let _ = self.device.device.poll(wgpu::PollType::Poll);
+    }
+
+    fn lower(&self, program: &Program, limits: Limits) -> Lowered {
+        lower::lower(program, limits, &self.bounds)
+    }
+}
+
+impl Device {
+    /// What the device has reported since it was last asked.
+    fn check(&self) -> Result<()> {
+        let error = self.error.lock().map_err(|_| failed("a thread failed while it held the device"))?.take();
+        error.map_or(Ok(()), |message| Err(failed(message)))
+    }
+
+    /// A zeroed buffer.
+    fn buffer(&self, bytes: u64, what: &str) -> Result<wgpu::Buffer> {
+        let limit = self.device.limits().max_buffer_size;
+        let out_of_memory =
+            |have_bytes| Error::OutOfMemory { what: what.into(), need_bytes: bytes, have_bytes };
+        let size = bytes.next_multiple_of(4).max(4);
+        if size > limit {
+            return Err(out_of_memory(limit));
+        }
+        let scope = self.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
+        let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST | wgpu::BufferUsages::COPY_SRC;
+        let buffer = self.device.create_buffer(&wgpu::BufferDescriptor {
+            label: Some(what),
+            size,
+            usage,
+            mapped_at_creation: false,
+        });
+        if pollster::block_on(scope.pop()).is_some() {
+            return Err(out_of_memory(0));
+        }
+        self.check()?;
+        Ok(buffer)
+    }
+
+    /// Waits until everything that was submitted is done.
+    fn wait(&self) -> Result<()> {
+        let polled = self.device.poll(wgpu::PollType::wait_indefinitely());
+        self.staged.store(0, Ordering::Relaxed);
+        self.check()?;
+        polled.map(|_| ()).map_err(|e| failed(e.to_string()))
+    }
+
+    /// Reads whole words of a buffer, from a multiple of four on.
+    fn read(&self, src: &wgpu::Buffer, offset: u64, dst: &mut [u8]) -> Result<()> {
+        let poisoned = |_| failed("a thread failed while it read device memory");
+        let mut kept = self.read_back.lock().map_err(poisoned)?;
+        let mut offset = offset;
+        for piece in dst.chunks_mut(PIECE_BYTES) {
+            let bytes = piece.len() as u64;
+            let staging = match kept.take().filter(|buffer| buffer.size() >= bytes) {
+                Some(buffer) => buffer,
+                None => self.device.create_buffer(&wgpu::BufferDescriptor {
+                    label: Some("read back"),
+                    size: bytes.next_power_of_two(),
+                    usage: wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST,
+                    mapped_at_creation: false,
+                }),
+            };
+            let mut encoder = self.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+            encoder.copy_buffer_to_buffer(src, offset, &staging, 0, bytes);
+            self.queue.submit([encoder.finish()]);
+            self.mapped(&staging, piece)?;
+            *kept = Some(staging);
+            offset += bytes;
+        }
+        Ok(())
+    }
+
+    /// Waits for the device and reads the start of a buffer that can be mapped.
+    fn mapped(&self, buffer: &wgpu::Buffer, dst: &mut [u8]) -> Result<()> {
+        let mapped: Arc<Mutex<Option<Result<(), wgpu::BufferAsyncError>>>> = Arc::default();
+        let result = mapped.clone();
+        let range = 0..dst.len() as u64;
+        buffer.map_async(wgpu::MapMode::Read, range.clone(), move |outcome| {
+            if let Ok(mut result) = result.lock() {
+                *result = Some(outcome);
+            }
+        });
+        self.wait()?;
+        let outcome = mapped.lock().ok().and_then(|mut outcome| outcome.take());
+        match outcome {
+            Some(Ok(())) => {}
+            Some(Err(e)) => return Err(failed(format!("cannot read device memory: {e}"))),
+            None => return Err(failed("device memory was not mapped for reading")),
+        }
+        let view =
+            buffer.get_mapped_range(range).map_err(|e| failed(format!("cannot read device memory: {e}")))?;
+        dst.copy_from_slice(&view);
+        drop(view);
+        buffer.unmap();
+        Ok(())
+    }
+
+    /// Compiles a shader, or finds it compiled.
+    fn pipeline(&self, shader: &halite_shaders::Shader) -> Result<Pipeline> {
+        let source = shader.source();
+        let poisoned = |_| failed("a thread failed while it compiled a shader");
+        if let Some(pipeline) = self.pipelines.lock().map_err(poisoned)?.get(&source) {
+            return Ok(pipeline.clone());
+        }
+        let scope = self.device.push_error_scope(wgpu::ErrorFilter::Validation);
+        let label = Some(shader.name);
+        let checked = wgpu::ShaderRuntimeChecks::checked();
+        let checks =
+            wgpu::ShaderRuntimeChecks { force_loop_bounding: false, int_div_checks: false, ..checked };
+        let text = wgpu::ShaderSource::Wgsl(source.as_str().into());
+        // SAFETY: accesses to buffers stay checked. The loops of `halite-shaders` end, whatever buffers hold: each counts to a bound
+        // that it does not change. Divisors are constants above zero, or the number of splits, which is at least one. Counters
+        // in loops would keep a driver's compiler from unrolling them.
+        #[allow(unsafe_code)]
+        let module = unsafe {
+            let descriptor = wgpu::ShaderModuleDescriptor { label, source: text };
+            self.device.create_shader_module_trusted(descriptor, checks)
+        };
+        let entries: Vec<_> = shader
+            .bindings
+            .iter()
+            .enumerate()
+            .map(|(i, (_, written))| wgpu::BindGroupLayoutEntry {
+                binding: i as u32,
+                visibility: wgpu::ShaderStages::COMPUTE,
+                ty: wgpu::BindingType::Buffer {
+                    ty: wgpu::BufferBindingType::Storage { read_only: !written },
+                    has_dynamic_offset: false,
+                    min_binding_size: None,
+                },
+                count: None,
+            })
+            .collect();
+        let descriptor = wgpu::BindGroupLayoutDescriptor { label, entries: &entries };
+        let layout = self.device.create_bind_group_layout(&descriptor);
+        let pipeline_layout = self.device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
+            label,
+            bind_group_layouts: &[Some(&layout)],
+            immediate_size: 0,
+        });
+        let pipeline = self.device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
+            label,
+            layout: Some(&pipeline_layout),
+            module: &module,
+            entry_point: Some("main"),
+            // Shaders write what they share before they read it.
+            compilation_options: wgpu::PipelineCompilationOptions {
+                zero_initialize_workgroup_memory: false,
+                ..Default::default()
+            },
+            cache: self.cache.as_ref().map(Cache::of_pipelines),
+        });
+        if let Some(e) = pollster::block_on(scope.pop()) {
+            return Err(failed(format!("shader `{}`: {e}", shader.name)));
+        }
+        self.check()?;
+        let pipeline = Pipeline { pipeline, layout };
+        self.pipelines.lock().map_err(poisoned)?.insert(source, pipeline.clone());
+        Ok(pipeline)
+    }
+}
+
+/// A buffer's device memory.
+fn memory(buffer: &Buffer) -> Result<&wgpu::Buffer> {
+    let memory: Option<&Memory> = buffer.memory();
+    memory.map(|m| &m.0).ok_or_else(|| failed("a buffer of another backend was passed"))
+}
+
+impl Backend for Gpu {
+    fn caps(&self) -> &Caps {
+        &self.caps
+    }
+
+    fn supports(&self, sig: &OpSig<'_>) -> Support {
+        match lower::missing(sig.program, sig.op, &self.bounds) {
+            None => Support::Native,
+            Some(why) => Support::Unsupported(Gap::NotYet(why)),
+        }
+    }
+
+    fn explain(&self, sig: &OpSig<'_>, tokens: u32) -> String {
+        let limits = Limits { tokens, outputs: tokens };
+        let mut program = sig.program.clone();
+        program.segments.truncate(1);
+        if let Some(segment) = program.segments.first_mut() {
+            segment.ops = vec![sig.op.clone()];
+        }
+        let lowered = self.lower(&program, limits);
+        let step = plan::Counts { tokens, outputs: tokens, tiles: &[], splits: 1 };
+        let runs = lowered.segments.iter().flatten().filter(|d| step.runs(d));
+        runs.map(|d| d.shader.name).collect::<Vec<_>>().join(", ")
+    }
+
+    fn alloc(&self, bytes: u64, _: Usage) -> Result<Buffer> {
+        let what = format!("a buffer on `{NAME}`");
+        if bytes > self.caps.memory_bytes {
+            let have_bytes = self.caps.memory_bytes;
+            return Err(Error::OutOfMemory { what, need_bytes: bytes, have_bytes });
+        }
+        Ok(Buffer::new(bytes, Memory(self.device.buffer(bytes, &what)?)))
+    }
+
+    fn import(&self, _: &Region) -> Result<Option<Buffer>> {
+        Ok(None)
+    }
+
+    fn fill(&self, dst: &Buffer, range: Range<u64>, write: &mut dyn FnMut(&mut [u8])) -> Result<()> {
+        let buffer = memory(dst)?;
+        if range.start > range.end || range.end > dst.bytes() {
+            return Err(Error::argument(
+                "fill range",
+                format!("inside 0..{}", dst.bytes()),
+                format!("{range:?}"),
+            ));
+        }
+        let mut staged = Vec::new();
+        let mut at = range.start;
+        while at < range.end {
+            // Writes are of whole words: what shares a word with the ends is read first.
+            let start = at & !3;
+            let end = range.end.min(start + PIECE_BYTES as u64);
+            let whole = (end.next_multiple_of(4) - start) as usize;
+            staged.clear();
+            staged.resize(whole, 0);
+            let shared_end = !end.is_multiple_of(4) && end < dst.bytes();
+            if at != start || shared_end {
+                self.device.read(buffer, start, &mut staged)?;
+            }
+            write(&mut staged[(at - start) as usize..(end - start) as usize]);
+            self.device.queue.write_buffer(buffer, start, &staged);
+            // Staging memory is free again once it was submitted and is done.
+            self.device.queue.submit([]);
+            if self.device.staged.fetch_add(whole as u64, Ordering::Relaxed) > STAGED_BYTES {
+                self.device.wait()?;
+            }
+            at = end;
+        }
+        self.device.check()
+    }
+
+    fn read(&self, src: &Buffer, offset: u64, dst: &mut [u8]) -> Result<()> {
+        let buffer = memory(src)?;
+        let end = offset.saturating_add(dst.len() as u64);
+        if end > src.bytes() {
+            return Err(Error::argument(
+                "read range",
+                format!("inside 0..{}", src.bytes()),
+                format!("{offset}..{end}"),
+            ));
+        }
+        if dst.is_empty() {
+            return Ok(());
+        }
+        let start = offset & !3;
+        if start == offset && dst.len().is_multiple_of(4) {
+            return self.device.read(buffer, offset, dst);
+        }
+        let mut words = vec![0; (end.next_multiple_of(4) - start) as usize];
+        self.device.read(buffer, start, &mut words)?;
+        dst.copy_from_slice(&words[(offset - start) as usize..][..dst.len()]);
+        Ok(())
+    }
+
+    fn prepare(&self, program: &Arc<Program>, limits: Limits) -> Result<Box<dyn Plan>> {
+        let plan = plan::GpuPlan::new(&self.device, program, limits, self.lower(program, limits))?;
+        if let Some(cache) = &self.device.cache {
+            cache.keep()?;
+        }
+        Ok(Box::new(plan))
+    }
+
+    fn scratch_bytes(&self, program: &Program, limits: Limits) -> u64 {
+        let lowered = self.lower(program, limits);
+        lowered.layout.bytes(limits.tokens, limits.outputs) + lowered.extra_bytes.iter().sum::<u64>()
+    }
+}

@@ -1,0 +1,116 @@
+//! Mixtures of experts.
+
+use super::product::Product;
+use super::{GROUP, Lowering, ONE, Of, count, each, fixed};
+use halite::passes;
+use halite::program::{Dim, Gating, Op, TensorId};
+use halite_shaders::{Extra, Resource, WORKGROUP, wgsl};
+
+/// Which expert each row of activations goes to.
+#[derive(Clone, Copy)]
+pub(super) struct Routed<'a> {
+    pub ids: &'a Resource,
+    /// Experts that there are.
+    pub of: u32,
+    /// Experts for each token.
+    pub used: u32,
+    /// Whether rows of activations are those of tokens, or already one for each expert.
+    pub per_token: bool,
+}
+
+impl Routed<'_> {
+    /// Rows of activations from which on results are put in groups of one expert: about two of them have the same.
+    pub fn grouped_from(&self) -> u32 {
+        (2 * self.of).div_ceil(self.used.max(1)).max(2)
+    }
+}
+
+impl Lowering<'_> {
+    pub(super) fn route(&mut self, op: &Op) {
+        let Op::Route { logits, ids, weights, gating, normalise, scale } = op else { return };
+        let rows = self.program.tensor(*logits).rows;
+        let shader = Self::rows(self.step_shader("route"), rows)
+            .read("x", "f32", self.tensor(*logits))
+            .write("ids", "u32", self.tensor(*ids))
+            .write("out", "f32", self.tensor(*weights))
+            .u32("EXPERTS", self.cols(*logits))
+            .u32("USED", self.cols(*ids))
+            .u32(
+                "GATING",
+                match gating {
+                    Gating::Softmax => 0,
+                    Gating::SoftmaxOfTop => 1,
+                    Gating::Sigmoid => 2,
+                },
+            )
+            .bool("NORMALISE", *normalise)
+            .f32("SCALE", *scale)
+            .with(wgsl!("lib/math"))
+            .with(wgsl!("route"));
+        self.push(shader, [count(Of::Rows(rows), 1, WORKGROUP), ONE, ONE]);
+    }
+
+    /// Puts the results of experts in groups, for steps of enough rows.
+    pub(super) fn group(&mut self, rows: Dim, routed: Routed<'_>) {
+        let most = passes::rows(rows, self.limits.tokens, self.limits.outputs);
+        if u64::from(routed.grouped_from()) > most {
+            return;
+        }
+        let groups = (most * u64::from(routed.used)).div_ceil(GROUP.into()) + u64::from(routed.of);
+        let order = self.extra(Extra::Order, Dim::Fixed(1), groups * u64::from(GROUP + 1));
+        let shader = Self::rows(self.step_shader("group"), rows)
+            .workgroup(256)
+            .read("ids", "u32", routed.ids.clone())
+            .write("order", "u32", order)
+            .u32("EXPERTS", routed.of)
+            .u32("TOKENS", GROUP)
+            .with("const NONE: u32 = 0xffffffffu;")
+            .with(&format!("fn results() -> u32 {{ return {}u * rows(); }}", routed.used))
+            .with(wgsl!("group"));
+        self.push_when(shader, [ONE; 3], (Of::Rows(rows), routed.grouped_from()..u32::MAX));
+    }
+
+    pub(super) fn experts(&mut self, op: &Op) {
+        let Op::Experts { x, ids, weights, gate, up, down, biases, out, act } = op else { return };
+        let (rows, cols) = (self.program.tensor(*x).rows, self.cols(*x));
+        let (used, hidden_cols) = (self.cols(*ids), self.cols(*down));
+        let (input, ids) = (self.tensor(*x), self.tensor(*ids));
+        let format = |id: TensorId| self.program.tensor(id).format;
+        let (in_formats, down_format) = ([format(*gate), format(*up)], format(*down));
+        let hidden_floats = u64::from(used) * u64::from(hidden_cols);
+        let gates = self.extra(Extra::Gates, rows, hidden_floats);
+        let hidden = self.extra(Extra::Hidden, rows, hidden_floats);
+        let mixed = self.extra(Extra::Mixed, rows, u64::from(used) * u64::from(cols));
+        let bias = |n: usize| biases.map(|b| b[n]);
+        let of = self.program.tensor(*gate).experts;
+        let routed = Routed { ids: &ids, of, used, per_token: true };
+        self.group(rows, routed);
+        let product = |weight: TensorId, bias, input, out: &Resource, routed| Product {
+            weight,
+            bias,
+            input,
+            out: out.clone(),
+            rows,
+            gate: None,
+            residual: None,
+            experts: Some(routed),
+        };
+        let x = (&input, Some(*x));
+        self.quantise(&in_formats, x, rows, 1, cols, u32::MAX);
+        self.product(&product(*gate, bias(0), x, &gates, routed), true);
+        let gated_up = Product { gate: Some((*act, gates)), ..product(*up, bias(1), x, &hidden, routed) };
+        self.product(&gated_up, true);
+        self.quantise(&[down_format], (&hidden, None), rows, used, hidden_cols, u32::MAX);
+        let routed = Routed { per_token: false, ..routed };
+        self.product(&product(*down, bias(2), (&hidden, None), &mixed, routed), true);
+        let shader = self
+            .shader("mix")
+            .read("x", "f32", mixed)
+            .read("expert_weights", "f32", self.tensor(*weights))
+            .write("out", "f32", self.tensor(*out))
+            .u32("COLUMNS", cols)
+            .u32("USED", used)
+            .with(wgsl!("mix"));
+        self.push(shader, [fixed(cols.div_ceil(WORKGROUP)), each(rows), ONE]);
+    }
+}

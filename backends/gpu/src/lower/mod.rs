@@ -1,0 +1,590 @@
+//! From a program to dispatches: which shader with which constants, bindings and numbers of workgroups. Pure: nothing here
+//! needs a device. The ops of a row are here; products, attention and experts have files of their own.
+
+mod activation;
+mod attend;
+mod experts;
+mod product;
+
+use std::ops::Range;
+
+use halite_kernels::formats::Kind;
+
+use halite::backend::Limits;
+use halite::passes;
+use halite::program::{Dim, Epilogue, Index, NormKind, Op, Program, Slot, TensorId};
+use halite_shaders::{Extra, Paths, Resource, Shader, WORKGROUP, gated, knows_format, unary, wgsl};
+use product::shards;
+
+/// What a number of workgroups depends on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Of {
+    Rows(Dim),
+    /// Tiles of at most so many tokens of one sequence.
+    Tiles(u32),
+    /// Splits of attention over long caches; 1 where it is whole.
+    Splits,
+}
+
+/// A number of workgroups: `ceil(of * times / per) + plus`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Count {
+    pub of: Of,
+    pub times: u32,
+    pub per: u32,
+    pub plus: u32,
+}
+
+const ONE: Count = fixed(1);
+
+const fn count(of: Of, times: u32, per: u32) -> Count {
+    Count { of, times, per, plus: 0 }
+}
+
+const fn fixed(n: u32) -> Count {
+    count(Of::Rows(Dim::Fixed(n)), 1, 1)
+}
+
+const fn each(of: Dim) -> Count {
+    count(Of::Rows(of), 1, 1)
+}
+
+/// One run of a shader.
+#[derive(Debug, Clone)]
+pub(super) struct Dispatch {
+    pub shader: Shader,
+    /// Along x and y, of which x may be folded into both, and z.
+    pub groups: [Count; 3],
+    /// Run only for so many of these.
+    pub when: (Of, Range<u32>),
+}
+
+/// Rows of activations up to which a product is one of vectors.
+const VECTORS: u32 = 8;
+/// Rows of activations that share what a workgroup of `matvec.wgsl` reads of the matrix, where there are several.
+const GROUP: u32 = 4;
+/// Elements of a row that a workgroup sorts to find the largest.
+const TOP_K_PIECE: u32 = 1024;
+/// The least positions of a split of the cache.
+const SPLIT_POSITIONS: u32 = 64;
+
+/// A program as dispatches.
+#[derive(Debug)]
+pub(super) struct Lowered {
+    /// Those of each segment.
+    pub segments: Vec<Vec<Dispatch>>,
+    /// The program's scratch tensors.
+    pub layout: passes::Layout,
+    /// Bytes of each of [`Extra::ALL`].
+    pub extra_bytes: [u64; Extra::ALL.len()],
+    /// Sizes of tiles that a step must list.
+    pub tile_sizes: Vec<u32>,
+    /// Most splits of attention over long caches, for a single token.
+    most_splits: u32,
+    /// Where things are in the step's buffer.
+    pub step: StepLayout,
+}
+
+impl Lowered {
+    /// Into how many splits a step of so many tokens cuts its caches, of which the longest has so many positions.
+    pub fn splits(&self, tokens: u32, longest: u32) -> u32 {
+        (longest / SPLIT_POSITIONS).min(self.most_splits / tokens.max(1)).max(1)
+    }
+}
+
+/// Where things are in the step's buffer, in words; see `step.wgsl`.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct StepLayout {
+    pub ids: u32,
+    pub positions: u32,
+    /// Of each KV group in turn.
+    pub tables: u32,
+    /// Tokens of each of these lists.
+    pub tokens: u32,
+    pub outputs: u32,
+    pub tiles: u32,
+    /// Words of the list of each tile size.
+    pub tile_words: u32,
+}
+
+impl StepLayout {
+    fn new(program: &Program, limits: Limits) -> StepLayout {
+        let (tokens, ids) = (limits.tokens, 3);
+        let (positions, tables) = (ids + tokens, ids + 2 * tokens);
+        let outputs = tables + program.windows.len() as u32 * tokens;
+        let tiles = outputs + limits.outputs;
+        StepLayout { ids, positions, tables, tokens, outputs, tiles, tile_words: 3 * tokens }
+    }
+
+    /// Where page tables start, after the lists of so many tile sizes.
+    pub fn pages(&self, tile_sizes: usize) -> u32 {
+        self.tiles + self.tile_words * tile_sizes as u32
+    }
+}
+
+/// What a device allows.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Bounds {
+    pub paths: Paths,
+    /// Bytes of a binding.
+    pub binding_bytes: u64,
+    /// Bytes of workgroup memory.
+    pub workgroup_bytes: u32,
+    /// Invocations of a workgroup.
+    pub workgroup: u32,
+    pub tuning: Tuning,
+}
+
+/// Sizes that are better for one kind of device than for another.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Tuning {
+    /// Rows of a matrix of an invocation of `matvec.wgsl`: 1 or 4.
+    pub groups: u32,
+    /// Invocations of a product of vectors that keep the device busy.
+    pub invocations: u32,
+    /// Invocations that a row of a norm, or of logits, is shared among.
+    pub row: u32,
+    /// Workgroups of attention that keep the device busy.
+    pub attend: u32,
+}
+
+impl Tuning {
+    /// Some hundred thousand invocations at once: each has little to do, and many hide what memory takes.
+    pub const DISCRETE: Tuning = Tuning { groups: 1, invocations: 1 << 17, row: 512, attend: 256 };
+    /// Some ten thousand.
+    pub const INTEGRATED: Tuning = Tuning { groups: 1, invocations: 1 << 14, row: 256, attend: 256 };
+    /// Shaders on a CPU: a load costs more than arithmetic, and barriers most of all.
+    pub const CPU: Tuning = Tuning { groups: 4, invocations: 1, row: 256, attend: 16 };
+}
+
+/// Why an op cannot run, if it cannot.
+pub(super) fn missing(program: &Program, op: &Op, bounds: &Bounds) -> Option<String> {
+    let mut why = None;
+    let mut weights = Vec::new();
+    op.inputs(&mut |id| weights.push(id));
+    for id in weights {
+        let t = program.tensor(id);
+        if !matches!(t.slot, Slot::Weight(_)) {
+            continue;
+        }
+        if !knows_format(t.format) {
+            why = Some(format!("format {}", t.format.name()));
+        }
+        if shards(t, bounds.binding_bytes).is_none() {
+            let limit = bounds.binding_bytes;
+            why = Some(format!("`{}` cannot be divided into bindings of {limit} bytes", t.name));
+        }
+    }
+    match op {
+        Op::Attend { state, .. } => {
+            let state = &program.states[state.0 as usize];
+            let bytes = 16 * (2 * state.key_dim + 4 * 64);
+            if bytes > bounds.workgroup_bytes {
+                why = Some(format!(
+                    "keys of {} elements need {bytes} bytes of workgroup memory",
+                    state.key_dim
+                ));
+            }
+        }
+        Op::Glu { act, .. } | Op::Experts { act, .. } | Op::MatMul { epilogue: Epilogue::Glu(act), .. }
+            if gated(*act).is_none() =>
+        {
+            why = Some(format!("{act:?}"));
+        }
+        // A piece must leave less than it has.
+        Op::TopK { ids, .. } if program.tensor(*ids).cols > TOP_K_PIECE / 2 => {
+            why = Some(format!("more than {} of the largest", TOP_K_PIECE / 2));
+        }
+        Op::Map { f, .. } if unary(*f).is_none() => why = Some(format!("{f:?}")),
+        Op::Embed { .. }
+        | Op::Select { .. }
+        | Op::Norm { .. }
+        | Op::MatMul { .. }
+        | Op::Rope { .. }
+        | Op::KvWrite { .. }
+        | Op::Glu { .. }
+        | Op::Add { .. }
+        | Op::Map { .. }
+        | Op::Route { .. }
+        | Op::Experts { .. }
+        | Op::TopK { .. }
+        | Op::ArgMax { .. } => {}
+        unknown => why = Some(format!("{} is not written", unknown.name())),
+    }
+    why
+}
+
+/// Lowers a program whose ops are all supported.
+pub(super) fn lower(program: &Program, limits: Limits, bounds: &Bounds) -> Lowered {
+    let layout = passes::liveness(program);
+    let mut lowering = Lowering {
+        program,
+        limits,
+        bounds,
+        layout: &layout,
+        out: Vec::new(),
+        extra_bytes: [0; Extra::ALL.len()],
+        tile_sizes: Vec::new(),
+        most_splits: most_splits(program, bounds),
+        step: StepLayout::new(program, limits),
+        quantised: Vec::new(),
+        uses: passes::uses(program),
+    };
+    let mut segments = Vec::new();
+    for segment in &program.segments {
+        let mut ops = &segment.ops[..];
+        while let Some(op) = ops.first() {
+            let fused = lowering.fused(ops);
+            if fused == 0 {
+                lowering.op(op);
+            }
+            ops = &ops[fused.max(1)..];
+        }
+        segments.push(std::mem::take(&mut lowering.out));
+    }
+    let Lowering { extra_bytes, tile_sizes, most_splits, step, .. } = lowering;
+    Lowered { segments, layout, extra_bytes, tile_sizes, most_splits, step }
+}
+
+/// The most splits of attention that are of use: those that with its KV heads make enough workgroups.
+fn most_splits(program: &Program, bounds: &Bounds) -> u32 {
+    program.states.iter().map(|s| bounds.tuning.attend / s.kv_heads).max().unwrap_or(0).max(1)
+}
+
+struct Lowering<'a> {
+    program: &'a Program,
+    limits: Limits,
+    bounds: &'a Bounds,
+    layout: &'a passes::Layout,
+    out: Vec<Dispatch>,
+    extra_bytes: [u64; Extra::ALL.len()],
+    tile_sizes: Vec<u32>,
+    most_splits: u32,
+    step: StepLayout,
+    /// Which tensor's activations are in which buffer of codes or halves, and for how many rows.
+    quantised: Vec<(Extra, TensorId, Range<u32>)>,
+    /// How many ops read each tensor.
+    uses: Vec<u32>,
+}
+
+impl Lowering<'_> {
+    fn tensor(&self, id: TensorId) -> Resource {
+        match self.program.tensor(id).slot {
+            Slot::Weight(n) => Resource::Weight(n, 0..self.program.fixed_bytes(id).unwrap_or(0)),
+            Slot::Io(n) => Resource::Io(n),
+            Slot::Scratch => {
+                let place = self.layout.place.get(id.0 as usize).copied().flatten();
+                Resource::Place(place.unwrap_or(usize::MAX))
+            }
+        }
+    }
+
+    fn cols(&self, id: TensorId) -> u32 {
+        self.program.tensor(id).cols
+    }
+
+    /// One of the buffers between dispatches, large enough for so many floats for each row.
+    fn extra(&mut self, extra: Extra, rows: Dim, floats: u64) -> Resource {
+        let rows = passes::rows(rows, self.limits.tokens, self.limits.outputs);
+        let bytes = &mut self.extra_bytes[extra as usize];
+        *bytes = (*bytes).max(4 * floats * rows);
+        Resource::Extra(extra)
+    }
+
+    fn shader(&self, name: &'static str) -> Shader {
+        Shader::new(name, self.bounds.paths)
+    }
+
+    /// A shader that reads the step.
+    fn step_shader(&self, name: &'static str) -> Shader {
+        let s = self.step;
+        self.shader(name)
+            .read("step", "u32", Resource::Step)
+            .u32("STEP_IDS", s.ids)
+            .u32("STEP_POSITIONS", s.positions)
+            .u32("STEP_OUTPUTS", s.outputs)
+            .with(wgsl!("lib/step"))
+    }
+
+    /// `rows()`: how many there are in this step.
+    fn rows(shader: Shader, rows: Dim) -> Shader {
+        let body = match rows {
+            Dim::Fixed(n) => format!("{n}u"),
+            Dim::Tokens => "step_tokens()".into(),
+            Dim::Outputs => "step_outputs()".into(),
+        };
+        shader.with(&format!("fn rows() -> u32 {{ return {body}; }}"))
+    }
+
+    fn push(&mut self, shader: Shader, groups: [Count; 3]) {
+        self.push_when(shader, groups, (Of::Rows(Dim::Fixed(1)), 1..2));
+    }
+
+    fn push_when(&mut self, shader: Shader, groups: [Count; 3], when: (Of, Range<u32>)) {
+        self.out.push(Dispatch { shader, groups, when });
+    }
+
+    /// A function of each element of `out`, `[rows, cols]`.
+    fn elementwise(&mut self, shader: Shader, out: TensorId, element: &str) {
+        let (rows, cols) = (self.program.tensor(out).rows, self.cols(out));
+        let shader = shader
+            .write("out", "f32", self.tensor(out))
+            .u32("COLUMNS", cols)
+            .with(wgsl!("lib/math"))
+            .with(&format!("fn element(at: u32) -> f32 {{ return {element}; }}"))
+            .with(wgsl!("elementwise"));
+        self.push(shader, [fixed(cols.div_ceil(WORKGROUP)), each(rows), ONE]);
+    }
+
+    /// Lowers the first few ops as one, if they are such that can be; says how many.
+    fn fused(&mut self, ops: &[Op]) -> usize {
+        match ops {
+            [norm @ Op::Norm { out, group, .. }, Op::MatMul { x, parts, .. }, ..]
+                if out == x && *group == self.cols(*x) && group % 32 == 0 =>
+            {
+                let mut kinds: Vec<Extra> =
+                    parts.iter().filter_map(|p| self.codes(self.program.tensor(p.weight).format)).collect();
+                kinds.dedup();
+                let [codes] = kinds[..] else { return 0 };
+                self.norm(norm, Some(codes));
+                1
+            }
+            [q @ Op::Rope { .. }, key @ Op::Rope { out, .. }, Op::KvWrite { k, v, state }, ..]
+                if out == k && self.only_used_here(*k) && self.rope_kv(q, key, *v, *state) =>
+            {
+                3
+            }
+            _ => 0,
+        }
+    }
+
+    /// Whether a tensor has one reader, in this program.
+    fn only_used_here(&self, id: TensorId) -> bool {
+        self.program.tensor(id).slot == Slot::Scratch && self.uses.get(id.0 as usize) == Some(&1)
+    }
+
+    fn op(&mut self, op: &Op) {
+        match op {
+            Op::Embed { table, index, out, scale } => self.embed(*table, *index, *out, *scale),
+            Op::Select { x, out } => {
+                let cols = self.cols(*x);
+                let shader = self
+                    .step_shader("select")
+                    .read("x", "f32", self.tensor(*x))
+                    .write("out", "f32", self.tensor(*out))
+                    .u32("COLUMNS", cols)
+                    .with(wgsl!("select"));
+                self.push(shader, [fixed(cols.div_ceil(WORKGROUP)), each(Dim::Outputs), ONE]);
+            }
+            Op::Norm { .. } => self.norm(op, None),
+            Op::MatMul { x, parts, epilogue, outs } => self.matmul(*x, parts, *epilogue, outs),
+            Op::Rope { .. } => self.rope(op),
+            Op::KvWrite { k, v, state } => self.kv_write(*k, *v, *state),
+            Op::Attend { .. } => self.attend(op),
+            Op::Glu { gate, up, out, act } => {
+                let shader = self
+                    .shader("glu")
+                    .read("gate", "f32", self.tensor(*gate))
+                    .read("up", "f32", self.tensor(*up))
+                    .with(&gated(*act).unwrap_or_default());
+                self.elementwise(shader, *out, "gated(gate[at], up[at])");
+            }
+            Op::Add { a, b, out } => {
+                let shader =
+                    self.shader("add").read("a", "f32", self.tensor(*a)).read("b", "f32", self.tensor(*b));
+                self.elementwise(shader, *out, "a[at] + b[at]");
+            }
+            Op::Map { x, out, f } => {
+                let shader =
+                    self.shader("map").read("x", "f32", self.tensor(*x)).with(&unary(*f).unwrap_or_default());
+                self.elementwise(shader, *out, "f(x[at])");
+            }
+            Op::Route { .. } => self.route(op),
+            Op::Experts { .. } => self.experts(op),
+            Op::TopK { x, ids, values } => self.top_k(*x, *ids, *values),
+            Op::ArgMax { x, out } => {
+                let t = self.program.tensor(*x);
+                let shader = self
+                    .shader("arg_max")
+                    .workgroup(self.row_workgroup(t.cols))
+                    .read("x", "u32", self.tensor(*x))
+                    .write("out", "u32", self.tensor(*out))
+                    .u32("COLUMNS", t.cols)
+                    .with(wgsl!("lib/rank"))
+                    .with(wgsl!("arg_max"));
+                self.push(shader, [ONE, each(t.rows), ONE]);
+            }
+            // `missing` has named it.
+            _ => {}
+        }
+    }
+
+    /// The largest of pieces of a row, then of the pieces of those, until one piece has them.
+    fn top_k(&mut self, x: TensorId, ids: TensorId, values: TensorId) {
+        let (rows, k) = (self.program.tensor(x).rows, self.cols(ids));
+        let (mut count, mut from) = (self.cols(x), None);
+        loop {
+            let pieces = count.div_ceil(TOP_K_PIECE);
+            let shader =
+                self.shader("top_k").workgroup(256).u32("PIECE", TOP_K_PIECE).u32("COUNT", count).u32("K", k);
+            let shader = match from.clone() {
+                None => shader.read("x", "u32", self.tensor(x)).with(
+                    "fn element(row: u32, i: u32) -> vec2<u32> { return vec2(rank(x[row * COUNT + i]), i); }",
+                ),
+                Some(from) => shader
+                    .read("x", "vec2<u32>", from)
+                    .with("fn element(row: u32, i: u32) -> vec2<u32> { return x[row * COUNT + i]; }"),
+            };
+            let groups = [fixed(pieces), each(rows), ONE];
+            if pieces == 1 {
+                let shader =
+                    shader.write("ids", "u32", self.tensor(ids)).write("values", "u32", self.tensor(values));
+                let keep = "fn keep(row: u32, i: u32, e: vec2<u32>) {
+                    ids[row * K + i] = e.y;
+                    values[row * K + i] = bits_of(e.x);
+                }";
+                return self.push(shader.with(keep).with(wgsl!("lib/rank")).with(wgsl!("top_k")), groups);
+            }
+            count = pieces * k;
+            // A dispatch reads what the one before it wrote.
+            let to =
+                if from == Some(Resource::Extra(Extra::Ranked)) { Extra::Reranked } else { Extra::Ranked };
+            let to = self.extra(to, rows, 2 * u64::from(count));
+            let keep = format!("fn keep(row: u32, i: u32, e: vec2<u32>) {{ kept[row * {count}u + i] = e; }}");
+            let shader = shader.write("kept", "vec2<u32>", to.clone()).with(&keep);
+            self.push(shader.with(wgsl!("lib/rank")).with(wgsl!("top_k")), groups);
+            from = Some(to);
+        }
+    }
+
+    fn embed(&mut self, table: TensorId, index: Index, out: TensorId, scale: f32) {
+        let t = self.program.tensor(table);
+        let four = match t.format.kind() {
+            Kind::Float => wgsl!("lib/four_plain"),
+            Kind::Quantised { .. } => wgsl!("lib/four_quantised"),
+        };
+        for shard in self.shards(table) {
+            let shader = self.step_shader("embed");
+            let shader = self
+                .matrix(shader, table, &shard)
+                .write("out", "f32", self.tensor(out))
+                .u32("FIRST", shard.first)
+                .with(match index {
+                    Index::Token => "fn row_of(token: u32) -> u32 { return token_id(token); }",
+                    Index::Position => "fn row_of(token: u32) -> u32 { return position(token); }",
+                    Index::First => "fn row_of(token: u32) -> u32 { return 0u; }",
+                })
+                .f32("SCALE", scale)
+                .with(four)
+                .with(wgsl!("embed"));
+            self.push(shader, [fixed(t.cols.div_ceil(4 * WORKGROUP)), each(Dim::Tokens), ONE]);
+        }
+    }
+
+    /// Invocations for a row of so many elements: four elements each, if there are enough.
+    fn row_workgroup(&self, elements: u32) -> u32 {
+        let enough = (elements / 4).max(1).next_power_of_two().max(WORKGROUP);
+        enough.min(self.bounds.tuning.row).min(self.bounds.workgroup)
+    }
+
+    /// A norm, whose results are quantised as well if so wished.
+    fn norm(&mut self, op: &Op, codes: Option<Extra>) {
+        let Op::Norm { x, add, sum, weight, bias, out, kind, eps, group } = op else { return };
+        let (rows, cols) = (self.program.tensor(*x).rows, self.cols(*x));
+        let mut shader = self
+            .shader("norm")
+            .workgroup(self.row_workgroup(*group))
+            .read("x", "f32", self.tensor(*x))
+            .write("out", "f32", self.tensor(*out))
+            .u32("COLUMNS", cols)
+            .u32("GROUP", *group)
+            .f32("EPS", *eps)
+            .bool("CENTRED", *kind == NormKind::Layer);
+        shader = match (add, sum) {
+            (Some(add), Some(sum)) => shader
+                .read("addend", "f32", self.tensor(*add))
+                .write("sum_out", "f32", self.tensor(*sum))
+                .with("fn input(at: u32) -> f32 { return x[at] + addend[at]; }")
+                .with("fn keep(at: u32, v: f32) { sum_out[at] = v; }"),
+            _ => {
+                shader.with("fn input(at: u32) -> f32 { return x[at]; }").with("fn keep(at: u32, v: f32) {}")
+            }
+        };
+        shader = self.optional(shader, *weight, "weight", "weight_of", "1.0");
+        shader = self.optional(shader, *bias, "bias", "bias_of", "0.0");
+        shader = match codes {
+            None => shader.with("fn after(in: In) {}"),
+            Some(codes) => {
+                self.quantised.retain(|q| q.0 != codes);
+                self.quantised.push((codes, *out, 1..u32::MAX));
+                self.quantiser(shader, codes, rows, 1, cols).with(wgsl!("lib/norm_quantise"))
+            }
+        };
+        self.push(shader.with(wgsl!("norm")), [fixed(cols / group), each(rows), ONE]);
+    }
+
+    /// `function(i)`: element i of a weight, or a constant.
+    fn optional(
+        &self,
+        shader: Shader,
+        id: Option<TensorId>,
+        name: &str,
+        function: &str,
+        otherwise: &str,
+    ) -> Shader {
+        let (shader, value) = match id {
+            Some(id) => (shader.read(name, "f32", self.tensor(id)), format!("{name}[i]")),
+            None => (shader, otherwise.into()),
+        };
+        shader.with(&format!("fn {function}(i: u32) -> f32 {{ return {value}; }}"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use halite::backend::{Caps, Contract, Fusions, Rows};
+    use halite::map::Source;
+    use halite::model::{Model, ProgramOptions};
+
+    /// A dense llama layer is eight dispatches in decode while its cache is short: norm, Q/K/V, rotation, attention, output, norm, gates, down.
+    #[test]
+    fn a_dense_layer_is_eight_dispatches() {
+        let file = concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/austen/halite-austen.gguf");
+        let model = Model::from_source(Source::open(file.as_ref()).unwrap()).unwrap();
+        let caps = Caps {
+            name: "test".into(),
+            device: String::new(),
+            memory_bytes: u64::MAX,
+            rows: Rows::Interleaved,
+            fusions: Fusions::ALL,
+            contract: Contract::Close,
+        };
+        let program = passes::adapt(&model.program(ProgramOptions::default(), 256).unwrap(), &caps);
+        for tuning in [Tuning::DISCRETE, Tuning::INTEGRATED, Tuning::CPU] {
+            let bounds = Bounds {
+                paths: Paths { subgroups: true, integer: true, f16: true, cooperative: None },
+                binding_bytes: 128 << 20,
+                workgroup_bytes: 16 << 10,
+                workgroup: 256,
+                tuning,
+            };
+            let lowered = lower(&program, Limits { tokens: 64, outputs: 1 }, &bounds);
+            let runs = |tokens: u32, longest: u32| {
+                let splits = lowered.splits(tokens, longest);
+                let counts = crate::plan::Counts { tokens, outputs: 1, tiles: &[], splits };
+                lowered.segments[1]
+                    .iter()
+                    .filter(|d| counts.runs(d))
+                    .map(|d| d.shader.name)
+                    .collect::<Vec<_>>()
+            };
+            let expected = ["norm", "matvec", "rope_kv", "attend", "matvec", "norm", "matvec", "matvec"];
+            assert_eq!(runs(1, 127), expected);
+            // Attention over a long cache is split and merged.
+            assert_eq!(runs(1, 128)[3..5], ["attend", "merge"]);
+            assert_eq!(runs(1, 128).len(), 9);
+            assert_eq!(runs(64, 5000).iter().filter(|&&name| name == "matmul").count(), 7);
+        }
+    }
+}

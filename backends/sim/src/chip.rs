@@ -1,0 +1,378 @@
+//! What a profile says about the simulated machine: its shape, and what each command takes.
+
+use halite_kernels::formats::{Activation, Format, Kind};
+
+use super::matrix::{self, Product};
+use super::tile::{Form, Piece, VectorWork, Work};
+use halite::{Error, Result};
+use halite_profiles::numerics::{self, Dtype};
+use halite_profiles::profile::{Dma, Memory, Profile, Scope};
+
+/// How the simulator computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Numerics {
+    /// The bits of the numeric contract; times are those of the chip's own formats.
+    #[default]
+    Exact,
+    /// In the chip's own formats.
+    Native,
+}
+
+/// A chip, ready to lower ops to.
+#[derive(Debug, Clone)]
+pub struct Chip {
+    /// All there is to know.
+    pub profile: Profile,
+    /// How it computes.
+    pub numerics: Numerics,
+    /// Which format products are computed in, whatever the weight's; otherwise each weight chooses.
+    pub products: Option<Dtype>,
+    /// The format in which activations lie in device memory, for times. What runs for its results has 32-bit floats.
+    pub activations: Dtype,
+    /// Tiles.
+    pub tiles: u32,
+    /// Bytes of a tile's scratchpad.
+    pub scratch_bytes: u64,
+    scratch: usize,
+}
+
+/// How a weight is multiplied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Multiplication {
+    /// The rate of the matrix unit.
+    pub rate: usize,
+    /// How activations lie in the scratchpad.
+    pub x: Form,
+    /// How the unit takes weights.
+    pub w: Form,
+    /// Whether the vector unit brings activations into the format that the unit takes.
+    pub converts: bool,
+    /// Whether it does the same for the weight's stored form.
+    pub unpacks: bool,
+}
+
+impl Chip {
+    /// A profile's chip.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if it has no tile memory to compute in, or no `products` of that format.
+    pub fn new(profile: Profile, numerics: Numerics, products: Option<Dtype>) -> Result<Chip> {
+        let of_tile = |m: &(usize, &Memory)| m.1.scope == Scope::Tile;
+        let size = |m: &(usize, &Memory)| m.1.capacity_bytes.value;
+        let tile_memories = profile.memory.iter().enumerate().filter(of_tile);
+        let scratch = tile_memories.max_by(|a, b| size(a).total_cmp(&size(b))).map(|(i, _)| i);
+        let Some(scratch) = scratch.filter(|&i| i + 1 < profile.memory.len()) else {
+            let expected = "a memory of each tile, and one behind it";
+            return Err(Error::argument("profile", expected, format!("`{}` without", profile.name)));
+        };
+        let scratch_bytes = profile.memory[scratch].capacity_bytes.value as u64;
+        let tiles = profile.tiles() as u32;
+        let activations = Dtype::Fp32;
+        let chip = Chip { profile, numerics, products, activations, tiles, scratch_bytes, scratch };
+        if let Some(wanted) = products
+            && !chip.rates().any(|(_, _, weights)| weights == wanted)
+        {
+            let have: Vec<_> = chip.rates().map(|(_, _, weights)| weights.name()).collect();
+            return Err(Error::argument("product format", have.join(", "), wanted.name()));
+        }
+        Ok(chip)
+    }
+
+    /// Whether products can be computed in all of the chip's formats.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] that names the sums that cannot.
+    pub fn check_native(&self) -> Result<()> {
+        let sums = |rate: &(usize, Dtype, Dtype)| self.formats(rate.0).2;
+        let bad = self.rates().map(|rate| sums(&rate)).find(|d| !matches!(d, Dtype::Fp32 | Dtype::Int32));
+        match bad {
+            Some(dtype) => {
+                Err(Error::argument("accumulator", "fp32 or int32, for native numerics", dtype.name()))
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// The memory that holds weights and the KV cache.
+    pub fn device(&self) -> &Memory {
+        // `new` has seen that there are two memories.
+        &self.profile.memory[self.profile.memory.len() - 1]
+    }
+
+    /// The tiles' memory.
+    pub fn scratchpad(&self) -> &Memory {
+        &self.profile.memory[self.scratch]
+    }
+
+    /// Rates of products by number: activations, weights. Without a matrix unit they are those of the vector unit.
+    fn rates(&self) -> impl Iterator<Item = (usize, Dtype, Dtype)> {
+        let matrix = self.profile.matrix.iter().flat_map(|m| &m.rate).map(|r| (r.activations, r.weights));
+        let vector = self.profile.vector.rate.iter().map(|r| (r.dtype, r.dtype));
+        let without = self.profile.matrix.is_none();
+        matrix.chain(vector.filter(move |_| without)).enumerate().map(|(i, (x, w))| (i, x, w))
+    }
+
+    /// How a weight is multiplied: in the format of the chip that is nearest to the weight's, or in the one asked for.
+    pub fn multiplication(&self, weight: Format, k: u32) -> Multiplication {
+        let preferences = match self.products {
+            Some(wanted) => vec![wanted],
+            None => preferences(weight),
+        };
+        let fits = |d: Dtype| (k as usize).is_multiple_of(d.block_len());
+        let find = |wanted: Dtype| self.rates().find(|&(_, x, w)| w == wanted && fits(w) && fits(x));
+        let any = || self.rates().find(|&(_, x, w)| fits(w) && fits(x)).or(self.rates().next());
+        let found = preferences.into_iter().find_map(find).or_else(any);
+        let (rate, x, w) = found.unwrap_or((0, Dtype::Fp32, Dtype::Fp32));
+        let (converts, unpacks) = (self.activations != x, stored_as(weight) != Some(w));
+        let (x, w) = match (self.numerics, weight.kind()) {
+            (Numerics::Native, _) => (Form::Chip(x), Form::Chip(w)),
+            (Numerics::Exact, Kind::Float) => (Form::F32, Form::File(weight)),
+            (Numerics::Exact, Kind::Quantised { activation, .. }) => {
+                (Form::Quantised(activation), Form::File(weight))
+            }
+        };
+        Multiplication { rate, x, w, converts, unpacks }
+    }
+
+    /// The rate at which attention multiplies: the fastest of floats that keep half precision, or the fastest of all.
+    pub fn attention_rate(&self) -> usize {
+        let keeps = [Dtype::Bf16, Dtype::Fp16, Dtype::Tf32, Dtype::Fp32];
+        let float = keeps.iter().find_map(|d| self.rates().find(|&(_, x, w)| x == *d && w == *d));
+        float.or_else(|| self.rates().next()).map_or(0, |(rate, ..)| rate)
+    }
+
+    /// The format in which the vector unit computes.
+    pub fn vector_dtype(&self) -> Dtype {
+        let widest = self.profile.vector.rate.iter().max_by(|a, b| a.dtype.bits().total_cmp(&b.dtype.bits()));
+        widest.map_or(Dtype::Fp32, |rate| rate.dtype)
+    }
+
+    /// The formats of a rate: of activations, weights and sums.
+    pub fn formats(&self, rate: usize) -> (Dtype, Dtype, Dtype) {
+        match self.profile.matrix.as_ref().and_then(|m| m.rate.get(rate)) {
+            Some(rate) => (rate.activations, rate.weights, rate.accumulator),
+            None => {
+                let dtype = self.profile.vector.rate.get(rate).map_or(Dtype::Fp32, |rate| rate.dtype);
+                (dtype, dtype, Dtype::Fp32)
+            }
+        }
+    }
+
+    /// Seconds that a unit is busy with some work, and seconds from then to its last result.
+    pub fn compute_s(&self, work: Work) -> (f64, f64) {
+        match work {
+            Work::Matrix { rate, m, n, k } => {
+                let Some(unit) = &self.profile.matrix else {
+                    let all = u64::from(m) * u64::from(n) * u64::from(k);
+                    return self.vector_s(VectorWork { simple: all, ..Default::default() }, rate);
+                };
+                let Some(rate) = unit.rate.get(rate) else { return (0.0, 0.0) };
+                let clock_hz = unit.clock_hz.as_ref().unwrap_or(&self.profile.chip.clock_hz).value;
+                let product = Product { m: m.into(), n: n.into(), k: k.into() };
+                let cycles = matrix::cycles(unit, rate, product);
+                (cycles.busy / unit.units_per_tile.value / clock_hz, cycles.drain / clock_hz)
+            }
+            Work::Vector(work) => {
+                let dtype = self.vector_dtype();
+                let rate = self.profile.vector.rate.iter().position(|r| r.dtype == dtype);
+                self.vector_s(work, rate.unwrap_or(0))
+            }
+        }
+    }
+
+    fn vector_s(&self, work: VectorWork, rate: usize) -> (f64, f64) {
+        let unit = &self.profile.vector;
+        let clock_hz = unit.clock_hz.as_ref().unwrap_or(&self.profile.chip.clock_hz).value;
+        // A fused multiply-add counts as two operations, and a lane does one in a cycle.
+        let lanes =
+            unit.rate.get(rate).map_or(1.0, |r| r.ops_per_cycle.value / 2.0) * unit.units_per_tile.value;
+        let cycles = |n: u64, of: &Option<halite_profiles::profile::Quantity>| {
+            n as f64 * of.as_ref().map_or(1.0, |cycles| cycles.value)
+        };
+        let elements = work.simple as f64
+            + cycles(work.exp, &unit.exp_cycles)
+            + cycles(work.rsqrt, &unit.rsqrt_cycles)
+            + cycles(work.divide, &unit.divide_cycles)
+            + cycles(work.quantize, &unit.quantize_cycles);
+        let open = unit.open_cycles.as_ref().map_or(0.0, |open| open.value);
+        let dependent = unit.dependent_cycles.as_ref().map_or(0.0, |cycles| cycles.value);
+        (((elements / lanes).ceil() + open) / clock_hz, dependent / clock_hz)
+    }
+
+    /// Picojoules of some work, if the profile says.
+    pub fn compute_pj(&self, work: Work) -> Option<f64> {
+        match (work, &self.profile.matrix) {
+            (Work::Matrix { rate, m, n, k }, Some(unit)) => {
+                let ops = 2.0 * f64::from(m) * f64::from(n) * f64::from(k);
+                Some(ops * unit.rate.get(rate)?.pj_per_op.as_ref()?.value)
+            }
+            (Work::Matrix { rate, m, n, k }, None) => {
+                let ops = 2.0 * f64::from(m) * f64::from(n) * f64::from(k);
+                Some(ops * self.profile.vector.rate.get(rate)?.pj_per_op.as_ref()?.value)
+            }
+            // Small beside the rest, and often not known: left out where the profile does not have it.
+            (Work::Vector(work), _) => {
+                let ops = work.simple + work.exp + work.rsqrt + work.divide + work.quantize;
+                let dtype = self.vector_dtype();
+                let rate = self.profile.vector.rate.iter().find(|r| r.dtype == dtype)?;
+                Some(ops as f64 * rate.pj_per_op.as_ref().map_or(0.0, |pj| pj.value))
+            }
+        }
+    }
+
+    /// The engines that serve tiles: the ones nearest to them.
+    fn dma(&self) -> Option<&Dma> {
+        self.profile.dma.iter().min_by_key(|dma| dma.scope)
+    }
+
+    /// Bytes per second that a tile's engine for one direction moves at most.
+    pub fn engine_bytes_per_s(&self) -> f64 {
+        let scratch = &self.scratchpad().read_bytes_per_s.value;
+        match self.dma() {
+            // One engine stores, and the others load.
+            Some(dma) if dma.scope == Scope::Tile => {
+                let loading = (dma.engines.value - 1.0).max(1.0);
+                (dma.bytes_per_s.value * loading).min(*scratch)
+            }
+            Some(dma) => dma.bytes_per_s.value.min(*scratch),
+            None => *scratch,
+        }
+    }
+
+    /// Requests of an engine that may be under way; of caches, which fetch ahead by themselves, many.
+    pub fn queue_entries(&self) -> usize {
+        let entries =
+            |dma: &Dma| dma.queue_entries.as_ref().map_or(1, |entries| entries.value as usize).max(1);
+        self.dma().map_or(16, entries)
+    }
+
+    /// Bytes per second that all tiles together get from device memory.
+    pub fn device_bytes_per_s(&self) -> f64 {
+        let device = self.device();
+        let reached = device.achievable_fraction.as_ref().map_or(1.0, |fraction| fraction.value);
+        let memory = self.profile.read_bytes_per_s(device) * reached;
+        let shared = |dma: &&Dma| dma.scope != Scope::Tile;
+        match self.dma().filter(shared) {
+            Some(dma) => {
+                memory.min(dma.bytes_per_s.value * dma.engines.value * self.profile.instances(dma.scope))
+            }
+            None => memory,
+        }
+    }
+
+    /// Seconds from a request to its first byte.
+    pub fn setup_s(&self, piece: &Piece) -> f64 {
+        let dma = self.dma();
+        let setup_ns = dma.map_or(0.0, |dma| dma.setup_ns.value);
+        let descriptor_ns = dma.and_then(|dma| dma.descriptor_ns.as_ref()).map_or(0.0, |ns| ns.value);
+        let dimensions = dma.and_then(|dma| dma.max_dimensions.as_ref()).map_or(1.0, |n| n.value);
+        // With two dimensions, one descriptor is all runs of a piece.
+        let descriptors = if dimensions >= 2.0 { 1.0 } else { f64::from(piece.runs) };
+        1e-9 * (setup_ns + descriptors * descriptor_ns + self.device().latency_ns.value)
+    }
+
+    /// Bytes that a 32-bit activation takes in device memory.
+    pub fn activation_bytes(&self) -> f64 {
+        self.activations.bits() / 8.0
+    }
+
+    /// The part of its bytes that a piece takes in device memory.
+    fn kept(&self, activations: bool) -> f64 {
+        if activations { self.activation_bytes() / 4.0 } else { 1.0 }
+    }
+
+    /// Bytes of a piece in device memory.
+    pub fn memory_bytes(&self, piece: &Piece) -> f64 {
+        piece.bytes() as f64 * self.kept(piece.activations)
+    }
+
+    /// Bytes that a piece counts as, short runs being slower.
+    pub fn transfer_bytes(&self, piece: &Piece) -> f64 {
+        let half = self.dma().and_then(|dma| dma.half_rate_run_bytes.as_ref()).map_or(0.0, |half| half.value);
+        let run = (f64::from(piece.run_bytes) * self.kept(piece.activations)).max(1.0);
+        self.memory_bytes(piece) * (run + half) / run
+    }
+
+    /// By how many one read of device memory is divided, of `sharers` tiles that load the same.
+    pub fn multicast(&self, sharers: u32) -> u32 {
+        let between = &self.profile.memory[self.scratch + 1..self.profile.memory.len() - 1];
+        let shared = |scope| between.iter().any(|m| m.scope == scope);
+        let broadcast = self.profile.noc.as_ref().is_some_and(|noc| noc.broadcast);
+        if broadcast || shared(Scope::Chip) {
+            sharers.max(1)
+        } else if shared(Scope::Cluster) {
+            sharers.clamp(1, self.profile.chip.tiles_per_cluster.value as u32)
+        } else {
+            1
+        }
+    }
+
+    /// Seconds from a signal to the wait that it ends.
+    pub fn semaphore_s(&self) -> f64 {
+        self.profile.sync.as_ref().map_or(0.0, |sync| 1e-9 * sync.semaphore_ns.value)
+    }
+
+    /// Seconds of a barrier of all tiles; none where there is one tile.
+    pub fn barrier_s(&self) -> f64 {
+        let barrier = self.profile.sync.as_ref().and_then(|sync| sync.barrier_ns.as_ref());
+        if self.tiles > 1 { barrier.map_or(0.0, |ns| 1e-9 * ns.value) } else { 0.0 }
+    }
+
+    /// Seconds to start an op of a recorded step.
+    pub fn launch_s(&self) -> f64 {
+        let launch = &self.profile.launch;
+        1e-9 * launch.graph_kernel_ns.as_ref().unwrap_or(&launch.kernel_ns).value
+    }
+}
+
+/// The chip's format of the same bits as a weight's, if there is one.
+fn stored_as(weight: Format) -> Option<Dtype> {
+    match weight {
+        Format::F32 => Some(Dtype::Fp32),
+        Format::F16 => Some(Dtype::Fp16),
+        Format::BF16 => Some(Dtype::Bf16),
+        Format::MXFP4 => Some(Dtype::Mxfp4),
+        _ => None,
+    }
+}
+
+/// Formats of a chip for a weight, best first: the weight's own; else, for codes of up to 8 bits, one of 8 bits, integers
+/// first; else floats from the narrowest that keep 8 bits.
+fn preferences(weight: Format) -> Vec<Dtype> {
+    use Dtype::*;
+    let own = stored_as(weight);
+    let rest: &[Dtype] = match weight.kind() {
+        Kind::Quantised { .. } => &[Mxint8, Mx9, Int8, Mxfp8E4m3, Fp8E4m3, Bf16, Fp16, Tf32, Fp32],
+        Kind::Float => &[Bf16, Fp16, Tf32, Fp32, Mx9, Mxint8, Int8, Mxfp8E4m3, Fp8E4m3],
+    };
+    own.into_iter().chain(rest.iter().copied()).collect()
+}
+
+/// Bytes of `rows` rows of `k` elements in a form.
+pub fn form_bytes(form: Form, rows: u32, k: u32) -> u64 {
+    let (rows, k) = (u64::from(rows), u64::from(k));
+    let row = match form {
+        Form::F32 => 4 * k,
+        Form::File(format) => format.row_bytes(k as usize).unwrap_or(0) as u64,
+        Form::Quantised(activation) => {
+            let [codes, scales, sums] = quantised_row(activation, k);
+            codes + scales + sums
+        }
+        Form::Chip(dtype) => match dtype.format() {
+            // A scale for the row makes integers of floats.
+            numerics::Format::Element(element) => {
+                let scale = if matches!(element, numerics::Element::Fixed { .. }) { 4 } else { 0 };
+                k * u64::from(element.bits().div_ceil(8)) + scale
+            }
+            numerics::Format::Block(block) => k + 2 * k.div_ceil(block.len as u64),
+        },
+    };
+    rows * row
+}
+
+/// Bytes of a row of quantised activations: codes, scales, sums.
+pub fn quantised_row(activation: Activation, k: u64) -> [u64; 3] {
+    use halite_kernels::activation::{PADDING, SUMS, padded};
+    let padded = padded(k as usize) as u64;
+    [padded, 4 * padded / activation.block_len() as u64, 4 * padded / PADDING as u64 * SUMS as u64]
+}

@@ -1,0 +1,474 @@
+//! How long lowered ops take: the same commands, as events.
+//!
+//! Each queue of each tile works through its commands in order, as waits allow. A DMA queue has several requests under way, so
+//! that the setup of one hides behind the bytes of another. All transfers share the bandwidth of device memory equally; each is
+//! at most as fast as its engine. A signal takes the profile's time to arrive.
+
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, VecDeque};
+
+use super::chip::Chip;
+use super::tile::{Action, Command, Lowered, Piece, Queue, Step, TileProgram, Work};
+
+/// What an op took. Busy times are those of the busiest tile of each phase.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct OpTime {
+    /// From start to end, in seconds.
+    pub seconds: f64,
+    /// Of it, starting the op and waiting for all tiles.
+    pub launch_s: f64,
+    /// Seconds that queues were busy, by [`Queue`].
+    pub busy_s: [f64; 4],
+    /// Seconds that the busiest tile's engines take for their bytes, if they need not wait for memory.
+    pub engine_s: f64,
+    /// Seconds that device memory takes for the bytes at its full rate.
+    pub device_s: f64,
+    /// Bytes read from device memory.
+    pub read_bytes: f64,
+    /// Bytes written to device memory.
+    pub written_bytes: f64,
+    /// Bytes that went in and out of scratchpads.
+    pub scratch_bytes: f64,
+    /// Operations of products; a multiply-add is two.
+    pub matrix_ops: f64,
+    /// Joules of operations and of moved bytes, without what the chip takes while it does nothing; absent where the profile
+    /// does not say.
+    pub joules: Option<f64>,
+}
+
+/// What limits an op.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Bound {
+    /// The matrix unit.
+    Matrix,
+    /// The vector unit.
+    Vector,
+    /// The bandwidth of device memory.
+    Memory,
+    /// A tile's DMA engines.
+    Dma,
+    /// Starting, and barriers.
+    Launch,
+    /// None of these: waiting for each other.
+    Latency,
+}
+
+impl Bound {
+    /// For people.
+    pub fn name(self) -> &'static str {
+        match self {
+            Bound::Matrix => "matrix",
+            Bound::Vector => "vector",
+            Bound::Memory => "memory",
+            Bound::Dma => "dma",
+            Bound::Launch => "launch",
+            Bound::Latency => "latency",
+        }
+    }
+}
+
+impl OpTime {
+    /// The share of the time that each resource was busy, the busiest first.
+    pub fn shares(&self) -> [(Bound, f64); 5] {
+        let mut shares = [
+            (Bound::Matrix, self.busy_s[Queue::Matrix as usize]),
+            (Bound::Vector, self.busy_s[Queue::Vector as usize]),
+            (Bound::Memory, self.device_s),
+            (Bound::Dma, self.engine_s),
+            (Bound::Launch, self.launch_s),
+        ];
+        for share in &mut shares {
+            share.1 = if self.seconds > 0.0 { share.1 / self.seconds } else { 0.0 };
+        }
+        shares.sort_by(|a, b| b.1.total_cmp(&a.1));
+        shares
+    }
+
+    /// What limits it: the busiest resource, if it is busy at least half of the time.
+    pub fn bound(&self) -> Bound {
+        let [(bound, share), ..] = self.shares();
+        if share >= 0.5 { bound } else { Bound::Latency }
+    }
+
+    /// One after the other.
+    pub fn then(self, next: OpTime) -> OpTime {
+        OpTime {
+            seconds: self.seconds + next.seconds,
+            launch_s: self.launch_s + next.launch_s,
+            busy_s: std::array::from_fn(|i| self.busy_s[i] + next.busy_s[i]),
+            engine_s: self.engine_s + next.engine_s,
+            device_s: self.device_s + next.device_s,
+            read_bytes: self.read_bytes + next.read_bytes,
+            written_bytes: self.written_bytes + next.written_bytes,
+            scratch_bytes: self.scratch_bytes + next.scratch_bytes,
+            matrix_ops: self.matrix_ops + next.matrix_ops,
+            joules: self.joules.zip(next.joules).map(|(a, b)| a + b),
+        }
+    }
+}
+
+/// A stretch of time that a queue was busy.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Busy {
+    /// Which tile.
+    pub tile: u32,
+    /// Which queue.
+    pub queue: Queue,
+    /// What it did.
+    pub what: &'static str,
+    /// Seconds from the start of the op.
+    pub start_s: f64,
+    /// The same, of the end.
+    pub end_s: f64,
+}
+
+/// Times an op; `trace` gets what each queue did.
+pub fn time(chip: &Chip, lowered: &Lowered, mut trace: Option<&mut Vec<Busy>>) -> OpTime {
+    let mut total = OpTime { joules: Some(0.0), ..OpTime::default() };
+    total.launch_s = chip.launch_s() + chip.barrier_s() * lowered.phases.len() as f64;
+    total.seconds = chip.launch_s();
+    for programs in &lowered.phases {
+        let mut phase = Phase::new(chip, programs, total.seconds, trace.as_deref_mut());
+        phase.run();
+        total.seconds += phase.end_s + chip.barrier_s();
+        let busiest = |queue: usize| phase.tiles.iter().map(|t| t.busy_s[queue]).fold(0.0, f64::max);
+        let busy: [f64; 4] = std::array::from_fn(busiest);
+        for (total, busy) in total.busy_s.iter_mut().zip(busy) {
+            *total += busy;
+        }
+        total.engine_s += phase.tiles.iter().flat_map(|t| t.engine_s).fold(0.0, f64::max);
+        for program in programs {
+            count(chip, program, &mut total);
+        }
+    }
+    total.device_s = (total.read_bytes + total.written_bytes) / chip.device_bytes_per_s();
+    let pj = |memory: &halite_profiles::profile::Memory| memory.pj_per_byte.as_ref().map(|pj| pj.value);
+    let moved = (pj(chip.device()), pj(chip.scratchpad()));
+    total.joules = match (total.joules, moved) {
+        (Some(computed), (Some(device), scratch)) => {
+            let bytes = device * (total.read_bytes + total.written_bytes)
+                + scratch.unwrap_or(0.0) * total.scratch_bytes;
+            Some(1e-12 * (computed + bytes))
+        }
+        _ => None,
+    };
+    total
+}
+
+/// Adds a program's bytes and operations; energy in picojoules.
+fn count(chip: &Chip, program: &TileProgram, total: &mut OpTime) {
+    let mut held = vec![0u64; program.slots.len()];
+    for command in &program.commands {
+        match &command.action {
+            Action::Load { from, to, at, sharers } => {
+                total.read_bytes += chip.memory_bytes(from) / f64::from(chip.multicast(*sharers));
+                total.scratch_bytes += from.bytes() as f64;
+                held[*to as usize] = u64::from(*at) + from.bytes();
+            }
+            Action::Store { to, .. } => {
+                total.written_bytes += chip.memory_bytes(to);
+                total.scratch_bytes += to.bytes() as f64;
+            }
+            Action::Compute { work, reads, writes, .. } => {
+                for &(slot, bytes) in writes {
+                    held[slot as usize] = bytes.into();
+                    total.scratch_bytes += f64::from(bytes);
+                }
+                let read: u64 = reads.iter().map(|&slot| held[slot as usize]).sum();
+                total.scratch_bytes += read as f64;
+                if let Work::Matrix { m, n, k, .. } = work {
+                    total.matrix_ops += 2.0 * f64::from(*m) * f64::from(*n) * f64::from(*k);
+                }
+                total.joules = total.joules.zip(chip.compute_pj(*work)).map(|(a, b)| a + b);
+            }
+        }
+    }
+}
+
+/// What happens at a time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Event {
+    /// A unit can take its next command.
+    Free { tile: u32, queue: Queue },
+    /// A command's results are there.
+    Signals { tile: u32, command: u32 },
+    /// A request of a DMA queue is set up.
+    Ready { tile: u32, queue: Queue },
+    /// A transfer has ended.
+    Moved { tile: u32, queue: Queue },
+}
+
+/// Times are ordered as the bits of positive floats.
+type When = u64;
+
+struct TileState<'a> {
+    program: &'a TileProgram,
+    semaphores: Vec<u32>,
+    /// Commands still to come, by queue.
+    queues: [VecDeque<u32>; 4],
+    /// Whether the unit or engine is at work.
+    busy: [bool; 4],
+    /// Requests that were sent: when each is set up, and its command.
+    requests: [VecDeque<(f64, u32)>; 4],
+    busy_s: [f64; 4],
+    /// Seconds that engines take for what they moved, if they need not wait for memory.
+    engine_s: [f64; 4],
+}
+
+/// A transfer under way.
+#[derive(Debug, Clone, Copy)]
+struct Flow {
+    tile: u32,
+    queue: Queue,
+    /// When its engine is done with it.
+    engine_end_s: f64,
+}
+
+struct Phase<'a, 't> {
+    chip: &'a Chip,
+    tiles: Vec<TileState<'a>>,
+    now_s: f64,
+    end_s: f64,
+    events: BinaryHeap<Reverse<(When, u32, Event)>>,
+    sequence: u32,
+    /// Device memory: bytes that each transfer has had so far, were it there from the start; and at what count each ends.
+    served: f64,
+    served_at_s: f64,
+    flows: BinaryHeap<Reverse<(When, u32)>>,
+    flow: Vec<Flow>,
+    queue_entries: usize,
+    /// Of the chip: bytes per second of device memory and of an engine, seconds of a signal.
+    device_bytes_per_s: f64,
+    engine_bytes_per_s: f64,
+    semaphore_s: f64,
+    start_s: f64,
+    trace: Option<&'t mut Vec<Busy>>,
+}
+
+fn when(time: f64) -> When {
+    time.max(0.0).to_bits()
+}
+
+impl<'a, 't> Phase<'a, 't> {
+    fn new(
+        chip: &'a Chip,
+        programs: &'a [TileProgram],
+        start_s: f64,
+        trace: Option<&'t mut Vec<Busy>>,
+    ) -> Phase<'a, 't> {
+        let state = |program: &'a TileProgram| {
+            let mut queues: [VecDeque<u32>; 4] = Default::default();
+            for (i, command) in program.commands.iter().enumerate() {
+                queues[command.queue as usize].push_back(i as u32);
+            }
+            TileState {
+                program,
+                semaphores: vec![0; program.semaphores as usize],
+                queues,
+                busy: [false; 4],
+                requests: Default::default(),
+                busy_s: [0.0; 4],
+                engine_s: [0.0; 4],
+            }
+        };
+        Phase {
+            chip,
+            tiles: programs.iter().map(state).collect(),
+            now_s: 0.0,
+            end_s: 0.0,
+            events: BinaryHeap::new(),
+            sequence: 0,
+            served: 0.0,
+            served_at_s: 0.0,
+            flows: BinaryHeap::new(),
+            flow: Vec::new(),
+            queue_entries: chip.queue_entries(),
+            device_bytes_per_s: chip.device_bytes_per_s(),
+            engine_bytes_per_s: chip.engine_bytes_per_s(),
+            semaphore_s: chip.semaphore_s(),
+            start_s,
+            trace,
+        }
+    }
+
+    fn run(&mut self) {
+        for tile in 0..self.tiles.len() as u32 {
+            self.advance(tile);
+        }
+        loop {
+            let event = self.events.peek().map(|Reverse((time, ..))| f64::from_bits(*time));
+            let served = self.flows.peek().map(|Reverse((count, _))| {
+                let left = f64::from_bits(*count) - self.served;
+                self.served_at_s + left.max(0.0) * self.flows.len() as f64 / self.device_bytes_per_s
+            });
+            match (event, served) {
+                (None, None) => break,
+                (Some(time), served) if served.is_none_or(|served| time <= served) => {
+                    self.now_s = time;
+                    if let Some(Reverse((_, _, event))) = self.events.pop() {
+                        self.happen(event);
+                    }
+                }
+                (_, served) => {
+                    self.now_s = served.unwrap_or(self.now_s);
+                    self.serve();
+                    if let Some(Reverse((_, id))) = self.flows.pop() {
+                        let flow = self.flow[id as usize];
+                        let end = flow.engine_end_s.max(self.now_s);
+                        self.at(end, Event::Moved { tile: flow.tile, queue: flow.queue });
+                    }
+                }
+            }
+        }
+        self.end_s = self.now_s;
+    }
+
+    /// Brings the count of served bytes up to now.
+    fn serve(&mut self) {
+        if !self.flows.is_empty() {
+            let rate = self.device_bytes_per_s / self.flows.len() as f64;
+            self.served += (self.now_s - self.served_at_s) * rate;
+        }
+        self.served_at_s = self.now_s;
+    }
+
+    fn at(&mut self, time: f64, event: Event) {
+        self.sequence += 1;
+        self.events.push(Reverse((when(time), self.sequence, event)));
+    }
+
+    fn happen(&mut self, event: Event) {
+        match event {
+            Event::Free { tile, queue } => {
+                self.tiles[tile as usize].busy[queue as usize] = false;
+                self.advance_queue(tile, queue);
+            }
+            Event::Signals { tile, command } => {
+                let state = &mut self.tiles[tile as usize];
+                for &semaphore in &state.program.commands[command as usize].signals {
+                    state.semaphores[semaphore as usize] += 1;
+                }
+                self.advance(tile);
+            }
+            Event::Ready { tile, queue } => self.transfer(tile, queue),
+            Event::Moved { tile, queue } => {
+                let state = &mut self.tiles[tile as usize];
+                state.busy[queue as usize] = false;
+                if let Some((start, command)) = state.requests[queue as usize].pop_front() {
+                    state.busy_s[queue as usize] += self.now_s - start;
+                    self.note(tile, queue, command, start, self.now_s);
+                    self.signal(tile, command, self.now_s);
+                }
+                self.transfer(tile, queue);
+                self.advance_queue(tile, queue);
+            }
+        }
+    }
+
+    fn note(&mut self, tile: u32, queue: Queue, command: u32, start: f64, end: f64) {
+        let start_s = self.start_s + start;
+        let command = &self.tiles[tile as usize].program.commands[command as usize];
+        if let Some(trace) = &mut self.trace {
+            trace.push(Busy { tile, queue, what: label(command), start_s, end_s: self.start_s + end });
+        }
+    }
+
+    fn signal(&mut self, tile: u32, command: u32, time: f64) {
+        if !self.tiles[tile as usize].program.commands[command as usize].signals.is_empty() {
+            self.at(time + self.semaphore_s, Event::Signals { tile, command });
+        }
+    }
+
+    fn advance(&mut self, tile: u32) {
+        for queue in Queue::ALL {
+            self.advance_queue(tile, queue);
+        }
+    }
+
+    fn advance_queue(&mut self, tile: u32, queue: Queue) {
+        let q = queue as usize;
+        loop {
+            let state = &mut self.tiles[tile as usize];
+            let program: &'a TileProgram = state.program;
+            let Some(&number) = state.queues[q].front() else { return };
+            let command = &program.commands[number as usize];
+            let reached = |&(semaphore, count): &(u32, u32)| state.semaphores[semaphore as usize] >= count;
+            if !command.waits.iter().all(reached) {
+                return;
+            }
+            match &command.action {
+                Action::Compute { work, .. } => {
+                    if state.busy[q] {
+                        return;
+                    }
+                    state.queues[q].pop_front();
+                    let (busy_s, drain_s) = self.chip.compute_s(*work);
+                    state.busy[q] = true;
+                    state.busy_s[q] += busy_s;
+                    let end = self.now_s + busy_s;
+                    self.note(tile, queue, number, self.now_s, end);
+                    self.at(end, Event::Free { tile, queue });
+                    self.signal(tile, number, end + drain_s);
+                    return;
+                }
+                Action::Load { from: piece, .. } | Action::Store { to: piece, .. } => {
+                    if state.requests[q].len() >= self.queue_entries {
+                        return;
+                    }
+                    state.queues[q].pop_front();
+                    let ready = self.now_s + self.chip.setup_s(piece);
+                    state.requests[q].push_back((ready, number));
+                    self.at(ready, Event::Ready { tile, queue });
+                }
+            }
+        }
+    }
+
+    /// Starts the first request that is set up, if the engine is free.
+    fn transfer(&mut self, tile: u32, queue: Queue) {
+        let q = queue as usize;
+        let state = &mut self.tiles[tile as usize];
+        let program: &'a TileProgram = state.program;
+        if state.busy[q] {
+            return;
+        }
+        let Some((time, number)) = state.requests[q].front_mut() else { return };
+        if *time > self.now_s {
+            return;
+        }
+        *time = self.now_s;
+        let command = &program.commands[*number as usize];
+        state.busy[q] = true;
+        let (piece, sharers): (&Piece, u32) = match &command.action {
+            Action::Load { from, sharers, .. } => (from, *sharers),
+            Action::Store { to, .. } => (to, 1),
+            Action::Compute { .. } => return,
+        };
+        let engine_s = self.chip.transfer_bytes(piece) / self.engine_bytes_per_s;
+        state.engine_s[q] += engine_s;
+        let engine_end_s = self.now_s + engine_s;
+        self.serve();
+        let id = self.flow.len() as u32;
+        self.flow.push(Flow { tile, queue, engine_end_s });
+        let share = self.chip.memory_bytes(piece) / f64::from(self.chip.multicast(sharers));
+        self.flows.push(Reverse((when(self.served + share), id)));
+    }
+}
+
+fn label(command: &Command) -> &'static str {
+    match &command.action {
+        Action::Load { .. } => "load",
+        Action::Store { .. } => "store",
+        Action::Compute { work, step, .. } => match (step, work) {
+            (Step::Part, Work::Matrix { .. }) => "scores",
+            (Step::Part, Work::Vector(_)) => "softmax or unpack",
+            (Step::Units { .. }, _) => "rows",
+            (Step::Convert { .. }, _) => "convert",
+            (Step::Unpack { .. }, _) => "unpack",
+            (Step::Product { .. }, _) => "product",
+            (Step::Finish { .. }, _) => "finish",
+            (Step::Page { .. }, _) => "weigh values",
+            (Step::Merge { .. }, _) => "merge",
+        },
+    }
+}

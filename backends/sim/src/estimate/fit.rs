@@ -1,0 +1,404 @@
+//! Constants of the formulas in [`super::kernel`], fitted to measured kernels, with their errors on shapes that were held out.
+
+use std::collections::BTreeSet;
+
+use super::kernel::{AttentionConstants, Formats, Kernel, Machine, MatMulConstants};
+use super::kernel::{attention_seconds, matmul_seconds, work};
+use super::measure::digits;
+use super::points::{Point, held_out, shape};
+use halite::{Error, Result};
+use halite_profiles::profile::Profile;
+
+/// A constant: its key in profiles, where the search begins, and within which bounds it stays.
+#[derive(Debug, Clone, Copy)]
+pub struct Constant {
+    /// As in `[[calibration.matmul]]` and `[[calibration.attention]]`.
+    pub key: &'static str,
+    start: f64,
+    min: f64,
+    max: f64,
+}
+
+const fn constant(key: &'static str, start: f64, min: f64, max: f64) -> Constant {
+    Constant { key, start, min, max }
+}
+
+static MATMUL: [Constant; 6] = [
+    constant("compute_fraction", 0.8, 0.05, 1.0),
+    constant("memory_fraction", 0.8, 0.05, 1.0),
+    constant("overhead_ns", 3e3, 10.0, 1e8),
+    constant("wave_ns", 500.0, 1.0, 1e6),
+    constant("split_ns", 2e3, 1.0, 1e6),
+    constant("overlap_exponent", 2.0, 1.0, 20.0),
+];
+/// Without a cache nothing is chosen, and no more is fitted.
+const SCRATCHPAD_MATMUL: usize = 3;
+
+static ATTENTION: [Constant; 8] = [
+    constant("memory_fraction", 0.85, 0.05, 1.0),
+    constant("cache_fraction", 0.7, 0.05, 1.0),
+    constant("resident_fraction", 0.7, 0.01, 1.0),
+    constant("overhead_ns", 8e3, 10.0, 1e8),
+    constant("item_ns", 1e3, 1.0, 1e6),
+    constant("tile_bytes_per_s", 6e10, 1e9, 1e13),
+    constant("split_ns", 1.5e3, 1.0, 1e6),
+    constant("overlap_exponent", 1.5, 1.0, 20.0),
+];
+
+/// Which formula a fit is of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Op {
+    /// [`matmul_seconds`].
+    MatMul,
+    /// [`attention_seconds`].
+    Attention,
+}
+
+impl Op {
+    /// Of a kernel.
+    pub fn of(kernel: Kernel) -> Op {
+        match kernel {
+            Kernel::MatMul { .. } => Op::MatMul,
+            Kernel::Attention { .. } => Op::Attention,
+        }
+    }
+
+    /// Its table in `[calibration]`, and its name in CSV files.
+    pub fn name(self) -> &'static str {
+        match self {
+            Op::MatMul => "matmul",
+            Op::Attention => "attention",
+        }
+    }
+
+    fn constants(self, machine: &Machine) -> &'static [Constant] {
+        match self {
+            Op::MatMul if machine.cache.is_none() => &MATMUL[..SCRATCHPAD_MATMUL],
+            Op::MatMul => &MATMUL,
+            Op::Attention => &ATTENTION,
+        }
+    }
+
+    /// The time that constants predict, which stand in the order of their table.
+    fn seconds(self, machine: &Machine, values: &[f64], kernel: Kernel) -> f64 {
+        match (self, values, kernel) {
+            (
+                Op::MatMul,
+                &[compute_fraction, memory_fraction, overhead, ref more @ ..],
+                Kernel::MatMul { m, n, k },
+            ) => {
+                let &[wave, split, overlap_exponent] = more else {
+                    let c = MatMulConstants {
+                        compute_fraction,
+                        memory_fraction,
+                        overhead_s: overhead * 1e-9,
+                        ..NO_WAVES
+                    };
+                    return matmul_seconds(machine, &c, m, n, k);
+                };
+                let (overhead_s, wave_s, split_s) = (overhead * 1e-9, wave * 1e-9, split * 1e-9);
+                let c = MatMulConstants {
+                    compute_fraction,
+                    memory_fraction,
+                    overhead_s,
+                    wave_s,
+                    split_s,
+                    overlap_exponent,
+                };
+                matmul_seconds(machine, &c, m, n, k)
+            }
+            (
+                Op::Attention,
+                &[
+                    memory_fraction,
+                    cache_fraction,
+                    resident_fraction,
+                    overhead,
+                    item,
+                    tile_bytes_per_s,
+                    split,
+                    overlap_exponent,
+                ],
+                _,
+            ) => {
+                let (overhead_s, item_s, split_s) = (overhead * 1e-9, item * 1e-9, split * 1e-9);
+                let c = AttentionConstants {
+                    memory_fraction,
+                    cache_fraction,
+                    resident_fraction,
+                    overhead_s,
+                    item_s,
+                    tile_bytes_per_s,
+                    split_s,
+                    overlap_exponent,
+                };
+                attention_seconds(machine, &c, kernel)
+            }
+            _ => f64::NAN,
+        }
+    }
+}
+
+const NO_WAVES: MatMulConstants = MatMulConstants {
+    compute_fraction: 1.0,
+    memory_fraction: 1.0,
+    overhead_s: 0.0,
+    wave_s: 0.0,
+    split_s: 0.0,
+    overlap_exponent: 1.0,
+};
+
+/// What bounds a kernel at the profile's peaks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Regime {
+    /// Less than 3 us: overheads, mostly.
+    Small,
+    /// The bytes take longer.
+    Memory,
+    /// The operations take longer.
+    Compute,
+}
+
+const SMALL_SECONDS: f64 = 3e-6;
+
+impl Regime {
+    /// All of them.
+    pub const ALL: [Regime; 3] = [Regime::Small, Regime::Memory, Regime::Compute];
+
+    /// Of a kernel.
+    pub fn of(machine: &Machine, kernel: Kernel) -> Regime {
+        let (bytes, ops) = work(machine, kernel);
+        let (memory_s, compute_s) = (bytes / machine.bytes_per_s, ops / machine.ops_per_s);
+        match () {
+            () if memory_s.max(compute_s) < SMALL_SECONDS => Regime::Small,
+            () if memory_s > compute_s => Regime::Memory,
+            () => Regime::Compute,
+        }
+    }
+
+    /// For people and for keys.
+    pub fn name(self) -> &'static str {
+        match self {
+            Regime::Small => "small",
+            Regime::Memory => "memory",
+            Regime::Compute => "compute",
+        }
+    }
+}
+
+/// How shapes were kept from the fit that their errors are of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Validation {
+    /// A third of them, by [`held_out`].
+    HeldOut,
+    /// Each in turn, because there are few.
+    LeaveOneShapeOut,
+}
+
+/// A predicted time beside a measured one.
+#[derive(Debug, Clone, Copy)]
+pub struct Residual {
+    /// The measurement.
+    pub point: Point,
+    /// What bounds it.
+    pub regime: Regime,
+    /// `predicted / measured - 1`.
+    pub error: f64,
+}
+
+/// A fit to the points of one op and one pair of formats.
+#[derive(Debug, Clone)]
+pub struct Fit {
+    /// Which formula.
+    pub op: Op,
+    /// Which formats.
+    pub formats: Formats,
+    /// Keys and values of the constants, in the units of their keys.
+    pub constants: Vec<(&'static str, f64)>,
+    /// Points that the constants were fitted to.
+    pub fitted: usize,
+    /// How shapes were kept out.
+    pub validation: Validation,
+    /// The points of shapes that were kept out.
+    pub residuals: Vec<Residual>,
+}
+
+/// The fewest shapes of which a third is held out; of fewer, one after the other is.
+const MANY_SHAPES: usize = 30;
+
+/// Fits the formulas of a chip to points: one fit for each op and pair of formats among them.
+///
+/// # Errors
+/// `Error::Argument` if the chip does not multiply a pair of formats, or has less than two shapes of one.
+pub fn fit(profile: &Profile, points: &[Point]) -> Result<Vec<Fit>> {
+    let mut groups: Vec<(Op, Formats)> = Vec::new();
+    for point in points {
+        let group = (Op::of(point.kernel), point.formats);
+        if !groups.contains(&group) {
+            groups.push(group);
+        }
+    }
+    groups.into_iter().map(|(op, formats)| fit_group(profile, op, formats, points)).collect()
+}
+
+fn fit_group(profile: &Profile, op: Op, formats: Formats, points: &[Point]) -> Result<Fit> {
+    let machine = Machine::new(profile, formats)?;
+    let mine = |p: &&Point| Op::of(p.kernel) == op && p.formats == formats;
+    let points: Vec<Point> = points.iter().filter(mine).copied().collect();
+    let shapes: BTreeSet<_> = points.iter().map(|p| shape(p.kernel)).collect();
+    if shapes.len() < 2 {
+        return Err(Error::argument(
+            "measurements",
+            "at least two shapes of each op",
+            format!("one of {}", op.name()),
+        ));
+    }
+    let search = |points: &[Point], start: &[f64]| {
+        let loss = |values: &[f64]| {
+            let error = |p: &Point| (op.seconds(&machine, values, p.kernel) / p.seconds).ln().abs();
+            points.iter().map(error).sum::<f64>() / points.len() as f64
+        };
+        minimum(op.constants(&machine), start, &loss)
+    };
+    let residuals = |values: &[f64], points: &[Point]| -> Vec<Residual> {
+        let error = |p: &Point| op.seconds(&machine, values, p.kernel) / p.seconds - 1.0;
+        let residual =
+            |p: &Point| Residual { point: *p, regime: Regime::of(&machine, p.kernel), error: error(p) };
+        points.iter().map(residual).collect()
+    };
+    let start: Vec<f64> = op.constants(&machine).iter().map(|c| c.start).collect();
+    let (out, seen): (Vec<Point>, Vec<Point>) = points.iter().partition(|p| held_out(p.kernel));
+    let many = shapes.len() >= MANY_SHAPES && !out.is_empty() && !seen.is_empty();
+    let (values, fitted, validation, residuals) = if many {
+        let values = search(&seen, &start);
+        let residuals = residuals(&values, &out);
+        (values, seen.len(), Validation::HeldOut, residuals)
+    } else {
+        let values = search(&points, &start);
+        let leave_out = |left: &super::points::Shape| {
+            let (out, rest): (Vec<Point>, Vec<Point>) = points.iter().partition(|p| shape(p.kernel) == *left);
+            residuals(&search(&rest, &start), &out)
+        };
+        let residuals = shapes.iter().flat_map(leave_out).collect();
+        (values, points.len(), Validation::LeaveOneShapeOut, residuals)
+    };
+    let keys = op.constants(&machine).iter().map(|c| c.key);
+    Ok(Fit { op, formats, constants: keys.zip(values).collect(), fitted, validation, residuals })
+}
+
+impl Fit {
+    /// Number, mean absolute error and worst error of the held-out points, of one regime or of all.
+    pub fn errors(&self, regime: Option<Regime>) -> (usize, f64, f64) {
+        let of = self.residuals.iter().filter(|r| regime.is_none_or(|regime| r.regime == regime));
+        let errors: Vec<f64> = of.map(|r| r.error.abs()).collect();
+        let mean = errors.iter().sum::<f64>() / errors.len().max(1) as f64;
+        (errors.len(), mean, errors.iter().copied().fold(0.0, f64::max))
+    }
+
+    /// The table of `[calibration]` that holds the fit; `origin` says what was fitted to.
+    pub fn to_toml(&self, origin: &str) -> String {
+        let held = match self.validation {
+            Validation::HeldOut => "errors of shapes that were held out",
+            Validation::LeaveOneShapeOut => "errors of each shape by a fit to the others",
+        };
+        let mut text = format!("[[calibration.{}]]\nbasis = \"derived\"\n", self.op.name());
+        let source = format!("fit to {} points of {origin}; {held}", self.fitted);
+        text += &format!("source = {}\n", serde_json::Value::from(source));
+        text += &format!(
+            "activations = \"{}\"\nweights = \"{}\"\n",
+            self.formats.activations, self.formats.weights
+        );
+        for (key, value) in &self.constants {
+            text += &format!("{key} = {}\n", digits(*value));
+        }
+        let (points, mean, worst) = self.errors(None);
+        text += &format!(
+            "\n[calibration.{}.errors]\npoints = {points}\nmean_error_fraction = {mean:.4}\n",
+            self.op.name()
+        );
+        text += &format!("worst_error_fraction = {worst:.4}\n");
+        for regime in Regime::ALL {
+            let (points, mean, _) = self.errors(Some(regime));
+            if points > 0 {
+                text += &format!("{}_error_fraction = {mean:.4}\n", regime.name());
+            }
+        }
+        text
+    }
+}
+
+/// A profile's text with another `[calibration]`.
+pub fn with_calibration(profile: &str, fits: &[Fit], origin: &str) -> String {
+    let mut kept = String::new();
+    let mut inside = false;
+    for line in profile.lines() {
+        if line.starts_with('[') {
+            inside = line.trim_start_matches('[').trim_start().starts_with("calibration");
+        }
+        if !inside {
+            kept += line;
+            kept.push('\n');
+        }
+    }
+    let tables: Vec<String> = fits.iter().map(|fit| fit.to_toml(origin)).collect();
+    format!("{}\n\n{}", kept.trim_end(), tables.join("\n"))
+}
+
+/// How long the search for a minimum may go on, for each restart, and how far its first steps go (as logarithms).
+const EVALUATIONS: usize = 350;
+const RESTARTS: usize = 2;
+const FIRST_STEP: f64 = 0.35;
+
+/// The constants for which `loss` is least (Nelder & Mead 1965), by their logarithms: all are above 0.
+fn minimum(table: &[Constant], start: &[f64], loss: &dyn Fn(&[f64]) -> f64) -> Vec<f64> {
+    let inside =
+        |x: &[f64]| -> Vec<f64> { x.iter().zip(table).map(|(x, c)| x.exp().clamp(c.min, c.max)).collect() };
+    let mut best: Vec<f64> = start.iter().map(|v| v.ln()).collect();
+    for _ in 0..RESTARTS {
+        let mut simplex: Vec<(f64, Vec<f64>)> = (0..=best.len())
+            .map(|i| {
+                let mut x = best.clone();
+                if let Some(x) = x.get_mut(i.wrapping_sub(1)) {
+                    *x += FIRST_STEP;
+                }
+                (loss(&inside(&x)), x)
+            })
+            .collect();
+        let mut evaluations = simplex.len();
+        let n = best.len() as f64;
+        while evaluations < EVALUATIONS {
+            simplex.sort_by(|a, b| a.0.total_cmp(&b.0));
+            let Some(((worst, last), rest)) = simplex.split_last_mut() else { break };
+            let center: Vec<f64> =
+                (0..last.len()).map(|i| rest.iter().map(|(_, x)| x[i]).sum::<f64>() / n).collect();
+            let mut at = |distance: f64| {
+                let x: Vec<f64> = center.iter().zip(&*last).map(|(c, l)| c + distance * (c - l)).collect();
+                evaluations += 1;
+                (loss(&inside(&x)), x)
+            };
+            let (first, second_worst) = (rest[0].0, rest[rest.len() - 1].0);
+            let reflected = at(1.0);
+            let better = if reflected.0 < first {
+                let expanded = at(2.0);
+                if expanded.0 < reflected.0 { expanded } else { reflected }
+            } else if reflected.0 < second_worst {
+                reflected
+            } else {
+                at(if reflected.0 < *worst { 0.5 } else { -0.5 })
+            };
+            if better.0 < *worst {
+                (*worst, *last) = better;
+                continue;
+            }
+            let nearest = rest[0].1.clone();
+            for (value, x) in &mut simplex[1..] {
+                x.iter_mut().zip(&nearest).for_each(|(x, near)| *x = (*x + near) / 2.0);
+                *value = loss(&inside(x));
+                evaluations += 1;
+            }
+        }
+        simplex.sort_by(|a, b| a.0.total_cmp(&b.0));
+        best = simplex.swap_remove(0).1;
+    }
+    inside(&best)
+}

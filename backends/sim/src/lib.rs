@@ -1,0 +1,243 @@
+//! Custom accelerators, simulated from their profiles: ops are lowered to commands for the chip's tiles (`lower`), which are
+//! run for their results through scratchpads of the chip's size (`execute`) and for their time as events (`engine`).
+//!
+//! In [`Numerics::Exact`] results are the bits of the numeric contract; in [`Numerics::Native`] products are computed in the
+//! formats of the chip. [`estimate`] tells what follows from a profile without running anything.
+#![deny(unsafe_code)]
+
+mod chip;
+mod engine;
+pub mod estimate;
+mod execute;
+mod kernels;
+mod lower;
+mod machine;
+pub mod matrix;
+mod native;
+mod shape;
+pub mod step;
+mod tile;
+
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use halite_kernels::isa::Cpu as Isa;
+
+use halite::backend::driver::{Argument, Driver, DriverOption, Listed, Value};
+use halite::backend::host::{self, HostPlan, memory};
+use halite::backend::{
+    Backend, Buffer, Caps, Contract, Fusions, Gap, Limits, OpSig, Plan, Rows, Step as ProgramStep, Support,
+    Usage,
+};
+use halite::error::{Error, Result};
+use halite::map::Region;
+use halite::program::{Op, Program};
+use halite_profiles::numerics::Dtype;
+use halite_profiles::profile::{self, Profile, SHIPPED};
+use kernels::SimKernels;
+
+pub use chip::{Chip, Numerics};
+pub use engine::{Bound, Busy, OpTime};
+pub use execute::Order;
+pub use tile::Queue;
+
+/// The backend by name: `sim:NAME` for a profile that comes with Halite, or `sim:FILE`.
+pub const DRIVER: Driver = Driver {
+    name: "sim",
+    argument: Some(Argument { name: "PROFILE", required: true, is_file: true }),
+    help: "a simulated chip, one of `halite profile` or a TOML file",
+    options: &[
+        DriverOption {
+            name: "numerics",
+            value: Value::OneOf("MODE", &["exact", "native"]),
+            help: "What a simulated chip computes in: the bits of the numeric contract, or its own formats",
+        },
+        DriverOption {
+            name: "products",
+            value: Value::Text("FORMAT"),
+            help: "The format in which a simulated chip multiplies, one of its profile's [default: the nearest to each weight's]",
+        },
+    ],
+    open: |profile, options| {
+        let numerics = match options.text("numerics")? {
+            None | Some("exact") => Numerics::Exact,
+            Some("native") => Numerics::Native,
+            Some(other) => return Err(Error::argument("numerics", "exact or native", format!("`{other}`"))),
+        };
+        let products = options.text("products")?.map(Dtype::named).transpose()?;
+        let options = SimOptions { numerics, products, ..SimOptions::default() };
+        Ok(Arc::new(Sim::new(Profile::open(profile)?, &options)?))
+    },
+    list: || {
+        let profiles = SHIPPED.iter().map(|(name, text)| Profile::parse(name, text));
+        let simulated = profiles.filter(|p| !matches!(p, Ok(p) if p.driver != profile::Driver::Sim));
+        let listed = |profile: Profile| Listed {
+            name: format!("sim:{}", profile.name),
+            device: profile.summary,
+            memory_bytes: None,
+            contract: None,
+            facts: Vec::new(),
+        };
+        simulated.map(|profile| profile.map(listed)).collect()
+    },
+};
+
+/// How to simulate a chip.
+#[derive(Debug, Clone, Default)]
+pub struct SimOptions {
+    /// What results are computed in.
+    pub numerics: Numerics,
+    /// The format of products, one of the profile's; otherwise the nearest to each weight's.
+    pub products: Option<Dtype>,
+    /// In which order queues take turns where nothing says.
+    pub order: Order,
+}
+
+/// A simulated accelerator.
+#[derive(Debug)]
+pub struct Sim {
+    caps: Caps,
+    chip: Arc<Chip>,
+    order: Order,
+    isa: Isa,
+    report: Arc<Mutex<Report>>,
+}
+
+/// What a simulated chip did, op by op.
+#[derive(Debug, Clone, Default)]
+pub struct Report {
+    /// By op: how often, and what all of them took.
+    pub ops: Vec<OpReport>,
+}
+
+/// What became of the ops of one name.
+#[derive(Debug, Clone)]
+pub struct OpReport {
+    /// The op, and what of it distinguishes it.
+    pub name: String,
+    /// How often it ran.
+    pub count: u64,
+    /// What all of them took.
+    pub time: OpTime,
+}
+
+impl Report {
+    /// What everything took.
+    pub fn total(&self) -> OpTime {
+        let start = OpTime { joules: Some(0.0), ..OpTime::default() };
+        self.ops.iter().fold(start, |sum, op| sum.then(op.time))
+    }
+
+    /// Adds an op.
+    pub fn add(&mut self, name: &str, time: OpTime) {
+        match self.ops.iter_mut().find(|op| op.name == name) {
+            Some(op) => {
+                op.count += 1;
+                op.time = op.time.then(time);
+            }
+            None => self.ops.push(OpReport { name: name.into(), count: 1, time }),
+        }
+    }
+}
+
+impl Sim {
+    /// The chip of a profile.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if the profile cannot be simulated so.
+    pub fn new(profile: Profile, options: &SimOptions) -> Result<Sim> {
+        let chip = Chip::new(profile, options.numerics, options.products)?;
+        if options.numerics == Numerics::Native {
+            chip.check_native()?;
+        }
+        let exact = options.numerics == Numerics::Exact;
+        let caps = Caps {
+            name: format!("sim:{}", chip.profile.name),
+            device: format!(
+                "{} tiles of {} KiB, simulated, {} numerics",
+                chip.tiles,
+                chip.scratch_bytes / 1024,
+                if exact { "exact" } else { "native" }
+            ),
+            memory_bytes: chip.device().capacity_bytes.value as u64,
+            rows: Rows::Plain,
+            fusions: Fusions::ALL,
+            contract: if exact { Contract::Exact } else { Contract::Rounded },
+        };
+        let report = Arc::default();
+        Ok(Sim { caps, chip: Arc::new(chip), order: options.order, isa: Isa::detect(), report })
+    }
+
+    /// What was done since it was last asked.
+    pub fn take_report(&self) -> Report {
+        std::mem::take(&mut *self.report.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// The chip.
+    pub fn chip(&self) -> &Chip {
+        &self.chip
+    }
+}
+
+impl Backend for Sim {
+    fn caps(&self) -> &Caps {
+        &self.caps
+    }
+
+    /// Every op of which the smallest part fits the scratchpad.
+    fn supports(&self, sig: &OpSig<'_>) -> Support {
+        let cancel = halite::backend::Cancel::default();
+        let tables = vec![vec![0]; sig.program.windows.len()];
+        let spans = [halite::backend::Span { tables: &tables, start: 0, len: 1 }];
+        let step = ProgramStep { spans: &spans, tokens: &[0], outputs: &[0], cancel: &cancel };
+        let fits =
+            shape::shape(sig.program, sig.op, &step, None).and_then(|s| lower::closed_s(&self.chip, &s));
+        match fits {
+            Ok(_) => Support::Native,
+            Err(error) => Support::Unsupported(Gap::NotYet(error.to_string())),
+        }
+    }
+
+    fn alloc(&self, bytes: u64, _: Usage) -> Result<Buffer> {
+        memory::alloc(&self.caps.name, bytes, self.caps.memory_bytes)
+    }
+
+    fn import(&self, region: &Region) -> Result<Option<Buffer>> {
+        Ok(Some(memory::import(region)))
+    }
+
+    fn fill(&self, dst: &Buffer, range: Range<u64>, write: &mut dyn FnMut(&mut [u8])) -> Result<()> {
+        memory::fill(&self.caps.name, dst, range, write)
+    }
+
+    fn read(&self, src: &Buffer, offset: u64, dst: &mut [u8]) -> Result<()> {
+        memory::read(&self.caps.name, src, offset, dst)
+    }
+
+    fn prepare(&self, program: &Arc<Program>, limits: Limits) -> Result<Box<dyn Plan>> {
+        let kernels = SimKernels::new(self)?;
+        Ok(Box::new(HostPlan::new(&self.caps.name, program, limits, kernels)?))
+    }
+
+    fn scratch_bytes(&self, program: &Program, limits: Limits) -> u64 {
+        host::scratch_bytes(program, limits)
+    }
+}
+
+/// An op for reports: its name, and for products the weight's, without the layer.
+fn name(program: &Program, op: &Op) -> String {
+    let weight = match op {
+        Op::MatMul { parts, .. } => parts.first().map(|p| p.weight),
+        Op::Experts { gate, .. } => Some(*gate),
+        _ => None,
+    };
+    match weight {
+        None => op.name().to_owned(),
+        Some(weight) => {
+            let name = &program.tensor(weight).name;
+            let short = name.split('.').filter(|part| !part.bytes().all(|b| b.is_ascii_digit()));
+            let short: Vec<_> = short.filter(|part| !matches!(*part, "blk" | "weight")).collect();
+            format!("{} {}", op.name(), short.join("."))
+        }
+    }
+}

@@ -1,0 +1,110 @@
+//! Mixtures of experts: products of the tokens that chose the same expert.
+
+use super::product::{Costs, product_programs};
+use super::units::{units_programs, units_s};
+use crate::chip::{Chip, form_bytes};
+use crate::shape::{After, Experts, Part, Product, Rows, Units, Which, X};
+use crate::tile::{Form, Lowered, Operand};
+use halite::Result;
+
+/// Where the operands are, besides activations.
+mod expert {
+    use super::Operand;
+    pub const WEIGHTS: [Operand; 3] = [Operand::In(1), Operand::In(2), Operand::In(3)];
+    pub const BIASES: [Operand; 3] = [Operand::In(4), Operand::In(5), Operand::In(6)];
+    pub const SHARES: Operand = Operand::In(7);
+    pub const HIDDEN: Operand = Operand::Temp(0);
+    pub const FOUND: Operand = Operand::Temp(1);
+}
+
+/// The products of experts that work at the same time, each on an equal share of the tiles: gates and ups, then downs.
+struct Wave {
+    tiles: u32,
+    stages: [Vec<Product>; 2],
+}
+
+fn experts_waves(chip: &Chip, e: &Experts) -> Vec<Wave> {
+    let mut rows_of = vec![Vec::new(); e.experts as usize];
+    for (pair, &id) in e.ids.iter().enumerate() {
+        if let Some(rows) = rows_of.get_mut(id as usize) {
+            rows.push(pair as u32);
+        }
+    }
+    let chosen: Vec<(u32, &Vec<u32>)> = (0..).zip(&rows_of).filter(|(_, rows)| !rows.is_empty()).collect();
+    let part = |which: usize, expert: u32, out: Operand| {
+        let (n, k) = if which == 2 { (e.cols, e.hidden) } else { (e.hidden, e.cols) };
+        let bytes = form_bytes(Form::File(e.formats[which]), n, k);
+        let bias = e.biases.then_some((expert::BIASES[which], 4 * u64::from(expert) * u64::from(n)));
+        let weight = (expert::WEIGHTS[which], u64::from(expert) * bytes);
+        Part { n, format: e.formats[which], weight, bias, out }
+    };
+    let listed = |operand, elements: u32, list| Rows {
+        operand,
+        bytes: 4 * elements,
+        which: Which::Listed(list),
+        activations: true,
+    };
+    let wave = |experts: &[(u32, &Vec<u32>)]| {
+        let gates = experts.iter().map(|&(i, rows)| Product {
+            m: rows.len() as u32,
+            k: e.cols,
+            x: listed(X, e.cols, rows.iter().map(|pair| pair / e.used).collect()),
+            parts: vec![part(0, i, expert::HIDDEN), part(1, i, expert::HIDDEN)],
+            after: After::Glu,
+            out_rows: Some(rows.clone()),
+        });
+        let downs = experts.iter().map(|&(i, rows)| Product {
+            m: rows.len() as u32,
+            k: e.hidden,
+            x: listed(expert::HIDDEN, e.hidden, rows.clone()),
+            parts: vec![part(2, i, expert::FOUND)],
+            after: After::Nothing,
+            out_rows: Some(rows.clone()),
+        });
+        Wave { tiles: chip.tiles / experts.len() as u32, stages: [gates.collect(), downs.collect()] }
+    };
+    chosen.chunks(chip.tiles.max(1) as usize).map(wave).collect()
+}
+
+/// What the experts of each token found, weighted.
+fn experts_sum(e: &Experts) -> Units {
+    Units {
+        count: e.tokens,
+        reads: vec![Rows::own(expert::FOUND, e.used * e.cols), Rows::own(expert::SHARES, e.used)],
+        writes: vec![Rows::own(Operand::Out(0), e.cols)],
+        work: [u64::from(e.used) * u64::from(e.cols), 0, 0, 0, 0],
+    }
+}
+
+/// Seconds of a mixture by the closed form.
+pub fn experts_s(chip: &Chip, experts: &Experts) -> Result<f64> {
+    let mut seconds = units_s(chip, &experts_sum(experts))? + chip.barrier_s();
+    for wave in experts_waves(chip, experts) {
+        for products in &wave.stages {
+            // They share the memory, and end when the last one does.
+            let mut longest = 0.0f64;
+            let mut device_s = 0.0;
+            for p in products {
+                let costs = Costs::new(chip, p, wave.tiles);
+                longest = longest.max(costs.tiling()?.1);
+                device_s += f64::from(p.columns()) * costs.column_bytes / chip.device_bytes_per_s();
+            }
+            seconds += longest.max(device_s) + chip.barrier_s();
+        }
+    }
+    Ok(seconds)
+}
+
+pub fn experts_phases(chip: &Chip, e: &Experts, lowered: &mut Lowered) -> Result<()> {
+    let pairs = u64::from(e.tokens * e.used);
+    lowered.temps.extend([4 * pairs * u64::from(e.hidden), 4 * pairs * u64::from(e.cols)]);
+    for wave in experts_waves(chip, e) {
+        for products in &wave.stages {
+            let programs: Result<Vec<_>> =
+                products.iter().map(|p| product_programs(chip, p, wave.tiles)).collect();
+            lowered.phases.push(programs?.into_iter().flatten().collect());
+        }
+    }
+    lowered.phases.push(units_programs(chip, &experts_sum(e), 0)?);
+    Ok(())
+}

@@ -1,0 +1,142 @@
+//! Ops as commands: how work is divided between tiles, and what each tile does.
+//!
+//! - Products: a grid of tiles divides rows of activations and columns of the output. A tile keeps a block of activations,
+//!   converted once, and streams blocks of weight rows past it.
+//! - Attention: a tile takes some tokens with the query heads of one KV head and streams the pages past them. Where there are
+//!   too few of these, tiles take runs of pages, and what they find is merged by a second phase.
+//! - The rest: tiles take runs of units.
+//!
+//! Everything that is loaded has two slots, so that the next load runs while a unit works.
+
+mod attend;
+mod experts;
+mod product;
+mod units;
+
+use std::ops::Range;
+
+use super::chip::Chip;
+use super::shape::Shape;
+use super::tile::{ALIGNMENT, Lowered};
+use attend::{attend_phases, attend_s};
+use experts::{experts_phases, experts_s};
+use halite::{Error, Result};
+use product::{Costs, product_programs};
+use units::{arg_max_stages, stage_phases, stages_s, top_k_stages, units_programs, units_s};
+
+/// Slots of what is loaded: two, so that a load runs while a unit works, or one, where there is no room.
+const SLOTS: [u32; 2] = [2, 1];
+/// Slots for pages: with a third one, scores of the next page are computed before the values of this one are weighed, and one
+/// more is on the way.
+const PAGE_SLOTS: [u32; 3] = [3, 2, 1];
+/// Bytes that are worth a command of their own.
+const BLOCK_BYTES: u64 = 16 * 1024;
+/// Bytes that are worth a tile of their own.
+const TILE_BYTES: u64 = 1024;
+/// Columns of an output that are not divided between tiles.
+const COLUMNS: u32 = 16;
+/// Most query heads that share a pass over a page.
+const HEADS: u32 = halite_kernels::attention::ROWS as u32;
+
+/// An op as commands for a chip.
+///
+/// # Errors
+/// [`Error::Backend`] if its smallest parts do not fit the scratchpad.
+pub fn lower(chip: &Chip, shape: &Shape) -> Result<Lowered> {
+    let mut lowered = Lowered::default();
+    match shape {
+        Shape::Units(units) => lowered.phases.push(units_programs(chip, units, 0)?),
+        Shape::Product(product) => lowered.phases.push(product_programs(chip, product, chip.tiles)?),
+        Shape::Attend(attend) => attend_phases(chip, attend, &mut lowered)?,
+        Shape::Experts(experts) => experts_phases(chip, experts, &mut lowered)?,
+        Shape::ArgMax { rows, cols } => stage_phases(chip, &arg_max_stages(*rows, *cols), &mut lowered)?,
+        Shape::TopK { rows, cols, k } => stage_phases(chip, &top_k_stages(*rows, *cols, *k), &mut lowered)?,
+    }
+    Ok(lowered)
+}
+
+/// Seconds of an op by the closed form: no commands are made, and the answer is near the event engine's.
+///
+/// # Errors
+/// As [`lower`].
+pub fn closed_s(chip: &Chip, shape: &Shape) -> Result<f64> {
+    let barrier_s = chip.barrier_s();
+    let seconds = match shape {
+        Shape::Units(units) => units_s(chip, units)? + barrier_s,
+        Shape::Product(product) => Costs::new(chip, product, chip.tiles).tiling()?.1 + barrier_s,
+        Shape::Attend(attend) => attend_s(chip, attend)? + barrier_s,
+        Shape::Experts(experts) => experts_s(chip, experts)?,
+        Shape::ArgMax { rows, cols } => stages_s(chip, &arg_max_stages(*rows, *cols))?,
+        Shape::TopK { rows, cols, k } => stages_s(chip, &top_k_stages(*rows, *cols, *k))?,
+    };
+    Ok(seconds + chip.launch_s())
+}
+
+fn too_small(chip: &Chip, what: &str, need_bytes: u64) -> Error {
+    Error::Backend {
+        backend: format!("sim:{}", chip.profile.name),
+        message: format!(
+            "{what} needs {need_bytes} bytes of a scratchpad, `{}` has {}",
+            chip.scratchpad().name,
+            chip.scratch_bytes
+        ),
+    }
+}
+
+fn aligned(bytes: u64) -> u64 {
+    bytes.next_multiple_of(ALIGNMENT.into())
+}
+
+/// Part `i` of `0..n` in `parts` about equal parts, cut at multiples of `unit`.
+fn share(n: u32, unit: u32, parts: u32, i: u32) -> Range<u32> {
+    let units = u64::from(n.div_ceil(unit));
+    let at = |i: u32| ((units * u64::from(i) / u64::from(parts)) as u32 * unit).min(n);
+    at(i)..at(i + 1)
+}
+
+/// A range in pieces of at most `step`.
+fn blocks(range: Range<u32>, step: u32) -> impl Iterator<Item = Range<u32>> {
+    let end = range.end;
+    range.step_by(step.max(1) as usize).map(move |start| start..(start + step).min(end))
+}
+
+/// Blocks that are loaded, worked on and stored one behind the other, each stage while the next block is in the one before.
+struct Pipeline {
+    /// Blocks.
+    count: f64,
+    /// Seconds that a block takes to load at the engine's rate.
+    load_s: f64,
+    /// Seconds that units are busy with a block.
+    units_s: [f64; 2],
+    /// Seconds from there to the last result.
+    drain_s: f64,
+    /// Seconds that a block takes to store.
+    store_s: f64,
+    /// Seconds of all bytes of all tiles in device memory.
+    device_s: f64,
+    /// Seconds from a request to its first byte.
+    setup_s: f64,
+    /// Requests of a block, to load and to store.
+    requests: (f64, f64),
+    /// Slots that blocks are loaded to.
+    slots: f64,
+}
+
+impl Pipeline {
+    /// The first block through all stages, and the rest at the pace of the slowest; but not before memory has moved all.
+    fn seconds(&self, chip: &Chip) -> f64 {
+        let Pipeline { count, load_s, units_s, drain_s, store_s, device_s, setup_s, requests, slots } = *self;
+        // With one request at a time, each waits for its setup.
+        let waits = if chip.queue_entries() > 1 { 0.0 } else { setup_s };
+        let (load_s, store_s) = (load_s + requests.0 * waits, store_s + requests.1 * waits);
+        let signal = chip.semaphore_s();
+        let work: f64 = units_s.iter().sum::<f64>() + drain_s;
+        let load_s = load_s.max(device_s / count);
+        let first = 2.0 * (setup_s - waits) + load_s + signal + work + signal + store_s;
+        // Slots take turns, each of which goes through everything.
+        let slot = (setup_s - waits + load_s + 2.0 * signal + work) / slots;
+        let paces = [load_s, units_s[0], units_s[1], store_s, slot];
+        let pace = paces.into_iter().fold(0.0, f64::max);
+        (first + (count - 1.0) * pace).max(device_s + 2.0 * setup_s)
+    }
+}

@@ -1,0 +1,207 @@
+//! Ops that work on rows or runs of elements, each by itself.
+
+use std::ops::Range;
+
+use super::{BLOCK_BYTES, Pipeline, SLOTS, TILE_BYTES, aligned, blocks, share, too_small};
+use crate::chip::Chip;
+use crate::shape::{Rows, Units, Which};
+use crate::tile::{ALIGNMENT, Builder, Entry, Lowered, Operand, Piece, Ring, Step, TileProgram, Work};
+use halite::Result;
+
+/// How units are divided.
+struct UnitsTiling {
+    tiles: u32,
+    /// Slots of everything that is loaded or stored.
+    slots: u32,
+    /// Units of a command.
+    block: u32,
+    /// Bytes that are read and written for each, and that are read once.
+    bytes: (u64, u64, u64),
+}
+
+fn only(r: &&Rows) -> bool {
+    r.which == Which::Only
+}
+
+fn units_tiling(chip: &Chip, units: &Units) -> Result<UnitsTiling> {
+    let all = || units.reads.iter().chain(&units.writes);
+    let once: u64 = all().filter(only).map(|r| aligned(r.bytes.into())).sum();
+    let sum = |rows: &[Rows]| -> u64 { rows.iter().filter(|r| !only(r)).map(|r| u64::from(r.bytes)).sum() };
+    let (read, written) = (sum(&units.reads), sum(&units.writes));
+    let each = read + written;
+    // Rows that fit, with so many slots of each and what rounding up adds.
+    let rounding = 2 * u64::from(ALIGNMENT) * all().count() as u64;
+    let fit = |slots: u64| chip.scratch_bytes.saturating_sub(once + rounding) / (slots * each).max(1);
+    let Some(slots) = SLOTS.into_iter().find(|&slots| fit(slots.into()) > 0) else {
+        return Err(too_small(chip, "one row of the op", once + rounding + each));
+    };
+    let total = each * u64::from(units.count);
+    let tiles = u64::from(chip.tiles.min(units.count)).min(total.div_ceil(TILE_BYTES)) as u32;
+    let block = (BLOCK_BYTES / each.max(1)).clamp(1, fit(slots.into())) as u32;
+    Ok(UnitsTiling { tiles, slots, block, bytes: (read, written, once) })
+}
+
+/// Seconds of units by the closed form.
+pub fn units_s(chip: &Chip, units: &Units) -> Result<f64> {
+    let UnitsTiling { tiles, slots, block, bytes: (read, written, once) } = units_tiling(chip, units)?;
+    if tiles == 0 {
+        return Ok(0.0);
+    }
+    let per_tile = units.count.div_ceil(tiles);
+    let block = block.min(per_tile);
+    let count = f64::from(per_tile.div_ceil(block));
+    // Of all rows in device memory.
+    let part = |rows: &[Rows], bytes: u64| {
+        let moved = rows.iter().filter(|r| !only(r)).map(|r| chip.memory_bytes(&row_piece(r))).sum::<f64>();
+        moved / (bytes as f64).max(1.0)
+    };
+    let (read, written) =
+        (read as f64 * part(&units.reads, read), written as f64 * part(&units.writes, written));
+    let (reads, writes) = (f64::from(block) * read, f64::from(block) * written);
+    let total =
+        f64::from(units.count) * (read + written) + (once * u64::from(tiles / chip.multicast(tiles))) as f64;
+    let (vector_s, drain_s) = chip.compute_s(Work::Vector(units.work(block)));
+    let setup_s = chip.setup_s(&Piece::whole(Operand::In(0), 0, 1));
+    Ok(Pipeline {
+        count,
+        load_s: reads / chip.engine_bytes_per_s(),
+        units_s: [vector_s, 0.0],
+        drain_s,
+        store_s: writes / chip.engine_bytes_per_s(),
+        device_s: total / chip.device_bytes_per_s(),
+        setup_s,
+        requests: (
+            units.reads.iter().map(|rows| requests(rows, block)).sum(),
+            units.writes.iter().map(|rows| requests(rows, block)).sum(),
+        ),
+        slots: f64::from(slots),
+    }
+    .seconds(chip)
+        + once as f64 / chip.engine_bytes_per_s())
+}
+
+/// Requests of `count` rows.
+pub fn requests(rows: &Rows, count: u32) -> f64 {
+    match rows.which {
+        Which::Own => 1.0,
+        Which::Only => 0.0,
+        Which::Listed(_) => f64::from(count),
+    }
+}
+
+pub fn units_programs(chip: &Chip, units: &Units, stage: u32) -> Result<Vec<TileProgram>> {
+    let UnitsTiling { tiles, slots, block, .. } = units_tiling(chip, units)?;
+    let program = |tile| {
+        let mut b = Builder::default();
+        let mut constants = Vec::new();
+        for read in units.reads.iter().filter(only) {
+            let mut ring = b.ring(1, read.bytes.into());
+            constants.push(b.load(&mut ring, [Piece::whole(read.operand, 0, read.bytes)], tiles));
+        }
+        let rings = |b: &mut Builder, rows: &[Rows]| -> Vec<_> {
+            let own = rows.iter().filter(|r| r.which != Which::Only);
+            own.map(|r| (r.clone(), b.ring(slots, u64::from(block) * u64::from(r.bytes)))).collect()
+        };
+        let (mut reads, mut writes) = (rings(&mut b, &units.reads), rings(&mut b, &units.writes));
+        for range in blocks(share(units.count, 1, tiles, tile), block) {
+            let own: Vec<Entry> = reads
+                .iter_mut()
+                .map(|(rows, ring)| b.load(ring, row_pieces(rows, range.clone()), 1))
+                .collect();
+            let count = range.end - range.start;
+            let step = Step::Units { stage, first: range.start, count };
+            let inputs: Vec<Entry> = own.iter().chain(&constants).copied().collect();
+            let work = Work::Vector(units.work(count));
+            let out: Vec<Entry> = match writes.as_mut_slice() {
+                [one] => b.compute((work, step), &inputs, [filled(one, count)], &own).into(),
+                [one, two] => {
+                    let writes = [filled(one, count), filled(two, count)];
+                    b.compute((work, step), &inputs, writes, &own).into()
+                }
+                _ => Vec::new(),
+            };
+            for (entry, (rows, _)) in out.into_iter().zip(&writes) {
+                b.store(entry, row_pieces(rows, range.clone()));
+            }
+        }
+        b.finish()
+    };
+    Ok((0..tiles).map(program).collect())
+}
+
+fn filled((rows, ring): &mut (Rows, Ring), count: u32) -> (&mut Ring, u64) {
+    (ring, u64::from(count) * u64::from(rows.bytes))
+}
+
+fn row_piece(rows: &Rows) -> Piece {
+    Piece { activations: rows.activations, ..Piece::whole(rows.operand, 0, rows.bytes) }
+}
+
+/// The pieces that rows of an operand are.
+pub fn row_pieces(rows: &Rows, range: Range<u32>) -> Vec<Piece> {
+    let at = |row: u32| u64::from(row) * u64::from(rows.bytes);
+    let pieces = match &rows.which {
+        Which::Own => vec![Piece::whole(rows.operand, at(range.start), rows.bytes * range.len() as u32)],
+        Which::Only => vec![Piece::whole(rows.operand, 0, rows.bytes)],
+        Which::Listed(list) => {
+            let rows_of = list.get(range.start as usize..range.end as usize).unwrap_or(&[]);
+            rows_of.iter().map(|&row| Piece::whole(rows.operand, at(row), rows.bytes)).collect()
+        }
+    };
+    pieces.into_iter().map(|piece| Piece { activations: rows.activations, ..piece }).collect()
+}
+
+/// Rows in equal runs, of which each tells its largest element, and then rows, which compare them.
+pub fn arg_max_stages(rows: u32, cols: u32) -> [Units; 2] {
+    let run = (64..=2048.min(cols)).rev().find(|run| cols.is_multiple_of(*run)).unwrap_or(cols);
+    let runs = cols / run.max(1);
+    let found = Operand::Temp(0);
+    let stage = |count, elements: u32, from: Rows, to: Rows| Units {
+        count,
+        reads: vec![from],
+        writes: vec![to],
+        work: [elements.into(), 0, 0, 0, 0],
+    };
+    [
+        stage(rows * runs, run, Rows::own(Operand::In(0), run), Rows::own(found, 2)),
+        stage(rows, runs, Rows::own(found, 2 * runs), Rows::own(Operand::Out(0), 1)),
+    ]
+}
+
+/// Seconds of stages by the closed form.
+pub fn stages_s(chip: &Chip, stages: &[Units]) -> Result<f64> {
+    stages.iter().try_fold(0.0, |sum, units| Ok(sum + units_s(chip, units)? + chip.barrier_s()))
+}
+
+/// Stages that follow each other; what one leaves for the next is in temporary buffers, one for each but the last.
+pub fn stage_phases(chip: &Chip, stages: &[Units], lowered: &mut Lowered) -> Result<()> {
+    for (number, units) in stages.iter().enumerate() {
+        let is_temp = |rows: &&Rows| matches!(rows.operand, Operand::Temp(_));
+        let temps = units.writes.iter().filter(is_temp);
+        lowered.temps.extend(temps.map(|rows| u64::from(rows.bytes) * u64::from(units.count)));
+        lowered.phases.push(units_programs(chip, units, number as u32)?);
+    }
+    Ok(())
+}
+
+/// Rows in equal runs, each of which leaves a list of pairs; then a few lists leave one, until there is one.
+pub fn top_k_stages(rows: u32, cols: u32, k: u32) -> Vec<Units> {
+    let run = (k.max(64)..=2048.min(cols)).rev().find(|run| cols.is_multiple_of(*run)).unwrap_or(cols);
+    let (mut from, mut words, mut lists) = (Operand::In(0), run, cols / run.max(1));
+    let mut stages = Vec::new();
+    loop {
+        let last = lists <= 1;
+        let to = Operand::Temp(stages.len());
+        let writes = match last {
+            true => vec![Rows::own(Operand::Out(0), k), Rows::own(Operand::Out(1), k)],
+            false => vec![Rows::own(to, 2 * k)],
+        };
+        let reads = vec![Rows::own(from, words)];
+        stages.push(Units { count: rows * lists, reads, writes, work: [words.into(), 0, 0, 0, 0] });
+        if last {
+            return stages;
+        }
+        let together = (2..=4).rev().find(|n| lists.is_multiple_of(*n)).unwrap_or(lists);
+        (from, words, lists) = (to, together * 2 * k, lists / together);
+    }
+}

@@ -1,0 +1,244 @@
+//! What the steps of products and of attention compute, on the slots of a tile.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use halite_kernels::activation::{Activation, PADDING, Quantise, Quantised, QuantisedMut, SUMS, padded};
+use halite_kernels::attention::{Attend as AttendPage, AttendChunks, Merge, PageShape, Pages};
+use halite_kernels::formats::Layout;
+use halite_kernels::isa::Cpu as Isa;
+use halite_kernels::matmul::{MatMul, X, matmul};
+use halite_kernels::panel::PanelMut;
+use halite_kernels::rows;
+
+use super::chip::{Chip, Numerics};
+use super::native;
+use super::shape::chunks;
+use super::tile::{Form, Step};
+use halite::backend::host::Attention;
+use halite::error::{Error, Result};
+use halite::program::{Epilogue, PAGE_POSITIONS};
+
+pub fn floats(bytes: &[u8]) -> &[f32] {
+    bytemuck::try_cast_slice(bytes).unwrap_or(&[])
+}
+
+pub fn floats_mut<'a>(writes: &'a mut [&mut [u8]], i: usize) -> &'a mut [f32] {
+    writes.get_mut(i).and_then(|out| bytemuck::try_cast_slice_mut(out).ok()).unwrap_or(&mut [])
+}
+
+pub fn unknown(step: &Step) -> Error {
+    Error::Program(format!("a step that this op does not have: {step:?}"))
+}
+
+/// What computes steps of products.
+pub struct Machine {
+    pub isa: Isa,
+    pub chip: Arc<Chip>,
+    pub decoded: native::Decoded,
+    /// Weights of this op that were unpacked before: tiles that share columns unpack the same.
+    pub unpacked: HashMap<Box<[u8]>, Box<[u8]>>,
+}
+
+impl Machine {
+    /// Rounds what a unit wrote to what the vector unit keeps.
+    pub fn round(&self, x: &mut [f32]) {
+        if self.chip.numerics == Numerics::Native {
+            native::round(self.chip.vector_dtype(), self.chip.profile.rounding.elements, x);
+        }
+    }
+
+    /// The steps of products: activations converted, weights unpacked, products, and what follows them.
+    pub fn product(
+        &mut self,
+        step: &Step,
+        reads: &[&[u8]],
+        writes: &mut [&mut [u8]],
+        epilogue: Epilogue<()>,
+    ) -> Result<()> {
+        let rules = self.chip.profile.rounding.rules();
+        match step {
+            Step::Convert { k, to: Form::Quantised(activation), .. } => {
+                let (k, x) = (*k as usize, floats(reads[0]));
+                let out = quantised_mut(*activation, x.len() / k.max(1), k, writes[0]);
+                self.isa.run(Quantise { to: *activation, k, x, out });
+            }
+            Step::Convert { k, to: Form::Chip(dtype), .. } => {
+                native::encode(*dtype, rules, *k as usize, floats(reads[0]), writes[0])?;
+            }
+            Step::Unpack { k, rows, from, to: Form::Chip(dtype) } => {
+                if let Some(found) = self.unpacked.get(reads[0]) {
+                    writes[0].copy_from_slice(found);
+                    return Ok(());
+                }
+                let mut values = vec![0.0; *k as usize * *rows as usize];
+                from.dequantize(reads[0], &mut values).map_err(|e| Error::Program(e.to_string()))?;
+                native::encode(*dtype, rules, *k as usize, &values, writes[0])?;
+                self.unpacked.insert(reads[0].into(), (&*writes[0]).into());
+            }
+            Step::Product { rows, columns, k, x, w } => {
+                let (k, rows) = (*k as usize, *rows as usize);
+                let out = floats_mut(writes, 0);
+                let (format, x) = match (w, x) {
+                    (Form::Chip(w), Form::Chip(x)) => {
+                        let (x, w) = ((*x, reads[0]), (*w, reads[1]));
+                        return native::product(self.isa, &mut self.decoded, x, w, k, out);
+                    }
+                    (Form::File(w), Form::F32) => (*w, X::F32(floats(reads[0]))),
+                    (Form::File(w), Form::Quantised(a)) => {
+                        (*w, X::Quantised(quantised(*a, rows, k, reads[0])))
+                    }
+                    _ => return Err(unknown(step)),
+                };
+                let out = PanelMut::new(out, *columns as usize);
+                matmul(self.isa, format, MatMul { w: reads[1], layout: Layout::Rows, k, x, out });
+            }
+            Step::Finish { columns, biases } => {
+                let reads: Vec<&[f32]> = reads.iter().map(|bytes| floats(bytes)).collect();
+                let (products, mut rest) = reads.split_at(biases.len());
+                let mut products: Vec<Vec<f32>> = products.iter().map(|p| p.to_vec()).collect();
+                for (product, _) in products.iter_mut().zip(biases).filter(|(_, has_bias)| **has_bias) {
+                    let Some((bias, later)) = rest.split_first() else { return Err(unknown(step)) };
+                    rest = later;
+                    for row in product.chunks_exact_mut(*columns as usize) {
+                        row.iter_mut().zip(*bias).for_each(|(y, b)| *y += b);
+                    }
+                }
+                let out = floats_mut(writes, 0);
+                match (epilogue, products.as_slice(), rest) {
+                    (Epilogue::None, [product], []) => out.copy_from_slice(product),
+                    (Epilogue::Glu(f), [gate, up], []) => self.isa.run(rows::Glu { f, gate, up, out }),
+                    (Epilogue::Add(()), [product], [residual]) => {
+                        self.isa.run(rows::Add { a: residual, b: product, out });
+                    }
+                    _ => return Err(unknown(step)),
+                }
+                self.round(out);
+            }
+            _ => return Err(unknown(step)),
+        }
+        Ok(())
+    }
+
+    /// The steps of attention.
+    pub fn attend(
+        &mut self,
+        a: &Attention<'_>,
+        step: &Step,
+        reads: &[&[u8]],
+        writes: &mut [&mut [u8]],
+    ) -> Result<()> {
+        // A page as it lies in the scratchpad has one head.
+        let shape = PageShape { kv_heads: 1, ..a.shape };
+        let found = shape.value_dim + 2;
+        let out = floats_mut(writes, 0);
+        match step {
+            Step::Page { rows, chunk } => {
+                let heads = rows.heads as usize;
+                let mut q = floats(reads[0]).to_vec();
+                self.round_products(&mut q);
+                let pages = Pages { bytes: reads[1], ..a.pages };
+                let outs = out.chunks_exact_mut(heads * found).zip(q.chunks_exact(heads * shape.key_dim));
+                for (i, (out, q)) in outs.enumerate() {
+                    let position = rows.position + if a.causal { i as u32 } else { 0 };
+                    if !chunks(position, a.window).contains(chunk) {
+                        continue;
+                    }
+                    let attend = AttendPage {
+                        q,
+                        q_stride: q.len(),
+                        out_stride: out.len(),
+                        out,
+                        tokens: 1,
+                        heads,
+                        pages,
+                        shape,
+                        table: &[0],
+                        kv_head: 0,
+                        // Positions are counted from the start of the page.
+                        position: (position - chunk * PAGE_POSITIONS) as usize,
+                        causal: a.causal,
+                        window: a.window,
+                        scale: a.scale,
+                        softcap: a.softcap,
+                        sinks: None,
+                    };
+                    self.isa.run(AttendChunks { attend, chunks: 0..1 });
+                }
+            }
+            Step::Merge { rows, chunks: range, fresh, last } => {
+                let reads: Vec<&[f32]> = reads.iter().map(|bytes| floats(bytes)).collect();
+                let (new, rest) = reads.split_first().ok_or_else(|| unknown(step))?;
+                let (state, rest) =
+                    if *fresh { (None, rest) } else { (rest.first(), rest.get(1..).unwrap_or(&[])) };
+                let heads = rows.heads as usize;
+                let stride = if *last { shape.value_dim } else { found };
+                for (row, out) in out.chunks_exact_mut(stride).enumerate() {
+                    let position = rows.position + if a.causal { (row / heads) as u32 } else { 0 };
+                    let seen = chunks(position, a.window);
+                    let old = state.map(|state| &state[row * found..][..found]);
+                    let mut values = old.map_or(vec![0.0; found], <[f32]>::to_vec);
+                    let (values, ends) = values.split_at_mut(shape.value_dim);
+                    let [max, sum] = ends else { return Err(unknown(step)) };
+                    // Of a run of chunks, rows are alone and see all of them; of one chunk, some may not see it.
+                    let sees = seen.contains(&range.start);
+                    let new = if range.len() == 1 { &new[row * found..][..found] } else { new };
+                    self.isa.run(Merge {
+                        chunks: if sees { new } else { &[] },
+                        stride: found,
+                        out: values,
+                        max,
+                        sum,
+                        fresh: range.start <= seen.start,
+                        last: *last,
+                        sink: rest.first().map(|sinks| sinks[row % heads]),
+                    });
+                    out[..shape.value_dim].copy_from_slice(values);
+                    if !last {
+                        out[shape.value_dim..].copy_from_slice(&[*max, *sum]);
+                    }
+                }
+                if *last {
+                    self.round(out);
+                }
+            }
+            _ => return Err(unknown(step)),
+        }
+        Ok(())
+    }
+
+    /// Rounds operands of attention to the format in which the chip multiplies them. Keys, values and what softmax makes of
+    /// scores stay as they are.
+    fn round_products(&self, x: &mut [f32]) {
+        if self.chip.numerics == Numerics::Native {
+            let (dtype, ..) = self.chip.formats(self.chip.attention_rate());
+            native::round(dtype, self.chip.profile.rounding.elements, x);
+        }
+    }
+}
+
+/// Quantised activations as they lie in a slot: codes, scales, sums.
+fn quantised(to: Activation, rows: usize, k: usize, bytes: &[u8]) -> Quantised<'_> {
+    let width = rows * padded(k);
+    let (codes, rest) = bytes.split_at(width.min(bytes.len()));
+    let (scales, sums) = rest.split_at((4 * width / to.block_len()).min(rest.len()));
+    Quantised {
+        k,
+        codes: bytemuck::cast_slice(codes),
+        scales: floats(scales),
+        sums: bytemuck::try_cast_slice(sums).unwrap_or(&[]),
+    }
+}
+
+/// The same, to write.
+fn quantised_mut(to: Activation, rows: usize, k: usize, bytes: &mut [u8]) -> QuantisedMut<'_> {
+    let width = rows * padded(k);
+    let (codes, rest) = bytes.split_at_mut(width.min(bytes.len()));
+    let (scales, sums) = rest.split_at_mut((4 * width / to.block_len()).min(rest.len()));
+    let sums = &mut sums[..4 * width / PADDING * SUMS];
+    QuantisedMut {
+        codes: bytemuck::cast_slice_mut(codes),
+        scales: bytemuck::try_cast_slice_mut(scales).unwrap_or(&mut []),
+        sums: bytemuck::try_cast_slice_mut(sums).unwrap_or(&mut []),
+    }
+}

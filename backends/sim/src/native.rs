@@ -1,0 +1,184 @@
+//! Products in a chip's own formats.
+//!
+//! Operands are rounded to the formats of the matrix unit's rate: blocks and small floats by their definitions
+//! ([`halite_profiles::numerics`]); integers with one scale for each row, `largest magnitude / largest code`, as integer accelerators are
+//! used (Dettmers et al. 2022, absmax quantisation by row). Products of such codes are summed as the rate's accumulator does:
+//! exactly in `int32`; in `fp32` in the order of the numeric contract, as a chip's own order is not in its profile.
+
+use halite_kernels::formats::{Format, Layout};
+use halite_kernels::isa::Cpu;
+use halite_kernels::matmul::{MatMul, X, matmul};
+use halite_kernels::panel::PanelMut;
+
+use super::tile::Form;
+use halite::error::Result;
+use halite_profiles::numerics::{self, Dtype, Element, Overflow, Rounding, Rules, Scale};
+
+/// Rounds `rows` rows of `k` floats to codes of a format. A row of integers ends with its scale; blocks' scales follow the
+/// codes of their row.
+///
+/// # Errors
+/// Lengths that do not fit together.
+pub fn encode(to: Dtype, rules: Rules, k: usize, x: &[f32], out: &mut [u8]) -> Result<()> {
+    let row_bytes = super::chip::form_bytes(Form::Chip(to), 1, k as u32) as usize;
+    for (x, out) in x.chunks_exact(k.max(1)).zip(out.chunks_exact_mut(row_bytes.max(1))) {
+        match to.format() {
+            numerics::Format::Element(element @ Element::Fixed { .. }) => {
+                let width = element.bits().div_ceil(8) as usize;
+                let (codes, scale) = out.split_at_mut(k * width);
+                let largest = x.iter().fold(0.0f32, |m, x| m.max(x.abs()));
+                let step = largest / element.max();
+                scale.copy_from_slice(&step.to_le_bytes());
+                for (code, x) in codes.chunks_exact_mut(width).zip(x) {
+                    let x = if step > 0.0 { x / step } else { 0.0 };
+                    put(code, element.encode(x, rules.rounding, Overflow::Saturate));
+                }
+            }
+            numerics::Format::Element(element) => {
+                let width = element.bits().div_ceil(8) as usize;
+                for (code, x) in out.chunks_exact_mut(width).zip(x) {
+                    put(code, encode_float(to, element, rules.rounding, *x));
+                }
+            }
+            numerics::Format::Block(block) => {
+                let (codes, scales) = out.split_at_mut(k);
+                let mut found = vec![Scale::default(); k / block.len.max(1)];
+                block.quantize(x, rules, &mut found, codes)?;
+                for (out, scale) in scales.as_chunks_mut::<2>().0.iter_mut().zip(found) {
+                    *out = [scale.exponent, scale.shifts];
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The code of a float; conversions that hardware has are taken from it.
+fn encode_float(to: Dtype, element: Element, rounding: Rounding, x: f32) -> u32 {
+    match (to, rounding) {
+        (Dtype::Fp32, _) => x.to_bits(),
+        (Dtype::Bf16, Rounding::NearestEven) => half::bf16::from_f32(x).to_bits().into(),
+        (Dtype::Fp16, Rounding::NearestEven) => half::f16::from_f32(x).to_bits().into(),
+        _ => element.encode(x, rounding, Overflow::Saturate),
+    }
+}
+
+fn put(out: &mut [u8], code: u32) {
+    out.copy_from_slice(&code.to_le_bytes()[..out.len()]);
+}
+
+fn get(code: &[u8]) -> u32 {
+    let mut bytes = [0; 4];
+    bytes[..code.len()].copy_from_slice(code);
+    u32::from_le_bytes(bytes)
+}
+
+/// The values of codes that [`encode`] made; integers without their scale.
+fn decode(from: Dtype, k: usize, bytes: &[u8], out: &mut Vec<f32>) -> Result<()> {
+    out.clear();
+    let row_bytes = super::chip::form_bytes(Form::Chip(from), 1, k as u32) as usize;
+    let table = match from.format() {
+        numerics::Format::Element(element) if element.bits() <= 8 => table(element),
+        _ => Vec::new(),
+    };
+    for row in bytes.chunks_exact(row_bytes.max(1)) {
+        match from.format() {
+            numerics::Format::Element(element) => {
+                let width = element.bits().div_ceil(8) as usize;
+                let codes = row[..k * width].chunks_exact(width).map(get);
+                match from {
+                    Dtype::Bf16 => out.extend(codes.map(|code| f32::from_bits(code << 16))),
+                    Dtype::Fp16 => out.extend(codes.map(|code| half::f16::from_bits(code as u16).to_f32())),
+                    Dtype::Fp32 => out.extend(codes.map(f32::from_bits)),
+                    _ if !table.is_empty() => out.extend(row[..k].iter().map(|&code| table[code as usize])),
+                    _ => out.extend(codes.map(|code| element.decode(code))),
+                }
+            }
+            numerics::Format::Block(block) => {
+                let (codes, scales) = row.split_at(k);
+                let scale = |s: &[u8; 2]| Scale { exponent: s[0], shifts: s[1] };
+                let scales: Vec<Scale> = scales.as_chunks::<2>().0.iter().map(scale).collect();
+                let start = out.len();
+                out.resize(start + k, 0.0);
+                block.dequantize(&scales, codes, &mut out[start..])?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn table(element: Element) -> Vec<f32> {
+    (0..256).map(|code| element.decode(code)).collect()
+}
+
+/// Rounds floats to what a unit of this format keeps.
+pub fn round(to: Dtype, rounding: Rounding, x: &mut [f32]) {
+    if let numerics::Format::Element(element @ Element::Float { .. }) = to.format()
+        && to != Dtype::Fp32
+    {
+        for x in x {
+            *x = element.decode(element.encode(*x, rounding, Overflow::Saturate));
+        }
+    }
+}
+
+/// Memory for operands as floats.
+#[derive(Debug, Default)]
+pub struct Decoded {
+    x: Vec<f32>,
+    w: Vec<f32>,
+}
+
+/// `out[row][column] = Σ x[row][i] w[column][i]` of codes that [`encode`] made.
+///
+/// # Errors
+/// Lengths that do not fit together.
+pub fn product(
+    cpu: Cpu,
+    memory: &mut Decoded,
+    (x_dtype, x): (Dtype, &[u8]),
+    (w_dtype, w): (Dtype, &[u8]),
+    k: usize,
+    out: &mut [f32],
+) -> Result<()> {
+    let rows = x.len() / (super::chip::form_bytes(Form::Chip(x_dtype), 1, k as u32) as usize).max(1);
+    let columns = out.len() / rows.max(1);
+    decode(x_dtype, k, x, &mut memory.x)?;
+    decode(w_dtype, k, w, &mut memory.w)?;
+    let scale = |dtype: Dtype, bytes: &[u8], row: usize| -> Option<f32> {
+        let numerics::Format::Element(Element::Fixed { .. }) = dtype.format() else { return Some(1.0) };
+        let row_bytes = super::chip::form_bytes(Form::Chip(dtype), 1, k as u32) as usize;
+        let end = (row + 1) * row_bytes;
+        Some(f32::from_le_bytes(*bytes.get(end - 4..end)?.first_chunk()?))
+    };
+    let is_fixed = |dtype: Dtype| matches!(dtype.format(), numerics::Format::Element(Element::Fixed { .. }));
+    if !(is_fixed(x_dtype) && is_fixed(w_dtype)) {
+        let panel = PanelMut::new(out, columns);
+        let w: &[u8] = bytemuck::cast_slice(&memory.w);
+        matmul(cpu, Format::F32, MatMul { w, layout: Layout::Rows, k, x: X::F32(&memory.x), out: panel });
+    } else {
+        // Sums of this many products of 8-bit codes are exact in f32 in any order; the rest is added as integers.
+        for (row, out) in out.chunks_exact_mut(columns.max(1)).enumerate() {
+            let x = &memory.x[row * k..][..k];
+            for (column, out) in out.iter_mut().enumerate() {
+                let w = &memory.w[column * k..][..k];
+                let sum: i64 = x
+                    .chunks(EXACT)
+                    .zip(w.chunks(EXACT))
+                    .map(|(x, w)| x.iter().zip(w).map(|(x, w)| x * w).sum::<f32>() as i64)
+                    .sum();
+                *out = sum as f32;
+            }
+        }
+    }
+    for (row, out) in out.chunks_exact_mut(columns.max(1)).enumerate() {
+        let x_scale = scale(x_dtype, x, row).unwrap_or(f32::NAN);
+        for (column, out) in out.iter_mut().enumerate() {
+            *out *= x_scale * scale(w_dtype, w, column).unwrap_or(f32::NAN);
+        }
+    }
+    Ok(())
+}
+
+/// `EXACT * 127 * 127 < 2^24`.
+const EXACT: usize = 1024;

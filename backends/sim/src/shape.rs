@@ -1,0 +1,418 @@
+//! What an op of a step comes to, as numbers: what [`super::lower`] turns into commands.
+
+use std::ops::Range;
+
+use halite_kernels::formats::Format;
+use halite_kernels::rows::Unary;
+
+use super::tile::{Operand, VectorWork};
+use halite::backend::{Span, Step};
+use halite::passes;
+use halite::program::{Dim, Epilogue, Gating, Index, Op, PAGE_POSITIONS, Program, State, TensorId};
+use halite::{Error, Result};
+
+/// An op in a step.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Shape {
+    /// Element by element, or row by row.
+    Units(Units),
+    /// Products with weights.
+    Product(Product),
+    /// Attention.
+    Attend(Attend),
+    /// A mixture of experts.
+    Experts(Experts),
+    /// The largest element of rows.
+    ArgMax { rows: u32, cols: u32 },
+    /// The `k` largest elements of rows.
+    TopK { rows: u32, cols: u32, k: u32 },
+}
+
+/// Units of which each is computed by itself.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Units {
+    /// Units.
+    pub count: u32,
+    /// What is read.
+    pub reads: Vec<Rows>,
+    /// What is written.
+    pub writes: Vec<Rows>,
+    /// Work of a unit: see [`VectorWork`], in the order of its fields.
+    pub work: [u64; 5],
+}
+
+/// What units read or write of an operand.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Rows {
+    /// The operand.
+    pub operand: Operand,
+    /// Bytes of a row.
+    pub bytes: u32,
+    /// Which rows.
+    pub which: Which,
+    /// Whether they are activations; see [`super::tile::Piece::activations`].
+    pub activations: bool,
+}
+
+/// Which row of an operand belongs to a unit.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Which {
+    /// Its own.
+    Own,
+    /// The only one.
+    Only,
+    /// The one listed for it.
+    Listed(Vec<u32>),
+}
+
+/// Products of rows of activations with one or more weights.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Product {
+    /// Rows of activations.
+    pub m: u32,
+    /// Elements of a row.
+    pub k: u32,
+    /// Activations, `[m][k]` floats.
+    pub x: Rows,
+    /// Weights.
+    pub parts: Vec<Part>,
+    /// What follows.
+    pub after: After,
+    /// Rows of the outputs, in the order of those of `x`; absent: as they are.
+    pub out_rows: Option<Vec<u32>>,
+}
+
+/// One weight of a [`Product`].
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Part {
+    /// Rows of the weight.
+    pub n: u32,
+    /// How it is stored.
+    pub format: Format,
+    /// Where it is, from which byte on.
+    pub weight: (Operand, u64),
+    /// Its bias, from which byte on.
+    pub bias: Option<(Operand, u64)>,
+    /// Where the product goes.
+    pub out: Operand,
+}
+
+/// What follows products.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum After {
+    /// Nothing.
+    Nothing,
+    /// The first is the gate of the second.
+    Glu,
+    /// An addition.
+    Add(Operand),
+}
+
+/// Attention of tokens to a paged cache.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Attend {
+    /// Query heads.
+    pub heads: u32,
+    /// Heads with keys and values of their own.
+    pub kv_heads: u32,
+    /// Elements of a key.
+    pub key_dim: u32,
+    /// Elements of a value.
+    pub value_dim: u32,
+    /// How the cache is stored.
+    pub format: Format,
+    /// Positions that a token looks back.
+    pub window: Option<u32>,
+    /// Whether a token sees no position after its own.
+    pub causal: bool,
+    /// Whether each head has one more logit.
+    pub sinks: bool,
+    /// Of each sequence: its pages, its first position, its tokens.
+    pub spans: Vec<(Vec<u32>, u32, u32)>,
+}
+
+/// A mixture of experts.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Experts {
+    /// Tokens.
+    pub tokens: u32,
+    /// Experts of each.
+    pub used: u32,
+    /// Experts.
+    pub experts: u32,
+    /// Elements of a token.
+    pub cols: u32,
+    /// Rows of the gate.
+    pub hidden: u32,
+    /// Of gate, up and down.
+    pub formats: [Format; 3],
+    /// Whether there are biases.
+    pub biases: bool,
+    /// The experts of each token, `[tokens][used]`.
+    pub ids: Vec<u32>,
+}
+
+/// Where the operands of a product are: activations, what is added, weight and bias of part i.
+pub const X: Operand = Operand::In(0);
+/// See [`X`].
+pub const RESIDUAL: Operand = Operand::In(1);
+/// See [`X`].
+pub const fn weight(part: usize) -> Operand {
+    Operand::In(2 + 2 * part)
+}
+/// See [`X`].
+pub const fn bias(part: usize) -> Operand {
+    Operand::In(3 + 2 * part)
+}
+
+const SIMPLE: VectorWork = VectorWork { simple: 1, exp: 0, rsqrt: 0, divide: 0, quantize: 0 };
+
+fn work(w: VectorWork) -> [u64; 5] {
+    [w.simple, w.exp, w.rsqrt, w.divide, w.quantize]
+}
+
+impl Units {
+    /// The work of so many units.
+    pub fn work(&self, units: u32) -> VectorWork {
+        let [simple, exp, rsqrt, divide, quantize] = self.work;
+        VectorWork { simple, exp, rsqrt, divide, quantize }.times(units.into())
+    }
+}
+
+impl Rows {
+    /// Each unit's own row.
+    pub fn own(operand: Operand, elements: u32) -> Rows {
+        Rows { operand, bytes: 4 * elements, which: Which::Own, activations: true }
+    }
+
+    fn only(operand: Operand, elements: u32) -> Rows {
+        Rows { operand, bytes: 4 * elements, which: Which::Only, activations: false }
+    }
+}
+
+/// The shape of an op in a step. `ids` are the experts of the tokens, `[tokens][used]`; without, they are spread evenly.
+///
+/// # Errors
+/// [`Error::Program`] if the op is not known.
+pub fn shape(program: &Program, op: &Op, step: &Step<'_>, ids: Option<&[i32]>) -> Result<Shape> {
+    let tokens = step.tokens.len() as u32;
+    let rows = |id: TensorId| passes::rows(program.tensor(id).rows, tokens, step.outputs.len() as u32) as u32;
+    let cols = |id: TensorId| program.tensor(id).cols;
+    // Runs of elements that need not be rows.
+    let elementwise = |x: TensorId, reads: usize, each: VectorWork| {
+        let run = 1 << cols(x).trailing_zeros().min(6);
+        Shape::Units(Units {
+            count: rows(x) * (cols(x) / run),
+            reads: (0..reads).map(|i| Rows::own(Operand::In(i), run)).collect(),
+            writes: vec![Rows::own(Operand::Out(0), run)],
+            work: work(each.times(run.into())),
+        })
+    };
+    Ok(match op {
+        Op::Embed { table, index, out, .. } => {
+            let t = program.tensor(*table);
+            let indices: Vec<u32> = match index {
+                Index::Token => step.tokens.to_vec(),
+                Index::Position => step.spans.iter().flat_map(|s| s.start..s.start + s.len).collect(),
+                Index::First => vec![0; step.tokens.len()],
+            };
+            let bytes = t.format.row_bytes(t.cols as usize).unwrap_or(0) as u32;
+            Shape::Units(Units {
+                count: rows(*out),
+                reads: vec![Rows {
+                    operand: Operand::In(0),
+                    bytes,
+                    which: Which::Listed(indices),
+                    activations: false,
+                }],
+                writes: vec![Rows::own(Operand::Out(0), t.cols)],
+                work: work(SIMPLE.times(2 * u64::from(t.cols))),
+            })
+        }
+        Op::Select { x, out } => Shape::Units(Units {
+            count: rows(*out),
+            reads: vec![Rows {
+                operand: Operand::In(0),
+                bytes: 4 * cols(*x),
+                which: Which::Listed(step.outputs.to_vec()),
+                activations: true,
+            }],
+            writes: vec![Rows::own(Operand::Out(0), cols(*x))],
+            work: work(SIMPLE.times(cols(*x).into())),
+        }),
+        Op::Norm { x, add, sum, weight, bias, out, group, .. } => {
+            let mut reads = vec![Rows::own(Operand::In(0), *group)];
+            reads.extend(add.map(|_| Rows::own(Operand::In(1), *group)));
+            reads.extend(weight.map(|_| Rows::only(Operand::In(2), *group)));
+            reads.extend(bias.map(|_| Rows::only(Operand::In(3), *group)));
+            let mut writes = vec![Rows::own(Operand::Out(0), *group)];
+            writes.extend(sum.map(|_| Rows::own(Operand::Out(1), *group)));
+            let passes = 2 + [add, weight, bias].iter().filter(|x| x.is_some()).count() as u64;
+            let simple = passes * u64::from(*group);
+            Shape::Units(Units {
+                count: rows(*out) * (cols(*x) / group),
+                reads,
+                writes,
+                work: work(VectorWork { simple, rsqrt: 1, ..Default::default() }),
+            })
+        }
+        Op::MatMul { x, parts, epilogue, .. } => {
+            let after = match epilogue {
+                Epilogue::None => After::Nothing,
+                Epilogue::Glu(_) => After::Glu,
+                Epilogue::Add(_) => After::Add(RESIDUAL),
+            };
+            let part = |(i, p): (usize, &halite::program::Part)| Part {
+                n: fixed(program, p.weight),
+                format: program.tensor(p.weight).format,
+                weight: (weight(i), 0),
+                bias: p.bias.map(|_| (bias(i), 0)),
+                out: Operand::Out(if after == After::Nothing { i } else { 0 }),
+            };
+            Shape::Product(Product {
+                m: rows(*x),
+                k: cols(*x),
+                x: Rows::own(X, cols(*x)),
+                parts: parts.iter().enumerate().map(part).collect(),
+                after,
+                out_rows: None,
+            })
+        }
+        Op::Rope { x, head_dim, frequencies, factors, .. } => {
+            let pairs = frequencies.len() as u32;
+            let mut reads = vec![Rows::own(Operand::In(0), *head_dim)];
+            reads.extend(factors.map(|_| Rows::only(Operand::In(1), pairs)));
+            Shape::Units(Units {
+                count: rows(*x) * (cols(*x) / head_dim),
+                reads,
+                writes: vec![Rows::own(Operand::Out(0), *head_dim)],
+                // Sine and cosine of each pair, and two multiply-adds for each element.
+                work: work(VectorWork {
+                    simple: 4 * u64::from(pairs),
+                    exp: 2 * u64::from(pairs),
+                    ..Default::default()
+                }),
+            })
+        }
+        Op::KvWrite { k, v, state } => {
+            let s = state_of(program, state.0)?;
+            let stored = |cols: u32| {
+                let bytes = s.format.row_bytes(cols as usize).unwrap_or(0) as u32;
+                move |operand| Rows { operand, bytes, which: Which::Own, activations: false }
+            };
+            let elements = u64::from(cols(*k)) + u64::from(cols(*v));
+            Shape::Units(Units {
+                count: tokens,
+                reads: vec![Rows::own(Operand::In(0), cols(*k)), Rows::own(Operand::In(1), cols(*v))],
+                writes: vec![stored(cols(*k))(Operand::Out(0)), stored(cols(*v))(Operand::Out(1))],
+                work: work(VectorWork { quantize: elements, ..Default::default() }),
+            })
+        }
+        Op::Attend { state, heads, sinks, .. } => {
+            let s = state_of(program, state.0)?;
+            let group = program.kv_group(s);
+            let pages = |span: &Span<'_>| span.tables.get(group).cloned().unwrap_or_default();
+            Shape::Attend(Attend {
+                heads: *heads,
+                kv_heads: s.kv_heads,
+                key_dim: s.key_dim,
+                value_dim: s.value_dim,
+                format: s.format,
+                window: s.window,
+                causal: s.causal,
+                sinks: sinks.is_some(),
+                spans: step.spans.iter().map(|s| (pages(s), s.start, s.len)).collect(),
+            })
+        }
+        Op::Glu { gate, .. } => {
+            elementwise(*gate, 2, VectorWork { simple: 2, exp: 1, divide: 1, ..Default::default() })
+        }
+        Op::Add { a, .. } => elementwise(*a, 2, SIMPLE),
+        Op::Map { x, f, .. } => elementwise(
+            *x,
+            1,
+            match f {
+                Unary::Scale(_) | Unary::Relu | Unary::ReluSquared => SIMPLE,
+                _ => VectorWork { simple: 2, exp: 1, divide: 1, ..Default::default() },
+            },
+        ),
+        Op::Route { logits, ids, gating, .. } => {
+            let (experts, used) = (u64::from(cols(*logits)), u64::from(cols(*ids)));
+            let exp = if *gating == Gating::SoftmaxOfTop { used } else { experts };
+            Shape::Units(Units {
+                count: rows(*logits),
+                reads: vec![Rows::own(Operand::In(0), cols(*logits))],
+                writes: vec![Rows::own(Operand::Out(0), cols(*ids)), Rows::own(Operand::Out(1), cols(*ids))],
+                // The best of what is left, `used` times.
+                work: work(VectorWork { simple: experts * used, exp, divide: exp, ..Default::default() }),
+            })
+        }
+        Op::Experts { x, ids: chosen, gate, up, down, biases, .. } => {
+            let (used, experts) = (cols(*chosen), program.tensor(*gate).experts);
+            let pairs = rows(*x) * used;
+            Shape::Experts(Experts {
+                tokens: rows(*x),
+                used,
+                experts,
+                cols: cols(*x),
+                hidden: fixed(program, *gate),
+                formats: [gate, up, down].map(|id| program.tensor(*id).format),
+                biases: biases.is_some(),
+                ids: match ids {
+                    Some(ids) => ids.iter().map(|&id| id as u32).collect(),
+                    None => (0..pairs).map(|i| i % experts.max(1)).collect(),
+                },
+            })
+        }
+        Op::TopK { x, ids, .. } => Shape::TopK { rows: rows(*x), cols: cols(*x), k: cols(*ids) },
+        Op::ArgMax { x, .. } => Shape::ArgMax { rows: rows(*x), cols: cols(*x) },
+        unknown => return Err(Error::argument("op", "one that can be simulated", unknown.name())),
+    })
+}
+
+fn fixed(program: &Program, id: TensorId) -> u32 {
+    if let Dim::Fixed(rows) = program.tensor(id).rows { rows } else { 0 }
+}
+
+fn state_of(program: &Program, id: u32) -> Result<&State> {
+    program.states.get(id as usize).ok_or_else(|| Error::Program(format!("state {id} does not exist")))
+}
+
+/// The chunks of the cache that a token sees whose last position is `position`.
+pub fn chunks(position: u32, window: Option<u32>) -> Range<u32> {
+    let chunks = halite_kernels::attention::chunks(position as usize, window);
+    chunks.start as u32..chunks.end as u32
+}
+
+impl Attend {
+    /// Where the parts of a page that belong to a KV head lie, as a page of that one head: keys, values, and the scales of
+    /// both.
+    pub fn page(&self, page: u32, kv_head: u32) -> Vec<(u64, u32)> {
+        let positions = u64::from(PAGE_POSITIONS);
+        let (heads, head) = (u64::from(self.kv_heads), u64::from(kv_head));
+        let dims = [u64::from(self.key_dim), u64::from(self.value_dim)];
+        let elements = heads * (dims[0] + dims[1]) * positions;
+        // Of a block of codes, two bytes are its scale.
+        let (block, block_bytes) = (self.format.block_len() as u64, self.format.block_bytes() as u64);
+        let scale_bytes = if block > 1 { 2 } else { 0 };
+        let bytes = |elements: u64| elements / block * (block_bytes - scale_bytes);
+        let base = u64::from(page) * (elements / block * block_bytes);
+        let mut pieces = Vec::with_capacity(4);
+        // Values come behind the keys of all heads, and so do their scales.
+        let mut before = 0;
+        for dim in dims {
+            let place = base + bytes((before + head * dim) * positions);
+            pieces.push((place, bytes(dim * positions) as u32));
+            before += heads * dim;
+        }
+        if scale_bytes > 0 {
+            let mut before = bytes(elements);
+            for dim in dims {
+                let bytes = dim / block * positions * scale_bytes;
+                pieces.push((base + before + head * bytes, bytes as u32));
+                before += heads * bytes;
+            }
+        }
+        pieces
+    }
+}

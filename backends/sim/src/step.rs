@@ -1,0 +1,140 @@
+//! The time of a whole step, from shapes alone: no weights, no tokens.
+
+use std::collections::HashMap;
+
+use super::chip::Chip;
+use super::engine::{self, Busy, OpTime};
+use super::lower::{closed_s, lower};
+use super::shape::{Shape, shape};
+use super::{Report, name};
+use halite::backend::{Cancel, Span, Step};
+use halite::error::Result;
+use halite::program::{PAGE_POSITIONS, Program};
+
+/// An op of a traced step.
+#[derive(Debug, Clone)]
+pub struct Traced {
+    /// The op, as in reports.
+    pub name: String,
+    /// Its segment.
+    pub segment: String,
+    /// Seconds from the start of the step.
+    pub start_s: f64,
+    /// What it took.
+    pub time: OpTime,
+    /// What its queues did.
+    pub busy: Vec<Busy>,
+}
+
+/// Calls `f` with each op of a step: of each sequence the tokens from a first position on, and whether its last token's output
+/// is wanted.
+fn each_op(
+    program: &Program,
+    spans: &[(u32, u32)],
+    wanted: bool,
+    f: &mut dyn FnMut(&str, String, &Shape) -> Result<()>,
+) -> Result<()> {
+    let mut tables = Vec::new();
+    let mut next = 0;
+    for (start, len) in spans {
+        let count = (start + len).div_ceil(PAGE_POSITIONS);
+        tables.push(vec![(next..next + count).collect::<Vec<u32>>(); program.windows.len()]);
+        next += count;
+    }
+    let views: Vec<Span<'_>> =
+        spans.iter().zip(&tables).map(|(&(start, len), tables)| Span { tables, start, len }).collect();
+    let tokens = vec![0; spans.iter().map(|(_, len)| *len as usize).sum()];
+    let ends = spans.iter().scan(0, |sum, (_, len)| {
+        *sum += len;
+        Some(*sum - 1)
+    });
+    let outputs: Vec<u32> = if wanted { ends.collect() } else { Vec::new() };
+    let cancel = Cancel::default();
+    let step = Step { spans: &views, tokens: &tokens, outputs: &outputs, cancel: &cancel };
+    for (segment, op) in program.greedy_ops() {
+        let segment = program.segments.get(segment).map_or("", |s| &s.name);
+        f(segment, name(program, op), &shape(program, op, &step, None)?)?;
+    }
+    Ok(())
+}
+
+/// Whether an op has nothing to do, as those on outputs where none are wanted.
+fn is_empty(shape: &Shape) -> bool {
+    match shape {
+        Shape::Units(units) => units.count == 0,
+        Shape::Product(product) => product.m == 0,
+        Shape::Attend(attend) => attend.spans.is_empty(),
+        Shape::Experts(experts) => experts.tokens == 0,
+        Shape::ArgMax { rows, .. } | Shape::TopK { rows, .. } => *rows == 0,
+    }
+}
+
+/// What the ops of a step take, by the event engine. `spans` are first position and number of tokens of each sequence.
+///
+/// # Errors
+/// As the backend's `prepare`.
+pub fn time(chip: &Chip, program: &Program, spans: &[(u32, u32)], wanted: bool) -> Result<Report> {
+    let mut report = Report::default();
+    // Layers are alike.
+    let mut known: HashMap<Shape, OpTime> = HashMap::new();
+    each_op(program, spans, wanted, &mut |_, name, shape| {
+        if is_empty(shape) {
+            return Ok(());
+        }
+        let time = match known.get(shape) {
+            Some(time) => *time,
+            None => {
+                let time = engine::time(chip, &lower(chip, shape)?, None);
+                known.insert(shape.clone(), time);
+                time
+            }
+        };
+        report.add(&name, time);
+        Ok(())
+    })?;
+    Ok(report)
+}
+
+/// The seconds of a step by the closed form, which makes no commands.
+///
+/// # Errors
+/// As [`time`].
+pub fn closed(chip: &Chip, program: &Program, spans: &[(u32, u32)], wanted: bool) -> Result<f64> {
+    let mut seconds = 0.0;
+    let mut known: HashMap<Shape, f64> = HashMap::new();
+    each_op(program, spans, wanted, &mut |_, _, shape| {
+        if is_empty(shape) {
+            return Ok(());
+        }
+        seconds += match known.get(shape) {
+            Some(seconds) => *seconds,
+            None => {
+                let seconds = closed_s(chip, shape)?;
+                known.insert(shape.clone(), seconds);
+                seconds
+            }
+        };
+        Ok(())
+    })?;
+    Ok(seconds)
+}
+
+/// What every queue of the chip does in a step, op by op.
+///
+/// # Errors
+/// As [`time`].
+pub fn trace(chip: &Chip, program: &Program, spans: &[(u32, u32)], wanted: bool) -> Result<Vec<Traced>> {
+    let mut traced = Vec::new();
+    let mut start_s = 0.0;
+    each_op(program, spans, wanted, &mut |segment, name, shape| {
+        if is_empty(shape) {
+            return Ok(());
+        }
+        let mut busy = Vec::new();
+        let time = engine::time(chip, &lower(chip, shape)?, Some(&mut busy));
+        traced.push(Traced { name, segment: segment.into(), start_s, time, busy });
+        start_s += time.seconds;
+        Ok(())
+    })?;
+    Ok(traced)
+}

@@ -1,0 +1,363 @@
+//! What a tile of a chip is told to do: commands in queues, one queue for each of its engines and units.
+//!
+//! Data moves between an op's operands in device memory and *slots* of the tile's scratchpad. Slots are handed from who fills
+//! them to who reads them through [`Ring`]s, each with two counting semaphores: how often a slot was filled, and how often one
+//! was freed. Every wait and every signal follows from that, for any number of slots; two make a double buffer.
+
+use halite_kernels::formats::Format;
+
+/// Memory outside of the tiles.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Operand {
+    /// Input number n of the op, weights included.
+    In(usize),
+    /// Output number n.
+    Out(usize),
+    /// Number n of the op's temporary buffers.
+    Temp(usize),
+}
+
+/// Runs of bytes of an operand.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Piece {
+    /// Where.
+    pub operand: Operand,
+    /// The first byte.
+    pub offset: u64,
+    /// Runs.
+    pub runs: u32,
+    /// Bytes of each.
+    pub run_bytes: u32,
+    /// Bytes from the start of one to the start of the next.
+    pub stride: u64,
+    /// Whether they are activations: 32-bit floats here, which the chip may keep in a narrower format.
+    pub activations: bool,
+}
+
+impl Piece {
+    /// Consecutive bytes.
+    pub fn whole(operand: Operand, offset: u64, bytes: u32) -> Piece {
+        Piece { operand, offset, runs: 1, run_bytes: bytes, stride: 0, activations: false }
+    }
+
+    /// The same, of activations.
+    pub fn of_activations(self) -> Piece {
+        Piece { activations: true, ..self }
+    }
+
+    /// All bytes.
+    pub fn bytes(&self) -> u64 {
+        u64::from(self.runs) * u64::from(self.run_bytes)
+    }
+}
+
+/// A slot of the scratchpad, by number.
+pub type Slot = u32;
+/// A counting semaphore, by number.
+pub type Semaphore = u32;
+
+/// What works through commands, each in order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Queue {
+    /// DMA from device memory.
+    Load,
+    /// The matrix unit.
+    Matrix,
+    /// The vector unit.
+    Vector,
+    /// DMA to device memory.
+    Store,
+}
+
+impl Queue {
+    /// All of them.
+    pub const ALL: [Queue; 4] = [Queue::Load, Queue::Matrix, Queue::Vector, Queue::Store];
+
+    /// For people.
+    pub fn name(self) -> &'static str {
+        ["load", "matrix", "vector", "store"][self as usize]
+    }
+}
+
+/// Element operations of a vector command, by what they take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct VectorWork {
+    /// Additions, multiplications, comparisons, fused multiply-adds.
+    pub simple: u64,
+    /// Exponentials, sines and cosines.
+    pub exp: u64,
+    /// Reciprocal square roots.
+    pub rsqrt: u64,
+    /// Divisions.
+    pub divide: u64,
+    /// Roundings to a block format.
+    pub quantize: u64,
+}
+
+impl VectorWork {
+    /// So many times as much.
+    pub fn times(self, n: u64) -> VectorWork {
+        VectorWork {
+            simple: self.simple * n,
+            exp: self.exp * n,
+            rsqrt: self.rsqrt * n,
+            divide: self.divide * n,
+            quantize: self.quantize * n,
+        }
+    }
+}
+
+/// What a unit is kept busy with.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Work {
+    /// A product of `m x k` with `k x n` at rate number `rate` of the matrix unit.
+    Matrix { rate: usize, m: u32, n: u32, k: u32 },
+    /// Element by element.
+    Vector(VectorWork),
+}
+
+/// How the operands of a product lie in the scratchpad.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Form {
+    /// As 32-bit floats.
+    F32,
+    /// As the contract's quantised activations.
+    Quantised(halite_kernels::formats::Activation),
+    /// As a weight of a file.
+    File(Format),
+    /// As codes and scales of a format of the chip.
+    Chip(halite_profiles::numerics::Dtype),
+}
+
+/// Query heads, which share a KV head, of consecutive tokens of one sequence.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct QueryRows {
+    /// The first token of the step.
+    pub token: u32,
+    /// Tokens.
+    pub tokens: u32,
+    /// The last position that the first token sees.
+    pub position: u32,
+    /// The first head.
+    pub head: u32,
+    /// Heads.
+    pub heads: u32,
+}
+
+/// What a command computes.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Step {
+    /// A part of a longer operation, which the last of its commands computes as a whole.
+    Part,
+    /// Units `first..first + count` of stage number `stage` of an op that works on rows or runs of elements.
+    Units { stage: u32, first: u32, count: u32 },
+    /// Rows of `k` floats in another form.
+    Convert { rows: u32, k: u32, to: Form },
+    /// Rows of a weight in a form of the chip.
+    Unpack { rows: u32, k: u32, from: Format, to: Form },
+    /// `out[row][column] = Σ x[row][i] w[column][i]`.
+    Product { rows: u32, columns: u32, k: u32, x: Form, w: Form },
+    /// What follows products of so many columns: a bias for each that has one, then the op's epilogue. It reads the products,
+    /// the biases, then what is added.
+    Finish { columns: u32, biases: Vec<bool> },
+    /// What tokens of the step find in one chunk of the cache.
+    Page { rows: QueryRows, chunk: u32 },
+    /// What was found in chunks, merged in order into what came before them.
+    Merge { rows: QueryRows, chunks: std::ops::Range<u32>, fresh: bool, last: bool },
+}
+
+/// What a command does.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Action {
+    /// Bytes from device memory to a slot, from byte `at` on; `sharers` tiles load the same at about the same time.
+    Load { from: Piece, to: Slot, at: u32, sharers: u32 },
+    /// Bytes of a slot, from byte `at` on, to device memory.
+    Store { from: Slot, at: u32, to: Piece },
+    /// Work of a unit; so many bytes of each slot that it writes.
+    Compute { work: Work, step: Step, reads: Vec<Slot>, writes: Vec<(Slot, u32)> },
+}
+
+/// A command.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Command {
+    /// Who does it.
+    pub queue: Queue,
+    /// What it waits for: semaphores, each with the count that it must have reached.
+    pub waits: Vec<(Semaphore, u32)>,
+    /// What it does.
+    pub action: Action,
+    /// Semaphores that it then counts up.
+    pub signals: Vec<Semaphore>,
+    /// Slots whose contents nobody needs any more.
+    pub frees: Vec<Slot>,
+}
+
+/// The commands of one tile.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct TileProgram {
+    /// Bytes of each slot.
+    pub slots: Vec<u32>,
+    /// Semaphores.
+    pub semaphores: u32,
+    /// In an order in which they could be done one by one.
+    pub commands: Vec<Command>,
+}
+
+/// Slots start at multiples of this many bytes.
+pub const ALIGNMENT: u32 = 64;
+
+impl TileProgram {
+    /// Bytes of scratchpad.
+    pub fn scratch_bytes(&self) -> u64 {
+        self.slots.iter().map(|&bytes| u64::from(bytes.next_multiple_of(ALIGNMENT))).sum()
+    }
+}
+
+/// An op on a chip: phases that follow each other, of a program for each tile that has something to do.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Lowered {
+    /// In order; all tiles end one before any starts the next.
+    pub phases: Vec<Vec<TileProgram>>,
+    /// Bytes of temporary buffers in device memory.
+    pub temps: Vec<u64>,
+}
+
+/// Equal slots that are filled and freed in turn.
+#[derive(Debug)]
+pub struct Ring {
+    first: Slot,
+    /// How many there are.
+    pub slots: u32,
+    full: Semaphore,
+    free: Semaphore,
+    entries: u32,
+    filled: u32,
+}
+
+/// A slot that is in use.
+#[derive(Debug, Clone, Copy)]
+pub struct Entry {
+    /// The slot.
+    pub slot: Slot,
+    full: Semaphore,
+    free: Semaphore,
+    /// What `free` must have reached before it may be filled.
+    begin: u32,
+    /// What `full` reaches when it is filled.
+    ready: u32,
+}
+
+/// Puts a tile's program together.
+#[derive(Debug, Default)]
+pub struct Builder {
+    program: TileProgram,
+}
+
+impl Builder {
+    /// New slots.
+    pub fn ring(&mut self, slots: u32, bytes: u64) -> Ring {
+        let first = self.program.slots.len() as Slot;
+        let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
+        self.program.slots.extend((0..slots).map(|_| bytes));
+        let full = self.program.semaphores;
+        self.program.semaphores += 2;
+        Ring { first, slots, full, free: full + 1, entries: 0, filled: 0 }
+    }
+
+    /// Commands that load pieces, one behind the other, into the next slot of a ring.
+    pub fn load(&mut self, ring: &mut Ring, pieces: impl IntoIterator<Item = Piece>, sharers: u32) -> Entry {
+        let mut entry = ring.next();
+        let mut at = 0;
+        for from in pieces {
+            let bytes = from.bytes() as u32;
+            let action = Action::Load { from, to: entry.slot, at, sharers };
+            self.push(Queue::Load, entry.must_be_free(), action, vec![entry.full], Vec::new());
+            ring.fill(&mut entry);
+            at += bytes;
+        }
+        entry
+    }
+
+    /// A command of a unit: reads entries, fills new ones of the rings in `writes` with so many bytes, and then frees the
+    /// entries in `frees`.
+    pub fn compute<const W: usize>(
+        &mut self,
+        (work, step): (Work, Step),
+        reads: &[Entry],
+        writes: [(&mut Ring, u64); W],
+        frees: &[Entry],
+    ) -> [Entry; W] {
+        let queue = if matches!(work, Work::Matrix { .. }) { Queue::Matrix } else { Queue::Vector };
+        let mut waits: Vec<_> = reads.iter().map(|e| (e.full, e.ready)).collect();
+        let mut signals = Vec::with_capacity(W + frees.len());
+        let bytes = writes.each_ref().map(|(_, bytes)| *bytes as u32);
+        let entries = writes.map(|(ring, _)| {
+            let mut entry = ring.next();
+            waits.extend(entry.must_be_free());
+            signals.push(entry.full);
+            ring.fill(&mut entry);
+            entry
+        });
+        signals.extend(frees.iter().map(|e| e.free));
+        let action = Action::Compute {
+            work,
+            step,
+            reads: reads.iter().map(|e| e.slot).collect(),
+            writes: entries.iter().map(|e| e.slot).zip(bytes).collect(),
+        };
+        let frees = frees.iter().map(|e| e.slot).collect();
+        self.push(queue, waits, action, signals, frees);
+        entries
+    }
+
+    /// Commands that store pieces, one behind the other in an entry, and free it.
+    pub fn store(&mut self, entry: Entry, pieces: impl IntoIterator<Item = Piece>) {
+        let mut pieces = pieces.into_iter().peekable();
+        let mut at = 0;
+        while let Some(to) = pieces.next() {
+            let bytes = to.bytes() as u32;
+            let last = pieces.peek().is_none();
+            let (signals, frees) =
+                if last { (vec![entry.free], vec![entry.slot]) } else { Default::default() };
+            let action = Action::Store { from: entry.slot, at, to };
+            self.push(Queue::Store, vec![(entry.full, entry.ready)], action, signals, frees);
+            at += bytes;
+        }
+    }
+
+    fn push(
+        &mut self,
+        queue: Queue,
+        waits: Vec<(Semaphore, u32)>,
+        action: Action,
+        signals: Vec<Semaphore>,
+        frees: Vec<Slot>,
+    ) {
+        self.program.commands.push(Command { queue, waits, action, signals, frees });
+    }
+
+    /// The finished program.
+    pub fn finish(self) -> TileProgram {
+        self.program
+    }
+}
+
+impl Ring {
+    fn next(&mut self) -> Entry {
+        let begin = (self.entries + 1).saturating_sub(self.slots);
+        let slot = self.first + self.entries % self.slots.max(1);
+        self.entries += 1;
+        Entry { slot, full: self.full, free: self.free, begin, ready: self.filled }
+    }
+
+    fn fill(&mut self, entry: &mut Entry) {
+        self.filled += 1;
+        entry.ready = self.filled;
+    }
+}
+
+impl Entry {
+    fn must_be_free(&self) -> Vec<(Semaphore, u32)> {
+        if self.begin == 0 { Vec::new() } else { vec![(self.free, self.begin)] }
+    }
+}

@@ -1,0 +1,164 @@
+//! The timing formulas against measured chips: fitted to some shapes, held to account on others.
+//!
+//! `tests/data/silicon/README.md` says where the measurements come from, `docs/timing-model.md` what the errors of all are.
+
+use halite::Error;
+use halite_profiles::numerics::Dtype;
+use halite_profiles::profile::{Profile, SHIPPED};
+use halite_sim::estimate::fit::{Fit, Op, Regime, Validation, fit, with_calibration};
+use halite_sim::estimate::kernel::{self, Formats, Kernel};
+use halite_sim::estimate::points::{Point, held_out, parse};
+
+const BF16: Formats = Formats { activations: Dtype::Bf16, weights: Dtype::Bf16 };
+
+macro_rules! points {
+    ($name:literal) => {
+        parse($name, include_str!(concat!("data/silicon/", $name, ".csv"))).unwrap_or_else(|e| panic!("{e}"))
+    };
+}
+
+fn fitted(profile: &str, points: &[Point]) -> Vec<Fit> {
+    let profile = Profile::open(profile).unwrap_or_else(|e| panic!("{e}"));
+    let fits = fit(&profile, points).unwrap_or_else(|e| panic!("{e}"));
+    for fit in &fits {
+        println!("{:?} {:?} {:?}", fit.op, fit.constants, fit.errors(None));
+    }
+    fits
+}
+
+/// Mean error in percent, of all regimes and of each.
+fn mean_errors(fit: &Fit) -> [f64; 4] {
+    [None, Some(Regime::Small), Some(Regime::Memory), Some(Regime::Compute)].map(|r| 100.0 * fit.errors(r).1)
+}
+
+fn assert_below(errors: [f64; 4], bounds: [f64; 4]) {
+    assert!(
+        errors.iter().zip(bounds).all(|(error, bound)| *error <= bound),
+        "{errors:?} %, bounds {bounds:?} %"
+    );
+}
+
+#[test]
+fn h100_products() {
+    let fits = fitted("nvidia-h100", &points!("h100-matmul"));
+    assert_eq!((fits.len(), fits[0].op, fits[0].validation), (1, Op::MatMul, Validation::HeldOut));
+    assert!(fits[0].residuals.iter().all(|r| held_out(r.point.kernel)) && fits[0].residuals.len() > 500);
+    assert_below(mean_errors(&fits[0]), [7.5, 7.0, 8.5, 6.5]);
+}
+
+#[test]
+fn h100_decode_attention() {
+    let fits = fitted("nvidia-h100", &points!("h100-attention"));
+    assert_eq!((fits.len(), fits[0].op, fits[0].validation), (1, Op::Attention, Validation::HeldOut));
+    assert!(fits[0].residuals.len() > 500);
+    assert_below(mean_errors(&fits[0]), [8.5, 7.5, 9.5, 0.0]);
+}
+
+/// Products of an A100, and with the same constants and one overhead those that others measured with another stack.
+#[test]
+fn a100_products() {
+    let fits = fitted("nvidia-a100", &points!("a100-matmul"));
+    assert!(fits[0].residuals.len() > 500);
+    assert_below(mean_errors(&fits[0]), [10.5, 13.0, 10.0, 8.5]);
+
+    let text = SHIPPED.iter().find(|(name, _)| *name == "nvidia-a100").unwrap().1;
+    let fitted = Profile::parse("fitted", &with_calibration(text, &fits, "the extract")).unwrap();
+    let shipped = Profile::open("nvidia-a100").unwrap();
+    let others = points!("a100-llmcompass");
+    for profile in [fitted, shipped] {
+        let seconds = |p: &Point| kernel::estimate(&profile, BF16, p.kernel).unwrap().seconds;
+        let error = |overhead: f64| {
+            let errors = others.iter().map(|p| ((seconds(p) + overhead) / p.seconds - 1.0).abs());
+            errors.sum::<f64>() / others.len() as f64
+        };
+        let overheads = (0..600).map(|i| 1e-7 * f64::from(i));
+        let least = overheads.map(error).fold(f64::INFINITY, f64::min);
+        println!("other stack: {least}");
+        assert!(others.len() == 20 && least < 0.085, "{least}");
+    }
+}
+
+/// A chip of scratchpads: each shape by a fit to the others, and a larger grid of its cores without a fit to it.
+#[test]
+fn p150_products() {
+    let fits = fitted("tenstorrent-p150", &points!("p150-11x10"));
+    let mean = |dtype| 100.0 * fits.iter().find(|f| f.formats.weights == dtype).unwrap().errors(None).1;
+    assert!(fits.iter().all(|fit| fit.validation == Validation::LeaveOneShapeOut));
+    let means = [mean(Dtype::Mxint8), mean(Dtype::Mxfp4), mean(Dtype::Bf16)];
+    assert!(means[0] < 4.0 && means[1] < 5.0 && means[2] < 7.0, "{means:?} %");
+
+    let mut larger = Profile::open("tenstorrent-p150").unwrap();
+    larger.chip.clusters.value = 13.0;
+    let others = points!("p150-13x10");
+    let error =
+        |p: &Point| (kernel::estimate(&larger, p.formats, p.kernel).unwrap().seconds / p.seconds - 1.0).abs();
+    let mean = others.iter().map(error).sum::<f64>() / others.len() as f64;
+    println!("larger grid: {mean}");
+    assert!(others.len() == 26 && mean < 0.04, "{mean}");
+}
+
+/// What was fitted stands in the profile, and gives the times that it gave in the fit.
+#[test]
+fn a_fit_becomes_a_calibration() {
+    let text = SHIPPED.iter().find(|(name, _)| *name == "nvidia-h100").unwrap().1;
+    let points = [points!("h100-matmul"), points!("h100-attention")].concat();
+    let fits = fitted("nvidia-h100", &points);
+    let profile = Profile::parse("fitted", &with_calibration(text, &fits, "two \"extracts\"")).unwrap();
+    let calibration = profile.calibration.as_ref().unwrap();
+    assert_eq!((calibration.matmul.len(), calibration.attention.len()), (1, 1));
+    for residual in fits.iter().flat_map(|fit| &fit.residuals) {
+        let estimate = kernel::estimate(&profile, residual.point.formats, residual.point.kernel).unwrap();
+        let fitted = (1.0 + residual.error) * residual.point.seconds;
+        // Constants are written with four digits.
+        assert!((estimate.seconds / fitted - 1.0).abs() < 0.02, "{residual:?} {estimate:?}");
+        assert!(estimate.mean_error_fraction < 0.1);
+    }
+    assert!(profile.quantities.iter().any(|(path, _)| path == "calibration.matmul.0.wave_ns"));
+}
+
+/// Times move the way that shapes do.
+#[test]
+fn more_work_takes_no_less_time() {
+    let h100 = Profile::open("nvidia-h100").unwrap();
+    let time = |kernel| kernel::estimate(&h100, BF16, kernel).unwrap().seconds;
+    let sizes = [1, 64, 100, 1000, 4096, 10_000];
+    for (m, n) in sizes.iter().flat_map(|&m| sizes.map(|n| (m, n))) {
+        let times = sizes.map(|k| time(Kernel::MatMul { m, n, k }));
+        assert!(times.is_sorted(), "{m} x {n}: {times:?}");
+        let peak = 2.0 * (m * n * 10_000) as f64 / 989.4e12;
+        assert!(times[5] > peak, "{m} x {n}: above the peak");
+    }
+}
+
+fn said<T>(result: Result<T, Error>) -> String {
+    match result {
+        Err(error) => error.to_string(),
+        Ok(_) => panic!("no error"),
+    }
+}
+
+#[test]
+fn what_cannot_be_estimated_is_named() {
+    let product = Kernel::MatMul { m: 1, n: 1, k: 1 };
+    let teaching = Profile::open("teaching-16x16").unwrap();
+    let error = said(kernel::estimate(&teaching, BF16, product));
+    assert!(error.contains("[[calibration.matmul]]") && error.contains("teaching-16x16"), "{error}");
+    let odd = Formats { activations: Dtype::Mx9, weights: Dtype::Bf16 };
+    let error = said(kernel::estimate(&teaching, odd, product));
+    assert!(error.contains("mx9 x bf16"), "{error}");
+    let head = "op,m,n,k,activations,weights,seconds\n";
+    for (line, expected) in [
+        ("matmul,1,2,3,bf16,bf16", "7 fields"),
+        ("conv,1,2,3,bf16,bf16,1e-6", "conv"),
+        ("matmul,0,2,3,bf16,bf16,1e-6", "m from 1"),
+        ("matmul,1,2,3,bf16,bf17,1e-6", "weights as in profiles"),
+        ("matmul,1,2,3,bf16,bf16,-1", "seconds above 0"),
+        ("matmul,1,2,3,bf16,bf16,NaN", "seconds above 0"),
+        ("attention,1,2,3,bf16,bf16,1", "a column `batch`"),
+    ] {
+        let error = said(parse("file.csv", &format!("# a comment\n{head}{line}\n")));
+        assert!(error.contains(expected) && error.contains("file.csv, line 3"), "{error}");
+    }
+    let one = parse("one", &format!("{head}matmul,1,2,3,int8,int8,1e-6\n")).unwrap();
+    assert!(said(fit(&teaching, &one)).contains("two shapes"));
+}

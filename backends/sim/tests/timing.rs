@@ -1,0 +1,269 @@
+//! The time of simulated chips: cases that can be worked out by hand, and the closed form beside the events.
+
+use halite::backend::Fusions;
+use halite::kernels::formats::Format;
+use halite::passes;
+use halite::program::{Builder, Dim, Program, WeightInfo};
+use halite::synth::{Formats, Synth, shape};
+use halite_profiles::numerics::Dtype;
+use halite_profiles::profile::{Basis, Profile};
+use halite_sim::estimate::workload::{Choices, Workload, closed_s, estimate};
+use halite_sim::{Bound, Chip, Numerics, Queue, step};
+
+/// A chip to calculate with: one tile; memory and its engine move a byte a nanosecond; nothing else takes time but the units.
+const PLAIN: &str = r#"
+name = "plain"
+vendor = "nobody"
+summary = "Round numbers."
+driver = "sim"
+basis = "derived"
+source = "chosen"
+[chip]
+clock_hz = 1e9
+clusters = 1
+tiles_per_cluster = 1
+[matrix]
+units_per_tile = 1
+rows = 16
+columns = 16
+dataflow = "output_stationary"
+pipelined = true
+fill_cycles = 1
+[[matrix.rate]]
+activations = "fp32"
+weights = "fp32"
+accumulator = "fp32"
+depth_per_cycle = 1
+[vector]
+units_per_tile = 1
+rate = [{ dtype = "fp32", ops_per_cycle = 2 }]
+[[memory]]
+name = "scratchpad"
+scope = "tile"
+managed = "software"
+capacity_bytes = 1e6
+read_bytes_per_s = 2e9
+latency_ns = 1
+[[memory]]
+name = "dram"
+scope = "chip"
+managed = "software"
+capacity_bytes = 1e9
+read_bytes_per_s = 2e9
+latency_ns = 1
+[[dma]]
+name = "copy"
+scope = "tile"
+engines = 2
+bytes_per_s = 1e9
+setup_ns = 1
+max_dimensions = 2
+queue_entries = 8
+[launch]
+kernel_ns = 1
+"#;
+
+fn plain(changes: &[(&str, f64)]) -> Chip {
+    let profile = Profile::parse("plain", PLAIN).unwrap();
+    let profile = changes.iter().fold(profile, |p, (path, value)| p.with(path, *value).unwrap());
+    Chip::new(profile, Numerics::Exact, None).unwrap()
+}
+
+/// `[tokens, k]` times a weight of `n` rows.
+fn product(n: u32, k: u32) -> Program {
+    let lookup = move |_: &str| {
+        Some(WeightInfo { dims: vec![k.into(), n.into()], format: Format::F32, layout: Default::default() })
+    };
+    let mut b = Builder::new("product", &lookup);
+    let x = b.input("x", Dim::Tokens, k);
+    let w = b.weight("w", n, k);
+    let y = b.linear("y", x, w, None);
+    b.output(y);
+    b.finish().unwrap()
+}
+
+fn near(got: f64, want: f64, part: f64) {
+    assert!((got / want - 1.0).abs() < part, "{got:e} instead of {want:e}");
+}
+
+/// Memory alone: a matrix unit without end leaves the time of the bytes.
+#[test]
+fn a_pure_stream_takes_its_bytes() {
+    let (n, k) = (2048, 1024);
+    let chip = plain(&[("matrix.rate.0.depth_per_cycle", 1e6)]);
+    let time = step::time(&chip, &product(n, k), &[(0, 1)], true).unwrap().total();
+    let bytes = 4.0 * f64::from(n * k + k);
+    near(time.read_bytes, bytes, 1e-9);
+    near(time.busy_s[Queue::Load as usize], 1e-9 * bytes, 1e-9);
+    near(time.seconds, 1e-9 * bytes, 0.02);
+    assert_eq!(time.shares()[0].0, Bound::Dma);
+}
+
+/// The matrix unit alone: sixteen rows by sixteen columns, one of `k` a cycle.
+#[test]
+fn a_pure_product_takes_its_cycles() {
+    let (tokens, n, k) = (64, 512, 512);
+    let fast = [("dma.copy.bytes_per_s", 1e15), ("memory.dram.read_bytes_per_s", 1e15)];
+    let chip = plain(&[&fast[..], &[("memory.scratchpad.read_bytes_per_s", 1e15)]].concat());
+    let time = step::time(&chip, &product(n, k), &[(0, tokens)], true).unwrap().total();
+    let cycles = f64::from(tokens / 16 * (n / 16) * k);
+    near(time.busy_s[Queue::Matrix as usize], 1e-9 * cycles, 1e-9);
+    near(time.seconds, 1e-9 * cycles, 0.01);
+    assert_eq!(time.bound(), Bound::Matrix);
+    assert_eq!(time.matrix_ops, 2.0 * f64::from(tokens * n * k));
+}
+
+/// Both take the same time, and overlap: together they take hardly more than one.
+#[test]
+fn loads_and_products_overlap() {
+    let (n, k) = (4096, 512);
+    // A column of 4 k bytes takes 4 k ns to load; sixteen of them take k / depth ns to multiply.
+    let chip = plain(&[("matrix.rate.0.depth_per_cycle", 1.0 / 64.0)]);
+    let time = step::time(&chip, &product(n, k), &[(0, 1)], true).unwrap().total();
+    let (load, matrix) = (time.busy_s[Queue::Load as usize], time.busy_s[Queue::Matrix as usize]);
+    near(load, matrix, 0.01);
+    near(time.seconds, load, 0.1);
+}
+
+/// One queue stalls: with one request at a time each load pays its setup.
+#[test]
+fn a_stalled_queue_pays_every_setup() {
+    let (n, k) = (64, 8192);
+    let setup_ns = 50_000.0;
+    let changes = [("dma.copy.setup_ns", setup_ns), ("dma.copy.queue_entries", 1.0)];
+    let chip = plain(&[&changes[..], &[("matrix.rate.0.depth_per_cycle", 1e6)]].concat());
+    let time = step::time(&chip, &product(n, k), &[(0, 1)], true).unwrap().total();
+    let bytes_s = 1e-9 * 4.0 * f64::from(n * k + k);
+    let setups = (time.seconds - bytes_s) / (1e-9 * setup_ns);
+    // One for activations, one for each block of weights, and one for the last result.
+    assert!((setups - setups.round()).abs() < 0.05 && setups > 3.0, "{setups}");
+    let patient = plain(&[("dma.copy.setup_ns", setup_ns), ("matrix.rate.0.depth_per_cycle", 1e6)]);
+    let ahead = step::time(&patient, &product(n, k), &[(0, 1)], true).unwrap().total();
+    assert!(ahead.seconds < time.seconds - 1e-9 * setup_ns);
+}
+
+fn model(name: &str, format: Format) -> Program {
+    let formats = Formats { weights: format, output: format };
+    let model = Synth::new(shape(name).unwrap(), formats, 0).unwrap().model().unwrap();
+    passes::fuse(&model.program(Default::default(), 4096).unwrap(), Fusions::ALL)
+}
+
+fn chip(name: &str) -> Chip {
+    Chip::new(Profile::open(name).unwrap(), Numerics::Exact, None).unwrap()
+}
+
+/// The closed form is near the events, over chips, models, formats and steps.
+#[test]
+fn the_closed_form_is_near_the_events() {
+    let mut worst = (0.0, String::new());
+    for chip_name in ["maia-100", "maia-200", "tpu-v1", "coral-edge-tpu", "teaching-16x16"] {
+        for (model_name, format) in [
+            ("llama-1.1b", Format::Q4_0),
+            ("llama-1.1b", Format::Q8_0),
+            ("llama-1.1b", Format::BF16),
+            ("moe-8x2", Format::MXFP4),
+            ("llama-2-7b", Format::Q4_K),
+        ] {
+            let (chip, program) = (chip(chip_name), model(model_name, format));
+            for spans in [vec![(0, 1)], vec![(1000, 1)], vec![(300, 1); 8], vec![(0, 64)], vec![(128, 128)]] {
+                // What does not fit the smallest scratchpad has no time.
+                let Ok(events) = step::time(&chip, &program, &spans, true) else { continue };
+                let closed = step::closed(&chip, &program, &spans, true).unwrap();
+                let error = closed / events.total().seconds - 1.0;
+                if error.abs() > worst.0 {
+                    worst = (
+                        error.abs(),
+                        format!("{chip_name}, {model_name} {format:?}, {spans:?}: {error:+.3}"),
+                    );
+                }
+            }
+        }
+    }
+    eprintln!("worst: {}", worst.1);
+    assert!(worst.0 < 0.15, "{}", worst.1);
+}
+
+/// Less of anything never makes a chip faster by more than the choice of tiles can.
+#[test]
+fn slower_chips_are_slower() {
+    let program = model("llama-1.1b", Format::Q4_0);
+    let profile = Profile::open("maia-100").unwrap();
+    let seconds = |profile: Profile| {
+        let chip = Chip::new(profile, Numerics::Exact, None).unwrap();
+        step::time(&chip, &program, &[(500, 1)], true).unwrap().total().seconds
+    };
+    let before = seconds(profile.clone());
+    for (path, factor) in [
+        ("memory.hbm.read_bytes_per_s", 0.5),
+        ("dma.tile_dma.bytes_per_s", 0.1),
+        ("chip.clock_hz", 0.5),
+        ("vector.rate.0.ops_per_cycle", 0.25),
+        ("sync.barrier_ns", 4.0),
+        ("launch.graph_kernel_ns", 4.0),
+        ("dma.tile_dma.setup_ns", 10.0),
+        ("memory.hbm.latency_ns", 4.0),
+    ] {
+        let value = profile.quantities.iter().find(|(p, _)| p == path).unwrap().1.value;
+        let after = seconds(profile.with(path, value * factor).unwrap());
+        assert!(after > 1.02 * before, "{path}: {after} after {before}");
+    }
+}
+
+/// A workload is its steps; what it rests on is told.
+#[test]
+fn workloads_add_up() {
+    let profile = Profile::open("maia-100").unwrap();
+    let program = model("llama-1.1b", Format::Q8_0);
+    let workload = Workload { batch: 4, prompt: 1000, generate: 100, chunk: 512 };
+    let e = estimate(&profile, Choices::default(), &program, &workload).unwrap();
+    near(e.first_token_s, 8.0 * e.prefill.total().seconds, 1e-9);
+    near(e.seconds, e.first_token_s + 99.0 * e.step_s, 1e-9);
+    near(e.tokens_per_s, 4.0 / e.step_s, 1e-9);
+    assert!(
+        e.fits() && e.need_bytes == program.weight_bytes() + 4 * program.kv_bytes(|_| 1100u64.div_ceil(64))
+    );
+    let rests: f64 = e.rests_on().values().sum();
+    near(rests, 1.0, 1e-9);
+    assert!(e.rests_on()[&Basis::Guess] > 0.1 && e.joules_per_token.unwrap() > 0.0);
+    near(closed_s(&profile, Choices::default(), &program, &workload).unwrap(), e.seconds, 0.15);
+    // Twice the bandwidth cannot take less than half the time.
+    assert!(e.sensitivities.iter().all(|s| s.exponent.abs() <= 1.5), "{:?}", e.sensitivities);
+    // Activations in fewer bits move fewer bytes, and weights as many as before.
+    let choices = Choices { activations: Dtype::Bf16, ..Choices::default() };
+    let narrow = estimate(&profile, choices, &program, &workload).unwrap();
+    let written = |e: &halite_sim::estimate::workload::Estimate| e.prefill.total().written_bytes;
+    assert!(narrow.seconds < e.seconds && written(&narrow) < 0.6 * written(&e));
+    // The same chip with a price and too little memory.
+    let text = halite_profiles::profile::SHIPPED.iter().find(|(name, _)| *name == "maia-100").unwrap().1;
+    let text = format!("{text}\n[price]\nusd_per_hour = 3.6\n").replace("64_000_000_000", "1_000_000_000");
+    let small =
+        estimate(&Profile::parse("small", &text).unwrap(), Choices::default(), &program, &workload).unwrap();
+    assert!(!small.fits());
+    near(small.usd_per_million_tokens.unwrap(), 1e6 * 0.001 * small.seconds / 400.0, 1e-9);
+}
+
+/// Devices that are not simulated are the sum of their measured kernels, and nothing that was not measured is made up.
+#[test]
+fn measured_devices_say_what_was_measured() {
+    let profile = Profile::open("nvidia-h100").unwrap();
+    let workload = Workload { batch: 8, prompt: 1024, generate: 64, chunk: 512 };
+    let e = estimate(&profile, Choices::default(), &model("llama-2-7b", Format::BF16), &workload).unwrap();
+    // Weights alone take 13.2 GB / 3.35 TB/s, and nothing is ten times slower than its bytes.
+    assert!((3.9e-3..39e-3).contains(&e.step_s) && e.error.unwrap() < 0.1, "{}", e.step_s);
+    let refused = |program: &Program| {
+        estimate(&profile, Choices::default(), program, &workload).map(|_| ()).unwrap_err().to_string()
+    };
+    // Routers are F32.
+    assert!(refused(&model("moe-8x2", Format::BF16)).contains("Experts, of which no kernel was measured"));
+    // What was not measured is as in bf16 but for its bytes, and is told.
+    let four = estimate(&profile, Choices::default(), &model("llama-2-7b", Format::Q4_0), &workload).unwrap();
+    assert!(four.error.is_none() && e.error.is_some() && e.unmeasured.is_empty());
+    assert!(
+        four.unmeasured.len() == 1
+            && four.unmeasured[0].starts_with("weights of Q4_0: products as measured in bf16")
+    );
+    assert!(four.first_token_s <= e.first_token_s);
+    // A generating step reads all weights; most of its time goes with their bytes.
+    let faster = e.step_s / four.step_s;
+    assert!((1.5..16.0 / 4.5).contains(&faster), "{faster}");
+}

@@ -1,0 +1,373 @@
+//! `halite bench`: prompts and generation timed, against the machine's measured ceilings.
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use clap::{Args, ValueEnum};
+use halite::backend::cpu::{self, Cpu};
+use halite::cost::{self, Cost, Extent, Rates};
+use halite::session::{Head, Run, SequenceId, Session, SessionOptions, Wanted};
+#[cfg(feature = "sim")]
+use halite_profiles::profile::Profile;
+#[cfg(feature = "sim")]
+use halite_sim::estimate::host;
+use serde_json::{Value, json};
+
+use super::device::DeviceArgs;
+use super::{Failure, KvFormat, bytes, open_model, print};
+
+/// The largest buffer that memory is measured with: more than any cache holds.
+const MOST_BUFFER_BYTES: u64 = 1 << 30;
+/// Generated tokens of a warm-up.
+const WARM_UP_TOKENS: u32 = 4;
+
+/// Every prompt length and every generation length is a test of its own, at every depth, with every number of threads.
+#[derive(Args)]
+pub struct BenchArgs {
+    /// A GGUF file (the first one of a split model); without it, the small model that is built in.
+    #[arg(short, long, value_name = "FILE")]
+    model: Option<PathBuf>,
+    /// Prompt lengths, in tokens.
+    #[arg(short, long, value_name = "N,…", value_delimiter = ',', default_value = "512")]
+    prompt: Vec<u32>,
+    /// Generation lengths, in tokens.
+    #[arg(short = 'n', long, value_name = "N,…", value_delimiter = ',', default_value = "128")]
+    generate: Vec<u32>,
+    /// Tokens that are in the KV cache before a test begins.
+    #[arg(short, long, value_name = "N,…", value_delimiter = ',', default_value = "0")]
+    depth: Vec<u32>,
+    /// CPU threads; 0: one for each core.
+    #[arg(short, long, value_name = "N,…", value_delimiter = ',', default_value = "0")]
+    threads: Vec<usize>,
+    /// Timed repetitions of each test, after a warm-up.
+    #[arg(short, long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    repetitions: u32,
+    /// Most prompt tokens of one step.
+    #[arg(long, value_name = "N", default_value_t = SessionOptions::default().batch)]
+    batch: u32,
+    /// How the KV cache is stored.
+    #[arg(long, value_name = "FORMAT", default_value = "f16")]
+    kv: KvFormat,
+    #[command(flatten)]
+    device: DeviceArgs,
+    /// Do not measure what the machine does at best.
+    #[arg(long)]
+    no_roofline: bool,
+    /// Predict the times as well, from a profile of this machine (`halite calibrate`).
+    #[cfg(feature = "sim")]
+    #[arg(long, value_name = "FILE")]
+    profile: Option<String>,
+    /// How results are printed.
+    #[arg(short, long, value_name = "FORMAT", default_value = "md")]
+    output: Output,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Output {
+    /// A table for people.
+    Md,
+    /// One line a test, after a line of names.
+    Csv,
+    /// An array of objects, with every single time.
+    Json,
+}
+
+/// A prompt or a generation.
+#[derive(Clone, Copy)]
+struct Test {
+    depth: u32,
+    prompt: u32,
+    generate: u32,
+}
+
+impl Test {
+    fn name(self) -> String {
+        let what =
+            if self.prompt > 0 { format!("pp{}", self.prompt) } else { format!("tg{}", self.generate) };
+        if self.depth > 0 { format!("{what} @ d{}", self.depth) } else { what }
+    }
+
+    fn tokens(self) -> u32 {
+        self.prompt + self.generate
+    }
+
+    /// The steps that [`run`] makes.
+    fn steps(self, batch: u32) -> impl Iterator<Item = Extent> {
+        let prompt = (0..self.prompt).step_by(batch.max(1) as usize).map(move |done| {
+            let tokens = batch.min(self.prompt - done);
+            Extent { start: self.depth + done, tokens, outputs: u32::from(done + tokens == self.prompt) }
+        });
+        let first = self.depth + self.prompt;
+        prompt.chain((0..self.generate).map(move |done| Extent {
+            start: first + done,
+            tokens: 1,
+            outputs: 1,
+        }))
+    }
+}
+
+pub fn bench(args: &BenchArgs) -> Result<(), Failure> {
+    let model = open_model(args.model.as_deref())?;
+    let prompts = args.prompt.iter().map(|&n| (n, 0));
+    let lengths = prompts.chain(args.generate.iter().map(|&n| (0, n))).filter(|&(p, g)| p + g > 0);
+    let lengths: Vec<_> = lengths.collect();
+    let tests = args
+        .depth
+        .iter()
+        .flat_map(|&depth| lengths.iter().map(move |&(prompt, generate)| Test { depth, prompt, generate }));
+    let tests: Vec<Test> = tests.collect();
+    let context =
+        tests.iter().map(|t| t.depth.saturating_add(t.tokens())).max().ok_or("bench: nothing to do")?;
+    let options = SessionOptions {
+        context,
+        batch: args.batch,
+        program: args.kv.program(),
+        // Every repetition starts at the same depth.
+        rewind: tests.iter().map(|test| test.tokens()).max().unwrap_or(0),
+        ..SessionOptions::default()
+    };
+    #[cfg(feature = "sim")]
+    let profile = args.profile.as_deref().map(Profile::open).transpose()?;
+    let mut rows = Rows::new(args.output);
+    for &threads in &args.threads {
+        let backend = args.device.on_threads(threads).open()?;
+        let measured = (args.device.name() == cpu::DRIVER.name && !args.no_roofline)
+            .then(|| Cpu::new(threads))
+            .transpose()?;
+        let mut session = Session::new(&model, &backend, &options, &mut |_| {})?;
+        for &test in &tests {
+            let costs: Vec<Cost> =
+                test.steps(session.batch()).map(|extent| cost::step(session.program(), extent)).collect();
+            let step_bytes = costs.iter().map(Cost::memory_bytes).max().unwrap_or(0);
+            let rates =
+                measured.as_ref().map(|cpu| cpu.rates(step_bytes.min(MOST_BUFFER_BYTES))).transpose()?;
+            #[cfg(feature = "sim")]
+            let predicted = profile.as_ref().map(|p| predicted(p, &session, test, threads)).transpose()?;
+            #[cfg(not(feature = "sim"))]
+            let predicted = None;
+            let seconds = time(&mut session, test, args.repetitions)?;
+            rows.add(row(&session, test, &costs, rates, predicted, &seconds))?;
+        }
+    }
+    rows.finish()
+}
+
+/// The seconds that a test should take on the CPU.
+#[cfg(feature = "sim")]
+fn predicted(profile: &Profile, session: &Session, test: Test, threads: usize) -> Result<f64, Failure> {
+    let threads = Cpu::new(threads)?.threads();
+    let rates = host::rates(profile, threads)?;
+    let steps = test.steps(session.batch());
+    Ok(steps
+        .map(|extent| host::step_seconds(rates, session.program(), extent))
+        .sum::<halite::Result<f64>>()?)
+}
+
+/// The seconds of each repetition of a test, after a warm-up that does not count.
+fn time(session: &mut Session, test: Test, repetitions: u32) -> Result<Vec<f64>, Failure> {
+    let sequence = session.add_sequence();
+    let tokens = tokens(session.model().hparams().vocab_size, test.depth + test.tokens());
+    let (before, tokens) = tokens.split_at(test.depth as usize);
+    session.prefill(sequence, before, Head::ArgMax)?;
+    let mut repeat = |test: Test| -> Result<f64, Failure> {
+        let (prompt, generated) = tokens[..test.tokens() as usize].split_at(test.prompt as usize);
+        let start = Instant::now();
+        run(session, sequence, prompt, generated)?;
+        let seconds = start.elapsed().as_secs_f64();
+        session.truncate(sequence, test.depth)?;
+        Ok(seconds)
+    };
+    repeat(Test { generate: test.generate.min(WARM_UP_TOKENS), ..test })?;
+    let seconds = (0..repetitions).map(|_| repeat(test)).collect();
+    session.remove(sequence)?;
+    seconds
+}
+
+/// Feeds a prompt as a user would, then single tokens, which are given: nothing depends on what the model says.
+fn run(session: &mut Session, sequence: SequenceId, prompt: &[u32], generated: &[u32]) -> halite::Result<()> {
+    session.prefill(sequence, prompt, Head::ArgMax)?;
+    for token in generated.chunks(1) {
+        session.step(&[Run { sequence, tokens: token, wanted: Wanted::Last }], Head::ArgMax)?;
+    }
+    Ok(())
+}
+
+/// Tokens without order, the same in every run.
+fn tokens(vocab: u32, len: u32) -> Vec<u32> {
+    let next = |x: &u32| Some(x.wrapping_mul(1_664_525).wrapping_add(1_013_904_223));
+    // Of a generator modulo 2^32 the low bits are the least random.
+    let scale = |x: u32| ((u64::from(x) * u64::from(vocab)) >> 32) as u32;
+    std::iter::successors(Some(1), next).map(scale).take(len as usize).collect()
+}
+
+/// The columns of a result, in order.
+type Row = Vec<(&'static str, Value)>;
+
+fn row(
+    session: &Session,
+    test: Test,
+    costs: &[Cost],
+    rates: Option<Rates>,
+    predicted: Option<f64>,
+    seconds: &[f64],
+) -> Row {
+    let program = session.program();
+    let caps = session.backend().caps();
+    let rate = |seconds: &f64| f64::from(test.tokens()) / seconds;
+    let (speeds, typical) = (seconds.iter().map(rate).collect::<Vec<_>>(), median(seconds));
+    let (mean, deviation) = mean_and_deviation(&speeds);
+    let total: Cost = costs.iter().copied().sum();
+    let least = rates.map(|rates| costs.iter().map(|cost| cost.least_seconds(&rates)).sum::<f64>());
+    let tokens = u64::from(test.tokens());
+    vec![
+        ("model", json!(session.model().name())),
+        ("weight_bytes", json!(program.weight_bytes())),
+        ("backend", json!(caps.name)),
+        ("device", json!(caps.device)),
+        ("test", json!(test.name())),
+        ("depth", json!(test.depth)),
+        ("prompt_tokens", json!(test.prompt)),
+        ("generated_tokens", json!(test.generate)),
+        ("repetitions", json!(seconds.len())),
+        ("mean_tokens_per_s", json!(mean)),
+        ("deviation_tokens_per_s", json!(deviation)),
+        ("median_tokens_per_s", json!(tokens as f64 / typical)),
+        ("bytes_per_token", json!(total.memory_bytes() / tokens)),
+        ("ops_per_token", json!(total.ops() / tokens)),
+        ("bytes_per_s", json!(total.memory_bytes() as f64 / typical)),
+        ("ops_per_s", json!(total.ops() as f64 / typical)),
+        ("roofline_bytes_per_s", json!(rates.map(|r| r.bytes_per_s))),
+        ("roofline_ops_per_s", json!(rates.map(|r| total.ops() as f64 / total.arithmetic_seconds(&r)))),
+        ("roofline_integer_ops_per_s", json!(rates.map(|r| r.integer_ops_per_s))),
+        ("roofline_float_ops_per_s", json!(rates.map(|r| r.float_ops_per_s))),
+        ("roofline_percent", json!(least.map(|least| 100.0 * least / typical))),
+        ("predicted_tokens_per_s", json!(predicted.map(|predicted| tokens as f64 / predicted))),
+        ("seconds", json!(seconds)),
+    ]
+}
+
+/// The middle value, or the mean of the middle two; 0 of none.
+fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let middle = sorted.len().saturating_sub(1) / 2..sorted.len() / 2 + 1;
+    sorted.get(middle).map_or(0.0, |middle| middle.iter().sum::<f64>() / middle.len() as f64)
+}
+
+/// Mean and sample standard deviation.
+fn mean_and_deviation(values: &[f64]) -> (f64, f64) {
+    let n = values.len() as f64;
+    let mean = values.iter().sum::<f64>() / n;
+    let squares: f64 = values.iter().map(|v| (v - mean) * (v - mean)).sum();
+    (mean, (squares / (n - 1.0).max(1.0)).sqrt())
+}
+
+/// Results on their way out.
+struct Rows {
+    output: Output,
+    /// What JSON keeps until the end, and the others for their heading.
+    rows: Vec<Value>,
+}
+
+impl Rows {
+    fn new(output: Output) -> Rows {
+        Rows { output, rows: Vec::new() }
+    }
+
+    fn add(&mut self, row: Row) -> Result<(), Failure> {
+        let first = self.rows.is_empty();
+        let text = match self.output {
+            Output::Md => markdown(&row, first),
+            Output::Csv => csv(&row, first),
+            Output::Json => String::new(),
+        };
+        self.rows.push(row.into_iter().map(|(name, value)| (name.to_owned(), value)).collect());
+        print(&text)
+    }
+
+    fn finish(self) -> Result<(), Failure> {
+        if self.output == Output::Json {
+            print(&format!("{:#}\n", Value::from(self.rows)))?;
+        }
+        Ok(())
+    }
+}
+
+fn csv(row: &Row, heading: bool) -> String {
+    let columns: Vec<_> = row.iter().filter(|(_, value)| !value.is_array()).collect();
+    let line = |fields: Vec<String>| fields.join(",") + "\n";
+    let quoted = |value: &Value| match value {
+        Value::String(text) => format!("\"{}\"", text.replace('"', "\"\"")),
+        Value::Null => String::new(),
+        other => other.to_string(),
+    };
+    let names = if heading {
+        line(columns.iter().map(|(name, _)| (*name).to_owned()).collect())
+    } else {
+        String::new()
+    };
+    names + &line(columns.iter().map(|(_, value)| quoted(value)).collect())
+}
+
+fn markdown(row: &Row, heading: bool) -> String {
+    let get = |name| row.iter().find(|(n, _)| *n == name).map_or(&Value::Null, |(_, value)| value);
+    let text = |name| get(name).as_str().unwrap_or("").replace('|', "\\|");
+    let number = |name| get(name).as_f64();
+    let scaled = |name, digits: usize, unit: f64| {
+        number(name).map_or("-".into(), |x| format!("{:.digits$}", x / unit))
+    };
+    let speed =
+        format!("{} ± {}", scaled("mean_tokens_per_s", 2, 1.0), scaled("deviation_tokens_per_s", 2, 1.0));
+    // Heading, least width, cell.
+    let columns = [
+        ("model", 30, text("model")),
+        ("weights", 10, bytes(get("weight_bytes").as_u64().unwrap_or(0))),
+        ("device", 19, text("device")),
+        ("test", 14, text("test")),
+        ("tokens/s", 19, speed),
+        ("median", 9, scaled("median_tokens_per_s", 2, 1.0)),
+        ("GB/s", 6, scaled("bytes_per_s", 1, 1e9)),
+        ("of", 6, scaled("roofline_bytes_per_s", 1, 1e9)),
+        ("GOP/s", 7, scaled("ops_per_s", 1, 1e9)),
+        ("of", 7, scaled("roofline_ops_per_s", 1, 1e9)),
+        ("roofline %", 10, scaled("roofline_percent", 1, 1.0)),
+        ("predicted", 9, scaled("predicted_tokens_per_s", 2, 1.0)),
+    ];
+    let line = |cells: [String; 12]| format!("| {} |\n", cells.join(" | "));
+    let mut out = String::new();
+    if heading {
+        out += &line(columns.each_ref().map(|(name, width, _)| format!("{name:>width$}")));
+        out += &line(columns.each_ref().map(|(_, width, _)| "-".repeat(width - 1) + ":"));
+    }
+    out + &line(columns.map(|(_, width, cell)| format!("{cell:>width$}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn steps_are_those_of_a_session() {
+        let steps = |depth, prompt, generate| {
+            let steps = Test { depth, prompt, generate }.steps(4);
+            steps.map(|e| (e.start, e.tokens, e.outputs)).collect::<Vec<_>>()
+        };
+        assert_eq!(steps(10, 9, 0), [(10, 4, 0), (14, 4, 0), (18, 1, 1)]);
+        assert_eq!(steps(0, 8, 0), [(0, 4, 0), (4, 4, 1)]);
+        assert_eq!(steps(3, 0, 2), [(3, 1, 1), (4, 1, 1)]);
+    }
+
+    #[test]
+    fn averages() {
+        assert_eq!(median(&[3.0, 1.0, 2.0]), 2.0);
+        assert_eq!(median(&[4.0, 1.0, 2.0, 3.0]), 2.5);
+        assert_eq!(mean_and_deviation(&[2.0, 4.0, 6.0]), (4.0, 2.0));
+        assert_eq!(mean_and_deviation(&[5.0]), (5.0, 0.0));
+    }
+
+    #[test]
+    fn csv_quotes_texts() {
+        let row = vec![("a", json!("x \"y\", z")), ("b", json!(null)), ("c", json!([1])), ("d", json!(1.5))];
+        assert_eq!(csv(&row, true), "a,b,d\n\"x \"\"y\"\", z\",,1.5\n");
+    }
+}

@@ -1,0 +1,145 @@
+//! `--backend` and the options of backends, as arguments: all from the table of drivers.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
+
+use clap::parser::ValueSource;
+use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches};
+use halite::backend::Backend;
+use halite::backend::driver::{self, Driver, DriverOption, Options, Value};
+
+use super::Failure;
+
+/// The table of drivers: what [`super::main`] was given.
+static DRIVERS: OnceLock<Vec<Driver>> = OnceLock::new();
+
+/// Sets the table of drivers, once.
+pub fn set_drivers(drivers: &[Driver]) {
+    DRIVERS.get_or_init(|| drivers.to_vec());
+}
+
+/// The table of drivers.
+pub fn drivers() -> &'static [Driver] {
+    DRIVERS.get().map_or(&[], Vec::as_slice)
+}
+
+/// Which backend, and its options.
+#[derive(Clone, Default)]
+pub struct DeviceArgs {
+    backend: String,
+    options: Options,
+}
+
+impl DeviceArgs {
+    /// A backend by name, without options.
+    pub fn named(name: &str) -> DeviceArgs {
+        DeviceArgs { backend: name.into(), options: Options::default() }
+    }
+
+    /// The same on so many threads; 0 leaves the choice to the backend.
+    pub fn on_threads(&self, threads: usize) -> DeviceArgs {
+        let mut args = self.clone();
+        if threads > 0 {
+            args.options.set("threads", threads.to_string());
+        }
+        args
+    }
+
+    pub fn open(&self) -> Result<Arc<dyn Backend>, Failure> {
+        Ok(driver::open(drivers(), &self.backend, &self.options)?)
+    }
+
+    /// What it is called on the command line.
+    pub fn name(&self) -> &str {
+        &self.backend
+    }
+
+    /// The file that the backend reads, if its name says one.
+    pub fn file(&self) -> Option<&Path> {
+        let (driver, argument) = driver::find(drivers(), &self.backend).ok()?;
+        driver.argument.filter(|it| it.is_file && !argument.is_empty()).map(|_| Path::new(argument))
+    }
+}
+
+/// What the options of all drivers are, each once.
+fn options() -> Vec<DriverOption> {
+    let mut all: Vec<DriverOption> = Vec::new();
+    for option in drivers().iter().flat_map(|driver| driver.options) {
+        if !all.iter().any(|known| known.name == option.name) {
+            all.push(*option);
+        }
+    }
+    all
+}
+
+/// A driver's option among all arguments of a command.
+fn id(option: &DriverOption) -> String {
+    format!("backend.{}", option.name)
+}
+
+fn argument(option: &DriverOption) -> Arg {
+    let arg = Arg::new(id(option)).long(option.name).help(option.help);
+    match option.value {
+        Value::Flag => arg.action(ArgAction::SetTrue),
+        Value::Number(name) => arg.value_name(name).value_parser(clap::value_parser!(u64)),
+        Value::Text(name) => arg.value_name(name),
+        Value::Path(name) => arg.value_name(name).value_parser(clap::value_parser!(PathBuf)),
+        Value::OneOf(name, values) => {
+            let arg = arg.value_name(name).value_parser(values.to_vec());
+            match values.first() {
+                Some(first) => arg.default_value(first),
+                None => arg,
+            }
+        }
+    }
+}
+
+impl Args for DeviceArgs {
+    fn augment_args(command: Command) -> Command {
+        let described = |driver: &Driver| match driver.help {
+            "" => driver.spelling(),
+            help => format!("{} ({help})", driver.spelling()),
+        };
+        let backend = Arg::new("backend")
+            .long("backend")
+            .value_name("NAME")
+            .help(driver::or(drivers().iter().map(described)));
+        let backend = match drivers().first() {
+            Some(first) => backend.default_value(first.name),
+            None => backend.required(true),
+        };
+        // A command may have an option of its own of the same name.
+        let taken = |command: &Command, name| command.get_arguments().any(|a| a.get_long() == Some(name));
+        options().iter().fold(command.arg(backend), |command, option| match taken(&command, option.name) {
+            true => command,
+            false => command.arg(argument(option)),
+        })
+    }
+
+    fn augment_args_for_update(command: Command) -> Command {
+        DeviceArgs::augment_args(command)
+    }
+}
+
+impl FromArgMatches for DeviceArgs {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<DeviceArgs, clap::Error> {
+        let mut args = DeviceArgs::default();
+        args.update_from_arg_matches(matches)?;
+        Ok(args)
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        if let Some(name) = matches.get_one::<String>("backend") {
+            self.backend.clone_from(name);
+        }
+        for option in options() {
+            let id = id(&option);
+            // Of a command that has an option of its own, nothing is known.
+            let Ok(Some(mut raw)) = matches.try_get_raw(&id) else { continue };
+            if matches.value_source(&id) == Some(ValueSource::CommandLine) {
+                self.options.set(option.name, raw.next().unwrap_or_default());
+            }
+        }
+        Ok(())
+    }
+}

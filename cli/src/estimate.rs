@@ -1,0 +1,351 @@
+//! `halite estimate`: what serving a model on a chip takes, from shapes alone.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use clap::Args;
+use halite::backend::Fusions;
+use halite::kernels::formats::Format;
+use halite::output::{self, Replace};
+use halite::passes;
+use halite::program::Program;
+use halite::synth::{self, Formats, Synth};
+use halite::{Error, Model};
+use halite_profiles::numerics::Dtype;
+use halite_profiles::profile::{Basis, Driver, Profile};
+use halite_sim::estimate::workload::{Choices, Estimate, Workload, estimate};
+use halite_sim::{Chip, Queue, Report, step};
+use serde_json::{Value, json};
+
+use super::{Failure, KvFormat, bytes, interrupt, plain, plain_json, print};
+
+/// One column for each profile. Nothing is computed and no weights are read: a model may be larger than this machine.
+#[derive(Args)]
+pub struct EstimateArgs {
+    /// A GGUF file, or a shape of `halite synth`.
+    #[arg(short, long, value_name = "FILE|SHAPE")]
+    model: PathBuf,
+    /// Profiles of chips, shipped ones or TOML files.
+    #[arg(short, long, value_name = "FILE|NAME,…", value_delimiter = ',', required = true)]
+    profile: Vec<String>,
+    /// How a shape's weights are stored.
+    #[arg(long, value_parser = super::synth::format, default_value = "q4_0")]
+    format: Format,
+    /// The format in which the chip multiplies, one of its profile's [default: the nearest to each weight's].
+    #[arg(long, value_name = "FORMAT")]
+    products: Option<String>,
+    /// The format in which the chip keeps activations in device memory between ops.
+    #[arg(long, value_name = "FORMAT", default_value = "fp32")]
+    activations: String,
+    /// How the KV cache is stored.
+    #[arg(long, value_name = "FORMAT", default_value = "f16")]
+    kv: KvFormat,
+    /// Sequences at a time.
+    #[arg(short, long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    batch: u32,
+    /// Tokens of each prompt.
+    #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    prompt: u32,
+    /// Tokens that each sequence generates.
+    #[arg(long, value_name = "N", default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    generate: u32,
+    /// Most prompt tokens of a step.
+    #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    chunk: u32,
+    /// List the ops of a prompt's step and of a generating one, the longest first.
+    #[arg(long)]
+    ops: bool,
+    /// Write what every engine of some tiles does in a generating step, for Perfetto or chrome://tracing.
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
+    /// Tiles in the trace.
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    trace_tiles: u32,
+    /// Draw all ops under the chip's roofline, as SVG.
+    #[arg(long, value_name = "FILE")]
+    roofline: Option<PathBuf>,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+/// A model file, or a shape without weights.
+fn open(args: &EstimateArgs) -> Result<Arc<Model>, Failure> {
+    if let Some(shape) = args.model.to_str().and_then(synth::shape) {
+        let formats = Formats { weights: args.format, output: args.format };
+        return Ok(Arc::new(Synth::new(shape, formats, 0)?.model()?));
+    }
+    let path = args.model.as_path();
+    if !path.exists() {
+        let names: Vec<_> = synth::SHAPES.iter().map(|shape| shape.name).collect();
+        return Err(format!(
+            "model `{}`: expected a GGUF file or one of {}",
+            path.display(),
+            names.join(", ")
+        )
+        .into());
+    }
+    super::open_model(Some(path))
+}
+
+/// What was asked of one profile.
+struct Asked {
+    profile: Profile,
+    estimate: Estimate,
+}
+
+pub fn run(args: &EstimateArgs) -> Result<(), Failure> {
+    let model = open(args)?;
+    let positions = args.prompt.saturating_add(args.generate);
+    let program = model.program(args.kv.program(), positions)?;
+    let products = args.products.as_deref().map(Dtype::named).transpose()?;
+    let choices = Choices { products, activations: Dtype::named(&args.activations)? };
+    let workload =
+        Workload { batch: args.batch, prompt: args.prompt, generate: args.generate, chunk: args.chunk };
+    let mut all = Vec::new();
+    for name in &args.profile {
+        let profile = Profile::open(name)?;
+        let estimate = estimate(&profile, choices, &program, &workload)?;
+        all.push(Asked { profile, estimate });
+    }
+    let drawn = args.trace.is_some() || args.roofline.is_some();
+    if let Some(first) = all.first().filter(|first| drawn && first.profile.driver != Driver::Sim) {
+        let (name, driver) = (&first.profile.name, first.profile.driver.name());
+        return Err(format!(
+            "--trace, --roofline: expected a simulated chip first, got {name} (driver {driver})"
+        )
+        .into());
+    }
+    // Both before either is written.
+    let inputs: Vec<&Path> = args.profile.iter().map(Path::new).chain([args.model.as_path()]).collect();
+    for (path, replace) in [(&args.trace, TRACE), (&args.roofline, SVG)] {
+        path.iter().try_for_each(|path| output::check(path, replace, &inputs))?;
+    }
+    if args.trace.is_some() && args.trace == args.roofline {
+        return Err("--trace and --roofline: expected two files, got one name".into());
+    }
+    if let (Some(path), Some(first)) = (&args.trace, all.first()) {
+        let chip = choices.chip(first.profile.clone())?;
+        let spans = vec![(args.prompt + args.generate / 2, 1); args.batch as usize];
+        write_trace(path, &chip, &program, &spans, args.trace_tiles)?;
+    }
+    if let (Some(path), Some(first)) = (&args.roofline, all.first()) {
+        let svg = super::plot::roofline(&choices.chip(first.profile.clone())?, &first.estimate)?;
+        interrupt::write(path, SVG, &[], svg.as_bytes())?;
+    }
+    if args.json {
+        let values: Vec<Value> = all.iter().map(as_json).collect();
+        return print(&plain_json(&Value::from(values)));
+    }
+    let heading = format!(
+        "{}, {} of weights; {} x ({} prompt + {} generated tokens)\n\n",
+        model.name(),
+        bytes(program.weight_bytes()),
+        args.batch,
+        args.prompt,
+        args.generate
+    );
+    let mut text = heading + &table(&all);
+    for asked in &all {
+        text += &explain(asked);
+        if args.ops {
+            text += &format!(
+                "\n{}, a prompt's step of {} tokens\n{}",
+                asked.profile.name,
+                args.chunk.min(args.prompt),
+                ops(&asked.estimate.prefill)
+            );
+            text += &format!("\n{}, a generating step\n{}", asked.profile.name, ops(&asked.estimate.decode));
+        }
+    }
+    print(&plain(&text))
+}
+
+/// Three digits and a unit.
+fn seconds(s: f64) -> String {
+    let (unit, name) = [(1.0, "s"), (1e-3, "ms"), (1e-6, "µs")]
+        .into_iter()
+        .find(|(unit, _)| s >= *unit)
+        .unwrap_or((1e-9, "ns"));
+    format!("{:.3} {name}", s / unit)
+}
+
+/// What a table tells of a profile.
+fn column(asked: &Asked) -> [(&'static str, String); 10] {
+    let Asked { profile, estimate: e } = asked;
+    let or_dash = |value: Option<f64>, digits: usize| value.map_or("-".into(), |v| format!("{v:.digits$}"));
+    let guesses = e.rests_on().get(&Basis::Guess).copied().unwrap_or(0.0);
+    let unknown = if e.unmeasured.is_empty() { "uncalibrated" } else { "other formats, unknown" };
+    let fits = if e.fits() { "" } else { ", DOES NOT FIT" };
+    [
+        ("", profile.name.clone()),
+        ("time to first token", seconds(e.first_token_s)),
+        ("generating step", seconds(e.step_s)),
+        ("tokens/s", format!("{:.1}", e.tokens_per_s)),
+        ("all", seconds(e.seconds)),
+        ("J/token, uncalibrated", or_dash(e.joules_per_token, 3)),
+        ("USD/million tokens", or_dash(e.usd_per_million_tokens, 2)),
+        ("memory", format!("{} of {}{fits}", bytes(e.need_bytes), bytes(e.have_bytes))),
+        ("rests on guesses", format!("{:.0} %", 100.0 * guesses)),
+        ("error", e.error.map_or(unknown.into(), |e| format!("products ± {:.1} %", 100.0 * e))),
+    ]
+}
+
+fn table(all: &[Asked]) -> String {
+    let columns: Vec<_> = all.iter().map(column).collect();
+    let mut text = String::new();
+    for row in 0..columns.first().map_or(0, |column| column.len()) {
+        text += &format!("{:22}", columns[0][row].0);
+        for column in &columns {
+            let width = column.iter().map(|(_, cell)| cell.chars().count()).max().unwrap_or(0) + 2;
+            text += &format!("{:>width$}", column[row].1);
+        }
+        text += "\n";
+    }
+    text
+}
+
+/// What limits a chip, and which of its numbers matter.
+fn explain(asked: &Asked) -> String {
+    let Asked { profile, estimate } = asked;
+    let busy: Vec<_> = estimate
+        .shares
+        .iter()
+        .filter(|(_, share)| *share >= 0.005)
+        .map(|(bound, share)| format!("{} {:.0} %", bound.name(), 100.0 * share))
+        .collect();
+    let numbers: Vec<_> = estimate
+        .sensitivities
+        .iter()
+        .take(6)
+        .map(|s| format!("    {:+.2} % for +1 % of {} ({})\n", s.exponent, s.path, s.basis.name()))
+        .collect();
+    let unmeasured: Vec<_> = estimate.unmeasured.iter().map(|line| format!("  {line}\n")).collect();
+    format!(
+        "\n{}\n{}  of a generating step busy: {}\n  time changes by\n{}",
+        profile.name,
+        unmeasured.concat(),
+        busy.join(", "),
+        numbers.concat()
+    )
+}
+
+fn ops(report: &Report) -> String {
+    let total = report.total().seconds;
+    let mut ops: Vec<_> = report.ops.iter().collect();
+    ops.sort_by(|a, b| b.time.seconds.total_cmp(&a.time.seconds));
+    let mut text = format!(
+        "  {:26} {:>5} {:>12} {:>6}  {:8} {:>9} {:>9} {:>9} {:>8}\n",
+        "op", "times", "time", "share", "bound", "read", "written", "GOP", "mJ"
+    );
+    for op in ops {
+        let t = op.time;
+        text += &format!(
+            "  {:26} {:>5} {:>12} {:>5.1}%  {:8} {:>9} {:>9} {:>9.3} {:>8}\n",
+            op.name,
+            op.count,
+            seconds(t.seconds),
+            100.0 * t.seconds / total,
+            t.bound().name(),
+            bytes(t.read_bytes as u64),
+            bytes(t.written_bytes as u64),
+            t.matrix_ops / 1e9,
+            t.joules.map_or("-".into(), |j| format!("{:.3}", 1e3 * j))
+        );
+    }
+    text
+}
+
+fn as_json(asked: &Asked) -> Value {
+    let Asked { profile, estimate: e } = asked;
+    let report = |report: &Report| -> Vec<Value> {
+        let op = |op: &halite_sim::OpReport| {
+            json!({
+                "name": op.name,
+                "count": op.count,
+                "seconds": op.time.seconds,
+                "bound": op.time.bound().name(),
+                "busy_s": Queue::ALL.map(|q| (q.name(), op.time.busy_s[q as usize])).into_iter().collect::<std::collections::BTreeMap<_, _>>(),
+                "read_bytes": op.time.read_bytes,
+                "written_bytes": op.time.written_bytes,
+                "scratchpad_bytes": op.time.scratch_bytes,
+                "matrix_ops": op.time.matrix_ops,
+                "joules": op.time.joules,
+            })
+        };
+        report.ops.iter().map(op).collect()
+    };
+    let rests_on: serde_json::Map<String, Value> =
+        e.rests_on().into_iter().map(|(basis, share)| (basis.name().to_owned(), json!(share))).collect();
+    let sensitivities: Vec<Value> = e
+        .sensitivities
+        .iter()
+        .map(|s| json!({ "path": s.path, "basis": s.basis.name(), "exponent": s.exponent }))
+        .collect();
+    json!({
+        "profile": profile.name,
+        "first_token_s": e.first_token_s,
+        "step_s": e.step_s,
+        "seconds": e.seconds,
+        "tokens_per_s": e.tokens_per_s,
+        "joules_per_token": e.joules_per_token,
+        "usd_per_million_tokens": e.usd_per_million_tokens,
+        "need_bytes": e.need_bytes,
+        "have_bytes": e.have_bytes,
+        "fits": e.fits(),
+        "unmeasured": e.unmeasured,
+        "busy": e.shares.iter().map(|(bound, share)| (bound.name(), *share)).collect::<std::collections::BTreeMap<_, _>>(),
+        "rests_on": rests_on,
+        "sensitivities": sensitivities,
+        "prefill": report(&e.prefill),
+        "decode": report(&e.decode),
+    })
+}
+
+/// What a plot and a trace may replace.
+const SVG: Replace = Replace::StartingWith(b"<svg", "an SVG drawing");
+const TRACE: Replace = Replace::StartingWith(b"[", "a trace");
+
+/// A trace of a step in the Trace Event Format: a process for the ops, and one for each tile with a thread for each queue.
+fn write_trace(
+    path: &Path,
+    chip: &Chip,
+    program: &Program,
+    spans: &[(u32, u32)],
+    tiles: u32,
+) -> Result<(), Failure> {
+    let io = |source| Error::Io { path: path.to_owned(), source };
+    let program = passes::fuse(program, Fusions::ALL);
+    let mut out = interrupt::File::create(path, TRACE, &[])?;
+    write!(out, "[").map_err(io)?;
+    let mut first = true;
+    let mut event = |value: Value| {
+        let comma = if std::mem::take(&mut first) { "" } else { ",\n" };
+        write!(out, "{comma}{value}").map_err(io)
+    };
+    let us = |s: f64| 1e6 * s;
+    let named = |what: &str, pid: u32, tid: u32, name: &str| json!({ "ph": "M", "name": what, "pid": pid, "tid": tid, "args": { "name": name } });
+    event(named("process_name", 0, 0, "ops"))?;
+    for tile in 0..tiles.min(chip.tiles) {
+        event(named("process_name", tile + 1, 0, &format!("tile {tile}")))?;
+        for queue in Queue::ALL {
+            event(named("thread_name", tile + 1, queue as u32, queue.name()))?;
+        }
+    }
+    for op in step::trace(chip, &program, spans, true)? {
+        event(json!({
+            "ph": "X", "pid": 0, "tid": 0, "name": op.name, "cat": op.segment,
+            "ts": us(op.start_s), "dur": us(op.time.seconds),
+            "args": { "segment": op.segment, "bound": op.time.bound().name(), "read_bytes": op.time.read_bytes },
+        }))?;
+        for busy in op.busy.iter().filter(|busy| busy.tile < tiles) {
+            event(json!({
+                "ph": "X", "pid": busy.tile + 1, "tid": busy.queue as u32, "name": busy.what, "cat": op.name,
+                "ts": us(op.start_s + busy.start_s), "dur": us(busy.end_s - busy.start_s),
+            }))?;
+        }
+    }
+    writeln!(out, "]").map_err(io)?;
+    out.commit()
+}

@@ -1,0 +1,422 @@
+//! The command `halite` as a library: arguments in, library calls, text out. Everything that prints is here.
+//!
+//! [`main`] takes a table of drivers, so that a command with a backend of your own is a `main.rs` of a few lines.
+#![deny(unsafe_code)]
+
+mod bench;
+#[cfg(feature = "sim")]
+mod calibrate;
+mod chat;
+mod checksums;
+mod convert;
+mod device;
+mod embed;
+#[cfg(feature = "sim")]
+mod estimate;
+mod inspect;
+mod interrupt;
+mod pack;
+#[cfg(feature = "sim")]
+mod plot;
+#[cfg(feature = "sim")]
+mod profile;
+mod run;
+mod synth;
+mod tools;
+
+use std::ffi::{OsStr, OsString};
+use std::io::{IsTerminal, Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use halite::backend::driver::Driver;
+use halite::gguf::Gguf;
+use halite::kernels::formats::Format;
+use halite::map::Source;
+use halite::model::ProgramOptions;
+use halite::sampler::SamplerOptions;
+use halite::session::{Session, SessionOptions};
+use halite::{Model, Tokenizer};
+
+use device::DeviceArgs;
+
+/// What a command fails with: a message for people.
+type Failure = Box<dyn std::error::Error>;
+
+/// The model that is part of the program.
+static EMBEDDED: Aligned<[u8; EMBEDDED_BYTES]> =
+    Aligned(*include_bytes!("../../models/austen/halite-austen.gguf"));
+const EMBEDDED_BYTES: usize = include_bytes!("../../models/austen/halite-austen.gguf").len();
+
+/// Bytes where weights may be read in place.
+#[repr(C, align(64))]
+struct Aligned<T>(T);
+
+/// Run language models on CPUs, GPUs and simulated accelerators.
+#[derive(Parser)]
+#[command(version, arg_required_else_help = true, disable_help_subcommand = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Continue a prompt.
+    Run(run::RunArgs),
+    /// Talk with a model, in the format that its chat template gives.
+    Chat(chat::ChatArgs),
+    /// Show what is in a model file, whether it runs here, and what it will take.
+    Inspect(inspect::InspectArgs),
+    /// List backends.
+    Devices,
+    /// Turn text into token ids, or back with --decode.
+    Tokenize(tools::TokenizeArgs),
+    /// Write the logits of every position to a file.
+    Logits(tools::LogitsArgs),
+    /// Measure how well a model predicts a text.
+    Perplexity(tools::PerplexityArgs),
+    /// Time prompts and generation.
+    Bench(bench::BenchArgs),
+    /// Write a model file of a named shape with random weights, to time a device on.
+    Synth(synth::SynthArgs),
+    /// Turn texts into vectors, with an encoder.
+    Embed(embed::EmbedArgs),
+    /// Write a folder of safetensors as a GGUF file.
+    Convert(convert::ConvertArgs),
+    /// Interleave a model's rows for the fastest kernels; the copy is read in place as well.
+    Pack(pack::PackArgs),
+    /// Check a chip's profile, and print its rates.
+    #[cfg(feature = "sim")]
+    Profile(profile::ProfileArgs),
+    /// Predict what serving a model on a simulated chip takes.
+    #[cfg(feature = "sim")]
+    Estimate(estimate::EstimateArgs),
+    /// Measure this machine's memory and kernels, or fit a chip's timing model to measured kernels.
+    #[cfg(feature = "sim")]
+    Calibrate(calibrate::CalibrateArgs),
+    /// Check every kernel of a backend against the reference.
+    Conform(tools::ConformArgs),
+}
+
+/// Which model, and on what.
+#[derive(Args, Clone)]
+struct ModelArgs {
+    /// A GGUF file (the first one of a split model); without it, the small model that is built in.
+    #[arg(short, long, value_name = "FILE")]
+    model: Option<PathBuf>,
+    /// Refuse the model if the SHA-256 of one of its files, an adapter or a draft is not the one in this list
+    /// of `sha256sum` or of `inspect --checksums`.
+    #[arg(long, value_name = "FILE")]
+    verify_on_load: Option<PathBuf>,
+    #[command(flatten)]
+    device: DeviceArgs,
+    /// A low-rank adapter of the model, and a factor on it; may be given several times.
+    #[arg(long, value_name = "FILE[:SCALE]")]
+    lora: Vec<OsString>,
+    /// Positions of the KV cache [default: what the model was trained for, at most 4096].
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    ctx: u32,
+    /// How the KV cache is stored.
+    #[arg(long, value_name = "FORMAT", default_value = "f16")]
+    kv: KvFormat,
+}
+
+/// How tokens are chosen.
+#[derive(Args, Clone)]
+struct SamplerArgs {
+    /// Sampling temperature; 0 always takes the most likely token.
+    #[arg(long, default_value_t = 0.8)]
+    temp: f32,
+    /// Choose among this many of the most likely tokens; 0 or -1: all.
+    #[arg(long, value_name = "N", default_value = "40", value_parser = top_k, allow_negative_numbers = true)]
+    top_k: usize,
+    /// Choose among the most likely tokens up to this probability.
+    #[arg(long, value_name = "P", default_value_t = 0.95)]
+    top_p: f32,
+    /// Choose among tokens at least this likely relative to the first.
+    #[arg(long, value_name = "P", default_value_t = 0.05)]
+    min_p: f32,
+    /// Divides the logits of recent tokens; 1: off.
+    #[arg(long, value_name = "X", default_value_t = 1.0)]
+    repeat_penalty: f32,
+    /// Taken off a recent token's logit for each time it occurred.
+    #[arg(long, value_name = "X", default_value_t = 0.0)]
+    frequency_penalty: f32,
+    /// Taken off a recent token's logit.
+    #[arg(long, value_name = "X", default_value_t = 0.0)]
+    presence_penalty: f32,
+    /// How many tokens count as recent.
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    penalty_window: usize,
+    /// Seed of the draws; -1: a random one, which is printed.
+    #[arg(long, value_name = "N", default_value = "0", value_parser = seed, allow_negative_numbers = true)]
+    seed: u64,
+}
+
+/// A number, or what -1 stands for.
+fn or_minus_one<T: std::str::FromStr>(text: &str, stands_for: impl FnOnce() -> T) -> Result<T, String> {
+    match text {
+        "-1" => Ok(stands_for()),
+        _ => text.parse().map_err(|_| "expected a whole number, or -1".into()),
+    }
+}
+
+/// A number of tokens to choose among, or -1 for all.
+fn top_k(text: &str) -> Result<usize, String> {
+    or_minus_one(text, || 0)
+}
+
+/// A number of tokens to generate, or -1 for no limit.
+fn limit(text: &str) -> Result<u32, String> {
+    or_minus_one(text, || u32::MAX)
+}
+
+/// A seed, or -1 for one that nobody knows before.
+fn seed(text: &str) -> Result<u64, String> {
+    or_minus_one(text, || {
+        // The standard library seeds its hashers at random. Few digits, so that a person can type them.
+        let random = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), 0) >> 32;
+        say(&format!("seed {random}"));
+        random
+    })
+}
+
+impl SamplerArgs {
+    fn options(&self) -> SamplerOptions {
+        SamplerOptions {
+            temperature: self.temp,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            min_p: self.min_p,
+            repeat_penalty: self.repeat_penalty,
+            frequency_penalty: self.frequency_penalty,
+            presence_penalty: self.presence_penalty,
+            penalty_window: self.penalty_window,
+            seed: self.seed,
+        }
+    }
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum KvFormat {
+    F16,
+    F32,
+    #[value(name = "q8_0")]
+    Q8_0,
+    #[value(name = "q4_0")]
+    Q4_0,
+}
+
+impl KvFormat {
+    fn program(self) -> ProgramOptions {
+        let kv_format = match self {
+            KvFormat::F16 => Format::F16,
+            KvFormat::F32 => Format::F32,
+            KvFormat::Q8_0 => Format::Q8_0,
+            KvFormat::Q4_0 => Format::Q4_0,
+        };
+        ProgramOptions { kv_format }
+    }
+}
+
+/// The model of a file, or the one that is built in.
+fn open_model(path: Option<&Path>) -> Result<Arc<Model>, Failure> {
+    open_adapted(path, &[])
+}
+
+/// The same with adapters, each `FILE` or `FILE:SCALE`.
+fn open_adapted(path: Option<&Path>, adapters: &[OsString]) -> Result<Arc<Model>, Failure> {
+    let mut model = match path {
+        Some(path) => Model::open(path)?,
+        None => Model::from_source(Source::from_static("the built-in model", &EMBEDDED.0))?,
+    };
+    for adapter in adapters {
+        let (file, scale) = scaled(adapter);
+        model.adapt(Gguf::open(file.as_ref())?, scale)?;
+    }
+    warn(model.warnings());
+    Ok(Arc::new(model))
+}
+
+/// The file of an adapter and the factor on it, of `FILE` or `FILE:SCALE`.
+fn scaled(adapter: &OsStr) -> (&OsStr, f32) {
+    let scaled = adapter.to_str().and_then(|text| text.rsplit_once(':'));
+    let scaled = scaled.and_then(|(file, scale)| Some((OsStr::new(file), scale.parse().ok()?)));
+    scaled.unwrap_or((adapter, 1.0))
+}
+
+impl ModelArgs {
+    fn open(&self) -> Result<Arc<Model>, Failure> {
+        let model = open_adapted(self.model.as_deref(), &self.lora)?;
+        if let Some(list) = &self.verify_on_load {
+            checksums::check(model.gguf(), list)?;
+        }
+        Ok(model)
+    }
+
+    /// The files that are read.
+    fn inputs(&self) -> Vec<&Path> {
+        let adapters = self.lora.iter().map(|adapter| Path::new(scaled(adapter).0));
+        let list = self.verify_on_load.iter().map(PathBuf::as_path);
+        let model = self.model.iter().map(PathBuf::as_path);
+        model.chain(adapters).chain(list).chain(self.device.file()).collect()
+    }
+
+    fn program(&self) -> ProgramOptions {
+        self.kv.program()
+    }
+
+    fn options(&self, batch: u32, outputs: u32) -> SessionOptions {
+        SessionOptions { context: self.ctx, batch, outputs, program: self.program(), ..Default::default() }
+    }
+
+    /// Opens a session, with a bar where it takes long.
+    fn session(&self, model: &Arc<Model>, options: &SessionOptions) -> Result<Session, Failure> {
+        let backend = self.device.open()?;
+        let total = model.gguf().tensors().map(|t| t.record.bytes.len() as u64).sum();
+        let bar = progress(total, "loading");
+        let session = Session::new(model, &backend, options, &mut |done| bar.set_position(done))?;
+        bar.finish_and_clear();
+        Ok(session)
+    }
+}
+
+fn tokenizer(model: &Model) -> Result<Tokenizer, Failure> {
+    let tokenizer =
+        Tokenizer::from_gguf(model.gguf())?.ok_or("this model file has no vocabulary: pass token ids")?;
+    warn(tokenizer.warnings());
+    Ok(tokenizer)
+}
+
+/// Warnings on stderr, each once.
+fn warn(warnings: &[String]) {
+    static SAID: std::sync::Mutex<Vec<String>> = std::sync::Mutex::new(Vec::new());
+    let Ok(mut said) = SAID.lock() else { return };
+    for warning in warnings {
+        if !said.contains(warning) {
+            say(&format!("halite: warning: {warning}"));
+            said.push(warning.clone());
+        }
+    }
+}
+
+/// A text for a terminal: what would steer it is escaped.
+fn plain(text: &str) -> String {
+    escaped(text, |c| c.escape_default().to_string())
+}
+
+/// JSON for a terminal: serde_json leaves the control characters from U+007F on as they are.
+fn plain_json(json: &serde_json::Value) -> String {
+    escaped(&format!("{json:#}\n"), |c| format!("\\u{:04x}", u32::from(c)))
+}
+
+fn escaped(text: &str, escape: impl Fn(char) -> String) -> String {
+    let steers = |c: char| c.is_control() && !matches!(c, '\n' | '\t');
+    text.chars().map(|c| if steers(c) { escape(c) } else { c.into() }).collect()
+}
+
+/// A bar on stderr, drawn only on a terminal and only for work that takes over a second.
+fn progress(total: u64, what: &'static str) -> indicatif::ProgressBar {
+    if !std::io::stderr().is_terminal() {
+        return indicatif::ProgressBar::hidden();
+    }
+    let bar = indicatif::ProgressBar::with_draw_target(Some(total), indicatif::ProgressDrawTarget::hidden());
+    let style = indicatif::ProgressStyle::with_template("{msg} {wide_bar} {percent}% {eta}");
+    if let Ok(style) = style {
+        bar.set_style(style);
+    }
+    bar.set_message(what);
+    let late = bar.clone();
+    std::thread::spawn(move || {
+        std::thread::sleep(std::time::Duration::from_secs(1));
+        if !late.is_finished() {
+            late.set_draw_target(indicatif::ProgressDrawTarget::stderr());
+        }
+    });
+    bar
+}
+
+/// Most bytes of a text.
+const MAX_TEXT_BYTES: u64 = 1 << 30;
+
+/// A text file, or stdin for `-`. It may be a pipe, as a shell makes one of a command.
+fn read_text(path: &Path) -> Result<String, Failure> {
+    let mut text = String::new();
+    let read = if path == Path::new("-") {
+        std::io::stdin().take(MAX_TEXT_BYTES + 1).read_to_string(&mut text)
+    } else {
+        std::fs::File::open(path).and_then(|file| file.take(MAX_TEXT_BYTES + 1).read_to_string(&mut text))
+    };
+    read.map_err(|e| format!("{}: {e}", path.display()))?;
+    if text.len() as u64 > MAX_TEXT_BYTES {
+        return Err(format!("{}: expected at most {MAX_TEXT_BYTES} bytes of text", path.display()).into());
+    }
+    // A byte order mark says how a file is written, and is no part of its text.
+    Ok(text.strip_prefix('\u{feff}').map(str::to_owned).unwrap_or(text))
+}
+
+/// Writes to stdout; a reader that went away ends the command quietly.
+fn print(text: &str) -> Result<(), Failure> {
+    let mut out = std::io::stdout().lock();
+    out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(Into::into)
+}
+
+/// Writes a line to stderr; what would steer a terminal is escaped. If nobody can read it, there is nobody to tell.
+fn say(line: &str) {
+    let _ = writeln!(std::io::stderr(), "{}", plain(line));
+}
+
+/// Bytes for people.
+fn bytes(n: u64) -> String {
+    indicatif::BinaryBytes(n).to_string()
+}
+
+/// Runs the command with the arguments of this process. `drivers` are the backends that it offers; without `--backend` it
+/// takes the first.
+pub fn main(drivers: &[Driver]) -> ExitCode {
+    device::set_drivers(drivers);
+    #[cfg(unix)]
+    {
+        halite::map::exit_on_bus_error();
+        halite::map::fail_on_file_size();
+    }
+    let cli = Cli::parse();
+    let listening = interrupt::listen();
+    let result = listening.and_then(|()| match cli.command {
+        Command::Run(args) => run::run(&args),
+        Command::Chat(args) => chat::chat(&args),
+        Command::Inspect(args) => inspect::inspect(&args),
+        Command::Devices => tools::devices(),
+        Command::Tokenize(args) => tools::tokenize(&args),
+        Command::Logits(args) => tools::logits(&args),
+        Command::Perplexity(args) => tools::perplexity(&args),
+        Command::Bench(args) => bench::bench(&args),
+        Command::Synth(args) => synth::synth(&args),
+        Command::Embed(args) => embed::embed(&args),
+        Command::Convert(args) => convert::convert(&args),
+        Command::Pack(args) => pack::pack(&args),
+        #[cfg(feature = "sim")]
+        Command::Profile(args) => profile::profile(&args),
+        #[cfg(feature = "sim")]
+        Command::Estimate(args) => estimate::run(&args),
+        #[cfg(feature = "sim")]
+        Command::Calibrate(args) => calibrate::calibrate(&args),
+        Command::Conform(args) => tools::conform(&args),
+    });
+    let Err(failure) = result else { return ExitCode::SUCCESS };
+    let broken_pipe =
+        failure.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe);
+    if broken_pipe {
+        return ExitCode::SUCCESS;
+    }
+    let cancelled = failure.downcast_ref().is_some_and(|e| matches!(e, halite::Error::Cancelled));
+    if cancelled || failure.is::<interrupt::Interrupted>() {
+        say("halite: interrupted");
+        return interrupt::EXIT_CODE.into();
+    }
+    say(&format!("halite: {failure}"));
+    ExitCode::FAILURE
+}

@@ -1,0 +1,314 @@
+//! The commands for people who build and check: devices, tokenize, logits, perplexity, conform.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use halite::backend::Contract;
+use halite::conformance::{self, Outcome};
+use halite::kernels::formats::Format;
+use halite::output::{self, Replace};
+use halite::session::{Head, Run, Wanted};
+use halite::tokenizer::EncodeOptions;
+
+use super::device::{DeviceArgs, drivers};
+use super::{Failure, ModelArgs, bytes, interrupt, plain, print, progress, read_text, tokenizer};
+
+/// The width of the names of devices; longer names have a line of their own.
+const NAME_WIDTH: usize = 10;
+
+pub fn devices() -> Result<(), Failure> {
+    for driver in drivers() {
+        for listed in (driver.list)()? {
+            let mut text = format!("{:NAME_WIDTH$} ", listed.name);
+            if listed.name.len() >= NAME_WIDTH {
+                text = format!("{}\n{:NAME_WIDTH$}   ", listed.name, "");
+            }
+            text += &listed.device;
+            match listed.memory_bytes {
+                Some(u64::MAX) => text += "; memory no limit",
+                Some(memory) => text += &format!("; memory {}", bytes(memory)),
+                None => {}
+            }
+            match listed.contract {
+                Some(Contract::Exact) => text += "; contract exact",
+                Some(Contract::Close) => text += "; contract close",
+                Some(Contract::Rounded) => text += "; contract rounded",
+                None => {}
+            }
+            for (fact, value) in &listed.facts {
+                text += &format!("\n{:NAME_WIDTH$}   {fact}: {value}", "");
+            }
+            print(&plain(&(text + "\n")))?;
+        }
+    }
+    Ok(())
+}
+
+#[derive(Args)]
+pub struct TokenizeArgs {
+    /// The text, or the ids to decode (comma- or space-separated).
+    text: String,
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Decode ids instead.
+    #[arg(long)]
+    decode: bool,
+    /// Leave out the begin- and end-of-text tokens.
+    #[arg(long)]
+    no_special: bool,
+    /// Read control tokens written out in the text as such.
+    #[arg(long)]
+    special: bool,
+}
+
+pub fn tokenize(args: &TokenizeArgs) -> Result<(), Failure> {
+    let tokenizer = tokenizer(&*args.model.open()?)?;
+    if args.decode {
+        let ids = parse_ids(&args.text)?;
+        tokenizer.check(&ids)?;
+        return print(&format!("{}\n", tokenizer.decode(&ids, args.special)));
+    }
+    let options = EncodeOptions { add_special: !args.no_special, parse_special: args.special };
+    let ids = tokenizer.encode(&args.text, options);
+    print(&format!("{}\n", ids.iter().map(u32::to_string).collect::<Vec<_>>().join(",")))
+}
+
+fn parse_ids(text: &str) -> Result<Vec<u32>, Failure> {
+    text.split([',', ' ', '\n'])
+        .filter(|part| !part.is_empty())
+        .map(|part| part.parse().map_err(|_| format!("token id: expected a number, got `{part}`").into()))
+        .collect()
+}
+
+#[derive(Args)]
+pub struct LogitsArgs {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Token ids, comma-separated.
+    #[arg(long, value_name = "IDS")]
+    tokens: String,
+    /// Where the logits go: little-endian f32, [tokens, vocab].
+    #[arg(short, long, value_name = "FILE")]
+    out: PathBuf,
+}
+
+pub fn logits(args: &LogitsArgs) -> Result<(), Failure> {
+    let tokens = parse_ids(&args.tokens)?;
+    output::check(&args.out, Replace::Unmarked, &args.model.inputs())?;
+    let model = args.model.open()?;
+    let vocab = model.hparams().vocab_size;
+    if let Some(bad) = tokens.iter().find(|&&id| id >= vocab) {
+        return Err(format!("token id: expected below {vocab}, got {bad}").into());
+    }
+    let batch = rows_per_step(vocab);
+    let mut session = args.model.session(&model, &args.model.options(batch, batch))?;
+    let sequence = session.add_sequence();
+    let out = |e| format!("{}: {e}", args.out.display());
+    let mut file = interrupt::File::create(&args.out, Replace::Unmarked, &args.model.inputs())?;
+    let bar = progress(tokens.len() as u64, "logits");
+    for tokens in tokens.chunks(batch as usize) {
+        session.step(&[Run { sequence, tokens, wanted: Wanted::All }], Head::Logits)?;
+        for logit in session.logits() {
+            std::io::Write::write_all(&mut file, &logit.to_le_bytes()).map_err(out)?;
+        }
+        bar.inc(tokens.len() as u64);
+    }
+    bar.finish_and_clear();
+    file.commit()
+}
+
+/// Rows of logits that take about 64 MiB.
+fn rows_per_step(vocab: u32) -> u32 {
+    ((64 << 20) / (4 * vocab.max(1))).clamp(1, 512)
+}
+
+#[derive(Args)]
+pub struct PerplexityArgs {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// The text.
+    #[arg(short, long, value_name = "FILE")]
+    file: PathBuf,
+    /// Tokens of a window; the second half of each is scored.
+    #[arg(long, value_name = "N", default_value_t = 512)]
+    window: u32,
+    /// Most tokens of the text to use; 0: all.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    limit: usize,
+    /// One JSON object.
+    #[arg(long)]
+    json: bool,
+}
+
+/// As llama.cpp's tool of the same name: the text is cut into windows, each begins with the begin-of-text token where the
+/// vocabulary has one, and the second half of each window is scored.
+pub fn perplexity(args: &PerplexityArgs) -> Result<(), Failure> {
+    let model = args.model.open()?;
+    let tokenizer = tokenizer(&model)?;
+    let text = read_text(&args.file)?;
+    let mut tokens = tokenizer.encode(&text, EncodeOptions { add_special: true, parse_special: false });
+    if args.limit > 0 {
+        tokens.truncate(args.limit);
+    }
+    let window = args.window as usize;
+    if window < 2 {
+        return Err(format!("--window: expected at least 2 tokens, got {window}").into());
+    }
+    if tokens.len() < window {
+        return Err(format!(
+            "{}: expected at least the {window} tokens of one window (see --window), got {}",
+            args.file.display(),
+            tokens.len()
+        )
+        .into());
+    }
+    let vocab = model.hparams().vocab_size as usize;
+    let batch = rows_per_step(vocab as u32).min(args.window);
+    let context = ModelArgs { ctx: args.window, ..args.model.clone() };
+    let mut session = context.session(&model, &context.options(batch, batch))?;
+    let windows = tokens.len() / window;
+    let bar = progress((windows * window) as u64, "perplexity");
+    let (mut sum, mut sum_of_squares, mut count) = (0.0f64, 0.0f64, 0u64);
+    for window_tokens in tokens.chunks_exact(window) {
+        let mut input = window_tokens.to_vec();
+        if tokenizer.adds_bos()
+            && let Some(bos) = tokenizer.bos()
+        {
+            input[0] = bos;
+        }
+        let sequence = session.add_sequence();
+        for (i, step) in input.chunks(batch as usize).enumerate() {
+            let first = i * batch as usize;
+            let scored = first + step.len() > window / 2;
+            let wanted = if scored { Wanted::All } else { Wanted::Nothing };
+            session.step(&[Run { sequence, tokens: step, wanted }], Head::Logits)?;
+            if scored {
+                for (row, logits) in session.logits().chunks_exact(vocab).enumerate() {
+                    let position = first + row;
+                    if position < window / 2 || position + 1 >= window {
+                        continue;
+                    }
+                    let loss = cross_entropy(logits, window_tokens[position + 1] as usize);
+                    sum += loss;
+                    sum_of_squares += loss * loss;
+                    count += 1;
+                }
+            }
+            bar.inc(step.len() as u64);
+        }
+        session.remove(sequence)?;
+    }
+    bar.finish_and_clear();
+    let mean = sum / count as f64;
+    let perplexity = mean.exp();
+    let deviation =
+        ((sum_of_squares / count as f64 - mean * mean) / (count.max(2) - 1) as f64).max(0.0).sqrt();
+    if args.json {
+        let report = serde_json::json!({
+            "perplexity": perplexity, "standard_error": deviation * perplexity, "tokens": count, "windows": windows,
+        });
+        return print(&format!("{report}\n"));
+    }
+    print(&format!(
+        "perplexity {perplexity:.4} ± {:.4} over {count} tokens in {windows} windows of {window}\n",
+        deviation * perplexity
+    ))
+}
+
+/// `-ln softmax(logits)[target]`, in f64.
+fn cross_entropy(logits: &[f32], target: usize) -> f64 {
+    let max = logits.iter().fold(f32::NEG_INFINITY, |m, &x| m.max(x));
+    let sum: f64 = logits.iter().map(|&x| f64::from(x - max).exp()).sum();
+    sum.ln() - f64::from(logits.get(target).copied().unwrap_or(f32::NEG_INFINITY) - max)
+}
+
+#[derive(Args)]
+pub struct ConformArgs {
+    #[command(flatten)]
+    device: DeviceArgs,
+    /// Only cases whose name contains this.
+    #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
+    filter: String,
+    /// Show every case, not only those that do not pass.
+    #[arg(short, long)]
+    verbose: bool,
+    /// Print what these backends run as a table, instead.
+    #[arg(long, value_name = "NAME,…", value_delimiter = ',', conflicts_with_all = ["backend", "filter", "verbose"])]
+    table: Vec<String>,
+}
+
+/// A table of ops and formats by backend, from a run of all cases. Fails if any of them does.
+fn support_table(backends: &[String]) -> Result<String, Failure> {
+    let cases = conformance::cases();
+    // Ops, then weight formats, then cache formats: for each backend, how many cases pass, and why others are not run.
+    let mut groups: Vec<(usize, String)> = Vec::new();
+    let mut cells: Vec<Vec<(u32, Option<String>)>> = Vec::new();
+    for (column, name) in backends.iter().enumerate() {
+        let backend = DeviceArgs::named(name).open()?;
+        for case in &cases {
+            let outcome = conformance::check(&*backend, case);
+            let mut words = case.name.split_whitespace();
+            let (op, second) = (words.next().unwrap_or(""), words.next().unwrap_or(""));
+            let format = Format::from_name(second).map(|format| {
+                let section = if op == "Attend" { 2 } else { 1 };
+                (section, format.name().to_owned())
+            });
+            for group in std::iter::once((0, op.to_owned())).chain(format) {
+                let at = groups.iter().position(|g| *g == group).unwrap_or_else(|| {
+                    groups.push(group);
+                    cells.push(vec![(0, None); backends.len()]);
+                    groups.len() - 1
+                });
+                let cell = &mut cells[at][column];
+                match &outcome {
+                    Outcome::Pass(_) => cell.0 += 1,
+                    Outcome::Gap(gap) => cell.1 = Some(gap.to_string()),
+                    failed => return Err(format!("{name}: {}: {failed}", case.name).into()),
+                }
+            }
+        }
+    }
+    let mut text = "# What runs where\n\nWritten by `halite conform --table`: how many cases of each kind give what the \
+         reference defines,\nand why the others are not run.\n"
+        .to_owned();
+    for (section, heading) in ["Ops", "Weight formats", "KV cache formats"].iter().enumerate() {
+        text += &format!(
+            "\n## {heading}\n\n| | {} |\n|---|{}\n",
+            backends.join(" | "),
+            "---|".repeat(backends.len())
+        );
+        let rows = groups.iter().zip(&cells).filter(|((s, _), _)| *s == section);
+        for ((_, name), row) in rows {
+            let cell = |(passed, gap): &(u32, Option<String>)| match gap {
+                None => passed.to_string(),
+                Some(gap) => format!("{passed}; {gap}"),
+            };
+            text += &format!("| {name} | {} |\n", row.iter().map(cell).collect::<Vec<_>>().join(" | "));
+        }
+    }
+    let families: Vec<_> = halite::model::architectures().map(|name| format!("`{name}`")).collect();
+    text += "\n## Families\n\nA family is a program of these ops, and runs wherever they do:\n";
+    Ok(text + &families.join(", ") + ".\n")
+}
+
+pub fn conform(args: &ConformArgs) -> Result<(), Failure> {
+    if !args.table.is_empty() {
+        return print(&support_table(&args.table)?);
+    }
+    let backend = args.device.open()?;
+    let cases: Vec<_> = conformance::cases().into_iter().filter(|c| c.name.contains(&args.filter)).collect();
+    let bar = progress(cases.len() as u64, "conformance");
+    let mut report = conformance::Report::default();
+    for case in &cases {
+        let outcome = conformance::check(&*backend, case);
+        if args.verbose || !outcome.passed() {
+            let kernels = case.explain(&*backend);
+            bar.suspend(|| print(&format!("{:60} {outcome:8} {kernels}\n", case.name)))?;
+        }
+        report.add(&outcome);
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
+    print(&format!("{}: {report}\n", backend.caps().name))?;
+    if report.failed > 0 { Err("conformance failed".into()) } else { Ok(()) }
+}

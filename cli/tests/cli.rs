@@ -1,0 +1,394 @@
+//! The command, run as a process.
+
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+fn halite(args: &str) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_halite")).args(args.split_whitespace()).output().unwrap()
+}
+
+fn text(args: &str) -> String {
+    let output = halite(args);
+    assert!(output.status.success(), "{args}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[test]
+fn bench_reports_each_combination() {
+    let args = "bench -p 8,0 -n 3 -d 0,70 -t 1,2 -r 3 --no-roofline";
+    let rows: Value = serde_json::from_str(&text(&format!("{args} -o json"))).unwrap();
+    let rows = rows.as_array().unwrap();
+    let tests: Vec<_> =
+        rows.iter().map(|row| (row["device"].as_str().unwrap(), row["test"].as_str().unwrap())).collect();
+    let each = ["pp8", "tg3", "pp8 @ d70", "tg3 @ d70"];
+    let names: Vec<_> = tests.iter().map(|(_, test)| *test).collect();
+    assert_eq!(names, [each, each].concat());
+    assert!(tests[..4].iter().all(|(device, _)| device.ends_with("on 1 thread")));
+    assert!(tests[4..].iter().all(|(device, _)| device.ends_with("on 2 threads")));
+    for row in rows {
+        let seconds: Vec<f64> =
+            row["seconds"].as_array().unwrap().iter().map(|s| s.as_f64().unwrap()).collect();
+        assert_eq!(seconds.len(), 3);
+        let tokens = row["prompt_tokens"].as_f64().unwrap() + row["generated_tokens"].as_f64().unwrap();
+        let mut speeds: Vec<f64> = seconds.iter().map(|s| tokens / s).collect();
+        speeds.sort_by(f64::total_cmp);
+        let close = |name: &str, expected: f64| {
+            let got = row[name].as_f64().unwrap();
+            assert!((got / expected - 1.0).abs() < 1e-9, "{name}: expected {expected}, got {got}");
+        };
+        close("median_tokens_per_s", speeds[1]);
+        close("mean_tokens_per_s", speeds.iter().sum::<f64>() / 3.0);
+        assert!(row["roofline_percent"].is_null());
+    }
+    // A token that is generated reads all weights, a prompt's share them; what is in the cache costs more.
+    let bytes = |i: usize| rows[i]["bytes_per_token"].as_u64().unwrap();
+    let weights = rows[0]["weight_bytes"].as_u64().unwrap();
+    assert!(bytes(1) > weights / 2 && bytes(0) < bytes(1) / 7 && bytes(3) > bytes(1));
+
+    let csv = text(&format!("{args} -o csv"));
+    let fields: Vec<usize> = csv.lines().map(|line| line.split(',').count()).collect();
+    assert!(fields.len() == 9 && fields.iter().all(|&n| n == fields[0]), "{csv}");
+    let table = text(args);
+    let cells: Vec<usize> = table.lines().map(|line| line.split('|').count()).collect();
+    assert!(cells.len() == 10 && cells.iter().all(|&n| n == 14), "{table}");
+}
+
+#[test]
+fn bench_measures_the_machine() {
+    let rows: Value = serde_json::from_str(&text("bench -p 16 -n 0 -t 1 -r 1 -o json")).unwrap();
+    for name in ["bytes_per_s", "ops_per_s", "integer_ops_per_s", "float_ops_per_s", "percent"] {
+        assert!(rows[0][format!("roofline_{name}")].as_f64().unwrap() > 0.0, "{name}");
+    }
+}
+
+#[test]
+fn synth_writes_what_runs_and_overwrites_nothing() {
+    let dir = std::env::temp_dir().join(format!("halite-cli-{}", std::process::id()));
+    std::fs::create_dir_all(&dir).unwrap();
+    let file = dir.join("tiny.gguf");
+    let args = format!("synth tiny {} --format q4_k --output-format q6_k", file.display());
+    text(&args);
+    let before = std::fs::read(&file).unwrap();
+    assert!(!text(&format!("run -m {} hi -n 4", file.display())).is_empty());
+    let again = halite(&args);
+    assert!(!again.status.success() && std::fs::read(&file).unwrap() == before);
+    // A mistake leaves no file behind.
+    let other = dir.join("other.gguf");
+    let failed = halite(&format!("synth tiny {} --format i8", other.display()));
+    assert!(!failed.status.success() && !other.exists());
+    std::fs::remove_dir_all(&dir).unwrap();
+}
+
+#[cfg(feature = "sim")]
+#[test]
+fn profile_prints_rates_and_names_faults() {
+    let shown = text("profile maia-100 --numbers");
+    for expected in [
+        "64 tiles in 16 clusters at 1.43 GHz, driver sim",
+        "hbm                    64 GB            1.8 TB/s",
+        "mx9 x mx9                           1.499 P",
+        "72 %)",
+        "memory.hbm.read_bytes_per_s = 1800000000000.0 [datasheet: Microsoft, Inside Maia 100",
+    ] {
+        assert!(shown.contains(expected), "{expected}\n{shown}");
+    }
+    assert_eq!(text("profile").lines().count(), 11);
+    let schema: Value = serde_json::from_str(&text("profile --schema")).unwrap();
+    assert_eq!(schema["title"], "Profile");
+
+    let file = std::env::temp_dir().join(format!("halite-profile-{}.toml", std::process::id()));
+    let teaching = include_str!("../../hw-profiles/teaching-16x16.toml");
+    std::fs::write(&file, teaching.replace("clock_hz = 1e9", "clock_hz = 1")).unwrap();
+    let output = halite(&format!("profile {}", file.display()));
+    std::fs::remove_file(&file).unwrap();
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert!(!output.status.success() && error.contains("chip.clock_hz = 1.0 Hz: expected from"), "{error}");
+    let output = halite("profile nothing");
+    assert!(String::from_utf8(output.stderr).unwrap().contains("maia-100"));
+}
+
+/// An option that a backend does not have is an error that names both.
+#[cfg(all(feature = "gpu", feature = "sim"))]
+#[test]
+fn options_are_their_backends() {
+    for (backend, option, of) in [
+        ("cpu", "--device-memory 64", "gpu"),
+        ("reference", "--cooperative", "gpu"),
+        ("sim:teaching-16x16", "--shader-cache folder", "gpu"),
+        ("cpu", "--products int8", "sim"),
+        ("template", "--numerics exact", "sim"),
+        ("gpu", "--threads 1", "cpu"),
+    ] {
+        let output = halite(&format!("run --backend {backend} {option} -n 1 hello"));
+        assert!(!output.status.success());
+        let name = option.split(' ').next().unwrap();
+        let said = format!("halite: backend `{backend}`: has no option {name}; it is an option of {of}\n");
+        assert_eq!(String::from_utf8(output.stderr).unwrap(), said);
+    }
+    let output = halite("run --backend tpu hello");
+    let said = "halite: backend `tpu`: expected cpu, reference, template, gpu or sim:PROFILE\n";
+    assert_eq!(String::from_utf8(output.stderr).unwrap(), said);
+}
+
+#[cfg(feature = "sim")]
+#[test]
+fn estimate_explains_itself() {
+    let folder = std::env::temp_dir().join(format!("halite-estimate-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let (trace, plot) = (folder.join("step.json"), folder.join("step.svg"));
+    let shown = text(&format!(
+        "estimate -m llama-1.1b -p maia-100,tpu-v1 --batch 2 --ops --trace {} --roofline {}",
+        trace.display(),
+        plot.display()
+    ));
+    for expected in
+        ["time to first token", "rests on guesses", "memory.hbm", "MatMul ffn_down", "uncalibrated"]
+    {
+        assert!(shown.contains(expected), "{expected}\n{shown}");
+    }
+    let events: Value = serde_json::from_str(&std::fs::read_to_string(&trace).unwrap()).unwrap();
+    let ops = events.as_array().unwrap().iter().filter(|e| e["pid"] == 0 && e["ph"] == "X");
+    // The ops of all layers follow each other.
+    let ends: Vec<f64> = ops.map(|e| e["ts"].as_f64().unwrap() + e["dur"].as_f64().unwrap()).collect();
+    assert!(ends.len() > 200 && ends.is_sorted(), "{}", ends.len());
+    assert!(std::fs::read_to_string(&plot).unwrap().contains("mx9 x mx9"));
+    std::fs::remove_dir_all(&folder).unwrap();
+    let json: Value =
+        serde_json::from_str(&text("estimate -m llama-2-7b -p maia-200 --format mxfp4 --json")).unwrap();
+    assert!(json[0]["fits"] == true && json[0]["tokens_per_s"].as_f64().unwrap() > 1.0, "{json}");
+    let output = halite("estimate -m llama-0 -p maia-100");
+    assert!(String::from_utf8(output.stderr).unwrap().contains("mixtral-8x7b"));
+}
+
+#[cfg(feature = "sim")]
+#[test]
+fn calibrate_fits_measured_kernels() {
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../backends/sim/tests/data/silicon");
+    let file = std::env::temp_dir().join(format!("halite-calibrate-{}.toml", std::process::id()));
+    let args =
+        format!("calibrate --profile tenstorrent-p150 --fit {folder}/p150-11x10.csv -o {}", file.display());
+    let shown = text(&args);
+    assert!(
+        shown.contains("matmul, mxfp4 x mxfp4: fitted to 9 points") && shown.contains("wrote"),
+        "{shown}"
+    );
+    let written = text(&format!("profile --numbers {}", file.display()));
+    let other = halite(&format!("bench -p 1 -n 0 -t 1 --no-roofline --profile {}", file.display()));
+    std::fs::remove_file(&file).unwrap();
+    assert!(written.contains("calibration.matmul.2.compute_fraction"), "{written}");
+    assert!(written.contains("points of p150-11x10.csv; errors of each shape"), "{written}");
+    let error = String::from_utf8(other.stderr).unwrap();
+    assert!(!other.status.success() && error.contains("[[calibration.host]] for 1 threads"), "{error}");
+}
+
+#[test]
+fn a_text_in_instalments_is_the_text() {
+    let file = std::env::temp_dir().join(format!("halite-saved-{}", std::process::id()));
+    let json = |args: &str| -> Value { serde_json::from_str(&text(args)).unwrap() };
+    let whole = json("run --temp 0 --ignore-end --json -n 24 Once");
+    let (save, restore) = (format!("--save {}", file.display()), format!("--restore {}", file.display()));
+    let first = json(&format!("run --temp 0 --ignore-end --json -n 10 --lookup 4 {save} Once"));
+    // No prompt of its own: stdin is empty.
+    let second = json(&format!("run --temp 0 --ignore-end --json -n 14 {restore}"));
+    let saved = std::fs::read(&file).unwrap();
+    json(&format!("run --temp 0 --ignore-end --json -n 2 {restore} {save}"));
+    assert!(std::fs::read(&file).unwrap() != saved);
+    std::fs::remove_file(&file).unwrap();
+    let tokens = |v: &Value| v["tokens"].as_array().unwrap().clone();
+    assert_eq!([tokens(&first), tokens(&second)].concat(), tokens(&whole));
+    let got = second["prompt_tokens"].as_array().unwrap().len();
+    assert_eq!(got, first["prompt_tokens"].as_array().unwrap().len() + 10);
+}
+
+#[cfg(unix)]
+#[test]
+fn chat_answers_each_line() {
+    use std::io::Write;
+    let file = std::env::temp_dir().join(format!("halite-chat-{}.jinja", std::process::id()));
+    std::fs::write(&file, "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}").unwrap();
+    let mut child = Command::new(env!("CARGO_BIN_EXE_halite"))
+        .args(["chat", "-n", "8", "--temp", "0", "--system", "Speak.", "--template"])
+        .arg(&file)
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    child.stdin.take().unwrap().write_all(b"Who was Emma?\n\nAnd then?\n").unwrap();
+    let output = child.wait_with_output().unwrap();
+    std::fs::remove_file(&file).unwrap();
+    let notes = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success(), "{notes}");
+    let kept: Vec<u32> = notes
+        .lines()
+        .filter_map(|line| line.strip_prefix('[')?.split_once(" tokens kept")?.0.parse().ok())
+        .collect();
+    assert!(kept.len() == 2 && kept[0] == 0 && kept[1] > 8, "{notes}");
+    assert!(!output.stdout.is_empty());
+    let output = halite("chat");
+    assert!(!output.status.success());
+    assert!(String::from_utf8(output.stderr).unwrap().contains("no chat template"));
+}
+
+/// File names are bytes: what is no text is shown as well as it can be, and opened as it is.
+#[cfg(all(unix, feature = "sim"))]
+#[test]
+fn file_names_need_not_be_text() {
+    use std::ffi::{OsStr, OsString};
+    use std::os::unix::ffi::OsStrExt;
+    let folder = std::env::temp_dir().join(format!("halite-names-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let name = |end: &str| folder.join(OsStr::from_bytes(&[b"b\xff\x1b[2J", end.as_bytes()].concat()));
+    let model = name(".gguf");
+    let run = |args: &[&OsStr]| {
+        let output = Command::new(env!("CARGO_BIN_EXE_halite")).args(args).output().unwrap();
+        let error = String::from_utf8(output.stderr.clone()).unwrap();
+        assert!(!error.contains("panicked") && !error.contains('\u{1b}'), "{args:?}: {error}");
+        (output.status.success(), String::from_utf8_lossy(&output.stdout).into_owned(), error)
+    };
+    let words = |text: &str, files: &[&OsStr]| -> Vec<OsString> {
+        let mut files = files.iter();
+        let word = |word: &str| if word == "FILE" { files.next().unwrap().into() } else { word.into() };
+        text.split(' ').map(word).collect()
+    };
+    let done = |text: &str, files: &[&OsStr]| {
+        let args = words(text, files);
+        let (success, out, error) = run(&args.iter().map(OsString::as_os_str).collect::<Vec<_>>());
+        assert!(success, "{text}: {error}");
+        out
+    };
+    done("synth tiny FILE --format q8_0", &[model.as_os_str()]);
+    let report: Value = serde_json::from_str(&done("inspect --json FILE", &[model.as_os_str()])).unwrap();
+    assert!(report["file"].as_str().unwrap().ends_with("b\u{fffd}\u{1b}[2J.gguf"), "{report}");
+    assert!(!done("inspect FILE", &[model.as_os_str()]).contains('\u{1b}'));
+    done("run -n 2 -m FILE hello", &[model.as_os_str()]);
+    done("tokenize -m FILE hello", &[model.as_os_str()]);
+    done("logits -m FILE --tokens 1,2 -o FILE", &[model.as_os_str(), name(".logits").as_os_str()]);
+    done("run -n 2 -m FILE --save FILE hello", &[model.as_os_str(), name(".saved").as_os_str()]);
+    done("pack FILE FILE", &[model.as_os_str(), name("-packed.gguf").as_os_str()]);
+    done("estimate -m FILE -p maia-100 --trace FILE", &[model.as_os_str(), name(".json").as_os_str()]);
+    done("bench -m FILE -p 2 -n 0 -r 1 --no-roofline -o json", &[model.as_os_str()]);
+
+    // What cannot be opened is named, and no terminal does what it says.
+    let absent = name("-absent.gguf");
+    for args in [
+        "inspect FILE",
+        "run -m FILE hello",
+        "run --lora FILE hello",
+        "estimate -m FILE -p maia-100",
+        "embed -m FILE hello",
+        "profile FILE",
+        "convert FILE FILE",
+        "run --restore FILE x",
+        "perplexity -f FILE",
+    ] {
+        let args = words(args, &[absent.as_os_str(), name("-out").as_os_str()]);
+        let (success, _, error) = run(&args.iter().map(OsString::as_os_str).collect::<Vec<_>>());
+        assert!(!success && !error.is_empty(), "{args:?}: {error}");
+    }
+    // Nor does it wait for the other end of a pipe.
+    let pipe = name(".pipe");
+    assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    for args in [
+        "inspect FILE",
+        "run -m FILE hello",
+        "run --lora FILE hello",
+        "embed -m FILE hello",
+        "pack FILE FILE",
+    ] {
+        let args = words(args, &[pipe.as_os_str(), name("-out").as_os_str()]);
+        let (success, _, error) = run(&args.iter().map(OsString::as_os_str).collect::<Vec<_>>());
+        assert!(!success && error.contains("not a regular file"), "{args:?}: {error}");
+    }
+    let output = Command::new(env!("CARGO_BIN_EXE_halite"))
+        .args(["run", "-n", "1", "hello"])
+        .env("HALITE_ISA", OsStr::from_bytes(b"\xff"))
+        .output()
+        .unwrap();
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert!(!output.status.success() && error.contains("instruction set"), "{error}");
+    std::fs::remove_dir_all(&folder).unwrap();
+}
+
+#[test]
+fn ids_beyond_the_vocabulary_are_named() {
+    assert_eq!(text("tokenize --decode 5").lines().count(), 1);
+    let output = halite("tokenize --decode 5,99999,99998");
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert!(!output.status.success() && output.stdout.is_empty(), "{error}");
+    let size =
+        halite::Model::open(concat!(env!("CARGO_MANIFEST_DIR"), "/../models/austen/halite-austen.gguf"))
+            .unwrap();
+    let size = halite::Tokenizer::from_gguf(size.gguf()).unwrap().unwrap().len();
+    assert!(
+        error.contains(&format!("token id: expected below {size}, ")) && error.contains("got 99999"),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_byte_order_mark_is_no_part_of_a_text() {
+    let file = std::env::temp_dir().join(format!("halite-bom-{}", std::process::id()));
+    let run = |text: &str| -> Value {
+        std::fs::write(&file, text).unwrap();
+        serde_json::from_str(&self::text(&format!("run --temp 0 --json -n 1 -f {}", file.display()))).unwrap()
+    };
+    let (with, without) = (run("\u{feff}Emma"), run("Emma"));
+    std::fs::remove_file(&file).unwrap();
+    assert_eq!(with["prompt_tokens"], without["prompt_tokens"]);
+}
+
+#[cfg(feature = "sim")]
+#[test]
+fn chips_without_four_bit_products_are_estimated() {
+    let shown = text("estimate -m llama-2-7b -p maia-100,nvidia-h100");
+    assert!(shown.contains("weights of Q4_0: products as measured in bf16"), "{shown}");
+    assert!(shown.contains("other formats, unknown"), "{shown}");
+    let shown = text("estimate -m llama-2-7b -p nvidia-h100 --format bf16 --kv q8_0");
+    assert!(shown.contains("KV cache of Q8_0: attention as measured in bf16"), "{shown}");
+}
+
+/// The checksums are those of `sha256sum`; of a model that is another nothing is run.
+#[test]
+fn a_model_is_held_to_its_checksums() {
+    let folder = std::env::temp_dir().join(format!("halite-checksums-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let (model, list) = (folder.join("model.gguf"), folder.join("list"));
+    let mut bytes =
+        std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/../models/austen/halite-austen.gguf")).unwrap();
+    std::fs::write(&model, &bytes).unwrap();
+    text(&format!("inspect {} --checksums {}", model.display(), list.display()));
+    let written = std::fs::read_to_string(&list).unwrap();
+    assert!(written.len() == 64 + 2 + 11 && written.ends_with("  model.gguf\n"), "{written}");
+    #[cfg(target_os = "linux")]
+    {
+        let checked =
+            Command::new("sha256sum").args(["--check", "list"]).current_dir(&folder).output().unwrap();
+        assert!(checked.status.success(), "{checked:?}");
+    }
+    let again = halite(&format!("inspect {} --checksums {}", model.display(), list.display()));
+    assert!(!again.status.success() && std::fs::read_to_string(&list).unwrap() == written);
+
+    let run = |list: &std::path::Path| {
+        let output =
+            halite(&format!("run -n 2 -m {} --verify-on-load {} Emma", model.display(), list.display()));
+        (output.status.success(), String::from_utf8(output.stderr).unwrap())
+    };
+    assert!(run(&list).0);
+    let upper = folder.join("upper");
+    std::fs::write(&upper, format!("comment\n{} *model.gguf\n", written[..64].to_uppercase())).unwrap();
+    assert!(run(&upper).0);
+    let (success, error) = run(&model);
+    assert!(!success && error.contains("expected at most 1048576 bytes"), "{error}");
+    std::fs::write(&upper, written.replace("model", "other")).unwrap();
+    let (success, error) = run(&upper);
+    assert!(!success && error.contains("no SHA-256 of model.gguf"), "{error}");
+    let last = bytes.len() - 1;
+    bytes[last] ^= 1;
+    std::fs::write(&model, &bytes).unwrap();
+    let (success, error) = run(&list);
+    let expected = format!("model.gguf: expected SHA-256 {}, got ", &written[..64]);
+    assert!(!success && error.contains(&expected), "{error}");
+    std::fs::remove_dir_all(&folder).unwrap();
+}

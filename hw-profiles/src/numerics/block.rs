@@ -1,0 +1,211 @@
+//! Numbers that share a scale: the OCP MX formats (a scale for 32) and shared micro-exponents (16, with a bit for each pair).
+//!
+//! Value i of a block is `2^(E - 127 - s) * element(code i)`, where E is the scale's byte and s the shift of the value's pair
+//! (0 in formats without).
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::element::{self, Element, Overflow, Rounding, exponent, power_of_two};
+use halite::{Error, Result};
+
+/// A block format.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct BlockFormat {
+    /// Of each value, divided by its scale.
+    pub element: Element,
+    /// Values of a block.
+    pub len: usize,
+    /// Whether each pair of values has a shift of its own, of one bit.
+    pub pairs: bool,
+}
+
+/// OCP MXFP8 of E4M3.
+pub const MXFP8_E4M3: BlockFormat = mx(element::E4M3);
+/// OCP MXFP8 of E5M2.
+pub const MXFP8_E5M2: BlockFormat = mx(element::E5M2);
+/// OCP MXFP6 of E3M2.
+pub const MXFP6_E3M2: BlockFormat = mx(element::E3M2);
+/// OCP MXFP6 of E2M3.
+pub const MXFP6_E2M3: BlockFormat = mx(element::E2M3);
+/// OCP MXFP4.
+pub const MXFP4: BlockFormat = mx(element::E2M1);
+/// OCP MXINT8: elements of 1/64, from -127/64 to 127/64.
+pub const MXINT8: BlockFormat = mx(Element::Fixed { bits: 8, fraction_bits: 6 });
+/// MX9: sign and 7 bits, 9 bits a value.
+pub const MX9: BlockFormat = shared_micro_exponents(8);
+/// MX6: sign and 4 bits, 6 bits a value.
+pub const MX6: BlockFormat = shared_micro_exponents(5);
+/// MX4: sign and 2 bits, 4 bits a value.
+pub const MX4: BlockFormat = shared_micro_exponents(3);
+
+const fn mx(element: Element) -> BlockFormat {
+    BlockFormat { element, len: 32, pairs: false }
+}
+
+const fn shared_micro_exponents(bits: u32) -> BlockFormat {
+    BlockFormat { element: Element::Fixed { bits, fraction_bits: bits - 2 }, len: 16, pairs: true }
+}
+
+/// How the scale follows from a block's largest magnitude. With `max_exponent` of the element:
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ScaleRule {
+    /// `floor(log2(largest)) - max_exponent`: the rule of OCP MX 1.0, section 6.3. The largest may saturate.
+    #[default]
+    Floor,
+    /// `ceil(log2(largest)) - max_exponent`.
+    Ceil,
+    /// As `Floor`, after rounding the largest to the element's fraction bits (ties away from zero).
+    Even,
+    /// The smallest scale at which the largest does not pass the element's largest: `ceil(log2(largest / max))`, exactly.
+    Rceil,
+}
+
+/// What a chip chooses where a format leaves the choice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Rules {
+    /// How the scale is found.
+    pub scale: ScaleRule,
+    /// How elements are rounded. They saturate.
+    pub rounding: Rounding,
+}
+
+/// The scale of a block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Scale {
+    /// E8M0: the exponent plus 127; 255 makes every value of the block NaN.
+    pub exponent: u8,
+    /// Bit j is the shift of values 2j and 2j + 1.
+    pub shifts: u8,
+}
+
+impl Scale {
+    /// The byte that stands for NaN.
+    pub const NAN: u8 = 255;
+
+    /// The scale of value `index`: a power of two from 2^-128 to 2^127, or NaN.
+    pub fn value(self, index: usize) -> f64 {
+        if self.exponent == Self::NAN { f64::NAN } else { power_of_two(self.exponent_at(index)) }
+    }
+
+    fn exponent_at(self, index: usize) -> i32 {
+        i32::from(self.exponent) - 127 - i32::from(self.shift(index))
+    }
+
+    fn shift(self, index: usize) -> u8 {
+        self.shifts.checked_shr(index as u32 / 2).unwrap_or(0) & 1
+    }
+}
+
+impl ScaleRule {
+    /// The E8M0 byte for a positive finite `largest`; exponents out of range become the nearest that is in range.
+    pub fn exponent(self, largest: f32, element: Element) -> u8 {
+        let floor = exponent(largest);
+        let power = |e| power_of_two(e);
+        let whole = f64::from(largest) == power(floor);
+        let shared = match self {
+            ScaleRule::Floor => floor - element.max_exponent(),
+            ScaleRule::Ceil => floor + i32::from(!whole) - element.max_exponent(),
+            ScaleRule::Even => {
+                // Rounding reaches the next power of two from half a step below it.
+                let half_step = power(floor - element.fraction_bits() as i32 - 1);
+                let up = f64::from(largest) >= power(floor + 1) - half_step;
+                floor + i32::from(up) - element.max_exponent()
+            }
+            ScaleRule::Rceil => {
+                let fits = floor - element.max_exponent();
+                let up = f64::from(largest) > f64::from(element.max()) * power(fits);
+                fits + i32::from(up)
+            }
+        };
+        (shared + 127).clamp(0, 254) as u8
+    }
+}
+
+impl BlockFormat {
+    /// Bits a value takes, its part of the scale included.
+    pub const fn bits(self) -> f64 {
+        let shift = if self.pairs { 0.5 } else { 0.0 };
+        self.element.bits() as f64 + 8.0 / self.len as f64 + shift
+    }
+
+    /// Rounds values to blocks: a scale for each `len` values, and a code for each value, in the low bits of a byte.
+    ///
+    /// A block of zeros has scale byte 0. A block with a NaN or an infinity is all NaN, as neither fits every element. Formats
+    /// with pairs take values below 2^-126 for zero, as their definition does.
+    ///
+    /// Errors: lengths that do not fit together.
+    pub fn quantize(
+        self,
+        values: &[f32],
+        rules: Rules,
+        scales: &mut [Scale],
+        codes: &mut [u8],
+    ) -> Result<()> {
+        self.check(values.len(), scales.len(), codes.len())?;
+        let blocks = values.chunks_exact(self.len).zip(codes.chunks_exact_mut(self.len));
+        for ((values, codes), scale) in blocks.zip(scales) {
+            *scale = self.scale(values, rules.scale);
+            // Scales are powers of two: to divide is to multiply.
+            let inverse =
+                [1.0 / Scale { shifts: 0, ..*scale }.value(0), 1.0 / Scale { shifts: 1, ..*scale }.value(0)];
+            for (i, (&value, code)) in values.iter().zip(codes).enumerate() {
+                // Too small for a normal f32 is too small for any element; zero and NaN give code 0.
+                let scaled = (f64::from(self.flushed(value)) * inverse[scale.shift(i) as usize]) as f32;
+                let scaled = if scaled.is_nan() { 0.0 } else { scaled };
+                *code = self.element.encode(scaled, rules.rounding, Overflow::Saturate) as u8;
+            }
+        }
+        Ok(())
+    }
+
+    /// The values of blocks, rounded to f32 where they are subnormal or pass its range.
+    ///
+    /// Errors: lengths that do not fit together.
+    pub fn dequantize(self, scales: &[Scale], codes: &[u8], values: &mut [f32]) -> Result<()> {
+        self.check(values.len(), scales.len(), codes.len())?;
+        let blocks = values.chunks_exact_mut(self.len).zip(codes.chunks_exact(self.len));
+        for ((values, codes), scale) in blocks.zip(scales) {
+            for (i, (value, &code)) in values.iter_mut().zip(codes).enumerate() {
+                *value = (f64::from(self.element.decode(code.into())) * scale.value(i)) as f32;
+            }
+        }
+        Ok(())
+    }
+
+    fn check(self, values: usize, scales: usize, codes: usize) -> Result<()> {
+        if self.len == 0 || !values.is_multiple_of(self.len) {
+            return Err(Error::argument("values", format!("a multiple of {}", self.len), values));
+        }
+        if codes != values {
+            return Err(Error::argument("codes", format!("{values} codes"), codes));
+        }
+        if scales != values / self.len {
+            return Err(Error::argument("scales", format!("{} scales", values / self.len), scales));
+        }
+        Ok(())
+    }
+
+    fn flushed(self, value: f32) -> f32 {
+        if self.pairs && value.is_subnormal() { 0.0 } else { value }
+    }
+
+    fn scale(self, values: &[f32], rule: ScaleRule) -> Scale {
+        if !values.iter().all(|v| v.is_finite()) {
+            return Scale { exponent: Scale::NAN, shifts: 0 };
+        }
+        let largest = values.iter().fold(0.0, |largest: f32, &v| largest.max(self.flushed(v).abs()));
+        if largest == 0.0 {
+            return Scale::default();
+        }
+        let mut scale = Scale { exponent: rule.exponent(largest, self.element), shifts: 0 };
+        if self.pairs {
+            let below = |v: &f32| f64::from(self.flushed(*v).abs()) < scale.value(0);
+            let shifts = values.chunks(2).enumerate().filter(|(_, pair)| pair.iter().all(below));
+            scale.shifts = shifts.fold(0, |shifts, (j, _)| shifts | 1u8.checked_shl(j as u32).unwrap_or(0));
+        }
+        scale
+    }
+}

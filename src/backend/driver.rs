@@ -1,0 +1,267 @@
+//! Backends by name: what a program needs to offer backends that it does not know.
+//!
+//! A [`Driver`] describes a backend as data: its name, its options, and how it is opened. A program has one table of
+//! drivers; its help texts, its list of devices and its error messages come from that table.
+
+use std::ffi::{OsStr, OsString};
+use std::path::Path;
+use std::sync::Arc;
+
+use super::{Backend, Caps, Contract};
+use crate::error::{Error, Result};
+
+/// A backend that can be opened by name.
+#[derive(Debug, Clone, Copy)]
+pub struct Driver {
+    /// Its name. A name and a colon may be followed by an argument, as in `gpu:1`.
+    pub name: &'static str,
+    /// What the argument is, if there can be one.
+    pub argument: Option<Argument>,
+    /// A line for people: which devices there are, and how they are named. It may be empty.
+    pub help: &'static str,
+    /// The options that [`Driver::open`] reads.
+    pub options: &'static [DriverOption],
+    /// Opens the backend, with what follows the name and the colon, or an empty text.
+    pub open: fn(argument: &str, options: &Options) -> Result<Arc<dyn Backend>>,
+    /// Lists the devices of this machine that the backend can open.
+    pub list: fn() -> Result<Vec<Listed>>,
+}
+
+/// What may follow a driver's name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Argument {
+    /// What help texts call it, as in `sim:PROFILE`.
+    pub name: &'static str,
+    /// Whether the driver cannot do without.
+    pub required: bool,
+    /// Whether it may be the path of a file that the backend reads.
+    pub is_file: bool,
+}
+
+/// An option of a driver.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DriverOption {
+    /// Its name, in lower case, with dashes between words.
+    pub name: &'static str,
+    /// What its value is.
+    pub value: Value,
+    /// A line for people, without a full stop.
+    pub help: &'static str,
+}
+
+/// What the value of an option is; the texts are what help texts call it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Value {
+    /// The option has no value: it is given or not.
+    Flag,
+    /// A whole number.
+    Number(&'static str),
+    /// Any text.
+    Text(&'static str),
+    /// A path.
+    Path(&'static str),
+    /// One of these texts; without the option it is the first.
+    OneOf(&'static str, &'static [&'static str]),
+}
+
+/// The options that were given, by name.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Options {
+    given: Vec<(String, OsString)>,
+}
+
+impl Options {
+    /// Sets an option; the value of a flag is ignored.
+    pub fn set(&mut self, name: &str, value: impl Into<OsString>) {
+        let value = value.into();
+        match self.given.iter_mut().find(|(given, _)| given == name) {
+            Some((_, old)) => *old = value,
+            None => self.given.push((name.into(), value)),
+        }
+    }
+
+    /// Whether an option was given.
+    pub fn is_set(&self, name: &str) -> bool {
+        self.value(name).is_some()
+    }
+
+    /// The value of an option that was given.
+    pub fn value(&self, name: &str) -> Option<&OsStr> {
+        self.given.iter().find(|(given, _)| given == name).map(|(_, value)| value.as_os_str())
+    }
+
+    /// The same as a path.
+    pub fn path(&self, name: &str) -> Option<&Path> {
+        self.value(name).map(Path::new)
+    }
+
+    /// The same as a text.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if it is not Unicode.
+    pub fn text(&self, name: &str) -> Result<Option<&str>> {
+        let Some(value) = self.value(name) else { return Ok(None) };
+        let text = value.to_str().ok_or_else(|| wrong(name, "Unicode", value))?;
+        Ok(Some(text))
+    }
+
+    /// The same as a number.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if it is none.
+    pub fn number(&self, name: &str) -> Result<Option<u64>> {
+        let Some(value) = self.value(name) else { return Ok(None) };
+        let number = value.to_str().and_then(|text| text.parse().ok());
+        number.map(Some).ok_or_else(|| wrong(name, "a whole number", value))
+    }
+
+    fn names(&self) -> impl Iterator<Item = &str> {
+        self.given.iter().map(|(name, _)| name.as_str())
+    }
+}
+
+fn wrong(name: &str, expected: &str, got: &OsStr) -> Error {
+    Error::argument("backend option", format!("{expected} for --{name}"), format!("`{}`", got.display()))
+}
+
+/// A device that a driver can open.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Listed {
+    /// What opens it: the driver's name, with an argument where that is needed.
+    pub name: String,
+    /// What it is, for people.
+    pub device: String,
+    /// Bytes of memory that buffers may take, where that is known; `u64::MAX` if there is no limit.
+    pub memory_bytes: Option<u64>,
+    /// What its results promise, where that does not depend on options.
+    pub contract: Option<Contract>,
+    /// More that a person may want to know: names and values.
+    pub facts: Vec<(String, String)>,
+}
+
+impl Listed {
+    /// A device that is opened by its driver's name alone.
+    pub fn of(caps: &Caps) -> Listed {
+        Listed {
+            name: caps.name.clone(),
+            device: caps.device.clone(),
+            memory_bytes: Some(caps.memory_bytes),
+            contract: Some(caps.contract),
+            facts: Vec::new(),
+        }
+    }
+}
+
+impl Driver {
+    /// How it is named in a list of what can be chosen, as in `gpu` or `sim:PROFILE`.
+    pub fn spelling(&self) -> String {
+        match self.argument {
+            Some(Argument { name, required: true, .. }) => format!("{}:{name}", self.name),
+            _ => self.name.into(),
+        }
+    }
+
+    /// What follows the driver's name in `name`; nothing if that names another driver.
+    pub fn argument_in<'a>(&self, name: &'a str) -> Option<&'a str> {
+        let rest = name.strip_prefix(self.name)?;
+        match (rest.strip_prefix(':'), self.argument) {
+            (None, Some(Argument { required: true, .. })) => None,
+            (None, _) if rest.is_empty() => Some(rest),
+            (Some(argument), Some(_)) => Some(argument),
+            _ => None,
+        }
+    }
+
+    /// Whether it reads an option.
+    pub fn has_option(&self, name: &str) -> bool {
+        self.options.iter().any(|option| option.name == name)
+    }
+}
+
+/// The driver of a name, with the argument in it.
+///
+/// # Errors
+/// [`Error::Backend`] that lists all drivers, if there is none of that name.
+pub fn find<'d, 'n>(drivers: &'d [Driver], name: &'n str) -> Result<(&'d Driver, &'n str)> {
+    let found = drivers.iter().find_map(|driver| Some((driver, driver.argument_in(name)?)));
+    found.ok_or_else(|| Error::Backend {
+        backend: name.into(),
+        message: format!("expected {}", or(drivers.iter().map(Driver::spelling))),
+    })
+}
+
+/// Opens the backend of a name, as in `gpu:1`.
+///
+/// # Errors
+/// As [`find`]; [`Error::Backend`] for an option that the driver does not have; what opening it says.
+pub fn open(drivers: &[Driver], name: &str, options: &Options) -> Result<Arc<dyn Backend>> {
+    let (driver, argument) = find(drivers, name)?;
+    if let Some(unknown) = options.names().find(|option| !driver.has_option(option)) {
+        let others = drivers.iter().filter(|driver| driver.has_option(unknown));
+        let others: Vec<_> = others.map(|driver| driver.name).collect();
+        let hint = match others.as_slice() {
+            [] => String::new(),
+            others => format!("; it is an option of {}", others.join(", ")),
+        };
+        return Err(Error::Backend {
+            backend: name.into(),
+            message: format!("has no option --{unknown}{hint}"),
+        });
+    }
+    (driver.open)(argument, options)
+}
+
+/// A list of what can be chosen, as in `a, b or c`.
+pub fn or(choices: impl Iterator<Item = String>) -> String {
+    let choices: Vec<String> = choices.collect();
+    match choices.as_slice() {
+        [first @ .., last] if !first.is_empty() => format!("{} or {last}", first.join(", ")),
+        _ => choices.concat(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::{cpu, reference, template};
+
+    const DRIVERS: &[Driver] = &[
+        cpu::DRIVER,
+        reference::DRIVER,
+        Driver {
+            name: "chip",
+            argument: Some(Argument { name: "SLOT", required: false, is_file: false }),
+            ..template::DRIVER
+        },
+        Driver {
+            name: "file",
+            argument: Some(Argument { name: "FILE", required: true, is_file: true }),
+            ..template::DRIVER
+        },
+    ];
+
+    #[test]
+    fn names_and_arguments_are_found() {
+        let found = |name| find(DRIVERS, name).map(|(driver, argument)| (driver.name, argument));
+        assert_eq!(found("cpu").unwrap(), ("cpu", ""));
+        assert_eq!(found("chip").unwrap(), ("chip", ""));
+        assert_eq!(found("chip:a:b").unwrap(), ("chip", "a:b"));
+        assert_eq!(found("file:").unwrap(), ("file", ""));
+        for name in ["", "cpu:1", "chips", "file", "tpu"] {
+            let error = found(name).unwrap_err().to_string();
+            assert_eq!(error, format!("backend `{name}`: expected cpu, reference, chip or file:FILE"));
+        }
+    }
+
+    #[test]
+    fn an_option_of_another_backend_is_an_error_that_names_both() {
+        let mut options = Options::default();
+        options.set("threads", "1");
+        assert_eq!(open(DRIVERS, "cpu", &options).unwrap().caps().name, "cpu");
+        let error = open(DRIVERS, "chip", &options).err().unwrap().to_string();
+        assert_eq!(error, "backend `chip`: has no option --threads; it is an option of cpu");
+        options.set("threads", "many");
+        let error = open(DRIVERS, "cpu", &options).err().unwrap().to_string();
+        assert_eq!(error, "backend option: expected a whole number for --threads, got `many`");
+    }
+}

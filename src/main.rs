@@ -1,7 +1,0 @@
-//! The `halite` command.
-
-mod cli;
-
-fn main() -> std::process::ExitCode {
-    cli::main()
-}
