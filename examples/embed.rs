@@ -6,10 +6,7 @@ use std::io::Write;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
-use halite::backend::{Backend, cpu::Cpu};
-use halite::generate::GenerateOptions;
-use halite::session::{Session, SessionOptions};
-use halite::{Model, Tokenizer};
+use halite::prelude::*;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut args = std::env::args_os().skip(1);
@@ -19,11 +16,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 
     let model = Arc::new(Model::open(file)?);
     let tokenizer = Tokenizer::from_gguf(model.gguf())?.ok_or("the file has no vocabulary")?;
-    let backend: Arc<dyn Backend> = Arc::new(Cpu::new(0)?);
-    let mut session = Session::new(&model, &backend, &SessionOptions::default(), &mut |_| {})?;
+    let backend: Arc<dyn Backend> = Arc::new(Cpu::new()?);
+    let mut session = Session::new(&model, &backend, &SessionOptions::default())?;
 
     print!("{prompt}");
-    session.generate(&tokenizer, &prompt, &GenerateOptions::default(), &mut |text| {
+    session.generate(&tokenizer, &prompt, &GenerateOptions::default(), |text| {
         print!("{text}");
         match std::io::stdout().flush() {
             Ok(()) => ControlFlow::Continue(()),

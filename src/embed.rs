@@ -59,12 +59,20 @@ impl std::fmt::Debug for Embedder {
 }
 
 impl Embedder {
-    /// Builds the program, loads the weights and reserves all memory. `progress` is told the weight bytes done so far.
+    /// Builds the program, loads the weights and reserves all memory.
     ///
     /// # Errors
     /// [`Error::Model`] for a model that is no encoder or does not say how its vectors are pooled; otherwise as
     /// [`crate::session::Session::new`].
-    pub fn new(
+    pub fn new(model: &Arc<Model>, backend: &Arc<dyn Backend>, options: &EmbedOptions) -> Result<Embedder> {
+        Embedder::with_progress(model, backend, options, &mut |_| {})
+    }
+
+    /// As [`Embedder::new`]. `progress` is told how many bytes of weights are loaded.
+    ///
+    /// # Errors
+    /// As [`Embedder::new`].
+    pub fn with_progress(
         model: &Arc<Model>,
         backend: &Arc<dyn Backend>,
         options: &EmbedOptions,
@@ -118,7 +126,7 @@ impl Embedder {
     }
 
     /// A handle that stops work from another thread.
-    pub fn cancel(&self) -> Cancel {
+    pub fn cancel_handle(&self) -> Cancel {
         self.cancel.clone()
     }
 

@@ -165,7 +165,7 @@ impl Session {
         tokenizer: &Tokenizer,
         prompt: &str,
         options: &GenerateOptions,
-        on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
+        on_text: impl FnMut(&str) -> ControlFlow<()>,
     ) -> Result<Generation> {
         let sequence = self.add_sequence();
         let prompt = tokenizer.encode(prompt, options.encode);
@@ -182,6 +182,18 @@ impl Session {
     /// As [`Session::step`]; [`Error::Argument`] for an empty prompt or options out of range. A cancelled or full session is
     /// not an error: it ends the generation, and what was generated is returned.
     pub fn generate_in(
+        &mut self,
+        sequence: SequenceId,
+        tokenizer: &Tokenizer,
+        prompt: &[u32],
+        options: &GenerateOptions,
+        aids: Aids<'_>,
+        mut on_text: impl FnMut(&str) -> ControlFlow<()>,
+    ) -> Result<Generation> {
+        self.continue_in(sequence, tokenizer, prompt, options, aids, &mut on_text)
+    }
+
+    fn continue_in(
         &mut self,
         sequence: SequenceId,
         tokenizer: &Tokenizer,

@@ -1,4 +1,56 @@
 //! Halite: an embedded inference runtime for custom accelerators.
+//!
+//! A [`Model`] is a GGUF file, mapped. It records one flat [`program`] of ops. A [`Backend`](backend::Backend) prepares the program
+//! once and runs it for each step: the [`Cpu`], a crate beside this one (`halite-gpu`, `halite-sim`), or yours. A [`Session`] is a
+//! model on a backend, with its sequences and their KV cache; all its memory is reserved when it is made.
+//!
+//! ```no_run
+//! use std::ops::ControlFlow;
+//! use std::sync::Arc;
+//!
+//! use halite::prelude::*;
+//!
+//! fn main() -> Result<(), Box<dyn std::error::Error>> {
+//!     let model = Arc::new(Model::open("model.gguf")?);
+//!     let tokenizer = Tokenizer::from_gguf(model.gguf())?.ok_or("the file has no vocabulary")?;
+//!     let backend: Arc<dyn Backend> = Arc::new(Cpu::new()?);
+//!     let mut session = Session::new(&model, &backend, &SessionOptions::default())?;
+//!     session.generate(&tokenizer, "Once upon a time", &GenerateOptions::default(), |text| {
+//!         print!("{text}");
+//!         ControlFlow::Continue(())
+//!     })?;
+//!     Ok(())
+//! }
+//! ```
+//!
+//! Several sequences can share a step, and a step can mix prompts with single tokens. A sequence's logits do not depend on its
+//! neighbours:
+//!
+//! ```no_run
+//! # use std::sync::Arc;
+//! # use halite::prelude::*;
+//! # fn steps(model: &Arc<Model>, backend: &Arc<dyn Backend>) -> halite::Result<()> {
+//! use halite::session::{Head, Run, Wanted};
+//!
+//! let options = SessionOptions { sequences: 2, outputs: 2, ..Default::default() };
+//! let mut session = Session::new(model, backend, &options)?;
+//! let (a, b) = (session.add_sequence(), session.add_sequence());
+//! let runs = [
+//!     Run { sequence: a, tokens: &[1, 2, 3], wanted: Wanted::Last },
+//!     Run { sequence: b, tokens: &[1, 9], wanted: Wanted::Last },
+//! ];
+//! session.step(&runs, Head::ArgMax)?;
+//! let next: &[u32] = session.arg_max();
+//! # let _ = next;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! To stop work from another thread, keep a [`Session::cancel_handle`]. For chats see `chat` (feature `chat`), for embeddings
+//! [`embed`], for a new chip [`backend`], for its tests [`conformance`].
+//!
+//! Features: `chat` (chat templates), `constrain` (output constrained by a JSON schema, a regular expression or a grammar),
+//! `convert` (safetensors to GGUF), `output` (atomic file writes), `save` (saved sequences). The defaults are `chat` and `save`.
 #![deny(unsafe_code)]
 
 pub mod backend;
@@ -33,7 +85,21 @@ pub mod tokenizer;
 mod validate;
 pub mod weights;
 
+pub use backend::Backend;
+pub use backend::cpu::Cpu;
+pub use embed::{EmbedOptions, Embedder};
 pub use error::{Error, Result};
+pub use generate::GenerateOptions;
 pub use halite_kernels as kernels;
 pub use model::Model;
+pub use sampler::SamplerOptions;
+pub use session::{Session, SessionOptions};
 pub use tokenizer::Tokenizer;
+
+/// What most programs use.
+pub mod prelude {
+    pub use crate::{
+        Backend, Cpu, EmbedOptions, Embedder, GenerateOptions, Model, SamplerOptions, Session,
+        SessionOptions, Tokenizer,
+    };
+}

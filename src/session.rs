@@ -30,8 +30,8 @@ pub const MAX_RUNS: usize = 64;
 /// What a session reserves.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SessionOptions {
-    /// Positions of the KV cache, over all sequences; 0: the model's context length, at most 4096.
-    pub context: u32,
+    /// Positions of the KV cache, over all sequences; `None`: the model's context length, at most 4096.
+    pub context: Option<u32>,
     /// Most tokens of a step. Longer prompts take several steps, with the same result.
     pub batch: u32,
     /// Most outputs (rows of logits) of a step.
@@ -51,7 +51,7 @@ pub struct SessionOptions {
 impl Default for SessionOptions {
     fn default() -> Self {
         SessionOptions {
-            context: 0,
+            context: None,
             batch: 512,
             outputs: 1,
             sequences: 1,
@@ -65,10 +65,7 @@ impl Default for SessionOptions {
 impl SessionOptions {
     /// The positions that a session on this model would reserve.
     pub fn positions(&self, model: &Model) -> u32 {
-        match self.context {
-            0 => model.hparams().context_length.min(4096),
-            n => n,
-        }
+        self.context.unwrap_or_else(|| model.hparams().context_length.min(4096))
     }
 
     fn limits(&self, positions: u32) -> Limits {
@@ -257,11 +254,19 @@ impl std::fmt::Debug for Session {
 }
 
 impl Session {
-    /// Builds the program, loads the weights and reserves all memory. `progress` is told the weight bytes done so far.
+    /// Builds the program, loads the weights and reserves all memory.
     ///
     /// # Errors
     /// What the model lacks, what the backend lacks (every unsupported op by name), or out of memory.
-    pub fn new(
+    pub fn new(model: &Arc<Model>, backend: &Arc<dyn Backend>, options: &SessionOptions) -> Result<Session> {
+        Session::with_progress(model, backend, options, &mut |_| {})
+    }
+
+    /// As [`Session::new`]. `progress` is told how many bytes of weights are loaded.
+    ///
+    /// # Errors
+    /// As [`Session::new`].
+    pub fn with_progress(
         model: &Arc<Model>,
         backend: &Arc<dyn Backend>,
         options: &SessionOptions,
@@ -351,13 +356,13 @@ impl Session {
     }
 
     /// A handle that stops work from another thread.
-    pub fn cancel(&self) -> Cancel {
+    pub fn cancel_handle(&self) -> Cancel {
         self.cancel.clone()
     }
 
     /// Stops whenever another session does.
     pub(crate) fn stop_with(&mut self, other: &Session) {
-        self.cancel = other.cancel();
+        self.cancel = other.cancel_handle();
     }
 
     /// Starts an empty sequence.
@@ -423,8 +428,8 @@ impl Session {
     ///
     /// # Errors
     /// As [`Session::new`] and [`Session::step`].
-    pub fn moved_to(&self, backend: &Arc<dyn Backend>, progress: &mut dyn FnMut(u64)) -> Result<Session> {
-        let mut new = Session::new(&self.loaded.model, backend, &self.options, progress)?;
+    pub fn moved_to(&self, backend: &Arc<dyn Backend>) -> Result<Session> {
+        let mut new = Session::new(&self.loaded.model, backend, &self.options)?;
         // What a sequence has in common with an earlier one is shared again: with which, the first that has most of it, and how
         // many tokens. A sequence has all that it shares before it goes on by itself.
         let common =

@@ -54,9 +54,9 @@ fn a_decode_step_allocates_nothing() {
     models.push(Model::from_source(windowed).unwrap());
     for model in models {
         let model = Arc::new(model);
-        let backend: Arc<dyn Backend> = Arc::new(Cpu::new(2).unwrap());
-        let options = SessionOptions { context: 256, batch: 32, ..Default::default() };
-        let mut session = Session::new(&model, &backend, &options, &mut |_| {}).unwrap();
+        let backend: Arc<dyn Backend> = Arc::new(Cpu::with_threads(2).unwrap());
+        let options = SessionOptions { context: Some(256), batch: 32, ..Default::default() };
+        let mut session = Session::new(&model, &backend, &options).unwrap();
         let sequence = session.add_sequence();
         let hot = SamplerOptions { temperature: 0.8, repeat_penalty: 1.1, ..Default::default() };
         let mut sampler = Sampler::new(hot, model.hparams().vocab_size as usize).unwrap();

@@ -243,13 +243,13 @@ fn turns_share_their_beginning() {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/models/austen/halite-austen.gguf");
     let model = Arc::new(Model::open(path).unwrap());
     let tokenizer = Tokenizer::from_gguf(model.gguf()).unwrap().unwrap();
-    let backend: Arc<dyn Backend> = Arc::new(Cpu::new(2).unwrap());
-    let options = SessionOptions { context: 256, batch: 32, ..Default::default() };
-    let mut session = Session::new(&model, &backend, &options, &mut |_| {}).unwrap();
+    let backend: Arc<dyn Backend> = Arc::new(Cpu::with_threads(2).unwrap());
+    let options = SessionOptions { context: Some(256), batch: 32, ..Default::default() };
+    let mut session = Session::new(&model, &backend, &options).unwrap();
     let options = GenerateOptions { max_tokens: 12, ignore_end: true, ..Default::default() };
     let run = |sequence: SequenceId, session: &mut Session, prompt: &[u32]| -> Generation {
         session
-            .generate_in(sequence, &tokenizer, prompt, &options, Aids::default(), &mut |_| {
+            .generate_in(sequence, &tokenizer, prompt, &options, Aids::default(), |_| {
                 ControlFlow::Continue(())
             })
             .unwrap()

@@ -73,7 +73,7 @@ impl Backend for Faulty {
 }
 
 fn outcomes(fault: Fault, name: &str) -> Vec<Outcome> {
-    let backend = Faulty { cpu: Cpu::new(1).unwrap(), fault };
+    let backend = Faulty { cpu: Cpu::with_threads(1).unwrap(), fault };
     let cases: Vec<Case> = cases().into_iter().filter(|case| case.name.starts_with(name)).collect();
     assert!(!cases.is_empty(), "no case `{name}`");
     cases.iter().map(|case| check(&backend, case)).collect()

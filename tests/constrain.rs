@@ -27,9 +27,9 @@ impl Austen {
         let path = concat!(env!("CARGO_MANIFEST_DIR"), "/models/austen/halite-austen.gguf");
         let model = Arc::new(Model::open(path).unwrap());
         let tokenizer = Tokenizer::from_gguf(model.gguf()).unwrap().unwrap();
-        let backend: Arc<dyn Backend> = Arc::new(Cpu::new(2).unwrap());
-        let options = SessionOptions { context: 256, batch: 32, outputs: 8, ..Default::default() };
-        let session = Session::new(&model, &backend, &options, &mut |_| {}).unwrap();
+        let backend: Arc<dyn Backend> = Arc::new(Cpu::with_threads(2).unwrap());
+        let options = SessionOptions { context: Some(256), batch: 32, outputs: 8, ..Default::default() };
+        let session = Session::new(&model, &backend, &options).unwrap();
         Austen { session, tokenizer }
     }
 
@@ -44,10 +44,9 @@ impl Austen {
         let prompt = self.tokenizer.encode("Her name was", options.encode);
         let sequence = self.session.add_sequence();
         let aids = Aids { drafter: drafter.map(|d| d as _), constraint: Some(&mut guide) };
-        let generation =
-            self.session.generate_in(sequence, &self.tokenizer, &prompt, &options, aids, &mut |_| {
-                ControlFlow::Continue(())
-            });
+        let generation = self
+            .session
+            .generate_in(sequence, &self.tokenizer, &prompt, &options, aids, |_| ControlFlow::Continue(()));
         self.session.remove(sequence).unwrap();
         generation.unwrap()
     }

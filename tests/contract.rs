@@ -56,13 +56,13 @@ fn session(model: &Arc<Model>, backend: &Arc<dyn Backend>, taps: &[&str]) -> Ses
 fn session_in(kv_format: Format, model: &Arc<Model>, backend: &Arc<dyn Backend>, taps: &[&str]) -> Session {
     let options = SessionOptions {
         program: ProgramOptions { kv_format },
-        context: 256,
+        context: Some(256),
         batch: 128,
         outputs: 128,
         taps: taps.iter().map(|t| t.to_string()).collect(),
         ..Default::default()
     };
-    Session::new(model, backend, &options, &mut |_| {}).unwrap()
+    Session::new(model, backend, &options).unwrap()
 }
 
 /// The same model with its rows interleaved.
@@ -433,7 +433,7 @@ fn a_tap_reads_any_result_and_changes_none() {
         assert_eq!(bits(&got[..want.len()]), bits(&want), "{name}");
     }
     let options = SessionOptions { taps: vec!["blk.9.nothing".into()], ..Default::default() };
-    assert!(matches!(Session::new(model, &best(), &options, &mut |_| {}), Err(Error::Argument { .. })));
+    assert!(matches!(Session::new(model, &best(), &options), Err(Error::Argument { .. })));
 }
 
 #[test]
@@ -467,7 +467,7 @@ fn steps_that_do_not_fit_are_errors_and_change_nothing() {
     assert!(matches!(error, Error::ContextFull { need: 257, have: 256 }), "{error}");
     assert_eq!(session.len(sequence).unwrap(), 256);
     session.truncate(sequence, 3).unwrap();
-    let cancel = session.cancel();
+    let cancel = session.cancel_handle();
     cancel.cancel();
     assert!(matches!(session.step(&[run(sequence, &[1])], Head::Logits), Err(Error::Cancelled)));
     assert_eq!(session.len(sequence).unwrap(), 3);

@@ -67,8 +67,9 @@ fn error(folder: &Path, model: &Arc<Model>, backend: &Arc<dyn Backend>) -> f64 {
     let want: Vec<f32> = want.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect();
     let program = ProgramOptions { kv_format: Format::F32 };
     let count = tokens.len() as u32;
-    let options = SessionOptions { context: 64, batch: count, outputs: count, program, ..Default::default() };
-    let mut session = Session::new(model, backend, &options, &mut |_| {}).unwrap();
+    let options =
+        SessionOptions { context: Some(64), batch: count, outputs: count, program, ..Default::default() };
+    let mut session = Session::new(model, backend, &options).unwrap();
     let sequence = session.add_sequence();
     session.step(&[Run { sequence, tokens: &tokens, wanted: Wanted::All }], Head::Logits).unwrap();
     let got = session.logits();
@@ -81,7 +82,8 @@ fn error(folder: &Path, model: &Arc<Model>, backend: &Arc<dyn Backend>) -> f64 {
 
 #[test]
 fn logits_are_those_of_transformers() {
-    let backends: [Arc<dyn Backend>; 2] = [Arc::new(Cpu::new(1).unwrap()), Arc::new(Reference::new())];
+    let backends: [Arc<dyn Backend>; 2] =
+        [Arc::new(Cpu::with_threads(1).unwrap()), Arc::new(Reference::new())];
     let mut wrong = Vec::new();
     for name in FAMILIES {
         let folder = folder(name);
@@ -424,10 +426,10 @@ fn what_bert_does_to_texts_is_carried_over() {
     let long = |len: usize| plain.encode(&("cat".to_owned() + &"s".repeat(len - 3)), special);
     assert_eq!((long(100).len(), long(101)), (98, vec![id("[UNK]")]));
 
-    let backend: Arc<dyn Backend> = Arc::new(Cpu::new(1).unwrap());
+    let backend: Arc<dyn Backend> = Arc::new(Cpu::with_threads(1).unwrap());
     let embedder = |truncate| {
         let options = EmbedOptions { truncate, ..Default::default() };
-        Embedder::new(&model, &backend, &options, &mut |_| {}).unwrap()
+        Embedder::new(&model, &backend, &options).unwrap()
     };
     assert_eq!(embedder(false).longest(), 16);
     let text = "cat ".repeat(20);

@@ -79,19 +79,18 @@ fn long_texts_are_cut_only_on_request() {
     assert_eq!(cutting.embed(&tokenizer, &[long]).unwrap(), strict.embed(&tokenizer, &[kept]).unwrap());
     assert!(strict.embed_tokens(&[vec![]]).unwrap_err().to_string().contains("none in text 0"));
     assert!(strict.embed_tokens(&[vec![9999]]).unwrap_err().to_string().contains("token id"));
-    strict.cancel().cancel();
+    strict.cancel_handle().cancel();
     assert!(matches!(strict.embed_tokens(&[vec![1]]), Err(Error::Cancelled)));
 }
 
 #[test]
 fn encoders_and_decoders_are_not_confused() {
     let bert = converted(&folder(), Format::F16).unwrap();
-    let error =
-        Session::new(&bert, &cpu(), &SessionOptions { context: 64, ..Default::default() }, &mut |_| {});
+    let error = Session::new(&bert, &cpu(), &SessionOptions { context: Some(64), ..Default::default() });
     assert!(error.unwrap_err().to_string().contains("Embedder"));
     let austen = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/austen/halite-austen.gguf");
     let austen = Arc::new(Model::open(austen).unwrap());
-    let error = Embedder::new(&austen, &cpu(), &EmbedOptions::default(), &mut |_| {});
+    let error = Embedder::new(&austen, &cpu(), &EmbedOptions::default());
     assert!(error.unwrap_err().to_string().contains("no encoder"));
 }
 

@@ -10,7 +10,7 @@ use halite::backend::cpu::Cpu;
 use halite_testing::golden::{self, bound, committed, folder};
 
 fn check(dir: &Path, select: impl Fn(&str) -> Option<f64>) {
-    golden::check(&(Arc::new(Cpu::new(2).unwrap()) as Arc<dyn Backend>), dir, select);
+    golden::check(&(Arc::new(Cpu::with_threads(2).unwrap()) as Arc<dyn Backend>), dir, select);
 }
 
 #[test]

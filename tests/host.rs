@@ -16,7 +16,7 @@ use environments::{ENVIRONMENTS, control, set_control};
 
 /// Logits of a session that is made and run in the thread's floating-point environment.
 fn logits(model: &Arc<Model>, backend: impl FnOnce() -> Arc<dyn Backend>) -> Vec<u32> {
-    let mut session = Session::new(model, &backend(), &SessionOptions::default(), &mut |_| {}).unwrap();
+    let mut session = Session::new(model, &backend(), &SessionOptions::default()).unwrap();
     let sequence = session.add_sequence();
     let tokens: Vec<u32> = (0..70).map(|i| (i * i * 7 + 1) % model.hparams().vocab_size).collect();
     for tokens in [&tokens[..69], &tokens[69..]] {

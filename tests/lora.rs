@@ -42,7 +42,8 @@ fn an_adapter_is_what_merging_it_gives() {
     for (file, architecture) in [(llama(), "llama"), (phi3(), "phi3")] {
         let base = randomised(file);
         let (first, second) = (adapter(&base, architecture, 2, 11), adapter(&base, architecture, 3, 12));
-        let backends: [Arc<dyn Backend>; 2] = [Arc::new(Cpu::new(2).unwrap()), Arc::new(Reference::new())];
+        let backends: [Arc<dyn Backend>; 2] =
+            [Arc::new(Cpu::with_threads(2).unwrap()), Arc::new(Reference::new())];
         for backend in backends {
             let plain = logits(open(&base), backend.clone());
             let mut model = open(&base);

@@ -158,9 +158,9 @@ fn nomic_bert_is_its_formulas() {
         file = file.tensor_of(name, dims, 0, values.iter().flat_map(|v| v.to_le_bytes()).collect());
     }
     let open = |file: &File| Model::from_source(Source::from_bytes("nomic", &file.bytes())).map(Arc::new);
-    let backend: Arc<dyn Backend> = Arc::new(Cpu::new(2).unwrap());
+    let backend: Arc<dyn Backend> = Arc::new(Cpu::with_threads(2).unwrap());
     let options = EmbedOptions { normalize: false, ..Default::default() };
-    let mut embedder = Embedder::new(&open(&file).unwrap(), &backend, &options, &mut |_| {}).unwrap();
+    let mut embedder = Embedder::new(&open(&file).unwrap(), &backend, &options).unwrap();
     assert_eq!(embedder.pooling(), Pooling::None);
     let texts: Vec<Vec<u32>> = vec![(0..70).map(|i| i * 7 % 40).collect(), vec![3, 1, 4]];
     let got = embedder.embed_tokens(&texts).unwrap();
@@ -171,6 +171,6 @@ fn nomic_bert_is_its_formulas() {
     }
     // A decoder of this architecture would be another model.
     let causal = open(&file.set("nomic-bert.attention.causal", true)).unwrap();
-    let error = Embedder::new(&causal, &backend, &options, &mut |_| {}).unwrap_err().to_string();
+    let error = Embedder::new(&causal, &backend, &options).unwrap_err().to_string();
     assert!(error.contains("only false is supported"), "{error}");
 }

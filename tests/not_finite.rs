@@ -15,7 +15,7 @@ use halite_testing::not_finite::{every_head_names_it, is_not_finite, model};
 
 #[test]
 fn every_head_names_it_on_the_host() {
-    every_head_names_it(&(Arc::new(Cpu::new(2).unwrap()) as Arc<dyn Backend>));
+    every_head_names_it(&(Arc::new(Cpu::with_threads(2).unwrap()) as Arc<dyn Backend>));
     every_head_names_it(&(Arc::new(Reference::new()) as Arc<dyn Backend>));
 }
 
@@ -24,9 +24,9 @@ fn generation_and_drafts_name_it() {
     let broken = model("output_norm.weight", f32::NAN);
     let whole = model("output_norm.weight", 1.0);
     let tokenizer = Tokenizer::from_gguf(broken.gguf()).unwrap().unwrap();
-    let backend: Arc<dyn Backend> = Arc::new(Cpu::new(1).unwrap());
+    let backend: Arc<dyn Backend> = Arc::new(Cpu::with_threads(1).unwrap());
     let session = |model: &Arc<Model>| {
-        Session::new(model, &backend, &SessionOptions { outputs: 4, ..Default::default() }, &mut |_| {})
+        Session::new(model, &backend, &SessionOptions { outputs: 4, ..Default::default() })
     };
     let greedy = SamplerOptions::default();
     let drawn = SamplerOptions { temperature: 0.8, ..Default::default() };
@@ -35,7 +35,7 @@ fn generation_and_drafts_name_it() {
         for max_tokens in [0, 3] {
             let options = GenerateOptions { max_tokens, sampler: sampler.clone(), ..Default::default() };
             let mut said = String::new();
-            let result = session(&broken).unwrap().generate(&tokenizer, "Once", &options, &mut |text| {
+            let result = session(&broken).unwrap().generate(&tokenizer, "Once", &options, |text| {
                 said += text;
                 ControlFlow::Continue(())
             });
@@ -49,7 +49,7 @@ fn generation_and_drafts_name_it() {
     let sequence = target.add_sequence();
     let aids = Aids { drafter: Some(&mut drafter), constraint: None };
     let result =
-        target.generate_in(sequence, &tokenizer, &[5, 6, 7], &GenerateOptions::default(), aids, &mut |_| {
+        target.generate_in(sequence, &tokenizer, &[5, 6, 7], &GenerateOptions::default(), aids, |_| {
             ControlFlow::Continue(())
         });
     is_not_finite(result, "generate with a draft model");

@@ -15,12 +15,12 @@ use halite::{Error, Model};
 
 fn session(model: &Arc<Model>, backend: Arc<dyn Backend>, context: u32, kv_format: Format) -> Session {
     let program = ProgramOptions { kv_format };
-    let options = SessionOptions { context, batch: 128, program, ..Default::default() };
-    Session::new(model, &backend, &options, &mut |_| {}).unwrap()
+    let options = SessionOptions { context: Some(context), batch: 128, program, ..Default::default() };
+    Session::new(model, &backend, &options).unwrap()
 }
 
 fn cpu() -> Arc<dyn Backend> {
-    Arc::new(Cpu::new(1).unwrap())
+    Arc::new(Cpu::with_threads(1).unwrap())
 }
 
 fn golden() -> Arc<Model> {

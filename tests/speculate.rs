@@ -27,12 +27,13 @@ fn austen() -> (Arc<Model>, Tokenizer) {
 
 fn session(model: &Arc<Model>, backend: Arc<dyn Backend>, context: u32, kv_format: Format) -> Session {
     let program = ProgramOptions { kv_format };
-    let options = SessionOptions { context, batch: 32, outputs: 9, program, ..Default::default() };
-    Session::new(model, &backend, &options, &mut |_| {}).unwrap()
+    let options =
+        SessionOptions { context: Some(context), batch: 32, outputs: 9, program, ..Default::default() };
+    Session::new(model, &backend, &options).unwrap()
 }
 
 fn cpu() -> Arc<dyn Backend> {
-    Arc::new(Cpu::new(2).unwrap())
+    Arc::new(Cpu::with_threads(2).unwrap())
 }
 
 fn generate(
@@ -46,7 +47,7 @@ fn generate(
     let sequence = session.add_sequence();
     let aids = Aids { drafter, ..Aids::default() };
     let generation = session
-        .generate_in(sequence, tokenizer, &prompt, options, aids, &mut |_| ControlFlow::Continue(()))
+        .generate_in(sequence, tokenizer, &prompt, options, aids, |_| ControlFlow::Continue(()))
         .unwrap();
     // The sequence is the text, but for a last token that was not run.
     let text = [&prompt[..], &generation.tokens].concat();

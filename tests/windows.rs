@@ -24,12 +24,12 @@ fn model() -> Arc<Model> {
 }
 
 fn cpu() -> Arc<dyn Backend> {
-    Arc::new(Cpu::new(2).unwrap())
+    Arc::new(Cpu::with_threads(2).unwrap())
 }
 
 /// Room for long sequences, of which a window needs little.
 fn options(sequences: u32, rewind: u32) -> SessionOptions {
-    SessionOptions { context: 1024, batch: 40, outputs: 40, sequences, rewind, ..Default::default() }
+    SessionOptions { context: Some(1024), batch: 40, outputs: 40, sequences, rewind, ..Default::default() }
 }
 
 /// Options under which windows drop nothing.
@@ -42,7 +42,7 @@ fn session(options: &SessionOptions) -> Session {
 }
 
 fn session_on(backend: &Arc<dyn Backend>, options: &SessionOptions) -> Session {
-    Session::new(&model(), backend, options, &mut |_| {}).unwrap()
+    Session::new(&model(), backend, options).unwrap()
 }
 
 fn tokens(len: usize) -> Vec<u32> {
@@ -100,7 +100,7 @@ fn memory_is_that_of_the_windows() {
     assert_eq!(kv_bytes(&options(3, 0)), (16 + 10) * PAGE_BYTES);
     assert_eq!(kv_bytes(&options(100, 0)), 2 * 16 * PAGE_BYTES);
     assert_eq!(kv_bytes(&whole()), 2 * 16 * PAGE_BYTES);
-    let longer = SessionOptions { context: 2048, ..options(1, 0) };
+    let longer = SessionOptions { context: Some(2048), ..options(1, 0) };
     assert_eq!(kv_bytes(&longer), (32 + 4) * PAGE_BYTES);
 }
 
@@ -202,7 +202,7 @@ fn what_was_dropped_does_not_come_back() {
 #[test]
 fn branches_move() {
     let tokens = tokens(800);
-    let options = SessionOptions { context: 896, ..options(4, 0) };
+    let options = SessionOptions { context: Some(896), ..options(4, 0) };
     let mut old = session(&options);
     let first = old.add_sequence();
     fed(&mut old, first, &tokens[..640], &[40]);
@@ -212,7 +212,7 @@ fn branches_move() {
     fed(&mut old, third, &[4; 5], &[1]);
     fed(&mut old, first, &tokens[640..700], &[20]);
     let all = [first, second, third];
-    let mut new = old.moved_to(&cpu(), &mut |_| {}).unwrap();
+    let mut new = old.moved_to(&cpu()).unwrap();
     for id in all {
         assert_eq!(new.tokens(id).unwrap(), old.tokens(id).unwrap());
         assert_eq!(fed(&mut new, id, &[5, 6], &[1]), fed(&mut old, id, &[5, 6], &[1]));

@@ -147,7 +147,7 @@ fn named_shapes_have_their_models_sizes() {
 
 #[test]
 fn synthetic_models_run_in_every_format() {
-    let backend: Arc<dyn Backend> = Arc::new(Cpu::new(2).unwrap());
+    let backend: Arc<dyn Backend> = Arc::new(Cpu::with_threads(2).unwrap());
     let mut formats = 0;
     for &format in Format::ALL {
         let plain_integer = matches!(format, Format::I8 | Format::I16 | Format::I32 | Format::I64);
@@ -164,8 +164,7 @@ fn synthetic_models_run_in_every_format() {
             let tokens =
                 tokenizer.encode("hello world", EncodeOptions { add_special: true, parse_special: false });
             assert_eq!(tokenizer.decode(&tokens, false), " hello world");
-            let mut session =
-                Session::new(&model, &backend, &SessionOptions::default(), &mut |_| {}).unwrap();
+            let mut session = Session::new(&model, &backend, &SessionOptions::default()).unwrap();
             let sequence = session.add_sequence();
             session.step(&[Run { sequence, tokens: &tokens, wanted: Wanted::Last }], Head::Logits).unwrap();
             let logits = session.logits();

@@ -119,7 +119,7 @@ pub fn bench(args: &BenchArgs) -> Result<(), Failure> {
     let context =
         tests.iter().map(|t| t.depth.saturating_add(t.tokens())).max().ok_or("bench: nothing to do")?;
     let options = SessionOptions {
-        context,
+        context: Some(context),
         batch: args.batch,
         program: args.kv.program(),
         // Every repetition starts at the same depth.
@@ -132,9 +132,9 @@ pub fn bench(args: &BenchArgs) -> Result<(), Failure> {
     for &threads in &args.threads {
         let backend = args.device.on_threads(threads).open()?;
         let measured = (args.device.name() == cpu::DRIVER.name && !args.no_roofline)
-            .then(|| Cpu::new(threads))
+            .then(|| Cpu::with_threads(threads))
             .transpose()?;
-        let mut session = Session::new(&model, &backend, &options, &mut |_| {})?;
+        let mut session = Session::new(&model, &backend, &options)?;
         for &test in &tests {
             let costs: Vec<Cost> =
                 test.steps(session.batch()).map(|extent| cost::step(session.program(), extent)).collect();
@@ -155,7 +155,7 @@ pub fn bench(args: &BenchArgs) -> Result<(), Failure> {
 /// The seconds that a test should take on the CPU.
 #[cfg(feature = "sim")]
 fn predicted(profile: &Profile, session: &Session, test: Test, threads: usize) -> Result<f64, Failure> {
-    let threads = Cpu::new(threads)?.threads();
+    let threads = Cpu::with_threads(threads)?.threads();
     let rates = host::rates(profile, threads)?;
     let steps = test.steps(session.batch());
     Ok(steps

@@ -110,10 +110,10 @@ pub fn chat(args: &ChatArgs) -> Result<(), Failure> {
             }
         };
         // Ctrl-C ends an answer; before one, the command.
-        let work = interrupt::Work::new(session.cancel());
+        let work = interrupt::Work::new(session.cancel_handle());
         let mut written = Ok(());
         let generation =
-            session.generate_in(sequence, &tokenizer, &prompt, &options, Aids::default(), &mut |text| {
+            session.generate_in(sequence, &tokenizer, &prompt, &options, Aids::default(), |text| {
                 written = print(text);
                 if written.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
             });

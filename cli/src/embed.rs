@@ -70,7 +70,7 @@ pub fn embed(args: &EmbedArgs) -> Result<(), Failure> {
     let total = model.gguf().tensors().map(|t| t.record.bytes.len() as u64).sum();
     let bar = progress(total, "loading");
     let mut embedder =
-        Embedder::new(&model, &args.device.open()?, &options, &mut |done| bar.set_position(done))?;
+        Embedder::with_progress(&model, &args.device.open()?, &options, &mut |done| bar.set_position(done))?;
     bar.finish_and_clear();
     let vectors = embedder.embed(&tokenizer, &texts)?;
     if args.compare {

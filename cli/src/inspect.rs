@@ -19,8 +19,8 @@ pub struct InspectArgs {
     /// A GGUF file (the first one of a split model).
     file: PathBuf,
     /// Positions of the KV cache that the estimate is for [default: what a session takes].
-    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
-    ctx: u32,
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    ctx: Option<u32>,
     /// List every tensor.
     #[arg(long)]
     tensors: bool,
@@ -93,7 +93,7 @@ pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
     let chats = gguf.optional_str("tokenizer.chat_template")?.is_some();
     let mut made_for = if chats { CHATS } else { TEXTS };
     let options = SessionOptions { context: args.ctx, ..Default::default() };
-    let mut positions = args.ctx;
+    let mut positions = args.ctx.unwrap_or(0);
     let mut estimates = Vec::new();
     match Model::from_gguf(gguf) {
         Err(error) => estimates.push(Estimate { backend: "any".into(), result: Err(error.to_string()) }),
@@ -191,5 +191,5 @@ fn verdict(not_finite: &[String]) -> Result<(), Failure> {
 }
 
 fn backends() -> Result<Vec<Arc<dyn Backend>>, Failure> {
-    Ok(vec![Arc::new(Cpu::new(1)?), Arc::new(Reference::new())])
+    Ok(vec![Arc::new(Cpu::with_threads(1)?), Arc::new(Reference::new())])
 }

@@ -117,8 +117,8 @@ struct ModelArgs {
     #[arg(long, value_name = "FILE[:SCALE]")]
     lora: Vec<OsString>,
     /// Positions of the KV cache [default: what the model was trained for, at most 4096].
-    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
-    ctx: u32,
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    ctx: Option<u32>,
     /// How the KV cache is stored.
     #[arg(long, value_name = "FORMAT", default_value = "f16")]
     kv: KvFormat,
@@ -278,7 +278,7 @@ impl ModelArgs {
         let backend = self.device.open()?;
         let total = model.gguf().tensors().map(|t| t.record.bytes.len() as u64).sum();
         let bar = progress(total, "loading");
-        let session = Session::new(model, &backend, options, &mut |done| bar.set_position(done))?;
+        let session = Session::with_progress(model, &backend, options, &mut |done| bar.set_position(done))?;
         bar.finish_and_clear();
         Ok(session)
     }

@@ -167,7 +167,7 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
         constraint: None,
     };
     // Ctrl-C ends the generation; what was generated and its timings are still printed, and the sequence is saved.
-    let work = interrupt::Work::new(session.cancel());
+    let work = interrupt::Work::new(session.cancel_handle());
     // The prompt comes with the first text: an option or a prompt that is wrong leaves nothing behind.
     let mut prompted = args.json;
     let mut show = |text: &str| {
@@ -176,7 +176,7 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
         }
         if args.json { Ok(()) } else { print(text) }
     };
-    let generation = session.generate_in(sequence, &tokenizer, &tokens, &options, aids, &mut |text| {
+    let generation = session.generate_in(sequence, &tokenizer, &tokens, &options, aids, |text| {
         written = show(text);
         if written.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
     })?;

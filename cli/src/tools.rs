@@ -164,7 +164,7 @@ pub fn perplexity(args: &PerplexityArgs) -> Result<(), Failure> {
     }
     let vocab = model.hparams().vocab_size as usize;
     let batch = rows_per_step(vocab as u32).min(args.window);
-    let context = ModelArgs { ctx: args.window, ..args.model.clone() };
+    let context = ModelArgs { ctx: Some(args.window), ..args.model.clone() };
     let mut session = context.session(&model, &context.options(batch, batch))?;
     let windows = tokens.len() / window;
     let bar = progress((windows * window) as u64, "perplexity");

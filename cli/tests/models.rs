@@ -70,7 +70,7 @@ fn the_command_takes_adapters() {
     assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
     let mut expected = open(&base);
     expected.adapt(Gguf::open(&first).unwrap(), 0.25).unwrap();
-    let expected = logits(expected, Arc::new(Cpu::new(2).unwrap()));
+    let expected = logits(expected, Arc::new(Cpu::with_threads(2).unwrap()));
     assert_eq!(floats(&std::fs::read(&out).unwrap()), expected);
     [model, first, out].iter().for_each(|path| std::fs::remove_file(path).unwrap());
 }

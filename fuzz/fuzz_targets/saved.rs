@@ -14,8 +14,8 @@ static STATE: LazyLock<Mutex<(Session, Vec<u8>)>> = LazyLock::new(|| {
     let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("seeds/llama.gguf");
     let model = Arc::new(Model::open(file).unwrap());
     let backend: Arc<dyn Backend> = Arc::new(Cpu::with_isa(1, "scalar").unwrap());
-    let options = SessionOptions { context: 200, batch: 8, ..Default::default() };
-    let mut session = Session::new(&model, &backend, &options, &mut |_| {}).unwrap();
+    let options = SessionOptions { context: Some(200), batch: 8, ..Default::default() };
+    let mut session = Session::new(&model, &backend, &options).unwrap();
     let id = session.add_sequence();
     // Over a page's end.
     let tokens: Vec<u32> = (0..70).map(|i| i % model.hparams().vocab_size).collect();

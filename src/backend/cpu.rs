@@ -39,9 +39,9 @@ pub const DRIVER: Driver = Driver {
     }],
     open: |_, options| {
         let threads = options.number("threads")?.unwrap_or(0);
-        Ok(Arc::new(Cpu::new(usize::try_from(threads).unwrap_or(usize::MAX))?))
+        Ok(Arc::new(Cpu::with_threads(usize::try_from(threads).unwrap_or(usize::MAX))?))
     },
-    list: || Ok(vec![Listed::of(Cpu::new(0)?.caps())]),
+    list: || Ok(vec![Listed::of(Cpu::new()?.caps())]),
 };
 
 /// The CPU.
@@ -53,19 +53,27 @@ pub struct Cpu {
 }
 
 impl Cpu {
-    /// The CPU with so many threads (0: as many as it runs at once) and its best instruction set, or the one named in the
-    /// environment variable `HALITE_ISA`.
+    /// The CPU with a thread for each core and its best instruction set, or the one named in the environment variable
+    /// `HALITE_ISA`.
     ///
     /// # Errors
     /// [`Error::Backend`] if the named instruction set is not there or a thread cannot be started.
-    pub fn new(threads: usize) -> Result<Cpu> {
+    pub fn new() -> Result<Cpu> {
+        Cpu::with_threads(0)
+    }
+
+    /// As [`Cpu::new`], with `threads` threads; 0: one for each core.
+    ///
+    /// # Errors
+    /// As [`Cpu::new`].
+    pub fn with_threads(threads: usize) -> Result<Cpu> {
         match std::env::var_os("HALITE_ISA") {
             Some(name) if !name.is_empty() => Cpu::with_isa(threads, &name.to_string_lossy()),
             _ => Cpu::with_isa(threads, Isa::detect().name()),
         }
     }
 
-    /// The CPU with a named instruction set, one of [`Isa::NAMES`].
+    /// As [`Cpu::with_threads`], with a named instruction set, one of [`Isa::NAMES`].
     ///
     /// # Errors
     /// [`Error::Backend`] if this CPU lacks it or a thread cannot be started.

@@ -30,11 +30,11 @@ pub fn tokenizer(model: &Model) -> Tokenizer {
 
 pub fn embedder(backend: Arc<dyn Backend>, format: Format, options: EmbedOptions) -> Embedder {
     let model = converted(&folder(), format).unwrap();
-    Embedder::new(&model, &backend, &options, &mut |_| {}).unwrap()
+    Embedder::new(&model, &backend, &options).unwrap()
 }
 
 pub fn cpu() -> Arc<dyn Backend> {
-    Arc::new(Cpu::new(2).unwrap())
+    Arc::new(Cpu::with_threads(2).unwrap())
 }
 
 /// Texts, their ids and their vectors.

@@ -54,13 +54,14 @@ pub fn run(bytes: &[u8]) -> bool {
     let Ok(model) = Model::from_source(Source::from_bytes("bytes", bytes)) else { return false };
     let Ok(Some(tokenizer)) = Tokenizer::from_gguf(model.gguf()) else { return false };
     let model = Arc::new(model);
-    let backends: [Arc<dyn Backend>; 2] = [Arc::new(Cpu::new(1).unwrap()), Arc::new(Reference::new())];
+    let backends: [Arc<dyn Backend>; 2] =
+        [Arc::new(Cpu::with_threads(1).unwrap()), Arc::new(Reference::new())];
     let mut ran = false;
     for backend in &backends {
-        let options = SessionOptions { context: 8, batch: 4, ..Default::default() };
-        let Ok(mut session) = Session::new(&model, backend, &options, &mut |_| {}) else { continue };
+        let options = SessionOptions { context: Some(8), batch: 4, ..Default::default() };
+        let Ok(mut session) = Session::new(&model, backend, &options) else { continue };
         let options = GenerateOptions { max_tokens: 4, ..Default::default() };
-        let result = session.generate(&tokenizer, "ab", &options, &mut |_| ControlFlow::Continue(()));
+        let result = session.generate(&tokenizer, "ab", &options, |_| ControlFlow::Continue(()));
         ran |= result.is_ok();
     }
     ran

@@ -63,8 +63,8 @@ pub fn cases(dir: &Path) -> Vec<Case> {
 pub fn logits(backend: &Arc<dyn Backend>, model: &Arc<Model>, tokens: &[u32]) -> Result<Vec<f32>, Error> {
     let n = tokens.len() as u32;
     let program = ProgramOptions { kv_format: Format::F32 };
-    let options = SessionOptions { context: 256, batch: n, outputs: n, program, ..Default::default() };
-    let mut session = Session::new(model, backend, &options, &mut |_| {})?;
+    let options = SessionOptions { context: Some(256), batch: n, outputs: n, program, ..Default::default() };
+    let mut session = Session::new(model, backend, &options)?;
     let sequence = session.add_sequence();
     session.step(&[Run { sequence, tokens, wanted: Wanted::All }], Head::Logits)?;
     Ok(session.logits().to_vec())

@@ -28,8 +28,8 @@ pub fn gguf(file: &File) -> Gguf {
 pub fn logits(model: Model, backend: Arc<dyn Backend>) -> Vec<f32> {
     let (n, model) = (TOKENS.len() as u32, Arc::new(model));
     let program = ProgramOptions { kv_format: Format::F32 };
-    let options = SessionOptions { context: 16, batch: n, outputs: n, program, ..Default::default() };
-    let mut session = Session::new(&model, &backend, &options, &mut |_| {}).unwrap();
+    let options = SessionOptions { context: Some(16), batch: n, outputs: n, program, ..Default::default() };
+    let mut session = Session::new(&model, &backend, &options).unwrap();
     let sequence = session.add_sequence();
     session.step(&[Run { sequence, tokens: &TOKENS, wanted: Wanted::All }], Head::Logits).unwrap();
     session.logits().to_vec()

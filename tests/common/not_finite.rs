@@ -37,7 +37,7 @@ pub fn every_head_names_it(backend: &Arc<dyn Backend>) {
         ("output_norm.weight", f32::INFINITY),
     ] {
         let broken = model(tensor, number);
-        let mut session = Session::new(&broken, backend, &SessionOptions::default(), &mut |_| {}).unwrap();
+        let mut session = Session::new(&broken, backend, &SessionOptions::default()).unwrap();
         let sequence = session.add_sequence();
         for head in [Head::Logits, Head::ArgMax, Head::TopK] {
             let what = format!("{tensor} {number} {head:?} on {}", backend.caps().name);

@@ -118,7 +118,7 @@ fn buffers_keep_bytes() {
 fn errors_are_values() {
     let Some(backend) = gpu(&[]) else { return };
     assert!(matches!(backend.alloc(1 << 50, Usage::Weight), Err(Error::OutOfMemory { .. })));
-    let cpu = Cpu::new(1).unwrap();
+    let cpu = Cpu::with_threads(1).unwrap();
     let foreign = cpu.alloc(16, Usage::Io).unwrap();
     assert!(matches!(backend.read(&foreign, 0, &mut [0; 4]), Err(Error::Backend { .. })));
     let none = Gpu::new(&GpuOptions { adapter: Some("no such thing".into()), ..Default::default() });
@@ -134,8 +134,8 @@ fn austen() -> Arc<Model> {
 }
 
 fn session(model: &Arc<Model>, backend: &Arc<dyn Backend>) -> Session {
-    let options = SessionOptions { context: 256, batch: 64, ..Default::default() };
-    Session::new(model, backend, &options, &mut |_| {}).unwrap()
+    let options = SessionOptions { context: Some(256), batch: 64, ..Default::default() };
+    Session::new(model, backend, &options).unwrap()
 }
 
 /// Feeds tokens and then says what is most likely, so many times.
@@ -161,7 +161,7 @@ fn continued(
 #[test]
 fn same_tokens_as_the_cpu() {
     let Some(gpu) = gpu(&[]) else { return };
-    let cpu: Arc<dyn Backend> = Arc::new(Cpu::new(2).unwrap());
+    let cpu: Arc<dyn Backend> = Arc::new(Cpu::with_threads(2).unwrap());
     let prompt: Vec<u32> = (100..200).collect();
     let [ours, theirs] = [&gpu, &cpu].map(|backend| {
         let mut session = session(&austen(), backend);
@@ -176,7 +176,7 @@ fn same_tokens_as_the_cpu() {
 fn steps_are_timed_by_the_device() {
     let Some(resident) = gpu(&[]) else { return };
     let model = austen();
-    let options = SessionOptions { context: 256, batch: 64, ..Default::default() };
+    let options = SessionOptions { context: Some(256), batch: 64, ..Default::default() };
     let needed = footprint(&model, &*resident, &options).unwrap();
     let streamed = budgeted(needed.working_bytes() + needed.weight_bytes / 2).unwrap();
     let adapters = adapters();
@@ -199,9 +199,12 @@ fn steps_are_timed_by_the_device() {
 fn streamed_weights_give_the_same_logits() {
     let Some(resident) = gpu(&[]) else { return };
     let model = austen();
-    let needed =
-        footprint(&model, &*resident, &SessionOptions { context: 256, batch: 64, ..Default::default() })
-            .unwrap();
+    let needed = footprint(
+        &model,
+        &*resident,
+        &SessionOptions { context: Some(256), batch: 64, ..Default::default() },
+    )
+    .unwrap();
     let logits = |backend: &Arc<dyn Backend>| {
         let mut session = session(&model, backend);
         let sequence = session.add_sequence();
@@ -226,8 +229,8 @@ fn streamed_weights_give_the_same_logits() {
     }
     assert!(most > needed.weight_bytes / 2);
     let backend = budgeted(needed.working_bytes() + 1000).unwrap();
-    let options = SessionOptions { context: 256, batch: 64, ..Default::default() };
-    let error = Session::new(&model, &backend, &options, &mut |_| {}).unwrap_err();
+    let options = SessionOptions { context: Some(256), batch: 64, ..Default::default() };
+    let error = Session::new(&model, &backend, &options).unwrap_err();
     assert!(matches!(error, Error::OutOfMemory { .. }), "{error}");
 }
 
@@ -237,7 +240,7 @@ fn a_lost_device_is_survived() {
     let Some(gpu) = open(&GpuOptions::default()) else { return };
     let gpu = Arc::new(gpu);
     let backend: Arc<dyn Backend> = gpu.clone();
-    let cpu: Arc<dyn Backend> = Arc::new(Cpu::new(1).unwrap());
+    let cpu: Arc<dyn Backend> = Arc::new(Cpu::with_threads(1).unwrap());
     let (model, prompt) = (austen(), (100..200).collect::<Vec<u32>>());
     let mut on_cpu = session(&model, &cpu);
     let whole = on_cpu.add_sequence();
@@ -249,7 +252,7 @@ fn a_lost_device_is_survived() {
     on_gpu.truncate(other, 50).unwrap();
     gpu.destroy();
     assert!(matches!(continued(&mut on_gpu, sequence, &got[9..], 1), Err(Error::Backend { .. })));
-    let mut moved = on_gpu.moved_to(&cpu, &mut |_| {}).unwrap();
+    let mut moved = on_gpu.moved_to(&cpu).unwrap();
     assert_eq!(moved.tokens(sequence).unwrap(), [&prompt[..], &got].concat());
     assert_eq!(moved.tokens(other).unwrap(), &prompt[..50]);
     moved.truncate(sequence, 109).unwrap();

@@ -17,7 +17,7 @@ fn chip(name: &str) -> Arc<dyn Backend> {
 
 #[test]
 fn vectors_of_an_encoder_have_the_bits_of_the_cpu() {
-    let cpu: Arc<dyn Backend> = Arc::new(Cpu::new(2).unwrap());
+    let cpu: Arc<dyn Backend> = Arc::new(Cpu::with_threads(2).unwrap());
     let mut on = [cpu, chip("maia-100")].map(|b| embedder(b, Format::Q8_0, EmbedOptions::default()));
     let tokenizer = tokenizer(on[0].model());
     let [cpu, chip] = on.each_mut().map(|on| on.embed(&tokenizer, &texts()).unwrap());

@@ -77,8 +77,9 @@ fn logits(backend: &Arc<dyn Backend>, model: &Arc<Model>) -> Vec<u32> {
     let vocab = model.hparams().vocab_size;
     let tokens: Vec<u32> = (0..75u32).map(|i| (i * i * 7 + 3 * i + 1) % vocab).collect();
     let program = ProgramOptions { kv_format: Format::F16 };
-    let options = SessionOptions { context: 128, batch: 72, outputs: 72, program, ..Default::default() };
-    let mut session = Session::new(model, backend, &options, &mut |_| {}).unwrap();
+    let options =
+        SessionOptions { context: Some(128), batch: 72, outputs: 72, program, ..Default::default() };
+    let mut session = Session::new(model, backend, &options).unwrap();
     let sequence = session.add_sequence();
     let mut found = Vec::new();
     let (prompt, rest) = tokens.split_at(71);
@@ -101,7 +102,7 @@ fn models() -> Vec<PathBuf> {
 /// Exact numerics are exact, for every family on every kind of chip.
 #[test]
 fn families_have_the_bits_of_the_cpu() {
-    let cpu: Arc<dyn Backend> = Arc::new(Cpu::new(2).unwrap());
+    let cpu: Arc<dyn Backend> = Arc::new(Cpu::with_threads(2).unwrap());
     for path in models() {
         let model = Arc::new(Model::open(&path).unwrap());
         let want = logits(&cpu, &model);
@@ -124,6 +125,6 @@ fn what_cannot_be_simulated_is_said() {
     let model = Arc::new(Model::open(&models()[0]).unwrap());
     let backend: Arc<dyn Backend> = Arc::new(tiny);
     let options = SessionOptions::default();
-    let error = Session::new(&model, &backend, &options, &mut |_| {}).map(|_| ()).unwrap_err().to_string();
+    let error = Session::new(&model, &backend, &options).map(|_| ()).unwrap_err().to_string();
     assert!(error.contains("bytes of a scratchpad, `scratchpad` has 2048"), "{error}");
 }

@@ -359,7 +359,7 @@ pub fn measure(
     sizes: &Sizes,
     time: Duration,
 ) -> Result<Vec<Rates>> {
-    let cpus = threads.iter().map(|&n| Cpu::new(n)).collect::<Result<Vec<_>>>()?;
+    let cpus = threads.iter().map(|&n| Cpu::with_threads(n)).collect::<Result<Vec<_>>>()?;
     let mut all = Vec::new();
     for cpu in &cpus {
         // Half a cache, so that nothing else pushes the buffer out of it.
@@ -523,7 +523,7 @@ const SAID: &str = "what the operating system says";
 
 /// The machine's memory, or what was measured of it.
 fn memory_bytes(level: &Level) -> u64 {
-    Cpu::new(1).map_or(level.bytes, |cpu| cpu.caps().memory_bytes.clamp(level.bytes, 1 << 46))
+    Cpu::with_threads(1).map_or(level.bytes, |cpu| cpu.caps().memory_bytes.clamp(level.bytes, 1 << 46))
 }
 
 /// Four digits.
