@@ -45,15 +45,6 @@ use device::DeviceArgs;
 /// What a command fails with: a message for people.
 type Failure = Box<dyn std::error::Error>;
 
-/// The model that is part of the program.
-static EMBEDDED: Aligned<[u8; EMBEDDED_BYTES]> =
-    Aligned(*include_bytes!("../../models/austen/halite-austen.gguf"));
-const EMBEDDED_BYTES: usize = include_bytes!("../../models/austen/halite-austen.gguf").len();
-
-/// Bytes where weights may be read in place.
-#[repr(C, align(64))]
-struct Aligned<T>(T);
-
 /// Run language models on CPUs, GPUs and simulated accelerators.
 #[derive(Parser)]
 #[command(version, arg_required_else_help = true, disable_help_subcommand = true)]
@@ -231,7 +222,7 @@ fn open_model(path: Option<&Path>) -> Result<Arc<Model>, Failure> {
 fn open_adapted(path: Option<&Path>, adapters: &[OsString]) -> Result<Arc<Model>, Failure> {
     let mut model = match path {
         Some(path) => Model::open(path)?,
-        None => Model::from_source(Source::from_static("the built-in model", &EMBEDDED.0))?,
+        None => Model::from_source(Source::from_static("the built-in model", halite_models::AUSTEN))?,
     };
     for adapter in adapters {
         let (file, scale) = scaled(adapter);
