@@ -124,7 +124,7 @@ fn options_that_are_wrong_leave_stdout_empty() {
         ("run -n -2 Once", "expected a whole number, or -1"),
         ("run --seed -2 Once", "expected a whole number, or -1"),
         ("perplexity --window 1 --file x.txt", "--window: expected at least 2 tokens, got 1"),
-        ("perplexity --file x.txt", "expected at least the 512 tokens of one window"),
+        ("perplexity --file x.txt", "needs at least 512 tokens (--window), has "),
     ] {
         std::fs::write(folder.path().join("x.txt"), "Some words.").unwrap();
         let (_, error) = failure(folder.path(), args);
