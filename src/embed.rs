@@ -72,7 +72,7 @@ impl Embedder {
         progress: &mut dyn FnMut(u64),
     ) -> Result<Embedder> {
         let h = model.hparams();
-        // The cache is reused for every step, so a smaller format saves little.
+        // Keys and values live for one step only, so a smaller format gains nothing.
         let program = model.program(ProgramOptions { kv_format: Format::F32 }, h.context_length)?;
         let Some(hidden) = program.outputs.hidden else {
             return Err(Error::Model(format!("family {} is not an encoder", h.architecture)));

@@ -73,7 +73,7 @@ pub trait Constraint {
     fn accept(&mut self, token: u32) -> Result<()>;
 }
 
-/// What may come next.
+/// The tokens allowed next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Allowed<'a> {
     /// Token t is allowed if bit t % 32 of word t / 32 is set.
