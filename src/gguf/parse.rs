@@ -71,16 +71,16 @@ pub enum GgufError {
         /// The value in the file.
         got: u64,
     },
-    /// A value outside what the format allows.
+    /// A value that the format does not allow.
     #[error("byte {at}: {what}: expected {expected}, got {got}")]
     Invalid {
-        /// Which value.
+        /// The value's name.
         what: String,
-        /// Where it stands.
+        /// Its offset.
         at: u64,
-        /// What the format allows.
+        /// The expected value.
         expected: &'static str,
-        /// What the file says.
+        /// The value in the file.
         got: String,
     },
     /// A duplicate metadata key.
@@ -88,7 +88,7 @@ pub enum GgufError {
     DuplicateKey {
         /// The key.
         key: String,
-        /// Where its second entry starts.
+        /// Offset of the second entry.
         at: u64,
     },
     /// A duplicate tensor name.
@@ -96,7 +96,7 @@ pub enum GgufError {
     DuplicateTensor {
         /// The name.
         name: String,
-        /// Where its second record starts.
+        /// Offset of the second record.
         at: u64,
     },
     /// A tensor of an unsupported type.
@@ -116,7 +116,7 @@ pub enum GgufError {
         dims: Vec<u64>,
         /// Its type's name.
         format: &'static str,
-        /// What does not fit.
+        /// The problem.
         why: String,
     },
     /// A tensor's data lie outside the file.
@@ -124,9 +124,9 @@ pub enum GgufError {
     TensorRange {
         /// The tensor.
         name: String,
-        /// Where its data start.
+        /// Start of its data.
         start: u64,
-        /// Where its data end.
+        /// End of its data.
         end: u64,
         /// The file's length.
         file_bytes: u64,
@@ -136,9 +136,9 @@ pub enum GgufError {
     Overlap {
         /// The tensor that starts first.
         first: String,
-        /// The one that starts inside it.
+        /// The tensor that starts inside it.
         second: String,
-        /// Where the second starts.
+        /// Start of the second tensor.
         at: u64,
     },
     /// A metadata value has another type than its reader expects.
@@ -146,7 +146,7 @@ pub enum GgufError {
     ValueType {
         /// The key.
         key: String,
-        /// The type asked for.
+        /// The expected type.
         expected: &'static str,
         /// The type in the file.
         got: String,
@@ -157,7 +157,7 @@ pub enum GgufError {
         /// The key.
         key: String,
     },
-    /// The parts of a split model do not belong together.
+    /// The files of a split model do not match.
     #[error("split model: {0}")]
     Split(String),
 }
