@@ -1,8 +1,8 @@
-//! Does a backend compute what the reference defines? A generated matrix of small programs, op by format by shape, run on
-//! both and compared: bit for bit where the backend promises it, within a bound where it does not.
+//! Conformance tests: small programs (op × format × shape) that run on a backend and on the reference. Results must
+//! have the same bits if the backend guarantees them, and otherwise stay within an error bound.
 //!
-//! Output buffers are poisoned before every step and have guard bytes behind them, so an element that is not written and one
-//! that is written too far both show.
+//! Output buffers are poisoned before every step and have guard bytes behind them. This detects elements that a step
+//! does not write, and writes beyond the end.
 
 use std::fmt;
 use std::sync::Arc;
@@ -26,33 +26,33 @@ use crate::rng::SplitMix64;
 /// One program, its data and its steps.
 #[derive(Debug, Clone)]
 pub struct Case {
-    /// What it exercises: op, format, shape, tokens.
+    /// Name: op, format, shape, tokens.
     pub name: String,
-    /// What it runs; or what is wrong with the case, which then fails on every backend.
+    /// The program, or an error in the case itself, which then fails on every backend.
     program: Result<Arc<Program>, String>,
-    /// For each step, for each sequence: first position and tokens.
+    /// For each step and each sequence: first position and tokens.
     steps: Vec<Vec<(u32, u32)>>,
-    /// The largest normalised mean squared error of a backend that is not exact.
+    /// Bound of the normalised mean squared error of a backend that is not exact.
     bound: f64,
     /// The magnitude of random inputs.
     magnitude: f32,
 }
 
-/// What came of a case.
+/// The outcome of a case.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Outcome {
-    /// Within its contract; the normalised mean squared error.
+    /// The backend kept its contract; the normalised mean squared error.
     Pass(f64),
-    /// Outside, or an error.
+    /// The result is wrong, or an error occurred.
     Fail(String),
     /// The backend declares that it lacks the op.
     Gap(Gap),
-    /// The backend declares a gap that it does not have.
+    /// The backend declares a gap, but passes.
     UnexpectedPass(Gap),
 }
 
 impl Outcome {
-    /// Whether nothing is to be said about it.
+    /// Whether the case passed.
     pub fn passed(&self) -> bool {
         matches!(self, Outcome::Pass(_))
     }
@@ -64,8 +64,9 @@ impl fmt::Display for Outcome {
             Outcome::Pass(nmse) if *nmse == 0.0 => write!(f, "pass, same bits"),
             Outcome::Pass(nmse) => write!(f, "pass, error {nmse:.1e}"),
             Outcome::Fail(why) => write!(f, "FAIL {why}"),
-            Outcome::Gap(gap) => write!(f, "gap, {gap}"),
-            Outcome::UnexpectedPass(gap) => write!(f, "FAIL passes, but is declared a gap ({gap})"),
+            Outcome::Gap(Gap::Never(why)) => write!(f, "gap (never): {why}"),
+            Outcome::Gap(Gap::NotYet(why)) => write!(f, "gap (not yet): {why}"),
+            Outcome::UnexpectedPass(gap) => write!(f, "FAIL passes, but is declared as a gap ({gap})"),
         }
     }
 }
@@ -73,9 +74,9 @@ impl fmt::Display for Outcome {
 /// Counts of outcomes.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Report {
-    /// Cases within their contract.
+    /// Passed cases.
     pub passed: usize,
-    /// Cases that fail, unexpected passes included.
+    /// Failed cases, unexpected passes included.
     pub failed: usize,
     /// Declared gaps.
     pub gaps: usize,
@@ -99,7 +100,7 @@ impl fmt::Display for Report {
 }
 
 impl Case {
-    /// Which kernels of a backend it runs; see [`Backend::explain`].
+    /// Describes the kernels that a backend runs for the case; see [`Backend::explain`].
     pub fn explain(&self, backend: &dyn Backend) -> String {
         let tokens = self.steps.iter().map(|s| s.iter().map(|&(_, n)| n).sum()).max().unwrap_or(1);
         let Ok(program) = &self.program else { return String::new() };
@@ -128,16 +129,16 @@ pub fn check(backend: &dyn Backend, case: &Case) -> Outcome {
     };
     match gap {
         None => outcome,
-        // What is declared a gap runs as well: a gap that is none any more must not stay declared.
+        // Declared gaps run too, to find those that should no longer be declared.
         Some(gap) if outcome.passed() => Outcome::UnexpectedPass(gap),
         Some(gap) => Outcome::Gap(gap),
     }
 }
 
-/// The largest error of a backend with formats of its own: enough for four bits, too little for a wrong result.
+/// Error bound of a backend with its own number formats: enough for four bits, too small for a wrong result.
 const ROUNDED: f64 = 0.1;
 
-/// Outputs of one step: name, whether it holds integers, words.
+/// Outputs of one step: name, whether they are integers, words.
 type Output = (String, bool, Vec<u32>);
 
 fn compare(got: &[Output], want: &[Output], contract: Contract, bound: f64) -> Outcome {
@@ -164,7 +165,7 @@ fn compare(got: &[Output], want: &[Output], contract: Contract, bound: f64) -> O
 
 const GUARD_BYTES: usize = 64;
 const GUARD: u8 = 0xa5;
-/// A NaN that no arithmetic makes.
+/// A NaN that no arithmetic produces.
 const POISON: u32 = 0x7fba_dbad;
 
 fn execute(backend: &dyn Backend, case: &Case) -> Result<Vec<Output>> {
@@ -193,8 +194,8 @@ fn execute(backend: &dyn Backend, case: &Case) -> Result<Vec<Output>> {
     let sequences = case.steps.iter().map(Vec::len).max().unwrap_or(1);
     let positions = case.steps.iter().flatten().map(|&(start, n)| start + n).max().unwrap_or(1);
     let pages_each = positions.div_ceil(PAGE_POSITIONS);
-    // Pages of the sequences are interleaved and in falling order, in another one for each KV group: a backend that ignores the
-    // table fails. So does one that reads what is before a window.
+    // Pages of the sequences are interleaved and in decreasing order, different for each KV group, so a backend that
+    // ignores page tables fails. So does one that reads pages before a window.
     let table = |sequence: usize, start: u32, group: usize| -> Vec<u32> {
         let all = pages_each * sequences as u32;
         let page = |p: u32| (p * sequences as u32 + (sequence + group) as u32) % all;
@@ -287,7 +288,7 @@ fn normal(rng: &mut SplitMix64) -> f32 {
     (sum - 2.0) * 3f32.sqrt()
 }
 
-/// A weight's matrices with their rows interleaved.
+/// Interleaves the rows of a weight's matrices.
 fn interleave(program: &Program, id: TensorId, bytes: &[u8]) -> Result<Vec<u8>> {
     let t = program.tensor(id);
     let mut out = vec![0; bytes.len()];
@@ -299,13 +300,13 @@ fn interleave(program: &Program, id: TensorId, bytes: &[u8]) -> Result<Vec<u8>> 
     Ok(out)
 }
 
-/// Random bytes under sane scales: every code and integer sub-scale that the format has comes up.
-/// The bytes of a weight, in blocks of values around 0.01.
+/// Random bytes with sane scales: every code and integer sub-scale of the format occurs.
+/// Generates the bytes of a weight, with values around 0.01.
 pub fn random_weight(program: &Program, id: TensorId, rng: &mut SplitMix64) -> Vec<u8> {
     let t = program.tensor(id);
     let bytes = program.fixed_bytes(id).unwrap_or(0) as usize;
     match t.format {
-        // Divisors of angles; one near zero would make an angle that f32 cannot tell.
+        // Divisors of angles: one near zero would make an angle too large for f32.
         Format::F32 if t.name == "factors" => {
             (0..bytes / 4).flat_map(|_| (1.0 + normal(rng).abs()).to_le_bytes()).collect()
         }
@@ -351,7 +352,7 @@ impl Cases {
         self.0.push(Case { name, program, steps, bound, magnitude: 1.0 });
     }
 
-    /// Cases in one step of one sequence.
+    /// Adds a case of one step of one sequence.
     fn row(
         &mut self,
         name: String,
@@ -363,7 +364,7 @@ impl Cases {
     }
 }
 
-/// The values that a matmul's rows must be whole multiples of.
+/// Returns the number of values that must divide a matmul's row length.
 fn unit(format: Format) -> u32 {
     let activation = match format.kind() {
         Kind::Float => 1,
@@ -372,8 +373,8 @@ fn unit(format: Format) -> u32 {
     format.block_len().max(activation) as u32
 }
 
-/// The bound of a product with a format on backends that are not exact. Quantised activations make it wide: a backend may
-/// keep them in floats.
+/// Returns the error bound of products with a format on backends that are not exact. It is wide because a backend
+/// may keep activations in floats, while the reference quantises them.
 fn bound(format: Format) -> f64 {
     match format.kind() {
         Kind::Float => 1e-9,
@@ -407,7 +408,7 @@ fn matmuls(cases: &mut Cases) {
             };
             let name = format!("MatMul {} {rows}x{k} tokens={tokens}", format.name());
             let weights = [("w", format, vec![k.into(), rows.into()])];
-            // Of a single number, which may be near zero, errors say little: take several.
+            // A single number may be near zero, so its relative error says little: take several.
             let step = [(0, tokens)];
             let steps = [&step[..]; 8];
             let steps = if rows * tokens == 1 { &steps } else { &steps[..1] };
@@ -432,7 +433,7 @@ fn matmuls(cases: &mut Cases) {
                 b.output(y);
             });
         }
-        // Whole groups of rows, and some rows besides.
+        // Whole groups of rows, and a remainder.
         let packed: &[(u32, u32)] =
             if format.interleaves() { &[(1, 1), (9, 2), (2, 4), (10, 5)] } else { &[] };
         for &(units, tokens) in packed {
@@ -529,28 +530,28 @@ fn matmuls(cases: &mut Cases) {
     }
 }
 
-/// An input; of the one called `which` some elements become NaN.
+/// Adds an input; some elements of the one called `which` become NaN.
 fn input_or_nan(b: &mut Builder<'_>, which: &str, name: &str, cols: u32) -> TensorId {
     if name == which { with_nan(b, name, cols) } else { b.input(name, Dim::Tokens, cols) }
 }
 
-/// An input of which some elements become NaN.
+/// Adds an input in which some elements become NaN.
 fn with_nan(b: &mut Builder<'_>, name: &str, cols: u32) -> TensorId {
     let x = b.input(name, Dim::Tokens, cols);
     let infinite = infinities(b, x, 10.0);
     let opposite = infinities(b, x, -10.0);
-    // Zero where it did not overflow.
+    // Zero for elements that did not overflow.
     let nan = b.add("nan", infinite, opposite);
     b.add("with nan", x, nan)
 }
 
-/// An input times 1e38 and a factor, so that some elements become infinite.
+/// Multiplies an input by 1e38 and a factor, so that some elements become infinite.
 fn infinities(b: &mut Builder<'_>, x: TensorId, factor: f32) -> TensorId {
     let large = b.map("large", x, Unary::Scale(1e38));
     b.map("infinite", large, Unary::Scale(factor))
 }
 
-/// NaN comes out where it went in, and is seen where one of several elements is chosen.
+/// Cases with NaN: elementwise ops pass it on, and ops that choose elements detect it.
 fn not_finite(cases: &mut Cases) {
     let cols = 100;
     for f in UNARY {
@@ -575,7 +576,7 @@ fn not_finite(cases: &mut Cases) {
             let best = b.arg_max(x);
             b.output(best);
         });
-        // Some of each sign, and only negative ones.
+        // Infinities of both signs, and only negative ones.
         for negative in [false, true] {
             cases.row(format!("ArgMax {cols} of infinities negative={negative}"), &[], 3, |b| {
                 let x = b.input("x", Dim::Tokens, cols);
@@ -605,7 +606,7 @@ fn not_finite(cases: &mut Cases) {
     }
     for (which, softcap) in [("q", None), ("q", Some(2.0)), ("k", Some(2.0)), ("v", None)] {
         let name = format!("Attend F32 of NaN {which} softcap={softcap:?}");
-        // One token at a time: beside later ones, a device may multiply their values by zero.
+        // One token at a time: with later tokens in the step, a device may multiply their values by zero.
         cases.add(name, &[], &[&[(0, 1)], &[(1, 1)], &[(2, 1)]], 1e-6, |b| {
             let q = input_or_nan(b, which, "q", 2 * 32);
             let (k, v) = (input_or_nan(b, which, "k", 32), input_or_nan(b, which, "v", 32));
@@ -687,7 +688,7 @@ fn rows(cases: &mut Cases) {
         });
         cases.row(format!("ArgMax {cols}"), &[], 3, |b| {
             let x = b.input("x", Dim::Tokens, cols);
-            // About half of the elements tie for the largest: minus zero.
+            // About half of the elements tie for the maximum: minus zero.
             let x = b.map("relu", x, Unary::Relu);
             let x = b.map("negative", x, Unary::Scale(-1.0));
             let best = b.arg_max(x);
@@ -712,7 +713,7 @@ fn rows(cases: &mut Cases) {
             b.output(y);
         });
     }
-    // In several stages, where a device divides rows.
+    // Long rows, which devices may reduce in several stages.
     cases.row("TopK 100 of 12288".into(), &[], 2, |b| {
         let x = b.input("x", Dim::Tokens, 12288);
         let (ids, values) = b.top_k(x, 100);
@@ -737,7 +738,7 @@ fn rows(cases: &mut Cases) {
     }
 }
 
-/// Attention of one input to what a state keeps of two others.
+/// Adds attention of one input to a state with keys and values of two others.
 fn attended(b: &mut Builder<'_>, kv: State, heads: u32, scale: f32, softcap: Option<f32>, sinks: bool) {
     let q = b.input("q", Dim::Tokens, heads * kv.key_dim);
     let k = b.input("k", Dim::Tokens, kv.kv_heads * kv.key_dim);
@@ -765,7 +766,7 @@ fn attention(cases: &mut Cases) {
                     "Attend {} {heads}/{kv_heads} {key_dim}/{value_dim} window={window:?} softcap={softcap:?} sinks={sinks}",
                     format.name()
                 );
-                // A prefill over a page's end, then single tokens beside a second sequence that starts later; at last one
+                // A prefill across a page's end, then single tokens beside a second sequence that starts later; last, a token
                 // that sees enough pages to be split between threads.
                 let steps: [&[(u32, u32)]; 6] = [
                     &[(0, 67), (0, 0)],
@@ -783,8 +784,8 @@ fn attention(cases: &mut Cases) {
                 });
             }
         }
-        // In both directions: whole sequences, over the ends of pages; then some tokens that see what is before them as well,
-        // and a single one of a cache long enough to be split.
+        // Attention that is not causal: whole sequences, across the ends of pages; then tokens that also see earlier
+        // positions, and a single token with a cache long enough to be split.
         for (heads, kv_heads, key_dim, value_dim, sinks) in [(3, 3, 32, 32, false), (4, 2, 64, 96, true)] {
             let name = format!(
                 "Attend {} {heads}/{kv_heads} {key_dim}/{value_dim} both directions sinks={sinks}",
@@ -803,7 +804,7 @@ fn attention(cases: &mut Cases) {
                 attended(b, kv, heads, 0.3, None, sinks);
             });
         }
-        // Infinities where blocks have a scale.
+        // Infinities, for formats whose blocks have a scale.
         let infinite = if format.kind() == Kind::Float { &[][..] } else { &["keys", "values"] };
         for &which in infinite {
             let name = format!("Attend {} infinite {which}", format.name());
@@ -821,7 +822,7 @@ fn attention(cases: &mut Cases) {
                 b.output(y);
             });
         }
-        // Layers that keep different parts of what was: each KV group has page tables of its own.
+        // Layers with different windows: each KV group has its own page tables.
         let steps: [&[(u32, u32)]; 4] =
             [&[(0, 130), (0, 3)], &[(130, 1), (3, 1)], &[(131, 70), (4, 0)], &[(201, 2), (4, 61)]];
         cases.add(format!("Attend {} in KV groups", format.name()), &[], &steps, 1e-6, |b| {
@@ -836,7 +837,7 @@ fn attention(cases: &mut Cases) {
                 b.output(y);
             }
         });
-        // One token, and some of two sequences, of caches long enough to be split by devices with many workgroups to fill.
+        // One token, and tokens of two sequences, with caches long enough for devices to split between workgroups.
         for (window, sinks) in [(None, false), (Some(520), true)] {
             let name = format!("Attend {} long window={window:?} sinks={sinks}", format.name());
             let steps: [&[(u32, u32)]; 4] =

@@ -1,7 +1,7 @@
-//! What a program costs: bytes moved and operations done, counted from shapes alone.
+//! The cost of a program: bytes moved and operations, counted from shapes alone.
 //!
-//! The counts are what the program asks of any device: each byte of weights and cache once a step, whatever a backend reads
-//! again or keeps on the chip. With the rates of a device they give the shortest time that a step can take there.
+//! The counts do not depend on the device: each byte of weights and cache counts once per step, even if a backend reads
+//! it again or caches it. With a device's peak rates, they give a lower bound of a step's time.
 
 use std::ops::{Add, AddAssign};
 
@@ -15,21 +15,21 @@ use crate::program::{Dim, Op, Program, Slot, TensorId};
 pub struct Extent {
     /// Position of the first token.
     pub start: u32,
-    /// Tokens.
+    /// Number of tokens.
     pub tokens: u32,
-    /// Tokens whose output is wanted.
+    /// Number of tokens with outputs.
     pub outputs: u32,
 }
 
-/// What an op or a whole step costs.
+/// The cost of an op or a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Cost {
-    /// Bytes of weights that are read: of an embedding table the rows of the tokens, of experts as many as the tokens can
-    /// use (fewer, if several tokens use the same).
+    /// Bytes of weights that are read: of an embedding table, the rows of the tokens; of experts, as many as the tokens
+    /// may use (an upper bound, as several tokens may use the same).
     pub weight_bytes: u64,
-    /// Bytes of the KV cache that are read or written.
+    /// Bytes of the KV cache that are read and written.
     pub kv_bytes: u64,
-    /// Bytes of other tensors that are read or written.
+    /// Bytes of other tensors that are read and written.
     pub activation_bytes: u64,
     /// Operations of products with quantised weights; a multiply-add is two.
     pub integer_ops: u64,
@@ -63,7 +63,7 @@ impl std::iter::Sum for Cost {
     }
 }
 
-/// What a device does at best.
+/// Peak rates of a device.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Rates {
     /// Bytes of memory read per second.
@@ -75,39 +75,39 @@ pub struct Rates {
 }
 
 impl Cost {
-    /// Bytes of memory: weights and KV cache. Other tensors are small and stay close to where they are computed.
+    /// Returns the bytes of memory traffic: weights and KV cache. Other tensors are small and stay in caches.
     pub fn memory_bytes(&self) -> u64 {
         self.weight_bytes.saturating_add(self.kv_bytes)
     }
 
-    /// All operations.
+    /// Returns the number of all operations.
     pub fn ops(&self) -> u64 {
         self.integer_ops.saturating_add(self.float_ops)
     }
 
-    /// The seconds below which no device of these rates can be: those of the memory or of the arithmetic, whichever are more.
+    /// Returns the minimum seconds on a device with these rates: those of memory or of arithmetic, whichever are more.
     pub fn least_seconds(&self, rates: &Rates) -> f64 {
         (self.memory_bytes() as f64 / rates.bytes_per_s).max(self.arithmetic_seconds(rates))
     }
 
-    /// The seconds of the arithmetic alone.
+    /// Returns the seconds of the arithmetic alone.
     pub fn arithmetic_seconds(&self, rates: &Rates) -> f64 {
         self.integer_ops as f64 / rates.integer_ops_per_s + self.float_ops as f64 / rates.float_ops_per_s
     }
 }
 
-/// What all ops of a program cost in a step. Ops on wanted outputs cost nothing where none are wanted.
+/// Returns the cost of each op of a program in a step. Ops on outputs cost nothing in a step without outputs.
 pub fn step(program: &Program, extent: Extent) -> Cost {
     program.ops().map(|(_, o)| op(program, o, extent)).sum()
 }
 
-/// What one op of a program costs in a step.
+/// Returns the cost of one op of a program in a step.
 pub fn op(program: &Program, op: &Op, extent: Extent) -> Cost {
     let is_weight = |id| matches!(program.tensor(id).slot, Slot::Weight(_));
     let mut tensors = Vec::new();
     op.inputs(&mut |id| tensors.push(id));
     op.outputs(&mut |id| tensors.push(id));
-    // An op works on all rows of its tensors, but for a selection, which reads only what it writes.
+    // An op works on all rows of its tensors, except Select, which reads only the rows that it writes.
     let rows = tensors.iter().filter(|&&id| !is_weight(id));
     let rows = rows.map(|&id| passes::rows(program.tensor(id).rows, extent.tokens, extent.outputs)).min();
     let rows = rows.unwrap_or(0);
@@ -137,7 +137,7 @@ pub fn op(program: &Program, op: &Op, extent: Extent) -> Cost {
             let (start, end) = (u64::from(extent.start), u64::from(extent.start) + rows);
             let read = end - (start + 1).saturating_sub(window);
             cost.kv_bytes += read.saturating_mul(position_bytes(program, state.0));
-            // Token by token one more, until the window is full.
+            // Each token sees one position more, until the window is full.
             let growing = window.clamp(start, end) - start;
             let seen =
                 growing * start + growing * (growing + 1) / 2 + (rows - growing).saturating_mul(window);
@@ -150,7 +150,7 @@ pub fn op(program: &Program, op: &Op, extent: Extent) -> Cost {
     cost
 }
 
-/// How many of the equal pieces of a weight an op reads, and of how many.
+/// Returns the fraction of a weight that an op reads, as numerator and denominator.
 fn used(program: &Program, op: &Op, weight: TensorId, rows: u64) -> (u64, u64) {
     let t = program.tensor(weight);
     let table_rows = passes::rows(t.rows, 0, 0).max(1);
@@ -164,7 +164,7 @@ fn used(program: &Program, op: &Op, weight: TensorId, rows: u64) -> (u64, u64) {
     }
 }
 
-/// The operations of multiplying `rows` rows with one matrix of a weight.
+/// Returns the operations to multiply `rows` rows with one matrix of a weight.
 fn product(program: &Program, weight: TensorId, rows: u64) -> Cost {
     let t = program.tensor(weight);
     let Dim::Fixed(outputs) = t.rows else { return Cost::default() };
@@ -175,7 +175,7 @@ fn product(program: &Program, weight: TensorId, rows: u64) -> Cost {
     }
 }
 
-/// Bytes of one position of a KV cache.
+/// Returns the bytes of one position of a KV cache.
 fn position_bytes(program: &Program, state: u32) -> u64 {
     program
         .states

@@ -1,4 +1,4 @@
-//! Texts to vectors, with an encoder: texts whose vectors point the same way mean much the same (Reimers & Gurevych 2019).
+//! Text embeddings with an encoder (Reimers & Gurevych 2019).
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -15,20 +15,20 @@ use crate::program::PAGE_POSITIONS;
 use crate::session::MAX_RUNS;
 use crate::tokenizer::{EncodeOptions, Tokenizer};
 
-/// Most tokens of a text, special ones included, where that is less than the model has positions: what
-/// sentence-transformers calls `max_seq_length`. Halite's own key: GGUF has none for it.
+/// Key of the maximum tokens of a text, special ones included, if below the model's positions: sentence-transformers'
+/// `max_seq_length`. It is Halite's own key, because GGUF has none.
 pub(crate) const MAX_TEXT_TOKENS: &str = "halite.embedding.max_text_tokens";
 
-/// What an embedder reserves, and what it makes of a text's tokens.
+/// The sizes and options of an embedder.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct EmbedOptions {
-    /// Most tokens of a step, and of a text; as many texts go into a step as fit.
+    /// Maximum tokens of a step, and so of a text. A step runs as many texts as fit.
     pub batch: u32,
-    /// How the vectors of a text's tokens become one; `None`: as the file says.
+    /// Pooling of token vectors; `None`: the model's.
     pub pooling: Option<Pooling>,
-    /// Whether vectors are divided by their length.
+    /// Whether to normalise vectors to unit length.
     pub normalize: bool,
-    /// Whether texts that are too long lose their ends; otherwise they are errors.
+    /// Whether to truncate texts that are too long; otherwise they are errors.
     pub truncate: bool,
 }
 
@@ -38,7 +38,7 @@ impl Default for EmbedOptions {
     }
 }
 
-/// An encoder on a backend, ready to run. All memory of the device is reserved by [`Embedder::new`].
+/// An encoder on a backend, ready to run. [`Embedder::new`] reserves all device memory.
 pub struct Embedder {
     loaded: Loaded,
     segments: Vec<Range<usize>>,
@@ -62,13 +62,13 @@ impl Embedder {
     /// Builds the program, loads the weights and reserves all memory.
     ///
     /// # Errors
-    /// [`Error::Model`] for a model that is no encoder or does not say how its vectors are pooled; otherwise as
+    /// [`Error::Model`] for a model that is not an encoder, or without a pooling; otherwise as
     /// [`crate::session::Session::new`].
     pub fn new(model: &Arc<Model>, backend: &Arc<dyn Backend>, options: &EmbedOptions) -> Result<Embedder> {
         Embedder::with_progress(model, backend, options, &mut |_| {})
     }
 
-    /// As [`Embedder::new`]. `progress` is told how many bytes of weights are loaded.
+    /// As [`Embedder::new`]. Calls `progress` with the weight bytes loaded so far.
     ///
     /// # Errors
     /// As [`Embedder::new`].
@@ -79,13 +79,10 @@ impl Embedder {
         progress: &mut dyn FnMut(u64),
     ) -> Result<Embedder> {
         let h = model.hparams();
-        // Keys and values are not kept, so there is nothing to gain from a shorter format.
+        // Keys and values live for one step only, so a smaller format gains nothing.
         let program = model.program(ProgramOptions { kv_format: Format::F32 }, h.context_length)?;
         let Some(hidden) = program.outputs.hidden else {
-            return Err(Error::Model(format!(
-                "family {} is no encoder: it has no embeddings",
-                h.architecture
-            )));
+            return Err(Error::Model(format!("family {} is not an encoder", h.architecture)));
         };
         let pooling = options.pooling.or(h.pooling_type).ok_or_else(|| {
             Error::Model(format!("key `{}.pooling_type` is missing: choose a pooling", h.architecture))
@@ -110,29 +107,30 @@ impl Embedder {
         &self.loaded.model
     }
 
-    /// How the vectors of a text's tokens become one.
+    /// Pooling of token vectors.
     pub fn pooling(&self) -> Pooling {
         self.pooling
     }
 
-    /// Elements of a vector.
+    /// Dimension of the embeddings.
     pub fn dimension(&self) -> usize {
         self.loaded.model.hparams().embedding_length as usize
     }
 
-    /// Most tokens of a text.
+    /// Maximum tokens of a text.
     pub fn longest(&self) -> u32 {
         self.longest
     }
 
-    /// A handle that stops work from another thread.
+    /// Returns a handle that stops the work from another thread.
     pub fn cancel_handle(&self) -> Cancel {
         self.cancel.clone()
     }
 
-    /// A vector for each text; with [`Pooling::None`] one for each token of each text, in order. Control
-    /// tokens that a text spells, such as `[MASK]`, are read as such, as the published tokenizers do;
-    /// [`Tokenizer::quote`] keeps them out.
+    /// Returns a vector per text, or with [`Pooling::None`] per token of each text, in order.
+    ///
+    /// Control tokens in a text, such as `[MASK]`, are parsed, as in the published tokenizers. Use
+    /// [`Tokenizer::quote`] to prevent this.
     ///
     /// # Errors
     /// As [`Embedder::embed_tokens`].
@@ -142,12 +140,12 @@ impl Embedder {
         self.embed_tokens(&tokens)
     }
 
-    /// The same of tokens, the special ones included. Which texts share a step never shows in their vectors.
+    /// As [`Embedder::embed`], for tokens, the special ones included. A vector does not depend on the other texts.
     ///
     /// # Errors
-    /// [`Error::Argument`] for a text without tokens or with too many of them (unless they are truncated, which keeps the last
-    /// one), or with a token that the model does not have; [`Error::Cancelled`], [`Error::FileChanged`], or what the backend
-    /// says.
+    /// [`Error::Argument`] for a text without tokens, with too many tokens (truncation, if enabled, keeps the last
+    /// one), or with a token outside the vocabulary; [`Error::Cancelled`], [`Error::FileChanged`], or errors of the
+    /// backend.
     pub fn embed_tokens(&mut self, texts: &[Vec<u32>]) -> Result<Vec<Vec<f32>>> {
         let _floats = DefaultFloats::set();
         let longest = self.longest as usize;
@@ -157,7 +155,7 @@ impl Embedder {
                 return Err(Error::argument("text", "at least one token", format!("none in text {i}")));
             };
             if text.len() > longest && !self.options.truncate {
-                let expected = format!("at most {longest} tokens, or truncation");
+                let expected = format!("at most {longest} tokens (or enable truncate)");
                 return Err(Error::argument("text", expected, format!("{} in text {i}", text.len())));
             }
             if text.len() > longest {
@@ -180,9 +178,9 @@ impl Embedder {
         Ok(vectors)
     }
 
-    /// Runs texts that fit in a step, and pools their vectors.
+    /// Runs texts that fit in one step, and pools their vectors.
     fn step(&mut self, texts: &[Vec<u32>], vectors: &mut Vec<Vec<f32>>) -> Result<()> {
-        // Texts have their pages one after the other.
+        // The pages of the texts follow each other.
         let mut tables = Vec::new();
         let mut page = 0;
         for text in texts {
@@ -226,7 +224,7 @@ impl Embedder {
     }
 }
 
-/// The mean of some rows.
+/// Computes the mean of rows.
 fn mean<'a>(rows: impl Iterator<Item = &'a [f32]>, dimension: usize) -> Vec<f32> {
     let (mut sum, mut count) = (vec![0.0f64; dimension], 0.0);
     for row in rows {
@@ -236,7 +234,7 @@ fn mean<'a>(rows: impl Iterator<Item = &'a [f32]>, dimension: usize) -> Vec<f32>
     sum.into_iter().map(|sum| (sum / count) as f32).collect()
 }
 
-/// Divides a vector by its length, unless that is zero.
+/// Normalises a vector to unit length, unless its length is zero.
 fn normalize(vector: &mut [f32]) {
     let length = dot(vector, vector).sqrt();
     if length > 0.0 {
@@ -248,7 +246,7 @@ fn dot(a: &[f32], b: &[f32]) -> f64 {
     a.iter().zip(b).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum()
 }
 
-/// The cosine of the angle between two vectors; 0 if one of them has no length.
+/// Returns the cosine similarity of two vectors; 0 if one of them is zero.
 pub fn cosine(a: &[f32], b: &[f32]) -> f64 {
     let lengths = (dot(a, a) * dot(b, b)).sqrt();
     if lengths > 0.0 { dot(a, b) / lengths } else { 0.0 }

@@ -1,28 +1,28 @@
-//! The one error type at the library's boundary.
+//! The error type of the library.
 
 use std::path::PathBuf;
 
 /// A `Result` with Halite's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// Everything that can go wrong, as a value: Halite never panics, aborts or prints.
+/// An error. Halite never panics, aborts or prints.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// The operating system refused a file operation.
+    /// A file operation failed.
     #[error("{}: {source}", path.display())]
     Io {
         /// The file concerned.
         path: PathBuf,
-        /// What the operating system said.
+        /// The operating system's error.
         source: std::io::Error,
     },
-    /// A file is not written, because of what it would replace.
+    /// A file was not written, because it would replace another one.
     #[error("{}: not written: {why}", path.display())]
     Output {
         /// The file concerned.
         path: PathBuf,
-        /// What is there.
+        /// What it would replace.
         why: String,
     },
     /// The bytes are not a well-formed GGUF file.
@@ -38,22 +38,22 @@ pub enum Error {
     FileChanged {
         /// The file concerned.
         path: PathBuf,
-        /// What differs from the moment of loading.
+        /// What changed since loading.
         detail: String,
     },
     /// The metadata or tensors do not describe a model that Halite can build.
     #[error("model: {0}")]
     Model(String),
-    /// The model's architecture has no program here.
+    /// The model's architecture is not supported.
     #[error("model: architecture {0} is not supported (supported: {1})")]
     Architecture(String, String),
     /// The vocabulary in the file cannot be used.
     #[error("tokenizer: {0}")]
     Tokenizer(String),
-    /// A chat template is malformed, refuses the messages, or takes too much.
+    /// A chat template is malformed, rejects the messages, or exceeds a resource limit.
     #[error("chat template: {0}")]
     Template(String),
-    /// What the output should be held to is malformed, cannot be satisfied, or takes too much.
+    /// A constraint is malformed, cannot be satisfied, or exceeds a resource limit.
     #[error("constraint: {0}")]
     Constraint(String),
     /// A program is inconsistent: a shape, a name or an order of definitions.
@@ -64,28 +64,28 @@ pub enum Error {
     Unsupported {
         /// The backend's name.
         backend: String,
-        /// One line for each op that it cannot run, with the reason.
+        /// One line per op that the backend cannot run, with the reason.
         gaps: Vec<String>,
     },
-    /// A chip's profile is malformed, or its numbers cannot be.
+    /// A chip's profile is malformed, or its numbers are impossible.
     #[error("profile {profile}:\n  {}", faults.join("\n  "))]
     Profile {
-        /// The file or the name.
+        /// The profile's file or name.
         profile: String,
-        /// One line for each fault: the key, its value and unit, and what was expected.
+        /// One line per fault: the key, its value and unit, and the expected value.
         faults: Vec<String>,
     },
-    /// A call's arguments do not fit together.
+    /// An argument of a call is wrong.
     #[error("{what}: expected {expected}, got {got}")]
     Argument {
-        /// Which argument of which call.
+        /// The argument.
         what: &'static str,
-        /// What would have been right.
+        /// The expected value.
         expected: String,
-        /// What was passed.
+        /// The passed value.
         got: String,
     },
-    /// A saved sequence is not this session's, or damaged.
+    /// A saved sequence is damaged, or does not fit this session.
     #[error("saved sequence: {what}: expected {expected}, got {got}")]
     Saved {
         /// What does not fit.
@@ -95,14 +95,14 @@ pub enum Error {
         /// What was read.
         got: String,
     },
-    /// A memory ceiling would be passed.
+    /// A memory limit is exceeded.
     #[error("out of memory: {what} needs {need_bytes} bytes, {}", available(*have_bytes))]
     OutOfMemory {
-        /// What asked for memory.
+        /// The use of the memory.
         what: String,
-        /// Bytes asked for.
+        /// Requested bytes.
         need_bytes: u64,
-        /// Bytes that were left; 0 if nobody knows.
+        /// Available bytes; 0 if unknown.
         have_bytes: u64,
     },
     /// The sequence does not fit in the context.
@@ -113,26 +113,26 @@ pub enum Error {
         /// Positions available.
         have: u64,
     },
-    /// No memory is left for the windows of one more sequence.
+    /// Sliding-window layers have no memory for one more sequence.
     #[error(
-        "windows full: layers that look back {window} positions have memory for {sequences} sequences at once \
-         (SessionOptions::sequences)"
+        "too many sequences: sliding-window layers ({window} positions) have memory for {sequences} at once; raise \
+        SessionOptions::sequences"
     )]
     WindowsFull {
-        /// Positions that the layers look back.
+        /// The layers' window in positions.
         window: u32,
-        /// Sequences that the session was made for.
+        /// Sequences for which the session reserved memory.
         sequences: u32,
     },
-    /// A model computed something that is not a number: a weight, an adapter or the backend is at fault.
+    /// A model computed NaN or infinity: a weight, an adapter or the backend is at fault.
     #[error("{what}: expected finite numbers, got {got}; a weight, an adapter or the backend is at fault")]
     NotFinite {
-        /// What the numbers are, such as logits.
+        /// The kind of numbers, such as logits.
         what: &'static str,
-        /// The first that is wrong, or what else is.
+        /// The first wrong number, or another description.
         got: String,
     },
-    /// The work was cancelled from outside.
+    /// The work was cancelled.
     #[error("cancelled")]
     Cancelled,
     /// A backend failed while running.
@@ -146,11 +146,11 @@ pub enum Error {
 }
 
 fn available(bytes: u64) -> String {
-    if bytes == 0 { "which the system does not give".into() } else { format!("{bytes} are available") }
+    if bytes == 0 { "which the system cannot provide".into() } else { format!("{bytes} are available") }
 }
 
 impl Error {
-    /// An [`Error::Argument`], for checks at the boundary.
+    /// Creates an [`Error::Argument`].
     pub fn argument(
         what: &'static str,
         expected: impl std::fmt::Display,
@@ -160,7 +160,7 @@ impl Error {
     }
 }
 
-/// A text from outside, with control characters but newlines escaped: a terminal would obey them.
+/// Escapes the control characters of untrusted text, except newlines: a terminal would obey them.
 pub fn escaped(text: &str) -> String {
     escaped_to(text, usize::MAX)
 }

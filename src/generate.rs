@@ -1,4 +1,4 @@
-//! Text in, text out: the loop over a session, a tokenizer and a sampler.
+//! Text generation: the loop over a session, a tokenizer and a sampler.
 
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
@@ -11,20 +11,20 @@ use crate::session::{Head, Run, SequenceId, Session, Wanted};
 use crate::speculate::Drafter;
 use crate::tokenizer::{Detokenizer, EncodeOptions, Tokenizer};
 
-/// What to generate.
+/// Options of a generation.
 #[derive(Debug, Clone, PartialEq)]
 pub struct GenerateOptions {
-    /// Most tokens to generate.
+    /// Maximum number of tokens to generate.
     pub max_tokens: u32,
-    /// How tokens are chosen.
+    /// Options of the sampler.
     pub sampler: SamplerOptions,
-    /// Texts that end the generation; they are not part of the result.
+    /// Texts that end the generation; the result does not include them.
     pub stop: Vec<String>,
-    /// How the prompt is encoded.
+    /// Options of encoding the prompt.
     pub encode: EncodeOptions,
-    /// Goes on after tokens that end a text.
+    /// Ignore end-of-text tokens.
     pub ignore_end: bool,
-    /// Writes control tokens out in the text.
+    /// Include control tokens in the text.
     pub special: bool,
 }
 
@@ -41,12 +41,13 @@ impl Default for GenerateOptions {
     }
 }
 
-/// What may take part in a generation.
+/// Optional drafter and constraint of a generation.
 #[derive(Default)]
 pub struct Aids<'a> {
-    /// Guesses tokens, which are then checked together: at most [`Session::outputs`] in a step, the one before them included.
+    /// Proposes tokens, which one step verifies. A step takes at most [`Session::outputs`] tokens: the last chosen
+    /// token and its draft.
     pub drafter: Option<&'a mut dyn Drafter>,
-    /// Says which tokens may come. Tokens that end a text then do so in any case.
+    /// Constrains the tokens. End-of-text tokens then always end the text.
     pub constraint: Option<&'a mut dyn Constraint>,
 }
 
@@ -57,32 +58,32 @@ impl std::fmt::Debug for Aids<'_> {
     }
 }
 
-/// What a text is held to, token by token.
+/// A constraint on generated tokens.
 pub trait Constraint {
-    /// What may come next.
+    /// Returns the tokens allowed next.
     ///
     /// # Errors
-    /// [`Error::Constraint`] if that cannot be said. It ends the generation.
+    /// [`Error::Constraint`] if they cannot be computed. It ends the generation.
     fn allowed(&mut self) -> Result<Allowed<'_>>;
 
-    /// Goes on after a token that was allowed.
+    /// Advances by an allowed token.
     ///
     /// # Errors
     /// As [`Constraint::allowed`].
     fn accept(&mut self, token: u32) -> Result<()>;
 }
 
-/// What may come next.
+/// The tokens allowed next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Allowed<'a> {
-    /// Token t may if bit t % 32 of word t / 32 is set.
+    /// Token t is allowed if bit t % 32 of word t / 32 is set.
     pub tokens: &'a [u32],
-    /// Whether the text may end here. It does if no token may come.
+    /// Whether the text may end here. It ends if no token is allowed.
     pub end: bool,
 }
 
 impl Allowed<'_> {
-    /// Whether a token may come.
+    /// Whether a token is allowed.
     pub fn token(&self, token: u32) -> bool {
         self.tokens.get(token as usize / 32).is_some_and(|word| word >> (token % 32) & 1 == 1)
     }
@@ -93,55 +94,55 @@ impl Allowed<'_> {
 pub enum Finish {
     /// The model ended the text.
     End,
-    /// The number of tokens was reached.
+    /// The maximum number of tokens was reached.
     Length,
     /// A stop text appeared.
     Stop,
     /// The context is full.
     ContextFull,
-    /// The callback asked for it.
+    /// The callback returned `Break`.
     Callback,
     /// The session was cancelled.
     Cancelled,
 }
 
-/// What was generated, and how long it took.
+/// The result of a generation, with its times.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Generation {
     /// The text after the prompt.
     pub text: String,
     /// The prompt's tokens.
     pub prompt_tokens: Vec<u32>,
-    /// How many of them the sequence began with already.
+    /// Prompt tokens that the sequence already had.
     pub reused_tokens: u32,
-    /// How many of them were run: all others, unless the session was cancelled.
+    /// Prompt tokens that ran: all others, unless the session was cancelled.
     pub prefill_tokens: u32,
-    /// The generated tokens, without the one that ended the text.
+    /// The generated tokens, without the end-of-text token.
     pub tokens: Vec<u32>,
-    /// Why it ended.
+    /// Why the generation ended.
     pub finish: Finish,
-    /// From the first prompt token to the first logits.
+    /// Time from the first prompt token to the first logits.
     pub prefill: Duration,
-    /// From the call to the first token.
+    /// Time from the call to the first token.
     pub first_token: Duration,
-    /// Tokens chosen after the first one, the one that ended the text included.
+    /// Tokens chosen after the first one, the end-of-text token included.
     pub decode_tokens: u32,
-    /// Steps after the prefill: one a token, or fewer with a drafter.
+    /// Steps after the prefill: one per token, or fewer with a drafter.
     pub decode_steps: u32,
-    /// Tokens that were drafted, and how many of them were chosen.
+    /// Drafted tokens, and accepted ones.
     pub drafted: (u32, u32),
-    /// Time of those steps, sampling included.
+    /// Time of the decode steps, sampling included.
     pub decode: Duration,
-    /// Time of the prefill and of those steps on the device, by its clock.
+    /// Time of the prefill and of the decode steps on the device, by its clock.
     pub device: (Duration, Duration),
 }
 
 impl Session {
-    /// Feeds tokens to a sequence in steps of at most [`Session::batch`] tokens; the last one's outputs are computed.
+    /// Runs tokens of a sequence in steps of at most [`Session::batch`] tokens, and computes the last token's output.
     ///
     /// # Errors
-    /// [`Error::ContextFull`] before anything is run, if not all tokens fit. As [`Session::step`]; steps before the one that
-    /// failed stay done.
+    /// [`Error::ContextFull`] before the first step, if not all tokens fit. As [`Session::step`]; steps before the
+    /// failed one stay in the sequence.
     pub fn prefill(&mut self, sequence: SequenceId, tokens: &[u32], head: Head) -> Result<()> {
         let need = u64::from(self.len(sequence)?) + tokens.len() as u64;
         if need > self.positions().into() {
@@ -156,7 +157,7 @@ impl Session {
         Ok(())
     }
 
-    /// Continues a prompt in a sequence of its own; see [`Session::generate_in`].
+    /// Generates text in a new sequence; see [`Session::generate_in`].
     ///
     /// # Errors
     /// As [`Session::generate_in`].
@@ -174,13 +175,13 @@ impl Session {
         result
     }
 
-    /// Makes a sequence consist of a prompt, and continues it. What the sequence begins with in common with the prompt is kept, so
-    /// that only the rest is computed. `on_text` gets the text as it appears, whole characters at a time, and may end the
+    /// Sets a sequence to a prompt and generates text after it. Keeps the common prefix of the sequence and the prompt,
+    /// and computes only the rest. `on_text` receives the text as it appears, in whole characters, and may end the
     /// generation.
     ///
     /// # Errors
-    /// As [`Session::step`]; [`Error::Argument`] for an empty prompt or options out of range. A cancelled or full session is
-    /// not an error: it ends the generation, and what was generated is returned.
+    /// As [`Session::step`]; [`Error::Argument`] for an empty prompt or options out of range. A cancelled session or a
+    /// full context is not an error: it ends the generation, which returns the text so far.
     pub fn generate_in(
         &mut self,
         sequence: SequenceId,
@@ -206,7 +207,7 @@ impl Session {
         let Some((_, all_but_last)) = prompt.split_last() else {
             return Err(Error::argument("prompt", "text of at least one token", "none"));
         };
-        // The last token is always run, for its outputs.
+        // The last token always runs, for its output.
         let reused = self.reuse(sequence, all_but_last)?;
         let vocab = self.model().hparams().vocab_size as usize;
         let mut sampler = Sampler::new(options.sampler.clone(), vocab)?;
@@ -239,7 +240,7 @@ impl Session {
         generation.prefill = start.elapsed();
         generation.device.0 = self.device_time() - before;
         let mut decode_start = Instant::now();
-        // The last token, and what was drafted after it.
+        // The last token, and the draft after it.
         let mut fed: Vec<u32> = Vec::new();
         let mut text = prompt.to_vec();
         loop {
@@ -255,7 +256,7 @@ impl Session {
                 }
                 Err(error) => return Err(error),
             }
-            // Without tokens to choose, the prompt's errors still count.
+            // Without tokens to generate, report the prompt's errors all the same.
             if generation.tokens.len() >= options.max_tokens as usize {
                 break;
             }
@@ -304,7 +305,7 @@ impl Session {
                 let left = options.max_tokens as usize - generation.tokens.len();
                 let most = self.room(sequence)?.min(left).saturating_sub(1);
                 match drafter.draft(&text, most, &mut fed) {
-                    // A draft is a help, and the step after it notices that it is to stop.
+                    // A cancelled drafter is no error: the step after it notices the cancellation.
                     Err(Error::Cancelled) => {}
                     drafted => drafted?,
                 }
@@ -324,13 +325,13 @@ impl Session {
 }
 
 impl Session {
-    /// Most tokens that one step may add to a sequence, with all of their outputs.
+    /// Returns the maximum tokens that one step may add to a sequence with all their outputs.
     fn room(&self, sequence: SequenceId) -> Result<usize> {
         let left = self.positions() - self.len(sequence)?;
         Ok(self.outputs().min(self.batch()).min(left) as usize)
     }
 
-    /// Chooses a token by one of the last step's outputs.
+    /// Chooses a token from one of the last step's outputs.
     fn choose(&self, output: usize, head: Head, sampler: &mut Sampler) -> Result<u32> {
         let vocab = self.model().hparams().vocab_size as usize;
         match head {
@@ -345,7 +346,7 @@ impl Session {
         }
     }
 
-    /// Chooses a token by one of the last step's logits among those that are allowed; `None` if the text is complete.
+    /// Chooses an allowed token from one of the last step's outputs; `None` if the text is complete.
     fn choose_allowed(
         &self,
         output: usize,
@@ -358,21 +359,21 @@ impl Session {
         let allowed = constraint.allowed()?;
         let may = |token: u32| if tokenizer.is_end(token) { allowed.end } else { allowed.token(token) };
         if (0..vocab as u32).all(|token| tokenizer.is_end(token) || !allowed.token(token)) {
-            let stuck = || Error::Constraint("no token may come next".into());
+            let stuck = || Error::Constraint("no token is allowed next".into());
             return if allowed.end { Ok(None) } else { Err(stuck()) };
         }
         sampler.sample_among(logits, may).map(Some)
     }
 }
 
-/// Text on its way out: complete characters that cannot be the start of a stop text.
+/// Buffers text until its characters are complete and cannot be the start of a stop text.
 struct Output<'a> {
     tokenizer: &'a Tokenizer,
     detokenizer: Detokenizer,
     stop: &'a [String],
     special: bool,
     text: String,
-    /// How much of the text was given out.
+    /// Bytes of the text that were passed on.
     given: usize,
 }
 
@@ -414,7 +415,7 @@ impl<'a> Output<'a> {
     }
 }
 
-/// Bytes at the end of `text` that may be the start of `stop`.
+/// Returns the number of bytes at the end of `text` that may be the start of `stop`.
 fn held_back(text: &str, stop: &str) -> usize {
     let most = stop.len().saturating_sub(1).min(text.len());
     (1..=most).rev().find(|&n| text.as_bytes()[text.len() - n..] == stop.as_bytes()[..n]).unwrap_or(0)

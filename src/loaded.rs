@@ -1,4 +1,4 @@
-//! A program on a backend, with its weights and all its memory: what sessions and embedders run their steps on.
+//! A program on a backend, with its weights and all its memory. Sessions and embedders run their steps on it.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use crate::passes;
 use crate::program::{Program, Slot, TensorId};
 use crate::weights::Weights;
 
-/// What a program takes on a backend, known from the header of its model alone.
+/// The memory that a program needs on a backend, known from the model's header alone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Footprint {
     /// Weights, mapped or copied.
@@ -19,12 +19,12 @@ pub struct Footprint {
     pub kv_bytes: u64,
     /// Activations and other working memory.
     pub scratch_bytes: u64,
-    /// Buffers that the host reads.
+    /// Input and output buffers.
     pub io_bytes: u64,
 }
 
 impl Footprint {
-    /// Of a program with so many pages for each state of a window.
+    /// Returns the memory of a program whose states have `pages(window)` pages.
     pub(crate) fn of(
         program: &Program,
         backend: &dyn Backend,
@@ -54,19 +54,19 @@ fn io_bytes(program: &Program, id: TensorId, limits: Limits) -> u64 {
 pub(crate) struct Loaded {
     pub model: Arc<Model>,
     pub backend: Arc<dyn Backend>,
-    /// As it runs.
+    /// The fused program.
     pub program: Arc<Program>,
     pub limits: Limits,
     pub weights: Weights,
-    /// One for each state.
+    /// One per state.
     pub states: Vec<Buffer>,
     io: Vec<Buffer>,
     plan: Box<dyn Plan>,
 }
 
 impl Loaded {
-    /// Prepares a program, loads its weights and reserves all memory, with so many pages for each state of a window. `progress`
-    /// is told the weight bytes done so far.
+    /// Prepares a program, loads its weights and reserves all memory; a state gets `pages(window)` pages. Calls
+    /// `progress` with the weight bytes loaded so far.
     pub fn new(
         model: &Arc<Model>,
         backend: &Arc<dyn Backend>,
@@ -89,7 +89,7 @@ impl Loaded {
         Ok(Loaded { model, backend, program, limits, weights, states, io, plan })
     }
 
-    /// Runs segments of a step, and says how long it took.
+    /// Runs segments of a step, and returns the time.
     pub fn run(&mut self, step: &Step<'_>, segments: &[Range<usize>]) -> Result<Timing> {
         let bindings = Bindings { weights: &self.weights.buffers, states: &self.states, io: &self.io };
         let mut ticket = None;
@@ -99,7 +99,7 @@ impl Loaded {
         }
         let ticket = ticket.ok_or_else(|| Error::Program("there is nothing to run".into()))?;
         let timing = self.plan.wait(ticket)?;
-        // Whatever was computed from a file that has changed is not to be trusted.
+        // Results computed from a changed file are not valid.
         self.model.gguf().verify()?;
         Ok(timing)
     }

@@ -1,6 +1,6 @@
-//! Low-rank adapters (Hu et al. 2022) in llama.cpp's layout: for a matrix W of the model a file has A (`NAME.lora_a`,
-//! `[rank, cols]`) and B (`NAME.lora_b`, `[rows, rank]`), and `W x` becomes `W x + scale · B (A x)`. They are ops like any others,
-//! so every backend runs them, on weights that stay as they are, mapped.
+//! Low-rank adapters (Hu et al. 2022) in llama.cpp's layout: for a matrix W of the model, a file has A (`NAME.lora_a`,
+//! `[rank, cols]`) and B (`NAME.lora_b`, `[rows, rank]`), and `W x` becomes `W x + scale · B (A x)`. Adapters are
+//! ordinary ops, so every backend runs them, and mapped weights stay unchanged.
 
 use halite_kernels::formats::{Format, Layout};
 use halite_kernels::rows::Unary;
@@ -9,19 +9,19 @@ use crate::error::{Error, Result};
 use crate::gguf::{Gguf, printable};
 use crate::program::{Dim, Epilogue, FilePart, Op, Part, Program, Slot, Tensor, TensorId};
 
-/// An adapter whose tensors are among the model's, under names of their own.
+/// An adapter. Its tensors are added to the model's, with a prefix.
 #[derive(Debug, Clone)]
 pub(crate) struct Adapter {
-    /// What the names of its tensors begin with.
+    /// Prefix of its tensors' names.
     pub prefix: String,
-    /// The factor on all of it, without the division by the rank.
+    /// User scale, before alpha / rank.
     pub scale: f32,
-    /// What the training's factor is relative to; 0: there is none.
+    /// LoRA alpha; 0: unset.
     alpha: f32,
 }
 
 impl Adapter {
-    /// Checks an adapter's metadata. Its tensors will be found under `prefix`.
+    /// Checks an adapter's metadata. `prefix` is the prefix of its tensors' names.
     pub fn read(gguf: &Gguf, architecture: &str, prefix: String, scale: f32) -> Result<Adapter> {
         for (key, expected) in
             [("general.type", "adapter"), ("adapter.type", "lora"), ("general.architecture", architecture)]
@@ -44,7 +44,7 @@ impl Adapter {
         Ok(Adapter { prefix, scale, alpha: gguf.f32("adapter.lora.alpha")? })
     }
 
-    /// Adds the adapter to every product with a matrix that it has a part for. `gguf` has the tensors.
+    /// Adds the adapter to every product with a matrix that it adapts. `gguf` has the tensors.
     pub fn apply(&self, program: &mut Program, gguf: &Gguf) -> Result<()> {
         for s in 0..program.segments.len() {
             let ops = std::mem::take(&mut program.segments[s].ops);
@@ -56,7 +56,7 @@ impl Adapter {
         Ok(())
     }
 
-    /// An op with what the adapter adds to it. Programs are adapted before they are fused: a product has one part.
+    /// Adds the adapter to an op. Adapters apply before fusion, so a product has one part.
     fn adapt(&self, program: &mut Program, gguf: &Gguf, op: Op) -> Result<Vec<Op>> {
         let has = |program: &Program, id: TensorId| {
             let t = program.tensor(id);
@@ -80,7 +80,7 @@ impl Adapter {
         }
     }
 
-    /// `W x + B (scale · A x)`, in the place of `W x`.
+    /// `W x + B (scale · A x)` instead of `W x`.
     fn low_rank(
         &self,
         program: &mut Program,
@@ -92,7 +92,7 @@ impl Adapter {
     ) -> Result<Vec<Op>> {
         let (weight, out) = (program.tensor(part.weight).clone(), program.tensor(to).clone());
         let Dim::Fixed(rows) = weight.rows else {
-            return Err(Error::Program(format!("`{}` is no weight", weight.name)));
+            return Err(Error::Program(format!("`{}` is not a weight", weight.name)));
         };
         let stored = |suffix: &str| {
             let name = format!("{}{name}.{suffix}", self.prefix);
@@ -103,7 +103,7 @@ impl Adapter {
         };
         let ((a_name, a), (b_name, b)) = (stored("lora_a")?, stored("lora_b")?);
         let rank = a.0.get(1).copied().unwrap_or(1);
-        // Of a matrix that is some rows of a tensor, B's are the same rows.
+        // If the matrix is a range of a tensor's rows, use the same rows of B.
         let first_row =
             weight.part.as_ref().map_or(0, |part| part.first_element / u64::from(weight.cols.max(1)));
         let whole = gguf.tensor(name).and_then(|t| t.record.dims.get(1).copied()).unwrap_or(1);
@@ -129,7 +129,7 @@ impl Adapter {
                 add_weight(program, &range, rows, rank_cols, b.1, Some(part))
             }
         };
-        // A training without alpha has no factor of its own.
+        // Without alpha, the scale applies alone.
         let scale = if self.alpha == 0.0 { self.scale } else { self.scale * self.alpha / rank as f32 };
         let mut result = |what: &str, cols: u32| {
             let name = format!("{}.{}{what}", out.name, self.prefix);
@@ -137,7 +137,7 @@ impl Adapter {
         };
         let (low, scaled) = (result("a", rank_cols), result("scaled", rank_cols));
         let (base, added) = (result("base", rows), result("b", rows));
-        // The product with B comes right before the addition, so that they can be fused.
+        // The product with B comes right before the addition, so that the two can be fused.
         Ok(vec![
             Op::product(x, part.weight, part.bias, base),
             Op::product(x, a, None, low),
@@ -153,7 +153,7 @@ fn add_tensor(program: &mut Program, tensor: Tensor) -> TensorId {
     TensorId(program.tensors.len() as u32 - 1)
 }
 
-/// A weight in the next slot, or the one that is there already.
+/// Adds a weight in the next slot, or returns the existing one.
 fn add_weight(
     program: &mut Program,
     name: &str,

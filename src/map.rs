@@ -1,8 +1,8 @@
-//! Read-only bytes that weights live in: a mapped file, or memory that outlives the program.
+//! Read-only bytes of weights: a mapped file, or memory that outlives the program.
 //!
-//! A mapping is only as good as the file under it. [`Source::verify`] compares the file with its state at the moment of
-//! mapping, so that a session notices a file that shrank or was rewritten; [`exit_on_bus_error`] turns the signal that a
-//! shrunken file raises into a message and a clean exit for programs that want one.
+//! A mapping depends on its file. [`Source::verify`] compares the file with its state at the time of mapping, so that a
+//! session detects a file that shrank or was rewritten. For whole programs, [`exit_on_bus_error`] turns the signal of a
+//! shrunken file into a message and a clean exit.
 
 use std::fs::{File, Metadata, OpenOptions};
 use std::io::Read;
@@ -35,21 +35,21 @@ impl Source {
         let (file, opened) = open_regular(path).map_err(io)?;
         #[allow(unsafe_code)]
         // SAFETY: the map is read-only and private to this value. Another process may still change the file: readers
-        // treat the bytes as untrusted, and `verify` reports the change.
+        // treat the bytes as untrusted, and `verify` detects the change.
         let map = unsafe { memmap2::Mmap::map(&file) }.map_err(io)?;
-        // Where the system has huge pages for files, they take fewer page faults and TLB misses; elsewhere this does nothing.
+        // On systems with huge pages for files, this saves page faults and TLB misses. Elsewhere it does nothing.
         #[cfg(target_os = "linux")]
         let _ = map.advise(memmap2::Advice::HugePage);
         let bytes = Bytes::Mapped { map, file, opened };
         Ok(Arc::new(Source { path: path.to_owned(), bytes }))
     }
 
-    /// Bytes that are part of the program, such as a model embedded with `include_bytes!`. `name` stands in messages.
+    /// Wraps bytes of the program, such as a model embedded with `include_bytes!`. `name` appears in messages.
     pub fn from_static(name: &str, bytes: &'static [u8]) -> Arc<Source> {
         Arc::new(Source { path: name.into(), bytes: Bytes::Static(bytes) })
     }
 
-    /// A copy of bytes from memory, aligned for every format. `name` stands in messages.
+    /// Copies bytes from memory, aligned for every format. `name` appears in messages.
     pub fn from_bytes(name: &str, bytes: &[u8]) -> Arc<Source> {
         let mut words = vec![0u64; bytes.len().div_ceil(8)];
         bytemuck::cast_slice_mut::<u64, u8>(&mut words)[..bytes.len()].copy_from_slice(bytes);
@@ -70,11 +70,11 @@ impl Source {
         }
     }
 
-    /// Checks that a mapped file is still the one that was mapped. One that was replaced under its name is:
-    /// the map keeps it.
+    /// Checks that a mapped file is unchanged. Another file under the same name is no change: the map keeps the
+    /// old one.
     ///
     /// # Errors
-    /// [`Error::FileChanged`] if it has another length, or was written to as far as its times tell.
+    /// [`Error::FileChanged`] if the file's length changed, or its times show a write.
     pub fn verify(&self) -> Result<()> {
         let Bytes::Mapped { file, opened, .. } = &self.bytes else { return Ok(()) };
         let now = file.metadata().map_err(|source| Error::Io { path: self.path.clone(), source })?;
@@ -92,8 +92,7 @@ impl Source {
         Ok(())
     }
 
-    /// Whether a file's status changed for no other reason that can be seen: links, rights, an owner, another
-    /// name.
+    /// Whether a file's status change has no visible reason: links, permissions, owner or name.
     #[cfg(unix)]
     fn was_written_behind_its_time(&self, opened: &Metadata, now: &Metadata) -> bool {
         use std::os::unix::fs::MetadataExt;
@@ -105,7 +104,7 @@ impl Source {
     }
 }
 
-/// Opens a regular file. Nothing else is opened, since opening a pipe waits for its other end.
+/// Opens a regular file. Rejects all others, since opening a pipe would wait for its other end.
 fn open_regular(path: &Path) -> std::io::Result<(File, Metadata)> {
     let regular = |metadata: Metadata| match metadata.is_file() {
         true => Ok(metadata),
@@ -114,7 +113,7 @@ fn open_regular(path: &Path) -> std::io::Result<(File, Metadata)> {
     regular(std::fs::metadata(path)?)?;
     let mut options = OpenOptions::new();
     options.read(true);
-    // Another file may be there by now; then opening it does not wait, either.
+    // Another file may have replaced it meanwhile; opening that one does not wait, either.
     #[cfg(unix)]
     std::os::unix::fs::OpenOptionsExt::custom_flags(&mut options, libc::O_NONBLOCK);
     let file = options.open(path)?;
@@ -122,15 +121,15 @@ fn open_regular(path: &Path) -> std::io::Result<(File, Metadata)> {
     Ok((file, metadata))
 }
 
-/// The bytes of a regular file with a limit.
+/// Reads a regular file of limited size.
 ///
 /// # Errors
-/// [`Error::Io`] if it cannot be read, is no regular file, or has more than `most_bytes`.
+/// [`Error::Io`] if it cannot be read, is not a regular file, or has more than `most_bytes`.
 pub fn read(path: &Path, most_bytes: u64) -> Result<Vec<u8>> {
     let io = |source| Error::Io { path: path.to_owned(), source };
     let (file, _) = open_regular(path).map_err(io)?;
     let mut bytes = Vec::new();
-    // Its length may change while it is read.
+    // The length may change during the read.
     file.take(most_bytes.saturating_add(1)).read_to_end(&mut bytes).map_err(io)?;
     if bytes.len() as u64 > most_bytes {
         return Err(io(std::io::Error::other(format!("expected at most {most_bytes} bytes, got more"))));
@@ -147,7 +146,7 @@ pub struct Region {
 }
 
 impl Region {
-    /// The bytes `range` of `source`, or `None` if they are not all there.
+    /// Returns the bytes `range` of `source`, or `None` if the range is outside.
     pub fn new(source: &Arc<Source>, range: std::ops::Range<usize>) -> Option<Region> {
         source.bytes().get(range.clone())?;
         Some(Region { source: source.clone(), start: range.start, end: range.end })
@@ -155,11 +154,11 @@ impl Region {
 
     /// The bytes.
     pub fn bytes(&self) -> &[u8] {
-        // The range was checked against this very source, whose length never changes.
+        // The range was checked against this source, whose length never changes.
         self.source.bytes().get(self.start..self.end).unwrap_or(&[])
     }
 
-    /// The bytes `range` of this region, or `None` if they are not all there.
+    /// Returns the bytes `range` of this region, or `None` if the range is outside.
     pub fn part(&self, range: std::ops::Range<usize>) -> Option<Region> {
         self.bytes().get(range.clone())?;
         Some(Region {
@@ -169,20 +168,19 @@ impl Region {
         })
     }
 
-    /// Where they come from.
+    /// The source of the bytes.
     pub fn source(&self) -> &Arc<Source> {
         &self.source
     }
 }
 
-/// Makes a read past the end of a mapped file that shrank end the process with a message and exit code 74 instead of a
-/// bare signal. For whole programs (the command line calls it); a library user decides for the process itself.
+/// Installs a signal handler: a read past the end of a mapped file that shrank ends the process with a message and
+/// exit code 74. For whole programs, such as the command; a library's user decides for the process.
 #[cfg(unix)]
 #[allow(unsafe_code)]
 pub fn exit_on_bus_error() {
     extern "C" fn on_bus_error(_: libc::c_int) {
-        let message =
-            b"halite: a model file shrank while it was in use; nothing computed from it can be trusted\n";
+        let message = b"halite: a model file shrank while it was in use; its results are not valid\n";
         // SAFETY: write and _exit are async-signal-safe, and the message is static.
         unsafe {
             libc::write(2, message.as_ptr().cast(), message.len());
@@ -190,14 +188,14 @@ pub fn exit_on_bus_error() {
         }
     }
     let handler: extern "C" fn(libc::c_int) = on_bus_error;
-    // SAFETY: the handler has the type that `signal` wants and calls only async-signal-safe functions.
+    // SAFETY: the handler has the type that `signal` requires and calls only async-signal-safe functions.
     unsafe {
         libc::signal(libc::SIGBUS, handler as libc::sighandler_t);
     }
 }
 
-/// Makes a write that passes the process's limit of file sizes an error, as on a full disk, instead of a signal that ends the
-/// process. For whole programs, as [`exit_on_bus_error`].
+/// Ignores the signal of a write beyond the process's file size limit, so that the write fails with an error, as on a
+/// full disk. For whole programs, as [`exit_on_bus_error`].
 #[cfg(unix)]
 #[allow(unsafe_code)]
 pub fn fail_on_file_size() {

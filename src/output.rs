@@ -1,7 +1,7 @@
-//! Files written whole or not at all.
+//! Atomic file writes.
 //!
-//! An [`Output`] writes to a temporary file of a name of its own beside the target. [`Output::commit`] puts it on the disk and
-//! then in the target's place, with the target's permissions. Until then, whatever goes wrong, the target is as it was.
+//! An [`Output`] writes to a temporary file in the target's folder. [`Output::commit`] syncs it to disk and renames it to
+//! the target, with the target's permissions. Until then the target stays unchanged, whatever goes wrong.
 
 use std::fs::File;
 use std::io::{self, BufWriter, Read, Write};
@@ -17,13 +17,13 @@ use crate::error::{Error, Result};
 pub enum Replace {
     /// No file: the target must not exist.
     Nothing,
-    /// A file of the kind that is written, which starts with these bytes, white space aside; or an empty one.
+    /// A file of the same kind, which starts with these bytes after white space, or an empty file.
     StartingWith(&'static [u8], &'static str),
-    /// A file that is none of the kinds that Halite reads as models or sequences: for outputs that have no mark of their own.
+    /// A file that is not a model or a saved sequence: for outputs without a magic number.
     Unmarked,
 }
 
-/// How the files start that hold a model or a sequence, and what they are called.
+/// First bytes and names of files that hold a model or a sequence.
 const MODEL: (&[u8], &str) = (b"GGUF", "a model");
 const SEQUENCE: (&[u8], &str) = (b"HALITEKV", "a saved sequence");
 
@@ -32,11 +32,11 @@ impl Replace {
     pub const SAVED_SEQUENCE: Replace = Replace::StartingWith(SEQUENCE.0, SEQUENCE.1);
 }
 
-/// A file that is being written.
+/// A file being written.
 #[derive(Debug)]
 pub struct Output {
     target: PathBuf,
-    /// `None` where the target is no regular file, such as a pipe: it is then written as it is.
+    /// `None` if the target is not a regular file, such as a pipe, which is written directly.
     replace: Option<Replace>,
     file: BufWriter<Sink>,
 }
@@ -60,17 +60,17 @@ impl Write for Sink {
     }
 }
 
-/// Checks that a file may be written, before work is done for it. `inputs` are files that the same work reads: none of them may be
-/// the target.
+/// Checks that a file may be written, before the work for it starts. `inputs` are the work's input files; none of
+/// them may be the target.
 ///
 /// # Errors
-/// [`Error::Output`] if the file may not be replaced, [`Error::Io`] if it cannot be looked at.
+/// [`Error::Output`] if the file may not be replaced, [`Error::Io`] if it cannot be examined.
 pub fn check(target: &Path, replace: Replace, inputs: &[&Path]) -> Result<()> {
     let refused = |why: String| Err(Error::Output { path: target.to_owned(), why });
     let io = |source| Error::Io { path: target.to_owned(), source };
     let metadata = match std::fs::metadata(target) {
         Ok(metadata) => metadata,
-        // A link that leads nowhere is not followed.
+        // Do not follow a dangling link.
         Err(e) if e.kind() == io::ErrorKind::NotFound && std::fs::symlink_metadata(target).is_err() => {
             let folder = folder(target);
             return match folder.is_dir() {
@@ -91,13 +91,13 @@ pub fn check(target: &Path, replace: Replace, inputs: &[&Path]) -> Result<()> {
         place(input).is_some_and(|input| place(target) == Some(input))
     };
     if let Some(input) = inputs.iter().find(same) {
-        return refused(format!("it is {}, which is read", input.display()));
+        return refused(format!("it is the input {}", input.display()));
     }
     let mut start = Vec::new();
     let read = File::open(target).and_then(|file| file.take(64).read_to_end(&mut start));
     match replace {
         Replace::Nothing => return refused("it exists already".into()),
-        // What cannot be read is not known to be of the kind.
+        // A file that cannot be read is not known to be of the kind.
         _ if read.is_err() => return read.map(drop).map_err(io),
         Replace::StartingWith(mark, kind) => {
             let start = start.trim_ascii_start();
@@ -115,13 +115,13 @@ pub fn check(target: &Path, replace: Replace, inputs: &[&Path]) -> Result<()> {
 }
 
 impl Output {
-    /// Begins to write a file, after [`check`].
+    /// Starts to write a file, after [`check`].
     ///
     /// # Errors
-    /// As [`check`]; [`Error::Io`] if no file can be made beside the target.
+    /// As [`check`]; [`Error::Io`] if no temporary file can be created beside the target.
     pub fn create(target: &Path, replace: Replace, inputs: &[&Path]) -> Result<Output> {
         check(target, replace, inputs)?;
-        // A link stays a link.
+        // Write to the target of a link, and keep the link.
         let target = target.canonicalize().unwrap_or_else(|_| target.to_owned());
         let io = |source| Error::Io { path: target.clone(), source };
         if target.exists() && !target.is_file() {
@@ -130,7 +130,7 @@ impl Output {
         }
         let mut builder = tempfile::Builder::new();
         builder.prefix(".halite-").suffix(".part");
-        // As for any new file, less what the user's mask takes away.
+        // As for any new file, minus the user's mask.
         #[cfg(unix)]
         builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
         let file = builder.tempfile_in(folder(&target)).map_err(io)?;
@@ -140,7 +140,7 @@ impl Output {
         Ok(Output { target, replace: Some(replace), file: BufWriter::new(Sink::Beside(file)) })
     }
 
-    /// Where the bytes are until the file is whole; `None` if they go straight to the target.
+    /// The temporary file; `None` if the bytes go directly to the target.
     pub fn temporary(&self) -> Option<&Path> {
         match self.file.get_ref() {
             Sink::Beside(file) => Some(file.path()),
@@ -148,24 +148,24 @@ impl Output {
         }
     }
 
-    /// Puts the whole file in its place.
+    /// Moves the complete file to the target.
     ///
     /// # Errors
-    /// [`Error::Io`]; then the target is as it was, and what was written is gone.
+    /// [`Error::Io`]; the target then stays unchanged, and the written bytes are lost.
     pub fn commit(self) -> Result<()> {
         let Output { target, replace, file } = self;
         let io = |source| Error::Io { path: target.clone(), source };
         match file.into_inner().map_err(|e| io(e.into_error()))? {
             Sink::Direct(_) => Ok(()),
             Sink::Beside(file) => {
-                // A name that leads to bytes which are not on the disk yet would lose both files in a power cut.
+                // Sync before the rename: otherwise a power cut could lose both files.
                 file.as_file().sync_all().map_err(io)?;
                 let put = match replace {
                     Some(Replace::Nothing) => file.persist_noclobber(&target),
                     _ => file.persist(&target),
                 };
                 put.map_err(|e| io(e.error))?;
-                // The name itself. Some file systems know no such thing, and the file is in place.
+                // Sync the name itself. Some file systems do not support this; the file is in place all the same.
                 #[cfg(unix)]
                 let _ = File::open(folder(&target)).and_then(|folder| folder.sync_all());
                 Ok(())

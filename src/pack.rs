@@ -1,9 +1,9 @@
-//! Packed files: a model's rows interleaved ahead of time, so that kernels read them as they lie.
+//! Packed files: models with interleaved rows, which kernels read in place.
 //!
 //! A packed file is a GGUF file with the same metadata and tensors. Every matrix of a format that has kernels on interleaved
 //! rows ([`Format::interleaves`](halite_kernels::formats::Format::interleaves)) is stored as
-//! [`Layout::Interleaved`]: the same bytes in another order, tied to no instruction set. It is mapped and read in place like
-//! any other, and gives the same bits.
+//! [`Layout::Interleaved`]: the same bytes in another order, for all instruction sets. The file is mapped like any other,
+//! and gives the same bits.
 
 use std::io::{self, Write};
 
@@ -16,13 +16,13 @@ use crate::gguf::write::Writer;
 /// Alignment of tensor data: a cache line.
 const ALIGNMENT: u32 = 64;
 
-/// What a file says of the set that it is part of, and of its own form. A packed file is one file of its own.
+/// Metadata about splits and alignment, which a packed file does not copy.
 const OWN: &[&str] = &["general.alignment", "split.no", "split.count", "split.tensors.count"];
 
-/// Writes `gguf`, split or not, as one packed file. `progress` is told the bytes of each tensor done.
+/// Writes `gguf`, split or not, as one packed file. Calls `progress` with the bytes of each written tensor.
 ///
 /// # Errors
-/// [`Error::FileChanged`] if the file shrank; what `out` says, as [`Error::Io`] without a path.
+/// [`Error::FileChanged`] if the file shrank; errors of `out`, as [`Error::Io`] without a path.
 pub fn pack(gguf: &Gguf, out: &mut dyn Write, progress: &mut dyn FnMut(u64)) -> Result<()> {
     let mut writer = Writer::new(ALIGNMENT)?;
     for (key, value) in gguf.encoded_metadata() {

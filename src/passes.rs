@@ -1,16 +1,16 @@
-//! Pure functions on programs: fusing, undoing it, exposing results, assigning scratch memory.
+//! Pure functions on programs: fusion, unfusion, taps, and scratch memory assignment.
 
 use crate::backend::{Caps, Fusions, Rows};
 use crate::program::{Dim, Epilogue, Layout as RowLayout, Op, Part, Program, Slot, TensorId};
 
-/// A model's program as a backend wants it: fused, and with weights in plain rows if it reads no others.
+/// Prepares a model's program for a backend: fuses ops and sets the row layout of weights.
 pub fn adapt(program: &Program, caps: &Caps) -> Program {
     let mut out = fuse(program, caps.fusions);
     lay_out(&mut out, caps);
     out
 }
 
-/// Rows of weights in the order in which a backend reads them.
+/// Sets the row layout of weights to the one that a backend reads.
 pub fn lay_out(program: &mut Program, caps: &Caps) {
     for t in &mut program.tensors {
         t.layout = match caps.rows {
@@ -23,8 +23,7 @@ pub fn lay_out(program: &mut Program, caps: &Caps) {
     }
 }
 
-/// Makes the fused forms that a backend asks for. Results never change; only results that nobody else reads are fused
-/// away.
+/// Applies the fusions that a backend requests. Results never change; only tensors without other readers disappear.
 pub fn fuse(program: &Program, fusions: Fusions) -> Program {
     let mut out = program.clone();
     let uses = uses(&out);
@@ -58,7 +57,7 @@ pub fn fuse(program: &Program, fusions: Fusions) -> Program {
     out
 }
 
-/// How many ops read each tensor.
+/// Counts the ops that read each tensor.
 pub fn uses(program: &Program) -> Vec<u32> {
     let mut uses = vec![0u32; program.tensors.len()];
     for (_, op) in program.ops() {
@@ -71,7 +70,7 @@ pub fn uses(program: &Program) -> Vec<u32> {
     uses
 }
 
-/// Joins matmuls that follow each other and read the same input.
+/// Merges consecutive matmuls of the same input.
 fn share_inputs(ops: Vec<Op>) -> Vec<Op> {
     let mut out: Vec<Op> = Vec::new();
     for op in ops {
@@ -89,7 +88,7 @@ fn share_inputs(ops: Vec<Op>) -> Vec<Op> {
     out
 }
 
-/// Replaces neighbours for which `f` has one op that does both.
+/// Replaces two adjacent ops by one, where `f` returns one.
 fn fuse_pairs(ops: Vec<Op>, f: impl Fn(&Op, &Op) -> Option<Op>) -> Vec<Op> {
     let mut out: Vec<Op> = Vec::new();
     for op in ops {
@@ -146,7 +145,7 @@ fn residual(a: &Op, b: &Op, internal: &dyn Fn(TensorId) -> bool) -> Option<Op> {
         return None;
     };
     let [product] = outs.as_slice() else { return None };
-    // Addition commutes exactly, so either side may be the product.
+    // Addition commutes exactly, so either operand may be the product.
     let other = if left == product {
         right
     } else if right == product {
@@ -162,7 +161,7 @@ fn residual(a: &Op, b: &Op, internal: &dyn Fn(TensorId) -> bool) -> Option<Op> {
     })
 }
 
-/// Undoes every fusion: the definition of what a fused op means.
+/// Undoes every fusion. This defines the meaning of fused ops.
 pub fn decompose(program: &Program) -> Program {
     let mut out = program.clone();
     for s in 0..out.segments.len() {
@@ -205,8 +204,8 @@ fn decompose_op(program: &mut Program, op: Op) -> Vec<Op> {
     }
 }
 
-/// Makes results readable by name after a step (taps): each becomes an output slot, after those there are. Do this before
-/// fusing, which leaves outputs alone. Returns the tensors in the order of `names`, `None` for a name that is none.
+/// Makes tensors readable by name after a step (taps): appends an output slot for each. Call it before [`fuse`],
+/// which keeps outputs. Returns the tensors in the order of `names`, `None` for an unknown name.
 pub fn expose(program: &Program, names: &[&str]) -> (Program, Vec<Option<TensorId>>) {
     let mut out = program.clone();
     let mut found = Vec::new();
@@ -223,23 +222,23 @@ pub fn expose(program: &Program, names: &[&str]) -> (Program, Vec<Option<TensorI
     (out, found)
 }
 
-/// Where scratch tensors live: several share one place if they are never needed together.
+/// The places of scratch tensors: tensors share a place if their lifetimes do not overlap.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Layout {
-    /// The place of each tensor; `None` if it is no scratch tensor or never written.
+    /// The place of each tensor; `None` for a tensor that is not scratch or is never written.
     pub place: Vec<Option<usize>>,
-    /// The rows and the most columns of each place.
+    /// The rows and the maximum columns of each place.
     pub places: Vec<(Dim, u32)>,
 }
 
 impl Layout {
-    /// Bytes of all places for a step of at most so many tokens and outputs.
+    /// Returns the bytes of all places for a step of at most `tokens` tokens and `outputs` outputs.
     pub fn bytes(&self, tokens: u32, outputs: u32) -> u64 {
         self.places.iter().map(|&(dim, cols)| 4 * rows(dim, tokens, outputs) * u64::from(cols)).sum()
     }
 }
 
-/// Rows of a tensor in a step.
+/// Returns the rows of a tensor in a step.
 pub fn rows(dim: Dim, tokens: u32, outputs: u32) -> u64 {
     u64::from(match dim {
         Dim::Fixed(rows) => rows,
@@ -248,8 +247,8 @@ pub fn rows(dim: Dim, tokens: u32, outputs: u32) -> u64 {
     })
 }
 
-/// Assigns scratch tensors to places by the span from the op that writes them to the last that reads them. An op's outputs
-/// never share a place with its inputs.
+/// Assigns scratch tensors to places. A tensor lives from the op that writes it to the last op that reads it. An
+/// op's outputs never share a place with its inputs.
 pub fn liveness(program: &Program) -> Layout {
     let mut last_use = vec![0usize; program.tensors.len()];
     for (at, (_, op)) in program.ops().enumerate() {
@@ -262,7 +261,7 @@ pub fn liveness(program: &Program) -> Layout {
         op.outputs(&mut touch);
     }
     let mut layout = Layout { place: vec![None; program.tensors.len()], places: Vec::new() };
-    // For each place, the op after which it is free.
+    // The op after which each place is free.
     let mut busy_until: Vec<usize> = Vec::new();
     for (at, (_, op)) in program.ops().enumerate() {
         op.outputs(&mut |id| {
@@ -272,7 +271,7 @@ pub fn liveness(program: &Program) -> Layout {
             }
             let free = (0..layout.places.len())
                 .filter(|&p| busy_until[p] < at && layout.places[p].0 == t.rows)
-                // The best fit: the place that grows least, then the smallest.
+                // Best fit: the place that grows least, then the smallest.
                 .min_by_key(|&p| (t.cols.saturating_sub(layout.places[p].1), layout.places[p].1));
             let place = free.unwrap_or_else(|| {
                 layout.places.push((t.rows, 0));

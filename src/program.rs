@@ -28,11 +28,11 @@ pub struct StateId(pub u32);
 /// How many rows a tensor has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Dim {
-    /// Always this many.
+    /// A fixed number.
     Fixed(u32),
-    /// One for each token of the step.
+    /// One per token of the step.
     Tokens,
-    /// One for each token of the step whose output is wanted.
+    /// One per output of the step.
     Outputs,
 }
 
@@ -47,66 +47,68 @@ pub enum Slot {
     Scratch,
 }
 
-/// A tensor: `experts` matrices (one, but for mixtures of experts) of `rows` × `cols`.
+/// A tensor: `experts` matrices (1 except in mixtures of experts) of `rows` × `cols`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Tensor {
-    /// A name for messages and taps; weights have their name in the file.
+    /// Name for messages and taps; for a weight, its name in the file.
     pub name: String,
-    /// Matrices, one after the other.
+    /// Number of matrices, stored one after the other.
     pub experts: u32,
-    /// Rows of each.
+    /// Rows of each matrix.
     pub rows: Dim,
     /// Elements of a row.
     pub cols: u32,
-    /// How elements are stored: any format for weights, `F32` or `I32` for the rest.
+    /// Element format: any format for weights, `F32` or `I32` for the rest.
     pub format: Format,
-    /// How the rows of each matrix lie: [`Layout::Rows`] for all but weights.
+    /// Row layout of each matrix: [`Layout::Rows`] for all tensors except weights.
     pub layout: Layout,
-    /// Where it lives.
+    /// Where the tensor lives.
     pub slot: Slot,
-    /// For a weight, the part of the file's tensor that it is; `None`: the tensor of its name, whole.
+    /// For a weight that is part of a file's tensor, that part; `None`: the whole tensor.
     pub part: Option<FilePart>,
 }
 
-/// Consecutive elements of a tensor of the model file: some rows of a matrix, or some elements of a vector.
+/// Consecutive elements of a tensor in the model file: rows of a matrix, or elements of a vector.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FilePart {
     /// The tensor's name in the file.
     pub of: String,
-    /// Elements before the first one.
+    /// Index of the first element.
     pub first_element: u64,
 }
 
-/// Whether rows `range` of a matrix of `rows` lie together: interleaved rows can be parted only between groups.
+/// Whether rows `range` of a matrix of `rows` are contiguous: interleaved rows can be split only between groups.
 pub(crate) fn part_as_stored(layout: Layout, range: Range<u32>, rows: u32) -> bool {
     let between = |row: u32| row.is_multiple_of(formats::ROWS as u32) || row == rows;
     layout == Layout::Rows || (between(range.start) && between(range.end))
 }
 
-/// One layer's KV cache: per position `kv_heads` keys of `key_dim` and values of `value_dim` elements.
+/// One layer's KV cache: per position, `kv_heads` keys of `key_dim` and values of `value_dim` elements.
 #[derive(Debug, Clone, PartialEq)]
 pub struct State {
-    /// A name for messages.
+    /// Name for messages.
     pub name: String,
-    /// Heads that have keys and values of their own.
+    /// Number of KV heads.
     pub kv_heads: u32,
     /// Elements of a key.
     pub key_dim: u32,
     /// Elements of a value.
     pub value_dim: u32,
-    /// How elements are stored: `F32`, `F16` or, if keys and values are whole blocks of 32, `Q8_0` or `Q4_0`.
+    /// Element format: `F32`, `F16` or, if keys and values are whole blocks of 32, `Q8_0` or `Q4_0`.
     pub format: Format,
-    /// Positions that attention looks back, the current one included; `None`: all.
+    /// Sliding window: positions that attention sees, the current one included; `None`: all.
     pub window: Option<u32>,
-    /// Whether attention ends at the current position. If not, each token of a span sees every position up to the end of the span:
-    /// the step must hold all that the tokens are to see. Such attention has no window.
+    /// Whether attention is causal. If not, a token sees the whole span, so a step must contain all tokens that
+    /// attend to each other. Attention that is not causal has no window.
     pub causal: bool,
 }
 
 impl State {
-    /// Bytes of one page of [`PAGE_POSITIONS`] positions: keys `[kv_heads][key_dim][position]`, then values
-    /// `[kv_heads][position][value_dim]`. In `Q8_0` and `Q4_0` these are codes, and scales follow: of the keys
-    /// `[kv_heads][key_dim / 32][position]`, then of the values `[kv_heads][value_dim / 32][position]`, half precision.
+    /// Returns the bytes of one page of [`PAGE_POSITIONS`] positions.
+    ///
+    /// A page holds keys `[kv_heads][key_dim][position]`, then values `[kv_heads][position][value_dim]`. In `Q8_0`
+    /// and `Q4_0` these are codes, followed by scales in half precision: `[kv_heads][key_dim / 32][position]` of
+    /// the keys, then `[kv_heads][value_dim / 32][position]` of the values.
     pub fn page_bytes(&self) -> u64 {
         let elements = u64::from(self.kv_heads) * (u64::from(self.key_dim) + u64::from(self.value_dim));
         elements * u64::from(PAGE_POSITIONS) / self.format.block_len() as u64
@@ -114,7 +116,7 @@ impl State {
     }
 }
 
-/// Which mean a norm removes.
+/// The kind of a norm.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum NormKind {
     /// `x / sqrt(mean(x²) + eps)` (Zhang & Sennrich 2019).
@@ -126,19 +128,19 @@ pub enum NormKind {
 /// Which elements a rotary embedding pairs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum RopePairs {
-    /// `(2i, 2i + 1)`, as in the RoFormer paper; what GGUF files of the llama family are converted to.
+    /// `(2i, 2i + 1)`, as in the RoFormer paper and in GGUF files of the llama family.
     Adjacent,
     /// `(i, i + dims / 2)`, as in GPT-NeoX.
     Halves,
 }
 
-/// The most weights of an [`Op::MatMul`].
+/// Maximum number of weights of an [`Op::MatMul`].
 pub const MAX_PARTS: usize = 4;
 
 /// One weight of an [`Op::MatMul`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Part<T = TensorId> {
-    /// `[rows, cols]`; element r of a product is the dot of an input row with row r.
+    /// `[rows, cols]`; element r of a product is the dot product of an input row with row r.
     pub weight: T,
     /// Added to each row of the product, `[1, rows]`.
     pub bias: Option<T>,
@@ -147,7 +149,7 @@ pub struct Part<T = TensorId> {
 /// The weights of an [`Op::MatMul`].
 pub type Parts<T = TensorId> = ArrayVec<Part<T>, MAX_PARTS>;
 
-/// What a matmul does with its products before it stores them.
+/// What a matmul does with its products before storing them.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Epilogue<T = TensorId> {
     /// Nothing: each product is an output.
@@ -158,16 +160,16 @@ pub enum Epilogue<T = TensorId> {
     Add(T),
 }
 
-/// How an op uses an operand.
+/// How an op accesses an operand.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Access {
-    /// It reads it.
+    /// The op reads it.
     Read,
-    /// It writes it.
+    /// The op writes it.
     Write,
 }
 
-/// What an embedding table is indexed with.
+/// The index into an embedding table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Index {
     /// The token's id.
@@ -181,18 +183,18 @@ pub enum Index {
 /// How router logits become expert weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Gating {
-    /// Softmax over all experts, then the top ones.
+    /// Softmax over all experts, then top-k.
     Softmax,
-    /// The top ones, then softmax over their logits.
+    /// Top-k, then softmax over their logits.
     SoftmaxOfTop,
-    /// A sigmoid for each expert, then the top ones.
+    /// Sigmoid of each expert, then top-k.
     Sigmoid,
 }
 
-/// An op on operands `T` and caches `S`.
+/// An op on operands `T` and KV caches `S`.
 ///
-/// A program has ops on ids. [`Op::try_map`] turns them into ops on anything else: tensors bound to memory, in a prepared plan,
-/// or shapes.
+/// A program has ops on ids. [`Op::try_map`] turns them into ops on something else, such as bound memory or
+/// shapes.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub enum Op<T = TensorId, S = StateId> {
@@ -200,27 +202,27 @@ pub enum Op<T = TensorId, S = StateId> {
     Embed {
         /// `[vocab, cols]` or `[positions, cols]`, any format.
         table: T,
-        /// What chooses the row. A step with an index beyond the table is refused.
+        /// What selects the row. A step with an index beyond the table is an error.
         index: Index,
         /// `[tokens, cols]`.
         out: T,
         /// A factor on every element.
         scale: f32,
     },
-    /// Copies the rows whose output is wanted.
+    /// Copies the rows of the tokens that have outputs.
     Select {
         /// `[tokens, cols]`.
         x: T,
         /// `[outputs, cols]`.
         out: T,
     },
-    /// Normalises each run of `group` elements: `out = norm(x + add) * weight + bias`, and `sum = x + add`.
+    /// Normalises each group of `group` elements: `out = norm(x + add) * weight + bias`, and `sum = x + add`.
     Norm {
         /// `[rows, cols]`.
         x: T,
         /// Added to `x` first.
         add: Option<T>,
-        /// Where `x + add` goes; present if and only if `add` is.
+        /// Receives `x + add`; present if and only if `add` is.
         sum: Option<T>,
         /// `[1, group]`; absent: ones.
         weight: Option<T>,
@@ -228,11 +230,11 @@ pub enum Op<T = TensorId, S = StateId> {
         bias: Option<T>,
         /// `[rows, cols]`.
         out: T,
-        /// Which norm.
+        /// The kind of norm.
         kind: NormKind,
-        /// Added under the root.
+        /// Added under the square root.
         eps: f32,
-        /// Elements normalised together; divides `cols`.
+        /// Group size in elements; divides `cols`.
         group: u32,
     },
     /// Products of the same input with one or more weights.
@@ -241,9 +243,9 @@ pub enum Op<T = TensorId, S = StateId> {
         x: T,
         /// The weights: at least one, two under [`Epilogue::Glu`], one under [`Epilogue::Add`].
         parts: Parts<T>,
-        /// What happens to the products.
+        /// Applied to the products.
         epilogue: Epilogue<T>,
-        /// `[rows, rows of the weight]`: one for each part, or one in all under an epilogue.
+        /// `[rows, rows of the weight]`: one per part, or a single one under an epilogue.
         outs: ArrayVec<T, MAX_PARTS>,
     },
     /// Rotary position embedding (Su et al. 2021) of the first `2 * frequencies.len()` elements of each head.
@@ -254,13 +256,13 @@ pub enum Op<T = TensorId, S = StateId> {
         out: T,
         /// Elements of a head.
         head_dim: u32,
-        /// Radians per position for each pair: base, scaling and interpolation are folded in here.
+        /// Radians per position for each pair, with base, scaling and interpolation applied.
         frequencies: Arc<[f32]>,
-        /// Divides the frequencies, `[1, frequencies.len()]`, where the file carries factors.
+        /// Divisors of the frequencies, `[1, frequencies.len()]`, if the file has them.
         factors: Option<T>,
         /// A factor on sine and cosine (YaRN's attention factor).
         magnitude: f32,
-        /// Which elements are pairs.
+        /// Which elements form pairs.
         pairs: RopePairs,
     },
     /// Stores keys and values of the step's tokens in the KV cache.
@@ -276,7 +278,7 @@ pub enum Op<T = TensorId, S = StateId> {
     Attend {
         /// `[tokens, heads * key_dim]`.
         q: T,
-        /// The cache, which says what of it a token sees.
+        /// The cache; its window and causality apply.
         state: S,
         /// `[tokens, heads * value_dim]`.
         out: T,
@@ -286,7 +288,7 @@ pub enum Op<T = TensorId, S = StateId> {
         scale: f32,
         /// `cap * tanh(score / cap)` before the softmax.
         softcap: Option<f32>,
-        /// `[1, heads]`: one more logit in each head's softmax denominator.
+        /// `[1, heads]`: an extra logit in each head's softmax denominator.
         sinks: Option<T>,
     },
     /// `out = act(gate) * up`.
@@ -309,16 +311,16 @@ pub enum Op<T = TensorId, S = StateId> {
         /// `[rows, cols]`.
         out: T,
     },
-    /// A function of each element.
+    /// An elementwise function.
     Map {
         /// `[rows, cols]`.
         x: T,
         /// `[rows, cols]`.
         out: T,
-        /// Which.
+        /// The function.
         f: Unary,
     },
-    /// Chooses experts for each token. Ties go to the lower index; experts are in order of falling logit.
+    /// Chooses experts for each token, in order of decreasing logit; the lower index comes first on ties.
     Route {
         /// `[tokens, experts]`.
         logits: T,
@@ -354,16 +356,16 @@ pub enum Op<T = TensorId, S = StateId> {
         /// The activation.
         act: Gate,
     },
-    /// The index of each row's largest element, the lowest on ties; [`NOT_FINITE`] if that element is not finite or the row
-    /// has a NaN.
+    /// The index of each row's largest element, the lowest on ties; [`NOT_FINITE`] if that element is not finite or
+    /// the row contains NaN.
     ArgMax {
         /// `[rows, cols]`.
         x: T,
         /// `[rows, 1]`, `I32`.
         out: T,
     },
-    /// Each row's `k` largest elements, largest first, by IEEE 754's total order with NaN above all; the lower index first on
-    /// ties.
+    /// Each row's `k` largest elements, largest first, in IEEE 754's total order with NaN above all other values;
+    /// the lower index comes first on ties.
     TopK {
         /// `[rows, cols]`.
         x: T,
@@ -374,7 +376,7 @@ pub enum Op<T = TensorId, S = StateId> {
     },
 }
 
-/// What [`Op::ArgMax`] writes for a row that has no largest number.
+/// The result of [`Op::ArgMax`] for a row without a largest finite number.
 pub const NOT_FINITE: i32 = -1;
 
 impl<T, S> Op<T, S> {
@@ -398,11 +400,11 @@ impl<T, S> Op<T, S> {
         }
     }
 
-    /// The same op on other operands: `t` turns tensors, `s` caches. This is the one list of every op's operands; it visits what
-    /// an op reads before what it writes.
+    /// Returns the same op on other operands: `t` maps tensors, `s` maps caches. This is the only list of every op's
+    /// operands. It visits the operands that an op reads before those that it writes.
     ///
     /// # Errors
-    /// What `t` or `s` says.
+    /// The errors of `t` and `s`.
     pub fn try_map<'a, U, V, E>(
         &'a self,
         mut t: impl FnMut(&'a T, Access) -> std::result::Result<U, E>,
@@ -540,16 +542,16 @@ impl Op {
     }
 }
 
-/// A run of ops that needs only its own weights: one layer, the unit of streaming.
+/// Consecutive ops that share a set of weights: usually one layer. The unit of weight streaming.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Segment {
-    /// A name for messages and profiles.
+    /// Name for messages and profiles.
     pub name: String,
     /// In order of execution.
     pub ops: Vec<Op>,
 }
 
-/// What a program computes for the rows that a step wants. Each is in an output slot.
+/// The results of a program for the outputs of a step. Each is in an output slot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Outputs {
     /// Logits, `[outputs, vocab]`.
@@ -562,7 +564,7 @@ pub struct Outputs {
     pub hidden: Option<TensorId>,
 }
 
-/// A model as data.
+/// A model as data: tensors, KV caches and a flat list of ops.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Program {
     /// The model's name.
@@ -571,8 +573,8 @@ pub struct Program {
     pub tensors: Vec<Tensor>,
     /// Every state, by [`StateId`].
     pub states: Vec<State>,
-    /// The windows that states have, each once. States of the same window are a *KV group*: a sequence keeps pages for the same
-    /// positions of each, so they share a page table; see [`Span::tables`](crate::backend::Span::tables).
+    /// Distinct window sizes of the states. States of the same window form a *KV group*: a sequence keeps pages for
+    /// the same positions of each, so they share a page table; see [`Span::tables`](crate::backend::Span::tables).
     pub windows: Vec<Option<u32>>,
     /// In order of execution.
     pub segments: Vec<Segment>,
@@ -580,12 +582,12 @@ pub struct Program {
     pub weights: Vec<TensorId>,
     /// Tensors in input and output slots, in slot order.
     pub io: Vec<TensorId>,
-    /// Which of them are the results.
+    /// The tensors that are results.
     pub outputs: Outputs,
 }
 
 impl Program {
-    /// A tensor's description. An id of another program gives a description of nothing.
+    /// Returns a tensor's description. For an id of another program, returns an empty description.
     pub fn tensor(&self, id: TensorId) -> &Tensor {
         static NOTHING: Tensor = Tensor {
             name: String::new(),
@@ -600,17 +602,17 @@ impl Program {
         self.tensors.get(id.0 as usize).unwrap_or(&NOTHING)
     }
 
-    /// A tensor by name.
+    /// Finds a tensor by name.
     pub fn find(&self, name: &str) -> Option<TensorId> {
         self.tensors.iter().position(|t| t.name == name).map(|i| TensorId(i as u32))
     }
 
-    /// All ops with their segment's index, in order of execution.
+    /// Returns all ops with their segment's index, in order of execution.
     pub fn ops(&self) -> impl Iterator<Item = (usize, &Op)> {
         self.segments.iter().enumerate().flat_map(|(i, s)| s.ops.iter().map(move |op| (i, op)))
     }
 
-    /// The segments that compute some tensors and fill the KV cache, as few runs of neighbours.
+    /// Returns the segments that compute some tensors and fill the KV cache, as few contiguous ranges.
     pub fn segments_for(&self, wanted: &[TensorId]) -> Vec<Range<usize>> {
         let mut needed: HashSet<TensorId> = wanted.iter().copied().collect();
         let mut runs: Vec<Range<usize>> = Vec::new();
@@ -635,7 +637,7 @@ impl Program {
         runs
     }
 
-    /// The ops of a step that ends in the most likely token, or in an encoder's hidden state.
+    /// Returns the ops of a step that computes the most likely token, or an encoder's hidden state.
     pub fn greedy_ops(&self) -> impl Iterator<Item = (usize, &Op)> {
         let Outputs { arg_max, hidden, .. } = self.outputs;
         let wanted: Vec<TensorId> = [arg_max, hidden].into_iter().flatten().collect();
@@ -643,24 +645,24 @@ impl Program {
         self.ops().filter(move |(i, _)| segments.iter().any(|run| run.contains(i)))
     }
 
-    /// Bytes of a fixed-size tensor (a weight).
+    /// Returns the bytes of a fixed-size tensor (a weight).
     pub fn fixed_bytes(&self, id: TensorId) -> Option<u64> {
         let t = self.tensor(id);
         let Dim::Fixed(rows) = t.rows else { return None };
         crate::gguf::tensor_bytes(t.format, t.cols.into(), u64::from(rows) * u64::from(t.experts))
     }
 
-    /// Bytes of all weights.
+    /// Returns the bytes of all weights.
     pub fn weight_bytes(&self) -> u64 {
         self.weights.iter().filter_map(|&id| self.fixed_bytes(id)).sum()
     }
 
-    /// The KV group of a state: its place in [`Program::windows`].
+    /// Returns the KV group of a state: its index in [`Program::windows`].
     pub fn kv_group(&self, state: &State) -> usize {
         self.windows.iter().position(|&window| window == state.window).unwrap_or(usize::MAX)
     }
 
-    /// Bytes of a KV cache in which states of a window have so many pages.
+    /// Returns the bytes of a KV cache in which a state has `pages(window)` pages.
     pub fn kv_bytes(&self, pages: impl Fn(Option<u32>) -> u64) -> u64 {
         self.states
             .iter()
@@ -668,7 +670,7 @@ impl Program {
             .fold(0, u64::saturating_add)
     }
 
-    /// Checks shapes, formats and order of definitions.
+    /// Checks shapes, formats and the order of definitions.
     ///
     /// # Errors
     /// [`Error::Program`] that names the op and tensor at fault.
@@ -677,19 +679,19 @@ impl Program {
     }
 }
 
-/// A weight that a model file offers.
+/// A weight in a model file.
 #[derive(Debug, Clone, PartialEq)]
 pub struct WeightInfo {
-    /// Row length first, one to four dimensions.
+    /// One to four dimensions, the row length first.
     pub dims: Vec<u64>,
-    /// How it is stored.
+    /// Element format.
     pub format: Format,
-    /// How the rows of each matrix lie.
+    /// Row layout of each matrix.
     pub layout: Layout,
 }
 
-/// Records a [`Program`]. Shapes are inferred and checked as ops are added; the first mistake is kept and returned by
-/// [`Builder::finish`], so that a model reads without a `?` on every line.
+/// Records a [`Program`]. Infers and checks shapes as ops are added. [`Builder::finish`] returns the first error,
+/// so that a model's code needs no `?` on every line.
 pub struct Builder<'a> {
     program: Program,
     lookup: &'a dyn Fn(&str) -> Option<WeightInfo>,
@@ -699,7 +701,7 @@ pub struct Builder<'a> {
 }
 
 impl<'a> Builder<'a> {
-    /// An empty program whose weights are found with `lookup`.
+    /// Starts an empty program whose weights are found with `lookup`.
     pub fn new(name: &str, lookup: &'a dyn Fn(&str) -> Option<WeightInfo>) -> Self {
         let program = Program {
             name: name.into(),
@@ -714,23 +716,23 @@ impl<'a> Builder<'a> {
         Builder { program, lookup, by_name: HashMap::new(), prefix: String::new(), error: None }
     }
 
-    /// Starts a segment. Tensors named from here on are called `name.…`.
+    /// Starts a segment. Names of later tensors get the prefix `name.`.
     pub fn segment(&mut self, name: &str) {
         self.program.segments.push(Segment { name: name.into(), ops: Vec::new() });
         self.prefix = format!("{name}.");
     }
 
-    /// The program's results, to be named. A tensor becomes readable by [`Builder::output`].
+    /// The program's results, for the caller to set. [`Builder::output`] makes a tensor readable.
     pub fn outputs(&mut self) -> &mut Outputs {
         &mut self.program.outputs
     }
 
-    /// Notes a mistake: [`Builder::finish`] returns the first one.
+    /// Records an error; [`Builder::finish`] returns the first one.
     pub fn fail(&mut self, message: String) {
         self.error.get_or_insert(Error::Model(message));
     }
 
-    /// Appends an op as it is; the typed methods below build the plain forms.
+    /// Appends an op unchanged; the typed methods below build the unfused forms.
     pub fn op(&mut self, op: Op) {
         self.push(op);
     }
@@ -756,7 +758,7 @@ impl<'a> Builder<'a> {
         id
     }
 
-    /// A result tensor of the program.
+    /// Adds the result tensor of an op.
     fn result(&mut self, name: &str, rows: Dim, cols: u32, format: Format) -> TensorId {
         let mut full = format!("{}{name}", self.prefix);
         let mut n = 1;
@@ -781,7 +783,7 @@ impl<'a> Builder<'a> {
         self.result(name, rows, cols, Format::F32)
     }
 
-    /// Rows and columns of a tensor.
+    /// Returns the rows and columns of a tensor.
     pub fn shape(&self, id: TensorId) -> (Dim, u32) {
         let t = self.program.tensor(id);
         (t.rows, t.cols)
@@ -792,17 +794,17 @@ impl<'a> Builder<'a> {
         (self.lookup)(name).is_some()
     }
 
-    /// An optional weight `[rows, cols]`; a wrong shape is a mistake, absence is not.
+    /// Adds an optional weight `[rows, cols]`; a wrong shape is an error, absence is not.
     pub fn optional(&mut self, name: &str, rows: u32, cols: u32) -> Option<TensorId> {
         self.has(name).then(|| self.weight(name, rows, cols))
     }
 
-    /// A required weight `[rows, cols]`.
+    /// Adds a required weight `[rows, cols]`.
     pub fn weight(&mut self, name: &str, rows: u32, cols: u32) -> TensorId {
         self.expert_weight(name, 1, rows, cols)
     }
 
-    /// A required weight of `experts` matrices `[rows, cols]`.
+    /// Adds a required weight of `experts` matrices `[rows, cols]`.
     pub fn expert_weight(&mut self, name: &str, experts: u32, rows: u32, cols: u32) -> TensorId {
         let (format, layout) = self.look_up(name, [cols, rows, experts]);
         self.add_weight(Tensor {
@@ -817,8 +819,8 @@ impl<'a> Builder<'a> {
         })
     }
 
-    /// Rows `range` of a required weight `[rows, cols]`, as a weight of their own: one of several matrices that a file
-    /// keeps in one tensor. Nothing is copied where the device reads mapped pages.
+    /// Adds rows `range` of a required weight `[rows, cols]` as a separate weight, for files that store several
+    /// matrices in one tensor. Devices that read mapped pages copy nothing.
     pub fn weight_rows(&mut self, name: &str, rows: u32, range: Range<u32>, cols: u32) -> TensorId {
         let (format, mut layout) = self.look_up(name, [cols, rows, 1]);
         if !part_as_stored(layout, range.clone(), rows) {
@@ -837,7 +839,7 @@ impl<'a> Builder<'a> {
         })
     }
 
-    /// Elements `range` of a vector of `len`; a wrong shape is a mistake, absence is not.
+    /// Adds elements `range` of an optional vector of `len`; a wrong shape is an error, absence is not.
     pub fn optional_elements(&mut self, name: &str, len: u32, range: Range<u32>) -> Option<TensorId> {
         self.has(name).then(|| {
             let (format, _) = self.look_up(name, [len, 1, 1]);
@@ -854,7 +856,7 @@ impl<'a> Builder<'a> {
         })
     }
 
-    /// How the file stores a tensor of this shape.
+    /// Finds a tensor in the file and checks its shape.
     fn look_up(&mut self, name: &str, shape: [u32; 3]) -> (Format, Layout) {
         let mut expected = shape.to_vec();
         while expected.len() > 1 && expected.last() == Some(&1) {
@@ -874,7 +876,7 @@ impl<'a> Builder<'a> {
         (info.format, info.layout)
     }
 
-    /// Adds a weight in the next slot, or finds the one of this name.
+    /// Adds a weight in the next slot, or returns the one of this name.
     fn add_weight(&mut self, tensor: Tensor) -> TensorId {
         if let Some(&id) = self.by_name.get(&tensor.name) {
             let t = self.program.tensor(id);
@@ -887,7 +889,7 @@ impl<'a> Builder<'a> {
         self.add_tensor(Tensor { slot, ..tensor })
     }
 
-    /// An input bound by the caller.
+    /// Adds an input that the caller binds.
     pub fn input(&mut self, name: &str, rows: Dim, cols: u32) -> TensorId {
         let slot = Slot::Io(self.program.io.len() as u32);
         self.add_tensor(Tensor {
@@ -902,7 +904,7 @@ impl<'a> Builder<'a> {
         })
     }
 
-    /// A layer's KV cache, or the one that is there already under this name.
+    /// Adds a layer's KV cache, or returns the one of this name.
     pub fn state(&mut self, state: State) -> StateId {
         if let Some(i) = self.program.states.iter().position(|s| s.name == state.name) {
             if self.program.states[i] != state {
@@ -917,7 +919,7 @@ impl<'a> Builder<'a> {
         StateId(self.program.states.len() as u32 - 1)
     }
 
-    /// Makes a result readable by the caller.
+    /// Makes a tensor readable by the caller.
     pub fn output(&mut self, x: TensorId) {
         let slot = Slot::Io(self.program.io.len() as u32);
         if let Some(t) = self.program.tensors.get_mut(x.0 as usize)
@@ -955,7 +957,7 @@ impl<'a> Builder<'a> {
         out
     }
 
-    /// [`Op::Norm`] without an addition.
+    /// [`Op::Norm`] without `add`.
     #[allow(clippy::too_many_arguments)]
     pub fn norm(
         &mut self,
@@ -1092,10 +1094,10 @@ impl<'a> Builder<'a> {
         (ids, values)
     }
 
-    /// The finished program.
+    /// Returns the finished program.
     ///
     /// # Errors
-    /// The first mistake made while recording, or what [`Program::validate`] finds.
+    /// The first error while recording, or of [`Program::validate`].
     pub fn finish(self) -> Result<Program> {
         if let Some(error) = self.error {
             return Err(error);

@@ -1,4 +1,4 @@
-//! From logits to a token: penalties, then top-k, top-p, min-p, temperature and a draw.
+//! Sampling a token from logits: penalties, then top-k, top-p, min-p, temperature and a random draw.
 
 use halite_kernels::float::DefaultFloats;
 use halite_kernels::isa::Scalar;
@@ -8,29 +8,29 @@ use crate::error::{Error, Result};
 use crate::memory::reserved;
 use crate::rng::SplitMix64;
 
-/// Most tokens that count as recent.
+/// Maximum number of recent tokens.
 pub const MAX_PENALTY_WINDOW: usize = 1 << 20;
 
-/// How tokens are chosen. The default is greedy.
+/// Options of the sampler. The default is greedy.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SamplerOptions {
-    /// Divides the logits; 0 takes the most likely token.
+    /// Temperature, which divides the logits; 0 takes the most likely token.
     pub temperature: f32,
-    /// Keeps this many of the most likely tokens; 0 keeps all.
+    /// Keeps the `top_k` most likely tokens; 0 keeps all.
     pub top_k: usize,
-    /// Keeps the most likely tokens until their probabilities reach this sum; 1 keeps all (Holtzman et al. 2019).
+    /// Keeps the smallest set of most likely tokens whose probabilities sum to this; 1 keeps all (Holtzman et al. 2019).
     pub top_p: f32,
-    /// Keeps tokens at least this likely relative to the most likely one; 0 keeps all (Nguyen et al. 2024).
+    /// Drops tokens less likely than this times the most likely one; 0 keeps all (Nguyen et al. 2024).
     pub min_p: f32,
-    /// Divides positive and multiplies negative logits of recent tokens; 1 does nothing (Keskar et al. 2019).
+    /// Divides positive and multiplies negative logits of recent tokens; 1: off (Keskar et al. 2019).
     pub repeat_penalty: f32,
-    /// Taken off a recent token's logit for each time that it occurred.
+    /// Subtracted from a token's logit for each recent occurrence.
     pub frequency_penalty: f32,
-    /// Taken off a recent token's logit once.
+    /// Subtracted from the logit of every recent token.
     pub presence_penalty: f32,
-    /// How many tokens are recent; at most [`MAX_PENALTY_WINDOW`] are.
+    /// Number of tokens that the penalties look back, at most [`MAX_PENALTY_WINDOW`].
     pub penalty_window: usize,
-    /// The seed of the draws.
+    /// Seed of the random draws.
     pub seed: u64,
 }
 
@@ -71,8 +71,8 @@ impl SamplerOptions {
             && (self.repeat_penalty != 1.0 || self.frequency_penalty != 0.0 || self.presence_penalty != 0.0)
     }
 
-    /// How many of the most likely tokens a choice depends on, so that a backend may find them and logits need not be read; `None`
-    /// if it may depend on all.
+    /// Returns the number of most likely tokens that a choice depends on, or `None` if it may depend on all. A backend
+    /// can compute these tokens, so that the host need not read all logits.
     pub fn needed(&self) -> Option<usize> {
         match (self.penalises(), self.temperature == 0.0, self.top_k) {
             (true, ..) => None,
@@ -82,10 +82,10 @@ impl SamplerOptions {
     }
 }
 
-/// Checks logits to choose among: none may be NaN or infinite, but that a token may be impossible (minus infinity) if another
-/// one is not. The error says what there is instead.
+/// Checks that logits are finite or minus infinity (an impossible token), and that at least one is finite. The error
+/// describes the first wrong value.
 pub(crate) fn check_logits(logits: impl Iterator<Item = f32> + Clone) -> Result<(), String> {
-    // Without a branch, so that the compiler can do many at a time.
+    // No branches, so that the compiler vectorises the loop.
     let (mut wrong, mut possible) = (false, false);
     for x in logits.clone() {
         wrong |= x.is_nan() | (x == f32::INFINITY);
@@ -102,12 +102,12 @@ pub(crate) fn check_logits(logits: impl Iterator<Item = f32> + Clone) -> Result<
 #[derive(Debug, Clone, Copy)]
 struct Candidate {
     token: u32,
-    /// After penalties.
+    /// The logit after penalties.
     logit: f32,
     probability: f32,
 }
 
-/// Chooses tokens. All memory is reserved when it is made.
+/// Chooses tokens. [`Sampler::new`] reserves all memory.
 #[derive(Debug, Clone)]
 pub struct Sampler {
     options: SamplerOptions,
@@ -121,7 +121,7 @@ pub struct Sampler {
 }
 
 impl Sampler {
-    /// A sampler for a vocabulary of this size.
+    /// Creates a sampler for a vocabulary of `vocab_size` tokens.
     ///
     /// # Errors
     /// [`Error::Argument`] for options out of range, [`Error::OutOfMemory`].
@@ -143,7 +143,7 @@ impl Sampler {
         &self.options
     }
 
-    /// Counts a token as recent. Call it for the prompt's tokens and for each one chosen.
+    /// Adds a token to the recent ones. Call it for the prompt's tokens and for each chosen token.
     pub fn accept(&mut self, token: u32) {
         let window = self.options.penalty_window.min(self.recent.capacity());
         if self.recent.len() < window {
@@ -162,7 +162,7 @@ impl Sampler {
         self.take(logits.iter().enumerate().map(|(i, &logit)| (i as u32, logit)), true)
     }
 
-    /// Chooses a token among those that are allowed.
+    /// Chooses an allowed token.
     ///
     /// # Errors
     /// As [`Sampler::sample`].
@@ -171,8 +171,8 @@ impl Sampler {
         self.take(candidates.filter(|&(token, _)| allowed(token)), true)
     }
 
-    /// Chooses a token by the logits of the most likely ones, at least as many as [`SamplerOptions::needed`] says: the same that
-    /// [`Sampler::sample`] would choose by all logits.
+    /// Chooses a token from the logits of the most likely tokens, at least [`SamplerOptions::needed`] of them. The
+    /// result is the same as that of [`Sampler::sample`] with all logits.
     ///
     /// # Errors
     /// As [`Sampler::sample`].
@@ -180,7 +180,7 @@ impl Sampler {
         self.take(tokens.iter().copied().zip(logits.iter().copied()), false)
     }
 
-    /// Chooses among tokens with their logits, `ordered` by token or not.
+    /// Chooses a token from tokens and logits, `ordered` by token or not.
     fn take(&mut self, logits: impl Iterator<Item = (u32, f32)>, ordered: bool) -> Result<u32> {
         let _floats = DefaultFloats::set();
         self.candidates.clear();
@@ -199,7 +199,7 @@ impl Sampler {
         self.probabilities(1.0);
         self.keep_top_p();
         self.keep_min_p();
-        // The temperature applies to what the filters left, as in llama.cpp's default order.
+        // The temperature applies after the filters, as in llama.cpp's default order.
         self.probabilities(self.options.temperature);
         let total: f32 = self.candidates.iter().map(|c| c.probability).sum();
         let mut left = self.rng.unit() * total;
@@ -212,7 +212,7 @@ impl Sampler {
         Ok(self.candidates.last().map_or(0, |c| c.token))
     }
 
-    /// Changes the logits of recent tokens, in time of their number.
+    /// Applies the penalties, in time proportional to the number of recent tokens.
     fn penalise(&mut self, ordered: bool) {
         let o = &self.options;
         self.counted.clear();
@@ -229,9 +229,9 @@ impl Sampler {
         }
     }
 
-    /// Leaves the most likely candidates, most likely first.
+    /// Keeps the most likely candidates, most likely first.
     fn keep_top_k(&mut self) {
-        // Falling logit, then rising id: a total order, so that the choice is reproducible.
+        // Decreasing logit, then increasing id: a total order makes the choice reproducible.
         let order = |a: &Candidate, b: &Candidate| b.logit.total_cmp(&a.logit).then(a.token.cmp(&b.token));
         let k = self.options.top_k;
         if k > 0 && k < self.candidates.len() {

@@ -1,4 +1,4 @@
-//! What an application holds: a model on a backend, its sequences and their KV cache.
+//! Sessions: a model on a backend, its sequences and their KV cache.
 
 #[cfg(feature = "save")]
 mod save;
@@ -20,31 +20,31 @@ use crate::program::{Dim, NOT_FINITE, Outputs, PAGE_POSITIONS, Program, Slot, St
 use crate::sampler::check_logits;
 use crate::weights::Weights;
 
-/// What errors call memory.
+/// Names of memory in errors.
 const OUTPUTS: &str = "a step's outputs";
 const SEQUENCES: &str = "a sequence's tokens and page tables";
 
-/// Most runs of one step.
+/// Maximum runs of one step.
 pub const MAX_RUNS: usize = 64;
 
-/// What a session reserves.
+/// The sizes and options of a session.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SessionOptions {
-    /// Positions of the KV cache, over all sequences; `None`: the model's context length, at most 4096.
+    /// Positions of the KV cache, shared by all sequences; `None`: the model's context length, at most 4096.
     pub context: Option<u32>,
-    /// Most tokens of a step. Longer prompts take several steps, with the same result.
+    /// Maximum tokens of a step. Longer prompts take several steps, with the same result.
     pub batch: u32,
-    /// Most outputs (rows of logits) of a step.
+    /// Maximum outputs (rows of logits) of a step.
     pub outputs: u32,
-    /// Layers that look back only some positions (a window) keep only these: memory is reserved for the windows of so many
-    /// sequences at once. Other layers have room for `context` positions, however many sequences share them.
+    /// Sequences for which sliding-window layers reserve memory. Other layers reserve memory for `context` positions,
+    /// which any number of sequences share.
     pub sequences: u32,
-    /// How many positions a sequence can surely be taken back: windows keep so many more. What was added by the last step can
-    /// always be taken back. See [`Session::truncate`].
+    /// Positions that [`Session::truncate`] can always undo; windows keep this many extra. The positions of the last
+    /// step can always be undone.
     pub rewind: u32,
-    /// Choices that shape the program.
+    /// Options of the program.
     pub program: ProgramOptions,
-    /// Names of results to make readable after each step; see [`Session::tap`].
+    /// Names of tensors to make readable after each step; see [`Session::tap`].
     pub taps: Vec<String>,
 }
 
@@ -63,7 +63,7 @@ impl Default for SessionOptions {
 }
 
 impl SessionOptions {
-    /// The positions that a session on this model would reserve.
+    /// Returns the positions that a session on this model would reserve.
     pub fn positions(&self, model: &Model) -> u32 {
         self.context.unwrap_or_else(|| model.hparams().context_length.min(4096))
     }
@@ -73,22 +73,23 @@ impl SessionOptions {
         Limits { tokens, outputs: self.outputs.clamp(1, tokens) }
     }
 
-    /// Pages that are reserved for each state of a window.
+    /// Returns the pages to reserve for each state of a window.
     fn pages(&self, window: Option<u32>, positions: u32) -> u64 {
         let of = |positions: u64| positions.div_ceil(PAGE_POSITIONS.into());
         let all = of(positions.into());
         let Some(window) = window else { return all };
-        // Each sequence begins and ends within a page.
+        // A sequence may begin and end in the middle of a page.
         let each = of(u64::from(window) + u64::from(self.rewind)) + 2;
         let added = of(self.limits(positions).tokens.into());
         all.min(each.saturating_mul(self.sequences.max(1).into()) + added)
     }
 }
 
-/// What a session with these options would take on a backend. Reads no weights.
+/// Returns the memory that a session with these options would need on a backend. Reads no weights.
 ///
 /// # Errors
-/// [`Error::Model`] or [`Error::Program`] if the model has no program, [`Error::Unsupported`] if the backend lacks ops of it.
+/// [`Error::Model`] or [`Error::Program`] if the model has no program, [`Error::Unsupported`] if the backend lacks
+/// ops of it.
 pub fn footprint(model: &Model, backend: &dyn Backend, options: &SessionOptions) -> Result<Footprint> {
     let positions = options.positions(model);
     let program = passes::adapt(&model.program(options.program, positions)?, backend.caps());
@@ -97,7 +98,7 @@ pub fn footprint(model: &Model, backend: &dyn Backend, options: &SessionOptions)
     Ok(Footprint::of(&program, backend, limits, |window| options.pages(window, positions)))
 }
 
-/// Checks the logits of each output, one row of `cols` after the other.
+/// Checks the logits of each output: rows of `cols`.
 fn check_rows(logits: &[f32], cols: usize) -> Result<()> {
     logits.chunks_exact(cols.max(1)).enumerate().try_for_each(|(row, logits)| {
         check_logits(logits.iter().copied())
@@ -109,29 +110,29 @@ fn check_rows(logits: &[f32], cols: usize) -> Result<()> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct SequenceId(u32);
 
-/// Which outputs of a run are wanted.
+/// Which tokens of a run have outputs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Wanted {
-    /// None: the run only fills the KV cache.
+    /// None; the run only fills the KV cache.
     Nothing,
-    /// The last token's.
+    /// The last token.
     Last,
-    /// Every token's.
+    /// Every token.
     All,
 }
 
-/// Tokens of one sequence in a step.
+/// Consecutive tokens of one sequence in a step.
 #[derive(Debug, Clone, Copy)]
 pub struct Run<'a> {
-    /// The sequence that they continue.
+    /// The sequence that the tokens continue.
     pub sequence: SequenceId,
-    /// At least one.
+    /// At least one token.
     pub tokens: &'a [u32],
-    /// Which outputs are wanted.
+    /// Which tokens have outputs.
     pub wanted: Wanted,
 }
 
-/// What a step computes for its outputs.
+/// The result that a step computes for its outputs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Head {
     /// Logits; see [`Session::logits`].
@@ -144,7 +145,7 @@ pub enum Head {
 
 /// The segments that steps run.
 struct Segments {
-    /// Only to fill the KV cache.
+    /// For steps that only fill the KV cache.
     nothing: Vec<Range<usize>>,
     logits: Vec<Range<usize>>,
     arg_max: Vec<Range<usize>>,
@@ -167,15 +168,15 @@ impl Segments {
 }
 
 struct Sequence {
-    /// For each KV group the pages in order; in a group with a window, [`NO_PAGE`] for those before it.
+    /// For each KV group, the pages in order; in a group with a window, [`NO_PAGE`] for pages before the window.
     tables: Vec<Vec<u32>>,
-    /// What it consists of so far.
+    /// The tokens so far.
     tokens: Vec<u32>,
     live: bool,
 }
 
 impl Sequence {
-    /// Makes sure that tables and tokens have room for so many positions.
+    /// Reserves room in tables and tokens for `positions` positions.
     fn reserve(&mut self, positions: u32) -> Result<()> {
         let pages = u64::from(positions.div_ceil(PAGE_POSITIONS));
         self.tables.iter_mut().try_for_each(|table| grow(table, pages, SEQUENCES))?;
@@ -191,7 +192,7 @@ impl Sequence {
 struct Pool {
     window: Option<u32>,
     free: Vec<u32>,
-    /// How many sequences have each page.
+    /// The number of sequences that use each page.
     uses: Vec<u32>,
 }
 
@@ -216,19 +217,19 @@ impl Pool {
         }
     }
 
-    /// The first page that a sequence of so many positions keeps.
+    /// Returns the first page that a sequence of `len` positions keeps.
     fn first_kept(&self, len: u32, rewind: u32) -> usize {
         first_page(len, self.window.map(|window| window.saturating_add(rewind)))
     }
 }
 
-/// A model on a backend, ready to run. All memory is reserved by [`Session::new`]: a step allocates nothing.
+/// A model on a backend, ready to run. [`Session::new`] reserves all memory; a step allocates nothing.
 pub struct Session {
     loaded: Loaded,
     segments: Segments,
     taps: Vec<TensorId>,
     positions: u32,
-    /// One for each KV group.
+    /// One per KV group.
     pools: Vec<Pool>,
     sequences: Vec<Sequence>,
     tokens: Vec<u32>,
@@ -257,12 +258,12 @@ impl Session {
     /// Builds the program, loads the weights and reserves all memory.
     ///
     /// # Errors
-    /// What the model lacks, what the backend lacks (every unsupported op by name), or out of memory.
+    /// Features that the model lacks, ops that the backend lacks (each by name), or out of memory.
     pub fn new(model: &Arc<Model>, backend: &Arc<dyn Backend>, options: &SessionOptions) -> Result<Session> {
         Session::with_progress(model, backend, options, &mut |_| {})
     }
 
-    /// As [`Session::new`]. `progress` is told how many bytes of weights are loaded.
+    /// As [`Session::new`]. Calls `progress` with the weight bytes loaded so far.
     ///
     /// # Errors
     /// As [`Session::new`].
@@ -277,7 +278,7 @@ impl Session {
         if program.outputs.logits.is_none() {
             let architecture = &model.hparams().architecture;
             return Err(Error::Model(format!(
-                "family {architecture} has no logits, it makes embeddings: use `Embedder`, or `halite embed`"
+                "family {architecture} computes embeddings, not logits: use `Embedder` or `halite embed`"
             )));
         }
         let names: Vec<&str> = options.taps.iter().map(String::as_str).collect();
@@ -286,7 +287,7 @@ impl Session {
         for (name, id) in names.iter().zip(found) {
             let id = id.filter(|&id| matches!(program.tensor(id).slot, Slot::Io(_)));
             taps.push(id.ok_or_else(|| {
-                Error::argument("tap", "the name of a result of the program", format!("`{name}`"))
+                Error::argument("tap", "the name of a tensor of the program", format!("`{name}`"))
             })?);
         }
         let limits = options.limits(positions);
@@ -330,22 +331,22 @@ impl Session {
         &self.loaded.backend
     }
 
-    /// The program as it runs.
+    /// The prepared program.
     pub fn program(&self) -> &Program {
         &self.loaded.program
     }
 
-    /// How the weights were loaded.
+    /// Statistics of loading the weights.
     pub fn weights(&self) -> &Weights {
         &self.loaded.weights
     }
 
-    /// Most tokens of a step.
+    /// Maximum tokens of a step.
     pub fn batch(&self) -> u32 {
         self.loaded.limits.tokens
     }
 
-    /// Most outputs of a step.
+    /// Maximum outputs of a step.
     pub fn outputs(&self) -> u32 {
         self.loaded.limits.outputs
     }
@@ -355,12 +356,12 @@ impl Session {
         self.positions
     }
 
-    /// A handle that stops work from another thread.
+    /// Returns a handle that stops the session's work from another thread.
     pub fn cancel_handle(&self) -> Cancel {
         self.cancel.clone()
     }
 
-    /// Stops whenever another session does.
+    /// Makes another session's handle stop this session too.
     pub(crate) fn stop_with(&mut self, other: &Session) {
         self.cancel = other.cancel_handle();
     }
@@ -371,7 +372,7 @@ impl Session {
             self.sequences[i].live = true;
             return SequenceId(i as u32);
         }
-        // Room for all positions, so that no step allocates. Where there is none now, a step says what it lacks.
+        // Reserve room for all positions, so that no step allocates. If this fails, a later step reports it.
         let pages = self.positions.div_ceil(PAGE_POSITIONS).into();
         let tables = self.pools.iter().map(|_| reserved(pages, SEQUENCES).unwrap_or_default()).collect();
         let tokens = reserved(self.positions.into(), SEQUENCES).unwrap_or_default();
@@ -379,7 +380,7 @@ impl Session {
         SequenceId(self.sequences.len() as u32 - 1)
     }
 
-    /// A new sequence with the same content. Pages are shared until one of the two writes to them.
+    /// Copies a sequence. The two share pages until one of them writes to a page.
     ///
     /// # Errors
     /// [`Error::Argument`] if there is no such sequence.
@@ -395,7 +396,7 @@ impl Session {
         Ok(new)
     }
 
-    /// Gives an empty sequence what another one holds.
+    /// Copies a sequence's content to an empty sequence.
     fn share(&mut self, from: SequenceId, to: SequenceId) {
         let Sequence { tables, tokens, .. } = &self.sequences[from.0 as usize];
         let (tables, tokens) = (tables.clone(), tokens.clone());
@@ -407,7 +408,7 @@ impl Session {
         sequence.tokens.extend(tokens);
     }
 
-    /// Positions of a sequence.
+    /// Returns the length of a sequence in positions.
     ///
     /// # Errors
     /// [`Error::Argument`] if there is no such sequence.
@@ -415,7 +416,7 @@ impl Session {
         Ok(self.get(id)?.len())
     }
 
-    /// The tokens of a sequence.
+    /// Returns the tokens of a sequence.
     ///
     /// # Errors
     /// [`Error::Argument`] if there is no such sequence.
@@ -423,15 +424,15 @@ impl Session {
         Ok(&self.get(id)?.tokens)
     }
 
-    /// A session on another backend, with the same options and sequences, which keep their ids: their tokens are run again
-    /// there. For when a device is lost; this session need not work any more.
+    /// Moves the session to another backend, for instance when a device is lost: returns a session with the same
+    /// options and sequences, which keep their ids. Their tokens run again there; this session need not work.
     ///
     /// # Errors
     /// As [`Session::new`] and [`Session::step`].
     pub fn moved_to(&self, backend: &Arc<dyn Backend>) -> Result<Session> {
         let mut new = Session::new(&self.loaded.model, backend, &self.options)?;
-        // What a sequence has in common with an earlier one is shared again: with which, the first that has most of it, and how
-        // many tokens. A sequence has all that it shares before it goes on by itself.
+        // A sequence shares its longest common prefix with an earlier one again. `shared` has, for each sequence, the
+        // earlier sequence and the number of tokens. It gets them before its own tokens run.
         let common =
             |a: &Sequence, b: &Sequence| a.tokens.iter().zip(&b.tokens).take_while(|(a, b)| a == b).count();
         let shared: Vec<(usize, usize)> = (self.sequences.iter().enumerate())
@@ -464,13 +465,14 @@ impl Session {
         Ok(new)
     }
 
-    /// Forgets a sequence's positions from `len` on.
+    /// Truncates a sequence to `len` positions.
     ///
-    /// A layer with a window has dropped what is far enough before it. A sequence can therefore be taken back to before its last
-    /// step, by [`SessionOptions::rewind`] positions, or to nothing; further back may be refused.
+    /// A layer with a window drops pages before it. A sequence can therefore be truncated to its length before the
+    /// last step, by [`SessionOptions::rewind`] positions more, or to 0; other lengths may fail.
     ///
     /// # Errors
-    /// [`Error::Argument`] if there is no such sequence, or if it no longer has what position `len` sees; then it stays as it is.
+    /// [`Error::Argument`] if there is no such sequence, or if it dropped pages that position `len` sees. The sequence
+    /// then stays unchanged.
     pub fn truncate(&mut self, id: SequenceId, len: u32) -> Result<()> {
         let sequence = self.get(id)?;
         if len != 0 && !self.has_window(sequence, len) {
@@ -490,15 +492,15 @@ impl Session {
         Ok(())
     }
 
-    /// Whether a sequence has all that its position `at` sees, as far as it has come.
+    /// Whether a sequence still has all pages that its position `at` sees.
     fn has_window(&self, sequence: &Sequence, at: u32) -> bool {
         let at = at.min(sequence.len());
         let mut tables = sequence.tables.iter().zip(&self.pools);
         tables.all(|(table, pool)| table.get(pool.first_kept(at, 0)) != Some(&NO_PAGE))
     }
 
-    /// Forgets a sequence's positions from the first one on that differs from `tokens`, and says how many are left. Where windows
-    /// have dropped what the next position sees, none are: see [`Session::truncate`].
+    /// Truncates a sequence to its common prefix with `tokens`, and returns the length. If windows dropped pages that
+    /// the next position sees, the length is 0; see [`Session::truncate`].
     ///
     /// # Errors
     /// [`Error::Argument`] if there is no such sequence.
@@ -525,11 +527,11 @@ impl Session {
         sequence.ok_or_else(|| Error::argument("sequence", "one of this session", id.0))
     }
 
-    /// Runs one step: every run continues its sequence. On an error no sequence changes.
+    /// Runs one step, in which every run continues its sequence. On an error, no sequence changes.
     ///
     /// # Errors
     /// [`Error::Argument`] for runs that do not fit the session, [`Error::ContextFull`], [`Error::Cancelled`],
-    /// [`Error::FileChanged`], [`Error::NotFinite`] if a wanted output is not of numbers, or what the backend says.
+    /// [`Error::FileChanged`], [`Error::NotFinite`] if an output is not finite, or errors of the backend.
     pub fn step(&mut self, runs: &[Run<'_>], head: Head) -> Result<()> {
         self.gather(runs)?;
         for run in runs {
@@ -562,7 +564,7 @@ impl Session {
                 let (ids, logits) = (&mut self.top_ids[..len], &mut self.top_logits[..len]);
                 self.loaded.read(top.map(|top| top[0]), ids)?;
                 self.loaded.read(top.map(|top| top[1]), logits)?;
-                // NaN and infinity come first of all.
+                // NaN and infinity sort first.
                 check_rows(logits, len / self.wanted.len().max(1))?;
             }
             Head::Logits => {
@@ -575,7 +577,7 @@ impl Session {
                 let arg_max = &mut self.arg_max[..self.wanted.len()];
                 self.loaded.read(best_id, arg_max)?;
                 if let Some(row) = arg_max.iter().position(|&id| id == NOT_FINITE as u32) {
-                    let got = format!("a largest one that is none in output {row}");
+                    let got = format!("no finite largest logit in output {row}");
                     return Err(Error::NotFinite { what: "logits", got });
                 }
             }
@@ -586,7 +588,7 @@ impl Session {
         Ok(())
     }
 
-    /// Checks the runs and lists their tokens and wanted outputs.
+    /// Checks the runs, and lists their tokens and outputs.
     fn gather(&mut self, runs: &[Run<'_>]) -> Result<()> {
         self.tokens.clear();
         self.wanted.clear();
@@ -600,7 +602,7 @@ impl Session {
         for (i, run) in runs.iter().enumerate() {
             self.get(run.sequence)?;
             if runs[..i].iter().any(|r| r.sequence == run.sequence) {
-                return Err(Error::argument("step", "one run for each sequence", "two of one"));
+                return Err(Error::argument("step", "one run per sequence", "two of the same"));
             }
             if run.tokens.is_empty() {
                 return Err(Error::argument("run", "at least one token", 0));
@@ -628,7 +630,7 @@ impl Session {
         Ok(())
     }
 
-    /// Gives a sequence pages of its own for `more` positions, and drops those that no window needs any more.
+    /// Gives a sequence writable pages for `more` positions, and drops pages that its windows no longer need.
     fn make_room(&mut self, id: SequenceId, more: u32) -> Result<()> {
         let end = self.get(id)?.len().saturating_add(more);
         if end > self.positions {
@@ -638,7 +640,7 @@ impl Session {
         (0..self.pools.len()).try_for_each(|group| self.make_room_in(group, id, end))
     }
 
-    /// The same in one KV group, for positions up to `end`.
+    /// The same for one KV group and positions up to `end`.
     fn make_room_in(&mut self, group: usize, id: SequenceId, end: u32) -> Result<()> {
         let (pool, sequence) = (&mut self.pools[group], &mut self.sequences[id.0 as usize]);
         let (len, table) = (sequence.len(), &mut sequence.tables[group]);
@@ -655,7 +657,7 @@ impl Session {
             let Some(page) = page else { return Err(full) };
             table.push(page);
         }
-        // A page that another sequence shares is copied before the first write to it.
+        // Copy a shared page before the first write to it.
         for i in (len / PAGE_POSITIONS) as usize..need {
             let shared = self.sequences[id.0 as usize].tables[group][i];
             if self.pools[group].uses[shared as usize] > 1 {
@@ -684,32 +686,32 @@ impl Session {
         states.filter(move |(state, _)| self.loaded.program.kv_group(state) == group)
     }
 
-    /// The logits of the last step's outputs, one row after the other, if it was run with [`Head::Logits`].
+    /// The logits of the last step's outputs, row by row, if it ran with [`Head::Logits`].
     pub fn logits(&self) -> &[f32] {
         &self.logits[..self.wanted.len() * self.loaded.model.hparams().vocab_size as usize]
     }
 
-    /// The most likely token of each output of the last step, if it was run with [`Head::ArgMax`].
+    /// The most likely token of each output of the last step, if it ran with [`Head::ArgMax`].
     pub fn arg_max(&self) -> &[u32] {
         &self.arg_max[..self.wanted.len()]
     }
 
-    /// How many of the most likely tokens an output has.
+    /// Returns the number of most likely tokens per output.
     fn k(&self) -> usize {
         self.loaded.model.hparams().vocab_size.min(TOP_K) as usize
     }
 
-    /// The most likely tokens of each output of the last step and their logits, most likely first, the lower id first on ties,
-    /// one row of [`TOP_K`] (or the whole vocabulary) after the other, if it was run with [`Head::TopK`].
+    /// The most likely tokens of each output of the last step and their logits, if it ran with [`Head::TopK`]: rows of
+    /// [`TOP_K`] (or the whole vocabulary), most likely first, the lower id first on ties.
     pub fn top_k(&self) -> (&[u32], &[f32]) {
         let len = self.wanted.len() * self.k();
         (&self.top_ids[..len], &self.top_logits[..len])
     }
 
-    /// Reads tap number `n` of the options after a step: the rows of the last step, `[tokens or outputs, cols]`.
+    /// Reads tap number `n` of the options after a step: its rows, `[tokens or outputs, cols]`.
     ///
     /// # Errors
-    /// [`Error::Argument`] if there is no such tap; what the backend says.
+    /// [`Error::Argument`] if there is no such tap; errors of the backend.
     pub fn tap(&self, n: usize) -> Result<Vec<f32>> {
         let missing = || Error::argument("tap", format!("below {}", self.taps.len()), n);
         let id = *self.taps.get(n).ok_or_else(missing)?;
@@ -724,12 +726,12 @@ impl Session {
         Ok(out)
     }
 
-    /// How long all steps took on the device, by the clock of [`Session::last_timing`].
+    /// The time of all steps on the device, by the clock of [`Session::last_timing`].
     pub fn device_time(&self) -> Duration {
         self.device_time
     }
 
-    /// How long the last step took on the device.
+    /// The time of the last step on the device.
     pub fn last_timing(&self) -> Option<Timing> {
         self.last
     }

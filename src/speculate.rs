@@ -1,35 +1,35 @@
-//! Guesses of what comes next, which the model then checks many at a time (Leviathan et al. 2023).
+//! Speculative decoding: drafted tokens that one step verifies (Leviathan et al. 2023).
 //!
-//! A step over several drafted tokens reads the weights once. Each of its outputs is the one that the token would have had in a step
-//! of its own (see `docs/numeric-contract.md`), and a token is chosen from each, by the same sampler in the same state, as long as
-//! what was chosen is what was drafted. The text is therefore the same with a drafter as without, on backends whose bits do not
-//! depend on the batch; a drafter only decides how many steps it takes.
+//! A step over several drafted tokens reads the weights once. Each output is the same as in a step of its own (see
+//! `docs/numeric-contract.md`), and the same sampler chooses a token from each, in order, until a choice differs from
+//! the draft. So a drafter never changes the text, on backends whose bits do not depend on the batch. It only
+//! changes the number of steps.
 
 use crate::error::{Error, Result};
 use crate::session::{Head, Run, SequenceId, Session, Wanted};
 
-/// Guesses the continuation of a text.
+/// Proposes continuations of a text.
 pub trait Drafter {
-    /// Appends at most `most` tokens to `out`, none if it has no guess. `tokens` is the text so far, the prompt included.
+    /// Appends at most `most` tokens to `out`, possibly none. `tokens` is the text so far, the prompt included.
     ///
     /// # Errors
-    /// What the drafter's own work fails with. It ends the generation.
+    /// The drafter's own errors. They end the generation.
     fn draft(&mut self, tokens: &[u32], most: usize, out: &mut Vec<u32>) -> Result<()>;
 }
 
-/// Prompt lookup (Saxena 2023): what followed the last time that the text's last tokens occurred.
+/// Prompt lookup (Saxena 2023): proposes the tokens that followed the last occurrence of the current n-gram.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Lookup {
-    /// Most tokens of a draft.
+    /// Maximum tokens of a draft.
     pub most: usize,
-    /// Tokens that must have occurred before; fewer are tried, down to `least`.
+    /// The longest n-gram to look up; shorter ones follow, down to `least`.
     pub longest: usize,
-    /// Fewest tokens that must have occurred.
+    /// The shortest n-gram to look up.
     pub least: usize,
 }
 
 impl Lookup {
-    /// Drafts of at most so many tokens after three or two tokens that occurred before.
+    /// Proposes at most `most` tokens after an n-gram of three or two tokens.
     pub fn new(most: usize) -> Lookup {
         Lookup { most, longest: 3, least: 2 }
     }
@@ -41,7 +41,7 @@ impl Drafter for Lookup {
         for n in (self.least.max(1)..=self.longest).rev() {
             let Some(before) = tokens.len().checked_sub(n) else { continue };
             let last = &tokens[before..];
-            // The latest occurrence: texts repeat what they said lately.
+            // Take the latest occurrence: texts repeat recent parts most.
             let found = (0..before).rev().find(|&at| &tokens[at..at + n] == last);
             if let Some(at) = found {
                 let follows = &tokens[at + n..];
@@ -53,7 +53,7 @@ impl Drafter for Lookup {
     }
 }
 
-/// A smaller model with the same vocabulary, always by its most likely token.
+/// A smaller model with the same vocabulary, decoded greedily.
 #[derive(Debug)]
 pub struct DraftModel {
     session: Session,
@@ -62,10 +62,10 @@ pub struct DraftModel {
 }
 
 impl DraftModel {
-    /// Drafts of at most `most` tokens for the model of `target`.
+    /// Proposes at most `most` tokens for the model of `target`.
     ///
-    /// A session whose model has windows should be able to go back `most` positions ([`SessionOptions::rewind`]): otherwise it may
-    /// have to run a text again after a wrong draft.
+    /// If the draft model has sliding windows, set [`SessionOptions::rewind`] to at least `most`. Otherwise a rejected
+    /// draft may make it run the whole text again.
     ///
     /// [`SessionOptions::rewind`]: crate::session::SessionOptions::rewind
     ///
@@ -96,7 +96,7 @@ impl DraftModel {
 impl Drafter for DraftModel {
     fn draft(&mut self, tokens: &[u32], most: usize, out: &mut Vec<u32>) -> Result<()> {
         let DraftModel { session, sequence, .. } = self;
-        // The first token drafted costs the text's last position, each further one its own.
+        // The first drafted token runs the text's last position; each further token runs its own.
         let room = (session.positions() as usize + 1).saturating_sub(tokens.len());
         let most = most.min(self.most).min(room);
         let Some((_, all_but_last)) = tokens.split_last() else { return Ok(()) };

@@ -1,4 +1,4 @@
-//! Models of known shapes with random weights: what times a device as the real model would, without its weights.
+//! Models of known shapes with random weights, to benchmark devices without the real weights.
 
 use std::io::{self, Write};
 
@@ -11,9 +11,9 @@ use crate::map::Source;
 use crate::model::Model;
 use crate::rng::SplitMix64;
 
-/// Root mean square that weights are given, as training commonly starts with.
+/// Root mean square of the weights, as common at the start of training.
 const WEIGHT_RMS: f32 = 0.02;
-/// Bytes that are made at a time, at least.
+/// Minimum bytes to generate at a time.
 const CHUNK_BYTES: usize = 1 << 16;
 
 /// The sizes of a model of the `llama` family.
@@ -34,11 +34,11 @@ pub struct Shape {
     pub expert_used_count: u32,
 }
 
-/// One row a shape, in the order of the fields of [`Shape`].
+/// One row per shape, in the order of the fields of [`Shape`].
 macro_rules! shapes {
     ($($name:literal: $dim:literal $layers:literal $heads:literal $kv_heads:literal $ff:literal $vocab:literal
        $context:literal $base:literal $experts:literal $used:literal;)+) => {
-        /// The shapes that have a name.
+        /// The named shapes.
         pub const SHAPES: &[Shape] = &[$(Shape {
             name: $name,
             embedding_length: $dim,
@@ -55,8 +55,8 @@ macro_rules! shapes {
     };
 }
 
-// Sizes as published with each model, but for the context of llama-1.1b (TinyLlama, 2048), which leaves room to measure
-// long ones.
+// Sizes as published with each model, except that llama-1.1b (TinyLlama) has a longer context than 2048, to measure
+// long contexts.
 shapes! {
     "tiny":          256  2  4  2   512    512    512    10_000.0 0 0;
     "tiny-moe":      256  2  4  2   256    512    512    10_000.0 4 2;
@@ -71,12 +71,12 @@ shapes! {
     "mixtral-8x7b": 4096 32 32  8 14336  32000  32768 1_000_000.0 8 2;
 }
 
-/// A shape by name.
+/// Finds a shape by name.
 pub fn shape(name: &str) -> Option<&'static Shape> {
     SHAPES.iter().find(|shape| shape.name == name)
 }
 
-/// How weights are stored. Norms and expert routers are F32, as in all files.
+/// Weight formats. Norms and expert routers are F32, as in all files.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Formats {
     /// Matrices and the embedding table.
@@ -85,10 +85,10 @@ pub struct Formats {
     pub output: Format,
 }
 
-/// A model file to be written. The same shape, formats and seed give the same file.
+/// A model file to write. The same shape, formats and seed give the same file.
 ///
-/// Weights are random blocks of their format, scaled to values of about 0.02; norms are about 1; the vocabulary is
-/// invented, of the SentencePiece kind.
+/// Weights are random blocks of their format, scaled to values of about 0.02; norms are about 1. The vocabulary is
+/// made up, in SentencePiece's form.
 #[derive(Debug)]
 pub struct Synth {
     header: Writer,
@@ -98,10 +98,11 @@ pub struct Synth {
 }
 
 impl Synth {
-    /// Plans a file; nothing is written yet.
+    /// Plans a file, and writes nothing yet.
     ///
     /// # Errors
-    /// [`Error::Argument`] if the shape has no attention heads, rows are not whole blocks of a format, or its blocks have no float scale.
+    /// [`Error::Argument`] if the shape has no attention heads, rows are not whole blocks of a format, or a format's
+    /// blocks have no float scale.
     pub fn new(shape: &Shape, formats: Formats, seed: u64) -> Result<Synth> {
         let mut rng = SplitMix64::new(seed);
         let mut scale = |format| Ok((format, block_scale(format, &mut rng)?));
@@ -114,7 +115,7 @@ impl Synth {
         self.header.tensors()
     }
 
-    /// The model without its weights, for what follows from shapes.
+    /// Returns the model without its weights, for work on shapes alone.
     ///
     /// # Errors
     /// As [`Model::from_gguf`].
@@ -127,7 +128,7 @@ impl Synth {
     /// Writes the file.
     ///
     /// # Errors
-    /// What `out` says.
+    /// Errors of `out`.
     pub fn write(mut self, out: &mut dyn Write) -> io::Result<()> {
         let mut bytes = Vec::new();
         let mut data = |tensor: &NewTensor, out: &mut dyn Write| {
@@ -211,14 +212,14 @@ fn header(shape: &Shape, formats: Formats) -> Result<Writer> {
     Ok(w)
 }
 
-/// Three special tokens, all bytes, the space, and then words of the letters a to z, shorter ones first.
+/// Writes the vocabulary: three special tokens, all bytes, the space, and then words of letters, shorter ones first.
 fn vocabulary(size: u32, w: &mut Writer) -> Result<()> {
     let special = ["<unk>", "<s>", "</s>"].map(str::to_owned).into_iter().zip([2, 3, 3]);
     let bytes = (0..=255u8).map(|b| (format!("<0x{b:02X}>"), 6));
     let words = std::iter::once("\u{2581}".to_owned()).chain((0..).map(word)).map(|text| (text, 1));
     let (tokens, kinds): (Vec<String>, Vec<i32>) =
         special.chain(bytes).chain(words).take(size as usize).unzip();
-    // Of two merges the one to the earlier, shorter word comes first.
+    // Of two merges, the one to the earlier, shorter word comes first.
     let scores: Vec<f32> = (0..tokens.len()).map(|id| -(id as f32)).collect();
     w.entry("tokenizer.ggml.model", "llama")?;
     w.entry("tokenizer.ggml.tokens", &tokens[..])?;
@@ -243,10 +244,10 @@ fn word(mut n: u32) -> String {
     letters.iter().rev().map(|&letter| letter as char).collect()
 }
 
-/// Fills `bytes` with random blocks of this scale, of either sign: codes alone seldom have a mean of zero.
+/// Fills `bytes` with random blocks with this scale and a random sign, because codes alone rarely have a mean of zero.
 fn random_blocks(format: Format, scale: f32, rng: &mut SplitMix64, bytes: &mut [u8]) {
     rng.fill(bytes);
-    // The scale of NVFP4 has no sign, and of plain floats the sign is as random as the rest.
+    // NVFP4's scale has no sign, and plain floats have a random sign already.
     if format == Format::NVFP4 || format.kind() == Kind::Float {
         return format.set_scale(bytes, scale);
     }
@@ -255,19 +256,19 @@ fn random_blocks(format: Format, scale: f32, rng: &mut SplitMix64, bytes: &mut [
     }
 }
 
-/// The scale with which random blocks have values of about [`WEIGHT_RMS`].
+/// Returns the scale for which random blocks have values of about [`WEIGHT_RMS`].
 fn block_scale(format: Format, rng: &mut SplitMix64) -> Result<f32> {
     let blocks = 4096 / format.block_len();
     let (mut bytes, mut values) =
         (vec![0; blocks * format.block_bytes()], vec![0.0; blocks * format.block_len()]);
     let mut rms = |scale| {
         random_blocks(format, scale, rng, &mut bytes);
-        // The lengths are those of the same blocks.
+        // The lengths match: both are of the same blocks.
         let _ = format.dequantize(&bytes, &mut values);
         (values.iter().map(|v| v * v).sum::<f32>() / values.len() as f32).sqrt()
     };
     let scale = WEIGHT_RMS / rms(1.0);
-    // A power of two as scale leaves a factor of two.
+    // A power-of-two scale is accurate only within a factor of two.
     let got = rms(scale);
     if !(WEIGHT_RMS / 4.0..WEIGHT_RMS * 4.0).contains(&got) {
         let expected = "a format whose blocks have a float scale";

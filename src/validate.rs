@@ -1,4 +1,4 @@
-//! What makes a program well-formed. Backends rely on it: after `validate` no shape in a program can surprise them.
+//! Validation of programs. Backends rely on it: in a valid program, all shapes match.
 
 use halite_kernels::formats::{Format, Kind};
 use halite_kernels::kv;
@@ -140,7 +140,7 @@ impl Check<'_> {
         self.is(id, self.t(x).rows, self.t(x).cols)
     }
 
-    /// A weight of the given shape; `plain` asks for F32 (norms, biases and other vectors).
+    /// A weight of the given shape; `plain` requires F32 (norms, biases and other vectors).
     fn weight(&self, id: TensorId, experts: u32, rows: u32, cols: u32, plain: bool) -> Checked {
         let t = self.t(id);
         if !matches!(t.slot, Slot::Weight(_))
@@ -169,7 +169,7 @@ impl Check<'_> {
         self.program.states.get(id.0 as usize).ok_or_else(|| format!("state {} does not exist", id.0))
     }
 
-    /// A weight that a matmul can use with rows of `cols` elements.
+    /// A weight for a matmul with rows of `cols` elements.
     fn matrix(&self, id: TensorId, experts: u32, rows: u32, cols: u32) -> Checked {
         self.weight(id, experts, rows, cols, false)?;
         let format = self.t(id).format;
@@ -202,7 +202,7 @@ impl Check<'_> {
                     self.like(id, *x)?;
                 }
                 if add.is_some() != sum.is_some() {
-                    return Err("`add` and `sum` come together".into());
+                    return Err("`add` and `sum` must both be present or absent".into());
                 }
                 if *group == 0 || t(*x).cols % group != 0 {
                     return Err(format!("group {group} does not divide the {} columns", t(*x).cols));

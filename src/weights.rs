@@ -1,9 +1,9 @@
-//! From a model file to a backend's buffers, in the order of the program: imported where the device can read mapped pages,
-//! copied where it cannot, and streamed where copies do not fit.
+//! Loads weights from a model file to a backend's buffers: imported if the device can read mapped pages, otherwise
+//! copied, and streamed if copies do not fit.
 //!
-//! Streamed segments (layers) share a ring of [`RING`] sets of buffers, in turn. A segment's weights are copied to its set
-//! right before it is submitted, while the device is still busy with the one before it: the set's last user was submitted
-//! earlier, and a device does what it is told in order.
+//! Streamed segments (layers) share a ring of [`RING`] sets of buffers, in turn. A segment's weights are copied to its
+//! set right before the segment is submitted, while the device still runs the previous one. The set's last user was
+//! submitted earlier, and devices execute submissions in order.
 
 use std::borrow::Cow;
 use std::ops::Range;
@@ -14,19 +14,19 @@ use crate::gguf::{Gguf, TensorInfo};
 use crate::map::Region;
 use crate::program::{Dim, Layout, Program, Slot, Tensor, TensorId, part_as_stored};
 
-/// Sets of buffers that streamed segments share.
+/// Number of sets of buffers that streamed segments share.
 pub const RING: usize = 2;
 
 /// A program's weights on a backend.
 #[derive(Debug)]
 pub struct Weights {
-    /// One for each of `Program::weights`. Weights of streamed segments have buffers in common.
+    /// One per tensor in `Program::weights`. Weights of streamed segments share buffers.
     pub buffers: Vec<Buffer>,
     /// Bytes that the device reads from the mapped file.
     pub mapped_bytes: u64,
-    /// Bytes that were copied to the device, to stay.
+    /// Bytes that stay on the device.
     pub copied_bytes: u64,
-    /// Bytes that are copied to the device in every step.
+    /// Bytes copied to the device in every step.
     pub streamed_bytes: u64,
     /// For each segment, the slots of its streamed weights.
     streamed: Vec<Vec<usize>>,
@@ -36,17 +36,17 @@ pub struct Weights {
 struct Placement {
     /// For each segment, the slots of its streamed weights.
     streamed: Vec<Vec<usize>>,
-    /// For each place of a set, the bytes of its buffer.
+    /// The bytes of each buffer of a set.
     ring_bytes: Vec<u64>,
 }
 
 impl Weights {
-    /// Loads every weight of `program`; copies take at most `budget_bytes` on the device. `progress` is told the bytes done so
-    /// far.
+    /// Loads the weights of `program`; copies take at most `budget_bytes` on the device. Calls `progress` with the bytes
+    /// loaded so far.
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`] if not even two segments at a time fit, [`Error::FileChanged`] if the file shrank, what the
-    /// backend says.
+    /// [`Error::OutOfMemory`] if two segments do not fit at a time, [`Error::FileChanged`] if the file shrank, errors of
+    /// the backend.
     pub fn load(
         gguf: &Gguf,
         program: &Program,
@@ -100,12 +100,12 @@ impl Weights {
         Ok(weights)
     }
 
-    /// Whether anything is streamed.
+    /// Whether any weights are streamed.
     pub fn streams(&self) -> bool {
         self.streamed_bytes > 0
     }
 
-    /// Cuts segments into runs of which only the first segment has to be brought first.
+    /// Splits segments into runs. Only the first segment of a run has streamed weights, to load before the run.
     pub fn runs(&self, segments: Range<usize>) -> impl Iterator<Item = Range<usize>> {
         let streams = |s: usize| self.streamed.get(s).is_some_and(|slots| !slots.is_empty());
         let mut next = segments.start;
@@ -131,20 +131,20 @@ impl Weights {
     }
 }
 
-/// The tensor of the file that a weight is, or is a part of.
+/// Finds the file's tensor that contains a weight.
 fn find<'a>(gguf: &'a Gguf, program: &Program, id: TensorId) -> Result<TensorInfo<'a>> {
     let weight = program.tensor(id);
     let name = weight.part.as_ref().map_or(&weight.name, |part| &part.of);
     gguf.tensor(name).ok_or_else(|| Error::Model(format!("tensor `{name}` is missing from the file")))
 }
 
-/// A weight's bytes, if they lie in the file as the program has them.
+/// Returns a weight's bytes in the file, if they have the program's layout.
 fn stored(tensor: &TensorInfo<'_>, program: &Program, id: TensorId) -> Result<Option<Region>> {
     let as_stored = tensor.record.layout == program.tensor(id).layout && lies_together(tensor, program, id);
     Ok(tensor.region()?.part(bytes_in_file(program, id)).filter(|_| as_stored))
 }
 
-/// Copies a weight to a buffer, in the layout that the program has it in.
+/// Copies a weight to a buffer, in the program's layout.
 fn copy(gguf: &Gguf, program: &Program, backend: &dyn Backend, slot: usize, to: &Buffer) -> Result<()> {
     let id = program.weights[slot];
     let tensor = find(gguf, program, id)?;
@@ -157,7 +157,8 @@ fn copy(gguf: &Gguf, program: &Program, backend: &dyn Backend, slot: usize, to: 
     }
 }
 
-/// Chooses the last segments to be streamed, as few as the budget allows. Weights of several segments stay.
+/// Chooses the segments to stream: the last ones, as few as the budget allows. Weights that several segments use stay
+/// on the device.
 fn place(program: &Program, copied: &[bool], budget_bytes: u64, backend: &str) -> Result<Placement> {
     let bytes = |slot: usize| program.fixed_bytes(program.weights[slot]).unwrap_or(0);
     let mut users = vec![Vec::new(); program.weights.len()];
@@ -181,7 +182,7 @@ fn place(program: &Program, copied: &[bool], budget_bytes: u64, backend: &str) -
     }
     let of = |slots: &Vec<usize>| slots.iter().map(|&slot| bytes(slot)).sum::<u64>();
     let mut need = 0;
-    // Segments before `first` stay.
+    // Segments before `first` stay on the device.
     for first in (0..=own.len()).rev() {
         let (stay, stream) = own.split_at(first);
         let places = stream.iter().map(Vec::len).max().unwrap_or(0);
@@ -201,7 +202,7 @@ fn place(program: &Program, copied: &[bool], budget_bytes: u64, backend: &str) -
     Err(Error::OutOfMemory { what, need_bytes: need, have_bytes: budget_bytes })
 }
 
-/// Where a weight's bytes are in the file's tensor.
+/// Returns the range of a weight's bytes in the file's tensor.
 fn bytes_in_file(program: &Program, id: TensorId) -> Range<usize> {
     let weight = program.tensor(id);
     let blocks =
@@ -210,7 +211,7 @@ fn bytes_in_file(program: &Program, id: TensorId) -> Range<usize> {
     start..start.saturating_add(program.fixed_bytes(id).unwrap_or(0) as usize)
 }
 
-/// Whether a weight's rows are a range of the file's bytes.
+/// Whether a weight is a contiguous range of the file's bytes.
 fn lies_together(tensor: &TensorInfo<'_>, program: &Program, id: TensorId) -> bool {
     let weight = program.tensor(id);
     let (Some(part), Dim::Fixed(rows)) = (&weight.part, weight.rows) else { return true };
@@ -219,7 +220,7 @@ fn lies_together(tensor: &TensorInfo<'_>, program: &Program, id: TensorId) -> bo
     part_as_stored(tensor.record.layout, first..first.saturating_add(rows), all)
 }
 
-/// A weight's bytes in the order of its layout, which the file's is not.
+/// A weight's bytes, rearranged to the layout of the program.
 fn laid_out(tensor: &TensorInfo<'_>, weight: &Tensor, range: Range<usize>) -> Result<Vec<u8>> {
     let region = tensor.region()?;
     let rows = match tensor.record.layout {

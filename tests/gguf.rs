@@ -428,7 +428,7 @@ fn positions_decide_what_a_program_needs() {
     assert!(program(gpt2(), 64).is_ok());
     assert_eq!(
         program(gpt2(), 65).unwrap_err().to_string(),
-        "model: positions of the KV cache: expected at most 64, which were learned, got 65"
+        "model: positions of the KV cache: expected at most the 64 of the position embeddings, got 65"
     );
     let tempered = || {
         llama()
@@ -477,9 +477,9 @@ fn vocabularies_that_do_not_make_sense() {
         ("charsmap with texts that are no UTF-8", charsmap((&vec![0u8, 0, 0, 0, 255, 0]).into()),
             "Tokenizer", "tokenizer: tokenizer.ggml.precompiled_charsmap: expected texts in UTF-8"),
         ("charsmap with a value outside", charsmap((&vec![4u8, 0, 0, 0, 0, 1, 0, 64, b'a', 0]).into()),
-            "Tokenizer", "tokenizer: tokenizer.ggml.precompiled_charsmap: unit 0 leads to no text of at most 64 bytes"),
+            "Tokenizer", "tokenizer: tokenizer.ggml.precompiled_charsmap: unit 0 does not lead to a text of at most 64 bytes"),
         ("charsmap with a text without end", charsmap((&vec![8u8, 0, 0, 0, 0, 5, 0, 0, 0, 0, 0, 128, b'a']).into()),
-            "Tokenizer", "tokenizer: tokenizer.ggml.precompiled_charsmap: unit 0 leads to no text of at most 64 bytes"),
+            "Tokenizer", "tokenizer: tokenizer.ggml.precompiled_charsmap: unit 0 does not lead to a text of at most 64 bytes"),
         ("tokens missing", llama().without("tokenizer.ggml.tokens").bytes(),
             "Tokenizer", "tokenizer: tokenizer.ggml.tokens is missing"),
         ("tokens empty", set("tokens", array(8, 0, &[])), "Tokenizer", "tokenizer: tokenizer.ggml.tokens: expected 1 to 4194304 tokens, got 0"),
@@ -490,15 +490,15 @@ fn vocabularies_that_do_not_make_sense() {
         ("more tokens than rows", set("tokens", (&vec!["a"; 13]).into()),
             "Tokenizer", "tokenizer: tokenizer.ggml.tokens: expected at most 12, the embedding's rows, got 13"),
         ("scores one short", set("scores", (&vec![0f32; 11]).into()),
-            "Tokenizer", "tokenizer: tokenizer.ggml.scores: expected 12 values, one a token, got 11"),
+            "Tokenizer", "tokenizer: tokenizer.ggml.scores: expected 12 values, one per token, got 11"),
         ("scores one too many", set("scores", (&vec![0i32; 13]).into()),
-            "Tokenizer", "tokenizer: tokenizer.ggml.scores: expected 12 values, one a token, got 13"),
+            "Tokenizer", "tokenizer: tokenizer.ggml.scores: expected 12 values, one per token, got 13"),
         ("scores of strings", set("scores", (&vec![""; 12]).into()),
             "Gguf", "test: key `tokenizer.ggml.scores`: expected array of numbers, got array of string"),
         ("scores NaN", set("scores", (&scores).into()),
             "Tokenizer", "tokenizer: tokenizer.ggml.scores: expected numbers, got NaN"),
         ("types one short", set("token_type", (&vec![1i32; 11]).into()),
-            "Tokenizer", "tokenizer: tokenizer.ggml.token_type: expected 12 values, one a token, got 11"),
+            "Tokenizer", "tokenizer: tokenizer.ggml.token_type: expected 12 values, one per token, got 11"),
         ("types of f32", set("token_type", (&vec![1f32; 12]).into()),
             "Gguf", "test: key `tokenizer.ggml.token_type`: expected array of integers, got array of f32"),
         ("type 0", set("token_type", (&vec![0i32; 12]).into()),
@@ -826,7 +826,7 @@ fn tensors_without_elements_are_left_out() {
         let file = file.tensor_of("also.weight", &[0], 0, Vec::new());
         let model = Model::from_source(Source::from_bytes("empty", &file.bytes())).unwrap();
         assert!(model.program(ProgramOptions::default(), 64).is_ok(), "{dims:?}");
-        assert_eq!(model.warnings(), ["tensor `unused.weight` and 1 others: no elements, left out"]);
+        assert_eq!(model.warnings(), ["tensor `unused.weight` and 1 others: ignored, has no elements"]);
         assert!(exercise::model(&file.bytes()));
     }
     let model = |file: File| Model::from_source(Source::from_bytes("empty", &file.bytes())).unwrap();
@@ -858,10 +858,10 @@ fn odd_vocabularies_are_used_with_a_warning() {
         assert_eq!(read(file).warnings(), [""; 0]);
     }
     let id = |name: &str, id: u32| read(llama().set(&format!("tokenizer.ggml.{name}_token_id"), id));
-    assert_eq!(id("bos", 12).warnings(), ["bos_token_id: expected below 12, got 12: it is taken for 1"]);
+    assert_eq!(id("bos", 12).warnings(), ["bos_token_id: expected below 12, got 12: 1 is used instead"]);
     assert_eq!(id("bos", 12).bos(), Some(1));
     assert_eq!(id("eos", u32::MAX).eos(), Some(2));
-    assert_eq!(id("eot", 99).warnings(), ["eot_token_id: expected below 12, got 99: it is taken for none"]);
+    assert_eq!(id("eot", 99).warnings(), ["eot_token_id: expected below 12, got 99: none is used instead"]);
     assert_eq!(id("unknown", 99).warnings().len(), 1);
     let t = read(wordpiece().set("tokenizer.ggml.seperator_token_id", 9u32));
     assert_eq!((t.eos(), t.warnings().len()), (None, 1));

@@ -440,5 +440,8 @@ fn texts_of_tokens_and_replacements_have_limits() {
     let t = tokenizer(&with(64));
     assert_eq!(t.encode("A", PLAIN).len(), 64);
     let error = refused(&with(65));
-    assert!(error.contains("precompiled_charsmap: unit 1 leads to no text of at most 64 bytes"), "{error}");
+    assert!(
+        error.contains("precompiled_charsmap: unit 1 does not lead to a text of at most 64 bytes"),
+        "{error}"
+    );
 }

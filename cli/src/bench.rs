@@ -1,4 +1,4 @@
-//! `halite bench`: prompts and generation timed, against the machine's measured ceilings.
+//! `halite bench`: times prefill and decode, and compares them with the machine's measured peaks.
 
 use std::path::PathBuf;
 use std::time::Instant;
@@ -16,63 +16,63 @@ use serde_json::{Value, json};
 use super::device::DeviceArgs;
 use super::{Failure, KvFormat, bytes, open_model, print};
 
-/// The largest buffer that memory is measured with: more than any cache holds.
+/// Largest buffer for the bandwidth measurement: larger than any cache.
 const MOST_BUFFER_BYTES: u64 = 1 << 30;
-/// Generated tokens of a warm-up.
+/// Tokens generated in a warm-up.
 const WARM_UP_TOKENS: u32 = 4;
 
-/// Every prompt length and every generation length is a test of its own, at every depth, with every number of threads.
+/// Each prompt length and each generation length is a test, run at every depth and every number of threads.
 #[derive(Args)]
 pub struct BenchArgs {
-    /// A GGUF file (the first one of a split model); without it, the small model that is built in.
+    /// GGUF file (first file of a split model) [default: the built-in model].
     #[arg(short, long, value_name = "FILE")]
     model: Option<PathBuf>,
-    /// Prompt lengths, in tokens.
+    /// Prompt lengths in tokens.
     #[arg(short, long, value_name = "N,…", value_delimiter = ',', default_value = "512")]
     prompt: Vec<u32>,
-    /// Generation lengths, in tokens.
+    /// Generation lengths in tokens.
     #[arg(short = 'n', long, value_name = "N,…", value_delimiter = ',', default_value = "128")]
     generate: Vec<u32>,
-    /// Tokens that are in the KV cache before a test begins.
+    /// Tokens already in the KV cache (depth).
     #[arg(short, long, value_name = "N,…", value_delimiter = ',', default_value = "0")]
     depth: Vec<u32>,
-    /// CPU threads; 0: one for each core.
+    /// CPU threads; 0: all cores.
     #[arg(short, long, value_name = "N,…", value_delimiter = ',', default_value = "0")]
     threads: Vec<usize>,
     /// Timed repetitions of each test, after a warm-up.
     #[arg(short, long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     repetitions: u32,
-    /// Most prompt tokens of one step.
+    /// Prefill batch size in tokens.
     #[arg(long, value_name = "N", default_value_t = SessionOptions::default().batch)]
     batch: u32,
-    /// How the KV cache is stored.
+    /// Format of the KV cache.
     #[arg(long, value_name = "FORMAT", default_value = "f16")]
     kv: KvFormat,
     #[command(flatten)]
     device: DeviceArgs,
-    /// Do not measure what the machine does at best.
+    /// Skip the roofline measurement.
     #[arg(long)]
     no_roofline: bool,
-    /// Predict the times as well, from a profile of this machine (`halite calibrate`).
+    /// Also print predicted times, from this profile (`halite calibrate`).
     #[cfg(feature = "sim")]
     #[arg(long, value_name = "FILE")]
     profile: Option<String>,
-    /// How results are printed.
+    /// Output format.
     #[arg(short, long, value_name = "FORMAT", default_value = "md")]
     output: Output,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Output {
-    /// A table for people.
+    /// Markdown table.
     Md,
-    /// One line a test, after a line of names.
+    /// One line per test, with a header.
     Csv,
-    /// An array of objects, with every single time.
+    /// Array of objects, with every repetition.
     Json,
 }
 
-/// A prompt or a generation.
+/// A test of prefill or decode.
 #[derive(Clone, Copy)]
 struct Test {
     depth: u32,
@@ -91,7 +91,7 @@ impl Test {
         self.prompt + self.generate
     }
 
-    /// The steps that [`run`] makes.
+    /// The steps that [`run`] executes.
     fn steps(self, batch: u32) -> impl Iterator<Item = Extent> {
         let prompt = (0..self.prompt).step_by(batch.max(1) as usize).map(move |done| {
             let tokens = batch.min(self.prompt - done);
@@ -152,7 +152,7 @@ pub fn bench(args: &BenchArgs) -> Result<(), Failure> {
     rows.finish()
 }
 
-/// The seconds that a test should take on the CPU.
+/// Predicted seconds of a test on the CPU.
 #[cfg(feature = "sim")]
 fn predicted(profile: &Profile, session: &Session, test: Test, threads: usize) -> Result<f64, Failure> {
     let threads = Cpu::with_threads(threads)?.threads();
@@ -163,7 +163,7 @@ fn predicted(profile: &Profile, session: &Session, test: Test, threads: usize) -
         .sum::<halite::Result<f64>>()?)
 }
 
-/// The seconds of each repetition of a test, after a warm-up that does not count.
+/// Runs a test after an untimed warm-up, and returns the seconds of each repetition.
 fn time(session: &mut Session, test: Test, repetitions: u32) -> Result<Vec<f64>, Failure> {
     let sequence = session.add_sequence();
     let tokens = tokens(session.model().hparams().vocab_size, test.depth + test.tokens());
@@ -183,7 +183,7 @@ fn time(session: &mut Session, test: Test, repetitions: u32) -> Result<Vec<f64>,
     seconds
 }
 
-/// Feeds a prompt as a user would, then single tokens, which are given: nothing depends on what the model says.
+/// Prefills a prompt and then decodes the given tokens one by one. The work does not depend on the output.
 fn run(session: &mut Session, sequence: SequenceId, prompt: &[u32], generated: &[u32]) -> halite::Result<()> {
     session.prefill(sequence, prompt, Head::ArgMax)?;
     for token in generated.chunks(1) {
@@ -192,15 +192,15 @@ fn run(session: &mut Session, sequence: SequenceId, prompt: &[u32], generated: &
     Ok(())
 }
 
-/// Tokens without order, the same in every run.
+/// Pseudo-random tokens, the same in every run.
 fn tokens(vocab: u32, len: u32) -> Vec<u32> {
     let next = |x: &u32| Some(x.wrapping_mul(1_664_525).wrapping_add(1_013_904_223));
-    // Of a generator modulo 2^32 the low bits are the least random.
+    // The low bits of a generator modulo 2^32 are the least random.
     let scale = |x: u32| ((u64::from(x) * u64::from(vocab)) >> 32) as u32;
     std::iter::successors(Some(1), next).map(scale).take(len as usize).collect()
 }
 
-/// The columns of a result, in order.
+/// The columns of a result: names and values.
 type Row = Vec<(&'static str, Value)>;
 
 fn row(
@@ -246,7 +246,7 @@ fn row(
     ]
 }
 
-/// The middle value, or the mean of the middle two; 0 of none.
+/// The middle value, or the mean of the middle two; 0 if there are none.
 fn median(values: &[f64]) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
@@ -262,10 +262,10 @@ fn mean_and_deviation(values: &[f64]) -> (f64, f64) {
     (mean, (squares / (n - 1.0).max(1.0)).sqrt())
 }
 
-/// Results on their way out.
+/// Prints results.
 struct Rows {
     output: Output,
-    /// What JSON keeps until the end, and the others for their heading.
+    /// The results so far. JSON prints them at the end; the others need to know whether a header was printed.
     rows: Vec<Value>,
 }
 
@@ -318,7 +318,7 @@ fn markdown(row: &Row, heading: bool) -> String {
     };
     let speed =
         format!("{} ± {}", scaled("mean_tokens_per_s", 2, 1.0), scaled("deviation_tokens_per_s", 2, 1.0));
-    // Heading, least width, cell.
+    // Header, minimum width, cell.
     let columns = [
         ("model", 30, text("model")),
         ("weights", 10, bytes(get("weight_bytes").as_u64().unwrap_or(0))),
@@ -327,9 +327,9 @@ fn markdown(row: &Row, heading: bool) -> String {
         ("tokens/s", 19, speed),
         ("median", 9, scaled("median_tokens_per_s", 2, 1.0)),
         ("GB/s", 6, scaled("bytes_per_s", 1, 1e9)),
-        ("of", 6, scaled("roofline_bytes_per_s", 1, 1e9)),
+        ("peak GB/s", 9, scaled("roofline_bytes_per_s", 1, 1e9)),
         ("GOP/s", 7, scaled("ops_per_s", 1, 1e9)),
-        ("of", 7, scaled("roofline_ops_per_s", 1, 1e9)),
+        ("peak GOP/s", 10, scaled("roofline_ops_per_s", 1, 1e9)),
         ("roofline %", 10, scaled("roofline_percent", 1, 1.0)),
         ("predicted", 9, scaled("predicted_tokens_per_s", 2, 1.0)),
     ];

@@ -1,4 +1,4 @@
-//! `halite calibrate`: a profile of this machine, or of a chip whose kernels others measured.
+//! `halite calibrate`: measures a profile of this machine, or fits a chip's profile to measured kernels.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -15,24 +15,25 @@ use super::{Failure, interrupt, print, read_text};
 
 #[derive(Args)]
 pub struct CalibrateArgs {
-    /// Do not measure this machine: fit a chip's constants to its measured kernels, as CSV,
-    /// `op,m,n,k,activations,weights,seconds` with op `matmul`, or
-    /// `op,batch,heads,kv_heads,head_dim,kv_len,activations,weights,seconds` with op `attention`.
+    /// Fit a chip's timing model to measured kernels in this CSV (columns
+    /// `op,m,n,k,activations,weights,seconds` for op `matmul`, or
+    /// `op,batch,heads,kv_heads,head_dim,kv_len,activations,weights,seconds` for op `attention`) instead of
+    /// measuring this machine.
     #[arg(long, value_name = "CSV", requires = "profile")]
     fit: Vec<PathBuf>,
-    /// The chip that they were measured on: a shipped profile, or a TOML file.
+    /// Profile of the measured chip: a name or a TOML file.
     #[arg(long, value_name = "FILE|NAME", requires = "fit")]
     profile: Option<String>,
-    /// Where the profile is written.
+    /// Write the profile to this file.
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
-    /// Seconds for which kernels of this machine are measured; loading and the memory's measurement come on top.
+    /// Seconds to measure kernels; loading and memory measurement are extra.
     #[arg(long, value_name = "S", default_value_t = 60)]
     seconds: u64,
-    /// Numbers of CPU threads; 0: one for each core.
+    /// Thread counts to measure; 0: all cores.
     #[arg(short, long, value_name = "N,…", value_delimiter = ',', default_value = "1,0")]
     threads: Vec<usize>,
-    /// Formats of weights.
+    /// Weight formats to measure.
     #[arg(long, value_name = "FORMAT,…", value_delimiter = ',', default_value = "Q4_0,Q8_0,Q4_K,Q6_K,F16")]
     formats: Vec<String>,
 }
@@ -46,23 +47,24 @@ pub fn calibrate(args: &CalibrateArgs) -> Result<(), Failure> {
         None => measure_machine(args)?,
     };
     let Some(output) = &args.output else { return Ok(()) };
-    // What is written can be read.
+    // Check that the new profile can be read.
     Profile::parse(&output.display().to_string(), &text)?;
     interrupt::write(output, Replace::Unmarked, &inputs(args), text.as_bytes())?;
     print(&format!("wrote {}\n", output.display()))
 }
 
-/// The files that are read.
+/// The input files.
 fn inputs(args: &CalibrateArgs) -> Vec<&Path> {
     args.fit.iter().map(PathBuf::as_path).chain(args.profile.iter().map(Path::new)).collect()
 }
 
-/// Before anything is measured: the profile that is written may replace nothing but another profile.
+/// Checks, before anything is measured, that the output is a new file or a profile.
 fn check(args: &CalibrateArgs, output: &Path) -> Result<(), Failure> {
     output::check(output, Replace::Unmarked, &inputs(args))?;
     if output.is_file() && output.metadata().is_ok_and(|m| m.len() > 0) {
-        Profile::parse(&output.display().to_string(), &read_text(output)?)
-            .map_err(|e| format!("{}: not written: it exists and is no profile: {e}", output.display()))?;
+        Profile::parse(&output.display().to_string(), &read_text(output)?).map_err(|e| {
+            format!("{}: not overwritten: the file exists and is not a profile: {e}", output.display())
+        })?;
     }
     Ok(())
 }
@@ -90,7 +92,8 @@ fn measure_machine(args: &CalibrateArgs) -> Result<String, Failure> {
 }
 
 fn machine_report(levels: &[Level], rates: &Rates) -> String {
-    let mut text = format!("{} on {} threads\n", rates.isa, rates.threads);
+    let mut text =
+        format!("{} on {} thread{}\n", rates.isa, rates.threads, if rates.threads == 1 { "" } else { "s" });
     text += "  memory            bytes    latency ns   read GB/s   copy GB/s\n";
     for (level, (read, copy)) in levels.iter().zip(&rates.levels) {
         let (name, bytes, latency) = (&level.name, level.bytes, level.latency_s * 1e9);
@@ -127,12 +130,12 @@ fn fit_profile(args: &CalibrateArgs, name: &str) -> Result<String, Failure> {
 
 fn report(fit: &Fit) -> String {
     let held = match fit.validation {
-        Validation::HeldOut => "a third of the shapes held out",
-        Validation::LeaveOneShapeOut => "each shape by a fit to the others",
+        Validation::HeldOut => "errors for the third of the shapes that was held out",
+        Validation::LeaveOneShapeOut => "errors for each shape, fitted to the others",
     };
     let (op, formats) = (fit.op.name(), fit.formats);
     let mut text = format!(
-        "{op}, {} x {}: fitted to {} points; errors with {held}\n",
+        "{op}, {} x {}: fitted to {} points; {held}\n",
         formats.activations, formats.weights, fit.fitted
     );
     for (key, value) in &fit.constants {

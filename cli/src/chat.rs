@@ -17,29 +17,30 @@ use super::{Failure, ModelArgs, SamplerArgs, interrupt, limit, print, read_text,
 pub struct ChatArgs {
     #[command(flatten)]
     model: ModelArgs,
-    /// What the model is told first.
+    /// System message.
     #[arg(long, value_name = "TEXT")]
     system: Option<String>,
-    /// A Jinja template to use instead of the model file's.
+    /// Jinja chat template [default: the model's].
     #[arg(long, value_name = "FILE")]
     template: Option<PathBuf>,
-    /// Most tokens of an answer; -1: no limit.
+    /// Maximum number of tokens per answer; -1: no limit.
     #[arg(short, value_name = "N", default_value = "2048", value_parser = limit, allow_negative_numbers = true)]
     n: u32,
-    /// When the context is full, forget the oldest turns, but not --system; without it, the newest message is dropped.
+    /// When the context is full, drop the oldest turns (never --system) instead of the newest message.
     #[arg(long)]
     drop_oldest: bool,
     #[command(flatten)]
     sampler: SamplerArgs,
-    /// Most prompt tokens of one step.
+    /// Prefill batch size in tokens.
     #[arg(long, value_name = "N", default_value_t = 512)]
     batch: u32,
-    /// No timings after answers.
+    /// Do not print timings.
     #[arg(short, long)]
     quiet: bool,
 }
 
-/// Each line of stdin is a message; answers go to stdout. A message that has no answer is dropped, and the chat goes on.
+/// Reads each line of stdin as a message and prints the answers. Drops a message that cannot be answered, and
+/// continues the chat.
 pub fn chat(args: &ChatArgs) -> Result<(), Failure> {
     let model = args.model.open()?;
     let tokenizer = tokenizer(&model)?;
@@ -49,7 +50,7 @@ pub fn chat(args: &ChatArgs) -> Result<(), Failure> {
             "this model file has no chat template (tokenizer.chat_template): use `halite run`, or pass one with --template",
         )?,
     };
-    // The next prompt may have the last answer in another form, as without its thoughts.
+    // The next prompt may render the last answer differently, for instance without its reasoning.
     let session_options = SessionOptions { rewind: args.n, ..args.model.options(args.batch, 1) };
     let mut session = args.model.session(&model, &session_options)?;
     let options = GenerateOptions {
@@ -73,16 +74,16 @@ pub fn chat(args: &ChatArgs) -> Result<(), Failure> {
         }
         let mut drop_message = |why: &dyn std::fmt::Display| {
             dropped += 1;
-            say(&format!("halite: {why}; this message is dropped"));
+            say(&format!("halite: message dropped: {why}"));
         };
         if line.len() as u64 == MAX_LINE && !line.ends_with(b"\n") {
-            // The rest of the line is no message of its own.
+            // The rest of the line is not a message of its own.
             stdin.skip_until(b'\n')?;
-            drop_message(&format!("a line is longer than {MAX_LINE} bytes"));
+            drop_message(&format!("the line is longer than {MAX_LINE} bytes"));
             continue;
         }
         let Ok(text) = std::str::from_utf8(&line) else {
-            drop_message(&"a line is not UTF-8");
+            drop_message(&"the line is not UTF-8");
             continue;
         };
         let text = text.trim_end_matches(['\n', '\r']);
@@ -90,7 +91,7 @@ pub fn chat(args: &ChatArgs) -> Result<(), Failure> {
             continue;
         }
         messages.push(Message::new("user", &tokenizer.quote(text)));
-        // With room for an answer, unless the context is small.
+        // Leave room for an answer: all of -n, or a quarter of a small context.
         let room = args.n.min(session.positions() / 4);
         let most = session.positions().saturating_sub(room) as usize;
         let prompt = loop {
@@ -99,7 +100,7 @@ pub fn chat(args: &ChatArgs) -> Result<(), Failure> {
             if !(args.drop_oldest && full && forget_oldest(&mut messages)) {
                 break prompt;
             }
-            say("halite: the context is full: the oldest turn is forgotten");
+            say("halite: the context is full: the oldest turn was dropped");
         };
         let prompt = match prompt {
             Ok(prompt) => prompt,
@@ -109,7 +110,7 @@ pub fn chat(args: &ChatArgs) -> Result<(), Failure> {
                 continue;
             }
         };
-        // Ctrl-C ends an answer; before one, the command.
+        // Ctrl-C during an answer ends the answer, and otherwise the command.
         let work = interrupt::Work::new(session.cancel_handle());
         let mut written = Ok(());
         let generation =
@@ -121,7 +122,7 @@ pub fn chat(args: &ChatArgs) -> Result<(), Failure> {
         written?;
         let generation = match generation {
             Ok(generation) => generation,
-            // The message's fault, not the session's.
+            // The message is at fault, not the session.
             Err(error @ (Error::ContextFull { .. } | Error::Argument { .. })) => {
                 messages.pop();
                 drop_message(&format!("{error}{}", hint(&error)));
@@ -152,24 +153,26 @@ pub fn chat(args: &ChatArgs) -> Result<(), Failure> {
             }
         }
     }
-    // A terminal's user saw it happen.
+    // At a terminal, the user has seen each message already.
     match dropped {
-        1.. if !interactive => Err(format!("messages that were dropped: {dropped}").into()),
+        1.. if !interactive => {
+            Err(format!("{dropped} message{} dropped", if dropped == 1 { " was" } else { "s were" }).into())
+        }
         _ => Ok(()),
     }
 }
 
-/// Most bytes of a message.
+/// Maximum bytes of a message.
 const MAX_LINE: u64 = 16 << 20;
 
-/// What to do about a full context.
+/// The hint when the context is full.
 const FULL: &str = " (see --ctx and --drop-oldest)";
 
 fn hint(error: &Error) -> &'static str {
     if matches!(error, Error::ContextFull { .. }) { FULL } else { "" }
 }
 
-/// Removes the oldest message after the system's and what answers it; not the newest message.
+/// Removes the oldest turn (a message and its answer) after the system message. Keeps the newest message.
 fn forget_oldest(messages: &mut Vec<Message>) -> bool {
     let first = usize::from(messages.first().is_some_and(|message| message.role == "system"));
     if messages.len() <= first + 1 {

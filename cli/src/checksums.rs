@@ -1,5 +1,5 @@
-//! Checksums of a model's files, in the form of `sha256sum`: who has them from a source that is trusted need
-//! not trust where the files come from.
+//! SHA-256 checksums of a model's files, in the format of `sha256sum`. A list from a trusted source makes files
+//! from an untrusted source safe to identify.
 
 use std::ffi::OsStr;
 use std::fmt::Write;
@@ -12,12 +12,12 @@ use sha2::{Digest, Sha256};
 
 use super::{Failure, interrupt, progress};
 
-/// Most bytes of a list of checksums.
+/// Maximum bytes of a list of checksums.
 const MAX_BYTES: u64 = 1 << 20;
-/// Bytes that are hashed before the bar moves.
+/// Bytes hashed between updates of the progress bar.
 const STEP: usize = 1 << 24;
 
-/// The SHA-256 of each file, with its name without folders.
+/// The name without folders and the SHA-256 of each file.
 fn hashes<'g>(gguf: &'g Gguf) -> Vec<(&'g OsStr, String)> {
     let sources: Vec<&'g Source> = gguf.parts().map(|(source, _)| &**source).collect();
     let total = sources.iter().map(|source| source.bytes().len() as u64).sum();
@@ -45,19 +45,19 @@ pub fn write(gguf: &Gguf, path: &Path) -> Result<(), Failure> {
     for (name, hash) in hashes(gguf) {
         let name = name.as_encoded_bytes();
         if name.iter().any(|byte| matches!(byte, b'\\' | b'\n' | b'\r')) {
-            return Err("--checksums: a file name with a line break or a backslash".into());
+            return Err("--checksums: a file name contains a line break or a backslash".into());
         }
         text.extend([hash.as_bytes(), b"  ", name, b"\n"].concat());
     }
     interrupt::write(path, Replace::Nothing, &[], &text)
 }
 
-/// Refuses a model of which a file is not in the list, or is another.
+/// Fails if a file of the model is not in the list, or has another hash.
 pub fn check(gguf: &Gguf, path: &Path) -> Result<(), Failure> {
     let text = map::read(path, MAX_BYTES)?;
     let listed = |name: &OsStr| {
         let mut lines = text.split(|byte| *byte == b'\n');
-        // Two spaces, or a space and a star for a file that was read as it is.
+        // Two spaces, or a space and a star (sha256sum's binary mode).
         lines.find_map(|line| match line.split_at_checked(64)? {
             (hash, [b' ', b' ' | b'*', rest @ ..]) if rest == name.as_encoded_bytes() => Some(hash),
             _ => None,
@@ -70,7 +70,7 @@ pub fn check(gguf: &Gguf, path: &Path) -> Result<(), Failure> {
         };
         if !expected.eq_ignore_ascii_case(got.as_bytes()) {
             let expected = String::from_utf8_lossy(expected);
-            return Err(format!("{shown}: expected SHA-256 {expected}, got {got}: it is another file").into());
+            return Err(format!("{shown}: expected SHA-256 {expected}, got {got}").into());
         }
     }
     Ok(())

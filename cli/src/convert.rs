@@ -12,11 +12,11 @@ use super::{Failure, progress, synth, warn};
 
 #[derive(Args)]
 pub struct ConvertArgs {
-    /// A folder with config.json, safetensors and a vocabulary.
+    /// Folder with config.json, safetensors and a vocabulary.
     folder: PathBuf,
-    /// The GGUF file to write; it must not exist yet.
+    /// GGUF file to write; it must not exist yet.
     out: PathBuf,
-    /// How matrices are stored, such as f32 or q8_0.
+    /// Format of matrices, such as f32 or q8_0.
     #[arg(long, default_value = "f16", value_parser = synth::format)]
     format: Format,
 }

@@ -1,4 +1,4 @@
-//! `--backend` and the options of backends, as arguments: all from the table of drivers.
+//! The arguments `--backend` and the options of backends, from the table of drivers.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
@@ -10,7 +10,7 @@ use halite::backend::driver::{self, Driver, DriverOption, Options, Value};
 
 use super::Failure;
 
-/// The table of drivers: what [`super::main`] was given.
+/// The table of drivers that was passed to [`super::main`].
 static DRIVERS: OnceLock<Vec<Driver>> = OnceLock::new();
 
 /// Sets the table of drivers, once.
@@ -23,7 +23,7 @@ pub fn drivers() -> &'static [Driver] {
     DRIVERS.get().map_or(&[], Vec::as_slice)
 }
 
-/// Which backend, and its options.
+/// A backend and its options.
 #[derive(Clone, Default)]
 pub struct DeviceArgs {
     backend: String,
@@ -36,7 +36,7 @@ impl DeviceArgs {
         DeviceArgs { backend: name.into(), options: Options::default() }
     }
 
-    /// The same on so many threads; 0 leaves the choice to the backend.
+    /// The same with `threads` threads; 0 leaves the choice to the backend.
     pub fn on_threads(&self, threads: usize) -> DeviceArgs {
         let mut args = self.clone();
         if threads > 0 {
@@ -49,19 +49,19 @@ impl DeviceArgs {
         Ok(driver::open(drivers(), &self.backend, &self.options)?)
     }
 
-    /// What it is called on the command line.
+    /// The backend's name on the command line.
     pub fn name(&self) -> &str {
         &self.backend
     }
 
-    /// The file that the backend reads, if its name says one.
+    /// The file in the backend's name, if there is one.
     pub fn file(&self) -> Option<&Path> {
         let (driver, argument) = driver::find(drivers(), &self.backend).ok()?;
         driver.argument.filter(|it| it.is_file && !argument.is_empty()).map(|_| Path::new(argument))
     }
 }
 
-/// What the options of all drivers are, each once.
+/// The options of all drivers, without duplicates.
 fn options() -> Vec<DriverOption> {
     let mut all: Vec<DriverOption> = Vec::new();
     for option in drivers().iter().flat_map(|driver| driver.options) {
@@ -72,7 +72,7 @@ fn options() -> Vec<DriverOption> {
     all
 }
 
-/// A driver's option among all arguments of a command.
+/// The id of a driver's option among all arguments of a command.
 fn id(option: &DriverOption) -> String {
     format!("backend.{}", option.name)
 }
@@ -108,7 +108,7 @@ impl Args for DeviceArgs {
             Some(first) => backend.default_value(first.name),
             None => backend.required(true),
         };
-        // A command may have an option of its own of the same name.
+        // Skip options whose name the command uses itself.
         let taken = |command: &Command, name| command.get_arguments().any(|a| a.get_long() == Some(name));
         options().iter().fold(command.arg(backend), |command, option| match taken(&command, option.name) {
             true => command,
@@ -134,7 +134,7 @@ impl FromArgMatches for DeviceArgs {
         }
         for option in options() {
             let id = id(&option);
-            // Of a command that has an option of its own, nothing is known.
+            // The option is unknown if the command has one of the same name.
             let Ok(Some(mut raw)) = matches.try_get_raw(&id) else { continue };
             if matches.value_source(&id) == Some(ValueSource::CommandLine) {
                 self.options.set(option.name, raw.next().unwrap_or_default());

@@ -11,29 +11,29 @@ use super::{Failure, open_model, print, progress, read_text, tokenizer};
 
 #[derive(Args)]
 pub struct EmbedArgs {
-    /// The texts.
+    /// Texts.
     texts: Vec<String>,
-    /// The encoder, a GGUF file.
+    /// GGUF file of the encoder.
     #[arg(short, long, value_name = "FILE")]
     model: PathBuf,
     #[command(flatten)]
     device: DeviceArgs,
-    /// Read texts from a file (- for stdin), one a line.
+    /// Read texts from a file (- for stdin), one per line.
     #[arg(short, long, value_name = "FILE")]
     file: Option<PathBuf>,
-    /// How the vectors of a text's tokens become one [default: as the model says].
+    /// Pooling of token vectors [default: the model's].
     #[arg(long, value_name = "HOW")]
     pooling: Option<PoolingArg>,
-    /// Leave vectors as long as they are.
+    /// Do not normalise vectors to unit length.
     #[arg(long)]
     no_normalize: bool,
-    /// Cut texts that are too long, instead of refusing them.
+    /// Truncate texts that are too long instead of failing.
     #[arg(long)]
     truncate: bool,
-    /// Most tokens of a step, and of a text.
+    /// Maximum tokens of a step, and so of a text.
     #[arg(long, value_name = "N", default_value_t = 512)]
     batch: u32,
-    /// Print the cosines between all texts instead of their vectors.
+    /// Print cosine similarities instead of vectors.
     #[arg(long)]
     compare: bool,
 }
@@ -61,7 +61,7 @@ pub fn embed(args: &EmbedArgs) -> Result<(), Failure> {
         PoolingArg::Last => Pooling::Last,
     });
     if args.compare && matches!(args.pooling, Some(PoolingArg::None)) {
-        return Err("--compare: needs one vector a text, not --pooling none".into());
+        return Err("--compare: needs one vector per text, so --pooling none does not work".into());
     }
     let model = open_model(Some(&args.model))?;
     let tokenizer = tokenizer(&model)?;
@@ -85,12 +85,12 @@ pub fn embed(args: &EmbedArgs) -> Result<(), Failure> {
     print(&format!("{report}\n"))
 }
 
-/// The number with the fewest digits that is read back as the same f32.
+/// The shortest decimal number that is read back as the same f32.
 fn shortest(x: &f32) -> Option<f64> {
     x.to_string().parse().ok()
 }
 
-/// Cosines, one row a text.
+/// Formats the cosine similarities, one row per text.
 fn matrix(texts: &[String], vectors: &[Vec<f32>]) -> String {
     let row = |(a, text): (&Vec<f32>, &String)| {
         let cosines: String = vectors.iter().map(|b| format!("{:8.4}", cosine(a, b))).collect();

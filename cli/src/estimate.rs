@@ -1,4 +1,4 @@
-//! `halite estimate`: what serving a model on a chip takes, from shapes alone.
+//! `halite estimate`: predicts time, energy and cost of serving a model on a chip, from shapes alone.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -20,49 +20,50 @@ use serde_json::{Value, json};
 
 use super::{Failure, KvFormat, bytes, interrupt, plain, plain_json, print};
 
-/// One column for each profile. Nothing is computed and no weights are read: a model may be larger than this machine.
+/// Prints one column per profile. No weights are read and nothing is computed, so the model may be larger than
+/// this machine.
 #[derive(Args)]
 pub struct EstimateArgs {
-    /// A GGUF file, or a shape of `halite synth`.
+    /// GGUF file, or a shape of `halite synth`.
     #[arg(short, long, value_name = "FILE|SHAPE")]
     model: PathBuf,
-    /// Profiles of chips, shipped ones or TOML files.
+    /// Chip profiles: names or TOML files, comma-separated.
     #[arg(short, long, value_name = "FILE|NAME,…", value_delimiter = ',', required = true)]
     profile: Vec<String>,
-    /// How a shape's weights are stored.
+    /// Weight format of a shape.
     #[arg(long, value_parser = super::synth::format, default_value = "q4_0")]
     format: Format,
-    /// The format in which the chip multiplies, one of its profile's [default: the nearest to each weight's].
+    /// Number format of the chip's products [default: nearest to each weight's format].
     #[arg(long, value_name = "FORMAT")]
     products: Option<String>,
-    /// The format in which the chip keeps activations in device memory between ops.
+    /// Format of activations in device memory between ops.
     #[arg(long, value_name = "FORMAT", default_value = "fp32")]
     activations: String,
-    /// How the KV cache is stored.
+    /// Format of the KV cache.
     #[arg(long, value_name = "FORMAT", default_value = "f16")]
     kv: KvFormat,
-    /// Sequences at a time.
+    /// Batch size.
     #[arg(short, long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=4096))]
     batch: u32,
-    /// Tokens of each prompt.
+    /// Prompt length in tokens.
     #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     prompt: u32,
-    /// Tokens that each sequence generates.
+    /// Generated tokens per sequence.
     #[arg(long, value_name = "N", default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     generate: u32,
-    /// Most prompt tokens of a step.
+    /// Prefill batch size in tokens.
     #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=65_536))]
     chunk: u32,
-    /// List the ops of a prompt's step and of a generating one, the longest first.
+    /// List the ops of a prefill step and a decode step, longest first.
     #[arg(long)]
     ops: bool,
-    /// Write what every engine of some tiles does in a generating step, for Perfetto or chrome://tracing.
+    /// Write a timeline of a decode step for Perfetto or chrome://tracing.
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
-    /// Tiles in the trace.
+    /// Number of tiles in the trace.
     #[arg(long, value_name = "N", default_value_t = 4)]
     trace_tiles: u32,
-    /// Draw all ops under the chip's roofline, as SVG.
+    /// Write a roofline plot as SVG.
     #[arg(long, value_name = "FILE")]
     roofline: Option<PathBuf>,
     /// Print JSON.
@@ -70,7 +71,7 @@ pub struct EstimateArgs {
     json: bool,
 }
 
-/// A model file, or a shape without weights.
+/// Opens a model file, or a shape without weights.
 fn open(args: &EstimateArgs) -> Result<Arc<Model>, Failure> {
     if let Some(shape) = args.model.to_str().and_then(synth::shape) {
         let formats = Formats { weights: args.format, output: args.format };
@@ -89,7 +90,7 @@ fn open(args: &EstimateArgs) -> Result<Arc<Model>, Failure> {
     super::open_model(Some(path))
 }
 
-/// What was asked of one profile.
+/// The estimate of one profile.
 struct Asked {
     profile: Profile,
     estimate: Estimate,
@@ -113,17 +114,17 @@ pub fn run(args: &EstimateArgs) -> Result<(), Failure> {
     if let Some(first) = all.first().filter(|first| drawn && first.profile.driver != Driver::Sim) {
         let (name, driver) = (&first.profile.name, first.profile.driver.name());
         return Err(format!(
-            "--trace, --roofline: expected a simulated chip first, got {name} (driver {driver})"
+            "--trace and --roofline need a simulated chip as the first profile, got {name} (driver {driver})"
         )
         .into());
     }
-    // Both before either is written.
+    // Check both before writing either.
     let inputs: Vec<&Path> = args.profile.iter().map(Path::new).chain([args.model.as_path()]).collect();
     for (path, replace) in [(&args.trace, TRACE), (&args.roofline, SVG)] {
         path.iter().try_for_each(|path| output::check(path, replace, &inputs))?;
     }
     if args.trace.is_some() && args.trace == args.roofline {
-        return Err("--trace and --roofline: expected two files, got one name".into());
+        return Err("--trace and --roofline: expected two files, got the same name".into());
     }
     if let (Some(path), Some(first)) = (&args.trace, all.first()) {
         let chip = choices.chip(first.profile.clone())?;
@@ -151,18 +152,18 @@ pub fn run(args: &EstimateArgs) -> Result<(), Failure> {
         text += &explain(asked);
         if args.ops {
             text += &format!(
-                "\n{}, a prompt's step of {} tokens\n{}",
+                "\n{}, prefill step of {} tokens\n{}",
                 asked.profile.name,
                 args.chunk.min(args.prompt),
                 ops(&asked.estimate.prefill)
             );
-            text += &format!("\n{}, a generating step\n{}", asked.profile.name, ops(&asked.estimate.decode));
+            text += &format!("\n{}, decode step\n{}", asked.profile.name, ops(&asked.estimate.decode));
         }
     }
     print(&plain(&text))
 }
 
-/// Three digits and a unit.
+/// Formats seconds with three decimals and a unit.
 fn seconds(s: f64) -> String {
     let (unit, name) = [(1.0, "s"), (1e-3, "ms"), (1e-6, "µs")]
         .into_iter()
@@ -171,23 +172,23 @@ fn seconds(s: f64) -> String {
     format!("{:.3} {name}", s / unit)
 }
 
-/// What a table tells of a profile.
+/// The rows of a profile's column: names and values.
 fn column(asked: &Asked) -> [(&'static str, String); 10] {
     let Asked { profile, estimate: e } = asked;
     let or_dash = |value: Option<f64>, digits: usize| value.map_or("-".into(), |v| format!("{v:.digits$}"));
     let guesses = e.rests_on().get(&Basis::Guess).copied().unwrap_or(0.0);
-    let unknown = if e.unmeasured.is_empty() { "uncalibrated" } else { "other formats, unknown" };
+    let unknown = if e.unmeasured.is_empty() { "uncalibrated" } else { "unknown (formats not measured)" };
     let fits = if e.fits() { "" } else { ", DOES NOT FIT" };
     [
         ("", profile.name.clone()),
         ("time to first token", seconds(e.first_token_s)),
-        ("generating step", seconds(e.step_s)),
+        ("decode step", seconds(e.step_s)),
         ("tokens/s", format!("{:.1}", e.tokens_per_s)),
-        ("all", seconds(e.seconds)),
+        ("total time", seconds(e.seconds)),
         ("J/token, uncalibrated", or_dash(e.joules_per_token, 3)),
         ("USD/million tokens", or_dash(e.usd_per_million_tokens, 2)),
         ("memory", format!("{} of {}{fits}", bytes(e.need_bytes), bytes(e.have_bytes))),
-        ("rests on guesses", format!("{:.0} %", 100.0 * guesses)),
+        ("share of guesses", format!("{:.0} %", 100.0 * guesses)),
         ("error", e.error.map_or(unknown.into(), |e| format!("products ± {:.1} %", 100.0 * e))),
     ]
 }
@@ -206,7 +207,7 @@ fn table(all: &[Asked]) -> String {
     text
 }
 
-/// What limits a chip, and which of its numbers matter.
+/// Reports how busy a chip's units are, and how sensitive the time is to its numbers.
 fn explain(asked: &Asked) -> String {
     let Asked { profile, estimate } = asked;
     let busy: Vec<_> = estimate
@@ -223,7 +224,7 @@ fn explain(asked: &Asked) -> String {
         .collect();
     let unmeasured: Vec<_> = estimate.unmeasured.iter().map(|line| format!("  {line}\n")).collect();
     format!(
-        "\n{}\n{}  of a generating step busy: {}\n  time changes by\n{}",
+        "\n{}\n{}  busy in a decode step: {}\n  sensitivity of the time\n{}",
         profile.name,
         unmeasured.concat(),
         busy.join(", "),
@@ -303,11 +304,12 @@ fn as_json(asked: &Asked) -> Value {
     })
 }
 
-/// What a plot and a trace may replace.
+/// Files that a plot and a trace may replace.
 const SVG: Replace = Replace::StartingWith(b"<svg", "an SVG drawing");
 const TRACE: Replace = Replace::StartingWith(b"[", "a trace");
 
-/// A trace of a step in the Trace Event Format: a process for the ops, and one for each tile with a thread for each queue.
+/// Writes a trace of a step in the Trace Event Format: one process for the ops, and one per tile with a thread
+/// per queue.
 fn write_trace(
     path: &Path,
     chip: &Chip,

@@ -1,4 +1,4 @@
-//! `halite inspect`: everything from the header alone.
+//! `halite inspect`: describes a model file from its header alone.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -16,36 +16,35 @@ use super::{Failure, bytes, checksums, plain, plain_json, print, progress, warn}
 
 #[derive(Args)]
 pub struct InspectArgs {
-    /// A GGUF file (the first one of a split model).
+    /// GGUF file (first file of a split model).
     file: PathBuf,
-    /// Positions of the KV cache that the estimate is for [default: what a session takes].
+    /// Context size for the memory estimate [default: a session's].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     ctx: Option<u32>,
     /// List every tensor.
     #[arg(long)]
     tensors: bool,
-    /// Read all weights and name the tensors with scales or values that are not finite.
+    /// Read all weights and list tensors with values that are not finite.
     #[arg(long)]
     verify: bool,
-    /// Write the SHA-256 of each of the model's files to a new file, as `sha256sum` does, for
-    /// --verify-on-load.
+    /// Write the SHA-256 of the model's files to a new file, for --verify-on-load.
     #[arg(long, value_name = "FILE")]
     checksums: Option<PathBuf>,
-    /// One JSON object.
+    /// Print JSON.
     #[arg(long)]
     json: bool,
 }
 
-/// What the file would take on one backend, or why it does not run there.
+/// The memory that the file needs on one backend, or why it does not run there.
 struct Estimate {
     backend: String,
     result: Result<halite::session::Footprint, String>,
 }
 
-/// What a model is made for, and the command for it.
+/// The use of a model, and the command for it.
 type Use = (&'static str, &'static str);
-const CHATS: Use = ("chats", "chat");
-const TEXTS: Use = ("continuing texts", "run");
+const CHATS: Use = ("chat", "chat");
+const TEXTS: Use = ("text completion", "run");
 const EMBEDDINGS: Use = ("embeddings", "embed");
 
 pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
@@ -159,13 +158,13 @@ pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
         }
     }
     text += &format!("\ntokenizer: {}\n", tokenizer.unwrap_or_else(|e| e));
-    text += &format!("made for: {}, with `halite {}`\n", made_for.0, made_for.1);
+    text += &format!("use: {} (`halite {}`)\n", made_for.0, made_for.1);
     text += &format!("\nwith a context of {positions}\n");
     for e in &estimates {
         match &e.result {
             Ok(f) => {
                 text += &format!(
-                    "  {:10} runs: weights {}, KV cache {}, scratch {}, outputs {}\n",
+                    "  {:10} supported: weights {}, KV cache {}, scratch {}, outputs {}\n",
                     e.backend,
                     bytes(f.weight_bytes),
                     bytes(f.kv_bytes),
@@ -173,7 +172,7 @@ pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
                     bytes(f.io_bytes)
                 );
             }
-            Err(why) => text += &format!("  {:10} does not run: {why}\n", e.backend),
+            Err(why) => text += &format!("  {:10} not supported: {why}\n", e.backend),
         }
     }
     if args.verify {

@@ -1,5 +1,5 @@
-//! Ctrl-C: the first one stops the work that is going on within one op, so that what is done can be shown and saved. Without such
-//! work, or the second time, the command ends at once. Unfinished files are removed in any case.
+//! Ctrl-C. The first one stops the current work within one op, so that the results so far can be shown and saved.
+//! The second one, or one without such work, ends the command at once. Both remove unfinished files.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -10,10 +10,10 @@ use halite::output::{Output, Replace};
 
 use super::Failure;
 
-/// The exit code of a command that Ctrl-C ended, as shells have it.
+/// The exit code after Ctrl-C, as in shells.
 pub const EXIT_CODE: u8 = 130;
 
-/// What a command fails with that Ctrl-C ended.
+/// The error of a command that Ctrl-C ended.
 #[derive(Debug, thiserror::Error)]
 #[error("interrupted")]
 pub struct Interrupted;
@@ -22,18 +22,18 @@ struct State {
     /// Work that can be stopped.
     work: Option<Cancel>,
     interrupted: bool,
-    /// Files that are not whole yet.
+    /// Unfinished output files.
     unfinished: Vec<PathBuf>,
 }
 
 static STATE: Mutex<State> = Mutex::new(State { work: None, interrupted: false, unfinished: Vec::new() });
 
-/// Nothing that takes long is done under this lock.
+/// This lock is held only for short operations.
 fn state() -> MutexGuard<'static, State> {
     STATE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Listens to Ctrl-C from now on.
+/// Starts to handle Ctrl-C.
 pub fn listen() -> Result<(), Failure> {
     Ok(ctrlc::set_handler(|| {
         let mut state = state();
@@ -51,7 +51,7 @@ pub fn listen() -> Result<(), Failure> {
     })?)
 }
 
-/// Work that Ctrl-C stops, until this is dropped.
+/// Lets Ctrl-C stop the work of `cancel` until this is dropped.
 pub struct Work(Cancel);
 
 impl Work {
@@ -62,7 +62,7 @@ impl Work {
         Work(cancel)
     }
 
-    /// Whether Ctrl-C came since.
+    /// Whether Ctrl-C was pressed since.
     pub fn interrupted(&self) -> bool {
         state().interrupted
     }
@@ -76,25 +76,25 @@ impl Drop for Work {
     }
 }
 
-/// A file that is removed if Ctrl-C ends the command before it is whole.
+/// An output file, removed if Ctrl-C ends the command before it is complete.
 pub struct File(Output);
 
 impl File {
     pub fn create(target: &Path, replace: Replace, inputs: &[&Path]) -> Result<File, Failure> {
-        // Between the file and its name in the list, Ctrl-C has to wait.
+        // Ctrl-C waits until the new file is in the list.
         let mut state = state();
         let output = Output::create(target, replace, inputs)?;
         state.unfinished.extend(output.temporary().map(Path::to_owned));
         Ok(File(output))
     }
 
-    /// Puts the whole file in its place.
+    /// Moves the complete file to its place.
     pub fn commit(self) -> Result<(), Failure> {
         Ok(self.0.commit()?)
     }
 }
 
-/// Writes a whole file.
+/// Writes a file.
 pub fn write(target: &Path, replace: Replace, inputs: &[&Path], bytes: &[u8]) -> Result<(), Failure> {
     let mut out = File::create(target, replace, inputs)?;
     out.write_all(bytes).map_err(|e| format!("{}: {e}", target.display()))?;

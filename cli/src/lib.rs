@@ -42,7 +42,7 @@ use halite::{Model, Tokenizer};
 
 use device::DeviceArgs;
 
-/// What a command fails with: a message for people.
+/// The error of a command: a message for people.
 type Failure = Box<dyn std::error::Error>;
 
 /// Run language models on CPUs, GPUs and simulated accelerators.
@@ -57,97 +57,97 @@ struct Cli {
 enum Command {
     /// Continue a prompt.
     Run(run::RunArgs),
-    /// Talk with a model, in the format that its chat template gives.
+    /// Chat with a model, using its chat template.
     Chat(chat::ChatArgs),
-    /// Show what is in a model file, whether it runs here, and what it will take.
+    /// Show a model file's contents, whether it runs here, and the memory it needs.
     Inspect(inspect::InspectArgs),
-    /// List backends.
+    /// List backends, GPUs and simulated chips.
     Devices,
     /// Turn text into token ids, or back with --decode.
     Tokenize(tools::TokenizeArgs),
-    /// Write the logits of every position to a file.
+    /// Run tokens and write the logits of every position to a file.
     Logits(tools::LogitsArgs),
     /// Measure how well a model predicts a text.
     Perplexity(tools::PerplexityArgs),
-    /// Time prompts and generation.
+    /// Benchmark prefill and decode.
     Bench(bench::BenchArgs),
-    /// Write a model file of a named shape with random weights, to time a device on.
+    /// Write a GGUF file of a known model's shape with random weights, for benchmarks.
     Synth(synth::SynthArgs),
-    /// Turn texts into vectors, with an encoder.
+    /// Compute text embeddings with an encoder model.
     Embed(embed::EmbedArgs),
-    /// Write a folder of safetensors as a GGUF file.
+    /// Convert a Hugging Face model folder to GGUF.
     Convert(convert::ConvertArgs),
-    /// Interleave a model's rows for the fastest kernels; the copy is read in place as well.
+    /// Rewrite a model with interleaved rows, which decode faster.
     Pack(pack::PackArgs),
-    /// Check a chip's profile, and print its rates.
+    /// Check a chip's profile and print its rates.
     #[cfg(feature = "sim")]
     Profile(profile::ProfileArgs),
-    /// Predict what serving a model on a simulated chip takes.
+    /// Predict time, energy and cost of serving a model on a chip.
     #[cfg(feature = "sim")]
     Estimate(estimate::EstimateArgs),
-    /// Measure this machine's memory and kernels, or fit a chip's timing model to measured kernels.
+    /// Measure this machine's memory and kernels, or fit a chip's timing model to measured kernels (--fit).
     #[cfg(feature = "sim")]
     Calibrate(calibrate::CalibrateArgs),
-    /// Check every kernel of a backend against the reference.
+    /// Run the conformance tests of a backend against the reference.
     Conform(tools::ConformArgs),
 }
 
-/// Which model, and on what.
+/// The model and the backend of a command.
 #[derive(Args, Clone)]
 struct ModelArgs {
-    /// A GGUF file (the first one of a split model); without it, the small model that is built in.
+    /// GGUF file (first file of a split model) [default: the built-in model].
     #[arg(short, long, value_name = "FILE")]
     model: Option<PathBuf>,
-    /// Refuse the model if the SHA-256 of one of its files, an adapter or a draft is not the one in this list
-    /// of `sha256sum` or of `inspect --checksums`.
+    /// Check the SHA-256 of all model, adapter and draft files against this list (`sha256sum` format); fail on
+    /// a mismatch.
     #[arg(long, value_name = "FILE")]
     verify_on_load: Option<PathBuf>,
     #[command(flatten)]
     device: DeviceArgs,
-    /// A low-rank adapter of the model, and a factor on it; may be given several times.
+    /// LoRA adapter (GGUF) with an optional scale; may be repeated.
     #[arg(long, value_name = "FILE[:SCALE]")]
     lora: Vec<OsString>,
-    /// Positions of the KV cache [default: what the model was trained for, at most 4096].
+    /// Context size in tokens [default: the model's, at most 4096].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     ctx: Option<u32>,
-    /// How the KV cache is stored.
+    /// Format of the KV cache.
     #[arg(long, value_name = "FORMAT", default_value = "f16")]
     kv: KvFormat,
 }
 
-/// How tokens are chosen.
+/// The sampler's options.
 #[derive(Args, Clone)]
 struct SamplerArgs {
     /// Sampling temperature; 0 always takes the most likely token.
     #[arg(long, default_value_t = 0.8)]
     temp: f32,
-    /// Choose among this many of the most likely tokens; 0 or -1: all.
+    /// Sample from the N most likely tokens; 0 or -1: all.
     #[arg(long, value_name = "N", default_value = "40", value_parser = top_k, allow_negative_numbers = true)]
     top_k: usize,
-    /// Choose among the most likely tokens up to this probability.
+    /// Sample from the smallest set of most likely tokens whose probabilities sum to P.
     #[arg(long, value_name = "P", default_value_t = 0.95)]
     top_p: f32,
-    /// Choose among tokens at least this likely relative to the first.
+    /// Drop tokens less likely than P times the most likely one.
     #[arg(long, value_name = "P", default_value_t = 0.05)]
     min_p: f32,
-    /// Divides the logits of recent tokens; 1: off.
+    /// Divide positive and multiply negative logits of recent tokens by X; 1: off.
     #[arg(long, value_name = "X", default_value_t = 1.0)]
     repeat_penalty: f32,
-    /// Taken off a recent token's logit for each time it occurred.
+    /// Subtract X from a token's logit for each recent occurrence.
     #[arg(long, value_name = "X", default_value_t = 0.0)]
     frequency_penalty: f32,
-    /// Taken off a recent token's logit.
+    /// Subtract X from the logit of every recent token.
     #[arg(long, value_name = "X", default_value_t = 0.0)]
     presence_penalty: f32,
-    /// How many tokens count as recent.
+    /// Number of tokens that the penalties look back.
     #[arg(long, value_name = "N", default_value_t = 64)]
     penalty_window: usize,
-    /// Seed of the draws; -1: a random one, which is printed.
+    /// Sampler seed; -1: random, and printed.
     #[arg(long, value_name = "N", default_value = "0", value_parser = seed, allow_negative_numbers = true)]
     seed: u64,
 }
 
-/// A number, or what -1 stands for.
+/// Parses a number; -1 stands for `stands_for()`.
 fn or_minus_one<T: std::str::FromStr>(text: &str, stands_for: impl FnOnce() -> T) -> Result<T, String> {
     match text {
         "-1" => Ok(stands_for()),
@@ -155,7 +155,7 @@ fn or_minus_one<T: std::str::FromStr>(text: &str, stands_for: impl FnOnce() -> T
     }
 }
 
-/// A number of tokens to choose among, or -1 for all.
+/// A number of most likely tokens, or -1 for all.
 fn top_k(text: &str) -> Result<usize, String> {
     or_minus_one(text, || 0)
 }
@@ -165,10 +165,10 @@ fn limit(text: &str) -> Result<u32, String> {
     or_minus_one(text, || u32::MAX)
 }
 
-/// A seed, or -1 for one that nobody knows before.
+/// A seed, or -1 for a random one.
 fn seed(text: &str) -> Result<u64, String> {
     or_minus_one(text, || {
-        // The standard library seeds its hashers at random. Few digits, so that a person can type them.
+        // The standard library seeds its hashers at random. Few digits: a person may type the seed again.
         let random = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), 0) >> 32;
         say(&format!("seed {random}"));
         random
@@ -213,12 +213,12 @@ impl KvFormat {
     }
 }
 
-/// The model of a file, or the one that is built in.
+/// Opens the model of a file, or the built-in one.
 fn open_model(path: Option<&Path>) -> Result<Arc<Model>, Failure> {
     open_adapted(path, &[])
 }
 
-/// The same with adapters, each `FILE` or `FILE:SCALE`.
+/// As [`open_model`], with adapters, each `FILE` or `FILE:SCALE`.
 fn open_adapted(path: Option<&Path>, adapters: &[OsString]) -> Result<Arc<Model>, Failure> {
     let mut model = match path {
         Some(path) => Model::open(path)?,
@@ -232,7 +232,7 @@ fn open_adapted(path: Option<&Path>, adapters: &[OsString]) -> Result<Arc<Model>
     Ok(Arc::new(model))
 }
 
-/// The file of an adapter and the factor on it, of `FILE` or `FILE:SCALE`.
+/// Splits `FILE` or `FILE:SCALE` into an adapter's file and scale.
 fn scaled(adapter: &OsStr) -> (&OsStr, f32) {
     let scaled = adapter.to_str().and_then(|text| text.rsplit_once(':'));
     let scaled = scaled.and_then(|(file, scale)| Some((OsStr::new(file), scale.parse().ok()?)));
@@ -248,7 +248,7 @@ impl ModelArgs {
         Ok(model)
     }
 
-    /// The files that are read.
+    /// The input files.
     fn inputs(&self) -> Vec<&Path> {
         let adapters = self.lora.iter().map(|adapter| Path::new(scaled(adapter).0));
         let list = self.verify_on_load.iter().map(PathBuf::as_path);
@@ -264,7 +264,7 @@ impl ModelArgs {
         SessionOptions { context: self.ctx, batch, outputs, program: self.program(), ..Default::default() }
     }
 
-    /// Opens a session, with a bar where it takes long.
+    /// Opens a session, with a progress bar if it takes long.
     fn session(&self, model: &Arc<Model>, options: &SessionOptions) -> Result<Session, Failure> {
         let backend = self.device.open()?;
         let total = model.gguf().tensors().map(|t| t.record.bytes.len() as u64).sum();
@@ -294,12 +294,12 @@ fn warn(warnings: &[String]) {
     }
 }
 
-/// A text for a terminal: what would steer it is escaped.
+/// Escapes control characters in a text for a terminal.
 fn plain(text: &str) -> String {
     escaped(text, |c| c.escape_default().to_string())
 }
 
-/// JSON for a terminal: serde_json leaves the control characters from U+007F on as they are.
+/// Prints JSON for a terminal: serde_json does not escape the control characters from U+007F on.
 fn plain_json(json: &serde_json::Value) -> String {
     escaped(&format!("{json:#}\n"), |c| format!("\\u{:04x}", u32::from(c)))
 }
@@ -309,7 +309,7 @@ fn escaped(text: &str, escape: impl Fn(char) -> String) -> String {
     text.chars().map(|c| if steers(c) { escape(c) } else { c.into() }).collect()
 }
 
-/// A bar on stderr, drawn only on a terminal and only for work that takes over a second.
+/// A progress bar on stderr, drawn only on a terminal and only for work that takes over a second.
 fn progress(total: u64, what: &'static str) -> indicatif::ProgressBar {
     if !std::io::stderr().is_terminal() {
         return indicatif::ProgressBar::hidden();
@@ -330,10 +330,10 @@ fn progress(total: u64, what: &'static str) -> indicatif::ProgressBar {
     bar
 }
 
-/// Most bytes of a text.
+/// Maximum bytes of a text.
 const MAX_TEXT_BYTES: u64 = 1 << 30;
 
-/// A text file, or stdin for `-`. It may be a pipe, as a shell makes one of a command.
+/// Reads a text file, or stdin for `-`. The file may be a pipe, such as a shell's `<(command)`.
 fn read_text(path: &Path) -> Result<String, Failure> {
     let mut text = String::new();
     let read = if path == Path::new("-") {
@@ -345,28 +345,29 @@ fn read_text(path: &Path) -> Result<String, Failure> {
     if text.len() as u64 > MAX_TEXT_BYTES {
         return Err(format!("{}: expected at most {MAX_TEXT_BYTES} bytes of text", path.display()).into());
     }
-    // A byte order mark says how a file is written, and is no part of its text.
+    // A byte order mark is not part of the text.
     Ok(text.strip_prefix('\u{feff}').map(str::to_owned).unwrap_or(text))
 }
 
-/// Writes to stdout; a reader that went away ends the command quietly.
+/// Writes to stdout; ends the command quietly if the reader closed the pipe.
 fn print(text: &str) -> Result<(), Failure> {
     let mut out = std::io::stdout().lock();
     out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(Into::into)
 }
 
-/// Writes a line to stderr; what would steer a terminal is escaped. If nobody can read it, there is nobody to tell.
+/// Writes a line to stderr, with control characters escaped. Ignores errors: there is no other place to
+/// report them.
 fn say(line: &str) {
     let _ = writeln!(std::io::stderr(), "{}", plain(line));
 }
 
-/// Bytes for people.
+/// Formats a number of bytes for people.
 fn bytes(n: u64) -> String {
     indicatif::BinaryBytes(n).to_string()
 }
 
-/// Runs the command with the arguments of this process. `drivers` are the backends that it offers; without `--backend` it
-/// takes the first.
+/// Runs the command with the arguments of this process. `drivers` are the backends that it offers; the first
+/// one is the default.
 pub fn main(drivers: &[Driver]) -> ExitCode {
     device::set_drivers(drivers);
     #[cfg(unix)]

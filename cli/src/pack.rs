@@ -12,9 +12,9 @@ use super::{Failure, progress};
 
 #[derive(Args)]
 pub struct PackArgs {
-    /// A GGUF file (the first one of a split model).
+    /// GGUF file (first file of a split model).
     file: PathBuf,
-    /// The file to write; it must not exist yet.
+    /// File to write; it must not exist yet.
     out: PathBuf,
 }
 

@@ -6,7 +6,7 @@ use plotters::prelude::*;
 
 use super::Failure;
 
-/// Colours of bounds, told apart by people who do not see all colours too (Okabe & Ito 2008).
+/// Colours of bounds, distinguishable for colour-blind people (Okabe & Ito 2008).
 fn colour(bound: Bound) -> RGBColor {
     match bound {
         Bound::Matrix => RGBColor(0, 114, 178),
@@ -18,8 +18,8 @@ fn colour(bound: Bound) -> RGBColor {
     }
 }
 
-/// Draws the ops of an estimate that multiply: operations a byte against operations a second, under what the chip does at
-/// best. Circles are of a prompt's step, squares of a generating one; each in the colour of what limits it.
+/// Draws a roofline plot: the chip's peaks, and the ops of an estimate that multiply, by operations per byte and
+/// operations per second. Circles are prefill, squares are decode; the colour shows what limits an op.
 pub fn roofline(chip: &Chip, estimate: &Estimate) -> Result<String, Failure> {
     let profile = &chip.profile;
     let bandwidth = chip.device_bytes_per_s();
@@ -42,14 +42,14 @@ pub fn roofline(chip: &Chip, estimate: &Estimate) -> Result<String, Failure> {
     let root = SVGBackend::with_string(&mut svg, (1100, 720)).into_drawing_area();
     root.fill(&WHITE)?;
     let mut chart = ChartBuilder::on(&root)
-        .caption(format!("{}: operations a second", profile.name), ("sans-serif", 24))
+        .caption(format!("{}: operations per second", profile.name), ("sans-serif", 24))
         .margin(16)
         .x_label_area_size(48)
         .y_label_area_size(90)
         .build_cartesian_2d((left..right).log_scale(), (least..2.0 * best).log_scale())?;
     chart
         .configure_mesh()
-        .x_desc("operations for each byte of device memory")
+        .x_desc("operations per byte of device memory")
         .y_desc("operations / s")
         .x_label_formatter(&|x| format!("{x}"))
         .y_label_formatter(&|y| format!("{y:.0e}"))
@@ -76,10 +76,10 @@ pub fn roofline(chip: &Chip, estimate: &Estimate) -> Result<String, Failure> {
         root.draw(&Circle::new((120, y), 5, colour(bound).filled()))?;
         root.draw(&Text::new(bound.name(), (132, y - 7), ("sans-serif", 14)))?;
     }
-    let what = "circles: a prompt's step; squares: a generating step";
+    let what = "circles: prefill, squares: decode";
     root.draw(&Text::new(what, (120, 60 + 18 * bounds.len() as i32), ("sans-serif", 14)))?;
     root.present()?;
-    // What is drawn is in the text once nothing holds on to it.
+    // The text is complete once the drawing area is dropped.
     drop((chart, root));
     Ok(svg)
 }

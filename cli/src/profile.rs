@@ -7,7 +7,7 @@ use super::{Failure, plain, print};
 
 #[derive(Args)]
 pub struct ProfileArgs {
-    /// A shipped profile, or a TOML file; without it, the shipped ones are listed.
+    /// Profile name or TOML file [default: list all profiles].
     #[arg(value_name = "FILE|NAME")]
     profile: Option<String>,
     /// List every number with its basis and source.
@@ -38,7 +38,7 @@ pub fn profile(args: &ProfileArgs) -> Result<(), Failure> {
         scaled(profile.chip.clock_hz.value),
         profile.driver.name()
     );
-    text += "\nmemory             each holds   all read together\n";
+    text += "\nmemory                capacity     total read rate\n";
     for memory in &profile.memory {
         text += &format!(
             "  {:14} {:>12}B {:>16}B/s\n",
@@ -75,13 +75,13 @@ pub fn profile(args: &ProfileArgs) -> Result<(), Failure> {
     print(&plain(&text))
 }
 
-/// Four digits and a decimal prefix.
+/// Formats a number with at most three decimals and a decimal prefix.
 fn scaled(value: f64) -> String {
     let (divisor, prefix) = [(1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")]
         .into_iter()
         .find(|(divisor, _)| value >= *divisor)
         .unwrap_or((1.0, ""));
-    // Through three decimals, so that 0.512 and 1.43 both read as they are written.
+    // At most three decimals, so that 0.512 and 1.43 are printed as the profile has them.
     let digits = format!("{:.3}", value / divisor);
     format!("{} {prefix}", digits.trim_end_matches('0').trim_end_matches('.'))
 }

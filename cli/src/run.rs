@@ -21,68 +21,68 @@ use super::{Failure, ModelArgs, SamplerArgs, bytes, limit, print, read_text, say
 
 #[derive(Args)]
 pub struct RunArgs {
-    /// The text to continue; without it, it is read from --file or stdin.
+    /// Prompt [default: read --file or stdin].
     prompt: Option<String>,
     #[command(flatten)]
     model: ModelArgs,
     /// Read the prompt from a file (- for stdin).
     #[arg(short, long, value_name = "FILE", conflicts_with = "prompt")]
     file: Option<PathBuf>,
-    /// Most tokens to generate; -1: no limit.
+    /// Maximum number of tokens to generate; -1: no limit.
     #[arg(short, value_name = "N", default_value = "128", value_parser = limit, allow_negative_numbers = true)]
     n: u32,
     #[command(flatten)]
     sampler: SamplerArgs,
-    /// Guess up to N tokens by what followed the last few the time before, and check them in one step; the text stays the same.
+    /// Speculative decoding by prompt lookup, up to N tokens per step; the output stays the same.
     #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true, conflicts_with = "draft")]
     lookup: u32,
-    /// Guess tokens with a smaller model of the same vocabulary, and check them in one step; the text stays the same.
+    /// Speculative decoding with this smaller model of the same vocabulary; the output stays the same.
     #[arg(long, value_name = "FILE")]
     draft: Option<PathBuf>,
-    /// Most tokens that the draft model guesses at a time.
+    /// Tokens that the draft model proposes per step.
     #[arg(long, value_name = "N", default_value_t = 4)]
     draft_tokens: u32,
-    /// Go on after the text of a sequence that --save wrote; the prompt may be empty.
+    /// Continue a sequence saved with --save; the prompt may be empty.
     #[arg(long, value_name = "FILE")]
     restore: Option<PathBuf>,
-    /// Write the sequence with its KV cache to a file at the end.
+    /// Save the sequence and its KV cache at the end.
     #[arg(long, value_name = "FILE")]
     save: Option<PathBuf>,
     #[cfg(feature = "constrain")]
     #[command(flatten)]
     rule: RuleArgs,
-    /// Stop before this text; may be given several times.
+    /// Stop when this text appears; may be repeated.
     #[arg(long, value_name = "TEXT")]
     stop: Vec<String>,
-    /// Most prompt tokens of one step.
+    /// Prefill batch size in tokens.
     #[arg(long, value_name = "N", default_value_t = 512)]
     batch: u32,
-    /// Read control tokens written out in the prompt as such.
+    /// Parse control tokens in the prompt, such as <|im_end|>.
     #[arg(long)]
     special: bool,
-    /// Go on after the token that ends a text.
+    /// Ignore end-of-text tokens.
     #[arg(long)]
     ignore_end: bool,
-    /// Print one JSON object at the end instead of text as it appears.
+    /// Print one JSON object at the end instead of streaming text.
     #[arg(long)]
     json: bool,
-    /// No timings at the end.
+    /// Do not print timings.
     #[arg(short, long)]
     quiet: bool,
 }
 
-/// What the output is held to.
+/// The constraint on the output.
 #[cfg(feature = "constrain")]
 #[derive(Args)]
 #[group(multiple = false)]
 struct RuleArgs {
-    /// Generate JSON of the schema in this file.
+    /// Constrain the output to the JSON schema in this file.
     #[arg(long, value_name = "FILE")]
     json_schema: Option<PathBuf>,
-    /// Generate a text that this regular expression matches.
+    /// Constrain the output to this regular expression.
     #[arg(long, value_name = "REGEX")]
     regex: Option<String>,
-    /// Generate a text of the grammar in this file, in GBNF or in llguidance's variant of Lark's syntax.
+    /// Constrain the output to the grammar in this file (GBNF or llguidance's Lark).
     #[arg(long, value_name = "FILE")]
     grammar: Option<PathBuf>,
 }
@@ -122,7 +122,7 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
     let mut drafter: Option<Box<dyn Drafter>> = match &args.draft {
         Some(file) => {
             let draft = ModelArgs { model: Some(file.clone()), ..args.model.clone() };
-            // A draft that is wrong from its first token on is taken back whole.
+            // A draft whose first token is rejected is undone as a whole.
             let options = SessionOptions { rewind: drafts, ..draft.options(args.batch, 1) };
             let draft = draft.session(&draft.open()?, &options)?;
             Some(Box::new(DraftModel::new(draft, &session, drafts as usize)?))
@@ -154,7 +154,7 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
         }
         None => session.add_sequence(),
     };
-    // What continues a text does not begin one.
+    // A prompt that continues a sequence gets no begin-of-text token.
     let encode = EncodeOptions { add_special: tokens.is_empty(), ..options.encode };
     tokens.extend(tokenizer.encode(&prompt, encode));
     #[cfg(feature = "constrain")]
@@ -166,9 +166,9 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
         #[cfg(not(feature = "constrain"))]
         constraint: None,
     };
-    // Ctrl-C ends the generation; what was generated and its timings are still printed, and the sequence is saved.
+    // Ctrl-C ends the generation. The text so far and its timings are still printed, and the sequence is saved.
     let work = interrupt::Work::new(session.cancel_handle());
-    // The prompt comes with the first text: an option or a prompt that is wrong leaves nothing behind.
+    // The prompt is printed with the first text, so a wrong option or prompt prints nothing.
     let mut prompted = args.json;
     let mut show = |text: &str| {
         if !std::mem::replace(&mut prompted, true) {
@@ -187,7 +187,7 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
         let mut text = [&generation.prompt_tokens[..], &generation.tokens].concat();
         text.truncate(session.positions() as usize);
         let done = session.reuse(sequence, &text)?;
-        // The last token was chosen, but not run. What else is missing was interrupted.
+        // The last token was chosen but not run. Ctrl-C may have left out more.
         if text.len() - done <= 1 {
             session.prefill(sequence, &text[done..], Head::Logits)?;
         }
@@ -211,7 +211,7 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
         let caps = session.backend().caps();
         let prefilled = generation.prefill_tokens;
         say(&format!(
-            "\n{} on {} ({})\nload {} · first token {} · prefill {} · decode {} · memory {} + {} weights, {} mapped",
+            "\n{} on {} ({})\nload {} · first token {} · prefill {} · decode {} · memory {} + weights {} ({} mapped)",
             model.name(),
             caps.name,
             caps.device,
@@ -224,9 +224,9 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
             bytes(session.weights().mapped_bytes),
         ));
         if drafter.is_some() {
-            let (drafted, right) = generation.drafted;
+            let (drafted, accepted) = generation.drafted;
             let steps = generation.decode_steps;
-            say(&format!("drafted {drafted} tokens, {right} of them right · {steps} steps"));
+            say(&format!("drafted {drafted} tokens, {accepted} accepted · {steps} steps"));
         }
         if session.last_timing().is_some_and(|timing| timing.clock == Clock::Simulated) {
             let (prefill, decode) = generation.device;
@@ -240,17 +240,15 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
         }
         if args.model.model.is_some() {
             say(match model.gguf().optional_str("tokenizer.chat_template")? {
-                Some(_) => {
-                    "this model is made for chats, and `run` continues texts: `halite chat` has answers"
-                }
-                None => "this model continues texts: it has no chat template, which `halite chat` needs",
+                Some(_) => "note: this is a chat model; use `halite chat` for answers",
+                None => "note: this model has no chat template, so `halite chat` does not work with it",
             });
         }
     }
     if interrupted { Err(Interrupted.into()) } else { Ok(()) }
 }
 
-/// The files that are read, but for the sequence that is restored: it may be saved again in its place.
+/// The input files, except for the restored sequence: --save may replace it.
 fn inputs(args: &RunArgs) -> Vec<&Path> {
     let others = [&args.file, &args.draft];
     let mut inputs = args.model.inputs();

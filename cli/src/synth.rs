@@ -14,15 +14,15 @@ use super::interrupt::File;
 
 #[derive(Args)]
 pub struct SynthArgs {
-    /// Which model's sizes.
+    /// Model shape.
     #[arg(value_parser = PossibleValuesParser::new(synth::SHAPES.iter().map(|shape| shape.name)))]
     shape: String,
-    /// The GGUF file to write; it must not exist yet.
+    /// GGUF file to write; it must not exist yet.
     out: PathBuf,
-    /// How weights are stored, such as q4_0.
+    /// Format of weights, such as q4_0.
     #[arg(long, value_parser = format)]
     format: Format,
-    /// How the output matrix is stored [default: as the other weights].
+    /// Format of the output matrix [default: as --format].
     #[arg(long, value_name = "FORMAT", value_parser = format)]
     output_format: Option<Format>,
     /// Seed of the weights.
@@ -38,7 +38,7 @@ pub fn format(name: &str) -> Result<Format, String> {
 }
 
 pub fn synth(args: &SynthArgs) -> Result<(), Failure> {
-    let shape = synth::shape(&args.shape).ok_or_else(|| format!("shape `{}` is not known", args.shape))?;
+    let shape = synth::shape(&args.shape).ok_or_else(|| format!("unknown shape `{}`", args.shape))?;
     let formats = Formats { weights: args.format, output: args.output_format.unwrap_or(args.format) };
     let file = Synth::new(shape, formats, args.seed)?;
     let io = |source| Error::Io { path: args.out.clone(), source };

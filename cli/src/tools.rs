@@ -1,4 +1,4 @@
-//! The commands for people who build and check: devices, tokenize, logits, perplexity, conform.
+//! Commands for development: devices, tokenize, logits, perplexity, conform.
 
 use std::path::PathBuf;
 
@@ -13,7 +13,7 @@ use halite::tokenizer::EncodeOptions;
 use super::device::{DeviceArgs, drivers};
 use super::{Failure, ModelArgs, bytes, interrupt, plain, print, progress, read_text, tokenizer};
 
-/// The width of the names of devices; longer names have a line of their own.
+/// Column width of device names; longer names get a line of their own.
 const NAME_WIDTH: usize = 10;
 
 pub fn devices() -> Result<(), Failure> {
@@ -25,7 +25,7 @@ pub fn devices() -> Result<(), Failure> {
             }
             text += &listed.device;
             match listed.memory_bytes {
-                Some(u64::MAX) => text += "; memory no limit",
+                Some(u64::MAX) => text += "; memory unlimited",
                 Some(memory) => text += &format!("; memory {}", bytes(memory)),
                 None => {}
             }
@@ -46,17 +46,17 @@ pub fn devices() -> Result<(), Failure> {
 
 #[derive(Args)]
 pub struct TokenizeArgs {
-    /// The text, or the ids to decode (comma- or space-separated).
+    /// Text, or token ids to decode (comma- or space-separated).
     text: String,
     #[command(flatten)]
     model: ModelArgs,
-    /// Decode ids instead.
+    /// Decode token ids to text.
     #[arg(long)]
     decode: bool,
-    /// Leave out the begin- and end-of-text tokens.
+    /// Do not add begin- and end-of-text tokens.
     #[arg(long)]
     no_special: bool,
-    /// Read control tokens written out in the text as such.
+    /// Parse control tokens in the text, such as <|im_end|>.
     #[arg(long)]
     special: bool,
 }
@@ -87,7 +87,7 @@ pub struct LogitsArgs {
     /// Token ids, comma-separated.
     #[arg(long, value_name = "IDS")]
     tokens: String,
-    /// Where the logits go: little-endian f32, [tokens, vocab].
+    /// Output file: little-endian f32, [tokens, vocab].
     #[arg(short, long, value_name = "FILE")]
     out: PathBuf,
 }
@@ -117,7 +117,7 @@ pub fn logits(args: &LogitsArgs) -> Result<(), Failure> {
     file.commit()
 }
 
-/// Rows of logits that take about 64 MiB.
+/// The number of rows of logits that take about 64 MiB.
 fn rows_per_step(vocab: u32) -> u32 {
     ((64 << 20) / (4 * vocab.max(1))).clamp(1, 512)
 }
@@ -126,22 +126,22 @@ fn rows_per_step(vocab: u32) -> u32 {
 pub struct PerplexityArgs {
     #[command(flatten)]
     model: ModelArgs,
-    /// The text.
+    /// Text file.
     #[arg(short, long, value_name = "FILE")]
     file: PathBuf,
-    /// Tokens of a window; the second half of each is scored.
+    /// Window length in tokens; the second half of each window is scored.
     #[arg(long, value_name = "N", default_value_t = 512)]
     window: u32,
-    /// Most tokens of the text to use; 0: all.
+    /// Maximum number of tokens of the text; 0: all.
     #[arg(long, value_name = "N", default_value_t = 0)]
     limit: usize,
-    /// One JSON object.
+    /// Print JSON.
     #[arg(long)]
     json: bool,
 }
 
-/// As llama.cpp's tool of the same name: the text is cut into windows, each begins with the begin-of-text token where the
-/// vocabulary has one, and the second half of each window is scored.
+/// Computes the perplexity as llama.cpp's tool does: cuts the text into windows, begins each with the
+/// begin-of-text token if the vocabulary has one, and scores the second half of each window.
 pub fn perplexity(args: &PerplexityArgs) -> Result<(), Failure> {
     let model = args.model.open()?;
     let tokenizer = tokenizer(&model)?;
@@ -156,7 +156,7 @@ pub fn perplexity(args: &PerplexityArgs) -> Result<(), Failure> {
     }
     if tokens.len() < window {
         return Err(format!(
-            "{}: expected at least the {window} tokens of one window (see --window), got {}",
+            "{}: needs at least {window} tokens (--window), has {}",
             args.file.display(),
             tokens.len()
         )
@@ -210,8 +210,9 @@ pub fn perplexity(args: &PerplexityArgs) -> Result<(), Failure> {
         return print(&format!("{report}\n"));
     }
     print(&format!(
-        "perplexity {perplexity:.4} ± {:.4} over {count} tokens in {windows} windows of {window}\n",
-        deviation * perplexity
+        "perplexity {perplexity:.4} ± {:.4} over {count} tokens in {windows} window{} of {window}\n",
+        deviation * perplexity,
+        if windows == 1 { "" } else { "s" }
     ))
 }
 
@@ -226,21 +227,21 @@ fn cross_entropy(logits: &[f32], target: usize) -> f64 {
 pub struct ConformArgs {
     #[command(flatten)]
     device: DeviceArgs,
-    /// Only cases whose name contains this.
+    /// Run only cases whose name contains this.
     #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
     filter: String,
-    /// Show every case, not only those that do not pass.
+    /// Print every case, not only those that do not pass.
     #[arg(short, long)]
     verbose: bool,
-    /// Print what these backends run as a table, instead.
+    /// Run all cases on these backends and print a support table.
     #[arg(long, value_name = "NAME,…", value_delimiter = ',', conflicts_with_all = ["backend", "filter", "verbose"])]
     table: Vec<String>,
 }
 
-/// A table of ops and formats by backend, from a run of all cases. Fails if any of them does.
+/// Runs all cases and returns a table of ops and formats by backend. Fails if any case fails.
 fn support_table(backends: &[String]) -> Result<String, Failure> {
     let cases = conformance::cases();
-    // Ops, then weight formats, then cache formats: for each backend, how many cases pass, and why others are not run.
+    // Ops, then weight formats, then cache formats. Each cell: the number of passed cases, and the gap, if any.
     let mut groups: Vec<(usize, String)> = Vec::new();
     let mut cells: Vec<Vec<(u32, Option<String>)>> = Vec::new();
     for (column, name) in backends.iter().enumerate() {

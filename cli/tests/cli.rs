@@ -143,7 +143,7 @@ fn estimate_explains_itself() {
         plot.display()
     ));
     for expected in
-        ["time to first token", "rests on guesses", "memory.hbm", "MatMul ffn_down", "uncalibrated"]
+        ["time to first token", "share of guesses", "memory.hbm", "MatMul ffn_down", "uncalibrated"]
     {
         assert!(shown.contains(expected), "{expected}\n{shown}");
     }
@@ -344,7 +344,7 @@ fn a_byte_order_mark_is_no_part_of_a_text() {
 fn chips_without_four_bit_products_are_estimated() {
     let shown = text("estimate -m llama-2-7b -p maia-100,nvidia-h100");
     assert!(shown.contains("weights of Q4_0: products as measured in bf16"), "{shown}");
-    assert!(shown.contains("other formats, unknown"), "{shown}");
+    assert!(shown.contains("unknown (formats not measured)"), "{shown}");
     let shown = text("estimate -m llama-2-7b -p nvidia-h100 --format bf16 --kv q8_0");
     assert!(shown.contains("KV cache of Q8_0: attention as measured in bf16"), "{shown}");
 }

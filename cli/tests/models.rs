@@ -105,7 +105,7 @@ fn a_chat_goes_on() {
     let (success, out, errors) = chat(&["-n", "4"], b"\xff\xfe\nboom\n\nWhy?\n");
     assert_eq!((success, out), (false, alone.1));
     assert!(errors.contains("not UTF-8") && errors.contains(r"no \u{1b}[31m"), "{errors}");
-    assert!(errors.contains("dropped: 2"), "{errors}");
+    assert!(errors.contains("2 messages were dropped"), "{errors}");
     let line = "A line that takes some of the few positions.\n";
     let (success, _, errors) = chat(&["-n", "8", "--ctx", "64"], line.repeat(5).as_bytes());
     assert!(!success && errors.contains("--drop-oldest"), "{errors}");
@@ -116,7 +116,10 @@ fn a_chat_goes_on() {
     // What fits in no way is dropped even then, and only that.
     let text = format!("{}\nWhy?\n", line.trim().repeat(20));
     let (success, out, errors) = chat(&["-n", "4", "--ctx", "64", "--drop-oldest"], text.as_bytes());
-    assert!(!success && errors.contains("context full") && errors.contains("dropped: 1"), "{errors}");
+    assert!(
+        !success && errors.contains("context full") && errors.contains("1 message was dropped"),
+        "{errors}"
+    );
     assert!(!out.is_empty());
     std::fs::remove_file(&template).unwrap();
 }

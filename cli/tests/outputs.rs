@@ -54,17 +54,17 @@ fn inputs_and_files_of_other_kinds_are_never_replaced() {
     std::fs::write(at("notes.txt"), "mine").unwrap();
     std::fs::write(at("s.kv.part"), "mine").unwrap();
     for (args, why) in [
-        ("run -m m.gguf --save m.gguf Once", "m.gguf, which is read"),
+        ("run -m m.gguf --save m.gguf Once", "it is the input m.gguf"),
         ("run --save m.gguf Once", "is not a saved sequence"),
         ("run --save notes.txt Once", "is not a saved sequence"),
         ("run --save . Once", "is a folder"),
         ("logits --tokens 9999 -o notes.txt", "token id: expected below"),
         ("logits --tokens 99,x -o notes.txt", "token id: expected a number"),
-        ("logits -m m.gguf --tokens 1 -o m.gguf", "which is read"),
+        ("logits -m m.gguf --tokens 1 -o m.gguf", "it is the input "),
         ("logits --tokens 1 -o m.gguf", "is a model"),
         ("run --save none/s.kv Once", "there is no folder none"),
         ("logits --tokens 1 -o none/k.bin", "there is no folder none"),
-        ("logits --tokens 1 --verify-on-load notes.txt -o notes.txt", "which is read"),
+        ("logits --tokens 1 --verify-on-load notes.txt -o notes.txt", "it is the input "),
         ("pack m.gguf notes.txt", "exists already"),
         ("pack m.gguf m.gguf", "exists already"),
         ("synth tiny notes.txt --format q8_0", "exists already"),
@@ -124,7 +124,7 @@ fn options_that_are_wrong_leave_stdout_empty() {
         ("run -n -2 Once", "expected a whole number, or -1"),
         ("run --seed -2 Once", "expected a whole number, or -1"),
         ("perplexity --window 1 --file x.txt", "--window: expected at least 2 tokens, got 1"),
-        ("perplexity --file x.txt", "expected at least the 512 tokens of one window"),
+        ("perplexity --file x.txt", "needs at least 512 tokens (--window), has "),
     ] {
         std::fs::write(folder.path().join("x.txt"), "Some words.").unwrap();
         let (_, error) = failure(folder.path(), args);

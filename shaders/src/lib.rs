@@ -1,6 +1,6 @@
-//! Halite's compute shaders, and how they are put together: constants, bindings, libraries, a format, an op.
+//! Halite's compute shaders, and the code that assembles them from constants, bindings, libraries, a format and an op.
 //!
-//! [`FILES`] are the texts. A [`Shader`] is one of them with what it needs, for any API that takes WGSL.
+//! [`FILES`] has the source files. A [`Shader`] is a complete shader, for any API that takes WGSL.
 #![deny(unsafe_code)]
 
 use std::fmt::Write;
@@ -12,22 +12,22 @@ use halite_kernels::formats::{
 };
 use halite_kernels::rows::{Gate, Unary};
 
-/// A buffer that a dispatch sees.
+/// A buffer that a dispatch binds.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Resource {
     /// Bytes of a weight.
     Weight(u32, Range<u64>),
     /// A KV state.
     State(u32),
-    /// What a step reads or writes for its caller.
+    /// An input or output of a step.
     Io(u32),
-    /// A place of the program's scratch tensors.
+    /// A place of scratch tensors.
     Place(usize),
-    /// A buffer that only lowering knows of.
+    /// A buffer that lowering adds.
     Extra(Extra),
-    /// A table that formats look up.
+    /// A lookup table of formats.
     Grid(Grid),
-    /// What a step consists of: its spans, page tables and tokens.
+    /// The description of a step: spans, page tables and tokens.
     Step,
 }
 
@@ -38,23 +38,23 @@ pub enum Extra {
     Codes32,
     /// Activations quantised in blocks of 256.
     Codes256,
-    /// Products of a gate, until the products that it gates are there.
+    /// Products of a gate, until the up products are computed.
     Gates,
     /// Gated products of experts.
     Hidden,
-    /// Products of experts, to be mixed.
+    /// Products of experts, to mix.
     Mixed,
     /// Activations in half precision, by rows.
     Halves,
-    /// The factors that those were multiplied by.
+    /// Scale factors of those activations.
     Factors,
-    /// Results of attention for splits of the cache.
+    /// Partial results of split attention.
     Splits,
-    /// Rows in order of their experts.
+    /// Rows sorted by expert.
     Order,
-    /// The largest elements of pieces of rows.
+    /// The largest elements of parts of rows.
     Ranked,
-    /// The largest of those.
+    /// The largest elements of those parts.
     Reranked,
 }
 
@@ -75,21 +75,20 @@ impl Extra {
     ];
 }
 
-/// Which of an adapter's abilities shaders use. Each path can be switched off, so that the others are tested as well.
+/// The adapter's features that shaders use. Each can be switched off, to test the other paths.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Paths {
     /// Reductions within subgroups.
     pub subgroups: bool,
-    /// Products of quantised weights in integers, by `dot4I8Packed`; else in floats.
+    /// Integer products of quantised weights, by `dot4I8Packed`; else float products.
     pub integer: bool,
-    /// Halves in memory as such; else two to a word.
+    /// f16 storage; without it, two values share a u32.
     pub f16: bool,
-    /// Products of quantised weights with many activations by matrices of so many rows and columns, which a subgroup has
-    /// together.
+    /// Cooperative-matrix products, with the size of a subgroup's matrix.
     pub cooperative: Option<Cooperative>,
 }
 
-/// What an adapter's matrix units multiply: matrices of halves with as many rows as columns, to sums in floats.
+/// Shapes that an adapter's matrix units multiply: square f16 matrices with f32 sums.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Cooperative {
     /// Rows and columns of the matrices.
@@ -100,7 +99,7 @@ pub struct Cooperative {
 
 macro_rules! files {
     ($($name:literal)*) => {
-        /// All files of WGSL, by name: the path without its ending.
+        /// All WGSL files, by name: the path without the extension.
         pub static FILES: &[(&str, &str)] = &[$(($name, include_str!(concat!("../", $name, ".wgsl")))),*];
     };
 }
@@ -216,7 +215,7 @@ files! {
     "top_k"
 }
 
-/// The text of a file by name, if there is one.
+/// Returns the text of a file by name, if it exists.
 pub const fn file(name: &str) -> Option<&'static str> {
     let mut i = 0;
     while i < FILES.len() {
@@ -228,7 +227,7 @@ pub const fn file(name: &str) -> Option<&'static str> {
     None
 }
 
-/// `a == b`, which is not to be had in constants.
+/// `a == b` for constants, where the operator is not available.
 const fn same(a: &[u8], b: &[u8]) -> bool {
     let mut i = 0;
     while i < a.len() && i < b.len() && a[i] == b[i] {
@@ -237,7 +236,7 @@ const fn same(a: &[u8], b: &[u8]) -> bool {
     i == a.len() && i == b.len()
 }
 
-/// The text of a file by name. One that is not there is an error of the compiler.
+/// The text of a file by name. A missing file is a compile error.
 #[macro_export]
 macro_rules! wgsl {
     ($name:literal) => {
@@ -245,17 +244,17 @@ macro_rules! wgsl {
     };
 }
 
-/// Invocations of a workgroup, where a shader does not say otherwise.
+/// Default number of invocations per workgroup.
 pub const WORKGROUP: u32 = 64;
 
-/// A shader while it is put together: its text, and what its bindings are.
+/// A shader under construction: its text and its bindings.
 #[derive(Debug, Clone)]
 pub struct Shader {
-    /// Its name, for people.
+    /// Name, for people.
     pub name: &'static str,
     declarations: String,
     body: String,
-    /// What each binding is, and whether it is written.
+    /// The buffer of each binding, and whether the shader writes it.
     pub bindings: Vec<(Resource, bool)>,
     paths: Paths,
     workgroup: u32,
@@ -283,7 +282,7 @@ impl Shader {
         self
     }
 
-    /// Multiplies matrices that eight subgroups have: `Left` by `Right` to `Sums`, of `SIDE` rows and columns.
+    /// Declares cooperative matrices of eight subgroups: `Left` times `Right` gives `Sums`, of `SIDE` rows and columns.
     pub fn cooperative(mut self, units: Cooperative) -> Shader {
         let side = units.side;
         for (name, of) in [("Left", "f16, A"), ("Right", "f16, B"), ("Sums", "f32, C")] {
@@ -301,7 +300,7 @@ impl Shader {
 
     /// Declares a constant.
     pub fn f32(mut self, name: &str, value: f32) -> Shader {
-        // The shortest digits that come back as they were.
+        // The shortest digits that parse to the same number.
         let _ = writeln!(self.declarations, "const {name}: f32 = {value:e};");
         self
     }
@@ -322,24 +321,24 @@ impl Shader {
         self
     }
 
-    /// A buffer to read.
+    /// Adds a buffer to read.
     pub fn read(self, name: &str, ty: &str, resource: Resource) -> Shader {
         self.binding(name, ty, resource, false)
     }
 
-    /// A buffer to write.
+    /// Adds a buffer to write.
     pub fn write(self, name: &str, ty: &str, resource: Resource) -> Shader {
         self.binding(name, ty, resource, true)
     }
 
-    /// A part of the text: a file, or a function made here.
+    /// Appends text: a file, or a generated function.
     pub fn with(mut self, text: &str) -> Shader {
         self.body.push_str(text);
         self.body.push('\n');
         self
     }
 
-    /// The matrix `w` of a quantised format, or of plain numbers; see `words.wgsl`. Of its rows some are interleaved.
+    /// Adds the matrix `w` of a quantised format or of plain numbers; see `words.wgsl`. Its rows may be interleaved.
     pub fn matrix(self, format: Format, resource: Resource, interleaved: u32, rows: u32) -> Shader {
         if format == Format::F16 && self.paths.f16 {
             return self.read("w", "f16", resource).with("fn value(i: u32) -> f32 { return f32(w[i]); }");
@@ -348,7 +347,7 @@ impl Shader {
         shader.format(format, interleaved, rows)
     }
 
-    /// How a matrix, of which `weight_word` gives words, is unpacked.
+    /// Adds the unpacking of a matrix, whose words `weight_word` returns.
     pub fn format(mut self, format: Format, interleaved: u32, rows: u32) -> Shader {
         let Some(parts) = parts(format) else { return self.with(text(format)) };
         self = self.u32("LEN", format.block_len() as u32);
@@ -385,7 +384,7 @@ impl Shader {
         self.with(wgsl!("lib/table16"))
     }
 
-    /// The whole text.
+    /// Returns the complete text.
     pub fn source(&self) -> String {
         let reduce =
             if self.paths.subgroups { wgsl!("lib/reduce_subgroup") } else { wgsl!("lib/reduce_shared") };
@@ -399,7 +398,7 @@ impl Shader {
     }
 }
 
-/// `after(at, y)`: what an epilogue makes of a product.
+/// Returns the function `after(at, y)`, which applies the epilogue to a product.
 pub fn after(gate: Option<Gate>, residual: bool) -> String {
     match (gate, residual) {
         (Some(gate), _) => {
@@ -413,7 +412,7 @@ pub fn after(gate: Option<Gate>, residual: bool) -> String {
     }
 }
 
-/// `gated(g, u)`: a gated linear unit. `None` for one that is not known here.
+/// Returns the function `gated(g, u)`, a gated linear unit; `None` if it is not supported.
 pub fn gated(gate: Gate) -> Option<String> {
     let body = match gate {
         Gate::Silu => "return silu(g) * u;".into(),
@@ -429,7 +428,7 @@ pub fn gated(gate: Gate) -> Option<String> {
     Some(format!("fn gated(g: f32, u: f32) -> f32 {{ {body} }}"))
 }
 
-/// `f(x)`: a function of one element. `None` for one that is not known here.
+/// Returns the elementwise function `f(x)`; `None` if it is not supported.
 pub fn unary(f: Unary) -> Option<String> {
     let body = match f {
         Unary::Silu => "silu(x)".into(),
@@ -444,25 +443,25 @@ pub fn unary(f: Unary) -> Option<String> {
     Some(format!("fn f(x: f32) -> f32 {{ return {body}; }}"))
 }
 
-/// Tables of points that formats look up.
+/// Lookup tables (grids) of formats.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Grid {
-    /// Of IQ2_XXS.
+    /// IQ2_XXS.
     Iq2Xxs,
-    /// Of IQ2_XS.
+    /// IQ2_XS.
     Iq2Xs,
-    /// Of IQ2_S.
+    /// IQ2_S.
     Iq2S,
-    /// Of IQ3_XXS.
+    /// IQ3_XXS.
     Iq3Xxs,
-    /// Of IQ3_S.
+    /// IQ3_S.
     Iq3S,
-    /// Of IQ1_S and IQ1_M.
+    /// IQ1_S and IQ1_M.
     Iq1,
 }
 
 impl Grid {
-    /// Its points in little-endian words.
+    /// Returns its points in little-endian words.
     pub fn words(self) -> Vec<u32> {
         let halves = |points: &[u64]| points.iter().flat_map(|&p| [p as u32, (p >> 32) as u32]).collect();
         match self {
@@ -511,12 +510,12 @@ fn parts(format: Format) -> Option<Parts> {
     Some(Parts { head, words: (format.block_bytes() as u32 - head - tail) / 4, tail, grid })
 }
 
-/// Whether the shaders know a format.
+/// Whether the shaders support a format.
 pub fn knows_format(format: Format) -> bool {
     !text(format).is_empty()
 }
 
-/// The files of a cache format: to read and to write. Empty for a format that is none of a cache.
+/// Returns the files to read and to write a cache format; empty for other formats.
 pub fn kv_text(format: Format) -> (&'static str, &'static str) {
     match format {
         Format::F32 => (wgsl!("kv/f32"), wgsl!("kv/f32_write")),
@@ -527,7 +526,7 @@ pub fn kv_text(format: Format) -> (&'static str, &'static str) {
     }
 }
 
-/// A format's file.
+/// Returns a format's file.
 fn text(format: Format) -> &'static str {
     use Format::*;
     match format {

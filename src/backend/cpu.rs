@@ -1,7 +1,7 @@
 //! The CPU backend: `halite-kernels` over mapped pages, on a pool of threads.
 //!
-//! Weights are imported, never copied. Work is cut by output columns or rows, or in attention by chunks of the cache that are
-//! merged in order, so no result depends on how it was cut.
+//! Weights are imported, never copied. Work is split by output columns or rows, or in attention by chunks of the
+//! cache whose results are merged in order, so no result depends on the split.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -27,7 +27,7 @@ use crate::program::{
     Epilogue, Gating, MAX_PARTS, NOT_FINITE, NormKind, Op, PAGE_POSITIONS, Program, RopePairs,
 };
 
-/// The CPU, by name.
+/// The driver of the CPU backend.
 pub const DRIVER: Driver = Driver {
     name: "cpu",
     argument: None,
@@ -35,7 +35,7 @@ pub const DRIVER: Driver = Driver {
     options: &[DriverOption {
         name: "threads",
         value: Value::Number("N"),
-        help: "CPU threads [default: one for each core]",
+        help: "CPU threads [default: all cores]",
     }],
     open: |_, options| {
         let threads = options.number("threads")?.unwrap_or(0);
@@ -53,11 +53,11 @@ pub struct Cpu {
 }
 
 impl Cpu {
-    /// The CPU with a thread for each core and its best instruction set, or the one named in the environment variable
+    /// Opens the CPU with a thread for each core and its best instruction set, or the one named in the environment variable
     /// `HALITE_ISA`.
     ///
     /// # Errors
-    /// [`Error::Backend`] if the named instruction set is not there or a thread cannot be started.
+    /// [`Error::Backend`] if this CPU lacks the named instruction set or a thread cannot be started.
     pub fn new() -> Result<Cpu> {
         Cpu::with_threads(0)
     }
@@ -81,7 +81,7 @@ impl Cpu {
         let failed = |message: String| Error::Backend { backend: "cpu".into(), message };
         let isa = Isa::from_name(name).ok_or_else(|| {
             failed(format!(
-                "instruction set `{name}`: expected one that this CPU has, of {}",
+                "instruction set `{name}`: expected one of {} that this CPU has",
                 Isa::NAMES.join(", ")
             ))
         })?;
@@ -106,8 +106,8 @@ impl Cpu {
         self.isa.name()
     }
 
-    /// What this CPU does at best with these threads and this instruction set, measured, which takes a second or two.
-    /// Memory is what reads `buffer_bytes` again and again: a cache, if one holds them.
+    /// Measures the peak rates of these threads and this instruction set, in a second or two. The memory rate is that of
+    /// reading `buffer_bytes` repeatedly: a cache's, if they fit in one.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`] if there is no room for the buffer.
@@ -121,12 +121,12 @@ impl Cpu {
 }
 
 impl Cpu {
-    /// Threads that compute.
+    /// Returns the number of threads.
     pub fn threads(&self) -> usize {
         self.pool.threads()
     }
 
-    /// Bytes per second that all threads together read of a buffer, each its own part again and again, measured.
+    /// Measures the bytes per second that all threads together read, each its own part of a buffer repeatedly.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`] if there is no room for the buffer.
@@ -134,8 +134,8 @@ impl Cpu {
         Ok(roofline::read_bytes_per_s(self.isa, &self.pool, &touched(buffer_bytes)?))
     }
 
-    /// Bytes per second that all threads together copy within a buffer, each in its own part, measured: as many are read as are
-    /// written.
+    /// Measures the bytes per second that all threads together copy, each within its own part of a buffer. A copied byte
+    /// is read once and written once.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`] if there is no room for the buffer.
@@ -144,14 +144,14 @@ impl Cpu {
     }
 }
 
-/// A buffer to measure memory with. Pages that were never written are all one page.
+/// Allocates and writes a buffer to measure memory with. Unwritten pages would all map to one zero page.
 fn touched(bytes: u64) -> Result<Vec<u8>> {
     let mut buffer: Vec<u8> = zeroed(bytes, "the buffer to measure memory with")?;
     buffer.fill(1);
     Ok(buffer)
 }
 
-/// The machine's memory, or no limit where it cannot be asked.
+/// Returns the machine's memory, or no limit if it is unknown.
 fn memory_bytes() -> u64 {
     let total = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| {
         let line = text.lines().find(|l| l.starts_with("MemTotal:"))?;
@@ -165,7 +165,7 @@ impl Backend for Cpu {
         &self.caps
     }
 
-    /// Every op, with every epilogue.
+    /// The backend runs every op, with every epilogue.
     fn supports(&self, _: &OpSig<'_>) -> Support {
         Support::Native
     }
@@ -214,16 +214,16 @@ impl Backend for Cpu {
     }
 }
 
-/// Elements of memory that kernels need besides tensors.
+/// Scratch memory of kernels, in elements.
 #[derive(Debug, Clone, Copy, Default)]
 struct Scratch {
-    /// Quantised values: tokens times the longest matmul input.
+    /// Quantised activations: tokens times the longest matmul input.
     quantised: u64,
     /// The second product of the largest gated linear unit: tokens times columns.
     up: u64,
-    /// What threads that share an attention find: heads times value elements, for some chunks.
+    /// Partial results of split attention: heads times value elements, for some chunks.
     attended: u64,
-    /// Expert pairs (token, rank) of the largest expert op, its input and hidden columns.
+    /// (token, rank) pairs of the largest expert op, its input and hidden columns.
     pairs: u64,
     expert_cols: u64,
     expert_hidden: u64,
@@ -353,7 +353,7 @@ impl QuantisedMemory {
     }
 }
 
-/// Memory that kernels reuse from step to step.
+/// Memory that kernels reuse in every step.
 #[derive(Debug)]
 struct KernelMemory {
     q8_0: QuantisedMemory,
@@ -363,7 +363,7 @@ struct KernelMemory {
     input: Vec<f32>,
     up: Vec<f32>,
     both: Vec<f32>,
-    /// Each head's maximum and sum, and what threads found in some chunks.
+    /// Each head's maximum and sum, and the partial results of chunks.
     attended: Vec<f32>,
     /// One expert's outputs, then those of all pairs in order of token and rank.
     output: Vec<f32>,
@@ -376,18 +376,18 @@ pub struct CpuKernels {
     memory: KernelMemory,
 }
 
-/// Elements of row work below which waking a thread costs more than it saves.
+/// Minimum elements of row work per thread: below this, waking a thread costs more than it saves.
 const SERIAL_ELEMENTS: usize = 16 * 1024;
 
 impl CpuKernels {
-    /// For ops on rows alone, on the calling thread.
+    /// Kernels for row ops, on the calling thread.
     pub fn of_rows(isa: Isa) -> Result<CpuKernels> {
         let failed = |e| Error::Backend { backend: "cpu".into(), message: format!("no thread: {e}") };
         let pool = Arc::new(Pool::new(1).map_err(failed)?);
         Ok(CpuKernels { isa, pool, memory: Scratch::default().allocate()? })
     }
 
-    /// Runs `task(first row, rows)` over rows of `out`, on the pool if there is enough to do.
+    /// Runs `task(first row, rows)` over the rows of `out`, on the pool if there is enough work.
     fn rows(&self, out: &mut [f32], cols: usize, task: &(dyn Fn(usize, &mut [f32]) + Sync)) {
         if out.len() <= SERIAL_ELEMENTS {
             return task(0, out);
@@ -397,12 +397,12 @@ impl CpuKernels {
     }
 }
 
-/// Chunks of the KV cache from which on a token's attention is split between threads.
+/// Minimum chunks of the KV cache to split a token's attention between threads.
 const SPLIT_CHUNKS: usize = 4;
-/// Chunks whose results are kept at a time.
+/// Chunks whose partial results are stored at a time.
 const KEPT_CHUNKS: usize = 64;
 
-/// The attention of one token to what one KV head holds.
+/// Computes the attention of one token to one KV head.
 fn attend<'a>(a: &Attention<'a>, token: usize, kv_head: usize, out: &'a mut [f32]) -> Attend<'a> {
     let (shape, heads) = (a.shape, a.heads / a.shape.kv_heads);
     let (table, position) = a.sees(token);
@@ -428,7 +428,7 @@ fn attend<'a>(a: &Attention<'a>, token: usize, kv_head: usize, out: &'a mut [f32
 }
 
 impl CpuKernels {
-    /// The attention of one token, its chunks split between threads.
+    /// Computes the attention of one token, with its chunks split between threads.
     fn attend_split(&mut self, a: &Attention<'_>, token: usize, out: &mut [f32]) {
         let (shape, isa, pool) = (a.shape, self.isa, &self.pool);
         let group = a.heads / shape.kv_heads;
@@ -438,7 +438,7 @@ impl CpuKernels {
         let (sum, kept) = rest.split_at_mut(a.heads);
         for first in all.clone().step_by(KEPT_CHUNKS) {
             let len = (all.end - first).min(KEPT_CHUNKS);
-            // A few tasks a thread; none has chunks of two KV heads.
+            // A few tasks per thread; no task has chunks of two KV heads.
             let grain = (len * shape.kv_heads).div_ceil(4 * pool.threads()).min(len);
             let runs = len.div_ceil(grain);
             let grain = len.div_ceil(runs);
@@ -476,7 +476,7 @@ impl CpuKernels {
     }
 }
 
-/// A weight, or some rows of one, and its bias.
+/// A weight, or rows of one, and its bias.
 #[derive(Debug, Clone, Copy)]
 struct Product<'a> {
     weight: Matrix<'a>,
@@ -488,14 +488,14 @@ impl<'a> Product<'a> {
         Product { weight: weight.matrix(), bias: bias.map(HostTensor::floats) }
     }
 
-    /// The product of an expert, of which `biases` has a row for each.
+    /// Selects an expert's weight, and its row of `biases`.
     fn of_expert(weight: &'a HostTensor<'_>, bias: Option<&'a HostTensor<'_>>, expert: usize) -> Product<'a> {
         let bias = bias.map(|b| b.floats().get(expert * b.cols..(expert + 1) * b.cols).unwrap_or(&[]));
         Product { weight: weight.expert(expert), bias }
     }
 }
 
-/// One input, quantised for the weights that it will meet.
+/// An input, quantised for the formats of its weights.
 struct Input<'a> {
     x: &'a [f32],
     k: usize,
@@ -527,7 +527,7 @@ impl<'a> Input<'a> {
         Input { x, k, tokens: x.len() / k, q8_0, q8_k }
     }
 
-    /// Columns of a product, from number `first` on, with the bias added.
+    /// Computes columns of a product from `first` on, with the bias added.
     fn product(&self, isa: Isa, product: &Product<'_>, first: usize, out: &mut PanelMut<'_>) {
         let cols = out.cols();
         let weight = product.weight.rows(first..first + cols);
@@ -550,13 +550,13 @@ impl<'a> Input<'a> {
     }
 }
 
-/// Columns of one task: a few tasks a thread, so that an uneven machine evens out; whole tiles.
+/// Returns the columns of one task: whole tiles, and a few tasks per thread to balance the load.
 fn grain(pool: &Pool, columns: usize) -> usize {
     (columns / (4 * pool.threads())).next_multiple_of(32).clamp(32, 1024)
 }
 
-/// Products of one input with several weights, each into its own output, and what follows them. `up` is memory for the
-/// second product of a gated linear unit.
+/// Computes the products of one input with several weights, each into its own output, and the epilogue. `up` is
+/// memory for the second product of a gated linear unit.
 fn products(
     isa: Isa,
     pool: &Pool,
@@ -597,7 +597,7 @@ fn products(
     });
 }
 
-/// Elements of a gate that are kept aside while the unit is computed in its place.
+/// Elements of a gate that are buffered while the unit overwrites them.
 const GLU_ELEMENTS: usize = 256;
 
 impl CpuKernels {
@@ -629,7 +629,7 @@ impl CpuKernels {
             }
             return;
         }
-        // A task is some tokens with all heads if every thread gets several such, else a token's heads that share keys.
+        // A task is some tokens with all heads if every thread gets several such tasks, else a token's heads of one KV head.
         let (heads, grain) = if tokens >= 4 * threads {
             (a.heads, (tokens / (4 * threads)).min((ROWS / group).max(1)))
         } else {
@@ -664,7 +664,7 @@ impl CpuKernels {
         let (isa, pool) = (self.isa, self.pool.clone());
         let KernelMemory { q8_0, q8_k, pairs, input, up, both, output, .. } = &mut self.memory;
         let (one, all) = output.split_at_mut(ids.len() * cols);
-        // Tokens are grouped by expert, so that an expert's weights are read once.
+        // Group tokens by expert, so that an expert's weights are read once.
         for e in 0..gate.experts {
             let mut n = 0;
             for (i, _) in ids.iter().enumerate().filter(|&(_, &id)| id as usize == e) {

@@ -1,6 +1,6 @@
-//! Backends by name: what a program needs to offer backends that it does not know.
+//! Backends by name, so that a program can offer backends that it does not know.
 //!
-//! A [`Driver`] describes a backend as data: its name, its options, and how it is opened. A program has one table of
+//! A [`Driver`] describes a backend as data: its name, its options, and how to open it. A program has one table of
 //! drivers; its help texts, its list of devices and its error messages come from that table.
 
 use std::ffi::{OsStr, OsString};
@@ -13,46 +13,46 @@ use crate::error::{Error, Result};
 /// A backend that can be opened by name.
 #[derive(Debug, Clone, Copy)]
 pub struct Driver {
-    /// Its name. A name and a colon may be followed by an argument, as in `gpu:1`.
+    /// Name. A colon and an argument may follow it, as in `gpu:1`.
     pub name: &'static str,
-    /// What the argument is, if there can be one.
+    /// The argument, if the driver takes one.
     pub argument: Option<Argument>,
-    /// A line for people: which devices there are, and how they are named. It may be empty.
+    /// A line for help texts: the devices and their names. May be empty.
     pub help: &'static str,
     /// The options that [`Driver::open`] reads.
     pub options: &'static [DriverOption],
-    /// Opens the backend, with what follows the name and the colon, or an empty text.
+    /// Opens the backend; `argument` is the text after the colon, or empty.
     pub open: fn(argument: &str, options: &Options) -> Result<Arc<dyn Backend>>,
     /// Lists the devices of this machine that the backend can open.
     pub list: fn() -> Result<Vec<Listed>>,
 }
 
-/// What may follow a driver's name.
+/// The argument of a driver's name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Argument {
-    /// What help texts call it, as in `sim:PROFILE`.
+    /// Placeholder in help texts, as in `sim:PROFILE`.
     pub name: &'static str,
-    /// Whether the driver cannot do without.
+    /// Whether the argument is required.
     pub required: bool,
-    /// Whether it may be the path of a file that the backend reads.
+    /// Whether the argument may be the path of a file that the backend reads.
     pub is_file: bool,
 }
 
 /// An option of a driver.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DriverOption {
-    /// Its name, in lower case, with dashes between words.
+    /// Name, in lower case, with dashes between words.
     pub name: &'static str,
-    /// What its value is.
+    /// Type of its value.
     pub value: Value,
-    /// A line for people, without a full stop.
+    /// A line for help texts, without a full stop.
     pub help: &'static str,
 }
 
-/// What the value of an option is; the texts are what help texts call it.
+/// The type of an option's value, with its placeholder in help texts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Value {
-    /// The option has no value: it is given or not.
+    /// No value: the option is given or not.
     Flag,
     /// A whole number.
     Number(&'static str),
@@ -60,11 +60,11 @@ pub enum Value {
     Text(&'static str),
     /// A path.
     Path(&'static str),
-    /// One of these texts; without the option it is the first.
+    /// One of these texts; the first is the default.
     OneOf(&'static str, &'static [&'static str]),
 }
 
-/// The options that were given, by name.
+/// Given options, by name.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Options {
     given: Vec<(String, OsString)>,
@@ -85,17 +85,17 @@ impl Options {
         self.value(name).is_some()
     }
 
-    /// The value of an option that was given.
+    /// Returns the value of an option, if given.
     pub fn value(&self, name: &str) -> Option<&OsStr> {
         self.given.iter().find(|(given, _)| given == name).map(|(_, value)| value.as_os_str())
     }
 
-    /// The same as a path.
+    /// Returns the value of an option as a path.
     pub fn path(&self, name: &str) -> Option<&Path> {
         self.value(name).map(Path::new)
     }
 
-    /// The same as a text.
+    /// Returns the value of an option as text.
     ///
     /// # Errors
     /// [`Error::Argument`] if it is not Unicode.
@@ -105,10 +105,10 @@ impl Options {
         Ok(Some(text))
     }
 
-    /// The same as a number.
+    /// Returns the value of an option as a number.
     ///
     /// # Errors
-    /// [`Error::Argument`] if it is none.
+    /// [`Error::Argument`] if it is not a number.
     pub fn number(&self, name: &str) -> Result<Option<u64>> {
         let Some(value) = self.value(name) else { return Ok(None) };
         let number = value.to_str().and_then(|text| text.parse().ok());
@@ -127,20 +127,20 @@ fn wrong(name: &str, expected: &str, got: &OsStr) -> Error {
 /// A device that a driver can open.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Listed {
-    /// What opens it: the driver's name, with an argument where that is needed.
+    /// Name that opens it: the driver's name, with an argument if needed.
     pub name: String,
-    /// What it is, for people.
+    /// Description, for people.
     pub device: String,
-    /// Bytes of memory that buffers may take, where that is known; `u64::MAX` if there is no limit.
+    /// Bytes of memory available to buffers, if known; `u64::MAX`: no limit.
     pub memory_bytes: Option<u64>,
-    /// What its results promise, where that does not depend on options.
+    /// Guarantee about results, if it does not depend on options.
     pub contract: Option<Contract>,
-    /// More that a person may want to know: names and values.
+    /// More facts for people: names and values.
     pub facts: Vec<(String, String)>,
 }
 
 impl Listed {
-    /// A device that is opened by its driver's name alone.
+    /// Describes a device that the driver's name alone opens.
     pub fn of(caps: &Caps) -> Listed {
         Listed {
             name: caps.name.clone(),
@@ -153,7 +153,7 @@ impl Listed {
 }
 
 impl Driver {
-    /// How it is named in a list of what can be chosen, as in `gpu` or `sim:PROFILE`.
+    /// Returns the name with a required argument, for lists of choices: `gpu` or `sim:PROFILE`.
     pub fn spelling(&self) -> String {
         match self.argument {
             Some(Argument { name, required: true, .. }) => format!("{}:{name}", self.name),
@@ -161,7 +161,7 @@ impl Driver {
         }
     }
 
-    /// What follows the driver's name in `name`; nothing if that names another driver.
+    /// Returns the argument in `name`, or `None` if `name` is another driver's.
     pub fn argument_in<'a>(&self, name: &'a str) -> Option<&'a str> {
         let rest = name.strip_prefix(self.name)?;
         match (rest.strip_prefix(':'), self.argument) {
@@ -172,16 +172,16 @@ impl Driver {
         }
     }
 
-    /// Whether it reads an option.
+    /// Whether the driver has an option.
     pub fn has_option(&self, name: &str) -> bool {
         self.options.iter().any(|option| option.name == name)
     }
 }
 
-/// The driver of a name, with the argument in it.
+/// Finds the driver of a name, and returns it with the argument in the name.
 ///
 /// # Errors
-/// [`Error::Backend`] that lists all drivers, if there is none of that name.
+/// [`Error::Backend`] with a list of all drivers, if none has that name.
 pub fn find<'d, 'n>(drivers: &'d [Driver], name: &'n str) -> Result<(&'d Driver, &'n str)> {
     let found = drivers.iter().find_map(|driver| Some((driver, driver.argument_in(name)?)));
     found.ok_or_else(|| Error::Backend {
@@ -193,7 +193,7 @@ pub fn find<'d, 'n>(drivers: &'d [Driver], name: &'n str) -> Result<(&'d Driver,
 /// Opens the backend of a name, as in `gpu:1`.
 ///
 /// # Errors
-/// As [`find`]; [`Error::Backend`] for an option that the driver does not have; what opening it says.
+/// As [`find`]; [`Error::Backend`] for an option that the driver does not have; errors of opening it.
 pub fn open(drivers: &[Driver], name: &str, options: &Options) -> Result<Arc<dyn Backend>> {
     let (driver, argument) = find(drivers, name)?;
     if let Some(unknown) = options.names().find(|option| !driver.has_option(option)) {
@@ -211,7 +211,7 @@ pub fn open(drivers: &[Driver], name: &str, options: &Options) -> Result<Arc<dyn
     (driver.open)(argument, options)
 }
 
-/// A list of what can be chosen, as in `a, b or c`.
+/// Joins choices, as in `a, b or c`.
 pub fn or(choices: impl Iterator<Item = String>) -> String {
     let choices: Vec<String> = choices.collect();
     match choices.as_slice() {

@@ -1,5 +1,5 @@
-//! What backends that compute in host memory share: buffers, and a plan that binds the operands of each op to memory and hands
-//! the op to [`Kernels`].
+//! Shared parts of backends that compute in host memory: buffers, and a plan that binds the operands of each op to
+//! memory and passes the op to [`Kernels`].
 
 use std::cell::{Ref, RefCell, RefMut};
 use std::ops::Range;
@@ -38,7 +38,7 @@ impl<'a> Matrix<'a> {
     pub const EMPTY: Matrix<'static> =
         Matrix { format: Format::F32, layout: Layout::Rows, bytes: &[], rows: 0, cols: 0 };
 
-    /// Rows `range`, or nothing if they are not all there. A range of interleaved rows starts with a whole group.
+    /// Returns rows `range`, or no rows if the range is outside. A range of interleaved rows starts at a group.
     pub fn rows(&self, range: Range<usize>) -> Matrix<'a> {
         let row = self.format.row_bytes(self.cols).unwrap_or(0);
         let bytes = self.bytes.get(range.start * row..range.end * row).unwrap_or(&[]);
@@ -46,7 +46,7 @@ impl<'a> Matrix<'a> {
     }
 }
 
-/// Memory of an operand while an op runs.
+/// The memory of an operand while an op runs.
 enum Memory<'a> {
     Bytes(&'a [u8]),
     BytesMut(&'a mut [u8]),
@@ -68,7 +68,7 @@ impl Memory<'_> {
         }
     }
 
-    /// Nothing, if it is there to be read.
+    /// Empty for an operand to read.
     fn bytes_mut(&mut self) -> &mut [u8] {
         match self {
             Memory::BytesMut(bytes) => bytes,
@@ -82,13 +82,13 @@ impl Memory<'_> {
 /// An operand of an op, in host memory: `experts` matrices of `rows` by `cols`.
 pub struct HostTensor<'a> {
     memory: Memory<'a>,
-    /// Bytes of memory that are the tensor's.
+    /// Bytes of the tensor.
     len: usize,
     /// How elements are stored.
     pub format: Format,
     /// How rows lie in memory.
     pub layout: Layout,
-    /// Matrices that are stacked; 1 for most tensors.
+    /// Number of stacked matrices; 1 for most tensors.
     pub experts: usize,
     /// Rows in this step.
     pub rows: usize,
@@ -97,12 +97,12 @@ pub struct HostTensor<'a> {
 }
 
 impl<'a> HostTensor<'a> {
-    /// Rows of `cols` elements in the given bytes, to read.
+    /// Wraps bytes as rows of `cols` elements to read.
     pub fn shared(bytes: &'a [u8], format: Format, cols: usize) -> HostTensor<'a> {
         HostTensor::new(Memory::Bytes(bytes), bytes.len(), format, cols)
     }
 
-    /// Rows of `cols` elements in the given bytes, to write.
+    /// Wraps bytes as rows of `cols` elements to write.
     pub fn unique(bytes: &'a mut [u8], format: Format, cols: usize) -> HostTensor<'a> {
         let len = bytes.len();
         HostTensor::new(Memory::BytesMut(bytes), len, format, cols)
@@ -113,43 +113,43 @@ impl<'a> HostTensor<'a> {
         HostTensor { memory, len, format, layout: Layout::Rows, experts: 1, rows, cols }
     }
 
-    /// All bytes.
+    /// Returns all bytes.
     pub fn bytes(&self) -> &[u8] {
         self.memory.bytes().get(..self.len).unwrap_or(&[])
     }
 
-    /// All bytes of an output; of an input none.
+    /// Returns all bytes of an output, and none of an input.
     pub fn bytes_mut(&mut self) -> &mut [u8] {
         let len = self.len;
         self.memory.bytes_mut().get_mut(..len).unwrap_or(&mut [])
     }
 
-    /// The elements of a tensor of F32.
+    /// Returns the elements of an F32 tensor.
     pub fn floats(&self) -> &[f32] {
         bytemuck::try_cast_slice(self.bytes()).unwrap_or(&[])
     }
 
-    /// The elements of an output of F32.
+    /// Returns the elements of an F32 output.
     pub fn floats_mut(&mut self) -> &mut [f32] {
         bytemuck::try_cast_slice_mut(self.bytes_mut()).unwrap_or(&mut [])
     }
 
-    /// The elements of a tensor of I32.
+    /// Returns the elements of an I32 tensor.
     pub fn ints(&self) -> &[i32] {
         bytemuck::try_cast_slice(self.bytes()).unwrap_or(&[])
     }
 
-    /// The elements of an output of I32.
+    /// Returns the elements of an I32 output.
     pub fn ints_mut(&mut self) -> &mut [i32] {
         bytemuck::try_cast_slice_mut(self.bytes_mut()).unwrap_or(&mut [])
     }
 
-    /// A weight; of a mixture of experts the first.
+    /// Returns the weight, or the first expert's.
     pub fn matrix(&self) -> Matrix<'_> {
         self.expert(0)
     }
 
-    /// The weight of an expert; without rows, if there is no such expert.
+    /// Returns an expert's weight, without rows if there is no such expert.
     pub fn expert(&self, expert: usize) -> Matrix<'_> {
         let whole = Matrix {
             format: self.format,
@@ -168,11 +168,11 @@ pub struct HostState<'a> {
     format: Format,
     /// Heads and dimensions of a page.
     pub shape: PageShape,
-    /// The KV group; see [`Program::windows`].
+    /// KV group; see [`Program::windows`].
     pub group: usize,
-    /// How many positions a token sees, its own included; all without.
+    /// Sliding window: positions that a token sees, its own included; `None`: all.
     pub window: Option<u32>,
-    /// Whether a token sees only what is before it.
+    /// Whether attention is causal.
     pub causal: bool,
 }
 
@@ -191,7 +191,7 @@ impl HostState<'_> {
 /// An op on host memory.
 pub type HostOp<'a> = Op<HostTensor<'a>, HostState<'a>>;
 
-/// What an op knows of its step.
+/// The context of an op: its program and step.
 #[derive(Clone, Copy)]
 pub struct HostStep<'a> {
     /// The program.
@@ -213,23 +213,23 @@ impl<'a> HostStep<'a> {
         self.span.get(token).and_then(|&s| self.step.spans.get(s as usize))
     }
 
-    /// A token's pages in a KV group, and its position.
+    /// Returns a token's pages in a KV group, and its position.
     pub fn place(&self, token: usize, group: usize) -> (&'a [u32], u32) {
         let table = self.span_of(token).and_then(|span| span.tables.get(group));
         (table.map_or(&[], |table| &table[..]), self.positions.get(token).copied().unwrap_or(0))
     }
 
-    /// A token's pages of a cache, and the last position that it sees.
+    /// Returns a token's pages of a cache, and the last position that it sees.
     pub fn sees(&self, token: usize, group: usize, causal: bool) -> (&'a [u32], u32) {
         let (pages, position) = self.place(token, group);
         let end = self.span_of(token).map_or(0, |s| s.start.saturating_add(s.len));
         (pages, if causal { position } else { end.saturating_sub(1) })
     }
 
-    /// The row of a table of so many that each token chooses.
+    /// Returns the row index of each token in a table of `rows` rows.
     ///
     /// # Errors
-    /// [`Error::Argument`] if there is no such row.
+    /// [`Error::Argument`] for an index beyond the table.
     pub fn rows(&self, index: Index, rows: usize) -> Result<&'a [u32]> {
         let (what, indices) = match index {
             Index::Token => ("token id", self.step.tokens),
@@ -243,7 +243,7 @@ impl<'a> HostStep<'a> {
     }
 }
 
-/// [`Op::Attend`] on slices, for kernels that share it between threads.
+/// [`Op::Attend`] on slices, for kernels that split it between threads.
 #[derive(Clone, Copy)]
 pub struct Attention<'a> {
     /// `[tokens][heads][key_dim]`.
@@ -260,11 +260,11 @@ pub struct Attention<'a> {
     pub window: Option<u32>,
     /// As in [`HostState`].
     pub causal: bool,
-    /// Scores are multiplied by it.
+    /// Factor on the scores.
     pub scale: f32,
-    /// Scores are limited to it, smoothly.
+    /// Soft cap of the scores.
     pub softcap: Option<f32>,
-    /// A score for each head that no position has.
+    /// Extra logit per head in the softmax denominator.
     pub sinks: Option<&'a [f32]>,
     /// The span of each token, its pages and its position.
     pub step: &'a HostStep<'a>,
@@ -298,15 +298,15 @@ impl HostOp<'_> {
     }
 }
 
-/// The ops of a backend on host memory.
+/// The op implementations of a backend on host memory.
 pub trait Kernels: Send {
-    /// Runs an op of a program that is valid: shapes fit each other.
+    /// Runs an op of a valid program: all shapes match.
     ///
     /// # Errors
-    /// What an op cannot do with these values.
+    /// Values that the op cannot handle, such as an index beyond a table.
     fn run(&mut self, op: &mut HostOp<'_>, step: &HostStep<'_>) -> Result<()>;
 
-    /// The time of the ops since it was last asked, by another clock than the host's.
+    /// Returns the time of the ops since the last call, if the backend has its own clock.
     fn simulated(&mut self) -> Option<Duration> {
         None
     }
@@ -318,11 +318,11 @@ enum HostMemory {
     Owned(RwLock<Vec<u64>>),
 }
 
-/// Buffers in host memory; the part of `Backend` that all host backends share.
+/// Allocation and access of buffers in host memory, shared by all host backends.
 pub mod memory {
     use super::*;
 
-    /// Zeroed memory, within a limit.
+    /// Allocates zeroed memory, within a limit.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`].
@@ -335,7 +335,7 @@ pub mod memory {
         Ok(Buffer::new(bytes, HostMemory::Owned(RwLock::new(memory))))
     }
 
-    /// Mapped pages as they are.
+    /// Wraps mapped pages.
     pub fn import(region: &Region) -> Buffer {
         Buffer::new(region.bytes().len() as u64, HostMemory::Mapped(region.clone()))
     }
@@ -343,7 +343,7 @@ pub mod memory {
     /// As [`Backend::fill`](crate::backend::Backend::fill).
     ///
     /// # Errors
-    /// [`Error::Argument`] outside of the buffer, [`Error::Backend`] for memory of another kind.
+    /// [`Error::Argument`] for a range outside the buffer, [`Error::Backend`] for another backend's buffer.
     pub fn fill(
         backend: &str,
         dst: &Buffer,
@@ -382,10 +382,7 @@ fn host_memory<'a>(backend: &str, buffer: &'a Buffer) -> Result<&'a HostMemory> 
 }
 
 fn poisoned(backend: &str) -> Error {
-    Error::Backend {
-        backend: backend.into(),
-        message: "a buffer was left half-written by a failed thread".into(),
-    }
+    Error::Backend { backend: backend.into(), message: "a thread failed while it wrote this buffer".into() }
 }
 
 fn read_guard<'a>(backend: &str, buffer: &'a Buffer) -> Result<Memory<'a>> {
@@ -405,7 +402,7 @@ fn write_guard<'a>(backend: &str, buffer: &'a Buffer) -> Result<Memory<'a>> {
     }
 }
 
-/// Where an operand of a prepared op is.
+/// The location of an operand of a prepared op.
 #[derive(Debug, Clone, Copy)]
 enum Place {
     Weight(u32),
@@ -454,20 +451,20 @@ pub struct HostPlan<K> {
     timing: Timing,
 }
 
-/// What operands are bound to, besides the buffers of a submission.
+/// Memory of a plan besides the buffers of a submission.
 struct Bound {
     backend: String,
     program: Arc<Program>,
-    /// Scratch tensors. An op's outputs never share a place with its inputs.
+    /// Scratch tensors. An op's outputs never share memory with its inputs.
     places: Vec<RefCell<Vec<f32>>>,
 }
 
-/// Bytes of a host plan's scratch tensors.
+/// Returns the bytes of a host plan's scratch tensors.
 pub fn scratch_bytes(program: &Program, limits: Limits) -> u64 {
     passes::liveness(program).bytes(limits.tokens, limits.outputs)
 }
 
-/// Where the tensors of an op are.
+/// Resolves the operands of an op.
 fn prepared(program: &Program, layout: &passes::Layout, op: &Op) -> Result<PreparedOp> {
     let operand = |&id: &TensorId, _| {
         let t = program.tensor(id);
@@ -505,7 +502,7 @@ fn prepared(program: &Program, layout: &passes::Layout, op: &Op) -> Result<Prepa
 }
 
 impl<K: Kernels> HostPlan<K> {
-    /// Binds the operands of a valid program, and reserves all memory that it takes.
+    /// Binds the operands of a valid program, and reserves all memory for it.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`], [`Error::Program`].
@@ -533,7 +530,7 @@ impl<K: Kernels> HostPlan<K> {
         })
     }
 
-    /// Checks a step against the limits and notes where each token stands.
+    /// Checks a step against the limits, and records the span and position of each token.
     fn place_tokens(&mut self, step: &Step<'_>, states: &[Buffer]) -> Result<()> {
         check_step(step, &self.bound.program, self.limits, states)?;
         self.spans.clear();
@@ -549,7 +546,7 @@ impl<K: Kernels> HostPlan<K> {
 }
 
 impl Bound {
-    /// An operand's memory in a step.
+    /// Returns an operand's memory in a step.
     fn tensor<'a>(
         &'a self,
         o: &Operand,
@@ -594,7 +591,7 @@ impl Bound {
         }
         if o.format == Format::F32 && !(memory.bytes().as_ptr() as usize).is_multiple_of(4) {
             let expected = format!("`{}` at a multiple of 4 bytes", self.name(o));
-            return Err(Error::argument("buffer", expected, "another place"));
+            return Err(Error::argument("buffer", expected, "another address"));
         }
         Ok(HostTensor {
             memory,
@@ -611,7 +608,7 @@ impl Bound {
         &self.program.tensor(o.id).name
     }
 
-    /// A cache's memory.
+    /// Returns a cache's memory.
     fn state<'a>(&self, c: &Cache, access: Access, b: &Bindings<'a>) -> Result<HostState<'a>> {
         let buffer = bound(b.states, c.id.0, "states")?;
         let memory = match access {
@@ -636,8 +633,8 @@ fn execute<K: Kernels>(
     step: &HostStep<'_>,
     b: &Bindings<'_>,
 ) -> Result<()> {
-    // A panic must not leave the library. What was being written to a bound buffer is lost: its lock is then poisoned, and
-    // later steps say so.
+    // A panic must not leave the library. It poisons the lock of a buffer that the op was writing, and later steps
+    // then fail with an error.
     let run = || {
         let mut op = op.try_map(
             |operand, access| bound.tensor(operand, access, step.step, b),

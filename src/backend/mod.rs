@@ -1,7 +1,7 @@
-//! The only trait that a chip implements.
+//! The traits that a chip implements.
 //!
-//! A [`Backend`] owns memory and turns a [`Program`] into a [`Plan`]; a plan runs steps. Nothing here knows a model, and
-//! nothing above knows a chip. `template.rs` is a whole backend to copy.
+//! A [`Backend`] owns memory and turns a [`Program`] into a [`Plan`]; a plan runs steps. This module knows no model,
+//! and the modules above it know no chip. `template.rs` is a complete backend to copy.
 
 pub mod cpu;
 pub mod driver;
@@ -19,78 +19,78 @@ use crate::error::{Error, Result};
 use crate::map::Region;
 use crate::program::{Op, PAGE_POSITIONS, Program};
 
-/// What a backend promises about its results.
+/// A backend's guarantee about its results.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Contract {
-    /// The bits of the reference, always.
+    /// Always bit-identical to the reference.
     Exact,
-    /// Close to the reference; conformance states the bounds.
+    /// Close to the reference; conformance defines the bounds.
     Close,
-    /// As close as number formats of its own allow; conformance states how close that is.
+    /// Rounded to the backend's own number formats; conformance bounds the error.
     Rounded,
 }
 
-/// Which fused forms a backend wants `passes::fuse` to make.
+/// The fusions that a backend requests from `passes::fuse`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Fusions {
-    /// Matmuls of one input become parts of one op.
+    /// Merge matmuls of the same input into one op with several parts.
     pub shared_input: bool,
-    /// An addition becomes part of the norm that follows.
+    /// Merge an addition into the norm that follows.
     pub add_norm: bool,
-    /// A gated linear unit becomes the epilogue of its matmuls.
+    /// Merge a gated linear unit into its matmuls, as an epilogue.
     pub glu: bool,
-    /// A residual addition becomes the epilogue of its matmul.
+    /// Merge a residual addition into its matmul, as an epilogue.
     pub residual: bool,
 }
 
 impl Fusions {
-    /// Every fusion there is.
+    /// All fusions.
     pub const ALL: Fusions = Fusions { shared_input: true, add_norm: true, glu: true, residual: true };
 }
 
-/// How a backend reads the rows of weights.
+/// The row layout that a backend reads weights in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Rows {
-    /// As they are stored, plain or interleaved.
+    /// As stored, plain or interleaved.
     AsStored,
-    /// One after the other.
+    /// Plain rows.
     Plain,
-    /// Interleaved, in formats that interleave; one after the other in the rest.
+    /// Interleaved rows in formats that support them, plain rows in the others.
     Interleaved,
 }
 
-/// What a backend is.
+/// A backend's fixed properties.
 #[derive(Debug, Clone)]
 pub struct Caps {
-    /// Its name, as `--backend` takes it.
+    /// Name, as in `--backend`.
     pub name: String,
-    /// What it runs on, for people.
+    /// Description of the device, for people.
     pub device: String,
-    /// Bytes of memory that buffers may take.
+    /// Bytes of memory available to buffers.
     pub memory_bytes: u64,
-    /// How it reads the rows of weights, which are brought into that order on the way.
+    /// Row layout of weights; loading converts them to it.
     pub rows: Rows,
-    /// Fused forms that it wants.
+    /// Fusions that the backend requests.
     pub fusions: Fusions,
-    /// What its results promise.
+    /// Guarantee about results.
     pub contract: Contract,
 }
 
 /// Whether a backend can run an op.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Support {
-    /// It can.
+    /// The backend runs it.
     Native,
-    /// It cannot, for a named reason.
+    /// The backend does not run it, for this reason.
     Unsupported(Gap),
 }
 
-/// Why a backend lacks an op.
+/// Why a backend does not run an op.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Gap {
-    /// The hardware cannot, and will not.
+    /// The hardware cannot run it.
     Never(String),
-    /// Nobody has written it yet.
+    /// It is not implemented yet.
     NotYet(String),
 }
 
@@ -103,7 +103,7 @@ impl std::fmt::Display for Gap {
     }
 }
 
-/// An op in its program: everything that decides whether a backend can run it.
+/// An op and its program: all that decides whether a backend can run it.
 #[derive(Debug, Clone, Copy)]
 pub struct OpSig<'a> {
     /// The program, for shapes and formats.
@@ -112,18 +112,18 @@ pub struct OpSig<'a> {
     pub op: &'a Op,
 }
 
-/// What a buffer is for.
+/// The use of a buffer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Usage {
     /// Written once, read by every step.
     Weight,
     /// Read and written by steps.
     State,
-    /// Written by the host or a step, read by the other.
+    /// Exchanged between the host and steps.
     Io,
 }
 
-/// Memory of one backend. Cheap to clone; all clones are the same memory.
+/// Memory of one backend. Clones are cheap and share the memory.
 #[derive(Debug, Clone)]
 pub struct Buffer {
     bytes: u64,
@@ -131,144 +131,144 @@ pub struct Buffer {
 }
 
 impl Buffer {
-    /// A handle on a backend's own kind of memory.
+    /// Wraps a backend's own memory type.
     pub fn new<M: Any + Send + Sync>(bytes: u64, memory: M) -> Buffer {
         Buffer { bytes, memory: Arc::new(memory) }
     }
 
-    /// The size.
+    /// Returns the size in bytes.
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
 
-    /// The backend's memory, if it is of this kind.
+    /// Returns the backend's memory, if it is of type `M`.
     pub fn memory<M: Any>(&self) -> Option<&M> {
         (*self.memory).downcast_ref()
     }
 }
 
-/// A request to stop, from any thread. Backends look at it before every op.
+/// A request to stop, from any thread. Backends check it before every op.
 #[derive(Debug, Clone, Default)]
 pub struct Cancel(Arc<AtomicBool>);
 
 impl Cancel {
-    /// Asks the work to stop; it ends with `Error::Cancelled` within one op.
+    /// Requests the work to stop: it returns `Error::Cancelled` within one op.
     pub fn cancel(&self) {
         self.0.store(true, Ordering::Relaxed);
     }
 
-    /// Lets later work run again.
+    /// Clears the request, so that later work runs.
     pub fn reset(&self) {
         self.0.store(false, Ordering::Relaxed);
     }
 
-    /// Whether a stop was asked for.
+    /// Whether a stop was requested.
     pub fn is_cancelled(&self) -> bool {
         self.0.load(Ordering::Relaxed)
     }
 }
 
-/// In a page table, where a sequence has no page any more.
+/// In a page table: the sequence dropped this page.
 pub const NO_PAGE: u32 = u32::MAX;
 
-/// A run of one sequence's tokens in a step.
+/// Consecutive tokens of one sequence in a step.
 #[derive(Debug, Clone, Copy)]
 pub struct Span<'a> {
-    /// For each KV group ([`Program::windows`]) the sequence's pages in order: those of each state of the group. They cover
-    /// `start + len` positions. A page that is wholly before the window of the first token may be [`NO_PAGE`].
+    /// For each KV group ([`Program::windows`]), the sequence's page table: the pages of each state of the group, in
+    /// order. They cover `start + len` positions. Pages entirely before the first token's window may be [`NO_PAGE`].
     pub tables: &'a [Vec<u32>],
     /// Position of the first token.
     pub start: u32,
-    /// Tokens.
+    /// Number of tokens.
     pub len: u32,
 }
 
-/// One step: tokens of one or more sequences, run together.
+/// One step: a batch of tokens of one or more sequences.
 #[derive(Debug, Clone, Copy)]
 pub struct Step<'a> {
     /// In the order of `tokens`.
     pub spans: &'a [Span<'a>],
     /// Token ids, span after span.
     pub tokens: &'a [u32],
-    /// Which tokens' outputs are wanted: indices into `tokens`, rising.
+    /// Tokens that have outputs: indices into `tokens`, in increasing order.
     pub outputs: &'a [u32],
-    /// Stops the step.
+    /// Cancels the step.
     pub cancel: &'a Cancel,
 }
 
-/// The most that a plan is prepared for. Memory is reserved once, so that no step allocates.
+/// Maximum sizes of a plan's steps. Memory is reserved once, so that no step allocates.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
-    /// Tokens of a step.
+    /// Maximum tokens of a step.
     pub tokens: u32,
-    /// Outputs of a step.
+    /// Maximum outputs of a step.
     pub outputs: u32,
 }
 
 /// Buffers in the order of the program's slots.
 #[derive(Debug, Clone, Copy)]
 pub struct Bindings<'a> {
-    /// One for each of `Program::weights`.
+    /// One per tensor in `Program::weights`.
     pub weights: &'a [Buffer],
-    /// One for each of `Program::states`, whole pages of `State::page_bytes`.
+    /// One per state in `Program::states`, whole pages of `State::page_bytes`.
     pub states: &'a [Buffer],
-    /// One for each of `Program::io`, large enough for the plan's limits.
+    /// One per tensor in `Program::io`, large enough for the plan's limits.
     pub io: &'a [Buffer],
 }
 
-/// Work under way.
+/// A submission, to wait for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Ticket(pub u64);
 
-/// Which clock a time is from.
+/// The clock of a time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Clock {
-    /// The host's.
+    /// The host's clock.
     Host,
     /// The device's own timestamps.
     Device,
-    /// A model of the device.
+    /// A timing model of the device.
     Simulated,
 }
 
-/// How long a submission took.
+/// The time of a submission.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Timing {
-    /// From start to end.
+    /// Time from start to end.
     pub elapsed: Duration,
-    /// By which clock.
+    /// Clock of the time.
     pub clock: Clock,
 }
 
-/// A device, and how to run programs on it.
+/// A device: its memory, and the programs that it runs.
 pub trait Backend: Send + Sync {
-    /// What it is.
+    /// Returns the backend's fixed properties.
     fn caps(&self) -> &Caps;
 
-    /// Whether it can run an op. The answer may depend on formats and shapes, never on values.
+    /// Returns whether the backend can run an op. The answer may depend on formats and shapes, never on values.
     fn supports(&self, sig: &OpSig<'_>) -> Support;
 
-    /// Which kernel runs an op for so many tokens, and why: a line for people, or nothing.
+    /// Describes, in a line for people, which kernel runs an op for `tokens` tokens, and why. May be empty.
     fn explain(&self, _sig: &OpSig<'_>, _tokens: u32) -> String {
         String::new()
     }
 
-    /// New memory, zeroed.
+    /// Allocates zeroed memory.
     ///
     /// # Errors
     /// `Error::OutOfMemory`.
     fn alloc(&self, bytes: u64, usage: Usage) -> Result<Buffer>;
 
-    /// Uses mapped host pages as they are, if the device can; `None` if it needs a copy.
+    /// Wraps mapped host pages without a copy; returns `None` if the device cannot read them.
     ///
     /// # Errors
-    /// What the device says.
+    /// Errors of the device.
     fn import(&self, region: &Region) -> Result<Option<Buffer>>;
 
     /// Writes `range` of a buffer: `write` fills the bytes, in one or more consecutive pieces.
     ///
     /// # Errors
-    /// `Error::Argument` if the buffer is another backend's or the range is outside; what the device says.
+    /// `Error::Argument` if the buffer is another backend's or the range is outside; errors of the device.
     fn fill(&self, dst: &Buffer, range: Range<u64>, write: &mut dyn FnMut(&mut [u8])) -> Result<()>;
 
     /// Reads a buffer's bytes from `offset`.
@@ -277,36 +277,37 @@ pub trait Backend: Send + Sync {
     /// As [`Backend::fill`].
     fn read(&self, src: &Buffer, offset: u64, dst: &mut [u8]) -> Result<()>;
 
-    /// Makes a valid program ready to run. Call [`prepare`] instead, which refuses what [`Backend::supports`] declares a gap;
-    /// conformance calls this one to find gaps that are none.
+    /// Prepares a valid program to run. Callers use [`prepare`], which rejects ops that [`Backend::supports`]
+    /// declares as gaps. Conformance calls this method directly, to find gaps that should no longer be declared.
     ///
     /// # Errors
-    /// What the device says. It never falls back to another device.
+    /// Errors of the device. A backend never falls back to another device.
     fn prepare(&self, program: &Arc<Program>, limits: Limits) -> Result<Box<dyn Plan>>;
 
-    /// Bytes that a plan of this program would take besides its buffers, known without preparing it.
+    /// Returns the bytes that a plan of this program needs besides its buffers, without preparing it.
     fn scratch_bytes(&self, program: &Program, limits: Limits) -> u64;
 }
 
 /// A prepared program.
 pub trait Plan: Send {
-    /// Starts the given segments on a step. Scratch tensors live until the next submission that starts at segment 0.
+    /// Starts the given segments of a step. Scratch tensors live until the next submission that starts at segment 0.
     ///
     /// # Errors
-    /// `Error::Cancelled`, `Error::Argument`, or what the device says.
+    /// `Error::Cancelled`, `Error::Argument`, or errors of the device.
     fn submit(&mut self, step: &Step<'_>, segments: Range<usize>, bindings: &Bindings<'_>) -> Result<Ticket>;
 
     /// Waits for a submission.
     ///
     /// # Errors
-    /// What the device says.
+    /// Errors of the device.
     fn wait(&mut self, ticket: Ticket) -> Result<Timing>;
 }
 
-/// Makes a program ready to run on a backend.
+/// Prepares a program to run on a backend.
 ///
 /// # Errors
-/// [`Error::Program`] if it is not valid, [`Error::Unsupported`] listing every op that the backend lacks, or what the device says.
+/// [`Error::Program`] if it is not valid, [`Error::Unsupported`] with a list of the ops that the backend lacks, or
+/// errors of the device.
 pub fn prepare(backend: &dyn Backend, program: &Arc<Program>, limits: Limits) -> Result<Box<dyn Plan>> {
     program.validate()?;
     check_support(backend, program)?;
@@ -316,7 +317,7 @@ pub fn prepare(backend: &dyn Backend, program: &Arc<Program>, limits: Limits) ->
 /// Checks that a backend has all ops of a program.
 ///
 /// # Errors
-/// [`Error::Unsupported`] with a line for each op that it lacks.
+/// [`Error::Unsupported`] with a line per op that it lacks.
 pub fn check_support(backend: &dyn Backend, program: &Program) -> Result<()> {
     let mut gaps: Vec<String> = Vec::new();
     for (segment, op) in program.ops() {
@@ -331,12 +332,12 @@ pub fn check_support(backend: &dyn Backend, program: &Program) -> Result<()> {
     Err(Error::Unsupported { backend: backend.caps().name.clone(), gaps })
 }
 
-/// The first page that tokens from position `start` on see through a window.
+/// Returns the first page that tokens from position `start` on see through a window.
 pub(crate) fn first_page(start: u32, window: Option<u32>) -> usize {
     halite_kernels::attention::chunks(start as usize, window).start
 }
 
-/// Checks a step against what a plan was prepared for, and against the buffers of its states. For [`Plan::submit`].
+/// Validates a step against the plan's limits and state buffers. For [`Plan::submit`].
 ///
 /// # Errors
 /// [`Error::Argument`].
@@ -370,25 +371,28 @@ pub fn check_step(step: &Step<'_>, program: &Program, limits: Limits, states: &[
             if end > have {
                 return Err(Error::argument("span", format!("at most {have} positions (its pages)"), end));
             }
-            // What is read must be there: no kernel looks for it.
+            // Kernels do not check page tables.
             let of_group = program.states.iter().zip(states).filter(|(state, _)| state.window == window);
             let pages = of_group.map(|(state, buffer)| buffer.bytes() / state.page_bytes().max(1)).min();
             let seen = table.get(first_page(span.start, window)..).unwrap_or(&[]);
             let there = |page: u32| pages.is_none_or(|pages| u64::from(page) < pages);
             if let Some(hole) = seen.iter().position(|&page| page == NO_PAGE || !there(page)) {
                 let at = table.len() - seen.len() + hole;
-                let expected =
-                    format!("a page, of {}, for all that position {} sees", pages.unwrap_or(0), span.start);
+                let expected = format!(
+                    "pages below {} for every position visible to position {}",
+                    pages.unwrap_or(0),
+                    span.start
+                );
                 let got = table.get(at).filter(|&&page| page != NO_PAGE);
                 let got = got.map_or_else(|| "none".into(), |page| format!("page {page}"));
-                return Err(Error::argument("page table", expected, format!("{got} at place {at}")));
+                return Err(Error::argument("page table", expected, format!("{got} at index {at}")));
             }
         }
     }
     Ok(())
 }
 
-/// Writes bytes to a buffer from `offset`, in whatever pieces the backend asks for them.
+/// Writes bytes to a buffer from `offset`, in pieces of the backend's choice.
 ///
 /// # Errors
 /// As [`Backend::fill`].

@@ -1,6 +1,5 @@
-//! The definition of every op, in plain scalar code, one element after the other. Every kernel, shader and simulated
-//! instruction is tested against it; exact backends give its bits. It shares formats and elementary functions with
-//! `halite-kernels`, and nothing else.
+//! The definition of every op, in plain scalar code. Every kernel, shader and simulated instruction is tested against
+//! it, and exact backends match its bits. It shares only formats and elementary functions with `halite-kernels`.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -18,7 +17,7 @@ use crate::error::Result;
 use crate::map::Region;
 use crate::program::{Epilogue, Gating, NOT_FINITE, NormKind, Op, Part, Program, RopePairs};
 
-/// The reference, by name.
+/// The driver of the reference backend.
 pub const DRIVER: Driver = Driver {
     name: "reference",
     argument: None,
@@ -28,14 +27,14 @@ pub const DRIVER: Driver = Driver {
     list: || Ok(vec![Listed::of(Reference::new().caps())]),
 };
 
-/// The reference as a backend: slow, and right by definition.
+/// The reference backend: slow, and correct by definition.
 #[derive(Debug)]
 pub struct Reference {
     caps: Caps,
 }
 
 impl Reference {
-    /// The reference backend. It wants no fusion, and runs all of them.
+    /// Creates the reference backend. It requests no fusions, but runs all of them.
     #[allow(clippy::new_without_default)]
     pub fn new() -> Reference {
         let caps = Caps {
@@ -84,7 +83,7 @@ impl Backend for Reference {
     }
 }
 
-/// The lane of an elementary function.
+/// Evaluates one lane of an elementary function.
 macro_rules! scalar {
     ($f:ident($x:expr)) => {
         math::$f(Scalar, [$x; 16])[0]
@@ -131,12 +130,12 @@ fn quantise(to: Activation, x: &[f32]) -> (Vec<i32>, f32) {
     (codes, scale)
 }
 
-/// The dot of a weight row with a token's activations.
+/// Returns the dot product of a weight row with a token's activations.
 fn dot(w: Matrix<'_>, row: usize, x: &[f32]) -> f32 {
     let row = w.rows(row..row + 1).bytes;
     let Kind::Quantised { activation, group, has_min } = w.format.kind() else {
         let mut values = vec![0.0; w.cols];
-        // The lengths fit: the row was cut to whole blocks.
+        // The lengths match: the row has whole blocks.
         let _ = w.format.dequantize(row, &mut values);
         return strided(values.into_iter().zip(x.iter().copied()));
     };
@@ -222,12 +221,12 @@ fn page_of<'a>(pages: &Pages<'a>, shape: PageShape, page: usize) -> &'a [u8] {
     &pages.bytes[page * shape.bytes(pages.format)..][..shape.bytes(pages.format)]
 }
 
-/// Bytes of a page before its scales: elements of 8 or 4 bits.
+/// Returns the bytes of a page before its scales: elements of 8 or 4 bits.
 fn code_bytes(format: Format, shape: PageShape) -> usize {
     if format == Format::Q4_0 { shape.elements() / 2 } else { shape.elements() }
 }
 
-/// One element of a page as f32: number `at`, which in a format of codes has scale number `scale`.
+/// Reads element `at` of a page as f32; in quantised formats, it has scale number `scale`.
 fn element(format: Format, shape: PageShape, page: &[u8], at: usize, scale: usize) -> f32 {
     let half = |at: usize| half::f16::from_le_bytes([page[at], page[at + 1]]).to_f32();
     let scale = || half(code_bytes(format, shape) + 2 * scale);
@@ -243,7 +242,7 @@ fn element(format: Format, shape: PageShape, page: &[u8], at: usize, scale: usiz
     }
 }
 
-/// Stores a block of elements in a page: number `i` at place `at(i)`, with scale number `scale`.
+/// Stores a block of elements in a page: element `i` at index `at(i)`, with scale number `scale`.
 fn put(
     format: Format,
     shape: PageShape,
@@ -274,7 +273,7 @@ fn put(
             put_scale(page, if none { 0.0 } else { magnitude / 127.0 });
         }
         Format::Q4_0 => {
-            // The first of largest magnitude, with its sign.
+            // The first element of largest magnitude, with its sign.
             let largest = x.iter().copied().find(|x| x.abs() == magnitude).unwrap_or(0.0);
             let d = largest / -8.0;
             let inverse = if d == 0.0 { 0.0 } else { 1.0 / d };
@@ -293,7 +292,7 @@ fn put(
     }
 }
 
-/// One query head's attention over positions `first..end`.
+/// Computes one query head's attention over positions `first..end`.
 #[allow(clippy::too_many_arguments)]
 fn attend(
     q: &[f32],
@@ -357,13 +356,13 @@ fn attend(
     }
 }
 
-/// A row of activations with each row of a weight, and the bias added.
+/// Computes the products of a row of activations with each row of a weight, and adds the bias.
 fn product(w: Matrix<'_>, bias: Option<&[f32]>, x: &[f32]) -> Vec<f32> {
     let element = |r| bias.map_or(dot(w, r, x), |b| dot(w, r, x) + b[r]);
     (0..w.rows).map(element).collect()
 }
 
-/// The matrix of an expert with a row of activations; `bias` has a row for each expert.
+/// Computes the products of a row of activations with an expert's matrix; `bias` has a row per expert.
 fn of_expert(w: &HostTensor<'_>, bias: Option<&HostTensor<'_>>, expert: usize, x: &[f32]) -> Vec<f32> {
     product(w.expert(expert), bias.map(|b| &b.floats()[expert * b.cols..][..b.cols]), x)
 }
@@ -400,7 +399,7 @@ fn route(logits: &[f32], gating: Gating, normalise: bool, scale: f32, ids: &mut 
     let mut order: Vec<usize> = (0..p.len()).collect();
     // A stable sort keeps the lower index first on ties.
     order.sort_by(|&i, &j| p[j].partial_cmp(&p[i]).unwrap_or(std::cmp::Ordering::Equal));
-    // NaN comes first, so that it is seen.
+    // NaN sorts first, so that it is detected.
     order.sort_by_key(|&i| !p[i].is_nan());
     for ((id, weight), &expert) in ids.iter_mut().zip(weights.iter_mut()).zip(&order) {
         (*id, *weight) = (expert as i32, p[expert]);
@@ -417,7 +416,7 @@ fn route(logits: &[f32], gating: Gating, normalise: bool, scale: f32, ids: &mut 
     }
 }
 
-/// One token's keys and values into the cache: `slot` of `page`.
+/// Writes one token's keys and values to position `slot` of `page`.
 fn kv_write(pages: &mut PagesMut<'_>, shape: PageShape, page: usize, slot: usize, k: &[f32], v: &[f32]) {
     let key = |i: usize| i * CHUNK + slot;
     let value = |i: usize| {
@@ -440,7 +439,7 @@ fn each(out: &mut HostTensor<'_>, f: impl Fn(usize) -> f32) {
     out.floats_mut().iter_mut().enumerate().for_each(|(i, out)| *out = f(i));
 }
 
-/// [`Kernels`] by definition.
+/// The definition of every op, as [`Kernels`].
 struct Definitions;
 
 impl Kernels for Definitions {

@@ -1,8 +1,8 @@
-//! A whole backend that runs nothing yet: the file to copy for a new chip.
+//! A complete backend without ops: the file to copy for a new chip.
 //!
-//! It compiles, every call answers, and conformance lists each op as a named gap. To bring a chip up, keep a buffer type of
-//! your own behind [`Buffer`], answer `Native` in [`Backend::supports`] for one op after another, and record the chip's
-//! commands in [`Plan::submit`].
+//! It compiles, every call works, and conformance lists each op as a named gap. To bring up a chip, put your own
+//! buffer type behind [`Buffer`], return `Native` from [`Backend::supports`] for one op after the other, and queue
+//! the chip's commands in [`Plan::submit`].
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -16,10 +16,10 @@ use crate::error::{Error, Result};
 use crate::map::Region;
 use crate::program::{Op, Program};
 
-/// The template's name, in one place.
+/// The backend's name.
 const NAME: &str = "template";
 
-/// The backend by name, for a table of drivers: `halite_cli::main` takes one.
+/// The driver, for the table of drivers that `halite_cli::main` takes.
 pub const DRIVER: Driver = Driver {
     name: NAME,
     argument: None,
@@ -29,13 +29,13 @@ pub const DRIVER: Driver = Driver {
     list: || Ok(vec![Listed::of(Template::new().caps())]),
 };
 
-/// The device: open handles and facts that never change.
+/// The device: open handles and fixed properties.
 #[derive(Debug)]
 pub struct Template {
     caps: Caps,
 }
 
-/// Device memory. A real chip keeps an address here, and frees it on drop.
+/// Device memory. A real chip stores an address here, and frees it on drop.
 #[derive(Debug)]
 struct Memory {
     bytes: std::sync::Mutex<Vec<u8>>,
@@ -47,12 +47,12 @@ impl Template {
     pub fn new() -> Template {
         let caps = Caps {
             name: NAME.into(),
-            device: "a backend to copy; it runs nothing".into(),
+            device: "a template to copy; it runs no ops".into(),
             memory_bytes: 1 << 30,
-            // Ask for the fused forms that the chip has instructions for.
+            // Request the fusions that the chip has instructions for.
             rows: Rows::Plain,
             fusions: Fusions::default(),
-            // `Exact` only if results are the reference's bits.
+            // `Exact` only if results are bit-identical to the reference.
             contract: Contract::Close,
         };
         Template { caps }
@@ -73,9 +73,9 @@ impl Backend for Template {
     }
 
     fn supports(&self, sig: &OpSig<'_>) -> Support {
-        // Match on `sig.op`, and on formats and shapes in `sig.program`, and answer `Support::Native` for what works.
-        // `Gap::Never` is for what the hardware cannot do at all.
-        Support::Unsupported(Gap::NotYet(format!("{} is not written", sig.op.name())))
+        // Match on `sig.op` and on formats and shapes in `sig.program`, and return `Support::Native` for what works.
+        // Return `Gap::Never` for what the hardware cannot do at all.
+        Support::Unsupported(Gap::NotYet(format!("{} is not implemented", sig.op.name())))
     }
 
     fn alloc(&self, bytes: u64, _usage: Usage) -> Result<Buffer> {
@@ -87,7 +87,7 @@ impl Backend for Template {
     }
 
     fn import(&self, _region: &Region) -> Result<Option<Buffer>> {
-        // A chip that reads host memory returns a handle on the region's pages; others get a copy through `fill`.
+        // A chip that reads host memory returns a handle to the region's pages; others get a copy through `fill`.
         Ok(None)
     }
 
@@ -111,12 +111,12 @@ impl Backend for Template {
     }
 
     fn prepare(&self, program: &Arc<Program>, _limits: Limits) -> Result<Box<dyn Plan>> {
-        // Compile here whatever can be compiled: `submit` is called for every token.
+        // Compile everything here: `submit` runs for every token.
         Ok(Box::new(TemplatePlan { program: program.clone(), submitted: 0 }))
     }
 
     fn scratch_bytes(&self, program: &Program, limits: Limits) -> u64 {
-        // `liveness` lets tensors that are never needed together share memory.
+        // `liveness` lets tensors share memory if their lifetimes do not overlap.
         crate::passes::liveness(program).bytes(limits.tokens, limits.outputs)
     }
 }
@@ -128,9 +128,9 @@ struct TemplatePlan {
 }
 
 impl TemplatePlan {
-    /// Queues an op's commands. `prepare` has refused every op that `supports` does not answer for.
+    /// Queues an op's commands. `prepare` rejects every op that `supports` declares as a gap.
     fn queue(&mut self, op: &Op) -> Result<()> {
-        Err(error(&format!("{} is not written", op.name())))
+        Err(error(&format!("{} is not implemented", op.name())))
     }
 }
 

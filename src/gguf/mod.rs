@@ -1,4 +1,4 @@
-//! GGUF model files: a checked directory over mapped bytes. Nothing is copied; a split model is several sources.
+//! GGUF model files: a checked directory over mapped bytes. Nothing is copied; a split model has several sources.
 
 mod parse;
 pub mod write;
@@ -19,7 +19,7 @@ use crate::error::{Error, Result};
 use crate::map::{Region, Source};
 use crate::memory::reserved;
 
-/// Most files that a split model may have.
+/// Maximum files of a split model.
 pub const MAX_SPLITS: u64 = 1024;
 
 /// An opened model file (or a set of split files).
@@ -49,7 +49,7 @@ impl TensorInfo<'_> {
     pub fn region(&self) -> Result<Region> {
         Region::new(self.source, self.record.bytes.clone()).ok_or_else(|| Error::FileChanged {
             path: self.source.path().to_owned(),
-            detail: format!("tensor `{}` is no longer inside", self.record.name),
+            detail: format!("tensor `{}` is beyond the end of the file", self.record.name),
         })
     }
 
@@ -57,13 +57,13 @@ impl TensorInfo<'_> {
     fn matrices(&self, f: &mut dyn FnMut(&[u8], usize)) -> Result<()> {
         let region = self.region()?;
         let dim = |i: usize| self.record.dims.get(i).copied().unwrap_or(1) as usize;
-        // Checked when the header was parsed: the tensor lies in the file.
+        // The parser checked that the tensor lies in the file.
         let bytes = self.record.bytes.len() / (dim(2) * dim(3)).max(1);
         region.bytes().chunks_exact(bytes.max(1)).for_each(|matrix| f(matrix, dim(0)));
         Ok(())
     }
 
-    /// The tensor's bytes with its rows one after the other, however they lie in the file.
+    /// Returns the tensor's bytes with plain rows, whatever the file's layout.
     ///
     /// # Errors
     /// [`Error::FileChanged`].
@@ -81,7 +81,7 @@ impl TensorInfo<'_> {
         Ok(out)
     }
 
-    /// The tensor's bytes with its rows interleaved, however they lie in the file.
+    /// Returns the tensor's bytes with interleaved rows, whatever the file's layout.
     ///
     /// # Errors
     /// [`Error::FileChanged`].
@@ -89,7 +89,7 @@ impl TensorInfo<'_> {
         let mut out = Vec::with_capacity(self.record.bytes.len());
         self.matrices(&mut |matrix, cols| {
             let mut lanes = vec![0; matrix.len()];
-            // The lengths are those of whole rows; what is interleaved already stays.
+            // The lengths are those of whole rows; interleaved rows stay as they are.
             match self.record.layout {
                 Layout::Rows if self.record.format.interleave(cols, matrix, &mut lanes).is_ok() => {
                     out.extend(lanes)
@@ -161,8 +161,8 @@ impl Gguf {
         Gguf::from_header(source, file_bytes)
     }
 
-    /// Checks the header of a file of `file_bytes` of which only the start is there. Its tensors have shapes but no data:
-    /// asking for these is [`Error::FileChanged`].
+    /// Checks the header of a file of `file_bytes` from its first bytes alone. Its tensors have shapes but no data:
+    /// reading data is [`Error::FileChanged`].
     ///
     /// # Errors
     /// [`Error::Gguf`].
@@ -174,7 +174,7 @@ impl Gguf {
         Ok(gguf)
     }
 
-    /// Takes in the tensors of another file, under names that begin with `prefix`. Its metadata are left behind.
+    /// Adds the tensors of another file, with `prefix` before their names, and ignores its metadata.
     pub(crate) fn join(&mut self, other: Gguf, prefix: &str) -> Result<()> {
         for mut part in other.parts {
             for record in &mut part.header.tensors {
@@ -190,7 +190,7 @@ impl Gguf {
         for (p, part) in self.parts.iter().enumerate() {
             for (t, record) in part.header.tensors.iter().enumerate() {
                 if self.tensors.insert(record.name.clone(), (p, t)).is_some() {
-                    // Within one file the parser has refused it.
+                    // The parser rejects duplicates within one file.
                     let message = format!("tensor `{}` is in two files", record.name);
                     return Err(gguf_error(part.source.path(), GgufError::Split(message)));
                 }
@@ -236,7 +236,7 @@ impl Gguf {
         self.parts.first().map_or(&[], |part| &part.header.metadata)
     }
 
-    /// All metadata of the first file, ready to be written to another.
+    /// All metadata of the first file, to write to another.
     pub fn encoded_metadata(&self) -> impl Iterator<Item = (&str, write::Encoded)> {
         self.parts.first().into_iter().flat_map(|part| {
             let file = part.source.bytes();
@@ -254,7 +254,7 @@ impl Gguf {
         gguf_error(self.path(), GgufError::ValueType { key: key.to_owned(), expected, got: value.describe() })
     }
 
-    /// The error for a key that must be there.
+    /// Returns the error for a missing key.
     pub(crate) fn missing(&self, key: &str) -> Error {
         gguf_error(self.path(), GgufError::MissingKey { key: key.to_owned() })
     }
@@ -445,7 +445,7 @@ impl Gguf {
         }
     }
 
-    /// A metadata value in words, for people: long arrays and texts are cut short.
+    /// Formats a metadata value for people; truncates long arrays and texts.
     pub fn display_value(&self, value: &Value) -> String {
         let bytes = self.parts.first().and_then(|p| p.source.bytes().get(value.bytes.clone())).unwrap_or(&[]);
         let scalar = |bytes: &[u8]| match (value.kind, integer(value.kind, bytes)) {
@@ -483,12 +483,12 @@ pub struct Strings<'a> {
 }
 
 impl<'a> Strings<'a> {
-    /// How many strings there are.
+    /// Returns the number of strings.
     pub fn len(&self) -> usize {
         self.len
     }
 
-    /// Whether there are none.
+    /// Whether the array is empty.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
@@ -541,7 +541,7 @@ fn split_sibling(first: &Path, index: u64, count: u64) -> Option<PathBuf> {
     Some(first.with_file_name(sibling))
 }
 
-/// The bytes that a tensor of this format and shape takes, or `None` if its rows are not whole blocks.
+/// Returns the bytes of a tensor of this format and shape, or `None` if its rows are not whole blocks.
 pub fn tensor_bytes(format: Format, cols: u64, rows: u64) -> Option<u64> {
     let row = format.row_bytes(usize::try_from(cols).ok()?)?;
     (row as u64).checked_mul(rows)

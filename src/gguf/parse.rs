@@ -1,8 +1,8 @@
-//! The header parser: bytes in, checked directory out. This is the security boundary for model files.
+//! The header parser, which checks untrusted bytes. This is the security boundary for model files.
 //!
-//! Every count is compared with the bytes that remain before anything is allocated, all arithmetic is checked, and
-//! nothing is copied: strings and arrays are kept as byte ranges of the file. Format: GGML's `docs/gguf.md`, versions
-//! 2 and 3, little-endian.
+//! Every count is compared with the remaining bytes before an allocation, all arithmetic is checked, and nothing is
+//! copied: strings and arrays are byte ranges of the file. Format: GGML's `docs/gguf.md`, versions 2 and 3,
+//! little-endian.
 
 use std::collections::HashSet;
 use std::ops::Range;
@@ -13,7 +13,7 @@ use halite_kernels::formats::{Format, Layout, UnknownFormat};
 pub const MAX_KEY_BYTES: u64 = 65_535;
 /// Longest accepted tensor name, in bytes (the format's own limit).
 pub const MAX_NAME_BYTES: u64 = 64;
-/// Most accepted metadata entries.
+/// Maximum metadata entries.
 pub const MAX_ENTRIES: u64 = 65_536;
 /// Largest accepted `general.alignment`, in bytes.
 pub const MAX_ALIGNMENT: u64 = 1 << 20;
@@ -23,14 +23,14 @@ const MIN_ENTRY_BYTES: u64 = 8 + 1 + 4 + 1;
 /// Smallest possible tensor record: name length, one name byte, dimension count, one dimension, type, offset.
 const MIN_TENSOR_BYTES: u64 = 8 + 1 + 4 + 8 + 4 + 8;
 
-/// What is wrong with a GGUF file, and where (byte offsets count from the start of the file).
+/// An error in a GGUF file, with its byte offset in the file.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum GgufError {
     /// The first four bytes are not `GGUF`.
     #[error("not a GGUF file: expected magic 47 47 55 46, got {got:02x?}")]
     Magic {
-        /// The first bytes, as many as there are.
+        /// The first bytes.
         got: Vec<u8>,
     },
     /// The file is big-endian.
@@ -47,64 +47,64 @@ pub enum GgufError {
         /// The version in the file.
         got: u32,
     },
-    /// The file ends inside something.
+    /// The file ends too early.
     #[error("truncated at byte {at}: {what} needs {need} bytes, {have} remain")]
     Truncated {
         /// What was being read.
         what: String,
-        /// Where it starts.
+        /// Its offset.
         at: u64,
-        /// How many bytes it takes.
+        /// Bytes needed.
         need: u64,
-        /// How many there are.
+        /// Bytes available.
         have: u64,
     },
-    /// A count or length that the file cannot hold or that is above a limit.
+    /// A count or length above a limit, or more than the file can hold.
     #[error("byte {at}: {what}: expected at most {limit}, got {got}")]
     TooLarge {
         /// What is counted.
         what: String,
-        /// Where the count stands.
+        /// The count's offset.
         at: u64,
         /// The largest acceptable value.
         limit: u64,
         /// The value in the file.
         got: u64,
     },
-    /// A value outside what the format allows.
+    /// A value that the format does not allow.
     #[error("byte {at}: {what}: expected {expected}, got {got}")]
     Invalid {
-        /// Which value.
+        /// The value's name.
         what: String,
-        /// Where it stands.
+        /// Its offset.
         at: u64,
-        /// What the format allows.
+        /// The expected value.
         expected: &'static str,
-        /// What the file says.
+        /// The value in the file.
         got: String,
     },
-    /// Two metadata entries with one key.
+    /// A duplicate metadata key.
     #[error("byte {at}: key `{key}` appears twice")]
     DuplicateKey {
         /// The key.
         key: String,
-        /// Where its second entry starts.
+        /// Offset of the second entry.
         at: u64,
     },
-    /// Two tensors with one name.
+    /// A duplicate tensor name.
     #[error("byte {at}: tensor `{name}` appears twice")]
     DuplicateTensor {
         /// The name.
         name: String,
-        /// Where its second record starts.
+        /// Offset of the second record.
         at: u64,
     },
-    /// A tensor of a type that Halite does not read.
+    /// A tensor of an unsupported type.
     #[error("tensor `{name}`: {source}")]
     TensorType {
         /// The tensor.
         name: String,
-        /// What is known of the type id.
+        /// The type.
         source: UnknownFormat,
     },
     /// A tensor whose size does not fit in 64 bits, or whose rows are not whole blocks.
@@ -116,7 +116,7 @@ pub enum GgufError {
         dims: Vec<u64>,
         /// Its type's name.
         format: &'static str,
-        /// What does not fit.
+        /// The problem.
         why: String,
     },
     /// A tensor's data lie outside the file.
@@ -124,9 +124,9 @@ pub enum GgufError {
     TensorRange {
         /// The tensor.
         name: String,
-        /// Where its data start.
+        /// Start of its data.
         start: u64,
-        /// Where its data end.
+        /// End of its data.
         end: u64,
         /// The file's length.
         file_bytes: u64,
@@ -136,9 +136,9 @@ pub enum GgufError {
     Overlap {
         /// The tensor that starts first.
         first: String,
-        /// The one that starts inside it.
+        /// The tensor that starts inside it.
         second: String,
-        /// Where the second starts.
+        /// Start of the second tensor.
         at: u64,
     },
     /// A metadata value has another type than its reader expects.
@@ -146,7 +146,7 @@ pub enum GgufError {
     ValueType {
         /// The key.
         key: String,
-        /// The type asked for.
+        /// The expected type.
         expected: &'static str,
         /// The type in the file.
         got: String,
@@ -157,7 +157,7 @@ pub enum GgufError {
         /// The key.
         key: String,
     },
-    /// The parts of a split model do not belong together.
+    /// The files of a split model do not match.
     #[error("split model: {0}")]
     Split(String),
 }
@@ -200,19 +200,19 @@ impl ValueType {
     }
 }
 
-/// One metadata value, as a place in the file.
+/// One metadata value, as a range of the file.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Value {
     /// Its type; for an array the type of the elements.
     pub kind: ValueType,
     /// The number of elements if it is an array.
     pub array_len: Option<usize>,
-    /// Its bytes: the text of a string (without the length), the elements of an array.
+    /// Its bytes: a string's text without the length, or an array's elements.
     pub bytes: Range<usize>,
 }
 
-/// Set in the id of a tensor's type if its rows are interleaved ([`Layout::Interleaved`]). This is Halite's own: other readers
-/// know no such type and refuse the file, rather than take the bytes for what they are not.
+/// Flag in a tensor's type id for interleaved rows ([`Layout::Interleaved`]). It is Halite's own: other readers reject
+/// the unknown type, and so never misread the rows.
 pub const INTERLEAVED: u32 = 1 << 16;
 
 /// One tensor of the file's directory.
@@ -226,7 +226,7 @@ pub struct TensorRecord {
     pub format: Format,
     /// How the rows of each matrix lie.
     pub layout: Layout,
-    /// Its data, from the start of the file.
+    /// The range of its data in the file.
     pub bytes: Range<usize>,
 }
 
@@ -241,21 +241,21 @@ pub struct Header {
     pub metadata: Vec<(String, Value)>,
     /// Tensors in file order.
     pub tensors: Vec<TensorRecord>,
-    /// Names of tensors without elements: one of their dimensions is zero. They are not among the others.
+    /// Names of tensors without elements (a dimension is zero); `tensors` does not include them.
     pub empty: Vec<String>,
-    /// Where tensor data start, from the start of the file.
+    /// Offset of tensor data in the file.
     pub data_start: usize,
 }
 
 /// Parses and checks the header of a whole GGUF file.
 ///
 /// # Errors
-/// A [`GgufError`] for the first thing that is not as the format says; never a panic, whatever the bytes.
+/// A [`GgufError`] for the first violation of the format; never a panic, whatever the bytes.
 pub fn parse(file: &[u8]) -> Result<Header, GgufError> {
     parse_header(file, file.len() as u64)
 }
 
-/// The same from the start of a file of `file_bytes`, which holds at least the header.
+/// As [`parse`], from the first bytes of a file of `file_bytes`, which include the header.
 ///
 /// # Errors
 /// As [`parse`].
@@ -358,7 +358,7 @@ fn check_overlap(tensors: &[TensorRecord]) -> Result<(), GgufError> {
     Ok(())
 }
 
-/// The start of a text from a file, for messages: in quotes, escaped, and not longer than a line.
+/// Quotes the start of a text from a file for messages: escaped, and at most a line.
 pub(crate) fn printable(text: &[u8]) -> String {
     const SHOWN: usize = 64;
     let start = text.get(..SHOWN).unwrap_or(text);
@@ -379,7 +379,7 @@ impl Value {
     }
 }
 
-/// A tensor record before its data are placed in the file.
+/// A tensor record before its data are located in the file.
 struct Unplaced<'a> {
     name: &'a str,
     dims: Vec<u64>,
@@ -478,7 +478,7 @@ impl<'a> Reader<'a> {
         self.array(what).map(u64::from_le_bytes)
     }
 
-    /// Refuses a count above `most`, or whose smallest possible content is longer than the rest of the file.
+    /// Rejects a count above `most`, or whose smallest possible content is longer than the rest of the file.
     fn check_count(
         &self,
         what: &str,
@@ -494,7 +494,7 @@ impl<'a> Reader<'a> {
         Ok(())
     }
 
-    /// A length-prefixed string, as its place in the file.
+    /// Reads a length-prefixed string, as a range of the file.
     fn string(&mut self, what: &str) -> Result<Range<usize>, GgufError> {
         let len = self.u64(what)?;
         self.take(what, len)?;
@@ -512,7 +512,7 @@ impl<'a> Reader<'a> {
         let invalid = |expected, got| GgufError::Invalid { what: what.into(), at, expected, got };
         match std::str::from_utf8(bytes) {
             Ok("") => Err(invalid("at least one byte", "an empty string".into())),
-            // Names stand in messages: what would steer a terminal is no name.
+            // Names appear in messages, so they must not have control characters.
             Ok(name) if name.contains(char::is_control) => {
                 Err(invalid("text without control characters", printable(bytes)))
             }
@@ -557,7 +557,7 @@ impl<'a> Reader<'a> {
         Ok(Value { kind, array_len: Some(len as usize), bytes })
     }
 
-    /// Walks `len` consecutive values and returns the bytes they take.
+    /// Skips `len` consecutive values, and returns their bytes.
     fn values(&mut self, key: &str, kind: ValueType, len: u64) -> Result<Range<usize>, GgufError> {
         let what = format!("value of key `{key}`");
         let start = self.at;

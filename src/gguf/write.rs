@@ -11,7 +11,7 @@ use super::parse::{
 use super::tensor_bytes;
 use crate::error::{Error, Result};
 
-/// A metadata value as it stands in a file: the id of its type, and its bytes. Made with `From`.
+/// An encoded metadata value: its type id and bytes. Made with `From`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Encoded(Vec<u8>);
 
@@ -29,7 +29,7 @@ impl Encoded {
 }
 
 impl Encoded {
-    /// A value as it stands in `file`, the bytes that it was parsed from.
+    /// Copies a value from `file`, the bytes that it was parsed from.
     pub fn copy(value: &Value, file: &[u8]) -> Encoded {
         let bytes = file.get(value.bytes.clone()).unwrap_or(&[]);
         match value.array_len {
@@ -90,7 +90,7 @@ fn string(text: &str) -> Vec<u8> {
     [&(text.len() as u64).to_le_bytes()[..], text.as_bytes()].concat()
 }
 
-/// A tensor whose data will be written.
+/// A tensor to write.
 #[derive(Debug, Clone, PartialEq)]
 pub struct NewTensor {
     /// Its name.
@@ -103,13 +103,13 @@ pub struct NewTensor {
     pub layout: Layout,
     /// Bytes of its data.
     pub bytes: u64,
-    /// Where its data start, in bytes after the start of all data.
+    /// Offset of its data, from the start of all data.
     offset: u64,
 }
 
-/// A file to be written: metadata and a directory of tensors, whose data come when [`Writer::write`] asks for them.
+/// A file to write: metadata and a directory of tensors. [`Writer::write`] requests their data.
 ///
-/// What a `Writer` accepts, [`super::parse()`] reads back.
+/// [`super::parse()`] reads everything that a `Writer` accepts.
 #[derive(Debug, Clone)]
 pub struct Writer {
     alignment: u64,
@@ -121,8 +121,7 @@ pub struct Writer {
 }
 
 impl Writer {
-    /// An empty file whose tensor data are aligned to `alignment` bytes, a power of two from 8; what files are commonly
-    /// made with is 32.
+    /// Creates an empty file whose tensor data are aligned to `alignment` bytes, a power of two from 8; usually 32.
     ///
     /// # Errors
     /// [`Error::Argument`] for another alignment.
@@ -146,13 +145,13 @@ impl Writer {
     /// Adds a metadata entry.
     ///
     /// # Errors
-    /// [`Error::Argument`] for a key that is not one or is there already, or one entry too many.
+    /// [`Error::Argument`] for an invalid or duplicate key, or too many entries.
     pub fn entry(&mut self, key: &str, value: impl Into<Encoded>) -> Result<()> {
         if self.keys.len() as u64 >= MAX_ENTRIES {
             return Err(Error::argument(
                 "GGUF metadata",
                 format!("at most {MAX_ENTRIES} entries"),
-                "one more",
+                "one more entry",
             ));
         }
         claim(&mut self.keys, "GGUF metadata key", key, MAX_KEY_BYTES)?;
@@ -164,16 +163,16 @@ impl Writer {
     /// Adds a tensor of one to four dimensions, row length first.
     ///
     /// # Errors
-    /// [`Error::Argument`] for a name that is not one or is there already, rows that are not whole blocks, or a size
-    /// that does not fit in 63 bits.
+    /// [`Error::Argument`] for an invalid or duplicate name, rows that are not whole blocks, or a size that does not
+    /// fit in 63 bits.
     pub fn tensor(&mut self, name: &str, dims: &[u64], format: Format) -> Result<()> {
         self.tensor_in(Layout::Rows, name, dims, format)
     }
 
-    /// As [`Writer::tensor`], in a layout.
+    /// As [`Writer::tensor`], with a row layout.
     ///
     /// # Errors
-    /// As there, and for a format that cannot be interleaved.
+    /// As [`Writer::tensor`], and for a format that cannot be interleaved.
     pub fn tensor_in(&mut self, layout: Layout, name: &str, dims: &[u64], format: Format) -> Result<()> {
         if layout == Layout::Interleaved && !format.interleaves() {
             return Err(Error::argument(
@@ -235,10 +234,10 @@ impl Writer {
         self.end
     }
 
-    /// Writes the file. `data` is called for one tensor after another and writes exactly its bytes.
+    /// Writes the file. Calls `data` for each tensor in order, to write exactly its bytes.
     ///
     /// # Errors
-    /// What `out` or `data` say, and an error of kind `InvalidData` if `data` wrote more or fewer bytes.
+    /// Errors of `out` and `data`, and an error of kind `InvalidData` if `data` wrote more or fewer bytes.
     pub fn write(
         &self,
         out: &mut dyn Write,
@@ -259,14 +258,14 @@ impl Writer {
         out.flush()
     }
 
-    /// Writes zeros after `len` bytes up to the next aligned place.
+    /// Writes zeros after `len` bytes up to the next aligned offset.
     fn pad(&self, len: u64, out: &mut dyn Write) -> io::Result<()> {
         let zeros = len.wrapping_neg() % self.alignment;
         io::copy(&mut io::Read::take(io::repeat(0), zeros), out).map(|_| ())
     }
 }
 
-/// Checks a name that is to be there once.
+/// Checks a name, which must be unique.
 fn claim(names: &mut HashSet<String>, what: &'static str, name: &str, most_bytes: u64) -> Result<()> {
     if name.is_empty() || name.len() as u64 > most_bytes || name.contains(char::is_control) {
         let expected = format!("1 to {most_bytes} bytes without control characters");

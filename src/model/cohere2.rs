@@ -1,11 +1,11 @@
-//! Command R7B and A (Cohere 2024, 2025): attention and feed-forward side by side, positions only in the windowed three of
-//! four layers, a factor on the logits.
+//! Command R7B and A (Cohere 2024, 2025): parallel attention and feed-forward blocks, a factor on the logits. Three of
+//! four layers have a sliding window and positions; the fourth has neither.
 
 use super::Hparams;
 use super::network::{Attention, Network};
 use crate::program::{Builder, Gate, NormKind, RopePairs};
 
-/// The last of so many layers sees the whole context, and knows no positions.
+/// Period of the layers: the last of each period sees the whole context, without positions.
 const WINDOW_PERIOD: u32 = 4;
 
 pub(super) fn record(h: &Hparams, b: &mut Builder<'_>) {

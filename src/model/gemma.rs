@@ -25,11 +25,12 @@ pub(super) fn record_3(h: &Hparams, b: &mut Builder<'_>) {
     record(n, &Gemma { window_period: 6, blocks_27b: 62, qk_norm, global_rope, local_rope });
 }
 
-/// What one Gemma has and the other has not.
+/// The differences between Gemma 2 and 3.
 struct Gemma<'r> {
-    /// The last of so many layers sees the whole context.
+    /// Period of the layers: the last of each period sees the whole context.
     window_period: u32,
-    /// The largest model's depth; its attention is scaled by the width of a head of the embedding, the others' by the key's.
+    /// Layers of the largest model, which scales attention by the embedding's width per head; the others scale it by the
+    /// key's.
     blocks_27b: u32,
     qk_norm: Option<QkNorm>,
     global_rope: &'r Rope,

@@ -1,13 +1,13 @@
-//! gpt-oss (OpenAI 2025): mixtures of experts with a clamped gate, attention that may attend to nothing, and a sliding window
-//! in every other layer.
+//! gpt-oss (OpenAI 2025): mixtures of experts with a clamped gate, attention sinks, and a sliding window in every other
+//! layer.
 
 use super::Hparams;
 use super::network::{Attention, Network};
 use crate::program::{Builder, Gate, Gating, NormKind, RopePairs};
 
-/// The model card's gate.
+/// The gate in the model card.
 const GATE: Gate = Gate::SiluClamped { alpha: 1.702, limit: 7.0 };
-/// The last of so many layers sees the whole context.
+/// Period of the layers: the last of each period sees the whole context.
 const WINDOW_PERIOD: u32 = 2;
 
 pub(super) fn record(h: &Hparams, b: &mut Builder<'_>) {

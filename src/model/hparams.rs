@@ -8,15 +8,15 @@ use crate::error::{Error, Result};
 use crate::gguf::{Gguf, printable};
 use crate::program::{Gating, State};
 
-/// Most layers that a model may have.
+/// Maximum layers of a model.
 const MAX_LAYERS: u32 = 1024;
-/// Most elements of a row, heads or vocabulary entries.
+/// Maximum elements of a row, heads or vocabulary entries.
 const MAX_EXTENT: u32 = 1 << 24;
 
-/// Most elements of a head's key or value.
+/// Maximum elements of a head's key or value.
 const MAX_HEAD_LENGTH: u32 = 1 << 12;
 
-/// What the families share, under the names of the GGUF keys.
+/// Hyper-parameters of all families, under the names of their GGUF keys.
 #[derive(Debug, Clone, PartialEq)]
 #[allow(missing_docs)]
 pub struct Hparams {
@@ -33,30 +33,30 @@ pub struct Hparams {
     pub key_length: u32,
     pub value_length: u32,
     pub vocab_size: u32,
-    /// Added under the root of layer norms.
+    /// Epsilon of layer norms.
     pub layer_norm_epsilon: Option<f32>,
-    /// Added under the root of root-mean-square norms.
+    /// Epsilon of RMS norms.
     pub layer_norm_rms_epsilon: Option<f32>,
     /// Rotated elements of a head.
     pub rope_dimension_count: u32,
     pub rope_freq_base: f32,
-    /// The rotary base of windowed layers, where it is another.
+    /// Rotary base of sliding-window layers, if different.
     pub rope_freq_base_swa: Option<f32>,
     pub rope_scaling: RopeScaling,
-    /// A factor on sine and cosine, besides what the scaling has.
+    /// Extra factor on sine and cosine, besides that of the scaling.
     pub rope_attn_factor: f32,
-    /// Positions of the training before its context was extended.
+    /// Original context length, before its extension.
     pub original_context_length: u32,
-    /// Whether a file says that its model was trained with rotary embeddings.
+    /// The file's `rope.scaling.finetuned`.
     pub rope_finetuned: Option<bool>,
-    /// Positions that windowed layers look back.
+    /// Sliding window in positions.
     pub sliding_window: Option<u32>,
-    /// Which layers are windowed, if the file says so; one for each layer.
+    /// Whether each layer has the sliding window, if the file says so.
     pub sliding_window_pattern: Option<Vec<bool>>,
-    /// Whether a token sees no later ones, if the file says so.
+    /// Whether attention is causal, if the file says so.
     pub attention_causal: Option<bool>,
     pub attention_scale: Option<f32>,
-    /// How much queries grow beyond the original context (Llama 4's temperature tuning).
+    /// Growth of queries beyond the original context (Llama 4's temperature tuning).
     pub attention_temperature_scale: Option<f32>,
     pub attn_logit_softcapping: Option<f32>,
     pub final_logit_softcapping: Option<f32>,
@@ -69,20 +69,20 @@ pub struct Hparams {
     pub expert_gating_func: Option<Gating>,
     pub expert_weights_norm: Option<bool>,
     pub expert_weights_scale: Option<f32>,
-    /// What an encoder makes of the vectors of a text's tokens.
+    /// Pooling of token vectors.
     pub pooling_type: Option<Pooling>,
-    /// Kinds of texts that an encoder tells apart.
+    /// Number of token types (segments) of an encoder.
     pub token_type_count: Option<u32>,
-    /// How the KV cache is stored; a choice of the caller.
+    /// Format of the KV cache, set by the caller.
     pub kv_format: Format,
-    /// Positions of the KV cache; a choice of the caller, which decides between the factors of LongRoPE.
+    /// Positions of the KV cache, set by the caller. They select the factors of LongRoPE.
     pub positions: u32,
 }
 
-/// How rotary frequencies are stretched beyond the training context.
+/// Scaling of rotary frequencies beyond the training context.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum RopeScaling {
-    /// Not.
+    /// No scaling.
     None,
     /// Positions are divided by a factor (Chen et al. 2023).
     Linear {
@@ -93,31 +93,31 @@ pub enum RopeScaling {
     Yarn {
         /// The factor.
         factor: f32,
-        /// Rotations within the original context from which on a pair is left alone.
+        /// Rotations within the original context above which a pair is not interpolated.
         beta_fast: f32,
-        /// Rotations up to which it is interpolated in full.
+        /// Rotations below which a pair is fully interpolated.
         beta_slow: f32,
-        /// What replaces the 1 of `0.1 · ln(factor) + 1` in the denominator of the attention factor, if not zero.
+        /// Factor on `0.1 · ln(factor)` in the denominator of the attention factor; 0: no denominator.
         log_multiplier: f32,
     },
     /// Each pair has its own factor, in a tensor of the file (LongRoPE, Ding et al. 2024).
     Long,
 }
 
-/// What becomes of the vectors of a text's tokens (Reimers & Gurevych 2019).
+/// Pooling of token vectors (Reimers & Gurevych 2019).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Pooling {
-    /// Nothing: there is one for each token.
+    /// No pooling: one vector per token.
     None,
-    /// Their mean.
+    /// The mean of all tokens.
     Mean,
-    /// The first one, of the token that stands for the whole text.
+    /// The first token (CLS).
     Cls,
-    /// The last one.
+    /// The last token.
     Last,
 }
 
-/// Keys of options that change what a model computes and that no family here has, each with what it may say.
+/// Unsupported options and the only value accepted for each.
 const ONLY: &[(&str, Only)] = &[
     ("attention.clamp_kqv", Only::F32(0.0)),
     ("attention.max_alibi_bias", Only::F32(0.0)),
@@ -225,7 +225,7 @@ impl Hparams {
             }
             value => Ok(value),
         };
-        // Zero stands for a factor that there is not.
+        // Zero means no factor.
         let factor = |name: &str| -> Result<Option<f32>> {
             if gguf.optional_f32(&key(name))? == Some(0.0) { Ok(None) } else { positive(name) }
         };
@@ -322,15 +322,15 @@ impl Hparams {
         })
     }
 
-    /// A layer's value of a per-layer list.
+    /// Returns a layer's value in a per-layer list.
     pub(crate) fn at(list: &[u32], layer: u32) -> u32 {
         list.get(layer as usize).copied().unwrap_or(0)
     }
 
-    /// The KV cache of a layer.
+    /// Returns the KV cache of a layer.
     pub(crate) fn kv_state(&self, layer: u32, window: Option<u32>, causal: bool) -> State {
         State {
-            // Without a past nothing outlives a layer, so that all of them use one.
+            // Without causal attention no layer needs earlier steps, so all layers share one cache.
             name: if causal { format!("kv.{layer}") } else { "kv".into() },
             kv_heads: Hparams::at(&self.head_count_kv, layer),
             key_dim: self.key_length,
@@ -341,7 +341,7 @@ impl Hparams {
         }
     }
 
-    /// Whether a layer looks back only so far: as the file says, or else all but the last of every `period` layers.
+    /// Whether a layer has the sliding window: as the file says, or all but the last of every `period` layers.
     pub(crate) fn is_windowed(&self, layer: u32, period: u32) -> bool {
         match &self.sliding_window_pattern {
             Some(pattern) => pattern.get(layer as usize).copied().unwrap_or(false),
@@ -349,10 +349,10 @@ impl Hparams {
         }
     }
 
-    /// Radians per position of each rotated pair, and the factor on sine and cosine.
+    /// Returns the radians per position of each rotated pair, and the factor on sine and cosine.
     ///
-    /// A pair i of n has the frequency `base^(-i / n)`, which linear scaling divides by its factor. YaRN mixes the two by
-    /// how often the pair rotates within the original context.
+    /// Pair i of n has the frequency `base^(-i / n)`. Linear scaling divides it by a factor. YaRN interpolates between
+    /// both, by how often the pair rotates within the original context.
     pub(crate) fn rope_frequencies(&self, base: f32, scaling: RopeScaling) -> (Arc<[f32]>, f32) {
         let dims = f64::from(self.rope_dimension_count);
         let base = f64::from(base);
@@ -362,7 +362,7 @@ impl Hparams {
                 RopeScaling::None | RopeScaling::Long => frequency,
                 RopeScaling::Linear { factor } => frequency / f64::from(factor),
                 RopeScaling::Yarn { factor, beta_fast, beta_slow, .. } => {
-                    // The pair that rotates so many times within the original context.
+                    // The pair that rotates `rotations` times within the original context.
                     let pair = |rotations: f32| {
                         let context = f64::from(self.original_context_length);
                         dims * (context / (f64::from(rotations) * std::f64::consts::TAU)).ln()
@@ -404,12 +404,12 @@ fn pooling_type(gguf: &Gguf, architecture: &str) -> Result<Option<Pooling>> {
     })
 }
 
-/// Whether a layer is none of the last of every `period` layers; a period of zero has no last one.
+/// Whether a layer is not the last of every `period` layers; with a period of 0, no layer is the last.
 fn windowed(layer: u32, period: u32) -> bool {
     (layer + 1).checked_rem(period) != Some(0)
 }
 
-/// `attention.sliding_window_pattern`: a period, or for each layer whether it is windowed.
+/// `attention.sliding_window_pattern`: a period, or a flag per layer.
 fn sliding_window_pattern(gguf: &Gguf, architecture: &str, layers: u32) -> Result<Option<Vec<bool>>> {
     let key = format!("{architecture}.attention.sliding_window_pattern");
     let is_array = gguf.metadata().iter().any(|(k, value)| *k == key && value.array_len.is_some());
@@ -433,7 +433,7 @@ fn rope_scaling(gguf: &Gguf, architecture: &str) -> Result<RopeScaling> {
     match gguf.optional_str(&key("scaling.type"))? {
         None => match gguf.optional_f32(&key("scale_linear"))? {
             None => match gguf.optional_f32(&key("scaling.factor"))? {
-                // Files from before `scaling.type` mean linear scaling.
+                // Files older than `scaling.type` mean linear scaling.
                 Some(factor) if factor != 1.0 && factor != 0.0 => linear("scaling.factor", factor),
                 _ => Ok(RopeScaling::None),
             },

@@ -36,7 +36,7 @@ use crate::program::{Builder, Program, WeightInfo};
 /// Records a family's program.
 type Record = fn(&Hparams, &mut Builder<'_>);
 
-/// One line for each architecture: its name in `general.architecture` and what records it.
+/// One line per architecture: its name in `general.architecture` and the function that records it.
 const FAMILIES: &[(&str, Record)] = &[
     ("bert", bert::record),
     ("cohere2", cohere2::record),
@@ -60,18 +60,18 @@ const FAMILIES: &[(&str, Record)] = &[
     ("starcoder2", starcoder2::record),
 ];
 
-/// Tensors of which a model uses one or the other, or none.
+/// Tensors of which a model uses at most one.
 const OPTIONAL: &[&str] = &["rope_factors_long.weight", "rope_factors_short.weight"];
 
-/// Architectures that Halite can build.
+/// Returns the supported architectures.
 pub fn architectures() -> impl Iterator<Item = &'static str> {
     FAMILIES.iter().map(|(name, _)| *name)
 }
 
-/// Choices that shape a program.
+/// Options of a program.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ProgramOptions {
-    /// How the KV cache is stored: `F16`, `F32`, `Q8_0` or `Q4_0`.
+    /// Format of the KV cache: `F16`, `F32`, `Q8_0` or `Q4_0`.
     pub kv_format: Format,
 }
 
@@ -81,7 +81,7 @@ impl Default for ProgramOptions {
     }
 }
 
-/// A model file and what it describes. Opening reads only the header.
+/// A model file. Opening it reads only the header.
 #[derive(Debug)]
 pub struct Model {
     gguf: Gguf,
@@ -91,11 +91,11 @@ pub struct Model {
     warnings: Vec<String>,
 }
 
-/// How many of the most likely tokens a program lists for each row: all, of a smaller vocabulary.
+/// Number of most likely tokens that a program returns per row; all tokens of a smaller vocabulary.
 pub const TOP_K: u32 = 256;
 
 impl Model {
-    /// Opens a GGUF file (the first one of a split model).
+    /// Opens a GGUF file (first file of a split model).
     ///
     /// # Errors
     /// [`Error::Io`], [`Error::Gguf`], [`Error::Architecture`] or [`Error::Model`].
@@ -103,7 +103,7 @@ impl Model {
         Model::from_gguf(Gguf::open(path.as_ref())?)
     }
 
-    /// A model from bytes in memory; see [`Source::from_static`] and [`Source::from_bytes`].
+    /// Opens a model from bytes in memory; see [`Source::from_static`] and [`Source::from_bytes`].
     ///
     /// # Errors
     /// As [`Model::open`].
@@ -111,7 +111,7 @@ impl Model {
         Model::from_gguf(Gguf::from_source(source)?)
     }
 
-    /// A model from an opened file.
+    /// Creates a model from an opened file.
     ///
     /// # Errors
     /// [`Error::Architecture`] or [`Error::Model`].
@@ -129,12 +129,12 @@ impl Model {
         Ok(Model { gguf, hparams, record, adapters: Vec::new(), warnings })
     }
 
-    /// Adds a low-rank adapter (LoRA) to the model, times a factor; several add up. Its weights stay in their file, and the model's
-    /// as they are.
+    /// Adds a low-rank adapter (LoRA) with a scale to the model; several adapters add up. The weights of the model and
+    /// of the adapter stay in their files, unchanged.
     ///
     /// # Errors
-    /// [`Error::Gguf`] or [`Error::Model`] for a file that is no adapter of this architecture. Tensors that do not fit the model
-    /// are found by [`Model::program`].
+    /// [`Error::Gguf`] or [`Error::Model`] for a file that is not an adapter of this architecture. [`Model::program`]
+    /// reports tensors that do not fit the model.
     pub fn adapt(&mut self, adapter: Gguf, scale: f32) -> Result<()> {
         let _floats = DefaultFloats::set();
         let prefix = format!("lora{}.", self.adapters.len());
@@ -145,18 +145,18 @@ impl Model {
         Ok(())
     }
 
-    /// The factors on its adapters.
+    /// The scales of its adapters.
     #[cfg(feature = "save")]
     pub(crate) fn adapter_scales(&self) -> impl Iterator<Item = f32> {
         self.adapters.iter().map(|adapter| adapter.scale)
     }
 
-    /// What is odd about the file but does not keep it from running, one line each.
+    /// Warnings about the file, one line each.
     pub fn warnings(&self) -> &[String] {
         &self.warnings
     }
 
-    /// The file, and those of its adapters.
+    /// The model file, with the tensors of its adapters.
     pub fn gguf(&self) -> &Gguf {
         &self.gguf
     }
@@ -166,16 +166,16 @@ impl Model {
         &self.hparams
     }
 
-    /// `general.name`, or the architecture; without characters that could move a terminal's cursor.
+    /// Returns `general.name` or the architecture, with control characters escaped.
     pub fn name(&self) -> String {
         let name = self.gguf.optional_str("general.name").ok().flatten();
         name.unwrap_or(&self.hparams.architecture).chars().filter(|c| !c.is_control()).take(256).collect()
     }
 
-    /// The model's program for sequences of up to `positions`, before any fusion. Needs the header only, no weights.
+    /// Returns the model's unfused program for sequences of up to `positions`. Reads only the header, no weights.
     ///
     /// # Errors
-    /// [`Error::Model`] for a missing, misshapen or unknown tensor, [`Error::Program`] for shapes that no program can have.
+    /// [`Error::Model`] for a missing or unknown tensor or a wrong shape, [`Error::Program`] for an invalid program.
     pub fn program(&self, options: ProgramOptions, positions: u32) -> Result<Program> {
         let _floats = DefaultFloats::set();
         let lookup = |name: &str| {
@@ -200,7 +200,7 @@ impl Model {
         Ok(program)
     }
 
-    /// Refuses a file with tensors that its family does not know: without them it would be another model.
+    /// Rejects a file with tensors that its family does not use: ignoring them would compute another model.
     fn check_all_used(&self, program: &Program) -> Result<()> {
         let weights = program.weights.iter().map(|&id| program.tensor(id));
         let used: HashSet<&str> =
@@ -214,10 +214,10 @@ impl Model {
     }
 }
 
-/// A line that names a file's tensors without elements, if it has any.
+/// Returns a warning about tensors without elements, if there are any.
 fn without_elements(gguf: &Gguf) -> Option<String> {
     let mut names = gguf.parts().flat_map(|(_, header)| &header.empty);
     let (first, others) = (names.next()?, names.count());
     let others = if others > 0 { format!(" and {others} others") } else { String::new() };
-    Some(format!("tensor `{first}`{others}: no elements, left out"))
+    Some(format!("tensor `{first}`{others}: ignored, has no elements"))
 }

@@ -1,6 +1,6 @@
-//! What families are made of: the blocks that their papers name, on weights by the names that GGUF files give them.
+//! The building blocks of families, named as in papers, with weights named as in GGUF files.
 //!
-//! Every matrix and every norm has a bias if the file has one: files have no other sign for it.
+//! A matrix or norm has a bias if the file has one: files have no other sign for it.
 
 use std::sync::Arc;
 
@@ -8,14 +8,14 @@ use super::Hparams;
 use super::hparams::RopeScaling;
 use crate::program::{Builder, Gate, Gating, Index, NormKind, Outputs, RopePairs, TensorId, Unary};
 
-/// A family's program while it is recorded.
+/// Records a family's program.
 pub(super) struct Network<'n, 'b> {
     pub h: &'n Hparams,
     b: &'n mut Builder<'b>,
-    /// The norm of the whole family, and what is added under its root.
+    /// The kind of the family's norms, and their epsilon.
     norm: NormKind,
     norm_eps: f32,
-    /// What names of weights begin with: `blk.3.` in layer 3.
+    /// Prefix of weight names: `blk.3.` in layer 3.
     prefix: String,
     layer: u32,
 }
@@ -28,34 +28,34 @@ pub(super) struct Rope {
     pairs: RopePairs,
 }
 
-/// What queries and keys are normalised over.
+/// The group over which queries and keys are normalised.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum QkNorm {
-    /// Each head by itself, all with the same weights.
+    /// Each head, with the same weights.
     Head,
     /// All heads together.
     Row,
 }
 
-/// How a layer attends.
+/// Options of a layer's attention.
 pub(super) struct Attention<'r> {
-    /// Rotates queries and keys; without it they do not know where they are.
+    /// Rotary embedding of queries and keys; `None`: no positions.
     pub rope: Option<&'r Rope>,
-    /// Positions to look back.
+    /// Sliding window.
     pub window: Option<u32>,
     pub qk_norm: Option<QkNorm>,
     /// A factor on the scores.
     pub scale: f32,
-    /// Whether tokens see no later ones.
+    /// Whether attention is causal.
     pub causal: bool,
-    /// Whether each head has a logit for attending to nothing.
+    /// Whether each head has a sink logit.
     pub sinks: bool,
 }
 
 impl<'n, 'b> Network<'n, 'b> {
     pub fn new(h: &'n Hparams, b: &'n mut Builder<'b>, norm: NormKind) -> Self {
         if h.attention_temperature_scale.is_some() && h.positions > h.original_context_length {
-            // Up to there the factor is 1.
+            // The factor is 1 up to this position.
             b.fail(format!(
                 "key `{}.attention.temperature_scale`: supported up to {} positions, the original context, got {}",
                 h.architecture, h.original_context_length, h.positions
@@ -69,7 +69,7 @@ impl<'n, 'b> Network<'n, 'b> {
         network
     }
 
-    /// A hyper-parameter that the family cannot do without.
+    /// Returns a required hyper-parameter.
     pub fn required<T: Default>(&mut self, key: &str, value: Option<T>) -> T {
         value.unwrap_or_else(|| {
             self.b.fail(format!("key `{}.{key}` is missing", self.h.architecture));
@@ -77,14 +77,14 @@ impl<'n, 'b> Network<'n, 'b> {
         })
     }
 
-    /// Starts a layer: weights are its own from here on.
+    /// Starts a layer, and sets the prefix of weight names.
     pub fn layer(&mut self, layer: u32) {
         self.b.segment(&format!("blk.{layer}"));
         self.prefix = format!("blk.{layer}.");
         self.layer = layer;
     }
 
-    /// Whether the file has this weight, in a layer that of the layer.
+    /// Whether the file has this weight (in a layer: the layer's).
     pub fn has(&self, name: &str) -> bool {
         self.b.has(&format!("{}{name}", self.prefix))
     }
@@ -108,19 +108,19 @@ impl<'n, 'b> Network<'n, 'b> {
         self.b.embed(table, Index::Token, scale)
     }
 
-    /// Embeddings of the tokens' positions, learned for the whole context and no further.
+    /// Learned embeddings of the tokens' positions.
     pub fn embed_positions(&mut self) -> TensorId {
         let (positions, most) = (self.h.positions, self.h.context_length);
         if positions > most {
             self.b.fail(format!(
-                "positions of the KV cache: expected at most {most}, which were learned, got {positions}"
+                "positions of the KV cache: expected at most the {most} of the position embeddings, got {positions}"
             ));
         }
         let table = self.weight("position_embd.weight", self.h.context_length, self.h.embedding_length);
         self.b.embed(table, Index::Position, 1.0)
     }
 
-    /// The embedding of the type that the tokens of a single text have.
+    /// The embedding of token type 0, the type of all tokens of a single text.
     pub fn embed_type(&mut self) -> TensorId {
         let h = self.h;
         let types = h.token_type_count.unwrap_or_else(|| {
@@ -136,7 +136,7 @@ impl<'n, 'b> Network<'n, 'b> {
         self.norm_as(name, name, x)
     }
 
-    /// A norm whose result has another name than its weight.
+    /// A norm whose result and weight have different names.
     pub fn norm_as(&mut self, result: &str, name: &str, x: TensorId) -> TensorId {
         let cols = self.cols(x);
         self.norm_over(result, name, x, cols)
@@ -152,7 +152,7 @@ impl<'n, 'b> Network<'n, 'b> {
         self.b.add(name, a, b)
     }
 
-    /// `x + scale · y`: what a block adds to the residual stream.
+    /// `x + scale · y`: adds a block's result to the residual stream.
     pub fn add_scaled(&mut self, name: &str, x: TensorId, y: TensorId, scale: f32) -> TensorId {
         let y = self.scale(&format!("{name}_scaled"), y, scale);
         self.b.add(name, x, y)
@@ -162,7 +162,7 @@ impl<'n, 'b> Network<'n, 'b> {
         if scale == 1.0 { x } else { self.b.map(name, x, Unary::Scale(scale)) }
     }
 
-    /// The product with a matrix of so many rows.
+    /// The product with a matrix of `rows` rows.
     fn linear(&mut self, result: &str, name: &str, x: TensorId, rows: u32) -> TensorId {
         let cols = self.cols(x);
         let weight = self.weight(&format!("{name}.weight"), rows, cols);
@@ -170,7 +170,7 @@ impl<'n, 'b> Network<'n, 'b> {
         self.b.linear(result, x, weight, bias)
     }
 
-    /// The products with matrices that lie one after the other in one tensor.
+    /// The products with matrices that are stored one after the other in one tensor.
     fn fused_linear<const N: usize>(
         &mut self,
         name: &str,
@@ -196,13 +196,13 @@ impl<'n, 'b> Network<'n, 'b> {
         Rope { frequencies, factors: self.rope_factors(), magnitude, pairs }
     }
 
-    /// A rotary embedding that is not scaled, whatever the file says of others.
+    /// An unscaled rotary embedding, regardless of the file's scaling.
     pub fn rope_unscaled(&mut self, base: f32, pairs: RopePairs) -> Rope {
         let (frequencies, magnitude) = self.h.rope_frequencies(base, RopeScaling::None);
         Rope { frequencies, factors: None, magnitude, pairs }
     }
 
-    /// Divisors of the frequencies: Llama 3's, or those of LongRoPE for the positions that there will be.
+    /// Divisors of the frequencies: Llama 3's, or LongRoPE's for the session's positions.
     fn rope_factors(&mut self) -> Option<TensorId> {
         let pairs = self.h.rope_dimension_count / 2;
         let long = "rope_factors_long.weight";
@@ -213,7 +213,7 @@ impl<'n, 'b> Network<'n, 'b> {
         self.b.optional("rope_freqs.weight", 1, pairs)
     }
 
-    /// Attention as most families have it, without positions.
+    /// The attention options of most families, without positions.
     pub fn attention_of<'r>(&self) -> Attention<'r> {
         Attention {
             rope: None,
@@ -225,7 +225,7 @@ impl<'n, 'b> Network<'n, 'b> {
         }
     }
 
-    /// Attention of `x` to itself and the past, or to all of its text, with keys and values that groups of heads share (Ainslie et al. 2023).
+    /// Grouped-query attention (Ainslie et al. 2023), causal or in both directions.
     pub fn attention(&mut self, x: TensorId, a: &Attention<'_>) -> TensorId {
         let h = self.h;
         if h.attention_causal.is_some_and(|causal| causal != a.causal) {
@@ -279,7 +279,7 @@ impl<'n, 'b> Network<'n, 'b> {
         self.gated(gate, up, act)
     }
 
-    /// The same with gate and up, in this order, in one tensor.
+    /// The same with gate and up in one tensor, in this order.
     pub fn fused_gated_mlp(&mut self, x: TensorId, act: Gate) -> TensorId {
         let hidden = self.hidden();
         let [gate, up] = self.fused_linear("ffn_up", x, [("ffn_gate", hidden), ("ffn_up", hidden)]);
@@ -291,8 +291,8 @@ impl<'n, 'b> Network<'n, 'b> {
         self.linear("ffn_down", "ffn_down", y, self.h.embedding_length)
     }
 
-    /// A mixture of gated feed-forward blocks, of which a router chooses some for each token (Shazeer et al. 2017). What the
-    /// file says of the router goes before `gating` and `normalise`.
+    /// A mixture of gated feed-forward experts: a router chooses some for each token (Shazeer et al. 2017). The file's
+    /// settings of the router override `gating` and `normalise`.
     pub fn experts(&mut self, x: TensorId, gating: Gating, normalise: bool, act: Gate) -> TensorId {
         let (h, n) = (self.h, self.h.expert_count);
         let (cols, hidden) = (h.embedding_length, h.expert_feed_forward_length.unwrap_or(self.hidden()));
@@ -346,7 +346,7 @@ impl<'n, 'b> Network<'n, 'b> {
         self.norm("layer_output_norm", x)
     }
 
-    /// The end of an encoder: the rows that are wanted.
+    /// The end of an encoder: selects the output rows.
     pub fn embeddings(self, x: TensorId) {
         self.b.segment("output");
         let x = self.b.select(x);
@@ -355,8 +355,9 @@ impl<'n, 'b> Network<'n, 'b> {
         self.b.outputs().hidden = Some(x);
     }
 
-    /// The end of every program that continues texts: the rows that are wanted, their logits times a factor, and in segments of their own the most
-    /// likely token and the most likely tokens. The output matrix is the embedding table where a file has none of its own.
+    /// The end of a decoder: selects the output rows and computes their logits, times a factor. The most likely token and
+    /// the most likely tokens are computed in segments of their own. Without an output matrix in the file, the output
+    /// matrix is the embedding table.
     pub fn head(mut self, x: TensorId, scale: f32) {
         self.b.segment("output");
         self.prefix.clear();

@@ -5,7 +5,7 @@ use super::Hparams;
 use super::network::{Attention, Network, QkNorm};
 use crate::program::{Builder, Gate, NormKind, RopePairs};
 
-/// The last of so many layers sees the whole context.
+/// Period of the layers: the last of each period sees the whole context.
 const WINDOW_PERIOD: u32 = 4;
 
 pub(super) fn record(h: &Hparams, b: &mut Builder<'_>) {

@@ -6,8 +6,8 @@ use super::network::{Attention, Network};
 use crate::program::{Builder, Gate, Gating, NormKind, RopePairs};
 
 pub(super) fn record(h: &Hparams, b: &mut Builder<'_>) {
-    // Phi-3.5-MoE was published with layer norms; its files give the eps of the other kind, and the programs that read them
-    // use that kind. These are the logits that its users know.
+    // Phi-3.5-MoE was published with layer norms, but its GGUF files have the epsilon of RMS norms, and other runtimes use
+    // RMS norms. Follow them, so that the logits are the same.
     let mut n = Network::new(h, b, NormKind::Rms);
     let rope = n.rope(RopePairs::Halves);
     let mut x = n.embed(1.0);

@@ -4,7 +4,7 @@ use super::Hparams;
 use super::network::{Attention, Network};
 use crate::program::{Builder, Gate, NormKind, RopePairs};
 
-/// The last of so many layers has no positions.
+/// Period of the layers: the last of each period has no positions.
 const NOPE_PERIOD: u32 = 4;
 
 pub(super) fn record(h: &Hparams, b: &mut Builder<'_>) {

@@ -1,4 +1,4 @@
-//! StarCoder2 (Lozhkov et al. 2024): GPT-2 with rotary positions and shared keys and values.
+//! StarCoder2 (Lozhkov et al. 2024): GPT-2 with rotary positions and grouped-query attention.
 
 use super::Hparams;
 use super::network::{Attention, Network};

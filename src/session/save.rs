@@ -1,4 +1,4 @@
-//! A sequence written out and read back, KV cache included, so that what was run need not be run again.
+//! Saves and restores a sequence with its KV cache, so that its tokens need not run again.
 //!
 //! All integers are little-endian:
 //!
@@ -6,15 +6,15 @@
 //! |---|---|
 //! | 8 | `HALITEKV` |
 //! | 4 | version: 3 |
-//! | 8 | the model: XXH3 of its files' headers (metadata and tensor tables) and sizes, of some bytes of every tensor, of the factors on adapters, and of the names of the tensors that the program uses |
-//! | 4, then so many | the layout of the cache, as text |
-//! | 4, then 4 each | tokens: how many, and their ids |
-//! | rest | for each KV group: 4, the number of the first page that is kept; then the pages from there on in order, for each those of all states of the group: [`State::page_bytes`](crate::program::State::page_bytes) |
+//! | 8 | model: XXH3 of its files' headers (metadata and tensor tables) and sizes, of some bytes of every tensor, of the adapters' scales, and of the names of the tensors that the program uses |
+//! | 4, then that many | the layout of the cache, as text |
+//! | 4, then 4 each | tokens: their number, and their ids |
+//! | rest | for each KV group: 4, the index of the first kept page; then the pages from there on in order, each of all states of the group: [`State::page_bytes`](crate::program::State::page_bytes) |
 //! | 8 | XXH3 of everything before |
 //!
-//! The two hashes find accidents: a damaged file, another model, the same model after more training. They have no key, so whoever
-//! may write the file can make one that passes, with any tokens and any cache. Take sequences only from those who may decide
-//! what the model says.
+//! The two hashes detect accidents: a damaged file, another model, the same model after more training. They have no
+//! key, so anyone can make a file that passes, with any tokens and any cache. Restore sequences only from sources
+//! that you trust to decide what the model says.
 
 use std::hash::Hasher as _;
 use std::io::{self, Read, Write};
@@ -29,18 +29,18 @@ use crate::program::PAGE_POSITIONS;
 const MAGIC: &[u8; 8] = b"HALITEKV";
 const VERSION: u32 = 3;
 
-/// Places in each tensor, and bytes at each of them, by which weights are told apart without reading all of them.
+/// Samples of each tensor, and bytes of each sample, that identify weights without reading all of them.
 const SAMPLES: usize = 4;
 const SAMPLE_BYTES: usize = 64;
 
-/// Most bytes of a layout that are read to be shown.
+/// Maximum bytes of a layout to read for an error message.
 const MAX_LAYOUT_BYTES: u32 = 1 << 20;
 
 impl Session {
     /// Writes a sequence.
     ///
     /// # Errors
-    /// [`Error::Argument`] if there is no such sequence, [`Error::Io`], or what the backend says.
+    /// [`Error::Argument`] if there is no such sequence, [`Error::Io`], or errors of the backend.
     pub fn save(&self, id: SequenceId, out: &mut dyn Write) -> Result<()> {
         let sequence = self.get(id)?;
         let mut out = Hashing { inner: out, hasher: Hasher::new() };
@@ -56,7 +56,7 @@ impl Session {
         }
         let mut page = Vec::new();
         for (group, table) in sequence.tables.iter().enumerate() {
-            // A step that failed may have left more.
+            // A failed step may have left more pages.
             let table = &table[..table.len().min(sequence.len().div_ceil(PAGE_POSITIONS) as usize)];
             let first = self.pools[group].first_kept(sequence.len(), self.options.rewind).min(table.len());
             let first = first.max(table.iter().take_while(|&&n| n == NO_PAGE).count());
@@ -73,11 +73,11 @@ impl Session {
         out.put(&sum.to_le_bytes())
     }
 
-    /// Reads a sequence that [`Session::save`] wrote into a new one. On an error there is no new sequence.
+    /// Restores a sequence that [`Session::save`] wrote. On an error, the session stays unchanged.
     ///
     /// # Errors
-    /// [`Error::Saved`] if it is another model's, laid out otherwise, damaged or not a saved sequence at all;
-    /// [`Error::ContextFull`] if it has no room, [`Error::Io`], or what the backend says.
+    /// [`Error::Saved`] if the data is damaged, not a saved sequence, of another model, or of another cache layout;
+    /// [`Error::ContextFull`] if it does not fit, [`Error::Io`], or errors of the backend.
     pub fn restore(&mut self, from: &mut dyn Read) -> Result<SequenceId> {
         let mut from = Hashing { inner: from, hasher: Hasher::new() };
         let tokens = self.read_header(&mut from)?;
@@ -131,7 +131,7 @@ impl Session {
             if first > needed.min(pages) {
                 return Err(saved("first page", format!("at most {}", needed.min(pages)), first.to_string()));
             }
-            // Windows of this session may keep less than those of the one that saved.
+            // This session's windows may keep less than those of the session that saved.
             let kept = first.max(self.pools[group].first_kept(len, self.options.rewind) as u32);
             let table = &mut self.sequences[id.0 as usize].tables[group];
             table.resize(kept.min(pages) as usize, NO_PAGE);
@@ -170,7 +170,7 @@ impl Session {
         for scale in self.loaded.model.adapter_scales() {
             hasher.write(&scale.to_le_bytes());
         }
-        // Some models use other tensors in longer contexts, which changes what is in the cache.
+        // Some models use other tensors in longer contexts, which changes the cache's content.
         let mut names: Vec<&str> = self
             .loaded
             .program
@@ -186,7 +186,7 @@ impl Session {
         Ok(hasher.finish())
     }
 
-    /// What the bytes of a page depend on.
+    /// Describes everything that the bytes of a page depend on.
     fn layout(&self) -> String {
         let state = |s: &crate::program::State| {
             format!("{}x({}+{}) {:?}", s.kv_heads, s.key_dim, s.value_dim, s.format)
@@ -196,7 +196,7 @@ impl Session {
     }
 }
 
-/// A stream whose bytes are summed up.
+/// A stream that hashes its bytes.
 struct Hashing<T> {
     inner: T,
     hasher: Hasher,

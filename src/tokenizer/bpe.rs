@@ -8,7 +8,7 @@ use super::vocabulary::Vocabulary;
 use crate::error::{Error, Result};
 use crate::gguf::{Strings, printable};
 
-/// A pair of tokens, its rank and what it becomes.
+/// A pair of tokens, its rank and the merged token.
 type Merges = HashMap<(u32, u32), (u32, u32)>;
 
 #[derive(Debug)]
@@ -30,7 +30,7 @@ impl Bpe {
             let bad = |why: &str| {
                 Error::Tokenizer(format!("tokenizer.ggml.merges[{rank}] = {}: {why}", printable(merge)))
             };
-            // The first part may begin with a space, never be one.
+            // The first part may begin with a space, but never is one.
             let space = merge.iter().skip(1).position(|&b| b == b' ').map(|i| i + 1);
             let parts = space.map(|i| (&merge[..i], &merge[i + 1..])).filter(|(_, right)| !right.is_empty());
             let (left, right) = parts.ok_or_else(|| bad("expected two parts"))?;
@@ -60,7 +60,7 @@ impl Bpe {
     }
 
     fn encode_word(&self, word: &str, out: &mut Vec<u32>) {
-        // Bytes that the vocabulary lacks cannot be written; they are left out, as in llama.cpp.
+        // Skip bytes that the vocabulary lacks, as in llama.cpp.
         let mut symbols: Vec<Symbol> = Vec::new();
         for id in word.bytes().filter_map(|b| self.bytes[b as usize]) {
             let i = symbols.len();
@@ -72,7 +72,7 @@ impl Bpe {
         let candidate = |symbols: &[Symbol], left: usize, right: usize| {
             let pair = (symbols[left].id?, symbols[right].id?);
             let &(rank, id) = self.merges.get(&pair)?;
-            // The heap's greatest is the lowest rank, then the one further left.
+            // The heap's maximum is the lowest rank, then the leftmost pair.
             Some((std::cmp::Reverse((rank, left)), right, pair, id))
         };
         let mut queue = BinaryHeap::new();
@@ -80,7 +80,7 @@ impl Bpe {
             queue.extend(candidate(&symbols, right - 1, right));
         }
         while let Some((std::cmp::Reverse((_, left)), right, pair, id)) = queue.pop() {
-            // One of the two may have been merged with another neighbour since.
+            // One of the two may have been merged with another neighbour meanwhile.
             if (symbols[left].id, symbols[right].id) != (Some(pair.0), Some(pair.1))
                 || symbols[left].next != Some(right)
             {
@@ -115,7 +115,7 @@ impl Bpe {
 }
 
 struct Symbol {
-    /// `None` once it was merged into the one before.
+    /// `None` after it was merged into the previous one.
     id: Option<u32>,
     prev: Option<usize>,
     next: Option<usize>,

@@ -1,4 +1,4 @@
-//! Tokens that are found in a text as it is, before the vocabulary's algorithm sees the rest.
+//! Literal tokens, which are matched in raw text before the vocabulary's algorithm encodes the rest.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
@@ -10,22 +10,22 @@ use super::vocabulary::Vocabulary;
 
 #[derive(Debug)]
 pub(super) struct Literals {
-    /// User-defined tokens; none where the algorithm takes care of them.
+    /// User-defined tokens; empty if the algorithm handles them.
     defined: Trie,
     /// Control tokens and unknown ones.
     control: Trie,
-    /// Whether one of either begins with a byte: most places of most texts need no search.
+    /// Whether any literal begins with a byte: most positions of a text need no search.
     begins: Box<[bool; 256]>,
 }
 
-/// A literal in a text. The greatest is taken first: the longest, then the one with the lowest id, then the
-/// one further left.
+/// A literal in a text. The greatest is chosen first: the longest, then the one with the lowest id, then the
+/// leftmost.
 type Found = (usize, Reverse<u32>, Reverse<usize>);
 
 impl Literals {
     pub(super) fn new(vocabulary: &Vocabulary, with_defined: bool) -> Literals {
         let trie = |wanted: &dyn Fn(TokenKind) -> bool| {
-            // Only whole characters can be cut out of a text.
+            // A text can be split only between characters.
             let is_text = |id: u32| std::str::from_utf8(vocabulary.text(id)).is_ok();
             let ids = vocabulary.iter().filter(|&id| vocabulary.kind(id).is_some_and(wanted) && is_text(id));
             Trie::new(vocabulary, ids)
@@ -37,8 +37,8 @@ impl Literals {
         Literals { defined, control, begins }
     }
 
-    /// User-defined tokens in the text, and control tokens if `special` is set: longest first, not
-    /// overlapping, in order.
+    /// Finds user-defined tokens in the text, and control tokens if `special` is set. Longer ones win; the
+    /// result does not overlap and is in order.
     pub(super) fn find(
         &self,
         vocabulary: &Vocabulary,
@@ -47,7 +47,7 @@ impl Literals {
     ) -> Vec<(Range<usize>, u32)> {
         let text = text.as_bytes();
         let mut chosen = Vec::new();
-        // Those that overlap each other, and where the last of them ends.
+        // Candidates that overlap each other, and the end of the last one.
         let mut tangle = BinaryHeap::new();
         let mut end = 0;
         for start in 0..text.len() {
@@ -66,10 +66,10 @@ impl Literals {
         chosen
     }
 
-    /// Takes the greatest literal, then the greatest beside it, and so on. There is one candidate for each
-    /// place where literals start; one that reaches into what was taken is followed by the longest in the
-    /// same place that does not. Each time there is less than half the room, so a place is looked at a few
-    /// times only.
+    /// Chooses the greatest literal, then the greatest that does not overlap it, and so on. There is one
+    /// candidate per start position. If it overlaps a chosen literal, the longest one at the same start that
+    /// does not overlap replaces it. Each time less than half the length remains, so a position is searched
+    /// only a few times.
     fn choose(
         &self,
         vocabulary: &Vocabulary,
@@ -93,7 +93,7 @@ impl Literals {
         chosen.extend(taken.into_iter().map(|(start, (end, id))| (start..end, id)));
     }
 
-    /// The longest literal at the start of a range, and inside it.
+    /// Finds the longest literal at the start of a range and inside the range.
     fn longest(
         &self,
         vocabulary: &Vocabulary,

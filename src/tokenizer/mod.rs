@@ -1,5 +1,5 @@
-//! Text to tokens and back, from GGUF metadata alone: SentencePiece's BPE (`llama`) and unigram (`t5`), byte-level BPE
-//! (`gpt2`) and WordPiece (`bert`) vocabularies.
+//! Tokenizers from GGUF metadata: SentencePiece BPE (`llama`) and unigram (`t5`), byte-level BPE (`gpt2`) and
+//! WordPiece (`bert`).
 
 mod bpe;
 mod literals;
@@ -19,7 +19,7 @@ use vocabulary::Vocabulary;
 #[cfg(feature = "convert")]
 pub(crate) use vocabulary::{MAX_TOKEN_BYTES, MAX_TOKENS};
 
-/// What a token is for: the published values of `tokenizer.ggml.token_type`.
+/// The type of a token: the values of `tokenizer.ggml.token_type`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[allow(missing_docs)]
 pub enum TokenKind {
@@ -56,7 +56,7 @@ enum Algorithm {
     Unigram(unigram::Unigram),
 }
 
-/// A kind of vocabulary with its special tokens, and whether they are added unless the file says otherwise.
+/// A tokenizer algorithm with its special tokens, and whether they are added by default.
 struct Kind {
     algorithm: Algorithm,
     bos: Option<u32>,
@@ -80,24 +80,24 @@ pub struct Tokenizer {
     literals: Literals,
 }
 
-/// How text is encoded.
+/// Options of encoding text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct EncodeOptions {
-    /// Adds the begin- and end-of-text tokens that the vocabulary asks for.
+    /// Adds the begin- and end-of-text tokens that the vocabulary defines.
     pub add_special: bool,
-    /// Reads control tokens written out in the text as such, but for those in what [`Tokenizer::quote`] made. Leave it off for
-    /// text from strangers.
+    /// Parses control tokens in the text, except in text from [`Tokenizer::quote`]. Leave it off for untrusted text.
     pub parse_special: bool,
 }
 
-/// Keeps the text of a control token in a quoted text apart, and stands for nothing. Unicode has such characters for a program's
-/// own use, and never in texts that are exchanged (Unicode 16, section 23.7).
+/// Inserted into quoted text to break up control tokens; encodes to nothing. It is a noncharacter, which Unicode
+/// reserves for internal use (Unicode 16, section 23.7).
 const APART: char = '\u{fdd0}';
 
-/// Most characters of a word of word pieces; a longer one is unknown. Halite's own key: GGUF has none for it.
+/// Key of the maximum characters of a WordPiece word; a longer word is unknown. It is Halite's own key, because
+/// GGUF has none.
 pub(crate) const MAX_WORD_CHARS: &str = "halite.tokenizer.max_input_chars_per_word";
 
-/// Texts of tokens that end a generation, whatever the metadata forget to say.
+/// Texts of tokens that end a generation even if the metadata do not say so.
 const END_TEXTS: &[&str] = &[
     "<|eot_id|>",
     "<|eom_id|>",
@@ -112,9 +112,9 @@ const END_TEXTS: &[&str] = &[
     "</s>",
 ];
 
-/// Texts that are control tokens even where a file calls them normal ones, as some published files do: a turn
-/// that is spelled in pieces neither begins nor ends. `</s>` is not among them, for vocabularies that have it
-/// as a tag of HTML.
+/// Texts that are control tokens even if a file calls them normal, as some published files do. Encoded in
+/// pieces, they would not begin or end a turn. `</s>` is not among them, because some vocabularies have it as
+/// an HTML tag.
 const CONTROL_TEXTS: &[&str] = &[
     "<|eot_id|>",
     "<|eom_id|>",
@@ -133,11 +133,11 @@ const CONTROL_TEXTS: &[&str] = &[
 ];
 
 impl Tokenizer {
-    /// The tokenizer of a file; `None` if the file has no vocabulary (`tokenizer.ggml.model` is `none` or absent).
+    /// Reads the tokenizer of a file; `None` if the file has no vocabulary (`tokenizer.ggml.model` is `none` or absent).
     ///
     /// # Errors
-    /// [`Error::Tokenizer`] for a kind that is not supported or a vocabulary that is inconsistent, [`Error::Gguf`] for
-    /// mistyped metadata.
+    /// [`Error::Tokenizer`] for an unsupported tokenizer or an inconsistent vocabulary, [`Error::Gguf`] for metadata of
+    /// a wrong type.
     pub fn from_gguf(gguf: &Gguf) -> Result<Option<Tokenizer>> {
         let Some(model) = gguf.optional_str("tokenizer.ggml.model")? else { return Ok(None) };
         if matches!(model, "none" | "no_vocab") {
@@ -152,9 +152,7 @@ impl Tokenizer {
                 && matches!(vocabulary.kind(id), Some(TokenKind::Normal | TokenKind::Unused))
             {
                 vocabulary.set_kind(id, TokenKind::Control);
-                warn(format!(
-                    "token {id}, `{text}`: the file calls it a normal token, it is taken for a control token"
-                ));
+                warn(format!("token {id}, `{text}`: the file says normal token, used as a control token"));
             }
         }
         let special = |name: &str, default: Option<u32>| -> Result<Option<u32>> {
@@ -162,7 +160,7 @@ impl Tokenizer {
                 Some(id) if id as usize >= count => {
                     let instead = default.map_or("none".into(), |id| id.to_string());
                     warn(format!(
-                        "{name}_token_id: expected below {count}, got {id}: it is taken for {instead}"
+                        "{name}_token_id: expected below {count}, got {id}: {instead} is used instead"
                     ));
                     Ok(default)
                 }
@@ -187,7 +185,10 @@ impl Tokenizer {
             "gpt2" => {
                 let pre = gguf.optional_str("tokenizer.ggml.pre")?;
                 if pre.is_none() {
-                    warn("tokenizer.ggml.pre is missing: words are cut as by `default`, perhaps not as in training".into());
+                    warn(
+                        "tokenizer.ggml.pre is missing: `default` is used, which may differ from training"
+                            .into(),
+                    );
                 }
                 let pre = pretokenize::Pretokenizer::new(pre.unwrap_or("default"))?;
                 let add_bos = pre.add_bos;
@@ -210,7 +211,7 @@ impl Tokenizer {
                 let max_chars = gguf.optional_u32(MAX_WORD_CHARS)?.unwrap_or(wordpiece::MAX_CHARS);
                 let algorithm =
                     wordpiece::WordPiece::new(&vocabulary, unknown, lowercase, strip_accents, max_chars)?;
-                // A text is put between a token that stands for all of it and a separator, which the format misspells.
+                // A text lies between a CLS token and a separator, whose key the format misspells.
                 let (bos, eos) = (special("cls", or(101))?, special("seperator", or(102))?);
                 let algorithm = Algorithm::WordPiece(algorithm);
                 Kind { algorithm, bos: special("bos", bos)?, eos, add_bos: true, add_eos: true }
@@ -244,7 +245,7 @@ impl Tokenizer {
                 ends.push(id);
             }
         }
-        // Where a harmony vocabulary has its own end markers, `<|end|>` only closes a message.
+        // In a harmony vocabulary, which has its own end markers, `<|end|>` only closes a message.
         let has = |text: &str| vocabulary.id(text.as_bytes()).is_some();
         if has("<|return|>") && has("<|call|>") {
             ends.retain(|&id| vocabulary.text(id) != b"<|end|>");
@@ -254,7 +255,7 @@ impl Tokenizer {
         Ok(Some(Tokenizer {
             add_bos: flag("add_bos_token", add_bos)?,
             add_eos: flag("add_eos_token", add_eos)?,
-            // Unigram vocabularies weigh user-defined tokens with the rest.
+            // Unigram vocabularies score user-defined tokens with the rest.
             literals: Literals::new(&vocabulary, !matches!(algorithm, Algorithm::Unigram(_))),
             vocabulary,
             algorithm,
@@ -265,12 +266,12 @@ impl Tokenizer {
         }))
     }
 
-    /// What is odd about the vocabulary but does not keep it from being used, one line each.
+    /// Warnings about the vocabulary, one line each.
     pub fn warnings(&self) -> &[String] {
         &self.warnings
     }
 
-    /// Tokens in the vocabulary.
+    /// Returns the number of tokens in the vocabulary.
     pub fn len(&self) -> usize {
         self.vocabulary.len()
     }
@@ -300,17 +301,17 @@ impl Tokenizer {
         self.ends.binary_search(&id).is_ok()
     }
 
-    /// What a token is for.
+    /// Returns the type of a token.
     pub fn kind(&self, id: u32) -> Option<TokenKind> {
         self.vocabulary.kind(id)
     }
 
-    /// The token's text as the vocabulary has it.
+    /// Returns a token's text in the vocabulary.
     pub fn text(&self, id: u32) -> Option<&[u8]> {
         self.vocabulary.kind(id).map(|_| self.vocabulary.text(id))
     }
 
-    /// The token of a text as the vocabulary has it.
+    /// Returns the token whose text in the vocabulary is `text`.
     pub fn token(&self, text: &[u8]) -> Option<u32> {
         self.vocabulary.id(text)
     }
@@ -328,8 +329,8 @@ impl Tokenizer {
         out
     }
 
-    /// A text that [`Tokenizer::encode`] takes for what it says, even where control tokens are parsed: for what strangers write
-    /// into a prompt. A control token of a single character cannot be quoted.
+    /// Quotes untrusted text, so that its control tokens encode as plain text. A control token of a single character
+    /// cannot be quoted.
     pub fn quote(&self, text: &str) -> String {
         let mut quoted = String::with_capacity(text.len());
         for (at, c) in text.char_indices() {
@@ -341,7 +342,7 @@ impl Tokenizer {
         quoted
     }
 
-    /// The parts of a text between its literals, and these.
+    /// Splits a text into literals and the parts between them.
     fn encode_between(&self, text: &str, parse_special: bool, mut first: bool, out: &mut Vec<u32>) {
         let mut start = 0;
         for (range, id) in self.literals.find(&self.vocabulary, text, parse_special) {
@@ -371,10 +372,10 @@ impl Tokenizer {
         }
     }
 
-    /// Checks that there are tokens of these ids.
+    /// Checks that the vocabulary has tokens of these ids.
     ///
     /// # Errors
-    /// [`Error::Argument`] with the first id that is beyond the vocabulary.
+    /// [`Error::Argument`] with the first id beyond the vocabulary.
     pub fn check(&self, ids: &[u32]) -> Result<()> {
         match ids.iter().find(|&&id| id as usize >= self.len()) {
             None => Ok(()),
@@ -386,9 +387,9 @@ impl Tokenizer {
         }
     }
 
-    /// Appends the bytes that a token stands for. Control tokens stand for nothing unless `special` is set;
-    /// ids beyond the vocabulary always do, since a model whose embedding has more rows than there are tokens
-    /// may give them. [`Tokenizer::check`] finds these.
+    /// Appends the bytes of a token. Control tokens have no bytes unless `special` is set. Ids beyond the
+    /// vocabulary never have bytes: a model whose embedding has more rows than the vocabulary may generate them.
+    /// [`Tokenizer::check`] finds such ids.
     pub fn decode_token(&self, id: u32, special: bool, out: &mut Vec<u8>) {
         let (Some(kind), text) = (self.kind(id), self.vocabulary.text(id)) else { return };
         match (kind, &self.algorithm) {
@@ -404,8 +405,8 @@ impl Tokenizer {
         }
     }
 
-    /// Decodes tokens to text, as [`Tokenizer::decode_token`] does each; bytes that are not UTF-8 become
-    /// replacement characters.
+    /// Decodes tokens to text, as [`Tokenizer::decode_token`] does. Bytes that are not UTF-8 become replacement
+    /// characters.
     pub fn decode(&self, ids: &[u32], special: bool) -> String {
         let mut bytes = Vec::new();
         for &id in ids {
@@ -414,7 +415,7 @@ impl Tokenizer {
         String::from_utf8_lossy(&bytes).into_owned()
     }
 
-    /// Whether decoding a whole text leaves a space in front that encoding put there.
+    /// Whether encoding adds a space in front of a text, which decoding leaves there.
     pub fn adds_space_prefix(&self) -> bool {
         match &self.algorithm {
             Algorithm::Spm(spm) => spm.add_space_prefix,
@@ -425,10 +426,10 @@ impl Tokenizer {
     }
 }
 
-/// Decodes a stream of tokens, a whole number of characters at a time.
+/// Decodes a stream of tokens in whole characters.
 #[derive(Debug, Default)]
 pub struct Detokenizer {
-    /// Bytes of a character that is not complete yet.
+    /// Bytes of an incomplete character.
     pending: Vec<u8>,
 }
 
@@ -441,7 +442,7 @@ impl Detokenizer {
             let invalid = chunk.invalid();
             out.push_str(chunk.valid());
             done += chunk.valid().len();
-            // A sequence that is only cut short may be completed by the next token.
+            // The next token may complete a truncated character.
             let at_end = done + invalid.len() == self.pending.len();
             let waits = at_end && is_incomplete(invalid);
             if !invalid.is_empty() && !waits {
@@ -452,7 +453,7 @@ impl Detokenizer {
         self.pending.drain(..done);
     }
 
-    /// Appends what is left at the end of a stream: a replacement character if it stopped inside one.
+    /// Ends the stream: appends a replacement character if the last character is incomplete.
     pub fn finish(&mut self, out: &mut String) {
         if !self.pending.is_empty() {
             out.push(char::REPLACEMENT_CHARACTER);

@@ -1,4 +1,5 @@
-//! How text is cut into words before byte-level BPE. Every kind of `tokenizer.ggml.pre` is a row of a table.
+//! Pre-tokenizers: they split text into words before byte-level BPE. Each kind of `tokenizer.ggml.pre` is a row of a
+//! table.
 
 use regex_automata::meta::Regex;
 use regex_automata::{Anchored, Input};
@@ -9,17 +10,17 @@ use crate::gguf::printable;
 /// A kind of pre-tokenizer.
 struct Kind {
     names: &'static [&'static str],
-    /// Applied in turn, each to the pieces that the one before left.
+    /// Applied in turn, each to the pieces of the previous one.
     patterns: &'static [&'static str],
-    /// A word that is a token as a whole is not built from merges.
+    /// Whether a word that is itself a token skips the merges.
     ignore_merges: bool,
-    /// Whether texts begin with the begin-of-text token unless the file says otherwise.
+    /// Whether texts begin with the begin-of-text token by default.
     add_bos: bool,
 }
 
 /// GPT-2's words.
 pub(crate) const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)";
-/// Llama 3's words, with numbers of so many digits.
+/// Llama 3's words; the argument is the repetition of digits.
 macro_rules! llama3 {
     ($digits:literal) => {
         concat!(
@@ -29,7 +30,8 @@ macro_rules! llama3 {
         )
     };
 }
-/// Words that change from upper to lower case, with an ending (Mistral's Tekken has none) and numbers of so many digits.
+/// Words split between lower and upper case. The arguments are a suffix (Mistral's Tekken has none) and the
+/// repetition of digits.
 macro_rules! cased {
     ($ending:literal, $digits:literal) => {
         concat!(
@@ -43,15 +45,14 @@ macro_rules! cased {
         )
     };
 }
-/// Letters with case, as DeepSeek lists them; those that normalisation would turn into others are escaped.
+/// Letters with case, as in DeepSeek's list; letters that Unicode normalisation would change are escaped.
 const DEEPSEEK_LETTERS: &str = concat!(
     r"\s?[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-\x{1F7D}",
     r"ᾀ-ᾴᾶ-ᾼ\x{1FBE}ῂ-ῄῆ-ῌῐ-\x{1FD3}ῖ-\x{1FDB}ῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤ\x{2126}ℨ\x{212A}-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ",
     r"𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃]+"
 );
 
-/// The patterns that models were published with (in the files `tokenizer.json`), and llama.cpp's default, by the names that
-/// GGUF files give them.
+/// The patterns of published models (in `tokenizer.json`) and llama.cpp's default, by their names in GGUF files.
 const KINDS: &[Kind] = &[
     Kind {
         names: &["default"],
@@ -124,20 +125,20 @@ const KINDS: &[Kind] = &[
     },
 ];
 
-/// What most kinds have in common.
+/// The defaults of a kind.
 const PLAIN: Kind = Kind { names: &[], patterns: &[], ignore_merges: false, add_bos: false };
 
-/// The name in GGUF files of a kind with these patterns.
+/// Returns the name in GGUF files of the kind with these patterns.
 #[cfg(feature = "convert")]
 pub(crate) fn name_of(patterns: &[String], ignore_merges: bool) -> Option<&'static str> {
     let kind = KINDS.iter().find(|kind| kind.patterns == patterns && kind.ignore_merges == ignore_merges);
     kind.and_then(|kind| kind.names.first().copied())
 }
 
-/// How patterns say that a run of spaces leaves its last one to the word that follows, if there is one.
+/// The part of patterns that leaves the last of several spaces to the next word, if there is one.
 const SPACES: &str = r"|\s+(?!\S)";
 
-/// Cuts text into words.
+/// Splits text into words.
 #[derive(Debug)]
 pub(super) struct Pretokenizer {
     patterns: Vec<Pattern>,
@@ -146,7 +147,7 @@ pub(super) struct Pretokenizer {
 }
 
 impl Pretokenizer {
-    /// The kind that files call `name`. An unknown kind is refused: guessing gives other tokens.
+    /// Finds the kind that files call `name`. An unknown kind is an error: a guess would give wrong tokens.
     pub(super) fn new(name: &str) -> Result<Pretokenizer> {
         let Some(kind) = KINDS.iter().find(|kind| kind.names.contains(&name)) else {
             let known: Vec<&str> = KINDS.iter().flat_map(|kind| kind.names).copied().collect();
@@ -165,23 +166,23 @@ impl Pretokenizer {
         })
     }
 
-    /// Calls `f` with every word, in order; together they are the text.
+    /// Calls `f` with every word, in order; together the words are the text.
     pub(super) fn split<'t>(&self, text: &'t str, f: &mut dyn FnMut(&'t str)) {
         split(&self.patterns, text, f);
     }
 }
 
-/// A pattern, as an automaton that takes time in proportion to the text: a search that steps back, as
-/// look-ahead takes it, has limits that a long run of spaces passes.
+/// A pattern as an automaton, which takes time proportional to the text. A backtracking search, which
+/// look-ahead needs, would exceed its limits in long runs of spaces.
 #[derive(Debug)]
 struct Pattern {
-    /// What the pattern is without [`SPACES`] at its end, and, where it has that, runs of spaces.
+    /// The pattern without [`SPACES`] at its end, and, if it had that, a pattern for runs of spaces.
     regex: Regex,
 }
 
 impl Pattern {
     fn new(pattern: &str) -> Result<Pattern, Box<regex_automata::meta::BuildError>> {
-        // After the look-ahead a single space is a match or lies between matches, which is the same.
+        // A remaining single space is a match or lies between matches, which gives the same words.
         let words = pattern.strip_suffix(r"|\s+").unwrap_or(pattern).strip_suffix(SPACES);
         let regex = match words {
             Some(words) => Regex::new_many(&[words, r"\s+"]),
@@ -190,10 +191,10 @@ impl Pattern {
         Ok(Pattern { regex: regex? })
     }
 
-    /// The first match from a byte of the text on.
+    /// Finds the first match from a byte of the text on.
     fn find(&self, text: &str, from: usize) -> Option<std::ops::Range<usize>> {
         let input = Input::new(text).range(from..);
-        // Most words follow each other. To look only here is faster: where a match starts need not be found.
+        // Most words follow each other directly. An anchored search is faster, because the start is known.
         let here = self.regex.find(input.clone().anchored(Anchored::Yes));
         let found = here.or_else(|| self.regex.find(input))?;
         let (start, mut end) = (found.start(), found.end());

@@ -1,5 +1,5 @@
-//! SentencePiece-style vocabularies: neighbours are merged in order of falling score (Kudo & Richardson 2018), and what the
-//! vocabulary lacks is spelled in bytes.
+//! SentencePiece BPE: neighbours are merged in order of decreasing score (Kudo & Richardson 2018). Text that the
+//! vocabulary lacks is encoded as byte tokens.
 
 use std::collections::BinaryHeap;
 
@@ -16,7 +16,7 @@ pub(super) struct Spm {
     unknown: Option<u32>,
 }
 
-/// A candidate merge; the greatest is done first.
+/// A candidate merge; the greatest is applied first.
 #[derive(PartialEq)]
 struct Merge {
     score: f32,
@@ -29,7 +29,7 @@ impl Eq for Merge {}
 
 impl Ord for Merge {
     fn cmp(&self, other: &Self) -> std::cmp::Ordering {
-        // The higher score, then the one further left.
+        // The higher score, then the leftmost.
         self.score.total_cmp(&other.score).then(other.left.cmp(&self.left))
     }
 }
@@ -40,7 +40,7 @@ impl PartialOrd for Merge {
     }
 }
 
-/// A run of the text; `prev` and `next` link the runs that are left.
+/// A piece of the text; `prev` and `next` link the remaining pieces.
 struct Symbol {
     start: usize,
     len: usize,
@@ -89,7 +89,7 @@ impl Spm {
         }
         while let Some(merge) = queue.pop() {
             let (left, right) = (merge.left, merge.right);
-            // One of the two may have been merged with another neighbour since.
+            // One of the two may have been merged with another neighbour meanwhile.
             if symbols[left].len == 0
                 || symbols[right].len == 0
                 || symbols[left].len + symbols[right].len != merge.len

@@ -1,6 +1,6 @@
-//! A tree over some of a vocabulary's texts, to find all that a text begins with. It has a node for each byte
-//! that two texts share, and one for what follows: its size stays in proportion to the texts, and a search
-//! ends with the longest of them.
+//! A trie over some of a vocabulary's texts, to find all tokens that are prefixes of a text. It has a node per
+//! byte that two texts share, and one node for the rest of a text. Its size is proportional to the texts, and
+//! a search takes at most as many steps as the longest text has bytes.
 
 use super::vocabulary::Vocabulary;
 
@@ -12,8 +12,7 @@ pub(super) struct Trie {
 
 #[derive(Debug, Clone, Copy)]
 struct Node {
-    /// The token whose text ends here; of a node without children the only one whose text leads here, however
-    /// long it is.
+    /// The token whose text ends here. A node without children stands for the rest of its token's text.
     token: Option<std::num::NonZeroU32>,
     first_child: u32,
     children: u16,
@@ -21,14 +20,13 @@ struct Node {
 }
 
 impl Trie {
-    /// The tree of some tokens. Of tokens with one text the first is found.
+    /// Builds the trie of some tokens. Of several tokens with the same text, the first is found.
     pub(super) fn new(vocabulary: &Vocabulary, tokens: impl Iterator<Item = u32>) -> Trie {
         let mut tokens: Vec<u32> = tokens.filter(|&id| !vocabulary.text(id).is_empty()).collect();
         tokens.sort_by_key(|&id| (vocabulary.text(id), id));
         tokens.dedup_by_key(|id| vocabulary.text(*id));
         let mut nodes = vec![Node { token: None, first_child: 0, children: 0, byte: 0 }];
-        // Nodes whose children are not there yet: the tokens below them, and how long their texts are up to
-        // there.
+        // Nodes whose children are not built yet: the tokens below them, and their depth.
         let mut open = vec![(0, 0..tokens.len(), 0)];
         while let Some((node, mut below, depth)) = open.pop() {
             let stored = |id: u32| std::num::NonZeroU32::new(id + 1);
@@ -55,7 +53,7 @@ impl Trie {
         Trie { nodes }
     }
 
-    /// Calls `f` with the length and the id of every token whose text `text` begins with, the shortest first.
+    /// Calls `f` with the length and the id of every token that is a prefix of `text`, the shortest first.
     pub(super) fn prefixes(&self, vocabulary: &Vocabulary, text: &[u8], f: &mut dyn FnMut(usize, u32)) {
         let mut children = self.nodes.first().map_or(&[][..], |root| self.children(root));
         for (at, byte) in text.iter().enumerate() {
@@ -70,14 +68,14 @@ impl Trie {
         }
     }
 
-    /// The longest of them.
+    /// Returns the longest one.
     pub(super) fn longest(&self, vocabulary: &Vocabulary, text: &[u8]) -> Option<(usize, u32)> {
         let mut longest = None;
         self.prefixes(vocabulary, text, &mut |len, id| longest = Some((len, id)));
         longest
     }
 
-    /// What the texts begin with.
+    /// Returns the first bytes of all texts.
     pub(super) fn first_bytes(&self) -> impl Iterator<Item = u8> {
         self.nodes.first().into_iter().flat_map(|root| self.children(root)).map(|child| child.byte)
     }

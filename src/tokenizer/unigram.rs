@@ -1,30 +1,30 @@
-//! Unigram vocabularies (Kudo 2018), as SentencePiece makes them: of all ways to spell a text in tokens the one whose
-//! log-probabilities have the greatest sum.
+//! Unigram vocabularies (Kudo 2018) of SentencePiece: a text is encoded as the tokens whose log-probabilities have the
+//! greatest sum.
 
 use super::TokenKind;
 use super::trie::Trie;
 use super::vocabulary::{SPACE, Vocabulary};
 use crate::error::{Error, Result};
 
-/// How much less probable than the rarest token an unknown character is, in log-probability.
+/// Log-probability of an unknown character below that of the rarest token.
 const UNKNOWN_PENALTY: f64 = 10.0;
 
-/// Most bytes of what a charsmap replaces, and of what by. Published ones have at most 33, for one character.
+/// Maximum bytes of a text that a charsmap replaces, and of its replacement. Published charsmaps have at most 33.
 const MAX_REPLACED_BYTES: usize = 64;
 
 #[derive(Debug)]
 pub(super) struct Unigram {
     unknown: u32,
     pub(super) add_space_prefix: bool,
-    /// Whether spaces at the ends are taken away, and runs of them are one.
+    /// Whether to trim spaces at the ends and collapse runs of spaces.
     pub(super) remove_extra_spaces: bool,
     replacements: Option<Replacements>,
     unknown_score: f64,
-    /// The tokens that texts are spelled in.
+    /// The tokens that encode texts.
     tokens: Trie,
 }
 
-/// The best spelling of a text up to some byte: its score, and its last token with the bytes of that.
+/// The best encoding of a text up to a byte: its score, its last token, and that token's bytes.
 #[derive(Clone, Copy)]
 struct Best {
     score: f64,
@@ -59,15 +59,15 @@ impl Unigram {
 
     pub(super) fn encode(&self, text: &str, first: bool, vocabulary: &Vocabulary, out: &mut Vec<u32>) {
         let text = self.normalise(text, first);
-        // Without bytes it is where no spelling ends, but for the start.
+        // No bytes: no encoding ends here, except at the start.
         let mut best = vec![Best { score: 0.0, len: 0, id: 0 }; text.len() + 1];
         for start in 0..text.len() {
             let from = best[start];
             if from.len == 0 && start > 0 {
                 continue;
             }
-            // What starts later and ends in the same place is shorter: of equal sums the one with the longer
-            // last token stays.
+            // A token that starts later and ends at the same byte is shorter: on equal scores, the longer last
+            // token stays.
             let mut improve = |len: usize, id: u32, score: f64| {
                 let place = &mut best[start + len];
                 if place.len == 0 || from.score + score > place.score {
@@ -89,7 +89,7 @@ impl Unigram {
         let before = out.len();
         let mut end = text.len();
         while let Some(last) = best.get(end).filter(|last| last.len > 0) {
-            // Unknown characters in a row are one unknown token.
+            // Consecutive unknown characters are one unknown token.
             if last.id != self.unknown || out.len() == before || out.last() != Some(&self.unknown) {
                 out.push(last.id);
             }
@@ -98,7 +98,7 @@ impl Unigram {
         out[before..].reverse();
     }
 
-    /// Characters replaced, spaces removed and written as U+2581.
+    /// Normalises a text: replaces characters, removes spaces and writes them as U+2581.
     fn normalise(&self, text: &str, first: bool) -> String {
         let mut replaced = String::with_capacity(text.len());
         let mut rest = text;
@@ -156,20 +156,20 @@ impl Replacements {
         for (i, &unit) in replacements.units.iter().enumerate() {
             if unit >> 31 == 0 && has_value(unit) && replacements.value(i, unit).is_none() {
                 let most = MAX_REPLACED_BYTES;
-                return Err(wrong(&format!("unit {i} leads to no text of at most {most} bytes")));
+                return Err(wrong(&format!("unit {i} does not lead to a text of at most {most} bytes")));
             }
         }
         Ok(replacements)
     }
 
-    /// The longest beginning of `text` that is to be replaced: its length, and by what.
+    /// Returns the longest prefix of `text` that has a replacement: its length, and the replacement.
     fn longest(&self, text: &str) -> Option<(usize, &str)> {
         let mut at = offset(*self.units.first()?);
         let mut longest = None;
         for (i, byte) in text.bytes().enumerate().take(MAX_REPLACED_BYTES) {
             let child = at ^ usize::from(byte);
             let Some(&unit) = self.units.get(child) else { break };
-            // A value has the highest bit set, which no label has.
+            // Values have the highest bit set, labels do not.
             if unit & (1 << 31 | 0xff) != u32::from(byte) {
                 break;
             }
@@ -181,7 +181,7 @@ impl Replacements {
         longest
     }
 
-    /// The text of a unit that has one.
+    /// Returns the text of a unit, if it has one.
     fn value(&self, at: usize, unit: u32) -> Option<&str> {
         let leaf = self.units.get(at ^ offset(unit))?;
         let start = (leaf & !(1 << 31)) as usize;
@@ -195,7 +195,7 @@ fn has_value(unit: u32) -> bool {
     unit >> 8 & 1 == 1
 }
 
-/// What a unit's place is XORed with to find its children; large ones are stored in units of 256.
+/// Returns a unit's offset, which XORed with its index gives its children; large ones are in units of 256.
 fn offset(unit: u32) -> usize {
     ((unit >> 10) << ((unit & 1 << 9) >> 6)) as usize
 }

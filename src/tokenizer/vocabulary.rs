@@ -12,10 +12,10 @@ use crate::memory::{none_left, reserved, zeroed};
 /// U+2581, which stands for a space.
 pub(super) const SPACE: &str = "\u{2581}";
 
-/// Most tokens that a vocabulary may have.
+/// Maximum tokens of a vocabulary.
 pub(crate) const MAX_TOKENS: usize = 1 << 22;
 
-/// Most bytes of a token's text, and of all. The longest published ones are runs of some hundred spaces.
+/// Maximum bytes of a token's text, and of all texts. The longest published texts are some hundred spaces.
 pub(crate) const MAX_TOKEN_BYTES: usize = 1 << 10;
 const MAX_BYTES: usize = 1 << 26;
 
@@ -27,7 +27,7 @@ pub(super) struct Vocabulary {
     ends: Vec<usize>,
     scores: Vec<f32>,
     kinds: Vec<TokenKind>,
-    /// Ids by text. The hasher is keyed: texts come from files that nobody vouches for.
+    /// Ids by text. The hasher is keyed, because the files are untrusted.
     ids: HashTable<u32>,
     hasher: RandomState,
 }
@@ -38,7 +38,7 @@ impl std::fmt::Debug for Vocabulary {
     }
 }
 
-/// What an error calls the memory of a vocabulary.
+/// Name of a vocabulary's memory in errors.
 const WHAT: &str = "the vocabulary";
 
 impl Vocabulary {
@@ -51,7 +51,7 @@ impl Vocabulary {
             let message = format!("tokenizer.ggml.tokens: expected 1 to {MAX_TOKENS} tokens, got {count}");
             return Err(Error::Tokenizer(message));
         }
-        // A padded table may have more rows than there are tokens, never fewer.
+        // A padded embedding may have more rows than the vocabulary has tokens, never fewer.
         let rows = gguf.tensor("token_embd.weight").and_then(|t| t.record.dims.get(1).copied());
         if let Some(rows) = rows
             && rows < count as u64
@@ -65,7 +65,7 @@ impl Vocabulary {
                 return Ok(());
             }
             Err(Error::Tokenizer(format!(
-                "tokenizer.ggml.{key}: expected {count} values, one a token, got {len}"
+                "tokenizer.ggml.{key}: expected {count} values, one per token, got {len}"
             )))
         };
         let scores = match gguf.optional_f32s("tokenizer.ggml.scores")? {
@@ -122,11 +122,11 @@ impl Vocabulary {
         let text = |id: u32| text(texts, ends, id);
         let hash = hasher.hash_one(text(id));
         let entry = ids.entry(hash, |&other| text(other) == text(id), |&other| hasher.hash_one(text(other)));
-        // Of tokens with one text the last is the one that text stands for, as in llama.cpp.
+        // If several tokens have the same text, the last one counts, as in llama.cpp.
         *entry.or_insert(id).get_mut() = id;
     }
 
-    /// Tokens.
+    /// Returns the number of tokens.
     pub(super) fn len(&self) -> usize {
         self.ends.len()
     }
@@ -141,14 +141,14 @@ impl Vocabulary {
         self.ids.find(self.hasher.hash_one(text), |&id| self.text(id) == text).copied()
     }
 
-    /// Says what a token is for, whatever the file says.
+    /// Overrides the type of a token.
     pub(super) fn set_kind(&mut self, id: u32, kind: TokenKind) {
         if let Some(place) = self.kinds.get_mut(id as usize) {
             *place = kind;
         }
     }
 
-    /// What a token is for.
+    /// The type of a token.
     pub(super) fn kind(&self, id: u32) -> Option<TokenKind> {
         self.kinds.get(id as usize).copied()
     }
@@ -170,7 +170,7 @@ fn text<'a>(texts: &'a [u8], ends: &[usize], id: u32) -> &'a [u8] {
     ends.get(i).and_then(|&end| texts.get(start..end)).unwrap_or(&[])
 }
 
-/// Appends a token's text with U+2581 as the space that it stands for.
+/// Appends a token's text, with U+2581 as a space.
 pub(super) fn unescape(text: &[u8], out: &mut Vec<u8>) {
     let mut rest = text;
     while let Some((&first, after)) = rest.split_first() {

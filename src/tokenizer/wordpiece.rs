@@ -1,5 +1,5 @@
-//! WordPiece vocabularies (Schuster & Nakajima 2012; Devlin et al. 2018): words are cut greedily into the longest pieces that
-//! the vocabulary has. A word begins with U+2581; pieces that continue one are without it.
+//! WordPiece vocabularies (Schuster & Nakajima 2012; Devlin et al. 2018): words are split greedily into the longest
+//! pieces in the vocabulary. The first piece of a word begins with U+2581, the others do not.
 
 use regex_automata::meta::Regex;
 use unicode_normalization::UnicodeNormalization;
@@ -13,19 +13,19 @@ pub(super) struct WordPiece {
     unknown: u32,
     lowercase: bool,
     strip_accents: bool,
-    /// What is left out of a text: control characters, but none that is not assigned.
+    /// Characters to remove from a text: control characters, except unassigned ones.
     dropped: Regex,
-    /// Words, and characters that are words by themselves.
+    /// Words, and single characters that are words.
     words: Regex,
-    /// Most characters of a word; a longer one is unknown.
+    /// Maximum characters of a word; a longer one is unknown.
     max_chars: usize,
     pieces: Trie,
 }
 
-/// Most characters of a word unless a file says otherwise, as in the published tokenizers.
+/// Default maximum characters of a word, as in the published tokenizers.
 pub(super) const MAX_CHARS: u32 = 100;
 
-/// Other characters than letters and digits that are words by themselves: punctuation, ASCII symbols, CJK ideographs.
+/// Characters that are words by themselves: punctuation, ASCII symbols, CJK ideographs.
 const ALONE: &str = concat!(
     r"\p{P}$+<=>^`|~\x{3400}-\x{4DBF}\x{4E00}-\x{9FFF}\x{F900}-\x{FAFF}\x{20000}-\x{2A6DF}",
     r"\x{2A700}-\x{2B81F}\x{2B920}-\x{2CEAF}\x{2F800}-\x{2FA1F}"
@@ -50,7 +50,7 @@ impl WordPiece {
             dropped: regex(&format!(r"[\p{{Cc}}\p{{Cf}}\p{{Co}}\x{{FFFD}}--\s]{accents}"))?,
             words: regex(&format!(r"[{ALONE}]|[^\s{ALONE}]+"))?,
             max_chars: max_chars as usize,
-            // Of tokens with one text the last, as everywhere.
+            // If several tokens have the same text, the last one counts.
             pieces: Trie::new(
                 vocabulary,
                 vocabulary.iter().filter(|&id| vocabulary.id(vocabulary.text(id)) == Some(id)),
@@ -68,7 +68,7 @@ impl WordPiece {
         kept.push_str(&text[end..]);
         text = kept;
         if self.lowercase {
-            // Each by itself: whether a sigma ends a word plays no part.
+            // Character by character: a sigma at the end of a word gets no special form.
             text = text.chars().flat_map(char::to_lowercase).collect();
         }
         for found in self.words.find_iter(&text) {
@@ -76,8 +76,8 @@ impl WordPiece {
         }
     }
 
-    /// The longest piece, then the longest that continues it; one unknown token if at some place there is
-    /// none, or if the word is too long.
+    /// Encodes a word as the longest piece, then the longest that continues it, and so on; as one unknown token
+    /// if there is no such piece, or if the word is too long.
     fn encode_word(&self, word: &str, vocabulary: &Vocabulary, out: &mut Vec<u32>) {
         let (before, mut rest) = (out.len(), word.as_bytes());
         let too_long = word.chars().skip(1).nth(self.max_chars).is_some();

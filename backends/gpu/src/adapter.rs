@@ -1,4 +1,4 @@
-//! Finding and opening a device.
+//! Finds and opens devices.
 
 use std::fmt;
 
@@ -9,14 +9,14 @@ use halite_shaders::{Cooperative, Paths};
 
 const MATRICES: wgpu::Features = wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX;
 
-/// A device that could be opened.
+/// A device that can be opened.
 #[derive(Debug)]
 pub struct Adapter {
     adapter: wgpu::Adapter,
     info: wgpu::AdapterInfo,
 }
 
-/// The APIs that are asked for devices.
+/// The APIs to search for devices.
 fn instance() -> wgpu::Instance {
     let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle();
     descriptor.backends = wgpu::Backends::VULKAN
@@ -26,7 +26,7 @@ fn instance() -> wgpu::Instance {
     wgpu::Instance::new(descriptor)
 }
 
-/// All devices there are, the fastest kind first.
+/// Lists all devices, the fastest kind first.
 pub fn adapters() -> Vec<Adapter> {
     let instance = instance();
     let found = pollster::block_on(instance.enumerate_adapters(wgpu::Backends::all()));
@@ -48,7 +48,7 @@ pub fn adapters() -> Vec<Adapter> {
     found
 }
 
-/// The device of a number or with a name, or the first.
+/// Finds a device by index or part of its name; without one, returns the first.
 pub(super) fn choose(wanted: Option<&str>) -> Result<Adapter> {
     let mut found = adapters();
     if found.is_empty() {
@@ -65,7 +65,7 @@ pub(super) fn choose(wanted: Option<&str>) -> Result<Adapter> {
     };
     let Some(place) = place else {
         let list: Vec<String> = found.iter().enumerate().map(|(i, a)| format!("{i}: {a}")).collect();
-        return Err(failed(format!("no device `{wanted}`; there are {}", list.join(", "))));
+        return Err(failed(format!("no device `{wanted}`; available: {}", list.join(", "))));
     };
     Ok(found.swap_remove(place))
 }
@@ -75,7 +75,7 @@ impl Adapter {
         &self.info
     }
 
-    /// All that shaders can use of it.
+    /// Returns the features that shaders can use.
     pub(super) fn paths(&self) -> Paths {
         let features = self.adapter.features();
         let f16 = features.contains(wgpu::Features::SHADER_F16);
@@ -87,7 +87,7 @@ impl Adapter {
         }
     }
 
-    /// Matrices of halves that subgroups multiply to floats, the largest there are.
+    /// Returns the largest cooperative matrices of f16 with f32 sums.
     fn cooperative(&self) -> Option<Cooperative> {
         use wgpu::CooperativeScalarType::{F16, F32};
         if !self.adapter.features().contains(MATRICES | wgpu::Features::SUBGROUP) {
@@ -103,13 +103,13 @@ impl Adapter {
         fits.then_some(Cooperative { side, subgroup })
     }
 
-    /// Whether it runs shaders on the CPU, in wide vectors, and with a compiler to match: those for narrow ones take minutes
-    /// and gigabytes for long shaders.
+    /// Whether the device runs shaders on the CPU with wide vectors, and so with a fast compiler: compilers for narrow
+    /// vectors take minutes and gigabytes for long shaders.
     fn is_wide_cpu(&self) -> bool {
         self.info.device_type == wgpu::DeviceType::Cpu && self.info.subgroup_max_size >= 8
     }
 
-    /// Sizes of workgroups for it.
+    /// Returns workgroup sizes for the device.
     pub(super) fn tuning(&self) -> Tuning {
         match self.info.device_type {
             wgpu::DeviceType::DiscreteGpu => Tuning::DISCRETE,
@@ -118,7 +118,7 @@ impl Adapter {
         }
     }
 
-    /// What a person would want to know of it, by name.
+    /// Returns facts about the device for people: names and values.
     pub fn facts(&self) -> Vec<(&'static str, String)> {
         let limits = self.adapter.limits();
         let features = self.adapter.features();
@@ -150,15 +150,16 @@ impl Adapter {
         ]
     }
 
-    /// Opens it for such shaders.
+    /// Opens the device for these shaders.
     pub(super) fn open(&self, paths: Paths) -> Result<(wgpu::Device, wgpu::Queue)> {
         let mut wanted =
             wgpu::Features::SUBGROUP | wgpu::Features::TIMESTAMP_QUERY | wgpu::Features::PIPELINE_CACHE;
         wanted.set(wgpu::Features::SHADER_F16, paths.f16);
         wanted.set(MATRICES, paths.cooperative.is_some());
         let experimental_features = match paths.cooperative {
-            // SAFETY: what is experimental is asked for only by who has read `GpuOptions::cooperative`. The shader that uses
-            // it passes naga's validation, and addresses its own workgroup memory, within bounds that are constants.
+            // SAFETY: only callers that set `GpuOptions::cooperative`, whose docs name the risk, enable the experimental
+            // feature. The shader that uses it passes naga's validation, and addresses its own workgroup memory within
+            // constant bounds.
             #[allow(unsafe_code)]
             Some(_) => unsafe { wgpu::ExperimentalFeatures::enabled() },
             None => wgpu::ExperimentalFeatures::disabled(),
@@ -167,7 +168,7 @@ impl Adapter {
             label: Some("halite"),
             required_features: self.adapter.features() & wanted,
             experimental_features,
-            // All that the adapter has: what is not asked for cannot be used.
+            // All limits of the adapter: unrequested ones cannot be used.
             required_limits: self.adapter.limits(),
             ..Default::default()
         };

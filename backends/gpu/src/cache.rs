@@ -1,15 +1,15 @@
-//! Compiled shaders on disk, where the API has them (Vulkan): a file for each device, in a folder that the user names.
+//! A cache of compiled shaders on disk, where the API supports it (Vulkan): one file per device, in the user's folder.
 //!
 //! | Bytes | What |
 //! |---|---|
 //! | 8 | `HALITESH` |
 //! | 4 | version: 1 |
 //! | 8 | the device: XXH3 of its name, its driver and the API |
-//! | rest | what the driver gave |
+//! | rest | the driver's data |
 //! | 8 | XXH3 of everything before |
 //!
-//! The hashes find accidents: a damaged file, or one of another driver, which is then as good as none. They have no key, and a
-//! driver may trust what it is given: whoever may write to the folder may run code in this process.
+//! The hashes detect accidents: a damaged file, or another driver's, which is then ignored. They have no key, and a driver
+//! may trust the data: anyone who can write to the folder may be able to run code in this process.
 
 use std::hash::Hasher as _;
 use std::io::{ErrorKind, Write as _};
@@ -22,21 +22,21 @@ use super::failed;
 use halite::error::{Error, Result};
 use halite::output::{Output, Replace};
 
-/// Compiled shaders of a device, and where they are kept.
+/// The compiled shaders of a device, and their file.
 #[derive(Debug)]
 pub(super) struct Cache {
     cache: wgpu::PipelineCache,
     file: PathBuf,
-    /// Tells devices and their drivers apart.
+    /// Identifies the device and its driver.
     device: u64,
-    /// Checksum of what the driver gave for the file, if there is one.
+    /// Checksum of the driver's data in the file, if there is one.
     kept: Mutex<Option<u64>>,
 }
 
 const MAGIC: &[u8; 8] = b"HALITESH";
 const VERSION: u32 = 1;
 
-/// Most bytes of a file that are read.
+/// Maximum bytes of a file.
 const MAX_BYTES: u64 = 256 << 20;
 
 fn checksum(bytes: &[u8]) -> u64 {
@@ -45,12 +45,12 @@ fn checksum(bytes: &[u8]) -> u64 {
     hasher.finish()
 }
 
-/// How a device's file starts.
+/// Returns the first bytes of a device's file.
 fn head(device: u64) -> Vec<u8> {
     [&MAGIC[..], &VERSION.to_le_bytes(), &device.to_le_bytes()].concat()
 }
 
-/// A device's file.
+/// Returns the path of a device's file.
 fn file_of(device: u64, data: &[u8]) -> Vec<u8> {
     let mut bytes = head(device);
     bytes.extend_from_slice(data);
@@ -59,7 +59,7 @@ fn file_of(device: u64, data: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// What the driver gave, if a file is whole and the device's.
+/// Returns the driver's data in a file, if the file is intact and the device's.
 fn whole(device: u64, bytes: &[u8]) -> Option<&[u8]> {
     let (start, sum) = bytes.split_last_chunk()?;
     let data = start.strip_prefix(&head(device)[..])?;
@@ -67,20 +67,22 @@ fn whole(device: u64, bytes: &[u8]) -> Option<&[u8]> {
 }
 
 impl Cache {
-    /// Reads what the folder has for a device. What is damaged there is as good as nothing.
+    /// Reads a device's file in the folder. Ignores a damaged file.
     ///
     /// # Errors
-    /// [`Error::Io`] if a file is there and cannot be read, [`Error::Backend`] if the device has no such thing.
+    /// [`Error::Io`] if the file exists but cannot be read, [`Error::Backend`] if the device does not support a cache.
     pub fn open(device: &wgpu::Device, info: &wgpu::AdapterInfo, folder: &Path) -> Result<Cache> {
         let key = wgpu::util::pipeline_cache_key(info)
             .filter(|_| device.features().contains(wgpu::Features::PIPELINE_CACHE))
-            .ok_or_else(|| failed(format!("{} keeps no compiled shaders ({:?})", info.name, info.backend)))?;
+            .ok_or_else(|| {
+                failed(format!("{} does not support a shader cache ({:?})", info.name, info.backend))
+            })?;
         let file = folder.join(key);
         let io = |source| Error::Io { path: file.clone(), source };
         let mut bytes = Vec::new();
         match std::fs::metadata(&file) {
             Err(e) if e.kind() == ErrorKind::NotFound => {}
-            // What is no file, or too long, is as good as none.
+            // Ignore anything that is not a regular file, or is too long.
             Ok(metadata) if !metadata.is_file() || metadata.len() > MAX_BYTES => {}
             _ => bytes = std::fs::read(&file).map_err(io)?,
         }
@@ -90,11 +92,11 @@ impl Cache {
         let descriptor = wgpu::PipelineCacheDescriptor {
             label: Some("halite"),
             data: kept,
-            // What is of another driver is left.
+            // Ignore another driver's data.
             fallback: true,
         };
-        // SAFETY: the data is what `PipelineCache::get_data` returned, as the checksum shows, or somebody with the right to write
-        // to the folder has taken pains to forge it.
+        // SAFETY: `PipelineCache::get_data` returned the data, as the checksum shows, unless somebody with write access to
+        // the folder forged it on purpose.
         #[allow(unsafe_code)]
         let cache = unsafe { device.create_pipeline_cache(&descriptor) };
         Ok(Cache { cache, file, device: id, kept: Mutex::new(kept.map(checksum)) })
@@ -104,7 +106,7 @@ impl Cache {
         &self.cache
     }
 
-    /// Writes what was compiled, if something was. Others may do so at the same time: the last one stays.
+    /// Writes the compiled shaders, if there are new ones. If others write at the same time, the last one wins.
     ///
     /// # Errors
     /// [`Error::Io`].

@@ -1,4 +1,4 @@
-//! The device's own clock: timestamps around the compute passes of a step.
+//! The device's clock: timestamps around the compute passes of a step.
 
 use std::time::Duration;
 
@@ -8,13 +8,13 @@ use halite::error::Result;
 /// Bytes of a timestamp.
 const TIMESTAMP: u64 = 8;
 
-/// Two timestamps, of a step's first pass and of its last so far.
+/// Two timestamps: the start of a step's first pass, and the end of its last one so far.
 #[derive(Debug)]
 pub(super) struct DeviceClock {
     queries: wgpu::QuerySet,
     /// The first timestamp, and from `QUERY_RESOLVE_BUFFER_ALIGNMENT` on the second.
     resolved: wgpu::Buffer,
-    /// Both, for the host.
+    /// Both, readable by the host.
     read: wgpu::Buffer,
     period_ns: f64,
 }
@@ -43,7 +43,7 @@ impl DeviceClock {
         })
     }
 
-    /// What a pass writes: its end, and its beginning if it is a step's first.
+    /// Returns the timestamps that a pass writes: its end, and its start if it is a step's first pass.
     pub fn writes(&self, first: bool) -> wgpu::ComputePassTimestampWrites<'_> {
         wgpu::ComputePassTimestampWrites {
             query_set: &self.queries,
@@ -52,7 +52,7 @@ impl DeviceClock {
         }
     }
 
-    /// Makes readable what the pass before has written.
+    /// Makes the timestamps of the previous passes readable.
     pub fn resolve(&self, encoder: &mut wgpu::CommandEncoder, first: bool) {
         for i in if first { 0..2 } else { 1..2 } {
             let at = u64::from(i) * wgpu::QUERY_RESOLVE_BUFFER_ALIGNMENT;
@@ -67,7 +67,7 @@ impl DeviceClock {
         }
     }
 
-    /// Waits for the device; says how long the step took, unless its timestamps make no sense.
+    /// Waits for the device, and returns the time of the step, unless its timestamps are implausible.
     pub fn elapsed(&self, device: &Device) -> Result<Option<Duration>> {
         let mut stamps = [0u64; 2];
         device.mapped(&self.read, bytemuck::cast_slice_mut(&mut stamps))?;

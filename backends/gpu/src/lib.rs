@@ -1,8 +1,8 @@
 //! The GPU backend: compute shaders on Vulkan, Metal, DX12 or WebGPU, by wgpu.
 //!
-//! `halite-shaders` puts WGSL together; `lower` turns a program into dispatches; `plan.rs` runs
-//! them, all of a step in one submission; `adapter.rs` finds a device; `clock.rs` is the device's. Weights of formats that interleave are kept
-//! interleaved ([`halite::backend::Rows`]), so that neighbouring invocations read neighbouring words of neighbouring rows.
+//! `halite-shaders` assembles WGSL; `lower` turns a program into dispatches; `plan.rs` runs all dispatches of a step in one
+//! submission; `adapter.rs` finds devices; `clock.rs` reads the device's clock. Weights are interleaved in formats that
+//! support it ([`halite::backend::Rows`]), so that neighbouring invocations read neighbouring words.
 #![deny(unsafe_code)]
 
 mod adapter;
@@ -32,17 +32,18 @@ use lower::{Bounds, Lowered};
 /// The name of the backend.
 const NAME: &str = "gpu";
 
-/// Most bytes of one write to the device.
+/// Maximum bytes of one write to the device.
 const PIECE_BYTES: usize = 8 << 20;
 
-/// Bytes that may be on their way to the device.
+/// Maximum bytes in flight to the device.
 const STAGED_BYTES: u64 = 128 << 20;
 
 fn failed(message: impl Into<String>) -> Error {
     Error::Backend { backend: NAME.into(), message: message.into() }
 }
 
-/// The backend by name: `gpu`, `gpu:1` or `gpu:NAME`. `HALITE_GPU_WITHOUT` has [`GpuOptions::without`], with commas.
+/// The driver: `gpu`, `gpu:1` or `gpu:NAME`. The environment variable `HALITE_GPU_WITHOUT` sets
+/// [`GpuOptions::without`], separated by commas.
 pub const DRIVER: Driver = Driver {
     name: NAME,
     argument: Some(Argument { name: "NAME", required: false, is_file: false }),
@@ -51,17 +52,17 @@ pub const DRIVER: Driver = Driver {
         DriverOption {
             name: "device-memory",
             value: Value::Number("MIB"),
-            help: "MiB of device memory that may be taken; weights that do not fit are streamed",
+            help: "Limit on device memory in MiB; weights beyond it are streamed",
         },
         DriverOption {
             name: "cooperative",
             value: Value::Flag,
-            help: "Multiply prompts with the GPU's matrix units, in half precision. Experimental in wgpu",
+            help: "Use the GPU's matrix units for prefill, in half precision (experimental in wgpu)",
         },
         DriverOption {
             name: "shader-cache",
             value: Value::Path("FOLDER"),
-            help: "A folder to keep the GPU's compiled shaders in",
+            help: "Cache compiled GPU shaders in this folder",
         },
     ],
     open: |argument, options| {
@@ -90,19 +91,19 @@ pub const DRIVER: Driver = Driver {
     },
 };
 
-/// Which device to open, and what to use of it.
+/// Options of opening a device.
 #[derive(Debug, Clone, Default)]
 pub struct GpuOptions {
-    /// A number of [`adapters`], or a part of a name; by default the fastest kind there is.
+    /// An index in [`adapters`], or a part of a name; by default the fastest kind.
     pub adapter: Option<String>,
-    /// Bytes that buffers may take; by default as many as the device gives.
+    /// Limit on the bytes of buffers; by default that of the device.
     pub memory_bytes: Option<u64>,
-    /// Paths not to use, for tests: `subgroups`, `integer`, `f16`.
+    /// Features not to use, for tests: `subgroups`, `integer`, `f16`.
     pub without: Vec<String>,
-    /// Multiply prompts with the device's matrix units (cooperative matrices), with activations and weights rounded to half
-    /// precision. wgpu calls this experimental: mistakes in it or in drivers may be undefined behaviour.
+    /// Use the device's matrix units (cooperative matrices) for prefill, with activations and weights rounded to half
+    /// precision. It is experimental in wgpu: bugs in wgpu or drivers may be undefined behaviour.
     pub cooperative: bool,
-    /// A folder to keep compiled shaders in, so that the next start need not compile them; by default they are not kept.
+    /// Folder for a cache of compiled shaders, so that the next start need not compile them; by default no cache.
     pub shader_cache: Option<PathBuf>,
 }
 
@@ -114,20 +115,20 @@ pub struct Gpu {
     device: Arc<Device>,
 }
 
-/// An open device, and what is shared by everything on it.
+/// An open device, and its shared state.
 #[derive(Debug)]
 struct Device {
     device: wgpu::Device,
     queue: wgpu::Queue,
     /// The first error that the device reported outside of a call that returns it.
     error: Arc<Mutex<Option<String>>>,
-    /// Bytes on their way to the device since it was last waited for.
+    /// Bytes in flight to the device since the last wait.
     staged: AtomicU64,
-    /// Where what is read goes through.
+    /// Staging buffer for reads.
     read_back: Mutex<Option<wgpu::Buffer>>,
     /// Compiled shaders, by their text.
     pipelines: Mutex<HashMap<String, Pipeline>>,
-    /// The same on disk, if they are to be kept.
+    /// Their cache on disk, if enabled.
     cache: Option<Cache>,
 }
 
@@ -146,14 +147,14 @@ impl Gpu {
     /// Opens a device.
     ///
     /// # Errors
-    /// [`Error::Backend`] that says what was tried if there is none, or why it cannot be opened.
+    /// [`Error::Backend`] with the APIs that were tried if there is no device, or the reason why it cannot be opened.
     pub fn new(options: &GpuOptions) -> Result<Gpu> {
         let adapter = adapter::choose(options.adapter.as_deref())?;
         let mut paths = adapter.paths();
         if !options.cooperative {
             paths.cooperative = None;
         } else if paths.cooperative.is_none() {
-            return Err(failed(format!("{adapter} has no matrix units of 8 by 8 or 16 by 16 halves")));
+            return Err(failed(format!("{adapter} has no f16 matrix units of 8 by 8 or 16 by 16")));
         }
         for without in &options.without {
             match without.as_str() {
@@ -207,10 +208,10 @@ impl Gpu {
         Ok(Gpu { caps, bounds, device })
     }
 
-    /// Gives the device up: whatever is asked of it from now on is an error. What a lost device looks like, for tests.
+    /// Destroys the device, so that every later call is an error. Simulates a lost device, for tests.
     pub fn destroy(&self) {
         self.device.device.destroy();
-        // The callback of a lost device comes with the next poll.
+        // The next poll calls the callback of a lost device.
         let _ = self.device.device.poll(wgpu::PollType::Poll);
     }
 
@@ -220,13 +221,13 @@ impl Gpu {
 }
 
 impl Device {
-    /// What the device has reported since it was last asked.
+    /// Returns the error that the device has reported since the last call.
     fn check(&self) -> Result<()> {
         let error = self.error.lock().map_err(|_| failed("a thread failed while it held the device"))?.take();
         error.map_or(Ok(()), |message| Err(failed(message)))
     }
 
-    /// A zeroed buffer.
+    /// Creates a zeroed buffer.
     fn buffer(&self, bytes: u64, what: &str) -> Result<wgpu::Buffer> {
         let limit = self.device.limits().max_buffer_size;
         let out_of_memory =
@@ -250,7 +251,7 @@ impl Device {
         Ok(buffer)
     }
 
-    /// Waits until everything that was submitted is done.
+    /// Waits until all submitted work is done.
     fn wait(&self) -> Result<()> {
         let polled = self.device.poll(wgpu::PollType::wait_indefinitely());
         self.staged.store(0, Ordering::Relaxed);
@@ -258,7 +259,7 @@ impl Device {
         polled.map(|_| ()).map_err(|e| failed(e.to_string()))
     }
 
-    /// Reads whole words of a buffer, from a multiple of four on.
+    /// Reads whole words of a buffer, from an offset that is a multiple of 4.
     fn read(&self, src: &wgpu::Buffer, offset: u64, dst: &mut [u8]) -> Result<()> {
         let poisoned = |_| failed("a thread failed while it read device memory");
         let mut kept = self.read_back.lock().map_err(poisoned)?;
@@ -284,7 +285,7 @@ impl Device {
         Ok(())
     }
 
-    /// Waits for the device and reads the start of a buffer that can be mapped.
+    /// Waits for the device, and reads the start of a mappable buffer.
     fn mapped(&self, buffer: &wgpu::Buffer, dst: &mut [u8]) -> Result<()> {
         let mapped: Arc<Mutex<Option<Result<(), wgpu::BufferAsyncError>>>> = Arc::default();
         let result = mapped.clone();
@@ -309,7 +310,7 @@ impl Device {
         Ok(())
     }
 
-    /// Compiles a shader, or finds it compiled.
+    /// Compiles a shader, or returns the compiled one.
     fn pipeline(&self, shader: &halite_shaders::Shader) -> Result<Pipeline> {
         let source = shader.source();
         let poisoned = |_| failed("a thread failed while it compiled a shader");
@@ -322,9 +323,9 @@ impl Device {
         let checks =
             wgpu::ShaderRuntimeChecks { force_loop_bounding: false, int_div_checks: false, ..checked };
         let text = wgpu::ShaderSource::Wgsl(source.as_str().into());
-        // SAFETY: accesses to buffers stay checked. The loops of `halite-shaders` end, whatever buffers hold: each counts to a bound
-        // that it does not change. Divisors are constants above zero, or the number of splits, which is at least one. Counters
-        // in loops would keep a driver's compiler from unrolling them.
+        // SAFETY: accesses to buffers stay checked. The loops of `halite-shaders` end, whatever the buffers contain: each counts
+        // to a bound that it does not change. Divisors are constants above zero, or the number of splits, which is at least
+        // one. Loop counters of wgpu would prevent a driver's compiler from unrolling loops.
         #[allow(unsafe_code)]
         let module = unsafe {
             let descriptor = wgpu::ShaderModuleDescriptor { label, source: text };
@@ -357,7 +358,7 @@ impl Device {
             layout: Some(&pipeline_layout),
             module: &module,
             entry_point: Some("main"),
-            // Shaders write what they share before they read it.
+            // Shaders write workgroup memory before they read it.
             compilation_options: wgpu::PipelineCompilationOptions {
                 zero_initialize_workgroup_memory: false,
                 ..Default::default()
@@ -374,7 +375,7 @@ impl Device {
     }
 }
 
-/// A buffer's device memory.
+/// Returns a buffer's device memory.
 fn memory(buffer: &Buffer) -> Result<&wgpu::Buffer> {
     let memory: Option<&Memory> = buffer.memory();
     memory.map(|m| &m.0).ok_or_else(|| failed("a buffer of another backend was passed"))
@@ -430,7 +431,7 @@ impl Backend for Gpu {
         let mut staged = Vec::new();
         let mut at = range.start;
         while at < range.end {
-            // Writes are of whole words: what shares a word with the ends is read first.
+            // Writes are of whole words: read the words at the ends first.
             let start = at & !3;
             let end = range.end.min(start + PIECE_BYTES as u64);
             let whole = (end.next_multiple_of(4) - start) as usize;
@@ -442,7 +443,7 @@ impl Backend for Gpu {
             }
             write(&mut staged[(at - start) as usize..(end - start) as usize]);
             self.device.queue.write_buffer(buffer, start, &staged);
-            // Staging memory is free again once it was submitted and is done.
+            // Staging memory is free again when the submission is done.
             self.device.queue.submit([]);
             if self.device.staged.fetch_add(whole as u64, Ordering::Relaxed) > STAGED_BYTES {
                 self.device.wait()?;

@@ -1,4 +1,4 @@
-//! A prepared program: pipelines, bind groups and buffers, ready to be recorded into one submission a step.
+//! A prepared program: pipelines, bind groups and buffers, recorded into one submission per step.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -20,7 +20,7 @@ pub(super) struct GpuPlan {
     program: Arc<Program>,
     limits: Limits,
     lowered: Lowered,
-    /// One for each dispatch, segment by segment.
+    /// One per dispatch, segment by segment.
     pipelines: Vec<Vec<Pipeline>>,
     places: Vec<wgpu::Buffer>,
     extras: Vec<wgpu::Buffer>,
@@ -41,18 +41,18 @@ struct Bound {
     groups: Vec<Vec<wgpu::BindGroup>>,
 }
 
-/// What a step counts.
+/// The sizes of a step.
 pub(super) struct Counts<'a> {
     pub tokens: u32,
     pub outputs: u32,
-    /// Tiles, for each of the sizes of `Lowered::tile_sizes`.
+    /// Number of tiles, for each of `Lowered::tile_sizes`.
     pub tiles: &'a [(u32, u32)],
-    /// Into how many splits attention over long caches is cut.
+    /// Number of splits of attention over long caches.
     pub splits: u32,
 }
 
 impl Counts<'_> {
-    /// Whether a dispatch has anything to do in this step.
+    /// Whether a dispatch has work in this step.
     pub fn runs(&self, dispatch: &Dispatch) -> bool {
         dispatch.when.1.contains(&self.of(dispatch.when.0))
     }
@@ -121,7 +121,7 @@ impl GpuPlan {
         })
     }
 
-    /// Writes the step for the shaders; returns its tiles.
+    /// Writes the step's description for the shaders; returns its tiles.
     fn write_step(&mut self, step: &Step<'_>, splits: u32) -> Result<Vec<(u32, u32)>> {
         let layout = self.lowered.step;
         let words = &mut self.step_words;
@@ -169,7 +169,7 @@ impl GpuPlan {
         Ok(tiles)
     }
 
-    /// Makes bind groups, unless those of the last submission are for the same buffers.
+    /// Creates bind groups, unless the last submission used the same buffers.
     fn bind(&mut self, bindings: &Bindings<'_>) -> Result<()> {
         let all = || bindings.weights.iter().chain(bindings.states).chain(bindings.io);
         if let Some(bound) = &self.bound
@@ -203,7 +203,7 @@ impl GpuPlan {
                     };
                     let buffer = buffer.ok_or_else(|| failed(format!("{resource:?} is not there")))?;
                     let (offset, size) = match range {
-                        // The last word of a weight may be shared with nothing.
+                        // The last word of a weight may extend beyond it, but not into another buffer.
                         Some(range) => (range.start, range.end.next_multiple_of(4) - range.start),
                         None => (0, buffer.size()),
                     };
@@ -231,7 +231,7 @@ impl GpuPlan {
         Ok(())
     }
 
-    /// Refuses token ids and positions that a table does not have.
+    /// Rejects token ids and positions beyond a table.
     fn check_indices(&self, step: &Step<'_>, segments: &Range<usize>) -> Result<()> {
         for op in self.program.segments.get(segments.clone()).unwrap_or(&[]).iter().flat_map(|s| &s.ops) {
             let Op::Embed { table, index, .. } = op else { continue };

@@ -1,4 +1,4 @@
-//! What a profile says about the simulated machine: its shape, and what each command takes.
+//! The simulated chip: its shape, and the time of each command.
 
 use halite_kernels::formats::{Activation, Format, Kind};
 
@@ -8,26 +8,26 @@ use halite::{Error, Result};
 use halite_profiles::numerics::{self, Dtype};
 use halite_profiles::profile::{Dma, Memory, Profile, Scope};
 
-/// How the simulator computes.
+/// The numerics of the simulator.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Numerics {
-    /// The bits of the numeric contract; times are those of the chip's own formats.
+    /// The bits of the numeric contract; times are those of the chip's formats.
     #[default]
     Exact,
-    /// In the chip's own formats.
+    /// The chip's formats.
     Native,
 }
 
-/// A chip, ready to lower ops to.
+/// A chip, as lowering needs it.
 #[derive(Debug, Clone)]
 pub struct Chip {
-    /// All there is to know.
+    /// The profile.
     pub profile: Profile,
-    /// How it computes.
+    /// Numerics.
     pub numerics: Numerics,
-    /// Which format products are computed in, whatever the weight's; otherwise each weight chooses.
+    /// Format of all products; `None`: the nearest to each weight's.
     pub products: Option<Dtype>,
-    /// The format in which activations lie in device memory, for times. What runs for its results has 32-bit floats.
+    /// Format of activations in device memory, for times. Results always use 32-bit floats.
     pub activations: Dtype,
     /// Tiles.
     pub tiles: u32,
@@ -41,21 +41,21 @@ pub struct Chip {
 pub struct Multiplication {
     /// The rate of the matrix unit.
     pub rate: usize,
-    /// How activations lie in the scratchpad.
+    /// Form of activations in the scratchpad.
     pub x: Form,
-    /// How the unit takes weights.
+    /// Form of weights for the unit.
     pub w: Form,
-    /// Whether the vector unit brings activations into the format that the unit takes.
+    /// Whether the vector unit converts activations for the matrix unit.
     pub converts: bool,
-    /// Whether it does the same for the weight's stored form.
+    /// Whether the vector unit converts the stored weights.
     pub unpacks: bool,
 }
 
 impl Chip {
-    /// A profile's chip.
+    /// Creates the chip of a profile.
     ///
     /// # Errors
-    /// [`Error::Argument`] if it has no tile memory to compute in, or no `products` of that format.
+    /// [`Error::Argument`] if the profile has no tile memory, or no `products` of that format.
     pub fn new(profile: Profile, numerics: Numerics, products: Option<Dtype>) -> Result<Chip> {
         let of_tile = |m: &(usize, &Memory)| m.1.scope == Scope::Tile;
         let size = |m: &(usize, &Memory)| m.1.capacity_bytes.value;
@@ -81,7 +81,7 @@ impl Chip {
     /// Whether products can be computed in all of the chip's formats.
     ///
     /// # Errors
-    /// [`Error::Argument`] that names the sums that cannot.
+    /// [`Error::Argument`] with the unsupported accumulator format.
     pub fn check_native(&self) -> Result<()> {
         let sums = |rate: &(usize, Dtype, Dtype)| self.formats(rate.0).2;
         let bad = self.rates().map(|rate| sums(&rate)).find(|d| !matches!(d, Dtype::Fp32 | Dtype::Int32));
@@ -95,7 +95,7 @@ impl Chip {
 
     /// The memory that holds weights and the KV cache.
     pub fn device(&self) -> &Memory {
-        // `new` has seen that there are two memories.
+        // `new` checked that there are two memories.
         &self.profile.memory[self.profile.memory.len() - 1]
     }
 
@@ -112,7 +112,7 @@ impl Chip {
         matrix.chain(vector.filter(move |_| without)).enumerate().map(|(i, (x, w))| (i, x, w))
     }
 
-    /// How a weight is multiplied: in the format of the chip that is nearest to the weight's, or in the one asked for.
+    /// Returns how a weight is multiplied: in the chip's format nearest to the weight's, or in the requested one.
     pub fn multiplication(&self, weight: Format, k: u32) -> Multiplication {
         let preferences = match self.products {
             Some(wanted) => vec![wanted],
@@ -134,7 +134,7 @@ impl Chip {
         Multiplication { rate, x, w, converts, unpacks }
     }
 
-    /// The rate at which attention multiplies: the fastest of floats that keep half precision, or the fastest of all.
+    /// The rate of attention's products: the fastest float format of at least half precision, or the fastest of all.
     pub fn attention_rate(&self) -> usize {
         let keeps = [Dtype::Bf16, Dtype::Fp16, Dtype::Tf32, Dtype::Fp32];
         let float = keeps.iter().find_map(|d| self.rates().find(|&(_, x, w)| x == *d && w == *d));
@@ -158,7 +158,7 @@ impl Chip {
         }
     }
 
-    /// Seconds that a unit is busy with some work, and seconds from then to its last result.
+    /// Returns the seconds that a unit is busy with work, and the seconds from then to its last result.
     pub fn compute_s(&self, work: Work) -> (f64, f64) {
         match work {
             Work::Matrix { rate, m, n, k } => {
@@ -183,7 +183,7 @@ impl Chip {
     fn vector_s(&self, work: VectorWork, rate: usize) -> (f64, f64) {
         let unit = &self.profile.vector;
         let clock_hz = unit.clock_hz.as_ref().unwrap_or(&self.profile.chip.clock_hz).value;
-        // A fused multiply-add counts as two operations, and a lane does one in a cycle.
+        // A fused multiply-add counts as two operations, and a lane does one per cycle.
         let lanes =
             unit.rate.get(rate).map_or(1.0, |r| r.ops_per_cycle.value / 2.0) * unit.units_per_tile.value;
         let cycles = |n: u64, of: &Option<halite_profiles::profile::Quantity>| {
@@ -199,7 +199,7 @@ impl Chip {
         (((elements / lanes).ceil() + open) / clock_hz, dependent / clock_hz)
     }
 
-    /// Picojoules of some work, if the profile says.
+    /// Returns the picojoules of work, if the profile has them.
     pub fn compute_pj(&self, work: Work) -> Option<f64> {
         match (work, &self.profile.matrix) {
             (Work::Matrix { rate, m, n, k }, Some(unit)) => {
@@ -210,7 +210,7 @@ impl Chip {
                 let ops = 2.0 * f64::from(m) * f64::from(n) * f64::from(k);
                 Some(ops * self.profile.vector.rate.get(rate)?.pj_per_op.as_ref()?.value)
             }
-            // Small beside the rest, and often not known: left out where the profile does not have it.
+            // Small compared with the rest, and often unknown: ignored if the profile does not have it.
             (Work::Vector(work), _) => {
                 let ops = work.simple + work.exp + work.rsqrt + work.divide + work.quantize;
                 let dtype = self.vector_dtype();
@@ -225,7 +225,7 @@ impl Chip {
         self.profile.dma.iter().min_by_key(|dma| dma.scope)
     }
 
-    /// Bytes per second that a tile's engine for one direction moves at most.
+    /// Returns the maximum bytes per second of a tile's engine for one direction.
     pub fn engine_bytes_per_s(&self) -> f64 {
         let scratch = &self.scratchpad().read_bytes_per_s.value;
         match self.dma() {
@@ -239,14 +239,14 @@ impl Chip {
         }
     }
 
-    /// Requests of an engine that may be under way; of caches, which fetch ahead by themselves, many.
+    /// Returns the maximum requests in flight of an engine; many for caches, which prefetch.
     pub fn queue_entries(&self) -> usize {
         let entries =
             |dma: &Dma| dma.queue_entries.as_ref().map_or(1, |entries| entries.value as usize).max(1);
         self.dma().map_or(16, entries)
     }
 
-    /// Bytes per second that all tiles together get from device memory.
+    /// Returns the bytes per second of device memory for all tiles together.
     pub fn device_bytes_per_s(&self) -> f64 {
         let device = self.device();
         let reached = device.achievable_fraction.as_ref().map_or(1.0, |fraction| fraction.value);
@@ -260,13 +260,13 @@ impl Chip {
         }
     }
 
-    /// Seconds from a request to its first byte.
+    /// Returns the seconds from a request to its first byte.
     pub fn setup_s(&self, piece: &Piece) -> f64 {
         let dma = self.dma();
         let setup_ns = dma.map_or(0.0, |dma| dma.setup_ns.value);
         let descriptor_ns = dma.and_then(|dma| dma.descriptor_ns.as_ref()).map_or(0.0, |ns| ns.value);
         let dimensions = dma.and_then(|dma| dma.max_dimensions.as_ref()).map_or(1.0, |n| n.value);
-        // With two dimensions, one descriptor is all runs of a piece.
+        // With two dimensions, one descriptor covers all runs of a piece.
         let descriptors = if dimensions >= 2.0 { 1.0 } else { f64::from(piece.runs) };
         1e-9 * (setup_ns + descriptors * descriptor_ns + self.device().latency_ns.value)
     }
@@ -276,7 +276,7 @@ impl Chip {
         self.activations.bits() / 8.0
     }
 
-    /// The part of its bytes that a piece takes in device memory.
+    /// Fraction of its bytes that a piece takes in device memory.
     fn kept(&self, activations: bool) -> f64 {
         if activations { self.activation_bytes() / 4.0 } else { 1.0 }
     }
@@ -286,14 +286,14 @@ impl Chip {
         piece.bytes() as f64 * self.kept(piece.activations)
     }
 
-    /// Bytes that a piece counts as, short runs being slower.
+    /// Effective bytes of a piece: short runs are slower.
     pub fn transfer_bytes(&self, piece: &Piece) -> f64 {
         let half = self.dma().and_then(|dma| dma.half_rate_run_bytes.as_ref()).map_or(0.0, |half| half.value);
         let run = (f64::from(piece.run_bytes) * self.kept(piece.activations)).max(1.0);
         self.memory_bytes(piece) * (run + half) / run
     }
 
-    /// By how many one read of device memory is divided, of `sharers` tiles that load the same.
+    /// Number of tiles that share one read of device memory, if `sharers` tiles load the same bytes.
     pub fn multicast(&self, sharers: u32) -> u32 {
         let between = &self.profile.memory[self.scratch + 1..self.profile.memory.len() - 1];
         let shared = |scope| between.iter().any(|m| m.scope == scope);
@@ -307,12 +307,12 @@ impl Chip {
         }
     }
 
-    /// Seconds from a signal to the wait that it ends.
+    /// Returns the seconds from a signal to the end of the wait.
     pub fn semaphore_s(&self) -> f64 {
         self.profile.sync.as_ref().map_or(0.0, |sync| 1e-9 * sync.semaphore_ns.value)
     }
 
-    /// Seconds of a barrier of all tiles; none where there is one tile.
+    /// Returns the seconds of a barrier of all tiles; 0 for a single tile.
     pub fn barrier_s(&self) -> f64 {
         let barrier = self.profile.sync.as_ref().and_then(|sync| sync.barrier_ns.as_ref());
         if self.tiles > 1 { barrier.map_or(0.0, |ns| 1e-9 * ns.value) } else { 0.0 }
@@ -325,7 +325,7 @@ impl Chip {
     }
 }
 
-/// The chip's format of the same bits as a weight's, if there is one.
+/// Returns the chip's format with the same bits as the weight's, if there is one.
 fn stored_as(weight: Format) -> Option<Dtype> {
     match weight {
         Format::F32 => Some(Dtype::Fp32),
@@ -336,8 +336,8 @@ fn stored_as(weight: Format) -> Option<Dtype> {
     }
 }
 
-/// Formats of a chip for a weight, best first: the weight's own; else, for codes of up to 8 bits, one of 8 bits, integers
-/// first; else floats from the narrowest that keep 8 bits.
+/// Ranks a chip's formats for a weight: the weight's own; else, for codes of up to 8 bits, 8-bit formats, integers
+/// first; else floats from the narrowest with 8 bits of precision.
 fn preferences(weight: Format) -> Vec<Dtype> {
     use Dtype::*;
     let own = stored_as(weight);
@@ -359,7 +359,7 @@ pub fn form_bytes(form: Form, rows: u32, k: u32) -> u64 {
             codes + scales + sums
         }
         Form::Chip(dtype) => match dtype.format() {
-            // A scale for the row makes integers of floats.
+            // A row of integers has a scale.
             numerics::Format::Element(element) => {
                 let scale = if matches!(element, numerics::Element::Fixed { .. }) { 4 } else { 0 };
                 k * u64::from(element.bits().div_ceil(8)) + scale

@@ -1,8 +1,8 @@
-//! How long lowered ops take: the same commands, as events.
+//! The event engine: simulates the time of lowered ops.
 //!
-//! Each queue of each tile works through its commands in order, as waits allow. A DMA queue has several requests under way, so
-//! that the setup of one hides behind the bytes of another. All transfers share the bandwidth of device memory equally; each is
-//! at most as fast as its engine. A signal takes the profile's time to arrive.
+//! Each queue of each tile executes its commands in order, as waits allow. A DMA queue has several requests in flight, so
+//! that the setup of one overlaps the transfer of another. All transfers share the bandwidth of device memory equally; each
+//! is at most as fast as its engine. A signal takes the profile's time to arrive.
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};
@@ -10,33 +10,32 @@ use std::collections::{BinaryHeap, VecDeque};
 use super::chip::Chip;
 use super::tile::{Action, Command, Lowered, Piece, Queue, Step, TileProgram, Work};
 
-/// What an op took. Busy times are those of the busiest tile of each phase.
+/// The time of an op. Busy times are those of the busiest tile of each phase.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct OpTime {
-    /// From start to end, in seconds.
+    /// Seconds from start to end.
     pub seconds: f64,
-    /// Of it, starting the op and waiting for all tiles.
+    /// Seconds of these for the launch and for barriers.
     pub launch_s: f64,
     /// Seconds that queues were busy, by [`Queue`].
     pub busy_s: [f64; 4],
-    /// Seconds that the busiest tile's engines take for their bytes, if they need not wait for memory.
+    /// Seconds of the busiest tile's engines for their bytes, without waits for memory.
     pub engine_s: f64,
-    /// Seconds that device memory takes for the bytes at its full rate.
+    /// Seconds of device memory for the bytes, at its full rate.
     pub device_s: f64,
     /// Bytes read from device memory.
     pub read_bytes: f64,
     /// Bytes written to device memory.
     pub written_bytes: f64,
-    /// Bytes that went in and out of scratchpads.
+    /// Bytes into and out of scratchpads.
     pub scratch_bytes: f64,
     /// Operations of products; a multiply-add is two.
     pub matrix_ops: f64,
-    /// Joules of operations and of moved bytes, without what the chip takes while it does nothing; absent where the profile
-    /// does not say.
+    /// Joules of operations and moved bytes, without idle power; absent if the profile lacks the numbers.
     pub joules: Option<f64>,
 }
 
-/// What limits an op.
+/// The bound of an op.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Bound {
     /// The matrix unit.
@@ -47,14 +46,14 @@ pub enum Bound {
     Memory,
     /// A tile's DMA engines.
     Dma,
-    /// Starting, and barriers.
+    /// Launches and barriers.
     Launch,
-    /// None of these: waiting for each other.
+    /// None of these: waits between queues.
     Latency,
 }
 
 impl Bound {
-    /// For people.
+    /// Name for people.
     pub fn name(self) -> &'static str {
         match self {
             Bound::Matrix => "matrix",
@@ -68,7 +67,7 @@ impl Bound {
 }
 
 impl OpTime {
-    /// The share of the time that each resource was busy, the busiest first.
+    /// Returns the share of the time that each resource was busy, the busiest first.
     pub fn shares(&self) -> [(Bound, f64); 5] {
         let mut shares = [
             (Bound::Matrix, self.busy_s[Queue::Matrix as usize]),
@@ -84,7 +83,7 @@ impl OpTime {
         shares
     }
 
-    /// What limits it: the busiest resource, if it is busy at least half of the time.
+    /// Returns the bound: the busiest resource, if it is busy at least half of the time.
     pub fn bound(&self) -> Bound {
         let [(bound, share), ..] = self.shares();
         if share >= 0.5 { bound } else { Bound::Latency }
@@ -107,22 +106,22 @@ impl OpTime {
     }
 }
 
-/// A stretch of time that a queue was busy.
+/// An interval in which a queue was busy.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Busy {
-    /// Which tile.
+    /// The tile.
     pub tile: u32,
-    /// Which queue.
+    /// The queue.
     pub queue: Queue,
-    /// What it did.
+    /// The work.
     pub what: &'static str,
-    /// Seconds from the start of the op.
+    /// Start, in seconds from the start of the op.
     pub start_s: f64,
-    /// The same, of the end.
+    /// End, in seconds from the start of the op.
     pub end_s: f64,
 }
 
-/// Times an op; `trace` gets what each queue did.
+/// Simulates the time of an op; `trace` receives the busy intervals of each queue.
 pub fn time(chip: &Chip, lowered: &Lowered, mut trace: Option<&mut Vec<Busy>>) -> OpTime {
     let mut total = OpTime { joules: Some(0.0), ..OpTime::default() };
     total.launch_s = chip.launch_s() + chip.barrier_s() * lowered.phases.len() as f64;
@@ -185,12 +184,12 @@ fn count(chip: &Chip, program: &TileProgram, total: &mut OpTime) {
     }
 }
 
-/// What happens at a time.
+/// An event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Event {
     /// A unit can take its next command.
     Free { tile: u32, queue: Queue },
-    /// A command's results are there.
+    /// A command's results are available.
     Signals { tile: u32, command: u32 },
     /// A request of a DMA queue is set up.
     Ready { tile: u32, queue: Queue },
@@ -198,7 +197,7 @@ enum Event {
     Moved { tile: u32, queue: Queue },
 }
 
-/// Times are ordered as the bits of positive floats.
+/// Positive floats are ordered as their bits.
 type When = u64;
 
 struct TileState<'a> {
@@ -206,21 +205,21 @@ struct TileState<'a> {
     semaphores: Vec<u32>,
     /// Commands still to come, by queue.
     queues: [VecDeque<u32>; 4],
-    /// Whether the unit or engine is at work.
+    /// Whether the unit or engine is busy.
     busy: [bool; 4],
-    /// Requests that were sent: when each is set up, and its command.
+    /// Requests in flight: the end of each setup, and the command.
     requests: [VecDeque<(f64, u32)>; 4],
     busy_s: [f64; 4],
-    /// Seconds that engines take for what they moved, if they need not wait for memory.
+    /// Seconds of the engines for their bytes, without waits for memory.
     engine_s: [f64; 4],
 }
 
-/// A transfer under way.
+/// A transfer in flight.
 #[derive(Debug, Clone, Copy)]
 struct Flow {
     tile: u32,
     queue: Queue,
-    /// When its engine is done with it.
+    /// The time at which its engine is done.
     engine_end_s: f64,
 }
 
@@ -231,7 +230,7 @@ struct Phase<'a, 't> {
     end_s: f64,
     events: BinaryHeap<Reverse<(When, u32, Event)>>,
     sequence: u32,
-    /// Device memory: bytes that each transfer has had so far, were it there from the start; and at what count each ends.
+    /// Device memory: bytes served per transfer since the start, and the count at which each transfer ends.
     served: f64,
     served_at_s: f64,
     flows: BinaryHeap<Reverse<(When, u32)>>,
@@ -323,7 +322,7 @@ impl<'a, 't> Phase<'a, 't> {
         self.end_s = self.now_s;
     }
 
-    /// Brings the count of served bytes up to now.
+    /// Advances the count of served bytes to the current time.
     fn serve(&mut self) {
         if !self.flows.is_empty() {
             let rate = self.device_bytes_per_s / self.flows.len() as f64;

@@ -1,18 +1,18 @@
-//! Runs lowered ops for their results: every command moves or computes real bytes, and what a chip would silently get wrong is
-//! an error here. Reading bytes that nothing wrote, filling a slot that is still in use, waiting for a signal that never
-//! comes, leaving the scratchpad or an operand.
+//! Runs lowered ops for their results: every command moves or computes real bytes. Mistakes that a chip would not detect
+//! are errors here: reads of unwritten bytes, writes to a slot in use, deadlocks, and accesses outside the scratchpad or an
+//! operand.
 
 use super::chip::Chip;
 use super::tile::{Action, Command, Lowered, Operand, Piece, Queue, Slot, Step, TileProgram};
 use halite::rng::SplitMix64;
 use halite::{Error, Result};
 
-/// Computes the steps of an op. Slices are the slots of the command, cut to what was written to them, or is to be written.
+/// Computes the steps of an op. Slices are the command's slots, cut to the written bytes or to the bytes to write.
 pub trait Function {
-    /// Computes one.
+    /// Computes one step.
     ///
     /// # Errors
-    /// What cannot be computed.
+    /// Steps that cannot be computed.
     fn compute(&mut self, step: &Step, reads: &[&[u8]], writes: &mut [&mut [u8]]) -> Result<()>;
 }
 
@@ -24,17 +24,17 @@ pub struct Operands<'a, 'b> {
     pub outputs: &'a mut [&'b mut [u8]],
 }
 
-/// In which order a tile's queues take turns.
+/// The order in which a tile's queues take turns.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Order {
-    /// As the commands are listed.
+    /// In the order of the commands.
     #[default]
     Listed,
-    /// At random, as waits allow. Results must not depend on it.
+    /// Random, as waits allow. Results must not depend on it.
     Random(u64),
 }
 
-/// Memory that is reused from op to op.
+/// Memory that ops reuse.
 #[derive(Debug, Default)]
 pub struct Memory {
     slots: Vec<SlotMemory>,
@@ -46,14 +46,14 @@ pub struct Memory {
 struct SlotMemory {
     words: Vec<u64>,
     bytes: usize,
-    /// Bytes from the start that were written.
+    /// Written bytes, from the start.
     written: usize,
 }
 
 /// Runs an op.
 ///
 /// # Errors
-/// What the function says, and [`Error::Backend`] where the commands break a rule of the chip.
+/// Errors of the function, and [`Error::Backend`] for commands that break a rule of the chip.
 pub fn execute(
     chip: &Chip,
     lowered: &Lowered,
@@ -117,7 +117,10 @@ fn run_tile(
         Order::Listed => {
             for command in &program.commands {
                 if !ready(command, &memory.semaphores) {
-                    return broken(format!("a {} command waits for later ones", command.queue.name()));
+                    return broken(format!(
+                        "deadlock: a {} command waits for a later command",
+                        command.queue.name()
+                    ));
                 }
                 run(command, memory, operands, function)?;
             }
@@ -139,7 +142,7 @@ fn run_tile(
             }
             if let Some(stuck) = queues.iter().find_map(|q| q.last()) {
                 return broken(format!(
-                    "a {} command waits for a signal that never comes",
+                    "deadlock: a {} command waits for a signal that never comes",
                     stuck.queue.name()
                 ));
             }
@@ -264,14 +267,17 @@ fn compute(
     writes: &[(Slot, u32)],
     function: &mut dyn Function,
 ) -> std::result::Result<(), Fault> {
-    // What is written is taken out, so that the rest can be read.
+    // Take the slots to write out, so that the others can be read.
     let mut taken: Vec<(Slot, usize, Vec<u64>)> = Vec::with_capacity(writes.len());
     for &(number, bytes) in writes {
         let Some(slot) = memory.slots.get_mut(number as usize) else {
             return broken(format!("slot {number} does not exist"));
         };
         if slot.written > 0 {
-            return broken(format!("slot {number} is written while {} bytes of it are in use", slot.written));
+            return broken(format!(
+                "slot {number} is written while {} of its bytes are in use",
+                slot.written
+            ));
         }
         if bytes as usize > slot.bytes {
             return broken(format!("{bytes} bytes are written to slot {number} of {}", slot.bytes));
@@ -285,11 +291,11 @@ fn compute(
     let inputs: Vec<&[u8]> = reads.iter().map(of_slot).collect();
     let mut result = Ok(());
     if *step != Step::Part {
-        // A slot without bytes only stands for what came before.
+        // A slot without bytes only signals earlier work.
         if let Some((slot, _)) = reads.iter().zip(&inputs).find(|(slot, input)| {
             input.is_empty() && memory.slots.get(**slot as usize).is_some_and(|slot| slot.bytes > 0)
         }) {
-            return broken(format!("slot {slot} is read, of which nothing was written"));
+            return broken(format!("slot {slot} is read before it was written"));
         }
         let mut outputs: Vec<&mut [u8]> = taken
             .iter_mut()
@@ -395,13 +401,13 @@ mod tests {
             assert!(found.contains(message), "expected `{message}`, got `{found}`");
         };
         broken(&|p| p.slots[0] = 70_000, "bytes of a scratchpad of 65536");
-        broken(&|p| drop(p.commands.remove(0)), "waits for later ones");
+        broken(&|p| drop(p.commands.remove(0)), "waits for a later command");
         broken(&|p| p.slots[0] = 63, "a load of 64 bytes into slot 0 of 63");
         broken(
             &|p| p.commands[1].frees.clear(),
             "a load fills slot 0 from byte 0 on, of which 64 are in use",
         );
-        broken(&|p| p.commands[2].frees.clear(), "slot 2 is written while 64 bytes of it are in use");
+        broken(&|p| p.commands[2].frees.clear(), "slot 2 is written while 64 of its bytes are in use");
         let piece = |p: &mut TileProgram, to: Piece| match &mut p.commands[2].action {
             Action::Store { to: piece, .. } => *piece = to,
             other => panic!("{other:?}"),
@@ -416,7 +422,7 @@ mod tests {
             p.commands.remove(0);
             p.commands[0].waits.clear();
         };
-        broken(&unread, "slot 0 is read, of which nothing was written");
+        broken(&unread, "slot 0 is read before it was written");
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! Ops as they come from a plan: each is lowered, timed and run.
+//! Lowers, times and runs each op of a plan.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -21,17 +21,17 @@ use halite::program::{Access, Epilogue, NOT_FINITE, Op, TensorId};
 /// [`Kernels`] that lower, run and time each op.
 pub struct SimKernels {
     machine: Machine,
-    /// What units are computed with.
+    /// Kernels that compute units.
     rows: CpuKernels,
     order: Order,
     memory: execute::Memory,
-    /// Ops that were lowered and timed before.
+    /// Ops that were already lowered and timed.
     lowered: HashMap<Shape, (Arc<Lowered>, OpTime)>,
     report: Arc<Mutex<Report>>,
     seconds: f64,
 }
 
-/// Ops that are kept lowered.
+/// Maximum lowered ops to keep.
 const KEPT: usize = 256;
 
 /// A [`Function`] from a closure.
@@ -93,7 +93,7 @@ impl Kernels for SimKernels {
             lowered: &lowered,
         };
         match op {
-            // Its time is that of whole rows; pages are laid out as the host has them.
+            // Its time is that of whole rows; pages have the host's layout.
             Op::KvWrite { .. } => rows.run(op, step),
             Op::Attend { .. } => {
                 let Some((a, out)) = op.attention(step) else { return Ok(()) };
@@ -158,7 +158,7 @@ impl Device<'_> {
     }
 }
 
-/// What an op reads and writes, in the order in which [`shape`] numbers operands. What is absent is empty.
+/// The operands of an op, in the order in which [`shape`] numbers them. Absent ones are empty.
 fn operands<'a>(op: &'a mut HostOp<'_>) -> (Vec<&'a [u8]>, Vec<&'a mut [u8]>) {
     fn optional<'a>(x: &'a Option<HostTensor<'_>>) -> &'a [u8] {
         x.as_ref().map_or(&[], |x| x.bytes())
@@ -194,12 +194,12 @@ fn operands<'a>(op: &'a mut HostOp<'_>) -> (Vec<&'a [u8]>, Vec<&'a mut [u8]>) {
         }
         // Their memory is paged.
         Op::KvWrite { .. } | Op::Attend { .. } => (Vec::new(), Vec::new()),
-        // `shape` refuses what it does not know.
+        // `shape` rejects unknown ops.
         _ => (Vec::new(), Vec::new()),
     }
 }
 
-/// Ops of which each unit is computed by itself: the op of the program, on the slots of the command.
+/// Ops whose units are computed independently: the program's op, on the command's slots.
 fn units(
     machine: &Machine,
     kernels: &mut CpuKernels,
@@ -217,7 +217,7 @@ fn units(
         Op::Glu { .. } | Op::Add { .. } | Op::Map { .. } => 1,
         _ => program.tensor(id).cols,
     };
-    // Slots have just the rows that the units chose.
+    // Slots have exactly the rows that the units chose.
     let own: Vec<u32> = (0..count).collect();
     let positions: Vec<u32> = match op {
         Op::Rope { x, head_dim, .. } => {
@@ -327,7 +327,7 @@ fn arg_max(
         if stage == 0 {
             let at = machine.isa.run(rows::ArgMax { x });
             let value = match at {
-                // Another run may have a number.
+                // Another run may have a finite number.
                 None if x.iter().all(|&x| x == f32::NEG_INFINITY) => f32::NEG_INFINITY,
                 None => f32::NAN,
                 Some(at) => x[at],
@@ -338,7 +338,7 @@ fn arg_max(
                 value,
             ]);
         } else {
-            // What is no number stays, once it is found.
+            // NaN stays, once found.
             let better = |new: f32, old: f32| !old.is_nan() && (new > old || new.is_nan());
             let best = |old: [f32; 2], &new: &[f32; 2]| if better(new[1], old[1]) { new } else { old };
             let [id, value] = x.as_chunks().0.iter().fold([0.0, f32::NEG_INFINITY], best);

@@ -1,8 +1,8 @@
-//! Custom accelerators, simulated from their profiles: ops are lowered to commands for the chip's tiles (`lower`), which are
-//! run for their results through scratchpads of the chip's size (`execute`) and for their time as events (`engine`).
+//! Custom accelerators, simulated from their profiles. `lower` turns ops into commands for the chip's tiles. `execute` runs
+//! the commands for their results, through scratchpads of the chip's size. `engine` runs them as events, for their time.
 //!
-//! In [`Numerics::Exact`] results are the bits of the numeric contract; in [`Numerics::Native`] products are computed in the
-//! formats of the chip. [`estimate`] tells what follows from a profile without running anything.
+//! With [`Numerics::Exact`], results are the bits of the numeric contract; with [`Numerics::Native`], products use the
+//! chip's formats. [`estimate`] predicts times from a profile without running anything.
 #![deny(unsafe_code)]
 
 mod chip;
@@ -41,7 +41,7 @@ pub use engine::{Bound, Busy, OpTime};
 pub use execute::Order;
 pub use tile::Queue;
 
-/// The backend by name: `sim:NAME` for a profile that comes with Halite, or `sim:FILE`.
+/// The driver: `sim:NAME` for a shipped profile, or `sim:FILE`.
 pub const DRIVER: Driver = Driver {
     name: "sim",
     argument: Some(Argument { name: "PROFILE", required: true, is_file: true }),
@@ -50,12 +50,12 @@ pub const DRIVER: Driver = Driver {
         DriverOption {
             name: "numerics",
             value: Value::OneOf("MODE", &["exact", "native"]),
-            help: "What a simulated chip computes in: the bits of the numeric contract, or its own formats",
+            help: "Numerics of a simulated chip: `exact` follows the numeric contract, `native` uses the chip's formats",
         },
         DriverOption {
             name: "products",
             value: Value::Text("FORMAT"),
-            help: "The format in which a simulated chip multiplies, one of its profile's [default: the nearest to each weight's]",
+            help: "Number format of the simulated chip's products [default: nearest to each weight's format]",
         },
     ],
     open: |profile, options| {
@@ -82,14 +82,14 @@ pub const DRIVER: Driver = Driver {
     },
 };
 
-/// How to simulate a chip.
+/// Options of a simulation.
 #[derive(Debug, Clone, Default)]
 pub struct SimOptions {
-    /// What results are computed in.
+    /// Numerics of results.
     pub numerics: Numerics,
-    /// The format of products, one of the profile's; otherwise the nearest to each weight's.
+    /// Format of products, one of the profile's; `None`: the nearest to each weight's.
     pub products: Option<Dtype>,
-    /// In which order queues take turns where nothing says.
+    /// The order in which queues take turns.
     pub order: Order,
 }
 
@@ -103,26 +103,26 @@ pub struct Sim {
     report: Arc<Mutex<Report>>,
 }
 
-/// What a simulated chip did, op by op.
+/// Report of a simulated chip's work, by op.
 #[derive(Debug, Clone, Default)]
 pub struct Report {
-    /// By op: how often, and what all of them took.
+    /// Count and total time by op.
     pub ops: Vec<OpReport>,
 }
 
-/// What became of the ops of one name.
+/// The total of the ops of one name.
 #[derive(Debug, Clone)]
 pub struct OpReport {
-    /// The op, and what of it distinguishes it.
+    /// The op's name, and its weight's for products.
     pub name: String,
-    /// How often it ran.
+    /// Number of runs.
     pub count: u64,
-    /// What all of them took.
+    /// Total time.
     pub time: OpTime,
 }
 
 impl Report {
-    /// What everything took.
+    /// Returns the total of all ops.
     pub fn total(&self) -> OpTime {
         let start = OpTime { joules: Some(0.0), ..OpTime::default() };
         self.ops.iter().fold(start, |sum, op| sum.then(op.time))
@@ -141,10 +141,10 @@ impl Report {
 }
 
 impl Sim {
-    /// The chip of a profile.
+    /// Creates the chip of a profile.
     ///
     /// # Errors
-    /// [`Error::Argument`] if the profile cannot be simulated so.
+    /// [`Error::Argument`] if the profile cannot be simulated with these options.
     pub fn new(profile: Profile, options: &SimOptions) -> Result<Sim> {
         let chip = Chip::new(profile, options.numerics, options.products)?;
         if options.numerics == Numerics::Native {
@@ -154,7 +154,7 @@ impl Sim {
         let caps = Caps {
             name: format!("sim:{}", chip.profile.name),
             device: format!(
-                "{} tiles of {} KiB, simulated, {} numerics",
+                "tiles: {} of {} KiB, simulated, {} numerics",
                 chip.tiles,
                 chip.scratch_bytes / 1024,
                 if exact { "exact" } else { "native" }
@@ -168,7 +168,7 @@ impl Sim {
         Ok(Sim { caps, chip: Arc::new(chip), order: options.order, isa: Isa::detect(), report })
     }
 
-    /// What was done since it was last asked.
+    /// Returns the report since the last call.
     pub fn take_report(&self) -> Report {
         std::mem::take(&mut *self.report.lock().unwrap_or_else(PoisonError::into_inner))
     }
@@ -184,7 +184,7 @@ impl Backend for Sim {
         &self.caps
     }
 
-    /// Every op of which the smallest part fits the scratchpad.
+    /// Supports every op whose smallest part fits the scratchpad.
     fn supports(&self, sig: &OpSig<'_>) -> Support {
         let cancel = halite::backend::Cancel::default();
         let tables = vec![vec![0]; sig.program.windows.len()];
@@ -224,7 +224,7 @@ impl Backend for Sim {
     }
 }
 
-/// An op for reports: its name, and for products the weight's, without the layer.
+/// Names an op for reports: the op, and for products the weight, without the layer.
 fn name(program: &Program, op: &Op) -> String {
     let weight = match op {
         Op::MatMul { parts, .. } => parts.first().map(|p| p.weight),

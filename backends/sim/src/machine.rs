@@ -1,4 +1,4 @@
-//! What the steps of products and of attention compute, on the slots of a tile.
+//! Computes the steps of products and of attention, on the slots of a tile.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -28,27 +28,27 @@ pub fn floats_mut<'a>(writes: &'a mut [&mut [u8]], i: usize) -> &'a mut [f32] {
 }
 
 pub fn unknown(step: &Step) -> Error {
-    Error::Program(format!("a step that this op does not have: {step:?}"))
+    Error::Program(format!("unexpected step in this op: {step:?}"))
 }
 
-/// What computes steps of products.
+/// Kernels that compute the steps of products.
 pub struct Machine {
     pub isa: Isa,
     pub chip: Arc<Chip>,
     pub decoded: native::Decoded,
-    /// Weights of this op that were unpacked before: tiles that share columns unpack the same.
+    /// Unpacked weights of this op: tiles that share columns unpack the same weights.
     pub unpacked: HashMap<Box<[u8]>, Box<[u8]>>,
 }
 
 impl Machine {
-    /// Rounds what a unit wrote to what the vector unit keeps.
+    /// Rounds a unit's results to the vector unit's format.
     pub fn round(&self, x: &mut [f32]) {
         if self.chip.numerics == Numerics::Native {
             native::round(self.chip.vector_dtype(), self.chip.profile.rounding.elements, x);
         }
     }
 
-    /// The steps of products: activations converted, weights unpacked, products, and what follows them.
+    /// The steps of products: converting activations, unpacking weights, products, and the epilogue.
     pub fn product(
         &mut self,
         step: &Step,
@@ -128,7 +128,7 @@ impl Machine {
         reads: &[&[u8]],
         writes: &mut [&mut [u8]],
     ) -> Result<()> {
-        // A page as it lies in the scratchpad has one head.
+        // A page in the scratchpad has one head.
         let shape = PageShape { kv_heads: 1, ..a.shape };
         let found = shape.value_dim + 2;
         let out = floats_mut(writes, 0);
@@ -180,7 +180,7 @@ impl Machine {
                     let mut values = old.map_or(vec![0.0; found], <[f32]>::to_vec);
                     let (values, ends) = values.split_at_mut(shape.value_dim);
                     let [max, sum] = ends else { return Err(unknown(step)) };
-                    // Of a run of chunks, rows are alone and see all of them; of one chunk, some may not see it.
+                    // A run of chunks has a single row, which sees all of them; a single chunk may be invisible to some rows.
                     let sees = seen.contains(&range.start);
                     let new = if range.len() == 1 { &new[row * found..][..found] } else { new };
                     self.isa.run(Merge {
@@ -207,8 +207,7 @@ impl Machine {
         Ok(())
     }
 
-    /// Rounds operands of attention to the format in which the chip multiplies them. Keys, values and what softmax makes of
-    /// scores stay as they are.
+    /// Rounds the operands of attention to the chip's product format.
     fn round_products(&self, x: &mut [f32]) {
         if self.chip.numerics == Numerics::Native {
             let (dtype, ..) = self.chip.formats(self.chip.attention_rate());
@@ -217,7 +216,7 @@ impl Machine {
     }
 }
 
-/// Quantised activations as they lie in a slot: codes, scales, sums.
+/// Reads quantised activations from a slot: codes, scales, sums.
 fn quantised(to: Activation, rows: usize, k: usize, bytes: &[u8]) -> Quantised<'_> {
     let width = rows * padded(k);
     let (codes, rest) = bytes.split_at(width.min(bytes.len()));

@@ -1,4 +1,4 @@
-//! What an op of a step comes to, as numbers: what [`super::lower`] turns into commands.
+//! Sizes of an op in a step, the input of lowering ([`super::lower`]).
 
 use std::ops::Range;
 
@@ -14,7 +14,7 @@ use halite::{Error, Result};
 /// An op in a step.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Shape {
-    /// Element by element, or row by row.
+    /// Elementwise or row-wise work.
     Units(Units),
     /// Products with weights.
     Product(Product),
@@ -28,40 +28,40 @@ pub enum Shape {
     TopK { rows: u32, cols: u32, k: u32 },
 }
 
-/// Units of which each is computed by itself.
+/// Independent units of work.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Units {
-    /// Units.
+    /// Number of units.
     pub count: u32,
-    /// What is read.
+    /// Operands to read.
     pub reads: Vec<Rows>,
-    /// What is written.
+    /// Operands to write.
     pub writes: Vec<Rows>,
     /// Work of a unit: see [`VectorWork`], in the order of its fields.
     pub work: [u64; 5],
 }
 
-/// What units read or write of an operand.
+/// The rows of an operand that units access.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Rows {
     /// The operand.
     pub operand: Operand,
     /// Bytes of a row.
     pub bytes: u32,
-    /// Which rows.
+    /// The rows.
     pub which: Which,
     /// Whether they are activations; see [`super::tile::Piece::activations`].
     pub activations: bool,
 }
 
-/// Which row of an operand belongs to a unit.
+/// The row of an operand that a unit accesses.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Which {
-    /// Its own.
+    /// The unit's own row.
     Own,
-    /// The only one.
+    /// The only row.
     Only,
-    /// The one listed for it.
+    /// The row in a list.
     Listed(Vec<u32>),
 }
 
@@ -76,9 +76,9 @@ pub struct Product {
     pub x: Rows,
     /// Weights.
     pub parts: Vec<Part>,
-    /// What follows.
+    /// The epilogue.
     pub after: After,
-    /// Rows of the outputs, in the order of those of `x`; absent: as they are.
+    /// Output row of each row of `x`; absent: the same row.
     pub out_rows: Option<Vec<u32>>,
 }
 
@@ -87,22 +87,22 @@ pub struct Product {
 pub struct Part {
     /// Rows of the weight.
     pub n: u32,
-    /// How it is stored.
+    /// Format of the weight.
     pub format: Format,
-    /// Where it is, from which byte on.
+    /// Operand of the weight, and its first byte.
     pub weight: (Operand, u64),
-    /// Its bias, from which byte on.
+    /// Operand of the bias, and its first byte.
     pub bias: Option<(Operand, u64)>,
-    /// Where the product goes.
+    /// Operand of the result.
     pub out: Operand,
 }
 
-/// What follows products.
+/// The epilogue of products.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum After {
     /// Nothing.
     Nothing,
-    /// The first is the gate of the second.
+    /// A gated linear unit; the first product is the gate.
     Glu,
     /// An addition.
     Add(Operand),
@@ -113,21 +113,21 @@ pub enum After {
 pub struct Attend {
     /// Query heads.
     pub heads: u32,
-    /// Heads with keys and values of their own.
+    /// KV heads.
     pub kv_heads: u32,
     /// Elements of a key.
     pub key_dim: u32,
     /// Elements of a value.
     pub value_dim: u32,
-    /// How the cache is stored.
+    /// Format of the cache.
     pub format: Format,
-    /// Positions that a token looks back.
+    /// Sliding window.
     pub window: Option<u32>,
-    /// Whether a token sees no position after its own.
+    /// Whether attention is causal.
     pub causal: bool,
-    /// Whether each head has one more logit.
+    /// Whether each head has a sink logit.
     pub sinks: bool,
-    /// Of each sequence: its pages, its first position, its tokens.
+    /// For each sequence: its pages, first position and number of tokens.
     pub spans: Vec<(Vec<u32>, u32, u32)>,
 }
 
@@ -152,7 +152,7 @@ pub struct Experts {
     pub ids: Vec<u32>,
 }
 
-/// Where the operands of a product are: activations, what is added, weight and bias of part i.
+/// Operand numbers of a product: activations, addend, weight and bias of part i.
 pub const X: Operand = Operand::In(0);
 /// See [`X`].
 pub const RESIDUAL: Operand = Operand::In(1);
@@ -190,10 +190,11 @@ impl Rows {
     }
 }
 
-/// The shape of an op in a step. `ids` are the experts of the tokens, `[tokens][used]`; without, they are spread evenly.
+/// Returns the shape of an op in a step. `ids` are the experts of the tokens, `[tokens][used]`; without them, tokens are
+/// spread evenly.
 ///
 /// # Errors
-/// [`Error::Program`] if the op is not known.
+/// [`Error::Program`] for an unsupported op.
 pub fn shape(program: &Program, op: &Op, step: &Step<'_>, ids: Option<&[i32]>) -> Result<Shape> {
     let tokens = step.tokens.len() as u32;
     let rows = |id: TensorId| passes::rows(program.tensor(id).rows, tokens, step.outputs.len() as u32) as u32;
@@ -343,7 +344,7 @@ pub fn shape(program: &Program, op: &Op, step: &Step<'_>, ids: Option<&[i32]>) -
                 count: rows(*logits),
                 reads: vec![Rows::own(Operand::In(0), cols(*logits))],
                 writes: vec![Rows::own(Operand::Out(0), cols(*ids)), Rows::own(Operand::Out(1), cols(*ids))],
-                // The best of what is left, `used` times.
+                // The maximum of the remaining experts, `used` times.
                 work: work(VectorWork { simple: experts * used, exp, divide: exp, ..Default::default() }),
             })
         }
@@ -378,21 +379,20 @@ fn state_of(program: &Program, id: u32) -> Result<&State> {
     program.states.get(id as usize).ok_or_else(|| Error::Program(format!("state {id} does not exist")))
 }
 
-/// The chunks of the cache that a token sees whose last position is `position`.
+/// Returns the chunks of the cache that a token sees; `position` is the last visible position.
 pub fn chunks(position: u32, window: Option<u32>) -> Range<u32> {
     let chunks = halite_kernels::attention::chunks(position as usize, window);
     chunks.start as u32..chunks.end as u32
 }
 
 impl Attend {
-    /// Where the parts of a page that belong to a KV head lie, as a page of that one head: keys, values, and the scales of
-    /// both.
+    /// Returns the byte ranges of a KV head in a page, in the order of a page of one head: keys, values, and their scales.
     pub fn page(&self, page: u32, kv_head: u32) -> Vec<(u64, u32)> {
         let positions = u64::from(PAGE_POSITIONS);
         let (heads, head) = (u64::from(self.kv_heads), u64::from(kv_head));
         let dims = [u64::from(self.key_dim), u64::from(self.value_dim)];
         let elements = heads * (dims[0] + dims[1]) * positions;
-        // Of a block of codes, two bytes are its scale.
+        // Two bytes of a block are its scale.
         let (block, block_bytes) = (self.format.block_len() as u64, self.format.block_bytes() as u64);
         let scale_bytes = if block > 1 { 2 } else { 0 };
         let bytes = |elements: u64| elements / block * (block_bytes - scale_bytes);

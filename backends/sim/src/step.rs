@@ -20,14 +20,14 @@ pub struct Traced {
     pub segment: String,
     /// Seconds from the start of the step.
     pub start_s: f64,
-    /// What it took.
+    /// Its time.
     pub time: OpTime,
-    /// What its queues did.
+    /// The work of its queues.
     pub busy: Vec<Busy>,
 }
 
-/// Calls `f` with each op of a step: of each sequence the tokens from a first position on, and whether its last token's output
-/// is wanted.
+/// Calls `f` with each op of a step. `spans` has the first position and number of tokens of each sequence, and whether
+/// its last token has an output.
 fn each_op(
     program: &Program,
     spans: &[(u32, u32)],
@@ -58,7 +58,7 @@ fn each_op(
     Ok(())
 }
 
-/// Whether an op has nothing to do, as those on outputs where none are wanted.
+/// Whether an op has no work, such as ops on outputs in a step without outputs.
 fn is_empty(shape: &Shape) -> bool {
     match shape {
         Shape::Units(units) => units.count == 0,
@@ -69,13 +69,14 @@ fn is_empty(shape: &Shape) -> bool {
     }
 }
 
-/// What the ops of a step take, by the event engine. `spans` are first position and number of tokens of each sequence.
+/// Simulates a step with the event engine, and returns the time of each op. `spans` has the first position and number
+/// of tokens of each sequence.
 ///
 /// # Errors
 /// As the backend's `prepare`.
 pub fn time(chip: &Chip, program: &Program, spans: &[(u32, u32)], wanted: bool) -> Result<Report> {
     let mut report = Report::default();
-    // Layers are alike.
+    // All layers of a kind take the same time.
     let mut known: HashMap<Shape, OpTime> = HashMap::new();
     each_op(program, spans, wanted, &mut |_, name, shape| {
         if is_empty(shape) {
@@ -95,7 +96,7 @@ pub fn time(chip: &Chip, program: &Program, spans: &[(u32, u32)], wanted: bool) 
     Ok(report)
 }
 
-/// The seconds of a step by the closed form, which makes no commands.
+/// Returns the seconds of a step by the closed form, without commands.
 ///
 /// # Errors
 /// As [`time`].
@@ -119,7 +120,7 @@ pub fn closed(chip: &Chip, program: &Program, spans: &[(u32, u32)], wanted: bool
     Ok(seconds)
 }
 
-/// What every queue of the chip does in a step, op by op.
+/// Returns the work of every queue of the chip in a step, op by op.
 ///
 /// # Errors
 /// As [`time`].

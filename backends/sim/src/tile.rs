@@ -1,8 +1,8 @@
-//! What a tile of a chip is told to do: commands in queues, one queue for each of its engines and units.
+//! Commands of a tile, one queue per engine or unit.
 //!
-//! Data moves between an op's operands in device memory and *slots* of the tile's scratchpad. Slots are handed from who fills
-//! them to who reads them through [`Ring`]s, each with two counting semaphores: how often a slot was filled, and how often one
-//! was freed. Every wait and every signal follows from that, for any number of slots; two make a double buffer.
+//! Data moves between an op's operands in device memory and *slots* of the tile's scratchpad. Producers pass slots to
+//! consumers through [`Ring`]s, each with two counting semaphores: the numbers of filled and of freed slots. They define
+//! all waits and signals, for any number of slots; two slots make a double buffer.
 
 use halite_kernels::formats::Format;
 
@@ -17,20 +17,20 @@ pub enum Operand {
     Temp(usize),
 }
 
-/// Runs of bytes of an operand.
+/// Strided runs of bytes of an operand.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Piece {
-    /// Where.
+    /// The operand.
     pub operand: Operand,
     /// The first byte.
     pub offset: u64,
-    /// Runs.
+    /// Number of runs.
     pub runs: u32,
-    /// Bytes of each.
+    /// Bytes per run.
     pub run_bytes: u32,
-    /// Bytes from the start of one to the start of the next.
+    /// Bytes from the start of a run to the start of the next.
     pub stride: u64,
-    /// Whether they are activations: 32-bit floats here, which the chip may keep in a narrower format.
+    /// Whether the bytes are activations: 32-bit floats here, in a possibly narrower format on the chip.
     pub activations: bool,
 }
 
@@ -56,7 +56,7 @@ pub type Slot = u32;
 /// A counting semaphore, by number.
 pub type Semaphore = u32;
 
-/// What works through commands, each in order.
+/// An engine or unit, which executes its commands in order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Queue {
     /// DMA from device memory.
@@ -95,7 +95,7 @@ pub struct VectorWork {
 }
 
 impl VectorWork {
-    /// So many times as much.
+    /// Multiplies all counts.
     pub fn times(self, n: u64) -> VectorWork {
         VectorWork {
             simple: self.simple * n,
@@ -107,7 +107,7 @@ impl VectorWork {
     }
 }
 
-/// What a unit is kept busy with.
+/// The work of a unit.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Work {
     /// A product of `m x k` with `k x n` at rate number `rate` of the matrix unit.
@@ -116,7 +116,7 @@ pub enum Work {
     Vector(VectorWork),
 }
 
-/// How the operands of a product lie in the scratchpad.
+/// The form of a product's operands in the scratchpad.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Form {
     /// As 32-bit floats.
@@ -144,10 +144,10 @@ pub struct QueryRows {
     pub heads: u32,
 }
 
-/// What a command computes.
+/// The computation of a command.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Step {
-    /// A part of a longer operation, which the last of its commands computes as a whole.
+    /// A part of a longer operation, whose last command computes the whole.
     Part,
     /// Units `first..first + count` of stage number `stage` of an op that works on rows or runs of elements.
     Units { stage: u32, first: u32, count: u32 },
@@ -157,38 +157,38 @@ pub enum Step {
     Unpack { rows: u32, k: u32, from: Format, to: Form },
     /// `out[row][column] = Σ x[row][i] w[column][i]`.
     Product { rows: u32, columns: u32, k: u32, x: Form, w: Form },
-    /// What follows products of so many columns: a bias for each that has one, then the op's epilogue. It reads the products,
-    /// the biases, then what is added.
+    /// The end of products of this many columns: the biases, if any, then the op's epilogue. It reads the products, the
+    /// biases, then the addend.
     Finish { columns: u32, biases: Vec<bool> },
-    /// What tokens of the step find in one chunk of the cache.
+    /// The attention of tokens to one chunk of the cache.
     Page { rows: QueryRows, chunk: u32 },
-    /// What was found in chunks, merged in order into what came before them.
+    /// Merges the results of chunks in order into those of earlier chunks.
     Merge { rows: QueryRows, chunks: std::ops::Range<u32>, fresh: bool, last: bool },
 }
 
-/// What a command does.
+/// The action of a command.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Action {
     /// Bytes from device memory to a slot, from byte `at` on; `sharers` tiles load the same at about the same time.
     Load { from: Piece, to: Slot, at: u32, sharers: u32 },
     /// Bytes of a slot, from byte `at` on, to device memory.
     Store { from: Slot, at: u32, to: Piece },
-    /// Work of a unit; so many bytes of each slot that it writes.
+    /// Work of a unit, with the bytes that it writes to each slot.
     Compute { work: Work, step: Step, reads: Vec<Slot>, writes: Vec<(Slot, u32)> },
 }
 
 /// A command.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Command {
-    /// Who does it.
+    /// The queue.
     pub queue: Queue,
-    /// What it waits for: semaphores, each with the count that it must have reached.
+    /// Semaphores to wait for, each with the count that it must reach.
     pub waits: Vec<(Semaphore, u32)>,
-    /// What it does.
+    /// The action.
     pub action: Action,
-    /// Semaphores that it then counts up.
+    /// Semaphores to increment at the end.
     pub signals: Vec<Semaphore>,
-    /// Slots whose contents nobody needs any more.
+    /// Slots to free at the end.
     pub frees: Vec<Slot>,
 }
 
@@ -199,7 +199,7 @@ pub struct TileProgram {
     pub slots: Vec<u32>,
     /// Semaphores.
     pub semaphores: u32,
-    /// In an order in which they could be done one by one.
+    /// In an order that also works sequentially.
     pub commands: Vec<Command>,
 }
 
@@ -213,7 +213,7 @@ impl TileProgram {
     }
 }
 
-/// An op on a chip: phases that follow each other, of a program for each tile that has something to do.
+/// An op on a chip: consecutive phases, each with a program per tile that has work.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Lowered {
     /// In order; all tiles end one before any starts the next.
@@ -222,7 +222,7 @@ pub struct Lowered {
     pub temps: Vec<u64>,
 }
 
-/// Equal slots that are filled and freed in turn.
+/// Equal slots, filled and freed in turn.
 #[derive(Debug)]
 pub struct Ring {
     first: Slot,
@@ -241,13 +241,13 @@ pub struct Entry {
     pub slot: Slot,
     full: Semaphore,
     free: Semaphore,
-    /// What `free` must have reached before it may be filled.
+    /// The count of `free` required to fill it.
     begin: u32,
-    /// What `full` reaches when it is filled.
+    /// The count of `full` when it is filled.
     ready: u32,
 }
 
-/// Puts a tile's program together.
+/// Builds a tile's program.
 #[derive(Debug, Default)]
 pub struct Builder {
     program: TileProgram,
@@ -264,7 +264,7 @@ impl Builder {
         Ring { first, slots, full, free: full + 1, entries: 0, filled: 0 }
     }
 
-    /// Commands that load pieces, one behind the other, into the next slot of a ring.
+    /// Adds commands that load pieces, one after the other, into the next slot of a ring.
     pub fn load(&mut self, ring: &mut Ring, pieces: impl IntoIterator<Item = Piece>, sharers: u32) -> Entry {
         let mut entry = ring.next();
         let mut at = 0;
@@ -278,8 +278,8 @@ impl Builder {
         entry
     }
 
-    /// A command of a unit: reads entries, fills new ones of the rings in `writes` with so many bytes, and then frees the
-    /// entries in `frees`.
+    /// Adds a command of a unit: it reads entries, fills new entries of the rings in `writes` with the given bytes, and
+    /// then frees the entries in `frees`.
     pub fn compute<const W: usize>(
         &mut self,
         (work, step): (Work, Step),
@@ -310,7 +310,7 @@ impl Builder {
         entries
     }
 
-    /// Commands that store pieces, one behind the other in an entry, and free it.
+    /// Adds commands that store consecutive pieces of an entry, and free it.
     pub fn store(&mut self, entry: Entry, pieces: impl IntoIterator<Item = Piece>) {
         let mut pieces = pieces.into_iter().peekable();
         let mut at = 0;
@@ -336,7 +336,7 @@ impl Builder {
         self.program.commands.push(Command { queue, waits, action, signals, frees });
     }
 
-    /// The finished program.
+    /// Returns the finished program.
     pub fn finish(self) -> TileProgram {
         self.program
     }

@@ -1,4 +1,5 @@
-//! Numbers that share a scale: the OCP MX formats (a scale for 32) and shared micro-exponents (16, with a bit for each pair).
+//! Block formats, in which numbers share a scale: the OCP MX formats (blocks of 32) and shared micro-exponents (blocks of
+//! 16, with a bit per pair).
 //!
 //! Value i of a block is `2^(E - 127 - s) * element(code i)`, where E is the scale's byte and s the shift of the value's pair
 //! (0 in formats without).
@@ -13,11 +14,11 @@ use halite::{Error, Result};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct BlockFormat {
-    /// Of each value, divided by its scale.
+    /// Format of each value divided by its scale.
     pub element: Element,
-    /// Values of a block.
+    /// Values per block.
     pub len: usize,
-    /// Whether each pair of values has a shift of its own, of one bit.
+    /// Whether each pair of values has its own one-bit shift.
     pub pairs: bool,
 }
 
@@ -33,11 +34,11 @@ pub const MXFP6_E2M3: BlockFormat = mx(element::E2M3);
 pub const MXFP4: BlockFormat = mx(element::E2M1);
 /// OCP MXINT8: elements of 1/64, from -127/64 to 127/64.
 pub const MXINT8: BlockFormat = mx(Element::Fixed { bits: 8, fraction_bits: 6 });
-/// MX9: sign and 7 bits, 9 bits a value.
+/// MX9: sign and 7 bits, 9 bits per value.
 pub const MX9: BlockFormat = shared_micro_exponents(8);
-/// MX6: sign and 4 bits, 6 bits a value.
+/// MX6: sign and 4 bits, 6 bits per value.
 pub const MX6: BlockFormat = shared_micro_exponents(5);
-/// MX4: sign and 2 bits, 4 bits a value.
+/// MX4: sign and 2 bits, 4 bits per value.
 pub const MX4: BlockFormat = shared_micro_exponents(3);
 
 const fn mx(element: Element) -> BlockFormat {
@@ -48,7 +49,7 @@ const fn shared_micro_exponents(bits: u32) -> BlockFormat {
     BlockFormat { element: Element::Fixed { bits, fraction_bits: bits - 2 }, len: 16, pairs: true }
 }
 
-/// How the scale follows from a block's largest magnitude. With `max_exponent` of the element:
+/// The rule for a block's scale, given its largest magnitude and the element's `max_exponent`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum ScaleRule {
@@ -57,18 +58,18 @@ pub enum ScaleRule {
     Floor,
     /// `ceil(log2(largest)) - max_exponent`.
     Ceil,
-    /// As `Floor`, after rounding the largest to the element's fraction bits (ties away from zero).
+    /// As `Floor`, after rounding the largest magnitude to the element's fraction bits (ties away from zero).
     Even,
-    /// The smallest scale at which the largest does not pass the element's largest: `ceil(log2(largest / max))`, exactly.
+    /// The smallest scale at which the largest magnitude does not exceed the element's: `ceil(log2(largest / max))`.
     Rceil,
 }
 
-/// What a chip chooses where a format leaves the choice.
+/// A chip's choices where a format leaves them open.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Rules {
-    /// How the scale is found.
+    /// Rule for the scale.
     pub scale: ScaleRule,
-    /// How elements are rounded. They saturate.
+    /// Rounding of elements. They saturate.
     pub rounding: Rounding,
 }
 
@@ -82,10 +83,10 @@ pub struct Scale {
 }
 
 impl Scale {
-    /// The byte that stands for NaN.
+    /// The byte for NaN.
     pub const NAN: u8 = 255;
 
-    /// The scale of value `index`: a power of two from 2^-128 to 2^127, or NaN.
+    /// Returns the scale of value `index`: a power of two from 2^-128 to 2^127, or NaN.
     pub fn value(self, index: usize) -> f64 {
         if self.exponent == Self::NAN { f64::NAN } else { power_of_two(self.exponent_at(index)) }
     }
@@ -100,7 +101,7 @@ impl Scale {
 }
 
 impl ScaleRule {
-    /// The E8M0 byte for a positive finite `largest`; exponents out of range become the nearest that is in range.
+    /// Returns the E8M0 byte for a positive finite `largest`; clamps exponents out of range.
     pub fn exponent(self, largest: f32, element: Element) -> u8 {
         let floor = exponent(largest);
         let power = |e| power_of_two(e);
@@ -109,7 +110,7 @@ impl ScaleRule {
             ScaleRule::Floor => floor - element.max_exponent(),
             ScaleRule::Ceil => floor + i32::from(!whole) - element.max_exponent(),
             ScaleRule::Even => {
-                // Rounding reaches the next power of two from half a step below it.
+                // Rounding reaches the next power of two from half a step below.
                 let half_step = power(floor - element.fraction_bits() as i32 - 1);
                 let up = f64::from(largest) >= power(floor + 1) - half_step;
                 floor + i32::from(up) - element.max_exponent()
@@ -125,18 +126,18 @@ impl ScaleRule {
 }
 
 impl BlockFormat {
-    /// Bits a value takes, its part of the scale included.
+    /// Returns the bits per value, its share of the scale included.
     pub const fn bits(self) -> f64 {
         let shift = if self.pairs { 0.5 } else { 0.0 };
         self.element.bits() as f64 + 8.0 / self.len as f64 + shift
     }
 
-    /// Rounds values to blocks: a scale for each `len` values, and a code for each value, in the low bits of a byte.
+    /// Rounds values to blocks: a scale per `len` values, and a code per value, in the low bits of a byte.
     ///
-    /// A block of zeros has scale byte 0. A block with a NaN or an infinity is all NaN, as neither fits every element. Formats
-    /// with pairs take values below 2^-126 for zero, as their definition does.
+    /// A block of zeros has scale byte 0. A block with a NaN or an infinity is all NaN, because not every element format
+    /// has them. Formats with pairs treat values below 2^-126 as zero, by definition.
     ///
-    /// Errors: lengths that do not fit together.
+    /// Errors: lengths that do not match.
     pub fn quantize(
         self,
         values: &[f32],
@@ -148,11 +149,11 @@ impl BlockFormat {
         let blocks = values.chunks_exact(self.len).zip(codes.chunks_exact_mut(self.len));
         for ((values, codes), scale) in blocks.zip(scales) {
             *scale = self.scale(values, rules.scale);
-            // Scales are powers of two: to divide is to multiply.
+            // Scales are powers of two, so multiplying by the inverse is exact.
             let inverse =
                 [1.0 / Scale { shifts: 0, ..*scale }.value(0), 1.0 / Scale { shifts: 1, ..*scale }.value(0)];
             for (i, (&value, code)) in values.iter().zip(codes).enumerate() {
-                // Too small for a normal f32 is too small for any element; zero and NaN give code 0.
+                // A value too small for a normal f32 is too small for any element; zero and NaN give code 0.
                 let scaled = (f64::from(self.flushed(value)) * inverse[scale.shift(i) as usize]) as f32;
                 let scaled = if scaled.is_nan() { 0.0 } else { scaled };
                 *code = self.element.encode(scaled, rules.rounding, Overflow::Saturate) as u8;
@@ -161,9 +162,9 @@ impl BlockFormat {
         Ok(())
     }
 
-    /// The values of blocks, rounded to f32 where they are subnormal or pass its range.
+    /// Decodes blocks to f32, rounding values that are subnormal or out of range.
     ///
-    /// Errors: lengths that do not fit together.
+    /// Errors: lengths that do not match.
     pub fn dequantize(self, scales: &[Scale], codes: &[u8], values: &mut [f32]) -> Result<()> {
         self.check(values.len(), scales.len(), codes.len())?;
         let blocks = values.chunks_exact_mut(self.len).zip(codes.chunks_exact(self.len));

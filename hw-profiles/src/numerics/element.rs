@@ -1,4 +1,4 @@
-//! One number: `encode` rounds an f32 to the code of a format, `decode` gives the code's value.
+//! Formats of single numbers: `encode` rounds an f32 to a code, `decode` returns a code's value.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -14,7 +14,7 @@ pub enum Element {
         exponent_bits: u32,
         /// Bits of the fraction, at most 23.
         fraction_bits: u32,
-        /// What is subtracted from the exponent field.
+        /// Exponent bias.
         bias: i32,
         /// Which codes are not numbers.
         specials: Specials,
@@ -23,9 +23,9 @@ pub enum Element {
     /// range is symmetric.
     #[non_exhaustive]
     Fixed {
-        /// Bits, the sign included.
+        /// Bits, including the sign.
         bits: u32,
-        /// Bits behind the point.
+        /// Bits after the binary point.
         fraction_bits: u32,
     },
 }
@@ -35,33 +35,33 @@ pub enum Element {
 pub enum Specials {
     /// The largest exponent: infinity where the fraction is 0, else NaN.
     Ieee,
-    /// All ones but for the sign: NaN. No infinity.
+    /// All bits one except the sign: NaN. No infinity.
     AllOnes,
-    /// The code that would be -0: NaN. No infinity, no -0 ("fnuz").
+    /// The code of -0: NaN. No infinity, no -0 ("fnuz").
     NegativeZero,
     /// None: every code is a number.
     None,
 }
 
-/// How a value between two codes is rounded.
+/// Rounding of a value between two codes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Rounding {
-    /// To the nearer; of two equally near, to the even code. (IEEE 754 roundTiesToEven.)
+    /// To the nearest code, ties to even (IEEE 754 roundTiesToEven).
     #[default]
     NearestEven,
-    /// To the nearer; of two equally near, to the larger magnitude. (IEEE 754 roundTiesToAway.)
+    /// To the nearest code, ties away from zero (IEEE 754 roundTiesToAway).
     NearestAway,
-    /// To the smaller magnitude. (IEEE 754 roundTowardZero.)
+    /// Toward zero (IEEE 754 roundTowardZero).
     TowardZero,
 }
 
-/// What a value beyond the largest number becomes.
+/// The result for a value beyond the largest number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Overflow {
     /// The largest number of its sign.
     Saturate,
-    /// Infinity, or NaN in formats without; the largest number where there is neither.
+    /// Infinity, else NaN, else the largest number, whichever the format has.
     Special,
 }
 
@@ -91,7 +91,7 @@ pub const E3M2: Element = float(3, 2, 3, Specials::None);
 pub const E2M3: Element = float(2, 3, 1, Specials::None);
 /// MX E2M1: 0, 0.5, 1, 1.5, 2, 3, 4, 6.
 pub const E2M1: Element = float(2, 1, 1, Specials::None);
-/// Integers of 32 bits; of an f32, encoding keeps 24.
+/// Integers of 32 bits; encoding an f32 keeps 24.
 pub const INT32: Element = Element::Fixed { bits: 32, fraction_bits: 0 };
 /// Integers from -32767 to 32767.
 pub const INT16: Element = Element::Fixed { bits: 16, fraction_bits: 0 };
@@ -101,7 +101,7 @@ pub const INT8: Element = Element::Fixed { bits: 8, fraction_bits: 0 };
 pub const INT4: Element = Element::Fixed { bits: 4, fraction_bits: 0 };
 
 impl Element {
-    /// Bits of a code.
+    /// Returns the bits of a code.
     pub const fn bits(self) -> u32 {
         match self {
             Element::Float { exponent_bits, fraction_bits, .. } => 1 + exponent_bits + fraction_bits,
@@ -109,7 +109,7 @@ impl Element {
         }
     }
 
-    /// Bits behind the leading one of its largest numbers.
+    /// Returns the fraction bits of the largest numbers.
     pub const fn fraction_bits(self) -> u32 {
         match self {
             Element::Float { fraction_bits, .. } => fraction_bits,
@@ -117,7 +117,7 @@ impl Element {
         }
     }
 
-    /// The code of the largest number.
+    /// Returns the code of the largest number.
     pub const fn max_code(self) -> u32 {
         let ones = (1 << (self.bits() - 1)) - 1;
         match self {
@@ -132,13 +132,13 @@ impl Element {
         self.decode(self.max_code())
     }
 
-    /// `floor(log2(max))`: the exponent that a block's scale leaves to its largest element.
+    /// Returns `floor(log2(max))`: the exponent of the largest element under a block's scale.
     pub fn max_exponent(self) -> i32 {
         exponent(self.max())
     }
 
-    /// The value of a code. Exact, but for an int32 of more than 24 bits, which is rounded to f32; bits above the code's
-    /// are ignored.
+    /// Returns the value of a code. It is exact, except that an int32 of more than 24 bits is rounded to f32. Bits above
+    /// the code's are ignored.
     pub fn decode(self, code: u32) -> f32 {
         let sign_bit = 1u32 << (self.bits() - 1);
         match self {
@@ -166,7 +166,7 @@ impl Element {
         }
     }
 
-    /// The code of a value, rounded. NaN becomes a NaN of its sign; where the format has none, 0.
+    /// Rounds a value to a code. NaN becomes a NaN of the same sign, or 0 in formats without NaN.
     pub fn encode(self, value: f32, rounding: Rounding, overflow: Overflow) -> u32 {
         let sign_bit = 1u32 << (self.bits() - 1);
         let negative = value.is_sign_negative();
@@ -177,7 +177,7 @@ impl Element {
                 }
                 let scaled = f64::from(value.abs()) * power_of_two(fraction_bits as i32);
                 let rounded = match rounding {
-                    // Where f64 has no bits behind the point, addition rounds: much faster than a call, on any machine.
+                    // Adding a number beyond which f64 has no fraction bits rounds: much faster than a call.
                     Rounding::NearestEven if scaled < WHOLE => (scaled + WHOLE) - WHOLE,
                     Rounding::NearestEven => scaled,
                     Rounding::NearestAway => scaled.round(),
@@ -209,7 +209,7 @@ impl Element {
                     let least = 1 - bias;
                     let at = exponent.max(least);
                     let shift = (at - exponent) as u32 + 23 - fraction_bits;
-                    // A carry out of the fraction counts up the exponent, as it should.
+                    // A carry out of the fraction correctly increments the exponent.
                     (((at - least) as u32) << fraction_bits) + shift_right(significand, shift, rounding)
                 };
                 if magnitude > self.max_code() {
@@ -226,12 +226,12 @@ impl Element {
     }
 }
 
-/// From here on every f64 is an integer.
+/// Every f64 from here on is an integer.
 const WHOLE: f64 = (1u64 << 52) as f64;
 
 /// `significand / 2^shift`, rounded to an integer.
 fn shift_right(significand: u32, shift: u32, rounding: Rounding) -> u32 {
-    // The significand has 24 bits: from 26 on all of it is less than a quarter.
+    // The significand has 24 bits: shifted by 26 or more, it is less than a quarter.
     let shift = shift.min(26);
     if shift == 0 {
         return significand;

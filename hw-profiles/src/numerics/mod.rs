@@ -1,7 +1,7 @@
-//! The number formats of chips, bit for bit: what a value becomes when a chip stores it.
+//! The number formats of chips, bit for bit.
 //!
 //! An [`Element`] is one number: sign, exponent and fraction, or fixed point. A [`Block`](block::BlockFormat) is elements
-//! that share a scale. Both are data, and one `encode` and one `decode` serve them all; [`Dtype`] names them.
+//! that share a scale. Both are data, with one `encode` and one `decode` for all; [`Dtype`] names them.
 //!
 //! Sources: OCP 8-bit Floating Point Specification (OFP8) 1.0; OCP Microscaling Formats (MX) 1.0; Rouhani et al. 2023,
 //! "With Shared Microexponents, A Little Shifting Goes a Long Way" (MX9, MX6, MX4); IEEE 754-2019 (fp16, fp32).
@@ -16,10 +16,10 @@ use serde::{Deserialize, Serialize};
 pub use block::{BlockFormat, Rules, Scale, ScaleRule};
 pub use element::{Element, Overflow, Rounding};
 
-/// What a [`Dtype`] stands for.
+/// The definition of a [`Dtype`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Format {
-    /// Each number by itself.
+    /// Single numbers.
     Element(Element),
     /// Numbers that share a scale.
     Block(BlockFormat),
@@ -34,18 +34,18 @@ macro_rules! dtypes {
         }
 
         impl Dtype {
-            /// All of them.
+            /// All formats.
             pub const ALL: &'static [Dtype] = &[$(Dtype::$variant),*];
 
-            /// As in profiles.
+            /// Name in profiles.
             pub const fn name(self) -> &'static str {
                 match self { $(Dtype::$variant => $name,)* }
             }
 
-            /// The format of a name.
+            /// Finds a format by name.
             ///
             /// # Errors
-            /// [`Error::Argument`] that lists all of them, if none has it.
+            /// [`Error::Argument`] with a list of all formats, if none has the name.
             pub fn named(name: &str) -> Result<Dtype> {
                 let found = Dtype::ALL.iter().find(|dtype| dtype.name() == name);
                 let names = || Dtype::ALL.iter().map(|dtype| dtype.name()).collect::<Vec<_>>().join(", ");
@@ -53,7 +53,7 @@ macro_rules! dtypes {
                 found.copied().ok_or_else(unknown)
             }
 
-            /// What it stands for.
+            /// Returns the definition.
             pub const fn format(self) -> Format {
                 match self { $(Dtype::$variant => Format::$kind($format),)* }
             }
@@ -89,7 +89,7 @@ dtypes! {
 }
 
 impl Dtype {
-    /// Bits a number takes in memory, its part of the scale included.
+    /// Returns the bits per number in memory, its share of the scale included.
     pub const fn bits(self) -> f64 {
         match self.format() {
             Format::Element(element) => element.bits() as f64,
@@ -97,7 +97,7 @@ impl Dtype {
         }
     }
 
-    /// Numbers that share a scale; 1 where each stands by itself.
+    /// Returns the numbers that share a scale; 1 for single numbers.
     pub const fn block_len(self) -> usize {
         match self.format() {
             Format::Element(_) => 1,

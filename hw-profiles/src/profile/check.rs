@@ -1,15 +1,15 @@
-//! What numbers of a profile must be to each other.
+//! Consistency checks between a profile's numbers.
 
 use super::{Driver, Managed, Profile, Quantity, Scope, is_block};
 use crate::numerics::Dtype;
 
-/// How far a stated peak may be from geometry x units x clock. Makers print two digits, and some only one: 0.75 as 0.8.
+/// Tolerance between a stated peak and geometry x units x clock. Makers publish two digits, some only one: 0.75 as 0.8.
 const PEAK_TOLERANCE: f64 = 0.07;
 
-/// How much faster a farther level may seem than a nearer one, because both are written with few digits.
+/// Tolerance for a farther level to be faster than a nearer one, because both have few digits.
 const ROUNDING: f64 = 1e-3;
 
-/// Everything that cannot be.
+/// Returns all faults.
 pub(super) fn check(profile: &Profile) -> Vec<String> {
     let mut faults = Vec::new();
     matrix(profile, &mut faults);
@@ -45,7 +45,7 @@ fn matrix(profile: &Profile, faults: &mut Vec<String>) {
             let (len, depth) = (dtype.block_len() as f64, rate.depth_per_cycle.value);
             if depth % len != 0.0 && len % depth != 0.0 {
                 faults.push(format!(
-                    "{path}.depth_per_cycle = {depth:?} products a cycle: expected a divisor or a multiple of the {len:?} \
+                    "{path}.depth_per_cycle = {depth:?} products per cycle: expected a divisor or a multiple of the {len:?} \
                      values of a block of {dtype}"
                 ));
             }
@@ -76,7 +76,7 @@ fn vector(profile: &Profile, faults: &mut Vec<String>) {
     }
 }
 
-/// A stated peak is what the geometry gives, and a measured rate is less.
+/// Checks that a stated peak matches the geometry, and that a measured rate is below it.
 fn peak(
     path: &str,
     geometry: f64,
@@ -107,7 +107,7 @@ fn peak(
     }
 }
 
-/// At its peak a unit alone cannot take more than the whole chip may.
+/// Checks that a unit's power at its peak is below the chip's limit.
 fn power_of_peak(
     profile: &Profile,
     path: &str,

@@ -1,7 +1,7 @@
 //! A chip as data: `hw-profiles/*.toml`.
 //!
-//! Each number says where it comes from and how sure it is ([`Quantity`]); each key has its unit in its name; unknown keys are
-//! refused; and numbers that contradict each other or physics are refused too (`check.rs`).
+//! Each number has a source and a degree of certainty ([`Quantity`]); each key has its unit in its name. Unknown keys, and
+//! numbers that contradict each other or physics, are errors (`check.rs`).
 
 mod check;
 mod quantity;
@@ -19,58 +19,58 @@ use halite::{Error, Result};
 
 pub use quantity::{Basis, Quantity, schema};
 
-/// A chip.
+/// The profile of a chip.
 #[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Profile {
-    /// What it is called on the command line.
+    /// Name on the command line.
     pub name: String,
-    /// Who makes it.
+    /// Maker.
     pub vendor: String,
-    /// One sentence on what it is, and what of it is known.
+    /// One sentence on the chip and on what is known about it.
     pub summary: String,
-    /// What runs programs for it.
+    /// The backend that runs programs.
     pub driver: Driver,
-    /// Documents, by the short names that `source` keys cite.
+    /// Documents, by the short names in `source` keys.
     #[serde(default)]
     pub sources: BTreeMap<String, String>,
-    /// Clock and counts.
+    /// Clock and unit counts.
     pub chip: Chip,
     /// The matrix unit, if there is one.
     pub matrix: Option<Matrix>,
     /// The vector unit.
     pub vector: Vector,
-    /// Memory levels, from the nearest to the arithmetic to the farthest. The last one holds the weights.
+    /// Memory levels, from the nearest to the arithmetic units to the farthest. The last one holds the weights.
     pub memory: Vec<Memory>,
     /// Engines that copy between levels.
     #[serde(default)]
     pub dma: Vec<Dma>,
     /// The network on the chip.
     pub noc: Option<Noc>,
-    /// What it costs to wait for each other.
+    /// Synchronisation costs.
     pub sync: Option<Sync>,
-    /// What it costs to start work.
+    /// Launch costs.
     pub launch: Launch,
-    /// To other chips.
+    /// Links to other chips.
     pub interconnect: Option<Interconnect>,
-    /// Watts.
+    /// Power.
     pub power: Option<Power>,
-    /// Money.
+    /// Price.
     pub price: Option<Price>,
-    /// What the chip chooses where formats leave a choice.
+    /// The chip's choices where formats leave them open.
     #[serde(default)]
     pub rounding: RoundingRules,
-    /// What measured kernels reach of these numbers.
+    /// Constants fitted to measured kernels.
     pub calibration: Option<Calibration>,
-    /// Every number above with its path, such as `memory.hbm.latency_ns`.
+    /// All numbers with their paths, such as `memory.hbm.latency_ns`.
     #[serde(skip)]
     pub quantities: Vec<(String, Quantity)>,
-    /// The file that it was read from, each number with its provenance.
+    /// The resolved file, in which each number has its provenance.
     #[serde(skip)]
     table: toml::Table,
 }
 
-/// What runs programs for a chip.
+/// The backend that runs programs for a chip.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Driver {
@@ -83,7 +83,7 @@ pub enum Driver {
 }
 
 impl Driver {
-    /// As in profiles.
+    /// Name in profiles.
     pub fn name(self) -> &'static str {
         match self {
             Driver::Cpu => "cpu",
@@ -93,53 +93,53 @@ impl Driver {
     }
 }
 
-/// Clock and counts. A tile is what holds an arithmetic unit and its nearest memory: a core, an SM, a NeuronCore.
+/// Clock and unit counts. A tile has arithmetic units and their nearest memory: a core, an SM, a NeuronCore.
 #[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Chip {
-    /// The clock of all units that do not have their own.
+    /// The clock of all units without their own.
     pub clock_hz: Quantity,
-    /// Clusters that are in use.
+    /// Enabled clusters.
     pub clusters: Quantity,
-    /// Tiles of each cluster that are in use.
+    /// Enabled tiles per cluster.
     pub tiles_per_cluster: Quantity,
 }
 
-/// A unit that multiplies matrices: `rows x columns` results, and of each `depth_per_cycle` products a cycle.
+/// A matrix unit: it computes `depth_per_cycle` products of each of `rows x columns` results per cycle.
 #[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Matrix {
-    /// Units of a tile.
+    /// Units per tile.
     pub units_per_tile: Quantity,
     /// Rows of the array.
     pub rows: Quantity,
     /// Columns of the array.
     pub columns: Quantity,
-    /// Which operand stays in the array.
+    /// Dataflow: the operand that stays in the array.
     pub dataflow: Dataflow,
-    /// Whether a product starts before the one before has left the array.
+    /// Whether a product starts before the previous one has left the array.
     pub pipelined: bool,
     /// The clock of this unit, if not the chip's.
     pub clock_hz: Option<Quantity>,
     /// Cycles from the first operand to the first result.
     pub fill_cycles: Option<Quantity>,
-    /// The fewest cycles between two instructions.
+    /// Minimum cycles between two instructions.
     pub min_issue_cycles: Option<Quantity>,
-    /// Bytes of accumulators of a unit.
+    /// Bytes of a unit's accumulators.
     pub accumulator_bytes: Option<Quantity>,
-    /// What it multiplies, and how fast.
+    /// Formats and rates of products.
     pub rate: Vec<MatrixRate>,
 }
 
-/// Which operand stays in a systolic array while the others pass.
+/// The operand that stays in a systolic array while the others stream through.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Dataflow {
-    /// Sums stay.
+    /// Output stationary: sums stay.
     OutputStationary,
-    /// Weights stay.
+    /// Weight stationary.
     WeightStationary,
-    /// Activations stay.
+    /// Input stationary: activations stay.
     InputStationary,
 }
 
@@ -153,39 +153,39 @@ pub struct MatrixRate {
     pub weights: Dtype,
     /// Format of the sums.
     pub accumulator: Dtype,
-    /// Products added up for each result in a cycle; a half means two cycles a product.
+    /// Products added to each result per cycle; 0.5 means two cycles per product.
     pub depth_per_cycle: Quantity,
-    /// The peak that the maker states, of the whole chip, without sparsity; a multiply-add is two.
+    /// Stated peak of the whole chip without sparsity; a multiply-add is two.
     pub dense_ops_per_s: Option<Quantity>,
-    /// The peak that the maker states with structured sparsity. Nothing is computed from it.
+    /// Stated peak with structured sparsity, which no computation uses.
     pub sparse_ops_per_s: Option<Quantity>,
-    /// The best that was measured, of the whole chip.
+    /// Highest measured rate of the whole chip.
     pub measured_ops_per_s: Option<Quantity>,
-    /// Energy of an operation in the unit, without the memory; a multiply-add is two.
+    /// Energy per operation in the unit, without memory; a multiply-add is two.
     pub pj_per_op: Option<Quantity>,
 }
 
-/// A unit that works element by element.
+/// A vector unit, for elementwise work.
 #[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Vector {
-    /// Units of a tile.
+    /// Units per tile.
     pub units_per_tile: Quantity,
     /// The clock of this unit, if not the chip's.
     pub clock_hz: Option<Quantity>,
     /// Cycles before the first result of an instruction.
     pub open_cycles: Option<Quantity>,
-    /// Further cycles where an instruction needs the result of the one before.
+    /// Extra cycles if an instruction needs the previous result.
     pub dependent_cycles: Option<Quantity>,
-    /// Cycles of an exponential, where an addition takes one.
+    /// Cycles of an exponential, relative to an addition.
     pub exp_cycles: Option<Quantity>,
-    /// Cycles of a reciprocal square root, where an addition takes one.
+    /// Cycles of a reciprocal square root, relative to an addition.
     pub rsqrt_cycles: Option<Quantity>,
-    /// Cycles of a division, where an addition takes one.
+    /// Cycles of a division, relative to an addition.
     pub divide_cycles: Option<Quantity>,
-    /// Cycles of rounding to a block format, where an addition takes one.
+    /// Cycles of rounding to a block format, relative to an addition.
     pub quantize_cycles: Option<Quantity>,
-    /// What it computes with, and how fast.
+    /// Formats and rates of operations.
     pub rate: Vec<VectorRate>,
 }
 
@@ -195,59 +195,59 @@ pub struct Vector {
 pub struct VectorRate {
     /// Format of the operands.
     pub dtype: Dtype,
-    /// Operations of a unit in a cycle; a fused multiply-add is two.
+    /// Operations per cycle of a unit; a fused multiply-add is two.
     pub ops_per_cycle: Quantity,
-    /// The peak that the maker states, of the whole chip.
+    /// Stated peak of the whole chip.
     pub dense_ops_per_s: Option<Quantity>,
-    /// The best that was measured, of the whole chip.
+    /// Highest measured rate of the whole chip.
     pub measured_ops_per_s: Option<Quantity>,
-    /// Energy of an operation in the unit, without the memory.
+    /// Energy per operation in the unit, without memory.
     pub pj_per_op: Option<Quantity>,
 }
 
-/// A memory level. All numbers are of one instance.
+/// A memory level. All numbers are per instance.
 #[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Memory {
     /// Name, unique in the profile.
     pub name: String,
-    /// What each instance is shared by.
+    /// The part of the chip that shares an instance.
     pub scope: Scope,
-    /// Who decides what is in it.
+    /// Who manages its content.
     pub managed: Managed,
-    /// Bytes it holds.
+    /// Capacity in bytes.
     pub capacity_bytes: Quantity,
     /// Bytes read per second.
     pub read_bytes_per_s: Quantity,
-    /// Bytes written per second [default: as many as are read].
+    /// Bytes written per second [default: the read rate].
     pub write_bytes_per_s: Option<Quantity>,
     /// Time to the first byte.
     pub latency_ns: Quantity,
-    /// Banks that work at once.
+    /// Parallel banks.
     pub banks: Option<Quantity>,
-    /// Bytes that are moved at least.
+    /// Minimum bytes of a transfer.
     pub line_bytes: Option<Quantity>,
-    /// The part of the bandwidth that long transfers reach [default: all].
+    /// Fraction of the bandwidth that long transfers reach [default: 1].
     pub achievable_fraction: Option<Quantity>,
-    /// Energy of a byte that is read or written.
+    /// Energy per byte read or written.
     pub pj_per_byte: Option<Quantity>,
 }
 
-/// What an instance belongs to, from inside to outside.
+/// The scope of an instance, from inside to outside.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Scope {
-    /// One a tile.
+    /// One per tile.
     Tile,
-    /// One a cluster.
+    /// One per cluster.
     Cluster,
-    /// One a chip.
+    /// One per chip.
     Chip,
-    /// The host's, reached over its bus.
+    /// The host's memory, over its bus.
     Host,
 }
 
-/// Who decides what a memory holds.
+/// Who manages a memory's content.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Managed {
@@ -257,27 +257,27 @@ pub enum Managed {
     Hardware,
 }
 
-/// Engines that copy, of one kind. All numbers are of one engine.
+/// DMA engines of one kind. All numbers are per engine.
 #[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Dma {
     /// Name, unique in the profile.
     pub name: String,
-    /// What each group of engines belongs to.
+    /// The scope of each group of engines.
     pub scope: Scope,
-    /// Engines of a group.
+    /// Engines per group.
     pub engines: Quantity,
     /// Bytes per second.
     pub bytes_per_s: Quantity,
     /// Time from the request to the first byte.
     pub setup_ns: Quantity,
-    /// Further time a descriptor.
+    /// Extra time per descriptor.
     pub descriptor_ns: Option<Quantity>,
-    /// Length of the contiguous runs that are copied at half the bandwidth.
+    /// Length of contiguous runs at which the bandwidth is half.
     pub half_rate_run_bytes: Option<Quantity>,
-    /// Strided dimensions of a descriptor.
+    /// Strided dimensions per descriptor.
     pub max_dimensions: Option<Quantity>,
-    /// Descriptors that may wait.
+    /// Descriptors that the queue holds.
     pub queue_entries: Option<Quantity>,
 }
 
@@ -285,31 +285,31 @@ pub struct Dma {
 #[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Noc {
-    /// Bytes of a link in a cycle.
+    /// Bytes per cycle of a link.
     pub link_bytes_per_cycle: Quantity,
-    /// Cycles of a hop.
+    /// Cycles per hop.
     pub hop_cycles: Quantity,
-    /// Whether one read can serve many tiles.
+    /// Whether one read can be multicast to many tiles.
     pub broadcast: bool,
 }
 
-/// What it costs to wait for each other.
+/// Synchronisation costs.
 #[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Sync {
-    /// From a signal to the wait that it ends, in one tile.
+    /// Time from a signal to the end of the wait, within a tile.
     pub semaphore_ns: Quantity,
-    /// A barrier of all tiles.
+    /// Time of a barrier of all tiles.
     pub barrier_ns: Option<Quantity>,
 }
 
-/// What it costs to start work.
+/// Launch costs.
 #[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Launch {
-    /// Of one kernel by itself.
+    /// Launch of a single kernel.
     pub kernel_ns: Quantity,
-    /// Of one kernel in a recorded graph.
+    /// Launch of a kernel in a recorded graph.
     pub graph_kernel_ns: Option<Quantity>,
     /// Bytes per second to and from the host.
     pub host_bytes_per_s: Option<Quantity>,
@@ -319,7 +319,7 @@ pub struct Launch {
 #[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Interconnect {
-    /// Links.
+    /// Number of links.
     pub links: Quantity,
     /// Bytes per second of a link, in one direction.
     pub link_bytes_per_s: Quantity,
@@ -327,19 +327,19 @@ pub struct Interconnect {
     pub latency_ns: Option<Quantity>,
 }
 
-/// Watts of the whole chip.
+/// Power of the whole chip.
 #[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Power {
-    /// The design's limit.
+    /// Design limit (TDP).
     pub tdp_w: Quantity,
-    /// What it is run at, if less.
+    /// Provisioned power, if less.
     pub provisioned_w: Option<Quantity>,
-    /// Without work.
+    /// Idle power.
     pub idle_w: Option<Quantity>,
 }
 
-/// What running costs: rented, or bought.
+/// Price, rented or bought.
 #[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Price {
@@ -347,55 +347,54 @@ pub struct Price {
     pub usd_per_hour: Option<Quantity>,
     /// Price of one chip.
     pub chip_usd: Option<Quantity>,
-    /// Years until it is written off.
+    /// Years of depreciation.
     pub lifetime_years: Option<Quantity>,
     /// Price of energy.
     pub usd_per_kwh: Option<Quantity>,
-    /// The part of its life that it works.
+    /// Fraction of its life in use.
     pub utilisation_fraction: Option<Quantity>,
 }
 
-/// What the chip chooses where formats leave a choice.
+/// The chip's choices where formats leave them open.
 #[derive(Debug, Clone, PartialEq, Default, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct RoundingRules {
-    /// How the scale of a block is found.
+    /// Rule for the scale of a block.
     pub block_scale: ScaleRule,
-    /// How numbers are rounded.
+    /// Rounding of numbers.
     pub elements: Rounding,
-    /// Whether subnormal numbers count as zero.
+    /// Whether subnormal numbers are flushed to zero.
     pub flush_subnormals: bool,
 }
 
 impl RoundingRules {
-    /// For [`crate::numerics::BlockFormat::quantize`].
+    /// Returns the options for [`crate::numerics::BlockFormat::quantize`].
     pub fn rules(&self) -> Rules {
         Rules { scale: self.block_scale, rounding: self.elements }
     }
 }
 
-/// What measured kernels reach of a profile's numbers: constants of the formulas of `halite-sim`, which were fitted to
-/// measurements.
+/// Constants of `halite-sim`'s formulas, fitted to measured kernels.
 #[derive(Debug, Clone, PartialEq, Default, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Calibration {
-    /// Products, by formats.
+    /// Products, by pair of formats.
     pub matmul: Vec<MatMulFit>,
-    /// Decode attention, by formats.
+    /// Decode attention, by pair of formats.
     pub attention: Vec<AttentionFit>,
-    /// The kernels of the backend `cpu`, by numbers of threads.
+    /// Kernels of the backend `cpu`, by number of threads.
     pub host: Vec<HostRates>,
 }
 
-/// What the kernels of the backend `cpu` reach on so many threads, measured by `halite calibrate`.
+/// Rates of the kernels of the backend `cpu` with `threads` threads, measured by `halite calibrate`.
 #[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct HostRates {
-    /// Threads that compute.
+    /// Number of threads.
     pub threads: Quantity,
     /// The instruction set.
     pub isa: String,
-    /// Time of an op that does nothing, its barrier included.
+    /// Time of an empty op, its barrier included.
     pub op_ns: Quantity,
     /// Peak of integer dot products; a multiply-add is two.
     pub integer_ops_per_s: Quantity,
@@ -403,19 +402,19 @@ pub struct HostRates {
     pub float_ops_per_s: Quantity,
     /// Bytes of tensors per second of norms, rotations and additions.
     pub row_bytes_per_s: Quantity,
-    /// Bytes of the KV cache per second, of attention of one token.
+    /// Bytes of the KV cache per second, in attention of one token.
     pub attend_bytes_per_s: Quantity,
     /// Operations per second of attention of many tokens.
     pub attend_ops_per_s: Quantity,
     /// Memory levels.
     #[serde(default)]
     pub level: Vec<HostLevel>,
-    /// Products, by formats of weights.
+    /// Products, by weight format.
     #[serde(default)]
     pub product: Vec<HostProduct>,
 }
 
-/// What all threads together reach of a memory level.
+/// Rates of a memory level with all threads together.
 #[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct HostLevel {
@@ -427,15 +426,15 @@ pub struct HostLevel {
     pub copy_bytes_per_s: Quantity,
 }
 
-/// What products with weights of one format reach.
+/// Rates of products with weights of one format.
 #[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct HostProduct {
-    /// Format of the weights, as GGUF names it.
+    /// Format of the weights, named as in GGUF.
     pub format: String,
-    /// Bytes of weights per second, of one token.
+    /// Bytes of weights per second, for one token.
     pub weight_bytes_per_s: Quantity,
-    /// Operations per second of 512 tokens; a multiply-add is two.
+    /// Operations per second, for 512 tokens; a multiply-add is two.
     pub product_ops_per_s: Quantity,
 }
 
@@ -447,19 +446,19 @@ pub struct MatMulFit {
     pub activations: Dtype,
     /// Format of the weights.
     pub weights: Dtype,
-    /// Part of the peak rate that a tile reaches.
+    /// Fraction of the peak rate that a tile reaches.
     pub compute_fraction: Quantity,
-    /// Part of the bandwidth of main memory.
+    /// Fraction of the bandwidth of main memory.
     pub memory_fraction: Quantity,
-    /// Time of a kernel that does nothing.
+    /// Time of an empty kernel.
     pub overhead_ns: Quantity,
-    /// Further time of each wave of output tiles [default: 0].
+    /// Extra time per wave of output tiles [default: 0].
     pub wave_ns: Option<Quantity>,
-    /// Further time where sums are split [default: 0].
+    /// Extra time for split-k [default: 0].
     pub split_ns: Option<Quantity>,
-    /// How compute and memory time overlap: 1 is not at all [default: 1].
+    /// Overlap exponent of compute and memory time; 1: no overlap [default: 1].
     pub overlap_exponent: Option<Quantity>,
-    /// How far off the times are.
+    /// Errors of the times.
     pub errors: FitErrors,
 }
 
@@ -471,42 +470,41 @@ pub struct AttentionFit {
     pub activations: Dtype,
     /// Format of the KV cache.
     pub weights: Dtype,
-    /// Part of the bandwidth of main memory.
+    /// Fraction of the bandwidth of main memory.
     pub memory_fraction: Quantity,
-    /// Part of the bandwidth of the last cache.
+    /// Fraction of the bandwidth of the last cache.
     pub cache_fraction: Quantity,
-    /// Part of the last cache that holds the KV cache from one run to the next.
+    /// Fraction of the last cache that keeps the KV cache between runs.
     pub resident_fraction: Quantity,
-    /// Time of a kernel that does nothing.
+    /// Time of an empty kernel.
     pub overhead_ns: Quantity,
-    /// Time of a work item besides its keys and values.
+    /// Time per work item besides its keys and values.
     pub item_ns: Quantity,
-    /// Bytes per second of keys and values that one tile works through.
+    /// Bytes of keys and values per second of one tile.
     pub tile_bytes_per_s: Quantity,
-    /// Further time where positions are split.
+    /// Extra time if positions are split.
     pub split_ns: Quantity,
-    /// How compute and memory time overlap: 1 is not at all.
+    /// Overlap exponent of compute and memory time; 1: no overlap.
     pub overlap_exponent: Quantity,
-    /// How far off the times are.
+    /// Errors of the times.
     pub errors: FitErrors,
 }
 
-/// Errors of fitted times relative to the measured ones, on shapes that were not fitted to. Regimes without measurements are
-/// left out.
+/// Errors of fitted times relative to measured ones, on held-out shapes. Regimes without measurements are absent.
 #[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct FitErrors {
-    /// Measurements that the errors are of.
+    /// Number of measurements.
     pub points: Quantity,
-    /// Mean absolute error of all.
+    /// Mean absolute error.
     pub mean_error_fraction: Quantity,
-    /// The largest.
+    /// Largest error.
     pub worst_error_fraction: Quantity,
-    /// Mean of those that would take less than 3 us at the profile's peaks.
+    /// Mean error of kernels that would take less than 3 us at the profile's peaks.
     pub small_error_fraction: Option<Quantity>,
-    /// Mean of the others that are bound by memory.
+    /// Mean error of the others that are memory-bound.
     pub memory_error_fraction: Option<Quantity>,
-    /// Mean of the others that are bound by compute.
+    /// Mean error of the others that are compute-bound.
     pub compute_error_fraction: Option<Quantity>,
 }
 
@@ -532,15 +530,15 @@ shipped! {
     "tpu-v1"
 }
 
-/// Most bytes of a file.
+/// Maximum bytes of a file.
 const MAX_BYTES: u64 = 1 << 18;
-/// Most faults that are told; the others are counted.
+/// Maximum faults to list; the others are counted.
 const MAX_FAULTS: usize = 32;
-/// Most bytes of a fault that quotes the file.
+/// Maximum bytes of a fault that quotes the file.
 const MAX_SHOWN: usize = 1000;
 
 impl Profile {
-    /// The shipped profile of that name, or else the file.
+    /// Opens the shipped profile of a name, or else a file.
     ///
     /// Errors: as `parse`; a file that cannot be read.
     pub fn open(name_or_path: &str) -> Result<Profile> {
@@ -559,9 +557,9 @@ impl Profile {
         Profile::parse(name_or_path, &text)
     }
 
-    /// A profile from the text of a file; `origin` names it in errors.
+    /// Parses the text of a profile; `origin` names it in errors.
     ///
-    /// Errors: [`Error::Profile`] with everything that is wrong.
+    /// Errors: [`Error::Profile`] with all faults.
     pub fn parse(origin: &str, text: &str) -> Result<Profile> {
         let fail = |faults: Vec<String>| {
             let more = faults.len().saturating_sub(MAX_FAULTS);
@@ -576,7 +574,7 @@ impl Profile {
         let mut table: toml::Table = match toml::from_str(text) {
             Ok(table) => table,
             Err(error) => {
-                // It quotes the line, which may be the whole file.
+                // The error quotes the line, which may be the whole file.
                 let (shown, start) = (error.to_string(), error.span().map_or(0, |span| span.start));
                 let line = 1 + text.bytes().take(start).filter(|byte| *byte == b'\n').count();
                 let short = || format!("line {line}: {}", error.message());
@@ -591,7 +589,7 @@ impl Profile {
         let profile: Profile = match toml::Value::Table(table.clone()).try_into() {
             Ok(profile) => Profile { quantities, table, ..profile },
             Err(error) => {
-                // What is missing its source is easier understood than what does not fit the schema.
+                // A missing source is easier to understand than a schema error, so report it first.
                 faults.truncate(MAX_FAULTS - 1);
                 faults.push(error.to_string().trim().replace('\n', " "));
                 return fail(faults);
@@ -601,7 +599,7 @@ impl Profile {
         if faults.is_empty() { Ok(profile) } else { fail(faults) }
     }
 
-    /// The same chip with another value for one of its [`Profile::quantities`]. The new value is not checked against others.
+    /// Returns the chip with another value for one of its [`Profile::quantities`], without consistency checks.
     ///
     /// Errors: [`Error::Argument`] if there is no number of that path.
     pub fn with(&self, path: &str, value: f64) -> Result<Profile> {
@@ -616,12 +614,12 @@ impl Profile {
         }
     }
 
-    /// Tiles of the chip.
+    /// Returns the number of tiles.
     pub fn tiles(&self) -> f64 {
         self.chip.clusters.value * self.chip.tiles_per_cluster.value
     }
 
-    /// Instances of what belongs to a scope.
+    /// Returns the number of instances of a scope.
     pub fn instances(&self, scope: Scope) -> f64 {
         match scope {
             Scope::Tile => self.tiles(),
@@ -630,25 +628,25 @@ impl Profile {
         }
     }
 
-    /// Operations per second of all matrix units, from geometry and clock; a multiply-add is two.
+    /// Returns the operations per second of all matrix units, from geometry and clock; a multiply-add is two.
     pub fn matrix_ops_per_s(&self, matrix: &Matrix, rate: &MatrixRate) -> f64 {
         let clock = matrix.clock_hz.as_ref().unwrap_or(&self.chip.clock_hz).value;
         let results = matrix.rows.value * matrix.columns.value * matrix.units_per_tile.value * self.tiles();
         2.0 * results * rate.depth_per_cycle.value * clock
     }
 
-    /// Operations per second of all vector units, from widths and clock; a multiply-add is two.
+    /// Returns the operations per second of all vector units, from widths and clock; a multiply-add is two.
     pub fn vector_ops_per_s(&self, rate: &VectorRate) -> f64 {
         let clock = self.vector.clock_hz.as_ref().unwrap_or(&self.chip.clock_hz).value;
         rate.ops_per_cycle.value * self.vector.units_per_tile.value * self.tiles() * clock
     }
 
-    /// Bytes per second that all instances of a memory level read.
+    /// Returns the bytes per second that all instances of a memory level read.
     pub fn read_bytes_per_s(&self, memory: &Memory) -> f64 {
         memory.read_bytes_per_s.value * self.instances(memory.scope)
     }
 
-    /// Peak operations per second by formats, matrix units first: `mx9 x mx9` or `fp32`.
+    /// Returns peak operations per second by format, matrix units first: `mx9 x mx9` or `fp32`.
     pub fn peaks(&self) -> Vec<(String, f64)> {
         let matrix = self.matrix.iter().flat_map(|matrix| {
             matrix.rate.iter().map(move |rate| {
@@ -661,7 +659,7 @@ impl Profile {
     }
 }
 
-/// Whether numbers of a format share scales.
+/// Whether a format is a block format.
 fn is_block(dtype: Dtype) -> bool {
     matches!(dtype.format(), Format::Block(_))
 }

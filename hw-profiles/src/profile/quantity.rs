@@ -1,7 +1,7 @@
 //! Numbers with their provenance, the table of keys that hold them, and the JSON Schema.
 //!
-//! In a file a number is bare, `clusters = 16`, and has the `basis` and `source` of the nearest table around it that gives them;
-//! or it brings its own: `clock_hz = { value = 1.43e9, basis = "derived", source = "stated peaks / geometry" }`.
+//! A bare number, `clusters = 16`, inherits the `basis` and `source` of the nearest enclosing table that has them. A number
+//! may also have its own: `clock_hz = { value = 1.43e9, basis = "derived", source = "stated peaks / geometry" }`.
 
 use std::borrow::Cow;
 
@@ -11,37 +11,37 @@ use toml::{Table, Value};
 
 use super::Profile;
 
-/// A number, where it comes from and how sure it is.
+/// A number with its source and certainty.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Quantity {
-    /// In the unit of its key.
+    /// The number, in the unit of its key.
     pub value: f64,
-    /// How sure it is.
+    /// Certainty.
     pub basis: Basis,
     /// A name from the profile's `sources`, or the reasoning.
     pub source: String,
 }
 
-/// How sure a number is, from the surest on.
+/// The certainty of a number, in decreasing order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Basis {
-    /// Published by the maker. The source is cited.
+    /// Published by the maker; `source` cites the document.
     Datasheet,
-    /// Measured on the chip. The source is cited.
+    /// Measured on the chip; `source` cites the document.
     Measured,
-    /// Follows from other numbers; the source says how.
+    /// Derived from other numbers; `source` says how.
     Derived,
-    /// Neither; the source says what speaks for it.
+    /// A guess; `source` gives the reason.
     Guess,
 }
 
 impl Basis {
-    /// All of them, from the surest on.
+    /// All, in decreasing order of certainty.
     pub const ALL: [Basis; 4] = [Basis::Datasheet, Basis::Measured, Basis::Derived, Basis::Guess];
 
-    /// As in profiles.
+    /// Name in profiles.
     pub fn name(self) -> &'static str {
         match self {
             Basis::Datasheet => "datasheet",
@@ -74,17 +74,17 @@ impl JsonSchema for Quantity {
     }
 }
 
-/// What a key may hold.
+/// Unit and limits of a key's number.
 pub(super) struct Key {
     pub name: &'static str,
     pub unit: &'static str,
     pub min: f64,
     pub max: f64,
-    /// Whether it counts things.
+    /// Whether it must be a whole number.
     pub whole: bool,
 }
 
-/// All keys with numbers. A key means the same wherever it stands.
+/// All keys with numbers. A key means the same in every table.
 pub(super) static KEYS: &[Key] = &[
     real("clock_hz", "Hz", 1e6, 1e10),
     count("clusters", "clusters", 1.0, 4096.0),
@@ -92,8 +92,8 @@ pub(super) static KEYS: &[Key] = &[
     count("units_per_tile", "units", 1.0, 256.0),
     count("rows", "rows", 1.0, 4096.0),
     count("columns", "columns", 1.0, 4096.0),
-    real("depth_per_cycle", "products a cycle", 1.0 / 256.0, 4096.0),
-    real("ops_per_cycle", "operations a cycle", 0.125, 65536.0),
+    real("depth_per_cycle", "products per cycle", 1.0 / 256.0, 4096.0),
+    real("ops_per_cycle", "operations per cycle", 0.125, 65536.0),
     real("dense_ops_per_s", "operations/s", 1e6, 1e18),
     real("sparse_ops_per_s", "operations/s", 1e6, 1e18),
     real("measured_ops_per_s", "operations/s", 1e6, 1e18),
@@ -122,7 +122,7 @@ pub(super) static KEYS: &[Key] = &[
     real("half_rate_run_bytes", "bytes", 0.0, 1e6),
     count("max_dimensions", "dimensions", 1.0, 16.0),
     count("queue_entries", "descriptors", 1.0, 65536.0),
-    real("link_bytes_per_cycle", "bytes a cycle", 0.125, 65536.0),
+    real("link_bytes_per_cycle", "bytes per cycle", 0.125, 65536.0),
     real("hop_cycles", "cycles", 0.0, 1e4),
     real("semaphore_ns", "ns", 0.0, 1e6),
     real("barrier_ns", "ns", 0.0, 1e7),
@@ -175,7 +175,7 @@ const fn count(name: &'static str, unit: &'static str, min: f64, max: f64) -> Ke
     Key { name, unit, min, max, whole: true }
 }
 
-/// `basis` and `source`, as far as the tables around give them.
+/// The `basis` and `source` of the enclosing tables.
 #[derive(Clone, Default)]
 struct Provenance {
     basis: Option<Value>,
@@ -183,7 +183,7 @@ struct Provenance {
 }
 
 impl Provenance {
-    /// Takes the table's own out of it; what it lacks is inherited.
+    /// Removes them from a table; inherits those that it lacks.
     fn take(&self, table: &mut Table) -> Provenance {
         Provenance {
             basis: table.remove("basis").or_else(|| self.basis.clone()),
@@ -192,13 +192,13 @@ impl Provenance {
     }
 }
 
-/// Most numbers and texts of a file, and most bytes of a key, of a name and of another text. Each number will
-/// have a path of names and keys and a copy of the text that says where it is from.
+/// Maximum numbers and texts of a file, and maximum bytes of a key, of a name and of another text. Each number
+/// gets a path of names and keys, and a copy of its source.
 const MAX_VALUES: usize = 4096;
 const MAX_NAME_BYTES: usize = 64;
 const MAX_TEXT_BYTES: usize = 1 << 10;
 
-/// Refuses a file that would become too large once it is resolved.
+/// Rejects a file that would become too large when resolved.
 pub(super) fn check_size(file: &Table) -> Result<(), String> {
     fn check_table(table: &Table, left: &mut usize) -> Result<(), String> {
         table.iter().try_for_each(|(key, value)| {
@@ -228,11 +228,11 @@ pub(super) fn check_size(file: &Table) -> Result<(), String> {
     check_table(file, &mut { MAX_VALUES })
 }
 
-/// Gives every number of a file its provenance, written out. Returns what is wrong with single numbers.
+/// Resolves the provenance of every number of a file. Returns the faults of single numbers.
 pub(super) fn resolve(file: &mut Table) -> Vec<String> {
     let mut faults = Vec::new();
     let around = Provenance::default().take(file);
-    // Names and texts only, under keys that the profile chooses.
+    // Skip `sources`: its keys are the profile's own, and its values are texts.
     let cited: Vec<String> = match file.get("sources") {
         Some(Value::Table(sources)) => sources.keys().cloned().collect(),
         _ => Vec::new(),
@@ -288,7 +288,7 @@ fn number(
     let value = match quantity.get("value") {
         Some(Value::Integer(i)) => *i as f64,
         Some(Value::Float(f)) => *f,
-        // The schema's error is the better one.
+        // The schema reports this better.
         _ => return,
     };
     quantity.insert("value".into(), Value::Float(value));
@@ -305,13 +305,13 @@ fn number(
     match (basis, source) {
         (Some("datasheet" | "measured"), Some(source)) if !cited.iter().any(|c| c == source) => {
             let some = &cited[..cited.len().min(16)];
-            faults.push(format!("{path}: source `{source}` is not in [sources], which holds {some:?}"));
+            faults.push(format!("{path}: source `{source}` is not in [sources], which has {some:?}"));
         }
         (Some(_), Some("")) => faults.push(format!("{path}: source is empty")),
         (Some(_), Some(_)) => {}
         (basis, _) => {
             let what = if basis.is_none() { "basis" } else { "source" };
-            faults.push(format!("{path} = {value:?}: no `{what}`, neither its own nor of a table around it"));
+            faults.push(format!("{path} = {value:?}: `{what}` is missing here and in all enclosing tables"));
         }
     }
     let missing = || Value::String(Basis::Guess.name().into());
@@ -347,14 +347,14 @@ pub fn schema() -> Schema {
     schema
 }
 
-/// Every number of a resolved file with its path, such as `memory.hbm.latency_ns`.
+/// Returns every number of a resolved file with its path, such as `memory.hbm.latency_ns`.
 pub(super) fn list(file: &Table) -> Vec<(String, Quantity)> {
     let mut out = Vec::new();
     file.iter().for_each(|(key, value)| collect(value, key, &mut out));
     out
 }
 
-/// Sets the number at a path; whether there is one.
+/// Sets the number at a path; returns whether it exists.
 pub(super) fn set(file: &mut Table, path: &str, value: f64) -> bool {
     file.iter_mut().any(|(key, item)| replace(item, key, path, value))
 }
@@ -379,7 +379,7 @@ fn replace(item: &mut Value, here: &str, path: &str, value: f64) -> bool {
     }
 }
 
-/// The path of an item of a list: by its name, if it has one.
+/// Returns the path of an item of a list: by its name, if it has one.
 fn item_path(path: &str, index: usize, item: &Value) -> String {
     match item.get("name").and_then(Value::as_str) {
         Some(name) => format!("{path}.{name}"),

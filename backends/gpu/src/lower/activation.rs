@@ -1,4 +1,4 @@
-//! Activations as products want them: as they are, as codes of eight bits, or as halves.
+//! Activations in the form that products read: f32, 8-bit codes or f16.
 
 use halite_kernels::formats::{Activation, Format, Kind};
 
@@ -7,14 +7,14 @@ use halite::passes;
 use halite::program::{Dim, TensorId};
 use halite_shaders::{Cooperative, Extra, Resource, Shader, WORKGROUP, wgsl};
 
-/// Where activations are, and the tensor of the program that they are, if they are one.
+/// The buffer of activations, and the program's tensor in it, if it is one.
 pub(super) type Input<'a> = (&'a Resource, Option<TensorId>);
 
-/// Activations that a workgroup quantises, where that is a dispatch of its own.
+/// Activations that a workgroup of a separate dispatch quantises.
 const QUANTISED: u32 = 16 * WORKGROUP;
 
 impl Lowering<'_> {
-    /// How a product sees its activations: as they are, as codes in a buffer, or as codes that each workgroup makes of its own.
+    /// The form in which a product reads activations: f32, codes in a buffer, or codes that each workgroup computes.
     pub(super) fn activations(&self, shader: Shader, format: Format, input: &Resource, own: bool) -> Shader {
         match self.codes(format) {
             Some(codes) if own => {
@@ -33,7 +33,7 @@ impl Lowering<'_> {
         }
     }
 
-    /// From how many rows on the codes of activations are in their buffer. Products quantise fewer rows themselves.
+    /// Minimum rows for codes in a buffer. Products quantise fewer rows themselves.
     pub(super) fn codes_from(&self, codes: Extra, x: Option<TensorId>, k: u32) -> u32 {
         let there = self.quantised.iter().find(|q| q.0 == codes && Some(q.1) == x);
         // For each 32 values codes, their scale and sums twice, and their largest; and what `slices.wgsl` and sums over
@@ -42,7 +42,7 @@ impl Lowering<'_> {
         there.map_or(if bytes <= self.bounds.workgroup_bytes { 2 } else { 1 }, |q| q.2.start)
     }
 
-    /// What activations are quantised to for products with a format, if those are computed in integers.
+    /// The quantised form of activations for products with a format, if those use integers.
     pub(super) fn codes(&self, format: Format) -> Option<Extra> {
         match format.kind() {
             Kind::Quantised { activation, .. } if self.bounds.paths.integer => Some(match activation {
@@ -58,7 +58,7 @@ impl Lowering<'_> {
         self.bounds.paths.cooperative.filter(|_| format.kind() != Kind::Float)
     }
 
-    /// Rounds many rows of activations to halves, if products with a format are to have them so.
+    /// Rounds many rows of activations to f16, if products with a format read f16.
     pub(super) fn halve(&mut self, formats: &[Format], (x, id): Input<'_>, rows: Dim, k: u32) {
         let most = passes::rows(rows, self.limits.tokens, self.limits.outputs) as u32;
         let there = self.quantised.iter().any(|q| q.0 == Extra::Halves && Some(q.1) == id);
@@ -81,7 +81,7 @@ impl Lowering<'_> {
         self.push_when(shader, [ONE, each(rows), ONE], (Of::Rows(rows), many));
     }
 
-    /// The part of a shader that makes codes.
+    /// The part of a shader that computes codes.
     pub(super) fn coder(shader: Shader, codes: Extra) -> Shader {
         shader
             .u32("BLOCK", if codes == Extra::Codes256 { 256 } else { 32 })

@@ -10,7 +10,7 @@ use halite_shaders::{Extra, Resource, Shader, WORKGROUP, kv_text, wgsl};
 const ATTEND_ROWS: u32 = 8;
 
 impl Lowering<'_> {
-    /// The part of a shader that knows the angles of an embedding.
+    /// Adds the angles of a rotary embedding to a shader.
     pub(super) fn rotation(
         &self,
         shader: Shader,
@@ -52,8 +52,8 @@ impl Lowering<'_> {
         self.push(shader, [fixed(lanes.div_ceil(WORKGROUP)), each(Dim::Tokens), ONE]);
     }
 
-    /// Queries and keys rotated alike, the latter into the cache, and the values after them. Does nothing, and says so, if
-    /// they are not alike or the cache wants whole blocks.
+    /// Lowers the rotation of queries and keys and the write to the cache as one dispatch. Does nothing and returns false
+    /// if the two rotations differ or the cache needs whole blocks.
     pub(super) fn rope_kv(&mut self, q: &Op, k: &Op, v: TensorId, id: StateId) -> bool {
         let Op::Rope { x: q, out, head_dim, frequencies, factors, magnitude, pairs } = q else {
             return false;
@@ -80,7 +80,7 @@ impl Lowering<'_> {
         true
     }
 
-    /// A shader that knows the pages of a cache.
+    /// A shader that reads the page tables of a cache.
     pub(super) fn kv_shader(&self, name: &'static str, state: &State) -> Shader {
         self.step_shader(name)
             .u32("KV_HEADS", state.kv_heads)
@@ -90,12 +90,12 @@ impl Lowering<'_> {
             .with(wgsl!("kv/page"))
     }
 
-    /// Whether a cache is one of halves, and shaders see them as such.
+    /// Whether a cache is in f16 and shaders have f16 storage.
     pub(super) fn kv_halves(&self, state: &State) -> bool {
         state.format == Format::F16 && self.bounds.paths.f16
     }
 
-    /// A shader that knows a format of a cache, by the format's own source. `coded` is what formats of codes have in common.
+    /// Adds a cache format to a shader, by the format's own source. `coded` is the common part of quantised formats.
     fn cached(shader: Shader, state: &State, format: &str, coded: &str) -> Shader {
         if state.format.block_len() == 1 {
             return shader.with(format);
@@ -148,7 +148,7 @@ impl Lowering<'_> {
             }
         };
         let row_tiles = (tile * group).div_ceil(ATTEND_ROWS);
-        // A shader that stores results knows the sinks, if there are some.
+        // The shader that stores results applies the sinks.
         let stores = |shader: Shader| {
             let shader = shader.write("out", "f32", self.tensor(*out)).bool("HAS_SINK", sinks.is_some());
             self.optional(shader, *sinks, "sinks", "sink", "-3.4028235e38").with(wgsl!("lib/attended"))
@@ -174,13 +174,13 @@ impl Lowering<'_> {
         shader = shader.with(wgsl!("lib/math")).with(wgsl!("attend"));
         let whole = stores(shader.clone()).with(wgsl!("lib/attend_whole"));
         let tiles = count(Of::Tiles(tile), row_tiles, 1);
-        // What a window leaves of a long cache is short.
+        // With a window, the visible part of a long cache is short.
         if self.most_splits < 2 || state.window.is_some_and(|window| window < 2 * SPLIT_POSITIONS) {
             return self.push(whole, [fixed(state.kv_heads), tiles, ONE]);
         }
         let merge = stores(self.step_shader("merge").u32("HEADS", *heads).u32("VALUE_DIM", state.value_dim));
         self.push_when(whole, [fixed(state.kv_heads), tiles, ONE], (Of::Splits, 1..2));
-        // Splits times tokens are at most what is of use for a token.
+        // Splits times tokens are at most the useful splits of one token.
         let floats = u64::from(self.most_splits) * u64::from(*heads) * (u64::from(state.value_dim) + 2);
         let splits = self.extra(Extra::Splits, Dim::Fixed(1), floats);
         let shader = shader

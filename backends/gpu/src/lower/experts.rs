@@ -6,20 +6,20 @@ use halite::passes;
 use halite::program::{Dim, Gating, Op, TensorId};
 use halite_shaders::{Extra, Resource, WORKGROUP, wgsl};
 
-/// Which expert each row of activations goes to.
+/// The routing of rows of activations to experts.
 #[derive(Clone, Copy)]
 pub(super) struct Routed<'a> {
     pub ids: &'a Resource,
-    /// Experts that there are.
+    /// Number of experts.
     pub of: u32,
-    /// Experts for each token.
+    /// Experts per token.
     pub used: u32,
-    /// Whether rows of activations are those of tokens, or already one for each expert.
+    /// Whether activations have one row per token, or already one per token and expert.
     pub per_token: bool,
 }
 
 impl Routed<'_> {
-    /// Rows of activations from which on results are put in groups of one expert: about two of them have the same.
+    /// Minimum rows of activations per expert to group results by expert.
     pub fn grouped_from(&self) -> u32 {
         (2 * self.of).div_ceil(self.used.max(1)).max(2)
     }
@@ -50,7 +50,7 @@ impl Lowering<'_> {
         self.push(shader, [count(Of::Rows(rows), 1, WORKGROUP), ONE, ONE]);
     }
 
-    /// Puts the results of experts in groups, for steps of enough rows.
+    /// Groups results by expert, in steps of enough rows.
     pub(super) fn group(&mut self, rows: Dim, routed: Routed<'_>) {
         let most = passes::rows(rows, self.limits.tokens, self.limits.outputs);
         if u64::from(routed.grouped_from()) > most {

@@ -1,5 +1,5 @@
-//! From a program to dispatches: which shader with which constants, bindings and numbers of workgroups. Pure: nothing here
-//! needs a device. The ops of a row are here; products, attention and experts have files of their own.
+//! Lowers a program to dispatches: shaders with constants, bindings and numbers of workgroups. This needs no device. Row
+//! ops are here; products, attention and experts have their own files.
 
 mod activation;
 mod attend;
@@ -16,13 +16,13 @@ use halite::program::{Dim, Epilogue, Index, NormKind, Op, Program, Slot, TensorI
 use halite_shaders::{Extra, Paths, Resource, Shader, WORKGROUP, gated, knows_format, unary, wgsl};
 use product::shards;
 
-/// What a number of workgroups depends on.
+/// The quantity that a number of workgroups depends on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Of {
     Rows(Dim),
-    /// Tiles of at most so many tokens of one sequence.
+    /// Tiles of at most this many tokens of one sequence.
     Tiles(u32),
-    /// Splits of attention over long caches; 1 where it is whole.
+    /// Splits of attention over long caches; 1: not split.
     Splits,
 }
 
@@ -53,25 +53,25 @@ const fn each(of: Dim) -> Count {
 #[derive(Debug, Clone)]
 pub(super) struct Dispatch {
     pub shader: Shader,
-    /// Along x and y, of which x may be folded into both, and z.
+    /// Along x, y and z; a large x may be folded into x and y.
     pub groups: [Count; 3],
-    /// Run only for so many of these.
+    /// Runs only if the quantity is in this range.
     pub when: (Of, Range<u32>),
 }
 
-/// Rows of activations up to which a product is one of vectors.
+/// Maximum rows of activations of a vector product.
 const VECTORS: u32 = 8;
-/// Rows of activations that share what a workgroup of `matvec.wgsl` reads of the matrix, where there are several.
+/// Rows of activations that share a workgroup's reads of the matrix in `matvec.wgsl`.
 const GROUP: u32 = 4;
-/// Elements of a row that a workgroup sorts to find the largest.
+/// Elements that a workgroup sorts to find the largest.
 const TOP_K_PIECE: u32 = 1024;
-/// The least positions of a split of the cache.
+/// Minimum positions of a split of the cache.
 const SPLIT_POSITIONS: u32 = 64;
 
 /// A program as dispatches.
 #[derive(Debug)]
 pub(super) struct Lowered {
-    /// Those of each segment.
+    /// Dispatches of each segment.
     pub segments: Vec<Vec<Dispatch>>,
     /// The program's scratch tensors.
     pub layout: passes::Layout,
@@ -79,25 +79,25 @@ pub(super) struct Lowered {
     pub extra_bytes: [u64; Extra::ALL.len()],
     /// Sizes of tiles that a step must list.
     pub tile_sizes: Vec<u32>,
-    /// Most splits of attention over long caches, for a single token.
+    /// Maximum splits of attention over long caches, for a single token.
     most_splits: u32,
-    /// Where things are in the step's buffer.
+    /// Layout of the step's buffer.
     pub step: StepLayout,
 }
 
 impl Lowered {
-    /// Into how many splits a step of so many tokens cuts its caches, of which the longest has so many positions.
+    /// Returns the number of splits for a step of `tokens` tokens whose longest cache has `positions` positions.
     pub fn splits(&self, tokens: u32, longest: u32) -> u32 {
         (longest / SPLIT_POSITIONS).min(self.most_splits / tokens.max(1)).max(1)
     }
 }
 
-/// Where things are in the step's buffer, in words; see `step.wgsl`.
+/// Offsets in the step's buffer, in words; see `step.wgsl`.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct StepLayout {
     pub ids: u32,
     pub positions: u32,
-    /// Of each KV group in turn.
+    /// One per KV group.
     pub tables: u32,
     /// Tokens of each of these lists.
     pub tokens: u32,
@@ -116,48 +116,48 @@ impl StepLayout {
         StepLayout { ids, positions, tables, tokens, outputs, tiles, tile_words: 3 * tokens }
     }
 
-    /// Where page tables start, after the lists of so many tile sizes.
+    /// Returns the offset of page tables, after the lists of `tile_sizes` tile sizes.
     pub fn pages(&self, tile_sizes: usize) -> u32 {
         self.tiles + self.tile_words * tile_sizes as u32
     }
 }
 
-/// What a device allows.
+/// Limits of a device.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Bounds {
     pub paths: Paths,
-    /// Bytes of a binding.
+    /// Maximum bytes of a binding.
     pub binding_bytes: u64,
-    /// Bytes of workgroup memory.
+    /// Maximum bytes of workgroup memory.
     pub workgroup_bytes: u32,
-    /// Invocations of a workgroup.
+    /// Maximum invocations of a workgroup.
     pub workgroup: u32,
     pub tuning: Tuning,
 }
 
-/// Sizes that are better for one kind of device than for another.
+/// Tuning sizes of a kind of device.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Tuning {
-    /// Rows of a matrix of an invocation of `matvec.wgsl`: 1 or 4.
+    /// Matrix rows per invocation of `matvec.wgsl`: 1 or 4.
     pub groups: u32,
     /// Invocations of a product of vectors that keep the device busy.
     pub invocations: u32,
-    /// Invocations that a row of a norm, or of logits, is shared among.
+    /// Invocations that share a row of a norm or of logits.
     pub row: u32,
     /// Workgroups of attention that keep the device busy.
     pub attend: u32,
 }
 
 impl Tuning {
-    /// Some hundred thousand invocations at once: each has little to do, and many hide what memory takes.
+    /// Some hundred thousand parallel invocations: each has little work, and their number hides memory latency.
     pub const DISCRETE: Tuning = Tuning { groups: 1, invocations: 1 << 17, row: 512, attend: 256 };
-    /// Some ten thousand.
+    /// Some ten thousand parallel invocations.
     pub const INTEGRATED: Tuning = Tuning { groups: 1, invocations: 1 << 14, row: 256, attend: 256 };
     /// Shaders on a CPU: a load costs more than arithmetic, and barriers most of all.
     pub const CPU: Tuning = Tuning { groups: 4, invocations: 1, row: 256, attend: 16 };
 }
 
-/// Why an op cannot run, if it cannot.
+/// Returns why an op cannot run, if it cannot.
 pub(super) fn missing(program: &Program, op: &Op, bounds: &Bounds) -> Option<String> {
     let mut why = None;
     let mut weights = Vec::new();
@@ -191,9 +191,9 @@ pub(super) fn missing(program: &Program, op: &Op, bounds: &Bounds) -> Option<Str
         {
             why = Some(format!("{act:?}"));
         }
-        // A piece must leave less than it has.
+        // A part must return fewer elements than it has.
         Op::TopK { ids, .. } if program.tensor(*ids).cols > TOP_K_PIECE / 2 => {
-            why = Some(format!("more than {} of the largest", TOP_K_PIECE / 2));
+            why = Some(format!("more than the {} largest elements", TOP_K_PIECE / 2));
         }
         Op::Map { f, .. } if unary(*f).is_none() => why = Some(format!("{f:?}")),
         Op::Embed { .. }
@@ -209,7 +209,7 @@ pub(super) fn missing(program: &Program, op: &Op, bounds: &Bounds) -> Option<Str
         | Op::Experts { .. }
         | Op::TopK { .. }
         | Op::ArgMax { .. } => {}
-        unknown => why = Some(format!("{} is not written", unknown.name())),
+        unknown => why = Some(format!("{} is not implemented", unknown.name())),
     }
     why
 }
@@ -246,7 +246,7 @@ pub(super) fn lower(program: &Program, limits: Limits, bounds: &Bounds) -> Lower
     Lowered { segments, layout, extra_bytes, tile_sizes, most_splits, step }
 }
 
-/// The most splits of attention that are of use: those that with its KV heads make enough workgroups.
+/// Returns the maximum useful splits of attention: with the KV heads, they make enough workgroups.
 fn most_splits(program: &Program, bounds: &Bounds) -> u32 {
     program.states.iter().map(|s| bounds.tuning.attend / s.kv_heads).max().unwrap_or(0).max(1)
 }
@@ -261,9 +261,9 @@ struct Lowering<'a> {
     tile_sizes: Vec<u32>,
     most_splits: u32,
     step: StepLayout,
-    /// Which tensor's activations are in which buffer of codes or halves, and for how many rows.
+    /// The activations in each buffer of codes or halves: their tensor and number of rows.
     quantised: Vec<(Extra, TensorId, Range<u32>)>,
-    /// How many ops read each tensor.
+    /// The number of ops that read each tensor.
     uses: Vec<u32>,
 }
 
@@ -283,7 +283,7 @@ impl Lowering<'_> {
         self.program.tensor(id).cols
     }
 
-    /// One of the buffers between dispatches, large enough for so many floats for each row.
+    /// Returns a buffer between dispatches, large enough for `floats` floats per row.
     fn extra(&mut self, extra: Extra, rows: Dim, floats: u64) -> Resource {
         let rows = passes::rows(rows, self.limits.tokens, self.limits.outputs);
         let bytes = &mut self.extra_bytes[extra as usize];
@@ -306,7 +306,7 @@ impl Lowering<'_> {
             .with(wgsl!("lib/step"))
     }
 
-    /// `rows()`: how many there are in this step.
+    /// Adds `rows()`: the number of rows in this step.
     fn rows(shader: Shader, rows: Dim) -> Shader {
         let body = match rows {
             Dim::Fixed(n) => format!("{n}u"),
@@ -324,7 +324,7 @@ impl Lowering<'_> {
         self.out.push(Dispatch { shader, groups, when });
     }
 
-    /// A function of each element of `out`, `[rows, cols]`.
+    /// Lowers an elementwise function to `out`, `[rows, cols]`.
     fn elementwise(&mut self, shader: Shader, out: TensorId, element: &str) {
         let (rows, cols) = (self.program.tensor(out).rows, self.cols(out));
         let shader = shader
@@ -336,7 +336,7 @@ impl Lowering<'_> {
         self.push(shader, [fixed(cols.div_ceil(WORKGROUP)), each(rows), ONE]);
     }
 
-    /// Lowers the first few ops as one, if they are such that can be; says how many.
+    /// Lowers the first ops as one dispatch if possible; returns their number.
     fn fused(&mut self, ops: &[Op]) -> usize {
         match ops {
             [norm @ Op::Norm { out, group, .. }, Op::MatMul { x, parts, .. }, ..]
@@ -358,7 +358,7 @@ impl Lowering<'_> {
         }
     }
 
-    /// Whether a tensor has one reader, in this program.
+    /// Whether a tensor has exactly one reader in the program.
     fn only_used_here(&self, id: TensorId) -> bool {
         self.program.tensor(id).slot == Slot::Scratch && self.uses.get(id.0 as usize) == Some(&1)
     }
@@ -414,12 +414,12 @@ impl Lowering<'_> {
                     .with(wgsl!("arg_max"));
                 self.push(shader, [ONE, each(t.rows), ONE]);
             }
-            // `missing` has named it.
+            // `missing` rejects it.
             _ => {}
         }
     }
 
-    /// The largest of pieces of a row, then of the pieces of those, until one piece has them.
+    /// Lowers the largest elements in stages: of parts of a row, then of parts of those, until one part remains.
     fn top_k(&mut self, x: TensorId, ids: TensorId, values: TensorId) {
         let (rows, k) = (self.program.tensor(x).rows, self.cols(ids));
         let (mut count, mut from) = (self.cols(x), None);
@@ -446,7 +446,7 @@ impl Lowering<'_> {
                 return self.push(shader.with(keep).with(wgsl!("lib/rank")).with(wgsl!("top_k")), groups);
             }
             count = pieces * k;
-            // A dispatch reads what the one before it wrote.
+            // A dispatch reads the previous one's results.
             let to =
                 if from == Some(Resource::Extra(Extra::Ranked)) { Extra::Reranked } else { Extra::Ranked };
             let to = self.extra(to, rows, 2 * u64::from(count));
@@ -481,13 +481,13 @@ impl Lowering<'_> {
         }
     }
 
-    /// Invocations for a row of so many elements: four elements each, if there are enough.
+    /// Returns the invocations for a row of `cols` elements: four elements each, if there are enough.
     fn row_workgroup(&self, elements: u32) -> u32 {
         let enough = (elements / 4).max(1).next_power_of_two().max(WORKGROUP);
         enough.min(self.bounds.tuning.row).min(self.bounds.workgroup)
     }
 
-    /// A norm, whose results are quantised as well if so wished.
+    /// Lowers a norm, and optionally the quantisation of its results.
     fn norm(&mut self, op: &Op, codes: Option<Extra>) {
         let Op::Norm { x, add, sum, weight, bias, out, kind, eps, group } = op else { return };
         let (rows, cols) = (self.program.tensor(*x).rows, self.cols(*x));
@@ -523,7 +523,7 @@ impl Lowering<'_> {
         self.push(shader.with(wgsl!("norm")), [fixed(cols / group), each(rows), ONE]);
     }
 
-    /// `function(i)`: element i of a weight, or a constant.
+    /// Adds `function(i)`: element i of a weight, or a constant.
     fn optional(
         &self,
         shader: Shader,

@@ -1,4 +1,4 @@
-//! Products of matrices with activations: whole tiles of them, or a few rows at a time.
+//! Products of matrices with activations, in tiles or for a few rows at a time.
 
 use std::ops::Range;
 
@@ -15,7 +15,7 @@ pub(super) fn fixed_rows(t: &Tensor) -> u32 {
     if let Dim::Fixed(rows) = t.rows { rows } else { 0 }
 }
 
-/// Bytes of so many rows of a weight.
+/// Returns the bytes of `rows` rows of a weight.
 pub(super) fn matrix_bytes(t: &Tensor, rows: u32) -> u64 {
     t.format.row_bytes(t.cols as usize).unwrap_or(0) as u64 * u64::from(rows)
 }
@@ -27,14 +27,14 @@ pub(super) struct Shard {
     pub bytes: Range<u64>,
     /// First row, or first expert.
     pub first: u32,
-    /// Rows of each matrix in it.
+    /// Rows of each matrix in the part.
     pub rows: u32,
-    /// Matrices in it.
+    /// Matrices in the part.
     pub matrices: u32,
 }
 
-/// A weight in as few parts as fit bindings, of whole experts or whole groups of interleaved rows, each from a multiple of 256
-/// bytes on. `None` if there are no such parts.
+/// Splits a weight into as few parts as bindings allow, of whole experts or whole groups of interleaved rows, each at
+/// a multiple of 256 bytes. `None` if that is impossible.
 pub(super) fn shards(t: &Tensor, binding_bytes: u64) -> Option<Vec<Shard>> {
     let of_experts = t.experts > 1;
     // Experts or rows.
@@ -57,13 +57,13 @@ pub(super) fn shards(t: &Tensor, binding_bytes: u64) -> Option<Vec<Shard>> {
     Some((0..total).step_by(most.max(1) as usize).map(part).collect())
 }
 
-/// What a product has besides its weight.
+/// A product, without its weight's parts.
 pub(super) struct Product<'a> {
     pub weight: TensorId,
     pub bias: Option<TensorId>,
     pub input: Input<'a>,
     pub out: Resource,
-    /// Rows of activations, each with `times` outputs.
+    /// Rows of activations, each with `times` rows of outputs.
     pub rows: Dim,
     pub gate: Option<(Gate, Resource)>,
     pub residual: Option<Resource>,
@@ -71,12 +71,12 @@ pub(super) struct Product<'a> {
 }
 
 impl Lowering<'_> {
-    /// The parts of a weight; `missing` has seen to it that there are some.
+    /// The parts of a weight, which exist for every op that `missing` accepts.
     pub(super) fn shards(&self, id: TensorId) -> Vec<Shard> {
         shards(self.program.tensor(id), self.bounds.binding_bytes).unwrap_or_default()
     }
 
-    /// The weight `w` of a shard, with its constants.
+    /// Adds the weight `w` of a shard, with its constants.
     pub(super) fn matrix(&self, shader: Shader, id: TensorId, shard: &Shard) -> Shader {
         let t = self.program.tensor(id);
         let Slot::Weight(n) = t.slot else { return shader };
@@ -97,7 +97,7 @@ impl Lowering<'_> {
         let rows = self.program.tensor(x).rows;
         let input = self.tensor(x);
         let formats: Vec<Format> = parts.iter().map(|p| self.program.tensor(p.weight).format).collect();
-        // Matrix units have halves instead of codes.
+        // Matrix units read f16 instead of codes.
         let end = if self.bounds.paths.cooperative.is_some() { VECTORS + 1 } else { u32::MAX };
         self.quantise(&formats, (&input, Some(x)), rows, 1, self.cols(x), end);
         self.halve(&formats, (&input, Some(x)), rows, self.cols(x));
@@ -111,7 +111,7 @@ impl Lowering<'_> {
             residual: None,
             experts: None,
         };
-        // With few rows of activations, products that are alike go together.
+        // With few rows of activations, similar products share a dispatch.
         let merged = self.merged((&input, Some(x)), parts, epilogue, outs, rows);
         match (epilogue, parts, outs) {
             (Epilogue::Glu(act), [gate, up], &[out]) => {
@@ -132,8 +132,8 @@ impl Lowering<'_> {
         }
     }
 
-    /// Products of several matrices of one format with up to [`VECTORS`] rows of activations, in one dispatch. Does nothing,
-    /// and says so, if they are not such.
+    /// Lowers products of several matrices of one format with up to [`VECTORS`] rows of activations as one dispatch. Does
+    /// nothing and returns false if that is impossible.
     pub(super) fn merged(
         &mut self,
         input: Input<'_>,
@@ -152,7 +152,7 @@ impl Lowering<'_> {
                 && fixed_rows(t).is_multiple_of(ROWS as u32)
                 && matrix_bytes(t, fixed_rows(t)) <= self.bounds.binding_bytes
         });
-        // Two more are the step and the activations.
+        // Two more bindings are the step and the activations.
         if parts.len() < 2
             || !alike
             || 2 + parts.len() + outs.len() + biases > 8
@@ -167,7 +167,7 @@ impl Lowering<'_> {
             (true, false) => (1, wgsl!("lib/pair")),
             (true, true) => (2, wgsl!("lib/pairs")),
         };
-        // For each matrix: its words, its rows, and where its results go.
+        // For each matrix: its words, its rows, and its output.
         let (mut words, mut counts, mut stores) = (String::new(), String::new(), String::new());
         let mut choose = String::from("which = 0u; var rest = group;");
         let mut shader = Self::rows(self.step_shader("matvec"), rows)
@@ -192,7 +192,7 @@ impl Lowering<'_> {
                 &format!("if which == {i}u && rest >= {here}u {{ rest -= {here}u; which = {}u; }}", i + 1);
             shader = shader.write(&format!("out{i}"), "f32", self.tensor(outs[i]));
             shader = self.optional(shader, part.bias, &format!("bias{i}"), &format!("bias_of{i}"), "0.0");
-            // Loading a pair leaves the second matrix chosen.
+            // After loading a pair, the second matrix is still chosen.
             let chosen = if gate.is_some() { 1 } else { i };
             stores += &format!(
                 "case {chosen}u: {{ out{i}[row * {n}u + column] = product + bias_of{i}(column); }}\n"
@@ -217,19 +217,19 @@ impl Lowering<'_> {
         true
     }
 
-    /// The most slices of a row of `k` that `matvec.wgsl` can have.
+    /// Returns the maximum slices of a row of `k` in `matvec.wgsl`.
     pub(super) fn most_slices(&self, k: u32) -> u32 {
         let bounds = self.bounds;
         let fit = (bounds.workgroup / 16).min(bounds.workgroup_bytes / 4 / (16 * 20)).min(k / 32).max(1);
         1 << (fit.ilog2().min(bounds.tuning.invocations.ilog2()))
     }
 
-    /// Into how many slices `matvec.wgsl` divides rows of `k`, of which it has so many at once.
+    /// Returns the number of slices per row of `k` in `matvec.wgsl`, for `rows` parallel rows.
     fn slices(&self, rows: u32, k: u32) -> u32 {
         (self.bounds.tuning.invocations / rows.max(1)).max(1).next_power_of_two().min(self.most_slices(k))
     }
 
-    /// Runs of `matvec.wgsl`: for one row of activations at a time, and, if they are all for one matrix, for some.
+    /// Adds runs of `matvec.wgsl`: one for a single row of activations, and, if all rows use one matrix, one for several.
     #[allow(clippy::too_many_arguments)]
     pub(super) fn vectors(
         &mut self,
@@ -274,12 +274,12 @@ impl Lowering<'_> {
         }
     }
 
-    /// The shader of a product, up to the part that does it.
+    /// The shader of a product, without the product itself.
     pub(super) fn product_shader(&self, name: &'static str, p: &Product<'_>, shard: &Shard) -> Shader {
         let t = self.program.tensor(p.weight);
         let mut s = Self::rows(self.step_shader(name), p.rows);
         if let Some(routed) = p.experts {
-            // A row of results for each token and expert.
+            // A row of results per token and expert.
             s = s.with(&format!("fn results() -> u32 {{ return {}u * rows(); }}", routed.used));
         } else {
             s = s.with("fn results() -> u32 { return rows(); }");
@@ -304,8 +304,8 @@ impl Lowering<'_> {
         s.with(wgsl!("lib/output"))
     }
 
-    /// Which row of the results, and so which matrix and which row of activations, an invocation has: as they come, or in groups
-    /// of one expert.
+    /// Adds the mapping from an invocation to its row of results, matrix and row of activations: in order, or grouped by
+    /// expert.
     pub(super) fn rows_of_results(
         &self,
         shader: Shader,
@@ -331,7 +331,7 @@ impl Lowering<'_> {
         }
     }
 
-    /// A product. Without `vectors`, only for more rows of activations than [`VECTORS`].
+    /// Lowers a product. Without `vectors`, it is only for more rows of activations than [`VECTORS`].
     pub(super) fn product(&mut self, p: &Product<'_>, vectors: bool) {
         let t = self.program.tensor(p.weight);
         let (integer, float) = (self.codes(t.format).is_some(), t.format.kind() == Kind::Float);
