@@ -6,6 +6,8 @@ use std::time::Instant;
 use clap::{Args, ValueEnum};
 use halite::backend::cpu::{self, Cpu};
 use halite::cost::{self, Cost, Extent, Rates};
+use halite::kernels::formats::Format;
+use halite::model::ProgramOptions;
 use halite::session::{Head, Run, SequenceId, Session, SessionOptions, Wanted};
 #[cfg(feature = "sim")]
 use halite_profiles::profile::Profile;
@@ -14,7 +16,7 @@ use halite_sim::estimate::host;
 use serde_json::{Value, json};
 
 use super::device::DeviceArgs;
-use super::{Failure, KvFormat, bytes, open_model, print};
+use super::{Failure, bytes, kv_format, open_model, print};
 
 /// Largest buffer for the bandwidth measurement: larger than any cache.
 const MOST_BUFFER_BYTES: u64 = 1 << 30;
@@ -46,8 +48,8 @@ pub struct BenchArgs {
     #[arg(long, value_name = "N", default_value_t = SessionOptions::default().batch)]
     batch: u32,
     /// Format of the KV cache.
-    #[arg(long, value_name = "FORMAT", default_value = "f16")]
-    kv: KvFormat,
+    #[arg(long, value_name = "FORMAT", default_value = "f16", value_parser = kv_format())]
+    kv: Format,
     #[command(flatten)]
     device: DeviceArgs,
     /// Skip the roofline measurement.
@@ -121,7 +123,7 @@ pub fn bench(args: &BenchArgs) -> Result<(), Failure> {
     let options = SessionOptions {
         context: Some(context),
         batch: args.batch,
-        program: args.kv.program(),
+        program: ProgramOptions { kv_format: args.kv },
         // Every repetition starts at the same depth.
         rewind: tests.iter().map(|test| test.tokens()).max().unwrap_or(0),
         ..SessionOptions::default()

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use clap::Args;
 use halite::backend::Fusions;
 use halite::kernels::formats::Format;
+use halite::model::ProgramOptions;
 use halite::output::{self, Replace};
 use halite::passes;
 use halite::program::Program;
@@ -18,7 +19,7 @@ use halite_sim::estimate::workload::{Choices, Estimate, Workload, estimate};
 use halite_sim::{Chip, Queue, Report, step};
 use serde_json::{Value, json};
 
-use super::{Failure, KvFormat, bytes, interrupt, plain, plain_json, print};
+use super::{Failure, bytes, interrupt, kv_format, plain, plain_json, print};
 
 /// Prints one column per profile. No weights are read and nothing is computed, so the model may be larger than
 /// this machine.
@@ -40,8 +41,8 @@ pub struct EstimateArgs {
     #[arg(long, value_name = "FORMAT", default_value = "fp32")]
     activations: String,
     /// Format of the KV cache.
-    #[arg(long, value_name = "FORMAT", default_value = "f16")]
-    kv: KvFormat,
+    #[arg(long, value_name = "FORMAT", default_value = "f16", value_parser = kv_format())]
+    kv: Format,
     /// Batch size.
     #[arg(short, long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=4096))]
     batch: u32,
@@ -99,7 +100,7 @@ struct Asked {
 pub fn run(args: &EstimateArgs) -> Result<(), Failure> {
     let model = open(args)?;
     let positions = args.prompt.saturating_add(args.generate);
-    let program = model.program(args.kv.program(), positions)?;
+    let program = model.program(ProgramOptions { kv_format: args.kv }, positions)?;
     let products = args.products.as_deref().map(Dtype::named).transpose()?;
     let choices = Choices { products, activations: Dtype::named(&args.activations)? };
     let workload =

@@ -30,10 +30,11 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, Parser, Subcommand};
 use halite::backend::driver::Driver;
 use halite::gguf::Gguf;
 use halite::kernels::formats::Format;
+use halite::kernels::kv;
 use halite::map::Source;
 use halite::model::ProgramOptions;
 use halite::sampler::SamplerOptions;
@@ -111,8 +112,8 @@ struct ModelArgs {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     ctx: Option<u32>,
     /// Format of the KV cache.
-    #[arg(long, value_name = "FORMAT", default_value = "f16")]
-    kv: KvFormat,
+    #[arg(long, value_name = "FORMAT", default_value = "f16", value_parser = kv_format())]
+    kv: Format,
 }
 
 /// The sampler's options.
@@ -191,26 +192,14 @@ impl SamplerArgs {
     }
 }
 
-#[derive(Clone, Copy, ValueEnum)]
-enum KvFormat {
-    F16,
-    F32,
-    #[value(name = "q8_0")]
-    Q8_0,
-    #[value(name = "q4_0")]
-    Q4_0,
-}
-
-impl KvFormat {
-    fn program(self) -> ProgramOptions {
-        let kv_format = match self {
-            KvFormat::F16 => Format::F16,
-            KvFormat::F32 => Format::F32,
-            KvFormat::Q8_0 => Format::Q8_0,
-            KvFormat::Q4_0 => Format::Q4_0,
-        };
-        ProgramOptions { kv_format }
-    }
+/// Reads a format of the KV cache by its name in lower case.
+fn kv_format() -> impl clap::builder::TypedValueParser<Value = Format> {
+    use clap::builder::TypedValueParser;
+    let names = kv::formats().map(|format| format.name().to_lowercase());
+    clap::builder::PossibleValuesParser::new(names).try_map(|name| {
+        let found = kv::formats().find(|format| format.name().to_lowercase() == name);
+        found.ok_or_else(|| format!("unknown format {name}"))
+    })
 }
 
 /// Opens the model of a file, or the built-in one.
@@ -257,7 +246,7 @@ impl ModelArgs {
     }
 
     fn program(&self) -> ProgramOptions {
-        self.kv.program()
+        ProgramOptions { kv_format: self.kv }
     }
 
     fn options(&self, batch: u32, outputs: u32) -> SessionOptions {
