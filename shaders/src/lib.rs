@@ -475,7 +475,7 @@ impl Grid {
     }
 }
 
-/// How a quantised block is divided: bytes before its words, words, bytes after them; and the grid it points into.
+/// The parts of a quantised block: bytes before its words, words, bytes after them, and its grid.
 struct Parts {
     head: u32,
     words: u32,
@@ -483,7 +483,7 @@ struct Parts {
     grid: Option<Grid>,
 }
 
-/// `None` for plain numbers.
+/// Returns the parts of a format's blocks; `None` for plain numbers.
 fn parts(format: Format) -> Option<Parts> {
     use Format::*;
     if format.kind() == Kind::Float {

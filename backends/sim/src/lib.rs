@@ -154,8 +154,9 @@ impl Sim {
         let caps = Caps {
             name: format!("sim:{}", chip.profile.name),
             device: format!(
-                "tiles: {} of {} KiB, simulated, {} numerics",
+                "{} tile{} of {} KiB, simulated, {} numerics",
                 chip.tiles,
+                if chip.tiles == 1 { "" } else { "s" },
                 chip.scratch_bytes / 1024,
                 if exact { "exact" } else { "native" }
             ),

@@ -16,7 +16,7 @@ pub enum Element {
         fraction_bits: u32,
         /// Exponent bias.
         bias: i32,
-        /// Which codes are not numbers.
+        /// The codes that are not numbers.
         specials: Specials,
     },
     /// Two's complement, times `2^-fraction_bits`. The most negative code has a value but is never produced, so that the
@@ -30,7 +30,7 @@ pub enum Element {
     },
 }
 
-/// Which codes of a float are not numbers.
+/// The codes of a float that are not numbers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Specials {
     /// The largest exponent: infinity where the fraction is 0, else NaN.
