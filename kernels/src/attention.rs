@@ -50,13 +50,13 @@ pub struct Attend<'a> {
     pub position: usize,
     /// Whether each further token sees one more position; else they see what the first one sees.
     pub causal: bool,
-    /// Positions that a token looks back, its own included; `None`: all.
+    /// Sliding window: positions that a token sees, its own included; `None`: all.
     pub window: Option<u32>,
     /// A factor on scores.
     pub scale: f32,
     /// `cap * tanh(score / cap)`.
     pub softcap: Option<f32>,
-    /// One more logit in each head's denominator, `[heads]`.
+    /// Sinks: an extra logit in each head's denominator, `[heads]`.
     pub sinks: Option<&'a [f32]>,
 }
 
@@ -91,7 +91,7 @@ pub struct Merge<'a> {
     pub sink: Option<f32>,
 }
 
-/// The first position that a token sees whose last is `position`, and the end.
+/// Returns the range of positions that a token sees; `position` is the last one.
 const fn seen(position: usize, window: Option<u32>) -> (usize, usize) {
     let end = position + 1;
     match window {
@@ -100,7 +100,7 @@ const fn seen(position: usize, window: Option<u32>) -> (usize, usize) {
     }
 }
 
-/// The chunks that a token sees whose last position is `position`.
+/// Returns the chunks that a token sees; `position` is the last visible position.
 pub const fn chunks(position: usize, window: Option<u32>) -> Range<usize> {
     let (first, end) = seen(position, window);
     first / CHUNK..end.div_ceil(CHUNK)
@@ -149,7 +149,7 @@ impl WithIsa for Merge<'_> {
     }
 }
 
-/// Most rows that share a pass over the cache.
+/// Maximum rows that share a pass over the cache.
 pub const ROWS: usize = 64;
 
 /// More rows than this make it worth to compute what codes stand for once for all of them.

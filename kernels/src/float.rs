@@ -5,7 +5,7 @@
 
 use core::marker::PhantomData;
 
-/// Holds the calling thread in the default floating-point environment. Dropping it restores the host's.
+/// Sets the calling thread to the default floating-point environment. Dropping it restores the host's.
 #[derive(Debug)]
 pub struct DefaultFloats {
     /// The host's control register, if it was not the default.

@@ -97,7 +97,7 @@ impl Loop {
     }
 }
 
-/// Which kernel computes a product with so many tokens, and why: a line for people.
+/// Describes, in a line for people, which kernel computes a product with `tokens` tokens, and why.
 pub fn describe(cpu: Cpu, format: Format, layout: Layout, tokens: usize) -> impl core::fmt::Display {
     struct Line(Cpu, Format, Layout, usize);
     impl core::fmt::Display for Line {

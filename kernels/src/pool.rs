@@ -16,7 +16,7 @@ use std::thread::JoinHandle;
 use crate::float::DefaultFloats;
 use crate::panel::PanelMut;
 
-/// How often a worker looks for a job before it sleeps; about 30 microseconds.
+/// Polls of a worker for a job before it sleeps; about 30 microseconds.
 const SPINS: u32 = 1500;
 
 /// The pool. Dropping it ends its threads.
@@ -46,7 +46,7 @@ struct Job<'a> {
     run: &'a (dyn Fn(usize) + Sync),
     tasks: usize,
     next: AtomicUsize,
-    /// What the first task that panicked panicked with.
+    /// The payload of the first panic.
     panic: Mutex<Option<Box<dyn Any + Send>>>,
 }
 
@@ -78,10 +78,10 @@ impl Job<'_> {
 }
 
 impl Pool {
-    /// A pool in which `threads` threads compute, the caller's included; at least one.
+    /// Creates a pool of `threads` threads, the caller's included; at least one.
     ///
     /// # Errors
-    /// What the operating system says when it refuses a thread.
+    /// The operating system's error if it cannot start a thread.
     pub fn new(threads: usize) -> std::io::Result<Pool> {
         let shared = Arc::new(Shared {
             epoch: AtomicU32::new(0),
@@ -102,7 +102,7 @@ impl Pool {
         Ok(pool)
     }
 
-    /// Threads that compute, the caller's included.
+    /// Returns the number of threads, the caller's included.
     pub fn threads(&self) -> usize {
         self.workers.len() + 1
     }
@@ -127,7 +127,7 @@ impl Pool {
         if *shared.sleeping.lock().unwrap_or_else(PoisonError::into_inner) > 0 {
             shared.wake.notify_all();
         }
-        // Whatever happens, the job outlives every worker that looks at it.
+        // The job always outlives every worker that reads it.
         let close = Close(shared);
         job.work();
         drop(close);

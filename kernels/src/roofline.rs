@@ -1,5 +1,4 @@
-//! What a machine can do at best, measured: the ceilings that the times of kernels are held against (Williams, Waterman &
-//! Patterson 2009).
+//! Measures a machine's peak rates, the ceilings of the roofline model (Williams, Waterman & Patterson 2009).
 //!
 //! Three loops that do one thing only: reading memory, fused multiply-adds in registers, integer dot products in
 //! registers. They use the operations of [`Isa`] that kernels are made of, so their rates are what a perfect kernel would
@@ -52,7 +51,7 @@ impl WithIsa for Read<'_> {
     }
 }
 
-/// Independent sums of the arithmetic loops: enough to hide the latency of an operation, few enough for the registers.
+/// Independent sums of the arithmetic loops: enough to hide an operation's latency, and few enough for the registers.
 /// Vectors are half as wide where there are no wide tiles, so there are twice as many of them.
 const WIDE_SUMS: usize = 12;
 const SUMS: usize = 5;
@@ -158,9 +157,9 @@ mod measure {
     use crate::isa::Cpu;
     use crate::pool::Pool;
 
-    /// A measurement that is shorter tells more about the start of threads than about their work.
+    /// Minimum time of a measurement: a shorter one measures the start of threads.
     const SHORTEST: Duration = Duration::from_millis(5);
-    /// How long the best measurement is looked for.
+    /// Time to search for the best measurement.
     const SEARCH: Duration = Duration::from_millis(400);
 
     /// Bytes per second that all threads of `pool` together read of a buffer, each its own part again and again. A buffer

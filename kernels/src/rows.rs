@@ -5,7 +5,7 @@
 use crate::isa::{Isa, WithIsa, kernels};
 use crate::math;
 
-/// Most experts that a router may choose from.
+/// Maximum experts of a router.
 pub const MAX_EXPERTS: usize = 1024;
 
 /// The activation of a gated linear unit: `f(gate) * up`.
@@ -55,8 +55,8 @@ fn silu<I: Isa>(isa: I, x: I::F) -> I::F {
     isa.div(x, isa.add(one, math::exp(isa, isa.sub(isa.splat(0.0), x))))
 }
 
-/// From half precision to half precision, as GGML's table of 2^16 entries has it, so that models which were measured with it
-/// give the same logits here.
+/// From half precision to half precision, as in GGML's table of 2^16 entries, so that models give the same logits as with
+/// GGML.
 #[inline(always)]
 fn gelu<I: Isa>(isa: I, x: I::F) -> I::F {
     const SQRT_2_OVER_PI: f32 = 0.797_884_6;
@@ -80,7 +80,7 @@ fn gelu_erf<I: Isa>(isa: I, x: I::F) -> I::F {
 
 #[inline(always)]
 fn relu<I: Isa>(isa: I, x: I::F) -> I::F {
-    // NaN passes, as the second operand of a comparison; the sum makes -0 zero.
+    // NaN propagates, as the second operand of a comparison; the sum turns -0 into zero.
     let zero = isa.splat(0.0);
     isa.add(isa.max(zero, x), zero)
 }
@@ -277,7 +277,7 @@ pub struct Norm<'a> {
     pub bias: Option<&'a [f32]>,
     /// Added under the root.
     pub eps: f32,
-    /// Whether the mean is taken away.
+    /// Whether to subtract the mean.
     pub centred: bool,
     /// As many results.
     pub out: &'a mut [f32],

@@ -1,9 +1,9 @@
-//! Folders of safetensors, as models are published in, to GGUF: config.json, weights in one file or several and a vocabulary
-//! become one file under the names that llama.cpp's converter gives.
+//! Converts Hugging Face model folders to GGUF: config.json, safetensors and a vocabulary become one file, with the names of
+//! llama.cpp's converter.
 //!
-//! What a family calls its weights, its options and its vocabulary is in tables (`decoder.rs`, `bert.rs`); everything else is the
-//! same for all. Nothing is written before the result's header has been opened as a model: a folder that lacks a weight or has one
-//! of another shape is refused.
+//! Tables have each family's names of weights, options and vocabulary (`decoder.rs`, `bert.rs`); everything else is shared.
+//! Before anything is written, the result's header is opened as a model: a folder that lacks a weight or has a wrong shape is
+//! an error.
 
 mod bert;
 mod decoder;
@@ -38,24 +38,24 @@ const PLAIN: &[&str] = &["position_embd.weight", "token_types.weight", ".ffn_gat
 /// Positions of the program that a header is checked with.
 const CHECKED_POSITIONS: u32 = 256;
 
-/// What a family makes of the tensors of a folder.
+/// The mapping of a family's tensors.
 #[derive(Default)]
 struct Plan {
-    /// What names may begin with, left out.
+    /// Optional prefixes of names, to remove.
     prefix: &'static str,
     /// Names in the folder and in GGUF files, without `.weight` and `.bias`; the first `{}` is a layer, the second an expert.
     names: Vec<&'static [(&'static str, &'static str)]>,
-    /// Names that are left out; a star stands for anything at one end.
+    /// Names to ignore; a star at one end matches anything.
     unused: Vec<&'static str>,
-    /// Names that have to be there although the model could be opened without.
+    /// Required names, without which the model could still be opened.
     required: Vec<&'static str>,
-    /// Names in GGUF files whose rows are reordered for so many heads.
+    /// Names in GGUF files whose rows are reordered, with the number of heads.
     interleaved: Vec<(&'static str, usize)>,
-    /// What is added to the weights of norms.
+    /// Added to the weights of norms.
     norm_offset: f32,
-    /// Vectors that are in no file of the folder.
+    /// Vectors that no file of the folder has.
     vectors: Vec<(&'static str, Vec<f32>)>,
-    /// What the folder says and the file does not.
+    /// Warnings: settings of the folder that the file lacks.
     left_out: Vec<String>,
 }
 
@@ -64,7 +64,7 @@ struct Plan {
 struct Target<'a> {
     /// Row length first.
     dims: Vec<u64>,
-    /// What it is made of, one after the other; the vector instead, where it comes from no file.
+    /// Its parts in the folder's files, or a vector that comes from no file.
     views: Vec<TensorView<'a>>,
     vector: Vec<f32>,
     heads: Option<usize>,
@@ -125,7 +125,7 @@ pub fn convert(
     }
 }
 
-/// Opens what will be written, as far as that goes without weights.
+/// Opens the result's header as a model, without weights.
 fn check(folder: &Path, writer: &Writer) -> Result<()> {
     let header = writer.header();
     let bytes = (header.len() as u64).saturating_add(writer.data_bytes());
@@ -142,7 +142,7 @@ impl Plan {
         if let Some(name) = self.required.iter().find(|name| !tensors.contains_key(**name)) {
             return Err(Error::Model(format!("tensor `{name}` is missing")));
         }
-        // Experts of one tensor come together, in the order of their numbers.
+        // Experts of one tensor are consecutive, in order of their numbers.
         let mut found: BTreeMap<String, BTreeMap<Option<usize>, TensorView<'a>>> = BTreeMap::new();
         for (full, view) in tensors {
             let short = full.strip_prefix(self.prefix).unwrap_or(&full);
@@ -154,7 +154,7 @@ impl Plan {
             };
             let (name, expert) = self.gguf_name(short).ok_or_else(|| wrong("is unknown to the family"))?;
             if found.entry(name).or_default().insert(expert, view).is_some() {
-                return Err(wrong("is there under another name, too"));
+                return Err(wrong("appears twice, under different names"));
             }
         }
         let mut targets = BTreeMap::new();
@@ -171,7 +171,7 @@ impl Plan {
         Ok(targets)
     }
 
-    /// The name of a tensor in a GGUF file, and of which expert it is.
+    /// Returns the name of a tensor in a GGUF file, and its expert.
     fn gguf_name(&self, name: &str) -> Option<(String, Option<usize>)> {
         let (stem, kind) = name.rsplit_once('.')?;
         let kind = match kind {
@@ -226,7 +226,7 @@ impl Plan {
     }
 }
 
-/// Whether a name is that of a pattern, in which a star at one end stands for anything.
+/// Whether a name matches a pattern, in which a star at one end matches anything.
 fn matches(pattern: &str, name: &str) -> bool {
     match (pattern.strip_prefix('*'), pattern.strip_suffix('*')) {
         (Some(end), _) => name.ends_with(end),
@@ -235,7 +235,7 @@ fn matches(pattern: &str, name: &str) -> bool {
     }
 }
 
-/// The numbers in the places of a pattern, if a name has its form.
+/// Returns the numbers at the places of a pattern, if a name matches it.
 fn numbers(pattern: &str, name: &str) -> Option<Vec<u32>> {
     let mut pieces = pattern.split("{}");
     let mut rest = name.strip_prefix(pieces.next()?)?;
@@ -274,7 +274,7 @@ impl Target<'_> {
         let mut values = Vec::new();
         for view in &self.views {
             let (value, bytes) = reader(view.dtype())?;
-            // Vectors are columns, so that whatever becomes of rows becomes of them.
+            // Vectors are columns, so that they are reordered as rows are.
             let cols = if view.shape().len() < 2 { 1 } else { view.shape().last().copied().unwrap_or(0) };
             let rows = view.data().chunks_exact(cols.saturating_mul(bytes).max(1));
             let rows_of_a_head = self.heads.map(|heads| rows.len() / heads);

@@ -1,4 +1,4 @@
-//! Ops as commands: how work is divided between tiles, and what each tile does.
+//! Lowers ops to commands, and divides their work between tiles.
 //!
 //! - Products: a grid of tiles divides rows of activations and columns of the output. A tile keeps a block of activations,
 //!   converted once, and streams blocks of weight rows past it.
@@ -6,7 +6,7 @@
 //!   too few of these, tiles take runs of pages, and what they find is merged by a second phase.
 //! - The rest: tiles take runs of units.
 //!
-//! Everything that is loaded has two slots, so that the next load runs while a unit works.
+//! Loaded data has two slots, so that the next load overlaps with the unit's work.
 
 mod attend;
 mod experts;
@@ -29,16 +29,16 @@ const SLOTS: [u32; 2] = [2, 1];
 /// Slots for pages: with a third one, scores of the next page are computed before the values of this one are weighed, and one
 /// more is on the way.
 const PAGE_SLOTS: [u32; 3] = [3, 2, 1];
-/// Bytes that are worth a command of their own.
+/// Minimum bytes of a command.
 const BLOCK_BYTES: u64 = 16 * 1024;
-/// Bytes that are worth a tile of their own.
+/// Minimum bytes of a tile's work.
 const TILE_BYTES: u64 = 1024;
 /// Columns of an output that are not divided between tiles.
 const COLUMNS: u32 = 16;
-/// Most query heads that share a pass over a page.
+/// Maximum query heads that share a pass over a page.
 const HEADS: u32 = halite_kernels::attention::ROWS as u32;
 
-/// An op as commands for a chip.
+/// Lowers an op to commands for a chip.
 ///
 /// # Errors
 /// [`Error::Backend`] if its smallest parts do not fit the scratchpad.
@@ -55,7 +55,7 @@ pub fn lower(chip: &Chip, shape: &Shape) -> Result<Lowered> {
     Ok(lowered)
 }
 
-/// Seconds of an op by the closed form: no commands are made, and the answer is near the event engine's.
+/// Returns the seconds of an op by the closed form: without commands, and close to the event engine's result.
 ///
 /// # Errors
 /// As [`lower`].
