@@ -1,16 +1,17 @@
-//! Attention of query tokens over a paged KV cache, in one pass with online softmax (Milakov & Gimelshein 2018; Dao et
-//! al. 2022).
+//! Attention of query tokens over a paged KV cache, in one pass with online softmax (Milakov & Gimelshein
+//! 2018; Dao et al. 2022).
 //!
-//! The contract: the cache is walked in chunks of [`CHUNK`] positions, counted from position 0. In a chunk, a score is the
-//! sequential fused dot over the key's elements, times the scale; probabilities are `exp(score - max)`, summed with lane
-//! = position mod 16, four runs in order, then the fixed tree; values are accumulated position by position with fused
-//! multiply-adds. Chunks are merged in order. How work is split never shows.
+//! The contract: the cache is walked in chunks of [`CHUNK`] positions, counted from position 0. In a chunk, a
+//! score is the sequential fused dot over the key's elements, times the scale; probabilities are
+//! `exp(score - max)`, summed with lane = position mod 16, four runs in order, then the fixed tree; values
+//! are accumulated position by position with fused multiply-adds. Chunks are merged in order. How work is
+//! split never shows.
 //!
 //! Pages are those of [`crate::kv`].
 //!
-//! Scores and sums of values are the same product of a few rows (a row is a query head of a token) with 64 columns: positions the
-//! one time, elements the other. Its second factor is read where it lies in the page and turned to f32 in registers; codes that many
-//! rows share are turned to f32 once.
+//! Scores and sums of values are the same product of a few rows (a row is a query head of a token) with 64
+//! columns: positions the one time, elements the other. Its second factor is read where it lies in the page
+//! and turned to f32 in registers; codes that many rows share are turned to f32 once.
 
 #![allow(clippy::needless_range_loop, reason = "loops by index over vectors are what inlines; see `isa`")]
 
@@ -23,14 +24,17 @@ use crate::math;
 
 const RUNS: usize = CHUNK / 16;
 
-/// A kernel: the attention of consecutive tokens of one sequence, for some query heads that share one KV head.
+/// A kernel: the attention of consecutive tokens of one sequence, for some query heads that share one KV
+/// head.
 #[derive(Debug)]
 pub struct Attend<'a> {
-    /// `[tokens][q_stride]`, of which each token's `[heads][key_dim]` come first; the last token may end there.
+    /// `[tokens][q_stride]`, of which each token's `[heads][key_dim]` come first; the last token may end
+    /// there.
     pub q: &'a [f32],
     /// Elements from a token's queries to the next's.
     pub q_stride: usize,
-    /// `[tokens][out_stride]`, of which each token's `[heads][value_dim]` come first; the last token may end there.
+    /// `[tokens][out_stride]`, of which each token's `[heads][value_dim]` come first; the last token may end
+    /// there.
     pub out: &'a mut [f32],
     /// Elements from a token's outputs to the next's.
     pub out_stride: usize,
@@ -63,8 +67,8 @@ pub struct Attend<'a> {
 /// A kernel: the first part of [`Attend`] where chunks are split between threads; [`Merge`] is the second.
 #[derive(Debug)]
 pub struct AttendChunks<'a> {
-    /// The attention of one token and at most [`ROWS`] heads. `out` is `[chunks][heads][value_dim + 2]`: each head's values,
-    /// their weights' maximum and sum.
+    /// The attention of one token and at most [`ROWS`] heads. `out` is `[chunks][heads][value_dim + 2]`: each
+    /// head's values, their weights' maximum and sum.
     pub attend: Attend<'a>,
     /// Chunks of which the token sees positions.
     pub chunks: Range<usize>,
@@ -155,7 +159,8 @@ pub const ROWS: usize = 64;
 /// More rows than this make it worth to compute what codes stand for once for all of them.
 const FEW_ROWS: usize = 16;
 
-/// Memory of a pass, in order of use: a part of the page, scores that become probabilities, and what the page adds to the output.
+/// Memory of a pass, in order of use: a part of the page, scores that become probabilities, and what the page
+/// adds to the output.
 struct Work {
     tile: [[f32; CHUNK]; CHUNK],
     p: [[f32; CHUNK]; ROWS],
@@ -205,8 +210,9 @@ fn attend_chunks<I: Isa, T: KvFormat>(isa: I, mut a: AttendChunks<'_>, data: &[T
     }
 }
 
-/// The attention of tokens `t` and heads `h`, at most [`ROWS`] rows, to those of `chunks` that they see: values times weights,
-/// and the maximum and the sum of the weights. Outputs of a token's heads are as far apart as `out` says.
+/// The attention of tokens `t` and heads `h`, at most [`ROWS`] rows, to those of `chunks` that they see:
+/// values times weights, and the maximum and the sum of the weights. Outputs of a token's heads are as far
+/// apart as `out` says.
 #[inline(always)]
 #[allow(
     clippy::too_many_arguments,
@@ -272,8 +278,8 @@ fn attend_rows<I: Isa, T: KvFormat>(
                 products::<I, T, true>(isa, q, at, keys, runs, d == 0, p);
             }
         }
-        // Weights of what is kept of the output so far, and of what is added. Few steps at a time for all rows, because the
-        // steps of one row wait for each other.
+        // Weights of what is kept of the output so far, and of what is added. Few steps at a time for all
+        // rows, because the steps of one row wait for each other.
         for r in 0..n {
             if valid[r].0 < valid[r].1 {
                 chunk_max[r] = scores(isa, &mut p[r], a.scale, a.softcap, valid[r]);
@@ -449,9 +455,9 @@ impl<'a, T: KvFormat> Factor<'a, T> {
     }
 }
 
-/// Adds to each row of `out`, or to zeros if it is `fresh`, the product of a row of `a`, which starts at its place of `at`, with
-/// `b`; in order of the rows of `b`. What is in `out` after so many runs of sixteen columns is arbitrary. Rows of `KEYS` are their elements,
-/// columns positions; of values the other way round.
+/// Adds to each row of `out`, or to zeros if it is `fresh`, the product of a row of `a`, which starts at its
+/// place of `at`, with `b`; in order of the rows of `b`. What is in `out` after so many runs of sixteen
+/// columns is arbitrary. Rows of `KEYS` are their elements, columns positions; of values the other way round.
 #[inline(always)]
 fn products<I: Isa, T: KvFormat, const KEYS: bool>(
     isa: I,
@@ -525,7 +531,8 @@ fn product<I: Isa, T: KvFormat, const KEYS: bool, const N: usize, const R: usize
     N
 }
 
-/// Turns dots into scores, those of positions that are not `valid` into minus infinity, and returns the largest.
+/// Turns dots into scores, those of positions that are not `valid` into minus infinity, and returns the
+/// largest.
 #[inline(always)]
 fn scores<I: Isa>(
     isa: I,

@@ -1,9 +1,9 @@
 //! A persistent pool of threads for kernels.
 //!
-//! A call hands out numbered tasks to the caller and the workers; which thread runs a task never shows in its result. Tasks
-//! run in the default floating-point environment, whatever the caller's is.
-//! Workers look for work for some microseconds after a job, because the next op of a step follows at once, and then
-//! sleep: an idle pool uses no CPU.
+//! A call hands out numbered tasks to the caller and the workers; which thread runs a task never shows in its
+//! result. Tasks run in the default floating-point environment, whatever the caller's is. Workers look for
+//! work for some microseconds after a job, because the next op of a step follows at once, and then sleep: an
+//! idle pool uses no CPU.
 
 use std::any::Any;
 use std::cell::Cell;
@@ -107,8 +107,8 @@ impl Pool {
         self.workers.len() + 1
     }
 
-    /// Runs tasks `0..tasks`, in any order and on any thread, and returns when all are done. A task may call this itself: the
-    /// inner tasks then run on its own thread.
+    /// Runs tasks `0..tasks`, in any order and on any thread, and returns when all are done. A task may call
+    /// this itself: the inner tasks then run on its own thread.
     ///
     /// # Panics
     /// If a task panics, with what it panicked with, once no task runs any more. The pool can be used again.
@@ -136,8 +136,8 @@ impl Pool {
         }
     }
 
-    /// Cuts every panel of `outs` into runs of `grain` columns and calls `task(panel index, first column, columns)` for
-    /// each.
+    /// Cuts every panel of `outs` into runs of `grain` columns and calls
+    /// `task(panel index, first column, columns)` for each.
     pub fn panels(
         &self,
         outs: &mut [PanelMut<'_>],
@@ -163,8 +163,8 @@ impl Pool {
         });
     }
 
-    /// Cuts two panels of as many columns into runs of `grain` columns and calls `task(first column, columns, columns)` for
-    /// each.
+    /// Cuts two panels of as many columns into runs of `grain` columns and calls
+    /// `task(first column, columns, columns)` for each.
     pub fn panel_pairs(
         &self,
         (a, b): (PanelMut<'_>, PanelMut<'_>),
@@ -183,7 +183,8 @@ impl Pool {
         });
     }
 
-    /// Cuts a matrix of rows of `cols` elements into runs of `grain` rows and calls `task(first row, rows)` for each.
+    /// Cuts a matrix of rows of `cols` elements into runs of `grain` rows and calls `task(first row, rows)`
+    /// for each.
     pub fn rows<T: Send>(
         &self,
         matrix: &mut [T],
@@ -296,8 +297,9 @@ impl Shared {
             let _inside = Inside(self);
             if self.open.load(Ordering::SeqCst) {
                 let job = self.job.load(Ordering::Acquire);
-                // SAFETY: `inside` was raised before `open` was seen, and the caller takes the job away only after it
-                // has closed it and seen `inside` at zero; so the job is alive until `_inside` is dropped.
+                // SAFETY: `inside` was raised before `open` was seen, and the caller takes the job away only
+                // after it has closed it and seen `inside` at zero; so the job is alive until `_inside` is
+                // dropped.
                 unsafe { (*job).work() };
             }
         }

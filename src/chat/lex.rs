@@ -1,4 +1,5 @@
-//! Splits a template into tokens, with Jinja2's rules for white space around tags (`trim_blocks` and `lstrip_blocks`).
+//! Splits a template into tokens, with Jinja2's rules for white space around tags (`trim_blocks` and
+//! `lstrip_blocks`).
 
 use super::value::{Fallible, is_space};
 

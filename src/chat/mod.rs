@@ -1,9 +1,10 @@
 //! Chat templates: render messages to the text of a prompt, with the Jinja template in a model file's
 //! `tokenizer.chat_template`.
 //!
-//! Templates come from untrusted files. Halite has its own evaluator, which limits every allocation and every step: no
-//! published engine limits the size of an operator's result or the depth of a value. It renders as Python's Jinja2 with the
-//! settings of transformers (`trim_blocks`, `lstrip_blocks`, `loopcontrols`, `generation`, an immutable sandbox).
+//! Templates come from untrusted files. Halite has its own evaluator, which limits every allocation and every
+//! step: no published engine limits the size of an operator's result or the depth of a value. It renders as
+//! Python's Jinja2 with the settings of transformers (`trim_blocks`, `lstrip_blocks`, `loopcontrols`,
+//! `generation`, an immutable sandbox).
 
 mod eval;
 mod filters;
@@ -28,10 +29,12 @@ const MAX_TEMPLATE: usize = 1 << 20;
 /// Maximum bytes of a date format.
 const MAX_FORMAT: usize = 1000;
 
-/// The stack for parsing and running a template: eight times the need of the deepest allowed template without optimization.
+/// The stack for parsing and running a template: eight times the need of the deepest allowed template without
+/// optimization.
 const STACK: usize = 64 << 20;
 
-/// Marks where the answer starts in OpenAI's harmony format. Templates reject the reasoning before it in a history.
+/// Marks where the answer starts in OpenAI's harmony format. Templates reject the reasoning before it in a
+/// history.
 const FINAL_CHANNEL: &str = "<|channel|>final<|message|>";
 const ANY_CHANNEL: &str = "<|channel|>";
 
@@ -50,7 +53,8 @@ impl Message {
         Message { role: role.into(), content: content.into() }
     }
 
-    /// Creates the assistant's message for a generated text: all of it, or, in OpenAI's harmony format, the last channel.
+    /// Creates the assistant's message for a generated text: all of it, or, in OpenAI's harmony format, the
+    /// last channel.
     pub fn answer(generated: &str) -> Message {
         let content = match generated.rfind(FINAL_CHANNEL) {
             Some(at) => &generated[at + FINAL_CHANNEL.len()..],
@@ -102,8 +106,8 @@ impl Template {
     /// Renders the text of a chat; with `add_generation_prompt`, up to the start of the model's answer.
     ///
     /// # Errors
-    /// [`Error::Template`] if the template rejects the messages (roles that do not alternate, a system message), fails, or
-    /// exceeds a limit of time or size.
+    /// [`Error::Template`] if the template rejects the messages (roles that do not alternate, a system
+    /// message), fails, or exceeds a limit of time or size.
     pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
         on_large_stack(|| {
             let mut run = Run::new();
@@ -137,9 +141,9 @@ impl Template {
     }
 }
 
-/// Encodes a rendered chat, and parses its control tokens. Quote untrusted messages with [`Tokenizer::quote`]; otherwise
-/// the author of a message could end it and forge another turn. Adds the begin-of-text token if the vocabulary defines it
-/// and the template did not write it.
+/// Encodes a rendered chat, and parses its control tokens. Quote untrusted messages with
+/// [`Tokenizer::quote`]; otherwise the author of a message could end it and forge another turn. Adds the
+/// begin-of-text token if the vocabulary defines it and the template did not write it.
 pub fn encode(tokenizer: &Tokenizer, prompt: &str) -> Vec<u32> {
     let mut tokens = tokenizer.encode(prompt, EncodeOptions { add_special: false, parse_special: true });
     if tokenizer.adds_bos() && tokens.first().copied() != tokenizer.bos() {
@@ -163,7 +167,8 @@ fn on_large_stack<T: Send>(f: impl FnOnce() -> Result<T, (u32, String)> + Send) 
     }
 }
 
-/// Formats the current time in UTC as `strftime` does, but without widths, which a template could make arbitrarily large.
+/// Formats the current time in UTC as `strftime` does, but without widths, which a template could make
+/// arbitrarily large.
 fn now(format: &str) -> Fallible<String> {
     let flags = ['-', '_', '0', '^', '#'];
     if format

@@ -1,7 +1,8 @@
 //! Python's values, and the limits of building and reading them.
 //!
-//! Lists and dicts never change, so that no value holds itself but through a namespace; and namespaces own nothing that they hold:
-//! they are numbers, and their contents are the rendering's. So values have a depth, which is limited when one is made.
+//! Lists and dicts never change, so that no value holds itself but through a namespace; and namespaces own
+//! nothing that they hold: they are numbers, and their contents are the rendering's. So values have a depth,
+//! which is limited when one is made.
 
 use std::cmp::Ordering;
 use std::collections::HashMap;

@@ -1,7 +1,7 @@
 //! Translates grammars from GBNF, llama.cpp's syntax, to Lark's.
 //!
-//! Each character becomes a separate terminal. Longer terminals would match greedily, unlike GBNF: in `[a-z]* "z"`, no
-//! letter would remain for the `z`.
+//! Each character becomes a separate terminal. Longer terminals would match greedily, unlike GBNF: in
+//! `[a-z]* "z"`, no letter would remain for the `z`.
 
 use std::collections::HashMap;
 use std::fmt::Write;
@@ -21,7 +21,8 @@ pub fn is_gbnf(text: &str) -> bool {
     }
 }
 
-/// Translates a grammar for llguidance. Rules get numbers as names, because the languages allow different names.
+/// Translates a grammar for llguidance. Rules get numbers as names, because the languages allow different
+/// names.
 pub fn to_lark(text: &str, max_nesting: usize, max_rules: usize) -> Parsed<String> {
     let mut reader = Reader::new(text, max_nesting);
     let mut rules = String::new();

@@ -1,7 +1,8 @@
 //! Constrained decoding by a JSON schema, a regular expression or a grammar, with llguidance.
 //!
-//! Rules come from requests. Their size is limited, and they run on a separate thread with a large stack and a deadline for
-//! each answer: llguidance recurses as deep as a rule nests, and cannot be stopped while it builds one.
+//! Rules come from requests. Their size is limited, and they run on a separate thread with a large stack and
+//! a deadline for each answer: llguidance recurses as deep as a rule nests, and cannot be stopped while it
+//! builds one.
 
 mod gbnf;
 
@@ -36,26 +37,28 @@ const MAX_STATES: usize = 50_000;
 /// Maximum time to build a rule, and to process a token.
 const MAX_TIME: Duration = Duration::from_secs(2);
 
-/// The stack of a rule's thread. The longest allowed chain of references takes less than half of it without optimization.
+/// The stack of a rule's thread. The longest allowed chain of references takes less than half of it without
+/// optimization.
 const STACK: usize = 256 << 20;
 
 /// A rule for the output.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Rule {
-    /// JSON of this schema, without white space unless the schema's `x-guidance` allows it: small models may otherwise write
-    /// white space forever.
+    /// JSON of this schema, without white space unless the schema's `x-guidance` allows it: small models may
+    /// otherwise write white space forever.
     JsonSchema(String),
     /// A text that this regular expression matches as a whole, in the syntax of the crate `regex`.
     Regex(String),
     /// A text of this grammar, in llguidance's variant of Lark's syntax.
     Grammar(String),
-    /// A text of this grammar in GBNF, llama.cpp's syntax, without its rules for single tokens. It is matched character by
-    /// character, which is slower than a grammar with regular expressions.
+    /// A text of this grammar in GBNF, llama.cpp's syntax, without its rules for single tokens. It is matched
+    /// character by character, which is slower than a grammar with regular expressions.
     Gbnf(String),
 }
 
 impl Rule {
-    /// A grammar in either syntax: [`Rule::Gbnf`] if its first rule is written with `::=`, else [`Rule::Grammar`].
+    /// A grammar in either syntax: [`Rule::Gbnf`] if its first rule is written with `::=`, else
+    /// [`Rule::Grammar`].
     pub fn grammar(text: &str) -> Rule {
         if gbnf::is_gbnf(text) { Rule::Gbnf(text.into()) } else { Rule::Grammar(text.into()) }
     }
@@ -277,8 +280,8 @@ fn plain(error: &str) -> String {
     error.split("\n<").next().unwrap_or_default().trim().to_string()
 }
 
-/// Returns the bytes of a token; none for tokens without text, and for tokens that start with llguidance's marker byte,
-/// which no text has.
+/// Returns the bytes of a token; none for tokens without text, and for tokens that start with llguidance's
+/// marker byte, which no text has.
 fn word(tokenizer: &Tokenizer, id: u32) -> Vec<u8> {
     let mut bytes = Vec::new();
     if matches!(tokenizer.kind(id), Some(TokenKind::Normal | TokenKind::UserDefined | TokenKind::Byte))

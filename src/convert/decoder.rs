@@ -21,7 +21,8 @@ struct Family {
     keys: &'static [Key],
     /// Options with a single supported value.
     only: &'static [(&'static str, Only)],
-    /// Whether GGUF files have the rotated pairs of a head adjacent, while published weights have them half a head apart.
+    /// Whether GGUF files have the rotated pairs of a head adjacent, while published weights have them half a
+    /// head apart.
     interleaved: bool,
     /// Added to the weights of norms.
     norm_offset: f32,
@@ -30,7 +31,8 @@ struct Family {
     rope_base: Option<f64>,
 }
 
-/// An option: its key in the file without the architecture, its keys in the folder of which one is there, and its type.
+/// An option: its key in the file without the architecture, its keys in the folder of which one is there, and
+/// its type.
 type Key = (&'static str, &'static [&'static str], Kind);
 
 #[derive(Clone, Copy)]

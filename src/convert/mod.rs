@@ -1,9 +1,9 @@
-//! Converts Hugging Face model folders to GGUF: config.json, safetensors and a vocabulary become one file, with the names of
-//! llama.cpp's converter.
+//! Converts Hugging Face model folders to GGUF: config.json, safetensors and a vocabulary become one file,
+//! with the names of llama.cpp's converter.
 //!
-//! Tables have each family's names of weights, options and vocabulary (`decoder.rs`, `bert.rs`); everything else is shared.
-//! Before anything is written, the result's header is opened as a model: a folder that lacks a weight or has a wrong shape is
-//! an error.
+//! Tables have each family's names of weights, options and vocabulary (`decoder.rs`, `bert.rs`); everything
+//! else is shared. Before anything is written, the result's header is opened as a model: a folder that lacks
+//! a weight or has a wrong shape is an error.
 
 mod bert;
 mod decoder;
@@ -32,7 +32,8 @@ use folder::{Files, Json};
 /// Alignment of tensor data: a cache line.
 const ALIGNMENT: u32 = 64;
 
-/// Matrices that stay F32 besides vectors and biases: they are small, and read a row at a time or decide what is read.
+/// Matrices that stay F32 besides vectors and biases: they are small, and read a row at a time or decide what
+/// is read.
 const PLAIN: &[&str] = &["position_embd.weight", "token_types.weight", ".ffn_gate_inp.weight", ".bias"];
 
 /// Positions of the program that a header is checked with.
@@ -43,7 +44,8 @@ const CHECKED_POSITIONS: u32 = 256;
 struct Plan {
     /// Optional prefixes of names, to remove.
     prefix: &'static str,
-    /// Names in the folder and in GGUF files, without `.weight` and `.bias`; the first `{}` is a layer, the second an expert.
+    /// Names in the folder and in GGUF files, without `.weight` and `.bias`; the first `{}` is a layer, the
+    /// second an expert.
     names: Vec<&'static [(&'static str, &'static str)]>,
     /// Names to ignore; a star at one end matches anything.
     unused: Vec<&'static str>,
@@ -71,17 +73,18 @@ struct Target<'a> {
     offset: f32,
 }
 
-/// Writes the model of a folder as GGUF, with matrices in `format`; vectors, biases and routers stay F32. `progress` is told the
-/// bytes of each tensor done. Returns what the folder says and the file does not, one line each: what has no key in GGUF and
-/// changes little, such as a text's normal form (NFC) before a byte-level vocabulary. All else that has none is an error.
+/// Writes the model of a folder as GGUF, with matrices in `format`; vectors, biases and routers stay F32.
+/// `progress` is told the bytes of each tensor done. Returns what the folder says and the file does not, one
+/// line each: what has no key in GGUF and changes little, such as a text's normal form (NFC) before a
+/// byte-level vocabulary. All else that has none is an error.
 ///
 /// No link may lead out of the folder, but for those in the cache of the Hugging Face hub. Only regular files
 /// are read, texts of up to 64 MiB.
 ///
 /// # Errors
-/// [`Error::Io`] for what cannot be read (of `out` without a path); [`Error::Model`] or [`Error::Tokenizer`] for a family, an
-/// option, a tensor or a vocabulary that is not known, a format that has no quantiser or whose blocks do not fit, and values that are
-/// not finite; and what opening the result says.
+/// [`Error::Io`] for what cannot be read (of `out` without a path); [`Error::Model`] or [`Error::Tokenizer`]
+/// for a family, an option, a tensor or a vocabulary that is not known, a format that has no quantiser or
+/// whose blocks do not fit, and values that are not finite; and what opening the result says.
 pub fn convert(
     folder: &Path,
     format: Format,
@@ -248,7 +251,8 @@ fn numbers(pattern: &str, name: &str) -> Option<Vec<u32>> {
     rest.is_empty().then_some(numbers)
 }
 
-/// The row that becomes row `row` of a head whose rotated pairs are next to each other, from one whose pairs are a half apart.
+/// The row that becomes row `row` of a head whose rotated pairs are next to each other, from one whose pairs
+/// are a half apart.
 fn halves_to_pairs(row: usize, rows_of_a_head: usize) -> usize {
     let (head, at) = (row / rows_of_a_head, row % rows_of_a_head);
     head * rows_of_a_head + at % 2 * (rows_of_a_head / 2) + at / 2

@@ -1,8 +1,9 @@
-//! Custom accelerators, simulated from their profiles. `lower` turns ops into commands for the chip's tiles. `execute` runs
-//! the commands for their results, through scratchpads of the chip's size. `engine` runs them as events, for their time.
+//! Custom accelerators, simulated from their profiles. `lower` turns ops into commands for the chip's tiles.
+//! `execute` runs the commands for their results, through scratchpads of the chip's size. `engine` runs them
+//! as events, for their time.
 //!
-//! With [`Numerics::Exact`], results are the bits of the numeric contract; with [`Numerics::Native`], products use the
-//! chip's formats. [`estimate`] predicts times from a profile without running anything.
+//! With [`Numerics::Exact`], results are the bits of the numeric contract; with [`Numerics::Native`],
+//! products use the chip's formats. [`estimate`] predicts times from a profile without running anything.
 #![deny(unsafe_code)]
 
 mod chip;

@@ -6,8 +6,8 @@ use serde::{Deserialize, Serialize};
 /// A number format of at most 32 bits: one of the constants below. Codes lie in the low bits of a `u32`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Element {
-    /// Sign, exponent, fraction. With e the exponent field and f the fraction, the value is `2^(e - bias) * 1.f`, or
-    /// `2^(1 - bias) * 0.f` where e is 0.
+    /// Sign, exponent, fraction. With e the exponent field and f the fraction, the value is
+    /// `2^(e - bias) * 1.f`, or `2^(1 - bias) * 0.f` where e is 0.
     #[non_exhaustive]
     Float {
         /// Bits of the exponent, at most 8.
@@ -19,8 +19,8 @@ pub enum Element {
         /// The codes that are not numbers.
         specials: Specials,
     },
-    /// Two's complement, times `2^-fraction_bits`. The most negative code has a value but is never produced, so that the
-    /// range is symmetric.
+    /// Two's complement, times `2^-fraction_bits`. The most negative code has a value but is never produced,
+    /// so that the range is symmetric.
     #[non_exhaustive]
     Fixed {
         /// Bits, including the sign.
@@ -137,8 +137,8 @@ impl Element {
         exponent(self.max())
     }
 
-    /// Returns the value of a code. It is exact, except that an int32 of more than 24 bits is rounded to f32. Bits above
-    /// the code's are ignored.
+    /// Returns the value of a code. It is exact, except that an int32 of more than 24 bits is rounded to f32.
+    /// Bits above the code's are ignored.
     pub fn decode(self, code: u32) -> f32 {
         let sign_bit = 1u32 << (self.bits() - 1);
         match self {

@@ -1,5 +1,5 @@
-//! The time of a step on a device that is not simulated: the sum of its kernels, by formulas fitted to measurements
-//! (`driver = "gpu"`) or by this machine's rates (`driver = "cpu"`).
+//! The time of a step on a device that is not simulated: the sum of its kernels, by formulas fitted to
+//! measurements (`driver = "gpu"`) or by this machine's rates (`driver = "cpu"`).
 
 use halite_kernels::formats::Format;
 
@@ -13,12 +13,13 @@ use halite::{Error, Result};
 use halite_profiles::numerics::Dtype;
 use halite_profiles::profile::Profile;
 
-/// Returns the times of the ops of a step, with one output per sequence. `spans` has the first position and number of
-/// tokens of each sequence.
+/// Returns the times of the ops of a step, with one output per sequence. `spans` has the first position and
+/// number of tokens of each sequence.
 ///
 /// # Errors
-/// [`Error::Argument`] for kernels without measurements: on a GPU, mixtures of experts, and all kernels without a
-/// calibration in bf16, which is used for other formats too (see [`unmeasured`]); on a CPU, several sequences.
+/// [`Error::Argument`] for kernels without measurements: on a GPU, mixtures of experts, and all kernels
+/// without a calibration in bf16, which is used for other formats too (see [`unmeasured`]); on a CPU, several
+/// sequences.
 pub fn time(
     profile: &Profile,
     program: &Program,
@@ -71,8 +72,8 @@ fn on_host(
     })
 }
 
-/// Returns the formats of a program that were not measured on a GPU, one line each. The error of products is then
-/// unknown.
+/// Returns the formats of a program that were not measured on a GPU, one line each. The error of products is
+/// then unknown.
 pub fn unmeasured(program: &Program) -> Vec<String> {
     let products = program.greedy_ops().flat_map(|(_, op)| match op {
         Op::MatMul { parts, .. } => &parts[..],

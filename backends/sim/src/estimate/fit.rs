@@ -1,4 +1,5 @@
-//! Fits the constants of the formulas in [`super::kernel`] to measured kernels, with their errors on held-out shapes.
+//! Fits the constants of the formulas in [`super::kernel`] to measured kernels, with their errors on held-out
+//! shapes.
 
 use std::collections::BTreeSet;
 

@@ -1,8 +1,9 @@
 //! The time of one kernel on a chip, from its profile and the constants of the profile's `[calibration]`.
 //!
-//! The profile decides between two kinds of chips. With a hardware-managed *cache*, kernels divide a product into output
-//! tiles, cores process them in waves, and the formula chooses tile shapes and split-k as libraries do. With
-//! *software*-managed memory, the output is divided once over all tiles, and operands stream through their scratchpads.
+//! The profile decides between two kinds of chips. With a hardware-managed *cache*, kernels divide a product
+//! into output tiles, cores process them in waves, and the formula chooses tile shapes and split-k as
+//! libraries do. With *software*-managed memory, the output is divided once over all tiles, and operands
+//! stream through their scratchpads.
 
 use halite::{Error, Result};
 use halite_profiles::numerics::Dtype;
@@ -169,7 +170,8 @@ const TILE_SIDES: [f64; 2] = [64.0, 128.0];
 /// Numbers of split-k parts, and the values of a block.
 const SUM_SPLITS: [f64; 5] = [1.0, 2.0, 4.0, 8.0, 16.0];
 const SUM_BLOCK: f64 = 64.0;
-/// Positions of a block of keys, query rows of a work item, and maximum splits of the positions (FlashAttention).
+/// Positions of a block of keys, query rows of a work item, and maximum splits of the positions
+/// (FlashAttention).
 const KEY_BLOCK: f64 = 128.0;
 const ITEM_ROWS: f64 = 64.0;
 const MOST_KEY_SPLITS: i32 = 128;
@@ -208,9 +210,9 @@ pub fn matmul_seconds(machine: &Machine, c: &MatMulConstants, m: u64, n: u64, k:
     c.overhead_s + least
 }
 
-/// Each of the `clusters x tiles_per_cluster` tiles owns a block of the output. Both operands are read once and sent to all
-/// tiles that need them while the previous step computes; the output is written at the end. A block larger than half a
-/// scratchpad is computed in parts, each of which reads the activations once.
+/// Each of the `clusters x tiles_per_cluster` tiles owns a block of the output. Both operands are read once
+/// and sent to all tiles that need them while the previous step computes; the output is written at the end. A
+/// block larger than half a scratchpad is computed in parts, each of which reads the activations once.
 fn scratchpad_matmul_seconds(machine: &Machine, c: &MatMulConstants, m: f64, n: f64, k: f64) -> f64 {
     let (activation, weight) = (machine.bits.0 / 8.0, machine.bits.1 / 8.0);
     let tiles_of = |elements: f64, share: f64| (elements / SCRATCHPAD_TILE / share).ceil();
@@ -265,13 +267,14 @@ pub struct Estimate {
 /// The time of a kernel by itself.
 ///
 /// # Errors
-/// `Error::Argument` if the profile's matrix unit does not multiply these formats, or nothing is calibrated for them.
+/// `Error::Argument` if the profile's matrix unit does not multiply these formats, or nothing is calibrated
+/// for them.
 pub fn estimate(profile: &Profile, formats: Formats, kernel: Kernel) -> Result<Estimate> {
     estimate_stored(profile, formats, formats.weights.bits(), kernel)
 }
 
-/// The time of a kernel in measured formats that unpacks weights or a KV cache of `bits` bits per value: with the
-/// bytes of these, and otherwise as measured. The time of unpacking is unknown and not included.
+/// The time of a kernel in measured formats that unpacks weights or a KV cache of `bits` bits per value: with
+/// the bytes of these, and otherwise as measured. The time of unpacking is unknown and not included.
 ///
 /// # Errors
 /// As [`estimate`].

@@ -1,7 +1,7 @@
 //! Measures this machine's memory and kernels, through the backend `cpu`, on programs of single ops.
 //!
-//! All probes run in turns until the time is up, and each returns its median. Other work on the machine then disturbs all
-//! of them equally, or none for long.
+//! All probes run in turns until the time is up, and each returns its median. Other work on the machine then
+//! disturbs all of them equally, or none for long.
 
 use std::fs::File;
 use std::io::{BufWriter, Write};

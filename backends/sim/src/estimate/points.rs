@@ -1,8 +1,8 @@
 //! Measured kernels as CSV, and the choice of held-out ones.
 //!
-//! The first line names the columns, in any order: `op` (`matmul` or `attention`), `activations`, `weights` (formats; of the KV
-//! cache for attention) and `seconds`, with `m`, `n`, `k` for products, `batch`, `heads`, `kv_heads`, `head_dim`, `kv_len` for
-//! attention. Lines that begin with `#` are comments.
+//! The first line names the columns, in any order: `op` (`matmul` or `attention`), `activations`, `weights`
+//! (formats; of the KV cache for attention) and `seconds`, with `m`, `n`, `k` for products, `batch`, `heads`,
+//! `kv_heads`, `head_dim`, `kv_len` for attention. Lines that begin with `#` are comments.
 
 use super::kernel::{Formats, Kernel};
 use halite::{Error, Result};
@@ -19,7 +19,8 @@ pub struct Point {
     pub seconds: f64,
 }
 
-/// The sizes that a model's layers fix, independent of batch and length. Points of one shape are fitted or held out together.
+/// The sizes that a model's layers fix, independent of batch and length. Points of one shape are fitted or
+/// held out together.
 pub type Shape = [u64; 3];
 
 /// The shape of a kernel: columns and depth of a product, heads, KV heads and head dimension of attention.
@@ -30,7 +31,8 @@ pub fn shape(kernel: Kernel) -> Shape {
     }
 }
 
-/// Whether a shape is held out from a fit to many shapes: about a third are, by a rule that ignores measurements.
+/// Whether a shape is held out from a fit to many shapes: about a third are, by a rule that ignores
+/// measurements.
 pub fn held_out(kernel: Kernel) -> bool {
     match kernel {
         Kernel::MatMul { n, k, .. } => (n / 32 + k / 32).is_multiple_of(3),

@@ -1,7 +1,9 @@
-//! Predicts serving of a model on a chip: time to the first token, tokens per second, energy and cost, from shapes alone.
+//! Predicts serving of a model on a chip: time to the first token, tokens per second, energy and cost, from
+//! shapes alone.
 //!
-//! Prefill runs in steps of [`Workload::chunk`] tokens, one sequence after the other; then all sequences decode together. The
-//! time of a step grows linearly with its position, so one prefill step and one decode step are timed, each in the middle.
+//! Prefill runs in steps of [`Workload::chunk`] tokens, one sequence after the other; then all sequences
+//! decode together. The time of a step grows linearly with its position, so one prefill step and one decode
+//! step are timed, each in the middle.
 
 use std::collections::BTreeMap;
 

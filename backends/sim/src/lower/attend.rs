@@ -137,7 +137,8 @@ pub fn attend_s(chip: &Chip, a: &Attend) -> Result<f64> {
     };
     let drain_s = score.1 + share.1 + weigh.1 + 2.0 * signal;
     let ahead = tiling.slots >= 3;
-    // Unless scores are computed ahead, a chunk goes through all steps before the next one, which is loaded meanwhile.
+    // Unless scores are computed ahead, a chunk goes through all steps before the next one, which is loaded
+    // meanwhile.
     let chain = score.0 + share.0 + weigh.0 + drain_s;
     let work = f64::from((tiling.work.len() as u32).div_ceil(tiles));
     let pipeline = Pipeline {
@@ -272,7 +273,8 @@ impl AttendRings {
         Page { rows, queries, chunk, seeing, page, shares }
     }
 
-    /// What rows find in a page; its step computes scores and shares as well. `last` if the queries are not needed any more.
+    /// What rows find in a page; its step computes scores and shares as well. `last` if the queries are not
+    /// needed any more.
     fn found(&mut self, tile: &mut Tile<'_>, from: Page, last: bool) -> Entry {
         let Tile { chip, a, b } = tile;
         let Page { rows, queries, chunk, seeing, page, shares } = from;
@@ -284,8 +286,9 @@ impl AttendRings {
         b.compute((work, Step::Page { rows, chunk }), &[queries, page, shares], [to], &frees)[0]
     }
 
-    /// Goes through chunks: `then` gets what was found in each. With three slots for pages, scores of the next chunk come
-    /// before the values of this one, so that the matrix unit does not wait for the vector unit.
+    /// Goes through chunks: `then` gets what was found in each. With three slots for pages, scores of the
+    /// next chunk come before the values of this one, so that the matrix unit does not wait for the vector
+    /// unit.
     fn each(
         &mut self,
         tile: &mut Tile<'_>,

@@ -17,7 +17,8 @@ mod expert {
     pub const FOUND: Operand = Operand::Temp(1);
 }
 
-/// The products of experts that work at the same time, each on an equal share of the tiles: gates and ups, then downs.
+/// The products of experts that work at the same time, each on an equal share of the tiles: gates and ups,
+/// then downs.
 struct Wave {
     tiles: u32,
     stages: [Vec<Product>; 2],
