@@ -34,7 +34,7 @@ pub fn profile(args: &ProfileArgs) -> Result<(), Failure> {
     text += &format!(
         "\n{} tile{} in {} cluster{} at {}Hz, driver {}\n",
         profile.tiles(),
-        plural(profile.tiles() as f64),
+        plural(profile.tiles()),
         profile.chip.clusters.value,
         plural(profile.chip.clusters.value),
         scaled(profile.chip.clock_hz.value),
