@@ -1,8 +1,8 @@
-//! Conformance tests: small programs (op × format × shape) that run on a backend and on the reference. Results must
-//! have the same bits if the backend guarantees them, and otherwise stay within an error bound.
+//! Conformance tests: small programs (op × format × shape) that run on a backend and on the reference.
+//! Results must have the same bits if the backend guarantees them, and otherwise stay within an error bound.
 //!
-//! Output buffers are poisoned before every step and have guard bytes behind them. This detects elements that a step
-//! does not write, and writes beyond the end.
+//! Output buffers are poisoned before every step and have guard bytes behind them. This detects elements that
+//! a step does not write, and writes beyond the end.
 
 use std::fmt;
 use std::sync::Arc;
@@ -194,8 +194,8 @@ fn execute(backend: &dyn Backend, case: &Case) -> Result<Vec<Output>> {
     let sequences = case.steps.iter().map(Vec::len).max().unwrap_or(1);
     let positions = case.steps.iter().flatten().map(|&(start, n)| start + n).max().unwrap_or(1);
     let pages_each = positions.div_ceil(PAGE_POSITIONS);
-    // Pages of the sequences are interleaved and in decreasing order, different for each KV group, so a backend that
-    // ignores page tables fails. So does one that reads pages before a window.
+    // Pages of the sequences are interleaved and in decreasing order, different for each KV group, so a
+    // backend that ignores page tables fails. So does one that reads pages before a window.
     let table = |sequence: usize, start: u32, group: usize| -> Vec<u32> {
         let all = pages_each * sequences as u32;
         let page = |p: u32| (p * sequences as u32 + (sequence + group) as u32) % all;
@@ -373,8 +373,8 @@ fn unit(format: Format) -> u32 {
     format.block_len().max(activation) as u32
 }
 
-/// Returns the error bound of products with a format on backends that are not exact. It is wide because a backend
-/// may keep activations in floats, while the reference quantises them.
+/// Returns the error bound of products with a format on backends that are not exact. It is wide because a
+/// backend may keep activations in floats, while the reference quantises them.
 fn bound(format: Format) -> f64 {
     match format.kind() {
         Kind::Float => 1e-9,
@@ -395,7 +395,8 @@ pub fn cases() -> Vec<Case> {
 
 fn matmuls(cases: &mut Cases) {
     for &format in Format::ALL {
-        // Rows, units of k, tokens: single, few and many tokens; whole and partial tiles; rows longer than a chunk.
+        // Rows, units of k, tokens: single, few and many tokens; whole and partial tiles; rows longer than a
+        // chunk.
         let shapes = [(1, 1, 1), (17, 2, 1), (16, 9, 2), (5, 3, 4), (33, 9, 5), (16, 1, 9), (3, 2, 17)];
         // Several tiles.
         let large =
@@ -766,8 +767,8 @@ fn attention(cases: &mut Cases) {
                     "Attend {} {heads}/{kv_heads} {key_dim}/{value_dim} window={window:?} softcap={softcap:?} sinks={sinks}",
                     format.name()
                 );
-                // A prefill across a page's end, then single tokens beside a second sequence that starts later; last, a token
-                // that sees enough pages to be split between threads.
+                // A prefill across a page's end, then single tokens beside a second sequence that starts
+                // later; last, a token that sees enough pages to be split between threads.
                 let steps: [&[(u32, u32)]; 6] = [
                     &[(0, 67), (0, 0)],
                     &[(67, 1), (0, 3)],
@@ -784,8 +785,8 @@ fn attention(cases: &mut Cases) {
                 });
             }
         }
-        // Attention that is not causal: whole sequences, across the ends of pages; then tokens that also see earlier
-        // positions, and a single token with a cache long enough to be split.
+        // Attention that is not causal: whole sequences, across the ends of pages; then tokens that also see
+        // earlier positions, and a single token with a cache long enough to be split.
         for (heads, kv_heads, key_dim, value_dim, sinks) in [(3, 3, 32, 32, false), (4, 2, 64, 96, true)] {
             let name = format!(
                 "Attend {} {heads}/{kv_heads} {key_dim}/{value_dim} both directions sinks={sinks}",
@@ -837,7 +838,8 @@ fn attention(cases: &mut Cases) {
                 b.output(y);
             }
         });
-        // One token, and tokens of two sequences, with caches long enough for devices to split between workgroups.
+        // One token, and tokens of two sequences, with caches long enough for devices to split between
+        // workgroups.
         for (window, sinks) in [(None, false), (Some(520), true)] {
             let name = format!("Attend {} long window={window:?} sinks={sinks}", format.name());
             let steps: [&[(u32, u32)]; 4] =

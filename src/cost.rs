@@ -1,7 +1,7 @@
 //! The cost of a program: bytes moved and operations, counted from shapes alone.
 //!
-//! The counts do not depend on the device: each byte of weights and cache counts once per step, even if a backend reads
-//! it again or caches it. With a device's peak rates, they give a lower bound of a step's time.
+//! The counts do not depend on the device: each byte of weights and cache counts once per step, even if a
+//! backend reads it again or caches it. With a device's peak rates, they give a lower bound of a step's time.
 
 use std::ops::{Add, AddAssign};
 
@@ -24,8 +24,8 @@ pub struct Extent {
 /// The cost of an op or a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Cost {
-    /// Bytes of weights that are read: of an embedding table, the rows of the tokens; of experts, as many as the tokens
-    /// may use (an upper bound, as several tokens may use the same).
+    /// Bytes of weights that are read: of an embedding table, the rows of the tokens; of experts, as many as
+    /// the tokens may use (an upper bound, as several tokens may use the same).
     pub weight_bytes: u64,
     /// Bytes of the KV cache that are read and written.
     pub kv_bytes: u64,
@@ -85,7 +85,8 @@ impl Cost {
         self.integer_ops.saturating_add(self.float_ops)
     }
 
-    /// Returns the minimum seconds on a device with these rates: those of memory or of arithmetic, whichever are more.
+    /// Returns the minimum seconds on a device with these rates: those of memory or of arithmetic, whichever
+    /// are more.
     pub fn least_seconds(&self, rates: &Rates) -> f64 {
         (self.memory_bytes() as f64 / rates.bytes_per_s).max(self.arithmetic_seconds(rates))
     }

@@ -15,8 +15,8 @@ use crate::program::PAGE_POSITIONS;
 use crate::session::MAX_RUNS;
 use crate::tokenizer::{EncodeOptions, Tokenizer};
 
-/// Key of the maximum tokens of a text, special ones included, if below the model's positions: sentence-transformers'
-/// `max_seq_length`. It is Halite's own key, because GGUF has none.
+/// Key of the maximum tokens of a text, special ones included, if below the model's positions:
+/// sentence-transformers' `max_seq_length`. It is Halite's own key, because GGUF has none.
 pub(crate) const MAX_TEXT_TOKENS: &str = "halite.embedding.max_text_tokens";
 
 /// The sizes and options of an embedder.
@@ -140,12 +140,13 @@ impl Embedder {
         self.embed_tokens(&tokens)
     }
 
-    /// As [`Embedder::embed`], for tokens, the special ones included. A vector does not depend on the other texts.
+    /// As [`Embedder::embed`], for tokens, the special ones included. A vector does not depend on the other
+    /// texts.
     ///
     /// # Errors
-    /// [`Error::Argument`] for a text without tokens, with too many tokens (truncation, if enabled, keeps the last
-    /// one), or with a token outside the vocabulary; [`Error::Cancelled`], [`Error::FileChanged`], or errors of the
-    /// backend.
+    /// [`Error::Argument`] for a text without tokens, with too many tokens (truncation, if enabled, keeps the
+    /// last one), or with a token outside the vocabulary; [`Error::Cancelled`], [`Error::FileChanged`], or
+    /// errors of the backend.
     pub fn embed_tokens(&mut self, texts: &[Vec<u32>]) -> Result<Vec<Vec<f32>>> {
         let _floats = DefaultFloats::set();
         let longest = self.longest as usize;

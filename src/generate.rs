@@ -44,8 +44,8 @@ impl Default for GenerateOptions {
 /// Optional drafter and constraint of a generation.
 #[derive(Default)]
 pub struct Aids<'a> {
-    /// Proposes tokens, which one step verifies. A step takes at most [`Session::outputs`] tokens: the last chosen
-    /// token and its draft.
+    /// Proposes tokens, which one step verifies. A step takes at most [`Session::outputs`] tokens: the last
+    /// chosen token and its draft.
     pub drafter: Option<&'a mut dyn Drafter>,
     /// Constrains the tokens. End-of-text tokens then always end the text.
     pub constraint: Option<&'a mut dyn Constraint>,
@@ -138,11 +138,12 @@ pub struct Generation {
 }
 
 impl Session {
-    /// Runs tokens of a sequence in steps of at most [`Session::batch`] tokens, and computes the last token's output.
+    /// Runs tokens of a sequence in steps of at most [`Session::batch`] tokens, and computes the last token's
+    /// output.
     ///
     /// # Errors
-    /// [`Error::ContextFull`] before the first step, if not all tokens fit. As [`Session::step`]; steps before the
-    /// failed one stay in the sequence.
+    /// [`Error::ContextFull`] before the first step, if not all tokens fit. As [`Session::step`]; steps
+    /// before the failed one stay in the sequence.
     pub fn prefill(&mut self, sequence: SequenceId, tokens: &[u32], head: Head) -> Result<()> {
         let need = u64::from(self.len(sequence)?) + tokens.len() as u64;
         if need > self.positions().into() {
@@ -175,13 +176,13 @@ impl Session {
         result
     }
 
-    /// Sets a sequence to a prompt and generates text after it. Keeps the common prefix of the sequence and the prompt,
-    /// and computes only the rest. `on_text` receives the text as it appears, in whole characters, and may end the
-    /// generation.
+    /// Sets a sequence to a prompt and generates text after it. Keeps the common prefix of the sequence and
+    /// the prompt, and computes only the rest. `on_text` receives the text as it appears, in whole
+    /// characters, and may end the generation.
     ///
     /// # Errors
-    /// As [`Session::step`]; [`Error::Argument`] for an empty prompt or options out of range. A cancelled session or a
-    /// full context is not an error: it ends the generation, which returns the text so far.
+    /// As [`Session::step`]; [`Error::Argument`] for an empty prompt or options out of range. A cancelled
+    /// session or a full context is not an error: it ends the generation, which returns the text so far.
     pub fn generate_in(
         &mut self,
         sequence: SequenceId,

@@ -65,8 +65,8 @@ pub(crate) struct Loaded {
 }
 
 impl Loaded {
-    /// Prepares a program, loads its weights and reserves all memory; a state gets `pages(window)` pages. Calls
-    /// `progress` with the weight bytes loaded so far.
+    /// Prepares a program, loads its weights and reserves all memory; a state gets `pages(window)` pages.
+    /// Calls `progress` with the weight bytes loaded so far.
     pub fn new(
         model: &Arc<Model>,
         backend: &Arc<dyn Backend>,

@@ -1,6 +1,7 @@
-//! Low-rank adapters (Hu et al. 2022) in llama.cpp's layout: for a matrix W of the model, a file has A (`NAME.lora_a`,
-//! `[rank, cols]`) and B (`NAME.lora_b`, `[rows, rank]`), and `W x` becomes `W x + scale · B (A x)`. Adapters are
-//! ordinary ops, so every backend runs them, and mapped weights stay unchanged.
+//! Low-rank adapters (Hu et al. 2022) in llama.cpp's layout: for a matrix W of the model, a file has A
+//! (`NAME.lora_a`, `[rank, cols]`) and B (`NAME.lora_b`, `[rows, rank]`), and `W x` becomes
+//! `W x + scale · B (A x)`. Adapters are ordinary ops, so every backend runs them, and mapped weights stay
+//! unchanged.
 
 use halite_kernels::formats::{Format, Layout};
 use halite_kernels::rows::Unary;

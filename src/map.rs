@@ -1,8 +1,8 @@
 //! Read-only bytes of weights: a mapped file, or memory that outlives the program.
 //!
-//! A mapping depends on its file. [`Source::verify`] compares the file with its state at the time of mapping, so that a
-//! session detects a file that shrank or was rewritten. For whole programs, [`exit_on_bus_error`] turns the signal of a
-//! shrunken file into a message and a clean exit.
+//! A mapping depends on its file. [`Source::verify`] compares the file with its state at the time of mapping,
+//! so that a session detects a file that shrank or was rewritten. For whole programs, [`exit_on_bus_error`]
+//! turns the signal of a shrunken file into a message and a clean exit.
 
 use std::fs::{File, Metadata, OpenOptions};
 use std::io::Read;
@@ -34,17 +34,19 @@ impl Source {
         let io = |source| Error::Io { path: path.to_owned(), source };
         let (file, opened) = open_regular(path).map_err(io)?;
         #[allow(unsafe_code)]
-        // SAFETY: the map is read-only and private to this value. Another process may still change the file: readers
-        // treat the bytes as untrusted, and `verify` detects the change.
+        // SAFETY: the map is read-only and private to this value. Another process may still change the file:
+        // readers treat the bytes as untrusted, and `verify` detects the change.
         let map = unsafe { memmap2::Mmap::map(&file) }.map_err(io)?;
-        // On systems with huge pages for files, this saves page faults and TLB misses. Elsewhere it does nothing.
+        // On systems with huge pages for files, this saves page faults and TLB misses. Elsewhere it does
+        // nothing.
         #[cfg(target_os = "linux")]
         let _ = map.advise(memmap2::Advice::HugePage);
         let bytes = Bytes::Mapped { map, file, opened };
         Ok(Arc::new(Source { path: path.to_owned(), bytes }))
     }
 
-    /// Wraps bytes of the program, such as a model embedded with `include_bytes!`. `name` appears in messages.
+    /// Wraps bytes of the program, such as a model embedded with `include_bytes!`. `name` appears in
+    /// messages.
     pub fn from_static(name: &str, bytes: &'static [u8]) -> Arc<Source> {
         Arc::new(Source { path: name.into(), bytes: Bytes::Static(bytes) })
     }
@@ -70,8 +72,8 @@ impl Source {
         }
     }
 
-    /// Checks that a mapped file is unchanged. Another file under the same name is no change: the map keeps the
-    /// old one.
+    /// Checks that a mapped file is unchanged. Another file under the same name is no change: the map keeps
+    /// the old one.
     ///
     /// # Errors
     /// [`Error::FileChanged`] if the file's length changed, or its times show a write.
@@ -174,8 +176,9 @@ impl Region {
     }
 }
 
-/// Installs a signal handler: a read past the end of a mapped file that shrank ends the process with a message and
-/// exit code 74. For whole programs, such as the command; a library's user decides for the process.
+/// Installs a signal handler: a read past the end of a mapped file that shrank ends the process with a
+/// message and exit code 74. For whole programs, such as the command; a library's user decides for the
+/// process.
 #[cfg(unix)]
 #[allow(unsafe_code)]
 pub fn exit_on_bus_error() {
@@ -194,8 +197,8 @@ pub fn exit_on_bus_error() {
     }
 }
 
-/// Ignores the signal of a write beyond the process's file size limit, so that the write fails with an error, as on a
-/// full disk. For whole programs, as [`exit_on_bus_error`].
+/// Ignores the signal of a write beyond the process's file size limit, so that the write fails with an error,
+/// as on a full disk. For whole programs, as [`exit_on_bus_error`].
 #[cfg(unix)]
 #[allow(unsafe_code)]
 pub fn fail_on_file_size() {

@@ -1,5 +1,5 @@
-//! Fallible allocation, for memory whose size comes from a file, an option or a model: too little memory is an error,
-//! not an abort.
+//! Fallible allocation, for memory whose size comes from a file, an option or a model: too little memory is
+//! an error, not an abort.
 
 use crate::error::{Error, Result};
 

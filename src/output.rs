@@ -1,7 +1,8 @@
 //! Atomic file writes.
 //!
-//! An [`Output`] writes to a temporary file in the target's folder. [`Output::commit`] syncs it to disk and renames it to
-//! the target, with the target's permissions. Until then the target stays unchanged, whatever goes wrong.
+//! An [`Output`] writes to a temporary file in the target's folder. [`Output::commit`] syncs it to disk and
+//! renames it to the target, with the target's permissions. Until then the target stays unchanged, whatever
+//! goes wrong.
 
 use std::fs::File;
 use std::io::{self, BufWriter, Read, Write};
@@ -60,8 +61,8 @@ impl Write for Sink {
     }
 }
 
-/// Checks that a file may be written, before the work for it starts. `inputs` are the work's input files; none of
-/// them may be the target.
+/// Checks that a file may be written, before the work for it starts. `inputs` are the work's input files;
+/// none of them may be the target.
 ///
 /// # Errors
 /// [`Error::Output`] if the file may not be replaced, [`Error::Io`] if it cannot be examined.
@@ -165,7 +166,8 @@ impl Output {
                     _ => file.persist(&target),
                 };
                 put.map_err(|e| io(e.error))?;
-                // Sync the name itself. Some file systems do not support this; the file is in place all the same.
+                // Sync the name itself. Some file systems do not support this; the file is in place all the
+                // same.
                 #[cfg(unix)]
                 let _ = File::open(folder(&target)).and_then(|folder| folder.sync_all());
                 Ok(())

@@ -1,9 +1,9 @@
 //! Packed files: models with interleaved rows, which kernels read in place.
 //!
-//! A packed file is a GGUF file with the same metadata and tensors. Every matrix of a format that has kernels on interleaved
-//! rows ([`Format::interleaves`](halite_kernels::formats::Format::interleaves)) is stored as
-//! [`Layout::Interleaved`]: the same bytes in another order, for all instruction sets. The file is mapped like any other,
-//! and gives the same bits.
+//! A packed file is a GGUF file with the same metadata and tensors. Every matrix of a format that has kernels
+//! on interleaved rows ([`Format::interleaves`](halite_kernels::formats::Format::interleaves)) is stored as
+//! [`Layout::Interleaved`]: the same bytes in another order, for all instruction sets. The file is mapped
+//! like any other, and gives the same bits.
 
 use std::io::{self, Write};
 

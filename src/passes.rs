@@ -23,7 +23,8 @@ pub fn lay_out(program: &mut Program, caps: &Caps) {
     }
 }
 
-/// Applies the fusions that a backend requests. Results never change; only tensors without other readers disappear.
+/// Applies the fusions that a backend requests. Results never change; only tensors without other readers
+/// disappear.
 pub fn fuse(program: &Program, fusions: Fusions) -> Program {
     let mut out = program.clone();
     let uses = uses(&out);
@@ -204,8 +205,8 @@ fn decompose_op(program: &mut Program, op: Op) -> Vec<Op> {
     }
 }
 
-/// Makes tensors readable by name after a step (taps): appends an output slot for each. Call it before [`fuse`],
-/// which keeps outputs. Returns the tensors in the order of `names`, `None` for an unknown name.
+/// Makes tensors readable by name after a step (taps): appends an output slot for each. Call it before
+/// [`fuse`], which keeps outputs. Returns the tensors in the order of `names`, `None` for an unknown name.
 pub fn expose(program: &Program, names: &[&str]) -> (Program, Vec<Option<TensorId>>) {
     let mut out = program.clone();
     let mut found = Vec::new();
@@ -247,8 +248,8 @@ pub fn rows(dim: Dim, tokens: u32, outputs: u32) -> u64 {
     })
 }
 
-/// Assigns scratch tensors to places. A tensor lives from the op that writes it to the last op that reads it. An
-/// op's outputs never share a place with its inputs.
+/// Assigns scratch tensors to places. A tensor lives from the op that writes it to the last op that reads it.
+/// An op's outputs never share a place with its inputs.
 pub fn liveness(program: &Program) -> Layout {
     let mut last_use = vec![0usize; program.tensors.len()];
     for (at, (_, op)) in program.ops().enumerate() {

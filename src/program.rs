@@ -1,7 +1,8 @@
 //! The vocabulary between models and backends: a flat list of fused, LLM-shaped ops over named tensors.
 //!
-//! A model records a [`Program`] once with the [`Builder`]; a backend prepares it once and runs it per step. Tensors are
-//! row-major and contiguous, one row per token unless said otherwise. `reference.rs` defines what each op computes.
+//! A model records a [`Program`] once with the [`Builder`]; a backend prepares it once and runs it per step.
+//! Tensors are row-major and contiguous, one row per token unless said otherwise. `reference.rs` defines what
+//! each op computes.
 
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
@@ -77,7 +78,8 @@ pub struct FilePart {
     pub first_element: u64,
 }
 
-/// Whether rows `range` of a matrix of `rows` are contiguous: interleaved rows can be split only between groups.
+/// Whether rows `range` of a matrix of `rows` are contiguous: interleaved rows can be split only between
+/// groups.
 pub(crate) fn part_as_stored(layout: Layout, range: Range<u32>, rows: u32) -> bool {
     let between = |row: u32| row.is_multiple_of(formats::ROWS as u32) || row == rows;
     layout == Layout::Rows || (between(range.start) && between(range.end))
@@ -98,17 +100,18 @@ pub struct State {
     pub format: Format,
     /// Sliding window: positions that attention sees, the current one included; `None`: all.
     pub window: Option<u32>,
-    /// Whether attention is causal. If not, a token sees the whole span, so a step must contain all tokens that
-    /// attend to each other. Attention that is not causal has no window.
+    /// Whether attention is causal. If not, a token sees the whole span, so a step must contain all tokens
+    /// that attend to each other. Attention that is not causal has no window.
     pub causal: bool,
 }
 
 impl State {
     /// Returns the bytes of one page of [`PAGE_POSITIONS`] positions.
     ///
-    /// A page holds keys `[kv_heads][key_dim][position]`, then values `[kv_heads][position][value_dim]`. In `Q8_0`
-    /// and `Q4_0` these are codes, followed by scales in half precision: `[kv_heads][key_dim / 32][position]` of
-    /// the keys, then `[kv_heads][value_dim / 32][position]` of the values.
+    /// A page holds keys `[kv_heads][key_dim][position]`, then values `[kv_heads][position][value_dim]`. In
+    /// `Q8_0` and `Q4_0` these are codes, followed by scales in half precision:
+    /// `[kv_heads][key_dim / 32][position]` of the keys, then `[kv_heads][value_dim / 32][position]` of the
+    /// values.
     pub fn page_bytes(&self) -> u64 {
         let elements = u64::from(self.kv_heads) * (u64::from(self.key_dim) + u64::from(self.value_dim));
         elements * u64::from(PAGE_POSITIONS) / self.format.block_len() as u64
@@ -356,16 +359,16 @@ pub enum Op<T = TensorId, S = StateId> {
         /// The activation.
         act: Gate,
     },
-    /// The index of each row's largest element, the lowest on ties; [`NOT_FINITE`] if that element is not finite or
-    /// the row contains NaN.
+    /// The index of each row's largest element, the lowest on ties; [`NOT_FINITE`] if that element is not
+    /// finite or the row contains NaN.
     ArgMax {
         /// `[rows, cols]`.
         x: T,
         /// `[rows, 1]`, `I32`.
         out: T,
     },
-    /// Each row's `k` largest elements, largest first, in IEEE 754's total order with NaN above all other values;
-    /// the lower index comes first on ties.
+    /// Each row's `k` largest elements, largest first, in IEEE 754's total order with NaN above all other
+    /// values; the lower index comes first on ties.
     TopK {
         /// `[rows, cols]`.
         x: T,
@@ -400,8 +403,8 @@ impl<T, S> Op<T, S> {
         }
     }
 
-    /// Returns the same op on other operands: `t` maps tensors, `s` maps caches. This is the only list of every op's
-    /// operands. It visits the operands that an op reads before those that it writes.
+    /// Returns the same op on other operands: `t` maps tensors, `s` maps caches. This is the only list of
+    /// every op's operands. It visits the operands that an op reads before those that it writes.
     ///
     /// # Errors
     /// The errors of `t` and `s`.
@@ -573,8 +576,9 @@ pub struct Program {
     pub tensors: Vec<Tensor>,
     /// Every state, by [`StateId`].
     pub states: Vec<State>,
-    /// Distinct window sizes of the states. States of the same window form a *KV group*: a sequence keeps pages for
-    /// the same positions of each, so they share a page table; see [`Span::tables`](crate::backend::Span::tables).
+    /// Distinct window sizes of the states. States of the same window form a *KV group*: a sequence keeps
+    /// pages for the same positions of each, so they share a page table; see
+    /// [`Span::tables`](crate::backend::Span::tables).
     pub windows: Vec<Option<u32>>,
     /// In order of execution.
     pub segments: Vec<Segment>,
@@ -690,8 +694,8 @@ pub struct WeightInfo {
     pub layout: Layout,
 }
 
-/// Records a [`Program`]. Infers and checks shapes as ops are added. [`Builder::finish`] returns the first error,
-/// so that a model's code needs no `?` on every line.
+/// Records a [`Program`]. Infers and checks shapes as ops are added. [`Builder::finish`] returns the first
+/// error, so that a model's code needs no `?` on every line.
 pub struct Builder<'a> {
     program: Program,
     lookup: &'a dyn Fn(&str) -> Option<WeightInfo>,
@@ -819,8 +823,8 @@ impl<'a> Builder<'a> {
         })
     }
 
-    /// Adds rows `range` of a required weight `[rows, cols]` as a separate weight, for files that store several
-    /// matrices in one tensor. Devices that read mapped pages copy nothing.
+    /// Adds rows `range` of a required weight `[rows, cols]` as a separate weight, for files that store
+    /// several matrices in one tensor. Devices that read mapped pages copy nothing.
     pub fn weight_rows(&mut self, name: &str, rows: u32, range: Range<u32>, cols: u32) -> TensorId {
         let (format, mut layout) = self.look_up(name, [cols, rows, 1]);
         if !part_as_stored(layout, range.clone(), rows) {

@@ -1,4 +1,5 @@
-//! SplitMix64 (Steele, Lea & Flood 2014). A seed gives the same numbers in every version and on every machine.
+//! SplitMix64 (Steele, Lea & Flood 2014). A seed gives the same numbers in every version and on every
+//! machine.
 
 /// A pseudo-random number generator.
 #[derive(Debug, Clone)]

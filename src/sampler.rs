@@ -18,7 +18,8 @@ pub struct SamplerOptions {
     pub temperature: f32,
     /// Keeps the `top_k` most likely tokens; 0 keeps all.
     pub top_k: usize,
-    /// Keeps the smallest set of most likely tokens whose probabilities sum to this; 1 keeps all (Holtzman et al. 2019).
+    /// Keeps the smallest set of most likely tokens whose probabilities sum to this; 1 keeps all (Holtzman et
+    /// al. 2019).
     pub top_p: f32,
     /// Drops tokens less likely than this times the most likely one; 0 keeps all (Nguyen et al. 2024).
     pub min_p: f32,
@@ -71,8 +72,8 @@ impl SamplerOptions {
             && (self.repeat_penalty != 1.0 || self.frequency_penalty != 0.0 || self.presence_penalty != 0.0)
     }
 
-    /// Returns the number of most likely tokens that a choice depends on, or `None` if it may depend on all. A backend
-    /// can compute these tokens, so that the host need not read all logits.
+    /// Returns the number of most likely tokens that a choice depends on, or `None` if it may depend on all.
+    /// A backend can compute these tokens, so that the host need not read all logits.
     pub fn needed(&self) -> Option<usize> {
         match (self.penalises(), self.temperature == 0.0, self.top_k) {
             (true, ..) => None,
@@ -82,8 +83,8 @@ impl SamplerOptions {
     }
 }
 
-/// Checks that logits are finite or minus infinity (an impossible token), and that at least one is finite. The error
-/// describes the first wrong value.
+/// Checks that logits are finite or minus infinity (an impossible token), and that at least one is finite.
+/// The error describes the first wrong value.
 pub(crate) fn check_logits(logits: impl Iterator<Item = f32> + Clone) -> Result<(), String> {
     // No branches, so that the compiler vectorises the loop.
     let (mut wrong, mut possible) = (false, false);
@@ -171,8 +172,8 @@ impl Sampler {
         self.take(candidates.filter(|&(token, _)| allowed(token)), true)
     }
 
-    /// Chooses a token from the logits of the most likely tokens, at least [`SamplerOptions::needed`] of them. The
-    /// result is the same as that of [`Sampler::sample`] with all logits.
+    /// Chooses a token from the logits of the most likely tokens, at least [`SamplerOptions::needed`] of
+    /// them. The result is the same as that of [`Sampler::sample`] with all logits.
     ///
     /// # Errors
     /// As [`Sampler::sample`].

@@ -36,11 +36,11 @@ pub struct SessionOptions {
     pub batch: u32,
     /// Maximum outputs (rows of logits) of a step.
     pub outputs: u32,
-    /// Sequences for which sliding-window layers reserve memory. Other layers reserve memory for `context` positions,
-    /// which any number of sequences share.
+    /// Sequences for which sliding-window layers reserve memory. Other layers reserve memory for `context`
+    /// positions, which any number of sequences share.
     pub sequences: u32,
-    /// Positions that [`Session::truncate`] can always undo; windows keep this many extra. The positions of the last
-    /// step can always be undone.
+    /// Positions that [`Session::truncate`] can always undo; windows keep this many extra. The positions of
+    /// the last step can always be undone.
     pub rewind: u32,
     /// Options of the program.
     pub program: ProgramOptions,
@@ -88,8 +88,8 @@ impl SessionOptions {
 /// Returns the memory that a session with these options would need on a backend. Reads no weights.
 ///
 /// # Errors
-/// [`Error::Model`] or [`Error::Program`] if the model has no program, [`Error::Unsupported`] if the backend lacks
-/// ops of it.
+/// [`Error::Model`] or [`Error::Program`] if the model has no program, [`Error::Unsupported`] if the backend
+/// lacks ops of it.
 pub fn footprint(model: &Model, backend: &dyn Backend, options: &SessionOptions) -> Result<Footprint> {
     let positions = options.positions(model);
     let program = passes::adapt(&model.program(options.program, positions)?, backend.caps());
@@ -168,7 +168,8 @@ impl Segments {
 }
 
 struct Sequence {
-    /// For each KV group, the pages in order; in a group with a window, [`NO_PAGE`] for pages before the window.
+    /// For each KV group, the pages in order; in a group with a window, [`NO_PAGE`] for pages before the
+    /// window.
     tables: Vec<Vec<u32>>,
     /// The tokens so far.
     tokens: Vec<u32>,
@@ -424,8 +425,9 @@ impl Session {
         Ok(&self.get(id)?.tokens)
     }
 
-    /// Moves the session to another backend, for instance when a device is lost: returns a session with the same
-    /// options and sequences, which keep their ids. Their tokens run again there; this session need not work.
+    /// Moves the session to another backend, for instance when a device is lost: returns a session with the
+    /// same options and sequences, which keep their ids. Their tokens run again there; this session need not
+    /// work.
     ///
     /// # Errors
     /// As [`Session::new`] and [`Session::step`].
@@ -467,12 +469,12 @@ impl Session {
 
     /// Truncates a sequence to `len` positions.
     ///
-    /// A layer with a window drops pages before it. A sequence can therefore be truncated to its length before the
-    /// last step, by [`SessionOptions::rewind`] positions more, or to 0; other lengths may fail.
+    /// A layer with a window drops pages before it. A sequence can therefore be truncated to its length
+    /// before the last step, by [`SessionOptions::rewind`] positions more, or to 0; other lengths may fail.
     ///
     /// # Errors
-    /// [`Error::Argument`] if there is no such sequence, or if it dropped pages that position `len` sees. The sequence
-    /// then stays unchanged.
+    /// [`Error::Argument`] if there is no such sequence, or if it dropped pages that position `len` sees. The
+    /// sequence then stays unchanged.
     pub fn truncate(&mut self, id: SequenceId, len: u32) -> Result<()> {
         let sequence = self.get(id)?;
         if len != 0 && !self.has_window(sequence, len) {
@@ -499,8 +501,8 @@ impl Session {
         tables.all(|(table, pool)| table.get(pool.first_kept(at, 0)) != Some(&NO_PAGE))
     }
 
-    /// Truncates a sequence to its common prefix with `tokens`, and returns the length. If windows dropped pages that
-    /// the next position sees, the length is 0; see [`Session::truncate`].
+    /// Truncates a sequence to its common prefix with `tokens`, and returns the length. If windows dropped
+    /// pages that the next position sees, the length is 0; see [`Session::truncate`].
     ///
     /// # Errors
     /// [`Error::Argument`] if there is no such sequence.
@@ -530,8 +532,9 @@ impl Session {
     /// Runs one step, in which every run continues its sequence. On an error, no sequence changes.
     ///
     /// # Errors
-    /// [`Error::Argument`] for runs that do not fit the session, [`Error::ContextFull`], [`Error::Cancelled`],
-    /// [`Error::FileChanged`], [`Error::NotFinite`] if an output is not finite, or errors of the backend.
+    /// [`Error::Argument`] for runs that do not fit the session, [`Error::ContextFull`],
+    /// [`Error::Cancelled`], [`Error::FileChanged`], [`Error::NotFinite`] if an output is not finite, or
+    /// errors of the backend.
     pub fn step(&mut self, runs: &[Run<'_>], head: Head) -> Result<()> {
         self.gather(runs)?;
         for run in runs {
@@ -701,8 +704,9 @@ impl Session {
         self.loaded.model.hparams().vocab_size.min(TOP_K) as usize
     }
 
-    /// The most likely tokens of each output of the last step and their logits, if it ran with [`Head::TopK`]: rows of
-    /// [`TOP_K`] (or the whole vocabulary), most likely first, the lower id first on ties.
+    /// The most likely tokens of each output of the last step and their logits, if it ran with
+    /// [`Head::TopK`]: rows of [`TOP_K`] (or the whole vocabulary), most likely first, the lower id first on
+    /// ties.
     pub fn top_k(&self) -> (&[u32], &[f32]) {
         let len = self.wanted.len() * self.k();
         (&self.top_ids[..len], &self.top_logits[..len])

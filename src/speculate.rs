@@ -1,16 +1,17 @@
 //! Speculative decoding: drafted tokens that one step verifies (Leviathan et al. 2023).
 //!
-//! A step over several drafted tokens reads the weights once. Each output is the same as in a step of its own (see
-//! `docs/numeric-contract.md`), and the same sampler chooses a token from each, in order, until a choice differs from
-//! the draft. So a drafter never changes the text, on backends whose bits do not depend on the batch. It only
-//! changes the number of steps.
+//! A step over several drafted tokens reads the weights once. Each output is the same as in a step of its own
+//! (see `docs/numeric-contract.md`), and the same sampler chooses a token from each, in order, until a choice
+//! differs from the draft. So a drafter never changes the text, on backends whose bits do not depend on the
+//! batch. It only changes the number of steps.
 
 use crate::error::{Error, Result};
 use crate::session::{Head, Run, SequenceId, Session, Wanted};
 
 /// Proposes continuations of a text.
 pub trait Drafter {
-    /// Appends at most `most` tokens to `out`, possibly none. `tokens` is the text so far, the prompt included.
+    /// Appends at most `most` tokens to `out`, possibly none. `tokens` is the text so far, the prompt
+    /// included.
     ///
     /// # Errors
     /// The drafter's own errors. They end the generation.
@@ -64,8 +65,8 @@ pub struct DraftModel {
 impl DraftModel {
     /// Proposes at most `most` tokens for the model of `target`.
     ///
-    /// If the draft model has sliding windows, set [`SessionOptions::rewind`] to at least `most`. Otherwise a rejected
-    /// draft may make it run the whole text again.
+    /// If the draft model has sliding windows, set [`SessionOptions::rewind`] to at least `most`. Otherwise a
+    /// rejected draft may make it run the whole text again.
     ///
     /// [`SessionOptions::rewind`]: crate::session::SessionOptions::rewind
     ///

@@ -55,8 +55,8 @@ macro_rules! shapes {
     };
 }
 
-// Sizes as published with each model, except that llama-1.1b (TinyLlama) has a longer context than 2048, to measure
-// long contexts.
+// Sizes as published with each model, except that llama-1.1b (TinyLlama) has a longer context than 2048, to
+// measure long contexts.
 shapes! {
     "tiny":          256  2  4  2   512    512    512    10_000.0 0 0;
     "tiny-moe":      256  2  4  2   256    512    512    10_000.0 4 2;
@@ -87,8 +87,8 @@ pub struct Formats {
 
 /// A model file to write. The same shape, formats and seed give the same file.
 ///
-/// Weights are random blocks of their format, scaled to values of about 0.02; norms are about 1. The vocabulary is
-/// made up, in SentencePiece's form.
+/// Weights are random blocks of their format, scaled to values of about 0.02; norms are about 1. The
+/// vocabulary is made up, in SentencePiece's form.
 #[derive(Debug)]
 pub struct Synth {
     header: Writer,
@@ -101,8 +101,8 @@ impl Synth {
     /// Plans a file, and writes nothing yet.
     ///
     /// # Errors
-    /// [`Error::Argument`] if the shape has no attention heads, rows are not whole blocks of a format, or a format's
-    /// blocks have no float scale.
+    /// [`Error::Argument`] if the shape has no attention heads, rows are not whole blocks of a format, or a
+    /// format's blocks have no float scale.
     pub fn new(shape: &Shape, formats: Formats, seed: u64) -> Result<Synth> {
         let mut rng = SplitMix64::new(seed);
         let mut scale = |format| Ok((format, block_scale(format, &mut rng)?));
@@ -212,7 +212,8 @@ fn header(shape: &Shape, formats: Formats) -> Result<Writer> {
     Ok(w)
 }
 
-/// Writes the vocabulary: three special tokens, all bytes, the space, and then words of letters, shorter ones first.
+/// Writes the vocabulary: three special tokens, all bytes, the space, and then words of letters, shorter ones
+/// first.
 fn vocabulary(size: u32, w: &mut Writer) -> Result<()> {
     let special = ["<unk>", "<s>", "</s>"].map(str::to_owned).into_iter().zip([2, 3, 3]);
     let bytes = (0..=255u8).map(|b| (format!("<0x{b:02X}>"), 6));
@@ -244,7 +245,8 @@ fn word(mut n: u32) -> String {
     letters.iter().rev().map(|&letter| letter as char).collect()
 }
 
-/// Fills `bytes` with random blocks with this scale and a random sign, because codes alone rarely have a mean of zero.
+/// Fills `bytes` with random blocks with this scale and a random sign, because codes alone rarely have a mean
+/// of zero.
 fn random_blocks(format: Format, scale: f32, rng: &mut SplitMix64, bytes: &mut [u8]) {
     rng.fill(bytes);
     // NVFP4's scale has no sign, and plain floats have a random sign already.

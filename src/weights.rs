@@ -1,9 +1,9 @@
-//! Loads weights from a model file to a backend's buffers: imported if the device can read mapped pages, otherwise
-//! copied, and streamed if copies do not fit.
+//! Loads weights from a model file to a backend's buffers: imported if the device can read mapped pages,
+//! otherwise copied, and streamed if copies do not fit.
 //!
-//! Streamed segments (layers) share a ring of [`RING`] sets of buffers, in turn. A segment's weights are copied to its
-//! set right before the segment is submitted, while the device still runs the previous one. The set's last user was
-//! submitted earlier, and devices execute submissions in order.
+//! Streamed segments (layers) share a ring of [`RING`] sets of buffers, in turn. A segment's weights are
+//! copied to its set right before the segment is submitted, while the device still runs the previous one. The
+//! set's last user was submitted earlier, and devices execute submissions in order.
 
 use std::borrow::Cow;
 use std::ops::Range;
@@ -41,12 +41,12 @@ struct Placement {
 }
 
 impl Weights {
-    /// Loads the weights of `program`; copies take at most `budget_bytes` on the device. Calls `progress` with the bytes
-    /// loaded so far.
+    /// Loads the weights of `program`; copies take at most `budget_bytes` on the device. Calls `progress`
+    /// with the bytes loaded so far.
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`] if two segments do not fit at a time, [`Error::FileChanged`] if the file shrank, errors of
-    /// the backend.
+    /// [`Error::OutOfMemory`] if two segments do not fit at a time, [`Error::FileChanged`] if the file
+    /// shrank, errors of the backend.
     pub fn load(
         gguf: &Gguf,
         program: &Program,
@@ -105,7 +105,8 @@ impl Weights {
         self.streamed_bytes > 0
     }
 
-    /// Splits segments into runs. Only the first segment of a run has streamed weights, to load before the run.
+    /// Splits segments into runs. Only the first segment of a run has streamed weights, to load before the
+    /// run.
     pub fn runs(&self, segments: Range<usize>) -> impl Iterator<Item = Range<usize>> {
         let streams = |s: usize| self.streamed.get(s).is_some_and(|slots| !slots.is_empty());
         let mut next = segments.start;
@@ -157,8 +158,8 @@ fn copy(gguf: &Gguf, program: &Program, backend: &dyn Backend, slot: usize, to: 
     }
 }
 
-/// Chooses the segments to stream: the last ones, as few as the budget allows. Weights that several segments use stay
-/// on the device.
+/// Chooses the segments to stream: the last ones, as few as the budget allows. Weights that several segments
+/// use stay on the device.
 fn place(program: &Program, copied: &[bool], budget_bytes: u64, backend: &str) -> Result<Placement> {
     let bytes = |slot: usize| program.fixed_bytes(program.weights[slot]).unwrap_or(0);
     let mut users = vec![Vec::new(); program.weights.len()];

@@ -172,7 +172,7 @@ fn grammars_in_gbnf() {
     for (grammar, fault) in [
         ("root ::= x", "line 1: rule \"x\" is not defined"),
         ("a ::= \"a\"", "no rule \"root\""),
-        ("root ::= \"a\"\nroot ::= \"b\"", "line 2: rule \"root\" is there twice"),
+        ("root ::= \"a\"\nroot ::= \"b\"", "line 2: rule \"root\" is defined twice"),
         ("root ::= \"a", "line 1: expected a closing quote"),
         ("root ::= [z-a]", "is empty"),
         ("root ::= (\"a\"", "expected \")\""),

@@ -298,7 +298,7 @@ fn what_is_not_supported_is_named() {
             INDEX,
             "/weight_map/model.norm.weight",
             json!("model-00001-of-00004.safetensors"),
-            "not of this file",
+            "in another file",
         ),
         ("llama", INDEX, "/weight_map", json!([]), "weight_map"),
     ] {

@@ -1,5 +1,5 @@
-//! SHA-256 checksums of a model's files, in the format of `sha256sum`. A list from a trusted source makes files
-//! from an untrusted source safe to identify.
+//! SHA-256 checksums of a model's files, in the format of `sha256sum`. A list from a trusted source makes
+//! files from an untrusted source safe to identify.
 
 use std::ffi::OsStr;
 use std::fmt::Write;

@@ -21,8 +21,8 @@ use serde_json::{Value, json};
 
 use super::{Failure, bytes, interrupt, kv_format, plain, plain_json, print};
 
-/// Prints one column per profile. No weights are read and nothing is computed, so the model may be larger than
-/// this machine.
+/// Prints one column per profile. No weights are read and nothing is computed, so the model may be larger
+/// than this machine.
 #[derive(Args)]
 pub struct EstimateArgs {
     /// GGUF file, or a shape of `halite synth`.
@@ -309,8 +309,8 @@ fn as_json(asked: &Asked) -> Value {
 const SVG: Replace = Replace::StartingWith(b"<svg", "an SVG drawing");
 const TRACE: Replace = Replace::StartingWith(b"[", "a trace");
 
-/// Writes a trace of a step in the Trace Event Format: one process for the ops, and one per tile with a thread
-/// per queue.
+/// Writes a trace of a step in the Trace Event Format: one process for the ops, and one per tile with a
+/// thread per queue.
 fn write_trace(
     path: &Path,
     chip: &Chip,

@@ -1,5 +1,5 @@
-//! Ctrl-C. The first one stops the current work within one op, so that the results so far can be shown and saved.
-//! The second one, or one without such work, ends the command at once. Both remove unfinished files.
+//! Ctrl-C. The first one stops the current work within one op, so that the results so far can be shown and
+//! saved. The second one, or one without such work, ends the command at once. Both remove unfinished files.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};

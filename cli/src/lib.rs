@@ -1,6 +1,7 @@
 //! The command `halite` as a library: arguments in, library calls, text out. Everything that prints is here.
 //!
-//! [`main`] takes a table of drivers, so that a command with a backend of your own is a `main.rs` of a few lines.
+//! [`main`] takes a table of drivers, so that a command with a backend of your own is a `main.rs` of a few
+//! lines.
 #![deny(unsafe_code)]
 
 mod bench;
@@ -99,8 +100,8 @@ struct ModelArgs {
     /// GGUF file (first file of a split model) [default: the built-in model].
     #[arg(short, long, value_name = "FILE")]
     model: Option<PathBuf>,
-    /// Check the SHA-256 of all model, adapter and draft files against this list (`sha256sum` format); fail on
-    /// a mismatch.
+    /// Check the SHA-256 of all model, adapter and draft files against this list (`sha256sum` format); fail
+    /// on a mismatch.
     #[arg(long, value_name = "FILE")]
     verify_on_load: Option<PathBuf>,
     #[command(flatten)]

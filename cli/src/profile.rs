@@ -32,9 +32,11 @@ pub fn profile(args: &ProfileArgs) -> Result<(), Failure> {
     let profile = Profile::open(name)?;
     let mut text = format!("{} ({})\n{}\n", profile.name, profile.vendor, profile.summary);
     text += &format!(
-        "\n{} tiles in {} clusters at {}Hz, driver {}\n",
+        "\n{} tile{} in {} cluster{} at {}Hz, driver {}\n",
         profile.tiles(),
+        plural(profile.tiles()),
         profile.chip.clusters.value,
+        plural(profile.chip.clusters.value),
         scaled(profile.chip.clock_hz.value),
         profile.driver.name()
     );
@@ -73,6 +75,11 @@ pub fn profile(args: &ProfileArgs) -> Result<(), Failure> {
         }
     }
     print(&plain(&text))
+}
+
+/// The ending of a noun after a number.
+fn plural(n: f64) -> &'static str {
+    if n == 1.0 { "" } else { "s" }
 }
 
 /// Formats a number with at most three decimals and a decimal prefix.

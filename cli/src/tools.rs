@@ -241,7 +241,8 @@ pub struct ConformArgs {
 /// Runs all cases and returns a table of ops and formats by backend. Fails if any case fails.
 fn support_table(backends: &[String]) -> Result<String, Failure> {
     let cases = conformance::cases();
-    // Ops, then weight formats, then cache formats. Each cell: the number of passed cases, and the gap, if any.
+    // Ops, then weight formats, then cache formats. Each cell: the number of passed cases, and the gap, if
+    // any.
     let mut groups: Vec<(usize, String)> = Vec::new();
     let mut cells: Vec<Vec<(u32, Option<String>)>> = Vec::new();
     for (column, name) in backends.iter().enumerate() {

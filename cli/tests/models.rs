@@ -111,7 +111,7 @@ fn a_chat_goes_on() {
     assert!(!success && errors.contains("--drop-oldest"), "{errors}");
     let (success, out, errors) =
         chat(&["-n", "8", "--ctx", "64", "--drop-oldest"], line.repeat(5).as_bytes());
-    let said = errors.lines().all(|line| line.ends_with("the oldest turn is forgotten"));
+    let said = errors.lines().all(|line| line.ends_with("the oldest turn was dropped"));
     assert!(success && said && !errors.is_empty() && !out.is_empty(), "{errors}");
     // What fits in no way is dropped even then, and only that.
     let text = format!("{}\nWhy?\n", line.trim().repeat(20));

@@ -70,7 +70,7 @@ fn inputs_and_files_of_other_kinds_are_never_replaced() {
         ("synth tiny notes.txt --format q8_0", "exists already"),
         ("convert . notes.txt", "exists already"),
         #[cfg(feature = "sim")]
-        ("calibrate --seconds 1 -o notes.txt", "is no profile"),
+        ("calibrate --seconds 1 -o notes.txt", "is not a profile"),
         #[cfg(feature = "sim")]
         ("calibrate --seconds 1 -o m.gguf", "is a model"),
         #[cfg(feature = "sim")]
@@ -265,7 +265,7 @@ fn inspect_says_what_a_file_is_for() {
     let folder = tempfile::tempdir().unwrap();
     let output = halite(folder.path(), &format!("inspect --json {MODEL}"));
     let report: Value = serde_json::from_slice(&output.stdout).unwrap();
-    assert_eq!(report["made_for"], "continuing texts");
+    assert_eq!(report["made_for"], "text completion");
     let output = halite(folder.path(), &format!("run -m {MODEL} -n 2 Once"));
     assert!(String::from_utf8_lossy(&output.stderr).contains("no chat template"));
 }

@@ -136,7 +136,7 @@ fn numbers_without_a_source_are_refused() {
     assert!(fault.contains("sync.semaphore_ns = 10.0: no `source`"), "{fault}");
     let fault =
         faults("clock_hz = 1e9", "clock_hz = { value = 1e9, basis = \"datasheet\", source = \"web\" }");
-    assert_eq!(fault, "chip.clock_hz: source `web` is not in [sources], which holds []");
+    assert_eq!(fault, "chip.clock_hz: source `web` is not in [sources], which has []");
     let fault = faults("clock_hz = 1e9", "clock_hz = { value = 1e9, source = \"\" }");
     assert_eq!(fault, "chip.clock_hz: source is empty");
     assert!(faults("basis = \"derived\"", "basis = \"sure\"").contains("sure"));

@@ -1,12 +1,13 @@
 //! Quantised activations: the right-hand side of every integer dot product.
 //!
-//! The formulas are GGML's: Q8_0 has `d = max|x| / 127` rounded to half precision and Q8_K has an f32 scale, both with
-//! codes `round(x · 127 / max|x|)`, ties to even. (Q8_K as published carries the sign of the largest element in its
-//! scale; codes and scale change sign together, so every product is the same.) The layout is planar, and block sums are
-//! kept beside the codes for minimums and for codes that kernels hold raised.
+//! The formulas are GGML's: Q8_0 has `d = max|x| / 127` rounded to half precision and Q8_K has an f32 scale,
+//! both with codes `round(x · 127 / max|x|)`, ties to even. (Q8_K as published carries the sign of the
+//! largest element in its scale; codes and scale change sign together, so every product is the same.) The
+//! layout is planar, and block sums are kept beside the codes for minimums and for codes that kernels hold
+//! raised.
 //!
-//! A block whose largest magnitude is infinite or NaN gets the scale NaN and codes 0: it poisons its outputs the same
-//! way on every instruction set.
+//! A block whose largest magnitude is infinite or NaN gets the scale NaN and codes 0: it poisons its outputs
+//! the same way on every instruction set.
 
 pub use crate::formats::Activation;
 use crate::isa::{Isa, Scalar, WithIsa, kernels};
@@ -22,8 +23,8 @@ impl Activation {
     }
 }
 
-/// Rows of activations in quantised form. Each row takes the place of a multiple of [`PADDING`] values, with codes and sums of
-/// zero after its end, so that kernels read whole chunks.
+/// Rows of activations in quantised form. Each row takes the place of a multiple of [`PADDING`] values, with
+/// codes and sums of zero after its end, so that kernels read whole chunks.
 #[derive(Debug, Clone, Copy)]
 pub struct Quantised<'a> {
     /// Values of a row; a multiple of the block length.
@@ -32,9 +33,9 @@ pub struct Quantised<'a> {
     pub codes: &'a [i8],
     /// Scales, `[rows][padded(k) / block_len]`.
     pub scales: &'a [f32],
-    /// [`SUMS`] numbers for each [`PADDING`] values: the sums of each 16 codes; of each 32; then the former as 8, and the
-    /// latter as 4 pairs of 16-bit integers, of which number `2 i` has sums `4 i` (low) and `4 i + 2`, number `2 i + 1` sums
-    /// `4 i + 1` and `4 i + 3`; then zeros.
+    /// [`SUMS`] numbers for each [`PADDING`] values: the sums of each 16 codes; of each 32; then the former
+    /// as 8, and the latter as 4 pairs of 16-bit integers, of which number `2 i` has sums `4 i` (low) and
+    /// `4 i + 2`, number `2 i + 1` sums `4 i + 1` and `4 i + 3`; then zeros.
     pub sums: &'a [i32],
 }
 
@@ -127,7 +128,8 @@ pub fn q8_0(x: &[f32; 32]) -> (u16, [i8; 32]) {
     (math::f32_to_f16(scale[0]), codes)
 }
 
-/// Blocks of `N` times 16 values. `scale` turns `(amax / 127, 127 / amax)` into the stored scale and the factor.
+/// Blocks of `N` times 16 values. `scale` turns `(amax / 127, 127 / amax)` into the stored scale and the
+/// factor.
 #[inline(always)]
 fn quantise<I: Isa, const N: usize>(
     isa: I,

@@ -1,16 +1,17 @@
-//! Attention of query tokens over a paged KV cache, in one pass with online softmax (Milakov & Gimelshein 2018; Dao et
-//! al. 2022).
+//! Attention of query tokens over a paged KV cache, in one pass with online softmax (Milakov & Gimelshein
+//! 2018; Dao et al. 2022).
 //!
-//! The contract: the cache is walked in chunks of [`CHUNK`] positions, counted from position 0. In a chunk, a score is the
-//! sequential fused dot over the key's elements, times the scale; probabilities are `exp(score - max)`, summed with lane
-//! = position mod 16, four runs in order, then the fixed tree; values are accumulated position by position with fused
-//! multiply-adds. Chunks are merged in order. How work is split never shows.
+//! The contract: the cache is walked in chunks of [`CHUNK`] positions, counted from position 0. In a chunk, a
+//! score is the sequential fused dot over the key's elements, times the scale; probabilities are
+//! `exp(score - max)`, summed with lane = position mod 16, four runs in order, then the fixed tree; values
+//! are accumulated position by position with fused multiply-adds. Chunks are merged in order. How work is
+//! split never shows.
 //!
 //! Pages are those of [`crate::kv`].
 //!
-//! Scores and sums of values are the same product of a few rows (a row is a query head of a token) with 64 columns: positions the
-//! one time, elements the other. Its second factor is read where it lies in the page and turned to f32 in registers; codes that many
-//! rows share are turned to f32 once.
+//! Scores and sums of values are the same product of a few rows (a row is a query head of a token) with 64
+//! columns: positions the one time, elements the other. Its second factor is read where it lies in the page
+//! and turned to f32 in registers; codes that many rows share are turned to f32 once.
 
 #![allow(clippy::needless_range_loop, reason = "loops by index over vectors are what inlines; see `isa`")]
 
@@ -23,14 +24,17 @@ use crate::math;
 
 const RUNS: usize = CHUNK / 16;
 
-/// A kernel: the attention of consecutive tokens of one sequence, for some query heads that share one KV head.
+/// A kernel: the attention of consecutive tokens of one sequence, for some query heads that share one KV
+/// head.
 #[derive(Debug)]
 pub struct Attend<'a> {
-    /// `[tokens][q_stride]`, of which each token's `[heads][key_dim]` come first; the last token may end there.
+    /// `[tokens][q_stride]`, of which each token's `[heads][key_dim]` come first; the last token may end
+    /// there.
     pub q: &'a [f32],
     /// Elements from a token's queries to the next's.
     pub q_stride: usize,
-    /// `[tokens][out_stride]`, of which each token's `[heads][value_dim]` come first; the last token may end there.
+    /// `[tokens][out_stride]`, of which each token's `[heads][value_dim]` come first; the last token may end
+    /// there.
     pub out: &'a mut [f32],
     /// Elements from a token's outputs to the next's.
     pub out_stride: usize,
@@ -50,21 +54,21 @@ pub struct Attend<'a> {
     pub position: usize,
     /// Whether each further token sees one more position; else they see what the first one sees.
     pub causal: bool,
-    /// Positions that a token looks back, its own included; `None`: all.
+    /// Sliding window: positions that a token sees, its own included; `None`: all.
     pub window: Option<u32>,
     /// A factor on scores.
     pub scale: f32,
     /// `cap * tanh(score / cap)`.
     pub softcap: Option<f32>,
-    /// One more logit in each head's denominator, `[heads]`.
+    /// Sinks: an extra logit in each head's denominator, `[heads]`.
     pub sinks: Option<&'a [f32]>,
 }
 
 /// A kernel: the first part of [`Attend`] where chunks are split between threads; [`Merge`] is the second.
 #[derive(Debug)]
 pub struct AttendChunks<'a> {
-    /// The attention of one token and at most [`ROWS`] heads. `out` is `[chunks][heads][value_dim + 2]`: each head's values,
-    /// their weights' maximum and sum.
+    /// The attention of one token and at most [`ROWS`] heads. `out` is `[chunks][heads][value_dim + 2]`: each
+    /// head's values, their weights' maximum and sum.
     pub attend: Attend<'a>,
     /// Chunks of which the token sees positions.
     pub chunks: Range<usize>,
@@ -91,7 +95,7 @@ pub struct Merge<'a> {
     pub sink: Option<f32>,
 }
 
-/// The first position that a token sees whose last is `position`, and the end.
+/// Returns the range of positions that a token sees; `position` is the last one.
 const fn seen(position: usize, window: Option<u32>) -> (usize, usize) {
     let end = position + 1;
     match window {
@@ -100,7 +104,7 @@ const fn seen(position: usize, window: Option<u32>) -> (usize, usize) {
     }
 }
 
-/// The chunks that a token sees whose last position is `position`.
+/// Returns the chunks that a token sees; `position` is the last visible position.
 pub const fn chunks(position: usize, window: Option<u32>) -> Range<usize> {
     let (first, end) = seen(position, window);
     first / CHUNK..end.div_ceil(CHUNK)
@@ -113,7 +117,8 @@ impl WithIsa for Attend<'_> {
     #[inline(always)]
     fn call<I: Isa>(self, isa: I) {
         let Pages { format, bytes } = self.pages;
-        with_format!(format, F => attend::<I, F>(isa, self, raw(bytes)), ());
+        let mut work = Work::NEW;
+        with_format!(format, F => attend::<I, F>(isa, self, raw(bytes), &mut work), ());
     }
 }
 
@@ -122,7 +127,8 @@ impl WithIsa for AttendChunks<'_> {
     #[inline(always)]
     fn call<I: Isa>(self, isa: I) {
         let Pages { format, bytes } = self.attend.pages;
-        with_format!(format, F => attend_chunks::<I, F>(isa, self, raw(bytes)), ());
+        let mut work = Work::NEW;
+        with_format!(format, F => attend_chunks::<I, F>(isa, self, raw(bytes), &mut work), ());
     }
 }
 
@@ -149,13 +155,14 @@ impl WithIsa for Merge<'_> {
     }
 }
 
-/// Most rows that share a pass over the cache.
+/// Maximum rows that share a pass over the cache.
 pub const ROWS: usize = 64;
 
 /// More rows than this make it worth to compute what codes stand for once for all of them.
 const FEW_ROWS: usize = 16;
 
-/// Memory of a pass, in order of use: a part of the page, scores that become probabilities, and what the page adds to the output.
+/// Memory of a pass, in order of use: a part of the page, scores that become probabilities, and what the page
+/// adds to the output.
 struct Work {
     tile: [[f32; CHUNK]; CHUNK],
     p: [[f32; CHUNK]; ROWS],
@@ -168,9 +175,8 @@ impl Work {
 }
 
 #[inline(always)]
-fn attend<I: Isa, T: KvFormat>(isa: I, mut a: Attend<'_>, data: &[T::Raw]) {
+fn attend<I: Isa, T: KvFormat>(isa: I, mut a: Attend<'_>, data: &[T::Raw], work: &mut Work) {
     let out = core::mem::take(&mut a.out);
-    let mut work = Work::NEW;
     let tokens = (ROWS / a.heads.max(1)).max(1);
     for t in (0..a.tokens).step_by(tokens) {
         let t = t..(t + tokens).min(a.tokens);
@@ -179,7 +185,7 @@ fn attend<I: Isa, T: KvFormat>(isa: I, mut a: Attend<'_>, data: &[T::Raw]) {
             let value_dim = a.shape.value_dim;
             let rows = (&mut *out, value_dim);
             let (max, sum) =
-                attend_rows::<I, T>(isa, &a, data, t.clone(), h.clone(), 0..usize::MAX, rows, &mut work);
+                attend_rows::<I, T>(isa, &a, data, t.clone(), h.clone(), 0..usize::MAX, rows, work);
             for r in 0..t.len() * h.len() {
                 let (t, h) = (t.start + r / h.len(), h.start + r % h.len());
                 let out = &mut out[t * a.out_stride + h * value_dim..][..value_dim];
@@ -190,23 +196,23 @@ fn attend<I: Isa, T: KvFormat>(isa: I, mut a: Attend<'_>, data: &[T::Raw]) {
 }
 
 #[inline(always)]
-fn attend_chunks<I: Isa, T: KvFormat>(isa: I, mut a: AttendChunks<'_>, data: &[T::Raw]) {
+fn attend_chunks<I: Isa, T: KvFormat>(isa: I, mut a: AttendChunks<'_>, data: &[T::Raw], work: &mut Work) {
     let out = core::mem::take(&mut a.attend.out);
     let (a, chunks) = (a.attend, a.chunks);
     let head = a.shape.value_dim + 2;
-    let mut work = Work::NEW;
     for (chunk, out) in chunks.zip(out.chunks_exact_mut(a.heads * head)) {
         let rows = (&mut *out, head);
         let (max, sum) =
-            attend_rows::<I, T>(isa, &a, data, 0..1, 0..a.heads.min(ROWS), chunk..chunk + 1, rows, &mut work);
+            attend_rows::<I, T>(isa, &a, data, 0..1, 0..a.heads.min(ROWS), chunk..chunk + 1, rows, work);
         for (r, out) in out.chunks_exact_mut(head).enumerate() {
             out[head - 2..].copy_from_slice(&[max[r], sum[r]]);
         }
     }
 }
 
-/// The attention of tokens `t` and heads `h`, at most [`ROWS`] rows, to those of `chunks` that they see: values times weights,
-/// and the maximum and the sum of the weights. Outputs of a token's heads are as far apart as `out` says.
+/// The attention of tokens `t` and heads `h`, at most [`ROWS`] rows, to those of `chunks` that they see:
+/// values times weights, and the maximum and the sum of the weights. Outputs of a token's heads are as far
+/// apart as `out` says.
 #[inline(always)]
 #[allow(
     clippy::too_many_arguments,
@@ -272,8 +278,8 @@ fn attend_rows<I: Isa, T: KvFormat>(
                 products::<I, T, true>(isa, q, at, keys, runs, d == 0, p);
             }
         }
-        // Weights of what is kept of the output so far, and of what is added. Few steps at a time for all rows, because the
-        // steps of one row wait for each other.
+        // Weights of what is kept of the output so far, and of what is added. Few steps at a time for all
+        // rows, because the steps of one row wait for each other.
         for r in 0..n {
             if valid[r].0 < valid[r].1 {
                 chunk_max[r] = scores(isa, &mut p[r], a.scale, a.softcap, valid[r]);
@@ -449,9 +455,9 @@ impl<'a, T: KvFormat> Factor<'a, T> {
     }
 }
 
-/// Adds to each row of `out`, or to zeros if it is `fresh`, the product of a row of `a`, which starts at its place of `at`, with
-/// `b`; in order of the rows of `b`. What is in `out` after so many runs of sixteen columns is arbitrary. Rows of `KEYS` are their elements,
-/// columns positions; of values the other way round.
+/// Adds to each row of `out`, or to zeros if it is `fresh`, the product of a row of `a`, which starts at its
+/// place of `at`, with `b`; in order of the rows of `b`. What is in `out` after so many runs of sixteen
+/// columns is arbitrary. Rows of `KEYS` are their elements, columns positions; of values the other way round.
 #[inline(always)]
 fn products<I: Isa, T: KvFormat, const KEYS: bool>(
     isa: I,
@@ -525,7 +531,8 @@ fn product<I: Isa, T: KvFormat, const KEYS: bool, const N: usize, const R: usize
     N
 }
 
-/// Turns dots into scores, those of positions that are not `valid` into minus infinity, and returns the largest.
+/// Turns dots into scores, those of positions that are not `valid` into minus infinity, and returns the
+/// largest.
 #[inline(always)]
 fn scores<I: Isa>(
     isa: I,

@@ -1,11 +1,12 @@
-//! The floating-point environment that every kernel assumes: round to nearest even, subnormals kept, no traps.
+//! The floating-point environment that every kernel assumes: round to nearest even, subnormals kept, no
+//! traps.
 //!
-//! A host may have another one on its thread. Audio software makes subnormals zero, and interval arithmetic changes the
-//! rounding mode. Kernels would then give other bits, and bits that depend on the thread.
+//! A host may have another one on its thread. Audio software makes subnormals zero, and interval arithmetic
+//! changes the rounding mode. Kernels would then give other bits, and bits that depend on the thread.
 
 use core::marker::PhantomData;
 
-/// Holds the calling thread in the default floating-point environment. Dropping it restores the host's.
+/// Sets the calling thread to the default floating-point environment. Dropping it restores the host's.
 #[derive(Debug)]
 pub struct DefaultFloats {
     /// The host's control register, if it was not the default.

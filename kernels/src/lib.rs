@@ -1,11 +1,11 @@
 //! Quantised weight formats and the CPU kernels that compute with them.
 //!
-//! The crate is `no_std` and never allocates, so a microcontroller can use it alone. The `std` feature adds run-time
-//! CPU detection and the thread pool.
+//! The crate is `no_std` and never allocates, so a microcontroller can use it alone. The `std` feature adds
+//! run-time CPU detection and the thread pool.
 //!
-//! All results obey one numeric contract: the same inputs give the same bits on every instruction set, for any tiling,
-//! any number of threads and any batch. Each module states its part of the contract; `docs/numeric-contract.md` in the
-//! repository states the whole.
+//! All results obey one numeric contract: the same inputs give the same bits on every instruction set, for
+//! any tiling, any number of threads and any batch. Each module states its part of the contract;
+//! `docs/numeric-contract.md` in the repository states the whole.
 #![cfg_attr(not(feature = "std"), no_std)]
 
 pub mod activation;

@@ -1,4 +1,5 @@
-//! Elementary functions of the numeric contract: fixed polynomials in fused multiply-adds, the same bits everywhere.
+//! Elementary functions of the numeric contract: fixed polynomials in fused multiply-adds, the same bits
+//! everywhere.
 //!
 //! Polynomials are those of the Cephes library (S. Moshier): `expf`, `sinf`, `cosf`, `tanhf`.
 
@@ -7,8 +8,8 @@ use crate::isa::Isa;
 
 /// `a * b + c`, rounded once, on CPUs without the instruction.
 ///
-/// The product of two f32 is exact in f64. Their sum is rounded to odd (Boldo & Melquiond 2008), so that the final
-/// rounding to f32 sees on which side of a tie the exact sum lies.
+/// The product of two f32 is exact in f64. Their sum is rounded to odd (Boldo & Melquiond 2008), so that the
+/// final rounding to f32 sees on which side of a tie the exact sum lies.
 #[inline]
 pub fn fma(a: f32, b: f32, c: f32) -> f32 {
     let p = f64::from(a) * f64::from(b);

@@ -1,14 +1,15 @@
 //! Products of weight rows with activations: `out[t][r] = w[r] · x[t]`.
 //!
-//! The contract. Quantised formats: exact integer sums inside a group (integer sub-scales applied in integers), then
-//! `acc = fma(sum, d_w · d_x, acc)` once a group, in order from k = 0, a minimum as a second fma of the same kind after it.
-//! Plain formats: 16 strided accumulators (lane = k mod 16), fma, then the fixed tree. A row's result never depends on its
-//! tile or its neighbours.
+//! The contract. Quantised formats: exact integer sums inside a group (integer sub-scales applied in
+//! integers), then `acc = fma(sum, d_w · d_x, acc)` once a group, in order from k = 0, a minimum as a second
+//! fma of the same kind after it. Plain formats: 16 strided accumulators (lane = k mod 16), fma, then the
+//! fixed tree. A row's result never depends on its tile or its neighbours.
 //!
-//! Every quantised product holds one weight row in each of 16 lanes, so that sums need no reduction. Formats with kernels of
-//! their own ([`Interleaved`]) bring their blocks into that order by transposing words, or find them so in a packed file; the
-//! others are unpacked to their normal form ([`Unpacked`]) first. For a few tokens, codes go from the blocks straight into dot
-//! products (decode); for many, they are expanded once into a tile (prefill). Which one runs never shows in the result.
+//! Every quantised product holds one weight row in each of 16 lanes, so that sums need no reduction. Formats
+//! with kernels of their own ([`Interleaved`]) bring their blocks into that order by transposing words, or
+//! find them so in a packed file; the others are unpacked to their normal form ([`Unpacked`]) first. For a
+//! few tokens, codes go from the blocks straight into dot products (decode); for many, they are expanded once
+//! into a tile (prefill). Which one runs never shows in the result.
 
 #![allow(clippy::needless_range_loop, reason = "loops by index over vectors are what inlines; see `isa`")]
 
@@ -97,7 +98,7 @@ impl Loop {
     }
 }
 
-/// Which kernel computes a product with so many tokens, and why: a line for people.
+/// Describes, in a line for people, which kernel computes a product with `tokens` tokens, and why.
 pub fn describe(cpu: Cpu, format: Format, layout: Layout, tokens: usize) -> impl core::fmt::Display {
     struct Line(Cpu, Format, Layout, usize);
     impl core::fmt::Display for Line {
@@ -119,8 +120,9 @@ pub fn describe(cpu: Cpu, format: Format, layout: Layout, tokens: usize) -> impl
     Line(cpu, format, layout, tokens)
 }
 
-/// Computes a product of rows stored as `format`. Rows and tokens for which bytes or activations are missing are left
-/// alone; if `x` is not of the kind that the format wants, or `k` is no whole number of blocks, all are.
+/// Computes a product of rows stored as `format`. Rows and tokens for which bytes or activations are missing
+/// are left alone; if `x` is not of the kind that the format wants, or `k` is no whole number of blocks, all
+/// are.
 pub fn matmul(cpu: Cpu, format: Format, product: MatMul<'_, '_>) {
     (format.kernel())(cpu, product);
 }
@@ -285,8 +287,8 @@ trait Source<I: Isa, Q: Quantised>: Copy {
     fn m(self, isa: I, group: usize) -> I::F;
     /// The integer sub-scale of the `s`-th [`Quantised::SUB`] values.
     fn sub(self, isa: I, s: usize) -> I::I;
-    /// Factors of the minimum as 16-bit pairs: number `2 i` has those of sums `4 i` and `4 i + 2`, number `2 i + 1` those of
-    /// `4 i + 1` and `4 i + 3`.
+    /// Factors of the minimum as 16-bit pairs: number `2 i` has those of sums `4 i` and `4 i + 2`, number
+    /// `2 i + 1` those of `4 i + 1` and `4 i + 3`.
     fn mins(self, isa: I, pair: usize) -> I::I;
 }
 
@@ -500,8 +502,8 @@ fn lanes_of<'b, I: Isa, Q: Interleaved>(
     near
 }
 
-/// Asks for as many bytes of the next `R` rows, from their start on, as `count` blocks of these have from number `start` on: the
-/// CPU's own prefetcher follows one row, not many.
+/// Asks for as many bytes of the next `R` rows, from their start on, as `count` blocks of these have from
+/// number `start` on: the CPU's own prefetcher follows one row, not many.
 #[inline(always)]
 fn ask_ahead<I: Isa, B: Bytes, const R: usize>(
     isa: I,
@@ -640,8 +642,8 @@ fn tiles<'a, I: Isa, Q: Quantised, const G: usize, const T: usize>(
 /// Tokens whose sums are kept near while all chunks of a tile's rows pass.
 const BLOCK_TOKENS: usize = 256;
 
-/// Adds the products of one chunk of tiled rows with `T` tokens from number `first` on to their sums; sets these if the chunk
-/// is the first.
+/// Adds the products of one chunk of tiled rows with `T` tokens from number `first` on to their sums; sets
+/// these if the chunk is the first.
 #[inline(always)]
 fn tile_tokens<I: Isa, Q: Quantised, const G: usize, const T: usize>(
     isa: I,
@@ -651,7 +653,8 @@ fn tile_tokens<I: Isa, Q: Quantised, const G: usize, const T: usize>(
     first: usize,
     sums: &mut [[[f32; ROWS]; G]],
 ) {
-    // A few too many at the end are computed in vain: there is room for whole blocks of tokens, and activations read as zeros.
+    // A few too many at the end are computed in vain: there is room for whole blocks of tokens, and
+    // activations read as zeros.
     let Some(sums) = sums.first_chunk_mut::<T>() else { return };
     let mut sources = [&tiles[0]; G];
     for g in 0..G {
@@ -883,7 +886,8 @@ fn plain_dot<I: Isa, P: Plain, const R: usize, const T: usize>(
     }
     let rest = w_runs[0].1.len();
     if rest > 0 {
-        // Past the end of a row, activations are zero; the weight that stands there is finite if the row's last one is.
+        // Past the end of a row, activations are zero; the weight that stands there is finite if the row's
+        // last one is.
         let w = w_runs.map(|w| {
             let mut run = [w.1[rest - 1]; 16];
             run[..rest].copy_from_slice(w.1);
@@ -939,7 +943,8 @@ fn load_plain<I: Isa, P: Plain>(isa: I, w: &[P; 16]) -> I::F {
     }
 }
 
-/// Reads a row of a table as f32: `out` is filled with row `row`, times `scale`. Left alone if the row is not there.
+/// Reads a row of a table as f32: `out` is filled with row `row`, times `scale`. Left alone if the row is not
+/// there.
 pub fn embed(format: Format, layout: Layout, table: &[u8], row: usize, scale: f32, out: &mut [f32]) {
     let (len, bytes) = (format.block_len(), format.block_bytes());
     let row_blocks = out.len() / len;

@@ -55,7 +55,8 @@ impl<'a> PanelMut<'a> {
     pub(crate) unsafe fn columns<'b>(&self, start: usize, cols: usize) -> PanelMut<'b> {
         let start = start.min(self.cols);
         PanelMut {
-            // A panel without rows has no memory behind it, so this may point anywhere; `row` then gives nothing out.
+            // A panel without rows has no memory behind it, so this may point anywhere; `row` then gives
+            // nothing out.
             start: self.start.wrapping_add(start),
             rows: self.rows,
             cols: cols.min(self.cols - start),

@@ -1,9 +1,9 @@
 //! A persistent pool of threads for kernels.
 //!
-//! A call hands out numbered tasks to the caller and the workers; which thread runs a task never shows in its result. Tasks
-//! run in the default floating-point environment, whatever the caller's is.
-//! Workers look for work for some microseconds after a job, because the next op of a step follows at once, and then
-//! sleep: an idle pool uses no CPU.
+//! A call hands out numbered tasks to the caller and the workers; which thread runs a task never shows in its
+//! result. Tasks run in the default floating-point environment, whatever the caller's is. Workers look for
+//! work for some microseconds after a job, because the next op of a step follows at once, and then sleep: an
+//! idle pool uses no CPU.
 
 use std::any::Any;
 use std::cell::Cell;
@@ -16,7 +16,7 @@ use std::thread::JoinHandle;
 use crate::float::DefaultFloats;
 use crate::panel::PanelMut;
 
-/// How often a worker looks for a job before it sleeps; about 30 microseconds.
+/// Polls of a worker for a job before it sleeps; about 30 microseconds.
 const SPINS: u32 = 1500;
 
 /// The pool. Dropping it ends its threads.
@@ -46,7 +46,7 @@ struct Job<'a> {
     run: &'a (dyn Fn(usize) + Sync),
     tasks: usize,
     next: AtomicUsize,
-    /// What the first task that panicked panicked with.
+    /// The payload of the first panic.
     panic: Mutex<Option<Box<dyn Any + Send>>>,
 }
 
@@ -78,10 +78,10 @@ impl Job<'_> {
 }
 
 impl Pool {
-    /// A pool in which `threads` threads compute, the caller's included; at least one.
+    /// Creates a pool of `threads` threads, the caller's included; at least one.
     ///
     /// # Errors
-    /// What the operating system says when it refuses a thread.
+    /// The operating system's error if it cannot start a thread.
     pub fn new(threads: usize) -> std::io::Result<Pool> {
         let shared = Arc::new(Shared {
             epoch: AtomicU32::new(0),
@@ -102,13 +102,13 @@ impl Pool {
         Ok(pool)
     }
 
-    /// Threads that compute, the caller's included.
+    /// Returns the number of threads, the caller's included.
     pub fn threads(&self) -> usize {
         self.workers.len() + 1
     }
 
-    /// Runs tasks `0..tasks`, in any order and on any thread, and returns when all are done. A task may call this itself: the
-    /// inner tasks then run on its own thread.
+    /// Runs tasks `0..tasks`, in any order and on any thread, and returns when all are done. A task may call
+    /// this itself: the inner tasks then run on its own thread.
     ///
     /// # Panics
     /// If a task panics, with what it panicked with, once no task runs any more. The pool can be used again.
@@ -127,7 +127,7 @@ impl Pool {
         if *shared.sleeping.lock().unwrap_or_else(PoisonError::into_inner) > 0 {
             shared.wake.notify_all();
         }
-        // Whatever happens, the job outlives every worker that looks at it.
+        // The job always outlives every worker that reads it.
         let close = Close(shared);
         job.work();
         drop(close);
@@ -136,8 +136,8 @@ impl Pool {
         }
     }
 
-    /// Cuts every panel of `outs` into runs of `grain` columns and calls `task(panel index, first column, columns)` for
-    /// each.
+    /// Cuts every panel of `outs` into runs of `grain` columns and calls
+    /// `task(panel index, first column, columns)` for each.
     pub fn panels(
         &self,
         outs: &mut [PanelMut<'_>],
@@ -163,8 +163,8 @@ impl Pool {
         });
     }
 
-    /// Cuts two panels of as many columns into runs of `grain` columns and calls `task(first column, columns, columns)` for
-    /// each.
+    /// Cuts two panels of as many columns into runs of `grain` columns and calls
+    /// `task(first column, columns, columns)` for each.
     pub fn panel_pairs(
         &self,
         (a, b): (PanelMut<'_>, PanelMut<'_>),
@@ -183,7 +183,8 @@ impl Pool {
         });
     }
 
-    /// Cuts a matrix of rows of `cols` elements into runs of `grain` rows and calls `task(first row, rows)` for each.
+    /// Cuts a matrix of rows of `cols` elements into runs of `grain` rows and calls `task(first row, rows)`
+    /// for each.
     pub fn rows<T: Send>(
         &self,
         matrix: &mut [T],
@@ -296,8 +297,9 @@ impl Shared {
             let _inside = Inside(self);
             if self.open.load(Ordering::SeqCst) {
                 let job = self.job.load(Ordering::Acquire);
-                // SAFETY: `inside` was raised before `open` was seen, and the caller takes the job away only after it
-                // has closed it and seen `inside` at zero; so the job is alive until `_inside` is dropped.
+                // SAFETY: `inside` was raised before `open` was seen, and the caller takes the job away only
+                // after it has closed it and seen `inside` at zero; so the job is alive until `_inside` is
+                // dropped.
                 unsafe { (*job).work() };
             }
         }

@@ -1,9 +1,8 @@
-//! What a machine can do at best, measured: the ceilings that the times of kernels are held against (Williams, Waterman &
-//! Patterson 2009).
+//! Measures a machine's peak rates, the ceilings of the roofline model (Williams, Waterman & Patterson 2009).
 //!
-//! Three loops that do one thing only: reading memory, fused multiply-adds in registers, integer dot products in
-//! registers. They use the operations of [`Isa`] that kernels are made of, so their rates are what a perfect kernel would
-//! have on this instruction set, not what other instructions might give.
+//! Three loops that do one thing only: reading memory, fused multiply-adds in registers, integer dot products
+//! in registers. They use the operations of [`Isa`] that kernels are made of, so their rates are what a
+//! perfect kernel would have on this instruction set, not what other instructions might give.
 
 #![allow(clippy::needless_range_loop, reason = "loops by index over vectors are what inlines; see `isa`")]
 
@@ -14,10 +13,12 @@ use crate::isa::{Isa, WithIsa, kernels};
 /// Bytes that [`Read`] reads between two looks at its loop counter.
 pub const READ_BYTES: usize = 512;
 
-/// Places of a buffer that are read in turns, as kernels read several rows: memory gives more than to one reader.
+/// Places of a buffer that are read in turns, as kernels read several rows: memory gives more than to one
+/// reader.
 const STREAMS: usize = 4;
 
-/// A kernel: adds up all vectors of a buffer, several times over. What is left after a multiple of four runs is not read.
+/// A kernel: adds up all vectors of a buffer, several times over. What is left after a multiple of four runs
+/// is not read.
 #[derive(Debug, Clone, Copy)]
 pub struct Read<'a> {
     /// The buffer; it is read fastest at an address that is a multiple of 64.
@@ -52,8 +53,8 @@ impl WithIsa for Read<'_> {
     }
 }
 
-/// Independent sums of the arithmetic loops: enough to hide the latency of an operation, few enough for the registers.
-/// Vectors are half as wide where there are no wide tiles, so there are twice as many of them.
+/// Independent sums of the arithmetic loops: enough to hide an operation's latency, and few enough for the
+/// registers. Vectors are half as wide where there are no wide tiles, so there are twice as many of them.
 const WIDE_SUMS: usize = 12;
 const SUMS: usize = 5;
 
@@ -64,7 +65,8 @@ pub struct Fma {
     pub passes: u64,
 }
 
-/// A kernel: dot products of bytes whose operands stay in registers or, where those are few, in the first cache.
+/// A kernel: dot products of bytes whose operands stay in registers or, where those are few, in the first
+/// cache.
 #[derive(Debug, Clone, Copy)]
 pub struct Dot {
     /// Turns of the loop.
@@ -131,8 +133,8 @@ fn dot<I: Isa, const N: usize>(isa: I, passes: u64) -> u64 {
     2 * 4 * 16 * N as u64 * passes
 }
 
-/// Makes the compiler believe that sums are needed, from here on only: sums that it can see have an address are stored each
-/// turn.
+/// Makes the compiler believe that sums are needed, from here on only: sums that it can see have an address
+/// are stored each turn.
 #[inline(always)]
 fn keep<I: Isa, const N: usize>(isa: I, acc: [I::I; N]) {
     let mut sum = isa.splat_i(0);
@@ -158,13 +160,13 @@ mod measure {
     use crate::isa::Cpu;
     use crate::pool::Pool;
 
-    /// A measurement that is shorter tells more about the start of threads than about their work.
+    /// Minimum time of a measurement: a shorter one measures the start of threads.
     const SHORTEST: Duration = Duration::from_millis(5);
-    /// How long the best measurement is looked for.
+    /// Time to search for the best measurement.
     const SEARCH: Duration = Duration::from_millis(400);
 
-    /// Bytes per second that all threads of `pool` together read of a buffer, each its own part again and again. A buffer
-    /// of some KiB a thread measures the first cache, one that no cache holds the memory.
+    /// Bytes per second that all threads of `pool` together read of a buffer, each its own part again and
+    /// again. A buffer of some KiB a thread measures the first cache, one that no cache holds the memory.
     pub fn read_bytes_per_s(cpu: Cpu, pool: &Pool, buffer: &[u8]) -> f64 {
         // Vectors that straddle cache lines would take two reads each.
         let runs = buffer.get(buffer.as_ptr().align_offset(64)..).unwrap_or(&[]).as_chunks::<READ_BYTES>().0;
@@ -172,8 +174,8 @@ mod measure {
         peak(pool, |task, passes| cpu.run(Read { runs: &runs[task * part..(task + 1) * part], passes }))
     }
 
-    /// Bytes per second that all threads of `pool` together copy from one half of their parts of a buffer to the other: as many
-    /// are read as are written.
+    /// Bytes per second that all threads of `pool` together copy from one half of their parts of a buffer to
+    /// the other: as many are read as are written.
     pub fn copy_bytes_per_s(pool: &Pool, buffer: &mut [u8]) -> f64 {
         let part = (buffer.len() / pool.threads()).max(2);
         let parts: Vec<_> = buffer.chunks_exact_mut(part).map(Mutex::new).collect();
@@ -190,12 +192,14 @@ mod measure {
         })
     }
 
-    /// Floating-point operations per second of fused multiply-adds, on all threads of `pool` together; a multiply-add is two.
+    /// Floating-point operations per second of fused multiply-adds, on all threads of `pool` together; a
+    /// multiply-add is two.
     pub fn flops_per_s(cpu: Cpu, pool: &Pool) -> f64 {
         peak(pool, |_, passes| cpu.run(Fma { passes }))
     }
 
-    /// Integer operations per second of byte dot products, on all threads of `pool` together; a multiply-add is two.
+    /// Integer operations per second of byte dot products, on all threads of `pool` together; a multiply-add
+    /// is two.
     pub fn dots_per_s(cpu: Cpu, pool: &Pool) -> f64 {
         peak(pool, |_, passes| cpu.run(Dot { passes }))
     }

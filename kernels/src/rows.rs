@@ -5,7 +5,7 @@
 use crate::isa::{Isa, WithIsa, kernels};
 use crate::math;
 
-/// Most experts that a router may choose from.
+/// Maximum experts of a router.
 pub const MAX_EXPERTS: usize = 1024;
 
 /// The activation of a gated linear unit: `f(gate) * up`.
@@ -55,8 +55,8 @@ fn silu<I: Isa>(isa: I, x: I::F) -> I::F {
     isa.div(x, isa.add(one, math::exp(isa, isa.sub(isa.splat(0.0), x))))
 }
 
-/// From half precision to half precision, as GGML's table of 2^16 entries has it, so that models which were measured with it
-/// give the same logits here.
+/// From half precision to half precision, as in GGML's table of 2^16 entries, so that models give the same
+/// logits as with GGML.
 #[inline(always)]
 fn gelu<I: Isa>(isa: I, x: I::F) -> I::F {
     const SQRT_2_OVER_PI: f32 = 0.797_884_6;
@@ -80,7 +80,7 @@ fn gelu_erf<I: Isa>(isa: I, x: I::F) -> I::F {
 
 #[inline(always)]
 fn relu<I: Isa>(isa: I, x: I::F) -> I::F {
-    // NaN passes, as the second operand of a comparison; the sum makes -0 zero.
+    // NaN propagates, as the second operand of a comparison; the sum turns -0 into zero.
     let zero = isa.splat(0.0);
     isa.add(isa.max(zero, x), zero)
 }
@@ -119,7 +119,8 @@ fn gate<I: Isa>(isa: I, f: Gate, gate: I::F, up: I::F) -> I::F {
     }
 }
 
-/// Calls `f` for each run of 16 elements of `out` and the same places of `inputs`; the last run is padded with zeros.
+/// Calls `f` for each run of 16 elements of `out` and the same places of `inputs`; the last run is padded
+/// with zeros.
 #[inline(always)]
 fn each16<const N: usize>(inputs: [&[f32]; N], out: &mut [f32], f: impl Fn([&[f32; 16]; N], &mut [f32; 16])) {
     let len = inputs.iter().fold(out.len(), |len, x| len.min(x.len()));
@@ -265,8 +266,8 @@ impl WithIsa for AddScaled<'_> {
     }
 }
 
-/// A kernel: one group's norm, `out = (x - mean) / sqrt(var + eps) * weight + bias`; the mean is 0 for a root-mean-square
-/// norm.
+/// A kernel: one group's norm, `out = (x - mean) / sqrt(var + eps) * weight + bias`; the mean is 0 for a
+/// root-mean-square norm.
 #[derive(Debug)]
 pub struct Norm<'a> {
     /// The group.
@@ -277,7 +278,7 @@ pub struct Norm<'a> {
     pub bias: Option<&'a [f32]>,
     /// Added under the root.
     pub eps: f32,
-    /// Whether the mean is taken away.
+    /// Whether to subtract the mean.
     pub centred: bool,
     /// As many results.
     pub out: &'a mut [f32],
@@ -513,8 +514,8 @@ impl WithIsa for ArgMax<'_> {
     }
 }
 
-/// Writes the indices of the `ids.len()` largest elements, largest first, the lower index first on ties; NaN counts as
-/// the largest, so that it is seen.
+/// Writes the indices of the `ids.len()` largest elements, largest first, the lower index first on ties; NaN
+/// counts as the largest, so that it is seen.
 pub fn top_k(x: &[f32], ids: &mut [i32]) {
     let above = |a: f32, b: f32| a > b || (a.is_nan() && !b.is_nan());
     let mut found = 0;
@@ -529,8 +530,8 @@ pub fn top_k(x: &[f32], ids: &mut [i32]) {
     }
 }
 
-/// Writes the `ids.len()` largest elements and their indices, largest first, the lower index first on ties, in the total order of
-/// IEEE 754; but NaN counts as the largest, so that it is seen.
+/// Writes the `ids.len()` largest elements and their indices, largest first, the lower index first on ties,
+/// in the total order of IEEE 754; but NaN counts as the largest, so that it is seen.
 pub fn largest(x: &[f32], ids: &mut [i32], values: &mut [f32]) {
     let k = ids.len().min(values.len());
     let rank = |v: f32| {

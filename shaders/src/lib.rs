@@ -1,4 +1,5 @@
-//! Halite's compute shaders, and the code that assembles them from constants, bindings, libraries, a format and an op.
+//! Halite's compute shaders, and the code that assembles them from constants, bindings, libraries, a format
+//! and an op.
 //!
 //! [`FILES`] has the source files. A [`Shader`] is a complete shader, for any API that takes WGSL.
 #![deny(unsafe_code)]
@@ -282,7 +283,8 @@ impl Shader {
         self
     }
 
-    /// Declares cooperative matrices of eight subgroups: `Left` times `Right` gives `Sums`, of `SIDE` rows and columns.
+    /// Declares cooperative matrices of eight subgroups: `Left` times `Right` gives `Sums`, of `SIDE` rows
+    /// and columns.
     pub fn cooperative(mut self, units: Cooperative) -> Shader {
         let side = units.side;
         for (name, of) in [("Left", "f16, A"), ("Right", "f16, B"), ("Sums", "f32, C")] {
@@ -338,7 +340,8 @@ impl Shader {
         self
     }
 
-    /// Adds the matrix `w` of a quantised format or of plain numbers; see `words.wgsl`. Its rows may be interleaved.
+    /// Adds the matrix `w` of a quantised format or of plain numbers; see `words.wgsl`. Its rows may be
+    /// interleaved.
     pub fn matrix(self, format: Format, resource: Resource, interleaved: u32, rows: u32) -> Shader {
         if format == Format::F16 && self.paths.f16 {
             return self.read("w", "f16", resource).with("fn value(i: u32) -> f32 { return f32(w[i]); }");
@@ -475,7 +478,7 @@ impl Grid {
     }
 }
 
-/// How a quantised block is divided: bytes before its words, words, bytes after them; and the grid it points into.
+/// The parts of a quantised block: bytes before its words, words, bytes after them, and its grid.
 struct Parts {
     head: u32,
     words: u32,
@@ -483,7 +486,7 @@ struct Parts {
     grid: Option<Grid>,
 }
 
-/// `None` for plain numbers.
+/// Returns the parts of a format's blocks; `None` for plain numbers.
 fn parts(format: Format) -> Option<Parts> {
     use Format::*;
     if format.kind() == Kind::Float {

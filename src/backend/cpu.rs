@@ -1,7 +1,7 @@
 //! The CPU backend: `halite-kernels` over mapped pages, on a pool of threads.
 //!
-//! Weights are imported, never copied. Work is split by output columns or rows, or in attention by chunks of the
-//! cache whose results are merged in order, so no result depends on the split.
+//! Weights are imported, never copied. Work is split by output columns or rows, or in attention by chunks of
+//! the cache whose results are merged in order, so no result depends on the split.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -106,8 +106,8 @@ impl Cpu {
         self.isa.name()
     }
 
-    /// Measures the peak rates of these threads and this instruction set, in a second or two. The memory rate is that of
-    /// reading `buffer_bytes` repeatedly: a cache's, if they fit in one.
+    /// Measures the peak rates of these threads and this instruction set, in a second or two. The memory rate
+    /// is that of reading `buffer_bytes` repeatedly: a cache's, if they fit in one.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`] if there is no room for the buffer.
@@ -126,7 +126,8 @@ impl Cpu {
         self.pool.threads()
     }
 
-    /// Measures the bytes per second that all threads together read, each its own part of a buffer repeatedly.
+    /// Measures the bytes per second that all threads together read, each its own part of a buffer
+    /// repeatedly.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`] if there is no room for the buffer.
@@ -134,8 +135,8 @@ impl Cpu {
         Ok(roofline::read_bytes_per_s(self.isa, &self.pool, &touched(buffer_bytes)?))
     }
 
-    /// Measures the bytes per second that all threads together copy, each within its own part of a buffer. A copied byte
-    /// is read once and written once.
+    /// Measures the bytes per second that all threads together copy, each within its own part of a buffer. A
+    /// copied byte is read once and written once.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`] if there is no room for the buffer.
@@ -269,8 +270,8 @@ impl Scratch {
         s
     }
 
-    /// Lengths of: codes, scales, sums (each for two activation formats), expert inputs, second products of gated units,
-    /// hidden values of experts, outputs, results of attention.
+    /// Lengths of: codes, scales, sums (each for two activation formats), expert inputs, second products of
+    /// gated units, hidden values of experts, outputs, results of attention.
     fn lengths(&self) -> [u64; 8] {
         let (pairs, cols, hidden) = (self.pairs, self.expert_cols, self.expert_hidden);
         [
@@ -555,8 +556,8 @@ fn grain(pool: &Pool, columns: usize) -> usize {
     (columns / (4 * pool.threads())).next_multiple_of(32).clamp(32, 1024)
 }
 
-/// Computes the products of one input with several weights, each into its own output, and the epilogue. `up` is
-/// memory for the second product of a gated linear unit.
+/// Computes the products of one input with several weights, each into its own output, and the epilogue. `up`
+/// is memory for the second product of a gated linear unit.
 fn products(
     isa: Isa,
     pool: &Pool,
@@ -629,7 +630,8 @@ impl CpuKernels {
             }
             return;
         }
-        // A task is some tokens with all heads if every thread gets several such tasks, else a token's heads of one KV head.
+        // A task is some tokens with all heads if every thread gets several such tasks, else a token's heads
+        // of one KV head.
         let (heads, grain) = if tokens >= 4 * threads {
             (a.heads, (tokens / (4 * threads)).min((ROWS / group).max(1)))
         } else {

@@ -1,7 +1,7 @@
 //! Backends by name, so that a program can offer backends that it does not know.
 //!
-//! A [`Driver`] describes a backend as data: its name, its options, and how to open it. A program has one table of
-//! drivers; its help texts, its list of devices and its error messages come from that table.
+//! A [`Driver`] describes a backend as data: its name, its options, and how to open it. A program has one
+//! table of drivers; its help texts, its list of devices and its error messages come from that table.
 
 use std::ffi::{OsStr, OsString};
 use std::path::Path;

@@ -1,5 +1,5 @@
-//! Shared parts of backends that compute in host memory: buffers, and a plan that binds the operands of each op to
-//! memory and passes the op to [`Kernels`].
+//! Shared parts of backends that compute in host memory: buffers, and a plan that binds the operands of each
+//! op to memory and passes the op to [`Kernels`].
 
 use std::cell::{Ref, RefCell, RefMut};
 use std::ops::Range;
@@ -38,7 +38,8 @@ impl<'a> Matrix<'a> {
     pub const EMPTY: Matrix<'static> =
         Matrix { format: Format::F32, layout: Layout::Rows, bytes: &[], rows: 0, cols: 0 };
 
-    /// Returns rows `range`, or no rows if the range is outside. A range of interleaved rows starts at a group.
+    /// Returns rows `range`, or no rows if the range is outside. A range of interleaved rows starts at a
+    /// group.
     pub fn rows(&self, range: Range<usize>) -> Matrix<'a> {
         let row = self.format.row_bytes(self.cols).unwrap_or(0);
         let bytes = self.bytes.get(range.start * row..range.end * row).unwrap_or(&[]);
@@ -633,8 +634,8 @@ fn execute<K: Kernels>(
     step: &HostStep<'_>,
     b: &Bindings<'_>,
 ) -> Result<()> {
-    // A panic must not leave the library. It poisons the lock of a buffer that the op was writing, and later steps
-    // then fail with an error.
+    // A panic must not leave the library. It poisons the lock of a buffer that the op was writing, and later
+    // steps then fail with an error.
     let run = || {
         let mut op = op.try_map(
             |operand, access| bound.tensor(operand, access, step.step, b),

@@ -1,7 +1,7 @@
 //! The traits that a chip implements.
 //!
-//! A [`Backend`] owns memory and turns a [`Program`] into a [`Plan`]; a plan runs steps. This module knows no model,
-//! and the modules above it know no chip. `template.rs` is a complete backend to copy.
+//! A [`Backend`] owns memory and turns a [`Program`] into a [`Plan`]; a plan runs steps. This module knows no
+//! model, and the modules above it know no chip. `template.rs` is a complete backend to copy.
 
 pub mod cpu;
 pub mod driver;
@@ -174,8 +174,9 @@ pub const NO_PAGE: u32 = u32::MAX;
 /// Consecutive tokens of one sequence in a step.
 #[derive(Debug, Clone, Copy)]
 pub struct Span<'a> {
-    /// For each KV group ([`Program::windows`]), the sequence's page table: the pages of each state of the group, in
-    /// order. They cover `start + len` positions. Pages entirely before the first token's window may be [`NO_PAGE`].
+    /// For each KV group ([`Program::windows`]), the sequence's page table: the pages of each state of the
+    /// group, in order. They cover `start + len` positions. Pages entirely before the first token's window
+    /// may be [`NO_PAGE`].
     pub tables: &'a [Vec<u32>],
     /// Position of the first token.
     pub start: u32,
@@ -245,7 +246,8 @@ pub trait Backend: Send + Sync {
     /// Returns the backend's fixed properties.
     fn caps(&self) -> &Caps;
 
-    /// Returns whether the backend can run an op. The answer may depend on formats and shapes, never on values.
+    /// Returns whether the backend can run an op. The answer may depend on formats and shapes, never on
+    /// values.
     fn supports(&self, sig: &OpSig<'_>) -> Support;
 
     /// Describes, in a line for people, which kernel runs an op for `tokens` tokens, and why. May be empty.
@@ -278,7 +280,8 @@ pub trait Backend: Send + Sync {
     fn read(&self, src: &Buffer, offset: u64, dst: &mut [u8]) -> Result<()>;
 
     /// Prepares a valid program to run. Callers use [`prepare`], which rejects ops that [`Backend::supports`]
-    /// declares as gaps. Conformance calls this method directly, to find gaps that should no longer be declared.
+    /// declares as gaps. Conformance calls this method directly, to find gaps that should no longer be
+    /// declared.
     ///
     /// # Errors
     /// Errors of the device. A backend never falls back to another device.
@@ -290,7 +293,8 @@ pub trait Backend: Send + Sync {
 
 /// A prepared program.
 pub trait Plan: Send {
-    /// Starts the given segments of a step. Scratch tensors live until the next submission that starts at segment 0.
+    /// Starts the given segments of a step. Scratch tensors live until the next submission that starts at
+    /// segment 0.
     ///
     /// # Errors
     /// `Error::Cancelled`, `Error::Argument`, or errors of the device.
@@ -306,8 +310,8 @@ pub trait Plan: Send {
 /// Prepares a program to run on a backend.
 ///
 /// # Errors
-/// [`Error::Program`] if it is not valid, [`Error::Unsupported`] with a list of the ops that the backend lacks, or
-/// errors of the device.
+/// [`Error::Program`] if it is not valid, [`Error::Unsupported`] with a list of the ops that the backend
+/// lacks, or errors of the device.
 pub fn prepare(backend: &dyn Backend, program: &Arc<Program>, limits: Limits) -> Result<Box<dyn Plan>> {
     program.validate()?;
     check_support(backend, program)?;

@@ -1,5 +1,6 @@
-//! The definition of every op, in plain scalar code. Every kernel, shader and simulated instruction is tested against
-//! it, and exact backends match its bits. It shares only formats and elementary functions with `halite-kernels`.
+//! The definition of every op, in plain scalar code. Every kernel, shader and simulated instruction is tested
+//! against it, and exact backends match its bits. It shares only formats and elementary functions with
+//! `halite-kernels`.
 
 use std::ops::Range;
 use std::sync::Arc;

@@ -1,8 +1,8 @@
 //! A complete backend without ops: the file to copy for a new chip.
 //!
-//! It compiles, every call works, and conformance lists each op as a named gap. To bring up a chip, put your own
-//! buffer type behind [`Buffer`], return `Native` from [`Backend::supports`] for one op after the other, and queue
-//! the chip's commands in [`Plan::submit`].
+//! It compiles, every call works, and conformance lists each op as a named gap. To bring up a chip, put your
+//! own buffer type behind [`Buffer`], return `Native` from [`Backend::supports`] for one op after the other,
+//! and queue the chip's commands in [`Plan::submit`].
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -73,8 +73,8 @@ impl Backend for Template {
     }
 
     fn supports(&self, sig: &OpSig<'_>) -> Support {
-        // Match on `sig.op` and on formats and shapes in `sig.program`, and return `Support::Native` for what works.
-        // Return `Gap::Never` for what the hardware cannot do at all.
+        // Match on `sig.op` and on formats and shapes in `sig.program`, and return `Support::Native` for what
+        // works. Return `Gap::Never` for what the hardware cannot do at all.
         Support::Unsupported(Gap::NotYet(format!("{} is not implemented", sig.op.name())))
     }
 
@@ -87,7 +87,8 @@ impl Backend for Template {
     }
 
     fn import(&self, _region: &Region) -> Result<Option<Buffer>> {
-        // A chip that reads host memory returns a handle to the region's pages; others get a copy through `fill`.
+        // A chip that reads host memory returns a handle to the region's pages; others get a copy through
+        // `fill`.
         Ok(None)
     }
 

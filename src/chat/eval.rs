@@ -1,4 +1,4 @@
-//! Statements and expressions, run.
+//! Evaluates statements and expressions.
 
 use std::collections::HashMap;
 use std::rc::Rc;
@@ -8,7 +8,7 @@ use super::parse::{Arguments, Const, Expr, For, Kind, Macro, Named, Statement, T
 use super::text::Heap;
 use super::value::{Fallible, List, Loop, Meter, Value};
 
-/// Most expressions, statements and calls in each other at once. What calls itself takes a few for each call.
+/// Maximum nesting of expressions, statements and calls. A recursive call takes several levels.
 const MAX_DEPTH: usize = 1000;
 
 /// What a scope and a variable take.
@@ -49,7 +49,7 @@ enum Flow {
     Continue,
 }
 
-/// What templates call without defining it.
+/// Built-in functions.
 const FUNCTIONS: [&str; 5] = ["namespace", "range", "dict", "raise_exception", "strftime_now"];
 
 impl Given {
@@ -749,7 +749,7 @@ impl<'a> Run<'a> {
                     Value::List(list) => {
                         self.heap.meter.room(list.items.len().saturating_mul(times))?;
                         let mut items = Vec::with_capacity(list.items.len() * times);
-                        // Nothing is repeated as often as one likes.
+                        // Repetition is limited, too.
                         for _ in 0..if list.items.is_empty() { 0 } else { times } {
                             items.extend(list.items.iter().cloned());
                         }

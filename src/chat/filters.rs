@@ -1,4 +1,4 @@
-//! Jinja2's filters and tests. Left out are those that make HTML, `pprint` and `random`.
+//! Jinja2's filters and tests, except those that produce HTML, `pprint` and `random`.
 
 use std::sync::Arc;
 

@@ -1,4 +1,5 @@
-//! A template's text to tokens, with Jinja2's rules for the space around tags (`trim_blocks` and `lstrip_blocks` are on).
+//! Splits a template into tokens, with Jinja2's rules for white space around tags (`trim_blocks` and
+//! `lstrip_blocks`).
 
 use super::value::{Fallible, is_space};
 

@@ -1,4 +1,4 @@
-//! The methods of Python's texts, lists and dicts that change nothing.
+//! The methods of Python's str, list and dict that do not change the value.
 
 use std::sync::Arc;
 

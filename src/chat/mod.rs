@@ -1,8 +1,10 @@
-//! Chats: messages to the text of a prompt, by the Jinja template that a model file carries in `tokenizer.chat_template`.
+//! Chat templates: render messages to the text of a prompt, with the Jinja template in a model file's
+//! `tokenizer.chat_template`.
 //!
-//! Templates come from files that nobody vouches for. So the language is run here, by an evaluator that asks before each allocation
-//! and counts each step: no published engine limits what an operator builds, or how deep a value nests. It renders what Python's
-//! Jinja2 does as transformers sets it up (`trim_blocks`, `lstrip_blocks`, `loopcontrols`, `generation`, an immutable sandbox).
+//! Templates come from untrusted files. Halite has its own evaluator, which limits every allocation and every
+//! step: no published engine limits the size of an operator's result or the depth of a value. It renders as
+//! Python's Jinja2 with the settings of transformers (`trim_blocks`, `lstrip_blocks`, `loopcontrols`,
+//! `generation`, an immutable sandbox).
 
 mod eval;
 mod filters;
@@ -21,35 +23,38 @@ use eval::Run;
 use parse::Statement;
 use value::{Fallible, Value};
 
-/// Most bytes of a template.
+/// Maximum bytes of a template.
 const MAX_TEMPLATE: usize = 1 << 20;
 
-/// Most bytes of a date's format.
+/// Maximum bytes of a date format.
 const MAX_FORMAT: usize = 1000;
 
-/// The stack that a template is read and run on: eight times what the deepest that the limits allow takes without optimization.
+/// The stack for parsing and running a template: eight times the need of the deepest allowed template without
+/// optimization.
 const STACK: usize = 64 << 20;
 
-/// Where the answer starts in texts that think first, in OpenAI's harmony format: templates refuse what is before in a history.
+/// Marks where the answer starts in OpenAI's harmony format. Templates reject the reasoning before it in a
+/// history.
 const FINAL_CHANNEL: &str = "<|channel|>final<|message|>";
 const ANY_CHANNEL: &str = "<|channel|>";
 
 /// A message of a chat.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Message {
-    /// `system`, `user`, `assistant`, or what else the template knows.
+    /// `system`, `user`, `assistant`, or another role of the template.
     pub role: String,
-    /// What was said.
+    /// The text of the message.
     pub content: String,
 }
 
 impl Message {
-    /// A message.
+    /// Creates a message.
     pub fn new(role: &str, content: &str) -> Message {
         Message { role: role.into(), content: content.into() }
     }
 
-    /// What a history keeps of a generated text: all of it, but of the channels of OpenAI's harmony format the last one's.
+    /// Creates the assistant's message for a generated text: all of it, or, in OpenAI's harmony format, the
+    /// last channel.
     pub fn answer(generated: &str) -> Message {
         let content = match generated.rfind(FINAL_CHANNEL) {
             Some(at) => &generated[at + FINAL_CHANNEL.len()..],
@@ -69,7 +74,7 @@ pub struct Template {
 }
 
 impl Template {
-    /// The template of a file; `None` if it has none.
+    /// Reads the template of a file; `None` if it has none.
     ///
     /// # Errors
     /// As [`Template::new`]; [`Error::Gguf`] if it is not a text.
@@ -78,10 +83,10 @@ impl Template {
         source.map(|source| Template::new(source, tokenizer)).transpose()
     }
 
-    /// A template for a model with this tokenizer, whose begin- and end-of-text tokens it may use.
+    /// Parses a template for a tokenizer, whose begin- and end-of-text tokens it may use.
     ///
     /// # Errors
-    /// [`Error::Template`] if it is not well-formed or too long.
+    /// [`Error::Template`] if it is malformed or too long.
     pub fn new(source: &str, tokenizer: &Tokenizer) -> Result<Template> {
         if source.len() > MAX_TEMPLATE {
             return Err(Error::Template(format!(
@@ -98,11 +103,11 @@ impl Template {
         Ok(Template { body, bos, eos })
     }
 
-    /// The text of a chat; with `add_generation_prompt` up to where the model answers.
+    /// Renders the text of a chat; with `add_generation_prompt`, up to the start of the model's answer.
     ///
     /// # Errors
-    /// [`Error::Template`] for what the template refuses (roles that do not alternate, a system message) or does wrong, or if it
-    /// takes too long or writes too much.
+    /// [`Error::Template`] if the template rejects the messages (roles that do not alternate, a system
+    /// message), fails, or exceeds a limit of time or size.
     pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
         on_large_stack(|| {
             let mut run = Run::new();
@@ -129,15 +134,16 @@ impl Template {
             ("add_generation_prompt", Value::Bool(add_generation_prompt)),
             ("bos_token", Value::text(&self.bos)),
             ("eos_token", Value::text(&self.eos)),
-            // Where there are none, templates are told so.
+            // Tell templates that there are none.
             ("tools", Value::None),
             ("documents", Value::None),
         ])
     }
 }
 
-/// The tokens of a rendered chat. Control tokens written out in it are read as such, those in messages too, unless
-/// [`Tokenizer::quote`] made them: otherwise who writes a message may end it, and go on as somebody else. The begin-of-text token is added where the vocabulary asks for it and the template did not write it.
+/// Encodes a rendered chat, and parses its control tokens. Quote untrusted messages with
+/// [`Tokenizer::quote`]; otherwise the author of a message could end it and forge another turn. Adds the
+/// begin-of-text token if the vocabulary defines it and the template did not write it.
 pub fn encode(tokenizer: &Tokenizer, prompt: &str) -> Vec<u32> {
     let mut tokens = tokenizer.encode(prompt, EncodeOptions { add_special: false, parse_special: true });
     if tokenizer.adds_bos() && tokens.first().copied() != tokenizer.bos() {
@@ -146,7 +152,7 @@ pub fn encode(tokenizer: &Tokenizer, prompt: &str) -> Vec<u32> {
     tokens
 }
 
-/// Runs what nests as deep as a template makes it. A fault has its line and is safe to print.
+/// Runs recursive work on a large stack. Errors have a line number and are safe to print.
 fn on_large_stack<T: Send>(f: impl FnOnce() -> Result<T, (u32, String)> + Send) -> Result<T> {
     let result = std::thread::scope(|scope| {
         let thread = std::thread::Builder::new().name("template".into()).stack_size(STACK);
@@ -161,7 +167,8 @@ fn on_large_stack<T: Send>(f: impl FnOnce() -> Result<T, (u32, String)> + Send) 
     }
 }
 
-/// The time now, in UTC, as `strftime` writes it; without widths, which a template could make as large as it likes.
+/// Formats the current time in UTC as `strftime` does, but without widths, which a template could make
+/// arbitrarily large.
 fn now(format: &str) -> Fallible<String> {
     let flags = ['-', '_', '0', '^', '#'];
     if format

@@ -1,4 +1,4 @@
-//! Tokens to statements and expressions, in Jinja2's grammar, and no deeper than the evaluation can go.
+//! Parses tokens to statements and expressions, in Jinja2's grammar, with limited depth.
 
 use std::sync::Arc;
 

@@ -1,7 +1,8 @@
-//! Values as Python has them, and what making and reading them may take.
+//! Python's values, and the limits of building and reading them.
 //!
-//! Lists and dicts never change, so that no value holds itself but through a namespace; and namespaces own nothing that they hold:
-//! they are numbers, and their contents are the rendering's. So values have a depth, which is limited when one is made.
+//! Lists and dicts never change, so that no value holds itself but through a namespace; and namespaces own
+//! nothing that they hold: they are numbers, and their contents are the rendering's. So values have a depth,
+//! which is limited when one is made.
 
 use std::cmp::Ordering;
 use std::collections::HashMap;
@@ -9,17 +10,17 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// What a template did wrong.
+/// The error of a template.
 pub type Fallible<T> = Result<T, String>;
 
-/// Most units of work of one rendering: a node evaluated, an item or 16 bytes read.
+/// Maximum units of work of a rendering: an evaluated node, an item or 16 bytes read.
 const MAX_WORK: u64 = 20_000_000;
 
-/// Longest time of one rendering, looked at every so many units of work.
+/// Maximum time of a rendering, and the units of work between checks.
 const MAX_TIME: Duration = Duration::from_secs(1);
 const CLOCK_PERIOD: u64 = 4096;
 
-/// Most bytes that one rendering builds, all texts and lists together, kept or not.
+/// Maximum bytes that a rendering builds, for all texts and lists together, kept or not.
 const MAX_MEMORY: usize = 128 << 20;
 
 /// Longest text.

@@ -1,7 +1,7 @@
-//! Grammars in GBNF, llama.cpp's syntax, to Lark's.
+//! Translates grammars from GBNF, llama.cpp's syntax, to Lark's.
 //!
-//! Each character becomes a word of its own. Longer words would be read as far as they go, which GBNF does not mean: in
-//! `[a-z]* "z"`, the last letter would never be left for the `z`.
+//! Each character becomes a separate terminal. Longer terminals would match greedily, unlike GBNF: in
+//! `[a-z]* "z"`, no letter would remain for the `z`.
 
 use std::collections::HashMap;
 use std::fmt::Write;
@@ -21,7 +21,8 @@ pub fn is_gbnf(text: &str) -> bool {
     }
 }
 
-/// The same grammar for llguidance. Its rules are named by numbers, as the names of one language are not the other's.
+/// Translates a grammar for llguidance. Rules get numbers as names, because the languages allow different
+/// names.
 pub fn to_lark(text: &str, max_nesting: usize, max_rules: usize) -> Parsed<String> {
     let mut reader = Reader::new(text, max_nesting);
     let mut rules = String::new();
@@ -38,7 +39,7 @@ pub fn to_lark(text: &str, max_nesting: usize, max_rules: usize) -> Parsed<Strin
             return reader.expected("\"::=\"");
         }
         if defined.insert(name, line).is_some() {
-            return Err(format!("line {line}: rule {name:?} is there twice"));
+            return Err(format!("line {line}: rule {name:?} is defined twice"));
         }
         if defined.len() > max_rules {
             return Err(format!("expected at most {max_rules} rules"));

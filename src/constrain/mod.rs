@@ -1,7 +1,8 @@
-//! Output held to a JSON schema, a regular expression or a grammar, by llguidance: before each token, it says which tokens may come.
+//! Constrained decoding by a JSON schema, a regular expression or a grammar, with llguidance.
 //!
-//! Rules come from requests. Their size is limited, and they are built and followed on a thread of their own, with a stack for what
-//! nests and a deadline for each answer: llguidance recurses as deep as a rule does, and cannot be stopped while it builds one.
+//! Rules come from requests. Their size is limited, and they run on a separate thread with a large stack and
+//! a deadline for each answer: llguidance recurses as deep as a rule nests, and cannot be stopped while it
+//! builds one.
 
 mod gbnf;
 
@@ -17,50 +18,52 @@ use crate::error::{Error, Result, printable};
 use crate::generate::{Allowed, Constraint};
 use crate::tokenizer::{TokenKind, Tokenizer};
 
-/// Most bytes of a rule.
+/// Maximum bytes of a rule.
 const MAX_BYTES: usize = 256 << 10;
 
-/// Most definitions of a grammar and references in a schema, each of which can need the next.
+/// Maximum definitions of a grammar and references in a schema, each of which may need the next.
 const MAX_DEFINITIONS: usize = 2000;
 
-/// Most values of a schema, names among them.
+/// Maximum values of a schema, including names.
 const MAX_VALUES: usize = 10_000;
 
-/// Most open brackets of a grammar or an expression.
+/// Maximum open brackets of a grammar or an expression.
 const MAX_NESTING: usize = 200;
 
-/// Most symbols that a grammar becomes, and most states of what reads its words, at about 2 kB each.
+/// Maximum symbols of a compiled grammar, and maximum states of its lexer, at about 2 kB each.
 const MAX_SYMBOLS: usize = 200_000;
 const MAX_STATES: usize = 50_000;
 
-/// Longest time for an answer: for a rule built, and for a token.
+/// Maximum time to build a rule, and to process a token.
 const MAX_TIME: Duration = Duration::from_secs(2);
 
-/// The stack of a rule's thread. A chain of so many references takes less than half of it without optimization.
+/// The stack of a rule's thread. The longest allowed chain of references takes less than half of it without
+/// optimization.
 const STACK: usize = 256 << 20;
 
-/// What the output must be.
+/// A rule for the output.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Rule {
-    /// JSON of this schema, without spaces between its parts unless the schema's `x-guidance` says otherwise: where they are allowed,
-    /// small models write them for ever.
+    /// JSON of this schema, without white space unless the schema's `x-guidance` allows it: small models may
+    /// otherwise write white space forever.
     JsonSchema(String),
     /// A text that this regular expression matches as a whole, in the syntax of the crate `regex`.
     Regex(String),
     /// A text of this grammar, in llguidance's variant of Lark's syntax.
     Grammar(String),
-    /// A text of this grammar, in GBNF, llama.cpp's syntax; without its rules for single tokens. It is followed character by
-    /// character, which takes longer than a grammar whose words are expressions.
+    /// A text of this grammar in GBNF, llama.cpp's syntax, without its rules for single tokens. It is matched
+    /// character by character, which is slower than a grammar with regular expressions.
     Gbnf(String),
 }
 
 impl Rule {
-    /// A grammar in either syntax: [`Rule::Gbnf`] if its first rule is written with `::=`, else [`Rule::Grammar`].
+    /// A grammar in either syntax: [`Rule::Gbnf`] if its first rule is written with `::=`, else
+    /// [`Rule::Grammar`].
     pub fn grammar(text: &str) -> Rule {
         if gbnf::is_gbnf(text) { Rule::Gbnf(text.into()) } else { Rule::Grammar(text.into()) }
     }
 
-    /// What llguidance reads.
+    /// Returns the grammar for llguidance.
     fn read(&self) -> Result<TopLevelGrammar, String> {
         let (Rule::JsonSchema(text) | Rule::Regex(text) | Rule::Grammar(text) | Rule::Gbnf(text)) = self;
         at_most("bytes", MAX_BYTES, text.len())?;
@@ -99,7 +102,7 @@ fn at_most(what: &str, most: usize, got: usize) -> Result<(), String> {
     if got > most { Err(format!("expected at most {most} {what}, got {got}")) } else { Ok(()) }
 }
 
-/// The most brackets that are open at once, counting those in strings too.
+/// Returns the maximum depth of open brackets, including those in strings.
 fn nesting(text: &str) -> usize {
     let (mut open, mut most) = (0usize, 0);
     for byte in text.bytes() {
@@ -113,7 +116,7 @@ fn nesting(text: &str) -> usize {
     most
 }
 
-/// The values of a schema, and the references in it. Reading it has limited how deep it is.
+/// Counts the values and references of a schema. The parser has limited its depth.
 fn count(value: &serde_json::Value) -> (usize, usize) {
     let sum = |(a, b), (c, d)| (a + c, b + d);
     match value {
@@ -126,12 +129,12 @@ fn count(value: &serde_json::Value) -> (usize, usize) {
     }
 }
 
-/// A rule on its way through a text.
+/// A rule that constrains a text.
 pub struct Guide {
     requests: SyncSender<Request>,
     answers: Receiver<Answer>,
     cancel: Option<CancellationHandle>,
-    /// What ended it.
+    /// The error that ended it.
     failed: Option<String>,
     mask: SimpleVob,
 }
@@ -158,10 +161,10 @@ impl std::fmt::Debug for Guide {
 }
 
 impl Guide {
-    /// A rule for the texts of a tokenizer, whatever its kind: only the tokens' bytes matter.
+    /// Compiles a rule for a tokenizer of any kind: only the tokens' bytes matter.
     ///
     /// # Errors
-    /// [`Error::Constraint`] for a rule that is malformed, that nothing satisfies, or that takes too much.
+    /// [`Error::Constraint`] for a rule that is malformed, cannot be satisfied, or exceeds a limit.
     pub fn new(tokenizer: &Tokenizer, rule: &Rule) -> Result<Guide> {
         let grammar = rule.read().map_err(|message| Error::Constraint(printable(&message)))?;
         let end = tokenizer.len() as u32;
@@ -179,7 +182,7 @@ impl Guide {
             })
             .map_err(|e| Error::Constraint(format!("no thread to build it on: {e}")))?;
         let mut guide = Guide { requests, answers, cancel: None, failed: None, mask: SimpleVob::new() };
-        // How long a vocabulary takes is not the rule's doing.
+        // The time to read the vocabulary does not count for the rule.
         while let Reply::Vocabulary = guide.answer(Duration::MAX)? {
             if let Reply::Built(cancel) = guide.answer(MAX_TIME)? {
                 guide.cancel = cancel;
@@ -189,7 +192,7 @@ impl Guide {
         Err(Error::Constraint("the rule was not built".into()))
     }
 
-    /// The next answer. After an error, it is the answer to everything.
+    /// Returns the next answer. After an error, every answer is that error.
     fn answer(&mut self, wait: Duration) -> Result<Reply> {
         let failed = match self.answers.recv_timeout(wait) {
             Ok(Ok(reply)) => return Ok(reply),
@@ -213,7 +216,7 @@ impl Guide {
 }
 
 impl Drop for Guide {
-    /// The thread ends by itself: at the next request, or where it looks whether it was cancelled.
+    /// The thread ends by itself, at the next request or check for cancellation.
     fn drop(&mut self) {
         if let Some(cancel) = &self.cancel {
             cancel.cancel();
@@ -221,7 +224,7 @@ impl Drop for Guide {
     }
 }
 
-/// What a rule's thread does.
+/// Runs a rule's thread.
 fn work(
     words: &[Vec<u8>],
     grammar: TopLevelGrammar,
@@ -272,13 +275,13 @@ fn work(
     Ok(())
 }
 
-/// An error without where in llguidance it came from.
+/// Removes the location in llguidance from an error.
 fn plain(error: &str) -> String {
     error.split("\n<").next().unwrap_or_default().trim().to_string()
 }
 
-/// The bytes of a token; none for tokens without text, and for those that start with the byte that no text has, which is a mark
-/// of llguidance.
+/// Returns the bytes of a token; none for tokens without text, and for tokens that start with llguidance's
+/// marker byte, which no text has.
 fn word(tokenizer: &Tokenizer, id: u32) -> Vec<u8> {
     let mut bytes = Vec::new();
     if matches!(tokenizer.kind(id), Some(TokenKind::Normal | TokenKind::UserDefined | TokenKind::Byte))

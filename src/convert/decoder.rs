@@ -1,4 +1,4 @@
-//! Models that continue texts: what each family calls its weights and options, and what it has in GGUF files.
+//! Decoders: each family's names of weights and options, in folders and in GGUF files.
 
 use std::path::Path;
 
@@ -10,27 +10,29 @@ use super::{Plan, vocabulary};
 use crate::error::Result;
 use crate::gguf::write::Writer;
 
-/// What differs between families.
+/// The differences between families.
 struct Family {
     /// `model_type` of config.json, and `general.architecture`.
     model_type: &'static str,
     architecture: &'static str,
-    /// Names that others do not have, or have for something else.
+    /// The family's own names.
     names: &'static [(&'static str, &'static str)],
-    /// Options that others do not have.
+    /// The family's own options.
     keys: &'static [Key],
-    /// Options of which one value is supported.
+    /// Options with a single supported value.
     only: &'static [(&'static str, Only)],
-    /// Files have the rotated pairs of a head next to each other; published are they a half apart.
+    /// Whether GGUF files have the rotated pairs of a head adjacent, while published weights have them half a
+    /// head apart.
     interleaved: bool,
-    /// What is added to the weights of norms.
+    /// Added to the weights of norms.
     norm_offset: f32,
     window: Window,
-    /// The base of rotary frequencies that a config without one means.
+    /// Default base of rotary frequencies.
     rope_base: Option<f64>,
 }
 
-/// An option: its key in the file without the architecture, its keys in the folder of which one is there, and its type.
+/// An option: its key in the file without the architecture, its keys in the folder of which one is there, and
+/// its type.
 type Key = (&'static str, &'static [&'static str], Kind);
 
 #[derive(Clone, Copy)]
@@ -49,19 +51,19 @@ enum Only {
     Nothing,
 }
 
-/// Which layers look back only so far.
+/// The layers with a sliding window.
 #[derive(Clone, Copy)]
 enum Window {
-    /// All, or none of a config without a window.
+    /// All, or none without a window in the config.
     All,
-    /// All but the last of so many, unless a config says otherwise.
+    /// All but the last of each period, unless the config says otherwise.
     Period(u32),
 }
 
-/// Most layers and elements of a head, before anything as long is made; the runtime's limits are lower.
+/// Maximum layers and elements of a head, checked before allocations; the runtime's limits are lower.
 const MAX_EXTENT: u32 = 1 << 16;
 
-/// What a config has to have.
+/// Required options.
 const REQUIRED: &[Key] = &[
     ("context_length", &["max_position_embeddings"], Kind::U32),
     ("embedding_length", &["hidden_size"], Kind::U32),
@@ -71,7 +73,7 @@ const REQUIRED: &[Key] = &[
     ("vocab_size", &["vocab_size"], Kind::U32),
 ];
 
-/// What it may have; what a family cannot do without is missed when the result is opened.
+/// Optional options. Opening the result reports those that a family requires.
 const OPTIONAL: &[Key] = &[
     ("attention.head_count_kv", &["num_key_value_heads"], Kind::U32),
     ("attention.key_length", &["head_dim"], Kind::U32),
@@ -107,10 +109,10 @@ const POST_NORMS: &[(&str, &str)] = &[
     ("layers.{}.post_feedforward_layernorm", "blk.{}.post_ffw_norm"),
 ];
 
-/// What is no weight: frequencies written out.
+/// Tensors that are not weights: stored frequencies.
 const UNUSED: &[&str] = &["*.rotary_emb.inv_freq"];
 
-/// A family that is like Llama in everything.
+/// A family that is the same as Llama.
 const LLAMA: Family = Family {
     model_type: "llama",
     architecture: "llama",
@@ -150,7 +152,7 @@ const FAMILIES: &[Family] = &[
             ("use_qk_norm", Only::Bool(false)),
             ("rotary_pct", Only::Number(1.0)),
         ],
-        // Published are they next to each other, too.
+        // Its published weights have them adjacent, too.
         interleaved: false,
         window: Window::Period(4),
         ..LLAMA
@@ -241,10 +243,10 @@ const FAMILIES: &[Family] = &[
     },
 ];
 
-/// SmolLM3's layers without positions: the last of so many.
+/// Period of SmolLM3's layers: the last of each period has no positions.
 const NOPE_PERIOD: usize = 4;
 
-/// Writes the metadata of a decoder, and says what becomes of its tensors.
+/// Writes the metadata of a decoder, and returns the mapping of its tensors.
 pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan> {
     let model_type = config.str("model_type")?;
     let family = FAMILIES.iter().find(|family| family.model_type == model_type);
@@ -309,7 +311,7 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
 
     let (mut unused, mut required) = (UNUSED.to_vec(), Vec::new());
     match config.bool("tie_word_embeddings")? {
-        // Some folders have the table of embeddings a second time.
+        // Some folders have the embedding table twice.
         Some(true) => unused.push("lm_head.weight"),
         Some(false) => required.push("lm_head.weight"),
         None => {}
@@ -328,7 +330,7 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
     })
 }
 
-/// How far layers look back, and which.
+/// Writes the sliding window and its layers.
 fn window(config: &Json, family: &Family, layers: u32, w: &mut Writer) -> Result<()> {
     let Some(length) = config.optional_u32("sliding_window")? else { return Ok(()) };
     if config.bool("use_sliding_window")? == Some(false) {
@@ -356,7 +358,7 @@ fn window(config: &Json, family: &Family, layers: u32, w: &mut Writer) -> Result
         }
         (None, Some(period)) => by_period(config.u32(period)?).collect(),
         (None, None) if config.get("use_sliding_window").is_some() => {
-            // Which layers these are has been a matter of versions.
+            // The choice of layers differed between versions.
             return Err(config.missing("layer_types", "a list beside use_sliding_window"));
         }
         (None, None) => default.clone(),

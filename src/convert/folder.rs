@@ -1,4 +1,4 @@
-//! What lies in a folder: JSON files, and weights in one file or in several. All of it is from strangers.
+//! The files of a folder: JSON files, and weights in one file or several. All of them are untrusted.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -12,23 +12,23 @@ use crate::error::{Error, Result, escaped};
 use crate::gguf::printable;
 use crate::map::{self, Source};
 
-/// The file of all weights, and what says in which files they are where there are several.
+/// The file of all weights, and the index of several files.
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 
-/// Most bytes of a text file. The largest published vocabularies have 33 million.
+/// Maximum bytes of a text file. The largest published vocabularies have 33 million.
 const MAX_TEXT_BYTES: u64 = 1 << 26;
 
-/// Most that the values of a JSON file may weigh, an object eight times as much as another value: about what
-/// they take in memory. The largest published vocabularies weigh two million.
+/// Maximum weight of the values of a JSON file: an object weighs eight times as much as another value, as in
+/// memory. The largest published vocabularies weigh two million.
 const MAX_JSON_WEIGHT: usize = 1 << 22;
 
-/// Most bytes of what a file of safetensors says of its tensors.
+/// Maximum bytes of a safetensors header.
 const MAX_HEADER_BYTES: u64 = 1 << 24;
 
-/// The place of a file of the folder, with all links followed. A link may not lead out of the folder: what it
-/// leads to would become part of a model that is passed on. The exception is the cache of the Hugging Face
-/// hub, in which `models--NAME/snapshots/REVISION` is a folder of links to `models--NAME/blobs`.
+/// Resolves the path of a file of the folder. A link may not lead out of the folder, because its target would
+/// become part of a model that is passed on. The exception is the cache of the Hugging Face hub, in which
+/// `models--NAME/snapshots/REVISION` is a folder of links to `models--NAME/blobs`.
 fn inside(folder: &Path, name: &str) -> Result<PathBuf> {
     let path = folder.join(name);
     let real =
@@ -81,7 +81,7 @@ impl Json {
         Ok(Json { path, value })
     }
 
-    /// The same for a file that need not be there: without it no key is.
+    /// The same for an optional file; without it, no key is present.
     pub(super) fn open_if_there(folder: &Path, name: &str) -> Result<Json> {
         match has(folder, name) {
             true => Json::open(folder, name),
@@ -89,7 +89,7 @@ impl Json {
         }
     }
 
-    /// The value of a key; none where it is null.
+    /// The value of a key; `None` if it is null.
     pub(super) fn get(&self, key: &str) -> Option<&Value> {
         self.value.get(key).filter(|value| !value.is_null())
     }
@@ -158,7 +158,7 @@ impl Json {
 /// The mapped files of a folder's weights.
 pub(super) struct Files {
     files: Vec<(PathBuf, Arc<Source>)>,
-    /// The file of each tensor, where an index says so.
+    /// The file of each tensor according to the index, if there is one.
     index: Option<BTreeMap<String, usize>>,
 }
 
@@ -206,7 +206,7 @@ impl Files {
                     && index.get(name) != Some(&place)
                 {
                     let name = printable(name.as_bytes());
-                    return Err(wrong(format!("tensor `{name}` is not of this file in {INDEX}")));
+                    return Err(wrong(format!("{INDEX} lists tensor `{name}` in another file")));
                 }
                 all.insert(name.to_owned(), view);
             }
@@ -215,14 +215,14 @@ impl Files {
         match names.find(|name| !all.contains_key(*name)) {
             Some(name) => {
                 let name = printable(name.as_bytes());
-                Err(Error::Model(format!("tensor `{name}` of {INDEX} is in none of its files")))
+                Err(Error::Model(format!("{INDEX} lists tensor `{name}`, but no file has it")))
             }
             None => Ok(all),
         }
     }
 }
 
-/// Whether a name is of a file in the folder itself.
+/// Whether a name is of a file directly in the folder.
 fn is_plain(name: &str) -> bool {
     let mut parts = Path::new(name).components();
     matches!((parts.next(), parts.next()), (Some(std::path::Component::Normal(part)), None) if part == name)

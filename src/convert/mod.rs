@@ -1,9 +1,9 @@
-//! Folders of safetensors, as models are published in, to GGUF: config.json, weights in one file or several and a vocabulary
-//! become one file under the names that llama.cpp's converter gives.
+//! Converts Hugging Face model folders to GGUF: config.json, safetensors and a vocabulary become one file,
+//! with the names of llama.cpp's converter.
 //!
-//! What a family calls its weights, its options and its vocabulary is in tables (`decoder.rs`, `bert.rs`); everything else is the
-//! same for all. Nothing is written before the result's header has been opened as a model: a folder that lacks a weight or has one
-//! of another shape is refused.
+//! Tables have each family's names of weights, options and vocabulary (`decoder.rs`, `bert.rs`); everything
+//! else is shared. Before anything is written, the result's header is opened as a model: a folder that lacks
+//! a weight or has a wrong shape is an error.
 
 mod bert;
 mod decoder;
@@ -32,30 +32,32 @@ use folder::{Files, Json};
 /// Alignment of tensor data: a cache line.
 const ALIGNMENT: u32 = 64;
 
-/// Matrices that stay F32 besides vectors and biases: they are small, and read a row at a time or decide what is read.
+/// Matrices that stay F32 besides vectors and biases: they are small, and read a row at a time or decide what
+/// is read.
 const PLAIN: &[&str] = &["position_embd.weight", "token_types.weight", ".ffn_gate_inp.weight", ".bias"];
 
 /// Positions of the program that a header is checked with.
 const CHECKED_POSITIONS: u32 = 256;
 
-/// What a family makes of the tensors of a folder.
+/// The mapping of a family's tensors.
 #[derive(Default)]
 struct Plan {
-    /// What names may begin with, left out.
+    /// Optional prefixes of names, to remove.
     prefix: &'static str,
-    /// Names in the folder and in GGUF files, without `.weight` and `.bias`; the first `{}` is a layer, the second an expert.
+    /// Names in the folder and in GGUF files, without `.weight` and `.bias`; the first `{}` is a layer, the
+    /// second an expert.
     names: Vec<&'static [(&'static str, &'static str)]>,
-    /// Names that are left out; a star stands for anything at one end.
+    /// Names to ignore; a star at one end matches anything.
     unused: Vec<&'static str>,
-    /// Names that have to be there although the model could be opened without.
+    /// Required names, without which the model could still be opened.
     required: Vec<&'static str>,
-    /// Names in GGUF files whose rows are reordered for so many heads.
+    /// Names in GGUF files whose rows are reordered, with the number of heads.
     interleaved: Vec<(&'static str, usize)>,
-    /// What is added to the weights of norms.
+    /// Added to the weights of norms.
     norm_offset: f32,
-    /// Vectors that are in no file of the folder.
+    /// Vectors that no file of the folder has.
     vectors: Vec<(&'static str, Vec<f32>)>,
-    /// What the folder says and the file does not.
+    /// Warnings: settings of the folder that the file lacks.
     left_out: Vec<String>,
 }
 
@@ -64,24 +66,25 @@ struct Plan {
 struct Target<'a> {
     /// Row length first.
     dims: Vec<u64>,
-    /// What it is made of, one after the other; the vector instead, where it comes from no file.
+    /// Its parts in the folder's files, or a vector that comes from no file.
     views: Vec<TensorView<'a>>,
     vector: Vec<f32>,
     heads: Option<usize>,
     offset: f32,
 }
 
-/// Writes the model of a folder as GGUF, with matrices in `format`; vectors, biases and routers stay F32. `progress` is told the
-/// bytes of each tensor done. Returns what the folder says and the file does not, one line each: what has no key in GGUF and
-/// changes little, such as a text's normal form (NFC) before a byte-level vocabulary. All else that has none is an error.
+/// Writes the model of a folder as GGUF, with matrices in `format`; vectors, biases and routers stay F32.
+/// `progress` is told the bytes of each tensor done. Returns what the folder says and the file does not, one
+/// line each: what has no key in GGUF and changes little, such as a text's normal form (NFC) before a
+/// byte-level vocabulary. All else that has none is an error.
 ///
 /// No link may lead out of the folder, but for those in the cache of the Hugging Face hub. Only regular files
 /// are read, texts of up to 64 MiB.
 ///
 /// # Errors
-/// [`Error::Io`] for what cannot be read (of `out` without a path); [`Error::Model`] or [`Error::Tokenizer`] for a family, an
-/// option, a tensor or a vocabulary that is not known, a format that has no quantiser or whose blocks do not fit, and values that are
-/// not finite; and what opening the result says.
+/// [`Error::Io`] for what cannot be read (of `out` without a path); [`Error::Model`] or [`Error::Tokenizer`]
+/// for a family, an option, a tensor or a vocabulary that is not known, a format that has no quantiser or
+/// whose blocks do not fit, and values that are not finite; and what opening the result says.
 pub fn convert(
     folder: &Path,
     format: Format,
@@ -125,7 +128,7 @@ pub fn convert(
     }
 }
 
-/// Opens what will be written, as far as that goes without weights.
+/// Opens the result's header as a model, without weights.
 fn check(folder: &Path, writer: &Writer) -> Result<()> {
     let header = writer.header();
     let bytes = (header.len() as u64).saturating_add(writer.data_bytes());
@@ -142,7 +145,7 @@ impl Plan {
         if let Some(name) = self.required.iter().find(|name| !tensors.contains_key(**name)) {
             return Err(Error::Model(format!("tensor `{name}` is missing")));
         }
-        // Experts of one tensor come together, in the order of their numbers.
+        // Experts of one tensor are consecutive, in order of their numbers.
         let mut found: BTreeMap<String, BTreeMap<Option<usize>, TensorView<'a>>> = BTreeMap::new();
         for (full, view) in tensors {
             let short = full.strip_prefix(self.prefix).unwrap_or(&full);
@@ -154,7 +157,7 @@ impl Plan {
             };
             let (name, expert) = self.gguf_name(short).ok_or_else(|| wrong("is unknown to the family"))?;
             if found.entry(name).or_default().insert(expert, view).is_some() {
-                return Err(wrong("is there under another name, too"));
+                return Err(wrong("appears twice, under different names"));
             }
         }
         let mut targets = BTreeMap::new();
@@ -171,7 +174,7 @@ impl Plan {
         Ok(targets)
     }
 
-    /// The name of a tensor in a GGUF file, and of which expert it is.
+    /// Returns the name of a tensor in a GGUF file, and its expert.
     fn gguf_name(&self, name: &str) -> Option<(String, Option<usize>)> {
         let (stem, kind) = name.rsplit_once('.')?;
         let kind = match kind {
@@ -226,7 +229,7 @@ impl Plan {
     }
 }
 
-/// Whether a name is that of a pattern, in which a star at one end stands for anything.
+/// Whether a name matches a pattern, in which a star at one end matches anything.
 fn matches(pattern: &str, name: &str) -> bool {
     match (pattern.strip_prefix('*'), pattern.strip_suffix('*')) {
         (Some(end), _) => name.ends_with(end),
@@ -235,7 +238,7 @@ fn matches(pattern: &str, name: &str) -> bool {
     }
 }
 
-/// The numbers in the places of a pattern, if a name has its form.
+/// Returns the numbers at the places of a pattern, if a name matches it.
 fn numbers(pattern: &str, name: &str) -> Option<Vec<u32>> {
     let mut pieces = pattern.split("{}");
     let mut rest = name.strip_prefix(pieces.next()?)?;
@@ -248,7 +251,8 @@ fn numbers(pattern: &str, name: &str) -> Option<Vec<u32>> {
     rest.is_empty().then_some(numbers)
 }
 
-/// The row that becomes row `row` of a head whose rotated pairs are next to each other, from one whose pairs are a half apart.
+/// The row that becomes row `row` of a head whose rotated pairs are next to each other, from one whose pairs
+/// are a half apart.
 fn halves_to_pairs(row: usize, rows_of_a_head: usize) -> usize {
     let (head, at) = (row / rows_of_a_head, row % rows_of_a_head);
     head * rows_of_a_head + at % 2 * (rows_of_a_head / 2) + at / 2
@@ -274,7 +278,7 @@ impl Target<'_> {
         let mut values = Vec::new();
         for view in &self.views {
             let (value, bytes) = reader(view.dtype())?;
-            // Vectors are columns, so that whatever becomes of rows becomes of them.
+            // Vectors are columns, so that they are reordered as rows are.
             let cols = if view.shape().len() < 2 { 1 } else { view.shape().last().copied().unwrap_or(0) };
             let rows = view.data().chunks_exact(cols.saturating_mul(bytes).max(1));
             let rows_of_a_head = self.heads.map(|heads| rows.len() / heads);

@@ -1,4 +1,5 @@
-//! Rotary position embeddings: what config.json says of frequencies and of a longer context, in the keys of GGUF.
+//! Rotary position embeddings: what config.json says of frequencies and of a longer context, in the keys of
+//! GGUF.
 
 use super::folder::Json;
 use crate::error::Result;
@@ -20,8 +21,8 @@ type Vectors = Vec<(&'static str, Vec<f32>)>;
 impl Rope<'_> {
     /// Writes the keys, and gives the factors of frequencies that go to tensors.
     ///
-    /// A config has either `rope_parameters`, with its own for each kind of layer where there are two, or the older `rope_theta`,
-    /// `rope_local_base_freq` and `rope_scaling`.
+    /// A config has either `rope_parameters`, with its own for each kind of layer where there are two, or the
+    /// older `rope_theta`, `rope_local_base_freq` and `rope_scaling`.
     pub(super) fn write(&self, w: &mut Writer) -> Result<Vectors> {
         let Rope { config, architecture, .. } = self;
         let entry = |name: &str| format!("{architecture}.rope.{name}");
@@ -82,8 +83,8 @@ impl Rope<'_> {
                     (p.f64("factor")?, p.f64("low_freq_factor")?, p.f64("high_freq_factor")?);
                 let factors = (0..rotated / 2).map(|pair| {
                     let frequency = base.powf(-f64::from(2 * pair) / f64::from(rotated));
-                    // Pairs that rotate often within the original context stay as they are, and those that hardly do are
-                    // interpolated (Llama 3.1's `apply_scaling`).
+                    // Pairs that rotate often within the original context stay as they are, and those that
+                    // hardly do are interpolated (Llama 3.1's `apply_scaling`).
                     let rotations = f64::from(original) * frequency / std::f64::consts::TAU;
                     let kept = ((rotations - low) / (high - low)).clamp(0.0, 1.0);
                     (1.0 / ((1.0 - kept) / factor + kept)) as f32

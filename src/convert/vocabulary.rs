@@ -200,9 +200,10 @@ fn pair(merge: &Value) -> Option<(&str, &str)> {
 
 /// Scores that merge in the order of `merges`.
 ///
-/// SentencePiece's BPE merges any two neighbours that are a token together, the token with the highest score first. A list of merges
-/// that was made from scores has every way to put a token together from two others, and all ways for one token in a row; the
-/// place of the row is then as good as the score. A list that is not like this has no scores.
+/// SentencePiece's BPE merges any two neighbours that are a token together, the token with the highest score
+/// first. A list of merges that was made from scores has every way to put a token together from two others,
+/// and all ways for one token in a row; the place of the row is then as good as the score. A list that is not
+/// like this has no scores.
 fn scores(model: &Json, tokens: &Tokens, merges: &[(&str, &str)]) -> Result<Vec<f32>> {
     let is_added = |id: u32| matches!(tokens.kinds[id as usize], CONTROL | USER_DEFINED | UNKNOWN);
     let mut pairs: HashMap<(&str, &str), ()> = HashMap::with_capacity(merges.len());

@@ -1,4 +1,5 @@
-//! GGUF model files: a checked directory over mapped bytes. Nothing is copied; a split model has several sources.
+//! GGUF model files: a checked directory over mapped bytes. Nothing is copied; a split model has several
+//! sources.
 
 mod parse;
 pub mod write;
@@ -102,7 +103,8 @@ impl TensorInfo<'_> {
 }
 
 impl Gguf {
-    /// Maps a file and checks its header. If it is the first of a split model, maps its siblings in the same folder too.
+    /// Maps a file and checks its header. If it is the first of a split model, maps its siblings in the same
+    /// folder too.
     ///
     /// # Errors
     /// [`Error::Io`] or [`Error::Gguf`].
@@ -161,8 +163,8 @@ impl Gguf {
         Gguf::from_header(source, file_bytes)
     }
 
-    /// Checks the header of a file of `file_bytes` from its first bytes alone. Its tensors have shapes but no data:
-    /// reading data is [`Error::FileChanged`].
+    /// Checks the header of a file of `file_bytes` from its first bytes alone. Its tensors have shapes but no
+    /// data: reading data is [`Error::FileChanged`].
     ///
     /// # Errors
     /// [`Error::Gguf`].
@@ -372,7 +374,8 @@ impl Gguf {
         }
     }
 
-    /// An integer or an array of integers, as `len` values: a scalar stands for all of them. `None` if absent.
+    /// An integer or an array of integers, as `len` values: a scalar stands for all of them. `None` if
+    /// absent.
     ///
     /// # Errors
     /// [`GgufError::ValueType`] or [`GgufError::Invalid`] if an array has another length or a negative value.

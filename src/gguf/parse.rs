@@ -1,8 +1,8 @@
 //! The header parser, which checks untrusted bytes. This is the security boundary for model files.
 //!
-//! Every count is compared with the remaining bytes before an allocation, all arithmetic is checked, and nothing is
-//! copied: strings and arrays are byte ranges of the file. Format: GGML's `docs/gguf.md`, versions 2 and 3,
-//! little-endian.
+//! Every count is compared with the remaining bytes before an allocation, all arithmetic is checked, and
+//! nothing is copied: strings and arrays are byte ranges of the file. Format: GGML's `docs/gguf.md`, versions
+//! 2 and 3, little-endian.
 
 use std::collections::HashSet;
 use std::ops::Range;
@@ -211,8 +211,8 @@ pub struct Value {
     pub bytes: Range<usize>,
 }
 
-/// Flag in a tensor's type id for interleaved rows ([`Layout::Interleaved`]). It is Halite's own: other readers reject
-/// the unknown type, and so never misread the rows.
+/// Flag in a tensor's type id for interleaved rows ([`Layout::Interleaved`]). It is Halite's own: other
+/// readers reject the unknown type, and so never misread the rows.
 pub const INTERLEAVED: u32 = 1 << 16;
 
 /// One tensor of the file's directory.

@@ -121,7 +121,8 @@ pub struct Writer {
 }
 
 impl Writer {
-    /// Creates an empty file whose tensor data are aligned to `alignment` bytes, a power of two from 8; usually 32.
+    /// Creates an empty file whose tensor data are aligned to `alignment` bytes, a power of two from 8;
+    /// usually 32.
     ///
     /// # Errors
     /// [`Error::Argument`] for another alignment.
@@ -163,8 +164,8 @@ impl Writer {
     /// Adds a tensor of one to four dimensions, row length first.
     ///
     /// # Errors
-    /// [`Error::Argument`] for an invalid or duplicate name, rows that are not whole blocks, or a size that does not
-    /// fit in 63 bits.
+    /// [`Error::Argument`] for an invalid or duplicate name, rows that are not whole blocks, or a size that
+    /// does not fit in 63 bits.
     pub fn tensor(&mut self, name: &str, dims: &[u64], format: Format) -> Result<()> {
         self.tensor_in(Layout::Rows, name, dims, format)
     }

@@ -1,5 +1,5 @@
-//! BERT (Devlin et al. 2019): an encoder with attention in both directions and norms after the blocks. Nomic's model
-//! (Nussbaum et al. 2024) has rotary positions and a gated feed-forward block.
+//! BERT (Devlin et al. 2019): an encoder with attention in both directions and norms after the blocks.
+//! Nomic's model (Nussbaum et al. 2024) has rotary positions and a gated feed-forward block.
 
 use super::Hparams;
 use super::network::{Attention, Network};

@@ -1,5 +1,5 @@
-//! Command R7B and A (Cohere 2024, 2025): parallel attention and feed-forward blocks, a factor on the logits. Three of
-//! four layers have a sliding window and positions; the fourth has neither.
+//! Command R7B and A (Cohere 2024, 2025): parallel attention and feed-forward blocks, a factor on the logits.
+//! Three of four layers have a sliding window and positions; the fourth has neither.
 
 use super::Hparams;
 use super::network::{Attention, Network};

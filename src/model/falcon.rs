@@ -1,5 +1,5 @@
-//! Falcon (Almazrouei et al. 2023): parallel attention and feed-forward blocks, which share a norm in the smaller model
-//! and have one each in the larger.
+//! Falcon (Almazrouei et al. 2023): parallel attention and feed-forward blocks, which share a norm in the
+//! smaller model and have one each in the larger.
 
 use super::Hparams;
 use super::network::{Attention, Network};

@@ -1,5 +1,5 @@
-//! Gemma 2 and 3 (Gemma Team 2024, 2025): norms before and after each block, sliding-window attention in most layers. Gemma 2
-//! caps its logits; Gemma 3 normalises queries and keys instead.
+//! Gemma 2 and 3 (Gemma Team 2024, 2025): norms before and after each block, sliding-window attention in most
+//! layers. Gemma 2 caps its logits; Gemma 3 normalises queries and keys instead.
 
 use super::Hparams;
 use super::network::{Attention, Network, QkNorm, Rope};
@@ -29,8 +29,8 @@ pub(super) fn record_3(h: &Hparams, b: &mut Builder<'_>) {
 struct Gemma<'r> {
     /// Period of the layers: the last of each period sees the whole context.
     window_period: u32,
-    /// Layers of the largest model, which scales attention by the embedding's width per head; the others scale it by the
-    /// key's.
+    /// Layers of the largest model, which scales attention by the embedding's width per head; the others
+    /// scale it by the key's.
     blocks_27b: u32,
     qk_norm: Option<QkNorm>,
     global_rope: &'r Rope,

@@ -1,5 +1,5 @@
-//! gpt-oss (OpenAI 2025): mixtures of experts with a clamped gate, attention sinks, and a sliding window in every other
-//! layer.
+//! gpt-oss (OpenAI 2025): mixtures of experts with a clamped gate, attention sinks, and a sliding window in
+//! every other layer.
 
 use super::Hparams;
 use super::network::{Attention, Network};

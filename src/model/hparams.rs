@@ -341,7 +341,8 @@ impl Hparams {
         }
     }
 
-    /// Whether a layer has the sliding window: as the file says, or all but the last of every `period` layers.
+    /// Whether a layer has the sliding window: as the file says, or all but the last of every `period`
+    /// layers.
     pub(crate) fn is_windowed(&self, layer: u32, period: u32) -> bool {
         match &self.sliding_window_pattern {
             Some(pattern) => pattern.get(layer as usize).copied().unwrap_or(false),
@@ -351,8 +352,8 @@ impl Hparams {
 
     /// Returns the radians per position of each rotated pair, and the factor on sine and cosine.
     ///
-    /// Pair i of n has the frequency `base^(-i / n)`. Linear scaling divides it by a factor. YaRN interpolates between
-    /// both, by how often the pair rotates within the original context.
+    /// Pair i of n has the frequency `base^(-i / n)`. Linear scaling divides it by a factor. YaRN
+    /// interpolates between both, by how often the pair rotates within the original context.
     pub(crate) fn rope_frequencies(&self, base: f32, scaling: RopeScaling) -> (Arc<[f32]>, f32) {
         let dims = f64::from(self.rope_dimension_count);
         let base = f64::from(base);

@@ -1,4 +1,5 @@
-//! Llama 2 and 3, Mistral and Ministral, and Mixtral's mixture of experts (Touvron et al. 2023; Jiang et al. 2023, 2024).
+//! Llama 2 and 3, Mistral and Ministral, and Mixtral's mixture of experts (Touvron et al. 2023; Jiang et al.
+//! 2023, 2024).
 
 use super::Hparams;
 use super::network::{Attention, Network};

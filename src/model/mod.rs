@@ -1,5 +1,5 @@
-//! Model families as plain programs. A family reads its hyper-parameters from the file and records ops; it knows no
-//! backend.
+//! Model families as plain programs. A family reads its hyper-parameters from the file and records ops; it
+//! knows no backend.
 
 mod bert;
 mod cohere2;
@@ -129,12 +129,12 @@ impl Model {
         Ok(Model { gguf, hparams, record, adapters: Vec::new(), warnings })
     }
 
-    /// Adds a low-rank adapter (LoRA) with a scale to the model; several adapters add up. The weights of the model and
-    /// of the adapter stay in their files, unchanged.
+    /// Adds a low-rank adapter (LoRA) with a scale to the model; several adapters add up. The weights of the
+    /// model and of the adapter stay in their files, unchanged.
     ///
     /// # Errors
-    /// [`Error::Gguf`] or [`Error::Model`] for a file that is not an adapter of this architecture. [`Model::program`]
-    /// reports tensors that do not fit the model.
+    /// [`Error::Gguf`] or [`Error::Model`] for a file that is not an adapter of this architecture.
+    /// [`Model::program`] reports tensors that do not fit the model.
     pub fn adapt(&mut self, adapter: Gguf, scale: f32) -> Result<()> {
         let _floats = DefaultFloats::set();
         let prefix = format!("lora{}.", self.adapters.len());
@@ -172,10 +172,12 @@ impl Model {
         name.unwrap_or(&self.hparams.architecture).chars().filter(|c| !c.is_control()).take(256).collect()
     }
 
-    /// Returns the model's unfused program for sequences of up to `positions`. Reads only the header, no weights.
+    /// Returns the model's unfused program for sequences of up to `positions`. Reads only the header, no
+    /// weights.
     ///
     /// # Errors
-    /// [`Error::Model`] for a missing or unknown tensor or a wrong shape, [`Error::Program`] for an invalid program.
+    /// [`Error::Model`] for a missing or unknown tensor or a wrong shape, [`Error::Program`] for an invalid
+    /// program.
     pub fn program(&self, options: ProgramOptions, positions: u32) -> Result<Program> {
         let _floats = DefaultFloats::set();
         let lookup = |name: &str| {

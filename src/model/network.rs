@@ -291,8 +291,8 @@ impl<'n, 'b> Network<'n, 'b> {
         self.linear("ffn_down", "ffn_down", y, self.h.embedding_length)
     }
 
-    /// A mixture of gated feed-forward experts: a router chooses some for each token (Shazeer et al. 2017). The file's
-    /// settings of the router override `gating` and `normalise`.
+    /// A mixture of gated feed-forward experts: a router chooses some for each token (Shazeer et al. 2017).
+    /// The file's settings of the router override `gating` and `normalise`.
     pub fn experts(&mut self, x: TensorId, gating: Gating, normalise: bool, act: Gate) -> TensorId {
         let (h, n) = (self.h, self.h.expert_count);
         let (cols, hidden) = (h.embedding_length, h.expert_feed_forward_length.unwrap_or(self.hidden()));
@@ -355,9 +355,9 @@ impl<'n, 'b> Network<'n, 'b> {
         self.b.outputs().hidden = Some(x);
     }
 
-    /// The end of a decoder: selects the output rows and computes their logits, times a factor. The most likely token and
-    /// the most likely tokens are computed in segments of their own. Without an output matrix in the file, the output
-    /// matrix is the embedding table.
+    /// The end of a decoder: selects the output rows and computes their logits, times a factor. The most
+    /// likely token and the most likely tokens are computed in segments of their own. Without an output
+    /// matrix in the file, the output matrix is the embedding table.
     pub fn head(mut self, x: TensorId, scale: f32) {
         self.b.segment("output");
         self.prefix.clear();

@@ -1,5 +1,5 @@
-//! OLMo 2 and 3 (OLMo Team 2024, 2025): norms after each block instead of before, queries and keys normalised over all heads;
-//! OLMo 3 has a sliding window in three layers of four.
+//! OLMo 2 and 3 (OLMo Team 2024, 2025): norms after each block instead of before, queries and keys normalised
+//! over all heads; OLMo 3 has a sliding window in three layers of four.
 
 use super::Hparams;
 use super::network::{Attention, Network, QkNorm};

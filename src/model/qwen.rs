@@ -1,5 +1,5 @@
-//! Qwen 2 and 2.5 (Yang et al. 2024): Llama with biases on queries, keys and values. Qwen 3 (Yang et al. 2025): without
-//! them, but with normalised queries and keys, and mixtures of experts.
+//! Qwen 2 and 2.5 (Yang et al. 2024): Llama with biases on queries, keys and values. Qwen 3 (Yang et al.
+//! 2025): without them, but with normalised queries and keys, and mixtures of experts.
 
 use super::Hparams;
 use super::network::{Attention, Network, QkNorm};

@@ -1,4 +1,5 @@
-//! SmolLM3 (Hugging Face 2025): Llama without positions in every fourth layer (Yang et al. 2025, "RoPE to NoPE and back").
+//! SmolLM3 (Hugging Face 2025): Llama without positions in every fourth layer (Yang et al. 2025, "RoPE to
+//! NoPE and back").
 
 use super::Hparams;
 use super::network::{Attention, Network};

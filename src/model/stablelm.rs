@@ -1,5 +1,5 @@
-//! StableLM (Stability AI 2023; Bellagente et al. 2024): Llama with layer norms and partial rotary embeddings. If the
-//! feed-forward block has no norm, it reads the same input as attention.
+//! StableLM (Stability AI 2023; Bellagente et al. 2024): Llama with layer norms and partial rotary
+//! embeddings. If the feed-forward block has no norm, it reads the same input as attention.
 
 use super::Hparams;
 use super::network::{Attention, Network};

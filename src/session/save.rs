@@ -12,9 +12,9 @@
 //! | rest | for each KV group: 4, the index of the first kept page; then the pages from there on in order, each of all states of the group: [`State::page_bytes`](crate::program::State::page_bytes) |
 //! | 8 | XXH3 of everything before |
 //!
-//! The two hashes detect accidents: a damaged file, another model, the same model after more training. They have no
-//! key, so anyone can make a file that passes, with any tokens and any cache. Restore sequences only from sources
-//! that you trust to decide what the model says.
+//! The two hashes detect accidents: a damaged file, another model, the same model after more training. They
+//! have no key, so anyone can make a file that passes, with any tokens and any cache. Restore sequences only
+//! from sources that you trust to decide what the model says.
 
 use std::hash::Hasher as _;
 use std::io::{self, Read, Write};
@@ -76,8 +76,8 @@ impl Session {
     /// Restores a sequence that [`Session::save`] wrote. On an error, the session stays unchanged.
     ///
     /// # Errors
-    /// [`Error::Saved`] if the data is damaged, not a saved sequence, of another model, or of another cache layout;
-    /// [`Error::ContextFull`] if it does not fit, [`Error::Io`], or errors of the backend.
+    /// [`Error::Saved`] if the data is damaged, not a saved sequence, of another model, or of another cache
+    /// layout; [`Error::ContextFull`] if it does not fit, [`Error::Io`], or errors of the backend.
     pub fn restore(&mut self, from: &mut dyn Read) -> Result<SequenceId> {
         let mut from = Hashing { inner: from, hasher: Hasher::new() };
         let tokens = self.read_header(&mut from)?;

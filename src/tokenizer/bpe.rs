@@ -1,5 +1,5 @@
-//! Byte-level byte-pair encoding (Sennrich et al. 2016; Radford et al. 2019): each word's bytes, written as printable
-//! characters, are merged in order of rank.
+//! Byte-level byte-pair encoding (Sennrich et al. 2016; Radford et al. 2019): each word's bytes, written as
+//! printable characters, are merged in order of rank.
 
 use std::collections::{BinaryHeap, HashMap};
 
@@ -121,7 +121,8 @@ struct Symbol {
     next: Option<usize>,
 }
 
-/// GPT-2's printable stand-ins: printable Latin-1 characters are themselves, the others follow from U+0100 on.
+/// GPT-2's printable stand-ins: printable Latin-1 characters are themselves, the others follow from U+0100
+/// on.
 fn byte_chars() -> [char; 256] {
     let mut next = 0x100;
     std::array::from_fn(|b| {

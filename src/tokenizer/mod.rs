@@ -85,16 +85,17 @@ pub struct Tokenizer {
 pub struct EncodeOptions {
     /// Adds the begin- and end-of-text tokens that the vocabulary defines.
     pub add_special: bool,
-    /// Parses control tokens in the text, except in text from [`Tokenizer::quote`]. Leave it off for untrusted text.
+    /// Parses control tokens in the text, except in text from [`Tokenizer::quote`]. Leave it off for
+    /// untrusted text.
     pub parse_special: bool,
 }
 
-/// Inserted into quoted text to break up control tokens; encodes to nothing. It is a noncharacter, which Unicode
-/// reserves for internal use (Unicode 16, section 23.7).
+/// Inserted into quoted text to break up control tokens; encodes to nothing. It is a noncharacter, which
+/// Unicode reserves for internal use (Unicode 16, section 23.7).
 const APART: char = '\u{fdd0}';
 
-/// Key of the maximum characters of a WordPiece word; a longer word is unknown. It is Halite's own key, because
-/// GGUF has none.
+/// Key of the maximum characters of a WordPiece word; a longer word is unknown. It is Halite's own key,
+/// because GGUF has none.
 pub(crate) const MAX_WORD_CHARS: &str = "halite.tokenizer.max_input_chars_per_word";
 
 /// Texts of tokens that end a generation even if the metadata do not say so.
@@ -133,11 +134,12 @@ const CONTROL_TEXTS: &[&str] = &[
 ];
 
 impl Tokenizer {
-    /// Reads the tokenizer of a file; `None` if the file has no vocabulary (`tokenizer.ggml.model` is `none` or absent).
+    /// Reads the tokenizer of a file; `None` if the file has no vocabulary (`tokenizer.ggml.model` is `none`
+    /// or absent).
     ///
     /// # Errors
-    /// [`Error::Tokenizer`] for an unsupported tokenizer or an inconsistent vocabulary, [`Error::Gguf`] for metadata of
-    /// a wrong type.
+    /// [`Error::Tokenizer`] for an unsupported tokenizer or an inconsistent vocabulary, [`Error::Gguf`] for
+    /// metadata of a wrong type.
     pub fn from_gguf(gguf: &Gguf) -> Result<Option<Tokenizer>> {
         let Some(model) = gguf.optional_str("tokenizer.ggml.model")? else { return Ok(None) };
         if matches!(model, "none" | "no_vocab") {
@@ -329,8 +331,8 @@ impl Tokenizer {
         out
     }
 
-    /// Quotes untrusted text, so that its control tokens encode as plain text. A control token of a single character
-    /// cannot be quoted.
+    /// Quotes untrusted text, so that its control tokens encode as plain text. A control token of a single
+    /// character cannot be quoted.
     pub fn quote(&self, text: &str) -> String {
         let mut quoted = String::with_capacity(text.len());
         for (at, c) in text.char_indices() {
@@ -388,8 +390,8 @@ impl Tokenizer {
     }
 
     /// Appends the bytes of a token. Control tokens have no bytes unless `special` is set. Ids beyond the
-    /// vocabulary never have bytes: a model whose embedding has more rows than the vocabulary may generate them.
-    /// [`Tokenizer::check`] finds such ids.
+    /// vocabulary never have bytes: a model whose embedding has more rows than the vocabulary may generate
+    /// them. [`Tokenizer::check`] finds such ids.
     pub fn decode_token(&self, id: u32, special: bool, out: &mut Vec<u8>) {
         let (Some(kind), text) = (self.kind(id), self.vocabulary.text(id)) else { return };
         match (kind, &self.algorithm) {
@@ -405,8 +407,8 @@ impl Tokenizer {
         }
     }
 
-    /// Decodes tokens to text, as [`Tokenizer::decode_token`] does. Bytes that are not UTF-8 become replacement
-    /// characters.
+    /// Decodes tokens to text, as [`Tokenizer::decode_token`] does. Bytes that are not UTF-8 become
+    /// replacement characters.
     pub fn decode(&self, ids: &[u32], special: bool) -> String {
         let mut bytes = Vec::new();
         for &id in ids {
@@ -434,7 +436,8 @@ pub struct Detokenizer {
 }
 
 impl Detokenizer {
-    /// Adds a token and appends the text that is now complete to `out`. Control tokens have none unless `special` is set.
+    /// Adds a token and appends the text that is now complete to `out`. Control tokens have none unless
+    /// `special` is set.
     pub fn push(&mut self, tokenizer: &Tokenizer, id: u32, special: bool, out: &mut String) {
         tokenizer.decode_token(id, special, &mut self.pending);
         let mut done = 0;

@@ -1,5 +1,5 @@
-//! Pre-tokenizers: they split text into words before byte-level BPE. Each kind of `tokenizer.ggml.pre` is a row of a
-//! table.
+//! Pre-tokenizers: they split text into words before byte-level BPE. Each kind of `tokenizer.ggml.pre` is a
+//! row of a table.
 
 use regex_automata::meta::Regex;
 use regex_automata::{Anchored, Input};
@@ -52,7 +52,8 @@ const DEEPSEEK_LETTERS: &str = concat!(
     r"𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃]+"
 );
 
-/// The patterns of published models (in `tokenizer.json`) and llama.cpp's default, by their names in GGUF files.
+/// The patterns of published models (in `tokenizer.json`) and llama.cpp's default, by their names in GGUF
+/// files.
 const KINDS: &[Kind] = &[
     Kind {
         names: &["default"],

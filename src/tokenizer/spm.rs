@@ -1,5 +1,5 @@
-//! SentencePiece BPE: neighbours are merged in order of decreasing score (Kudo & Richardson 2018). Text that the
-//! vocabulary lacks is encoded as byte tokens.
+//! SentencePiece BPE: neighbours are merged in order of decreasing score (Kudo & Richardson 2018). Text that
+//! the vocabulary lacks is encoded as byte tokens.
 
 use std::collections::BinaryHeap;
 

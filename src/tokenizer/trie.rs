@@ -1,6 +1,6 @@
-//! A trie over some of a vocabulary's texts, to find all tokens that are prefixes of a text. It has a node per
-//! byte that two texts share, and one node for the rest of a text. Its size is proportional to the texts, and
-//! a search takes at most as many steps as the longest text has bytes.
+//! A trie over some of a vocabulary's texts, to find all tokens that are prefixes of a text. It has a node
+//! per byte that two texts share, and one node for the rest of a text. Its size is proportional to the texts,
+//! and a search takes at most as many steps as the longest text has bytes.
 
 use super::vocabulary::Vocabulary;
 

@@ -1,5 +1,5 @@
-//! Unigram vocabularies (Kudo 2018) of SentencePiece: a text is encoded as the tokens whose log-probabilities have the
-//! greatest sum.
+//! Unigram vocabularies (Kudo 2018) of SentencePiece: a text is encoded as the tokens whose log-probabilities
+//! have the greatest sum.
 
 use super::TokenKind;
 use super::trie::Trie;
@@ -66,8 +66,8 @@ impl Unigram {
             if from.len == 0 && start > 0 {
                 continue;
             }
-            // A token that starts later and ends at the same byte is shorter: on equal scores, the longer last
-            // token stays.
+            // A token that starts later and ends at the same byte is shorter: on equal scores, the longer
+            // last token stays.
             let mut improve = |len: usize, id: u32, score: f64| {
                 let place = &mut best[start + len];
                 if place.len == 0 || from.score + score > place.score {
@@ -134,8 +134,8 @@ impl Unigram {
     }
 }
 
-/// SentencePiece's `precompiled_charsmap`: the bytes of a double array (Aoe 1989, as laid out by Darts-clone), then texts that
-/// end in NUL.
+/// SentencePiece's `precompiled_charsmap`: the bytes of a double array (Aoe 1989, as laid out by
+/// Darts-clone), then texts that end in NUL.
 #[derive(Debug)]
 struct Replacements {
     units: Vec<u32>,

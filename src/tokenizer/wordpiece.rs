@@ -1,5 +1,5 @@
-//! WordPiece vocabularies (Schuster & Nakajima 2012; Devlin et al. 2018): words are split greedily into the longest
-//! pieces in the vocabulary. The first piece of a word begins with U+2581, the others do not.
+//! WordPiece vocabularies (Schuster & Nakajima 2012; Devlin et al. 2018): words are split greedily into the
+//! longest pieces in the vocabulary. The first piece of a word begins with U+2581, the others do not.
 
 use regex_automata::meta::Regex;
 use unicode_normalization::UnicodeNormalization;
@@ -76,8 +76,8 @@ impl WordPiece {
         }
     }
 
-    /// Encodes a word as the longest piece, then the longest that continues it, and so on; as one unknown token
-    /// if there is no such piece, or if the word is too long.
+    /// Encodes a word as the longest piece, then the longest that continues it, and so on; as one unknown
+    /// token if there is no such piece, or if the word is too long.
     fn encode_word(&self, word: &str, vocabulary: &Vocabulary, out: &mut Vec<u32>) {
         let (before, mut rest) = (out.len(), word.as_bytes());
         let too_long = word.chars().skip(1).nth(self.max_chars).is_some();

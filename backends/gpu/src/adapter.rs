@@ -103,8 +103,8 @@ impl Adapter {
         fits.then_some(Cooperative { side, subgroup })
     }
 
-    /// Whether the device runs shaders on the CPU with wide vectors, and so with a fast compiler: compilers for narrow
-    /// vectors take minutes and gigabytes for long shaders.
+    /// Whether the device runs shaders on the CPU with wide vectors, and so with a fast compiler: compilers
+    /// for narrow vectors take minutes and gigabytes for long shaders.
     fn is_wide_cpu(&self) -> bool {
         self.info.device_type == wgpu::DeviceType::Cpu && self.info.subgroup_max_size >= 8
     }
@@ -157,9 +157,9 @@ impl Adapter {
         wanted.set(wgpu::Features::SHADER_F16, paths.f16);
         wanted.set(MATRICES, paths.cooperative.is_some());
         let experimental_features = match paths.cooperative {
-            // SAFETY: only callers that set `GpuOptions::cooperative`, whose docs name the risk, enable the experimental
-            // feature. The shader that uses it passes naga's validation, and addresses its own workgroup memory within
-            // constant bounds.
+            // SAFETY: only callers that set `GpuOptions::cooperative`, whose docs name the risk, enable the
+            // experimental feature. The shader that uses it passes naga's validation, and addresses its own
+            // workgroup memory within constant bounds.
             #[allow(unsafe_code)]
             Some(_) => unsafe { wgpu::ExperimentalFeatures::enabled() },
             None => wgpu::ExperimentalFeatures::disabled(),

@@ -1,4 +1,5 @@
-//! A cache of compiled shaders on disk, where the API supports it (Vulkan): one file per device, in the user's folder.
+//! A cache of compiled shaders on disk, where the API supports it (Vulkan): one file per device, in the
+//! user's folder.
 //!
 //! | Bytes | What |
 //! |---|---|
@@ -8,8 +9,9 @@
 //! | rest | the driver's data |
 //! | 8 | XXH3 of everything before |
 //!
-//! The hashes detect accidents: a damaged file, or another driver's, which is then ignored. They have no key, and a driver
-//! may trust the data: anyone who can write to the folder may be able to run code in this process.
+//! The hashes detect accidents: a damaged file, or another driver's, which is then ignored. They have no key,
+//! and a driver may trust the data: anyone who can write to the folder may be able to run code in this
+//! process.
 
 use std::hash::Hasher as _;
 use std::io::{ErrorKind, Write as _};
@@ -70,7 +72,8 @@ impl Cache {
     /// Reads a device's file in the folder. Ignores a damaged file.
     ///
     /// # Errors
-    /// [`Error::Io`] if the file exists but cannot be read, [`Error::Backend`] if the device does not support a cache.
+    /// [`Error::Io`] if the file exists but cannot be read, [`Error::Backend`] if the device does not support
+    /// a cache.
     pub fn open(device: &wgpu::Device, info: &wgpu::AdapterInfo, folder: &Path) -> Result<Cache> {
         let key = wgpu::util::pipeline_cache_key(info)
             .filter(|_| device.features().contains(wgpu::Features::PIPELINE_CACHE))
@@ -95,8 +98,8 @@ impl Cache {
             // Ignore another driver's data.
             fallback: true,
         };
-        // SAFETY: `PipelineCache::get_data` returned the data, as the checksum shows, unless somebody with write access to
-        // the folder forged it on purpose.
+        // SAFETY: `PipelineCache::get_data` returned the data, as the checksum shows, unless somebody with
+        // write access to the folder forged it on purpose.
         #[allow(unsafe_code)]
         let cache = unsafe { device.create_pipeline_cache(&descriptor) };
         Ok(Cache { cache, file, device: id, kept: Mutex::new(kept.map(checksum)) })
@@ -106,7 +109,8 @@ impl Cache {
         &self.cache
     }
 
-    /// Writes the compiled shaders, if there are new ones. If others write at the same time, the last one wins.
+    /// Writes the compiled shaders, if there are new ones. If others write at the same time, the last one
+    /// wins.
     ///
     /// # Errors
     /// [`Error::Io`].

@@ -1,8 +1,9 @@
 //! The GPU backend: compute shaders on Vulkan, Metal, DX12 or WebGPU, by wgpu.
 //!
-//! `halite-shaders` assembles WGSL; `lower` turns a program into dispatches; `plan.rs` runs all dispatches of a step in one
-//! submission; `adapter.rs` finds devices; `clock.rs` reads the device's clock. Weights are interleaved in formats that
-//! support it ([`halite::backend::Rows`]), so that neighbouring invocations read neighbouring words.
+//! `halite-shaders` assembles WGSL; `lower` turns a program into dispatches; `plan.rs` runs all dispatches of
+//! a step in one submission; `adapter.rs` finds devices; `clock.rs` reads the device's clock. Weights are
+//! interleaved in formats that support it ([`halite::backend::Rows`]), so that neighbouring invocations read
+//! neighbouring words.
 #![deny(unsafe_code)]
 
 mod adapter;
@@ -100,10 +101,11 @@ pub struct GpuOptions {
     pub memory_bytes: Option<u64>,
     /// Features not to use, for tests: `subgroups`, `integer`, `f16`.
     pub without: Vec<String>,
-    /// Use the device's matrix units (cooperative matrices) for prefill, with activations and weights rounded to half
-    /// precision. It is experimental in wgpu: bugs in wgpu or drivers may be undefined behaviour.
+    /// Use the device's matrix units (cooperative matrices) for prefill, with activations and weights rounded
+    /// to half precision. It is experimental in wgpu: bugs in wgpu or drivers may be undefined behaviour.
     pub cooperative: bool,
-    /// Folder for a cache of compiled shaders, so that the next start need not compile them; by default no cache.
+    /// Folder for a cache of compiled shaders, so that the next start need not compile them; by default no
+    /// cache.
     pub shader_cache: Option<PathBuf>,
 }
 
@@ -147,7 +149,8 @@ impl Gpu {
     /// Opens a device.
     ///
     /// # Errors
-    /// [`Error::Backend`] with the APIs that were tried if there is no device, or the reason why it cannot be opened.
+    /// [`Error::Backend`] with the APIs that were tried if there is no device, or the reason why it cannot be
+    /// opened.
     pub fn new(options: &GpuOptions) -> Result<Gpu> {
         let adapter = adapter::choose(options.adapter.as_deref())?;
         let mut paths = adapter.paths();
@@ -323,9 +326,10 @@ impl Device {
         let checks =
             wgpu::ShaderRuntimeChecks { force_loop_bounding: false, int_div_checks: false, ..checked };
         let text = wgpu::ShaderSource::Wgsl(source.as_str().into());
-        // SAFETY: accesses to buffers stay checked. The loops of `halite-shaders` end, whatever the buffers contain: each counts
-        // to a bound that it does not change. Divisors are constants above zero, or the number of splits, which is at least
-        // one. Loop counters of wgpu would prevent a driver's compiler from unrolling loops.
+        // SAFETY: accesses to buffers stay checked. The loops of `halite-shaders` end, whatever the buffers
+        // contain: each counts to a bound that it does not change. Divisors are constants above zero, or the
+        // number of splits, which is at least one. Loop counters of wgpu would prevent a driver's compiler
+        // from unrolling loops.
         #[allow(unsafe_code)]
         let module = unsafe {
             let descriptor = wgpu::ShaderModuleDescriptor { label, source: text };

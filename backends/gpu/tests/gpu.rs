@@ -50,7 +50,7 @@ fn matrix_units_conform() {
     if none {
         let adapter = std::env::var("HALITE_GPU").ok().filter(|name| !name.is_empty());
         let refused = Gpu::new(&GpuOptions { adapter, ..asked }).unwrap_err().to_string();
-        assert!(refused.contains("no matrix units"), "{refused}");
+        assert!(refused.contains("no f16 matrix units"), "{refused}");
         return;
     }
     let device = open(&asked).unwrap();

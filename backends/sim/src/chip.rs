@@ -104,7 +104,8 @@ impl Chip {
         &self.profile.memory[self.scratch]
     }
 
-    /// Rates of products by number: activations, weights. Without a matrix unit they are those of the vector unit.
+    /// Rates of products by number: activations, weights. Without a matrix unit they are those of the vector
+    /// unit.
     fn rates(&self) -> impl Iterator<Item = (usize, Dtype, Dtype)> {
         let matrix = self.profile.matrix.iter().flat_map(|m| &m.rate).map(|r| (r.activations, r.weights));
         let vector = self.profile.vector.rate.iter().map(|r| (r.dtype, r.dtype));
@@ -112,7 +113,8 @@ impl Chip {
         matrix.chain(vector.filter(move |_| without)).enumerate().map(|(i, (x, w))| (i, x, w))
     }
 
-    /// Returns how a weight is multiplied: in the chip's format nearest to the weight's, or in the requested one.
+    /// Returns how a weight is multiplied: in the chip's format nearest to the weight's, or in the requested
+    /// one.
     pub fn multiplication(&self, weight: Format, k: u32) -> Multiplication {
         let preferences = match self.products {
             Some(wanted) => vec![wanted],
@@ -134,7 +136,8 @@ impl Chip {
         Multiplication { rate, x, w, converts, unpacks }
     }
 
-    /// The rate of attention's products: the fastest float format of at least half precision, or the fastest of all.
+    /// The rate of attention's products: the fastest float format of at least half precision, or the fastest
+    /// of all.
     pub fn attention_rate(&self) -> usize {
         let keeps = [Dtype::Bf16, Dtype::Fp16, Dtype::Tf32, Dtype::Fp32];
         let float = keeps.iter().find_map(|d| self.rates().find(|&(_, x, w)| x == *d && w == *d));
@@ -336,8 +339,8 @@ fn stored_as(weight: Format) -> Option<Dtype> {
     }
 }
 
-/// Ranks a chip's formats for a weight: the weight's own; else, for codes of up to 8 bits, 8-bit formats, integers
-/// first; else floats from the narrowest with 8 bits of precision.
+/// Ranks a chip's formats for a weight: the weight's own; else, for codes of up to 8 bits, 8-bit formats,
+/// integers first; else floats from the narrowest with 8 bits of precision.
 fn preferences(weight: Format) -> Vec<Dtype> {
     use Dtype::*;
     let own = stored_as(weight);

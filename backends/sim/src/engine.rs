@@ -1,8 +1,8 @@
 //! The event engine: simulates the time of lowered ops.
 //!
-//! Each queue of each tile executes its commands in order, as waits allow. A DMA queue has several requests in flight, so
-//! that the setup of one overlaps the transfer of another. All transfers share the bandwidth of device memory equally; each
-//! is at most as fast as its engine. A signal takes the profile's time to arrive.
+//! Each queue of each tile executes its commands in order, as waits allow. A DMA queue has several requests
+//! in flight, so that the setup of one overlaps the transfer of another. All transfers share the bandwidth of
+//! device memory equally; each is at most as fast as its engine. A signal takes the profile's time to arrive.
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};

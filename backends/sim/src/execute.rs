@@ -1,13 +1,14 @@
-//! Runs lowered ops for their results: every command moves or computes real bytes. Mistakes that a chip would not detect
-//! are errors here: reads of unwritten bytes, writes to a slot in use, deadlocks, and accesses outside the scratchpad or an
-//! operand.
+//! Runs lowered ops for their results: every command moves or computes real bytes. Mistakes that a chip would
+//! not detect are errors here: reads of unwritten bytes, writes to a slot in use, deadlocks, and accesses
+//! outside the scratchpad or an operand.
 
 use super::chip::Chip;
 use super::tile::{Action, Command, Lowered, Operand, Piece, Queue, Slot, Step, TileProgram};
 use halite::rng::SplitMix64;
 use halite::{Error, Result};
 
-/// Computes the steps of an op. Slices are the command's slots, cut to the written bytes or to the bytes to write.
+/// Computes the steps of an op. Slices are the command's slots, cut to the written bytes or to the bytes to
+/// write.
 pub trait Function {
     /// Computes one step.
     ///

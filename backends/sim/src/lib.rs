@@ -1,8 +1,9 @@
-//! Custom accelerators, simulated from their profiles. `lower` turns ops into commands for the chip's tiles. `execute` runs
-//! the commands for their results, through scratchpads of the chip's size. `engine` runs them as events, for their time.
+//! Custom accelerators, simulated from their profiles. `lower` turns ops into commands for the chip's tiles.
+//! `execute` runs the commands for their results, through scratchpads of the chip's size. `engine` runs them
+//! as events, for their time.
 //!
-//! With [`Numerics::Exact`], results are the bits of the numeric contract; with [`Numerics::Native`], products use the
-//! chip's formats. [`estimate`] predicts times from a profile without running anything.
+//! With [`Numerics::Exact`], results are the bits of the numeric contract; with [`Numerics::Native`],
+//! products use the chip's formats. [`estimate`] predicts times from a profile without running anything.
 #![deny(unsafe_code)]
 
 mod chip;
@@ -154,8 +155,9 @@ impl Sim {
         let caps = Caps {
             name: format!("sim:{}", chip.profile.name),
             device: format!(
-                "tiles: {} of {} KiB, simulated, {} numerics",
+                "{} tile{} of {} KiB, simulated, {} numerics",
                 chip.tiles,
+                if chip.tiles == 1 { "" } else { "s" },
                 chip.scratch_bytes / 1024,
                 if exact { "exact" } else { "native" }
             ),

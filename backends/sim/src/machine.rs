@@ -180,7 +180,8 @@ impl Machine {
                     let mut values = old.map_or(vec![0.0; found], <[f32]>::to_vec);
                     let (values, ends) = values.split_at_mut(shape.value_dim);
                     let [max, sum] = ends else { return Err(unknown(step)) };
-                    // A run of chunks has a single row, which sees all of them; a single chunk may be invisible to some rows.
+                    // A run of chunks has a single row, which sees all of them; a single chunk may be
+                    // invisible to some rows.
                     let sees = seen.contains(&range.start);
                     let new = if range.len() == 1 { &new[row * found..][..found] } else { new };
                     self.isa.run(Merge {

@@ -1,7 +1,8 @@
 //! Cycles of products on a matrix unit.
 //!
-//! An array of `R x C` cells works on a product in *folds*, as many as it takes to cover the two dimensions that are laid over
-//! its rows and columns; through each fold the third dimension streams, one value a cycle. Which is which is the dataflow:
+//! An array of `R x C` cells works on a product in *folds*, as many as it takes to cover the two dimensions
+//! that are laid over its rows and columns; through each fold the third dimension streams, one value a cycle.
+//! Which is which is the dataflow:
 //!
 //! | dataflow          | over rows | over columns | streams | skew of a fold |
 //! |-------------------|-----------|--------------|---------|----------------|
@@ -9,10 +10,10 @@
 //! | weight stationary | `k`       | `n`          | `m`     | `2R + C - 2`   |
 //! | input stationary  | `k`       | `m`          | `n`     | `2R + C - 2`   |
 //!
-//! The skew is what operands take to reach the farthest cell, and with a stationary operand also what it takes to load it. A
-//! unit that is not pipelined pays it in each fold, which gives the closed forms of SCALE-Sim (Samajdar et al., ISPASS 2020, as
-//! its version 3 counts: it reports the index of the last cycle, one less than the cycles). A pipelined unit starts a fold
-//! while the one before drains, and pays once.
+//! The skew is what operands take to reach the farthest cell, and with a stationary operand also what it
+//! takes to load it. A unit that is not pipelined pays it in each fold, which gives the closed forms of
+//! SCALE-Sim (Samajdar et al., ISPASS 2020, as its version 3 counts: it reports the index of the last cycle,
+//! one less than the cycles). A pipelined unit starts a fold while the one before drains, and pays once.
 
 use halite_profiles::profile::{Dataflow, Matrix, MatrixRate};
 
@@ -32,8 +33,8 @@ pub struct Product {
 pub struct Cycles {
     /// Until the unit can take the next product.
     pub busy: f64,
-    /// From then until the last result is out. A product that waits for the result waits for this too; none where the unit is
-    /// not pipelined, which is busy until the end.
+    /// From then until the last result is out. A product that waits for the result waits for this too; none
+    /// where the unit is not pipelined, which is busy until the end.
     pub drain: f64,
 }
 
@@ -46,8 +47,9 @@ impl Cycles {
 
 /// The cycles of a product on one unit, at `rate`.
 ///
-/// A depth of `d >= 1` products a cycle shortens `k` to `ceil(k / d)`; one of `d < 1` makes each streamed value take
-/// `ceil(1 / d)` cycles. `fill_cycles` of the profile takes the place of the skew; a fold takes `min_issue_cycles` at least.
+/// A depth of `d >= 1` products a cycle shortens `k` to `ceil(k / d)`; one of `d < 1` makes each streamed
+/// value take `ceil(1 / d)` cycles. `fill_cycles` of the profile takes the place of the skew; a fold takes
+/// `min_issue_cycles` at least.
 pub fn cycles(unit: &Matrix, rate: &MatrixRate, product: Product) -> Cycles {
     let Product { m, n, k } = product;
     let (rows, columns) = (unit.rows.value, unit.columns.value);

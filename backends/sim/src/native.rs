@@ -1,9 +1,10 @@
 //! Products in a chip's own formats.
 //!
-//! Operands are rounded to the formats of the matrix unit's rate: blocks and small floats by their definitions
-//! ([`halite_profiles::numerics`]); integers with one scale for each row, `largest magnitude / largest code`, as integer accelerators are
-//! used (Dettmers et al. 2022, absmax quantisation by row). Products of such codes are summed as the rate's accumulator does:
-//! exactly in `int32`; in `fp32` in the order of the numeric contract, as a chip's own order is not in its profile.
+//! Operands are rounded to the formats of the matrix unit's rate: blocks and small floats by their
+//! definitions ([`halite_profiles::numerics`]); integers with one scale for each row,
+//! `largest magnitude / largest code`, as integer accelerators are used (Dettmers et al. 2022, absmax
+//! quantisation by row). Products of such codes are summed as the rate's accumulator does: exactly in
+//! `int32`; in `fp32` in the order of the numeric contract, as a chip's own order is not in its profile.
 
 use halite_kernels::formats::{Format, Layout};
 use halite_kernels::isa::Cpu;
@@ -14,8 +15,8 @@ use super::tile::Form;
 use halite::error::Result;
 use halite_profiles::numerics::{self, Dtype, Element, Overflow, Rounding, Rules, Scale};
 
-/// Rounds `rows` rows of `k` floats to codes of a format. A row of integers ends with its scale; blocks' scales follow the
-/// codes of their row.
+/// Rounds `rows` rows of `k` floats to codes of a format. A row of integers ends with its scale; blocks'
+/// scales follow the codes of their row.
 ///
 /// # Errors
 /// Lengths that do not fit together.
@@ -157,7 +158,8 @@ pub fn product(
         let w: &[u8] = bytemuck::cast_slice(&memory.w);
         matmul(cpu, Format::F32, MatMul { w, layout: Layout::Rows, k, x: X::F32(&memory.x), out: panel });
     } else {
-        // Sums of this many products of 8-bit codes are exact in f32 in any order; the rest is added as integers.
+        // Sums of this many products of 8-bit codes are exact in f32 in any order; the rest is added as
+        // integers.
         for (row, out) in out.chunks_exact_mut(columns.max(1)).enumerate() {
             let x = &memory.x[row * k..][..k];
             for (column, out) in out.iter_mut().enumerate() {

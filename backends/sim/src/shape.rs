@@ -190,8 +190,8 @@ impl Rows {
     }
 }
 
-/// Returns the shape of an op in a step. `ids` are the experts of the tokens, `[tokens][used]`; without them, tokens are
-/// spread evenly.
+/// Returns the shape of an op in a step. `ids` are the experts of the tokens, `[tokens][used]`; without them,
+/// tokens are spread evenly.
 ///
 /// # Errors
 /// [`Error::Program`] for an unsupported op.
@@ -386,7 +386,8 @@ pub fn chunks(position: u32, window: Option<u32>) -> Range<u32> {
 }
 
 impl Attend {
-    /// Returns the byte ranges of a KV head in a page, in the order of a page of one head: keys, values, and their scales.
+    /// Returns the byte ranges of a KV head in a page, in the order of a page of one head: keys, values, and
+    /// their scales.
     pub fn page(&self, page: u32, kv_head: u32) -> Vec<(u64, u32)> {
         let positions = u64::from(PAGE_POSITIONS);
         let (heads, head) = (u64::from(self.kv_heads), u64::from(kv_head));

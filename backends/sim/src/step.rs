@@ -26,8 +26,8 @@ pub struct Traced {
     pub busy: Vec<Busy>,
 }
 
-/// Calls `f` with each op of a step. `spans` has the first position and number of tokens of each sequence, and whether
-/// its last token has an output.
+/// Calls `f` with each op of a step. `spans` has the first position and number of tokens of each sequence,
+/// and whether its last token has an output.
 fn each_op(
     program: &Program,
     spans: &[(u32, u32)],
@@ -69,8 +69,8 @@ fn is_empty(shape: &Shape) -> bool {
     }
 }
 
-/// Simulates a step with the event engine, and returns the time of each op. `spans` has the first position and number
-/// of tokens of each sequence.
+/// Simulates a step with the event engine, and returns the time of each op. `spans` has the first position
+/// and number of tokens of each sequence.
 ///
 /// # Errors
 /// As the backend's `prepare`.

@@ -1,8 +1,8 @@
 //! Commands of a tile, one queue per engine or unit.
 //!
-//! Data moves between an op's operands in device memory and *slots* of the tile's scratchpad. Producers pass slots to
-//! consumers through [`Ring`]s, each with two counting semaphores: the numbers of filled and of freed slots. They define
-//! all waits and signals, for any number of slots; two slots make a double buffer.
+//! Data moves between an op's operands in device memory and *slots* of the tile's scratchpad. Producers pass
+//! slots to consumers through [`Ring`]s, each with two counting semaphores: the numbers of filled and of
+//! freed slots. They define all waits and signals, for any number of slots; two slots make a double buffer.
 
 use halite_kernels::formats::Format;
 
@@ -157,8 +157,8 @@ pub enum Step {
     Unpack { rows: u32, k: u32, from: Format, to: Form },
     /// `out[row][column] = Σ x[row][i] w[column][i]`.
     Product { rows: u32, columns: u32, k: u32, x: Form, w: Form },
-    /// The end of products of this many columns: the biases, if any, then the op's epilogue. It reads the products, the
-    /// biases, then the addend.
+    /// The end of products of this many columns: the biases, if any, then the op's epilogue. It reads the
+    /// products, the biases, then the addend.
     Finish { columns: u32, biases: Vec<bool> },
     /// The attention of tokens to one chunk of the cache.
     Page { rows: QueryRows, chunk: u32 },
@@ -169,7 +169,8 @@ pub enum Step {
 /// The action of a command.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Action {
-    /// Bytes from device memory to a slot, from byte `at` on; `sharers` tiles load the same at about the same time.
+    /// Bytes from device memory to a slot, from byte `at` on; `sharers` tiles load the same at about the same
+    /// time.
     Load { from: Piece, to: Slot, at: u32, sharers: u32 },
     /// Bytes of a slot, from byte `at` on, to device memory.
     Store { from: Slot, at: u32, to: Piece },
@@ -278,8 +279,8 @@ impl Builder {
         entry
     }
 
-    /// Adds a command of a unit: it reads entries, fills new entries of the rings in `writes` with the given bytes, and
-    /// then frees the entries in `frees`.
+    /// Adds a command of a unit: it reads entries, fills new entries of the rings in `writes` with the given
+    /// bytes, and then frees the entries in `frees`.
     pub fn compute<const W: usize>(
         &mut self,
         (work, step): (Work, Step),

@@ -1,8 +1,8 @@
-//! Block formats, in which numbers share a scale: the OCP MX formats (blocks of 32) and shared micro-exponents (blocks of
-//! 16, with a bit per pair).
+//! Block formats, in which numbers share a scale: the OCP MX formats (blocks of 32) and shared
+//! micro-exponents (blocks of 16, with a bit per pair).
 //!
-//! Value i of a block is `2^(E - 127 - s) * element(code i)`, where E is the scale's byte and s the shift of the value's pair
-//! (0 in formats without).
+//! Value i of a block is `2^(E - 127 - s) * element(code i)`, where E is the scale's byte and s the shift of
+//! the value's pair (0 in formats without).
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -60,7 +60,8 @@ pub enum ScaleRule {
     Ceil,
     /// As `Floor`, after rounding the largest magnitude to the element's fraction bits (ties away from zero).
     Even,
-    /// The smallest scale at which the largest magnitude does not exceed the element's: `ceil(log2(largest / max))`.
+    /// The smallest scale at which the largest magnitude does not exceed the element's:
+    /// `ceil(log2(largest / max))`.
     Rceil,
 }
 
@@ -134,8 +135,8 @@ impl BlockFormat {
 
     /// Rounds values to blocks: a scale per `len` values, and a code per value, in the low bits of a byte.
     ///
-    /// A block of zeros has scale byte 0. A block with a NaN or an infinity is all NaN, because not every element format
-    /// has them. Formats with pairs treat values below 2^-126 as zero, by definition.
+    /// A block of zeros has scale byte 0. A block with a NaN or an infinity is all NaN, because not every
+    /// element format has them. Formats with pairs treat values below 2^-126 as zero, by definition.
     ///
     /// Errors: lengths that do not match.
     pub fn quantize(

@@ -6,8 +6,8 @@ use serde::{Deserialize, Serialize};
 /// A number format of at most 32 bits: one of the constants below. Codes lie in the low bits of a `u32`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Element {
-    /// Sign, exponent, fraction. With e the exponent field and f the fraction, the value is `2^(e - bias) * 1.f`, or
-    /// `2^(1 - bias) * 0.f` where e is 0.
+    /// Sign, exponent, fraction. With e the exponent field and f the fraction, the value is
+    /// `2^(e - bias) * 1.f`, or `2^(1 - bias) * 0.f` where e is 0.
     #[non_exhaustive]
     Float {
         /// Bits of the exponent, at most 8.
@@ -16,11 +16,11 @@ pub enum Element {
         fraction_bits: u32,
         /// Exponent bias.
         bias: i32,
-        /// Which codes are not numbers.
+        /// The codes that are not numbers.
         specials: Specials,
     },
-    /// Two's complement, times `2^-fraction_bits`. The most negative code has a value but is never produced, so that the
-    /// range is symmetric.
+    /// Two's complement, times `2^-fraction_bits`. The most negative code has a value but is never produced,
+    /// so that the range is symmetric.
     #[non_exhaustive]
     Fixed {
         /// Bits, including the sign.
@@ -30,7 +30,7 @@ pub enum Element {
     },
 }
 
-/// Which codes of a float are not numbers.
+/// The codes of a float that are not numbers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Specials {
     /// The largest exponent: infinity where the fraction is 0, else NaN.
@@ -137,8 +137,8 @@ impl Element {
         exponent(self.max())
     }
 
-    /// Returns the value of a code. It is exact, except that an int32 of more than 24 bits is rounded to f32. Bits above
-    /// the code's are ignored.
+    /// Returns the value of a code. It is exact, except that an int32 of more than 24 bits is rounded to f32.
+    /// Bits above the code's are ignored.
     pub fn decode(self, code: u32) -> f32 {
         let sign_bit = 1u32 << (self.bits() - 1);
         match self {

@@ -1,10 +1,12 @@
 //! The number formats of chips, bit for bit.
 //!
-//! An [`Element`] is one number: sign, exponent and fraction, or fixed point. A [`Block`](block::BlockFormat) is elements
-//! that share a scale. Both are data, with one `encode` and one `decode` for all; [`Dtype`] names them.
+//! An [`Element`] is one number: sign, exponent and fraction, or fixed point. A [`Block`](block::BlockFormat)
+//! is elements that share a scale. Both are data, with one `encode` and one `decode` for all; [`Dtype`] names
+//! them.
 //!
-//! Sources: OCP 8-bit Floating Point Specification (OFP8) 1.0; OCP Microscaling Formats (MX) 1.0; Rouhani et al. 2023,
-//! "With Shared Microexponents, A Little Shifting Goes a Long Way" (MX9, MX6, MX4); IEEE 754-2019 (fp16, fp32).
+//! Sources: OCP 8-bit Floating Point Specification (OFP8) 1.0; OCP Microscaling Formats (MX) 1.0; Rouhani et
+//! al. 2023, "With Shared Microexponents, A Little Shifting Goes a Long Way" (MX9, MX6, MX4); IEEE 754-2019
+//! (fp16, fp32).
 
 pub mod block;
 pub mod element;

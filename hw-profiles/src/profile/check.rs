@@ -3,7 +3,8 @@
 use super::{Driver, Managed, Profile, Quantity, Scope, is_block};
 use crate::numerics::Dtype;
 
-/// Tolerance between a stated peak and geometry x units x clock. Makers publish two digits, some only one: 0.75 as 0.8.
+/// Tolerance between a stated peak and geometry x units x clock. Makers publish two digits, some only one:
+/// 0.75 as 0.8.
 const PEAK_TOLERANCE: f64 = 0.07;
 
 /// Tolerance for a farther level to be faster than a nearer one, because both have few digits.

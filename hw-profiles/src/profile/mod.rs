@@ -1,7 +1,7 @@
 //! A chip as data: `hw-profiles/*.toml`.
 //!
-//! Each number has a source and a degree of certainty ([`Quantity`]); each key has its unit in its name. Unknown keys, and
-//! numbers that contradict each other or physics, are errors (`check.rs`).
+//! Each number has a source and a degree of certainty ([`Quantity`]); each key has its unit in its name.
+//! Unknown keys, and numbers that contradict each other or physics, are errors (`check.rs`).
 
 mod check;
 mod quantity;
@@ -40,7 +40,8 @@ pub struct Profile {
     pub matrix: Option<Matrix>,
     /// The vector unit.
     pub vector: Vector,
-    /// Memory levels, from the nearest to the arithmetic units to the farthest. The last one holds the weights.
+    /// Memory levels, from the nearest to the arithmetic units to the farthest. The last one holds the
+    /// weights.
     pub memory: Vec<Memory>,
     /// Engines that copy between levels.
     #[serde(default)]
@@ -490,7 +491,8 @@ pub struct AttentionFit {
     pub errors: FitErrors,
 }
 
-/// Errors of fitted times relative to measured ones, on held-out shapes. Regimes without measurements are absent.
+/// Errors of fitted times relative to measured ones, on held-out shapes. Regimes without measurements are
+/// absent.
 #[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct FitErrors {
@@ -599,7 +601,8 @@ impl Profile {
         if faults.is_empty() { Ok(profile) } else { fail(faults) }
     }
 
-    /// Returns the chip with another value for one of its [`Profile::quantities`], without consistency checks.
+    /// Returns the chip with another value for one of its [`Profile::quantities`], without consistency
+    /// checks.
     ///
     /// Errors: [`Error::Argument`] if there is no number of that path.
     pub fn with(&self, path: &str, value: f64) -> Result<Profile> {

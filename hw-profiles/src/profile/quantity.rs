@@ -1,7 +1,8 @@
 //! Numbers with their provenance, the table of keys that hold them, and the JSON Schema.
 //!
-//! A bare number, `clusters = 16`, inherits the `basis` and `source` of the nearest enclosing table that has them. A number
-//! may also have its own: `clock_hz = { value = 1.43e9, basis = "derived", source = "stated peaks / geometry" }`.
+//! A bare number, `clusters = 16`, inherits the `basis` and `source` of the nearest enclosing table that has
+//! them. A number may also have its own:
+//! `clock_hz = { value = 1.43e9, basis = "derived", source = "stated peaks / geometry" }`.
 
 use std::borrow::Cow;
 
@@ -192,8 +193,8 @@ impl Provenance {
     }
 }
 
-/// Maximum numbers and texts of a file, and maximum bytes of a key, of a name and of another text. Each number
-/// gets a path of names and keys, and a copy of its source.
+/// Maximum numbers and texts of a file, and maximum bytes of a key, of a name and of another text. Each
+/// number gets a path of names and keys, and a copy of its source.
 const MAX_VALUES: usize = 4096;
 const MAX_NAME_BYTES: usize = 64;
 const MAX_TEXT_BYTES: usize = 1 << 10;

@@ -1,9 +1,10 @@
 //! Sixteen rows of blocks, interleaved: what every fast matrix product reads.
 //!
-//! A block is one odd piece of 0 to 2 bytes at its front, 32-bit words, and one odd piece at its end. Interleaved, the
-//! pieces of sixteen rows follow each other: all fronts, then the first word of every row, the second word of every row, …,
-//! then all ends. A vector of sixteen words so has one row in each lane, on every instruction set, and sums need no
-//! reduction across lanes. The bytes are those of the sixteen blocks in another order: nothing is added.
+//! A block is one odd piece of 0 to 2 bytes at its front, 32-bit words, and one odd piece at its end.
+//! Interleaved, the pieces of sixteen rows follow each other: all fronts, then the first word of every row,
+//! the second word of every row, …, then all ends. A vector of sixteen words so has one row in each lane, on
+//! every instruction set, and sums need no reduction across lanes. The bytes are those of the sixteen blocks
+//! in another order: nothing is added.
 
 #![allow(clippy::manual_memcpy, reason = "loops by index over vectors are what inlines; see `isa`")]
 
@@ -19,8 +20,8 @@ pub enum Layout {
     /// One after the other, as published.
     #[default]
     Rows,
-    /// In groups of [`ROWS`], each interleaved block by block ([`Lanes`]); rows after the last whole group one after the
-    /// other.
+    /// In groups of [`ROWS`], each interleaved block by block ([`Lanes`]); rows after the last whole group
+    /// one after the other.
     Interleaved,
 }
 
@@ -179,8 +180,8 @@ pub struct Near<I: Isa> {
 }
 
 impl<I: Isa> Near<I> {
-    /// The blocks at the start of rows that lie `stride` bytes apart, with a front of `head` bytes and so many words. Zeros if
-    /// they are not all there.
+    /// The blocks at the start of rows that lie `stride` bytes apart, with a front of `head` bytes and so
+    /// many words. Zeros if they are not all there.
     #[inline(always)]
     pub fn new(isa: I, rows: &[u8], stride: usize, head: usize, words: usize) -> Self {
         let mut near = Near { words: [isa.splat_i(0); SHORT_WORDS], head: isa.splat_i(0) };

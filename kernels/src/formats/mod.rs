@@ -150,7 +150,8 @@ pub trait Interleaved: Quantised {
         [isa.splat_i(0); 4]
     }
 
-    /// The integer factors of the minimum, one for each [`Quantised::SUB`] values, laid out as [`Interleaved::subs`].
+    /// The integer factors of the minimum, one for each [`Quantised::SUB`] values, laid out as
+    /// [`Interleaved::subs`].
     fn mins<I: Isa>(isa: I, _lanes: &impl Words<I>) -> [I::I; 4] {
         [isa.splat_i(0); 4]
     }
@@ -489,8 +490,8 @@ impl Format {
         self.entry().interleaving.is_some()
     }
 
-    /// A matrix of rows of `cols` values, from [`Layout::Rows`] to [`Layout::Interleaved`]. `rows` and `out` are as long as
-    /// each other; a format that does not interleave is copied.
+    /// A matrix of rows of `cols` values, from [`Layout::Rows`] to [`Layout::Interleaved`]. `rows` and `out`
+    /// are as long as each other; a format that does not interleave is copied.
     ///
     /// # Errors
     /// Lengths that do not match or are no whole rows.
@@ -509,8 +510,8 @@ impl Format {
         Ok(())
     }
 
-    /// Copies one block of one row of a matrix whose rows have `row_blocks` blocks; `None` if it is not there or `out` is not
-    /// as long as a block.
+    /// Copies one block of one row of a matrix whose rows have `row_blocks` blocks; `None` if it is not there
+    /// or `out` is not as long as a block.
     pub fn copy_block(
         self,
         layout: Layout,

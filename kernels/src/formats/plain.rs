@@ -108,7 +108,8 @@ impl F16 {
 }
 
 /// The value of a binary16, without a branch and without the CPU's conversion, so that loops over scales
-/// vectorise; and in any floating-point environment, as no subnormal is added or multiplied and nothing is rounded.
+/// vectorise; and in any floating-point environment, as no subnormal is added or multiplied and nothing is
+/// rounded.
 #[inline(always)]
 const fn f16_value(bits: u16) -> f32 {
     /// 2^-14: below it are the subnormals.
@@ -132,7 +133,8 @@ const fn f16_bits(value: f32) -> u16 {
     } else if magnitude >= (127 + 16) << 23 {
         0x7c00
     } else if magnitude < (127 - 14) << 23 {
-        // The fraction with its leading one, in steps of 2^-24, those of subnormals. Below half a step nothing is left.
+        // The fraction with its leading one, in steps of 2^-24, those of subnormals. Below half a step
+        // nothing is left.
         let (exponent, fraction) = (magnitude >> 23, magnitude & 0x7f_ffff | 0x80_0000);
         let shift = if exponent < 126 - 25 { 25 } else { 126 - exponent };
         (fraction + (1 << (shift - 1)) - 1 + ((fraction >> shift) & 1)) >> shift

@@ -33,7 +33,8 @@ impl Block for Q4_0 {
     }
 }
 
-/// A block's scale, and its codes plus 8. The value of largest magnitude becomes code -8; ties of rounding go up.
+/// A block's scale, and its codes plus 8. The value of largest magnitude becomes code -8; ties of rounding go
+/// up.
 pub(crate) fn codes(values: &[f32; 32]) -> (f32, [u8; 32]) {
     let d = super::extreme(values) / -8.0;
     let inverse = super::inverse(d);

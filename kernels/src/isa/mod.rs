@@ -1,19 +1,19 @@
 //! Instruction sets as tokens: a value of `Avx2` or `Neon` can only exist where the CPU has the instructions.
 //!
-//! Kernels are written once over [`Isa`], whose vectors have 16 lanes on every instruction set. Each operation rounds
-//! the same way everywhere, so a kernel's result is the same bits on all of them. (The idea of capability tokens is from
-//! the `pulp` and `rten-simd` crates.)
+//! Kernels are written once over [`Isa`], whose vectors have 16 lanes on every instruction set. Each
+//! operation rounds the same way everywhere, so a kernel's result is the same bits on all of them. (The idea
+//! of capability tokens is from the `pulp` and `rten-simd` crates.)
 //!
-//! Vector code must be inlined into [`Isa::run`] to be compiled with the instructions. The array methods of `core` (`map`,
-//! `from_fn`) are not reliably inlined: kernels loop over arrays of vectors instead.
+//! Vector code must be inlined into [`Isa::run`] to be compiled with the instructions. The array methods of
+//! `core` (`map`, `from_fn`) are not reliably inlined: kernels loop over arrays of vectors instead.
 #![allow(clippy::needless_range_loop, reason = "see above: loops by index are what inlines")]
 
 use crate::math;
 
 /// Sixteen lanes of arithmetic.
 ///
-/// Multiply-add is fused, conversions to integer round to nearest even, and `max` returns its second operand unless the
-/// first is greater.
+/// Multiply-add is fused, conversions to integer round to nearest even, and `max` returns its second operand
+/// unless the first is greater.
 pub trait Isa: Copy + Send + Sync + 'static {
     /// The name in [`Cpu::from_name`].
     const NAME: &'static str;
@@ -122,11 +122,11 @@ pub trait Isa: Copy + Send + Sync + 'static {
     fn load_words(self, x: &[u8; 64]) -> Self::I;
     /// Lanes to memory, four bytes each.
     fn store_words(self, x: Self::I, out: &mut [u8; 64]);
-    /// Four words of each of sixteen rows that start `stride` bytes apart, transposed: word `w` of row `r` in lane `r` of
-    /// result `w`. Zeros if not all of them are there.
+    /// Four words of each of sixteen rows that start `stride` bytes apart, transposed: word `w` of row `r` in
+    /// lane `r` of result `w`. Zeros if not all of them are there.
     fn transpose(self, rows: &[u8], stride: usize) -> [Self::I; 4];
-    /// Asks for the cache line that lies `ahead` bytes after the start of `place`, wherever that is: into the first cache if
-    /// `NEAR`, else into the second.
+    /// Asks for the cache line that lies `ahead` bytes after the start of `place`, wherever that is: into the
+    /// first cache if `NEAR`, else into the second.
     fn prefetch<const NEAR: bool, T>(self, place: &[T], ahead: usize);
     /// `a | b`.
     fn or_i(self, a: Self::I, b: Self::I) -> Self::I;
@@ -150,9 +150,9 @@ pub trait Isa: Copy + Send + Sync + 'static {
     /// Signed code bytes as [`Isa::dot4`] wants them: each plus [`Isa::SIGNED_BIAS`].
     fn signed(self, codes: Self::I) -> Self::I;
 
-    /// `acc` plus, in each lane, the dot of the four code bytes with the four signed bytes of `x`, none of which is -128.
-    /// Codes are unsigned and at most 127, or if `SIGNED` what [`Isa::signed`] makes of signed ones: then the sum is too large
-    /// by [`Isa::SIGNED_BIAS`] times the sum of the bytes of `x`.
+    /// `acc` plus, in each lane, the dot of the four code bytes with the four signed bytes of `x`, none of
+    /// which is -128. Codes are unsigned and at most 127, or if `SIGNED` what [`Isa::signed`] makes of signed
+    /// ones: then the sum is too large by [`Isa::SIGNED_BIAS`] times the sum of the bytes of `x`.
     fn dot4<const SIGNED: bool>(self, acc: Self::I, codes: Self::I, x: Self::I) -> Self::I;
 
     /// Two words of codes as [`Isa::dot8`] wants them.
@@ -173,7 +173,8 @@ pub trait Isa: Copy + Send + Sync + 'static {
             |x| self.splat_i(x),
         )
     }
-    /// [`Isa::dot4`] of two words of codes with two words of each of two tokens: a pair of sums, of a pair of codes.
+    /// [`Isa::dot4`] of two words of codes with two words of each of two tokens: a pair of sums, of a pair of
+    /// codes.
     #[inline(always)]
     fn dot8<const SIGNED: bool>(
         self,
@@ -434,7 +435,8 @@ pub trait Kernel {
     fn on(self, cpu: Cpu) -> Self::Out;
 }
 
-/// Makes [`Kernel`]s of types that are [`WithIsa`]. Their code is compiled here, once, and not wherever they are called.
+/// Makes [`Kernel`]s of types that are [`WithIsa`]. Their code is compiled here, once, and not wherever they
+/// are called.
 macro_rules! kernels {
     ($($kernel:ty),* $(,)?) => {
         $(impl $crate::isa::Kernel for $kernel {

@@ -4,16 +4,17 @@ use super::{Isa, dot4_four_times, sixteen};
 use core::arch::aarch64::*;
 use core::arch::asm;
 
-/// NEON (every 64-bit Arm CPU with floats), if `DOT` with the dot products of bytes of Armv8.2 (Cortex-A55 and A75, Neoverse
-/// N1, Apple A11 and later), if `I8MM` with the matrix products of bytes of Armv8.6 too (Neoverse N2 and V1, Apple A15 and later).
+/// NEON (every 64-bit Arm CPU with floats), if `DOT` with the dot products of bytes of Armv8.2 (Cortex-A55
+/// and A75, Neoverse N1, Apple A11 and later), if `I8MM` with the matrix products of bytes of Armv8.6 too
+/// (Neoverse N2 and V1, Apple A15 and later).
 #[derive(Debug, Clone, Copy)]
 pub struct Neon<const DOT: bool, const I8MM: bool>(());
 
 /// Wraps intrinsics. The token that every method takes proves that the CPU has them.
 macro_rules! op {
     ($e:expr) => {
-        // SAFETY: `self` exists only where the CPU has these instructions; pointers come from array references of
-        // at least the size that is read or written.
+        // SAFETY: `self` exists only where the CPU has these instructions; pointers come from array
+        // references of at least the size that is read or written.
         unsafe { $e }
     };
 }
@@ -329,7 +330,8 @@ fn sdot(mut acc: int32x4_t, codes: int32x4_t, x: int32x4_t) -> int32x4_t {
     acc
 }
 
-/// `acc` plus the dots of eight bytes of each of two rows with eight of each of two tokens: row by row, token by token.
+/// `acc` plus the dots of eight bytes of each of two rows with eight of each of two tokens: row by row, token
+/// by token.
 #[inline]
 #[target_feature(enable = "neon,i8mm")]
 fn smmla(mut acc: int32x4_t, codes: int32x4_t, x: int32x4_t) -> int32x4_t {
@@ -344,7 +346,8 @@ fn smmla(mut acc: int32x4_t, codes: int32x4_t, x: int32x4_t) -> int32x4_t {
     acc
 }
 
-/// [`sdot`] without the instruction. No sum of two products passes 2 · 128 · 127, so the 16-bit step cannot overflow.
+/// [`sdot`] without the instruction. No sum of two products passes 2 · 128 · 127, so the 16-bit step cannot
+/// overflow.
 #[inline]
 #[target_feature(enable = "neon")]
 fn dot_bytes(acc: int32x4_t, codes: int32x4_t, x: int32x4_t) -> int32x4_t {

@@ -15,8 +15,8 @@ pub struct Avx512(());
 /// Wraps intrinsics. The token that every method takes proves that the CPU has them.
 macro_rules! op {
     ($e:expr) => {
-        // SAFETY: `self` exists only where the CPU has these instructions; pointers come from array references of
-        // at least the size that is read or written, and unaligned forms are used.
+        // SAFETY: `self` exists only where the CPU has these instructions; pointers come from array
+        // references of at least the size that is read or written, and unaligned forms are used.
         unsafe { $e }
     };
 }
@@ -226,7 +226,8 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
             let load = |r: usize| _mm_loadu_si128(rows.add(r * stride).cast());
             let mut out = [[_mm256_setzero_si256(); 2]; 4];
             for half in 0..2 {
-                // Rows i and i + 4 side by side: after the transposition of each 128-bit lane, rows are in order.
+                // Rows i and i + 4 side by side: after the transposition of each 128-bit lane, rows are in
+                // order.
                 let two = |i: usize| {
                     _mm256_inserti128_si256::<1>(
                         _mm256_castsi128_si256(load(8 * half + i)),
@@ -293,7 +294,8 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
     }
 }
 
-/// The same number, of which the compiler knows nothing: otherwise it keeps sixteen multiples of a stride in memory.
+/// The same number, of which the compiler knows nothing: otherwise it keeps sixteen multiples of a stride in
+/// memory.
 #[inline(always)]
 fn opaque(mut x: usize) -> usize {
     // SAFETY: no instruction.
@@ -301,8 +303,8 @@ fn opaque(mut x: usize) -> usize {
     x
 }
 
-/// `acc` plus the dots of four adjacent bytes in each 32-bit lane. No sum of two products passes 2 · 128 · 127, so the 16-bit
-/// step cannot saturate.
+/// `acc` plus the dots of four adjacent bytes in each 32-bit lane. No sum of two products passes 2 · 128 ·
+/// 127, so the 16-bit step cannot saturate.
 #[inline]
 #[target_feature(enable = "avx2")]
 fn dot_bytes<const SIGNED: bool>(acc: __m256i, codes: __m256i, x: __m256i) -> __m256i {
@@ -504,7 +506,8 @@ impl Isa for Avx512 {
         let Some(rows) = sixteen(rows, stride) else { return [self.splat_i(0); 4] };
         let stride = opaque(stride);
         op!({
-            // Rows i, i + 4, i + 8 and i + 12 side by side: after the transposition of each 128-bit lane, rows are in order.
+            // Rows i, i + 4, i + 8 and i + 12 side by side: after the transposition of each 128-bit lane,
+            // rows are in order.
             let four = |i: usize| {
                 let load = |r: usize| _mm_loadu_si128(rows.add(r * stride).cast());
                 let x = _mm512_castsi128_si512(load(i));

@@ -1,10 +1,11 @@
-//! How a KV cache is stored: pages of keys and values, in one of several formats. A format is one file here and one line in
-//! `with_format`.
+//! How a KV cache is stored: pages of keys and values, in one of several formats. A format is one file here
+//! and one line in `with_format`.
 //!
-//! A page holds [`CHUNK`] positions: keys transposed, `[kv_heads][key_dim][CHUNK]`, so that a lane is a position and no score needs
-//! a reduction; then values `[kv_heads][CHUNK][value_dim]`. In formats of codes the scales follow, in half precision,
-//! little-endian: `[kv_heads][key_dim / 32][CHUNK]` of the keys, then `[kv_heads][value_dim / 32][CHUNK]` of the values. An element
-//! is scale times code, which f32 holds exactly.
+//! A page holds [`CHUNK`] positions: keys transposed, `[kv_heads][key_dim][CHUNK]`, so that a lane is a
+//! position and no score needs a reduction; then values `[kv_heads][CHUNK][value_dim]`. In formats of codes
+//! the scales follow, in half precision, little-endian: `[kv_heads][key_dim / 32][CHUNK]` of the keys, then
+//! `[kv_heads][value_dim / 32][CHUNK]` of the values. An element is scale times code, which f32 holds
+//! exactly.
 
 mod plain;
 mod q4_0;
@@ -22,7 +23,8 @@ pub const CHUNK: usize = 64;
 /// Elements that share a scale, in formats of codes.
 pub const BLOCK: usize = 32;
 
-/// The list of formats: evaluates `$body` with `$f` as the format's type, or `$otherwise` for a format that is none of a cache.
+/// The list of formats: evaluates `$body` with `$f` as the format's type, or `$otherwise` for a format that
+/// is none of a cache.
 macro_rules! with_format {
     ($format:expr, $f:ident => $body:expr, $otherwise:expr) => {
         with_format!(@ $format, $f, $body, $otherwise, F32, F16, Q8_0, Q4_0)
@@ -95,8 +97,8 @@ pub struct PagesMut<'a> {
     pub bytes: &'a mut [u8],
 }
 
-/// Stores one position's keys `[kv_heads][key_dim]` and values `[kv_heads][value_dim]` at `slot` of page `page`.
-/// Does nothing if the page is not there.
+/// Stores one position's keys `[kv_heads][key_dim]` and values `[kv_heads][value_dim]` at `slot` of page
+/// `page`. Does nothing if the page is not there.
 pub fn write(pages: &mut PagesMut<'_>, shape: PageShape, page: usize, slot: usize, k: &[f32], v: &[f32]) {
     let bytes = shape.bytes(pages.format);
     let start = page.saturating_mul(bytes);

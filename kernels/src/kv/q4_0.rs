@@ -1,5 +1,5 @@
-//! Codes of four bits, by the formulas of [`crate::formats`]. Of each 32 codes, in the order in which they lie, byte i has number i
-//! in its low half and number i + 16 in its high half, each plus 8.
+//! Codes of four bits, by the formulas of [`crate::formats`]. Of each 32 codes, in the order in which they
+//! lie, byte i has number i in its low half and number i + 16 in its high half, each plus 8.
 
 use super::{BLOCK, Codes, KvFormat, PageShape};
 use crate::formats::q4_0;

@@ -14,7 +14,8 @@ pub(super) type Input<'a> = (&'a Resource, Option<TensorId>);
 const QUANTISED: u32 = 16 * WORKGROUP;
 
 impl Lowering<'_> {
-    /// The form in which a product reads activations: f32, codes in a buffer, or codes that each workgroup computes.
+    /// The form in which a product reads activations: f32, codes in a buffer, or codes that each workgroup
+    /// computes.
     pub(super) fn activations(&self, shader: Shader, format: Format, input: &Resource, own: bool) -> Shader {
         match self.codes(format) {
             Some(codes) if own => {
@@ -36,8 +37,8 @@ impl Lowering<'_> {
     /// Minimum rows for codes in a buffer. Products quantise fewer rows themselves.
     pub(super) fn codes_from(&self, codes: Extra, x: Option<TensorId>, k: u32) -> u32 {
         let there = self.quantised.iter().find(|q| q.0 == codes && Some(q.1) == x);
-        // For each 32 values codes, their scale and sums twice, and their largest; and what `slices.wgsl` and sums over
-        // workgroups may take.
+        // For each 32 values codes, their scale and sums twice, and their largest; and what `slices.wgsl` and
+        // sums over workgroups may take.
         let bytes = k / 32 * (32 + 4 + 8 + 4) + 16 * self.most_slices(k) * (16 + 4);
         there.map_or(if bytes <= self.bounds.workgroup_bytes { 2 } else { 1 }, |q| q.2.start)
     }
@@ -105,8 +106,8 @@ impl Lowering<'_> {
             .with(wgsl!("lib/quantise"))
     }
 
-    /// Quantises `times` rows of activations for each row, of which there are fewer than `end`, in all the ways that formats
-    /// need, unless they already are or the products do it.
+    /// Quantises `times` rows of activations for each row, of which there are fewer than `end`, in all the
+    /// ways that formats need, unless they already are or the products do it.
     #[allow(clippy::too_many_arguments)]
     pub(super) fn quantise(
         &mut self,

@@ -52,8 +52,8 @@ impl Lowering<'_> {
         self.push(shader, [fixed(lanes.div_ceil(WORKGROUP)), each(Dim::Tokens), ONE]);
     }
 
-    /// Lowers the rotation of queries and keys and the write to the cache as one dispatch. Does nothing and returns false
-    /// if the two rotations differ or the cache needs whole blocks.
+    /// Lowers the rotation of queries and keys and the write to the cache as one dispatch. Does nothing and
+    /// returns false if the two rotations differ or the cache needs whole blocks.
     pub(super) fn rope_kv(&mut self, q: &Op, k: &Op, v: TensorId, id: StateId) -> bool {
         let Op::Rope { x: q, out, head_dim, frequencies, factors, magnitude, pairs } = q else {
             return false;
@@ -95,7 +95,8 @@ impl Lowering<'_> {
         state.format == Format::F16 && self.bounds.paths.f16
     }
 
-    /// Adds a cache format to a shader, by the format's own source. `coded` is the common part of quantised formats.
+    /// Adds a cache format to a shader, by the format's own source. `coded` is the common part of quantised
+    /// formats.
     fn cached(shader: Shader, state: &State, format: &str, coded: &str) -> Shader {
         if state.format.block_len() == 1 {
             return shader.with(format);

@@ -1,5 +1,5 @@
-//! Lowers a program to dispatches: shaders with constants, bindings and numbers of workgroups. This needs no device. Row
-//! ops are here; products, attention and experts have their own files.
+//! Lowers a program to dispatches: shaders with constants, bindings and numbers of workgroups. This needs no
+//! device. Row ops are here; products, attention and experts have their own files.
 
 mod activation;
 mod attend;
@@ -86,7 +86,8 @@ pub(super) struct Lowered {
 }
 
 impl Lowered {
-    /// Returns the number of splits for a step of `tokens` tokens whose longest cache has `positions` positions.
+    /// Returns the number of splits for a step of `tokens` tokens whose longest cache has `positions`
+    /// positions.
     pub fn splits(&self, tokens: u32, longest: u32) -> u32 {
         (longest / SPLIT_POSITIONS).min(self.most_splits / tokens.max(1)).max(1)
     }
@@ -149,7 +150,8 @@ pub(super) struct Tuning {
 }
 
 impl Tuning {
-    /// Some hundred thousand parallel invocations: each has little work, and their number hides memory latency.
+    /// Some hundred thousand parallel invocations: each has little work, and their number hides memory
+    /// latency.
     pub const DISCRETE: Tuning = Tuning { groups: 1, invocations: 1 << 17, row: 512, attend: 256 };
     /// Some ten thousand parallel invocations.
     pub const INTEGRATED: Tuning = Tuning { groups: 1, invocations: 1 << 14, row: 256, attend: 256 };
@@ -419,7 +421,8 @@ impl Lowering<'_> {
         }
     }
 
-    /// Lowers the largest elements in stages: of parts of a row, then of parts of those, until one part remains.
+    /// Lowers the largest elements in stages: of parts of a row, then of parts of those, until one part
+    /// remains.
     fn top_k(&mut self, x: TensorId, ids: TensorId, values: TensorId) {
         let (rows, k) = (self.program.tensor(x).rows, self.cols(ids));
         let (mut count, mut from) = (self.cols(x), None);
@@ -547,7 +550,8 @@ mod tests {
     use halite::map::Source;
     use halite::model::{Model, ProgramOptions};
 
-    /// A dense llama layer is eight dispatches in decode while its cache is short: norm, Q/K/V, rotation, attention, output, norm, gates, down.
+    /// A dense llama layer is eight dispatches in decode while its cache is short: norm, Q/K/V, rotation,
+    /// attention, output, norm, gates, down.
     #[test]
     fn a_dense_layer_is_eight_dispatches() {
         let file = concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/austen/halite-austen.gguf");

@@ -33,8 +33,8 @@ pub(super) struct Shard {
     pub matrices: u32,
 }
 
-/// Splits a weight into as few parts as bindings allow, of whole experts or whole groups of interleaved rows, each at
-/// a multiple of 256 bytes. `None` if that is impossible.
+/// Splits a weight into as few parts as bindings allow, of whole experts or whole groups of interleaved rows,
+/// each at a multiple of 256 bytes. `None` if that is impossible.
 pub(super) fn shards(t: &Tensor, binding_bytes: u64) -> Option<Vec<Shard>> {
     let of_experts = t.experts > 1;
     // Experts or rows.
@@ -132,8 +132,8 @@ impl Lowering<'_> {
         }
     }
 
-    /// Lowers products of several matrices of one format with up to [`VECTORS`] rows of activations as one dispatch. Does
-    /// nothing and returns false if that is impossible.
+    /// Lowers products of several matrices of one format with up to [`VECTORS`] rows of activations as one
+    /// dispatch. Does nothing and returns false if that is impossible.
     pub(super) fn merged(
         &mut self,
         input: Input<'_>,
@@ -229,7 +229,8 @@ impl Lowering<'_> {
         (self.bounds.tuning.invocations / rows.max(1)).max(1).next_power_of_two().min(self.most_slices(k))
     }
 
-    /// Adds runs of `matvec.wgsl`: one for a single row of activations, and, if all rows use one matrix, one for several.
+    /// Adds runs of `matvec.wgsl`: one for a single row of activations, and, if all rows use one matrix, one
+    /// for several.
     #[allow(clippy::too_many_arguments)]
     pub(super) fn vectors(
         &mut self,
@@ -304,8 +305,8 @@ impl Lowering<'_> {
         s.with(wgsl!("lib/output"))
     }
 
-    /// Adds the mapping from an invocation to its row of results, matrix and row of activations: in order, or grouped by
-    /// expert.
+    /// Adds the mapping from an invocation to its row of results, matrix and row of activations: in order, or
+    /// grouped by expert.
     pub(super) fn rows_of_results(
         &self,
         shader: Shader,
@@ -404,7 +405,8 @@ mod tests {
         for (t, limit, parts) in [
             (tensor(1, 1000, 64, Format::Q4_0), small, Some(1)),
             (tensor(1, 5000, 64, Format::Q4_0), small, Some(3)),
-            // Sixteen rows do not fit; experts of 13,600 bytes start at a multiple of 256 only eight together.
+            // Sixteen rows do not fit; experts of 13,600 bytes start at a multiple of 256 only eight
+            // together.
             (tensor(1, 5, 4096, Format::F32), small, None),
             (tensor(1, 100, 4096, Format::F32), large, Some(7)),
             (tensor(9, 50, 256, Format::Q8_0), small, None),

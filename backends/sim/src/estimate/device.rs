@@ -1,5 +1,5 @@
-//! The time of a step on a device that is not simulated: the sum of its kernels, by the formulas that were fitted to measured
-//! ones (`driver = "gpu"`), or by the rates of this machine's (`driver = "cpu"`).
+//! The time of a step on a device that is not simulated: the sum of its kernels, by formulas fitted to
+//! measurements (`driver = "gpu"`) or by this machine's rates (`driver = "cpu"`).
 
 use halite_kernels::formats::Format;
 
@@ -13,11 +13,13 @@ use halite::{Error, Result};
 use halite_profiles::numerics::Dtype;
 use halite_profiles::profile::Profile;
 
-/// What the ops of a step take: of each sequence the tokens from a first position on, with an output for each sequence.
+/// Returns the times of the ops of a step, with one output per sequence. `spans` has the first position and
+/// number of tokens of each sequence.
 ///
 /// # Errors
-/// [`Error::Argument`] for what was never measured: on a GPU, mixtures of experts, and anything without a
-/// calibration in bf16, which stands for other formats (see [`unmeasured`]); on a CPU, several sequences.
+/// [`Error::Argument`] for kernels without measurements: on a GPU, mixtures of experts, and all kernels
+/// without a calibration in bf16, which is used for other formats too (see [`unmeasured`]); on a CPU, several
+/// sequences.
 pub fn time(
     profile: &Profile,
     program: &Program,
@@ -70,8 +72,8 @@ fn on_host(
     })
 }
 
-/// What of a program was not measured on a GPU: formats that stand for others, one line each. Of errors of
-/// products nothing is known then.
+/// Returns the formats of a program that were not measured on a GPU, one line each. The error of products is
+/// then unknown.
 pub fn unmeasured(program: &Program) -> Vec<String> {
     let products = program.greedy_ops().flat_map(|(_, op)| match op {
         Op::MatMul { parts, .. } => &parts[..],
@@ -89,7 +91,7 @@ pub fn unmeasured(program: &Program) -> Vec<String> {
         names.dedup();
         if !names.is_empty() {
             lines.push(format!(
-                "{what} of {}: {kernels} as measured in bf16, with their own bytes; what unpacking takes is left out",
+                "{what} of {}: {kernels} as measured in bf16, with their own bytes; the time of unpacking is not included",
                 names.join(", ")
             ));
         }
@@ -97,7 +99,7 @@ pub fn unmeasured(program: &Program) -> Vec<String> {
     lines
 }
 
-/// Bits of a value, scales included.
+/// Returns the bits per value, scales included.
 fn stored_bits(format: Format) -> f64 {
     8.0 * format.block_bytes() as f64 / format.block_len() as f64
 }
@@ -111,7 +113,7 @@ fn on_gpu(profile: &Profile, program: &Program, op: &Op, spans: &[(u32, u32)]) -
     }
     let machine = Machine::new(profile, BF16)?;
     let tokens: u32 = spans.iter().map(|(_, len)| len).sum();
-    // A kernel of one result is the overhead of any.
+    // The time of a kernel with one result is the overhead.
     let overhead_s = kernel::estimate(profile, BF16, Kernel::MatMul { m: 1, n: 1, k: 1 })?.seconds;
     let stored = cost.weight_bytes as f64 + cost.kv_bytes as f64;
     let bytes = stored + cost.activation_bytes as f64 * Dtype::Bf16.bits() / Dtype::Fp32.bits();
@@ -141,7 +143,7 @@ fn on_gpu(profile: &Profile, program: &Program, op: &Op, spans: &[(u32, u32)]) -
             let expected = "a model without experts, for chips with driver = \"gpu\"";
             return Err(Error::argument("op", expected, "Experts, of which no kernel was measured"));
         }
-        // A prompt's attention multiplies as products do, and the rest moves bytes.
+        // Prefill attention counts as products; the other ops move bytes.
         _ => {
             let fit = profile.calibration.as_ref().and_then(|c| c.matmul.first());
             let fraction = |value: Option<f64>| value.unwrap_or(1.0);

@@ -1,4 +1,5 @@
-//! Constants of the formulas in [`super::kernel`], fitted to measured kernels, with their errors on shapes that were held out.
+//! Fits the constants of the formulas in [`super::kernel`] to measured kernels, with their errors on held-out
+//! shapes.
 
 use std::collections::BTreeSet;
 
@@ -9,7 +10,7 @@ use super::points::{Point, held_out, shape};
 use halite::{Error, Result};
 use halite_profiles::profile::Profile;
 
-/// A constant: its key in profiles, where the search begins, and within which bounds it stays.
+/// A constant: its key in profiles, its start value, and its bounds.
 #[derive(Debug, Clone, Copy)]
 pub struct Constant {
     /// As in `[[calibration.matmul]]` and `[[calibration.attention]]`.
@@ -31,7 +32,7 @@ static MATMUL: [Constant; 6] = [
     constant("split_ns", 2e3, 1.0, 1e6),
     constant("overlap_exponent", 2.0, 1.0, 20.0),
 ];
-/// Without a cache nothing is chosen, and no more is fitted.
+/// The constants for chips without a cache.
 const SCRATCHPAD_MATMUL: usize = 3;
 
 static ATTENTION: [Constant; 8] = [
@@ -45,7 +46,7 @@ static ATTENTION: [Constant; 8] = [
     constant("overlap_exponent", 1.5, 1.0, 20.0),
 ];
 
-/// Which formula a fit is of.
+/// The formula of a fit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Op {
     /// [`matmul_seconds`].
@@ -79,7 +80,7 @@ impl Op {
         }
     }
 
-    /// The time that constants predict, which stand in the order of their table.
+    /// Returns the time that constants, in the order of their table, predict.
     fn seconds(self, machine: &Machine, values: &[f64], kernel: Kernel) -> f64 {
         match (self, values, kernel) {
             (
@@ -148,14 +149,14 @@ const NO_WAVES: MatMulConstants = MatMulConstants {
     overlap_exponent: 1.0,
 };
 
-/// What bounds a kernel at the profile's peaks.
+/// The bound of a kernel at the profile's peaks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Regime {
-    /// Less than 3 us: overheads, mostly.
+    /// Less than 3 us: mostly overhead.
     Small,
-    /// The bytes take longer.
+    /// Memory-bound.
     Memory,
-    /// The operations take longer.
+    /// Compute-bound.
     Compute,
 }
 
@@ -176,7 +177,7 @@ impl Regime {
         }
     }
 
-    /// For people and for keys.
+    /// Name, for people and for keys.
     pub fn name(self) -> &'static str {
         match self {
             Regime::Small => "small",
@@ -186,7 +187,7 @@ impl Regime {
     }
 }
 
-/// How shapes were kept from the fit that their errors are of.
+/// The kind of cross-validation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Validation {
     /// A third of them, by [`held_out`].
@@ -195,12 +196,12 @@ pub enum Validation {
     LeaveOneShapeOut,
 }
 
-/// A predicted time beside a measured one.
+/// A predicted time and the measured one.
 #[derive(Debug, Clone, Copy)]
 pub struct Residual {
     /// The measurement.
     pub point: Point,
-    /// What bounds it.
+    /// Its regime.
     pub regime: Regime,
     /// `predicted / measured - 1`.
     pub error: f64,
@@ -209,24 +210,24 @@ pub struct Residual {
 /// A fit to the points of one op and one pair of formats.
 #[derive(Debug, Clone)]
 pub struct Fit {
-    /// Which formula.
+    /// The formula.
     pub op: Op,
-    /// Which formats.
+    /// The formats.
     pub formats: Formats,
     /// Keys and values of the constants, in the units of their keys.
     pub constants: Vec<(&'static str, f64)>,
     /// Points that the constants were fitted to.
     pub fitted: usize,
-    /// How shapes were kept out.
+    /// The kind of validation.
     pub validation: Validation,
-    /// The points of shapes that were kept out.
+    /// The held-out points.
     pub residuals: Vec<Residual>,
 }
 
-/// The fewest shapes of which a third is held out; of fewer, one after the other is.
+/// Minimum shapes to hold out a third; with fewer, leave-one-out is used.
 const MANY_SHAPES: usize = 30;
 
-/// Fits the formulas of a chip to points: one fit for each op and pair of formats among them.
+/// Fits the formulas of a chip to points: one fit per op and pair of formats.
 ///
 /// # Errors
 /// `Error::Argument` if the chip does not multiply a pair of formats, or has less than two shapes of one.
@@ -287,7 +288,7 @@ fn fit_group(profile: &Profile, op: Op, formats: Formats, points: &[Point]) -> R
 }
 
 impl Fit {
-    /// Number, mean absolute error and worst error of the held-out points, of one regime or of all.
+    /// Returns number, mean absolute error and worst error of the held-out points, of one regime or of all.
     pub fn errors(&self, regime: Option<Regime>) -> (usize, f64, f64) {
         let of = self.residuals.iter().filter(|r| regime.is_none_or(|regime| r.regime == regime));
         let errors: Vec<f64> = of.map(|r| r.error.abs()).collect();
@@ -295,7 +296,7 @@ impl Fit {
         (errors.len(), mean, errors.iter().copied().fold(0.0, f64::max))
     }
 
-    /// The table of `[calibration]` that holds the fit; `origin` says what was fitted to.
+    /// Formats the fit as a table of `[calibration]`; `origin` names the measurements.
     pub fn to_toml(&self, origin: &str) -> String {
         let held = match self.validation {
             Validation::HeldOut => "errors of shapes that were held out",
@@ -327,7 +328,7 @@ impl Fit {
     }
 }
 
-/// A profile's text with another `[calibration]`.
+/// Replaces `[calibration]` in a profile's text.
 pub fn with_calibration(profile: &str, fits: &[Fit], origin: &str) -> String {
     let mut kept = String::new();
     let mut inside = false;
@@ -344,12 +345,12 @@ pub fn with_calibration(profile: &str, fits: &[Fit], origin: &str) -> String {
     format!("{}\n\n{}", kept.trim_end(), tables.join("\n"))
 }
 
-/// How long the search for a minimum may go on, for each restart, and how far its first steps go (as logarithms).
+/// Maximum steps of the search for a minimum per restart, and the size of its first steps (as logarithms).
 const EVALUATIONS: usize = 350;
 const RESTARTS: usize = 2;
 const FIRST_STEP: f64 = 0.35;
 
-/// The constants for which `loss` is least (Nelder & Mead 1965), by their logarithms: all are above 0.
+/// Minimises `loss` (Nelder & Mead 1965) over the logarithms of the constants, which are all above 0.
 fn minimum(table: &[Constant], start: &[f64], loss: &dyn Fn(&[f64]) -> f64) -> Vec<f64> {
     let inside =
         |x: &[f64]| -> Vec<f64> { x.iter().zip(table).map(|(x, c)| x.exp().clamp(c.min, c.max)).collect() };

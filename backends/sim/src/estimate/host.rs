@@ -7,7 +7,7 @@ use halite::program::{Op, Program};
 use halite::{Error, Result};
 use halite_profiles::profile::{HostRates, Profile};
 
-/// The rates of a profile for so many threads.
+/// Returns the rates of a profile for `threads` threads.
 ///
 /// # Errors
 /// `Error::Argument` if the profile has none for them.
@@ -24,7 +24,7 @@ pub fn rates(profile: &Profile, threads: usize) -> Result<&HostRates> {
     })
 }
 
-/// Seconds of a step: the sum over its ops, each of which starts when the one before has ended.
+/// Returns the seconds of a step: the sum over its ops, which run one after the other.
 ///
 /// # Errors
 /// `Error::Argument` if a weight's format was not measured.
@@ -32,7 +32,7 @@ pub fn step_seconds(rates: &HostRates, program: &Program, extent: Extent) -> Res
     program.greedy_ops().map(|(_, op)| op_seconds(rates, program, op, extent)).sum()
 }
 
-/// Seconds of an op: its bytes or its operations, whichever take longer, and its barrier.
+/// Returns the seconds of an op: its bytes or its operations, whichever take longer, and its barrier.
 ///
 /// # Errors
 /// As [`step_seconds`].
@@ -54,7 +54,7 @@ pub fn op_seconds(rates: &HostRates, program: &Program, op: &Op, extent: Extent)
         let bytes_s = cost.kv_bytes as f64 / rates.attend_bytes_per_s.value;
         bytes_s.max(cost.ops() as f64 / rates.attend_ops_per_s.value) + rates.op_ns.value * 1e-9
     } else {
-        // Threads are woken only where there is much to do; then the bytes count.
+        // Threads wake up only for much work; then the bytes count.
         (cost.activation_bytes + cost.weight_bytes) as f64 / rates.row_bytes_per_s.value
     };
     Ok(seconds)

@@ -1,14 +1,15 @@
 //! The time of one kernel on a chip, from its profile and the constants of the profile's `[calibration]`.
 //!
-//! Two kinds of chips, told apart by their profiles. Where hardware manages a *cache*, kernels cut a product into output tiles,
-//! which cores work on in waves, and libraries choose among tile shapes and splits of the sum: so does the formula. Where all
-//! memory is managed by *software*, the output is divided once over all tiles, and operands stream through their scratchpads.
+//! The profile decides between two kinds of chips. With a hardware-managed *cache*, kernels divide a product
+//! into output tiles, cores process them in waves, and the formula chooses tile shapes and split-k as
+//! libraries do. With *software*-managed memory, the output is divided once over all tiles, and operands
+//! stream through their scratchpads.
 
 use halite::{Error, Result};
 use halite_profiles::numerics::Dtype;
 use halite_profiles::profile::{AttentionFit, Managed, MatMulFit, Memory, Profile};
 
-/// What is timed.
+/// A kernel to time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Kernel {
     /// A product of `m x k` activations with `k x n` weights.
@@ -20,13 +21,13 @@ pub enum Kernel {
         /// What is summed over.
         k: u64,
     },
-    /// Attention of one new token for each of some sequences, which all have the same length.
+    /// Attention of one new token per sequence; all sequences have the same length.
     Attention {
         /// Sequences.
         batch: u64,
         /// Query heads.
         heads: u64,
-        /// Heads of keys and values.
+        /// KV heads.
         kv_heads: u64,
         /// Elements of a head.
         head_dim: u64,
@@ -44,18 +45,18 @@ pub struct Formats {
     pub weights: Dtype,
 }
 
-/// What a profile says that the formulas need, in SI units.
+/// The profile's numbers for the formulas, in SI units.
 #[derive(Debug, Clone, Copy)]
 pub struct Machine {
-    /// Cores that work by themselves.
+    /// Number of independent cores.
     pub tiles: f64,
     clusters: f64,
     tiles_per_cluster: f64,
-    /// Peak operations per second of the whole chip in the formats asked for; a multiply-add is two.
+    /// Peak operations per second of the whole chip in these formats; a multiply-add is two.
     pub ops_per_s: f64,
     /// Bytes per second of the main memory.
     pub bytes_per_s: f64,
-    /// The last cache, if hardware manages one: its bytes, and the bytes per second that it gives.
+    /// The last-level cache, if hardware manages one: its bytes, and its bytes per second.
     pub cache: Option<(f64, f64)>,
     /// Bytes of a tile's own memory.
     scratchpad_bytes: f64,
@@ -63,7 +64,7 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// What the formulas need of a profile.
+    /// Reads the formulas' numbers from a profile.
     ///
     /// # Errors
     /// `Error::Argument` if its matrix unit does not multiply these formats.
@@ -92,7 +93,7 @@ impl Machine {
     }
 }
 
-/// Bytes that a kernel moves at least, each operand and result once, and operations that it does.
+/// Returns the minimum bytes that a kernel moves, each operand and result once, and its operations.
 pub fn work(machine: &Machine, kernel: Kernel) -> (f64, f64) {
     let (activation, weight) = (machine.bits.0 / 8.0, machine.bits.1 / 8.0);
     match kernel {
@@ -164,19 +165,20 @@ impl From<&AttentionFit> for AttentionConstants {
     }
 }
 
-/// Sides of output tiles that libraries for chips with caches choose from, in elements.
+/// Output tile sides of libraries for chips with caches, in elements.
 const TILE_SIDES: [f64; 2] = [64.0, 128.0];
-/// Into how many parts they split a sum, of blocks of so many values.
+/// Numbers of split-k parts, and the values of a block.
 const SUM_SPLITS: [f64; 5] = [1.0, 2.0, 4.0, 8.0, 16.0];
 const SUM_BLOCK: f64 = 64.0;
-/// Positions of a block of keys, query rows of a work item, and most splits of the positions (FlashAttention).
+/// Positions of a block of keys, query rows of a work item, and maximum splits of the positions
+/// (FlashAttention).
 const KEY_BLOCK: f64 = 128.0;
 const ITEM_ROWS: f64 = 64.0;
 const MOST_KEY_SPLITS: i32 = 128;
 /// Side of the tiles that a product on scratchpads is divided by, in elements.
 const SCRATCHPAD_TILE: f64 = 32.0;
 
-/// Two times that overlap more the larger the exponent: their sum for 1, the longer one for infinity.
+/// Combines two overlapping times: their sum for exponent 1, the longer one for infinity.
 fn overlap(a: f64, b: f64, exponent: f64) -> f64 {
     let (long, short) = (a.max(b), a.min(b));
     if long == 0.0 { 0.0 } else { long * (1.0 + (short / long).powf(exponent)).powf(1.0 / exponent) }
@@ -208,9 +210,9 @@ pub fn matmul_seconds(machine: &Machine, c: &MatMulConstants, m: u64, n: u64, k:
     c.overhead_s + least
 }
 
-/// Each of the `clusters x tiles_per_cluster` tiles owns a block of the output; both operands are read once, sent to all tiles
-/// that need them while the step before computes, and the output is written at the end. A block that is larger than half a
-/// scratchpad is done in parts, and the activations are read once for each.
+/// Each of the `clusters x tiles_per_cluster` tiles owns a block of the output. Both operands are read once
+/// and sent to all tiles that need them while the previous step computes; the output is written at the end. A
+/// block larger than half a scratchpad is computed in parts, each of which reads the activations once.
 fn scratchpad_matmul_seconds(machine: &Machine, c: &MatMulConstants, m: f64, n: f64, k: f64) -> f64 {
     let (activation, weight) = (machine.bits.0 / 8.0, machine.bits.1 / 8.0);
     let tiles_of = |elements: f64, share: f64| (elements / SCRATCHPAD_TILE / share).ceil();
@@ -258,21 +260,21 @@ pub fn attention_seconds(machine: &Machine, c: &AttentionConstants, kernel: Kern
 pub struct Estimate {
     /// The time.
     pub seconds: f64,
-    /// How far off such times are on average, as a fraction of the measured ones.
+    /// Mean relative error of such times.
     pub mean_error_fraction: f64,
 }
 
 /// The time of a kernel by itself.
 ///
 /// # Errors
-/// `Error::Argument` if the profile's matrix unit does not multiply these formats, or nothing is calibrated for them.
+/// `Error::Argument` if the profile's matrix unit does not multiply these formats, or nothing is calibrated
+/// for them.
 pub fn estimate(profile: &Profile, formats: Formats, kernel: Kernel) -> Result<Estimate> {
     estimate_stored(profile, formats, formats.weights.bits(), kernel)
 }
 
-/// The time of a kernel that works in formats that were measured, on weights or a KV cache of so many bits a
-/// value, which it unpacks on the way: the bytes of these, and all else as measured. What unpacking takes is
-/// not known, and left out.
+/// The time of a kernel in measured formats that unpacks weights or a KV cache of `bits` bits per value: with
+/// the bytes of these, and otherwise as measured. The time of unpacking is unknown and not included.
 ///
 /// # Errors
 /// As [`estimate`].

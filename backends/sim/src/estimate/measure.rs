@@ -1,7 +1,7 @@
-//! What this machine's memory and kernels reach, measured through the backend `cpu` on programs of single ops.
+//! Measures this machine's memory and kernels, through the backend `cpu`, on programs of single ops.
 //!
-//! All probes run in turns, again and again until the time is up, and each gives its median: what else runs on the machine then
-//! disturbs all of them alike, or none for long.
+//! All probes run in turns until the time is up, and each returns its median. Other work on the machine then
+//! disturbs all of them equally, or none for long.
 
 use std::fs::File;
 use std::io::{BufWriter, Write};
@@ -24,7 +24,7 @@ use halite::program::{
 use halite::rng::SplitMix64;
 use halite::{Error, Result};
 
-/// What was measured on one number of threads, in SI units.
+/// Measured rates with one number of threads, in SI units.
 #[derive(Debug, Clone, Default)]
 #[allow(missing_docs, reason = "as in `HostRates`")]
 pub struct Rates {
@@ -36,9 +36,9 @@ pub struct Rates {
     pub row_bytes_per_s: f64,
     pub attend_bytes_per_s: f64,
     pub attend_ops_per_s: f64,
-    /// By level: bytes read and copied per second.
+    /// Bytes read and copied per second, by level.
     pub levels: Vec<(f64, f64)>,
-    /// By format of the weights: bytes of them per second of one token, operations per second of many.
+    /// By weight format: bytes of weights per second for one token, operations per second for many.
     pub products: Vec<(Format, f64, f64)>,
 }
 
@@ -47,11 +47,11 @@ pub struct Rates {
 pub struct Level {
     /// `l1`, `l2`, … and `memory`.
     pub name: String,
-    /// Bytes of one.
+    /// Bytes of one instance.
     pub bytes: u64,
     /// Whether each core has one.
     pub per_core: bool,
-    /// Time from one dependent read to the next, measured on one thread.
+    /// Latency of a dependent read, measured on one thread.
     pub latency_s: f64,
 }
 
@@ -82,18 +82,18 @@ pub fn levels() -> Result<Vec<Level>> {
     levels.push(Level { name: "memory".into(), bytes, per_core: false, latency_s: 0.0 });
     let mut nearer = 0.0f64;
     for level in &mut levels {
-        // No level answers sooner than a nearer one.
+        // No level is faster than a nearer one.
         nearer = nearer.max(latency_s(if level.name == "memory" { level.bytes } else { level.bytes / 2 }));
         level.latency_s = nearer;
     }
     Ok(levels)
 }
 
-/// Bytes between the places of a chain of reads.
+/// Bytes between the reads of a chain.
 const LINE_BYTES: usize = 64;
 const CHAIN_READS: usize = 1 << 20;
 
-/// The time of a read whose place was read before, in a buffer of so many bytes.
+/// Measures the latency of a dependent read in a buffer of `bytes` bytes.
 fn latency_s(bytes: u64) -> f64 {
     let lines = (bytes as usize / LINE_BYTES).max(2);
     let stride = LINE_BYTES / 4;
@@ -128,7 +128,7 @@ struct Probe {
     io: Vec<Buffer>,
     extent: Extent,
     segments: usize,
-    /// One for each of the backends.
+    /// One plan per backend.
     plans: Vec<Box<dyn Plan>>,
     /// Seconds by backend.
     seconds: Vec<Vec<f64>>,
@@ -218,7 +218,7 @@ impl Probe {
     }
 }
 
-/// Weights in a file that is mapped as a model's is: how memory is mapped decides how fast it is read.
+/// Weights in a mapped file, as a model's: the mapping affects the speed of reads.
 fn map_weights(cpu: &Cpu, contents: &[Vec<u8>]) -> Result<Vec<Buffer>> {
     static FILES: AtomicU32 = AtomicU32::new(0);
     let name = format!("halite-calibrate-{}-{}", std::process::id(), FILES.fetch_add(1, Ordering::Relaxed));
@@ -234,7 +234,7 @@ fn map_weights(cpu: &Cpu, contents: &[Vec<u8>]) -> Result<Vec<Buffer>> {
         file.flush()
     });
     let source = written.map_err(io).and_then(|()| Source::open(&path));
-    // The map stays; where a mapped file cannot be removed, the system's cleaning will.
+    // The map stays valid. If a mapped file cannot be removed, the system cleans it up later.
     let _ = std::fs::remove_file(&path);
     let source = source?;
     let mut start = 0;
@@ -256,10 +256,10 @@ fn median(values: &[f64]) -> f64 {
     sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
-/// Sizes of the kernels that are measured.
+/// Sizes of the measured kernels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Sizes {
-    /// Columns of rows, and of the input of the gated feed-forward block whose products are measured.
+    /// Columns of rows, and of the input of the measured gated feed-forward block.
     pub columns: u32,
     /// Its hidden columns.
     pub hidden: u32,
@@ -267,25 +267,25 @@ pub struct Sizes {
     pub tokens: u32,
     /// Positions that one token attends to.
     pub positions: u32,
-    /// Bytes of weights that one token reads: more than caches hold.
+    /// Bytes of weights that one token reads: more than all caches.
     pub weight_bytes: u64,
 }
 
 impl Default for Sizes {
-    /// Those of models of some billion parameters.
+    /// The sizes of models of some billion parameters.
     fn default() -> Sizes {
         Sizes { columns: 3072, hidden: 8192, tokens: 512, positions: 8192, weight_bytes: 192 << 20 }
     }
 }
 
-/// Ops of the probe of barriers, each of some tasks that do next to nothing.
+/// Ops of the barrier probe, each of some nearly empty tasks.
 const BARRIERS: u32 = 64;
-/// Query heads, KV heads and their elements of the probes of attention.
+/// Query heads, KV heads and their elements in the attention probes.
 const HEADS: u32 = 32;
 const KV_HEADS: u32 = 8;
 const HEAD_DIM: u32 = 96;
 const ONE: Extent = Extent { start: 0, tokens: 1, outputs: 0 };
-/// Runs of each probe at least.
+/// Minimum runs of each probe.
 const RUNS: usize = 3;
 
 fn feed_forward(cpus: &[Cpu], sizes: &Sizes, format: Format, layers: u64, extent: Extent) -> Result<Probe> {
@@ -348,10 +348,10 @@ fn attention(cpus: &[Cpu], extent: Extent) -> Result<Probe> {
     })
 }
 
-/// Measures on each of the numbers of threads, for about so long, and three times at least.
+/// Measures with each number of threads, for about `time`, and at least three times.
 ///
 /// # Errors
-/// `Error::OutOfMemory`; what the backend says of a format.
+/// `Error::OutOfMemory`; errors of the backend for a format.
 pub fn measure(
     threads: &[usize],
     formats: &[Format],
@@ -362,14 +362,14 @@ pub fn measure(
     let cpus = threads.iter().map(|&n| Cpu::with_threads(n)).collect::<Result<Vec<_>>>()?;
     let mut all = Vec::new();
     for cpu in &cpus {
-        // Half a cache, so that nothing else pushes the buffer out of it.
+        // Use half a cache, so that nothing else evicts the buffer.
         let bytes = |level: &Level| match (level.name.as_str(), level.per_core) {
             ("memory", _) => level.bytes,
             (_, true) => level.bytes / 2 * cpu.threads() as u64,
             (_, false) => level.bytes / 2,
         };
         let rates = cpu.rates(1 << 16)?;
-        // What a farther level gives passes through the nearer ones, whatever disturbed their measurement.
+        // Data of a farther level passes through the nearer ones, so these are at least as fast.
         let (mut read, mut copy) = (0.0f64, 0.0f64);
         let level = |l| {
             read = read.max(cpu.read_bytes_per_s(bytes(l))?);
@@ -400,7 +400,7 @@ pub fn measure(
     }
     let start = Instant::now();
     let mut runs = 0;
-    // One run more than is counted, which warms up.
+    // One extra run warms up.
     while runs <= RUNS || start.elapsed() < time {
         for probe in &mut probes {
             (0..cpus.len()).try_for_each(|cpu| probe.run(cpu))?;
@@ -437,10 +437,10 @@ fn clock_hz() -> Option<f64> {
     line.split(':').nth(1)?.trim().parse::<f64>().ok().map(|mhz| mhz * 1e6)
 }
 
-/// A clock to count operations by where none is reported: rates do not depend on it.
+/// A clock to count operations by if none is reported: rates do not depend on it.
 const SOME_CLOCK_HZ: f64 = 3e9;
 
-/// A profile of this machine; the rates on most threads are the chip's.
+/// Writes a profile of this machine; the rates with the most threads are the chip's.
 ///
 /// # Errors
 /// `Error::Argument` if there are no rates.
@@ -519,9 +519,9 @@ pub fn to_profile(name: &str, levels: &[Level], all: &[Rates]) -> Result<String>
     Ok(out)
 }
 
-const SAID: &str = "what the operating system says";
+const SAID: &str = "reported by the operating system";
 
-/// The machine's memory, or what was measured of it.
+/// Returns the machine's memory, or the size of the measured buffer.
 fn memory_bytes(level: &Level) -> u64 {
     Cpu::with_threads(1).map_or(level.bytes, |cpu| cpu.caps().memory_bytes.clamp(level.bytes, 1 << 46))
 }

@@ -1,6 +1,7 @@
 //! Times that follow from a profile, and the measurements that their constants are fitted to.
 //!
-//! `docs/timing-model.md` has the formulas, their errors on chips that were measured, and what they cannot say.
+//! `docs/timing-model.md` has the formulas, their errors on chips that were measured, and what they cannot
+//! say.
 
 pub mod device;
 pub mod fit;

@@ -1,8 +1,8 @@
-//! Measured kernels as CSV, and which of them a fit does not see.
+//! Measured kernels as CSV, and the choice of held-out ones.
 //!
-//! The first line names the columns, in any order: `op` (`matmul` or `attention`), `activations`, `weights` (formats; of the KV
-//! cache for attention) and `seconds`, with `m`, `n`, `k` for products, `batch`, `heads`, `kv_heads`, `head_dim`, `kv_len` for
-//! attention. Lines that begin with `#` are comments.
+//! The first line names the columns, in any order: `op` (`matmul` or `attention`), `activations`, `weights`
+//! (formats; of the KV cache for attention) and `seconds`, with `m`, `n`, `k` for products, `batch`, `heads`,
+//! `kv_heads`, `head_dim`, `kv_len` for attention. Lines that begin with `#` are comments.
 
 use super::kernel::{Formats, Kernel};
 use halite::{Error, Result};
@@ -11,15 +11,16 @@ use halite_profiles::numerics::Dtype;
 /// A measured kernel.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Point {
-    /// What was measured.
+    /// The kernel.
     pub kernel: Kernel,
-    /// In which formats.
+    /// Its formats.
     pub formats: Formats,
-    /// How long it took.
+    /// Its time in seconds.
     pub seconds: f64,
 }
 
-/// What a model's layers fix, and batch and length do not change: points of one shape are fitted to or held out together.
+/// The sizes that a model's layers fix, independent of batch and length. Points of one shape are fitted or
+/// held out together.
 pub type Shape = [u64; 3];
 
 /// The shape of a kernel: columns and depth of a product, heads, KV heads and head dimension of attention.
@@ -30,7 +31,8 @@ pub fn shape(kernel: Kernel) -> Shape {
     }
 }
 
-/// Whether a fit does not see a shape, where there are many: about a third of them, by a rule that no measurement has a say in.
+/// Whether a shape is held out from a fit to many shapes: about a third are, by a rule that ignores
+/// measurements.
 pub fn held_out(kernel: Kernel) -> bool {
     match kernel {
         Kernel::MatMul { n, k, .. } => (n / 32 + k / 32).is_multiple_of(3),
@@ -40,10 +42,10 @@ pub fn held_out(kernel: Kernel) -> bool {
     }
 }
 
-/// The points of a CSV file; `origin` names it in errors.
+/// Parses the points of a CSV file; `origin` names it in errors.
 ///
 /// # Errors
-/// `Error::Argument` with the line that cannot be read, and why.
+/// `Error::Argument` with the line that cannot be read, and the reason.
 pub fn parse(origin: &str, text: &str) -> Result<Vec<Point>> {
     let mut lines = text.lines().enumerate().filter(|(_, line)| !line.is_empty() && !line.starts_with('#'));
     let names: Vec<&str> =

@@ -1,8 +1,9 @@
-//! What serving a model on a chip takes: time to the first token, tokens per second, energy and money, from shapes alone.
+//! Predicts serving of a model on a chip: time to the first token, tokens per second, energy and cost, from
+//! shapes alone.
 //!
-//! A prompt is processed in steps of [`Workload::chunk`] tokens, one sequence after the other; then all sequences generate
-//! together. Steps of a prompt cost linearly more towards its end, and so do generated tokens: each kind is timed once, at its
-//! middle.
+//! Prefill runs in steps of [`Workload::chunk`] tokens, one sequence after the other; then all sequences
+//! decode together. The time of a step grows linearly with its position, so one prefill step and one decode
+//! step are timed, each in the middle.
 
 use std::collections::BTreeMap;
 
@@ -16,33 +17,33 @@ use halite::program::{PAGE_POSITIONS, Program};
 use halite_profiles::numerics::Dtype;
 use halite_profiles::profile::{Basis, Driver, Profile};
 
-/// What is asked of a chip.
+/// A workload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Workload {
-    /// Sequences at a time.
+    /// Batch size in sequences.
     pub batch: u32,
-    /// Tokens of each one's prompt.
+    /// Prompt tokens per sequence.
     pub prompt: u32,
-    /// Tokens that each one generates.
+    /// Generated tokens per sequence.
     pub generate: u32,
-    /// Most prompt tokens of a step.
+    /// Maximum prompt tokens of a step.
     pub chunk: u32,
 }
 
 impl Workload {
-    /// Steps of one prompt, and the one in the middle.
+    /// The number of prefill steps, and the middle one.
     fn prefill(&self) -> (u32, (u32, u32)) {
         let chunk = self.chunk.clamp(1, self.prompt.max(1));
         let steps = self.prompt.div_ceil(chunk);
         (steps, (steps.saturating_sub(1) / 2 * chunk, chunk))
     }
 
-    /// The position of a token in the middle of what is generated.
+    /// The position of the middle generated token.
     fn middle(&self) -> u32 {
         self.prompt + self.generate / 2
     }
 
-    /// Seconds of everything, from those of a prompt's step and of a generating one.
+    /// Total seconds, from those of a prefill step and of a decode step.
     fn seconds(&self, prefill_s: f64, decode_s: f64) -> f64 {
         self.first_token_s(prefill_s) + f64::from(self.generate.saturating_sub(1)) * decode_s
     }
@@ -52,47 +53,47 @@ impl Workload {
     }
 }
 
-/// What a workload takes.
+/// The estimate of a workload.
 #[derive(Debug, Clone)]
 pub struct Estimate {
     /// Seconds until every sequence has its first token.
     pub first_token_s: f64,
-    /// Seconds of a step that generates a token for each sequence, in the middle.
+    /// Seconds of the middle decode step, of one token per sequence.
     pub step_s: f64,
-    /// Seconds of everything.
+    /// Total seconds.
     pub seconds: f64,
-    /// Generated tokens per second, of all sequences, while generating.
+    /// Generated tokens per second of all sequences, during decode.
     pub tokens_per_s: f64,
-    /// Joules of each generated token, prompts included; absent where the profile does not have the numbers.
+    /// Joules per generated token, prompts included; absent if the profile lacks the numbers.
     pub joules_per_token: Option<f64>,
-    /// Price of a million generated tokens, prompts included; absent where the profile does not have one.
+    /// Price per million generated tokens, prompts included; absent if the profile has no price.
     pub usd_per_million_tokens: Option<f64>,
     /// Bytes of weights and of the KV cache of all sequences.
     pub need_bytes: u64,
     /// Bytes of the memory that holds them.
     pub have_bytes: u64,
-    /// The mean error of products on shapes that were held out, as a fraction; absent where nothing was measured.
+    /// Mean relative error of products on held-out shapes; absent if nothing was measured.
     pub error: Option<f64>,
-    /// What was not measured and stands for what was, one line each.
+    /// Formats without measurements, one line each.
     pub unmeasured: Vec<String>,
-    /// The ops of a prompt's step.
+    /// The ops of a prefill step.
     pub prefill: Report,
-    /// The ops of a generating step.
+    /// The ops of a decode step.
     pub decode: Report,
-    /// The share of a generating step that each resource is busy, the busiest first: what limits it, and what comes next.
+    /// The share of a decode step that each resource is busy, the busiest first.
     pub shares: Vec<(Bound, f64)>,
-    /// How much each number of the profile matters, the most first.
+    /// Sensitivity to each number of the profile, the largest first.
     pub sensitivities: Vec<Sensitivity>,
 }
 
-/// How the time depends on a number of the profile.
+/// The sensitivity of the time to a number of the profile.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Sensitivity {
-    /// The number, as `halite profile --numbers` has it.
+    /// The number's path, as in `halite profile --numbers`.
     pub path: String,
-    /// How sure it is.
+    /// Its certainty.
     pub basis: Basis,
-    /// Per cent of time for each per cent of the number: `d ln seconds / d ln number`.
+    /// Change of the time in percent per percent of the number: `d ln seconds / d ln number`.
     pub exponent: f64,
 }
 
@@ -102,7 +103,7 @@ impl Estimate {
         self.need_bytes <= self.have_bytes
     }
 
-    /// The part of the answer that rests on numbers of each basis: their share of all sensitivities.
+    /// Returns the share of the sensitivities by basis: how much of the result depends on numbers of each.
     pub fn rests_on(&self) -> BTreeMap<Basis, f64> {
         let all: f64 = self.sensitivities.iter().map(|s| s.exponent.abs()).sum();
         let mut shares = BTreeMap::new();
@@ -113,17 +114,17 @@ impl Estimate {
     }
 }
 
-/// The program as the chip gets it.
+/// The program as prepared for the chip.
 fn adapted(program: &Program) -> Program {
     passes::fuse(program, Fusions::ALL)
 }
 
-/// What may be chosen on a chip.
+/// Options of a chip.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Choices {
-    /// The format in which it multiplies, if not the nearest to each weight's.
+    /// Format of products; `None`: the nearest to each weight's.
     pub products: Option<Dtype>,
-    /// The format in which activations lie in device memory between ops.
+    /// Format of activations in device memory between ops.
     pub activations: Dtype,
 }
 
@@ -145,11 +146,11 @@ impl Choices {
     }
 }
 
-/// What tells how long steps take.
+/// The model that times steps.
 enum Timer<'a> {
     /// Commands of a simulated chip.
     Chip(Box<Chip>),
-    /// Kernels of a device that were measured; of a CPU with so many threads.
+    /// Measured kernels of a device; for a CPU, with a number of threads.
     Device(&'a Profile, Option<usize>),
 }
 
@@ -174,7 +175,7 @@ impl<'a> Timer<'a> {
         }
     }
 
-    /// Seconds, in closed form where there is a quicker one than the report's.
+    /// Returns seconds, by the quicker closed form if there is one.
     fn seconds(&self, program: &Program, spans: &[(u32, u32)]) -> Result<f64> {
         match self {
             Timer::Chip(chip) => step::closed(chip, program, spans, true),
@@ -186,7 +187,7 @@ impl<'a> Timer<'a> {
 /// Estimates a workload of a program on the chip of a profile.
 ///
 /// # Errors
-/// What [`Chip::new`] says, and ops that do not fit the chip; of devices that are not simulated, what was not measured.
+/// Errors of [`Chip::new`], ops that do not fit the chip, and kernels that were not measured.
 pub fn estimate(
     profile: &Profile,
     choices: Choices,
@@ -207,7 +208,7 @@ pub fn estimate(
     let seconds = workload.seconds(prefill_total.seconds, decode_total.seconds);
     let tokens = f64::from(workload.batch) * f64::from(workload.generate);
     let positions = u64::from(workload.prompt) + u64::from(workload.generate);
-    // A window begins and ends within a page.
+    // A window may begin and end in the middle of a page.
     let page = u64::from(PAGE_POSITIONS);
     let kept = |window: Option<u32>| window.map_or(positions, |w| positions.min(u64::from(w) + page));
     let each = program.kv_bytes(|window| kept(window).div_ceil(page));
@@ -230,14 +231,13 @@ pub fn estimate(
     })
 }
 
-/// How far off kernels of a device were on shapes that no constant was fitted to. Schedules of simulated chips were never
-/// measured.
+/// Returns the error of a device's kernels on held-out shapes. Simulated chips have no measurements.
 fn error(profile: &Profile) -> Option<f64> {
     let fit = profile.calibration.as_ref().filter(|_| profile.driver == Driver::Gpu)?.matmul.first()?;
     Some(fit.errors.mean_error_fraction.value)
 }
 
-/// Joules of everything: of operations and moved bytes, and of what the chip takes while it does nothing.
+/// Returns the total joules: of operations, moved bytes and idle power.
 fn joules(
     profile: &Profile,
     workload: &Workload,
@@ -250,7 +250,7 @@ fn joules(
     Some(moving + idle_w * seconds)
 }
 
-/// Money a second: rent, or what is written off, and energy at the chip's full power.
+/// Returns US$ per second: rent, or depreciation and energy at the chip's full power.
 fn usd_per_s(profile: &Profile) -> Option<f64> {
     let price = profile.price.as_ref()?;
     if let Some(rent) = &price.usd_per_hour {
@@ -266,7 +266,7 @@ fn usd_per_s(profile: &Profile) -> Option<f64> {
     Some(price.chip_usd.as_ref()?.value / (years * year_s * used) + energy.unwrap_or(0.0))
 }
 
-/// Seconds of a workload, in closed form: quickly, and near what [`estimate`] says.
+/// Returns the seconds of a workload by the closed form, a quick approximation of [`estimate`].
 ///
 /// # Errors
 /// As [`estimate`].
@@ -278,7 +278,7 @@ pub fn closed_s(profile: &Profile, choices: Choices, program: &Program, workload
     Ok(workload.seconds(prefill_s, timer.seconds(program, &spans)?))
 }
 
-/// A number is changed by this factor to see what depends on it.
+/// Factor by which a number is changed to measure the sensitivity.
 const CHANGE: f64 = 1.05;
 
 fn sensitivities(
@@ -291,7 +291,7 @@ fn sensitivities(
     let before = seconds(profile.clone())?;
     let mut found = Vec::new();
     for (path, quantity) in &profile.quantities {
-        // Counts are what they are.
+        // Counts are not varied.
         let counts = ["clusters", "tiles_per_cluster", "engines", "rows", "columns", "capacity_bytes"];
         if path.rsplit('.').next().is_some_and(|key| counts.contains(&key)) {
             continue;

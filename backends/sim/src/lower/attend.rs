@@ -17,33 +17,33 @@ const SINKS: Operand = Operand::In(2);
 const PARTIAL: Operand = Operand::Temp(0);
 
 impl Attend {
-    /// Floats that a row of queries leaves behind: values, maximum, sum.
+    /// Floats in the partial result of a row of queries: values, maximum, sum.
     fn found(&self) -> u32 {
         self.value_dim + 2
     }
 
-    /// The last position that token number `i` of some sees.
+    /// Returns the last position that token `i` sees.
     fn last(&self, rows: QueryRows, i: u32) -> u32 {
         rows.position + if self.causal { i } else { 0 }
     }
 
-    /// The chunks that a token sees whose last position is `position`.
+    /// Returns the chunks that a token sees; `position` is the last visible position.
     pub fn chunks(&self, position: u32) -> Range<u32> {
         chunks(position, self.window)
     }
 
-    /// The chunks that any of some tokens sees.
+    /// Returns the chunks that any of the tokens sees.
     fn chunks_of(&self, rows: QueryRows) -> Range<u32> {
         self.chunks(rows.position).start..self.chunks(self.last(rows, rows.tokens.max(1) - 1)).end
     }
 
-    /// How many of some tokens see a chunk.
+    /// Returns the number of tokens that see a chunk.
     fn seeing(&self, rows: QueryRows, chunk: u32) -> u32 {
         let sees = |i: &u32| self.chunks(self.last(rows, *i)).contains(&chunk);
         (0..rows.tokens).filter(sees).count() as u32
     }
 
-    /// Bytes of so many floats for each row of queries.
+    /// Returns the bytes of `floats` floats per row of queries.
     fn floats(&self, rows: QueryRows, each: u32) -> u64 {
         4 * u64::from(rows.tokens * rows.heads) * u64::from(each)
     }
@@ -52,7 +52,7 @@ impl Attend {
         self.page(0, 0).iter().map(|(_, bytes)| u64::from(*bytes)).sum()
     }
 
-    /// Bytes of scratchpad that so many rows take, with so many slots for pages.
+    /// Returns the scratchpad bytes for the given rows of queries and slots for pages.
     fn scratch_bytes(&self, rows: u32, pages: u32) -> u64 {
         let rows = u64::from(rows);
         let floats = |each: u32| aligned(4 * rows * u64::from(each));
@@ -69,9 +69,9 @@ impl Attend {
 struct AttendTiling<'a> {
     /// Slots for pages.
     slots: u32,
-    /// Most rows of queries of a tile.
+    /// Maximum rows of queries of a tile.
     rows: u32,
-    /// Queries that are worked on together, and their pages.
+    /// Queries that are processed together, and their pages.
     work: Vec<(QueryRows, &'a [u32])>,
     /// Chunks that all of them see.
     chunks: u32,
@@ -89,7 +89,7 @@ fn attend_tiling<'a>(chip: &Chip, a: &'a Attend) -> Result<AttendTiling<'a>> {
     let head_runs: Vec<Range<u32>> =
         (0..a.kv_heads).flat_map(|h| blocks(h * group..(h + 1) * group, heads)).collect();
     let tokens: u32 = a.spans.iter().map(|(_, _, n)| n).sum();
-    // Tokens together, as long as every tile has something to do.
+    // Group tokens as long as every tile has work.
     let spread = (tokens * head_runs.len() as u32).div_ceil(chip.tiles);
     let together = (fit / heads).min(spread).max(1);
     let mut work: Vec<(QueryRows, &[u32])> = Vec::new();
@@ -137,7 +137,8 @@ pub fn attend_s(chip: &Chip, a: &Attend) -> Result<f64> {
     };
     let drain_s = score.1 + share.1 + weigh.1 + 2.0 * signal;
     let ahead = tiling.slots >= 3;
-    // Unless scores are computed ahead, a chunk goes through all steps before the next one, which is loaded meanwhile.
+    // Unless scores are computed ahead, a chunk goes through all steps before the next one, which is loaded
+    // meanwhile.
     let chain = score.0 + share.0 + weigh.0 + drain_s;
     let work = f64::from((tiling.work.len() as u32).div_ceil(tiles));
     let pipeline = Pipeline {
@@ -182,7 +183,7 @@ pub fn attend_phases(chip: &Chip, a: &Attend, lowered: &mut Lowered) -> Result<(
         lowered.phases.push(programs.collect());
         return Ok(());
     };
-    // Runs of chunks, then merging: what each finds goes to memory `[token][head][chunk]`.
+    // Runs of chunks, then a merge: partial results go to memory `[token][head][chunk]`.
     let most = work.iter().map(|(rows, _)| a.chunks_of(*rows).end).max().unwrap_or(0);
     let tokens: u32 = a.spans.iter().map(|(_, _, n)| n).sum();
     let rows = u64::from(tokens) * u64::from(a.heads);
@@ -272,7 +273,8 @@ impl AttendRings {
         Page { rows, queries, chunk, seeing, page, shares }
     }
 
-    /// What rows find in a page; its step computes scores and shares as well. `last` if the queries are not needed any more.
+    /// What rows find in a page; its step computes scores and shares as well. `last` if the queries are not
+    /// needed any more.
     fn found(&mut self, tile: &mut Tile<'_>, from: Page, last: bool) -> Entry {
         let Tile { chip, a, b } = tile;
         let Page { rows, queries, chunk, seeing, page, shares } = from;
@@ -284,8 +286,9 @@ impl AttendRings {
         b.compute((work, Step::Page { rows, chunk }), &[queries, page, shares], [to], &frees)[0]
     }
 
-    /// Goes through chunks: `then` gets what was found in each. With three slots for pages, scores of the next chunk come
-    /// before the values of this one, so that the matrix unit does not wait for the vector unit.
+    /// Goes through chunks: `then` gets what was found in each. With three slots for pages, scores of the
+    /// next chunk come before the values of this one, so that the matrix unit does not wait for the vector
+    /// unit.
     fn each(
         &mut self,
         tile: &mut Tile<'_>,
@@ -354,7 +357,7 @@ impl AttendRings {
     }
 }
 
-/// A tile's program for attention, as far as it is.
+/// A tile's program for attention, under construction.
 struct Tile<'t> {
     chip: &'t Chip,
     a: &'t Attend,
@@ -414,7 +417,7 @@ fn sharing(rows: u32) -> Work {
     Work::Vector(VectorWork { simple: 3 * each, exp: each, ..Default::default() })
 }
 
-/// Chunks that are merged at a time.
+/// Chunks to merge at a time.
 const MERGED: u32 = 32;
 
 /// The second phase, for one head.

@@ -7,7 +7,7 @@ use crate::shape::{After, Experts, Part, Product, Rows, Units, Which, X};
 use crate::tile::{Form, Lowered, Operand};
 use halite::Result;
 
-/// Where the operands are, besides activations.
+/// Operand numbers, besides activations.
 mod expert {
     use super::Operand;
     pub const WEIGHTS: [Operand; 3] = [Operand::In(1), Operand::In(2), Operand::In(3)];
@@ -17,7 +17,8 @@ mod expert {
     pub const FOUND: Operand = Operand::Temp(1);
 }
 
-/// The products of experts that work at the same time, each on an equal share of the tiles: gates and ups, then downs.
+/// The products of experts that work at the same time, each on an equal share of the tiles: gates and ups,
+/// then downs.
 struct Wave {
     tiles: u32,
     stages: [Vec<Product>; 2],
@@ -66,7 +67,7 @@ fn experts_waves(chip: &Chip, e: &Experts) -> Vec<Wave> {
     chosen.chunks(chip.tiles.max(1) as usize).map(wave).collect()
 }
 
-/// What the experts of each token found, weighted.
+/// The weighted sum of each token's experts.
 fn experts_sum(e: &Experts) -> Units {
     Units {
         count: e.tokens,

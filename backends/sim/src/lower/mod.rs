@@ -1,12 +1,13 @@
-//! Ops as commands: how work is divided between tiles, and what each tile does.
+//! Lowers ops to commands, and divides their work between tiles.
 //!
-//! - Products: a grid of tiles divides rows of activations and columns of the output. A tile keeps a block of activations,
-//!   converted once, and streams blocks of weight rows past it.
-//! - Attention: a tile takes some tokens with the query heads of one KV head and streams the pages past them. Where there are
-//!   too few of these, tiles take runs of pages, and what they find is merged by a second phase.
+//! - Products: a grid of tiles divides rows of activations and columns of the output. A tile keeps a block of
+//!   activations, converted once, and streams blocks of weight rows past it.
+//! - Attention: a tile takes some tokens with the query heads of one KV head and streams the pages past them.
+//!   Where there are too few of these, tiles take runs of pages, and what they find is merged by a second
+//!   phase.
 //! - The rest: tiles take runs of units.
 //!
-//! Everything that is loaded has two slots, so that the next load runs while a unit works.
+//! Loaded data has two slots, so that the next load overlaps with the unit's work.
 
 mod attend;
 mod experts;
@@ -26,19 +27,19 @@ use units::{arg_max_stages, stage_phases, stages_s, top_k_stages, units_programs
 
 /// Slots of what is loaded: two, so that a load runs while a unit works, or one, where there is no room.
 const SLOTS: [u32; 2] = [2, 1];
-/// Slots for pages: with a third one, scores of the next page are computed before the values of this one are weighed, and one
-/// more is on the way.
+/// Slots for pages: with a third one, scores of the next page are computed before the values of this one are
+/// weighed, and one more is on the way.
 const PAGE_SLOTS: [u32; 3] = [3, 2, 1];
-/// Bytes that are worth a command of their own.
+/// Minimum bytes of a command.
 const BLOCK_BYTES: u64 = 16 * 1024;
-/// Bytes that are worth a tile of their own.
+/// Minimum bytes of a tile's work.
 const TILE_BYTES: u64 = 1024;
 /// Columns of an output that are not divided between tiles.
 const COLUMNS: u32 = 16;
-/// Most query heads that share a pass over a page.
+/// Maximum query heads that share a pass over a page.
 const HEADS: u32 = halite_kernels::attention::ROWS as u32;
 
-/// An op as commands for a chip.
+/// Lowers an op to commands for a chip.
 ///
 /// # Errors
 /// [`Error::Backend`] if its smallest parts do not fit the scratchpad.
@@ -55,7 +56,7 @@ pub fn lower(chip: &Chip, shape: &Shape) -> Result<Lowered> {
     Ok(lowered)
 }
 
-/// Seconds of an op by the closed form: no commands are made, and the answer is near the event engine's.
+/// Returns the seconds of an op by the closed form: without commands, and close to the event engine's result.
 ///
 /// # Errors
 /// As [`lower`].
@@ -100,7 +101,8 @@ fn blocks(range: Range<u32>, step: u32) -> impl Iterator<Item = Range<u32>> {
     range.step_by(step.max(1) as usize).map(move |start| start..(start + step).min(end))
 }
 
-/// Blocks that are loaded, worked on and stored one behind the other, each stage while the next block is in the one before.
+/// Blocks that are loaded, worked on and stored one behind the other, each stage while the next block is in
+/// the one before.
 struct Pipeline {
     /// Blocks.
     count: f64,
@@ -123,7 +125,8 @@ struct Pipeline {
 }
 
 impl Pipeline {
-    /// The first block through all stages, and the rest at the pace of the slowest; but not before memory has moved all.
+    /// The first block through all stages, and the rest at the pace of the slowest; but not before memory has
+    /// moved all.
     fn seconds(&self, chip: &Chip) -> f64 {
         let Pipeline { count, load_s, units_s, drain_s, store_s, device_s, setup_s, requests, slots } = *self;
         // With one request at a time, each waits for its setup.

@@ -168,7 +168,8 @@ impl<'a> Costs<'a> {
         let x_s = (each * rows * k / engine).max(each * m * k * activations / chip.device_bytes_per_s());
         let x_s = x_s + waits * requests(&p.x, rows as u32);
         let again = passes - 1.0;
-        // Once they are converted, the next ones can be loaded; where they are used as they are, only after the last product.
+        // Once they are converted, the next ones can be loaded; where they are used as they are, only after
+        // the last product.
         let x_s = if convert_s > 0.0 { x_s } else { x_s + again * (x_s + pipeline.setup_s + drain_s) };
         pipeline.seconds(chip) + x_s + passes * (convert_s + 2.0 * chip.semaphore_s())
     }
@@ -291,7 +292,8 @@ impl<'a> ProductRings<'a> {
                 let piece = Piece::whole(operand, from + 4 * u64::from(columns.start), 4 * count);
                 block.addends.push(b.load(&mut self.biases[slot], [piece], sharers));
             }
-            // Of what the unit takes as it is stored, unpacking costs time but makes nothing: the bits are the file's.
+            // Of what the unit takes as it is stored, unpacking costs time but makes nothing: the bits are
+            // the file's.
             let (step, bytes) = match how.w {
                 Form::Chip(_) => {
                     let step = Step::Unpack { rows: count, k: p.k, from: part.format, to: how.w };
@@ -317,7 +319,8 @@ impl<'a> ProductRings<'a> {
         block
     }
 
-    /// Multiplies a block with activations, finishes and stores it; `last` if the activations are not needed any more.
+    /// Multiplies a block with activations, finishes and stores it; `last` if the activations are not needed
+    /// any more.
     fn complete(
         &mut self,
         b: &mut Builder,

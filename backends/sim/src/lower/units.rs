@@ -173,7 +173,8 @@ pub fn stages_s(chip: &Chip, stages: &[Units]) -> Result<f64> {
     stages.iter().try_fold(0.0, |sum, units| Ok(sum + units_s(chip, units)? + chip.barrier_s()))
 }
 
-/// Stages that follow each other; what one leaves for the next is in temporary buffers, one for each but the last.
+/// Stages that follow each other; what one leaves for the next is in temporary buffers, one for each but the
+/// last.
 pub fn stage_phases(chip: &Chip, stages: &[Units], lowered: &mut Lowered) -> Result<()> {
     for (number, units) in stages.iter().enumerate() {
         let is_temp = |rows: &&Rows| matches!(rows.operand, Operand::Temp(_));
