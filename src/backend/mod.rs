@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use crate::error::{Error, Result};
 use crate::map::Region;
-use crate::program::{Op, PAGE_POSITIONS, Program};
+use crate::program::{Op, PAGE_POSITIONS, Program, StateId, TensorId};
 
 /// What a backend promises about its results.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -146,6 +146,18 @@ impl Buffer {
         (*self.memory).downcast_ref()
     }
 }
+
+/// An operand of an op, and the buffer that holds it.
+#[derive(Debug, Clone, Copy)]
+pub struct Operand<'a, Id> {
+    /// Which tensor or state of the program it is.
+    pub id: Id,
+    /// Its memory, from the first byte on.
+    pub buffer: &'a Buffer,
+}
+
+/// An op on buffers: what [`Op::try_map`] makes of an op of a program, for a device with memory of its own.
+pub type DeviceOp<'a> = Op<Operand<'a, TensorId>, Operand<'a, StateId>>;
 
 /// A request to stop, from any thread. Backends look at it before every op.
 #[derive(Debug, Clone, Default)]
