@@ -1,7 +1,7 @@
 //! The only trait that a chip implements.
 //!
 //! A [`Backend`] owns memory and turns a [`Program`] into a [`Plan`]; a plan runs steps. Nothing here knows a model, and
-//! nothing above knows a chip. `template.rs` is a whole backend to copy.
+//! nothing above knows a chip. `template.rs` is a whole backend to copy; `examples/my-chip` runs models, in a crate of its own.
 
 pub mod cpu;
 pub mod driver;
@@ -243,7 +243,7 @@ pub enum Clock {
     Simulated,
 }
 
-/// How long a submission took.
+/// How long the submissions of a step took.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Timing {
     /// From start to end.
@@ -308,7 +308,8 @@ pub trait Plan: Send {
     /// `Error::Cancelled`, `Error::Argument`, or what the device says.
     fn submit(&mut self, step: &Step<'_>, segments: Range<usize>, bindings: &Bindings<'_>) -> Result<Ticket>;
 
-    /// Waits for a submission.
+    /// Waits for a submission. The time is that of its step so far: submissions add up, from the last one that started at
+    /// segment 0.
     ///
     /// # Errors
     /// What the device says.

@@ -19,7 +19,7 @@ use halite::kernels::float::DefaultFloats;
 use halite::kernels::formats::Format;
 use halite::map::Region;
 use halite::passes::{self, Layout};
-use halite::program::{Epilogue, Op, Program, Slot, TensorId};
+use halite::program::{Epilogue, Op, Part, Program, Slot, TensorId};
 use halite::{Error, Result};
 
 use memory::{Allocation, Memory};
@@ -90,6 +90,10 @@ fn on_chip(program: &Program, op: &Op) -> bool {
     matches!(op, Op::MatMul { parts, epilogue: Epilogue::None, .. } if parts.iter().all(|part| q8_0(part.weight)))
 }
 
+fn missing(op: &Op) -> String {
+    format!("the chip has no command for this {}", op.name())
+}
+
 impl Backend for MyChip {
     fn caps(&self) -> &Caps {
         &self.caps
@@ -97,7 +101,7 @@ impl Backend for MyChip {
 
     fn supports(&self, sig: &OpSig<'_>) -> Support {
         match self.gaps && !on_chip(sig.program, sig.op) {
-            true => Support::Unsupported(Gap::NotYet(format!("the chip has no {}", sig.op.name()))),
+            true => Support::Unsupported(Gap::NotYet(missing(sig.op))),
             false => Support::Native,
         }
     }
@@ -151,6 +155,9 @@ impl Backend for MyChip {
     }
 }
 
+/// A tensor of an op, and its buffer.
+type Tensor<'a> = Operand<'a, TensorId>;
+
 /// A program ready to run.
 struct ChipPlan {
     chip: MyChip,
@@ -186,11 +193,14 @@ impl ChipPlan {
         )
     }
 
-    /// Queues the chip's commands for an op. This chip runs them at once.
-    fn queue(&self, op: &DeviceOp<'_>, step: &Step<'_>) -> Result<()> {
-        let Op::MatMul { x, parts, outs, .. } = op else {
-            return Err(error(format!("the chip has no {}", op.name())));
-        };
+    /// Queues the chip's commands for products. This chip runs them at once.
+    fn queue(
+        &self,
+        x: &Tensor<'_>,
+        parts: &[Part<Tensor<'_>>],
+        outs: &[Tensor<'_>],
+        step: &Step<'_>,
+    ) -> Result<()> {
         let (chip, shape) = (&self.chip, self.program.tensor(x.id));
         let tokens = passes::rows(shape.rows, step.tokens.len() as u32, step.outputs.len() as u32) as usize;
         let cols = shape.cols as usize;
@@ -213,26 +223,23 @@ impl ChipPlan {
 }
 
 impl Plan for ChipPlan {
-    fn submit(
-        &mut self,
-        step: &Step<'_>,
-        segments: Range<usize>,
-        bindings: &Bindings<'_>,
-    ) -> Result<Ticket> {
+    fn submit(&mut self, step: &Step<'_>, segments: Range<usize>, bindings: &Bindings<'_>) -> Result<Ticket> {
         let start = Instant::now();
         // The program that embeds Halite may round in another way.
         let _floats = DefaultFloats::set();
         check_step(step, &self.program, self.limits, bindings.states)?;
         let first = segments.start == 0;
-        for op in self.program.segments.get(segments).unwrap_or(&[]).iter().flat_map(|segment| &segment.ops) {
+        let segments = self.program.segments.get(segments).ok_or_else(|| error("no such segments"))?;
+        for op in segments.iter().flat_map(|segment| &segment.ops) {
             if step.cancel.is_cancelled() {
                 return Err(Error::Cancelled);
             }
-            let bound = self.bind(op, bindings)?;
-            if self.chip.gaps || on_chip(&self.program, op) {
-                self.queue(&bound, step)?;
-            } else {
-                reference::run(&self.chip, &self.program, &bound, step)?;
+            match self.bind(op, bindings)? {
+                Op::MatMul { x, parts, outs, .. } if on_chip(&self.program, op) => {
+                    self.queue(&x, &parts, &outs, step)?;
+                }
+                _ if self.chip.gaps => return Err(error(missing(op))),
+                bound => reference::run(&self.chip, &self.program, &bound, step)?,
             }
         }
         // The submissions of a step add up.

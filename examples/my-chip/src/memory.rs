@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use halite::{Error, Result};
 
-use crate::{CAPACITY_BYTES, error};
+use crate::{CAPACITY_BYTES, NAME, error};
 
 /// Allocations start at multiples of this.
 const ALIGNMENT: usize = 64;
@@ -37,13 +37,11 @@ impl Memory {
     /// Takes zeroed memory at the first place where it fits.
     pub fn alloc(self: &Arc<Memory>, bytes: u64) -> Result<Allocation> {
         let mut state = self.lock()?;
-        let full = |have| Error::OutOfMemory {
-            what: format!("a buffer on `{}`", crate::NAME),
-            need_bytes: bytes,
-            have_bytes: have,
-        };
-        if bytes > CAPACITY_BYTES {
-            return Err(full(CAPACITY_BYTES));
+        let have_bytes = CAPACITY_BYTES - state.taken.values().sum::<usize>() as u64;
+        let full =
+            || Error::OutOfMemory { what: format!("a buffer on `{NAME}`"), need_bytes: bytes, have_bytes };
+        if bytes > have_bytes {
+            return Err(full());
         }
         let len = (bytes as usize).max(1).next_multiple_of(ALIGNMENT);
         let mut address = 0;
@@ -55,11 +53,11 @@ impl Memory {
         }
         let end = address + len;
         if end as u64 > CAPACITY_BYTES {
-            return Err(full(CAPACITY_BYTES - address as u64));
+            return Err(full());
         }
-        let more = end.saturating_sub(state.bytes.len());
-        state.bytes.try_reserve(more).map_err(|_| full(0))?;
-        if more > 0 {
+        if end > state.bytes.len() {
+            let more = end - state.bytes.len();
+            state.bytes.try_reserve(more).map_err(|_| full())?;
             state.bytes.resize(end, 0);
         }
         state.bytes[address..end].fill(0);
