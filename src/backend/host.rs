@@ -751,8 +751,14 @@ pub(super) fn run_on_copies<K: Kernels>(
         // Both ops list their operands in the same order.
         let (mut results, mut pages) = (Vec::new(), Vec::new());
         copy.try_map(
-            |t, _| Ok::<_, Error>(results.push(t.bytes())),
-            |s, _| Ok(pages.push(s.memory.bytes())),
+            |t, _| {
+                results.push(t.bytes());
+                Ok::<_, Error>(())
+            },
+            |s, _| {
+                pages.push(s.memory.bytes());
+                Ok(())
+            },
         )?;
         let (mut results, mut pages) = (results.into_iter(), pages.into_iter());
         let copy_back = |access, buffer, bytes: Option<&[u8]>| match (access, bytes) {

@@ -107,7 +107,9 @@ impl Backend for MyChip {
     }
 
     fn explain(&self, sig: &OpSig<'_>, _tokens: u32) -> String {
-        if on_chip(sig.program, sig.op) { "on the chip".into() } else { "on the host".into() }
+        let on_chip = on_chip(sig.program, sig.op);
+        let place = if on_chip { "on the chip" } else { "on the host" };
+        if on_chip || !self.gaps { place.into() } else { String::new() }
     }
 
     fn alloc(&self, bytes: u64, _usage: Usage) -> Result<Buffer> {

@@ -67,12 +67,18 @@ impl Memory {
 
     /// Copies from the host.
     pub fn write(&self, address: usize, bytes: &[u8]) -> Result<()> {
-        self.run(|memory| Some(memory.get_mut(address..address + bytes.len())?.copy_from_slice(bytes)))
+        self.run(|memory| {
+            memory.get_mut(address..address + bytes.len())?.copy_from_slice(bytes);
+            Some(())
+        })
     }
 
     /// Copies to the host.
     pub fn read(&self, address: usize, bytes: &mut [u8]) -> Result<()> {
-        self.run(|memory| Some(bytes.copy_from_slice(memory.get(address..address + bytes.len())?)))
+        self.run(|memory| {
+            bytes.copy_from_slice(memory.get(address..address + bytes.len())?);
+            Some(())
+        })
     }
 
     /// Runs a command of the chip, which sees all memory. `None`: it left the memory.
