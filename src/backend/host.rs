@@ -11,7 +11,10 @@ use halite_kernels::attention::{PageShape, Pages, PagesMut};
 use halite_kernels::float::DefaultFloats;
 use halite_kernels::formats::{Format, Layout};
 
-use super::{Bindings, Buffer, Clock, Limits, Plan, Span, Step, Ticket, Timing, check_step};
+use super::{
+    Backend, Bindings, Buffer, Clock, DeviceOp, Limits, NO_PAGE, Plan, Span, Step, Ticket, Timing,
+    check_step, upload,
+};
 use crate::error::{Error, Result};
 use crate::map::Region;
 use crate::memory::{reserved, zeroed};
@@ -55,6 +58,8 @@ enum Memory<'a> {
     ScratchMut(RefMut<'a, [f32]>),
     Locked(RwLockReadGuard<'a, Vec<u64>>),
     LockedMut(RwLockWriteGuard<'a, Vec<u64>>),
+    /// Read and written: a copy of a device's memory.
+    Owned(Vec<u64>),
 }
 
 impl Memory<'_> {
@@ -66,6 +71,7 @@ impl Memory<'_> {
             Memory::ScratchMut(floats) => bytemuck::cast_slice(floats),
             Memory::Locked(words) => bytemuck::cast_slice(words),
             Memory::LockedMut(words) => bytemuck::cast_slice(words),
+            Memory::Owned(words) => bytemuck::cast_slice(words),
         }
     }
 
@@ -75,6 +81,7 @@ impl Memory<'_> {
             Memory::BytesMut(bytes) => bytes,
             Memory::ScratchMut(floats) => bytemuck::cast_slice_mut(floats),
             Memory::LockedMut(words) => bytemuck::cast_slice_mut(words),
+            Memory::Owned(words) => bytemuck::cast_slice_mut(words),
             Memory::Bytes(_) | Memory::Scratch(_) | Memory::Locked(_) => &mut [],
         }
     }
@@ -445,11 +452,45 @@ pub struct HostPlan<K> {
     /// The ops of each segment.
     ops: Vec<Vec<PreparedOp>>,
     limits: Limits,
+    tokens: Tokens,
+    submitted: u64,
+    timing: Timing,
+}
+
+/// Where the tokens of a step stand: the memory behind [`HostStep`].
+struct Tokens {
     spans: Vec<u32>,
     positions: Vec<u32>,
     zeros: Vec<u32>,
-    submitted: u64,
-    timing: Timing,
+}
+
+impl Tokens {
+    /// Room for so many.
+    fn new(most: u32) -> Result<Tokens> {
+        Ok(Tokens {
+            spans: reserved(most.into(), "the places of tokens")?,
+            positions: reserved(most.into(), "the places of tokens")?,
+            zeros: zeroed(most.into(), "the places of tokens")?,
+        })
+    }
+
+    /// Notes where each token of a step stands.
+    fn place(&mut self, step: &Step<'_>) {
+        self.spans.clear();
+        self.positions.clear();
+        for (i, span) in step.spans.iter().enumerate() {
+            for p in 0..span.len {
+                self.spans.push(i as u32);
+                self.positions.push(span.start + p);
+            }
+        }
+    }
+
+    /// What an op knows of the step that was placed last.
+    fn step<'a>(&'a self, program: &'a Program, op: &'a Op, step: &'a Step<'a>) -> HostStep<'a> {
+        let zeros = self.zeros.get(..step.tokens.len()).unwrap_or(&[]);
+        HostStep { program, op, step, span: &self.spans, positions: &self.positions, zeros }
+    }
 }
 
 /// Memory of a plan besides the buffers of a submission.
@@ -463,6 +504,19 @@ struct Bound {
 /// Returns the bytes of a host plan's scratch tensors.
 pub fn scratch_bytes(program: &Program, limits: Limits) -> u64 {
     passes::liveness(program).bytes(limits.tokens, limits.outputs)
+}
+
+/// Resolves a state of a program.
+fn cache(program: &Program, id: StateId) -> Result<Cache> {
+    let state = program.states.get(id.0 as usize);
+    let state = state.ok_or_else(|| Error::Program(format!("state {} does not exist", id.0)))?;
+    let shape = PageShape {
+        kv_heads: state.kv_heads as usize,
+        key_dim: state.key_dim as usize,
+        value_dim: state.value_dim as usize,
+    };
+    let (group, window, causal) = (program.kv_group(state), state.window, state.causal);
+    Ok(Cache { id, format: state.format, shape, group, window, causal })
 }
 
 /// Resolves the operands of an op.
@@ -488,18 +542,7 @@ fn prepared(program: &Program, layout: &passes::Layout, op: &Op) -> Result<Prepa
             row_bytes: t.format.row_bytes(t.cols as usize).unwrap_or(usize::MAX),
         })
     };
-    let cache = |&id: &StateId, _| {
-        let state = program.states.get(id.0 as usize);
-        let state = state.ok_or_else(|| Error::Program(format!("state {} does not exist", id.0)))?;
-        let shape = PageShape {
-            kv_heads: state.kv_heads as usize,
-            key_dim: state.key_dim as usize,
-            value_dim: state.value_dim as usize,
-        };
-        let (group, window, causal) = (program.kv_group(state), state.window, state.causal);
-        Ok(Cache { id, format: state.format, shape, group, window, causal })
-    };
-    op.try_map(operand, cache)
+    op.try_map(operand, |&id, _| cache(program, id))
 }
 
 impl<K: Kernels> HostPlan<K> {
@@ -523,26 +566,10 @@ impl<K: Kernels> HostPlan<K> {
             ops: program.segments.iter().map(of_segment).collect::<Result<_>>()?,
             bound: Bound { backend: backend.into(), program: program.clone(), places },
             limits,
-            spans: reserved(limits.tokens.into(), "the places of tokens")?,
-            positions: reserved(limits.tokens.into(), "the places of tokens")?,
-            zeros: zeroed(limits.tokens.into(), "the places of tokens")?,
+            tokens: Tokens::new(limits.tokens)?,
             submitted: 0,
             timing: Timing { elapsed: Duration::ZERO, clock: Clock::Host },
         })
-    }
-
-    /// Checks a step against the limits, and records the span and position of each token.
-    fn place_tokens(&mut self, step: &Step<'_>, states: &[Buffer]) -> Result<()> {
-        check_step(step, &self.bound.program, self.limits, states)?;
-        self.spans.clear();
-        self.positions.clear();
-        for (i, span) in step.spans.iter().enumerate() {
-            for p in 0..span.len {
-                self.spans.push(i as u32);
-                self.positions.push(span.start + p);
-            }
-        }
-        Ok(())
     }
 }
 
@@ -636,18 +663,113 @@ fn execute<K: Kernels>(
 ) -> Result<()> {
     // A panic must not leave the library. It poisons the lock of a buffer that the op was writing, and later
     // steps then fail with an error.
-    let run = || {
+    guarded(&bound.backend, op.name(), || {
         let mut op = op.try_map(
             |operand, access| bound.tensor(operand, access, step.step, b),
             |cache, access| bound.state(cache, access, b),
         )?;
         kernels.run(&mut op, step)
-    };
+    })
+}
+
+/// Runs an op. A panic must not leave the library. What was being written to a bound buffer is lost: its lock is then
+/// poisoned, and later steps say so.
+fn guarded(backend: &str, op: &str, run: impl FnOnce() -> Result<()>) -> Result<()> {
     catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|panic| {
         let said = panic.downcast_ref::<&str>().copied();
         let said = said.or_else(|| panic.downcast_ref::<String>().map(String::as_str));
-        let message = format!("{} panicked: {}", op.name(), said.unwrap_or("no message"));
-        Err(Error::Backend { backend: bound.backend.clone(), message })
+        let message = format!("{op} panicked: {}", said.unwrap_or("no message"));
+        Err(Error::Backend { backend: backend.into(), message })
+    })
+}
+
+/// Bytes of a device's buffer, copied unless they are yet to be written.
+fn copied(backend: &dyn Backend, buffer: &Buffer, len: usize, access: Access) -> Result<Memory<'static>> {
+    let mut words = zeroed(len.div_ceil(8) as u64, "a copy of device memory")?;
+    if access == Access::Read {
+        let bytes = bytemuck::cast_slice_mut(&mut words);
+        backend.read(buffer, 0, bytes.get_mut(..len).unwrap_or(&mut []))?;
+    }
+    Ok(Memory::Owned(words))
+}
+
+fn copied_tensor(
+    backend: &dyn Backend,
+    program: &Program,
+    operand: &super::Operand<'_, TensorId>,
+    access: Access,
+    step: &Step<'_>,
+) -> Result<HostTensor<'static>> {
+    let t = program.tensor(operand.id);
+    if t.layout != Layout::Rows {
+        let expected = format!("`{}` in plain rows (`Rows::Plain` in the caps)", t.name);
+        return Err(Error::argument("weight", expected, "interleaved rows"));
+    }
+    let rows = passes::rows(t.rows, step.tokens.len() as u32, step.outputs.len() as u32) as usize;
+    let (experts, cols) = (t.experts as usize, t.cols as usize);
+    let row_bytes = t.format.row_bytes(cols).unwrap_or(usize::MAX);
+    let len = row_bytes.saturating_mul(rows).saturating_mul(experts);
+    let memory = copied(backend, operand.buffer, len, access)?;
+    Ok(HostTensor { memory, len, format: t.format, layout: t.layout, experts, rows, cols })
+}
+
+fn copied_state(
+    backend: &dyn Backend,
+    program: &Program,
+    operand: &super::Operand<'_, StateId>,
+    step: &Step<'_>,
+) -> Result<HostState<'static>> {
+    let Cache { format, shape, group, window, causal, .. } = cache(program, operand.id)?;
+    // The pages up to the last one that the step uses, which keep what the op does not write.
+    let tables = step.spans.iter().filter_map(|span| span.tables.get(group)).flatten();
+    let last = tables.filter(|&&page| page != NO_PAGE).max();
+    let len = last.map_or(0, |&page| (page as usize + 1).saturating_mul(shape.bytes(format)));
+    let memory = copied(backend, operand.buffer, len, Access::Read)?;
+    Ok(HostState { memory, format, shape, group, window, causal })
+}
+
+/// Runs one op on copies of its operands in host memory, and copies what it writes back.
+pub(super) fn run_on_copies<K: Kernels>(
+    kernels: &mut K,
+    backend: &dyn Backend,
+    program: &Program,
+    op: &DeviceOp<'_>,
+    step: &Step<'_>,
+) -> Result<()> {
+    let _floats = DefaultFloats::set();
+    let mut tokens = Tokens::new(step.tokens.len() as u32)?;
+    tokens.place(step);
+    let ids = op.try_map(|t, _| Ok::<_, Error>(t.id), |s, _| Ok(s.id))?;
+    let name = &backend.caps().name;
+    let host_step = tokens.step(program, &ids, step);
+    guarded(name, op.name(), || {
+        let mut copy = op.try_map(
+            |operand, access| copied_tensor(backend, program, operand, access, step),
+            |operand, _| copied_state(backend, program, operand, step),
+        )?;
+        kernels.run(&mut copy, &host_step)?;
+        // Both ops list their operands in the same order.
+        let (mut results, mut pages) = (Vec::new(), Vec::new());
+        copy.try_map(
+            |t, _| {
+                results.push(t.bytes());
+                Ok::<_, Error>(())
+            },
+            |s, _| {
+                pages.push(s.memory.bytes());
+                Ok(())
+            },
+        )?;
+        let (mut results, mut pages) = (results.into_iter(), pages.into_iter());
+        let copy_back = |access, buffer, bytes: Option<&[u8]>| match (access, bytes) {
+            (Access::Write, Some(bytes)) => upload(backend, buffer, 0, bytes),
+            _ => Ok(()),
+        };
+        op.try_map(
+            |t, access| copy_back(access, t.buffer, results.next()),
+            |s, access| copy_back(access, s.buffer, pages.next()),
+        )?;
+        Ok(())
     })
 }
 
@@ -656,9 +778,9 @@ impl<K: Kernels> Plan for HostPlan<K> {
         let start = Instant::now();
         let _floats = DefaultFloats::set();
         let from_start = segments.start == 0;
-        self.place_tokens(step, bindings.states)?;
         let program = self.bound.program.clone();
-        let zeros = self.zeros.get(..step.tokens.len()).unwrap_or(&[]);
+        check_step(step, &program, self.limits, bindings.states)?;
+        self.tokens.place(step);
         let wrong = || {
             Error::argument("segments", format!("within 0..{}", program.segments.len()), "a range outside")
         };
@@ -669,8 +791,7 @@ impl<K: Kernels> Plan for HostPlan<K> {
             if step.cancel.is_cancelled() {
                 return Err(Error::Cancelled);
             }
-            let (span, positions) = (&self.spans[..], &self.positions[..]);
-            let step = HostStep { program: &program, op, step, span, positions, zeros };
+            let step = self.tokens.step(&program, op, step);
             execute(&self.bound, &mut self.kernels, prepared, &step, bindings)?;
         }
         self.submitted += 1;

@@ -1,7 +1,8 @@
 //! The traits that a chip implements.
 //!
 //! A [`Backend`] owns memory and turns a [`Program`] into a [`Plan`]; a plan runs steps. This module knows no
-//! model, and the modules above it know no chip. `template.rs` is a complete backend to copy.
+//! model, and the modules above it know no chip. `template.rs` is a complete backend
+//! to copy; `examples/my-chip` is a crate of its own that runs models.
 
 pub mod cpu;
 pub mod driver;
@@ -17,7 +18,7 @@ use std::time::Duration;
 
 use crate::error::{Error, Result};
 use crate::map::Region;
-use crate::program::{Op, PAGE_POSITIONS, Program};
+use crate::program::{Op, PAGE_POSITIONS, Program, StateId, TensorId};
 
 /// A backend's guarantee about its results.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -147,6 +148,18 @@ impl Buffer {
     }
 }
 
+/// An operand of an op, and the buffer that holds it.
+#[derive(Debug, Clone, Copy)]
+pub struct Operand<'a, Id> {
+    /// Which tensor or state of the program it is.
+    pub id: Id,
+    /// Its memory, from the first byte on.
+    pub buffer: &'a Buffer,
+}
+
+/// An op on buffers: what [`Op::try_map`] makes of an op of a program, for a device with memory of its own.
+pub type DeviceOp<'a> = Op<Operand<'a, TensorId>, Operand<'a, StateId>>;
+
 /// A request to stop, from any thread. Backends check it before every op.
 #[derive(Debug, Clone, Default)]
 pub struct Cancel(Arc<AtomicBool>);
@@ -232,7 +245,7 @@ pub enum Clock {
     Simulated,
 }
 
-/// The time of a submission.
+/// The time of the submissions of a step.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Timing {
     /// Time from start to end.
@@ -300,7 +313,8 @@ pub trait Plan: Send {
     /// `Error::Cancelled`, `Error::Argument`, or errors of the device.
     fn submit(&mut self, step: &Step<'_>, segments: Range<usize>, bindings: &Bindings<'_>) -> Result<Ticket>;
 
-    /// Waits for a submission.
+    /// Waits for a submission. The time is that of its step so far: submissions add up, from the last one that started at
+    /// segment 0.
     ///
     /// # Errors
     /// Errors of the device.

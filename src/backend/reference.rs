@@ -13,7 +13,9 @@ use halite_kernels::rows::{Gate, Unary};
 
 use super::driver::{Driver, Listed};
 use super::host::{self, Attention, HostOp, HostPlan, HostStep, HostTensor, Kernels, Matrix, memory};
-use super::{Backend, Buffer, Caps, Contract, Fusions, Limits, OpSig, Plan, Rows, Support, Usage};
+use super::{
+    Backend, Buffer, Caps, Contract, DeviceOp, Fusions, Limits, OpSig, Plan, Rows, Step, Support, Usage,
+};
 use crate::error::Result;
 use crate::map::Region;
 use crate::program::{Epilogue, Gating, NOT_FINITE, NormKind, Op, Part, Program, RopePairs};
@@ -82,6 +84,20 @@ impl Backend for Reference {
     fn scratch_bytes(&self, program: &Program, limits: Limits) -> u64 {
         host::scratch_bytes(program, limits)
     }
+}
+
+/// Runs one op by definition, for a device that has memory of its own and no kernel for the op.
+///
+/// It copies what the op reads out of the backend's buffers with [`Backend::read`], computes on the host, and copies what
+/// the op writes back with [`Backend::fill`]. The result has the bits of the reference. It is slow: call it to
+/// bring a chip up, and for ops that take no time. The backend reads weights in plain rows ([`Rows::Plain`]), and
+/// [`check_step`](super::check_step) has accepted the step.
+///
+/// # Errors
+/// What copying says, [`Error::Argument`](crate::Error::Argument) for a token id or a position that the program has no row
+/// for, and [`Error::OutOfMemory`](crate::Error::OutOfMemory).
+pub fn run(backend: &dyn Backend, program: &Program, op: &DeviceOp<'_>, step: &Step<'_>) -> Result<()> {
+    host::run_on_copies(&mut Definitions, backend, program, op, step)
 }
 
 /// Evaluates one lane of an elementary function.
