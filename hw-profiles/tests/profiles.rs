@@ -131,9 +131,9 @@ fn keys_that_are_unknown_or_missing_are_named() {
 #[test]
 fn numbers_without_a_source_are_refused() {
     let fault = faults("basis = \"derived\"\n", "");
-    assert!(fault.contains("chip.clock_hz = 1000000000.0: no `basis`"), "{fault}");
+    assert!(fault.contains("chip.clock_hz = 1000000000.0: `basis` is missing"), "{fault}");
     let fault = faults("source = \"chosen; there is no such chip\"\n", "");
-    assert!(fault.contains("sync.semaphore_ns = 10.0: no `source`"), "{fault}");
+    assert!(fault.contains("sync.semaphore_ns = 10.0: `source` is missing"), "{fault}");
     let fault =
         faults("clock_hz = 1e9", "clock_hz = { value = 1e9, basis = \"datasheet\", source = \"web\" }");
     assert_eq!(fault, "chip.clock_hz: source `web` is not in [sources], which has []");
