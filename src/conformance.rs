@@ -388,6 +388,7 @@ pub fn cases() -> Vec<Case> {
     matmuls(&mut cases);
     rows(&mut cases);
     attention(&mut cases);
+    rotated_caches(&mut cases);
     experts(&mut cases);
     not_finite(&mut cases);
     cases.0
@@ -739,6 +740,56 @@ fn rows(cases: &mut Cases) {
     }
 }
 
+/// Adds rotations that go straight to the cache, with the attention that reads it.
+fn rotated_caches(cases: &mut Cases) {
+    for format in kv::formats().filter(|format| format.block_len() == 1) {
+        for (heads, kv_heads, dim, dims, pairs) in [
+            (4, 2, 64, 64, RopePairs::Halves),
+            (3, 1, 80, 32, RopePairs::Adjacent),
+            (2, 2, 10, 4, RopePairs::Halves),
+        ] {
+            for factored in [false, true] {
+                let name =
+                    format!("RopeKv {} {pairs:?} {heads}/{kv_heads}x{dim} factors={factored}", format.name());
+                let weights = [("factors", Format::F32, vec![u64::from(dims) / 2])];
+                cases.add(name, &weights, &[&[(0, 70)], &[(70, 3)]], 1e-6, |b| {
+                    let q = b.input("q", Dim::Tokens, heads * dim);
+                    let k = b.input("k", Dim::Tokens, kv_heads * dim);
+                    let v = b.input("v", Dim::Tokens, kv_heads * 24);
+                    let out = b.input("rotated", Dim::Tokens, heads * dim);
+                    let state = b.state(State {
+                        name: "kv".into(),
+                        kv_heads,
+                        key_dim: dim,
+                        value_dim: 24,
+                        format,
+                        window: None,
+                        causal: true,
+                    });
+                    let frequencies =
+                        (0..dims / 2).map(|i| 1e4f32.powf(-2.0 * i as f32 / dims as f32)).collect();
+                    let factors = factored.then(|| b.weight("factors", 1, dims / 2));
+                    let (head_dim, magnitude) = (dim, 1.1);
+                    b.op(Op::RopeKv {
+                        q,
+                        k,
+                        v,
+                        out,
+                        state,
+                        head_dim,
+                        frequencies,
+                        factors,
+                        magnitude,
+                        pairs,
+                    });
+                    let y = b.attend(out, state, heads, 0.3, None, None);
+                    b.output(y);
+                });
+            }
+        }
+    }
+}
+
 /// Adds attention of one input to a state with keys and values of two others.
 fn attended(b: &mut Builder<'_>, kv: State, heads: u32, scale: f32, softcap: Option<f32>, sinks: bool) {
     let q = b.input("q", Dim::Tokens, heads * kv.key_dim);
@@ -907,8 +958,8 @@ mod tests {
     fn every_op_and_format_has_cases() {
         let cases = cases();
         for op in [
-            "Embed", "Select", "Norm", "MatMul", "Rope", "Attend", "Glu", "Add", "Map", "Route", "Experts",
-            "ArgMax", "TopK",
+            "Embed", "Select", "Norm", "MatMul", "Rope", "RopeKv", "Attend", "Glu", "Add", "Map", "Route",
+            "Experts", "ArgMax", "TopK",
         ] {
             assert!(cases.iter().any(|c| c.name.starts_with(op)), "{op}");
         }

@@ -131,7 +131,9 @@ pub fn op(program: &Program, op: &Op, extent: Extent) -> Cost {
             let rows = rows * u64::from(program.tensor(*ids).cols);
             [gate, up, down].into_iter().for_each(|&weight| cost += product(program, weight, rows));
         }
-        Op::KvWrite { state, .. } => cost.kv_bytes += rows * position_bytes(program, state.0),
+        Op::KvWrite { state, .. } | Op::RopeKv { state, .. } => {
+            cost.kv_bytes += rows * position_bytes(program, state.0)
+        }
         Op::Attend { state, heads, .. } => {
             let Some(s) = program.states.get(state.0 as usize) else { return cost };
             let window = u64::from(s.window.unwrap_or(u32::MAX));

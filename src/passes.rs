@@ -1,7 +1,7 @@
 //! Pure functions on programs: fusion, unfusion, taps, and scratch memory assignment.
 
 use crate::backend::{Caps, Fusions, Rows};
-use crate::program::{Dim, Epilogue, Layout as RowLayout, Op, Part, Program, Slot, TensorId};
+use crate::program::{Dim, Epilogue, Layout as RowLayout, Op, Part, Program, Slot, State, StateId, TensorId};
 
 /// Prepares a model's program for a backend: fuses ops and sets the row layout of weights.
 pub fn adapt(program: &Program, caps: &Caps) -> Program {
@@ -48,6 +48,9 @@ pub fn fuse(program: &Program, fusions: Fusions) -> Program {
             }
             if fusions.residual {
                 ops = fuse_pairs(ops, |a, b| residual(a, b, &internal));
+            }
+            if fusions.rope_kv {
+                ops = rope_kv(ops, &program.states, &internal);
             }
             ops
         })
@@ -162,6 +165,60 @@ fn residual(a: &Op, b: &Op, internal: &dyn Fn(TensorId) -> bool) -> Option<Op> {
     })
 }
 
+/// Joins the rotations of queries and keys with the write to the cache. Formats of blocks are left alone: a block of keys is
+/// rotated by several pairs.
+fn rope_kv(ops: Vec<Op>, states: &[State], internal: &dyn Fn(TensorId) -> bool) -> Vec<Op> {
+    let mut out: Vec<Op> = Vec::new();
+    for op in ops {
+        let joined = match (out.as_slice(), &op) {
+            ([.., q, key], Op::KvWrite { k, v, state }) => {
+                rotated_write(q, key, *k, *v, *state, states, internal)
+            }
+            _ => None,
+        };
+        match joined {
+            Some(joined) => {
+                out.truncate(out.len() - 2);
+                out.push(joined);
+            }
+            None => out.push(op),
+        }
+    }
+    out
+}
+
+fn rotated_write(
+    q: &Op,
+    key: &Op,
+    written: TensorId,
+    v: TensorId,
+    state: StateId,
+    states: &[State],
+    internal: &dyn Fn(TensorId) -> bool,
+) -> Option<Op> {
+    let Op::Rope { x: q, out, head_dim, frequencies, factors, magnitude, pairs } = q else { return None };
+    let Op::Rope { x: k, out: rotated, head_dim: d, frequencies: f, factors: by, magnitude: m, pairs: p } =
+        key
+    else {
+        return None;
+    };
+    let alike = (head_dim, frequencies, factors, magnitude, pairs) == (d, f, by, m, p);
+    let s = states.get(state.0 as usize)?;
+    let fits = *head_dim == s.key_dim && s.format.block_len() == 1 && out != k;
+    (alike && fits && *rotated == written && internal(written)).then(|| Op::RopeKv {
+        q: *q,
+        k: *k,
+        v,
+        out: *out,
+        state,
+        head_dim: *head_dim,
+        frequencies: frequencies.clone(),
+        factors: *factors,
+        magnitude: *magnitude,
+        pairs: *pairs,
+    })
+}
+
 /// Undoes every fusion. This defines the meaning of fused ops.
 pub fn decompose(program: &Program) -> Program {
     let mut out = program.clone();
@@ -196,6 +253,14 @@ fn decompose_op(program: &mut Program, op: Op) -> Vec<Op> {
                 _ => {}
             }
             ops
+        }
+        Op::RopeKv { q, k, v, out, state, head_dim, frequencies, factors, magnitude, pairs } => {
+            let rotated = temporary(k);
+            let rope = |x, out| {
+                let frequencies = frequencies.clone();
+                Op::Rope { x, out, head_dim, frequencies, factors, magnitude, pairs }
+            };
+            vec![rope(q, out), rope(k, rotated), Op::KvWrite { k: rotated, v, state }]
         }
         Op::Norm { x, add: Some(add), sum: Some(sum), weight, bias, out, kind, eps, group } => vec![
             Op::Add { a: x, b: add, out: sum },

@@ -277,6 +277,29 @@ pub enum Op<T = TensorId, S = StateId> {
         /// The cache.
         state: S,
     },
+    /// Rotates queries and keys alike, and stores the keys and the values: [`Op::Rope`] of `q` and of `k`, then [`Op::KvWrite`].
+    RopeKv {
+        /// `[tokens, heads * head_dim]`.
+        q: T,
+        /// `[tokens, kv_heads * head_dim]`, not rotated yet.
+        k: T,
+        /// `[tokens, kv_heads * value_dim]`.
+        v: T,
+        /// The rotated queries, in the shape of `q`.
+        out: T,
+        /// The cache; its keys have `head_dim` elements.
+        state: S,
+        /// Elements of a head.
+        head_dim: u32,
+        /// As in [`Op::Rope`].
+        frequencies: Arc<[f32]>,
+        /// As in [`Op::Rope`].
+        factors: Option<T>,
+        /// As in [`Op::Rope`].
+        magnitude: f32,
+        /// As in [`Op::Rope`].
+        pairs: RopePairs,
+    },
     /// Attention over the KV cache; query head h uses KV head `h * kv_heads / heads`.
     Attend {
         /// `[tokens, heads * key_dim]`.
@@ -392,6 +415,7 @@ impl<T, S> Op<T, S> {
             Op::MatMul { .. } => "MatMul",
             Op::Rope { .. } => "Rope",
             Op::KvWrite { .. } => "KvWrite",
+            Op::RopeKv { .. } => "RopeKv",
             Op::Attend { .. } => "Attend",
             Op::Glu { .. } => "Glu",
             Op::Add { .. } => "Add",
@@ -458,6 +482,20 @@ impl<T, S> Op<T, S> {
             },
             Op::KvWrite { k, v, state } => {
                 Op::KvWrite { k: t(k, Read)?, v: t(v, Read)?, state: s(state, Write)? }
+            }
+            Op::RopeKv { q, k, v, out, state, head_dim, frequencies, factors, magnitude, pairs } => {
+                Op::RopeKv {
+                    q: t(q, Read)?,
+                    k: t(k, Read)?,
+                    v: t(v, Read)?,
+                    factors: factors.as_ref().map(|x| t(x, Read)).transpose()?,
+                    out: t(out, Write)?,
+                    state: s(state, Write)?,
+                    head_dim: *head_dim,
+                    frequencies: frequencies.clone(),
+                    magnitude: *magnitude,
+                    pairs: *pairs,
+                }
             }
             Op::Attend { q, state, out, heads, scale, softcap, sinks } => Op::Attend {
                 q: t(q, Read)?,
@@ -623,7 +661,7 @@ impl Program {
         for (i, segment) in self.segments.iter().enumerate().rev() {
             let mut used = false;
             for op in &segment.ops {
-                used |= matches!(op, Op::KvWrite { .. });
+                used |= matches!(op, Op::KvWrite { .. } | Op::RopeKv { .. });
                 op.outputs(&mut |id| used |= needed.contains(&id));
             }
             if !used {

@@ -186,6 +186,24 @@ impl Check<'_> {
         Ok(())
     }
 
+    /// A rotary embedding of `pairs` pairs in each head of `x`.
+    fn rotated(
+        &self,
+        x: TensorId,
+        out: TensorId,
+        head_dim: u32,
+        pairs: usize,
+        factors: Option<TensorId>,
+    ) -> Checked {
+        let cols = self.t(x).cols;
+        self.is(x, Dim::Tokens, cols)?;
+        self.like(out, x)?;
+        if head_dim == 0 || cols % head_dim != 0 || pairs as u64 * 2 > u64::from(head_dim) {
+            return Err(format!("{pairs} pairs do not fit heads of {head_dim} in {cols} columns"));
+        }
+        self.optional_vector(factors, pairs as u32)
+    }
+
     fn shapes(&self) -> Checked {
         let t = |id| self.t(id);
         match self.op {
@@ -232,16 +250,19 @@ impl Check<'_> {
                 Ok(())
             }
             Op::Rope { x, out, head_dim, frequencies, factors, .. } => {
-                self.is(*x, Dim::Tokens, t(*x).cols)?;
-                self.like(*out, *x)?;
-                let pairs = frequencies.len() as u64;
-                if *head_dim == 0 || t(*x).cols % head_dim != 0 || pairs * 2 > u64::from(*head_dim) {
-                    return Err(format!(
-                        "{pairs} pairs do not fit heads of {head_dim} in {} columns",
-                        t(*x).cols
-                    ));
+                self.rotated(*x, *out, *head_dim, frequencies.len(), *factors)
+            }
+            Op::RopeKv { q, k, v, out, state, head_dim, frequencies, factors, .. } => {
+                let s = self.state(*state)?;
+                if *head_dim != s.key_dim {
+                    return Err(format!("heads of {head_dim} for keys of {} elements", s.key_dim));
                 }
-                self.optional_vector(*factors, pairs as u32)
+                if s.format.block_len() > 1 {
+                    return Err(format!("a cache in {} takes whole blocks of rotated keys", s.format.name()));
+                }
+                self.rotated(*q, *out, *head_dim, frequencies.len(), *factors)?;
+                self.is(*k, Dim::Tokens, s.kv_heads.saturating_mul(s.key_dim))?;
+                self.is(*v, Dim::Tokens, s.kv_heads.saturating_mul(s.value_dim))
             }
             Op::KvWrite { k, v, state } => {
                 let s = self.state(*state)?;

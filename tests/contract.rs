@@ -406,7 +406,7 @@ fn fusion_makes_the_forms_it_is_asked_for() {
         ops(Fusions { shared_input: true, add_norm: true, ..Default::default() }),
         "Norm MatMul Rope Rope KvWrite Attend MatMul Norm MatMul Glu MatMul Add"
     );
-    assert_eq!(ops(Fusions::ALL), "Norm MatMul Rope Rope KvWrite Attend MatMul Norm MatMul MatMul");
+    assert_eq!(ops(Fusions::ALL), "Norm MatMul RopeKv Attend MatMul Norm MatMul MatMul");
 }
 
 #[test]

@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use clap::Args;
-use halite::backend::Fusions;
 use halite::kernels::formats::Format;
 use halite::model::ProgramOptions;
 use halite::output::{self, Replace};
@@ -319,7 +318,7 @@ fn write_trace(
     tiles: u32,
 ) -> Result<(), Failure> {
     let io = |source| Error::Io { path: path.to_owned(), source };
-    let program = passes::fuse(program, Fusions::ALL);
+    let program = passes::fuse(program, halite_sim::FUSIONS);
     let mut out = interrupt::File::create(path, TRACE, &[])?;
     write!(out, "[").map_err(io)?;
     let mut first = true;

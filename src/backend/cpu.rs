@@ -17,7 +17,9 @@ use halite_kernels::roofline;
 use halite_kernels::rows;
 
 use super::driver::{Driver, DriverOption, Listed, Value};
-use super::host::{self, Attention, HostOp, HostPlan, HostStep, HostTensor, Kernels, Matrix, memory};
+use super::host::{
+    self, Attention, HostOp, HostPlan, HostState, HostStep, HostTensor, Kernels, Matrix, memory,
+};
 use super::{Backend, Buffer, Caps, Contract, Fusions, Limits, OpSig, Plan, Rows, Support, Usage};
 use crate::cost::Rates;
 use crate::error::{Error, Result};
@@ -95,7 +97,8 @@ impl Cpu {
             device: format!("{} on {threads} thread{}", isa.name(), if threads == 1 { "" } else { "s" }),
             memory_bytes: memory_bytes(),
             rows: Rows::AsStored,
-            fusions: Fusions::ALL,
+            // It gains nothing from a rotation that goes straight to the cache.
+            fusions: Fusions { rope_kv: false, ..Fusions::ALL },
             contract: Contract::Exact,
         };
         Ok(Cpu { caps, isa, pool: Arc::new(pool) })
@@ -228,6 +231,8 @@ struct Scratch {
     pairs: u64,
     expert_cols: u64,
     expert_hidden: u64,
+    /// Keys of one token that are rotated on the way to the cache.
+    rotated: u64,
 }
 
 impl Scratch {
@@ -258,6 +263,7 @@ impl Scratch {
                     s.quantised =
                         s.quantised.max(pairs.saturating_mul(padded(cols.max(hidden) as usize) as u64));
                 }
+                Op::RopeKv { k, .. } => s.rotated = s.rotated.max(program.tensor(*k).cols.into()),
                 Op::Attend { state, heads, .. } => {
                     let value_dim =
                         program.states.get(state.0 as usize).map_or(0, |s| u64::from(s.value_dim));
@@ -272,7 +278,7 @@ impl Scratch {
 
     /// Lengths of: codes, scales, sums (each for two activation formats), expert inputs, second products of
     /// gated units, hidden values of experts, outputs, results of attention.
-    fn lengths(&self) -> [u64; 8] {
+    fn lengths(&self) -> [u64; 9] {
         let (pairs, cols, hidden) = (self.pairs, self.expert_cols, self.expert_hidden);
         [
             self.quantised,
@@ -283,12 +289,13 @@ impl Scratch {
             pairs.saturating_mul(hidden),
             pairs.saturating_mul(cols).saturating_mul(2),
             self.attended,
+            self.rotated,
         ]
     }
 
     fn bytes(&self) -> u64 {
-        let [codes, scales, sums, input, up, hidden, output, attended] = self.lengths();
-        let floats = [scales, sums, scales, sums, input, up, hidden, output, attended]
+        let [codes, scales, sums, input, up, hidden, output, attended, rotated] = self.lengths();
+        let floats = [scales, sums, scales, sums, input, up, hidden, output, attended, rotated]
             .iter()
             .fold(0u64, |n, l| n.saturating_add(*l));
         codes
@@ -299,7 +306,7 @@ impl Scratch {
 
     fn allocate(&self) -> Result<KernelMemory> {
         const WHAT: &str = "kernel scratch on `cpu`";
-        let [codes, scales, sums, input, up, hidden, output, attended] = self.lengths();
+        let [codes, scales, sums, input, up, hidden, output, attended, rotated] = self.lengths();
         let quantised = || -> Result<QuantisedMemory> {
             Ok(QuantisedMemory {
                 codes: zeroed(codes, WHAT)?,
@@ -316,6 +323,7 @@ impl Scratch {
             both: zeroed(hidden, WHAT)?,
             output: zeroed(output, WHAT)?,
             attended: zeroed(attended, WHAT)?,
+            rotated: zeroed(rotated, WHAT)?,
         })
     }
 }
@@ -366,6 +374,8 @@ struct KernelMemory {
     both: Vec<f32>,
     /// Each head's maximum and sum, and the partial results of chunks.
     attended: Vec<f32>,
+    /// The rotated keys of one token.
+    rotated: Vec<f32>,
     /// One expert's outputs, then those of all pairs in order of token and rank.
     output: Vec<f32>,
 }
@@ -705,6 +715,25 @@ impl CpuKernels {
     }
 }
 
+/// Stores values, and the keys that `keys` passes on for each token, in the cache.
+fn kv_write(
+    state: &mut HostState<'_>,
+    step: &HostStep<'_>,
+    v: &[f32],
+    mut keys: impl FnMut(usize, usize, &mut dyn FnMut(&[f32])),
+) {
+    let (shape, group) = (state.shape, state.group);
+    let mut pages = state.pages_mut();
+    for (t, v) in v.chunks_exact(shape.kv_heads * shape.value_dim).enumerate() {
+        let (table, position) = step.place(t, group);
+        let (chunk, slot) = (position / PAGE_POSITIONS, position % PAGE_POSITIONS);
+        let page = table.get(chunk as usize).map_or(usize::MAX, |&p| p as usize);
+        keys(t, shape.kv_heads * shape.key_dim, &mut |k| {
+            attention::write(&mut pages, shape, page, slot as usize, k, v);
+        });
+    }
+}
+
 impl Kernels for CpuKernels {
     fn run(&mut self, op: &mut HostOp<'_>, step: &HostStep<'_>) -> Result<()> {
         match op {
@@ -783,16 +812,42 @@ impl Kernels for CpuKernels {
                 });
             }
             Op::KvWrite { k, v, state } => {
-                let (k, v, shape, group) = (k.floats(), v.floats(), state.shape, state.group);
-                let mut pages = state.pages_mut();
-                let rows = k.chunks_exact(shape.kv_heads * shape.key_dim);
-                let rows = rows.zip(v.chunks_exact(shape.kv_heads * shape.value_dim));
-                for (t, (k, v)) in rows.enumerate() {
-                    let (table, position) = step.place(t, group);
-                    let (chunk, slot) = (position / PAGE_POSITIONS, position % PAGE_POSITIONS);
-                    let page = table.get(chunk as usize).map_or(usize::MAX, |&p| p as usize);
-                    attention::write(&mut pages, shape, page, slot as usize, k, v);
+                let (k, v) = (k.floats(), v.floats());
+                kv_write(state, step, v, |t, cols, write| write(&k[t * cols..][..cols]));
+            }
+            Op::RopeKv { q, k, v, out, state, head_dim, frequencies, factors, magnitude, pairs } => {
+                let (q_cols, q, k, v) = (q.cols, q.floats(), k.floats(), v.floats());
+                let (head_dim, magnitude, frequencies) = (*head_dim as usize, *magnitude, &frequencies[..]);
+                let factors = factors.as_ref().map(|f| f.floats());
+                let adjacent = *pairs == RopePairs::Adjacent;
+                let isa = self.isa;
+                let rope = |x: &[f32], position: u32, out: &mut [f32]| {
+                    isa.run(rows::Rope {
+                        x,
+                        out,
+                        head_dim,
+                        position,
+                        frequencies,
+                        factors,
+                        magnitude,
+                        adjacent,
+                    });
+                };
+                self.rows(out.floats_mut(), q_cols, &|first, out| {
+                    for (i, out) in out.chunks_exact_mut(q_cols).enumerate() {
+                        rope(&q[(first + i) * q_cols..][..q_cols], step.positions[first + i], out);
+                    }
+                });
+                let rotated = &mut self.memory.rotated;
+                let most = state.shape.kv_heads * state.shape.key_dim;
+                if rotated.len() < most {
+                    *rotated = zeroed(most as u64, "rotated keys on `cpu`")?;
                 }
+                kv_write(state, step, v, |t, cols, write| {
+                    let rotated = &mut rotated[..cols];
+                    rope(&k[t * cols..][..cols], step.positions[t], rotated);
+                    write(rotated);
+                });
             }
             Op::Attend { .. } => {
                 if let Some((a, out)) = op.attention(step) {

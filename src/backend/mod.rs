@@ -42,11 +42,14 @@ pub struct Fusions {
     pub glu: bool,
     /// Merge a residual addition into its matmul, as an epilogue.
     pub residual: bool,
+    /// The rotation of queries and keys, and the write to the cache, become one op.
+    pub rope_kv: bool,
 }
 
 impl Fusions {
     /// All fusions.
-    pub const ALL: Fusions = Fusions { shared_input: true, add_norm: true, glu: true, residual: true };
+    pub const ALL: Fusions =
+        Fusions { shared_input: true, add_norm: true, glu: true, residual: true, rope_kv: true };
 }
 
 /// The row layout that a backend reads weights in.

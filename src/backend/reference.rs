@@ -12,7 +12,9 @@ use halite_kernels::math;
 use halite_kernels::rows::{Gate, Unary};
 
 use super::driver::{Driver, Listed};
-use super::host::{self, Attention, HostOp, HostPlan, HostStep, HostTensor, Kernels, Matrix, memory};
+use super::host::{
+    self, Attention, HostOp, HostPlan, HostState, HostStep, HostTensor, Kernels, Matrix, memory,
+};
 use super::{
     Backend, Buffer, Caps, Contract, DeviceOp, Fusions, Limits, OpSig, Plan, Rows, Step, Support, Usage,
 };
@@ -451,6 +453,49 @@ fn kv_write(pages: &mut PagesMut<'_>, shape: PageShape, page: usize, slot: usize
     }
 }
 
+/// The keys and values of all tokens of a step into the cache.
+fn kv_write_all(k: &[f32], v: &[f32], state: &mut HostState<'_>, step: &HostStep<'_>) {
+    let (shape, group) = (state.shape, state.group);
+    let rows = k.chunks_exact(shape.kv_heads * shape.key_dim);
+    let rows = rows.zip(v.chunks_exact(shape.kv_heads * shape.value_dim));
+    let mut pages = state.pages_mut();
+    for (t, (k, v)) in rows.enumerate() {
+        let (table, position) = step.place(t, group);
+        let (page, slot) = (table[position as usize / CHUNK] as usize, position as usize % CHUNK);
+        kv_write(&mut pages, shape, page, slot, k, v);
+    }
+}
+
+/// A rotary embedding; see [`Op::Rope`].
+struct Rotation<'a> {
+    head_dim: usize,
+    frequencies: &'a [f32],
+    factors: Option<&'a [f32]>,
+    magnitude: f32,
+    pairs: RopePairs,
+}
+
+fn rope(x: &[f32], cols: usize, r: &Rotation<'_>, positions: &[u32], out: &mut [f32]) {
+    let count = r.frequencies.len();
+    out.copy_from_slice(x);
+    for (out, &position) in out.chunks_exact_mut(cols).zip(positions) {
+        for head in out.chunks_exact_mut(r.head_dim) {
+            for i in 0..count {
+                let frequency = r.factors.map_or(r.frequencies[i], |f| r.frequencies[i] / f[i]);
+                let (sin, cos) = math::sin_cos(Scalar, [position as f32 * frequency; 16]);
+                let (sin, cos) = (sin[0] * r.magnitude, cos[0] * r.magnitude);
+                let (first, second) = match r.pairs {
+                    RopePairs::Adjacent => (2 * i, 2 * i + 1),
+                    RopePairs::Halves => (i, i + count),
+                };
+                let (x, y) = (head[first], head[second]);
+                head[first] = fma(x, cos, 0.0 - y * sin);
+                head[second] = fma(x, sin, y * cos);
+            }
+        }
+    }
+}
+
 /// `out[i] = f(i)`.
 fn each(out: &mut HostTensor<'_>, f: impl Fn(usize) -> f32) {
     out.floats_mut().iter_mut().enumerate().for_each(|(i, out)| *out = f(i));
@@ -504,36 +549,28 @@ impl Kernels for Definitions {
                 }
             }
             Op::Rope { x, out, head_dim, frequencies, factors, magnitude, pairs } => {
-                let cols = x.cols;
-                let factors = factors.as_ref().map(|f| f.floats());
-                let count = frequencies.len();
-                out.floats_mut().copy_from_slice(x.floats());
-                for (out, &position) in out.floats_mut().chunks_exact_mut(cols).zip(step.positions) {
-                    for head in out.chunks_exact_mut(*head_dim as usize) {
-                        for i in 0..count {
-                            let frequency = factors.map_or(frequencies[i], |f| frequencies[i] / f[i]);
-                            let (sin, cos) = math::sin_cos(Scalar, [position as f32 * frequency; 16]);
-                            let (sin, cos) = (sin[0] * *magnitude, cos[0] * *magnitude);
-                            let (first, second) = match pairs {
-                                RopePairs::Adjacent => (2 * i, 2 * i + 1),
-                                RopePairs::Halves => (i, i + count),
-                            };
-                            let (x, y) = (head[first], head[second]);
-                            head[first] = fma(x, cos, 0.0 - y * sin);
-                            head[second] = fma(x, sin, y * cos);
-                        }
-                    }
-                }
+                let r = Rotation {
+                    head_dim: *head_dim as usize,
+                    frequencies,
+                    factors: factors.as_ref().map(|f| f.floats()),
+                    magnitude: *magnitude,
+                    pairs: *pairs,
+                };
+                rope(x.floats(), x.cols, &r, step.positions, out.floats_mut());
             }
-            Op::KvWrite { k, v, state } => {
-                let (shape, group) = (state.shape, state.group);
-                let rows = k.floats().chunks_exact(k.cols).zip(v.floats().chunks_exact(v.cols));
-                let mut pages = state.pages_mut();
-                for (t, (k, v)) in rows.enumerate() {
-                    let (table, position) = step.place(t, group);
-                    let (page, slot) = (table[position as usize / CHUNK] as usize, position as usize % CHUNK);
-                    kv_write(&mut pages, shape, page, slot, k, v);
-                }
+            Op::KvWrite { k, v, state } => kv_write_all(k.floats(), v.floats(), state, step),
+            Op::RopeKv { q, k, v, out, state, head_dim, frequencies, factors, magnitude, pairs } => {
+                let r = Rotation {
+                    head_dim: *head_dim as usize,
+                    frequencies,
+                    factors: factors.as_ref().map(|f| f.floats()),
+                    magnitude: *magnitude,
+                    pairs: *pairs,
+                };
+                rope(q.floats(), q.cols, &r, step.positions, out.floats_mut());
+                let mut rotated = vec![0.0; k.floats().len()];
+                rope(k.floats(), k.cols, &r, step.positions, &mut rotated);
+                kv_write_all(&rotated, v.floats(), state, step);
             }
             Op::Attend { .. } => {
                 let Some((a, out)) = op.attention(step) else { return Ok(()) };

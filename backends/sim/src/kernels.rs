@@ -95,6 +95,13 @@ impl Kernels for SimKernels {
         match op {
             // Its time is that of whole rows; pages have the host's layout.
             Op::KvWrite { .. } => rows.run(op, step),
+            Op::RopeKv { .. } => {
+                rows.run(op, step)?;
+                if let Op::RopeKv { out, .. } = op {
+                    device.machine.round(out.floats_mut());
+                }
+                Ok(())
+            }
             Op::Attend { .. } => {
                 let Some((a, out)) = op.attention(step) else { return Ok(()) };
                 let inputs =

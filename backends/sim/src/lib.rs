@@ -83,6 +83,9 @@ pub const DRIVER: Driver = Driver {
     },
 };
 
+/// The fusions that simulated chips ask for.
+pub const FUSIONS: Fusions = Fusions { rope_kv: false, ..Fusions::ALL };
+
 /// Options of a simulation.
 #[derive(Debug, Clone, Default)]
 pub struct SimOptions {
@@ -163,7 +166,7 @@ impl Sim {
             ),
             memory_bytes: chip.device().capacity_bytes.value as u64,
             rows: Rows::Plain,
-            fusions: Fusions::ALL,
+            fusions: FUSIONS,
             contract: if exact { Contract::Exact } else { Contract::Rounded },
         };
         let report = Arc::default();

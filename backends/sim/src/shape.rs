@@ -295,6 +295,33 @@ pub fn shape(program: &Program, op: &Op, step: &Step<'_>, ids: Option<&[i32]>) -
                 }),
             })
         }
+        Op::RopeKv { q, k, v, state, frequencies, factors, head_dim, .. } => {
+            let s = state_of(program, state.0)?;
+            let stored = |operand, cols: u32| {
+                let bytes = s.format.row_bytes(cols as usize).unwrap_or(0) as u32;
+                Rows { operand, bytes, which: Which::Own, activations: false }
+            };
+            let pairs = frequencies.len() as u64;
+            let turned = pairs * u64::from((cols(*q) + cols(*k)) / head_dim);
+            let mut reads = vec![Rows::own(Operand::In(0), cols(*q)), Rows::own(Operand::In(1), cols(*k))];
+            reads.push(Rows::own(Operand::In(2), cols(*v)));
+            reads.extend(factors.map(|_| Rows::only(Operand::In(3), pairs as u32)));
+            Shape::Units(Units {
+                count: tokens,
+                reads,
+                writes: vec![
+                    Rows::own(Operand::Out(0), cols(*q)),
+                    stored(Operand::Out(1), cols(*k)),
+                    stored(Operand::Out(2), cols(*v)),
+                ],
+                work: work(VectorWork {
+                    simple: 4 * turned,
+                    exp: 2 * turned,
+                    quantize: u64::from(cols(*k)) + u64::from(cols(*v)),
+                    ..Default::default()
+                }),
+            })
+        }
         Op::KvWrite { k, v, state } => {
             let s = state_of(program, state.0)?;
             let stored = |cols: u32| {

@@ -1,6 +1,5 @@
 //! The time of simulated chips: cases that can be worked out by hand, and the closed form beside the events.
 
-use halite::backend::Fusions;
 use halite::kernels::formats::Format;
 use halite::passes;
 use halite::program::{Builder, Dim, Program, WeightInfo};
@@ -145,7 +144,7 @@ fn a_stalled_queue_pays_every_setup() {
 fn model(name: &str, format: Format) -> Program {
     let formats = Formats { weights: format, output: format };
     let model = Synth::new(shape(name).unwrap(), formats, 0).unwrap().model().unwrap();
-    passes::fuse(&model.program(Default::default(), 4096).unwrap(), Fusions::ALL)
+    passes::fuse(&model.program(Default::default(), 4096).unwrap(), halite_sim::FUSIONS)
 }
 
 fn chip(name: &str) -> Chip {

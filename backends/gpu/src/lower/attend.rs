@@ -52,32 +52,24 @@ impl Lowering<'_> {
         self.push(shader, [fixed(lanes.div_ceil(WORKGROUP)), each(Dim::Tokens), ONE]);
     }
 
-    /// Lowers the rotation of queries and keys and the write to the cache as one dispatch. Does nothing and
-    /// returns false if the two rotations differ or the cache needs whole blocks.
-    pub(super) fn rope_kv(&mut self, q: &Op, k: &Op, v: TensorId, id: StateId) -> bool {
-        let Op::Rope { x: q, out, head_dim, frequencies, factors, magnitude, pairs } = q else {
-            return false;
-        };
-        let Op::Rope { x: k, head_dim: d, frequencies: f, factors: b, magnitude: m, pairs: p, .. } = k else {
-            return false;
+    /// Queries and keys are rotated, the keys into the cache, and the values follow.
+    pub(super) fn rope_kv(&mut self, op: &Op) {
+        let Op::RopeKv { q, k, v, out, state: id, head_dim, frequencies, factors, magnitude, pairs } = op
+        else {
+            return;
         };
         let state = &self.program.states[id.0 as usize];
-        let alike = (head_dim, frequencies, factors, magnitude, pairs) == (d, f, b, m, p);
-        if !alike || *head_dim != state.key_dim || state.format.block_len() > 1 {
-            return false;
-        }
         let shader = self
-            .kv_writer("rope_kv", id)
+            .kv_writer("rope_kv", *id)
             .read("x", "f32", self.tensor(*q))
             .read("k", "f32", self.tensor(*k))
-            .read("v", "f32", self.tensor(v))
+            .read("v", "f32", self.tensor(*v))
             .write("out", "f32", self.tensor(*out))
             .u32("COLUMNS", self.cols(*q));
         let shader = self.rotation(shader, frequencies, *factors, *magnitude, *pairs).with(wgsl!("rope_kv"));
         let heads = self.cols(*q) / head_dim + state.kv_heads;
         let lanes = heads * (head_dim - frequencies.len() as u32) + state.kv_heads * state.value_dim;
         self.push(shader, [fixed(lanes.div_ceil(WORKGROUP)), each(Dim::Tokens), ONE]);
-        true
     }
 
     /// A shader that reads the page tables of a cache.

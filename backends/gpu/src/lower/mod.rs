@@ -204,6 +204,7 @@ pub(super) fn missing(program: &Program, op: &Op, bounds: &Bounds) -> Option<Str
         | Op::MatMul { .. }
         | Op::Rope { .. }
         | Op::KvWrite { .. }
+        | Op::RopeKv { .. }
         | Op::Glu { .. }
         | Op::Add { .. }
         | Op::Map { .. }
@@ -230,7 +231,6 @@ pub(super) fn lower(program: &Program, limits: Limits, bounds: &Bounds) -> Lower
         most_splits: most_splits(program, bounds),
         step: StepLayout::new(program, limits),
         quantised: Vec::new(),
-        uses: passes::uses(program),
     };
     let mut segments = Vec::new();
     for segment in &program.segments {
@@ -265,8 +265,6 @@ struct Lowering<'a> {
     step: StepLayout,
     /// The activations in each buffer of codes or halves: their tensor and number of rows.
     quantised: Vec<(Extra, TensorId, Range<u32>)>,
-    /// The number of ops that read each tensor.
-    uses: Vec<u32>,
 }
 
 impl Lowering<'_> {
@@ -351,18 +349,8 @@ impl Lowering<'_> {
                 self.norm(norm, Some(codes));
                 1
             }
-            [q @ Op::Rope { .. }, key @ Op::Rope { out, .. }, Op::KvWrite { k, v, state }, ..]
-                if out == k && self.only_used_here(*k) && self.rope_kv(q, key, *v, *state) =>
-            {
-                3
-            }
             _ => 0,
         }
-    }
-
-    /// Whether a tensor has exactly one reader in the program.
-    fn only_used_here(&self, id: TensorId) -> bool {
-        self.program.tensor(id).slot == Slot::Scratch && self.uses.get(id.0 as usize) == Some(&1)
     }
 
     fn op(&mut self, op: &Op) {
@@ -382,6 +370,7 @@ impl Lowering<'_> {
             Op::MatMul { x, parts, epilogue, outs } => self.matmul(*x, parts, *epilogue, outs),
             Op::Rope { .. } => self.rope(op),
             Op::KvWrite { k, v, state } => self.kv_write(*k, *v, *state),
+            Op::RopeKv { .. } => self.rope_kv(op),
             Op::Attend { .. } => self.attend(op),
             Op::Glu { gate, up, out, act } => {
                 let shader = self

@@ -10,7 +10,6 @@ use std::collections::BTreeMap;
 use super::device;
 use crate::step;
 use crate::{Bound, Chip, Numerics, OpTime, Report};
-use halite::backend::Fusions;
 use halite::error::Result;
 use halite::passes;
 use halite::program::{PAGE_POSITIONS, Program};
@@ -116,7 +115,7 @@ impl Estimate {
 
 /// The program as prepared for the chip.
 fn adapted(program: &Program) -> Program {
-    passes::fuse(program, Fusions::ALL)
+    passes::fuse(program, crate::FUSIONS)
 }
 
 /// Options of a chip.
