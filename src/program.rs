@@ -683,7 +683,9 @@ impl Program {
     pub fn greedy_ops(&self) -> impl Iterator<Item = (usize, &Op)> {
         let Outputs { arg_max, hidden, .. } = self.outputs;
         let wanted: Vec<TensorId> = [arg_max, hidden].into_iter().flatten().collect();
-        let segments = self.segments_for(&wanted);
+        // A program without named outputs, such as a single op, is there for all that it computes.
+        let all = 0..self.segments.len();
+        let segments = if wanted.is_empty() { vec![all] } else { self.segments_for(&wanted) };
         self.ops().filter(move |(i, _)| segments.iter().any(|run| run.contains(i)))
     }
 
