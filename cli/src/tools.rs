@@ -252,7 +252,7 @@ fn support_table(backends: &[String]) -> Result<String, Failure> {
             let mut words = case.name.split_whitespace();
             let (op, second) = (words.next().unwrap_or(""), words.next().unwrap_or(""));
             let format = Format::from_name(second).map(|format| {
-                let section = if op == "Attend" { 2 } else { 1 };
+                let section = if matches!(op, "Attend" | "RopeKv") { 2 } else { 1 };
                 (section, format.name().to_owned())
             });
             for group in std::iter::once((0, op.to_owned())).chain(format) {
