@@ -1,6 +1,6 @@
 //! Halite: an embedded inference runtime for custom accelerators.
 //!
-//! A [`Model`] is a GGUF file, mapped. It records one flat [`program`] of ops. A [`Backend`](backend::Backend) prepares the program
+//! A [`Model`] is a GGUF file, mapped. It records one flat [`program`] of ops. A [`Backend`] prepares the program
 //! once and runs it for each step: the [`Cpu`], a crate beside this one (`halite-gpu`, `halite-sim`), or yours. A [`Session`] is a
 //! model on a backend, with its sequences and their KV cache; all its memory is reserved when it is made.
 //!

@@ -198,7 +198,7 @@ impl Check<'_> {
         let cols = self.t(x).cols;
         self.is(x, Dim::Tokens, cols)?;
         self.like(out, x)?;
-        if head_dim == 0 || cols % head_dim != 0 || pairs as u64 * 2 > u64::from(head_dim) {
+        if head_dim == 0 || !cols.is_multiple_of(head_dim) || pairs as u64 * 2 > u64::from(head_dim) {
             return Err(format!("{pairs} pairs do not fit heads of {head_dim} in {cols} columns"));
         }
         self.optional_vector(factors, pairs as u32)

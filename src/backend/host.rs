@@ -348,7 +348,7 @@ pub mod memory {
         Buffer::new(region.bytes().len() as u64, HostMemory::Mapped(region.clone()))
     }
 
-    /// As [`Backend::fill`](crate::backend::Backend::fill).
+    /// As [`Backend::fill`].
     ///
     /// # Errors
     /// [`Error::Argument`] for a range outside the buffer, [`Error::Backend`] for another backend's buffer.
@@ -367,7 +367,7 @@ pub mod memory {
         Ok(())
     }
 
-    /// As [`Backend::read`](crate::backend::Backend::read).
+    /// As [`Backend::read`].
     ///
     /// # Errors
     /// As [`fill`].
