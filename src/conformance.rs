@@ -18,8 +18,8 @@ use crate::backend::{
 };
 use crate::error::{Error, Result};
 use crate::program::{
-    Builder, Dim, Epilogue, Gating, Index, NormKind, Op, PAGE_POSITIONS, Part, Program, RopePairs, State,
-    TensorId, WeightInfo,
+    Builder, Dim, Epilogue, Gating, Index, NormKind, Op, PAGE_POSITIONS, Part, Program, RopePairs, Rotation,
+    State, TensorId, WeightInfo,
 };
 use crate::rng::SplitMix64;
 
@@ -732,7 +732,8 @@ fn rows(cases: &mut Cases) {
                     let frequencies: Arc<[f32]> =
                         (0..dims / 2).map(|i| 1e4f32.powf(-2.0 * i as f32 / dims as f32)).collect();
                     let factors = factored.then(|| b.weight("factors", 1, dims / 2));
-                    let y = b.rope("y", x, head_dim, &frequencies, factors, 1.1, pairs);
+                    let y =
+                        b.rope("y", x, &Rotation { head_dim, frequencies, factors, magnitude: 1.1, pairs });
                     b.output(y);
                 });
             }
@@ -769,19 +770,8 @@ fn rotated_caches(cases: &mut Cases) {
                     let frequencies =
                         (0..dims / 2).map(|i| 1e4f32.powf(-2.0 * i as f32 / dims as f32)).collect();
                     let factors = factored.then(|| b.weight("factors", 1, dims / 2));
-                    let (head_dim, magnitude) = (dim, 1.1);
-                    b.op(Op::RopeKv {
-                        q,
-                        k,
-                        v,
-                        out,
-                        state,
-                        head_dim,
-                        frequencies,
-                        factors,
-                        magnitude,
-                        pairs,
-                    });
+                    let rotation = Rotation { head_dim: dim, frequencies, factors, magnitude: 1.1, pairs };
+                    b.op(Op::RopeKv { q, k, v, out, state, rotation });
                     let y = b.attend(out, state, heads, 0.3, None, None);
                     b.output(y);
                 });

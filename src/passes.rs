@@ -196,27 +196,12 @@ fn rotated_write(
     states: &[State],
     internal: &dyn Fn(TensorId) -> bool,
 ) -> Option<Op> {
-    let Op::Rope { x: q, out, head_dim, frequencies, factors, magnitude, pairs } = q else { return None };
-    let Op::Rope { x: k, out: rotated, head_dim: d, frequencies: f, factors: by, magnitude: m, pairs: p } =
-        key
-    else {
-        return None;
-    };
-    let alike = (head_dim, frequencies, factors, magnitude, pairs) == (d, f, by, m, p);
+    let Op::Rope { x: q, out, rotation } = q else { return None };
+    let Op::Rope { x: k, out: rotated, rotation: of_keys } = key else { return None };
     let s = states.get(state.0 as usize)?;
-    let fits = *head_dim == s.key_dim && s.format.block_len() == 1 && out != k;
-    (alike && fits && *rotated == written && internal(written)).then(|| Op::RopeKv {
-        q: *q,
-        k: *k,
-        v,
-        out: *out,
-        state,
-        head_dim: *head_dim,
-        frequencies: frequencies.clone(),
-        factors: *factors,
-        magnitude: *magnitude,
-        pairs: *pairs,
-    })
+    let fits = rotation.head_dim == s.key_dim && s.format.block_len() == 1 && out != k;
+    let joined = Op::RopeKv { q: *q, k: *k, v, out: *out, state, rotation: rotation.clone() };
+    (rotation == of_keys && fits && *rotated == written && internal(written)).then_some(joined)
 }
 
 /// Undoes every fusion. This defines the meaning of fused ops.
@@ -254,13 +239,13 @@ fn decompose_op(program: &mut Program, op: Op) -> Vec<Op> {
             }
             ops
         }
-        Op::RopeKv { q, k, v, out, state, head_dim, frequencies, factors, magnitude, pairs } => {
+        Op::RopeKv { q, k, v, out, state, rotation } => {
             let rotated = temporary(k);
-            let rope = |x, out| {
-                let frequencies = frequencies.clone();
-                Op::Rope { x, out, head_dim, frequencies, factors, magnitude, pairs }
-            };
-            vec![rope(q, out), rope(k, rotated), Op::KvWrite { k: rotated, v, state }]
+            vec![
+                Op::Rope { x: q, out, rotation: rotation.clone() },
+                Op::Rope { x: k, out: rotated, rotation },
+                Op::KvWrite { k: rotated, v, state },
+            ]
         }
         Op::Norm { x, add: Some(add), sum: Some(sum), weight, bias, out, kind, eps, group } => vec![
             Op::Add { a: x, b: add, out: sum },

@@ -137,6 +137,29 @@ pub enum RopePairs {
     Halves,
 }
 
+/// A rotation of the first `2 * frequencies.len()` elements of each head.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Rotation<T = TensorId> {
+    /// Elements of a head.
+    pub head_dim: u32,
+    /// Radians per position for each pair, with base, scaling and interpolation applied.
+    pub frequencies: Arc<[f32]>,
+    /// Divisors of the frequencies, `[1, frequencies.len()]`, if the file has them.
+    pub factors: Option<T>,
+    /// A factor on sine and cosine (YaRN's attention factor).
+    pub magnitude: f32,
+    /// Which elements form pairs.
+    pub pairs: RopePairs,
+}
+
+impl<T> Rotation<T> {
+    /// Returns the same rotation with other factors.
+    pub fn with_factors<U>(&self, factors: Option<U>) -> Rotation<U> {
+        let Rotation { head_dim, magnitude, pairs, .. } = *self;
+        Rotation { head_dim, frequencies: self.frequencies.clone(), factors, magnitude, pairs }
+    }
+}
+
 /// Maximum number of weights of an [`Op::MatMul`].
 pub const MAX_PARTS: usize = 4;
 
@@ -251,22 +274,14 @@ pub enum Op<T = TensorId, S = StateId> {
         /// `[rows, rows of the weight]`: one per part, or a single one under an epilogue.
         outs: ArrayVec<T, MAX_PARTS>,
     },
-    /// Rotary position embedding (Su et al. 2021) of the first `2 * frequencies.len()` elements of each head.
+    /// Rotary position embedding (Su et al. 2021) of each head.
     Rope {
         /// `[tokens, heads * head_dim]`.
         x: T,
         /// The same shape.
         out: T,
-        /// Elements of a head.
-        head_dim: u32,
-        /// Radians per position for each pair, with base, scaling and interpolation applied.
-        frequencies: Arc<[f32]>,
-        /// Divisors of the frequencies, `[1, frequencies.len()]`, if the file has them.
-        factors: Option<T>,
-        /// A factor on sine and cosine (YaRN's attention factor).
-        magnitude: f32,
-        /// Which elements form pairs.
-        pairs: RopePairs,
+        /// How heads are rotated.
+        rotation: Rotation<T>,
     },
     /// Stores keys and values of the step's tokens in the KV cache.
     KvWrite {
@@ -277,7 +292,8 @@ pub enum Op<T = TensorId, S = StateId> {
         /// The cache.
         state: S,
     },
-    /// Rotates queries and keys alike, and stores the keys and the values: [`Op::Rope`] of `q` and of `k`, then [`Op::KvWrite`].
+    /// Rotates queries and keys alike, and stores the keys and the values: [`Op::Rope`] of `q` and of `k`, then
+    /// [`Op::KvWrite`].
     RopeKv {
         /// `[tokens, heads * head_dim]`.
         q: T,
@@ -287,18 +303,10 @@ pub enum Op<T = TensorId, S = StateId> {
         v: T,
         /// The rotated queries, in the shape of `q`.
         out: T,
-        /// The cache; its keys have `head_dim` elements.
+        /// The cache. Its keys have `head_dim` elements, and its format no blocks.
         state: S,
-        /// Elements of a head.
-        head_dim: u32,
-        /// As in [`Op::Rope`].
-        frequencies: Arc<[f32]>,
-        /// As in [`Op::Rope`].
-        factors: Option<T>,
-        /// As in [`Op::Rope`].
-        magnitude: f32,
-        /// As in [`Op::Rope`].
-        pairs: RopePairs,
+        /// How heads are rotated.
+        rotation: Rotation<T>,
     },
     /// Attention over the KV cache; query head h uses KV head `h * kv_heads / heads`.
     Attend {
@@ -471,31 +479,19 @@ impl<T, S> Op<T, S> {
                 }
                 Op::MatMul { x, parts: to.0, epilogue, outs: to.1 }
             }
-            Op::Rope { x, out, head_dim, frequencies, factors, magnitude, pairs } => Op::Rope {
-                x: t(x, Read)?,
-                factors: factors.as_ref().map(|x| t(x, Read)).transpose()?,
-                out: t(out, Write)?,
-                head_dim: *head_dim,
-                frequencies: frequencies.clone(),
-                magnitude: *magnitude,
-                pairs: *pairs,
-            },
+            Op::Rope { x, out, rotation } => {
+                let x = t(x, Read)?;
+                let factors = rotation.factors.as_ref().map(|x| t(x, Read)).transpose()?;
+                Op::Rope { x, out: t(out, Write)?, rotation: rotation.with_factors(factors) }
+            }
             Op::KvWrite { k, v, state } => {
                 Op::KvWrite { k: t(k, Read)?, v: t(v, Read)?, state: s(state, Write)? }
             }
-            Op::RopeKv { q, k, v, out, state, head_dim, frequencies, factors, magnitude, pairs } => {
-                Op::RopeKv {
-                    q: t(q, Read)?,
-                    k: t(k, Read)?,
-                    v: t(v, Read)?,
-                    factors: factors.as_ref().map(|x| t(x, Read)).transpose()?,
-                    out: t(out, Write)?,
-                    state: s(state, Write)?,
-                    head_dim: *head_dim,
-                    frequencies: frequencies.clone(),
-                    magnitude: *magnitude,
-                    pairs: *pairs,
-                }
+            Op::RopeKv { q, k, v, out, state, rotation } => {
+                let (q, k, v) = (t(q, Read)?, t(k, Read)?, t(v, Read)?);
+                let factors = rotation.factors.as_ref().map(|x| t(x, Read)).transpose()?;
+                let rotation = rotation.with_factors(factors);
+                Op::RopeKv { q, k, v, out: t(out, Write)?, state: s(state, Write)?, rotation }
             }
             Op::Attend { q, state, out, heads, scale, softcap, sinks } => Op::Attend {
                 q: t(q, Read)?,
@@ -1031,20 +1027,9 @@ impl<'a> Builder<'a> {
     }
 
     /// [`Op::Rope`].
-    #[allow(clippy::too_many_arguments)]
-    pub fn rope(
-        &mut self,
-        name: &str,
-        x: TensorId,
-        head_dim: u32,
-        frequencies: &Arc<[f32]>,
-        factors: Option<TensorId>,
-        magnitude: f32,
-        pairs: RopePairs,
-    ) -> TensorId {
+    pub fn rope(&mut self, name: &str, x: TensorId, rotation: &Rotation) -> TensorId {
         let out = self.like(name, x);
-        let frequencies = frequencies.clone();
-        self.push(Op::Rope { x, out, head_dim, frequencies, factors, magnitude, pairs });
+        self.push(Op::Rope { x, out, rotation: rotation.clone() });
         out
     }
 

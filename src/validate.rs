@@ -4,7 +4,7 @@ use halite_kernels::formats::{Format, Kind};
 use halite_kernels::kv;
 
 use crate::error::{Error, Result};
-use crate::program::{Dim, Epilogue, Op, Program, Slot, StateId, Tensor, TensorId};
+use crate::program::{Dim, Epilogue, Op, Program, Rotation, Slot, State, StateId, Tensor, TensorId};
 
 /// Largest accepted number of columns, rows, experts or heads of one tensor.
 const MAX_EXTENT: u32 = 1 << 27;
@@ -165,7 +165,7 @@ impl Check<'_> {
         if let Dim::Fixed(rows) = self.t(id).rows { rows } else { 0 }
     }
 
-    fn state(&self, id: StateId) -> std::result::Result<&crate::program::State, String> {
+    fn state(&self, id: StateId) -> std::result::Result<&State, String> {
         self.program.states.get(id.0 as usize).ok_or_else(|| format!("state {} does not exist", id.0))
     }
 
@@ -186,22 +186,21 @@ impl Check<'_> {
         Ok(())
     }
 
-    /// A rotary embedding of `pairs` pairs in each head of `x`.
-    fn rotated(
-        &self,
-        x: TensorId,
-        out: TensorId,
-        head_dim: u32,
-        pairs: usize,
-        factors: Option<TensorId>,
-    ) -> Checked {
-        let cols = self.t(x).cols;
+    /// A rotary embedding of `x`.
+    fn rotated(&self, x: TensorId, out: TensorId, rotation: &Rotation) -> Checked {
+        let (cols, head_dim, pairs) = (self.t(x).cols, rotation.head_dim, rotation.frequencies.len());
         self.is(x, Dim::Tokens, cols)?;
         self.like(out, x)?;
         if head_dim == 0 || !cols.is_multiple_of(head_dim) || pairs as u64 * 2 > u64::from(head_dim) {
             return Err(format!("{pairs} pairs do not fit heads of {head_dim} in {cols} columns"));
         }
-        self.optional_vector(factors, pairs as u32)
+        self.optional_vector(rotation.factors, pairs as u32)
+    }
+
+    /// The keys and values of a cache.
+    fn keys_and_values(&self, k: TensorId, v: TensorId, s: &State) -> Checked {
+        self.is(k, Dim::Tokens, s.kv_heads.saturating_mul(s.key_dim))?;
+        self.is(v, Dim::Tokens, s.kv_heads.saturating_mul(s.value_dim))
     }
 
     fn shapes(&self) -> Checked {
@@ -249,26 +248,19 @@ impl Check<'_> {
                 }
                 Ok(())
             }
-            Op::Rope { x, out, head_dim, frequencies, factors, .. } => {
-                self.rotated(*x, *out, *head_dim, frequencies.len(), *factors)
-            }
-            Op::RopeKv { q, k, v, out, state, head_dim, frequencies, factors, .. } => {
+            Op::Rope { x, out, rotation } => self.rotated(*x, *out, rotation),
+            Op::RopeKv { q, k, v, out, state, rotation } => {
                 let s = self.state(*state)?;
-                if *head_dim != s.key_dim {
-                    return Err(format!("heads of {head_dim} for keys of {} elements", s.key_dim));
+                if rotation.head_dim != s.key_dim {
+                    return Err(format!("heads of {} for keys of {} elements", rotation.head_dim, s.key_dim));
                 }
                 if s.format.block_len() > 1 {
                     return Err(format!("a cache in {} takes whole blocks of rotated keys", s.format.name()));
                 }
-                self.rotated(*q, *out, *head_dim, frequencies.len(), *factors)?;
-                self.is(*k, Dim::Tokens, s.kv_heads.saturating_mul(s.key_dim))?;
-                self.is(*v, Dim::Tokens, s.kv_heads.saturating_mul(s.value_dim))
+                self.rotated(*q, *out, rotation)?;
+                self.keys_and_values(*k, *v, s)
             }
-            Op::KvWrite { k, v, state } => {
-                let s = self.state(*state)?;
-                self.is(*k, Dim::Tokens, s.kv_heads.saturating_mul(s.key_dim))?;
-                self.is(*v, Dim::Tokens, s.kv_heads.saturating_mul(s.value_dim))
-            }
+            Op::KvWrite { k, v, state } => self.keys_and_values(*k, *v, self.state(*state)?),
             Op::Attend { q, state, out, heads, sinks, .. } => {
                 let s = self.state(*state)?;
                 if *heads == 0 || *heads > 1 << 16 || heads % s.kv_heads != 0 {

@@ -26,7 +26,7 @@ use crate::error::{Error, Result};
 use crate::map::Region;
 use crate::memory::zeroed;
 use crate::program::{
-    Epilogue, Gating, MAX_PARTS, NOT_FINITE, NormKind, Op, PAGE_POSITIONS, Program, RopePairs,
+    Epilogue, Gating, MAX_PARTS, NOT_FINITE, NormKind, Op, PAGE_POSITIONS, Program, RopePairs, Rotation,
 };
 
 /// The driver of the CPU backend.
@@ -627,6 +627,23 @@ impl CpuKernels {
         });
     }
 
+    /// [`Op::Rope`].
+    fn rope(
+        &self,
+        x: &HostTensor<'_>,
+        rotation: &Rotation<&[f32]>,
+        step: &HostStep<'_>,
+        out: &mut HostTensor<'_>,
+    ) {
+        let (cols, x) = (x.cols, x.floats());
+        self.rows(out.floats_mut(), cols, &|first, out| {
+            for (i, out) in out.chunks_exact_mut(cols).enumerate() {
+                let t = first + i;
+                self.isa.run(rope(&x[t * cols..][..cols], rotation, step.positions[t], out));
+            }
+        });
+    }
+
     /// [`Op::Attend`].
     fn attend(&mut self, a: &Attention<'_>, out: &mut [f32]) {
         let (shape, threads) = (a.shape, self.pool.threads());
@@ -715,6 +732,30 @@ impl CpuKernels {
     }
 }
 
+/// A rotation that threads can share.
+fn slices<'a>(rotation: &'a Rotation<HostTensor<'_>>) -> Rotation<&'a [f32]> {
+    rotation.with_factors(rotation.factors.as_ref().map(HostTensor::floats))
+}
+
+/// The kernel that rotates one token's heads.
+fn rope<'a>(
+    x: &'a [f32],
+    rotation: &'a Rotation<&[f32]>,
+    position: u32,
+    out: &'a mut [f32],
+) -> rows::Rope<'a> {
+    rows::Rope {
+        x,
+        out,
+        head_dim: rotation.head_dim as usize,
+        position,
+        frequencies: &rotation.frequencies,
+        factors: rotation.factors,
+        magnitude: rotation.magnitude,
+        adjacent: rotation.pairs == RopePairs::Adjacent,
+    }
+}
+
 /// Stores values, and the keys that `keys` passes on for each token, in the cache.
 fn kv_write(
     state: &mut HostState<'_>,
@@ -789,63 +830,22 @@ impl Kernels for CpuKernels {
                 let up = &mut self.memory.up;
                 products(self.isa, &self.pool, &input, list, epilogue, &mut panels[..count], up);
             }
-            Op::Rope { x, out, head_dim, frequencies, factors, magnitude, pairs } => {
-                let (cols, x, head_dim, magnitude) = (x.cols, x.floats(), *head_dim as usize, *magnitude);
-                let factors = factors.as_ref().map(|f| f.floats());
-                let adjacent = *pairs == RopePairs::Adjacent;
-                self.rows(out.floats_mut(), cols, &|first, out| {
-                    for (i, out) in out.chunks_exact_mut(cols).enumerate() {
-                        let (x, position) = (&x[(first + i) * cols..][..cols], step.positions[first + i]);
-                        let frequencies: &[f32] = frequencies;
-                        let rope = rows::Rope {
-                            x,
-                            out,
-                            head_dim,
-                            position,
-                            frequencies,
-                            factors,
-                            magnitude,
-                            adjacent,
-                        };
-                        self.isa.run(rope);
-                    }
-                });
-            }
+            Op::Rope { x, out, rotation } => self.rope(x, &slices(rotation), step, out),
             Op::KvWrite { k, v, state } => {
                 let (k, v) = (k.floats(), v.floats());
                 kv_write(state, step, v, |t, cols, write| write(&k[t * cols..][..cols]));
             }
-            Op::RopeKv { q, k, v, out, state, head_dim, frequencies, factors, magnitude, pairs } => {
-                let (q_cols, q, k, v) = (q.cols, q.floats(), k.floats(), v.floats());
-                let (head_dim, magnitude, frequencies) = (*head_dim as usize, *magnitude, &frequencies[..]);
-                let factors = factors.as_ref().map(|f| f.floats());
-                let adjacent = *pairs == RopePairs::Adjacent;
-                let isa = self.isa;
-                let rope = |x: &[f32], position: u32, out: &mut [f32]| {
-                    isa.run(rows::Rope {
-                        x,
-                        out,
-                        head_dim,
-                        position,
-                        frequencies,
-                        factors,
-                        magnitude,
-                        adjacent,
-                    });
-                };
-                self.rows(out.floats_mut(), q_cols, &|first, out| {
-                    for (i, out) in out.chunks_exact_mut(q_cols).enumerate() {
-                        rope(&q[(first + i) * q_cols..][..q_cols], step.positions[first + i], out);
-                    }
-                });
-                let rotated = &mut self.memory.rotated;
-                let most = state.shape.kv_heads * state.shape.key_dim;
-                if rotated.len() < most {
-                    *rotated = zeroed(most as u64, "rotated keys on `cpu`")?;
+            Op::RopeKv { q, k, v, out, state, rotation } => {
+                let rotation = slices(rotation);
+                self.rope(q, &rotation, step, out);
+                let (k, isa, rotated) = (k.floats(), self.isa, &mut self.memory.rotated);
+                let cols = state.shape.kv_heads * state.shape.key_dim;
+                if rotated.len() < cols {
+                    *rotated = zeroed(cols as u64, "rotated keys on `cpu`")?;
                 }
-                kv_write(state, step, v, |t, cols, write| {
+                kv_write(state, step, v.floats(), |t, cols, write| {
                     let rotated = &mut rotated[..cols];
-                    rope(&k[t * cols..][..cols], step.positions[t], rotated);
+                    isa.run(rope(&k[t * cols..][..cols], &rotation, step.positions[t], rotated));
                     write(rotated);
                 });
             }

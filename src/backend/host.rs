@@ -54,8 +54,8 @@ impl<'a> Matrix<'a> {
 enum Memory<'a> {
     Bytes(&'a [u8]),
     BytesMut(&'a mut [u8]),
-    Scratch(Ref<'a, [f32]>),
-    ScratchMut(RefMut<'a, [f32]>),
+    Scratch(Ref<'a, Vec<f32>>),
+    ScratchMut(RefMut<'a, Vec<f32>>),
     Locked(RwLockReadGuard<'a, Vec<u64>>),
     LockedMut(RwLockWriteGuard<'a, Vec<u64>>),
     /// Read and written: a copy of a device's memory.
@@ -418,18 +418,44 @@ enum Place {
     Scratch(usize),
 }
 
-/// An operand of a prepared op.
+/// The shape of a tensor, looked up once.
 #[derive(Debug, Clone)]
-struct Operand {
+struct Shape {
     id: TensorId,
-    place: Place,
     format: Format,
     layout: Layout,
     experts: usize,
     rows: Dim,
     cols: usize,
-    /// Bytes of a row.
     row_bytes: usize,
+}
+
+impl Shape {
+    fn of(program: &Program, id: TensorId) -> Shape {
+        let t = program.tensor(id);
+        let (experts, cols) = (t.experts as usize, t.cols as usize);
+        let row_bytes = t.format.row_bytes(cols).unwrap_or(usize::MAX);
+        Shape { id, format: t.format, layout: t.layout, experts, rows: t.rows, cols, row_bytes }
+    }
+
+    /// Returns the tensor in a step, whose memory is what `memory` makes of its length in bytes.
+    fn bind<'a>(
+        &self,
+        step: &Step<'_>,
+        memory: impl FnOnce(usize) -> Result<Memory<'a>>,
+    ) -> Result<HostTensor<'a>> {
+        let rows = passes::rows(self.rows, step.tokens.len() as u32, step.outputs.len() as u32) as usize;
+        let len = self.row_bytes.saturating_mul(rows).saturating_mul(self.experts);
+        let Shape { format, layout, experts, cols, .. } = *self;
+        Ok(HostTensor { memory: memory(len)?, len, format, layout, experts, rows, cols })
+    }
+}
+
+/// An operand of a prepared op.
+#[derive(Debug, Clone)]
+struct Placed {
+    place: Place,
+    shape: Shape,
 }
 
 /// The cache of a prepared op.
@@ -443,7 +469,7 @@ struct Cache {
     causal: bool,
 }
 
-type PreparedOp = Op<Operand, Cache>;
+type PreparedOp = Op<Placed, Cache>;
 
 /// A prepared program on a host backend.
 pub struct HostPlan<K> {
@@ -457,7 +483,7 @@ pub struct HostPlan<K> {
     timing: Timing,
 }
 
-/// Where the tokens of a step stand: the memory behind [`HostStep`].
+/// The span and position of each token of a step: the memory behind [`HostStep`].
 struct Tokens {
     spans: Vec<u32>,
     positions: Vec<u32>,
@@ -465,16 +491,16 @@ struct Tokens {
 }
 
 impl Tokens {
-    /// Room for so many.
-    fn new(most: u32) -> Result<Tokens> {
+    /// Reserves memory for `max_tokens` tokens.
+    fn new(max_tokens: u32) -> Result<Tokens> {
         Ok(Tokens {
-            spans: reserved(most.into(), "the places of tokens")?,
-            positions: reserved(most.into(), "the places of tokens")?,
-            zeros: zeroed(most.into(), "the places of tokens")?,
+            spans: reserved(max_tokens.into(), "the places of tokens")?,
+            positions: reserved(max_tokens.into(), "the places of tokens")?,
+            zeros: zeroed(max_tokens.into(), "the places of tokens")?,
         })
     }
 
-    /// Notes where each token of a step stands.
+    /// Records the span and position of each token of a step.
     fn place(&mut self, step: &Step<'_>) {
         self.spans.clear();
         self.positions.clear();
@@ -486,7 +512,7 @@ impl Tokens {
         }
     }
 
-    /// What an op knows of the step that was placed last.
+    /// Returns the step, which [`Tokens::place`] has recorded, for an op.
     fn step<'a>(&'a self, program: &'a Program, op: &'a Op, step: &'a Step<'a>) -> HostStep<'a> {
         let zeros = self.zeros.get(..step.tokens.len()).unwrap_or(&[]);
         HostStep { program, op, step, span: &self.spans, positions: &self.positions, zeros }
@@ -531,16 +557,7 @@ fn prepared(program: &Program, layout: &passes::Layout, op: &Op) -> Result<Prepa
                 Place::Scratch(place.ok_or_else(|| Error::Program(format!("`{}` is never written", t.name)))?)
             }
         };
-        Ok(Operand {
-            id,
-            place,
-            format: t.format,
-            layout: t.layout,
-            experts: t.experts as usize,
-            rows: t.rows,
-            cols: t.cols as usize,
-            row_bytes: t.format.row_bytes(t.cols as usize).unwrap_or(usize::MAX),
-        })
+        Ok(Placed { place, shape: Shape::of(program, id) })
     };
     op.try_map(operand, |&id, _| cache(program, id))
 }
@@ -577,63 +594,38 @@ impl Bound {
     /// Returns an operand's memory in a step.
     fn tensor<'a>(
         &'a self,
-        o: &Operand,
+        o: &Placed,
         access: Access,
         step: &Step<'_>,
         b: &Bindings<'a>,
     ) -> Result<HostTensor<'a>> {
-        let rows = passes::rows(o.rows, step.tokens.len() as u32, step.outputs.len() as u32) as usize;
-        let len = o.row_bytes.saturating_mul(rows).saturating_mul(o.experts);
-        let backend = &self.backend;
-        let memory = match (o.place, access) {
-            (Place::Weight(n), _) => read_guard(backend, bound(b.weights, n, "weights")?)?,
-            (Place::Io(n), Access::Read) => read_guard(backend, bound(b.io, n, "io")?)?,
-            (Place::Io(n), Access::Write) => write_guard(backend, bound(b.io, n, "io")?)?,
-            (Place::Scratch(place), _) => {
-                let shared = || Error::Program(format!("`{}` is read and written", self.name(o)));
-                let elements = 0..len / size_of::<f32>();
-                let place = self.places.get(place).ok_or_else(shared)?;
-                let short = |have: usize| {
-                    Error::argument("scratch tensor", format!("{} elements", elements.end), have)
-                };
-                match access {
-                    Access::Read => {
-                        let floats = place.try_borrow().map_err(|_| shared())?;
-                        let have = floats.len();
-                        let floats = Ref::filter_map(floats, |floats| floats.get(elements.clone()));
-                        Memory::Scratch(floats.map_err(|_| short(have))?)
-                    }
-                    Access::Write => {
-                        let floats = place.try_borrow_mut().map_err(|_| shared())?;
-                        let have = floats.len();
-                        let floats = RefMut::filter_map(floats, |floats| floats.get_mut(elements.clone()));
-                        Memory::ScratchMut(floats.map_err(|_| short(have))?)
+        let name = || &self.program.tensor(o.shape.id).name;
+        o.shape.bind(step, |len| {
+            let backend = &self.backend;
+            let memory = match (o.place, access) {
+                (Place::Weight(n), _) => read_guard(backend, bound(b.weights, n, "weights")?)?,
+                (Place::Io(n), Access::Read) => read_guard(backend, bound(b.io, n, "io")?)?,
+                (Place::Io(n), Access::Write) => write_guard(backend, bound(b.io, n, "io")?)?,
+                (Place::Scratch(place), _) => {
+                    let shared = || Error::Program(format!("`{}` is read and written", name()));
+                    let place = self.places.get(place).ok_or_else(shared)?;
+                    match access {
+                        Access::Read => Memory::Scratch(place.try_borrow().map_err(|_| shared())?),
+                        Access::Write => Memory::ScratchMut(place.try_borrow_mut().map_err(|_| shared())?),
                     }
                 }
+            };
+            let bytes = memory.bytes();
+            if bytes.len() < len {
+                let expected = format!("at least {len} bytes for `{}`", name());
+                return Err(Error::argument("buffer", expected, bytes.len()));
             }
-        };
-        let have = memory.bytes().len();
-        if have < len {
-            let expected = format!("at least {len} bytes for `{}`", self.name(o));
-            return Err(Error::argument("buffer", expected, have));
-        }
-        if o.format == Format::F32 && !(memory.bytes().as_ptr() as usize).is_multiple_of(4) {
-            let expected = format!("`{}` at a multiple of 4 bytes", self.name(o));
-            return Err(Error::argument("buffer", expected, "another address"));
-        }
-        Ok(HostTensor {
-            memory,
-            len,
-            format: o.format,
-            layout: o.layout,
-            experts: o.experts,
-            rows,
-            cols: o.cols,
+            if o.shape.format == Format::F32 && !(bytes.as_ptr() as usize).is_multiple_of(4) {
+                let expected = format!("`{}` at a multiple of 4 bytes", name());
+                return Err(Error::argument("buffer", expected, "another address"));
+            }
+            Ok(memory)
         })
-    }
-
-    fn name(&self, o: &Operand) -> &str {
-        &self.program.tensor(o.id).name
     }
 
     /// Returns a cache's memory.
@@ -661,8 +653,6 @@ fn execute<K: Kernels>(
     step: &HostStep<'_>,
     b: &Bindings<'_>,
 ) -> Result<()> {
-    // A panic must not leave the library. It poisons the lock of a buffer that the op was writing, and later
-    // steps then fail with an error.
     guarded(&bound.backend, op.name(), || {
         let mut op = op.try_map(
             |operand, access| bound.tensor(operand, access, step.step, b),
@@ -672,8 +662,8 @@ fn execute<K: Kernels>(
     })
 }
 
-/// Runs an op. A panic must not leave the library. What was being written to a bound buffer is lost: its lock is then
-/// poisoned, and later steps say so.
+/// Runs an op, and turns a panic into an error. A panic poisons the lock of a buffer that the op was writing, and later
+/// steps then fail with an error.
 fn guarded(backend: &str, op: &str, run: impl FnOnce() -> Result<()>) -> Result<()> {
     catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|panic| {
         let said = panic.downcast_ref::<&str>().copied();
@@ -705,12 +695,7 @@ fn copied_tensor(
         let expected = format!("`{}` in plain rows (`Rows::Plain` in the caps)", t.name);
         return Err(Error::argument("weight", expected, "interleaved rows"));
     }
-    let rows = passes::rows(t.rows, step.tokens.len() as u32, step.outputs.len() as u32) as usize;
-    let (experts, cols) = (t.experts as usize, t.cols as usize);
-    let row_bytes = t.format.row_bytes(cols).unwrap_or(usize::MAX);
-    let len = row_bytes.saturating_mul(rows).saturating_mul(experts);
-    let memory = copied(backend, operand.buffer, len, access)?;
-    Ok(HostTensor { memory, len, format: t.format, layout: t.layout, experts, rows, cols })
+    Shape::of(program, operand.id).bind(step, |len| copied(backend, operand.buffer, len, access))
 }
 
 fn copied_state(

@@ -20,7 +20,7 @@ use super::{
 };
 use crate::error::Result;
 use crate::map::Region;
-use crate::program::{Epilogue, Gating, NOT_FINITE, NormKind, Op, Part, Program, RopePairs};
+use crate::program::{Epilogue, Gating, NOT_FINITE, NormKind, Op, Part, Program, RopePairs, Rotation};
 
 /// The driver of the reference backend.
 pub const DRIVER: Driver = Driver {
@@ -467,21 +467,13 @@ fn kv_write_all(k: &[f32], v: &[f32], state: &mut HostState<'_>, step: &HostStep
 }
 
 /// A rotary embedding; see [`Op::Rope`].
-struct Rotation<'a> {
-    head_dim: usize,
-    frequencies: &'a [f32],
-    factors: Option<&'a [f32]>,
-    magnitude: f32,
-    pairs: RopePairs,
-}
-
-fn rope(x: &[f32], cols: usize, r: &Rotation<'_>, positions: &[u32], out: &mut [f32]) {
-    let count = r.frequencies.len();
+fn rope(x: &[f32], cols: usize, r: &Rotation<HostTensor<'_>>, positions: &[u32], out: &mut [f32]) {
+    let (count, factors) = (r.frequencies.len(), r.factors.as_ref().map(|f| f.floats()));
     out.copy_from_slice(x);
     for (out, &position) in out.chunks_exact_mut(cols).zip(positions) {
-        for head in out.chunks_exact_mut(r.head_dim) {
+        for head in out.chunks_exact_mut(r.head_dim as usize) {
             for i in 0..count {
-                let frequency = r.factors.map_or(r.frequencies[i], |f| r.frequencies[i] / f[i]);
+                let frequency = factors.map_or(r.frequencies[i], |f| r.frequencies[i] / f[i]);
                 let (sin, cos) = math::sin_cos(Scalar, [position as f32 * frequency; 16]);
                 let (sin, cos) = (sin[0] * r.magnitude, cos[0] * r.magnitude);
                 let (first, second) = match r.pairs {
@@ -548,28 +540,14 @@ impl Kernels for Definitions {
                     }
                 }
             }
-            Op::Rope { x, out, head_dim, frequencies, factors, magnitude, pairs } => {
-                let r = Rotation {
-                    head_dim: *head_dim as usize,
-                    frequencies,
-                    factors: factors.as_ref().map(|f| f.floats()),
-                    magnitude: *magnitude,
-                    pairs: *pairs,
-                };
-                rope(x.floats(), x.cols, &r, step.positions, out.floats_mut());
+            Op::Rope { x, out, rotation } => {
+                rope(x.floats(), x.cols, rotation, step.positions, out.floats_mut());
             }
             Op::KvWrite { k, v, state } => kv_write_all(k.floats(), v.floats(), state, step),
-            Op::RopeKv { q, k, v, out, state, head_dim, frequencies, factors, magnitude, pairs } => {
-                let r = Rotation {
-                    head_dim: *head_dim as usize,
-                    frequencies,
-                    factors: factors.as_ref().map(|f| f.floats()),
-                    magnitude: *magnitude,
-                    pairs: *pairs,
-                };
-                rope(q.floats(), q.cols, &r, step.positions, out.floats_mut());
+            Op::RopeKv { q, k, v, out, state, rotation } => {
+                rope(q.floats(), q.cols, rotation, step.positions, out.floats_mut());
                 let mut rotated = vec![0.0; k.floats().len()];
-                rope(k.floats(), k.cols, &r, step.positions, &mut rotated);
+                rope(k.floats(), k.cols, rotation, step.positions, &mut rotated);
                 kv_write_all(&rotated, v.floats(), state, step);
             }
             Op::Attend { .. } => {

@@ -2,8 +2,8 @@
 //! layers. Gemma 2 caps its logits; Gemma 3 normalises queries and keys instead.
 
 use super::Hparams;
-use super::network::{Attention, Network, QkNorm, Rope};
-use crate::program::{Builder, Gate, NormKind, RopePairs};
+use super::network::{Attention, Network, QkNorm};
+use crate::program::{Builder, Gate, NormKind, RopePairs, Rotation};
 
 pub(super) fn record_2(h: &Hparams, b: &mut Builder<'_>) {
     let mut n = Network::new(h, b, NormKind::Rms);
@@ -33,8 +33,8 @@ struct Gemma<'r> {
     /// scale it by the key's.
     blocks_27b: u32,
     qk_norm: Option<QkNorm>,
-    global_rope: &'r Rope,
-    local_rope: &'r Rope,
+    global_rope: &'r Rotation,
+    local_rope: &'r Rotation,
 }
 
 fn record(mut n: Network<'_, '_>, gemma: &Gemma<'_>) {

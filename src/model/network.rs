@@ -2,11 +2,9 @@
 //!
 //! A matrix or norm has a bias if the file has one: files have no other sign for it.
 
-use std::sync::Arc;
-
 use super::Hparams;
 use super::hparams::RopeScaling;
-use crate::program::{Builder, Gate, Gating, Index, NormKind, Outputs, RopePairs, TensorId, Unary};
+use crate::program::{Builder, Gate, Gating, Index, NormKind, Outputs, RopePairs, Rotation, TensorId, Unary};
 
 /// Records a family's program.
 pub(super) struct Network<'n, 'b> {
@@ -18,14 +16,6 @@ pub(super) struct Network<'n, 'b> {
     /// Prefix of weight names: `blk.3.` in layer 3.
     prefix: String,
     layer: u32,
-}
-
-/// A rotary position embedding.
-pub(super) struct Rope {
-    frequencies: Arc<[f32]>,
-    factors: Option<TensorId>,
-    magnitude: f32,
-    pairs: RopePairs,
 }
 
 /// The group over which queries and keys are normalised.
@@ -40,7 +30,7 @@ pub(super) enum QkNorm {
 /// Options of a layer's attention.
 pub(super) struct Attention<'r> {
     /// Rotary embedding of queries and keys; `None`: no positions.
-    pub rope: Option<&'r Rope>,
+    pub rope: Option<&'r Rotation>,
     /// Sliding window.
     pub window: Option<u32>,
     pub qk_norm: Option<QkNorm>,
@@ -190,16 +180,17 @@ impl<'n, 'b> Network<'n, 'b> {
     }
 
     /// The file's rotary embedding.
-    pub fn rope(&mut self, pairs: RopePairs) -> Rope {
+    pub fn rope(&mut self, pairs: RopePairs) -> Rotation {
         let (frequencies, magnitude) = self.h.rope_frequencies(self.h.rope_freq_base, self.h.rope_scaling);
         let magnitude = magnitude * self.h.rope_attn_factor;
-        Rope { frequencies, factors: self.rope_factors(), magnitude, pairs }
+        let head_dim = self.h.key_length;
+        Rotation { head_dim, frequencies, factors: self.rope_factors(), magnitude, pairs }
     }
 
     /// An unscaled rotary embedding, regardless of the file's scaling.
-    pub fn rope_unscaled(&mut self, base: f32, pairs: RopePairs) -> Rope {
+    pub fn rope_unscaled(&mut self, base: f32, pairs: RopePairs) -> Rotation {
         let (frequencies, magnitude) = self.h.rope_frequencies(base, RopeScaling::None);
-        Rope { frequencies, factors: None, magnitude, pairs }
+        Rotation { head_dim: self.h.key_length, frequencies, factors: None, magnitude, pairs }
     }
 
     /// Divisors of the frequencies: Llama 3's, or LongRoPE's for the session's positions.
@@ -247,9 +238,7 @@ impl<'n, 'b> Network<'n, 'b> {
                 x = self.norm_over(&format!("{part}_norm"), &format!("attn_{part}_norm"), x, group);
             }
             if let Some(rope) = a.rope {
-                let Rope { frequencies, factors, magnitude, pairs } = rope;
-                let name = format!("{part}_rope");
-                x = self.b.rope(&name, x, h.key_length, frequencies, *factors, *magnitude, *pairs);
+                x = self.b.rope(&format!("{part}_rope"), x, rope);
             }
             x
         };

@@ -52,7 +52,7 @@ fn head(device: u64) -> Vec<u8> {
     [&MAGIC[..], &VERSION.to_le_bytes(), &device.to_le_bytes()].concat()
 }
 
-/// Returns the path of a device's file.
+/// Returns the content of a device's file.
 fn file_of(device: u64, data: &[u8]) -> Vec<u8> {
     let mut bytes = head(device);
     bytes.extend_from_slice(data);

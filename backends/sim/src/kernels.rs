@@ -189,7 +189,9 @@ fn operands<'a>(op: &'a mut HostOp<'_>) -> (Vec<&'a [u8]>, Vec<&'a mut [u8]>) {
             inputs.extend(parts.iter().flat_map(|part| [part.weight.bytes(), optional(&part.bias)]));
             (inputs, outs.iter_mut().map(|out| out.bytes_mut()).collect())
         }
-        Op::Rope { x, factors, out, .. } => (vec![x.bytes(), optional(factors)], vec![out.bytes_mut()]),
+        Op::Rope { x, out, rotation } => {
+            (vec![x.bytes(), optional(&rotation.factors)], vec![out.bytes_mut()])
+        }
         Op::Route { logits: x, ids: a, weights: b, .. } | Op::TopK { x, ids: a, values: b } => {
             (vec![x.bytes()], vec![a.bytes_mut(), b.bytes_mut()])
         }
@@ -220,15 +222,15 @@ fn units(
     // Elements of a unit of an operand.
     let cols = |id: TensorId| match op {
         Op::Norm { group, .. } => *group,
-        Op::Rope { x, out, head_dim, .. } if id == *x || id == *out => *head_dim,
+        Op::Rope { x, out, rotation } if id == *x || id == *out => rotation.head_dim,
         Op::Glu { .. } | Op::Add { .. } | Op::Map { .. } => 1,
         _ => program.tensor(id).cols,
     };
     // Slots have exactly the rows that the units chose.
     let own: Vec<u32> = (0..count).collect();
     let positions: Vec<u32> = match op {
-        Op::Rope { x, head_dim, .. } => {
-            let heads = program.tensor(*x).cols / head_dim;
+        Op::Rope { x, rotation, .. } => {
+            let heads = program.tensor(*x).cols / rotation.head_dim;
             (first..first + count)
                 .filter_map(|unit| step.positions.get((unit / heads) as usize).copied())
                 .collect()

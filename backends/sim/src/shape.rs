@@ -279,60 +279,44 @@ pub fn shape(program: &Program, op: &Op, step: &Step<'_>, ids: Option<&[i32]>) -
                 out_rows: None,
             })
         }
-        Op::Rope { x, head_dim, frequencies, factors, .. } => {
-            let pairs = frequencies.len() as u32;
-            let mut reads = vec![Rows::own(Operand::In(0), *head_dim)];
-            reads.extend(factors.map(|_| Rows::only(Operand::In(1), pairs)));
+        Op::Rope { x, rotation, .. } => {
+            let (head_dim, pairs) = (rotation.head_dim, rotation.frequencies.len() as u32);
+            let mut reads = vec![Rows::own(Operand::In(0), head_dim)];
+            reads.extend(rotation.factors.map(|_| Rows::only(Operand::In(1), pairs)));
             Shape::Units(Units {
                 count: rows(*x) * (cols(*x) / head_dim),
                 reads,
-                writes: vec![Rows::own(Operand::Out(0), *head_dim)],
-                // Sine and cosine of each pair, and two multiply-adds for each element.
-                work: work(VectorWork {
-                    simple: 4 * u64::from(pairs),
-                    exp: 2 * u64::from(pairs),
-                    ..Default::default()
-                }),
+                writes: vec![Rows::own(Operand::Out(0), head_dim)],
+                work: work(turned(pairs.into())),
             })
         }
-        Op::RopeKv { q, k, v, state, frequencies, factors, head_dim, .. } => {
+        Op::RopeKv { q, k, v, state, rotation, .. } => {
             let s = state_of(program, state.0)?;
-            let stored = |operand, cols: u32| {
-                let bytes = s.format.row_bytes(cols as usize).unwrap_or(0) as u32;
-                Rows { operand, bytes, which: Which::Own, activations: false }
-            };
-            let pairs = frequencies.len() as u64;
-            let turned = pairs * u64::from((cols(*q) + cols(*k)) / head_dim);
-            let mut reads = vec![Rows::own(Operand::In(0), cols(*q)), Rows::own(Operand::In(1), cols(*k))];
-            reads.push(Rows::own(Operand::In(2), cols(*v)));
-            reads.extend(factors.map(|_| Rows::only(Operand::In(3), pairs as u32)));
+            let pairs = rotation.frequencies.len() as u32;
+            let heads = (cols(*q) + cols(*k)) / rotation.head_dim;
+            let mut reads: Vec<Rows> =
+                (0..).zip([q, k, v]).map(|(i, id)| Rows::own(Operand::In(i), cols(*id))).collect();
+            reads.extend(rotation.factors.map(|_| Rows::only(Operand::In(3), pairs)));
+            let elements = u64::from(cols(*k)) + u64::from(cols(*v));
+            let turned = turned(u64::from(pairs) * u64::from(heads));
             Shape::Units(Units {
                 count: tokens,
                 reads,
                 writes: vec![
                     Rows::own(Operand::Out(0), cols(*q)),
-                    stored(Operand::Out(1), cols(*k)),
-                    stored(Operand::Out(2), cols(*v)),
+                    stored(s, Operand::Out(1), cols(*k)),
+                    stored(s, Operand::Out(2), cols(*v)),
                 ],
-                work: work(VectorWork {
-                    simple: 4 * turned,
-                    exp: 2 * turned,
-                    quantize: u64::from(cols(*k)) + u64::from(cols(*v)),
-                    ..Default::default()
-                }),
+                work: work(VectorWork { quantize: elements, ..turned }),
             })
         }
         Op::KvWrite { k, v, state } => {
             let s = state_of(program, state.0)?;
-            let stored = |cols: u32| {
-                let bytes = s.format.row_bytes(cols as usize).unwrap_or(0) as u32;
-                move |operand| Rows { operand, bytes, which: Which::Own, activations: false }
-            };
             let elements = u64::from(cols(*k)) + u64::from(cols(*v));
             Shape::Units(Units {
                 count: tokens,
                 reads: vec![Rows::own(Operand::In(0), cols(*k)), Rows::own(Operand::In(1), cols(*v))],
-                writes: vec![stored(cols(*k))(Operand::Out(0)), stored(cols(*v))(Operand::Out(1))],
+                writes: vec![stored(s, Operand::Out(0), cols(*k)), stored(s, Operand::Out(1), cols(*v))],
                 work: work(VectorWork { quantize: elements, ..Default::default() }),
             })
         }
@@ -396,6 +380,17 @@ pub fn shape(program: &Program, op: &Op, step: &Step<'_>, ids: Option<&[i32]>) -
         Op::ArgMax { x, .. } => Shape::ArgMax { rows: rows(*x), cols: cols(*x) },
         unknown => return Err(Error::argument("op", "one that can be simulated", unknown.name())),
     })
+}
+
+/// A row of a cache's keys or values, as it is stored.
+fn stored(s: &State, operand: Operand, cols: u32) -> Rows {
+    let bytes = s.format.row_bytes(cols as usize).unwrap_or(0) as u32;
+    Rows { operand, bytes, which: Which::Own, activations: false }
+}
+
+/// Sine and cosine of each pair, and two multiply-adds for each element.
+fn turned(pairs: u64) -> VectorWork {
+    VectorWork { simple: 4 * pairs, exp: 2 * pairs, ..Default::default() }
 }
 
 fn fixed(program: &Program, id: TensorId) -> u32 {

@@ -3,7 +3,7 @@
 use halite_kernels::formats::Format;
 
 use super::{Lowering, ONE, Of, SPLIT_POSITIONS, count, each, fixed};
-use halite::program::{Dim, Op, RopePairs, State, StateId, TensorId};
+use halite::program::{Dim, Op, RopePairs, Rotation, State, StateId, TensorId};
 use halite_shaders::{Extra, Resource, Shader, WORKGROUP, kv_text, wgsl};
 
 /// Rows in a tile of attention.
@@ -11,20 +11,14 @@ const ATTEND_ROWS: u32 = 8;
 
 impl Lowering<'_> {
     /// Adds the angles of a rotary embedding to a shader.
-    pub(super) fn rotation(
-        &self,
-        shader: Shader,
-        frequencies: &[f32],
-        factors: Option<TensorId>,
-        magnitude: f32,
-        pairs: RopePairs,
-    ) -> Shader {
+    pub(super) fn rotation(&self, shader: Shader, rotation: &Rotation) -> Shader {
+        let Rotation { frequencies, factors, magnitude, pairs, .. } = rotation;
         let n = frequencies.len() as u32;
         let list: Vec<String> = frequencies.iter().map(|f| format!("{f:e}")).collect();
         let shader = shader
             .u32("PAIRS", n)
-            .f32("MAGNITUDE", magnitude)
-            .bool("ADJACENT", pairs == RopePairs::Adjacent)
+            .f32("MAGNITUDE", *magnitude)
+            .bool("ADJACENT", *pairs == RopePairs::Adjacent)
             .with(wgsl!("lib/sin_cos"))
             .with(&format!(
                 "var<private> FREQUENCIES: array<f32, {n}> = array<f32, {n}>({});",
@@ -32,32 +26,29 @@ impl Lowering<'_> {
             ));
         match factors {
             Some(factors) => shader
-                .read("factors", "f32", self.tensor(factors))
+                .read("factors", "f32", self.tensor(*factors))
                 .with("fn frequency(i: u32) -> f32 { return quotient(FREQUENCIES[i], factors[i]); }"),
             None => shader.with("fn frequency(i: u32) -> f32 { return FREQUENCIES[i]; }"),
         }
     }
 
     pub(super) fn rope(&mut self, op: &Op) {
-        let Op::Rope { x, out, head_dim, frequencies, factors, magnitude, pairs } = op else { return };
+        let Op::Rope { x, out, rotation } = op else { return };
         let cols = self.cols(*x);
         let shader = self
             .step_shader("rope")
             .read("x", "f32", self.tensor(*x))
             .write("out", "f32", self.tensor(*out))
             .u32("COLUMNS", cols)
-            .u32("HEAD_DIM", *head_dim);
-        let shader = self.rotation(shader, frequencies, *factors, *magnitude, *pairs).with(wgsl!("rope"));
-        let lanes = cols / head_dim * (head_dim - frequencies.len() as u32);
+            .u32("HEAD_DIM", rotation.head_dim);
+        let shader = self.rotation(shader, rotation).with(wgsl!("rope"));
+        let lanes = cols / rotation.head_dim * (rotation.head_dim - rotation.frequencies.len() as u32);
         self.push(shader, [fixed(lanes.div_ceil(WORKGROUP)), each(Dim::Tokens), ONE]);
     }
 
     /// Queries and keys are rotated, the keys into the cache, and the values follow.
     pub(super) fn rope_kv(&mut self, op: &Op) {
-        let Op::RopeKv { q, k, v, out, state: id, head_dim, frequencies, factors, magnitude, pairs } = op
-        else {
-            return;
-        };
+        let Op::RopeKv { q, k, v, out, state: id, rotation } = op else { return };
         let state = &self.program.states[id.0 as usize];
         let shader = self
             .kv_writer("rope_kv", *id)
@@ -66,9 +57,10 @@ impl Lowering<'_> {
             .read("v", "f32", self.tensor(*v))
             .write("out", "f32", self.tensor(*out))
             .u32("COLUMNS", self.cols(*q));
-        let shader = self.rotation(shader, frequencies, *factors, *magnitude, *pairs).with(wgsl!("rope_kv"));
-        let heads = self.cols(*q) / head_dim + state.kv_heads;
-        let lanes = heads * (head_dim - frequencies.len() as u32) + state.kv_heads * state.value_dim;
+        let shader = self.rotation(shader, rotation).with(wgsl!("rope_kv"));
+        let heads = self.cols(*q) / rotation.head_dim + state.kv_heads;
+        let stays = rotation.head_dim - rotation.frequencies.len() as u32;
+        let lanes = heads * stays + state.kv_heads * state.value_dim;
         self.push(shader, [fixed(lanes.div_ceil(WORKGROUP)), each(Dim::Tokens), ONE]);
     }
 

@@ -19,7 +19,7 @@ use halite::cost::{self, Cost, Extent};
 use halite::map::{Region, Source};
 use halite::passes;
 use halite::program::{
-    Builder, Dim, NormKind, PAGE_POSITIONS, Program, RopePairs, State, TensorId, WeightInfo,
+    Builder, Dim, NormKind, PAGE_POSITIONS, Program, RopePairs, Rotation, State, TensorId, WeightInfo,
 };
 use halite::rng::SplitMix64;
 use halite::{Error, Result};
@@ -325,7 +325,9 @@ fn rows(cpus: &[Cpu], columns: u32, extent: Extent) -> Result<Probe> {
         let weight = b.weight("norm", 1, columns);
         let frequencies: Arc<[f32]> = (0..HEAD_DIM / 2).map(|i| 1.0 / (1 + i) as f32).collect();
         let norm = b.norm("norm", x, NormKind::Rms, Some(weight), None, 1e-5, columns);
-        let rope = b.rope("rope", norm, HEAD_DIM, &frequencies, None, 1.0, RopePairs::Adjacent);
+        let (factors, magnitude, pairs) = (None, 1.0, RopePairs::Adjacent);
+        let rotation = Rotation { head_dim: HEAD_DIM, frequencies, factors, magnitude, pairs };
+        let rope = b.rope("rope", norm, &rotation);
         let sum = b.add("sum", rope, x);
         b.output(sum);
     })
