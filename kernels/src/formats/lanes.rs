@@ -141,6 +141,13 @@ pub trait Words<I: Isa> {
     fn nibbles(&self, isa: I, w: usize, high: usize) -> I::I {
         isa.and_i(isa.shr_by(self.word(isa, w), 4 * high as u32), isa.splat_i(0x0f0f_0f0f))
     }
+
+    /// Nibbles of 16 bytes from word `w` on, where the low ones come first: of these 32, numbers `4 k` to
+    /// `4 k + 3`.
+    #[inline(always)]
+    fn split_nibbles(&self, isa: I, w: usize, k: usize) -> I::I {
+        self.nibbles(isa, w + k % 4, k / 4)
+    }
 }
 
 impl<I: Isa, L: Interleave> Words<I> for L {

@@ -61,6 +61,7 @@ impl Quantised for Q2_K {
 
 impl Interleaved for Q2_K {
     type Lanes = Lanes<0, 21, 0>;
+    const HEADER: [usize; 2] = [0, 17];
 
     #[inline(always)]
     fn code<I: Isa>(isa: I, lanes: &impl Words<I>, part: usize, k: usize) -> I::I {

@@ -64,6 +64,7 @@ impl Quantised for Q3_K {
 
 impl Interleaved for Q3_K {
     type Lanes = Lanes<0, 27, 2>;
+    const HEADER: [usize; 2] = [23; 2];
 
     #[inline(always)]
     fn code<I: Isa>(isa: I, lanes: &impl Words<I>, part: usize, k: usize) -> I::I {

@@ -62,6 +62,7 @@ impl Quantised for Q5_K {
 
 impl Interleaved for Q5_K {
     type Lanes = Lanes<0, 44, 0>;
+    const HEADER: [usize; 2] = [0; 2];
 
     #[inline(always)]
     fn code<I: Isa>(isa: I, lanes: &impl Words<I>, part: usize, k: usize) -> I::I {

@@ -64,6 +64,7 @@ impl Quantised for Q6_K {
 
 impl Interleaved for Q6_K {
     type Lanes = Lanes<0, 52, 2>;
+    const HEADER: [usize; 2] = [48; 2];
 
     #[inline(always)]
     fn code<I: Isa>(isa: I, lanes: &impl Words<I>, part: usize, k: usize) -> I::I {

@@ -1,6 +1,6 @@
 //! NEON, with and without dot products and matrix products of bytes.
 
-use super::{Isa, dot4_four_times, sixteen};
+use super::{Isa, byte_pair_index, dot4_four_times, sixteen};
 use core::arch::aarch64::*;
 use core::arch::asm;
 
@@ -311,6 +311,49 @@ impl<const DOT: bool, const I8MM: bool> Isa for Neon<DOT, I8MM> {
             let (w, x) = (vreinterpretq_s16_s32(w[i]), vreinterpretq_s16_s32(x[i]));
             let low = vmull_s16(vget_low_s16(w), vget_low_s16(x));
             vaddq_s32(acc[i], vpaddq_s32(low, vmull_high_s16(w, x)))
+        })
+    }
+    #[inline(always)]
+    fn load_halves(self, a: &[u8; 32], b: &[u8; 32]) -> Self::I {
+        each!(i => {
+            let half = if i < 2 { a } else { b };
+            vreinterpretq_s32_u8(vld1q_u8(half.as_ptr().add(16 * (i % 2))))
+        })
+    }
+    #[inline(always)]
+    fn load_nibble_halves(self, a: &[u8; 16], b: &[u8; 16]) -> Self::I {
+        op!({
+            let [a, b] = [vld1q_u8(a.as_ptr()), vld1q_u8(b.as_ptr())];
+            let low = |x| vreinterpretq_s32_u8(vandq_u8(x, vdupq_n_u8(15)));
+            let high = |x| vreinterpretq_s32_u8(vshrq_n_u8::<4>(x));
+            [low(a), high(a), low(b), high(b)]
+        })
+    }
+    #[inline(always)]
+    fn byte_pair(self, x: Self::I, bytes: [usize; 2]) -> Self::I {
+        let index = op!(vld1q_u8(byte_pair_index(bytes).as_ptr()));
+        each!(i => {
+            let tops = vqtbl1q_u8(vreinterpretq_u8_s32(x[i]), index);
+            vreinterpretq_s32_s16(vshrq_n_s16::<8>(vreinterpretq_s16_u8(tops)))
+        })
+    }
+    #[inline(always)]
+    fn scales<const SAME: bool>(self, pairs: [i32; 2]) -> Self::I {
+        op!({
+            let high = |x: i32| vshrq_n_s32::<16>(vdupq_n_s32(x));
+            let low = |x: i32| if SAME { high(x) } else { vdupq_n_s32(i32::from(x as i16)) };
+            [low(pairs[0]), high(pairs[0]), low(pairs[1]), high(pairs[1])]
+        })
+    }
+    #[inline(always)]
+    fn sum_halves(self, x: &[[i32; 16]; 8]) -> Self::I {
+        each!(i => {
+            let (half, first) = (i / 2, 4 * (i % 2));
+            let row = |r: usize| {
+                let lanes = x[first + r].as_ptr().add(8 * half);
+                vaddq_s32(vld1q_s32(lanes), vld1q_s32(lanes.add(4)))
+            };
+            vpaddq_s32(vpaddq_s32(row(0), row(1)), vpaddq_s32(row(2), row(3)))
         })
     }
 }
