@@ -322,11 +322,10 @@ impl<const DOT: bool, const I8MM: bool> Isa for Neon<DOT, I8MM> {
     }
     #[inline(always)]
     fn load_nibble_halves(self, a: &[u8; 16], b: &[u8; 16]) -> Self::I {
-        op!({
-            let [a, b] = [vld1q_u8(a.as_ptr()), vld1q_u8(b.as_ptr())];
-            let low = |x| vreinterpretq_s32_u8(vandq_u8(x, vdupq_n_u8(15)));
-            let high = |x| vreinterpretq_s32_u8(vshrq_n_u8::<4>(x));
-            [low(a), high(a), low(b), high(b)]
+        each!(i => {
+            let x = vld1q_u8(if i < 2 { a } else { b }.as_ptr());
+            let nibbles = if i % 2 == 0 { vandq_u8(x, vdupq_n_u8(15)) } else { vshrq_n_u8::<4>(x) };
+            vreinterpretq_s32_u8(nibbles)
         })
     }
     #[inline(always)]
@@ -339,21 +338,24 @@ impl<const DOT: bool, const I8MM: bool> Isa for Neon<DOT, I8MM> {
     }
     #[inline(always)]
     fn scales<const SAME: bool>(self, pairs: [i32; 2]) -> Self::I {
-        op!({
-            let high = |x: i32| vshrq_n_s32::<16>(vdupq_n_s32(x));
-            let low = |x: i32| if SAME { high(x) } else { vdupq_n_s32(i32::from(x as i16)) };
-            [low(pairs[0]), high(pairs[0]), low(pairs[1]), high(pairs[1])]
+        each!(i => {
+            let pair = pairs[i / 2];
+            if SAME || i % 2 == 1 {
+                vshrq_n_s32::<16>(vdupq_n_s32(pair))
+            } else {
+                vdupq_n_s32(i32::from(pair as i16))
+            }
         })
     }
     #[inline(always)]
     fn sum_halves(self, x: &[[i32; 16]; 8]) -> Self::I {
         each!(i => {
-            let (half, first) = (i / 2, 4 * (i % 2));
-            let row = |r: usize| {
-                let lanes = x[first + r].as_ptr().add(8 * half);
-                vaddq_s32(vld1q_s32(lanes), vld1q_s32(lanes.add(4)))
-            };
-            vpaddq_s32(vpaddq_s32(row(0), row(1)), vpaddq_s32(row(2), row(3)))
+            let mut rows = [vdupq_n_s32(0); 4];
+            for r in 0..4 {
+                let lanes = x[4 * (i % 2) + r].as_ptr().add(8 * (i / 2));
+                rows[r] = vaddq_s32(vld1q_s32(lanes), vld1q_s32(lanes.add(4)));
+            }
+            vpaddq_s32(vpaddq_s32(rows[0], rows[1]), vpaddq_s32(rows[2], rows[3]))
         })
     }
 }

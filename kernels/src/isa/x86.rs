@@ -298,30 +298,42 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
     }
     #[inline(always)]
     fn load_nibble_halves(self, a: &[u8; 16], b: &[u8; 16]) -> Self::I {
-        op!(pair([a, b], |x| {
-            let twice = _mm256_broadcastsi128_si256(_mm_loadu_si128(x.as_ptr().cast()));
-            let shifted = _mm256_srlv_epi32(twice, _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4));
-            _mm256_and_si256(shifted, _mm256_set1_epi8(15))
-        }))
+        op!(pair(
+            [a, b],
+            #[inline(always)]
+            |x| {
+                let twice = _mm256_broadcastsi128_si256(_mm_loadu_si128(x.as_ptr().cast()));
+                let shifted = _mm256_srlv_epi32(twice, _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4));
+                _mm256_and_si256(shifted, _mm256_set1_epi8(15))
+            }
+        ))
     }
     #[inline(always)]
     fn byte_pair(self, x: Self::I, bytes: [usize; 2]) -> Self::I {
         let index = byte_pair_index(bytes);
         op!({
             let index = _mm256_broadcastsi128_si256(_mm_loadu_si128(index.as_ptr().cast()));
-            pair(x, |x| _mm256_srai_epi16::<8>(_mm256_shuffle_epi8(x, index)))
+            pair(
+                x,
+                #[inline(always)]
+                |x| _mm256_srai_epi16::<8>(_mm256_shuffle_epi8(x, index)),
+            )
         })
     }
     #[inline(always)]
     fn scales<const SAME: bool>(self, pairs: [i32; 2]) -> Self::I {
-        op!(pair(pairs, |x| {
-            let x = _mm256_set1_epi32(x);
-            if SAME {
-                return x;
+        op!(pair(
+            pairs,
+            #[inline(always)]
+            |x| {
+                let x = _mm256_set1_epi32(x);
+                if SAME {
+                    return x;
+                }
+                let (low, high) = (0x0100_0100, 0x0302_0302);
+                _mm256_shuffle_epi8(x, _mm256_setr_epi32(low, low, low, low, high, high, high, high))
             }
-            let (low, high) = (0x0100_0100, 0x0302_0302);
-            _mm256_shuffle_epi8(x, _mm256_setr_epi32(low, low, low, low, high, high, high, high))
-        }))
+        ))
     }
     #[inline(always)]
     fn dot4_scaled<const SIGNED: bool>(
@@ -347,24 +359,26 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
     }
     #[inline(always)]
     fn sum_halves(self, x: &[[i32; 16]; 8]) -> Self::I {
-        let x = x.as_ptr().cast::<__m256i>();
-        let mut sums = [self.splat_i(0)[0]; 2];
+        let mut sums = self.splat_i(0);
         for half in 0..2 {
-            sums[half] = op!({
-                let row = |r: usize| _mm256_loadu_si256(x.add(2 * r + half));
-                let two = |r: usize| {
-                    let (a, b) = (row(r), row(r + 1));
-                    _mm256_add_epi32(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b))
-                };
-                let four = |r: usize| {
-                    let (a, b) = (two(r), two(r + 2));
-                    _mm256_add_epi32(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b))
-                };
-                let (a, b) = (four(0), four(4));
-                _mm256_add_epi32(
-                    _mm256_permute2x128_si256::<0x20>(a, b),
-                    _mm256_permute2x128_si256::<0x31>(a, b),
-                )
+            op!({
+                let mut rows = [_mm256_setzero_si256(); 8];
+                for r in 0..8 {
+                    rows[r] = _mm256_loadu_si256(x[r].as_ptr().add(8 * half).cast());
+                }
+                // Two rows in each 128-bit lane, then four.
+                for i in 0..4 {
+                    let (a, b) = (rows[2 * i], rows[2 * i + 1]);
+                    rows[i] = _mm256_add_epi32(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
+                }
+                for i in 0..2 {
+                    let (a, b) = (rows[2 * i], rows[2 * i + 1]);
+                    rows[i] = _mm256_add_epi32(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
+                }
+                sums[half] = _mm256_add_epi32(
+                    _mm256_permute2x128_si256::<0x20>(rows[0], rows[1]),
+                    _mm256_permute2x128_si256::<0x31>(rows[0], rows[1]),
+                );
             });
         }
         sums
@@ -653,7 +667,7 @@ impl Isa for Avx512 {
     #[inline(always)]
     fn load_nibble_halves(self, a: &[u8; 16], b: &[u8; 16]) -> Self::I {
         op!({
-            let [a, b] = [a, b].map(|x| _mm_loadu_si128(x.as_ptr().cast()));
+            let (a, b) = (_mm_loadu_si128(a.as_ptr().cast()), _mm_loadu_si128(b.as_ptr().cast()));
             let twice = _mm512_mask_broadcast_i32x4(_mm512_broadcast_i32x4(a), 0xff00, b);
             let shifted = _mm512_srlv_epi64(twice, _mm512_setr_epi64(0, 0, 4, 4, 0, 0, 4, 4));
             _mm512_and_si512(shifted, _mm512_set1_epi8(15))
@@ -705,18 +719,22 @@ impl Isa for Avx512 {
     #[inline(always)]
     fn sum_halves(self, x: &[[i32; 16]; 8]) -> Self::I {
         op!({
-            let two = |r: usize| {
-                let (a, b) = (self.load_i(&x[r]), self.load_i(&x[r + 1]));
-                _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b))
-            };
-            let four = |r: usize| {
-                let (a, b) = (two(r), two(r + 2));
-                _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b))
-            };
-            let (a, b) = (four(0), four(4));
+            let mut rows = [_mm512_setzero_si512(); 8];
+            for r in 0..8 {
+                rows[r] = self.load_i(&x[r]);
+            }
+            // Two rows in each 128-bit lane, then four.
+            for i in 0..4 {
+                let (a, b) = (rows[2 * i], rows[2 * i + 1]);
+                rows[i] = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+            }
+            for i in 0..2 {
+                let (a, b) = (rows[2 * i], rows[2 * i + 1]);
+                rows[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+            }
             let sums = _mm512_add_epi32(
-                _mm512_shuffle_i32x4::<0b10_00_10_00>(a, b),
-                _mm512_shuffle_i32x4::<0b11_01_11_01>(a, b),
+                _mm512_shuffle_i32x4::<0b10_00_10_00>(rows[0], rows[1]),
+                _mm512_shuffle_i32x4::<0b11_01_11_01>(rows[0], rows[1]),
             );
             _mm512_shuffle_i32x4::<0b11_01_10_00>(sums, sums)
         })

@@ -2,8 +2,8 @@
 
 #![allow(clippy::needless_range_loop, reason = "loops by index over vectors are what inlines; see `isa`")]
 
-use super::{MatMul, X};
 use super::tiles::ask_ahead;
+use super::{MatMul, X};
 use crate::formats::{Format, Plain};
 use crate::isa::Isa;
 

@@ -68,6 +68,13 @@ impl<'a, Q: Interleaved> Blocks<'a, Q> {
     fn get(self, r: usize) -> &'a Q {
         self.blocks.get(r * self.stride).unwrap_or(self.first)
     }
+
+    /// Four words of each row.
+    #[inline(always)]
+    fn quad<I: Isa>(self, isa: I, first: usize) -> [I::I; 4] {
+        let bytes = Q::bytes_of(self.blocks).get(4 * first..).unwrap_or(&[]);
+        isa.transpose(bytes, self.stride * size_of::<Q>())
+    }
 }
 
 impl<I: Isa, Q: Interleaved> Rows<I, Q> for Blocks<'_, Q> {
@@ -75,12 +82,8 @@ impl<I: Isa, Q: Interleaved> Rows<I, Q> for Blocks<'_, Q> {
 
     #[inline(always)]
     fn header(self, isa: I) -> Header<I> {
-        let quad = |first: usize| {
-            let bytes = Q::bytes_of(self.blocks).get(4 * first..).unwrap_or(&[]);
-            isa.transpose(bytes, self.stride * size_of::<Q>())
-        };
-        let first = quad(Q::HEADER[0]);
-        let second = if Q::HEADER[1] == Q::HEADER[0] { first } else { quad(Q::HEADER[1]) };
+        let first = self.quad(isa, Q::HEADER[0]);
+        let second = if Q::HEADER[1] == Q::HEADER[0] { first } else { self.quad(isa, Q::HEADER[1]) };
         let words = HeaderWords { blocks: self, quads: [first, second] };
         let mut subs = [[0; 16]; PARTS];
         if Q::SUB < CHUNK {
@@ -141,31 +144,21 @@ impl<I: Isa, Q: Interleaved> Words<I> for HeaderWords<'_, I, Q> {
 /// Eight words of each of two rows: lane `l` has the `l % 8`-th from the wanted one on.
 struct CodeWords<'a, Q>([&'a Q; 2]);
 
-impl<Q: Interleaved> CodeWords<'_, Q> {
-    /// Bytes from a word on; zeros if they are not all there.
-    #[inline(always)]
-    fn bytes<const N: usize>(&self, w: usize) -> [&[u8; N]; 2] {
-        let [a, b] = self.0.map(
-            #[inline(always)]
-            |row| {
-                let bytes = Q::bytes_of(core::slice::from_ref(row));
-                bytes.get(4 * w..).and_then(|bytes| bytes.first_chunk()).unwrap_or(&[0; N])
-            },
-        );
-        [a, b]
-    }
+/// Bytes of a block from a word on; zeros if they are not all there.
+#[inline(always)]
+fn bytes_at<Q: Bytes, const N: usize>(block: &Q, w: usize) -> &[u8; N] {
+    let bytes = Q::bytes_of(core::slice::from_ref(block));
+    bytes.get(4 * w..).and_then(<[u8]>::first_chunk).unwrap_or(&[0; N])
 }
 
 impl<I: Isa, Q: Interleaved> Words<I> for CodeWords<'_, Q> {
     #[inline(always)]
     fn word(&self, isa: I, w: usize) -> I::I {
-        let [a, b] = self.bytes(w);
-        isa.load_halves(a, b)
+        isa.load_halves(bytes_at(self.0[0], w), bytes_at(self.0[1], w))
     }
     #[inline(always)]
     fn split_nibbles(&self, isa: I, w: usize, _: usize) -> I::I {
-        let [a, b] = self.bytes(w);
-        isa.load_nibble_halves(a, b)
+        isa.load_nibble_halves(bytes_at(self.0[0], w), bytes_at(self.0[1], w))
     }
     /// Codes are read, not scales.
     fn head_f16(&self, isa: I) -> I::F {
@@ -208,11 +201,9 @@ impl<I: Isa, Q: Quantised> Rows<I, Q> for &[Unpacked; ROWS] {
     }
     #[inline(always)]
     fn codes(isa: I, rows: [&Unpacked; 2], part: usize) -> I::I {
-        let [a, b] = rows.map(
-            #[inline(always)]
-            |row| u8::cast(i8::bytes_of(&row.codes)).as_chunks::<32>().0.get(part).unwrap_or(&[0; 32]),
-        );
-        isa.signed(isa.load_halves(a, b))
+        let [a, b] = rows;
+        let [a, b] = [i8::bytes_of(&a.codes).as_chunks::<32>().0, i8::bytes_of(&b.codes).as_chunks::<32>().0];
+        isa.signed(isa.load_halves(a.get(part).unwrap_or(&[0; 32]), b.get(part).unwrap_or(&[0; 32])))
     }
 }
 

@@ -38,7 +38,12 @@ type Words = [[u8; 64]; 4];
 
 /// Stores the sub-scales and minimums of a chunk.
 #[inline(always)]
-pub(super) fn store_subs<I: Isa, Q: Interleaved>(isa: I, lanes: &[Q::Lanes], subs: &mut Words, mins: &mut Words) {
+pub(super) fn store_subs<I: Isa, Q: Interleaved>(
+    isa: I,
+    lanes: &[Q::Lanes],
+    subs: &mut Words,
+    mins: &mut Words,
+) {
     if Q::GROUP < CHUNK {
         return;
     }
