@@ -171,11 +171,11 @@ pub(crate) fn printable(text: &str) -> String {
     escaped_to(text, 1000)
 }
 
-/// Not much more than `most` bytes of it.
-fn escaped_to(text: &str, most: usize) -> String {
+/// Not much more than `max_bytes` bytes of it.
+fn escaped_to(text: &str, max_bytes: usize) -> String {
     let mut out = String::new();
     for c in text.chars() {
-        if out.len() > most {
+        if out.len() > max_bytes {
             return out + "…";
         }
         if c.is_control() && c != '\n' { out.extend(c.escape_default()) } else { out.push(c) }

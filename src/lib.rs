@@ -30,16 +30,16 @@
 //! # use std::sync::Arc;
 //! # use halite::prelude::*;
 //! # fn steps(model: &Arc<Model>, backend: &Arc<dyn Backend>) -> halite::Result<()> {
-//! use halite::session::{Head, Run, Wanted};
+//! use halite::session::{OutputKind, Run, OutputTokens};
 //!
 //! let options = SessionOptions { sequences: 2, outputs: 2, ..Default::default() };
 //! let mut session = Session::new(model, backend, &options)?;
 //! let (a, b) = (session.add_sequence(), session.add_sequence());
 //! let runs = [
-//!     Run { sequence: a, tokens: &[1, 2, 3], wanted: Wanted::Last },
-//!     Run { sequence: b, tokens: &[1, 9], wanted: Wanted::Last },
+//!     Run { sequence: a, tokens: &[1, 2, 3], outputs: OutputTokens::Last },
+//!     Run { sequence: b, tokens: &[1, 9], outputs: OutputTokens::Last },
 //! ];
-//! session.step(&runs, Head::ArgMax)?;
+//! session.step(&runs, OutputKind::ArgMax)?;
 //! let next: &[u32] = session.arg_max();
 //! # let _ = next;
 //! # Ok(())

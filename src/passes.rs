@@ -4,7 +4,7 @@ use crate::backend::{Caps, Fusions, Rows};
 use crate::program::{Dim, Epilogue, Layout as RowLayout, Op, Part, Program, Slot, State, StateId, TensorId};
 
 /// Prepares a model's program for a backend: fuses ops and sets the row layout of weights.
-pub fn adapt(program: &Program, caps: &Caps) -> Program {
+pub fn for_backend(program: &Program, caps: &Caps) -> Program {
     let mut out = fuse(program, caps.fusions);
     lay_out(&mut out, caps);
     out

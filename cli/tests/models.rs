@@ -69,7 +69,7 @@ fn the_command_takes_adapters() {
         .unwrap();
     assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
     let mut expected = open(&base);
-    expected.adapt(Gguf::open(&first).unwrap(), 0.25).unwrap();
+    expected.apply_lora(Gguf::open(&first).unwrap(), 0.25).unwrap();
     let expected = logits(expected, Arc::new(Cpu::with_threads(2).unwrap()));
     assert_eq!(floats(&std::fs::read(&out).unwrap()), expected);
     [model, first, out].iter().for_each(|path| std::fs::remove_file(path).unwrap());

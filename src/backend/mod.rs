@@ -27,8 +27,8 @@ pub enum Contract {
     Exact,
     /// Close to the reference; conformance defines the bounds.
     Close,
-    /// Rounded to the backend's own number formats; conformance bounds the error.
-    Rounded,
+    /// Computed in the device's own number formats; conformance allows their rounding error.
+    Native,
 }
 
 /// The fusions that a backend requests from `passes::fuse`.

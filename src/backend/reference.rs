@@ -509,7 +509,7 @@ impl Kernels for Definitions {
                     }
                 }
             }
-            Op::Select { x, out } => {
+            Op::Gather { x, out } => {
                 let (x, cols, rows) = (x.floats(), x.cols, step.step.outputs);
                 each(out, |i| x[rows[i / cols] as usize * cols + i % cols]);
             }
@@ -574,7 +574,7 @@ impl Kernels for Definitions {
                 let (a, b) = (a.floats(), b.floats());
                 each(out, |i| a[i] + b[i]);
             }
-            Op::Map { x, out, f } => {
+            Op::Unary { x, out, f } => {
                 let x = x.floats();
                 each(out, |i| unary(*f, x[i]));
             }

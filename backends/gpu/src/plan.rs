@@ -180,12 +180,12 @@ impl GpuPlan {
             return Ok(());
         }
         let buffers = all().map(|b| memory(b).cloned()).collect::<Result<Vec<_>>>()?;
-        let wanted = [self.program.weights.len(), self.program.states.len(), self.program.io.len()];
+        let expected = [self.program.weights.len(), self.program.states.len(), self.program.io.len()];
         let got = [bindings.weights.len(), bindings.states.len(), bindings.io.len()];
-        if wanted != got {
-            return Err(Error::argument("bindings", format!("{wanted:?}"), format!("{got:?}")));
+        if expected != got {
+            return Err(Error::argument("bindings", format!("{expected:?}"), format!("{got:?}")));
         }
-        let (states, io) = (wanted[0], wanted[0] + wanted[1]);
+        let (states, io) = (expected[0], expected[0] + expected[1]);
         let mut groups = Vec::new();
         for (dispatches, pipelines) in self.lowered.segments.iter().zip(&self.pipelines) {
             let mut segment = Vec::new();

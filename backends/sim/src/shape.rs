@@ -230,7 +230,7 @@ pub fn shape(program: &Program, op: &Op, step: &Step<'_>, ids: Option<&[i32]>) -
                 work: work(SIMPLE.times(2 * u64::from(t.cols))),
             })
         }
-        Op::Select { x, out } => Shape::Units(Units {
+        Op::Gather { x, out } => Shape::Units(Units {
             count: rows(*out),
             reads: vec![Rows {
                 operand: Operand::In(0),
@@ -340,7 +340,7 @@ pub fn shape(program: &Program, op: &Op, step: &Step<'_>, ids: Option<&[i32]>) -
             elementwise(*gate, 2, VectorWork { simple: 2, exp: 1, divide: 1, ..Default::default() })
         }
         Op::Add { a, .. } => elementwise(*a, 2, SIMPLE),
-        Op::Map { x, f, .. } => elementwise(
+        Op::Unary { x, f, .. } => elementwise(
             *x,
             1,
             match f {

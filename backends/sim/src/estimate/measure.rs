@@ -151,7 +151,7 @@ impl Probe {
         record(&mut builder);
         let program = builder.finish()?;
         let first = cpus.first().ok_or_else(|| Error::argument("threads", "at least one number", "none"))?;
-        let program = Arc::new(passes::adapt(&program, first.caps()));
+        let program = Arc::new(passes::for_backend(&program, first.caps()));
         let limits = Limits { tokens: extent.tokens, outputs: 1 };
         let mut rng = SplitMix64::new(1);
         let filled = |bytes: &[u8], usage| -> Result<Buffer> {
