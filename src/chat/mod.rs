@@ -29,8 +29,8 @@ const MAX_TEMPLATE: usize = 1 << 20;
 /// Maximum bytes of a date format.
 const MAX_FORMAT: usize = 1000;
 
-/// Stack size for parsing and running a template: eight times what the deepest allowed template needs in a build
-/// without optimization.
+/// Stack size for parsing and running a template: eight times what the deepest allowed template needs in a
+/// build without optimization.
 const STACK: usize = 64 << 20;
 
 /// Marks where the answer starts in OpenAI's harmony format. Templates reject the reasoning before it in a
@@ -106,8 +106,8 @@ impl Template {
     /// Renders the text of a chat; with `add_generation_prompt`, up to the start of the model's answer.
     ///
     /// # Errors
-    /// [`Error::Template`] if the template rejects the messages (for example roles that do not alternate, or a
-    /// system message), fails, or exceeds a limit of time or size.
+    /// [`Error::Template`] if the template rejects the messages (for example roles that do not alternate, or
+    /// a system message), fails, or exceeds a limit of time or size.
     pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
         on_large_stack(|| {
             let mut run = Run::new();
@@ -152,7 +152,8 @@ pub fn encode(tokenizer: &Tokenizer, prompt: &str) -> Vec<u32> {
     tokens
 }
 
-/// Runs recursive work on a large stack. Adds the line number to an error, and escapes text from the template.
+/// Runs recursive work on a large stack. Adds the line number to an error, and escapes text from the
+/// template.
 fn on_large_stack<T: Send>(f: impl FnOnce() -> Result<T, (u32, String)> + Send) -> Result<T> {
     let result = std::thread::scope(|scope| {
         let thread = std::thread::Builder::new().name("template".into()).stack_size(STACK);

@@ -1,8 +1,8 @@
 //! Python's values, and limits on creating and reading them.
 //!
-//! Lists and dicts are immutable, so a value can contain itself only through a namespace. A namespace value is
-//! an index; the rendering owns the contents. So every value has a finite depth, which is limited when the value
-//! is created.
+//! Lists and dicts are immutable, so a value can contain itself only through a namespace. A namespace value
+//! is an index; the rendering owns the contents. So every value has a finite depth, which is limited when the
+//! value is created.
 
 use std::cmp::Ordering;
 use std::collections::HashMap;
