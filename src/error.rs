@@ -165,13 +165,13 @@ pub fn escaped(text: &str) -> String {
     escaped_to(text, usize::MAX)
 }
 
-/// The start of such a text.
+/// Escapes the start of a text for messages.
 #[cfg(any(feature = "chat", feature = "constrain"))]
 pub(crate) fn printable(text: &str) -> String {
     escaped_to(text, 1000)
 }
 
-/// Not much more than `max_bytes` bytes of it.
+/// Escapes a text, and cuts the result after about `max_bytes` bytes.
 fn escaped_to(text: &str, max_bytes: usize) -> String {
     let mut out = String::new();
     for c in text.chars() {

@@ -41,7 +41,7 @@ impl Default for GenerateOptions {
     }
 }
 
-/// Optional drafter and constraint of a generation.
+/// Optional speculative and constrained decoding of a generation.
 #[derive(Default)]
 pub struct Decoding<'a> {
     /// Proposes tokens, which one step verifies. A step takes at most [`Session::outputs`] tokens: the last

@@ -165,8 +165,8 @@ fn residual(a: &Op, b: &Op, internal: &dyn Fn(TensorId) -> bool) -> Option<Op> {
     })
 }
 
-/// Joins the rotations of queries and keys with the write to the cache. Formats of blocks are left alone: a block of keys is
-/// rotated by several pairs.
+/// Joins the rotations of queries and keys with the write to the cache. Formats of blocks are left alone: a
+/// block of keys is rotated by several pairs.
 fn rope_kv(ops: Vec<Op>, states: &[State], internal: &dyn Fn(TensorId) -> bool) -> Vec<Op> {
     let mut out: Vec<Op> = Vec::new();
     for op in ops {

@@ -434,14 +434,14 @@ impl Session {
     /// As [`Session::new`] and [`Session::step`].
     pub fn moved_to(&self, backend: &Arc<dyn Backend>) -> Result<Session> {
         let mut new = Session::new(&self.loaded.model, backend, &self.options)?;
-        // A sequence shares its longest common prefix with an earlier one again. `shared` has, for each sequence, the
-        // earlier sequence and the number of tokens. It gets them before its own tokens run.
+        // A sequence shares its longest common prefix with an earlier one again. `shared` has, for each
+        // sequence, the earlier sequence and the number of tokens. It gets them before its own tokens run.
         let common =
             |a: &Sequence, b: &Sequence| a.tokens.iter().zip(&b.tokens).take_while(|(a, b)| a == b).count();
         let shared: Vec<(usize, usize)> = (self.sequences.iter().enumerate())
             .map(|(i, sequence)| {
                 let earlier = self.sequences[..i].iter().map(|of| common(of, sequence)).enumerate();
-                earlier.fold((i, 0), |most, (of, n)| if n > most.1 { (of, n) } else { most })
+                earlier.fold((i, 0), |longest, (of, n)| if n > longest.1 { (of, n) } else { longest })
             })
             .collect();
         self.sequences.iter().for_each(|_| _ = new.add_sequence());
@@ -709,8 +709,8 @@ impl Session {
     }
 
     /// The most likely tokens of each output of the last step and their logits, if it ran with
-    /// [`OutputKind::TopK`]: rows of [`TOP_K`] (or the whole vocabulary), most likely first, the lower id first on
-    /// ties.
+    /// [`OutputKind::TopK`]: rows of [`TOP_K`] (or the whole vocabulary), most likely first, the lower id
+    /// first on ties.
     pub fn top_k(&self) -> (&[u32], &[f32]) {
         let len = self.output_tokens.len() * self.k();
         (&self.top_ids[..len], &self.top_logits[..len])

@@ -65,8 +65,8 @@ pub struct DraftModel {
 impl DraftModel {
     /// Proposes at most `max_tokens` tokens for the model of `target`.
     ///
-    /// If the draft model has sliding windows, set [`SessionOptions::rewind`] to at least `max_tokens`. Otherwise a
-    /// rejected draft may make it run the whole text again.
+    /// If the draft model has sliding windows, set [`SessionOptions::rewind`] to at least `max_tokens`.
+    /// Otherwise a rejected draft may make it run the whole text again.
     ///
     /// [`SessionOptions::rewind`]: crate::session::SessionOptions::rewind
     ///

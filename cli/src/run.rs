@@ -166,7 +166,8 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
         #[cfg(not(feature = "constrain"))]
         constraint: None,
     };
-    // Ctrl-C ends the generation. The text so far and its timings are still printed, and the sequence is saved.
+    // Ctrl-C ends the generation. The text so far and its timings are still printed, and the sequence is
+    // saved.
     let work = interrupt::Work::new(session.cancel_handle());
     // The prompt is printed with the first text, so a wrong option or prompt prints nothing.
     let mut prompted = args.json;

@@ -124,7 +124,8 @@ fn a_chat_goes_on() {
     std::fs::remove_file(&template).unwrap();
 }
 
-/// A model that shrinks under a running command ends it with an error or exit code 74, never with a bare signal.
+/// A model that shrinks under a running command ends it with an error or exit code 74, never with a bare
+/// signal.
 #[cfg(unix)]
 #[test]
 fn a_file_that_shrinks_under_the_command() {

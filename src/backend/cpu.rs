@@ -55,8 +55,8 @@ pub struct Cpu {
 }
 
 impl Cpu {
-    /// Opens the CPU with a thread for each core and its best instruction set, or the one named in the environment variable
-    /// `HALITE_ISA`.
+    /// Opens the CPU with a thread for each core and its best instruction set, or the one named in the
+    /// environment variable `HALITE_ISA`.
     ///
     /// # Errors
     /// [`Error::Backend`] if this CPU lacks the named instruction set or a thread cannot be started.

@@ -316,8 +316,8 @@ pub trait Plan: Send {
     /// `Error::Cancelled`, `Error::Argument`, or errors of the device.
     fn submit(&mut self, step: &Step<'_>, segments: Range<usize>, bindings: &Bindings<'_>) -> Result<Ticket>;
 
-    /// Waits for a submission. The time is that of its step so far: submissions add up, from the last one that started at
-    /// segment 0.
+    /// Waits for a submission. The time is that of its step so far: submissions add up, from the last one
+    /// that started at segment 0.
     ///
     /// # Errors
     /// Errors of the device.

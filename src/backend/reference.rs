@@ -90,9 +90,10 @@ impl Backend for Reference {
 
 /// Runs one op by definition, for a device that has memory of its own and no kernel for the op.
 ///
-/// It copies what the op reads out of the backend's buffers with [`Backend::read`], computes on the host, and copies what
-/// the op writes back with [`Backend::fill`]. The result has the bits of the reference. It is slow: call it to
-/// bring a chip up, and for ops that take no time. The backend reads weights in plain rows ([`Rows::Plain`]), and
+/// It copies what the op reads out of the backend's buffers with [`Backend::read`], computes on the host, and
+/// copies what the op writes back with [`Backend::fill`]. The result has the bits of the reference. It is
+/// slow: call it to bring a chip up, and for ops that take no time. The backend reads weights in plain rows
+/// ([`Rows::Plain`]), and
 /// [`check_step`](super::check_step) has accepted the step.
 ///
 /// # Errors

@@ -478,7 +478,8 @@ impl<'a> Reader<'a> {
         self.array(what).map(u64::from_le_bytes)
     }
 
-    /// Rejects a count above `max_count`, or whose smallest possible content is longer than the rest of the file.
+    /// Rejects a count above `max_count`, or whose smallest possible content is longer than the rest of the
+    /// file.
     fn check_count(
         &self,
         what: &str,

@@ -273,7 +273,7 @@ impl Plan for GpuPlan {
                 label: None,
                 timestamp_writes: self.clock.as_ref().map(|clock| clock.writes(first)),
             });
-            let most = self.device.device.limits().max_compute_workgroups_per_dimension;
+            let max_groups = self.device.device.limits().max_compute_workgroups_per_dimension;
             let Some(bound) = &self.bound else { return Err(failed("nothing is bound")) };
             for segment in segments {
                 let Some(dispatches) = self.lowered.segments.get(segment) else { continue };
@@ -285,8 +285,8 @@ impl Plan for GpuPlan {
                         continue;
                     }
                     let [mut x, mut y, z] = dispatch.groups.map(|n| counts.count(n));
-                    if x > most && y == 1 {
-                        y = x.div_ceil(most);
+                    if x > max_groups && y == 1 {
+                        y = x.div_ceil(max_groups);
                         x = x.div_ceil(y);
                     }
                     pass.set_pipeline(&self.pipelines[segment][i].pipeline);

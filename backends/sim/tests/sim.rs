@@ -1,5 +1,5 @@
-//! The simulated accelerator against the CPU and the reference, on chips with one tile and with many, with scratchpads from
-//! 64 KiB to 24 MiB.
+//! The simulated accelerator against the CPU and the reference, on chips with one tile and with many, with
+//! scratchpads from 64 KiB to 24 MiB.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -33,7 +33,8 @@ fn failures(backend: &dyn Backend, step: usize) -> Vec<String> {
     outcomes.filter(|(o, _)| !o.passed()).map(|(o, name)| format!("{name}: {o}")).collect()
 }
 
-/// Every op, bit for bit, on the chip that has to cut everything into small pieces and on the one with the most tiles.
+/// Every op, bit for bit, on the chip that has to cut everything into small pieces and on the one with the
+/// most tiles.
 #[test]
 fn conforms() {
     for chip in ["teaching-16x16", "maia-100"] {
@@ -42,8 +43,8 @@ fn conforms() {
     }
 }
 
-/// Queues may take turns in any order that waits allow: no result depends on it, and nothing is read too early or overwritten
-/// too soon.
+/// Queues may take turns in any order that waits allow: no result depends on it, and nothing is read too
+/// early or overwritten too soon.
 #[test]
 fn any_order_of_queues_gives_the_same_bits() {
     for (seed, chip) in (1..4).flat_map(|seed| [(seed, "teaching-16x16"), (seed, "maia-100")]) {
