@@ -48,8 +48,7 @@
 //! ```
 //!
 //! To stop work from another thread, keep a [`Session::cancel_handle`]. For chats see `chat` (feature
-//! `chat`), for embeddings
-//! [`embed`], for a new chip [`backend`], for its tests [`conformance`].
+//! `chat`), for embeddings [`embed`], for a new chip [`backend`], for its tests [`conformance`].
 //!
 //! Features: `chat` (chat templates), `constrain` (output constrained by a JSON schema, a regular expression
 //! or a grammar), `convert` (safetensors to GGUF), `output` (atomic file writes), `save` (saved sequences).
