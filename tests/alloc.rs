@@ -9,7 +9,7 @@ use halite::backend::Backend;
 use halite::backend::cpu::Cpu;
 use halite::map::Source;
 use halite::sampler::{Sampler, SamplerOptions};
-use halite::session::{Head, Run, Session, SessionOptions, Wanted};
+use halite::session::{OutputKind, OutputTokens, Run, Session, SessionOptions};
 
 struct Counting;
 
@@ -64,21 +64,26 @@ fn a_decode_step_allocates_nothing() {
 
         // The pool's threads allocate while they start, which is over when they have done some work.
         for _ in 0..20 {
-            session.prefill(sequence, &[1, 2, 3, 4, 5], Head::Logits).unwrap();
+            session.prefill(sequence, &[1, 2, 3, 4, 5], OutputKind::Logits).unwrap();
             std::thread::sleep(std::time::Duration::from_millis(5));
         }
         let steps = count(|| {
-            session.prefill(sequence, &[1, 2, 3, 4, 5], Head::Logits).unwrap();
+            session.prefill(sequence, &[1, 2, 3, 4, 5], OutputKind::Logits).unwrap();
             // Past a page's end, so that taking a page is counted too.
             for _ in 0..80 {
                 let token = sampler.sample(session.logits()).unwrap();
                 sampler.accept(token);
                 session
-                    .step(&[Run { sequence, tokens: &[token], wanted: Wanted::Last }], Head::Logits)
+                    .step(
+                        &[Run { sequence, tokens: &[token], outputs: OutputTokens::Last }],
+                        OutputKind::Logits,
+                    )
                     .unwrap();
             }
             for _ in 0..20 {
-                session.step(&[Run { sequence, tokens: &[7], wanted: Wanted::Last }], Head::ArgMax).unwrap();
+                session
+                    .step(&[Run { sequence, tokens: &[7], outputs: OutputTokens::Last }], OutputKind::ArgMax)
+                    .unwrap();
             }
         });
         assert_eq!(steps, 0, "{}", model.name());

@@ -14,7 +14,7 @@ use halite::map::Source;
 use halite::model::ProgramOptions;
 use halite::passes;
 use halite::program::{Builder, Dim, Gating, Index, Op, Program, State, WeightInfo};
-use halite::session::{Head, Run, SequenceId, Session, SessionOptions, Wanted};
+use halite::session::{OutputKind, OutputTokens, Run, SequenceId, Session, SessionOptions};
 use halite::weights::Weights;
 use halite::{Error, Model};
 
@@ -93,7 +93,7 @@ fn logits_in(
     let sequence = session.add_sequence();
     let mut out = Vec::new();
     for tokens in tokens.chunks(chunk) {
-        session.step(&[Run { sequence, tokens, wanted: Wanted::All }], Head::Logits).unwrap();
+        session.step(&[Run { sequence, tokens, outputs: OutputTokens::All }], OutputKind::Logits).unwrap();
         out.extend(bits(session.logits()));
     }
     out
@@ -201,11 +201,11 @@ fn strangers_in_a_step_change_nothing() {
         let mut got = Vec::new();
         for (i, step) in tokens.chunks(9).enumerate() {
             let runs = [
-                Run { sequence: a, tokens: &strangers[i..i + 1], wanted: Wanted::Last },
-                Run { sequence: ours, tokens: step, wanted: Wanted::All },
-                Run { sequence: b, tokens: &strangers[..4 + i % 3], wanted: Wanted::Nothing },
+                Run { sequence: a, tokens: &strangers[i..i + 1], outputs: OutputTokens::Last },
+                Run { sequence: ours, tokens: step, outputs: OutputTokens::All },
+                Run { sequence: b, tokens: &strangers[..4 + i % 3], outputs: OutputTokens::None },
             ];
-            session.step(&runs, Head::Logits).unwrap();
+            session.step(&runs, OutputKind::Logits).unwrap();
             got.extend(bits(&session.logits()[logits_of(&model, 1)..]));
         }
         assert_eq!(got, want);
@@ -313,27 +313,36 @@ fn forks_and_truncation_give_the_same_bits() {
     let mut session = session(model, &best(), &[]);
     let first = session.add_sequence();
     session
-        .step(&[Run { sequence: first, tokens: &tokens[..70], wanted: Wanted::Nothing }], Head::Logits)
+        .step(
+            &[Run { sequence: first, tokens: &tokens[..70], outputs: OutputTokens::None }],
+            OutputKind::Logits,
+        )
         .unwrap();
     let fork = session.fork(first).unwrap();
     // The first one goes elsewhere on the page that both share; the fork must not notice.
     session
-        .step(&[Run { sequence: first, tokens: &[1, 2, 3], wanted: Wanted::Nothing }], Head::Logits)
+        .step(&[Run { sequence: first, tokens: &[1, 2, 3], outputs: OutputTokens::None }], OutputKind::Logits)
         .unwrap();
-    let rest = Run { sequence: fork, tokens: &tokens[70..], wanted: Wanted::Last };
-    session.step(&[rest], Head::Logits).unwrap();
+    let rest = Run { sequence: fork, tokens: &tokens[70..], outputs: OutputTokens::Last };
+    session.step(&[rest], OutputKind::Logits).unwrap();
     assert_eq!(bits(session.logits()), want[want.len() - vocab..]);
     // Back to where they were the same, and on as the fork did.
     session.truncate(first, 70).unwrap();
-    session.step(&[Run { sequence: first, ..rest }], Head::Logits).unwrap();
+    session.step(&[Run { sequence: first, ..rest }], OutputKind::Logits).unwrap();
     assert_eq!(bits(session.logits()), want[want.len() - vocab..]);
     session
-        .step(&[Run { sequence: fork, tokens: &tokens[..1], wanted: Wanted::Last }], Head::ArgMax)
+        .step(
+            &[Run { sequence: fork, tokens: &tokens[..1], outputs: OutputTokens::Last }],
+            OutputKind::ArgMax,
+        )
         .unwrap();
     let arg_max = session.arg_max()[0];
     session.truncate(fork, 83).unwrap();
     session
-        .step(&[Run { sequence: fork, tokens: &tokens[..1], wanted: Wanted::Last }], Head::Logits)
+        .step(
+            &[Run { sequence: fork, tokens: &tokens[..1], outputs: OutputTokens::Last }],
+            OutputKind::Logits,
+        )
         .unwrap();
     let best = session
         .logits()
@@ -417,7 +426,9 @@ fn a_tap_reads_any_result_and_changes_none() {
     let names = ["blk.0.attn_norm", "blk.1.glu", "blk.1.attn_residual", "output.norm"];
     let mut tapped = session(model, &best(), &names);
     let sequence = tapped.add_sequence();
-    tapped.step(&[Run { sequence, tokens: &tokens, wanted: Wanted::All }], Head::Logits).unwrap();
+    tapped
+        .step(&[Run { sequence, tokens: &tokens, outputs: OutputTokens::All }], OutputKind::Logits)
+        .unwrap();
     assert_eq!(bits(tapped.logits()), want);
     let width = model.hparams().embedding_length as usize;
     let norm = tapped.tap(0).unwrap();
@@ -427,7 +438,9 @@ fn a_tap_reads_any_result_and_changes_none() {
     let reference: Arc<dyn Backend> = Arc::new(Reference::new());
     let mut other = session(model, &reference, &names);
     let sequence = other.add_sequence();
-    other.step(&[Run { sequence, tokens: &tokens[..3], wanted: Wanted::All }], Head::Logits).unwrap();
+    other
+        .step(&[Run { sequence, tokens: &tokens[..3], outputs: OutputTokens::All }], OutputKind::Logits)
+        .unwrap();
     for (tap, name) in names.iter().enumerate() {
         let (got, want) = (tapped.tap(tap).unwrap(), other.tap(tap).unwrap());
         assert_eq!(bits(&got[..want.len()]), bits(&want), "{name}");
@@ -446,7 +459,7 @@ fn steps_that_do_not_fit_are_errors_and_change_nothing() {
     session.remove(other).unwrap();
     let many = vec![1; 129];
     fn run(sequence: SequenceId, tokens: &[u32]) -> Run<'_> {
-        Run { sequence, tokens, wanted: Wanted::Last }
+        Run { sequence, tokens, outputs: OutputTokens::Last }
     }
     let beyond = [vocab];
     let cases: [&[Run<'_>]; 6] = [
@@ -458,21 +471,21 @@ fn steps_that_do_not_fit_are_errors_and_change_nothing() {
         &[run(sequence, &[1]), run(sequence, &[1])],
     ];
     for runs in cases {
-        assert!(matches!(session.step(runs, Head::Logits), Err(Error::Argument { .. })), "{runs:?}");
+        assert!(matches!(session.step(runs, OutputKind::Logits), Err(Error::Argument { .. })), "{runs:?}");
     }
     for _ in 0..2 {
-        session.step(&[run(sequence, &many[..128])], Head::Logits).unwrap();
+        session.step(&[run(sequence, &many[..128])], OutputKind::Logits).unwrap();
     }
-    let error = session.step(&[run(sequence, &[1])], Head::Logits).unwrap_err();
+    let error = session.step(&[run(sequence, &[1])], OutputKind::Logits).unwrap_err();
     assert!(matches!(error, Error::ContextFull { need: 257, have: 256 }), "{error}");
     assert_eq!(session.len(sequence).unwrap(), 256);
     session.truncate(sequence, 3).unwrap();
     let cancel = session.cancel_handle();
     cancel.cancel();
-    assert!(matches!(session.step(&[run(sequence, &[1])], Head::Logits), Err(Error::Cancelled)));
+    assert!(matches!(session.step(&[run(sequence, &[1])], OutputKind::Logits), Err(Error::Cancelled)));
     assert_eq!(session.len(sequence).unwrap(), 3);
     cancel.reset();
-    session.step(&[run(sequence, &[1])], Head::Logits).unwrap();
+    session.step(&[run(sequence, &[1])], OutputKind::Logits).unwrap();
     assert_eq!(session.len(sequence).unwrap(), 4);
 }
 

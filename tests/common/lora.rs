@@ -8,7 +8,7 @@ use halite::gguf::Gguf;
 use halite::kernels::formats::Format;
 use halite::map::Source;
 use halite::model::ProgramOptions;
-use halite::session::{Head, Run, Session, SessionOptions, Wanted};
+use halite::session::{OutputKind, OutputTokens, Run, Session, SessionOptions};
 
 use crate::SplitMix;
 use crate::gguf::File;
@@ -31,7 +31,9 @@ pub fn logits(model: Model, backend: Arc<dyn Backend>) -> Vec<f32> {
     let options = SessionOptions { context: Some(16), batch: n, outputs: n, program, ..Default::default() };
     let mut session = Session::new(&model, &backend, &options).unwrap();
     let sequence = session.add_sequence();
-    session.step(&[Run { sequence, tokens: &TOKENS, wanted: Wanted::All }], Head::Logits).unwrap();
+    session
+        .step(&[Run { sequence, tokens: &TOKENS, outputs: OutputTokens::All }], OutputKind::Logits)
+        .unwrap();
     session.logits().to_vec()
 }
 

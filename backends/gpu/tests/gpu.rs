@@ -12,7 +12,7 @@ use halite::conformance::{Case, cases, check};
 use halite::error::Error;
 use halite::map::Source;
 use halite::sampler::{Sampler, SamplerOptions};
-use halite::session::{Head, Run, SequenceId, Session, SessionOptions, Wanted, footprint};
+use halite::session::{OutputKind, OutputTokens, Run, SequenceId, Session, SessionOptions, footprint};
 use halite_gpu::{Gpu, GpuOptions, adapters};
 
 /// Every path conforms: each switched off, and all together.
@@ -147,12 +147,14 @@ fn continued(
 ) -> Result<Vec<u32>, Error> {
     let mut said: Vec<u32> = Vec::new();
     for tokens in tokens.chunks(64) {
-        session.step(&[Run { sequence, tokens, wanted: Wanted::Last }], Head::ArgMax)?;
+        session.step(&[Run { sequence, tokens, outputs: OutputTokens::Last }], OutputKind::ArgMax)?;
     }
     while said.len() < count {
         said.extend(session.arg_max());
-        session
-            .step(&[Run { sequence, tokens: &said[said.len() - 1..], wanted: Wanted::Last }], Head::ArgMax)?;
+        session.step(
+            &[Run { sequence, tokens: &said[said.len() - 1..], outputs: OutputTokens::Last }],
+            OutputKind::ArgMax,
+        )?;
     }
     Ok(said)
 }
@@ -186,7 +188,9 @@ fn steps_are_timed_by_the_device() {
         let mut session = session(&model, &backend);
         let sequence = session.add_sequence();
         for tokens in [&[1, 2, 3][..], &[4]] {
-            session.step(&[Run { sequence, tokens, wanted: Wanted::Last }], Head::ArgMax).unwrap();
+            session
+                .step(&[Run { sequence, tokens, outputs: OutputTokens::Last }], OutputKind::ArgMax)
+                .unwrap();
             let timing = session.last_timing().unwrap();
             assert_eq!(timing.clock, if offered { Clock::Device } else { Clock::Host });
             assert!(!timing.elapsed.is_zero());
@@ -212,7 +216,9 @@ fn streamed_weights_give_the_same_logits() {
         let tokens: Vec<u32> = (100..130).collect();
         let mut all = Vec::new();
         for tokens in [&tokens[..20], &tokens[20..21], &tokens[21..]] {
-            session.step(&[Run { sequence, tokens, wanted: Wanted::Last }], Head::Logits).unwrap();
+            session
+                .step(&[Run { sequence, tokens, outputs: OutputTokens::Last }], OutputKind::Logits)
+                .unwrap();
             all.extend_from_slice(session.logits());
         }
         (all, streamed)
@@ -272,16 +278,16 @@ fn the_most_likely_tokens_are_enough_to_sample() {
         ..Default::default()
     };
     let model = austen();
-    let [by_top_k, by_logits] = [Head::TopK, Head::Logits].map(|head| {
+    let [by_top_k, by_logits] = [OutputKind::TopK, OutputKind::Logits].map(|head| {
         let mut session = session(&model, &gpu);
         let mut sampler = Sampler::new(options.clone(), model.hparams().vocab_size as usize).unwrap();
         let sequence = session.add_sequence();
         let mut said = vec![100];
         while said.len() < 30 {
             let tokens = &said[said.len() - 1..];
-            session.step(&[Run { sequence, tokens, wanted: Wanted::Last }], head).unwrap();
+            session.step(&[Run { sequence, tokens, outputs: OutputTokens::Last }], head).unwrap();
             let token = match head {
-                Head::TopK => {
+                OutputKind::TopK => {
                     let (ids, logits) = session.top_k();
                     assert_eq!((ids.len(), logits.len()), (256, 256));
                     sampler.sample_of(ids, logits).unwrap()
