@@ -296,24 +296,27 @@ fn add<I: Isa, Q: Quantised, R: Rows<I, Q>, const T: usize>(
     for p in 0..PAIRS {
         let pair = [rows.row(p), rows.row(p + PAIRS)];
         let mut sums = [zero; T];
-        for part in 0..PARTS {
-            let codes = R::codes(isa, pair, part);
-            let subs = [header.subs[part][p], header.subs[part][p + PAIRS]];
-            let scales = match Q::SUB {
-                16 => isa.scales::<false>(subs),
-                32 => isa.scales::<true>(subs),
-                _ => zero,
-            };
-            for t in 0..T {
-                let x = x_codes[t][part];
-                sums[t] = match (Q::SUB < CHUNK, Q::SIGNED) {
-                    (true, true) => isa.dot4_scaled::<true>(sums[t], codes, x, scales),
-                    (true, false) => isa.dot4_scaled::<false>(sums[t], codes, x, scales),
-                    (false, true) => isa.dot4::<true>(sums[t], codes, x),
-                    (false, false) => isa.dot4::<false>(sums[t], codes, x),
+        for_each_part(
+            #[inline(always)]
+            |part| {
+                let codes = R::codes(isa, pair, part);
+                let subs = [header.subs[part][p], header.subs[part][p + PAIRS]];
+                let scales = match Q::SUB {
+                    16 => isa.scales::<false>(subs),
+                    32 => isa.scales::<true>(subs),
+                    _ => zero,
                 };
-            }
-        }
+                for t in 0..T {
+                    let x = x_codes[t][part];
+                    sums[t] = match (Q::SUB < CHUNK, Q::SIGNED) {
+                        (true, true) => isa.dot4_scaled::<true>(sums[t], codes, x, scales),
+                        (true, false) => isa.dot4_scaled::<false>(sums[t], codes, x, scales),
+                        (false, true) => isa.dot4::<true>(sums[t], codes, x),
+                        (false, false) => isa.dot4::<false>(sums[t], codes, x),
+                    };
+                }
+            },
+        );
         for t in 0..T {
             isa.store_i(sums[t], &mut lanes[t][p]);
         }
@@ -326,6 +329,20 @@ fn add<I: Isa, Q: Quantised, R: Rows<I, Q>, const T: usize>(
         }
         acc[t] = add_group::<I, Q>(isa, &header, &x[t], sums, acc[t]);
     }
+}
+
+/// Calls `f` for each part, in code of its own: what codes are read with depends on the part, and compilers do
+/// not unroll a loop this long.
+#[inline(always)]
+fn for_each_part(mut f: impl FnMut(usize)) {
+    f(0);
+    f(1);
+    f(2);
+    f(3);
+    f(4);
+    f(5);
+    f(6);
+    f(7);
 }
 
 /// The sums of activations times sub-scales: what codes that are raised by one add to each row.
