@@ -243,11 +243,18 @@ pub(super) fn unpacked<I: Isa, Q: Quantised, const T: usize>(isa: I, task: &mut 
         |task, first, c, x, acc| {
             for r in 0..ROWS {
                 let row = (first + r).min(task.rows - 1) * task.row_blocks;
-                task.w[row + c].unpack(&mut rows[r]);
+                unpack(&task.w[row + c], &mut rows[r]);
             }
             add::<I, Q, _, T>(isa, &rows, x, acc);
         },
     );
+}
+
+/// Not compiled with vector instructions: most of these formats are tables and bits, of which compilers make
+/// slow gathers.
+#[inline(never)]
+fn unpack<Q: Quantised>(block: &Q, out: &mut Unpacked) {
+    block.unpack(out);
 }
 
 /// Calls `add` for each super-block `c` of sixteen rows from each `first` on, and writes what it sums up.
