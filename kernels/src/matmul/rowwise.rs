@@ -7,7 +7,7 @@
 
 #![allow(clippy::needless_range_loop, reason = "loops by index over vectors are what inlines; see `isa`")]
 
-use super::tiles::{Scales, add_group, ask_ahead, bias};
+use super::tiles::{Scales, add_group, bias};
 use super::{CHUNK, Task, XChunk};
 use crate::formats::{Bytes, Interleaved, Quantised, ROWS, Unpacked, Words};
 use crate::isa::Isa;
@@ -27,6 +27,8 @@ trait Rows<I: Isa, Q: Quantised>: Copy {
     fn row(&self, r: usize) -> &Self::Row;
     /// The code bytes of a part of two rows.
     fn codes(isa: I, rows: [&Self::Row; 2], part: usize) -> I::I;
+    /// Asks for what the next sixteen rows have in the place of pair `p`'s blocks.
+    fn ask_ahead(self, isa: I, p: usize);
 }
 
 /// Scales of a super-block, one row in each lane.
@@ -60,6 +62,8 @@ struct Blocks<'a, Q> {
     blocks: &'a [Q],
     first: &'a Q,
     stride: usize,
+    /// Number of the block in its row.
+    c: usize,
 }
 
 impl<'a, Q: Interleaved> Blocks<'a, Q> {
@@ -107,6 +111,14 @@ impl<I: Isa, Q: Interleaved> Rows<I, Q> for Blocks<'_, Q> {
     #[inline(always)]
     fn codes(isa: I, rows: [&Q; 2], part: usize) -> I::I {
         Q::code(isa, &CodeWords(rows), part, 0)
+    }
+    #[inline(always)]
+    fn ask_ahead(self, isa: I, p: usize) {
+        let here = ROWS * self.c + 2 * p;
+        let ahead = (ROWS * self.stride + here - self.c) * size_of::<Q>();
+        for line in (0..2 * size_of::<Q>()).step_by(64) {
+            isa.prefetch::<false, _>(Q::bytes_of(self.blocks), ahead + line);
+        }
     }
 }
 
@@ -205,6 +217,7 @@ impl<I: Isa, Q: Quantised> Rows<I, Q> for &[Unpacked; ROWS] {
         let [a, b] = [i8::bytes_of(&a.codes).as_chunks::<32>().0, i8::bytes_of(&b.codes).as_chunks::<32>().0];
         isa.signed(isa.load_halves(a.get(part).unwrap_or(&[0; 32]), b.get(part).unwrap_or(&[0; 32])))
     }
+    fn ask_ahead(self, _: I, _: usize) {}
 }
 
 /// Formats whose code bytes are read from blocks.
@@ -217,9 +230,8 @@ pub(super) fn interleaved<I: Isa, Q: Interleaved, const T: usize>(isa: I, task: 
         |task, first, c, x, acc| {
             let blocks = task.w.get(first * task.row_blocks..).unwrap_or(&[]);
             if first + ROWS <= task.rows {
-                ask_ahead::<I, Q, ROWS>(isa, blocks, task.row_blocks, c, 1);
                 let blocks = blocks.get(c..).unwrap_or(&[]);
-                let rows = Blocks { blocks, first: &task.w[0], stride: task.row_blocks };
+                let rows = Blocks { blocks, first: &task.w[0], stride: task.row_blocks, c };
                 return add::<I, Q, _, T>(isa, rows, x, acc);
             }
             // Rows past the end repeat the last one.
@@ -227,7 +239,7 @@ pub(super) fn interleaved<I: Isa, Q: Interleaved, const T: usize>(isa: I, task: 
             for r in 0..ROWS {
                 blocks[r] = task.w[(first + r).min(task.rows - 1) * task.row_blocks + c];
             }
-            add::<I, Q, _, T>(isa, Blocks { blocks: &blocks, first: &task.w[0], stride: 1 }, x, acc);
+            add::<I, Q, _, T>(isa, Blocks { blocks: &blocks, first: &task.w[0], stride: 1, c: 0 }, x, acc);
         },
     );
 }
@@ -301,6 +313,7 @@ fn add<I: Isa, Q: Quantised, R: Rows<I, Q>, const T: usize>(
     }
     let mut lanes = [[[0; 16]; PAIRS]; T];
     for p in 0..PAIRS {
+        rows.ask_ahead(isa, p);
         let pair = [rows.row(p), rows.row(p + PAIRS)];
         let mut sums = [zero; T];
         for_each_part(
