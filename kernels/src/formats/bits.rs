@@ -31,21 +31,21 @@ pub fn negate(codes: u64, mask: u64) -> u64 {
     (codes ^ mask) + (mask & ONES)
 }
 
-/// Masks as [`mask`] has them, of 7-bit sign codes: the eighth sign makes the number of negative codes even.
-static EVEN_MASKS: [u64; 128] = {
-    let mut masks = [0; 128];
-    let mut code = 0;
-    while code < 128 {
-        masks[code] = MASKS[code | ((code.count_ones() as usize & 1) << 7)];
-        code += 1;
-    }
-    masks
-};
-
-/// The mask of the sign code in the low 7 bits of `code`.
+/// The signs of four sign codes of 7 bits, the first lowest, one byte each: the eighth sign of a code makes the
+/// number of negative values even.
 #[inline(always)]
-pub fn even_mask(code: u32) -> u64 {
-    EVEN_MASKS[(code & 0x7f) as usize]
+pub fn even_signs(codes: u32) -> u32 {
+    let halves = (codes & 0x3fff) | ((codes << 2) & 0x3fff_0000);
+    even_bytes((halves & 0x007f_007f) | ((halves << 1) & 0x7f00_7f00))
+}
+
+/// Sets the top bit of each byte, of which it is not set, to the parity of the others.
+#[inline(always)]
+pub fn even_bytes(bytes: u32) -> u32 {
+    let fold = bytes ^ (bytes >> 4);
+    let fold = fold ^ (fold >> 2);
+    let fold = fold ^ (fold >> 1);
+    bytes | ((fold & 0x0101_0101) << 7)
 }
 
 /// Nibble `index` of `bytes`, the low one of each byte first.

@@ -1,8 +1,8 @@
 //! IQ2_S: `value = d * (2s + 1) / 8 * grid * sign`, a 4-bit s for each 16 values.
 
-use super::bits::{mask, negate, nibble};
 use super::bytes::layout;
-use super::{Activation, Block, F16, Format, IQ2_S_GRID, Plain, Quantised, Unpacked};
+use super::gridded::{self, Gridded, Split};
+use super::{Activation, Block, F16, Format, IQ2_S_GRID, Quantised, Unpacked};
 
 layout! {
     /// 256 values in 82 bytes.
@@ -40,15 +40,36 @@ impl Quantised for IQ2_S {
 
     #[inline(always)]
     fn unpack(&self, out: &mut Unpacked) {
-        out.d[0] = self.d.value() * 0.125;
-        for i in 0..16 {
-            out.sub[i] = 2 * i16::from(nibble(&self.scales, i)) + 1;
+        gridded::unpack(self, out);
+    }
+}
+
+impl Gridded for IQ2_S {
+    const FACTOR: f32 = 0.125;
+
+    fn scale(&self) -> F16 {
+        self.d
+    }
+
+    #[inline(always)]
+    fn split(&self, out: &mut Split) {
+        for i in 0..8 {
+            out.subs[2 * i] = 2 * i16::from(self.scales[i] & 15) + 1;
+            out.subs[2 * i + 1] = 2 * i16::from(self.scales[i] >> 4) + 1;
         }
-        let octets = out.octets();
-        for i in 0..32 {
-            let high = (self.qh[i / 4] >> (2 * (i % 4))) & 3;
-            let point = IQ2_S_GRID[usize::from(self.qs[i]) | (usize::from(high) << 8)];
-            octets[i] = negate(point, mask(self.signs[i])).to_le_bytes();
+        for g in 0..8 {
+            let high = u16::from(self.qh[g]);
+            for k in 0..4 {
+                out.indices[4 * g + k] = u16::from(self.qs[4 * g + k]) | ((high << (8 - 2 * k)) & 0x300);
+            }
         }
+        for (signs, bytes) in out.signs.iter_mut().zip(self.signs.as_chunks::<4>().0) {
+            *signs = u32::from_le_bytes(*bytes);
+        }
+    }
+
+    #[inline(always)]
+    fn octet(split: &Split, i: usize) -> u64 {
+        IQ2_S_GRID[usize::from(split.indices[i] & 1023)]
     }
 }

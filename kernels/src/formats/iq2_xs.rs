@@ -1,8 +1,9 @@
 //! IQ2_XS: `value = d * (2s + 1) / 8 * grid * sign`, a 4-bit s for each 16 values.
 
-use super::bits::{even_mask, negate, nibble};
+use super::bits::even_bytes;
 use super::bytes::layout;
-use super::{Activation, Block, F16, Format, IQ2_XS_GRID, Plain, Quantised, Unpacked};
+use super::gridded::{self, Gridded, Split};
+use super::{Activation, Block, F16, Format, IQ2_XS_GRID, Quantised, Unpacked};
 
 layout! {
     /// 256 values in 74 bytes.
@@ -36,15 +37,38 @@ impl Quantised for IQ2_XS {
 
     #[inline(always)]
     fn unpack(&self, out: &mut Unpacked) {
-        out.d[0] = self.d.value() * 0.125;
-        for i in 0..16 {
-            out.sub[i] = 2 * i16::from(nibble(&self.scales, i)) + 1;
+        gridded::unpack(self, out);
+    }
+}
+
+impl Gridded for IQ2_XS {
+    const FACTOR: f32 = 0.125;
+
+    fn scale(&self) -> F16 {
+        self.d
+    }
+
+    #[inline(always)]
+    fn split(&self, out: &mut Split) {
+        for i in 0..8 {
+            out.subs[2 * i] = 2 * i16::from(self.scales[i] & 15) + 1;
+            out.subs[2 * i + 1] = 2 * i16::from(self.scales[i] >> 4) + 1;
         }
-        let octets = out.octets();
         for i in 0..32 {
-            let q = u16::from_le_bytes(self.qs[i]);
-            let point = IQ2_XS_GRID[usize::from(q & 511)];
-            octets[i] = negate(point, even_mask(u32::from(q >> 9))).to_le_bytes();
+            out.indices[i] = u16::from_le_bytes(self.qs[i]) & 511;
         }
+        for g in 0..8 {
+            // The sign codes of four values stand in the upper seven bits of every second byte.
+            let [_, a] = self.qs[4 * g];
+            let [_, b] = self.qs[4 * g + 1];
+            let [_, c] = self.qs[4 * g + 2];
+            let [_, d] = self.qs[4 * g + 3];
+            out.signs[g] = even_bytes((u32::from_le_bytes([a, b, c, d]) >> 1) & 0x7f7f_7f7f);
+        }
+    }
+
+    #[inline(always)]
+    fn octet(split: &Split, i: usize) -> u64 {
+        IQ2_XS_GRID[usize::from(split.indices[i] & 511)]
     }
 }

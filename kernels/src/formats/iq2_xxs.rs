@@ -3,9 +3,10 @@
 //! A group of 32 is eight bytes: four grid indices, then a little-endian u32 of four 7-bit sign codes and, on
 //! top, s.
 
-use super::bits::{even_mask, negate};
+use super::bits::even_signs;
 use super::bytes::layout;
-use super::{Activation, Block, F16, Format, IQ2_XXS_GRID, Plain, Quantised, Unpacked};
+use super::gridded::{self, Gridded, Split};
+use super::{Activation, Block, F16, Format, IQ2_XXS_GRID, Quantised, Unpacked};
 
 layout! {
     /// Grid indices, sign codes and sub-scale of 32 values.
@@ -47,18 +48,33 @@ impl Quantised for IQ2_XXS {
 
     #[inline(always)]
     fn unpack(&self, out: &mut Unpacked) {
-        out.d[0] = self.d.value() * 0.125;
+        gridded::unpack(self, out);
+    }
+}
+
+impl Gridded for IQ2_XXS {
+    const FACTOR: f32 = 0.125;
+
+    fn scale(&self) -> F16 {
+        self.d
+    }
+
+    #[inline(always)]
+    fn split(&self, out: &mut Split) {
         for g in 0..8 {
             let IQ2_XXS_Group { grid, signs } = self.groups[g];
             let signs = u32::from_le_bytes(signs);
-            let sub = 2 * (signs >> 28) as i16 + 1;
-            out.sub[2 * g] = sub;
-            out.sub[2 * g + 1] = sub;
-            let octets = out.octets();
+            out.signs[g] = even_signs(signs);
+            out.subs[2 * g] = 2 * (signs >> 28) as i16 + 1;
+            out.subs[2 * g + 1] = out.subs[2 * g];
             for k in 0..4 {
-                let point = IQ2_XXS_GRID[usize::from(grid[k])];
-                octets[4 * g + k] = negate(point, even_mask(signs >> (7 * k))).to_le_bytes();
+                out.indices[4 * g + k] = grid[k].into();
             }
         }
+    }
+
+    #[inline(always)]
+    fn octet(split: &Split, i: usize) -> u64 {
+        IQ2_XXS_GRID[usize::from(split.indices[i] & 255)]
     }
 }

@@ -1,8 +1,8 @@
 //! IQ3_S: `value = d * (2s + 1) * grid * sign`, a 4-bit s for each 32 values.
 
-use super::bits::{mask, negate, nibble};
 use super::bytes::layout;
-use super::{Activation, Block, F16, Format, IQ3_S_GRID, Plain, Quantised, Unpacked};
+use super::gridded::{self, Gridded, Split};
+use super::{Activation, Block, F16, Format, IQ3_S_GRID, Quantised, Unpacked};
 
 layout! {
     /// 256 values in 110 bytes.
@@ -17,15 +17,6 @@ layout! {
         signs: [u8; 32],
         /// Sub-scales, 4 bits each, the low nibble first.
         scales: [u8; 4],
-    }
-}
-
-impl IQ3_S {
-    /// The four magnitudes that index i points at.
-    #[inline(always)]
-    fn point(&self, i: usize) -> u64 {
-        let high = (self.qh[i / 8] >> (i % 8)) & 1;
-        u64::from(IQ3_S_GRID[usize::from(self.qs[i]) | (usize::from(high) << 8)])
     }
 }
 
@@ -49,14 +40,41 @@ impl Quantised for IQ3_S {
 
     #[inline(always)]
     fn unpack(&self, out: &mut Unpacked) {
-        out.d[0] = self.d.value();
-        for i in 0..16 {
-            out.sub[i] = 2 * i16::from(nibble(&self.scales, i / 2)) + 1;
+        gridded::unpack(self, out);
+    }
+}
+
+impl Gridded for IQ3_S {
+    const FACTOR: f32 = 1.0;
+
+    fn scale(&self) -> F16 {
+        self.d
+    }
+
+    #[inline(always)]
+    fn split(&self, out: &mut Split) {
+        for i in 0..4 {
+            for k in 0..2 {
+                let sub = 2 * i16::from((self.scales[i] >> (4 * k)) & 15) + 1;
+                out.subs[4 * i + 2 * k] = sub;
+                out.subs[4 * i + 2 * k + 1] = sub;
+            }
         }
-        let octets = out.octets();
-        for i in 0..32 {
-            let points = self.point(2 * i) | (self.point(2 * i + 1) << 32);
-            octets[i] = negate(points, mask(self.signs[i])).to_le_bytes();
+        for g in 0..8 {
+            let high = u16::from(self.qh[g]);
+            for k in 0..8 {
+                out.indices[8 * g + k] = u16::from(self.qs[8 * g + k]) | ((high << (8 - k)) & 0x100);
+            }
         }
+        for (signs, bytes) in out.signs.iter_mut().zip(self.signs.as_chunks::<4>().0) {
+            *signs = u32::from_le_bytes(*bytes);
+        }
+    }
+
+    #[inline(always)]
+    fn octet(split: &Split, i: usize) -> u64 {
+        let [low, high] = [split.indices[2 * i], split.indices[2 * i + 1]];
+        let (low, high) = (IQ3_S_GRID[usize::from(low & 511)], IQ3_S_GRID[usize::from(high & 511)]);
+        u64::from(low) | (u64::from(high) << 32)
     }
 }

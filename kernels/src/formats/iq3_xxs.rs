@@ -1,8 +1,9 @@
 //! IQ3_XXS: `value = d * (2s + 1) / 4 * grid * sign`, a 4-bit s for each 32 values.
 
-use super::bits::{even_mask, negate};
+use super::bits::even_signs;
 use super::bytes::layout;
-use super::{Activation, Block, F16, Format, IQ3_XXS_GRID, Plain, Quantised, Unpacked};
+use super::gridded::{self, Gridded, Split};
+use super::{Activation, Block, F16, Format, IQ3_XXS_GRID, Quantised, Unpacked};
 
 layout! {
     /// 256 values in 98 bytes.
@@ -37,18 +38,36 @@ impl Quantised for IQ3_XXS {
 
     #[inline(always)]
     fn unpack(&self, out: &mut Unpacked) {
-        out.d[0] = self.d.value() * 0.25;
+        gridded::unpack(self, out);
+    }
+}
+
+impl Gridded for IQ3_XXS {
+    const FACTOR: f32 = 0.25;
+
+    fn scale(&self) -> F16 {
+        self.d
+    }
+
+    #[inline(always)]
+    fn split(&self, out: &mut Split) {
         for g in 0..8 {
             let signs = u32::from_le_bytes(self.signs[g]);
-            let sub = 2 * (signs >> 28) as i16 + 1;
-            out.sub[2 * g] = sub;
-            out.sub[2 * g + 1] = sub;
-            let octets = out.octets();
-            for k in 0..4 {
-                let [low, high] = self.qs[4 * g + k].map(|q| u64::from(IQ3_XXS_GRID[usize::from(q)]));
-                let signs = even_mask(signs >> (7 * k));
-                octets[4 * g + k] = negate(low | (high << 32), signs).to_le_bytes();
+            out.signs[g] = even_signs(signs);
+            out.subs[2 * g] = 2 * (signs >> 28) as i16 + 1;
+            out.subs[2 * g + 1] = out.subs[2 * g];
+        }
+        for i in 0..32 {
+            for k in 0..2 {
+                out.indices[2 * i + k] = self.qs[i][k].into();
             }
         }
+    }
+
+    #[inline(always)]
+    fn octet(split: &Split, i: usize) -> u64 {
+        let [low, high] = [split.indices[2 * i], split.indices[2 * i + 1]];
+        let (low, high) = (IQ3_XXS_GRID[usize::from(low & 255)], IQ3_XXS_GRID[usize::from(high & 255)]);
+        u64::from(low) | (u64::from(high) << 32)
     }
 }

@@ -11,6 +11,7 @@
 mod bits;
 mod bytes;
 mod error;
+mod gridded;
 mod grids;
 mod lanes;
 mod plain;
@@ -48,6 +49,7 @@ use crate::matmul::{Kernel, every_cpu};
 
 pub use bytes::Bytes;
 pub use error::{FormatError, LengthMismatch, UnknownFormat, Why};
+pub use gridded::{Gridded, Split};
 pub use grids::{IQ1_GRID, IQ2_S_GRID, IQ2_XS_GRID, IQ2_XXS_GRID, IQ3_S_GRID, IQ3_XXS_GRID};
 pub use iq1_m::IQ1_M;
 pub use iq1_s::IQ1_S;
@@ -362,6 +364,10 @@ impl Entry {
 }
 
 impl Entry {
+    const fn gridded<Q: Gridded>(name: &'static str) -> Entry {
+        Entry { kernel: every_cpu::gridded::<Q>, ..Entry::quantised::<Q>(name) }
+    }
+
     const fn interleaved<Q: Interleaved>(name: &'static str) -> Entry {
         // One scale for all that is interleaved, or for each part of 32.
         assert!(Q::LEN == 256 && Q::GROUP == 256 || Q::LEN == 32 && Q::GROUP == 32);
@@ -425,13 +431,13 @@ formats! {
     Q5_K = 13, interleaved: "5-bit codes, 6-bit scales and minimums for each 32.";
     Q6_K = 14, interleaved: "6-bit codes, 8-bit scales for each 16.";
     Q8_K = 15, quantised: "8-bit codes, an f32 scale for each 256; an activation format, odd in a file.";
-    IQ2_XXS = 16, quantised: "8 values from a grid of 256 points, signs, 4-bit scales for each 32.";
-    IQ2_XS = 17, quantised: "8 values from a grid of 512 points, signs, 4-bit scales for each 16.";
-    IQ3_XXS = 18, quantised: "4 values from a grid of 256 points, signs, 4-bit scales for each 32.";
+    IQ2_XXS = 16, gridded: "8 values from a grid of 256 points, signs, 4-bit scales for each 32.";
+    IQ2_XS = 17, gridded: "8 values from a grid of 512 points, signs, 4-bit scales for each 16.";
+    IQ3_XXS = 18, gridded: "4 values from a grid of 256 points, signs, 4-bit scales for each 32.";
     IQ1_S = 19, quantised: "8 values from a grid of 2048 points, a shift and 3-bit scales for each 32.";
     IQ4_NL = 20, interleaved: "4-bit codes into a table of uneven steps, a scale for each 32.";
-    IQ3_S = 21, quantised: "4 values from a grid of 512 points, signs, 4-bit scales for each 32.";
-    IQ2_S = 22, quantised: "8 values from a grid of 1024 points, signs, 4-bit scales for each 16.";
+    IQ3_S = 21, gridded: "4 values from a grid of 512 points, signs, 4-bit scales for each 32.";
+    IQ2_S = 22, gridded: "8 values from a grid of 1024 points, signs, 4-bit scales for each 16.";
     IQ4_XS = 23, interleaved: "4-bit codes into the table of IQ4_NL, 6-bit scales for each 32.";
     I8 = 24, plain: "Signed 8-bit integer.";
     I16 = 25, plain: "Signed 16-bit integer.";

@@ -193,6 +193,28 @@ pub trait Isa: Copy + Send + Sync + 'static {
 
     /// The bytes of two rows.
     fn load_halves(self, a: &[u8; 32], b: &[u8; 32]) -> Self::I;
+    /// Four words of eight bytes of each of two rows.
+    #[inline(always)]
+    fn octets(self, a: [u64; 4], b: [u64; 4]) -> Self::I {
+        let mut halves = [[0; 32]; 2];
+        for i in 0..4 {
+            halves[0][8 * i..8 * i + 8].copy_from_slice(&a[i].to_le_bytes());
+            halves[1][8 * i..8 * i + 8].copy_from_slice(&b[i].to_le_bytes());
+        }
+        self.load_halves(&halves[0], &halves[1])
+    }
+    /// Negates the bytes, none of which is -128, for which a bit is set: bit `i` of `signs[row]` is that of
+    /// byte `i` of a row.
+    #[inline(always)]
+    fn negate(self, x: Self::I, signs: [u32; 2]) -> Self::I {
+        let mut words = [0; 64];
+        self.store_words(x, &mut words);
+        for i in 0..64 {
+            let negative = (signs[i / 32] >> (i % 32)) & 1 == 1;
+            words[i] = if negative { words[i].wrapping_neg() } else { words[i] };
+        }
+        self.load_words(&words)
+    }
     /// The nibbles of 16 bytes of each of two rows: 16 low ones, then 16 high ones.
     #[inline(always)]
     fn load_nibble_halves(self, a: &[u8; 16], b: &[u8; 16]) -> Self::I {

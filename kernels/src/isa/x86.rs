@@ -297,6 +297,32 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
         op!([_mm256_loadu_si256(a.as_ptr().cast()), _mm256_loadu_si256(b.as_ptr().cast())])
     }
     #[inline(always)]
+    fn octets(self, a: [u64; 4], b: [u64; 4]) -> Self::I {
+        op!(both_of(a, b))
+    }
+    #[inline(always)]
+    fn negate(self, x: Self::I, signs: [u32; 2]) -> Self::I {
+        let mut out = x;
+        for half in 0..2 {
+            out[half] = op!({
+                // Each byte gets the byte of signs that has its bit.
+                let bytes = _mm256_shuffle_epi8(
+                    _mm256_set1_epi32(signs[half] as i32),
+                    _mm256_setr_epi64x(
+                        0,
+                        0x0101_0101_0101_0101,
+                        0x0202_0202_0202_0202,
+                        0x0303_0303_0303_0303,
+                    ),
+                );
+                let bit = _mm256_set1_epi64x(0x8040_2010_0804_0201_u64 as i64);
+                let negative = _mm256_cmpeq_epi8(_mm256_and_si256(bytes, bit), bit);
+                _mm256_sub_epi8(_mm256_xor_si256(x[half], negative), negative)
+            });
+        }
+        out
+    }
+    #[inline(always)]
     fn load_nibble_halves(self, a: &[u8; 16], b: &[u8; 16]) -> Self::I {
         op!(pair(
             [a, b],
@@ -392,6 +418,16 @@ fn opaque(mut x: usize) -> usize {
     // SAFETY: no instruction.
     unsafe { core::arch::asm!("/* {0} */", inout(reg) x, options(nomem, nostack, preserves_flags)) };
     x
+}
+
+/// Words of eight bytes as vectors.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn both_of(a: [u64; 4], b: [u64; 4]) -> [__m256i; 2] {
+    [
+        _mm256_setr_epi64x(a[0] as i64, a[1] as i64, a[2] as i64, a[3] as i64),
+        _mm256_setr_epi64x(b[0] as i64, b[1] as i64, b[2] as i64, b[3] as i64),
+    ]
 }
 
 /// The dots of two adjacent bytes in each 16-bit lane. No sum of two products passes 2 · 128 · 127, so it
@@ -663,6 +699,18 @@ impl Isa for Avx512 {
     #[inline(always)]
     fn load_halves(self, a: &[u8; 32], b: &[u8; 32]) -> Self::I {
         op!(halves(_mm256_loadu_si256(a.as_ptr().cast()), _mm256_loadu_si256(b.as_ptr().cast())))
+    }
+    #[inline(always)]
+    fn octets(self, a: [u64; 4], b: [u64; 4]) -> Self::I {
+        op!({
+            let [a, b] = both_of(a, b);
+            halves(a, b)
+        })
+    }
+    #[inline(always)]
+    fn negate(self, x: Self::I, signs: [u32; 2]) -> Self::I {
+        let negative = u64::from(signs[0]) | (u64::from(signs[1]) << 32);
+        op!(_mm512_mask_sub_epi8(x, negative, _mm512_setzero_si512(), x))
     }
     #[inline(always)]
     fn load_nibble_halves(self, a: &[u8; 16], b: &[u8; 16]) -> Self::I {

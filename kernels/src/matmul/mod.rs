@@ -15,7 +15,7 @@
 
 use crate::activation::{self, SUMS, padded};
 use crate::formats::{
-    Bytes, Format, Interleaved, Kind, Layout, MAX_BLOCK_BYTES, Plain, Quantised, ROWS, Unpacked,
+    Bytes, Format, Gridded, Interleaved, Kind, Layout, MAX_BLOCK_BYTES, Plain, Quantised, ROWS, Unpacked,
 };
 use crate::isa::{Cpu, Isa, WithIsa};
 use crate::panel::PanelMut;
@@ -80,7 +80,7 @@ macro_rules! for_every_cpu {
     };
 }
 
-for_every_cpu! { interleaved<Interleaved> unpacked<Quantised> plain<Plain> }
+for_every_cpu! { interleaved<Interleaved> gridded<Gridded> unpacked<Quantised> plain<Plain> }
 
 /// The loop that computes a product.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -223,27 +223,43 @@ fn unpacked<I: Isa, Q: Quantised>(isa: I, product: MatMul<'_, '_>) {
     let Some(mut task) = Task::<Q>::new(product) else { return };
     isa.run(
         #[inline(always)]
-        || {
-            // (Of the loops over rows, only those that a format can need are compiled.)
-            if Q::GROUP == CHUNK && Loop::choose(Q::FORMAT, task.layout, task.tokens) == Loop::Rows {
-                return match task.tokens {
-                    1 => rowwise::unpacked::<I, Q, 1>(isa, &mut task),
-                    _ => rowwise::unpacked::<I, Q, TILE_TOKENS>(isa, &mut task),
-                };
+        || match Loop::choose(Q::FORMAT, task.layout, task.tokens) {
+            // (Shorter groups never get here; this says so to the compiler.)
+            Loop::Rows if Q::GROUP < CHUNK => {}
+            Loop::Rows if task.tokens == 1 => rowwise::unpacked::<I, Q, 1>(isa, &mut task),
+            Loop::Rows => rowwise::unpacked::<I, Q, TILE_TOKENS>(isa, &mut task),
+            _ => unpacked_tiles::<I, Q>(isa, &mut task),
+        },
+    );
+}
+
+/// Formats whose codes are points in a grid.
+fn gridded<I: Isa, Q: Gridded>(isa: I, product: MatMul<'_, '_>) {
+    let Some(mut task) = Task::<Q>::new(product) else { return };
+    isa.run(
+        #[inline(always)]
+        || match Loop::choose(Q::FORMAT, task.layout, task.tokens) {
+            Loop::Rows if task.tokens == 1 => rowwise::gridded::<I, Q, 1>(isa, &mut task),
+            Loop::Rows => rowwise::gridded::<I, Q, TILE_TOKENS>(isa, &mut task),
+            _ => unpacked_tiles::<I, Q>(isa, &mut task),
+        },
+    );
+}
+
+/// Tiles of rows in normal form.
+#[inline(always)]
+fn unpacked_tiles<I: Isa, Q: Quantised>(isa: I, task: &mut Task<'_, '_, Q>) {
+    let mut rows = [Unpacked::ZERO; ROWS];
+    prefill::<I, Q>(
+        isa,
+        task,
+        #[inline(always)]
+        |task, first, c, tile| {
+            for r in 0..ROWS {
+                let row = (first + r).min(task.rows - 1) * task.row_blocks;
+                unpack_chunk(&task.w[row..row + task.row_blocks], c, &mut rows[r]);
             }
-            let mut rows = [Unpacked::ZERO; ROWS];
-            prefill::<I, Q>(
-                isa,
-                &mut task,
-                #[inline(always)]
-                |task, first, c, tile| {
-                    for r in 0..ROWS {
-                        let row = (first + r).min(task.rows - 1) * task.row_blocks;
-                        unpack_chunk(&task.w[row..row + task.row_blocks], c, &mut rows[r]);
-                    }
-                    tile.set::<I, Q>(isa, &rows);
-                },
-            );
+            tile.set::<I, Q>(isa, &rows);
         },
     );
 }

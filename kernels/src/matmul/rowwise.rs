@@ -9,7 +9,7 @@
 
 use super::tiles::{Scales, add_group, bias};
 use super::{CHUNK, Task, XChunk};
-use crate::formats::{Bytes, Interleaved, Quantised, ROWS, Unpacked, Words};
+use crate::formats::{Bytes, Gridded, Interleaved, Quantised, ROWS, Split, Unpacked, Words};
 use crate::isa::Isa;
 
 /// Pairs of rows in sixteen.
@@ -27,6 +27,19 @@ trait Rows<I: Isa, Q: Quantised>: Copy {
     fn row(&self, r: usize) -> &Self::Row;
     /// The code bytes of a part of two rows.
     fn codes(isa: I, rows: [&Self::Row; 2], part: usize) -> I::I;
+    /// Whether code bytes are signed, as [`Quantised::SIGNED`] has it.
+    const SIGNED: bool = Q::SIGNED;
+    /// Whether code bytes are magnitudes, with signs beside them.
+    const MAGNITUDES: bool = false;
+    /// The signs of a part, a bit for each value.
+    fn signs(_: &Self::Row, _part: usize) -> u32 {
+        0
+    }
+    /// The two sub-scales of a part of a row.
+    #[inline(always)]
+    fn subs(header: &Header<I>, r: usize, _: &Self::Row, part: usize) -> i32 {
+        header.subs[part][r]
+    }
     /// Asks for what the next sixteen rows have in the place of pair `p`'s blocks.
     fn ask_ahead(self, isa: I, p: usize);
 }
@@ -220,6 +233,48 @@ impl<I: Isa, Q: Quantised> Rows<I, Q> for &[Unpacked; ROWS] {
     fn ask_ahead(self, _: I, _: usize) {}
 }
 
+/// Rows of points in a grid.
+#[derive(Clone, Copy)]
+struct Grid<'a> {
+    rows: &'a [Split; ROWS],
+    scales: &'a [u16; ROWS],
+}
+
+impl<I: Isa, Q: Gridded> Rows<I, Q> for Grid<'_> {
+    type Row = Split;
+    const SIGNED: bool = false;
+    const MAGNITUDES: bool = true;
+
+    #[inline(always)]
+    fn header(self, isa: I) -> Header<I> {
+        let d = isa.mul(isa.load_f16(self.scales), isa.splat(Q::FACTOR));
+        let zero = isa.splat_i(0);
+        Header { d, m: isa.splat(0.0), subs: [[0; 16]; PARTS], mins: [zero; 4] }
+    }
+    #[inline(always)]
+    fn row(&self, r: usize) -> &Split {
+        &self.rows[r % ROWS]
+    }
+    #[inline(always)]
+    fn codes(isa: I, [a, b]: [&Split; 2], part: usize) -> I::I {
+        let first = 4 * part;
+        isa.octets(
+            [Q::octet(a, first), Q::octet(a, first + 1), Q::octet(a, first + 2), Q::octet(a, first + 3)],
+            [Q::octet(b, first), Q::octet(b, first + 1), Q::octet(b, first + 2), Q::octet(b, first + 3)],
+        )
+    }
+    #[inline(always)]
+    fn signs(row: &Split, part: usize) -> u32 {
+        row.signs[part]
+    }
+    #[inline(always)]
+    fn subs(_: &Header<I>, _: usize, row: &Split, part: usize) -> i32 {
+        let [low, high] = row.subs.as_chunks::<2>().0[part];
+        (i32::from(low) & 0xffff) | (i32::from(high) << 16)
+    }
+    fn ask_ahead(self, _: I, _: usize) {}
+}
+
 /// Formats whose code bytes are read from blocks.
 #[inline(always)]
 pub(super) fn interleaved<I: Isa, Q: Interleaved, const T: usize>(isa: I, task: &mut Task<'_, '_, Q>) {
@@ -240,6 +295,25 @@ pub(super) fn interleaved<I: Isa, Q: Interleaved, const T: usize>(isa: I, task: 
                 blocks[r] = task.w[(first + r).min(task.rows - 1) * task.row_blocks + c];
             }
             add::<I, Q, _, T>(isa, Blocks { blocks: &blocks, first: &task.w[0], stride: 1, c: 0 }, x, acc);
+        },
+    );
+}
+
+/// Formats whose codes are points in a grid.
+#[inline(always)]
+pub(super) fn gridded<I: Isa, Q: Gridded, const T: usize>(isa: I, task: &mut Task<'_, '_, Q>) {
+    let (mut rows, mut scales) = ([Split::ZERO; ROWS], [0; ROWS]);
+    rowwise::<I, Q, T>(
+        isa,
+        task,
+        #[inline(always)]
+        |task, first, c, x, acc| {
+            for r in 0..ROWS {
+                let block = &task.w[(first + r).min(task.rows - 1) * task.row_blocks + c];
+                block.split(&mut rows[r]);
+                scales[r] = block.scale().to_bits();
+            }
+            add::<I, Q, _, T>(isa, Grid { rows: &rows, scales: &scales }, x, acc);
         },
     );
 }
@@ -320,7 +394,8 @@ fn add<I: Isa, Q: Quantised, R: Rows<I, Q>, const T: usize>(
             #[inline(always)]
             |part| {
                 let codes = R::codes(isa, pair, part);
-                let subs = [header.subs[part][p], header.subs[part][p + PAIRS]];
+                let subs = [R::subs(&header, p, pair[0], part), R::subs(&header, p + PAIRS, pair[1], part)];
+                let signs = [R::signs(pair[0], part), R::signs(pair[1], part)];
                 let scales = match Q::SUB {
                     16 => isa.scales::<false>(subs),
                     32 => isa.scales::<true>(subs),
@@ -328,7 +403,8 @@ fn add<I: Isa, Q: Quantised, R: Rows<I, Q>, const T: usize>(
                 };
                 for t in 0..T {
                     let x = x_codes[t][part];
-                    sums[t] = match (Q::SUB < CHUNK, Q::SIGNED) {
+                    let x = if R::MAGNITUDES { isa.negate(x, signs) } else { x };
+                    sums[t] = match (Q::SUB < CHUNK, R::SIGNED) {
                         (true, true) => isa.dot4_scaled::<true>(sums[t], codes, x, scales),
                         (true, false) => isa.dot4_scaled::<false>(sums[t], codes, x, scales),
                         (false, true) => isa.dot4::<true>(sums[t], codes, x),
@@ -343,7 +419,7 @@ fn add<I: Isa, Q: Quantised, R: Rows<I, Q>, const T: usize>(
     }
     for t in 0..T {
         let mut sums = isa.sum_halves(&lanes[t]);
-        let bias = bias::<I, Q>();
+        let bias = if R::MAGNITUDES { 0 } else { bias::<I, Q>() };
         if bias != 0 {
             sums = isa.sub_i(sums, isa.mul_i(raised::<I, Q>(isa, &header, &x[t]), isa.splat_i(bias)));
         }
