@@ -11,11 +11,12 @@ pub trait Gridded: Quantised {
     /// The scale in the file.
     fn scale(&self) -> F16;
 
-    /// Reads all but the scale.
+    /// Reads indices, signs and sub-scales.
     fn split(&self, out: &mut Split);
 
-    /// Eight magnitudes, one a byte: values `8 i` to `8 i + 7`.
-    fn octet(split: &Split, i: usize) -> u64;
+    /// Looks up the magnitudes of indices. (Not in `split`: indices are best computed as vectors and read back
+    /// as numbers, after a while.)
+    fn look_up(split: &mut Split);
 }
 
 /// The parts of a block.
@@ -24,6 +25,8 @@ pub trait Gridded: Quantised {
 pub struct Split {
     /// Indices into the grid: one for each 8 values (the first 32), or one for each 4.
     pub indices: [u16; 64],
+    /// Magnitudes of codes.
+    pub magnitudes: [[u8; 8]; 32],
     /// For each 32 values, one bit each, the first lowest: set where the value is negative.
     pub signs: [u32; 8],
     /// Integer sub-scales, one for each 16 values.
@@ -32,7 +35,33 @@ pub struct Split {
 
 impl Split {
     /// All zero.
-    pub const ZERO: Split = Split { indices: [0; 64], signs: [0; 8], subs: [0; 16] };
+    pub const ZERO: Split =
+        Split { indices: [0; 64], magnitudes: [[0; 8]; 32], signs: [0; 8], subs: [0; 16] };
+
+    /// The magnitudes of 32 values.
+    #[inline(always)]
+    pub(crate) fn part(&self, part: usize) -> &[u8; 32] {
+        self.magnitudes.as_flattened().as_chunks().0.get(part).unwrap_or(&[0; 32])
+    }
+
+    /// Looks up points of eight magnitudes.
+    #[inline(always)]
+    pub(super) fn look_up_octets<const N: usize>(&mut self, grid: &[u64; N]) {
+        for i in 0..32 {
+            self.magnitudes[i] = grid[usize::from(self.indices[i]) % N].to_le_bytes();
+        }
+    }
+
+    /// Looks up points of four magnitudes. (With vector instructions, compilers put the points together in
+    /// vectors, which takes longer.)
+    #[inline(never)]
+    pub(super) fn look_up_quads<const N: usize>(&mut self, grid: &[u32; N]) {
+        for i in 0..32 {
+            let (low, high) = (usize::from(self.indices[2 * i]), usize::from(self.indices[2 * i + 1]));
+            let octet = u64::from(grid[low % N]) | (u64::from(grid[high % N]) << 32);
+            self.magnitudes[i] = octet.to_le_bytes();
+        }
+    }
 }
 
 /// [`Quantised::unpack`] of these formats.
@@ -40,11 +69,12 @@ impl Split {
 pub(super) fn unpack<Q: Gridded>(block: &Q, out: &mut Unpacked) {
     let mut split = Split::ZERO;
     block.split(&mut split);
+    Q::look_up(&mut split);
     out.d[0] = block.scale().value() * Q::FACTOR;
     out.sub = split.subs;
     let octets = out.octets();
     for (i, octet) in octets.iter_mut().enumerate() {
         let signs = split.signs[i / 4].to_le_bytes()[i % 4];
-        *octet = negate(Q::octet(&split, i), mask(signs)).to_le_bytes();
+        *octet = negate(u64::from_le_bytes(split.magnitudes[i]), mask(signs)).to_le_bytes();
     }
 }

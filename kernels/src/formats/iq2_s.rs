@@ -69,7 +69,7 @@ impl Gridded for IQ2_S {
     }
 
     #[inline(always)]
-    fn octet(split: &Split, i: usize) -> u64 {
-        IQ2_S_GRID[usize::from(split.indices[i] & 1023)]
+    fn look_up(split: &mut Split) {
+        split.look_up_octets(&IQ2_S_GRID);
     }
 }

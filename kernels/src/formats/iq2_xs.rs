@@ -68,7 +68,7 @@ impl Gridded for IQ2_XS {
     }
 
     #[inline(always)]
-    fn octet(split: &Split, i: usize) -> u64 {
-        IQ2_XS_GRID[usize::from(split.indices[i] & 511)]
+    fn look_up(split: &mut Split) {
+        split.look_up_octets(&IQ2_XS_GRID);
     }
 }

@@ -61,20 +61,22 @@ impl Gridded for IQ2_XXS {
 
     #[inline(always)]
     fn split(&self, out: &mut Split) {
+        // (Loops of one thing each are what compilers make vectors of.)
+        let signs = self.groups.map(|group| u32::from_le_bytes(group.signs));
+        out.signs = signs.map(even_signs);
         for g in 0..8 {
-            let IQ2_XXS_Group { grid, signs } = self.groups[g];
-            let signs = u32::from_le_bytes(signs);
-            out.signs[g] = even_signs(signs);
-            out.subs[2 * g] = 2 * (signs >> 28) as i16 + 1;
+            out.subs[2 * g] = 2 * (signs[g] >> 28) as i16 + 1;
             out.subs[2 * g + 1] = out.subs[2 * g];
+        }
+        for g in 0..8 {
             for k in 0..4 {
-                out.indices[4 * g + k] = grid[k].into();
+                out.indices[4 * g + k] = self.groups[g].grid[k].into();
             }
         }
     }
 
     #[inline(always)]
-    fn octet(split: &Split, i: usize) -> u64 {
-        IQ2_XXS_GRID[usize::from(split.indices[i] & 255)]
+    fn look_up(split: &mut Split) {
+        split.look_up_octets(&IQ2_XXS_GRID);
     }
 }

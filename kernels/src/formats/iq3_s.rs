@@ -1,5 +1,6 @@
 //! IQ3_S: `value = d * (2s + 1) * grid * sign`, a 4-bit s for each 32 values.
 
+use super::bits::{ONES, mask};
 use super::bytes::layout;
 use super::gridded::{self, Gridded, Split};
 use super::{Activation, Block, F16, Format, IQ3_S_GRID, Quantised, Unpacked};
@@ -61,9 +62,9 @@ impl Gridded for IQ3_S {
             }
         }
         for g in 0..8 {
-            let high = u16::from(self.qh[g]);
+            let high = (mask(self.qh[g]) & ONES).to_le_bytes();
             for k in 0..8 {
-                out.indices[8 * g + k] = u16::from(self.qs[8 * g + k]) | ((high << (8 - k)) & 0x100);
+                out.indices[8 * g + k] = u16::from(self.qs[8 * g + k]) | (u16::from(high[k]) << 8);
             }
         }
         for (signs, bytes) in out.signs.iter_mut().zip(self.signs.as_chunks::<4>().0) {
@@ -72,9 +73,7 @@ impl Gridded for IQ3_S {
     }
 
     #[inline(always)]
-    fn octet(split: &Split, i: usize) -> u64 {
-        let [low, high] = [split.indices[2 * i], split.indices[2 * i + 1]];
-        let (low, high) = (IQ3_S_GRID[usize::from(low & 511)], IQ3_S_GRID[usize::from(high & 511)]);
-        u64::from(low) | (u64::from(high) << 32)
+    fn look_up(split: &mut Split) {
+        split.look_up_quads(&IQ3_S_GRID);
     }
 }

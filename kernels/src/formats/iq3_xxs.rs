@@ -51,23 +51,20 @@ impl Gridded for IQ3_XXS {
 
     #[inline(always)]
     fn split(&self, out: &mut Split) {
+        // (Loops of one thing each are what compilers make vectors of.)
+        let signs = self.signs.map(u32::from_le_bytes);
+        out.signs = signs.map(even_signs);
         for g in 0..8 {
-            let signs = u32::from_le_bytes(self.signs[g]);
-            out.signs[g] = even_signs(signs);
-            out.subs[2 * g] = 2 * (signs >> 28) as i16 + 1;
+            out.subs[2 * g] = 2 * (signs[g] >> 28) as i16 + 1;
             out.subs[2 * g + 1] = out.subs[2 * g];
         }
-        for i in 0..32 {
-            for k in 0..2 {
-                out.indices[2 * i + k] = self.qs[i][k].into();
-            }
+        for (index, &q) in out.indices.iter_mut().zip(self.qs.as_flattened()) {
+            *index = q.into();
         }
     }
 
     #[inline(always)]
-    fn octet(split: &Split, i: usize) -> u64 {
-        let [low, high] = [split.indices[2 * i], split.indices[2 * i + 1]];
-        let (low, high) = (IQ3_XXS_GRID[usize::from(low & 255)], IQ3_XXS_GRID[usize::from(high & 255)]);
-        u64::from(low) | (u64::from(high) << 32)
+    fn look_up(split: &mut Split) {
+        split.look_up_quads(&IQ3_XXS_GRID);
     }
 }

@@ -193,16 +193,6 @@ pub trait Isa: Copy + Send + Sync + 'static {
 
     /// The bytes of two rows.
     fn load_halves(self, a: &[u8; 32], b: &[u8; 32]) -> Self::I;
-    /// Four words of eight bytes of each of two rows.
-    #[inline(always)]
-    fn octets(self, a: [u64; 4], b: [u64; 4]) -> Self::I {
-        let mut halves = [[0; 32]; 2];
-        for i in 0..4 {
-            halves[0][8 * i..8 * i + 8].copy_from_slice(&a[i].to_le_bytes());
-            halves[1][8 * i..8 * i + 8].copy_from_slice(&b[i].to_le_bytes());
-        }
-        self.load_halves(&halves[0], &halves[1])
-    }
     /// Negates the bytes, none of which is -128, for which a bit is set: bit `i` of `signs[row]` is that of
     /// byte `i` of a row.
     #[inline(always)]

@@ -297,10 +297,6 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
         op!([_mm256_loadu_si256(a.as_ptr().cast()), _mm256_loadu_si256(b.as_ptr().cast())])
     }
     #[inline(always)]
-    fn octets(self, a: [u64; 4], b: [u64; 4]) -> Self::I {
-        op!(both_of(a, b))
-    }
-    #[inline(always)]
     fn negate(self, x: Self::I, signs: [u32; 2]) -> Self::I {
         let mut out = x;
         for half in 0..2 {
@@ -418,16 +414,6 @@ fn opaque(mut x: usize) -> usize {
     // SAFETY: no instruction.
     unsafe { core::arch::asm!("/* {0} */", inout(reg) x, options(nomem, nostack, preserves_flags)) };
     x
-}
-
-/// Words of eight bytes as vectors.
-#[inline]
-#[target_feature(enable = "avx2")]
-fn both_of(a: [u64; 4], b: [u64; 4]) -> [__m256i; 2] {
-    [
-        _mm256_setr_epi64x(a[0] as i64, a[1] as i64, a[2] as i64, a[3] as i64),
-        _mm256_setr_epi64x(b[0] as i64, b[1] as i64, b[2] as i64, b[3] as i64),
-    ]
 }
 
 /// The dots of two adjacent bytes in each 16-bit lane. No sum of two products passes 2 · 128 · 127, so it
@@ -699,13 +685,6 @@ impl Isa for Avx512 {
     #[inline(always)]
     fn load_halves(self, a: &[u8; 32], b: &[u8; 32]) -> Self::I {
         op!(halves(_mm256_loadu_si256(a.as_ptr().cast()), _mm256_loadu_si256(b.as_ptr().cast())))
-    }
-    #[inline(always)]
-    fn octets(self, a: [u64; 4], b: [u64; 4]) -> Self::I {
-        op!({
-            let [a, b] = both_of(a, b);
-            halves(a, b)
-        })
     }
     #[inline(always)]
     fn negate(self, x: Self::I, signs: [u32; 2]) -> Self::I {

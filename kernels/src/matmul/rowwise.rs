@@ -72,24 +72,26 @@ impl<I: Isa, Q: Quantised> Scales<I, Q> for &Header<I> {
 /// Blocks where they are in the rows, `stride` blocks apart.
 #[derive(Clone, Copy)]
 struct Blocks<'a, Q> {
+    /// From the first row on.
     blocks: &'a [Q],
-    first: &'a Q,
     stride: usize,
     /// Number of the block in its row.
     c: usize,
+    /// What a block that is missing reads as.
+    missing: &'a Q,
 }
 
 impl<'a, Q: Interleaved> Blocks<'a, Q> {
-    /// Blocks that are missing read as the first.
     #[inline(always)]
     fn get(self, r: usize) -> &'a Q {
-        self.blocks.get(r * self.stride).unwrap_or(self.first)
+        self.blocks.get(r * self.stride + self.c).unwrap_or(self.missing)
     }
 
     /// Four words of each row.
     #[inline(always)]
     fn quad<I: Isa>(self, isa: I, first: usize) -> [I::I; 4] {
-        let bytes = Q::bytes_of(self.blocks).get(4 * first..).unwrap_or(&[]);
+        let bytes = Q::bytes_of(self.blocks.get(self.c..).unwrap_or(&[]));
+        let bytes = bytes.get(4 * first..).unwrap_or(&[]);
         isa.transpose(bytes, self.stride * size_of::<Q>())
     }
 }
@@ -127,11 +129,7 @@ impl<I: Isa, Q: Interleaved> Rows<I, Q> for Blocks<'_, Q> {
     }
     #[inline(always)]
     fn ask_ahead(self, isa: I, p: usize) {
-        let here = ROWS * self.c + 2 * p;
-        let ahead = (ROWS * self.stride + here - self.c) * size_of::<Q>();
-        for line in (0..2 * size_of::<Q>()).step_by(64) {
-            isa.prefetch::<false, _>(Q::bytes_of(self.blocks), ahead + line);
-        }
+        ask_ahead::<I, Q, 2>(isa, self.blocks, self.stride, self.c, 2 * p);
     }
 }
 
@@ -257,11 +255,7 @@ impl<I: Isa, Q: Gridded> Rows<I, Q> for Grid<'_> {
     }
     #[inline(always)]
     fn codes(isa: I, [a, b]: [&Split; 2], part: usize) -> I::I {
-        let first = 4 * part;
-        isa.octets(
-            [Q::octet(a, first), Q::octet(a, first + 1), Q::octet(a, first + 2), Q::octet(a, first + 3)],
-            [Q::octet(b, first), Q::octet(b, first + 1), Q::octet(b, first + 2), Q::octet(b, first + 3)],
-        )
+        isa.load_halves(a.part(part), b.part(part))
     }
     #[inline(always)]
     fn signs(row: &Split, part: usize) -> u32 {
@@ -285,8 +279,7 @@ pub(super) fn interleaved<I: Isa, Q: Interleaved, const T: usize>(isa: I, task: 
         |task, first, c, x, acc| {
             let blocks = task.w.get(first * task.row_blocks..).unwrap_or(&[]);
             if first + ROWS <= task.rows {
-                let blocks = blocks.get(c..).unwrap_or(&[]);
-                let rows = Blocks { blocks, first: &task.w[0], stride: task.row_blocks, c };
+                let rows = Blocks { blocks, stride: task.row_blocks, c, missing: &task.w[0] };
                 return add::<I, Q, _, T>(isa, rows, x, acc);
             }
             // Rows past the end repeat the last one.
@@ -294,7 +287,7 @@ pub(super) fn interleaved<I: Isa, Q: Interleaved, const T: usize>(isa: I, task: 
             for r in 0..ROWS {
                 blocks[r] = task.w[(first + r).min(task.rows - 1) * task.row_blocks + c];
             }
-            add::<I, Q, _, T>(isa, Blocks { blocks: &blocks, first: &task.w[0], stride: 1, c: 0 }, x, acc);
+            add::<I, Q, _, T>(isa, Blocks { blocks: &blocks, stride: 1, c: 0, missing: &task.w[0] }, x, acc);
         },
     );
 }
@@ -309,10 +302,13 @@ pub(super) fn gridded<I: Isa, Q: Gridded, const T: usize>(isa: I, task: &mut Tas
         #[inline(always)]
         |task, first, c, x, acc| {
             for r in 0..ROWS {
-                let block = &task.w[(first + r).min(task.rows - 1) * task.row_blocks + c];
+                let row = (first + r).min(task.rows - 1) * task.row_blocks;
+                ask_ahead::<I, Q, 1>(isa, &task.w[first * task.row_blocks..], task.row_blocks, c, r);
+                let block = &task.w[row + c];
                 block.split(&mut rows[r]);
                 scales[r] = block.scale().to_bits();
             }
+            rows.iter_mut().for_each(Q::look_up);
             add::<I, Q, _, T>(isa, Grid { rows: &rows, scales: &scales }, x, acc);
         },
     );
@@ -329,11 +325,23 @@ pub(super) fn unpacked<I: Isa, Q: Quantised, const T: usize>(isa: I, task: &mut 
         |task, first, c, x, acc| {
             for r in 0..ROWS {
                 let row = (first + r).min(task.rows - 1) * task.row_blocks;
+                ask_ahead::<I, Q, 1>(isa, &task.w[first * task.row_blocks..], task.row_blocks, c, r);
                 unpack(&task.w[row + c], &mut rows[r]);
             }
             add::<I, Q, _, T>(isa, &rows, x, acc);
         },
     );
+}
+
+/// Asks for `N` blocks of the next sixteen rows, from the one that the rows here have as number `c` in row `r`
+/// on, counted in the order of memory. (A few at a time: many at once would hold up what is read now. The
+/// CPU's own prefetcher follows one row, not sixteen.)
+#[inline(always)]
+fn ask_ahead<I: Isa, B: Bytes, const N: usize>(isa: I, rows: &[B], row_blocks: usize, c: usize, r: usize) {
+    let ahead = (ROWS * (row_blocks + c) + r) * size_of::<B>();
+    for line in (0..N * size_of::<B>()).step_by(64) {
+        isa.prefetch::<false, _>(B::bytes_of(rows), ahead + line);
+    }
 }
 
 /// Not compiled with vector instructions: most of these formats are tables and bits, of which compilers make
