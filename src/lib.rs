@@ -36,8 +36,8 @@
 //! let mut session = Session::new(model, backend, &options)?;
 //! let (a, b) = (session.add_sequence(), session.add_sequence());
 //! let runs = [
-//!     Run { sequence: a, tokens: &[1, 2, 3], wanted: Wanted::Last },
-//!     Run { sequence: b, tokens: &[1, 9], wanted: Wanted::Last },
+//!     Run::new(a, &[1, 2, 3]),
+//!     Run::new(b, &[1, 9]),
 //! ];
 //! session.step(&runs, Head::ArgMax)?;
 //! let next: &[u32] = session.arg_max();
@@ -71,6 +71,7 @@ mod lora;
 pub mod map;
 mod memory;
 pub mod model;
+mod options;
 #[cfg(feature = "output")]
 pub mod output;
 pub mod pack;

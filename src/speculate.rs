@@ -6,7 +6,7 @@
 //! batch. It only changes the number of steps.
 
 use crate::error::{Error, Result};
-use crate::session::{Head, Run, SequenceId, Session, Wanted};
+use crate::session::{Head, Run, SequenceId, Session};
 
 /// Proposes continuations of a text.
 pub trait Drafter {
@@ -110,8 +110,7 @@ impl Drafter for DraftModel {
             let Some(&token) = session.arg_max().first() else { break };
             out.push(token);
             if i + 1 < most {
-                let run = Run { sequence: *sequence, tokens: &[token], wanted: Wanted::Last };
-                session.step(&[run], Head::ArgMax)?;
+                session.step(&[Run::new(*sequence, &[token])], Head::ArgMax)?;
             }
         }
         Ok(())

@@ -15,22 +15,14 @@ use super::driver::{Driver, Listed};
 use super::host::{
     self, Attention, HostOp, HostPlan, HostState, HostStep, HostTensor, Kernels, Matrix, memory,
 };
-use super::{
-    Backend, Buffer, Caps, Contract, DeviceOp, Fusions, Limits, OpSig, Plan, Rows, Step, Support, Usage,
-};
+use super::{Backend, Buffer, Caps, Contract, DeviceOp, Limits, OpSig, Plan, Step, Support, Usage};
 use crate::error::Result;
 use crate::map::Region;
 use crate::program::{Epilogue, Gating, NOT_FINITE, NormKind, Op, Part, Program, RopePairs, Rotation};
 
 /// The driver of the reference backend.
-pub const DRIVER: Driver = Driver {
-    name: "reference",
-    argument: None,
-    help: "",
-    options: &[],
-    open: |_, _| Ok(Arc::new(Reference::new())),
-    list: || Ok(vec![Listed::of(Reference::new().caps())]),
-};
+pub const DRIVER: Driver = Driver::new("reference", |_, _| Ok(Arc::new(Reference::new())))
+    .list(|| Ok(vec![Listed::of(Reference::new().caps())]));
 
 /// The reference backend: slow, and correct by definition.
 #[derive(Debug)]
@@ -42,14 +34,8 @@ impl Reference {
     /// Creates the reference backend. It requests no fusions, but runs all of them.
     #[allow(clippy::new_without_default)]
     pub fn new() -> Reference {
-        let caps = Caps {
-            name: "reference".into(),
-            device: "scalar definitions of all ops, one thread".into(),
-            memory_bytes: u64::MAX,
-            rows: Rows::Plain,
-            fusions: Fusions::default(),
-            contract: Contract::Exact,
-        };
+        let caps =
+            Caps::new("reference", "scalar definitions of all ops, one thread").contract(Contract::Exact);
         Reference { caps }
     }
 }
