@@ -30,16 +30,12 @@
 //! # use std::sync::Arc;
 //! # use halite::prelude::*;
 //! # fn steps(model: &Arc<Model>, backend: &Arc<dyn Backend>) -> halite::Result<()> {
-//! use halite::session::{Head, Run, Wanted};
+//! use halite::session::{Head, Run};
 //!
-//! let options = SessionOptions { sequences: 2, outputs: 2, ..Default::default() };
+//! let options = SessionOptions::default().sequences(2).outputs(2);
 //! let mut session = Session::new(model, backend, &options)?;
 //! let (a, b) = (session.add_sequence(), session.add_sequence());
-//! let runs = [
-//!     Run::new(a, &[1, 2, 3]),
-//!     Run::new(b, &[1, 9]),
-//! ];
-//! session.step(&runs, Head::ArgMax)?;
+//! session.step(&[Run::new(a, &[1, 2, 3]), Run::new(b, &[1, 9])], Head::ArgMax)?;
 //! let next: &[u32] = session.arg_max();
 //! # let _ = next;
 //! # Ok(())
@@ -91,6 +87,8 @@ pub use backend::cpu::Cpu;
 pub use embed::{EmbedOptions, Embedder};
 pub use error::{Error, Result};
 pub use generate::GenerateOptions;
+/// The half-precision number of blocks and caches, from the crate `half`.
+pub use half::f16;
 pub use halite_kernels as kernels;
 pub use model::Model;
 pub use sampler::SamplerOptions;

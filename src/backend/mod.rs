@@ -260,6 +260,10 @@ pub struct Limits {
 }
 
 /// Buffers in the order of the program's slots.
+///
+/// [`Backend::prepare`] knows slots alone, and compiles commands that name slots. Buffers come with each
+/// submission. They are often those of the last one, but streamed weights change theirs. A device may keep what
+/// it bound, and binds again if a buffer is not the same memory.
 #[derive(Debug, Clone, Copy)]
 pub struct Bindings<'a> {
     /// One per tensor in `Program::weights`.
@@ -357,6 +361,10 @@ pub trait Backend: Send + Sync {
 pub trait Plan: Send {
     /// Starts the given segments of a step. Scratch tensors live until the next submission that starts at
     /// segment 0.
+    ///
+    /// A plan that computes on the host's threads sets the floating-point environment first, with
+    /// [`DefaultFloats`](halite_kernels::float::DefaultFloats): the program around it may round in another way,
+    /// or flush small numbers to zero.
     ///
     /// # Errors
     /// `Error::Cancelled`, `Error::Argument`, or errors of the device.

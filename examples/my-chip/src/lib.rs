@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 
 use halite::backend::driver::{Driver, DriverOption, Listed, Value};
 use halite::backend::{
-    Backend, Bindings, Buffer, Caps, Clock, Contract, DeviceOp, Gap, Limits, OpSig, Operand, Plan, Step, Support,
-    Ticket, Timing, Usage, check_step, reference,
+    Backend, Bindings, Buffer, Caps, Clock, Contract, DeviceOp, Gap, Limits, OpSig, Operand, Plan, Step,
+    Support, Ticket, Timing, Usage, check_step, reference,
 };
 use halite::kernels::float::DefaultFloats;
 use halite::kernels::formats::Format;
