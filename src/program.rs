@@ -100,7 +100,7 @@ pub struct State {
     pub key_dim: u32,
     /// Elements of a value.
     pub value_dim: u32,
-    /// Element format: `F32`, `F16` or, if keys and values are whole blocks of 32, `Q8_0` or `Q4_0`.
+    /// Element format, one of [`formats`](halite_kernels::kv::formats). Keys and values are whole blocks of it.
     pub format: Format,
     /// Sliding window: positions that attention sees, the current one included; `None`: all.
     pub window: Option<u32>,

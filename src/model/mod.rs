@@ -72,7 +72,7 @@ pub fn architectures() -> impl Iterator<Item = &'static str> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ProgramOptions {
-    /// Format of the KV cache: `F16`, `F32`, `Q8_0` or `Q4_0`.
+    /// Format of the KV cache, one of [`formats`](halite_kernels::kv::formats).
     pub kv_format: Format,
 }
 

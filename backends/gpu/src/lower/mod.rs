@@ -14,7 +14,9 @@ use self::experts::gating_code;
 use halite::backend::Limits;
 use halite::passes;
 use halite::program::{Dim, Epilogue, Index, NormKind, Op, Program, RopePairs, Rotation, Slot, TensorId};
-use halite_shaders::{Extra, Paths, Resource, Shader, WORKGROUP, gated, knows_format, unary, wgsl};
+use halite_shaders::{
+    Extra, Paths, Resource, Shader, WORKGROUP, gated, knows_format, knows_kv_format, unary, wgsl,
+};
 use product::shards;
 
 /// The quantity that a number of workgroups depends on.
@@ -186,6 +188,12 @@ pub(super) fn missing(program: &Program, op: &Op, bounds: &Bounds) -> Option<Str
         if shards(t, bounds.binding_bytes).is_none() {
             let limit = bounds.binding_bytes;
             why = Some(format!("`{}` cannot be divided into bindings of {limit} bytes", t.name));
+        }
+    }
+    if let Op::KvWrite { state, .. } | Op::RopeKv { state, .. } | Op::Attend { state, .. } = op {
+        let format = program.states[state.0 as usize].format;
+        if !knows_kv_format(format) {
+            why = Some(format!("a cache of {}", format.name()));
         }
     }
     match op {
