@@ -78,7 +78,7 @@ impl Backend for Reference {
 ///
 /// It copies what the op reads out of the backend's buffers with [`Backend::read`], computes on the host, and copies what
 /// the op writes back with [`Backend::fill`]. The result has the bits of the reference. It is slow: call it to
-/// bring a chip up, and for ops that take no time. The backend reads weights in plain rows ([`Rows::Plain`]), and
+/// bring a chip up, and for ops that take no time. The backend reads weights in plain rows ([`Rows::Plain`](super::Rows::Plain)), and
 /// [`check_step`](super::check_step) has accepted the step.
 ///
 /// # Errors
