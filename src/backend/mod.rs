@@ -98,7 +98,8 @@ pub struct Caps {
 }
 
 impl Caps {
-    /// Describes a device with memory without limit, plain rows, no fusions and results that are close to the reference.
+    /// Describes a device with memory without limit, plain rows, no fusions, and results close to the
+    /// reference.
     pub fn new(name: impl Into<String>, device: impl Into<String>) -> Caps {
         Caps {
             name: name.into(),
