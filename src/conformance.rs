@@ -137,8 +137,8 @@ pub fn check(backend: &dyn Backend, case: &Case) -> Outcome {
     }
 }
 
-/// Error bound of a backend with its own number formats: enough for four bits, too small for a wrong result.
-const ROUNDED: f64 = 0.1;
+/// Error bound of [`Contract::Native`]: enough for formats of four bits, too small for a wrong result.
+const NATIVE_BOUND: f64 = 0.1;
 
 /// Outputs of one step: name, whether they are integers, words.
 type Output = (String, bool, Vec<u32>);
@@ -161,7 +161,7 @@ fn compare(got: &[Output], want: &[Output], contract: Contract, bound: f64) -> O
         }
     }
     let nmse = if error == 0.0 { 0.0 } else { error / power };
-    let bound = if contract == Contract::Rounded { ROUNDED } else { bound };
+    let bound = if contract == Contract::Native { NATIVE_BOUND } else { bound };
     if nmse <= bound { Outcome::Pass(nmse) } else { Outcome::Fail(format!("error {nmse:.2e} > {bound:.0e}")) }
 }
 
@@ -244,7 +244,7 @@ fn execute(backend: &dyn Backend, case: &Case) -> Result<Vec<Output>> {
         });
         let vocab = if let Some(Dim::Fixed(rows)) = vocab { rows } else { 1 };
         let ids: Vec<u32> = (0..n).map(|_| (rng.next() % u64::from(vocab)) as u32).collect();
-        let wanted: Vec<u32> = (0..n).step_by(2).collect();
+        let output_tokens: Vec<u32> = (0..n).step_by(2).collect();
         for (&id, buffer) in program.io.iter().zip(&io) {
             let words = (buffer.bytes() as usize - GUARD_BYTES) / 4;
             let content: Vec<u32> = match written(id) {
@@ -254,7 +254,7 @@ fn execute(backend: &dyn Backend, case: &Case) -> Result<Vec<Output>> {
             crate::backend::upload(backend, buffer, 0, bytemuck::cast_slice(&content))?;
         }
         let bindings = Bindings { weights: &weights, states: &states, io: &io };
-        let step = Step { spans: &spans, tokens: &ids, outputs: &wanted, cancel: &cancel };
+        let step = Step { spans: &spans, tokens: &ids, outputs: &output_tokens, cancel: &cancel };
         let ticket = plan.submit(&step, 0..program.segments.len(), &bindings)?;
         plan.wait(ticket)?;
         for (&id, buffer) in program.io.iter().zip(&io) {
@@ -262,7 +262,7 @@ fn execute(backend: &dyn Backend, case: &Case) -> Result<Vec<Output>> {
                 continue;
             }
             let t = program.tensor(id);
-            let words = crate::passes::rows(t.rows, n, wanted.len() as u32) as usize * t.cols as usize;
+            let words = crate::passes::rows(t.rows, n, output_tokens.len() as u32) as usize * t.cols as usize;
             let mut content = vec![0; buffer.bytes() as usize];
             backend.read(buffer, 0, &mut content)?;
             let (values, rest) = content.split_at(4 * words);
@@ -430,8 +430,8 @@ fn matmuls(cases: &mut Cases) {
             let weights = [("w", format, vec![256, 16])];
             cases.add(name, &weights, &[&[(0, tokens)]], bound(format), |b| {
                 let x = b.input("x", Dim::Tokens, 256);
-                let large = b.map("large", x, Unary::Scale(1e38));
-                let infinite = b.map("infinite", large, Unary::Scale(10.0));
+                let large = b.unary("large", x, Unary::Scale(1e38));
+                let infinite = b.unary("infinite", large, Unary::Scale(10.0));
                 let w = b.weight("w", 16, 256);
                 let y = b.linear("y", infinite, w, None);
                 b.output(y);
@@ -551,17 +551,17 @@ fn with_nan(b: &mut Builder<'_>, name: &str, cols: u32) -> TensorId {
 
 /// Multiplies an input by 1e38 and a factor, so that some elements become infinite.
 fn infinities(b: &mut Builder<'_>, x: TensorId, factor: f32) -> TensorId {
-    let large = b.map("large", x, Unary::Scale(1e38));
-    b.map("infinite", large, Unary::Scale(factor))
+    let large = b.unary("large", x, Unary::Scale(1e38));
+    b.unary("infinite", large, Unary::Scale(factor))
 }
 
-/// Cases with NaN: elementwise ops pass it on, and ops that choose elements detect it.
+/// Cases with NaN: element-wise ops pass it on, and ops that choose elements detect it.
 fn not_finite(cases: &mut Cases) {
     let cols = 100;
     for f in UNARY {
-        cases.row(format!("Map {f:?} of NaN"), &[], 3, |b| {
+        cases.row(format!("Unary {f:?} of NaN"), &[], 3, |b| {
             let x = with_nan(b, "x", cols);
-            let y = b.map("y", x, f);
+            let y = b.unary("y", x, f);
             b.output(y);
         });
     }
@@ -586,9 +586,9 @@ fn not_finite(cases: &mut Cases) {
                 let x = b.input("x", Dim::Tokens, cols);
                 let mut x = infinities(b, x, 10.0);
                 if negative {
-                    let up = b.map("up", x, Unary::Relu);
-                    let down = b.map("down", up, Unary::Scale(-1.0));
-                    x = b.map("infinite", down, Unary::Scale(1e38));
+                    let up = b.unary("up", x, Unary::Relu);
+                    let down = b.unary("down", up, Unary::Scale(-1.0));
+                    x = b.unary("infinite", down, Unary::Scale(1e38));
                 }
                 let best = b.arg_max(x);
                 b.output(best);
@@ -679,9 +679,9 @@ fn rows(cases: &mut Cases) {
             });
         }
         for f in UNARY {
-            cases.row(format!("Map {f:?} {cols}"), &[], 3, |b| {
+            cases.row(format!("Unary {f:?} {cols}"), &[], 3, |b| {
                 let x = b.input("x", Dim::Tokens, cols);
-                let y = b.map("y", x, f);
+                let y = b.unary("y", x, f);
                 b.output(y);
             });
         }
@@ -693,8 +693,8 @@ fn rows(cases: &mut Cases) {
         cases.row(format!("ArgMax {cols}"), &[], 3, |b| {
             let x = b.input("x", Dim::Tokens, cols);
             // About half of the elements tie for the maximum: minus zero.
-            let x = b.map("relu", x, Unary::Relu);
-            let x = b.map("negative", x, Unary::Scale(-1.0));
+            let x = b.unary("relu", x, Unary::Relu);
+            let x = b.unary("negative", x, Unary::Scale(-1.0));
             let best = b.arg_max(x);
             b.output(best);
         });
@@ -706,14 +706,14 @@ fn rows(cases: &mut Cases) {
         });
         cases.row(format!("TopK {cols} of equals"), &[], 2, |b| {
             let x = b.input("x", Dim::Tokens, cols);
-            let x = b.map("relu", x, Unary::Relu);
+            let x = b.unary("relu", x, Unary::Relu);
             let (ids, values) = b.top_k(x, cols.min(300));
             b.output(ids);
             b.output(values);
         });
-        cases.row(format!("Select {cols}"), &[], 5, |b| {
+        cases.row(format!("Gather {cols}"), &[], 5, |b| {
             let x = b.input("x", Dim::Tokens, cols);
-            let y = b.select(x);
+            let y = b.gather(x);
             b.output(y);
         });
     }
@@ -855,8 +855,8 @@ fn attention(cases: &mut Cases) {
             cases.add(name, &[], &[&[(0, 3)], &[(3, 1)]], 1e-6, |b| {
                 let (q, k) = (b.input("q", Dim::Tokens, 2 * 32), b.input("k", Dim::Tokens, 32));
                 let v = b.input("v", Dim::Tokens, 32);
-                let large = b.map("large", if which == "keys" { k } else { v }, Unary::Scale(1e38));
-                let infinite = b.map("infinite", large, Unary::Scale(10.0));
+                let large = b.unary("large", if which == "keys" { k } else { v }, Unary::Scale(1e38));
+                let infinite = b.unary("infinite", large, Unary::Scale(10.0));
                 let (k, v) = if which == "keys" { (infinite, v) } else { (k, infinite) };
                 let (kv_heads, key_dim, value_dim, window, causal) = (1, 32, 32, None, true);
                 let name = "kv".into();
@@ -950,7 +950,7 @@ mod tests {
     fn every_op_and_format_has_cases() {
         let cases = cases();
         for op in [
-            "Embed", "Select", "Norm", "MatMul", "Rope", "RopeKv", "Attend", "Glu", "Add", "Map", "Route",
+            "Embed", "Gather", "Norm", "MatMul", "Rope", "RopeKv", "Attend", "Glu", "Add", "Unary", "Route",
             "Experts", "ArgMax", "TopK",
         ] {
             assert!(cases.iter().any(|c| c.name.starts_with(op)), "{op}");

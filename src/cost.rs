@@ -109,7 +109,7 @@ pub fn op(program: &Program, op: &Op, extent: Extent) -> Cost {
     let mut tensors = Vec::new();
     op.inputs(&mut |id| tensors.push(id));
     op.outputs(&mut |id| tensors.push(id));
-    // An op works on all rows of its tensors, except Select, which reads only the rows that it writes.
+    // An op works on all rows of its tensors, except Gather, which reads only the rows that it writes.
     let rows = tensors.iter().filter(|&&id| !is_weight(id));
     let rows = rows.map(|&id| passes::rows(program.tensor(id).rows, extent.tokens, extent.outputs)).min();
     let rows = rows.unwrap_or(0);

@@ -52,7 +52,7 @@ pub struct Embedder {
     segments: Vec<Range<usize>>,
     pooling: Pooling,
     options: EmbedOptions,
-    longest: u32,
+    max_text_tokens: u32,
     cancel: Cancel,
 }
 
@@ -96,7 +96,7 @@ impl Embedder {
             Error::Model(format!("key `{}.pooling_type` is missing: choose a pooling", h.architecture))
         })?;
         let tokens = options.batch.max(1);
-        let most = model.gguf().optional_u32(MAX_TEXT_TOKENS)?.unwrap_or(h.context_length).max(1);
+        let stated = model.gguf().optional_u32(MAX_TEXT_TOKENS)?.unwrap_or(h.context_length).max(1);
         let limits = Limits { tokens, outputs: tokens };
         let pages = u64::from(tokens / PAGE_POSITIONS) + MAX_RUNS as u64;
         let loaded = Loaded::new(model, backend, &program, limits, |_| pages, progress)?;
@@ -105,7 +105,7 @@ impl Embedder {
             loaded,
             pooling,
             options: *options,
-            longest: h.context_length.min(tokens).min(most),
+            max_text_tokens: h.context_length.min(tokens).min(stated),
             cancel: Cancel::default(),
         })
     }
@@ -126,8 +126,8 @@ impl Embedder {
     }
 
     /// Maximum tokens of a text.
-    pub fn longest(&self) -> u32 {
-        self.longest
+    pub fn max_text_tokens(&self) -> u32 {
+        self.max_text_tokens
     }
 
     /// Returns a handle that stops the work from another thread.
@@ -157,18 +157,18 @@ impl Embedder {
     /// errors of the backend.
     pub fn embed_tokens(&mut self, texts: &[Vec<u32>]) -> Result<Vec<Vec<f32>>> {
         let _floats = DefaultFloats::set();
-        let longest = self.longest as usize;
+        let max_text_tokens = self.max_text_tokens as usize;
         let mut fitting = texts.to_vec();
         for (i, text) in fitting.iter_mut().enumerate() {
             let Some(&last) = text.last() else {
                 return Err(Error::argument("text", "at least one token", format!("none in text {i}")));
             };
-            if text.len() > longest && !self.options.truncate {
-                let expected = format!("at most {longest} tokens (or enable truncate)");
+            if text.len() > max_text_tokens && !self.options.truncate {
+                let expected = format!("at most {max_text_tokens} tokens (or enable truncate)");
                 return Err(Error::argument("text", expected, format!("{} in text {i}", text.len())));
             }
-            if text.len() > longest {
-                text.truncate(longest - 1);
+            if text.len() > max_text_tokens {
+                text.truncate(max_text_tokens - 1);
                 text.push(last);
             }
         }
@@ -198,11 +198,11 @@ impl Embedder {
             page += pages;
         }
         let mut spans = Vec::new();
-        let (mut wanted, mut first) = (Vec::new(), 0);
+        let (mut output_tokens, mut first) = (Vec::new(), 0);
         for (text, tables) in texts.iter().zip(&tables) {
             let len = text.len() as u32;
             spans.push(Span { tables, start: 0, len });
-            wanted.extend(match self.pooling {
+            output_tokens.extend(match self.pooling {
                 Pooling::None | Pooling::Mean => first..first + len,
                 Pooling::Cls => first..first + 1,
                 Pooling::Last => first + len - 1..first + len,
@@ -210,9 +210,10 @@ impl Embedder {
             first += len;
         }
         let tokens = texts.concat();
-        let step = Step { spans: &spans, tokens: &tokens, outputs: &wanted, cancel: &self.cancel };
+        let step = Step { spans: &spans, tokens: &tokens, outputs: &output_tokens, cancel: &self.cancel };
         self.loaded.run(&step, &self.segments)?;
-        let mut rows: Vec<f32> = zeroed(wanted.len() as u64 * self.dimension() as u64, "the embeddings")?;
+        let mut rows: Vec<f32> =
+            zeroed(output_tokens.len() as u64 * self.dimension() as u64, "the embeddings")?;
         self.loaded.read(self.loaded.program.outputs.hidden, &mut rows)?;
         if let Some(bad) = rows.iter().find(|x| !x.is_finite()) {
             return Err(Error::NotFinite { what: "embeddings", got: bad.to_string() });

@@ -165,17 +165,17 @@ pub fn escaped(text: &str) -> String {
     escaped_to(text, usize::MAX)
 }
 
-/// The start of such a text.
+/// Escapes the start of a text for messages.
 #[cfg(any(feature = "chat", feature = "constrain"))]
 pub(crate) fn printable(text: &str) -> String {
     escaped_to(text, 1000)
 }
 
-/// Not much more than `most` bytes of it.
-fn escaped_to(text: &str, most: usize) -> String {
+/// Escapes a text, and cuts the result after about `max_bytes` bytes.
+fn escaped_to(text: &str, max_bytes: usize) -> String {
     let mut out = String::new();
     for c in text.chars() {
-        if out.len() > most {
+        if out.len() > max_bytes {
             return out + "…";
         }
         if c.is_control() && c != '\n' { out.extend(c.escape_default()) } else { out.push(c) }

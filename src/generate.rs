@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::memory::reserved;
 use crate::model::TOP_K;
 use crate::sampler::{Sampler, SamplerOptions};
-use crate::session::{Head, Run, SequenceId, Session, Wanted};
+use crate::session::{OutputKind, OutputTokens, Run, SequenceId, Session};
 use crate::speculate::Drafter;
 use crate::tokenizer::{Detokenizer, EncodeOptions, Tokenizer};
 
@@ -51,10 +51,10 @@ crate::setters!(GenerateOptions {
     special: bool,
 });
 
-/// Optional drafter and constraint of a generation.
+/// Optional speculative and constrained decoding of a generation.
 #[derive(Default)]
 #[non_exhaustive]
-pub struct Aids<'a> {
+pub struct Decoding<'a> {
     /// Proposes tokens, which one step verifies. A step takes at most [`Session::outputs`] tokens: the last
     /// chosen token and its draft.
     pub drafter: Option<&'a mut dyn Drafter>,
@@ -62,7 +62,7 @@ pub struct Aids<'a> {
     pub constraint: Option<&'a mut dyn Constraint>,
 }
 
-impl<'a> Aids<'a> {
+impl<'a> Decoding<'a> {
     /// Sets `drafter`.
     #[must_use]
     pub fn drafter(mut self, drafter: &'a mut dyn Drafter) -> Self {
@@ -78,10 +78,10 @@ impl<'a> Aids<'a> {
     }
 }
 
-impl std::fmt::Debug for Aids<'_> {
+impl std::fmt::Debug for Decoding<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let (drafter, constraint) = (self.drafter.is_some(), self.constraint.is_some());
-        f.debug_struct("Aids").field("drafter", &drafter).field("constraint", &constraint).finish()
+        f.debug_struct("Decoding").field("drafter", &drafter).field("constraint", &constraint).finish()
     }
 }
 
@@ -187,7 +187,7 @@ impl Session {
     /// # Errors
     /// [`Error::ContextFull`] before the first step, if not all tokens fit. As [`Session::step`]; steps
     /// before the failed one stay in the sequence.
-    pub fn prefill(&mut self, sequence: SequenceId, tokens: &[u32], head: Head) -> Result<()> {
+    pub fn prefill(&mut self, sequence: SequenceId, tokens: &[u32], kind: OutputKind) -> Result<()> {
         let need = u64::from(self.len(sequence)?) + tokens.len() as u64;
         if need > self.positions().into() {
             return Err(Error::ContextFull { need, have: self.positions().into() });
@@ -195,8 +195,8 @@ impl Session {
         let batch = self.batch() as usize;
         let chunks = tokens.len().div_ceil(batch);
         for (i, tokens) in tokens.chunks(batch).enumerate() {
-            let wanted = if i + 1 == chunks { Wanted::Last } else { Wanted::Nothing };
-            self.step(&[Run::new(sequence, tokens).wanted(wanted)], head)?;
+            let outputs = if i + 1 == chunks { OutputTokens::Last } else { OutputTokens::None };
+            self.step(&[Run::new(sequence, tokens).outputs(outputs)], kind)?;
         }
         Ok(())
     }
@@ -214,7 +214,7 @@ impl Session {
     ) -> Result<Generation> {
         let sequence = self.add_sequence();
         let prompt = tokenizer.encode(prompt, options.encode);
-        let result = self.generate_in(sequence, tokenizer, &prompt, options, Aids::default(), on_text);
+        let result = self.generate_in(sequence, tokenizer, &prompt, options, Decoding::default(), on_text);
         self.remove(sequence)?;
         result
     }
@@ -232,10 +232,10 @@ impl Session {
         tokenizer: &Tokenizer,
         prompt: &[u32],
         options: &GenerateOptions,
-        aids: Aids<'_>,
+        decoding: Decoding<'_>,
         mut on_text: impl FnMut(&str) -> ControlFlow<()>,
     ) -> Result<Generation> {
-        self.continue_in(sequence, tokenizer, prompt, options, aids, &mut on_text)
+        self.continue_in(sequence, tokenizer, prompt, options, decoding, &mut on_text)
     }
 
     fn continue_in(
@@ -244,7 +244,7 @@ impl Session {
         tokenizer: &Tokenizer,
         prompt: &[u32],
         options: &GenerateOptions,
-        mut aids: Aids<'_>,
+        mut decoding: Decoding<'_>,
         on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
     ) -> Result<Generation> {
         let start = Instant::now();
@@ -256,11 +256,11 @@ impl Session {
         let vocab = self.model().hparams().vocab_size as usize;
         let mut sampler = Sampler::new(options.sampler.clone(), vocab)?;
         prompt.iter().for_each(|&t| sampler.accept(t));
-        let head = match options.sampler.needed() {
-            _ if aids.constraint.is_some() => Head::Logits,
-            Some(1) => Head::ArgMax,
-            Some(k) if k <= TOP_K as usize => Head::TopK,
-            _ => Head::Logits,
+        let kind = match options.sampler.needed() {
+            _ if decoding.constraint.is_some() => OutputKind::Logits,
+            Some(1) => OutputKind::ArgMax,
+            Some(k) if k <= TOP_K as usize => OutputKind::TopK,
+            _ => OutputKind::Logits,
         };
         let mut out = Output::new(options, tokenizer);
         let mut generation = Generation {
@@ -279,7 +279,7 @@ impl Session {
             device: (Duration::ZERO, Duration::ZERO),
         };
         let before = self.device_time();
-        let mut result = self.prefill(sequence, &prompt[reused..], head);
+        let mut result = self.prefill(sequence, &prompt[reused..], kind);
         generation.prefill_tokens = self.len(sequence)? - reused as u32;
         generation.prefill = start.elapsed();
         generation.device.0 = self.device_time() - before;
@@ -308,8 +308,8 @@ impl Session {
             let drafted = fed.get(1..).unwrap_or_default();
             let mut right = 0;
             let ended = loop {
-                let token = match &mut aids.constraint {
-                    None => Some(self.choose(right, head, &mut sampler)?),
+                let token = match &mut decoding.constraint {
+                    None => Some(self.choose(right, kind, &mut sampler)?),
                     Some(constraint) => self.choose_allowed(right, tokenizer, &mut sampler, *constraint)?,
                 };
                 if generation.tokens.is_empty() {
@@ -318,11 +318,12 @@ impl Session {
                 } else {
                     generation.decode_tokens += 1;
                 }
-                let goes_on =
-                    |id: &u32| !tokenizer.is_end(*id) || (options.ignore_end && aids.constraint.is_none());
+                let goes_on = |id: &u32| {
+                    !tokenizer.is_end(*id) || (options.ignore_end && decoding.constraint.is_none())
+                };
                 let Some(token) = token.filter(goes_on) else { break Some(Finish::End) };
                 sampler.accept(token);
-                if let Some(constraint) = &mut aids.constraint {
+                if let Some(constraint) = &mut decoding.constraint {
                     constraint.accept(token)?;
                 }
                 generation.tokens.push(token);
@@ -345,18 +346,18 @@ impl Session {
             }
             fed.clear();
             fed.extend(text.last());
-            if let Some(drafter) = &mut aids.drafter {
+            if let Some(drafter) = &mut decoding.drafter {
                 let left = options.max_tokens as usize - generation.tokens.len();
-                let most = self.room(sequence)?.min(left).saturating_sub(1);
-                match drafter.draft(&text, most, &mut fed) {
+                let max_draft = self.max_run(sequence)?.min(left).saturating_sub(1);
+                match drafter.draft(&text, max_draft, &mut fed) {
                     // A cancelled drafter is no error: the step after it notices the cancellation.
                     Err(Error::Cancelled) => {}
                     drafted => drafted?,
                 }
-                fed.truncate(most + 1);
+                fed.truncate(max_draft + 1);
             }
-            let wanted = if fed.len() > 1 { Wanted::All } else { Wanted::Last };
-            result = self.step(&[Run::new(sequence, &fed).wanted(wanted)], head);
+            let outputs = if fed.len() > 1 { OutputTokens::All } else { OutputTokens::Last };
+            result = self.step(&[Run::new(sequence, &fed).outputs(outputs)], kind);
         }
         generation.decode = decode_start.elapsed();
         generation.device.1 = self.device_time() - before - generation.device.0;
@@ -370,23 +371,23 @@ impl Session {
 
 impl Session {
     /// Returns the maximum tokens that one step may add to a sequence with all their outputs.
-    fn room(&self, sequence: SequenceId) -> Result<usize> {
+    fn max_run(&self, sequence: SequenceId) -> Result<usize> {
         let left = self.positions() - self.len(sequence)?;
         Ok(self.outputs().min(self.batch()).min(left) as usize)
     }
 
     /// Chooses a token from one of the last step's outputs.
-    fn choose(&self, output: usize, head: Head, sampler: &mut Sampler) -> Result<u32> {
+    fn choose(&self, output: usize, kind: OutputKind, sampler: &mut Sampler) -> Result<u32> {
         let vocab = self.model().hparams().vocab_size as usize;
-        match head {
-            Head::ArgMax => Ok(self.arg_max().get(output).copied().unwrap_or(0)),
-            Head::TopK => {
+        match kind {
+            OutputKind::ArgMax => Ok(self.arg_max().get(output).copied().unwrap_or(0)),
+            OutputKind::TopK => {
                 let (ids, logits) = self.top_k();
                 let k = vocab.min(TOP_K as usize);
                 let row = output * k..(output + 1) * k;
                 sampler.sample_of(&ids[row.clone()], &logits[row])
             }
-            Head::Logits => sampler.sample(&self.logits()[output * vocab..][..vocab]),
+            OutputKind::Logits => sampler.sample(&self.logits()[output * vocab..][..vocab]),
         }
     }
 
@@ -461,8 +462,8 @@ impl<'a> Output<'a> {
 
 /// Returns the number of bytes at the end of `text` that may be the start of `stop`.
 fn held_back(text: &str, stop: &str) -> usize {
-    let most = stop.len().saturating_sub(1).min(text.len());
-    (1..=most).rev().find(|&n| text.as_bytes()[text.len() - n..] == stop.as_bytes()[..n]).unwrap_or(0)
+    let max = stop.len().saturating_sub(1).min(text.len());
+    (1..=max).rev().find(|&n| text.as_bytes()[text.len() - n..] == stop.as_bytes()[..n]).unwrap_or(0)
 }
 
 #[cfg(test)]

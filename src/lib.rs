@@ -1,8 +1,9 @@
 //! Halite: an embedded inference runtime for custom accelerators.
 //!
-//! A [`Model`] is a GGUF file, mapped. It records one flat [`program`] of ops. A [`Backend`] prepares the program
-//! once and runs it for each step: the [`Cpu`], a crate beside this one (`halite-gpu`, `halite-sim`), or yours. A [`Session`] is a
-//! model on a backend, with its sequences and their KV cache; all its memory is reserved when it is made.
+//! A [`Model`] is a GGUF file, mapped. It records one flat [`program`] of ops. A [`Backend`] prepares the
+//! program once and runs it for each step: the [`Cpu`], a crate beside this one (`halite-gpu`, `halite-sim`),
+//! or yours. A [`Session`] is a model on a backend, with its sequences and their KV cache; all its memory is
+//! reserved when it is made.
 //!
 //! ```no_run
 //! use std::ops::ControlFlow;
@@ -23,30 +24,31 @@
 //! }
 //! ```
 //!
-//! Several sequences can share a step, and a step can mix prompts with single tokens. A sequence's logits do not depend on its
-//! neighbours:
+//! Several sequences can share a step, and a step can mix prompts with single tokens. A sequence's logits do
+//! not depend on its neighbours:
 //!
 //! ```no_run
 //! # use std::sync::Arc;
 //! # use halite::prelude::*;
 //! # fn steps(model: &Arc<Model>, backend: &Arc<dyn Backend>) -> halite::Result<()> {
-//! use halite::session::{Head, Run};
+//! use halite::session::{OutputKind, Run};
 //!
 //! let options = SessionOptions::default().sequences(2).outputs(2);
 //! let mut session = Session::new(model, backend, &options)?;
 //! let (a, b) = (session.add_sequence(), session.add_sequence());
-//! session.step(&[Run::new(a, &[1, 2, 3]), Run::new(b, &[1, 9])], Head::ArgMax)?;
+//! session.step(&[Run::new(a, &[1, 2, 3]), Run::new(b, &[1, 9])], OutputKind::ArgMax)?;
 //! let next: &[u32] = session.arg_max();
 //! # let _ = next;
 //! # Ok(())
 //! # }
 //! ```
 //!
-//! To stop work from another thread, keep a [`Session::cancel_handle`]. For chats see `chat` (feature `chat`), for embeddings
-//! [`embed`], for a new chip [`backend`], for its tests [`conformance`].
+//! To stop work from another thread, keep a [`Session::cancel_handle`]. For chats see `chat` (feature
+//! `chat`), for embeddings [`embed`], for a new chip [`backend`], for its tests [`conformance`].
 //!
-//! Features: `chat` (chat templates), `constrain` (output constrained by a JSON schema, a regular expression or a grammar),
-//! `convert` (safetensors to GGUF), `output` (atomic file writes), `save` (saved sequences). The defaults are `chat` and `save`.
+//! Features: `chat` (chat templates), `constrain` (output constrained by a JSON schema, a regular expression
+//! or a grammar), `convert` (safetensors to GGUF), `output` (atomic file writes), `save` (saved sequences).
+//! The defaults are `chat` and `save`.
 #![deny(unsafe_code)]
 
 pub mod backend;

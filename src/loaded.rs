@@ -76,7 +76,7 @@ impl Loaded {
         pages: impl Fn(Option<u32>) -> u64,
         progress: &mut dyn FnMut(u64),
     ) -> Result<Loaded> {
-        let program = Arc::new(passes::adapt(program, backend.caps()));
+        let program = Arc::new(passes::for_backend(program, backend.caps()));
         let plan = prepare(&**backend, &program, limits)?;
         let working = Footprint::of(&program, &**backend, limits, &pages).working_bytes();
         let budget = backend.caps().memory_bytes.saturating_sub(working);
@@ -95,7 +95,7 @@ impl Loaded {
         let bindings = Bindings { weights: &self.weights.buffers, states: &self.states, io: &self.io };
         let mut ticket = None;
         for run in segments.iter().flat_map(|segments| self.weights.runs(segments.clone())) {
-            self.weights.bring(self.model.gguf(), &self.program, &*self.backend, run.start)?;
+            self.weights.load_segment(self.model.gguf(), &self.program, &*self.backend, run.start)?;
             ticket = Some(self.plan.submit(step, run, &bindings)?);
         }
         let ticket = ticket.ok_or_else(|| Error::Program("there is nothing to run".into()))?;

@@ -50,7 +50,7 @@ impl Adapter {
         for s in 0..program.segments.len() {
             let ops = std::mem::take(&mut program.segments[s].ops);
             for op in ops {
-                let ops = self.adapt(program, gguf, op)?;
+                let ops = self.apply_to(program, gguf, op)?;
                 program.segments[s].ops.extend(ops);
             }
         }
@@ -58,7 +58,7 @@ impl Adapter {
     }
 
     /// Adds the adapter to an op. Adapters apply before fusion, so a product has one part.
-    fn adapt(&self, program: &mut Program, gguf: &Gguf, op: Op) -> Result<Vec<Op>> {
+    fn apply_to(&self, program: &mut Program, gguf: &Gguf, op: Op) -> Result<Vec<Op>> {
         let has = |program: &Program, id: TensorId| {
             let t = program.tensor(id);
             let name = t.part.as_ref().map_or(&t.name, |part| &part.of);
@@ -142,7 +142,7 @@ impl Adapter {
         Ok(vec![
             Op::product(x, part.weight, part.bias, base),
             Op::product(x, a, None, low),
-            Op::Map { x: low, out: scaled, f: Unary::Scale(scale) },
+            Op::Unary { x: low, out: scaled, f: Unary::Scale(scale) },
             Op::product(scaled, b, None, added),
             Op::Add { a: base, b: added, out: to },
         ])

@@ -4,7 +4,7 @@ use crate::backend::{Caps, Fusions, Rows};
 use crate::program::{Dim, Epilogue, Layout as RowLayout, Op, Part, Program, Slot, State, StateId, TensorId};
 
 /// Prepares a model's program for a backend: fuses ops and sets the row layout of weights.
-pub fn adapt(program: &Program, caps: &Caps) -> Program {
+pub fn for_backend(program: &Program, caps: &Caps) -> Program {
     let mut out = fuse(program, caps.fusions);
     lay_out(&mut out, caps);
     out
@@ -165,8 +165,8 @@ fn residual(a: &Op, b: &Op, internal: &dyn Fn(TensorId) -> bool) -> Option<Op> {
     })
 }
 
-/// Joins the rotations of queries and keys with the write to the cache. Formats of blocks are left alone: a block of keys is
-/// rotated by several pairs.
+/// Joins the rotations of queries and keys with the write to the cache. Formats of blocks are left alone: a
+/// block of keys is rotated by several pairs.
 fn rope_kv(ops: Vec<Op>, states: &[State], internal: &dyn Fn(TensorId) -> bool) -> Vec<Op> {
     let mut out: Vec<Op> = Vec::new();
     for op in ops {

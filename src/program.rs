@@ -258,7 +258,7 @@ pub enum Op<T = TensorId, S = StateId> {
         scale: f32,
     },
     /// Copies the rows of the tokens that have outputs.
-    Select {
+    Gather {
         /// `[tokens, cols]`.
         x: T,
         /// `[outputs, cols]`.
@@ -367,8 +367,8 @@ pub enum Op<T = TensorId, S = StateId> {
         /// `[rows, cols]`.
         out: T,
     },
-    /// An elementwise function.
-    Map {
+    /// An element-wise function.
+    Unary {
         /// `[rows, cols]`.
         x: T,
         /// `[rows, cols]`.
@@ -440,7 +440,7 @@ impl<T, S> Op<T, S> {
     pub fn name(&self) -> &'static str {
         match self {
             Op::Embed { .. } => "Embed",
-            Op::Select { .. } => "Select",
+            Op::Gather { .. } => "Gather",
             Op::Norm { .. } => "Norm",
             Op::MatMul { .. } => "MatMul",
             Op::Rope { .. } => "Rope",
@@ -449,7 +449,7 @@ impl<T, S> Op<T, S> {
             Op::Attend { .. } => "Attend",
             Op::Glu { .. } => "Glu",
             Op::Add { .. } => "Add",
-            Op::Map { .. } => "Map",
+            Op::Unary { .. } => "Unary",
             Op::Route { .. } => "Route",
             Op::Experts { .. } => "Experts",
             Op::ArgMax { .. } => "ArgMax",
@@ -472,7 +472,7 @@ impl<T, S> Op<T, S> {
             Op::Embed { table, index, out, scale } => {
                 Op::Embed { table: t(table, Read)?, index: *index, out: t(out, Write)?, scale: *scale }
             }
-            Op::Select { x, out } => Op::Select { x: t(x, Read)?, out: t(out, Write)? },
+            Op::Gather { x, out } => Op::Gather { x: t(x, Read)?, out: t(out, Write)? },
             Op::Norm { x, add, sum, weight, bias, out, kind, eps, group } => Op::Norm {
                 x: t(x, Read)?,
                 add: add.as_ref().map(|x| t(x, Read)).transpose()?,
@@ -528,7 +528,7 @@ impl<T, S> Op<T, S> {
                 Op::Glu { gate: t(gate, Read)?, up: t(up, Read)?, out: t(out, Write)?, act: *act }
             }
             Op::Add { a, b, out } => Op::Add { a: t(a, Read)?, b: t(b, Read)?, out: t(out, Write)? },
-            Op::Map { x, out, f } => Op::Map { x: t(x, Read)?, out: t(out, Write)?, f: *f },
+            Op::Unary { x, out, f } => Op::Unary { x: t(x, Read)?, out: t(out, Write)?, f: *f },
             Op::Route { logits, ids, weights, gating, normalise, scale } => Op::Route {
                 logits: t(logits, Read)?,
                 ids: t(ids, Write)?,
@@ -675,9 +675,9 @@ impl Program {
         self.segments.iter().enumerate().flat_map(|(i, s)| s.ops.iter().map(move |op| (i, op)))
     }
 
-    /// Returns the segments that compute some tensors and fill the KV cache, as few contiguous ranges.
-    pub fn segments_for(&self, wanted: &[TensorId]) -> Vec<Range<usize>> {
-        let mut needed: HashSet<TensorId> = wanted.iter().copied().collect();
+    /// Returns the segments that compute `outputs` and fill the KV cache, as few contiguous ranges.
+    pub fn segments_for(&self, outputs: &[TensorId]) -> Vec<Range<usize>> {
+        let mut needed: HashSet<TensorId> = outputs.iter().copied().collect();
         let mut runs: Vec<Range<usize>> = Vec::new();
         for (i, segment) in self.segments.iter().enumerate().rev() {
             let mut used = false;
@@ -703,10 +703,10 @@ impl Program {
     /// Returns the ops of a step that computes the most likely token, or an encoder's hidden state.
     pub fn greedy_ops(&self) -> impl Iterator<Item = (usize, &Op)> {
         let Outputs { arg_max, hidden, .. } = self.outputs;
-        let wanted: Vec<TensorId> = [arg_max, hidden].into_iter().flatten().collect();
-        // A program without named outputs, such as a single op, is there for all that it computes.
+        let outputs: Vec<TensorId> = [arg_max, hidden].into_iter().flatten().collect();
+        // A program without named outputs, such as a single op, runs all of its segments.
         let all = 0..self.segments.len();
-        let segments = if wanted.is_empty() { vec![all] } else { self.segments_for(&wanted) };
+        let segments = if outputs.is_empty() { vec![all] } else { self.segments_for(&outputs) };
         self.ops().filter(move |(i, _)| segments.iter().any(|run| run.contains(i)))
     }
 
@@ -1024,11 +1024,11 @@ impl<'a> Builder<'a> {
         out
     }
 
-    /// [`Op::Select`].
-    pub fn select(&mut self, x: TensorId) -> TensorId {
+    /// [`Op::Gather`].
+    pub fn gather(&mut self, x: TensorId) -> TensorId {
         let cols = self.shape(x).1;
-        let out = self.result("select", Dim::Outputs, cols, Format::F32);
-        self.push(Op::Select { x, out });
+        let out = self.result("gather", Dim::Outputs, cols, Format::F32);
+        self.push(Op::Gather { x, out });
         out
     }
 
@@ -1104,10 +1104,10 @@ impl<'a> Builder<'a> {
         out
     }
 
-    /// [`Op::Map`].
-    pub fn map(&mut self, name: &str, x: TensorId, f: Unary) -> TensorId {
+    /// [`Op::Unary`].
+    pub fn unary(&mut self, name: &str, x: TensorId, f: Unary) -> TensorId {
         let out = self.like(name, x);
-        self.push(Op::Map { x, out, f });
+        self.push(Op::Unary { x, out, f });
         out
     }
 

@@ -103,7 +103,7 @@ impl SessionOptions {
 /// lacks ops of it.
 pub fn footprint(model: &Model, backend: &dyn Backend, options: &SessionOptions) -> Result<Footprint> {
     let positions = options.positions(model);
-    let program = passes::adapt(&model.program(options.program, positions)?, backend.caps());
+    let program = passes::for_backend(&model.program(options.program, positions)?, backend.caps());
     check_support(backend, &program)?;
     let limits = options.limits(positions);
     Ok(Footprint::of(&program, backend, limits, |window| options.pages(window, positions)))
@@ -124,9 +124,9 @@ pub struct SequenceId(u32);
 /// Which tokens of a run have outputs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
-pub enum Wanted {
+pub enum OutputTokens {
     /// None; the run only fills the KV cache.
-    Nothing,
+    None,
     /// The last token.
     Last,
     /// Every token.
@@ -142,19 +142,19 @@ pub struct Run<'a> {
     /// At least one token.
     pub tokens: &'a [u32],
     /// Which tokens have outputs.
-    pub wanted: Wanted,
+    pub outputs: OutputTokens,
 }
 
 impl<'a> Run<'a> {
     /// Continues a sequence with tokens; the last one has outputs.
     pub const fn new(sequence: SequenceId, tokens: &'a [u32]) -> Run<'a> {
-        Run { sequence, tokens, wanted: Wanted::Last }
+        Run { sequence, tokens, outputs: OutputTokens::Last }
     }
 
-    /// Sets `wanted`.
+    /// Sets `outputs`.
     #[must_use]
-    pub const fn wanted(mut self, wanted: Wanted) -> Run<'a> {
-        self.wanted = wanted;
+    pub const fn outputs(mut self, outputs: OutputTokens) -> Run<'a> {
+        self.outputs = outputs;
         self
     }
 }
@@ -162,7 +162,7 @@ impl<'a> Run<'a> {
 /// The result that a step computes for its outputs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
-pub enum Head {
+pub enum OutputKind {
     /// Logits; see [`Session::logits`].
     Logits,
     /// Only the most likely tokens; see [`Session::arg_max`].
@@ -262,7 +262,8 @@ pub struct Session {
     pools: Vec<Pool>,
     sequences: Vec<Sequence>,
     tokens: Vec<u32>,
-    wanted: Vec<u32>,
+    /// The tokens of the last step that have outputs, as indices into `tokens`.
+    output_tokens: Vec<u32>,
     logits: Vec<f32>,
     arg_max: Vec<u32>,
     top_ids: Vec<u32>,
@@ -337,7 +338,7 @@ impl Session {
                 .collect::<Result<_>>()?,
             sequences: Vec::new(),
             tokens: reserved(limits.tokens.into(), "a step's tokens")?,
-            wanted: reserved(rows, OUTPUTS)?,
+            output_tokens: reserved(rows, OUTPUTS)?,
             logits: zeroed(rows.saturating_mul(vocab), OUTPUTS)?,
             arg_max: zeroed(rows, OUTPUTS)?,
             top_ids: zeroed(rows.saturating_mul(k), OUTPUTS)?,
@@ -461,14 +462,14 @@ impl Session {
     /// As [`Session::new`] and [`Session::step`].
     pub fn moved_to(&self, backend: &Arc<dyn Backend>) -> Result<Session> {
         let mut new = Session::new(&self.loaded.model, backend, &self.options)?;
-        // A sequence shares its longest common prefix with an earlier one again. `shared` has, for each sequence, the
-        // earlier sequence and the number of tokens. It gets them before its own tokens run.
+        // A sequence shares its longest common prefix with an earlier one again. `shared` has, for each
+        // sequence, the earlier sequence and the number of tokens. It gets them before its own tokens run.
         let common =
             |a: &Sequence, b: &Sequence| a.tokens.iter().zip(&b.tokens).take_while(|(a, b)| a == b).count();
         let shared: Vec<(usize, usize)> = (self.sequences.iter().enumerate())
             .map(|(i, sequence)| {
                 let earlier = self.sequences[..i].iter().map(|of| common(of, sequence)).enumerate();
-                earlier.fold((i, 0), |most, (of, n)| if n > most.1 { (of, n) } else { most })
+                earlier.fold((i, 0), |longest, (of, n)| if n > longest.1 { (of, n) } else { longest })
             })
             .collect();
         self.sequences.iter().for_each(|_| _ = new.add_sequence());
@@ -481,7 +482,7 @@ impl Session {
             let mut done = shared[i].1;
             for (end, branch) in ends {
                 for tokens in sequence.tokens[done..end].chunks(self.loaded.limits.tokens as usize) {
-                    new.step(&[Run::new(id, tokens).wanted(Wanted::Nothing)], Head::Logits)?;
+                    new.step(&[Run::new(id, tokens).outputs(OutputTokens::None)], OutputKind::Logits)?;
                 }
                 done = end;
                 if let Some(to) = branch {
@@ -563,8 +564,8 @@ impl Session {
     /// [`Error::Argument`] for runs that do not fit the session, [`Error::ContextFull`],
     /// [`Error::Cancelled`], [`Error::FileChanged`], [`Error::NotFinite`] if an output is not finite, or
     /// errors of the backend.
-    pub fn step(&mut self, runs: &[Run<'_>], head: Head) -> Result<()> {
-        self.gather(runs)?;
+    pub fn step(&mut self, runs: &[Run<'_>], kind: OutputKind) -> Result<()> {
+        self.collect(runs)?;
         for run in runs {
             self.make_room(run.sequence, run.tokens.len() as u32)?;
         }
@@ -576,36 +577,36 @@ impl Session {
         let step = Step {
             spans: &spans[..runs.len()],
             tokens: &self.tokens,
-            outputs: &self.wanted,
+            outputs: &self.output_tokens,
             cancel: &self.cancel,
         };
-        let segments = match (self.wanted.is_empty(), head) {
+        let segments = match (self.output_tokens.is_empty(), kind) {
             (true, _) => &self.segments.nothing,
-            (false, Head::Logits) => &self.segments.logits,
-            (false, Head::ArgMax) => &self.segments.arg_max,
-            (false, Head::TopK) => &self.segments.top,
+            (false, OutputKind::Logits) => &self.segments.logits,
+            (false, OutputKind::ArgMax) => &self.segments.arg_max,
+            (false, OutputKind::TopK) => &self.segments.top,
         };
         let Outputs { logits: logits_id, arg_max: best_id, top, .. } = self.loaded.program.outputs;
         let timing = self.loaded.run(&step, segments)?;
         self.last = Some(timing);
         self.device_time += timing.elapsed;
-        match head {
-            Head::TopK => {
-                let len = self.wanted.len() * self.k();
+        match kind {
+            OutputKind::TopK => {
+                let len = self.output_tokens.len() * self.k();
                 let (ids, logits) = (&mut self.top_ids[..len], &mut self.top_logits[..len]);
                 self.loaded.read(top.map(|top| top[0]), ids)?;
                 self.loaded.read(top.map(|top| top[1]), logits)?;
                 // NaN and infinity sort first.
-                check_rows(logits, len / self.wanted.len().max(1))?;
+                check_rows(logits, len / self.output_tokens.len().max(1))?;
             }
-            Head::Logits => {
+            OutputKind::Logits => {
                 let vocab = self.loaded.model.hparams().vocab_size as usize;
-                let logits = &mut self.logits[..self.wanted.len() * vocab];
+                let logits = &mut self.logits[..self.output_tokens.len() * vocab];
                 self.loaded.read(logits_id, logits)?;
                 check_rows(logits, vocab)?;
             }
-            Head::ArgMax => {
-                let arg_max = &mut self.arg_max[..self.wanted.len()];
+            OutputKind::ArgMax => {
+                let arg_max = &mut self.arg_max[..self.output_tokens.len()];
                 self.loaded.read(best_id, arg_max)?;
                 if let Some(row) = arg_max.iter().position(|&id| id == NOT_FINITE as u32) {
                     let got = format!("no finite largest logit in output {row}");
@@ -620,9 +621,9 @@ impl Session {
     }
 
     /// Checks the runs, and lists their tokens and outputs.
-    fn gather(&mut self, runs: &[Run<'_>]) -> Result<()> {
+    fn collect(&mut self, runs: &[Run<'_>]) -> Result<()> {
         self.tokens.clear();
-        self.wanted.clear();
+        self.output_tokens.clear();
         let total: usize = runs.iter().map(|r| r.tokens.len()).sum();
         if runs.is_empty() || runs.len() > MAX_RUNS || total > self.loaded.limits.tokens as usize {
             let expected =
@@ -643,20 +644,20 @@ impl Session {
             }
             let first = self.tokens.len();
             self.tokens.extend_from_slice(run.tokens);
-            let wanted = match run.wanted {
-                Wanted::Nothing => 0..0,
-                Wanted::Last => self.tokens.len() - 1..self.tokens.len(),
-                Wanted::All => first..self.tokens.len(),
+            let range = match run.outputs {
+                OutputTokens::None => 0..0,
+                OutputTokens::Last => self.tokens.len() - 1..self.tokens.len(),
+                OutputTokens::All => first..self.tokens.len(),
             };
-            if self.wanted.len() + wanted.len() > self.loaded.limits.outputs as usize {
-                let got = self.wanted.len() + wanted.len();
+            if self.output_tokens.len() + range.len() > self.loaded.limits.outputs as usize {
+                let got = self.output_tokens.len() + range.len();
                 return Err(Error::argument(
                     "step outputs",
                     format!("at most {}", self.loaded.limits.outputs),
                     got,
                 ));
             }
-            self.wanted.extend(wanted.map(|i| i as u32));
+            self.output_tokens.extend(range.map(|i| i as u32));
         }
         Ok(())
     }
@@ -717,14 +718,14 @@ impl Session {
         states.filter(move |(state, _)| self.loaded.program.kv_group(state) == group)
     }
 
-    /// The logits of the last step's outputs, row by row, if it ran with [`Head::Logits`].
+    /// The logits of the last step's outputs, row by row, if it ran with [`OutputKind::Logits`].
     pub fn logits(&self) -> &[f32] {
-        &self.logits[..self.wanted.len() * self.loaded.model.hparams().vocab_size as usize]
+        &self.logits[..self.output_tokens.len() * self.loaded.model.hparams().vocab_size as usize]
     }
 
-    /// The most likely token of each output of the last step, if it ran with [`Head::ArgMax`].
+    /// The most likely token of each output of the last step, if it ran with [`OutputKind::ArgMax`].
     pub fn arg_max(&self) -> &[u32] {
-        &self.arg_max[..self.wanted.len()]
+        &self.arg_max[..self.output_tokens.len()]
     }
 
     /// Returns the number of most likely tokens per output.
@@ -733,10 +734,10 @@ impl Session {
     }
 
     /// The most likely tokens of each output of the last step and their logits, if it ran with
-    /// [`Head::TopK`]: rows of [`TOP_K`] (or the whole vocabulary), most likely first, the lower id first on
-    /// ties.
+    /// [`OutputKind::TopK`]: rows of [`TOP_K`] (or the whole vocabulary), most likely first, the lower id
+    /// first on ties.
     pub fn top_k(&self) -> (&[u32], &[f32]) {
-        let len = self.wanted.len() * self.k();
+        let len = self.output_tokens.len() * self.k();
         (&self.top_ids[..len], &self.top_logits[..len])
     }
 
@@ -750,7 +751,7 @@ impl Session {
         let t = self.loaded.program.tensor(id);
         let rows = match t.rows {
             Dim::Tokens => self.tokens.len(),
-            Dim::Outputs => self.wanted.len(),
+            Dim::Outputs => self.output_tokens.len(),
             Dim::Fixed(rows) => rows as usize,
         };
         let mut out = zeroed(rows as u64 * u64::from(t.cols), "a tap")?;

@@ -6,47 +6,47 @@
 //! batch. It only changes the number of steps.
 
 use crate::error::{Error, Result};
-use crate::session::{Head, Run, SequenceId, Session};
+use crate::session::{OutputKind, Run, SequenceId, Session};
 
 /// Proposes continuations of a text.
 pub trait Drafter {
-    /// Appends at most `most` tokens to `out`, possibly none. `tokens` is the text so far, the prompt
+    /// Appends at most `max_tokens` tokens to `out`, possibly none. `tokens` is the text so far, the prompt
     /// included.
     ///
     /// # Errors
     /// The drafter's own errors. They end the generation.
-    fn draft(&mut self, tokens: &[u32], most: usize, out: &mut Vec<u32>) -> Result<()>;
+    fn draft(&mut self, tokens: &[u32], max_tokens: usize, out: &mut Vec<u32>) -> Result<()>;
 }
 
 /// Prompt lookup (Saxena 2023): proposes the tokens that followed the last occurrence of the current n-gram.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Lookup {
+pub struct PromptLookup {
     /// Maximum tokens of a draft.
-    pub most: usize,
-    /// The longest n-gram to look up; shorter ones follow, down to `least`.
-    pub longest: usize,
-    /// The shortest n-gram to look up.
-    pub least: usize,
+    pub max_tokens: usize,
+    /// Longest n-gram to look up. Shorter ones are tried next, down to `min_ngram` tokens.
+    pub max_ngram: usize,
+    /// Shortest n-gram to look up.
+    pub min_ngram: usize,
 }
 
-impl Lookup {
-    /// Proposes at most `most` tokens after an n-gram of three or two tokens.
-    pub fn new(most: usize) -> Lookup {
-        Lookup { most, longest: 3, least: 2 }
+impl PromptLookup {
+    /// Proposes at most `max_tokens` tokens after an n-gram of three or two tokens.
+    pub fn new(max_tokens: usize) -> PromptLookup {
+        PromptLookup { max_tokens, max_ngram: 3, min_ngram: 2 }
     }
 }
 
-impl Drafter for Lookup {
-    fn draft(&mut self, tokens: &[u32], most: usize, out: &mut Vec<u32>) -> Result<()> {
-        let most = most.min(self.most);
-        for n in (self.least.max(1)..=self.longest).rev() {
+impl Drafter for PromptLookup {
+    fn draft(&mut self, tokens: &[u32], max_tokens: usize, out: &mut Vec<u32>) -> Result<()> {
+        let max_tokens = max_tokens.min(self.max_tokens);
+        for n in (self.min_ngram.max(1)..=self.max_ngram).rev() {
             let Some(before) = tokens.len().checked_sub(n) else { continue };
             let last = &tokens[before..];
             // Take the latest occurrence: texts repeat recent parts most.
             let found = (0..before).rev().find(|&at| &tokens[at..at + n] == last);
             if let Some(at) = found {
                 let follows = &tokens[at + n..];
-                out.extend_from_slice(&follows[..most.min(follows.len())]);
+                out.extend_from_slice(&follows[..max_tokens.min(follows.len())]);
                 return Ok(());
             }
         }
@@ -59,20 +59,20 @@ impl Drafter for Lookup {
 pub struct DraftModel {
     session: Session,
     sequence: SequenceId,
-    most: usize,
+    max_tokens: usize,
 }
 
 impl DraftModel {
-    /// Proposes at most `most` tokens for the model of `target`.
+    /// Proposes at most `max_tokens` tokens for the model of `target`.
     ///
-    /// If the draft model has sliding windows, set [`SessionOptions::rewind`] to at least `most`. Otherwise a
-    /// rejected draft may make it run the whole text again.
+    /// If the draft model has sliding windows, set [`SessionOptions::rewind`] to at least `max_tokens`.
+    /// Otherwise a rejected draft may make it run the whole text again.
     ///
     /// [`SessionOptions::rewind`]: crate::session::SessionOptions::rewind
     ///
     /// # Errors
     /// [`Error::Argument`] if the two vocabularies differ.
-    pub fn new(mut session: Session, target: &Session, most: usize) -> Result<DraftModel> {
+    pub fn new(mut session: Session, target: &Session, max_tokens: usize) -> Result<DraftModel> {
         let (ours, theirs) = (session.model(), target.model());
         let size = |s: &Session| s.model().hparams().vocab_size;
         if size(&session) != size(target) {
@@ -90,27 +90,27 @@ impl DraftModel {
         }
         let sequence = session.add_sequence();
         session.stop_with(target);
-        Ok(DraftModel { session, sequence, most })
+        Ok(DraftModel { session, sequence, max_tokens })
     }
 }
 
 impl Drafter for DraftModel {
-    fn draft(&mut self, tokens: &[u32], most: usize, out: &mut Vec<u32>) -> Result<()> {
+    fn draft(&mut self, tokens: &[u32], max_tokens: usize, out: &mut Vec<u32>) -> Result<()> {
         let DraftModel { session, sequence, .. } = self;
         // The first drafted token runs the text's last position; each further token runs its own.
-        let room = (session.positions() as usize + 1).saturating_sub(tokens.len());
-        let most = most.min(self.most).min(room);
+        let left = (session.positions() as usize + 1).saturating_sub(tokens.len());
+        let max_tokens = max_tokens.min(self.max_tokens).min(left);
         let Some((_, all_but_last)) = tokens.split_last() else { return Ok(()) };
-        if most == 0 {
+        if max_tokens == 0 {
             return Ok(());
         }
         let kept = session.reuse(*sequence, all_but_last)?;
-        session.prefill(*sequence, &tokens[kept..], Head::ArgMax)?;
-        for i in 0..most {
+        session.prefill(*sequence, &tokens[kept..], OutputKind::ArgMax)?;
+        for i in 0..max_tokens {
             let Some(&token) = session.arg_max().first() else { break };
             out.push(token);
-            if i + 1 < most {
-                session.step(&[Run::new(*sequence, &[token])], Head::ArgMax)?;
+            if i + 1 < max_tokens {
+                session.step(&[Run::new(*sequence, &[token])], OutputKind::ArgMax)?;
             }
         }
         Ok(())
@@ -125,7 +125,7 @@ mod tests {
     fn lookup_takes_the_longest_and_latest() {
         let draft = |tokens: &[u32], most| {
             let mut out = Vec::new();
-            Lookup::new(8).draft(tokens, most, &mut out).unwrap();
+            PromptLookup::new(8).draft(tokens, most, &mut out).unwrap();
             out
         };
         assert_eq!(draft(&[1, 2, 3, 4, 5, 1, 2], 8), [3, 4, 5, 1, 2]);

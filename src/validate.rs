@@ -210,7 +210,7 @@ impl Check<'_> {
                 self.weight(*table, 1, self.fixed_rows(*table), t(*table).cols, false)?;
                 self.is(*out, Dim::Tokens, t(*table).cols)
             }
-            Op::Select { x, out } => {
+            Op::Gather { x, out } => {
                 self.is(*x, Dim::Tokens, t(*x).cols)?;
                 self.is(*out, Dim::Outputs, t(*x).cols)
             }
@@ -281,7 +281,7 @@ impl Check<'_> {
                 self.like(*b, *a)?;
                 self.like(*out, *a)
             }
-            Op::Map { x, out, .. } => {
+            Op::Unary { x, out, .. } => {
                 self.like(*x, *x)?;
                 self.like(*out, *x)
             }

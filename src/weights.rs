@@ -124,7 +124,13 @@ impl Weights {
     ///
     /// # Errors
     /// As [`Weights::load`].
-    pub fn bring(&self, gguf: &Gguf, program: &Program, backend: &dyn Backend, segment: usize) -> Result<()> {
+    pub fn load_segment(
+        &self,
+        gguf: &Gguf,
+        program: &Program,
+        backend: &dyn Backend,
+        segment: usize,
+    ) -> Result<()> {
         for &slot in self.streamed.get(segment).into_iter().flatten() {
             copy(gguf, program, backend, slot, &self.buffers[slot])?;
         }

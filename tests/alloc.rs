@@ -9,7 +9,7 @@ use halite::backend::Backend;
 use halite::backend::cpu::Cpu;
 use halite::map::Source;
 use halite::sampler::{Sampler, SamplerOptions};
-use halite::session::{Head, Run, Session, SessionOptions};
+use halite::session::{OutputKind, Run, Session, SessionOptions};
 
 struct Counting;
 
@@ -64,19 +64,19 @@ fn a_decode_step_allocates_nothing() {
 
         // The pool's threads allocate while they start, which is over when they have done some work.
         for _ in 0..20 {
-            session.prefill(sequence, &[1, 2, 3, 4, 5], Head::Logits).unwrap();
+            session.prefill(sequence, &[1, 2, 3, 4, 5], OutputKind::Logits).unwrap();
             std::thread::sleep(std::time::Duration::from_millis(5));
         }
         let steps = count(|| {
-            session.prefill(sequence, &[1, 2, 3, 4, 5], Head::Logits).unwrap();
+            session.prefill(sequence, &[1, 2, 3, 4, 5], OutputKind::Logits).unwrap();
             // Past a page's end, so that taking a page is counted too.
             for _ in 0..80 {
                 let token = sampler.sample(session.logits()).unwrap();
                 sampler.accept(token);
-                session.step(&[Run::new(sequence, &[token])], Head::Logits).unwrap();
+                session.step(&[Run::new(sequence, &[token])], OutputKind::Logits).unwrap();
             }
             for _ in 0..20 {
-                session.step(&[Run::new(sequence, &[7])], Head::ArgMax).unwrap();
+                session.step(&[Run::new(sequence, &[7])], OutputKind::ArgMax).unwrap();
             }
         });
         assert_eq!(steps, 0, "{}", model.name());

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use halite::backend::Backend;
 use halite::backend::cpu::Cpu;
 use halite::chat::{self, Message, Template};
-use halite::generate::{Aids, GenerateOptions, Generation};
+use halite::generate::{Decoding, GenerateOptions, Generation};
 use halite::gguf::Gguf;
 use halite::map::Source;
 use halite::session::{SequenceId, Session, SessionOptions};
@@ -249,7 +249,7 @@ fn turns_share_their_beginning() {
     let options = GenerateOptions::default().max_tokens(12).ignore_end(true);
     let run = |sequence: SequenceId, session: &mut Session, prompt: &[u32]| -> Generation {
         session
-            .generate_in(sequence, &tokenizer, prompt, &options, Aids::default(), |_| {
+            .generate_in(sequence, &tokenizer, prompt, &options, Decoding::default(), |_| {
                 ControlFlow::Continue(())
             })
             .unwrap()

@@ -7,12 +7,12 @@ use std::sync::Arc;
 use halite::backend::Backend;
 use halite::backend::cpu::Cpu;
 use halite::constrain::{Guide, Rule};
-use halite::generate::{Aids, Constraint, Finish, GenerateOptions, Generation};
+use halite::generate::{Constraint, Decoding, Finish, GenerateOptions, Generation};
 use halite::gguf::Gguf;
 use halite::map::Source;
 use halite::sampler::SamplerOptions;
 use halite::session::{Session, SessionOptions};
-use halite::speculate::{Drafter, Lookup};
+use halite::speculate::{Drafter, PromptLookup};
 use halite::tokenizer::EncodeOptions;
 use halite::{Error, Model, Tokenizer};
 use serde_json::Value;
@@ -43,11 +43,12 @@ impl Austen {
         let options = GenerateOptions::default().max_tokens(200).sampler(sampler).ignore_end(true);
         let prompt = self.tokenizer.encode("Her name was", options.encode);
         let sequence = self.session.add_sequence();
-        let mut aids = Aids::default().constraint(&mut guide);
-        aids.drafter = drafter.map(|d| d as _);
-        let generation = self
-            .session
-            .generate_in(sequence, &self.tokenizer, &prompt, &options, aids, |_| ControlFlow::Continue(()));
+        let mut decoding = Decoding::default().constraint(&mut guide);
+        decoding.drafter = drafter.map(|d| d as _);
+        let generation =
+            self.session.generate_in(sequence, &self.tokenizer, &prompt, &options, decoding, |_| {
+                ControlFlow::Continue(())
+            });
         self.session.remove(sequence).unwrap();
         generation.unwrap()
     }
@@ -85,7 +86,7 @@ fn the_built_in_model_writes_json() {
         let plain = austen.write(&rule, sampler.clone(), None);
         assert_eq!(plain.finish, Finish::End, "{}", plain.text);
         check_json(&plain.text);
-        let drafted = austen.write(&rule, sampler, Some(&mut Lookup::new(7)));
+        let drafted = austen.write(&rule, sampler, Some(&mut PromptLookup::new(7)));
         assert_eq!((drafted.tokens, drafted.text), (plain.tokens, plain.text));
     }
 }

@@ -14,7 +14,7 @@ use halite::map::Source;
 use halite::model::ProgramOptions;
 use halite::passes;
 use halite::program::{Builder, Dim, Gating, Index, Op, Program, State, WeightInfo};
-use halite::session::{Head, Run, SequenceId, Session, SessionOptions, Wanted};
+use halite::session::{OutputKind, OutputTokens, Run, SequenceId, Session, SessionOptions};
 use halite::weights::Weights;
 use halite::{Error, Model};
 
@@ -91,7 +91,7 @@ fn logits_in(
     let sequence = session.add_sequence();
     let mut out = Vec::new();
     for tokens in tokens.chunks(chunk) {
-        session.step(&[Run::new(sequence, tokens).wanted(Wanted::All)], Head::Logits).unwrap();
+        session.step(&[Run::new(sequence, tokens).outputs(OutputTokens::All)], OutputKind::Logits).unwrap();
         out.extend(bits(session.logits()));
     }
     out
@@ -200,10 +200,10 @@ fn strangers_in_a_step_change_nothing() {
         for (i, step) in tokens.chunks(9).enumerate() {
             let runs = [
                 Run::new(a, &strangers[i..i + 1]),
-                Run::new(ours, step).wanted(Wanted::All),
-                Run::new(b, &strangers[..4 + i % 3]).wanted(Wanted::Nothing),
+                Run::new(ours, step).outputs(OutputTokens::All),
+                Run::new(b, &strangers[..4 + i % 3]).outputs(OutputTokens::None),
             ];
-            session.step(&runs, Head::Logits).unwrap();
+            session.step(&runs, OutputKind::Logits).unwrap();
             got.extend(bits(&session.logits()[logits_of(&model, 1)..]));
         }
         assert_eq!(got, want);
@@ -309,21 +309,21 @@ fn forks_and_truncation_give_the_same_bits() {
     let vocab = logits_of(model, 1);
     let mut session = session(model, &best(), &[]);
     let first = session.add_sequence();
-    session.step(&[Run::new(first, &tokens[..70]).wanted(Wanted::Nothing)], Head::Logits).unwrap();
+    session.step(&[Run::new(first, &tokens[..70]).outputs(OutputTokens::None)], OutputKind::Logits).unwrap();
     let fork = session.fork(first).unwrap();
     // The first one goes elsewhere on the page that both share; the fork must not notice.
-    session.step(&[Run::new(first, &[1, 2, 3]).wanted(Wanted::Nothing)], Head::Logits).unwrap();
+    session.step(&[Run::new(first, &[1, 2, 3]).outputs(OutputTokens::None)], OutputKind::Logits).unwrap();
     let rest = Run::new(fork, &tokens[70..]);
-    session.step(&[rest], Head::Logits).unwrap();
+    session.step(&[rest], OutputKind::Logits).unwrap();
     assert_eq!(bits(session.logits()), want[want.len() - vocab..]);
     // Back to where they were the same, and on as the fork did.
     session.truncate(first, 70).unwrap();
-    session.step(&[Run::new(first, rest.tokens)], Head::Logits).unwrap();
+    session.step(&[Run::new(first, rest.tokens)], OutputKind::Logits).unwrap();
     assert_eq!(bits(session.logits()), want[want.len() - vocab..]);
-    session.step(&[Run::new(fork, &tokens[..1])], Head::ArgMax).unwrap();
+    session.step(&[Run::new(fork, &tokens[..1])], OutputKind::ArgMax).unwrap();
     let arg_max = session.arg_max()[0];
     session.truncate(fork, 83).unwrap();
-    session.step(&[Run::new(fork, &tokens[..1])], Head::Logits).unwrap();
+    session.step(&[Run::new(fork, &tokens[..1])], OutputKind::Logits).unwrap();
     let best = session
         .logits()
         .iter()
@@ -406,7 +406,7 @@ fn a_tap_reads_any_result_and_changes_none() {
     let names = ["blk.0.attn_norm", "blk.1.glu", "blk.1.attn_residual", "output.norm"];
     let mut tapped = session(model, &best(), &names);
     let sequence = tapped.add_sequence();
-    tapped.step(&[Run::new(sequence, &tokens).wanted(Wanted::All)], Head::Logits).unwrap();
+    tapped.step(&[Run::new(sequence, &tokens).outputs(OutputTokens::All)], OutputKind::Logits).unwrap();
     assert_eq!(bits(tapped.logits()), want);
     let width = model.hparams().embedding_length as usize;
     let norm = tapped.tap(0).unwrap();
@@ -416,7 +416,7 @@ fn a_tap_reads_any_result_and_changes_none() {
     let reference: Arc<dyn Backend> = Arc::new(Reference::new());
     let mut other = session(model, &reference, &names);
     let sequence = other.add_sequence();
-    other.step(&[Run::new(sequence, &tokens[..3]).wanted(Wanted::All)], Head::Logits).unwrap();
+    other.step(&[Run::new(sequence, &tokens[..3]).outputs(OutputTokens::All)], OutputKind::Logits).unwrap();
     for (tap, name) in names.iter().enumerate() {
         let (got, want) = (tapped.tap(tap).unwrap(), other.tap(tap).unwrap());
         assert_eq!(bits(&got[..want.len()]), bits(&want), "{name}");
@@ -447,21 +447,21 @@ fn steps_that_do_not_fit_are_errors_and_change_nothing() {
         &[run(sequence, &[1]), run(sequence, &[1])],
     ];
     for runs in cases {
-        assert!(matches!(session.step(runs, Head::Logits), Err(Error::Argument { .. })), "{runs:?}");
+        assert!(matches!(session.step(runs, OutputKind::Logits), Err(Error::Argument { .. })), "{runs:?}");
     }
     for _ in 0..2 {
-        session.step(&[run(sequence, &many[..128])], Head::Logits).unwrap();
+        session.step(&[run(sequence, &many[..128])], OutputKind::Logits).unwrap();
     }
-    let error = session.step(&[run(sequence, &[1])], Head::Logits).unwrap_err();
+    let error = session.step(&[run(sequence, &[1])], OutputKind::Logits).unwrap_err();
     assert!(matches!(error, Error::ContextFull { need: 257, have: 256 }), "{error}");
     assert_eq!(session.len(sequence).unwrap(), 256);
     session.truncate(sequence, 3).unwrap();
     let cancel = session.cancel_handle();
     cancel.cancel();
-    assert!(matches!(session.step(&[run(sequence, &[1])], Head::Logits), Err(Error::Cancelled)));
+    assert!(matches!(session.step(&[run(sequence, &[1])], OutputKind::Logits), Err(Error::Cancelled)));
     assert_eq!(session.len(sequence).unwrap(), 3);
     cancel.reset();
-    session.step(&[run(sequence, &[1])], Head::Logits).unwrap();
+    session.step(&[run(sequence, &[1])], OutputKind::Logits).unwrap();
     assert_eq!(session.len(sequence).unwrap(), 4);
 }
 

@@ -14,7 +14,7 @@ use halite::embed::{EmbedOptions, Embedder};
 use halite::kernels::formats::Format;
 use halite::map::Source;
 use halite::model::ProgramOptions;
-use halite::session::{Head, Run, Session, SessionOptions, Wanted};
+use halite::session::{OutputKind, OutputTokens, Run, Session, SessionOptions};
 use halite::tokenizer::{EncodeOptions, TokenKind};
 use halite::{Error, Model, Tokenizer};
 use serde_json::{Value, json};
@@ -70,7 +70,7 @@ fn error(folder: &Path, model: &Arc<Model>, backend: &Arc<dyn Backend>) -> f64 {
     let options = SessionOptions::default().context(64).batch(count).outputs(count).program(program);
     let mut session = Session::new(model, backend, &options).unwrap();
     let sequence = session.add_sequence();
-    session.step(&[Run::new(sequence, &tokens).wanted(Wanted::All)], Head::Logits).unwrap();
+    session.step(&[Run::new(sequence, &tokens).outputs(OutputTokens::All)], OutputKind::Logits).unwrap();
     let got = session.logits();
     let got = &got[got.len() - want.len()..];
     let square = |x: f64| x * x;
@@ -430,7 +430,7 @@ fn what_bert_does_to_texts_is_carried_over() {
         let options = EmbedOptions::default().truncate(truncate);
         Embedder::new(&model, &backend, &options).unwrap()
     };
-    assert_eq!(embedder(false).longest(), 16);
+    assert_eq!(embedder(false).max_text_tokens(), 16);
     let text = "cat ".repeat(20);
     let error = embedder(false).embed(&tokenizer, &[&text]).unwrap_err().to_string();
     assert!(error.contains("at most 16 tokens"), "{error}");

@@ -72,7 +72,7 @@ fn long_texts_are_cut_only_on_request() {
     let long = "cat ".repeat(90);
     let mut strict = embedder(cpu(), Format::F32, EmbedOptions::default());
     let tokenizer = tokenizer(strict.model());
-    assert_eq!(strict.longest(), 80);
+    assert_eq!(strict.max_text_tokens(), 80);
     let error = strict.embed(&tokenizer, &["mat", &long]).unwrap_err().to_string();
     assert!(error.contains("at most 80") && error.contains("92 in text 1"), "{error}");
     let mut cutting = embedder(cpu(), Format::F32, EmbedOptions::default().truncate(true));

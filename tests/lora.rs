@@ -47,15 +47,15 @@ fn an_adapter_is_what_merging_it_gives() {
         for backend in backends {
             let plain = logits(open(&base), backend.clone());
             let mut model = open(&base);
-            model.adapt(gguf(&first), 0.25).unwrap();
+            model.apply_lora(gguf(&first), 0.25).unwrap();
             let one = logits(model, backend.clone());
             let want = logits(open(&merged(base.clone(), &first, 0.25)), backend.clone());
             assert!(nmse(&one, &want) < 1e-9, "{architecture}: {:.1e}", nmse(&one, &want));
             assert!(nmse(&plain, &want) > 1e-3, "the adapter does nothing");
 
             let mut model = open(&base);
-            model.adapt(gguf(&first), 0.25).unwrap();
-            model.adapt(gguf(&second), -0.5).unwrap();
+            model.apply_lora(gguf(&first), 0.25).unwrap();
+            model.apply_lora(gguf(&second), -0.5).unwrap();
             let both = logits(model, backend.clone());
             let merged = merged(merged(base.clone(), &first, 0.25), &second, -0.5);
             let want = logits(open(&merged), backend.clone());
@@ -63,7 +63,7 @@ fn an_adapter_is_what_merging_it_gives() {
             assert!(nmse(&one, &want) > 1e-3, "the second adapter does nothing");
 
             let mut model = open(&base);
-            model.adapt(gguf(&first), 0.0).unwrap();
+            model.apply_lora(gguf(&first), 0.0).unwrap();
             assert!(nmse(&logits(model, backend), &plain) < 1e-12);
         }
     }
@@ -75,7 +75,7 @@ fn adapters_that_do_not_fit_are_named() {
     let good = adapter(&base, "llama", 2, 1);
     let read = |file: &File| {
         let mut model = open(&base);
-        model.adapt(gguf(file), 1.0)?;
+        model.apply_lora(gguf(file), 1.0)?;
         model.program(ProgramOptions::default(), 64).map(drop)
     };
     read(&good).unwrap();
@@ -105,12 +105,12 @@ fn adapters_that_do_not_fit_are_named() {
         let error = read(&file).unwrap_err().to_string();
         assert!(error.contains(says), "expected {says}, got {error}");
     }
-    let error = open(&base).adapt(gguf(&good), f32::NAN);
+    let error = open(&base).apply_lora(gguf(&good), f32::NAN);
     assert!(matches!(error, Err(Error::Argument { .. })));
 }
 
 #[test]
 fn an_adapter_without_tensors_is_refused() {
-    let error = open(&llama()).adapt(gguf(&header("llama")), 1.0).unwrap_err();
+    let error = open(&llama()).apply_lora(gguf(&header("llama")), 1.0).unwrap_err();
     assert!(matches!(error, Error::Model(_)) && error.to_string().contains("expected tensors"), "{error}");
 }

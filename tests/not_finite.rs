@@ -6,7 +6,7 @@ use std::sync::Arc;
 use halite::backend::Backend;
 use halite::backend::cpu::Cpu;
 use halite::backend::reference::Reference;
-use halite::generate::{Aids, GenerateOptions};
+use halite::generate::{Decoding, GenerateOptions};
 use halite::sampler::SamplerOptions;
 use halite::session::{Session, SessionOptions};
 use halite::speculate::{DraftModel, Drafter};
@@ -45,9 +45,9 @@ fn generation_and_drafts_name_it() {
     let mut drafter = DraftModel::new(session(&broken).unwrap(), &target, 3).unwrap();
     is_not_finite(drafter.draft(&[5, 6, 7], 3, &mut Vec::new()), "draft");
     let sequence = target.add_sequence();
-    let aids = Aids::default().drafter(&mut drafter);
+    let decoding = Decoding::default().drafter(&mut drafter);
     let result =
-        target.generate_in(sequence, &tokenizer, &[5, 6, 7], &GenerateOptions::default(), aids, |_| {
+        target.generate_in(sequence, &tokenizer, &[5, 6, 7], &GenerateOptions::default(), decoding, |_| {
             ControlFlow::Continue(())
         });
     is_not_finite(result, "generate with a draft model");

@@ -10,7 +10,7 @@ use halite::backend::reference::Reference;
 use halite::kernels::formats::Format;
 use halite::map::Source;
 use halite::model::ProgramOptions;
-use halite::session::{Head, Run, SequenceId, Session, SessionOptions};
+use halite::session::{OutputKind, Run, SequenceId, Session, SessionOptions};
 use halite::{Error, Model};
 
 fn session(model: &Arc<Model>, backend: Arc<dyn Backend>, context: u32, kv_format: Format) -> Session {
@@ -52,7 +52,7 @@ fn saved(session: &Session, id: SequenceId) -> Vec<u8> {
 }
 
 fn continued(session: &mut Session, sequence: SequenceId) -> Vec<u32> {
-    session.step(&[Run::new(sequence, &[3, 5])], Head::Logits).unwrap();
+    session.step(&[Run::new(sequence, &[3, 5])], OutputKind::Logits).unwrap();
     session.logits().iter().map(|x| x.to_bits()).collect()
 }
 
@@ -64,14 +64,14 @@ fn a_restored_sequence_goes_on() {
         let mut old = session(&model, cpu(), 256, kv);
         let id = old.add_sequence();
         let tokens: Vec<u32> = (0..100).map(|i| i % 50).collect();
-        old.prefill(id, &tokens, Head::Logits).unwrap();
+        old.prefill(id, &tokens, OutputKind::Logits).unwrap();
         let bytes = saved(&old, id);
         let want = continued(&mut old, id);
         for backend in [cpu(), Arc::new(Reference::new())] {
             let mut new = session(&model, backend, 128, kv);
             // Pages that another sequence holds are not the ones that are written to.
             let other = new.add_sequence();
-            new.prefill(other, &[9], Head::Logits).unwrap();
+            new.prefill(other, &[9], OutputKind::Logits).unwrap();
             // Two others follow each other in one stream.
             let stream = [&bytes[..], b"rest"].concat();
             let mut from = &stream[..];
@@ -97,7 +97,7 @@ fn what_does_not_fit_is_named() {
     let (a, b) = (tiny("a"), tiny("b"));
     let mut old = session(&a, cpu(), 64, Format::F16);
     let id = old.add_sequence();
-    old.prefill(id, &[1, 2, 3], Head::Logits).unwrap();
+    old.prefill(id, &[1, 2, 3], OutputKind::Logits).unwrap();
     let bytes = saved(&old, id);
     assert_eq!(refused(&bytes, &mut session(&b, cpu(), 64, Format::F16)), "model");
     // The same header, and other weights.
@@ -127,7 +127,7 @@ fn damage_is_refused() {
     let model = tiny("a");
     let mut session = session(&model, cpu(), 64, Format::F16);
     let id = session.add_sequence();
-    session.prefill(id, &[1, 2, 3], Head::Logits).unwrap();
+    session.prefill(id, &[1, 2, 3], OutputKind::Logits).unwrap();
     let bytes = saved(&session, id);
     assert!(bytes.len() < 4096, "{}", bytes.len());
     session.remove(id).unwrap();

@@ -7,12 +7,12 @@ use std::sync::Arc;
 use halite::backend::Backend;
 use halite::backend::cpu::Cpu;
 use halite::backend::reference::Reference;
-use halite::generate::{Aids, Finish, GenerateOptions, Generation};
+use halite::generate::{Decoding, Finish, GenerateOptions, Generation};
 use halite::kernels::formats::Format;
 use halite::model::ProgramOptions;
 use halite::sampler::SamplerOptions;
-use halite::session::{Head, Run, Session, SessionOptions, Wanted};
-use halite::speculate::{DraftModel, Drafter, Lookup};
+use halite::session::{OutputKind, OutputTokens, Run, Session, SessionOptions};
+use halite::speculate::{DraftModel, Drafter, PromptLookup};
 use halite::{Error, Model, Result, Tokenizer};
 
 fn open(file: &str) -> Arc<Model> {
@@ -44,10 +44,10 @@ fn generate(
     let prompt = "She was happy, and he was happy. She was happy, and he was";
     let prompt = tokenizer.encode(prompt, options.encode);
     let sequence = session.add_sequence();
-    let mut aids = Aids::default();
-    aids.drafter = drafter;
+    let mut decoding = Decoding::default();
+    decoding.drafter = drafter;
     let generation = session
-        .generate_in(sequence, tokenizer, &prompt, options, aids, |_| ControlFlow::Continue(()))
+        .generate_in(sequence, tokenizer, &prompt, options, decoding, |_| ControlFlow::Continue(()))
         .unwrap();
     // The sequence is the text, but for a last token that was not run.
     let text = [&prompt[..], &generation.tokens].concat();
@@ -89,7 +89,7 @@ fn drafts_do_not_change_the_text() {
         for options in &cases {
             let plain = generate(&mut session, &tokenizer, options, None);
             let mut oracle = Oracle([&plain.prompt_tokens[..], &plain.tokens].concat());
-            for drafter in [&mut Lookup::new(8) as &mut dyn Drafter, &mut oracle] {
+            for drafter in [&mut PromptLookup::new(8) as &mut dyn Drafter, &mut oracle] {
                 let drafted = generate(&mut session, &tokenizer, options, Some(drafter));
                 assert_eq!((&drafted.tokens, &drafted.text), (&plain.tokens, &plain.text), "{options:?}");
                 assert_eq!(drafted.finish, plain.finish);
@@ -150,10 +150,10 @@ fn outputs_do_not_depend_on_the_step() {
         let mut single = Vec::new();
         for token in &tokens {
             let run = Run::new(one, std::slice::from_ref(token));
-            session.step(&[run], Head::ArgMax).unwrap();
+            session.step(&[run], OutputKind::ArgMax).unwrap();
             single.extend_from_slice(session.arg_max());
         }
-        session.step(&[Run::new(all, &tokens).wanted(Wanted::All)], Head::ArgMax).unwrap();
+        session.step(&[Run::new(all, &tokens).outputs(OutputTokens::All)], OutputKind::ArgMax).unwrap();
         assert_eq!(session.arg_max(), single, "{file}");
     }
 }

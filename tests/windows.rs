@@ -8,7 +8,7 @@ use halite::backend::{Backend, Bindings, Cancel, Limits, NO_PAGE, Span, Step, Us
 use halite::kernels::formats::Format;
 use halite::map::Source;
 use halite::program::{Builder, Dim, State};
-use halite::session::{Head, Run, SequenceId, Session, SessionOptions, Wanted, footprint};
+use halite::session::{OutputKind, OutputTokens, Run, SequenceId, Session, SessionOptions, footprint};
 use halite::{Error, Model};
 
 /// What the windowed layer of the model looks back.
@@ -58,7 +58,7 @@ fn fed(session: &mut Session, sequence: SequenceId, mut tokens: &[u32], steps: &
         if now.is_empty() {
             return out;
         }
-        session.step(&[Run::new(sequence, now).wanted(Wanted::All)], Head::Logits).unwrap();
+        session.step(&[Run::new(sequence, now).outputs(OutputTokens::All)], OutputKind::Logits).unwrap();
         out.extend(session.logits().iter().map(|x| x.to_bits()));
         tokens = rest;
     }
@@ -115,12 +115,12 @@ fn sequences_have_windows_of_their_own() {
     let mut done = [0; 3];
     while done != [tokens.len(); 3] {
         let lens = [0, 1, 2].map(|i| random.below(14).min(tokens.len() - done[i]));
-        let run = |i: usize| Run::new(all[i], &tokens[done[i]..done[i] + lens[i]]).wanted(Wanted::All);
+        let run = |i: usize| Run::new(all[i], &tokens[done[i]..done[i] + lens[i]]).outputs(OutputTokens::All);
         let runs: Vec<Run<'_>> = (0..3).filter(|&i| lens[i] > 0).map(run).collect();
         if runs.is_empty() {
             continue;
         }
-        session.step(&runs, Head::Logits).unwrap();
+        session.step(&runs, OutputKind::Logits).unwrap();
         let mut got = session.logits().chunks_exact(12);
         for i in 0..3 {
             for (token, got) in (done[i]..done[i] + lens[i]).zip(got.by_ref()) {
@@ -135,7 +135,7 @@ fn sequences_have_windows_of_their_own() {
     let short = [(); 10].map(|()| session.add_sequence());
     short.iter().for_each(|&id| _ = fed(&mut session, id, &tokens[..30], &[30]));
     let more = session.add_sequence();
-    let error = session.prefill(more, &tokens[..30], Head::ArgMax).err();
+    let error = session.prefill(more, &tokens[..30], OutputKind::ArgMax).err();
     assert!(matches!(error, Some(Error::WindowsFull { window: WINDOW, sequences: 3 })), "{error:?}");
     // Who ends gives back its own.
     session.remove(short[4]).unwrap();

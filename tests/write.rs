@@ -8,7 +8,7 @@ use halite::gguf::Gguf;
 use halite::gguf::write::{Encoded, Writer};
 use halite::kernels::formats::Format;
 use halite::map::Source;
-use halite::session::{Head, Run, Session, SessionOptions};
+use halite::session::{OutputKind, Run, Session, SessionOptions};
 use halite::synth::{Formats, SHAPES, Synth, shape};
 use halite::tokenizer::EncodeOptions;
 use halite::{Model, Tokenizer};
@@ -168,7 +168,7 @@ fn synthetic_models_run_in_every_format() {
             assert_eq!(tokenizer.decode(&tokens, false), " hello world");
             let mut session = Session::new(&model, &backend, &SessionOptions::default()).unwrap();
             let sequence = session.add_sequence();
-            session.step(&[Run::new(sequence, &tokens)], Head::Logits).unwrap();
+            session.step(&[Run::new(sequence, &tokens)], OutputKind::Logits).unwrap();
             let logits = session.logits();
             let range = |f: fn(f32, f32) -> f32| logits.iter().copied().reduce(f).unwrap();
             let (min, max) = (range(f32::min), range(f32::max));

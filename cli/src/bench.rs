@@ -8,7 +8,7 @@ use halite::backend::cpu::{self, Cpu};
 use halite::cost::{self, Cost, Extent, Rates};
 use halite::kernels::formats::Format;
 use halite::model::ProgramOptions;
-use halite::session::{Head, Run, SequenceId, Session, SessionOptions};
+use halite::session::{OutputKind, Run, SequenceId, Session, SessionOptions};
 #[cfg(feature = "sim")]
 use halite_profiles::profile::Profile;
 #[cfg(feature = "sim")]
@@ -168,7 +168,7 @@ fn time(session: &mut Session, test: Test, repetitions: u32) -> Result<Vec<f64>,
     let sequence = session.add_sequence();
     let tokens = tokens(session.model().hparams().vocab_size, test.depth + test.tokens());
     let (before, tokens) = tokens.split_at(test.depth as usize);
-    session.prefill(sequence, before, Head::ArgMax)?;
+    session.prefill(sequence, before, OutputKind::ArgMax)?;
     let mut repeat = |test: Test| -> Result<f64, Failure> {
         let (prompt, generated) = tokens[..test.tokens() as usize].split_at(test.prompt as usize);
         let start = Instant::now();
@@ -185,9 +185,9 @@ fn time(session: &mut Session, test: Test, repetitions: u32) -> Result<Vec<f64>,
 
 /// Prefills a prompt and then decodes the given tokens one by one. The work does not depend on the output.
 fn run(session: &mut Session, sequence: SequenceId, prompt: &[u32], generated: &[u32]) -> halite::Result<()> {
-    session.prefill(sequence, prompt, Head::ArgMax)?;
+    session.prefill(sequence, prompt, OutputKind::ArgMax)?;
     for token in generated.chunks(1) {
-        session.step(&[Run::new(sequence, token)], Head::ArgMax)?;
+        session.step(&[Run::new(sequence, token)], OutputKind::ArgMax)?;
     }
     Ok(())
 }

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use clap::Args;
 use halite::Error;
 use halite::chat::{self, Message, Template};
-use halite::generate::{Aids, Finish, GenerateOptions};
+use halite::generate::{Decoding, Finish, GenerateOptions};
 
 use super::run::rate;
 use super::{Failure, ModelArgs, SamplerArgs, interrupt, limit, print, read_text, say, tokenizer};
@@ -86,11 +86,11 @@ pub fn chat(args: &ChatArgs) -> Result<(), Failure> {
         }
         messages.push(Message::new("user", &tokenizer.quote(text)));
         // Leave room for an answer: all of -n, or a quarter of a small context.
-        let room = args.n.min(session.positions() / 4);
-        let most = session.positions().saturating_sub(room) as usize;
+        let answer = args.n.min(session.positions() / 4);
+        let max_prompt = session.positions().saturating_sub(answer) as usize;
         let prompt = loop {
             let prompt = template.render(&messages, true).map(|prompt| chat::encode(&tokenizer, &prompt));
-            let full = prompt.as_ref().is_ok_and(|prompt| prompt.len() > most);
+            let full = prompt.as_ref().is_ok_and(|prompt| prompt.len() > max_prompt);
             if !(args.drop_oldest && full && forget_oldest(&mut messages)) {
                 break prompt;
             }
@@ -108,7 +108,7 @@ pub fn chat(args: &ChatArgs) -> Result<(), Failure> {
         let work = interrupt::Work::new(session.cancel_handle());
         let mut written = Ok(());
         let generation =
-            session.generate_in(sequence, &tokenizer, &prompt, &options, Aids::default(), |text| {
+            session.generate_in(sequence, &tokenizer, &prompt, &options, Decoding::default(), |text| {
                 written = print(text);
                 if written.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
             });

@@ -215,7 +215,7 @@ fn open_adapted(path: Option<&Path>, adapters: &[OsString]) -> Result<Arc<Model>
     };
     for adapter in adapters {
         let (file, scale) = scaled(adapter);
-        model.adapt(Gguf::open(file.as_ref())?, scale)?;
+        model.apply_lora(Gguf::open(file.as_ref())?, scale)?;
     }
     warn(model.warnings());
     Ok(Arc::new(model))

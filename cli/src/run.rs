@@ -10,10 +10,10 @@ use clap::Args;
 use halite::backend::Clock;
 #[cfg(feature = "constrain")]
 use halite::constrain::{Guide, Rule};
-use halite::generate::{Aids, GenerateOptions, Generation};
+use halite::generate::{Decoding, GenerateOptions, Generation};
 use halite::output::{self, Replace};
-use halite::session::{Head, footprint};
-use halite::speculate::{DraftModel, Drafter, Lookup};
+use halite::session::{OutputKind, footprint};
+use halite::speculate::{DraftModel, Drafter, PromptLookup};
 use halite::tokenizer::EncodeOptions;
 
 use super::interrupt::{self, Interrupted};
@@ -127,7 +127,7 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
             let draft = draft.session(&draft.open()?, &options)?;
             Some(Box::new(DraftModel::new(draft, &session, drafts as usize)?))
         }
-        None if drafts > 0 => Some(Box::new(Lookup::new(drafts as usize))),
+        None if drafts > 0 => Some(Box::new(PromptLookup::new(drafts as usize))),
         None => None,
     };
     let load = start.elapsed();
@@ -157,13 +157,14 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
     tokens.extend(tokenizer.encode(&prompt, encode));
     #[cfg(feature = "constrain")]
     let mut guide = args.rule.guide(&tokenizer)?;
-    let mut aids = Aids::default();
-    aids.drafter = drafter.as_deref_mut().map(|d| d as _);
+    let mut decoding = Decoding::default();
+    decoding.drafter = drafter.as_deref_mut().map(|d| d as _);
     #[cfg(feature = "constrain")]
     if let Some(guide) = &mut guide {
-        aids = aids.constraint(guide);
+        decoding = decoding.constraint(guide);
     }
-    // Ctrl-C ends the generation. The text so far and its timings are still printed, and the sequence is saved.
+    // Ctrl-C ends the generation. The text so far and its timings are still printed, and the sequence is
+    // saved.
     let work = interrupt::Work::new(session.cancel_handle());
     // The prompt is printed with the first text, so a wrong option or prompt prints nothing.
     let mut prompted = args.json;
@@ -173,7 +174,7 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
         }
         if args.json { Ok(()) } else { print(text) }
     };
-    let generation = session.generate_in(sequence, &tokenizer, &tokens, &options, aids, |text| {
+    let generation = session.generate_in(sequence, &tokenizer, &tokens, &options, decoding, |text| {
         written = show(text);
         if written.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
     })?;
@@ -186,7 +187,7 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
         let done = session.reuse(sequence, &text)?;
         // The last token was chosen but not run. Ctrl-C may have left out more.
         if text.len() - done <= 1 {
-            session.prefill(sequence, &text[done..], Head::Logits)?;
+            session.prefill(sequence, &text[done..], OutputKind::Logits)?;
         }
         let mut out = interrupt::File::create(file, Replace::SAVED_SEQUENCE, &inputs(args))?;
         session.save(sequence, &mut out).map_err(|e| match e {

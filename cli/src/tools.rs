@@ -6,7 +6,7 @@ use clap::Args;
 use halite::conformance::{self, Outcome};
 use halite::kernels::formats::Format;
 use halite::output::{self, Replace};
-use halite::session::{Head, Run, Wanted};
+use halite::session::{OutputKind, OutputTokens, Run};
 use halite::tokenizer::EncodeOptions;
 
 use super::device::{DeviceArgs, drivers};
@@ -103,7 +103,7 @@ pub fn logits(args: &LogitsArgs) -> Result<(), Failure> {
     let mut file = interrupt::File::create(&args.out, Replace::Unmarked, &args.model.inputs())?;
     let bar = progress(tokens.len() as u64, "logits");
     for tokens in tokens.chunks(batch as usize) {
-        session.step(&[Run::new(sequence, tokens).wanted(Wanted::All)], Head::Logits)?;
+        session.step(&[Run::new(sequence, tokens).outputs(OutputTokens::All)], OutputKind::Logits)?;
         for logit in session.logits() {
             std::io::Write::write_all(&mut file, &logit.to_le_bytes()).map_err(out)?;
         }
@@ -176,8 +176,8 @@ pub fn perplexity(args: &PerplexityArgs) -> Result<(), Failure> {
         for (i, step) in input.chunks(batch as usize).enumerate() {
             let first = i * batch as usize;
             let scored = first + step.len() > window / 2;
-            let wanted = if scored { Wanted::All } else { Wanted::Nothing };
-            session.step(&[Run::new(sequence, step).wanted(wanted)], Head::Logits)?;
+            let outputs = if scored { OutputTokens::All } else { OutputTokens::None };
+            session.step(&[Run::new(sequence, step).outputs(outputs)], OutputKind::Logits)?;
             if scored {
                 for (row, logits) in session.logits().chunks_exact(vocab).enumerate() {
                     let position = first + row;

@@ -69,7 +69,7 @@ fn the_command_takes_adapters() {
         .unwrap();
     assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
     let mut expected = open(&base);
-    expected.adapt(Gguf::open(&first).unwrap(), 0.25).unwrap();
+    expected.apply_lora(Gguf::open(&first).unwrap(), 0.25).unwrap();
     let expected = logits(expected, Arc::new(Cpu::with_threads(2).unwrap()));
     assert_eq!(floats(&std::fs::read(&out).unwrap()), expected);
     [model, first, out].iter().for_each(|path| std::fs::remove_file(path).unwrap());
@@ -124,7 +124,8 @@ fn a_chat_goes_on() {
     std::fs::remove_file(&template).unwrap();
 }
 
-/// A model that shrinks under a running command ends it with an error or exit code 74, never with a bare signal.
+/// A model that shrinks under a running command ends it with an error or exit code 74, never with a bare
+/// signal.
 #[cfg(unix)]
 #[test]
 fn a_file_that_shrinks_under_the_command() {

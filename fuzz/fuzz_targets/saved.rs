@@ -8,7 +8,7 @@ use std::sync::{Arc, LazyLock, Mutex};
 use halite::Model;
 use halite::backend::Backend;
 use halite::backend::cpu::Cpu;
-use halite::session::{Head, Session, SessionOptions};
+use halite::session::{OutputKind, Session, SessionOptions};
 
 static STATE: LazyLock<Mutex<(Session, Vec<u8>)>> = LazyLock::new(|| {
     let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("seeds/llama.gguf");
@@ -19,7 +19,7 @@ static STATE: LazyLock<Mutex<(Session, Vec<u8>)>> = LazyLock::new(|| {
     let id = session.add_sequence();
     // Over a page's end.
     let tokens: Vec<u32> = (0..70).map(|i| i % model.hparams().vocab_size).collect();
-    session.prefill(id, &tokens, Head::Logits).unwrap();
+    session.prefill(id, &tokens, OutputKind::Logits).unwrap();
     let mut bytes = Vec::new();
     session.save(id, &mut bytes).unwrap();
     session.remove(id).unwrap();

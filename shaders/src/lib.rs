@@ -145,6 +145,7 @@ files! {
     "formats/q8_k"
     "formats/tq1_0"
     "formats/tq2_0"
+    "gather"
     "group"
     "halve"
     "kv/coded"
@@ -212,7 +213,6 @@ files! {
     "rope"
     "rope_kv"
     "route"
-    "select"
     "top_k"
 }
 
@@ -431,7 +431,7 @@ pub fn gated(gate: Gate) -> Option<String> {
     Some(format!("fn gated(g: f32, u: f32) -> f32 {{ {body} }}"))
 }
 
-/// Returns the elementwise function `f(x)`; `None` if it is not supported.
+/// Returns the element-wise function `f(x)`; `None` if it is not supported.
 pub fn unary(f: Unary) -> Option<String> {
     let body = match f {
         Unary::Silu => "silu(x)".into(),

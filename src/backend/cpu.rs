@@ -46,8 +46,8 @@ pub struct Cpu {
 }
 
 impl Cpu {
-    /// Opens the CPU with a thread for each core and its best instruction set, or the one named in the environment variable
-    /// `HALITE_ISA`.
+    /// Opens the CPU with a thread for each core and its best instruction set, or the one named in the
+    /// environment variable `HALITE_ISA`.
     ///
     /// # Errors
     /// [`Error::Backend`] if this CPU lacks the named instruction set or a thread cannot be started.
@@ -309,7 +309,7 @@ impl Scratch {
             pairs: zeroed(self.pairs, WHAT)?,
             input: zeroed(input, WHAT)?,
             up: zeroed(up, WHAT)?,
-            both: zeroed(hidden, WHAT)?,
+            activated: zeroed(hidden, WHAT)?,
             output: zeroed(output, WHAT)?,
             attended: zeroed(attended, WHAT)?,
             rotated: zeroed(rotated, WHAT)?,
@@ -360,7 +360,7 @@ struct KernelMemory {
     pairs: Vec<(u32, u32)>,
     input: Vec<f32>,
     up: Vec<f32>,
-    both: Vec<f32>,
+    activated: Vec<f32>,
     /// Each head's maximum and sum, and the partial results of chunks.
     attended: Vec<f32>,
     /// The rotated keys of one token.
@@ -515,8 +515,8 @@ impl<'a> Input<'a> {
         let (q8_0, q8_k) = memory;
         let k = products.first().map_or(1, |p| p.weight.cols);
         let wants = |to: Activation| {
-            let wanted = |p: &Product<'_>| matches!(p.weight.format.kind(), Kind::Quantised { activation, .. } if activation == to);
-            products.iter().any(wanted)
+            let matches = |p: &Product<'_>| matches!(p.weight.format.kind(), Kind::Quantised { activation, .. } if activation == to);
+            products.iter().any(matches)
         };
         if wants(Activation::Q8_0) {
             q8_0.quantise(isa, pool, Activation::Q8_0, x, k);
@@ -638,8 +638,11 @@ impl CpuKernels {
         let (shape, threads) = (a.shape, self.pool.threads());
         let group = a.heads / shape.kv_heads;
         let tokens = out.len() / (a.heads * shape.value_dim);
-        let most = (0..tokens).map(|t| attention::chunks(a.sees(t).1 as usize, a.window).len()).max();
-        if threads > 1 && tokens * shape.kv_heads < 4 * threads && group <= ROWS && most >= Some(SPLIT_CHUNKS)
+        let max_chunks = (0..tokens).map(|t| attention::chunks(a.sees(t).1 as usize, a.window).len()).max();
+        if threads > 1
+            && tokens * shape.kv_heads < 4 * threads
+            && group <= ROWS
+            && max_chunks >= Some(SPLIT_CHUNKS)
         {
             for (t, out) in out.chunks_exact_mut(a.heads * shape.value_dim).enumerate() {
                 self.attend_split(a, t, out);
@@ -680,7 +683,7 @@ impl CpuKernels {
         let (x, ids, weights, out) = (x.floats(), ids.ints(), weights.floats(), out.floats_mut());
         let biases = biases.as_ref();
         let (isa, pool) = (self.isa, self.pool.clone());
-        let KernelMemory { q8_0, q8_k, pairs, input, up, both, output, .. } = &mut self.memory;
+        let KernelMemory { q8_0, q8_k, pairs, input, up, activated, output, .. } = &mut self.memory;
         let (one, all) = output.split_at_mut(ids.len() * cols);
         // Group tokens by expert, so that an expert's weights are read once.
         for e in 0..gate.experts {
@@ -695,16 +698,16 @@ impl CpuKernels {
                 continue;
             }
             let product = |weight, which: usize| Product::of_expert(weight, biases.map(|b| &b[which]), e);
-            let both = &mut both[..n * hidden];
+            let activated = &mut activated[..n * hidden];
             {
                 let list = [product(gate, 0), product(up_weight, 1)];
                 let input = Input::new(isa, &pool, (&mut *q8_0, &mut *q8_k), &input[..n * cols], &list);
-                let mut outs = [PanelMut::new(both, hidden)];
+                let mut outs = [PanelMut::new(activated, hidden)];
                 products(isa, &pool, &input, &list, Epilogue::Glu(*act), &mut outs, up);
             }
             {
                 let list = [product(down, 2)];
-                let input = Input::new(isa, &pool, (&mut *q8_0, &mut *q8_k), both, &list);
+                let input = Input::new(isa, &pool, (&mut *q8_0, &mut *q8_k), activated, &list);
                 let mut outs = [PanelMut::new(&mut one[..n * cols], cols)];
                 products(isa, &pool, &input, &list, Epilogue::None, &mut outs, up);
             }
@@ -771,7 +774,7 @@ impl Kernels for CpuKernels {
                 let rows = step.rows(*index, table.rows)?;
                 self.embed(table.matrix(), rows, *scale, out.floats_mut());
             }
-            Op::Select { x, out } => {
+            Op::Gather { x, out } => {
                 let (cols, x) = (x.cols, x.floats());
                 for (out, &row) in out.floats_mut().chunks_exact_mut(cols).zip(step.step.outputs) {
                     out.copy_from_slice(&x[row as usize * cols..][..cols]);
@@ -851,7 +854,7 @@ impl Kernels for CpuKernels {
                 });
             }
             Op::Add { a, b, out } => self.add(a.floats(), b.floats(), out.floats_mut()),
-            Op::Map { x, out, f } => {
+            Op::Unary { x, out, f } => {
                 let (f, x) = (*f, x.floats());
                 self.rows(out.floats_mut(), 1, &|first, out| {
                     self.isa.run(rows::Map { f, x: &x[first..first + out.len()], out });

@@ -28,8 +28,8 @@ pub enum Contract {
     Exact,
     /// Close to the reference; conformance defines the bounds.
     Close,
-    /// Rounded to the backend's own number formats; conformance bounds the error.
-    Rounded,
+    /// Computed in the device's own number formats; conformance allows their rounding error.
+    Native,
 }
 
 impl Contract {
@@ -38,7 +38,7 @@ impl Contract {
         match self {
             Contract::Exact => "exact",
             Contract::Close => "close",
-            Contract::Rounded => "rounded",
+            Contract::Native => "native",
         }
     }
 }
@@ -371,8 +371,8 @@ pub trait Plan: Send {
     /// `Error::Cancelled`, `Error::Argument`, or errors of the device.
     fn submit(&mut self, step: &Step<'_>, segments: Range<usize>, bindings: &Bindings<'_>) -> Result<Ticket>;
 
-    /// Waits for a submission. The time is that of its step so far: submissions add up, from the last one that started at
-    /// segment 0.
+    /// Waits for a submission. The time is that of its step so far: submissions add up, from the last one
+    /// that started at segment 0.
     ///
     /// # Errors
     /// Errors of the device.

@@ -76,10 +76,10 @@ impl Backend for Reference {
 
 /// Runs one op by definition, for a device that has memory of its own and no kernel for the op.
 ///
-/// It copies what the op reads out of the backend's buffers with [`Backend::read`], computes on the host, and copies what
-/// the op writes back with [`Backend::fill`]. The result has the bits of the reference. It is slow: call it to
-/// bring a chip up, and for ops that take no time. The backend reads weights in plain rows ([`Rows::Plain`](super::Rows::Plain)), and
-/// [`check_step`](super::check_step) has accepted the step.
+/// It copies what the op reads out of the backend's buffers with [`Backend::read`], computes on the host, and
+/// copies what the op writes back with [`Backend::fill`]. The result has the bits of the reference. It is
+/// slow: call it to bring a chip up, and for ops that take no time. The backend reads weights in plain rows
+/// ([`Rows::Plain`](super::Rows::Plain)), and [`check_step`](super::check_step) has accepted the step.
 ///
 /// # Errors
 /// What copying says, [`Error::Argument`](crate::Error::Argument) for a token id or a position that the program has no row
@@ -495,7 +495,7 @@ impl Kernels for Definitions {
                     }
                 }
             }
-            Op::Select { x, out } => {
+            Op::Gather { x, out } => {
                 let (x, cols, rows) = (x.floats(), x.cols, step.step.outputs);
                 each(out, |i| x[rows[i / cols] as usize * cols + i % cols]);
             }
@@ -560,7 +560,7 @@ impl Kernels for Definitions {
                 let (a, b) = (a.floats(), b.floats());
                 each(out, |i| a[i] + b[i]);
             }
-            Op::Map { x, out, f } => {
+            Op::Unary { x, out, f } => {
                 let x = x.floats();
                 each(out, |i| unary(*f, x[i]));
             }

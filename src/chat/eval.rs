@@ -11,21 +11,21 @@ use super::value::{Fallible, List, Loop, Meter, Value};
 /// Maximum nesting of expressions, statements and calls. A recursive call takes several levels.
 const MAX_DEPTH: usize = 1000;
 
-/// What a scope and a variable take.
+/// Bytes counted for a scope and for a variable.
 const SCOPE: usize = 256;
 
-/// A rendering.
+/// The state of one rendering.
 pub struct Run<'a> {
     pub heap: Heap,
     scopes: Vec<Scope<'a>>,
     macros: Vec<(&'a Macro, usize)>,
-    /// Recursive loops and their scopes, which they have until they end.
+    /// The recursive loops and their scopes; `None` after the end of the loop.
     recursive: Vec<Option<(&'a For, usize)>>,
-    /// What `loop.changed` was last told.
+    /// The last arguments of `loop.changed`, by loop.
     changed: HashMap<usize, Vec<Value>>,
     loops: usize,
     depth: usize,
-    /// The line of what is run.
+    /// The line of the current statement.
     pub line: u32,
 }
 
@@ -37,7 +37,7 @@ struct Scope<'a> {
 
 /// Evaluated arguments.
 #[derive(Default)]
-pub struct Given {
+pub struct CallArgs {
     pub positional: Vec<Value>,
     pub named: Vec<(Arc<str>, Value)>,
 }
@@ -52,8 +52,8 @@ enum Flow {
 /// Built-in functions.
 const FUNCTIONS: [&str; 5] = ["namespace", "range", "dict", "raise_exception", "strftime_now"];
 
-impl Given {
-    /// The arguments of these names, in this order; an error if there are others.
+impl CallArgs {
+    /// Returns the arguments with these names, in this order. Other arguments are an error.
     pub fn bind<const N: usize>(self, names: [&str; N]) -> Fallible<[Option<Value>; N]> {
         let mut bound = [const { None }; N];
         if self.positional.len() > N {
@@ -85,7 +85,7 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// Runs a template with these variables.
+    /// Renders a template.
     pub fn template(&mut self, body: &'a [Statement], variables: Vec<(&'a str, Value)>) -> Fallible<String> {
         self.scopes[0].variables.extend(variables);
         let mut out = String::new();
@@ -105,7 +105,7 @@ impl<'a> Run<'a> {
 
     // Scopes.
 
-    /// Runs a part in a scope of its own. A scope that no macro can see afterwards is given back.
+    /// Runs `part` in a new scope. Frees the scope afterwards, unless a macro captured it.
     fn scoped<T>(&mut self, outer: usize, part: impl FnOnce(&mut Self, usize) -> Fallible<T>) -> Fallible<T> {
         let (scope, macros) = (self.scopes.len(), self.macros.len());
         self.heap.meter.work(4)?;
@@ -205,7 +205,7 @@ impl<'a> Run<'a> {
             }
             Statement::If(branches, otherwise) => {
                 for (test, body) in branches {
-                    if self.expr(test, scope)?.truth() {
+                    if self.expr(test, scope)?.is_truthy() {
                         return self.body(body, scope, out);
                     }
                 }
@@ -257,9 +257,9 @@ impl<'a> Run<'a> {
                 let (call, body) = &**call;
                 let Kind::Call(callee, arguments) = &call.kind else { return Err("expected a call".into()) };
                 let callee = self.expr(callee, scope)?;
-                let mut given = self.arguments(arguments, scope)?;
-                given.named.push(("caller".into(), self.define(body, scope)?));
-                let value = self.call(callee, given)?;
+                let mut args = self.arguments(arguments, scope)?;
+                args.named.push(("caller".into(), self.define(body, scope)?));
+                let value = self.call(callee, args)?;
                 self.heap.write(out, &value)?;
             }
             Statement::Missing(what, line) => {
@@ -277,7 +277,7 @@ impl<'a> Run<'a> {
         Ok(Value::Macro(self.macros.len() - 1))
     }
 
-    /// What a body writes, through filters.
+    /// Returns the output of a body after its filters.
     fn captured(
         &mut self,
         body: &'a [Statement],
@@ -288,8 +288,8 @@ impl<'a> Run<'a> {
         let flow = self.scoped(scope, |run, scope| run.body(body, scope, &mut text))?;
         let mut value = Value::Str(text.into());
         for filter in filters {
-            let given = self.arguments(&filter.arguments, scope)?;
-            value = self.filter(&filter.name, value, given)?;
+            let args = self.arguments(&filter.arguments, scope)?;
+            value = self.filter(&filter.name, value, args)?;
         }
         Ok((flow, value))
     }
@@ -325,7 +325,7 @@ impl<'a> Run<'a> {
                     run.assign(scope, &l.target, item.clone())?;
                     run.expr(filter, scope)
                 })?;
-                if keep.truth() {
+                if keep.is_truthy() {
                     self.heap.meter.items(1)?;
                     kept.push(item.clone());
                 }
@@ -359,7 +359,7 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// The items of what can be iterated over.
+    /// Returns the items of an iterable value.
     pub fn iterate(&mut self, value: &Value) -> Fallible<Rc<List>> {
         match value {
             Value::List(list) => Ok(list.clone()),
@@ -380,20 +380,20 @@ impl<'a> Run<'a> {
 
     // Calls.
 
-    fn arguments(&mut self, arguments: &'a Arguments, scope: usize) -> Fallible<Given> {
-        let mut given = Given::default();
+    fn arguments(&mut self, arguments: &'a Arguments, scope: usize) -> Fallible<CallArgs> {
+        let mut args = CallArgs::default();
         for value in &arguments.positional {
-            given.positional.push(self.expr(value, scope)?);
+            args.positional.push(self.expr(value, scope)?);
         }
         if let Some(list) = &arguments.list {
             let list = self.expr(list, scope)?;
             let list = self.iterate(&list)?;
             self.heap.meter.items(list.items.len())?;
-            given.positional.extend(list.items.iter().cloned());
+            args.positional.extend(list.items.iter().cloned());
         }
         for (name, value) in &arguments.named {
             self.heap.meter.memory(64)?;
-            given.named.push((name.as_str().into(), self.expr(value, scope)?));
+            args.named.push((name.as_str().into(), self.expr(value, scope)?));
         }
         if let Some(dict) = &arguments.dict {
             let Value::Dict(dict) = self.expr(dict, scope)? else {
@@ -402,22 +402,22 @@ impl<'a> Run<'a> {
             self.heap.meter.items(dict.entries.len())?;
             for (key, value) in &dict.entries {
                 let Value::Str(key) = key else { return Err("expected names as keys after **".into()) };
-                given.named.push((key.clone(), value.clone()));
+                args.named.push((key.clone(), value.clone()));
             }
         }
-        Ok(given)
+        Ok(args)
     }
 
-    pub fn call(&mut self, callee: Value, given: Given) -> Fallible<Value> {
+    pub fn call(&mut self, callee: Value, args: CallArgs) -> Fallible<Value> {
         self.nested(|run| match callee {
-            Value::Macro(id) => run.call_macro(id, given),
-            Value::Method(method) => run.method(&method.0, &method.1, given),
-            Value::Function(name) => run.function(name, given),
+            Value::Macro(id) => run.call_macro(id, args),
+            Value::Method(method) => run.method(&method.0, &method.1, args),
+            Value::Function(name) => run.function(name, args),
             Value::Loop(l) => {
-                let [over] = given.bind(["iterable"])?;
+                let [over] = args.bind(["iterable"])?;
                 let started = l.recursive.and_then(|at| run.recursive[at].map(|(l, scope)| (at, l, scope)));
                 let (at, definition, scope) = started.ok_or("this loop is not recursive, or is over")?;
-                let over = over.ok_or("expected what to loop over")?;
+                let over = over.ok_or("expected an iterable")?;
                 let mut out = String::new();
                 run.run_loop(definition, &over, scope, Some(at), l.level + 1, &mut out)?;
                 Ok(Value::Str(out.into()))
@@ -426,12 +426,12 @@ impl<'a> Run<'a> {
         })
     }
 
-    fn call_macro(&mut self, id: usize, given: Given) -> Fallible<Value> {
+    fn call_macro(&mut self, id: usize, args: CallArgs) -> Fallible<Value> {
         let (definition, outer) = self.macros[id];
         let mut out = String::new();
         self.scoped(outer, |run, scope| {
-            let mut positional = given.positional.into_iter();
-            let mut named = given.named;
+            let mut positional = args.positional.into_iter();
+            let mut named = args.named;
             let caller = named.iter().position(|(n, _)| **n == *"caller").map(|at| named.remove(at).1);
             if let Some(caller) = caller {
                 run.set(scope, "caller", caller)?;
@@ -447,7 +447,7 @@ impl<'a> Run<'a> {
                 };
                 run.set(scope, name, value)?;
             }
-            let (positional, [list, dict]) = (positional.collect::<Vec<_>>(), definition.more);
+            let (positional, [list, dict]) = (positional.collect::<Vec<_>>(), definition.variadic);
             if (!list && !positional.is_empty()) || (!dict && !named.is_empty()) {
                 return Err(format!("{}: too many arguments", definition.name));
             }
@@ -465,10 +465,10 @@ impl<'a> Run<'a> {
         Ok(Value::Str(out.into()))
     }
 
-    fn function(&mut self, name: &str, given: Given) -> Fallible<Value> {
+    fn function(&mut self, name: &str, args: CallArgs) -> Fallible<Value> {
         match name {
             "namespace" => {
-                let Value::Dict(dict) = self.make_dict(given)? else { return Err("expected a dict".into()) };
+                let Value::Dict(dict) = self.make_dict(args)? else { return Err("expected a dict".into()) };
                 self.heap.meter.memory(64)?;
                 self.heap.namespaces.push(Vec::new());
                 let id = self.heap.namespaces.len() - 1;
@@ -478,9 +478,9 @@ impl<'a> Run<'a> {
                 }
                 Ok(Value::Namespace(id))
             }
-            "dict" => self.make_dict(given),
+            "dict" => self.make_dict(args),
             "range" => {
-                let numbers = given.positional.iter().map(|v| v.int().ok_or("range: expected ints"));
+                let numbers = args.positional.iter().map(|v| v.int().ok_or("range: expected ints"));
                 let numbers = numbers.collect::<Result<Vec<i64>, _>>()?;
                 let (start, stop, step) = match numbers[..] {
                     [stop] => (0, stop, 1),
@@ -494,29 +494,29 @@ impl<'a> Run<'a> {
                 if count > 100_000 {
                     return Err("range: more than 100000 numbers".into());
                 }
-                self.heap.meter.room(count as usize)?;
+                self.heap.meter.check_items(count as usize)?;
                 let numbers = (0..count as i64).map(|i| Value::Int(start + i * step)).collect();
                 self.heap.meter.list(numbers)
             }
             "raise_exception" => {
-                let [message] = given.bind(["message"])?;
+                let [message] = args.bind(["message"])?;
                 let message = self.heap.str(&message.unwrap_or(Value::None))?;
                 Err(message.to_string())
             }
             _ => {
-                let [format] = given.bind(["format"])?;
+                let [format] = args.bind(["format"])?;
                 let Some(Value::Str(format)) = format else {
                     return Err("strftime_now: expected a format".into());
                 };
-                let now = super::now(&format)?;
+                let now = super::strftime_now(&format)?;
                 self.heap.meter.str(&now)
             }
         }
     }
 
-    fn make_dict(&mut self, given: Given) -> Fallible<Value> {
+    fn make_dict(&mut self, args: CallArgs) -> Fallible<Value> {
         let mut pairs = Vec::new();
-        match &given.positional[..] {
+        match &args.positional[..] {
             [] => {}
             [Value::Dict(dict)] => {
                 self.heap.meter.items(dict.entries.len())?;
@@ -532,7 +532,7 @@ impl<'a> Run<'a> {
             }
             _ => return Err("dict: expected one value".into()),
         }
-        pairs.extend(given.named.into_iter().map(|(name, value)| (Value::Str(name), value)));
+        pairs.extend(args.named.into_iter().map(|(name, value)| (Value::Str(name), value)));
         self.heap.meter.dict(pairs)
     }
 
@@ -566,18 +566,18 @@ impl<'a> Run<'a> {
                 let items = self.all(items, scope)?;
                 self.heap.meter.sequence(items, true)
             }
-            Kind::Not(value) => Ok(Value::Bool(!self.expr(value, scope)?.truth())),
+            Kind::Not(value) => Ok(Value::Bool(!self.expr(value, scope)?.is_truthy())),
             Kind::And(pair) => {
                 let left = self.expr(&pair.0, scope)?;
-                if left.truth() { self.expr(&pair.1, scope) } else { Ok(left) }
+                if left.is_truthy() { self.expr(&pair.1, scope) } else { Ok(left) }
             }
             Kind::Or(pair) => {
                 let left = self.expr(&pair.0, scope)?;
-                if left.truth() { Ok(left) } else { self.expr(&pair.1, scope) }
+                if left.is_truthy() { Ok(left) } else { self.expr(&pair.1, scope) }
             }
             Kind::If(parts) => {
                 let (test, value, other) = &**parts;
-                match (self.expr(test, scope)?.truth(), other) {
+                match (self.expr(test, scope)?.is_truthy(), other) {
                     (true, _) => self.expr(value, scope),
                     (false, Some(other)) => self.expr(other, scope),
                     (false, None) => self.undefined("the other value of an if"),
@@ -594,21 +594,21 @@ impl<'a> Run<'a> {
             }
             Kind::Call(callee, arguments) => {
                 let callee = self.expr(callee, scope)?;
-                let given = self.arguments(arguments, scope)?;
+                let args = self.arguments(arguments, scope)?;
                 self.line = e.line;
-                self.call(callee, given)
+                self.call(callee, args)
             }
             Kind::Filter(value, filter) => {
                 let value = self.expr(value, scope)?;
-                let given = self.arguments(&filter.arguments, scope)?;
+                let args = self.arguments(&filter.arguments, scope)?;
                 self.line = e.line;
-                self.filter(&filter.name, value, given)
+                self.filter(&filter.name, value, args)
             }
             Kind::Test(value, test) => {
                 let value = self.expr(value, scope)?;
-                let given = self.arguments(&test.arguments, scope)?;
+                let args = self.arguments(&test.arguments, scope)?;
                 self.line = e.line;
-                Ok(Value::Bool(self.test(&test.name, &value, given)?))
+                Ok(Value::Bool(self.test(&test.name, &value, args)?))
             }
             _ => self.arithmetic(e, scope),
         }
@@ -732,7 +732,7 @@ impl<'a> Run<'a> {
                 return Ok(Value::Str(text.into()));
             }
             ("+", Value::List(a), Value::List(b)) if a.tuple == b.tuple => {
-                self.heap.meter.room(a.items.len() + b.items.len())?;
+                self.heap.meter.check_items(a.items.len() + b.items.len())?;
                 let items = a.items.iter().chain(&b.items).cloned().collect();
                 return self.heap.meter.sequence(items, a.tuple);
             }
@@ -747,9 +747,9 @@ impl<'a> Run<'a> {
                         return Ok(Value::Str(text.repeat(times).into()));
                     }
                     Value::List(list) => {
-                        self.heap.meter.room(list.items.len().saturating_mul(times))?;
+                        self.heap.meter.check_items(list.items.len().saturating_mul(times))?;
                         let mut items = Vec::with_capacity(list.items.len() * times);
-                        // Repetition is limited, too.
+                        // Repeating an empty list would loop without being charged.
                         for _ in 0..if list.items.is_empty() { 0 } else { times } {
                             items.extend(list.items.iter().cloned());
                         }
@@ -807,7 +807,7 @@ impl<'a> Run<'a> {
                 Ok(Value::Str((0..taken).map(|i| chars[index(i)]).collect::<String>().into()))
             }
             Value::List(list) => {
-                self.heap.meter.room(taken)?;
+                self.heap.meter.check_items(taken)?;
                 let index = |i: usize| (first + i as i64 * step) as usize;
                 let items = (0..taken).map(|i| list.items[index(i)].clone()).collect();
                 self.heap.meter.sequence(items, list.tuple)
@@ -816,7 +816,7 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// `value[key]`.
+    /// Evaluates `value[key]`.
     pub fn item(&mut self, value: &Value, key: &Value) -> Fallible<Value> {
         let found = match (value, key) {
             (Value::Undefined(name), _) => return Err(format!("{name:?} is undefined")),
@@ -851,7 +851,7 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// `value.name`.
+    /// Evaluates `value.name`.
     pub fn attribute(&mut self, value: &Value, name: &str) -> Fallible<Value> {
         if let Value::Undefined(of) = value {
             return Err(format!("{of:?} is undefined"));
@@ -868,7 +868,7 @@ impl<'a> Run<'a> {
         self.undefined(name)
     }
 
-    /// What a value has by its kind, not as an item.
+    /// Returns a method or attribute that the value's type defines.
     fn member(&mut self, value: &Value, name: &str) -> Fallible<Option<Value>> {
         let number = |n: usize| Some(Value::Int(n as i64));
         Ok(match value {
@@ -910,24 +910,24 @@ impl<'a> Run<'a> {
         Ok(Value::Method(Rc::new((value.clone(), name.into()))))
     }
 
-    pub fn loop_method(&mut self, l: &Loop, name: &str, given: Given) -> Fallible<Value> {
+    pub fn loop_method(&mut self, l: &Loop, name: &str, args: CallArgs) -> Fallible<Value> {
         if name == "cycle" {
-            let count = given.positional.len();
+            let count = args.positional.len();
             let at = l.index.get().checked_rem(count).ok_or("cycle: expected values")?;
-            return Ok(given.positional[at].clone());
+            return Ok(args.positional[at].clone());
         }
         let last = self.changed.remove(&l.id);
-        let mut same = last.as_ref().is_some_and(|last| last.len() == given.positional.len());
-        for (a, b) in last.iter().flatten().zip(&given.positional) {
+        let mut same = last.as_ref().is_some_and(|last| last.len() == args.positional.len());
+        for (a, b) in last.iter().flatten().zip(&args.positional) {
             same = same && self.heap.meter.equal(a, b)?;
         }
-        self.heap.meter.items(given.positional.len() + 4)?;
-        self.changed.insert(l.id, given.positional);
+        self.heap.meter.items(args.positional.len() + 4)?;
+        self.changed.insert(l.id, args.positional);
         Ok(Value::Bool(!same))
     }
 }
 
-/// An index from the start, for one that may count from the end.
+/// Converts a Python index, which may count from the end, to an index from the start.
 fn place(at: i64, length: usize) -> Option<usize> {
     let at = if at < 0 { at.checked_add(i64::try_from(length).ok()?)? } else { at };
     usize::try_from(at).ok()

@@ -2,14 +2,14 @@
 
 use std::sync::Arc;
 
-use super::eval::{Given, Run};
+use super::eval::{CallArgs, Run};
 use super::text::Json;
 use super::value::{Fallible, Value, is_space};
 
-/// Most digits of a text that is read as an integer, as in Python.
+/// Maximum digits of a text that is converted to an integer, as in Python.
 const MAX_DIGITS: usize = 4300;
 
-/// An argument that is an integer, if it is given.
+/// Converts an optional argument to an integer.
 pub(super) fn whole(value: Option<Value>, name: &str) -> Fallible<Option<i64>> {
     match value {
         None | Some(Value::None) => Ok(None),
@@ -20,42 +20,42 @@ pub(super) fn whole(value: Option<Value>, name: &str) -> Fallible<Option<i64>> {
 }
 
 fn truth(value: Option<Value>) -> bool {
-    value.is_some_and(|v| v.truth())
+    value.is_some_and(|v| v.is_truthy())
 }
 
-/// The attributes that `a.0.b` names.
+/// An attribute path, such as `a.0.b`.
 type Path = Vec<Value>;
 
 impl Run<'_> {
-    pub fn filter(&mut self, name: &str, value: Value, given: Given) -> Fallible<Value> {
+    pub fn filter(&mut self, name: &str, value: Value, args: CallArgs) -> Fallible<Value> {
         self.heap.meter.work(1)?;
-        // A filter that is given others runs them inside of it.
-        self.nested(|run| run.any_filter(name, value, given))
+        // Filters such as `map` call other filters, so the depth is limited.
+        self.nested(|run| run.any_filter(name, value, args))
     }
 
-    fn any_filter(&mut self, name: &str, value: Value, given: Given) -> Fallible<Value> {
+    fn any_filter(&mut self, name: &str, value: Value, args: CallArgs) -> Fallible<Value> {
         match name {
             "default" | "d" => {
-                let [default, boolean] = given.bind(["default_value", "boolean"])?;
-                let missing = matches!(value, Value::Undefined(_)) || (truth(boolean) && !value.truth());
+                let [default, boolean] = args.bind(["default_value", "boolean"])?;
+                let missing = matches!(value, Value::Undefined(_)) || (truth(boolean) && !value.is_truthy());
                 Ok(if missing { default.unwrap_or(Value::text("")) } else { value })
             }
             "string" | "safe" => Ok(Value::Str(self.heap.str(&value)?)),
             "length" | "count" => self.length(&value).map(|n| Value::Int(n as i64)),
-            "tojson" => self.json_filter(&value, given),
+            "tojson" => self.json_filter(&value, args),
             "upper" | "lower" | "capitalize" | "title" | "trim" | "replace" | "indent" | "center"
             | "format" | "truncate" | "wordcount" | "escape" | "e" | "urlencode" => {
-                self.text_filter(name, value, given)
+                self.text_filter(name, value, args)
             }
-            "abs" | "int" | "float" | "round" => self.number_filter(name, value, given),
-            // Nothing, whatever its kind, has no items to look at.
-            "map" | "select" | "reject" | "selectattr" | "rejectattr" if !value.truth() => {
+            "abs" | "int" | "float" | "round" => self.number_filter(name, value, args),
+            // These filters accept every false value as an empty list.
+            "map" | "select" | "reject" | "selectattr" | "rejectattr" if !value.is_truthy() => {
                 self.heap.meter.list(Vec::new())
             }
-            "map" => self.map(&value, given),
-            "select" | "reject" => self.select(&value, given, name == "select", false),
-            "selectattr" | "rejectattr" => self.select(&value, given, name == "selectattr", true),
-            _ => self.list_filter(name, value, given),
+            "map" => self.map(&value, args),
+            "select" | "reject" => self.select(&value, args, name == "select", false),
+            "selectattr" | "rejectattr" => self.select(&value, args, name == "selectattr", true),
+            _ => self.list_filter(name, value, args),
         }
     }
 
@@ -73,9 +73,9 @@ impl Run<'_> {
         }
     }
 
-    fn json_filter(&mut self, value: &Value, given: Given) -> Fallible<Value> {
+    fn json_filter(&mut self, value: &Value, args: CallArgs) -> Fallible<Value> {
         let [ascii, indent, separators, sort] =
-            given.bind(["ensure_ascii", "indent", "separators", "sort_keys"])?;
+            args.bind(["ensure_ascii", "indent", "separators", "sort_keys"])?;
         let indent = match indent {
             None | Some(Value::None) => None,
             Some(Value::Str(text)) => Some(text.to_string()),
@@ -99,25 +99,25 @@ impl Run<'_> {
         Ok(Value::Str(out.into()))
     }
 
-    fn text_filter(&mut self, name: &str, value: Value, given: Given) -> Fallible<Value> {
+    fn text_filter(&mut self, name: &str, value: Value, args: CallArgs) -> Fallible<Value> {
         if name == "urlencode" {
             return self.url_encode(&value);
         }
         let text = self.heap.str(&value)?;
         match name {
-            "upper" | "lower" | "capitalize" | "replace" => self.method(&Value::Str(text), name, given),
-            "trim" => self.method(&Value::Str(text), "strip", given),
+            "upper" | "lower" | "capitalize" | "replace" => self.method(&Value::Str(text), name, args),
+            "trim" => self.method(&Value::Str(text), "strip", args),
             "center" => {
-                let [width] = given.bind(["width"])?;
+                let [width] = args.bind(["width"])?;
                 let positional = vec![width.unwrap_or(Value::Int(80))];
-                self.method(&Value::Str(text), name, Given { positional, ..Given::default() })
+                self.method(&Value::Str(text), name, CallArgs { positional, ..CallArgs::default() })
             }
-            "format" if given.named.is_empty() => {
-                let arguments = self.heap.meter.sequence(given.positional, true)?;
+            "format" if args.named.is_empty() => {
+                let arguments = self.heap.meter.sequence(args.positional, true)?;
                 self.heap.percent(&text, &arguments)
             }
             "format" => {
-                let pairs = given.named.into_iter().map(|(name, value)| (Value::Str(name), value)).collect();
+                let pairs = args.named.into_iter().map(|(name, value)| (Value::Str(name), value)).collect();
                 let arguments = self.heap.meter.dict(pairs)?;
                 self.heap.percent(&text, &arguments)
             }
@@ -141,7 +141,7 @@ impl Run<'_> {
                 Ok(Value::Int(words.count() as i64))
             }
             "indent" => {
-                let [width, first, blank] = given.bind(["width", "first", "blank"])?;
+                let [width, first, blank] = args.bind(["width", "first", "blank"])?;
                 let indent = match width {
                     Some(Value::Str(text)) => text,
                     width => {
@@ -163,7 +163,7 @@ impl Run<'_> {
                 Ok(Value::Str(out.into()))
             }
             "truncate" => {
-                let [length, kill, end, leeway] = given.bind(["length", "killwords", "end", "leeway"])?;
+                let [length, kill, end, leeway] = args.bind(["length", "killwords", "end", "leeway"])?;
                 let length = whole(length, name)?.unwrap_or(255).max(0) as usize;
                 let leeway = whole(leeway, name)?.unwrap_or(5).max(0) as usize;
                 let end = self.heap.str(&end.unwrap_or(Value::text("...")))?;
@@ -244,7 +244,7 @@ impl Run<'_> {
         self.heap.meter.push(out, "")
     }
 
-    fn number_filter(&mut self, name: &str, value: Value, given: Given) -> Fallible<Value> {
+    fn number_filter(&mut self, name: &str, value: Value, args: CallArgs) -> Fallible<Value> {
         let value = value.defined()?;
         match name {
             "abs" => match (value.int(), &value) {
@@ -253,7 +253,7 @@ impl Run<'_> {
                 _ => Err(format!("abs: expected a number, got a {}", value.kind())),
             },
             "int" => {
-                let [default, base] = given.bind(["default", "base"])?;
+                let [default, base] = args.bind(["default", "base"])?;
                 let base = whole(base, name)?.unwrap_or(10);
                 Ok(match self.read_int(&value, base)? {
                     Some(i) => Value::Int(i),
@@ -261,7 +261,7 @@ impl Run<'_> {
                 })
             }
             "float" => {
-                let [default] = given.bind(["default"])?;
+                let [default] = args.bind(["default"])?;
                 let number = match &value {
                     Value::Str(text) => self.read_float(text)?,
                     value => value.float(),
@@ -269,13 +269,13 @@ impl Run<'_> {
                 Ok(number.map(Value::Float).unwrap_or(default.unwrap_or(Value::Float(0.0))))
             }
             _ => {
-                let [precision, method] = given.bind(["precision", "method"])?;
+                let [precision, method] = args.bind(["precision", "method"])?;
                 let precision = whole(precision, name)?.unwrap_or(0);
                 let method = self.heap.str(&method.unwrap_or(Value::text("common")))?;
                 let Some(f) = value.float() else {
                     return Err(format!("round: expected a number, got a {}", value.kind()));
                 };
-                // A float has no digits beyond these.
+                // A float has no digits outside this range.
                 let precision = precision.clamp(-400, 400) as i32;
                 let scale = 10f64.powi(precision);
                 let rounded = match &*method {
@@ -301,7 +301,7 @@ impl Run<'_> {
         }
     }
 
-    /// What Python's `int` makes of a value, or else of its float.
+    /// Converts a value like Python's `int`, or else like `int(float(value))`.
     fn read_int(&mut self, value: &Value, base: i64) -> Fallible<Option<i64>> {
         let text = match value {
             Value::Str(text) => text.trim_matches(is_space),
@@ -344,7 +344,7 @@ impl Run<'_> {
         Ok(text.replace('_', "").parse().ok())
     }
 
-    fn list_filter(&mut self, name: &str, value: Value, given: Given) -> Fallible<Value> {
+    fn list_filter(&mut self, name: &str, value: Value, args: CallArgs) -> Fallible<Value> {
         match name {
             "list" => {
                 let list = self.iterate(&value)?;
@@ -359,7 +359,7 @@ impl Run<'_> {
                 }
             }
             "join" => {
-                let [between, attribute] = given.bind(["d", "attribute"])?;
+                let [between, attribute] = args.bind(["d", "attribute"])?;
                 let between = self.heap.str(&between.unwrap_or(Value::text("")))?;
                 let path = self.path(attribute)?;
                 let list = self.iterate(&value)?;
@@ -373,11 +373,11 @@ impl Run<'_> {
             }
             "items" => match value {
                 Value::Undefined(_) => self.heap.meter.list(Vec::new()),
-                value @ Value::Dict(_) => self.method(&value, "items", given),
+                value @ Value::Dict(_) => self.method(&value, "items", args),
                 value => Err(format!("items: expected a dict, got a {}", value.kind())),
             },
             "attr" => {
-                let [name] = given.bind(["name"])?;
+                let [name] = args.bind(["name"])?;
                 let name = self.heap.str(&name.ok_or("attr: expected a name")?)?;
                 match value {
                     Value::Dict(_) if !super::methods::has(&value, &name) => self.undefined(&name),
@@ -391,18 +391,18 @@ impl Run<'_> {
                 }
                 value => {
                     let list = self.iterate(value)?;
-                    self.heap.meter.room(list.items.len())?;
+                    self.heap.meter.check_items(list.items.len())?;
                     let items = list.items.iter().rev().cloned().collect();
                     self.heap.meter.list(items)
                 }
             },
             "sort" => {
-                let [reverse, case, attribute] = given.bind(["reverse", "case_sensitive", "attribute"])?;
+                let [reverse, case, attribute] = args.bind(["reverse", "case_sensitive", "attribute"])?;
                 let sorted = self.sorted(&value, truth(case), attribute, truth(reverse))?;
                 self.heap.meter.list(sorted)
             }
             "dictsort" => {
-                let [case, by, reverse] = given.bind(["case_sensitive", "by", "reverse"])?;
+                let [case, by, reverse] = args.bind(["case_sensitive", "by", "reverse"])?;
                 let Value::Dict(dict) = value.defined()? else {
                     return Err("dictsort: expected a dict".into());
                 };
@@ -417,7 +417,7 @@ impl Run<'_> {
                 self.heap.meter.list(sorted)
             }
             "unique" | "min" | "max" => {
-                let [case, attribute] = given.bind(["case_sensitive", "attribute"])?;
+                let [case, attribute] = args.bind(["case_sensitive", "attribute"])?;
                 let path = self.path(attribute)?;
                 let list = self.iterate(&value)?;
                 let mut seen = std::collections::HashSet::new();
@@ -450,7 +450,7 @@ impl Run<'_> {
                 }
             }
             "sum" => {
-                let [attribute, start] = given.bind(["attribute", "start"])?;
+                let [attribute, start] = args.bind(["attribute", "start"])?;
                 let path = self.path(attribute)?;
                 let mut total = start.unwrap_or(Value::Int(0));
                 let list = self.iterate(&value)?;
@@ -460,9 +460,9 @@ impl Run<'_> {
                 }
                 Ok(total)
             }
-            "batch" | "slice" => self.parts(name, &value, given),
+            "batch" | "slice" => self.parts(name, &value, args),
             "groupby" => {
-                let [attribute, default, case] = given.bind(["attribute", "default", "case_sensitive"])?;
+                let [attribute, default, case] = args.bind(["attribute", "default", "case_sensitive"])?;
                 let path = self.path(attribute)?;
                 let list = self.iterate(&value)?;
                 self.heap.meter.items(list.items.len().saturating_mul(2))?;
@@ -491,14 +491,13 @@ impl Run<'_> {
     }
 
     fn copy(&mut self, items: &[Value]) -> Fallible<Value> {
-        self.heap.meter.room(items.len())?;
+        self.heap.meter.check_items(items.len())?;
         self.heap.meter.list(items.to_vec())
     }
 
-    /// `batch` and `slice`: lists of so many items, so many lists.
-    fn parts(&mut self, name: &str, value: &Value, given: Given) -> Fallible<Value> {
-        let [count, fill] =
-            given.bind([if name == "batch" { "linecount" } else { "slices" }, "fill_with"])?;
+    /// The filters `batch` (lists of n items) and `slice` (n lists).
+    fn parts(&mut self, name: &str, value: &Value, args: CallArgs) -> Fallible<Value> {
+        let [count, fill] = args.bind([if name == "batch" { "linecount" } else { "slices" }, "fill_with"])?;
         let count = whole(count, name)?.and_then(|c| usize::try_from(c).ok()).filter(|&c| c > 0);
         let count = count.ok_or_else(|| format!("{name}: expected a positive number"))?;
         let fill = fill.filter(|fill| !matches!(fill, Value::None));
@@ -507,7 +506,7 @@ impl Run<'_> {
         if name == "batch" {
             for chunk in list.items.chunks(count) {
                 let missing = if fill.is_some() { count - chunk.len() } else { 0 };
-                self.heap.meter.room(chunk.len().saturating_add(missing))?;
+                self.heap.meter.check_items(chunk.len().saturating_add(missing))?;
                 let mut items = chunk.to_vec();
                 items.extend(std::iter::repeat_n(&fill, missing).flatten().cloned());
                 out.push(self.heap.meter.list(items)?);
@@ -561,7 +560,7 @@ impl Run<'_> {
         self.heap.meter.sort(keyed, reverse)
     }
 
-    /// A value without the case of its letters.
+    /// Converts a text to lower case; returns other values unchanged.
     fn folded(&mut self, value: &Value) -> Fallible<Value> {
         let Value::Str(text) = value else { return Ok(value.clone()) };
         self.heap.meter.text(text.len())?;
@@ -591,10 +590,10 @@ impl Run<'_> {
         Ok(item)
     }
 
-    fn map(&mut self, value: &Value, mut given: Given) -> Fallible<Value> {
+    fn map(&mut self, value: &Value, mut args: CallArgs) -> Fallible<Value> {
         let mut out = Vec::new();
-        if given.positional.is_empty() {
-            let [attribute, default] = given.bind(["attribute", "default"])?;
+        if args.positional.is_empty() {
+            let [attribute, default] = args.bind(["attribute", "default"])?;
             let path = self.path(Some(attribute.ok_or("map: expected a filter or an attribute")?))?;
             let list = self.iterate(value)?;
             self.heap.meter.items(list.items.len())?;
@@ -603,52 +602,52 @@ impl Run<'_> {
             }
         } else {
             let list = self.iterate(value)?;
-            let filter = self.heap.str(&given.positional.remove(0))?;
+            let filter = self.heap.str(&args.positional.remove(0))?;
             self.heap.meter.items(list.items.len())?;
             for item in &list.items {
-                let given = self.again(&given)?;
-                out.push(self.filter(&filter, item.clone(), given)?);
+                let args = self.copy_args(&args)?;
+                out.push(self.filter(&filter, item.clone(), args)?);
             }
         }
         self.heap.meter.list(out)
     }
 
-    fn again(&mut self, given: &Given) -> Fallible<Given> {
-        self.heap.meter.items(given.positional.len() + 2 * given.named.len())?;
-        Ok(Given { positional: given.positional.clone(), named: given.named.clone() })
+    fn copy_args(&mut self, args: &CallArgs) -> Fallible<CallArgs> {
+        self.heap.meter.items(args.positional.len() + 2 * args.named.len())?;
+        Ok(CallArgs { positional: args.positional.clone(), named: args.named.clone() })
     }
 
     fn select(
         &mut self,
         value: &Value,
-        mut given: Given,
-        wanted: bool,
+        mut args: CallArgs,
+        keep: bool,
         by_attribute: bool,
     ) -> Fallible<Value> {
         let list = self.iterate(value)?;
         let path = match by_attribute {
-            true if given.positional.is_empty() => return Err("expected an attribute".into()),
+            true if args.positional.is_empty() => return Err("expected an attribute".into()),
             true => {
-                let attribute = given.positional.remove(0);
+                let attribute = args.positional.remove(0);
                 self.path(Some(attribute))?
             }
             false => Vec::new(),
         };
-        let test: Option<Arc<str>> = match given.positional.is_empty() {
+        let test: Option<Arc<str>> = match args.positional.is_empty() {
             true => None,
-            false => Some(self.heap.str(&given.positional.remove(0))?),
+            false => Some(self.heap.str(&args.positional.remove(0))?),
         };
         let mut kept = Vec::new();
         for item in &list.items {
             let part = self.follow(item, &path, None)?;
             let passes = match &test {
-                None => part.truth(),
+                None => part.is_truthy(),
                 Some(test) => {
-                    let given = self.again(&given)?;
-                    self.test(test, &part, given)?
+                    let args = self.copy_args(&args)?;
+                    self.test(test, &part, args)?
                 }
             };
-            if passes == wanted {
+            if passes == keep {
                 self.heap.meter.items(1)?;
                 kept.push(item.clone());
             }
@@ -656,7 +655,7 @@ impl Run<'_> {
         self.heap.meter.list(kept)
     }
 
-    pub fn test(&mut self, name: &str, value: &Value, given: Given) -> Fallible<bool> {
+    pub fn test(&mut self, name: &str, value: &Value, args: CallArgs) -> Fallible<bool> {
         self.heap.meter.work(1)?;
         let compare = match name {
             "eq" | "equalto" | "==" => Some("=="),
@@ -668,7 +667,7 @@ impl Run<'_> {
             "in" => Some("in"),
             _ => None,
         };
-        let [argument] = given.bind([if name == "divisibleby" { "num" } else { "other" }])?;
+        let [argument] = args.bind([if name == "divisibleby" { "num" } else { "other" }])?;
         if compare.is_some() || matches!(name, "sameas" | "divisibleby") {
             let other = argument.ok_or_else(|| format!("{name}: expected a value to compare with"))?;
             return match (name, compare) {
@@ -722,13 +721,13 @@ impl Run<'_> {
             "lower" | "upper" => {
                 let text = self.heap.str(value)?;
                 self.heap.meter.read(text.len())?;
-                let (wanted, other) = match name {
+                let (case, other) = match name {
                     "lower" => {
                         (char::is_lowercase as fn(char) -> bool, char::is_uppercase as fn(char) -> bool)
                     }
                     _ => (char::is_uppercase as fn(char) -> bool, char::is_lowercase as fn(char) -> bool),
                 };
-                text.chars().any(wanted) && !text.chars().any(other)
+                text.chars().any(case) && !text.chars().any(other)
             }
             _ => return Err(format!("no test {name:?}")),
         })

@@ -18,17 +18,17 @@ pub enum Token {
     Op(&'static str),
 }
 
-/// A fault and its line.
-pub type Fault = (u32, String);
+/// A line number and an error message.
+pub type SyntaxError = (u32, String);
 
-/// Longer ones first.
+/// Longer operators first, because the first match wins.
 const OPERATORS: [&str; 25] = [
     "//", "**", "==", "!=", ">=", "<=", "+", "-", "/", "*", "%", "~", "[", "]", "(", ")", "{", "}", ">", "<",
     "=", ".", ":", "|", ",",
 ];
 
-/// Tokens and the lines that they are on.
-pub fn lex(source: &str) -> Result<Vec<(Token, u32)>, Fault> {
+/// Splits a template into tokens with their line numbers.
+pub fn lex(source: &str) -> Result<Vec<(Token, u32)>, SyntaxError> {
     let source = source.replace("\r\n", "\n").replace('\r', "\n");
     let source = source.strip_suffix('\n').unwrap_or(&source);
     let mut lexer = Lexer { source, at: 0, line: 1, counted: 0, tokens: Vec::new(), line_starts: true };
@@ -40,10 +40,10 @@ struct Lexer<'a> {
     source: &'a str,
     at: usize,
     line: u32,
-    /// Where lines are counted up to.
+    /// Byte offset up to which `line` is counted.
     counted: usize,
     tokens: Vec<(Token, u32)>,
-    /// Whether the last tag took the newline after it.
+    /// Whether the text after the last tag starts a line, because the tag removed the newline.
     line_starts: bool,
 }
 
@@ -85,13 +85,13 @@ impl<'a> Lexer<'a> {
         self.tokens.push((token, self.line));
     }
 
-    /// Counts the lines up to here.
+    /// Advances `line` to the current position.
     fn count(&mut self) {
         self.line += self.source[self.counted..self.at].matches('\n').count() as u32;
         self.counted = self.at;
     }
 
-    /// Text before a tag, without the space that the tag takes from it.
+    /// Pushes the text before a tag, without the white space that the tag strips.
     fn text(&mut self, text: &str, sign: Option<u8>, strips: bool) {
         let mut text = text;
         let line = text.rfind('\n').map_or(0, |at| at + 1);
@@ -118,7 +118,7 @@ impl<'a> Lexer<'a> {
         self.at += rest.len() - rest.trim_start_matches(is_space).len();
     }
 
-    /// The end of a tag, if it is here, with the space that it takes after it.
+    /// Skips the end of a tag and the white space that it strips; returns false if no tag ends here.
     fn end(&mut self, close: &str) -> bool {
         let rest = &self.source[self.at..];
         let sign = rest.as_bytes().first().copied().filter(|&b| b == b'-' || (b == b'+' && close != "}}"));
@@ -145,7 +145,7 @@ impl<'a> Lexer<'a> {
         Ok(())
     }
 
-    /// Takes a raw block, if one starts here.
+    /// Reads a raw block; returns false if none starts here.
     fn raw(&mut self) -> Fallible<bool> {
         let word = |rest: &'a str, word: &str| {
             let rest = rest.trim_start_matches(is_space).strip_prefix(word)?;
@@ -158,7 +158,7 @@ impl<'a> Lexer<'a> {
             _ => return Ok(false),
         };
         self.at = self.source.len() - body.len();
-        // What is before the end is as text before a tag.
+        // The text before `endraw` is stripped like text before any tag.
         self.line_starts = self.source[..self.at].ends_with('\n');
         for (length, _) in body.match_indices("{%") {
             let sign = body.as_bytes().get(length + 2).copied().filter(|b| matches!(b, b'-' | b'+'));
@@ -181,7 +181,7 @@ impl<'a> Lexer<'a> {
         Err("a raw block has no end".into())
     }
 
-    /// The tokens of a tag up to its end.
+    /// Reads the tokens of a tag, including its end.
     fn tag(&mut self, close: &str) -> Fallible<()> {
         let mut open = Vec::new();
         loop {
@@ -278,7 +278,7 @@ impl<'a> Lexer<'a> {
         Ok(())
     }
 
-    /// A string with Python's escapes.
+    /// Reads a string literal with Python's escapes.
     fn string(&mut self, quote: char) -> Fallible<()> {
         let rest = &self.source[self.at + 1..];
         let mut text = String::new();

@@ -1,8 +1,8 @@
-//! The methods of Python's str, list and dict that do not change the value.
+//! The methods of Python's str, list and dict that do not modify the value.
 
 use std::sync::Arc;
 
-use super::eval::{Given, Run};
+use super::eval::{CallArgs, Run};
 use super::filters::whole;
 use super::text::Heap;
 use super::value::{Fallible, Value, is_space};
@@ -63,7 +63,7 @@ pub fn has(value: &Value, name: &str) -> bool {
     }
 }
 
-/// The lines of a text, as `str.splitlines` finds them, and their ends.
+/// Returns the lines of a text and their line ends, like `str.splitlines`.
 pub fn lines(text: &str) -> impl Iterator<Item = (&str, &str)> {
     let mut rest = text;
     std::iter::from_fn(move || {
@@ -80,7 +80,7 @@ pub fn lines(text: &str) -> impl Iterator<Item = (&str, &str)> {
     })
 }
 
-/// A method's text argument.
+/// Converts a required argument to a text.
 fn text(value: Option<Value>, name: &str) -> Fallible<Arc<str>> {
     match value {
         Some(Value::Str(text)) => Ok(text),
@@ -94,16 +94,16 @@ fn number(value: Option<Value>, name: &str, default: i64) -> Fallible<i64> {
 }
 
 impl Run<'_> {
-    pub fn method(&mut self, value: &Value, name: &str, given: Given) -> Fallible<Value> {
+    pub fn method(&mut self, value: &Value, name: &str, args: CallArgs) -> Fallible<Value> {
         match value {
-            Value::Str(text) => self.text_method(text, name, given),
-            Value::Loop(l) => self.loop_method(l, name, given),
+            Value::Str(text) => self.text_method(text, name, args),
+            Value::Loop(l) => self.loop_method(l, name, args),
             Value::List(list) => {
-                let [wanted] = given.bind(["value"])?;
-                let wanted = wanted.ok_or_else(|| format!("{name}: expected a value"))?;
+                let [sought] = args.bind(["value"])?;
+                let sought = sought.ok_or_else(|| format!("{name}: expected a value"))?;
                 let mut count = 0;
                 for (at, item) in list.items.iter().enumerate() {
-                    if self.heap.meter.equal(item, &wanted)? {
+                    if self.heap.meter.equal(item, &sought)? {
                         if name == "index" {
                             return Ok(Value::Int(at as i64));
                         }
@@ -119,11 +119,11 @@ impl Run<'_> {
             Value::Dict(dict) => {
                 self.heap.meter.work(1)?;
                 if name == "get" {
-                    let [key, default] = given.bind(["key", "default"])?;
+                    let [key, default] = args.bind(["key", "default"])?;
                     let key = self.heap.meter.key(&key.ok_or("get: expected a key")?)?;
                     return Ok(dict.find(&key).cloned().or(default).unwrap_or(Value::None));
                 }
-                let [] = given.bind([])?;
+                let [] = args.bind([])?;
                 self.heap.meter.items(dict.entries.len())?;
                 let mut items = Vec::with_capacity(dict.entries.len());
                 for (key, value) in &dict.entries {
@@ -140,19 +140,19 @@ impl Run<'_> {
         }
     }
 
-    fn text_method(&mut self, subject: &Arc<str>, name: &str, given: Given) -> Fallible<Value> {
+    fn text_method(&mut self, subject: &Arc<str>, name: &str, args: CallArgs) -> Fallible<Value> {
         let meter = &mut self.heap.meter;
         meter.read(subject.len())?;
         match name {
             "upper" | "lower" | "casefold" | "capitalize" | "swapcase" | "title" => {
-                let [] = given.bind([])?;
-                // A letter becomes three at most.
+                let [] = args.bind([])?;
+                // Changing case triples the length at most.
                 meter.text(subject.len())?;
                 let cased = cased(subject, name);
                 meter.str(&cased)
             }
             "strip" | "lstrip" | "rstrip" => {
-                let [chars] = given.bind(["chars"])?;
+                let [chars] = args.bind(["chars"])?;
                 let chars = match chars {
                     None | Some(Value::None) => None,
                     chars => Some(text(chars, name)?),
@@ -172,13 +172,13 @@ impl Run<'_> {
                 meter.str(stripped)
             }
             "split" | "rsplit" => {
-                let [by, most] = given.bind(["sep", "maxsplit"])?;
-                let most = usize::try_from(number(most, name, -1)?).unwrap_or(usize::MAX);
-                split(&mut self.heap, subject, by, most, name == "rsplit")
+                let [by, max_splits] = args.bind(["sep", "maxsplit"])?;
+                let max_splits = usize::try_from(number(max_splits, name, -1)?).unwrap_or(usize::MAX);
+                split(&mut self.heap, subject, by, max_splits, name == "rsplit")
             }
             "splitlines" => {
-                let [keep] = given.bind(["keepends"])?;
-                let keep = keep.is_some_and(|keep| keep.truth());
+                let [keep] = args.bind(["keepends"])?;
+                let keep = keep.is_some_and(|keep| keep.is_truthy());
                 let whole = lines(subject).map(|(line, end)| (line, if keep { end } else { "" }));
                 let mut items = Vec::new();
                 for (line, end) in whole {
@@ -188,8 +188,8 @@ impl Run<'_> {
                 meter.list(items)
             }
             "join" => {
-                let [over] = given.bind(["iterable"])?;
-                let list = self.iterate(&over.ok_or("join: expected what to join")?)?;
+                let [over] = args.bind(["iterable"])?;
+                let list = self.iterate(&over.ok_or("join: expected an iterable")?)?;
                 let mut out = String::new();
                 for (i, item) in list.items.iter().enumerate() {
                     let Value::Str(item) = item else {
@@ -201,20 +201,20 @@ impl Run<'_> {
                 Ok(Value::Str(out.into()))
             }
             "replace" => {
-                let [old, new, count] = given.bind(["old", "new", "count"])?;
-                // The filter takes any values.
-                let old = self.heap.str(&old.ok_or("replace: expected what to replace")?)?;
-                let new = self.heap.str(&new.ok_or("replace: expected what to replace it with")?)?;
-                let most = usize::try_from(number(count, name, -1)?).unwrap_or(usize::MAX);
-                let found = subject.matches(&*old).take(most).count();
+                let [old, new, count] = args.bind(["old", "new", "count"])?;
+                // The filter `replace` also accepts values that are not texts.
+                let old = self.heap.str(&old.ok_or("replace: expected a text to replace")?)?;
+                let new = self.heap.str(&new.ok_or("replace: expected a replacement")?)?;
+                let max_count = usize::try_from(number(count, name, -1)?).unwrap_or(usize::MAX);
+                let found = subject.matches(&*old).take(max_count).count();
                 let bytes =
                     (subject.len() - found * old.len()).saturating_add(found.saturating_mul(new.len()));
                 self.heap.meter.text(bytes)?;
                 self.heap.meter.work(found)?;
-                Ok(Value::Str(subject.replacen(&*old, &new, most).into()))
+                Ok(Value::Str(subject.replacen(&*old, &new, max_count).into()))
             }
             "startswith" | "endswith" => {
-                let [part, start, end] = given.bind(["prefix", "start", "end"])?;
+                let [part, start, end] = args.bind(["prefix", "start", "end"])?;
                 let whole = range(subject, start, end)?.map(|(from, to)| &subject[from..to]);
                 let parts = match part {
                     Some(Value::List(list)) if list.tuple => list.items.clone(),
@@ -232,7 +232,7 @@ impl Run<'_> {
                 Ok(Value::Bool(false))
             }
             "find" | "rfind" | "index" | "rindex" | "count" => {
-                let [part, start, end] = given.bind(["sub", "start", "end"])?;
+                let [part, start, end] = args.bind(["sub", "start", "end"])?;
                 let part = text(part, name)?;
                 meter.read(part.len())?;
                 let window = range(subject, start, end)?;
@@ -252,7 +252,7 @@ impl Run<'_> {
                 }
             }
             "partition" | "rpartition" => {
-                let [by] = given.bind(["sep"])?;
+                let [by] = args.bind(["sep"])?;
                 let by = text(by, name)?;
                 if by.is_empty() {
                     return Err(format!("{name}: the separator is empty"));
@@ -265,7 +265,7 @@ impl Run<'_> {
                 meter.sequence(parts, true)
             }
             "removeprefix" | "removesuffix" => {
-                let [part] = given.bind(["prefix"])?;
+                let [part] = args.bind(["prefix"])?;
                 let part = text(part, name)?;
                 let rest = match name {
                     "removeprefix" => subject.strip_prefix(&*part),
@@ -274,7 +274,7 @@ impl Run<'_> {
                 meter.str(rest.unwrap_or(subject))
             }
             "center" | "ljust" | "rjust" | "zfill" => {
-                let [width, fill] = given.bind(["width", "fillchar"])?;
+                let [width, fill] = args.bind(["width", "fillchar"])?;
                 let width = usize::try_from(number(width, name, 0)?).unwrap_or(0);
                 let fill = if fill.is_some() { text(fill, name)? } else { " ".into() };
                 if fill.chars().count() != 1 {
@@ -301,7 +301,7 @@ impl Run<'_> {
                 Ok(Value::Str(out.into()))
             }
             "expandtabs" => {
-                let [size] = given.bind(["tabsize"])?;
+                let [size] = args.bind(["tabsize"])?;
                 let size = usize::try_from(number(size, name, 8)?).unwrap_or(0);
                 let (mut out, mut column) = (String::new(), 0);
                 for c in subject.chars() {
@@ -319,16 +319,16 @@ impl Run<'_> {
                 }
                 Ok(Value::Str(out.into()))
             }
-            "format" => self.format(subject, given),
+            "format" => self.format(subject, args),
             _ => {
-                let [] = given.bind([])?;
+                let [] = args.bind([])?;
                 Ok(Value::Bool(is(subject, name)))
             }
         }
     }
 
-    /// `subject.format(...)`, whose fields are numbers or names, with attributes and items.
-    fn format(&mut self, subject: &str, given: Given) -> Fallible<Value> {
+    /// Evaluates `subject.format(...)`. Fields are numbers or names, with attributes and items.
+    fn format(&mut self, subject: &str, args: CallArgs) -> Fallible<Value> {
         let mut out = String::new();
         let mut rest = subject;
         let mut automatic = 0;
@@ -351,11 +351,11 @@ impl Run<'_> {
             let (name, path) = field.split_at(field.find(['.', '[']).unwrap_or(field.len()));
             let found = if name.is_empty() {
                 automatic += 1;
-                given.positional.get(automatic - 1)
+                args.positional.get(automatic - 1)
             } else if let Ok(index) = name.parse::<usize>() {
-                given.positional.get(index)
+                args.positional.get(index)
             } else {
-                given.named.iter().find(|(n, _)| **n == *name).map(|(_, value)| value)
+                args.named.iter().find(|(n, _)| **n == *name).map(|(_, value)| value)
             };
             let value = found.ok_or_else(|| format!("format: no value for {field:?}"))?.clone();
             let mut value = self.follow_field(value, path)?;
@@ -420,7 +420,7 @@ fn cased(text: &str, name: &str) -> String {
     }
 }
 
-/// The bytes that a method's start and end, in characters, name.
+/// Converts the arguments `start` and `end`, in characters, to a range of bytes.
 fn range(text: &str, start: Option<Value>, end: Option<Value>) -> Fallible<Option<(usize, usize)>> {
     if start.is_none() && end.is_none() {
         return Ok(Some((0, text.len())));
@@ -435,7 +435,13 @@ fn range(text: &str, start: Option<Value>, end: Option<Value>) -> Fallible<Optio
     Ok(Some((byte(from), byte(to))))
 }
 
-fn split(heap: &mut Heap, subject: &str, by: Option<Value>, most: usize, from_end: bool) -> Fallible<Value> {
+fn split(
+    heap: &mut Heap,
+    subject: &str,
+    by: Option<Value>,
+    max_splits: usize,
+    from_end: bool,
+) -> Fallible<Value> {
     let by = match by {
         None | Some(Value::None) => None,
         by => Some(text(by, "split")?),
@@ -456,7 +462,7 @@ fn split(heap: &mut Heap, subject: &str, by: Option<Value>, most: usize, from_en
     }
     loop {
         let cut = match (&by, from_end) {
-            _ if items.len() == most => None,
+            _ if items.len() == max_splits => None,
             (Some(by), false) => rest.split_once(&**by),
             (Some(by), true) => rest.rsplit_once(&**by),
             (None, false) => rest.split_once(is_space).map(|(a, b)| (a, b.trim_start_matches(is_space))),
@@ -470,7 +476,7 @@ fn split(heap: &mut Heap, subject: &str, by: Option<Value>, most: usize, from_en
         heap.meter.memory(64 + piece.len())?;
         items.push(Value::text(piece));
         match after {
-            // Space at the end is no separator.
+            // White space at the end of the text does not separate.
             Some("") if by.is_none() => break,
             Some(after) => rest = after,
             None => break,

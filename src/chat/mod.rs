@@ -29,8 +29,8 @@ const MAX_TEMPLATE: usize = 1 << 20;
 /// Maximum bytes of a date format.
 const MAX_FORMAT: usize = 1000;
 
-/// The stack for parsing and running a template: eight times the need of the deepest allowed template without
-/// optimization.
+/// Stack size for parsing and running a template: eight times what the deepest allowed template needs in a
+/// build without optimization.
 const STACK: usize = 64 << 20;
 
 /// Marks where the answer starts in OpenAI's harmony format. Templates reject the reasoning before it in a
@@ -54,7 +54,7 @@ impl Message {
         Message { role: role.into(), content: content.into() }
     }
 
-    /// Creates the assistant's message for a generated text: all of it, or, in OpenAI's harmony format, the
+    /// Creates the assistant's message from generated text. In OpenAI's harmony format, it contains only the
     /// last channel.
     pub fn answer(generated: &str) -> Message {
         let content = match generated.rfind(FINAL_CHANNEL) {
@@ -107,8 +107,8 @@ impl Template {
     /// Renders the text of a chat; with `add_generation_prompt`, up to the start of the model's answer.
     ///
     /// # Errors
-    /// [`Error::Template`] if the template rejects the messages (roles that do not alternate, a system
-    /// message), fails, or exceeds a limit of time or size.
+    /// [`Error::Template`] if the template rejects the messages (for example roles that do not alternate, or
+    /// a system message), fails, or exceeds a limit of time or size.
     pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
         on_large_stack(|| {
             let mut run = Run::new();
@@ -135,7 +135,7 @@ impl Template {
             ("add_generation_prompt", Value::Bool(add_generation_prompt)),
             ("bos_token", Value::text(&self.bos)),
             ("eos_token", Value::text(&self.eos)),
-            // Tell templates that there are none.
+            // Templates test these names for `none`.
             ("tools", Value::None),
             ("documents", Value::None),
         ])
@@ -154,7 +154,8 @@ pub fn encode(tokenizer: &Tokenizer, prompt: &str) -> Vec<u32> {
     tokens
 }
 
-/// Runs recursive work on a large stack. Errors have a line number and are safe to print.
+/// Runs recursive work on a large stack. Adds the line number to an error, and escapes text from the
+/// template.
 fn on_large_stack<T: Send>(f: impl FnOnce() -> Result<T, (u32, String)> + Send) -> Result<T> {
     let result = std::thread::scope(|scope| {
         let thread = std::thread::Builder::new().name("template".into()).stack_size(STACK);
@@ -169,9 +170,9 @@ fn on_large_stack<T: Send>(f: impl FnOnce() -> Result<T, (u32, String)> + Send) 
     }
 }
 
-/// Formats the current time in UTC as `strftime` does, but without widths, which a template could make
+/// Formats the current time in UTC as `strftime` does. Rejects widths, because a template could make them
 /// arbitrarily large.
-fn now(format: &str) -> Fallible<String> {
+fn strftime_now(format: &str) -> Fallible<String> {
     let flags = ['-', '_', '0', '^', '#'];
     if format
         .split('%')

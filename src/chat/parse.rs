@@ -1,11 +1,11 @@
-//! Parses tokens to statements and expressions, in Jinja2's grammar, with limited depth.
+//! Parses tokens into statements and expressions, with Jinja2's grammar and limited depth.
 
 use std::sync::Arc;
 
-use super::lex::{Fault, Token, lex};
+use super::lex::{SyntaxError, Token, lex};
 use super::value::Fallible;
 
-/// Most levels of an expression, and of statements in statements.
+/// Maximum nesting of expressions and of statements.
 const MAX_DEPTH: u16 = 200;
 
 #[derive(Debug)]
@@ -30,7 +30,7 @@ pub enum Kind {
     Compare(Box<Expr>, Vec<(&'static str, Expr)>),
     Concat(Vec<Expr>),
     Binary(&'static str, Box<(Expr, Expr)>),
-    /// Test, value, other value.
+    /// Condition, value if true, value if false.
     If(Box<(Expr, Expr, Option<Expr>)>),
     Attribute(Box<Expr>, String),
     Item(Box<(Expr, Expr)>),
@@ -68,7 +68,7 @@ pub struct Named {
 #[derive(Debug)]
 pub enum Target {
     Name(String),
-    /// A namespace's attribute.
+    /// An attribute of a namespace.
     Attribute(String, String),
     Tuple(Vec<Target>),
 }
@@ -78,8 +78,8 @@ pub struct Macro {
     pub name: String,
     pub parameters: Vec<(String, Option<Expr>)>,
     pub body: Vec<Statement>,
-    /// Whether it reads `varargs` and `kwargs`, and so takes what no parameter is for.
-    pub more: [bool; 2],
+    /// Whether the macro reads `varargs` and `kwargs`, and so accepts arguments without a parameter.
+    pub variadic: [bool; 2],
 }
 
 #[derive(Debug)]
@@ -102,21 +102,21 @@ pub enum Statement {
     SetBlock(Target, Vec<Named>, Vec<Statement>),
     With(Vec<(Target, Expr)>, Vec<Statement>),
     Macro(Macro),
-    /// A call, and the body that it may call.
+    /// A `call` block: the call, and the body as a macro that it may call.
     Call(Box<(Expr, Macro)>),
     Filter(Vec<Named>, Vec<Statement>),
-    /// A body with variables of its own: `block`, `generation`, `autoescape false`.
+    /// A body with a scope of its own: `block`, `generation`, `autoescape false`.
     Scope(Vec<Statement>),
     Break,
     Continue,
-    /// A statement that needs other templates.
+    /// A statement that needs other templates, which do not exist; evaluating it is an error.
     Missing(&'static str, u32),
 }
 
-/// The statements of a template.
-pub fn parse(source: &str) -> Result<Vec<Statement>, Fault> {
+/// Parses a template.
+pub fn parse(source: &str) -> Result<Vec<Statement>, SyntaxError> {
     let tokens = lex(source)?;
-    let mut parser = Parser { tokens, at: 0, depth: 0, loops: 0, more: [false; 2] };
+    let mut parser = Parser { tokens, at: 0, depth: 0, loops: 0, variadic: [false; 2] };
     parser.body(&[]).map_err(|message| (parser.line(), message))
 }
 
@@ -124,10 +124,10 @@ struct Parser {
     tokens: Vec<(Token, u32)>,
     at: usize,
     depth: u16,
-    /// Loops around the statement that `break` could end.
+    /// Number of enclosing loops that `break` could end.
     loops: u32,
-    /// Whether `varargs` and `kwargs` were read.
-    more: [bool; 2],
+    /// Whether the current macro reads `varargs` and `kwargs`.
+    variadic: [bool; 2],
 }
 
 impl Parser {
@@ -163,7 +163,7 @@ impl Parser {
         is
     }
 
-    /// The first of these operators that is here.
+    /// Skips the current token if it is one of `ops`, and returns it.
     fn skip_ops(&mut self, ops: &[&'static str]) -> Option<&'static str> {
         ops.iter().copied().find(|op| self.skip_op(op))
     }
@@ -207,7 +207,7 @@ impl Parser {
         Ok(name)
     }
 
-    /// Runs a part that may contain itself.
+    /// Runs `part` one level deeper; too many levels are an error.
     fn nested<T>(&mut self, part: impl FnOnce(&mut Self) -> Fallible<T>) -> Fallible<T> {
         if self.depth >= MAX_DEPTH {
             return Err(format!("nested deeper than {MAX_DEPTH} levels"));
@@ -220,7 +220,7 @@ impl Parser {
 
     // Statements.
 
-    /// Statements up to one of these words, at which it stops, or up to the end of the template.
+    /// Parses statements up to one of the words in `until`, or up to the end of the template.
     fn body(&mut self, until: &[&str]) -> Fallible<Vec<Statement>> {
         let mut statements = Vec::new();
         while let Some(token) = self.token() {
@@ -251,22 +251,22 @@ impl Parser {
         }
     }
 
-    /// The body of a statement whose head was read.
+    /// Parses the body of a statement, after its tag.
     fn block(&mut self, until: &[&str]) -> Fallible<Vec<Statement>> {
         self.skip_op(":");
         self.expect(&Token::BlockEnd, "\"%}\"")?;
         self.body(until)
     }
 
-    /// A body up to its end word.
+    /// Parses a body and its end tag.
     fn whole_block(&mut self, end: &str) -> Fallible<Vec<Statement>> {
         let body = self.block(&[end])?;
         self.expect_name(end)?;
         Ok(body)
     }
 
-    /// A body that is run elsewhere, so that no loop around it can be ended from in it.
-    fn apart(&mut self, end: &str) -> Fallible<Vec<Statement>> {
+    /// Parses a body in which `break` cannot end the enclosing loops, because it runs elsewhere.
+    fn isolated_block(&mut self, end: &str) -> Fallible<Vec<Statement>> {
         let loops = std::mem::take(&mut self.loops);
         let body = self.whole_block(end);
         self.loops = loops;
@@ -310,12 +310,12 @@ impl Parser {
                 filters.extend(self.filters()?);
                 Statement::Filter(filters, self.whole_block("endfilter")?)
             }
-            // Marks what a model is trained on; it writes nothing itself.
-            "generation" => Statement::Scope(self.apart("endgeneration")?),
+            // Marks text for training; it has no output of its own.
+            "generation" => Statement::Scope(self.isolated_block("endgeneration")?),
             "block" => {
                 let name = self.name()?;
                 while self.skip_name("scoped") || self.skip_name("required") {}
-                let body = self.apart("endblock")?;
+                let body = self.isolated_block("endblock")?;
                 self.skip_name(&name);
                 Statement::Scope(body)
             }
@@ -356,10 +356,10 @@ impl Parser {
         parameters: Vec<(String, Option<Expr>)>,
         end: &str,
     ) -> Fallible<Macro> {
-        let outer = std::mem::take(&mut self.more);
-        let body = self.apart(end)?;
-        let more = std::mem::replace(&mut self.more, outer);
-        Ok(Macro { name, parameters, body, more })
+        let outer = std::mem::take(&mut self.variadic);
+        let body = self.isolated_block(end)?;
+        let variadic = std::mem::replace(&mut self.variadic, outer);
+        Ok(Macro { name, parameters, body, variadic })
     }
 
     fn if_statement(&mut self) -> Fallible<Statement> {
@@ -417,7 +417,7 @@ impl Parser {
         Ok(parameters)
     }
 
-    /// What a value is assigned to: names, perhaps in tuples.
+    /// Parses the target of an assignment: names, possibly in nested tuples.
     fn target(&mut self, attributes: bool) -> Fallible<Target> {
         let mut targets = Vec::new();
         loop {
@@ -469,7 +469,7 @@ impl Parser {
         self.make(line, deepest(&items), kind(items))
     }
 
-    /// Expressions with commas between them are a tuple.
+    /// Parses one expression, or a tuple of expressions separated by commas.
     fn tuple(&mut self, conditional: bool, until: &[&str]) -> Fallible<Expr> {
         let line = self.line();
         let mut items = Vec::new();
@@ -519,7 +519,7 @@ impl Parser {
         self.chain("and", Self::not, Kind::And)
     }
 
-    /// Parts with a word between them, from the left.
+    /// Parses operands joined by a keyword, left-associative.
     fn chain(
         &mut self,
         word: &str,
@@ -568,7 +568,7 @@ impl Parser {
         self.make(line, depth, Kind::Compare(Box::new(first), rest))
     }
 
-    /// Operators of one precedence, from left to right.
+    /// Parses operators of one precedence, left-associative.
     fn operators(
         &mut self,
         ops: &[&'static str],
@@ -642,8 +642,8 @@ impl Parser {
                 "false" | "False" => constant(Const::Bool(false)),
                 "none" | "None" => constant(Const::None),
                 _ => {
-                    self.more[0] |= name == "varargs";
-                    self.more[1] |= name == "kwargs";
+                    self.variadic[0] |= name == "varargs";
+                    self.variadic[1] |= name == "kwargs";
                     Ok(Expr { line, depth: 1, kind: Kind::Name(name) })
                 }
             },
@@ -684,7 +684,7 @@ impl Parser {
         }
     }
 
-    /// Items with commas between them up to a bracket; the last may have one too.
+    /// Parses items separated by commas, up to a closing bracket. A trailing comma is allowed.
     fn separated<T>(&mut self, close: &str, item: impl Fn(&mut Self) -> Fallible<T>) -> Fallible<Vec<T>> {
         let mut items = Vec::new();
         while !self.skip_op(close) {
@@ -794,7 +794,7 @@ impl Parser {
         Ok(arguments)
     }
 
-    /// A filter's or a test's name and arguments.
+    /// Parses the name and the arguments of a filter or a test.
     fn named(&mut self) -> Fallible<Named> {
         let name = self.dotted()?;
         let arguments = if self.is_op("(") { self.nested(Self::arguments)? } else { Arguments::default() };

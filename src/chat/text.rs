@@ -1,14 +1,14 @@
-//! Values as texts: Python's `str` and `repr`, `json.dumps`, the operator `%` and `str.format`.
+//! Converts values to text: Python's `str` and `repr`, `json.dumps`, the operator `%` and `str.format`.
 
 use std::rc::Rc;
 use std::sync::Arc;
 
 use super::value::{Fallible, List, Meter, Value};
 
-/// Most digits after the point of a formatted number: a float has no more.
+/// Maximum digits after the decimal point. No float has more.
 const MAX_PRECISION: usize = 1100;
 
-/// Deepest namespaces in namespaces that can be written: one can hold itself.
+/// Maximum depth of nested namespaces in output. A namespace can contain itself.
 const MAX_DEPTH: usize = 200;
 
 /// What values refer to, and what has been taken.
@@ -18,7 +18,7 @@ pub struct Heap {
     pub namespaces: Vec<Vec<(Arc<str>, Value)>>,
 }
 
-/// How JSON is written.
+/// Formatting options of JSON.
 pub struct Json<'a> {
     pub ascii: bool,
     pub indent: Option<String>,
@@ -28,7 +28,7 @@ pub struct Json<'a> {
 }
 
 impl Heap {
-    /// As Python's `str`.
+    /// Converts a value like Python's `str`.
     pub fn str(&mut self, value: &Value) -> Fallible<Arc<str>> {
         if let Value::Str(text) = value {
             return Ok(text.clone());
@@ -38,7 +38,7 @@ impl Heap {
         Ok(out.into())
     }
 
-    /// Appends what `str` gives.
+    /// Appends the result of [`Heap::str`].
     pub fn write(&mut self, out: &mut String, value: &Value) -> Fallible<()> {
         match value {
             Value::Str(text) => self.meter.push(out, text),
@@ -101,7 +101,7 @@ impl Heap {
     fn quote(&mut self, out: &mut String, text: &str) -> Fallible<()> {
         let quote = if text.contains('\'') && !text.contains('"') { '"' } else { '\'' };
         let mut quoted = String::new();
-        // Each character becomes ten at most.
+        // An escape has at most ten characters.
         self.meter.read(text.len())?;
         self.meter.text(text.len())?;
         quoted.push(quote);
@@ -131,7 +131,7 @@ impl Heap {
         self.meter.push(out, &quoted)
     }
 
-    /// As `json.dumps`.
+    /// Appends JSON like Python's `json.dumps`.
     pub fn json(&mut self, out: &mut String, value: &Value, style: &Json, level: usize) -> Fallible<()> {
         self.meter.work(1)?;
         let line = |heap: &mut Heap, out: &mut String, level: usize| match &style.indent {
@@ -191,7 +191,7 @@ impl Heap {
     fn json_text(&mut self, out: &mut String, text: &str, ascii: bool) -> Fallible<()> {
         self.meter.read(text.len())?;
         self.meter.push(out, "\"")?;
-        // What needs no escape goes in one piece.
+        // Append characters that need no escape in one piece.
         let mut rest = text;
         while let Some(at) =
             rest.find(|c: char| c < ' ' || matches!(c, '"' | '\\') || (ascii && !c.is_ascii()))
@@ -219,7 +219,7 @@ impl Heap {
         self.meter.push(out, "\"")
     }
 
-    /// `text % arguments`.
+    /// Evaluates `text % arguments`.
     pub fn percent(&mut self, text: &str, arguments: &Value) -> Fallible<Value> {
         let single = Rc::new(List::of(arguments.clone()));
         let (list, is_tuple) = match arguments {
@@ -328,7 +328,7 @@ impl Heap {
         Ok(Value::Str(out.into()))
     }
 
-    /// A number in one of the formats `d`, `x`, `o`, `b`, `e`, `f`, `g` and `%`.
+    /// Appends a number in format `d`, `x`, `o`, `b`, `e`, `f`, `g` or `%`.
     fn number(&mut self, out: &mut String, value: &Value, kind: char, spec: &Spec) -> Fallible<()> {
         let wrong = || format!("a {} cannot be formatted as %{kind}", value.kind());
         let precision = spec.precision.unwrap_or(6);
@@ -380,7 +380,7 @@ impl Heap {
         self.padded(out, sign, &digits, spec)
     }
 
-    /// A text in its column.
+    /// Appends a text, padded to the width of its field.
     fn padded(&mut self, out: &mut String, sign: &str, text: &str, spec: &Spec) -> Fallible<()> {
         self.meter.read(text.len())?;
         let space = spec.width.saturating_sub(sign.len() + text.chars().count());
@@ -398,7 +398,7 @@ impl Heap {
         self.meter.push_many(out, &fill, right)
     }
 
-    /// One value by the part of a field after its colon.
+    /// Appends a value, formatted by a format specification: the part of a field after the colon.
     pub fn formatted(&mut self, out: &mut String, value: &Value, text: &str) -> Fallible<()> {
         if text.is_empty() {
             return self.write(out, value);
@@ -427,7 +427,7 @@ impl Heap {
     }
 }
 
-/// How a value is laid out.
+/// A parsed format specification.
 #[derive(Default)]
 struct Spec {
     fill: char,
@@ -479,9 +479,9 @@ impl Spec {
         Ok((spec, kind))
     }
 
-    /// A text's first characters.
+    /// Cuts a text to the precision.
     fn cut<'a>(&self, text: &'a str) -> &'a str {
-        let end = self.precision.and_then(|most| text.char_indices().nth(most));
+        let end = self.precision.and_then(|n| text.char_indices().nth(n));
         end.map_or(text, |(end, _)| &text[..end])
     }
 }
@@ -496,14 +496,14 @@ fn digits(rest: &mut &str) -> Fallible<Option<usize>> {
     number.parse().map(Some).map_err(|_| format!("{number} is too large a width"))
 }
 
-/// What Python's `str.isprintable` says of a character, as Rust's escapes know it.
+/// Whether a character is printable, like Python's `str.isprintable`. `escape_debug` has the tables.
 fn is_printable(c: char) -> bool {
-    // After another character, those that combine with it are left as they are.
+    // `escape_debug` escapes combining characters only at the start of a text.
     !['a', c].iter().collect::<String>().escape_debug().nth(1).is_some_and(|first| first == '\\' && c != '\\')
         || matches!(c, '\'' | '"')
 }
 
-/// Python's `repr` of a float: the fewest digits that read back as it.
+/// Formats a float like Python's `repr`: the shortest digits that parse to the same number.
 pub fn float(f: f64) -> String {
     if f.is_nan() {
         return "nan".into();

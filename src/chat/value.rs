@@ -1,8 +1,8 @@
-//! Python's values, and the limits of building and reading them.
+//! Python's values, and limits on creating and reading them.
 //!
-//! Lists and dicts never change, so that no value holds itself but through a namespace; and namespaces own
-//! nothing that they hold: they are numbers, and their contents are the rendering's. So values have a depth,
-//! which is limited when one is made.
+//! Lists and dicts are immutable, so a value can contain itself only through a namespace. A namespace value
+//! is an index; the rendering owns the contents. So every value has a finite depth, which is limited when the
+//! value is created.
 
 use std::cmp::Ordering;
 use std::collections::HashMap;
@@ -10,32 +10,32 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// The error of a template.
+/// A result with the message of a template error.
 pub type Fallible<T> = Result<T, String>;
 
 /// Maximum units of work of a rendering: an evaluated node, an item or 16 bytes read.
 const MAX_WORK: u64 = 20_000_000;
 
-/// Maximum time of a rendering, and the units of work between checks.
+/// Maximum time of a rendering, and the units of work between checks of the clock.
 const MAX_TIME: Duration = Duration::from_secs(1);
 const CLOCK_PERIOD: u64 = 4096;
 
-/// Maximum bytes that a rendering builds, for all texts and lists together, kept or not.
+/// Maximum bytes of all texts and lists that a rendering creates, whether it keeps them or not.
 const MAX_MEMORY: usize = 128 << 20;
 
-/// Longest text.
+/// Maximum bytes of a text.
 pub const MAX_TEXT: usize = 16 << 20;
 
-/// Deepest value: lists in lists.
+/// Maximum nesting of lists and dicts.
 const MAX_DEPTH: u16 = 100;
 
-/// What an item of a list and an entry of a dict count as, in bytes.
+/// Bytes counted for an item of a list and for an entry of a dict.
 const ITEM: usize = 32;
 const ENTRY: usize = 192;
 
 #[derive(Debug, Clone)]
 pub enum Value {
-    /// What there is not, by the name that it was asked for.
+    /// An undefined value, with the name that was looked up.
     Undefined(Arc<str>),
     None,
     Bool(bool),
@@ -44,7 +44,7 @@ pub enum Value {
     Str(Arc<str>),
     List(Rc<List>),
     Dict(Rc<Dict>),
-    /// An index into the rendering's namespaces, macros.
+    /// An index into the rendering's namespaces or macros.
     Namespace(usize),
     Macro(usize),
     Loop(Rc<Loop>),
@@ -60,7 +60,7 @@ pub struct List {
 }
 
 impl List {
-    /// A list that only what looks at it has.
+    /// Creates a list without counting its memory, for a caller that only reads it.
     pub fn of(value: Value) -> List {
         List { depth: value.depth().saturating_add(1), items: vec![value], tuple: false }
     }
@@ -83,18 +83,18 @@ impl Dict {
     }
 }
 
-/// Where a loop is.
+/// The state of a `for` loop.
 #[derive(Debug)]
 pub struct Loop {
     pub id: usize,
     pub items: Rc<List>,
     pub index: std::cell::Cell<usize>,
     pub level: usize,
-    /// The loop's number among the recursive ones.
+    /// Index into the rendering's recursive loops, if the loop is recursive.
     pub recursive: Option<usize>,
 }
 
-/// A value that can be a key: equal keys are equal values.
+/// A value that can be a key of a dict. Keys are equal if and only if the values are equal.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Key {
     None,
@@ -121,7 +121,7 @@ impl Value {
         }
     }
 
-    pub fn truth(&self) -> bool {
+    pub fn is_truthy(&self) -> bool {
         match self {
             Value::Undefined(_) | Value::None => false,
             Value::Bool(b) => *b,
@@ -134,7 +134,7 @@ impl Value {
         }
     }
 
-    /// The type as Python names it.
+    /// Returns Python's name of the type.
     pub fn kind(&self) -> &'static str {
         match self {
             Value::Undefined(_) => "undefined",
@@ -153,7 +153,7 @@ impl Value {
         }
     }
 
-    /// Integers, and truth values as such.
+    /// Returns an integer, or a bool as 0 or 1.
     pub fn int(&self) -> Option<i64> {
         match self {
             Value::Bool(b) => Some(i64::from(*b)),
@@ -177,18 +177,18 @@ impl Value {
     }
 }
 
-/// What a rendering has taken; every loop and every allocation asks it first.
+/// Counts the work and memory of a rendering. Every loop and every allocation is charged before it happens.
 #[derive(Debug)]
 pub struct Meter {
     work: u64,
     memory: usize,
     start: Instant,
-    look: u64,
+    next_check: u64,
 }
 
 impl Meter {
     pub fn new() -> Meter {
-        Meter { work: 0, memory: 0, start: Instant::now(), look: CLOCK_PERIOD }
+        Meter { work: 0, memory: 0, start: Instant::now(), next_check: CLOCK_PERIOD }
     }
 
     pub fn work(&mut self, units: usize) -> Fallible<()> {
@@ -196,8 +196,8 @@ impl Meter {
         if self.work > MAX_WORK {
             return Err(format!("takes more than {MAX_WORK} steps"));
         }
-        if self.work >= self.look {
-            self.look = self.work + CLOCK_PERIOD;
+        if self.work >= self.next_check {
+            self.next_check = self.work + CLOCK_PERIOD;
             if self.start.elapsed() > MAX_TIME {
                 return Err(format!("takes longer than {MAX_TIME:?}"));
             }
@@ -205,7 +205,7 @@ impl Meter {
         Ok(())
     }
 
-    /// Reading so many bytes.
+    /// Charges for reading bytes.
     pub fn read(&mut self, bytes: usize) -> Fallible<()> {
         self.work(bytes / 16 + 1)
     }
@@ -218,7 +218,7 @@ impl Meter {
         self.read(bytes)
     }
 
-    /// A text of so many bytes.
+    /// Charges for a new text.
     pub fn text(&mut self, bytes: usize) -> Fallible<()> {
         if bytes > MAX_TEXT {
             return Err(format!("builds a text of more than {MAX_TEXT} bytes"));
@@ -226,15 +226,15 @@ impl Meter {
         self.memory(bytes)
     }
 
-    /// Whether there is room for a list, before its items are put together.
-    pub fn room(&mut self, count: usize) -> Fallible<()> {
+    /// Checks that a list of `count` items would fit, before its items are collected.
+    pub fn check_items(&mut self, count: usize) -> Fallible<()> {
         if count.saturating_mul(ITEM) > MAX_MEMORY.saturating_sub(self.memory) {
             return Err(too_large());
         }
         self.work(count)
     }
 
-    /// Memory for so many items that are no list yet, or are only looked at.
+    /// Charges for the memory of `count` items.
     pub fn items(&mut self, count: usize) -> Fallible<()> {
         self.memory(count.saturating_mul(ITEM))
     }
@@ -268,7 +268,7 @@ impl Meter {
         Ok(Value::List(Rc::new(List { items, tuple, depth })))
     }
 
-    /// A dict; of equal keys, the last one's value counts.
+    /// Creates a dict. If keys are equal, the last value wins.
     pub fn dict(&mut self, pairs: Vec<(Value, Value)>) -> Fallible<Value> {
         self.memory((pairs.len() + 1).saturating_mul(ENTRY))?;
         let depth = deepest(pairs.iter().flat_map(|(k, v)| [k, v]))?;
@@ -388,7 +388,7 @@ impl Meter {
         }
     }
 
-    /// Sorts by the first of each pair and keeps the order of equals.
+    /// Stable sort by the first element of each pair.
     pub fn sort<T>(&mut self, mut items: Vec<(Value, T)>, reverse: bool) -> Fallible<Vec<T>> {
         self.items(items.len().saturating_mul(4))?;
         let mut order: Vec<usize> = (0..items.len()).collect();
@@ -431,7 +431,7 @@ fn deepest<'a>(values: impl Iterator<Item = &'a Value>) -> Fallible<u16> {
     Ok(depth)
 }
 
-/// What Python's `str.isspace` says.
+/// Whether a character is white space, like Python's `str.isspace`.
 pub fn is_space(c: char) -> bool {
     c.is_whitespace() || ('\x1c'..='\x1f').contains(&c)
 }

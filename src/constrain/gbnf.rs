@@ -191,22 +191,22 @@ impl<'a> Reader<'a> {
         if !self.skip("{") {
             return Ok(None);
         }
-        let Some(least) = self.count(0)? else { return self.expected("a number") };
+        let Some(min) = self.count(0)? else { return self.expected("a number") };
         let repeats = match self.skip(",") {
-            false => format!("{{{least}}}"),
-            true => self.count(least)?.map_or(format!("{{{least},}}"), |most| format!("{{{least},{most}}}")),
+            false => format!("{{{min}}}"),
+            true => self.count(min)?.map_or(format!("{{{min},}}"), |max| format!("{{{min},{max}}}")),
         };
         if self.skip("}") { Ok(Some(repeats)) } else { self.expected("\"}\"") }
     }
 
     /// A number, if there is one.
-    fn count(&mut self, least: u32) -> Parsed<Option<u32>> {
+    fn count(&mut self, min: u32) -> Parsed<Option<u32>> {
         self.space();
         let end = self.rest.find(|c: char| !c.is_ascii_digit()).unwrap_or(self.rest.len());
         let (digits, rest) = self.rest.split_at(end);
-        let number = digits.parse().ok().filter(|n| (least..=MAX_REPEATS).contains(n));
+        let number = digits.parse().ok().filter(|n| (min..=MAX_REPEATS).contains(n));
         if !digits.is_empty() && number.is_none() {
-            return self.expected(&format!("a number from {least} to {MAX_REPEATS}"));
+            return self.expected(&format!("a number from {min} to {MAX_REPEATS}"));
         }
         self.rest = rest;
         self.space();

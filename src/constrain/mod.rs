@@ -98,22 +98,22 @@ impl Rule {
     }
 }
 
-fn at_most(what: &str, most: usize, got: usize) -> Result<(), String> {
-    if got > most { Err(format!("expected at most {most} {what}, got {got}")) } else { Ok(()) }
+fn at_most(what: &str, max: usize, got: usize) -> Result<(), String> {
+    if got > max { Err(format!("expected at most {max} {what}, got {got}")) } else { Ok(()) }
 }
 
 /// Returns the maximum depth of open brackets, including those in strings.
 fn nesting(text: &str) -> usize {
-    let (mut open, mut most) = (0usize, 0);
+    let (mut open, mut deepest) = (0usize, 0);
     for byte in text.bytes() {
         match byte {
             b'(' | b'[' | b'{' => open += 1,
             b')' | b']' | b'}' => open = open.saturating_sub(1),
             _ => {}
         }
-        most = most.max(open);
+        deepest = deepest.max(open);
     }
-    most
+    deepest
 }
 
 /// Counts the values and references of a schema. The parser has limited its depth.
@@ -170,13 +170,13 @@ impl Guide {
         let end = tokenizer.len() as u32;
         let mut words: Vec<Vec<u8>> = (0..end).map(|id| word(tokenizer, id)).collect();
         words.push(Vec::new());
-        let (requests, wanted) = sync_channel(1);
+        let (requests, requested) = sync_channel(1);
         let (send, answers) = sync_channel(1);
         std::thread::Builder::new()
             .name("constraint".into())
             .stack_size(STACK)
             .spawn(move || {
-                if let Err(message) = work(&words, grammar, end, &wanted, &send) {
+                if let Err(message) = work(&words, grammar, end, &requested, &send) {
                     let _ = send.send(Err(message));
                 }
             })

@@ -1,4 +1,4 @@
-//! BERT (Devlin et al. 2019): its names, its metadata and its vocabulary of word pieces.
+//! BERT (Devlin et al. 2019): tensor names, metadata and WordPiece vocabulary.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::gguf::write::Writer;
 use crate::tokenizer::{MAX_TOKENS, MAX_WORD_CHARS};
 
-/// Names in the folder, and in GGUF files. Each stands for a weight, a bias or both.
+/// Tensor names in the folder and in GGUF files, without `.weight` and `.bias`.
 const NAMES: &[(&str, &str)] = &[
     ("embeddings.word_embeddings", "token_embd"),
     ("embeddings.position_embeddings", "position_embd"),
@@ -29,10 +29,10 @@ const NAMES: &[(&str, &str)] = &[
     ("encoder.layer.{}.output.LayerNorm", "blk.{}.layer_output_norm"),
 ];
 
-/// What embeddings do not need: heads of the pre-training, and positions written out.
+/// Tensors that embeddings do not need: the pre-training heads, and the list of positions.
 const UNUSED: &[&str] = &["pooler.*", "cls.*", "embeddings.position_ids"];
 
-/// Special tokens of WordPiece: their key in the file, their key in the folder, and their usual text.
+/// Special tokens of WordPiece: key in the GGUF file, key in the folder, default text.
 const SPECIAL: &[(&str, &str, &str)] = &[
     ("unknown", "unk_token", "[UNK]"),
     ("seperator", "sep_token", "[SEP]"),
@@ -41,7 +41,7 @@ const SPECIAL: &[(&str, &str, &str)] = &[
     ("mask", "mask_token", "[MASK]"),
 ];
 
-/// The metadata of BERT.
+/// Writes BERT's metadata, and returns the mapping of its tensors.
 pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan> {
     for (key, only) in [("hidden_act", "gelu"), ("position_embedding_type", "absolute")] {
         if let Some(value) = config.value.get(key).filter(|value| **value != *only) {
@@ -69,11 +69,11 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
     }
     wordpiece(folder, w)?;
     w.entry("tokenizer.ggml.token_type_count", config.u32("type_vocab_size")?)?;
-    let left_out = sentences(folder, config, w)?;
+    let left_out = sentence_transformers(folder, config, w)?;
     Ok(Plan { prefix: "bert.", names: vec![NAMES], unused: UNUSED.to_vec(), left_out, ..Plan::default() })
 }
 
-/// Refuses another value of a key than the one that is supported.
+/// Rejects all values of a key but the supported one.
 fn only(json: &Json, key: &str, only: &Value) -> Result<()> {
     match json.get(key).filter(|value| *value != only) {
         Some(value) => Err(json.wrong(key, &only.to_string(), value)),
@@ -81,24 +81,24 @@ fn only(json: &Json, key: &str, only: &Value) -> Result<()> {
     }
 }
 
-/// What sentence-transformers does around the model: where it cuts texts, and what follows. Returns what is
-/// left out.
-fn sentences(folder: &Path, config: &Json, w: &mut Writer) -> Result<Vec<String>> {
+/// Writes the settings of sentence-transformers: the maximum tokens of a text, and the modules after the
+/// model. Returns warnings about settings that GGUF cannot express.
+fn sentence_transformers(folder: &Path, config: &Json, w: &mut Writer) -> Result<Vec<String>> {
     let about = Json::open_if_there(folder, "sentence_bert_config.json")?;
     let tokenizer = Json::open(folder, "tokenizer_config.json")?;
-    // Without a number of its own it cuts where the tokenizer says.
+    // Without a limit of its own, sentence-transformers uses the tokenizer's.
     let (from, key) = match about.get("max_seq_length") {
         Some(_) => (&about, "max_seq_length"),
         None => (&tokenizer, "model_max_length"),
     };
     let positions = config.u32("max_position_embeddings")?;
-    // A tokenizer without a limit has one that is larger than any integer.
-    let longest = from.optional_f64(key)?.filter(|longest| *longest < f64::from(positions));
-    if let Some(longest) = longest {
-        if longest.fract() != 0.0 || longest < 3.0 {
+    // A tokenizer without a limit states a huge number, such as 1e30.
+    let max_tokens = from.optional_f64(key)?.filter(|max_tokens| *max_tokens < f64::from(positions));
+    if let Some(max_tokens) = max_tokens {
+        if max_tokens.fract() != 0.0 || max_tokens < 3.0 {
             return Err(from.missing(key, "a whole number of tokens, at least 3"));
         }
-        w.entry(MAX_TEXT_TOKENS, longest as u32)?;
+        w.entry(MAX_TEXT_TOKENS, max_tokens as u32)?;
     }
     if !lowercases(&tokenizer)? {
         only(&about, "do_lower_case", &false.into())?;
@@ -129,7 +129,7 @@ fn sentences(folder: &Path, config: &Json, w: &mut Writer) -> Result<Vec<String>
     Ok(left_out)
 }
 
-/// How sentence-transformers pools, in the values of the key `pooling_type`.
+/// Returns the pooling of sentence-transformers, as a value of the key `pooling_type`.
 fn pooling(folder: &Path) -> Result<Option<u32>> {
     if !has(folder, "1_Pooling/config.json") {
         return Ok(None);
@@ -150,7 +150,8 @@ fn pooling(folder: &Path) -> Result<Option<u32>> {
     }
 }
 
-/// A WordPiece vocabulary: what begins a word gets U+2581 in front, what continues one loses its `##`.
+/// Writes a WordPiece vocabulary. GGUF marks pieces that begin a word with U+2581; `vocab.txt` marks the
+/// other pieces with `##`.
 fn wordpiece(folder: &Path, w: &mut Writer) -> Result<()> {
     let path = folder.join("vocab.txt");
     let text = read_text(folder, "vocab.txt")?;
@@ -202,8 +203,8 @@ fn wordpiece(folder: &Path, w: &mut Writer) -> Result<()> {
     for (key, id) in special {
         w.entry(&format!("tokenizer.ggml.{key}_token_id"), id as u32)?;
     }
-    if let Some(most) = max_chars {
-        w.entry(MAX_WORD_CHARS, most)?;
+    if let Some(max_chars) = max_chars {
+        w.entry(MAX_WORD_CHARS, max_chars)?;
     }
     let lowercase = lowercases(&config)?;
     w.entry("tokenizer.ggml.normalizer.lowercase", lowercase)?;
@@ -214,7 +215,7 @@ fn lowercases(tokenizer: &Json) -> Result<bool> {
     Ok(tokenizer.bool("do_lower_case")?.unwrap_or(true))
 }
 
-/// Tokens that tokenizer.json looks for in the text as it is: their ids and kinds.
+/// Returns the ids and types of the tokens that tokenizer.json matches in raw text.
 fn added(fast: &Json, texts: &[&str]) -> Result<HashMap<usize, i32>> {
     let mut all = HashMap::new();
     for token in fast.get("added_tokens").and_then(Value::as_array).into_iter().flatten() {
@@ -223,7 +224,7 @@ fn added(fast: &Json, texts: &[&str]) -> Result<HashMap<usize, i32>> {
         let id = id.filter(|id| text.is_some() && texts.get(*id).copied() == text);
         let id = id.ok_or_else(|| fast.wrong("added_tokens", "texts and ids of vocab.txt", token))?;
         let flag = |key: &str| token.get(key).is_some_and(|flag| *flag == true);
-        // Spaces at its sides are left out of every text.
+        // `lstrip` and `rstrip` change nothing, because WordPiece drops white space.
         if let Some(key) = ["single_word", "normalized"].into_iter().find(|key| flag(key)) {
             return Err(fast.wrong("added_tokens", &format!("no {key}"), token));
         }
@@ -232,7 +233,7 @@ fn added(fast: &Json, texts: &[&str]) -> Result<HashMap<usize, i32>> {
     Ok(all)
 }
 
-/// Refuses a tokenizer.json that does something else than what vocab.txt and tokenizer_config.json say.
+/// Rejects a tokenizer.json that contradicts vocab.txt or tokenizer_config.json.
 fn check(fast: &Json, model: &Json, config: &Json, texts: &[&str]) -> Result<()> {
     only(model, "type", &"WordPiece".into())?;
     only(model, "continuing_subword_prefix", &"##".into())?;

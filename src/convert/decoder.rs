@@ -21,8 +21,8 @@ struct Family {
     keys: &'static [Key],
     /// Options with a single supported value.
     only: &'static [(&'static str, Only)],
-    /// Whether GGUF files have the rotated pairs of a head adjacent, while published weights have them half a
-    /// head apart.
+    /// Whether rows are reordered: published weights rotate elements `(i, i + n / 2)` of a head, GGUF files
+    /// adjacent ones.
     interleaved: bool,
     /// Added to the weights of norms.
     norm_offset: f32,
@@ -31,8 +31,8 @@ struct Family {
     rope_base: Option<f64>,
 }
 
-/// An option: its key in the file without the architecture, its keys in the folder of which one is there, and
-/// its type.
+/// An option: its key in the GGUF file without the architecture, its alternative keys in the folder, and its
+/// type.
 type Key = (&'static str, &'static [&'static str], Kind);
 
 #[derive(Clone, Copy)]
@@ -54,9 +54,9 @@ enum Only {
 /// The layers with a sliding window.
 #[derive(Clone, Copy)]
 enum Window {
-    /// All, or none without a window in the config.
+    /// All layers, if the config has a window.
     All,
-    /// All but the last of each period, unless the config says otherwise.
+    /// All layers but the last of each period, unless the config lists the layers.
     Period(u32),
 }
 
@@ -73,7 +73,7 @@ const REQUIRED: &[Key] = &[
     ("vocab_size", &["vocab_size"], Kind::U32),
 ];
 
-/// Optional options. Opening the result reports those that a family requires.
+/// Optional options. If a family requires one, opening the result reports it.
 const OPTIONAL: &[Key] = &[
     ("attention.head_count_kv", &["num_key_value_heads"], Kind::U32),
     ("attention.key_length", &["head_dim"], Kind::U32),
@@ -109,10 +109,10 @@ const POST_NORMS: &[(&str, &str)] = &[
     ("layers.{}.post_feedforward_layernorm", "blk.{}.post_ffw_norm"),
 ];
 
-/// Tensors that are not weights: stored frequencies.
+/// Ignored tensors: RoPE frequencies, which are computed.
 const UNUSED: &[&str] = &["*.rotary_emb.inv_freq"];
 
-/// A family that is the same as Llama.
+/// Llama; the families below state their differences from it.
 const LLAMA: Family = Family {
     model_type: "llama",
     architecture: "llama",
@@ -152,7 +152,7 @@ const FAMILIES: &[Family] = &[
             ("use_qk_norm", Only::Bool(false)),
             ("rotary_pct", Only::Number(1.0)),
         ],
-        // Its published weights have them adjacent, too.
+        // Its published weights already rotate adjacent elements.
         interleaved: false,
         window: Window::Period(4),
         ..LLAMA
@@ -243,7 +243,7 @@ const FAMILIES: &[Family] = &[
     },
 ];
 
-/// Period of SmolLM3's layers: the last of each period has no positions.
+/// Period of SmolLM3's layers: the last layer of each period has no RoPE.
 const NOPE_PERIOD: usize = 4;
 
 /// Writes the metadata of a decoder, and returns the mapping of its tensors.
@@ -311,7 +311,7 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
 
     let (mut unused, mut required) = (UNUSED.to_vec(), Vec::new());
     match config.bool("tie_word_embeddings")? {
-        // Some folders have the embedding table twice.
+        // Some folders also store the tied output matrix.
         Some(true) => unused.push("lm_head.weight"),
         Some(false) => required.push("lm_head.weight"),
         None => {}
@@ -358,7 +358,7 @@ fn window(config: &Json, family: &Family, layers: u32, w: &mut Writer) -> Result
         }
         (None, Some(period)) => by_period(config.u32(period)?).collect(),
         (None, None) if config.get("use_sliding_window").is_some() => {
-            // The choice of layers differed between versions.
+            // Versions of the library chose the layers differently.
             return Err(config.missing("layer_types", "a list beside use_sliding_window"));
         }
         (None, None) => default.clone(),

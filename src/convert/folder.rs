@@ -81,7 +81,7 @@ impl Json {
         Ok(Json { path, value })
     }
 
-    /// The same for an optional file; without it, no key is present.
+    /// Opens an optional JSON file. A missing file has no keys.
     pub(super) fn open_if_there(folder: &Path, name: &str) -> Result<Json> {
         match has(folder, name) {
             true => Json::open(folder, name),
@@ -123,7 +123,7 @@ impl Json {
         value.transpose()
     }
 
-    /// A finite number.
+    /// Returns a finite number.
     pub(super) fn optional_f64(&self, key: &str) -> Result<Option<f64>> {
         let number = |value: &Value| value.as_f64().filter(|x| (*x as f32).is_finite());
         let value = self.get(key).map(|v| number(v).ok_or_else(|| self.missing(key, "a number")));
@@ -134,7 +134,7 @@ impl Json {
         self.optional_f64(key)?.ok_or_else(|| self.missing(key, "a number"))
     }
 
-    /// A list of finite numbers.
+    /// Returns a list of finite numbers.
     pub(super) fn optional_f32s(&self, key: &str) -> Result<Option<Vec<f32>>> {
         let Some(value) = self.get(key) else { return Ok(None) };
         let number = |x: &Value| x.as_f64().map(|x| x as f32).filter(|x| x.is_finite());
@@ -142,7 +142,7 @@ impl Json {
         list.map(Some).ok_or_else(|| self.missing(key, "a list of numbers"))
     }
 
-    /// The object of a key as a file of its own; errors name the key.
+    /// Returns the object of a key as a `Json`, whose errors name the key.
     pub(super) fn object(&self, key: &str) -> Result<Option<Json>> {
         match self.get(key) {
             None => Ok(None),
@@ -189,7 +189,7 @@ impl Files {
         Ok(Files { files, index: Some(index) })
     }
 
-    /// Every tensor by its name.
+    /// Returns all tensors by name.
     pub(super) fn tensors(&self) -> Result<BTreeMap<String, TensorView<'_>>> {
         let mut all = BTreeMap::new();
         for (place, (path, source)) in self.files.iter().enumerate() {
@@ -222,7 +222,7 @@ impl Files {
     }
 }
 
-/// Whether a name is of a file directly in the folder.
+/// Whether a name refers to a file directly in the folder.
 fn is_plain(name: &str) -> bool {
     let mut parts = Path::new(name).components();
     matches!((parts.next(), parts.next()), (Some(std::path::Component::Normal(part)), None) if part == name)

@@ -32,8 +32,8 @@ use folder::{Files, Json};
 /// Alignment of tensor data: a cache line.
 const ALIGNMENT: u32 = 64;
 
-/// Matrices that stay F32 besides vectors and biases: they are small, and read a row at a time or decide what
-/// is read.
+/// Matrices that stay F32, besides vectors and biases: small tables that are read row by row, and routers,
+/// whose rounding would change the choice of experts.
 const PLAIN: &[&str] = &["position_embd.weight", "token_types.weight", ".ffn_gate_inp.weight", ".bias"];
 
 /// Positions of the program that a header is checked with.
@@ -64,9 +64,9 @@ struct Plan {
 /// A tensor to write.
 #[derive(Default)]
 struct Target<'a> {
-    /// Row length first.
+    /// Dimensions, innermost first.
     dims: Vec<u64>,
-    /// Its parts in the folder's files, or a vector that comes from no file.
+    /// Its parts in the folder's files; empty for a tensor that consists of `vector`.
     views: Vec<TensorView<'a>>,
     vector: Vec<f32>,
     heads: Option<usize>,
@@ -74,17 +74,19 @@ struct Target<'a> {
 }
 
 /// Writes the model of a folder as GGUF, with matrices in `format`; vectors, biases and routers stay F32.
-/// `progress` is told the bytes of each tensor done. Returns what the folder says and the file does not, one
-/// line each: what has no key in GGUF and changes little, such as a text's normal form (NFC) before a
-/// byte-level vocabulary. All else that has none is an error.
+/// `progress` receives the bytes of each finished tensor.
 ///
-/// No link may lead out of the folder, but for those in the cache of the Hugging Face hub. Only regular files
-/// are read, texts of up to 64 MiB.
+/// Returns warnings, one line each, about settings of the folder that GGUF has no key for and that change
+/// little, such as NFC normalisation before a byte-level vocabulary. Any other setting without a key is an
+/// error.
+///
+/// Links must stay inside the folder, except in the cache of the Hugging Face hub. Only regular files are
+/// read, and text files only up to 64 MiB.
 ///
 /// # Errors
-/// [`Error::Io`] for what cannot be read (of `out` without a path); [`Error::Model`] or [`Error::Tokenizer`]
-/// for a family, an option, a tensor or a vocabulary that is not known, a format that has no quantiser or
-/// whose blocks do not fit, and values that are not finite; and what opening the result says.
+/// [`Error::Io`] if a file cannot be read, or `out` not written (then without a path). [`Error::Model`] or
+/// [`Error::Tokenizer`] for an unknown family, option, tensor or vocabulary, a format without a quantiser or
+/// whose blocks do not fit, and values that are not finite. Errors of opening the result.
 pub fn convert(
     folder: &Path,
     format: Format,
@@ -140,7 +142,7 @@ fn check(folder: &Path, writer: &Writer) -> Result<()> {
 }
 
 impl Plan {
-    /// The tensors to write, by their names.
+    /// Returns the tensors to write, by name.
     fn targets<'a>(&self, tensors: BTreeMap<String, TensorView<'a>>) -> Result<BTreeMap<String, Target<'a>>> {
         if let Some(name) = self.required.iter().find(|name| !tensors.contains_key(**name)) {
             return Err(Error::Model(format!("tensor `{name}` is missing")));
@@ -190,7 +192,7 @@ impl Plan {
         })
     }
 
-    /// A tensor to write from those of the folder; the errors do not name it.
+    /// Assembles a tensor from those of the folder. The caller adds its name to errors.
     fn target<'a>(
         &self,
         name: &str,
@@ -251,8 +253,7 @@ fn numbers(pattern: &str, name: &str) -> Option<Vec<u32>> {
     rest.is_empty().then_some(numbers)
 }
 
-/// The row that becomes row `row` of a head whose rotated pairs are next to each other, from one whose pairs
-/// are a half apart.
+/// Returns the source of row `row` of a head, when RoPE pairs `(i, i + n / 2)` become adjacent pairs.
 fn halves_to_pairs(row: usize, rows_of_a_head: usize) -> usize {
     let (head, at) = (row / rows_of_a_head, row % rows_of_a_head);
     head * rows_of_a_head + at % 2 * (rows_of_a_head / 2) + at / 2
@@ -278,7 +279,7 @@ impl Target<'_> {
         let mut values = Vec::new();
         for view in &self.views {
             let (value, bytes) = reader(view.dtype())?;
-            // Vectors are columns, so that they are reordered as rows are.
+            // A vector is a matrix of one column, so that its elements are reordered like rows.
             let cols = if view.shape().len() < 2 { 1 } else { view.shape().last().copied().unwrap_or(0) };
             let rows = view.data().chunks_exact(cols.saturating_mul(bytes).max(1));
             let rows_of_a_head = self.heads.map(|heads| rows.len() / heads);
@@ -294,10 +295,10 @@ impl Target<'_> {
     }
 }
 
-/// The value of an element's bytes.
+/// Converts the bytes of an element to its value.
 type Value = fn(&[u8]) -> f32;
 
-/// What reads an element, and its bytes.
+/// Returns the conversion of elements of a type, and the bytes of an element.
 fn reader(dtype: Dtype) -> Result<(Value, usize)> {
     Ok(match dtype {
         Dtype::F32 => (|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]), 4),

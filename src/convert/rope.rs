@@ -1,28 +1,27 @@
-//! Rotary position embeddings: what config.json says of frequencies and of a longer context, in the keys of
-//! GGUF.
+//! Rotary position embeddings: converts the frequencies and the context scaling of config.json to GGUF keys.
 
 use super::folder::Json;
 use crate::error::Result;
 use crate::gguf::write::Writer;
 
-/// Frequencies of a model's rotary embeddings.
+/// The RoPE settings of a model.
 pub(super) struct Rope<'c> {
     pub(super) config: &'c Json,
     pub(super) architecture: &'c str,
     /// Elements of a head's key.
     pub(super) head_dim: u32,
-    /// The base that a config without one means.
+    /// Base of the frequencies if the config has none.
     pub(super) default_base: Option<f64>,
 }
 
-/// Vectors of the file, by their names.
+/// Vectors to add to the file, with their names.
 type Vectors = Vec<(&'static str, Vec<f32>)>;
 
 impl Rope<'_> {
-    /// Writes the keys, and gives the factors of frequencies that go to tensors.
+    /// Writes the keys, and returns the frequency factors, which become tensors.
     ///
-    /// A config has either `rope_parameters`, with its own for each kind of layer where there are two, or the
-    /// older `rope_theta`, `rope_local_base_freq` and `rope_scaling`.
+    /// A config has either `rope_parameters` (possibly one for each kind of layer), or the older
+    /// `rope_theta`, `rope_local_base_freq` and `rope_scaling`.
     pub(super) fn write(&self, w: &mut Writer) -> Result<Vectors> {
         let Rope { config, architecture, .. } = self;
         let entry = |name: &str| format!("{architecture}.rope.{name}");
@@ -83,8 +82,8 @@ impl Rope<'_> {
                     (p.f64("factor")?, p.f64("low_freq_factor")?, p.f64("high_freq_factor")?);
                 let factors = (0..rotated / 2).map(|pair| {
                     let frequency = base.powf(-f64::from(2 * pair) / f64::from(rotated));
-                    // Pairs that rotate often within the original context stay as they are, and those that
-                    // hardly do are interpolated (Llama 3.1's `apply_scaling`).
+                    // Keep high frequencies, which rotate often within the original context, and
+                    // interpolate low ones (Llama 3.1's `apply_scaling`).
                     let rotations = f64::from(original) * frequency / std::f64::consts::TAU;
                     let kept = ((rotations - low) / (high - low)).clamp(0.0, 1.0);
                     (1.0 / ((1.0 - kept) / factor + kept)) as f32
@@ -114,30 +113,30 @@ impl Rope<'_> {
                         w.entry(&entry(key), value as f32)?;
                     }
                 }
-                let grown = |by: f64| if factor > 1.0 { 0.1 * by * factor.ln() + 1.0 } else { 1.0 };
-                let usual = grown(1.0);
-                let wanted = match (p.optional_f64("mscale")?, p.optional_f64("mscale_all_dim")?) {
-                    (Some(scale), Some(all)) if scale != 0.0 && all != 0.0 => grown(scale) / grown(all),
-                    _ => usual,
+                let growth = |by: f64| if factor > 1.0 { 0.1 * by * factor.ln() + 1.0 } else { 1.0 };
+                let default = growth(1.0);
+                let computed = match (p.optional_f64("mscale")?, p.optional_f64("mscale_all_dim")?) {
+                    (Some(scale), Some(all)) if scale != 0.0 && all != 0.0 => growth(scale) / growth(all),
+                    _ => default,
                 };
-                let wanted = attention_factor.unwrap_or(wanted);
-                if wanted != usual {
-                    w.entry(&entry("attn_factor"), (wanted / usual) as f32)?;
+                let magnitude = attention_factor.unwrap_or(computed);
+                if magnitude != default {
+                    w.entry(&entry("attn_factor"), (magnitude / default) as f32)?;
                 }
                 Ok(Vec::new())
             }
             "longrope" | "su" => {
                 let original = original
                     .ok_or_else(|| p.missing("original_max_position_embeddings", "a whole number"))?;
-                let grown = f64::from(config.u32("max_position_embeddings")?) / f64::from(original.max(1));
-                let factor = p.optional_f64("factor")?.unwrap_or(grown);
-                let usual = match factor > 1.0 {
+                let growth = f64::from(config.u32("max_position_embeddings")?) / f64::from(original.max(1));
+                let factor = p.optional_f64("factor")?.unwrap_or(growth);
+                let default = match factor > 1.0 {
                     true => (1.0 + factor.ln() / f64::from(original).ln()).sqrt(),
                     false => 1.0,
                 };
                 w.entry(&entry("type"), "longrope")?;
                 w.entry(&entry("original_context_length"), original)?;
-                w.entry(&entry("attn_factor"), attention_factor.unwrap_or(usual) as f32)?;
+                w.entry(&entry("attn_factor"), attention_factor.unwrap_or(default) as f32)?;
                 let factors = |name: &str| {
                     let list = p.optional_f32s(name)?;
                     list.ok_or_else(|| p.missing(name, "a list of numbers"))
@@ -152,7 +151,7 @@ impl Rope<'_> {
     }
 }
 
-/// How frequencies are scaled, under the key's present or its older name.
+/// Returns the kind of scaling: `rope_type`, or `type` in older configs.
 fn kind(parameters: &Json) -> Result<&str> {
     match ["rope_type", "type"].into_iter().find(|key| parameters.get(key).is_some()) {
         Some(key) => parameters.str(key),

@@ -1,5 +1,5 @@
-//! Vocabularies as the library `tokenizers` writes them: tokenizer.json, with what tokenizer_config.json and
-//! generation_config.json say of special tokens, to the keys of GGUF. Byte-level BPE and SentencePiece's BPE.
+//! Converts vocabularies of the library `tokenizers` to GGUF keys: tokenizer.json, and the special tokens of
+//! tokenizer_config.json and generation_config.json. Supports byte-level BPE and SentencePiece BPE.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -12,7 +12,7 @@ use crate::gguf::printable;
 use crate::gguf::write::Writer;
 use crate::tokenizer::{MAX_TOKEN_BYTES, MAX_TOKENS, pretokenize};
 
-/// The published values of `tokenizer.ggml.token_type`.
+/// Values of `tokenizer.ggml.token_type`.
 pub(super) const NORMAL: i32 = 1;
 const UNKNOWN: i32 = 2;
 pub(super) const CONTROL: i32 = 3;
@@ -23,18 +23,18 @@ const BYTE: i32 = 6;
 /// SentencePiece's space.
 const SPACE: &str = "\u{2581}";
 
-/// English endings without regard to case, as files spell them and as [`pretokenize`] does.
+/// The pattern of case-insensitive English contractions, as files write it and as [`pretokenize`] writes it.
 const ENDINGS: (&str, &str) =
     ("(?i:'s|'t|'re|'ve|'m|'ll|'d)", "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])");
 
-/// The tokens of a vocabulary, one for each row of the embedding.
+/// The tokens of a vocabulary, one for each row of the embedding table.
 struct Tokens {
     texts: Vec<String>,
     kinds: Vec<i32>,
     ids: HashMap<String, u32>,
 }
 
-/// Writes a folder's vocabulary and chat template. Returns what is left out.
+/// Writes a folder's vocabulary and chat template. Returns warnings about settings that GGUF cannot express.
 pub(super) fn write(folder: &Path, config: &Json, w: &mut Writer) -> Result<Vec<String>> {
     let json = Json::open(folder, "tokenizer.json")?;
     let model = json.object("model")?.ok_or_else(|| json.missing("model", "an object"))?;
@@ -69,7 +69,7 @@ pub(super) fn write(folder: &Path, config: &Json, w: &mut Writer) -> Result<Vec<
     }
     special(folder, config, &json, &tokens, w)?;
     let mut left_out = Vec::new();
-    // Other normalisers of a byte-level vocabulary are refused; SentencePiece's is carried over.
+    // This is NFC: `pre_tokenizer` rejects all others. SentencePiece's normaliser is converted.
     if !from_bytes && json.get("normalizer").is_some() {
         left_out.push(
             "tokenizer.json: key `normalizer` is left out: texts are taken as they are, not in the normal form NFC"
@@ -91,12 +91,12 @@ pub(super) fn write(folder: &Path, config: &Json, w: &mut Writer) -> Result<Vec<
     Ok(left_out)
 }
 
-/// Texts and kinds of all tokens; with `space_prefix` of SentencePiece, whose texts may begin with a space.
+/// Reads all tokens. `space_prefix` is present for SentencePiece: whether a text gets a space in front.
 fn tokens(json: &Json, model: &Json, rows: u32, space_prefix: Option<bool>) -> Result<Tokens> {
     if rows as usize > MAX_TOKENS {
         return Err(model.wrong("vocab", &format!("at most {MAX_TOKENS} tokens"), rows));
     }
-    // Rows without a token, as llama.cpp's converter names them.
+    // Rows without a token become `[PADn]`, the name that llama.cpp's converter gives them.
     let mut texts: Vec<Option<String>> = vec![None; rows as usize];
     let mut kinds = vec![UNUSED; rows as usize];
     let mut ids = HashMap::new();
@@ -135,7 +135,7 @@ fn tokens(json: &Json, model: &Json, rows: u32, space_prefix: Option<bool>) -> R
             .and_then(|id| usize::try_from(id).ok())
             .ok_or_else(wrong)?;
         let flag = |key: &str| token.get(key).is_some_and(|flag| *flag == true);
-        // A token without a row is one that the model cannot read.
+        // Skip tokens without a row in the embedding table: the model cannot read them.
         let Some(slot) = texts.get_mut(place) else { continue };
         if slot.as_ref().is_some_and(|other| other != text)
             || ids.insert(text.into(), place as u32).is_some_and(|id| id as usize != place)
@@ -147,7 +147,7 @@ fn tokens(json: &Json, model: &Json, rows: u32, space_prefix: Option<bool>) -> R
             continue;
         }
         if !flag("special") {
-            // Normalised, it would have a space in front.
+            // A normalised token would get a space in front.
             let normalized = (space_prefix == Some(true)).then_some("normalized");
             let keys = ["single_word", "lstrip", "rstrip"].into_iter().chain(normalized);
             if let Some(key) = keys.into_iter().find(|key| flag(key)) {
@@ -163,7 +163,7 @@ fn tokens(json: &Json, model: &Json, rows: u32, space_prefix: Option<bool>) -> R
         } else {
             kinds[place] = USER_DEFINED;
             if space_prefix.is_some() {
-                // These are looked for in the text itself.
+                // User-defined tokens are matched in raw text, where spaces are not U+2581.
                 *slot = Some(text.replace(SPACE, " "));
             }
         }
@@ -172,13 +172,13 @@ fn tokens(json: &Json, model: &Json, rows: u32, space_prefix: Option<bool>) -> R
     Ok(Tokens { texts: texts.collect(), kinds, ids })
 }
 
-/// Whether a token is one of `<0x00>` to `<0xFF>`.
+/// Whether a token is a byte token, `<0x00>` to `<0xFF>`.
 fn is_byte(text: &str) -> bool {
     let digits = text.strip_prefix("<0x").and_then(|text| text.strip_suffix('>'));
     digits.is_some_and(|digits| digits.len() == 2 && digits.bytes().all(|d| d.is_ascii_hexdigit()))
 }
 
-/// The merges as pairs: texts with a space between the parts, or lists of two.
+/// Reads the merges as pairs. Files have texts with a space between the parts, or lists of two texts.
 fn merges<'m>(model: &'m Json) -> Result<Vec<(&'m str, &'m str)>> {
     let list =
         model.get("merges").and_then(Value::as_array).ok_or_else(|| model.missing("merges", "a list"))?;
@@ -198,12 +198,12 @@ fn pair(merge: &Value) -> Option<(&str, &str)> {
     }
 }
 
-/// Scores that merge in the order of `merges`.
+/// Computes scores that give the order of `merges`.
 ///
-/// SentencePiece's BPE merges any two neighbours that are a token together, the token with the highest score
-/// first. A list of merges that was made from scores has every way to put a token together from two others,
-/// and all ways for one token in a row; the place of the row is then as good as the score. A list that is not
-/// like this has no scores.
+/// SentencePiece BPE merges any two neighbours that form a token, the token with the highest score first. A
+/// list of merges that was generated from scores contains every split of a token into two others, and the
+/// splits of a token are consecutive. The position of a token in that list can then replace its score. Any
+/// other list is an error, because no scores have the same effect.
 fn scores(model: &Json, tokens: &Tokens, merges: &[(&str, &str)]) -> Result<Vec<f32>> {
     let is_added = |id: u32| matches!(tokens.kinds[id as usize], CONTROL | USER_DEFINED | UNKNOWN);
     let mut pairs: HashMap<(&str, &str), ()> = HashMap::with_capacity(merges.len());
@@ -223,7 +223,7 @@ fn scores(model: &Json, tokens: &Tokens, merges: &[(&str, &str)]) -> Result<Vec<
         }
         place += 1;
         let score = &mut scores[id as usize];
-        // Added tokens are found before anything is merged.
+        // Added tokens are matched before merging, so their scores do not matter.
         if *score != f32::NEG_INFINITY && !is_added(id) {
             let got = format!("`{joined}` in two places");
             return Err(model.wrong(
@@ -259,7 +259,7 @@ fn scores(model: &Json, tokens: &Tokens, merges: &[(&str, &str)]) -> Result<Vec<
     Ok(scores)
 }
 
-/// Whether SentencePiece's texts begin with a space, and that nothing else happens to them.
+/// Returns whether SentencePiece adds a space in front of a text. Any other normalisation is an error.
 fn space_prefix(json: &Json) -> Result<bool> {
     let (normaliser, pre) = (json.get("normalizer"), json.get("pre_tokenizer"));
     let is = |value: &Value, kind: &str| value.get("type").is_some_and(|value| value == kind);
@@ -271,7 +271,7 @@ fn space_prefix(json: &Json) -> Result<bool> {
     let prepends =
         |value: &Value| is(value, "Prepend") && value.get("prepend").is_some_and(|text| text == SPACE);
     let steps = |value: &Value| value.get("normalizers").and_then(Value::as_array).cloned();
-    // Without spaces there is nothing to split at.
+    // A split at spaces has no effect after the normaliser replaced them.
     let splits =
         |value: &Value| is(value, "Split") && value.pointer("/pattern/String").is_some_and(|at| at == " ");
     if let Some(normaliser) = normaliser {
@@ -297,7 +297,7 @@ fn space_prefix(json: &Json) -> Result<bool> {
     }
 }
 
-/// The name of a byte-level pre-tokenizer.
+/// Returns the GGUF name of a byte-level pre-tokenizer.
 fn pre_tokenizer(json: &Json, model: &Json) -> Result<&'static str> {
     if let Some(other) =
         json.get("normalizer").filter(|value| !value.get("type").is_some_and(|kind| kind == "NFC"))
@@ -323,7 +323,7 @@ fn pre_tokenizer(json: &Json, model: &Json) -> Result<&'static str> {
             }
             (Some("Digits"), _) if flag("individual_digits") => Some(r"\p{N}".into()),
             (Some("ByteLevel"), _) if at + 1 == steps.len() && !flag("add_prefix_space") => {
-                // Without a word it splits, as it did before it could do without.
+                // Files from before this option existed split.
                 let splits = step.get("use_regex").is_none_or(|splits| *splits == true);
                 splits.then(|| pretokenize::GPT2.to_owned())
             }
@@ -334,7 +334,7 @@ fn pre_tokenizer(json: &Json, model: &Json) -> Result<&'static str> {
     pretokenize::name_of(&patterns, ignore_merges).ok_or_else(wrong)
 }
 
-/// Ids of special tokens, whether texts begin and end with them, and the chat template.
+/// Writes the ids of special tokens, whether encoding adds them, and the chat template.
 fn special(folder: &Path, config: &Json, json: &Json, tokens: &Tokens, w: &mut Writer) -> Result<()> {
     let about = Json::open_if_there(folder, "tokenizer_config.json")?;
     let generation = Json::open_if_there(folder, "generation_config.json")?;
@@ -347,7 +347,7 @@ fn special(folder: &Path, config: &Json, json: &Json, tokens: &Tokens, w: &mut W
             ))
         })
     };
-    // By its text, or else by its id.
+    // A special token is named by its text, or else by its id.
     let by_text = |name: &str| -> Result<Option<u32>> {
         let token = about.get(name);
         let text = token.and_then(|token| token.as_str().or_else(|| token.get("content")?.as_str()));
@@ -387,7 +387,7 @@ fn special(folder: &Path, config: &Json, json: &Json, tokens: &Tokens, w: &mut W
         ("unknown", unknown.map(id_of).transpose()?),
         ("padding", by_text("pad_token")?),
     ];
-    // What ends a text besides: there are two more keys for it.
+    // GGUF has two more keys for tokens that end a text.
     let mut others = ends.iter().copied().filter(|&id| Some(id) != eos);
     ids.extend(["eot", "eom"].map(|name| (name, others.next())));
     if others.next().is_some() {
@@ -413,7 +413,7 @@ fn special(folder: &Path, config: &Json, json: &Json, tokens: &Tokens, w: &mut W
     }
 }
 
-/// The texts of the tokens that are put before and after a text.
+/// Returns the texts of the tokens that the post-processor adds before and after a text.
 fn template<'a>(json: &'a Json) -> Result<(Option<&'a str>, Option<&'a str>)> {
     let Some(post) = json.get("post_processor") else { return Ok((None, None)) };
     let steps = match post.get("processors").and_then(Value::as_array) {
@@ -437,7 +437,8 @@ fn template<'a>(json: &'a Json) -> Result<(Option<&'a str>, Option<&'a str>)> {
     Ok(found)
 }
 
-/// The template of chats: a file of its own, or a text of tokenizer_config.json, or the default of several.
+/// Returns the chat template: from its own file, or from tokenizer_config.json, where it may be the default
+/// of several.
 fn chat_template(folder: &Path, about: &Json) -> Result<Option<String>> {
     if has(folder, "chat_template.jinja") {
         return Ok(Some(read_text(folder, "chat_template.jinja")?));

@@ -479,16 +479,17 @@ impl<'a> Reader<'a> {
         self.array(what).map(u64::from_le_bytes)
     }
 
-    /// Rejects a count above `most`, or whose smallest possible content is longer than the rest of the file.
+    /// Rejects a count above `max_count`, or whose smallest possible content is longer than the rest of the
+    /// file.
     fn check_count(
         &self,
         what: &str,
         at: u64,
         count: u64,
         each_bytes: u64,
-        most: u64,
+        max_count: u64,
     ) -> Result<(), GgufError> {
-        let limit = most.min(self.remaining() / each_bytes.max(1));
+        let limit = max_count.min(self.remaining() / each_bytes.max(1));
         if count > limit {
             return Err(GgufError::TooLarge { what: what.into(), at, limit, got: count });
         }

@@ -16,8 +16,8 @@ pub(super) fn record(h: &Hparams, b: &mut Builder<'_>) {
         let to_attend = if n.has("attn_norm_2.weight") { n.norm("attn_norm_2", x) } else { normed };
         let attended = n.attention(to_attend, &attention);
         let fed = n.mlp(normed, Unary::Gelu);
-        let both = n.add("blocks", fed, attended);
-        x = n.add("residual", both, x);
+        let blocks = n.add("blocks", fed, attended);
+        x = n.add("residual", blocks, x);
     }
     n.head(x, 1.0);
 }

@@ -147,13 +147,13 @@ impl Hparams {
     pub fn read(gguf: &Gguf) -> Result<Hparams> {
         let architecture = gguf.str("general.architecture")?.to_owned();
         let key = |name: &str| format!("{architecture}.{name}");
-        let ranged = |name: &str, value: u32, most: u32| {
-            if (1..=most).contains(&value) {
+        let ranged = |name: &str, value: u32, max: u32| {
+            if (1..=max).contains(&value) {
                 return Ok(value);
             }
-            Err(Error::Model(format!("key `{}`: expected 1 to {most}, got {value}", key(name))))
+            Err(Error::Model(format!("key `{}`: expected 1 to {max}, got {value}", key(name))))
         };
-        let required = |name: &str, most: u32| ranged(name, gguf.u32(&key(name))?, most);
+        let required = |name: &str, max: u32| ranged(name, gguf.u32(&key(name))?, max);
 
         let block_count = required("block_count", MAX_LAYERS)?;
         let layers = block_count as usize;

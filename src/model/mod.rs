@@ -138,7 +138,7 @@ impl Model {
     /// # Errors
     /// [`Error::Gguf`] or [`Error::Model`] for a file that is not an adapter of this architecture.
     /// [`Model::program`] reports tensors that do not fit the model.
-    pub fn adapt(&mut self, adapter: Gguf, scale: f32) -> Result<()> {
+    pub fn apply_lora(&mut self, adapter: Gguf, scale: f32) -> Result<()> {
         let _floats = DefaultFloats::set();
         let prefix = format!("lora{}.", self.adapters.len());
         let read = Adapter::read(&adapter, &self.hparams.architecture, prefix, scale)?;

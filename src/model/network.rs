@@ -149,7 +149,7 @@ impl<'n, 'b> Network<'n, 'b> {
     }
 
     fn scale(&mut self, name: &str, x: TensorId, scale: f32) -> TensorId {
-        if scale == 1.0 { x } else { self.b.map(name, x, Unary::Scale(scale)) }
+        if scale == 1.0 { x } else { self.b.unary(name, x, Unary::Scale(scale)) }
     }
 
     /// The product with a matrix of `rows` rows.
@@ -257,7 +257,7 @@ impl<'n, 'b> Network<'n, 'b> {
     /// `down(act(up x))` (Vaswani et al. 2017).
     pub fn mlp(&mut self, x: TensorId, act: Unary) -> TensorId {
         let up = self.linear("ffn_up", "ffn_up", x, self.hidden());
-        let y = self.b.map("ffn_act", up, act);
+        let y = self.b.unary("ffn_act", up, act);
         self.linear("ffn_down", "ffn_down", y, self.h.embedding_length)
     }
 
@@ -335,22 +335,22 @@ impl<'n, 'b> Network<'n, 'b> {
         self.norm("layer_output_norm", x)
     }
 
-    /// The end of an encoder: selects the output rows.
+    /// The end of an encoder: gathers the output rows.
     pub fn embeddings(self, x: TensorId) {
         self.b.segment("output");
-        let x = self.b.select(x);
+        let x = self.b.gather(x);
         self.b.name(x, "embeddings");
         self.b.output(x);
         self.b.outputs().hidden = Some(x);
     }
 
-    /// The end of a decoder: selects the output rows and computes their logits, times a factor. The most
+    /// The end of a decoder: gathers the output rows and computes their logits, times a factor. The most
     /// likely token and the most likely tokens are computed in segments of their own. Without an output
     /// matrix in the file, the output matrix is the embedding table.
     pub fn head(mut self, x: TensorId, scale: f32) {
         self.b.segment("output");
         self.prefix.clear();
-        let x = self.b.select(x);
+        let x = self.b.gather(x);
         let x = self.norm_as("norm", "output_norm", x);
         let name = if self.has("output.weight") { "output" } else { "token_embd" };
         let weight = self.weight(&format!("{name}.weight"), self.h.vocab_size, self.h.embedding_length);
@@ -358,7 +358,7 @@ impl<'n, 'b> Network<'n, 'b> {
         let logits = self.b.linear("matmul", x, weight, bias);
         let mut logits = self.scale("scaled", logits, scale);
         if let Some(cap) = self.h.final_logit_softcapping {
-            logits = self.b.map("softcap", logits, Unary::SoftCap(cap));
+            logits = self.b.unary("softcap", logits, Unary::SoftCap(cap));
         }
         self.b.name(logits, "logits");
         self.b.output(logits);

@@ -24,10 +24,11 @@ type Found = (usize, Reverse<u32>, Reverse<usize>);
 
 impl Literals {
     pub(super) fn new(vocabulary: &Vocabulary, with_defined: bool) -> Literals {
-        let trie = |wanted: &dyn Fn(TokenKind) -> bool| {
+        let trie = |includes: &dyn Fn(TokenKind) -> bool| {
             // A text can be split only between characters.
             let is_text = |id: u32| std::str::from_utf8(vocabulary.text(id)).is_ok();
-            let ids = vocabulary.iter().filter(|&id| vocabulary.kind(id).is_some_and(wanted) && is_text(id));
+            let ids =
+                vocabulary.iter().filter(|&id| vocabulary.kind(id).is_some_and(includes) && is_text(id));
             Trie::new(vocabulary, ids)
         };
         let defined = trie(&|kind| kind == TokenKind::UserDefined && with_defined);
@@ -48,21 +49,21 @@ impl Literals {
         let text = text.as_bytes();
         let mut chosen = Vec::new();
         // Candidates that overlap each other, and the end of the last one.
-        let mut tangle = BinaryHeap::new();
+        let mut overlapping = BinaryHeap::new();
         let mut end = 0;
         for start in 0..text.len() {
-            if start >= end && !tangle.is_empty() {
-                self.choose(vocabulary, text, special, &mut tangle, &mut chosen);
+            if start >= end && !overlapping.is_empty() {
+                self.choose(vocabulary, text, special, &mut overlapping, &mut chosen);
             }
             if !self.begins[usize::from(text[start])] {
                 continue;
             }
             if let Some(found) = self.longest(vocabulary, text, start..text.len(), special) {
                 end = end.max(start + found.0);
-                tangle.push(found);
+                overlapping.push(found);
             }
         }
-        self.choose(vocabulary, text, special, &mut tangle, &mut chosen);
+        self.choose(vocabulary, text, special, &mut overlapping, &mut chosen);
         chosen
     }
 
@@ -75,16 +76,18 @@ impl Literals {
         vocabulary: &Vocabulary,
         text: &[u8],
         special: bool,
-        tangle: &mut BinaryHeap<Found>,
+        overlapping: &mut BinaryHeap<Found>,
         chosen: &mut Vec<(Range<usize>, u32)>,
     ) {
         let mut taken: BTreeMap<usize, (usize, u32)> = BTreeMap::new();
-        while let Some((len, Reverse(id), Reverse(start))) = tangle.pop() {
+        while let Some((len, Reverse(id), Reverse(start))) = overlapping.pop() {
             if taken.range(..=start).next_back().is_some_and(|(_, &(end, _))| end > start) {
                 continue;
             }
             match taken.range(start..start + len).next() {
-                Some((&limit, _)) => tangle.extend(self.longest(vocabulary, text, start..limit, special)),
+                Some((&limit, _)) => {
+                    overlapping.extend(self.longest(vocabulary, text, start..limit, special))
+                }
                 None => {
                     taken.insert(start, (start + len, id));
                 }

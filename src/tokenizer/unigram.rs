@@ -9,7 +9,8 @@ use crate::error::{Error, Result};
 /// Log-probability of an unknown character below that of the rarest token.
 const UNKNOWN_PENALTY: f64 = 10.0;
 
-/// Maximum bytes of a text that a charsmap replaces, and of its replacement. Published charsmaps have at most 33.
+/// Maximum bytes of a text that a charsmap replaces, and of its replacement. Published charsmaps have at most
+/// 33.
 const MAX_REPLACED_BYTES: usize = 64;
 
 #[derive(Debug)]
@@ -155,8 +156,8 @@ impl Replacements {
         let replacements = Replacements { units, texts: texts.into() };
         for (i, &unit) in replacements.units.iter().enumerate() {
             if unit >> 31 == 0 && has_value(unit) && replacements.value(i, unit).is_none() {
-                let most = MAX_REPLACED_BYTES;
-                return Err(wrong(&format!("unit {i} does not lead to a text of at most {most} bytes")));
+                let max = MAX_REPLACED_BYTES;
+                return Err(wrong(&format!("unit {i} does not lead to a text of at most {max} bytes")));
             }
         }
         Ok(replacements)

@@ -95,9 +95,9 @@ impl Vocabulary {
             hasher: RandomState::new(),
         };
         for (id, text) in texts.iter().enumerate() {
-            let wrong = |what: &str, most: usize, got: usize| {
+            let wrong = |what: &str, max: usize, got: usize| {
                 Error::Tokenizer(format!(
-                    "tokenizer.ggml.tokens{what}: expected at most {most} bytes, got {got}"
+                    "tokenizer.ggml.tokens{what}: expected at most {max} bytes, got {got}"
                 ))
             };
             if text.len() > MAX_TOKEN_BYTES {

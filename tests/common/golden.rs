@@ -6,7 +6,7 @@ use std::sync::Arc;
 use halite::backend::Backend;
 use halite::kernels::formats::Format;
 use halite::model::ProgramOptions;
-use halite::session::{Head, Run, Session, SessionOptions, Wanted};
+use halite::session::{OutputKind, OutputTokens, Run, Session, SessionOptions};
 use halite::{Error, Model};
 
 /// Its folder: `../shared/golden`, or where `HALITE_GOLDEN` says. `None` if it says `none`, or on a machine that happens not to have
@@ -66,7 +66,7 @@ pub fn logits(backend: &Arc<dyn Backend>, model: &Arc<Model>, tokens: &[u32]) ->
     let options = SessionOptions::default().context(256).batch(n).outputs(n).program(program);
     let mut session = Session::new(model, backend, &options)?;
     let sequence = session.add_sequence();
-    session.step(&[Run::new(sequence, tokens).wanted(Wanted::All)], Head::Logits)?;
+    session.step(&[Run::new(sequence, tokens).outputs(OutputTokens::All)], OutputKind::Logits)?;
     Ok(session.logits().to_vec())
 }
 

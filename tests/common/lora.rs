@@ -8,7 +8,7 @@ use halite::gguf::Gguf;
 use halite::kernels::formats::Format;
 use halite::map::Source;
 use halite::model::ProgramOptions;
-use halite::session::{Head, Run, Session, SessionOptions, Wanted};
+use halite::session::{OutputKind, OutputTokens, Run, Session, SessionOptions};
 
 use crate::SplitMix;
 use crate::gguf::File;
@@ -31,7 +31,7 @@ pub fn logits(model: Model, backend: Arc<dyn Backend>) -> Vec<f32> {
     let options = SessionOptions::default().context(16).batch(n).outputs(n).program(program);
     let mut session = Session::new(&model, &backend, &options).unwrap();
     let sequence = session.add_sequence();
-    session.step(&[Run::new(sequence, &TOKENS).wanted(Wanted::All)], Head::Logits).unwrap();
+    session.step(&[Run::new(sequence, &TOKENS).outputs(OutputTokens::All)], OutputKind::Logits).unwrap();
     session.logits().to_vec()
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use halite::backend::Backend;
 use halite::gguf::Gguf;
 use halite::map::Source;
-use halite::session::{Head, Run, Session, SessionOptions};
+use halite::session::{OutputKind, Run, Session, SessionOptions};
 use halite::{Error, Model};
 
 /// The built-in model, with a number in place of the first of a tensor of F32.
@@ -39,7 +39,7 @@ pub fn every_head_names_it(backend: &Arc<dyn Backend>) {
         let broken = model(tensor, number);
         let mut session = Session::new(&broken, backend, &SessionOptions::default()).unwrap();
         let sequence = session.add_sequence();
-        for head in [Head::Logits, Head::ArgMax, Head::TopK] {
+        for head in [OutputKind::Logits, OutputKind::ArgMax, OutputKind::TopK] {
             let what = format!("{tensor} {number} {head:?} on {}", backend.caps().name);
             let run = Run::new(sequence, &[5, 6, 7]);
             is_not_finite(session.step(&[run], head), &what);

@@ -49,7 +49,7 @@ pub fn adapters() -> Vec<Adapter> {
 }
 
 /// Finds a device by index or part of its name; without one, returns the first.
-pub(super) fn choose(wanted: Option<&str>) -> Result<Adapter> {
+pub(super) fn choose(device: Option<&str>) -> Result<Adapter> {
     let mut found = adapters();
     if found.is_empty() {
         return Err(failed(
@@ -57,15 +57,15 @@ pub(super) fn choose(wanted: Option<&str>) -> Result<Adapter> {
              Metal and DX12",
         ));
     }
-    let Some(wanted) = wanted else { return Ok(found.swap_remove(0)) };
-    let lower = wanted.to_lowercase();
-    let place = match wanted.parse::<usize>() {
+    let Some(device) = device else { return Ok(found.swap_remove(0)) };
+    let lower = device.to_lowercase();
+    let place = match device.parse::<usize>() {
         Ok(n) => (n < found.len()).then_some(n),
         Err(_) => found.iter().position(|a| a.to_string().to_lowercase().contains(&lower)),
     };
     let Some(place) = place else {
         let list: Vec<String> = found.iter().enumerate().map(|(i, a)| format!("{i}: {a}")).collect();
-        return Err(failed(format!("no device `{wanted}`; available: {}", list.join(", "))));
+        return Err(failed(format!("no device `{device}`; available: {}", list.join(", "))));
     };
     Ok(found.swap_remove(place))
 }
@@ -152,10 +152,10 @@ impl Adapter {
 
     /// Opens the device for these shaders.
     pub(super) fn open(&self, paths: Paths) -> Result<(wgpu::Device, wgpu::Queue)> {
-        let mut wanted =
+        let mut features =
             wgpu::Features::SUBGROUP | wgpu::Features::TIMESTAMP_QUERY | wgpu::Features::PIPELINE_CACHE;
-        wanted.set(wgpu::Features::SHADER_F16, paths.f16);
-        wanted.set(MATRICES, paths.cooperative.is_some());
+        features.set(wgpu::Features::SHADER_F16, paths.f16);
+        features.set(MATRICES, paths.cooperative.is_some());
         let experimental_features = match paths.cooperative {
             // SAFETY: only callers that set `GpuOptions::cooperative`, whose docs name the risk, enable the
             // experimental feature. The shader that uses it passes naga's validation, and addresses its own
@@ -166,7 +166,7 @@ impl Adapter {
         };
         let descriptor = wgpu::DeviceDescriptor {
             label: Some("halite"),
-            required_features: self.adapter.features() & wanted,
+            required_features: self.adapter.features() & features,
             experimental_features,
             // All limits of the adapter: unrequested ones cannot be used.
             required_limits: self.adapter.limits(),

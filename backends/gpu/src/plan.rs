@@ -180,12 +180,12 @@ impl GpuPlan {
             return Ok(());
         }
         let buffers = all().map(|b| memory(b).cloned()).collect::<Result<Vec<_>>>()?;
-        let wanted = [self.program.weights.len(), self.program.states.len(), self.program.io.len()];
+        let expected = [self.program.weights.len(), self.program.states.len(), self.program.io.len()];
         let got = [bindings.weights.len(), bindings.states.len(), bindings.io.len()];
-        if wanted != got {
-            return Err(Error::argument("bindings", format!("{wanted:?}"), format!("{got:?}")));
+        if expected != got {
+            return Err(Error::argument("bindings", format!("{expected:?}"), format!("{got:?}")));
         }
-        let (states, io) = (wanted[0], wanted[0] + wanted[1]);
+        let (states, io) = (expected[0], expected[0] + expected[1]);
         let mut groups = Vec::new();
         for (dispatches, pipelines) in self.lowered.segments.iter().zip(&self.pipelines) {
             let mut segment = Vec::new();
@@ -273,7 +273,7 @@ impl Plan for GpuPlan {
                 label: None,
                 timestamp_writes: self.clock.as_ref().map(|clock| clock.writes(first)),
             });
-            let most = self.device.device.limits().max_compute_workgroups_per_dimension;
+            let max_groups = self.device.device.limits().max_compute_workgroups_per_dimension;
             let Some(bound) = &self.bound else { return Err(failed("nothing is bound")) };
             for segment in segments {
                 let Some(dispatches) = self.lowered.segments.get(segment) else { continue };
@@ -285,8 +285,8 @@ impl Plan for GpuPlan {
                         continue;
                     }
                     let [mut x, mut y, z] = dispatch.groups.map(|n| counts.count(n));
-                    if x > most && y == 1 {
-                        y = x.div_ceil(most);
+                    if x > max_groups && y == 1 {
+                        y = x.div_ceil(max_groups);
                         x = x.div_ceil(y);
                     }
                     pass.set_pipeline(&self.pipelines[segment][i].pipeline);

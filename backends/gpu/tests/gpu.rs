@@ -12,7 +12,7 @@ use halite::conformance::{Case, cases, check};
 use halite::error::Error;
 use halite::map::Source;
 use halite::sampler::{Sampler, SamplerOptions};
-use halite::session::{Head, Run, SequenceId, Session, SessionOptions, footprint};
+use halite::session::{OutputKind, Run, SequenceId, Session, SessionOptions, footprint};
 use halite_gpu::{Gpu, GpuOptions, adapters};
 
 /// Every path conforms: each switched off, and all together.
@@ -147,11 +147,11 @@ fn continued(
 ) -> Result<Vec<u32>, Error> {
     let mut said: Vec<u32> = Vec::new();
     for tokens in tokens.chunks(64) {
-        session.step(&[Run::new(sequence, tokens)], Head::ArgMax)?;
+        session.step(&[Run::new(sequence, tokens)], OutputKind::ArgMax)?;
     }
     while said.len() < count {
         said.extend(session.arg_max());
-        session.step(&[Run::new(sequence, &said[said.len() - 1..])], Head::ArgMax)?;
+        session.step(&[Run::new(sequence, &said[said.len() - 1..])], OutputKind::ArgMax)?;
     }
     Ok(said)
 }
@@ -185,7 +185,7 @@ fn steps_are_timed_by_the_device() {
         let mut session = session(&model, &backend);
         let sequence = session.add_sequence();
         for tokens in [&[1, 2, 3][..], &[4]] {
-            session.step(&[Run::new(sequence, tokens)], Head::ArgMax).unwrap();
+            session.step(&[Run::new(sequence, tokens)], OutputKind::ArgMax).unwrap();
             let timing = session.last_timing().unwrap();
             assert_eq!(timing.clock, if offered { Clock::Device } else { Clock::Host });
             assert!(!timing.elapsed.is_zero());
@@ -206,7 +206,7 @@ fn streamed_weights_give_the_same_logits() {
         let tokens: Vec<u32> = (100..130).collect();
         let mut all = Vec::new();
         for tokens in [&tokens[..20], &tokens[20..21], &tokens[21..]] {
-            session.step(&[Run::new(sequence, tokens)], Head::Logits).unwrap();
+            session.step(&[Run::new(sequence, tokens)], OutputKind::Logits).unwrap();
             all.extend_from_slice(session.logits());
         }
         (all, streamed)
@@ -259,7 +259,7 @@ fn the_most_likely_tokens_are_enough_to_sample() {
     let Some(gpu) = gpu(&[]) else { return };
     let options = SamplerOptions::default().temperature(1.5).top_k(100).top_p(1.0).min_p(0.0).seed(9);
     let model = austen();
-    let [by_top_k, by_logits] = [Head::TopK, Head::Logits].map(|head| {
+    let [by_top_k, by_logits] = [OutputKind::TopK, OutputKind::Logits].map(|head| {
         let mut session = session(&model, &gpu);
         let mut sampler = Sampler::new(options.clone(), model.hparams().vocab_size as usize).unwrap();
         let sequence = session.add_sequence();
@@ -268,7 +268,7 @@ fn the_most_likely_tokens_are_enough_to_sample() {
             let tokens = &said[said.len() - 1..];
             session.step(&[Run::new(sequence, tokens)], head).unwrap();
             let token = match head {
-                Head::TopK => {
+                OutputKind::TopK => {
                     let (ids, logits) = session.top_k();
                     assert_eq!((ids.len(), logits.len()), (256, 256));
                     sampler.sample_of(ids, logits).unwrap()

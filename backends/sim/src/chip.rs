@@ -69,11 +69,11 @@ impl Chip {
         let tiles = profile.tiles() as u32;
         let activations = Dtype::Fp32;
         let chip = Chip { profile, numerics, products, activations, tiles, scratch_bytes, scratch };
-        if let Some(wanted) = products
-            && !chip.rates().any(|(_, _, weights)| weights == wanted)
+        if let Some(dtype) = products
+            && !chip.rates().any(|(_, _, weights)| weights == dtype)
         {
             let have: Vec<_> = chip.rates().map(|(_, _, weights)| weights.name()).collect();
-            return Err(Error::argument("product format", have.join(", "), wanted.name()));
+            return Err(Error::argument("product format", have.join(", "), dtype.name()));
         }
         Ok(chip)
     }
@@ -117,11 +117,11 @@ impl Chip {
     /// one.
     pub fn multiplication(&self, weight: Format, k: u32) -> Multiplication {
         let preferences = match self.products {
-            Some(wanted) => vec![wanted],
+            Some(dtype) => vec![dtype],
             None => preferences(weight),
         };
         let fits = |d: Dtype| (k as usize).is_multiple_of(d.block_len());
-        let find = |wanted: Dtype| self.rates().find(|&(_, x, w)| w == wanted && fits(w) && fits(x));
+        let find = |dtype: Dtype| self.rates().find(|&(_, x, w)| w == dtype && fits(w) && fits(x));
         let any = || self.rates().find(|&(_, x, w)| fits(w) && fits(x)).or(self.rates().next());
         let found = preferences.into_iter().find_map(find).or_else(any);
         let (rate, x, w) = found.unwrap_or((0, Dtype::Fp32, Dtype::Fp32));

@@ -443,8 +443,8 @@ mod tests {
             let shape = Shape::Units(Units { count, reads, writes, work: [1, 0, 0, 0, 0] });
             match lower(&chip(), &shape) {
                 Ok(lowered) => {
-                    let most = lowered.phases.iter().flatten().map(TileProgram::scratch_bytes).max();
-                    assert!(most <= Some(65536), "{count} x {elements}: {most:?}");
+                    let bytes = lowered.phases.iter().flatten().map(TileProgram::scratch_bytes).max();
+                    assert!(bytes <= Some(65536), "{count} x {elements}: {bytes:?}");
                 }
                 Err(error) => {
                     assert!(elements > 8000 && error.to_string().contains("one row of the op"), "{error}")

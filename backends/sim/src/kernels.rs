@@ -173,8 +173,8 @@ fn operands<'a>(op: &'a mut HostOp<'_>) -> (Vec<&'a [u8]>, Vec<&'a mut [u8]>) {
     }
     match op {
         Op::Embed { table: x, out, .. }
-        | Op::Select { x, out }
-        | Op::Map { x, out, .. }
+        | Op::Gather { x, out }
+        | Op::Unary { x, out, .. }
         | Op::ArgMax { x, out } => (vec![x.bytes()], vec![out.bytes_mut()]),
         Op::Glu { gate: a, up: b, out, .. } | Op::Add { a, b, out } => {
             (vec![a.bytes(), b.bytes()], vec![out.bytes_mut()])
@@ -224,7 +224,7 @@ fn units(
     let cols = |id: TensorId| match op {
         Op::Norm { group, .. } => *group,
         Op::Rope { x, out, rotation } if id == *x || id == *out => rotation.head_dim,
-        Op::Glu { .. } | Op::Add { .. } | Op::Map { .. } => 1,
+        Op::Glu { .. } | Op::Add { .. } | Op::Unary { .. } => 1,
         _ => program.tensor(id).cols,
     };
     // Slots have exactly the rows that the units chose.

@@ -162,7 +162,7 @@ impl Sim {
         )
         .memory_bytes(chip.device().capacity_bytes.value as u64)
         .fusions(FUSIONS)
-        .contract(if exact { Contract::Exact } else { Contract::Rounded });
+        .contract(if exact { Contract::Exact } else { Contract::Native });
         let report = Arc::default();
         Ok(Sim { caps, chip: Arc::new(chip), order: options.order, isa: Isa::detect(), report })
     }

@@ -1,8 +1,8 @@
-//! Cycles of products on a matrix unit.
+//! Cycles of matrix products on a matrix unit.
 //!
-//! An array of `R x C` cells works on a product in *folds*, as many as it takes to cover the two dimensions
-//! that are laid over its rows and columns; through each fold the third dimension streams, one value a cycle.
-//! Which is which is the dataflow:
+//! An array of `R x C` cells computes a product in *folds*. Two dimensions of the product are mapped to the
+//! rows and columns of the array; the folds cover them in pieces of `R x C`. In each fold the third dimension
+//! streams through the array, one value per cycle. The dataflow defines the mapping:
 //!
 //! | dataflow          | over rows | over columns | streams | skew of a fold |
 //! |-------------------|-----------|--------------|---------|----------------|
@@ -10,10 +10,11 @@
 //! | weight stationary | `k`       | `n`          | `m`     | `2R + C - 2`   |
 //! | input stationary  | `k`       | `m`          | `n`     | `2R + C - 2`   |
 //!
-//! The skew is what operands take to reach the farthest cell, and with a stationary operand also what it
-//! takes to load it. A unit that is not pipelined pays it in each fold, which gives the closed forms of
-//! SCALE-Sim (Samajdar et al., ISPASS 2020, as its version 3 counts: it reports the index of the last cycle,
-//! one less than the cycles). A pipelined unit starts a fold while the one before drains, and pays once.
+//! The skew is the number of cycles until operands reach the farthest cell, plus the cycles to load a
+//! stationary operand. A unit without pipelining pays the skew in each fold. This gives the closed forms of
+//! SCALE-Sim (Samajdar et al., ISPASS 2020); its version 3 reports the index of the last cycle, which is one
+//! less than the number of cycles. A pipelined unit starts a fold while the previous one drains, and pays the
+//! skew once.
 
 use halite_profiles::profile::{Dataflow, Matrix, MatrixRate};
 
@@ -24,32 +25,32 @@ pub struct Product {
     pub m: u64,
     /// Columns of the weights and of the result.
     pub n: u64,
-    /// What is summed over.
+    /// Columns of the activations and rows of the weights: the dimension of the sums.
     pub k: u64,
 }
 
-/// What a product takes on one unit.
+/// The cycles of a product on one unit.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Cycles {
-    /// Until the unit can take the next product.
+    /// Cycles until the unit can start the next product.
     pub busy: f64,
-    /// From then until the last result is out. A product that waits for the result waits for this too; none
-    /// where the unit is not pipelined, which is busy until the end.
+    /// Cycles from there to the last result. A command that reads the result waits for them. Zero without
+    /// pipelining, because then the unit is busy until the end.
     pub drain: f64,
 }
 
 impl Cycles {
-    /// From the first operand to the last result.
+    /// Returns the cycles from the first operand to the last result.
     pub fn total(self) -> f64 {
         self.busy + self.drain
     }
 }
 
-/// The cycles of a product on one unit, at `rate`.
+/// Returns the cycles of a product on one unit, at `rate`.
 ///
-/// A depth of `d >= 1` products a cycle shortens `k` to `ceil(k / d)`; one of `d < 1` makes each streamed
-/// value take `ceil(1 / d)` cycles. `fill_cycles` of the profile takes the place of the skew; a fold takes
-/// `min_issue_cycles` at least.
+/// A cell that computes `d >= 1` products per cycle shortens `k` to `ceil(k / d)`. With `d < 1`, each
+/// streamed value takes `ceil(1 / d)` cycles. The profile's `fill_cycles` replaces the skew, and a fold takes
+/// at least `min_issue_cycles`.
 pub fn cycles(unit: &Matrix, rate: &MatrixRate, product: Product) -> Cycles {
     let Product { m, n, k } = product;
     let (rows, columns) = (unit.rows.value, unit.columns.value);

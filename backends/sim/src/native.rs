@@ -1,10 +1,9 @@
-//! Products in a chip's own formats.
+//! Matrix products in a chip's own number formats.
 //!
-//! Operands are rounded to the formats of the matrix unit's rate: blocks and small floats by their
-//! definitions ([`halite_profiles::numerics`]); integers with one scale for each row,
-//! `largest magnitude / largest code`, as integer accelerators are used (Dettmers et al. 2022, absmax
-//! quantisation by row). Products of such codes are summed as the rate's accumulator does: exactly in
-//! `int32`; in `fp32` in the order of the numeric contract, as a chip's own order is not in its profile.
+//! Operands are rounded to the formats of the matrix unit's rate. [`halite_profiles::numerics`] defines block
+//! formats and small floats. Integers have one scale per row, `largest magnitude / largest code` (absmax
+//! quantisation, Dettmers et al. 2022). Sums are exact in an `int32` accumulator. An `fp32` accumulator adds
+//! in the order of the numeric contract, because a profile does not state the chip's own order.
 
 use halite_kernels::formats::{Format, Layout};
 use halite_kernels::isa::Cpu;
@@ -15,11 +14,11 @@ use super::tile::Form;
 use halite::error::Result;
 use halite_profiles::numerics::{self, Dtype, Element, Overflow, Rounding, Rules, Scale};
 
-/// Rounds `rows` rows of `k` floats to codes of a format. A row of integers ends with its scale; blocks'
-/// scales follow the codes of their row.
+/// Rounds rows of `k` floats to codes of a format. The scale of a row of integers, or the scales of its
+/// blocks, follow the row's codes.
 ///
 /// # Errors
-/// Lengths that do not fit together.
+/// If the lengths of the slices do not match.
 pub fn encode(to: Dtype, rules: Rules, k: usize, x: &[f32], out: &mut [u8]) -> Result<()> {
     let row_bytes = super::chip::form_bytes(Form::Chip(to), 1, k as u32) as usize;
     for (x, out) in x.chunks_exact(k.max(1)).zip(out.chunks_exact_mut(row_bytes.max(1))) {
@@ -54,7 +53,7 @@ pub fn encode(to: Dtype, rules: Rules, k: usize, x: &[f32], out: &mut [u8]) -> R
     Ok(())
 }
 
-/// The code of a float; conversions that hardware has are taken from it.
+/// Converts a float to a code, with the host's instructions for formats that it has.
 fn encode_float(to: Dtype, element: Element, rounding: Rounding, x: f32) -> u32 {
     match (to, rounding) {
         (Dtype::Fp32, _) => x.to_bits(),
@@ -74,7 +73,7 @@ fn get(code: &[u8]) -> u32 {
     u32::from_le_bytes(bytes)
 }
 
-/// The values of codes that [`encode`] made; integers without their scale.
+/// Converts codes from [`encode`] to values. Does not apply the scales of integers.
 fn decode(from: Dtype, k: usize, bytes: &[u8], out: &mut Vec<f32>) -> Result<()> {
     out.clear();
     let row_bytes = super::chip::form_bytes(Form::Chip(from), 1, k as u32) as usize;
@@ -112,7 +111,7 @@ fn table(element: Element) -> Vec<f32> {
     (0..256).map(|code| element.decode(code)).collect()
 }
 
-/// Rounds floats to what a unit of this format keeps.
+/// Rounds floats to values of a format.
 pub fn round(to: Dtype, rounding: Rounding, x: &mut [f32]) {
     if let numerics::Format::Element(element @ Element::Float { .. }) = to.format()
         && to != Dtype::Fp32
@@ -123,17 +122,17 @@ pub fn round(to: Dtype, rounding: Rounding, x: &mut [f32]) {
     }
 }
 
-/// Memory for operands as floats.
+/// Reusable memory for decoded operands.
 #[derive(Debug, Default)]
 pub struct Decoded {
     x: Vec<f32>,
     w: Vec<f32>,
 }
 
-/// `out[row][column] = Σ x[row][i] w[column][i]` of codes that [`encode`] made.
+/// Computes `out[row][column] = Σ x[row][i] w[column][i]` from codes of [`encode`].
 ///
 /// # Errors
-/// Lengths that do not fit together.
+/// If the lengths of the slices do not match.
 pub fn product(
     cpu: Cpu,
     memory: &mut Decoded,
@@ -158,7 +157,7 @@ pub fn product(
         let w: &[u8] = bytemuck::cast_slice(&memory.w);
         matmul(cpu, Format::F32, MatMul { w, layout: Layout::Rows, k, x: X::F32(&memory.x), out: panel });
     } else {
-        // Sums of this many products of 8-bit codes are exact in f32 in any order; the rest is added as
+        // Sums of up to `EXACT` products of 8-bit codes are exact in f32 in any order. Add them up as
         // integers.
         for (row, out) in out.chunks_exact_mut(columns.max(1)).enumerate() {
             let x = &memory.x[row * k..][..k];
@@ -182,5 +181,5 @@ pub fn product(
     Ok(())
 }
 
-/// `EXACT * 127 * 127 < 2^24`.
+/// Number of products whose sum is exact in f32: `EXACT * 127 * 127 < 2^24`.
 const EXACT: usize = 1024;

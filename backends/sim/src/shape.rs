@@ -8,13 +8,13 @@ use halite_kernels::rows::Unary;
 use super::tile::{Operand, VectorWork};
 use halite::backend::{Span, Step};
 use halite::passes;
-use halite::program::{Dim, Epilogue, Gating, Index, Op, PAGE_POSITIONS, Program, State, TensorId};
+use halite::program::{self, Dim, Gating, Index, Op, PAGE_POSITIONS, Program, State, TensorId};
 use halite::{Error, Result};
 
 /// An op in a step.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Shape {
-    /// Elementwise or row-wise work.
+    /// Element-wise or row-wise work.
     Units(Units),
     /// Products with weights.
     Product(Product),
@@ -49,20 +49,20 @@ pub struct Rows {
     /// Bytes of a row.
     pub bytes: u32,
     /// The rows.
-    pub which: Which,
+    pub index: RowIndex,
     /// Whether they are activations; see [`super::tile::Piece::activations`].
     pub activations: bool,
 }
 
 /// The row of an operand that a unit accesses.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub enum Which {
-    /// The unit's own row.
+pub enum RowIndex {
+    /// Unit i accesses row i.
     Own,
-    /// The only row.
-    Only,
-    /// The row in a list.
-    Listed(Vec<u32>),
+    /// Every unit accesses the only row.
+    Broadcast,
+    /// Unit i accesses row number i of a list.
+    Gather(Vec<u32>),
 }
 
 /// Products of rows of activations with one or more weights.
@@ -77,7 +77,7 @@ pub struct Product {
     /// Weights.
     pub parts: Vec<Part>,
     /// The epilogue.
-    pub after: After,
+    pub epilogue: Epilogue,
     /// Output row of each row of `x`; absent: the same row.
     pub out_rows: Option<Vec<u32>>,
 }
@@ -99,9 +99,9 @@ pub struct Part {
 
 /// The epilogue of products.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum After {
+pub enum Epilogue {
     /// Nothing.
-    Nothing,
+    None,
     /// A gated linear unit; the first product is the gate.
     Glu,
     /// An addition.
@@ -172,7 +172,7 @@ fn work(w: VectorWork) -> [u64; 5] {
 }
 
 impl Units {
-    /// The work of so many units.
+    /// Returns the work of `units` units.
     pub fn work(&self, units: u32) -> VectorWork {
         let [simple, exp, rsqrt, divide, quantize] = self.work;
         VectorWork { simple, exp, rsqrt, divide, quantize }.times(units.into())
@@ -182,11 +182,11 @@ impl Units {
 impl Rows {
     /// Each unit's own row.
     pub fn own(operand: Operand, elements: u32) -> Rows {
-        Rows { operand, bytes: 4 * elements, which: Which::Own, activations: true }
+        Rows { operand, bytes: 4 * elements, index: RowIndex::Own, activations: true }
     }
 
     fn only(operand: Operand, elements: u32) -> Rows {
-        Rows { operand, bytes: 4 * elements, which: Which::Only, activations: false }
+        Rows { operand, bytes: 4 * elements, index: RowIndex::Broadcast, activations: false }
     }
 }
 
@@ -228,19 +228,19 @@ pub fn shape(program: &Program, op: &Op, step: &Step<'_>, ids: Option<&[i32]>) -
                 reads: vec![Rows {
                     operand: Operand::In(0),
                     bytes,
-                    which: Which::Listed(indices),
+                    index: RowIndex::Gather(indices),
                     activations: false,
                 }],
                 writes: vec![Rows::own(Operand::Out(0), t.cols)],
                 work: work(SIMPLE.times(2 * u64::from(t.cols))),
             })
         }
-        Op::Select { x, out } => Shape::Units(Units {
+        Op::Gather { x, out } => Shape::Units(Units {
             count: rows(*out),
             reads: vec![Rows {
                 operand: Operand::In(0),
                 bytes: 4 * cols(*x),
-                which: Which::Listed(step.outputs.to_vec()),
+                index: RowIndex::Gather(step.outputs.to_vec()),
                 activations: true,
             }],
             writes: vec![Rows::own(Operand::Out(0), cols(*x))],
@@ -263,10 +263,10 @@ pub fn shape(program: &Program, op: &Op, step: &Step<'_>, ids: Option<&[i32]>) -
             })
         }
         Op::MatMul { x, parts, epilogue, .. } => {
-            let after = match epilogue {
-                Epilogue::None => After::Nothing,
-                Epilogue::Glu(_) => After::Glu,
-                Epilogue::Add(_) => After::Add(RESIDUAL),
+            let epilogue = match epilogue {
+                program::Epilogue::None => Epilogue::None,
+                program::Epilogue::Glu(_) => Epilogue::Glu,
+                program::Epilogue::Add(_) => Epilogue::Add(RESIDUAL),
                 _ => return Err(unsupported(op, epilogue)),
             };
             let part = |(i, p): (usize, &halite::program::Part)| Part {
@@ -274,14 +274,14 @@ pub fn shape(program: &Program, op: &Op, step: &Step<'_>, ids: Option<&[i32]>) -
                 format: program.tensor(p.weight).format,
                 weight: (weight(i), 0),
                 bias: p.bias.map(|_| (bias(i), 0)),
-                out: Operand::Out(if after == After::Nothing { i } else { 0 }),
+                out: Operand::Out(if epilogue == Epilogue::None { i } else { 0 }),
             };
             Shape::Product(Product {
                 m: rows(*x),
                 k: cols(*x),
                 x: Rows::own(X, cols(*x)),
                 parts: parts.iter().enumerate().map(part).collect(),
-                after,
+                epilogue,
                 out_rows: None,
             })
         }
@@ -346,7 +346,7 @@ pub fn shape(program: &Program, op: &Op, step: &Step<'_>, ids: Option<&[i32]>) -
             elementwise(*gate, 2, VectorWork { simple: 2, exp: 1, divide: 1, ..Default::default() })
         }
         Op::Add { a, .. } => elementwise(*a, 2, SIMPLE),
-        Op::Map { x, f, .. } => elementwise(
+        Op::Unary { x, f, .. } => elementwise(
             *x,
             1,
             match f {
@@ -391,7 +391,7 @@ pub fn shape(program: &Program, op: &Op, step: &Step<'_>, ids: Option<&[i32]>) -
 /// A row of a cache's keys or values, as it is stored.
 fn stored(s: &State, operand: Operand, cols: u32) -> Rows {
     let bytes = s.format.row_bytes(cols as usize).unwrap_or(0) as u32;
-    Rows { operand, bytes, which: Which::Own, activations: false }
+    Rows { operand, bytes, index: RowIndex::Own, activations: false }
 }
 
 /// Sine and cosine of each pair, and two multiply-adds for each element.

@@ -26,12 +26,12 @@ pub struct Traced {
     pub busy: Vec<Busy>,
 }
 
-/// Calls `f` with each op of a step. `spans` has the first position and number of tokens of each sequence,
-/// and whether its last token has an output.
+/// Calls `f` with each op of a step. `spans` has the first position and number of tokens of each sequence;
+/// `outputs`: whether the last token of each sequence has an output.
 fn each_op(
     program: &Program,
     spans: &[(u32, u32)],
-    wanted: bool,
+    outputs: bool,
     f: &mut dyn FnMut(&str, String, &Shape) -> Result<()>,
 ) -> Result<()> {
     let mut tables = Vec::new();
@@ -48,7 +48,7 @@ fn each_op(
         *sum += len;
         Some(*sum - 1)
     });
-    let outputs: Vec<u32> = if wanted { ends.collect() } else { Vec::new() };
+    let outputs: Vec<u32> = if outputs { ends.collect() } else { Vec::new() };
     let cancel = Cancel::default();
     let step = Step { spans: &views, tokens: &tokens, outputs: &outputs, cancel: &cancel };
     for (segment, op) in program.greedy_ops() {
@@ -74,11 +74,11 @@ fn is_empty(shape: &Shape) -> bool {
 ///
 /// # Errors
 /// As the backend's `prepare`.
-pub fn time(chip: &Chip, program: &Program, spans: &[(u32, u32)], wanted: bool) -> Result<Report> {
+pub fn time(chip: &Chip, program: &Program, spans: &[(u32, u32)], outputs: bool) -> Result<Report> {
     let mut report = Report::default();
     // All layers of a kind take the same time.
     let mut known: HashMap<Shape, OpTime> = HashMap::new();
-    each_op(program, spans, wanted, &mut |_, name, shape| {
+    each_op(program, spans, outputs, &mut |_, name, shape| {
         if is_empty(shape) {
             return Ok(());
         }
@@ -100,10 +100,10 @@ pub fn time(chip: &Chip, program: &Program, spans: &[(u32, u32)], wanted: bool) 
 ///
 /// # Errors
 /// As [`time`].
-pub fn closed(chip: &Chip, program: &Program, spans: &[(u32, u32)], wanted: bool) -> Result<f64> {
+pub fn closed(chip: &Chip, program: &Program, spans: &[(u32, u32)], outputs: bool) -> Result<f64> {
     let mut seconds = 0.0;
     let mut known: HashMap<Shape, f64> = HashMap::new();
-    each_op(program, spans, wanted, &mut |_, _, shape| {
+    each_op(program, spans, outputs, &mut |_, _, shape| {
         if is_empty(shape) {
             return Ok(());
         }
@@ -124,10 +124,10 @@ pub fn closed(chip: &Chip, program: &Program, spans: &[(u32, u32)], wanted: bool
 ///
 /// # Errors
 /// As [`time`].
-pub fn trace(chip: &Chip, program: &Program, spans: &[(u32, u32)], wanted: bool) -> Result<Vec<Traced>> {
+pub fn trace(chip: &Chip, program: &Program, spans: &[(u32, u32)], outputs: bool) -> Result<Vec<Traced>> {
     let mut traced = Vec::new();
     let mut start_s = 0.0;
-    each_op(program, spans, wanted, &mut |segment, name, shape| {
+    each_op(program, spans, outputs, &mut |segment, name, shape| {
         if is_empty(shape) {
             return Ok(());
         }

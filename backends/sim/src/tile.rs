@@ -79,7 +79,7 @@ impl Queue {
     }
 }
 
-/// Element operations of a vector command, by what they take.
+/// Element operations of a vector command, by cost class.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct VectorWork {
     /// Additions, multiplications, comparisons, fused multiply-adds.
@@ -112,24 +112,24 @@ impl VectorWork {
 pub enum Work {
     /// A product of `m x k` with `k x n` at rate number `rate` of the matrix unit.
     Matrix { rate: usize, m: u32, n: u32, k: u32 },
-    /// Element by element.
+    /// Element-wise work.
     Vector(VectorWork),
 }
 
 /// The form of a product's operands in the scratchpad.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Form {
-    /// As 32-bit floats.
+    /// 32-bit floats.
     F32,
-    /// As the contract's quantised activations.
+    /// Quantised activations of the numeric contract.
     Quantised(halite_kernels::formats::Activation),
-    /// As a weight of a file.
+    /// A weight as stored in the file.
     File(Format),
-    /// As codes and scales of a format of the chip.
+    /// Codes and scales of a format of the chip.
     Chip(halite_profiles::numerics::Dtype),
 }
 
-/// Query heads, which share a KV head, of consecutive tokens of one sequence.
+/// Query rows: consecutive tokens of one sequence, with query heads that share a KV head.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct QueryRows {
     /// The first token of the step.
@@ -147,17 +147,17 @@ pub struct QueryRows {
 /// The computation of a command.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Step {
-    /// A part of a longer operation, whose last command computes the whole.
+    /// No results: a part of a longer operation, whose last command computes all of them.
     Part,
     /// Units `first..first + count` of stage number `stage` of an op that works on rows or runs of elements.
     Units { stage: u32, first: u32, count: u32 },
-    /// Rows of `k` floats in another form.
+    /// Converts rows of `k` floats to another form.
     Convert { rows: u32, k: u32, to: Form },
-    /// Rows of a weight in a form of the chip.
+    /// Converts rows of a weight to a form of the chip.
     Unpack { rows: u32, k: u32, from: Format, to: Form },
     /// `out[row][column] = Σ x[row][i] w[column][i]`.
     Product { rows: u32, columns: u32, k: u32, x: Form, w: Form },
-    /// The end of products of this many columns: the biases, if any, then the op's epilogue. It reads the
+    /// Adds the biases, if any, to products of this many columns, then applies the op's epilogue. Reads the
     /// products, the biases, then the addend.
     Finish { columns: u32, biases: Vec<bool> },
     /// The attention of tokens to one chunk of the cache.

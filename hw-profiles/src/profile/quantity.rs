@@ -217,9 +217,9 @@ pub(super) fn check_size(file: &Table) -> Result<(), String> {
         *left = fewer.ok_or_else(|| format!("{key}: expected at most {MAX_VALUES} values in all"))?;
         match value {
             Value::String(text) => {
-                let most = if key == "name" { MAX_NAME_BYTES } else { MAX_TEXT_BYTES };
-                let wrong = || format!("{key}: expected at most {most} bytes, got {}", text.len());
-                if text.len() > most { Err(wrong()) } else { Ok(()) }
+                let max = if key == "name" { MAX_NAME_BYTES } else { MAX_TEXT_BYTES };
+                let wrong = || format!("{key}: expected at most {max} bytes, got {}", text.len());
+                if text.len() > max { Err(wrong()) } else { Ok(()) }
             }
             // Numbers below inherit these.
             _ if matches!(key, "basis" | "source") => Err(format!("{key}: expected a text")),

@@ -24,22 +24,28 @@ pub fn mask(bits: u8) -> u64 {
     MASKS[usize::from(bits)]
 }
 
-/// Negates byte i of `codes` where bit i of `signs` is set. No byte that is negated may be 0.
+/// Negates the bytes of `codes` for which `mask` has 0xff; none of them may be 0.
 #[inline(always)]
-pub fn negate(codes: u64, signs: u8) -> u64 {
-    let mask = mask(signs);
+pub fn negate(codes: u64, mask: u64) -> u64 {
     // Two's complement in each byte: the +1 carries out of a byte only if its code was 0.
     (codes ^ mask) + (mask & ONES)
 }
 
-/// The sign byte of a 7-bit sign code: the eighth sign makes the number of negative codes even.
+/// Masks as [`mask`] has them, of 7-bit sign codes: the eighth sign makes the number of negative codes even.
+static EVEN_MASKS: [u64; 128] = {
+    let mut masks = [0; 128];
+    let mut code = 0;
+    while code < 128 {
+        masks[code] = MASKS[code | ((code.count_ones() as usize & 1) << 7)];
+        code += 1;
+    }
+    masks
+};
+
+/// The mask of the sign code in the low 7 bits of `code`.
 #[inline(always)]
-pub fn even_signs(code: u32) -> u8 {
-    let seven = (code & 0x7f) as u8;
-    let folded = seven ^ (seven >> 4);
-    // 0x6996: the parities of 0 to 15.
-    let odd = (0x6996u32 >> (folded & 15)) as u8 & 1;
-    seven | (odd << 7)
+pub fn even_mask(code: u32) -> u64 {
+    EVEN_MASKS[(code & 0x7f) as usize]
 }
 
 /// Nibble `index` of `bytes`, the low one of each byte first.

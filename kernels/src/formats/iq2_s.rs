@@ -1,6 +1,6 @@
 //! IQ2_S: `value = d * (2s + 1) / 8 * grid * sign`, a 4-bit s for each 16 values.
 
-use super::bits::{negate, nibble};
+use super::bits::{mask, negate, nibble};
 use super::bytes::layout;
 use super::{Activation, Block, F16, Format, IQ2_S_GRID, Plain, Quantised, Unpacked};
 
@@ -48,7 +48,7 @@ impl Quantised for IQ2_S {
         for i in 0..32 {
             let high = (self.qh[i / 4] >> (2 * (i % 4))) & 3;
             let point = IQ2_S_GRID[usize::from(self.qs[i]) | (usize::from(high) << 8)];
-            octets[i] = negate(point, self.signs[i]).to_le_bytes();
+            octets[i] = negate(point, mask(self.signs[i])).to_le_bytes();
         }
     }
 }

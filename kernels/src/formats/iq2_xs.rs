@@ -1,6 +1,6 @@
 //! IQ2_XS: `value = d * (2s + 1) / 8 * grid * sign`, a 4-bit s for each 16 values.
 
-use super::bits::{even_signs, negate, nibble};
+use super::bits::{even_mask, negate, nibble};
 use super::bytes::layout;
 use super::{Activation, Block, F16, Format, IQ2_XS_GRID, Plain, Quantised, Unpacked};
 
@@ -44,7 +44,7 @@ impl Quantised for IQ2_XS {
         for i in 0..32 {
             let q = u16::from_le_bytes(self.qs[i]);
             let point = IQ2_XS_GRID[usize::from(q & 511)];
-            octets[i] = negate(point, even_signs(u32::from(q >> 9))).to_le_bytes();
+            octets[i] = negate(point, even_mask(u32::from(q >> 9))).to_le_bytes();
         }
     }
 }

@@ -3,7 +3,7 @@
 //! A group of 32 is eight bytes: four grid indices, then a little-endian u32 of four 7-bit sign codes and, on
 //! top, s.
 
-use super::bits::{even_signs, negate};
+use super::bits::{even_mask, negate};
 use super::bytes::layout;
 use super::{Activation, Block, F16, Format, IQ2_XXS_GRID, Plain, Quantised, Unpacked};
 
@@ -57,7 +57,7 @@ impl Quantised for IQ2_XXS {
             let octets = out.octets();
             for k in 0..4 {
                 let point = IQ2_XXS_GRID[usize::from(grid[k])];
-                octets[4 * g + k] = negate(point, even_signs(signs >> (7 * k))).to_le_bytes();
+                octets[4 * g + k] = negate(point, even_mask(signs >> (7 * k))).to_le_bytes();
             }
         }
     }

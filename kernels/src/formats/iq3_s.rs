@@ -1,6 +1,6 @@
 //! IQ3_S: `value = d * (2s + 1) * grid * sign`, a 4-bit s for each 32 values.
 
-use super::bits::{negate, nibble};
+use super::bits::{mask, negate, nibble};
 use super::bytes::layout;
 use super::{Activation, Block, F16, Format, IQ3_S_GRID, Plain, Quantised, Unpacked};
 
@@ -56,7 +56,7 @@ impl Quantised for IQ3_S {
         let octets = out.octets();
         for i in 0..32 {
             let points = self.point(2 * i) | (self.point(2 * i + 1) << 32);
-            octets[i] = negate(points, self.signs[i]).to_le_bytes();
+            octets[i] = negate(points, mask(self.signs[i])).to_le_bytes();
         }
     }
 }

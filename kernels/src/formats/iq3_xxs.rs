@@ -1,6 +1,6 @@
 //! IQ3_XXS: `value = d * (2s + 1) / 4 * grid * sign`, a 4-bit s for each 32 values.
 
-use super::bits::{even_signs, negate};
+use super::bits::{even_mask, negate};
 use super::bytes::layout;
 use super::{Activation, Block, F16, Format, IQ3_XXS_GRID, Plain, Quantised, Unpacked};
 
@@ -46,7 +46,7 @@ impl Quantised for IQ3_XXS {
             let octets = out.octets();
             for k in 0..4 {
                 let [low, high] = self.qs[4 * g + k].map(|q| u64::from(IQ3_XXS_GRID[usize::from(q)]));
-                let signs = even_signs(signs >> (7 * k));
+                let signs = even_mask(signs >> (7 * k));
                 octets[4 * g + k] = negate(low | (high << 32), signs).to_le_bytes();
             }
         }

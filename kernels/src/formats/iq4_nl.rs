@@ -52,7 +52,7 @@ impl Interleaved for IQ4_NL {
 
     #[inline(always)]
     fn code<I: Isa>(isa: I, lanes: &impl Words<I>, _part: usize, k: usize) -> I::I {
-        isa.lookup_signed(&IQ4_VALUES, lanes.nibbles(isa, k % 4, k / 4))
+        isa.lookup_signed(&IQ4_VALUES, lanes.split_nibbles(isa, 0, k))
     }
 
     #[inline(always)]

@@ -60,10 +60,11 @@ impl Quantised for IQ4_XS {
 
 impl Interleaved for IQ4_XS {
     type Lanes = Lanes<0, 34, 0>;
+    const HEADER: [usize; 2] = [0; 2];
 
     #[inline(always)]
     fn code<I: Isa>(isa: I, lanes: &impl Words<I>, part: usize, k: usize) -> I::I {
-        isa.lookup_signed(&IQ4_VALUES, lanes.nibbles(isa, 2 + 4 * part + k % 4, k / 4))
+        isa.lookup_signed(&IQ4_VALUES, lanes.split_nibbles(isa, 2 + 4 * part, k))
     }
 
     #[inline(always)]

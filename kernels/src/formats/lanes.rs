@@ -139,7 +139,14 @@ pub trait Words<I: Isa> {
     /// Nibbles of word `w`: the low ones if `high` is 0, the high ones if it is 1.
     #[inline(always)]
     fn nibbles(&self, isa: I, w: usize, high: usize) -> I::I {
-        isa.and_i(isa.shr_by(self.word(isa, w), 4 * high as u32), isa.splat_i(0x0f0f_0f0f))
+        field(isa, self.word(isa, w), 4 * high, 0, 15)
+    }
+
+    /// Nibbles of 16 bytes from word `w` on, where the low ones come first: of these 32, numbers `4 k` to
+    /// `4 k + 3`.
+    #[inline(always)]
+    fn split_nibbles(&self, isa: I, w: usize, k: usize) -> I::I {
+        self.nibbles(isa, w + k % 4, k / 4)
     }
 }
 
@@ -221,6 +228,19 @@ impl<I: Isa> Words<I> for Near<I> {
     fn tail_f16(&self, isa: I) -> I::F {
         isa.splat(0.0)
     }
+}
+
+/// Moves bit `from` of each byte to bit `to`, and with it those above, and keeps those of `mask`.
+#[inline(always)]
+pub(super) fn field<I: Isa>(isa: I, word: I::I, from: usize, to: usize, mask: u8) -> I::I {
+    let moved = if from < to {
+        isa.shl_by(word, (to - from) as u32)
+    } else if from > to {
+        isa.shr_by(word, (from - to) as u32)
+    } else {
+        word
+    };
+    isa.and_i(moved, isa.splat_i(i32::from_le_bytes([mask; 4])))
 }
 
 /// In each byte, bit 4 is bit `4 k + byte` of the word.

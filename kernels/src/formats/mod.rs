@@ -133,6 +133,10 @@ pub trait Interleaved: Quantised {
     /// Its interleaved block.
     type Lanes: Interleave;
 
+    /// For blocks of 256 values: all words that the scales, sub-scales and minimums are read from are among
+    /// the four from each of these on. (Kernels on plain rows transpose only them.)
+    const HEADER: [usize; 2] = [0; 2];
+
     /// The code bytes of values `32 part + 4 k` to `32 part + 4 k + 3`, `k` < 8, of each row: codes plus
     /// [`Quantised::OFFSET`], or, if they are signed, made so by [`Isa::signed`].
     fn code<I: Isa>(isa: I, lanes: &impl Words<I>, part: usize, k: usize) -> I::I;

@@ -87,7 +87,7 @@ impl Interleaved for MXFP4 {
 
     #[inline(always)]
     fn code<I: Isa>(isa: I, lanes: &impl Words<I>, _part: usize, k: usize) -> I::I {
-        isa.lookup(&E2M1_RAISED, lanes.nibbles(isa, k % 4, k / 4))
+        isa.lookup(&E2M1_RAISED, lanes.split_nibbles(isa, 0, k))
     }
 
     #[inline(always)]

@@ -3,7 +3,7 @@
 //! In each half of 128 values, bits 2k and 2k + 1 of byte l hold q of value 32k + l.
 
 use super::bytes::layout;
-use super::lanes::{Lanes, Words};
+use super::lanes::{Lanes, Words, field};
 use super::{Activation, Block, F16, Format, Interleaved, Plain, Quantised, Unpacked};
 use crate::isa::Isa;
 
@@ -61,13 +61,11 @@ impl Quantised for Q2_K {
 
 impl Interleaved for Q2_K {
     type Lanes = Lanes<0, 21, 0>;
+    const HEADER: [usize; 2] = [0, 17];
 
     #[inline(always)]
     fn code<I: Isa>(isa: I, lanes: &impl Words<I>, part: usize, k: usize) -> I::I {
-        {
-            let codes = isa.shr_by(lanes.word(isa, 4 + 8 * (part / 4) + k), 2 * (part % 4) as u32);
-            isa.and_i(codes, isa.splat_i(0x0303_0303))
-        }
+        field(isa, lanes.word(isa, 4 + 8 * (part / 4) + k), 2 * (part % 4), 0, 3)
     }
 
     #[inline(always)]

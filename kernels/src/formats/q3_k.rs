@@ -3,7 +3,7 @@
 //! The low two bits of q lie as in Q2_K; the top bit of value 128h + 32k + l is bit 4h + k of `hmask[l]`.
 
 use super::bytes::layout;
-use super::lanes::{Lanes, Words, less_32};
+use super::lanes::{Lanes, Words, field, less_32};
 use super::{Activation, Block, F16, Format, Interleaved, Plain, Quantised, Unpacked};
 use crate::isa::Isa;
 
@@ -64,14 +64,12 @@ impl Quantised for Q3_K {
 
 impl Interleaved for Q3_K {
     type Lanes = Lanes<0, 27, 2>;
+    const HEADER: [usize; 2] = [23; 2];
 
     #[inline(always)]
     fn code<I: Isa>(isa: I, lanes: &impl Words<I>, part: usize, k: usize) -> I::I {
-        {
-            let low = isa.shr_by(lanes.word(isa, 8 + 8 * (part / 4) + k), 2 * (part % 4) as u32);
-            let top = isa.and_i(isa.shr_by(lanes.word(isa, k), part as u32), isa.splat_i(0x0101_0101));
-            isa.or_i(isa.and_i(low, isa.splat_i(0x0303_0303)), isa.shl_by(top, 2))
-        }
+        let low = field(isa, lanes.word(isa, 8 + 8 * (part / 4) + k), 2 * (part % 4), 0, 3);
+        isa.or_i(low, field(isa, lanes.word(isa, k), part, 2, 4))
     }
 
     #[inline(always)]

@@ -64,7 +64,7 @@ impl Interleaved for Q4_0 {
 
     #[inline(always)]
     fn code<I: Isa>(isa: I, lanes: &impl Words<I>, _part: usize, k: usize) -> I::I {
-        lanes.nibbles(isa, k % 4, k / 4)
+        lanes.split_nibbles(isa, 0, k)
     }
 
     #[inline(always)]

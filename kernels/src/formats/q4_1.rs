@@ -66,7 +66,7 @@ impl Interleaved for Q4_1 {
 
     #[inline(always)]
     fn code<I: Isa>(isa: I, lanes: &impl Words<I>, _part: usize, k: usize) -> I::I {
-        lanes.nibbles(isa, 1 + k % 4, k / 4)
+        lanes.split_nibbles(isa, 1, k)
     }
 
     #[inline(always)]

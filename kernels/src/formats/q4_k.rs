@@ -59,6 +59,7 @@ impl Quantised for Q4_K {
 
 impl Interleaved for Q4_K {
     type Lanes = Lanes<0, 36, 0>;
+    const HEADER: [usize; 2] = [0; 2];
 
     #[inline(always)]
     fn code<I: Isa>(isa: I, lanes: &impl Words<I>, part: usize, k: usize) -> I::I {

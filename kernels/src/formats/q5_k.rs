@@ -3,7 +3,7 @@
 //! The low nibbles of q and the scales lie as in Q4_K; the top bit of value 32k + l is bit k of `qh[l]`.
 
 use super::bytes::layout;
-use super::lanes::{Lanes, Words, six_bit_words};
+use super::lanes::{Lanes, Words, field, six_bit_words};
 use super::q4_k::unpack_scales;
 use super::{Activation, Block, F16, Format, Interleaved, Plain, Quantised, Unpacked};
 use crate::isa::Isa;
@@ -62,13 +62,12 @@ impl Quantised for Q5_K {
 
 impl Interleaved for Q5_K {
     type Lanes = Lanes<0, 44, 0>;
+    const HEADER: [usize; 2] = [0; 2];
 
     #[inline(always)]
     fn code<I: Isa>(isa: I, lanes: &impl Words<I>, part: usize, k: usize) -> I::I {
-        {
-            let top = isa.and_i(isa.shr_by(lanes.word(isa, 4 + k), part as u32), isa.splat_i(0x0101_0101));
-            isa.or_i(lanes.nibbles(isa, 12 + 8 * (part / 2) + k, part % 2), isa.shl_by(top, 4))
-        }
+        let top = field(isa, lanes.word(isa, 4 + k), part, 4, 0x10);
+        isa.or_i(lanes.nibbles(isa, 12 + 8 * (part / 2) + k, part % 2), top)
     }
 
     #[inline(always)]

@@ -5,7 +5,7 @@
 //! top bits.
 
 use super::bytes::layout;
-use super::lanes::{Lanes, Words};
+use super::lanes::{Lanes, Words, field};
 use super::{Activation, Block, F16, Format, Interleaved, Plain, Quantised, Unpacked};
 use crate::isa::Isa;
 
@@ -64,17 +64,13 @@ impl Quantised for Q6_K {
 
 impl Interleaved for Q6_K {
     type Lanes = Lanes<0, 52, 2>;
+    const HEADER: [usize; 2] = [48; 2];
 
     #[inline(always)]
     fn code<I: Isa>(isa: I, lanes: &impl Words<I>, part: usize, k: usize) -> I::I {
-        {
-            let (half, j) = (part / 4, part % 4);
-            let top = isa.and_i(
-                isa.shr_by(lanes.word(isa, 32 + 8 * half + k), 2 * j as u32),
-                isa.splat_i(0x0303_0303),
-            );
-            isa.or_i(lanes.nibbles(isa, 16 * half + 8 * (j % 2) + k, j / 2), isa.shl_by(top, 4))
-        }
+        let (half, j) = (part / 4, part % 4);
+        let top = field(isa, lanes.word(isa, 32 + 8 * half + k), 2 * j, 4, 0x30);
+        isa.or_i(lanes.nibbles(isa, 16 * half + 8 * (j % 2) + k, j / 2), top)
     }
 
     #[inline(always)]

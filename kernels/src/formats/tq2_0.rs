@@ -1,7 +1,7 @@
 //! TQ2_0: `value = d * (q - 1)`, 2-bit q, which lies as in Q2_K.
 
 use super::bytes::layout;
-use super::lanes::{Lanes, Words};
+use super::lanes::{Lanes, Words, field};
 use super::{Activation, Block, F16, Format, Interleaved, Plain, Quantised, Unpacked};
 use crate::isa::Isa;
 
@@ -55,10 +55,7 @@ impl Interleaved for TQ2_0 {
 
     #[inline(always)]
     fn code<I: Isa>(isa: I, lanes: &impl Words<I>, part: usize, k: usize) -> I::I {
-        {
-            let codes = isa.shr_by(lanes.word(isa, 8 * (part / 4) + k), 2 * (part % 4) as u32);
-            isa.and_i(codes, isa.splat_i(0x0303_0303))
-        }
+        field(isa, lanes.word(isa, 8 * (part / 4) + k), 2 * (part % 4), 0, 3)
     }
 
     #[inline(always)]

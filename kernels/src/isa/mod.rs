@@ -187,6 +187,70 @@ pub trait Isa: Copy + Send + Sync + 'static {
 
     /// `acc` plus, in each lane, the dot of two 16-bit integers with two of `x`.
     fn dot2(self, acc: Self::I, w: Self::I, x: Self::I) -> Self::I;
+
+    // Vectors of two rows, for kernels whose lanes run along a row: lanes 0 to 7 belong to one row, lanes 8
+    // to 15 to another.
+
+    /// The bytes of two rows.
+    fn load_halves(self, a: &[u8; 32], b: &[u8; 32]) -> Self::I;
+    /// The nibbles of 16 bytes of each of two rows: 16 low ones, then 16 high ones.
+    #[inline(always)]
+    fn load_nibble_halves(self, a: &[u8; 16], b: &[u8; 16]) -> Self::I {
+        let mut halves = [[0; 32]; 2];
+        for i in 0..16 {
+            halves[0][i] = a[i] & 15;
+            halves[0][16 + i] = a[i] >> 4;
+            halves[1][i] = b[i] & 15;
+            halves[1][16 + i] = b[i] >> 4;
+        }
+        self.load_halves(&halves[0], &halves[1])
+    }
+    /// Two signed bytes of each lane as 16-bit integers, the first one low.
+    #[inline(always)]
+    fn byte_pair(self, x: Self::I, bytes: [usize; 2]) -> Self::I {
+        let low = self.sar_i::<24>(self.shl_by(x, 24 - 8 * bytes[0] as u32));
+        let high = self.shl_by(self.sar_i::<24>(self.shl_by(x, 24 - 8 * bytes[1] as u32)), 16);
+        self.or_i(self.and_i(low, self.splat_i(0xffff)), high)
+    }
+    /// Integer scales as [`Isa::dot4_scaled`] takes them. `pairs` has two 16-bit integers for each of two
+    /// rows: the low one scales the first four lanes of the row's eight, the high one the other four. If
+    /// `SAME`, they are equal.
+    #[inline(always)]
+    fn scales<const SAME: bool>(self, pairs: [i32; 2]) -> Self::I {
+        let mut lanes = [0; 16];
+        for i in 0..4 {
+            lanes[i] = i32::from(pairs[0] as i16);
+            lanes[4 + i] = pairs[0] >> 16;
+            lanes[8 + i] = i32::from(pairs[1] as i16);
+            lanes[12 + i] = pairs[1] >> 16;
+        }
+        self.load_i(&lanes)
+    }
+    /// `acc` plus [`Isa::dot4`] times `scales`, which come from [`Isa::scales`]. Unsigned codes are at most
+    /// 127, so that the sum of two products fits in 16 bits.
+    #[inline(always)]
+    fn dot4_scaled<const SIGNED: bool>(
+        self,
+        acc: Self::I,
+        codes: Self::I,
+        x: Self::I,
+        scales: Self::I,
+    ) -> Self::I {
+        self.add_i(acc, self.mul_i(self.dot4::<SIGNED>(self.splat_i(0), codes, x), scales))
+    }
+    /// The sums of the halves of eight vectors: lane `r` is that of the first half of `x[r]`, lane `8 + r`
+    /// that of the second.
+    #[inline(always)]
+    fn sum_halves(self, x: &[[i32; 16]; 8]) -> Self::I {
+        let mut sums = [0i32; 16];
+        for r in 0..8 {
+            for i in 0..8 {
+                sums[r] = sums[r].wrapping_add(x[r][i]);
+                sums[8 + r] = sums[8 + r].wrapping_add(x[r][8 + i]);
+            }
+        }
+        self.load_i(&sums)
+    }
 }
 
 /// [`Isa::dot8`] where no instruction does more than [`Isa::dot4`].
@@ -353,6 +417,11 @@ impl Isa for Scalar {
         core::array::from_fn(|i| i32::from_le_bytes(words[i]))
     }
     #[inline(always)]
+    fn load_halves(self, a: &[u8; 32], b: &[u8; 32]) -> Self::I {
+        let (a, b) = (a.as_chunks::<4>().0, b.as_chunks::<4>().0);
+        core::array::from_fn(|i| i32::from_le_bytes(if i < 8 { a[i] } else { b[i - 8] }))
+    }
+    #[inline(always)]
     fn store_words(self, x: Self::I, out: &mut [u8; 64]) {
         for (word, lane) in out.as_chunks_mut::<4>().0.iter_mut().zip(x) {
             *word = lane.to_le_bytes();
@@ -416,6 +485,18 @@ impl Isa for Scalar {
 #[inline(always)]
 fn sixteen(rows: &[u8], stride: usize) -> Option<*const u8> {
     (stride.checked_mul(15)?.checked_add(16)? <= rows.len()).then_some(rows.as_ptr())
+}
+
+/// The byte shuffle for [`Isa::byte_pair`]: moves two bytes of each 32-bit lane to the tops of its 16-bit halves. An
+/// index above 127 gives zero.
+#[inline(always)]
+fn byte_pair_index(bytes: [usize; 2]) -> [u8; 16] {
+    let mut index = [0x80; 16];
+    for lane in 0..4 {
+        index[4 * lane + 1] = (4 * lane + bytes[0]) as u8;
+        index[4 * lane + 3] = (4 * lane + bytes[1]) as u8;
+    }
+    index
 }
 
 #[cfg(all(target_arch = "aarch64", target_feature = "neon", target_endian = "little"))]

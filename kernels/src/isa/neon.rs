@@ -1,6 +1,6 @@
 //! NEON, with and without dot products and matrix products of bytes.
 
-use super::{Isa, dot4_four_times, sixteen};
+use super::{Isa, byte_pair_index, dot4_four_times, sixteen};
 use core::arch::aarch64::*;
 use core::arch::asm;
 
@@ -311,6 +311,51 @@ impl<const DOT: bool, const I8MM: bool> Isa for Neon<DOT, I8MM> {
             let (w, x) = (vreinterpretq_s16_s32(w[i]), vreinterpretq_s16_s32(x[i]));
             let low = vmull_s16(vget_low_s16(w), vget_low_s16(x));
             vaddq_s32(acc[i], vpaddq_s32(low, vmull_high_s16(w, x)))
+        })
+    }
+    #[inline(always)]
+    fn load_halves(self, a: &[u8; 32], b: &[u8; 32]) -> Self::I {
+        each!(i => {
+            let half = if i < 2 { a } else { b };
+            vreinterpretq_s32_u8(vld1q_u8(half.as_ptr().add(16 * (i % 2))))
+        })
+    }
+    #[inline(always)]
+    fn load_nibble_halves(self, a: &[u8; 16], b: &[u8; 16]) -> Self::I {
+        each!(i => {
+            let x = vld1q_u8(if i < 2 { a } else { b }.as_ptr());
+            let nibbles = if i % 2 == 0 { vandq_u8(x, vdupq_n_u8(15)) } else { vshrq_n_u8::<4>(x) };
+            vreinterpretq_s32_u8(nibbles)
+        })
+    }
+    #[inline(always)]
+    fn byte_pair(self, x: Self::I, bytes: [usize; 2]) -> Self::I {
+        let index = op!(vld1q_u8(byte_pair_index(bytes).as_ptr()));
+        each!(i => {
+            let tops = vqtbl1q_u8(vreinterpretq_u8_s32(x[i]), index);
+            vreinterpretq_s32_s16(vshrq_n_s16::<8>(vreinterpretq_s16_u8(tops)))
+        })
+    }
+    #[inline(always)]
+    fn scales<const SAME: bool>(self, pairs: [i32; 2]) -> Self::I {
+        each!(i => {
+            let pair = pairs[i / 2];
+            if SAME || i % 2 == 1 {
+                vshrq_n_s32::<16>(vdupq_n_s32(pair))
+            } else {
+                vdupq_n_s32(i32::from(pair as i16))
+            }
+        })
+    }
+    #[inline(always)]
+    fn sum_halves(self, x: &[[i32; 16]; 8]) -> Self::I {
+        each!(i => {
+            let mut rows = [vdupq_n_s32(0); 4];
+            for r in 0..4 {
+                let lanes = x[4 * (i % 2) + r].as_ptr().add(8 * (i / 2));
+                rows[r] = vaddq_s32(vld1q_s32(lanes), vld1q_s32(lanes.add(4)));
+            }
+            vpaddq_s32(vpaddq_s32(rows[0], rows[1]), vpaddq_s32(rows[2], rows[3]))
         })
     }
 }

@@ -1,7 +1,7 @@
 //! AVX2 and AVX-512.
 #![allow(clippy::needless_range_loop, reason = "loops by index are what inlines; see `isa`")]
 
-use super::{Isa, sixteen};
+use super::{Isa, byte_pair_index, sixteen};
 use core::arch::x86_64::*;
 
 /// AVX2 with FMA and F16C (Haswell, Zen and later), if `VNNI` with AVX-VNNI (Alder Lake, Zen 5 and later).
@@ -292,6 +292,97 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
             _mm256_add_epi32(acc[1], _mm256_madd_epi16(w[1], x[1])),
         ])
     }
+    #[inline(always)]
+    fn load_halves(self, a: &[u8; 32], b: &[u8; 32]) -> Self::I {
+        op!([_mm256_loadu_si256(a.as_ptr().cast()), _mm256_loadu_si256(b.as_ptr().cast())])
+    }
+    #[inline(always)]
+    fn load_nibble_halves(self, a: &[u8; 16], b: &[u8; 16]) -> Self::I {
+        op!(pair(
+            [a, b],
+            #[inline(always)]
+            |x| {
+                let twice = _mm256_broadcastsi128_si256(_mm_loadu_si128(x.as_ptr().cast()));
+                let shifted = _mm256_srlv_epi32(twice, _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4));
+                _mm256_and_si256(shifted, _mm256_set1_epi8(15))
+            }
+        ))
+    }
+    #[inline(always)]
+    fn byte_pair(self, x: Self::I, bytes: [usize; 2]) -> Self::I {
+        let index = byte_pair_index(bytes);
+        op!({
+            let index = _mm256_broadcastsi128_si256(_mm_loadu_si128(index.as_ptr().cast()));
+            pair(
+                x,
+                #[inline(always)]
+                |x| _mm256_srai_epi16::<8>(_mm256_shuffle_epi8(x, index)),
+            )
+        })
+    }
+    #[inline(always)]
+    fn scales<const SAME: bool>(self, pairs: [i32; 2]) -> Self::I {
+        op!(pair(
+            pairs,
+            #[inline(always)]
+            |x| {
+                let x = _mm256_set1_epi32(x);
+                if SAME {
+                    return x;
+                }
+                let (low, high) = (0x0100_0100, 0x0302_0302);
+                _mm256_shuffle_epi8(x, _mm256_setr_epi32(low, low, low, low, high, high, high, high))
+            }
+        ))
+    }
+    #[inline(always)]
+    fn dot4_scaled<const SIGNED: bool>(
+        self,
+        acc: Self::I,
+        codes: Self::I,
+        x: Self::I,
+        scales: Self::I,
+    ) -> Self::I {
+        let mut out = acc;
+        for i in 0..2 {
+            out[i] = op!(if VNNI && SIGNED {
+                let dots = _mm256_dpbusd_avx_epi32(_mm256_setzero_si256(), codes[i], x[i]);
+                _mm256_add_epi32(acc[i], _mm256_mullo_epi32(dots, _mm256_srai_epi32::<16>(scales[i])))
+            } else if VNNI {
+                _mm256_dpwssd_avx_epi32(acc[i], _mm256_maddubs_epi16(codes[i], x[i]), scales[i])
+            } else {
+                let dots = dot_pairs::<SIGNED>(codes[i], x[i]);
+                _mm256_add_epi32(acc[i], _mm256_madd_epi16(dots, scales[i]))
+            });
+        }
+        out
+    }
+    #[inline(always)]
+    fn sum_halves(self, x: &[[i32; 16]; 8]) -> Self::I {
+        let mut sums = self.splat_i(0);
+        for half in 0..2 {
+            op!({
+                let mut rows = [_mm256_setzero_si256(); 8];
+                for r in 0..8 {
+                    rows[r] = _mm256_loadu_si256(x[r].as_ptr().add(8 * half).cast());
+                }
+                // Two rows in each 128-bit lane, then four.
+                for i in 0..4 {
+                    let (a, b) = (rows[2 * i], rows[2 * i + 1]);
+                    rows[i] = _mm256_add_epi32(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
+                }
+                for i in 0..2 {
+                    let (a, b) = (rows[2 * i], rows[2 * i + 1]);
+                    rows[i] = _mm256_add_epi32(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
+                }
+                sums[half] = _mm256_add_epi32(
+                    _mm256_permute2x128_si256::<0x20>(rows[0], rows[1]),
+                    _mm256_permute2x128_si256::<0x31>(rows[0], rows[1]),
+                );
+            });
+        }
+        sums
+    }
 }
 
 /// The same number, of which the compiler knows nothing: otherwise it keeps sixteen multiples of a stride in
@@ -303,17 +394,23 @@ fn opaque(mut x: usize) -> usize {
     x
 }
 
-/// `acc` plus the dots of four adjacent bytes in each 32-bit lane. No sum of two products passes 2 · 128 ·
-/// 127, so the 16-bit step cannot saturate.
+/// The dots of two adjacent bytes in each 16-bit lane. No sum of two products passes 2 · 128 · 127, so it
+/// cannot saturate.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn dot_bytes<const SIGNED: bool>(acc: __m256i, codes: __m256i, x: __m256i) -> __m256i {
-    let pairs = if SIGNED {
+fn dot_pairs<const SIGNED: bool>(codes: __m256i, x: __m256i) -> __m256i {
+    if SIGNED {
         _mm256_maddubs_epi16(_mm256_abs_epi8(codes), _mm256_sign_epi8(x, codes))
     } else {
         _mm256_maddubs_epi16(codes, x)
-    };
-    _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
+    }
+}
+
+/// `acc` plus the dots of four adjacent bytes in each 32-bit lane.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn dot_bytes<const SIGNED: bool>(acc: __m256i, codes: __m256i, x: __m256i) -> __m256i {
+    _mm256_add_epi32(acc, _mm256_madd_epi16(dot_pairs::<SIGNED>(codes, x), _mm256_set1_epi16(1)))
 }
 
 #[inline]
@@ -563,4 +660,90 @@ impl Isa for Avx512 {
     fn dot2(self, acc: Self::I, w: Self::I, x: Self::I) -> Self::I {
         op!(_mm512_dpwssd_epi32(acc, w, x))
     }
+    #[inline(always)]
+    fn load_halves(self, a: &[u8; 32], b: &[u8; 32]) -> Self::I {
+        op!(halves(_mm256_loadu_si256(a.as_ptr().cast()), _mm256_loadu_si256(b.as_ptr().cast())))
+    }
+    #[inline(always)]
+    fn load_nibble_halves(self, a: &[u8; 16], b: &[u8; 16]) -> Self::I {
+        op!({
+            let (a, b) = (_mm_loadu_si128(a.as_ptr().cast()), _mm_loadu_si128(b.as_ptr().cast()));
+            let twice = _mm512_mask_broadcast_i32x4(_mm512_broadcast_i32x4(a), 0xff00, b);
+            let shifted = _mm512_srlv_epi64(twice, _mm512_setr_epi64(0, 0, 4, 4, 0, 0, 4, 4));
+            _mm512_and_si512(shifted, _mm512_set1_epi8(15))
+        })
+    }
+    #[inline(always)]
+    fn byte_pair(self, x: Self::I, bytes: [usize; 2]) -> Self::I {
+        let index = byte_pair_index(bytes);
+        op!({
+            let index = _mm512_broadcast_i32x4(_mm_loadu_si128(index.as_ptr().cast()));
+            _mm512_srai_epi16::<8>(_mm512_shuffle_epi8(x, index))
+        })
+    }
+    #[inline(always)]
+    fn scales<const SAME: bool>(self, pairs: [i32; 2]) -> Self::I {
+        op!({
+            let x = _mm512_mask_set1_epi32(_mm512_set1_epi32(pairs[0]), 0xff00, pairs[1]);
+            if SAME {
+                return x;
+            }
+            let index = _mm512_broadcast_i64x4(_mm256_setr_epi32(
+                0x0100_0100,
+                0x0100_0100,
+                0x0100_0100,
+                0x0100_0100,
+                0x0302_0302,
+                0x0302_0302,
+                0x0302_0302,
+                0x0302_0302,
+            ));
+            _mm512_shuffle_epi8(x, index)
+        })
+    }
+    #[inline(always)]
+    fn dot4_scaled<const SIGNED: bool>(
+        self,
+        acc: Self::I,
+        codes: Self::I,
+        x: Self::I,
+        scales: Self::I,
+    ) -> Self::I {
+        op!(if SIGNED {
+            let dots = _mm512_dpbusd_epi32(_mm512_setzero_si512(), codes, x);
+            _mm512_add_epi32(acc, _mm512_mullo_epi32(dots, _mm512_srai_epi32::<16>(scales)))
+        } else {
+            _mm512_dpwssd_epi32(acc, _mm512_maddubs_epi16(codes, x), scales)
+        })
+    }
+    #[inline(always)]
+    fn sum_halves(self, x: &[[i32; 16]; 8]) -> Self::I {
+        op!({
+            let mut rows = [_mm512_setzero_si512(); 8];
+            for r in 0..8 {
+                rows[r] = self.load_i(&x[r]);
+            }
+            // Two rows in each 128-bit lane, then four.
+            for i in 0..4 {
+                let (a, b) = (rows[2 * i], rows[2 * i + 1]);
+                rows[i] = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+            }
+            for i in 0..2 {
+                let (a, b) = (rows[2 * i], rows[2 * i + 1]);
+                rows[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+            }
+            let sums = _mm512_add_epi32(
+                _mm512_shuffle_i32x4::<0b10_00_10_00>(rows[0], rows[1]),
+                _mm512_shuffle_i32x4::<0b11_01_11_01>(rows[0], rows[1]),
+            );
+            _mm512_shuffle_i32x4::<0b11_01_10_00>(sums, sums)
+        })
+    }
+}
+
+/// Two halves as one vector.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn halves(a: __m256i, b: __m256i) -> __m512i {
+    _mm512_inserti64x4::<1>(_mm512_castsi256_si512(a), b)
 }

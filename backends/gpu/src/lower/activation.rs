@@ -61,9 +61,9 @@ impl Lowering<'_> {
 
     /// Rounds many rows of activations to f16, if products with a format read f16.
     pub(super) fn halve(&mut self, formats: &[Format], (x, id): Input<'_>, rows: Dim, k: u32) {
-        let most = passes::rows(rows, self.limits.tokens, self.limits.outputs) as u32;
+        let max_rows = passes::rows(rows, self.limits.tokens, self.limits.outputs) as u32;
         let there = self.quantised.iter().any(|q| q.0 == Extra::Halves && Some(q.1) == id);
-        if there || most <= VECTORS || !formats.iter().any(|&f| self.cooperative(f).is_some()) {
+        if there || max_rows <= VECTORS || !formats.iter().any(|&f| self.cooperative(f).is_some()) {
             return;
         }
         self.quantised.retain(|q| q.0 != Extra::Halves);
@@ -118,12 +118,12 @@ impl Lowering<'_> {
         k: u32,
         end: u32,
     ) {
-        let most = passes::rows(rows, self.limits.tokens, self.limits.outputs) as u32;
+        let max_rows = passes::rows(rows, self.limits.tokens, self.limits.outputs) as u32;
         for codes in [Extra::Codes32, Extra::Codes256] {
             let needed = formats.iter().any(|&f| self.codes(f) == Some(codes));
             let there = self.quantised.iter().any(|q| q.0 == codes && Some(q.1) == id && q.2.end >= end);
             let from = self.codes_from(codes, id, k);
-            if !needed || there || from > most {
+            if !needed || there || from > max_rows {
                 continue;
             }
             self.quantised.retain(|q| q.0 != codes);

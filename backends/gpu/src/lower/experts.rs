@@ -55,11 +55,11 @@ impl Lowering<'_> {
 
     /// Groups results by expert, in steps of enough rows.
     pub(super) fn group(&mut self, rows: Dim, routed: Routed<'_>) {
-        let most = passes::rows(rows, self.limits.tokens, self.limits.outputs);
-        if u64::from(routed.grouped_from()) > most {
+        let max_rows = passes::rows(rows, self.limits.tokens, self.limits.outputs);
+        if u64::from(routed.grouped_from()) > max_rows {
             return;
         }
-        let groups = (most * u64::from(routed.used)).div_ceil(GROUP.into()) + u64::from(routed.of);
+        let groups = (max_rows * u64::from(routed.used)).div_ceil(GROUP.into()) + u64::from(routed.of);
         let order = self.extra(Extra::Order, Dim::Fixed(1), groups * u64::from(GROUP + 1));
         let shader = Self::rows(self.step_shader("group"), rows)
             .workgroup(256)

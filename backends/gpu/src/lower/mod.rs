@@ -216,7 +216,7 @@ pub(super) fn missing(program: &Program, op: &Op, bounds: &Bounds) -> Option<Str
         Op::TopK { ids, .. } if program.tensor(*ids).cols > TOP_K_PIECE / 2 => {
             why = Some(format!("more than the {} largest elements", TOP_K_PIECE / 2));
         }
-        Op::Map { f, .. } if unary(*f).is_none() => why = Some(format!("{f:?}")),
+        Op::Unary { f, .. } if unary(*f).is_none() => why = Some(format!("{f:?}")),
         Op::Embed { index, .. } if row_of(*index).is_none() => why = Some(format!("index {index:?}")),
         Op::Norm { kind, .. } if !matches!(kind, NormKind::Rms | NormKind::Layer) => {
             why = Some(format!("norm {kind:?}"));
@@ -236,7 +236,7 @@ pub(super) fn missing(program: &Program, op: &Op, bounds: &Bounds) -> Option<Str
             why = Some(format!("gating {gating:?}"))
         }
         Op::Embed { .. }
-        | Op::Select { .. }
+        | Op::Gather { .. }
         | Op::Norm { .. }
         | Op::MatMul { .. }
         | Op::Rope { .. }
@@ -244,7 +244,7 @@ pub(super) fn missing(program: &Program, op: &Op, bounds: &Bounds) -> Option<Str
         | Op::RopeKv { .. }
         | Op::Glu { .. }
         | Op::Add { .. }
-        | Op::Map { .. }
+        | Op::Unary { .. }
         | Op::Route { .. }
         | Op::Experts { .. }
         | Op::TopK { .. }
@@ -361,7 +361,7 @@ impl Lowering<'_> {
         self.out.push(Dispatch { shader, groups, when });
     }
 
-    /// Lowers an elementwise function to `out`, `[rows, cols]`.
+    /// Lowers an element-wise function to `out`, `[rows, cols]`.
     fn elementwise(&mut self, shader: Shader, out: TensorId, element: &str) {
         let (rows, cols) = (self.program.tensor(out).rows, self.cols(out));
         let shader = shader
@@ -393,14 +393,14 @@ impl Lowering<'_> {
     fn op(&mut self, op: &Op) {
         match op {
             Op::Embed { table, index, out, scale } => self.embed(*table, *index, *out, *scale),
-            Op::Select { x, out } => {
+            Op::Gather { x, out } => {
                 let cols = self.cols(*x);
                 let shader = self
-                    .step_shader("select")
+                    .step_shader("gather")
                     .read("x", "f32", self.tensor(*x))
                     .write("out", "f32", self.tensor(*out))
                     .u32("COLUMNS", cols)
-                    .with(wgsl!("select"));
+                    .with(wgsl!("gather"));
                 self.push(shader, [fixed(cols.div_ceil(WORKGROUP)), each(Dim::Outputs), ONE]);
             }
             Op::Norm { .. } => self.norm(op, None),
@@ -422,9 +422,11 @@ impl Lowering<'_> {
                     self.shader("add").read("a", "f32", self.tensor(*a)).read("b", "f32", self.tensor(*b));
                 self.elementwise(shader, *out, "a[at] + b[at]");
             }
-            Op::Map { x, out, f } => {
-                let shader =
-                    self.shader("map").read("x", "f32", self.tensor(*x)).with(&unary(*f).unwrap_or_default());
+            Op::Unary { x, out, f } => {
+                let shader = self
+                    .shader("unary")
+                    .read("x", "f32", self.tensor(*x))
+                    .with(&unary(*f).unwrap_or_default());
                 self.elementwise(shader, *out, "f(x[at])");
             }
             Op::Route { .. } => self.route(op),
@@ -583,7 +585,7 @@ mod tests {
             .rows(Rows::Interleaved)
             .fusions(Fusions::ALL)
             .contract(Contract::Close);
-        let program = passes::adapt(&model.program(ProgramOptions::default(), 256).unwrap(), &caps);
+        let program = passes::for_backend(&model.program(ProgramOptions::default(), 256).unwrap(), &caps);
         for tuning in [Tuning::DISCRETE, Tuning::INTEGRATED, Tuning::CPU] {
             let bounds = Bounds {
                 paths: Paths { subgroups: true, integer: true, f16: true, cooperative: None },

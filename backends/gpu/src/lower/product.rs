@@ -43,18 +43,18 @@ pub(super) fn shards(t: &Tensor, binding_bytes: u64) -> Option<Vec<Shard>> {
         false => (fixed_rows(t), matrix_bytes(t, 1), ROWS as u32),
     };
     let fit = (binding_bytes / unit_bytes.max(1)).min(total.into()) as u32;
-    let together = (256 >> unit_bytes.trailing_zeros().min(8)).max(whole);
-    let most = if fit == total { total } else { fit / together * together };
-    if most == 0 && total > 0 {
+    let granule = (256 >> unit_bytes.trailing_zeros().min(8)).max(whole);
+    let max = if fit == total { total } else { fit / granule * granule };
+    if max == 0 && total > 0 {
         return None;
     }
     let part = |first: u32| {
-        let n = most.min(total - first);
+        let n = max.min(total - first);
         let bytes = u64::from(first) * unit_bytes..u64::from(first + n) * unit_bytes;
         let (rows, matrices) = if of_experts { (fixed_rows(t), n) } else { (n, 1) };
         Shard { bytes, first, rows, matrices }
     };
-    Some((0..total).step_by(most.max(1) as usize).map(part).collect())
+    Some((0..total).step_by(max.max(1) as usize).map(part).collect())
 }
 
 /// A product, without its weight's parts.
@@ -245,7 +245,7 @@ impl Lowering<'_> {
         let codes = self.codes(t.format);
         let Count { of: Of::Rows(Dim::Fixed(groups_of_rows)), .. } = workgroups else { return };
         let slices = self.slices(16 * groups_of_rows, t.cols);
-        let most = passes::rows(rows, self.limits.tokens, self.limits.outputs) as u32;
+        let max_rows = passes::rows(rows, self.limits.tokens, self.limits.outputs) as u32;
         let variants = match experts {
             None => vec![(1, 0..2), (GROUP, 2..VECTORS + 1)],
             Some(routed) => {
@@ -253,7 +253,7 @@ impl Lowering<'_> {
             }
         };
         for (tokens, when) in variants {
-            if when.start > most || when.is_empty() {
+            if when.start > max_rows || when.is_empty() {
                 continue;
             }
             let own = codes.is_some_and(|codes| self.codes_from(codes, input.1, t.cols) > when.start.max(1));
@@ -337,7 +337,7 @@ impl Lowering<'_> {
         let t = self.program.tensor(p.weight);
         let (integer, float) = (self.codes(t.format).is_some(), t.format.kind() == Kind::Float);
         let used = p.experts.map_or(1, |routed| routed.used);
-        let most = passes::rows(p.rows, self.limits.tokens, self.limits.outputs) as u32;
+        let max_rows = passes::rows(p.rows, self.limits.tokens, self.limits.outputs) as u32;
         for shard in self.shards(p.weight) {
             if !vectors {
             } else if float {
@@ -357,7 +357,7 @@ impl Lowering<'_> {
                 let workgroups = fixed(shard.rows.div_ceil(groups * ROWS as u32));
                 self.vectors(&shader, t, p.input, lib, workgroups, p.rows, p.experts);
             }
-            if p.experts.is_some() || most <= VECTORS {
+            if p.experts.is_some() || max_rows <= VECTORS {
                 continue;
             }
             let tiles = |side: u32| [fixed(shard.rows.div_ceil(side)), count(Of::Rows(p.rows), 1, side), ONE];

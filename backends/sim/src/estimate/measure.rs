@@ -151,7 +151,7 @@ impl Probe {
         record(&mut builder);
         let program = builder.finish()?;
         let first = cpus.first().ok_or_else(|| Error::argument("threads", "at least one number", "none"))?;
-        let program = Arc::new(passes::adapt(&program, first.caps()));
+        let program = Arc::new(passes::for_backend(&program, first.caps()));
         let limits = Limits { tokens: extent.tokens, outputs: 1 };
         let mut rng = SplitMix64::new(1);
         let filled = |bytes: &[u8], usage| -> Result<Buffer> {
@@ -439,9 +439,9 @@ const SOME_CLOCK_HZ: f64 = 3e9;
 /// # Errors
 /// `Error::Argument` if there are no rates.
 pub fn to_profile(name: &str, levels: &[Level], all: &[Rates]) -> Result<String> {
-    let most = all.iter().max_by_key(|r| r.threads);
-    let most = most.ok_or_else(|| Error::argument("rates", "at least one number of threads", "none"))?;
-    let threads = most.threads as f64;
+    let widest = all.iter().max_by_key(|r| r.threads);
+    let widest = widest.ok_or_else(|| Error::argument("rates", "at least one number of threads", "none"))?;
+    let threads = widest.threads as f64;
     let text = |value: &str| serde_json::Value::from(value);
     let clock = clock_hz();
     let (clock_hz, basis, source) = match clock {
@@ -452,17 +452,17 @@ pub fn to_profile(name: &str, levels: &[Level], all: &[Rates]) -> Result<String>
         "#:schema ./schema.json\n# Written by `halite calibrate`.\n\nname = {}\nvendor = \"this machine\"\nsummary = {}\n\
          driver = \"cpu\"\nbasis = \"measured\"\nsource = \"calibrate\"\n\n[sources]\ncalibrate = \"halite calibrate\"\n\n",
         text(name),
-        text(&format!("{} on {} threads, measured.", most.isa, most.threads)),
+        text(&format!("{} on {} threads, measured.", widest.isa, widest.threads)),
     );
     out += &format!(
         "[chip]\nclock_hz = {{ value = {}, basis = {}, source = {} }}\nclusters = 1\ntiles_per_cluster = {}\n\n",
         digits(clock_hz),
         text(basis),
         text(source),
-        most.threads
+        widest.threads
     );
     out += "[vector]\nunits_per_tile = 1\n";
-    for (dtype, rate) in [("fp32", most.float_ops_per_s), ("int8", most.integer_ops_per_s)] {
+    for (dtype, rate) in [("fp32", widest.float_ops_per_s), ("int8", widest.integer_ops_per_s)] {
         out += &format!("\n[[vector.rate]]\ndtype = {}\n", text(dtype));
         out += &format!(
             "ops_per_cycle = {}\nmeasured_ops_per_s = {}\n",
@@ -470,7 +470,7 @@ pub fn to_profile(name: &str, levels: &[Level], all: &[Rates]) -> Result<String>
             digits(rate)
         );
     }
-    for (level, (read, copy)) in levels.iter().zip(&most.levels) {
+    for (level, (read, copy)) in levels.iter().zip(&widest.levels) {
         let (scope, share) = if level.per_core { ("tile", threads) } else { ("chip", 1.0) };
         let managed = if level.name == "memory" { "software" } else { "hardware" };
         out += &format!(
@@ -488,7 +488,7 @@ pub fn to_profile(name: &str, levels: &[Level], all: &[Rates]) -> Result<String>
         out += &format!("write_bytes_per_s = {} # copied: as many were read\n", digits(copy / share));
         out += &format!("latency_ns = {}\n", digits(level.latency_s * 1e9));
     }
-    out += &format!("\n[launch]\nkernel_ns = {}\n", digits(most.op_s * 1e9));
+    out += &format!("\n[launch]\nkernel_ns = {}\n", digits(widest.op_s * 1e9));
     for rates in all {
         out += &format!("\n[[calibration.host]]\nthreads = {}\nisa = {}\n", rates.threads, text(rates.isa));
         for (key, value) in [

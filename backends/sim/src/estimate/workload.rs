@@ -175,8 +175,8 @@ impl<'a> Timer<'a> {
             Driver::Cpu => {
                 // As many threads as were measured.
                 let rates = profile.calibration.iter().flat_map(|c| &c.host);
-                let most = rates.map(|rates| rates.threads.value as usize).max();
-                Timer::Device(profile, Some(most.unwrap_or(profile.tiles() as usize)))
+                let max_threads = rates.map(|rates| rates.threads.value as usize).max();
+                Timer::Device(profile, Some(max_threads.unwrap_or(profile.tiles() as usize)))
             }
         })
     }

@@ -1,24 +1,24 @@
-//! Mixtures of experts: products of the tokens that chose the same expert.
+//! Mixtures of experts: one product per expert, with the tokens that chose it.
 
 use super::product::{Costs, product_programs};
 use super::units::{units_programs, units_s};
 use crate::chip::{Chip, form_bytes};
-use crate::shape::{After, Experts, Part, Product, Rows, Units, Which, X};
+use crate::shape::{Epilogue, Experts, Part, Product, RowIndex, Rows, Units, X};
 use crate::tile::{Form, Lowered, Operand};
 use halite::Result;
 
-/// Operand numbers, besides activations.
+/// Operands besides the activations.
 mod expert {
     use super::Operand;
     pub const WEIGHTS: [Operand; 3] = [Operand::In(1), Operand::In(2), Operand::In(3)];
     pub const BIASES: [Operand; 3] = [Operand::In(4), Operand::In(5), Operand::In(6)];
-    pub const SHARES: Operand = Operand::In(7);
+    pub const ROUTER_WEIGHTS: Operand = Operand::In(7);
     pub const HIDDEN: Operand = Operand::Temp(0);
-    pub const FOUND: Operand = Operand::Temp(1);
+    pub const OUTPUTS: Operand = Operand::Temp(1);
 }
 
-/// The products of experts that work at the same time, each on an equal share of the tiles: gates and ups,
-/// then downs.
+/// Experts that run at the same time, each on an equal share of the tiles. The first stage has the gate and
+/// up products, the second the down products.
 struct Wave {
     tiles: u32,
     stages: [Vec<Product>; 2],
@@ -42,7 +42,7 @@ fn experts_waves(chip: &Chip, e: &Experts) -> Vec<Wave> {
     let listed = |operand, elements: u32, list| Rows {
         operand,
         bytes: 4 * elements,
-        which: Which::Listed(list),
+        index: RowIndex::Gather(list),
         activations: true,
     };
     let wave = |experts: &[(u32, &Vec<u32>)]| {
@@ -51,15 +51,15 @@ fn experts_waves(chip: &Chip, e: &Experts) -> Vec<Wave> {
             k: e.cols,
             x: listed(X, e.cols, rows.iter().map(|pair| pair / e.used).collect()),
             parts: vec![part(0, i, expert::HIDDEN), part(1, i, expert::HIDDEN)],
-            after: After::Glu,
+            epilogue: Epilogue::Glu,
             out_rows: Some(rows.clone()),
         });
         let downs = experts.iter().map(|&(i, rows)| Product {
             m: rows.len() as u32,
             k: e.hidden,
             x: listed(expert::HIDDEN, e.hidden, rows.clone()),
-            parts: vec![part(2, i, expert::FOUND)],
-            after: After::Nothing,
+            parts: vec![part(2, i, expert::OUTPUTS)],
+            epilogue: Epilogue::None,
             out_rows: Some(rows.clone()),
         });
         Wave { tiles: chip.tiles / experts.len() as u32, stages: [gates.collect(), downs.collect()] }
@@ -67,30 +67,30 @@ fn experts_waves(chip: &Chip, e: &Experts) -> Vec<Wave> {
     chosen.chunks(chip.tiles.max(1) as usize).map(wave).collect()
 }
 
-/// The weighted sum of each token's experts.
+/// Returns the weighted sum of each token's experts.
 fn experts_sum(e: &Experts) -> Units {
     Units {
         count: e.tokens,
-        reads: vec![Rows::own(expert::FOUND, e.used * e.cols), Rows::own(expert::SHARES, e.used)],
+        reads: vec![Rows::own(expert::OUTPUTS, e.used * e.cols), Rows::own(expert::ROUTER_WEIGHTS, e.used)],
         writes: vec![Rows::own(Operand::Out(0), e.cols)],
         work: [u64::from(e.used) * u64::from(e.cols), 0, 0, 0, 0],
     }
 }
 
-/// Seconds of a mixture by the closed form.
+/// Returns the seconds of a mixture of experts by the closed form.
 pub fn experts_s(chip: &Chip, experts: &Experts) -> Result<f64> {
     let mut seconds = units_s(chip, &experts_sum(experts))? + chip.barrier_s();
     for wave in experts_waves(chip, experts) {
         for products in &wave.stages {
-            // They share the memory, and end when the last one does.
-            let mut longest = 0.0f64;
+            // The products share the memory bandwidth, and the stage ends with the last one.
+            let mut slowest_s = 0.0f64;
             let mut device_s = 0.0;
             for p in products {
                 let costs = Costs::new(chip, p, wave.tiles);
-                longest = longest.max(costs.tiling()?.1);
+                slowest_s = slowest_s.max(costs.tiling()?.1);
                 device_s += f64::from(p.columns()) * costs.column_bytes / chip.device_bytes_per_s();
             }
-            seconds += longest.max(device_s) + chip.barrier_s();
+            seconds += slowest_s.max(device_s) + chip.barrier_s();
         }
     }
     Ok(seconds)

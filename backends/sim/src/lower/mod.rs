@@ -1,11 +1,11 @@
 //! Lowers ops to commands, and divides their work between tiles.
 //!
-//! - Products: a grid of tiles divides rows of activations and columns of the output. A tile keeps a block of
-//!   activations, converted once, and streams blocks of weight rows past it.
-//! - Attention: a tile takes some tokens with the query heads of one KV head and streams the pages past them.
-//!   Where there are too few of these, tiles take runs of pages, and what they find is merged by a second
-//!   phase.
-//! - The rest: tiles take runs of units.
+//! - Products: a grid of tiles divides the rows of activations and the columns of the output. A tile converts a
+//!   block of activations once, keeps it, and streams blocks of weight rows.
+//! - Attention: a tile processes some tokens with the query heads of one KV head, and streams the pages. If that
+//!   is too little work for all tiles, each tile processes a range of pages, and a second phase merges the
+//!   partial results.
+//! - All other ops: each tile processes a range of units.
 //!
 //! Loaded data has two slots, so that the next load overlaps with the unit's work.
 
@@ -25,16 +25,16 @@ use halite::{Error, Result};
 use product::{Costs, product_programs};
 use units::{arg_max_stages, stage_phases, stages_s, top_k_stages, units_programs, units_s};
 
-/// Slots of what is loaded: two, so that a load runs while a unit works, or one, where there is no room.
+/// Numbers of slots for loaded data, best first. With two, a load overlaps with the unit's work.
 const SLOTS: [u32; 2] = [2, 1];
-/// Slots for pages: with a third one, scores of the next page are computed before the values of this one are
-/// weighed, and one more is on the way.
+/// Numbers of slots for pages, best first. With three, the scores of the next page are computed before the
+/// values of this page are weighted, while a third page loads.
 const PAGE_SLOTS: [u32; 3] = [3, 2, 1];
 /// Minimum bytes of a command.
 const BLOCK_BYTES: u64 = 16 * 1024;
 /// Minimum bytes of a tile's work.
 const TILE_BYTES: u64 = 1024;
-/// Columns of an output that are not divided between tiles.
+/// Granularity of output columns: a group of this many stays on one tile.
 const COLUMNS: u32 = 16;
 /// Maximum query heads that share a pass over a page.
 const HEADS: u32 = halite_kernels::attention::ROWS as u32;
@@ -95,16 +95,15 @@ fn share(n: u32, unit: u32, parts: u32, i: u32) -> Range<u32> {
     at(i)..at(i + 1)
 }
 
-/// A range in pieces of at most `step`.
+/// Splits a range into pieces of at most `step`.
 fn blocks(range: Range<u32>, step: u32) -> impl Iterator<Item = Range<u32>> {
     let end = range.end;
     range.step_by(step.max(1) as usize).map(move |start| start..(start + step).min(end))
 }
 
-/// Blocks that are loaded, worked on and stored one behind the other, each stage while the next block is in
-/// the one before.
+/// A pipeline of three stages: load, compute, store. Each stage works on another block.
 struct Pipeline {
-    /// Blocks.
+    /// Number of blocks.
     count: f64,
     /// Seconds that a block takes to load at the engine's rate.
     load_s: f64,
@@ -114,19 +113,19 @@ struct Pipeline {
     drain_s: f64,
     /// Seconds that a block takes to store.
     store_s: f64,
-    /// Seconds of all bytes of all tiles in device memory.
+    /// Seconds that device memory needs for all bytes of all tiles.
     device_s: f64,
     /// Seconds from a request to its first byte.
     setup_s: f64,
-    /// Requests of a block, to load and to store.
+    /// Number of load and of store requests per block.
     requests: (f64, f64),
-    /// Slots that blocks are loaded to.
+    /// Number of slots for loaded blocks.
     slots: f64,
 }
 
 impl Pipeline {
-    /// The first block through all stages, and the rest at the pace of the slowest; but not before memory has
-    /// moved all.
+    /// Returns the seconds of all blocks: the latency of the first one, plus the slowest stage's time for
+    /// each of the others, but at least the time that device memory needs.
     fn seconds(&self, chip: &Chip) -> f64 {
         let Pipeline { count, load_s, units_s, drain_s, store_s, device_s, setup_s, requests, slots } = *self;
         // With one request at a time, each waits for its setup.
@@ -136,7 +135,7 @@ impl Pipeline {
         let work: f64 = units_s.iter().sum::<f64>() + drain_s;
         let load_s = load_s.max(device_s / count);
         let first = 2.0 * (setup_s - waits) + load_s + signal + work + signal + store_s;
-        // Slots take turns, each of which goes through everything.
+        // A slot is reused only after its block went through load and compute.
         let slot = (setup_s - waits + load_s + 2.0 * signal + work) / slots;
         let paces = [load_s, units_s[0], units_s[1], store_s, slot];
         let pace = paces.into_iter().fold(0.0, f64::max);

@@ -5,42 +5,42 @@ use std::ops::Range;
 use super::units::{requests, row_pieces};
 use super::{COLUMNS, Pipeline, aligned, blocks, share, too_small};
 use crate::chip::{Chip, Multiplication, form_bytes};
-use crate::shape::{After, Part, Product, X};
+use crate::shape::{Epilogue, Part, Product, X};
 use crate::tile::{Builder, Entry, Form, Piece, Ring, Step, TileProgram, VectorWork, Work};
 use halite::Result;
 
-/// How a product is divided.
+/// The division of a product between tiles and into blocks.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Tiling {
-    /// Tiles along rows of activations, and along columns.
+    /// Tiles along the rows of activations, and along the columns.
     grid: (u32, u32),
-    /// Rows of activations that a tile keeps.
+    /// Rows of activations in the scratchpad of a tile.
     rows: u32,
-    /// Columns of a block of weights.
+    /// Columns of a block of the output.
     columns: u32,
 }
 
 impl Product {
-    /// Columns that are divided: those of all parts, or of gates.
+    /// Returns the output columns to divide: those of all parts, or of the gate.
     pub fn columns(&self) -> u32 {
-        match self.after {
-            After::Glu => self.parts.first().map_or(0, |p| p.n),
+        match self.epilogue {
+            Epilogue::Glu => self.parts.first().map_or(0, |p| p.n),
             _ => self.parts.iter().map(|p| p.n).sum(),
         }
     }
 
-    /// Products that a column takes.
+    /// Returns the number of products per output column.
     fn width(&self) -> u32 {
-        if self.after == After::Glu { 2 } else { 1 }
+        if self.epilogue == Epilogue::Glu { 2 } else { 1 }
     }
 
     fn finishes(&self) -> bool {
-        self.after != After::Nothing || self.parts.iter().any(|p| p.bias.is_some())
+        self.epilogue != Epilogue::None || self.parts.iter().any(|p| p.bias.is_some())
     }
 
-    /// Parts that columns `range` belong to, with their own columns.
+    /// Splits a range of output columns into blocks: the part, and columns of that part.
     fn parts(&self, range: Range<u32>, step: u32) -> Vec<(usize, Range<u32>)> {
-        if self.after == After::Glu {
+        if self.epilogue == Epilogue::Glu {
             return blocks(range, step).map(|r| (0, r)).collect();
         }
         let mut first = 0;
@@ -56,17 +56,17 @@ impl Product {
     }
 }
 
-/// The numbers of a product that do not depend on how it is divided.
+/// Costs of a product that do not depend on the tiling.
 pub struct Costs<'a> {
     chip: &'a Chip,
     p: &'a Product,
     tiles: u32,
     how: Vec<Multiplication>,
-    /// Forms of activations.
+    /// Forms of the activations, without duplicates.
     forms: Vec<Form>,
-    /// Bytes of the longest row of a weight, as stored and as the unit takes it.
+    /// Bytes of the longest row of a weight, as stored and as the unit reads it.
     row_bytes: (u64, u64),
-    /// Bytes of a column's weights, on average.
+    /// Average bytes of the weights per column.
     pub column_bytes: f64,
 }
 
@@ -95,19 +95,19 @@ impl<'a> Costs<'a> {
         }
     }
 
-    /// Whether weights take room in another form than the stored one.
+    /// Whether the scratchpad holds weights in a second, unpacked form.
     fn unpacks_to_memory(&self) -> bool {
         self.how.iter().any(|m| !matches!(m.w, Form::File(_)))
     }
 
-    /// The work of bringing rows of activations into the formats that they are multiplied in.
+    /// Returns the vector work of converting rows of activations to the formats of the products.
     fn converting(&self, rows: u32) -> VectorWork {
         let needed = self.how.iter().any(|m| m.converts);
         let elements = if needed { u64::from(rows) * u64::from(self.p.k) } else { 0 };
         VectorWork { quantize: elements, ..Default::default() }
     }
 
-    /// Bytes of scratchpad that a tiling takes.
+    /// Returns the scratchpad bytes of a tiling.
     fn scratch_bytes(&self, t: Tiling) -> u64 {
         let (p, rows, columns) = (self.p, t.rows, t.columns);
         let out = aligned(4 * u64::from(rows) * u64::from(columns));
@@ -119,11 +119,11 @@ impl<'a> Costs<'a> {
             if self.unpacks_to_memory() { aligned(self.row_bytes.1 * u64::from(columns)) } else { 0 };
         let products = 2 * u64::from(p.width()) * (stored + unpacked + out);
         let biases = 2 * u64::from(p.width()) * aligned(4 * u64::from(columns));
-        let residual = if matches!(p.after, After::Add(_)) { 2 * out } else { 0 };
+        let residual = if matches!(p.epilogue, Epilogue::Add(_)) { 2 * out } else { 0 };
         x + products + if p.finishes() { biases + residual + 2 * out } else { 0 }
     }
 
-    /// Seconds by the closed form.
+    /// Returns the seconds of a tiling by the closed form.
     fn seconds(&self, t: Tiling) -> f64 {
         let (chip, p) = (self.chip, self.p);
         let (grid_m, grid_n) = t.grid;
@@ -140,7 +140,7 @@ impl<'a> Costs<'a> {
         let unpack_s = if unpacks { width * vector_s(unpacking(block, p.k)) } else { 0.0 };
         let finish_s = if p.finishes() { vector_s(finishing(p, rows, block)) } else { 0.0 };
         let each = chip.activation_bytes();
-        let added = if matches!(p.after, After::Add(_)) { each } else { 0.0 };
+        let added = if matches!(p.epilogue, Epilogue::Add(_)) { each } else { 0.0 };
         let weights = passes * f64::from(grid_m) / f64::from(chip.multicast(grid_m));
         let activations = f64::from(grid_n) / f64::from(chip.multicast(grid_n));
         let all_columns = f64::from(p.columns());
@@ -163,18 +163,18 @@ impl<'a> Costs<'a> {
             ),
             slots: 2.0,
         };
-        // Activations come first, and nothing overlaps with them.
+        // Activations are loaded first; nothing overlaps with that.
         let waits = if chip.queue_entries() > 1 { 0.0 } else { pipeline.setup_s };
         let x_s = (each * rows * k / engine).max(each * m * k * activations / chip.device_bytes_per_s());
         let x_s = x_s + waits * requests(&p.x, rows as u32);
         let again = passes - 1.0;
-        // Once they are converted, the next ones can be loaded; where they are used as they are, only after
-        // the last product.
+        // Converted activations free their slot for the next load. Unconverted ones keep it until the last
+        // product.
         let x_s = if convert_s > 0.0 { x_s } else { x_s + again * (x_s + pipeline.setup_s + drain_s) };
         pipeline.seconds(chip) + x_s + passes * (convert_s + 2.0 * chip.semaphore_s())
     }
 
-    /// The tiling that the closed form likes best.
+    /// Returns the tiling with the shortest time by the closed form, and the time.
     pub fn tiling(&self) -> Result<(Tiling, f64)> {
         let p = self.p;
         let halves = |n: u32| std::iter::successors(Some(n.max(1)), |n| (*n > 1).then(|| n.div_ceil(2)));
@@ -207,14 +207,14 @@ impl<'a> Costs<'a> {
     }
 }
 
-/// Shifts, masks and a scale.
+/// Returns the vector work of unpacking weights: shifts, masks and a scale.
 fn unpacking(rows: u32, k: u32) -> VectorWork {
     VectorWork { simple: 2 * u64::from(rows) * u64::from(k), ..Default::default() }
 }
 
 fn finishing(p: &Product, rows: u32, columns: u32) -> VectorWork {
-    let each = match p.after {
-        After::Glu => VectorWork { simple: 4, exp: 1, divide: 1, ..Default::default() },
+    let each = match p.epilogue {
+        Epilogue::Glu => VectorWork { simple: 4, exp: 1, divide: 1, ..Default::default() },
         _ => VectorWork { simple: 2, ..Default::default() },
     };
     each.times(u64::from(rows) * u64::from(columns))
@@ -233,11 +233,11 @@ pub fn product_programs(chip: &Chip, p: &Product, tiles: u32) -> Result<Vec<Tile
     Ok(programs.filter(|program| !program.commands.is_empty()).collect())
 }
 
-/// The slots of a tile's products.
+/// The rings of slots of a tile.
 struct ProductRings<'a> {
     costs: &'a Costs<'a>,
     tiling: Tiling,
-    /// For each product of a column: its weights as stored, as the unit takes them, its results, its biases.
+    /// For each product of a column: stored weights, unpacked weights, results, biases.
     weights: Vec<Ring>,
     unpacked: Vec<Ring>,
     products: Vec<Ring>,
@@ -246,11 +246,11 @@ struct ProductRings<'a> {
     finished: Ring,
 }
 
-/// Columns of one part whose weights are on the way.
+/// A block of output columns of one part, with its operands in the scratchpad.
 struct Block {
     part: usize,
     columns: Range<u32>,
-    /// Of each product: what the matrix unit reads besides activations.
+    /// For each product, the slots that the matrix unit reads besides the activations.
     weights: Vec<Vec<Entry>>,
     addends: Vec<Entry>,
 }
@@ -266,14 +266,14 @@ impl<'a> ProductRings<'a> {
         let unpacked = rings(if_so(costs.unpacks_to_memory(), costs.row_bytes.1 * columns));
         let products = rings(out_bytes);
         let biases = rings(if_so(p.finishes(), 4 * columns));
-        let residual = b.ring(2, if_so(matches!(p.after, After::Add(_)), out_bytes));
+        let residual = b.ring(2, if_so(matches!(p.epilogue, Epilogue::Add(_)), out_bytes));
         let finished = b.ring(2, if_so(p.finishes(), out_bytes));
         ProductRings { costs, tiling: t, weights, unpacked, products, biases, residual, finished }
     }
 
-    /// The parts that are multiplied for a column of one of them: those of a gated unit go together.
+    /// Returns the parts that are multiplied for a column of `part`: gate and up of a gated unit go together.
     fn parts(&self, part: usize) -> Range<usize> {
-        if self.costs.p.after == After::Glu { 0..2 } else { part..part + 1 }
+        if self.costs.p.epilogue == Epilogue::Glu { 0..2 } else { part..part + 1 }
     }
 
     /// Loads and unpacks a block's weights.
@@ -292,8 +292,8 @@ impl<'a> ProductRings<'a> {
                 let piece = Piece::whole(operand, from + 4 * u64::from(columns.start), 4 * count);
                 block.addends.push(b.load(&mut self.biases[slot], [piece], sharers));
             }
-            // Of what the unit takes as it is stored, unpacking costs time but makes nothing: the bits are
-            // the file's.
+            // If the unit's form is the stored one, unpacking costs time but has no output: the bits are the
+            // file's.
             let (step, bytes) = match how.w {
                 Form::Chip(_) => {
                     let step = Step::Unpack { rows: count, k: p.k, from: part.format, to: how.w };
@@ -311,7 +311,7 @@ impl<'a> ProductRings<'a> {
             }
             block.weights.push(weight);
         }
-        if let After::Add(operand) = p.after {
+        if let Epilogue::Add(operand) = p.epilogue {
             let from = Part { out: operand, ..p.parts[part].clone() };
             let pieces = out_pieces(p, &from, rows.clone(), columns.clone());
             block.addends.push(b.load(&mut self.residual, pieces, 1));
@@ -319,8 +319,8 @@ impl<'a> ProductRings<'a> {
         block
     }
 
-    /// Multiplies a block with activations, finishes and stores it; `last` if the activations are not needed
-    /// any more.
+    /// Multiplies a block with the activations, applies the epilogue and stores the result. `last` frees the
+    /// activations.
     fn complete(
         &mut self,
         b: &mut Builder,
@@ -402,7 +402,7 @@ fn product_program(costs: &Costs<'_>, t: Tiling, rows: Range<u32>, columns: Rang
     b.finish()
 }
 
-/// Columns `range` of rows of an output.
+/// Returns the pieces of an output: some rows, and columns `range` of each.
 fn out_pieces(p: &Product, part: &Part, rows: Range<u32>, range: Range<u32>) -> Vec<Piece> {
     let bytes = 4 * (range.end - range.start);
     let stride = 4 * u64::from(part.n);

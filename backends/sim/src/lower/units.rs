@@ -1,35 +1,36 @@
-//! Ops that work on rows or runs of elements, each by itself.
+//! Ops on independent units of work: rows, or runs of elements.
 
 use std::ops::Range;
 
 use super::{BLOCK_BYTES, Pipeline, SLOTS, TILE_BYTES, aligned, blocks, share, too_small};
 use crate::chip::Chip;
-use crate::shape::{Rows, Units, Which};
+use crate::shape::{RowIndex, Rows, Units};
 use crate::tile::{ALIGNMENT, Builder, Entry, Lowered, Operand, Piece, Ring, Step, TileProgram, Work};
 use halite::Result;
 
-/// How units are divided.
+/// The division of units between tiles and into blocks.
 struct UnitsTiling {
     tiles: u32,
-    /// Slots of everything that is loaded or stored.
+    /// Slots per operand.
     slots: u32,
-    /// Units of a command.
+    /// Units per command.
     block: u32,
-    /// Bytes that are read and written for each, and that are read once.
+    /// Bytes read per unit, bytes written per unit, bytes read once.
     bytes: (u64, u64, u64),
 }
 
-fn only(r: &&Rows) -> bool {
-    r.which == Which::Only
+fn is_broadcast(r: &&Rows) -> bool {
+    r.index == RowIndex::Broadcast
 }
 
 fn units_tiling(chip: &Chip, units: &Units) -> Result<UnitsTiling> {
     let all = || units.reads.iter().chain(&units.writes);
-    let once: u64 = all().filter(only).map(|r| aligned(r.bytes.into())).sum();
-    let sum = |rows: &[Rows]| -> u64 { rows.iter().filter(|r| !only(r)).map(|r| u64::from(r.bytes)).sum() };
+    let once: u64 = all().filter(is_broadcast).map(|r| aligned(r.bytes.into())).sum();
+    let sum =
+        |rows: &[Rows]| -> u64 { rows.iter().filter(|r| !is_broadcast(r)).map(|r| u64::from(r.bytes)).sum() };
     let (read, written) = (sum(&units.reads), sum(&units.writes));
     let each = read + written;
-    // Rows that fit, with so many slots of each and what rounding up adds.
+    // The rows that fit with a number of slots; `rounding` covers the alignment of slots.
     let rounding = 2 * u64::from(ALIGNMENT) * all().count() as u64;
     let fit = |slots: u64| chip.scratch_bytes.saturating_sub(once + rounding) / (slots * each).max(1);
     let Some(slots) = SLOTS.into_iter().find(|&slots| fit(slots.into()) > 0) else {
@@ -41,7 +42,7 @@ fn units_tiling(chip: &Chip, units: &Units) -> Result<UnitsTiling> {
     Ok(UnitsTiling { tiles, slots, block, bytes: (read, written, once) })
 }
 
-/// Seconds of units by the closed form.
+/// Returns the seconds of units by the closed form.
 pub fn units_s(chip: &Chip, units: &Units) -> Result<f64> {
     let UnitsTiling { tiles, slots, block, bytes: (read, written, once) } = units_tiling(chip, units)?;
     if tiles == 0 {
@@ -50,9 +51,10 @@ pub fn units_s(chip: &Chip, units: &Units) -> Result<f64> {
     let per_tile = units.count.div_ceil(tiles);
     let block = block.min(per_tile);
     let count = f64::from(per_tile.div_ceil(block));
-    // Of all rows in device memory.
+    // Bytes moved in device memory per byte of activations here, whose format on the chip may be narrower.
     let part = |rows: &[Rows], bytes: u64| {
-        let moved = rows.iter().filter(|r| !only(r)).map(|r| chip.memory_bytes(&row_piece(r))).sum::<f64>();
+        let moved =
+            rows.iter().filter(|r| !is_broadcast(r)).map(|r| chip.memory_bytes(&row_piece(r))).sum::<f64>();
         moved / (bytes as f64).max(1.0)
     };
     let (read, written) =
@@ -80,12 +82,12 @@ pub fn units_s(chip: &Chip, units: &Units) -> Result<f64> {
         + once as f64 / chip.engine_bytes_per_s())
 }
 
-/// Requests of `count` rows.
+/// Returns the number of requests for `count` rows.
 pub fn requests(rows: &Rows, count: u32) -> f64 {
-    match rows.which {
-        Which::Own => 1.0,
-        Which::Only => 0.0,
-        Which::Listed(_) => f64::from(count),
+    match rows.index {
+        RowIndex::Own => 1.0,
+        RowIndex::Broadcast => 0.0,
+        RowIndex::Gather(_) => f64::from(count),
     }
 }
 
@@ -94,12 +96,12 @@ pub fn units_programs(chip: &Chip, units: &Units, stage: u32) -> Result<Vec<Tile
     let program = |tile| {
         let mut b = Builder::default();
         let mut constants = Vec::new();
-        for read in units.reads.iter().filter(only) {
+        for read in units.reads.iter().filter(is_broadcast) {
             let mut ring = b.ring(1, read.bytes.into());
             constants.push(b.load(&mut ring, [Piece::whole(read.operand, 0, read.bytes)], tiles));
         }
         let rings = |b: &mut Builder, rows: &[Rows]| -> Vec<_> {
-            let own = rows.iter().filter(|r| r.which != Which::Only);
+            let own = rows.iter().filter(|r| r.index != RowIndex::Broadcast);
             own.map(|r| (r.clone(), b.ring(slots, u64::from(block) * u64::from(r.bytes)))).collect()
         };
         let (mut reads, mut writes) = (rings(&mut b, &units.reads), rings(&mut b, &units.writes));
@@ -137,13 +139,13 @@ fn row_piece(rows: &Rows) -> Piece {
     Piece { activations: rows.activations, ..Piece::whole(rows.operand, 0, rows.bytes) }
 }
 
-/// The pieces that rows of an operand are.
+/// Returns the pieces of some rows of an operand.
 pub fn row_pieces(rows: &Rows, range: Range<u32>) -> Vec<Piece> {
     let at = |row: u32| u64::from(row) * u64::from(rows.bytes);
-    let pieces = match &rows.which {
-        Which::Own => vec![Piece::whole(rows.operand, at(range.start), rows.bytes * range.len() as u32)],
-        Which::Only => vec![Piece::whole(rows.operand, 0, rows.bytes)],
-        Which::Listed(list) => {
+    let pieces = match &rows.index {
+        RowIndex::Own => vec![Piece::whole(rows.operand, at(range.start), rows.bytes * range.len() as u32)],
+        RowIndex::Broadcast => vec![Piece::whole(rows.operand, 0, rows.bytes)],
+        RowIndex::Gather(list) => {
             let rows_of = list.get(range.start as usize..range.end as usize).unwrap_or(&[]);
             rows_of.iter().map(|&row| Piece::whole(rows.operand, at(row), rows.bytes)).collect()
         }
@@ -151,7 +153,7 @@ pub fn row_pieces(rows: &Rows, range: Range<u32>) -> Vec<Piece> {
     pieces.into_iter().map(|piece| Piece { activations: rows.activations, ..piece }).collect()
 }
 
-/// Rows in equal runs, of which each tells its largest element, and then rows, which compare them.
+/// Returns the stages of an arg-max: the largest element of each run of a row, then the largest of each row.
 pub fn arg_max_stages(rows: u32, cols: u32) -> [Units; 2] {
     let run = (64..=2048.min(cols)).rev().find(|run| cols.is_multiple_of(*run)).unwrap_or(cols);
     let runs = cols / run.max(1);
@@ -168,13 +170,12 @@ pub fn arg_max_stages(rows: u32, cols: u32) -> [Units; 2] {
     ]
 }
 
-/// Seconds of stages by the closed form.
+/// Returns the seconds of stages by the closed form.
 pub fn stages_s(chip: &Chip, stages: &[Units]) -> Result<f64> {
     stages.iter().try_fold(0.0, |sum, units| Ok(sum + units_s(chip, units)? + chip.barrier_s()))
 }
 
-/// Stages that follow each other; what one leaves for the next is in temporary buffers, one for each but the
-/// last.
+/// Lowers consecutive stages. Each stage but the last writes to a temporary buffer, which the next one reads.
 pub fn stage_phases(chip: &Chip, stages: &[Units], lowered: &mut Lowered) -> Result<()> {
     for (number, units) in stages.iter().enumerate() {
         let is_temp = |rows: &&Rows| matches!(rows.operand, Operand::Temp(_));
@@ -185,7 +186,8 @@ pub fn stage_phases(chip: &Chip, stages: &[Units], lowered: &mut Lowered) -> Res
     Ok(())
 }
 
-/// Rows in equal runs, each of which leaves a list of pairs; then a few lists leave one, until there is one.
+/// Returns the stages of a top-k: a list of pairs for each run of a row, then merges of a few lists into one,
+/// until one is left.
 pub fn top_k_stages(rows: u32, cols: u32, k: u32) -> Vec<Units> {
     let run = (k.max(64)..=2048.min(cols)).rev().find(|run| cols.is_multiple_of(*run)).unwrap_or(cols);
     let (mut from, mut words, mut lists) = (Operand::In(0), run, cols / run.max(1));

@@ -1,0 +1,323 @@
+//! Products of weight rows with activations: `out[t][r] = w[r] · x[t]`.
+//!
+//! The contract. Quantised formats: exact integer sums inside a group (integer sub-scales applied in
+//! integers), then `acc = fma(sum, d_w · d_x, acc)` once a group, in order from k = 0, a minimum as a second
+//! fma of the same kind after it. Plain formats: 16 strided accumulators (lane = k mod 16), fma, then the
+//! fixed tree. A row's result never depends on its tile or its neighbours.
+//!
+//! Every quantised product holds one weight row in each of 16 lanes, so that sums need no reduction. Formats
+//! with kernels of their own ([`Interleaved`]) bring their blocks into that order by transposing words, or
+//! find them so in a packed file; the others are unpacked to their normal form ([`Unpacked`]) first. For a
+//! few tokens, codes go from the blocks straight into dot products (decode); for many, they are expanded once
+//! into a tile (prefill). Which one runs never shows in the result.
+
+#![allow(clippy::needless_range_loop, reason = "loops by index over vectors are what inlines; see `isa`")]
+
+use crate::activation::{self, SUMS, padded};
+use crate::formats::{
+    Bytes, Format, Interleaved, Kind, Layout, MAX_BLOCK_BYTES, Plain, Quantised, ROWS, Unpacked,
+};
+use crate::isa::{Cpu, Isa, WithIsa};
+use crate::panel::PanelMut;
+use core::marker::PhantomData;
+
+mod plain;
+mod rowwise;
+mod tiles;
+
+use plain::plain;
+use tiles::{Room, decode, lanes_of, prefill};
+
+/// Tokens that a tile keeps in registers.
+const TILE_TOKENS: usize = 4;
+/// Values of a row that are unpacked at a time.
+const CHUNK: usize = 256;
+
+/// Activations as the weight's format wants them.
+#[derive(Debug, Clone, Copy)]
+pub enum X<'a> {
+    /// For plain formats: `[tokens][k]`.
+    F32(&'a [f32]),
+    /// For quantised formats.
+    Quantised(activation::Quantised<'a>),
+}
+
+/// One product: some rows of a weight with all tokens.
+#[derive(Debug)]
+pub struct MatMul<'a, 'o> {
+    /// The rows' bytes.
+    pub w: &'a [u8],
+    /// How they lie. Interleaved ones start with a whole group of rows.
+    pub layout: Layout,
+    /// Values of a row.
+    pub k: usize,
+    /// Activations.
+    pub x: X<'a>,
+    /// One row for each token, one column for each weight row.
+    pub out: PanelMut<'o>,
+}
+
+/// A format's kernel for every CPU.
+pub(crate) type Kernel = fn(Cpu, MatMul<'_, '_>);
+
+/// For kernels that are generic over the instruction set and the format, functions that choose the former.
+macro_rules! for_every_cpu {
+    ($($kernel:ident<$format:ident>)+) => {
+        pub(crate) mod every_cpu {
+            use super::*;
+            $(pub(crate) fn $kernel<Q: $format>(cpu: Cpu, product: MatMul<'_, '_>) {
+                struct Call<'a, 'o, Q>(MatMul<'a, 'o>, PhantomData<Q>);
+                impl<Q: $format> WithIsa for Call<'_, '_, Q> {
+                    type Out = ();
+                    #[inline(always)]
+                    fn call<I: Isa>(self, isa: I) {
+                        super::$kernel::<I, Q>(isa, self.0);
+                    }
+                }
+                cpu.run_inline(Call::<Q>(product, PhantomData));
+            })+
+        }
+    };
+}
+
+for_every_cpu! { interleaved<Interleaved> unpacked<Quantised> plain<Plain> }
+
+/// The loop that computes a product.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Loop {
+    /// Four rows by one or four tokens, lanes along k.
+    Plain,
+    /// Lanes along a row, codes straight from its blocks.
+    Rows,
+    /// Sixteen rows in lanes, codes straight from the blocks.
+    Direct,
+    /// Sixteen rows in lanes, expanded once for all tokens; twice as many where there are registers.
+    Tiles,
+}
+
+impl Loop {
+    /// Loops that read codes from the blocks pay while a block meets no more tokens than registers hold.
+    const fn choose(format: Format, layout: Layout, tokens: usize) -> Loop {
+        match format.kind() {
+            Kind::Float => Loop::Plain,
+            Kind::Quantised { .. } if tokens > TILE_TOKENS => Loop::Tiles,
+            Kind::Quantised { group: CHUNK, .. } if matches!(layout, Layout::Rows) => Loop::Rows,
+            Kind::Quantised { .. } if format.interleaves() => Loop::Direct,
+            Kind::Quantised { .. } => Loop::Tiles,
+        }
+    }
+}
+
+/// Describes, in a line for people, which kernel computes a product with `tokens` tokens, and why.
+pub fn describe(cpu: Cpu, format: Format, layout: Layout, tokens: usize) -> impl core::fmt::Display {
+    struct Line(Cpu, Format, Layout, usize);
+    impl core::fmt::Display for Line {
+        fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+            let Line(cpu, format, layout, tokens) = *self;
+            let isa = cpu.name();
+            let source = match layout {
+                Layout::Interleaved => "rows interleaved in the file",
+                Layout::Rows if format.interleaves() => "rows interleaved on the way",
+                Layout::Rows => "blocks unpacked: the format has no kernel on interleaved rows",
+            };
+            match Loop::choose(format, layout, tokens) {
+                Loop::Plain => write!(f, "{isa} plain: lanes along k, {} floats", format.name()),
+                Loop::Rows => write!(f, "{isa} rows: lanes along k; {tokens} <= {TILE_TOKENS} tokens"),
+                Loop::Direct => write!(f, "{isa} direct: {source}; {tokens} <= {TILE_TOKENS} tokens"),
+                Loop::Tiles => write!(f, "{isa} tiles: {source}; expanded once for {tokens} tokens"),
+            }
+        }
+    }
+    Line(cpu, format, layout, tokens)
+}
+
+/// Computes a product of rows stored as `format`. Rows and tokens for which bytes or activations are missing
+/// are left alone; if `x` is not of the kind that the format wants, or `k` is no whole number of blocks, all
+/// are.
+pub fn matmul(cpu: Cpu, format: Format, product: MatMul<'_, '_>) {
+    (format.kernel())(cpu, product);
+}
+
+/// A product with quantised activations, checked.
+struct Task<'a, 'o, Q> {
+    w: &'a [Q],
+    row_blocks: usize,
+    rows: usize,
+    layout: Layout,
+    x: activation::Quantised<'a>,
+    /// Codes and sums of `x`, chunk by chunk.
+    codes: &'a [[[i8; 4]; CHUNK / 4]],
+    sums: &'a [[i32; SUMS]],
+    tokens: usize,
+    out: PanelMut<'o>,
+}
+
+impl<Q> Task<'_, '_, Q> {
+    /// Chunks of a row.
+    #[inline(always)]
+    fn chunks(&self) -> usize {
+        self.x.k.div_ceil(CHUNK)
+    }
+}
+
+impl<'a, 'o, Q: Quantised> Task<'a, 'o, Q> {
+    /// `None` if there is nothing to compute.
+    fn new(product: MatMul<'a, 'o>) -> Option<Self> {
+        let X::Quantised(x) = product.x else { return None };
+        let k = product.k;
+        // No longer row could be in memory, and its padded length might overflow.
+        if k == 0 || k > isize::MAX as usize || !k.is_multiple_of(Q::LEN) || k != x.k {
+            return None;
+        }
+        let row_blocks = k / Q::LEN;
+        let w = Q::cast(product.w);
+        let width = padded(k);
+        let tokens = (x.codes.len() / width)
+            .min(x.scales.len() / (width / Q::ACTIVATION.block_len()))
+            .min(x.sums.len() / (width / activation::PADDING * SUMS))
+            .min(product.out.rows());
+        let rows = (w.len() / row_blocks).min(product.out.cols());
+        if tokens == 0 || rows == 0 {
+            return None;
+        }
+        let x = activation::Quantised {
+            k,
+            codes: &x.codes[..tokens * width],
+            scales: &x.scales[..tokens * (width / Q::ACTIVATION.block_len())],
+            sums: &x.sums[..tokens * (width / activation::PADDING * SUMS)],
+        };
+        let codes = x.codes.as_chunks::<4>().0.as_chunks::<{ CHUNK / 4 }>().0;
+        let sums = x.sums.as_chunks().0;
+        Some(Task { w, row_blocks, rows, layout: product.layout, x, codes, sums, tokens, out: product.out })
+    }
+}
+
+/// Formats that are read as interleaved rows.
+fn interleaved<I: Isa, Q: Interleaved>(isa: I, product: MatMul<'_, '_>) {
+    let Some(mut task) = Task::<Q>::new(product) else { return };
+    isa.run(
+        #[inline(always)]
+        || match Loop::choose(Q::FORMAT, task.layout, task.tokens) {
+            Loop::Rows if task.tokens == 1 => rowwise::interleaved::<I, Q, 1>(isa, &mut task),
+            Loop::Rows => rowwise::interleaved::<I, Q, TILE_TOKENS>(isa, &mut task),
+            Loop::Direct if task.tokens == 1 => decode::<I, Q, 1>(isa, &mut task),
+            Loop::Direct => decode::<I, Q, TILE_TOKENS>(isa, &mut task),
+            Loop::Plain | Loop::Tiles => {
+                let mut near = Room::ZERO;
+                prefill::<I, Q>(
+                    isa,
+                    &mut task,
+                    #[inline(always)]
+                    |task, first, c, tile| {
+                        let lanes = lanes_of::<I, Q>(isa, task, first, c, &mut near);
+                        tile.expand::<I, Q>(isa, lanes);
+                    },
+                );
+            }
+        },
+    );
+}
+
+/// Formats that are unpacked to their normal form.
+fn unpacked<I: Isa, Q: Quantised>(isa: I, product: MatMul<'_, '_>) {
+    let Some(mut task) = Task::<Q>::new(product) else { return };
+    isa.run(
+        #[inline(always)]
+        || {
+            // (Of the loops over rows, only those that a format can need are compiled.)
+            if Q::GROUP == CHUNK && Loop::choose(Q::FORMAT, task.layout, task.tokens) == Loop::Rows {
+                return match task.tokens {
+                    1 => rowwise::unpacked::<I, Q, 1>(isa, &mut task),
+                    _ => rowwise::unpacked::<I, Q, TILE_TOKENS>(isa, &mut task),
+                };
+            }
+            let mut rows = [Unpacked::ZERO; ROWS];
+            prefill::<I, Q>(
+                isa,
+                &mut task,
+                #[inline(always)]
+                |task, first, c, tile| {
+                    for r in 0..ROWS {
+                        let row = (first + r).min(task.rows - 1) * task.row_blocks;
+                        unpack_chunk(&task.w[row..row + task.row_blocks], c, &mut rows[r]);
+                    }
+                    tile.set::<I, Q>(isa, &rows);
+                },
+            );
+        },
+    );
+}
+
+/// One token's activations in one chunk.
+#[derive(Clone, Copy)]
+struct XChunk<'a> {
+    codes: &'a [[i8; 4]; CHUNK / 4],
+    sums: &'a [i32; SUMS],
+    scales: &'a [f32],
+}
+
+impl<'a> XChunk<'a> {
+    #[inline(always)]
+    fn new<Q>(task: &Task<'a, '_, Q>, token: usize, c: usize) -> Self {
+        let i = token * task.chunks() + c;
+        let scales = task.x.scales.len() / task.codes.len().max(1);
+        XChunk {
+            codes: task.codes.get(i).unwrap_or(&[[0; 4]; CHUNK / 4]),
+            sums: task.sums.get(i).unwrap_or(&[0; SUMS]),
+            scales: task.x.scales.get(i * scales..(i + 1) * scales).unwrap_or(&[0.0; CHUNK / 32]),
+        }
+    }
+
+    /// The codes of 32 values.
+    #[inline(always)]
+    fn part(&self, part: usize) -> &'a [u8; 32] {
+        let codes = <[i8; 4]>::bytes_of(self.codes).as_chunks::<32>().0;
+        codes.get(part).unwrap_or(&[0; 32])
+    }
+
+    /// The sums of each 16 codes (16 of them) or of each 32 (8), times `factor`.
+    #[inline(always)]
+    fn sums<I: Isa>(&self, isa: I, values: usize, factor: i32) -> [i32; 16] {
+        let first = if values == 16 { 0 } else { 16 };
+        let mut out = [0; 16];
+        let sums = self.sums[first..].first_chunk().unwrap_or(&[0; 16]);
+        isa.store_i(isa.mul_i(isa.load_i(sums), isa.splat_i(factor)), &mut out);
+        out
+    }
+}
+
+/// Unpacks a row's chunk `c`. Codes past a row's end are arbitrary: activations there are zero.
+#[inline(always)]
+fn unpack_chunk<Q: Quantised>(row: &[Q], c: usize, out: &mut Unpacked) {
+    let per_chunk = CHUNK / Q::LEN;
+    let blocks = &row[c * per_chunk..row.len().min((c + 1) * per_chunk)];
+    if Q::LEN == CHUNK {
+        return blocks[0].unpack(out);
+    }
+    let groups = Q::LEN / Q::GROUP;
+    for (i, block) in blocks.iter().enumerate() {
+        // Formats of short blocks have no integer sub-scales: `sub` and `mins` are ones, which nobody reads.
+        let mut one = Unpacked::ZERO;
+        block.unpack(&mut one);
+        out.codes[i * Q::LEN..(i + 1) * Q::LEN].copy_from_slice(&one.codes[..Q::LEN]);
+        out.d[i * groups..(i + 1) * groups].copy_from_slice(&one.d[..groups]);
+    }
+}
+
+/// Reads a row of a table as f32: `out` is filled with row `row`, times `scale`. Left alone if the row is not
+/// there.
+pub fn embed(format: Format, layout: Layout, table: &[u8], row: usize, scale: f32, out: &mut [f32]) {
+    let (len, bytes) = (format.block_len(), format.block_bytes());
+    let row_blocks = out.len() / len;
+    let mut block = [0; MAX_BLOCK_BYTES];
+    for (i, values) in out.chunks_exact_mut(len).enumerate() {
+        let block = &mut block[..bytes];
+        if format.copy_block(layout, table, row_blocks, row, i, block).is_none() {
+            return;
+        }
+        let _ = format.dequantize(block, values);
+        if scale != 1.0 {
+            values.iter_mut().for_each(|x| *x *= scale);
+        }
+    }
+}

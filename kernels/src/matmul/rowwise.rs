@@ -1,0 +1,367 @@
+//! A few tokens with plain rows of super-blocks: lanes run along a row, so that codes are read where they are.
+//!
+//! Sixteen rows at a time, two in one vector: rows `p` and `p + 8`, eight lanes each. A lane sums the products
+//! of its codes, sub-scales applied, over a whole super-block. A transposition then adds up the lanes of each
+//! row, once for 256 values. What is left (scales, minimums, the correction of raised codes) works with one
+//! row in each lane.
+
+#![allow(clippy::needless_range_loop, reason = "loops by index over vectors are what inlines; see `isa`")]
+
+use super::tiles::{Scales, add_group, ask_ahead, bias};
+use super::{CHUNK, Task, XChunk};
+use crate::formats::{Bytes, Interleaved, Quantised, ROWS, Unpacked, Words};
+use crate::isa::Isa;
+
+/// Pairs of rows in sixteen.
+const PAIRS: usize = ROWS / 2;
+/// Parts of 32 values in a super-block: the codes of a part of two rows fill a vector.
+const PARTS: usize = CHUNK / 32;
+
+/// One super-block of each of sixteen rows.
+trait Rows<I: Isa, Q: Quantised>: Copy {
+    /// A row's codes, in whichever form.
+    type Row;
+    /// What stands beside the codes.
+    fn header(self, isa: I) -> Header<I>;
+    /// One row.
+    fn row(&self, r: usize) -> &Self::Row;
+    /// The code bytes of a part of two rows.
+    fn codes(isa: I, rows: [&Self::Row; 2], part: usize) -> I::I;
+}
+
+/// Scales of a super-block, one row in each lane.
+struct Header<I: Isa> {
+    d: I::F,
+    m: I::F,
+    /// For each part, the sub-scales of its first and of its second 16 values as 16-bit integers.
+    subs: [[i32; 16]; PARTS],
+    /// [`Interleaved::mins`].
+    mins: [I::I; 4],
+}
+
+impl<I: Isa, Q: Quantised> Scales<I, Q> for &Header<I> {
+    #[inline(always)]
+    fn d(self, _: I, _: usize) -> I::F {
+        self.d
+    }
+    #[inline(always)]
+    fn m(self, _: I, _: usize) -> I::F {
+        self.m
+    }
+    #[inline(always)]
+    fn mins(self, isa: I, pair: usize) -> I::I {
+        isa.and_i(isa.shr_by(self.mins[pair / 2], 8 * (pair % 2) as u32), isa.splat_i(0x00ff_00ff))
+    }
+}
+
+/// Blocks where they are in the rows, `stride` blocks apart.
+#[derive(Clone, Copy)]
+struct Blocks<'a, Q> {
+    blocks: &'a [Q],
+    first: &'a Q,
+    stride: usize,
+}
+
+impl<'a, Q: Interleaved> Blocks<'a, Q> {
+    /// Blocks that are missing read as the first.
+    #[inline(always)]
+    fn get(self, r: usize) -> &'a Q {
+        self.blocks.get(r * self.stride).unwrap_or(self.first)
+    }
+
+    /// Four words of each row.
+    #[inline(always)]
+    fn quad<I: Isa>(self, isa: I, first: usize) -> [I::I; 4] {
+        let bytes = Q::bytes_of(self.blocks).get(4 * first..).unwrap_or(&[]);
+        isa.transpose(bytes, self.stride * size_of::<Q>())
+    }
+}
+
+impl<I: Isa, Q: Interleaved> Rows<I, Q> for Blocks<'_, Q> {
+    type Row = Q;
+
+    #[inline(always)]
+    fn header(self, isa: I) -> Header<I> {
+        let first = self.quad(isa, Q::HEADER[0]);
+        let second = if Q::HEADER[1] == Q::HEADER[0] { first } else { self.quad(isa, Q::HEADER[1]) };
+        let words = HeaderWords { blocks: self, quads: [first, second] };
+        let mut subs = [[0; 16]; PARTS];
+        if Q::SUB < CHUNK {
+            let all = Q::subs(isa, &words);
+            for part in 0..PARTS {
+                let s = part * 32 / Q::SUB;
+                let last = s + (32 / Q::SUB).saturating_sub(1);
+                isa.store_i(isa.byte_pair(all[s / 4], [s % 4, last % 4]), &mut subs[part]);
+            }
+        }
+        let (d, mut m, mut mins) = (Q::d(isa, &words), isa.splat(0.0), [isa.splat_i(0); 4]);
+        if Q::HAS_MIN {
+            (m, mins) = (Q::m(isa, &words), Q::mins(isa, &words));
+        }
+        Header { d, m, subs, mins }
+    }
+    #[inline(always)]
+    fn row(&self, r: usize) -> &Q {
+        self.get(r)
+    }
+    #[inline(always)]
+    fn codes(isa: I, rows: [&Q; 2], part: usize) -> I::I {
+        Q::code(isa, &CodeWords(rows), part, 0)
+    }
+}
+
+/// The words of [`Interleaved::HEADER`], one row in each lane.
+struct HeaderWords<'a, I: Isa, Q> {
+    blocks: Blocks<'a, Q>,
+    quads: [[I::I; 4]; 2],
+}
+
+impl<I: Isa, Q: Interleaved> Words<I> for HeaderWords<'_, I, Q> {
+    #[inline(always)]
+    fn word(&self, _: I, w: usize) -> I::I {
+        let quad = usize::from(w < Q::HEADER[0] || w >= Q::HEADER[0] + 4);
+        self.quads[quad][(w - Q::HEADER[quad]) % 4]
+    }
+    /// Super-blocks have no such front.
+    fn head_f16(&self, isa: I) -> I::F {
+        isa.splat(0.0)
+    }
+    /// Super-blocks have no such front.
+    fn head_u8(&self) -> [u8; ROWS] {
+        [0; ROWS]
+    }
+    #[inline(always)]
+    fn tail_f16(&self, isa: I) -> I::F {
+        let mut tails = [0; ROWS];
+        for r in 0..ROWS {
+            let bytes = Q::bytes_of(core::slice::from_ref(self.blocks.get(r)));
+            tails[r] = u16::from_le_bytes(*bytes.last_chunk().unwrap_or(&[0; 2]));
+        }
+        isa.load_f16(&tails)
+    }
+}
+
+/// Eight words of each of two rows: lane `l` has the `l % 8`-th from the wanted one on.
+struct CodeWords<'a, Q>([&'a Q; 2]);
+
+/// Bytes of a block from a word on; zeros if they are not all there.
+#[inline(always)]
+fn bytes_at<Q: Bytes, const N: usize>(block: &Q, w: usize) -> &[u8; N] {
+    let bytes = Q::bytes_of(core::slice::from_ref(block));
+    bytes.get(4 * w..).and_then(<[u8]>::first_chunk).unwrap_or(&[0; N])
+}
+
+impl<I: Isa, Q: Interleaved> Words<I> for CodeWords<'_, Q> {
+    #[inline(always)]
+    fn word(&self, isa: I, w: usize) -> I::I {
+        isa.load_halves(bytes_at(self.0[0], w), bytes_at(self.0[1], w))
+    }
+    #[inline(always)]
+    fn split_nibbles(&self, isa: I, w: usize, _: usize) -> I::I {
+        isa.load_nibble_halves(bytes_at(self.0[0], w), bytes_at(self.0[1], w))
+    }
+    /// Codes are read, not scales.
+    fn head_f16(&self, isa: I) -> I::F {
+        isa.splat(0.0)
+    }
+    /// Codes are read, not scales.
+    fn head_u8(&self) -> [u8; ROWS] {
+        [0; ROWS]
+    }
+    /// Codes are read, not scales.
+    fn tail_f16(&self, isa: I) -> I::F {
+        isa.splat(0.0)
+    }
+}
+
+/// Rows in normal form; of formats without minimums.
+impl<I: Isa, Q: Quantised> Rows<I, Q> for &[Unpacked; ROWS] {
+    type Row = Unpacked;
+
+    #[inline(always)]
+    fn header(self, isa: I) -> Header<I> {
+        const { assert!(!Q::HAS_MIN && Q::SIGNED && Q::SUB == 16) };
+        let mut d = [0.0; ROWS];
+        for r in 0..ROWS {
+            d[r] = self[r].d[0];
+        }
+        let mut subs = [[0; 16]; PARTS];
+        let bytes = Unpacked::all_bytes(self).get(core::mem::offset_of!(Unpacked, sub)..).unwrap_or(&[]);
+        for quad in 0..PARTS / 4 {
+            let words = isa.transpose(bytes.get(16 * quad..).unwrap_or(&[]), size_of::<Unpacked>());
+            for i in 0..4 {
+                isa.store_i(words[i], &mut subs[4 * quad + i]);
+            }
+        }
+        Header { d: isa.load(&d), m: isa.splat(0.0), subs, mins: [isa.splat_i(0); 4] }
+    }
+    #[inline(always)]
+    fn row(&self, r: usize) -> &Unpacked {
+        &self[r % ROWS]
+    }
+    #[inline(always)]
+    fn codes(isa: I, rows: [&Unpacked; 2], part: usize) -> I::I {
+        let [a, b] = rows;
+        let [a, b] = [i8::bytes_of(&a.codes).as_chunks::<32>().0, i8::bytes_of(&b.codes).as_chunks::<32>().0];
+        isa.signed(isa.load_halves(a.get(part).unwrap_or(&[0; 32]), b.get(part).unwrap_or(&[0; 32])))
+    }
+}
+
+/// Formats whose code bytes are read from blocks.
+#[inline(always)]
+pub(super) fn interleaved<I: Isa, Q: Interleaved, const T: usize>(isa: I, task: &mut Task<'_, '_, Q>) {
+    rowwise::<I, Q, T>(
+        isa,
+        task,
+        #[inline(always)]
+        |task, first, c, x, acc| {
+            let blocks = task.w.get(first * task.row_blocks..).unwrap_or(&[]);
+            if first + ROWS <= task.rows {
+                ask_ahead::<I, Q, ROWS>(isa, blocks, task.row_blocks, c, 1);
+                let blocks = blocks.get(c..).unwrap_or(&[]);
+                let rows = Blocks { blocks, first: &task.w[0], stride: task.row_blocks };
+                return add::<I, Q, _, T>(isa, rows, x, acc);
+            }
+            // Rows past the end repeat the last one.
+            let mut blocks = [task.w[0]; ROWS];
+            for r in 0..ROWS {
+                blocks[r] = task.w[(first + r).min(task.rows - 1) * task.row_blocks + c];
+            }
+            add::<I, Q, _, T>(isa, Blocks { blocks: &blocks, first: &task.w[0], stride: 1 }, x, acc);
+        },
+    );
+}
+
+/// Formats that are unpacked to their normal form first.
+#[inline(always)]
+pub(super) fn unpacked<I: Isa, Q: Quantised, const T: usize>(isa: I, task: &mut Task<'_, '_, Q>) {
+    let mut rows = [Unpacked::ZERO; ROWS];
+    rowwise::<I, Q, T>(
+        isa,
+        task,
+        #[inline(always)]
+        |task, first, c, x, acc| {
+            for r in 0..ROWS {
+                let row = (first + r).min(task.rows - 1) * task.row_blocks;
+                unpack(&task.w[row + c], &mut rows[r]);
+            }
+            add::<I, Q, _, T>(isa, &rows, x, acc);
+        },
+    );
+}
+
+/// Not compiled with vector instructions: most of these formats are tables and bits, of which compilers make
+/// slow gathers.
+#[inline(never)]
+fn unpack<Q: Quantised>(block: &Q, out: &mut Unpacked) {
+    block.unpack(out);
+}
+
+/// Calls `add` for each super-block `c` of sixteen rows from each `first` on, and writes what it sums up.
+#[inline(always)]
+fn rowwise<'a, I: Isa, Q: Quantised, const T: usize>(
+    isa: I,
+    task: &mut Task<'a, '_, Q>,
+    mut add: impl FnMut(&Task<'a, '_, Q>, usize, usize, &[XChunk<'_>; T], &mut [I::F; T]),
+) {
+    for first in (0..task.rows).step_by(ROWS) {
+        let mut acc = [isa.splat(0.0); T];
+        for c in 0..task.chunks() {
+            let mut x = [XChunk::new(task, 0, c); T];
+            for t in 1..T {
+                x[t] = XChunk::new(task, t.min(task.tokens - 1), c);
+            }
+            add(task, first, c, &x, &mut acc);
+        }
+        for t in 0..task.tokens.min(T) {
+            let mut lanes = [0.0; ROWS];
+            isa.store(acc[t], &mut lanes);
+            let here = (task.rows - first).min(ROWS);
+            task.out.row(t)[first..first + here].copy_from_slice(&lanes[..here]);
+        }
+    }
+}
+
+/// Adds the products of one super-block of sixteen rows with `T` tokens to `acc`.
+#[inline(always)]
+fn add<I: Isa, Q: Quantised, R: Rows<I, Q>, const T: usize>(
+    isa: I,
+    rows: R,
+    x: &[XChunk<'_>; T],
+    acc: &mut [I::F; T],
+) {
+    let zero = isa.splat_i(0);
+    let header = rows.header(isa);
+    let mut x_codes = [[zero; PARTS]; T];
+    for t in 0..T {
+        for part in 0..PARTS {
+            let codes = x[t].part(part);
+            x_codes[t][part] = isa.load_halves(codes, codes);
+        }
+    }
+    let mut lanes = [[[0; 16]; PAIRS]; T];
+    for p in 0..PAIRS {
+        let pair = [rows.row(p), rows.row(p + PAIRS)];
+        let mut sums = [zero; T];
+        for_each_part(
+            #[inline(always)]
+            |part| {
+                let codes = R::codes(isa, pair, part);
+                let subs = [header.subs[part][p], header.subs[part][p + PAIRS]];
+                let scales = match Q::SUB {
+                    16 => isa.scales::<false>(subs),
+                    32 => isa.scales::<true>(subs),
+                    _ => zero,
+                };
+                for t in 0..T {
+                    let x = x_codes[t][part];
+                    sums[t] = match (Q::SUB < CHUNK, Q::SIGNED) {
+                        (true, true) => isa.dot4_scaled::<true>(sums[t], codes, x, scales),
+                        (true, false) => isa.dot4_scaled::<false>(sums[t], codes, x, scales),
+                        (false, true) => isa.dot4::<true>(sums[t], codes, x),
+                        (false, false) => isa.dot4::<false>(sums[t], codes, x),
+                    };
+                }
+            },
+        );
+        for t in 0..T {
+            isa.store_i(sums[t], &mut lanes[t][p]);
+        }
+    }
+    for t in 0..T {
+        let mut sums = isa.sum_halves(&lanes[t]);
+        let bias = bias::<I, Q>();
+        if bias != 0 {
+            sums = isa.sub_i(sums, isa.mul_i(raised::<I, Q>(isa, &header, &x[t]), isa.splat_i(bias)));
+        }
+        acc[t] = add_group::<I, Q>(isa, &header, &x[t], sums, acc[t]);
+    }
+}
+
+/// Calls `f` for each part, in code of its own: what codes are read with depends on the part, and compilers do
+/// not unroll a loop this long.
+#[inline(always)]
+fn for_each_part(mut f: impl FnMut(usize)) {
+    f(0);
+    f(1);
+    f(2);
+    f(3);
+    f(4);
+    f(5);
+    f(6);
+    f(7);
+}
+
+/// The sums of activations times sub-scales: what codes that are raised by one add to each row.
+#[inline(always)]
+fn raised<I: Isa, Q: Quantised>(isa: I, header: &Header<I>, x: &XChunk<'_>) -> I::I {
+    let mut sums = isa.splat_i(0);
+    if Q::SUB == CHUNK {
+        return isa.splat_i(x.sums[..16].iter().sum());
+    }
+    for part in 0..PARTS {
+        let pair = (x.sums[2 * part] & 0xffff) | (x.sums[2 * part + 1] << 16);
+        sums = isa.dot2(sums, isa.load_i(&header.subs[part]), isa.splat_i(pair));
+    }
+    sums
+}

@@ -1,8 +1,0 @@
-// The rows whose output is wanted.
-
-@compute @workgroup_size(64)
-fn main(in: In) {
-    let column = 64u * in.workgroup.x + in.local;
-    if column >= COLUMNS { return; }
-    out[in.workgroup.y * COLUMNS + column] = x[wanted(in.workgroup.y) * COLUMNS + column];
-}
