@@ -100,7 +100,8 @@ pub struct State {
     pub key_dim: u32,
     /// Elements of a value.
     pub value_dim: u32,
-    /// Element format, one of [`formats`](halite_kernels::kv::formats). Keys and values are whole blocks of it.
+    /// Element format, one of [`formats`](halite_kernels::kv::formats). Keys and values are whole blocks of
+    /// it.
     pub format: Format,
     /// Sliding window: positions that attention sees, the current one included; `None`: all.
     pub window: Option<u32>,
@@ -314,8 +315,8 @@ pub enum Op<T = TensorId, S = StateId> {
         /// The cache.
         state: S,
     },
-    /// Rotates queries and keys alike, and stores the keys and the values: [`Op::Rope`] of `q` and of `k`, then
-    /// [`Op::KvWrite`].
+    /// Rotates queries and keys alike, and stores the keys and the values: [`Op::Rope`] of `q` and of `k`,
+    /// then [`Op::KvWrite`].
     RopeKv {
         /// `[tokens, heads * head_dim]`.
         q: T,

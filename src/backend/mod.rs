@@ -223,7 +223,8 @@ impl Cancel {
 /// In a page table: the sequence dropped this page.
 pub const NO_PAGE: u32 = u32::MAX;
 
-// Exhaustive from here to `Bindings`: who drives a plan must fill every field, and a new one means new work for each plan.
+// Exhaustive from here to `Bindings`: who drives a plan must fill every field, and a new one means new work for
+// each plan.
 
 /// Consecutive tokens of one sequence in a step.
 #[derive(Debug, Clone, Copy)]
@@ -263,8 +264,8 @@ pub struct Limits {
 /// Buffers in the order of the program's slots.
 ///
 /// [`Backend::prepare`] knows slots alone, and compiles commands that name slots. Buffers come with each
-/// submission. They are often those of the last one, but streamed weights change theirs. A device may keep what
-/// it bound, and binds again if a buffer is not the same memory.
+/// submission. They are often those of the last one, but streamed weights change theirs. A device may keep
+/// what it bound, and binds again if a buffer is not the same memory.
 #[derive(Debug, Clone, Copy)]
 pub struct Bindings<'a> {
     /// One per tensor in `Program::weights`.
@@ -364,8 +365,8 @@ pub trait Plan: Send {
     /// segment 0.
     ///
     /// A plan that computes on the host's threads sets the floating-point environment first, with
-    /// [`DefaultFloats`](halite_kernels::float::DefaultFloats): the program around it may round in another way,
-    /// or flush small numbers to zero.
+    /// [`DefaultFloats`](halite_kernels::float::DefaultFloats): the program around it may round in another
+    /// way, or flush small numbers to zero.
     ///
     /// # Errors
     /// `Error::Cancelled`, `Error::Argument`, or errors of the device.

@@ -82,8 +82,8 @@ impl Backend for Reference {
 /// ([`Rows::Plain`](super::Rows::Plain)), and [`check_step`](super::check_step) has accepted the step.
 ///
 /// # Errors
-/// What copying says, [`Error::Argument`](crate::Error::Argument) for a token id or a position that the program has no row
-/// for, and [`Error::OutOfMemory`](crate::Error::OutOfMemory).
+/// What copying says, [`Error::Argument`](crate::Error::Argument) for a token id or a position that the
+/// program has no row for, and [`Error::OutOfMemory`](crate::Error::OutOfMemory).
 pub fn run(backend: &dyn Backend, program: &Program, op: &DeviceOp<'_>, step: &Step<'_>) -> Result<()> {
     host::run_on_copies(&mut Definitions, backend, program, op, step)
 }
