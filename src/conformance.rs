@@ -40,6 +40,7 @@ pub struct Case {
 
 /// The outcome of a case.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub enum Outcome {
     /// The backend kept its contract; the normalised mean squared error.
     Pass(f64),
@@ -73,6 +74,7 @@ impl fmt::Display for Outcome {
 
 /// Counts of outcomes.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Report {
     /// Passed cases.
     pub passed: usize,

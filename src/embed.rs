@@ -21,6 +21,7 @@ pub(crate) const MAX_TEXT_TOKENS: &str = "halite.embedding.max_text_tokens";
 
 /// The sizes and options of an embedder.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct EmbedOptions {
     /// Maximum tokens of a step, and so of a text. A step runs as many texts as fit.
     pub batch: u32,
@@ -37,6 +38,13 @@ impl Default for EmbedOptions {
         EmbedOptions { batch: 512, pooling: None, normalize: true, truncate: false }
     }
 }
+
+crate::setters!(EmbedOptions {
+    batch: u32,
+    pooling: impl Into<Option<Pooling>>,
+    normalize: bool,
+    truncate: bool,
+});
 
 /// An encoder on a backend, ready to run. [`Embedder::new`] reserves all device memory.
 pub struct Embedder {
@@ -135,7 +143,7 @@ impl Embedder {
     /// # Errors
     /// As [`Embedder::embed_tokens`].
     pub fn embed(&mut self, tokenizer: &Tokenizer, texts: &[impl AsRef<str>]) -> Result<Vec<Vec<f32>>> {
-        let options = EncodeOptions { add_special: true, parse_special: true };
+        let options = EncodeOptions::default().parse_special(true);
         let tokens: Vec<_> = texts.iter().map(|text| tokenizer.encode(text.as_ref(), options)).collect();
         self.embed_tokens(&tokens)
     }

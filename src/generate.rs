@@ -13,6 +13,7 @@ use crate::tokenizer::{Detokenizer, EncodeOptions, Tokenizer};
 
 /// Options of a generation.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct GenerateOptions {
     /// Maximum number of tokens to generate.
     pub max_tokens: u32,
@@ -34,21 +35,47 @@ impl Default for GenerateOptions {
             max_tokens: 128,
             sampler: SamplerOptions::default(),
             stop: Vec::new(),
-            encode: EncodeOptions { add_special: true, parse_special: false },
+            encode: EncodeOptions::default(),
             ignore_end: false,
             special: false,
         }
     }
 }
 
+crate::setters!(GenerateOptions {
+    max_tokens: u32,
+    sampler: SamplerOptions,
+    stop: Vec<String>,
+    encode: EncodeOptions,
+    ignore_end: bool,
+    special: bool,
+});
+
 /// Optional speculative and constrained decoding of a generation.
 #[derive(Default)]
+#[non_exhaustive]
 pub struct Decoding<'a> {
     /// Proposes tokens, which one step verifies. A step takes at most [`Session::outputs`] tokens: the last
     /// chosen token and its draft.
     pub drafter: Option<&'a mut dyn Drafter>,
     /// Constrains the tokens. End-of-text tokens then always end the text.
     pub constraint: Option<&'a mut dyn Constraint>,
+}
+
+impl<'a> Decoding<'a> {
+    /// Sets `drafter`.
+    #[must_use]
+    pub fn drafter(mut self, drafter: &'a mut dyn Drafter) -> Self {
+        self.drafter = Some(drafter);
+        self
+    }
+
+    /// Sets `constraint`.
+    #[must_use]
+    pub fn constraint(mut self, constraint: &'a mut dyn Constraint) -> Self {
+        self.constraint = Some(constraint);
+        self
+    }
 }
 
 impl std::fmt::Debug for Decoding<'_> {
@@ -91,6 +118,7 @@ impl Allowed<'_> {
 
 /// Why a generation ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Finish {
     /// The model ended the text.
     End,
@@ -106,8 +134,23 @@ pub enum Finish {
     Cancelled,
 }
 
+impl Finish {
+    /// Name for reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Finish::End => "end",
+            Finish::Length => "length",
+            Finish::Stop => "stop",
+            Finish::ContextFull => "context_full",
+            Finish::Callback => "callback",
+            Finish::Cancelled => "cancelled",
+        }
+    }
+}
+
 /// The result of a generation, with its times.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct Generation {
     /// The text after the prompt.
     pub text: String,
@@ -153,7 +196,7 @@ impl Session {
         let chunks = tokens.len().div_ceil(batch);
         for (i, tokens) in tokens.chunks(batch).enumerate() {
             let outputs = if i + 1 == chunks { OutputTokens::Last } else { OutputTokens::None };
-            self.step(&[Run { sequence, tokens, outputs }], kind)?;
+            self.step(&[Run::new(sequence, tokens).outputs(outputs)], kind)?;
         }
         Ok(())
     }
@@ -314,7 +357,7 @@ impl Session {
                 fed.truncate(max_draft + 1);
             }
             let outputs = if fed.len() > 1 { OutputTokens::All } else { OutputTokens::Last };
-            result = self.step(&[Run { sequence, tokens: &fed, outputs }], kind);
+            result = self.step(&[Run::new(sequence, &fed).outputs(outputs)], kind);
         }
         generation.decode = decode_start.elapsed();
         generation.device.1 = self.device_time() - before - generation.device.0;

@@ -31,16 +31,12 @@
 //! # use std::sync::Arc;
 //! # use halite::prelude::*;
 //! # fn steps(model: &Arc<Model>, backend: &Arc<dyn Backend>) -> halite::Result<()> {
-//! use halite::session::{OutputKind, Run, OutputTokens};
+//! use halite::session::{OutputKind, Run};
 //!
-//! let options = SessionOptions { sequences: 2, outputs: 2, ..Default::default() };
+//! let options = SessionOptions::default().sequences(2).outputs(2);
 //! let mut session = Session::new(model, backend, &options)?;
 //! let (a, b) = (session.add_sequence(), session.add_sequence());
-//! let runs = [
-//!     Run { sequence: a, tokens: &[1, 2, 3], outputs: OutputTokens::Last },
-//!     Run { sequence: b, tokens: &[1, 9], outputs: OutputTokens::Last },
-//! ];
-//! session.step(&runs, OutputKind::ArgMax)?;
+//! session.step(&[Run::new(a, &[1, 2, 3]), Run::new(b, &[1, 9])], OutputKind::ArgMax)?;
 //! let next: &[u32] = session.arg_max();
 //! # let _ = next;
 //! # Ok(())
@@ -73,6 +69,7 @@ mod lora;
 pub mod map;
 mod memory;
 pub mod model;
+mod options;
 #[cfg(feature = "output")]
 pub mod output;
 pub mod pack;
@@ -92,6 +89,8 @@ pub use backend::cpu::Cpu;
 pub use embed::{EmbedOptions, Embedder};
 pub use error::{Error, Result};
 pub use generate::GenerateOptions;
+/// The half-precision number of blocks and caches, from the crate `half`.
+pub use half::f16;
 pub use halite_kernels as kernels;
 pub use model::Model;
 pub use sampler::SamplerOptions;

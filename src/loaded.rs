@@ -12,6 +12,7 @@ use crate::weights::Weights;
 
 /// The memory that a program needs on a backend, known from the model's header alone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Footprint {
     /// Weights, mapped or copied.
     pub weight_bytes: u64,

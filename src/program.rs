@@ -27,6 +27,7 @@ pub struct TensorId(pub u32);
 pub struct StateId(pub u32);
 
 /// How many rows a tensor has.
+// Exhaustive: a backend must size every tensor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Dim {
     /// A fixed number.
@@ -38,6 +39,7 @@ pub enum Dim {
 }
 
 /// Where a tensor lives.
+// Exhaustive: a backend must find every tensor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Slot {
     /// Weight number n of the program: read-only, bound by the caller.
@@ -50,6 +52,7 @@ pub enum Slot {
 
 /// A tensor: `experts` matrices (1 except in mixtures of experts) of `rows` × `cols`.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct Tensor {
     /// Name for messages and taps; for a weight, its name in the file.
     pub name: String,
@@ -87,6 +90,7 @@ pub(crate) fn part_as_stored(layout: Layout, range: Range<u32>, rows: u32) -> bo
 
 /// One layer's KV cache: per position, `kv_heads` keys of `key_dim` and values of `value_dim` elements.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct State {
     /// Name for messages.
     pub name: String,
@@ -96,7 +100,8 @@ pub struct State {
     pub key_dim: u32,
     /// Elements of a value.
     pub value_dim: u32,
-    /// Element format: `F32`, `F16` or, if keys and values are whole blocks of 32, `Q8_0` or `Q4_0`.
+    /// Element format, one of [`formats`](halite_kernels::kv::formats). Keys and values are whole blocks of
+    /// it.
     pub format: Format,
     /// Sliding window: positions that attention sees, the current one included; `None`: all.
     pub window: Option<u32>,
@@ -105,7 +110,20 @@ pub struct State {
     pub causal: bool,
 }
 
+crate::setters!(const State { window: Option<u32>, causal: bool });
+
 impl State {
+    /// A cache for causal attention without a window.
+    pub fn new(
+        name: impl Into<String>,
+        kv_heads: u32,
+        key_dim: u32,
+        value_dim: u32,
+        format: Format,
+    ) -> State {
+        State { name: name.into(), kv_heads, key_dim, value_dim, format, window: None, causal: true }
+    }
+
     /// Returns the bytes of one page of [`PAGE_POSITIONS`] positions.
     ///
     /// A page holds keys `[kv_heads][key_dim][position]`, then values `[kv_heads][position][value_dim]`. In
@@ -121,6 +139,7 @@ impl State {
 
 /// The kind of a norm.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum NormKind {
     /// `x / sqrt(mean(x²) + eps)` (Zhang & Sennrich 2019).
     Rms,
@@ -130,6 +149,7 @@ pub enum NormKind {
 
 /// Which elements a rotary embedding pairs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum RopePairs {
     /// `(2i, 2i + 1)`, as in the RoFormer paper and in GGUF files of the llama family.
     Adjacent,
@@ -177,6 +197,7 @@ pub type Parts<T = TensorId> = ArrayVec<Part<T>, MAX_PARTS>;
 
 /// What a matmul does with its products before storing them.
 #[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
 pub enum Epilogue<T = TensorId> {
     /// Nothing: each product is an output.
     None,
@@ -197,6 +218,7 @@ pub enum Access {
 
 /// The index into an embedding table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Index {
     /// The token's id.
     Token,
@@ -208,6 +230,7 @@ pub enum Index {
 
 /// How router logits become expert weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Gating {
     /// Softmax over all experts, then top-k.
     Softmax,
@@ -292,8 +315,8 @@ pub enum Op<T = TensorId, S = StateId> {
         /// The cache.
         state: S,
     },
-    /// Rotates queries and keys alike, and stores the keys and the values: [`Op::Rope`] of `q` and of `k`, then
-    /// [`Op::KvWrite`].
+    /// Rotates queries and keys alike, and stores the keys and the values: [`Op::Rope`] of `q` and of `k`,
+    /// then [`Op::KvWrite`].
     RopeKv {
         /// `[tokens, heads * head_dim]`.
         q: T,
@@ -581,6 +604,7 @@ impl Op {
 
 /// Consecutive ops that share a set of weights: usually one layer. The unit of weight streaming.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct Segment {
     /// Name for messages and profiles.
     pub name: String,
@@ -590,6 +614,7 @@ pub struct Segment {
 
 /// The results of a program for the outputs of a step. Each is in an output slot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub struct Outputs {
     /// Logits, `[outputs, vocab]`.
     pub logits: Option<TensorId>,
@@ -603,6 +628,7 @@ pub struct Outputs {
 
 /// A model as data: tensors, KV caches and a flat list of ops.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct Program {
     /// The model's name.
     pub name: String,
@@ -721,6 +747,7 @@ impl Program {
 
 /// A weight in a model file.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct WeightInfo {
     /// One to four dimensions, the row length first.
     pub dims: Vec<u64>,
@@ -729,6 +756,15 @@ pub struct WeightInfo {
     /// Row layout of each matrix.
     pub layout: Layout,
 }
+
+impl WeightInfo {
+    /// A weight with plain rows.
+    pub fn new(dims: Vec<u64>, format: Format) -> WeightInfo {
+        WeightInfo { dims, format, layout: Layout::Rows }
+    }
+}
+
+crate::setters!(WeightInfo { layout: Layout });
 
 /// Records a [`Program`]. Infers and checks shapes as ops are added. [`Builder::finish`] returns the first
 /// error, so that a model's code needs no `?` on every line.

@@ -13,6 +13,7 @@ pub const MAX_PENALTY_WINDOW: usize = 1 << 20;
 
 /// Options of the sampler. The default is greedy.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct SamplerOptions {
     /// Temperature, which divides the logits; 0 takes the most likely token.
     pub temperature: f32,
@@ -50,6 +51,18 @@ impl Default for SamplerOptions {
         }
     }
 }
+
+crate::setters!(const SamplerOptions {
+    temperature: f32,
+    top_k: usize,
+    top_p: f32,
+    min_p: f32,
+    repeat_penalty: f32,
+    frequency_penalty: f32,
+    presence_penalty: f32,
+    penalty_window: usize,
+    seed: u64,
+});
 
 impl SamplerOptions {
     fn check(&self) -> Result<()> {

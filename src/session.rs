@@ -29,6 +29,7 @@ pub const MAX_RUNS: usize = 64;
 
 /// The sizes and options of a session.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct SessionOptions {
     /// Positions of the KV cache, shared by all sequences; `None`: the model's context length, at most 4096.
     pub context: Option<u32>,
@@ -61,6 +62,16 @@ impl Default for SessionOptions {
         }
     }
 }
+
+crate::setters!(SessionOptions {
+    context: impl Into<Option<u32>>,
+    batch: u32,
+    outputs: u32,
+    sequences: u32,
+    rewind: u32,
+    program: ProgramOptions,
+    taps: Vec<String>,
+});
 
 impl SessionOptions {
     /// Returns the positions that a session on this model would reserve.
@@ -112,6 +123,7 @@ pub struct SequenceId(u32);
 
 /// Which tokens of a run have outputs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum OutputTokens {
     /// None; the run only fills the KV cache.
     None,
@@ -123,6 +135,7 @@ pub enum OutputTokens {
 
 /// Consecutive tokens of one sequence in a step.
 #[derive(Debug, Clone, Copy)]
+#[non_exhaustive]
 pub struct Run<'a> {
     /// The sequence that the tokens continue.
     pub sequence: SequenceId,
@@ -132,8 +145,23 @@ pub struct Run<'a> {
     pub outputs: OutputTokens,
 }
 
+impl<'a> Run<'a> {
+    /// Continues a sequence with tokens; the last one has outputs.
+    pub const fn new(sequence: SequenceId, tokens: &'a [u32]) -> Run<'a> {
+        Run { sequence, tokens, outputs: OutputTokens::Last }
+    }
+
+    /// Sets `outputs`.
+    #[must_use]
+    pub const fn outputs(mut self, outputs: OutputTokens) -> Run<'a> {
+        self.outputs = outputs;
+        self
+    }
+}
+
 /// The result that a step computes for its outputs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum OutputKind {
     /// Logits; see [`Session::logits`].
     Logits,
@@ -454,10 +482,7 @@ impl Session {
             let mut done = shared[i].1;
             for (end, branch) in ends {
                 for tokens in sequence.tokens[done..end].chunks(self.loaded.limits.tokens as usize) {
-                    new.step(
-                        &[Run { sequence: id, tokens, outputs: OutputTokens::None }],
-                        OutputKind::Logits,
-                    )?;
+                    new.step(&[Run::new(id, tokens).outputs(OutputTokens::None)], OutputKind::Logits)?;
                 }
                 done = end;
                 if let Some(to) = branch {

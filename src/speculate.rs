@@ -6,7 +6,7 @@
 //! batch. It only changes the number of steps.
 
 use crate::error::{Error, Result};
-use crate::session::{OutputKind, OutputTokens, Run, SequenceId, Session};
+use crate::session::{OutputKind, Run, SequenceId, Session};
 
 /// Proposes continuations of a text.
 pub trait Drafter {
@@ -110,8 +110,7 @@ impl Drafter for DraftModel {
             let Some(&token) = session.arg_max().first() else { break };
             out.push(token);
             if i + 1 < max_tokens {
-                let run = Run { sequence: *sequence, tokens: &[token], outputs: OutputTokens::Last };
-                session.step(&[run], OutputKind::ArgMax)?;
+                session.step(&[Run::new(*sequence, &[token])], OutputKind::ArgMax)?;
             }
         }
         Ok(())

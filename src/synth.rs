@@ -19,6 +19,7 @@ const CHUNK_BYTES: usize = 1 << 16;
 /// The sizes of a model of the `llama` family.
 #[derive(Debug, Clone, PartialEq)]
 #[allow(missing_docs)]
+#[non_exhaustive]
 pub struct Shape {
     pub name: &'static str,
     pub embedding_length: u32,
@@ -33,6 +34,20 @@ pub struct Shape {
     pub expert_count: u32,
     pub expert_used_count: u32,
 }
+
+crate::setters!(const Shape {
+    name: &'static str,
+    embedding_length: u32,
+    block_count: u32,
+    head_count: u32,
+    head_count_kv: u32,
+    feed_forward_length: u32,
+    vocab_size: u32,
+    context_length: u32,
+    rope_freq_base: f32,
+    expert_count: u32,
+    expert_used_count: u32,
+});
 
 /// One row per shape, in the order of the fields of [`Shape`].
 macro_rules! shapes {
@@ -78,12 +93,22 @@ pub fn shape(name: &str) -> Option<&'static Shape> {
 
 /// Weight formats. Norms and expert routers are F32, as in all files.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Formats {
     /// Matrices and the embedding table.
     pub weights: Format,
     /// The output matrix.
     pub output: Format,
 }
+
+impl Formats {
+    /// One format for all matrices.
+    pub const fn of(weights: Format) -> Formats {
+        Formats { weights, output: weights }
+    }
+}
+
+crate::setters!(const Formats { output: Format });
 
 /// A model file to write. The same shape, formats and seed give the same file.
 ///

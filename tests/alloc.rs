@@ -9,7 +9,7 @@ use halite::backend::Backend;
 use halite::backend::cpu::Cpu;
 use halite::map::Source;
 use halite::sampler::{Sampler, SamplerOptions};
-use halite::session::{OutputKind, OutputTokens, Run, Session, SessionOptions};
+use halite::session::{OutputKind, Run, Session, SessionOptions};
 
 struct Counting;
 
@@ -55,10 +55,10 @@ fn a_decode_step_allocates_nothing() {
     for model in models {
         let model = Arc::new(model);
         let backend: Arc<dyn Backend> = Arc::new(Cpu::with_threads(2).unwrap());
-        let options = SessionOptions { context: Some(256), batch: 32, ..Default::default() };
+        let options = SessionOptions::default().context(256).batch(32);
         let mut session = Session::new(&model, &backend, &options).unwrap();
         let sequence = session.add_sequence();
-        let hot = SamplerOptions { temperature: 0.8, repeat_penalty: 1.1, ..Default::default() };
+        let hot = SamplerOptions::default().temperature(0.8).repeat_penalty(1.1);
         let mut sampler = Sampler::new(hot, model.hparams().vocab_size as usize).unwrap();
         assert!(count(|| drop(vec![1u8; 100])) > 0, "the counter counts");
 
@@ -73,17 +73,10 @@ fn a_decode_step_allocates_nothing() {
             for _ in 0..80 {
                 let token = sampler.sample(session.logits()).unwrap();
                 sampler.accept(token);
-                session
-                    .step(
-                        &[Run { sequence, tokens: &[token], outputs: OutputTokens::Last }],
-                        OutputKind::Logits,
-                    )
-                    .unwrap();
+                session.step(&[Run::new(sequence, &[token])], OutputKind::Logits).unwrap();
             }
             for _ in 0..20 {
-                session
-                    .step(&[Run { sequence, tokens: &[7], outputs: OutputTokens::Last }], OutputKind::ArgMax)
-                    .unwrap();
+                session.step(&[Run::new(sequence, &[7])], OutputKind::ArgMax).unwrap();
             }
         });
         assert_eq!(steps, 0, "{}", model.name());

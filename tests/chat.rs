@@ -220,7 +220,7 @@ fn quoted_messages_have_no_control_tokens() {
     let t = tokenizer();
     let encode = |text: &str| chat::encode(&t, text);
     for text in ["ab</s>", "</s></s>b", "<</s>", "a<s>b</s>a", "ab", "", "<unk></s"] {
-        let plain = t.encode(text, EncodeOptions { add_special: true, parse_special: false });
+        let plain = t.encode(text, EncodeOptions::default());
         assert_eq!(encode(&t.quote(text)), plain, "{text}");
     }
     // A quoted text beside the template's own tokens; and one that was quoted before it came.
@@ -244,9 +244,9 @@ fn turns_share_their_beginning() {
     let model = Arc::new(Model::open(path).unwrap());
     let tokenizer = Tokenizer::from_gguf(model.gguf()).unwrap().unwrap();
     let backend: Arc<dyn Backend> = Arc::new(Cpu::with_threads(2).unwrap());
-    let options = SessionOptions { context: Some(256), batch: 32, ..Default::default() };
+    let options = SessionOptions::default().context(256).batch(32);
     let mut session = Session::new(&model, &backend, &options).unwrap();
-    let options = GenerateOptions { max_tokens: 12, ignore_end: true, ..Default::default() };
+    let options = GenerateOptions::default().max_tokens(12).ignore_end(true);
     let run = |sequence: SequenceId, session: &mut Session, prompt: &[u32]| -> Generation {
         session
             .generate_in(sequence, &tokenizer, prompt, &options, Decoding::default(), |_| {

@@ -28,7 +28,7 @@ impl Austen {
         let model = Arc::new(Model::open(path).unwrap());
         let tokenizer = Tokenizer::from_gguf(model.gguf()).unwrap().unwrap();
         let backend: Arc<dyn Backend> = Arc::new(Cpu::with_threads(2).unwrap());
-        let options = SessionOptions { context: Some(256), batch: 32, outputs: 8, ..Default::default() };
+        let options = SessionOptions::default().context(256).batch(32).outputs(8);
         let session = Session::new(&model, &backend, &options).unwrap();
         Austen { session, tokenizer }
     }
@@ -40,10 +40,11 @@ impl Austen {
         drafter: Option<&mut dyn Drafter>,
     ) -> Generation {
         let mut guide = Guide::new(&self.tokenizer, rule).unwrap();
-        let options = GenerateOptions { max_tokens: 200, sampler, ignore_end: true, ..Default::default() };
+        let options = GenerateOptions::default().max_tokens(200).sampler(sampler).ignore_end(true);
         let prompt = self.tokenizer.encode("Her name was", options.encode);
         let sequence = self.session.add_sequence();
-        let decoding = Decoding { drafter: drafter.map(|d| d as _), constraint: Some(&mut guide) };
+        let mut decoding = Decoding::default().constraint(&mut guide);
+        decoding.drafter = drafter.map(|d| d as _);
         let generation =
             self.session.generate_in(sequence, &self.tokenizer, &prompt, &options, decoding, |_| {
                 ControlFlow::Continue(())
@@ -81,7 +82,7 @@ fn the_built_in_model_writes_json() {
     let rule = Rule::JsonSchema(SCHEMA.into());
     for seed in 0..6 {
         let temperature = if seed == 0 { 0.0 } else { 1.5 };
-        let sampler = SamplerOptions { temperature, seed, ..Default::default() };
+        let sampler = SamplerOptions::default().temperature(temperature).seed(seed);
         let plain = austen.write(&rule, sampler.clone(), None);
         assert_eq!(plain.finish, Finish::End, "{}", plain.text);
         check_json(&plain.text);
@@ -94,7 +95,7 @@ fn the_built_in_model_writes_json() {
 fn expressions_and_grammars() {
     let mut austen = Austen::new();
     for seed in 0..4 {
-        let sampler = SamplerOptions { temperature: 1.0, seed, ..Default::default() };
+        let sampler = SamplerOptions::default().temperature(1.0).seed(seed);
         let text =
             austen.write(&Rule::Regex("(Emma|Anne) has [0-9]{2} cats\\.".into()), sampler.clone(), None).text;
         let rest = text.strip_prefix("Emma has ").or(text.strip_prefix("Anne has ")).unwrap();
@@ -201,7 +202,7 @@ fn every_kind_of_vocabulary() {
     ] {
         let gguf = Gguf::from_source(Source::from_bytes(name, &bytes)).unwrap();
         let tokenizer = Tokenizer::from_gguf(&gguf).unwrap().unwrap();
-        let plain = EncodeOptions { add_special: false, parse_special: false };
+        let plain = EncodeOptions::default().add_special(false);
         let tokens = tokenizer.encode("ab", plain);
         let text = tokenizer.decode(&tokens, false);
         assert!(text.contains("ab") && !tokens.is_empty(), "{name}: {text:?}");

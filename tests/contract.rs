@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use halite::backend::cpu::Cpu;
 use halite::backend::reference::Reference;
-use halite::backend::{Backend, Bindings, Cancel, Caps, Fusions, Limits, Rows, Span, Step, Usage};
+use halite::backend::{Backend, Bindings, Cancel, Fusions, Limits, Rows, Span, Step, Usage};
 use halite::gguf::TensorInfo;
 use halite::kernels::formats::{Format, Layout};
 use halite::kernels::isa::Cpu as Isa;
@@ -54,14 +54,12 @@ fn session(model: &Arc<Model>, backend: &Arc<dyn Backend>, taps: &[&str]) -> Ses
 
 /// A session with its KV cache in a format.
 fn session_in(kv_format: Format, model: &Arc<Model>, backend: &Arc<dyn Backend>, taps: &[&str]) -> Session {
-    let options = SessionOptions {
-        program: ProgramOptions { kv_format },
-        context: Some(256),
-        batch: 128,
-        outputs: 128,
-        taps: taps.iter().map(|t| t.to_string()).collect(),
-        ..Default::default()
-    };
+    let options = SessionOptions::default()
+        .program(ProgramOptions::default().kv_format(kv_format))
+        .context(256)
+        .batch(128)
+        .outputs(128)
+        .taps(taps.iter().map(|t| t.to_string()).collect());
     Session::new(model, backend, &options).unwrap()
 }
 
@@ -93,7 +91,7 @@ fn logits_in(
     let sequence = session.add_sequence();
     let mut out = Vec::new();
     for tokens in tokens.chunks(chunk) {
-        session.step(&[Run { sequence, tokens, outputs: OutputTokens::All }], OutputKind::Logits).unwrap();
+        session.step(&[Run::new(sequence, tokens).outputs(OutputTokens::All)], OutputKind::Logits).unwrap();
         out.extend(bits(session.logits()));
     }
     out
@@ -201,9 +199,9 @@ fn strangers_in_a_step_change_nothing() {
         let mut got = Vec::new();
         for (i, step) in tokens.chunks(9).enumerate() {
             let runs = [
-                Run { sequence: a, tokens: &strangers[i..i + 1], outputs: OutputTokens::Last },
-                Run { sequence: ours, tokens: step, outputs: OutputTokens::All },
-                Run { sequence: b, tokens: &strangers[..4 + i % 3], outputs: OutputTokens::None },
+                Run::new(a, &strangers[i..i + 1]),
+                Run::new(ours, step).outputs(OutputTokens::All),
+                Run::new(b, &strangers[..4 + i % 3]).outputs(OutputTokens::None),
             ];
             session.step(&runs, OutputKind::Logits).unwrap();
             got.extend(bits(&session.logits()[logits_of(&model, 1)..]));
@@ -257,8 +255,7 @@ fn a_cache_of_codes_needs_whole_blocks() {
     for format in [Format::Q8_0, Format::Q4_0] {
         let lookup = |_: &str| None;
         let mut builder = Builder::new("odd heads", &lookup);
-        let (name, kv_heads, key_dim, value_dim, causal) = ("kv.0".into(), 1, 80, 64, true);
-        builder.state(State { name, kv_heads, key_dim, value_dim, format, window: None, causal });
+        builder.state(State::new("kv.0", 1, 80, 64, format));
         let error = builder.finish().and_then(|p| p.validate()).unwrap_err().to_string();
         assert!(error.contains("kv.0") && error.contains("blocks of 32") && error.contains("80"), "{error}");
     }
@@ -271,7 +268,7 @@ fn parts_of_a_tensor_are_the_rows_that_they_name() {
     for model in [packed(&plain), Arc::new(plain)] {
         let lookup = |name: &str| {
             let record = model.gguf().tensor(name)?.record;
-            Some(WeightInfo { dims: record.dims.clone(), format: record.format, layout: record.layout })
+            Some(WeightInfo::new(record.dims.clone(), record.format).layout(record.layout))
         };
         let info = lookup(name).unwrap();
         let (cols, rows) = (info.dims[0] as u32, info.dims[1] as u32);
@@ -292,7 +289,7 @@ fn parts_of_a_tensor_are_the_rows_that_they_name() {
             (Rows::Interleaved, best()),
         ] {
             let mut program = program.clone();
-            passes::lay_out(&mut program, &Caps { rows: rows_as, ..backend.caps().clone() });
+            passes::lay_out(&mut program, &backend.caps().clone().rows(rows_as));
             let out = run(&*backend, &model, program, &[1, 2, 3]);
             let whole: Vec<&[u8]> = out[0].chunks_exact(4 * rows as usize).collect();
             for (range, got) in ranges.iter().zip(&out) {
@@ -312,38 +309,21 @@ fn forks_and_truncation_give_the_same_bits() {
     let vocab = logits_of(model, 1);
     let mut session = session(model, &best(), &[]);
     let first = session.add_sequence();
-    session
-        .step(
-            &[Run { sequence: first, tokens: &tokens[..70], outputs: OutputTokens::None }],
-            OutputKind::Logits,
-        )
-        .unwrap();
+    session.step(&[Run::new(first, &tokens[..70]).outputs(OutputTokens::None)], OutputKind::Logits).unwrap();
     let fork = session.fork(first).unwrap();
     // The first one goes elsewhere on the page that both share; the fork must not notice.
-    session
-        .step(&[Run { sequence: first, tokens: &[1, 2, 3], outputs: OutputTokens::None }], OutputKind::Logits)
-        .unwrap();
-    let rest = Run { sequence: fork, tokens: &tokens[70..], outputs: OutputTokens::Last };
+    session.step(&[Run::new(first, &[1, 2, 3]).outputs(OutputTokens::None)], OutputKind::Logits).unwrap();
+    let rest = Run::new(fork, &tokens[70..]);
     session.step(&[rest], OutputKind::Logits).unwrap();
     assert_eq!(bits(session.logits()), want[want.len() - vocab..]);
     // Back to where they were the same, and on as the fork did.
     session.truncate(first, 70).unwrap();
-    session.step(&[Run { sequence: first, ..rest }], OutputKind::Logits).unwrap();
+    session.step(&[Run::new(first, rest.tokens)], OutputKind::Logits).unwrap();
     assert_eq!(bits(session.logits()), want[want.len() - vocab..]);
-    session
-        .step(
-            &[Run { sequence: fork, tokens: &tokens[..1], outputs: OutputTokens::Last }],
-            OutputKind::ArgMax,
-        )
-        .unwrap();
+    session.step(&[Run::new(fork, &tokens[..1])], OutputKind::ArgMax).unwrap();
     let arg_max = session.arg_max()[0];
     session.truncate(fork, 83).unwrap();
-    session
-        .step(
-            &[Run { sequence: fork, tokens: &tokens[..1], outputs: OutputTokens::Last }],
-            OutputKind::Logits,
-        )
-        .unwrap();
+    session.step(&[Run::new(fork, &tokens[..1])], OutputKind::Logits).unwrap();
     let best = session
         .logits()
         .iter()
@@ -382,7 +362,7 @@ fn run(backend: &dyn Backend, model: &Model, program: Program, tokens: &[u32]) -
 #[test]
 fn fusion_never_changes_a_bit_and_can_be_undone() {
     for model in models() {
-        let plain = model.program(ProgramOptions { kv_format: Format::F16 }, 256).unwrap();
+        let plain = model.program(ProgramOptions::default().kv_format(Format::F16), 256).unwrap();
         let fused = passes::fuse(&plain, Fusions::ALL);
         fused.validate().unwrap();
         let undone = passes::decompose(&fused);
@@ -412,7 +392,7 @@ fn fusion_makes_the_forms_it_is_asked_for() {
         "Norm MatMul MatMul MatMul Rope Rope KvWrite Attend MatMul Add Norm MatMul MatMul Glu MatMul Add"
     );
     assert_eq!(
-        ops(Fusions { shared_input: true, add_norm: true, ..Default::default() }),
+        ops(Fusions::default().shared_input(true).add_norm(true)),
         "Norm MatMul Rope Rope KvWrite Attend MatMul Norm MatMul Glu MatMul Add"
     );
     assert_eq!(ops(Fusions::ALL), "Norm MatMul RopeKv Attend MatMul Norm MatMul MatMul");
@@ -426,9 +406,7 @@ fn a_tap_reads_any_result_and_changes_none() {
     let names = ["blk.0.attn_norm", "blk.1.glu", "blk.1.attn_residual", "output.norm"];
     let mut tapped = session(model, &best(), &names);
     let sequence = tapped.add_sequence();
-    tapped
-        .step(&[Run { sequence, tokens: &tokens, outputs: OutputTokens::All }], OutputKind::Logits)
-        .unwrap();
+    tapped.step(&[Run::new(sequence, &tokens).outputs(OutputTokens::All)], OutputKind::Logits).unwrap();
     assert_eq!(bits(tapped.logits()), want);
     let width = model.hparams().embedding_length as usize;
     let norm = tapped.tap(0).unwrap();
@@ -438,14 +416,12 @@ fn a_tap_reads_any_result_and_changes_none() {
     let reference: Arc<dyn Backend> = Arc::new(Reference::new());
     let mut other = session(model, &reference, &names);
     let sequence = other.add_sequence();
-    other
-        .step(&[Run { sequence, tokens: &tokens[..3], outputs: OutputTokens::All }], OutputKind::Logits)
-        .unwrap();
+    other.step(&[Run::new(sequence, &tokens[..3]).outputs(OutputTokens::All)], OutputKind::Logits).unwrap();
     for (tap, name) in names.iter().enumerate() {
         let (got, want) = (tapped.tap(tap).unwrap(), other.tap(tap).unwrap());
         assert_eq!(bits(&got[..want.len()]), bits(&want), "{name}");
     }
-    let options = SessionOptions { taps: vec!["blk.9.nothing".into()], ..Default::default() };
+    let options = SessionOptions::default().taps(vec!["blk.9.nothing".into()]);
     assert!(matches!(Session::new(model, &best(), &options), Err(Error::Argument { .. })));
 }
 
@@ -459,7 +435,7 @@ fn steps_that_do_not_fit_are_errors_and_change_nothing() {
     session.remove(other).unwrap();
     let many = vec![1; 129];
     fn run(sequence: SequenceId, tokens: &[u32]) -> Run<'_> {
-        Run { sequence, tokens, outputs: OutputTokens::Last }
+        Run::new(sequence, tokens)
     }
     let beyond = [vocab];
     let cases: [&[Run<'_>]; 6] = [

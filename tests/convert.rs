@@ -65,15 +65,12 @@ fn error(folder: &Path, model: &Arc<Model>, backend: &Arc<dyn Backend>) -> f64 {
     let tokens = ids(&json_of(folder, "expected.json")["tokens"]);
     let want = std::fs::read(folder.join("logits.f32")).unwrap();
     let want: Vec<f32> = want.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect();
-    let program = ProgramOptions { kv_format: Format::F32 };
+    let program = ProgramOptions::default().kv_format(Format::F32);
     let count = tokens.len() as u32;
-    let options =
-        SessionOptions { context: Some(64), batch: count, outputs: count, program, ..Default::default() };
+    let options = SessionOptions::default().context(64).batch(count).outputs(count).program(program);
     let mut session = Session::new(model, backend, &options).unwrap();
     let sequence = session.add_sequence();
-    session
-        .step(&[Run { sequence, tokens: &tokens, outputs: OutputTokens::All }], OutputKind::Logits)
-        .unwrap();
+    session.step(&[Run::new(sequence, &tokens).outputs(OutputTokens::All)], OutputKind::Logits).unwrap();
     let got = session.logits();
     let got = &got[got.len() - want.len()..];
     let square = |x: f64| x * x;
@@ -108,7 +105,7 @@ fn ids_are_those_of_tokenizers() {
     for name in FAMILIES {
         let folder = folder(name);
         let tokenizer = tokenizer(&converted(&folder, Format::F16).unwrap());
-        let options = EncodeOptions { add_special: true, parse_special: true };
+        let options = EncodeOptions::default().parse_special(true);
         for row in json_of(&folder, "expected.json")["texts"].as_array().unwrap() {
             let text = row[0].as_str().unwrap();
             assert_eq!(tokenizer.encode(text, options), ids(&row[1]), "{name}: {text:?}");
@@ -417,7 +414,7 @@ fn what_bert_does_to_texts_is_carried_over() {
     let (model, left_out) = convert_to_gguf(&copy.0);
     assert_eq!(left_out, [""; 0]);
     let tokenizer = tokenizer(&model);
-    let special = EncodeOptions { add_special: false, parse_special: true };
+    let special = EncodeOptions::default().add_special(false).parse_special(true);
     let id = |text: &str| tokenizer.token(text.as_bytes()).unwrap();
     assert_eq!(tokenizer.encode("catssss", special).len(), 5);
     assert_eq!(tokenizer.encode("catsssss", special), [id("[UNK]")]);
@@ -430,7 +427,7 @@ fn what_bert_does_to_texts_is_carried_over() {
 
     let backend: Arc<dyn Backend> = Arc::new(Cpu::with_threads(1).unwrap());
     let embedder = |truncate| {
-        let options = EmbedOptions { truncate, ..Default::default() };
+        let options = EmbedOptions::default().truncate(truncate);
         Embedder::new(&model, &backend, &options).unwrap()
     };
     assert_eq!(embedder(false).max_text_tokens(), 16);
@@ -440,7 +437,7 @@ fn what_bert_does_to_texts_is_carried_over() {
     let cut = embedder(true).embed(&tokenizer, &[&text, &"cat ".repeat(14)]).unwrap();
     assert_eq!(cut[0], cut[1]);
     let masked = embedder(true).embed(&tokenizer, &["cat [MASK]"]).unwrap();
-    let ids = tokenizer.encode("cat [MASK]", EncodeOptions { add_special: true, parse_special: true });
+    let ids = tokenizer.encode("cat [MASK]", EncodeOptions::default().parse_special(true));
     assert_eq!(masked, embedder(true).embed_tokens(&[ids]).unwrap());
 }
 

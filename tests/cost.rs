@@ -80,7 +80,7 @@ fn windows_limit_what_attention_sees() {
 #[test]
 fn quantised_products_are_integer_operations() {
     let mut bytes = Vec::new();
-    let formats = Formats { weights: Format::Q4_0, output: Format::Q6_K };
+    let formats = Formats::of(Format::Q4_0).output(Format::Q6_K);
     let synth = Synth::new(shape("tiny").unwrap(), formats, 0).unwrap();
     let elements = |name: &str| -> u64 {
         let named = synth.tensors().iter().filter(|t| t.name.contains(name) && t.dims.len() == 2);

@@ -11,6 +11,7 @@ use halite::embed::{EmbedOptions, Embedder, cosine};
 use halite::kernels::formats::Format;
 use halite::model::Pooling;
 use halite::session::{Session, SessionOptions};
+use halite::tokenizer::EncodeOptions;
 use halite::{Error, Model};
 use halite_testing::bert::*;
 
@@ -21,7 +22,7 @@ fn vectors_are_those_of_double_precision() {
         let mut f32 = embedder(backend.clone(), Format::F32, EmbedOptions::default());
         let tokenizer = tokenizer(f32.model());
         for (text, ids, _) in expected() {
-            assert_eq!(tokenizer.encode(&text, SPECIAL), ids, "{text}");
+            assert_eq!(tokenizer.encode(&text, EncodeOptions::default()), ids, "{text}");
         }
         let got = f32.embed(&tokenizer, &texts()).unwrap();
         assert!(largest_difference(&got) < 1e-6, "{}", largest_difference(&got));
@@ -38,7 +39,7 @@ fn which_texts_share_a_step_never_shows() {
     let tokenizer = tokenizer(together.model());
     let many: Vec<String> = texts().iter().cycle().take(150).cloned().collect();
     let all = together.embed(&tokenizer, &many).unwrap();
-    let mut apart = embedder(cpu(), Format::F32, EmbedOptions { batch: 80, ..Default::default() });
+    let mut apart = embedder(cpu(), Format::F32, EmbedOptions::default().batch(80));
     assert_eq!(apart.embed(&tokenizer, &many).unwrap(), all);
     for (text, vector) in many.iter().zip(&all).take(8) {
         assert_eq!(&apart.embed(&tokenizer, &[text]).unwrap(), std::slice::from_ref(vector));
@@ -47,7 +48,7 @@ fn which_texts_share_a_step_never_shows() {
 
 #[test]
 fn poolings_are_of_the_same_vectors() {
-    let options = |pooling| EmbedOptions { pooling: Some(pooling), normalize: false, ..Default::default() };
+    let options = |pooling| EmbedOptions::default().pooling(pooling).normalize(false);
     let of = |pooling| {
         let mut embedder = embedder(cpu(), Format::F32, options(pooling));
         embedder.embed(&tokenizer(embedder.model()), &["a cat sat", "mat"]).unwrap()
@@ -74,7 +75,7 @@ fn long_texts_are_cut_only_on_request() {
     assert_eq!(strict.max_text_tokens(), 80);
     let error = strict.embed(&tokenizer, &["mat", &long]).unwrap_err().to_string();
     assert!(error.contains("at most 80") && error.contains("92 in text 1"), "{error}");
-    let mut cutting = embedder(cpu(), Format::F32, EmbedOptions { truncate: true, ..Default::default() });
+    let mut cutting = embedder(cpu(), Format::F32, EmbedOptions::default().truncate(true));
     let kept = "cat ".repeat(78);
     assert_eq!(cutting.embed(&tokenizer, &[long]).unwrap(), strict.embed(&tokenizer, &[kept]).unwrap());
     assert!(strict.embed_tokens(&[vec![]]).unwrap_err().to_string().contains("none in text 0"));
@@ -86,7 +87,7 @@ fn long_texts_are_cut_only_on_request() {
 #[test]
 fn encoders_and_decoders_are_not_confused() {
     let bert = converted(&folder(), Format::F16).unwrap();
-    let error = Session::new(&bert, &cpu(), &SessionOptions { context: Some(64), ..Default::default() });
+    let error = Session::new(&bert, &cpu(), &SessionOptions::default().context(64));
     assert!(error.unwrap_err().to_string().contains("Embedder"));
     let austen = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/austen/halite-austen.gguf");
     let austen = Arc::new(Model::open(austen).unwrap());

@@ -677,7 +677,7 @@ fn tokens_that_are_no_text() {
         .entry("tokenizer.ggml.add_space_prefix", false);
     let gguf = Gguf::from_source(Source::from_bytes("test", &file.bytes())).unwrap();
     let tokenizer = Tokenizer::from_gguf(&gguf).unwrap().unwrap();
-    let options = EncodeOptions { add_special: false, parse_special: true };
+    let options = EncodeOptions::default().add_special(false).parse_special(true);
     assert_eq!(tokenizer.encode("\u{e9}<x>", options), [2, 1, 3]);
     assert_eq!(tokenizer.decode(&[2, 1, 3], true), "\u{e9}<x>");
 }
@@ -883,9 +883,9 @@ fn odd_vocabularies_are_used_with_a_warning() {
         );
         assert_eq!(t.kind(10), Some(halite::tokenizer::TokenKind::Control), "{text}");
         assert!(t.is_end(10), "{text}");
-        let ids = t.encode(text, EncodeOptions { add_special: false, parse_special: true });
+        let ids = t.encode(text, EncodeOptions::default().add_special(false).parse_special(true));
         assert_eq!(ids, [10], "{text}");
-        assert_ne!(t.encode(text, EncodeOptions { add_special: false, parse_special: false }), [10]);
+        assert_ne!(t.encode(text, EncodeOptions::default().add_special(false)), [10]);
         assert!(t.warnings().len() == 1 && t.warnings()[0].contains(text), "{:?}", t.warnings());
     }
 }

@@ -8,7 +8,7 @@ use halite::backend::Backend;
 use halite::backend::cpu::Cpu;
 use halite::backend::reference::Reference;
 use halite::kernels::isa::Cpu as Isa;
-use halite::session::{OutputKind, OutputTokens, Run, Session, SessionOptions};
+use halite::session::{OutputKind, Run, Session, SessionOptions};
 
 #[path = "../kernels/tests/common/environments.rs"]
 mod environments;
@@ -20,7 +20,7 @@ fn logits(model: &Arc<Model>, backend: impl FnOnce() -> Arc<dyn Backend>) -> Vec
     let sequence = session.add_sequence();
     let tokens: Vec<u32> = (0..70).map(|i| (i * i * 7 + 1) % model.hparams().vocab_size).collect();
     for tokens in [&tokens[..69], &tokens[69..]] {
-        session.step(&[Run { sequence, tokens, outputs: OutputTokens::Last }], OutputKind::Logits).unwrap();
+        session.step(&[Run::new(sequence, tokens)], OutputKind::Logits).unwrap();
     }
     session.logits().iter().map(|x| x.to_bits()).collect()
 }

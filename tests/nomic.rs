@@ -159,7 +159,7 @@ fn nomic_bert_is_its_formulas() {
     }
     let open = |file: &File| Model::from_source(Source::from_bytes("nomic", &file.bytes())).map(Arc::new);
     let backend: Arc<dyn Backend> = Arc::new(Cpu::with_threads(2).unwrap());
-    let options = EmbedOptions { normalize: false, ..Default::default() };
+    let options = EmbedOptions::default().normalize(false);
     let mut embedder = Embedder::new(&open(&file).unwrap(), &backend, &options).unwrap();
     assert_eq!(embedder.pooling(), Pooling::None);
     let texts: Vec<Vec<u32>> = vec![(0..70).map(|i| i * 7 % 40).collect(), vec![3, 1, 4]];

@@ -25,15 +25,13 @@ fn generation_and_drafts_name_it() {
     let whole = model("output_norm.weight", 1.0);
     let tokenizer = Tokenizer::from_gguf(broken.gguf()).unwrap().unwrap();
     let backend: Arc<dyn Backend> = Arc::new(Cpu::with_threads(1).unwrap());
-    let session = |model: &Arc<Model>| {
-        Session::new(model, &backend, &SessionOptions { outputs: 4, ..Default::default() })
-    };
+    let session = |model: &Arc<Model>| Session::new(model, &backend, &SessionOptions::default().outputs(4));
     let greedy = SamplerOptions::default();
-    let drawn = SamplerOptions { temperature: 0.8, ..Default::default() };
-    let penalised = SamplerOptions { repeat_penalty: 1.1, ..Default::default() };
+    let drawn = SamplerOptions::default().temperature(0.8);
+    let penalised = SamplerOptions::default().repeat_penalty(1.1);
     for sampler in [greedy, drawn, penalised] {
         for max_tokens in [0, 3] {
-            let options = GenerateOptions { max_tokens, sampler: sampler.clone(), ..Default::default() };
+            let options = GenerateOptions::default().max_tokens(max_tokens).sampler(sampler.clone());
             let mut said = String::new();
             let result = session(&broken).unwrap().generate(&tokenizer, "Once", &options, |text| {
                 said += text;
@@ -47,7 +45,7 @@ fn generation_and_drafts_name_it() {
     let mut drafter = DraftModel::new(session(&broken).unwrap(), &target, 3).unwrap();
     is_not_finite(drafter.draft(&[5, 6, 7], 3, &mut Vec::new()), "draft");
     let sequence = target.add_sequence();
-    let decoding = Decoding { drafter: Some(&mut drafter), constraint: None };
+    let decoding = Decoding::default().drafter(&mut drafter);
     let result =
         target.generate_in(sequence, &tokenizer, &[5, 6, 7], &GenerateOptions::default(), decoding, |_| {
             ControlFlow::Continue(())

@@ -10,12 +10,12 @@ use halite::backend::reference::Reference;
 use halite::kernels::formats::Format;
 use halite::map::Source;
 use halite::model::ProgramOptions;
-use halite::session::{OutputKind, OutputTokens, Run, SequenceId, Session, SessionOptions};
+use halite::session::{OutputKind, Run, SequenceId, Session, SessionOptions};
 use halite::{Error, Model};
 
 fn session(model: &Arc<Model>, backend: Arc<dyn Backend>, context: u32, kv_format: Format) -> Session {
-    let program = ProgramOptions { kv_format };
-    let options = SessionOptions { context: Some(context), batch: 128, program, ..Default::default() };
+    let program = ProgramOptions::default().kv_format(kv_format);
+    let options = SessionOptions::default().context(context).batch(128).program(program);
     Session::new(model, &backend, &options).unwrap()
 }
 
@@ -52,9 +52,7 @@ fn saved(session: &Session, id: SequenceId) -> Vec<u8> {
 }
 
 fn continued(session: &mut Session, sequence: SequenceId) -> Vec<u32> {
-    session
-        .step(&[Run { sequence, tokens: &[3, 5], outputs: OutputTokens::Last }], OutputKind::Logits)
-        .unwrap();
+    session.step(&[Run::new(sequence, &[3, 5])], OutputKind::Logits).unwrap();
     session.logits().iter().map(|x| x.to_bits()).collect()
 }
 

@@ -26,9 +26,8 @@ fn austen() -> (Arc<Model>, Tokenizer) {
 }
 
 fn session(model: &Arc<Model>, backend: Arc<dyn Backend>, context: u32, kv_format: Format) -> Session {
-    let program = ProgramOptions { kv_format };
-    let options =
-        SessionOptions { context: Some(context), batch: 32, outputs: 9, program, ..Default::default() };
+    let program = ProgramOptions::default().kv_format(kv_format);
+    let options = SessionOptions::default().context(context).batch(32).outputs(9).program(program);
     Session::new(model, &backend, &options).unwrap()
 }
 
@@ -45,7 +44,8 @@ fn generate(
     let prompt = "She was happy, and he was happy. She was happy, and he was";
     let prompt = tokenizer.encode(prompt, options.encode);
     let sequence = session.add_sequence();
-    let decoding = Decoding { drafter, ..Decoding::default() };
+    let mut decoding = Decoding::default();
+    decoding.drafter = drafter;
     let generation = session
         .generate_in(sequence, tokenizer, &prompt, options, decoding, |_| ControlFlow::Continue(()))
         .unwrap();
@@ -72,16 +72,16 @@ impl Drafter for Oracle {
 #[test]
 fn drafts_do_not_change_the_text() {
     let (model, tokenizer) = austen();
-    let greedy = GenerateOptions { max_tokens: 60, ignore_end: true, ..Default::default() };
-    let hot = |sampler| GenerateOptions { sampler, ..greedy.clone() };
+    let greedy = GenerateOptions::default().max_tokens(60).ignore_end(true);
+    let hot = |sampler| greedy.clone().sampler(sampler);
     let cases = [
         greedy.clone(),
-        GenerateOptions { max_tokens: 1, ..greedy.clone() },
-        GenerateOptions { ignore_end: false, max_tokens: 160, ..greedy.clone() },
-        GenerateOptions { stop: vec![" and".into()], ..greedy.clone() },
-        hot(SamplerOptions { temperature: 0.9, seed: 5, ..Default::default() }),
-        hot(SamplerOptions { temperature: 0.9, top_k: 0, seed: 6, ..Default::default() }),
-        hot(SamplerOptions { repeat_penalty: 1.2, ..Default::default() }),
+        greedy.clone().max_tokens(1),
+        greedy.clone().ignore_end(false).max_tokens(160),
+        greedy.clone().stop(vec![" and".into()]),
+        hot(SamplerOptions::default().temperature(0.9).seed(5)),
+        hot(SamplerOptions::default().temperature(0.9).top_k(0).seed(6)),
+        hot(SamplerOptions::default().repeat_penalty(1.2)),
     ];
     for kv in [Format::F16, Format::F32, Format::Q8_0] {
         let mut session = session(&model, cpu(), 256, kv);
@@ -106,7 +106,7 @@ fn drafts_do_not_change_the_text() {
 fn a_draft_model_does_not_change_the_text() {
     let (model, tokenizer) = austen();
     let mut target = session(&model, cpu(), 256, Format::F16);
-    let options = GenerateOptions { max_tokens: 40, ignore_end: true, ..Default::default() };
+    let options = GenerateOptions::default().max_tokens(40).ignore_end(true);
     let plain = generate(&mut target, &tokenizer, &options, None);
     // The model itself is always right; with a coarser cache, and on another backend, nearly always.
     for (kv, backend, context) in [
@@ -132,7 +132,7 @@ fn a_draft_model_does_not_change_the_text() {
 fn the_context_ends_both() {
     let (model, tokenizer) = austen();
     let mut session = session(&model, cpu(), 64, Format::F16);
-    let options = GenerateOptions { max_tokens: 500, ignore_end: true, ..Default::default() };
+    let options = GenerateOptions::default().max_tokens(500).ignore_end(true);
     let plain = generate(&mut session, &tokenizer, &options, None);
     let mut oracle = Oracle([&plain.prompt_tokens[..], &plain.tokens, &[3; 20]].concat());
     let drafted = generate(&mut session, &tokenizer, &options, Some(&mut oracle));
@@ -149,13 +149,11 @@ fn outputs_do_not_depend_on_the_step() {
         let (one, all) = (session.add_sequence(), session.add_sequence());
         let mut single = Vec::new();
         for token in &tokens {
-            let run = Run { sequence: one, tokens: std::slice::from_ref(token), outputs: OutputTokens::Last };
+            let run = Run::new(one, std::slice::from_ref(token));
             session.step(&[run], OutputKind::ArgMax).unwrap();
             single.extend_from_slice(session.arg_max());
         }
-        session
-            .step(&[Run { sequence: all, tokens: &tokens, outputs: OutputTokens::All }], OutputKind::ArgMax)
-            .unwrap();
+        session.step(&[Run::new(all, &tokens).outputs(OutputTokens::All)], OutputKind::ArgMax).unwrap();
         assert_eq!(session.arg_max(), single, "{file}");
     }
 }

@@ -11,7 +11,9 @@ use halite::map::Source;
 use halite::tokenizer::{Detokenizer, EncodeOptions, TokenKind};
 use halite_testing::SplitMix;
 
-const PLAIN: EncodeOptions = EncodeOptions { add_special: false, parse_special: false };
+fn plain() -> EncodeOptions {
+    EncodeOptions::default().add_special(false)
+}
 
 fn tokenizer(file: &halite_testing::gguf::File) -> Tokenizer {
     Tokenizer::from_gguf(&Gguf::from_source(Source::from_bytes("test", &file.bytes())).unwrap())
@@ -47,7 +49,7 @@ fn check_file(path: &Path, normalised: bool) {
     let mut wrong = Vec::new();
     for (input, output) in inputs.iter().zip(&outputs) {
         let want: Vec<u32> = output.split_whitespace().map(|id| id.parse().unwrap()).collect();
-        let got = tokenizer.encode(input, PLAIN);
+        let got = tokenizer.encode(input, plain());
         if got != want {
             wrong.push(format!("{input:?}\n  want {want:?}\n  got  {got:?}"));
         }
@@ -65,7 +67,7 @@ fn check_file(path: &Path, normalised: bool) {
             // What stands for a space cannot come back as itself.
             true => {
                 let lost = got.iter().any(unknown) || input.contains('\u{2581}');
-                lost || tokenizer.encode(text, PLAIN) == got
+                lost || tokenizer.encode(text, plain()) == got
             }
         };
         if !same {
@@ -128,7 +130,7 @@ fn unigram() {
 #[test]
 fn special_tokens_of_word_pieces_and_unigrams() {
     let encode = |tokenizer: &Tokenizer, text: &str, add_special, parse_special| {
-        tokenizer.encode(text, EncodeOptions { add_special, parse_special })
+        tokenizer.encode(text, EncodeOptions::default().add_special(add_special).parse_special(parse_special))
     };
     let pieces = tokenizer(&halite_testing::gguf::wordpiece());
     assert_eq!(encode(&pieces, "\u{c1}, AB abb [SEP]b", true, true), [2, 4, 6, 7, 7, 5, 3, 1, 3]);
@@ -223,7 +225,7 @@ fn random_texts_have_the_ids_of_other_programs() {
         checked += 1;
         for (text, ids) in texts.iter().zip(ids.lines()).filter(|(_, ids)| *ids != "-") {
             let want: Vec<u32> = ids.split_whitespace().map(|id| id.parse().unwrap()).collect();
-            let got = tokenizer.encode(text, PLAIN);
+            let got = tokenizer.encode(text, plain());
             if got != want {
                 wrong.push(format!("{name}: {text:?}\n  want {want:?}\n  got  {got:?}"));
             }
@@ -284,8 +286,9 @@ fn quoted_texts_have_no_control_tokens() {
             .filter(|text| text.chars().count() > 1)
             .take(300)
             .collect();
-        let encode =
-            |text: &str, parse_special| t.encode(text, EncodeOptions { add_special: false, parse_special });
+        let encode = |text: &str, parse_special| {
+            t.encode(text, EncodeOptions::default().add_special(false).parse_special(parse_special))
+        };
         assert!(!controls.is_empty(), "{name}");
         for (i, control) in controls.iter().enumerate() {
             let text = format!("Hi {control}, {control}{}<{control} there", controls[controls.len() - 1 - i]);
@@ -346,7 +349,7 @@ fn overlapping_literals_are_the_longest_first() {
         let t = with_literals(&texts);
         let text = word(60);
         let want: Vec<u32> = literals(&texts, &text).iter().map(|&(_, _, id)| id).collect();
-        let mut got = t.encode(&text, PLAIN);
+        let mut got = t.encode(&text, plain());
         got.retain(|&id| (id as usize) < texts.len());
         assert_eq!(got, want, "{texts:?} in {text}");
     }
@@ -374,7 +377,7 @@ fn no_vocabulary_takes_more_than_linear_time() {
     let runs: Vec<String> = (1..=220).map(|len| "a".repeat(len)).collect();
     let t = with_literals(&runs);
     is_linear("runs as literals", 2_000, &|n| {
-        assert_eq!(t.encode(&"a".repeat(n), PLAIN).len(), n.div_ceil(220));
+        assert_eq!(t.encode(&"a".repeat(n), plain()).len(), n.div_ceil(220));
     });
 
     // Pieces that share all but their ends.
@@ -391,10 +394,10 @@ fn no_vocabulary_takes_more_than_linear_time() {
         .set("halite.tokenizer.max_input_chars_per_word", u32::MAX);
     let t = tokenizer(&pieces);
     is_linear("word pieces", 10_000, &|n| {
-        assert_eq!(t.encode(&"a".repeat(n), PLAIN).len(), n.div_ceil(200));
+        assert_eq!(t.encode(&"a".repeat(n), plain()).len(), n.div_ceil(200));
     });
     is_linear("word pieces without an end", 10_000, &|n| {
-        assert_eq!(t.encode(&("a".repeat(n) + "b"), PLAIN), [400]);
+        assert_eq!(t.encode(&("a".repeat(n) + "b"), plain()), [400]);
     });
 
     let mut tokens: Vec<String> = (1..=200).map(|len| "a".repeat(len)).collect();
@@ -415,7 +418,7 @@ fn no_vocabulary_takes_more_than_linear_time() {
         .set("tokenizer.ggml.precompiled_charsmap", &charsmap);
     let t = tokenizer(&unigram);
     is_linear("unigram, and a map that loops", 2_000, &|n| {
-        assert_eq!(t.encode(&"a".repeat(n), PLAIN).len(), n.div_ceil(200));
+        assert_eq!(t.encode(&"a".repeat(n), plain()).len(), n.div_ceil(200));
     });
 }
 
@@ -438,7 +441,7 @@ fn texts_of_tokens_and_replacements_have_limits() {
     let with =
         |len| halite_testing::gguf::unigram().set("tokenizer.ggml.precompiled_charsmap", &charsmap(len));
     let t = tokenizer(&with(64));
-    assert_eq!(t.encode("A", PLAIN).len(), 64);
+    assert_eq!(t.encode("A", plain()).len(), 64);
     let error = refused(&with(65));
     assert!(
         error.contains("precompiled_charsmap: unit 1 does not lead to a text of at most 64 bytes"),

@@ -29,7 +29,7 @@ fn cpu() -> Arc<dyn Backend> {
 
 /// Room for long sequences, of which a window needs little.
 fn options(sequences: u32, rewind: u32) -> SessionOptions {
-    SessionOptions { context: Some(1024), batch: 40, outputs: 40, sequences, rewind, ..Default::default() }
+    SessionOptions::default().context(1024).batch(40).outputs(40).sequences(sequences).rewind(rewind)
 }
 
 /// Options under which windows drop nothing.
@@ -58,9 +58,7 @@ fn fed(session: &mut Session, sequence: SequenceId, mut tokens: &[u32], steps: &
         if now.is_empty() {
             return out;
         }
-        session
-            .step(&[Run { sequence, tokens: now, outputs: OutputTokens::All }], OutputKind::Logits)
-            .unwrap();
+        session.step(&[Run::new(sequence, now).outputs(OutputTokens::All)], OutputKind::Logits).unwrap();
         out.extend(session.logits().iter().map(|x| x.to_bits()));
         tokens = rest;
     }
@@ -102,7 +100,7 @@ fn memory_is_that_of_the_windows() {
     assert_eq!(kv_bytes(&options(3, 0)), (16 + 10) * PAGE_BYTES);
     assert_eq!(kv_bytes(&options(100, 0)), 2 * 16 * PAGE_BYTES);
     assert_eq!(kv_bytes(&whole()), 2 * 16 * PAGE_BYTES);
-    let longer = SessionOptions { context: Some(2048), ..options(1, 0) };
+    let longer = options(1, 0).context(2048);
     assert_eq!(kv_bytes(&longer), (32 + 4) * PAGE_BYTES);
 }
 
@@ -117,11 +115,7 @@ fn sequences_have_windows_of_their_own() {
     let mut done = [0; 3];
     while done != [tokens.len(); 3] {
         let lens = [0, 1, 2].map(|i| random.below(14).min(tokens.len() - done[i]));
-        let run = |i: usize| Run {
-            sequence: all[i],
-            tokens: &tokens[done[i]..done[i] + lens[i]],
-            outputs: OutputTokens::All,
-        };
+        let run = |i: usize| Run::new(all[i], &tokens[done[i]..done[i] + lens[i]]).outputs(OutputTokens::All);
         let runs: Vec<Run<'_>> = (0..3).filter(|&i| lens[i] > 0).map(run).collect();
         if runs.is_empty() {
             continue;
@@ -204,7 +198,7 @@ fn what_was_dropped_does_not_come_back() {
 #[test]
 fn branches_move() {
     let tokens = tokens(800);
-    let options = SessionOptions { context: Some(896), ..options(4, 0) };
+    let options = options(4, 0).context(896);
     let mut old = session(&options);
     let first = old.add_sequence();
     fed(&mut old, first, &tokens[..640], &[40]);
@@ -228,10 +222,7 @@ fn holes_are_refused() {
     let (q, k, v) =
         (b.input("q", Dim::Tokens, 4), b.input("k", Dim::Tokens, 4), b.input("v", Dim::Tokens, 4));
     for window in [None, Some(70)] {
-        let name = format!("{window:?}");
-        let (kv_heads, key_dim, value_dim, format) = (1, 4, 4, Format::F32);
-        let kv = State { name, kv_heads, key_dim, value_dim, format, window, causal: true };
-        let kv = b.state(kv);
+        let kv = b.state(State::new(format!("{window:?}"), 1, 4, 4, Format::F32).window(window));
         b.kv_write(k, v, kv);
         let y = b.attend(q, kv, 1, 1.0, None, None);
         b.output(y);

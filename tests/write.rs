@@ -8,7 +8,7 @@ use halite::gguf::Gguf;
 use halite::gguf::write::{Encoded, Writer};
 use halite::kernels::formats::Format;
 use halite::map::Source;
-use halite::session::{OutputKind, OutputTokens, Run, Session, SessionOptions};
+use halite::session::{OutputKind, Run, Session, SessionOptions};
 use halite::synth::{Formats, SHAPES, Synth, shape};
 use halite::tokenizer::EncodeOptions;
 use halite::{Model, Tokenizer};
@@ -119,7 +119,10 @@ fn what_does_not_read_back_is_refused() {
 
 fn file(name: &str, weights: Format, output: Format, seed: u64) -> Vec<u8> {
     let mut file = Vec::new();
-    Synth::new(shape(name).unwrap(), Formats { weights, output }, seed).unwrap().write(&mut file).unwrap();
+    Synth::new(shape(name).unwrap(), Formats::of(weights).output(output), seed)
+        .unwrap()
+        .write(&mut file)
+        .unwrap();
     file
 }
 
@@ -133,14 +136,14 @@ fn named_shapes_have_their_models_sizes() {
         ("mistral-7b", 7_241_732_096),
         ("mixtral-8x7b", 46_702_792_704),
     ];
-    let formats = Formats { weights: Format::Q4_0, output: Format::Q4_0 };
+    let formats = Formats::of(Format::Q4_0);
     for (name, parameters) in published {
         let synth = Synth::new(shape(name).unwrap(), formats, 0).unwrap();
         let got: u64 = synth.tensors().iter().map(|t| t.dims.iter().product::<u64>()).sum();
         assert_eq!(got, parameters, "{name}");
     }
     for shape in SHAPES {
-        let longest = Formats { weights: Format::Q4_K, output: Format::Q6_K };
+        let longest = Formats::of(Format::Q4_K).output(Format::Q6_K);
         assert!(Synth::new(shape, longest, 0).is_ok(), "{}", shape.name);
     }
 }
@@ -151,7 +154,7 @@ fn synthetic_models_run_in_every_format() {
     let mut formats = 0;
     for &format in Format::ALL {
         let plain_integer = matches!(format, Format::I8 | Format::I16 | Format::I32 | Format::I64);
-        let made = Synth::new(shape("tiny").unwrap(), Formats { weights: format, output: format }, 0);
+        let made = Synth::new(shape("tiny").unwrap(), Formats::of(format), 0);
         assert_eq!(made.is_err(), plain_integer, "{}", format.name());
         if plain_integer {
             continue;
@@ -161,14 +164,11 @@ fn synthetic_models_run_in_every_format() {
             let bytes = file(name, format, Format::Q6_K, 1);
             let model = Arc::new(Model::from_source(Source::from_bytes(name, &bytes)).unwrap());
             let tokenizer = Tokenizer::from_gguf(model.gguf()).unwrap().unwrap();
-            let tokens =
-                tokenizer.encode("hello world", EncodeOptions { add_special: true, parse_special: false });
+            let tokens = tokenizer.encode("hello world", EncodeOptions::default());
             assert_eq!(tokenizer.decode(&tokens, false), " hello world");
             let mut session = Session::new(&model, &backend, &SessionOptions::default()).unwrap();
             let sequence = session.add_sequence();
-            session
-                .step(&[Run { sequence, tokens: &tokens, outputs: OutputTokens::Last }], OutputKind::Logits)
-                .unwrap();
+            session.step(&[Run::new(sequence, &tokens)], OutputKind::Logits).unwrap();
             let logits = session.logits();
             let range = |f: fn(f32, f32) -> f32| logits.iter().copied().reduce(f).unwrap();
             let (min, max) = (range(f32::min), range(f32::max));
@@ -197,13 +197,13 @@ fn a_seed_gives_one_file() {
 
 #[test]
 fn shapes_that_are_none_are_refused() {
-    let formats = Formats { weights: Format::Q4_0, output: Format::Q4_0 };
+    let formats = Formats::of(Format::Q4_0);
     let tiny = || shape("tiny").unwrap().clone();
     for bad in [
-        halite::synth::Shape { head_count: 0, ..tiny() },
-        halite::synth::Shape { head_count_kv: 0, ..tiny() },
-        halite::synth::Shape { vocab_size: 0, ..tiny() },
-        halite::synth::Shape { head_count_kv: u32::MAX, embedding_length: u32::MAX, head_count: 1, ..tiny() },
+        tiny().head_count(0),
+        tiny().head_count_kv(0),
+        tiny().vocab_size(0),
+        tiny().head_count_kv(u32::MAX).embedding_length(u32::MAX).head_count(1),
     ] {
         assert!(matches!(Synth::new(&bad, formats, 0), Err(halite::Error::Argument { .. })), "{bad:?}");
     }
@@ -211,8 +211,8 @@ fn shapes_that_are_none_are_refused() {
 
 #[test]
 fn rows_that_are_not_whole_blocks_are_refused() {
-    let shape = halite::synth::Shape { feed_forward_length: 320, ..shape("tiny").unwrap().clone() };
-    let error = Synth::new(&shape, Formats { weights: Format::Q4_K, output: Format::Q6_K }, 0).unwrap_err();
+    let shape = shape("tiny").unwrap().clone().feed_forward_length(320);
+    let error = Synth::new(&shape, Formats::of(Format::Q4_K).output(Format::Q6_K), 0).unwrap_err();
     assert_eq!(
         error.to_string(),
         "GGUF tensor: expected 1 to 4 dimensions, a row length that is a multiple of 256 and less than 2^63 bytes, \

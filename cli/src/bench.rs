@@ -8,7 +8,7 @@ use halite::backend::cpu::{self, Cpu};
 use halite::cost::{self, Cost, Extent, Rates};
 use halite::kernels::formats::Format;
 use halite::model::ProgramOptions;
-use halite::session::{OutputKind, OutputTokens, Run, SequenceId, Session, SessionOptions};
+use halite::session::{OutputKind, Run, SequenceId, Session, SessionOptions};
 #[cfg(feature = "sim")]
 use halite_profiles::profile::Profile;
 #[cfg(feature = "sim")]
@@ -120,14 +120,12 @@ pub fn bench(args: &BenchArgs) -> Result<(), Failure> {
     let tests: Vec<Test> = tests.collect();
     let context =
         tests.iter().map(|t| t.depth.saturating_add(t.tokens())).max().ok_or("bench: nothing to do")?;
-    let options = SessionOptions {
-        context: Some(context),
-        batch: args.batch,
-        program: ProgramOptions { kv_format: args.kv },
+    let options = SessionOptions::default()
+        .context(context)
+        .batch(args.batch)
+        .program(ProgramOptions::default().kv_format(args.kv))
         // Every repetition starts at the same depth.
-        rewind: tests.iter().map(|test| test.tokens()).max().unwrap_or(0),
-        ..SessionOptions::default()
-    };
+        .rewind(tests.iter().map(|test| test.tokens()).max().unwrap_or(0));
     #[cfg(feature = "sim")]
     let profile = args.profile.as_deref().map(Profile::open).transpose()?;
     let mut rows = Rows::new(args.output);
@@ -189,7 +187,7 @@ fn time(session: &mut Session, test: Test, repetitions: u32) -> Result<Vec<f64>,
 fn run(session: &mut Session, sequence: SequenceId, prompt: &[u32], generated: &[u32]) -> halite::Result<()> {
     session.prefill(sequence, prompt, OutputKind::ArgMax)?;
     for token in generated.chunks(1) {
-        session.step(&[Run { sequence, tokens: token, outputs: OutputTokens::Last }], OutputKind::ArgMax)?;
+        session.step(&[Run::new(sequence, token)], OutputKind::ArgMax)?;
     }
     Ok(())
 }

@@ -8,7 +8,6 @@ use clap::Args;
 use halite::Error;
 use halite::chat::{self, Message, Template};
 use halite::generate::{Decoding, Finish, GenerateOptions};
-use halite::session::SessionOptions;
 
 use super::run::rate;
 use super::{Failure, ModelArgs, SamplerArgs, interrupt, limit, print, read_text, say, tokenizer};
@@ -51,14 +50,9 @@ pub fn chat(args: &ChatArgs) -> Result<(), Failure> {
         )?,
     };
     // The next prompt may render the last answer differently, for instance without its reasoning.
-    let session_options = SessionOptions { rewind: args.n, ..args.model.options(args.batch, 1) };
+    let session_options = args.model.options(args.batch, 1).rewind(args.n);
     let mut session = args.model.session(&model, &session_options)?;
-    let options = GenerateOptions {
-        max_tokens: args.n,
-        sampler: args.sampler.options(),
-        special: true,
-        ..Default::default()
-    };
+    let options = GenerateOptions::default().max_tokens(args.n).sampler(args.sampler.options()).special(true);
     let interactive = std::io::stdin().is_terminal();
     let sequence = session.add_sequence();
     let mut messages: Vec<Message> = args.system.iter().map(|text| Message::new("system", text)).collect();

@@ -82,7 +82,6 @@ fn argument(option: &DriverOption) -> Arg {
     match option.value {
         Value::Flag => arg.action(ArgAction::SetTrue),
         Value::Number(name) => arg.value_name(name).value_parser(clap::value_parser!(u64)),
-        Value::Text(name) => arg.value_name(name),
         Value::Path(name) => arg.value_name(name).value_parser(clap::value_parser!(PathBuf)),
         Value::OneOf(name, values) => {
             let arg = arg.value_name(name).value_parser(values.to_vec());
@@ -91,6 +90,9 @@ fn argument(option: &DriverOption) -> Arg {
                 None => arg,
             }
         }
+        Value::Text(name) => arg.value_name(name),
+        // A type that this command does not know is a text for it.
+        _ => arg,
     }
 }
 

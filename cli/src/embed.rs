@@ -65,8 +65,11 @@ pub fn embed(args: &EmbedArgs) -> Result<(), Failure> {
     }
     let model = open_model(Some(&args.model))?;
     let tokenizer = tokenizer(&model)?;
-    let options =
-        EmbedOptions { batch: args.batch, pooling, normalize: !args.no_normalize, truncate: args.truncate };
+    let options = EmbedOptions::default()
+        .batch(args.batch)
+        .pooling(pooling)
+        .normalize(!args.no_normalize)
+        .truncate(args.truncate);
     let total = model.gguf().tensors().map(|t| t.record.bytes.len() as u64).sum();
     let bar = progress(total, "loading");
     let mut embedder =

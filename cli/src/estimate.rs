@@ -74,7 +74,7 @@ pub struct EstimateArgs {
 /// Opens a model file, or a shape without weights.
 fn open(args: &EstimateArgs) -> Result<Arc<Model>, Failure> {
     if let Some(shape) = args.model.to_str().and_then(synth::shape) {
-        let formats = Formats { weights: args.format, output: args.format };
+        let formats = Formats::of(args.format);
         return Ok(Arc::new(Synth::new(shape, formats, 0)?.model()?));
     }
     let path = args.model.as_path();
@@ -99,11 +99,11 @@ struct Asked {
 pub fn run(args: &EstimateArgs) -> Result<(), Failure> {
     let model = open(args)?;
     let positions = args.prompt.saturating_add(args.generate);
-    let program = model.program(ProgramOptions { kv_format: args.kv }, positions)?;
+    let program = model.program(ProgramOptions::default().kv_format(args.kv), positions)?;
     let products = args.products.as_deref().map(Dtype::named).transpose()?;
-    let choices = Choices { products, activations: Dtype::named(&args.activations)? };
+    let choices = Choices::default().products(products).activations(Dtype::named(&args.activations)?);
     let workload =
-        Workload { batch: args.batch, prompt: args.prompt, generate: args.generate, chunk: args.chunk };
+        Workload::default().batch(args.batch).prompt(args.prompt).generate(args.generate).chunk(args.chunk);
     let mut all = Vec::new();
     for name in &args.profile {
         let profile = Profile::open(name)?;

@@ -91,7 +91,7 @@ pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
     };
     let chats = gguf.optional_str("tokenizer.chat_template")?.is_some();
     let mut made_for = if chats { CHATS } else { TEXTS };
-    let options = SessionOptions { context: args.ctx, ..Default::default() };
+    let options = SessionOptions::default().context(args.ctx);
     let mut positions = args.ctx.unwrap_or(0);
     let mut estimates = Vec::new();
     match Model::from_gguf(gguf) {

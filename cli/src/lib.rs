@@ -179,17 +179,16 @@ fn seed(text: &str) -> Result<u64, String> {
 
 impl SamplerArgs {
     fn options(&self) -> SamplerOptions {
-        SamplerOptions {
-            temperature: self.temp,
-            top_k: self.top_k,
-            top_p: self.top_p,
-            min_p: self.min_p,
-            repeat_penalty: self.repeat_penalty,
-            frequency_penalty: self.frequency_penalty,
-            presence_penalty: self.presence_penalty,
-            penalty_window: self.penalty_window,
-            seed: self.seed,
-        }
+        SamplerOptions::default()
+            .temperature(self.temp)
+            .top_k(self.top_k)
+            .top_p(self.top_p)
+            .min_p(self.min_p)
+            .repeat_penalty(self.repeat_penalty)
+            .frequency_penalty(self.frequency_penalty)
+            .presence_penalty(self.presence_penalty)
+            .penalty_window(self.penalty_window)
+            .seed(self.seed)
     }
 }
 
@@ -247,11 +246,11 @@ impl ModelArgs {
     }
 
     fn program(&self) -> ProgramOptions {
-        ProgramOptions { kv_format: self.kv }
+        ProgramOptions::default().kv_format(self.kv)
     }
 
     fn options(&self, batch: u32, outputs: u32) -> SessionOptions {
-        SessionOptions { context: self.ctx, batch, outputs, program: self.program(), ..Default::default() }
+        SessionOptions::default().context(self.ctx).batch(batch).outputs(outputs).program(self.program())
     }
 
     /// Opens a session, with a progress bar if it takes long.

@@ -10,9 +10,9 @@ use clap::Args;
 use halite::backend::Clock;
 #[cfg(feature = "constrain")]
 use halite::constrain::{Guide, Rule};
-use halite::generate::{Decoding, Finish, GenerateOptions, Generation};
+use halite::generate::{Decoding, GenerateOptions, Generation};
 use halite::output::{self, Replace};
-use halite::session::{OutputKind, SessionOptions, footprint};
+use halite::session::{OutputKind, footprint};
 use halite::speculate::{DraftModel, Drafter, PromptLookup};
 use halite::tokenizer::EncodeOptions;
 
@@ -123,7 +123,7 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
         Some(file) => {
             let draft = ModelArgs { model: Some(file.clone()), ..args.model.clone() };
             // A draft whose first token is rejected is undone as a whole.
-            let options = SessionOptions { rewind: drafts, ..draft.options(args.batch, 1) };
+            let options = draft.options(args.batch, 1).rewind(drafts);
             let draft = draft.session(&draft.open()?, &options)?;
             Some(Box::new(DraftModel::new(draft, &session, drafts as usize)?))
         }
@@ -131,14 +131,12 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
         None => None,
     };
     let load = start.elapsed();
-    let options = GenerateOptions {
-        max_tokens: args.n,
-        sampler: args.sampler.options(),
-        stop: args.stop.clone(),
-        encode: EncodeOptions { add_special: true, parse_special: args.special },
-        ignore_end: args.ignore_end,
-        special: false,
-    };
+    let options = GenerateOptions::default()
+        .max_tokens(args.n)
+        .sampler(args.sampler.options())
+        .stop(args.stop.clone())
+        .encode(EncodeOptions::default().parse_special(args.special))
+        .ignore_end(args.ignore_end);
     let mut written = Ok(());
     let mut tokens = Vec::new();
     let sequence = match &args.restore {
@@ -155,17 +153,16 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
         None => session.add_sequence(),
     };
     // A prompt that continues a sequence gets no begin-of-text token.
-    let encode = EncodeOptions { add_special: tokens.is_empty(), ..options.encode };
+    let encode = options.encode.add_special(tokens.is_empty());
     tokens.extend(tokenizer.encode(&prompt, encode));
     #[cfg(feature = "constrain")]
     let mut guide = args.rule.guide(&tokenizer)?;
-    let decoding = Decoding {
-        drafter: drafter.as_deref_mut().map(|d| d as _),
-        #[cfg(feature = "constrain")]
-        constraint: guide.as_mut().map(|g| g as _),
-        #[cfg(not(feature = "constrain"))]
-        constraint: None,
-    };
+    let mut decoding = Decoding::default();
+    decoding.drafter = drafter.as_deref_mut().map(|d| d as _);
+    #[cfg(feature = "constrain")]
+    if let Some(guide) = &mut guide {
+        decoding = decoding.constraint(guide);
+    }
     // Ctrl-C ends the generation. The text so far and its timings are still printed, and the sequence is
     // saved.
     let work = interrupt::Work::new(session.cancel_handle());
@@ -272,20 +269,12 @@ pub(super) fn rate(n: u32, t: Duration) -> String {
 }
 
 fn json(prompt: &str, g: &Generation, load: Duration, memory: u64, weights: u64) -> serde_json::Value {
-    let finish = match g.finish {
-        Finish::End => "end",
-        Finish::Length => "length",
-        Finish::Stop => "stop",
-        Finish::ContextFull => "context_full",
-        Finish::Callback => "callback",
-        Finish::Cancelled => "cancelled",
-    };
     serde_json::json!({
         "prompt": prompt,
         "text": g.text,
         "prompt_tokens": g.prompt_tokens,
         "tokens": g.tokens,
-        "finish": finish,
+        "finish": g.finish.name(),
         "load_s": load.as_secs_f64(),
         "first_token_s": g.first_token.as_secs_f64(),
         "prefill_tokens": g.prefill_tokens,

@@ -39,7 +39,7 @@ pub fn format(name: &str) -> Result<Format, String> {
 
 pub fn synth(args: &SynthArgs) -> Result<(), Failure> {
     let shape = synth::shape(&args.shape).ok_or_else(|| format!("unknown shape `{}`", args.shape))?;
-    let formats = Formats { weights: args.format, output: args.output_format.unwrap_or(args.format) };
+    let formats = Formats::of(args.format).output(args.output_format.unwrap_or(args.format));
     let file = Synth::new(shape, formats, args.seed)?;
     let io = |source| Error::Io { path: args.out.clone(), source };
     let mut out = File::create(&args.out, Replace::Nothing, &[])?;

@@ -3,7 +3,6 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use halite::backend::Contract;
 use halite::conformance::{self, Outcome};
 use halite::kernels::formats::Format;
 use halite::output::{self, Replace};
@@ -29,11 +28,8 @@ pub fn devices() -> Result<(), Failure> {
                 Some(memory) => text += &format!("; memory {}", bytes(memory)),
                 None => {}
             }
-            match listed.contract {
-                Some(Contract::Exact) => text += "; contract exact",
-                Some(Contract::Close) => text += "; contract close",
-                Some(Contract::Native) => text += "; contract native",
-                None => {}
+            if let Some(contract) = listed.contract {
+                text += &format!("; contract {}", contract.name());
             }
             for (fact, value) in &listed.facts {
                 text += &format!("\n{:NAME_WIDTH$}   {fact}: {value}", "");
@@ -68,7 +64,7 @@ pub fn tokenize(args: &TokenizeArgs) -> Result<(), Failure> {
         tokenizer.check(&ids)?;
         return print(&format!("{}\n", tokenizer.decode(&ids, args.special)));
     }
-    let options = EncodeOptions { add_special: !args.no_special, parse_special: args.special };
+    let options = EncodeOptions::default().add_special(!args.no_special).parse_special(args.special);
     let ids = tokenizer.encode(&args.text, options);
     print(&format!("{}\n", ids.iter().map(u32::to_string).collect::<Vec<_>>().join(",")))
 }
@@ -107,7 +103,7 @@ pub fn logits(args: &LogitsArgs) -> Result<(), Failure> {
     let mut file = interrupt::File::create(&args.out, Replace::Unmarked, &args.model.inputs())?;
     let bar = progress(tokens.len() as u64, "logits");
     for tokens in tokens.chunks(batch as usize) {
-        session.step(&[Run { sequence, tokens, outputs: OutputTokens::All }], OutputKind::Logits)?;
+        session.step(&[Run::new(sequence, tokens).outputs(OutputTokens::All)], OutputKind::Logits)?;
         for logit in session.logits() {
             std::io::Write::write_all(&mut file, &logit.to_le_bytes()).map_err(out)?;
         }
@@ -146,7 +142,7 @@ pub fn perplexity(args: &PerplexityArgs) -> Result<(), Failure> {
     let model = args.model.open()?;
     let tokenizer = tokenizer(&model)?;
     let text = read_text(&args.file)?;
-    let mut tokens = tokenizer.encode(&text, EncodeOptions { add_special: true, parse_special: false });
+    let mut tokens = tokenizer.encode(&text, EncodeOptions::default());
     if args.limit > 0 {
         tokens.truncate(args.limit);
     }
@@ -181,7 +177,7 @@ pub fn perplexity(args: &PerplexityArgs) -> Result<(), Failure> {
             let first = i * batch as usize;
             let scored = first + step.len() > window / 2;
             let outputs = if scored { OutputTokens::All } else { OutputTokens::None };
-            session.step(&[Run { sequence, tokens: step, outputs }], OutputKind::Logits)?;
+            session.step(&[Run::new(sequence, step).outputs(outputs)], OutputKind::Logits)?;
             if scored {
                 for (row, logits) in session.logits().chunks_exact(vocab).enumerate() {
                     let position = first + row;

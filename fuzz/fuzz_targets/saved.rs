@@ -14,7 +14,7 @@ static STATE: LazyLock<Mutex<(Session, Vec<u8>)>> = LazyLock::new(|| {
     let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("seeds/llama.gguf");
     let model = Arc::new(Model::open(file).unwrap());
     let backend: Arc<dyn Backend> = Arc::new(Cpu::with_isa(1, "scalar").unwrap());
-    let options = SessionOptions { context: Some(200), batch: 8, ..Default::default() };
+    let options = SessionOptions::default().context(200).batch(8);
     let mut session = Session::new(&model, &backend, &options).unwrap();
     let id = session.add_sequence();
     // Over a page's end.

@@ -518,6 +518,11 @@ pub fn knows_format(format: Format) -> bool {
     !text(format).is_empty()
 }
 
+/// Whether the shaders support a cache format.
+pub fn knows_kv_format(format: Format) -> bool {
+    !kv_text(format).0.is_empty()
+}
+
 /// Returns the files to read and to write a cache format; empty for other formats.
 pub fn kv_text(format: Format) -> (&'static str, &'static str) {
     match format {

@@ -30,21 +30,12 @@ use crate::program::{
 };
 
 /// The driver of the CPU backend.
-pub const DRIVER: Driver = Driver {
-    name: "cpu",
-    argument: None,
-    help: "",
-    options: &[DriverOption {
-        name: "threads",
-        value: Value::Number("N"),
-        help: "CPU threads [default: all cores]",
-    }],
-    open: |_, options| {
-        let threads = options.number("threads")?.unwrap_or(0);
-        Ok(Arc::new(Cpu::with_threads(usize::try_from(threads).unwrap_or(usize::MAX))?))
-    },
-    list: || Ok(vec![Listed::of(Cpu::new()?.caps())]),
-};
+pub const DRIVER: Driver = Driver::new("cpu", |_, options| {
+    let threads = options.number("threads")?.unwrap_or(0);
+    Ok(Arc::new(Cpu::with_threads(usize::try_from(threads).unwrap_or(usize::MAX))?))
+})
+.options(&[DriverOption::new("threads", Value::Number("N"), "CPU threads [default: all cores]")])
+.list(|| Ok(vec![Listed::of(Cpu::new()?.caps())]));
 
 /// The CPU.
 #[derive(Debug)]
@@ -92,15 +83,13 @@ impl Cpu {
             n => n,
         };
         let pool = Pool::new(threads).map_err(|e| failed(format!("cannot start {threads} threads: {e}")))?;
-        let caps = Caps {
-            name: "cpu".into(),
-            device: format!("{} on {threads} thread{}", isa.name(), if threads == 1 { "" } else { "s" }),
-            memory_bytes: memory_bytes(),
-            rows: Rows::AsStored,
+        let device = format!("{} on {threads} thread{}", isa.name(), if threads == 1 { "" } else { "s" });
+        let caps = Caps::new("cpu", device)
+            .memory_bytes(memory_bytes())
+            .rows(Rows::AsStored)
             // It gains nothing from a rotation that goes straight to the cache.
-            fusions: Fusions { rope_kv: false, ..Fusions::ALL },
-            contract: Contract::Exact,
-        };
+            .fusions(Fusions::ALL.rope_kv(false))
+            .contract(Contract::Exact);
         Ok(Cpu { caps, isa, pool: Arc::new(pool) })
     }
 

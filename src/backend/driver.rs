@@ -12,6 +12,7 @@ use crate::error::{Error, Result};
 
 /// A backend that can be opened by name.
 #[derive(Debug, Clone, Copy)]
+#[non_exhaustive]
 pub struct Driver {
     /// Name. A colon and an argument may follow it, as in `gpu:1`.
     pub name: &'static str,
@@ -22,13 +23,14 @@ pub struct Driver {
     /// The options that [`Driver::open`] reads.
     pub options: &'static [DriverOption],
     /// Opens the backend; `argument` is the text after the colon, or empty.
-    pub open: fn(argument: &str, options: &Options) -> Result<Arc<dyn Backend>>,
+    pub open: Open,
     /// Lists the devices of this machine that the backend can open.
-    pub list: fn() -> Result<Vec<Listed>>,
+    pub list: List,
 }
 
 /// The argument of a driver's name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Argument {
     /// Placeholder in help texts, as in `sim:PROFILE`.
     pub name: &'static str,
@@ -40,6 +42,7 @@ pub struct Argument {
 
 /// An option of a driver.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct DriverOption {
     /// Name, in lower case, with dashes between words.
     pub name: &'static str,
@@ -49,8 +52,36 @@ pub struct DriverOption {
     pub help: &'static str,
 }
 
+/// How a driver opens a backend; see [`Driver::open`].
+pub type Open = fn(argument: &str, options: &Options) -> Result<Arc<dyn Backend>>;
+
+/// How a driver lists the devices of this machine.
+pub type List = fn() -> Result<Vec<Listed>>;
+
+impl Argument {
+    /// An argument that a name may have, as in `gpu` and `gpu:NAME`.
+    pub const fn optional(name: &'static str) -> Argument {
+        Argument { name, required: false, is_file: false }
+    }
+
+    /// An argument that a name must have, as in `sim:PROFILE`.
+    pub const fn required(name: &'static str) -> Argument {
+        Argument { name, required: true, is_file: false }
+    }
+}
+
+crate::setters!(const Argument { is_file: bool });
+
+impl DriverOption {
+    /// An option with a line for help texts.
+    pub const fn new(name: &'static str, value: Value, help: &'static str) -> DriverOption {
+        DriverOption { name, value, help }
+    }
+}
+
 /// The type of an option's value, with its placeholder in help texts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Value {
     /// No value: the option is given or not.
     Flag,
@@ -126,6 +157,7 @@ fn wrong(name: &str, expected: &str, got: &OsStr) -> Error {
 
 /// A device that a driver can open.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Listed {
     /// Name that opens it: the driver's name, with an argument if needed.
     pub name: String,
@@ -140,19 +172,42 @@ pub struct Listed {
 }
 
 impl Listed {
-    /// Describes a device that the driver's name alone opens.
-    pub fn of(caps: &Caps) -> Listed {
+    /// A device by name and description.
+    pub fn new(name: impl Into<String>, device: impl Into<String>) -> Listed {
         Listed {
-            name: caps.name.clone(),
-            device: caps.device.clone(),
-            memory_bytes: Some(caps.memory_bytes),
-            contract: Some(caps.contract),
+            name: name.into(),
+            device: device.into(),
+            memory_bytes: None,
+            contract: None,
             facts: Vec::new(),
         }
     }
+
+    /// Describes a device that the driver's name alone opens.
+    pub fn of(caps: &Caps) -> Listed {
+        Listed::new(&caps.name, &caps.device).memory_bytes(caps.memory_bytes).contract(caps.contract)
+    }
 }
 
+crate::setters!(Listed {
+    memory_bytes: impl Into<Option<u64>>,
+    contract: impl Into<Option<Contract>>,
+    facts: Vec<(String, String)>,
+});
+
+crate::setters!(const Driver {
+    argument: Option<Argument>,
+    help: &'static str,
+    options: &'static [DriverOption],
+    list: List,
+});
+
 impl Driver {
+    /// A driver that takes no argument and no options, and lists no devices.
+    pub const fn new(name: &'static str, open: Open) -> Driver {
+        Driver { name, argument: None, help: "", options: &[], open, list: || Ok(Vec::new()) }
+    }
+
     /// Returns the name with a required argument, for lists of choices: `gpu` or `sim:PROFILE`.
     pub fn spelling(&self) -> String {
         match self.argument {
@@ -228,16 +283,8 @@ mod tests {
     const DRIVERS: &[Driver] = &[
         cpu::DRIVER,
         reference::DRIVER,
-        Driver {
-            name: "chip",
-            argument: Some(Argument { name: "SLOT", required: false, is_file: false }),
-            ..template::DRIVER
-        },
-        Driver {
-            name: "file",
-            argument: Some(Argument { name: "FILE", required: true, is_file: true }),
-            ..template::DRIVER
-        },
+        Driver::new("chip", template::DRIVER.open).argument(Some(Argument::optional("SLOT"))),
+        Driver::new("file", template::DRIVER.open).argument(Some(Argument::required("FILE").is_file(true))),
     ];
 
     #[test]

@@ -585,7 +585,7 @@ impl<K: Kernels> HostPlan<K> {
             limits,
             tokens: Tokens::new(limits.tokens)?,
             submitted: 0,
-            timing: Timing { elapsed: Duration::ZERO, clock: Clock::Host },
+            timing: Timing::new(Duration::ZERO, Clock::Host),
         })
     }
 }
@@ -783,8 +783,8 @@ impl<K: Kernels> Plan for HostPlan<K> {
         // Submissions of one step add up.
         let before = if from_start { Duration::ZERO } else { self.timing.elapsed };
         self.timing = match self.kernels.simulated() {
-            Some(elapsed) => Timing { elapsed: before + elapsed, clock: Clock::Simulated },
-            None => Timing { elapsed: before + start.elapsed(), clock: Clock::Host },
+            Some(elapsed) => Timing::new(before + elapsed, Clock::Simulated),
+            None => Timing::new(before + start.elapsed(), Clock::Host),
         };
         Ok(Ticket(self.submitted))
     }

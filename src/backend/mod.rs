@@ -22,6 +22,7 @@ use crate::program::{Op, PAGE_POSITIONS, Program, StateId, TensorId};
 
 /// A backend's guarantee about its results.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Contract {
     /// Always bit-identical to the reference.
     Exact,
@@ -31,8 +32,20 @@ pub enum Contract {
     Native,
 }
 
+impl Contract {
+    /// Name for reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Contract::Exact => "exact",
+            Contract::Close => "close",
+            Contract::Native => "native",
+        }
+    }
+}
+
 /// The fusions that a backend requests from `passes::fuse`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub struct Fusions {
     /// Merge matmuls of the same input into one op with several parts.
     pub shared_input: bool,
@@ -52,8 +65,11 @@ impl Fusions {
         Fusions { shared_input: true, add_norm: true, glu: true, residual: true, rope_kv: true };
 }
 
+crate::setters!(const Fusions { shared_input: bool, add_norm: bool, glu: bool, residual: bool, rope_kv: bool });
+
 /// The row layout that a backend reads weights in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Rows {
     /// As stored, plain or interleaved.
     AsStored,
@@ -65,6 +81,7 @@ pub enum Rows {
 
 /// A backend's fixed properties.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct Caps {
     /// Name, as in `--backend`.
     pub name: String,
@@ -80,7 +97,25 @@ pub struct Caps {
     pub contract: Contract,
 }
 
+impl Caps {
+    /// Describes a device with memory without limit, plain rows, no fusions, and results close to the
+    /// reference.
+    pub fn new(name: impl Into<String>, device: impl Into<String>) -> Caps {
+        Caps {
+            name: name.into(),
+            device: device.into(),
+            memory_bytes: u64::MAX,
+            rows: Rows::Plain,
+            fusions: Fusions::default(),
+            contract: Contract::Close,
+        }
+    }
+}
+
+crate::setters!(Caps { memory_bytes: u64, rows: Rows, fusions: Fusions, contract: Contract });
+
 /// Whether a backend can run an op.
+// Exhaustive: there is no third answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Support {
     /// The backend runs it.
@@ -118,6 +153,7 @@ pub struct OpSig<'a> {
 
 /// The use of a buffer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Usage {
     /// Written once, read by every step.
     Weight,
@@ -187,6 +223,9 @@ impl Cancel {
 /// In a page table: the sequence dropped this page.
 pub const NO_PAGE: u32 = u32::MAX;
 
+// Exhaustive from here to `Bindings`: who drives a plan must fill every field, and a new one means new work for
+// each plan.
+
 /// Consecutive tokens of one sequence in a step.
 #[derive(Debug, Clone, Copy)]
 pub struct Span<'a> {
@@ -223,6 +262,10 @@ pub struct Limits {
 }
 
 /// Buffers in the order of the program's slots.
+///
+/// [`Backend::prepare`] knows slots alone, and compiles commands that name slots. Buffers come with each
+/// submission. They are often those of the last one, but streamed weights change theirs. A device may keep
+/// what it bound, and binds again if a buffer is not the same memory.
 #[derive(Debug, Clone, Copy)]
 pub struct Bindings<'a> {
     /// One per tensor in `Program::weights`.
@@ -239,6 +282,7 @@ pub struct Ticket(pub u64);
 
 /// The clock of a time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Clock {
     /// The host's clock.
     Host,
@@ -250,11 +294,19 @@ pub enum Clock {
 
 /// The time of the submissions of a step.
 #[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
 pub struct Timing {
     /// Time from start to end.
     pub elapsed: Duration,
     /// Clock of the time.
     pub clock: Clock,
+}
+
+impl Timing {
+    /// Time on a clock.
+    pub const fn new(elapsed: Duration, clock: Clock) -> Timing {
+        Timing { elapsed, clock }
+    }
 }
 
 /// A device: its memory, and the programs that it runs.
@@ -311,6 +363,10 @@ pub trait Backend: Send + Sync {
 pub trait Plan: Send {
     /// Starts the given segments of a step. Scratch tensors live until the next submission that starts at
     /// segment 0.
+    ///
+    /// A plan that computes on the host's threads sets the floating-point environment first, with
+    /// [`DefaultFloats`](halite_kernels::float::DefaultFloats): the program around it may round in another
+    /// way, or flush small numbers to zero.
     ///
     /// # Errors
     /// `Error::Cancelled`, `Error::Argument`, or errors of the device.

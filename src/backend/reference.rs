@@ -15,22 +15,14 @@ use super::driver::{Driver, Listed};
 use super::host::{
     self, Attention, HostOp, HostPlan, HostState, HostStep, HostTensor, Kernels, Matrix, memory,
 };
-use super::{
-    Backend, Buffer, Caps, Contract, DeviceOp, Fusions, Limits, OpSig, Plan, Rows, Step, Support, Usage,
-};
+use super::{Backend, Buffer, Caps, Contract, DeviceOp, Limits, OpSig, Plan, Step, Support, Usage};
 use crate::error::Result;
 use crate::map::Region;
 use crate::program::{Epilogue, Gating, NOT_FINITE, NormKind, Op, Part, Program, RopePairs, Rotation};
 
 /// The driver of the reference backend.
-pub const DRIVER: Driver = Driver {
-    name: "reference",
-    argument: None,
-    help: "",
-    options: &[],
-    open: |_, _| Ok(Arc::new(Reference::new())),
-    list: || Ok(vec![Listed::of(Reference::new().caps())]),
-};
+pub const DRIVER: Driver = Driver::new("reference", |_, _| Ok(Arc::new(Reference::new())))
+    .list(|| Ok(vec![Listed::of(Reference::new().caps())]));
 
 /// The reference backend: slow, and correct by definition.
 #[derive(Debug)]
@@ -42,14 +34,8 @@ impl Reference {
     /// Creates the reference backend. It requests no fusions, but runs all of them.
     #[allow(clippy::new_without_default)]
     pub fn new() -> Reference {
-        let caps = Caps {
-            name: "reference".into(),
-            device: "scalar definitions of all ops, one thread".into(),
-            memory_bytes: u64::MAX,
-            rows: Rows::Plain,
-            fusions: Fusions::default(),
-            contract: Contract::Exact,
-        };
+        let caps =
+            Caps::new("reference", "scalar definitions of all ops, one thread").contract(Contract::Exact);
         Reference { caps }
     }
 }
@@ -93,12 +79,11 @@ impl Backend for Reference {
 /// It copies what the op reads out of the backend's buffers with [`Backend::read`], computes on the host, and
 /// copies what the op writes back with [`Backend::fill`]. The result has the bits of the reference. It is
 /// slow: call it to bring a chip up, and for ops that take no time. The backend reads weights in plain rows
-/// ([`Rows::Plain`]), and
-/// [`check_step`](super::check_step) has accepted the step.
+/// ([`Rows::Plain`](super::Rows::Plain)), and [`check_step`](super::check_step) has accepted the step.
 ///
 /// # Errors
-/// What copying says, [`Error::Argument`](crate::Error::Argument) for a token id or a position that the program has no row
-/// for, and [`Error::OutOfMemory`](crate::Error::OutOfMemory).
+/// What copying says, [`Error::Argument`](crate::Error::Argument) for a token id or a position that the
+/// program has no row for, and [`Error::OutOfMemory`](crate::Error::OutOfMemory).
 pub fn run(backend: &dyn Backend, program: &Program, op: &DeviceOp<'_>, step: &Step<'_>) -> Result<()> {
     host::run_on_copies(&mut Definitions, backend, program, op, step)
 }

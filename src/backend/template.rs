@@ -20,14 +20,8 @@ use crate::program::{Op, Program};
 const NAME: &str = "template";
 
 /// The driver, for the table of drivers that `halite_cli::main` takes.
-pub const DRIVER: Driver = Driver {
-    name: NAME,
-    argument: None,
-    help: "",
-    options: &[],
-    open: |_, _| Ok(Arc::new(Template::new())),
-    list: || Ok(vec![Listed::of(Template::new().caps())]),
-};
+pub const DRIVER: Driver = Driver::new(NAME, |_, _| Ok(Arc::new(Template::new())))
+    .list(|| Ok(vec![Listed::of(Template::new().caps())]));
 
 /// The device: open handles and fixed properties.
 #[derive(Debug)]
@@ -45,16 +39,13 @@ impl Template {
     /// Opens the device.
     #[allow(clippy::new_without_default)]
     pub fn new() -> Template {
-        let caps = Caps {
-            name: NAME.into(),
-            device: "a template to copy; it runs no ops".into(),
-            memory_bytes: 1 << 30,
-            // Request the fusions that the chip has instructions for.
-            rows: Rows::Plain,
-            fusions: Fusions::default(),
-            // `Exact` only if results are bit-identical to the reference.
-            contract: Contract::Close,
-        };
+        // Request the fusions that the chip has instructions for. The contract is `Exact` only if results are bit-identical to
+        // the reference.
+        let caps = Caps::new(NAME, "a template to copy; it runs no ops")
+            .memory_bytes(1 << 30)
+            .rows(Rows::Plain)
+            .fusions(Fusions::default())
+            .contract(Contract::Close);
         Template { caps }
     }
 
@@ -155,6 +146,6 @@ impl Plan for TemplatePlan {
     }
 
     fn wait(&mut self, _ticket: Ticket) -> Result<Timing> {
-        Ok(Timing { elapsed: std::time::Duration::ZERO, clock: Clock::Device })
+        Ok(Timing::new(std::time::Duration::ZERO, Clock::Device))
     }
 }

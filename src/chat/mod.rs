@@ -40,6 +40,7 @@ const ANY_CHANNEL: &str = "<|channel|>";
 
 /// A message of a chat.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Message {
     /// `system`, `user`, `assistant`, or another role of the template.
     pub role: String,
@@ -145,7 +146,8 @@ impl Template {
 /// [`Tokenizer::quote`]; otherwise the author of a message could end it and forge another turn. Adds the
 /// begin-of-text token if the vocabulary defines it and the template did not write it.
 pub fn encode(tokenizer: &Tokenizer, prompt: &str) -> Vec<u32> {
-    let mut tokens = tokenizer.encode(prompt, EncodeOptions { add_special: false, parse_special: true });
+    let mut tokens =
+        tokenizer.encode(prompt, EncodeOptions::default().add_special(false).parse_special(true));
     if tokenizer.adds_bos() && tokens.first().copied() != tokenizer.bos() {
         tokens.splice(0..0, tokenizer.bos());
     }

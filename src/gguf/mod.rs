@@ -39,6 +39,7 @@ struct Part {
 
 /// A tensor of the directory.
 #[derive(Debug, Clone, Copy)]
+#[non_exhaustive]
 pub struct TensorInfo<'a> {
     /// Name, dimensions, format and place in its file.
     pub record: &'a TensorRecord,

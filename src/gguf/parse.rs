@@ -217,6 +217,7 @@ pub const INTERLEAVED: u32 = 1 << 16;
 
 /// One tensor of the file's directory.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct TensorRecord {
     /// Its name.
     pub name: String,

@@ -19,6 +19,7 @@ const MAX_HEAD_LENGTH: u32 = 1 << 12;
 /// Hyper-parameters of all families, under the names of their GGUF keys.
 #[derive(Debug, Clone, PartialEq)]
 #[allow(missing_docs)]
+#[non_exhaustive]
 pub struct Hparams {
     pub architecture: String,
     pub context_length: u32,
@@ -81,6 +82,7 @@ pub struct Hparams {
 
 /// Scaling of rotary frequencies beyond the training context.
 #[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
 pub enum RopeScaling {
     /// No scaling.
     None,
@@ -106,6 +108,7 @@ pub enum RopeScaling {
 
 /// Pooling of token vectors (Reimers & Gurevych 2019).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Pooling {
     /// No pooling: one vector per token.
     None,

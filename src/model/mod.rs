@@ -70,8 +70,9 @@ pub fn architectures() -> impl Iterator<Item = &'static str> {
 
 /// Options of a program.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct ProgramOptions {
-    /// Format of the KV cache: `F16`, `F32`, `Q8_0` or `Q4_0`.
+    /// Format of the KV cache, one of [`formats`](halite_kernels::kv::formats).
     pub kv_format: Format,
 }
 
@@ -80,6 +81,8 @@ impl Default for ProgramOptions {
         ProgramOptions { kv_format: Format::F16 }
     }
 }
+
+crate::setters!(const ProgramOptions { kv_format: Format });
 
 /// A model file. Opening it reads only the header.
 #[derive(Debug)]

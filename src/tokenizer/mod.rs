@@ -22,6 +22,7 @@ pub(crate) use vocabulary::{MAX_TOKEN_BYTES, MAX_TOKENS};
 /// The type of a token: the values of `tokenizer.ggml.token_type`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[allow(missing_docs)]
+#[non_exhaustive]
 pub enum TokenKind {
     Normal,
     Unknown,
@@ -82,6 +83,7 @@ pub struct Tokenizer {
 
 /// Options of encoding text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct EncodeOptions {
     /// Adds the begin- and end-of-text tokens that the vocabulary defines.
     pub add_special: bool,
@@ -89,6 +91,14 @@ pub struct EncodeOptions {
     /// untrusted text.
     pub parse_special: bool,
 }
+
+impl Default for EncodeOptions {
+    fn default() -> Self {
+        EncodeOptions { add_special: true, parse_special: false }
+    }
+}
+
+crate::setters!(const EncodeOptions { add_special: bool, parse_special: bool });
 
 /// Inserted into quoted text to break up control tokens; encodes to nothing. It is a noncharacter, which
 /// Unicode reserves for internal use (Unicode 16, section 23.7).

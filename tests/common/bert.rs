@@ -9,10 +9,7 @@ use halite::convert::convert;
 use halite::embed::{EmbedOptions, Embedder};
 use halite::kernels::formats::Format;
 use halite::map::Source;
-use halite::tokenizer::EncodeOptions;
 use halite::{Error, Model, Tokenizer};
-
-pub const SPECIAL: EncodeOptions = EncodeOptions { add_special: true, parse_special: false };
 
 pub fn folder() -> PathBuf {
     Path::new(crate::ROOT).join("tests/data/bert")

@@ -58,9 +58,9 @@ pub fn run(bytes: &[u8]) -> bool {
         [Arc::new(Cpu::with_threads(1).unwrap()), Arc::new(Reference::new())];
     let mut ran = false;
     for backend in &backends {
-        let options = SessionOptions { context: Some(8), batch: 4, ..Default::default() };
+        let options = SessionOptions::default().context(8).batch(4);
         let Ok(mut session) = Session::new(&model, backend, &options) else { continue };
-        let options = GenerateOptions { max_tokens: 4, ..Default::default() };
+        let options = GenerateOptions::default().max_tokens(4);
         let result = session.generate(&tokenizer, "ab", &options, |_| ControlFlow::Continue(()));
         ran |= result.is_ok();
     }
@@ -69,7 +69,7 @@ pub fn run(bytes: &[u8]) -> bool {
 
 /// Encodes a text and decodes its ids, at once and as a stream; what a vocabulary that loses nothing gives is the text.
 pub fn there_and_back(tokenizer: &Tokenizer, text: &str, loses_nothing: bool) {
-    let ids = tokenizer.encode(text, EncodeOptions { add_special: false, parse_special: false });
+    let ids = tokenizer.encode(text, EncodeOptions::default().add_special(false));
     assert!(ids.iter().all(|&id| (id as usize) < tokenizer.len()), "{text:?}: {ids:?}");
     let back = tokenizer.decode(&ids, false);
     let (mut stream, mut streamed) = (Detokenizer::default(), String::new());
@@ -88,7 +88,7 @@ pub fn there_and_back(tokenizer: &Tokenizer, text: &str, loses_nothing: bool) {
 fn vocabulary(tokenizer: &Tokenizer) {
     const TEXT: &str = "Hello <s>world</s>\n\n  é \u{1f600}12345, aaaaaaaa b's";
     there_and_back(tokenizer, TEXT, false);
-    let ids = tokenizer.encode(TEXT, EncodeOptions { add_special: true, parse_special: true });
+    let ids = tokenizer.encode(TEXT, EncodeOptions::default().parse_special(true));
     assert!(ids.iter().all(|&id| (id as usize) < tokenizer.len()));
     tokenizer.decode(&ids, true);
     tokenizer.decode(&[0, tokenizer.len() as u32, u32::MAX], true);

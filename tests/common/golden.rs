@@ -62,11 +62,11 @@ pub fn cases(dir: &Path) -> Vec<Case> {
 /// Logits at every position, in one step.
 pub fn logits(backend: &Arc<dyn Backend>, model: &Arc<Model>, tokens: &[u32]) -> Result<Vec<f32>, Error> {
     let n = tokens.len() as u32;
-    let program = ProgramOptions { kv_format: Format::F32 };
-    let options = SessionOptions { context: Some(256), batch: n, outputs: n, program, ..Default::default() };
+    let program = ProgramOptions::default().kv_format(Format::F32);
+    let options = SessionOptions::default().context(256).batch(n).outputs(n).program(program);
     let mut session = Session::new(model, backend, &options)?;
     let sequence = session.add_sequence();
-    session.step(&[Run { sequence, tokens, outputs: OutputTokens::All }], OutputKind::Logits)?;
+    session.step(&[Run::new(sequence, tokens).outputs(OutputTokens::All)], OutputKind::Logits)?;
     Ok(session.logits().to_vec())
 }
 

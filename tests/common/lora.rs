@@ -27,13 +27,11 @@ pub fn gguf(file: &File) -> Gguf {
 
 pub fn logits(model: Model, backend: Arc<dyn Backend>) -> Vec<f32> {
     let (n, model) = (TOKENS.len() as u32, Arc::new(model));
-    let program = ProgramOptions { kv_format: Format::F32 };
-    let options = SessionOptions { context: Some(16), batch: n, outputs: n, program, ..Default::default() };
+    let program = ProgramOptions::default().kv_format(Format::F32);
+    let options = SessionOptions::default().context(16).batch(n).outputs(n).program(program);
     let mut session = Session::new(&model, &backend, &options).unwrap();
     let sequence = session.add_sequence();
-    session
-        .step(&[Run { sequence, tokens: &TOKENS, outputs: OutputTokens::All }], OutputKind::Logits)
-        .unwrap();
+    session.step(&[Run::new(sequence, &TOKENS).outputs(OutputTokens::All)], OutputKind::Logits).unwrap();
     session.logits().to_vec()
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use halite::backend::Backend;
 use halite::gguf::Gguf;
 use halite::map::Source;
-use halite::session::{OutputKind, OutputTokens, Run, Session, SessionOptions};
+use halite::session::{OutputKind, Run, Session, SessionOptions};
 use halite::{Error, Model};
 
 /// The built-in model, with a number in place of the first of a tensor of F32.
@@ -41,7 +41,7 @@ pub fn every_head_names_it(backend: &Arc<dyn Backend>) {
         let sequence = session.add_sequence();
         for head in [OutputKind::Logits, OutputKind::ArgMax, OutputKind::TopK] {
             let what = format!("{tensor} {number} {head:?} on {}", backend.caps().name);
-            let run = Run { sequence, tokens: &[5, 6, 7], outputs: OutputTokens::Last };
+            let run = Run::new(sequence, &[5, 6, 7]);
             is_not_finite(session.step(&[run], head), &what);
             assert_eq!(session.len(sequence).unwrap(), 0, "{what}");
         }

@@ -45,55 +45,48 @@ fn failed(message: impl Into<String>) -> Error {
 
 /// The driver: `gpu`, `gpu:1` or `gpu:NAME`. The environment variable `HALITE_GPU_WITHOUT` sets
 /// [`GpuOptions::without`], separated by commas.
-pub const DRIVER: Driver = Driver {
-    name: NAME,
-    argument: Some(Argument { name: "NAME", required: false, is_file: false }),
-    help: "or gpu:N, gpu:NAME for one of `halite devices`",
-    options: &[
-        DriverOption {
-            name: "device-memory",
-            value: Value::Number("MIB"),
-            help: "Limit on device memory in MiB; weights beyond it are streamed",
-        },
-        DriverOption {
-            name: "cooperative",
-            value: Value::Flag,
-            help: "Use the GPU's matrix units for prefill, in half precision (experimental in wgpu)",
-        },
-        DriverOption {
-            name: "shader-cache",
-            value: Value::Path("FOLDER"),
-            help: "Cache compiled GPU shaders in this folder",
-        },
-    ],
-    open: |argument, options| {
-        let without = std::env::var_os("HALITE_GPU_WITHOUT").unwrap_or_default();
-        let expected = "integer, subgroups or f16";
-        let without = without
-            .into_string()
-            .map_err(|name| Error::argument("HALITE_GPU_WITHOUT", expected, name.display()))?;
-        Ok(Arc::new(Gpu::new(&GpuOptions {
-            adapter: (!argument.is_empty()).then(|| argument.to_owned()),
-            memory_bytes: options.number("device-memory")?.map(|mib| mib.saturating_mul(1 << 20)),
-            without: without.split(',').filter(|s| !s.is_empty()).map(str::to_owned).collect(),
-            cooperative: options.is_set("cooperative"),
-            shader_cache: options.path("shader-cache").map(Path::to_owned),
-        })?))
-    },
-    list: || {
-        let listed = |(n, adapter): (usize, &Adapter)| Listed {
-            name: format!("{NAME}:{n}"),
-            device: adapter.to_string(),
-            memory_bytes: None,
-            contract: Some(Contract::Close),
-            facts: adapter.facts().into_iter().map(|(fact, value)| (fact.to_owned(), value)).collect(),
-        };
-        Ok(adapters().iter().enumerate().map(listed).collect())
-    },
-};
+pub const DRIVER: Driver = Driver::new(NAME, |argument, options| {
+    let without = std::env::var_os("HALITE_GPU_WITHOUT").unwrap_or_default();
+    let expected = "integer, subgroups or f16";
+    let without = without
+        .into_string()
+        .map_err(|name| Error::argument("HALITE_GPU_WITHOUT", expected, name.display()))?;
+    let options = GpuOptions::default()
+        .adapter((!argument.is_empty()).then(|| argument.to_owned()))
+        .memory_bytes(options.number("device-memory")?.map(|mib| mib.saturating_mul(1 << 20)))
+        .without(without.split(',').filter(|s| !s.is_empty()).map(str::to_owned).collect::<Vec<_>>())
+        .cooperative(options.is_set("cooperative"))
+        .shader_cache(options.path("shader-cache").map(Path::to_owned));
+    Ok(Arc::new(Gpu::new(&options)?))
+})
+.argument(Some(Argument::optional("NAME")))
+.help("or gpu:N, gpu:NAME for one of `halite devices`")
+.options(&[
+    DriverOption::new(
+        "device-memory",
+        Value::Number("MIB"),
+        "Limit on device memory in MiB; weights beyond it are streamed",
+    ),
+    DriverOption::new(
+        "cooperative",
+        Value::Flag,
+        "Use the GPU's matrix units for prefill, in half precision (experimental in wgpu)",
+    ),
+    DriverOption::new("shader-cache", Value::Path("FOLDER"), "Cache compiled GPU shaders in this folder"),
+])
+.list(|| {
+    let listed = |(n, adapter): (usize, &Adapter)| {
+        let facts = adapter.facts().into_iter().map(|(fact, value)| (fact.to_owned(), value));
+        Listed::new(format!("{NAME}:{n}"), adapter.to_string())
+            .contract(Contract::Close)
+            .facts(facts.collect::<Vec<_>>())
+    };
+    Ok(adapters().iter().enumerate().map(listed).collect())
+});
 
 /// Options of opening a device.
 #[derive(Debug, Clone, Default)]
+#[non_exhaustive]
 pub struct GpuOptions {
     /// An index in [`adapters`], or a part of a name; by default the fastest kind.
     pub adapter: Option<String>,
@@ -108,6 +101,14 @@ pub struct GpuOptions {
     /// cache.
     pub shader_cache: Option<PathBuf>,
 }
+
+halite::setters!(GpuOptions {
+    adapter: impl Into<Option<String>>,
+    memory_bytes: impl Into<Option<u64>>,
+    without: Vec<String>,
+    cooperative: bool,
+    shader_cache: impl Into<Option<PathBuf>>,
+});
 
 /// A GPU.
 #[derive(Debug)]
@@ -189,14 +190,11 @@ impl Gpu {
         device.set_device_lost_callback(move |reason, message| {
             lost(format!("the device was lost ({reason:?}): {message}"));
         });
-        let caps = Caps {
-            name: NAME.into(),
-            device: adapter.to_string(),
-            memory_bytes: options.memory_bytes.unwrap_or(u64::MAX),
-            rows: Rows::Interleaved,
-            fusions: Fusions::ALL,
-            contract: Contract::Close,
-        };
+        let caps = Caps::new(NAME, adapter.to_string())
+            .memory_bytes(options.memory_bytes.unwrap_or(u64::MAX))
+            .rows(Rows::Interleaved)
+            .fusions(Fusions::ALL)
+            .contract(Contract::Close);
         let bounds = Bounds {
             paths,
             binding_bytes: limits.max_storage_buffer_binding_size & !255,

@@ -117,7 +117,7 @@ impl GpuPlan {
             submitted: 0,
             clock: DeviceClock::new(device),
             started: Instant::now(),
-            timing: Timing { elapsed: Duration::ZERO, clock: Clock::Host },
+            timing: Timing::new(Duration::ZERO, Clock::Host),
         })
     }
 
@@ -238,11 +238,11 @@ impl GpuPlan {
             let Dim::Fixed(rows) = self.program.tensor(*table).rows else { continue };
             let (what, largest) = match index {
                 Index::Token => ("token id", step.tokens.iter().copied().max()),
-                Index::First => continue,
                 Index::Position => {
                     let last = |span: &Span<'_>| (span.start + span.len).checked_sub(1);
                     ("position", step.spans.iter().filter_map(last).max())
                 }
+                _ => continue,
             };
             if let Some(bad) = largest.filter(|&i| i >= rows) {
                 return Err(Error::argument(what, format!("below {rows}"), bad));
@@ -311,8 +311,8 @@ impl Plan for GpuPlan {
                 None => self.device.wait().map(|()| None)?,
             };
             self.timing = match by_device {
-                Some(elapsed) => Timing { elapsed, clock: Clock::Device },
-                None => Timing { elapsed: self.started.elapsed(), clock: Clock::Host },
+                Some(elapsed) => Timing::new(elapsed, Clock::Device),
+                None => Timing::new(self.started.elapsed(), Clock::Host),
             };
         }
         Ok(self.timing)

@@ -12,7 +12,7 @@ use halite::conformance::{Case, cases, check};
 use halite::error::Error;
 use halite::map::Source;
 use halite::sampler::{Sampler, SamplerOptions};
-use halite::session::{OutputKind, OutputTokens, Run, SequenceId, Session, SessionOptions, footprint};
+use halite::session::{OutputKind, Run, SequenceId, Session, SessionOptions, footprint};
 use halite_gpu::{Gpu, GpuOptions, adapters};
 
 /// Every path conforms: each switched off, and all together.
@@ -46,10 +46,10 @@ fn matrix_units_conform() {
     let adapters = adapters();
     let adapter = adapters.iter().find(|a| a.to_string() == device.caps().device).unwrap();
     let none = adapter.facts().iter().any(|(name, value)| *name == "matrix units" && value == "no");
-    let asked = GpuOptions { cooperative: true, ..Default::default() };
+    let asked = GpuOptions::default().cooperative(true);
     if none {
         let adapter = std::env::var("HALITE_GPU").ok().filter(|name| !name.is_empty());
-        let refused = Gpu::new(&GpuOptions { adapter, ..asked }).unwrap_err().to_string();
+        let refused = Gpu::new(&asked.adapter(adapter)).unwrap_err().to_string();
         assert!(refused.contains("no f16 matrix units"), "{refused}");
         return;
     }
@@ -65,7 +65,7 @@ fn matrix_units_conform() {
 #[test]
 fn compiled_shaders_are_kept() {
     let folder = std::env::temp_dir().join(format!("halite-shaders-{}", std::process::id()));
-    let options = GpuOptions { shader_cache: Some(folder.clone()), ..Default::default() };
+    let options = GpuOptions::default().shader_cache(folder.clone());
     let case = cases().into_iter().find(|case| case.name.starts_with("Add")).unwrap();
     let kept = || {
         let device = open(&options)?;
@@ -121,9 +121,9 @@ fn errors_are_values() {
     let cpu = Cpu::with_threads(1).unwrap();
     let foreign = cpu.alloc(16, Usage::Io).unwrap();
     assert!(matches!(backend.read(&foreign, 0, &mut [0; 4]), Err(Error::Backend { .. })));
-    let none = Gpu::new(&GpuOptions { adapter: Some("no such thing".into()), ..Default::default() });
+    let none = Gpu::new(&GpuOptions::default().adapter("no such thing".to_owned()));
     assert!(none.unwrap_err().to_string().contains("no such thing"));
-    let path = Gpu::new(&GpuOptions { without: vec!["magic".into()], ..Default::default() });
+    let path = Gpu::new(&GpuOptions::default().without(vec!["magic".into()]));
     assert!(path.unwrap_err().to_string().contains("magic"));
     assert!(backend.alloc(16, Usage::Io).is_ok());
 }
@@ -134,7 +134,7 @@ fn austen() -> Arc<Model> {
 }
 
 fn session(model: &Arc<Model>, backend: &Arc<dyn Backend>) -> Session {
-    let options = SessionOptions { context: Some(256), batch: 64, ..Default::default() };
+    let options = SessionOptions::default().context(256).batch(64);
     Session::new(model, backend, &options).unwrap()
 }
 
@@ -147,14 +147,11 @@ fn continued(
 ) -> Result<Vec<u32>, Error> {
     let mut said: Vec<u32> = Vec::new();
     for tokens in tokens.chunks(64) {
-        session.step(&[Run { sequence, tokens, outputs: OutputTokens::Last }], OutputKind::ArgMax)?;
+        session.step(&[Run::new(sequence, tokens)], OutputKind::ArgMax)?;
     }
     while said.len() < count {
         said.extend(session.arg_max());
-        session.step(
-            &[Run { sequence, tokens: &said[said.len() - 1..], outputs: OutputTokens::Last }],
-            OutputKind::ArgMax,
-        )?;
+        session.step(&[Run::new(sequence, &said[said.len() - 1..])], OutputKind::ArgMax)?;
     }
     Ok(said)
 }
@@ -178,7 +175,7 @@ fn same_tokens_as_the_cpu() {
 fn steps_are_timed_by_the_device() {
     let Some(resident) = gpu(&[]) else { return };
     let model = austen();
-    let options = SessionOptions { context: Some(256), batch: 64, ..Default::default() };
+    let options = SessionOptions::default().context(256).batch(64);
     let needed = footprint(&model, &*resident, &options).unwrap();
     let streamed = budgeted(needed.working_bytes() + needed.weight_bytes / 2).unwrap();
     let adapters = adapters();
@@ -188,9 +185,7 @@ fn steps_are_timed_by_the_device() {
         let mut session = session(&model, &backend);
         let sequence = session.add_sequence();
         for tokens in [&[1, 2, 3][..], &[4]] {
-            session
-                .step(&[Run { sequence, tokens, outputs: OutputTokens::Last }], OutputKind::ArgMax)
-                .unwrap();
+            session.step(&[Run::new(sequence, tokens)], OutputKind::ArgMax).unwrap();
             let timing = session.last_timing().unwrap();
             assert_eq!(timing.clock, if offered { Clock::Device } else { Clock::Host });
             assert!(!timing.elapsed.is_zero());
@@ -203,12 +198,7 @@ fn steps_are_timed_by_the_device() {
 fn streamed_weights_give_the_same_logits() {
     let Some(resident) = gpu(&[]) else { return };
     let model = austen();
-    let needed = footprint(
-        &model,
-        &*resident,
-        &SessionOptions { context: Some(256), batch: 64, ..Default::default() },
-    )
-    .unwrap();
+    let needed = footprint(&model, &*resident, &SessionOptions::default().context(256).batch(64)).unwrap();
     let logits = |backend: &Arc<dyn Backend>| {
         let mut session = session(&model, backend);
         let sequence = session.add_sequence();
@@ -216,9 +206,7 @@ fn streamed_weights_give_the_same_logits() {
         let tokens: Vec<u32> = (100..130).collect();
         let mut all = Vec::new();
         for tokens in [&tokens[..20], &tokens[20..21], &tokens[21..]] {
-            session
-                .step(&[Run { sequence, tokens, outputs: OutputTokens::Last }], OutputKind::Logits)
-                .unwrap();
+            session.step(&[Run::new(sequence, tokens)], OutputKind::Logits).unwrap();
             all.extend_from_slice(session.logits());
         }
         (all, streamed)
@@ -235,7 +223,7 @@ fn streamed_weights_give_the_same_logits() {
     }
     assert!(most > needed.weight_bytes / 2);
     let backend = budgeted(needed.working_bytes() + 1000).unwrap();
-    let options = SessionOptions { context: Some(256), batch: 64, ..Default::default() };
+    let options = SessionOptions::default().context(256).batch(64);
     let error = Session::new(&model, &backend, &options).unwrap_err();
     assert!(matches!(error, Error::OutOfMemory { .. }), "{error}");
 }
@@ -269,14 +257,7 @@ fn a_lost_device_is_survived() {
 #[test]
 fn the_most_likely_tokens_are_enough_to_sample() {
     let Some(gpu) = gpu(&[]) else { return };
-    let options = SamplerOptions {
-        temperature: 1.5,
-        top_k: 100,
-        top_p: 1.0,
-        min_p: 0.0,
-        seed: 9,
-        ..Default::default()
-    };
+    let options = SamplerOptions::default().temperature(1.5).top_k(100).top_p(1.0).min_p(0.0).seed(9);
     let model = austen();
     let [by_top_k, by_logits] = [OutputKind::TopK, OutputKind::Logits].map(|head| {
         let mut session = session(&model, &gpu);
@@ -285,7 +266,7 @@ fn the_most_likely_tokens_are_enough_to_sample() {
         let mut said = vec![100];
         while said.len() < 30 {
             let tokens = &said[said.len() - 1..];
-            session.step(&[Run { sequence, tokens, outputs: OutputTokens::Last }], head).unwrap();
+            session.step(&[Run::new(sequence, tokens)], head).unwrap();
             let token = match head {
                 OutputKind::TopK => {
                     let (ids, logits) = session.top_k();

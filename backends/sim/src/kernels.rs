@@ -119,6 +119,7 @@ impl Kernels for SimKernels {
                             Epilogue::None => Epilogue::None,
                             Epilogue::Glu(act) => Epilogue::Glu(act),
                             Epilogue::Add(_) => Epilogue::Add(()),
+                            _ => return Err(unknown(command)),
                         };
                         machine.product(command, reads, writes, epilogue)
                     }

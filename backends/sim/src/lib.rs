@@ -27,8 +27,7 @@ use halite_kernels::isa::Cpu as Isa;
 use halite::backend::driver::{Argument, Driver, DriverOption, Listed, Value};
 use halite::backend::host::{self, HostPlan, memory};
 use halite::backend::{
-    Backend, Buffer, Caps, Contract, Fusions, Gap, Limits, OpSig, Plan, Rows, Step as ProgramStep, Support,
-    Usage,
+    Backend, Buffer, Caps, Contract, Fusions, Gap, Limits, OpSig, Plan, Step as ProgramStep, Support, Usage,
 };
 use halite::error::{Error, Result};
 use halite::map::Region;
@@ -43,51 +42,43 @@ pub use execute::Order;
 pub use tile::Queue;
 
 /// The driver: `sim:NAME` for a shipped profile, or `sim:FILE`.
-pub const DRIVER: Driver = Driver {
-    name: "sim",
-    argument: Some(Argument { name: "PROFILE", required: true, is_file: true }),
-    help: "a simulated chip, one of `halite profile` or a TOML file",
-    options: &[
-        DriverOption {
-            name: "numerics",
-            value: Value::OneOf("MODE", &["exact", "native"]),
-            help: "Numerics of a simulated chip: `exact` follows the numeric contract, `native` uses the chip's formats",
-        },
-        DriverOption {
-            name: "products",
-            value: Value::Text("FORMAT"),
-            help: "Number format of the simulated chip's products [default: nearest to each weight's format]",
-        },
-    ],
-    open: |profile, options| {
-        let numerics = match options.text("numerics")? {
-            None | Some("exact") => Numerics::Exact,
-            Some("native") => Numerics::Native,
-            Some(other) => return Err(Error::argument("numerics", "exact or native", format!("`{other}`"))),
-        };
-        let products = options.text("products")?.map(Dtype::named).transpose()?;
-        let options = SimOptions { numerics, products, ..SimOptions::default() };
-        Ok(Arc::new(Sim::new(Profile::open(profile)?, &options)?))
-    },
-    list: || {
-        let profiles = SHIPPED.iter().map(|(name, text)| Profile::parse(name, text));
-        let simulated = profiles.filter(|p| !matches!(p, Ok(p) if p.driver != profile::Driver::Sim));
-        let listed = |profile: Profile| Listed {
-            name: format!("sim:{}", profile.name),
-            device: profile.summary,
-            memory_bytes: None,
-            contract: None,
-            facts: Vec::new(),
-        };
-        simulated.map(|profile| profile.map(listed)).collect()
-    },
-};
+pub const DRIVER: Driver = Driver::new("sim", |profile, options| {
+    let numerics = match options.text("numerics")? {
+        None | Some("exact") => Numerics::Exact,
+        Some("native") => Numerics::Native,
+        Some(other) => return Err(Error::argument("numerics", "exact or native", format!("`{other}`"))),
+    };
+    let products = options.text("products")?.map(Dtype::named).transpose()?;
+    let options = SimOptions::default().numerics(numerics).products(products);
+    Ok(Arc::new(Sim::new(Profile::open(profile)?, &options)?))
+})
+.argument(Some(Argument::required("PROFILE").is_file(true)))
+.help("a simulated chip, one of `halite profile` or a TOML file")
+.options(&[
+    DriverOption::new(
+        "numerics",
+        Value::OneOf("MODE", &["exact", "native"]),
+        "Numerics of a simulated chip: `exact` follows the numeric contract, `native` uses the chip's formats",
+    ),
+    DriverOption::new(
+        "products",
+        Value::Text("FORMAT"),
+        "Number format of the simulated chip's products [default: nearest to each weight's format]",
+    ),
+])
+.list(|| {
+    let profiles = SHIPPED.iter().map(|(name, text)| Profile::parse(name, text));
+    let simulated = profiles.filter(|p| !matches!(p, Ok(p) if p.driver != profile::Driver::Sim));
+    let listed = |profile: Profile| Listed::new(format!("sim:{}", profile.name), profile.summary);
+    simulated.map(|profile| profile.map(listed)).collect()
+});
 
 /// The fusions that simulated chips ask for.
-pub const FUSIONS: Fusions = Fusions { rope_kv: false, ..Fusions::ALL };
+pub const FUSIONS: Fusions = Fusions::ALL.rope_kv(false);
 
 /// Options of a simulation.
 #[derive(Debug, Clone, Default)]
+#[non_exhaustive]
 pub struct SimOptions {
     /// Numerics of results.
     pub numerics: Numerics,
@@ -96,6 +87,8 @@ pub struct SimOptions {
     /// The order in which queues take turns.
     pub order: Order,
 }
+
+halite::setters!(SimOptions { numerics: Numerics, products: impl Into<Option<Dtype>>, order: Order });
 
 /// A simulated accelerator.
 #[derive(Debug)]
@@ -109,6 +102,7 @@ pub struct Sim {
 
 /// Report of a simulated chip's work, by op.
 #[derive(Debug, Clone, Default)]
+#[non_exhaustive]
 pub struct Report {
     /// Count and total time by op.
     pub ops: Vec<OpReport>,
@@ -116,6 +110,7 @@ pub struct Report {
 
 /// The total of the ops of one name.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct OpReport {
     /// The op's name, and its weight's for products.
     pub name: String,
@@ -155,20 +150,19 @@ impl Sim {
             chip.check_native()?;
         }
         let exact = options.numerics == Numerics::Exact;
-        let caps = Caps {
-            name: format!("sim:{}", chip.profile.name),
-            device: format!(
+        let caps = Caps::new(
+            format!("sim:{}", chip.profile.name),
+            format!(
                 "{} tile{} of {} KiB, simulated, {} numerics",
                 chip.tiles,
                 if chip.tiles == 1 { "" } else { "s" },
                 chip.scratch_bytes / 1024,
                 if exact { "exact" } else { "native" }
             ),
-            memory_bytes: chip.device().capacity_bytes.value as u64,
-            rows: Rows::Plain,
-            fusions: FUSIONS,
-            contract: if exact { Contract::Exact } else { Contract::Native },
-        };
+        )
+        .memory_bytes(chip.device().capacity_bytes.value as u64)
+        .fusions(FUSIONS)
+        .contract(if exact { Contract::Exact } else { Contract::Native });
         let report = Arc::default();
         Ok(Sim { caps, chip: Arc::new(chip), order: options.order, isa: Isa::detect(), report })
     }

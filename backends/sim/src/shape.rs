@@ -190,6 +190,10 @@ impl Rows {
     }
 }
 
+fn unsupported(op: &Op, what: impl std::fmt::Debug) -> Error {
+    Error::Program(format!("{} with {what:?} is not simulated", op.name()))
+}
+
 /// Returns the shape of an op in a step. `ids` are the experts of the tokens, `[tokens][used]`; without them,
 /// tokens are spread evenly.
 ///
@@ -216,6 +220,7 @@ pub fn shape(program: &Program, op: &Op, step: &Step<'_>, ids: Option<&[i32]>) -
                 Index::Token => step.tokens.to_vec(),
                 Index::Position => step.spans.iter().flat_map(|s| s.start..s.start + s.len).collect(),
                 Index::First => vec![0; step.tokens.len()],
+                _ => return Err(unsupported(op, index)),
             };
             let bytes = t.format.row_bytes(t.cols as usize).unwrap_or(0) as u32;
             Shape::Units(Units {
@@ -262,6 +267,7 @@ pub fn shape(program: &Program, op: &Op, step: &Step<'_>, ids: Option<&[i32]>) -
                 program::Epilogue::None => Epilogue::None,
                 program::Epilogue::Glu(_) => Epilogue::Glu,
                 program::Epilogue::Add(_) => Epilogue::Add(RESIDUAL),
+                _ => return Err(unsupported(op, epilogue)),
             };
             let part = |(i, p): (usize, &halite::program::Part)| Part {
                 n: fixed(program, p.weight),

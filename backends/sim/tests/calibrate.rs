@@ -14,7 +14,7 @@ use halite_sim::estimate::host::{op_seconds, rates, step_seconds};
 use halite_sim::estimate::measure::{Level, Rates, Sizes, measure, to_profile};
 
 fn tiny(format: Format) -> Program {
-    let formats = Formats { weights: format, output: format };
+    let formats = Formats::of(format);
     let mut bytes = Vec::new();
     Synth::new(shape("tiny").unwrap(), formats, 1).unwrap().write(&mut bytes).unwrap();
     let model = Model::from_source(Source::from_bytes("tiny", &bytes)).unwrap();

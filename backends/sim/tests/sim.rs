@@ -48,7 +48,7 @@ fn conforms() {
 #[test]
 fn any_order_of_queues_gives_the_same_bits() {
     for (seed, chip) in (1..4).flat_map(|seed| [(seed, "teaching-16x16"), (seed, "maia-100")]) {
-        let options = SimOptions { order: Order::Random(seed), ..SimOptions::default() };
+        let options = SimOptions::default().order(Order::Random(seed));
         let failures = failures(&*sim(chip, options), 3);
         assert!(failures.is_empty(), "{chip}, seed {seed}:\n{}", failures.join("\n"));
     }
@@ -64,8 +64,7 @@ fn native_formats_are_close() {
         formats.dedup();
         for products in formats {
             let numerics = Numerics::Native;
-            let backend =
-                sim(chip, SimOptions { numerics, products: Some(products), ..SimOptions::default() });
+            let backend = sim(chip, SimOptions::default().numerics(numerics).products(products));
             assert_eq!(backend.caps().contract, Contract::Native);
             let failures = failures(&*backend, 7);
             assert!(failures.is_empty(), "{chip} in {products}:\n{}", failures.join("\n"));
@@ -77,15 +76,14 @@ fn native_formats_are_close() {
 fn logits(backend: &Arc<dyn Backend>, model: &Arc<Model>) -> Vec<u32> {
     let vocab = model.hparams().vocab_size;
     let tokens: Vec<u32> = (0..75u32).map(|i| (i * i * 7 + 3 * i + 1) % vocab).collect();
-    let program = ProgramOptions { kv_format: Format::F16 };
-    let options =
-        SessionOptions { context: Some(128), batch: 72, outputs: 72, program, ..Default::default() };
+    let program = ProgramOptions::default().kv_format(Format::F16);
+    let options = SessionOptions::default().context(128).batch(72).outputs(72).program(program);
     let mut session = Session::new(model, backend, &options).unwrap();
     let sequence = session.add_sequence();
     let mut found = Vec::new();
     let (prompt, rest) = tokens.split_at(71);
     for tokens in std::iter::once(prompt).chain(rest.chunks(1)) {
-        session.step(&[Run { sequence, tokens, outputs: OutputTokens::All }], OutputKind::Logits).unwrap();
+        session.step(&[Run::new(sequence, tokens).outputs(OutputTokens::All)], OutputKind::Logits).unwrap();
         found.extend(session.logits().iter().map(|x| x.to_bits()));
     }
     found
@@ -117,7 +115,7 @@ fn families_have_the_bits_of_the_cpu() {
 #[test]
 fn what_cannot_be_simulated_is_said() {
     let products = Some(Dtype::Mxfp4);
-    let error = Sim::new(Profile::open("maia-100").unwrap(), &SimOptions { products, ..Default::default() });
+    let error = Sim::new(Profile::open("maia-100").unwrap(), &SimOptions::default().products(products));
     assert!(error.unwrap_err().to_string().contains("mx6, mx9, bf16"));
     let text = include_str!("../../../hw-profiles/teaching-16x16.toml");
     let tiny =

@@ -70,9 +70,7 @@ fn plain(changes: &[(&str, f64)]) -> Chip {
 
 /// `[tokens, k]` times a weight of `n` rows.
 fn product(n: u32, k: u32) -> Program {
-    let lookup = move |_: &str| {
-        Some(WeightInfo { dims: vec![k.into(), n.into()], format: Format::F32, layout: Default::default() })
-    };
+    let lookup = move |_: &str| Some(WeightInfo::new(vec![k.into(), n.into()], Format::F32));
     let mut b = Builder::new("product", &lookup);
     let x = b.input("x", Dim::Tokens, k);
     let w = b.weight("w", n, k);
@@ -142,7 +140,7 @@ fn a_stalled_queue_pays_every_setup() {
 }
 
 fn model(name: &str, format: Format) -> Program {
-    let formats = Formats { weights: format, output: format };
+    let formats = Formats::of(format);
     let model = Synth::new(shape(name).unwrap(), formats, 0).unwrap().model().unwrap();
     passes::fuse(&model.program(Default::default(), 4096).unwrap(), halite_sim::FUSIONS)
 }
@@ -221,7 +219,7 @@ fn slower_chips_are_slower() {
 fn workloads_add_up() {
     let profile = Profile::open("maia-100").unwrap();
     let program = model("llama-1.1b", Format::Q8_0);
-    let workload = Workload { batch: 4, prompt: 1000, generate: 100, chunk: 512 };
+    let workload = Workload::default().batch(4).prompt(1000).generate(100).chunk(512);
     let e = estimate(&profile, Choices::default(), &program, &workload).unwrap();
     near(e.first_token_s, 8.0 * e.prefill.total().seconds, 1e-9);
     near(e.seconds, e.first_token_s + 99.0 * e.step_s, 1e-9);
@@ -236,7 +234,7 @@ fn workloads_add_up() {
     // Twice the bandwidth cannot take less than half the time.
     assert!(e.sensitivities.iter().all(|s| s.exponent.abs() <= 1.5), "{:?}", e.sensitivities);
     // Activations in fewer bits move fewer bytes, and weights as many as before.
-    let choices = Choices { activations: Dtype::Bf16, ..Choices::default() };
+    let choices = Choices::default().activations(Dtype::Bf16);
     let narrow = estimate(&profile, choices, &program, &workload).unwrap();
     let written = |e: &halite_sim::estimate::workload::Estimate| e.prefill.total().written_bytes;
     assert!(narrow.seconds < e.seconds && written(&narrow) < 0.6 * written(&e));
@@ -253,7 +251,7 @@ fn workloads_add_up() {
 #[test]
 fn measured_devices_say_what_was_measured() {
     let profile = Profile::open("nvidia-h100").unwrap();
-    let workload = Workload { batch: 8, prompt: 1024, generate: 64, chunk: 512 };
+    let workload = Workload::default().batch(8).prompt(1024).generate(64).chunk(512);
     let e = estimate(&profile, Choices::default(), &model("llama-2-7b", Format::BF16), &workload).unwrap();
     // Weights alone take 13.2 GB / 3.35 TB/s, and nothing is ten times slower than its bytes.
     assert!((3.9e-3..39e-3).contains(&e.step_s) && e.error.unwrap() < 0.1, "{}", e.step_s);

@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 
 use halite::backend::driver::{Driver, DriverOption, Listed, Value};
 use halite::backend::{
-    Backend, Bindings, Buffer, Caps, Clock, Contract, DeviceOp, Fusions, Gap, Limits, OpSig, Operand, Plan,
-    Rows, Step, Support, Ticket, Timing, Usage, check_step, reference,
+    Backend, Bindings, Buffer, Caps, Clock, Contract, DeviceOp, Gap, Limits, OpSig, Operand, Plan, Step,
+    Support, Ticket, Timing, Usage, check_step, reference,
 };
 use halite::kernels::float::DefaultFloats;
 use halite::kernels::formats::Format;
@@ -33,18 +33,14 @@ const CAPACITY_BYTES: u64 = 1 << 30;
 const STAGING_BYTES: usize = 1 << 16;
 
 /// The backend by name, for the table of drivers in `main.rs`.
-pub const DRIVER: Driver = Driver {
-    name: NAME,
-    argument: None,
-    help: "an example",
-    options: &[DriverOption {
-        name: "gaps",
-        value: Value::Flag,
-        help: "Declare what the chip has no command for as gaps, instead of running it on the host",
-    }],
-    open: |_, options| Ok(Arc::new(MyChip::new(options.is_set("gaps")))),
-    list: || Ok(vec![Listed::of(MyChip::new(false).caps())]),
-};
+pub const DRIVER: Driver = Driver::new(NAME, |_, options| Ok(Arc::new(MyChip::new(options.is_set("gaps")))))
+    .help("an example")
+    .options(&[DriverOption::new(
+        "gaps",
+        Value::Flag,
+        "Declare what the chip has no command for as gaps, instead of running it on the host",
+    )])
+    .list(|| Ok(vec![Listed::of(MyChip::new(false).caps())]));
 
 /// An open device. Clones are the same device.
 #[derive(Debug, Clone)]
@@ -61,14 +57,9 @@ fn error(message: impl Into<String>) -> Error {
 impl MyChip {
     /// Opens a device. With `gaps`, it runs only what the chip has a command for.
     pub fn new(gaps: bool) -> MyChip {
-        let caps = Caps {
-            name: NAME.into(),
-            device: "an accelerator that multiplies Q8_0; a crate to copy".into(),
-            memory_bytes: CAPACITY_BYTES,
-            rows: Rows::Plain,
-            fusions: Fusions::default(),
-            contract: Contract::Exact,
-        };
+        let caps = Caps::new(NAME, "an accelerator that multiplies Q8_0; a crate to copy")
+            .memory_bytes(CAPACITY_BYTES)
+            .contract(Contract::Exact);
         MyChip { caps, memory: Arc::default(), gaps }
     }
 
@@ -255,6 +246,6 @@ impl Plan for ChipPlan {
         if ticket.0 != self.submitted {
             return Err(Error::argument("ticket", self.submitted, ticket.0));
         }
-        Ok(Timing { elapsed: self.elapsed, clock: Clock::Host })
+        Ok(Timing::new(self.elapsed, Clock::Host))
     }
 }

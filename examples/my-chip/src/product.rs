@@ -2,7 +2,7 @@
 //!
 //! The formulas are those of `docs/numeric-contract.md`, in its order, so the results have the bits of the reference.
 
-use half::f16;
+use halite::f16;
 
 /// Values that share a scale.
 pub const BLOCK: usize = 32;

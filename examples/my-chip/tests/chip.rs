@@ -45,9 +45,9 @@ fn the_built_in_model_gives_the_tokens_of_the_cpu() {
     let tokenizer = Tokenizer::from_gguf(model.gguf()).unwrap().unwrap();
     let tokens = |backend: Arc<dyn Backend>| {
         // Small steps, so that the prompt takes several.
-        let options = SessionOptions { context: Some(128), batch: 4, ..SessionOptions::default() };
+        let options = SessionOptions::default().context(128).batch(4);
         let mut session = Session::new(&model, &backend, &options).unwrap();
-        let options = GenerateOptions { max_tokens: 16, ..GenerateOptions::default() };
+        let options = GenerateOptions::default().max_tokens(16);
         let go_on = |_: &str| ControlFlow::Continue(());
         session
             .generate(&tokenizer, "It is a truth universally acknowledged", &options, go_on)

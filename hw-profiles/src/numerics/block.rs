@@ -52,6 +52,7 @@ const fn shared_micro_exponents(bits: u32) -> BlockFormat {
 /// The rule for a block's scale, given its largest magnitude and the element's `max_exponent`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
+#[non_exhaustive]
 pub enum ScaleRule {
     /// `floor(log2(largest)) - max_exponent`: the rule of OCP MX 1.0, section 6.3. The largest may saturate.
     #[default]

@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 
 /// A number format of at most 32 bits: one of the constants below. Codes lie in the low bits of a `u32`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Element {
     /// Sign, exponent, fraction. With e the exponent field and f the fraction, the value is
     /// `2^(e - bias) * 1.f`, or `2^(1 - bias) * 0.f` where e is 0.
@@ -32,6 +33,7 @@ pub enum Element {
 
 /// The codes of a float that are not numbers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Specials {
     /// The largest exponent: infinity where the fraction is 0, else NaN.
     Ieee,
@@ -46,6 +48,7 @@ pub enum Specials {
 /// Rounding of a value between two codes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
+#[non_exhaustive]
 pub enum Rounding {
     /// To the nearest code, ties to even (IEEE 754 roundTiesToEven).
     #[default]
@@ -58,6 +61,7 @@ pub enum Rounding {
 
 /// The result for a value beyond the largest number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Overflow {
     /// The largest number of its sign.
     Saturate,

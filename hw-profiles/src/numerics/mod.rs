@@ -19,6 +19,7 @@ pub use block::{BlockFormat, Rules, Scale, ScaleRule};
 pub use element::{Element, Overflow, Rounding};
 
 /// The definition of a [`Dtype`].
+// Exhaustive: whoever stores numbers needs the layout of each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Format {
     /// Single numbers.
@@ -31,6 +32,7 @@ macro_rules! dtypes {
     ($($variant:ident $name:literal = $kind:ident($format:path);)*) => {
         /// A number format by name.
         #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
+        #[non_exhaustive]
         pub enum Dtype {
             $(#[doc = concat!("[`", stringify!($format), "`]")] #[serde(rename = $name)] $variant,)*
         }

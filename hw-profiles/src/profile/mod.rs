@@ -22,6 +22,7 @@ pub use quantity::{Basis, Quantity, schema};
 /// The profile of a chip.
 #[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[non_exhaustive]
 pub struct Profile {
     /// Name on the command line.
     pub name: String,
@@ -72,6 +73,7 @@ pub struct Profile {
 }
 
 /// The backend that runs programs for a chip.
+// Exhaustive: whoever reads a profile must tell them apart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Driver {
@@ -97,6 +99,7 @@ impl Driver {
 /// Clock and unit counts. A tile has arithmetic units and their nearest memory: a core, an SM, a NeuronCore.
 #[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[non_exhaustive]
 pub struct Chip {
     /// The clock of all units without their own.
     pub clock_hz: Quantity,
@@ -109,6 +112,7 @@ pub struct Chip {
 /// A matrix unit: it computes `depth_per_cycle` products of each of `rows x columns` results per cycle.
 #[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[non_exhaustive]
 pub struct Matrix {
     /// Units per tile.
     pub units_per_tile: Quantity,
@@ -133,6 +137,7 @@ pub struct Matrix {
 }
 
 /// The operand that stays in a systolic array while the others stream through.
+// Exhaustive: a timing model needs the formula of each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Dataflow {
@@ -147,6 +152,7 @@ pub enum Dataflow {
 /// Products of two formats in a matrix unit.
 #[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[non_exhaustive]
 pub struct MatrixRate {
     /// Format of the activations.
     pub activations: Dtype,
@@ -169,6 +175,7 @@ pub struct MatrixRate {
 /// A vector unit, for elementwise work.
 #[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[non_exhaustive]
 pub struct Vector {
     /// Units per tile.
     pub units_per_tile: Quantity,
@@ -193,6 +200,7 @@ pub struct Vector {
 /// Operations of one format in a vector unit.
 #[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[non_exhaustive]
 pub struct VectorRate {
     /// Format of the operands.
     pub dtype: Dtype,
@@ -209,6 +217,7 @@ pub struct VectorRate {
 /// A memory level. All numbers are per instance.
 #[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[non_exhaustive]
 pub struct Memory {
     /// Name, unique in the profile.
     pub name: String,
@@ -237,6 +246,7 @@ pub struct Memory {
 /// The scope of an instance, from inside to outside.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
+#[non_exhaustive]
 pub enum Scope {
     /// One per tile.
     Tile,
@@ -251,6 +261,7 @@ pub enum Scope {
 /// Who manages a memory's content.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
+#[non_exhaustive]
 pub enum Managed {
     /// The program: a scratchpad, or main memory.
     Software,
@@ -261,6 +272,7 @@ pub enum Managed {
 /// DMA engines of one kind. All numbers are per engine.
 #[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[non_exhaustive]
 pub struct Dma {
     /// Name, unique in the profile.
     pub name: String,
@@ -285,6 +297,7 @@ pub struct Dma {
 /// The network on the chip.
 #[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[non_exhaustive]
 pub struct Noc {
     /// Bytes per cycle of a link.
     pub link_bytes_per_cycle: Quantity,
@@ -297,6 +310,7 @@ pub struct Noc {
 /// Synchronisation costs.
 #[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[non_exhaustive]
 pub struct Sync {
     /// Time from a signal to the end of the wait, within a tile.
     pub semaphore_ns: Quantity,
@@ -307,6 +321,7 @@ pub struct Sync {
 /// Launch costs.
 #[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[non_exhaustive]
 pub struct Launch {
     /// Launch of a single kernel.
     pub kernel_ns: Quantity,
@@ -319,6 +334,7 @@ pub struct Launch {
 /// Links to other chips.
 #[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[non_exhaustive]
 pub struct Interconnect {
     /// Number of links.
     pub links: Quantity,
@@ -331,6 +347,7 @@ pub struct Interconnect {
 /// Power of the whole chip.
 #[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[non_exhaustive]
 pub struct Power {
     /// Design limit (TDP).
     pub tdp_w: Quantity,
@@ -343,6 +360,7 @@ pub struct Power {
 /// Price, rented or bought.
 #[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[non_exhaustive]
 pub struct Price {
     /// Rent of one chip, power included.
     pub usd_per_hour: Option<Quantity>,
@@ -359,6 +377,7 @@ pub struct Price {
 /// The chip's choices where formats leave them open.
 #[derive(Debug, Clone, PartialEq, Default, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
+#[non_exhaustive]
 pub struct RoundingRules {
     /// Rule for the scale of a block.
     pub block_scale: ScaleRule,
@@ -378,6 +397,7 @@ impl RoundingRules {
 /// Constants of `halite-sim`'s formulas, fitted to measured kernels.
 #[derive(Debug, Clone, PartialEq, Default, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
+#[non_exhaustive]
 pub struct Calibration {
     /// Products, by pair of formats.
     pub matmul: Vec<MatMulFit>,
@@ -390,6 +410,7 @@ pub struct Calibration {
 /// Rates of the kernels of the backend `cpu` with `threads` threads, measured by `halite calibrate`.
 #[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[non_exhaustive]
 pub struct HostRates {
     /// Number of threads.
     pub threads: Quantity,
@@ -418,6 +439,7 @@ pub struct HostRates {
 /// Rates of a memory level with all threads together.
 #[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[non_exhaustive]
 pub struct HostLevel {
     /// Name, as in `memory`.
     pub name: String,
@@ -430,6 +452,7 @@ pub struct HostLevel {
 /// Rates of products with weights of one format.
 #[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[non_exhaustive]
 pub struct HostProduct {
     /// Format of the weights, named as in GGUF.
     pub format: String,
@@ -442,6 +465,7 @@ pub struct HostProduct {
 /// Constants of the time of products.
 #[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[non_exhaustive]
 pub struct MatMulFit {
     /// Format of the activations.
     pub activations: Dtype,
@@ -466,6 +490,7 @@ pub struct MatMulFit {
 /// Constants of the time of decode attention.
 #[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[non_exhaustive]
 pub struct AttentionFit {
     /// Format of the activations.
     pub activations: Dtype,
@@ -495,6 +520,7 @@ pub struct AttentionFit {
 /// absent.
 #[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[non_exhaustive]
 pub struct FitErrors {
     /// Number of measurements.
     pub points: Quantity,

@@ -15,6 +15,7 @@ use super::Profile;
 /// A number with its source and certainty.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
+#[non_exhaustive]
 pub struct Quantity {
     /// The number, in the unit of its key.
     pub value: f64,
@@ -27,6 +28,7 @@ pub struct Quantity {
 /// The certainty of a number, in decreasing order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
+#[non_exhaustive]
 pub enum Basis {
     /// Published by the maker; `source` cites the document.
     Datasheet,

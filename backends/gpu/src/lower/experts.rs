@@ -25,6 +25,16 @@ impl Routed<'_> {
     }
 }
 
+/// Returns the number of a gating in the shader; `None` if it is not supported.
+pub(super) fn gating_code(gating: Gating) -> Option<u32> {
+    match gating {
+        Gating::Softmax => Some(0),
+        Gating::SoftmaxOfTop => Some(1),
+        Gating::Sigmoid => Some(2),
+        _ => None,
+    }
+}
+
 impl Lowering<'_> {
     pub(super) fn route(&mut self, op: &Op) {
         let Op::Route { logits, ids, weights, gating, normalise, scale } = op else { return };
@@ -35,14 +45,7 @@ impl Lowering<'_> {
             .write("out", "f32", self.tensor(*weights))
             .u32("EXPERTS", self.cols(*logits))
             .u32("USED", self.cols(*ids))
-            .u32(
-                "GATING",
-                match gating {
-                    Gating::Softmax => 0,
-                    Gating::SoftmaxOfTop => 1,
-                    Gating::Sigmoid => 2,
-                },
-            )
+            .u32("GATING", gating_code(*gating).unwrap_or_default())
             .bool("NORMALISE", *normalise)
             .f32("SCALE", *scale)
             .with(wgsl!("lib/math"))

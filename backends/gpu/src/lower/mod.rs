@@ -10,10 +10,13 @@ use std::ops::Range;
 
 use halite_kernels::formats::Kind;
 
+use self::experts::gating_code;
 use halite::backend::Limits;
 use halite::passes;
-use halite::program::{Dim, Epilogue, Index, NormKind, Op, Program, Slot, TensorId};
-use halite_shaders::{Extra, Paths, Resource, Shader, WORKGROUP, gated, knows_format, unary, wgsl};
+use halite::program::{Dim, Epilogue, Index, NormKind, Op, Program, RopePairs, Rotation, Slot, TensorId};
+use halite_shaders::{
+    Extra, Paths, Resource, Shader, WORKGROUP, gated, knows_format, knows_kv_format, unary, wgsl,
+};
 use product::shards;
 
 /// The quantity that a number of workgroups depends on.
@@ -159,6 +162,16 @@ impl Tuning {
     pub const CPU: Tuning = Tuning { groups: 4, invocations: 1, row: 256, attend: 16 };
 }
 
+/// Returns the function `row_of(token)`; `None` if it is not supported.
+fn row_of(index: Index) -> Option<&'static str> {
+    match index {
+        Index::Token => Some("fn row_of(token: u32) -> u32 { return token_id(token); }"),
+        Index::Position => Some("fn row_of(token: u32) -> u32 { return position(token); }"),
+        Index::First => Some("fn row_of(token: u32) -> u32 { return 0u; }"),
+        _ => None,
+    }
+}
+
 /// Returns why an op cannot run, if it cannot.
 pub(super) fn missing(program: &Program, op: &Op, bounds: &Bounds) -> Option<String> {
     let mut why = None;
@@ -175,6 +188,12 @@ pub(super) fn missing(program: &Program, op: &Op, bounds: &Bounds) -> Option<Str
         if shards(t, bounds.binding_bytes).is_none() {
             let limit = bounds.binding_bytes;
             why = Some(format!("`{}` cannot be divided into bindings of {limit} bytes", t.name));
+        }
+    }
+    if let Op::KvWrite { state, .. } | Op::RopeKv { state, .. } | Op::Attend { state, .. } = op {
+        let format = program.states[state.0 as usize].format;
+        if !knows_kv_format(format) {
+            why = Some(format!("a cache of {}", format.name()));
         }
     }
     match op {
@@ -198,6 +217,24 @@ pub(super) fn missing(program: &Program, op: &Op, bounds: &Bounds) -> Option<Str
             why = Some(format!("more than the {} largest elements", TOP_K_PIECE / 2));
         }
         Op::Unary { f, .. } if unary(*f).is_none() => why = Some(format!("{f:?}")),
+        Op::Embed { index, .. } if row_of(*index).is_none() => why = Some(format!("index {index:?}")),
+        Op::Norm { kind, .. } if !matches!(kind, NormKind::Rms | NormKind::Layer) => {
+            why = Some(format!("norm {kind:?}"));
+        }
+        Op::Rope { rotation: Rotation { pairs, .. }, .. }
+        | Op::RopeKv { rotation: Rotation { pairs, .. }, .. }
+            if !matches!(pairs, RopePairs::Adjacent | RopePairs::Halves) =>
+        {
+            why = Some(format!("pairs {pairs:?}"));
+        }
+        Op::MatMul { epilogue, .. }
+            if !matches!(epilogue, Epilogue::None | Epilogue::Glu(_) | Epilogue::Add(_)) =>
+        {
+            why = Some(format!("epilogue {epilogue:?}"));
+        }
+        Op::Route { gating, .. } if gating_code(*gating).is_none() => {
+            why = Some(format!("gating {gating:?}"))
+        }
         Op::Embed { .. }
         | Op::Gather { .. }
         | Op::Norm { .. }
@@ -463,11 +500,7 @@ impl Lowering<'_> {
                 .matrix(shader, table, &shard)
                 .write("out", "f32", self.tensor(out))
                 .u32("FIRST", shard.first)
-                .with(match index {
-                    Index::Token => "fn row_of(token: u32) -> u32 { return token_id(token); }",
-                    Index::Position => "fn row_of(token: u32) -> u32 { return position(token); }",
-                    Index::First => "fn row_of(token: u32) -> u32 { return 0u; }",
-                })
+                .with(row_of(index).unwrap_or_default())
                 .f32("SCALE", scale)
                 .with(four)
                 .with(wgsl!("embed"));
@@ -547,14 +580,11 @@ mod tests {
     fn a_dense_layer_is_eight_dispatches() {
         let file = concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/austen/halite-austen.gguf");
         let model = Model::from_source(Source::open(file.as_ref()).unwrap()).unwrap();
-        let caps = Caps {
-            name: "test".into(),
-            device: String::new(),
-            memory_bytes: u64::MAX,
-            rows: Rows::Interleaved,
-            fusions: Fusions::ALL,
-            contract: Contract::Close,
-        };
+        let caps = Caps::new("test", String::new())
+            .memory_bytes(u64::MAX)
+            .rows(Rows::Interleaved)
+            .fusions(Fusions::ALL)
+            .contract(Contract::Close);
         let program = passes::for_backend(&model.program(ProgramOptions::default(), 256).unwrap(), &caps);
         for tuning in [Tuning::DISCRETE, Tuning::INTEGRATED, Tuning::CPU] {
             let bounds = Bounds {

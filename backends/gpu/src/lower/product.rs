@@ -387,19 +387,17 @@ impl Lowering<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use halite::program::{Builder, WeightInfo};
 
     /// Parts cover the weight in order, fit, and start where bindings may.
     #[test]
     fn weights_are_divided_into_bindings() {
-        let tensor = |experts, rows, cols, format| Tensor {
-            name: "w".into(),
-            experts,
-            rows: Dim::Fixed(rows),
-            cols,
-            format,
-            layout: Layout::Rows,
-            part: None,
-            slot: Slot::Weight(0),
+        let tensor = |experts: u32, rows: u32, cols: u32, format| {
+            let dims = [cols, rows, experts].map(u64::from).to_vec();
+            let find = |_: &str| Some(WeightInfo::new(dims.clone(), format));
+            let mut builder = Builder::new("weights", &find);
+            let weight = builder.expert_weight("w", experts, rows, cols);
+            builder.finish().unwrap().tensor(weight).clone()
         };
         let (small, large) = (1 << 16, 1 << 18);
         for (t, limit, parts) in [

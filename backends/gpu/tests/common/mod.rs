@@ -11,7 +11,7 @@ use halite_gpu::{Gpu, GpuOptions};
 pub fn open(options: &GpuOptions) -> Option<Gpu> {
     let named = std::env::var("HALITE_GPU");
     let adapter = named.clone().ok().filter(|name| !name.is_empty());
-    match Gpu::new(&GpuOptions { adapter, ..options.clone() }) {
+    match Gpu::new(&options.clone().adapter(adapter)) {
         Ok(gpu) => Some(gpu),
         Err(error) => {
             assert!(named.is_err(), "{error}");
@@ -24,10 +24,10 @@ pub fn open(options: &GpuOptions) -> Option<Gpu> {
 /// A device without some paths.
 pub fn gpu(without: &[&str]) -> Option<Arc<dyn Backend>> {
     let without = without.iter().map(|&path| path.to_owned()).collect();
-    Some(Arc::new(open(&GpuOptions { without, ..Default::default() })?))
+    Some(Arc::new(open(&GpuOptions::default().without(without))?))
 }
 
 /// A device of which only so many bytes may be taken.
 pub fn budgeted(memory_bytes: u64) -> Option<Arc<dyn Backend>> {
-    Some(Arc::new(open(&GpuOptions { memory_bytes: Some(memory_bytes), ..Default::default() })?))
+    Some(Arc::new(open(&GpuOptions::default().memory_bytes(memory_bytes))?))
 }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use halite_kernels::formats::{Format, Layout};
+use halite_kernels::formats::Format;
 use halite_kernels::rows::Gate;
 
 use halite::backend::cpu::Cpu;
@@ -145,7 +145,7 @@ impl Probe {
     ) -> Result<Probe> {
         let find = |name: &str| {
             let (_, format, dims) = weights.iter().find(|(n, ..)| n == name)?;
-            Some(WeightInfo { dims: dims.to_vec(), format: *format, layout: Layout::Rows })
+            Some(WeightInfo::new(dims.to_vec(), *format))
         };
         let mut builder = Builder::new(WHAT, &find);
         record(&mut builder);
@@ -336,15 +336,7 @@ fn rows(cpus: &[Cpu], columns: u32, extent: Extent) -> Result<Probe> {
 fn attention(cpus: &[Cpu], extent: Extent) -> Result<Probe> {
     Probe::new(cpus, &[], extent, |b| {
         let q = b.input("q", Dim::Tokens, HEADS * HEAD_DIM);
-        let state = b.state(State {
-            name: "kv".into(),
-            kv_heads: KV_HEADS,
-            key_dim: HEAD_DIM,
-            value_dim: HEAD_DIM,
-            format: Format::F16,
-            window: None,
-            causal: true,
-        });
+        let state = b.state(State::new("kv", KV_HEADS, HEAD_DIM, HEAD_DIM, Format::F16));
         let out = b.attend(q, state, HEADS, 0.1, None, None);
         b.output(out);
     })

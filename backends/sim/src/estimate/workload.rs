@@ -18,6 +18,7 @@ use halite_profiles::profile::{Basis, Driver, Profile};
 
 /// A workload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Workload {
     /// Batch size in sequences.
     pub batch: u32,
@@ -28,6 +29,14 @@ pub struct Workload {
     /// Maximum prompt tokens of a step.
     pub chunk: u32,
 }
+
+impl Default for Workload {
+    fn default() -> Workload {
+        Workload { batch: 1, prompt: 512, generate: 128, chunk: 512 }
+    }
+}
+
+halite::setters!(const Workload { batch: u32, prompt: u32, generate: u32, chunk: u32 });
 
 impl Workload {
     /// The number of prefill steps, and the middle one.
@@ -54,6 +63,7 @@ impl Workload {
 
 /// The estimate of a workload.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct Estimate {
     /// Seconds until every sequence has its first token.
     pub first_token_s: f64,
@@ -87,6 +97,7 @@ pub struct Estimate {
 
 /// The sensitivity of the time to a number of the profile.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct Sensitivity {
     /// The number's path, as in `halite profile --numbers`.
     pub path: String,
@@ -120,6 +131,7 @@ fn adapted(program: &Program) -> Program {
 
 /// Options of a chip.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Choices {
     /// Format of products; `None`: the nearest to each weight's.
     pub products: Option<Dtype>,
@@ -132,6 +144,8 @@ impl Default for Choices {
         Choices { products: None, activations: Dtype::Fp32 }
     }
 }
+
+halite::setters!(const Choices { products: Option<Dtype>, activations: Dtype });
 
 impl Choices {
     /// The chip of a profile, for times.
