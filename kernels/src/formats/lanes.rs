@@ -252,7 +252,7 @@ pub(super) fn spread_bits<I: Isa>(isa: I, word: I::I, k: usize) -> I::I {
     isa.shl_by(isa.and_i(spread, isa.splat_i(0x0101_0101)), 4)
 }
 
-/// The scales (first two words) and minimums of Q4_K and Q5_K, one a byte; see [`super::six_bit_pairs`].
+/// The scales (first two words) and minimums of Q4_K and Q5_K, one a byte; see [`super::bits::six_bit_pairs`].
 #[inline(always)]
 pub(super) fn six_bit_words<I: Isa>(isa: I, scales: [I::I; 3]) -> [[I::I; 2]; 2] {
     let six = isa.splat_i(0x3f3f_3f3f);

@@ -5,11 +5,13 @@
 //! fma of the same kind after it. Plain formats: 16 strided accumulators (lane = k mod 16), fma, then the
 //! fixed tree. A row's result never depends on its tile or its neighbours.
 //!
-//! Every quantised product holds one weight row in each of 16 lanes, so that sums need no reduction. Formats
-//! with kernels of their own ([`Interleaved`]) bring their blocks into that order by transposing words, or
-//! find them so in a packed file; the others are unpacked to their normal form ([`Unpacked`]) first. For a
-//! few tokens, codes go from the blocks straight into dot products (decode); for many, they are expanded once
-//! into a tile (prefill). Which one runs never shows in the result.
+//! Three kernels compute quantised products; which one runs never shows in the result:
+//! - `rowwise`: a few tokens with plain rows of super-blocks. Lanes run along a row.
+//! - `tiles`, direct: a few tokens with interleaved rows, or with plain rows of short blocks, whose words are
+//!   transposed on the way. One weight row in each of 16 lanes, so that sums need no reduction.
+//! - `tiles`: many tokens. Sixteen rows are expanded once, and meet all tokens.
+//!
+//! Formats without kernels of their own are unpacked to their normal form ([`Unpacked`]) first.
 
 #![allow(clippy::needless_range_loop, reason = "loops by index over vectors are what inlines; see `isa`")]
 
