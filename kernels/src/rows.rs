@@ -160,7 +160,7 @@ fn fold16<I: Isa>(isa: I, x: &[f32], mut acc: I::F, f: impl Fn(I::F, I::F) -> I:
 
 /// A kernel: `out = f(x)`, element by element.
 #[derive(Debug)]
-pub struct Map<'a> {
+pub struct Elementwise<'a> {
     /// The function.
     pub f: Unary,
     /// Elements.
@@ -169,9 +169,19 @@ pub struct Map<'a> {
     pub out: &'a mut [f32],
 }
 
-kernels!(Map<'_>, Glu<'_>, Add<'_>, AddScaled<'_>, Norm<'_>, Rope<'_>, Softmax<'_>, Sigmoid<'_>, ArgMax<'_>);
+kernels!(
+    Elementwise<'_>,
+    Glu<'_>,
+    Add<'_>,
+    AddScaled<'_>,
+    Norm<'_>,
+    Rope<'_>,
+    Softmax<'_>,
+    Sigmoid<'_>,
+    ArgMax<'_>
+);
 
-impl WithIsa for Map<'_> {
+impl WithIsa for Elementwise<'_> {
     type Out = ();
     #[inline(always)]
     fn call<I: Isa>(self, isa: I) {

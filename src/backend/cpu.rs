@@ -857,7 +857,7 @@ impl Kernels for CpuKernels {
             Op::Unary { x, out, f } => {
                 let (f, x) = (*f, x.floats());
                 self.rows(out.floats_mut(), 1, &|first, out| {
-                    self.isa.run(rows::Map { f, x: &x[first..first + out.len()], out });
+                    self.isa.run(rows::Elementwise { f, x: &x[first..first + out.len()], out });
                 });
             }
             Op::Route { logits, ids, weights, gating, normalise, scale } => {

@@ -31,8 +31,8 @@ pub fn negate(codes: u64, mask: u64) -> u64 {
     (codes ^ mask) + (mask & ONES)
 }
 
-/// The signs of four sign codes of 7 bits, the first lowest, one byte each: the eighth sign of a code makes the
-/// number of negative values even.
+/// The signs of four sign codes of 7 bits, the first lowest, one byte each: the eighth sign of a code makes
+/// the number of negative values even.
 #[inline(always)]
 pub fn even_signs(codes: u32) -> u32 {
     let halves = (codes & 0x3fff) | ((codes << 2) & 0x3fff_0000);

@@ -14,8 +14,8 @@ pub trait Gridded: Quantised {
     /// Reads indices, signs and sub-scales.
     fn split(&self, out: &mut Split);
 
-    /// Looks up the magnitudes of indices. (Not in `split`: indices are best computed as vectors and read back
-    /// as numbers, after a while.)
+    /// Looks up the magnitudes of indices. (Not in `split`: indices are best computed as vectors and read
+    /// back as numbers, after a while.)
     fn look_up(split: &mut Split);
 }
 

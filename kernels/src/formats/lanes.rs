@@ -1,10 +1,9 @@
-//! Sixteen rows of blocks, interleaved: what every fast matrix product reads.
+//! Interleaved blocks of sixteen rows, the layout of packed files.
 //!
-//! A block is one odd piece of 0 to 2 bytes at its front, 32-bit words, and one odd piece at its end.
-//! Interleaved, the pieces of sixteen rows follow each other: all fronts, then the first word of every row,
-//! the second word of every row, …, then all ends. A vector of sixteen words so has one row in each lane, on
-//! every instruction set, and sums need no reduction across lanes. The bytes are those of the sixteen blocks
-//! in another order: nothing is added.
+//! A block consists of a head of 0 to 2 bytes, 32-bit words, and a tail of 0 to 2 bytes. An interleaved block
+//! holds the heads of sixteen rows, then the first word of each row, the second word of each row, and so on,
+//! then the tails. A vector of sixteen words therefore has one row in each lane on every instruction set, and
+//! sums need no reduction across lanes. The bytes are those of the sixteen blocks in another order.
 
 #![allow(clippy::manual_memcpy, reason = "loops by index over vectors are what inlines; see `isa`")]
 
@@ -29,24 +28,24 @@ pub enum Layout {
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Lanes<const HEAD: usize, const WORDS: usize, const TAIL: usize> {
-    /// What stands before the words, row by row.
+    /// The heads, row by row.
     pub head: [[u8; HEAD]; ROWS],
     /// `words[w][4 * row..]`: word `w` of each row.
     pub words: [[u8; 4 * ROWS]; WORDS],
-    /// What stands after the words, row by row.
+    /// The tails, row by row.
     pub tail: [[u8; TAIL]; ROWS],
 }
 
 // SAFETY: `repr(C)` of byte arrays: alignment 1, no padding, no invalid pattern.
 unsafe impl<const HEAD: usize, const WORDS: usize, const TAIL: usize> Bytes for Lanes<HEAD, WORDS, TAIL> {}
 
-/// What the kernels need of any [`Lanes`].
+/// The operations of all [`Lanes`] that kernels use.
 pub trait Interleave: Bytes {
     /// Interleaves as many blocks of each row as `out` takes. Rows start `stride` bytes apart; bytes
     /// that are missing are zeros.
     fn interleave<I: Isa>(isa: I, rows: &[u8], stride: usize, out: &mut [Self]);
 
-    /// Bytes of the front and words, if blocks can be read by [`Near::new`].
+    /// Bytes of the head and number of words, if [`ShortBlocks::new`] can read the blocks.
     const SHORT: Option<(usize, usize)>;
 
     /// The block of one row.
@@ -54,11 +53,11 @@ pub trait Interleave: Bytes {
 
     /// Word `w` of every row.
     fn word_bytes(&self, w: usize) -> &[u8; 4 * ROWS];
-    /// Two bytes of each front, as numbers.
+    /// Two bytes of each head, as numbers.
     fn head_u16(&self) -> [u16; ROWS];
-    /// The first byte of each front.
+    /// The first byte of each head.
     fn head_u8(&self) -> [u8; ROWS];
-    /// Two bytes of each end, as numbers.
+    /// Two bytes of each tail, as numbers.
     fn tail_u16(&self) -> [u16; ROWS];
 }
 
@@ -125,15 +124,16 @@ impl<const HEAD: usize, const WORDS: usize, const TAIL: usize> Interleave for La
     }
 }
 
-/// One block of each of sixteen rows, wherever its words are: what a format's kernels read.
+/// Access to the words of one block of each of sixteen rows, wherever they are. Formats read blocks through
+/// it.
 pub trait Words<I: Isa> {
     /// Word `w` of every row.
     fn word(&self, isa: I, w: usize) -> I::I;
-    /// The half-precision float at the front.
+    /// The half-precision float in the head.
     fn head_f16(&self, isa: I) -> I::F;
-    /// The byte at the front.
+    /// The byte in the head.
     fn head_u8(&self) -> [u8; ROWS];
-    /// The half-precision float at the end.
+    /// The half-precision float in the tail.
     fn tail_f16(&self, isa: I) -> I::F;
 
     /// Nibbles of word `w`: the low ones if `high` is 0, the high ones if it is 1.
@@ -175,43 +175,43 @@ fn u16s<const N: usize>(bytes: &[[u8; N]; ROWS]) -> [u16; ROWS] {
     bytes.map(|bytes| bytes.first_chunk().map_or(0, |&two| u16::from_le_bytes(two)))
 }
 
-/// Most words of a short block: those of Q8_0.
+/// Maximum words of a short block: those of Q8_0.
 const SHORT_WORDS: usize = 8;
 
 /// One short block of each of sixteen plain rows, transposed in registers.
 #[derive(Debug, Clone, Copy)]
-pub struct Near<I: Isa> {
+pub struct ShortBlocks<I: Isa> {
     words: [I::I; SHORT_WORDS],
-    /// The first word of the block, of which the front is a part.
+    /// The first word of the block, which contains the head.
     head: I::I,
 }
 
-impl<I: Isa> Near<I> {
-    /// The blocks at the start of rows that lie `stride` bytes apart, with a front of `head` bytes and so
-    /// many words. Zeros if they are not all there.
+impl<I: Isa> ShortBlocks<I> {
+    /// Reads the first blocks of rows that start `stride` bytes apart. A block has a head of `head` bytes and
+    /// `words` words. Missing blocks read as zeros.
     #[inline(always)]
     pub fn new(isa: I, rows: &[u8], stride: usize, head: usize, words: usize) -> Self {
-        let mut near = Near { words: [isa.splat_i(0); SHORT_WORDS], head: isa.splat_i(0) };
+        let mut blocks = ShortBlocks { words: [isa.splat_i(0); SHORT_WORDS], head: isa.splat_i(0) };
         if head > 0 {
-            near.head = isa.transpose(rows, stride)[0];
+            blocks.head = isa.transpose(rows, stride)[0];
         }
         let low = isa.transpose(rows.get(head..).unwrap_or(&[]), stride);
         for i in 0..4 {
-            near.words[i] = low[i];
+            blocks.words[i] = low[i];
         }
         if words > 4 {
             // The last four words may overlap the four before them.
             let first = words - 4;
             let high = isa.transpose(rows.get(head + 4 * first..).unwrap_or(&[]), stride);
             for i in 0..4 {
-                near.words[first + i] = high[i];
+                blocks.words[first + i] = high[i];
             }
         }
-        near
+        blocks
     }
 }
 
-impl<I: Isa> Words<I> for Near<I> {
+impl<I: Isa> Words<I> for ShortBlocks<I> {
     #[inline(always)]
     fn word(&self, _: I, w: usize) -> I::I {
         self.words[w]
@@ -220,17 +220,17 @@ impl<I: Isa> Words<I> for Near<I> {
     fn head_f16(&self, isa: I) -> I::F {
         isa.low_f16(self.head)
     }
-    /// No format with such a front is read this way.
+    /// No format with such a head is read this way.
     fn head_u8(&self) -> [u8; ROWS] {
         [0; ROWS]
     }
-    /// No format with an end is read this way.
+    /// No format with a tail is read this way.
     fn tail_f16(&self, isa: I) -> I::F {
         isa.splat(0.0)
     }
 }
 
-/// Moves bit `from` of each byte to bit `to`, and with it those above, and keeps those of `mask`.
+/// Shifts each byte so that bit `from` becomes bit `to`, and keeps the bits of `mask`.
 #[inline(always)]
 pub(super) fn field<I: Isa>(isa: I, word: I::I, from: usize, to: usize, mask: u8) -> I::I {
     let moved = if from < to {
@@ -252,7 +252,8 @@ pub(super) fn spread_bits<I: Isa>(isa: I, word: I::I, k: usize) -> I::I {
     isa.shl_by(isa.and_i(spread, isa.splat_i(0x0101_0101)), 4)
 }
 
-/// The scales (first two words) and minimums of Q4_K and Q5_K, one a byte; see [`super::bits::six_bit_pairs`].
+/// The scales (first two words) and minimums of Q4_K and Q5_K, one a byte; see
+/// [`super::bits::six_bit_pairs`].
 #[inline(always)]
 pub(super) fn six_bit_words<I: Isa>(isa: I, scales: [I::I; 3]) -> [[I::I; 2]; 2] {
     let six = isa.splat_i(0x3f3f_3f3f);
@@ -265,7 +266,7 @@ pub(super) fn six_bit_words<I: Isa>(isa: I, scales: [I::I; 3]) -> [[I::I; 2]; 2]
     ]
 }
 
-/// Each byte, which is below 64, less 32, as a signed byte.
+/// Subtracts 32 from each byte, which is below 64; the result is signed.
 #[inline(always)]
 pub(super) fn less_32<I: Isa>(isa: I, x: I::I) -> I::I {
     // Bit 5 inverted becomes bits 5 to 7.

@@ -60,7 +60,7 @@ pub use iq3_s::IQ3_S;
 pub use iq3_xxs::IQ3_XXS;
 pub use iq4_nl::{IQ4_NL, IQ4_VALUES};
 pub use iq4_xs::IQ4_XS;
-pub use lanes::{Interleave, Lanes, Layout, Near, ROWS, Words};
+pub use lanes::{Interleave, Lanes, Layout, ROWS, ShortBlocks, Words};
 pub use mxfp4::{E2M1_DOUBLED, E8M0, MXFP4};
 pub use nvfp4::{NVFP4, UE4M3};
 pub use plain::{BF16, F16, F32, F64, I8, I16, I32, I64};
@@ -112,7 +112,7 @@ pub trait Plain: Block {
 
 /// A format whose values are small integer codes under shared scales.
 pub trait Quantised: Block {
-    /// What activations are quantised to for a dot product with this format.
+    /// The format to which activations are quantised for a dot product with this format.
     const ACTIVATION: Activation;
     /// Values that share one f32 scale, and so one fused multiply-add in a dot product.
     const GROUP: usize;
@@ -120,7 +120,7 @@ pub trait Quantised: Block {
     const HAS_MIN: bool;
     /// Values that share one integer sub-scale, where `GROUP` is 256; 256: it is one for all.
     const SUB: usize = 16;
-    /// How much the code bytes in kernels stand above the codes.
+    /// The number by which code bytes in kernels exceed the codes.
     const OFFSET: i32 = 0;
     /// Whether the code bytes in kernels are signed; unsigned ones are at most 127.
     const SIGNED: bool = true;
@@ -163,7 +163,7 @@ pub trait Interleaved: Quantised {
     }
 }
 
-/// What activations are quantised to before a dot product with a quantised format.
+/// The format to which activations are quantised before a dot product with quantised weights.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 #[allow(non_camel_case_types, reason = "formats keep their published names")]
 pub enum Activation {

@@ -17,9 +17,10 @@ use crate::math;
 pub trait Isa: Copy + Send + Sync + 'static {
     /// The name in [`Cpu::from_name`].
     const NAME: &'static str;
-    /// What [`Isa::signed`] adds to each code: 128 where the dot product takes unsigned ones, else 0.
+    /// The number that [`Isa::signed`] adds to each code: 128 if the dot product takes unsigned codes, else
+    /// 0.
     const SIGNED_BIAS: i32;
-    /// Whether there are registers for tiles of two vectors of rows.
+    /// Whether there are enough registers for tiles of two vectors of rows.
     const WIDE_TILES: bool;
     /// Sixteen f32.
     type F: Copy;
@@ -125,8 +126,8 @@ pub trait Isa: Copy + Send + Sync + 'static {
     /// Four words of each of sixteen rows that start `stride` bytes apart, transposed: word `w` of row `r` in
     /// lane `r` of result `w`. Zeros if not all of them are there.
     fn transpose(self, rows: &[u8], stride: usize) -> [Self::I; 4];
-    /// Asks for the cache line that lies `ahead` bytes after the start of `place`, wherever that is: into the
-    /// first cache if `NEAR`, else into the second.
+    /// Prefetches the cache line `ahead` bytes after the start of `place`, which may lie outside it: into the
+    /// first-level cache if `NEAR`, else into the second.
     fn prefetch<const NEAR: bool, T>(self, place: &[T], ahead: usize);
     /// `a | b`.
     fn or_i(self, a: Self::I, b: Self::I) -> Self::I;
@@ -136,7 +137,7 @@ pub trait Isa: Copy + Send + Sync + 'static {
     fn shr_by(self, x: Self::I, bits: u32) -> Self::I;
     /// `x >> BITS`, each lane, filled with the sign.
     fn sar_i<const BITS: u32>(self, x: Self::I) -> Self::I;
-    /// For each byte of `x`, which is below 16, that entry of `table`.
+    /// Replaces each byte of `x`, which is below 16, by that entry of `table`.
     fn lookup(self, table: &[i8; 16], x: Self::I) -> Self::I;
     /// [`Isa::signed`] of [`Isa::lookup`].
     #[inline(always)]
@@ -147,7 +148,7 @@ pub trait Isa: Copy + Send + Sync + 'static {
         }
         self.lookup(&raised, x)
     }
-    /// Signed code bytes as [`Isa::dot4`] wants them: each plus [`Isa::SIGNED_BIAS`].
+    /// Adds [`Isa::SIGNED_BIAS`] to signed code bytes, as [`Isa::dot4`] takes them.
     fn signed(self, codes: Self::I) -> Self::I;
 
     /// `acc` plus, in each lane, the dot of the four code bytes with the four signed bytes of `x`, none of
@@ -155,12 +156,12 @@ pub trait Isa: Copy + Send + Sync + 'static {
     /// ones: then the sum is too large by [`Isa::SIGNED_BIAS`] times the sum of the bytes of `x`.
     fn dot4<const SIGNED: bool>(self, acc: Self::I, codes: Self::I, x: Self::I) -> Self::I;
 
-    /// Two words of codes as [`Isa::dot8`] wants them.
+    /// Arranges two words of codes as [`Isa::dot8`] takes them.
     #[inline(always)]
     fn pair(self, codes: [Self::I; 2]) -> [Self::I; 2] {
         codes
     }
-    /// Takes apart what [`Isa::pair`] or [`Isa::splat_pair`] put together.
+    /// Undoes [`Isa::pair`] and [`Isa::splat_pair`].
     #[inline(always)]
     fn unpair(self, pair: [Self::I; 2]) -> [Self::I; 2] {
         pair
@@ -265,7 +266,7 @@ pub trait Isa: Copy + Send + Sync + 'static {
     }
 }
 
-/// [`Isa::dot8`] where no instruction does more than [`Isa::dot4`].
+/// [`Isa::dot8`] for instruction sets without an instruction for it.
 #[inline(always)]
 fn dot4_four_times<I: Isa, const SIGNED: bool>(
     isa: I,
@@ -280,7 +281,7 @@ fn dot4_four_times<I: Isa, const SIGNED: bool>(
     [a, b]
 }
 
-/// Plain scalar code: what every CPU can run.
+/// Plain scalar code, which every CPU can run.
 #[derive(Debug, Clone, Copy)]
 pub struct Scalar;
 
@@ -499,8 +500,8 @@ fn sixteen(rows: &[u8], stride: usize) -> Option<*const u8> {
     (stride.checked_mul(15)?.checked_add(16)? <= rows.len()).then_some(rows.as_ptr())
 }
 
-/// The byte shuffle for [`Isa::byte_pair`]: moves two bytes of each 32-bit lane to the tops of its 16-bit halves. An
-/// index above 127 gives zero.
+/// The byte shuffle for [`Isa::byte_pair`]: moves two bytes of each 32-bit lane to the tops of its 16-bit
+/// halves. An index above 127 gives zero.
 #[inline(always)]
 fn byte_pair_index(bytes: [usize; 2]) -> [u8; 16] {
     let mut index = [0x80; 16];

@@ -28,7 +28,7 @@ mod rowwise;
 mod tiles;
 
 use plain::plain;
-use tiles::{Room, decode, lanes_of, prefill};
+use tiles::{ChunkBuffer, decode, lanes_of, prefill};
 
 /// Tokens that a tile keeps in registers.
 const TILE_TOKENS: usize = 4;
@@ -205,13 +205,13 @@ fn interleaved<I: Isa, Q: Interleaved>(isa: I, product: MatMul<'_, '_>) {
             Loop::Direct if task.tokens == 1 => decode::<I, Q, 1>(isa, &mut task),
             Loop::Direct => decode::<I, Q, TILE_TOKENS>(isa, &mut task),
             Loop::Plain | Loop::Tiles => {
-                let mut near = Room::ZERO;
+                let mut buffer = ChunkBuffer::ZERO;
                 prefill::<I, Q>(
                     isa,
                     &mut task,
                     #[inline(always)]
                     |task, first, c, tile| {
-                        let lanes = lanes_of::<I, Q>(isa, task, first, c, &mut near);
+                        let lanes = lanes_of::<I, Q>(isa, task, first, c, &mut buffer);
                         tile.expand::<I, Q>(isa, lanes);
                     },
                 );

@@ -2,7 +2,7 @@
 
 #![allow(clippy::needless_range_loop, reason = "loops by index over vectors are what inlines; see `isa`")]
 
-use super::tiles::ask_ahead;
+use super::tiles::prefetch_next;
 use super::{MatMul, X};
 use crate::formats::{Format, Plain};
 use crate::isa::Isa;
@@ -56,7 +56,7 @@ fn plain_dot<I: Isa, P: Plain, const R: usize, const T: usize>(
     let mut acc = [[isa.splat(0.0); T]; R];
     for run in 0..w_runs[0].0.len() {
         if T == 1 {
-            ask_ahead::<I, P, R>(isa, w[0], w[0].len(), 16 * run, 16);
+            prefetch_next::<I, P, R>(isa, w[0], w[0].len(), 16 * run, 16);
         }
         plain_step::<I, P, R, T>(isa, &mut acc, w_runs.map(|w| &w.0[run]), x_runs.map(|x| &x.0[run]));
     }

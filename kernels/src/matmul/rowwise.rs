@@ -1,9 +1,10 @@
-//! A few tokens with plain rows of super-blocks: lanes run along a row, so that codes are read where they are.
+//! Products of a few tokens with plain rows of super-blocks. Lanes run along a row, so codes are read in
+//! place.
 //!
-//! Sixteen rows at a time, two in one vector: rows `p` and `p + 8`, eight lanes each. A lane sums the products
-//! of its codes, sub-scales applied, over a whole super-block. A transposition then adds up the lanes of each
-//! row, once for 256 values. What is left (scales, minimums, the correction of raised codes) works with one
-//! row in each lane.
+//! Sixteen rows at a time, two in one vector: rows `p` and `p + 8`, eight lanes each. A lane sums the
+//! products of its codes, sub-scales applied, over a whole super-block. A transposition then adds up the
+//! lanes of each row, once per 256 values. Scales, minimums and offsets of codes are applied with one row in
+//! each lane.
 
 #![allow(clippy::needless_range_loop, reason = "loops by index over vectors are what inlines; see `isa`")]
 
@@ -19,9 +20,9 @@ const PARTS: usize = CHUNK / 32;
 
 /// One super-block of each of sixteen rows.
 trait Rows<I: Isa, Q: Quantised>: Copy {
-    /// A row's codes, in whichever form.
+    /// A row, from which codes are read.
     type Row;
-    /// What stands beside the codes.
+    /// Scales, sub-scales and minimums.
     fn header(self, isa: I) -> Header<I>;
     /// One row.
     fn row(&self, r: usize) -> &Self::Row;
@@ -40,8 +41,8 @@ trait Rows<I: Isa, Q: Quantised>: Copy {
     fn subs(header: &Header<I>, r: usize, _: &Self::Row, part: usize) -> i32 {
         header.subs[part][r]
     }
-    /// Asks for what the next sixteen rows have in the place of pair `p`'s blocks.
-    fn ask_ahead(self, isa: I, p: usize);
+    /// Prefetches pair `p`'s share of the next sixteen rows.
+    fn prefetch_next(self, isa: I, p: usize);
 }
 
 /// Scales of a super-block, one row in each lane.
@@ -77,7 +78,7 @@ struct Blocks<'a, Q> {
     stride: usize,
     /// Number of the block in its row.
     c: usize,
-    /// What a block that is missing reads as.
+    /// Replaces missing blocks.
     missing: &'a Q,
 }
 
@@ -128,8 +129,8 @@ impl<I: Isa, Q: Interleaved> Rows<I, Q> for Blocks<'_, Q> {
         Q::code(isa, &CodeWords(rows), part, 0)
     }
     #[inline(always)]
-    fn ask_ahead(self, isa: I, p: usize) {
-        ask_ahead::<I, Q, 2>(isa, self.blocks, self.stride, self.c, 2 * p);
+    fn prefetch_next(self, isa: I, p: usize) {
+        prefetch_next::<I, Q, 2>(isa, self.blocks, self.stride, self.c, 2 * p);
     }
 }
 
@@ -145,11 +146,11 @@ impl<I: Isa, Q: Interleaved> Words<I> for HeaderWords<'_, I, Q> {
         let quad = usize::from(w < Q::HEADER[0] || w >= Q::HEADER[0] + 4);
         self.quads[quad][(w - Q::HEADER[quad]) % 4]
     }
-    /// Super-blocks have no such front.
+    /// Super-blocks have no such head.
     fn head_f16(&self, isa: I) -> I::F {
         isa.splat(0.0)
     }
-    /// Super-blocks have no such front.
+    /// Super-blocks have no such head.
     fn head_u8(&self) -> [u8; ROWS] {
         [0; ROWS]
     }
@@ -228,7 +229,7 @@ impl<I: Isa, Q: Quantised> Rows<I, Q> for &[Unpacked; ROWS] {
         let [a, b] = [i8::bytes_of(&a.codes).as_chunks::<32>().0, i8::bytes_of(&b.codes).as_chunks::<32>().0];
         isa.signed(isa.load_halves(a.get(part).unwrap_or(&[0; 32]), b.get(part).unwrap_or(&[0; 32])))
     }
-    fn ask_ahead(self, _: I, _: usize) {}
+    fn prefetch_next(self, _: I, _: usize) {}
 }
 
 /// Rows of points in a grid.
@@ -266,7 +267,7 @@ impl<I: Isa, Q: Gridded> Rows<I, Q> for Grid<'_> {
         let [low, high] = row.subs.as_chunks::<2>().0[part];
         (i32::from(low) & 0xffff) | (i32::from(high) << 16)
     }
-    fn ask_ahead(self, _: I, _: usize) {}
+    fn prefetch_next(self, _: I, _: usize) {}
 }
 
 /// Formats whose code bytes are read from blocks.
@@ -303,7 +304,7 @@ pub(super) fn gridded<I: Isa, Q: Gridded, const T: usize>(isa: I, task: &mut Tas
         |task, first, c, x, acc| {
             for r in 0..ROWS {
                 let row = (first + r).min(task.rows - 1) * task.row_blocks;
-                ask_ahead::<I, Q, 1>(isa, &task.w[first * task.row_blocks..], task.row_blocks, c, r);
+                prefetch_next::<I, Q, 1>(isa, &task.w[first * task.row_blocks..], task.row_blocks, c, r);
                 let block = &task.w[row + c];
                 block.split(&mut rows[r]);
                 scales[r] = block.scale().to_bits();
@@ -325,7 +326,7 @@ pub(super) fn unpacked<I: Isa, Q: Quantised, const T: usize>(isa: I, task: &mut 
         |task, first, c, x, acc| {
             for r in 0..ROWS {
                 let row = (first + r).min(task.rows - 1) * task.row_blocks;
-                ask_ahead::<I, Q, 1>(isa, &task.w[first * task.row_blocks..], task.row_blocks, c, r);
+                prefetch_next::<I, Q, 1>(isa, &task.w[first * task.row_blocks..], task.row_blocks, c, r);
                 unpack(&task.w[row + c], &mut rows[r]);
             }
             add::<I, Q, _, T>(isa, &rows, x, acc);
@@ -333,19 +334,25 @@ pub(super) fn unpacked<I: Isa, Q: Quantised, const T: usize>(isa: I, task: &mut 
     );
 }
 
-/// Asks for `N` blocks of the next sixteen rows, from the one that the rows here have as number `c` in row `r`
-/// on, counted in the order of memory. (A few at a time: many at once would hold up what is read now. The
-/// CPU's own prefetcher follows one row, not sixteen.)
+/// Prefetches `N` blocks of the next sixteen rows, in the order of memory, while block `c` of row `r` is
+/// read. The CPU's own prefetcher follows one row, not sixteen. Many requests at once would delay the present
+/// reads, so each row asks for its share.
 #[inline(always)]
-fn ask_ahead<I: Isa, B: Bytes, const N: usize>(isa: I, rows: &[B], row_blocks: usize, c: usize, r: usize) {
+fn prefetch_next<I: Isa, B: Bytes, const N: usize>(
+    isa: I,
+    rows: &[B],
+    row_blocks: usize,
+    c: usize,
+    r: usize,
+) {
     let ahead = (ROWS * (row_blocks + c) + r) * size_of::<B>();
     for line in (0..N * size_of::<B>()).step_by(64) {
         isa.prefetch::<false, _>(B::bytes_of(rows), ahead + line);
     }
 }
 
-/// Not compiled with vector instructions: most of these formats are tables and bits, of which compilers make
-/// slow gathers.
+/// Compiled without vector instructions: most of these formats consist of table look-ups and bit fields,
+/// which compilers turn into slow gathers.
 #[inline(never)]
 fn unpack<Q: Quantised>(block: &Q, out: &mut Unpacked) {
     block.unpack(out);
@@ -395,7 +402,7 @@ fn add<I: Isa, Q: Quantised, R: Rows<I, Q>, const T: usize>(
     }
     let mut lanes = [[[0; 16]; PAIRS]; T];
     for p in 0..PAIRS {
-        rows.ask_ahead(isa, p);
+        rows.prefetch_next(isa, p);
         let pair = [rows.row(p), rows.row(p + PAIRS)];
         let mut sums = [zero; T];
         for_each_part(
@@ -435,8 +442,8 @@ fn add<I: Isa, Q: Quantised, R: Rows<I, Q>, const T: usize>(
     }
 }
 
-/// Calls `f` for each part, in code of its own: what codes are read with depends on the part, and compilers do
-/// not unroll a loop this long.
+/// Calls `f` for each part. Shifts depend on the part, so the loop must be unrolled, and compilers do not
+/// unroll one this long.
 #[inline(always)]
 fn for_each_part(mut f: impl FnMut(usize)) {
     f(0);
@@ -449,7 +456,7 @@ fn for_each_part(mut f: impl FnMut(usize)) {
     f(7);
 }
 
-/// The sums of activations times sub-scales: what codes that are raised by one add to each row.
+/// The sums of activations times sub-scales. Code bytes that exceed their codes by 1 add this to each row.
 #[inline(always)]
 fn raised<I: Isa, Q: Quantised>(isa: I, header: &Header<I>, x: &XChunk<'_>) -> I::I {
     let mut sums = isa.splat_i(0);

@@ -3,7 +3,7 @@
 #![allow(clippy::needless_range_loop, reason = "loops by index over vectors are what inlines; see `isa`")]
 
 use super::{CHUNK, TILE_TOKENS, Task, XChunk};
-use crate::formats::{Bytes, Interleave, Interleaved, Layout, Near, Quantised, ROWS, Unpacked};
+use crate::formats::{Bytes, Interleave, Interleaved, Layout, Quantised, ROWS, ShortBlocks, Unpacked};
 use crate::isa::Isa;
 
 /// The scales of sixteen rows of a chunk, one row in each lane.
@@ -89,7 +89,8 @@ impl<I: Isa, Q: Interleaved> Source<I, Q> for Direct<'_, Q> {
     #[inline(always)]
     fn codes(self, isa: I, part: usize, k: usize) -> [I::I; 2] {
         if Q::LEN == CHUNK && self.streamed && k == 0 {
-            // The words of super-blocks are not read in order, which is what the CPU's own prefetcher follows.
+            // The words of super-blocks are not read in order, which is what the CPU's own prefetcher
+            // follows.
             let share = size_of::<Q::Lanes>() / (Q::LEN / 32);
             for line in (0..share).step_by(64) {
                 isa.prefetch::<false, _>(self.lanes, STREAM_BYTES + part * share + line);
@@ -211,22 +212,22 @@ impl Tile {
 /// Short blocks of a chunk.
 const BLOCKS: usize = CHUNK / 32;
 
-/// Room for the interleaved blocks of one chunk of any format.
+/// Memory for the interleaved blocks of one chunk of any format.
 #[repr(C, align(64))]
-pub(super) struct Room([u8; ROWS * BLOCKS * 34]);
+pub(super) struct ChunkBuffer([u8; ROWS * BLOCKS * 34]);
 
-impl Room {
-    pub(super) const ZERO: Room = Room([0; ROWS * BLOCKS * 34]);
+impl ChunkBuffer {
+    pub(super) const ZERO: ChunkBuffer = ChunkBuffer([0; ROWS * BLOCKS * 34]);
 }
 
-/// The interleaved blocks of chunk `c` of sixteen rows: where they are, or in `near`.
+/// The interleaved blocks of chunk `c` of sixteen rows: where they are, or in `buffer`.
 #[inline(always)]
 pub(super) fn lanes_of<'b, I: Isa, Q: Interleaved>(
     isa: I,
     task: &Task<'b, '_, Q>,
     first: usize,
     c: usize,
-    near: &'b mut Room,
+    buffer: &'b mut ChunkBuffer,
 ) -> &'b [Q::Lanes] {
     let start = c * CHUNK / Q::LEN;
     let count = (CHUNK / Q::LEN).min(task.row_blocks - start);
@@ -234,18 +235,18 @@ pub(super) fn lanes_of<'b, I: Isa, Q: Interleaved>(
         let group = &task.w[first * task.row_blocks..][..ROWS * task.row_blocks];
         return &Q::Lanes::cast(Q::bytes_of(group))[start..start + count];
     }
-    const { assert!(CHUNK / Q::LEN * size_of::<Q::Lanes>() <= size_of::<Room>()) };
-    let near = &mut Q::Lanes::cast_mut(&mut near.0)[..count];
+    const { assert!(CHUNK / Q::LEN * size_of::<Q::Lanes>() <= size_of::<ChunkBuffer>()) };
+    let buffer = &mut Q::Lanes::cast_mut(&mut buffer.0)[..count];
     let stride = task.row_blocks * size_of::<Q>();
     let group = task.w.get(first * task.row_blocks..).unwrap_or(&[]);
     let rows = group.get(start..).unwrap_or(&[]);
     if first + ROWS <= task.rows {
         for pair in (0..count).step_by(2) {
             let end = (pair + 2).min(count);
-            ask_ahead::<I, Q, ROWS>(isa, group, task.row_blocks, start + pair, end - pair);
-            Q::Lanes::interleave(isa, Q::bytes_of(&rows[pair..]), stride, &mut near[pair..end]);
+            prefetch_next::<I, Q, ROWS>(isa, group, task.row_blocks, start + pair, end - pair);
+            Q::Lanes::interleave(isa, Q::bytes_of(&rows[pair..]), stride, &mut buffer[pair..end]);
         }
-        return near;
+        return buffer;
     }
     // Rows past the end repeat the last one.
     let mut blocks = [[task.w[0]; BLOCKS]; ROWS];
@@ -254,14 +255,14 @@ pub(super) fn lanes_of<'b, I: Isa, Q: Interleaved>(
         blocks[r][..count].copy_from_slice(&row[start..start + count]);
     }
     let bytes = <[Q; BLOCKS]>::bytes_of(&blocks);
-    Q::Lanes::interleave(isa, bytes, BLOCKS * size_of::<Q>(), near);
-    near
+    Q::Lanes::interleave(isa, bytes, BLOCKS * size_of::<Q>(), buffer);
+    buffer
 }
 
-/// Asks for as many bytes of the next `R` rows, from their start on, as `count` blocks of these have from
-/// number `start` on: the CPU's own prefetcher follows one row, not many.
+/// Prefetches the part of the next `R` rows that corresponds, in the order of memory, to `count` blocks of
+/// these rows from number `start` on. The CPU's own prefetcher follows one row, not many.
 #[inline(always)]
-pub(super) fn ask_ahead<I: Isa, B: Bytes, const R: usize>(
+pub(super) fn prefetch_next<I: Isa, B: Bytes, const R: usize>(
     isa: I,
     w: &[B],
     row_blocks: usize,
@@ -276,7 +277,7 @@ pub(super) fn ask_ahead<I: Isa, B: Bytes, const R: usize>(
 
 /// One short block of each row, in registers.
 #[derive(Clone, Copy)]
-struct Transposed<I: Isa>(Near<I>);
+struct Transposed<I: Isa>(ShortBlocks<I>);
 
 impl<I: Isa, Q: Interleaved> Scales<I, Q> for Transposed<I> {
     #[inline(always)]
@@ -307,7 +308,7 @@ impl<I: Isa, Q: Interleaved> Source<I, Q> for Transposed<I> {
 /// A few tokens: codes go from the blocks into dot products.
 #[inline(always)]
 pub(super) fn decode<I: Isa, Q: Interleaved, const T: usize>(isa: I, task: &mut Task<'_, '_, Q>) {
-    let mut near = Room::ZERO;
+    let mut buffer = ChunkBuffer::ZERO;
     let (mut subs, mut mins) = ([[0; 64]; 4], [[0; 64]; 4]);
     for first in (0..task.rows).step_by(ROWS) {
         let mut acc = [[isa.splat(0.0); 1]; T];
@@ -326,13 +327,13 @@ pub(super) fn decode<I: Isa, Q: Interleaved, const T: usize>(isa: I, task: &mut 
                 for block in c * BLOCKS..((c + 1) * BLOCKS).min(task.row_blocks) {
                     let part = block - c * BLOCKS;
                     let rows = Q::bytes_of(group.get(block..).unwrap_or(&[]));
-                    ask_ahead::<I, Q, ROWS>(isa, group, task.row_blocks, block, 1);
-                    let source = Transposed::<I>(Near::new(isa, rows, stride, head, words));
+                    prefetch_next::<I, Q, ROWS>(isa, group, task.row_blocks, block, 1);
+                    let source = Transposed::<I>(ShortBlocks::new(isa, rows, stride, head, words));
                     dot::<I, Q, _, 1, T>(isa, [source], &x, &starts, part..part + 1, &mut acc);
                 }
                 continue;
             }
-            let lanes = lanes_of::<I, Q>(isa, task, first, c, &mut near);
+            let lanes = lanes_of::<I, Q>(isa, task, first, c, &mut buffer);
             store_subs::<I, Q>(isa, lanes, &mut subs, &mut mins);
             let streamed = task.layout == Layout::Interleaved;
             let source = Direct::<Q> { lanes, streamed, subs: &subs, mins: &mins };
@@ -399,7 +400,7 @@ fn tiles<'a, I: Isa, Q: Quantised, const G: usize, const T: usize>(
     }
 }
 
-/// Tokens whose sums are kept near while all chunks of a tile's rows pass.
+/// Tokens whose sums stay in the cache while all chunks of a tile's rows are read.
 const BLOCK_TOKENS: usize = 256;
 
 /// Adds the products of one chunk of tiled rows with `T` tokens from number `first` on to their sums; sets
@@ -450,17 +451,17 @@ fn tile_tokens<I: Isa, Q: Quantised, const G: usize, const T: usize>(
     }
 }
 
-/// Values of one integer accumulation.
+/// Values per integer accumulation.
 const fn step<Q: Quantised>() -> usize {
     if Q::GROUP == 16 || Q::GROUP == CHUNK && Q::SUB == 16 { 16 } else { 32 }
 }
 
-/// How much code bytes stand above codes.
+/// The number by which code bytes exceed codes.
 pub(super) const fn bias<I: Isa, Q: Quantised>() -> i32 {
     if Q::SIGNED { I::SIGNED_BIAS } else { Q::OFFSET }
 }
 
-/// What the integer accumulations of a chunk start from: what takes the bias out again.
+/// The start values of a chunk's integer accumulators; they cancel the bias.
 #[inline(always)]
 fn starts<I: Isa, Q: Quantised, const T: usize>(isa: I, x: &[XChunk<'_>; T]) -> [[i32; 16]; T] {
     let mut starts = [[0; 16]; T];
@@ -472,7 +473,7 @@ fn starts<I: Isa, Q: Quantised, const T: usize>(isa: I, x: &[XChunk<'_>; T]) -> 
     starts
 }
 
-/// Adds the dots of some parts of 32 values of `G` times sixteen rows with `T` tokens to `acc`.
+/// Adds the dot products of some parts of 32 values, of `G` times sixteen rows with `T` tokens, to `acc`.
 #[inline(always)]
 fn dot<I: Isa, Q: Quantised, S: Source<I, Q>, const G: usize, const T: usize>(
     isa: I,
