@@ -1,25 +1,37 @@
 #!/usr/bin/env python3
-"""Halite against llama.cpp on the same files, threads and tests, in turns; see benches/README.md."""
+"""Halite against other programs on the same files, threads and tests, in turns; see benches/README.md."""
 
 import argparse
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+
+HALITE, PACKED = "Halite", "Halite, packed"
 
 
 def numbers(text):
     return [int(part) for part in text.split(",")]
 
 
+def peer(text):
+    name, equals, command = text.partition("=")
+    if not equals or not command.strip():
+        raise argparse.ArgumentTypeError(f"`{text}`: expected NAME=PROGRAM FLAGS, such as 'llama.cpp=build/bin/llama-bench -fa 1'")
+    return name, shlex.split(command)
+
+
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="+", type=Path, metavar="FILE", help="GGUF files")
-    parser.add_argument("--llama-bench", required=True, metavar="PATH", help="llama.cpp's llama-bench")
+    parser.add_argument("--peer", type=peer, action="append", default=[], metavar="NAME=PROGRAM FLAGS", help="a llama-bench program with its flags; may be repeated")
     parser.add_argument("--halite", default="target/release/halite", metavar="PATH", help="default: %(default)s")
+    parser.add_argument("--packed", action="store_true", help="measure Halite on packed files too (`halite pack`, in a temporary folder)")
     parser.add_argument("-p", "--prompt", default="512", metavar="N,…", help="prompt lengths (default: %(default)s)")
     parser.add_argument("-n", "--generate", default="64", metavar="N,…", help="tokens to generate (default: %(default)s)")
     parser.add_argument("-d", "--depth", default="0", metavar="N,…", help="tokens in the cache (default: %(default)s)")
@@ -27,28 +39,34 @@ def arguments():
     parser.add_argument("-r", "--repetitions", type=int, default=2, metavar="N", help="in each round (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="default: %(default)s")
     parser.add_argument("-o", "--out", type=Path, default=Path("target/compare.json"), metavar="FILE", help="raw numbers (default: %(default)s)")
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="also draw the ratios (needs matplotlib)")
     return parser.parse_args()
 
 
-def contestants(args):
-    """Name, command line, and how a result of its JSON is read: (prompt, generated, depth, tokens per second of each repetition)."""
-    llama = lambda row: (row["n_prompt"], row["n_gen"], row["n_depth"], row["samples_ts"])
+def of_llama(row):
+    """Prompt, generated tokens, depth, tokens per second of each repetition."""
+    return row["n_prompt"], row["n_gen"], row.get("n_depth", 0), row["samples_ts"]
 
-    def halite(row):
-        prompt, generated = row["prompt_tokens"], row["generated_tokens"]
-        return prompt, generated, row["depth"], [(prompt + generated) / s for s in row["seconds"]]
 
-    return [
-        ("llama.cpp, flash attention", [args.llama_bench, "-fa", "1"], llama),
-        ("llama.cpp", [args.llama_bench, "-fa", "0"], llama),
-        ("halite", [args.halite, "bench", "--no-roofline"], halite),
-    ]
+def of_halite(row):
+    prompt, generated = row["prompt_tokens"], row["generated_tokens"]
+    return prompt, generated, row["depth"], [(prompt + generated) / s for s in row["seconds"]]
+
+
+def contestants(args, packed):
+    """Name, command line, reader of a result, and which file it runs for a model."""
+    halite = [args.halite, "bench", "--no-roofline"]
+    everyone = [(name, command, of_llama, lambda model: model) for name, command in args.peer]
+    everyone.append((HALITE, halite, of_halite, lambda model: model))
+    if packed:
+        everyone.append((PACKED, halite, of_halite, packed.get))
+    return everyone
 
 
 def run(command):
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
-        sys.exit(f"{' '.join(command)}: exit code {result.returncode}\n{result.stderr}")
+        sys.exit(f"{shlex.join(command)}: exit code {result.returncode}\n{result.stderr}")
     return json.loads(result.stdout)
 
 
@@ -60,18 +78,28 @@ def cpu_name():
         return platform.processor()
 
 
-def measure(args):
+def pack(args, folder):
+    packed = {}
+    for i, model in enumerate(args.models):
+        packed[model] = Path(folder) / f"{i}-{model.name}"
+        subprocess.run([args.halite, "pack", str(model), str(packed[model])], check=True, capture_output=True)
+    return packed
+
+
+def measure(args, packed):
     """One record for each result of each process."""
     records = []
-    everyone = contestants(args)
+    everyone = contestants(args, packed)
     for turn in range(args.rounds):
         # Nobody is always first, so that a machine that warms up or is busy for a while treats all alike.
         first = turn % len(everyone)
         for model in args.models:
             for threads in numbers(args.threads):
-                for name, command, read in everyone[first:] + everyone[:first]:
-                    command = command + ["-m", str(model), "-t", str(threads), "-p", args.prompt, "-n", args.generate]
-                    command += ["-d", args.depth, "-r", str(args.repetitions), "-o", "json"]
+                for name, command, read, file in everyone[first:] + everyone[:first]:
+                    command = command + ["-m", str(file(model)), "-t", str(threads), "-p", args.prompt, "-n", args.generate]
+                    command += ["-r", str(args.repetitions), "-o", "json"]
+                    # Not every program knows of depths.
+                    command += [] if args.depth == "0" else ["-d", args.depth]
                     print(f"round {turn + 1} of {args.rounds}: {name}, {model.name}, {threads} threads", file=sys.stderr)
                     load = os.getloadavg()[0]
                     for row in run(command):
@@ -85,32 +113,67 @@ def measure(args):
     return records
 
 
-def table(records):
+def cases(records):
+    """For each model, test and number of threads, the tokens per second of each contestant."""
     speeds = {}
     for r in records:
         case = speeds.setdefault((r["model"], r["test"], r["threads"]), {})
         case.setdefault(r["name"], []).extend(r["tokens_per_s"])
+    return sorted(speeds.items())
+
+
+def table(records, peers):
     shown = lambda values: f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
-    lines = [
-        "| model | test | threads | llama.cpp, tokens/s | flash attention | Halite, tokens/s | ratio |",
-        "| :---- | :--- | ------: | ------------------: | :-------------: | ---------------: | ----: |",
-    ]
-    for (model, test, threads), case in sorted(speeds.items()):
-        halite = case.pop("halite")
-        best, other = max(case.items(), key=lambda item: statistics.median(item[1]))
-        ratio = statistics.median(halite) / statistics.median(other)
-        flash = "on" if "flash" in best else "off"
-        lines.append(f"| {model} | {test} | {threads} | {shown(other)} | {flash} | {shown(halite)} | {ratio:.2f} |")
+    names = list(dict.fromkeys(r["name"] for r in records))
+    names.sort(key=lambda name: (name.startswith(HALITE), name))
+    head = ["model", "test", "threads", *(f"{name}, tokens/s" for name in names), *(f"ratio to {name}" for name in peers)]
+    lines = ["| " + " | ".join(head) + " |", "| :-- | :-- |" + " --: |" * (len(head) - 2)]
+    for (model, test, threads), case in cases(records):
+        halite = statistics.median(case[HALITE])
+        ratios = [f"{halite / statistics.median(case[name]):.2f}" for name in peers]
+        cells = [model, test, str(threads), *(shown(case[name]) for name in names), *ratios]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def draw(records, peers, path):
+    """Bars of Halite's median over each peer's."""
+    try:
+        import matplotlib
+    except ImportError:
+        sys.exit("--svg: needs matplotlib (pip install matplotlib)")
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    rows = cases(records)
+    figure, axes = pyplot.subplots(figsize=(9, 1 + 0.22 * len(rows) * max(1, len(peers))), layout="constrained")
+    height = 0.8 / max(1, len(peers))
+    for i, name in enumerate(peers):
+        ratios = [statistics.median(case[HALITE]) / statistics.median(case[name]) for _, case in rows]
+        axes.barh([row + i * height for row in range(len(rows))], ratios, height, label=f"to {name}")
+    axes.set_yticks(
+        [row + (len(peers) - 1) * height / 2 for row in range(len(rows))],
+        [f"{model}, {test}, {threads} threads" for (model, test, threads), _ in rows],
+    )
+    axes.invert_yaxis()
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xlabel(f"{HALITE}'s tokens/s over the other's, medians")
+    axes.legend()
+    figure.savefig(path)
 
 
 def main():
     args = arguments()
-    records = measure(args)
+    peers = [name for name, _ in args.peer]
+    with tempfile.TemporaryDirectory() as folder:
+        packed = pack(args, folder) if args.packed else {}
+        records = measure(args, packed)
     report = {"cpu": cpu_name(), "cores": os.cpu_count(), "rounds": args.rounds, "results": records}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(report, indent=1) + "\n")
-    print(table(records))
+    print(table(records, peers))
+    if args.svg:
+        draw(records, peers, args.svg)
 
 
 if __name__ == "__main__":
