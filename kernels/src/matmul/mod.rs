@@ -200,6 +200,8 @@ fn interleaved<I: Isa, Q: Interleaved>(isa: I, product: MatMul<'_, '_>) {
     isa.run(
         #[inline(always)]
         || match Loop::choose(Q::FORMAT, task.layout, task.tokens) {
+            // (Short blocks never get here; this says so to the compiler.)
+            Loop::Rows if Q::GROUP < CHUNK => {}
             Loop::Rows if task.tokens == 1 => rowwise::interleaved::<I, Q, 1>(isa, &mut task),
             Loop::Rows => rowwise::interleaved::<I, Q, TILE_TOKENS>(isa, &mut task),
             Loop::Direct if task.tokens == 1 => decode::<I, Q, 1>(isa, &mut task),
