@@ -39,7 +39,7 @@ pub fn even_signs(codes: u32) -> u32 {
     even_bytes((halves & 0x007f_007f) | ((halves << 1) & 0x7f00_7f00))
 }
 
-/// Sets the top bit of each byte, of which it is not set, to the parity of the others.
+/// Sets the top bit of each byte to the parity of the other seven. The top bits must be 0.
 #[inline(always)]
 pub fn even_bytes(bytes: u32) -> u32 {
     let fold = bytes ^ (bytes >> 4);

@@ -1,6 +1,6 @@
 //! Formats whose magnitudes are looked up in a grid, several at a time, with signs beside them.
 
-use super::bits::{mask, negate};
+use super::bits::{even_signs, mask, negate};
 use super::{F16, Plain, Quantised, Unpacked};
 
 /// A format of 256 values whose codes are points of a grid with signs.
@@ -42,6 +42,34 @@ impl Split {
     #[inline(always)]
     pub(crate) fn part(&self, part: usize) -> &[u8; 32] {
         self.magnitudes.as_flattened().as_chunks().0.get(part).unwrap_or(&[0; 32])
+    }
+
+    /// Reads sub-scales `2 s + 1` of 16 values each: `s` is a nibble, the low one of each byte first.
+    #[inline(always)]
+    pub(super) fn read_subs(&mut self, nibbles: &[u8; 8]) {
+        for i in 0..8 {
+            self.subs[2 * i] = 2 * i16::from(nibbles[i] & 15) + 1;
+            self.subs[2 * i + 1] = 2 * i16::from(nibbles[i] >> 4) + 1;
+        }
+    }
+
+    /// Reads signs of one bit each.
+    #[inline(always)]
+    pub(super) fn read_signs(&mut self, bits: &[u8; 32]) {
+        for (signs, bytes) in self.signs.iter_mut().zip(bits.as_chunks().0) {
+            *signs = u32::from_le_bytes(*bytes);
+        }
+    }
+
+    /// Reads words of 32 values: four sign codes of 7 bits, the first lowest, and above them the nibble `s` of
+    /// the sub-scale `2 s + 1`. (Signs and sub-scales have a loop each: compilers vectorise these.)
+    #[inline(always)]
+    pub(super) fn read_coded_signs(&mut self, words: [u32; 8]) {
+        self.signs = words.map(even_signs);
+        for g in 0..8 {
+            self.subs[2 * g] = 2 * (words[g] >> 28) as i16 + 1;
+            self.subs[2 * g + 1] = self.subs[2 * g];
+        }
     }
 
     /// Looks up points of eight magnitudes.

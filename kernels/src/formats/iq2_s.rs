@@ -53,19 +53,14 @@ impl Gridded for IQ2_S {
 
     #[inline(always)]
     fn split(&self, out: &mut Split) {
-        for i in 0..8 {
-            out.subs[2 * i] = 2 * i16::from(self.scales[i] & 15) + 1;
-            out.subs[2 * i + 1] = 2 * i16::from(self.scales[i] >> 4) + 1;
-        }
+        out.read_subs(&self.scales);
         for g in 0..8 {
             let high = u16::from(self.qh[g]);
             for k in 0..4 {
                 out.indices[4 * g + k] = u16::from(self.qs[4 * g + k]) | ((high << (8 - 2 * k)) & 0x300);
             }
         }
-        for (signs, bytes) in out.signs.iter_mut().zip(self.signs.as_chunks::<4>().0) {
-            *signs = u32::from_le_bytes(*bytes);
-        }
+        out.read_signs(&self.signs);
     }
 
     #[inline(always)]

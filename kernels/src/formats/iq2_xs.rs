@@ -50,10 +50,7 @@ impl Gridded for IQ2_XS {
 
     #[inline(always)]
     fn split(&self, out: &mut Split) {
-        for i in 0..8 {
-            out.subs[2 * i] = 2 * i16::from(self.scales[i] & 15) + 1;
-            out.subs[2 * i + 1] = 2 * i16::from(self.scales[i] >> 4) + 1;
-        }
+        out.read_subs(&self.scales);
         for i in 0..32 {
             out.indices[i] = u16::from_le_bytes(self.qs[i]) & 511;
         }

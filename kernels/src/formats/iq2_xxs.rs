@@ -3,7 +3,6 @@
 //! A group of 32 is eight bytes: four grid indices, then a little-endian u32 of four 7-bit sign codes and, on
 //! top, s.
 
-use super::bits::even_signs;
 use super::bytes::layout;
 use super::gridded::{self, Gridded, Split};
 use super::{Activation, Block, F16, Format, IQ2_XXS_GRID, Quantised, Unpacked};
@@ -61,13 +60,8 @@ impl Gridded for IQ2_XXS {
 
     #[inline(always)]
     fn split(&self, out: &mut Split) {
-        // (Loops of one thing each are what compilers make vectors of.)
         let signs = self.groups.map(|group| u32::from_le_bytes(group.signs));
-        out.signs = signs.map(even_signs);
-        for g in 0..8 {
-            out.subs[2 * g] = 2 * (signs[g] >> 28) as i16 + 1;
-            out.subs[2 * g + 1] = out.subs[2 * g];
-        }
+        out.read_coded_signs(signs);
         for g in 0..8 {
             for k in 0..4 {
                 out.indices[4 * g + k] = self.groups[g].grid[k].into();

@@ -67,9 +67,7 @@ impl Gridded for IQ3_S {
                 out.indices[8 * g + k] = u16::from(self.qs[8 * g + k]) | (u16::from(high[k]) << 8);
             }
         }
-        for (signs, bytes) in out.signs.iter_mut().zip(self.signs.as_chunks::<4>().0) {
-            *signs = u32::from_le_bytes(*bytes);
-        }
+        out.read_signs(&self.signs);
     }
 
     #[inline(always)]

@@ -1,6 +1,5 @@
 //! IQ3_XXS: `value = d * (2s + 1) / 4 * grid * sign`, a 4-bit s for each 32 values.
 
-use super::bits::even_signs;
 use super::bytes::layout;
 use super::gridded::{self, Gridded, Split};
 use super::{Activation, Block, F16, Format, IQ3_XXS_GRID, Quantised, Unpacked};
@@ -51,13 +50,8 @@ impl Gridded for IQ3_XXS {
 
     #[inline(always)]
     fn split(&self, out: &mut Split) {
-        // (Loops of one thing each are what compilers make vectors of.)
         let signs = self.signs.map(u32::from_le_bytes);
-        out.signs = signs.map(even_signs);
-        for g in 0..8 {
-            out.subs[2 * g] = 2 * (signs[g] >> 28) as i16 + 1;
-            out.subs[2 * g + 1] = out.subs[2 * g];
-        }
+        out.read_coded_signs(signs);
         for (index, &q) in out.indices.iter_mut().zip(self.qs.as_flattened()) {
             *index = q.into();
         }
