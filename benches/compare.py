@@ -29,11 +29,12 @@ def peer(text):
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="+", type=Path, metavar="FILE", help="GGUF files")
-    parser.add_argument("--peer", type=peer, action="append", default=[], metavar="NAME=PROGRAM FLAGS", help="a llama-bench program with its flags; may be repeated")
+    parser.add_argument("--peer", type=peer, action="append", default=[], metavar="NAME=PROGRAM FLAGS", help="a llama-bench or llama-batched-bench program with its flags; may be repeated, two programs of one name share a column")
     parser.add_argument("--halite", default="target/release/halite", metavar="PATH", help="default: %(default)s")
     parser.add_argument("--packed", action="store_true", help="measure Halite on packed files too (`halite pack`, in a temporary folder)")
     parser.add_argument("-p", "--prompt", default="512", metavar="N,…", help="prompt lengths (default: %(default)s)")
     parser.add_argument("-n", "--generate", default="64", metavar="N,…", help="tokens to generate (default: %(default)s)")
+    parser.add_argument("-s", "--sequences", default="", metavar="N,…", help="sequences that generate together (default: none; peers need llama-batched-bench)")
     parser.add_argument("-d", "--depth", default="0", metavar="N,…", help="tokens in the cache (default: %(default)s)")
     parser.add_argument("-t", "--threads", default="1,2", metavar="N,…", help="default: %(default)s")
     parser.add_argument("-r", "--repetitions", type=int, default=2, metavar="N", help="in each round (default: %(default)s)")
@@ -43,23 +44,56 @@ def arguments():
     return parser.parse_args()
 
 
-def of_llama(row):
-    """Prompt, generated tokens, depth, tokens per second of each repetition."""
-    return row["n_prompt"], row["n_gen"], row.get("n_depth", 0), row["samples_ts"]
+def of_llama_bench(row):
+    """Prompt, generated tokens, sequences, depth, tokens per second of each repetition."""
+    return row["n_prompt"], row["n_gen"], 1, row.get("n_depth", 0), row["samples_ts"]
+
+
+def of_batched_bench(row):
+    return 0, row["tg"], row["pl"], row["pp"], [row["speed_tg"]]
 
 
 def of_halite(row):
-    prompt, generated = row["prompt_tokens"], row["generated_tokens"]
-    return prompt, generated, row["depth"], [(prompt + generated) / s for s in row["seconds"]]
+    prompt, generated, sequences = row["prompt_tokens"], row["generated_tokens"], row["sequences"]
+    return prompt, generated, sequences, row["depth"], [(prompt + generated) * sequences / s for s in row["seconds"]]
+
+
+def single(args):
+    """Flags of llama-bench and Halite for tests of one sequence."""
+    flags = ["-p", args.prompt, "-n", args.generate, "-r", str(args.repetitions), "-o", "json"]
+    # Not every program knows of depths.
+    return flags + ([] if args.depth == "0" else ["-d", args.depth])
+
+
+def batch_depths(args):
+    """Depths of batches: llama-batched-bench needs a prompt."""
+    return [max(1, depth) for depth in numbers(args.depth)]
+
+
+def batches_of_halite(args):
+    depths = ",".join(map(str, batch_depths(args)))
+    return ["-p", "0", "-n", args.generate, "-s", args.sequences, "-d", depths, "-r", str(args.repetitions), "-o", "json"]
+
+
+def batches_of_llama(args):
+    depths, lengths, sequences = batch_depths(args), numbers(args.generate), numbers(args.sequences)
+    flags = ["-npp", ",".join(map(str, depths)), "-ntg", args.generate, "-npl", args.sequences, "--output-format", "jsonl"]
+    return flags + ["-c", str(max(sequences) * (max(depths) + max(lengths)))]
 
 
 def contestants(args, packed):
     """Name, command line, reader of a result, and which file it runs for a model."""
+    everyone = []
+    for name, command in args.peer:
+        if "batched" not in Path(command[0]).name:
+            everyone.append((name, command + single(args), of_llama_bench, lambda model: model))
+        elif args.sequences:
+            everyone.append((name, command + batches_of_llama(args), of_batched_bench, lambda model: model))
     halite = [args.halite, "bench", "--no-roofline"]
-    everyone = [(name, command, of_llama, lambda model: model) for name, command in args.peer]
-    everyone.append((HALITE, halite, of_halite, lambda model: model))
-    if packed:
-        everyone.append((PACKED, halite, of_halite, packed.get))
+    for name, file in [(HALITE, lambda model: model)] + [(PACKED, packed.get)] * bool(packed):
+        everyone.append((name, halite + single(args), of_halite, file))
+        if args.sequences:
+            everyone.append((name, halite + batches_of_halite(args), of_halite, file))
     return everyone
 
 
@@ -67,7 +101,10 @@ def run(command):
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
         sys.exit(f"{shlex.join(command)}: exit code {result.returncode}\n{result.stderr}")
-    return json.loads(result.stdout)
+    # A list, or a line for each result among other lines.
+    if result.stdout.startswith("["):
+        return json.loads(result.stdout)
+    return [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
 
 
 def cpu_name():
@@ -96,15 +133,13 @@ def measure(args, packed):
         for model in args.models:
             for threads in numbers(args.threads):
                 for name, command, read, file in everyone[first:] + everyone[:first]:
-                    command = command + ["-m", str(file(model)), "-t", str(threads), "-p", args.prompt, "-n", args.generate]
-                    command += ["-r", str(args.repetitions), "-o", "json"]
-                    # Not every program knows of depths.
-                    command += [] if args.depth == "0" else ["-d", args.depth]
+                    command = command + ["-m", str(file(model)), "-t", str(threads)]
                     print(f"round {turn + 1} of {args.rounds}: {name}, {model.name}, {threads} threads", file=sys.stderr)
                     load = os.getloadavg()[0]
                     for row in run(command):
-                        prompt, generated, depth, speeds = read(row)
+                        prompt, generated, sequences, depth, speeds = read(row)
                         test = f"pp{prompt}" if prompt else f"tg{generated}"
+                        test += f" x {sequences}" if sequences > 1 else ""
                         test += f" @ d{depth}" if depth else ""
                         records.append({
                             "round": turn, "model": model.name, "threads": threads, "test": test, "name": name,
@@ -128,11 +163,10 @@ def table(records, peers):
     names.sort(key=lambda name: (name.startswith(HALITE), name))
     head = ["model", "test", "threads", *(f"{name}, tokens/s" for name in names), *(f"ratio to {name}" for name in peers)]
     lines = ["| " + " | ".join(head) + " |", "| :-- | :-- |" + " --: |" * (len(head) - 2)]
+    ratio = lambda case, name: f"{statistics.median(case[HALITE]) / statistics.median(case[name]):.2f}" if name in case else "-"
     for (model, test, threads), case in cases(records):
-        halite = statistics.median(case[HALITE])
-        ratios = [f"{halite / statistics.median(case[name]):.2f}" for name in peers]
-        cells = [model, test, str(threads), *(shown(case[name]) for name in names), *ratios]
-        lines.append("| " + " | ".join(cells) + " |")
+        cells = [model, test, str(threads), *(shown(case[name]) if name in case else "-" for name in names)]
+        lines.append("| " + " | ".join(cells + [ratio(case, name) for name in peers]) + " |")
     return "\n".join(lines)
 
 
@@ -149,7 +183,7 @@ def draw(records, peers, path):
     figure, axes = pyplot.subplots(figsize=(9, 1 + 0.22 * len(rows) * max(1, len(peers))), layout="constrained")
     height = 0.8 / max(1, len(peers))
     for i, name in enumerate(peers):
-        ratios = [statistics.median(case[HALITE]) / statistics.median(case[name]) for _, case in rows]
+        ratios = [statistics.median(case[HALITE]) / statistics.median(case[name]) if name in case else 0 for _, case in rows]
         axes.barh([row + i * height for row in range(len(rows))], ratios, height, label=f"to {name}")
     axes.set_yticks(
         [row + (len(peers) - 1) * height / 2 for row in range(len(rows))],
@@ -164,7 +198,7 @@ def draw(records, peers, path):
 
 def main():
     args = arguments()
-    peers = [name for name, _ in args.peer]
+    peers = list(dict.fromkeys(name for name, _ in args.peer))
     with tempfile.TemporaryDirectory() as folder:
         packed = pack(args, folder) if args.packed else {}
         records = measure(args, packed)

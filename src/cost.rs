@@ -10,7 +10,7 @@ use halite_kernels::formats::Kind;
 use crate::passes;
 use crate::program::{Dim, Op, Program, Slot, TensorId};
 
-/// A step of one sequence.
+/// The tokens of one sequence in a step.
 // Exhaustive: a cost needs every number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Extent {
@@ -98,20 +98,24 @@ impl Cost {
     }
 }
 
-/// Returns the cost of each op of a program in a step. Ops on outputs cost nothing in a step without outputs.
-pub fn step(program: &Program, extent: Extent) -> Cost {
-    program.ops().map(|(_, o)| op(program, o, extent)).sum()
+/// Returns the cost of a program's ops in a step of these sequences. Ops on outputs cost nothing in a step
+/// without outputs.
+pub fn step(program: &Program, sequences: &[Extent]) -> Cost {
+    program.ops().map(|(_, o)| op(program, o, sequences)).sum()
 }
 
-/// Returns the cost of one op of a program in a step.
-pub fn op(program: &Program, op: &Op, extent: Extent) -> Cost {
+/// Returns the cost of one op of a program in a step of these sequences.
+pub fn op(program: &Program, op: &Op, sequences: &[Extent]) -> Cost {
+    let total =
+        |number: fn(&Extent) -> u32| sequences.iter().fold(0u32, |sum, e| sum.saturating_add(number(e)));
+    let (step_tokens, step_outputs) = (total(|e| e.tokens), total(|e| e.outputs));
     let is_weight = |id| matches!(program.tensor(id).slot, Slot::Weight(_));
     let mut tensors = Vec::new();
     op.inputs(&mut |id| tensors.push(id));
     op.outputs(&mut |id| tensors.push(id));
     // An op works on all rows of its tensors, except Gather, which reads only the rows that it writes.
     let rows = tensors.iter().filter(|&&id| !is_weight(id));
-    let rows = rows.map(|&id| passes::rows(program.tensor(id).rows, extent.tokens, extent.outputs)).min();
+    let rows = rows.map(|&id| passes::rows(program.tensor(id).rows, step_tokens, step_outputs)).min();
     let rows = rows.unwrap_or(0);
     if rows == 0 {
         return Cost::default();
@@ -138,16 +142,20 @@ pub fn op(program: &Program, op: &Op, extent: Extent) -> Cost {
         Op::Attend { state, heads, .. } => {
             let Some(s) = program.states.get(state.0 as usize) else { return cost };
             let window = u64::from(s.window.unwrap_or(u32::MAX));
-            let (start, end) = (u64::from(extent.start), u64::from(extent.start) + rows);
-            let read = end - (start + 1).saturating_sub(window);
-            cost.kv_bytes += read.saturating_mul(position_bytes(program, state.0));
-            // Each token sees one position more, until the window is full.
-            let growing = window.clamp(start, end) - start;
-            let seen =
-                growing * start + growing * (growing + 1) / 2 + (rows - growing).saturating_mul(window);
-            let seen = if s.causal { seen } else { rows.saturating_mul(end) };
             let elements = u64::from(*heads) * (u64::from(s.key_dim) + u64::from(s.value_dim));
-            cost.float_ops += seen.saturating_mul(2 * elements);
+            for extent in sequences {
+                let (start, tokens) = (u64::from(extent.start), u64::from(extent.tokens));
+                let end = start + tokens;
+                let read = end - (start + 1).saturating_sub(window);
+                cost.kv_bytes =
+                    cost.kv_bytes.saturating_add(read.saturating_mul(position_bytes(program, state.0)));
+                // Each token sees one position more, until the window is full.
+                let growing = window.clamp(start, end) - start;
+                let seen =
+                    growing * start + growing * (growing + 1) / 2 + (tokens - growing).saturating_mul(window);
+                let seen = if s.causal { seen } else { tokens.saturating_mul(end) };
+                cost.float_ops = cost.float_ops.saturating_add(seen.saturating_mul(2 * elements));
+            }
         }
         _ => {}
     }

@@ -28,7 +28,7 @@ fn a_dense_step_reads_every_weight_once() {
     // Embedding 12 × 8, one layer of q 8 × 8, k and v 4 × 8, output 8 × 8, three of 16 × 8; three norms of 8. The table is
     // also the output matrix, so the head reads it whole, and the embedding one row more.
     let matrices = 8 * 8 + 4 * 8 + 4 * 8 + 8 * 8 + 3 * 16 * 8;
-    let cost = step(&p, DECODE);
+    let cost = step(&p, &[DECODE]);
     assert_eq!(cost.weight_bytes, 4 * (matrices + 12 * 8 + 3 * 8 + 8));
     // Six positions are seen by two heads, each with keys and values of 4.
     assert_eq!(cost.float_ops, 2 * (matrices + 12 * 8) + 6 * 2 * (4 + 4) * 2);
@@ -37,15 +37,26 @@ fn a_dense_step_reads_every_weight_once() {
     assert_eq!(cost.kv_bytes, (6 + 1) * (4 + 4) * 2);
     assert!(cost.activation_bytes > 0);
 
-    let three = step(&p, Extent { start: 5, tokens: 3, outputs: 1 });
+    let three = step(&p, &[Extent { start: 5, tokens: 3, outputs: 1 }]);
     assert_eq!(three.weight_bytes, cost.weight_bytes + 4 * 2 * 8, "two more rows of the table");
     assert_eq!(three.float_ops, 2 * (3 * matrices + 12 * 8) + (6 + 7 + 8) * 2 * (4 + 4) * 2);
     assert_eq!(three.kv_bytes, (8 + 3) * (4 + 4) * 2);
 
-    let silent = step(&p, Extent { start: 5, tokens: 3, outputs: 0 });
+    let silent = step(&p, &[Extent { start: 5, tokens: 3, outputs: 0 }]);
     assert_eq!(three.weight_bytes - silent.weight_bytes, 4 * (12 * 8 + 8), "no head, no norm before it");
     assert_eq!(three.float_ops - silent.float_ops, 2 * 12 * 8);
-    assert_eq!(step(&p, Extent { start: 0, tokens: 0, outputs: 0 }), Cost::default());
+    assert_eq!(step(&p, &[Extent { start: 0, tokens: 0, outputs: 0 }]), Cost::default());
+}
+
+#[test]
+fn sequences_share_weights_but_not_the_cache() {
+    let p = program(llama());
+    let ends = [Extent { start: 5, tokens: 2, outputs: 1 }, Extent { start: 9, tokens: 1, outputs: 1 }];
+    let [together, first, second] = [&ends[..], &ends[..1], &ends[1..]].map(|sequences| step(&p, sequences));
+    assert_eq!(together.float_ops, first.float_ops + second.float_ops);
+    assert_eq!(together.kv_bytes, first.kv_bytes + second.kv_bytes);
+    assert_eq!(together.weight_bytes, first.weight_bytes + 4 * 8, "one more row of the table");
+    assert_eq!(step(&p, &[]), Cost::default());
 }
 
 #[test]
@@ -53,7 +64,7 @@ fn only_experts_in_use_count() {
     let p = program(mixture());
     let experts = |tokens| {
         let (_, experts) = p.ops().find(|(_, op)| matches!(op, Op::Experts { .. })).unwrap();
-        op(&p, experts, Extent { start: 0, tokens, outputs: 1 })
+        op(&p, experts, &[Extent { start: 0, tokens, outputs: 1 }])
     };
     let one = 3 * 16 * 8;
     assert_eq!(experts(1).weight_bytes, 2 * 4 * one);
@@ -67,7 +78,7 @@ fn windows_limit_what_attention_sees() {
     let p = program(gemma3());
     let (_, attend) = p.ops().find(|(_, op)| matches!(op, Op::Attend { .. })).unwrap();
     for (start, tokens) in [(0, 1), (0, 16), (0, 17), (3, 40), (15, 1), (16, 1), (100, 5)] {
-        let cost = op(&p, attend, Extent { start, tokens, outputs: 1 });
+        let cost = op(&p, attend, &[Extent { start, tokens, outputs: 1 }]);
         // Position by position, by the definition of a window of 16.
         let first = |position: u32| (position + 1).saturating_sub(16);
         let seen: u32 = (start..start + tokens).map(|position| position + 1 - first(position)).sum();
@@ -90,13 +101,13 @@ fn quantised_products_are_integer_operations() {
     let all: u64 = synth.tensors().iter().map(|t| t.bytes).sum();
     synth.write(&mut bytes).unwrap();
     let p = program_of(&bytes);
-    let cost = step(&p, DECODE);
+    let cost = step(&p, &[DECODE]);
     assert_eq!(cost.integer_ops, 2 * products);
     assert_eq!(cost.weight_bytes, all - table / 32 * 18 + 256 / 32 * 18);
     // Two layers of four heads of 64.
     assert_eq!(cost.float_ops, 2 * 6 * 4 * (64 + 64) * 2);
     // Fusing changes what moves between ops, and nothing else.
-    let fused = step(&fuse(&p, Fusions::ALL), DECODE);
+    let fused = step(&fuse(&p, Fusions::ALL), &[DECODE]);
     assert!(fused.activation_bytes < cost.activation_bytes);
     assert_eq!(Cost { activation_bytes: 0, ..fused }, Cost { activation_bytes: 0, ..cost });
 }

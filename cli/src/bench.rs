@@ -8,6 +8,7 @@ use halite::backend::cpu::{self, Cpu};
 use halite::cost::{self, Cost, Extent, Rates};
 use halite::kernels::formats::Format;
 use halite::model::ProgramOptions;
+use halite::program::PAGE_POSITIONS;
 use halite::session::{OutputKind, Run, SequenceId, Session, SessionOptions};
 #[cfg(feature = "sim")]
 use halite_profiles::profile::Profile;
@@ -23,7 +24,8 @@ const MOST_BUFFER_BYTES: u64 = 1 << 30;
 /// Tokens generated in a warm-up.
 const WARM_UP_TOKENS: u32 = 4;
 
-/// Each prompt length and each generation length is a test, run at every depth and every number of threads.
+/// Each prompt length is a test, and each generation length with each number of sequences. All are run at every
+/// depth and every number of threads.
 #[derive(Args)]
 pub struct BenchArgs {
     /// GGUF file (first file of a split model) [default: the built-in model].
@@ -35,7 +37,10 @@ pub struct BenchArgs {
     /// Generation lengths in tokens.
     #[arg(short = 'n', long, value_name = "N,…", value_delimiter = ',', default_value = "128")]
     generate: Vec<u32>,
-    /// Tokens already in the KV cache (depth).
+    /// Sequences that generate together, a token each in every step.
+    #[arg(short, long, value_name = "N,…", value_delimiter = ',', default_value = "1", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    sequences: Vec<u32>,
+    /// Tokens of each sequence already in the KV cache (depth).
     #[arg(short, long, value_name = "N,…", value_delimiter = ',', default_value = "0")]
     depth: Vec<u32>,
     /// CPU threads; 0: all cores.
@@ -79,50 +84,63 @@ enum Output {
 struct Test {
     depth: u32,
     prompt: u32,
+    /// Tokens that each sequence generates.
     generate: u32,
+    sequences: u32,
 }
 
 impl Test {
     fn name(self) -> String {
-        let what =
+        let mut name =
             if self.prompt > 0 { format!("pp{}", self.prompt) } else { format!("tg{}", self.generate) };
-        if self.depth > 0 { format!("{what} @ d{}", self.depth) } else { what }
+        if self.sequences > 1 {
+            name += &format!(" x {}", self.sequences);
+        }
+        if self.depth > 0 {
+            name += &format!(" @ d{}", self.depth);
+        }
+        name
     }
 
+    /// Tokens of each sequence.
     fn tokens(self) -> u32 {
         self.prompt + self.generate
     }
 
+    /// Tokens of all sequences.
+    fn all_tokens(self) -> u64 {
+        u64::from(self.tokens()) * u64::from(self.sequences)
+    }
+
     /// The steps that [`run`] executes.
-    fn steps(self, batch: u32) -> impl Iterator<Item = Extent> {
+    fn steps(self, batch: u32) -> impl Iterator<Item = Vec<Extent>> {
         let prompt = (0..self.prompt).step_by(batch.max(1) as usize).map(move |done| {
             let tokens = batch.min(self.prompt - done);
             Extent { start: self.depth + done, tokens, outputs: u32::from(done + tokens == self.prompt) }
         });
         let first = self.depth + self.prompt;
-        prompt.chain((0..self.generate).map(move |done| Extent {
-            start: first + done,
-            tokens: 1,
-            outputs: 1,
-        }))
+        let generate =
+            (0..self.generate).map(move |done| Extent { start: first + done, tokens: 1, outputs: 1 });
+        prompt.chain(generate).map(move |extent| vec![extent; self.sequences as usize])
     }
 }
 
 pub fn bench(args: &BenchArgs) -> Result<(), Failure> {
     let model = open_model(args.model.as_deref())?;
-    let prompts = args.prompt.iter().map(|&n| (n, 0));
-    let lengths = prompts.chain(args.generate.iter().map(|&n| (0, n))).filter(|&(p, g)| p + g > 0);
-    let lengths: Vec<_> = lengths.collect();
-    let tests = args
-        .depth
-        .iter()
-        .flat_map(|&depth| lengths.iter().map(move |&(prompt, generate)| Test { depth, prompt, generate }));
-    let tests: Vec<Test> = tests.collect();
-    let context =
-        tests.iter().map(|t| t.depth.saturating_add(t.tokens())).max().ok_or("bench: nothing to do")?;
+    let prompts = args.prompt.iter().map(|&prompt| Test { depth: 0, prompt, generate: 0, sequences: 1 });
+    let generations = args.generate.iter().flat_map(|&generate| {
+        args.sequences.iter().map(move |&sequences| Test { depth: 0, prompt: 0, generate, sequences })
+    });
+    let tests: Vec<Test> = prompts.chain(generations).filter(|test| test.tokens() > 0).collect();
+    let tests: Vec<Test> =
+        args.depth.iter().flat_map(|&depth| tests.iter().map(move |&test| Test { depth, ..test })).collect();
+    let positions = tests.iter().map(|t| {
+        t.sequences.saturating_mul(t.depth.saturating_add(t.tokens()).next_multiple_of(PAGE_POSITIONS))
+    });
     let options = SessionOptions::default()
-        .context(context)
+        .context(positions.max().ok_or("bench: nothing to do")?)
         .batch(args.batch)
+        .sequences(tests.iter().map(|test| test.sequences).max().unwrap_or(1))
         .program(ProgramOptions::default().kv_format(args.kv))
         // Every repetition starts at the same depth.
         .rewind(tests.iter().map(|test| test.tokens()).max().unwrap_or(0));
@@ -137,7 +155,7 @@ pub fn bench(args: &BenchArgs) -> Result<(), Failure> {
         let mut session = Session::new(&model, &backend, &options)?;
         for &test in &tests {
             let costs: Vec<Cost> =
-                test.steps(session.batch()).map(|extent| cost::step(session.program(), extent)).collect();
+                test.steps(session.batch()).map(|step| cost::step(session.program(), &step)).collect();
             let step_bytes = costs.iter().map(Cost::memory_bytes).max().unwrap_or(0);
             let rates =
                 measured.as_ref().map(|cpu| cpu.rates(step_bytes.min(MOST_BUFFER_BYTES))).transpose()?;
@@ -158,36 +176,48 @@ fn predicted(profile: &Profile, session: &Session, test: Test, threads: usize) -
     let threads = Cpu::with_threads(threads)?.threads();
     let rates = host::rates(profile, threads)?;
     let steps = test.steps(session.batch());
-    Ok(steps
-        .map(|extent| host::step_seconds(rates, session.program(), extent))
-        .sum::<halite::Result<f64>>()?)
+    Ok(steps.map(|step| host::step_seconds(rates, session.program(), &step)).sum::<halite::Result<f64>>()?)
 }
 
 /// Runs a test after an untimed warm-up, and returns the seconds of each repetition.
 fn time(session: &mut Session, test: Test, repetitions: u32) -> Result<Vec<f64>, Failure> {
-    let sequence = session.add_sequence();
     let tokens = tokens(session.model().hparams().vocab_size, test.depth + test.tokens());
     let (before, tokens) = tokens.split_at(test.depth as usize);
-    session.prefill(sequence, before, OutputKind::ArgMax)?;
+    let sequences: Vec<SequenceId> = (0..test.sequences).map(|_| session.add_sequence()).collect();
+    for &sequence in &sequences {
+        session.prefill(sequence, before, OutputKind::ArgMax)?;
+    }
     let mut repeat = |test: Test| -> Result<f64, Failure> {
         let (prompt, generated) = tokens[..test.tokens() as usize].split_at(test.prompt as usize);
         let start = Instant::now();
-        run(session, sequence, prompt, generated)?;
+        run(session, &sequences, prompt, generated)?;
         let seconds = start.elapsed().as_secs_f64();
-        session.truncate(sequence, test.depth)?;
+        for &sequence in &sequences {
+            session.truncate(sequence, test.depth)?;
+        }
         Ok(seconds)
     };
     repeat(Test { generate: test.generate.min(WARM_UP_TOKENS), ..test })?;
     let seconds = (0..repetitions).map(|_| repeat(test)).collect();
-    session.remove(sequence)?;
+    for sequence in sequences {
+        session.remove(sequence)?;
+    }
     seconds
 }
 
 /// Prefills a prompt and then decodes the given tokens one by one. The work does not depend on the output.
-fn run(session: &mut Session, sequence: SequenceId, prompt: &[u32], generated: &[u32]) -> halite::Result<()> {
-    session.prefill(sequence, prompt, OutputKind::ArgMax)?;
+fn run(
+    session: &mut Session,
+    sequences: &[SequenceId],
+    prompt: &[u32],
+    generated: &[u32],
+) -> halite::Result<()> {
+    for &sequence in sequences {
+        session.prefill(sequence, prompt, OutputKind::ArgMax)?;
+    }
     for token in generated.chunks(1) {
-        session.step(&[Run::new(sequence, token)], OutputKind::ArgMax)?;
+        let runs: Vec<Run> = sequences.iter().map(|&sequence| Run::new(sequence, token)).collect();
+        session.step(&runs, OutputKind::ArgMax)?;
     }
     Ok(())
 }
@@ -213,12 +243,12 @@ fn row(
 ) -> Row {
     let program = session.program();
     let caps = session.backend().caps();
-    let rate = |seconds: &f64| f64::from(test.tokens()) / seconds;
+    let rate = |seconds: &f64| test.all_tokens() as f64 / seconds;
     let (speeds, typical) = (seconds.iter().map(rate).collect::<Vec<_>>(), median(seconds));
     let (mean, deviation) = mean_and_deviation(&speeds);
     let total: Cost = costs.iter().copied().sum();
     let least = rates.map(|rates| costs.iter().map(|cost| cost.least_seconds(&rates)).sum::<f64>());
-    let tokens = u64::from(test.tokens());
+    let tokens = test.all_tokens();
     vec![
         ("model", json!(session.model().name())),
         ("weight_bytes", json!(program.weight_bytes())),
@@ -228,6 +258,7 @@ fn row(
         ("depth", json!(test.depth)),
         ("prompt_tokens", json!(test.prompt)),
         ("generated_tokens", json!(test.generate)),
+        ("sequences", json!(test.sequences)),
         ("repetitions", json!(seconds.len())),
         ("mean_tokens_per_s", json!(mean)),
         ("deviation_tokens_per_s", json!(deviation)),
@@ -349,8 +380,12 @@ mod tests {
     #[test]
     fn steps_are_those_of_a_session() {
         let steps = |depth, prompt, generate| {
-            let steps = Test { depth, prompt, generate }.steps(4);
-            steps.map(|e| (e.start, e.tokens, e.outputs)).collect::<Vec<_>>()
+            let steps = Test { depth, prompt, generate, sequences: 2 }.steps(4);
+            let of = |step: Vec<Extent>| {
+                assert_eq!(step.len(), 2);
+                (step[1].start, step[1].tokens, step[1].outputs)
+            };
+            steps.map(of).collect::<Vec<_>>()
         };
         assert_eq!(steps(10, 9, 0), [(10, 4, 0), (14, 4, 0), (18, 1, 1)]);
         assert_eq!(steps(0, 8, 0), [(0, 4, 0), (4, 4, 1)]);

@@ -1,6 +1,8 @@
 //! Strided views of a row-major matrix, so that several threads can fill different columns of one output.
 
 use core::marker::PhantomData;
+#[cfg(feature = "std")]
+use core::ops::Range;
 
 /// A mutable block of columns of a row-major f32 matrix. Rows are tokens, columns are output elements.
 #[derive(Debug)]
@@ -47,18 +49,19 @@ impl<'a> PanelMut<'a> {
         unsafe { core::slice::from_raw_parts_mut(self.start.add(row * self.stride), self.cols) }
     }
 
-    /// Columns `start..start + cols` of this panel, cut at its edge.
+    /// Rows `rows` and columns `start..start + cols` of this panel, cut at its edges.
     ///
     /// # Safety
-    /// While the result is in use, neither `self` nor another result may touch the same columns.
+    /// While the result is in use, neither `self` nor another result may touch the same elements.
     #[cfg(feature = "std")]
-    pub(crate) unsafe fn columns<'b>(&self, start: usize, cols: usize) -> PanelMut<'b> {
+    pub(crate) unsafe fn block<'b>(&self, rows: Range<usize>, start: usize, cols: usize) -> PanelMut<'b> {
+        let (first, end) = (rows.start.min(self.rows), rows.end.min(self.rows));
         let start = start.min(self.cols);
         PanelMut {
             // A panel without rows has no memory behind it, so this may point anywhere; `row` then gives
             // nothing out.
-            start: self.start.wrapping_add(start),
-            rows: self.rows,
+            start: self.start.wrapping_add(first * self.stride + start),
+            rows: end.saturating_sub(first),
             cols: cols.min(self.cols - start),
             stride: self.stride,
             matrix: PhantomData,

@@ -1,13 +1,15 @@
 //! A persistent pool of threads for kernels.
 //!
 //! A call hands out numbered tasks to the caller and the workers; which thread runs a task never shows in its
-//! result. Tasks run in the default floating-point environment, whatever the caller's is. Workers look for
+//! result. A thread takes a share of the tasks that are left, so that shares become smaller: threads end
+//! together even if one of them is slow or was interrupted. Tasks run in the default floating-point environment, whatever the caller's is. Workers look for
 //! work for some microseconds after a job, because the next op of a step follows at once, and then sleep: an
 //! idle pool uses no CPU.
 
 use std::any::Any;
 use std::cell::Cell;
 use std::marker::PhantomData;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -43,8 +45,9 @@ struct Shared {
 }
 
 struct Job<'a> {
-    run: &'a (dyn Fn(usize) + Sync),
+    run: &'a (dyn Fn(Range<usize>) + Sync),
     tasks: usize,
+    threads: usize,
     next: AtomicUsize,
     /// The payload of the first panic.
     panic: Mutex<Option<Box<dyn Any + Send>>>,
@@ -56,17 +59,25 @@ thread_local! {
 }
 
 impl Job<'_> {
+    /// Takes half of a thread's share of what is left.
+    fn claim(&self) -> Option<Range<usize>> {
+        let share = |first: usize| self.tasks.saturating_sub(first).div_ceil(2 * self.threads);
+        let first = self
+            .next
+            .try_update(Ordering::Relaxed, Ordering::Relaxed, |first| {
+                (first < self.tasks).then(|| first + share(first))
+            })
+            .ok()?;
+        Some(first..first + share(first))
+    }
+
     /// Runs tasks until none is left. After a panic no thread starts another one.
     fn work(&self) {
         let _floats = DefaultFloats::set();
         IN_TASK.set(true);
         let tasks = || {
-            loop {
-                let task = self.next.fetch_add(1, Ordering::Relaxed);
-                if task >= self.tasks {
-                    return;
-                }
-                (self.run)(task);
+            while let Some(tasks) = self.claim() {
+                (self.run)(tasks);
             }
         };
         if let Err(panic) = catch_unwind(AssertUnwindSafe(tasks)) {
@@ -113,13 +124,21 @@ impl Pool {
     /// # Panics
     /// If a task panics, with what it panicked with, once no task runs any more. The pool can be used again.
     pub fn run(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+        self.ranges(tasks, &|tasks| tasks.for_each(task));
+    }
+
+    /// As [`Pool::run`]; `task` gets several tasks at a time.
+    fn ranges(&self, tasks: usize, task: &(dyn Fn(Range<usize>) + Sync)) {
         if tasks <= 1 || self.workers.is_empty() || IN_TASK.get() {
             let _floats = DefaultFloats::set();
-            (0..tasks).for_each(task);
+            if tasks > 0 {
+                task(0..tasks);
+            }
             return;
         }
         let _one_at_a_time = self.entry.lock().unwrap_or_else(PoisonError::into_inner);
-        let job = Job { run: task, tasks, next: AtomicUsize::new(0), panic: Mutex::new(None) };
+        let threads = self.threads();
+        let job = Job { run: task, tasks, threads, next: AtomicUsize::new(0), panic: Mutex::new(None) };
         let shared = &*self.shared;
         shared.job.store((&raw const job).cast_mut().cast(), Ordering::Release);
         shared.open.store(true, Ordering::SeqCst);
@@ -136,7 +155,7 @@ impl Pool {
         }
     }
 
-    /// Cuts every panel of `outs` into runs of `grain` columns and calls
+    /// Cuts every panel of `outs` into runs of columns, whole multiples of `grain` except at an edge, and calls
     /// `task(panel index, first column, columns)` for each.
     pub fn panels(
         &self,
@@ -145,41 +164,53 @@ impl Pool {
         task: &(dyn Fn(usize, usize, PanelMut<'_>) + Sync),
     ) {
         let grain = grain.max(1);
-        let outs: &[PanelMut<'_>] = outs;
-        // SAFETY of sharing: only `columns` is called on the panels, and each task takes columns of its own.
-        let shared = SharedPanels(outs);
-        let tasks = outs.iter().map(|p| p.cols().div_ceil(grain)).sum();
-        self.run(tasks, &|mut n| {
+        // SAFETY of sharing: only `block` is called on the panels, and each task takes columns of its own.
+        let shared = SharedPanels(&*outs);
+        let grains = |panel: &PanelMut<'_>| panel.cols().div_ceil(grain);
+        self.ranges(shared.get().iter().map(grains).sum(), &|range| {
+            let mut before = 0;
             for (i, panel) in shared.get().iter().enumerate() {
-                let here = panel.cols().div_ceil(grain);
-                if n < here {
-                    // SAFETY: run `n` of panel `i` is this task's alone.
-                    let columns = unsafe { panel.columns(n * grain, grain) };
-                    task(i, n * grain, columns);
-                    return;
+                let (first, end) = (range.start.max(before), range.end.min(before + grains(panel)));
+                if first < end {
+                    let (first, end) = (first - before, end - before);
+                    // SAFETY: these grains of panel `i` are this task's alone.
+                    let columns =
+                        unsafe { panel.block(0..panel.rows(), first * grain, (end - first) * grain) };
+                    task(i, first * grain, columns);
                 }
-                n -= here;
+                before += grains(panel);
             }
         });
     }
 
-    /// Cuts two panels of as many columns into runs of `grain` columns and calls
-    /// `task(first column, columns, columns)` for each.
-    pub fn panel_pairs(
+    /// Cuts panels of equal shape into the same blocks, and calls `task(band, first column, blocks)` for each.
+    /// A band of rows ends at each of `ends`, which must be sorted: otherwise nothing runs. A band is cut into
+    /// runs of columns, whole multiples of `grain` except at the edge.
+    pub fn blocks<const N: usize>(
         &self,
-        (a, b): (PanelMut<'_>, PanelMut<'_>),
+        panels: [PanelMut<'_>; N],
+        ends: &[usize],
         grain: usize,
-        task: &(dyn Fn(usize, PanelMut<'_>, PanelMut<'_>) + Sync),
+        task: &(dyn Fn(usize, usize, [PanelMut<'_>; N]) + Sync),
     ) {
         let grain = grain.max(1);
-        let both = [a, b];
+        let grains = panels.iter().map(PanelMut::cols).min().unwrap_or(0).div_ceil(grain);
+        if grains == 0 || !ends.is_sorted() {
+            return;
+        }
         // SAFETY of sharing: as in `panels`.
-        let shared = SharedPanels(&both);
-        self.run(both[0].cols().min(both[1].cols()).div_ceil(grain), &|n| {
-            let [a, b] = shared.get() else { return };
-            // SAFETY: run `n` of each panel is this task's alone.
-            let (a, b) = unsafe { (a.columns(n * grain, grain), b.columns(n * grain, grain)) };
-            task(n * grain, a, b);
+        let shared = SharedPanels(&panels);
+        self.ranges(grains * ends.len(), &|mut range| {
+            while !range.is_empty() {
+                let (band, run) = (range.start / grains, range.start % grains);
+                let len = range.len().min(grains - run);
+                let rows = band.checked_sub(1).map_or(0, |before| ends[before])..ends[band];
+                // SAFETY: bands do not overlap, and these grains of the band are this task's alone.
+                let block =
+                    |panel: &PanelMut<'_>| unsafe { panel.block(rows.clone(), run * grain, len * grain) };
+                task(band, run * grain, std::array::from_fn(|i| block(&shared.get()[i])));
+                range.start += len;
+            }
         });
     }
 
@@ -256,7 +287,7 @@ type Task3<'a, A, B, C> = dyn Fn(usize, &mut [A], &mut [B], &mut [C]) + Sync + '
 
 struct SharedPanels<'a, 'b>(&'a [PanelMut<'b>]);
 
-// SAFETY: see `Pool::panels`: shared access only copies the panels' extents and cuts disjoint columns.
+// SAFETY: see `Pool::panels`: shared access only copies the panels' extents and cuts disjoint blocks.
 unsafe impl Sync for SharedPanels<'_, '_> {}
 
 impl<'a, 'b> SharedPanels<'a, 'b> {

@@ -276,7 +276,7 @@ impl Scratch {
             pairs.saturating_mul(cols),
             self.up,
             pairs.saturating_mul(hidden),
-            pairs.saturating_mul(cols).saturating_mul(2),
+            pairs.saturating_mul(cols),
             self.attended,
             self.rotated,
         ]
@@ -290,7 +290,7 @@ impl Scratch {
         codes
             .saturating_mul(2)
             .saturating_add(floats.saturating_mul(4))
-            .saturating_add(self.pairs.saturating_mul(8))
+            .saturating_add(self.pairs.saturating_mul(4))
     }
 
     fn allocate(&self) -> Result<KernelMemory> {
@@ -306,7 +306,7 @@ impl Scratch {
         Ok(KernelMemory {
             q8_0: quantised()?,
             q8_k: quantised()?,
-            pairs: zeroed(self.pairs, WHAT)?,
+            places: zeroed(self.pairs, WHAT)?,
             input: zeroed(input, WHAT)?,
             up: zeroed(up, WHAT)?,
             activated: zeroed(hidden, WHAT)?,
@@ -340,13 +340,14 @@ impl QuantisedMemory {
         });
     }
 
-    fn view(&self, to: Activation, tokens: usize, k: usize) -> Quantised<'_> {
-        let width = tokens * padded(k);
+    fn view(&self, to: Activation, tokens: Range<usize>, k: usize) -> Quantised<'_> {
+        let width = padded(k);
+        let of = |each: usize| tokens.start * each..tokens.end * each;
         Quantised {
             k,
-            codes: &self.codes[..width],
-            scales: &self.scales[..width / to.block_len()],
-            sums: &self.sums[..width / PADDING * SUMS],
+            codes: &self.codes[of(width)],
+            scales: &self.scales[of(width / to.block_len())],
+            sums: &self.sums[of(width / PADDING * SUMS)],
         }
     }
 }
@@ -356,8 +357,8 @@ impl QuantisedMemory {
 struct KernelMemory {
     q8_0: QuantisedMemory,
     q8_k: QuantisedMemory,
-    /// (token, rank) pairs of one expert.
-    pairs: Vec<(u32, u32)>,
+    /// The place of each pair of token and rank in the order of experts.
+    places: Vec<u32>,
     input: Vec<f32>,
     up: Vec<f32>,
     activated: Vec<f32>,
@@ -365,7 +366,7 @@ struct KernelMemory {
     attended: Vec<f32>,
     /// The rotated keys of one token.
     rotated: Vec<f32>,
-    /// One expert's outputs, then those of all pairs in order of token and rank.
+    /// Outputs of experts, for each pair of token and rank.
     output: Vec<f32>,
 }
 
@@ -488,10 +489,11 @@ impl<'a> Product<'a> {
         Product { weight: weight.matrix(), bias: bias.map(HostTensor::floats) }
     }
 
-    /// Selects an expert's weight, and its row of `biases`.
-    fn of_expert(weight: &'a HostTensor<'_>, bias: Option<&'a HostTensor<'_>>, expert: usize) -> Product<'a> {
-        let bias = bias.map(|b| b.floats().get(expert * b.cols..(expert + 1) * b.cols).unwrap_or(&[]));
-        Product { weight: weight.expert(expert), bias }
+    /// Selects an expert's rows of `weight`, and its row of `biases`.
+    fn of_expert(weight: Matrix<'a>, biases: Option<&'a [f32]>, rows: usize, expert: usize) -> Product<'a> {
+        let range = expert * rows..(expert + 1) * rows;
+        let bias = biases.map(|b| b.get(range.clone()).unwrap_or(&[]));
+        Product { weight: weight.rows(range), bias }
     }
 }
 
@@ -527,16 +529,17 @@ impl<'a> Input<'a> {
         Input { x, k, tokens: x.len() / k, q8_0, q8_k }
     }
 
-    /// Computes columns of a product from `first` on, with the bias added.
-    fn product(&self, isa: Isa, product: &Product<'_>, first: usize, out: &mut PanelMut<'_>) {
-        let cols = out.cols();
+    /// Computes columns of a product from `first` on, with the bias added, for as many tokens from `token` on
+    /// as `out` has rows.
+    fn product(&self, isa: Isa, product: &Product<'_>, token: usize, first: usize, out: &mut PanelMut<'_>) {
+        let (cols, tokens) = (out.cols(), token..token + out.rows());
         let weight = product.weight.rows(first..first + cols);
         let x = match weight.format.kind() {
-            Kind::Float => X::F32(self.x),
+            Kind::Float => X::F32(&self.x[tokens.start * self.k..tokens.end * self.k]),
             Kind::Quantised { activation: Activation::Q8_0, .. } => {
-                X::Quantised(self.q8_0.view(Activation::Q8_0, self.tokens, self.k))
+                X::Quantised(self.q8_0.view(Activation::Q8_0, tokens, self.k))
             }
-            Kind::Quantised { .. } => X::Quantised(self.q8_k.view(Activation::Q8_K, self.tokens, self.k)),
+            Kind::Quantised { .. } => X::Quantised(self.q8_k.view(Activation::Q8_K, tokens, self.k)),
         };
         let (w, layout) = (weight.bytes, weight.layout);
         matmul::matmul(isa, weight.format, MatMul { w, layout, k: self.k, x, out: out.reborrow() });
@@ -550,9 +553,12 @@ impl<'a> Input<'a> {
     }
 }
 
-/// Returns the columns of one task: whole tiles, and a few tasks per thread to balance the load.
-fn grain(pool: &Pool, columns: usize) -> usize {
-    (columns / (4 * pool.threads())).next_multiple_of(32).clamp(32, 1024)
+/// Multiply-adds of a task, at least: threads share nothing smaller.
+const TASK_MACS: usize = 64 * 1024;
+
+/// Returns the columns that threads share out: whole tiles, with enough work for `tokens` tokens.
+fn grain(tokens: usize, k: usize) -> usize {
+    (TASK_MACS / (tokens * k).max(1)).next_multiple_of(32).max(32)
 }
 
 /// Computes the products of one input with several weights, each into its own output, and the epilogue. `up`
@@ -566,26 +572,17 @@ fn products(
     outs: &mut [PanelMut<'_>],
     up: &mut [f32],
 ) {
-    if let (Epilogue::Glu(f), [gate_product, up_product], [out, ..]) = (epilogue, products, &mut *outs) {
+    let grain = grain(input.tokens, input.k);
+    if let (Epilogue::Glu(f), &[gate, up_product], [out, ..]) = (epilogue, products, &mut *outs) {
         let columns = out.cols();
         let up = PanelMut::new(&mut up[..input.tokens * columns], columns);
-        return pool.panel_pairs((out.reborrow(), up), grain(pool, columns), &|first, mut gate, mut up| {
-            input.product(isa, gate_product, first, &mut gate);
-            input.product(isa, up_product, first, &mut up);
-            let mut gates = [0.0; GLU_ELEMENTS];
-            for t in 0..gate.rows() {
-                for (out, up) in gate.row(t).chunks_mut(GLU_ELEMENTS).zip(up.row(t).chunks(GLU_ELEMENTS)) {
-                    let gate = &mut gates[..out.len()];
-                    gate.copy_from_slice(out);
-                    isa.run(rows::Glu { f, gate, up, out });
-                }
-            }
+        return pool.blocks([out.reborrow(), up], &[input.tokens], grain, &|_, first, blocks| {
+            glu(isa, input, [gate, up_product], f, 0, first, blocks);
         });
     }
-    let total: usize = products.iter().map(|p| p.weight.rows).sum();
-    pool.panels(outs, grain(pool, total), &|i, first, mut panel| {
+    pool.panels(outs, grain, &|i, first, mut panel| {
         let Some(product) = products.get(i) else { return };
-        input.product(isa, product, first, &mut panel);
+        input.product(isa, product, 0, first, &mut panel);
         if let Epilogue::Add(residual) = epilogue {
             let (cols, width) = (panel.cols(), product.weight.rows);
             for t in 0..panel.rows() {
@@ -595,6 +592,29 @@ fn products(
             }
         }
     });
+}
+
+/// Computes columns of a gated linear unit from `first` on, in place of the gate's products, for the tokens
+/// from `token` on.
+fn glu(
+    isa: Isa,
+    input: &Input<'_>,
+    [gate_product, up_product]: [Product<'_>; 2],
+    f: rows::Gate,
+    token: usize,
+    first: usize,
+    [mut gate, mut up]: [PanelMut<'_>; 2],
+) {
+    input.product(isa, &gate_product, token, first, &mut gate);
+    input.product(isa, &up_product, token, first, &mut up);
+    let mut gates = [0.0; GLU_ELEMENTS];
+    for t in 0..gate.rows() {
+        for (out, up) in gate.row(t).chunks_mut(GLU_ELEMENTS).zip(up.row(t).chunks(GLU_ELEMENTS)) {
+            let gate = &mut gates[..out.len()];
+            gate.copy_from_slice(out);
+            isa.run(rows::Glu { f, gate, up, out });
+        }
+    }
 }
 
 /// Elements of a gate that are buffered while the unit overwrites them.
@@ -681,44 +701,55 @@ impl CpuKernels {
         let Op::Experts { x, ids, weights, gate, up: up_weight, down, biases, out, act } = op else { return };
         let (cols, hidden, used) = (gate.cols, gate.rows, ids.cols);
         let (x, ids, weights, out) = (x.floats(), ids.ints(), weights.floats(), out.floats_mut());
-        let biases = biases.as_ref();
+        let weights_of = [&*gate, up_weight, down].map(|weight| (weight.stacked(), weight.rows));
+        let biases_of = |which: usize| biases.as_ref().map(|b| b[which].floats());
+        let biases_of = [biases_of(0), biases_of(1), biases_of(2)];
+        let (experts, act) = (gate.experts, *act);
         let (isa, pool) = (self.isa, self.pool.clone());
-        let KernelMemory { q8_0, q8_k, pairs, input, up, activated, output, .. } = &mut self.memory;
-        let (one, all) = output.split_at_mut(ids.len() * cols);
-        // Group tokens by expert, so that an expert's weights are read once.
-        for e in 0..gate.experts {
-            let mut n = 0;
+        let KernelMemory { q8_0, q8_k, places, input, up, activated, output, .. } = &mut self.memory;
+        let start = |ends: &[usize], band: usize| band.checked_sub(1).map_or(0, |before| ends[before]);
+        // Pairs of token and rank are put in order of their experts, so that an expert's weights meet all their
+        // tokens at once.
+        let (mut used_experts, mut ends) = ([0; rows::MAX_EXPERTS], [0; rows::MAX_EXPERTS]);
+        let (mut bands, mut pairs) = (0, 0);
+        for e in 0..experts {
             for (i, _) in ids.iter().enumerate().filter(|&(_, &id)| id as usize == e) {
-                let token = i / used;
-                pairs[n] = (token as u32, i as u32);
-                input[n * cols..][..cols].copy_from_slice(&x[token * cols..][..cols]);
-                n += 1;
+                input[pairs * cols..][..cols].copy_from_slice(&x[i / used * cols..][..cols]);
+                places[i] = pairs as u32;
+                pairs += 1;
             }
-            if n == 0 {
-                continue;
-            }
-            let product = |weight, which: usize| Product::of_expert(weight, biases.map(|b| &b[which]), e);
-            let activated = &mut activated[..n * hidden];
-            {
-                let list = [product(gate, 0), product(up_weight, 1)];
-                let input = Input::new(isa, &pool, (&mut *q8_0, &mut *q8_k), &input[..n * cols], &list);
-                let mut outs = [PanelMut::new(activated, hidden)];
-                products(isa, &pool, &input, &list, Epilogue::Glu(*act), &mut outs, up);
-            }
-            {
-                let list = [product(down, 2)];
-                let input = Input::new(isa, &pool, (&mut *q8_0, &mut *q8_k), activated, &list);
-                let mut outs = [PanelMut::new(&mut one[..n * cols], cols)];
-                products(isa, &pool, &input, &list, Epilogue::None, &mut outs, up);
-            }
-            for (y, &(_, i)) in one.chunks_exact(cols).zip(&pairs[..n]) {
-                all[i as usize * cols..][..cols].copy_from_slice(y);
+            if start(&ends, bands) < pairs {
+                (used_experts[bands], ends[bands]) = (e, pairs);
+                bands += 1;
             }
         }
+        let ends = &ends[..bands];
+        let product = |which: usize, band: usize| {
+            let (weight, rows) = weights_of[which];
+            Product::of_expert(weight, biases_of[which], rows, used_experts[band])
+        };
+        // A band has the same number of columns as any other, but not of tokens.
+        let grain = |k: usize| grain(pairs / bands.max(1), k);
+        {
+            let list = [product(0, 0), product(1, 0)];
+            let input = Input::new(isa, &pool, (&mut *q8_0, &mut *q8_k), &input[..pairs * cols], &list);
+            let panels = [&mut *activated, up].map(|out| PanelMut::new(&mut out[..pairs * hidden], hidden));
+            pool.blocks(panels, ends, grain(cols), &|band, first, blocks| {
+                let both = [product(0, band), product(1, band)];
+                glu(isa, &input, both, act, start(ends, band), first, blocks);
+            });
+        }
+        let list = [product(2, 0)];
+        let input = Input::new(isa, &pool, (q8_0, q8_k), &activated[..pairs * hidden], &list);
+        let panel = PanelMut::new(&mut output[..pairs * cols], cols);
+        pool.blocks([panel], ends, grain(hidden), &|band, first, [mut out]| {
+            input.product(isa, &product(2, band), start(ends, band), first, &mut out);
+        });
         for (t, out) in out.chunks_exact_mut(cols).enumerate() {
             out.fill(0.0);
             for i in t * used..(t + 1) * used {
-                isa.run(rows::AddScaled { weight: weights[i], x: &all[i * cols..][..cols], acc: out });
+                let x = &output[places[i] as usize * cols..][..cols];
+                isa.run(rows::AddScaled { weight: weights[i], x, acc: out });
             }
         }
     }

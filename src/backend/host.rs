@@ -157,16 +157,20 @@ impl<'a> HostTensor<'a> {
         self.expert(0)
     }
 
-    /// Returns an expert's weight, without rows if there is no such expert.
-    pub fn expert(&self, expert: usize) -> Matrix<'_> {
-        let whole = Matrix {
+    /// Returns the weights of all experts, one after the other.
+    pub fn stacked(&self) -> Matrix<'_> {
+        Matrix {
             format: self.format,
             layout: self.layout,
             bytes: self.bytes(),
             rows: self.rows * self.experts,
             cols: self.cols,
-        };
-        whole.rows(expert * self.rows..(expert + 1) * self.rows)
+        }
+    }
+
+    /// Returns an expert's weight, without rows if there is no such expert.
+    pub fn expert(&self, expert: usize) -> Matrix<'_> {
+        self.stacked().rows(expert * self.rows..(expert + 1) * self.rows)
     }
 }
 

@@ -188,17 +188,27 @@ pub struct ShortBlocks<I: Isa> {
 
 impl<I: Isa> ShortBlocks<I> {
     /// Reads the first blocks of rows that start `stride` bytes apart. A block has a head of `head` bytes and
-    /// `words` words. Missing blocks read as zeros.
+    /// `words` words. Missing blocks read as zeros. Meanwhile calls `prefetch` with 0, 1, 2 and 3.
     #[inline(always)]
-    pub fn new(isa: I, rows: &[u8], stride: usize, head: usize, words: usize) -> Self {
+    pub fn new(
+        isa: I,
+        rows: &[u8],
+        stride: usize,
+        head: usize,
+        words: usize,
+        prefetch: impl Fn(usize),
+    ) -> Self {
         let mut blocks = ShortBlocks { words: [isa.splat_i(0); SHORT_WORDS], head: isa.splat_i(0) };
+        prefetch(0);
         if head > 0 {
             blocks.head = isa.transpose(rows, stride)[0];
         }
+        prefetch(1);
         let low = isa.transpose(rows.get(head..).unwrap_or(&[]), stride);
         for i in 0..4 {
             blocks.words[i] = low[i];
         }
+        prefetch(2);
         if words > 4 {
             // The last four words may overlap the four before them.
             let first = words - 4;
@@ -207,6 +217,7 @@ impl<I: Isa> ShortBlocks<I> {
                 blocks.words[first + i] = high[i];
             }
         }
+        prefetch(3);
         blocks
     }
 }

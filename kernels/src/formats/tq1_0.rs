@@ -32,11 +32,20 @@ impl Block for TQ1_0 {
     }
 }
 
-/// The code that is digit n of `byte`, where `power` is 3^n.
+/// The digits of each of `N` bytes, less 1: first those of all bytes, then the second ones, and so on.
 #[inline(always)]
-fn digit(byte: u8, power: u8) -> i8 {
-    let fraction = byte.wrapping_mul(power);
-    ((u16::from(fraction) * 3) >> 8) as i8 - 1
+fn digits<const N: usize>(bytes: &[u8], codes: &mut [i8]) {
+    let mut fractions = [0; N];
+    for (fraction, &byte) in fractions.iter_mut().zip(bytes) {
+        *fraction = u16::from(byte);
+    }
+    for codes in codes.as_chunks_mut::<N>().0 {
+        for j in 0..N {
+            let tripled = fractions[j] * 3;
+            codes[j] = (tripled >> 8) as i8 - 1;
+            fractions[j] = tripled & 255;
+        }
+    }
 }
 
 impl Quantised for TQ1_0 {
@@ -46,21 +55,10 @@ impl Quantised for TQ1_0 {
 
     #[inline(always)]
     fn unpack(&self, out: &mut Unpacked) {
-        const POWERS: [u8; 5] = [1, 3, 9, 27, 81];
         out.d[0] = self.d.value();
         out.sub = [1; 16];
-        for n in 0..5 {
-            for j in 0..32 {
-                out.codes[32 * n + j] = digit(self.qs[j], POWERS[n]);
-            }
-            for j in 0..16 {
-                out.codes[160 + 16 * n + j] = digit(self.qs[32 + j], POWERS[n]);
-            }
-        }
-        for n in 0..4 {
-            for j in 0..4 {
-                out.codes[240 + 4 * n + j] = digit(self.qh[j], POWERS[n]);
-            }
-        }
+        digits::<32>(&self.qs[..32], &mut out.codes[..160]);
+        digits::<16>(&self.qs[32..], &mut out.codes[160..240]);
+        digits::<4>(&self.qh, &mut out.codes[240..]);
     }
 }

@@ -88,13 +88,10 @@ impl<I: Isa, Q: Interleaved> Scales<I, Q> for Direct<'_, Q> {
 impl<I: Isa, Q: Interleaved> Source<I, Q> for Direct<'_, Q> {
     #[inline(always)]
     fn codes(self, isa: I, part: usize, k: usize) -> [I::I; 2] {
-        if Q::LEN == CHUNK && self.streamed && k == 0 {
-            // The words of super-blocks are not read in order, which is what the CPU's own prefetcher
-            // follows.
+        if self.streamed {
+            // The CPU's own prefetcher follows words that are read in order, but not far enough ahead.
             let share = size_of::<Q::Lanes>() / (Q::LEN / 32);
-            for line in (0..share).step_by(64) {
-                isa.prefetch::<false, _>(self.lanes, STREAM_BYTES + part * share + line);
-            }
+            prefetch_quarter(isa, self.lanes, STREAM_BYTES + part * share, share, k / 2);
         }
         let (lanes, part) = if Q::LEN == 32 { (&self.lanes[part], 0) } else { (&self.lanes[0], part) };
         isa.pair([Q::code(isa, lanes, part, k), Q::code(isa, lanes, part, k + 1)])
@@ -275,6 +272,16 @@ pub(super) fn prefetch_next<I: Isa, B: Bytes, const R: usize>(
     }
 }
 
+/// Prefetches a quarter of the `bytes` bytes that start `ahead` bytes after `place`. Many requests at once
+/// would delay the present reads.
+#[inline(always)]
+fn prefetch_quarter<I: Isa, T>(isa: I, place: &[T], ahead: usize, bytes: usize, quarter: usize) {
+    let line = |quarter: usize| (quarter * bytes / 4).next_multiple_of(64);
+    for line in (line(quarter)..line(quarter + 1)).step_by(64) {
+        isa.prefetch::<false, _>(place, ahead + line);
+    }
+}
+
 /// One short block of each row, in registers.
 #[derive(Clone, Copy)]
 struct Transposed<I: Isa>(ShortBlocks<I>);
@@ -327,8 +334,17 @@ pub(super) fn decode<I: Isa, Q: Interleaved, const T: usize>(isa: I, task: &mut 
                 for block in c * BLOCKS..((c + 1) * BLOCKS).min(task.row_blocks) {
                     let part = block - c * BLOCKS;
                     let rows = Q::bytes_of(group.get(block..).unwrap_or(&[]));
-                    prefetch_next::<I, Q, ROWS>(isa, group, task.row_blocks, block, 1);
-                    let source = Transposed::<I>(ShortBlocks::new(isa, rows, stride, head, words));
+                    let ahead = ROWS * (stride + block * size_of::<Q>());
+                    let blocks = ShortBlocks::<I>::new(
+                        isa,
+                        rows,
+                        stride,
+                        head,
+                        words,
+                        #[inline(always)]
+                        |quarter| prefetch_quarter(isa, group, ahead, ROWS * size_of::<Q>(), quarter),
+                    );
+                    let source = Transposed(blocks);
                     dot::<I, Q, _, 1, T>(isa, [source], &x, &starts, part..part + 1, &mut acc);
                 }
                 continue;

@@ -41,14 +41,11 @@ pub fn time(
 
 /// Cost of an op over all sequences.
 fn cost_of(program: &Program, op: &Op, spans: &[(u32, u32)]) -> cost::Cost {
-    let extent = |&(start, tokens): &(u32, u32)| Extent { start, tokens, outputs: 1 };
-    match op {
-        Op::Attend { .. } => spans.iter().map(|span| cost::op(program, op, extent(span))).sum(),
-        _ => {
-            let tokens = spans.iter().map(|(_, len)| len).sum();
-            cost::op(program, op, Extent { start: 0, tokens, outputs: spans.len() as u32 })
-        }
-    }
+    cost::op(program, op, &extents(spans))
+}
+
+fn extents(spans: &[(u32, u32)]) -> Vec<Extent> {
+    spans.iter().map(|&(start, tokens)| Extent { start, tokens, outputs: 1 }).collect()
 }
 
 fn on_host(
@@ -58,11 +55,11 @@ fn on_host(
     spans: &[(u32, u32)],
     threads: usize,
 ) -> Result<OpTime> {
-    let [(start, tokens)] = *spans else {
+    if spans.len() > 1 {
         return Err(Error::argument("batch", "1, as kernels of a CPU were measured", spans.len()));
-    };
+    }
     let rates = host::rates(profile, threads)?;
-    let seconds = host::op_seconds(rates, program, op, Extent { start, tokens, outputs: 1 })?;
+    let seconds = host::op_seconds(rates, program, op, &extents(spans))?;
     let cost = cost_of(program, op, spans);
     Ok(OpTime {
         seconds,

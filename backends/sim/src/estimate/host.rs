@@ -24,20 +24,20 @@ pub fn rates(profile: &Profile, threads: usize) -> Result<&HostRates> {
     })
 }
 
-/// Returns the seconds of a step: the sum over its ops, which run one after the other.
+/// Returns the seconds of a step of these sequences: the sum over its ops, which run one after the other.
 ///
 /// # Errors
 /// `Error::Argument` if a weight's format was not measured.
-pub fn step_seconds(rates: &HostRates, program: &Program, extent: Extent) -> Result<f64> {
-    program.greedy_ops().map(|(_, op)| op_seconds(rates, program, op, extent)).sum()
+pub fn step_seconds(rates: &HostRates, program: &Program, sequences: &[Extent]) -> Result<f64> {
+    program.greedy_ops().map(|(_, op)| op_seconds(rates, program, op, sequences)).sum()
 }
 
 /// Returns the seconds of an op: its bytes or its operations, whichever take longer, and its barrier.
 ///
 /// # Errors
 /// As [`step_seconds`].
-pub fn op_seconds(rates: &HostRates, program: &Program, op: &Op, extent: Extent) -> Result<f64> {
-    let cost = cost::op(program, op, extent);
+pub fn op_seconds(rates: &HostRates, program: &Program, op: &Op, sequences: &[Extent]) -> Result<f64> {
+    let cost = cost::op(program, op, sequences);
     if cost == cost::Cost::default() {
         return Ok(0.0);
     }

@@ -207,7 +207,7 @@ impl Probe {
     }
 
     fn cost(&self) -> Cost {
-        cost::step(&self.program, self.extent)
+        cost::step(&self.program, &[self.extent])
     }
 
     /// The median time, without the barriers of its ops.
