@@ -1,17 +1,20 @@
 //! A persistent pool of threads for kernels.
 //!
 //! A call hands out numbered tasks to the caller and the workers; which thread runs a task never shows in its
-//! result. A thread takes a share of the tasks that are left, so that shares become smaller: threads end
-//! together even if one of them is slow or was interrupted. Tasks run in the default floating-point environment, whatever the caller's is. Workers look for
-//! work for some microseconds after a job, because the next op of a step follows at once, and then sleep: an
-//! idle pool uses no CPU.
+//! result. Each thread has an equal share of consecutive tasks, so that it reads memory in order. It takes half
+//! of what is left of its share, again and again, and then half of another thread's rest: threads end together
+//! even if one of them is slow or was interrupted.
+//!
+//! Tasks run in the default floating-point environment, whatever the caller's is. Workers look for work for
+//! some microseconds after a job, because the next op of a step follows at once, and then sleep: an idle pool
+//! uses no CPU.
 
 use std::any::Any;
 use std::cell::Cell;
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
@@ -39,16 +42,47 @@ struct Shared {
     open: AtomicBool,
     /// Workers that are looking at the job.
     inside: AtomicUsize,
+    /// Each thread's share of the job, the caller's first.
+    shares: Box<[Share]>,
     stop: AtomicBool,
     sleeping: Mutex<usize>,
     wake: Condvar,
 }
 
+/// A range of tasks that are not yet taken: the first one in the low half, the end in the high half. Alone in
+/// its cache lines.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+struct Share(AtomicU64);
+
+impl Share {
+    fn set(&self, range: Range<u32>) {
+        self.0.store(u64::from(range.start) | (u64::from(range.end) << 32), Ordering::Relaxed);
+    }
+
+    /// Takes half of the range, at least one task, from the front or from the back.
+    fn take_half(&self, front: bool) -> Option<Range<usize>> {
+        let mut now = self.0.load(Ordering::Relaxed);
+        loop {
+            let (start, end) = (now as u32, (now >> 32) as u32);
+            let half = end.checked_sub(start).filter(|&len| len > 0)?.div_ceil(2);
+            let (taken, left) = if front {
+                (start..start + half, start + half..end)
+            } else {
+                (end - half..end, start..end - half)
+            };
+            let next = u64::from(left.start) | (u64::from(left.end) << 32);
+            match self.0.compare_exchange_weak(now, next, Ordering::Relaxed, Ordering::Relaxed) {
+                Ok(_) => return Some(taken.start as usize..taken.end as usize),
+                Err(other) => now = other,
+            }
+        }
+    }
+}
+
 struct Job<'a> {
     run: &'a (dyn Fn(Range<usize>) + Sync),
-    tasks: usize,
-    threads: usize,
-    next: AtomicUsize,
+    shares: &'a [Share],
     /// The payload of the first panic.
     panic: Mutex<Option<Box<dyn Any + Send>>>,
 }
@@ -59,29 +93,25 @@ thread_local! {
 }
 
 impl Job<'_> {
-    /// Takes half of a thread's share of what is left.
-    fn claim(&self) -> Option<Range<usize>> {
-        let share = |first: usize| self.tasks.saturating_sub(first).div_ceil(2 * self.threads);
-        let first = self
-            .next
-            .try_update(Ordering::Relaxed, Ordering::Relaxed, |first| {
-                (first < self.tasks).then(|| first + share(first))
-            })
-            .ok()?;
-        Some(first..first + share(first))
+    /// Takes tasks for a thread.
+    fn claim(&self, thread: usize) -> Option<Range<usize>> {
+        let (before, own) = self.shares.split_at_checked(thread)?;
+        let (own, after) = own.split_first()?;
+        let others = || after.iter().chain(before).find_map(|share| share.take_half(false));
+        own.take_half(true).or_else(others)
     }
 
     /// Runs tasks until none is left. After a panic no thread starts another one.
-    fn work(&self) {
+    fn work(&self, thread: usize) {
         let _floats = DefaultFloats::set();
         IN_TASK.set(true);
         let tasks = || {
-            while let Some(tasks) = self.claim() {
+            while let Some(tasks) = self.claim(thread) {
                 (self.run)(tasks);
             }
         };
         if let Err(panic) = catch_unwind(AssertUnwindSafe(tasks)) {
-            self.next.store(self.tasks, Ordering::Relaxed);
+            self.shares.iter().for_each(|share| share.set(0..0));
             self.panic.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(panic);
         }
         IN_TASK.set(false);
@@ -99,6 +129,7 @@ impl Pool {
             job: AtomicPtr::new(std::ptr::null_mut()),
             open: AtomicBool::new(false),
             inside: AtomicUsize::new(0),
+            shares: (0..threads.max(1)).map(|_| Share::default()).collect(),
             stop: AtomicBool::new(false),
             sleeping: Mutex::new(0),
             wake: Condvar::new(),
@@ -107,7 +138,7 @@ impl Pool {
         for i in 1..threads {
             let shared = pool.shared.clone();
             let worker =
-                std::thread::Builder::new().name(format!("halite-{i}")).spawn(move || shared.serve())?;
+                std::thread::Builder::new().name(format!("halite-{i}")).spawn(move || shared.serve(i))?;
             pool.workers.push(worker);
         }
         Ok(pool)
@@ -129,17 +160,23 @@ impl Pool {
 
     /// As [`Pool::run`]; `task` gets several tasks at a time.
     fn ranges(&self, tasks: usize, task: &(dyn Fn(Range<usize>) + Sync)) {
-        if tasks <= 1 || self.workers.is_empty() || IN_TASK.get() {
+        // (More tasks than 32 bits count have no memory for their results.)
+        let alone = tasks <= 1 || self.workers.is_empty() || IN_TASK.get();
+        let Some(count) = u32::try_from(tasks).ok().filter(|_| !alone) else {
             let _floats = DefaultFloats::set();
             if tasks > 0 {
                 task(0..tasks);
             }
             return;
-        }
+        };
         let _one_at_a_time = self.entry.lock().unwrap_or_else(PoisonError::into_inner);
-        let threads = self.threads();
-        let job = Job { run: task, tasks, threads, next: AtomicUsize::new(0), panic: Mutex::new(None) };
         let shared = &*self.shared;
+        let threads = self.threads() as u64;
+        let end = |thread: usize| (u64::from(count) * thread as u64 / threads) as u32;
+        for (thread, share) in shared.shares.iter().enumerate() {
+            share.set(end(thread)..end(thread + 1));
+        }
+        let job = Job { run: task, shares: &shared.shares, panic: Mutex::new(None) };
         shared.job.store((&raw const job).cast_mut().cast(), Ordering::Release);
         shared.open.store(true, Ordering::SeqCst);
         shared.epoch.fetch_add(1, Ordering::SeqCst);
@@ -148,7 +185,7 @@ impl Pool {
         }
         // The job always outlives every worker that reads it.
         let close = Close(shared);
-        job.work();
+        job.work(0);
         drop(close);
         if let Some(panic) = job.panic.into_inner().unwrap_or_else(PoisonError::into_inner) {
             resume_unwind(panic);
@@ -320,7 +357,7 @@ impl Drop for Inside<'_> {
 }
 
 impl Shared {
-    fn serve(&self) {
+    fn serve(&self, thread: usize) {
         let mut seen = 0;
         while let Some(epoch) = self.next_epoch(seen) {
             seen = epoch;
@@ -331,7 +368,7 @@ impl Shared {
                 // SAFETY: `inside` was raised before `open` was seen, and the caller takes the job away only
                 // after it has closed it and seen `inside` at zero; so the job is alive until `_inside` is
                 // dropped.
-                unsafe { (*job).work() };
+                unsafe { (*job).work(thread) };
             }
         }
     }
