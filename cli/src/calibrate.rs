@@ -78,7 +78,7 @@ fn measure_machine(args: &CalibrateArgs) -> Result<String, Failure> {
     let levels = measure::levels()?;
     let mut threads: Vec<usize> = Vec::new();
     for &n in &args.threads {
-        let n = if n == 0 { std::thread::available_parallelism().map_or(1, |n| n.get()) } else { n };
+        let n = if n == 0 { halite::kernels::cores::usable() } else { n };
         if !threads.contains(&n) {
             threads.push(n);
         }

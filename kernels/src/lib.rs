@@ -10,6 +10,8 @@
 
 pub mod activation;
 pub mod attention;
+#[cfg(feature = "std")]
+pub mod cores;
 pub mod float;
 pub mod formats;
 pub mod isa;

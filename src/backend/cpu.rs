@@ -46,7 +46,7 @@ pub struct Cpu {
 }
 
 impl Cpu {
-    /// Opens the CPU with a thread for each core and its best instruction set, or the one named in the
+    /// Opens the CPU with a thread for each usable core ([`halite_kernels::cores`]) and its best instruction set, or the one named in the
     /// environment variable `HALITE_ISA`.
     ///
     /// # Errors
@@ -79,7 +79,7 @@ impl Cpu {
             ))
         })?;
         let threads = match threads {
-            0 => std::thread::available_parallelism().map_or(1, |n| n.get()),
+            0 => halite_kernels::cores::usable(),
             n => n,
         };
         let pool = Pool::new(threads).map_err(|e| failed(format!("cannot start {threads} threads: {e}")))?;
