@@ -55,6 +55,22 @@ fn bench_reports_each_combination() {
 }
 
 #[test]
+fn bench_decodes_sequences_together() {
+    let args = "bench -p 4 -n 3 -s 1,3 -d 0,70 -t 1 -r 1 --no-roofline -o json";
+    let rows: Value = serde_json::from_str(&text(args)).unwrap();
+    let tests: Vec<_> = rows.as_array().unwrap().iter().map(|row| row["test"].as_str().unwrap()).collect();
+    assert_eq!(tests, ["pp4", "tg3", "tg3 x 3", "pp4 @ d70", "tg3 @ d70", "tg3 x 3 @ d70"]);
+    let (one, three) = (&rows[4], &rows[5]);
+    assert_eq!((one["sequences"].as_u64(), three["sequences"].as_u64()), (Some(1), Some(3)));
+    let bytes = |row: &Value| row["bytes_per_token"].as_u64().unwrap();
+    assert!(bytes(three) < bytes(one), "sequences share the weights");
+    let rate =
+        |row: &Value| row["median_tokens_per_s"].as_f64().unwrap() * row["seconds"][0].as_f64().unwrap();
+    assert_eq!(rate(three).round(), 9.0, "tokens of all sequences count");
+    assert!(!halite("bench -n 1 -s 0").status.success());
+}
+
+#[test]
 fn bench_measures_the_machine() {
     let rows: Value = serde_json::from_str(&text("bench -p 16 -n 0 -t 1 -r 1 -o json")).unwrap();
     for name in ["bytes_per_s", "ops_per_s", "integer_ops_per_s", "float_ops_per_s", "percent"] {
