@@ -42,6 +42,36 @@ fn the_largest_sums_are_exact_on_every_instruction_set() {
     }
 }
 
+/// Every power of two that a scale byte of MXFP4 stands for, in plain and in interleaved rows.
+#[test]
+fn scales_of_mxfp4_are_powers_of_two() {
+    // A row is one block of codes 2, which stand for 1: 127 times the scale for one activation of 127.
+    let rows: Vec<u8> = (0..=255).flat_map(|e| [&[e][..], &[0x22; 16]].concat()).collect();
+    let mut codes = [0; PADDING];
+    codes[0] = 127;
+    let (mut sums, scales) = ([0; SUMS], [1.0; PADDING / 32]);
+    (sums[0], sums[16]) = (127, 127);
+    let x = Quantised { k: 32, codes: &codes, scales: &scales, sums: &sums };
+    let mut want = vec![0.0; 256];
+    for (e, want) in want.iter_mut().enumerate() {
+        let mut values = [0.0f32; 32];
+        Format::MXFP4.dequantize(&rows[17 * e..][..17], &mut values).unwrap();
+        *want = values[0] * 127.0;
+    }
+    let mut interleaved = vec![0; rows.len()];
+    Format::MXFP4.interleave(32, &rows, &mut interleaved).unwrap();
+    for cpu in Cpu::NAMES.iter().filter_map(|name| Cpu::from_name(name)) {
+        for (layout, w) in [(Layout::Rows, &rows), (Layout::Interleaved, &interleaved)] {
+            let mut y = vec![0.0f32; 256];
+            let out = PanelMut::new(&mut y, 256);
+            matmul(cpu, Format::MXFP4, MatMul { w, layout, k: 32, x: X::Quantised(x), out });
+            for (e, (y, want)) in y.iter().zip(&want).enumerate() {
+                assert_eq!(y.to_bits(), want.to_bits(), "{} {layout:?} exponent {e}", cpu.name());
+            }
+        }
+    }
+}
+
 /// Whatever the lengths say, nothing panics, and what is there is computed.
 #[test]
 fn wrong_lengths_leave_rows_and_tokens_alone() {

@@ -62,11 +62,8 @@ pub trait Interleave: Bytes {
 }
 
 impl<const HEAD: usize, const WORDS: usize, const TAIL: usize> Interleave for Lanes<HEAD, WORDS, TAIL> {
-    const SHORT: Option<(usize, usize)> = if (HEAD == 0 || HEAD == 2) && WORDS <= SHORT_WORDS && TAIL == 0 {
-        Some((HEAD, WORDS))
-    } else {
-        None
-    };
+    const SHORT: Option<(usize, usize)> =
+        if HEAD <= 2 && WORDS <= SHORT_WORDS && TAIL == 0 { Some((HEAD, WORDS)) } else { None };
 
     #[inline(always)]
     fn interleave<I: Isa>(isa: I, rows: &[u8], stride: usize, out: &mut [Self]) {
@@ -131,8 +128,8 @@ pub trait Words<I: Isa> {
     fn word(&self, isa: I, w: usize) -> I::I;
     /// The half-precision float in the head.
     fn head_f16(&self, isa: I) -> I::F;
-    /// The byte in the head.
-    fn head_u8(&self) -> [u8; ROWS];
+    /// The byte in the head, as a number.
+    fn head_u8(&self, isa: I) -> I::I;
     /// The half-precision float in the tail.
     fn tail_f16(&self, isa: I) -> I::F;
 
@@ -160,8 +157,13 @@ impl<I: Isa, L: Interleave> Words<I> for L {
         isa.load_f16(&self.head_u16())
     }
     #[inline(always)]
-    fn head_u8(&self) -> [u8; ROWS] {
-        Interleave::head_u8(self)
+    fn head_u8(&self, isa: I) -> I::I {
+        let heads = Interleave::head_u8(self);
+        let mut lanes = [0; ROWS];
+        for row in 0..ROWS {
+            lanes[row] = heads[row].into();
+        }
+        isa.load_i(&lanes)
     }
     #[inline(always)]
     fn tail_f16(&self, isa: I) -> I::F {
@@ -231,9 +233,9 @@ impl<I: Isa> Words<I> for ShortBlocks<I> {
     fn head_f16(&self, isa: I) -> I::F {
         isa.low_f16(self.head)
     }
-    /// No format with such a head is read this way.
-    fn head_u8(&self) -> [u8; ROWS] {
-        [0; ROWS]
+    #[inline(always)]
+    fn head_u8(&self, isa: I) -> I::I {
+        isa.and_i(self.head, isa.splat_i(0xff))
     }
     /// No format with a tail is read this way.
     fn tail_f16(&self, isa: I) -> I::F {

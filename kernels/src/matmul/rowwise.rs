@@ -151,8 +151,8 @@ impl<I: Isa, Q: Interleaved> Words<I> for HeaderWords<'_, I, Q> {
         isa.splat(0.0)
     }
     /// Super-blocks have no such head.
-    fn head_u8(&self) -> [u8; ROWS] {
-        [0; ROWS]
+    fn head_u8(&self, isa: I) -> I::I {
+        isa.splat_i(0)
     }
     #[inline(always)]
     fn tail_f16(&self, isa: I) -> I::F {
@@ -189,8 +189,8 @@ impl<I: Isa, Q: Interleaved> Words<I> for CodeWords<'_, Q> {
         isa.splat(0.0)
     }
     /// Codes are read, not scales.
-    fn head_u8(&self) -> [u8; ROWS] {
-        [0; ROWS]
+    fn head_u8(&self, isa: I) -> I::I {
+        isa.splat_i(0)
     }
     /// Codes are read, not scales.
     fn tail_f16(&self, isa: I) -> I::F {
