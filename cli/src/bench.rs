@@ -9,7 +9,7 @@ use halite::cost::{self, Cost, Extent, Rates};
 use halite::kernels::formats::Format;
 use halite::model::ProgramOptions;
 use halite::program::PAGE_POSITIONS;
-use halite::session::{OutputKind, Run, SequenceId, Session, SessionOptions};
+use halite::session::{MAX_RUNS, OutputKind, Run, SequenceId, Session, SessionOptions};
 #[cfg(feature = "sim")]
 use halite_profiles::profile::Profile;
 #[cfg(feature = "sim")]
@@ -38,7 +38,7 @@ pub struct BenchArgs {
     #[arg(short = 'n', long, value_name = "N,…", value_delimiter = ',', default_value = "128")]
     generate: Vec<u32>,
     /// Sequences that generate together, a token each in every step.
-    #[arg(short, long, value_name = "N,…", value_delimiter = ',', default_value = "1", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    #[arg(short, long, value_name = "N,…", value_delimiter = ',', default_value = "1", value_parser = clap::value_parser!(u32).range(1..=MAX_RUNS as i64))]
     sequences: Vec<u32>,
     /// Tokens of each sequence already in the KV cache (depth).
     #[arg(short, long, value_name = "N,…", value_delimiter = ',', default_value = "0")]
@@ -137,10 +137,12 @@ pub fn bench(args: &BenchArgs) -> Result<(), Failure> {
     let positions = tests.iter().map(|t| {
         t.sequences.saturating_mul(t.depth.saturating_add(t.tokens()).next_multiple_of(PAGE_POSITIONS))
     });
+    let most_sequences = tests.iter().map(|test| test.sequences).max().unwrap_or(1);
     let options = SessionOptions::default()
         .context(positions.max().ok_or("bench: nothing to do")?)
         .batch(args.batch)
-        .sequences(tests.iter().map(|test| test.sequences).max().unwrap_or(1))
+        .sequences(most_sequences)
+        .outputs(most_sequences)
         .program(ProgramOptions::default().kv_format(args.kv))
         // Every repetition starts at the same depth.
         .rewind(tests.iter().map(|test| test.tokens()).max().unwrap_or(0));
