@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 HALITE, PACKED = "Halite", "Halite, packed"
+CONTEXT_STEP = 256
 
 
 def numbers(text):
@@ -78,7 +79,9 @@ def batches_of_halite(args):
 def batches_of_llama(args):
     depths, lengths, sequences = batch_depths(args), numbers(args.generate), numbers(args.sequences)
     flags = ["-npp", ",".join(map(str, depths)), "-ntg", args.generate, "-npl", args.sequences, "--output-format", "jsonl"]
-    return flags + ["-c", str(max(sequences) * (max(depths) + max(lengths)))]
+    # The program rounds the positions of a sequence up, and aborts where its warm-up does not fit.
+    positions = -(-(max(depths) + max(lengths)) // CONTEXT_STEP) * CONTEXT_STEP
+    return flags + ["-c", str(max(sequences) * positions)]
 
 
 def contestants(args, packed):
@@ -170,8 +173,8 @@ def table(records, peers):
     return "\n".join(lines)
 
 
-def draw(records, peers, path):
-    """Bars of Halite's median over each peer's."""
+def plots():
+    """matplotlib's pyplot. Asked for before anything is measured, so that no measurement is in vain."""
     try:
         import matplotlib
     except ImportError:
@@ -179,6 +182,11 @@ def draw(records, peers, path):
     matplotlib.use("svg")
     from matplotlib import pyplot
 
+    return pyplot
+
+
+def draw(pyplot, records, peers, path):
+    """Bars of Halite's median over each peer's."""
     rows = cases(records)
     figure, axes = pyplot.subplots(figsize=(9, 1 + 0.22 * len(rows) * max(1, len(peers))), layout="constrained")
     height = 0.8 / max(1, len(peers))
@@ -199,6 +207,7 @@ def draw(records, peers, path):
 def main():
     args = arguments()
     peers = list(dict.fromkeys(name for name, _ in args.peer))
+    pyplot = plots() if args.svg else None
     with tempfile.TemporaryDirectory() as folder:
         packed = pack(args, folder) if args.packed else {}
         records = measure(args, packed)
@@ -206,8 +215,8 @@ def main():
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(report, indent=1) + "\n")
     print(table(records, peers))
-    if args.svg:
-        draw(records, peers, args.svg)
+    if pyplot:
+        draw(pyplot, records, peers, args.svg)
 
 
 if __name__ == "__main__":

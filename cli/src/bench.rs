@@ -135,7 +135,9 @@ pub fn bench(args: &BenchArgs) -> Result<(), Failure> {
     let tests: Vec<Test> =
         args.depth.iter().flat_map(|&depth| tests.iter().map(move |&test| Test { depth, ..test })).collect();
     let positions = tests.iter().map(|t| {
-        t.sequences.saturating_mul(t.depth.saturating_add(t.tokens()).next_multiple_of(PAGE_POSITIONS))
+        // Sequences do not share pages.
+        let each = t.depth.saturating_add(t.tokens()).checked_next_multiple_of(PAGE_POSITIONS);
+        t.sequences.saturating_mul(each.unwrap_or(u32::MAX))
     });
     let most_sequences = tests.iter().map(|test| test.sequences).max().unwrap_or(1);
     let options = SessionOptions::default()

@@ -1,4 +1,4 @@
-//! The number of threads that pay on this machine.
+//! How many threads are worth starting on this machine.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -44,7 +44,7 @@ fn numbers(list: &str) -> Option<Vec<u32>> {
     for part in list.split(',') {
         let (first, last) = part.split_once('-').unwrap_or((part, part));
         let range = first.trim().parse().ok()?..=last.trim().parse::<u32>().ok()?;
-        if range.size_hint().0 + all.len() > MOST_CPUS {
+        if range.size_hint().0.saturating_add(all.len()) > MOST_CPUS {
             return None;
         }
         all.extend(range);

@@ -55,7 +55,7 @@ fn on_host(
     spans: &[(u32, u32)],
     threads: usize,
 ) -> Result<OpTime> {
-    if spans.len() > 1 {
+    if spans.len() != 1 {
         return Err(Error::argument("batch", "1, as kernels of a CPU were measured", spans.len()));
     }
     let rates = host::rates(profile, threads)?;
