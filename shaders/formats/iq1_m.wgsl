@@ -4,7 +4,7 @@ fn code(part: u32, k: u32) -> u32 {
     let i = 4u * part + k / 2u;
     let high = byte(32u + i / 2u) >> (4u * (i % 2u));
     let point = byte(i) | ((high & 7u) << 8u);
-    let shifted = select(grid[2u * point + k % 2u] + 0x01010101u, grid[2u * point + k % 2u] - 0x01010101u, (high & 8u) != 0u);
+    let shifted = select(grid[2u * point + k % 2u] + 0x79797979u, grid[2u * point + k % 2u] + 0x77777777u, (high & 8u) != 0u);
     return shifted ^ 0x80808080u;
 }
 fn scales(part: u32) -> vec4<f32> {

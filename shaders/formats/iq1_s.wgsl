@@ -3,7 +3,7 @@ const OFFSET: i32 = 0;
 fn code(part: u32, k: u32) -> u32 {
     let high = half_word(16u + part);
     let point = byte(4u * part + k / 2u) | (((high >> (3u * (k / 2u))) & 7u) << 8u);
-    let shifted = select(grid[2u * point + k % 2u] + 0x01010101u, grid[2u * point + k % 2u] - 0x01010101u, high >= 0x8000u);
+    let shifted = select(grid[2u * point + k % 2u] + 0x79797979u, grid[2u * point + k % 2u] + 0x77777777u, high >= 0x8000u);
     return shifted ^ 0x80808080u;
 }
 fn scales(part: u32) -> vec4<f32> {

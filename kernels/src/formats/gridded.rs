@@ -1,10 +1,18 @@
-//! Formats whose magnitudes are looked up in a grid, several at a time, with signs beside them.
+//! Formats whose codes are looked up in a grid, several at a time: magnitudes with signs beside them, or values
+//! that are shifted up or down.
 
-use super::bits::{even_signs, mask, negate};
+use super::bits::{ONES, even_signs, mask, negate};
+use super::grids::Quads;
 use super::{F16, Plain, Quantised, Unpacked};
+use crate::isa::{Isa, Scalar};
 
-/// A format of 256 values whose codes are points of a grid with signs.
+/// A format of 256 values whose codes are points of a grid with signs or shifts.
 pub trait Gridded: Quantised {
+    /// `None` if a set bit of [`Split::signs`] says that the code is the negative magnitude. Otherwise it says
+    /// that the code is shifted down by 1, a clear bit that it is shifted up; magnitudes are then too large by
+    /// this number less 1, and code bytes in kernels by this number.
+    const RAISED: Option<u8> = None;
+
     /// The scale in the file times this, which is exact, is the scale of codes times sub-scales.
     const FACTOR: f32;
 
@@ -16,27 +24,35 @@ pub trait Gridded: Quantised {
 
     /// Looks up the magnitudes of indices. (Not in `split`: indices are best computed as vectors and read
     /// back as numbers, after a while.)
-    fn look_up(split: &mut Split);
+    fn look_up<I: Isa>(isa: I, split: &mut Split);
 }
 
 /// The parts of a block.
 #[repr(C, align(64))]
 #[derive(Clone, Copy, Debug)]
 pub struct Split {
+    /// Integer sub-scales, one for each 16 values.
+    pub subs: [i16; 16],
     /// Indices into the grid: one for each 8 values (the first 32), or one for each 4.
     pub indices: [u16; 64],
     /// Magnitudes of codes.
     pub magnitudes: [[u8; 8]; 32],
-    /// For each 32 values, one bit each, the first lowest: set where the value is negative.
+    /// For each 32 values, one bit each, the first lowest: set where the value is negative or shifted down.
     pub signs: [u32; 8],
-    /// Integer sub-scales, one for each 16 values.
-    pub subs: [i16; 16],
 }
 
 impl Split {
     /// All zero.
     pub const ZERO: Split =
         Split { indices: [0; 64], magnitudes: [[0; 8]; 32], signs: [0; 8], subs: [0; 16] };
+
+    /// The bytes of several, which start with sub-scales.
+    #[inline(always)]
+    pub(crate) fn all_bytes(all: &[Split]) -> &[u8] {
+        const { assert!(size_of::<Split>() == 32 + 128 + 256 + 32 && core::mem::offset_of!(Split, subs) == 0) };
+        // SAFETY: the size is the sum of the fields' sizes, so there is no padding.
+        unsafe { core::slice::from_raw_parts(all.as_ptr().cast(), size_of_val(all)) }
+    }
 
     /// The magnitudes of 32 values.
     #[inline(always)]
@@ -72,22 +88,43 @@ impl Split {
         }
     }
 
+    /// Sets the first `N` indices: their low bytes, and their high bytes, four to a word.
+    #[inline(always)]
+    pub(super) fn read_indices<const N: usize, const M: usize>(&mut self, low: &[u8; N], high: [u32; M]) {
+        const { assert!(N == 4 * M) };
+        // (All are computed before one is stored: compilers vectorise this.)
+        let mut indices = [0; N];
+        let high = high.map(u32::to_le_bytes);
+        for (i, &high) in high.as_flattened().iter().enumerate() {
+            indices[i] = u16::from_le_bytes([low[i], high]);
+        }
+        self.indices[..N].copy_from_slice(&indices);
+    }
+
     /// Looks up points of eight magnitudes.
     #[inline(always)]
     pub(super) fn look_up_octets<const N: usize>(&mut self, grid: &[u64; N]) {
-        for i in 0..32 {
-            self.magnitudes[i] = grid[usize::from(self.indices[i]) % N].to_le_bytes();
-        }
+        look_up_octets(grid, &self.indices, &mut self.magnitudes);
     }
 
-    /// Looks up points of four magnitudes. (With vector instructions, compilers put the points together in
-    /// vectors, which takes longer.)
-    #[inline(never)]
-    pub(super) fn look_up_quads<const N: usize>(&mut self, grid: &[u32; N]) {
-        for i in 0..32 {
-            let (low, high) = (usize::from(self.indices[2 * i]), usize::from(self.indices[2 * i + 1]));
-            let octet = u64::from(grid[low % N]) | (u64::from(grid[high % N]) << 32);
-            self.magnitudes[i] = octet.to_le_bytes();
+    /// Looks up points of four magnitudes.
+    #[inline(always)]
+    pub(super) fn look_up_quads<I: Isa, const N: usize>(&mut self, isa: I, grid: &Quads<N>) {
+        let out = self.magnitudes.as_flattened_mut().as_chunks_mut().0;
+        let Some(out) = out.first_chunk_mut() else { return };
+        isa.look_up_quads(&grid.points, &grid.planes, &self.indices, out);
+    }
+}
+
+/// (Not inlined: with vector instructions, compilers put points together in vectors, which takes longer. Indices
+/// are taken from words of four, lest compilers compute them in vectors and extract each.)
+#[inline(never)]
+fn look_up_octets<const N: usize>(grid: &[u64; N], indices: &[u16; 64], out: &mut [[u8; 8]; 32]) {
+    for (out, four) in out.as_chunks_mut::<4>().0.iter_mut().zip(indices.as_chunks::<4>().0) {
+        let [a, b, c, d] = four.map(u64::from);
+        let four = a | (b << 16) | (c << 32) | (d << 48);
+        for i in 0..4 {
+            out[i] = grid[(four >> (16 * i)) as usize % N].to_le_bytes();
         }
     }
 }
@@ -97,12 +134,21 @@ impl Split {
 pub(super) fn unpack<Q: Gridded>(block: &Q, out: &mut Unpacked) {
     let mut split = Split::ZERO;
     block.split(&mut split);
-    Q::look_up(&mut split);
+    Q::look_up(Scalar, &mut split);
     out.d[0] = block.scale().value() * Q::FACTOR;
     out.sub = split.subs;
     let octets = out.octets();
     for (i, octet) in octets.iter_mut().enumerate() {
-        let signs = split.signs[i / 4].to_le_bytes()[i % 4];
-        *octet = negate(u64::from_le_bytes(split.magnitudes[i]), mask(signs)).to_le_bytes();
+        let signs = mask(split.signs[i / 4].to_le_bytes()[i % 4]);
+        let magnitudes = u64::from_le_bytes(split.magnitudes[i]);
+        *octet = match Q::RAISED {
+            None => negate(magnitudes, signs),
+            // The top bits are flipped, so that nothing is borrowed from the next byte.
+            Some(raised) => {
+                let raised = (0x80 - u64::from(raised)) * ONES + (!signs & (2 * ONES));
+                (magnitudes + raised) ^ (0x80 * ONES)
+            }
+        }
+        .to_le_bytes();
     }
 }

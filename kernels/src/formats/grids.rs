@@ -35,9 +35,30 @@ pub static IQ2_S_GRID: [u64; 1024] = points(&IQ2_S_SET, &IQ2_MAGNITUDES, 8);
 pub static IQ3_XXS_GRID: [u32; 256] = halves(points(&IQ3_XXS_SET, &[4, 12, 20, 28, 36, 44, 52, 62], 4));
 /// 512 points of 4 magnitudes of IQ3_S.
 pub static IQ3_S_GRID: [u32; 512] = halves(points(&IQ3_S_SET, &[1, 3, 5, 7, 9, 11, 13, 15], 4));
-/// 2048 points of 8 values of IQ1_S and IQ1_M: 120, 128 or 136 for -1, 0 or 1, which is eight times the value
-/// with its top bit flipped.
-pub static IQ1_GRID: [u64; 2048] = points(&IQ1_SET, &[120, 128, 136], 8);
+/// 2048 points of 8 values of IQ1_S and IQ1_M: 0, 8 or 16 for -1, 0 or 1, which is eight times the value plus 8.
+pub static IQ1_GRID: [u64; 2048] = points(&IQ1_SET, &[0, 8, 16], 8);
+
+/// A grid of points of four magnitudes.
+#[repr(align(64))]
+pub(super) struct Quads<const N: usize> {
+    /// The first magnitudes of all points, the second ones, and so on.
+    pub planes: [[u8; N]; 4],
+    /// The points.
+    pub points: [u32; N],
+}
+
+pub(super) static IQ3_XXS_QUADS: Quads<256> = quads(&IQ3_XXS_GRID);
+pub(super) static IQ3_S_QUADS: Quads<512> = quads(&IQ3_S_GRID);
+
+const fn quads<const N: usize>(points: &[u32; N]) -> Quads<N> {
+    let mut planes = [[0; N]; 4];
+    let mut i = 0;
+    while i < 4 * N {
+        planes[i / N][i % N] = points[i % N].to_le_bytes()[i / N];
+        i += 1;
+    }
+    Quads { planes, points: *points }
+}
 
 const IQ2_MAGNITUDES: [u8; 3] = [8, 25, 43];
 

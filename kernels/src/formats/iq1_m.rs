@@ -5,8 +5,9 @@
 //! `scales`.
 
 use super::bytes::layout;
-use super::iq1_s::shifted_point;
-use super::{Activation, Block, F16, Format, Plain, Quantised, Unpacked};
+use super::gridded::{self, Gridded, Split};
+use super::{Activation, Block, F16, Format, IQ1_GRID, Quantised, Unpacked};
+use crate::isa::Isa;
 
 layout! {
     /// 256 values in 56 bytes.
@@ -55,16 +56,41 @@ impl Quantised for IQ1_M {
 
     #[inline(always)]
     fn unpack(&self, out: &mut Unpacked) {
-        out.d[0] = self.d().value() * 0.125;
+        gridded::unpack(self, out);
+    }
+}
+
+impl Gridded for IQ1_M {
+    const FACTOR: f32 = 0.125;
+    const RAISED: Option<u8> = Some(9);
+
+    fn scale(&self) -> F16 {
+        self.d()
+    }
+
+    #[inline(always)]
+    fn split(&self, out: &mut Split) {
         for i in 0..16 {
             let scales = u16::from_le_bytes(self.scales[i / 4]);
-            out.sub[i] = 2 * ((scales >> (3 * (i % 4))) & 7) as i16 + 1;
+            out.subs[i] = 2 * ((scales >> (3 * (i % 4))) & 7) as i16 + 1;
         }
-        let octets = out.octets();
-        for i in 0..32 {
-            let high = self.qh[i / 2] >> (4 * (i % 2));
-            let index = u16::from(self.qs[i]) | (u16::from(high & 7) << 8);
-            octets[i] = shifted_point(index, high & 8 != 0);
+        let mut high = [0; 8];
+        for (high, qh) in high.iter_mut().zip(self.qh.as_chunks().0) {
+            let bits = u32::from(u16::from_le_bytes(*qh)) & 0x7777;
+            *high = ((bits & 0xf) | (bits & 0xf0) << 4) | ((bits & 0xf00) << 8) | ((bits & 0xf000) << 12);
         }
+        out.read_indices(&self.qs, high);
+        for g in 0..8 {
+            // Bits 3, 7, 11 and 15 tell the shifts of eight values each.
+            let bits = u32::from(u16::from_le_bytes([self.qh[2 * g], self.qh[2 * g + 1]]));
+            let low = ((bits >> 3) & 1) | ((bits << 1) & 0x100);
+            let spread = low | ((bits << 5) & 0x1_0000) | ((bits << 9) & 0x100_0000);
+            out.signs[g] = spread * 0xff;
+        }
+    }
+
+    #[inline(always)]
+    fn look_up<I: Isa>(_: I, split: &mut Split) {
+        split.look_up_octets(&IQ1_GRID);
     }
 }

@@ -2,9 +2,10 @@
 //!
 //! In normal form codes are `8 * grid ± 1` and the scale is `d / 8`.
 
-use super::bits::ONES;
 use super::bytes::layout;
-use super::{Activation, Block, F16, Format, IQ1_GRID, Plain, Quantised, Unpacked};
+use super::gridded::{self, Gridded, Split};
+use super::{Activation, Block, F16, Format, IQ1_GRID, Quantised, Unpacked};
+use crate::isa::Isa;
 
 layout! {
     /// 256 values in 50 bytes.
@@ -39,25 +40,37 @@ impl Quantised for IQ1_S {
 
     #[inline(always)]
     fn unpack(&self, out: &mut Unpacked) {
-        out.d[0] = self.d.value() * 0.125;
-        for g in 0..8 {
-            let qh = u16::from_le_bytes(self.qh[g]);
-            let sub = 2 * ((qh >> 12) & 7) as i16 + 1;
-            out.sub[2 * g] = sub;
-            out.sub[2 * g + 1] = sub;
-            for k in 0..4 {
-                let index = u16::from(self.qs[g][k]) | (((qh >> (3 * k)) & 7) << 8);
-                out.octets()[4 * g + k] = shifted_point(index, qh & 0x8000 != 0);
-            }
-        }
+        gridded::unpack(self, out);
     }
 }
 
-/// Eight codes, `8 * grid + 1`, or `8 * grid - 1` where the shift is down; `index` is below 2048.
-#[inline(always)]
-pub(super) fn shifted_point(index: u16, down: bool) -> [u8; 8] {
-    let point = IQ1_GRID[usize::from(index & 2047)];
-    // Bytes are far from both ends while their top bits are flipped, so nothing carries.
-    let shifted = if down { point - ONES } else { point + ONES };
-    (shifted ^ (0x80 * ONES)).to_le_bytes()
+impl Gridded for IQ1_S {
+    const FACTOR: f32 = 0.125;
+    const RAISED: Option<u8> = Some(9);
+
+    fn scale(&self) -> F16 {
+        self.d
+    }
+
+    #[inline(always)]
+    fn split(&self, out: &mut Split) {
+        for g in 0..8 {
+            let qh = u16::from_le_bytes(self.qh[g]);
+            out.subs[2 * g] = 2 * ((qh >> 12) & 7) as i16 + 1;
+            out.subs[2 * g + 1] = out.subs[2 * g];
+            out.signs[g] = if qh & 0x8000 != 0 { !0 } else { 0 };
+        }
+        let high = self.qh.map(|qh| {
+            let bits = u32::from(u16::from_le_bytes(qh));
+            (bits & 7) | ((bits & 0x38) << 5) | ((bits & 0x1c0) << 10) | ((bits & 0xe00) << 15)
+        });
+        let mut low = [0; 32];
+        low.copy_from_slice(self.qs.as_flattened());
+        out.read_indices(&low, high);
+    }
+
+    #[inline(always)]
+    fn look_up<I: Isa>(_: I, split: &mut Split) {
+        split.look_up_octets(&IQ1_GRID);
+    }
 }

@@ -3,6 +3,7 @@
 use super::bytes::layout;
 use super::gridded::{self, Gridded, Split};
 use super::{Activation, Block, F16, Format, IQ2_S_GRID, Quantised, Unpacked};
+use crate::isa::Isa;
 
 layout! {
     /// 256 values in 82 bytes.
@@ -64,7 +65,7 @@ impl Gridded for IQ2_S {
     }
 
     #[inline(always)]
-    fn look_up(split: &mut Split) {
+    fn look_up<I: Isa>(_: I, split: &mut Split) {
         split.look_up_octets(&IQ2_S_GRID);
     }
 }

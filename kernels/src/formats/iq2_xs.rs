@@ -4,6 +4,7 @@ use super::bits::even_bytes;
 use super::bytes::layout;
 use super::gridded::{self, Gridded, Split};
 use super::{Activation, Block, F16, Format, IQ2_XS_GRID, Quantised, Unpacked};
+use crate::isa::Isa;
 
 layout! {
     /// 256 values in 74 bytes.
@@ -65,7 +66,7 @@ impl Gridded for IQ2_XS {
     }
 
     #[inline(always)]
-    fn look_up(split: &mut Split) {
+    fn look_up<I: Isa>(_: I, split: &mut Split) {
         split.look_up_octets(&IQ2_XS_GRID);
     }
 }

@@ -6,6 +6,7 @@
 use super::bytes::layout;
 use super::gridded::{self, Gridded, Split};
 use super::{Activation, Block, F16, Format, IQ2_XXS_GRID, Quantised, Unpacked};
+use crate::isa::Isa;
 
 layout! {
     /// Grid indices, sign codes and sub-scale of 32 values.
@@ -70,7 +71,7 @@ impl Gridded for IQ2_XXS {
     }
 
     #[inline(always)]
-    fn look_up(split: &mut Split) {
+    fn look_up<I: Isa>(_: I, split: &mut Split) {
         split.look_up_octets(&IQ2_XXS_GRID);
     }
 }

@@ -1,9 +1,10 @@
 //! IQ3_S: `value = d * (2s + 1) * grid * sign`, a 4-bit s for each 32 values.
 
-use super::bits::{ONES, mask};
 use super::bytes::layout;
 use super::gridded::{self, Gridded, Split};
-use super::{Activation, Block, F16, Format, IQ3_S_GRID, Quantised, Unpacked};
+use super::grids::IQ3_S_QUADS;
+use super::{Activation, Block, F16, Format, Quantised, Unpacked};
+use crate::isa::Isa;
 
 layout! {
     /// 256 values in 110 bytes.
@@ -61,17 +62,18 @@ impl Gridded for IQ3_S {
                 out.subs[4 * i + 2 * k + 1] = sub;
             }
         }
-        for g in 0..8 {
-            let high = (mask(self.qh[g]) & ONES).to_le_bytes();
-            for k in 0..8 {
-                out.indices[8 * g + k] = u16::from(self.qs[8 * g + k]) | (u16::from(high[k]) << 8);
-            }
+        let mut high = [0; 16];
+        for (g, &bits) in self.qh.iter().enumerate() {
+            // Each bit is moved to its byte: shifts by 0, 7, 14 and 21.
+            high[2 * g] = (u32::from(bits & 15) * 0x0020_4081) & 0x0101_0101;
+            high[2 * g + 1] = (u32::from(bits >> 4) * 0x0020_4081) & 0x0101_0101;
         }
+        out.read_indices(&self.qs, high);
         out.read_signs(&self.signs);
     }
 
     #[inline(always)]
-    fn look_up(split: &mut Split) {
-        split.look_up_quads(&IQ3_S_GRID);
+    fn look_up<I: Isa>(isa: I, split: &mut Split) {
+        split.look_up_quads(isa, &IQ3_S_QUADS);
     }
 }

@@ -2,7 +2,9 @@
 
 use super::bytes::layout;
 use super::gridded::{self, Gridded, Split};
-use super::{Activation, Block, F16, Format, IQ3_XXS_GRID, Quantised, Unpacked};
+use super::grids::IQ3_XXS_QUADS;
+use super::{Activation, Block, F16, Format, Quantised, Unpacked};
+use crate::isa::Isa;
 
 layout! {
     /// 256 values in 98 bytes.
@@ -52,13 +54,13 @@ impl Gridded for IQ3_XXS {
     fn split(&self, out: &mut Split) {
         let signs = self.signs.map(u32::from_le_bytes);
         out.read_coded_signs(signs);
-        for (index, &q) in out.indices.iter_mut().zip(self.qs.as_flattened()) {
-            *index = q.into();
-        }
+        let mut lows = [0; 64];
+        lows.copy_from_slice(self.qs.as_flattened());
+        out.read_indices(&lows, [0; 16]);
     }
 
     #[inline(always)]
-    fn look_up(split: &mut Split) {
-        split.look_up_quads(&IQ3_XXS_GRID);
+    fn look_up<I: Isa>(isa: I, split: &mut Split) {
+        split.look_up_quads(isa, &IQ3_XXS_QUADS);
     }
 }

@@ -56,7 +56,7 @@ impl Interleaved for IQ4_NL {
     }
 
     #[inline(always)]
-    fn d<I: Isa>(isa: I, lanes: &impl Words<I>) -> I::F {
+    fn d<I: Isa>(isa: I, lanes: &impl Words<I>, _: usize) -> I::F {
         lanes.head_f16(isa)
     }
 }

@@ -68,7 +68,7 @@ impl Interleaved for IQ4_XS {
     }
 
     #[inline(always)]
-    fn d<I: Isa>(isa: I, lanes: &impl Words<I>) -> I::F {
+    fn d<I: Isa>(isa: I, lanes: &impl Words<I>, _: usize) -> I::F {
         isa.low_f16(lanes.word(isa, 0))
     }
 

@@ -133,6 +133,18 @@ pub trait Words<I: Isa> {
     /// The half-precision float in the tail.
     fn tail_f16(&self, isa: I) -> I::F;
 
+    /// Word `words[k]` of every row.
+    #[inline(always)]
+    fn pick(&self, isa: I, k: usize, words: [usize; 8]) -> I::I {
+        self.word(isa, words[k])
+    }
+
+    /// All lanes `numbers[k]`, to go with [`Words::pick`].
+    #[inline(always)]
+    fn numbers(&self, isa: I, k: usize, numbers: [i32; 8]) -> I::I {
+        isa.splat_i(numbers[k])
+    }
+
     /// Nibbles of word `w`: the low ones if `high` is 0, the high ones if it is 1.
     #[inline(always)]
     fn nibbles(&self, isa: I, w: usize, high: usize) -> I::I {
@@ -177,8 +189,8 @@ fn u16s<const N: usize>(bytes: &[[u8; N]; ROWS]) -> [u16; ROWS] {
     bytes.map(|bytes| bytes.first_chunk().map_or(0, |&two| u16::from_le_bytes(two)))
 }
 
-/// Maximum words of a short block: those of Q8_0.
-const SHORT_WORDS: usize = 8;
+/// Maximum words of a short block: those of NVFP4.
+const SHORT_WORDS: usize = 9;
 
 /// One short block of each of sixteen plain rows, transposed in registers.
 #[derive(Debug, Clone, Copy)]
@@ -206,17 +218,16 @@ impl<I: Isa> ShortBlocks<I> {
             blocks.head = isa.transpose(rows, stride)[0];
         }
         prefetch(1);
-        let low = isa.transpose(rows.get(head..).unwrap_or(&[]), stride);
-        for i in 0..4 {
-            blocks.words[i] = low[i];
-        }
-        prefetch(2);
-        if words > 4 {
-            // The last four words may overlap the four before them.
-            let first = words - 4;
-            let high = isa.transpose(rows.get(head + 4 * first..).unwrap_or(&[]), stride);
-            for i in 0..4 {
-                blocks.words[first + i] = high[i];
+        // The last four words may overlap the four before them.
+        for (quad, first) in [0, 4.min(words - 4), words - 4].into_iter().enumerate() {
+            if quad == 1 {
+                prefetch(2);
+            }
+            if quad < words.div_ceil(4) {
+                let four = isa.transpose(rows.get(head + 4 * first..).unwrap_or(&[]), stride);
+                for i in 0..4 {
+                    blocks.words[first + i] = four[i];
+                }
             }
         }
         prefetch(3);

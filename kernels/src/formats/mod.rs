@@ -143,8 +143,8 @@ pub trait Interleaved: Quantised {
     /// [`Quantised::OFFSET`], or, if they are signed, made so by [`Isa::signed`].
     fn code<I: Isa>(isa: I, lanes: &impl Words<I>, part: usize, k: usize) -> I::I;
 
-    /// The scale of each row.
-    fn d<I: Isa>(isa: I, lanes: &impl Words<I>) -> I::F;
+    /// The scale of group `group` of each row's block.
+    fn d<I: Isa>(isa: I, lanes: &impl Words<I>, group: usize) -> I::F;
 
     /// The minimum of each row, with the sign with which it is added.
     fn m<I: Isa>(isa: I, _lanes: &impl Words<I>) -> I::F {
@@ -369,8 +369,8 @@ impl Entry {
     }
 
     const fn interleaved<Q: Interleaved>(name: &'static str) -> Entry {
-        // One scale for all that is interleaved, or for each part of 32.
-        assert!(Q::LEN == 256 && Q::GROUP == 256 || Q::LEN == 32 && Q::GROUP == 32);
+        // One scale for a super-block, or several for a short block.
+        assert!(Q::LEN == 256 && Q::GROUP == 256 || Q::LEN <= 128 && Q::GROUP <= 32);
         let interleaving = Interleaving {
             interleave: |rows, row_blocks, out| {
                 let stride = row_blocks * size_of::<Q>();
@@ -434,7 +434,7 @@ formats! {
     IQ2_XXS = 16, gridded: "8 values from a grid of 256 points, signs, 4-bit scales for each 32.";
     IQ2_XS = 17, gridded: "8 values from a grid of 512 points, signs, 4-bit scales for each 16.";
     IQ3_XXS = 18, gridded: "4 values from a grid of 256 points, signs, 4-bit scales for each 32.";
-    IQ1_S = 19, quantised: "8 values from a grid of 2048 points, a shift and 3-bit scales for each 32.";
+    IQ1_S = 19, gridded: "8 values from a grid of 2048 points, a shift and 3-bit scales for each 32.";
     IQ4_NL = 20, interleaved: "4-bit codes into a table of uneven steps, a scale for each 32.";
     IQ3_S = 21, gridded: "4 values from a grid of 512 points, signs, 4-bit scales for each 32.";
     IQ2_S = 22, gridded: "8 values from a grid of 1024 points, signs, 4-bit scales for each 16.";
@@ -444,14 +444,14 @@ formats! {
     I32 = 26, plain: "Signed 32-bit integer.";
     I64 = 27, plain: "Signed 64-bit integer.";
     F64 = 28, plain: "IEEE binary64.";
-    IQ1_M = 29, quantised: "The grid of IQ1_S, a shift for each 8, 3-bit scales for each 16.";
+    IQ1_M = 29, gridded: "The grid of IQ1_S, a shift for each 8, 3-bit scales for each 16.";
     BF16 = 30, plain: "The upper half of an IEEE binary32.";
-    TQ1_0 = 34, quantised: "Ternary codes, five to a byte, a scale for each 256.";
+    TQ1_0 = 34, interleaved: "Ternary codes, five to a byte, a scale for each 256.";
     TQ2_0 = 35, interleaved: "Ternary codes, four to a byte, a scale for each 256.";
     MXFP4 = 39, interleaved: "OCP MXFP4: E2M1 codes, an E8M0 scale for each 32.";
-    NVFP4 = 40, quantised: "E2M1 codes, an unsigned E4M3 scale for each 16.";
-    Q1_0 = 41, quantised: "Signs, a scale for each 128.";
-    Q2_0 = 42, quantised: "2-bit codes, a scale for each 64.";
+    NVFP4 = 40, interleaved: "E2M1 codes, an unsigned E4M3 scale for each 16.";
+    Q1_0 = 41, interleaved: "Signs, a scale for each 128.";
+    Q2_0 = 42, interleaved: "2-bit codes, a scale for each 64.";
 }
 
 impl Format {

@@ -12,7 +12,7 @@ use crate::isa::Isa;
 pub static E2M1_DOUBLED: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
 
 /// [`E2M1_DOUBLED`] plus 12.
-static E2M1_RAISED: [i8; 16] = [12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0];
+pub(super) static E2M1_RAISED: [i8; 16] = [12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0];
 
 /// The entry of [`E2M1_DOUBLED`] for a code of 0 to 15, in arithmetic that vectorises as no look-up does.
 #[inline(always)]
@@ -102,7 +102,7 @@ impl Interleaved for MXFP4 {
     }
 
     #[inline(always)]
-    fn d<I: Isa>(isa: I, lanes: &impl Words<I>) -> I::F {
+    fn d<I: Isa>(isa: I, lanes: &impl Words<I>, _: usize) -> I::F {
         half(isa, lanes.head_u8(isa))
     }
 }

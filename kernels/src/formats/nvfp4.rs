@@ -5,8 +5,10 @@
 //! own, which files keep beside it.
 
 use super::bytes::layout;
-use super::mxfp4::e2m1_doubled;
-use super::{Activation, Block, Format, Quantised, Unpacked};
+use super::lanes::{Lanes, Words};
+use super::mxfp4::{E2M1_RAISED, e2m1_doubled};
+use super::{Activation, Block, Format, Interleaved, Quantised, Unpacked};
+use crate::isa::Isa;
 
 layout! {
     /// An unsigned float of 4 exponent bits (bias 7) and 3 fraction bits; the top bit is not looked at.
@@ -46,6 +48,16 @@ impl UE4M3 {
     }
 }
 
+/// [`UE4M3::half`] of the lowest byte of each lane.
+#[inline(always)]
+fn half<I: Isa>(isa: I, bits: I::I) -> I::F {
+    // As a half-precision float the number, denormal ones too, is too small by the difference of the biases.
+    let number = isa.low_f16(isa.shl_i::<7>(isa.and_i(bits, isa.splat_i(0x7f))));
+    let value = isa.mul(number, isa.splat(const { (1 << (15 - 7 - 1)) as f32 }));
+    // What would come after 448 is 0.
+    isa.select_gt(value, isa.splat(224.0), isa.splat(0.0), value)
+}
+
 layout! {
     /// 64 values in 36 bytes.
     pub struct NVFP4 {
@@ -74,6 +86,8 @@ impl Quantised for NVFP4 {
     const ACTIVATION: Activation = Activation::Q8_0;
     const GROUP: usize = 16;
     const HAS_MIN: bool = false;
+    const OFFSET: i32 = 12;
+    const SIGNED: bool = false;
 
     #[inline(always)]
     fn unpack(&self, out: &mut Unpacked) {
@@ -86,5 +100,21 @@ impl Quantised for NVFP4 {
                 out.codes[16 * group + j + 8] = e2m1_doubled(byte >> 4);
             }
         }
+    }
+}
+
+impl Interleaved for NVFP4 {
+    /// The first word has the scales.
+    type Lanes = Lanes<0, 9, 0>;
+
+    #[inline(always)]
+    fn code<I: Isa>(isa: I, lanes: &impl Words<I>, part: usize, k: usize) -> I::I {
+        let group = 2 * part + k / 4;
+        isa.lookup(&E2M1_RAISED, lanes.nibbles(isa, 1 + 2 * group + k % 2, k % 4 / 2))
+    }
+
+    #[inline(always)]
+    fn d<I: Isa>(isa: I, lanes: &impl Words<I>, group: usize) -> I::F {
+        half(isa, isa.shr_by(lanes.word(isa, 0), 8 * group as u32))
     }
 }

@@ -2,7 +2,9 @@
 
 use super::bits::{ONES, mask};
 use super::bytes::layout;
-use super::{Activation, Block, F16, Format, Plain, Quantised, Unpacked};
+use super::lanes::{Lanes, Words, field, spread_bits};
+use super::{Activation, Block, F16, Format, Interleaved, Plain, Quantised, Unpacked};
+use crate::isa::Isa;
 
 layout! {
     /// 128 values in 18 bytes.
@@ -31,6 +33,8 @@ impl Quantised for Q1_0 {
     const ACTIVATION: Activation = Activation::Q8_0;
     const GROUP: usize = 32;
     const HAS_MIN: bool = false;
+    const OFFSET: i32 = 1;
+    const SIGNED: bool = false;
 
     #[inline(always)]
     fn unpack(&self, out: &mut Unpacked) {
@@ -41,5 +45,20 @@ impl Quantised for Q1_0 {
             // 1 where the bit is set, else -1.
             octets[j] = (!mask(self.qs[j]) | ONES).to_le_bytes();
         }
+    }
+}
+
+impl Interleaved for Q1_0 {
+    type Lanes = Lanes<2, 4, 0>;
+
+    #[inline(always)]
+    fn code<I: Isa>(isa: I, lanes: &impl Words<I>, part: usize, k: usize) -> I::I {
+        // Bit 4 becomes bit 1.
+        field(isa, spread_bits(isa, lanes.word(isa, part), k), 4, 1, 2)
+    }
+
+    #[inline(always)]
+    fn d<I: Isa>(isa: I, lanes: &impl Words<I>, _: usize) -> I::F {
+        lanes.head_f16(isa)
     }
 }

@@ -1,7 +1,9 @@
 //! Q2_0: `value = d * (q - 1)`, 2-bit q. Bits 2k and 2k + 1 of byte j hold q of value 4j + k.
 
 use super::bytes::layout;
-use super::{Activation, Block, F16, Format, Plain, Quantised, Unpacked};
+use super::lanes::{Lanes, Words};
+use super::{Activation, Block, F16, Format, Interleaved, Plain, Quantised, Unpacked};
+use crate::isa::Isa;
 
 layout! {
     /// 64 values in 18 bytes.
@@ -30,6 +32,8 @@ impl Quantised for Q2_0 {
     const ACTIVATION: Activation = Activation::Q8_0;
     const GROUP: usize = 32;
     const HAS_MIN: bool = false;
+    const OFFSET: i32 = 1;
+    const SIGNED: bool = false;
 
     #[inline(always)]
     fn unpack(&self, out: &mut Unpacked) {
@@ -40,5 +44,22 @@ impl Quantised for Q2_0 {
                 out.codes[4 * j + k] = ((self.qs[j] >> (2 * k)) & 3) as i8 - 1;
             }
         }
+    }
+}
+
+impl Interleaved for Q2_0 {
+    type Lanes = Lanes<2, 4, 0>;
+
+    #[inline(always)]
+    fn code<I: Isa>(isa: I, lanes: &impl Words<I>, part: usize, k: usize) -> I::I {
+        let word = lanes.word(isa, 2 * part + k / 4);
+        let byte = isa.and_i(isa.shr_by(word, 8 * (k % 4) as u32), isa.splat_i(0xff));
+        // Each pair of bits is moved to its byte: shifts by 0, 6, 12 and 18.
+        isa.and_i(isa.mul_i(byte, isa.splat_i(0x0004_1041)), isa.splat_i(0x0303_0303))
+    }
+
+    #[inline(always)]
+    fn d<I: Isa>(isa: I, lanes: &impl Words<I>, _: usize) -> I::F {
+        lanes.head_f16(isa)
     }
 }

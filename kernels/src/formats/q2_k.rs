@@ -69,7 +69,7 @@ impl Interleaved for Q2_K {
     }
 
     #[inline(always)]
-    fn d<I: Isa>(isa: I, lanes: &impl Words<I>) -> I::F {
+    fn d<I: Isa>(isa: I, lanes: &impl Words<I>, _: usize) -> I::F {
         isa.low_f16(lanes.word(isa, 20))
     }
 

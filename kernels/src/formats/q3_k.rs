@@ -73,7 +73,7 @@ impl Interleaved for Q3_K {
     }
 
     #[inline(always)]
-    fn d<I: Isa>(isa: I, lanes: &impl Words<I>) -> I::F {
+    fn d<I: Isa>(isa: I, lanes: &impl Words<I>, _: usize) -> I::F {
         lanes.tail_f16(isa)
     }
 

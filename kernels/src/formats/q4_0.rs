@@ -68,7 +68,7 @@ impl Interleaved for Q4_0 {
     }
 
     #[inline(always)]
-    fn d<I: Isa>(isa: I, lanes: &impl Words<I>) -> I::F {
+    fn d<I: Isa>(isa: I, lanes: &impl Words<I>, _: usize) -> I::F {
         lanes.head_f16(isa)
     }
 }

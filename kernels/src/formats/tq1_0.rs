@@ -5,7 +5,9 @@
 //! bytes of `qh`, which have four digits, values 240 + 4n + j.
 
 use super::bytes::layout;
-use super::{Activation, Block, F16, Format, Plain, Quantised, Unpacked};
+use super::lanes::{Lanes, Words};
+use super::{Activation, Block, F16, Format, Interleaved, Plain, Quantised, Unpacked};
+use crate::isa::Isa;
 
 layout! {
     /// 256 values in 54 bytes.
@@ -52,6 +54,9 @@ impl Quantised for TQ1_0 {
     const ACTIVATION: Activation = Activation::Q8_K;
     const GROUP: usize = 256;
     const HAS_MIN: bool = false;
+    const SUB: usize = 256;
+    const OFFSET: i32 = 1;
+    const SIGNED: bool = false;
 
     #[inline(always)]
     fn unpack(&self, out: &mut Unpacked) {
@@ -61,4 +66,44 @@ impl Quantised for TQ1_0 {
         digits::<16>(&self.qs[32..], &mut out.codes[160..240]);
         digits::<4>(&self.qh, &mut out.codes[240..]);
     }
+}
+
+impl Interleaved for TQ1_0 {
+    type Lanes = Lanes<0, 13, 2>;
+
+    #[inline(always)]
+    fn code<I: Isa>(isa: I, lanes: &impl Words<I>, part: usize, k: usize) -> I::I {
+        let twice = [8, 9, 10, 11, 8, 9, 10, 11];
+        match part {
+            5 => digit(isa, lanes.pick(isa, k, twice), lanes.numbers(isa, k, [1, 1, 1, 1, 3, 3, 3, 3])),
+            6 => digit(isa, lanes.pick(isa, k, twice), lanes.numbers(isa, k, [9, 9, 9, 9, 27, 27, 27, 27])),
+            7 => {
+                let words = lanes.pick(isa, k, [8, 9, 10, 11, 12, 12, 12, 12]);
+                digit(isa, words, lanes.numbers(isa, k, [81, 81, 81, 81, 1, 3, 9, 27]))
+            }
+            _ => digit(isa, lanes.word(isa, k), isa.splat_i([1, 3, 9, 27, 81, 0, 0, 0][part % 8])),
+        }
+    }
+
+    #[inline(always)]
+    fn d<I: Isa>(isa: I, lanes: &impl Words<I>, _: usize) -> I::F {
+        lanes.tail_f16(isa)
+    }
+}
+
+/// The `n`-th digit of each byte; `power` is 3^n.
+#[inline(always)]
+fn digit<I: Isa>(isa: I, bytes: I::I, power: I::I) -> I::I {
+    let even = isa.and_i(isa.shr_by(tripled(isa, bytes, power), 8), isa.splat_i(0x0003_0003));
+    let odd = isa.and_i(tripled(isa, isa.shr_by(bytes, 8), power), isa.splat_i(0x0300_0300));
+    isa.or_i(even, odd)
+}
+
+/// Of the first and the third byte of each lane, the fraction before the `n`-th digit, times 3: the digit is in
+/// bits 8 and 9.
+#[inline(always)]
+fn tripled<I: Isa>(isa: I, bytes: I::I, power: I::I) -> I::I {
+    let halves = isa.splat_i(0x00ff_00ff);
+    let fraction = isa.and_i(isa.mul_i(isa.and_i(bytes, halves), power), halves);
+    isa.add_i(fraction, isa.add_i(fraction, fraction))
 }

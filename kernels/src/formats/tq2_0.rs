@@ -59,7 +59,7 @@ impl Interleaved for TQ2_0 {
     }
 
     #[inline(always)]
-    fn d<I: Isa>(isa: I, lanes: &impl Words<I>) -> I::F {
+    fn d<I: Isa>(isa: I, lanes: &impl Words<I>, _: usize) -> I::F {
         lanes.tail_f16(isa)
     }
 }

@@ -194,14 +194,22 @@ pub trait Isa: Copy + Send + Sync + 'static {
 
     /// The bytes of two rows.
     fn load_halves(self, a: &[u8; 32], b: &[u8; 32]) -> Self::I;
-    /// Negates the bytes, none of which is -128, for which a bit is set: bit `i` of `signs[row]` is that of
-    /// byte `i` of a row.
+    /// Bytes 0xff for bits that are set, else 0: bit `i` of `bits[row]` is that of byte `i` of a row.
     #[inline(always)]
-    fn negate(self, x: Self::I, signs: [u32; 2]) -> Self::I {
+    fn byte_masks(self, bits: [u32; 2]) -> Self::I {
+        let mut words = [0; 64];
+        for i in 0..64 {
+            words[i] = if (bits[i / 32] >> (i % 32)) & 1 == 1 { 0xff } else { 0 };
+        }
+        self.load_words(&words)
+    }
+    /// Negates the bytes, none of which is -128, for which a bit is set, as in [`Isa::byte_masks`].
+    #[inline(always)]
+    fn negate(self, x: Self::I, bits: [u32; 2]) -> Self::I {
         let mut words = [0; 64];
         self.store_words(x, &mut words);
         for i in 0..64 {
-            let negative = (signs[i / 32] >> (i % 32)) & 1 == 1;
+            let negative = (bits[i / 32] >> (i % 32)) & 1 == 1;
             words[i] = if negative { words[i].wrapping_neg() } else { words[i] };
         }
         self.load_words(&words)
@@ -251,6 +259,18 @@ pub trait Isa: Copy + Send + Sync + 'static {
     ) -> Self::I {
         self.add_i(acc, self.mul_i(self.dot4::<SIGNED>(self.splat_i(0), codes, x), scales))
     }
+    /// Looks up points of four bytes by number. `planes` has the first bytes of all points, the second ones, and
+    /// so on. `N` is 256 or 512, above all indices.
+    #[inline(always)]
+    fn look_up_quads<const N: usize>(
+        self,
+        points: &[u32; N],
+        _planes: &[[u8; N]; 4],
+        indices: &[u16; 64],
+        out: &mut [[u8; 4]; 64],
+    ) {
+        look_up_quads(points, indices, out);
+    }
     /// The sums of the halves of eight vectors: lane `r` is that of the first half of `x[r]`, lane `8 + r`
     /// that of the second.
     #[inline(always)]
@@ -279,6 +299,14 @@ fn dot4_four_times<I: Isa, const SIGNED: bool>(
         b = isa.dot4::<SIGNED>(b, codes[k], isa.splat_i(x[1][k]));
     }
     [a, b]
+}
+
+/// [`Isa::look_up_quads`], point by point. (Not inlined: with vector instructions, compilers do worse.)
+#[inline(never)]
+fn look_up_quads<const N: usize>(points: &[u32; N], indices: &[u16; 64], out: &mut [[u8; 4]; 64]) {
+    for i in 0..64 {
+        out[i] = points[usize::from(indices[i]) % N].to_le_bytes();
+    }
 }
 
 /// Plain scalar code, which every CPU can run.

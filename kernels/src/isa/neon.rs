@@ -321,6 +321,27 @@ impl<const DOT: bool, const I8MM: bool> Isa for Neon<DOT, I8MM> {
         })
     }
     #[inline(always)]
+    fn byte_masks(self, bits: [u32; 2]) -> Self::I {
+        const BYTES: [[u8; 16]; 2] = [
+            [0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1],
+            [2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3],
+        ];
+        const BIT: [u8; 16] = [1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128];
+        each!(i => {
+            let bits = vreinterpretq_u8_u32(vdupq_n_u32(bits[i / 2]));
+            let bytes = vqtbl1q_u8(bits, vld1q_u8(BYTES[i % 2].as_ptr()));
+            vreinterpretq_s32_u8(vtstq_u8(bytes, vld1q_u8(BIT.as_ptr())))
+        })
+    }
+    #[inline(always)]
+    fn negate(self, x: Self::I, bits: [u32; 2]) -> Self::I {
+        let negative = self.byte_masks(bits);
+        each!(i => {
+            let (x, negative) = (vreinterpretq_u8_s32(x[i]), vreinterpretq_u8_s32(negative[i]));
+            vreinterpretq_s32_u8(vsubq_u8(veorq_u8(x, negative), negative))
+        })
+    }
+    #[inline(always)]
     fn load_nibble_halves(self, a: &[u8; 16], b: &[u8; 16]) -> Self::I {
         each!(i => {
             let x = vld1q_u8(if i < 2 { a } else { b }.as_ptr());

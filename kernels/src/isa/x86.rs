@@ -10,7 +10,10 @@ pub struct Avx2<const VNNI: bool>(());
 
 /// AVX-512 F, BW, DQ, VL and VNNI (Cascade Lake, Ice Lake, Zen 4 and later).
 #[derive(Debug, Clone, Copy)]
-pub struct Avx512(());
+pub struct Avx512 {
+    /// Whether there are permutations of bytes (VBMI; all but Cascade Lake).
+    vbmi: bool,
+}
 
 /// Wraps intrinsics. The token that every method takes proves that the CPU has them.
 macro_rules! op {
@@ -297,13 +300,14 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
         op!([_mm256_loadu_si256(a.as_ptr().cast()), _mm256_loadu_si256(b.as_ptr().cast())])
     }
     #[inline(always)]
-    fn negate(self, x: Self::I, signs: [u32; 2]) -> Self::I {
-        let mut out = x;
-        for half in 0..2 {
-            out[half] = op!({
-                // Each byte gets the byte of signs that has its bit.
+    fn byte_masks(self, bits: [u32; 2]) -> Self::I {
+        op!(pair(
+            bits,
+            #[inline(always)]
+            |bits| {
+                // Each byte gets the byte of bits that has its bit.
                 let bytes = _mm256_shuffle_epi8(
-                    _mm256_set1_epi32(signs[half] as i32),
+                    _mm256_set1_epi32(bits as i32),
                     _mm256_setr_epi64x(
                         0,
                         0x0101_0101_0101_0101,
@@ -312,11 +316,14 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
                     ),
                 );
                 let bit = _mm256_set1_epi64x(0x8040_2010_0804_0201_u64 as i64);
-                let negative = _mm256_cmpeq_epi8(_mm256_and_si256(bytes, bit), bit);
-                _mm256_sub_epi8(_mm256_xor_si256(x[half], negative), negative)
-            });
-        }
-        out
+                _mm256_cmpeq_epi8(_mm256_and_si256(bytes, bit), bit)
+            }
+        ))
+    }
+    #[inline(always)]
+    fn negate(self, x: Self::I, bits: [u32; 2]) -> Self::I {
+        let negative = self.byte_masks(bits);
+        op!(both(x, negative, |x, negative| _mm256_sub_epi8(_mm256_xor_si256(x, negative), negative)))
     }
     #[inline(always)]
     fn load_nibble_halves(self, a: &[u8; 16], b: &[u8; 16]) -> Self::I {
@@ -380,6 +387,16 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
         out
     }
     #[inline(always)]
+    fn look_up_quads<const N: usize>(
+        self,
+        points: &[u32; N],
+        _: &[[u8; N]; 4],
+        indices: &[u16; 64],
+        out: &mut [[u8; 4]; 64],
+    ) {
+        op!(insert_quads(points, indices, out));
+    }
+    #[inline(always)]
     fn sum_halves(self, x: &[[i32; 16]; 8]) -> Self::I {
         let mut sums = self.splat_i(0);
         for half in 0..2 {
@@ -404,6 +421,18 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
             });
         }
         sums
+    }
+}
+
+/// [`Isa::look_up_quads`], each point put in its place in a vector.
+#[inline(never)]
+#[target_feature(enable = "avx2")]
+fn insert_quads<const N: usize>(points: &[u32; N], indices: &[u16; 64], out: &mut [[u8; 4]; 64]) {
+    for (out, four) in out.as_chunks_mut::<4>().0.iter_mut().zip(indices.as_chunks::<4>().0) {
+        let [a, b, c, d] = four.map(|i| points[usize::from(i) % N] as i32);
+        let x = _mm_insert_epi32::<2>(_mm_insert_epi32::<1>(_mm_cvtsi32_si128(a), b), c);
+        // SAFETY: writes an array of 16 bytes.
+        unsafe { _mm_storeu_si128(out.as_mut_ptr().cast(), _mm_insert_epi32::<3>(x, d)) };
     }
 }
 
@@ -467,7 +496,7 @@ impl Isa for Avx512 {
             && std::arch::is_x86_feature_detected!("avx512vl")
             && std::arch::is_x86_feature_detected!("avx512vnni")
             && Avx2::<false>::detect().is_some();
-        all.then_some(Avx512(()))
+        all.then(|| Avx512 { vbmi: std::arch::is_x86_feature_detected!("avx512vbmi") })
     }
     #[inline(always)]
     fn run<R>(self, f: impl FnOnce() -> R) -> R {
@@ -687,8 +716,12 @@ impl Isa for Avx512 {
         op!(halves(_mm256_loadu_si256(a.as_ptr().cast()), _mm256_loadu_si256(b.as_ptr().cast())))
     }
     #[inline(always)]
-    fn negate(self, x: Self::I, signs: [u32; 2]) -> Self::I {
-        let negative = u64::from(signs[0]) | (u64::from(signs[1]) << 32);
+    fn byte_masks(self, bits: [u32; 2]) -> Self::I {
+        op!(_mm512_movm_epi8(u64::from(bits[0]) | (u64::from(bits[1]) << 32)))
+    }
+    #[inline(always)]
+    fn negate(self, x: Self::I, bits: [u32; 2]) -> Self::I {
+        let negative = u64::from(bits[0]) | (u64::from(bits[1]) << 32);
         op!(_mm512_mask_sub_epi8(x, negative, _mm512_setzero_si512(), x))
     }
     #[inline(always)]
@@ -744,6 +777,20 @@ impl Isa for Avx512 {
         })
     }
     #[inline(always)]
+    fn look_up_quads<const N: usize>(
+        self,
+        points: &[u32; N],
+        planes: &[[u8; N]; 4],
+        indices: &[u16; 64],
+        out: &mut [[u8; 4]; 64],
+    ) {
+        if self.vbmi {
+            op!(permute_quads(planes, indices, out));
+        } else {
+            op!(insert_quads(points, indices, out));
+        }
+    }
+    #[inline(always)]
     fn sum_halves(self, x: &[[i32; 16]; 8]) -> Self::I {
         op!({
             let mut rows = [_mm512_setzero_si512(); 8];
@@ -773,4 +820,51 @@ impl Isa for Avx512 {
 #[target_feature(enable = "avx512f")]
 fn halves(a: __m256i, b: __m256i) -> __m512i {
     _mm512_inserti64x4::<1>(_mm512_castsi256_si512(a), b)
+}
+
+/// [`Isa::look_up_quads`] by permutations of bytes, which find 64 magnitudes among 128.
+#[inline(never)]
+#[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
+fn permute_quads<const N: usize>(planes: &[[u8; N]; 4], indices: &[u16; 64], out: &mut [[u8; 4]; 64]) {
+    const { assert!(N == 256 || N == 512) };
+    let load = |bytes: &[u8; 64]| {
+        // SAFETY: reads an array.
+        unsafe { _mm512_loadu_si512(bytes.as_ptr().cast()) }
+    };
+    let [first, second] = indices.as_chunks::<32>().0 else { return };
+    // SAFETY: reads arrays of 64 bytes.
+    let indices =
+        unsafe { [_mm512_loadu_si512(first.as_ptr().cast()), _mm512_loadu_si512(second.as_ptr().cast())] };
+    // Fours of indices are put where the fours of magnitudes that come of them end up in order.
+    let order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    let bytes = |[a, b]: [__m512i; 2]| {
+        _mm512_permutexvar_epi32(order, halves(_mm512_cvtepi16_epi8(a), _mm512_cvtepi16_epi8(b)))
+    };
+    let low = bytes(indices);
+    let high = bytes([_mm512_srli_epi16::<8>(indices[0]), _mm512_srli_epi16::<8>(indices[1])]);
+    let (bit7, bit8) = (_mm512_movepi8_mask(low), _mm512_test_epi8_mask(high, high));
+    let mut found = [_mm512_setzero_si512(); 4];
+    for (found, plane) in found.iter_mut().zip(planes) {
+        for (i, table) in plane.as_chunks::<64>().0.as_chunks::<4>().0.iter().enumerate() {
+            let here = _mm512_mask_blend_epi8(
+                bit7,
+                _mm512_permutex2var_epi8(load(&table[0]), low, load(&table[1])),
+                _mm512_permutex2var_epi8(load(&table[2]), low, load(&table[3])),
+            );
+            *found = if i == 0 { here } else { _mm512_mask_blend_epi8(bit8, *found, here) };
+        }
+    }
+    let [a, b, c, d] = found;
+    let (ab, cd) = (_mm512_unpacklo_epi8(a, b), _mm512_unpacklo_epi8(c, d));
+    let (ab2, cd2) = (_mm512_unpackhi_epi8(a, b), _mm512_unpackhi_epi8(c, d));
+    let quads = [
+        _mm512_unpacklo_epi16(ab, cd),
+        _mm512_unpackhi_epi16(ab, cd),
+        _mm512_unpacklo_epi16(ab2, cd2),
+        _mm512_unpackhi_epi16(ab2, cd2),
+    ];
+    for (out, quads) in out.as_chunks_mut::<16>().0.iter_mut().zip(quads) {
+        // SAFETY: writes an array of 64 bytes.
+        unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), quads) };
+    }
 }

@@ -30,6 +30,8 @@ trait Rows<I: Isa, Q: Quantised>: Copy {
     fn codes(isa: I, rows: [&Self::Row; 2], part: usize) -> I::I;
     /// Whether code bytes are signed, as [`Quantised::SIGNED`] has it.
     const SIGNED: bool = Q::SIGNED;
+    /// The number by which code bytes exceed codes.
+    const BIAS: i32 = bias::<I, Q>();
     /// Whether code bytes are magnitudes, with signs beside them.
     const MAGNITUDES: bool = false;
     /// The signs of a part, a bit for each value.
@@ -114,7 +116,7 @@ impl<I: Isa, Q: Interleaved> Rows<I, Q> for Blocks<'_, Q> {
                 isa.store_i(isa.byte_pair(all[s / 4], [s % 4, last % 4]), &mut subs[part]);
             }
         }
-        let (d, mut m, mut mins) = (Q::d(isa, &words), isa.splat(0.0), [isa.splat_i(0); 4]);
+        let (d, mut m, mut mins) = (Q::d(isa, &words, 0), isa.splat(0.0), [isa.splat_i(0); 4]);
         if Q::HAS_MIN {
             (m, mins) = (Q::m(isa, &words), Q::mins(isa, &words));
         }
@@ -181,6 +183,24 @@ impl<I: Isa, Q: Interleaved> Words<I> for CodeWords<'_, Q> {
         isa.load_halves(bytes_at(self.0[0], w), bytes_at(self.0[1], w))
     }
     #[inline(always)]
+    fn pick(&self, isa: I, _: usize, words: [usize; 8]) -> I::I {
+        let mut halves = [[0; 32]; 2];
+        for (half, row) in halves.iter_mut().zip(self.0) {
+            for (word, w) in half.as_chunks_mut().0.iter_mut().zip(words) {
+                *word = *bytes_at::<Q, 4>(row, w);
+            }
+        }
+        isa.load_halves(&halves[0], &halves[1])
+    }
+    #[inline(always)]
+    fn numbers(&self, isa: I, _: usize, numbers: [i32; 8]) -> I::I {
+        let mut lanes = [0; 16];
+        for l in 0..16 {
+            lanes[l] = numbers[l % 8];
+        }
+        isa.load_i(&lanes)
+    }
+    #[inline(always)]
     fn split_nibbles(&self, isa: I, w: usize, _: usize) -> I::I {
         isa.load_nibble_halves(bytes_at(self.0[0], w), bytes_at(self.0[1], w))
     }
@@ -211,12 +231,7 @@ impl<I: Isa, Q: Quantised> Rows<I, Q> for &[Unpacked; ROWS] {
         }
         let mut subs = [[0; 16]; PARTS];
         let bytes = Unpacked::all_bytes(self).get(core::mem::offset_of!(Unpacked, sub)..).unwrap_or(&[]);
-        for quad in 0..PARTS / 4 {
-            let words = isa.transpose(bytes.get(16 * quad..).unwrap_or(&[]), size_of::<Unpacked>());
-            for i in 0..4 {
-                isa.store_i(words[i], &mut subs[4 * quad + i]);
-            }
-        }
+        store_subs(isa, bytes, size_of::<Unpacked>(), &mut subs);
         Header { d: isa.load(&d), m: isa.splat(0.0), subs, mins: [isa.splat_i(0); 4] }
     }
     #[inline(always)]
@@ -232,6 +247,17 @@ impl<I: Isa, Q: Quantised> Rows<I, Q> for &[Unpacked; ROWS] {
     fn prefetch_next(self, _: I, _: usize) {}
 }
 
+/// The 16-bit sub-scales of rows, `stride` bytes apart, in pairs.
+#[inline(always)]
+fn store_subs<I: Isa>(isa: I, rows: &[u8], stride: usize, subs: &mut [[i32; 16]; PARTS]) {
+    for quad in 0..PARTS / 4 {
+        let words = isa.transpose(rows.get(16 * quad..).unwrap_or(&[]), stride);
+        for i in 0..4 {
+            isa.store_i(words[i], &mut subs[4 * quad + i]);
+        }
+    }
+}
+
 /// Rows of points in a grid.
 #[derive(Clone, Copy)]
 struct Grid<'a> {
@@ -242,13 +268,21 @@ struct Grid<'a> {
 impl<I: Isa, Q: Gridded> Rows<I, Q> for Grid<'_> {
     type Row = Split;
     const SIGNED: bool = false;
-    const MAGNITUDES: bool = true;
+    const BIAS: i32 = match Q::RAISED {
+        Some(raised) => raised as i32,
+        None => 0,
+    };
+    const MAGNITUDES: bool = Q::RAISED.is_none();
 
     #[inline(always)]
     fn header(self, isa: I) -> Header<I> {
         let d = isa.mul(isa.load_f16(self.scales), isa.splat(Q::FACTOR));
-        let zero = isa.splat_i(0);
-        Header { d, m: isa.splat(0.0), subs: [[0; 16]; PARTS], mins: [zero; 4] }
+        // Each row has its sub-scales, but an excess of codes is told by those of all rows.
+        let mut subs = [[0; 16]; PARTS];
+        if Q::RAISED.is_some() {
+            store_subs(isa, Split::all_bytes(self.rows), size_of::<Split>(), &mut subs);
+        }
+        Header { d, m: isa.splat(0.0), subs, mins: [isa.splat_i(0); 4] }
     }
     #[inline(always)]
     fn row(&self, r: usize) -> &Split {
@@ -256,7 +290,14 @@ impl<I: Isa, Q: Gridded> Rows<I, Q> for Grid<'_> {
     }
     #[inline(always)]
     fn codes(isa: I, [a, b]: [&Split; 2], part: usize) -> I::I {
-        isa.load_halves(a.part(part), b.part(part))
+        let codes = isa.load_halves(a.part(part), b.part(part));
+        if Q::RAISED.is_none() {
+            return codes;
+        }
+        // Up or down by 1 is 2 or nothing, with the excess.
+        let down = isa.byte_masks([a.signs[part], b.signs[part]]);
+        let twos = isa.splat_i(0x0202_0202);
+        isa.add_i(codes, isa.sub_i(twos, isa.and_i(down, twos)))
     }
     #[inline(always)]
     fn signs(row: &Split, part: usize) -> u32 {
@@ -309,7 +350,9 @@ pub(super) fn gridded<I: Isa, Q: Gridded, const T: usize>(isa: I, task: &mut Tas
                 block.split(&mut rows[r]);
                 scales[r] = block.scale().to_bits();
             }
-            rows.iter_mut().for_each(Q::look_up);
+            for row in &mut rows {
+                Q::look_up(isa, row);
+            }
             add::<I, Q, _, T>(isa, Grid { rows: &rows, scales: &scales }, x, acc);
         },
     );
@@ -347,7 +390,7 @@ fn prefetch_next<I: Isa, B: Bytes, const N: usize>(
 ) {
     let ahead = (ROWS * (row_blocks + c) + r) * size_of::<B>();
     for line in (0..N * size_of::<B>()).step_by(64) {
-        isa.prefetch::<false, _>(B::bytes_of(rows), ahead + line);
+        isa.prefetch::<true, _>(B::bytes_of(rows), ahead + line);
     }
 }
 
@@ -434,9 +477,8 @@ fn add<I: Isa, Q: Quantised, R: Rows<I, Q>, const T: usize>(
     }
     for t in 0..T {
         let mut sums = isa.sum_halves(&lanes[t]);
-        let bias = if R::MAGNITUDES { 0 } else { bias::<I, Q>() };
-        if bias != 0 {
-            sums = isa.sub_i(sums, isa.mul_i(raised::<I, Q>(isa, &header, &x[t]), isa.splat_i(bias)));
+        if R::BIAS != 0 {
+            sums = isa.sub_i(sums, isa.mul_i(raised::<I, Q>(isa, &header, &x[t]), isa.splat_i(R::BIAS)));
         }
         acc[t] = add_group::<I, Q>(isa, &header, &x[t], sums, acc[t]);
     }

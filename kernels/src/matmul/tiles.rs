@@ -72,11 +72,12 @@ pub(super) fn store_subs<I: Isa, Q: Interleaved>(
 impl<I: Isa, Q: Interleaved> Scales<I, Q> for Direct<'_, Q> {
     #[inline(always)]
     fn d(self, isa: I, group: usize) -> I::F {
-        Q::d(isa, &self.lanes[group])
+        let groups = Q::LEN / Q::GROUP;
+        Q::d(isa, &self.lanes[group / groups], group % groups)
     }
     #[inline(always)]
     fn m(self, isa: I, group: usize) -> I::F {
-        Q::m(isa, &self.lanes[group])
+        Q::m(isa, &self.lanes[group * Q::GROUP / Q::LEN])
     }
     #[inline(always)]
     fn mins(self, isa: I, pair: usize) -> I::I {
@@ -93,7 +94,8 @@ impl<I: Isa, Q: Interleaved> Source<I, Q> for Direct<'_, Q> {
             let share = size_of::<Q::Lanes>() / (Q::LEN / 32);
             prefetch_quarter(isa, self.lanes, STREAM_BYTES + part * share, share, k / 2);
         }
-        let (lanes, part) = if Q::LEN == 32 { (&self.lanes[part], 0) } else { (&self.lanes[0], part) };
+        let parts = Q::LEN / 32;
+        let (lanes, part) = (&self.lanes[part / parts], part % parts);
         isa.pair([Q::code(isa, lanes, part, k), Q::code(isa, lanes, part, k + 1)])
     }
     #[inline(always)]
@@ -162,7 +164,7 @@ impl Tile {
                 isa.store_words(pair[1], &mut self.codes[8 * part + k + 1]);
             }
         }
-        for group in 0..lanes.len() {
+        for group in 0..lanes.len() * Q::LEN / Q::GROUP {
             isa.store(Scales::<I, Q>::d(source, isa, group), &mut self.d[group]);
             if Q::HAS_MIN {
                 isa.store(Scales::<I, Q>::m(source, isa, group), &mut self.m[group]);
@@ -206,7 +208,7 @@ impl Tile {
     }
 }
 
-/// Short blocks of a chunk.
+/// Blocks of a chunk, at most.
 const BLOCKS: usize = CHUNK / 32;
 
 /// Memory for the interleaved blocks of one chunk of any format.
@@ -288,8 +290,8 @@ struct Transposed<I: Isa>(ShortBlocks<I>);
 
 impl<I: Isa, Q: Interleaved> Scales<I, Q> for Transposed<I> {
     #[inline(always)]
-    fn d(self, isa: I, _: usize) -> I::F {
-        Q::d(isa, &self.0)
+    fn d(self, isa: I, group: usize) -> I::F {
+        Q::d(isa, &self.0, group % (Q::LEN / Q::GROUP))
     }
     #[inline(always)]
     fn m(self, isa: I, _: usize) -> I::F {
@@ -303,12 +305,27 @@ impl<I: Isa, Q: Interleaved> Scales<I, Q> for Transposed<I> {
 
 impl<I: Isa, Q: Interleaved> Source<I, Q> for Transposed<I> {
     #[inline(always)]
-    fn codes(self, isa: I, _: usize, k: usize) -> [I::I; 2] {
-        isa.pair([Q::code(isa, &self.0, 0, k), Q::code(isa, &self.0, 0, k + 1)])
+    fn codes(self, isa: I, part: usize, k: usize) -> [I::I; 2] {
+        let part = part % (Q::LEN / 32);
+        isa.pair([Q::code(isa, &self.0, part, k), Q::code(isa, &self.0, part, k + 1)])
     }
     /// Short blocks have no sub-scales.
     fn sub(self, isa: I, _: usize) -> I::I {
         isa.splat_i(0)
+    }
+}
+
+/// Calls `f` for the parts of a short block, of which there are at most four. Compilers do not unroll loops
+/// this long, and words in registers have no variable numbers.
+#[inline(always)]
+fn for_each(parts: usize, mut f: impl FnMut(usize)) {
+    f(0);
+    if parts > 1 {
+        f(1);
+    }
+    if parts > 2 {
+        f(2);
+        f(3);
     }
 }
 
@@ -331,8 +348,8 @@ pub(super) fn decode<I: Isa, Q: Interleaved, const T: usize>(isa: I, task: &mut 
                 // Short blocks of plain rows are transposed in registers.
                 let stride = task.row_blocks * size_of::<Q>();
                 let group = task.w.get(first * task.row_blocks..).unwrap_or(&[]);
-                for block in c * BLOCKS..((c + 1) * BLOCKS).min(task.row_blocks) {
-                    let part = block - c * BLOCKS;
+                let (per_chunk, parts) = (CHUNK / Q::LEN, Q::LEN / 32);
+                for block in c * per_chunk..((c + 1) * per_chunk).min(task.row_blocks) {
                     let rows = Q::bytes_of(group.get(block..).unwrap_or(&[]));
                     let ahead = ROWS * (stride + block * size_of::<Q>());
                     let blocks = ShortBlocks::<I>::new(
@@ -344,8 +361,16 @@ pub(super) fn decode<I: Isa, Q: Interleaved, const T: usize>(isa: I, task: &mut 
                         #[inline(always)]
                         |quarter| prefetch_quarter(isa, group, ahead, ROWS * size_of::<Q>(), quarter),
                     );
-                    let source = Transposed(blocks);
-                    dot::<I, Q, _, 1, T>(isa, [source], &x, &starts, part..part + 1, &mut acc);
+                    let source = [Transposed(blocks)];
+                    let first = (block - c * per_chunk) * parts;
+                    for_each(
+                        parts,
+                        #[inline(always)]
+                        |part| {
+                            let part = first + part;
+                            dot::<I, Q, _, 1, T>(isa, source, &x, &starts, part..part + 1, &mut acc);
+                        },
+                    );
                 }
                 continue;
             }
