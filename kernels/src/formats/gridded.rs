@@ -60,6 +60,35 @@ impl Split {
         self.magnitudes.as_flattened().as_chunks().0.get(part).unwrap_or(&[0; 32])
     }
 
+    /// The code bytes of two parts of `Q`, with these magnitudes and signs, as [`Gridded::RAISED`] has it: of two
+    /// rows, or of one.
+    #[inline(always)]
+    pub(crate) fn code_bytes<I: Isa, Q: Gridded>(isa: I, magnitudes: I::I, signs: [u32; 2]) -> I::I {
+        if Q::RAISED.is_none() {
+            return isa.negate(magnitudes, signs);
+        }
+        // Up or down by 1 is 2 or nothing, with the excess.
+        let twos = isa.splat_i(0x0202_0202);
+        isa.add_i(magnitudes, isa.sub_i(twos, isa.and_i(isa.byte_masks(signs), twos)))
+    }
+
+    /// The codes.
+    #[inline(always)]
+    pub(crate) fn codes<I: Isa, Q: Gridded>(&self, isa: I, out: &mut Unpacked) {
+        let out = out.octets().as_flattened_mut();
+        let parts = self.magnitudes.as_flattened().as_chunks::<64>().0.iter().zip(self.signs.as_chunks().0);
+        for (out, (magnitudes, &signs)) in out.as_chunks_mut().0.iter_mut().zip(parts) {
+            let mut codes = Self::code_bytes::<I, Q>(isa, isa.load_words(magnitudes), signs);
+            if let Some(raised) = Q::RAISED {
+                // The top bits are flipped, so that nothing is borrowed from the next byte.
+                let top = isa.splat_i(i32::from_le_bytes([0x80; 4]));
+                codes = isa.add_i(codes, isa.splat_i(i32::from_le_bytes([0x80 - raised; 4])));
+                codes = isa.sub_i(isa.or_i(codes, top), isa.and_i(codes, top));
+            }
+            isa.store_words(codes, out);
+        }
+    }
+
     /// Reads sub-scales `2 s + 1` of 16 values each: `s` is a nibble, the low one of each byte first.
     #[inline(always)]
     pub(super) fn read_subs(&mut self, nibbles: &[u8; 8]) {

@@ -55,7 +55,8 @@ impl Interleaved for Q2_0 {
         let word = lanes.word(isa, 2 * part + k / 4);
         let byte = isa.and_i(isa.shr_by(word, 8 * (k % 4) as u32), isa.splat_i(0xff));
         // Each pair of bits is moved to its byte: shifts by 0, 6, 12 and 18.
-        isa.and_i(isa.mul_i(byte, isa.splat_i(0x0004_1041)), isa.splat_i(0x0303_0303))
+        let spread = isa.or_i(byte, isa.shl_by(byte, 12));
+        isa.and_i(isa.or_i(spread, isa.shl_by(spread, 6)), isa.splat_i(0x0303_0303))
     }
 
     #[inline(always)]

@@ -17,7 +17,8 @@
 
 use crate::activation::{self, SUMS, padded};
 use crate::formats::{
-    Bytes, Format, Gridded, Interleaved, Kind, Layout, MAX_BLOCK_BYTES, Plain, Quantised, ROWS, Unpacked,
+    Bytes, Format, Gridded, Interleaved, Kind, Layout, MAX_BLOCK_BYTES, Plain, Quantised, ROWS, Split,
+    Unpacked,
 };
 use crate::isa::{Cpu, Isa, WithIsa};
 use crate::panel::PanelMut;
@@ -245,7 +246,33 @@ fn gridded<I: Isa, Q: Gridded>(isa: I, product: MatMul<'_, '_>) {
         || match Loop::choose(Q::FORMAT, task.layout, task.tokens) {
             Loop::Rows if task.tokens == 1 => rowwise::gridded::<I, Q, 1>(isa, &mut task),
             Loop::Rows => rowwise::gridded::<I, Q, TILE_TOKENS>(isa, &mut task),
-            _ => unpacked_tiles::<I, Q>(isa, &mut task),
+            _ => gridded_tiles::<I, Q>(isa, &mut task),
+        },
+    );
+}
+
+/// Tiles of rows of points in a grid.
+#[inline(always)]
+fn gridded_tiles<I: Isa, Q: Gridded>(isa: I, task: &mut Task<'_, '_, Q>) {
+    let (mut rows, mut splits) = ([Unpacked::ZERO; ROWS], [Split::ZERO; ROWS]);
+    prefill::<I, Q>(
+        isa,
+        task,
+        #[inline(always)]
+        |task, first, c, tile| {
+            for r in 0..ROWS {
+                let block = &task.w[(first + r).min(task.rows - 1) * task.row_blocks + c];
+                block.split(&mut splits[r]);
+                rows[r].d[0] = block.scale().value() * Q::FACTOR;
+            }
+            for r in 0..ROWS {
+                Q::look_up(isa, &mut splits[r]);
+                rows[r].sub = splits[r].subs;
+            }
+            for r in 0..ROWS {
+                splits[r].codes::<I, Q>(isa, &mut rows[r]);
+            }
+            tile.set::<I, Q>(isa, &rows);
         },
     );
 }

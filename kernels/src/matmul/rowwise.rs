@@ -290,14 +290,11 @@ impl<I: Isa, Q: Gridded> Rows<I, Q> for Grid<'_> {
     }
     #[inline(always)]
     fn codes(isa: I, [a, b]: [&Split; 2], part: usize) -> I::I {
-        let codes = isa.load_halves(a.part(part), b.part(part));
+        let magnitudes = isa.load_halves(a.part(part), b.part(part));
         if Q::RAISED.is_none() {
-            return codes;
+            return magnitudes;
         }
-        // Up or down by 1 is 2 or nothing, with the excess.
-        let down = isa.byte_masks([a.signs[part], b.signs[part]]);
-        let twos = isa.splat_i(0x0202_0202);
-        isa.add_i(codes, isa.sub_i(twos, isa.and_i(down, twos)))
+        Split::code_bytes::<I, Q>(isa, magnitudes, [a.signs[part], b.signs[part]])
     }
     #[inline(always)]
     fn signs(row: &Split, part: usize) -> u32 {
