@@ -1,4 +1,4 @@
-//! Plain formats: four rows by four tokens in registers, lanes along k.
+//! Plain formats: lanes along k.
 
 #![allow(clippy::needless_range_loop, reason = "loops by index over vectors are what inlines; see `isa`")]
 
@@ -6,8 +6,9 @@ use super::tiles::prefetch_next;
 use super::{MatMul, X};
 use crate::formats::{Format, Plain};
 use crate::isa::Isa;
+use crate::panel::PanelMut;
 
-/// Plain formats: four rows by four tokens in registers.
+/// Plain formats: one row after the other, or blocks of rows and tokens whose sums fill the registers.
 pub(super) fn plain<I: Isa, P: Plain>(isa: I, product: MatMul<'_, '_>) {
     let X::F32(x) = product.x else { return };
     let (k, mut out) = (product.k, product.out);
@@ -15,28 +16,29 @@ pub(super) fn plain<I: Isa, P: Plain>(isa: I, product: MatMul<'_, '_>) {
     if k == 0 {
         return;
     }
-    let (rows, tokens) = ((w.len() / k).min(out.cols()), (x.len() / k).min(out.rows()));
+    let w = Rows { values: w, k, count: (w.len() / k).min(out.cols()) };
+    let x = Rows { values: x, k, count: (x.len() / k).min(out.rows()) };
     isa.run(
         #[inline(always)]
         || {
-            const N: usize = 4;
-            for first in (0..rows).step_by(N) {
-                for t in (0..tokens).step_by(N) {
-                    // Short blocks at the edges repeat their last row or token, and store it once.
-                    let w: [&[P]; N] = core::array::from_fn(|i| &w[(first + i).min(rows - 1) * k..][..k]);
-                    let x: [&[f32]; N] = core::array::from_fn(|i| &x[(t + i).min(tokens - 1) * k..][..k]);
-                    if tokens - t == 1 {
-                        let sums = plain_dot::<I, P, N, 1>(isa, w, [x[0]]);
-                        for (i, sum) in sums.iter().enumerate().take(rows - first) {
-                            out.row(t)[first + i] = sum[0];
-                        }
-                        continue;
-                    }
-                    let sums = plain_dot::<I, P, N, N>(isa, w, x);
-                    for i in 0..N.min(rows - first) {
-                        for j in 0..N.min(tokens - t) {
-                            out.row(t + j)[first + i] = sums[i][j];
-                        }
+            if x.count == 1 {
+                // Memory is read fastest in order.
+                for row in 0..w.count {
+                    let [[sum]] = plain_dot::<I, P, 1, 1>(isa, w.some(row), x.some(0), true);
+                    out.row(0)[row] = sum;
+                }
+                return;
+            }
+            for row in (0..w.count).step_by(if I::WIDE_TILES { 8 } else { 2 }) {
+                let mut token = 0;
+                while token < x.count {
+                    let (here, left) = ((row, token), x.count - token);
+                    token += match (I::WIDE_TILES, left) {
+                        (true, 3..) => block::<I, P, 8, 3>(isa, w, x, here, &mut out),
+                        (true, 2) => block::<I, P, 8, 2>(isa, w, x, here, &mut out),
+                        (true, _) => block::<I, P, 8, 1>(isa, w, x, here, &mut out),
+                        (false, 2..) => block::<I, P, 2, 2>(isa, w, x, here, &mut out),
+                        (false, _) => block::<I, P, 2, 1>(isa, w, x, here, &mut out),
                     }
                 }
             }
@@ -44,21 +46,74 @@ pub(super) fn plain<I: Isa, P: Plain>(isa: I, product: MatMul<'_, '_>) {
     );
 }
 
-/// The dots of `R` weight rows with `T` tokens.
+/// `count` rows of `k` values.
+#[derive(Clone, Copy)]
+struct Rows<'a, T> {
+    values: &'a [T],
+    k: usize,
+    count: usize,
+}
+
+impl<'a, T> Rows<'a, T> {
+    /// `N` rows from number `first` on. Those past the end repeat the last one.
+    #[inline(always)]
+    fn some<const N: usize>(self, first: usize) -> [&'a [T]; N] {
+        let mut rows = [&self.values[..self.k]; N];
+        for i in 0..N {
+            rows[i] = &self.values[(first + i).min(self.count - 1) * self.k..][..self.k];
+        }
+        rows
+    }
+}
+
+/// `R` rows by `T` tokens. Only those that are there are stored. Returns `T`.
+#[inline(always)]
+fn block<I: Isa, P: Plain, const R: usize, const T: usize>(
+    isa: I,
+    w: Rows<'_, P>,
+    x: Rows<'_, f32>,
+    (row, token): (usize, usize),
+    out: &mut PanelMut<'_>,
+) -> usize {
+    let sums = plain_dot::<I, P, R, T>(isa, w.some(row), x.some(token), token == 0);
+    for r in 0..R.min(w.count - row) {
+        for t in 0..T.min(x.count - token) {
+            out.row(token + t)[row + r] = sums[r][t];
+        }
+    }
+    T
+}
+
+/// The dots of `R` weight rows with `T` tokens. Meanwhile prefetches the next rows, if asked to.
 #[inline(always)]
 fn plain_dot<I: Isa, P: Plain, const R: usize, const T: usize>(
     isa: I,
     w: [&[P]; R],
     x: [&[f32]; T],
+    prefetch: bool,
 ) -> [[f32; T]; R] {
-    let w_runs = w.map(|w| w.as_chunks::<16>());
-    let x_runs = x.map(|x| x.as_chunks::<16>());
+    let mut w_runs = [w[0].as_chunks::<16>(); R];
+    for r in 1..R {
+        w_runs[r] = w[r].as_chunks();
+    }
+    let mut x_runs = [x[0].as_chunks::<16>(); T];
+    for t in 1..T {
+        x_runs[t] = x[t].as_chunks();
+    }
     let mut acc = [[isa.splat(0.0); T]; R];
     for run in 0..w_runs[0].0.len() {
-        if T == 1 {
+        if prefetch {
             prefetch_next::<I, P, R>(isa, w[0], w[0].len(), 16 * run, 16);
         }
-        plain_step::<I, P, R, T>(isa, &mut acc, w_runs.map(|w| &w.0[run]), x_runs.map(|x| &x.0[run]));
+        let mut w_run = [&w_runs[0].0[run]; R];
+        for r in 1..R {
+            w_run[r] = &w_runs[r].0[run];
+        }
+        let mut x_run = [&x_runs[0].0[run]; T];
+        for t in 1..T {
+            x_run[t] = &x_runs[t].0[run];
+        }
+        plain_step::<I, P, R, T>(isa, &mut acc, w_run, x_run);
     }
     let rest = w_runs[0].1.len();
     if rest > 0 {
