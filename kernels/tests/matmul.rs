@@ -2,7 +2,7 @@
 #![cfg(feature = "std")]
 
 use halite_kernels::activation::{Activation, PADDING, Quantise, Quantised, QuantisedMut, SUMS, padded};
-use halite_kernels::formats::{Format, Kind, Layout};
+use halite_kernels::formats::{Format, Kind, Layout, Unpacked};
 use halite_kernels::isa::Cpu;
 use halite_kernels::matmul::{MatMul, X, matmul};
 use halite_kernels::panel::PanelMut;
@@ -42,31 +42,110 @@ fn the_largest_sums_are_exact_on_every_instruction_set() {
     }
 }
 
-/// Every power of two that a scale byte of MXFP4 stands for, in plain and in interleaved rows.
+/// All values of a scale byte, in plain and in interleaved rows.
 #[test]
-fn scales_of_mxfp4_are_powers_of_two() {
+fn every_scale_byte_has_its_value() {
     // A row is one block of codes 2, which stand for 1: 127 times the scale for one activation of 127.
-    let rows: Vec<u8> = (0..=255).flat_map(|e| [&[e][..], &[0x22; 16]].concat()).collect();
+    let mxfp4 = |e: u8| [&[e][..], &[0x22; 16]].concat();
+    let nvfp4 = |bits: u8| [&[bits; 4][..], &[0x22; 32]].concat();
+    let blocks: [(Format, &dyn Fn(u8) -> Vec<u8>); 2] = [(Format::MXFP4, &mxfp4), (Format::NVFP4, &nvfp4)];
     let mut codes = [0; PADDING];
     codes[0] = 127;
     let (mut sums, scales) = ([0; SUMS], [1.0; PADDING / 32]);
     (sums[0], sums[16]) = (127, 127);
-    let x = Quantised { k: 32, codes: &codes, scales: &scales, sums: &sums };
-    let mut want = vec![0.0; 256];
-    for (e, want) in want.iter_mut().enumerate() {
-        let mut values = [0.0f32; 32];
-        Format::MXFP4.dequantize(&rows[17 * e..][..17], &mut values).unwrap();
-        *want = values[0] * 127.0;
+    for (format, block) in blocks {
+        let k = format.block_len();
+        let x = Quantised { k, codes: &codes, scales: &scales, sums: &sums };
+        let rows: Vec<u8> = (0..=255).flat_map(block).collect();
+        let mut values = vec![0.0; 256 * k];
+        format.dequantize(&rows, &mut values).unwrap();
+        let mut interleaved = vec![0; rows.len()];
+        format.interleave(k, &rows, &mut interleaved).unwrap();
+        for cpu in Cpu::NAMES.iter().filter_map(|name| Cpu::from_name(name)) {
+            for (layout, w) in [(Layout::Rows, &rows), (Layout::Interleaved, &interleaved)] {
+                let mut y = vec![0.0f32; 256];
+                let out = PanelMut::new(&mut y, 256);
+                matmul(cpu, format, MatMul { w, layout, k, x: X::Quantised(x), out });
+                for (byte, y) in y.iter().enumerate() {
+                    let want = values[byte * k] * 127.0;
+                    assert_eq!(y.to_bits(), want.to_bits(), "{format:?} {} {layout:?} {byte:#x}", cpu.name());
+                }
+            }
+        }
     }
-    let mut interleaved = vec![0; rows.len()];
-    Format::MXFP4.interleave(32, &rows, &mut interleaved).unwrap();
-    for cpu in Cpu::NAMES.iter().filter_map(|name| Cpu::from_name(name)) {
-        for (layout, w) in [(Layout::Rows, &rows), (Layout::Interleaved, &interleaved)] {
-            let mut y = vec![0.0f32; 256];
-            let out = PanelMut::new(&mut y, 256);
-            matmul(cpu, Format::MXFP4, MatMul { w, layout, k: 32, x: X::Quantised(x), out });
-            for (e, (y, want)) in y.iter().zip(&want).enumerate() {
-                assert_eq!(y.to_bits(), want.to_bits(), "{} {layout:?} exponent {e}", cpu.name());
+}
+
+/// The dot of a row with a token as the contract has it, from the normal form.
+fn dot(format: Format, row: &[u8], x: Quantised<'_>) -> f32 {
+    let Kind::Quantised { activation, group, has_min } = format.kind() else { return f32::NAN };
+    let (mut block, mut acc) = (Unpacked::ZERO, 0.0f32);
+    for (b, bytes) in row.chunks_exact(format.block_bytes()).enumerate() {
+        format.unpack(bytes, &mut block).unwrap();
+        for g in 0..format.block_len() / group {
+            let (mut sum, mut min) = (0i32, 0i32);
+            for i in group * g..group * (g + 1) {
+                let code = i32::from(x.codes[format.block_len() * b + i]);
+                sum += code * i32::from(block.codes[i]) * i32::from(block.sub[i / 16]);
+                min += code * i32::from(block.mins[i / 16]);
+            }
+            let scale = x.scales[(format.block_len() * b + group * g) / activation.block_len()];
+            acc = (sum as f32).mul_add(block.d[g] * scale, acc);
+            if has_min {
+                acc = (min as f32).mul_add(block.m[g] * scale, acc);
+            }
+        }
+    }
+    acc
+}
+
+#[test]
+fn products_are_those_of_the_normal_form() {
+    let mut state = 1u64;
+    let mut byte = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        (state >> 56) as u8
+    };
+    let (k, rows, tokens) = (3 * 256, 21, 5);
+    for &format in Format::ALL {
+        let Kind::Quantised { activation: to, .. } = format.kind() else { continue };
+        let row_bytes = format.row_bytes(k).unwrap();
+        let mut w: Vec<u8> = (0..rows * row_bytes).map(|_| byte()).collect();
+        if format != Format::NVFP4 {
+            format.set_scale(&mut w, 0.01);
+        }
+        let mut interleaved = vec![0; w.len()];
+        format.interleave(k, &w, &mut interleaved).unwrap();
+        let x: Vec<f32> = (0..tokens * k).map(|_| f32::from(byte()) - 127.0).collect();
+        let width = tokens * padded(k);
+        let (mut codes, mut scales) = (vec![0; width], vec![0.0; width / to.block_len()]);
+        let mut sums = vec![0; width / PADDING * SUMS];
+        let out = QuantisedMut { codes: &mut codes, scales: &mut scales, sums: &mut sums };
+        Cpu::detect().run(Quantise { to, k, x: &x, out });
+        for cpu in Cpu::NAMES.iter().filter_map(|name| Cpu::from_name(name)) {
+            for (layout, w_here) in [(Layout::Rows, &w), (Layout::Interleaved, &interleaved)] {
+                for tokens in [1, 3, 5] {
+                    let x = Quantised {
+                        k,
+                        codes: &codes[..tokens * padded(k)],
+                        scales: &scales[..tokens * padded(k) / to.block_len()],
+                        sums: &sums[..tokens * padded(k) / PADDING * SUMS],
+                    };
+                    let mut y = vec![0.0f32; tokens * rows];
+                    let out = PanelMut::new(&mut y, rows);
+                    matmul(cpu, format, MatMul { w: w_here, layout, k, x: X::Quantised(x), out });
+                    for (i, y) in y.iter().enumerate() {
+                        let (t, r) = (i / rows, i % rows);
+                        let x = Quantised {
+                            codes: &codes[t * k..],
+                            scales: &scales[t * k / to.block_len()..],
+                            ..x
+                        };
+                        let want = dot(format, &w[r * row_bytes..][..row_bytes], x);
+                        let what =
+                            format_args!("{} {layout:?} {tokens} tokens, row {r}, token {t}", cpu.name());
+                        assert_eq!(y.to_bits(), want.to_bits(), "{format:?} {what}");
+                    }
+                }
             }
         }
     }

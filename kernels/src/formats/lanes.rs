@@ -218,20 +218,29 @@ impl<I: Isa> ShortBlocks<I> {
             blocks.head = isa.transpose(rows, stride)[0];
         }
         prefetch(1);
-        // The last four words may overlap the four before them.
-        for (quad, first) in [0, 4.min(words - 4), words - 4].into_iter().enumerate() {
-            if quad == 1 {
-                prefetch(2);
-            }
-            if quad < words.div_ceil(4) {
-                let four = isa.transpose(rows.get(head + 4 * first..).unwrap_or(&[]), stride);
-                for i in 0..4 {
-                    blocks.words[first + i] = four[i];
-                }
-            }
+        let rows = rows.get(head..).unwrap_or(&[]);
+        blocks.read_four(isa, rows, stride, 0);
+        prefetch(2);
+        if words > 8 {
+            blocks.read_four(isa, rows, stride, 4);
+        }
+        if words > 4 {
+            // These may overlap the four before them.
+            blocks.read_four(isa, rows, stride, words - 4);
         }
         prefetch(3);
         blocks
+    }
+}
+
+impl<I: Isa> ShortBlocks<I> {
+    /// Reads four words of each row from number `first` on.
+    #[inline(always)]
+    fn read_four(&mut self, isa: I, rows: &[u8], stride: usize, first: usize) {
+        let four = isa.transpose(rows.get(4 * first..).unwrap_or(&[]), stride);
+        for i in 0..4 {
+            self.words[first + i] = four[i];
+        }
     }
 }
 

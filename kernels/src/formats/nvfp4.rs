@@ -54,8 +54,10 @@ fn half<I: Isa>(isa: I, bits: I::I) -> I::F {
     // As a half-precision float the number, denormal ones too, is too small by the difference of the biases.
     let number = isa.low_f16(isa.shl_i::<7>(isa.and_i(bits, isa.splat_i(0x7f))));
     let value = isa.mul(number, isa.splat(const { (1 << (15 - 7 - 1)) as f32 }));
-    // What would come after 448 is 0.
-    isa.select_gt(value, isa.splat(224.0), isa.splat(0.0), value)
+    // 0x7f is 0, and 0xff is not.
+    let byte = isa.to_f32(isa.and_i(bits, isa.splat_i(0xff)));
+    let top = isa.select_gt(byte, isa.splat(127.0), value, isa.splat(0.0));
+    isa.select_gt(value, isa.splat(224.0), top, value)
 }
 
 layout! {
