@@ -46,17 +46,17 @@ fn the_largest_sums_are_exact_on_every_instruction_set() {
 #[test]
 fn every_scale_byte_has_its_value() {
     // A row is one block of codes 2, which stand for 1: 127 times the scale for one activation of 127.
-    let mxfp4 = |e: u8| [&[e][..], &[0x22; 16]].concat();
-    let nvfp4 = |bits: u8| [&[bits; 4][..], &[0x22; 32]].concat();
-    let blocks: [(Format, &dyn Fn(u8) -> Vec<u8>); 2] = [(Format::MXFP4, &mxfp4), (Format::NVFP4, &nvfp4)];
     let mut codes = [0; PADDING];
     codes[0] = 127;
     let (mut sums, scales) = ([0; SUMS], [1.0; PADDING / 32]);
     (sums[0], sums[16]) = (127, 127);
-    for (format, block) in blocks {
+    for (format, scale_bytes) in [(Format::MXFP4, 1), (Format::NVFP4, 4)] {
         let k = format.block_len();
         let x = Quantised { k, codes: &codes, scales: &scales, sums: &sums };
-        let rows: Vec<u8> = (0..=255).flat_map(block).collect();
+        let mut rows = vec![0x22; 256 * format.block_bytes()];
+        for (block, byte) in rows.chunks_mut(format.block_bytes()).zip(0..) {
+            block[..scale_bytes].fill(byte);
+        }
         let mut values = vec![0.0; 256 * k];
         format.dequantize(&rows, &mut values).unwrap();
         let mut interleaved = vec![0; rows.len()];

@@ -286,16 +286,16 @@ fn prefetch_quarter<I: Isa, T>(isa: I, place: &[T], ahead: usize, bytes: usize, 
 
 /// One short block of each row, in registers.
 #[derive(Clone, Copy)]
-struct Transposed<I: Isa>(ShortBlocks<I>);
+struct Transposed<'a, I: Isa>(&'a ShortBlocks<I>);
 
-impl<I: Isa, Q: Interleaved> Scales<I, Q> for Transposed<I> {
+impl<I: Isa, Q: Interleaved> Scales<I, Q> for Transposed<'_, I> {
     #[inline(always)]
     fn d(self, isa: I, group: usize) -> I::F {
-        Q::d(isa, &self.0, group % (Q::LEN / Q::GROUP))
+        Q::d(isa, self.0, group % (Q::LEN / Q::GROUP))
     }
     #[inline(always)]
     fn m(self, isa: I, _: usize) -> I::F {
-        Q::m(isa, &self.0)
+        Q::m(isa, self.0)
     }
     /// Short blocks have no factors of a minimum.
     fn mins(self, isa: I, _: usize) -> I::I {
@@ -303,11 +303,11 @@ impl<I: Isa, Q: Interleaved> Scales<I, Q> for Transposed<I> {
     }
 }
 
-impl<I: Isa, Q: Interleaved> Source<I, Q> for Transposed<I> {
+impl<I: Isa, Q: Interleaved> Source<I, Q> for Transposed<'_, I> {
     #[inline(always)]
     fn codes(self, isa: I, part: usize, k: usize) -> [I::I; 2] {
         let part = part % (Q::LEN / 32);
-        isa.pair([Q::code(isa, &self.0, part, k), Q::code(isa, &self.0, part, k + 1)])
+        isa.pair([Q::code(isa, self.0, part, k), Q::code(isa, self.0, part, k + 1)])
     }
     /// Short blocks have no sub-scales.
     fn sub(self, isa: I, _: usize) -> I::I {
@@ -361,7 +361,7 @@ pub(super) fn decode<I: Isa, Q: Interleaved, const T: usize>(isa: I, task: &mut 
                         #[inline(always)]
                         |quarter| prefetch_quarter(isa, group, ahead, ROWS * size_of::<Q>(), quarter),
                     );
-                    let source = [Transposed(blocks)];
+                    let source = [Transposed(&blocks)];
                     let first = (block - c * per_chunk) * parts;
                     for_each(
                         parts,
