@@ -19,6 +19,8 @@ pub(super) trait Scales<I: Isa, Q: Quantised>: Copy {
 
 /// Sixteen rows of a chunk, one in each lane: what a dot product reads.
 trait Source<I: Isa, Q: Quantised>: Scales<I, Q> {
+    /// Whether reading code bytes is much shorter where the number of the word is a constant.
+    const UNROLLED: bool;
     /// The code bytes of values `32 part + 4 k` and the next seven, as [`Isa::pair`].
     fn codes(self, isa: I, part: usize, k: usize) -> [I::I; 2];
     /// The integer sub-scale of the `s`-th [`Quantised::SUB`] values.
@@ -87,6 +89,7 @@ impl<I: Isa, Q: Interleaved> Scales<I, Q> for Direct<'_, Q> {
 }
 
 impl<I: Isa, Q: Interleaved> Source<I, Q> for Direct<'_, Q> {
+    const UNROLLED: bool = true;
     #[inline(always)]
     fn codes(self, isa: I, part: usize, k: usize) -> [I::I; 2] {
         if self.streamed {
@@ -132,6 +135,7 @@ impl<I: Isa, Q: Quantised> Scales<I, Q> for &Tile {
 }
 
 impl<I: Isa, Q: Quantised> Source<I, Q> for &Tile {
+    const UNROLLED: bool = false;
     #[inline(always)]
     fn codes(self, isa: I, part: usize, k: usize) -> [I::I; 2] {
         [isa.load_words(&self.codes[8 * part + k]), isa.load_words(&self.codes[8 * part + k + 1])]
@@ -304,6 +308,7 @@ impl<I: Isa, Q: Interleaved> Scales<I, Q> for Transposed<'_, I> {
 }
 
 impl<I: Isa, Q: Interleaved> Source<I, Q> for Transposed<'_, I> {
+    const UNROLLED: bool = true;
     #[inline(always)]
     fn codes(self, isa: I, part: usize, k: usize) -> [I::I; 2] {
         let part = part % (Q::LEN / 32);
@@ -514,6 +519,25 @@ fn starts<I: Isa, Q: Quantised, const T: usize>(isa: I, x: &[XChunk<'_>; T]) -> 
     starts
 }
 
+/// Calls `f` with the first of each two words of a piece of `step` values. (With few
+/// registers it pays to unroll the shortest loops only.)
+#[inline(always)]
+fn for_each_pair(step: usize, piece: usize, unrolled: bool, mut f: impl FnMut(usize)) {
+    let first = piece * step / 4;
+    if !unrolled {
+        for k in (first..first + step / 4).step_by(2) {
+            f(k);
+        }
+        return;
+    }
+    f(first);
+    f(first + 2);
+    if step == 32 {
+        f(first + 4);
+        f(first + 6);
+    }
+}
+
 /// Adds the dot products of some parts of 32 values, of `G` times sixteen rows with `T` tokens, to `acc`.
 #[inline(always)]
 fn dot<I: Isa, Q: Quantised, S: Source<I, Q>, const G: usize, const T: usize>(
@@ -542,41 +566,48 @@ fn dot<I: Isa, Q: Quantised, S: Source<I, Q>, const G: usize, const T: usize>(
                     }
                 }
             }
-            for k in (piece * step / 4..(piece + 1) * step / 4).step_by(2) {
-                let mut codes = [[zero; 2]; G];
-                for g in 0..G {
-                    codes[g] = w[g].codes(isa, part, k);
-                }
-                let mut words = [[0; 2]; T];
-                for t in 0..T {
-                    for i in 0..2 {
-                        words[t][i] = i32::from_le_bytes(x[t].codes[8 * part + k + i].map(|code| code as u8));
-                    }
-                }
-                for t in (0..T - T % 2).step_by(2) {
+            for_each_pair(
+                step,
+                piece,
+                S::UNROLLED && (I::WIDE_TILES || T == 1 && Q::GROUP < CHUNK),
+                #[inline(always)]
+                |k| {
+                    let mut codes = [[zero; 2]; G];
                     for g in 0..G {
-                        let (acc, x) = ([dots[t][g], dots[t + 1][g]], [words[t], words[t + 1]]);
-                        [dots[t][g], dots[t + 1][g]] = if Q::SIGNED {
-                            isa.dot8::<true>(acc, codes[g], x)
-                        } else {
-                            isa.dot8::<false>(acc, codes[g], x)
-                        };
+                        codes[g] = w[g].codes(isa, part, k);
                     }
-                }
-                for t in T - T % 2..T {
-                    for g in 0..G {
-                        let codes = isa.unpair(codes[g]);
+                    let mut words = [[0; 2]; T];
+                    for t in 0..T {
                         for i in 0..2 {
-                            let x = isa.splat_i(words[t][i]);
-                            dots[t][g] = if Q::SIGNED {
-                                isa.dot4::<true>(dots[t][g], codes[i], x)
+                            words[t][i] =
+                                i32::from_le_bytes(x[t].codes[8 * part + k + i].map(|code| code as u8));
+                        }
+                    }
+                    for t in (0..T - T % 2).step_by(2) {
+                        for g in 0..G {
+                            let (acc, x) = ([dots[t][g], dots[t + 1][g]], [words[t], words[t + 1]]);
+                            [dots[t][g], dots[t + 1][g]] = if Q::SIGNED {
+                                isa.dot8::<true>(acc, codes[g], x)
                             } else {
-                                isa.dot4::<false>(dots[t][g], codes[i], x)
+                                isa.dot8::<false>(acc, codes[g], x)
                             };
                         }
                     }
-                }
-            }
+                    for t in T - T % 2..T {
+                        for g in 0..G {
+                            let codes = isa.unpair(codes[g]);
+                            for i in 0..2 {
+                                let x = isa.splat_i(words[t][i]);
+                                dots[t][g] = if Q::SIGNED {
+                                    isa.dot4::<true>(dots[t][g], codes[i], x)
+                                } else {
+                                    isa.dot4::<false>(dots[t][g], codes[i], x)
+                                };
+                            }
+                        }
+                    }
+                },
+            );
             for t in (0..T - T % 2).step_by(2) {
                 for g in 0..G {
                     [dots[t][g], dots[t + 1][g]] = isa.unpair([dots[t][g], dots[t + 1][g]]);
