@@ -1,4 +1,4 @@
-//! Matrix products where integer sums are largest.
+//! Matrix products: of every format, of every scale byte, where integer sums are largest, and of odd lengths.
 #![cfg(feature = "std")]
 
 use halite_kernels::activation::{Activation, PADDING, Quantise, Quantised, QuantisedMut, SUMS, padded};

@@ -24,13 +24,6 @@ pub fn mask(bits: u8) -> u64 {
     MASKS[usize::from(bits)]
 }
 
-/// Negates the bytes of `codes` for which `mask` has 0xff; none of them may be 0.
-#[inline(always)]
-pub fn negate(codes: u64, mask: u64) -> u64 {
-    // Two's complement in each byte: the +1 carries out of a byte only if its code was 0.
-    (codes ^ mask) + (mask & ONES)
-}
-
 /// The signs of four sign codes of 7 bits, the first lowest, one byte each: the eighth sign of a code makes
 /// the number of negative values even.
 #[inline(always)]

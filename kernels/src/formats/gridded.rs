@@ -1,7 +1,7 @@
 //! Formats whose codes are looked up in a grid, several at a time: magnitudes with signs beside them, or values
 //! that are shifted up or down.
 
-use super::bits::{ONES, even_signs, mask, negate};
+use super::bits::even_signs;
 use super::grids::Quads;
 use super::{F16, Plain, Quantised, Unpacked};
 use crate::isa::{Isa, Scalar};
@@ -166,18 +166,5 @@ pub(super) fn unpack<Q: Gridded>(block: &Q, out: &mut Unpacked) {
     Q::look_up(Scalar, &mut split);
     out.d[0] = block.scale().value() * Q::FACTOR;
     out.sub = split.subs;
-    let octets = out.octets();
-    for (i, octet) in octets.iter_mut().enumerate() {
-        let signs = mask(split.signs[i / 4].to_le_bytes()[i % 4]);
-        let magnitudes = u64::from_le_bytes(split.magnitudes[i]);
-        *octet = match Q::RAISED {
-            None => negate(magnitudes, signs),
-            // The top bits are flipped, so that nothing is borrowed from the next byte.
-            Some(raised) => {
-                let raised = (0x80 - u64::from(raised)) * ONES + (!signs & (2 * ONES));
-                (magnitudes + raised) ^ (0x80 * ONES)
-            }
-        }
-        .to_le_bytes();
-    }
+    split.codes::<Scalar, Q>(Scalar, out);
 }

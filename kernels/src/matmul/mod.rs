@@ -163,6 +163,14 @@ impl<Q> Task<'_, '_, Q> {
     }
 }
 
+impl<'a, Q> Task<'a, '_, Q> {
+    /// The blocks of a row. Rows past the end repeat the last one.
+    #[inline(always)]
+    fn row(&self, r: usize) -> &'a [Q] {
+        &self.w[r.min(self.rows - 1) * self.row_blocks..][..self.row_blocks]
+    }
+}
+
 impl<'a, 'o, Q: Quantised> Task<'a, 'o, Q> {
     /// `None` if there is nothing to compute.
     fn new(product: MatMul<'a, 'o>) -> Option<Self> {
@@ -261,7 +269,7 @@ fn gridded_tiles<I: Isa, Q: Gridded>(isa: I, task: &mut Task<'_, '_, Q>) {
         #[inline(always)]
         |task, first, c, tile| {
             for r in 0..ROWS {
-                let block = &task.w[(first + r).min(task.rows - 1) * task.row_blocks + c];
+                let block = &task.row(first + r)[c];
                 block.split(&mut splits[r]);
                 rows[r].d[0] = block.scale().value() * Q::FACTOR;
             }
@@ -287,8 +295,7 @@ fn unpacked_tiles<I: Isa, Q: Quantised>(isa: I, task: &mut Task<'_, '_, Q>) {
         #[inline(always)]
         |task, first, c, tile| {
             for r in 0..ROWS {
-                let row = (first + r).min(task.rows - 1) * task.row_blocks;
-                unpack_chunk(&task.w[row..row + task.row_blocks], c, &mut rows[r]);
+                unpack_chunk(task.row(first + r), c, &mut rows[r]);
             }
             tile.set::<I, Q>(isa, &rows);
         },

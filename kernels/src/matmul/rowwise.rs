@@ -321,10 +321,9 @@ pub(super) fn interleaved<I: Isa, Q: Interleaved, const T: usize>(isa: I, task: 
                 let rows = Blocks { blocks, stride: task.row_blocks, c, missing: &task.w[0] };
                 return add::<I, Q, _, T>(isa, rows, x, acc);
             }
-            // Rows past the end repeat the last one.
             let mut blocks = [task.w[0]; ROWS];
             for r in 0..ROWS {
-                blocks[r] = task.w[(first + r).min(task.rows - 1) * task.row_blocks + c];
+                blocks[r] = task.row(first + r)[c];
             }
             add::<I, Q, _, T>(isa, Blocks { blocks: &blocks, stride: 1, c: 0, missing: &task.w[0] }, x, acc);
         },
@@ -341,9 +340,8 @@ pub(super) fn gridded<I: Isa, Q: Gridded, const T: usize>(isa: I, task: &mut Tas
         #[inline(always)]
         |task, first, c, x, acc| {
             for r in 0..ROWS {
-                let row = (first + r).min(task.rows - 1) * task.row_blocks;
                 prefetch_next::<I, Q, 1>(isa, &task.w[first * task.row_blocks..], task.row_blocks, c, r);
-                let block = &task.w[row + c];
+                let block = &task.row(first + r)[c];
                 block.split(&mut rows[r]);
                 scales[r] = block.scale().to_bits();
             }
@@ -365,9 +363,8 @@ pub(super) fn unpacked<I: Isa, Q: Quantised, const T: usize>(isa: I, task: &mut 
         #[inline(always)]
         |task, first, c, x, acc| {
             for r in 0..ROWS {
-                let row = (first + r).min(task.rows - 1) * task.row_blocks;
                 prefetch_next::<I, Q, 1>(isa, &task.w[first * task.row_blocks..], task.row_blocks, c, r);
-                unpack(&task.w[row + c], &mut rows[r]);
+                unpack(&task.row(first + r)[c], &mut rows[r]);
             }
             add::<I, Q, _, T>(isa, &rows, x, acc);
         },

@@ -251,11 +251,9 @@ pub(super) fn lanes_of<'b, I: Isa, Q: Interleaved>(
         }
         return buffer;
     }
-    // Rows past the end repeat the last one.
     let mut blocks = [[task.w[0]; BLOCKS]; ROWS];
     for r in 0..ROWS {
-        let row = &task.w[(first + r).min(task.rows - 1) * task.row_blocks..];
-        blocks[r][..count].copy_from_slice(&row[start..start + count]);
+        blocks[r][..count].copy_from_slice(&task.row(first + r)[start..start + count]);
     }
     let bytes = <[Q; BLOCKS]>::bytes_of(&blocks);
     Q::Lanes::interleave(isa, bytes, BLOCKS * size_of::<Q>(), buffer);
