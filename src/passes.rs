@@ -1,7 +1,9 @@
 //! Pure functions on programs: fusion, unfusion, taps, and scratch memory assignment.
 
 use crate::backend::{Caps, Fusions, Rows};
-use crate::program::{Dim, Epilogue, Layout as RowLayout, Op, Part, Program, Slot, State, StateId, TensorId};
+use crate::program::{
+    Dim, Epilogue, Layout as RowLayout, Op, Outputs, Part, Program, Segment, Slot, State, StateId, TensorId,
+};
 
 /// Prepares a model's program for a backend: fuses ops and sets the row layout of weights.
 pub fn for_backend(program: &Program, caps: &Caps) -> Program {
@@ -271,6 +273,68 @@ pub fn expose(program: &Program, names: &[&str]) -> (Program, Vec<Option<TensorI
         found.push(id);
     }
     (out, found)
+}
+
+/// Some ops of a program, as a program of their own.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Fragment {
+    /// The ops, in one segment. It has the KV groups of the whole program, so a step of one is a step of the other.
+    pub program: Program,
+    /// For each of its tensors, the one of the whole program.
+    pub tensors: Vec<TensorId>,
+    /// For each of its states, the one of the whole program.
+    pub states: Vec<StateId>,
+}
+
+/// Makes a program of some consecutive ops. A scratch tensor remains scratch if it is `internal`: written by these ops,
+/// and not needed by others. All other results and operands get input and output slots.
+pub fn fragment(
+    program: &Program,
+    name: &str,
+    ops: &[Op],
+    internal: impl Fn(TensorId) -> bool,
+) -> Fragment {
+    let (mut tensors, mut states): (Vec<TensorId>, Vec<StateId>) = (Vec::new(), Vec::new());
+    fn place<T: PartialEq>(all: &mut Vec<T>, item: T) -> u32 {
+        let at = all.iter().position(|known| *known == item).unwrap_or(all.len());
+        if at == all.len() {
+            all.push(item);
+        }
+        at as u32
+    }
+    let renumbered = ops.iter().map(|op| {
+        let op: std::result::Result<Op, std::convert::Infallible> = op.try_map(
+            |&id, _| Ok(TensorId(place(&mut tensors, id))),
+            |&id, _| Ok(StateId(place(&mut states, id))),
+        );
+        let Ok(op) = op;
+        op
+    });
+    let renumbered: Vec<Op> = renumbered.collect();
+    let mut out = Program {
+        name: name.into(),
+        tensors: Vec::new(),
+        states: states.iter().filter_map(|id| program.states.get(id.0 as usize)).cloned().collect(),
+        windows: program.windows.clone(),
+        segments: vec![Segment { name: name.into(), ops: renumbered }],
+        weights: Vec::new(),
+        io: Vec::new(),
+        outputs: Outputs::default(),
+    };
+    for (n, &id) in tensors.iter().enumerate() {
+        let mut t = program.tensor(id).clone();
+        let list = match t.slot {
+            Slot::Weight(_) => Some((&mut out.weights, Slot::Weight as fn(u32) -> Slot)),
+            Slot::Scratch if internal(id) => None,
+            _ => Some((&mut out.io, Slot::Io as fn(u32) -> Slot)),
+        };
+        if let Some((list, slot)) = list {
+            t.slot = slot(list.len() as u32);
+            list.push(TensorId(n as u32));
+        }
+        out.tensors.push(t);
+    }
+    Fragment { program: out, tensors, states }
 }
 
 /// The places of scratch tensors: tensors share a place if their lifetimes do not overlap.

@@ -7,6 +7,8 @@ fn main() -> std::process::ExitCode {
         halite::backend::template::DRIVER,
         #[cfg(feature = "gpu")]
         halite_gpu::DRIVER,
+        #[cfg(feature = "plugin")]
+        halite_plugin::DRIVER,
         #[cfg(feature = "sim")]
         halite_sim::DRIVER,
     ])

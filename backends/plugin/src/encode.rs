@@ -1,0 +1,376 @@
+//! Programs as the C interface describes them.
+
+use std::ffi::CString;
+use std::ptr;
+use std::sync::Arc;
+
+use halite::passes::{self, Fragment};
+use halite::program::{
+    Dim, Epilogue, Gate, Gating, Index, NormKind, Op, Program, RopePairs, Rotation, Slot, StateId, TensorId,
+    Unary,
+};
+
+use crate::abi::*;
+
+/// A program in C's structs, and everything that they point to.
+pub struct Encoded {
+    program: Box<HaliteProgram>,
+    ops: Vec<HaliteOp>,
+    _lists: Lists,
+}
+
+/// What the structs point to. Vectors keep their memory when they are moved.
+#[derive(Default)]
+struct Lists {
+    _texts: Vec<CString>,
+    _frequencies: Vec<Arc<[f32]>>,
+    _tensors: List<HaliteTensor>,
+    _states: List<HaliteState>,
+    _places: List<HalitePlace>,
+    _segments: List<HaliteSegment>,
+    _ops: Vec<*const HaliteOp>,
+}
+
+/// Structs, and pointers to them.
+struct List<T> {
+    _items: Vec<T>,
+    pointers: Vec<*const T>,
+}
+
+impl<T> Default for List<T> {
+    fn default() -> List<T> {
+        List { _items: Vec::new(), pointers: Vec::new() }
+    }
+}
+
+impl<T> From<Vec<T>> for List<T> {
+    fn from(items: Vec<T>) -> List<T> {
+        let pointers = items.iter().map(ptr::from_ref).collect();
+        List { _items: items, pointers }
+    }
+}
+
+// SAFETY: the pointers lead to memory that this owns and that nothing changes.
+unsafe impl Send for Encoded {}
+// SAFETY: as above.
+unsafe impl Sync for Encoded {}
+
+/// The size of a struct, for its first field.
+pub const fn size<T>() -> u32 {
+    size_of::<T>() as u32
+}
+
+/// Texts for C, without the zeros that would end them early.
+#[derive(Default)]
+struct Texts(Vec<CString>);
+
+impl Texts {
+    fn add(&mut self, text: &str) -> *const std::ffi::c_char {
+        let text = CString::new(text.replace('\0', "")).unwrap_or_default();
+        let pointer = text.as_ptr();
+        self.0.push(text);
+        pointer
+    }
+}
+
+/// An op that this version of the interface has no number for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NotInAbi(pub String);
+
+impl Encoded {
+    /// Encodes a program.
+    pub fn program(program: &Program) -> Result<Encoded, NotInAbi> {
+        let mut texts = Texts::default();
+        let layout = passes::liveness(program);
+        let tensors = program.tensors.iter().zip(&layout.place).map(|(t, place)| {
+            let (rows, fixed_rows) = rows(t.rows);
+            let (slot, slot_index) = match t.slot {
+                Slot::Weight(n) => (HALITE_SLOT_WEIGHT, n),
+                Slot::Io(n) => (HALITE_SLOT_IO, n),
+                Slot::Scratch => (HALITE_SLOT_SCRATCH, 0),
+            };
+            HaliteTensor {
+                struct_bytes: size::<HaliteTensor>(),
+                experts: t.experts,
+                rows,
+                fixed_rows,
+                cols: t.cols,
+                format: t.format.id(),
+                slot,
+                slot_index,
+                place: place.map_or(HALITE_NONE, |place| place as u32),
+                name: texts.add(&t.name),
+            }
+        });
+        let tensors = List::from(tensors.collect::<Vec<_>>());
+        let states = program.states.iter().map(|s| HaliteState {
+            struct_bytes: size::<HaliteState>(),
+            kv_heads: s.kv_heads,
+            key_dim: s.key_dim,
+            value_dim: s.value_dim,
+            format: s.format.id(),
+            window: s.window.unwrap_or(0),
+            causal: s.causal.into(),
+            table: program.kv_group(s) as u32,
+            page_bytes: s.page_bytes(),
+            name: texts.add(&s.name),
+        });
+        let states = List::from(states.collect::<Vec<_>>());
+        let places = layout.places.iter().map(|&(dim, cols)| {
+            let (rows, fixed_rows) = rows(dim);
+            HalitePlace { struct_bytes: size::<HalitePlace>(), rows, fixed_rows, cols }
+        });
+        let places = List::from(places.collect::<Vec<_>>());
+        let mut frequencies = Vec::new();
+        let ops = program.ops().map(|(_, op)| encode(op, &mut texts, &mut frequencies));
+        let ops = ops.collect::<Result<Vec<_>, _>>()?;
+        let op_pointers: Vec<*const HaliteOp> = ops.iter().map(ptr::from_ref).collect();
+        let mut rest = &op_pointers[..];
+        let segments = program.segments.iter().map(|segment| {
+            let (these, later) = rest.split_at(segment.ops.len());
+            rest = later;
+            HaliteSegment {
+                struct_bytes: size::<HaliteSegment>(),
+                op_count: these.len() as u32,
+                name: texts.add(&segment.name),
+                ops: these.as_ptr(),
+            }
+        });
+        let segments = List::from(segments.collect::<Vec<_>>());
+        let header = HaliteProgram {
+            struct_bytes: size::<HaliteProgram>(),
+            tensor_count: program.tensors.len() as u32,
+            state_count: program.states.len() as u32,
+            place_count: layout.places.len() as u32,
+            segment_count: program.segments.len() as u32,
+            weight_count: program.weights.len() as u32,
+            io_count: program.io.len() as u32,
+            table_count: program.windows.len() as u32,
+            name: texts.add(&program.name),
+            tensors: tensors.pointers.as_ptr(),
+            states: states.pointers.as_ptr(),
+            places: places.pointers.as_ptr(),
+            segments: segments.pointers.as_ptr(),
+        };
+        let lists = Lists {
+            _texts: texts.0,
+            _frequencies: frequencies,
+            _tensors: tensors,
+            _states: states,
+            _places: places,
+            _segments: segments,
+            _ops: op_pointers,
+        };
+        Ok(Encoded { program: Box::new(header), ops, _lists: lists })
+    }
+
+    /// Encodes an op with what it refers to.
+    pub fn op(program: &Program, op: &Op) -> Result<Encoded, NotInAbi> {
+        let Fragment { program, .. } = passes::fragment(program, op.name(), std::slice::from_ref(op), |_| false);
+        Encoded::program(&program)
+    }
+
+    /// The program, valid while this lives.
+    pub fn as_ptr(&self) -> *const HaliteProgram {
+        &*self.program
+    }
+
+    /// The first op, valid while this lives.
+    pub fn first_op(&self) -> *const HaliteOp {
+        self.ops.first().map_or(ptr::null(), ptr::from_ref)
+    }
+}
+
+fn rows(dim: Dim) -> (HaliteRows, u32) {
+    match dim {
+        Dim::Fixed(rows) => (HALITE_ROWS_FIXED, rows),
+        Dim::Tokens => (HALITE_ROWS_TOKENS, 0),
+        Dim::Outputs => (HALITE_ROWS_OUTPUTS, 0),
+    }
+}
+
+fn gate(act: Gate) -> Result<HaliteGate, NotInAbi> {
+    let (kind, alpha, limit) = match act {
+        Gate::Silu => (HALITE_GATE_SILU, 0.0, 0.0),
+        Gate::Gelu => (HALITE_GATE_GELU, 0.0, 0.0),
+        Gate::GeluErf => (HALITE_GATE_GELU_ERF, 0.0, 0.0),
+        Gate::Relu => (HALITE_GATE_RELU, 0.0, 0.0),
+        Gate::SiluClamped { alpha, limit } => (HALITE_GATE_SILU_CLAMPED, alpha, limit),
+        other => return Err(NotInAbi(format!("the gate {other:?}"))),
+    };
+    Ok(HaliteGate { kind, alpha, limit })
+}
+
+fn rotation(r: &Rotation, frequencies: &mut Vec<Arc<[f32]>>) -> Result<HaliteRotation, NotInAbi> {
+    frequencies.push(r.frequencies.clone());
+    Ok(HaliteRotation {
+        head_dim: r.head_dim,
+        pairs: r.frequencies.len() as u32,
+        pairing: match r.pairs {
+            RopePairs::Adjacent => HALITE_ROPE_ADJACENT,
+            RopePairs::Halves => HALITE_ROPE_HALVES,
+            other => return Err(NotInAbi(format!("the pairs {other:?} of a rotation"))),
+        },
+        factors: or_none(r.factors),
+        magnitude: r.magnitude,
+        frequencies: r.frequencies.as_ptr(),
+    })
+}
+
+fn or_none(id: Option<TensorId>) -> u32 {
+    id.map_or(HALITE_NONE, |id| id.0)
+}
+
+/// Numbers of tensors, filled up with [`HALITE_NONE`].
+fn array(ids: impl Iterator<Item = u32>) -> [u32; HALITE_MAX_PARTS] {
+    let mut all = [HALITE_NONE; HALITE_MAX_PARTS];
+    all.iter_mut().zip(ids).for_each(|(to, id)| *to = id);
+    all
+}
+
+fn encode(op: &Op, texts: &mut Texts, frequencies: &mut Vec<Arc<[f32]>>) -> Result<HaliteOp, NotInAbi> {
+    let (kind, operands) = match op {
+        Op::Embed { table, index, out, scale } => {
+            let index = match index {
+                Index::Token => HALITE_INDEX_TOKEN,
+                Index::Position => HALITE_INDEX_POSITION,
+                Index::First => HALITE_INDEX_FIRST,
+                other => return Err(NotInAbi(format!("the index {other:?}"))),
+            };
+            let embed = HaliteEmbed { table: table.0, index, out: out.0, scale: *scale };
+            (HALITE_OP_EMBED, HaliteOperands { embed })
+        }
+        Op::Gather { x, out } => {
+            (HALITE_OP_GATHER, HaliteOperands { gather: HaliteGather { x: x.0, out: out.0 } })
+        }
+        Op::Norm { x, add, sum, weight, bias, out, kind, eps, group } => {
+            let kind = match kind {
+                NormKind::Rms => HALITE_NORM_RMS,
+                NormKind::Layer => HALITE_NORM_LAYER,
+                other => return Err(NotInAbi(format!("the norm {other:?}"))),
+            };
+            let norm = HaliteNorm {
+                x: x.0,
+                add: or_none(*add),
+                sum: or_none(*sum),
+                weight: or_none(*weight),
+                bias: or_none(*bias),
+                out: out.0,
+                kind,
+                group: *group,
+                eps: *eps,
+            };
+            (HALITE_OP_NORM, HaliteOperands { norm })
+        }
+        Op::MatMul { x, parts, epilogue, outs } => {
+            let none = HaliteGate { kind: HALITE_GATE_SILU, alpha: 0.0, limit: 0.0 };
+            let (epilogue, residual, act) = match epilogue {
+                Epilogue::None => (HALITE_EPILOGUE_NONE, HALITE_NONE, none),
+                Epilogue::Glu(act) => (HALITE_EPILOGUE_GLU, HALITE_NONE, gate(*act)?),
+                Epilogue::Add(residual) => (HALITE_EPILOGUE_ADD, residual.0, none),
+                other => return Err(NotInAbi(format!("the epilogue {other:?}"))),
+            };
+            let matmul = HaliteMatMul {
+                x: x.0,
+                parts: parts.len() as u32,
+                weights: array(parts.iter().map(|part| part.weight.0)),
+                biases: array(parts.iter().map(|part| or_none(part.bias))),
+                outs: array(outs.iter().map(|out| out.0)),
+                epilogue,
+                residual,
+                act,
+            };
+            (HALITE_OP_MATMUL, HaliteOperands { matmul })
+        }
+        Op::Rope { x, out, rotation: r } => {
+            let rope = HaliteRope { x: x.0, out: out.0, rotation: rotation(r, frequencies)? };
+            (HALITE_OP_ROPE, HaliteOperands { rope })
+        }
+        Op::KvWrite { k, v, state } => {
+            let kv_write = HaliteKvWrite { k: k.0, v: v.0, state: state.0 };
+            (HALITE_OP_KV_WRITE, HaliteOperands { kv_write })
+        }
+        Op::RopeKv { q, k, v, out, state, rotation: r } => {
+            let rotation = rotation(r, frequencies)?;
+            let rope_kv = HaliteRopeKv { q: q.0, k: k.0, v: v.0, out: out.0, state: state.0, rotation };
+            (HALITE_OP_ROPE_KV, HaliteOperands { rope_kv })
+        }
+        Op::Attend { q, state: StateId(state), out, heads, scale, softcap, sinks } => {
+            let attend = HaliteAttend {
+                q: q.0,
+                state: *state,
+                out: out.0,
+                heads: *heads,
+                sinks: or_none(*sinks),
+                has_softcap: softcap.is_some().into(),
+                softcap: softcap.unwrap_or(0.0),
+                scale: *scale,
+            };
+            (HALITE_OP_ATTEND, HaliteOperands { attend })
+        }
+        Op::Glu { gate: g, up, out, act } => {
+            let glu = HaliteGlu { gate: g.0, up: up.0, out: out.0, act: gate(*act)? };
+            (HALITE_OP_GLU, HaliteOperands { glu })
+        }
+        Op::Add { a, b, out } => {
+            (HALITE_OP_ADD, HaliteOperands { add: HaliteAdd { a: a.0, b: b.0, out: out.0 } })
+        }
+        Op::Unary { x, out, f } => {
+            let (function, parameter) = match *f {
+                Unary::Silu => (HALITE_UNARY_SILU, 0.0),
+                Unary::Gelu => (HALITE_UNARY_GELU, 0.0),
+                Unary::GeluErf => (HALITE_UNARY_GELU_ERF, 0.0),
+                Unary::Relu => (HALITE_UNARY_RELU, 0.0),
+                Unary::ReluSquared => (HALITE_UNARY_RELU_SQUARED, 0.0),
+                Unary::Scale(factor) => (HALITE_UNARY_SCALE, factor),
+                Unary::SoftCap(cap) => (HALITE_UNARY_SOFT_CAP, cap),
+                other => return Err(NotInAbi(format!("the function {other:?}"))),
+            };
+            let unary = HaliteUnary { x: x.0, out: out.0, function, parameter };
+            (HALITE_OP_UNARY, HaliteOperands { unary })
+        }
+        Op::Route { logits, ids, weights, gating, normalise, scale } => {
+            let gating = match gating {
+                Gating::Softmax => HALITE_GATING_SOFTMAX,
+                Gating::SoftmaxOfTop => HALITE_GATING_SOFTMAX_OF_TOP,
+                Gating::Sigmoid => HALITE_GATING_SIGMOID,
+                other => return Err(NotInAbi(format!("the gating {other:?}"))),
+            };
+            let route = HaliteRoute {
+                logits: logits.0,
+                ids: ids.0,
+                weights: weights.0,
+                gating,
+                normalise: (*normalise).into(),
+                scale: *scale,
+            };
+            (HALITE_OP_ROUTE, HaliteOperands { route })
+        }
+        Op::Experts { x, ids, weights, gate: g, up, down, biases, out, act } => {
+            let [gate_bias, up_bias, down_bias] = biases.map_or([HALITE_NONE; 3], |ids| ids.map(|id| id.0));
+            let experts = HaliteExperts {
+                x: x.0,
+                ids: ids.0,
+                weights: weights.0,
+                gate: g.0,
+                up: up.0,
+                down: down.0,
+                gate_bias,
+                up_bias,
+                down_bias,
+                out: out.0,
+                act: gate(*act)?,
+            };
+            (HALITE_OP_EXPERTS, HaliteOperands { experts })
+        }
+        Op::ArgMax { x, out } => {
+            (HALITE_OP_ARG_MAX, HaliteOperands { arg_max: HaliteArgMax { x: x.0, out: out.0 } })
+        }
+        Op::TopK { x, ids, values } => {
+            let top_k = HaliteTopK { x: x.0, ids: ids.0, values: values.0 };
+            (HALITE_OP_TOP_K, HaliteOperands { top_k })
+        }
+        other => return Err(NotInAbi(format!("the op {}", other.name()))),
+    };
+    Ok(HaliteOp { struct_bytes: size::<HaliteOp>(), kind, name: texts.add(op.name()), operands })
+}
