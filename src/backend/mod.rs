@@ -7,6 +7,7 @@
 pub mod cpu;
 pub mod driver;
 pub mod host;
+pub mod hybrid;
 pub mod reference;
 pub mod template;
 
