@@ -288,12 +288,7 @@ pub struct Fragment {
 
 /// Makes a program of some consecutive ops. A scratch tensor remains scratch if it is `internal`: written by these ops,
 /// and not needed by others. All other results and operands get input and output slots.
-pub fn fragment(
-    program: &Program,
-    name: &str,
-    ops: &[Op],
-    internal: impl Fn(TensorId) -> bool,
-) -> Fragment {
+pub fn fragment(program: &Program, name: &str, ops: &[Op], internal: impl Fn(TensorId) -> bool) -> Fragment {
     let (mut tensors, mut states): (Vec<TensorId>, Vec<StateId>) = (Vec::new(), Vec::new());
     fn place<T: PartialEq>(all: &mut Vec<T>, item: T) -> u32 {
         let at = all.iter().position(|known| *known == item).unwrap_or(all.len());

@@ -157,6 +157,7 @@ pub fn bench(args: &BenchArgs) -> Result<(), Failure> {
             .then(|| Cpu::with_threads(threads))
             .transpose()?;
         let mut session = Session::new(&model, &backend, &options)?;
+        args.device.report_placement(session.program());
         for &test in &tests {
             let costs: Vec<Cost> =
                 test.steps(session.batch()).map(|step| cost::step(session.program(), &step)).collect();

@@ -7,8 +7,10 @@ use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches};
 use halite::backend::Backend;
 use halite::backend::driver::{self, Driver, DriverOption, Options, Value};
+use halite::backend::hybrid::{Hybrid, Placement};
+use halite::program::Program;
 
-use super::Failure;
+use super::{Failure, say};
 
 /// The table of drivers that was passed to [`super::main`].
 static DRIVERS: OnceLock<Vec<Driver>> = OnceLock::new();
@@ -28,12 +30,16 @@ pub fn drivers() -> &'static [Driver] {
 pub struct DeviceArgs {
     backend: String,
     options: Options,
+    /// The backend that runs what the first one lacks.
+    fill_gaps: Option<String>,
+    /// Both, once they are open.
+    hybrid: OnceLock<Arc<Hybrid>>,
 }
 
 impl DeviceArgs {
     /// A backend by name, without options.
     pub fn named(name: &str) -> DeviceArgs {
-        DeviceArgs { backend: name.into(), options: Options::default() }
+        DeviceArgs { backend: name.into(), ..DeviceArgs::default() }
     }
 
     /// The same with `threads` threads; 0 leaves the choice to the backend.
@@ -46,7 +52,23 @@ impl DeviceArgs {
     }
 
     pub fn open(&self) -> Result<Arc<dyn Backend>, Failure> {
-        Ok(driver::open(drivers(), &self.backend, &self.options)?)
+        let Some(other) = &self.fill_gaps else {
+            return Ok(driver::open(drivers(), &self.backend, &self.options)?);
+        };
+        // Each takes the options that it has.
+        let [mine, others] = [&self.backend, other].map(|name| {
+            let driver = driver::find(drivers(), name).map(|(driver, _)| driver);
+            self.options.only(|option| driver.as_ref().is_ok_and(|driver| driver.has_option(option)))
+        });
+        let mine = driver::open(drivers(), &self.backend, &mine)?;
+        let hybrid = Arc::new(Hybrid::new(mine, driver::open(drivers(), other, &others)?));
+        Ok(self.hybrid.get_or_init(|| hybrid).clone())
+    }
+
+    /// Under `--fill-gaps`, says which op of a program runs where.
+    pub fn report_placement(&self, program: &Program) {
+        let Some(hybrid) = self.hybrid.get() else { return };
+        placements(program, &hybrid.placement(program)).iter().for_each(|line| say(line));
     }
 
     /// The backend's name on the command line.
@@ -59,6 +81,34 @@ impl DeviceArgs {
         let (driver, argument) = driver::find(drivers(), &self.backend).ok()?;
         driver.argument.filter(|it| it.is_file && !argument.is_empty()).map(|_| Path::new(argument))
     }
+}
+
+/// Describes where ops run: a line for each op, and consecutive segments whose ops are alike once.
+fn placements(program: &Program, placed: &[Placement]) -> Vec<String> {
+    let name = |segment: usize| program.segments.get(segment).map_or("", |s| &s.name).to_owned();
+    let segments: Vec<&[Placement]> = placed.chunk_by(|a, b| a.segment == b.segment).collect();
+    let line = |p: &Placement| {
+        let gap = p.gap.as_ref().map(|gap| format!(" ({gap})")).unwrap_or_default();
+        let copied = match p.copied_bytes_per_token {
+            0 => String::new(),
+            bytes => format!("; {bytes} bytes per token cross"),
+        };
+        format!("{} on {}{gap}{copied}", p.op, p.device)
+    };
+    let mut lines = vec!["placement:".to_owned()];
+    for alike in segments.chunk_by(|a, b| a.iter().map(line).eq(b.iter().map(line))) {
+        let ends = [alike.first(), alike.last()].map(|s| s.and_then(|s| s.first()).map_or(0, |p| p.segment));
+        let [first, last] = ends.map(name);
+        lines.push(match alike.len() {
+            1 => format!("  {first}"),
+            n => format!("  {first} to {last} ({n} alike)"),
+        });
+        lines.extend(alike.first().into_iter().flat_map(|s| s.iter()).map(|p| format!("    {}", line(p))));
+    }
+    let all: u64 = placed.iter().map(|p| p.copied_bytes_per_token).sum();
+    let filled = placed.iter().filter(|p| p.gap.is_some()).count();
+    lines.push(format!("  {filled} of {} ops fill gaps; {all} bytes per token cross", placed.len()));
+    lines
 }
 
 /// The options of all drivers, without duplicates.
@@ -110,9 +160,14 @@ impl Args for DeviceArgs {
             Some(first) => backend.default_value(first.name),
             None => backend.required(true),
         };
+        let fill_gaps = Arg::new("fill-gaps")
+            .long("fill-gaps")
+            .value_name("NAME")
+            .help("Run ops that the backend lacks on this one, and say which (for bring-up)");
+        let command = command.arg(backend).arg(fill_gaps);
         // Skip options whose name the command uses itself.
         let taken = |command: &Command, name| command.get_arguments().any(|a| a.get_long() == Some(name));
-        options().iter().fold(command.arg(backend), |command, option| match taken(&command, option.name) {
+        options().iter().fold(command, |command, option| match taken(&command, option.name) {
             true => command,
             false => command.arg(argument(option)),
         })
@@ -133,6 +188,9 @@ impl FromArgMatches for DeviceArgs {
     fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
         if let Some(name) = matches.get_one::<String>("backend") {
             self.backend.clone_from(name);
+        }
+        if let Some(name) = matches.get_one::<String>("fill-gaps") {
+            self.fill_gaps = Some(name.clone());
         }
         for option in options() {
             let id = id(&option);

@@ -260,6 +260,7 @@ impl ModelArgs {
         let bar = progress(total, "loading");
         let session = Session::with_progress(model, &backend, options, &mut |done| bar.set_position(done))?;
         bar.finish_and_clear();
+        self.device.report_placement(session.program());
         Ok(session)
     }
 }

@@ -146,6 +146,11 @@ impl Options {
         number.map(Some).ok_or_else(|| wrong(name, "a whole number", value))
     }
 
+    /// Returns the options whose name is accepted.
+    pub fn only(&self, accept: impl Fn(&str) -> bool) -> Options {
+        Options { given: self.given.iter().filter(|(name, _)| accept(name)).cloned().collect() }
+    }
+
     fn names(&self) -> impl Iterator<Item = &str> {
         self.given.iter().map(|(name, _)| name.as_str())
     }

@@ -66,11 +66,12 @@ impl Hybrid {
         } else {
             Contract::Exact
         };
-        let caps = Caps::new(format!("{}+{}", a.name, b.name), format!("{}; gaps run on {}", a.device, b.device))
-            .memory_bytes(a.memory_bytes)
-            .rows(a.rows)
-            .fusions(a.fusions)
-            .contract(contract);
+        let caps =
+            Caps::new(format!("{}+{}", a.name, b.name), format!("{}; gaps run on {}", a.device, b.device))
+                .memory_bytes(a.memory_bytes)
+                .rows(a.rows)
+                .fusions(a.fusions)
+                .contract(contract);
         Hybrid { sides: Arc::new(Sides([mine, other])), caps }
     }
 
@@ -145,8 +146,14 @@ impl Readers {
             };
             let (tensors, states) = (&mut readers.tensors, &mut readers.states);
             let Ok(_) = op.try_map(
-                |id, _| Ok::<_, std::convert::Infallible>(mark(tensors, id.0)),
-                |id, _| Ok(mark(states, id.0)),
+                |id, _| {
+                    mark(tensors, id.0);
+                    Ok::<_, std::convert::Infallible>(())
+                },
+                |id, _| {
+                    mark(states, id.0);
+                    Ok(())
+                },
             );
         }
         readers
@@ -184,7 +191,8 @@ impl Sides {
     fn copy(&self, pair: &Pair, from: usize, range: Range<u64>) -> Result<()> {
         let source = pair.on(self, from)?;
         let target = pair.on(self, 1 - from)?;
-        let mut bytes: Vec<u8> = zeroed(PIECE_BYTES.min(range.end - range.start), "copies between two devices")?;
+        let mut bytes: Vec<u8> =
+            zeroed(PIECE_BYTES.min(range.end - range.start), "copies between two devices")?;
         let mut at = range.start;
         while at < range.end {
             let piece = &mut bytes[..PIECE_BYTES.min(range.end - at) as usize];

@@ -600,8 +600,14 @@ pub struct HaliteHost {
     pub struct_bytes: u32,
     pub abi_version: u32,
     /// Decodes `count` elements, which are whole blocks, of any weight format.
-    pub dequantize:
-        Option<unsafe extern "C" fn(format: HaliteFormat, blocks: *const u8, out: *mut f32, count: u64) -> HaliteStatus>,
+    pub dequantize: Option<
+        unsafe extern "C" fn(
+            format: HaliteFormat,
+            blocks: *const u8,
+            out: *mut f32,
+            count: u64,
+        ) -> HaliteStatus,
+    >,
     /// Returns the bytes of `count` elements of a format; 0 if they are not whole blocks or the format is unknown.
     pub row_bytes: Option<unsafe extern "C" fn(format: HaliteFormat, count: u64) -> u64>,
 }

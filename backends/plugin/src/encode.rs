@@ -166,7 +166,8 @@ impl Encoded {
 
     /// Encodes an op with what it refers to.
     pub fn op(program: &Program, op: &Op) -> Result<Encoded, NotInAbi> {
-        let Fragment { program, .. } = passes::fragment(program, op.name(), std::slice::from_ref(op), |_| false);
+        let Fragment { program, .. } =
+            passes::fragment(program, op.name(), std::slice::from_ref(op), |_| false);
         Encoded::program(&program)
     }
 

@@ -91,20 +91,16 @@ impl Drop for Device {
 struct Message([u8; MESSAGE_BYTES]);
 
 impl Message {
-    /// What was written, or `otherwise` if nothing was.
-    fn text(&self, otherwise: &str) -> String {
+    fn text(&self) -> String {
         let end = self.0.iter().position(|&b| b == 0).unwrap_or(MESSAGE_BYTES);
-        match String::from_utf8_lossy(&self.0[..end]).trim() {
-            "" => otherwise.into(),
-            text => text.into(),
-        }
+        String::from_utf8_lossy(&self.0[..end]).trim().into()
     }
 }
 
 /// The status and the message of a call that did not succeed.
 struct Refusal {
     status: HaliteStatus,
-    message: Message,
+    message: String,
 }
 
 /// Makes a call with memory for a message.
@@ -117,7 +113,10 @@ fn call(f: impl FnOnce(*mut HaliteMessage) -> HaliteStatus) -> Result<(), Refusa
     };
     match f(&mut message) {
         HALITE_OK => Ok(()),
-        status => Err(Refusal { status, message: text }),
+        status => match text.text() {
+            message if message.is_empty() => Err(Refusal { status, message: "no message".into() }),
+            message => Err(Refusal { status, message }),
+        },
     }
 }
 
@@ -147,11 +146,11 @@ impl Device {
             },
             HALITE_CANCELLED => Error::Cancelled,
             HALITE_ERROR | HALITE_ARGUMENT | HALITE_NOT_YET | HALITE_NEVER => {
-                self.error(format!("{what}: {}", refusal.message.text("no message")))
+                self.error(format!("{what}: {}", refusal.message))
             }
             unknown => self.error(format!(
                 "{what}: returned the status {unknown}, which does not exist; {}",
-                refusal.message.text("no message")
+                refusal.message
             )),
         })
     }
@@ -168,7 +167,8 @@ impl PluginBackend {
     /// cannot open its device.
     pub fn load(file: impl AsRef<Path>, options: &str) -> Result<PluginBackend> {
         let file = file.as_ref();
-        let failed = |message: String| Error::Backend { backend: format!("plugin:{}", file.display()), message };
+        let failed =
+            |message: String| Error::Backend { backend: format!("plugin:{}", file.display()), message };
         probe::try_in_a_child(file).map_err(failed)?;
         let library = Library::load(file).map_err(failed)?;
         let calls = library.calls;
@@ -177,7 +177,7 @@ impl PluginBackend {
         let mut raw = ptr::null_mut();
         // SAFETY: the arguments are as the interface says.
         call(|message| unsafe { open(options.as_ptr(), &mut raw, message) })
-            .map_err(|refusal| failed(format!("open: {}", refusal.message.text("no message"))))?;
+            .map_err(|refusal| failed(format!("open: {}", refusal.message)))?;
         let raw = NonNull::new(raw).ok_or_else(|| failed("open: succeeded without a device".into()))?;
         let mut device = Device {
             calls,
@@ -322,19 +322,14 @@ impl Backend for PluginBackend {
         let _one_call = self.device.lock();
         let raw = self.device.raw.as_ptr();
         // SAFETY: the arguments are as the interface says, and live until the call returns.
-        let answer =
-            call(|message| unsafe { supports(raw, encoded.as_ptr(), encoded.first_op(), message) });
+        let answer = call(|message| unsafe { supports(raw, encoded.as_ptr(), encoded.first_op(), message) });
         match answer {
             Ok(()) => Support::Native,
-            Err(Refusal { status: HALITE_NEVER, message }) => {
-                Support::Unsupported(Gap::Never(message.text("no reason given")))
-            }
-            Err(Refusal { status: HALITE_NOT_YET, message }) => {
-                Support::Unsupported(Gap::NotYet(message.text("no reason given")))
-            }
+            Err(Refusal { status: HALITE_NEVER, message }) => Support::Unsupported(Gap::Never(message)),
+            Err(Refusal { status: HALITE_NOT_YET, message }) => Support::Unsupported(Gap::NotYet(message)),
             Err(Refusal { status, message }) => Support::Unsupported(Gap::NotYet(format!(
                 "`supports` returned the status {status}; {}",
-                message.text("no message")
+                message
             ))),
         }
     }
@@ -352,7 +347,7 @@ impl Backend for PluginBackend {
         };
         // SAFETY: the arguments are as the interface says, and live until the call returns.
         unsafe { explain(raw, encoded.as_ptr(), encoded.first_op(), tokens, &mut message) };
-        text.text("")
+        text.text()
     }
 
     fn alloc(&self, bytes: u64, usage: Usage) -> Result<Buffer> {
@@ -591,9 +586,10 @@ impl PluginPlan {
         for (ids, buffers) in lists {
             for (&id, buffer) in ids.iter().zip(buffers) {
                 let t = self.program.tensor(id);
-                let need = self.program.fixed_bytes(id).unwrap_or_else(|| {
-                    4 * halite::passes::rows(t.rows, tokens, outputs) * u64::from(t.cols)
-                });
+                let need = self
+                    .program
+                    .fixed_bytes(id)
+                    .unwrap_or_else(|| 4 * halite::passes::rows(t.rows, tokens, outputs) * u64::from(t.cols));
                 if buffer.bytes() < need {
                     let expected = format!("at least {need} bytes for `{}`", t.name);
                     return Err(Error::argument("buffer", expected, buffer.bytes()));

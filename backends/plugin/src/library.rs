@@ -39,8 +39,7 @@ impl Library {
         // SAFETY: the interface promises a table that stays valid.
         let calls = unsafe { read_table(table) }?;
         // SAFETY: the interface promises texts that end in a zero.
-        let (name, version) =
-            unsafe { (text(calls.name, NAME_BYTES), text(calls.version, NAME_BYTES)) };
+        let (name, version) = unsafe { (text(calls.name, NAME_BYTES), text(calls.version, NAME_BYTES)) };
         let name = name.map_err(|why| format!("its name {why}"))?;
         let version = version.map_err(|why| format!("its version {why}"))?;
         Ok(Library { calls, name, version, _library: library })

@@ -36,7 +36,7 @@ pub fn try_in_a_child(file: &Path) -> Result<(), String> {
     let [from_child, to_parent] = ends.map(|end| unsafe { OwnedFd::from_raw_fd(end) });
     // SAFETY: the child loads the library, writes to the pipe and exits; it returns to no caller.
     match unsafe { libc::fork() } {
-        -1 => return Err(system("fork")),
+        -1 => Err(system("fork")),
         0 => {
             if let Err(why) = Library::load(file) {
                 let _ = File::from(to_parent).write_all(why.as_bytes());

@@ -6,7 +6,8 @@ use std::path::Path;
 fn the_header_is_that_of_the_structs() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let config = cbindgen::Config::from_file(root.join("cbindgen.toml")).unwrap();
-    let made = cbindgen::Builder::new().with_src(root.join("src/abi.rs")).with_config(config).generate().unwrap();
+    let made =
+        cbindgen::Builder::new().with_src(root.join("src/abi.rs")).with_config(config).generate().unwrap();
     let mut text = Vec::new();
     made.write(&mut text);
     let text = String::from_utf8(text).unwrap();
