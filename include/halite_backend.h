@@ -15,7 +15,7 @@
 #define HALITE_ABI_VERSION 1
 
 // In place of a tensor's or a place's number: there is none. In a page table: the sequence dropped this page.
-#define HALITE_NONE 4294967295
+#define HALITE_NONE UINT32_MAX
 
 // Most weights of a HALITE_OP_MATMUL.
 #define HALITE_MAX_PARTS 4
@@ -62,7 +62,7 @@
 // One for each output of the step.
 #define HALITE_ROWS_OUTPUTS 2
 
-// Number `slot_index` of HaliteBindings::weights. Read-only.
+// Number `slot_index` of HaliteBindings::weights, which holds the tensor. Read-only.
 #define HALITE_SLOT_WEIGHT 0
 
 // Number `slot_index` of HaliteBindings::io. It holds at least the tensor for the plan's limits.
@@ -140,7 +140,7 @@
 // Each product is an output.
 #define HALITE_EPILOGUE_NONE 0
 
-// Two weights: `out = act(product 0) * product 1`.
+// Two weights of the output's rows: `out = act(product 0) * product 1`.
 #define HALITE_EPILOGUE_GLU 1
 
 // One weight: `out = residual + product 0`.
@@ -265,7 +265,9 @@ typedef uint32_t HaliteFormat;
 // Where a tensor lives.
 typedef uint32_t HaliteSlot;
 
-// A tensor: `experts` matrices, one after the other, of `rows` rows of `cols` elements. Rows are contiguous.
+// A tensor: `experts` matrices, one after the other, of `rows` rows of `cols` elements. Rows are contiguous. All extents are
+// 1 to 2^27. Only tables of HALITE_OP_EMBED, weights of HALITE_OP_MATMUL and matrices of HALITE_OP_EXPERTS have formats other than
+// HALITE_F32 and HALITE_I32.
 typedef struct HaliteTensor {
   uint32_t struct_bytes;
   // 1, except in mixtures of experts.
@@ -288,7 +290,7 @@ typedef struct HaliteTensor {
 //
 // A page holds keys `[kv_heads][key_dim][position]`, then values `[kv_heads][position][value_dim]`. In HALITE_Q8_0 and
 // HALITE_Q4_0 these are codes, followed by scales in half precision: `[kv_heads][key_dim / 32][position]` of the keys,
-// then `[kv_heads][value_dim / 32][position]` of the values. Each 32 codes of HALITE_Q4_0 in this order take 16 bytes:
+// then `[kv_heads][value_dim / 32][position]` of the values; keys and values are then whole blocks of 32. Each 32 codes of HALITE_Q4_0 in this order take 16 bytes:
 // the first 16 codes are the low halves, the others the high halves.
 typedef struct HaliteState {
   uint32_t struct_bytes;
@@ -419,7 +421,7 @@ typedef struct HaliteRopeKv {
   struct HaliteRotation rotation;
 } HaliteRopeKv;
 
-// Attention over the KV cache; query head h uses KV head `h * kv_heads / heads`.
+// Attention over the KV cache; query head h uses KV head `h * kv_heads / heads`, and `heads` is a multiple of `kv_heads`.
 typedef struct HaliteAttend {
   uint32_t q;
   uint32_t state;
@@ -458,7 +460,8 @@ typedef struct HaliteUnary {
   float parameter;
 } HaliteUnary;
 
-// Chooses experts for each token in order of decreasing logit; the lower index comes first on ties, NaN before all.
+// Chooses experts for each token in order of decreasing gated value (for HALITE_GATING_SOFTMAX_OF_TOP, of the logit); the
+// lower index comes first on ties, and NaN before all other values.
 typedef struct HaliteRoute {
   // `[tokens, experts]`.
   uint32_t logits;
@@ -627,7 +630,7 @@ typedef struct HaliteTiming {
 } HaliteTiming;
 
 // The calls of a plug-in. Calls on one device and on its plans and buffers come one at a time, from any thread. Nothing that
-// one side allocates is freed by the other. `explain` and `import_pages` may be NULL; all others are required.
+// one side allocates is freed by the other. During `submit`, the thread rounds to nearest even and keeps subnormal numbers. `explain` and `import_pages` may be NULL; all others are required.
 typedef struct HaliteBackend {
   uint32_t struct_bytes;
   // HALITE_ABI_VERSION.
@@ -647,7 +650,7 @@ typedef struct HaliteBackend {
                            const struct HaliteProgram *program,
                            const struct HaliteOp *op,
                            struct HaliteMessage *message);
-  // Describes in a line, as message, which kernel runs an op for so many tokens.
+  // Describes in a line, as message, which kernel runs an op for so many tokens. Without a message, there is nothing to say.
   HaliteStatus (*explain)(struct HaliteDevice *device,
                           const struct HaliteProgram *program,
                           const struct HaliteOp *op,
@@ -682,7 +685,7 @@ typedef struct HaliteBackend {
                        uint8_t *bytes,
                        uint64_t count,
                        struct HaliteMessage *message);
-  // Prepares a program, of ops that `supports` accepted, and reserves all memory of its steps. The program stays valid
+  // Prepares a program, all of whose ops `supports` accepted, and reserves all memory of its steps. The program stays valid
   // until `free_plan`.
   HaliteStatus (*prepare)(struct HaliteDevice *device,
                           const struct HaliteProgram *program,
@@ -719,6 +722,11 @@ typedef struct HaliteHost {
   HaliteStatus (*dequantize)(HaliteFormat format, const uint8_t *blocks, float *out, uint64_t count);
   // Returns the bytes of `count` elements of a format; 0 if they are not whole blocks or the format is unknown.
   uint64_t (*row_bytes)(HaliteFormat format, uint64_t count);
+  // Returns the elements of a block of a format; 1 for plain numbers, 0 if the format is unknown.
+  uint32_t (*block_len)(HaliteFormat format);
+  // Returns the format to which the reference quantises the activations of products with this weight format: 8 (Q8_0),
+  // 15 (Q8_K), or HALITE_F32 for none. docs/numeric-contract.md has the formulas.
+  HaliteFormat (*activation_format)(HaliteFormat format);
 } HaliteHost;
 
 // The one function that a plug-in exports, as `halite_backend`. It returns the plug-in's calls, which stay valid, and touches no

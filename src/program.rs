@@ -19,15 +19,18 @@ use crate::error::{Error, Result};
 pub const PAGE_POSITIONS: u32 = halite_kernels::attention::CHUNK as u32;
 
 /// A tensor of a [`Program`].
+#[cfg_attr(feature = "replay", derive(serde::Serialize, serde::Deserialize))]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct TensorId(pub u32);
 
 /// A state (a layer's KV cache) of a [`Program`].
+#[cfg_attr(feature = "replay", derive(serde::Serialize, serde::Deserialize))]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct StateId(pub u32);
 
 /// How many rows a tensor has.
 // Exhaustive: a backend must size every tensor.
+#[cfg_attr(feature = "replay", derive(serde::Serialize, serde::Deserialize))]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Dim {
     /// A fixed number.
@@ -40,6 +43,7 @@ pub enum Dim {
 
 /// Where a tensor lives.
 // Exhaustive: a backend must find every tensor.
+#[cfg_attr(feature = "replay", derive(serde::Serialize, serde::Deserialize))]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Slot {
     /// Weight number n of the program: read-only, bound by the caller.
@@ -51,6 +55,7 @@ pub enum Slot {
 }
 
 /// A tensor: `experts` matrices (1 except in mixtures of experts) of `rows` × `cols`.
+#[cfg_attr(feature = "replay", derive(serde::Serialize, serde::Deserialize))]
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct Tensor {
@@ -73,6 +78,7 @@ pub struct Tensor {
 }
 
 /// Consecutive elements of a tensor in the model file: rows of a matrix, or elements of a vector.
+#[cfg_attr(feature = "replay", derive(serde::Serialize, serde::Deserialize))]
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FilePart {
     /// The tensor's name in the file.
@@ -89,6 +95,7 @@ pub(crate) fn part_as_stored(layout: Layout, range: Range<u32>, rows: u32) -> bo
 }
 
 /// One layer's KV cache: per position, `kv_heads` keys of `key_dim` and values of `value_dim` elements.
+#[cfg_attr(feature = "replay", derive(serde::Serialize, serde::Deserialize))]
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct State {
@@ -138,6 +145,7 @@ impl State {
 }
 
 /// The kind of a norm.
+#[cfg_attr(feature = "replay", derive(serde::Serialize, serde::Deserialize))]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum NormKind {
@@ -148,6 +156,7 @@ pub enum NormKind {
 }
 
 /// Which elements a rotary embedding pairs.
+#[cfg_attr(feature = "replay", derive(serde::Serialize, serde::Deserialize))]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum RopePairs {
@@ -158,6 +167,7 @@ pub enum RopePairs {
 }
 
 /// A rotation of the first `2 * frequencies.len()` elements of each head.
+#[cfg_attr(feature = "replay", derive(serde::Serialize, serde::Deserialize))]
 #[derive(Debug, Clone, PartialEq)]
 pub struct Rotation<T = TensorId> {
     /// Elements of a head.
@@ -184,6 +194,7 @@ impl<T> Rotation<T> {
 pub const MAX_PARTS: usize = 4;
 
 /// One weight of an [`Op::MatMul`].
+#[cfg_attr(feature = "replay", derive(serde::Serialize, serde::Deserialize))]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Part<T = TensorId> {
     /// `[rows, cols]`; element r of a product is the dot product of an input row with row r.
@@ -196,6 +207,7 @@ pub struct Part<T = TensorId> {
 pub type Parts<T = TensorId> = ArrayVec<Part<T>, MAX_PARTS>;
 
 /// What a matmul does with its products before storing them.
+#[cfg_attr(feature = "replay", derive(serde::Serialize, serde::Deserialize))]
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[non_exhaustive]
 pub enum Epilogue<T = TensorId> {
@@ -217,6 +229,7 @@ pub enum Access {
 }
 
 /// The index into an embedding table.
+#[cfg_attr(feature = "replay", derive(serde::Serialize, serde::Deserialize))]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Index {
@@ -229,6 +242,7 @@ pub enum Index {
 }
 
 /// How router logits become expert weights.
+#[cfg_attr(feature = "replay", derive(serde::Serialize, serde::Deserialize))]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Gating {
@@ -244,6 +258,7 @@ pub enum Gating {
 ///
 /// A program has ops on ids. [`Op::try_map`] turns them into ops on something else, such as bound memory or
 /// shapes.
+#[cfg_attr(feature = "replay", derive(serde::Serialize, serde::Deserialize))]
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub enum Op<T = TensorId, S = StateId> {
@@ -377,7 +392,8 @@ pub enum Op<T = TensorId, S = StateId> {
         /// The function.
         f: Unary,
     },
-    /// Chooses experts for each token, in order of decreasing logit; the lower index comes first on ties.
+    /// Chooses experts for each token, in order of decreasing gated value (for [`Gating::SoftmaxOfTop`], of the logit);
+    /// the lower index comes first on ties, and NaN before all other values.
     Route {
         /// `[tokens, experts]`.
         logits: T,
@@ -603,6 +619,7 @@ impl Op {
 }
 
 /// Consecutive ops that share a set of weights: usually one layer. The unit of weight streaming.
+#[cfg_attr(feature = "replay", derive(serde::Serialize, serde::Deserialize))]
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct Segment {
@@ -613,6 +630,7 @@ pub struct Segment {
 }
 
 /// The results of a program for the outputs of a step. Each is in an output slot.
+#[cfg_attr(feature = "replay", derive(serde::Serialize, serde::Deserialize))]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub struct Outputs {
@@ -627,6 +645,7 @@ pub struct Outputs {
 }
 
 /// A model as data: tensors, KV caches and a flat list of ops.
+#[cfg_attr(feature = "replay", derive(serde::Serialize, serde::Deserialize))]
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct Program {

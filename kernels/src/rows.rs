@@ -9,6 +9,7 @@ use crate::math;
 pub const MAX_EXPERTS: usize = 1024;
 
 /// The activation of a gated linear unit: `f(gate) * up`.
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[non_exhaustive]
 pub enum Gate {
@@ -30,6 +31,7 @@ pub enum Gate {
 }
 
 /// A function of one element.
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[non_exhaustive]
 pub enum Unary {

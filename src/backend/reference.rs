@@ -402,10 +402,11 @@ fn route(logits: &[f32], gating: Gating, normalise: bool, scale: f32, ids: &mut 
         Gating::SoftmaxOfTop => {}
     }
     let mut order: Vec<usize> = (0..p.len()).collect();
-    // A stable sort keeps the lower index first on ties.
-    order.sort_by(|&i, &j| p[j].partial_cmp(&p[i]).unwrap_or(std::cmp::Ordering::Equal));
-    // NaN sorts first, so that it is detected.
-    order.sort_by_key(|&i| !p[i].is_nan());
+    // A stable sort keeps the lower index first on ties. NaN sorts first, so that it is detected.
+    order.sort_by(|&i, &j| {
+        let nan_first = p[j].is_nan().cmp(&p[i].is_nan());
+        nan_first.then(p[j].partial_cmp(&p[i]).unwrap_or(std::cmp::Ordering::Equal))
+    });
     for ((id, weight), &expert) in ids.iter_mut().zip(weights.iter_mut()).zip(&order) {
         (*id, *weight) = (expert as i32, p[expert]);
     }

@@ -8,7 +8,7 @@ use std::ffi::{c_char, c_void};
 pub const HALITE_ABI_VERSION: u32 = 1;
 
 /// In place of a tensor's or a place's number: there is none. In a page table: the sequence dropped this page.
-pub const HALITE_NONE: u32 = 0xffff_ffff;
+pub const HALITE_NONE: u32 = u32::MAX;
 
 /// Most weights of a HALITE_OP_MATMUL.
 pub const HALITE_MAX_PARTS: usize = 4;
@@ -61,14 +61,16 @@ pub const HALITE_ROWS_OUTPUTS: u32 = 2;
 
 /// Where a tensor lives.
 pub type HaliteSlot = u32;
-/// Number `slot_index` of HaliteBindings::weights. Read-only.
+/// Number `slot_index` of HaliteBindings::weights, which holds the tensor. Read-only.
 pub const HALITE_SLOT_WEIGHT: u32 = 0;
 /// Number `slot_index` of HaliteBindings::io. It holds at least the tensor for the plan's limits.
 pub const HALITE_SLOT_IO: u32 = 1;
 /// Memory of the plan; see HaliteTensor::place.
 pub const HALITE_SLOT_SCRATCH: u32 = 2;
 
-/// A tensor: `experts` matrices, one after the other, of `rows` rows of `cols` elements. Rows are contiguous.
+/// A tensor: `experts` matrices, one after the other, of `rows` rows of `cols` elements. Rows are contiguous. All extents are
+/// 1 to 2^27. Only tables of HALITE_OP_EMBED, weights of HALITE_OP_MATMUL and matrices of HALITE_OP_EXPERTS have formats other than
+/// HALITE_F32 and HALITE_I32.
 #[repr(C)]
 pub struct HaliteTensor {
     pub struct_bytes: u32,
@@ -101,7 +103,7 @@ pub struct HalitePlace {
 ///
 /// A page holds keys `[kv_heads][key_dim][position]`, then values `[kv_heads][position][value_dim]`. In HALITE_Q8_0 and
 /// HALITE_Q4_0 these are codes, followed by scales in half precision: `[kv_heads][key_dim / 32][position]` of the keys,
-/// then `[kv_heads][value_dim / 32][position]` of the values. Each 32 codes of HALITE_Q4_0 in this order take 16 bytes:
+/// then `[kv_heads][value_dim / 32][position]` of the values; keys and values are then whole blocks of 32. Each 32 codes of HALITE_Q4_0 in this order take 16 bytes:
 /// the first 16 codes are the low halves, the others the high halves.
 #[repr(C)]
 pub struct HaliteState {
@@ -252,7 +254,7 @@ pub struct HaliteMatMul {
 }
 /// Each product is an output.
 pub const HALITE_EPILOGUE_NONE: u32 = 0;
-/// Two weights: `out = act(product 0) * product 1`.
+/// Two weights of the output's rows: `out = act(product 0) * product 1`.
 pub const HALITE_EPILOGUE_GLU: u32 = 1;
 /// One weight: `out = residual + product 0`.
 pub const HALITE_EPILOGUE_ADD: u32 = 2;
@@ -288,7 +290,7 @@ pub struct HaliteRopeKv {
     pub rotation: HaliteRotation,
 }
 
-/// Attention over the KV cache; query head h uses KV head `h * kv_heads / heads`.
+/// Attention over the KV cache; query head h uses KV head `h * kv_heads / heads`, and `heads` is a multiple of `kv_heads`.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct HaliteAttend {
@@ -349,7 +351,8 @@ pub const HALITE_UNARY_SCALE: u32 = 5;
 /// `parameter * tanh(x / parameter)`.
 pub const HALITE_UNARY_SOFT_CAP: u32 = 6;
 
-/// Chooses experts for each token in order of decreasing logit; the lower index comes first on ties, NaN before all.
+/// Chooses experts for each token in order of decreasing gated value (for HALITE_GATING_SOFTMAX_OF_TOP, of the logit); the
+/// lower index comes first on ties, and NaN before all other values.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct HaliteRoute {
@@ -610,10 +613,15 @@ pub struct HaliteHost {
     >,
     /// Returns the bytes of `count` elements of a format; 0 if they are not whole blocks or the format is unknown.
     pub row_bytes: Option<unsafe extern "C" fn(format: HaliteFormat, count: u64) -> u64>,
+    /// Returns the elements of a block of a format; 1 for plain numbers, 0 if the format is unknown.
+    pub block_len: Option<unsafe extern "C" fn(format: HaliteFormat) -> u32>,
+    /// Returns the format to which the reference quantises the activations of products with this weight format: 8 (Q8_0),
+    /// 15 (Q8_K), or HALITE_F32 for none. docs/numeric-contract.md has the formulas.
+    pub activation_format: Option<unsafe extern "C" fn(format: HaliteFormat) -> HaliteFormat>,
 }
 
 /// The calls of a plug-in. Calls on one device and on its plans and buffers come one at a time, from any thread. Nothing that
-/// one side allocates is freed by the other. `explain` and `import_pages` may be NULL; all others are required.
+/// one side allocates is freed by the other. During `submit`, the thread rounds to nearest even and keeps subnormal numbers. `explain` and `import_pages` may be NULL; all others are required.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct HaliteBackend {
@@ -651,7 +659,7 @@ pub struct HaliteBackend {
             message: *mut HaliteMessage,
         ) -> HaliteStatus,
     >,
-    /// Describes in a line, as message, which kernel runs an op for so many tokens.
+    /// Describes in a line, as message, which kernel runs an op for so many tokens. Without a message, there is nothing to say.
     pub explain: Option<
         unsafe extern "C" fn(
             device: *mut HaliteDevice,
@@ -706,7 +714,7 @@ pub struct HaliteBackend {
             message: *mut HaliteMessage,
         ) -> HaliteStatus,
     >,
-    /// Prepares a program, of ops that `supports` accepted, and reserves all memory of its steps. The program stays valid
+    /// Prepares a program, all of whose ops `supports` accepted, and reserves all memory of its steps. The program stays valid
     /// until `free_plan`.
     pub prepare: Option<
         unsafe extern "C" fn(

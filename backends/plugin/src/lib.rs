@@ -21,8 +21,9 @@ use std::time::Duration;
 use halite::backend::driver::{Argument, Driver};
 use halite::backend::{
     Backend, Bindings, Buffer, Cancel, Caps, Clock, Contract, Fusions, Gap, Limits, OpSig, Plan, Step,
-    Support, Ticket, Timing, Usage, check_step,
+    Support, Ticket, Timing, Usage, check_step, check_support,
 };
+use halite::kernels::float::DefaultFloats;
 use halite::map::Region;
 use halite::program::Program;
 use halite::{Error, Result};
@@ -66,7 +67,6 @@ struct Device {
     calls: HaliteBackend,
     name: String,
     raw: NonNull<HaliteDevice>,
-    memory_bytes: u64,
     /// Held during each call.
     one_call: Mutex<()>,
     library: Library,
@@ -140,9 +140,9 @@ impl Device {
         let _one_call = self.lock();
         call(|message| f(self.raw.as_ptr(), message)).map_err(|refusal| match refusal.status {
             HALITE_OUT_OF_MEMORY => Error::OutOfMemory {
-                what: format!("{what} on `{}`", self.name),
+                what: format!("{what} on `{}` ({})", self.name, refusal.message),
                 need_bytes: bytes,
-                have_bytes: if self.memory_bytes == u64::MAX { 0 } else { self.memory_bytes },
+                have_bytes: 0,
             },
             HALITE_CANCELLED => Error::Cancelled,
             HALITE_ERROR | HALITE_ARGUMENT | HALITE_NOT_YET | HALITE_NEVER => {
@@ -179,16 +179,8 @@ impl PluginBackend {
         call(|message| unsafe { open(options.as_ptr(), &mut raw, message) })
             .map_err(|refusal| failed(format!("open: {}", refusal.message)))?;
         let raw = NonNull::new(raw).ok_or_else(|| failed("open: succeeded without a device".into()))?;
-        let mut device = Device {
-            calls,
-            name: library.name.clone(),
-            raw,
-            memory_bytes: u64::MAX,
-            one_call: Mutex::new(()),
-            library,
-        };
+        let device = Device { calls, name: library.name.clone(), raw, one_call: Mutex::new(()), library };
         let caps = caps(&device)?;
-        device.memory_bytes = caps.memory_bytes;
         Ok(PluginBackend { device: Arc::new(device), caps })
     }
 
@@ -403,6 +395,8 @@ impl Backend for PluginBackend {
     }
 
     fn prepare(&self, program: &Arc<Program>, limits: Limits) -> Result<Box<dyn Plan>> {
+        // The interface promises that no refused op gets there.
+        check_support(self, program)?;
         let encoded = Encoded::program(program).map_err(|what| self.device.error(not_in_abi(what)))?;
         let prepare = required!(self.device, prepare);
         let need = self.scratch_bytes(program, limits);
@@ -506,6 +500,8 @@ unsafe extern "C" fn is_cancelled(context: *const c_void) -> u32 {
 impl Plan for PluginPlan {
     fn submit(&mut self, step: &Step<'_>, segments: Range<usize>, bindings: &Bindings<'_>) -> Result<Ticket> {
         let submit = required!(self.device, submit);
+        // The program that embeds Halite may round in another way.
+        let _floats = DefaultFloats::set();
         check_step(step, &self.program, self.limits, bindings.states)?;
         let all = self.program.segments.len();
         if segments.start > segments.end || segments.end > all {

@@ -4,7 +4,7 @@ use std::ffi::c_char;
 use std::mem::{ManuallyDrop, MaybeUninit};
 use std::path::Path;
 
-use halite::kernels::formats::Format;
+use halite::kernels::formats::{Activation, Format, Kind};
 
 use crate::abi::*;
 use crate::encode::size;
@@ -122,6 +122,8 @@ static HOST: HaliteHost = HaliteHost {
     abi_version: HALITE_ABI_VERSION,
     dequantize: Some(dequantize),
     row_bytes: Some(row_bytes),
+    block_len: Some(block_len),
+    activation_format: Some(activation_format),
 };
 
 unsafe extern "C" fn dequantize(
@@ -143,6 +145,18 @@ unsafe extern "C" fn dequantize(
         (std::slice::from_raw_parts(blocks, bytes), std::slice::from_raw_parts_mut(out, count as usize))
     };
     if format.dequantize(blocks, out).is_ok() { HALITE_OK } else { HALITE_ARGUMENT }
+}
+
+extern "C" fn block_len(format: HaliteFormat) -> u32 {
+    Format::from_id(format).map_or(0, |format| format.block_len() as u32)
+}
+
+extern "C" fn activation_format(format: HaliteFormat) -> HaliteFormat {
+    match Format::from_id(format).map(Format::kind) {
+        Ok(Kind::Quantised { activation: Activation::Q8_0, .. }) => Format::Q8_0.id(),
+        Ok(Kind::Quantised { activation: Activation::Q8_K, .. }) => Format::Q8_K.id(),
+        _ => HALITE_F32,
+    }
 }
 
 extern "C" fn row_bytes(format: HaliteFormat, count: u64) -> u64 {

@@ -20,7 +20,7 @@ fn every_case_has_the_bits_of_the_reference() {
     let chip = MyChip::new(false);
     for case in cases() {
         let outcome = check(&chip, &case);
-        assert_eq!(outcome, Outcome::Pass(0.0), "{}", case.name);
+        assert!(outcome.same_bits(), "{}: {outcome}", case.name);
     }
 }
 

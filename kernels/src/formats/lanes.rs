@@ -14,6 +14,7 @@ use crate::isa::Isa;
 pub const ROWS: usize = 16;
 
 /// How the rows of a matrix lie in memory.
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum Layout {
     /// One after the other, as published.

@@ -397,6 +397,7 @@ macro_rules! formats {
         #[allow(non_camel_case_types, reason = "formats keep their published names")]
         #[repr(u32)]
         #[non_exhaustive]
+        #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
         #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, PartialOrd, Ord)]
         pub enum Format { $(#[doc = $doc] $name = $id,)+ }
 

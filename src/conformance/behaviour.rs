@@ -1,0 +1,410 @@
+//! What single cases do not show: the same bits in every run, no influence of what ran before or beside, cancellation,
+//! memory limits, and errors where they belong.
+
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use super::recording::{Opened, Output, Recording, SpanData, StepData};
+use super::{Case, Failure};
+use crate::backend::{Backend, Buffer, Cancel, Contract, Usage, upload};
+use crate::error::{Error, Result};
+use crate::program::{Dim, PAGE_POSITIONS};
+
+/// What was checked, and what was found.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct Finding {
+    /// The behaviour, such as `same bits run to run`.
+    pub behaviour: &'static str,
+    /// What it was checked with: a case, or a call.
+    pub with: String,
+    /// Whether the backend behaves so.
+    pub verdict: Verdict,
+    /// Numbers or the error, for people. May be empty.
+    pub detail: String,
+}
+
+/// Whether a backend behaves as checked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Verdict {
+    /// It does.
+    Held,
+    /// It does not, and its contract allows that.
+    Allowed,
+    /// It does not.
+    Broken,
+}
+
+impl Verdict {
+    /// Name for reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Verdict::Held => "held",
+            Verdict::Allowed => "allowed",
+            Verdict::Broken => "broken",
+        }
+    }
+}
+
+type Ran = std::result::Result<Vec<Output>, Failure>;
+
+/// Checks how a backend behaves with these cases, each of which it should pass. Each is run `repetitions` times where
+/// that may show something. Calls `done` with each finding.
+pub fn check_all(backend: &dyn Backend, cases: &[Case], repetitions: usize, done: &mut dyn FnMut(Finding)) {
+    memory(backend, done);
+    let recorded = cases.iter().filter(|case| case.gap(backend).is_none());
+    let recorded = recorded.filter_map(|case| Some((&case.name[..], case.record(0).ok()?)));
+    let recorded: Vec<(&str, Recording)> = recorded.collect();
+    for (n, (name, recording)) in recorded.iter().enumerate() {
+        let Ok(want) = recording.run(backend) else { continue };
+        let mut add = |behaviour, verdict, detail: String| {
+            done(Finding { behaviour, with: (*name).into(), verdict, detail });
+        };
+        let (verdict, detail) = same(run_to_run(backend, recording, &want, repetitions));
+        add("same bits run to run", verdict, detail);
+        let (verdict, detail) = same(after_nan(backend, recording, &want));
+        add("no stale memory", verdict, detail);
+        let (_, other) = &recorded[(n + 1) % recorded.len()];
+        let (verdict, detail) = same(beside(backend, recording, other, &want));
+        add("same bits between steps of another plan", verdict, detail);
+        let (verdict, detail) = same(on_threads(backend, recording, &want));
+        add("same bits on two threads", verdict, detail);
+        if let Some(single) = one_by_one(recording) {
+            let (verdict, detail) = match rows_of(&single, backend, &want) {
+                Err(detail) if backend.caps().contract == Contract::Exact => (Verdict::Broken, detail),
+                Err(detail) => (Verdict::Allowed, detail),
+                Ok(()) => (Verdict::Held, String::new()),
+            };
+            add("same bits alone and in a batch", verdict, detail);
+        }
+        let (verdict, detail) = same(cancelled(backend, recording, &want));
+        add("a cancelled step runs nothing", verdict, detail);
+        let (verdict, detail) = same(refused(backend, recording, &want));
+        add("impossible calls are errors", verdict, detail);
+    }
+    latency(backend, &recorded, done);
+}
+
+fn same(result: std::result::Result<(), String>) -> (Verdict, String) {
+    match result {
+        Ok(()) => (Verdict::Held, String::new()),
+        Err(detail) => (Verdict::Broken, detail),
+    }
+}
+
+/// Whether outputs have the same bits.
+fn equal(got: Ran, want: &[Output], when: &str) -> std::result::Result<(), String> {
+    let got = got.map_err(|why| format!("{when}: {why}"))?;
+    let (comparison, equal) = super::compare::compare(&got, want, Contract::Exact, 0.0);
+    if equal { Ok(()) } else { Err(format!("{when}: {comparison}")) }
+}
+
+fn text(e: impl std::fmt::Display) -> String {
+    e.to_string()
+}
+
+fn run_to_run(
+    backend: &dyn Backend,
+    recording: &Recording,
+    want: &[Output],
+    repetitions: usize,
+) -> std::result::Result<(), String> {
+    let mut opened = recording.open(backend).map_err(text)?;
+    for n in 0..repetitions {
+        opened.restore().map_err(text)?;
+        equal(opened.run(), want, &format!("run {}", n + 2))?;
+    }
+    Ok(())
+}
+
+/// Steps with NaN leave NaN in everything that a plan keeps.
+fn after_nan(
+    backend: &dyn Backend,
+    recording: &Recording,
+    want: &[Output],
+) -> std::result::Result<(), String> {
+    let mut opened = recording.open(backend).map_err(text)?;
+    for (n, step) in recording.steps.iter().enumerate() {
+        let nan =
+            |input: &Option<Vec<u32>>| input.as_ref().map(|words| vec![f32::NAN.to_bits(); words.len()]);
+        let inputs: Vec<_> = step.inputs.iter().map(nan).collect();
+        opened.step(n, &inputs, &Cancel::default()).map_err(text)?;
+    }
+    opened.restore().map_err(text)?;
+    equal(opened.run(), want, "after steps with NaN")
+}
+
+/// Steps of two plans in turns.
+fn beside(
+    backend: &dyn Backend,
+    recording: &Recording,
+    other: &Recording,
+    want: &[Output],
+) -> std::result::Result<(), String> {
+    let mut opened = recording.open(backend).map_err(text)?;
+    let mut second = other.open(backend).map_err(text)?;
+    let mut got = Vec::new();
+    for (n, step) in recording.steps.iter().enumerate() {
+        opened.step(n, &step.inputs, &Cancel::default()).map_err(text)?;
+        let m = n % other.steps.len().max(1);
+        if let Some(step) = other.steps.get(m) {
+            second.step(m, &step.inputs, &Cancel::default()).map_err(text)?;
+        }
+        opened.read(n, &mut got).map_err(text)?;
+    }
+    equal(Ok(got), want, "between steps of another plan")
+}
+
+/// Two plans at the same time, on threads of their own.
+fn on_threads(
+    backend: &dyn Backend,
+    recording: &Recording,
+    want: &[Output],
+) -> std::result::Result<(), String> {
+    let results = Mutex::new(Vec::new());
+    std::thread::scope(|scope| {
+        for thread in 0..2 {
+            let results = &results;
+            scope.spawn(move || {
+                let result = equal(recording.run(backend), want, &format!("thread {thread}"));
+                if let Ok(mut results) = results.lock() {
+                    results.push(result);
+                }
+            });
+        }
+    });
+    let results = results.into_inner().map_err(|_| "a thread failed".to_owned())?;
+    if results.len() < 2 {
+        return Err("a thread failed".into());
+    }
+    results.into_iter().collect()
+}
+
+/// The same tokens, one in each step; `None` for a recording that cannot be cut so.
+fn one_by_one(recording: &Recording) -> Option<Recording> {
+    let program = &recording.program;
+    let [step] = recording.steps.as_slice() else { return None };
+    let [span] = step.spans.as_slice() else { return None };
+    let by_token = program.io.iter().all(|&id| program.tensor(id).rows == Dim::Tokens);
+    if !by_token || span.len < 2 || program.states.iter().any(|s| !s.causal) {
+        return None;
+    }
+    let steps = (0..span.len).map(|n| {
+        let inputs = step.inputs.iter().map(|input| {
+            let words = input.as_ref()?;
+            let cols = words.len() / span.len as usize;
+            Some(words.chunks_exact(cols).nth(n as usize)?.to_vec())
+        });
+        StepData::new(
+            vec![SpanData::new(span.start + n, 1, span.tables.clone())],
+            vec![step.tokens[n as usize]],
+            vec![0],
+            inputs.collect(),
+        )
+    });
+    let mut single = recording.clone();
+    single.steps = steps.collect();
+    Some(single)
+}
+
+/// Whether steps of single tokens give the rows of one step.
+fn rows_of(single: &Recording, backend: &dyn Backend, want: &[Output]) -> std::result::Result<(), String> {
+    let got = single.run(backend).map_err(text)?;
+    let mut rows = Vec::new();
+    for n in 0..single.steps.len() {
+        for output in want {
+            let row = output.words.chunks_exact(output.cols.max(1)).nth(n).unwrap_or(&[]);
+            rows.push(Output { step: n, words: row.to_vec(), ..output.clone() });
+        }
+    }
+    equal(Ok(got), &rows, "one token a step")
+}
+
+fn cancelled(
+    backend: &dyn Backend,
+    recording: &Recording,
+    want: &[Output],
+) -> std::result::Result<(), String> {
+    let mut opened = recording.open(backend).map_err(text)?;
+    let cancel = Cancel::default();
+    cancel.cancel();
+    if let Some(step) = recording.steps.first() {
+        match opened.step(0, &step.inputs, &cancel) {
+            Err(Error::Cancelled) => {}
+            Err(e) => return Err(format!("expected the error `cancelled`, got: {e}")),
+            Ok(()) => return Err("expected the error `cancelled`, got a step that ran".into()),
+        }
+    }
+    opened.restore().map_err(text)?;
+    equal(opened.run(), want, "after a cancelled step")
+}
+
+/// Calls that no backend can carry out, after which the plan still runs.
+fn refused(backend: &dyn Backend, recording: &Recording, want: &[Output]) -> std::result::Result<(), String> {
+    let mut opened = recording.open(backend).map_err(text)?;
+    for (what, result) in opened.impossible() {
+        if result.is_ok() {
+            return Err(format!("{what} was accepted"));
+        }
+    }
+    equal(opened.run(), want, "after impossible calls")
+}
+
+impl Opened<'_> {
+    /// Makes calls that must fail.
+    fn impossible(&mut self) -> Vec<(&'static str, Result<()>)> {
+        let Some(step) = self.recording.steps.first().cloned() else { return Vec::new() };
+        let mut results = Vec::new();
+        let segments = self.program.segments.len();
+        let mut try_step = |opened: &mut Self, what, step: &StepData, range, slots| {
+            results.push((what, opened.submit_unchecked(step, range, slots)));
+        };
+        let all = 0..segments;
+        let mut many = step.clone();
+        many.tokens = vec![0; self.recording.limits().tokens as usize + 1];
+        try_step(self, "a step of too many tokens", &many, all.clone(), true);
+        let mut none = step.clone();
+        (none.tokens, none.spans, none.outputs) = (Vec::new(), Vec::new(), Vec::new());
+        try_step(self, "a step without tokens", &none, all.clone(), true);
+        let mut beyond = step.clone();
+        beyond.outputs = vec![step.tokens.len() as u32];
+        try_step(self, "an output of a token that is not there", &beyond, all.clone(), true);
+        let mut short = step.clone();
+        short.spans.truncate(1);
+        if let Some(span) = short.spans.first_mut() {
+            span.len += PAGE_POSITIONS;
+        }
+        try_step(self, "spans of more tokens than the step has", &short, all.clone(), true);
+        try_step(self, "segments that are not there", &step, segments..segments + 1, true);
+        try_step(self, "buffers of another backend", &step, all, false);
+        results.push(("a ticket that was never given", self.wait_for(u64::MAX)));
+        results
+    }
+}
+
+/// Allocation, limits and borders of buffers.
+fn memory(backend: &dyn Backend, done: &mut dyn FnMut(Finding)) {
+    let mut add = |behaviour, with: &str, result: std::result::Result<(), String>| {
+        let (verdict, detail) = same(result);
+        done(Finding { behaviour, with: with.into(), verdict, detail });
+    };
+    let too_much = |bytes: u64| match backend.alloc(bytes, Usage::Weight) {
+        Err(Error::OutOfMemory { .. }) => {
+            // A small one still fits.
+            backend.alloc(4096, Usage::Io).map(|_| ()).map_err(|e| format!("afterwards, 4096 bytes: {e}"))
+        }
+        Err(e) => Err(format!("expected the error `out of memory`, got: {e}")),
+        Ok(_) => Err("was accepted".into()),
+    };
+    let limit = backend.caps().memory_bytes;
+    if limit < 1 << 60 {
+        add("memory limits are errors", "one byte more than the memory", too_much(limit + 1));
+    }
+    add("memory limits are errors", "2^62 bytes", too_much(1 << 62));
+    let zeroed = || -> Result<std::result::Result<(), String>> {
+        for _ in 0..2 {
+            let buffer = backend.alloc(10_000, Usage::State)?;
+            let mut bytes = vec![1; 10_000];
+            backend.read(&buffer, 0, &mut bytes)?;
+            if let Some(at) = bytes.iter().position(|&b| b != 0) {
+                return Ok(Err(format!("byte {at} is {:#x}", bytes[at])));
+            }
+            // The next buffer may get this memory.
+            upload(backend, &buffer, 0, &vec![0xa5; 10_000])?;
+        }
+        Ok(Ok(()))
+    };
+    add("new memory is zero", "10000 bytes", zeroed().map_err(text).and_then(|r| r));
+    let pieces = || -> Result<std::result::Result<(), String>> {
+        let buffer = backend.alloc(300, Usage::Io)?;
+        let mut want = vec![0u8; 300];
+        for (n, (at, len)) in [(0, 300), (3, 5), (1, 1), (127, 130), (299, 1), (8, 0)].into_iter().enumerate()
+        {
+            let piece: Vec<u8> = (0..len).map(|i| (17 * n + i + 1) as u8).collect();
+            want[at..at + len].copy_from_slice(&piece);
+            upload(backend, &buffer, at as u64, &piece)?;
+        }
+        let mut got = vec![0; 300];
+        backend.read(&buffer, 0, &mut got)?;
+        let mut part = vec![0; 13];
+        backend.read(&buffer, 5, &mut part)?;
+        let at = got.iter().zip(&want).position(|(a, b)| a != b);
+        Ok(match at {
+            Some(at) => Err(format!("byte {at}: expected {}, got {}", want[at], got[at])),
+            None if part != want[5..18] => Err("bytes 5 to 17 differ when read alone".into()),
+            None => Ok(()),
+        })
+    };
+    add(
+        "buffers take pieces at any place",
+        "pieces of 0 to 300 bytes",
+        pieces().map_err(text).and_then(|r| r),
+    );
+    let outside = |what: &str, result: Result<()>| match result {
+        Err(_) => Ok(()),
+        Ok(()) => Err(format!("{what} was accepted")),
+    };
+    match backend.alloc(64, Usage::Io) {
+        Err(e) => add("accesses outside of buffers are errors", "64 bytes", Err(e.to_string())),
+        Ok(buffer) => {
+            let name = "accesses outside of buffers are errors";
+            add(name, "write", outside("bytes 60 to 68", upload(backend, &buffer, 60, &[0; 8])));
+            add(name, "read", outside("bytes 60 to 68", backend.read(&buffer, 60, &mut [0; 8])));
+            let far = backend.read(&buffer, u64::MAX - 2, &mut [0; 8]);
+            add(name, "read at the end of all addresses", outside("it", far));
+            let foreign = Buffer::new(64, ());
+            add(name, "another backend's buffer", outside("it", backend.read(&foreign, 0, &mut [0; 8])));
+        }
+    }
+}
+
+/// Cancels the longest step from another thread.
+fn latency(backend: &dyn Backend, recorded: &[(&str, Recording)], done: &mut dyn FnMut(Finding)) {
+    let mut longest: Option<(&str, &Recording, Duration)> = None;
+    for (name, recording) in recorded {
+        let Ok(mut opened) = recording.open(backend) else { continue };
+        let start = Instant::now();
+        let Some(step) = recording.steps.first() else { continue };
+        if opened.step(0, &step.inputs, &Cancel::default()).is_ok() {
+            let time = start.elapsed();
+            if longest.is_none_or(|(.., most)| time > most) {
+                longest = Some((name, recording, time));
+            }
+        }
+    }
+    let Some((name, recording, whole)) = longest else { return };
+    let measure = || -> std::result::Result<String, String> {
+        let mut opened = recording.open(backend).map_err(text)?;
+        let cancel = Cancel::default();
+        let wait = whole / 4;
+        let (ended, asked) = std::thread::scope(|scope| {
+            let asked = scope.spawn(|| {
+                std::thread::sleep(wait);
+                cancel.cancel();
+                Instant::now()
+            });
+            let result = opened.step(0, &recording.steps[0].inputs, &cancel);
+            ((result, Instant::now()), asked.join())
+        });
+        let asked = asked.map_err(|_| "a thread failed".to_owned())?;
+        let (result, end) = ended;
+        let after = end.saturating_duration_since(asked);
+        match result {
+            Err(Error::Cancelled) | Ok(()) => {
+                Ok(format!("ended {after:.1?} after the request; the whole step takes {whole:.1?}"))
+            }
+            Err(e) => Err(e.to_string()),
+        }
+    };
+    let (verdict, detail) = match measure() {
+        Ok(detail) => (Verdict::Held, detail),
+        Err(detail) => (Verdict::Broken, detail),
+    };
+    done(Finding {
+        behaviour: "a step can be cancelled from another thread",
+        with: name.into(),
+        verdict,
+        detail,
+    });
+}
