@@ -7,6 +7,7 @@
 mod bench;
 #[cfg(feature = "sim")]
 mod calibrate;
+mod certify;
 mod chat;
 mod checksums;
 mod convert;
@@ -92,6 +93,8 @@ enum Command {
     Calibrate(calibrate::CalibrateArgs),
     /// Run the conformance tests of a backend against the reference.
     Conform(tools::ConformArgs),
+    /// Check a backend thoroughly, and write a certificate.
+    Certify(certify::CertifyArgs),
 }
 
 /// The model and the backend of a command.
@@ -387,6 +390,7 @@ pub fn main(drivers: &[Driver]) -> ExitCode {
         #[cfg(feature = "sim")]
         Command::Calibrate(args) => calibrate::calibrate(&args),
         Command::Conform(args) => tools::conform(&args),
+        Command::Certify(args) => certify::certify(&args),
     });
     let Err(failure) = result else { return ExitCode::SUCCESS };
     let broken_pipe =

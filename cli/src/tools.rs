@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use halite::conformance::{self, Outcome};
+use halite::conformance::{self, Outcome, Recording};
 use halite::kernels::formats::Format;
 use halite::output::{self, Replace};
 use halite::session::{OutputKind, OutputTokens, Run};
@@ -229,6 +229,9 @@ pub struct ConformArgs {
     /// Print every case, not only those that do not pass.
     #[arg(short, long)]
     verbose: bool,
+    /// Run a recorded case, as `halite bisect` writes it.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["filter", "table"])]
+    replay: Option<PathBuf>,
     /// Run all cases on these backends and print a support table.
     #[arg(long, value_name = "NAME,…", value_delimiter = ',', conflicts_with_all = ["backend", "filter", "verbose"])]
     table: Vec<String>,
@@ -294,6 +297,14 @@ pub fn conform(args: &ConformArgs) -> Result<(), Failure> {
         return print(&support_table(&args.table)?);
     }
     let backend = args.device.open()?;
+    if let Some(file) = &args.replay {
+        let named = |e: &dyn std::fmt::Display| format!("{}: {e}", file.display());
+        let bytes = std::fs::read(file).map_err(|e| named(&e))?;
+        let recording = Recording::from_bytes(&bytes).map_err(|e| named(&e))?;
+        let outcome = conformance::check_recording(&*backend, &recording);
+        print(&format!("{}: {}: {outcome}\n", backend.caps().name, recording.program.name))?;
+        return if outcome.failed() { Err("conformance failed".into()) } else { Ok(()) };
+    }
     let cases: Vec<_> = conformance::cases().into_iter().filter(|c| c.name.contains(&args.filter)).collect();
     let bar = progress(cases.len() as u64, "conformance");
     let mut report = conformance::Report::default();
