@@ -52,6 +52,7 @@
 #![deny(unsafe_code)]
 
 pub mod backend;
+pub mod bisect;
 #[cfg(feature = "chat")]
 pub mod chat;
 pub mod conformance;

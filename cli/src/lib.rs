@@ -5,6 +5,7 @@
 #![deny(unsafe_code)]
 
 mod bench;
+mod bisect;
 #[cfg(feature = "sim")]
 mod calibrate;
 mod certify;
@@ -95,6 +96,8 @@ enum Command {
     Conform(tools::ConformArgs),
     /// Check a backend thoroughly, and write a certificate.
     Certify(certify::CertifyArgs),
+    /// Find the op at which two backends part.
+    Bisect(bisect::BisectArgs),
 }
 
 /// The model and the backend of a command.
@@ -391,6 +394,7 @@ pub fn main(drivers: &[Driver]) -> ExitCode {
         Command::Calibrate(args) => calibrate::calibrate(&args),
         Command::Conform(args) => tools::conform(&args),
         Command::Certify(args) => certify::certify(&args),
+        Command::Bisect(args) => bisect::bisect(&args),
     });
     let Err(failure) = result else { return ExitCode::SUCCESS };
     let broken_pipe =

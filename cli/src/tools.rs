@@ -69,7 +69,7 @@ pub fn tokenize(args: &TokenizeArgs) -> Result<(), Failure> {
     print(&format!("{}\n", ids.iter().map(u32::to_string).collect::<Vec<_>>().join(",")))
 }
 
-fn parse_ids(text: &str) -> Result<Vec<u32>, Failure> {
+pub fn parse_ids(text: &str) -> Result<Vec<u32>, Failure> {
     text.split([',', ' ', '\n'])
         .filter(|part| !part.is_empty())
         .map(|part| part.parse().map_err(|_| format!("token id: expected a number, got `{part}`").into()))

@@ -102,7 +102,7 @@ fn ordered(bits: u32) -> i64 {
 }
 
 /// Compares outputs; the flag says whether the contract holds.
-pub(super) fn compare(got: &[Output], want: &[Output], contract: Contract, bound: f64) -> (Comparison, bool) {
+pub(crate) fn compare(got: &[Output], want: &[Output], contract: Contract, bound: f64) -> (Comparison, bool) {
     let bound = match contract {
         Contract::Exact => None,
         Contract::Native => Some(NATIVE_BOUND),

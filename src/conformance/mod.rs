@@ -19,6 +19,7 @@ use std::fmt;
 use std::sync::Arc;
 
 pub use cases::{cases, larger, op_bound, representative};
+pub(crate) use compare::compare;
 pub use compare::{Comparison, Mismatch};
 pub use recording::{Output, Recording, SpanData, StepData, random_weight};
 
