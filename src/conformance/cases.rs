@@ -60,7 +60,7 @@ const ROW_BOUND: f64 = 1e-10;
 const ATTEND_BOUND: f64 = 1e-6;
 
 /// Error bound of products that are single elements. Devices may hold weights in half precision.
-const PROBE_BOUND: f64 = 1e-6;
+pub(crate) const PROBE_BOUND: f64 = 1e-6;
 
 /// Error bound of functions that round to half precision, as GELU does: a difference in the last bit of an f32
 /// may round to the next half-precision number, 2^-10 away.

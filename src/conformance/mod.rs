@@ -18,10 +18,12 @@ mod recording;
 use std::fmt;
 use std::sync::Arc;
 
+pub(crate) use cases::PROBE_BOUND;
 pub use cases::{cases, larger, op_bound, representative};
 pub(crate) use compare::compare;
 pub use compare::{Comparison, Mismatch};
 pub use recording::{Output, Recording, SpanData, StepData, random_weight};
+pub(crate) use recording::{PROBES, probe};
 
 use crate::backend::reference::Reference;
 use crate::backend::{Backend, Gap, OpSig, Support};

@@ -358,10 +358,13 @@ fn is_written(program: &Program, id: TensorId) -> bool {
     found
 }
 
+/// Probes that [`probe`] has.
+pub(crate) const PROBES: usize = 12;
+
 /// A row of zeros with one element of 127/64, which the formats of activations hold exactly.
-fn probe(n: usize, cols: usize) -> Vec<u32> {
+pub(crate) fn probe(n: usize, cols: usize) -> Vec<u32> {
     let last = cols - 1;
-    let places = [last, 0, 31, 32, 255, 256, last / 2, last - last.min(1), 15, 16, 63, 127];
+    let places: [usize; PROBES] = [last, 0, 31, 32, 255, 256, last / 2, last - last.min(1), 15, 16, 63, 127];
     let mut row = vec![0; cols];
     row[places[n % places.len()].min(last)] = (127f32 / 64.0).to_bits();
     row

@@ -16,7 +16,8 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, mpsc};
+use std::time::Duration;
 
 pub use adapter::{Adapter, adapters};
 
@@ -38,6 +39,8 @@ const PIECE_BYTES: usize = 8 << 20;
 
 /// Maximum bytes in flight to the device.
 const STAGED_BYTES: u64 = 128 << 20;
+/// How long a callback may take after the device is done.
+const CALLBACK: Duration = Duration::from_secs(60);
 
 fn failed(message: impl Into<String>) -> Error {
     Error::Backend { backend: NAME.into(), message: message.into() }
@@ -288,20 +291,16 @@ impl Device {
 
     /// Waits for the device, and reads the start of a mappable buffer.
     fn mapped(&self, buffer: &wgpu::Buffer, dst: &mut [u8]) -> Result<()> {
-        let mapped: Arc<Mutex<Option<Result<(), wgpu::BufferAsyncError>>>> = Arc::default();
-        let result = mapped.clone();
+        let (done, mapped) = mpsc::channel();
         let range = 0..dst.len() as u64;
-        buffer.map_async(wgpu::MapMode::Read, range.clone(), move |outcome| {
-            if let Ok(mut result) = result.lock() {
-                *result = Some(outcome);
-            }
-        });
+        // Nobody listens any more only after the time below.
+        buffer.map_async(wgpu::MapMode::Read, range.clone(), move |outcome| _ = done.send(outcome));
         self.wait()?;
-        let outcome = mapped.lock().ok().and_then(|mut outcome| outcome.take());
-        match outcome {
-            Some(Ok(())) => {}
-            Some(Err(e)) => return Err(failed(format!("cannot read device memory: {e}"))),
-            None => return Err(failed("device memory was not mapped for reading")),
+        // Another thread that waits for the device may have taken the callback, and be about to call it.
+        match mapped.recv_timeout(CALLBACK) {
+            Ok(Ok(())) => {}
+            Ok(Err(e)) => return Err(failed(format!("cannot read device memory: {e}"))),
+            Err(_) => return Err(failed("device memory was not mapped for reading")),
         }
         let view =
             buffer.get_mapped_range(range).map_err(|e| failed(format!("cannot read device memory: {e}")))?;

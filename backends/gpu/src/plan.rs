@@ -255,6 +255,10 @@ impl GpuPlan {
 impl Plan for GpuPlan {
     fn submit(&mut self, step: &Step<'_>, segments: Range<usize>, bindings: &Bindings<'_>) -> Result<Ticket> {
         check_step(step, &self.program, self.limits, bindings.states)?;
+        let all = self.lowered.segments.len();
+        if segments.start > segments.end || segments.end > all {
+            return Err(Error::argument("segments", format!("within 0..{all}"), format!("{segments:?}")));
+        }
         self.check_indices(step, &segments)?;
         let first = segments.start == 0;
         if first {
