@@ -309,6 +309,9 @@ impl Plan for GpuPlan {
     }
 
     fn wait(&mut self, ticket: Ticket) -> Result<Timing> {
+        if ticket.0 > self.submitted {
+            return Err(Error::argument("ticket", format!("at most {}", self.submitted), ticket.0));
+        }
         if ticket.0 == self.submitted {
             let by_device = match &self.clock {
                 Some(clock) => clock.elapsed(&self.device)?,
