@@ -68,6 +68,7 @@ pub mod gguf;
 mod loaded;
 mod lora;
 pub mod map;
+pub mod measure;
 mod memory;
 pub mod model;
 mod options;

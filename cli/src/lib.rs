@@ -8,6 +8,7 @@ mod bench;
 mod bisect;
 #[cfg(feature = "sim")]
 mod calibrate;
+mod card;
 mod certify;
 mod chat;
 mod checksums;
@@ -18,6 +19,7 @@ mod embed;
 mod estimate;
 mod inspect;
 mod interrupt;
+mod machine;
 mod pack;
 #[cfg(feature = "sim")]
 mod plot;
@@ -75,6 +77,8 @@ enum Command {
     Perplexity(tools::PerplexityArgs),
     /// Benchmark prefill and decode.
     Bench(bench::BenchArgs),
+    /// Show, compare and check what `bench --ops` measured.
+    Card(card::CardArgs),
     /// Write a GGUF file of a known model's shape with random weights, for benchmarks.
     Synth(synth::SynthArgs),
     /// Compute text embeddings with an encoder model.
@@ -382,6 +386,7 @@ pub fn main(drivers: &[Driver]) -> ExitCode {
         Command::Logits(args) => tools::logits(&args),
         Command::Perplexity(args) => tools::perplexity(&args),
         Command::Bench(args) => bench::bench(&args),
+        Command::Card(args) => card::card(&args),
         Command::Synth(args) => synth::synth(&args),
         Command::Embed(args) => embed::embed(&args),
         Command::Convert(args) => convert::convert(&args),

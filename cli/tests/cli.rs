@@ -40,6 +40,8 @@ fn bench_reports_each_combination() {
         close("median_tokens_per_s", speeds[1]);
         close("mean_tokens_per_s", speeds.iter().sum::<f64>() / 3.0);
         assert!(row["roofline_percent"].is_null());
+        // The CPU has no clock but the host's.
+        assert!(row["clock"] == "host" && row["seconds"] == row["host_seconds"], "{row}");
     }
     // A token that is generated reads all weights, a prompt's share them; what is in the cache costs more.
     let bytes = |i: usize| rows[i]["bytes_per_token"].as_u64().unwrap();
@@ -51,7 +53,156 @@ fn bench_reports_each_combination() {
     assert!(fields.len() == 9 && fields.iter().all(|&n| n == fields[0]), "{csv}");
     let table = text(args);
     let cells: Vec<usize> = table.lines().map(|line| line.split('|').count()).collect();
-    assert!(cells.len() == 10 && cells.iter().all(|&n| n == 14), "{table}");
+    assert!(cells.len() == 10 && cells.iter().all(|&n| n == 15), "{table}");
+}
+
+/// A simulated chip's time is the chip's, as `run` reports it, and not that of the host that simulates it.
+#[cfg(feature = "sim")]
+#[test]
+fn bench_takes_the_clock_of_the_backend() {
+    let json = |args: &str| -> Value { serde_json::from_str(&text(args)).unwrap() };
+    let backend = "--backend sim:maia-100";
+    let run = json(&format!("run {backend} --json --ignore-end --temp 0 -n 6 Once_upon_a_time"));
+    let prompt = run["prompt_tokens"].as_array().unwrap().len();
+    // The first of the six tokens comes with the prompt; the others are steps behind it.
+    let rows = json(&format!("bench {backend} -p {prompt} -n 0 -r 1 --no-roofline -o json"));
+    let decode = json(&format!("bench {backend} -p 0 -n 5 -d {prompt} -r 2 --no-roofline -o json"));
+    for (row, seconds, tokens) in
+        [(&rows[0], "device_prefill_s", prompt as f64), (&decode[0], "device_decode_s", 5.0)]
+    {
+        assert!(row["clock"] == "simulated" && row["seconds"][0] != row["host_seconds"][0], "{row}");
+        let expected = tokens / run[seconds].as_f64().unwrap();
+        let got = row["median_tokens_per_s"].as_f64().unwrap();
+        // At temperature 0, `run` takes the same steps; times are whole nanoseconds.
+        assert!((got / expected - 1.0).abs() < 1e-3, "{seconds}: expected {expected}, got {got}");
+    }
+    // Simulated time does not vary.
+    assert_eq!(decode[0]["seconds"][0], decode[0]["seconds"][1]);
+}
+
+#[test]
+fn bench_times_single_ops() {
+    let json = |args: &str| -> Value { serde_json::from_str(&text(args)).unwrap() };
+    let args = "bench --ops --tokens 1,4 -d 70 --seconds 0.001 --cold-mib 1 --no-roofline";
+    let document = json(&format!("{args} -t 1 -o json"));
+    assert!(document["backend"] == "cpu" && document["clock"] == "host", "{document}");
+    assert!(document["ceilings"]["launch_seconds"].as_f64().unwrap() > 0.0);
+    assert!(document["machine"]["architecture"].is_string() && document["gaps"] == Value::Array(vec![]));
+    let rows = document["ops"].as_array().unwrap();
+    let of = |op: &str, name: &str| -> Vec<&Value> {
+        rows.iter().filter(|row| row["op"] == op && row["name"] == name).collect()
+    };
+    // Layers are alike: each op was timed once. Its weights come from memory, or from a cache.
+    let products = of("MatMul", "attn_q+attn_k+attn_v");
+    let seen: Vec<_> = products
+        .iter()
+        .map(|row| (row["tokens"].as_u64().unwrap(), row["cache"].as_str().unwrap()))
+        .collect();
+    assert_eq!(seen, [(1, "cold"), (1, "warm"), (4, "cold"), (4, "warm")]);
+    let layers = products[0]["count"].as_u64().unwrap();
+    assert!(layers > 1 && of("Attend", "attend")[0]["count"] == layers, "{document}");
+    assert_eq!(products[0]["operations"].as_u64().unwrap() * 4, products[2]["operations"].as_u64().unwrap());
+    // Each token reads the cache to its depth.
+    assert_eq!(of("Attend", "attend")[0]["kv_bytes"].as_u64().unwrap() % 71, 0);
+    // An op on outputs has one row in any step.
+    assert!(of("ArgMax", "argmax").iter().all(|row| row["tokens"] == 1));
+    for row in rows {
+        assert!(row["seconds"].as_f64().unwrap() > 0.0 && row["bytes"].as_u64().unwrap() > 0, "{row}");
+        assert!(row["roofline_percent"].is_null() && row["clock"] == "host", "{row}");
+    }
+
+    let csv = text(&format!("{args} -t 1 -o csv"));
+    let lines = rows.len() + 1;
+    assert!(csv.lines().count() == lines && csv.starts_with("op,name,format,shape,tokens,"), "{csv}");
+    let table = text(&format!("{args} -t 1"));
+    let cells = table.lines().filter(|line| line.starts_with('|')).map(|line| line.split('|').count());
+    assert!(cells.clone().count() == lines + 1 && cells.clone().all(|n| n == 18), "{table}");
+
+    // Ops of a shape without weights, and ops of no model.
+    let rows = json(&format!("{args} -m tiny-moe --format q4_k --tokens 2 -o json"))["ops"].clone();
+    let experts = rows.as_array().unwrap().iter().find(|row| row["op"] == "Experts").unwrap();
+    assert!(experts["format"] == "Q4_K" && experts["shape"] == "2 of 4 256x256", "{experts}");
+    let args = "bench --op matmul,attend --format q4_k,mxfp4 --shape 256x64 --heads 4/2x32 --tokens 1 --cold-mib 1 --seconds 0.001 --no-roofline";
+    let document = json(&format!("{args} --depth 100 -o json"));
+    let rows = document["ops"].as_array().unwrap();
+    let seen: Vec<_> = rows
+        .iter()
+        .filter(|row| row["cache"] == "warm")
+        .map(|row| (row["format"].as_str().unwrap(), row["shape"].as_str().unwrap()))
+        .collect();
+    assert_eq!(seen, [("Q4_K", "256x64"), ("MXFP4", "256x64"), ("F16", "4/2x32")]);
+    for (wrong, said) in [
+        ("bench --op conv", "expected matmul, attend, norm, glu, add or argmax"),
+        ("bench --shape 4x4", "--ops"),
+        ("bench --ops -t 1,2", "one number of threads"),
+        ("bench --op matmul --format q9", "q4_k"),
+    ] {
+        let output = halite(wrong);
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert!(!output.status.success() && error.contains(said), "{wrong}: {error}");
+    }
+}
+
+/// A card of a simulated chip, one of the CPU, and what is between them.
+#[cfg(feature = "sim")]
+#[test]
+fn cards_compare_devices() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = |name: &str| dir.path().join(name).display().to_string();
+    let (cpu, sim, mine) = (file("cpu.json"), file("sim.json"), file("mine.html"));
+    std::fs::write(&mine, "mine").unwrap();
+    let args =
+        "bench --op matmul --format q8_0 --shape 256x64 --tokens 1,2 --cold-mib 1 --seconds 0.001 -o json";
+    let bench = file("bench.json");
+    std::fs::write(&bench, text("bench -p 2 -n 2 -r 1 -t 1 --no-roofline -o json")).unwrap();
+    std::fs::write(&cpu, text(&format!("{args} --no-roofline"))).unwrap();
+    let page = file("sim.html");
+    let chip = text(&format!("{args} --backend sim:maia-100 --card {page} --card-bench {bench}"));
+    std::fs::write(&sim, &chip).unwrap();
+    let chip: Value = serde_json::from_str(&chip).unwrap();
+    assert!(chip["clock"] == "simulated" && chip["ceilings"]["by"] == "kernels", "{chip}");
+    for name in
+        ["read_bytes_per_s", "copy_bytes_per_s", "integer_ops_per_s", "float_ops_per_s", "launch_seconds"]
+    {
+        assert!(chip["ceilings"][name].as_f64().unwrap() > 0.0, "{name}");
+    }
+    // Simulated time depends on nothing: one row for each step.
+    let rows = chip["ops"].as_array().unwrap();
+    assert!(rows.len() == 2 && rows.iter().all(|row| row["cache"] == "cold" && row["clock"] == "simulated"));
+    let written = std::fs::read_to_string(&page).unwrap();
+    for expected in
+        ["<!DOCTYPE html>", "<svg", "simulated", "by its own kernels", "tg2", "measured by the host"]
+    {
+        assert!(written.contains(expected), "{expected}\n{written}");
+    }
+
+    let table = text(&format!("card --compare {sim} {sim}"));
+    assert!(
+        table.lines().any(|line| line.starts_with("| decode.q8_0.us |") && line.ends_with("| 1.00 |")),
+        "{table}"
+    );
+    text(&format!("card --compare {cpu} {sim} -o {}", file("both.html")));
+    text(&format!("card {sim} -o {}", file("sim.svg")));
+    text(&format!(
+        "card --compare {sim} {sim} --assert decode.q8_0.gbps>=0.9*baseline --assert ceilings.launch_us>0"
+    ));
+    for (args, said) in [
+        (format!("card --compare {sim} {sim} --assert decode.q8_0.gbps>1.5*baseline"), "assertions failed"),
+        (
+            format!("card --compare {sim} {cpu} --assert ceilings.read_gbps>0"),
+            "it has ceilings.launch_us, decode.matmul.gbps",
+        ),
+        (format!("card {sim} --assert decode.us=1"), "expected >=, <=, > or <"),
+        (format!("card {sim} {cpu}"), "--compare"),
+        (format!("card {bench}"), "expected the results of `halite bench --ops -o json`"),
+        (format!("card {sim} -o {cpu}"), ".html or .svg"),
+        (format!("card {sim} -o {mine}"), "is not an HTML page"),
+        (format!("bench --op add --card {mine}"), "is not an HTML page"),
+    ] {
+        let output = halite(&args);
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert!(!output.status.success() && error.contains(said), "{args}: {error}");
+    }
 }
 
 #[test]

@@ -12,6 +12,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::Failure;
+use crate::machine::Machine;
 
 /// Version of the format of certificates.
 pub const VERSION: u32 = 1;
@@ -23,6 +24,8 @@ pub struct Certificate {
     pub version: u32,
     /// Version of Halite.
     pub halite: String,
+    /// The day of the checks in UTC, as in 2026-08-31.
+    pub date: String,
     /// How much was checked: smoke, full or soak.
     pub level: String,
     /// The backend.
@@ -64,29 +67,6 @@ impl Device {
             contract: caps.contract.name().into(),
             memory_bytes: (caps.memory_bytes != u64::MAX).then_some(caps.memory_bytes),
         }
-    }
-}
-
-/// The host.
-#[derive(Debug, Serialize, Deserialize, JsonSchema)]
-pub struct Machine {
-    /// Operating system and architecture.
-    pub system: String,
-    /// The processor's name, if known.
-    pub processor: Option<String>,
-    /// Threads that can run at the same time.
-    pub threads: usize,
-}
-
-/// Describes this machine.
-pub fn machine() -> Machine {
-    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let name = info.lines().find(|line| line.starts_with("model name"));
-    let name = name.and_then(|line| line.split_once(':')).map(|(_, name)| name.trim().to_owned());
-    Machine {
-        system: format!("{} {}", std::env::consts::OS, std::env::consts::ARCH),
-        processor: name,
-        threads: std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
     }
 }
 
@@ -381,9 +361,10 @@ mod tests {
         Certificate {
             version: VERSION,
             halite: String::new(),
+            date: String::new(),
             level: "smoke".into(),
             device: Device::of(halite::Backend::caps(&Template::new())),
-            machine: machine(),
+            machine: crate::machine::machine(),
             seconds: 0.0,
             summary: Summary::of(&rows, &[], &[]),
             cases: rows,

@@ -14,6 +14,7 @@ use halite::output::Replace;
 
 use self::data::{BehaviourRow, CaseRow, Certificate, Device, Summary};
 use super::device::DeviceArgs;
+use super::machine::{machine, today};
 use super::{Failure, interrupt, open_model, print, progress};
 
 #[derive(Args)]
@@ -109,9 +110,10 @@ pub fn certify(args: &CertifyArgs) -> Result<(), Failure> {
     let certificate = Certificate {
         version: data::VERSION,
         halite: env!("CARGO_PKG_VERSION").into(),
+        date: today(),
         level: args.level.name().into(),
         device: Device::of(backend.caps()),
-        machine: data::machine(),
+        machine: machine(),
         seconds: start.elapsed().as_secs_f64(),
         summary: Summary::of(&cases, &behaviours, &models),
         cases,

@@ -1,26 +1,35 @@
-//! `halite bench`: times prefill and decode, and compares them with the machine's measured peaks.
+//! `halite bench`: times prefill and decode, and compares them with the machine's measured peaks. `ops.rs`
+//! times single ops.
+
+pub mod ops;
 
 use std::path::PathBuf;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
+use halite::backend::Clock;
 use halite::backend::cpu::{self, Cpu};
 use halite::cost::{self, Cost, Extent, Rates};
 use halite::kernels::formats::Format;
+use halite::measure;
 use halite::model::ProgramOptions;
 use halite::program::PAGE_POSITIONS;
-use halite::session::{MAX_RUNS, OutputKind, Run, SequenceId, Session, SessionOptions};
+use halite::session::{MAX_RUNS, OutputKind, OutputTokens, Run, SequenceId, Session, SessionOptions};
 #[cfg(feature = "sim")]
 use halite_profiles::profile::Profile;
 #[cfg(feature = "sim")]
 use halite_sim::estimate::host;
 use serde_json::{Value, json};
 
-use super::device::DeviceArgs;
-use super::{Failure, bytes, kv_format, open_model, print};
+use crate::device::DeviceArgs;
+use crate::{Failure, bytes, kv_format, open_model, print};
 
 /// Largest buffer for the bandwidth measurement: larger than any cache.
 const MOST_BUFFER_BYTES: u64 = 1 << 30;
+/// How peaks were measured: with loops of the CPU's widest instructions.
+const BY_INSTRUCTIONS: &str = "instructions";
+/// How peaks were measured: with the backend's own kernels.
+const BY_KERNELS: &str = "kernels";
 /// Tokens generated in a warm-up.
 const WARM_UP_TOKENS: u32 = 4;
 
@@ -28,7 +37,8 @@ const WARM_UP_TOKENS: u32 = 4;
 /// depth and every number of threads.
 #[derive(Args)]
 pub struct BenchArgs {
-    /// GGUF file (first file of a split model) [default: the built-in model].
+    /// GGUF file (first file of a split model) [default: the built-in model]. With --ops also a shape of
+    /// `halite synth`.
     #[arg(short, long, value_name = "FILE")]
     model: Option<PathBuf>,
     /// Prompt lengths in tokens.
@@ -67,15 +77,17 @@ pub struct BenchArgs {
     /// Output format.
     #[arg(short, long, value_name = "FORMAT", default_value = "md")]
     output: Output,
+    #[command(flatten)]
+    single: ops::OpsArgs,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Output {
     /// Markdown table.
     Md,
-    /// One line per test, with a header.
+    /// One line per test or op, with a header.
     Csv,
-    /// Array of objects, with every repetition.
+    /// Array of objects, with every repetition; of --ops, one object for `halite card`.
     Json,
 }
 
@@ -126,6 +138,9 @@ impl Test {
 }
 
 pub fn bench(args: &BenchArgs) -> Result<(), Failure> {
+    if args.single.wanted() {
+        return ops::ops(args);
+    }
     let model = open_model(args.model.as_deref())?;
     let prompts = args.prompt.iter().map(|&prompt| Test { depth: 0, prompt, generate: 0, sequences: 1 });
     let generations = args.generate.iter().flat_map(|&generate| {
@@ -153,8 +168,10 @@ pub fn bench(args: &BenchArgs) -> Result<(), Failure> {
     let mut rows = Rows::new(args.output);
     for &threads in &args.threads {
         let backend = args.device.on_threads(threads).open()?;
-        let measured = (args.device.name() == cpu::DRIVER.name && !args.no_roofline)
-            .then(|| Cpu::with_threads(threads))
+        let on_cpu = args.device.name() == cpu::DRIVER.name;
+        let cpu = (on_cpu && !args.no_roofline).then(|| Cpu::with_threads(threads)).transpose()?;
+        let kernels = (!on_cpu && !args.no_roofline)
+            .then(|| measure::ceilings(&*backend, MOST_BUFFER_BYTES))
             .transpose()?;
         let mut session = Session::new(&model, &backend, &options)?;
         args.device.report_placement(session.program());
@@ -162,14 +179,17 @@ pub fn bench(args: &BenchArgs) -> Result<(), Failure> {
             let costs: Vec<Cost> =
                 test.steps(session.batch()).map(|step| cost::step(session.program(), &step)).collect();
             let step_bytes = costs.iter().map(Cost::memory_bytes).max().unwrap_or(0);
-            let rates =
-                measured.as_ref().map(|cpu| cpu.rates(step_bytes.min(MOST_BUFFER_BYTES))).transpose()?;
+            let rates = match (&cpu, &kernels) {
+                (Some(cpu), _) => Some((cpu.rates(step_bytes.min(MOST_BUFFER_BYTES))?, BY_INSTRUCTIONS)),
+                (None, Some(kernels)) => kernels.rates().map(|rates| (rates, BY_KERNELS)),
+                (None, None) => None,
+            };
             #[cfg(feature = "sim")]
             let predicted = profile.as_ref().map(|p| predicted(p, &session, test, threads)).transpose()?;
             #[cfg(not(feature = "sim"))]
             let predicted = None;
-            let seconds = time(&mut session, test, args.repetitions)?;
-            rows.add(row(&session, test, &costs, rates, predicted, &seconds))?;
+            let times = time(&mut session, test, args.repetitions)?;
+            rows.add(row(&session, test, &costs, rates, predicted, &times))?;
         }
     }
     rows.finish()
@@ -184,30 +204,67 @@ fn predicted(profile: &Profile, session: &Session, test: Test, threads: usize) -
     Ok(steps.map(|step| host::step_seconds(rates, session.program(), &step)).sum::<halite::Result<f64>>()?)
 }
 
-/// Runs a test after an untimed warm-up, and returns the seconds of each repetition.
-fn time(session: &mut Session, test: Test, repetitions: u32) -> Result<Vec<f64>, Failure> {
+/// The seconds of each repetition of a test.
+struct Times {
+    /// Clock of `seconds`.
+    clock: Clock,
+    /// By the backend's clock.
+    seconds: Vec<f64>,
+    /// By the host's clock.
+    host_seconds: Vec<f64>,
+}
+
+/// Runs a test after an untimed warm-up.
+fn time(session: &mut Session, test: Test, repetitions: u32) -> Result<Times, Failure> {
     let tokens = tokens(session.model().hparams().vocab_size, test.depth + test.tokens());
     let (before, tokens) = tokens.split_at(test.depth as usize);
     let sequences: Vec<SequenceId> = (0..test.sequences).map(|_| session.add_sequence()).collect();
     for &sequence in &sequences {
         session.prefill(sequence, before, OutputKind::ArgMax)?;
     }
-    let mut repeat = |test: Test| -> Result<f64, Failure> {
+    let mut repeat = |test: Test| -> Result<(Ticks, f64), Failure> {
         let (prompt, generated) = tokens[..test.tokens() as usize].split_at(test.prompt as usize);
         let start = Instant::now();
-        run(session, &sequences, prompt, generated)?;
+        let ticks = run(session, &sequences, prompt, generated)?;
         let seconds = start.elapsed().as_secs_f64();
         for &sequence in &sequences {
             session.truncate(sequence, test.depth)?;
         }
-        Ok(seconds)
+        Ok((ticks, seconds))
     };
     repeat(Test { generate: test.generate.min(WARM_UP_TOKENS), ..test })?;
-    let seconds = (0..repetitions).map(|_| repeat(test)).collect();
+    let repetitions = (0..repetitions).map(|_| repeat(test)).collect::<Result<Vec<_>, _>>();
     for sequence in sequences {
         session.remove(sequence)?;
     }
-    seconds
+    let (ticks, host_seconds): (Vec<_>, Vec<_>) = repetitions?.into_iter().unzip();
+    // All repetitions by one clock: the device's if it timed every step.
+    let clock = ticks.iter().map(|ticks| ticks.clock).reduce(common).unwrap_or(Clock::Host);
+    let seconds = match clock {
+        Clock::Host => host_seconds.clone(),
+        _ => ticks.iter().map(|ticks| ticks.elapsed.as_secs_f64()).collect(),
+    };
+    Ok(Times { clock, seconds, host_seconds })
+}
+
+/// The clock of times that two clocks measured: the host's, unless they are the same.
+fn common(a: Clock, b: Clock) -> Clock {
+    if a == b { a } else { Clock::Host }
+}
+
+/// The name of a clock.
+fn clock_name(clock: Clock) -> &'static str {
+    match clock {
+        Clock::Device => "device",
+        Clock::Simulated => "simulated",
+        _ => "host",
+    }
+}
+
+/// The backend's time of some steps.
+struct Ticks {
+    elapsed: Duration,
+    clock: Clock,
 }
 
 /// Prefills a prompt and then decodes the given tokens one by one. The work does not depend on the output.
@@ -216,15 +273,32 @@ fn run(
     sequences: &[SequenceId],
     prompt: &[u32],
     generated: &[u32],
-) -> halite::Result<()> {
+) -> halite::Result<Ticks> {
+    let mut ticks: Option<Ticks> = None;
+    let mut step = |session: &mut Session, runs: &[Run<'_>]| -> halite::Result<()> {
+        session.step(runs, OutputKind::ArgMax)?;
+        if let Some(step) = session.last_timing() {
+            let so_far = ticks.take().unwrap_or(Ticks { elapsed: Duration::ZERO, clock: step.clock });
+            ticks = Some(Ticks {
+                elapsed: so_far.elapsed + step.elapsed,
+                clock: common(so_far.clock, step.clock),
+            });
+        }
+        Ok(())
+    };
+    let batch = session.batch() as usize;
     for &sequence in sequences {
-        session.prefill(sequence, prompt, OutputKind::ArgMax)?;
+        for (i, tokens) in prompt.chunks(batch).enumerate() {
+            let last = (i + 1) * batch >= prompt.len();
+            let outputs = if last { OutputTokens::Last } else { OutputTokens::None };
+            step(session, &[Run::new(sequence, tokens).outputs(outputs)])?;
+        }
     }
     for token in generated.chunks(1) {
         let runs: Vec<Run> = sequences.iter().map(|&sequence| Run::new(sequence, token)).collect();
-        session.step(&runs, OutputKind::ArgMax)?;
+        step(session, &runs)?;
     }
-    Ok(())
+    Ok(ticks.unwrap_or(Ticks { elapsed: Duration::ZERO, clock: Clock::Host }))
 }
 
 /// Pseudo-random tokens, the same in every run.
@@ -242,10 +316,12 @@ fn row(
     session: &Session,
     test: Test,
     costs: &[Cost],
-    rates: Option<Rates>,
+    peaks: Option<(Rates, &str)>,
     predicted: Option<f64>,
-    seconds: &[f64],
+    times: &Times,
 ) -> Row {
+    let seconds = times.seconds.as_slice();
+    let rates = peaks.map(|(rates, _)| rates);
     let program = session.program();
     let caps = session.backend().caps();
     let rate = |seconds: &f64| test.all_tokens() as f64 / seconds;
@@ -259,6 +335,7 @@ fn row(
         ("weight_bytes", json!(program.weight_bytes())),
         ("backend", json!(caps.name)),
         ("device", json!(caps.device)),
+        ("clock", json!(clock_name(times.clock))),
         ("test", json!(test.name())),
         ("depth", json!(test.depth)),
         ("prompt_tokens", json!(test.prompt)),
@@ -272,6 +349,7 @@ fn row(
         ("ops_per_token", json!(total.ops() / tokens)),
         ("bytes_per_s", json!(total.memory_bytes() as f64 / typical)),
         ("ops_per_s", json!(total.ops() as f64 / typical)),
+        ("roofline_by", json!(peaks.map(|(_, by)| by))),
         ("roofline_bytes_per_s", json!(rates.map(|r| r.bytes_per_s))),
         ("roofline_ops_per_s", json!(rates.map(|r| total.ops() as f64 / total.arithmetic_seconds(&r)))),
         ("roofline_integer_ops_per_s", json!(rates.map(|r| r.integer_ops_per_s))),
@@ -279,6 +357,7 @@ fn row(
         ("roofline_percent", json!(least.map(|least| 100.0 * least / typical))),
         ("predicted_tokens_per_s", json!(predicted.map(|predicted| tokens as f64 / predicted))),
         ("seconds", json!(seconds)),
+        ("host_seconds", json!(times.host_seconds)),
     ]
 }
 
@@ -322,10 +401,14 @@ impl Rows {
     }
 
     fn finish(self) -> Result<(), Failure> {
-        if self.output == Output::Json {
-            print(&format!("{:#}\n", Value::from(self.rows)))?;
+        let by_kernels = self.rows.iter().any(|row| row["roofline_by"] == BY_KERNELS);
+        match self.output {
+            Output::Json => print(&format!("{:#}\n", Value::from(self.rows))),
+            Output::Md if by_kernels => {
+                print("\nPeaks: what the backend reaches by its own kernels, not what its hardware can do.\n")
+            }
+            _ => Ok(()),
         }
-        Ok(())
     }
 }
 
@@ -359,6 +442,7 @@ fn markdown(row: &Row, heading: bool) -> String {
         ("model", 30, text("model")),
         ("weights", 10, bytes(get("weight_bytes").as_u64().unwrap_or(0))),
         ("device", 19, text("device")),
+        ("clock", 9, text("clock")),
         ("test", 14, text("test")),
         ("tokens/s", 19, speed),
         ("median", 9, scaled("median_tokens_per_s", 2, 1.0)),
@@ -369,13 +453,19 @@ fn markdown(row: &Row, heading: bool) -> String {
         ("roofline %", 10, scaled("roofline_percent", 1, 1.0)),
         ("predicted", 9, scaled("predicted_tokens_per_s", 2, 1.0)),
     ];
-    let line = |cells: [String; 12]| format!("| {} |\n", cells.join(" | "));
+    table(&columns, heading)
+}
+
+/// A row of a Markdown table: header, minimum width and cell of each column.
+fn table(columns: &[(&str, usize, String)], heading: bool) -> String {
+    let line = |cells: Vec<String>| format!("| {} |\n", cells.join(" | "));
+    let of = |cell: fn(&(&str, usize, String)) -> String| line(columns.iter().map(cell).collect());
     let mut out = String::new();
     if heading {
-        out += &line(columns.each_ref().map(|(name, width, _)| format!("{name:>width$}")));
-        out += &line(columns.each_ref().map(|(_, width, _)| "-".repeat(width - 1) + ":"));
+        out += &of(|(name, width, _)| format!("{name:>width$}"));
+        out += &of(|(_, width, _)| "-".repeat(width - 1) + ":");
     }
-    out + &line(columns.map(|(_, width, cell)| format!("{cell:>width$}")))
+    out + &of(|(_, width, cell)| format!("{cell:>width$}"))
 }
 
 #[cfg(test)]
