@@ -226,7 +226,7 @@ pub struct ConformArgs {
     /// Run only cases whose name contains this.
     #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
     filter: String,
-    /// Print every case, not only those that do not pass.
+    /// Print every case, not only failures and a line for each kind of gap.
     #[arg(short, long)]
     verbose: bool,
     /// Run a recorded case, as `halite bisect` writes it.
@@ -308,16 +308,29 @@ pub fn conform(args: &ConformArgs) -> Result<(), Failure> {
     let cases: Vec<_> = conformance::cases().into_iter().filter(|c| c.name.contains(&args.filter)).collect();
     let bar = progress(cases.len() as u64, "conformance");
     let mut report = conformance::Report::default();
+    // Each reason, the number of cases, and the first.
+    let mut gaps: Vec<(String, usize, &str)> = Vec::new();
     for case in &cases {
         let outcome = conformance::check(&*backend, case);
-        if args.verbose || !outcome.passed() {
+        if args.verbose || outcome.failed() {
             let kernels = case.explain(&*backend);
-            bar.suspend(|| print(&format!("{:60} {outcome:8} {kernels}\n", case.name)))?;
+            bar.suspend(|| print(plain(&format!("{:60} {outcome:8} {kernels}", case.name)).trim_end()))
+                .and_then(|()| print("\n"))?;
+        } else if let Outcome::Gap(_) = &outcome {
+            let reason = outcome.to_string();
+            match gaps.iter_mut().find(|(known, ..)| *known == reason) {
+                Some((_, cases, _)) => *cases += 1,
+                None => gaps.push((reason, 1, &case.name)),
+            }
         }
         report.add(&outcome);
         bar.inc(1);
     }
     bar.finish_and_clear();
+    for (reason, cases, first) in gaps {
+        let cases = if cases == 1 { "1 case".to_owned() } else { format!("{cases} cases") };
+        print(&plain(&format!("{reason}: {cases}, such as {first}\n")))?;
+    }
     print(&format!("{}: {report}\n", backend.caps().name))?;
     if report.failed > 0 { Err("conformance failed".into()) } else { Ok(()) }
 }

@@ -294,7 +294,7 @@ fn options_are_their_backends() {
         assert_eq!(String::from_utf8(output.stderr).unwrap(), said);
     }
     let output = halite("run --backend tpu hello");
-    let said = "halite: backend `tpu`: expected cpu, reference, template, gpu or sim:PROFILE\n";
+    let said = "halite: backend `tpu`: expected cpu, reference, template, gpu, plugin:FILE[:OPTIONS] or sim:PROFILE\n";
     assert_eq!(String::from_utf8(output.stderr).unwrap(), said);
 }
 
