@@ -31,7 +31,7 @@ fn with_gaps_it_runs_products_of_q8_0_and_declares_the_rest() {
     for case in cases() {
         let outcome = check(&chip, &case);
         match case.name.starts_with("MatMul Q8_0 ") {
-            true => assert_eq!(outcome, Outcome::Pass(0.0), "{}", case.name),
+            true => assert!(outcome.same_bits(), "{}: {outcome}", case.name),
             false => assert!(matches!(outcome, Outcome::Gap(_)), "{}: {outcome}", case.name),
         }
         passed += usize::from(outcome.passed());
