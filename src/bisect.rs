@@ -5,6 +5,7 @@
 //! The first op beyond its bound is shrunk to few inputs, and becomes a [`Recording`] that runs alone.
 
 use std::collections::{HashMap, HashSet};
+use std::ops::Range;
 use std::sync::Arc;
 
 use halite_kernels::formats::{Format, Kind, Layout};
@@ -161,18 +162,19 @@ impl Tapped {
         self.loaded.states.iter().map(read).collect()
     }
 
-    fn run(&mut self, start: u32, tokens: &[u32]) -> Result<Taps> {
+    /// Runs a step in which the tokens from `outputs` on have outputs.
+    fn run(&mut self, start: u32, tokens: &[u32], outputs: Range<u32>) -> Result<Taps> {
         let before = self.states()?;
         let tables: Vec<Vec<u32>> = (0..self.groups).map(|_| (0..self.pages).collect()).collect();
         let spans = [Span { tables: &tables, start, len: tokens.len() as u32 }];
-        let (outputs, cancel) = ([tokens.len() as u32 - 1], Cancel::default());
+        let (outputs, cancel): (Vec<u32>, _) = (outputs.collect(), Cancel::default());
         let step = Step { spans: &spans, tokens, outputs: &outputs, cancel: &cancel };
         let all = 0..self.loaded.program.segments.len();
         self.loaded.run(&step, std::slice::from_ref(&all))?;
         let mut words = HashMap::new();
         for &id in &self.loaded.program.io {
             let t = self.loaded.program.tensor(id);
-            let rows = passes::rows(t.rows, tokens.len() as u32, 1);
+            let rows = passes::rows(t.rows, tokens.len() as u32, outputs.len() as u32);
             let mut content = zeroed(rows * u64::from(t.cols), "a tap")?;
             self.loaded.read(Some(id), &mut content)?;
             words.insert(t.name.clone(), content);
@@ -220,7 +222,8 @@ pub fn bisect(
     // States into which different inputs were written.
     let mut parted = vec![false; program.states.len()];
     for step in 0..=options.decode as usize {
-        let taps = [a.run(start, &tokens)?, b.run(start, &tokens)?];
+        let last = tokens.len() as u32 - 1..tokens.len() as u32;
+        let taps = [a.run(start, &tokens, last.clone())?, b.run(start, &tokens, last)?];
         let mut data = StepData::new(Vec::new(), tokens.clone(), vec![tokens.len() as u32 - 1], Vec::new());
         let tables = (0..a.groups).map(|_| (0..pages).collect()).collect();
         data.spans.push(SpanData::new(start, tokens.len() as u32, tables));
@@ -244,6 +247,140 @@ pub fn bisect(
         }
     }
     Ok(found)
+}
+
+/// A result of a model beside that of another program.
+#[cfg(feature = "replay")]
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct DumpReport {
+    /// The result's name.
+    pub result: String,
+    /// Its name in the dump.
+    pub dumped: String,
+    /// Normalised mean squared error against the dump.
+    pub nmse: f64,
+    /// The element that is furthest off, `[token, element]`.
+    pub worst: [usize; 2],
+    /// The bound beyond which the two part: rounding does not explain it. With quantised weights, it is wide.
+    pub bound: f64,
+}
+
+/// Compares a model's results on a backend with those that another program wrote for the same tokens.
+///
+/// The dump is a file in the safetensors format: `tokens` as I32, and results as F32 `[tokens, elements]`, by the
+/// names that Halite or llama.cpp gives them. Results without a counterpart are left out. The reports are in the order of
+/// the program.
+///
+/// # Errors
+/// [`Error::Argument`] if the dump is malformed or nothing in it has a counterpart; errors of the model or the backend.
+#[cfg(feature = "replay")]
+pub fn against_dump(
+    model: &Arc<Model>,
+    backend: &Arc<dyn Backend>,
+    dump: &[u8],
+    options: ProgramOptions,
+) -> Result<Vec<DumpReport>> {
+    let wrong =
+        |got: String| Error::argument("dump", "safetensors with `tokens` as I32 and results as F32", got);
+    let file = safetensors::SafeTensors::deserialize(dump).map_err(|e| wrong(e.to_string()))?;
+    let tokens = file.tensor("tokens").map_err(|e| wrong(e.to_string()))?;
+    let words = |bytes: &[u8]| -> Vec<u32> {
+        bytes.as_chunks::<4>().0.iter().map(|&b| u32::from_le_bytes(b)).collect()
+    };
+    let tokens = words(tokens.data());
+    let (length, vocab) = (tokens.len() as u32, model.hparams().vocab_size);
+    if tokens.is_empty() || tokens.iter().any(|&id| id >= vocab) {
+        return Err(wrong(format!("{length} tokens, not all below {vocab}")));
+    }
+    let program = model.program(options, length.next_multiple_of(PAGE_POSITIONS))?;
+    let mut found: HashMap<String, (&str, Vec<u32>)> = HashMap::new();
+    for (name, view) in file.iter() {
+        if let Some(ours) = counterpart(name, &program)
+            && view.dtype() == safetensors::Dtype::F32
+        {
+            found.insert(ours, (name, words(view.data())));
+        }
+    }
+    let names: Vec<&str> = found.keys().map(String::as_str).collect();
+    let (exposed, _) = passes::expose(&program, &names);
+    let limits = Limits { tokens: length, outputs: length };
+    let mut tapped = Tapped::new(model, backend, &exposed, limits, length.div_ceil(PAGE_POSITIONS))?;
+    let taps = tapped.run(0, &tokens, 0..length)?;
+    let quantised =
+        program.weights.iter().any(|&id| matches!(program.tensor(id).format.kind(), Kind::Quantised { .. }));
+    let mut reports = Vec::new();
+    for (_, op) in program.ops() {
+        let mut outs = Vec::new();
+        op.outputs(&mut |id| outs.push(id));
+        for t in outs.into_iter().map(|id| program.tensor(id)) {
+            let (Some((dumped, want)), Some(got)) = (found.get(&t.name), taps.words.get(&t.name)) else {
+                continue;
+            };
+            if want.len() != got.len() {
+                return Err(wrong(format!("{} elements of `{dumped}`, expected {}", want.len(), got.len())));
+            }
+            let output = |words: &[u32]| Output {
+                step: 0,
+                name: t.name.clone(),
+                integers: false,
+                cols: t.cols as usize,
+                words: words.to_vec(),
+            };
+            let (comparison, _) = compare(&[output(got)], &[output(want)], Contract::Close, 0.0);
+            let worst = comparison.worst.first().map_or([0, 0], |worst| [worst.row, worst.column]);
+            let bound = if quantised { 3e-2 } else { 1e-5 };
+            let (result, dumped) = (t.name.clone(), (*dumped).to_owned());
+            reports.push(DumpReport { result, dumped, nmse: comparison.nmse, worst, bound });
+        }
+    }
+    if reports.is_empty() {
+        return Err(wrong("no result that this model has".into()));
+    }
+    Ok(reports)
+}
+
+/// Results as llama.cpp's graphs name them before the layer's number, and as Halite does behind it. The first that the
+/// program has counts.
+#[cfg(feature = "replay")]
+const LLAMA_CPP: [(&str, &[&str]); 19] = [
+    ("inp_embd", &["embedding.embed"]),
+    ("inp_scaled", &["embedding.embed"]),
+    ("attn_norm", &["attn_norm"]),
+    ("Qcur_normed", &["q_norm"]),
+    ("Qcur", &["q_rope", "q_norm", "q"]),
+    ("Kcur", &["k_rope", "k_norm", "k"]),
+    ("Vcur", &["v"]),
+    ("kqv_out", &["attend"]),
+    ("attn_out", &["attn_output"]),
+    ("attn_post_norm", &["attn_post_norm"]),
+    ("ffn_inp", &["attn_residual"]),
+    ("sa_out", &["attn_residual"]),
+    ("ffn_norm", &["ffn_norm"]),
+    ("ffn_moe_logits", &["router"]),
+    ("ffn_moe_out", &["experts"]),
+    ("ffn_out", &["ffn_down"]),
+    ("ffn_post_norm", &["ffn_post_norm"]),
+    ("l_out", &["ffn_residual"]),
+    ("result_output", &["logits"]),
+];
+
+/// Returns the name of the result that a dumped one is.
+#[cfg(feature = "replay")]
+fn counterpart(dumped: &str, program: &Program) -> Option<String> {
+    let there = |name: &str| program.find(name).is_some().then(|| name.to_owned());
+    if let Some(name) = there(dumped) {
+        return Some(name);
+    }
+    let (name, layer) = match dumped.rsplit_once('-') {
+        Some((name, layer)) => (name, Some(layer.parse::<u32>().ok()?)),
+        None => (dumped, None),
+    };
+    let (_, ours) = LLAMA_CPP.iter().find(|(theirs, _)| *theirs == name)?;
+    ours.iter().find_map(|ours| match layer {
+        Some(layer) => there(&format!("blk.{layer}.{ours}")),
+        None => there(ours),
+    })
 }
 
 /// Compares single ops.

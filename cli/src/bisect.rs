@@ -1,9 +1,9 @@
 //! `halite bisect`: finds the op at which two backends part.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
-use halite::bisect::{self, BisectOptions, Bisection, OpReport};
+use halite::bisect::{self, BisectOptions, Bisection, DumpReport, OpReport};
 use halite::output::Replace;
 use halite::tokenizer::EncodeOptions;
 use serde_json::json;
@@ -18,6 +18,9 @@ pub struct BisectArgs {
     /// The backend to compare with.
     #[arg(long, value_name = "NAME", default_value = "cpu")]
     against: String,
+    /// Compare with what another program, such as llama.cpp, wrote for the same tokens (tests/scripts/llama_dump.cpp).
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["against", "prompt", "tokens", "decode", "out", "verbose"])]
+    dump: Option<PathBuf>,
     /// Prompt of the first step.
     #[arg(
         short,
@@ -43,7 +46,47 @@ pub struct BisectArgs {
     json: bool,
 }
 
+/// Compares with another program's results.
+fn against_dump(args: &BisectArgs, file: &Path) -> Result<(), Failure> {
+    let model = args.model.open()?;
+    let backend = args.model.device.open()?;
+    let bytes = std::fs::read(file).map_err(|e| format!("{}: {e}", file.display()))?;
+    let reports = bisect::against_dump(&model, &backend, &bytes, args.model.program())?;
+    let parted = reports.iter().position(|report| report.nmse.is_nan() || report.nmse > report.bound);
+    let parted = parted.and_then(|at| Some((at, reports.get(at)?)));
+    if args.json {
+        let row = |r: &DumpReport| json!({"result": r.result, "dumped": r.dumped, "error": r.nmse, "bound": r.bound, "worst": r.worst});
+        let rows: Vec<_> = reports.iter().map(row).collect();
+        let part = parted.map(|(_, report)| &report.result);
+        print(&plain_json(&json!({"results": rows, "part_at": part})))?;
+    } else {
+        for r in &reports {
+            let worst = format!("[{}, {}]", r.worst[0], r.worst[1]);
+            let line = format!("{:28} {:24} error {:>9}, worst {worst}\n", r.result, r.dumped, error(r.nmse));
+            print(&plain(&line))?;
+        }
+    }
+    let Some((at, report)) = parted else {
+        return print(&format!(
+            "the results agree up to rounding (bound {:.0e})\n",
+            reports.first().map_or(0.0, |r| r.bound)
+        ));
+    };
+    let before = at.checked_sub(1).and_then(|before| reports.get(before));
+    let after = before.map_or("at the first result".into(), |before| format!("after `{}`", before.result));
+    Err(format!(
+        "the two part {after}: `{}` has an error of {} (bound {:.0e})",
+        report.result,
+        error(report.nmse),
+        report.bound
+    )
+    .into())
+}
+
 pub fn bisect(args: &BisectArgs) -> Result<(), Failure> {
+    if let Some(file) = &args.dump {
+        return against_dump(args, file);
+    }
     let model = args.model.open()?;
     let tokens = match &args.tokens {
         Some(ids) => super::tools::parse_ids(ids)?,

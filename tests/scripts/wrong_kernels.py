@@ -145,25 +145,27 @@ def main():
     # Every mistake is tried, so that one that does not fit any more is noticed whatever runs.
     texts = [changed(right, mistake) for mistake in mistakes]
     chosen = [(m, text) for m, text in zip(mistakes, texts) if given.only in m["name"]]
+    rows = []
     with tempfile.TemporaryDirectory() as temporary, concurrent.futures.ThreadPoolExecutor(given.jobs) as pool:
         def run(name, text):
             folder = pathlib.Path(temporary) / name
             folder.mkdir()
             return measure(given.halite, build(folder, text), given.level, given.every_level)
 
-        unchanged = pool.submit(run, "chip-c", right)
-        pending = [(mistake, pool.submit(run, mistake["name"], text)) for mistake, text in chosen]
-        for level, result in unchanged.result().items():
-            if result["found"]:
-                pool.shutdown(cancel_futures=True)
-                sys.exit(f"chip.c itself is not certified at level {level}: {result['found']}")
-        print("| kernel | op | what is wrong |", " | ".join(given.level), "| found by |")
-        print("|---" * (4 + len(given.level)) + "|")
-        rows = []
-        for mistake, future in pending:
-            results = future.result()
-            print(row(mistake, results, given.level), flush=True)
-            rows.append({key: mistake.get(key) for key in ("name", "op", "wrong", "excuse")} | {"levels": results})
+        try:
+            unchanged = pool.submit(run, "chip-c", right)
+            pending = [(mistake, pool.submit(run, mistake["name"], text)) for mistake, text in chosen]
+            for level, result in unchanged.result().items():
+                if result["found"]:
+                    sys.exit(f"chip.c itself is not certified at level {level}: {result['found']}")
+            print("| kernel | op | what is wrong |", " | ".join(given.level), "| found by |")
+            print("|---" * (4 + len(given.level)) + "|")
+            for mistake, future in pending:
+                results = future.result()
+                print(row(mistake, results, given.level), flush=True)
+                rows.append({key: mistake.get(key) for key in ("name", "op", "wrong", "excuse")} | {"levels": results})
+        finally:
+            pool.shutdown(cancel_futures=True)
     print()
     for level in given.level:
         count = sum(is_found(row["levels"], level) for row in rows)
