@@ -1,7 +1,7 @@
 //! The arguments `--backend` and the options of backends, from the table of drivers.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches};
@@ -14,6 +14,15 @@ use super::{Failure, say};
 
 /// The table of drivers that was passed to [`super::main`].
 static DRIVERS: OnceLock<Vec<Driver>> = OnceLock::new();
+
+/// The open backends that report at the end of the command.
+static REPORTING: Mutex<Vec<Arc<dyn Backend>>> = Mutex::new(Vec::new());
+
+/// Says what backends report at the end of a command.
+pub fn say_reports() {
+    let backends = std::mem::take(&mut *REPORTING.lock().unwrap_or_else(PoisonError::into_inner));
+    backends.iter().flat_map(|backend| backend.report()).for_each(|line| say(&line));
+}
 
 /// Sets the table of drivers, once.
 pub fn set_drivers(drivers: &[Driver]) {
@@ -52,6 +61,15 @@ impl DeviceArgs {
     }
 
     pub fn open(&self) -> Result<Arc<dyn Backend>, Failure> {
+        let backend = self.open_quietly()?;
+        // Keep only those with a report: others free their threads and memory when they are dropped.
+        if !backend.report().is_empty() {
+            REPORTING.lock().unwrap_or_else(PoisonError::into_inner).push(backend.clone());
+        }
+        Ok(backend)
+    }
+
+    fn open_quietly(&self) -> Result<Arc<dyn Backend>, Failure> {
         let Some(other) = &self.fill_gaps else {
             return Ok(driver::open(drivers(), &self.backend, &self.options)?);
         };

@@ -401,6 +401,7 @@ pub fn main(drivers: &[Driver]) -> ExitCode {
         Command::Certify(args) => certify::certify(&args),
         Command::Bisect(args) => bisect::bisect(&args),
     });
+    device::say_reports();
     let Err(failure) = result else { return ExitCode::SUCCESS };
     let broken_pipe =
         failure.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe);

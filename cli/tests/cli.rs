@@ -285,6 +285,7 @@ fn options_are_their_backends() {
         ("sim:teaching-16x16", "--shader-cache folder", "gpu"),
         ("cpu", "--products int8", "sim"),
         ("template", "--numerics exact", "sim"),
+        ("cpu", "--inject bitflip:rate=0,where=dram", "sim"),
         ("gpu", "--threads 1", "cpu"),
     ] {
         let output = halite(&format!("run --backend {backend} {option} -n 1 hello"));
@@ -296,6 +297,26 @@ fn options_are_their_backends() {
     let output = halite("run --backend tpu hello");
     let said = "halite: backend `tpu`: expected cpu, reference, template, gpu, plugin:FILE[:OPTIONS] or sim:PROFILE\n";
     assert_eq!(String::from_utf8(output.stderr).unwrap(), said);
+}
+
+/// A command ends with the faults that were injected, whether it fails or not.
+#[cfg(feature = "sim")]
+#[test]
+fn injected_faults_are_reported() {
+    let conform = |rate| {
+        let faults = format!("bitflip:rate={rate},where=dram;stuck:lane=0,where=accumulator");
+        halite(&format!("conform --backend sim:teaching-16x16 --filter Glu --inject {faults}"))
+    };
+    let output = conform("0");
+    let said = String::from_utf8(output.stderr).unwrap();
+    let lines: Vec<&str> = said.lines().collect();
+    let [dram, stuck, ..] = lines[..] else { panic!("{said}") };
+    assert!(dram.starts_with("injected: 0 bit flips in dram at rate 0e0 ("), "{said}");
+    assert!(stuck.starts_with("injected: lane 0 of accumulator in all tiles, stuck at zero: "), "{said}");
+    let output = conform("1e-2");
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(!output.status.success() && said.starts_with("injected: "), "{said}");
+    assert!(said.ends_with("halite: conformance failed\n") && !said.starts_with("injected: 0"), "{said}");
 }
 
 #[cfg(feature = "sim")]

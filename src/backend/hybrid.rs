@@ -282,6 +282,10 @@ impl Backend for Hybrid {
         format!("{}: {}", backend.caps().name, backend.explain(sig, tokens))
     }
 
+    fn report(&self) -> Vec<String> {
+        self.sides.0.iter().flat_map(|backend| backend.report()).collect()
+    }
+
     fn alloc(&self, bytes: u64, usage: Usage) -> Result<Buffer> {
         let pair = Pair::new(bytes, usage, None);
         // The device that is brought up has room for everything, so that a buffer that is too large is an error here.

@@ -358,6 +358,12 @@ pub trait Backend: Send + Sync {
 
     /// Returns the bytes that a plan of this program needs besides its buffers, without preparing it.
     fn scratch_bytes(&self, program: &Program, limits: Limits) -> u64;
+
+    /// Reports, in lines for people, what a user must know of the work so far, such as injected faults. A
+    /// backend with such a report returns its lines before the first step too; most backends have none.
+    fn report(&self) -> Vec<String> {
+        Vec::new()
+    }
 }
 
 /// A prepared program.

@@ -6,7 +6,7 @@ use super::matrix::{self, Product};
 use super::tile::{Form, Piece, VectorWork, Work};
 use halite::{Error, Result};
 use halite_profiles::numerics::{self, Dtype};
-use halite_profiles::profile::{Dma, Memory, Profile, Scope};
+use halite_profiles::profile::{Dataflow, Dma, Memory, Profile, Scope};
 
 /// The numerics of the simulator.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -175,20 +175,38 @@ impl Chip {
                 let cycles = matrix::cycles(unit, rate, product);
                 (cycles.busy / unit.units_per_tile.value / clock_hz, cycles.drain / clock_hz)
             }
-            Work::Vector(work) => {
-                let dtype = self.vector_dtype();
-                let rate = self.profile.vector.rate.iter().position(|r| r.dtype == dtype);
-                self.vector_s(work, rate.unwrap_or(0))
-            }
+            Work::Vector(work) => self.vector_s(work, self.vector_rate()),
         }
+    }
+
+    /// Lanes of a tile's vector units at a rate.
+    fn lanes(&self, rate: usize) -> f64 {
+        let unit = &self.profile.vector;
+        // A fused multiply-add counts as two operations, and a lane does one per cycle.
+        unit.rate.get(rate).map_or(1.0, |r| r.ops_per_cycle.value / 2.0) * unit.units_per_tile.value
+    }
+
+    /// The vector unit's rate number in its format.
+    fn vector_rate(&self) -> usize {
+        let dtype = self.vector_dtype();
+        self.profile.vector.rate.iter().position(|r| r.dtype == dtype).unwrap_or(0)
+    }
+
+    /// Lanes of a tile's vector units, in the format in which they compute.
+    pub fn vector_lanes(&self) -> u32 {
+        self.lanes(self.vector_rate()).max(1.0) as u32
+    }
+
+    /// Columns of the matrix unit's array, and whether they hold rows of results instead of columns.
+    pub fn matrix_lanes(&self) -> Option<(u32, bool)> {
+        let unit = self.profile.matrix.as_ref()?;
+        Some((unit.columns.value.max(1.0) as u32, unit.dataflow == Dataflow::InputStationary))
     }
 
     fn vector_s(&self, work: VectorWork, rate: usize) -> (f64, f64) {
         let unit = &self.profile.vector;
         let clock_hz = unit.clock_hz.as_ref().unwrap_or(&self.profile.chip.clock_hz).value;
-        // A fused multiply-add counts as two operations, and a lane does one per cycle.
-        let lanes =
-            unit.rate.get(rate).map_or(1.0, |r| r.ops_per_cycle.value / 2.0) * unit.units_per_tile.value;
+        let lanes = self.lanes(rate);
         let cycles = |n: u64, of: &Option<halite_profiles::profile::Quantity>| {
             n as f64 * of.as_ref().map_or(1.0, |cycles| cycles.value)
         };

@@ -3,7 +3,8 @@
 //! outside the scratchpad or an operand.
 
 use super::chip::Chip;
-use super::tile::{Action, Command, Lowered, Operand, Piece, Queue, Slot, Step, TileProgram};
+use super::faults::{Injector, Place};
+use super::tile::{Action, Command, Lowered, Operand, Piece, Queue, Slot, Step, TileProgram, Work};
 use halite::rng::SplitMix64;
 use halite::{Error, Result};
 
@@ -35,12 +36,19 @@ pub enum Order {
     Random(u64),
 }
 
-/// Memory that ops reuse.
+/// Memory that ops reuse, and the faults that are injected into it.
 #[derive(Debug, Default)]
 pub struct Memory {
+    faults: Option<Injector>,
     slots: Vec<SlotMemory>,
     semaphores: Vec<u32>,
     temps: Vec<Vec<u64>>,
+}
+
+impl Memory {
+    pub fn with_faults(faults: Option<Injector>) -> Memory {
+        Memory { faults, ..Memory::default() }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -65,7 +73,11 @@ pub fn execute(
 ) -> Result<()> {
     memory.temps.clear();
     memory.temps.extend(lowered.temps.iter().map(|bytes| vec![0; bytes.div_ceil(8) as usize]));
-    for (number, program) in lowered.phases.iter().flatten().enumerate() {
+    let programs = lowered.phases.iter().flat_map(|phase| phase.iter().enumerate());
+    for (number, (tile, program)) in programs.enumerate() {
+        if let Some(faults) = &mut memory.faults {
+            faults.tile = tile as u32;
+        }
         run_tile(chip, program, memory, operands, order, function)
             .map_err(|error| explain(chip, number, error))?;
     }
@@ -166,7 +178,9 @@ fn run(
     match &command.action {
         Action::Load { from, to, at, .. } => load(memory, operands, from, *to, *at as usize)?,
         Action::Store { from, at, to } => store(memory, operands, *from, *at as usize, to)?,
-        Action::Compute { step, reads, writes, .. } => compute(memory, step, reads, writes, function)?,
+        Action::Compute { work, step, reads, writes } => {
+            compute(memory, (work, step), reads, writes, function)?;
+        }
     }
     for &slot in &command.frees {
         if let Some(slot) = memory.slots.get_mut(slot as usize) {
@@ -223,6 +237,10 @@ fn load(
         };
         to.copy_from_slice(source);
     }
+    if let Some(faults) = &mut memory.faults {
+        faults.pass_slice(Place::Dram, bytes);
+        faults.pass_slice(Place::Link, bytes);
+    }
     slot.written = end;
     Ok(())
 }
@@ -234,13 +252,13 @@ fn store(
     at: usize,
     to: &Piece,
 ) -> std::result::Result<(), Fault> {
-    let Memory { slots, temps, .. } = memory;
+    let Memory { slots, temps, faults, .. } = memory;
     let target: &mut [u8] = match to.operand {
         Operand::Out(i) => operands.outputs.get_mut(i).map_or(&mut [], |out| &mut out[..]),
         Operand::Temp(i) => temps.get_mut(i).map_or(&mut [], |temp| bytemuck::cast_slice_mut(temp)),
         Operand::In(i) => return broken(format!("input {i} is written")),
     };
-    let Some(slot) = slots.get(from as usize) else {
+    let Some(slot) = slots.get_mut(from as usize) else {
         return broken(format!("slot {from} does not exist"));
     };
     let end = at + to.bytes() as usize;
@@ -250,7 +268,10 @@ fn store(
             slot.written
         ));
     }
-    let bytes: &[u8] = &bytemuck::cast_slice(&slot.words)[at..end];
+    let bytes: &mut [u8] = &mut bytemuck::cast_slice_mut(&mut slot.words)[at..end];
+    if let Some(faults) = faults {
+        faults.pass_slice(Place::Scratchpad, bytes);
+    }
     let have = target.len();
     for (run, from) in bytes.chunks_exact(to.run_bytes.max(1) as usize).enumerate() {
         let Some(target) = target.get_mut(run_range(to, run as u32)) else {
@@ -258,12 +279,21 @@ fn store(
         };
         target.copy_from_slice(from);
     }
+    if let Some(faults) = faults {
+        let run_bytes = to.run_bytes.max(1) as usize;
+        faults.pass(Place::Link, bytes.len(), &mut |byte, mask| {
+            let at = run_range(to, (byte / run_bytes) as u32).start + byte % run_bytes;
+            if let Some(byte) = target.get_mut(at) {
+                *byte ^= mask;
+            }
+        });
+    }
     Ok(())
 }
 
 fn compute(
     memory: &mut Memory,
-    step: &Step,
+    (work, step): (&Work, &Step),
     reads: &[Slot],
     writes: &[(Slot, u32)],
     function: &mut dyn Function,
@@ -285,6 +315,15 @@ fn compute(
         }
         taken.push((number, bytes as usize, std::mem::take(&mut slot.words)));
     }
+    if let Some(faults) = &mut memory.faults
+        && *step != Step::Part
+    {
+        for &slot in reads {
+            let Some(slot) = memory.slots.get_mut(slot as usize) else { continue };
+            let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut slot.words);
+            faults.pass_slice(Place::Scratchpad, bytes.get_mut(..slot.written).unwrap_or(&mut []));
+        }
+    }
     let of_slot = |&slot: &Slot| {
         let slot = memory.slots.get(slot as usize);
         slot.map_or(&[][..], |slot| bytemuck::cast_slice(&slot.words).get(..slot.written).unwrap_or(&[]))
@@ -303,6 +342,9 @@ fn compute(
             .map(|(_, bytes, words)| &mut bytemuck::cast_slice_mut::<u64, u8>(words)[..*bytes])
             .collect();
         result = function.compute(step, &inputs, &mut outputs);
+        if let Some(faults) = &mut memory.faults {
+            outputs.iter_mut().for_each(|output| faults.results(work, step, output));
+        }
     }
     for (number, bytes, words) in taken {
         if let Some(slot) = memory.slots.get_mut(number as usize) {
@@ -316,6 +358,7 @@ fn compute(
 #[cfg(test)]
 mod tests {
     use super::super::chip::Numerics;
+    use super::super::faults::{Fault, Faults};
     use super::super::lower::lower;
     use super::super::shape::{Rows, Shape, Units};
     use super::super::tile::{Builder, VectorWork, Work};
@@ -424,6 +467,33 @@ mod tests {
             p.commands[0].waits.clear();
         };
         broken(&unread, "slot 0 is read before it was written");
+    }
+
+    /// 2048 bits are loaded, read by the unit, read by the store, and stored.
+    #[test]
+    fn every_bit_passes_where_it_should() {
+        let passed = |place: &str, rate: &str| {
+            let chip = chip();
+            let spec = format!("bitflip:rate={rate},where={place},seed=3");
+            let faults = Faults::new(&Fault::list(&spec).unwrap());
+            let mut memory = Memory::with_faults(Injector::new(&faults, &chip, 0));
+            let (input, mut output) = ([0; 256], [0; 256]);
+            let lowered = Lowered { phases: vec![vec![copying()]], temps: Vec::new() };
+            let mut operands = Operands { inputs: &[&input], outputs: &mut [&mut output] };
+            execute(&chip, &lowered, &mut memory, &mut operands, Order::Listed, &mut Copy).unwrap();
+            let flipped: u64 = output.iter().map(|b| u64::from(b.count_ones())).sum();
+            (faults.counts()[0].passed, faults.counts()[0].injected, flipped)
+        };
+        assert_eq!(passed("dram", "1"), (2048, 2048, 2048));
+        // Flipped twice.
+        assert_eq!(passed("link", "1"), (4096, 4096, 0));
+        assert_eq!(passed("scratchpad", "1"), (4096, 4096, 0));
+        // No command of the matrix unit.
+        assert_eq!(passed("accumulator", "1"), (0, 0, 0));
+        for place in ["dram", "link", "scratchpad"] {
+            let (_, injected, flipped) = passed(place, "1e-2");
+            assert!(injected == flipped && (5..90).contains(&injected), "{place}: {injected}, {flipped}");
+        }
     }
 
     #[test]

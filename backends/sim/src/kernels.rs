@@ -55,7 +55,7 @@ impl SimKernels {
             machine,
             rows: CpuKernels::of_rows(sim.isa)?,
             order: sim.order,
-            memory: execute::Memory::default(),
+            memory: execute::Memory::with_faults(sim.injector()),
             lowered: HashMap::new(),
             report: sim.report.clone(),
             seconds: 0.0,

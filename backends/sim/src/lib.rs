@@ -10,6 +10,7 @@ mod chip;
 mod engine;
 pub mod estimate;
 mod execute;
+pub mod faults;
 mod kernels;
 mod lower;
 mod machine;
@@ -20,10 +21,12 @@ pub mod step;
 mod tile;
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use halite_kernels::isa::Cpu as Isa;
 
+use faults::Injector;
 use halite::backend::driver::{Argument, Driver, DriverOption, Listed, Value};
 use halite::backend::host::{self, HostPlan, memory};
 use halite::backend::{
@@ -39,6 +42,7 @@ use kernels::SimKernels;
 pub use chip::{Chip, Numerics};
 pub use engine::{Bound, Busy, OpTime};
 pub use execute::Order;
+pub use faults::{Fault, FaultCount, Faults};
 pub use tile::Queue;
 
 /// The driver: `sim:NAME` for a shipped profile, or `sim:FILE`.
@@ -49,7 +53,8 @@ pub const DRIVER: Driver = Driver::new("sim", |profile, options| {
         Some(other) => return Err(Error::argument("numerics", "exact or native", format!("`{other}`"))),
     };
     let products = options.text("products")?.map(Dtype::named).transpose()?;
-    let options = SimOptions::default().numerics(numerics).products(products);
+    let inject = options.text("inject")?.map_or(Ok(Vec::new()), Fault::list)?;
+    let options = SimOptions::default().numerics(numerics).products(products).inject(inject);
     Ok(Arc::new(Sim::new(Profile::open(profile)?, &options)?))
 })
 .argument(Some(Argument::required("PROFILE").is_file(true)))
@@ -64,6 +69,12 @@ pub const DRIVER: Driver = Driver::new("sim", |profile, options| {
         "products",
         Value::Text("FORMAT"),
         "Number format of the simulated chip's products [default: nearest to each weight's format]",
+    ),
+    DriverOption::new(
+        "inject",
+        Value::Text("FAULTS"),
+        "Faults of a simulated chip, such as `bitflip:rate=1e-9,where=dram,seed=1`; \
+         see docs/simulator.md",
     ),
 ])
 .list(|| {
@@ -86,9 +97,16 @@ pub struct SimOptions {
     pub products: Option<Dtype>,
     /// The order in which queues take turns.
     pub order: Order,
+    /// Faults to inject.
+    pub inject: Vec<Fault>,
 }
 
-halite::setters!(SimOptions { numerics: Numerics, products: impl Into<Option<Dtype>>, order: Order });
+halite::setters!(SimOptions {
+    numerics: Numerics,
+    products: impl Into<Option<Dtype>>,
+    order: Order,
+    inject: Vec<Fault>,
+});
 
 /// A simulated accelerator.
 #[derive(Debug)]
@@ -98,6 +116,9 @@ pub struct Sim {
     order: Order,
     isa: Isa,
     report: Arc<Mutex<Report>>,
+    faults: Faults,
+    /// Plans prepared so far: each has random numbers of its own.
+    plans: AtomicU64,
 }
 
 /// Report of a simulated chip's work, by op.
@@ -106,6 +127,8 @@ pub struct Sim {
 pub struct Report {
     /// Count and total time by op.
     pub ops: Vec<OpReport>,
+    /// Faults that were injected since the chip was opened.
+    pub faults: Vec<FaultCount>,
 }
 
 /// The total of the ops of one name.
@@ -143,33 +166,59 @@ impl Sim {
     /// Creates the chip of a profile.
     ///
     /// # Errors
-    /// [`Error::Argument`] if the profile cannot be simulated with these options.
+    /// [`Error::Argument`] if the profile cannot be simulated with these options, or has no such lane or tile
+    /// for a fault.
     pub fn new(profile: Profile, options: &SimOptions) -> Result<Sim> {
         let chip = Chip::new(profile, options.numerics, options.products)?;
         if options.numerics == Numerics::Native {
             chip.check_native()?;
         }
+        options.inject.iter().try_for_each(|fault| fault.check(&chip))?;
         let exact = options.numerics == Numerics::Exact;
+        let faults: Vec<String> = options.inject.iter().map(Fault::to_string).collect();
         let caps = Caps::new(
             format!("sim:{}", chip.profile.name),
             format!(
-                "{} tile{} of {} KiB, simulated, {} numerics",
+                "{} tile{} of {} KiB, simulated, {} numerics{}",
                 chip.tiles,
                 if chip.tiles == 1 { "" } else { "s" },
                 chip.scratch_bytes / 1024,
-                if exact { "exact" } else { "native" }
+                if exact { "exact" } else { "native" },
+                if faults.is_empty() {
+                    String::new()
+                } else {
+                    format!(", with injected faults: {}", faults.join("; "))
+                },
             ),
         )
         .memory_bytes(chip.device().capacity_bytes.value as u64)
         .fusions(FUSIONS)
         .contract(if exact { Contract::Exact } else { Contract::Native });
-        let report = Arc::default();
-        Ok(Sim { caps, chip: Arc::new(chip), order: options.order, isa: Isa::detect(), report })
+        Ok(Sim {
+            caps,
+            chip: Arc::new(chip),
+            order: options.order,
+            isa: Isa::detect(),
+            report: Arc::default(),
+            faults: Faults::new(&options.inject),
+            plans: AtomicU64::new(0),
+        })
     }
 
     /// Returns the report since the last call.
     pub fn take_report(&self) -> Report {
-        std::mem::take(&mut *self.report.lock().unwrap_or_else(PoisonError::into_inner))
+        let report = std::mem::take(&mut *self.report.lock().unwrap_or_else(PoisonError::into_inner));
+        Report { faults: self.faults.counts(), ..report }
+    }
+
+    /// The faults that this chip injects, and their counts.
+    pub fn faults(&self) -> &Faults {
+        &self.faults
+    }
+
+    /// The injector of the next plan.
+    fn injector(&self) -> Option<Injector> {
+        Injector::new(&self.faults, &self.chip, self.plans.fetch_add(1, Ordering::Relaxed))
     }
 
     /// The chip.
@@ -220,6 +269,10 @@ impl Backend for Sim {
 
     fn scratch_bytes(&self, program: &Program, limits: Limits) -> u64 {
         host::scratch_bytes(program, limits)
+    }
+
+    fn report(&self) -> Vec<String> {
+        self.faults.counts().iter().map(FaultCount::to_string).collect()
     }
 }
 
