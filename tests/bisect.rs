@@ -33,14 +33,19 @@ fn exact_backends_have_the_same_bits_in_every_op() {
     assert!(seen > 3 * 40 && seen % 3 == 0, "{seen}");
     assert!(found.ops.iter().all(|op| op.own == 0.0 && op.in_the_run == 0.0 && op.bound.is_none()));
     for (tokens, want) in [(vec![], "at least one"), (vec![1 << 30], "token id")] {
-        let error = bisect(&model(), &cpu(), &reference, &BisectOptions::new(tokens), &mut |_| ()).unwrap_err();
+        let error =
+            bisect(&model(), &cpu(), &reference, &BisectOptions::new(tokens), &mut |_| ()).unwrap_err();
         assert!(error.to_string().contains(want), "{error}");
     }
 }
 
 /// Results of the built-in model by names of Halite and of llama.cpp, as a dump.
 fn dump(change: &str) -> Vec<u8> {
-    let pairs = [("blk.0.attn_norm", "attn_norm-0"), ("blk.2.ffn_norm", "ffn_norm-2"), ("blk.4.ffn_residual", "blk.4.ffn_residual")];
+    let pairs = [
+        ("blk.0.attn_norm", "attn_norm-0"),
+        ("blk.2.ffn_norm", "ffn_norm-2"),
+        ("blk.4.ffn_residual", "blk.4.ffn_residual"),
+    ];
     let taps = pairs.iter().map(|(ours, _)| (*ours).to_owned()).collect();
     let options = SessionOptions::default().context(64).taps(taps);
     let mut session = Session::new(&model(), &cpu(), &options).unwrap();
@@ -51,7 +56,11 @@ fn dump(change: &str) -> Vec<u8> {
     for (n, (_, theirs)) in pairs.iter().enumerate() {
         let factor = if *theirs == change { 1.5 } else { 1.0 };
         let values = session.tap(n).unwrap();
-        data.push(((*theirs).into(), Dtype::F32, values.iter().flat_map(|x| (x * factor).to_le_bytes()).collect()));
+        data.push((
+            (*theirs).into(),
+            Dtype::F32,
+            values.iter().flat_map(|x| (x * factor).to_le_bytes()).collect(),
+        ));
     }
     data.push(("unheard-of-9".into(), Dtype::F32, vec![0; 16]));
     let views = data.iter().map(|(name, dtype, bytes)| {
