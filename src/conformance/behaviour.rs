@@ -8,7 +8,7 @@ use super::recording::{Opened, Output, Recording, SpanData, StepData};
 use super::{Case, Failure};
 use crate::backend::{Backend, Buffer, Cancel, Contract, Usage, upload};
 use crate::error::{Error, Result};
-use crate::program::{Dim, PAGE_POSITIONS};
+use crate::program::{Dim, Index, Op, PAGE_POSITIONS};
 
 /// What was checked, and what was found.
 #[derive(Debug, Clone, PartialEq)]
@@ -276,6 +276,15 @@ impl Opened<'_> {
             span.len += PAGE_POSITIONS;
         }
         try_step(self, "spans of more tokens than the step has", &short, all.clone(), true);
+        let table = self.program.ops().find_map(|(_, op)| match op {
+            Op::Embed { table, index: Index::Token, .. } => Some(self.program.tensor(*table).rows),
+            _ => None,
+        });
+        if let Some(Dim::Fixed(rows)) = table {
+            let mut unknown = step.clone();
+            unknown.tokens[0] = rows;
+            try_step(self, "a token that the table does not have", &unknown, all.clone(), true);
+        }
         try_step(self, "segments that are not there", &step, segments..segments + 1, true);
         try_step(self, "buffers of another backend", &step, all, false);
         results.push(("a ticket that was never given", self.wait_for(u64::MAX)));

@@ -206,8 +206,33 @@ fn matmuls(cases: &mut Cases) {
                 b.output(y);
             });
         }
+        // More tokens than a tile has.
+        let name = format!("MatMul {} 19x{} tokens=67", format.name(), unit(format).max(3));
+        let weights = [("w", format, vec![unit(format).max(3).into(), 19])];
+        cases.add(name, &weights, &[&[(0, 67)]], bound(format), |b| {
+            let x = b.input("x", Dim::Tokens, unit(format).max(3));
+            let w = b.weight("w", 19, unit(format).max(3));
+            let y = b.linear("y", x, w, None);
+            b.output(y);
+        });
+        // Scales that are subnormal in half precision.
+        if let Kind::Quantised { .. } = format.kind() {
+            let k = 2 * unit(format);
+            let weights = [("tiny.w", format, vec![k.into(), 19])];
+            let name = format!("MatMul {} tiny scales 19x{k} tokens=3", format.name());
+            cases.add(name, &weights, &[&[(0, 3)]], bound(format), |b| {
+                let x = b.input("x", Dim::Tokens, k);
+                let w = b.weight("tiny.w", 19, k);
+                let y = b.linear("y", x, w, None);
+                b.output(y);
+            });
+        }
         // Infinities among the activations.
-        let infinite: &[u32] = if matches!(format, Format::Q4_0 | Format::Q4_K) { &[1, 2, 17] } else { &[] };
+        let infinite: &[u32] = match format {
+            Format::Q4_0 | Format::Q4_K => &[1, 2, 17],
+            Format::Q8_0 | Format::Q6_K | Format::IQ4_XS | Format::MXFP4 => &[1, 3],
+            _ => &[],
+        };
         for &tokens in infinite {
             let name = format!("MatMul {} infinite 16x256 tokens={tokens}", format.name());
             let weights = [("w", format, vec![256, 16])];
@@ -281,6 +306,67 @@ fn matmuls(cases: &mut Cases) {
             let y = b.embed(table, Index::First, 1.0);
             b.output(y);
         });
+    }
+    // More rows than 16 bits count.
+    for (format, k) in [(Format::F32, 3), (Format::Q8_0, 32)] {
+        let rows = 131_100;
+        let name = format!("MatMul {} {rows}x{k} tokens=1", format.name());
+        cases.add(name, &[("w", format, vec![k.into(), rows.into()])], &[&[(0, 1)]], bound(format), |b| {
+            let x = b.input("x", Dim::Tokens, k);
+            let w = b.weight("w", rows, k);
+            let y = b.linear("y", x, w, None);
+            b.output(y);
+        });
+        let name = format!("Embed {} of {rows} rows", format.name());
+        cases.row(name, &[("table", format, vec![k.into(), rows.into()])], 24, |b| {
+            let table = b.weight("table", rows, k);
+            let y = b.embed(table, Index::Token, 1.0);
+            b.output(y);
+        });
+    }
+    // As many parts as there may be, each with a bias.
+    for (format, tokens) in [(Format::F32, 1), (Format::Q8_0, 1), (Format::Q8_0, 6)] {
+        let names = [("a", "a.b", 24), ("b", "b.b", 9), ("c", "c.b", 33), ("d", "d.b", 16)];
+        let weights: Vec<(&str, Format, Vec<u64>)> = names
+            .iter()
+            .flat_map(|&(w, bias, rows)| {
+                [(w, format, vec![64, u64::from(rows)]), (bias, Format::F32, vec![u64::from(rows)])]
+            })
+            .collect();
+        let name = format!("MatMul parts 4 of {} with biases tokens={tokens}", format.name());
+        cases.add(name, &weights, &[&[(0, tokens)]], bound(format), |b| {
+            let x = b.input("x", Dim::Tokens, 64);
+            let parts = names.iter().map(|&(w, bias, rows)| {
+                let weight = b.weight(w, rows, 64);
+                Part { weight, bias: Some(b.weight(bias, 1, rows)) }
+            });
+            let parts = parts.collect();
+            let outs = names.iter().map(|&(w, _, rows)| b.input(&format!("y{w}"), Dim::Tokens, rows));
+            let outs = outs.collect();
+            b.op(Op::MatMul { x, parts, epilogue: Epilogue::None, outs });
+        });
+    }
+    // Each gate as an epilogue, with biases, and rows that are no whole group.
+    for act in GATES {
+        for format in [Format::F32, Format::Q8_0] {
+            let weights = [
+                ("a", format, vec![64, 21]),
+                ("b", format, vec![64, 21]),
+                ("a.b", Format::F32, vec![21]),
+                ("b.b", Format::F32, vec![21]),
+            ];
+            let name = format!("MatMul epilogue Glu {act:?} {} with biases", format.name());
+            cases.add(name, &weights, &[&[(0, 3)]], bound(format).max(gate_bound(act)), |b| {
+                let x = b.input("x", Dim::Tokens, 64);
+                let parts = [("a", "a.b"), ("b", "b.b")].map(|(w, bias)| {
+                    let weight = b.weight(w, 21, 64);
+                    Part { weight, bias: Some(b.weight(bias, 1, 21)) }
+                });
+                let out = b.input("y", Dim::Tokens, 21);
+                let (parts, outs) = (parts.into_iter().collect(), [out].into_iter().collect());
+                b.op(Op::MatMul { x, parts, epilogue: Epilogue::Glu(act), outs });
+            });
+        }
     }
     // Parts with one input, of formats with different activations, with and without biases.
     let weights = [
@@ -529,6 +615,39 @@ fn rows(cases: &mut Cases) {
             b.output(y);
         });
     }
+    for kind in [NormKind::Rms, NormKind::Layer] {
+        // An eps that matters, and a row that is longer than fast memories.
+        cases.row(format!("Norm {kind:?} 100/100 eps=0.3"), &[], 3, |b| {
+            let x = b.input("x", Dim::Tokens, 100);
+            let y = b.norm("y", x, kind, None, None, 0.3, 100);
+            b.output(y);
+        });
+        cases.row(format!("Norm {kind:?} 8300/8300"), &[], 2, |b| {
+            let x = b.input("x", Dim::Tokens, 8300);
+            let y = b.norm("y", x, kind, None, None, 1e-5, 8300);
+            b.output(y);
+        });
+    }
+    // A mean that is large beside the deviation. The bound leaves room for other orders of the sum.
+    cases.add("Norm Layer 100/100 around 100".into(), &[], &[&[(0, 3)]], 1e-8, |b| {
+        let x = b.input("x", Dim::Tokens, 100);
+        let sign = b.norm("sign", x, NormKind::Rms, None, None, 1e-20, 1);
+        let negative = b.unary("negative", sign, Unary::Scale(-1.0));
+        let (up, down) = (b.unary("up", sign, Unary::Relu), b.unary("down", negative, Unary::Relu));
+        let ones = b.add("ones", up, down);
+        let large = b.unary("large", ones, Unary::Scale(100.0));
+        let x = b.add("x + 100", x, large);
+        let y = b.norm("y", x, NormKind::Layer, None, None, 1e-5, 100);
+        b.output(y);
+    });
+    let weights = [("w", Format::F32, vec![100]), ("b", Format::F32, vec![100])];
+    cases.row("Norm add 100 weight=true bias=true".into(), &weights, 3, |b| {
+        let (x, add) = (b.input("x", Dim::Tokens, 100), b.input("add", Dim::Tokens, 100));
+        let (sum, out) = (b.input("sum", Dim::Tokens, 100), b.input("y", Dim::Tokens, 100));
+        let (weight, bias) = (Some(b.weight("w", 1, 100)), Some(b.weight("b", 1, 100)));
+        let (add, sum, kind, eps, group) = (Some(add), Some(sum), NormKind::Rms, 1e-6, 100);
+        b.op(Op::Norm { x, add, sum, weight, bias, out, kind, eps, group });
+    });
     // Long rows, which devices may reduce in several stages.
     cases.row("TopK 100 of 12288".into(), &[], 2, |b| {
         let x = b.input("x", Dim::Tokens, 12288);
@@ -537,6 +656,17 @@ fn rows(cases: &mut Cases) {
         b.output(values);
     });
     for pairs in [RopePairs::Adjacent, RopePairs::Halves] {
+        // Two sequences, far positions, and two rotations of the same shape.
+        let steps: [&[(u32, u32)]; 2] = [&[(5, 3), (40, 2)], &[(12_000, 2), (0, 1)]];
+        cases.add(format!("Rope {pairs:?} of two sequences and bases"), &[], &steps, ROW_BOUND, |b| {
+            let x = b.input("x", Dim::Tokens, 2 * 64);
+            for base in [1e4f32, 3e5] {
+                let frequencies: Arc<[f32]> = (0..32).map(|i| base.powf(-(i as f32) / 32.0)).collect();
+                let rotation = Rotation { head_dim: 64, frequencies, factors: None, magnitude: 1.0, pairs };
+                let y = b.rope(&format!("y{base}"), x, &rotation);
+                b.output(y);
+            }
+        });
         for (heads, head_dim, dims) in [(1, 2, 2), (3, 64, 64), (2, 80, 32), (1, 128, 100)] {
             for factored in [false, true] {
                 let name = format!("Rope {pairs:?} {heads}x{head_dim} dims={dims} factors={factored}");

@@ -159,6 +159,13 @@ pub enum Failure {
         /// The output.
         output: String,
     },
+    /// An input was overwritten.
+    InputChanged {
+        /// The step, from 0.
+        step: usize,
+        /// The input.
+        input: String,
+    },
     /// The results differ more than the contract allows.
     Different(Box<Comparison>),
 }
@@ -190,6 +197,9 @@ impl fmt::Display for Failure {
             }
             Failure::Overrun { step, output } => {
                 write!(f, "step {step}: memory behind `{output}` was written")
+            }
+            Failure::InputChanged { step, input } => {
+                write!(f, "step {step}: the input `{input}` was overwritten")
             }
             Failure::Different(comparison) => comparison.fmt(f),
         }
