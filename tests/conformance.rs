@@ -25,6 +25,8 @@ enum Fault {
     FlippedBit,
     /// Reads memory behind what was written as if it was.
     LostGuard,
+    /// Reads inputs as if a step had changed them.
+    ChangedInput,
 }
 
 impl Backend for Faulty {
@@ -55,9 +57,12 @@ impl Backend for Faulty {
 
     fn read(&self, src: &Buffer, offset: u64, dst: &mut [u8]) -> Result<()> {
         self.cpu.read(src, offset, dst)?;
+        // Outputs are read with the guard bytes behind them, inputs without.
+        let output = dst.len() as u64 == src.bytes();
         match (self.fault, dst) {
-            (Fault::FlippedBit, [first, ..]) => *first ^= 1,
-            (Fault::LostGuard, [.., last]) => *last ^= 1,
+            (Fault::FlippedBit, [first, ..]) if output => *first ^= 1,
+            (Fault::LostGuard, [.., last]) if output => *last ^= 1,
+            (Fault::ChangedInput, [first, ..]) if !output => *first ^= 1,
             _ => {}
         }
         Ok(())
@@ -99,6 +104,14 @@ fn a_wrong_bit_is_named() {
         let Outcome::Fail(why) = outcome else { panic!("{outcome}") };
         let why = why.to_string();
         assert!(why.starts_with("step 0, y[0, 0]: expected") && why.contains("1 ulp apart"), "{why}");
+    }
+}
+
+#[test]
+fn a_changed_input_is_named() {
+    for outcome in outcomes(Fault::ChangedInput, "Norm Rms ") {
+        let Outcome::Fail(why) = outcome else { panic!("{outcome}") };
+        assert!(matches!(&why, Failure::InputChanged { step: 0, input } if input == "x"), "{why}");
     }
 }
 
