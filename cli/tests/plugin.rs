@@ -106,8 +106,8 @@ fn wrong_kernels_are_found_and_named() {
         ("Norm", "/ (float)op->group + op->eps)", "/ (float)(op->group + 1) + op->eps)"),
         (
             "MatMul",
-            "/* The sum inside a block is exact in integers. */",
-            "#define float_of_half(x) (0.99f * float_of_half(x))",
+            "(float_of_half(weight[block].scale) * scales[block])",
+            "(0.99f * float_of_half(weight[block].scale) * scales[block])",
         ),
     ];
     let folder = TempDir::new().unwrap();

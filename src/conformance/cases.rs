@@ -129,7 +129,11 @@ pub fn representative() -> Vec<Case> {
         (words.next().map(str::to_owned), words.next().map(str::to_owned))
     };
     let all = cases();
-    let last = |n: &usize| all[n + 1..].iter().all(|later| kind(later) != kind(&all[*n]));
+    let last = |n: &usize| {
+        // Probes find most mistakes of products.
+        all[*n].name.ends_with("tokens=12") && all[*n].name.contains(" probes ")
+            || all[n + 1..].iter().all(|later| kind(later) != kind(&all[*n]))
+    };
     let chosen: Vec<usize> = (0..all.len()).filter(last).collect();
     chosen.into_iter().map(|n| all[n].clone()).collect()
 }
