@@ -297,7 +297,7 @@ impl fmt::Display for FaultCount {
         match fault {
             Fault::BitFlips { .. } => {
                 let passed = *passed as f64;
-                write!(f, "injected: {injected} {fault} ({passed:.1e} bits passed)")
+                write!(f, "injected: {fault}: {injected} of {passed:.1e} bits flipped")
             }
             Fault::Stuck { .. } => write!(f, "injected: {fault}: {injected} of {passed} results changed"),
         }

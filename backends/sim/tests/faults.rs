@@ -104,7 +104,7 @@ fn the_option_is_checked_described_and_reported() {
     assert!(caps.device.ends_with(faults), "{}", caps.device);
     assert_eq!(caps.contract, Contract::Exact);
     let report = [
-        "injected: 0 bit flips in dram at rate 1e-9 (0.0e0 bits passed)",
+        "injected: bit flips in dram at rate 1e-9: 0 of 0.0e0 bits flipped",
         "injected: lane 2 of vector in all tiles, bit 5 stuck at 1: 0 of 0 results changed",
     ];
     assert_eq!(backend.report(), report);
