@@ -442,8 +442,21 @@ impl Injector {
 
     /// Changes the results that a command wrote to a slot.
     pub fn results(&mut self, work: &Work, step: &Step, bytes: &mut [u8]) {
+        // The columns of a row of results, and how many of them are the matrix unit's.
+        let (columns, products) = match step {
+            Step::Product { columns, .. } => (*columns as usize, *columns as usize),
+            // The vector unit computes the maximum and the sum of a row's probabilities.
+            Step::Page { rows, .. } => {
+                let columns = bytes.len() / 4 / (rows.tokens * rows.heads).max(1) as usize;
+                (columns, columns.saturating_sub(2))
+            }
+            _ => (bytes.len() / 4, bytes.len() / 4),
+        };
+        let columns = columns.max(1);
         if matches!(work, Work::Matrix { .. }) {
-            self.pass_slice(Place::Accumulator, bytes);
+            for row in bytes.chunks_mut(4 * columns) {
+                self.pass_slice(Place::Accumulator, row.get_mut(..4 * products).unwrap_or(&mut []));
+            }
         }
         // The results of conversions are not words of 32 bits.
         if matches!(step, Step::Convert { .. } | Step::Unpack { .. }) {
@@ -453,14 +466,14 @@ impl Injector {
             (Work::Matrix { .. }, Some((lanes, rows))) => (Unit::Matrix, lanes, rows),
             _ => (Unit::Vector, self.vector_lanes, false),
         };
-        let columns = if let Step::Product { columns, .. } = step { *columns as usize } else { usize::MAX };
         let lane_of = |word: usize| {
             let at = match (used, rows) {
                 (Unit::Vector, _) => word,
-                (Unit::Matrix, false) => word % columns.max(1),
-                (Unit::Matrix, true) => word / columns.max(1),
+                (Unit::Matrix, _) if word % columns >= products => return None,
+                (Unit::Matrix, false) => word % columns,
+                (Unit::Matrix, true) => word / columns,
             };
-            (at % lanes.max(1) as usize) as u32
+            Some((at % lanes.max(1) as usize) as u32)
         };
         for counter in self.faults.0.iter() {
             let Fault::Stuck { lane, tile, unit, bit, value } = counter.fault else { continue };
@@ -473,7 +486,7 @@ impl Injector {
             };
             let (mut changed, mut passed) = (0, 0);
             for (i, word) in bytes.as_chunks_mut::<4>().0.iter_mut().enumerate() {
-                if lane_of(i) == lane {
+                if lane_of(i) == Some(lane) {
                     let old = u32::from_le_bytes(*word);
                     let new = old & !clear | set;
                     *word = new.to_le_bytes();
@@ -488,6 +501,7 @@ impl Injector {
 
 #[cfg(test)]
 mod tests {
+    use super::super::tile::QueryRows;
     use super::*;
 
     fn injector(specs: &str, plan: u64) -> (Injector, Faults) {
@@ -570,6 +584,14 @@ mod tests {
         assert_eq!(run("stuck:lane=5,where=accumulator,bit=31", &work, &product), (Vec::new(), 0, 6));
         assert_eq!(run("stuck:lane=5,where=vector", &work, &product), (Vec::new(), 0, 0));
         assert_eq!(run("stuck:lane=5,tile=1,where=accumulator", &work, &product), (Vec::new(), 0, 0));
+        // Rows of 30 values, a maximum and a sum.
+        let rows = QueryRows { token: 0, tokens: 1, position: 0, head: 0, heads: 3 };
+        let page = Step::Page { rows, chunk: 0 };
+        let fourteen = (0..3).flat_map(|row| [32 * row + 13, 32 * row + 29]).collect::<Vec<_>>();
+        assert_eq!(run("stuck:lane=13,where=accumulator", &work, &page), (fourteen, 6, 6));
+        assert_eq!(run("stuck:lane=14,where=accumulator", &work, &page).1, 3);
+        let all = run("bitflip:rate=1,where=accumulator", &work, &page);
+        assert_eq!((all.0.len(), all.1), (90, 90 * 32));
         let units = Step::Units { stage: 0, first: 0, count: 1 };
         let work = Work::Vector(Default::default());
         let (changed, injected, passed) = run("stuck:lane=5,where=vector", &work, &units);
