@@ -16,12 +16,12 @@ use crate::conformance::{
     Comparison, Failure, Output, PROBE_BOUND, PROBES, Recording, SpanData, StepData, compare, op_bound, probe,
 };
 use crate::error::{Error, Result};
-use crate::loaded::Loaded;
+use crate::loaded::{Ceiling, Loaded};
 use crate::memory::zeroed;
 use crate::model::{Model, ProgramOptions};
 use crate::passes;
 use crate::program::{Dim, Epilogue, Op, PAGE_POSITIONS, Program, Slot, StateId, TensorId};
-use crate::weights::Weights;
+use crate::weights::{Budget, Weights};
 
 /// Most runs of an op while it is shrunk.
 const SHRINK_RUNS: usize = 400;
@@ -149,7 +149,8 @@ impl Tapped {
         limits: Limits,
         pages: u32,
     ) -> Result<Tapped> {
-        let loaded = Loaded::new(model, backend, program, limits, |_| pages.into(), &mut |_| {})?;
+        let loaded =
+            Loaded::new(model, backend, program, limits, |_| pages.into(), Ceiling::default(), &mut |_| {})?;
         Ok(Tapped { groups: program.windows.len(), pages, loaded })
     }
 
@@ -595,7 +596,13 @@ impl<'a> Judge<'a> {
         // Plain rows, so that every backend can run it.
         passes::lay_out(&mut fragment.program, &Caps::new("plain", ""));
         let host = Reference::new();
-        let weights = Weights::load(self.model.gguf(), &fragment.program, &host, u64::MAX, &mut |_| {})?;
+        let weights = Weights::load(
+            self.model.gguf(),
+            &fragment.program,
+            &host,
+            Budget::Copies(u64::MAX),
+            &mut |_| {},
+        )?;
         let bytes = weights.buffers.iter().map(|buffer| {
             let mut bytes = zeroed(buffer.bytes(), "a copy of a weight")?;
             host.read(buffer, 0, &mut bytes)?;

@@ -8,7 +8,7 @@ use halite_kernels::formats::Format;
 
 use crate::backend::{Backend, Cancel, Limits, Span, Step};
 use crate::error::{Error, Result};
-use crate::loaded::Loaded;
+use crate::loaded::{Ceiling, Loaded};
 use crate::memory::zeroed;
 use crate::model::{Model, Pooling, ProgramOptions};
 use crate::program::PAGE_POSITIONS;
@@ -31,11 +31,13 @@ pub struct EmbedOptions {
     pub normalize: bool,
     /// Whether to truncate texts that are too long; otherwise they are errors.
     pub truncate: bool,
+    /// Maximum bytes of the process, as [`SessionOptions::memory`](crate::SessionOptions::memory).
+    pub memory: Option<u64>,
 }
 
 impl Default for EmbedOptions {
     fn default() -> Self {
-        EmbedOptions { batch: 512, pooling: None, normalize: true, truncate: false }
+        EmbedOptions { batch: 512, pooling: None, normalize: true, truncate: false, memory: None }
     }
 }
 
@@ -44,6 +46,7 @@ crate::setters!(EmbedOptions {
     pooling: impl Into<Option<Pooling>>,
     normalize: bool,
     truncate: bool,
+    memory: impl Into<Option<u64>>,
 });
 
 /// An encoder on a backend, ready to run. [`Embedder::new`] reserves all device memory.
@@ -99,7 +102,15 @@ impl Embedder {
         let stated = model.gguf().optional_u32(MAX_TEXT_TOKENS)?.unwrap_or(h.context_length).max(1);
         let limits = Limits { tokens, outputs: tokens };
         let pages = u64::from(tokens / PAGE_POSITIONS) + MAX_RUNS as u64;
-        let loaded = Loaded::new(model, backend, &program, limits, |_| pages, progress)?;
+        let loaded = Loaded::new(
+            model,
+            backend,
+            &program,
+            limits,
+            |_| pages,
+            Ceiling { memory_bytes: options.memory, spill: None },
+            progress,
+        )?;
         Ok(Embedder {
             segments: loaded.program.segments_for(&[hidden]),
             loaded,

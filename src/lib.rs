@@ -81,6 +81,7 @@ pub mod rng;
 pub mod sampler;
 pub mod session;
 pub mod speculate;
+pub mod stream;
 pub mod synth;
 pub mod tokenizer;
 mod validate;

@@ -1,14 +1,32 @@
 //! A program on a backend, with its weights and all its memory. Sessions and embedders run their steps on it.
 
 use std::ops::Range;
+use std::path::Path;
 use std::sync::Arc;
 
 use crate::backend::{Backend, Bindings, Buffer, Limits, Plan, Step, Timing, Usage, prepare};
 use crate::error::{Error, Result};
+use crate::memory::resident_bytes;
 use crate::model::Model;
 use crate::passes;
 use crate::program::{Program, Slot, TensorId};
-use crate::weights::Weights;
+use crate::weights::{Budget, Weights};
+
+/// What a session needs besides what it counts: stacks of threads, what the sampler and the tokenizer keep,
+/// pages that the system maps around those in use.
+const SPARE_BYTES: u64 = 6 << 20;
+
+/// The part of the memory that a KV cache keeps which is spilled.
+const KV_SHARE: u64 = 4;
+
+/// The memory of a session.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Ceiling<'a> {
+    /// Bytes of the whole process.
+    pub memory_bytes: Option<u64>,
+    /// Folder for the part of the KV cache that does not fit.
+    pub spill: Option<&'a Path>,
+}
 
 /// The memory that a program needs on a backend, known from the model's header alone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -74,16 +92,51 @@ impl Loaded {
         program: &Program,
         limits: Limits,
         pages: impl Fn(Option<u32>) -> u64,
+        ceiling: Ceiling<'_>,
         progress: &mut dyn FnMut(u64),
     ) -> Result<Loaded> {
+        let in_use = resident_bytes();
         let program = Arc::new(passes::for_backend(program, backend.caps()));
         let plan = prepare(&**backend, &program, limits)?;
-        let working = Footprint::of(&program, &**backend, limits, &pages).working_bytes();
-        let budget = backend.caps().memory_bytes.saturating_sub(working);
+        let needed = Footprint::of(&program, &**backend, limits, &pages);
+        let states_bytes = || program.states.iter().map(|s| pages(s.window) * s.page_bytes());
+        let mut kept_share = 1.0;
+        let budget = match ceiling.memory_bytes {
+            None => Budget::Copies(backend.caps().memory_bytes.saturating_sub(needed.working_bytes())),
+            Some(limit) => {
+                let besides_kv = in_use + SPARE_BYTES + needed.working_bytes() - needed.kv_bytes;
+                let free = limit.saturating_sub(besides_kv);
+                let kv_bytes = match ceiling.spill {
+                    Some(_) => needed.kv_bytes.min(free / KV_SHARE),
+                    None => needed.kv_bytes,
+                };
+                if free <= kv_bytes {
+                    let what = "the KV cache, working memory and the process, without weights,".into();
+                    return Err(Error::OutOfMemory {
+                        what,
+                        need_bytes: besides_kv + kv_bytes,
+                        have_bytes: limit,
+                    });
+                }
+                kept_share = kv_bytes as f64 / needed.kv_bytes.max(1) as f64;
+                Budget::All(free - kv_bytes)
+            }
+        };
         let weights = Weights::load(model.gguf(), &program, &**backend, budget, progress)?;
-        let states =
-            program.states.iter().map(|s| backend.alloc(pages(s.window) * s.page_bytes(), Usage::State));
-        let states = states.collect::<Result<_>>()?;
+        let mut states = Vec::new();
+        for bytes in states_bytes() {
+            states.push(match ceiling.spill {
+                Some(folder) if kept_share < 1.0 => {
+                    let kept_bytes = (bytes as f64 * kept_share) as u64;
+                    let refused = || Error::Backend {
+                        backend: backend.caps().name.clone(),
+                        message: "cannot keep the KV cache in a file".into(),
+                    };
+                    backend.alloc_spilled(bytes, kept_bytes, folder)?.ok_or_else(refused)?
+                }
+                _ => backend.alloc(bytes, Usage::State)?,
+            });
+        }
         let io = program.io.iter().map(|&id| backend.alloc(io_bytes(&program, id, limits), Usage::Io));
         let io = io.collect::<Result<_>>()?;
         let (model, backend) = (model.clone(), backend.clone());

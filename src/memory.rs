@@ -3,6 +3,17 @@
 
 use crate::error::{Error, Result};
 
+/// Returns the memory of the process that is in use: its own pages and those of mapped files. 0 where the system
+/// does not tell.
+pub(crate) fn resident_bytes() -> u64 {
+    let read = |file, line: &str| {
+        let text = std::fs::read_to_string(file).ok()?;
+        let line = text.lines().find_map(|l| l.strip_prefix(line))?;
+        line.split_whitespace().next()?.parse::<u64>().ok()
+    };
+    read("/proc/self/status", "VmRSS:").map_or(0, |kib| kib.saturating_mul(1024))
+}
+
 /// Error message for a failed allocation.
 pub(crate) fn none_left<T>(len: u64, what: &str) -> Error {
     let need_bytes = len.saturating_mul(size_of::<T>() as u64);

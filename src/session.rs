@@ -4,6 +4,7 @@
 mod save;
 
 use std::ops::Range;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,7 +13,7 @@ use crate::backend::{
 };
 use crate::error::{Error, Result};
 pub use crate::loaded::Footprint;
-use crate::loaded::Loaded;
+use crate::loaded::{Ceiling, Loaded};
 use crate::memory::{grow, reserved, zeroed};
 use crate::model::{Model, ProgramOptions, TOP_K};
 use crate::passes;
@@ -23,6 +24,11 @@ use crate::weights::Weights;
 /// Names of memory in errors.
 const OUTPUTS: &str = "a step's outputs";
 const SEQUENCES: &str = "a sequence's tokens and page tables";
+
+/// The part of a limit on memory that working memory may take before steps get smaller.
+const WORKING_SHARE: u64 = 8;
+/// Minimum tokens of steps that get smaller: they still read each weight for many tokens.
+const MIN_BATCH: u32 = 32;
 
 /// Maximum runs of one step.
 pub const MAX_RUNS: usize = 64;
@@ -47,6 +53,14 @@ pub struct SessionOptions {
     pub program: ProgramOptions,
     /// Names of tensors to make readable after each step; see [`Session::tap`].
     pub taps: Vec<String>,
+    /// Maximum bytes of the whole process: what it has in use when the session is made, weights, KV cache,
+    /// working memory. Weights that fit are read into memory, and the CPU streams the others from the file in
+    /// each step. A smaller `batch` is used if working memory would take much of it. `None`: weights are
+    /// mapped, and the system keeps the pages for which it has room.
+    pub memory: Option<u64>,
+    /// A folder on a drive. Within `memory`, a KV cache that takes too much of it is kept in a file there, which
+    /// has no name and is gone with the process. Without a folder, such a cache is an error.
+    pub spill: Option<PathBuf>,
 }
 
 impl Default for SessionOptions {
@@ -59,6 +73,8 @@ impl Default for SessionOptions {
             rewind: PAGE_POSITIONS,
             program: ProgramOptions::default(),
             taps: Vec::new(),
+            memory: None,
+            spill: None,
         }
     }
 }
@@ -71,6 +87,8 @@ crate::setters!(SessionOptions {
     rewind: u32,
     program: ProgramOptions,
     taps: Vec<String>,
+    memory: impl Into<Option<u64>>,
+    spill: impl Into<Option<PathBuf>>,
 });
 
 impl SessionOptions {
@@ -82,6 +100,22 @@ impl SessionOptions {
     fn limits(&self, positions: u32) -> Limits {
         let tokens = self.batch.clamp(1, positions.max(1));
         Limits { tokens, outputs: self.outputs.clamp(1, tokens) }
+    }
+
+    /// Lowers the tokens of a step until its working memory is a small part of the limit.
+    fn fitted(&self, program: &Program, backend: &dyn Backend, positions: u32) -> SessionOptions {
+        let mut options = self.clone();
+        let Some(limit) = self.memory else { return options };
+        let program = passes::for_backend(program, backend.caps());
+        let working = |options: &SessionOptions| {
+            let pages = |window| options.pages(window, positions);
+            let needed = Footprint::of(&program, backend, options.limits(positions), pages);
+            needed.working_bytes() - needed.kv_bytes
+        };
+        while options.batch > MIN_BATCH.max(options.outputs) && working(&options) > limit / WORKING_SHARE {
+            options.batch = (options.batch / 2).max(MIN_BATCH);
+        }
+        options
     }
 
     /// Returns the pages to reserve for each state of a window.
@@ -103,7 +137,9 @@ impl SessionOptions {
 /// lacks ops of it.
 pub fn footprint(model: &Model, backend: &dyn Backend, options: &SessionOptions) -> Result<Footprint> {
     let positions = options.positions(model);
-    let program = passes::for_backend(&model.program(options.program, positions)?, backend.caps());
+    let program = model.program(options.program, positions)?;
+    let options = options.fitted(&program, backend, positions);
+    let program = passes::for_backend(&program, backend.caps());
     check_support(backend, &program)?;
     let limits = options.limits(positions);
     Ok(Footprint::of(&program, backend, limits, |window| options.pages(window, positions)))
@@ -320,9 +356,11 @@ impl Session {
                 Error::argument("tap", "the name of a tensor of the program", format!("`{name}`"))
             })?);
         }
+        let options = &options.fitted(&program, &**backend, positions);
         let limits = options.limits(positions);
         let pages = |window| options.pages(window, positions);
-        let loaded = Loaded::new(model, backend, &program, limits, pages, progress)?;
+        let ceiling = Ceiling { memory_bytes: options.memory, spill: options.spill.as_deref() };
+        let loaded = Loaded::new(model, backend, &program, limits, pages, ceiling, progress)?;
         let vocab = u64::from(model.hparams().vocab_size);
         let rows = u64::from(limits.outputs);
         let k = vocab.min(TOP_K.into());

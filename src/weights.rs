@@ -4,15 +4,22 @@
 //! Streamed segments (layers) share a ring of [`RING`] sets of buffers, in turn. A segment's weights are
 //! copied to its set right before the segment is submitted, while the device still runs the previous one. The
 //! set's last user was submitted earlier, and devices execute submissions in order.
+//!
+//! Within a limit on the memory of a whole session, mapped pages count too. Weights that fit are then read into
+//! memory, and a backend that can reads the others through a [`Stream`], some rows at a time.
 
 use std::borrow::Cow;
+use std::collections::HashMap;
 use std::ops::Range;
+use std::sync::Arc;
 
+use crate::backend::host::CHUNK_ROWS;
 use crate::backend::{Backend, Buffer, Usage, upload};
 use crate::error::{Error, Result};
 use crate::gguf::{Gguf, TensorInfo};
 use crate::map::Region;
-use crate::program::{Dim, Layout, Program, Slot, Tensor, TensorId, part_as_stored};
+use crate::program::{Dim, Layout, Op, Program, Slot, Tensor, TensorId, part_as_stored};
+use crate::stream::{self, Stream};
 
 /// Number of sets of buffers that streamed segments share.
 pub const RING: usize = 2;
@@ -26,10 +33,21 @@ pub struct Weights {
     pub mapped_bytes: u64,
     /// Bytes that stay on the device.
     pub copied_bytes: u64,
-    /// Bytes copied to the device in every step.
+    /// Bytes copied to the device in every step, or read from the file by a step that uses all of them.
     pub streamed_bytes: u64,
+    /// How a backend reads streamed weights by itself.
+    pub stream: Option<Arc<Stream>>,
     /// For each segment, the slots of its streamed weights.
     streamed: Vec<Vec<usize>>,
+}
+
+/// Memory that weights may take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Budget {
+    /// Bytes of copies on the device; mapped pages are free.
+    Copies(u64),
+    /// Bytes of everything: weights are not mapped.
+    All(u64),
 }
 
 /// Which weights are streamed.
@@ -41,28 +59,41 @@ struct Placement {
 }
 
 impl Weights {
-    /// Loads the weights of `program`; copies take at most `budget_bytes` on the device. Calls `progress`
-    /// with the bytes loaded so far.
+    /// Loads the weights of `program` within a budget. Calls `progress` with the bytes loaded so far.
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`] if two segments do not fit at a time, [`Error::FileChanged`] if the file
+    /// [`Error::OutOfMemory`] if what is needed at a time does not fit, [`Error::FileChanged`] if the file
     /// shrank, errors of the backend.
     pub fn load(
         gguf: &Gguf,
         program: &Program,
         backend: &dyn Backend,
-        budget_bytes: u64,
+        budget: Budget,
         progress: &mut dyn FnMut(u64),
     ) -> Result<Weights> {
         gguf.verify()?;
+        let bytes = |slot: usize| program.fixed_bytes(program.weights[slot]).unwrap_or(0);
+        let (streamed, budget_bytes) = match budget {
+            Budget::Copies(bytes) => (Streamed::default(), bytes),
+            Budget::All(bytes) => {
+                let streamed = Streamed::choose(gguf, program, backend, bytes)?;
+                let left = bytes.saturating_sub(streamed.memory_bytes());
+                (streamed, left)
+            }
+        };
         let mut imported: Vec<Option<Buffer>> = Vec::new();
-        for &id in &program.weights {
-            imported.push(match stored(&find(gguf, program, id)?, program, id)? {
-                Some(region) => backend.import(&region)?,
-                None => None,
+        for (slot, &id) in program.weights.iter().enumerate() {
+            let region = stored(&find(gguf, program, id)?, program, id)?;
+            imported.push(match (region, budget, streamed.buffers.get(&slot)) {
+                (_, _, Some(buffer)) => Some(buffer.clone()),
+                (Some(region), Budget::Copies(_), None) => backend.import(&region)?,
+                // The program's own bytes take no more memory.
+                (Some(region), Budget::All(_), None) if region.source().file().is_none() => {
+                    backend.import(&region)?
+                }
+                _ => None,
             });
         }
-        let bytes = |slot: usize| program.fixed_bytes(program.weights[slot]).unwrap_or(0);
         let copied: Vec<bool> = imported.iter().map(Option::is_none).collect();
         let placement = place(program, &copied, budget_bytes, &backend.caps().name)?;
         let alloc = |bytes| backend.alloc(bytes, Usage::Weight);
@@ -73,9 +104,10 @@ impl Weights {
         let mut buffers: Vec<Option<Buffer>> = imported;
         let mut weights = Weights {
             buffers: Vec::new(),
-            mapped_bytes: buffers.iter().flatten().map(Buffer::bytes).sum(),
+            mapped_bytes: buffers.iter().flatten().map(Buffer::bytes).sum::<u64>() - streamed.bytes(),
             copied_bytes: 0,
-            streamed_bytes: 0,
+            streamed_bytes: streamed.bytes(),
+            stream: streamed.stream,
             streamed: placement.streamed,
         };
         for (turn, slots) in weights.streamed.iter().filter(|slots| !slots.is_empty()).enumerate() {
@@ -98,11 +130,6 @@ impl Weights {
             progress(weights.mapped_bytes + weights.copied_bytes);
         }
         Ok(weights)
-    }
-
-    /// Whether any weights are streamed.
-    pub fn streams(&self) -> bool {
-        self.streamed_bytes > 0
     }
 
     /// Splits segments into runs. Only the first segment of a run has streamed weights, to load before the
@@ -138,6 +165,134 @@ impl Weights {
     }
 }
 
+/// Minimum memory of a stream, as a share of the weights' budget: what is read ahead, and experts that stay.
+const STREAM_SHARE: u64 = 8;
+/// The largest chunk: a drive reads larger ones no faster.
+const CHUNK_BYTES: u64 = 1 << 20;
+const MIN_CHUNK_BYTES: u64 = 64 << 10;
+/// What is read ahead at most: more hides no longer wait.
+const MOST_AHEAD_BYTES: u64 = 32 << 20;
+
+/// Weights that a backend streams by itself.
+#[derive(Default)]
+struct Streamed {
+    buffers: HashMap<usize, Buffer>,
+    stream: Option<Arc<Stream>>,
+}
+
+impl Streamed {
+    /// Chooses the weights to stream so that everything fits `budget_bytes`. Tables of which steps read single
+    /// rows are first, experts second: steps read few of them.
+    fn choose(gguf: &Gguf, program: &Program, backend: &dyn Backend, budget_bytes: u64) -> Result<Streamed> {
+        let bytes = |slot: usize| program.fixed_bytes(program.weights[slot]).unwrap_or(0);
+        let all: u64 = (0..program.weights.len()).map(bytes).fold(0, u64::saturating_add);
+        if all <= budget_bytes {
+            return Ok(Streamed::default());
+        }
+        let uses = uses(program);
+        let mut order: Vec<usize> = (0..uses.len()).filter(|&slot| uses[slot] < Use::Whole).collect();
+        // The last layers are streamed first: while the first ones run, they are read.
+        order.sort_by_key(|&slot| (uses[slot], std::cmp::Reverse(slot)));
+        let tables = order.iter().filter(|&&slot| uses[slot] == Use::Rows).count();
+        let row_bytes = |slot: usize| {
+            let weight = program.tensor(program.weights[slot]);
+            weight.format.row_bytes(weight.cols as usize).unwrap_or(0) as u64
+        };
+        let experts = |slot: &usize| uses[*slot] == Use::Experts;
+        // As few as possible, and all experts together, so that what is left keeps those in use.
+        for count in tables..=order.len() {
+            let chosen = &order[..count];
+            if order.get(count).is_some_and(experts) {
+                continue;
+            }
+            let resident = all - chosen.iter().map(|&slot| bytes(slot)).sum::<u64>();
+            let products = chosen.iter().filter(|&&slot| uses[slot] > Use::Rows);
+            let widest = products.map(|&slot| row_bytes(slot) * CHUNK_ROWS as u64).max().unwrap_or(0);
+            let left = budget_bytes.saturating_sub(resident);
+            if left == 0 || (widest > 0 && left < budget_bytes / STREAM_SHARE && count < order.len()) {
+                continue;
+            }
+            let chunk = (left / 8).clamp(MIN_CHUNK_BYTES, CHUNK_BYTES).max(widest);
+            let most =
+                if chosen.iter().any(|slot| experts(slot)) { u64::MAX } else { MOST_AHEAD_BYTES / chunk };
+            let slots = (left / stream::memory_bytes(1, chunk)).min(most.max(stream::MIN_SLOTS));
+            if widest > 0 && slots < stream::MIN_SLOTS {
+                continue;
+            }
+            return Streamed::open(gguf, program, backend, chosen, slots, chunk);
+        }
+        // The backend's own way may need less.
+        Ok(Streamed::default())
+    }
+
+    fn open(
+        gguf: &Gguf,
+        program: &Program,
+        backend: &dyn Backend,
+        chosen: &[usize],
+        slots: u64,
+        chunk_bytes: u64,
+    ) -> Result<Streamed> {
+        let stream = Stream::new(slots, chunk_bytes)?;
+        let mut buffers = HashMap::new();
+        for &slot in chosen {
+            let id = program.weights[slot];
+            let Some(region) = stored(&find(gguf, program, id)?, program, id)? else { continue };
+            // What the backend cannot stream stays in memory, or takes its turn in the ring of segments.
+            let region = region.through(&stream);
+            if region.stream().is_some()
+                && let Some(buffer) = backend.import(&region)?
+            {
+                buffers.insert(slot, buffer);
+            }
+        }
+        let stream = (!buffers.is_empty()).then_some(stream);
+        Ok(Streamed { buffers, stream })
+    }
+
+    fn bytes(&self) -> u64 {
+        self.buffers.values().map(Buffer::bytes).sum()
+    }
+
+    fn memory_bytes(&self) -> u64 {
+        self.stream.as_ref().map_or(0, |stream| stream.memory_bytes())
+    }
+}
+
+/// How ops use a weight.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Use {
+    /// Single rows, by index.
+    Rows,
+    /// Some of its matrices, chosen in the step.
+    Experts,
+    /// All rows, in order.
+    Product,
+    /// As a whole.
+    Whole,
+}
+
+/// Returns how each weight is used.
+fn uses(program: &Program) -> Vec<Use> {
+    let mut uses = vec![None; program.weights.len()];
+    for (_, op) in program.ops() {
+        let of = |id: TensorId| match op {
+            Op::Embed { table, .. } if *table == id => Use::Rows,
+            Op::Experts { gate, up, down, .. } if [*gate, *up, *down].contains(&id) => Use::Experts,
+            Op::MatMul { parts, .. } if parts.iter().any(|part| part.weight == id) => Use::Product,
+            _ => Use::Whole,
+        };
+        op.inputs(&mut |id| {
+            if let Slot::Weight(slot) = program.tensor(id).slot
+                && let Some(used) = uses.get_mut(slot as usize)
+            {
+                *used = (*used).max(Some(of(id)));
+            }
+        });
+    }
+    uses.into_iter().map(|used| used.unwrap_or(Use::Whole)).collect()
+}
+
 /// Finds the file's tensor that contains a weight.
 fn find<'a>(gguf: &'a Gguf, program: &Program, id: TensorId) -> Result<TensorInfo<'a>> {
     let weight = program.tensor(id);
@@ -156,7 +311,23 @@ fn copy(gguf: &Gguf, program: &Program, backend: &dyn Backend, slot: usize, to: 
     let id = program.weights[slot];
     let tensor = find(gguf, program, id)?;
     match stored(&tensor, program, id)? {
-        Some(region) => upload(backend, to, 0, region.bytes()),
+        Some(region) => {
+            let (mut at, mut read) = (0, Ok(()));
+            backend.fill(to, 0..region.len(), &mut |piece| {
+                if read.is_ok() {
+                    read = match region.mapped() {
+                        Some(bytes) => {
+                            let from = bytes.get(at as usize..).and_then(|rest| rest.get(..piece.len()));
+                            piece.copy_from_slice(from.unwrap_or(&[]));
+                            Ok(())
+                        }
+                        None => region.read_at(at, piece),
+                    };
+                }
+                at += piece.len() as u64;
+            })?;
+            read
+        }
         None => {
             let bytes = laid_out(&tensor, program.tensor(id), bytes_in_file(program, id))?;
             upload(backend, to, 0, &bytes)
@@ -231,7 +402,7 @@ fn lies_together(tensor: &TensorInfo<'_>, program: &Program, id: TensorId) -> bo
 fn laid_out(tensor: &TensorInfo<'_>, weight: &Tensor, range: Range<usize>) -> Result<Vec<u8>> {
     let region = tensor.region()?;
     let rows = match tensor.record.layout {
-        Layout::Rows => Cow::Borrowed(region.bytes()),
+        Layout::Rows => region.load()?,
         Layout::Interleaved => Cow::Owned(tensor.rows()?),
     };
     let outside = || Error::Model(format!("weight `{}` is not inside its tensor", weight.name));

@@ -185,7 +185,7 @@ fn synthetic_models_run_in_every_format() {
 fn weights_mean(model: &Model) -> f32 {
     let tensor = model.gguf().tensors().find(|t| t.record.name.starts_with("blk.0.ffn_up")).unwrap();
     let mut values = vec![0.0; tensor.record.dims.iter().product::<u64>() as usize];
-    tensor.record.format.dequantize(tensor.region().unwrap().bytes(), &mut values).unwrap();
+    tensor.record.format.dequantize(tensor.region().unwrap().mapped().unwrap(), &mut values).unwrap();
     values.iter().sum::<f32>() / values.len() as f32
 }
 

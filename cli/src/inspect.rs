@@ -65,7 +65,7 @@ pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
         let r = tensor.record;
         if args.verify {
             let finite = match r.layout {
-                Layout::Rows => r.format.is_finite(tensor.region()?.bytes()),
+                Layout::Rows => r.format.is_finite(&tensor.region()?.load()?),
                 Layout::Interleaved => r.format.is_finite(&tensor.rows()?),
             };
             if !finite {

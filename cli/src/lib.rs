@@ -125,6 +125,12 @@ struct ModelArgs {
     /// Format of the KV cache.
     #[arg(long, value_name = "FORMAT", default_value = "f16", value_parser = kv_format())]
     kv: Format,
+    /// Keep the whole process below so many MiB: weights that do not fit are read from the file in each step.
+    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u64).range(1..))]
+    memory: Option<u64>,
+    /// Folder on a drive for the KV cache, if it takes much of --memory.
+    #[arg(long, value_name = "FOLDER", requires = "memory")]
+    spill: Option<PathBuf>,
 }
 
 /// The sampler's options.
@@ -214,18 +220,19 @@ fn kv_format() -> impl clap::builder::TypedValueParser<Value = Format> {
 
 /// Opens the model of a file, or the built-in one.
 fn open_model(path: Option<&Path>) -> Result<Arc<Model>, Failure> {
-    open_adapted(path, &[])
+    open_adapted(path, &[], true)
 }
 
 /// As [`open_model`], with adapters, each `FILE` or `FILE:SCALE`.
-fn open_adapted(path: Option<&Path>, adapters: &[OsString]) -> Result<Arc<Model>, Failure> {
+fn open_adapted(path: Option<&Path>, adapters: &[OsString], map: bool) -> Result<Arc<Model>, Failure> {
+    let open = |path: &Path| if map { Gguf::open(path) } else { Gguf::open_unmapped(path) };
     let mut model = match path {
-        Some(path) => Model::open(path)?,
+        Some(path) => Model::from_gguf(open(path)?)?,
         None => Model::from_source(Source::from_static("the built-in model", halite_models::AUSTEN))?,
     };
     for adapter in adapters {
         let (file, scale) = scaled(adapter);
-        model.apply_lora(Gguf::open(file.as_ref())?, scale)?;
+        model.apply_lora(open(file.as_ref())?, scale)?;
     }
     warn(model.warnings());
     Ok(Arc::new(model))
@@ -240,7 +247,7 @@ fn scaled(adapter: &OsStr) -> (&OsStr, f32) {
 
 impl ModelArgs {
     fn open(&self) -> Result<Arc<Model>, Failure> {
-        let model = open_adapted(self.model.as_deref(), &self.lora)?;
+        let model = open_adapted(self.model.as_deref(), &self.lora, self.memory.is_none())?;
         if let Some(list) = &self.verify_on_load {
             checksums::check(model.gguf(), list)?;
         }
@@ -260,7 +267,13 @@ impl ModelArgs {
     }
 
     fn options(&self, batch: u32, outputs: u32) -> SessionOptions {
-        SessionOptions::default().context(self.ctx).batch(batch).outputs(outputs).program(self.program())
+        SessionOptions::default()
+            .context(self.ctx)
+            .batch(batch)
+            .outputs(outputs)
+            .program(self.program())
+            .memory(self.memory.map(|mib| mib.saturating_mul(1 << 20)))
+            .spill(self.spill.clone())
     }
 
     /// Opens a session, with a progress bar if it takes long.

@@ -122,6 +122,9 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
     let mut drafter: Option<Box<dyn Drafter>> = match &args.draft {
         Some(file) => {
             let draft = ModelArgs { model: Some(file.clone()), ..args.model.clone() };
+            if args.model.memory.is_some() {
+                return Err("--draft and --memory: choose one; a limit holds for one model".into());
+            }
             // A draft whose first token is rejected is undone as a whole.
             let options = draft.options(args.batch, 1).rewind(drafts);
             let draft = draft.session(&draft.open()?, &options)?;

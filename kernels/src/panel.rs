@@ -1,7 +1,6 @@
 //! Strided views of a row-major matrix, so that several threads can fill different columns of one output.
 
 use core::marker::PhantomData;
-#[cfg(feature = "std")]
 use core::ops::Range;
 
 /// A mutable block of columns of a row-major f32 matrix. Rows are tokens, columns are output elements.
@@ -39,6 +38,12 @@ impl<'a> PanelMut<'a> {
         PanelMut { matrix: PhantomData, ..*self }
     }
 
+    /// Columns `range` of this panel, cut at its edge.
+    pub fn columns(&mut self, range: Range<usize>) -> PanelMut<'_> {
+        // SAFETY: the result borrows this panel exclusively.
+        unsafe { self.block(0..self.rows, range.start, range.len()) }
+    }
+
     /// A row's elements in this panel; empty if there is no such row.
     #[inline(always)]
     pub fn row(&mut self, row: usize) -> &mut [f32] {
@@ -53,7 +58,6 @@ impl<'a> PanelMut<'a> {
     ///
     /// # Safety
     /// While the result is in use, neither `self` nor another result may touch the same elements.
-    #[cfg(feature = "std")]
     pub(crate) unsafe fn block<'b>(&self, rows: Range<usize>, start: usize, cols: usize) -> PanelMut<'b> {
         let (first, end) = (rows.start.min(self.rows), rows.end.min(self.rows));
         let start = start.min(self.cols);

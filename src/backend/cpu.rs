@@ -1,14 +1,17 @@
 //! The CPU backend: `halite-kernels` over mapped pages, on a pool of threads.
 //!
-//! Weights are imported, never copied. Work is split by output columns or rows, or in attention by chunks of
+//! Weights are imported, never copied. Those that do not fit a session's memory are streamed: an op reads some
+//! rows of them at a time, while others are on their way.
+//! Work is split by output columns or rows, or in attention by chunks of
 //! the cache whose results are merged in order, so no result depends on the split.
 
 use std::ops::Range;
+use std::path::Path;
 use std::sync::Arc;
 
 use halite_kernels::activation::{Activation, PADDING, Quantise, Quantised, QuantisedMut, SUMS, padded};
 use halite_kernels::attention::{self, Attend, AttendChunks, Merge, ROWS};
-use halite_kernels::formats::Kind;
+use halite_kernels::formats::{Kind, Layout};
 use halite_kernels::isa::Cpu as Isa;
 use halite_kernels::matmul::{self, MatMul, X};
 use halite_kernels::panel::PanelMut;
@@ -18,7 +21,7 @@ use halite_kernels::rows;
 
 use super::driver::{Driver, DriverOption, Listed, Value};
 use super::host::{
-    self, Attention, HostOp, HostPlan, HostState, HostStep, HostTensor, Kernels, Matrix, memory,
+    self, Attention, HostOp, HostPlan, HostState, HostStep, HostTensor, Kernels, Matrix, memory, row_chunks,
 };
 use super::{Backend, Buffer, Caps, Contract, Fusions, Limits, OpSig, Plan, Rows, Support, Usage};
 use crate::cost::Rates;
@@ -26,8 +29,9 @@ use crate::error::{Error, Result};
 use crate::map::Region;
 use crate::memory::zeroed;
 use crate::program::{
-    Epilogue, Gating, MAX_PARTS, NOT_FINITE, NormKind, Op, PAGE_POSITIONS, Program, RopePairs, Rotation,
+    Epilogue, Gating, MAX_PARTS, NOT_FINITE, NormKind, Op, PAGE_POSITIONS, Part, Program, RopePairs, Rotation,
 };
+use crate::stream::Chunk;
 
 /// The driver of the CPU backend.
 pub const DRIVER: Driver = Driver::new("cpu", |_, options| {
@@ -182,7 +186,14 @@ impl Backend for Cpu {
     }
 
     fn import(&self, region: &Region) -> Result<Option<Buffer>> {
-        Ok(Some(memory::import(region)))
+        Ok(match region.stream() {
+            Some(_) => Some(memory::stream(region)),
+            None => memory::import(region),
+        })
+    }
+
+    fn alloc_spilled(&self, bytes: u64, kept_bytes: u64, folder: &Path) -> Result<Option<Buffer>> {
+        memory::alloc_spilled(bytes, kept_bytes, folder).map(Some)
     }
 
     fn fill(&self, dst: &Buffer, range: Range<u64>, write: &mut dyn FnMut(&mut [u8])) -> Result<()> {
@@ -313,6 +324,7 @@ impl Scratch {
             output: zeroed(output, WHAT)?,
             attended: zeroed(attended, WHAT)?,
             rotated: zeroed(rotated, WHAT)?,
+            rows: Vec::new(),
         })
     }
 }
@@ -368,6 +380,8 @@ struct KernelMemory {
     rotated: Vec<f32>,
     /// Outputs of experts, for each pair of token and rank.
     output: Vec<f32>,
+    /// Rows of a table that stays in its file.
+    rows: Vec<u8>,
 }
 
 /// [`Kernels`] with vector instructions and threads.
@@ -489,12 +503,60 @@ impl<'a> Product<'a> {
         Product { weight: weight.matrix(), bias: bias.map(HostTensor::floats) }
     }
 
+    /// Selects rows of this product, whose weight is in `chunk`.
+    fn chunk<'b>(&self, rows: &Range<usize>, chunk: &'b LoadedRows<'_>) -> Product<'b>
+    where
+        'a: 'b,
+    {
+        Product { weight: chunk.matrix(), bias: self.bias.map(|bias| &bias[rows.clone()]) }
+    }
+
     /// Selects an expert's rows of `weight`, and its row of `biases`.
     fn of_expert(weight: Matrix<'a>, biases: Option<&'a [f32]>, rows: usize, expert: usize) -> Product<'a> {
         let range = expert * rows..(expert + 1) * rows;
         let bias = biases.map(|b| b.get(range.clone()).unwrap_or(&[]));
         Product { weight: weight.rows(range), bias }
     }
+}
+
+/// Rows of a weight, in memory until this is dropped.
+struct LoadedRows<'a> {
+    /// The rows, without bytes if they are streamed.
+    matrix: Matrix<'a>,
+    chunk: Option<Chunk<'a>>,
+}
+
+impl<'a> LoadedRows<'a> {
+    /// Returns rows of a weight, or of all its experts; waits for them if they are streamed.
+    fn next(weight: &'a HostTensor<'_>, rows: Range<usize>) -> Result<LoadedRows<'a>> {
+        let stacked = weight.stacked();
+        let Some(stream) = weight.streamed().and_then(Region::stream) else {
+            return Ok(LoadedRows { matrix: stacked.rows(rows), chunk: None });
+        };
+        Ok(LoadedRows { matrix: Matrix { rows: rows.len(), ..stacked }, chunk: Some(stream.next()?) })
+    }
+
+    fn matrix(&self) -> Matrix<'_> {
+        match &self.chunk {
+            Some(chunk) => Matrix { bytes: chunk.bytes(), ..self.matrix },
+            None => self.matrix,
+        }
+    }
+}
+
+/// The rows of a weight's matrix and their bytes.
+fn row_shape(weight: &HostTensor<'_>) -> (usize, usize) {
+    (weight.rows, weight.format.row_bytes(weight.cols).unwrap_or(usize::MAX))
+}
+
+/// Some columns of a residual.
+#[derive(Debug, Clone, Copy)]
+struct Residual<'a> {
+    /// Rows of `width` elements.
+    x: &'a [f32],
+    width: usize,
+    /// The first column.
+    first: usize,
 }
 
 /// An input, quantised for the formats of its weights.
@@ -568,7 +630,7 @@ fn products(
     pool: &Pool,
     input: &Input<'_>,
     products: &[Product<'_>],
-    epilogue: Epilogue<&[f32]>,
+    epilogue: Epilogue<Residual<'_>>,
     outs: &mut [PanelMut<'_>],
     up: &mut [f32],
 ) {
@@ -583,15 +645,51 @@ fn products(
     pool.panels(outs, grain, &|i, first, mut panel| {
         let Some(product) = products.get(i) else { return };
         input.product(isa, product, 0, first, &mut panel);
-        if let Epilogue::Add(residual) = epilogue {
-            let (cols, width) = (panel.cols(), product.weight.rows);
+        if let Epilogue::Add(Residual { x, width, first: start }) = epilogue {
+            let cols = panel.cols();
             for t in 0..panel.rows() {
-                for (y, r) in panel.row(t).iter_mut().zip(&residual[t * width + first..][..cols]) {
+                for (y, r) in panel.row(t).iter_mut().zip(&x[t * width + start + first..][..cols]) {
                     *y += r;
                 }
             }
         }
     });
+}
+
+/// As [`products`], with weights of which some are streamed.
+fn streamed_products(
+    isa: Isa,
+    pool: &Pool,
+    input: &Input<'_>,
+    parts: &[Part<HostTensor<'_>>],
+    epilogue: Epilogue<Residual<'_>>,
+    outs: &mut [PanelMut<'_>],
+    up: &mut [f32],
+) -> Result<()> {
+    let stream = parts.iter().find_map(|part| part.weight.streamed()?.stream());
+    let chunk_bytes = stream.map_or(0, |stream| stream.chunk_bytes());
+    let mut shapes = [(0, 0); MAX_PARTS];
+    shapes.iter_mut().zip(parts).for_each(|(shape, part)| *shape = row_shape(&part.weight));
+    let paired = matches!(epilogue, Epilogue::Glu(_));
+    let mut gate = None;
+    for (i, range) in row_chunks(shapes, parts.len(), paired, chunk_bytes) {
+        let rows = LoadedRows::next(&parts[i].weight, range.clone())?;
+        let bias = |i: usize| parts[i].bias.as_ref().map(|bias| &bias.floats()[range.clone()]);
+        if paired && i == 0 {
+            gate = Some(rows);
+            continue;
+        }
+        let last = Product { weight: rows.matrix(), bias: bias(i) };
+        let both = gate.as_ref().map(|gate| [Product { weight: gate.matrix(), bias: bias(0) }, last]);
+        let list = both.as_ref().map_or(std::slice::from_ref(&last), |both| &both[..]);
+        let epilogue = match epilogue {
+            Epilogue::Add(all) => Epilogue::Add(Residual { first: range.start, ..all }),
+            other => other,
+        };
+        let out = outs[if paired { 0 } else { i }].columns(range.clone());
+        products(isa, pool, input, list, epilogue, &mut [out], up);
+    }
+    Ok(())
 }
 
 /// Computes columns of a gated linear unit from `first` on, in place of the gate's products, for the tokens
@@ -621,6 +719,32 @@ fn glu(
 const GLU_ELEMENTS: usize = 256;
 
 impl CpuKernels {
+    /// [`Op::Embed`] of a table that stays in its file.
+    fn embed_streamed(
+        &mut self,
+        table: &HostTensor<'_>,
+        rows: &[u32],
+        scale: f32,
+        out: &mut [f32],
+    ) -> Result<()> {
+        let Some(region) = table.streamed() else { return Ok(()) };
+        let matrix = table.matrix();
+        // Interleaved rows can only be read together.
+        let together = if matrix.layout == Layout::Interleaved { ROWS_TOGETHER } else { 1 };
+        let row_bytes = row_shape(table).1;
+        let memory = &mut self.memory.rows;
+        if memory.len() < together * row_bytes {
+            *memory = zeroed((together * row_bytes) as u64, "rows of a table that stays in its file")?;
+        }
+        for (out, &row) in out.chunks_exact_mut(matrix.cols).zip(rows) {
+            let first = row as usize / together * together;
+            let bytes = &mut memory[..(matrix.rows - first).min(together) * row_bytes];
+            region.read_at((first * row_bytes) as u64, bytes)?;
+            matmul::embed(matrix.format, matrix.layout, bytes, row as usize - first, scale, out);
+        }
+        Ok(())
+    }
+
     fn embed(&mut self, table: Matrix<'_>, rows: &[u32], scale: f32, out: &mut [f32]) {
         self.rows(out, table.cols, &|first, out| {
             for (out, &row) in out.chunks_exact_mut(table.cols).zip(&rows[first..]) {
@@ -697,11 +821,15 @@ impl CpuKernels {
     }
 
     /// [`Op::Experts`].
-    fn experts(&mut self, op: &mut HostOp<'_>) {
-        let Op::Experts { x, ids, weights, gate, up: up_weight, down, biases, out, act } = op else { return };
+    fn experts(&mut self, op: &mut HostOp<'_>) -> Result<()> {
+        let Op::Experts { x, ids, weights, gate, up: up_weight, down, biases, out, act } = op else {
+            return Ok(());
+        };
+        let matrices = [&*gate, up_weight, down];
+        let stream = matrices.iter().find_map(|weight| weight.streamed()?.stream());
         let (cols, hidden, used) = (gate.cols, gate.rows, ids.cols);
         let (x, ids, weights, out) = (x.floats(), ids.ints(), weights.floats(), out.floats_mut());
-        let weights_of = [&*gate, up_weight, down].map(|weight| (weight.stacked(), weight.rows));
+        let weights_of = matrices.map(|weight| (weight.stacked(), weight.rows));
         let biases_of = |which: usize| biases.as_ref().map(|b| b[which].floats());
         let biases_of = [biases_of(0), biases_of(1), biases_of(2)];
         let (experts, act) = (gate.experts, *act);
@@ -730,21 +858,84 @@ impl CpuKernels {
         };
         // A band has the same number of columns as any other, but not of tokens.
         let grain = |k: usize| grain(pairs / bands.max(1), k);
+        let bands = 0..bands;
+        let of_band = |band: usize| start(ends, band)..ends[band];
+        // What the chosen experts read, in the order of use.
+        let order = |which: Range<usize>, band: usize| {
+            let shapes = [which.start, which.end - 1].map(|which| row_shape(matrices[which]));
+            let first_row = used_experts[band];
+            let chunk_bytes = stream.map_or(0, |stream| stream.chunk_bytes());
+            row_chunks(shapes, which.len(), which.len() == 2, chunk_bytes).map(move |(i, rows)| {
+                let (which, height) = (which.start + i, shapes[i].0);
+                (which, rows.clone(), first_row * height + rows.start..first_row * height + rows.end)
+            })
+        };
+        if let Some(stream) = stream {
+            let all = [GATE_UP, DOWN].into_iter();
+            for (which, band) in all.flat_map(|which| bands.clone().map(move |band| (which.clone(), band))) {
+                for (which, _, rows) in order(which, band) {
+                    let Some(region) = matrices[which].streamed() else { continue };
+                    let bytes = row_shape(matrices[which]).1;
+                    let outside = || Error::Program("a streamed weight is shorter than its shape".into());
+                    let chunk = region.part(rows.start * bytes..rows.end * bytes).ok_or_else(outside)?;
+                    stream.request(&chunk, true);
+                }
+            }
+        }
         {
             let list = [product(0, 0), product(1, 0)];
             let input = Input::new(isa, &pool, (&mut *q8_0, &mut *q8_k), &input[..pairs * cols], &list);
-            let panels = [&mut *activated, up].map(|out| PanelMut::new(&mut out[..pairs * hidden], hidden));
-            pool.blocks(panels, ends, grain(cols), &|band, first, blocks| {
-                let both = [product(0, band), product(1, band)];
-                glu(isa, &input, both, act, start(ends, band), first, blocks);
-            });
+            if stream.is_some() {
+                for band in bands.clone() {
+                    let (tokens, mut gate) = (of_band(band), None);
+                    for (which, rows, stacked) in order(GATE_UP, band) {
+                        let chunk = LoadedRows::next(matrices[which], stacked)?;
+                        if which == GATE_UP.start {
+                            gate = Some(chunk);
+                            continue;
+                        }
+                        let Some(gate) = &gate else { continue };
+                        let both = [(0, gate), (1, &chunk)]
+                            .map(|(which, chunk)| product(which, band).chunk(&rows, chunk));
+                        let span = tokens.start * hidden..tokens.end * hidden;
+                        let mut panels = [&mut *activated, &mut *up]
+                            .map(|out| PanelMut::new(&mut out[span.clone()], hidden));
+                        let panels = panels.each_mut().map(|panel| panel.columns(rows.clone()));
+                        pool.blocks(panels, &[tokens.len()], grain(cols), &|_, first, blocks| {
+                            glu(isa, &input, both, act, tokens.start, first, blocks);
+                        });
+                    }
+                }
+            } else {
+                let panels =
+                    [&mut *activated, up].map(|out| PanelMut::new(&mut out[..pairs * hidden], hidden));
+                pool.blocks(panels, ends, grain(cols), &|band, first, blocks| {
+                    let both = [product(0, band), product(1, band)];
+                    glu(isa, &input, both, act, start(ends, band), first, blocks);
+                });
+            }
         }
         let list = [product(2, 0)];
         let input = Input::new(isa, &pool, (q8_0, q8_k), &activated[..pairs * hidden], &list);
-        let panel = PanelMut::new(&mut output[..pairs * cols], cols);
-        pool.blocks([panel], ends, grain(hidden), &|band, first, [mut out]| {
-            input.product(isa, &product(2, band), start(ends, band), first, &mut out);
-        });
+        if stream.is_some() {
+            for band in bands {
+                let tokens = of_band(band);
+                for (which, rows, stacked) in order(DOWN, band) {
+                    let chunk = LoadedRows::next(matrices[which], stacked)?;
+                    let product = product(which, band).chunk(&rows, &chunk);
+                    let mut panel = PanelMut::new(&mut output[tokens.start * cols..tokens.end * cols], cols);
+                    let panel = panel.columns(rows);
+                    pool.blocks([panel], &[tokens.len()], grain(hidden), &|_, first, [mut out]| {
+                        input.product(isa, &product, tokens.start, first, &mut out);
+                    });
+                }
+            }
+        } else {
+            let panel = PanelMut::new(&mut output[..pairs * cols], cols);
+            pool.blocks([panel], ends, grain(hidden), &|band, first, [mut out]| {
+                input.product(isa, &product(2, band), start(ends, band), first, &mut out);
+            });
+        }
         for (t, out) in out.chunks_exact_mut(cols).enumerate() {
             out.fill(0.0);
             for i in t * used..(t + 1) * used {
@@ -752,8 +943,16 @@ impl CpuKernels {
                 isa.run(rows::AddScaled { weight: weights[i], x, acc: out });
             }
         }
+        Ok(())
     }
 }
+
+/// The weights of experts that are multiplied together, as indices.
+const GATE_UP: Range<usize> = 0..2;
+/// The last weight of experts.
+const DOWN: Range<usize> = 2..3;
+/// Rows that are interleaved.
+const ROWS_TOGETHER: usize = halite_kernels::formats::ROWS;
 
 /// A rotation that threads can share.
 fn slices<'a>(rotation: &'a Rotation<HostTensor<'_>>) -> Rotation<&'a [f32]> {
@@ -803,6 +1002,9 @@ impl Kernels for CpuKernels {
         match op {
             Op::Embed { table, index, out, scale } => {
                 let rows = step.rows(*index, table.rows)?;
+                if table.streamed().is_some() {
+                    return self.embed_streamed(table, rows, *scale, out.floats_mut());
+                }
                 self.embed(table.matrix(), rows, *scale, out.floats_mut());
             }
             Op::Gather { x, out } => {
@@ -839,7 +1041,9 @@ impl Kernels for CpuKernels {
                 let epilogue = match epilogue {
                     Epilogue::None => Epilogue::None,
                     Epilogue::Glu(act) => Epilogue::Glu(*act),
-                    Epilogue::Add(residual) => Epilogue::Add(residual.floats()),
+                    Epilogue::Add(residual) => {
+                        Epilogue::Add(Residual { x: residual.floats(), width: residual.cols, first: 0 })
+                    }
                 };
                 let count = outs.len();
                 let mut panels: [PanelMut<'_>; MAX_PARTS] =
@@ -851,6 +1055,10 @@ impl Kernels for CpuKernels {
                 let memory = (&mut self.memory.q8_0, &mut self.memory.q8_k);
                 let input = Input::new(self.isa, &self.pool, memory, x.floats(), list);
                 let up = &mut self.memory.up;
+                if parts.iter().any(|part| part.weight.streamed().is_some()) {
+                    let panels = &mut panels[..count];
+                    return streamed_products(self.isa, &self.pool, &input, parts, epilogue, panels, up);
+                }
                 products(self.isa, &self.pool, &input, list, epilogue, &mut panels[..count], up);
             }
             Op::Rope { x, out, rotation } => self.rope(x, &slices(rotation), step, out),
@@ -920,7 +1128,7 @@ impl Kernels for CpuKernels {
                     }
                 }
             }
-            Op::Experts { .. } => self.experts(op),
+            Op::Experts { .. } => self.experts(op)?,
             Op::ArgMax { x, out } => {
                 for (x, out) in x.floats().chunks_exact(x.cols).zip(out.ints_mut()) {
                     *out = self.isa.run(rows::ArgMax { x }).map_or(NOT_FINITE, |at| at as i32);

@@ -4,6 +4,7 @@
 use std::cell::{Ref, RefCell, RefMut};
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
 use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, Instant};
 
@@ -16,10 +17,10 @@ use super::{
     check_step, upload,
 };
 use crate::error::{Error, Result};
-use crate::map::Region;
+use crate::map::{Region, Spilled};
 use crate::memory::{reserved, zeroed};
 use crate::passes;
-use crate::program::{Access, Dim, Index, Op, Program, Slot, StateId, TensorId};
+use crate::program::{Access, Dim, Epilogue, Index, MAX_PARTS, Op, Program, Slot, StateId, TensorId};
 
 /// A weight's bytes and shape.
 #[derive(Debug, Clone, Copy)]
@@ -56,6 +57,9 @@ enum Memory<'a> {
     BytesMut(&'a mut [u8]),
     Scratch(Ref<'a, Vec<f32>>),
     ScratchMut(RefMut<'a, Vec<f32>>),
+    Streamed(&'a Region),
+    Spilled(RwLockReadGuard<'a, Spilled>),
+    SpilledMut(RwLockWriteGuard<'a, Spilled>),
     Locked(RwLockReadGuard<'a, Vec<u64>>),
     LockedMut(RwLockWriteGuard<'a, Vec<u64>>),
     /// Read and written: a copy of a device's memory.
@@ -72,6 +76,16 @@ impl Memory<'_> {
             Memory::Locked(words) => bytemuck::cast_slice(words),
             Memory::LockedMut(words) => bytemuck::cast_slice(words),
             Memory::Owned(words) => bytemuck::cast_slice(words),
+            Memory::Streamed(_) => &[],
+            Memory::Spilled(spilled) => spilled.bytes(),
+            Memory::SpilledMut(spilled) => spilled.bytes(),
+        }
+    }
+
+    fn len(&self) -> u64 {
+        match self {
+            Memory::Streamed(region) => region.len(),
+            _ => self.bytes().len() as u64,
         }
     }
 
@@ -82,7 +96,12 @@ impl Memory<'_> {
             Memory::ScratchMut(floats) => bytemuck::cast_slice_mut(floats),
             Memory::LockedMut(words) => bytemuck::cast_slice_mut(words),
             Memory::Owned(words) => bytemuck::cast_slice_mut(words),
-            Memory::Bytes(_) | Memory::Scratch(_) | Memory::Locked(_) => &mut [],
+            Memory::SpilledMut(spilled) => spilled.bytes_mut(),
+            Memory::Bytes(_)
+            | Memory::Scratch(_)
+            | Memory::Locked(_)
+            | Memory::Streamed(_)
+            | Memory::Spilled(_) => &mut [],
         }
     }
 }
@@ -119,6 +138,14 @@ impl<'a> HostTensor<'a> {
     fn new(memory: Memory<'a>, len: usize, format: Format, cols: usize) -> HostTensor<'a> {
         let rows = len / format.row_bytes(cols).unwrap_or(0).max(1);
         HostTensor { memory, len, format, layout: Layout::Rows, experts: 1, rows, cols }
+    }
+
+    /// The place of a weight that is streamed, whose bytes are not in memory.
+    pub fn streamed(&self) -> Option<&'a Region> {
+        match self.memory {
+            Memory::Streamed(region) => Some(region),
+            _ => None,
+        }
     }
 
     /// Returns all bytes.
@@ -327,6 +354,8 @@ pub trait Kernels: Send {
 /// Host memory behind a [`Buffer`].
 enum HostMemory {
     Mapped(Region),
+    Streamed(Region),
+    Spilled(RwLock<Spilled>),
     Owned(RwLock<Vec<u64>>),
 }
 
@@ -347,9 +376,23 @@ pub mod memory {
         Ok(Buffer::new(bytes, HostMemory::Owned(RwLock::new(memory))))
     }
 
-    /// Wraps mapped pages.
-    pub fn import(region: &Region) -> Buffer {
-        Buffer::new(region.bytes().len() as u64, HostMemory::Mapped(region.clone()))
+    /// As [`Backend::alloc_spilled`].
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn alloc_spilled(bytes: u64, kept_bytes: u64, folder: &Path) -> Result<Buffer> {
+        let spilled = Spilled::new(folder, bytes, kept_bytes)?;
+        Ok(Buffer::new(bytes, HostMemory::Spilled(RwLock::new(spilled))))
+    }
+
+    /// Wraps mapped pages; `None` if the region is not mapped.
+    pub fn import(region: &Region) -> Option<Buffer> {
+        region.mapped().map(|_| Buffer::new(region.len(), HostMemory::Mapped(region.clone())))
+    }
+
+    /// Wraps a region that kernels read through its stream.
+    pub(crate) fn stream(region: &Region) -> Buffer {
+        Buffer::new(region.len(), HostMemory::Streamed(region.clone()))
     }
 
     /// As [`Backend::fill`].
@@ -381,6 +424,9 @@ pub mod memory {
         let outside = || {
             Error::argument("read range", format!("inside 0..{}", src.bytes()), format!("{offset}..{end}"))
         };
+        if let Memory::Streamed(region) = memory {
+            return region.read_at(offset, dst);
+        }
         dst.copy_from_slice(memory.bytes().get(offset as usize..end as usize).ok_or_else(outside)?);
         Ok(())
     }
@@ -399,17 +445,20 @@ fn poisoned(backend: &str) -> Error {
 
 fn read_guard<'a>(backend: &str, buffer: &'a Buffer) -> Result<Memory<'a>> {
     match host_memory(backend, buffer)? {
-        HostMemory::Mapped(region) => Ok(Memory::Bytes(region.bytes())),
+        HostMemory::Mapped(region) => Ok(Memory::Bytes(region.mapped().unwrap_or(&[]))),
+        HostMemory::Streamed(region) => Ok(Memory::Streamed(region)),
+        HostMemory::Spilled(lock) => lock.read().map(Memory::Spilled).map_err(|_| poisoned(backend)),
         HostMemory::Owned(lock) => lock.read().map(Memory::Locked).map_err(|_| poisoned(backend)),
     }
 }
 
 fn write_guard<'a>(backend: &str, buffer: &'a Buffer) -> Result<Memory<'a>> {
     match host_memory(backend, buffer)? {
-        HostMemory::Mapped(_) => Err(Error::Backend {
+        HostMemory::Mapped(_) | HostMemory::Streamed(_) => Err(Error::Backend {
             backend: backend.into(),
-            message: "a mapped weight cannot be written".into(),
+            message: "a weight of a file cannot be written".into(),
         }),
+        HostMemory::Spilled(lock) => lock.write().map(Memory::SpilledMut).map_err(|_| poisoned(backend)),
         HostMemory::Owned(lock) => lock.write().map(Memory::LockedMut).map_err(|_| poisoned(backend)),
     }
 }
@@ -619,12 +668,15 @@ impl Bound {
                     }
                 }
             };
-            let bytes = memory.bytes();
-            if bytes.len() < len {
+            if memory.len() < len as u64 {
                 let expected = format!("at least {len} bytes for `{}`", name());
-                return Err(Error::argument("buffer", expected, bytes.len()));
+                return Err(Error::argument("buffer", expected, memory.len()));
             }
-            if o.shape.format == Format::F32 && !(bytes.as_ptr() as usize).is_multiple_of(4) {
+            let in_memory = !matches!(memory, Memory::Streamed(_));
+            if in_memory
+                && o.shape.format == Format::F32
+                && !(memory.bytes().as_ptr() as usize).is_multiple_of(4)
+            {
                 let expected = format!("`{}` at a multiple of 4 bytes", name());
                 return Err(Error::argument("buffer", expected, "another address"));
             }
@@ -641,6 +693,69 @@ impl Bound {
         };
         let Cache { format, shape, group, window, causal, .. } = *c;
         Ok(HostState { memory, format, shape, group, window, causal })
+    }
+}
+
+/// Rows of products that are computed at a time if weights are streamed: whole tiles of kernels.
+pub(crate) const CHUNK_ROWS: usize = 32;
+
+/// Returns the order in which a product reads its weights, each given as rows and bytes of a row: rows of one
+/// weight after the other or, if `paired`, the same rows of each in turn.
+pub fn row_chunks<const N: usize>(
+    weights: [(usize, usize); N],
+    count: usize,
+    paired: bool,
+    chunk_bytes: u64,
+) -> impl Iterator<Item = (usize, Range<usize>)> {
+    let at_a_time = move |row_bytes: usize| {
+        let rows = usize::try_from(chunk_bytes).unwrap_or(usize::MAX) / row_bytes.max(1);
+        (rows / CHUNK_ROWS * CHUNK_ROWS).max(CHUNK_ROWS)
+    };
+    let widest = weights.iter().take(count).map(|&(_, row_bytes)| row_bytes).max().unwrap_or(0);
+    let runs = if paired { 1 } else { count };
+    (0..runs).flat_map(move |run| {
+        let (rows, row_bytes) = weights[run];
+        let each = at_a_time(if paired { widest } else { row_bytes });
+        (0..rows).step_by(each).flat_map(move |first| {
+            let of = if paired { 0..count } else { run..run + 1 };
+            of.map(move |weight| (weight, first..(first + each).min(rows)))
+        })
+    })
+}
+
+/// Requests a product's weights from their stream, in the order of [`row_chunks`].
+fn request(op: &PreparedOp, b: &Bindings<'_>) -> Result<()> {
+    let Op::MatMul { parts, epilogue, .. } = op else { return Ok(()) };
+    let (mut shapes, mut regions) = ([(0, 0); MAX_PARTS], [None; MAX_PARTS]);
+    for ((part, shape), region) in parts.iter().zip(&mut shapes).zip(&mut regions) {
+        let weight = &part.weight;
+        let Place::Weight(n) = weight.place else { continue };
+        *shape = (passes::rows(weight.shape.rows, 0, 0) as usize, weight.shape.row_bytes);
+        if let Some(HostMemory::Streamed(streamed)) = bound(b.weights, n, "weights")?.memory() {
+            *region = Some(streamed);
+        }
+    }
+    let Some(stream) = regions.iter().flatten().find_map(|region| region.stream()) else { return Ok(()) };
+    let paired = matches!(epilogue, Epilogue::Glu(_));
+    for (part, rows) in row_chunks(shapes, parts.len(), paired, stream.chunk_bytes()) {
+        if let Some(region) = regions[part] {
+            let row_bytes = shapes[part].1;
+            let outside = || Error::Program("a streamed weight is shorter than its shape".into());
+            let chunk = region.part(rows.start * row_bytes..rows.end * row_bytes).ok_or_else(outside)?;
+            stream.request(&chunk, false);
+        }
+    }
+    Ok(())
+}
+
+/// Frees the memory of the cache that an op was the last to use, as far as it is kept in a file.
+fn release(op: &PreparedOp, b: &Bindings<'_>) {
+    let Op::Attend { state, .. } = op else { return };
+    let memory = b.states.get(state.id.0 as usize).and_then(|buffer| buffer.memory());
+    if let Some(HostMemory::Spilled(lock)) = memory
+        && let Ok(spilled) = lock.read()
+    {
+        spilled.release();
     }
 }
 
@@ -776,12 +891,31 @@ impl<K: Kernels> Plan for HostPlan<K> {
         let of_program = program.segments.get(segments.clone()).ok_or_else(wrong)?;
         let prepared = self.ops.get(segments).ok_or_else(wrong)?;
         let ops = of_program.iter().flat_map(|segment| &segment.ops);
+        let stream = bindings.weights.iter().find_map(|buffer| match buffer.memory()? {
+            HostMemory::Streamed(region) => region.stream(),
+            _ => None,
+        });
+        // What an earlier step left, if it failed.
+        stream.inspect(|stream| stream.reset());
+        let mut ahead = stream.map_or(&[][..], |_| prepared).iter().flatten();
+        // Reads ahead up to experts, which are chosen in the step.
+        let mut read_ahead = || loop {
+            match ahead.next() {
+                Some(Op::Experts { .. }) | None => return Ok(()),
+                Some(op) => request(op, bindings)?,
+            }
+        };
+        read_ahead()?;
         for (op, prepared) in ops.zip(prepared.iter().flatten()) {
             if step.cancel.is_cancelled() {
                 return Err(Error::Cancelled);
             }
             let step = self.tokens.step(&program, op, step);
             execute(&self.bound, &mut self.kernels, prepared, &step, bindings)?;
+            if let Op::Experts { .. } = op {
+                read_ahead()?;
+            }
+            release(prepared, bindings);
         }
         self.submitted += 1;
         // Submissions of one step add up.

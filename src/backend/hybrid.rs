@@ -243,7 +243,7 @@ impl Pair {
             (Some(imported), ..) => imported,
             (None, Some(pages), _) => {
                 let buffer = backend.alloc(self.bytes, self.usage)?;
-                upload(&**backend, &buffer, 0, pages.bytes())?;
+                upload(&**backend, &buffer, 0, &pages.load()?)?;
                 buffer
             }
             (None, None, Some(other)) => {
@@ -294,7 +294,11 @@ impl Backend for Hybrid {
     }
 
     fn import(&self, region: &Region) -> Result<Option<Buffer>> {
-        let bytes = region.bytes().len() as u64;
+        let bytes = region.len();
+        // Which device reads it is not known yet, and one may be unable to stream.
+        if region.stream().is_some() {
+            return Ok(None);
+        }
         Ok(Some(Buffer::new(bytes, Pair::new(bytes, Usage::Weight, Some(region.clone())))))
     }
 

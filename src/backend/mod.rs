@@ -13,6 +13,7 @@ pub mod template;
 
 use std::any::Any;
 use std::ops::Range;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -330,11 +331,22 @@ pub trait Backend: Send + Sync {
     /// `Error::OutOfMemory`.
     fn alloc(&self, bytes: u64, usage: Usage) -> Result<Buffer>;
 
-    /// Wraps mapped host pages without a copy; returns `None` if the device cannot read them.
+    /// Wraps mapped host pages without a copy; returns `None` if the device cannot read them. A region with a
+    /// [`Region::stream`] is read during each step, by a device that can.
     ///
     /// # Errors
     /// Errors of the device.
     fn import(&self, region: &Region) -> Result<Option<Buffer>>;
+
+    /// Allocates zeroed memory for a KV cache in a file without a name in `folder`, of which the device keeps
+    /// `kept_bytes` in memory between ops. Returns `None` if the device cannot.
+    ///
+    /// # Errors
+    /// `Error::Io`.
+    fn alloc_spilled(&self, bytes: u64, kept_bytes: u64, folder: &Path) -> Result<Option<Buffer>> {
+        let _ = (bytes, kept_bytes, folder);
+        Ok(None)
+    }
 
     /// Writes `range` of a buffer: `write` fills the bytes, in one or more consecutive pieces.
     ///

@@ -54,7 +54,7 @@ impl Backend for Reference {
     }
 
     fn import(&self, region: &Region) -> Result<Option<Buffer>> {
-        Ok(Some(memory::import(region)))
+        Ok(memory::import(region))
     }
 
     fn fill(&self, dst: &Buffer, range: Range<u64>, write: &mut dyn FnMut(&mut [u8])) -> Result<()> {

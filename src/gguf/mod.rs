@@ -20,6 +20,12 @@ use crate::error::{Error, Result};
 use crate::map::{Region, Source};
 use crate::memory::reserved;
 
+/// Maximum bytes of the header of a file that is not mapped. Those of large vocabularies have some 10 MB.
+pub const MAX_HEADER_BYTES: u64 = 64 << 20;
+
+/// What is read of a file first, if it is not mapped.
+const FIRST_HEADER_BYTES: u64 = 1 << 20;
+
 /// Maximum files of a split model.
 pub const MAX_SPLITS: u64 = 1024;
 
@@ -47,7 +53,7 @@ pub struct TensorInfo<'a> {
 }
 
 impl TensorInfo<'_> {
-    /// The tensor's bytes in the map.
+    /// The tensor's bytes in its file.
     pub fn region(&self) -> Result<Region> {
         Region::new(self.source, self.record.bytes.clone()).ok_or_else(|| Error::FileChanged {
             path: self.source.path().to_owned(),
@@ -55,13 +61,14 @@ impl TensorInfo<'_> {
         })
     }
 
-    /// Calls `f` with each matrix of the tensor: its bytes in the map, and values of a row.
+    /// Calls `f` with each matrix of the tensor: its bytes, and values of a row.
     fn matrices(&self, f: &mut dyn FnMut(&[u8], usize)) -> Result<()> {
         let region = self.region()?;
+        let all = region.load()?;
         let dim = |i: usize| self.record.dims.get(i).copied().unwrap_or(1) as usize;
         // The parser checked that the tensor lies in the file.
         let bytes = self.record.bytes.len() / (dim(2) * dim(3)).max(1);
-        region.bytes().chunks_exact(bytes.max(1)).for_each(|matrix| f(matrix, dim(0)));
+        all.chunks_exact(bytes.max(1)).for_each(|matrix| f(matrix, dim(0)));
         Ok(())
     }
 
@@ -110,7 +117,36 @@ impl Gguf {
     /// # Errors
     /// [`Error::Io`] or [`Error::Gguf`].
     pub fn open(path: &Path) -> Result<Gguf> {
-        let mut gguf = Gguf::from_source(Source::open(path)?)?;
+        Gguf::open_parts(path, &|path| Gguf::from_source(Source::open(path)?))
+    }
+
+    /// As [`Gguf::open`], without a map: reads the header only, and tensors when they are needed.
+    ///
+    /// # Errors
+    /// As [`Gguf::open`]; [`GgufError::Truncated`] or another error of the header if it has more than
+    /// [`MAX_HEADER_BYTES`].
+    pub fn open_unmapped(path: &Path) -> Result<Gguf> {
+        Gguf::open_parts(path, &|path| {
+            let mut start_bytes = FIRST_HEADER_BYTES;
+            loop {
+                let source = Source::open_unmapped(path, start_bytes)?;
+                let file_bytes = source.len();
+                match Gguf::from_header(source, file_bytes) {
+                    // What a header that is cut off looks like depends on the place.
+                    Err(Error::Gguf { source, .. })
+                        if !matches!(source, GgufError::Magic { .. } | GgufError::Version { .. })
+                            && start_bytes < file_bytes.min(MAX_HEADER_BYTES) =>
+                    {
+                        start_bytes = start_bytes.saturating_mul(2);
+                    }
+                    other => return other,
+                }
+            }
+        })
+    }
+
+    fn open_parts(path: &Path, open: &dyn Fn(&Path) -> Result<Gguf>) -> Result<Gguf> {
+        let mut gguf = open(path)?;
         let count = gguf.optional_u64("split.count")?.unwrap_or(1);
         if count > 1 {
             let split = |message: String| gguf_error(path, GgufError::Split(message));
@@ -128,7 +164,7 @@ impl Gguf {
                 let sibling = split_sibling(path, index, count).ok_or_else(|| {
                     split(format!("the file name must end in -00001-of-{count:05}.gguf to find its siblings"))
                 })?;
-                let part = Gguf::from_source(Source::open(&sibling)?)?;
+                let part = open(&sibling)?;
                 let (no, n) = (part.optional_u64("split.no")?, part.optional_u64("split.count")?);
                 if no != Some(index) || n != Some(count) {
                     let shown = |value: Option<u64>| value.map_or("none".into(), |value| value.to_string());

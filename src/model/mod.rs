@@ -106,6 +106,15 @@ impl Model {
         Model::from_gguf(Gguf::open(path.as_ref())?)
     }
 
+    /// As [`Model::open`], without a map: weights are read when a session needs them, into memory of its own
+    /// or, if they do not fit [`SessionOptions::memory`](crate::SessionOptions::memory), during each step.
+    ///
+    /// # Errors
+    /// As [`Model::open`].
+    pub fn open_unmapped(path: impl AsRef<Path>) -> Result<Model> {
+        Model::from_gguf(Gguf::open_unmapped(path.as_ref())?)
+    }
+
     /// Opens a model from bytes in memory; see [`Source::from_static`] and [`Source::from_bytes`].
     ///
     /// # Errors

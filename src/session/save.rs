@@ -157,14 +157,16 @@ impl Session {
         for (source, header) in self.loaded.model.gguf().parts() {
             let bytes = source.bytes();
             hasher.write(bytes.get(..header.data_start).unwrap_or(bytes));
-            hasher.write(&(bytes.len() as u64).to_le_bytes());
+            hasher.write(&source.len().to_le_bytes());
         }
         for tensor in self.loaded.model.gguf().tensors() {
             let region = tensor.region()?;
-            let bytes = region.bytes();
-            let apart = bytes.len().saturating_sub(SAMPLE_BYTES) / (SAMPLES - 1);
+            let (mut bytes, len) = ([0; SAMPLE_BYTES], region.len() as usize);
+            let apart = len.saturating_sub(SAMPLE_BYTES) / (SAMPLES - 1);
             for start in (0..SAMPLES).map(|sample| apart * sample) {
-                hasher.write(bytes.get(start..(start + SAMPLE_BYTES).min(bytes.len())).unwrap_or(&[]));
+                let bytes = &mut bytes[..SAMPLE_BYTES.min(len - start)];
+                region.read_at(start as u64, bytes)?;
+                hasher.write(bytes);
             }
         }
         for scale in self.loaded.model.adapter_scales() {

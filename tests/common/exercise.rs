@@ -40,7 +40,7 @@ pub fn model(bytes: &[u8]) -> bool {
         gguf.display_value(value);
     }
     for tensor in gguf.tensors() {
-        assert_eq!(tensor.region().unwrap().bytes().len(), tensor.record.bytes.len());
+        assert_eq!(tensor.region().unwrap().mapped().unwrap().len(), tensor.record.bytes.len());
     }
     if let Ok(Some(tokenizer)) = Tokenizer::from_gguf(&gguf) {
         vocabulary(&tokenizer);

@@ -358,7 +358,7 @@ impl Backend for PluginBackend {
 
     fn import(&self, region: &Region) -> Result<Option<Buffer>> {
         let Some(import) = self.device.calls.import_pages else { return Ok(None) };
-        let pages = region.bytes();
+        let Some(pages) = region.mapped() else { return Ok(None) };
         let bytes = pages.len() as u64;
         // SAFETY: the buffer keeps the region, so the pages are valid until `release`.
         self.buffer("mapped pages", bytes, Some(region.clone()), |device, buffer, message| unsafe {
