@@ -232,43 +232,60 @@ impl Session {
         tokenizer: &Tokenizer,
         prompt: &[u32],
         options: &GenerateOptions,
-        decoding: Decoding<'_>,
+        mut decoding: Decoding<'_>,
         mut on_text: impl FnMut(&str) -> ControlFlow<()>,
     ) -> Result<Generation> {
-        self.continue_in(sequence, tokenizer, prompt, options, decoding, &mut on_text)
+        let mut stream = Stream::new(self, sequence, prompt, options)?;
+        while stream.advance(self, tokenizer, &mut decoding, &mut on_text)? {}
+        Ok(stream.into_generation())
     }
+}
 
-    fn continue_in(
-        &mut self,
+/// A generation that runs step by step, for callers that pull its text; [`Session::generate_in`] runs one as
+/// a whole.
+#[derive(Debug)]
+pub struct Stream {
+    sequence: SequenceId,
+    options: GenerateOptions,
+    sampler: Sampler,
+    out: Output,
+    /// The prompt and the generated tokens.
+    text: Vec<u32>,
+    /// The last token, and the draft after it.
+    fed: Vec<u32>,
+    generation: Generation,
+    start: Instant,
+    is_prefilled: bool,
+    is_done: bool,
+}
+
+impl Stream {
+    /// Sets a sequence to the common prefix of it and a prompt. Runs no step.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for an empty prompt, options out of range, or a sequence that is not there.
+    pub fn new(
+        session: &mut Session,
         sequence: SequenceId,
-        tokenizer: &Tokenizer,
         prompt: &[u32],
         options: &GenerateOptions,
-        mut decoding: Decoding<'_>,
-        on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
-    ) -> Result<Generation> {
+    ) -> Result<Stream> {
         let start = Instant::now();
         let Some((_, all_but_last)) = prompt.split_last() else {
             return Err(Error::argument("prompt", "text of at least one token", "none"));
         };
         // The last token always runs, for its output.
-        let reused = self.reuse(sequence, all_but_last)?;
-        let vocab = self.model().hparams().vocab_size as usize;
+        let reused = session.reuse(sequence, all_but_last)?;
+        let vocab = session.model().hparams().vocab_size as usize;
         let mut sampler = Sampler::new(options.sampler.clone(), vocab)?;
         prompt.iter().for_each(|&t| sampler.accept(t));
-        let kind = match options.sampler.needed() {
-            _ if decoding.constraint.is_some() => OutputKind::Logits,
-            Some(1) => OutputKind::ArgMax,
-            Some(k) if k <= TOP_K as usize => OutputKind::TopK,
-            _ => OutputKind::Logits,
-        };
-        let mut out = Output::new(options, tokenizer);
-        let mut generation = Generation {
+        let tokens = reserved(options.max_tokens.min(session.positions()).into(), "the generated tokens")?;
+        let generation = Generation {
             text: String::new(),
             prompt_tokens: prompt.to_vec(),
             reused_tokens: reused as u32,
             prefill_tokens: 0,
-            tokens: reserved(options.max_tokens.min(self.positions()).into(), "the generated tokens")?,
+            tokens,
             finish: Finish::Length,
             prefill: Duration::ZERO,
             first_token: Duration::ZERO,
@@ -278,94 +295,167 @@ impl Session {
             decode: Duration::ZERO,
             device: (Duration::ZERO, Duration::ZERO),
         };
-        let before = self.device_time();
-        let mut result = self.prefill(sequence, &prompt[reused..], kind);
-        generation.prefill_tokens = self.len(sequence)? - reused as u32;
-        generation.prefill = start.elapsed();
-        generation.device.0 = self.device_time() - before;
-        let mut decode_start = Instant::now();
-        // The last token, and the draft after it.
-        let mut fed: Vec<u32> = Vec::new();
-        let mut text = prompt.to_vec();
-        loop {
-            match result {
-                Ok(()) => {}
-                Err(Error::Cancelled) => {
-                    generation.finish = Finish::Cancelled;
-                    break;
-                }
-                Err(Error::ContextFull { .. }) if !generation.tokens.is_empty() => {
-                    generation.finish = Finish::ContextFull;
-                    break;
-                }
-                Err(error) => return Err(error),
-            }
-            // Without tokens to generate, report the prompt's errors all the same.
-            if generation.tokens.len() >= options.max_tokens as usize {
-                break;
-            }
-            generation.decode_steps += u32::from(!fed.is_empty());
-            let drafted = fed.get(1..).unwrap_or_default();
-            let mut right = 0;
-            let ended = loop {
-                let token = match &mut decoding.constraint {
-                    None => Some(self.choose(right, kind, &mut sampler)?),
-                    Some(constraint) => self.choose_allowed(right, tokenizer, &mut sampler, *constraint)?,
-                };
-                if generation.tokens.is_empty() {
-                    generation.first_token = start.elapsed();
-                    decode_start = Instant::now();
-                } else {
-                    generation.decode_tokens += 1;
-                }
-                let goes_on = |id: &u32| {
-                    !tokenizer.is_end(*id) || (options.ignore_end && decoding.constraint.is_none())
-                };
-                let Some(token) = token.filter(goes_on) else { break Some(Finish::End) };
-                sampler.accept(token);
-                if let Some(constraint) = &mut decoding.constraint {
-                    constraint.accept(token)?;
-                }
-                generation.tokens.push(token);
-                text.push(token);
-                let is_right = drafted.get(right) == Some(&token);
-                right += usize::from(is_right);
-                let full = generation.tokens.len() == options.max_tokens as usize;
-                let ended = out.push(token, on_text).or(full.then_some(Finish::Length));
-                if ended.is_some() || !is_right {
-                    break ended;
+        Ok(Stream {
+            sequence,
+            options: options.clone(),
+            sampler,
+            out: Output { text: String::with_capacity(4096), ..Output::default() },
+            text: prompt.to_vec(),
+            fed: Vec::new(),
+            generation,
+            start,
+            is_prefilled: false,
+            is_done: false,
+        })
+    }
+
+    /// Runs the prompt or one step, passes on the text that is then complete, and returns whether the
+    /// generation goes on. The session, the tokenizer and the decoding must be the same in each call.
+    ///
+    /// # Errors
+    /// As [`Session::generate_in`]. An error ends the generation.
+    pub fn advance(
+        &mut self,
+        session: &mut Session,
+        tokenizer: &Tokenizer,
+        decoding: &mut Decoding<'_>,
+        on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
+    ) -> Result<bool> {
+        if self.is_done {
+            return Ok(false);
+        }
+        self.is_done = true;
+        let Some(finish) = self.step(session, tokenizer, decoding, on_text)? else {
+            self.is_done = false;
+            return Ok(true);
+        };
+        self.generation.finish = finish;
+        if !matches!(finish, Finish::Stop | Finish::Callback) {
+            self.out.finish(on_text);
+        }
+        Ok(false)
+    }
+
+    /// The generation so far; its text is complete only in [`Stream::into_generation`].
+    pub fn generation(&self) -> &Generation {
+        &self.generation
+    }
+
+    /// Returns the generation.
+    pub fn into_generation(self) -> Generation {
+        Generation { text: self.out.text, ..self.generation }
+    }
+
+    fn step(
+        &mut self,
+        session: &mut Session,
+        tokenizer: &Tokenizer,
+        decoding: &mut Decoding<'_>,
+        on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
+    ) -> Result<Option<Finish>> {
+        let kind = match self.options.sampler.needed() {
+            _ if decoding.constraint.is_some() => OutputKind::Logits,
+            Some(1) => OutputKind::ArgMax,
+            Some(k) if k <= TOP_K as usize => OutputKind::TopK,
+            _ => OutputKind::Logits,
+        };
+        let (device_before, mut decode_start) = (session.device_time(), Instant::now());
+        let result = if self.is_prefilled {
+            self.draft(session, decoding)?;
+            let outputs = if self.fed.len() > 1 { OutputTokens::All } else { OutputTokens::Last };
+            let result = session.step(&[Run::new(self.sequence, &self.fed).outputs(outputs)], kind);
+            self.generation.device.1 += session.device_time() - device_before;
+            result
+        } else {
+            let reused = self.generation.reused_tokens;
+            let result = session.prefill(self.sequence, &self.text[reused as usize..], kind);
+            self.is_prefilled = true;
+            self.generation.prefill_tokens = session.len(self.sequence)? - reused;
+            self.generation.prefill = self.start.elapsed();
+            self.generation.device.0 = session.device_time() - device_before;
+            decode_start = Instant::now();
+            result
+        };
+        let finish = match result {
+            Ok(()) => self.choose(session, tokenizer, decoding, kind, &mut decode_start, on_text)?,
+            Err(Error::Cancelled) => Some(Finish::Cancelled),
+            Err(Error::ContextFull { .. }) if !self.generation.tokens.is_empty() => Some(Finish::ContextFull),
+            Err(error) => return Err(error),
+        };
+        self.generation.decode += decode_start.elapsed();
+        Ok(finish)
+    }
+
+    /// Sets the tokens of the next step: the last token, and the draft after it.
+    fn draft(&mut self, session: &Session, decoding: &mut Decoding<'_>) -> Result<()> {
+        self.fed.clear();
+        self.fed.extend(self.text.last());
+        let Some(drafter) = &mut decoding.drafter else { return Ok(()) };
+        let left = self.options.max_tokens as usize - self.generation.tokens.len();
+        let max_draft = session.max_run(self.sequence)?.min(left).saturating_sub(1);
+        match drafter.draft(&self.text, max_draft, &mut self.fed) {
+            // A cancelled drafter is no error: the step after it notices the cancellation.
+            Err(Error::Cancelled) => {}
+            drafted => drafted?,
+        }
+        self.fed.truncate(max_draft + 1);
+        Ok(())
+    }
+
+    /// Chooses tokens from the outputs of a step, as long as its draft is right.
+    fn choose(
+        &mut self,
+        session: &mut Session,
+        tokenizer: &Tokenizer,
+        decoding: &mut Decoding<'_>,
+        kind: OutputKind,
+        decode_start: &mut Instant,
+        on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
+    ) -> Result<Option<Finish>> {
+        let (options, generation) = (&self.options, &mut self.generation);
+        // Without tokens to generate, report the prompt's errors all the same.
+        if generation.tokens.len() >= options.max_tokens as usize {
+            return Ok(Some(Finish::Length));
+        }
+        generation.decode_steps += u32::from(!self.fed.is_empty());
+        let drafted = self.fed.get(1..).unwrap_or_default();
+        let mut right = 0;
+        let ended = loop {
+            let token = match &mut decoding.constraint {
+                None => Some(session.choose(right, kind, &mut self.sampler)?),
+                Some(constraint) => {
+                    session.choose_allowed(right, tokenizer, &mut self.sampler, *constraint)?
                 }
             };
-            generation.drafted.0 += drafted.len() as u32;
-            generation.drafted.1 += right as u32;
-            let wrong = (drafted.len() - right) as u32;
-            self.truncate(sequence, self.len(sequence)? - wrong)?;
-            if let Some(finish) = ended {
-                generation.finish = finish;
-                break;
+            if generation.tokens.is_empty() {
+                generation.first_token = self.start.elapsed();
+                *decode_start = Instant::now();
+            } else {
+                generation.decode_tokens += 1;
             }
-            fed.clear();
-            fed.extend(text.last());
-            if let Some(drafter) = &mut decoding.drafter {
-                let left = options.max_tokens as usize - generation.tokens.len();
-                let max_draft = self.max_run(sequence)?.min(left).saturating_sub(1);
-                match drafter.draft(&text, max_draft, &mut fed) {
-                    // A cancelled drafter is no error: the step after it notices the cancellation.
-                    Err(Error::Cancelled) => {}
-                    drafted => drafted?,
-                }
-                fed.truncate(max_draft + 1);
+            let goes_on =
+                |id: &u32| !tokenizer.is_end(*id) || (options.ignore_end && decoding.constraint.is_none());
+            let Some(token) = token.filter(goes_on) else { break Some(Finish::End) };
+            self.sampler.accept(token);
+            if let Some(constraint) = &mut decoding.constraint {
+                constraint.accept(token)?;
             }
-            let outputs = if fed.len() > 1 { OutputTokens::All } else { OutputTokens::Last };
-            result = self.step(&[Run::new(sequence, &fed).outputs(outputs)], kind);
-        }
-        generation.decode = decode_start.elapsed();
-        generation.device.1 = self.device_time() - before - generation.device.0;
-        if !matches!(generation.finish, Finish::Stop | Finish::Callback) {
-            out.finish(on_text);
-        }
-        generation.text = out.text;
-        Ok(generation)
+            generation.tokens.push(token);
+            self.text.push(token);
+            let is_right = drafted.get(right) == Some(&token);
+            right += usize::from(is_right);
+            let full = generation.tokens.len() == options.max_tokens as usize;
+            let ended = self.out.push(token, tokenizer, options, on_text);
+            let ended = ended.or(full.then_some(Finish::Length));
+            if ended.is_some() || !is_right {
+                break ended;
+            }
+        };
+        generation.drafted.0 += drafted.len() as u32;
+        generation.drafted.1 += right as u32;
+        let wrong = (drafted.len() - right) as u32;
+        session.truncate(self.sequence, session.len(self.sequence)? - wrong)?;
+        Ok(ended)
     }
 }
 
@@ -412,38 +502,31 @@ impl Session {
 }
 
 /// Buffers text until its characters are complete and cannot be the start of a stop text.
-struct Output<'a> {
-    tokenizer: &'a Tokenizer,
+#[derive(Debug, Default)]
+struct Output {
     detokenizer: Detokenizer,
-    stop: &'a [String],
-    special: bool,
     text: String,
     /// Bytes of the text that were passed on.
     given: usize,
 }
 
-impl<'a> Output<'a> {
-    fn new(options: &'a GenerateOptions, tokenizer: &'a Tokenizer) -> Self {
-        Output {
-            tokenizer,
-            detokenizer: Detokenizer::default(),
-            stop: &options.stop,
-            special: options.special,
-            text: String::with_capacity(4096),
-            given: 0,
-        }
-    }
-
-    fn push(&mut self, token: u32, on_text: &mut dyn FnMut(&str) -> ControlFlow<()>) -> Option<Finish> {
-        self.detokenizer.push(self.tokenizer, token, self.special, &mut self.text);
+impl Output {
+    fn push(
+        &mut self,
+        token: u32,
+        tokenizer: &Tokenizer,
+        options: &GenerateOptions,
+        on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
+    ) -> Option<Finish> {
+        self.detokenizer.push(tokenizer, token, options.special, &mut self.text);
         let fresh = &self.text[self.given..];
-        let stop = self.stop.iter().filter(|s| !s.is_empty()).filter_map(|s| fresh.find(s.as_str())).min();
-        if let Some(at) = stop {
+        let stop = options.stop.iter().filter(|s| !s.is_empty());
+        if let Some(at) = stop.filter_map(|s| fresh.find(s.as_str())).min() {
             self.text.truncate(self.given + at);
             let _ = self.give(0, on_text);
             return Some(Finish::Stop);
         }
-        let held = self.stop.iter().map(|stop| held_back(fresh, stop)).max().unwrap_or(0);
+        let held = options.stop.iter().map(|stop| held_back(fresh, stop)).max().unwrap_or(0);
         self.give(held, on_text).is_break().then_some(Finish::Callback)
     }
 

@@ -27,7 +27,7 @@ use super::{Backend, Buffer, Caps, Contract, Fusions, Limits, OpSig, Plan, Rows,
 use crate::cost::Rates;
 use crate::error::{Error, Result};
 use crate::map::Region;
-use crate::memory::zeroed;
+use crate::memory::{Allocator, System, Zeroed, zeroed};
 use crate::program::{
     Epilogue, Gating, MAX_PARTS, NOT_FINITE, NormKind, Op, PAGE_POSITIONS, Part, Program, RopePairs, Rotation,
 };
@@ -42,11 +42,17 @@ pub const DRIVER: Driver = Driver::new("cpu", |_, options| {
 .list(|| Ok(vec![Listed::of(Cpu::new()?.caps())]));
 
 /// The CPU.
-#[derive(Debug)]
 pub struct Cpu {
     caps: Caps,
     isa: Isa,
     pool: Arc<Pool>,
+    allocator: Arc<dyn Allocator>,
+}
+
+impl std::fmt::Debug for Cpu {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Cpu").field("caps", &self.caps).finish_non_exhaustive()
+    }
 }
 
 impl Cpu {
@@ -94,7 +100,15 @@ impl Cpu {
             // It gains nothing from a rotation that goes straight to the cache.
             .fusions(Fusions::ALL.rope_kv(false))
             .contract(Contract::Exact);
-        Ok(Cpu { caps, isa, pool: Arc::new(pool) })
+        Ok(Cpu { caps, isa, pool: Arc::new(pool), allocator: Arc::new(System) })
+    }
+
+    /// Takes the memory of sessions from an allocator: the KV cache, the inputs and outputs of steps, scratch,
+    /// and weights that are not mapped.
+    #[must_use]
+    pub fn with_memory(mut self, allocator: Arc<dyn Allocator>) -> Cpu {
+        self.allocator = allocator;
+        self
     }
 
     /// The instruction set in use.
@@ -182,7 +196,7 @@ impl Backend for Cpu {
     }
 
     fn alloc(&self, bytes: u64, _: Usage) -> Result<Buffer> {
-        memory::alloc(&self.caps.name, bytes, self.caps.memory_bytes)
+        memory::alloc_from(&*self.allocator, &self.caps.name, bytes, self.caps.memory_bytes)
     }
 
     fn import(&self, region: &Region) -> Result<Option<Buffer>> {
@@ -208,9 +222,10 @@ impl Backend for Cpu {
         let kernels = CpuKernels {
             isa: self.isa,
             pool: self.pool.clone(),
-            memory: Scratch::for_program(program, limits).allocate()?,
+            memory: Scratch::for_program(program, limits).allocate(&*self.allocator)?,
         };
-        Ok(Box::new(HostPlan::new(&self.caps.name, program, limits, kernels)?))
+        let allocator = &*self.allocator;
+        Ok(Box::new(HostPlan::with_memory(allocator, &self.caps.name, program, limits, kernels)?))
     }
 
     fn scratch_bytes(&self, program: &Program, limits: Limits) -> u64 {
@@ -304,37 +319,37 @@ impl Scratch {
             .saturating_add(self.pairs.saturating_mul(4))
     }
 
-    fn allocate(&self) -> Result<KernelMemory> {
+    fn allocate(&self, from: &dyn Allocator) -> Result<KernelMemory> {
         const WHAT: &str = "kernel scratch on `cpu`";
         let [codes, scales, sums, input, up, hidden, output, attended, rotated] = self.lengths();
         let quantised = || -> Result<QuantisedMemory> {
             Ok(QuantisedMemory {
-                codes: zeroed(codes, WHAT)?,
-                scales: zeroed(scales, WHAT)?,
-                sums: zeroed(sums, WHAT)?,
+                codes: Zeroed::new(from, codes, WHAT)?,
+                scales: Zeroed::new(from, scales, WHAT)?,
+                sums: Zeroed::new(from, sums, WHAT)?,
             })
         };
         Ok(KernelMemory {
             q8_0: quantised()?,
             q8_k: quantised()?,
-            places: zeroed(self.pairs, WHAT)?,
-            input: zeroed(input, WHAT)?,
-            up: zeroed(up, WHAT)?,
-            activated: zeroed(hidden, WHAT)?,
-            output: zeroed(output, WHAT)?,
-            attended: zeroed(attended, WHAT)?,
-            rotated: zeroed(rotated, WHAT)?,
+            places: Zeroed::new(from, self.pairs, WHAT)?,
+            input: Zeroed::new(from, input, WHAT)?,
+            up: Zeroed::new(from, up, WHAT)?,
+            activated: Zeroed::new(from, hidden, WHAT)?,
+            output: Zeroed::new(from, output, WHAT)?,
+            attended: Zeroed::new(from, attended, WHAT)?,
+            rotated: Zeroed::new(from, rotated, WHAT)?,
             rows: Vec::new(),
         })
     }
 }
 
 /// Memory for one activation format.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct QuantisedMemory {
-    codes: Vec<i8>,
-    scales: Vec<f32>,
-    sums: Vec<i32>,
+    codes: Zeroed<i8>,
+    scales: Zeroed<f32>,
+    sums: Zeroed<i32>,
 }
 
 impl QuantisedMemory {
@@ -370,16 +385,16 @@ struct KernelMemory {
     q8_0: QuantisedMemory,
     q8_k: QuantisedMemory,
     /// The place of each pair of token and rank in the order of experts.
-    places: Vec<u32>,
-    input: Vec<f32>,
-    up: Vec<f32>,
-    activated: Vec<f32>,
+    places: Zeroed<u32>,
+    input: Zeroed<f32>,
+    up: Zeroed<f32>,
+    activated: Zeroed<f32>,
     /// Each head's maximum and sum, and the partial results of chunks.
-    attended: Vec<f32>,
+    attended: Zeroed<f32>,
     /// The rotated keys of one token.
-    rotated: Vec<f32>,
+    rotated: Zeroed<f32>,
     /// Outputs of experts, for each pair of token and rank.
-    output: Vec<f32>,
+    output: Zeroed<f32>,
     /// Rows of a table that stays in its file.
     rows: Vec<u8>,
 }
@@ -399,7 +414,7 @@ impl CpuKernels {
     pub fn of_rows(isa: Isa) -> Result<CpuKernels> {
         let failed = |e| Error::Backend { backend: "cpu".into(), message: format!("no thread: {e}") };
         let pool = Arc::new(Pool::new(1).map_err(failed)?);
-        Ok(CpuKernels { isa, pool, memory: Scratch::default().allocate()? })
+        Ok(CpuKernels { isa, pool, memory: Scratch::default().allocate(&System)? })
     }
 
     /// Runs `task(first row, rows)` over the rows of `out`, on the pool if there is enough work.
@@ -1072,7 +1087,7 @@ impl Kernels for CpuKernels {
                 let (k, isa, rotated) = (k.floats(), self.isa, &mut self.memory.rotated);
                 let cols = state.shape.kv_heads * state.shape.key_dim;
                 if rotated.len() < cols {
-                    *rotated = zeroed(cols as u64, "rotated keys on `cpu`")?;
+                    *rotated = Zeroed::new(&System, cols as u64, "rotated keys on `cpu`")?;
                 }
                 kv_write(state, step, v.floats(), |t, cols, write| {
                     let rotated = &mut rotated[..cols];

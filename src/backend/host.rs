@@ -18,7 +18,8 @@ use super::{
 };
 use crate::error::{Error, Result};
 use crate::map::{Region, Spilled};
-use crate::memory::{reserved, zeroed};
+pub use crate::memory::{Allocator, System, Words};
+use crate::memory::{Zeroed, reserved, zeroed};
 use crate::passes;
 use crate::program::{Access, Dim, Epilogue, Index, MAX_PARTS, Op, Program, Slot, StateId, TensorId};
 
@@ -55,13 +56,13 @@ impl<'a> Matrix<'a> {
 enum Memory<'a> {
     Bytes(&'a [u8]),
     BytesMut(&'a mut [u8]),
-    Scratch(Ref<'a, Vec<f32>>),
-    ScratchMut(RefMut<'a, Vec<f32>>),
+    Scratch(Ref<'a, Zeroed<f32>>),
+    ScratchMut(RefMut<'a, Zeroed<f32>>),
     Streamed(&'a Region),
     Spilled(RwLockReadGuard<'a, Spilled>),
     SpilledMut(RwLockWriteGuard<'a, Spilled>),
-    Locked(RwLockReadGuard<'a, Vec<u64>>),
-    LockedMut(RwLockWriteGuard<'a, Vec<u64>>),
+    Locked(RwLockReadGuard<'a, Zeroed<u64>>),
+    LockedMut(RwLockWriteGuard<'a, Zeroed<u64>>),
     /// Read and written: a copy of a device's memory.
     Owned(Vec<u64>),
 }
@@ -356,7 +357,7 @@ enum HostMemory {
     Mapped(Region),
     Streamed(Region),
     Spilled(RwLock<Spilled>),
-    Owned(RwLock<Vec<u64>>),
+    Owned(RwLock<Zeroed<u64>>),
 }
 
 /// Allocation and access of buffers in host memory, shared by all host backends.
@@ -368,11 +369,24 @@ pub mod memory {
     /// # Errors
     /// [`Error::OutOfMemory`].
     pub fn alloc(backend: &str, bytes: u64, limit_bytes: u64) -> Result<Buffer> {
+        alloc_from(&System, backend, bytes, limit_bytes)
+    }
+
+    /// As [`alloc`], from an allocator.
+    ///
+    /// # Errors
+    /// As [`alloc`].
+    pub fn alloc_from(
+        allocator: &dyn Allocator,
+        backend: &str,
+        bytes: u64,
+        limit_bytes: u64,
+    ) -> Result<Buffer> {
         let what = format!("a buffer on `{backend}`");
         if bytes > limit_bytes {
             return Err(Error::OutOfMemory { what, need_bytes: bytes, have_bytes: limit_bytes });
         }
-        let memory = zeroed(bytes.div_ceil(8), &what)?;
+        let memory = Zeroed::new(allocator, bytes.div_ceil(8), &what)?;
         Ok(Buffer::new(bytes, HostMemory::Owned(RwLock::new(memory))))
     }
 
@@ -577,7 +591,7 @@ struct Bound {
     backend: String,
     program: Arc<Program>,
     /// Scratch tensors. An op's outputs never share memory with its inputs.
-    places: Vec<RefCell<Vec<f32>>>,
+    places: Vec<RefCell<Zeroed<f32>>>,
 }
 
 /// Returns the bytes of a host plan's scratch tensors.
@@ -621,11 +635,25 @@ impl<K: Kernels> HostPlan<K> {
     /// # Errors
     /// [`Error::OutOfMemory`], [`Error::Program`].
     pub fn new(backend: &str, program: &Arc<Program>, limits: Limits, kernels: K) -> Result<HostPlan<K>> {
+        HostPlan::with_memory(&System, backend, program, limits, kernels)
+    }
+
+    /// As [`HostPlan::new`], with scratch tensors in memory of an allocator.
+    ///
+    /// # Errors
+    /// As [`HostPlan::new`].
+    pub fn with_memory(
+        allocator: &dyn Allocator,
+        backend: &str,
+        program: &Arc<Program>,
+        limits: Limits,
+        kernels: K,
+    ) -> Result<HostPlan<K>> {
         let layout = passes::liveness(program);
         let mut places = Vec::new();
         for &(dim, cols) in &layout.places {
             let len = passes::rows(dim, limits.tokens, limits.outputs).saturating_mul(cols.into());
-            let place = zeroed(len, &format!("scratch memory on `{backend}`"))?;
+            let place = Zeroed::new(allocator, len, &format!("scratch memory on `{backend}`"))?;
             places.push(RefCell::new(place));
         }
         let of_segment = |segment: &crate::program::Segment| {
