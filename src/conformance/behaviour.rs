@@ -1,14 +1,22 @@
 //! What single cases do not show: the same bits in every run, no influence of what ran before or beside, cancellation,
 //! memory limits, and errors where they belong.
 
-use std::sync::Mutex;
+use std::hint::black_box;
+use std::ops::Range;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use super::recording::{Opened, Output, Recording, SpanData, StepData};
 use super::{Case, Failure};
-use crate::backend::{Backend, Buffer, Cancel, Contract, Usage, upload};
+use crate::backend::reference::Reference;
+use crate::backend::{
+    Backend, Bindings, Buffer, Cancel, Contract, Limits, Plan, Span, Step, Timing, Usage, upload,
+};
 use crate::error::{Error, Result};
-use crate::program::{Dim, Index, Op, PAGE_POSITIONS};
+use crate::memory::resident_bytes;
+use crate::program::{Builder, Dim, Index, Op, PAGE_POSITIONS, Program};
+use halite_kernels::formats::Format;
+use halite_kernels::rows::Unary;
 
 /// What was checked, and what was found.
 #[derive(Debug, Clone, PartialEq)]
@@ -53,6 +61,7 @@ type Ran = std::result::Result<Vec<Output>, Failure>;
 /// that may show something. Calls `done` with each finding.
 pub fn check_all(backend: &dyn Backend, cases: &[Case], repetitions: usize, done: &mut dyn FnMut(Finding)) {
     memory(backend, done);
+    plans(backend, done);
     let recorded = cases.iter().filter(|case| case.gap(backend).is_none());
     let recorded = recorded.filter_map(|case| Some((&case.name[..], case.record(0).ok()?)));
     let recorded: Vec<(&str, Recording)> = recorded.collect();
@@ -77,6 +86,10 @@ pub fn check_all(backend: &dyn Backend, cases: &[Case], repetitions: usize, done
                 Ok(()) => (Verdict::Held, String::new()),
             };
             add("same bits alone and in a batch", verdict, detail);
+        }
+        if recording.program.states.iter().any(|state| state.format == Format::F32) {
+            let (verdict, detail) = same(pages(backend, recording));
+            add("pages have the layout that others read", verdict, detail);
         }
         let (verdict, detail) = same(cancelled(backend, recording, &want));
         add("a cancelled step runs nothing", verdict, detail);
@@ -221,6 +234,30 @@ fn rows_of(single: &Recording, backend: &dyn Backend, want: &[Output]) -> std::r
     equal(Ok(got), &rows, "one token a step")
 }
 
+/// Pages are saved, and read by other backends. In F32 their bytes are known.
+fn pages(backend: &dyn Backend, recording: &Recording) -> std::result::Result<(), String> {
+    let after = |backend: &dyn Backend| -> std::result::Result<Vec<Vec<u8>>, String> {
+        let mut opened = recording.open(backend).map_err(text)?;
+        opened.run().map_err(text)?;
+        opened.states().map_err(text)
+    };
+    let (got, want) = (after(backend)?, after(&Reference::new())?);
+    for (state, (got, want)) in recording.program.states.iter().zip(got.iter().zip(&want)) {
+        // Rotated keys may differ in their last bits.
+        let close = |a: [u8; 4], b: [u8; 4]| {
+            let (x, y) = (f32::from_le_bytes(a), f32::from_le_bytes(b));
+            a == b || (x - y).abs() <= 1e-4 * y.abs().max(1.0)
+        };
+        let mut pairs = got.as_chunks::<4>().0.iter().zip(want.as_chunks::<4>().0);
+        if state.format == Format::F32
+            && let Some(at) = pairs.position(|(&a, &b)| !close(a, b))
+        {
+            return Err(format!("`{}`: element {at} of its pages differs", state.name));
+        }
+    }
+    Ok(())
+}
+
 fn cancelled(
     backend: &dyn Backend,
     recording: &Recording,
@@ -292,6 +329,139 @@ impl Opened<'_> {
     }
 }
 
+/// Bytes of a large buffer, which are no whole number of anything.
+const LARGE_BYTES: usize = (9 << 20) + 5;
+/// Buffers that are made one after the other, and the bytes of each.
+const TURNS: u64 = 24;
+const MOST_AT_A_TIME: u64 = 16 << 20;
+/// The largest memory of a device of which half is allocated.
+const MOST_COUNTED: u64 = 4 << 30;
+
+/// A program of two segments: `y = 2 x + x`, where the first segment doubles.
+fn doubled() -> Option<Arc<Program>> {
+    let no_weights = |_: &str| None;
+    let mut b = Builder::new("2 x + x", &no_weights);
+    b.segment("double");
+    let x = b.input("x", Dim::Tokens, COLS as u32);
+    let twice = b.unary("twice", x, Unary::Scale(2.0));
+    b.segment("add");
+    let y = b.add("y", twice, x);
+    b.output(y);
+    b.finish().ok().map(Arc::new)
+}
+
+/// Elements of a row of [`doubled`].
+const COLS: usize = 48;
+
+/// A plan of [`doubled`] for steps of one token, and its buffers.
+struct Doubling<'a> {
+    backend: &'a dyn Backend,
+    program: Arc<Program>,
+    plan: Box<dyn Plan>,
+    io: Vec<Buffer>,
+}
+
+impl<'a> Doubling<'a> {
+    fn new(backend: &'a dyn Backend, program: &Arc<Program>) -> Result<Doubling<'a>> {
+        let plan = backend.prepare(program, Limits { tokens: 1, outputs: 1 })?;
+        let mut doubling = Doubling { backend, program: program.clone(), plan, io: Vec::new() };
+        doubling.rebind()?;
+        Ok(doubling)
+    }
+
+    /// Takes other buffers.
+    fn rebind(&mut self) -> Result<Vec<Buffer>> {
+        let alloc = |_: &_| self.backend.alloc(4 * COLS as u64, Usage::Io);
+        let io = self.program.io.iter().map(alloc).collect::<Result<_>>()?;
+        Ok(std::mem::replace(&mut self.io, io))
+    }
+
+    fn set(&self, x: f32) -> Result<()> {
+        upload(self.backend, &self.io[0], 0, bytemuck::cast_slice(&[x; COLS]))
+    }
+
+    fn run(&mut self, segments: Range<usize>) -> Result<Timing> {
+        let tables = vec![vec![0]; self.program.windows.len()];
+        let (spans, cancel) = ([Span { tables: &tables, start: 0, len: 1 }], Cancel::default());
+        let step = Step { spans: &spans, tokens: &[0], outputs: &[0], cancel: &cancel };
+        let bindings = Bindings { weights: &[], states: &[], io: &self.io };
+        let ticket = self.plan.submit(&step, segments, &bindings)?;
+        self.plan.wait(ticket)
+    }
+
+    /// Checks every element of an output.
+    fn expect(&self, want: f32) -> std::result::Result<(), String> {
+        expect(self.backend, self.io.last(), want)
+    }
+}
+
+fn expect(backend: &dyn Backend, y: Option<&Buffer>, want: f32) -> std::result::Result<(), String> {
+    let mut got = [0f32; COLS];
+    let y = y.ok_or("the program has no output")?;
+    backend.read(y, 0, bytemuck::cast_slice_mut(&mut got)).map_err(text)?;
+    match got.iter().find(|&&got| got != want) {
+        Some(got) => Err(format!("expected {want}, got {got}")),
+        None => Ok(()),
+    }
+}
+
+/// Plans and their segments, apart from what ops compute.
+fn plans(backend: &dyn Backend, done: &mut dyn FnMut(Finding)) {
+    let Some(program) = doubled() else { return };
+    if super::gap(backend, &program).is_some() {
+        return;
+    }
+    let mut add = |behaviour, result: std::result::Result<(), String>| {
+        let (verdict, detail) = same(result);
+        done(Finding { behaviour, with: program.name.clone(), verdict, detail });
+    };
+    let in_parts = || -> std::result::Result<(), String> {
+        let mut plan = Doubling::new(backend, &program).map_err(text)?;
+        plan.set(3.0).and_then(|()| plan.run(0..1)).map_err(text)?;
+        plan.set(10.0).and_then(|()| plan.run(1..2)).map_err(text)?;
+        plan.expect(16.0)
+    };
+    add("segments run one by one, and keep what they pass on", in_parts());
+    let in_turns = || -> std::result::Result<(), String> {
+        let mut plans = [Doubling::new(backend, &program), Doubling::new(backend, &program)];
+        let [Ok(a), Ok(b)] = &mut plans else { return Err("cannot be prepared twice".into()) };
+        a.set(3.0).and_then(|()| a.run(0..1)).map_err(text)?;
+        b.set(5.0).and_then(|()| b.run(0..1)).map_err(text)?;
+        a.run(1..2).and_then(|_| b.run(1..2)).map_err(text)?;
+        a.expect(9.0).and_then(|()| b.expect(15.0))
+    };
+    add("segments of two plans in turn", in_turns());
+    let rebound = || -> std::result::Result<(), String> {
+        let mut plan = Doubling::new(backend, &program).map_err(text)?;
+        plan.set(3.0).and_then(|()| plan.run(0..2)).map_err(text)?;
+        let first = plan.rebind().map_err(text)?;
+        plan.set(5.0).and_then(|()| plan.run(0..2)).map_err(text)?;
+        plan.expect(15.0)?;
+        expect(backend, first.last(), 9.0)
+    };
+    add("each step uses the buffers that it is given", rebound());
+    let quotients = || [1.0f32, -1.0].map(|x| (black_box(x) / black_box(3.0)).to_bits());
+    let before = quotients();
+    let timed =
+        Doubling::new(backend, &program).and_then(|mut plan| plan.set(3.0).and_then(|()| plan.run(0..2)));
+    let after = quotients();
+    add(
+        "the thread's rounding is left alone",
+        match before == after {
+            true => Ok(()),
+            false => Err(format!("1 / 3 and -1 / 3 were {before:x?}, and are {after:x?} after a step")),
+        },
+    );
+    add(
+        "a step takes time",
+        match timed {
+            Ok(timing) if timing.elapsed > Duration::ZERO => Ok(()),
+            Ok(_) => Err("the time is zero".into()),
+            Err(e) => Err(e.to_string()),
+        },
+    );
+}
+
 /// Allocation, limits and borders of buffers.
 fn memory(backend: &dyn Backend, done: &mut dyn FnMut(Finding)) {
     let mut add = |behaviour, with: &str, result: std::result::Result<(), String>| {
@@ -350,6 +520,42 @@ fn memory(backend: &dyn Backend, done: &mut dyn FnMut(Finding)) {
         "pieces of 0 to 300 bytes",
         pieces().map_err(text).and_then(|r| r),
     );
+    // Devices copy large pieces in parts.
+    let large = || -> Result<std::result::Result<(), String>> {
+        let want: Vec<u8> = (0..LARGE_BYTES).map(|i| (i ^ (i >> 8) ^ (i >> 16)) as u8).collect();
+        let buffer = backend.alloc(want.len() as u64, Usage::Io)?;
+        upload(backend, &buffer, 0, &want)?;
+        let mut got = vec![0; want.len()];
+        backend.read(&buffer, 0, &mut got)?;
+        let at = got.iter().zip(&want).position(|(a, b)| a != b);
+        Ok(at.map_or(Ok(()), |at| Err(format!("byte {at}: expected {}, got {}", want[at], got[at]))))
+    };
+    add("buffers take pieces at any place", "9 MiB and 5 bytes", large().map_err(text).and_then(|r| r));
+    // More in total than the device has, a part at a time.
+    let again = || -> Result<std::result::Result<(), String>> {
+        let before = resident_bytes();
+        for n in 0..TURNS {
+            let part = (limit / 4).min(MOST_AT_A_TIME);
+            let buffer = match backend.alloc(part, Usage::State) {
+                Ok(buffer) => buffer,
+                Err(e) => return Ok(Err(format!("{part} bytes, {n} times before: {e}"))),
+            };
+            upload(backend, &buffer, 0, &vec![1; part as usize])?;
+        }
+        let grown = resident_bytes().saturating_sub(before);
+        let most = TURNS * MOST_AT_A_TIME / 4;
+        Ok(if grown > most { Err(format!("the process has {grown} bytes more in use")) } else { Ok(()) })
+    };
+    let with = format!("{TURNS} buffers, one at a time");
+    add("memory is free again", &with, again().map_err(text).and_then(|r| r));
+    if limit <= MOST_COUNTED {
+        let counted = || -> std::result::Result<(), String> {
+            (0..5).try_for_each(|n| {
+                backend.alloc(limit / 2, Usage::State).map(drop).map_err(|e| format!("{n} times before: {e}"))
+            })
+        };
+        add("memory is free again", "half of the memory, 5 times", counted());
+    }
     let outside = |what: &str, result: Result<()>| match result {
         Err(_) => Ok(()),
         Ok(()) => Err(format!("{what} was accepted")),

@@ -66,6 +66,9 @@ pub(crate) const PROBE_BOUND: f64 = 1e-6;
 /// may round to the next half-precision number, 2^-10 away.
 const HALF_BOUND: f64 = 1.0 / (1 << 20) as f64;
 
+/// Error bound of functions far from zero, where they subtract numbers that are nearly equal.
+const TAIL_BOUND: f64 = 1e-8;
+
 fn unary_bound(f: Unary) -> f64 {
     if f == Unary::Gelu { HALF_BOUND } else { ROW_BOUND }
 }
@@ -119,6 +122,7 @@ pub fn cases() -> Vec<Case> {
     rotated_caches(&mut cases);
     experts(&mut cases);
     not_finite(&mut cases);
+    edges(&mut cases);
     cases.0
 }
 
@@ -526,6 +530,155 @@ fn not_finite(cases: &mut Cases) {
     }
 }
 
+/// Adds a number to every element.
+fn shifted(b: &mut Builder<'_>, x: TensorId, by: f32) -> TensorId {
+    let sign = b.norm("sign", x, NormKind::Rms, None, None, 1e-20, 1);
+    let magnitude = magnitude(b, sign);
+    let constant = b.unary("constant", magnitude, Unary::Scale(by));
+    b.add("shifted", x, constant)
+}
+
+/// The magnitude of every element.
+fn magnitude(b: &mut Builder<'_>, x: TensorId) -> TensorId {
+    let negative = b.unary("negative", x, Unary::Scale(-1.0));
+    let (up, down) = (b.unary("up", x, Unary::Relu), b.unary("down", negative, Unary::Relu));
+    b.add("magnitude", up, down)
+}
+
+/// Makes every element zero, and keeps its sign.
+fn zeros(b: &mut Builder<'_>, x: TensorId) -> TensorId {
+    let tiny = b.unary("tiny", x, Unary::Scale(1e-30));
+    b.unary("zeros", tiny, Unary::Scale(1e-30))
+}
+
+/// Cases at the edges: large numbers, zeros of both signs, indices beyond 16 bits, many experts, steps that differ in
+/// nothing but their content.
+fn edges(cases: &mut Cases) {
+    for f in UNARY {
+        for (what, scale, by) in [("large", 90.0, 0.0), ("around -3", 0.3, -3.0)] {
+            cases.add(
+                format!("Unary {f:?} {what}"),
+                &[],
+                &[&[(0, 3)]],
+                unary_bound(f).max(TAIL_BOUND),
+                |b| {
+                    let x = b.input("x", Dim::Tokens, 200);
+                    let scaled = b.unary("scaled", x, Unary::Scale(scale));
+                    let x = if by == 0.0 { scaled } else { shifted(b, scaled, by) };
+                    let y = b.unary("y", x, f);
+                    b.output(y);
+                },
+            );
+        }
+    }
+    for act in GATES {
+        for (what, scale, by) in [("large", 90.0, 0.0), ("around -3", 0.3, -3.0)] {
+            cases.add(
+                format!("Glu {act:?} {what}"),
+                &[],
+                &[&[(0, 3)]],
+                gate_bound(act).max(TAIL_BOUND),
+                |b| {
+                    let (x, up) = (b.input("gate", Dim::Tokens, 200), b.input("up", Dim::Tokens, 200));
+                    let scaled = b.unary("scaled", x, Unary::Scale(scale));
+                    let gate = if by == 0.0 { scaled } else { shifted(b, scaled, by) };
+                    let y = b.glu(gate, up, act);
+                    b.output(y);
+                },
+            );
+        }
+    }
+    // More elements than 16 bits can count.
+    let cols = 140_001;
+    cases.row(format!("Unary Scale {cols}"), &[], 1, |b| {
+        let x = b.input("x", Dim::Tokens, cols);
+        let y = b.unary("y", x, Unary::Scale(0.7));
+        b.output(y);
+    });
+    cases.row(format!("ArgMax {cols}"), &[], 4, |b| {
+        let x = b.input("x", Dim::Tokens, cols);
+        let best = b.arg_max(x);
+        b.output(best);
+    });
+    cases.row("Norm Rms 9001/9001".into(), &[], 2, |b| {
+        let x = b.input("x", Dim::Tokens, 9001);
+        let y = b.norm("y", x, NormKind::Rms, None, None, 1e-5, 9001);
+        b.output(y);
+    });
+    cases.row("TopK 40 of zeros".into(), &[], 2, |b| {
+        let x = b.input("x", Dim::Tokens, 100);
+        let x = zeros(b, x);
+        let (ids, values) = b.top_k(x, 40);
+        b.output(ids);
+        b.output(values);
+    });
+    for gating in [Gating::Softmax, Gating::SoftmaxOfTop, Gating::Sigmoid] {
+        let mut route = |name: String, experts: u32, change: fn(&mut Builder<'_>, TensorId) -> TensorId| {
+            cases.row(name, &[], 5, |b| {
+                let x = b.input("logits", Dim::Tokens, experts);
+                let logits = change(b, x);
+                let (ids, weights) = b.route(logits, 4, gating, false, 1.0);
+                b.output(ids);
+                b.output(weights);
+            });
+        };
+        route(format!("Route {gating:?} 4 of 200"), 200, |_, x| x);
+        route(format!("Route {gating:?} of large"), 16, |b, x| shifted(b, x, 200.0));
+        route(format!("Route {gating:?} of zeros"), 16, zeros);
+    }
+    // Six of eight experts, and outputs that are not whole tiles.
+    for act in GATES {
+        let (cols, hidden, n) = (96, 160, 8);
+        let format = Format::F32;
+        let weights = [
+            ("gate", format, vec![cols, hidden, n]),
+            ("up", format, vec![cols, hidden, n]),
+            ("down", format, vec![hidden, cols, n]),
+        ];
+        let (cols, hidden, n) = (cols as u32, hidden as u32, n as u32);
+        let name = format!("Experts {} 6 of 8 {act:?}", format.name());
+        cases.add(name, &weights, &[&[(0, 5)]], gate_bound(act).max(1e-8), |b| {
+            let x = b.input("x", Dim::Tokens, cols);
+            let logits = b.input("logits", Dim::Tokens, n);
+            let routes = b.route(logits, 6, Gating::Softmax, true, 1.0);
+            let mats = [
+                b.expert_weight("gate", n, hidden, cols),
+                b.expert_weight("up", n, hidden, cols),
+                b.expert_weight("down", n, cols, hidden),
+            ];
+            let y = b.experts(x, routes, mats, None, act);
+            b.output(y);
+        });
+    }
+    // Scores of which only the differences count.
+    for (what, factor) in [("large", 40.0), ("negative", -40.0)] {
+        let name = format!("Attend F32 of {what} scores");
+        cases.add(name, &[], &[&[(0, 70)], &[(70, 1)]], ATTEND_BOUND, |b| {
+            let (q, k) = (b.input("q", Dim::Tokens, 2 * 32), b.input("k", Dim::Tokens, 32));
+            let v = b.input("v", Dim::Tokens, 32);
+            let (q, k) = (magnitude(b, q), magnitude(b, k));
+            let k = b.unary("scaled", k, Unary::Scale(factor));
+            let (name, kv_heads, key_dim, value_dim) = ("kv".into(), 1, 32, 32);
+            let (format, window, causal) = (Format::F32, None, true);
+            let kv = b.state(State { name, kv_heads, key_dim, value_dim, format, window, causal });
+            b.kv_write(k, v, kv);
+            let y = b.attend(q, kv, 2, 0.2, None, None);
+            b.output(y);
+        });
+    }
+    // Steps of two sequences in turn, of the same length.
+    let turns: [&[(u32, u32)]; 4] =
+        [&[(0, 3), (0, 0)], &[(0, 0), (0, 3)], &[(3, 2), (0, 0)], &[(0, 0), (3, 2)]];
+    cases.add("Attend F32 of two sequences in turn".into(), &[], &turns, ATTEND_BOUND, |b| {
+        attended(b, State::new("kv", 1, 32, 32, Format::F32), 2, 0.2, None, false);
+    });
+    cases.add("Gather 64 of two sequences in turn".into(), &[], &turns, ROW_BOUND, |b| {
+        let x = b.input("x", Dim::Tokens, 64);
+        let y = b.gather(x);
+        b.output(y);
+    });
+}
+
 /// All gates.
 const GATES: [Gate; 5] =
     [Gate::Silu, Gate::Gelu, Gate::GeluErf, Gate::Relu, Gate::SiluClamped { alpha: 1.702, limit: 1.5 }];
@@ -630,12 +783,7 @@ fn rows(cases: &mut Cases) {
     // A mean that is large beside the deviation. The bound leaves room for other orders of the sum.
     cases.add("Norm Layer 100/100 around 100".into(), &[], &[&[(0, 3)]], 1e-8, |b| {
         let x = b.input("x", Dim::Tokens, 100);
-        let sign = b.norm("sign", x, NormKind::Rms, None, None, 1e-20, 1);
-        let negative = b.unary("negative", sign, Unary::Scale(-1.0));
-        let (up, down) = (b.unary("up", sign, Unary::Relu), b.unary("down", negative, Unary::Relu));
-        let ones = b.add("ones", up, down);
-        let large = b.unary("large", ones, Unary::Scale(100.0));
-        let x = b.add("x + 100", x, large);
+        let x = shifted(b, x, 100.0);
         let y = b.norm("y", x, NormKind::Layer, None, None, 1e-5, 100);
         b.output(y);
     });

@@ -143,7 +143,7 @@ impl Recording {
         });
         let vocab = if let Some(Dim::Fixed(rows)) = vocab { rows } else { 1 };
         let mut probes = 0;
-        let steps = steps.iter().map(|step| {
+        let steps = steps.iter().enumerate().map(|(turn, step)| {
             let spans = step.iter().enumerate().filter(|(_, (_, len))| *len > 0);
             let spans: Vec<SpanData> = spans
                 .map(|(s, &(start, len))| {
@@ -153,7 +153,9 @@ impl Recording {
                 .collect();
             let n: u32 = spans.iter().map(|span| span.len).sum();
             let tokens = (0..n).map(|_| (rng.next() % u64::from(vocab)) as u32).collect();
-            let outputs: Vec<u32> = (0..n).step_by(2).collect();
+            // Steps of the same length have other outputs.
+            let first = if turn % 2 == 1 && n > 1 { 1 } else { 0 };
+            let outputs: Vec<u32> = (first..n).step_by(2).collect();
             let io = program.io.iter().map(|&id| {
                 if is_written(program, id) {
                     return None;
@@ -180,8 +182,8 @@ impl Recording {
 
     /// The largest step.
     pub(super) fn limits(&self) -> Limits {
-        let most = self.steps.iter().map(|step| step.tokens.len() as u32).max().unwrap_or(1).max(1);
-        Limits { tokens: most, outputs: most }
+        let most = |of: fn(&StepData) -> usize| self.steps.iter().map(of).max().unwrap_or(1).max(1) as u32;
+        Limits { tokens: most(|step| step.tokens.len()), outputs: most(|step| step.outputs.len()) }
     }
 
     /// Runs all steps on a backend, and returns their outputs.
@@ -257,6 +259,16 @@ impl<'a> Opened<'a> {
             self.read(n, &mut outputs)?;
         }
         Ok(outputs)
+    }
+
+    /// Reads the states.
+    pub fn states(&self) -> Result<Vec<Vec<u8>>> {
+        let read = |buffer: &Buffer| {
+            let mut bytes = filled(buffer.bytes() as usize, 0, "a state")?;
+            self.backend.read(buffer, 0, &mut bytes)?;
+            Ok(bytes)
+        };
+        self.states.iter().map(read).collect()
     }
 
     /// Sets the states back to what they were before the first step.
