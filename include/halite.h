@@ -178,6 +178,12 @@ typedef struct HaliteMemoryPlan {
   uint64_t scratch_bytes;
   // Inputs and outputs of steps.
   uint64_t io_bytes;
+  // Weights that stay in the file, within memory_bytes of the options: a step reads those that it needs.
+  uint64_t streamed_bytes;
+  // Memory for what is read of them ahead.
+  uint64_t stream_bytes;
+  // The part of the KV cache that is kept in a file.
+  uint64_t spilled_bytes;
 } HaliteMemoryPlan;
 
 // The sizes of an open session.

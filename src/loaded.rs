@@ -10,7 +10,7 @@ use crate::memory::resident_bytes;
 use crate::model::Model;
 use crate::passes;
 use crate::program::{Program, Slot, TensorId};
-use crate::weights::{Budget, Weights};
+use crate::weights::{Budget, StreamPlan, Weights};
 
 /// What a session needs besides what it counts: stacks of threads, what the sampler and the tokenizer keep,
 /// pages that the system maps around those in use.
@@ -40,6 +40,37 @@ pub struct Footprint {
     pub scratch_bytes: u64,
     /// Input and output buffers.
     pub io_bytes: u64,
+    /// Weights that stay in the file, within a limit on memory: a step reads those that it needs.
+    pub streamed_bytes: u64,
+    /// Memory for what is read of them ahead.
+    pub stream_bytes: u64,
+    /// The part of the KV cache that is kept in a file.
+    pub spilled_bytes: u64,
+}
+
+impl Ceiling<'_> {
+    /// Divides the memory: returns the budget of weights, and the bytes of the KV cache that stay in memory.
+    fn divide(&self, backend: &dyn Backend, needed: &Footprint, in_use: u64) -> Result<(Budget, u64)> {
+        let Some(limit) = self.memory_bytes else {
+            let left = backend.caps().memory_bytes.saturating_sub(needed.working_bytes());
+            return Ok((Budget::Copies(left), needed.kv_bytes));
+        };
+        let besides_kv = in_use
+            .saturating_add(SPARE_BYTES)
+            .saturating_add(needed.working_bytes())
+            .saturating_sub(needed.kv_bytes);
+        let free = limit.saturating_sub(besides_kv);
+        let kv_bytes = match self.spill {
+            Some(_) => needed.kv_bytes.min(free / KV_SHARE),
+            None => needed.kv_bytes,
+        };
+        if free <= kv_bytes {
+            let what = "the KV cache, working memory and the process, without weights,".into();
+            let need_bytes = besides_kv.saturating_add(kv_bytes);
+            return Err(Error::OutOfMemory { what, need_bytes, have_bytes: limit });
+        }
+        Ok((Budget::All(free - kv_bytes), kv_bytes))
+    }
 }
 
 impl Footprint {
@@ -55,7 +86,25 @@ impl Footprint {
             kv_bytes: program.kv_bytes(pages),
             scratch_bytes: backend.scratch_bytes(program, limits),
             io_bytes: program.io.iter().map(|&id| io_bytes(program, id, limits)).sum(),
+            streamed_bytes: 0,
+            stream_bytes: 0,
+            spilled_bytes: 0,
         }
+    }
+
+    /// Adds what a limit on memory changes, if the process has as much in use as now.
+    pub(crate) fn within(
+        mut self,
+        program: &Program,
+        backend: &dyn Backend,
+        ceiling: Ceiling<'_>,
+    ) -> Result<Footprint> {
+        if let (Budget::All(bytes), kept_bytes) = ceiling.divide(backend, &self, resident_bytes())? {
+            let plan = StreamPlan::of(program, backend, bytes).unwrap_or_default();
+            self.spilled_bytes = self.kv_bytes - kept_bytes;
+            (self.streamed_bytes, self.stream_bytes) = (plan.weight_bytes, plan.memory_bytes());
+        }
+        Ok(self)
     }
 
     /// Everything but the weights.
@@ -99,40 +148,21 @@ impl Loaded {
         let program = Arc::new(passes::for_backend(program, backend.caps()));
         let plan = prepare(&**backend, &program, limits)?;
         let needed = Footprint::of(&program, &**backend, limits, &pages);
-        let states_bytes = || program.states.iter().map(|s| pages(s.window) * s.page_bytes());
-        let mut kept_share = 1.0;
-        let budget = match ceiling.memory_bytes {
-            None => Budget::Copies(backend.caps().memory_bytes.saturating_sub(needed.working_bytes())),
-            Some(limit) => {
-                let besides_kv = in_use + SPARE_BYTES + needed.working_bytes() - needed.kv_bytes;
-                let free = limit.saturating_sub(besides_kv);
-                let kv_bytes = match ceiling.spill {
-                    Some(_) => needed.kv_bytes.min(free / KV_SHARE),
-                    None => needed.kv_bytes,
-                };
-                if free <= kv_bytes {
-                    let what = "the KV cache, working memory and the process, without weights,".into();
-                    return Err(Error::OutOfMemory {
-                        what,
-                        need_bytes: besides_kv + kv_bytes,
-                        have_bytes: limit,
-                    });
-                }
-                kept_share = kv_bytes as f64 / needed.kv_bytes.max(1) as f64;
-                Budget::All(free - kv_bytes)
-            }
-        };
+        let (budget, kept_bytes) = ceiling.divide(&**backend, &needed, in_use)?;
         let weights = Weights::load(model.gguf(), &program, &**backend, budget, progress)?;
         let mut states = Vec::new();
-        for bytes in states_bytes() {
+        for state in &program.states {
+            let bytes = pages(state.window).saturating_mul(state.page_bytes());
             states.push(match ceiling.spill {
-                Some(folder) if kept_share < 1.0 => {
-                    let kept_bytes = (bytes as f64 * kept_share) as u64;
+                Some(folder) if kept_bytes < needed.kv_bytes => {
+                    // Each state keeps the same share.
+                    let kept =
+                        u128::from(bytes) * u128::from(kept_bytes) / u128::from(needed.kv_bytes.max(1));
                     let refused = || Error::Backend {
                         backend: backend.caps().name.clone(),
                         message: "cannot keep the KV cache in a file".into(),
                     };
-                    backend.alloc_spilled(bytes, kept_bytes, folder)?.ok_or_else(refused)?
+                    backend.alloc_spilled(bytes, kept as u64, folder)?.ok_or_else(refused)?
                 }
                 _ => backend.alloc(bytes, Usage::State)?,
             });

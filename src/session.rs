@@ -142,7 +142,9 @@ pub fn footprint(model: &Model, backend: &dyn Backend, options: &SessionOptions)
     let program = passes::for_backend(&program, backend.caps());
     check_support(backend, &program)?;
     let limits = options.limits(positions);
-    Ok(Footprint::of(&program, backend, limits, |window| options.pages(window, positions)))
+    let needed = Footprint::of(&program, backend, limits, |window| options.pages(window, positions));
+    let ceiling = Ceiling { memory_bytes: options.memory, spill: options.spill.as_deref() };
+    needed.within(&program, backend, ceiling)
 }
 
 /// Checks the logits of each output: rows of `cols`.

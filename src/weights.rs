@@ -76,7 +76,10 @@ impl Weights {
         let (streamed, budget_bytes) = match budget {
             Budget::Copies(bytes) => (Streamed::default(), bytes),
             Budget::All(bytes) => {
-                let streamed = Streamed::choose(gguf, program, backend, bytes)?;
+                let streamed = match StreamPlan::of(program, backend, bytes) {
+                    Some(plan) => Streamed::open(gguf, program, backend, &plan)?,
+                    None => Streamed::default(),
+                };
                 let left = bytes.saturating_sub(streamed.memory_bytes());
                 (streamed, left)
             }
@@ -180,14 +183,25 @@ struct Streamed {
     stream: Option<Arc<Stream>>,
 }
 
-impl Streamed {
+/// Which weights a backend streams by itself, and the memory for what is read ahead.
+#[derive(Debug, Default)]
+pub(crate) struct StreamPlan {
+    /// Slots of weights.
+    chosen: Vec<usize>,
+    /// Bytes of these weights.
+    pub weight_bytes: u64,
+    slots: u64,
+    chunk_bytes: u64,
+}
+
+impl StreamPlan {
     /// Chooses the weights to stream so that everything fits `budget_bytes`. Tables of which steps read single
-    /// rows are first, experts second: steps read few of them.
-    fn choose(gguf: &Gguf, program: &Program, backend: &dyn Backend, budget_bytes: u64) -> Result<Streamed> {
+    /// rows are first, experts second: steps read few of them. `None` if all weights fit, or nothing helps.
+    pub fn of(program: &Program, backend: &dyn Backend, budget_bytes: u64) -> Option<StreamPlan> {
         let bytes = |slot: usize| program.fixed_bytes(program.weights[slot]).unwrap_or(0);
         let all: u64 = (0..program.weights.len()).map(bytes).fold(0, u64::saturating_add);
-        if all <= budget_bytes {
-            return Ok(Streamed::default());
+        if all <= budget_bytes || !backend.caps().streams {
+            return None;
         }
         let uses = uses(program);
         let mut order: Vec<usize> = (0..uses.len()).filter(|&slot| uses[slot] < Use::Whole).collect();
@@ -213,32 +227,31 @@ impl Streamed {
                 continue;
             }
             let chunk = (left / 8).clamp(MIN_CHUNK_BYTES, CHUNK_BYTES).max(widest);
-            let most =
-                if chosen.iter().any(|slot| experts(slot)) { u64::MAX } else { MOST_AHEAD_BYTES / chunk };
+            let most = if chosen.iter().any(experts) { u64::MAX } else { MOST_AHEAD_BYTES / chunk };
             let slots = (left / stream::memory_bytes(1, chunk)).min(most.max(stream::MIN_SLOTS));
             if widest > 0 && slots < stream::MIN_SLOTS {
                 continue;
             }
-            return Streamed::open(gguf, program, backend, chosen, slots, chunk);
+            let (chosen, weight_bytes) = (chosen.to_vec(), all - resident);
+            return Some(StreamPlan { chosen, weight_bytes, slots, chunk_bytes: chunk });
         }
-        // The backend's own way may need less.
-        Ok(Streamed::default())
+        None
     }
 
-    fn open(
-        gguf: &Gguf,
-        program: &Program,
-        backend: &dyn Backend,
-        chosen: &[usize],
-        slots: u64,
-        chunk_bytes: u64,
-    ) -> Result<Streamed> {
-        let stream = Stream::new(slots, chunk_bytes)?;
+    /// Memory for what is read ahead, and for experts that stay.
+    pub fn memory_bytes(&self) -> u64 {
+        stream::memory_bytes(self.slots, self.chunk_bytes)
+    }
+}
+
+impl Streamed {
+    fn open(gguf: &Gguf, program: &Program, backend: &dyn Backend, plan: &StreamPlan) -> Result<Streamed> {
+        let stream = Stream::new(plan.slots, plan.chunk_bytes)?;
         let mut buffers = HashMap::new();
-        for &slot in chosen {
+        for &slot in &plan.chosen {
             let id = program.weights[slot];
             let Some(region) = stored(&find(gguf, program, id)?, program, id)? else { continue };
-            // What the backend cannot stream stays in memory, or takes its turn in the ring of segments.
+            // Bytes of the program's own are in memory anyway.
             let region = region.through(&stream);
             if region.stream().is_some()
                 && let Some(buffer) = backend.import(&region)?

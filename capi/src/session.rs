@@ -67,6 +67,12 @@ pub struct HaliteMemoryPlan {
     pub scratch_bytes: u64,
     /// Inputs and outputs of steps.
     pub io_bytes: u64,
+    /// Weights that stay in the file, within memory_bytes of the options: a step reads those that it needs.
+    pub streamed_bytes: u64,
+    /// Memory for what is read of them ahead.
+    pub stream_bytes: u64,
+    /// The part of the KV cache that is kept in a file.
+    pub spilled_bytes: u64,
 }
 
 /// The sizes of an open session.
@@ -86,6 +92,7 @@ pub struct HaliteSessionInfo {
 sized! {
     HaliteMemoryPlan {
         struct_bytes: u32, context: u32, weight_bytes: u64, kv_bytes: u64, scratch_bytes: u64, io_bytes: u64,
+        streamed_bytes: u64, stream_bytes: u64, spilled_bytes: u64,
     }
     HaliteSessionInfo {
         struct_bytes: u32, context: u32, batch: u32, outputs: u32, vocab_size: u32, top_k: u32,
@@ -235,6 +242,9 @@ pub unsafe extern "C" fn halite_session_plan(
             kv_bytes: need.kv_bytes,
             scratch_bytes: need.scratch_bytes,
             io_bytes: need.io_bytes,
+            streamed_bytes: need.streamed_bytes,
+            stream_bytes: need.stream_bytes,
+            spilled_bytes: need.spilled_bytes,
         };
         c.put_sized("plan", plan, value)
     };

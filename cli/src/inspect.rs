@@ -21,6 +21,12 @@ pub struct InspectArgs {
     /// Context size for the memory estimate [default: a session's].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     ctx: Option<u32>,
+    /// Show what stays in memory if the process is kept below so many MiB.
+    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u64).range(1..))]
+    memory: Option<u64>,
+    /// Folder for the KV cache, if it takes much of --memory.
+    #[arg(long, value_name = "FOLDER", requires = "memory")]
+    spill: Option<PathBuf>,
     /// List every tensor.
     #[arg(long)]
     tensors: bool,
@@ -48,11 +54,11 @@ const TEXTS: Use = ("text completion", "run");
 const EMBEDDINGS: Use = ("embeddings", "embed");
 
 pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
-    let gguf = Gguf::open(&args.file)?;
+    let gguf = if args.memory.is_some() { Gguf::open_unmapped(&args.file)? } else { Gguf::open(&args.file)? };
     if let Some(list) = &args.checksums {
         checksums::write(&gguf, list)?;
     }
-    let file_bytes: u64 = gguf.parts().map(|(source, _)| source.bytes().len() as u64).sum();
+    let file_bytes: u64 = gguf.parts().map(|(source, _)| source.len()).sum();
     let version = gguf.parts().next().map_or(0, |(_, header)| header.version);
     let alignment = gguf.parts().next().map_or(0, |(_, header)| header.alignment);
     let metadata: Vec<(String, String)> =
@@ -91,7 +97,10 @@ pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
     };
     let chats = gguf.optional_str("tokenizer.chat_template")?.is_some();
     let mut made_for = if chats { CHATS } else { TEXTS };
-    let options = SessionOptions::default().context(args.ctx);
+    let options = SessionOptions::default()
+        .context(args.ctx)
+        .memory(args.memory.map(|mib| mib.saturating_mul(1 << 20)))
+        .spill(args.spill.clone());
     let mut positions = args.ctx.unwrap_or(0);
     let mut estimates = Vec::new();
     match Model::from_gguf(gguf) {
@@ -125,7 +134,8 @@ pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
             "backends": estimates.iter().map(|e| match &e.result {
                 Ok(f) => serde_json::json!({
                     "name": e.backend, "runs": true, "weight_bytes": f.weight_bytes, "kv_bytes": f.kv_bytes,
-                    "scratch_bytes": f.scratch_bytes, "io_bytes": f.io_bytes,
+                    "scratch_bytes": f.scratch_bytes, "io_bytes": f.io_bytes, "streamed_bytes": f.streamed_bytes,
+                    "stream_bytes": f.stream_bytes, "spilled_bytes": f.spilled_bytes,
                 }),
                 Err(why) => serde_json::json!({ "name": e.backend, "runs": false, "why": why }),
             }).collect::<Vec<_>>(),
@@ -171,6 +181,21 @@ pub fn inspect(args: &InspectArgs) -> Result<(), Failure> {
                     bytes(f.scratch_bytes),
                     bytes(f.io_bytes)
                 );
+                if f.streamed_bytes > 0 {
+                    text += &format!(
+                        "  {:10} {} of the weights stay in the file, and {} are for reading them\n",
+                        "",
+                        bytes(f.streamed_bytes),
+                        bytes(f.stream_bytes)
+                    );
+                }
+                if f.spilled_bytes > 0 {
+                    text += &format!(
+                        "  {:10} {} of the KV cache are kept in a file\n",
+                        "",
+                        bytes(f.spilled_bytes)
+                    );
+                }
             }
             Err(why) => text += &format!("  {:10} not supported: {why}\n", e.backend),
         }

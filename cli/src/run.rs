@@ -200,7 +200,11 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
         out.commit()?;
     }
     written?;
-    let memory = footprint(&model, &**session.backend(), &session_options)?;
+    let memory = footprint(
+        &model,
+        &**session.backend(),
+        &session_options.clone().memory(None).batch(session.batch()),
+    )?;
     if args.json {
         let mut report = json(&prompt, &generation, load, memory.working_bytes(), memory.weight_bytes);
         report["seed"] = args.sampler.seed.into();
@@ -224,6 +228,15 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
             bytes(memory.weight_bytes),
             bytes(session.weights().mapped_bytes),
         ));
+        if let Some(stream) = &session.weights().stream {
+            let seconds = (generation.prefill + generation.decode).as_secs_f64();
+            say(&format!(
+                "streamed: {} of weights stay in the file; {} were read, {:.2} GB/s",
+                bytes(session.weights().streamed_bytes),
+                bytes(stream.read_bytes()),
+                stream.read_bytes() as f64 / seconds.max(1e-9) / 1e9,
+            ));
+        }
         if drafter.is_some() {
             let (drafted, accepted) = generation.drafted;
             let steps = generation.decode_steps;

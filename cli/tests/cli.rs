@@ -567,6 +567,10 @@ fn a_model_is_held_to_its_checksums() {
         (output.status.success(), String::from_utf8(output.stderr).unwrap())
     };
     assert!(run(&list).0);
+    // Within a limit on memory, files are read and not mapped.
+    let limited =
+        format!("run -n 2 --memory 400 -m {} --verify-on-load {} Emma", model.display(), list.display());
+    assert!(halite(&limited).status.success());
     let upper = folder.join("upper");
     std::fs::write(&upper, format!("comment\n{} *model.gguf\n", written[..64].to_uppercase())).unwrap();
     assert!(run(&upper).0);

@@ -99,7 +99,8 @@ impl Cpu {
             .rows(Rows::AsStored)
             // It gains nothing from a rotation that goes straight to the cache.
             .fusions(Fusions::ALL.rope_kv(false))
-            .contract(Contract::Exact);
+            .contract(Contract::Exact)
+            .streams(true);
         Ok(Cpu { caps, isa, pool: Arc::new(pool), allocator: Arc::new(System) })
     }
 

@@ -97,6 +97,8 @@ pub struct Caps {
     pub fusions: Fusions,
     /// Guarantee about results.
     pub contract: Contract,
+    /// Whether ops can read weights through a stream; see [`Backend::import`].
+    pub streams: bool,
 }
 
 impl Caps {
@@ -110,11 +112,12 @@ impl Caps {
             rows: Rows::Plain,
             fusions: Fusions::default(),
             contract: Contract::Close,
+            streams: false,
         }
     }
 }
 
-crate::setters!(Caps { memory_bytes: u64, rows: Rows, fusions: Fusions, contract: Contract });
+crate::setters!(Caps { memory_bytes: u64, rows: Rows, fusions: Fusions, contract: Contract, streams: bool });
 
 /// Whether a backend can run an op.
 // Exhaustive: there is no third answer.
@@ -332,7 +335,7 @@ pub trait Backend: Send + Sync {
     fn alloc(&self, bytes: u64, usage: Usage) -> Result<Buffer>;
 
     /// Wraps mapped host pages without a copy; returns `None` if the device cannot read them. A region with a
-    /// [`Region::stream`] is read during each step, by a device that can.
+    /// [`Region::stream`] is read during each step, by a device whose [`Caps::streams`].
     ///
     /// # Errors
     /// Errors of the device.
@@ -375,6 +378,12 @@ pub trait Backend: Send + Sync {
     /// backend with such a report returns its lines before the first step too; most backends have none.
     fn report(&self) -> Vec<String> {
         Vec::new()
+    }
+
+    /// Loses the device for good, as when it is unplugged, so that tests see what later calls do: they must be
+    /// errors. Returns whether the backend can.
+    fn lose(&self) -> bool {
+        false
     }
 }
 

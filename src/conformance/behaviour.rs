@@ -462,6 +462,35 @@ fn plans(backend: &dyn Backend, done: &mut dyn FnMut(Finding)) {
     );
 }
 
+/// Loses the device, if the backend can, and checks that later calls are errors. It is the last thing to do with a
+/// backend.
+pub fn check_lost(backend: &dyn Backend, done: &mut dyn FnMut(Finding)) {
+    let Some(program) = doubled().filter(|program| super::gap(backend, program).is_none()) else { return };
+    let ran = Doubling::new(backend, &program)
+        .and_then(|mut plan| plan.set(3.0).and_then(|()| plan.run(0..2)).map(|_| plan));
+    let Ok(mut plan) = ran else { return };
+    if !backend.lose() {
+        return;
+    }
+    let calls = [
+        ("a step", plan.run(0..2).map(drop)),
+        ("a second step", plan.run(0..2).map(drop)),
+        ("a new plan with its buffers and a step", {
+            Doubling::new(backend, &program).and_then(|mut plan| plan.run(0..2)).map(drop)
+        }),
+    ];
+    for (with, result) in calls {
+        let result = result.err().map(drop).ok_or_else(|| "was accepted".to_owned());
+        let (verdict, detail) = same(result);
+        done(Finding {
+            behaviour: "after the device is lost, calls are errors",
+            with: with.into(),
+            verdict,
+            detail,
+        });
+    }
+}
+
 /// Allocation, limits and borders of buffers.
 fn memory(backend: &dyn Backend, done: &mut dyn FnMut(Finding)) {
     let mut add = |behaviour, with: &str, result: std::result::Result<(), String>| {

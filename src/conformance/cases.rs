@@ -177,6 +177,9 @@ pub fn larger() -> Vec<Case> {
             b.output(best);
         });
     }
+    cases.add("Attend F16 of 4300 positions".into(), &[], &[&[(0, 4297)], &[(4297, 3)]], ATTEND_BOUND, |b| {
+        attended(b, State::new("kv", 1, 16, 16, Format::F16), 1, 0.25, None, false);
+    });
     for format in kv::formats() {
         let name = format!("Attend {} 2/1 128/128 of 1100 positions", format.name());
         let steps: [&[(u32, u32)]; 3] = [&[(0, 70), (0, 0)], &[(70, 1030), (0, 5)], &[(1100, 1), (5, 1)]];
@@ -595,7 +598,7 @@ fn edges(cases: &mut Cases) {
         let y = b.unary("y", x, Unary::Scale(0.7));
         b.output(y);
     });
-    cases.row(format!("ArgMax {cols}"), &[], 4, |b| {
+    cases.row(format!("ArgMax {cols}"), &[], 16, |b| {
         let x = b.input("x", Dim::Tokens, cols);
         let best = b.arg_max(x);
         b.output(best);
@@ -604,6 +607,12 @@ fn edges(cases: &mut Cases) {
         let x = b.input("x", Dim::Tokens, 9001);
         let y = b.norm("y", x, NormKind::Rms, None, None, 1e-5, 9001);
         b.output(y);
+    });
+    cases.row("TopK 40 of NaN".into(), &[], 2, |b| {
+        let x = with_nan(b, "x", 100);
+        let (ids, values) = b.top_k(x, 40);
+        b.output(ids);
+        b.output(values);
     });
     cases.row("TopK 40 of zeros".into(), &[], 2, |b| {
         let x = b.input("x", Dim::Tokens, 100);
@@ -666,6 +675,10 @@ fn edges(cases: &mut Cases) {
             b.output(y);
         });
     }
+    // More positions than a device may have room for at a time.
+    cases.add("Attend F16 of 1100 positions".into(), &[], &[&[(0, 1097)], &[(1097, 3)]], ATTEND_BOUND, |b| {
+        attended(b, State::new("kv", 1, 16, 16, Format::F16), 1, 0.25, None, false);
+    });
     // Steps of two sequences in turn, of the same length.
     let turns: [&[(u32, u32)]; 4] =
         [&[(0, 3), (0, 0)], &[(0, 0), (0, 3)], &[(3, 2), (0, 0)], &[(0, 0), (3, 2)]];

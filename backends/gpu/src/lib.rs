@@ -212,13 +212,6 @@ impl Gpu {
         Ok(Gpu { caps, bounds, device })
     }
 
-    /// Destroys the device, so that every later call is an error. Simulates a lost device, for tests.
-    pub fn destroy(&self) {
-        self.device.device.destroy();
-        // The next poll calls the callback of a lost device.
-        let _ = self.device.device.poll(wgpu::PollType::Poll);
-    }
-
     fn lower(&self, program: &Program, limits: Limits) -> Lowered {
         lower::lower(program, limits, &self.bounds)
     }
@@ -383,6 +376,13 @@ fn memory(buffer: &Buffer) -> Result<&wgpu::Buffer> {
 }
 
 impl Backend for Gpu {
+    fn lose(&self) -> bool {
+        self.device.device.destroy();
+        // The next poll calls the callback of a lost device.
+        let _ = self.device.device.poll(wgpu::PollType::Poll);
+        true
+    }
+
     fn caps(&self) -> &Caps {
         &self.caps
     }

@@ -98,7 +98,7 @@ pub fn certify(args: &CertifyArgs) -> Result<(), Failure> {
     let backend = args.device.open()?;
     let old = args.compare.as_deref().map(Certificate::read).transpose()?;
     let cases = case_rows(&*backend, args.level);
-    let behaviours = behaviour_rows(&*backend, args.level);
+    let mut behaviours = behaviour_rows(&*backend, args.level);
     let mut models = Vec::new();
     if args.level != Level::Smoke {
         for file in std::iter::once(None).chain(args.model.iter().map(Some)) {
@@ -107,6 +107,8 @@ pub fn certify(args: &CertifyArgs) -> Result<(), Failure> {
         }
     }
     let memory = models::memory(&open_model(None)?, &backend);
+    // Nothing can run afterwards.
+    behaviour::check_lost(&*backend, &mut |finding| behaviours.push(BehaviourRow::of(&finding)));
     let certificate = Certificate {
         version: data::VERSION,
         halite: env!("CARGO_PKG_VERSION").into(),
