@@ -15,7 +15,7 @@ use halite::model::ProgramOptions;
 use halite::passes;
 use halite::program::{Builder, Dim, Gating, Index, Op, Program, State, WeightInfo};
 use halite::session::{OutputKind, OutputTokens, Run, SequenceId, Session, SessionOptions};
-use halite::weights::Weights;
+use halite::weights::{Budget, Weights};
 use halite::{Error, Model};
 
 use halite_testing::golden;
@@ -337,7 +337,8 @@ fn run(backend: &dyn Backend, model: &Model, program: Program, tokens: &[u32]) -
     let program = Arc::new(program);
     let n = tokens.len() as u32;
     let mut plan = backend.prepare(&program, Limits { tokens: n, outputs: n }).unwrap();
-    let weights = Weights::load(model.gguf(), &program, backend, u64::MAX, &mut |_| {}).unwrap();
+    let weights =
+        Weights::load(model.gguf(), &program, backend, Budget::Copies(u64::MAX), &mut |_| {}).unwrap();
     let alloc = |bytes, usage| backend.alloc(bytes, usage).unwrap();
     let states: Vec<_> = program.states.iter().map(|s| alloc(2 * s.page_bytes(), Usage::State)).collect();
     let bytes = |t: &halite::program::Tensor| 4 * u64::from(n) * u64::from(t.cols);
