@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import halite
+
+GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
+
+
+@pytest.fixture(scope="session")
+def model() -> halite.Model:
+    """The built-in model."""
+    return halite.Model()
+
+
+@pytest.fixture
+def session(model: halite.Model) -> Iterator[halite.Session]:
+    with halite.Session(model, "cpu:threads=2", context=512, outputs=8) as session:
+        yield session
+
+
+@pytest.fixture(scope="session")
+def encoder() -> str:
+    """The path of a small encoder, which `.ci/python` writes."""
+    path = os.environ.get("HALITE_ENCODER")
+    if path is None:
+        pytest.skip("HALITE_ENCODER names no file")
+    return path
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    if not GOLDEN.is_dir():
+        pytest.skip("no golden files beside the checkout")
+    return GOLDEN
