@@ -361,8 +361,8 @@ static void own_memory(const HaliteModel *model, HaliteSession *other, const uin
     HaliteOpenBackend *backend;
     HaliteSession *session;
     OK(halite_backend_open_cpu(1, &memory, &backend));
-    HaliteSessionOptions options = {sizeof options, 256, 0, 4, 0, 0, "q8_0"};
-    HaliteMemoryPlan plan = {sizeof plan, 0, 0, 0, 0, 0};
+    HaliteSessionOptions options = {.struct_bytes = sizeof options, .context = 256, .outputs = 4, .kv_format = "q8_0"};
+    HaliteMemoryPlan plan = {.struct_bytes = sizeof plan};
     OK(halite_session_plan(model, backend, &options, &plan));
     OK(halite_session_open(model, backend, &options, &session));
     uint64_t planned = plan.kv_bytes + plan.scratch_bytes + plan.io_bytes;
@@ -398,8 +398,8 @@ int main(int argc, char **argv) {
     OK(halite_model_open_builtin(&model));
     OK(halite_tokenizer_open(model, &tokenizer));
     OK(halite_backend_open("cpu:threads=2", NULL, &backend));
-    HaliteSessionOptions options = {sizeof options, 256, 0, 4, 0, 0, "q8_0"};
-    HaliteMemoryPlan plan = {sizeof plan, 0, 0, 0, 0, 0};
+    HaliteSessionOptions options = {.struct_bytes = sizeof options, .context = 256, .outputs = 4, .kv_format = "q8_0"};
+    HaliteMemoryPlan plan = {.struct_bytes = sizeof plan};
     OK(halite_session_plan(model, backend, &options, &plan));
     CHECK(plan.context == 256 && plan.weight_bytes > 1000000 && plan.kv_bytes > 0 && plan.scratch_bytes > 0);
     OK(halite_session_open(model, backend, &options, &session));
