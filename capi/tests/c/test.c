@@ -298,7 +298,7 @@ static void generations(HaliteSession *session, const HaliteTokenizer *tokenizer
     GIVES(HALITE_CANCELLED, halite_session_prefill(session, sequence, many, 200, HALITE_OUTPUT_ARG_MAX, 0));
     OK(halite_session_reset(session));
     // A thread watches the deadline; a busy machine may let it run too late.
-    HaliteResult result = HALITE_OK;
+    result = HALITE_OK;
     for (int tries = 0; result == HALITE_OK && tries < 1000; tries++) {
         result = halite_session_prefill(session, sequence, many, 200, HALITE_OUTPUT_ARG_MAX, 1);
         OK(halite_session_truncate(session, sequence, 0));
