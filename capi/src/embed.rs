@@ -3,6 +3,7 @@
 use std::ffi::c_char;
 use std::sync::{Arc, Mutex};
 
+use halite::backend::Cancel;
 use halite::model::Pooling;
 use halite::{EmbedOptions, Embedder, Tokenizer};
 
@@ -10,7 +11,7 @@ use crate::backend::{self, HaliteOpenBackend};
 use crate::border::{Caller, Failure, Fallible, HALITE_DEADLINE, HaliteResult, call, reserved};
 use crate::handle::{self, Object};
 use crate::model::{self, HaliteModel};
-use crate::stop::{self, Stop};
+use crate::stop;
 use crate::tokenizer::HaliteTokenizer;
 
 /// An encoder on a backend. Opening it reserves all memory of the device.
@@ -61,7 +62,7 @@ sized! {
 }
 
 struct EmbedderObject {
-    stop: Stop,
+    cancel: Cancel,
     embedder: Mutex<Embedder>,
 }
 
@@ -104,8 +105,8 @@ pub unsafe extern "C" fn halite_embedder_open(
                 "HALITE_POOLING_DEFAULT",
             ));
         }
-        let stop = Stop::new(embedder.cancel_handle());
-        Ok(EmbedderObject { stop, embedder: Mutex::new(embedder) })
+        let cancel = embedder.cancel_handle();
+        Ok(EmbedderObject { cancel, embedder: Mutex::new(embedder) })
     };
     // SAFETY: the caller's pointers are as the header says.
     unsafe { call(|c| handle::open(c, embedder, || make(c))) }
@@ -173,7 +174,8 @@ pub unsafe extern "C" fn halite_embedder_embed(
             };
         }
         let deadline = stop::deadline(deadline_ms);
-        let (vectors, passed) = object.stop.within(deadline, || embedder.embed(&tokenizer, &texts))?;
+        let (vectors, passed) =
+            stop::within(&object.cancel, deadline, || embedder.embed(&tokenizer, &texts))?;
         match vectors {
             Err(halite::Error::Cancelled) if passed => {
                 Err(Failure::new(HALITE_DEADLINE, format!("the deadline of {deadline_ms} ms passed")))
@@ -190,7 +192,7 @@ pub unsafe extern "C" fn halite_embedder_embed(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn halite_embedder_cancel(embedder: *const HaliteEmbedder) -> HaliteResult {
     let work = |_: &Caller| {
-        handle::get::<EmbedderObject>(embedder)?.stop.cancel();
+        handle::get::<EmbedderObject>(embedder)?.cancel.cancel();
         Ok(())
     };
     // SAFETY: the caller's pointers are as the header says.
@@ -201,7 +203,7 @@ pub unsafe extern "C" fn halite_embedder_cancel(embedder: *const HaliteEmbedder)
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn halite_embedder_reset(embedder: *const HaliteEmbedder) -> HaliteResult {
     let work = |_: &Caller| {
-        handle::get::<EmbedderObject>(embedder)?.stop.reset();
+        handle::get::<EmbedderObject>(embedder)?.cancel.reset();
         Ok(())
     };
     // SAFETY: the caller's pointers are as the header says.

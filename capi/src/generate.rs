@@ -240,7 +240,7 @@ impl Generating {
         }
         let (stream, tokenizer) = (&mut self.stream, &self.tokenizer);
         let step = || stream.advance(&mut state.session, tokenizer, &mut decoding, on_text);
-        let (goes_on, passed) = object.stop.within(self.deadline, step)?;
+        let (goes_on, passed) = stop::within(&object.cancel, self.deadline, step)?;
         self.length = state.session.len(self.id)?;
         self.finish = match (goes_on, self.stream.generation().finish) {
             (Ok(true), _) => return Ok(true),

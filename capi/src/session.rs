@@ -5,6 +5,7 @@ use std::ffi::c_char;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
+use halite::backend::Cancel;
 use halite::kernels::kv;
 use halite::model::ProgramOptions;
 use halite::session::{OutputKind, OutputTokens, Run, SequenceId, Session, SessionOptions, footprint};
@@ -14,7 +15,7 @@ use crate::border::{Caller, Failure, Fallible, HALITE_DEADLINE, HALITE_HANDLE, H
 use crate::handle::{self, Object};
 use crate::log;
 use crate::model::{self, HaliteModel};
-use crate::stop::{self, Stop};
+use crate::stop;
 
 /// A model on a backend, with its sequences and their KV cache. Opening it reserves all its memory.
 pub struct HaliteSession;
@@ -133,7 +134,7 @@ sized! {
 }
 
 pub(crate) struct SessionObject {
-    pub stop: Stop,
+    pub cancel: Cancel,
     pub state: Mutex<State>,
 }
 
@@ -267,9 +268,9 @@ pub unsafe extern "C" fn halite_session_open(
         let mut progress = log::Progress::of(need.weight_bytes);
         let session =
             Session::with_progress(&model, &backend, &options, &mut |bytes| progress.loaded(bytes))?;
-        let stop = Stop::new(session.cancel_handle());
+        let cancel = session.cancel_handle();
         let state = State { session, sequences: HashMap::new(), outputs: None };
-        Ok(SessionObject { stop, state: Mutex::new(state) })
+        Ok(SessionObject { cancel, state: Mutex::new(state) })
     };
     // SAFETY: the caller's pointers are as the header says.
     unsafe { call(|c| handle::open(c, session, || make(c))) }
@@ -312,7 +313,7 @@ pub unsafe extern "C" fn halite_session_info(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn halite_session_cancel(session: *const HaliteSession) -> HaliteResult {
     let work = |_: &Caller| {
-        handle::get::<SessionObject>(session)?.stop.cancel();
+        handle::get::<SessionObject>(session)?.cancel.cancel();
         Ok(())
     };
     // SAFETY: the caller's pointers are as the header says.
@@ -323,7 +324,7 @@ pub unsafe extern "C" fn halite_session_cancel(session: *const HaliteSession) ->
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn halite_session_reset(session: *const HaliteSession) -> HaliteResult {
     let work = |_: &Caller| {
-        handle::get::<SessionObject>(session)?.stop.reset();
+        handle::get::<SessionObject>(session)?.cancel.reset();
         Ok(())
     };
     // SAFETY: the caller's pointers are as the header says.
@@ -486,7 +487,7 @@ fn stepped(
 ) -> Fallible<()> {
     state.outputs = None;
     let deadline = stop::deadline(deadline_ms);
-    let (result, passed) = object.stop.within(deadline, || work(&mut state.session))?;
+    let (result, passed) = stop::within(&object.cancel, deadline, || work(&mut state.session))?;
     match result {
         Err(halite::Error::Cancelled) if passed => {
             Err(Failure::new(HALITE_DEADLINE, format!("the deadline of {deadline_ms} ms passed")))

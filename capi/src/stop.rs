@@ -1,20 +1,11 @@
 //! Work that stops at a request of another thread, or at a deadline.
 
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
 use halite::backend::Cancel;
 
 use crate::border::{Failure, Fallible, HALITE_ERROR};
-
-/// A session's or embedder's handle for cancelling.
-#[derive(Default)]
-pub(crate) struct Stop {
-    cancel: Cancel,
-    /// Whether a caller asked for it, rather than a deadline.
-    asked: AtomicBool,
-}
 
 /// When to stop; `None`: never.
 pub(crate) type Deadline = Option<Instant>;
@@ -24,59 +15,41 @@ pub(crate) fn deadline(ms: u32) -> Deadline {
     if ms == 0 { None } else { Instant::now().checked_add(Duration::from_millis(ms.into())) }
 }
 
-impl Stop {
-    pub fn new(cancel: Cancel) -> Stop {
-        Stop { cancel, asked: AtomicBool::new(false) }
-    }
+/// Does work, and interrupts it at the deadline. Returns its result, and whether the deadline passed.
+pub(crate) fn within<T>(
+    cancel: &Cancel,
+    deadline: Deadline,
+    work: impl FnOnce() -> T,
+) -> Fallible<(T, bool)> {
+    let Some(deadline) = deadline else { return Ok((work(), false)) };
+    let left = deadline.saturating_duration_since(Instant::now());
+    let (result, passed) = if left.is_zero() {
+        cancel.interrupt();
+        (work(), true)
+    } else {
+        watched(cancel, left, work)?
+    };
+    cancel.resume();
+    Ok((result, passed))
+}
 
-    pub fn cancel(&self) {
-        self.asked.store(true, Ordering::SeqCst);
-        self.cancel.cancel();
-    }
-
-    pub fn reset(&self) {
-        self.asked.store(false, Ordering::SeqCst);
-        self.cancel.reset();
-    }
-
-    /// Does work, and cancels it at the deadline. Returns its result, and whether the deadline passed.
-    pub fn within<T>(&self, deadline: Deadline, work: impl FnOnce() -> T) -> Fallible<(T, bool)> {
-        let Some(deadline) = deadline else { return Ok((work(), false)) };
-        let left = deadline.saturating_duration_since(Instant::now());
-        let (result, passed) = if left.is_zero() {
-            self.cancel.cancel();
-            (work(), true)
-        } else {
-            self.watched(left, work)?
-        };
-        if passed {
-            self.cancel.reset();
-            // A caller's request stays.
-            if self.asked.load(Ordering::SeqCst) {
-                self.cancel.cancel();
+/// Does work while a thread waits for its end, or so long.
+fn watched<T>(cancel: &Cancel, left: Duration, work: impl FnOnce() -> T) -> Fallible<(T, bool)> {
+    let (done, wait) = channel::<()>();
+    let result = std::thread::scope(|scope| {
+        let watch = move || {
+            let passed = wait.recv_timeout(left) == Err(RecvTimeoutError::Timeout);
+            if passed {
+                cancel.interrupt();
             }
-        }
-        Ok((result, passed))
-    }
-
-    /// Does work while a thread waits for its end, or so long.
-    fn watched<T>(&self, left: Duration, work: impl FnOnce() -> T) -> Fallible<(T, bool)> {
-        let (done, wait) = channel::<()>();
-        let result = std::thread::scope(|scope| {
-            let watch = move || {
-                let passed = wait.recv_timeout(left) == Err(RecvTimeoutError::Timeout);
-                if passed {
-                    self.cancel.cancel();
-                }
-                passed
-            };
-            let thread = std::thread::Builder::new().name("deadline".into()).spawn_scoped(scope, watch)?;
-            let result = work();
-            drop(done);
-            Ok((result, thread.join().unwrap_or(false)))
-        });
-        result.map_err(|error: std::io::Error| {
-            Failure::new(HALITE_ERROR, format!("no thread to watch the deadline: {error}"))
-        })
-    }
+            passed
+        };
+        let thread = std::thread::Builder::new().name("deadline".into()).spawn_scoped(scope, watch)?;
+        let result = work();
+        drop(done);
+        Ok((result, thread.join().unwrap_or(false)))
+    });
+    result.map_err(|error: std::io::Error| {
+        Failure::new(HALITE_ERROR, format!("no thread to watch the deadline: {error}"))
+    })
 }

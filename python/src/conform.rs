@@ -6,7 +6,7 @@ use pyo3::prelude::*;
 
 use crate::backend::BackendArgument;
 use crate::error::{Failure, Kind};
-use crate::work::{Stop, work};
+use crate::work::work;
 
 /// The outcome of a case.
 #[pyclass(module = "halite", frozen, get_all)]
@@ -36,11 +36,11 @@ impl Outcome {
 )]
 pub fn conform(py: Python<'_>, backend: BackendArgument<'_>, filter: &str) -> PyResult<Vec<Outcome>> {
     let backend = backend.open(py)?;
-    let stop = Stop::new(Cancel::default());
-    work(py, Some(&stop), || {
+    let cancel = Cancel::default();
+    work(py, Some(&cancel), || {
         let mut outcomes = Vec::new();
         for case in conformance::cases().into_iter().filter(|case| case.name.contains(filter)) {
-            if stop.is_cancelled() {
+            if cancel.is_cancelled() {
                 return Err(Failure::new(Kind::Cancelled, "cancelled"));
             }
             let outcome = conformance::check(&*backend, &case);

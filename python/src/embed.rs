@@ -3,6 +3,7 @@
 use std::sync::{Arc, Mutex};
 
 use halite::EmbedOptions;
+use halite::backend::Cancel;
 use halite::model::Pooling;
 use numpy::PyArray2;
 use pyo3::prelude::*;
@@ -10,7 +11,7 @@ use pyo3::prelude::*;
 use crate::backend::BackendArgument;
 use crate::error::{Failure, Fallible};
 use crate::model::{Model, pooling_name};
-use crate::work::{Stop, closed, lock, work};
+use crate::work::{closed, lock, work};
 
 const EMBEDDER: &str = "embedder";
 
@@ -21,7 +22,7 @@ const EMBEDDER: &str = "embedder";
 pub struct Embedder {
     state: Mutex<Option<halite::Embedder>>,
     tokenizer: Arc<halite::Tokenizer>,
-    stop: Stop,
+    cancel: Cancel,
     pooling: &'static str,
     dimension: usize,
     max_text_tokens: u32,
@@ -66,7 +67,7 @@ impl Embedder {
             Ok((halite::Embedder::new(&model.model, &backend, &options)?, model.tokenizer()?))
         })?;
         Ok(Embedder {
-            stop: Stop::new(embedder.cancel_handle()),
+            cancel: embedder.cancel_handle(),
             pooling: pooling_name(embedder.pooling()),
             dimension: embedder.dimension(),
             max_text_tokens: embedder.max_text_tokens(),
@@ -79,7 +80,7 @@ impl Embedder {
     fn embed<'py>(&self, py: Python<'py>, texts: Vec<String>) -> PyResult<Bound<'py, PyArray2<f32>>> {
         let mut locked = lock(EMBEDDER, &self.state)?;
         let embedder = locked.as_mut().ok_or_else(|| closed(EMBEDDER))?;
-        let vectors = work(py, Some(&self.stop), || Ok(embedder.embed(&self.tokenizer, &texts)?))?;
+        let vectors = work(py, Some(&self.cancel), || Ok(embedder.embed(&self.tokenizer, &texts)?))?;
         if vectors.is_empty() {
             return Ok(PyArray2::zeros(py, [0, self.dimension], false));
         }
@@ -106,12 +107,12 @@ impl Embedder {
 
     /// Stops the work within one op: it raises `Cancelled`. It holds for later work, too, until `reset`.
     fn cancel(&self) {
-        self.stop.cancel();
+        self.cancel.cancel();
     }
 
     /// Takes back `cancel`.
     fn reset(&self) {
-        self.stop.reset();
+        self.cancel.reset();
     }
 
     /// Closes the embedder and frees its memory. Closing it twice is no error.

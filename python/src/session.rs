@@ -6,6 +6,7 @@ use std::io::BufReader;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use halite::backend::Cancel;
 use halite::kernels::kv;
 use halite::model::{ProgramOptions, TOP_K};
 use halite::output::{Output, Replace};
@@ -19,11 +20,11 @@ use crate::backend::BackendArgument;
 use crate::error::{Failure, Fallible, Kind, named};
 use crate::generate::{self, Generation, Given, Prompt, Running, TextStream};
 use crate::model::{Model, messages};
-use crate::work::{Stop, brief, closed, lock, work};
+use crate::work::{brief, closed, lock, work};
 
 /// A session that its sequences and streams share.
 pub struct Core {
-    pub stop: Stop,
+    pub cancel: Cancel,
     pub tokenizer: Option<Arc<halite::Tokenizer>>,
     state: Mutex<Option<State>>,
     /// Sequences that nobody holds any more. The next call removes them.
@@ -83,7 +84,7 @@ impl Core {
     ) -> PyResult<T> {
         let state = locked.state()?;
         let mut broken = false;
-        let result = work(py, Some(&self.stop), || {
+        let result = work(py, Some(&self.cancel), || {
             let mut armed = Armed(&mut broken, true);
             let result = f(state);
             armed.1 = false;
@@ -305,9 +306,9 @@ impl Session {
             Ok((session, model.get().optional_tokenizer()?))
         })?;
         let (positions, batch, outputs) = (session.positions(), session.batch(), session.outputs());
-        let stop = Stop::new(session.cancel_handle());
+        let cancel = session.cancel_handle();
         let state = Mutex::new(Some(State { session, sequences: HashMap::new(), last: 0 }));
-        let core = Arc::new(Core { stop, tokenizer, state, dropped: Mutex::default() });
+        let core = Arc::new(Core { cancel, tokenizer, state, dropped: Mutex::default() });
         Ok(Session { core, model, positions, batch, outputs })
     }
 
@@ -471,12 +472,12 @@ impl Session {
     /// Stops the work of the session within one op: steps raise `Cancelled`, generations end. It holds for
     /// later work, too, until `reset`. Any thread may call it at any time.
     fn cancel(&self) {
-        self.core.stop.cancel();
+        self.core.cancel.cancel();
     }
 
     /// Takes back `cancel`.
     fn reset(&self) {
-        self.core.stop.reset();
+        self.core.cancel.reset();
     }
 
     /// Closes the session and frees its memory. Closing it twice is no error.

@@ -1,7 +1,6 @@
 //! Work without Python's lock, that signals and other threads can stop, and in which panics end.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::sync::{Mutex, MutexGuard, TryLockError};
 use std::time::Duration;
@@ -17,46 +16,11 @@ const TICK: Duration = Duration::from_millis(20);
 /// As much as the main thread of a program has.
 const STACK: usize = 8 << 20;
 
-/// Stops the work of an object.
-pub struct Stop {
-    cancel: Cancel,
-    /// Whether a caller asked for it, rather than a signal.
-    asked: AtomicBool,
-}
-
-impl Stop {
-    pub fn new(cancel: Cancel) -> Stop {
-        Stop { cancel, asked: AtomicBool::new(false) }
-    }
-
-    pub fn cancel(&self) {
-        self.asked.store(true, Ordering::SeqCst);
-        self.cancel.cancel();
-    }
-
-    pub fn reset(&self) {
-        self.asked.store(false, Ordering::SeqCst);
-        self.cancel.reset();
-    }
-
-    pub fn is_cancelled(&self) -> bool {
-        self.cancel.is_cancelled()
-    }
-
-    /// Ends what a signal began; a caller's request stays.
-    fn after_signal(&self) {
-        self.cancel.reset();
-        if self.asked.load(Ordering::SeqCst) {
-            self.cancel.cancel();
-        }
-    }
-}
-
 /// Does work on another thread, while this one waits without Python's lock. A signal whose handler raises, as
 /// that of Ctrl-C does, stops the work and raises.
 pub fn work<T: Send>(
     py: Python<'_>,
-    stop: Option<&Stop>,
+    cancel: Option<&Cancel>,
     f: impl FnOnce() -> Fallible<T> + Send,
 ) -> PyResult<T> {
     let mut raised = None;
@@ -78,7 +42,7 @@ pub fn work<T: Send>(
                     && raised.is_none()
                 {
                     raised = Some(error);
-                    stop.into_iter().for_each(|stop| stop.cancel.cancel());
+                    cancel.into_iter().for_each(Cancel::interrupt);
                 }
             }
             thread.join().unwrap_or_else(|payload| Err(Failure::panic(&*payload)))
@@ -87,7 +51,7 @@ pub fn work<T: Send>(
     match raised {
         None => Ok(result?),
         Some(error) => {
-            stop.into_iter().for_each(Stop::after_signal);
+            cancel.into_iter().for_each(Cancel::resume);
             Err(error)
         }
     }

@@ -15,7 +15,7 @@ use std::any::Any;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
 use crate::error::{Error, Result};
@@ -205,23 +205,40 @@ pub struct Operand<'a, Id> {
 pub type DeviceOp<'a> = Op<Operand<'a, TensorId>, Operand<'a, StateId>>;
 
 /// A request to stop, from any thread. Backends check it before every op.
+///
+/// Who runs work on behalf of others can also interrupt it, at a deadline or a signal, and take that back
+/// without losing a request of theirs.
 #[derive(Debug, Clone, Default)]
-pub struct Cancel(Arc<AtomicBool>);
+pub struct Cancel(Arc<AtomicU8>);
+
+/// Bits of [`Cancel`].
+const REQUESTED: u8 = 1;
+const INTERRUPTED: u8 = 2;
 
 impl Cancel {
     /// Requests the work to stop: it returns `Error::Cancelled` within one op.
     pub fn cancel(&self) {
-        self.0.store(true, Ordering::Relaxed);
+        self.0.fetch_or(REQUESTED, Ordering::Relaxed);
     }
 
     /// Clears the request, so that later work runs.
     pub fn reset(&self) {
-        self.0.store(false, Ordering::Relaxed);
+        self.0.store(0, Ordering::Relaxed);
+    }
+
+    /// Stops the work as [`Cancel::cancel`] does, until [`Cancel::resume`].
+    pub fn interrupt(&self) {
+        self.0.fetch_or(INTERRUPTED, Ordering::Relaxed);
+    }
+
+    /// Takes back [`Cancel::interrupt`]. A request to cancel stays.
+    pub fn resume(&self) {
+        self.0.fetch_and(!INTERRUPTED, Ordering::Relaxed);
     }
 
     /// Whether a stop was requested.
     pub fn is_cancelled(&self) -> bool {
-        self.0.load(Ordering::Relaxed)
+        self.0.load(Ordering::Relaxed) != 0
     }
 }
 
@@ -508,4 +525,25 @@ pub fn upload(backend: &dyn Backend, dst: &Buffer, offset: u64, bytes: &[u8]) ->
         to[..now.len()].copy_from_slice(now);
         rest = later;
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Cancel;
+
+    #[test]
+    fn an_interruption_ends_and_a_request_stays() {
+        let cancel = Cancel::default();
+        cancel.interrupt();
+        assert!(cancel.is_cancelled());
+        cancel.resume();
+        assert!(!cancel.is_cancelled());
+        cancel.interrupt();
+        cancel.clone().cancel();
+        cancel.resume();
+        assert!(cancel.is_cancelled());
+        cancel.interrupt();
+        cancel.reset();
+        assert!(!cancel.is_cancelled());
+    }
 }
