@@ -59,25 +59,13 @@ pub(crate) fn of(handle: *const HaliteOpenBackend) -> Fallible<Arc<dyn Backend>>
     Ok(handle::get::<BackendObject>(handle)?.0.clone())
 }
 
-/// Reads options, as in `threads=2,exact`; a flag has no value.
-fn read_options(text: &str) -> Options {
-    let mut options = Options::default();
-    for option in text.split(',').filter(|option| !option.is_empty()) {
-        let (name, value) = option.split_once('=').unwrap_or((option, ""));
-        options.set(name, value);
-    }
-    options
-}
-
 /// Opens a backend by a name as in `cpu`, `cpu:threads=2` or `plugin:FILE`.
 fn open_named(name: &str, options: &str) -> Fallible<Arc<dyn Backend>> {
-    let (driver_name, rest) = name.split_once(':').unwrap_or((name, ""));
-    let takes_options = |driver: &&Driver| driver.name == driver_name && driver.argument.is_none();
-    // Without an argument of its own, a driver's options may follow its name.
-    if !rest.is_empty() && DRIVERS.iter().any(|driver| takes_options(&driver)) {
-        return Ok(driver::open(DRIVERS, driver_name, &read_options(&format!("{rest},{options}")))?);
-    }
-    Ok(driver::open(DRIVERS, name, &read_options(options))?)
+    let (name, in_name) = driver::split_options(DRIVERS, name);
+    let mut all = Options::default();
+    all.set_list(in_name);
+    all.set_list(options);
+    Ok(driver::open(DRIVERS, name, &all)?)
 }
 
 /// Writes the number of backends of this build. Threads: any.

@@ -49,16 +49,9 @@ impl BackendArgument<'_> {
 
 /// Opens a backend by name. The options of a driver without an argument may follow its name.
 fn open_named(name: &str, mut options: Options) -> Fallible<Arc<dyn Backend>> {
-    let (driver_name, rest) = name.split_once(':').unwrap_or((name, ""));
-    let plain = DRIVERS.iter().any(|driver| driver.name == driver_name && driver.argument.is_none());
-    if !plain || rest.is_empty() {
-        return Ok(driver::open(DRIVERS, name, &options)?);
-    }
-    for option in rest.split(',').filter(|option| !option.is_empty()) {
-        let (name, value) = option.split_once('=').unwrap_or((option, ""));
-        options.set(name, value);
-    }
-    Ok(driver::open(DRIVERS, driver_name, &options)?)
+    let (name, in_name) = driver::split_options(DRIVERS, name);
+    options.set_list(in_name);
+    Ok(driver::open(DRIVERS, name, &options)?)
 }
 
 #[pymethods]

@@ -111,6 +111,14 @@ impl Options {
         }
     }
 
+    /// Sets the options of a list, as in `threads=2,exact`; a flag has no value.
+    pub fn set_list(&mut self, list: &str) {
+        for option in list.split(',').filter(|option| !option.is_empty()) {
+            let (name, value) = option.split_once('=').unwrap_or((option, ""));
+            self.set(name, value);
+        }
+    }
+
     /// Whether an option was given.
     pub fn is_set(&self, name: &str) -> bool {
         self.value(name).is_some()
@@ -250,6 +258,14 @@ pub fn find<'d, 'n>(drivers: &'d [Driver], name: &'n str) -> Result<(&'d Driver,
     })
 }
 
+/// Splits `cpu:threads=2` into a name and a list of options, for [`Options::set_list`]. The list is empty
+/// unless the driver takes no argument, which would have that place.
+pub fn split_options<'n>(drivers: &[Driver], name: &'n str) -> (&'n str, &'n str) {
+    let (driver_name, list) = name.split_once(':').unwrap_or((name, ""));
+    let is_plain = drivers.iter().any(|driver| driver.name == driver_name && driver.argument.is_none());
+    if is_plain && !list.is_empty() { (driver_name, list) } else { (name, "") }
+}
+
 /// Opens the backend of a name, as in `gpu:1`.
 ///
 /// # Errors
@@ -284,6 +300,20 @@ pub fn or(choices: impl Iterator<Item = String>) -> String {
 mod tests {
     use super::*;
     use crate::backend::{cpu, reference, template};
+
+    /// Options may follow the name of a driver whose name has no argument; those that are set later count.
+    #[test]
+    fn options_in_a_name() {
+        assert_eq!(split_options(DRIVERS, "cpu:threads=2,x"), ("cpu", "threads=2,x"));
+        for name in ["cpu", "cpu:", "chip:2", "file:a,b=c", "unknown:x=1"] {
+            assert_eq!(split_options(DRIVERS, name), (name, ""));
+        }
+        let mut options = Options::default();
+        options.set_list("threads=2,,exact,");
+        options.set_list("threads=3");
+        assert_eq!(options.number("threads").unwrap(), Some(3));
+        assert!(options.is_set("exact") && !options.is_set(""));
+    }
 
     const DRIVERS: &[Driver] = &[
         cpu::DRIVER,
