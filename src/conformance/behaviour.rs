@@ -9,12 +9,10 @@ use std::time::{Duration, Instant};
 use super::recording::{Opened, Output, Recording, SpanData, StepData};
 use super::{Case, Failure};
 use crate::backend::reference::Reference;
-use crate::backend::{
-    Backend, Bindings, Buffer, Cancel, Contract, Limits, Plan, Span, Step, Timing, Usage, upload,
-};
+use crate::backend::{Backend, Buffer, Cancel, Contract, Timing, Usage, upload};
 use crate::error::{Error, Result};
 use crate::memory::resident_bytes;
-use crate::program::{Builder, Dim, Index, Op, PAGE_POSITIONS, Program};
+use crate::program::{Builder, Dim, Index, Op, PAGE_POSITIONS};
 use halite_kernels::formats::Format;
 use halite_kernels::rows::Unary;
 
@@ -337,8 +335,8 @@ const MOST_AT_A_TIME: u64 = 16 << 20;
 /// The largest memory of a device of which half is allocated.
 const MOST_COUNTED: u64 = 4 << 30;
 
-/// A program of two segments: `y = 2 x + x`, where the first segment doubles.
-fn doubled() -> Option<Arc<Program>> {
+/// A recording of `y = 2 x + x` for one token, in two segments. The first one doubles.
+fn doubled() -> Option<Recording> {
     let no_weights = |_: &str| None;
     let mut b = Builder::new("2 x + x", &no_weights);
     b.segment("double");
@@ -347,57 +345,25 @@ fn doubled() -> Option<Arc<Program>> {
     b.segment("add");
     let y = b.add("y", twice, x);
     b.output(y);
-    b.finish().ok().map(Arc::new)
+    let program = Arc::new(b.finish().ok()?);
+    let tables = vec![vec![0]; program.windows.len()];
+    let step = StepData::new(vec![SpanData::new(0, 1, tables)], vec![0], vec![0], Vec::new());
+    Some(Recording::new(program, Vec::new(), Vec::new(), vec![step], 0.0))
 }
 
 /// Elements of a row of [`doubled`].
 const COLS: usize = 48;
 
-/// A plan of [`doubled`] for steps of one token, and its buffers.
-struct Doubling<'a> {
-    backend: &'a dyn Backend,
-    program: Arc<Program>,
-    plan: Box<dyn Plan>,
-    io: Vec<Buffer>,
+/// Sets the input of [`doubled`], and runs some of its segments.
+fn run_doubled(opened: &mut Opened<'_>, x: f32, segments: Range<usize>) -> Result<Timing> {
+    upload(opened.backend, &opened.io[0], 0, bytemuck::cast_slice(&[x; COLS]))?;
+    opened.run_segments(0, segments)
 }
 
-impl<'a> Doubling<'a> {
-    fn new(backend: &'a dyn Backend, program: &Arc<Program>) -> Result<Doubling<'a>> {
-        let plan = backend.prepare(program, Limits { tokens: 1, outputs: 1 })?;
-        let mut doubling = Doubling { backend, program: program.clone(), plan, io: Vec::new() };
-        doubling.rebind()?;
-        Ok(doubling)
-    }
-
-    /// Takes other buffers.
-    fn rebind(&mut self) -> Result<Vec<Buffer>> {
-        let alloc = |_: &_| self.backend.alloc(4 * COLS as u64, Usage::Io);
-        let io = self.program.io.iter().map(alloc).collect::<Result<_>>()?;
-        Ok(std::mem::replace(&mut self.io, io))
-    }
-
-    fn set(&self, x: f32) -> Result<()> {
-        upload(self.backend, &self.io[0], 0, bytemuck::cast_slice(&[x; COLS]))
-    }
-
-    fn run(&mut self, segments: Range<usize>) -> Result<Timing> {
-        let tables = vec![vec![0]; self.program.windows.len()];
-        let (spans, cancel) = ([Span { tables: &tables, start: 0, len: 1 }], Cancel::default());
-        let step = Step { spans: &spans, tokens: &[0], outputs: &[0], cancel: &cancel };
-        let bindings = Bindings { weights: &[], states: &[], io: &self.io };
-        let ticket = self.plan.submit(&step, segments, &bindings)?;
-        self.plan.wait(ticket)
-    }
-
-    /// Checks every element of an output.
-    fn expect(&self, want: f32) -> std::result::Result<(), String> {
-        expect(self.backend, self.io.last(), want)
-    }
-}
-
-fn expect(backend: &dyn Backend, y: Option<&Buffer>, want: f32) -> std::result::Result<(), String> {
+/// Checks every element of an output of [`doubled`], which is the last buffer.
+fn expect(backend: &dyn Backend, io: &[Buffer], want: f32) -> std::result::Result<(), String> {
     let mut got = [0f32; COLS];
-    let y = y.ok_or("the program has no output")?;
+    let y = io.last().ok_or("the program has no output")?;
     backend.read(y, 0, bytemuck::cast_slice_mut(&mut got)).map_err(text)?;
     match got.iter().find(|&&got| got != want) {
         Some(got) => Err(format!("expected {want}, got {got}")),
@@ -407,43 +373,38 @@ fn expect(backend: &dyn Backend, y: Option<&Buffer>, want: f32) -> std::result::
 
 /// Plans and their segments, apart from what ops compute.
 fn plans(backend: &dyn Backend, done: &mut dyn FnMut(Finding)) {
-    let Some(program) = doubled() else { return };
-    if super::gap(backend, &program).is_some() {
-        return;
-    }
+    let Some(recording) = doubled().filter(|it| super::gap(backend, &it.program).is_none()) else { return };
     let mut add = |behaviour, result: std::result::Result<(), String>| {
         let (verdict, detail) = same(result);
-        done(Finding { behaviour, with: program.name.clone(), verdict, detail });
+        done(Finding { behaviour, with: recording.program.name.clone(), verdict, detail });
     };
+    let open = || recording.open(backend).map_err(text);
     let in_parts = || -> std::result::Result<(), String> {
-        let mut plan = Doubling::new(backend, &program).map_err(text)?;
-        plan.set(3.0).and_then(|()| plan.run(0..1)).map_err(text)?;
-        plan.set(10.0).and_then(|()| plan.run(1..2)).map_err(text)?;
-        plan.expect(16.0)
+        let mut plan = open()?;
+        run_doubled(&mut plan, 3.0, 0..1).map_err(text)?;
+        run_doubled(&mut plan, 10.0, 1..2).map_err(text)?;
+        expect(backend, &plan.io, 16.0)
     };
     add("segments run one by one, and keep what they pass on", in_parts());
     let in_turns = || -> std::result::Result<(), String> {
-        let mut plans = [Doubling::new(backend, &program), Doubling::new(backend, &program)];
-        let [Ok(a), Ok(b)] = &mut plans else { return Err("cannot be prepared twice".into()) };
-        a.set(3.0).and_then(|()| a.run(0..1)).map_err(text)?;
-        b.set(5.0).and_then(|()| b.run(0..1)).map_err(text)?;
-        a.run(1..2).and_then(|_| b.run(1..2)).map_err(text)?;
-        a.expect(9.0).and_then(|()| b.expect(15.0))
+        let (mut a, mut b) = (open()?, open()?);
+        run_doubled(&mut a, 3.0, 0..1).and_then(|_| run_doubled(&mut b, 5.0, 0..1)).map_err(text)?;
+        a.run_segments(0, 1..2).and_then(|_| b.run_segments(0, 1..2)).map_err(text)?;
+        expect(backend, &a.io, 9.0).and_then(|()| expect(backend, &b.io, 15.0))
     };
     add("segments of two plans in turn", in_turns());
     let rebound = || -> std::result::Result<(), String> {
-        let mut plan = Doubling::new(backend, &program).map_err(text)?;
-        plan.set(3.0).and_then(|()| plan.run(0..2)).map_err(text)?;
+        let mut plan = open()?;
+        run_doubled(&mut plan, 3.0, 0..2).map_err(text)?;
         let first = plan.rebind().map_err(text)?;
-        plan.set(5.0).and_then(|()| plan.run(0..2)).map_err(text)?;
-        plan.expect(15.0)?;
-        expect(backend, first.last(), 9.0)
+        run_doubled(&mut plan, 5.0, 0..2).map_err(text)?;
+        expect(backend, &plan.io, 15.0)?;
+        expect(backend, &first, 9.0)
     };
     add("each step uses the buffers that it is given", rebound());
     let quotients = || [1.0f32, -1.0].map(|x| (black_box(x) / black_box(3.0)).to_bits());
     let before = quotients();
-    let timed =
-        Doubling::new(backend, &program).and_then(|mut plan| plan.set(3.0).and_then(|()| plan.run(0..2)));
+    let timed = open().and_then(|mut plan| run_doubled(&mut plan, 3.0, 0..2).map_err(text));
     let after = quotients();
     add(
         "the thread's rounding is left alone",
@@ -457,7 +418,7 @@ fn plans(backend: &dyn Backend, done: &mut dyn FnMut(Finding)) {
         match timed {
             Ok(timing) if timing.elapsed > Duration::ZERO => Ok(()),
             Ok(_) => Err("the time is zero".into()),
-            Err(e) => Err(e.to_string()),
+            Err(e) => Err(e),
         },
     );
 }
@@ -465,19 +426,16 @@ fn plans(backend: &dyn Backend, done: &mut dyn FnMut(Finding)) {
 /// Loses the device, if the backend can, and checks that later calls are errors. It is the last thing to do with a
 /// backend.
 pub fn check_lost(backend: &dyn Backend, done: &mut dyn FnMut(Finding)) {
-    let Some(program) = doubled().filter(|program| super::gap(backend, program).is_none()) else { return };
-    let ran = Doubling::new(backend, &program)
-        .and_then(|mut plan| plan.set(3.0).and_then(|()| plan.run(0..2)).map(|_| plan));
-    let Ok(mut plan) = ran else { return };
-    if !backend.lose() {
+    let Some(recording) = doubled().filter(|it| super::gap(backend, &it.program).is_none()) else { return };
+    let Ok(mut plan) = recording.open(backend) else { return };
+    if run_doubled(&mut plan, 3.0, 0..2).is_err() || !backend.lose() {
         return;
     }
+    let another = || recording.open(backend).map_err(text)?.run_segments(0, 0..2).map_err(text);
     let calls = [
-        ("a step", plan.run(0..2).map(drop)),
-        ("a second step", plan.run(0..2).map(drop)),
-        ("a new plan with its buffers and a step", {
-            Doubling::new(backend, &program).and_then(|mut plan| plan.run(0..2)).map(drop)
-        }),
+        ("a step", plan.run_segments(0, 0..2).map_err(text)),
+        ("a second step", plan.run_segments(0, 0..2).map_err(text)),
+        ("a new plan with its buffers and a step", another()),
     ];
     for (with, result) in calls {
         let result = result.err().map(drop).ok_or_else(|| "was accepted".to_owned());

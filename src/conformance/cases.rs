@@ -643,27 +643,9 @@ fn edges(cases: &mut Cases) {
     }
     // Six of eight experts, and outputs that are not whole tiles.
     for act in GATES {
-        let (cols, hidden, n) = (96, 160, 8);
         let format = Format::F32;
-        let weights = [
-            ("gate", format, vec![cols, hidden, n]),
-            ("up", format, vec![cols, hidden, n]),
-            ("down", format, vec![hidden, cols, n]),
-        ];
-        let (cols, hidden, n) = (cols as u32, hidden as u32, n as u32);
         let name = format!("Experts {} 6 of 8 {act:?}", format.name());
-        cases.add(name, &weights, &[&[(0, 5)]], gate_bound(act).max(1e-8), |b| {
-            let x = b.input("x", Dim::Tokens, cols);
-            let logits = b.input("logits", Dim::Tokens, n);
-            let routes = b.route(logits, 6, Gating::Softmax, true, 1.0);
-            let mats = [
-                b.expert_weight("gate", n, hidden, cols),
-                b.expert_weight("up", n, hidden, cols),
-                b.expert_weight("down", n, cols, hidden),
-            ];
-            let y = b.experts(x, routes, mats, None, act);
-            b.output(y);
-        });
+        mixture(cases, name, [96, 160, 8], format, 5, gate_bound(act).max(1e-8), 6, act, false);
     }
     // Scores of which only the differences count.
     for (what, factor) in [("large", 40.0), ("negative", -40.0)] {
@@ -1019,31 +1001,46 @@ fn experts(cases: &mut Cases) {
     for format in [Format::F32, Format::Q4_0, Format::Q4_K, Format::MXFP4, Format::IQ2_XS] {
         for (tokens, biased) in [(1, false), (3, true), (20, false)] {
             let name = format!("Experts {} tokens={tokens} biases={biased}", format.name());
-            let (cols, hidden, n) = (256, 512, 4);
-            let weights = [
-                ("gate", format, vec![cols, hidden, n]),
-                ("up", format, vec![cols, hidden, n]),
-                ("down", format, vec![hidden, cols, n]),
-                ("gate.b", Format::F32, vec![hidden, n]),
-                ("up.b", Format::F32, vec![hidden, n]),
-                ("down.b", Format::F32, vec![cols, n]),
-            ];
-            let (cols, hidden, n) = (cols as u32, hidden as u32, n as u32);
-            cases.add(name, &weights, &[&[(0, tokens)]], 1e-2, |b| {
-                let x = b.input("x", Dim::Tokens, cols);
-                let logits = b.input("logits", Dim::Tokens, n);
-                let routes = b.route(logits, 2, Gating::Softmax, true, 1.0);
-                let mats = [
-                    b.expert_weight("gate", n, hidden, cols),
-                    b.expert_weight("up", n, hidden, cols),
-                    b.expert_weight("down", n, cols, hidden),
-                ];
-                let biases = biased.then(|| {
-                    [b.weight("gate.b", n, hidden), b.weight("up.b", n, hidden), b.weight("down.b", n, cols)]
-                });
-                let y = b.experts(x, routes, mats, biases, Gate::Silu);
-                b.output(y);
-            });
+            mixture(cases, name, [256, 512, 4], format, tokens, 1e-2, 2, Gate::Silu, biased);
         }
     }
+}
+
+/// Adds a case of `used` experts of each token. The sizes are: elements of a row, hidden elements, experts.
+#[allow(clippy::too_many_arguments)]
+fn mixture(
+    cases: &mut Cases,
+    name: String,
+    [cols, hidden, n]: [u64; 3],
+    format: Format,
+    tokens: u32,
+    bound: f64,
+    used: u32,
+    act: Gate,
+    biased: bool,
+) {
+    let weights = [
+        ("gate", format, vec![cols, hidden, n]),
+        ("up", format, vec![cols, hidden, n]),
+        ("down", format, vec![hidden, cols, n]),
+        ("gate.b", Format::F32, vec![hidden, n]),
+        ("up.b", Format::F32, vec![hidden, n]),
+        ("down.b", Format::F32, vec![cols, n]),
+    ];
+    let (cols, hidden, n) = (cols as u32, hidden as u32, n as u32);
+    cases.add(name, &weights, &[&[(0, tokens)]], bound, |b| {
+        let x = b.input("x", Dim::Tokens, cols);
+        let logits = b.input("logits", Dim::Tokens, n);
+        let routes = b.route(logits, used, Gating::Softmax, true, 1.0);
+        let mats = [
+            b.expert_weight("gate", n, hidden, cols),
+            b.expert_weight("up", n, hidden, cols),
+            b.expert_weight("down", n, cols, hidden),
+        ];
+        let biases = biased.then(|| {
+            [b.weight("gate.b", n, hidden), b.weight("up.b", n, hidden), b.weight("down.b", n, cols)]
+        });
+        let y = b.experts(x, routes, mats, biases, act);
+        b.output(y);
+    });
 }

@@ -7,7 +7,7 @@ use halite_kernels::formats::{Format, Layout, LengthMismatch};
 
 use super::{Failure, Inputs};
 use crate::backend::{
-    Backend, Bindings, Buffer, Cancel, Limits, NO_PAGE, Span, Step, Ticket, Usage, first_page, upload,
+    Backend, Bindings, Buffer, Cancel, Limits, NO_PAGE, Span, Step, Ticket, Timing, Usage, first_page, upload,
 };
 use crate::error::{Error, Result};
 use crate::memory::reserved;
@@ -206,11 +206,11 @@ impl Recording {
 /// A recording with its buffers and its plan.
 pub(super) struct Opened<'a> {
     pub(super) recording: &'a Recording,
-    backend: &'a dyn Backend,
+    pub(super) backend: &'a dyn Backend,
     pub(super) program: Arc<Program>,
     weights: Vec<Buffer>,
     states: Vec<Buffer>,
-    io: Vec<Buffer>,
+    pub(super) io: Vec<Buffer>,
     plan: Box<dyn crate::backend::Plan>,
 }
 
@@ -241,13 +241,25 @@ impl<'a> Opened<'a> {
         });
         let weights = weights.collect::<Result<_>>()?;
         let states = recording.states.iter().map(|bytes| full(bytes, Usage::State)).collect::<Result<_>>()?;
+        let mut opened = Opened { recording, backend, program, weights, states, io: Vec::new(), plan };
+        opened.rebind()?;
+        Ok(opened)
+    }
+
+    /// Takes new buffers of inputs and outputs, and returns the old ones.
+    pub fn rebind(&mut self) -> Result<Vec<Buffer>> {
+        let Opened { backend, program, .. } = self;
+        let limits = self.recording.limits();
         let io = program.io.iter().map(|&id| {
             let t = program.tensor(id);
             let bytes = 4 * passes::rows(t.rows, limits.tokens, limits.outputs) as usize * t.cols as usize;
-            full(&filled(bytes + GUARD_BYTES, GUARD, &t.name)?, Usage::Io)
+            let content = filled(bytes + GUARD_BYTES, GUARD, &t.name)?;
+            let buffer = backend.alloc(content.len() as u64, Usage::Io)?;
+            upload(*backend, &buffer, 0, &content)?;
+            Ok(buffer)
         });
         let io = io.collect::<Result<_>>()?;
-        Ok(Opened { recording, backend, program, weights, states, io, plan })
+        Ok(std::mem::replace(&mut self.io, io))
     }
 
     /// Runs all steps, from the states as they are now.
@@ -292,7 +304,7 @@ impl<'a> Opened<'a> {
             upload(*backend, buffer, 0, bytemuck::cast_slice(content))?;
         }
         let (all, io) = (0..self.program.segments.len(), self.io.clone());
-        self.submit(&recording.steps[n], all, &io, cancel)
+        self.submit(&recording.steps[n], all, &io, cancel).map(drop)
     }
 
     /// Submits a step as it is, and waits.
@@ -302,21 +314,26 @@ impl<'a> Opened<'a> {
         segments: Range<usize>,
         io: &[Buffer],
         cancel: &Cancel,
-    ) -> Result<()> {
+    ) -> Result<Timing> {
         let spans = step.spans.iter().map(|s| Span { tables: &s.tables, start: s.start, len: s.len });
         let spans: Vec<Span<'_>> = spans.collect();
         let bindings = Bindings { weights: &self.weights, states: &self.states, io };
         let step = Step { spans: &spans, tokens: &step.tokens, outputs: &step.outputs, cancel };
         let ticket = self.plan.submit(&step, segments, &bindings)?;
-        self.plan.wait(ticket)?;
-        Ok(())
+        self.plan.wait(ticket)
+    }
+
+    /// Runs some segments of a step, with the buffers as they are.
+    pub fn run_segments(&mut self, n: usize, segments: Range<usize>) -> Result<Timing> {
+        let io = self.io.clone();
+        self.submit(&self.recording.steps[n], segments, &io, &Cancel::default())
     }
 
     /// Submits a step that may be impossible; with buffers of another backend unless `own`.
     pub fn submit_unchecked(&mut self, step: &StepData, segments: Range<usize>, own: bool) -> Result<()> {
         let foreign = self.io.iter().map(|buffer| Buffer::new(buffer.bytes(), ()));
         let io = if own { self.io.clone() } else { foreign.collect() };
-        self.submit(step, segments, &io, &Cancel::default())
+        self.submit(step, segments, &io, &Cancel::default()).map(drop)
     }
 
     /// Waits for a submission.
