@@ -16,7 +16,7 @@ use crate::weights::{Budget, StreamPlan, Weights};
 /// pages that the system maps around those in use.
 const SPARE_BYTES: u64 = 6 << 20;
 
-/// The part of the memory that a KV cache keeps which is spilled.
+/// A KV cache that is spilled keeps this part of the memory: one in so many.
 const KV_SHARE: u64 = 4;
 
 /// The memory of a session.

@@ -173,7 +173,7 @@ const STREAM_SHARE: u64 = 8;
 /// The largest chunk: a drive reads larger ones no faster.
 const CHUNK_BYTES: u64 = 1 << 20;
 const MIN_CHUNK_BYTES: u64 = 64 << 10;
-/// What is read ahead at most: more hides no longer wait.
+/// The most to read ahead: more memory would not make a step faster.
 const MOST_AHEAD_BYTES: u64 = 32 << 20;
 
 /// Weights that a backend streams by itself.
@@ -324,23 +324,19 @@ fn copy(gguf: &Gguf, program: &Program, backend: &dyn Backend, slot: usize, to: 
     let id = program.weights[slot];
     let tensor = find(gguf, program, id)?;
     match stored(&tensor, program, id)? {
-        Some(region) => {
-            let (mut at, mut read) = (0, Ok(()));
-            backend.fill(to, 0..region.len(), &mut |piece| {
-                if read.is_ok() {
-                    read = match region.mapped() {
-                        Some(bytes) => {
-                            let from = bytes.get(at as usize..).and_then(|rest| rest.get(..piece.len()));
-                            piece.copy_from_slice(from.unwrap_or(&[]));
-                            Ok(())
-                        }
-                        None => region.read_at(at, piece),
-                    };
-                }
-                at += piece.len() as u64;
-            })?;
-            read
-        }
+        Some(region) => match region.mapped() {
+            Some(bytes) => upload(backend, to, 0, bytes),
+            None => {
+                let (mut at, mut read) = (0, Ok(()));
+                backend.fill(to, 0..region.len(), &mut |piece| {
+                    if read.is_ok() {
+                        read = region.read_at(at, piece);
+                    }
+                    at += piece.len() as u64;
+                })?;
+                read
+            }
+        },
         None => {
             let bytes = laid_out(&tensor, program.tensor(id), bytes_in_file(program, id))?;
             upload(backend, to, 0, &bytes)

@@ -1,9 +1,8 @@
 //! The CPU backend: `halite-kernels` over mapped pages, on a pool of threads.
 //!
 //! Weights are imported, never copied. Those that do not fit a session's memory are streamed: an op reads some
-//! rows of them at a time, while others are on their way.
-//! Work is split by output columns or rows, or in attention by chunks of
-//! the cache whose results are merged in order, so no result depends on the split.
+//! rows of them at a time, while others are on their way. Work is split by output columns or rows, or in
+//! attention by chunks of the cache whose results are merged in order, so no result depends on the split.
 
 use std::ops::Range;
 use std::path::Path;

@@ -295,10 +295,6 @@ impl Backend for Hybrid {
 
     fn import(&self, region: &Region) -> Result<Option<Buffer>> {
         let bytes = region.len();
-        // Which device reads it is not known yet, and one may be unable to stream.
-        if region.stream().is_some() {
-            return Ok(None);
-        }
         Ok(Some(Buffer::new(bytes, Pair::new(bytes, Usage::Weight, Some(region.clone())))))
     }
 
