@@ -115,9 +115,9 @@ pub fn op_bound(program: &Program, op: &Op) -> f64 {
 
 /// The whole matrix.
 pub fn cases() -> Vec<Case> {
-    let mut cases = Cases(ordinary());
-    edges(&mut cases);
-    cases.0
+    let mut cases = ordinary();
+    cases.extend(edges());
+    cases
 }
 
 /// The matrix without the edges of sizes and values.
@@ -138,7 +138,9 @@ pub fn representative() -> Vec<Case> {
         let mut words = case.name.split(' ');
         (words.next().map(str::to_owned), words.next().map(str::to_owned))
     };
-    let all = ordinary();
+    // The last case of a kind represents it: ordinary ones, where there are any.
+    let mut all = edges();
+    all.extend(ordinary());
     let last = |n: &usize| {
         // Probes find most mistakes of products.
         all[*n].name.ends_with("tokens=12") && all[*n].name.contains(" probes ")
@@ -562,7 +564,9 @@ fn zeros(b: &mut Builder<'_>, x: TensorId) -> TensorId {
 
 /// Cases at the edges: large numbers, zeros of both signs, indices beyond 16 bits, many experts, steps that differ in
 /// nothing but their content.
-fn edges(cases: &mut Cases) {
+fn edges() -> Vec<Case> {
+    let mut collected = Cases(Vec::new());
+    let cases = &mut collected;
     for f in UNARY {
         for (what, scale, by) in [("large", 90.0, 0.0), ("around -3", 0.3, -3.0)] {
             cases.add(
@@ -678,6 +682,7 @@ fn edges(cases: &mut Cases) {
         let y = b.gather(x);
         b.output(y);
     });
+    collected.0
 }
 
 /// All gates.
