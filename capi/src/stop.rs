@@ -1,4 +1,4 @@
-//! Work that stops at a request of another thread, or at a deadline.
+//! Work that stops at a deadline.
 
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
