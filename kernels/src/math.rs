@@ -8,12 +8,22 @@ use crate::isa::Isa;
 
 /// `a * b + c`, rounded once, on CPUs without the instruction.
 ///
-/// The product of two f32 is exact in f64. Their sum is rounded to odd (Boldo & Melquiond 2008), so that the
-/// final rounding to f32 sees on which side of a tie the exact sum lies.
+/// The product of two f32 is exact in f64. Rounding the sum twice, to f64 and to f32, differs from rounding it
+/// once only if the first result is a tie between two f32.
 #[inline]
 pub fn fma(a: f32, b: f32, c: f32) -> f32 {
-    let p = f64::from(a) * f64::from(b);
-    let c = f64::from(c);
+    let (p, c) = (f64::from(a) * f64::from(b), f64::from(c));
+    let sum = p + c;
+    let is_tie = sum.to_bits() & 0x1fff_ffff == 0x1000_0000;
+    // Below the normal numbers, ties are elsewhere.
+    if !is_tie && sum.abs() >= f64::from(f32::MIN_POSITIVE) { sum as f32 } else { rounded_once(p, c) }
+}
+
+/// The sum as f32, by way of an f64 rounded to odd (Boldo & Melquiond 2008), which shows on which side of a tie the
+/// exact sum lies.
+#[cold]
+#[inline(never)]
+fn rounded_once(p: f64, c: f64) -> f32 {
     let sum = p + c;
     if !sum.is_finite() {
         return sum as f32;

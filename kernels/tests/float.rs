@@ -81,3 +81,32 @@ fn half_precision_is_the_same_in_every_environment() {
         assert!(got == want, "{name}");
     }
 }
+
+/// Ties of f32, values next to them, subnormal results, overflow and what is not finite.
+#[test]
+fn multiplications_and_additions_are_rounded_once() {
+    let mut state = 1u64;
+    let mut draw = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 32) as u32
+    };
+    let check = |a: f32, b: f32, c: f32| {
+        let (got, want) = (halite_kernels::math::fma(a, b, c), a.mul_add(b, c));
+        assert!(
+            got.to_bits() == want.to_bits() || got.is_nan() && want.is_nan(),
+            "{a:e} {b:e} {c:e}: {got:e}, {want:e}"
+        );
+    };
+    for _ in 0..2_000_000 {
+        check(f32::from_bits(draw()), f32::from_bits(draw()), f32::from_bits(draw()));
+        // Exponents that meet, and a product that is a power of two: half of the last place of `c`, or nearly.
+        let near = |bits: u32, exponent: u32| f32::from_bits(bits & 0x807f_ffff | exponent << 23);
+        let (e, c) = (draw() % 250 + 2, draw());
+        check(near(draw(), 127), near(draw(), e), near(c, (e + draw() % 5).min(254)));
+        let (half, sign) = (draw() % 60, draw() & 0x8000_0000);
+        let power = |e: u32, low: u32| f32::from_bits(sign | e << 23 | low);
+        check(power(127, draw() % 3), power(100 + half, 0), near(c, (124 + half).min(254)));
+        // Subnormal sums.
+        check(power(64, draw() % 3), power(40 + half % 30, draw() % 3), f32::from_bits(draw() & 0x80ff_ffff));
+    }
+}

@@ -151,6 +151,47 @@ fn products_are_those_of_the_normal_form() {
     }
 }
 
+#[test]
+fn products_of_plain_formats_are_sums_of_sixteen_lanes() {
+    let mut state = 1u64;
+    let mut byte = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        (state >> 56) as u8
+    };
+    let (k, rows, tokens) = (37, 19, 5);
+    for &format in Format::ALL.iter().filter(|format| format.kind() == Kind::Float) {
+        let mut w: Vec<u8> = (0..rows * format.row_bytes(k).unwrap()).map(|_| byte()).collect();
+        format.set_scale(&mut w, 0.5);
+        let mut values = vec![0.0; rows * k];
+        format.dequantize(&w, &mut values).unwrap();
+        let x: Vec<f32> = (0..tokens * k).map(|_| f32::from(byte()) - 127.0).collect();
+        let want = |r: usize, t: usize| {
+            let mut lanes = [0.0f32; 16];
+            for i in 0..k {
+                lanes[i % 16] = values[r * k + i].mul_add(x[t * k + i], lanes[i % 16]);
+            }
+            for half in [8, 4, 2, 1] {
+                for i in 0..half {
+                    lanes[i] += lanes[i + half];
+                }
+            }
+            lanes[0]
+        };
+        for cpu in Cpu::NAMES.iter().filter_map(|name| Cpu::from_name(name)) {
+            for tokens in [1, 2, 3, 5] {
+                let mut y = vec![f32::NAN; tokens * rows];
+                let (x, out) = (X::F32(&x[..tokens * k]), PanelMut::new(&mut y, rows));
+                matmul(cpu, format, MatMul { w: &w, layout: Layout::Rows, k, x, out });
+                for (i, y) in y.iter().enumerate() {
+                    let (t, r) = (i / rows, i % rows);
+                    let what = format_args!("{} {tokens} tokens, row {r}, token {t}", cpu.name());
+                    assert_eq!(y.to_bits(), want(r, t).to_bits(), "{format:?} {what}");
+                }
+            }
+        }
+    }
+}
+
 /// Whatever the lengths say, nothing panics, and what is there is computed.
 #[test]
 fn wrong_lengths_leave_rows_and_tokens_alone() {

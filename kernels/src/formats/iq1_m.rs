@@ -6,7 +6,7 @@
 
 use super::bytes::layout;
 use super::gridded::{self, Gridded, Split};
-use super::{Activation, Block, F16, Format, IQ1_GRID, Quantised, Unpacked};
+use super::{Block, F16, Format, IQ1_GRID, Quantised, Signed, SuperBlock, Unpacked};
 use crate::isa::Isa;
 
 layout! {
@@ -50,9 +50,7 @@ impl Block for IQ1_M {
 }
 
 impl Quantised for IQ1_M {
-    const ACTIVATION: Activation = Activation::Q8_K;
-    const GROUP: usize = 256;
-    const HAS_MIN: bool = false;
+    type Shape = SuperBlock<16, Signed>;
 
     #[inline(always)]
     fn unpack(&self, out: &mut Unpacked) {

@@ -3,7 +3,7 @@
 use super::bits::even_bytes;
 use super::bytes::layout;
 use super::gridded::{self, Gridded, Split};
-use super::{Activation, Block, F16, Format, IQ2_XS_GRID, Quantised, Unpacked};
+use super::{Block, F16, Format, IQ2_XS_GRID, Quantised, Signed, SuperBlock, Unpacked};
 use crate::isa::Isa;
 
 layout! {
@@ -32,9 +32,7 @@ impl Block for IQ2_XS {
 }
 
 impl Quantised for IQ2_XS {
-    const ACTIVATION: Activation = Activation::Q8_K;
-    const GROUP: usize = 256;
-    const HAS_MIN: bool = false;
+    type Shape = SuperBlock<16, Signed>;
 
     #[inline(always)]
     fn unpack(&self, out: &mut Unpacked) {

@@ -3,7 +3,7 @@
 use super::bytes::layout;
 use super::gridded::{self, Gridded, Split};
 use super::grids::IQ3_S_QUADS;
-use super::{Activation, Block, F16, Format, Quantised, Unpacked};
+use super::{Block, F16, Format, Quantised, Signed, SuperBlock, Unpacked};
 use crate::isa::Isa;
 
 layout! {
@@ -36,9 +36,7 @@ impl Block for IQ3_S {
 }
 
 impl Quantised for IQ3_S {
-    const ACTIVATION: Activation = Activation::Q8_K;
-    const GROUP: usize = 256;
-    const HAS_MIN: bool = false;
+    type Shape = SuperBlock<16, Signed>;
 
     #[inline(always)]
     fn unpack(&self, out: &mut Unpacked) {

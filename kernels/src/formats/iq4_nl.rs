@@ -2,7 +2,7 @@
 
 use super::bytes::layout;
 use super::lanes::{Lanes, Words};
-use super::{Activation, Block, F16, Format, Interleaved, Plain, Quantised, Unpacked};
+use super::{Block, F16, Format, Groups, Interleaved, Plain, Quantised, Signed, Unpacked};
 use crate::isa::Isa;
 
 /// The value of each code of IQ4_NL and IQ4_XS, before scaling.
@@ -32,9 +32,7 @@ impl Block for IQ4_NL {
 }
 
 impl Quantised for IQ4_NL {
-    const ACTIVATION: Activation = Activation::Q8_0;
-    const GROUP: usize = 32;
-    const HAS_MIN: bool = false;
+    type Shape = Groups<32, Signed>;
 
     #[inline(always)]
     fn unpack(&self, out: &mut Unpacked) {

@@ -4,7 +4,7 @@
 use super::bits::nibble;
 use super::bytes::layout;
 use super::lanes::{Lanes, Words, less_32};
-use super::{Activation, Block, F16, Format, IQ4_VALUES, Interleaved, Plain, Quantised, Unpacked};
+use super::{Block, F16, Format, IQ4_VALUES, Interleaved, Plain, Quantised, Signed, SuperBlock, Unpacked};
 use crate::isa::Isa;
 
 layout! {
@@ -35,10 +35,7 @@ impl Block for IQ4_XS {
 }
 
 impl Quantised for IQ4_XS {
-    const ACTIVATION: Activation = Activation::Q8_K;
-    const GROUP: usize = 256;
-    const HAS_MIN: bool = false;
-    const SUB: usize = 32;
+    type Shape = SuperBlock<32, Signed>;
 
     #[inline(always)]
     fn unpack(&self, out: &mut Unpacked) {

@@ -15,6 +15,7 @@ mod gridded;
 mod grids;
 mod lanes;
 mod plain;
+mod shape;
 
 mod iq1_m;
 mod iq1_s;
@@ -78,6 +79,7 @@ pub use q6_k::Q6_K;
 pub use q8_0::Q8_0;
 pub use q8_1::Q8_1;
 pub use q8_k::Q8_K;
+pub use shape::{Codes, Groups, Raised, Shape, Signed, SuperBlock, WithMin};
 pub use tq1_0::TQ1_0;
 pub use tq2_0::TQ2_0;
 
@@ -112,18 +114,20 @@ pub trait Plain: Block {
 
 /// A format whose values are small integer codes under shared scales.
 pub trait Quantised: Block {
+    /// How codes are scaled.
+    type Shape: Shape;
     /// The format to which activations are quantised for a dot product with this format.
-    const ACTIVATION: Activation;
-    /// Values that share one f32 scale, and so one fused multiply-add in a dot product.
-    const GROUP: usize;
-    /// Whether values have a minimum added.
-    const HAS_MIN: bool;
-    /// Values that share one integer sub-scale, where `GROUP` is 256; 256: it is one for all.
-    const SUB: usize = 16;
-    /// The number by which code bytes in kernels exceed the codes.
-    const OFFSET: i32 = 0;
-    /// Whether the code bytes in kernels are signed; unsigned ones are at most 127.
-    const SIGNED: bool = true;
+    const ACTIVATION: Activation = <Self::Shape as Shape>::ACTIVATION;
+    /// See [`Shape::GROUP`].
+    const GROUP: usize = <Self::Shape as Shape>::GROUP;
+    /// See [`Shape::SUB`].
+    const SUB: usize = <Self::Shape as Shape>::SUB;
+    /// See [`Shape::SIGNED`].
+    const SIGNED: bool = <Self::Shape as Shape>::SIGNED;
+    /// See [`Shape::HAS_MIN`].
+    const HAS_MIN: bool = <Self::Shape as Shape>::HAS_MIN;
+    /// See [`Shape::OFFSET`].
+    const OFFSET: i32 = <Self::Shape as Shape>::OFFSET;
 
     /// Writes the block in normal form, exactly. Only the entries that the format uses are written: `LEN`
     /// codes, `LEN / 16` sub-scales, `LEN / GROUP` scales, and as many minimums if `HAS_MIN`.

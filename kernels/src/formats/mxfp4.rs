@@ -5,7 +5,7 @@
 
 use super::bytes::layout;
 use super::lanes::{Lanes, Words};
-use super::{Activation, Block, Format, Interleaved, Quantised, Unpacked};
+use super::{Block, Format, Groups, Interleaved, Quantised, Raised, Unpacked};
 use crate::isa::Isa;
 
 /// Twice the value of each E2M1 code.
@@ -76,11 +76,7 @@ impl Block for MXFP4 {
 }
 
 impl Quantised for MXFP4 {
-    const ACTIVATION: Activation = Activation::Q8_0;
-    const GROUP: usize = 32;
-    const HAS_MIN: bool = false;
-    const OFFSET: i32 = 12;
-    const SIGNED: bool = false;
+    type Shape = Groups<32, Raised<12>>;
 
     #[inline(always)]
     fn unpack(&self, out: &mut Unpacked) {

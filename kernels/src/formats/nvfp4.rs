@@ -7,7 +7,7 @@
 use super::bytes::layout;
 use super::lanes::{Lanes, Words};
 use super::mxfp4::{E2M1_RAISED, e2m1_doubled};
-use super::{Activation, Block, Format, Interleaved, Quantised, Unpacked};
+use super::{Block, Format, Groups, Interleaved, Quantised, Raised, Unpacked};
 use crate::isa::Isa;
 
 layout! {
@@ -85,11 +85,7 @@ impl Block for NVFP4 {
 }
 
 impl Quantised for NVFP4 {
-    const ACTIVATION: Activation = Activation::Q8_0;
-    const GROUP: usize = 16;
-    const HAS_MIN: bool = false;
-    const OFFSET: i32 = 12;
-    const SIGNED: bool = false;
+    type Shape = Groups<16, Raised<12>>;
 
     #[inline(always)]
     fn unpack(&self, out: &mut Unpacked) {

@@ -4,7 +4,7 @@
 
 use super::bytes::layout;
 use super::lanes::{Lanes, Words, field};
-use super::{Activation, Block, F16, Format, Interleaved, Plain, Quantised, Unpacked};
+use super::{Block, F16, Format, Interleaved, Plain, Quantised, SuperBlock, Unpacked, WithMin};
 use crate::isa::Isa;
 
 layout! {
@@ -36,10 +36,7 @@ impl Block for Q2_K {
 }
 
 impl Quantised for Q2_K {
-    const ACTIVATION: Activation = Activation::Q8_K;
-    const GROUP: usize = 256;
-    const HAS_MIN: bool = true;
-    const SIGNED: bool = false;
+    type Shape = SuperBlock<16, WithMin>;
 
     #[inline(always)]
     fn unpack(&self, out: &mut Unpacked) {

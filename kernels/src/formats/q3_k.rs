@@ -4,7 +4,7 @@
 
 use super::bytes::layout;
 use super::lanes::{Lanes, Words, field, less_32};
-use super::{Activation, Block, F16, Format, Interleaved, Plain, Quantised, Unpacked};
+use super::{Block, F16, Format, Interleaved, Plain, Quantised, Raised, SuperBlock, Unpacked};
 use crate::isa::Isa;
 
 layout! {
@@ -36,11 +36,7 @@ impl Block for Q3_K {
 }
 
 impl Quantised for Q3_K {
-    const ACTIVATION: Activation = Activation::Q8_K;
-    const GROUP: usize = 256;
-    const HAS_MIN: bool = false;
-    const OFFSET: i32 = 4;
-    const SIGNED: bool = false;
+    type Shape = SuperBlock<16, Raised<4>>;
 
     #[inline(always)]
     fn unpack(&self, out: &mut Unpacked) {

@@ -2,7 +2,7 @@
 
 use super::bytes::layout;
 use super::lanes::{Lanes, Words};
-use super::{Activation, Block, F16, Format, Interleaved, Plain, Quantised, Unpacked};
+use super::{Block, F16, Format, Groups, Interleaved, Plain, Quantised, Raised, Unpacked};
 use crate::isa::Isa;
 
 layout! {
@@ -42,11 +42,7 @@ pub(crate) fn codes(values: &[f32; 32]) -> (f32, [u8; 32]) {
 }
 
 impl Quantised for Q4_0 {
-    const ACTIVATION: Activation = Activation::Q8_0;
-    const GROUP: usize = 32;
-    const HAS_MIN: bool = false;
-    const OFFSET: i32 = 8;
-    const SIGNED: bool = false;
+    type Shape = Groups<32, Raised<8>>;
 
     #[inline(always)]
     fn unpack(&self, out: &mut Unpacked) {

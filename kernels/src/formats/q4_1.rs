@@ -2,7 +2,7 @@
 
 use super::bytes::layout;
 use super::lanes::{Lanes, Words};
-use super::{Activation, Block, F16, Format, Interleaved, Plain, Quantised, Unpacked};
+use super::{Block, F16, Format, Groups, Interleaved, Plain, Quantised, Unpacked, WithMin};
 use crate::isa::Isa;
 
 layout! {
@@ -43,10 +43,7 @@ impl Block for Q4_1 {
 }
 
 impl Quantised for Q4_1 {
-    const ACTIVATION: Activation = Activation::Q8_0;
-    const GROUP: usize = 32;
-    const HAS_MIN: bool = true;
-    const SIGNED: bool = false;
+    type Shape = Groups<32, WithMin>;
 
     #[inline(always)]
     fn unpack(&self, out: &mut Unpacked) {

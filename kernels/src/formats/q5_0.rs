@@ -3,7 +3,7 @@
 
 use super::bytes::layout;
 use super::lanes::{Lanes, Words, spread_bits};
-use super::{Activation, Block, F16, Format, Interleaved, Plain, Quantised, Unpacked};
+use super::{Block, F16, Format, Groups, Interleaved, Plain, Quantised, Raised, Unpacked};
 use crate::isa::Isa;
 
 layout! {
@@ -41,11 +41,7 @@ impl Block for Q5_0 {
 }
 
 impl Quantised for Q5_0 {
-    const ACTIVATION: Activation = Activation::Q8_0;
-    const GROUP: usize = 32;
-    const HAS_MIN: bool = false;
-    const OFFSET: i32 = 16;
-    const SIGNED: bool = false;
+    type Shape = Groups<32, Raised<16>>;
 
     #[inline(always)]
     fn unpack(&self, out: &mut Unpacked) {

@@ -3,7 +3,7 @@
 use super::bytes::layout;
 use super::lanes::{Lanes, Words, spread_bits};
 use super::q5_0::{pack, unpack_codes};
-use super::{Activation, Block, F16, Format, Interleaved, Plain, Quantised, Unpacked};
+use super::{Block, F16, Format, Groups, Interleaved, Plain, Quantised, Unpacked, WithMin};
 use crate::isa::Isa;
 
 layout! {
@@ -45,10 +45,7 @@ impl Block for Q5_1 {
 }
 
 impl Quantised for Q5_1 {
-    const ACTIVATION: Activation = Activation::Q8_0;
-    const GROUP: usize = 32;
-    const HAS_MIN: bool = true;
-    const SIGNED: bool = false;
+    type Shape = Groups<32, WithMin>;
 
     #[inline(always)]
     fn unpack(&self, out: &mut Unpacked) {

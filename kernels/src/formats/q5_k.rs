@@ -5,7 +5,7 @@
 use super::bytes::layout;
 use super::lanes::{Lanes, Words, field, six_bit_words};
 use super::q4_k::unpack_scales;
-use super::{Activation, Block, F16, Format, Interleaved, Plain, Quantised, Unpacked};
+use super::{Block, F16, Format, Interleaved, Plain, Quantised, SuperBlock, Unpacked, WithMin};
 use crate::isa::Isa;
 
 layout! {
@@ -39,11 +39,7 @@ impl Block for Q5_K {
 }
 
 impl Quantised for Q5_K {
-    const ACTIVATION: Activation = Activation::Q8_K;
-    const GROUP: usize = 256;
-    const HAS_MIN: bool = true;
-    const SUB: usize = 32;
-    const SIGNED: bool = false;
+    type Shape = SuperBlock<32, WithMin>;
 
     #[inline(always)]
     fn unpack(&self, out: &mut Unpacked) {

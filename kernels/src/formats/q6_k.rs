@@ -6,7 +6,7 @@
 
 use super::bytes::layout;
 use super::lanes::{Lanes, Words, field};
-use super::{Activation, Block, F16, Format, Interleaved, Plain, Quantised, Unpacked};
+use super::{Block, F16, Format, Interleaved, Plain, Quantised, Raised, SuperBlock, Unpacked};
 use crate::isa::Isa;
 
 layout! {
@@ -37,11 +37,7 @@ impl Block for Q6_K {
 }
 
 impl Quantised for Q6_K {
-    const ACTIVATION: Activation = Activation::Q8_K;
-    const GROUP: usize = 256;
-    const HAS_MIN: bool = false;
-    const OFFSET: i32 = 32;
-    const SIGNED: bool = false;
+    type Shape = SuperBlock<16, Raised<32>>;
 
     #[inline(always)]
     fn unpack(&self, out: &mut Unpacked) {

@@ -3,7 +3,7 @@
 use super::bits::round_ties_even;
 use super::bytes::layout;
 use super::lanes::{Lanes, Words};
-use super::{Activation, Block, F16, Format, Interleaved, Plain, Quantised, Unpacked};
+use super::{Block, F16, Format, Groups, Interleaved, Plain, Quantised, Signed, Unpacked};
 use crate::isa::Isa;
 
 layout! {
@@ -37,9 +37,7 @@ impl Block for Q8_0 {
 }
 
 impl Quantised for Q8_0 {
-    const ACTIVATION: Activation = Activation::Q8_0;
-    const GROUP: usize = 32;
-    const HAS_MIN: bool = false;
+    type Shape = Groups<32, Signed>;
 
     #[inline(always)]
     fn unpack(&self, out: &mut Unpacked) {

@@ -2,7 +2,7 @@
 
 use super::bytes::layout;
 use super::q8_0::symmetric_codes;
-use super::{Activation, Block, F16, Format, Plain, Quantised, Unpacked};
+use super::{Block, F16, Format, Groups, Plain, Quantised, Signed, Unpacked};
 
 layout! {
     /// 32 values in 36 bytes.
@@ -45,9 +45,7 @@ impl Block for Q8_1 {
 }
 
 impl Quantised for Q8_1 {
-    const ACTIVATION: Activation = Activation::Q8_0;
-    const GROUP: usize = 32;
-    const HAS_MIN: bool = false;
+    type Shape = Groups<32, Signed>;
 
     #[inline(always)]
     fn unpack(&self, out: &mut Unpacked) {

@@ -2,7 +2,7 @@
 
 use super::bytes::layout;
 use super::q8_0::symmetric_codes;
-use super::{Activation, Block, F32, Format, Plain, Quantised, Unpacked};
+use super::{Block, F32, Format, Plain, Quantised, Signed, SuperBlock, Unpacked};
 
 layout! {
     /// 256 values in 292 bytes.
@@ -40,9 +40,7 @@ impl Block for Q8_K {
 }
 
 impl Quantised for Q8_K {
-    const ACTIVATION: Activation = Activation::Q8_K;
-    const GROUP: usize = 256;
-    const HAS_MIN: bool = false;
+    type Shape = SuperBlock<16, Signed>;
 
     #[inline(always)]
     fn unpack(&self, out: &mut Unpacked) {

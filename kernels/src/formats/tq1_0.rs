@@ -6,7 +6,7 @@
 
 use super::bytes::layout;
 use super::lanes::{Lanes, Words};
-use super::{Activation, Block, F16, Format, Interleaved, Plain, Quantised, Unpacked};
+use super::{Block, F16, Format, Interleaved, Plain, Quantised, Raised, SuperBlock, Unpacked};
 use crate::isa::Isa;
 
 layout! {
@@ -51,12 +51,7 @@ fn digits<const N: usize>(bytes: &[u8], codes: &mut [i8]) {
 }
 
 impl Quantised for TQ1_0 {
-    const ACTIVATION: Activation = Activation::Q8_K;
-    const GROUP: usize = 256;
-    const HAS_MIN: bool = false;
-    const SUB: usize = 256;
-    const OFFSET: i32 = 1;
-    const SIGNED: bool = false;
+    type Shape = SuperBlock<256, Raised<1>>;
 
     #[inline(always)]
     fn unpack(&self, out: &mut Unpacked) {

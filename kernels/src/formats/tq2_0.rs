@@ -2,7 +2,7 @@
 
 use super::bytes::layout;
 use super::lanes::{Lanes, Words, field};
-use super::{Activation, Block, F16, Format, Interleaved, Plain, Quantised, Unpacked};
+use super::{Block, F16, Format, Interleaved, Plain, Quantised, Raised, SuperBlock, Unpacked};
 use crate::isa::Isa;
 
 layout! {
@@ -29,12 +29,7 @@ impl Block for TQ2_0 {
 }
 
 impl Quantised for TQ2_0 {
-    const ACTIVATION: Activation = Activation::Q8_K;
-    const GROUP: usize = 256;
-    const HAS_MIN: bool = false;
-    const SUB: usize = 256;
-    const OFFSET: i32 = 1;
-    const SIGNED: bool = false;
+    type Shape = SuperBlock<256, Raised<1>>;
 
     #[inline(always)]
     fn unpack(&self, out: &mut Unpacked) {

@@ -581,34 +581,38 @@ pub trait WithIsa {
     fn call<I: Isa>(self, isa: I) -> Self::Out;
 }
 
-/// Defines [`Cpu`]: a variant for each instruction set, slowest first, with the token that proves it.
+/// Defines [`Cpu`]: scalar code, and a variant for each instruction set, slowest first, with the token that
+/// proves it.
 macro_rules! cpu {
-    ($($(#[doc = $doc:literal])+ $(#[cfg($cfg:meta)])? $name:ident: $token:ty,)+) => {
+    ($($(#[doc = $doc:literal])+ #[cfg($cfg:meta)] $name:ident: $token:ty,)+) => {
         /// An instruction set that this CPU can run.
         #[derive(Debug, Clone, Copy)]
         #[non_exhaustive]
         pub enum Cpu {
-            $($(#[doc = $doc])+ $(#[cfg($cfg)])? $name($token),)+
+            /// No vector instructions beyond the target's baseline.
+            Scalar(Scalar),
+            $($(#[doc = $doc])+ #[cfg($cfg)] $name($token),)+
         }
 
         impl Cpu {
             /// Names of the instruction sets that exist for this target, slowest first.
-            pub const NAMES: &'static [&'static str] = &[$($(#[cfg($cfg)])? <$token>::NAME),+];
+            pub const NAMES: &'static [&'static str] = &[Scalar::NAME, $(#[cfg($cfg)] <$token>::NAME),+];
 
             /// The named one, if the CPU has it.
             #[cfg(feature = "std")]
             pub fn from_name(name: &str) -> Option<Cpu> {
-                $($(#[cfg($cfg)])?
+                $(#[cfg($cfg)]
                 if name == <$token>::NAME {
                     return <$token>::detect().map(Cpu::$name);
                 })+
-                None
+                (name == Scalar::NAME).then_some(Cpu::Scalar(Scalar))
             }
 
             /// The name.
             pub fn name(self) -> &'static str {
                 match self {
-                    $($(#[cfg($cfg)])? Cpu::$name(_) => <$token>::NAME,)+
+                    Cpu::Scalar(_) => Scalar::NAME,
+                    $(#[cfg($cfg)] Cpu::$name(_) => <$token>::NAME,)+
                 }
             }
 
@@ -622,7 +626,20 @@ macro_rules! cpu {
             #[inline]
             pub fn run_inline<K: WithIsa>(self, kernel: K) -> K::Out {
                 match self {
-                    $($(#[cfg($cfg)])? Cpu::$name(isa) => isa.run(
+                    Cpu::Scalar(isa) => kernel.call(isa),
+                    $(#[cfg($cfg)] Cpu::$name(isa) => isa.run(
+                        #[inline(always)]
+                        || kernel.call(isa),
+                    ),)+
+                }
+            }
+
+            /// As [`Cpu::run_inline`], for a kernel that has a scalar counterpart, which is not run.
+            #[inline]
+            pub(crate) fn run_vectors<K: WithIsa<Out = ()>>(self, kernel: K) {
+                match self {
+                    Cpu::Scalar(_) => drop(kernel),
+                    $(#[cfg($cfg)] Cpu::$name(isa) => isa.run(
                         #[inline(always)]
                         || kernel.call(isa),
                     ),)+
@@ -633,8 +650,6 @@ macro_rules! cpu {
 }
 
 cpu! {
-    /// No vector instructions beyond the target's baseline.
-    Scalar: Scalar,
     /// NEON.
     #[cfg(all(target_arch = "aarch64", target_feature = "neon", target_endian = "little"))]
     Neon: Neon<false, false>,

@@ -11,11 +11,15 @@
 //!   transposed on the way. One weight row in each of 16 lanes, so that sums need no reduction.
 //! - `tiles`: many tokens. Sixteen rows are expanded once, and meet all tokens.
 //!
-//! Formats without kernels of their own are unpacked to their normal form ([`Unpacked`]) first.
+//! Formats without kernels of their own are unpacked to their normal form ([`Unpacked`]) first. Without vector
+//! instructions all are: `scalar` is one kernel for all formats.
+//!
+//! Code is what a library of many formats consists of. What multiplies expanded tiles is therefore compiled once
+//! for all formats of one [`Shape`](crate::formats::Shape), and only what expands them for each format.
 
 #![allow(clippy::needless_range_loop, reason = "loops by index over vectors are what inlines; see `isa`")]
 
-use crate::activation::{self, SUMS, padded};
+use crate::activation::{self, Activation, SUMS, padded};
 use crate::formats::{
     Bytes, Format, Gridded, Interleaved, Kind, Layout, MAX_BLOCK_BYTES, Plain, Quantised, ROWS, Split,
     Unpacked,
@@ -26,6 +30,7 @@ use core::marker::PhantomData;
 
 mod plain;
 mod rowwise;
+mod scalar;
 mod tiles;
 
 use plain::plain;
@@ -63,9 +68,10 @@ pub struct MatMul<'a, 'o> {
 /// A format's kernel for every CPU.
 pub(crate) type Kernel = fn(Cpu, MatMul<'_, '_>);
 
-/// For kernels that are generic over the instruction set and the format, functions that choose the former.
+/// For kernels that are generic over the instruction set and the format, functions that choose the former, for all
+/// CPUs or for those with vectors.
 macro_rules! for_every_cpu {
-    ($($kernel:ident<$format:ident>)+) => {
+    ($($kernel:ident<$format:ident>: $run:ident;)+) => {
         pub(crate) mod every_cpu {
             use super::*;
             $(pub(crate) fn $kernel<Q: $format>(cpu: Cpu, product: MatMul<'_, '_>) {
@@ -77,13 +83,18 @@ macro_rules! for_every_cpu {
                         super::$kernel::<I, Q>(isa, self.0);
                     }
                 }
-                cpu.run_inline(Call::<Q>(product, PhantomData));
+                cpu.$run(Call::<Q>(product, PhantomData));
             })+
         }
     };
 }
 
-for_every_cpu! { interleaved<Interleaved> gridded<Gridded> unpacked<Quantised> plain<Plain> }
+for_every_cpu! {
+    interleaved<Interleaved>: run_vectors;
+    gridded<Gridded>: run_vectors;
+    unpacked<Quantised>: run_vectors;
+    plain<Plain>: run_inline;
+}
 
 /// The loop that computes a product.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -138,7 +149,56 @@ pub fn describe(cpu: Cpu, format: Format, layout: Layout, tokens: usize) -> impl
 /// are left alone; if `x` is not of the kind that the format wants, or `k` is no whole number of blocks, all
 /// are.
 pub fn matmul(cpu: Cpu, format: Format, product: MatMul<'_, '_>) {
-    (format.kernel())(cpu, product);
+    match (cpu, format.kind()) {
+        (Cpu::Scalar(_), Kind::Quantised { .. }) => scalar::quantised(format, product),
+        _ => (format.kernel())(cpu, product),
+    }
+}
+
+/// Quantised activations, checked.
+struct Inputs<'a> {
+    k: usize,
+    tokens: usize,
+    /// Codes and sums, chunk by chunk.
+    codes: &'a [[[i8; 4]; CHUNK / 4]],
+    sums: &'a [[i32; SUMS]],
+    scales: &'a [f32],
+    /// Chunks of a token, and scales of a chunk.
+    chunks: usize,
+    chunk_scales: usize,
+}
+
+impl<'a> Inputs<'a> {
+    /// At most `tokens` of them, of `k` values for blocks of `block_len`; `None` if that does not fit.
+    fn new(x: X<'a>, k: usize, block_len: usize, to: Activation, tokens: usize) -> Option<Self> {
+        let X::Quantised(x) = x else { return None };
+        // No longer row could be in memory, and its padded length might overflow.
+        if k == 0 || k > isize::MAX as usize || !k.is_multiple_of(block_len) || k != x.k {
+            return None;
+        }
+        let width = padded(k);
+        let (scales, sums) = (width / to.block_len(), width / activation::PADDING * SUMS);
+        let tokens =
+            (x.codes.len() / width).min(x.scales.len() / scales).min(x.sums.len() / sums).min(tokens);
+        let codes = x.codes[..tokens * width].as_chunks::<4>().0.as_chunks::<{ CHUNK / 4 }>().0;
+        let sums = x.sums[..tokens * sums].as_chunks().0;
+        let (chunks, chunk_scales) = (k.div_ceil(CHUNK), CHUNK / to.block_len());
+        let scales = &x.scales[..tokens * scales];
+        Some(Inputs { k, tokens, codes, sums, scales, chunks, chunk_scales })
+    }
+
+    /// A token's chunk; zeros past the end.
+    #[inline(always)]
+    fn chunk(&self, token: usize, c: usize) -> XChunk<'a> {
+        let i = token * self.chunks + c;
+        let scales = self.scales.get(i * self.chunk_scales..).unwrap_or(&[]);
+        XChunk {
+            codes: self.codes.get(i).unwrap_or(&[[0; 4]; CHUNK / 4]),
+            sums: self.sums.get(i).unwrap_or(&[0; SUMS]),
+            scale: scales.first().copied().unwrap_or(0.0),
+            scales: scales.first_chunk().unwrap_or(&[0.0; CHUNK / 32]),
+        }
+    }
 }
 
 /// A product with quantised activations, checked.
@@ -147,20 +207,8 @@ struct Task<'a, 'o, Q> {
     row_blocks: usize,
     rows: usize,
     layout: Layout,
-    x: activation::Quantised<'a>,
-    /// Codes and sums of `x`, chunk by chunk.
-    codes: &'a [[[i8; 4]; CHUNK / 4]],
-    sums: &'a [[i32; SUMS]],
-    tokens: usize,
+    x: Inputs<'a>,
     out: PanelMut<'o>,
-}
-
-impl<Q> Task<'_, '_, Q> {
-    /// Chunks of a row.
-    #[inline(always)]
-    fn chunks(&self) -> usize {
-        self.x.k.div_ceil(CHUNK)
-    }
 }
 
 impl<'a, Q> Task<'a, '_, Q> {
@@ -174,32 +222,11 @@ impl<'a, Q> Task<'a, '_, Q> {
 impl<'a, 'o, Q: Quantised> Task<'a, 'o, Q> {
     /// `None` if there is nothing to compute.
     fn new(product: MatMul<'a, 'o>) -> Option<Self> {
-        let X::Quantised(x) = product.x else { return None };
-        let k = product.k;
-        // No longer row could be in memory, and its padded length might overflow.
-        if k == 0 || k > isize::MAX as usize || !k.is_multiple_of(Q::LEN) || k != x.k {
-            return None;
-        }
-        let row_blocks = k / Q::LEN;
-        let w = Q::cast(product.w);
-        let width = padded(k);
-        let tokens = (x.codes.len() / width)
-            .min(x.scales.len() / (width / Q::ACTIVATION.block_len()))
-            .min(x.sums.len() / (width / activation::PADDING * SUMS))
-            .min(product.out.rows());
-        let rows = (w.len() / row_blocks).min(product.out.cols());
-        if tokens == 0 || rows == 0 {
-            return None;
-        }
-        let x = activation::Quantised {
-            k,
-            codes: &x.codes[..tokens * width],
-            scales: &x.scales[..tokens * (width / Q::ACTIVATION.block_len())],
-            sums: &x.sums[..tokens * (width / activation::PADDING * SUMS)],
-        };
-        let codes = x.codes.as_chunks::<4>().0.as_chunks::<{ CHUNK / 4 }>().0;
-        let sums = x.sums.as_chunks().0;
-        Some(Task { w, row_blocks, rows, layout: product.layout, x, codes, sums, tokens, out: product.out })
+        let MatMul { w, layout, k, x, out } = product;
+        let x = Inputs::new(x, k, Q::LEN, Q::ACTIVATION, out.rows())?;
+        let (w, row_blocks) = (Q::cast(w), k / Q::LEN);
+        let rows = (w.len() / row_blocks).min(out.cols());
+        (x.tokens > 0 && rows > 0).then_some(Task { w, row_blocks, rows, layout, x, out })
     }
 }
 
@@ -208,12 +235,12 @@ fn interleaved<I: Isa, Q: Interleaved>(isa: I, product: MatMul<'_, '_>) {
     let Some(mut task) = Task::<Q>::new(product) else { return };
     isa.run(
         #[inline(always)]
-        || match Loop::choose(Q::FORMAT, task.layout, task.tokens) {
+        || match Loop::choose(Q::FORMAT, task.layout, task.x.tokens) {
             // (Short blocks never get here; this says so to the compiler.)
             Loop::Rows if Q::GROUP < CHUNK => {}
-            Loop::Rows if task.tokens == 1 => rowwise::interleaved::<I, Q, 1>(isa, &mut task),
+            Loop::Rows if task.x.tokens == 1 => rowwise::interleaved::<I, Q, 1>(isa, &mut task),
             Loop::Rows => rowwise::interleaved::<I, Q, TILE_TOKENS>(isa, &mut task),
-            Loop::Direct if task.tokens == 1 => decode::<I, Q, 1>(isa, &mut task),
+            Loop::Direct if task.x.tokens == 1 => decode::<I, Q, 1>(isa, &mut task),
             Loop::Direct => decode::<I, Q, TILE_TOKENS>(isa, &mut task),
             Loop::Plain | Loop::Tiles => {
                 let mut buffer = ChunkBuffer::ZERO;
@@ -236,10 +263,10 @@ fn unpacked<I: Isa, Q: Quantised>(isa: I, product: MatMul<'_, '_>) {
     let Some(mut task) = Task::<Q>::new(product) else { return };
     isa.run(
         #[inline(always)]
-        || match Loop::choose(Q::FORMAT, task.layout, task.tokens) {
+        || match Loop::choose(Q::FORMAT, task.layout, task.x.tokens) {
             // (Shorter groups never get here; this says so to the compiler.)
             Loop::Rows if Q::GROUP < CHUNK => {}
-            Loop::Rows if task.tokens == 1 => rowwise::unpacked::<I, Q, 1>(isa, &mut task),
+            Loop::Rows if task.x.tokens == 1 => rowwise::unpacked::<I, Q, 1>(isa, &mut task),
             Loop::Rows => rowwise::unpacked::<I, Q, TILE_TOKENS>(isa, &mut task),
             _ => unpacked_tiles::<I, Q>(isa, &mut task),
         },
@@ -251,8 +278,8 @@ fn gridded<I: Isa, Q: Gridded>(isa: I, product: MatMul<'_, '_>) {
     let Some(mut task) = Task::<Q>::new(product) else { return };
     isa.run(
         #[inline(always)]
-        || match Loop::choose(Q::FORMAT, task.layout, task.tokens) {
-            Loop::Rows if task.tokens == 1 => rowwise::gridded::<I, Q, 1>(isa, &mut task),
+        || match Loop::choose(Q::FORMAT, task.layout, task.x.tokens) {
+            Loop::Rows if task.x.tokens == 1 => rowwise::gridded::<I, Q, 1>(isa, &mut task),
             Loop::Rows => rowwise::gridded::<I, Q, TILE_TOKENS>(isa, &mut task),
             _ => gridded_tiles::<I, Q>(isa, &mut task),
         },
@@ -307,21 +334,13 @@ fn unpacked_tiles<I: Isa, Q: Quantised>(isa: I, task: &mut Task<'_, '_, Q>) {
 struct XChunk<'a> {
     codes: &'a [[i8; 4]; CHUNK / 4],
     sums: &'a [i32; SUMS],
-    scales: &'a [f32],
+    /// The first scale, or the only one.
+    scale: f32,
+    /// Those of short blocks.
+    scales: &'a [f32; CHUNK / 32],
 }
 
 impl<'a> XChunk<'a> {
-    #[inline(always)]
-    fn new<Q>(task: &Task<'a, '_, Q>, token: usize, c: usize) -> Self {
-        let i = token * task.chunks() + c;
-        let scales = task.x.scales.len() / task.codes.len().max(1);
-        XChunk {
-            codes: task.codes.get(i).unwrap_or(&[[0; 4]; CHUNK / 4]),
-            sums: task.sums.get(i).unwrap_or(&[0; SUMS]),
-            scales: task.x.scales.get(i * scales..(i + 1) * scales).unwrap_or(&[0.0; CHUNK / 32]),
-        }
-    }
-
     /// The codes of 32 values.
     #[inline(always)]
     fn part(&self, part: usize) -> &'a [u8; 32] {

@@ -31,7 +31,7 @@ trait Rows<I: Isa, Q: Quantised>: Copy {
     /// Whether code bytes are signed, as [`Quantised::SIGNED`] has it.
     const SIGNED: bool = Q::SIGNED;
     /// The number by which code bytes exceed codes.
-    const BIAS: i32 = bias::<I, Q>();
+    const BIAS: i32 = bias::<I, Q::Shape>();
     /// Whether code bytes are magnitudes, with signs beside them.
     const MAGNITUDES: bool = false;
     /// The signs of a part, a bit for each value.
@@ -57,7 +57,7 @@ struct Header<I: Isa> {
     mins: [I::I; 4],
 }
 
-impl<I: Isa, Q: Quantised> Scales<I, Q> for &Header<I> {
+impl<I: Isa> Scales<I> for &Header<I> {
     #[inline(always)]
     fn d(self, _: I, _: usize) -> I::F {
         self.d
@@ -224,7 +224,7 @@ impl<I: Isa, Q: Quantised> Rows<I, Q> for &[Unpacked; ROWS] {
 
     #[inline(always)]
     fn header(self, isa: I) -> Header<I> {
-        const { assert!(!Q::HAS_MIN && Q::SIGNED && Q::SUB == 16) };
+        const { assert!(!Q::HAS_MIN && Q::SIGNED && (Q::GROUP < CHUNK || Q::SUB == 16)) };
         let mut d = [0.0; ROWS];
         for r in 0..ROWS {
             d[r] = self[r].d[0];
@@ -404,14 +404,14 @@ fn rowwise<'a, I: Isa, Q: Quantised, const T: usize>(
 ) {
     for first in (0..task.rows).step_by(ROWS) {
         let mut acc = [isa.splat(0.0); T];
-        for c in 0..task.chunks() {
-            let mut x = [XChunk::new(task, 0, c); T];
+        for c in 0..task.x.chunks {
+            let mut x = [task.x.chunk(0, c); T];
             for t in 1..T {
-                x[t] = XChunk::new(task, t.min(task.tokens - 1), c);
+                x[t] = task.x.chunk(t.min(task.x.tokens - 1), c);
             }
             add(task, first, c, &x, &mut acc);
         }
-        for t in 0..task.tokens.min(T) {
+        for t in 0..task.x.tokens.min(T) {
             let mut lanes = [0.0; ROWS];
             isa.store(acc[t], &mut lanes);
             let here = (task.rows - first).min(ROWS);
@@ -474,7 +474,7 @@ fn add<I: Isa, Q: Quantised, R: Rows<I, Q>, const T: usize>(
         if R::BIAS != 0 {
             sums = isa.sub_i(sums, isa.mul_i(raised::<I, Q>(isa, &header, &x[t]), isa.splat_i(R::BIAS)));
         }
-        acc[t] = add_group::<I, Q>(isa, &header, &x[t], sums, acc[t]);
+        acc[t] = add_group::<I, Q::Shape>(isa, &header, &x[t], sums, acc[t]);
     }
 }
 

@@ -2,12 +2,15 @@
 
 #![allow(clippy::needless_range_loop, reason = "loops by index over vectors are what inlines; see `isa`")]
 
-use super::{CHUNK, TILE_TOKENS, Task, XChunk};
-use crate::formats::{Bytes, Interleave, Interleaved, Layout, Quantised, ROWS, ShortBlocks, Unpacked};
+use core::marker::PhantomData;
+use core::ops::Range;
+
+use super::{CHUNK, Inputs, TILE_TOKENS, Task, XChunk};
+use crate::formats::{Bytes, Interleave, Interleaved, Layout, Quantised, ROWS, Shape, ShortBlocks, Unpacked};
 use crate::isa::Isa;
 
 /// The scales of sixteen rows of a chunk, one row in each lane.
-pub(super) trait Scales<I: Isa, Q: Quantised>: Copy {
+pub(super) trait Scales<I: Isa>: Copy {
     /// The scale of a group.
     fn d(self, isa: I, group: usize) -> I::F;
     /// The minimum of a group.
@@ -18,7 +21,7 @@ pub(super) trait Scales<I: Isa, Q: Quantised>: Copy {
 }
 
 /// Sixteen rows of a chunk, one in each lane: what a dot product reads.
-trait Source<I: Isa, Q: Quantised>: Scales<I, Q> {
+trait Source<I: Isa>: Scales<I> {
     /// Whether reading code bytes is much shorter where the number of the word is a constant.
     const UNROLLED: bool;
     /// The code bytes of values `32 part + 4 k` and the next seven, as [`Isa::pair`].
@@ -71,7 +74,7 @@ pub(super) fn store_subs<I: Isa, Q: Interleaved>(
     }
 }
 
-impl<I: Isa, Q: Interleaved> Scales<I, Q> for Direct<'_, Q> {
+impl<I: Isa, Q: Interleaved> Scales<I> for Direct<'_, Q> {
     #[inline(always)]
     fn d(self, isa: I, group: usize) -> I::F {
         let groups = Q::LEN / Q::GROUP;
@@ -88,7 +91,7 @@ impl<I: Isa, Q: Interleaved> Scales<I, Q> for Direct<'_, Q> {
     }
 }
 
-impl<I: Isa, Q: Interleaved> Source<I, Q> for Direct<'_, Q> {
+impl<I: Isa, Q: Interleaved> Source<I> for Direct<'_, Q> {
     const UNROLLED: bool = true;
     #[inline(always)]
     fn codes(self, isa: I, part: usize, k: usize) -> [I::I; 2] {
@@ -119,7 +122,7 @@ pub(super) struct Tile {
     m: [[f32; 16]; 16],
 }
 
-impl<I: Isa, Q: Quantised> Scales<I, Q> for &Tile {
+impl<I: Isa> Scales<I> for &Tile {
     #[inline(always)]
     fn d(self, isa: I, group: usize) -> I::F {
         isa.load(&self.d[group])
@@ -134,7 +137,7 @@ impl<I: Isa, Q: Quantised> Scales<I, Q> for &Tile {
     }
 }
 
-impl<I: Isa, Q: Quantised> Source<I, Q> for &Tile {
+impl<I: Isa> Source<I> for &Tile {
     const UNROLLED: bool = false;
     #[inline(always)]
     fn codes(self, isa: I, part: usize, k: usize) -> [I::I; 2] {
@@ -169,19 +172,19 @@ impl Tile {
             }
         }
         for group in 0..lanes.len() * Q::LEN / Q::GROUP {
-            isa.store(Scales::<I, Q>::d(source, isa, group), &mut self.d[group]);
+            isa.store(source.d(isa, group), &mut self.d[group]);
             if Q::HAS_MIN {
-                isa.store(Scales::<I, Q>::m(source, isa, group), &mut self.m[group]);
+                isa.store(source.m(isa, group), &mut self.m[group]);
             }
         }
         if Q::GROUP == CHUNK && Q::SUB < CHUNK {
             for s in 0..CHUNK / Q::SUB {
-                isa.store_i(Source::<I, Q>::sub(source, isa, s), &mut self.sub[s]);
+                isa.store_i(source.sub(isa, s), &mut self.sub[s]);
             }
         }
         if Q::GROUP == CHUNK && Q::HAS_MIN {
             for pair in 0..CHUNK / Q::SUB / 2 {
-                isa.store_words(Scales::<I, Q>::mins(source, isa, pair), &mut self.mins[pair]);
+                isa.store_words(source.mins(isa, pair), &mut self.mins[pair]);
             }
         }
     }
@@ -189,7 +192,7 @@ impl Tile {
     /// From rows in normal form; for formats without minimums.
     #[inline(always)]
     pub(super) fn set<I: Isa, Q: Quantised>(&mut self, isa: I, rows: &[Unpacked; ROWS]) {
-        const { assert!(!Q::HAS_MIN && Q::SIGNED && Q::SUB == 16) };
+        const { assert!(!Q::HAS_MIN && Q::SIGNED && (Q::GROUP < CHUNK || Q::SUB == 16)) };
         let bytes = Unpacked::all_bytes(rows);
         for quad in 0..CHUNK / 16 {
             let words = isa.transpose(&bytes[16 * quad..], size_of::<Unpacked>());
@@ -287,10 +290,17 @@ fn prefetch_quarter<I: Isa, T>(isa: I, place: &[T], ahead: usize, bytes: usize, 
 }
 
 /// One short block of each row, in registers.
-#[derive(Clone, Copy)]
-struct Transposed<'a, I: Isa>(&'a ShortBlocks<I>);
+struct Transposed<'a, I: Isa, Q>(&'a ShortBlocks<I>, PhantomData<Q>);
 
-impl<I: Isa, Q: Interleaved> Scales<I, Q> for Transposed<'_, I> {
+impl<I: Isa, Q> Copy for Transposed<'_, I, Q> {}
+
+impl<I: Isa, Q> Clone for Transposed<'_, I, Q> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<I: Isa, Q: Interleaved> Scales<I> for Transposed<'_, I, Q> {
     #[inline(always)]
     fn d(self, isa: I, group: usize) -> I::F {
         Q::d(isa, self.0, group % (Q::LEN / Q::GROUP))
@@ -305,7 +315,7 @@ impl<I: Isa, Q: Interleaved> Scales<I, Q> for Transposed<'_, I> {
     }
 }
 
-impl<I: Isa, Q: Interleaved> Source<I, Q> for Transposed<'_, I> {
+impl<I: Isa, Q: Interleaved> Source<I> for Transposed<'_, I, Q> {
     const UNROLLED: bool = true;
     #[inline(always)]
     fn codes(self, isa: I, part: usize, k: usize) -> [I::I; 2] {
@@ -339,12 +349,12 @@ pub(super) fn decode<I: Isa, Q: Interleaved, const T: usize>(isa: I, task: &mut 
     let (mut subs, mut mins) = ([[0; 64]; 4], [[0; 64]; 4]);
     for first in (0..task.rows).step_by(ROWS) {
         let mut acc = [[isa.splat(0.0); 1]; T];
-        for c in 0..task.chunks() {
-            let mut x = [XChunk::new(task, 0, c); T];
+        for c in 0..task.x.chunks {
+            let mut x = [task.x.chunk(0, c); T];
             for t in 1..T {
-                x[t] = XChunk::new(task, t.min(task.tokens - 1), c);
+                x[t] = task.x.chunk(t.min(task.x.tokens - 1), c);
             }
-            let starts = starts::<I, Q, T>(isa, &x);
+            let starts = starts::<I, Q::Shape, T>(isa, &x);
             if let (Some((head, words)), Layout::Rows) = (Q::Lanes::SHORT, task.layout)
                 && first + ROWS <= task.rows
             {
@@ -364,14 +374,14 @@ pub(super) fn decode<I: Isa, Q: Interleaved, const T: usize>(isa: I, task: &mut 
                         #[inline(always)]
                         |quarter| prefetch_quarter(isa, group, ahead, ROWS * size_of::<Q>(), quarter),
                     );
-                    let source = [Transposed(&blocks)];
+                    let source = [Transposed::<I, Q>(&blocks, PhantomData)];
                     let first = (block - c * per_chunk) * parts;
                     for_each(
                         parts,
                         #[inline(always)]
                         |part| {
                             let part = first + part;
-                            dot::<I, Q, _, 1, T>(isa, source, &x, &starts, part..part + 1, &mut acc);
+                            dot::<I, Q::Shape, _, 1, T>(isa, source, &x, &starts, part..part + 1, &mut acc);
                         },
                     );
                 }
@@ -381,9 +391,9 @@ pub(super) fn decode<I: Isa, Q: Interleaved, const T: usize>(isa: I, task: &mut 
             store_subs::<I, Q>(isa, lanes, &mut subs, &mut mins);
             let streamed = task.layout == Layout::Interleaved;
             let source = Direct::<Q> { lanes, streamed, subs: &subs, mins: &mins };
-            dot::<I, Q, _, 1, T>(isa, [source], &x, &starts, 0..lanes.len() * Q::LEN / 32, &mut acc);
+            dot::<I, Q::Shape, _, 1, T>(isa, [source], &x, &starts, 0..lanes.len() * Q::LEN / 32, &mut acc);
         }
-        for t in 0..task.tokens.min(T) {
+        for t in 0..task.x.tokens.min(T) {
             let mut lanes = [0.0; ROWS];
             isa.store(acc[t][0], &mut lanes);
             let here = (task.rows - first).min(ROWS);
@@ -399,38 +409,34 @@ pub(super) fn prefill<'a, I: Isa, Q: Quantised>(
     task: &mut Task<'a, '_, Q>,
     fill: impl FnMut(&Task<'a, '_, Q>, usize, usize, &mut Tile),
 ) {
-    if task.tokens <= 1 {
-        tiles::<I, Q, 1, 1>(isa, task, fill);
-    } else if I::WIDE_TILES {
-        tiles::<I, Q, 2, TILE_TOKENS>(isa, task, fill);
+    if I::WIDE_TILES {
+        tiles::<I, Q, 2>(isa, task, fill);
     } else {
-        tiles::<I, Q, 1, TILE_TOKENS>(isa, task, fill);
+        tiles::<I, Q, 1>(isa, task, fill);
     }
 }
 
-/// `G` tiles of 16 rows side by side, `T` tokens at a time.
+/// `G` tiles of 16 rows side by side.
 #[inline(always)]
-fn tiles<'a, I: Isa, Q: Quantised, const G: usize, const T: usize>(
+fn tiles<'a, I: Isa, Q: Quantised, const G: usize>(
     isa: I,
     task: &mut Task<'a, '_, Q>,
     mut fill: impl FnMut(&Task<'a, '_, Q>, usize, usize, &mut Tile),
 ) {
     let mut tiles = [Tile::ZERO; G];
     let mut sums = [[[0.0; ROWS]; G]; BLOCK_TOKENS];
-    for start in (0..task.tokens).step_by(BLOCK_TOKENS) {
-        let tokens = (task.tokens - start).min(BLOCK_TOKENS);
+    for start in (0..task.x.tokens).step_by(BLOCK_TOKENS) {
+        let tokens = start..(start + BLOCK_TOKENS).min(task.x.tokens);
         for first in (0..task.rows).step_by(ROWS * G) {
             let here = (task.rows - first).min(ROWS * G);
-            for c in 0..task.chunks() {
+            for c in 0..task.x.chunks {
                 for g in 0..here.div_ceil(ROWS) {
                     fill(task, first + ROWS * g, c, &mut tiles[g]);
                 }
-                for t in (0..tokens).step_by(T) {
-                    tile_tokens::<I, Q, G, T>(isa, task, &tiles, c, start + t, &mut sums[t..]);
-                }
+                multiply::<I, Q::Shape, G>(isa, &tiles, &task.x, c, tokens.clone(), &mut sums);
             }
-            for (t, sums) in sums[..tokens].iter().enumerate() {
-                let out = &mut task.out.row(start + t)[first..first + here];
+            for (t, sums) in tokens.clone().zip(&sums) {
+                let out = &mut task.out.row(t)[first..first + here];
                 let (whole, rest) = out.as_chunks_mut::<ROWS>();
                 for g in 0..G {
                     match whole.get_mut(g) {
@@ -447,13 +453,36 @@ fn tiles<'a, I: Isa, Q: Quantised, const G: usize, const T: usize>(
 /// Tokens whose sums stay in the cache while all chunks of a tile's rows are read.
 const BLOCK_TOKENS: usize = 256;
 
-/// Adds the products of one chunk of tiled rows with `T` tokens from number `first` on to their sums; sets
-/// these if the chunk is the first.
-#[inline(always)]
-fn tile_tokens<I: Isa, Q: Quantised, const G: usize, const T: usize>(
+/// Adds the products of one chunk of tiled rows with some tokens to their sums; sets these if the chunk is the
+/// first. Compiled once for all formats of a shape.
+#[inline(never)]
+fn multiply<I: Isa, S: Shape, const G: usize>(
     isa: I,
-    task: &Task<'_, '_, Q>,
     tiles: &[Tile; G],
+    x: &Inputs<'_>,
+    c: usize,
+    tokens: Range<usize>,
+    sums: &mut [[[f32; ROWS]; G]],
+) {
+    isa.run(
+        #[inline(always)]
+        || {
+            if tokens.len() == 1 {
+                return multiply_some::<I, S, G, 1>(isa, tiles, x, c, tokens.start, sums);
+            }
+            for (t, sums) in tokens.step_by(TILE_TOKENS).zip(sums.chunks_mut(TILE_TOKENS)) {
+                multiply_some::<I, S, G, TILE_TOKENS>(isa, tiles, x, c, t, sums);
+            }
+        },
+    );
+}
+
+/// [`multiply`] for `T` tokens from number `first` on.
+#[inline(always)]
+fn multiply_some<I: Isa, S: Shape, const G: usize, const T: usize>(
+    isa: I,
+    tiles: &[Tile; G],
+    inputs: &Inputs<'_>,
     c: usize,
     first: usize,
     sums: &mut [[[f32; ROWS]; G]],
@@ -465,12 +494,12 @@ fn tile_tokens<I: Isa, Q: Quantised, const G: usize, const T: usize>(
     for g in 0..G {
         sources[g] = &tiles[g];
     }
-    let mut x = [XChunk::new(task, first, c); T];
+    let mut x = [inputs.chunk(first, c); T];
     for t in 1..T {
-        x[t] = XChunk::new(task, first + t, c);
+        x[t] = inputs.chunk(first + t, c);
     }
     for t in 0..T {
-        let next = XChunk::new(task, first + T + t, c);
+        let next = inputs.chunk(first + T + t, c);
         for line in (0..CHUNK).step_by(64) {
             isa.prefetch::<true, _>(
                 u8::cast(<[[i8; 4]; CHUNK / 4]>::bytes_of(core::slice::from_ref(next.codes))),
@@ -486,8 +515,9 @@ fn tile_tokens<I: Isa, Q: Quantised, const G: usize, const T: usize>(
             }
         }
     }
-    let len = (task.x.k - c * CHUNK).min(CHUNK);
-    dot::<I, Q, _, G, T>(isa, sources, &x, &starts::<I, Q, T>(isa, &x), 0..len / 32, &mut acc);
+    let len = (inputs.k - c * CHUNK).min(CHUNK);
+    let starts = starts::<I, S, T>(isa, &x);
+    dot::<I, S, _, G, T>(isa, sources, &x, &starts, 0..len / 32, &mut acc);
     for t in 0..T {
         for g in 0..G {
             isa.store(acc[t][g], &mut sums[t][g]);
@@ -496,22 +526,22 @@ fn tile_tokens<I: Isa, Q: Quantised, const G: usize, const T: usize>(
 }
 
 /// Values per integer accumulation.
-const fn step<Q: Quantised>() -> usize {
-    if Q::GROUP == 16 || Q::GROUP == CHUNK && Q::SUB == 16 { 16 } else { 32 }
+const fn step<S: Shape>() -> usize {
+    if S::SUB == 16 { 16 } else { 32 }
 }
 
 /// The number by which code bytes exceed codes.
-pub(super) const fn bias<I: Isa, Q: Quantised>() -> i32 {
-    if Q::SIGNED { I::SIGNED_BIAS } else { Q::OFFSET }
+pub(super) const fn bias<I: Isa, S: Shape>() -> i32 {
+    if S::SIGNED { I::SIGNED_BIAS } else { S::OFFSET }
 }
 
 /// The start values of a chunk's integer accumulators; they cancel the bias.
 #[inline(always)]
-fn starts<I: Isa, Q: Quantised, const T: usize>(isa: I, x: &[XChunk<'_>; T]) -> [[i32; 16]; T] {
+fn starts<I: Isa, S: Shape, const T: usize>(isa: I, x: &[XChunk<'_>; T]) -> [[i32; 16]; T] {
     let mut starts = [[0; 16]; T];
-    if bias::<I, Q>() != 0 {
+    if bias::<I, S>() != 0 {
         for t in 0..T {
-            starts[t] = x[t].sums(isa, step::<Q>(), -bias::<I, Q>());
+            starts[t] = x[t].sums(isa, step::<S>(), -bias::<I, S>());
         }
     }
     starts
@@ -538,24 +568,23 @@ fn for_each_pair(step: usize, piece: usize, unrolled: bool, mut f: impl FnMut(us
 
 /// Adds the dot products of some parts of 32 values, of `G` times sixteen rows with `T` tokens, to `acc`.
 #[inline(always)]
-fn dot<I: Isa, Q: Quantised, S: Source<I, Q>, const G: usize, const T: usize>(
+fn dot<I: Isa, S: Shape, W: Source<I>, const G: usize, const T: usize>(
     isa: I,
-    w: [S; G],
+    w: [W; G],
     x: &[XChunk<'_>; T],
     starts: &[[i32; 16]; T],
-    parts: core::ops::Range<usize>,
+    parts: Range<usize>,
     acc: &mut [[I::F; G]; T],
 ) {
-    let whole = Q::GROUP == CHUNK;
-    let step = step::<Q>();
-    let bias = bias::<I, Q>();
+    let whole = S::GROUP == CHUNK;
+    let step = step::<S>();
     let zero = isa.splat_i(0);
     let mut sums = [[zero; G]; T];
     for part in parts {
         for piece in 0..32 / step {
             let s = part * (32 / step) + piece;
             let mut dots = [[zero; G]; T];
-            if bias != 0 {
+            if bias::<I, S>() != 0 {
                 for t in (0..T).step_by(2) {
                     let next = (t + 1).min(T - 1);
                     let start = isa.splat_pair([starts[t][s], starts[next][s]]);
@@ -567,7 +596,7 @@ fn dot<I: Isa, Q: Quantised, S: Source<I, Q>, const G: usize, const T: usize>(
             for_each_pair(
                 step,
                 piece,
-                S::UNROLLED && (I::WIDE_TILES || T == 1 && Q::GROUP < CHUNK),
+                W::UNROLLED && (I::WIDE_TILES || T == 1 && S::GROUP < CHUNK),
                 #[inline(always)]
                 |k| {
                     let mut codes = [[zero; 2]; G];
@@ -584,7 +613,7 @@ fn dot<I: Isa, Q: Quantised, S: Source<I, Q>, const G: usize, const T: usize>(
                     for t in (0..T - T % 2).step_by(2) {
                         for g in 0..G {
                             let (acc, x) = ([dots[t][g], dots[t + 1][g]], [words[t], words[t + 1]]);
-                            [dots[t][g], dots[t + 1][g]] = if Q::SIGNED {
+                            [dots[t][g], dots[t + 1][g]] = if S::SIGNED {
                                 isa.dot8::<true>(acc, codes[g], x)
                             } else {
                                 isa.dot8::<false>(acc, codes[g], x)
@@ -596,7 +625,7 @@ fn dot<I: Isa, Q: Quantised, S: Source<I, Q>, const G: usize, const T: usize>(
                             let codes = isa.unpair(codes[g]);
                             for i in 0..2 {
                                 let x = isa.splat_i(words[t][i]);
-                                dots[t][g] = if Q::SIGNED {
+                                dots[t][g] = if S::SIGNED {
                                     isa.dot4::<true>(dots[t][g], codes[i], x)
                                 } else {
                                     isa.dot4::<false>(dots[t][g], codes[i], x)
@@ -613,21 +642,21 @@ fn dot<I: Isa, Q: Quantised, S: Source<I, Q>, const G: usize, const T: usize>(
             }
             if whole {
                 for g in 0..G {
-                    let sub = if Q::SUB < CHUNK { w[g].sub(isa, s) } else { zero };
+                    let sub = if S::SUB < CHUNK { w[g].sub(isa, s) } else { zero };
                     for t in 0..T {
-                        let scaled = if Q::SUB < CHUNK { isa.mul_i(dots[t][g], sub) } else { dots[t][g] };
+                        let scaled = if S::SUB < CHUNK { isa.mul_i(dots[t][g], sub) } else { dots[t][g] };
                         sums[t][g] = isa.add_i(sums[t][g], scaled);
                     }
                 }
                 continue;
             }
             for t in 0..T {
-                let scale = isa.splat(x[t].scales[s * Q::GROUP / Q::ACTIVATION.block_len()]);
+                let scale = isa.splat(x[t].scales[s * S::GROUP / S::ACTIVATION.block_len()]);
                 for g in 0..G {
                     let d = isa.mul(w[g].d(isa, s), scale);
                     acc[t][g] = isa.fma(isa.to_f32(dots[t][g]), d, acc[t][g]);
                 }
-                if Q::HAS_MIN {
+                if S::HAS_MIN {
                     let sum = isa.splat(x[t].sums[if step == 16 { s } else { 16 + s }] as f32);
                     for g in 0..G {
                         let m = isa.mul(w[g].m(isa, s), scale);
@@ -640,7 +669,7 @@ fn dot<I: Isa, Q: Quantised, S: Source<I, Q>, const G: usize, const T: usize>(
     if whole {
         for t in 0..T {
             for g in 0..G {
-                acc[t][g] = add_group::<I, Q>(isa, w[g], &x[t], sums[t][g], acc[t][g]);
+                acc[t][g] = add_group::<I, S>(isa, w[g], &x[t], sums[t][g], acc[t][g]);
             }
         }
     }
@@ -648,26 +677,26 @@ fn dot<I: Isa, Q: Quantised, S: Source<I, Q>, const G: usize, const T: usize>(
 
 /// Adds the integer sums of a super-block to `acc`, with its scale and minimum.
 #[inline(always)]
-pub(super) fn add_group<I: Isa, Q: Quantised>(
+pub(super) fn add_group<I: Isa, S: Shape>(
     isa: I,
-    w: impl Scales<I, Q>,
+    w: impl Scales<I>,
     x: &XChunk<'_>,
     sums: I::I,
     acc: I::F,
 ) -> I::F {
-    let scale = isa.splat(x.scales[0]);
+    let scale = isa.splat(x.scale);
     let acc = isa.fma(isa.to_f32(sums), isa.mul(w.d(isa, 0), scale), acc);
-    if !Q::HAS_MIN {
+    if !S::HAS_MIN {
         return acc;
     }
     let mut mins = isa.splat_i(0);
-    for (pair, &x) in x.sums[pairs::<Q>()].iter().enumerate() {
+    for (pair, &x) in x.sums[pairs::<S>()].iter().enumerate() {
         mins = isa.dot2(mins, w.mins(isa, pair), isa.splat_i(x));
     }
     isa.fma(isa.to_f32(mins), isa.mul(w.m(isa, 0), scale), acc)
 }
 
 /// Where the pairs of sums are, one sum for each sub-scale.
-pub(super) const fn pairs<Q: Quantised>() -> core::ops::Range<usize> {
-    if Q::SUB == 16 { 24..32 } else { 32..36 }
+pub(super) const fn pairs<S: Shape>() -> Range<usize> {
+    if S::SUB == 16 { 24..32 } else { 32..36 }
 }
