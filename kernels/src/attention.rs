@@ -212,13 +212,32 @@ fn attend_chunks<I: Isa, T: KvFormat>(isa: I, mut a: AttendChunks<'_>, data: &[T
 
 /// The attention of tokens `t` and heads `h`, at most [`ROWS`] rows, to those of `chunks` that they see:
 /// values times weights, and the maximum and the sum of the weights. Outputs of a token's heads are as far
-/// apart as `out` says.
-#[inline(always)]
+/// apart as `out` says. Compiled once for both kernels.
+#[inline(never)]
 #[allow(
     clippy::too_many_arguments,
     reason = "what is passed on from kernel to kernel, and what differs between them"
 )]
 fn attend_rows<I: Isa, T: KvFormat>(
+    isa: I,
+    a: &Attend<'_>,
+    data: &[T::Raw],
+    t: Range<usize>,
+    h: Range<usize>,
+    chunks: Range<usize>,
+    (out, out_head): (&mut [f32], usize),
+    work: &mut Work,
+) -> ([f32; ROWS], [f32; ROWS]) {
+    isa.run(
+        #[inline(always)]
+        || attend_rows_inline::<I, T>(isa, a, data, t, h, chunks, (out, out_head), work),
+    )
+}
+
+/// [`attend_rows`] as vector code.
+#[inline(always)]
+#[allow(clippy::too_many_arguments, reason = "see there")]
+fn attend_rows_inline<I: Isa, T: KvFormat>(
     isa: I,
     a: &Attend<'_>,
     data: &[T::Raw],

@@ -22,7 +22,7 @@ use super::driver::{Driver, DriverOption, Listed, Value};
 use super::host::{
     self, Attention, HostOp, HostPlan, HostState, HostStep, HostTensor, Kernels, Matrix, memory, row_chunks,
 };
-use super::{Backend, Buffer, Caps, Contract, Fusions, Limits, OpSig, Plan, Rows, Support, Usage};
+use super::{Backend, Buffer, Caps, Contract, Fusions, Gap, Limits, OpSig, Plan, Rows, Support, Usage};
 use crate::cost::Rates;
 use crate::error::{Error, Result};
 use crate::map::Region;
@@ -176,9 +176,19 @@ impl Backend for Cpu {
         &self.caps
     }
 
-    /// The backend runs every op, with every epilogue.
-    fn supports(&self, _: &OpSig<'_>) -> Support {
-        Support::Native
+    /// The backend runs every op, with every epilogue, on every format that the build has kernels for.
+    fn supports(&self, sig: &OpSig<'_>) -> Support {
+        let weights = match sig.op {
+            Op::MatMul { parts, .. } => parts.iter().map(|part| part.weight).collect::<Vec<_>>(),
+            Op::Experts { gate, up, down, .. } => vec![*gate, *up, *down],
+            _ => vec![],
+        };
+        let missing = weights.iter().find_map(|&weight| {
+            let format = sig.program.tensor(weight).format;
+            let feature = matmul::missing_feature(self.isa, format)?;
+            Some(format!("{} weights: this build lacks the cargo feature `{feature}`", format.name()))
+        });
+        missing.map_or(Support::Native, |missing| Support::Unsupported(Gap::NotYet(missing)))
     }
 
     fn explain(&self, sig: &OpSig<'_>, tokens: u32) -> String {

@@ -293,7 +293,8 @@ struct Entry {
     quantize: fn(&[f32], &mut [u8]) -> bool,
     is_finite: fn(&[u8]) -> bool,
     set_scale: fn(&mut [u8], f32),
-    kernel: Kernel,
+    /// Or the cargo feature that has it, which this build lacks.
+    kernel: Result<Kernel, &'static str>,
     interleaving: Option<Interleaving>,
 }
 
@@ -318,7 +319,7 @@ impl Entry {
         assert!(size_of::<B>() <= MAX_BLOCK_BYTES);
         Entry {
             interleaving: None,
-            kernel,
+            kernel: Ok(kernel),
             name,
             block_len: B::LEN,
             block_bytes: size_of::<B>(),
@@ -368,8 +369,13 @@ impl Entry {
 }
 
 impl Entry {
+    /// Leaves kernels out of a build without the feature.
+    const fn of_feature(self, feature: &'static str, has_feature: bool) -> Entry {
+        if has_feature { self } else { Entry { kernel: Err(feature), ..self } }
+    }
+
     const fn gridded<Q: Gridded>(name: &'static str) -> Entry {
-        Entry { kernel: every_cpu::gridded::<Q>, ..Entry::quantised::<Q>(name) }
+        Entry { kernel: Ok(every_cpu::gridded::<Q>), ..Entry::quantised::<Q>(name) }
     }
 
     const fn interleaved<Q: Interleaved>(name: &'static str) -> Entry {
@@ -389,14 +395,14 @@ impl Entry {
                 }
             },
         };
-        let kernel = every_cpu::interleaved::<Q>;
+        let kernel = Ok(every_cpu::interleaved::<Q> as Kernel);
         Entry { kernel, interleaving: Some(interleaving), ..Entry::quantised::<Q>(name) }
     }
 }
 
-/// The table: one row a format. Order is that of the ids.
+/// The table: one row a format, with the cargo feature that its kernels are in. Order is that of the ids.
 macro_rules! formats {
-    ($($name:ident = $id:literal, $kind:ident: $doc:literal;)+) => {
+    ($($name:ident = $id:literal, $kind:ident $(in $feature:literal)?: $doc:literal;)+) => {
         /// A GGUF tensor type, by its published id.
         #[allow(non_camel_case_types, reason = "formats keep their published names")]
         #[repr(u32)]
@@ -414,6 +420,7 @@ macro_rules! formats {
                     $(Format::$name => const {
                         assert!(<$name as Block>::FORMAT as u32 == $id);
                         &Entry::$kind::<$name>(stringify!($name))
+                            $(.of_feature($feature, cfg!(feature = $feature)))?
                     })+
                 }
             }
@@ -424,39 +431,39 @@ macro_rules! formats {
 formats! {
     F32 = 0, plain: "IEEE binary32.";
     F16 = 1, plain: "IEEE binary16.";
-    Q4_0 = 2, interleaved: "4-bit codes, a scale for each 32.";
-    Q4_1 = 3, interleaved: "4-bit codes, a scale and a minimum for each 32.";
-    Q5_0 = 6, interleaved: "5-bit codes, a scale for each 32.";
-    Q5_1 = 7, interleaved: "5-bit codes, a scale and a minimum for each 32.";
+    Q4_0 = 2, interleaved in "formats-legacy": "4-bit codes, a scale for each 32.";
+    Q4_1 = 3, interleaved in "formats-legacy": "4-bit codes, a scale and a minimum for each 32.";
+    Q5_0 = 6, interleaved in "formats-legacy": "5-bit codes, a scale for each 32.";
+    Q5_1 = 7, interleaved in "formats-legacy": "5-bit codes, a scale and a minimum for each 32.";
     Q8_0 = 8, interleaved: "8-bit codes, a scale for each 32; also an activation format.";
-    Q8_1 = 9, quantised: "Q8_0 with the sum of the values; an activation format, odd in a file.";
-    Q2_K = 10, interleaved: "2-bit codes, 4-bit scales and minimums for each 16.";
-    Q3_K = 11, interleaved: "3-bit codes, 6-bit scales for each 16.";
-    Q4_K = 12, interleaved: "4-bit codes, 6-bit scales and minimums for each 32.";
-    Q5_K = 13, interleaved: "5-bit codes, 6-bit scales and minimums for each 32.";
-    Q6_K = 14, interleaved: "6-bit codes, 8-bit scales for each 16.";
-    Q8_K = 15, quantised: "8-bit codes, an f32 scale for each 256; an activation format, odd in a file.";
-    IQ2_XXS = 16, gridded: "8 values from a grid of 256 points, signs, 4-bit scales for each 32.";
-    IQ2_XS = 17, gridded: "8 values from a grid of 512 points, signs, 4-bit scales for each 16.";
-    IQ3_XXS = 18, gridded: "4 values from a grid of 256 points, signs, 4-bit scales for each 32.";
-    IQ1_S = 19, gridded: "8 values from a grid of 2048 points, a shift and 3-bit scales for each 32.";
-    IQ4_NL = 20, interleaved: "4-bit codes into a table of uneven steps, a scale for each 32.";
-    IQ3_S = 21, gridded: "4 values from a grid of 512 points, signs, 4-bit scales for each 32.";
-    IQ2_S = 22, gridded: "8 values from a grid of 1024 points, signs, 4-bit scales for each 16.";
-    IQ4_XS = 23, interleaved: "4-bit codes into the table of IQ4_NL, 6-bit scales for each 32.";
+    Q8_1 = 9, quantised in "formats-legacy": "Q8_0 with the sum of the values; an activation format, odd in a file.";
+    Q2_K = 10, interleaved in "formats-k": "2-bit codes, 4-bit scales and minimums for each 16.";
+    Q3_K = 11, interleaved in "formats-k": "3-bit codes, 6-bit scales for each 16.";
+    Q4_K = 12, interleaved in "formats-k": "4-bit codes, 6-bit scales and minimums for each 32.";
+    Q5_K = 13, interleaved in "formats-k": "5-bit codes, 6-bit scales and minimums for each 32.";
+    Q6_K = 14, interleaved in "formats-k": "6-bit codes, 8-bit scales for each 16.";
+    Q8_K = 15, quantised in "formats-k": "8-bit codes, an f32 scale for each 256; an activation format, odd in a file.";
+    IQ2_XXS = 16, gridded in "formats-iq": "8 values from a grid of 256 points, signs, 4-bit scales for each 32.";
+    IQ2_XS = 17, gridded in "formats-iq": "8 values from a grid of 512 points, signs, 4-bit scales for each 16.";
+    IQ3_XXS = 18, gridded in "formats-iq": "4 values from a grid of 256 points, signs, 4-bit scales for each 32.";
+    IQ1_S = 19, gridded in "formats-iq": "8 values from a grid of 2048 points, a shift and 3-bit scales for each 32.";
+    IQ4_NL = 20, interleaved in "formats-iq": "4-bit codes into a table of uneven steps, a scale for each 32.";
+    IQ3_S = 21, gridded in "formats-iq": "4 values from a grid of 512 points, signs, 4-bit scales for each 32.";
+    IQ2_S = 22, gridded in "formats-iq": "8 values from a grid of 1024 points, signs, 4-bit scales for each 16.";
+    IQ4_XS = 23, interleaved in "formats-iq": "4-bit codes into the table of IQ4_NL, 6-bit scales for each 32.";
     I8 = 24, plain: "Signed 8-bit integer.";
     I16 = 25, plain: "Signed 16-bit integer.";
     I32 = 26, plain: "Signed 32-bit integer.";
     I64 = 27, plain: "Signed 64-bit integer.";
     F64 = 28, plain: "IEEE binary64.";
-    IQ1_M = 29, gridded: "The grid of IQ1_S, a shift for each 8, 3-bit scales for each 16.";
+    IQ1_M = 29, gridded in "formats-iq": "The grid of IQ1_S, a shift for each 8, 3-bit scales for each 16.";
     BF16 = 30, plain: "The upper half of an IEEE binary32.";
-    TQ1_0 = 34, interleaved: "Ternary codes, five to a byte, a scale for each 256.";
-    TQ2_0 = 35, interleaved: "Ternary codes, four to a byte, a scale for each 256.";
-    MXFP4 = 39, interleaved: "OCP MXFP4: E2M1 codes, an E8M0 scale for each 32.";
-    NVFP4 = 40, interleaved: "E2M1 codes, an unsigned E4M3 scale for each 16.";
-    Q1_0 = 41, interleaved: "Signs, a scale for each 128.";
-    Q2_0 = 42, interleaved: "2-bit codes, a scale for each 64.";
+    TQ1_0 = 34, interleaved in "formats-ternary": "Ternary codes, five to a byte, a scale for each 256.";
+    TQ2_0 = 35, interleaved in "formats-ternary": "Ternary codes, four to a byte, a scale for each 256.";
+    MXFP4 = 39, interleaved in "formats-fp4": "OCP MXFP4: E2M1 codes, an E8M0 scale for each 32.";
+    NVFP4 = 40, interleaved in "formats-fp4": "E2M1 codes, an unsigned E4M3 scale for each 16.";
+    Q1_0 = 41, interleaved in "formats-ternary": "Signs, a scale for each 128.";
+    Q2_0 = 42, interleaved in "formats-ternary": "2-bit codes, a scale for each 64.";
 }
 
 impl Format {
@@ -555,8 +562,8 @@ impl Format {
         Some(())
     }
 
-    /// Its matrix products.
-    pub(crate) const fn kernel(self) -> Kernel {
+    /// Its matrix products on vectors, or the cargo feature that has them, which this build lacks.
+    pub(crate) const fn kernel(self) -> Result<Kernel, &'static str> {
         self.entry().kernel
     }
 

@@ -147,11 +147,22 @@ pub fn describe(cpu: Cpu, format: Format, layout: Layout, tokens: usize) -> impl
 
 /// Computes a product of rows stored as `format`. Rows and tokens for which bytes or activations are missing
 /// are left alone; if `x` is not of the kind that the format wants, or `k` is no whole number of blocks, all
-/// are.
+/// are. So they are without the [`missing_feature`].
 pub fn matmul(cpu: Cpu, format: Format, product: MatMul<'_, '_>) {
-    match (cpu, format.kind()) {
-        (Cpu::Scalar(_), Kind::Quantised { .. }) => scalar::quantised(format, product),
-        _ => (format.kernel())(cpu, product),
+    match (cpu, format.kind(), format.kernel()) {
+        (Cpu::Scalar(_), Kind::Quantised { .. }, _) => scalar::quantised(format, product),
+        (_, _, Ok(kernel)) => kernel(cpu, product),
+        (_, _, Err(_)) => {}
+    }
+}
+
+/// The cargo feature that has the kernels of a format for a CPU, if this build lacks it. Scalar code and plain
+/// formats need none, and neither does anything but products.
+pub fn missing_feature(cpu: Cpu, format: Format) -> Option<&'static str> {
+    match cpu {
+        Cpu::Scalar(_) => None,
+        #[allow(unreachable_patterns, reason = "some targets have no vector instructions")]
+        _ => format.kernel().err(),
     }
 }
 
