@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use halite::backend::cpu::Cpu;
+use halite::backend::cpu::{Cpu, Executor};
 use halite::backend::reference::Reference;
 use halite::backend::{Backend, Bindings, Cancel, Fusions, Limits, Rows, Span, Step, Usage};
 use halite::gguf::TensorInfo;
@@ -143,6 +143,30 @@ fn any_number_of_threads_gives_the_same_bits() {
                 "{threads} threads"
             );
         }
+    }
+}
+
+/// Threads of the host, started for each op.
+struct Scoped(usize);
+
+impl Executor for Scoped {
+    fn threads(&self) -> usize {
+        self.0
+    }
+
+    fn broadcast(&self, work: &(dyn Fn(usize) + Sync)) {
+        std::thread::scope(|scope| (0..self.0).for_each(|i| drop(scope.spawn(move || work(i)))));
+    }
+}
+
+#[test]
+fn threads_of_the_host_give_the_same_bits() {
+    let model = &models()[0];
+    let tokens = &tokens(model)[..20];
+    let want = logits(model, &best(), tokens, 16);
+    for threads in [1, 3] {
+        let backend: Arc<dyn Backend> = Arc::new(Cpu::with_executor(Arc::new(Scoped(threads))));
+        assert_eq!(logits(model, &backend, tokens, 16), want, "{threads} threads");
     }
 }
 

@@ -1,4 +1,4 @@
-//! A persistent pool of threads for kernels.
+//! Threads for kernels: a persistent pool, or those of the host through [`Executor`].
 //!
 //! A call hands out numbered tasks to the caller and the workers; which thread runs a task never shows in its
 //! result. Each thread has an equal share of consecutive tasks, so that it reads memory in order. It takes half
@@ -24,30 +24,78 @@ use crate::panel::PanelMut;
 /// Polls of a worker for a job before it sleeps; about 30 microseconds.
 const SPINS: u32 = 1500;
 
-/// The pool. Dropping it ends its threads.
-#[derive(Debug)]
+/// Threads that run the work of kernels.
+///
+/// A host that has threads of its own implements this, instead of letting Halite start some. A step calls it once for each
+/// op, some hundred times, with microseconds of work each: threads should start fast.
+///
+/// Threads of the standard library, started for each op (a pool does better):
+///
+/// ```
+/// struct Scoped(usize);
+///
+/// impl halite_kernels::pool::Executor for Scoped {
+///     fn threads(&self) -> usize {
+///         self.0
+///     }
+///     fn broadcast(&self, work: &(dyn Fn(usize) + Sync)) {
+///         std::thread::scope(|scope| (0..self.0).for_each(|i| drop(scope.spawn(move || work(i)))));
+///     }
+/// }
+/// ```
+///
+/// With rayon's pool, `broadcast` is `self.0.broadcast(|context| work(context.index()))`.
+pub trait Executor: Send + Sync {
+    /// The most calls of `work` that are useful; at least 1. It never changes.
+    fn threads(&self) -> usize;
+
+    /// Calls `work(i)` once for each `i` below [`Executor::threads`], at the same time as far as there are threads, and
+    /// returns when all calls have returned. `work` does not panic.
+    ///
+    /// Calls share what is to be done: one that finds nothing left returns at once, and if some are left out, the others do
+    /// more.
+    fn broadcast(&self, work: &(dyn Fn(usize) + Sync));
+}
+
+/// What cuts work into tasks for an [`Executor`]. Dropping it ends the threads that it started.
 pub struct Pool {
-    shared: Arc<Shared>,
-    workers: Vec<JoinHandle<()>>,
+    executor: Arc<dyn Executor>,
+    threads: usize,
+    /// Each thread's share of the job, the caller's first.
+    shares: Box<[Share]>,
     /// One job at a time, so that several plans can use one pool.
     entry: Mutex<()>,
 }
 
+impl std::fmt::Debug for Pool {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Pool").field("threads", &self.threads).finish_non_exhaustive()
+    }
+}
+
+/// The threads of a pool without another executor.
+#[derive(Debug)]
+struct Workers {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+}
+
 #[derive(Debug)]
 struct Shared {
-    /// Counts jobs, so that a worker sees a new one.
+    /// Counts calls, so that a worker sees a new one.
     epoch: AtomicU32,
-    /// The current job; valid while `open`.
-    job: AtomicPtr<Job<'static>>,
+    /// The current call; valid while `open`.
+    call: AtomicPtr<Call<'static>>,
     open: AtomicBool,
-    /// Workers that are looking at the job.
+    /// Workers that are looking at the call.
     inside: AtomicUsize,
-    /// Each thread's share of the job, the caller's first.
-    shares: Box<[Share]>,
     stop: AtomicBool,
     sleeping: Mutex<usize>,
     wake: Condvar,
 }
+
+/// What workers call, behind a thin pointer.
+struct Call<'a>(&'a (dyn Fn(usize) + Sync));
 
 /// A range of tasks that are not yet taken: the first one in the low half, the end in the high half. Alone in
 /// its cache lines.
@@ -119,34 +167,24 @@ impl Job<'_> {
 }
 
 impl Pool {
-    /// Creates a pool of `threads` threads, the caller's included; at least one.
+    /// Starts threads so that there are `threads`, the caller's included; at least one.
     ///
     /// # Errors
     /// The operating system's error if it cannot start a thread.
     pub fn new(threads: usize) -> std::io::Result<Pool> {
-        let shared = Arc::new(Shared {
-            epoch: AtomicU32::new(0),
-            job: AtomicPtr::new(std::ptr::null_mut()),
-            open: AtomicBool::new(false),
-            inside: AtomicUsize::new(0),
-            shares: (0..threads.max(1)).map(|_| Share::default()).collect(),
-            stop: AtomicBool::new(false),
-            sleeping: Mutex::new(0),
-            wake: Condvar::new(),
-        });
-        let mut pool = Pool { shared, workers: Vec::new(), entry: Mutex::new(()) };
-        for i in 1..threads {
-            let shared = pool.shared.clone();
-            let worker =
-                std::thread::Builder::new().name(format!("halite-{i}")).spawn(move || shared.serve(i))?;
-            pool.workers.push(worker);
-        }
-        Ok(pool)
+        Ok(Pool::with_executor(Arc::new(Workers::start(threads)?)))
+    }
+
+    /// Uses the threads of an executor.
+    pub fn with_executor(executor: Arc<dyn Executor>) -> Pool {
+        let threads = executor.threads().max(1);
+        let shares = (0..threads).map(|_| Share::default()).collect();
+        Pool { executor, threads, shares, entry: Mutex::new(()) }
     }
 
     /// Returns the number of threads, the caller's included.
     pub fn threads(&self) -> usize {
-        self.workers.len() + 1
+        self.threads
     }
 
     /// Runs tasks `0..tasks`, in any order and on any thread, and returns when all are done. A task may call
@@ -161,7 +199,7 @@ impl Pool {
     /// As [`Pool::run`]; `task` gets several tasks at a time.
     fn ranges(&self, tasks: usize, task: &(dyn Fn(Range<usize>) + Sync)) {
         // (More tasks than 32 bits count have no memory for their results.)
-        let alone = tasks <= 1 || self.workers.is_empty() || IN_TASK.get();
+        let alone = tasks <= 1 || self.threads == 1 || IN_TASK.get();
         let Some(count) = u32::try_from(tasks).ok().filter(|_| !alone) else {
             let _floats = DefaultFloats::set();
             if tasks > 0 {
@@ -170,23 +208,15 @@ impl Pool {
             return;
         };
         let _one_at_a_time = self.entry.lock().unwrap_or_else(PoisonError::into_inner);
-        let shared = &*self.shared;
-        let threads = self.threads() as u64;
+        let threads = self.threads as u64;
         let end = |thread: usize| (u64::from(count) * thread as u64 / threads) as u32;
-        for (thread, share) in shared.shares.iter().enumerate() {
+        for (thread, share) in self.shares.iter().enumerate() {
             share.set(end(thread)..end(thread + 1));
         }
-        let job = Job { run: task, shares: &shared.shares, panic: Mutex::new(None) };
-        shared.job.store((&raw const job).cast_mut().cast(), Ordering::Release);
-        shared.open.store(true, Ordering::SeqCst);
-        shared.epoch.fetch_add(1, Ordering::SeqCst);
-        if *shared.sleeping.lock().unwrap_or_else(PoisonError::into_inner) > 0 {
-            shared.wake.notify_all();
-        }
-        // The job always outlives every worker that reads it.
-        let close = Close(shared);
+        let job = Job { run: task, shares: &self.shares, panic: Mutex::new(None) };
+        self.executor.broadcast(&|thread| job.work(thread));
+        // What an executor has left undone.
         job.work(0);
-        drop(close);
         if let Some(panic) = job.panic.into_inner().unwrap_or_else(PoisonError::into_inner) {
             resume_unwind(panic);
         }
@@ -333,7 +363,50 @@ impl<'a, 'b> SharedPanels<'a, 'b> {
     }
 }
 
-/// Closes the job and waits for the workers inside it.
+impl Workers {
+    fn start(threads: usize) -> std::io::Result<Workers> {
+        let shared = Arc::new(Shared {
+            epoch: AtomicU32::new(0),
+            call: AtomicPtr::new(std::ptr::null_mut()),
+            open: AtomicBool::new(false),
+            inside: AtomicUsize::new(0),
+            stop: AtomicBool::new(false),
+            sleeping: Mutex::new(0),
+            wake: Condvar::new(),
+        });
+        let mut workers = Workers { shared, threads: Vec::new() };
+        for i in 1..threads {
+            let shared = workers.shared.clone();
+            let name = format!("halite-{i}");
+            let worker = std::thread::Builder::new().name(name).spawn(move || shared.serve(i))?;
+            workers.threads.push(worker);
+        }
+        Ok(workers)
+    }
+}
+
+impl Executor for Workers {
+    fn threads(&self) -> usize {
+        self.threads.len() + 1
+    }
+
+    /// Only one thread at a time calls this: see [`Pool::entry`].
+    fn broadcast(&self, work: &(dyn Fn(usize) + Sync)) {
+        let shared = &*self.shared;
+        let call = Call(work);
+        shared.call.store((&raw const call).cast_mut().cast(), Ordering::Release);
+        shared.open.store(true, Ordering::SeqCst);
+        shared.epoch.fetch_add(1, Ordering::SeqCst);
+        if *shared.sleeping.lock().unwrap_or_else(PoisonError::into_inner) > 0 {
+            shared.wake.notify_all();
+        }
+        // The call always outlives every worker that reads it.
+        let _close = Close(shared);
+        work(0);
+    }
+}
+
+/// Closes the call and waits for the workers inside it.
 struct Close<'a>(&'a Shared);
 
 impl Drop for Close<'_> {
@@ -347,7 +420,7 @@ impl Drop for Close<'_> {
     }
 }
 
-/// Counts a worker inside the job.
+/// Counts a worker inside the call.
 struct Inside<'a>(&'a Shared);
 
 impl Drop for Inside<'_> {
@@ -364,16 +437,16 @@ impl Shared {
             self.inside.fetch_add(1, Ordering::SeqCst);
             let _inside = Inside(self);
             if self.open.load(Ordering::SeqCst) {
-                let job = self.job.load(Ordering::Acquire);
-                // SAFETY: `inside` was raised before `open` was seen, and the caller takes the job away only
-                // after it has closed it and seen `inside` at zero; so the job is alive until `_inside` is
+                let call = self.call.load(Ordering::Acquire);
+                // SAFETY: `inside` was raised before `open` was seen, and the caller takes the call away only
+                // after it has closed it and seen `inside` at zero; so the call is alive until `_inside` is
                 // dropped.
-                unsafe { (*job).work(thread) };
+                unsafe { ((*call).0)(thread) };
             }
         }
     }
 
-    /// Waits for a job after `seen`; `None` when the pool ends.
+    /// Waits for a call after `seen`; `None` when the pool ends.
     fn next_epoch(&self, seen: u32) -> Option<u32> {
         for _ in 0..SPINS {
             let epoch = self.epoch.load(Ordering::SeqCst);
@@ -394,13 +467,13 @@ impl Shared {
     }
 }
 
-impl Drop for Pool {
+impl Drop for Workers {
     fn drop(&mut self) {
         self.shared.stop.store(true, Ordering::SeqCst);
         self.shared.epoch.fetch_add(1, Ordering::SeqCst);
         drop(self.shared.sleeping.lock());
         self.shared.wake.notify_all();
-        for worker in self.workers.drain(..) {
+        for worker in self.threads.drain(..) {
             // A worker that unwound has already said so on its own thread.
             let _ = worker.join();
         }

@@ -5,7 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use halite_kernels::panel::PanelMut;
-use halite_kernels::pool::Pool;
+use halite_kernels::pool::{Executor, Pool};
 
 #[test]
 fn a_panic_in_any_task_reaches_the_caller_and_the_pool_lives() {
@@ -114,4 +114,47 @@ fn panels_without_rows_are_cut() {
         called.fetch_add(1, Ordering::Relaxed);
     });
     assert!((1..=100).contains(&called.into_inner()));
+}
+
+/// Runs all calls, some twice and some that are none of its own, or only some.
+struct Odd {
+    threads: usize,
+    calls: &'static [usize],
+}
+
+impl Executor for Odd {
+    fn threads(&self) -> usize {
+        self.threads
+    }
+
+    fn broadcast(&self, work: &(dyn Fn(usize) + Sync)) {
+        std::thread::scope(|scope| {
+            for &call in self.calls {
+                scope.spawn(move || work(call));
+            }
+        });
+    }
+}
+
+#[test]
+fn every_executor_runs_each_task_once() {
+    for (threads, calls) in
+        [(4, &[0, 1, 2, 3][..]), (4, &[]), (3, &[2]), (2, &[1, 1, 0, 7, usize::MAX]), (0, &[0]), (1, &[3])]
+    {
+        let pool = Pool::with_executor(std::sync::Arc::new(Odd { threads, calls }));
+        for tasks in [0, 1, 2, 5, 1000] {
+            let counts: Vec<AtomicUsize> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
+            pool.run(tasks, &|i| {
+                counts[i].fetch_add(1, Ordering::Relaxed);
+            });
+            assert!(
+                counts.iter().all(|count| count.load(Ordering::Relaxed) == 1),
+                "{threads} {calls:?} {tasks}"
+            );
+        }
+        let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            pool.run(100, &|i| assert!(i != 70, "task 70"));
+        }));
+        assert!(panicked.is_err(), "{threads} {calls:?}");
+    }
 }

@@ -14,6 +14,7 @@ use halite_kernels::formats::{Kind, Layout};
 use halite_kernels::isa::Cpu as Isa;
 use halite_kernels::matmul::{self, MatMul, X};
 use halite_kernels::panel::PanelMut;
+pub use halite_kernels::pool::Executor;
 use halite_kernels::pool::Pool;
 use halite_kernels::roofline;
 use halite_kernels::rows;
@@ -92,6 +93,16 @@ impl Cpu {
             n => n,
         };
         let pool = Pool::new(threads).map_err(|e| failed(format!("cannot start {threads} threads: {e}")))?;
+        Ok(Cpu::on(isa, pool))
+    }
+
+    /// Opens the CPU on the threads of the host, with the best instruction set.
+    pub fn with_executor(executor: Arc<dyn Executor>) -> Cpu {
+        Cpu::on(Isa::detect(), Pool::with_executor(executor))
+    }
+
+    fn on(isa: Isa, pool: Pool) -> Cpu {
+        let threads = pool.threads();
         let device = format!("{} on {threads} thread{}", isa.name(), if threads == 1 { "" } else { "s" });
         let caps = Caps::new("cpu", device)
             .memory_bytes(memory_bytes())
@@ -100,7 +111,7 @@ impl Cpu {
             .fusions(Fusions::ALL.rope_kv(false))
             .contract(Contract::Exact)
             .streams(true);
-        Ok(Cpu { caps, isa, pool: Arc::new(pool), allocator: Arc::new(System) })
+        Cpu { caps, isa, pool: Arc::new(pool), allocator: Arc::new(System) }
     }
 
     /// Takes the memory of sessions from an allocator: the KV cache, the inputs and outputs of steps, scratch,

@@ -448,6 +448,8 @@ pub fn check_support(backend: &dyn Backend, program: &Program) -> Result<()> {
             gaps.push(format!("{} in `{segment}`: {gap}", op.name()));
         }
     }
+    // Of several products of one kind, one is named.
+    gaps.dedup();
     if gaps.is_empty() {
         return Ok(());
     }

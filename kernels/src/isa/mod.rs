@@ -663,10 +663,10 @@ cpu! {
     #[cfg(target_arch = "x86_64")]
     Avx2: Avx2<false>,
     /// AVX2 with AVX-VNNI.
-    #[cfg(target_arch = "x86_64")]
+    #[cfg(all(target_arch = "x86_64", feature = "fast"))]
     AvxVnni: Avx2<true>,
     /// AVX-512 with VNNI.
-    #[cfg(target_arch = "x86_64")]
+    #[cfg(all(target_arch = "x86_64", feature = "fast"))]
     Avx512: Avx512,
 }
 
