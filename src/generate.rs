@@ -1,7 +1,9 @@
 //! Text generation: the loop over a session, a tokenizer and a sampler.
 
 use std::ops::ControlFlow;
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use crate::clock::Instant;
 
 use crate::error::{Error, Result};
 use crate::memory::reserved;

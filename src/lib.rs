@@ -56,6 +56,7 @@ pub mod backend;
 pub mod bisect;
 #[cfg(feature = "chat")]
 pub mod chat;
+pub mod clock;
 pub mod conformance;
 #[cfg(feature = "constrain")]
 pub mod constrain;

@@ -87,7 +87,13 @@ impl Source {
     pub fn from_bytes(name: &str, bytes: &[u8]) -> Arc<Source> {
         let mut words = vec![0u64; bytes.len().div_ceil(8)];
         bytemuck::cast_slice_mut::<u64, u8>(&mut words)[..bytes.len()].copy_from_slice(bytes);
-        Arc::new(Source { path: name.into(), bytes: Bytes::Owned(words, bytes.len()) })
+        Source::from_words(name, words, bytes.len())
+    }
+
+    /// Takes the first `bytes` bytes of words, or as many as there are. `name` appears in messages.
+    pub fn from_words(name: &str, words: Vec<u64>, bytes: usize) -> Arc<Source> {
+        let bytes = bytes.min(words.len().saturating_mul(8));
+        Arc::new(Source { path: name.into(), bytes: Bytes::Owned(words, bytes) })
     }
 
     /// The path or name, for messages.

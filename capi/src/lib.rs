@@ -22,3 +22,5 @@ pub mod save;
 pub mod session;
 mod stop;
 pub mod tokenizer;
+#[cfg(target_family = "wasm")]
+pub mod wasm;

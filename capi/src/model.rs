@@ -56,7 +56,7 @@ impl Object for ModelObject {
 }
 
 impl ModelObject {
-    fn new(model: Model) -> ModelObject {
+    pub(crate) fn new(model: Model) -> ModelObject {
         model.warnings().iter().for_each(|warning| log::say(log::HALITE_LOG_WARNING, warning));
         ModelObject(Mutex::new(State { model: Arc::new(model), adapters: 0 }))
     }

@@ -1,7 +1,9 @@
 //! Work that stops at a deadline.
 
 use std::sync::mpsc::{RecvTimeoutError, channel};
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use halite::clock::Instant;
 
 use halite::backend::Cancel;
 

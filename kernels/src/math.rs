@@ -16,7 +16,10 @@ pub fn fma(a: f32, b: f32, c: f32) -> f32 {
     let sum = p + c;
     let is_tie = sum.to_bits() & 0x1fff_ffff == 0x1000_0000;
     // Below the normal numbers, ties are elsewhere.
-    if !is_tie && sum.abs() >= f64::from(f32::MIN_POSITIVE) { sum as f32 } else { rounded_once(p, c) }
+    if !is_tie && (sum.abs() >= f64::from(f32::MIN_POSITIVE) || sum == 0.0) {
+        return sum as f32;
+    }
+    rounded_once(p, c)
 }
 
 /// The sum as f32, by way of an f64 rounded to odd (Boldo & Melquiond 2008), which shows on which side of a tie the

@@ -7,7 +7,9 @@
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use crate::clock::Instant;
 
 use super::{
     Backend, Bindings, Buffer, Caps, Clock, Contract, Gap, Limits, OpSig, Plan, Step, Support, Ticket,

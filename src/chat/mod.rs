@@ -31,6 +31,7 @@ const MAX_FORMAT: usize = 1000;
 
 /// Stack size for parsing and running a template: eight times what the deepest allowed template needs in a
 /// build without optimization.
+#[cfg(not(target_family = "wasm"))]
 const STACK: usize = 64 << 20;
 
 /// Marks where the answer starts in OpenAI's harmony format. Templates reject the reasoning before it in a
@@ -157,6 +158,10 @@ pub fn encode(tokenizer: &Tokenizer, prompt: &str) -> Vec<u32> {
 /// Runs recursive work on a large stack. Adds the line number to an error, and escapes text from the
 /// template.
 fn on_large_stack<T: Send>(f: impl FnOnce() -> Result<T, (u32, String)> + Send) -> Result<T> {
+    // There are no threads in a browser, and one stack.
+    #[cfg(target_family = "wasm")]
+    let result: std::io::Result<std::thread::Result<_>> = Ok(Ok(f()));
+    #[cfg(not(target_family = "wasm"))]
     let result = std::thread::scope(|scope| {
         let thread = std::thread::Builder::new().name("template".into()).stack_size(STACK);
         thread.spawn_scoped(scope, f).map(|thread| thread.join())
@@ -184,5 +189,8 @@ fn strftime_now(format: &str) -> Fallible<String> {
     if format.len() > MAX_FORMAT {
         return Err(format!("strftime_now: expected at most {MAX_FORMAT} bytes, got {}", format.len()));
     }
-    jiff::fmt::strtime::format(format, Timestamp::now()).map_err(|e| format!("strftime_now: {e}"))
+    let now = Timestamp::UNIX_EPOCH
+        .checked_add(crate::clock::since_1970())
+        .map_err(|e| format!("strftime_now: {e}"))?;
+    jiff::fmt::strtime::format(format, now).map_err(|e| format!("strftime_now: {e}"))
 }

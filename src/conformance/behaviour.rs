@@ -4,7 +4,9 @@
 use std::hint::black_box;
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use crate::clock::Instant;
 
 use super::recording::{Opened, Output, Recording, SpanData, StepData};
 use super::{Case, Failure};

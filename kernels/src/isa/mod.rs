@@ -542,10 +542,14 @@ fn byte_pair_index(bytes: [usize; 2]) -> [u8; 16] {
 
 #[cfg(all(target_arch = "aarch64", target_feature = "neon", target_endian = "little"))]
 mod neon;
+#[cfg(all(target_arch = "wasm32", target_feature = "simd128"))]
+mod wasm;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 #[cfg(all(target_arch = "aarch64", target_feature = "neon", target_endian = "little"))]
 pub use neon::Neon;
+#[cfg(all(target_arch = "wasm32", target_feature = "simd128"))]
+pub use wasm::Simd128;
 #[cfg(target_arch = "x86_64")]
 pub use x86::{Avx2, Avx512};
 
@@ -659,6 +663,9 @@ cpu! {
     /// NEON with dot products and matrix products of bytes.
     #[cfg(all(target_arch = "aarch64", target_feature = "neon", target_endian = "little"))]
     NeonI8mm: Neon<true, true>,
+    /// The vectors of WebAssembly.
+    #[cfg(all(target_arch = "wasm32", target_feature = "simd128"))]
+    Simd128: Simd128,
     /// AVX2, FMA and F16C.
     #[cfg(target_arch = "x86_64")]
     Avx2: Avx2<false>,

@@ -1,0 +1,118 @@
+// page.mjs [SCREENSHOT]: the example page in Chromium: opens a model by its address and by a drop, writes a text, can be stopped,
+// shows what is wrong, and asks nobody else.
+import assert from 'node:assert/strict';
+import { createReadStream, statSync } from 'node:fs';
+import { createServer } from 'node:http';
+import { createRequire } from 'node:module';
+import { fileURLToPath } from 'node:url';
+
+const require = createRequire(`${process.env.NODE_PATH ?? process.cwd()}/`);
+const { chromium } = require('playwright-core');
+const root = fileURLToPath(new URL('../..', import.meta.url));
+const files = {
+  '/': ['examples/web/index.html', 'text/html'],
+  '/worker.js': ['examples/web/worker.js', 'text/javascript'],
+  '/halite.js': ['web/halite.js', 'text/javascript'],
+  '/halite.wasm': ['web/halite.wasm', 'application/wasm'],
+  '/model.gguf': ['models/austen/halite-austen.gguf', 'application/octet-stream'],
+};
+
+const asked = [];
+let failures = 1;
+const server = createServer((request, response) => {
+  const file = files[request.url];
+  if (!file) {
+    response.writeHead(404).end();
+    return;
+  }
+  const [path, type] = [root + file[0], file[1]];
+  const size = statSync(path).size;
+  const range = /bytes=(\d+)-(\d+)/.exec(request.headers.range ?? '');
+  if (!range) {
+    response.writeHead(200, { 'Content-Type': type, 'Content-Length': size });
+    createReadStream(path).pipe(response);
+    return;
+  }
+  const [first, last] = [Number(range[1]), Math.min(Number(range[2]), size - 1)];
+  asked.push(first);
+  // One part fails in the middle: it is asked for again.
+  if (first > 0 && failures-- > 0) {
+    response.destroy();
+    return;
+  }
+  const headers = { 'Content-Type': type, 'Content-Length': last - first + 1, 'Content-Range': `bytes ${first}-${last}/${size}` };
+  response.writeHead(206, headers);
+  createReadStream(path, { start: first, end: last }).pipe(response);
+});
+await new Promise((resolve) => server.listen(0, '127.0.0.1', resolve));
+const address = `http://127.0.0.1:${server.address().port}/`;
+
+const browser = await chromium.launch({
+  executablePath: process.env.CHROMIUM ?? '/usr/bin/chromium',
+  args: ['--no-sandbox', '--disable-gpu', '--disable-background-networking', '--disable-component-update', '--no-first-run'],
+});
+try {
+  const page = await browser.newPage({ viewport: { width: 900, height: 800 } });
+  const faults = [];
+  page.on('pageerror', (error) => faults.push(String(error)));
+  page.on('console', (message) => message.type() === 'error' && faults.push(message.text()));
+  page.on('request', (request) => {
+    if (!request.url().startsWith(address) && !request.url().startsWith('data:')) faults.push(request.url());
+  });
+  const text = (id) => page.locator(`#${id}`).innerText();
+  const opened = () => page.waitForFunction(() => !document.getElementById('go').disabled, undefined, { timeout: 60_000 });
+  const done = () => page.waitForFunction(() => document.getElementById('stop').disabled, undefined, { timeout: 60_000 });
+  await page.goto(address);
+
+  // By its address, with the same text as the command's.
+  await page.click('#builtin');
+  await opened();
+  assert.match(await text('model'), /Halite Austen, llama, 3\.6 MiB/);
+  await page.fill('#count', '32');
+  await page.click('#go');
+  await done();
+  assert.equal(await text('out'), process.argv[2]);
+  assert.match(await text('speed'), /^\d+\.\d tokens\/s, 32 tokens$/);
+  assert.match(await text('memory'), /MiB$/);
+  if (process.argv[3]) await page.screenshot({ path: process.argv[3] });
+
+  // By a drop.
+  await page.evaluate(async () => {
+    const file = new File([await (await fetch('model.gguf')).arrayBuffer()], 'dropped.gguf');
+    const data = new DataTransfer();
+    data.items.add(file);
+    document.dispatchEvent(new DragEvent('drop', { dataTransfer: data }));
+  });
+  await page.waitForFunction(() => document.getElementById('loading').hidden === false);
+  await opened();
+  // A long text can be stopped, and the next one is whole.
+  await page.fill('#count', '4000');
+  await page.click('#go');
+  await page.waitForFunction(() => document.getElementById('out').innerText.length > 40);
+  await page.click('#stop');
+  await done();
+  assert.match(await text('speed'), /stopped$/);
+  await page.fill('#count', '32');
+  await page.click('#go');
+  await done();
+  assert.equal(await text('out'), process.argv[2]);
+
+  // What is wrong is shown: a chat without a template, a file that is none, an address that is none.
+  await page.check('#chat');
+  await page.click('#go');
+  await done();
+  assert.match(await text('error'), /template/);
+  await page.uncheck('#chat');
+  await page.setInputFiles('#file', { name: 'x.gguf', mimeType: 'application/octet-stream', buffer: Buffer.from('no model at all') });
+  await page.waitForFunction(() => document.getElementById('error').innerText !== '');
+  assert.match(await text('error'), /x\.gguf|magic|GGUF/i);
+  assert.deepEqual(faults, []);
+  await page.fill('#url', `${address}none.gguf`);
+  await page.press('#url', 'Enter');
+  await page.waitForFunction(() => document.getElementById('error').innerText.includes('404'));
+  assert.ok(asked.length > 0, 'no ranges were asked for');
+  console.log('page: ok');
+} finally {
+  await browser.close();
+  server.close();
+}
