@@ -14,6 +14,7 @@ const files = {
   '/worker.js': ['examples/web/worker.js', 'text/javascript'],
   '/halite.js': ['web/halite.js', 'text/javascript'],
   '/halite.wasm': ['web/halite.wasm', 'application/wasm'],
+  '/whole.gguf': ['models/austen/halite-austen.gguf', 'application/octet-stream'],
   '/model.gguf': ['models/austen/halite-austen.gguf', 'application/octet-stream'],
 };
 
@@ -27,7 +28,9 @@ const server = createServer((request, response) => {
   }
   const [path, type] = [root + file[0], file[1]];
   const size = statSync(path).size;
-  const range = /bytes=(\d+)-(\d+)/.exec(request.headers.range ?? '');
+  // One file is sent as a whole, whatever is asked for.
+  const asks = request.url !== '/whole.gguf' && (request.headers.range ?? '');
+  const range = /bytes=(\d+)-(\d+)/.exec(asks || '');
   if (!range) {
     response.writeHead(200, { 'Content-Type': type, 'Content-Length': size });
     createReadStream(path).pipe(response);
@@ -106,6 +109,14 @@ try {
   await page.setInputFiles('#file', { name: 'x.gguf', mimeType: 'application/octet-stream', buffer: Buffer.from('no model at all') });
   await page.waitForFunction(() => document.getElementById('error').innerText !== '');
   assert.match(await text('error'), /x\.gguf|magic|GGUF/i);
+  assert.equal(await text('model'), 'none');
+  await page.fill('#url', `${address}whole.gguf`);
+  await page.press('#url', 'Enter');
+  await opened();
+  assert.equal(await text('error'), '');
+  await page.click('#go');
+  await done();
+  assert.equal(await text('out'), process.argv[2]);
   assert.deepEqual(faults, []);
   await page.fill('#url', `${address}none.gguf`);
   await page.press('#url', 'Enter');
