@@ -899,11 +899,11 @@ impl CpuKernels {
         // What the chosen experts read, in the order of use.
         let order = |which: Range<usize>, band: usize| {
             let shapes = [which.start, which.end - 1].map(|which| row_shape(matrices[which]));
-            let first_row = used_experts[band];
+            let expert = used_experts[band];
             let chunk_bytes = stream.map_or(0, |stream| stream.chunk_bytes());
             row_chunks(shapes, which.len(), which.len() == 2, chunk_bytes).map(move |(i, rows)| {
                 let (which, height) = (which.start + i, shapes[i].0);
-                (which, rows.clone(), first_row * height + rows.start..first_row * height + rows.end)
+                (which, rows.clone(), expert * height + rows.start..expert * height + rows.end)
             })
         };
         if let Some(stream) = stream {
