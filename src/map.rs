@@ -267,6 +267,7 @@ pub fn read(path: &Path, most_bytes: u64) -> Result<Vec<u8>> {
 #[derive(Debug)]
 pub(crate) struct Spilled {
     map: memmap2::MmapMut,
+    #[cfg_attr(not(target_os = "linux"), allow(dead_code, reason = "only Linux is told"))]
     kept_bytes: usize,
 }
 
