@@ -4,7 +4,6 @@ use std::ops::ControlFlow;
 use std::time::Duration;
 
 use crate::clock::Instant;
-
 use crate::error::{Error, Result};
 use crate::memory::reserved;
 use crate::model::TOP_K;

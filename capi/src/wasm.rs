@@ -22,8 +22,11 @@ pub extern "C" fn halite_wasm_alloc(bytes: usize) -> *mut u64 {
     Box::into_raw(words.into_boxed_slice()).cast()
 }
 
-/// What [`halite_wasm_alloc`] returned for so many bytes.
+/// What [`halite_wasm_alloc`] returned for so many bytes; nothing for null.
 unsafe fn owned(start: *mut u64, bytes: usize) -> Box<[u64]> {
+    if start.is_null() {
+        return Box::default();
+    }
     let words = std::ptr::slice_from_raw_parts_mut(start, bytes.div_ceil(8).max(1));
     // SAFETY: the caller got it from `halite_wasm_alloc`, and gives it up.
     unsafe { Box::from_raw(words) }
@@ -32,10 +35,8 @@ unsafe fn owned(start: *mut u64, bytes: usize) -> Box<[u64]> {
 /// Frees what [`halite_wasm_alloc`] returned for so many bytes; null is nothing.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn halite_wasm_free(start: *mut u64, bytes: usize) {
-    if !start.is_null() {
-        // SAFETY: as there.
-        drop(unsafe { owned(start, bytes) });
-    }
+    // SAFETY: as there.
+    drop(unsafe { owned(start, bytes) });
 }
 
 /// Opens a GGUF file in memory of [`halite_wasm_alloc`], which becomes the model's, even if that fails.

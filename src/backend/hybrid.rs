@@ -9,12 +9,11 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-use crate::clock::Instant;
-
 use super::{
     Backend, Bindings, Buffer, Caps, Clock, Contract, Gap, Limits, OpSig, Plan, Step, Support, Ticket,
     Timing, Usage, check_step, prepare, upload,
 };
+use crate::clock::Instant;
 use crate::error::{Error, Result};
 use crate::map::Region;
 use crate::memory::zeroed;

@@ -6,12 +6,11 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use crate::clock::Instant;
-
 use super::recording::{Opened, Output, Recording, SpanData, StepData};
 use super::{Case, Failure};
 use crate::backend::reference::Reference;
 use crate::backend::{Backend, Buffer, Cancel, Contract, Timing, Usage, upload};
+use crate::clock::Instant;
 use crate::error::{Error, Result};
 use crate::memory::resident_bytes;
 use crate::program::{Builder, Dim, Index, Op, PAGE_POSITIONS};
