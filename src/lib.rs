@@ -47,7 +47,7 @@
 //! `chat`), for embeddings [`embed`], for a new chip [`backend`], for its tests [`conformance`].
 //!
 //! Features: `chat` (chat templates), `constrain` (output constrained by a JSON schema, a regular expression
-//! or a grammar), `convert` (safetensors to GGUF), `output` (atomic file writes), `save` (saved sequences),
+//! or a grammar), `convert` (safetensors to GGUF), `export` (images for microcontrollers), `output` (atomic file writes), `save` (saved sequences),
 //! `formats` (CPU kernels of all weight formats; `formats-k` and so on for some), `fast` (more of them, and more
 //! ways to match words). The defaults are `chat`, `fast`, `formats` and `save`.
 #![deny(unsafe_code)]
@@ -65,6 +65,8 @@ pub mod convert;
 pub mod cost;
 pub mod embed;
 pub mod error;
+#[cfg(feature = "export")]
+pub mod export;
 pub mod generate;
 pub mod gguf;
 mod loaded;

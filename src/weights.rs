@@ -319,6 +319,13 @@ fn stored(tensor: &TensorInfo<'_>, program: &Program, id: TensorId) -> Result<Op
     Ok(tensor.region()?.part(bytes_in_file(program, id)).filter(|_| as_stored))
 }
 
+/// Returns a weight's bytes with plain rows.
+#[cfg(feature = "export")]
+pub(crate) fn rows(gguf: &Gguf, program: &Program, id: TensorId) -> Result<Vec<u8>> {
+    let plain = Tensor { layout: Layout::Rows, ..program.tensor(id).clone() };
+    laid_out(&find(gguf, program, id)?, &plain, bytes_in_file(program, id))
+}
+
 /// Copies a weight to a buffer, in the program's layout.
 fn copy(gguf: &Gguf, program: &Program, backend: &dyn Backend, slot: usize, to: &Buffer) -> Result<()> {
     let id = program.weights[slot];

@@ -17,6 +17,7 @@ mod device;
 mod embed;
 #[cfg(feature = "sim")]
 mod estimate;
+mod export;
 mod inspect;
 mod interrupt;
 mod machine;
@@ -87,6 +88,8 @@ enum Command {
     Convert(convert::ConvertArgs),
     /// Rewrite a model with interleaved rows, which decode faster.
     Pack(pack::PackArgs),
+    /// Write a model as an image for microcontrollers.
+    Export(export::ExportArgs),
     /// Check a chip's profile and print its rates.
     #[cfg(feature = "sim")]
     Profile(profile::ProfileArgs),
@@ -404,6 +407,7 @@ pub fn main(drivers: &[Driver]) -> ExitCode {
         Command::Embed(args) => embed::embed(&args),
         Command::Convert(args) => convert::convert(&args),
         Command::Pack(args) => pack::pack(&args),
+        Command::Export(args) => export::export(&args),
         #[cfg(feature = "sim")]
         Command::Profile(args) => profile::profile(&args),
         #[cfg(feature = "sim")]

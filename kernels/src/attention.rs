@@ -155,8 +155,8 @@ impl WithIsa for Merge<'_> {
     }
 }
 
-/// Maximum rows that share a pass over the cache.
-pub const ROWS: usize = 64;
+/// Maximum rows that share a pass over the cache; few where the stack is small.
+pub const ROWS: usize = if cfg!(target_os = "none") { 16 } else { 64 };
 
 /// More rows than this make it worth to compute what codes stand for once for all of them.
 const FEW_ROWS: usize = 16;

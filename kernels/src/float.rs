@@ -86,8 +86,37 @@ mod control {
     }
 }
 
+/// Cortex-M with a floating-point unit.
+#[cfg(all(target_arch = "arm", target_os = "none", target_abi = "eabihf"))]
+mod control {
+    use core::arch::asm;
+
+    /// Alternative half precision, default NaN, flush to zero (of f32 and f16), rounding mode in FPSCR.
+    pub const MODES: u64 = 0x07c8_0000;
+    /// Round to nearest, subnormals kept, NaNs propagated.
+    pub const DEFAULT: u64 = 0;
+
+    #[inline]
+    pub fn read() -> u64 {
+        let control: u32;
+        // SAFETY: reads a register that every program may read.
+        unsafe { asm!("vmrs {}, fpscr", out(reg) control, options(nostack)) };
+        control.into()
+    }
+
+    #[inline]
+    pub fn write(control: u64) {
+        // SAFETY: the value is the default or was read from the register.
+        unsafe { asm!("vmsr fpscr, {}", in(reg) control as u32, options(nostack)) };
+    }
+}
+
 /// Elsewhere there is nothing to set.
-#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+#[cfg(not(any(
+    target_arch = "x86_64",
+    target_arch = "aarch64",
+    all(target_arch = "arm", target_os = "none", target_abi = "eabihf")
+)))]
 mod control {
     pub const MODES: u64 = 0;
     pub const DEFAULT: u64 = 0;

@@ -6,12 +6,26 @@
 use crate::formats::{F16, Plain};
 use crate::isa::Isa;
 
-/// `a * b + c`, rounded once, on CPUs without the instruction.
+/// `a * b + c`, rounded once, on CPUs that have no instruction for it, or none that `core` offers.
+#[inline]
+pub fn fma(a: f32, b: f32, c: f32) -> f32 {
+    cfg_select! {
+        all(target_arch = "arm", target_os = "none", target_abi = "eabihf", not(target_has_atomic = "64")) => {
+            crate::isa::cortex_m::fpu::fma(a, b, c)
+        }
+        // Bare 32-bit chips have no f64.
+        all(target_os = "none", target_pointer_width = "32") => fma_by_integers(a, b, c),
+        _ => fma_by_f64(a, b, c),
+    }
+}
+
+/// [`fma`] by way of f64.
 ///
 /// The product of two f32 is exact in f64. Rounding the sum twice, to f64 and to f32, differs from rounding it
 /// once only if the first result is a tie between two f32.
 #[inline]
-pub fn fma(a: f32, b: f32, c: f32) -> f32 {
+#[allow(dead_code, reason = "not on every target")]
+fn fma_by_f64(a: f32, b: f32, c: f32) -> f32 {
     let (p, c) = (f64::from(a) * f64::from(b), f64::from(c));
     let sum = p + c;
     let is_tie = sum.to_bits() & 0x1fff_ffff == 0x1000_0000;
@@ -26,6 +40,7 @@ pub fn fma(a: f32, b: f32, c: f32) -> f32 {
 /// exact sum lies.
 #[cold]
 #[inline(never)]
+#[allow(dead_code, reason = "not on every target")]
 fn rounded_once(p: f64, c: f64) -> f32 {
     let sum = p + c;
     if !sum.is_finite() {
@@ -39,6 +54,76 @@ fn rounded_once(p: f64, c: f64) -> f32 {
         return f64::from_bits(if away { bits + 1 } else { bits - 1 }) as f32;
     }
     sum as f32
+}
+
+/// [`fma`] on CPUs without f64.
+#[doc(hidden)]
+pub fn fma_by_integers(a: f32, b: f32, c: f32) -> f32 {
+    const EXPONENT: u32 = 0xff;
+    let exponent = |x: f32| x.to_bits() >> 23 & EXPONENT;
+    if exponent(a) == EXPONENT || exponent(b) == EXPONENT || a == 0.0 || b == 0.0 {
+        return a * b + c;
+    }
+    if exponent(c) == EXPONENT {
+        return c;
+    }
+    if c == 0.0 {
+        return a * b;
+    }
+    // |x| = mantissa · 2^exponent, with 24 bits of mantissa.
+    let parts = |x: f32| {
+        let (fraction, exponent) = (x.to_bits() & 0x7f_ffff, exponent(x) as i32);
+        if exponent != 0 {
+            return (fraction | 0x80_0000, exponent - 150);
+        }
+        let shift = fraction.leading_zeros() as i32 - 8;
+        (fraction << shift, -149 - shift)
+    };
+    let ((a_bits, a_exponent), (b_bits, b_exponent), (c_bits, c_exponent)) = (parts(a), parts(b), parts(c));
+    let negative = |x: f32| x.to_bits() >> 31 == 1;
+    // Both terms with their highest bits at 62 or 61, so that what is shifted out of the smaller one matters for
+    // rounding only when the sum still has far more bits than 24.
+    let product = (
+        u64::from(a_bits) * u64::from(b_bits) << 15,
+        a_exponent + b_exponent - 15,
+        negative(a) != negative(b),
+    );
+    let term = (u64::from(c_bits) << 38, c_exponent - 38, negative(c));
+    let (large, small) = if product.1 >= term.1 { (product, term) } else { (term, product) };
+    let small_bits = shifted_right(small.0, (large.1 - small.1) as u32);
+    let (mut bits, mut sign) = (large.0 + small_bits, large.2);
+    if large.2 != small.2 {
+        bits = large.0.abs_diff(small_bits);
+        sign = if large.0 >= small_bits { large.2 } else { small.2 };
+    }
+    if bits == 0 {
+        return 0.0;
+    }
+    // The highest bit to 63, and the exponent of a mantissa of 24 bits.
+    let zeros = bits.leading_zeros();
+    let (bits, exponent) = (bits << zeros, large.1 - zeros as i32 + 40);
+    // Below the normal numbers there are fewer bits.
+    let dropped = 40 + (-149 - exponent).max(0) as u32;
+    let kept = shifted_right(bits, dropped.saturating_sub(2));
+    let rounded = (kept >> 2) + u64::from(kept & 3 == 3 || kept & 7 == 6);
+    // A carry moves into the exponent.
+    let magnitude = if exponent < -149 {
+        rounded as u32
+    } else {
+        let biased = (exponent + 149) as u32;
+        if biased >= EXPONENT { EXPONENT << 23 } else { (biased << 23) + rounded as u32 }
+    };
+    f32::from_bits(magnitude.min(EXPONENT << 23) | u32::from(sign) << 31)
+}
+
+/// `bits >> by`, with the lowest bit set if a bit was shifted out.
+#[inline]
+fn shifted_right(bits: u64, by: u32) -> u64 {
+    match by {
+        0 => bits,
+        1..64 => bits >> by | u64::from(bits << (64 - by) != 0),
+        _ => u64::from(bits != 0),
+    }
 }
 
 /// Half precision to single, exactly.

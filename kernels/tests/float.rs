@@ -91,11 +91,13 @@ fn multiplications_and_additions_are_rounded_once() {
         (state >> 32) as u32
     };
     let check = |a: f32, b: f32, c: f32| {
-        let (got, want) = (halite_kernels::math::fma(a, b, c), a.mul_add(b, c));
-        assert!(
-            got.to_bits() == want.to_bits() || got.is_nan() && want.is_nan(),
-            "{a:e} {b:e} {c:e}: {got:e}, {want:e}"
-        );
+        let want = a.mul_add(b, c);
+        for got in [halite_kernels::math::fma(a, b, c), halite_kernels::math::fma_by_integers(a, b, c)] {
+            assert!(
+                got.to_bits() == want.to_bits() || got.is_nan() && want.is_nan(),
+                "{a:e} {b:e} {c:e}: {got:e}, {want:e}"
+            );
+        }
     };
     for _ in 0..2_000_000 {
         check(f32::from_bits(draw()), f32::from_bits(draw()), f32::from_bits(draw()));

@@ -587,6 +587,11 @@ impl Format {
         Ok(())
     }
 
+    /// The function that unpacks a block whose length was checked; `None` for a plain format.
+    pub(crate) const fn unpacker(self) -> Option<fn(&[u8], &mut Unpacked)> {
+        self.entry().unpack
+    }
+
     /// The blocks that stand for `values`: whole blocks. Not every format has a quantiser.
     pub fn quantize(self, values: &[f32], blocks: &mut [u8]) -> Result<(), FormatError> {
         self.check(blocks.len(), values.len())?;

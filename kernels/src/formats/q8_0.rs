@@ -36,6 +36,15 @@ impl Block for Q8_0 {
     }
 }
 
+impl Q8_0 {
+    /// The scale, and the codes by sixteens.
+    #[inline(always)]
+    pub(crate) fn parts(&self) -> (f32, [&[i8; 16]; 2]) {
+        let [low, high] = self.qs.as_chunks::<16>().0 else { return (self.d.value(), [&[0; 16]; 2]) };
+        (self.d.value(), [low, high])
+    }
+}
+
 impl Quantised for Q8_0 {
     type Shape = Groups<32, Signed>;
 

@@ -524,6 +524,7 @@ impl Isa for Scalar {
 
 /// The first of sixteen rows, if 16 bytes of each are there; row `r` is `r * stride` bytes after it.
 #[inline(always)]
+#[allow(dead_code, reason = "some targets have no vector instructions")]
 fn sixteen(rows: &[u8], stride: usize) -> Option<*const u8> {
     (stride.checked_mul(15)?.checked_add(16)? <= rows.len()).then_some(rows.as_ptr())
 }
@@ -531,6 +532,7 @@ fn sixteen(rows: &[u8], stride: usize) -> Option<*const u8> {
 /// The byte shuffle for [`Isa::byte_pair`]: moves two bytes of each 32-bit lane to the tops of its 16-bit
 /// halves. An index above 127 gives zero.
 #[inline(always)]
+#[allow(dead_code, reason = "some targets have no vector instructions")]
 fn byte_pair_index(bytes: [usize; 2]) -> [u8; 16] {
     let mut index = [0x80; 16];
     for lane in 0..4 {
@@ -540,6 +542,8 @@ fn byte_pair_index(bytes: [usize; 2]) -> [u8; 16] {
     index
 }
 
+#[cfg(all(target_arch = "arm", target_os = "none"))]
+pub(crate) mod cortex_m;
 #[cfg(all(target_arch = "aarch64", target_feature = "neon", target_endian = "little"))]
 mod neon;
 #[cfg(all(target_arch = "wasm32", target_feature = "simd128"))]
