@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 
+use halite_kernels::formats::Format;
 use halite_micro::image::{CHECKED_FROM, Header, MAGIC, State, Tensor, VERSION, checksum};
 use halite_micro::ops::Op as ImageOp;
 use halite_micro::record::{self, Field, Rows, Span};
@@ -26,7 +27,7 @@ pub struct ExportOptions {
     /// Most tokens of a step. A prompt is read so many tokens at a time: more are faster where weights are slow to
     /// read, and take more memory.
     pub tokens: u32,
-    /// The program's options.
+    /// The program's options. An encoder's cache, which lasts for one step, is always F32.
     pub program: ProgramOptions,
 }
 
@@ -69,7 +70,11 @@ pub fn export(model: &Model, options: &ExportOptions) -> Result<(Vec<u32>, Image
         let expected = format!("1 to {}, the context", options.context);
         return Err(Error::argument("tokens of a step", expected, options.tokens));
     }
-    let program = passes::decompose(&model.program(options.program, options.context)?);
+    let mut program = model.program(options.program, options.context)?;
+    if program.outputs.hidden.is_some() {
+        program = model.program(options.program.kv_format(Format::F32), options.context)?;
+    }
+    let program = passes::decompose(&program);
     let tokenizer = Tokenizer::from_gguf(model.gguf())?;
     Exporter::new(model, &program, options)?.image(tokenizer.as_ref())
 }

@@ -11,8 +11,8 @@ use halite::model::{Pooling, ProgramOptions};
 use halite::session::{OutputKind, OutputTokens, Run};
 use halite::{Backend, Cpu, EmbedOptions, Embedder, Model, Session, SessionOptions, Tokenizer};
 use halite_micro::{Error, Image, greedy};
+use halite_testing::bert;
 use halite_testing::golden::{cases, committed, folder};
-use halite_testing::{SplitMix, bert};
 
 const CONTEXT: u32 = 256;
 
@@ -113,7 +113,7 @@ fn windows_keep_few_pages() {
     let image = Image::new(bytemuck::cast_slice(&words_of_image)).unwrap();
     let mut memory = words(image.memory_words());
     let mut session = halite_micro::Session::new(image, &mut memory).unwrap();
-    let tokens: Vec<u32> = (0..200).collect();
+    let tokens: Vec<u32> = (0..200).map(|i| i % model.hparams().vocab_size).collect();
     session.prefill(&tokens).unwrap();
     // What the window showed at the start is gone, but the last page and the one before are there.
     let refused = session.rewind(10).unwrap_err();
@@ -219,7 +219,7 @@ fn options_are_checked() {
     }
 }
 
-/// Every word but a weight's is changed in several ways: an image is refused, or runs.
+/// Words of everything but weights are changed in several ways: an image is refused, or runs.
 #[test]
 fn damaged_images_are_refused_or_run() {
     let mut models = vec![bert::converted(&bert::folder(), Format::F32).unwrap()];
@@ -228,12 +228,11 @@ fn damaged_images_are_refused_or_run() {
             models.push(Arc::new(Model::open(dir.join(format!("families/{family}.gguf"))).unwrap()));
         }
     }
-    let mut random = SplitMix(7);
     let (mut refused, mut ran) = (0, 0);
     for model in models {
         let context = model.hparams().context_length.min(130);
         let options = ExportOptions::default().context(context).tokens(3.min(context));
-        let (image, _) = export(&model, &options).unwrap();
+        let (mut image, _) = export(&model, &options).unwrap();
         let header = *Image::new(bytemuck::cast_slice(&image)).unwrap().header();
         let mut memory = Vec::new();
         let mut check = |image: &[u32]| {
@@ -250,21 +249,21 @@ fn damaged_images_are_refused_or_run() {
             for tokens in [&[0][..], &[0, 0]] {
                 let _ = session.step(tokens);
             }
-            let _ = (session.rewind(1), image.text(1), image.is_end(3), image.verify());
+            let _ = (session.rewind(1), image.text(1), image.is_end(3));
         };
         let places = (0..32)
             .chain(header.ops.first..header.ops.first + header.ops.len)
             .chain(header.tensors.first..header.tensors.first + 7 * header.tensors.len)
             .chain(header.states.first..header.states.first + 9 * header.states.len);
-        for place in places.map(|place| place as usize).filter(|_| random.below(4) == 0).collect::<Vec<_>>() {
+        // Not all of them: that would take minutes.
+        for place in places.step_by(11).map(|place| place as usize) {
             let before = image[place];
-            let mut changed = image.clone();
-            for value in
-                [0, 1, before ^ 1, before + 1, before.wrapping_sub(1), before * 2, 1 << 20, !0, !0 - 3]
-            {
-                changed[place] = value;
-                check(&changed);
+            let near = [before ^ 1, before.wrapping_add(1), before.wrapping_sub(1), before.wrapping_mul(2)];
+            for value in near.into_iter().chain([0, 1, 1 << 20, !0, !0 - 3]) {
+                image[place] = value;
+                check(&image);
             }
+            image[place] = before;
         }
         for len in (0..image.len()).step_by((image.len() / 50).max(1)) {
             check(&image[..len]);
@@ -278,13 +277,8 @@ fn bytes_that_are_no_image_say_why() {
     let words_of_image = image(&austen(), 1, Format::F16);
     let bytes: &[u8] = bytemuck::cast_slice(&words_of_image);
     assert_eq!(Image::new(&bytes[1..]).unwrap_err(), Error::Misaligned);
-    assert_eq!(Image::new(&[]).unwrap_err(), Error::NotAnImage);
-    assert_eq!(
-        Image::new(b"GGUF\0\0\0\0")
-            .map(|_| ())
-            .map_err(|e| matches!(e, Error::NotAnImage | Error::Misaligned)),
-        Err(true)
-    );
+    assert_eq!(Image::new(&bytes[..0]).unwrap_err(), Error::NotAnImage);
+    assert_eq!(Image::new(&bytes[8..]).unwrap_err(), Error::NotAnImage);
     let (expected, got) = (bytes.len() as u32, bytes.len() - 4);
     assert_eq!(Image::new(&bytes[..got]).unwrap_err(), Error::Truncated { expected, got });
     let mut other = words_of_image.clone();
