@@ -84,7 +84,7 @@ pub fn fma_by_integers(a: f32, b: f32, c: f32) -> f32 {
     // Both terms with their highest bits at 62 or 61, so that what is shifted out of the smaller one matters for
     // rounding only when the sum still has far more bits than 24.
     let product = (
-        u64::from(a_bits) * u64::from(b_bits) << 15,
+        (u64::from(a_bits) * u64::from(b_bits)) << 15,
         a_exponent + b_exponent - 15,
         negative(a) != negative(b),
     );

@@ -60,7 +60,7 @@ fn q8_0(w: &[Q8_0], x: &Inputs<'_>, mut out: PanelMut<'_>) {
                 blocks.iter().zip(codes.as_chunks::<16>().0.as_chunks::<2>().0).zip(scales)
             {
                 let (d, w) = block.parts();
-                let sum = dot(&w[0], &codes[0]) + dot(&w[1], &codes[1]);
+                let sum = dot(w[0], &codes[0]) + dot(w[1], &codes[1]);
                 acc = fma(sum as f32, d * scale, acc);
             }
             if let Some(out) = out.row(t).get_mut(row) {
