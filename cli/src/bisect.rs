@@ -84,7 +84,7 @@ fn against_dump(args: &BisectArgs, file: &Path) -> Result<(), Failure> {
 }
 
 pub fn bisect(args: &BisectArgs) -> Result<(), Failure> {
-    if args.model.memory.is_some() {
+    if args.model.memory.bytes().is_some() {
         return Err("--memory: bisect has no limit on memory; it keeps a model on two backends".into());
     }
     if let Some(file) = &args.dump {

@@ -7,7 +7,7 @@ use halite::embed::{EmbedOptions, Embedder, cosine};
 use halite::model::Pooling;
 
 use super::device::DeviceArgs;
-use super::{Failure, open_model, print, progress, read_text, tokenizer};
+use super::{Failure, MemoryArgs, open_adapted, print, progress, read_text, tokenizer};
 
 #[derive(Args)]
 pub struct EmbedArgs {
@@ -18,6 +18,8 @@ pub struct EmbedArgs {
     model: PathBuf,
     #[command(flatten)]
     device: DeviceArgs,
+    #[command(flatten)]
+    memory: MemoryArgs,
     /// Read texts from a file (- for stdin), one per line.
     #[arg(short, long, value_name = "FILE")]
     file: Option<PathBuf>,
@@ -63,13 +65,14 @@ pub fn embed(args: &EmbedArgs) -> Result<(), Failure> {
     if args.compare && matches!(args.pooling, Some(PoolingArg::None)) {
         return Err("--compare: needs one vector per text, so --pooling none does not work".into());
     }
-    let model = open_model(Some(&args.model))?;
+    let model = open_adapted(Some(&args.model), &[], args.memory.maps())?;
     let tokenizer = tokenizer(&model)?;
     let options = EmbedOptions::default()
         .batch(args.batch)
         .pooling(pooling)
         .normalize(!args.no_normalize)
-        .truncate(args.truncate);
+        .truncate(args.truncate)
+        .memory(args.memory.bytes());
     let total = model.gguf().tensors().map(|t| t.record.bytes.len() as u64).sum();
     let bar = progress(total, "loading");
     let mut embedder =

@@ -128,12 +128,30 @@ struct ModelArgs {
     /// Format of the KV cache.
     #[arg(long, value_name = "FORMAT", default_value = "f16", value_parser = kv_format())]
     kv: Format,
-    /// Keep the whole process below so many MiB: weights that do not fit are read from the file in each step.
-    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u64).range(1..))]
-    memory: Option<u64>,
+    #[command(flatten)]
+    memory: MemoryArgs,
     /// Folder on a drive for the KV cache, if it takes much of --memory.
     #[arg(long, value_name = "FOLDER", requires = "memory")]
     spill: Option<PathBuf>,
+}
+
+/// The limit on the memory of the process.
+#[derive(Args, Clone, Copy)]
+struct MemoryArgs {
+    /// Keep the whole process below so many MiB: weights that do not fit are read from the file in each step.
+    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u64).range(1..))]
+    memory: Option<u64>,
+}
+
+impl MemoryArgs {
+    fn bytes(self) -> Option<u64> {
+        self.memory.map(|mib| mib.saturating_mul(1 << 20))
+    }
+
+    /// Whether the model's file may be mapped: mapped pages count.
+    fn maps(self) -> bool {
+        self.memory.is_none()
+    }
 }
 
 /// The sampler's options.
@@ -250,7 +268,7 @@ fn scaled(adapter: &OsStr) -> (&OsStr, f32) {
 
 impl ModelArgs {
     fn open(&self) -> Result<Arc<Model>, Failure> {
-        let model = open_adapted(self.model.as_deref(), &self.lora, self.memory.is_none())?;
+        let model = open_adapted(self.model.as_deref(), &self.lora, self.memory.maps())?;
         if let Some(list) = &self.verify_on_load {
             checksums::check(model.gguf(), list)?;
         }
@@ -275,7 +293,7 @@ impl ModelArgs {
             .batch(batch)
             .outputs(outputs)
             .program(self.program())
-            .memory(self.memory.map(|mib| mib.saturating_mul(1 << 20)))
+            .memory(self.memory.bytes())
             .spill(self.spill.clone())
     }
 

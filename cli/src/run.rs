@@ -122,7 +122,7 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
     let mut drafter: Option<Box<dyn Drafter>> = match &args.draft {
         Some(file) => {
             let draft = ModelArgs { model: Some(file.clone()), ..args.model.clone() };
-            if args.model.memory.is_some() {
+            if args.model.memory.bytes().is_some() {
                 return Err("--draft and --memory: choose one; a limit holds for one model".into());
             }
             // A draft whose first token is rejected is undone as a whole.

@@ -56,6 +56,39 @@ fn bench_reports_each_combination() {
     assert!(cells.len() == 10 && cells.iter().all(|&n| n == 15), "{table}");
 }
 
+/// The model may be larger than what it may take; single ops have no such limit.
+#[test]
+fn bench_keeps_to_a_limit_on_memory() {
+    let model = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/austen/halite-austen.gguf");
+    let args = format!("bench --memory 64 -m {model} -p 8 -n 2 -r 1 --no-roofline");
+    let rows: Value = serde_json::from_str(&text(&format!("{args} -o json"))).unwrap();
+    assert_eq!(rows.as_array().unwrap().len(), 2);
+    let refused = halite(&format!("bench --memory 1 -m {model} -p 8 -n 2"));
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("out of memory"), "{refused:?}");
+    let refused = halite("bench --ops --memory 64");
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("--memory limits whole models"), "{refused:?}");
+}
+
+#[test]
+fn export_writes_an_image_and_replaces_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let image = folder.path().join("image");
+    let image = image.display();
+    let printed = text(&format!("export {image} --ctx 64"));
+    let bytes = std::fs::read(image.to_string()).unwrap();
+    assert_eq!(&bytes[..4], b"HMIC");
+    let stated = printed.split_whitespace().nth(1).unwrap();
+    assert_eq!(stated.parse::<usize>().unwrap(), bytes.len(), "{printed}");
+    let refused = halite(&format!("export {image} --ctx 32"));
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("not written"), "{refused:?}");
+    assert_eq!(std::fs::read(image.to_string()).unwrap(), bytes);
+    let refused = halite(&format!("export {image}.2 --ctx 513"));
+    let message = String::from_utf8_lossy(&refused.stderr);
+    assert!(message.contains("context: expected 1 to 512"), "{message}");
+    let names: Vec<_> = std::fs::read_dir(folder.path()).unwrap().collect();
+    assert_eq!(names.len(), 1, "nothing is left behind");
+}
+
 /// A simulated chip's time is the chip's, as `run` reports it, and not that of the host that simulates it.
 #[cfg(feature = "sim")]
 #[test]

@@ -41,6 +41,9 @@ fn the_command_prints_the_vectors() {
     let printed: serde_json::Value = serde_json::from_str(&printed).unwrap();
     let vectors: Vec<Vec<f32>> = serde_json::from_value(printed["embeddings"].clone()).unwrap();
     assert!(bert::largest_difference(&vectors) < 1e-6);
+    // A limit on memory changes no bit.
+    let limited = run(&[&["embed", "--memory", "64", "-m", file_name], &texts[..]].concat());
+    assert_eq!(serde_json::from_str::<serde_json::Value>(&limited).unwrap(), printed);
     let table = run(&["embed", "-m", file_name, "--compare", texts[0], texts[1]]);
     let cell = format!("{:8.4}", cosine(&vectors[0], &vectors[1]));
     let rows: Vec<&str> = table.lines().collect();

@@ -22,7 +22,7 @@ use halite_sim::estimate::host;
 use serde_json::{Value, json};
 
 use crate::device::DeviceArgs;
-use crate::{Failure, bytes, kv_format, open_model, print};
+use crate::{Failure, MemoryArgs, bytes, kv_format, open_adapted, print};
 
 /// Largest buffer for the bandwidth measurement: larger than any cache.
 const MOST_BUFFER_BYTES: u64 = 1 << 30;
@@ -67,6 +67,8 @@ pub struct BenchArgs {
     kv: Format,
     #[command(flatten)]
     device: DeviceArgs,
+    #[command(flatten)]
+    memory: MemoryArgs,
     /// Skip the roofline measurement.
     #[arg(long)]
     no_roofline: bool,
@@ -139,9 +141,12 @@ impl Test {
 
 pub fn bench(args: &BenchArgs) -> Result<(), Failure> {
     if args.single.wanted() {
+        if args.memory.bytes().is_some() {
+            return Err("bench --ops: --memory limits whole models, not single ops".into());
+        }
         return ops::ops(args);
     }
-    let model = open_model(args.model.as_deref())?;
+    let model = open_adapted(args.model.as_deref(), &[], args.memory.maps())?;
     let prompts = args.prompt.iter().map(|&prompt| Test { depth: 0, prompt, generate: 0, sequences: 1 });
     let generations = args.generate.iter().flat_map(|&generate| {
         args.sequences.iter().map(move |&sequences| Test { depth: 0, prompt: 0, generate, sequences })
@@ -161,6 +166,7 @@ pub fn bench(args: &BenchArgs) -> Result<(), Failure> {
         .sequences(most_sequences)
         .outputs(most_sequences)
         .program(ProgramOptions::default().kv_format(args.kv))
+        .memory(args.memory.bytes())
         // Every repetition starts at the same depth.
         .rewind(tests.iter().map(|test| test.tokens()).max().unwrap_or(0));
     #[cfg(feature = "sim")]

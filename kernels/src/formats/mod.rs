@@ -46,7 +46,7 @@ mod tq1_0;
 mod tq2_0;
 
 use crate::isa::{Isa, Scalar};
-use crate::matmul::{Kernel, every_cpu};
+use crate::matmul::{Kernel, converted, every_cpu};
 
 pub use bytes::Bytes;
 pub use error::{FormatError, LengthMismatch, UnknownFormat, Why};
@@ -351,6 +351,11 @@ impl Entry {
         Entry::new::<P>(name, Kind::Float, dequantize, every_cpu::plain::<P>)
     }
 
+    /// A plain format without a kernel of its own.
+    const fn converted<P: Plain>(name: &'static str) -> Entry {
+        Entry { kernel: Ok(converted::<P>), ..Entry::plain::<P>(name) }
+    }
+
     const fn quantised<Q: Quantised>(name: &'static str) -> Entry {
         // What the normal form and its readers take for granted.
         assert!(Q::LEN <= 256 && Q::LEN % Q::GROUP == 0 && Q::GROUP % 16 == 0 && Q::LEN / Q::GROUP <= 16);
@@ -451,11 +456,11 @@ formats! {
     IQ3_S = 21, gridded in "formats-iq": "4 values from a grid of 512 points, signs, 4-bit scales for each 32.";
     IQ2_S = 22, gridded in "formats-iq": "8 values from a grid of 1024 points, signs, 4-bit scales for each 16.";
     IQ4_XS = 23, interleaved in "formats-iq": "4-bit codes into the table of IQ4_NL, 6-bit scales for each 32.";
-    I8 = 24, plain: "Signed 8-bit integer.";
-    I16 = 25, plain: "Signed 16-bit integer.";
-    I32 = 26, plain: "Signed 32-bit integer.";
-    I64 = 27, plain: "Signed 64-bit integer.";
-    F64 = 28, plain: "IEEE binary64.";
+    I8 = 24, converted: "Signed 8-bit integer.";
+    I16 = 25, converted: "Signed 16-bit integer.";
+    I32 = 26, converted: "Signed 32-bit integer.";
+    I64 = 27, converted: "Signed 64-bit integer.";
+    F64 = 28, converted: "IEEE binary64.";
     IQ1_M = 29, gridded in "formats-iq": "The grid of IQ1_S, a shift for each 8, 3-bit scales for each 16.";
     BF16 = 30, plain: "The upper half of an IEEE binary32.";
     TQ1_0 = 34, interleaved in "formats-ternary": "Ternary codes, five to a byte, a scale for each 256.";

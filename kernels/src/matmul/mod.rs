@@ -33,6 +33,7 @@ mod rowwise;
 mod scalar;
 mod tiles;
 
+pub(crate) use plain::converted;
 use plain::plain;
 use tiles::{ChunkBuffer, decode, lanes_of, prefill};
 

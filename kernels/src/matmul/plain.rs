@@ -1,11 +1,12 @@
-//! Plain formats: lanes along k.
+//! Plain formats: lanes along k. F32, F16 and BF16 have a kernel each; the others, which hardly any file has, share one that
+//! turns values to f32 first.
 
 #![allow(clippy::needless_range_loop, reason = "loops by index over vectors are what inlines; see `isa`")]
 
 use super::tiles::prefetch_next;
-use super::{MatMul, X};
+use super::{CHUNK, MatMul, TILE_TOKENS, X};
 use crate::formats::{Format, Plain};
-use crate::isa::Isa;
+use crate::isa::{Cpu, Isa, WithIsa, kernels};
 use crate::panel::PanelMut;
 
 /// Plain formats: one row after the other, or blocks of rows and tokens whose sums fill the registers.
@@ -44,6 +45,59 @@ pub(super) fn plain<I: Isa, P: Plain>(isa: I, product: MatMul<'_, '_>) {
             }
         },
     );
+}
+
+/// Plain formats that share a kernel.
+pub(crate) fn converted<P: Plain>(cpu: Cpu, product: MatMul<'_, '_>) {
+    cpu.run(Converted { format: P::FORMAT, product });
+}
+
+/// A kernel: a product with rows of any plain format.
+struct Converted<'a, 'o> {
+    format: Format,
+    product: MatMul<'a, 'o>,
+}
+
+kernels!(Converted<'_, '_>);
+
+impl WithIsa for Converted<'_, '_> {
+    type Out = ();
+    #[inline(always)]
+    fn call<I: Isa>(self, isa: I) {
+        let (MatMul { w, k, x, mut out, .. }, bytes) = (self.product, self.format.block_bytes());
+        let X::F32(x) = x else { return };
+        if k == 0 || k > isize::MAX as usize / bytes {
+            return;
+        }
+        let tokens = (x.len() / k).min(out.rows());
+        let mut values = [0.0; CHUNK];
+        for (row, w) in w.chunks_exact(k * bytes).enumerate().take(out.cols()) {
+            for first in (0..tokens).step_by(TILE_TOKENS) {
+                let count = (tokens - first).min(TILE_TOKENS);
+                let mut acc = [isa.splat(0.0); TILE_TOKENS];
+                for (c, piece) in w.chunks(CHUNK * bytes).enumerate() {
+                    let len = piece.len() / bytes;
+                    let _ = self.format.dequantize(piece, &mut values[..len]);
+                    // As in `plain_dot`.
+                    let padded = len.next_multiple_of(16);
+                    let last = values[len - 1];
+                    values[len..padded].fill(last);
+                    for t in 0..count {
+                        let x = &x[(first + t) * k + c * CHUNK..][..len];
+                        for (run, w) in values[..padded].as_chunks::<16>().0.iter().enumerate() {
+                            let mut lanes = [0.0; 16];
+                            let x = &x[16 * run..len.min(16 * run + 16)];
+                            lanes[..x.len()].copy_from_slice(x);
+                            acc[t] = isa.fma(isa.load(w), isa.load(&lanes), acc[t]);
+                        }
+                    }
+                }
+                for t in 0..count {
+                    out.row(first + t)[row] = isa.sum(acc[t]);
+                }
+            }
+        }
+    }
 }
 
 /// `count` rows of `k` values.
