@@ -25,7 +25,7 @@ pub struct ExportOptions {
     /// Positions of the sequence.
     pub context: u32,
     /// Most tokens of a step. A prompt is read so many tokens at a time: more are faster where weights are slow to
-    /// read, and take more memory.
+    /// read, and take more memory. An encoder's step is a whole text, so it takes the context.
     pub tokens: u32,
     /// The program's options. An encoder's cache, which lasts for one step, is always F32.
     pub program: ProgramOptions,
@@ -71,12 +71,14 @@ pub fn export(model: &Model, options: &ExportOptions) -> Result<(Vec<u32>, Image
         return Err(Error::argument("tokens of a step", expected, options.tokens));
     }
     let mut program = model.program(options.program, options.context)?;
+    let mut options = *options;
     if program.outputs.hidden.is_some() {
+        options = options.tokens(options.context);
         program = model.program(options.program.kv_format(Format::F32), options.context)?;
     }
     let program = passes::decompose(&program);
     let tokenizer = Tokenizer::from_gguf(model.gguf())?;
-    Exporter::new(model, &program, options)?.image(tokenizer.as_ref())
+    Exporter::new(model, &program, &options)?.image(tokenizer.as_ref())
 }
 
 /// The part of a program that computes one result.

@@ -120,6 +120,11 @@ fn windows_keep_few_pages() {
     let first = 128 + windowed.iter().max().unwrap() - 1;
     assert_eq!(refused, Error::Rewind { expected: (first, 200), got: 10 });
     assert_eq!(session.rewind(201).unwrap_err(), Error::Rewind { expected: (first, 200), got: 201 });
+    // Pages hold the last positions that were written, not those of the sequence as it is now.
+    session.prefill(&tokens[..50]).unwrap();
+    session.rewind(first).unwrap();
+    session.step(&tokens[..1]).unwrap();
+    assert!(matches!(session.rewind(70), Err(Error::Rewind { .. })));
     session.rewind(first).unwrap();
     let again = bits(session.prefill(&tokens[first as usize..]).unwrap());
     session.rewind(0).unwrap();
@@ -131,17 +136,21 @@ fn an_encoder_gives_the_same_bits() {
     let model = bert::converted(&bert::folder(), Format::Q8_0).unwrap();
     let text: Vec<u32> = vec![2, 5, 4, 9, 7, 3];
     let context = model.hparams().context_length.min(CONTEXT);
-    let (image, _) = export(&model, &ExportOptions::default().context(context).tokens(context)).unwrap();
+    let (image, _) = export(&model, &ExportOptions::default().context(context)).unwrap();
     let image = Image::new(bytemuck::cast_slice(&image)).unwrap();
     let mut memory = words(image.memory_words());
     let mut session = halite_micro::Session::new(image, &mut memory).unwrap();
     let options = EmbedOptions::default().pooling(Pooling::None).normalize(false);
     let mut embedder = Embedder::new(&model, &cpu(), &options).unwrap();
+    // Each step is a text of its own.
     for text in [&text[..], &text[..3]] {
-        session.rewind(0).unwrap();
         let expected = embedder.embed_tokens(&[text.to_vec()]).unwrap();
         assert_eq!(bits(session.step(text).unwrap()), bits(&expected.concat()));
+        assert_eq!(bits(session.prefill(text).unwrap()), bits(&expected.concat()));
     }
+    assert!(matches!(session.rewind(1), Err(Error::Rewind { .. })));
+    let refused = session.prefill(&vec![1; context as usize + 1]).unwrap_err();
+    assert_eq!(refused, Error::Tokens { at_most: context, got: context as usize + 1 });
 }
 
 /// A step is refused without a change to the sequence.

@@ -20,7 +20,7 @@ fn main() {
     let image = fs::canonicalize(here.join(Path::new(&image))).expect("HALITE_IMAGE is a file");
     println!("cargo:rerun-if-changed={}", image.display());
     println!("cargo:rustc-env=HALITE_IMAGE={}", image.display());
-    // Words 4: the memory of a session.
+    // Word 4 of the header: the words of memory that a session takes.
     let header = fs::read(&image).unwrap();
     let words = header.get(16..20).and_then(|bytes| bytes.try_into().ok()).map(u32::from_le_bytes);
     println!("cargo:rustc-env=HALITE_MEMORY_WORDS={}", words.expect("an image has a header"));

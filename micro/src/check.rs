@@ -76,6 +76,9 @@ pub(crate) fn image(image: &Image<'_>) -> Result<(), Error> {
             need(end.is_some_and(|end| end <= h.image_bytes.into()), "a weight lies outside the image", n)?;
         }
     }
+    // A hostile image could have them compared for days.
+    let table_words = u64::from(h.states.len) * u64::from(h.context.div_ceil(CHUNK as u32));
+    need(table_words <= image.words.len() as u64, "there are too many states", h.states.len)?;
     for n in 0..h.states.len {
         state(image, n, work_end, &need)?;
     }
@@ -252,7 +255,9 @@ impl Check<'_> {
             Op::KvWrite { k, v, state } => {
                 let s = self.image.state(state)?;
                 self.is(k, Rows::Tokens, s.kv_heads.saturating_mul(s.key_dim))?;
-                self.is(v, Rows::Tokens, s.kv_heads.saturating_mul(s.value_dim))
+                self.is(v, Rows::Tokens, s.kv_heads.saturating_mul(s.value_dim))?;
+                let same = self.image.tensor(k)? == self.image.tensor(v)?;
+                if same { Ok(()) } else { self.apart(&[k, v]) }
             }
             Op::Attend { q, state, out, heads, sinks, .. } => {
                 let s = self.image.state(state)?;
@@ -284,6 +289,7 @@ impl Check<'_> {
                 self.vector(up_bias, g.experts, hidden)?;
                 self.vector(down_bias, g.experts, t.cols)?;
                 self.need(i.rows == t.rows, "the rows of experts")?;
+                self.need(i.cols <= g.experts, "more experts for a token than there are")?;
                 self.is(weights, t.rows, i.cols)?;
                 self.is(out, t.rows, t.cols)?;
                 self.apart(&[x, ids, weights, out])

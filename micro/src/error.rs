@@ -70,7 +70,7 @@ pub enum Error {
     },
     /// The sequence cannot be cut there: it is not that long, or what a window showed there is gone.
     Rewind {
-        /// The first position that it can be cut at, and its length.
+        /// The first position but 0 that it can be cut at, and its length.
         expected: (u32, u32),
         /// Where it was to be cut.
         got: u32,
@@ -105,7 +105,7 @@ impl fmt::Display for Error {
                 write!(f, "the sequence is full: expected at most {at_most} positions, got {got}")
             }
             Error::Rewind { expected: (first, len), got } => {
-                write!(f, "the sequence can be cut at {first} to {len}, got {got}")
+                write!(f, "the sequence can be cut at 0, or at {first} to {len}, got {got}")
             }
         }
     }

@@ -1,7 +1,8 @@
 //! A model as it lies in flash.
 //!
 //! An image is one block of little-endian bytes, at a multiple of four bytes: a [`Header`], then, in any order,
-//! ops, tensors, states, weights, tables and texts, whose places the header states. `halite::export` writes it.
+//! ops, tensors, states, weights, tables and texts. The header states the places of ops, records and texts, these those of
+//! the rest. `halite::export` writes it.
 
 use halite_kernels::formats::Format;
 use halite_kernels::kv::PageShape;
@@ -147,7 +148,8 @@ pub struct Image<'a> {
 }
 
 impl<'a> Image<'a> {
-    /// Checks an image: every length, place and shape in it, so that no step can fail on it. Reads no weights.
+    /// Checks an image: every length, place and shape in it. Reads no weights. Whatever the bytes are, a step on a checked
+    /// image does not panic; one whose numbers are hostile may take long.
     ///
     /// # Errors
     /// [`Error::Misaligned`], [`Error::NotAnImage`], [`Error::Version`], [`Error::Truncated`],

@@ -2,8 +2,8 @@
 //!
 //! `halite export` writes a model as an *image*: its program, its weights and its vocabulary, in the form in which
 //! they are used. An image lies in flash, or wherever it can be read as bytes. [`Image::new`] checks it once; a
-//! [`Session`] runs it in memory of the caller, whose size the image states. Logits are the same bits as on every
-//! other device of Halite; see `docs/numeric-contract.md` in the repository.
+//! [`Session`] runs it in memory of the caller, whose size the image states. Logits are the same bits as on any
+//! CPU; see `docs/numeric-contract.md` in the repository.
 //!
 //! ```no_run
 //! use halite_micro::{Error, Image, Session, greedy};

@@ -112,8 +112,11 @@ fn quantise<'w>(to: Activation, k: usize, x: &[f32], work: &'w mut [u32]) -> Opt
 impl<'a> Run<'a, '_> {
     /// Runs all ops.
     pub fn run(&mut self) -> Result<(), Error> {
-        for op in self.image.ops() {
-            self.op(&op?)?;
+        for (at, op) in (0..).zip(self.image.ops()) {
+            self.op(&op?).map_err(|error| match error {
+                Error::Corrupt { what, .. } => Error::Corrupt { what, at },
+                error => error,
+            })?;
         }
         Ok(())
     }

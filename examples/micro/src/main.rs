@@ -13,7 +13,7 @@ use cortex_m_rt::entry;
 #[cfg(target_arch = "riscv32")]
 use riscv_rt::entry;
 
-/// The model, in flash, where words may start.
+/// The model, in flash; aligned, because it is read as words.
 #[repr(C, align(16))]
 struct Aligned<T: ?Sized>(T);
 static IMAGE: &Aligned<[u8]> = &Aligned(*include_bytes!(env!("HALITE_IMAGE")));

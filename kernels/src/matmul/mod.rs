@@ -12,7 +12,7 @@
 //! - `tiles`: many tokens. Sixteen rows are expanded once, and meet all tokens.
 //!
 //! Formats without kernels of their own are unpacked to their normal form ([`Unpacked`]) first. Without vector
-//! instructions all are: `scalar` is one kernel for all formats.
+//! instructions all but Q8_0 are: `scalar` is one kernel for all formats.
 //!
 //! Code is what a library of many formats consists of. What multiplies expanded tiles is therefore compiled once
 //! for all formats of one [`Shape`](crate::formats::Shape), and only what expands them for each format.
@@ -135,6 +135,9 @@ pub fn describe(cpu: Cpu, format: Format, layout: Layout, tokens: usize) -> impl
                 Layout::Rows if format.interleaves() => "rows interleaved on the way",
                 Layout::Rows => "blocks unpacked: the format has no kernel on interleaved rows",
             };
+            if let (Cpu::Scalar(_), Kind::Quantised { .. }) = (cpu, format.kind()) {
+                return write!(f, "{isa}: without vectors, block by block for {tokens} tokens");
+            }
             match Loop::choose(format, layout, tokens) {
                 Loop::Plain => write!(f, "{isa} plain: lanes along k, {} floats", format.name()),
                 Loop::Rows => write!(f, "{isa} rows: lanes along k; {tokens} <= {TILE_TOKENS} tokens"),

@@ -1,5 +1,5 @@
-//! Quantised products without vector instructions: one kernel for all formats. Each block is unpacked to its normal
-//! form once for all tokens. Small, for microcontrollers and for CPUs that have nothing better.
+//! Quantised products without vector instructions: one kernel for all formats but Q8_0, which needs no unpacking. Each block
+//! is unpacked to its normal form once for all tokens. Small, for microcontrollers and for CPUs that have nothing better.
 
 use super::{CHUNK, Inputs, MatMul, XChunk};
 use crate::formats::{Block, Bytes, Format, Kind, Layout, MAX_BLOCK_BYTES, Q8_0, Unpacked};
@@ -16,6 +16,9 @@ pub(super) fn quantised(format: Format, product: MatMul<'_, '_>) {
     let (len, bytes) = (format.block_len(), format.block_bytes());
     let MatMul { w, layout, k, x, mut out } = product;
     let Some(x) = Inputs::new(x, k, len, activation, out.rows()) else { return };
+    if x.tokens == 0 {
+        return;
+    }
     if format == Format::Q8_0 && layout == Layout::Rows {
         return q8_0(Q8_0::cast(w), &x, out);
     }
