@@ -5,6 +5,7 @@ use std::collections::HashMap;
 
 use halite_kernels::formats::Format;
 use halite_micro::image::{CHECKED_FROM, Header, MAGIC, State, Tensor, VERSION, checksum};
+use halite_micro::layout;
 use halite_micro::ops::Op as ImageOp;
 use halite_micro::record::{self, Field, Rows, Span};
 
@@ -12,9 +13,7 @@ use crate::backend::Gap;
 use crate::error::{Error, Result};
 use crate::model::{Model, ProgramOptions};
 use crate::passes;
-use crate::program::{
-    Dim, Epilogue, Gating, Index, NormKind, Op, PAGE_POSITIONS, Program, RopePairs, Slot, TensorId,
-};
+use crate::program::{Dim, Epilogue, Gating, Index, NormKind, Op, Program, RopePairs, Slot, TensorId};
 use crate::tokenizer::Tokenizer;
 use crate::weights;
 
@@ -120,6 +119,16 @@ fn place(words: u64) -> Result<u32> {
     }
 }
 
+/// Records as words.
+fn words_of<T: Field>(records: &[T]) -> Result<Vec<u32>> {
+    let mut words = Vec::new();
+    for record in records {
+        let missing = || Error::Program("the image has no place for a number of the program".into());
+        record.write(&mut |word| words.push(word)).ok_or_else(missing)?;
+    }
+    Ok(words)
+}
+
 impl<'a> Exporter<'a> {
     fn new(model: &'a Model, program: &Program, options: &'a ExportOptions) -> Result<Exporter<'a>> {
         let nothing = || Error::Program("the program has neither logits nor a hidden state".into());
@@ -164,12 +173,7 @@ impl<'a> Exporter<'a> {
     }
 
     fn append_records<T: Field>(&mut self, records: &[T]) -> Result<Span> {
-        let mut words = Vec::new();
-        for record in records {
-            let missing = || Error::Program("the image has no place for a number of the program".into());
-            record.write(&mut |word| words.push(word)).ok_or_else(missing)?;
-        }
-        Ok(Span { first: self.append(&words)?.first, len: records.len() as u32 })
+        Ok(Span { first: self.append(&words_of(records)?)?.first, len: records.len() as u32 })
     }
 
     fn image(mut self, tokenizer: Option<&Tokenizer>) -> Result<(Vec<u32>, ImageSize)> {
@@ -177,10 +181,7 @@ impl<'a> Exporter<'a> {
         let ops = self.ops()?;
         let rows = u64::from(self.options.tokens);
         let tensor = |n: u32| self.tensors.get(n as usize).copied();
-        let work = ops
-            .iter()
-            .map(|op| halite_micro::image::work_words(op, rows, tensor))
-            .collect::<Option<Vec<_>>>();
+        let work = ops.iter().map(|op| layout::work_words(op, rows, tensor)).collect::<Option<Vec<_>>>();
         let work = work.and_then(|words| words.into_iter().max()).unwrap_or(0);
         let work = Span { first: place(memory_words)?, len: place(work)? };
         memory_words = memory_words.saturating_add(work.len.into());
@@ -199,7 +200,7 @@ impl<'a> Exporter<'a> {
         let image_bytes = place(self.words.len() as u64)? * 4;
         (self.size.image_bytes, self.size.text_bytes) = (image_bytes.into(), text_bytes.len.into());
         let result = self.numbers.get(&self.result).copied();
-        let mut header = Header {
+        let header = Header {
             magic: MAGIC,
             version: VERSION,
             image_bytes,
@@ -219,23 +220,13 @@ impl<'a> Exporter<'a> {
             bos: tokenizer.filter(|t| t.adds_bos()).and_then(Tokenizer::bos),
             ends,
         };
-        self.write(&header);
-        header.checksum = checksum(&bytemuck::cast_slice(&self.words)[CHECKED_FROM..]);
-        self.write(&header);
+        let start = words_of(&[header])?;
+        self.words[..start.len()].copy_from_slice(&start);
+        self.words[CHECKED_FROM / 4 - 1] = checksum(&bytemuck::cast_slice(&self.words)[CHECKED_FROM..]);
         // What no device could run is not written.
         let refused = |e| Error::Program(format!("its image would be refused: {e}"));
         halite_micro::Image::new(bytemuck::cast_slice(&self.words)).map_err(refused)?;
         Ok((self.words, self.size))
-    }
-
-    fn write(&mut self, header: &Header) {
-        let mut at = 0;
-        header.write(&mut |word| {
-            if let Some(place) = self.words.get_mut(at) {
-                *place = word;
-            }
-            at += 1;
-        });
     }
 
     /// Rows of the table of embeddings.
@@ -249,7 +240,7 @@ impl<'a> Exporter<'a> {
 
     /// Gives each tensor of the ops a number and a place. Returns the words of memory in use.
     fn lay_out_tensors(&mut self) -> Result<u64> {
-        let layout = passes::liveness(&self.program);
+        let liveness = passes::liveness(&self.program);
         let rows = |dim| passes::rows(dim, self.options.tokens, self.outputs);
         let mut end = 0u64;
         let mut reserve = |words: u64| {
@@ -259,7 +250,7 @@ impl<'a> Exporter<'a> {
             place(first)
         };
         let mut places = Vec::new();
-        for &(dim, cols) in &layout.places {
+        for &(dim, cols) in &liveness.places {
             places.push(reserve(rows(dim).saturating_mul(cols.into()))?);
         }
         let mut used: Vec<TensorId> = Vec::new();
@@ -275,7 +266,7 @@ impl<'a> Exporter<'a> {
                 Slot::Weight(_) => None,
                 Slot::Io(_) => Some(reserve(rows(t.rows).saturating_mul(t.cols.into()))?),
                 Slot::Scratch => {
-                    let place = layout.place.get(id.0 as usize).copied().flatten();
+                    let place = liveness.place.get(id.0 as usize).copied().flatten();
                     let unwritten = || Error::Program(format!("`{}` is never written", t.name));
                     Some(places[place.ok_or_else(unwritten)?])
                 }
@@ -307,15 +298,11 @@ impl<'a> Exporter<'a> {
 
     /// The states, with their pages at the end of memory and their tables.
     fn states(&mut self, memory_words: &mut u64) -> Result<Vec<State>> {
-        let chunks = self.options.context.div_ceil(PAGE_POSITIONS);
+        let chunks = layout::chunks(self.options.context);
         let mut tables: HashMap<u32, u32> = HashMap::new();
         let mut states = Vec::new();
         for state in self.program.states.clone() {
-            // Pages that the tokens of a step see, at most.
-            let seen = state.window.map_or(u64::MAX, |window| {
-                (u64::from(window) + u64::from(self.options.tokens) - 1) / u64::from(PAGE_POSITIONS) + 2
-            });
-            let pages = seen.min(chunks.into()) as u32;
+            let pages = layout::pages(self.options.context, self.options.tokens, state.window);
             let table = match tables.get(&pages) {
                 Some(&table) => table,
                 None => {

@@ -1,44 +1,17 @@
 //! Checks of an image. A step relies on them: in a checked image, all shapes match and all places exist.
 
-use halite_kernels::activation::{Activation, SUMS, padded};
-use halite_kernels::formats::{Format, Kind};
-use halite_kernels::kv::{self, CHUNK};
+use halite_kernels::formats::Format;
+use halite_kernels::kv;
 use halite_kernels::rows::MAX_EXPERTS;
 
+use crate::Error;
 use crate::image::{Image, State, Tensor};
+use crate::layout;
 use crate::ops::Op;
-use crate::record::{Field, Index, Rows};
-use crate::{Error, record};
+use crate::record::{Field, Index, Rows, Span};
 
 /// Largest number of columns, rows, matrices, heads or positions.
 const MAX_EXTENT: u32 = 1 << 27;
-
-/// Words that activations of `rows` rows of `k` elements take, quantised.
-fn quantised_words(to: Activation, rows: u64, k: u32) -> Option<u64> {
-    let width = padded(k as usize) as u64;
-    let each = width / 4 + width / to.block_len() as u64 + width / 256 * SUMS as u64;
-    rows.checked_mul(each)
-}
-
-/// Words of memory that an op's kernels need, beside its operands, for inputs of `rows` rows.
-pub fn work_words(op: &Op, rows: u64, tensor: impl Fn(u32) -> Option<Tensor>) -> Option<u64> {
-    let quantised = |weight: u32, rows: u64| {
-        let weight = tensor(weight)?;
-        match weight.format.kind() {
-            Kind::Quantised { activation, .. } => quantised_words(activation, rows, weight.cols),
-            Kind::Float => Some(0),
-        }
-    };
-    match *op {
-        Op::MatMul { weight, .. } => quantised(weight, rows),
-        Op::Experts { gate, up, down, .. } => {
-            let (cols, hidden) = (u64::from(tensor(gate)?.cols), u64::from(tensor(down)?.cols));
-            let most = quantised(gate, 1)?.max(quantised(up, 1)?).max(quantised(down, 1)?);
-            most.checked_add(3 * hidden + cols)
-        }
-        _ => Some(0),
-    }
-}
 
 pub(crate) fn image(image: &Image<'_>) -> Result<(), Error> {
     let h = &image.header;
@@ -77,7 +50,7 @@ pub(crate) fn image(image: &Image<'_>) -> Result<(), Error> {
         }
     }
     // A hostile image could have them compared for days.
-    let table_words = u64::from(h.states.len) * u64::from(h.context.div_ceil(CHUNK as u32));
+    let table_words = u64::from(h.states.len) * u64::from(layout::chunks(h.context));
     need(table_words <= image.words.len() as u64, "there are too many states", h.states.len)?;
     for n in 0..h.states.len {
         state(image, n, work_end, &need)?;
@@ -86,7 +59,7 @@ pub(crate) fn image(image: &Image<'_>) -> Result<(), Error> {
         let (op, at) = (op?, at as u32);
         Check { image, at }.op(&op)?;
         let rows = rows(image, Rows::Tokens).max(rows(image, Rows::Outputs));
-        let work = work_words(&op, rows, |n| image.tensor(n).ok());
+        let work = layout::work_words(&op, rows, |n| image.tensor(n).ok());
         need(work.is_some_and(|work| work <= h.work.len.into()), "the kernels' memory is too small", at)?;
     }
     let result = image.tensor(h.result)?;
@@ -135,17 +108,14 @@ fn state(image: &Image<'_>, n: u32, work_end: u64, need: Need<'_>) -> Result<(),
     need(s.key_dim.is_multiple_of(block) && s.value_dim.is_multiple_of(block), "a state's blocks", n)?;
     need(s.pages > 0 && s.window != Some(0), "a state has no pages or sees nothing", n)?;
     need(s.causal || s.window.is_none(), "a state that sees both ways has a window", n)?;
-    let chunks = image.header.context.div_ceil(CHUNK as u32);
-    // Pages that the tokens of a step see, at most.
-    let seen =
-        s.window.map(|window| (u64::from(window) + u64::from(image.header.tokens) - 1) / CHUNK as u64 + 2);
-    let enough = u64::from(s.pages) >= u64::from(chunks).min(seen.unwrap_or(u64::MAX));
+    let h = &image.header;
+    let enough = s.pages >= layout::pages(h.context, h.tokens, s.window);
     need(enough, "a state has too few pages", n)?;
-    let table = image.span(record::Span { first: s.table, len: chunks }, 1);
+    let table = image.span(Span { first: s.table, len: layout::chunks(h.context) }, 1);
     let right = |table: &[u32]| table.iter().zip(0..).all(|(&page, chunk)| page == chunk % s.pages);
     need(table.is_some_and(right), "a state's pages are out of order", n)?;
     let end = s.words().and_then(|words| words.checked_add(s.first.into()));
-    let inside = end.is_some_and(|end| end <= image.header.memory_words.into()) && work_end <= s.first.into();
+    let inside = end.is_some_and(|end| end <= h.memory_words.into()) && work_end <= s.first.into();
     need(inside, "a state lies outside the memory", n)
 }
 

@@ -9,7 +9,6 @@ use halite_kernels::kv::PageShape;
 
 use crate::Error;
 use crate::check;
-pub use crate::check::work_words;
 use crate::ops::Op;
 use crate::record::{Field, Rows, Span, records};
 

@@ -27,6 +27,7 @@ compile_error!("images are little-endian, and are read where they lie");
 mod check;
 mod error;
 pub mod image;
+pub mod layout;
 pub mod ops;
 pub mod record;
 mod run;

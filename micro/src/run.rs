@@ -3,7 +3,7 @@
 
 use core::ops::Range;
 
-use halite_kernels::activation::{Activation, Quantise, Quantised, QuantisedMut, SUMS, padded};
+use halite_kernels::activation::{Activation, Quantise, Quantised, QuantisedMut};
 use halite_kernels::attention::{self, Attend};
 use halite_kernels::formats::{Kind, Layout};
 use halite_kernels::isa::{Cpu, Scalar};
@@ -14,8 +14,9 @@ use halite_kernels::rows;
 
 use crate::Error;
 use crate::image::{Image, State, Tensor};
+use crate::layout::{chunks, quantised_words};
 use crate::ops::Op;
-use crate::record::{Gating, Index, Rows};
+use crate::record::{Gating, Index, Rows, Span};
 
 /// The instruction set: scalar code gives the same bits as any other.
 pub(crate) const CPU: Cpu = Cpu::Scalar(Scalar);
@@ -93,10 +94,10 @@ fn product(
 
 /// Quantises rows of `k` values into `work`.
 fn quantise<'w>(to: Activation, k: usize, x: &[f32], work: &'w mut [u32]) -> Option<Quantised<'w>> {
-    let (tokens, width) = (x.len() / k, padded(k));
-    let (codes, rest) = work.split_at_mut_checked(tokens * width / 4)?;
-    let (scales, rest) = rest.split_at_mut_checked(tokens * (width / to.block_len()))?;
-    let (sums, _) = rest.split_at_mut_checked(tokens * (width / 256 * SUMS))?;
+    let [codes, scales, sums] = quantised_words(to, k).map(|words| x.len() / k * words);
+    let (codes, rest) = work.split_at_mut_checked(codes)?;
+    let (scales, rest) = rest.split_at_mut_checked(scales)?;
+    let (sums, _) = rest.split_at_mut_checked(sums)?;
     let (codes, scales): (&mut [i8], &mut [f32]) =
         (bytemuck::cast_slice_mut(codes), bytemuck::cast_slice_mut(scales));
     let sums: &mut [i32] = bytemuck::cast_slice_mut(sums);
@@ -133,32 +134,24 @@ impl<'a> Run<'a, '_> {
         Ok(first..first + rows * t.cols as usize)
     }
 
-    /// Several tensors in memory, and the kernels' own memory.
-    fn memory<const N: usize, const M: usize>(
-        &mut self,
-        tensors: [u32; N],
-    ) -> Result<[&mut [u32]; M], Error> {
-        const { assert!(M == N + 1) };
+    /// The kernels' own memory.
+    fn work(&self) -> Range<usize> {
         let work = self.image.header.work;
-        let mut ranges = [const { 0..0 }; M];
-        for (range, n) in ranges.iter_mut().zip(tensors) {
-            *range = self.place(n)?;
-        }
-        ranges[N] = work.first as usize..(work.first + work.len) as usize;
-        self.memory.get_disjoint_mut(ranges).map_err(|_| UNCHECKED)
+        work.first as usize..(work.first + work.len) as usize
+    }
+
+    /// Places in memory that do not overlap.
+    fn memory<const N: usize>(&mut self, places: [Range<usize>; N]) -> Result<[&mut [u32]; N], Error> {
+        self.memory.get_disjoint_mut(places).map_err(|_| UNCHECKED)
     }
 
     /// Tensors of f32 in memory.
-    fn floats<const N: usize, const M: usize>(
-        &mut self,
-        tensors: [u32; N],
-    ) -> Result<[&mut [f32]; N], Error> {
-        let parts: [&mut [u32]; M] = self.memory::<N, M>(tensors)?;
-        let mut floats = [const { None }; N];
-        for (to, from) in floats.iter_mut().zip(parts) {
-            *to = Some(bytemuck::cast_slice_mut::<u32, f32>(from));
+    fn floats<const N: usize>(&mut self, tensors: [u32; N]) -> Result<[&mut [f32]; N], Error> {
+        let mut places = [const { 0..0 }; N];
+        for (place, n) in places.iter_mut().zip(tensors) {
+            *place = self.place(n)?;
         }
-        Ok(floats.map(Option::unwrap_or_default))
+        Ok(self.memory(places)?.map(bytemuck::cast_slice_mut))
     }
 
     fn weight(&self, n: u32) -> Result<Weight<'a>, Error> {
@@ -180,7 +173,7 @@ impl<'a> Run<'a, '_> {
             Op::Embed { table, index, out, scale } => {
                 let table = self.weight(table)?;
                 let (tokens, position) = (self.step.tokens, self.step.position);
-                let [out] = self.floats::<1, 2>([out])?;
+                let [out] = self.floats([out])?;
                 for (i, out) in out.chunks_exact_mut(table.cols()).enumerate() {
                     let row = match index {
                         Index::Token => tokens[i],
@@ -191,20 +184,20 @@ impl<'a> Run<'a, '_> {
                 }
             }
             Op::Gather { x, out } => {
-                let [x, out] = self.floats::<2, 3>([x, out])?;
+                let [x, out] = self.floats([x, out])?;
                 // The outputs are those of the last tokens.
                 out.copy_from_slice(&x[x.len() - out.len()..]);
             }
             Op::Norm { x, weight, bias, out, centred, eps, group } => {
                 let (weight, bias) = (self.vector(weight)?, self.vector(bias)?);
-                let [x, out] = self.floats::<2, 3>([x, out])?;
+                let [x, out] = self.floats([x, out])?;
                 for (x, out) in x.chunks_exact(group as usize).zip(out.chunks_exact_mut(group as usize)) {
                     CPU.run(rows::Norm { x, weight, bias, eps, centred, out });
                 }
             }
             Op::MatMul { x, weight, bias, out } => {
                 let (weight, bias) = (self.weight(weight)?, self.vector(bias)?);
-                let [x, out, work] = self.memory([x, out])?;
+                let [x, out, work] = self.memory([self.place(x)?, self.place(out)?, self.work()])?;
                 product(weight, bias, bytemuck::cast_slice(x), bytemuck::cast_slice_mut(out), work)
                     .ok_or(UNCHECKED)?;
             }
@@ -212,7 +205,7 @@ impl<'a> Run<'a, '_> {
                 let frequencies = bytemuck::cast_slice(self.image.span(frequencies, 1).ok_or(UNCHECKED)?);
                 let (factors, first) = (self.vector(factors)?, self.step.position);
                 let (head_dim, cols) = (head_dim as usize, self.image.tensor(x)?.cols as usize);
-                let [x, out] = self.floats::<2, 3>([x, out])?;
+                let [x, out] = self.floats([x, out])?;
                 for (position, (x, out)) in
                     (first..).zip(x.chunks_exact(cols).zip(out.chunks_exact_mut(cols)))
                 {
@@ -235,21 +228,22 @@ impl<'a> Run<'a, '_> {
                 self.attend(q, state, out, attend)?;
             }
             Op::Glu { gate, up, out, act } => {
-                let [gate, up, out] = self.floats::<3, 4>([gate, up, out])?;
+                let [gate, up, out] = self.floats([gate, up, out])?;
                 CPU.run(rows::Glu { f: act, gate, up, out });
             }
             Op::Add { a, b, out } => {
-                let [a, b, out] = self.floats::<3, 4>([a, b, out])?;
+                let [a, b, out] = self.floats([a, b, out])?;
                 CPU.run(rows::Add { a, b, out });
             }
             Op::Unary { x, out, f } => {
-                let [x, out] = self.floats::<2, 3>([x, out])?;
+                let [x, out] = self.floats([x, out])?;
                 CPU.run(rows::Elementwise { f, x, out });
             }
             Op::Route { logits, ids, weights, gating, normalise, scale } => {
                 let (experts, used) =
                     (self.image.tensor(logits)?.cols as usize, self.image.tensor(ids)?.cols as usize);
-                let [logits, ids, weights, _] = self.memory([logits, ids, weights])?;
+                let places = [self.place(logits)?, self.place(ids)?, self.place(weights)?];
+                let [logits, ids, weights] = self.memory(places)?;
                 let logits: &[f32] = bytemuck::cast_slice(logits);
                 let (ids, weights): (&mut [i32], &mut [f32]) =
                     (bytemuck::cast_slice_mut(ids), bytemuck::cast_slice_mut(weights));
@@ -262,7 +256,9 @@ impl<'a> Run<'a, '_> {
                 let matrices = [self.weight(gate)?, self.weight(up)?, self.weight(down)?];
                 let biases = [self.vector(gate_bias)?, self.vector(up_bias)?, self.vector(down_bias)?];
                 let (used, cols) = (self.image.tensor(ids)?.cols as usize, matrices[2].rows());
-                let [x, ids, weights, out, work] = self.memory([x, ids, weights, out])?;
+                let places =
+                    [self.place(x)?, self.place(ids)?, self.place(weights)?, self.place(out)?, self.work()];
+                let [x, ids, weights, out, work] = self.memory(places)?;
                 let (x, weights): (&[f32], &[f32]) = (bytemuck::cast_slice(x), bytemuck::cast_slice(weights));
                 let out: &mut [f32] = bytemuck::cast_slice_mut(out);
                 let chosen = ids.chunks_exact(used).zip(weights.chunks_exact(used));
@@ -287,10 +283,10 @@ impl<'a> Run<'a, '_> {
         let same = ranges[0] == ranges[1];
         let (k, v, bytes): (&[u32], &[u32], &mut [u32]) = if same {
             let [_, kv, bytes] = ranges;
-            let [kv, bytes] = self.memory.get_disjoint_mut([kv, bytes]).map_err(|_| UNCHECKED)?;
+            let [kv, bytes] = self.memory([kv, bytes])?;
             (&*kv, &*kv, bytes)
         } else {
-            let [k, v, bytes] = self.memory.get_disjoint_mut(ranges).map_err(|_| UNCHECKED)?;
+            let [k, v, bytes] = self.memory(ranges)?;
             (&*k, &*v, bytes)
         };
         let (k, v): (&[f32], &[f32]) = (bytemuck::cast_slice(k), bytemuck::cast_slice(v));
@@ -306,11 +302,11 @@ impl<'a> Run<'a, '_> {
 
     fn attend(&mut self, q: u32, state: State, out: u32, a: Attention<'_>) -> Result<(), Error> {
         let (shape, tokens, position) = (state.shape(), self.step.tokens.len(), self.step.position as usize);
-        let chunks = (position + tokens).div_ceil(CHUNK) as u32;
-        let table = self.image.span(crate::record::Span { first: state.table, len: chunks }, 1);
+        let chunks = chunks((position + tokens) as u32);
+        let table = self.image.span(Span { first: state.table, len: chunks }, 1);
         let table = table.ok_or(UNCHECKED)?;
         let ranges = [self.place(q)?, self.place(out)?, pages(&state)?];
-        let [q, out, bytes] = self.memory.get_disjoint_mut(ranges).map_err(|_| UNCHECKED)?;
+        let [q, out, bytes] = self.memory(ranges)?;
         let (q, out): (&[f32], &mut [f32]) = (bytemuck::cast_slice(q), bytemuck::cast_slice_mut(out));
         let pages = Pages { format: state.format, bytes: bytemuck::cast_slice(bytes) };
         let group = a.heads / shape.kv_heads;
