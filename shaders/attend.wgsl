@@ -10,7 +10,7 @@ var<workgroup> tops: array<vec4<f32>, 2u * 64u>;
 
 const GROUP: u32 = HEADS / KV_HEADS;
 const VALUE_RUNS: u32 = (VALUE_DIM + 63u) / 64u;
-const LOWEST: f32 = -3.4028235e38;
+const LOWEST: f32 = -0x1.fffffep127;
 
 // First token and number of tokens of a tile, and the end of the positions that their sequence has.
 fn tile(i: u32) -> vec3<u32> {
@@ -24,11 +24,12 @@ fn limit(score: vec4<f32>) -> vec4<f32> {
     return SOFTCAP * vec4(tanh_safe(s.x), tanh_safe(s.y), tanh_safe(s.z), tanh_safe(s.w));
 }
 
+// Parameters of their own: of a struct with a part that differs, browsers take every part to differ between invocations.
 @compute @workgroup_size(64)
-fn main(in: In) {
-    let kv_head = in.workgroup.x;
-    let tokens = tile(in.workgroup.y / ROW_TILES);
-    let row0 = 8u * (in.workgroup.y % ROW_TILES);
+fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) local: u32) {
+    let kv_head = workgroup.x;
+    let tokens = tile(workgroup.y / ROW_TILES);
+    let row0 = 8u * (workgroup.y % ROW_TILES);
     let count = min(tokens.y * GROUP - min(row0, tokens.y * GROUP), 8u);
     // Positions that the rows see.
     var firsts = array<u32, 8>();
@@ -47,7 +48,7 @@ fn main(in: In) {
     let first1 = vec4(firsts[4], firsts[5], firsts[6], firsts[7]);
     let end0 = vec4(ends[0], ends[1], ends[2], ends[3]);
     let end1 = vec4(ends[4], ends[5], ends[6], ends[7]);
-    for (var i = in.local; i < 2u * KEY_DIM; i += 64u) {
+    for (var i = local; i < 2u * KEY_DIM; i += 64u) {
         let four = i / KEY_DIM;
         let d = i % KEY_DIM;
         var elements = vec4(0.0);
@@ -66,29 +67,29 @@ fn main(in: In) {
     var sum1 = vec4(0.0);
     var o0: array<vec4<f32>, VALUE_RUNS>;
     var o1: array<vec4<f32>, VALUE_RUNS>;
-    let pages = pages_of(in.workgroup.z, min(lowest, highest) / 64u, (highest + 63u) / 64u);
+    let pages = pages_of(workgroup.z, min(lowest, highest) / 64u, (highest + 63u) / 64u);
     for (var chunk = pages.x; chunk < pages.y; chunk++) {
         let at = page(tokens.x, chunk);
-        let place = 64u * chunk + in.local;
+        let place = 64u * chunk + local;
         var s0 = vec4(0.0);
         var s1 = vec4(0.0);
         if place < highest {
             for (var d = 0u; d < KEY_DIM; d++) {
-                let element = key(at, kv_head * KEY_DIM + d, in.local);
+                let element = key(at, kv_head * KEY_DIM + d, local);
                 s0 += q[2u * d] * element;
                 s1 += q[2u * d + 1u] * element;
             }
         }
         s0 = select(vec4(LOWEST), limit(s0 * SCALE), (vec4(place) >= first0) & (vec4(place) < end0));
         s1 = select(vec4(LOWEST), limit(s1 * SCALE), (vec4(place) >= first1) & (vec4(place) < end1));
-        tops[2u * in.local] = s0;
-        tops[2u * in.local + 1u] = s1;
+        tops[2u * local] = s0;
+        tops[2u * local + 1u] = s1;
         workgroupBarrier();
         for (var half = 32u; half > 0u; half = half / 2u) {
-            if in.local < half {
-                let other = in.local + half;
-                tops[2u * in.local] = max(tops[2u * in.local], tops[2u * other]);
-                tops[2u * in.local + 1u] = max(tops[2u * in.local + 1u], tops[2u * other + 1u]);
+            if local < half {
+                let other = local + half;
+                tops[2u * local] = max(tops[2u * local], tops[2u * other]);
+                tops[2u * local + 1u] = max(tops[2u * local + 1u], tops[2u * other + 1u]);
             }
             workgroupBarrier();
         }
@@ -103,14 +104,14 @@ fn main(in: In) {
         s1 = select(exp(s1 - new1), vec4(0.0), s1 == vec4(LOWEST));
         sum0 = sum0 * factor0 + s0;
         sum1 = sum1 * factor1 + s1;
-        p[2u * in.local] = s0;
-        p[2u * in.local + 1u] = s1;
+        p[2u * local] = s0;
+        p[2u * local + 1u] = s1;
         workgroupBarrier();
         // Positions that no row sees may hold anything.
         let slot_first = max(lowest, 64u * chunk) - 64u * chunk;
         let slot_end = min(highest - 64u * chunk, 64u);
         for (var run = 0u; run < VALUE_RUNS; run++) {
-            let d = 64u * run + in.local;
+            let d = 64u * run + local;
             if d < VALUE_DIM {
                 var a0 = o0[run] * factor0;
                 var a1 = o1[run] * factor1;
@@ -126,13 +127,13 @@ fn main(in: In) {
         workgroupBarrier();
     }
     // The denominators are the sums over the invocations.
-    tops[2u * in.local] = sum0;
-    tops[2u * in.local + 1u] = sum1;
+    tops[2u * local] = sum0;
+    tops[2u * local + 1u] = sum1;
     workgroupBarrier();
     for (var half = 32u; half > 0u; half = half / 2u) {
-        if in.local < half {
-            tops[2u * in.local] += tops[2u * (in.local + half)];
-            tops[2u * in.local + 1u] += tops[2u * (in.local + half) + 1u];
+        if local < half {
+            tops[2u * local] += tops[2u * (local + half)];
+            tops[2u * local + 1u] += tops[2u * (local + half) + 1u];
         }
         workgroupBarrier();
     }
@@ -145,9 +146,9 @@ fn main(in: In) {
         let top = select(top1, top0, r < 4u)[r % 4u];
         let sum = select(sum1, sum0, r < 4u)[r % 4u];
         for (var run = 0u; run < VALUE_RUNS; run++) {
-            let d = 64u * run + in.local;
+            let d = 64u * run + local;
             let o = select(o1[run], o0[run], r < 4u)[r % 4u];
-            if d < VALUE_DIM { keep(in.workgroup.z, token, head, d, o, sum, top); }
+            if d < VALUE_DIM { keep(workgroup.z, token, head, d, o, sum, top); }
         }
     }
 }

@@ -4,7 +4,7 @@
 fn main(in: In) {
     let head = in.workgroup.x;
     let token = in.workgroup.y;
-    var top = -3.4028235e38;
+    var top = -0x1.fffffep127;
     for (var s = 0u; s < step_splits(); s++) { top = max(top, splits[split_place(s, token, head) + VALUE_DIM]); }
     var sum = 0.0;
     for (var s = 0u; s < step_splits(); s++) {

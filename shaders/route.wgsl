@@ -33,7 +33,7 @@ fn main(in: In) {
         ids[token * USED + n] = best;
         chosen[n] = p[best];
         // Below every logit.
-        p[best] = -3.4028235e38;
+        p[best] = -0x1.fffffep127;
     }
     if GATING == 1u { softmax(USED, &chosen); }
     var sum = 0.0;

@@ -36,8 +36,8 @@ export interface Model {
   encode(text: string): Uint32Array;
   /** The tokens of a chat's prompt, by the template in the model file. */
   chatPrompt(messages: { role: string; content: string }[]): Uint32Array;
-  /** Reserves all memory of a sequence. */
-  session(options?: { context?: number; batch?: number; kv_format?: string }): Session;
+  /** Reserves all memory of a sequence, on the CPU if nothing else is asked for. */
+  session(options?: { backend?: 'cpu' | 'gpu'; context?: number; batch?: number; kv_format?: string }): Promise<Session>;
   close(): void;
 }
 
@@ -71,16 +71,17 @@ export interface GenerationInfo {
 }
 
 export interface Session {
+  readonly backend: string;
+  /** The backend's device, for people. */
+  readonly device: string;
   info(): { context: number; batch: number; outputs: number; vocab_size: number; top_k: number };
   /** Makes the sequence empty. */
   clear(): void;
   /** The tokens of the sequence. */
   tokens(): Uint32Array;
   /** Appends tokens, and returns the logits after the last one. */
-  logits(tokens: ArrayLike<number>): Float32Array;
+  logits(tokens: ArrayLike<number>): Promise<Float32Array>;
   /** Continues a text or tokens, piece by piece. Leave the loop to stop. */
-  generate(prompt: string | Uint32Array, options?: GenerateOptions): Generator<string>;
-  /** The same, with pauses in which messages and timers of the thread run. */
   stream(
     prompt: string | Uint32Array,
     options?: GenerateOptions & { signal?: AbortSignal; progress?: (tokens: number, of: number) => void },

@@ -1,5 +1,7 @@
 // Halite in a browser, a worker or Node: the C library (include/halite.h) compiled to WebAssembly, and this file, which calls it.
-// Everything runs on the thread that calls; a page gives it a worker (see examples/web).
+// The CPU backend runs on the thread that calls; a page gives it a worker (see examples/web). While the GPU works, the thread is free.
+
+import makeGlue from './glue.js';
 
 const END = 29;
 const KINDS = { u32: [4, 'Uint32'], i32: [4, 'Int32'], f32: [4, 'Float32'], u64: [8, 'BigUint64'], f64: [8, 'Float64'] };
@@ -38,8 +40,11 @@ const GENERATION_INFO = layout({
 });
 const ARG_MAX = 1;
 const LOGITS = 0;
-/** Tokens of a prompt that are read without a pause. */
+/** Tokens of a prompt that are read without a pause on the CPU. */
 const PROMPT_PART = 32;
+/** Functions of C in which a GPU is waited for. */
+const WAITING = ['halite_backend_open', 'halite_session_open', 'halite_session_prefill', 'halite_session_logits',
+  'halite_generation_open', 'halite_generation_next'];
 
 /** Lets messages and timers of this thread run. */
 function pause() {
@@ -53,6 +58,8 @@ function pause() {
   });
 }
 
+const canSuspend = 'Suspending' in WebAssembly && 'promising' in WebAssembly;
+
 /** A call that failed: `code` is the name of its result, such as HALITE_ARGUMENT. */
 export class HaliteError extends Error {
   constructor(code, message) {
@@ -65,11 +72,36 @@ export class HaliteError extends Error {
 /** Loads the library from the bytes of halite.wasm, a `Response`, or a promise of one. */
 export async function load(wasm) {
   const source = await wasm;
-  const imports = { halite: { now_ms: () => performance.now(), unix_ms: () => Date.now() } };
+  const glue = makeGlue();
+  const imports = { halite: { now_ms: () => performance.now(), unix_ms: () => Date.now(), ...suspension() }, './glue_bg.js': glue };
   const isResponse = typeof Response !== 'undefined' && source instanceof Response;
   const bytes = isResponse ? await source.arrayBuffer() : source;
   const { instance } = await WebAssembly.instantiate(bytes, imports);
+  glue.__wbg_set_wasm(instance.exports);
+  instance.exports.__wbindgen_start();
   return new Library(instance.exports);
+}
+
+/** How the module waits for promises: `suspend` returns once `wake` was called since it returned last. */
+function suspension() {
+  if (!canSuspend) {
+    return { can_suspend: () => 0, suspend() {}, wake() {} };
+  }
+  let isAwake = false;
+  let resume = () => {};
+  const suspend = async () => {
+    if (!isAwake) {
+      await new Promise((resolve) => {
+        resume = resolve;
+      });
+    }
+    isAwake = false;
+  };
+  const wake = () => {
+    isAwake = true;
+    resume();
+  };
+  return { can_suspend: () => 1, suspend: new WebAssembly.Suspending(suspend), wake };
 }
 
 /**
@@ -118,6 +150,9 @@ export async function* parts(stream) {
 class Library {
   constructor(exports) {
     this.c = exports;
+    /** The functions of `WAITING`, as promises. */
+    this.waiting = canSuspend ? Object.fromEntries(WAITING.map((name) => [name, this.inTurn(exports[name])])) : {};
+    this.turn = Promise.resolve();
     this.encoder = new TextEncoder();
     this.decoder = new TextDecoder();
   }
@@ -182,11 +217,31 @@ class Library {
     }
   }
 
+  /** A function of C whose calls may suspend the module. All calls share one stack in its memory, so each waits for those before it. */
+  inTurn(function_) {
+    const call = WebAssembly.promising(function_);
+    return (...args) => {
+      const result = this.turn.then(() => call(...args));
+      this.turn = result.catch(() => {});
+      return result;
+    };
+  }
+
   /** Calls `work` with memory that is freed afterwards. */
   scope(work) {
     const scope = new Scope(this);
     try {
       return work(scope);
+    } finally {
+      scope.free();
+    }
+  }
+
+  /** The same for work that waits. */
+  async scopeOf(work) {
+    const scope = new Scope(this);
+    try {
+      return await work(scope);
     } finally {
       scope.free();
     }
@@ -257,6 +312,13 @@ class Scope {
   out(call) {
     const at = this.alloc(4);
     this.library.check(call(at));
+    return this.view(at, 4).getUint32(0, true);
+  }
+
+  /** The handle that `call` writes, which may be a promise. */
+  async outOf(call) {
+    const at = this.alloc(4);
+    this.library.check(await call(at));
     return this.view(at, 4).getUint32(0, true);
   }
 
@@ -338,16 +400,21 @@ class Model {
     });
   }
 
-  /** Reserves all memory for sequences of tokens. Options are those of `HaliteSessionOptions`, such as `context`. */
-  session({ kv_format, ...options } = {}) {
-    const { c } = this.library;
-    return this.library.scope((scope) => {
-      const backend = scope.out((out) => c.halite_backend_open(scope.string('cpu'), 0, out));
+  /**
+   * Reserves all memory for a sequence of tokens, on `cpu` or `gpu`. Other options are those of `HaliteSessionOptions`, such as `context`.
+   */
+  async session({ backend: name = 'cpu', kv_format, ...options } = {}) {
+    const { library } = this;
+    // On the CPU nothing waits, and the stack of the thread is larger.
+    const c = name === 'cpu' ? library.c : { ...library.c, ...library.waiting };
+    return library.scopeOf(async (scope) => {
+      const backend = await scope.outOf((out) => c.halite_backend_open(scope.string(name), 0, out));
       try {
+        const device = scope.text((...out) => c.halite_backend_device(backend, ...out));
         const fields = kv_format === undefined ? options : { ...options, kv_format: scope.string(kv_format) };
-        const handle = scope.out((out) =>
+        const handle = await scope.outOf((out) =>
           c.halite_session_open(this.handle, backend, scope.struct(SESSION_OPTIONS, fields), out));
-        return new Session(this, handle);
+        return new Session(this, handle, { c, backend: name, device });
       } finally {
         c.halite_backend_close(backend);
       }
@@ -361,13 +428,17 @@ class Model {
   }
 }
 
-/** One sequence of tokens on the CPU, with its KV cache. */
+/** One sequence of tokens on a backend, with its KV cache. */
 class Session {
-  constructor(model, handle) {
+  constructor(model, handle, { c, backend, device }) {
     this.model = model;
     this.library = model.library;
     this.handle = handle;
-    const { c } = this.library;
+    /** The functions of C, as the backend needs them. */
+    this.c = c;
+    this.backend = backend;
+    /** The device, for people. */
+    this.device = device;
     this.sequence = this.library.scope((scope) => scope.out64((out) => c.halite_session_add(handle, out)));
   }
 
@@ -383,36 +454,72 @@ class Session {
   }
 
   /** Appends tokens, and returns the logits after the last one. */
-  logits(tokens) {
-    const { c } = this.library;
-    return this.library.scope((scope) => {
+  async logits(tokens) {
+    await this.prefill(tokens, LOGITS);
+    return this.library.scopeOf(async (scope) => {
+      const count = this.info().vocab_size;
+      const [start, length] = [scope.alloc(4 * count), scope.alloc(4)];
+      this.library.check(await this.c.halite_session_logits(this.handle, start, count, length));
+      return new Float32Array(this.library.c.memory.buffer, start, count).slice();
+    });
+  }
+
+  async prefill(tokens, output) {
+    await this.library.scopeOf(async (scope) => {
       const start = scope.tokens(tokens);
-      this.library.check(c.halite_session_prefill(this.handle, this.sequence, start, tokens.length, LOGITS, 0));
-      return scope.array(Float32Array, (...out) => c.halite_session_logits(this.handle, ...out));
+      this.library.check(await this.c.halite_session_prefill(this.handle, this.sequence, start, tokens.length, output, 0));
     });
   }
 
   /**
-   * Continues a text, or tokens of a chat's prompt: an iterator of pieces of text. What the sequence holds of the prompt already is not
-   * computed again. Options are those of `HaliteGenerateOptions`, such as `max_tokens`, and `stop`, an array of texts. Leave the loop to
-   * stop; afterwards `lastGeneration` has what was done.
+   * Continues a text, or tokens of a chat's prompt: pieces of text. What the sequence holds of the prompt already is not computed again.
+   * Options are those of `HaliteGenerateOptions`, such as `max_tokens`, and `stop`, an array of texts. `signal` is an `AbortSignal`, which
+   * ends the text, as leaving the loop does; `progress(tokens, of)` is told how much of the prompt was read. Other work of the thread runs
+   * between pieces, and between parts of a long prompt. Afterwards `lastGeneration` has what was done.
    */
-  *generate(prompt, { stop = [], ...options } = {}) {
-    const { c } = this.library;
+  async *stream(prompt, { signal, progress = () => {}, ...options } = {}) {
     const tokens = typeof prompt === 'string' ? this.model.encode(prompt) : prompt;
+    const held = this.tokens();
+    let read = held.findIndex((token, i) => token !== tokens[i]);
+    read = Math.min(read < 0 ? held.length : read, tokens.length - 1);
+    this.library.check(this.c.halite_session_truncate(this.handle, this.sequence, Math.max(read, 0)));
+    const part = this.backend === 'cpu' ? PROMPT_PART : this.info().batch;
+    // The generation computes the last token.
+    while (read < tokens.length - 1 && !signal?.aborted) {
+      const next = tokens.slice(read, Math.min(read + part, tokens.length - 1));
+      await this.prefill(next, ARG_MAX);
+      read += next.length;
+      progress(read, tokens.length);
+      await pause();
+    }
+    if (signal?.aborted) {
+      return;
+    }
+    for await (const piece of this.pieces(tokens, options)) {
+      yield piece;
+      await pause();
+      if (signal?.aborted) {
+        return;
+      }
+    }
+  }
+
+  /** The pieces of a text after tokens. */
+  async *pieces(tokens, { stop = [], ...options }) {
+    const { c } = this;
     // Freed when the generation ends: it may outlive this call.
     const scope = new Scope(this.library);
     let generation;
     try {
       const texts = scope.tokens(stop.map((text) => scope.string(text)));
       const fields = stop.length === 0 ? options : { ...options, stop: texts, stop_count: stop.length };
-      generation = scope.out((out) => c.halite_generation_open(this.handle, this.sequence, this.model.tokenizer,
+      generation = await scope.outOf((out) => c.halite_generation_open(this.handle, this.sequence, this.model.tokenizer,
         scope.tokens(tokens), tokens.length, scope.struct(GENERATE_OPTIONS, fields), out));
       const length = scope.alloc(4);
       let capacity = 256;
       let out = scope.alloc(capacity);
       for (;;) {
-        const result = c.halite_generation_next(generation, out, capacity, length);
+        const result = await c.halite_generation_next(generation, out, capacity, length);
         if (result === END) {
           break;
         }
@@ -431,40 +538,6 @@ class Session {
         c.halite_generation_close(generation);
       }
       scope.free();
-    }
-  }
-
-  /**
-   * As `generate`, for a thread that also listens: between pieces, and between parts of a long prompt, it lets other work run.
-   * `signal` is an `AbortSignal`, which ends the text; `progress(tokens, of)` is told how much of the prompt was read.
-   */
-  async *stream(prompt, { signal, progress = () => {}, ...options } = {}) {
-    const { c } = this.library;
-    const tokens = typeof prompt === 'string' ? this.model.encode(prompt) : prompt;
-    const held = this.tokens();
-    let read = held.findIndex((token, i) => token !== tokens[i]);
-    read = Math.min(read < 0 ? held.length : read, tokens.length - 1);
-    this.library.check(c.halite_session_truncate(this.handle, this.sequence, Math.max(read, 0)));
-    // The generation computes the last token.
-    while (read < tokens.length - 1 && !signal?.aborted) {
-      const part = tokens.slice(read, Math.min(read + PROMPT_PART, tokens.length - 1));
-      this.library.scope((scope) => {
-        const start = scope.tokens(part);
-        this.library.check(c.halite_session_prefill(this.handle, this.sequence, start, part.length, ARG_MAX, 0));
-      });
-      read += part.length;
-      progress(read, tokens.length);
-      await pause();
-    }
-    if (signal?.aborted) {
-      return;
-    }
-    for (const piece of this.generate(tokens, options)) {
-      yield piece;
-      await pause();
-      if (signal?.aborted) {
-        return;
-      }
     }
   }
 

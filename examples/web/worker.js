@@ -1,4 +1,4 @@
-// Owns the model. Messages in: { open: { file | url } }, { complete: { prompt, options } }, { stop }.
+// Owns the model. Messages in: { open: { file | url }, backend }, { backend }, { complete: { prompt, options } }, { stop }.
 import { load, download, parts } from './halite.js';
 
 const library = load(fetch('halite.wasm'));
@@ -6,7 +6,17 @@ let model;
 let session;
 let stop = new AbortController();
 
-async function open({ file, url }) {
+/** A session on this backend instead of the one before. */
+async function use(backend) {
+  session?.close();
+  session = undefined;
+  const info = model.info();
+  session = await model.session({ backend, context: Math.min(info.context_length, 2048) });
+  const halite = await library;
+  postMessage({ opened: { ...info, device: session.device, memory: halite.memoryBytes, version: halite.version } });
+}
+
+async function open({ file, url }, backend) {
   session?.close();
   model?.close();
   session = model = undefined;
@@ -21,9 +31,7 @@ async function open({ file, url }) {
     }
   };
   model = await halite.openModel(byteCount, chunks, { name, progress });
-  const info = model.info();
-  session = model.session({ context: Math.min(info.context_length, 2048) });
-  postMessage({ opened: { ...info, memory: halite.memoryBytes, version: halite.version } });
+  await use(backend);
 }
 
 async function complete({ prompt, isChat, options }) {
@@ -53,7 +61,9 @@ async function complete({ prompt, isChat, options }) {
 onmessage = async ({ data }) => {
   try {
     if (data.open) {
-      await open(data.open);
+      await open(data.open, data.backend);
+    } else if (data.backend) {
+      await use(data.backend);
     } else if (data.complete) {
       await complete(data.complete);
     } else {

@@ -18,12 +18,12 @@ function* parts() {
   }
 }
 const model = await halite.openModel(bytes.length, parts(), { name: path });
-const session = model.session({ context: 256 });
+const session = await model.session({ context: 256 });
 const { vocab_size: vocab } = session.info();
 const row = (position) => want.subarray(4 * vocab * position, 4 * vocab * (position + 1));
 const first = 40;
 for (let at = first; at <= tokens.length; at += 1) {
-  const logits = session.logits(at === first ? tokens.slice(0, first) : tokens.slice(at - 1, at));
+  const logits = await session.logits(at === first ? tokens.slice(0, first) : tokens.slice(at - 1, at));
   assert.equal(logits.length, vocab);
   assert.ok(row(at - 1).equals(Buffer.from(logits.buffer)), `${path}: other bits at position ${at - 1}`);
 }

@@ -11,49 +11,51 @@ const open = (bytes = file) => halite.openModel(bytes.length, [bytes]);
 const fails = (code, text) => (error) => error instanceof HaliteError && error.code === code && error.message.includes(text);
 
 const model = await open();
-const session = model.session({ context: 512 });
+const session = await model.session({ context: 512 });
 assert.equal(model.info().architecture, 'llama');
 assert.equal(model.info().file_bytes, file.length);
 const want = process.argv[2];
 const prompt = 'Once upon a time';
-assert.equal(prompt + [...session.generate(prompt, { max_tokens: 32 })].join(''), want);
+const write = async (prompt, options, after = session) => {
+  let text = '';
+  for await (const piece of after.stream(prompt, options)) text += piece;
+  return text;
+};
+assert.equal(prompt + (await write(prompt, { max_tokens: 32 })), want);
 assert.equal(session.lastGeneration.tokens, 32);
 
 // The same in parts, after another text; a prompt that is held already; a stop text; more text than the first buffer holds.
 const long = 'It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in want of a wife. '.repeat(3);
 session.clear();
 const read = [];
-let text = '';
-for await (const piece of session.stream(long, { max_tokens: 8, progress: (n, of) => read.push(`${n}/${of}`) })) text += piece;
+const progress = (n, of) => read.push(`${n}/${of}`);
+const text = await write(long, { max_tokens: 8, progress });
 assert.ok(read.length > 1 && text.length > 0, read.join());
 session.clear();
-assert.equal([...session.generate(long, { max_tokens: 8 })].join(''), text);
-text = '';
-for await (const piece of session.stream(prompt, { max_tokens: 32 })) text += piece;
-assert.equal(prompt + text, want);
-text = '';
-for await (const piece of session.stream(prompt, { max_tokens: 32 })) text += piece;
-assert.equal(prompt + text, want);
-const stopped = [...session.generate(prompt, { max_tokens: 32, stop: ['give up'] })].join('');
+assert.equal(await write(session.model.encode(long), { max_tokens: 8 }), text);
+assert.equal(prompt + (await write(prompt, { max_tokens: 32 })), want);
+assert.equal(prompt + (await write(prompt, { max_tokens: 32 })), want);
+const stopped = await write(prompt, { max_tokens: 32, stop: ['give up'] });
 assert.equal(prompt + stopped, want.slice(0, want.indexOf('give up')));
-const sampled = (seed) => [...session.generate(prompt, { max_tokens: 16, temperature: 1, seed })].join('');
-assert.equal(sampled(7), sampled(7));
+const sampled = (seed) => write(prompt, { max_tokens: 16, temperature: 1, seed });
+assert.equal(await sampled(7), await sampled(7));
 
 // A signal ends a text, and a loop can be left; both leave the session usable.
-const signal = AbortSignal.timeout(50);
-for await (const piece of session.stream(prompt, { max_tokens: 400, signal })) text += piece;
+await write(prompt, { max_tokens: 400, signal: AbortSignal.timeout(50) });
 assert.ok(session.lastGeneration.tokens < 400);
-for (const piece of session.generate(prompt)) {
-  text += piece;
+for await (const piece of session.stream(prompt)) {
+  assert.ok(piece);
   break;
 }
-assert.equal(prompt + [...session.generate(prompt, { max_tokens: 32 })].join(''), want);
+assert.equal(prompt + (await write(prompt, { max_tokens: 32 })), want);
 
 // What is wrong is said.
 assert.throws(() => model.chatPrompt([{ role: 'user', content: 'x' }]), fails('HALITE_NOT_FOUND', 'template'));
-assert.throws(() => model.session({ kv_format: 'q9' }), fails('HALITE_ARGUMENT', 'q9'));
-assert.throws(() => session.logits([1_000_000]), HaliteError);
-assert.throws(() => [...session.generate(prompt, { temperature: Number.NaN })], HaliteError);
+await assert.rejects(model.session({ kv_format: 'q9' }), fails('HALITE_ARGUMENT', 'q9'));
+await assert.rejects(model.session({ backend: 'abacus' }), fails('HALITE_ERROR', 'abacus'));
+await assert.rejects(model.session({ backend: 'gpu' }), fails('HALITE_ERROR', 'cannot wait for a device'));
+await assert.rejects(session.logits([1_000_000]), HaliteError);
+await assert.rejects(write(prompt, { temperature: Number.NaN }), HaliteError);
 await assert.rejects(open(file.subarray(0, 1000)), fails('HALITE_MALFORMED', 'tensor count'));
 await assert.rejects(halite.openModel(10, [file]), fails('HALITE_ARGUMENT', 'expected 10 bytes'));
 await assert.rejects(halite.openModel(file.length + 1, [file]), fails('HALITE_ARGUMENT', 'got'));
@@ -62,11 +64,11 @@ await assert.rejects(halite.openModel(2 ** 32 - 16, []), fails('HALITE_OUT_OF_ME
 // Opened and closed again and again, it needs no more memory.
 session.close();
 model.close();
-assert.throws(() => session.logits([1]), HaliteError);
+await assert.rejects(session.logits([1]), HaliteError);
 const cycle = async () => {
   const model = await open();
-  const session = model.session({ context: 512 });
-  session.logits([1, 2, 3]);
+  const session = await model.session({ context: 512 });
+  await session.logits([1, 2, 3]);
   session.close();
   model.close();
   return halite.memoryBytes;

@@ -1,58 +1,30 @@
-// page.mjs [SCREENSHOT]: the example page in Chromium: opens a model by its address and by a drop, writes a text, can be stopped,
+// page.mjs TEXT [SCREENSHOT]: the example page in Chromium: opens a model by its address and by a drop, writes a text, can be stopped,
 // shows what is wrong, and asks nobody else.
 import assert from 'node:assert/strict';
-import { createReadStream, statSync } from 'node:fs';
-import { createServer } from 'node:http';
 import { createRequire } from 'node:module';
-import { fileURLToPath } from 'node:url';
+import { serve } from './serve.mjs';
 
 const require = createRequire(`${process.env.NODE_PATH ?? process.cwd()}/`);
 const { chromium } = require('playwright-core');
-const root = fileURLToPath(new URL('../..', import.meta.url));
-const files = {
-  '/': ['examples/web/index.html', 'text/html'],
-  '/worker.js': ['examples/web/worker.js', 'text/javascript'],
-  '/halite.js': ['web/halite.js', 'text/javascript'],
-  '/halite.wasm': ['web/halite.wasm', 'application/wasm'],
-  '/whole.gguf': ['models/austen/halite-austen.gguf', 'application/octet-stream'],
-  '/model.gguf': ['models/austen/halite-austen.gguf', 'application/octet-stream'],
-};
 
 const asked = [];
 let failures = 1;
-const server = createServer((request, response) => {
-  const file = files[request.url];
-  if (!file) {
-    response.writeHead(404).end();
-    return;
-  }
-  const [path, type] = [root + file[0], file[1]];
-  const size = statSync(path).size;
-  // One file is sent as a whole, whatever is asked for.
-  const asks = request.url !== '/whole.gguf' && (request.headers.range ?? '');
-  const range = /bytes=(\d+)-(\d+)/.exec(asks || '');
-  if (!range) {
-    response.writeHead(200, { 'Content-Type': type, 'Content-Length': size });
-    createReadStream(path).pipe(response);
-    return;
-  }
-  const [first, last] = [Number(range[1]), Math.min(Number(range[2]), size - 1)];
+// One part fails in the middle: it is asked for again.
+const fail = (first, response) => {
   asked.push(first);
-  // One part fails in the middle: it is asked for again.
   if (first > 0 && failures-- > 0) {
     response.destroy();
-    return;
+    return true;
   }
-  const headers = { 'Content-Type': type, 'Content-Length': last - first + 1, 'Content-Range': `bytes ${first}-${last}/${size}` };
-  response.writeHead(206, headers);
-  createReadStream(path, { start: first, end: last }).pipe(response);
-});
-await new Promise((resolve) => server.listen(0, '127.0.0.1', resolve));
-const address = `http://127.0.0.1:${server.address().port}/`;
+  return false;
+};
+const { address, close } = await serve({ '/whole.gguf': 'models/austen/halite-austen.gguf' }, fail);
 
 const browser = await chromium.launch({
   executablePath: process.env.CHROMIUM ?? '/usr/bin/chromium',
-  args: ['--no-sandbox', '--disable-gpu', '--disable-background-networking', '--disable-component-update', '--no-first-run'],
+  // WebGPU on a processor.
+  ignoreDefaultArgs: ['--disable-gpu'],
+  args: ['--no-sandbox', '--enable-unsafe-webgpu', '--disable-background-networking', '--disable-component-update', '--no-first-run'],
 });
 try {
   const page = await browser.newPage({ viewport: { width: 900, height: 800 } });
@@ -63,7 +35,8 @@ try {
     if (!request.url().startsWith(address) && !request.url().startsWith('data:')) faults.push(request.url());
   });
   const text = (id) => page.locator(`#${id}`).innerText();
-  const opened = () => page.waitForFunction(() => !document.getElementById('go').disabled, undefined, { timeout: 60_000 });
+  // Compiling shaders for a processor takes long.
+  const opened = () => page.waitForFunction(() => !document.getElementById('go').disabled, undefined, { timeout: 180_000 });
   const done = () => page.waitForFunction(() => document.getElementById('stop').disabled, undefined, { timeout: 60_000 });
   await page.goto(address);
 
@@ -78,6 +51,17 @@ try {
   assert.match(await text('speed'), /^\d+\.\d tokens\/s, 32 tokens$/);
   assert.match(await text('memory'), /MiB$/);
   if (process.argv[3]) await page.screenshot({ path: process.argv[3] });
+
+  // The same text by the GPU, and by the CPU again.
+  for (const backend of ['gpu', 'cpu']) {
+    await page.selectOption('#backend', backend);
+    await opened();
+    assert.match(await text('device'), backend === 'gpu' ? /WebGpu/ : /simd128/);
+    await page.click('#go');
+    await done();
+    assert.equal(await text('out'), process.argv[2]);
+    assert.equal(await text('error'), '');
+  }
 
   // By a drop.
   await page.evaluate(async () => {
@@ -125,5 +109,5 @@ try {
   console.log('page: ok');
 } finally {
   await browser.close();
-  server.close();
+  close();
 }

@@ -2,12 +2,19 @@
 
 use std::fmt;
 
-use super::failed;
 use super::lower::Tuning;
+use super::{failed, wait};
 use halite::error::Result;
 use halite_shaders::{Cooperative, Paths};
 
 const MATRICES: wgpu::Features = wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX;
+
+/// Where devices are looked for.
+#[cfg(not(target_family = "wasm"))]
+const TRIED: &str =
+    "Vulkan (needs a loader, libvulkan1, and a driver, such as mesa-vulkan-drivers), Metal and DX12";
+#[cfg(target_family = "wasm")]
+const TRIED: &str = "WebGPU, which this browser does not have, has switched off, or has no adapter for";
 
 /// A device that can be opened.
 #[derive(Debug)]
@@ -28,8 +35,11 @@ fn instance() -> wgpu::Instance {
 
 /// Lists all devices, the fastest kind first.
 pub fn adapters() -> Vec<Adapter> {
+    if wait::why_not().is_some() {
+        return Vec::new();
+    }
     let instance = instance();
-    let found = pollster::block_on(instance.enumerate_adapters(wgpu::Backends::all()));
+    let found = wait::block_on(instance.enumerate_adapters(wgpu::Backends::all()));
     let mut found: Vec<Adapter> = found
         .into_iter()
         .map(|adapter| Adapter { info: adapter.get_info(), adapter })
@@ -50,12 +60,12 @@ pub fn adapters() -> Vec<Adapter> {
 
 /// Finds a device by index or part of its name; without one, returns the first.
 pub(super) fn choose(device: Option<&str>) -> Result<Adapter> {
+    if let Some(why) = wait::why_not() {
+        return Err(failed(format!("this browser cannot wait for a device: {why}")));
+    }
     let mut found = adapters();
     if found.is_empty() {
-        return Err(failed(
-            "no device: tried Vulkan (needs a loader, libvulkan1, and a driver, such as mesa-vulkan-drivers), \
-             Metal and DX12",
-        ));
+        return Err(failed(format!("no device: tried {TRIED}")));
     }
     let Some(device) = device else { return Ok(found.swap_remove(0)) };
     let lower = device.to_lowercase();
@@ -172,13 +182,15 @@ impl Adapter {
             required_limits: self.adapter.limits(),
             ..Default::default()
         };
-        pollster::block_on(self.adapter.request_device(&descriptor))
+        wait::block_on(self.adapter.request_device(&descriptor))
             .map_err(|e| failed(format!("{self} cannot be opened: {e}")))
     }
 }
 
 impl fmt::Display for Adapter {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} ({:?})", self.info.name, self.info.backend)
+        // Browsers do not name devices.
+        let name = if self.info.name.is_empty() { "GPU" } else { &self.info.name };
+        write!(f, "{name} ({:?})", self.info.backend)
     }
 }

@@ -11,13 +11,13 @@ mod cache;
 mod clock;
 mod lower;
 mod plan;
+mod wait;
 
 use std::collections::HashMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, mpsc};
-use std::time::Duration;
+use std::sync::{Arc, Mutex};
 
 pub use adapter::{Adapter, adapters};
 
@@ -39,8 +39,6 @@ const PIECE_BYTES: usize = 8 << 20;
 
 /// Maximum bytes in flight to the device.
 const STAGED_BYTES: u64 = 128 << 20;
-/// How long a callback may take after the device is done.
-const CALLBACK: Duration = Duration::from_secs(60);
 
 fn failed(message: impl Into<String>) -> Error {
     Error::Backend { backend: NAME.into(), message: message.into() }
@@ -241,7 +239,7 @@ impl Device {
             usage,
             mapped_at_creation: false,
         });
-        if pollster::block_on(scope.pop()).is_some() {
+        if wait::block_on(scope.pop()).is_some() {
             return Err(out_of_memory(0));
         }
         self.check()?;
@@ -250,10 +248,15 @@ impl Device {
 
     /// Waits until all submitted work is done.
     fn wait(&self) -> Result<()> {
-        let polled = self.device.poll(wgpu::PollType::wait_indefinitely());
+        let waited = self.wait_for(|done| self.queue.on_submitted_work_done(move || done(())));
         self.staged.store(0, Ordering::Relaxed);
         self.check()?;
-        polled.map(|_| ()).map_err(|e| failed(e.to_string()))
+        waited
+    }
+
+    /// Waits until the device is done with all submitted work, and has called what `start` is given.
+    fn wait_for<T: Send + 'static>(&self, start: impl FnOnce(wait::Done<T>)) -> Result<T> {
+        wait::callback(&self.device, start).map_err(failed)
     }
 
     /// Reads whole words of a buffer, from an offset that is a multiple of 4.
@@ -284,17 +287,11 @@ impl Device {
 
     /// Waits for the device, and reads the start of a mappable buffer.
     fn mapped(&self, buffer: &wgpu::Buffer, dst: &mut [u8]) -> Result<()> {
-        let (done, mapped) = mpsc::channel();
         let range = 0..dst.len() as u64;
-        // Nobody listens any more only after the time below.
-        buffer.map_async(wgpu::MapMode::Read, range.clone(), move |outcome| _ = done.send(outcome));
-        self.wait()?;
-        // Another thread that waits for the device may have taken the callback, and be about to call it.
-        match mapped.recv_timeout(CALLBACK) {
-            Ok(Ok(())) => {}
-            Ok(Err(e)) => return Err(failed(format!("cannot read device memory: {e}"))),
-            Err(_) => return Err(failed("device memory was not mapped for reading")),
-        }
+        let mapped = self.wait_for(|done| buffer.map_async(wgpu::MapMode::Read, range.clone(), done));
+        self.staged.store(0, Ordering::Relaxed);
+        self.check()?;
+        mapped?.map_err(|e| failed(format!("cannot read device memory: {e}")))?;
         let view =
             buffer.get_mapped_range(range).map_err(|e| failed(format!("cannot read device memory: {e}")))?;
         dst.copy_from_slice(&view);
@@ -359,7 +356,7 @@ impl Device {
             },
             cache: self.cache.as_ref().map(Cache::of_pipelines),
         });
-        if let Some(e) = pollster::block_on(scope.pop()) {
+        if let Some(e) = wait::block_on(scope.pop()) {
             return Err(failed(format!("shader `{}`: {e}", shader.name)));
         }
         self.check()?;

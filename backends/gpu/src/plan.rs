@@ -3,12 +3,13 @@
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::clock::DeviceClock;
 use super::lower::{Count, Dispatch, Lowered, Of};
 use super::{Device, Pipeline, failed, memory};
 use halite::backend::{Bindings, Clock, Limits, Plan, Span, Step, Ticket, Timing, check_step};
+use halite::clock::Instant;
 use halite::error::{Error, Result};
 use halite::passes;
 use halite::program::{Dim, Index, Op, PAGE_POSITIONS, Program};

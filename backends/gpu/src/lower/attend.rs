@@ -136,7 +136,7 @@ impl Lowering<'_> {
         // The shader that stores results applies the sinks.
         let stores = |shader: Shader| {
             let shader = shader.write("out", "f32", self.tensor(*out)).bool("HAS_SINK", sinks.is_some());
-            self.optional(shader, *sinks, "sinks", "sink", "-3.4028235e38").with(wgsl!("lib/attended"))
+            self.optional(shader, *sinks, "sinks", "sink", "-0x1.fffffep127").with(wgsl!("lib/attended"))
         };
         let mut shader = self
             .kv_shader("attend", state)
