@@ -242,8 +242,9 @@ impl Session {
     }
 }
 
-/// A generation that runs step by step, for callers that pull its text; [`Session::generate_in`] runs one as
-/// a whole.
+/// A generation that runs step by step: for callers that pull its text, with [`Stream::advance`], or that run
+/// several streams in the same steps, with [`Stream::run`] and [`Stream::accept`]. [`Session::generate_in`] runs
+/// one as a whole.
 #[derive(Debug)]
 pub struct Stream {
     sequence: SequenceId,
@@ -252,11 +253,13 @@ pub struct Stream {
     out: Output,
     /// The prompt and the generated tokens.
     text: Vec<u32>,
-    /// The last token, and the draft after it.
+    /// The tokens of the step that runs: pending ones, and a draft after the last.
     fed: Vec<u32>,
+    /// How many of them have outputs: none, the last one, or with a draft all.
+    outputs: usize,
     generation: Generation,
     start: Instant,
-    is_prefilled: bool,
+    step_start: Instant,
     is_done: bool,
 }
 
@@ -303,9 +306,10 @@ impl Stream {
             out: Output { text: String::with_capacity(4096), ..Output::default() },
             text: prompt.to_vec(),
             fed: Vec::new(),
+            outputs: 0,
             generation,
             start,
-            is_prefilled: false,
+            step_start: start,
             is_done: false,
         })
     }
@@ -322,19 +326,147 @@ impl Stream {
         decoding: &mut Decoding<'_>,
         on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
     ) -> Result<bool> {
-        if self.is_done {
-            return Ok(false);
+        let kind = self.kind(decoding);
+        while !self.is_done {
+            let device_before = session.device_time();
+            let ran = self.run(session, decoding, session.batch()).and_then(|run| session.step(&[run], kind));
+            self.took(session, session.device_time() - device_before)?;
+            match ran {
+                Ok(()) if self.outputs == 0 => {}
+                Ok(()) => return self.accept(session, tokenizer, decoding, kind, 0, on_text),
+                Err(error) => self.fail(error, on_text)?,
+            }
         }
-        self.is_done = true;
-        let Some(finish) = self.step(session, tokenizer, decoding, on_text)? else {
-            self.is_done = false;
-            return Ok(true);
+        Ok(false)
+    }
+
+    /// The sequence.
+    pub fn sequence(&self) -> SequenceId {
+        self.sequence
+    }
+
+    /// The outputs that its steps must compute. [`OutputKind::Logits`] serves every stream, and
+    /// [`OutputKind::TopK`] also those that need [`OutputKind::ArgMax`].
+    pub fn kind(&self, decoding: &Decoding<'_>) -> OutputKind {
+        match self.options.sampler.needed() {
+            _ if decoding.constraint.is_some() => OutputKind::Logits,
+            Some(1) => OutputKind::ArgMax,
+            Some(k) if k <= TOP_K as usize => OutputKind::TopK,
+            _ => OutputKind::Logits,
+        }
+    }
+
+    /// Returns the number of tokens that the sequence does not have yet: one while text is generated, more
+    /// before the end of the prompt, or after the sequence was truncated.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if the sequence is not there.
+    pub fn pending(&self, session: &Session) -> Result<u32> {
+        Ok((self.text.len() as u32).saturating_sub(session.len(self.sequence)?))
+    }
+
+    /// Returns the stream's part of the next step: pending tokens, at least one and at most `most`. If they are
+    /// all that is pending, the run has outputs, and [`Stream::accept`] must follow the step. A draft may come
+    /// after them; then all tokens have outputs.
+    ///
+    /// # Errors
+    /// [`Error::ContextFull`] if the text does not fit the session; errors of the drafter.
+    pub fn run(&mut self, session: &Session, decoding: &mut Decoding<'_>, most: u32) -> Result<Run<'_>> {
+        self.step_start = Instant::now();
+        self.outputs = 0;
+        let (need, have) = (self.text.len() as u64, u64::from(session.positions()));
+        if need > have {
+            return Err(Error::ContextFull { need, have });
+        }
+        let pending = &self.text[self.text.len() - self.pending(session)? as usize..];
+        let count = pending.len().min(most.max(1) as usize);
+        let is_last = count == pending.len();
+        self.fed.clear();
+        self.fed.extend_from_slice(&pending[..count]);
+        if !is_last {
+            return Ok(Run::new(self.sequence, &self.fed).outputs(OutputTokens::None));
+        }
+        if count == 1 && !self.generation.tokens.is_empty() {
+            self.draft(session, decoding, most)?;
+        }
+        let has_draft = self.fed.len() > count;
+        self.outputs = if has_draft { self.fed.len() } else { 1 };
+        let outputs = if has_draft { OutputTokens::All } else { OutputTokens::Last };
+        Ok(Run::new(self.sequence, &self.fed).outputs(outputs))
+    }
+
+    /// The number of outputs of the last run.
+    pub fn outputs(&self) -> usize {
+        self.outputs
+    }
+
+    /// Notes that a step with the last run took so long on the device, or the stream's part of it.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if the sequence is not there.
+    pub fn took(&mut self, session: &Session, device: Duration) -> Result<()> {
+        if self.generation.tokens.is_empty() {
+            let ran = session.len(self.sequence)?.saturating_sub(self.generation.reused_tokens);
+            self.generation.prefill_tokens = ran;
+            self.generation.prefill = self.start.elapsed();
+            self.generation.device.0 += device;
+        } else {
+            self.generation.device.1 += device;
+        }
+        Ok(())
+    }
+
+    /// Chooses tokens from the outputs of a step, of which those of the last run begin at `first`. Passes on the
+    /// text that is then complete, and returns whether the generation goes on.
+    ///
+    /// # Errors
+    /// As [`Session::generate_in`]. An error ends the generation.
+    pub fn accept(
+        &mut self,
+        session: &mut Session,
+        tokenizer: &Tokenizer,
+        decoding: &mut Decoding<'_>,
+        kind: OutputKind,
+        first: usize,
+        on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
+    ) -> Result<bool> {
+        let is_first = self.generation.tokens.is_empty();
+        let mut decode_start = if is_first { Instant::now() } else { self.step_start };
+        let chosen = self.choose(session, tokenizer, decoding, (kind, first), &mut decode_start, on_text);
+        self.generation.decode += decode_start.elapsed();
+        match chosen {
+            Ok(None) => Ok(true),
+            Ok(Some(finish)) => {
+                self.finish(finish, on_text);
+                Ok(false)
+            }
+            Err(error) => self.fail(error, on_text).map(|()| false),
+        }
+    }
+
+    /// Ends the generation by an error of a step: a cancelled session or a full context is a reason to finish.
+    ///
+    /// # Errors
+    /// Every other error.
+    pub fn fail(&mut self, error: Error, on_text: &mut dyn FnMut(&str) -> ControlFlow<()>) -> Result<()> {
+        let finish = match error {
+            Error::Cancelled => Finish::Cancelled,
+            Error::ContextFull { .. } if !self.generation.tokens.is_empty() => Finish::ContextFull,
+            error => {
+                self.is_done = true;
+                return Err(error);
+            }
         };
+        self.finish(finish, on_text);
+        Ok(())
+    }
+
+    fn finish(&mut self, finish: Finish, on_text: &mut dyn FnMut(&str) -> ControlFlow<()>) {
+        self.is_done = true;
         self.generation.finish = finish;
         if !matches!(finish, Finish::Stop | Finish::Callback) {
             self.out.finish(on_text);
         }
-        Ok(false)
     }
 
     /// The generation so far; its text is complete only in [`Stream::into_generation`].
@@ -347,53 +479,12 @@ impl Stream {
         Generation { text: self.out.text, ..self.generation }
     }
 
-    fn step(
-        &mut self,
-        session: &mut Session,
-        tokenizer: &Tokenizer,
-        decoding: &mut Decoding<'_>,
-        on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
-    ) -> Result<Option<Finish>> {
-        let kind = match self.options.sampler.needed() {
-            _ if decoding.constraint.is_some() => OutputKind::Logits,
-            Some(1) => OutputKind::ArgMax,
-            Some(k) if k <= TOP_K as usize => OutputKind::TopK,
-            _ => OutputKind::Logits,
-        };
-        let (device_before, mut decode_start) = (session.device_time(), Instant::now());
-        let result = if self.is_prefilled {
-            self.draft(session, decoding)?;
-            let outputs = if self.fed.len() > 1 { OutputTokens::All } else { OutputTokens::Last };
-            let result = session.step(&[Run::new(self.sequence, &self.fed).outputs(outputs)], kind);
-            self.generation.device.1 += session.device_time() - device_before;
-            result
-        } else {
-            let reused = self.generation.reused_tokens;
-            let result = session.prefill(self.sequence, &self.text[reused as usize..], kind);
-            self.is_prefilled = true;
-            self.generation.prefill_tokens = session.len(self.sequence)? - reused;
-            self.generation.prefill = self.start.elapsed();
-            self.generation.device.0 = session.device_time() - device_before;
-            decode_start = Instant::now();
-            result
-        };
-        let finish = match result {
-            Ok(()) => self.choose(session, tokenizer, decoding, kind, &mut decode_start, on_text)?,
-            Err(Error::Cancelled) => Some(Finish::Cancelled),
-            Err(Error::ContextFull { .. }) if !self.generation.tokens.is_empty() => Some(Finish::ContextFull),
-            Err(error) => return Err(error),
-        };
-        self.generation.decode += decode_start.elapsed();
-        Ok(finish)
-    }
-
-    /// Sets the tokens of the next step: the last token, and the draft after it.
-    fn draft(&mut self, session: &Session, decoding: &mut Decoding<'_>) -> Result<()> {
-        self.fed.clear();
-        self.fed.extend(self.text.last());
+    /// Adds a draft to the tokens of the next step, which has at most `most`.
+    fn draft(&mut self, session: &Session, decoding: &mut Decoding<'_>, most: u32) -> Result<()> {
         let Some(drafter) = &mut decoding.drafter else { return Ok(()) };
         let left = self.options.max_tokens as usize - self.generation.tokens.len();
-        let max_draft = session.max_run(self.sequence)?.min(left).saturating_sub(1);
+        let run = session.max_run(self.sequence)?.min(most as usize);
+        let max_draft = run.min(left).saturating_sub(1);
         match drafter.draft(&self.text, max_draft, &mut self.fed) {
             // A cancelled drafter is no error: the step after it notices the cancellation.
             Err(Error::Cancelled) => {}
@@ -409,7 +500,7 @@ impl Stream {
         session: &mut Session,
         tokenizer: &Tokenizer,
         decoding: &mut Decoding<'_>,
-        kind: OutputKind,
+        (kind, first): (OutputKind, usize),
         decode_start: &mut Instant,
         on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
     ) -> Result<Option<Finish>> {
@@ -418,14 +509,15 @@ impl Stream {
         if generation.tokens.len() >= options.max_tokens as usize {
             return Ok(Some(Finish::Length));
         }
-        generation.decode_steps += u32::from(!self.fed.is_empty());
-        let drafted = self.fed.get(1..).unwrap_or_default();
+        generation.decode_steps += u32::from(!generation.tokens.is_empty());
+        let drafted = if self.outputs > 1 { self.fed.get(1..).unwrap_or_default() } else { &[] };
         let mut right = 0;
         let ended = loop {
+            let output = first + right;
             let token = match &mut decoding.constraint {
-                None => Some(session.choose(right, kind, &mut self.sampler)?),
+                None => Some(session.choose(output, kind, &mut self.sampler)?),
                 Some(constraint) => {
-                    session.choose_allowed(right, tokenizer, &mut self.sampler, *constraint)?
+                    session.choose_allowed(output, tokenizer, &mut self.sampler, *constraint)?
                 }
             };
             if generation.tokens.is_empty() {

@@ -53,6 +53,7 @@
 #![deny(unsafe_code)]
 
 pub mod backend;
+pub mod batch;
 pub mod bisect;
 #[cfg(feature = "chat")]
 pub mod chat;

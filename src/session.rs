@@ -426,6 +426,30 @@ impl Session {
         self.positions
     }
 
+    /// Sequences for which layers with windows have memory.
+    pub fn sequences(&self) -> u32 {
+        self.options.sequences
+    }
+
+    /// Returns the pages of the KV cache that no sequence uses, those of layers with windows aside.
+    pub fn free_pages(&self) -> u32 {
+        self.pools.iter().find(|pool| pool.window.is_none()).map_or(u32::MAX, |pool| pool.free.len() as u32)
+    }
+
+    /// Returns how many of [`Session::free_pages`] `more` tokens of a sequence take, copies of shared pages included.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if there is no such sequence.
+    pub fn pages_for(&self, id: SequenceId, more: u32) -> Result<u32> {
+        let sequence = self.get(id)?;
+        let unwindowed = self.pools.iter().zip(&sequence.tables).find(|(pool, _)| pool.window.is_none());
+        let Some((pool, table)) = unwindowed else { return Ok(0) };
+        let pages = sequence.len().saturating_add(more).div_ceil(PAGE_POSITIONS);
+        let first = table.get((sequence.len() / PAGE_POSITIONS) as usize);
+        let is_copied = more > 0 && first.is_some_and(|&page| pool.uses[page as usize] > 1);
+        Ok(pages.saturating_sub(table.len() as u32) + u32::from(is_copied))
+    }
+
     /// Returns a handle that stops the session's work from another thread.
     pub fn cancel_handle(&self) -> Cancel {
         self.cancel.clone()

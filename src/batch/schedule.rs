@@ -1,0 +1,172 @@
+//! Which tokens run in the next step: a pure function, so that a simulation of load uses the same policy.
+
+/// Limits of a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Tokens of a step.
+    pub tokens: u32,
+    /// Requests that may have tokens in a step.
+    pub runs: u32,
+    /// Tokens of prompts in a step that also generates text: it bounds the time between two tokens.
+    pub prefill: u32,
+}
+
+/// A request that has a sequence, as the schedule sees it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Entry {
+    /// A larger one goes first.
+    pub priority: i32,
+    /// The order of arrival among equal priorities.
+    pub arrival: u64,
+    /// Tokens to run before the next one can be chosen: one while text is generated, more for a prompt.
+    pub pending: u32,
+    /// Tokens in the KV cache.
+    pub held: u32,
+}
+
+/// The KV cache.
+pub trait Memory {
+    /// Reserves room for more tokens of an entry in this step; evicts what no request uses. Returns whether there
+    /// was room.
+    fn reserve(&mut self, entry: usize, tokens: u32) -> bool;
+
+    /// Frees the memory of an entry. All its tokens are then pending.
+    fn preempt(&mut self, entry: usize);
+}
+
+/// An entry's part of a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Part {
+    /// The index of the entry.
+    pub entry: usize,
+    /// The number of its pending tokens that run.
+    pub tokens: u32,
+}
+
+/// Plans a step. Text that is being generated goes on first, one token for each entry; prompts share the rest in the order of
+/// priority and arrival. Where room lacks for text, entries behind it lose theirs, the last one first. Where room lacks for
+/// every prompt, the last one that has some loses it. So the first entry always gets further.
+pub fn plan(limits: Limits, entries: &[Entry], memory: &mut dyn Memory) -> Vec<Part> {
+    let mut order: Vec<usize> = (0..entries.len()).collect();
+    order.sort_by_key(|&i| (std::cmp::Reverse(entries[i].priority), entries[i].arrival));
+    let mut holds: Vec<bool> = entries.iter().map(|entry| entry.held > 0).collect();
+    let mut preempted = vec![false; entries.len()];
+    let mut parts: Vec<Part> = Vec::new();
+    let runs = limits.runs.min(limits.tokens) as usize;
+    for (place, &entry) in order.iter().enumerate() {
+        if entries[entry].pending != 1 || preempted[entry] || parts.len() == runs {
+            continue;
+        }
+        let has_room = loop {
+            if memory.reserve(entry, 1) {
+                break true;
+            }
+            let Some(&victim) = order[place + 1..].iter().rev().find(|&&i| holds[i]) else { break false };
+            memory.preempt(victim);
+            (holds[victim], preempted[victim]) = (false, true);
+        };
+        if has_room {
+            parts.push(Part { entry, tokens: 1 });
+        }
+    }
+    let rest = limits.tokens - parts.len() as u32;
+    let mut left = if parts.is_empty() { rest } else { rest.min(limits.prefill) };
+    loop {
+        for &entry in &order {
+            if entries[entry].pending == 1 || preempted[entry] || left == 0 || parts.len() == runs {
+                continue;
+            }
+            let tokens = entries[entry].pending.min(left);
+            if memory.reserve(entry, tokens) {
+                parts.push(Part { entry, tokens });
+                left -= tokens;
+            }
+        }
+        if !parts.is_empty() {
+            return parts;
+        }
+        // Nobody has room: the last one that has some gives it to the others. It does not take part in this step.
+        let Some(&victim) = order.iter().skip(1).rev().find(|&&i| holds[i]) else { return parts };
+        memory.preempt(victim);
+        (holds[victim], preempted[victim]) = (false, true);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Entry, Limits, Memory, Part, plan};
+
+    /// Room for tokens, one by one.
+    struct Tokens {
+        free: u32,
+        held: Vec<u32>,
+    }
+
+    impl Memory for Tokens {
+        fn reserve(&mut self, entry: usize, tokens: u32) -> bool {
+            let has_room = tokens <= self.free;
+            if has_room {
+                self.free -= tokens;
+                self.held[entry] += tokens;
+            }
+            has_room
+        }
+
+        fn preempt(&mut self, entry: usize) {
+            self.free += std::mem::take(&mut self.held[entry]);
+        }
+    }
+
+    const LIMITS: Limits = Limits { tokens: 16, runs: 4, prefill: 8 };
+
+    fn entry(arrival: u64, pending: u32, held: u32) -> Entry {
+        Entry { priority: 0, arrival, pending, held }
+    }
+
+    fn planned(free: u32, entries: &[Entry]) -> (Vec<(usize, u32)>, Vec<u32>) {
+        let mut memory = Tokens { free, held: entries.iter().map(|entry| entry.held).collect() };
+        let parts = plan(LIMITS, entries, &mut memory);
+        (parts.iter().map(|&Part { entry, tokens }| (entry, tokens)).collect(), memory.held)
+    }
+
+    #[test]
+    fn text_goes_on_beside_parts_of_prompts() {
+        let entries = [entry(0, 1, 9), entry(1, 20, 0), entry(2, 1, 5), entry(3, 20, 0)];
+        assert_eq!(planned(100, &entries).0, [(0, 1), (2, 1), (1, 8)]);
+        // Alone, a prompt takes the whole step.
+        assert_eq!(planned(100, &entries[1..2]).0, [(0, 16)]);
+        // Two short ones share it.
+        assert_eq!(planned(100, &[entry(0, 5, 0), entry(1, 20, 0)]).0, [(0, 5), (1, 11)]);
+        // No more than a step's runs.
+        assert_eq!(planned(100, &[entry(0, 1, 1); 6]).0.len(), 4);
+    }
+
+    #[test]
+    fn priority_goes_before_arrival() {
+        let mut entries = [entry(0, 20, 0), entry(1, 20, 0)];
+        entries[1].priority = 1;
+        assert_eq!(planned(100, &entries).0, [(1, 16)]);
+        assert_eq!(planned(16, &[entry(1, 20, 0), entry(0, 20, 0)]).0, [(1, 16)]);
+    }
+
+    #[test]
+    fn the_last_one_gives_its_room_to_the_first() {
+        let (parts, held) = planned(0, &[entry(0, 1, 9), entry(1, 1, 5), entry(2, 1, 3)]);
+        assert_eq!(parts, [(0, 1), (1, 1)]);
+        assert_eq!(held, [10, 6, 0]);
+        // Prompts that block each other.
+        let (parts, held) = planned(0, &[entry(0, 4, 9), entry(1, 9, 5)]);
+        assert_eq!((parts, held), (vec![(0, 4)], vec![13, 0]));
+        // The first one alone never loses what it has.
+        let (parts, held) = planned(0, &[entry(0, 4, 9)]);
+        assert_eq!((parts, held), (vec![], vec![9]));
+    }
+
+    #[test]
+    fn nobody_behind_takes_from_those_before() {
+        let mut entries = [entry(0, 1, 9), entry(1, 1, 5)];
+        entries[1].priority = 1;
+        let (parts, held) = planned(0, &entries);
+        assert_eq!((parts, held), (vec![(1, 1)], vec![0, 6]));
+    }
+}

@@ -1,0 +1,197 @@
+//! Requests that run together: each text is the one that the request gets alone.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use halite::backend::Backend;
+use halite::backend::cpu::Cpu;
+use halite::batch::{Batch, Event, Request, RequestId};
+use halite::generate::{Finish, GenerateOptions, Generation};
+use halite::sampler::SamplerOptions;
+use halite::session::{Session, SessionOptions};
+use halite::{Error, Model, Tokenizer};
+
+fn open(file: &str) -> Arc<Model> {
+    Arc::new(Model::open(Path::new(env!("CARGO_MANIFEST_DIR")).join(file)).unwrap())
+}
+
+fn austen() -> (Arc<Model>, Arc<Tokenizer>) {
+    let model = open("models/austen/halite-austen.gguf");
+    let tokenizer = Tokenizer::from_gguf(model.gguf()).unwrap().unwrap();
+    (model, Arc::new(tokenizer))
+}
+
+fn batch(model: &Arc<Model>, tokenizer: &Arc<Tokenizer>, context: u32, slots: u32) -> Batch {
+    let backend: Arc<dyn Backend> = Arc::new(Cpu::with_threads(2).unwrap());
+    let options = SessionOptions::default().context(context).batch(48).outputs(slots).sequences(slots);
+    Batch::new(Session::new(model, &backend, &options).unwrap(), tokenizer.clone())
+}
+
+/// Texts of different lengths, sampled in all ways.
+fn requests(tokenizer: &Tokenizer, count: u32) -> Vec<Request> {
+    let story = "It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in want of a wife. ";
+    let request = |n: u32| {
+        let prompt = format!("{}{n} ladies said that", story.repeat(n as usize % 4));
+        let sampler = SamplerOptions::default().seed(u64::from(n));
+        let sampler = match n % 4 {
+            0 => sampler.temperature(0.0),
+            1 => sampler.temperature(0.8).top_k(20),
+            2 => sampler.temperature(1.0).top_k(0),
+            _ => sampler.temperature(0.7).repeat_penalty(1.2),
+        };
+        let options = GenerateOptions::default()
+            .max_tokens(5 + 3 * (n % 11))
+            .sampler(sampler)
+            .stop(vec![" the".into(), " not".into()]);
+        Request::new(tokenizer.encode(&prompt, options.encode))
+            .options(options)
+            .tenant(u64::from(n % 2))
+            .priority(n as i32 % 3)
+    };
+    (0..count).map(request).collect()
+}
+
+/// Runs until nothing is left, and at most so many steps. What each request got, and the text that came piece by piece.
+fn finish(batch: &mut Batch, results: &mut HashMap<RequestId, (String, Result<Generation, Error>)>) {
+    let mut texts: HashMap<RequestId, String> = HashMap::new();
+    for _ in 0..10_000 {
+        let goes_on = batch.step(&mut |id, event| match event {
+            Event::Text(text) => texts.entry(id).or_default().push_str(text),
+            Event::Done(generation) => {
+                _ = results.insert(id, (texts.remove(&id).unwrap_or_default(), Ok(generation)))
+            }
+            Event::Failed(error) => {
+                _ = results.insert(id, (texts.remove(&id).unwrap_or_default(), Err(error)))
+            }
+            _ => {}
+        });
+        if !goes_on.unwrap() {
+            return;
+        }
+    }
+    panic!("requests do not end");
+}
+
+/// The texts of requests that run one after another, in a session of its own each.
+fn alone(model: &Arc<Model>, tokenizer: &Arc<Tokenizer>, count: u32) -> Vec<(String, Finish)> {
+    requests(tokenizer, count)
+        .into_iter()
+        .map(|request| {
+            let mut batch = batch(model, tokenizer, 512, 1);
+            let id = batch.add(request).unwrap();
+            let mut results = HashMap::new();
+            finish(&mut batch, &mut results);
+            let (text, generation) = results.remove(&id).unwrap();
+            let generation = generation.unwrap();
+            assert_eq!(text, generation.text);
+            (text, generation.finish)
+        })
+        .collect()
+}
+
+#[test]
+fn a_text_does_not_depend_on_its_neighbours() {
+    let (model, tokenizer) = austen();
+    const COUNT: u32 = 40;
+    let want = alone(&model, &tokenizer, COUNT);
+    assert!(want.iter().any(|(_, finish)| *finish == Finish::Stop), "no text was stopped");
+    // Room for all; then so little that prompts wait, texts lose their room, and what is kept is evicted.
+    for (context, slots) in [(4096, 16), (320, 8), (256, 3)] {
+        let mut batch = batch(&model, &tokenizer, context, slots);
+        let ids: Vec<_> =
+            requests(&tokenizer, COUNT).into_iter().map(|request| batch.add(request).unwrap()).collect();
+        let mut results = HashMap::new();
+        finish(&mut batch, &mut results);
+        for (id, want) in ids.iter().zip(&want) {
+            let (text, generation) = results.remove(id).unwrap();
+            assert_eq!(
+                (text, generation.unwrap().finish),
+                *want,
+                "{id:?} with {context} positions for {slots}"
+            );
+        }
+        assert_eq!(batch.counts(), (0, 0));
+    }
+}
+
+#[test]
+fn a_prompt_that_begins_like_another_is_not_computed_again() {
+    let (model, tokenizer) = austen();
+    let mut batch = batch(&model, &tokenizer, 1024, 4);
+    let start = "She was of a cheerful temper, and fond of society; ".repeat(6);
+    let request = |end: &str, tenant| {
+        let options = GenerateOptions::default().max_tokens(4);
+        Request::new(tokenizer.encode(&format!("{start}{end}"), options.encode))
+            .options(options)
+            .tenant(tenant)
+    };
+    let mut reused = |requests: Vec<Request>| -> Vec<u32> {
+        let ids: Vec<_> = requests.into_iter().map(|request| batch.add(request).unwrap()).collect();
+        let mut results = HashMap::new();
+        finish(&mut batch, &mut results);
+        ids.iter().map(|id| results.remove(id).unwrap().1.unwrap().reused_tokens).collect()
+    };
+    assert_eq!(reused(vec![request("and", 1)]), [0]);
+    let first = reused(vec![request("but", 1), request("or", 1), request("but", 2)]);
+    assert!(first[0] > 70 && first[1] > 70, "{first:?}");
+    assert_eq!(first[2], 0, "tenants share");
+    // The same again: all but the last token.
+    let again = request("but", 1);
+    let len = again.prompt.len() as u32;
+    assert_eq!(reused(vec![again]), [len - 1]);
+}
+
+#[test]
+fn requests_can_be_cancelled_at_any_time() {
+    let (model, tokenizer) = austen();
+    let want = alone(&model, &tokenizer, 8);
+    let mut batch = batch(&model, &tokenizer, 512, 3);
+    let ids: Vec<_> =
+        requests(&tokenizer, 8).into_iter().map(|request| batch.add(request).unwrap()).collect();
+    let mut ended = Vec::new();
+    for _ in 0..3 {
+        batch
+            .step(&mut |id, event| {
+                if !matches!(event, Event::Text(_)) {
+                    ended.push(id);
+                }
+            })
+            .unwrap();
+    }
+    // One that runs, and one that waits.
+    for id in [ids[1], ids[6], ids[1]] {
+        batch.cancel(id).unwrap();
+    }
+    let mut results = HashMap::new();
+    finish(&mut batch, &mut results);
+    for (i, (id, want)) in ids.iter().zip(&want).enumerate() {
+        match results.remove(id) {
+            Some((_, generation)) => assert_eq!(generation.unwrap().text, want.0),
+            None => assert!(i == 1 || i == 6 || ended.contains(id)),
+        }
+    }
+}
+
+#[test]
+fn what_cannot_run_is_said() {
+    let (model, tokenizer) = austen();
+    let mut batch = batch(&model, &tokenizer, 128, 2);
+    assert!(matches!(batch.add(Request::new(Vec::new())), Err(Error::Argument { .. })));
+    assert!(matches!(
+        batch.add(Request::new(vec![1; 128])),
+        Err(Error::ContextFull { need: 129, have: 128 })
+    ));
+    assert!(matches!(batch.add(Request::new(vec![1, 1_000_000])), Err(Error::Argument { .. })));
+    // Options out of range: that request fails, the other goes on until its context is full.
+    let wrong = GenerateOptions::default().sampler(SamplerOptions::default().temperature(-1.0));
+    let bad = batch.add(Request::new(vec![1, 2]).options(wrong)).unwrap();
+    let options =
+        GenerateOptions::default().max_tokens(1000).sampler(SamplerOptions::default().temperature(0.0));
+    let good = batch.add(Request::new(vec![1, 2, 3]).options(options)).unwrap();
+    let mut results = HashMap::new();
+    finish(&mut batch, &mut results);
+    assert!(results[&bad].1.is_err());
+    let generation = results[&good].1.as_ref().unwrap();
+    assert_eq!((generation.finish, generation.tokens.len()), (Finish::ContextFull, 126));
+}
