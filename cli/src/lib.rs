@@ -27,6 +27,8 @@ mod plot;
 #[cfg(feature = "sim")]
 mod profile;
 mod run;
+#[cfg(feature = "serve")]
+mod serve;
 mod synth;
 mod tools;
 
@@ -66,6 +68,9 @@ enum Command {
     Run(run::RunArgs),
     /// Chat with a model, using its chat template.
     Chat(chat::ChatArgs),
+    /// Answer HTTP requests, with OpenAI's interface.
+    #[cfg(feature = "serve")]
+    Serve(serve::ServeArgs),
     /// Show a model file's contents, whether it runs here, and the memory it needs.
     Inspect(inspect::InspectArgs),
     /// List backends, GPUs and simulated chips.
@@ -105,6 +110,16 @@ enum Command {
     Certify(certify::CertifyArgs),
     /// Find the op at which two backends part.
     Bisect(bisect::BisectArgs),
+}
+
+impl Command {
+    /// Whether the command itself listens to the signals that end it.
+    fn stops_itself(&self) -> bool {
+        #[cfg(feature = "serve")]
+        return matches!(self, Command::Serve(_));
+        #[cfg(not(feature = "serve"))]
+        false
+    }
 }
 
 /// The model and the backend of a command.
@@ -410,10 +425,12 @@ pub fn main(drivers: &[Driver]) -> ExitCode {
         halite::map::fail_on_file_size();
     }
     let cli = Cli::parse();
-    let listening = interrupt::listen();
+    let listening = if cli.command.stops_itself() { Ok(()) } else { interrupt::listen() };
     let result = listening.and_then(|()| match cli.command {
         Command::Run(args) => run::run(&args),
         Command::Chat(args) => chat::chat(&args),
+        #[cfg(feature = "serve")]
+        Command::Serve(args) => serve::serve(&args),
         Command::Inspect(args) => inspect::inspect(&args),
         Command::Devices => tools::devices(),
         Command::Tokenize(args) => tools::tokenize(&args),

@@ -1,0 +1,105 @@
+//! `halite serve`.
+
+use std::ffi::{OsStr, OsString};
+use std::net::SocketAddr;
+use std::path::Path;
+
+use clap::Args;
+use halite::kernels::formats::Format;
+use halite::model::ProgramOptions;
+use halite::session::SessionOptions;
+use halite_server::{Engine, EngineOptions, Server};
+use tokio::net::TcpListener;
+
+use super::device::DeviceArgs;
+use super::{Failure, kv_format, open_model, say};
+
+#[derive(Args)]
+pub struct ServeArgs {
+    /// Address to listen on.
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:8080")]
+    listen: SocketAddr,
+    /// GGUF file, and the name by which clients ask for it [default name: the file's]; may be repeated [default: the built-in model].
+    #[arg(short, long, value_name = "[NAME=]FILE")]
+    model: Vec<OsString>,
+    #[command(flatten)]
+    device: DeviceArgs,
+    /// Positions of each model's KV cache, which its requests share [default: the model's context, at most 4096, for each of 4
+    /// requests].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    ctx: Option<u32>,
+    /// Requests of a model that run at once; others wait.
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=64))]
+    slots: u32,
+    /// Requests of a model that may wait; others get the status 429 [default: 16 for each slot].
+    #[arg(long, value_name = "N")]
+    queue: Option<usize>,
+    /// Format of the KV cache.
+    #[arg(long, value_name = "FORMAT", default_value = "f16", value_parser = kv_format())]
+    kv: Format,
+    /// Tokens of a step. A step that also generates text has a quarter of them for prompts.
+    #[arg(long, value_name = "N", default_value_t = 512)]
+    batch: u32,
+}
+
+/// The name of a model, and its file.
+fn named(model: &OsStr) -> (String, &OsStr) {
+    let text = model.to_str().and_then(|text| text.split_once('='));
+    if let Some((name, file)) = text.filter(|(name, _)| !name.is_empty() && !name.contains(['/', '.'])) {
+        return (name.to_owned(), OsStr::new(file));
+    }
+    let stem = Path::new(model).file_stem().unwrap_or(model);
+    (stem.to_string_lossy().into_owned(), model)
+}
+
+impl ServeArgs {
+    fn engine(&self, file: Option<&OsStr>) -> Result<Engine, Failure> {
+        let model = open_model(file.map(Path::new))?;
+        let default = SessionOptions::default();
+        let context = self.ctx.unwrap_or_else(|| default.positions(&model).saturating_mul(4));
+        let session = default
+            .context(context)
+            .batch(self.batch.max(self.slots))
+            .program(ProgramOptions::default().kv_format(self.kv));
+        let mut options = EngineOptions::new(session, self.slots);
+        options.queue = self.queue.unwrap_or(options.queue);
+        Ok(Engine::new(&model, &self.device.open()?, &options)?)
+    }
+}
+
+pub fn serve(args: &ServeArgs) -> Result<(), Failure> {
+    let mut server = Server::default();
+    let mut names: Vec<String> = Vec::new();
+    let models: Vec<(String, Option<&OsStr>)> = match args.model.is_empty() {
+        true => vec![("halite-austen".into(), None)],
+        false => args.model.iter().map(|model| named(model)).map(|(name, file)| (name, Some(file))).collect(),
+    };
+    for (name, file) in models {
+        if names.contains(&name) {
+            return Err(format!("--model: two models have the name {name}").into());
+        }
+        server = server.model(&name, args.engine(file)?);
+        names.push(name);
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+    runtime.block_on(async {
+        let listener = TcpListener::bind(args.listen).await?;
+        say(&format!("serving {} at http://{}/v1", names.join(", "), listener.local_addr()?));
+        Ok::<_, Failure>(server.run(listener, stopped()).await?)
+    })
+}
+
+/// Waits for a signal that ends the program.
+async fn stopped() {
+    let interrupt = tokio::signal::ctrl_c();
+    #[cfg(unix)]
+    if let Ok(mut terminate) = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()) {
+        tokio::select! {
+            _ = interrupt => {}
+            _ = terminate.recv() => {}
+        }
+        return;
+    }
+    // Without a handler, the signal ends the program anyway.
+    let _ = interrupt.await;
+}

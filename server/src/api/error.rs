@@ -1,0 +1,91 @@
+//! Errors in OpenAI's form.
+
+use axum::Json;
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use halite::Error;
+use serde_json::{Value, json};
+
+use crate::engine::Refused;
+
+/// An answer that is an error.
+#[derive(Debug)]
+pub(super) struct Failure {
+    status: StatusCode,
+    kind: &'static str,
+    message: String,
+    /// The field of the request that is wrong.
+    param: Option<String>,
+    code: Option<&'static str>,
+}
+
+/// The result of reading or answering a request.
+pub(super) type Fallible<T> = Result<T, Failure>;
+
+impl Failure {
+    fn new(status: StatusCode, kind: &'static str, message: impl Into<String>) -> Failure {
+        Failure { status, kind, message: message.into(), param: None, code: None }
+    }
+
+    /// A request that is wrong.
+    pub fn request(message: impl Into<String>) -> Failure {
+        Failure::new(StatusCode::BAD_REQUEST, "invalid_request_error", message)
+    }
+
+    /// A field of a request that is wrong.
+    pub fn field(name: &str, message: impl std::fmt::Display) -> Failure {
+        Failure { param: Some(name.into()), ..Failure::request(format!("{name}: {message}")) }
+    }
+
+    /// An address or a model that does not exist.
+    pub fn not_found(message: impl Into<String>, code: Option<&'static str>) -> Failure {
+        Failure { code, ..Failure::new(StatusCode::NOT_FOUND, "invalid_request_error", message) }
+    }
+
+    /// The body of the answer.
+    pub fn body(&self) -> Value {
+        json!({ "error": { "message": self.message, "type": self.kind, "param": self.param, "code": self.code } })
+    }
+}
+
+impl IntoResponse for Failure {
+    fn into_response(self) -> Response {
+        let mut response = (self.status, Json(self.body())).into_response();
+        if self.status == StatusCode::TOO_MANY_REQUESTS {
+            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+        }
+        response
+    }
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Failure {
+        let message = error.to_string();
+        match error {
+            Error::ContextFull { .. } => {
+                Failure { code: Some("context_length_exceeded"), ..Failure::request(message) }
+            }
+            Error::Argument { .. } | Error::Constraint(_) | Error::Template(_) => Failure::request(message),
+            // Paths are this machine's.
+            Error::Io { .. } | Error::Gguf { .. } | Error::FileChanged { .. } => Failure::new(
+                StatusCode::INTERNAL_SERVER_ERROR,
+                "server_error",
+                "the model's file cannot be read",
+            ),
+            _ => Failure::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", message),
+        }
+    }
+}
+
+impl From<Refused> for Failure {
+    fn from(refused: Refused) -> Failure {
+        let message = refused.to_string();
+        match refused {
+            Refused::Full(_) => Failure {
+                code: Some("rate_limit_exceeded"),
+                ..Failure::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", message)
+            },
+            Refused::Stopped => Failure::new(StatusCode::SERVICE_UNAVAILABLE, "server_error", message),
+        }
+    }
+}

@@ -1,0 +1,139 @@
+//! The HTTP interface: addresses, and what they share.
+
+mod error;
+mod generate;
+mod texts;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use axum::extract::rejection::JsonRejection;
+use axum::extract::{DefaultBodyLimit, FromRequest, Request, State};
+use axum::http::HeaderValue;
+use axum::middleware::Next;
+use axum::response::Response;
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use serde_json::{Value, json};
+
+use crate::engine::Engine;
+use error::{Failure, Fallible};
+
+/// Maximum bytes of a request's body.
+const MAX_BODY: usize = 32 << 20;
+
+/// What every request sees.
+#[derive(Clone)]
+struct App {
+    engines: Arc<BTreeMap<String, Arc<Engine>>>,
+    /// When the server started, in seconds since 1970.
+    started: u64,
+    requests: Arc<AtomicU64>,
+}
+
+impl App {
+    /// The engine of a model by its name. Without one, the only model there is.
+    fn engine(&self, name: Option<&str>) -> Fallible<(&str, &Arc<Engine>)> {
+        let found = match name {
+            None | Some("") if self.engines.len() == 1 => self.engines.first_key_value(),
+            None | Some("") => {
+                return Err(Failure::field("model", "expected the name of a model, got nothing"));
+            }
+            Some(name) => self.engines.get_key_value(name),
+        };
+        let (name, engine) = found.ok_or_else(|| {
+            let known: Vec<&str> = self.engines.keys().map(String::as_str).collect();
+            let message = format!("no model `{}`; there are: {}", name.unwrap_or_default(), known.join(", "));
+            Failure::not_found(message, Some("model_not_found"))
+        })?;
+        Ok((name, engine))
+    }
+
+    /// A name for a request, or for an answer.
+    fn id(&self, prefix: &str) -> String {
+        let number = self.requests.fetch_add(1, Ordering::Relaxed);
+        format!("{prefix}-{:x}-{number:x}", self.started)
+    }
+}
+
+/// A JSON body, whose errors have OpenAI's form.
+struct Body<T>(T);
+
+impl<T: serde::de::DeserializeOwned, S: Send + Sync> FromRequest<S> for Body<T> {
+    type Rejection = Failure;
+
+    async fn from_request(request: Request, state: &S) -> Result<Body<T>, Failure> {
+        let parsed = Json::from_request(request, state).await;
+        parsed
+            .map(|Json(body)| Body(body))
+            .map_err(|rejection: JsonRejection| Failure::request(rejection.body_text()))
+    }
+}
+
+/// Seconds since 1970.
+fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+/// The service of these models.
+pub(crate) fn router(engines: BTreeMap<String, Arc<Engine>>) -> Router {
+    let app = App { engines: Arc::new(engines), started: now(), requests: Arc::default() };
+    Router::new()
+        .route("/v1/models", get(models))
+        .route("/v1/models/{*name}", get(model))
+        .route("/v1/completions", post(generate::completions))
+        .route("/v1/chat/completions", post(generate::chat))
+        .route("/tokenize", post(texts::tokenize))
+        .route("/detokenize", post(texts::detokenize))
+        .route("/apply-template", post(texts::apply_template))
+        .route("/health", get(health))
+        .route("/health/live", get(health))
+        .route("/health/ready", get(health))
+        .fallback(|| async { Failure::not_found("no such address", None) })
+        .method_not_allowed_fallback(|| async { Failure::not_found("no such method at this address", None) })
+        .layer(DefaultBodyLimit::max(MAX_BODY))
+        .layer(axum::middleware::from_fn_with_state(app.clone(), name_request))
+        .with_state(app)
+}
+
+/// Gives each answer the id of its request.
+async fn name_request(State(app): State<App>, request: Request, next: Next) -> Response {
+    let id = app.id("req");
+    let mut response = next.run(request).await;
+    if let Ok(value) = HeaderValue::from_str(&id) {
+        response.headers_mut().insert("x-request-id", value);
+    }
+    response
+}
+
+async fn health() -> Json<Value> {
+    Json(json!({ "status": "ok" }))
+}
+
+/// A model as clients see it.
+fn described(name: &str, engine: &Engine, created: u64) -> Value {
+    let hparams = engine.model().hparams();
+    json!({
+        "id": name, "object": "model", "created": created, "owned_by": "halite",
+        "meta": {
+            "architecture": hparams.architecture, "context_length": engine.positions(), "vocab_size": hparams.vocab_size,
+            "chat": engine.template().is_some(),
+        },
+    })
+}
+
+async fn models(State(app): State<App>) -> Json<Value> {
+    let data: Vec<Value> =
+        app.engines.iter().map(|(name, engine)| described(name, engine, app.started)).collect();
+    Json(json!({ "object": "list", "data": data }))
+}
+
+async fn model(
+    State(app): State<App>,
+    axum::extract::Path(name): axum::extract::Path<String>,
+) -> Fallible<Json<Value>> {
+    let (name, engine) = app.engine(Some(&name))?;
+    Ok(Json(described(name, engine, app.started)))
+}

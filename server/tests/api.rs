@@ -1,0 +1,244 @@
+//! The HTTP interface on the built-in model, without sockets.
+
+use std::sync::Arc;
+
+use axum::Router;
+use axum::body::{Body, to_bytes};
+use axum::http::{Request, StatusCode};
+use axum::response::Response;
+use halite::backend::cpu::Cpu;
+use halite::map::Source;
+use halite::{Backend, Model, SessionOptions};
+use halite_server::{Engine, EngineOptions, Server};
+use serde_json::{Value, json};
+use tower::ServiceExt;
+
+fn engine(slots: u32, queue: usize) -> Engine {
+    let model = Arc::new(Model::from_source(Source::from_static("built-in", halite_models::AUSTEN)).unwrap());
+    let backend: Arc<dyn Backend> = Arc::new(Cpu::with_threads(2).unwrap());
+    let mut options = EngineOptions::new(SessionOptions::default().context(2048).batch(64), slots);
+    options.queue = queue;
+    Engine::new(&model, &backend, &options).unwrap()
+}
+
+fn service(slots: u32, queue: usize) -> Router {
+    Server::default().model("austen", engine(slots, queue)).router()
+}
+
+async fn call(service: &Router, method: &str, path: &str, body: &str) -> Response {
+    let request = Request::builder().method(method).uri(path).header("content-type", "application/json");
+    service.clone().oneshot(request.body(Body::from(body.to_owned())).unwrap()).await.unwrap()
+}
+
+async fn text(response: Response) -> String {
+    String::from_utf8(to_bytes(response.into_body(), 1 << 20).await.unwrap().to_vec()).unwrap()
+}
+
+async fn post(service: &Router, path: &str, body: Value) -> (StatusCode, Value) {
+    let response = call(service, "POST", path, &body.to_string()).await;
+    let status = response.status();
+    assert!(response.headers()["x-request-id"].to_str().unwrap().starts_with("req-"));
+    (status, serde_json::from_str(&text(response).await).unwrap())
+}
+
+/// The data of a stream's events.
+async fn events(service: &Router, path: &str, body: Value) -> Vec<String> {
+    let response = call(service, "POST", path, &body.to_string()).await;
+    assert_eq!(response.status(), StatusCode::OK);
+    assert_eq!(response.headers()["content-type"], "text/event-stream");
+    text(response).await.lines().filter_map(|line| line.strip_prefix("data: ")).map(str::to_owned).collect()
+}
+
+fn greedy(prompt: &str, max_tokens: u32) -> Value {
+    json!({ "model": "austen", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0 })
+}
+
+#[tokio::test]
+async fn a_completion_and_its_stream_are_the_same_text() {
+    let service = service(4, 4);
+    let (status, whole) = post(&service, "/v1/completions", greedy("Once upon a time", 16)).await;
+    assert_eq!(status, StatusCode::OK);
+    assert_eq!(whole["object"], "text_completion");
+    assert_eq!(whole["choices"][0]["finish_reason"], "length");
+    assert_eq!(whole["usage"]["completion_tokens"], 16);
+    let prompt_tokens = whole["usage"]["prompt_tokens"].as_u64().unwrap();
+    assert_eq!(whole["usage"]["total_tokens"], prompt_tokens + 16);
+    let want = whole["choices"][0]["text"].as_str().unwrap();
+
+    let mut body = greedy("Once upon a time", 16);
+    body["stream"] = json!(true);
+    body["stream_options"] = json!({ "include_usage": true });
+    let mut events = events(&service, "/v1/completions", body).await;
+    assert_eq!(events.pop().unwrap(), "[DONE]");
+    let events: Vec<Value> = events.iter().map(|event| serde_json::from_str(event).unwrap()).collect();
+    let (usage, pieces) = events.split_last().unwrap();
+    assert_eq!(usage["choices"], json!([]));
+    assert_eq!(usage["usage"]["completion_tokens"], 16);
+    // The second time, the prompt was there already.
+    assert_eq!(usage["usage"]["prompt_tokens_details"]["cached_tokens"], prompt_tokens - 1);
+    let got: String = pieces.iter().map(|piece| piece["choices"][0]["text"].as_str().unwrap()).collect();
+    assert_eq!(got, want);
+    assert!(
+        pieces.len() > 3
+            && pieces.iter().all(|piece| piece["id"] == pieces[0]["id"] && piece["usage"].is_null())
+    );
+    assert_eq!(pieces.last().unwrap()["choices"][0]["finish_reason"], "length");
+}
+
+#[tokio::test]
+async fn several_texts_come_in_one_answer() {
+    let service = service(4, 16);
+    let mut body = greedy("She", 8);
+    body["temperature"] = json!(1.0);
+    body["seed"] = json!(7);
+    body["n"] = json!(3);
+    let (_, several) = post(&service, "/v1/completions", body.clone()).await;
+    let texts: Vec<&str> =
+        several["choices"].as_array().unwrap().iter().map(|c| c["text"].as_str().unwrap()).collect();
+    assert_eq!(texts.len(), 3);
+    assert!(texts[0] != texts[1] || texts[1] != texts[2]);
+    // The seed decides, alone or among others.
+    body["n"] = json!(1);
+    let (_, one) = post(&service, "/v1/completions", body.clone()).await;
+    assert_eq!(one["choices"][0]["text"], texts[0]);
+    // Each text of a stream is whole.
+    body["n"] = json!(3);
+    body["stream"] = json!(true);
+    let mut streamed = vec![String::new(); 3];
+    for event in events(&service, "/v1/completions", body).await.iter().filter(|event| *event != "[DONE]") {
+        let event: Value = serde_json::from_str(event).unwrap();
+        let choice = &event["choices"][0];
+        streamed[choice["index"].as_u64().unwrap() as usize] += choice["text"].as_str().unwrap();
+    }
+    assert_eq!(streamed, texts);
+    // Prompts as lists, as tokens, and echoed.
+    let (_, lists) =
+        post(&service, "/v1/completions", json!({ "prompt": ["She", "He"], "max_tokens": 2, "echo": true }))
+            .await;
+    let texts: Vec<&str> =
+        lists["choices"].as_array().unwrap().iter().map(|c| c["text"].as_str().unwrap()).collect();
+    assert!(texts[0].starts_with("She") && texts[1].starts_with("He"), "{texts:?}");
+    let (_, tokens) = post(&service, "/tokenize", json!({ "content": "She", "add_special": true })).await;
+    let (status, _) =
+        post(&service, "/v1/completions", json!({ "prompt": tokens["tokens"], "max_tokens": 2 })).await;
+    assert_eq!(status, StatusCode::OK);
+}
+
+#[tokio::test]
+async fn a_schema_holds() {
+    let service = service(2, 4);
+    let schema = json!({
+        "type": "object", "required": ["name", "age"], "additionalProperties": false,
+        "properties": { "name": { "type": "string", "maxLength": 8 }, "age": { "type": "integer", "minimum": 0, "maximum": 99 } },
+    });
+    let mut body = greedy("A person: ", 64);
+    body["response_format"] =
+        json!({ "type": "json_schema", "json_schema": { "name": "person", "schema": schema } });
+    let (status, answer) = post(&service, "/v1/completions", body.clone()).await;
+    assert_eq!(status, StatusCode::OK, "{answer}");
+    let person: Value = serde_json::from_str(answer["choices"][0]["text"].as_str().unwrap()).unwrap();
+    assert!(person["name"].is_string() && person["age"].as_u64().unwrap() < 100, "{person}");
+    body["response_format"]["json_schema"]["schema"] = json!({ "type": "no such type" });
+    let (status, answer) = post(&service, "/v1/completions", body).await;
+    assert_eq!(
+        (status, &answer["error"]["type"]),
+        (StatusCode::BAD_REQUEST, &json!("invalid_request_error"))
+    );
+}
+
+#[tokio::test]
+async fn what_is_wrong_is_said_in_openais_form() {
+    let service = service(1, 1);
+    let wrong = [
+        ("/v1/completions", json!({ "model": "x", "prompt": "a" }), 404, "model_not_found", "austen"),
+        ("/v1/completions", json!({}), 400, "", "prompt"),
+        ("/v1/completions", json!({ "prompt": 5 }), 400, "", "Prompt"),
+        ("/v1/completions", json!({ "prompt": [] }), 400, "", "token"),
+        ("/v1/completions", json!({ "prompt": [4_000_000] }), 400, "", "4000000"),
+        ("/v1/completions", json!({ "prompt": "a", "temperature": 9 }), 400, "", "temperature"),
+        ("/v1/completions", json!({ "prompt": "a", "n": 1000 }), 400, "", "1 to 16"),
+        ("/v1/completions", json!({ "prompt": "a", "stop": "x".repeat(2000) }), 400, "", "stop"),
+        ("/v1/completions", json!({ "prompt": "a", "logprobs": 5 }), 400, "", "logprobs"),
+        (
+            "/v1/completions",
+            json!({ "prompt": "a ".repeat(4000) }),
+            400,
+            "context_length_exceeded",
+            "positions",
+        ),
+        (
+            "/v1/chat/completions",
+            json!({ "messages": [{ "role": "user", "content": "a" }] }),
+            400,
+            "",
+            "chat template",
+        ),
+        (
+            "/v1/chat/completions",
+            json!({ "messages": [{ "role": "user", "content": [{ "type": "image_url" }] }] }),
+            400,
+            "",
+            "",
+        ),
+        ("/detokenize", json!({ "tokens": [4_000_000] }), 400, "", "4000000"),
+        ("/nothing", json!({}), 404, "", "address"),
+    ];
+    for (path, body, status, code, message) in wrong {
+        let (got, answer) = post(&service, path, body.clone()).await;
+        assert_eq!(got.as_u16(), status, "{path} {body}: {answer}");
+        let error = &answer["error"];
+        assert!(error["message"].as_str().unwrap().contains(message), "{path} {body}: {answer}");
+        assert_eq!(error["code"].as_str().unwrap_or_default(), code, "{path} {body}: {answer}");
+    }
+    for (method, body) in [("POST", "{"), ("POST", "[1,2"), ("GET", ""), ("POST", "\u{0}")] {
+        let response = call(&service, method, "/v1/completions", body).await;
+        assert!(response.status().is_client_error());
+        let answer: Value = serde_json::from_str(&text(response).await).unwrap();
+        assert!(answer["error"]["message"].is_string());
+    }
+    // None of that disturbed the model.
+    let (status, _) = post(&service, "/v1/completions", greedy("a", 2)).await;
+    assert_eq!(status, StatusCode::OK);
+}
+
+#[tokio::test]
+async fn a_full_queue_refuses_and_clients_that_leave_make_room() {
+    let service = service(1, 1);
+    let mut body = greedy("She", 1500);
+    body["stream"] = json!(true);
+    let first = call(&service, "POST", "/v1/completions", &body.to_string()).await;
+    assert_eq!(first.status(), StatusCode::OK);
+    // One waits. Its answer begins when it runs.
+    let waiting = tokio::spawn({
+        let (service, body) = (service.clone(), greedy("He", 2).to_string());
+        async move { call(&service, "POST", "/v1/completions", &body).await.status() }
+    });
+    // Until it has been handed over.
+    for _ in 0..100 {
+        tokio::task::yield_now().await;
+    }
+    let refused = call(&service, "POST", "/v1/completions", &greedy("They", 2).to_string()).await;
+    assert_eq!(refused.status(), StatusCode::TOO_MANY_REQUESTS);
+    assert_eq!(refused.headers()["retry-after"], "1");
+    drop(first);
+    assert_eq!(waiting.await.unwrap(), StatusCode::OK);
+    let (status, _) = post(&service, "/v1/completions", greedy("a", 2)).await;
+    assert_eq!(status, StatusCode::OK);
+}
+
+#[tokio::test]
+async fn models_and_health_are_described() {
+    let service = service(1, 1);
+    let answer = text(call(&service, "GET", "/v1/models", "").await).await;
+    let models: Value = serde_json::from_str(&answer).unwrap();
+    assert_eq!(models["data"][0]["id"], "austen");
+    assert_eq!(models["data"][0]["meta"]["architecture"], "llama");
+    let one: Value =
+        serde_json::from_str(&text(call(&service, "GET", "/v1/models/austen", "").await).await).unwrap();
+    assert_eq!(one, models["data"][0]);
+    assert_eq!(call(&service, "GET", "/v1/models/x", "").await.status(), StatusCode::NOT_FOUND);
+    assert_eq!(call(&service, "GET", "/health", "").await.status(), StatusCode::OK);
+    let (_, tokens) = post(&service, "/tokenize", json!({ "content": "She was" })).await;
+    let (_, content) = post(&service, "/detokenize", json!({ "tokens": tokens["tokens"] })).await;
+    assert_eq!(content["content"].as_str().unwrap().trim_start(), "She was");
+}
