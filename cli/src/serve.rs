@@ -2,7 +2,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use halite::kernels::formats::Format;
@@ -12,7 +12,7 @@ use halite_server::{Engine, EngineOptions, Server};
 use tokio::net::TcpListener;
 
 use super::device::DeviceArgs;
-use super::{Failure, kv_format, open_model, say};
+use super::{Failure, kv_format, open_model, read_text, say};
 
 #[derive(Args)]
 pub struct ServeArgs {
@@ -34,6 +34,9 @@ pub struct ServeArgs {
     /// Requests of a model that may wait; others get the status 429 [default: 16 for each slot].
     #[arg(long, value_name = "N")]
     queue: Option<usize>,
+    /// Jinja chat template [default: the model's].
+    #[arg(long, value_name = "FILE")]
+    template: Option<PathBuf>,
     /// Format of the KV cache.
     #[arg(long, value_name = "FORMAT", default_value = "f16", value_parser = kv_format())]
     kv: Format,
@@ -63,6 +66,7 @@ impl ServeArgs {
             .program(ProgramOptions::default().kv_format(self.kv));
         let mut options = EngineOptions::new(session, self.slots);
         options.queue = self.queue.unwrap_or(options.queue);
+        options.template = self.template.as_deref().map(read_text).transpose()?;
         Ok(Engine::new(&model, &self.device.open()?, &options)?)
     }
 }

@@ -18,13 +18,15 @@ pub struct EngineOptions {
     pub session: SessionOptions,
     /// Requests that may wait; more are refused.
     pub queue: usize,
+    /// A Jinja chat template instead of the model's.
+    pub template: Option<String>,
 }
 
 impl EngineOptions {
     /// A session for `slots` requests at once, and a queue of 16 for each.
     pub fn new(session: SessionOptions, slots: u32) -> EngineOptions {
         let session = session.outputs(slots).sequences(slots);
-        EngineOptions { session, queue: 16 * slots as usize }
+        EngineOptions { session, queue: 16 * slots as usize, template: None }
     }
 }
 
@@ -92,7 +94,7 @@ impl Engine {
     /// Opens a session, and starts the thread.
     ///
     /// # Errors
-    /// As [`Session::new`]; [`Error::Tokenizer`] for a model without a vocabulary.
+    /// As [`Session::new`]; [`Error::Tokenizer`] for a model without a vocabulary, [`Error::Template`] for a template that is malformed.
     pub fn new(
         model: &Arc<Model>,
         backend: &Arc<dyn Backend>,
@@ -101,7 +103,10 @@ impl Engine {
         let tokenizer = Tokenizer::from_gguf(model.gguf())?;
         let tokenizer =
             Arc::new(tokenizer.ok_or_else(|| Error::Tokenizer("the model has no vocabulary".into()))?);
-        let template = Template::from_gguf(model.gguf(), &tokenizer)?;
+        let template = match &options.template {
+            Some(source) => Some(Template::new(source, &tokenizer)?),
+            None => Template::from_gguf(model.gguf(), &tokenizer)?,
+        };
         let session = Session::new(model, backend, &options.session)?;
         let positions = session.positions().min(model.hparams().context_length);
         let slots = session.outputs().min(session.sequences()) as usize;

@@ -13,16 +13,21 @@ use halite_server::{Engine, EngineOptions, Server};
 use serde_json::{Value, json};
 use tower::ServiceExt;
 
-fn engine(slots: u32, queue: usize) -> Engine {
+fn engine(slots: u32, queue: usize, template: Option<&str>) -> Engine {
     let model = Arc::new(Model::from_source(Source::from_static("built-in", halite_models::AUSTEN)).unwrap());
     let backend: Arc<dyn Backend> = Arc::new(Cpu::with_threads(2).unwrap());
     let mut options = EngineOptions::new(SessionOptions::default().context(2048).batch(64), slots);
     options.queue = queue;
+    options.template = template.map(str::to_owned);
     Engine::new(&model, &backend, &options).unwrap()
 }
 
+/// A chat of the built-in model, which has no template of its own.
+const TEMPLATE: &str = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}";
+
 fn service(slots: u32, queue: usize) -> Router {
-    Server::default().model("austen", engine(slots, queue)).router()
+    let chat = engine(slots, queue, Some(TEMPLATE));
+    Server::default().model("austen", engine(slots, queue, None)).model("chat", chat).router()
 }
 
 async fn call(service: &Router, method: &str, path: &str, body: &str) -> Response {
@@ -112,16 +117,53 @@ async fn several_texts_come_in_one_answer() {
     }
     assert_eq!(streamed, texts);
     // Prompts as lists, as tokens, and echoed.
-    let (_, lists) =
-        post(&service, "/v1/completions", json!({ "prompt": ["She", "He"], "max_tokens": 2, "echo": true }))
-            .await;
+    let (_, lists) = post(
+        &service,
+        "/v1/completions",
+        json!({ "model": "austen", "prompt": ["She", "He"], "max_tokens": 2, "echo": true }),
+    )
+    .await;
     let texts: Vec<&str> =
         lists["choices"].as_array().unwrap().iter().map(|c| c["text"].as_str().unwrap()).collect();
     assert!(texts[0].starts_with("She") && texts[1].starts_with("He"), "{texts:?}");
-    let (_, tokens) = post(&service, "/tokenize", json!({ "content": "She", "add_special": true })).await;
-    let (status, _) =
-        post(&service, "/v1/completions", json!({ "prompt": tokens["tokens"], "max_tokens": 2 })).await;
+    let (_, tokens) =
+        post(&service, "/tokenize", json!({ "model": "austen", "content": "She", "add_special": true }))
+            .await;
+    let (status, _) = post(
+        &service,
+        "/v1/completions",
+        json!({ "model": "austen", "prompt": tokens["tokens"], "max_tokens": 2 }),
+    )
+    .await;
     assert_eq!(status, StatusCode::OK);
+}
+
+#[tokio::test]
+async fn a_chat_and_its_stream_are_the_same_answer() {
+    let service = service(2, 4);
+    let messages = json!([
+        { "role": "system", "content": "You are a lady." },
+        { "role": "user", "content": [{ "type": "text", "text": "Who are you?" }] },
+    ]);
+    let (_, prompt) =
+        post(&service, "/apply-template", json!({ "model": "chat", "messages": messages })).await;
+    assert_eq!(prompt["prompt"], "system: You are a lady.\nuser: Who are you?\nassistant:");
+    let mut body = json!({ "model": "chat", "messages": messages, "max_completion_tokens": 12, "temperature": 0, "stop": "\n" });
+    let (status, answer) = post(&service, "/v1/chat/completions", body.clone()).await;
+    assert_eq!((status, &answer["object"]), (StatusCode::OK, &json!("chat.completion")));
+    let choice = &answer["choices"][0];
+    assert_eq!(choice["message"]["role"], "assistant");
+    body["stream"] = json!(true);
+    let mut streamed = String::new();
+    let events = events(&service, "/v1/chat/completions", body).await;
+    for (i, event) in events.iter().filter(|event| *event != "[DONE]").enumerate() {
+        let event: Value = serde_json::from_str(event).unwrap();
+        assert_eq!(event["object"], "chat.completion.chunk");
+        let delta = &event["choices"][0]["delta"];
+        assert_eq!(delta["role"].is_string(), i == 0);
+        streamed += delta["content"].as_str().unwrap_or_default();
+    }
+    assert_eq!(choice["message"]["content"], *streamed);
 }
 
 #[tokio::test]
@@ -151,36 +193,49 @@ async fn what_is_wrong_is_said_in_openais_form() {
     let service = service(1, 1);
     let wrong = [
         ("/v1/completions", json!({ "model": "x", "prompt": "a" }), 404, "model_not_found", "austen"),
-        ("/v1/completions", json!({}), 400, "", "prompt"),
+        ("/v1/completions", json!({ "prompt": "a" }), 400, "", "model"),
+        ("/v1/completions", json!({ "model": "austen" }), 400, "", "prompt"),
         ("/v1/completions", json!({ "prompt": 5 }), 400, "", "Prompt"),
-        ("/v1/completions", json!({ "prompt": [] }), 400, "", "token"),
-        ("/v1/completions", json!({ "prompt": [4_000_000] }), 400, "", "4000000"),
-        ("/v1/completions", json!({ "prompt": "a", "temperature": 9 }), 400, "", "temperature"),
-        ("/v1/completions", json!({ "prompt": "a", "n": 1000 }), 400, "", "1 to 16"),
-        ("/v1/completions", json!({ "prompt": "a", "stop": "x".repeat(2000) }), 400, "", "stop"),
-        ("/v1/completions", json!({ "prompt": "a", "logprobs": 5 }), 400, "", "logprobs"),
+        ("/v1/completions", json!({ "model": "austen", "prompt": [] }), 400, "", "token"),
+        ("/v1/completions", json!({ "model": "austen", "prompt": [4_000_000] }), 400, "", "4000000"),
         (
             "/v1/completions",
-            json!({ "prompt": "a ".repeat(4000) }),
+            json!({ "model": "austen", "prompt": "a", "temperature": 9 }),
+            400,
+            "",
+            "temperature",
+        ),
+        ("/v1/completions", json!({ "model": "austen", "prompt": "a", "n": 1000 }), 400, "", "1 to 16"),
+        (
+            "/v1/completions",
+            json!({ "model": "austen", "prompt": "a", "stop": "x".repeat(2000) }),
+            400,
+            "",
+            "stop",
+        ),
+        ("/v1/completions", json!({ "model": "austen", "prompt": "a", "logprobs": 5 }), 400, "", "logprobs"),
+        (
+            "/v1/completions",
+            json!({ "model": "austen", "prompt": "a ".repeat(4000) }),
             400,
             "context_length_exceeded",
             "positions",
         ),
         (
             "/v1/chat/completions",
-            json!({ "messages": [{ "role": "user", "content": "a" }] }),
+            json!({ "model": "austen", "messages": [{ "role": "user", "content": "a" }] }),
             400,
             "",
             "chat template",
         ),
         (
             "/v1/chat/completions",
-            json!({ "messages": [{ "role": "user", "content": [{ "type": "image_url" }] }] }),
+            json!({ "model": "austen", "messages": [{ "role": "user", "content": [{ "type": "image_url" }] }] }),
             400,
             "",
             "",
         ),
-        ("/detokenize", json!({ "tokens": [4_000_000] }), 400, "", "4000000"),
+        ("/detokenize", json!({ "model": "austen", "tokens": [4_000_000] }), 400, "", "4000000"),
         ("/nothing", json!({}), 404, "", "address"),
     ];
     for (path, body, status, code, message) in wrong {
@@ -238,7 +293,8 @@ async fn models_and_health_are_described() {
     assert_eq!(one, models["data"][0]);
     assert_eq!(call(&service, "GET", "/v1/models/x", "").await.status(), StatusCode::NOT_FOUND);
     assert_eq!(call(&service, "GET", "/health", "").await.status(), StatusCode::OK);
-    let (_, tokens) = post(&service, "/tokenize", json!({ "content": "She was" })).await;
-    let (_, content) = post(&service, "/detokenize", json!({ "tokens": tokens["tokens"] })).await;
+    let (_, tokens) = post(&service, "/tokenize", json!({ "model": "austen", "content": "She was" })).await;
+    let (_, content) =
+        post(&service, "/detokenize", json!({ "model": "austen", "tokens": tokens["tokens"] })).await;
     assert_eq!(content["content"].as_str().unwrap().trim_start(), "She was");
 }
