@@ -37,14 +37,17 @@ pub const MAX_RUNS: usize = 64;
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct SessionOptions {
-    /// Positions of the KV cache, shared by all sequences; `None`: the model's context length, at most 4096.
+    /// Maximum positions of a sequence; `None`: the model's context length, at most 4096.
     pub context: Option<u32>,
+    /// Positions of the KV cache, which all sequences share, page by page; `None`, or less than `context`: as many as
+    /// `context`.
+    pub cache_positions: Option<u32>,
     /// Maximum tokens of a step. Longer prompts take several steps, with the same result.
     pub batch: u32,
     /// Maximum outputs (rows of logits) of a step.
     pub outputs: u32,
-    /// Sequences for which sliding-window layers reserve memory. Other layers reserve memory for `context`
-    /// positions, which any number of sequences share.
+    /// Sequences for which sliding-window layers reserve memory. Other layers reserve memory for `cache_positions`,
+    /// which any number of sequences share.
     pub sequences: u32,
     /// Positions that [`Session::truncate`] can always undo; windows keep this many extra. The positions of
     /// the last step can always be undone.
@@ -67,6 +70,7 @@ impl Default for SessionOptions {
     fn default() -> Self {
         SessionOptions {
             context: None,
+            cache_positions: None,
             batch: 512,
             outputs: 1,
             sequences: 1,
@@ -81,6 +85,7 @@ impl Default for SessionOptions {
 
 crate::setters!(SessionOptions {
     context: impl Into<Option<u32>>,
+    cache_positions: impl Into<Option<u32>>,
     batch: u32,
     outputs: u32,
     sequences: u32,
@@ -97,8 +102,13 @@ impl SessionOptions {
         self.context.unwrap_or_else(|| model.hparams().context_length.min(4096))
     }
 
+    /// Returns the positions that all sequences share, of which one has at most `positions`.
+    fn shared(&self, positions: u32) -> u32 {
+        self.cache_positions.unwrap_or(positions).max(positions)
+    }
+
     fn limits(&self, positions: u32) -> Limits {
-        let tokens = self.batch.clamp(1, positions.max(1));
+        let tokens = self.batch.clamp(1, self.shared(positions).max(1));
         Limits { tokens, outputs: self.outputs.clamp(1, tokens) }
     }
 
@@ -121,7 +131,7 @@ impl SessionOptions {
     /// Returns the pages to reserve for each state of a window.
     fn pages(&self, window: Option<u32>, positions: u32) -> u64 {
         let of = |positions: u64| positions.div_ceil(PAGE_POSITIONS.into());
-        let all = of(positions.into());
+        let all = of(self.shared(positions).into());
         let Some(window) = window else { return all };
         // A sequence may begin and end in the middle of a page.
         let each = of(u64::from(window) + u64::from(self.rewind)) + 2;
@@ -421,7 +431,7 @@ impl Session {
         self.loaded.limits.outputs
     }
 
-    /// Positions of the KV cache.
+    /// Maximum positions of a sequence.
     pub fn positions(&self) -> u32 {
         self.positions
     }
@@ -741,7 +751,12 @@ impl Session {
         let (pool, sequence) = (&mut self.pools[group], &mut self.sequences[id.0 as usize]);
         let (len, table) = (sequence.len(), &mut sequence.tables[group]);
         let full = match pool.window {
-            None => Error::ContextFull { need: end.into(), have: self.positions.into() },
+            None => {
+                // What others hold is lacking.
+                let have = u64::from(self.options.shared(self.positions));
+                let need = end.div_ceil(PAGE_POSITIONS).saturating_sub(table.len() as u32);
+                Error::ContextFull { need: have + u64::from(need * PAGE_POSITIONS), have }
+            }
             Some(window) => Error::WindowsFull { window, sequences: self.options.sequences },
         };
         let first = pool.first_kept(len, self.options.rewind);

@@ -22,9 +22,14 @@ fn austen() -> (Arc<Model>, Arc<Tokenizer>) {
     (model, Arc::new(tokenizer))
 }
 
-fn batch(model: &Arc<Model>, tokenizer: &Arc<Tokenizer>, context: u32, slots: u32) -> Batch {
+fn batch(model: &Arc<Model>, tokenizer: &Arc<Tokenizer>, cache: u32, slots: u32) -> Batch {
     let backend: Arc<dyn Backend> = Arc::new(Cpu::with_threads(2).unwrap());
-    let options = SessionOptions::default().context(context).batch(48).outputs(slots).sequences(slots);
+    let options = SessionOptions::default()
+        .context(cache.min(512))
+        .cache_positions(cache)
+        .batch(48)
+        .outputs(slots)
+        .sequences(slots);
     Batch::new(Session::new(model, &backend, &options).unwrap(), tokenizer.clone())
 }
 

@@ -24,10 +24,12 @@ pub struct ServeArgs {
     model: Vec<OsString>,
     #[command(flatten)]
     device: DeviceArgs,
-    /// Positions of each model's KV cache, which its requests share [default: the model's context, at most 4096, for each of 4
-    /// requests].
+    /// Maximum tokens of a request, with its answer [default: the model's context, at most 4096].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     ctx: Option<u32>,
+    /// Positions of each model's KV cache, which its requests share [default: 4 times --ctx].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    cache: Option<u32>,
     /// Requests of a model that run at once; others wait.
     #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=64))]
     slots: u32,
@@ -58,10 +60,10 @@ fn named(model: &OsStr) -> (String, &OsStr) {
 impl ServeArgs {
     fn engine(&self, file: Option<&OsStr>) -> Result<Engine, Failure> {
         let model = open_model(file.map(Path::new))?;
-        let default = SessionOptions::default();
-        let context = self.ctx.unwrap_or_else(|| default.positions(&model).saturating_mul(4));
-        let session = default
-            .context(context)
+        let session = SessionOptions::default().context(self.ctx);
+        let cache = self.cache.unwrap_or_else(|| session.positions(&model).saturating_mul(4));
+        let session = session
+            .cache_positions(cache)
             .batch(self.batch.max(self.slots))
             .program(ProgramOptions::default().kv_format(self.kv));
         let mut options = EngineOptions::new(session, self.slots);

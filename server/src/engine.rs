@@ -108,7 +108,7 @@ impl Engine {
             None => Template::from_gguf(model.gguf(), &tokenizer)?,
         };
         let session = Session::new(model, backend, &options.session)?;
-        let positions = session.positions().min(model.hparams().context_length);
+        let positions = session.positions();
         let slots = session.outputs().min(session.sequences()) as usize;
         let batch = Batch::new(session, tokenizer.clone());
         let (clients, arriving) = mpsc::channel();

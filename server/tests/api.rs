@@ -16,7 +16,8 @@ use tower::ServiceExt;
 fn engine(slots: u32, queue: usize, template: Option<&str>) -> Engine {
     let model = Arc::new(Model::from_source(Source::from_static("built-in", halite_models::AUSTEN)).unwrap());
     let backend: Arc<dyn Backend> = Arc::new(Cpu::with_threads(2).unwrap());
-    let mut options = EngineOptions::new(SessionOptions::default().context(2048).batch(64), slots);
+    let mut options =
+        EngineOptions::new(SessionOptions::default().context(2048).cache_positions(4096).batch(64), slots);
     options.queue = queue;
     options.template = template.map(str::to_owned);
     Engine::new(&model, &backend, &options).unwrap()
