@@ -8,6 +8,7 @@ use halite::backend::Backend;
 use halite::backend::cpu::Cpu;
 use halite::batch::{Batch, Event, Request, RequestId};
 use halite::generate::{Finish, GenerateOptions, Generation};
+use halite::map::Source;
 use halite::sampler::SamplerOptions;
 use halite::session::{Session, SessionOptions};
 use halite::{Error, Model, Tokenizer};
@@ -118,6 +119,41 @@ fn a_text_does_not_depend_on_its_neighbours() {
         }
         assert_eq!(batch.counts(), (0, 0));
     }
+}
+
+/// Sequences that are kept, shared and evicted leave room in layers with a window.
+#[test]
+fn windows_have_room_for_all_that_run() {
+    let model = Arc::new(
+        Model::from_source(Source::from_bytes("windowed", &halite_testing::gguf::windowed().bytes()))
+            .unwrap(),
+    );
+    // Only its bytes of tokens matter.
+    let (_, tokenizer) = austen();
+    let requests = || {
+        let mut random = halite_testing::SplitMix(5);
+        let start: Vec<u32> = (0..150).map(|_| random.below(12) as u32).collect();
+        let request = |n: usize| {
+            let own: Vec<u32> = (0..20 * n).map(|_| random.below(12) as u32).collect();
+            let options = GenerateOptions::default().max_tokens(30 + n as u32).ignore_end(true);
+            let options = options.sampler(SamplerOptions::default().seed(n as u64));
+            Request::new([&start[..10 * n], &own].concat()).options(options)
+        };
+        (1..13).map(request).collect::<Vec<_>>()
+    };
+    let run = |slots: u32, cache: u32| -> Vec<Vec<u32>> {
+        let backend: Arc<dyn Backend> = Arc::new(Cpu::with_threads(2).unwrap());
+        let options = SessionOptions::default().context(512).cache_positions(cache).batch(40);
+        let session = Session::new(&model, &backend, &options.outputs(slots).sequences(slots)).unwrap();
+        let mut batch = Batch::new(session, tokenizer.clone());
+        let ids: Vec<_> = requests().into_iter().map(|request| batch.add(request).unwrap()).collect();
+        let mut results = HashMap::new();
+        finish(&mut batch, &mut results);
+        ids.iter().map(|id| results.remove(id).unwrap().1.unwrap().tokens).collect()
+    };
+    let want = run(1, 512);
+    assert_eq!(run(3, 2048), want);
+    assert_eq!(run(8, 512), want);
 }
 
 #[test]

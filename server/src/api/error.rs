@@ -42,6 +42,11 @@ impl Failure {
         Failure { code, ..Failure::new(StatusCode::NOT_FOUND, "invalid_request_error", message) }
     }
 
+    /// A fault of the server.
+    pub fn internal(message: impl Into<String>) -> Failure {
+        Failure::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", message)
+    }
+
     /// The body of the answer.
     pub fn body(&self) -> Value {
         json!({ "error": { "message": self.message, "type": self.kind, "param": self.param, "code": self.code } })
@@ -67,12 +72,10 @@ impl From<Error> for Failure {
             }
             Error::Argument { .. } | Error::Constraint(_) | Error::Template(_) => Failure::request(message),
             // Paths are this machine's.
-            Error::Io { .. } | Error::Gguf { .. } | Error::FileChanged { .. } => Failure::new(
-                StatusCode::INTERNAL_SERVER_ERROR,
-                "server_error",
-                "the model's file cannot be read",
-            ),
-            _ => Failure::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", message),
+            Error::Io { .. } | Error::Gguf { .. } | Error::FileChanged { .. } => {
+                Failure::internal("the model's file cannot be read")
+            }
+            _ => Failure::internal(message),
         }
     }
 }

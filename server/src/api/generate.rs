@@ -14,11 +14,12 @@ use halite::chat;
 use halite::constrain::{Guide, Rule};
 use halite::generate::{Finish, GenerateOptions, Generation};
 use halite::sampler::SamplerOptions;
+use halite::tokenizer::EncodeOptions;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use super::error::{Failure, Fallible};
-use super::{App, Body, now};
+use super::{App, Body, apart, now};
 use crate::engine::{Engine, Ticket, Update};
 
 /// Maximum texts that one request may ask for.
@@ -351,21 +352,21 @@ impl Answer {
 pub(super) async fn completions(State(app): State<App>, Body(body): Body<Completion>) -> Fallible<Response> {
     let Completion { prompt, echo, options } = body;
     let (_, engine) = app.engine(options.model.as_deref())?;
-    let tokenizer = engine.tokenizer();
-    let encode = |text: &String| tokenizer.encode(text, Default::default());
-    let prompts = match &prompt {
-        Prompt::Text(text) => vec![encode(text)],
-        Prompt::Texts(texts) => texts.iter().map(encode).collect(),
-        Prompt::Tokens(tokens) => vec![tokens.clone()],
-        Prompt::TokenLists(lists) => lists.clone(),
-    };
-    for tokens in &prompts {
-        tokenizer.check(tokens)?;
-    }
-    let echoed = prompts
-        .iter()
-        .map(|tokens| if echo { tokenizer.decode(tokens, false) } else { String::new() })
-        .collect();
+    let tokenizer = engine.tokenizer().clone();
+    let (prompts, echoed) = apart(move || {
+        let encode = |text: String| tokenizer.encode(&text, EncodeOptions::default());
+        let prompts = match prompt {
+            Prompt::Text(text) => vec![encode(text)],
+            Prompt::Texts(texts) => texts.into_iter().map(encode).collect(),
+            Prompt::Tokens(tokens) => vec![tokens],
+            Prompt::TokenLists(lists) => lists,
+        };
+        prompts.iter().try_for_each(|tokens| tokenizer.check(tokens))?;
+        let echoed = |tokens: &Vec<u32>| if echo { tokenizer.decode(tokens, false) } else { String::new() };
+        let echoed = prompts.iter().map(echoed).collect();
+        Ok((prompts, echoed))
+    })
+    .await?;
     answer(&app, Form::Completion, options, prompts, echoed).await
 }
 
@@ -373,8 +374,9 @@ pub(super) async fn completions(State(app): State<App>, Body(body): Body<Complet
 pub(super) async fn chat(State(app): State<App>, Body(body): Body<Chat>) -> Fallible<Response> {
     let Chat { messages, options } = body;
     let (name, engine) = app.engine(options.model.as_deref())?;
-    let prompt = prompt_of(name, engine, &messages)?;
-    let tokens = chat::encode(engine.tokenizer(), &prompt);
+    let (name, engine) = (name.to_owned(), engine.clone());
+    let encoded = move || Ok(chat::encode(engine.tokenizer(), &prompt_of(&name, &engine, &messages)?));
+    let tokens = apart(encoded).await?;
     answer(&app, Form::Chat, options, vec![tokens], vec![String::new()]).await
 }
 
@@ -431,12 +433,10 @@ async fn answer(
     Ok(Json(body).into_response())
 }
 
-/// Compiles a rule, which takes up to seconds, on a thread for such work.
+/// Compiles a rule, which takes up to seconds.
 async fn guide(engine: &Arc<Engine>, rule: Rule) -> Fallible<Guide> {
     let tokenizer = engine.tokenizer().clone();
-    let built = tokio::task::spawn_blocking(move || Guide::new(&tokenizer, &rule)).await;
-    let failed = |_| Failure::from(halite::Error::Constraint("the rule could not be compiled".into()));
-    Ok(built.map_err(failed)??)
+    apart(move || Ok(Guide::new(&tokenizer, &rule)?)).await
 }
 
 /// An answer as server-sent events.

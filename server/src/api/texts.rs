@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::error::Fallible;
 use super::generate::{Message, prompt_of};
-use super::{App, Body};
+use super::{App, Body, apart};
 
 #[derive(Deserialize)]
 pub(super) struct Text {
@@ -24,7 +24,9 @@ pub(super) struct Text {
 pub(super) async fn tokenize(State(app): State<App>, Body(text): Body<Text>) -> Fallible<Json<Value>> {
     let (_, engine) = app.engine(text.model.as_deref())?;
     let options = EncodeOptions::default().add_special(text.add_special);
-    Ok(Json(json!({ "tokens": engine.tokenizer().encode(&text.content, options) })))
+    let tokenizer = engine.tokenizer().clone();
+    let tokens = apart(move || Ok(tokenizer.encode(&text.content, options))).await?;
+    Ok(Json(json!({ "tokens": tokens })))
 }
 
 #[derive(Deserialize)]
@@ -36,8 +38,12 @@ pub(super) struct Tokens {
 /// `POST /detokenize`: `{ "content": "..." }`.
 pub(super) async fn detokenize(State(app): State<App>, Body(tokens): Body<Tokens>) -> Fallible<Json<Value>> {
     let (_, engine) = app.engine(tokens.model.as_deref())?;
-    engine.tokenizer().check(&tokens.tokens)?;
-    Ok(Json(json!({ "content": engine.tokenizer().decode(&tokens.tokens, true) })))
+    let tokenizer = engine.tokenizer().clone();
+    let content = apart(move || {
+        tokenizer.check(&tokens.tokens)?;
+        Ok(tokenizer.decode(&tokens.tokens, true))
+    });
+    Ok(Json(json!({ "content": content.await? })))
 }
 
 #[derive(Deserialize)]
@@ -52,5 +58,7 @@ pub(super) async fn apply_template(
     Body(chat): Body<Messages>,
 ) -> Fallible<Json<Value>> {
     let (name, engine) = app.engine(chat.model.as_deref())?;
-    Ok(Json(json!({ "prompt": prompt_of(name, engine, &chat.messages)? })))
+    let (name, engine) = (name.to_owned(), engine.clone());
+    let prompt = apart(move || prompt_of(&name, &engine, &chat.messages)).await?;
+    Ok(Json(json!({ "prompt": prompt })))
 }
