@@ -441,23 +441,38 @@ impl Session {
         self.options.sequences
     }
 
-    /// Returns the pages of the KV cache that no sequence uses, those of layers with windows aside.
-    pub fn free_pages(&self) -> u32 {
-        self.pools.iter().find(|pool| pool.window.is_none()).map_or(u32::MAX, |pool| pool.free.len() as u32)
+    /// Whether a step with so many tokens of each sequence finds room in the KV cache, copies of shared pages included.
+    pub(crate) fn has_room(&self, runs: &[(SequenceId, u32)]) -> Result<bool> {
+        for (group, pool) in self.pools.iter().enumerate() {
+            let mut need = 0;
+            for &(id, more) in runs {
+                let sequence = self.get(id)?;
+                let (len, table) = (sequence.len(), &sequence.tables[group]);
+                let end = len.saturating_add(more).div_ceil(PAGE_POSITIONS) as usize;
+                let first = pool.first_kept(len, self.options.rewind);
+                let written = (len / PAGE_POSITIONS) as usize..end.min(table.len());
+                let is_shared = |page: &&u32| pool.uses.get(**page as usize).is_some_and(|uses| *uses > 1);
+                let copied = table.get(written).unwrap_or_default().iter().filter(is_shared).count();
+                need += end.saturating_sub(table.len().max(first)) + copied;
+            }
+            if need > pool.free.len() {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
-    /// Returns how many of [`Session::free_pages`] `more` tokens of a sequence take, copies of shared pages included.
-    ///
-    /// # Errors
-    /// [`Error::Argument`] if there is no such sequence.
-    pub fn pages_for(&self, id: SequenceId, more: u32) -> Result<u32> {
-        let sequence = self.get(id)?;
-        let unwindowed = self.pools.iter().zip(&sequence.tables).find(|(pool, _)| pool.window.is_none());
-        let Some((pool, table)) = unwindowed else { return Ok(0) };
-        let pages = sequence.len().saturating_add(more).div_ceil(PAGE_POSITIONS);
-        let first = table.get((sequence.len() / PAGE_POSITIONS) as usize);
-        let is_copied = more > 0 && first.is_some_and(|&page| pool.uses[page as usize] > 1);
-        Ok(pages.saturating_sub(table.len() as u32) + u32::from(is_copied))
+    /// Frees pages before the windows of a sequence's next position, as its next step would. The last step can then be undone
+    /// only as far as [`SessionOptions::rewind`] says.
+    pub(crate) fn trim(&mut self, id: SequenceId) -> Result<()> {
+        let len = self.get(id)?.len();
+        let tables = &mut self.sequences[id.0 as usize].tables;
+        for (table, pool) in tables.iter_mut().zip(&mut self.pools) {
+            let first = pool.first_kept(len, self.options.rewind);
+            let dropped = table.iter_mut().take(first).rev().take_while(|page| **page != NO_PAGE);
+            dropped.for_each(|page| pool.release(std::mem::replace(page, NO_PAGE)));
+        }
+        Ok(())
     }
 
     /// Returns a handle that stops the session's work from another thread.

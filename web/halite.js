@@ -482,7 +482,11 @@ class Session {
     const held = this.tokens();
     let read = held.findIndex((token, i) => token !== tokens[i]);
     read = Math.min(read < 0 ? held.length : read, tokens.length - 1);
-    this.library.check(this.c.halite_session_truncate(this.handle, this.sequence, Math.max(read, 0)));
+    if (this.c.halite_session_truncate(this.handle, this.sequence, Math.max(read, 0)) !== 0) {
+      // Layers with a window no longer have what comes before it.
+      read = 0;
+      this.clear();
+    }
     const part = this.backend === 'cpu' ? PROMPT_PART : this.info().batch;
     // The generation computes the last token.
     while (read < tokens.length - 1 && !signal?.aborted) {

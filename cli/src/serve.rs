@@ -50,7 +50,8 @@ pub struct ServeArgs {
 /// The name of a model, and its file.
 fn named(model: &OsStr) -> (String, &OsStr) {
     let text = model.to_str().and_then(|text| text.split_once('='));
-    if let Some((name, file)) = text.filter(|(name, _)| !name.is_empty() && !name.contains(['/', '.'])) {
+    let is_name = |name: &str| !name.is_empty() && !name.contains('/') && !Path::new(model).exists();
+    if let Some((name, file)) = text.filter(|(name, _)| is_name(name)) {
         return (name.to_owned(), OsStr::new(file));
     }
     let stem = Path::new(model).file_stem().unwrap_or(model);

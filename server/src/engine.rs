@@ -152,12 +152,17 @@ impl Engine {
         self.positions
     }
 
+    /// Requests that may run and wait at once.
+    pub fn most(&self) -> usize {
+        self.slots.saturating_add(self.queue)
+    }
+
     /// Hands over a request.
     ///
     /// # Errors
     /// [`Refused`] if the queue is full or the thread ended.
     pub fn submit(&self, request: Request) -> Result<Ticket, Refused> {
-        let most = self.slots + self.queue;
+        let most = self.most();
         let taken = self
             .load
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |load| (load < most).then_some(load + 1));
@@ -165,7 +170,11 @@ impl Engine {
         let (updates, receiver) = unbounded_channel();
         let client = Client { request, updates };
         let is_sent = self.clients.as_ref().is_some_and(|clients| clients.send(client).is_ok());
-        if is_sent { Ok(Ticket { updates: receiver }) } else { Err(Refused::Stopped) }
+        if !is_sent {
+            self.load.fetch_sub(1, Ordering::Relaxed);
+            return Err(Refused::Stopped);
+        }
+        Ok(Ticket { updates: receiver })
     }
 }
 

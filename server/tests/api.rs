@@ -262,6 +262,7 @@ async fn a_full_queue_refuses_and_clients_that_leave_make_room() {
     let service = service(1, 1);
     let mut body = greedy("She", 1500);
     body["stream"] = json!(true);
+    body["ignore_eos"] = json!(true);
     let first = call(&service, "POST", "/v1/completions", &body.to_string()).await;
     assert_eq!(first.status(), StatusCode::OK);
     // One waits. Its answer begins when it runs.
@@ -270,7 +271,8 @@ async fn a_full_queue_refuses_and_clients_that_leave_make_room() {
         async move { call(&service, "POST", "/v1/completions", &body).await.status() }
     });
     // Until it has been handed over.
-    for _ in 0..100 {
+    for _ in 0..50 {
+        std::thread::sleep(std::time::Duration::from_millis(1));
         tokio::task::yield_now().await;
     }
     let refused = call(&service, "POST", "/v1/completions", &greedy("They", 2).to_string()).await;

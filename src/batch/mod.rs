@@ -119,20 +119,24 @@ struct Cache<'a> {
     session: &'a mut Session,
     kept: &'a mut VecDeque<Kept>,
     sequences: Vec<SequenceId>,
-    /// Pages that this step already reserved.
-    reserved: u32,
+    /// What this step has reserved.
+    reserved: Vec<(SequenceId, u32)>,
     failed: Result<()>,
 }
 
 impl Memory for Cache<'_> {
     fn reserve(&mut self, entry: usize, tokens: u32) -> bool {
+        self.reserved.push((self.sequences[entry], tokens));
         loop {
-            let Ok(need) = self.session.pages_for(self.sequences[entry], tokens) else { return false };
-            if self.reserved.saturating_add(need) <= self.session.free_pages() {
-                self.reserved += need;
-                return true;
+            match self.session.has_room(&self.reserved) {
+                Ok(true) => return true,
+                Ok(false) => {}
+                Err(error) => self.failed = Err(error),
             }
-            let Some(oldest) = self.kept.pop_front() else { return false };
+            let Some(oldest) = self.kept.pop_front() else {
+                self.reserved.pop();
+                return false;
+            };
             if let Err(error) = self.session.remove(oldest.sequence) {
                 self.failed = Err(error);
                 return false;
@@ -225,9 +229,9 @@ impl Batch {
         let ran = self.try_step(on_event);
         if let Err(error) = &ran {
             for running in self.running.drain(..) {
-                let backend = self.session.backend().caps().name.clone();
-                let error = Error::Backend { backend, message: error.to_string() };
-                on_event(running.id, Event::Failed(error));
+                // The error that counts is told; a session that lost this sequence has no pages of it.
+                let _ = self.session.remove(running.stream.sequence());
+                on_event(running.id, Event::Failed(copy_of(error, &self.session.backend().caps().name)));
             }
         }
         ran.map(|()| !self.waiting.is_empty() || !self.running.is_empty())
@@ -244,6 +248,13 @@ impl Batch {
         }
         self.accept(outcomes, OutputKind::ArgMax, 0, on_event)?;
         let parts = self.plan()?;
+        // Nobody can run: the first one must end, or nothing ever happens.
+        if let (true, Some(first)) = (parts.is_empty(), self.running.first()) {
+            let need = u64::from(self.session.len(first.stream.sequence())?) + 1;
+            let mut outcomes: Vec<_> = self.running.iter().map(|_| None).collect();
+            outcomes[0] = Some(Err(Error::ContextFull { need, have: have.into() }));
+            return self.accept(outcomes, OutputKind::ArgMax, 0, on_event);
+        }
         self.run(&parts, on_event)
     }
 
@@ -320,7 +331,7 @@ impl Batch {
             prefill: self.prefill,
         };
         let (session, kept) = (&mut self.session, &mut self.kept);
-        let mut cache = Cache { session, kept, sequences, reserved: 0, failed: Ok(()) };
+        let mut cache = Cache { session, kept, sequences, reserved: Vec::new(), failed: Ok(()) };
         let parts = schedule::plan(limits, &entries, &mut cache);
         cache.failed?;
         Ok(parts)
@@ -400,6 +411,7 @@ impl Batch {
             let goes_on = match outcome {
                 None => Ok(true),
                 Some(Ok(())) => {
+                    self.session.trim(running.stream.sequence())?;
                     running.stream.took(&self.session, device)?;
                     let first = output;
                     output += running.stream.outputs();
@@ -438,6 +450,17 @@ impl Batch {
     /// Keeps the sequence of a request that ended, for those that begin alike.
     fn keep(&mut self, stream: &Stream, tenant: u64) {
         self.kept.push_back(Kept { sequence: stream.sequence(), tenant });
+    }
+}
+
+/// The same error for another request.
+fn copy_of(error: &Error, backend: &str) -> Error {
+    match error {
+        Error::Io { path, source } => Error::Io { path: path.clone(), source: source.kind().into() },
+        Error::FileChanged { path, detail } => {
+            Error::FileChanged { path: path.clone(), detail: detail.clone() }
+        }
+        error => Error::Backend { backend: backend.into(), message: error.to_string() },
     }
 }
 

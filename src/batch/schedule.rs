@@ -76,10 +76,16 @@ pub fn plan(limits: Limits, entries: &[Entry], memory: &mut dyn Memory) -> Vec<P
             if entries[entry].pending == 1 || preempted[entry] || left == 0 || parts.len() == runs {
                 continue;
             }
-            let tokens = entries[entry].pending.min(left);
-            if memory.reserve(entry, tokens) {
+            let wanted = entries[entry].pending.min(left);
+            let fits = (0..32).map(|halved| wanted >> halved).take_while(|tokens| *tokens > 0);
+            let tokens = { fits }.find(|&tokens| memory.reserve(entry, tokens)).unwrap_or(0);
+            if tokens > 0 {
                 parts.push(Part { entry, tokens });
                 left -= tokens;
+            }
+            // Nobody behind may take the room that this one waits for.
+            if tokens < wanted {
+                break;
             }
         }
         if !parts.is_empty() {

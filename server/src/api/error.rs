@@ -42,6 +42,11 @@ impl Failure {
         Failure { code, ..Failure::new(StatusCode::NOT_FOUND, "invalid_request_error", message) }
     }
 
+    /// The same with another status.
+    pub fn status(self, status: StatusCode) -> Failure {
+        Failure { status, ..self }
+    }
+
     /// A fault of the server.
     pub fn internal(message: impl Into<String>) -> Failure {
         Failure::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", message)

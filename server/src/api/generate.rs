@@ -44,12 +44,10 @@ pub(super) struct Options {
     seed: Option<i64>,
     n: Option<u32>,
     stop: Option<OneOrMore>,
-    #[serde(default)]
-    stream: bool,
+    stream: Option<bool>,
     stream_options: Option<StreamOptions>,
     response_format: Option<ResponseFormat>,
-    #[serde(default)]
-    ignore_eos: bool,
+    ignore_eos: Option<bool>,
     /// The other fields, of which some ask for what this server cannot do.
     #[serde(flatten)]
     others: Map<String, Value>,
@@ -64,8 +62,7 @@ enum OneOrMore {
 
 #[derive(Deserialize)]
 struct StreamOptions {
-    #[serde(default)]
-    include_usage: bool,
+    include_usage: Option<bool>,
 }
 
 #[derive(Deserialize)]
@@ -94,8 +91,7 @@ enum Prompt {
 #[derive(Deserialize)]
 pub(super) struct Completion {
     prompt: Prompt,
-    #[serde(default)]
-    echo: bool,
+    echo: Option<bool>,
     #[serde(flatten)]
     options: Options,
 }
@@ -169,7 +165,7 @@ impl Options {
             Value::Null | Value::Bool(false) => false,
             Value::Array(items) => !items.is_empty(),
             Value::Object(items) => !items.is_empty(),
-            Value::Number(number) => number.as_f64() != Some(0.0),
+            Value::Number(_) => true,
             Value::String(text) => !text.is_empty(),
             Value::Bool(true) => true,
         };
@@ -186,7 +182,7 @@ impl Options {
         ];
         for name in UNSUPPORTED {
             let value = self.others.get(name);
-            if value.is_some_and(|value| asks(value) && !(name == "best_of" && *value == json!(1))) {
+            if value.is_some_and(|value| asks(value) && (name, value) != ("best_of", &json!(1))) {
                 return Err(Failure::field(name, "this server does not support it"));
             }
         }
@@ -194,7 +190,13 @@ impl Options {
     }
 
     /// The options of a text, of which there may be several.
-    fn generate(&self, engine: &Engine, prompt_tokens: usize, choice: u32) -> Fallible<GenerateOptions> {
+    fn generate(
+        &self,
+        form: Form,
+        engine: &Engine,
+        prompt_tokens: usize,
+        choice: u32,
+    ) -> Fallible<GenerateOptions> {
         let in_range = |name: &str, value: Option<f32>, low: f32, high: f32| match value {
             Some(value) if !(low..=high).contains(&value) => {
                 Err(Failure::field(name, format!("expected a number from {low} to {high}, got {value}")))
@@ -225,12 +227,13 @@ impl Options {
             ));
         }
         let room = engine.positions().saturating_sub(prompt_tokens as u32);
-        let max_tokens = self.max_completion_tokens.or(self.max_tokens).unwrap_or(room).min(room.max(1));
+        let max_tokens =
+            self.max_completion_tokens.or(self.max_tokens).unwrap_or(form.max_tokens()).min(room.max(1));
         Ok(GenerateOptions::default()
             .max_tokens(max_tokens)
             .sampler(sampler)
             .stop(stop)
-            .ignore_end(self.ignore_eos))
+            .ignore_end(self.ignore_eos == Some(true)))
     }
 
     /// The rule that the answer must follow.
@@ -253,6 +256,14 @@ enum Form {
 }
 
 impl Form {
+    /// Tokens of a text for which no number is given.
+    fn max_tokens(self) -> u32 {
+        match self {
+            Form::Completion => 16,
+            Form::Chat => u32::MAX,
+        }
+    }
+
     /// The name of an answer's kind; `chunk` for a part of one.
     fn object(self, is_chunk: bool) -> &'static str {
         match (self, is_chunk) {
@@ -362,7 +373,9 @@ pub(super) async fn completions(State(app): State<App>, Body(body): Body<Complet
             Prompt::TokenLists(lists) => lists,
         };
         prompts.iter().try_for_each(|tokens| tokenizer.check(tokens))?;
-        let echoed = |tokens: &Vec<u32>| if echo { tokenizer.decode(tokens, false) } else { String::new() };
+        let echoed = |tokens: &Vec<u32>| {
+            if echo == Some(true) { tokenizer.decode(tokens, false) } else { String::new() }
+        };
         let echoed = prompts.iter().map(echoed).collect();
         Ok((prompts, echoed))
     })
@@ -395,11 +408,23 @@ async fn answer(
         let got = format!("{n} for each of {} prompts", prompts.len());
         return Err(Failure::field("n", format!("expected 1 to {MAX_CHOICES} texts in all, got {got}")));
     }
+    if n as usize * prompts.len() > engine.most() {
+        return Err(Failure::field(
+            "n",
+            format!("expected at most {} texts in all for this model", engine.most()),
+        ));
+    }
+    for prompt in &prompts {
+        let (need, have) = (prompt.len() as u64 + 1, engine.positions().into());
+        if need > have {
+            return Err(halite::Error::ContextFull { need, have }.into());
+        }
+    }
     let mut tickets = Vec::new();
     for prompt in &prompts {
         for choice in 0..n {
             let mut request =
-                Request::new(prompt.clone()).options(options.generate(engine, prompt.len(), choice)?);
+                Request::new(prompt.clone()).options(options.generate(form, engine, prompt.len(), choice)?);
             if let Some(rule) = options.rule() {
                 request = request.constraint(Some(Box::new(guide(engine, rule).await?) as _));
             }
@@ -408,8 +433,8 @@ async fn answer(
     }
     let prefix = if form == Form::Chat { "chatcmpl" } else { "cmpl" };
     let answer = Answer { form, id: app.id(prefix), created: now(), model: name.to_owned(), n: n as usize };
-    if options.stream {
-        let include_usage = options.stream_options.is_some_and(|options| options.include_usage);
+    if options.stream == Some(true) {
+        let include_usage = options.stream_options.is_some_and(|options| options.include_usage == Some(true));
         let stream = Pieces::new(answer, tickets, echoed, include_usage).await?;
         return Ok(Sse::new(stream).keep_alive(KeepAlive::default()).into_response());
     }

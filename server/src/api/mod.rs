@@ -11,7 +11,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::extract::rejection::JsonRejection;
 use axum::extract::{DefaultBodyLimit, FromRequest, Request, State};
-use axum::http::HeaderValue;
+use axum::http::{HeaderValue, StatusCode};
 use axum::middleware::Next;
 use axum::response::Response;
 use axum::routing::{get, post};
@@ -66,9 +66,14 @@ impl<T: serde::de::DeserializeOwned, S: Send + Sync> FromRequest<S> for Body<T> 
 
     async fn from_request(request: Request, state: &S) -> Result<Body<T>, Failure> {
         let parsed = Json::from_request(request, state).await;
-        parsed
-            .map(|Json(body)| Body(body))
-            .map_err(|rejection: JsonRejection| Failure::request(rejection.body_text()))
+        let failed = |rejection: JsonRejection| {
+            // A field that is wrong is a wrong request.
+            let status = rejection.status();
+            let status =
+                if status == StatusCode::UNPROCESSABLE_ENTITY { StatusCode::BAD_REQUEST } else { status };
+            Failure::request(rejection.body_text()).status(status)
+        };
+        parsed.map(|Json(body)| Body(body)).map_err(failed)
     }
 }
 
