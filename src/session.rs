@@ -294,6 +294,12 @@ impl Pool {
         }
     }
 
+    /// Frees a table's pages before the first one that its sequence keeps.
+    fn drop_before(&mut self, table: &mut [u32], first: usize) {
+        let dropped = table.iter_mut().take(first).rev().take_while(|page| **page != NO_PAGE);
+        dropped.for_each(|page| self.release(std::mem::replace(page, NO_PAGE)));
+    }
+
     /// Returns the first page that a sequence of `len` positions keeps.
     fn first_kept(&self, len: u32, rewind: u32) -> usize {
         first_page(len, self.window.map(|window| window.saturating_add(rewind)))
@@ -468,9 +474,7 @@ impl Session {
         let len = self.get(id)?.len();
         let tables = &mut self.sequences[id.0 as usize].tables;
         for (table, pool) in tables.iter_mut().zip(&mut self.pools) {
-            let first = pool.first_kept(len, self.options.rewind);
-            let dropped = table.iter_mut().take(first).rev().take_while(|page| **page != NO_PAGE);
-            dropped.for_each(|page| pool.release(std::mem::replace(page, NO_PAGE)));
+            pool.drop_before(table, pool.first_kept(len, self.options.rewind));
         }
         Ok(())
     }
@@ -775,8 +779,7 @@ impl Session {
             Some(window) => Error::WindowsFull { window, sequences: self.options.sequences },
         };
         let first = pool.first_kept(len, self.options.rewind);
-        let dropped = table.iter_mut().take(first).rev().take_while(|page| **page != NO_PAGE);
-        dropped.for_each(|page| pool.release(std::mem::replace(page, NO_PAGE)));
+        pool.drop_before(table, first);
         let need = end.div_ceil(PAGE_POSITIONS) as usize;
         while table.len() < need {
             let page = if table.len() < first { Some(NO_PAGE) } else { pool.take() };

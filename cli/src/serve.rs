@@ -90,7 +90,8 @@ pub fn serve(args: &ServeArgs) -> Result<(), Failure> {
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     runtime.block_on(async {
-        let listener = TcpListener::bind(args.listen).await?;
+        let listener = TcpListener::bind(args.listen).await;
+        let listener = listener.map_err(|e| format!("--listen {}: {e}", args.listen))?;
         say(&format!("serving {} at http://{}/v1", names.join(", "), listener.local_addr()?));
         Ok::<_, Failure>(server.run(listener, stopped()).await?)
     })

@@ -126,7 +126,12 @@ struct Cache<'a> {
 
 impl Memory for Cache<'_> {
     fn reserve(&mut self, entry: usize, tokens: u32) -> bool {
-        self.reserved.push((self.sequences[entry], tokens));
+        let sequence = self.sequences[entry];
+        // A text that is too long ends in this step, without a run.
+        if self.session.len(sequence).is_ok_and(|len| len + tokens > self.session.positions()) {
+            return true;
+        }
+        self.reserved.push((sequence, tokens));
         loop {
             match self.session.has_room(&self.reserved) {
                 Ok(true) => return true,
@@ -238,22 +243,12 @@ impl Batch {
     }
 
     fn try_step(&mut self, on_event: &mut dyn FnMut(RequestId, Event<'_>)) -> Result<()> {
-        let have = self.session.positions();
-        let mut outcomes = Vec::with_capacity(self.running.len());
-        for running in &self.running {
-            let need =
-                self.session.len(running.stream.sequence())? + running.stream.pending(&self.session)?;
-            let full = Error::ContextFull { need: need.into(), have: have.into() };
-            outcomes.push((need > have).then_some(Err(full)));
-        }
-        self.accept(outcomes, OutputKind::ArgMax, 0, on_event)?;
         let parts = self.plan()?;
         // Nobody can run: the first one must end, or nothing ever happens.
         if let (true, Some(first)) = (parts.is_empty(), self.running.first()) {
             let need = u64::from(self.session.len(first.stream.sequence())?) + 1;
-            let mut outcomes: Vec<_> = self.running.iter().map(|_| None).collect();
-            outcomes[0] = Some(Err(Error::ContextFull { need, have: have.into() }));
-            return self.accept(outcomes, OutputKind::ArgMax, 0, on_event);
+            let full = Error::ContextFull { need, have: self.session.positions().into() };
+            return self.accept(vec![Some(Err(full))], OutputKind::ArgMax, 0, on_event);
         }
         self.run(&parts, on_event)
     }
@@ -291,12 +286,10 @@ impl Batch {
         if let Some((n, i)) = best_kept.filter(|(n, _)| *n > 0 && best.is_none_or(|(m, _)| *n >= m)) {
             let all = self.session.tokens(self.kept[i].sequence)?.len();
             // One that goes on where it ends, as chats do, or the last slot.
-            if n == all || needs_slot {
-                return self
-                    .kept
-                    .remove(i)
-                    .map(|kept| Ok(kept.sequence))
-                    .unwrap_or_else(|| Ok(self.session.add_sequence()));
+            if (n == all || needs_slot)
+                && let Some(kept) = self.kept.remove(i)
+            {
+                return Ok(kept.sequence);
             }
             let sequence = self.session.fork(self.kept[i].sequence)?;
             // Used now, so the last to go.
@@ -366,11 +359,8 @@ impl Batch {
             // One request's numbers must not end the others: each runs alone.
             Err(Error::NotFinite { .. }) if count > 1 => return self.run_apart(parts, on_event),
             Err(error @ Error::NotFinite { .. }) => {
-                let mut error = Some(error);
-                for outcome in outcomes.iter_mut().flatten().filter(|outcome| outcome.is_ok()) {
-                    if let Some(error) = error.take() {
-                        *outcome = Err(error);
-                    }
+                if let Some(only) = outcomes.iter_mut().flatten().find(|outcome| outcome.is_ok()) {
+                    *only = Err(error);
                 }
             }
             Err(error) => return Err(error),
@@ -390,7 +380,8 @@ impl Batch {
         Ok(())
     }
 
-    /// Chooses tokens from the outputs of a step, and ends requests.
+    /// Chooses tokens from the outputs of a step, and ends requests. `outcomes` has what the step was for the first requests that
+    /// run; the others had no part in it.
     fn accept(
         &mut self,
         outcomes: Vec<Option<Result<()>>>,

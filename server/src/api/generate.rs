@@ -362,7 +362,7 @@ impl Answer {
 /// `POST /v1/completions`.
 pub(super) async fn completions(State(app): State<App>, Body(body): Body<Completion>) -> Fallible<Response> {
     let Completion { prompt, echo, options } = body;
-    let (_, engine) = app.engine(options.model.as_deref())?;
+    let (name, engine) = app.engine(options.model.as_deref())?;
     let tokenizer = engine.tokenizer().clone();
     let (prompts, echoed) = apart(move || {
         let encode = |text: String| tokenizer.encode(&text, EncodeOptions::default());
@@ -380,29 +380,32 @@ pub(super) async fn completions(State(app): State<App>, Body(body): Body<Complet
         Ok((prompts, echoed))
     })
     .await?;
-    answer(&app, Form::Completion, options, prompts, echoed).await
+    answer(&app, (name, engine), Form::Completion, options, prompts, echoed).await
 }
 
 /// `POST /v1/chat/completions`.
 pub(super) async fn chat(State(app): State<App>, Body(body): Body<Chat>) -> Fallible<Response> {
     let Chat { messages, options } = body;
     let (name, engine) = app.engine(options.model.as_deref())?;
-    let (name, engine) = (name.to_owned(), engine.clone());
-    let encoded = move || Ok(chat::encode(engine.tokenizer(), &prompt_of(&name, &engine, &messages)?));
-    let tokens = apart(encoded).await?;
-    answer(&app, Form::Chat, options, vec![tokens], vec![String::new()]).await
+    let (own_name, own_engine) = (name.to_owned(), engine.clone());
+    let encode = move || {
+        let prompt = prompt_of(&own_name, &own_engine, &messages)?;
+        Ok(chat::encode(own_engine.tokenizer(), &prompt))
+    };
+    let tokens = apart(encode).await?;
+    answer(&app, (name, engine), Form::Chat, options, vec![tokens], vec![String::new()]).await
 }
 
 /// Runs the prompts, and answers as a whole or as a stream.
 async fn answer(
     app: &App,
+    (name, engine): (&str, &Arc<Engine>),
     form: Form,
     options: Options,
     prompts: Vec<Vec<u32>>,
     echoed: Vec<String>,
 ) -> Fallible<Response> {
     options.check()?;
-    let (name, engine) = app.engine(options.model.as_deref())?;
     let n = options.n.unwrap_or(1);
     if n == 0 || n as usize * prompts.len() > MAX_CHOICES as usize || prompts.is_empty() {
         let got = format!("{n} for each of {} prompts", prompts.len());
