@@ -7,10 +7,13 @@ use crate::clock::Instant;
 use crate::error::{Error, Result};
 use crate::memory::reserved;
 use crate::model::TOP_K;
-use crate::sampler::{Sampler, SamplerOptions};
+use crate::sampler::{Logprobs, Sampler, SamplerOptions};
 use crate::session::{OutputKind, OutputTokens, Run, SequenceId, Session};
 use crate::speculate::Drafter;
 use crate::tokenizer::{Detokenizer, EncodeOptions, Tokenizer};
+
+/// Maximum alternatives of a token of which the probability is told.
+pub const MAX_TOP_LOGPROBS: u32 = 20;
 
 /// Options of a generation.
 #[derive(Debug, Clone, PartialEq)]
@@ -28,6 +31,8 @@ pub struct GenerateOptions {
     pub ignore_end: bool,
     /// Include control tokens in the text.
     pub special: bool,
+    /// Tell how likely each token was, and so many most likely ones, at most [`MAX_TOP_LOGPROBS`].
+    pub logprobs: Option<u32>,
 }
 
 impl Default for GenerateOptions {
@@ -39,6 +44,7 @@ impl Default for GenerateOptions {
             encode: EncodeOptions::default(),
             ignore_end: false,
             special: false,
+            logprobs: None,
         }
     }
 }
@@ -50,6 +56,7 @@ crate::setters!(GenerateOptions {
     encode: EncodeOptions,
     ignore_end: bool,
     special: bool,
+    logprobs: impl Into<Option<u32>>,
 });
 
 /// Optional speculative and constrained decoding of a generation.
@@ -163,6 +170,8 @@ pub struct Generation {
     pub prefill_tokens: u32,
     /// The generated tokens, without the end-of-text token.
     pub tokens: Vec<u32>,
+    /// How likely they were, under [`GenerateOptions::logprobs`].
+    pub logprobs: Vec<Logprobs>,
     /// Why the generation ended.
     pub finish: Finish,
     /// Time from the first prompt token to the first logits.
@@ -179,6 +188,18 @@ pub struct Generation {
     pub decode: Duration,
     /// Time of the prefill and of the decode steps on the device, by its clock.
     pub device: (Duration, Duration),
+    /// What the steps took besides, in a [`Batch`](crate::batch::Batch).
+    pub used: Used,
+}
+
+/// What a generation used of a device.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+#[non_exhaustive]
+pub struct Used {
+    /// The KV cache in bytes, times the seconds for which it was held.
+    pub kv_byte_seconds: f64,
+    /// Bytes of weights and KV cache that its steps read. Runs that share a step share its weights.
+    pub read_bytes: u64,
 }
 
 impl Session {
@@ -278,6 +299,9 @@ impl Stream {
         let Some((_, all_but_last)) = prompt.split_last() else {
             return Err(Error::argument("prompt", "text of at least one token", "none"));
         };
+        if let Some(count) = options.logprobs.filter(|count| *count > MAX_TOP_LOGPROBS) {
+            return Err(Error::argument("logprobs", format!("at most {MAX_TOP_LOGPROBS}"), count));
+        }
         // The last token always runs, for its output.
         let reused = session.reuse(sequence, all_but_last)?;
         let vocab = session.model().hparams().vocab_size as usize;
@@ -290,6 +314,7 @@ impl Stream {
             reused_tokens: reused as u32,
             prefill_tokens: 0,
             tokens,
+            logprobs: Vec::new(),
             finish: Finish::Length,
             prefill: Duration::ZERO,
             first_token: Duration::ZERO,
@@ -298,6 +323,7 @@ impl Stream {
             drafted: (0, 0),
             decode: Duration::ZERO,
             device: (Duration::ZERO, Duration::ZERO),
+            used: Used::default(),
         };
         Ok(Stream {
             sequence,
@@ -340,6 +366,50 @@ impl Stream {
         Ok(false)
     }
 
+    /// Adds a token that the same generation chose elsewhere, for instance before a device was lost, as if it had been chosen here.
+    /// Call it before the first step. Passes on the text that is then complete, and returns whether the generation goes on.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a token beyond the vocabulary; errors of the constraint.
+    pub fn replay(
+        &mut self,
+        token: u32,
+        tokenizer: &Tokenizer,
+        decoding: &mut Decoding<'_>,
+        on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
+    ) -> Result<bool> {
+        tokenizer.check(&[token])?;
+        self.sampler.replay(token);
+        let ended = self.append(token, tokenizer, decoding, on_text)?;
+        if let Some(finish) = ended {
+            self.finish(finish, on_text);
+        }
+        Ok(ended.is_none())
+    }
+
+    /// Adds a token to the text.
+    fn append(
+        &mut self,
+        token: u32,
+        tokenizer: &Tokenizer,
+        decoding: &mut Decoding<'_>,
+        on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
+    ) -> Result<Option<Finish>> {
+        if let Some(constraint) = &mut decoding.constraint {
+            constraint.accept(token)?;
+        }
+        self.generation.tokens.push(token);
+        self.text.push(token);
+        let is_full = self.generation.tokens.len() >= self.options.max_tokens as usize;
+        let ended = self.out.push(token, tokenizer, &self.options, on_text);
+        Ok(ended.or(is_full.then_some(Finish::Length)))
+    }
+
+    /// The prompt's tokens.
+    pub(crate) fn prompt(&self) -> &[u32] {
+        &self.generation.prompt_tokens
+    }
+
     /// The sequence.
     pub fn sequence(&self) -> SequenceId {
         self.sequence
@@ -349,7 +419,7 @@ impl Stream {
     /// [`OutputKind::TopK`] also those that need [`OutputKind::ArgMax`].
     pub fn kind(&self, decoding: &Decoding<'_>) -> OutputKind {
         match self.options.sampler.needed() {
-            _ if decoding.constraint.is_some() => OutputKind::Logits,
+            _ if decoding.constraint.is_some() || self.options.logprobs.is_some() => OutputKind::Logits,
             Some(1) => OutputKind::ArgMax,
             Some(k) if k <= TOP_K as usize => OutputKind::TopK,
             _ => OutputKind::Logits,
@@ -469,6 +539,13 @@ impl Stream {
         }
     }
 
+    /// Notes what a step used.
+    pub(crate) fn used(&mut self, read_bytes: u64, held_bytes: u64, held: Duration) {
+        let used = &mut self.generation.used;
+        used.read_bytes = used.read_bytes.saturating_add(read_bytes);
+        used.kv_byte_seconds += held_bytes as f64 * held.as_secs_f64();
+    }
+
     /// The generation so far; its text is complete only in [`Stream::into_generation`].
     pub fn generation(&self) -> &Generation {
         &self.generation
@@ -504,13 +581,12 @@ impl Stream {
         decode_start: &mut Instant,
         on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
     ) -> Result<Option<Finish>> {
-        let (options, generation) = (&self.options, &mut self.generation);
         // Without tokens to generate, report the prompt's errors all the same.
-        if generation.tokens.len() >= options.max_tokens as usize {
+        if self.generation.tokens.len() >= self.options.max_tokens as usize {
             return Ok(Some(Finish::Length));
         }
-        generation.decode_steps += u32::from(!generation.tokens.is_empty());
-        let drafted = if self.outputs > 1 { self.fed.get(1..).unwrap_or_default() } else { &[] };
+        self.generation.decode_steps += u32::from(!self.generation.tokens.is_empty());
+        let drafted = self.outputs.saturating_sub(1);
         let mut right = 0;
         let ended = loop {
             let output = first + right;
@@ -520,33 +596,30 @@ impl Stream {
                     session.choose_allowed(output, tokenizer, &mut self.sampler, *constraint)?
                 }
             };
-            if generation.tokens.is_empty() {
-                generation.first_token = self.start.elapsed();
+            if self.generation.tokens.is_empty() {
+                self.generation.first_token = self.start.elapsed();
                 *decode_start = Instant::now();
             } else {
-                generation.decode_tokens += 1;
+                self.generation.decode_tokens += 1;
             }
-            let goes_on =
-                |id: &u32| !tokenizer.is_end(*id) || (options.ignore_end && decoding.constraint.is_none());
+            let ignores_end = self.options.ignore_end && decoding.constraint.is_none();
+            let goes_on = |id: &u32| ignores_end || !tokenizer.is_end(*id);
             let Some(token) = token.filter(goes_on) else { break Some(Finish::End) };
-            self.sampler.accept(token);
-            if let Some(constraint) = &mut decoding.constraint {
-                constraint.accept(token)?;
+            if let Some(count) = self.options.logprobs {
+                let logits = session.logits_of(output);
+                self.generation.logprobs.push(Logprobs::of(logits, token, count as usize));
             }
-            generation.tokens.push(token);
-            self.text.push(token);
-            let is_right = drafted.get(right) == Some(&token);
+            self.sampler.accept(token);
+            let ended = self.append(token, tokenizer, decoding, on_text)?;
+            let is_right = right < drafted && self.fed.get(right + 1) == Some(&token);
             right += usize::from(is_right);
-            let full = generation.tokens.len() == options.max_tokens as usize;
-            let ended = self.out.push(token, tokenizer, options, on_text);
-            let ended = ended.or(full.then_some(Finish::Length));
             if ended.is_some() || !is_right {
                 break ended;
             }
         };
-        generation.drafted.0 += drafted.len() as u32;
-        generation.drafted.1 += right as u32;
-        let wrong = (drafted.len() - right) as u32;
+        self.generation.drafted.0 += drafted as u32;
+        self.generation.drafted.1 += right as u32;
+        let wrong = (drafted - right) as u32;
         session.truncate(self.sequence, session.len(self.sequence)? - wrong)?;
         Ok(ended)
     }
@@ -559,18 +632,23 @@ impl Session {
         Ok(self.outputs().min(self.batch()).min(left) as usize)
     }
 
+    /// The logits of one of the last step's outputs.
+    fn logits_of(&self, output: usize) -> &[f32] {
+        let vocab = self.model().hparams().vocab_size as usize;
+        self.logits().get(output * vocab..(output + 1) * vocab).unwrap_or_default()
+    }
+
     /// Chooses a token from one of the last step's outputs.
     fn choose(&self, output: usize, kind: OutputKind, sampler: &mut Sampler) -> Result<u32> {
-        let vocab = self.model().hparams().vocab_size as usize;
         match kind {
             OutputKind::ArgMax => Ok(self.arg_max().get(output).copied().unwrap_or(0)),
             OutputKind::TopK => {
                 let (ids, logits) = self.top_k();
-                let k = vocab.min(TOP_K as usize);
+                let k = TOP_K.min(self.model().hparams().vocab_size) as usize;
                 let row = output * k..(output + 1) * k;
                 sampler.sample_of(&ids[row.clone()], &logits[row])
             }
-            OutputKind::Logits => sampler.sample(&self.logits()[output * vocab..][..vocab]),
+            OutputKind::Logits => sampler.sample(self.logits_of(output)),
         }
     }
 
@@ -582,8 +660,8 @@ impl Session {
         sampler: &mut Sampler,
         constraint: &mut dyn Constraint,
     ) -> Result<Option<u32>> {
-        let vocab = self.model().hparams().vocab_size as usize;
-        let logits = &self.logits()[output * vocab..][..vocab];
+        let logits = self.logits_of(output);
+        let vocab = logits.len();
         let allowed = constraint.allowed()?;
         let may = |token: u32| if tokenizer.is_end(token) { allowed.end } else { allowed.token(token) };
         if (0..vocab as u32).all(|token| tokenizer.is_end(token) || !allowed.token(token)) {

@@ -32,6 +32,8 @@ pub struct SamplerOptions {
     pub presence_penalty: f32,
     /// Number of tokens that the penalties look back, at most [`MAX_PENALTY_WINDOW`].
     pub penalty_window: usize,
+    /// Numbers added to the logits of tokens, before the penalties. A token may have one.
+    pub logit_bias: Vec<(u32, f32)>,
     /// Seed of the random draws.
     pub seed: u64,
 }
@@ -47,12 +49,13 @@ impl Default for SamplerOptions {
             frequency_penalty: 0.0,
             presence_penalty: 0.0,
             penalty_window: 64,
+            logit_bias: Vec::new(),
             seed: 0,
         }
     }
 }
 
-crate::setters!(const SamplerOptions {
+crate::setters!(SamplerOptions {
     temperature: f32,
     top_k: usize,
     top_p: f32,
@@ -61,6 +64,7 @@ crate::setters!(const SamplerOptions {
     frequency_penalty: f32,
     presence_penalty: f32,
     penalty_window: usize,
+    logit_bias: Vec<(u32, f32)>,
     seed: u64,
 });
 
@@ -77,7 +81,8 @@ impl SamplerOptions {
         in_range("min_p", self.min_p, 0.0, 1.0)?;
         in_range("repeat_penalty", self.repeat_penalty, 0.01, 100.0)?;
         in_range("frequency_penalty", self.frequency_penalty, -100.0, 100.0)?;
-        in_range("presence_penalty", self.presence_penalty, -100.0, 100.0)
+        in_range("presence_penalty", self.presence_penalty, -100.0, 100.0)?;
+        self.logit_bias.iter().try_for_each(|&(_, bias)| in_range("logit_bias", bias, -1000.0, 1000.0))
     }
 
     fn penalises(&self) -> bool {
@@ -88,7 +93,7 @@ impl SamplerOptions {
     /// Returns the number of most likely tokens that a choice depends on, or `None` if it may depend on all.
     /// A backend can compute these tokens, so that the host need not read all logits.
     pub fn needed(&self) -> Option<usize> {
-        match (self.penalises(), self.temperature == 0.0, self.top_k) {
+        match (self.penalises() || !self.logit_bias.is_empty(), self.temperature == 0.0, self.top_k) {
             (true, ..) => None,
             (false, true, _) => Some(1),
             (false, false, k) => (k > 0).then_some(k),
@@ -119,6 +124,52 @@ struct Candidate {
     /// The logit after penalties.
     logit: f32,
     probability: f32,
+}
+
+/// The candidate for a token.
+fn find(candidates: &mut [Candidate], token: u32, ordered: bool) -> Option<&mut Candidate> {
+    let at = match ordered {
+        true => candidates.binary_search_by_key(&token, |c| c.token).ok(),
+        false => candidates.iter().position(|c| c.token == token),
+    };
+    candidates.get_mut(at?)
+}
+
+/// How likely a chosen token was, by the model's logits alone.
+#[derive(Debug, Clone, PartialEq)]
+// Exhaustive: a value of its own.
+pub struct Logprobs {
+    /// The token.
+    pub token: u32,
+    /// The natural logarithm of its probability.
+    pub logprob: f32,
+    /// The most likely tokens and theirs, most likely first.
+    pub top: Vec<(u32, f32)>,
+}
+
+impl Logprobs {
+    /// Of a token, with `count` most likely ones.
+    pub fn of(logits: &[f32], token: u32, count: usize) -> Logprobs {
+        let _floats = DefaultFloats::set();
+        let max = logits.iter().fold(f32::NEG_INFINITY, |max, &logit| max.max(logit));
+        let sums = logits.chunks(16).fold([0f64; 16], |mut sums, chunk| {
+            let mut scaled = [f32::NEG_INFINITY; 16];
+            scaled.iter_mut().zip(chunk).for_each(|(scaled, logit)| *scaled = logit - max);
+            sums.iter_mut().zip(math::exp(Scalar, scaled)).for_each(|(sum, x)| *sum += f64::from(x));
+            sums
+        });
+        let log_total = max + sums.iter().sum::<f64>().ln() as f32;
+        let logprob = |token: u32| logits.get(token as usize).map_or(f32::NEG_INFINITY, |x| x - log_total);
+        // Decreasing logit, then increasing id, as in sampling.
+        let order = |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
+        let mut top: Vec<u32> = (0..logits.len() as u32).collect();
+        if count < top.len() {
+            top.select_nth_unstable_by(count, order);
+            top.truncate(count);
+        }
+        top.sort_unstable_by(order);
+        Logprobs { token, logprob: logprob(token), top: top.into_iter().map(|t| (t, logprob(t))).collect() }
+    }
 }
 
 /// Chooses tokens. [`Sampler::new`] reserves all memory.
@@ -168,6 +219,14 @@ impl Sampler {
         }
     }
 
+    /// Adds a token that was chosen elsewhere, as if this sampler had chosen it: the next draw is the one that would come after it.
+    pub fn replay(&mut self, token: u32) {
+        if self.options.temperature != 0.0 {
+            self.rng.next();
+        }
+        self.accept(token);
+    }
+
     /// Chooses a token.
     ///
     /// # Errors
@@ -202,6 +261,7 @@ impl Sampler {
         self.candidates.extend(logits.map(candidate));
         check_logits(self.candidates.iter().map(|c| c.logit))
             .map_err(|got| Error::NotFinite { what: "logits", got })?;
+        self.add_bias(ordered);
         if self.options.penalises() {
             self.penalise(ordered);
         }
@@ -226,6 +286,14 @@ impl Sampler {
         Ok(self.candidates.last().map_or(0, |c| c.token))
     }
 
+    fn add_bias(&mut self, ordered: bool) {
+        for &(token, bias) in &self.options.logit_bias {
+            if let Some(c) = find(&mut self.candidates, token, ordered) {
+                c.logit += bias;
+            }
+        }
+    }
+
     /// Applies the penalties, in time proportional to the number of recent tokens.
     fn penalise(&mut self, ordered: bool) {
         let o = &self.options;
@@ -233,11 +301,7 @@ impl Sampler {
         self.counted.extend_from_slice(&self.recent);
         self.counted.sort_unstable();
         for same in self.counted.chunk_by(|a, b| a == b) {
-            let at = match ordered {
-                true => self.candidates.binary_search_by_key(&same[0], |c| c.token).ok(),
-                false => self.candidates.iter().position(|c| c.token == same[0]),
-            };
-            let Some(c) = at.and_then(|at| self.candidates.get_mut(at)) else { continue };
+            let Some(c) = find(&mut self.candidates, same[0], ordered) else { continue };
             c.logit = if c.logit > 0.0 { c.logit / o.repeat_penalty } else { c.logit * o.repeat_penalty };
             c.logit -= same.len() as f32 * o.frequency_penalty + o.presence_penalty;
         }
@@ -297,6 +361,42 @@ mod tests {
     #[test]
     fn greedy_takes_the_lowest_of_equals() {
         assert_eq!(sampler(SamplerOptions::default()).sample(&[0.0, 3.0, 3.0, 1.0]).unwrap(), 1);
+    }
+
+    #[test]
+    fn a_bias_changes_the_choice() {
+        let mut s = sampler(SamplerOptions::default().logit_bias(vec![(1, -9.0), (3, 2.5), (99, 5.0)]));
+        assert_eq!(s.sample(&[0.0, 3.0, 2.0, 1.0]).unwrap(), 3);
+        assert_eq!(s.sample_of(&[2, 1], &[2.0, 3.0]).unwrap(), 2);
+        assert!(Sampler::new(SamplerOptions::default().logit_bias(vec![(0, f32::NAN)]), 8).is_err());
+    }
+
+    #[test]
+    fn a_replayed_choice_draws_as_the_choice_did() {
+        let options = SamplerOptions { temperature: 1.0, seed: 5, repeat_penalty: 1.3, ..Default::default() };
+        let logits = [1.0, 1.1, 0.9, 1.0];
+        let mut whole = sampler(options.clone());
+        let mut choose = || {
+            let token = whole.sample(&logits).unwrap();
+            whole.accept(token);
+            token
+        };
+        let tokens: Vec<u32> = (0..32).map(|_| choose()).collect();
+        let mut rest = sampler(options);
+        tokens[..20].iter().for_each(|&token| rest.replay(token));
+        for &want in &tokens[20..] {
+            assert_eq!(rest.sample(&logits).unwrap(), want);
+            rest.accept(want);
+        }
+    }
+
+    #[test]
+    fn logprobs_are_of_all_tokens() {
+        let got = Logprobs::of(&[0.0, 2f32.ln(), f32::NEG_INFINITY, 5f32.ln()], 0, 2);
+        assert!((got.logprob - 0.125f32.ln()).abs() < 1e-6, "{got:?}");
+        assert_eq!(got.top.iter().map(|top| top.0).collect::<Vec<_>>(), [3, 1]);
+        assert!((got.top[0].1 - 0.625f32.ln()).abs() < 1e-6, "{got:?}");
+        assert_eq!(Logprobs::of(&[0.5; 40], 7, 100).top.len(), 40);
     }
 
     #[test]

@@ -447,13 +447,15 @@ impl Session {
         self.options.sequences
     }
 
-    /// Whether a step with so many tokens of each sequence finds room in the KV cache, copies of shared pages included.
+    /// Whether so many tokens of each sequence find room in the KV cache, copies of shared pages included.
     pub(crate) fn has_room(&self, runs: &[(SequenceId, u32)]) -> Result<bool> {
         for (group, pool) in self.pools.iter().enumerate() {
             let mut need = 0;
             for &(id, more) in runs {
                 let sequence = self.get(id)?;
                 let (len, table) = (sequence.len(), &sequence.tables[group]);
+                // More take several steps, between which a window drops pages.
+                let more = if pool.window.is_some() { more.min(self.batch()) } else { more };
                 let end = len.saturating_add(more).div_ceil(PAGE_POSITIONS) as usize;
                 let first = pool.first_kept(len, self.options.rewind);
                 let written = (len / PAGE_POSITIONS) as usize..end.min(table.len());
@@ -629,11 +631,27 @@ impl Session {
     /// # Errors
     /// [`Error::Argument`] if there is no such sequence.
     pub fn reuse(&mut self, id: SequenceId, tokens: &[u32]) -> Result<usize> {
-        let sequence = self.get(id)?;
-        let same = sequence.tokens.iter().zip(tokens).take_while(|(have, want)| have == want).count();
-        let kept = if self.has_window(sequence, same as u32) { same } else { 0 };
+        let kept = self.reusable(id, tokens)?;
         self.truncate(id, kept as u32)?;
         Ok(kept)
+    }
+
+    /// What [`Session::reuse`] would keep.
+    pub(crate) fn reusable(&self, id: SequenceId, tokens: &[u32]) -> Result<usize> {
+        let sequence = self.get(id)?;
+        let same = sequence.tokens.iter().zip(tokens).take_while(|(have, want)| have == want).count();
+        Ok(if self.has_window(sequence, same as u32) { same } else { 0 })
+    }
+
+    /// Bytes of the KV cache that a sequence uses; pages that it shares count too.
+    pub(crate) fn held_bytes(&self, id: SequenceId) -> Result<u64> {
+        let tables = &self.get(id)?.tables;
+        let held = |window| {
+            let mut groups = tables.iter().zip(&self.pools);
+            let table = groups.find(|(_, pool)| pool.window == window).map(|(table, _)| table);
+            table.map_or(0, |table| table.iter().filter(|page| **page != NO_PAGE).count() as u64)
+        };
+        Ok(self.loaded.program.kv_bytes(held))
     }
 
     /// Ends a sequence and frees its pages.

@@ -12,6 +12,7 @@ use halite::map::Source;
 use halite::sampler::SamplerOptions;
 use halite::session::{Session, SessionOptions};
 use halite::{Error, Model, Tokenizer};
+use halite_testing::faulty::{Fault, Faulty};
 
 fn open(file: &str) -> Arc<Model> {
     Arc::new(Model::open(Path::new(env!("CARGO_MANIFEST_DIR")).join(file)).unwrap())
@@ -63,7 +64,7 @@ fn finish(batch: &mut Batch, results: &mut HashMap<RequestId, (String, Result<Ge
     let mut texts: HashMap<RequestId, String> = HashMap::new();
     for _ in 0..10_000 {
         let goes_on = batch.step(&mut |id, event| match event {
-            Event::Text(text) => texts.entry(id).or_default().push_str(text),
+            Event::Tokens { text, .. } => texts.entry(id).or_default().push_str(text),
             Event::Done(generation) => {
                 _ = results.insert(id, (texts.remove(&id).unwrap_or_default(), Ok(generation)))
             }
@@ -118,6 +119,71 @@ fn a_text_does_not_depend_on_its_neighbours() {
             );
         }
         assert_eq!(batch.counts(), (0, 0));
+    }
+}
+
+/// A text goes on elsewhere from its tokens as it would have gone on, whatever samples or constrains it.
+#[test]
+fn a_text_goes_on_elsewhere() {
+    let (model, tokenizer) = austen();
+    const COUNT: u32 = 12;
+    let want = alone(&model, &tokenizer, COUNT);
+    for after in [0, 1, 4, 100] {
+        // The first session tells tokens until it ends.
+        let mut first = batch(&model, &tokenizer, 2048, 16);
+        let ids: Vec<_> =
+            requests(&tokenizer, COUNT).into_iter().map(|request| first.add(request).unwrap()).collect();
+        let mut tokens: HashMap<RequestId, Vec<u32>> = HashMap::new();
+        for _ in 0..after {
+            let _ = first.step(&mut |id, event| {
+                if let Event::Tokens { tokens: more, .. } = event {
+                    tokens.entry(id).or_default().extend(more);
+                }
+            });
+        }
+        let mut second = batch(&model, &tokenizer, 2048, 4);
+        let again: Vec<_> = (requests(&tokenizer, COUNT).into_iter().zip(&ids))
+            .map(|(request, id)| second.add(request.resumed(tokens.remove(id).unwrap_or_default())).unwrap())
+            .collect();
+        let mut results = HashMap::new();
+        finish(&mut second, &mut results);
+        for (id, want) in again.iter().zip(&want) {
+            let (text, generation) = results.remove(id).unwrap();
+            assert_eq!((text, generation.unwrap().finish), *want, "after {after} steps");
+        }
+    }
+}
+
+#[test]
+fn a_step_that_fails_ends_those_that_ran() {
+    let (model, tokenizer) = austen();
+    let want = alone(&model, &tokenizer, 8);
+    let faulty = Arc::new(Faulty::with_threads(2));
+    let backend: Arc<dyn Backend> = faulty.clone();
+    let options = SessionOptions::default().context(512).batch(48).outputs(4).sequences(4);
+    let mut batch = Batch::new(Session::new(&model, &backend, &options).unwrap(), tokenizer.clone());
+    faulty.after(5, Fault::Fail);
+    faulty.after(9, Fault::Poison);
+    let ids: Vec<_> = requests(&tokenizer, 8).into_iter().map(|r| batch.add(r).unwrap()).collect();
+    let (mut failed, mut done) = (Vec::new(), HashMap::new());
+    let mut errors = 0;
+    loop {
+        let goes_on = batch.step(&mut |id, event| match event {
+            Event::Failed(error) => failed.push((id, error)),
+            Event::Done(generation) => _ = done.insert(id, generation.text),
+            _ => {}
+        });
+        errors += u32::from(goes_on.is_err());
+        if matches!(goes_on, Ok(false)) {
+            break;
+        }
+    }
+    // One step failed. The poisoned one was repeated for each request, and was right then.
+    assert_eq!(errors, 1);
+    assert!(!failed.is_empty() && !done.is_empty() && failed.len() + done.len() == 8, "{failed:?}");
+    assert!(failed.iter().all(|(_, error)| matches!(error, Error::Backend { .. })), "{failed:?}");
+    for (id, (text, _)) in ids.iter().zip(&want) {
+        assert_eq!(done.get(id).unwrap_or(text), text);
     }
 }
 
@@ -182,6 +248,10 @@ fn a_prompt_that_begins_like_another_is_not_computed_again() {
     let again = request("but", 1);
     let len = again.prompt.len() as u32;
     assert_eq!(reused(vec![again]), [len - 1]);
+    // Those that arrive together wait for the first one's prompt.
+    let together = reused((0..4).map(|_| request("so", 3)).collect());
+    assert_eq!(together[0], 0);
+    assert!(together[1..].iter().all(|reused| reused + 1 >= len - 2), "{together:?} of {len}");
 }
 
 #[test]
@@ -195,7 +265,7 @@ fn requests_can_be_cancelled_at_any_time() {
     for _ in 0..3 {
         batch
             .step(&mut |id, event| {
-                if !matches!(event, Event::Text(_)) {
+                if !matches!(event, Event::Tokens { .. } | Event::Began) {
                     ended.push(id);
                 }
             })
@@ -203,7 +273,8 @@ fn requests_can_be_cancelled_at_any_time() {
     }
     // One that runs, and one that waits.
     for id in [ids[1], ids[6], ids[1]] {
-        batch.cancel(id).unwrap();
+        let running = batch.cancel(id).map(|generation| generation.finish);
+        assert!(running.is_none_or(|finish| finish == Finish::Cancelled));
     }
     let mut results = HashMap::new();
     finish(&mut batch, &mut results);

@@ -3,22 +3,27 @@
 use std::ffi::{OsStr, OsString};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use clap::Args;
+use halite::backend::driver::{self, Options};
 use halite::kernels::formats::Format;
-use halite::model::ProgramOptions;
-use halite::session::SessionOptions;
-use halite_server::{Engine, EngineOptions, Server};
+use halite::map::Source;
+use halite::{Backend, Error, Model};
+use halite_server::{Config, Machine, ModelConfig, ReplicaConfig, Server};
 use tokio::net::TcpListener;
 
-use super::device::DeviceArgs;
-use super::{Failure, kv_format, open_model, read_text, say};
+use super::device::{DeviceArgs, drivers};
+use super::{Failure, kv_format, say};
 
 #[derive(Args)]
 pub struct ServeArgs {
-    /// Address to listen on.
-    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:8080")]
-    listen: SocketAddr,
+    /// Configuration: models, replicas, routes, limits. It is read again on SIGHUP.
+    #[arg(short, long, value_name = "FILE", conflicts_with_all = ["model", "ctx", "cache", "queue", "template"])]
+    config: Option<PathBuf>,
+    /// Address to listen on [default: 127.0.0.1:8080].
+    #[arg(long, value_name = "ADDRESS")]
+    listen: Option<SocketAddr>,
     /// GGUF file, and the name by which clients ask for it [default name: the file's]; may be repeated [default: the built-in model].
     #[arg(short, long, value_name = "[NAME=]FILE")]
     model: Vec<OsString>,
@@ -45,57 +50,111 @@ pub struct ServeArgs {
     /// Tokens of a step. A step that also generates text has a quarter of them for prompts.
     #[arg(long, value_name = "N", default_value_t = 512)]
     batch: u32,
+    /// Megabytes for all that is loaded. Idle models are unloaded for others.
+    #[arg(long, value_name = "MB")]
+    memory: Option<u64>,
+}
+
+/// The backends and the model of this command.
+struct Here {
+    /// The device of `--backend`, where a replica names none.
+    device: DeviceArgs,
+}
+
+/// A replica on the device of the command line.
+const CHOSEN: &str = "";
+
+impl Machine for Here {
+    fn device(&self, replica: &ReplicaConfig) -> Result<Arc<dyn Backend>, Error> {
+        if replica.backend == CHOSEN {
+            let failed = |e: Failure| Error::Backend { backend: self.device.name().into(), message: e.to_string() };
+            return self.device.open().map_err(failed);
+        }
+        let mut options = Options::default();
+        replica.options.iter().for_each(|(name, value)| options.set(name, value));
+        driver::open(drivers(), &replica.backend, &options)
+    }
+
+    fn builtin(&self) -> Result<Model, Error> {
+        Model::from_source(Source::from_static("the built-in model", halite_models::AUSTEN))
+    }
 }
 
 /// The name of a model, and its file.
-fn named(model: &OsStr) -> (String, &OsStr) {
+fn named(model: &OsStr) -> (Option<String>, PathBuf) {
     let text = model.to_str().and_then(|text| text.split_once('='));
     let is_name = |name: &str| !name.is_empty() && !name.contains('/') && !Path::new(model).exists();
-    if let Some((name, file)) = text.filter(|(name, _)| is_name(name)) {
-        return (name.to_owned(), OsStr::new(file));
+    match text.filter(|(name, _)| is_name(name)) {
+        Some((name, file)) => (Some(name.to_owned()), file.into()),
+        None => (None, model.into()),
     }
-    let stem = Path::new(model).file_stem().unwrap_or(model);
-    (stem.to_string_lossy().into_owned(), model)
 }
 
 impl ServeArgs {
-    fn engine(&self, file: Option<&OsStr>) -> Result<Engine, Failure> {
-        let model = open_model(file.map(Path::new))?;
-        let session = SessionOptions::default().context(self.ctx);
-        let cache = self.cache.unwrap_or_else(|| session.positions(&model).saturating_mul(4));
-        let session = session
-            .cache_positions(cache)
-            .batch(self.batch.max(self.slots))
-            .program(ProgramOptions::default().kv_format(self.kv));
-        let mut options = EngineOptions::new(session, self.slots);
-        options.queue = self.queue.unwrap_or(options.queue);
-        options.template = self.template.as_deref().map(read_text).transpose()?;
-        Ok(Engine::new(&model, &self.device.open()?, &options)?)
+    /// The configuration, of a file or of the other arguments.
+    fn config(&self) -> Result<Config, Failure> {
+        if let Some(file) = &self.config {
+            return Ok(Config::read(file)?);
+        }
+        let mut base = ModelConfig::default();
+        (base.context, base.cache, base.slots, base.queue) = (self.ctx, self.cache, Some(self.slots), self.queue);
+        (base.template, base.kv, base.batch) = (self.template.clone(), Some(self.kv.name().into()), Some(self.batch));
+        base.replicas = vec![ReplicaConfig::new(CHOSEN, Default::default())];
+        let of = |model: &OsString| {
+            let (name, file) = named(model);
+            let mut config = base.clone();
+            (config.name, config.file) = (name, Some(file));
+            config
+        };
+        let mut config = Config::default();
+        config.models = self.model.iter().map(of).collect();
+        if config.models.is_empty() {
+            config.models.push(base);
+        }
+        config.memory_mb = self.memory;
+        Ok(config)
     }
 }
 
 pub fn serve(args: &ServeArgs) -> Result<(), Failure> {
-    let mut server = Server::default();
-    let mut names: Vec<String> = Vec::new();
-    let models: Vec<(String, Option<&OsStr>)> = match args.model.is_empty() {
-        true => vec![("halite-austen".into(), None)],
-        false => args.model.iter().map(|model| named(model)).map(|(name, file)| (name, Some(file))).collect(),
-    };
-    for (name, file) in models {
-        if names.contains(&name) {
-            return Err(format!("--model: two models have the name {name}").into());
-        }
-        server = server.model(&name, args.engine(file)?);
-        names.push(name);
-    }
+    let config = args.config()?;
+    let listen = args.listen.or(config.listen).unwrap_or(SocketAddr::from(([127, 0, 0, 1], 8080)));
+    let server = Server::new(&config, Arc::new(Here { device: args.device.clone() }))?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
-    runtime.block_on(async {
-        let listener = TcpListener::bind(args.listen).await;
-        let listener = listener.map_err(|e| format!("--listen {}: {e}", args.listen))?;
-        say(&format!("serving {} at http://{}/v1", names.join(", "), listener.local_addr()?));
-        Ok::<_, Failure>(server.run(listener, stopped()).await?)
-    })
+    let result = runtime.block_on(async {
+        server.load().await.map_err(|(model, why)| format!("{model}: {why}"))?;
+        let listener = TcpListener::bind(listen).await;
+        let listener = listener.map_err(|e| format!("--listen {listen}: {e}"))?;
+        say(&format!("serving {} at http://{}/v1", server.names().join(", "), listener.local_addr()?));
+        tokio::spawn(reloads(server.clone(), args.config.clone()));
+        Ok(server.run(listener, stopped()).await?)
+    });
+    // Devices that hang do not keep the program.
+    runtime.shutdown_background();
+    result
 }
+
+/// Reads the configuration again at each SIGHUP.
+#[cfg(unix)]
+async fn reloads(server: Server, file: Option<PathBuf>) {
+    let Some(file) = file else { return };
+    let Ok(mut hangup) = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::hangup()) else { return };
+    while hangup.recv().await.is_some() {
+        let (server, file) = (server.clone(), file.clone());
+        let reload = move || {
+            let read = Config::read(&file).and_then(|config| server.reload(&config));
+            say(&match read {
+                Ok(()) => format!("{}: read again", file.display()),
+                Err(error) => format!("{error}; the server stays as it is"),
+            });
+        };
+        // Opening models takes long.
+        let _ = tokio::task::spawn_blocking(reload).await;
+    }
+}
+
+#[cfg(not(unix))]
+async fn reloads(_: Server, _: Option<PathBuf>) {}
 
 /// Waits for a signal that ends the program.
 async fn stopped() {

@@ -1,251 +1,358 @@
-//! One model on one backend: a thread that runs a [`Batch`], and what other threads hold of it.
+//! A model on a device: a thread that runs a [`Batch`], and what other threads hold of it.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, mpsc};
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
+use halite::backend::Cancel;
 use halite::batch::{Batch, Event, Request, RequestId};
-use halite::chat::Template;
 use halite::generate::Generation;
-use halite::{Backend, Error, Model, Session, SessionOptions, Tokenizer};
-use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use halite::sampler::Logprobs;
+use halite::{Error, Session, Tokenizer};
+use tokio::sync::{mpsc as channel, watch};
 
-/// Sizes of an engine.
-#[derive(Debug, Clone)]
-#[non_exhaustive]
-pub struct EngineOptions {
-    /// The session. Its `outputs` and `sequences` are how many requests run at once.
-    pub session: SessionOptions,
-    /// Requests that may wait; more are refused.
-    pub queue: usize,
-    /// A Jinja chat template instead of the model's.
-    pub template: Option<String>,
-}
-
-impl EngineOptions {
-    /// A session for `slots` requests at once, and a queue of 16 for each.
-    pub fn new(session: SessionOptions, slots: u32) -> EngineOptions {
-        let session = session.outputs(slots).sequences(slots);
-        EngineOptions { session, queue: 16 * slots as usize, template: None }
-    }
-}
-
-/// What a client is told of its request.
+/// What a request is told.
 #[derive(Debug)]
+#[non_exhaustive]
 pub enum Update {
-    /// Whole characters of the text.
-    Text(String),
-    /// The request is done.
+    /// It no longer waits.
+    Began,
+    /// Tokens were chosen. The text is what is complete by now, in whole characters; it may be empty.
+    Tokens {
+        /// The tokens.
+        tokens: Vec<u32>,
+        /// How likely each was, if the options ask for it.
+        logprobs: Vec<Logprobs>,
+        /// The text.
+        text: String,
+    },
+    /// The request is done, or was cancelled.
     Done(Box<Generation>),
     /// The request failed.
     Failed(Error),
 }
 
-/// Why an engine takes no request.
+/// Why a request is not taken.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum Refused {
     /// As many requests wait as may.
     #[error("{0} requests wait already; try again later")]
     Full(usize),
-    /// The engine's thread ended.
-    #[error("the model has stopped")]
-    Stopped,
+    /// No replica of the model works.
+    #[error("no device can run the model now: {0}")]
+    Down(String),
+    /// The models that are at work leave too little memory for another one.
+    #[error("the model needs {need_bytes} bytes of memory, and those that are at work leave {free_bytes}; try again later")]
+    Memory {
+        /// Bytes that the model needs.
+        need_bytes: u64,
+        /// Bytes that could be had.
+        free_bytes: u64,
+    },
 }
 
-/// A request of a client. Dropping it cancels the request.
+/// A request that runs on an engine. Dropping it cancels the request.
 #[derive(Debug)]
-pub struct Ticket {
-    updates: UnboundedReceiver<Update>,
+pub(crate) struct Ticket {
+    updates: channel::UnboundedReceiver<Update>,
+    lost: watch::Receiver<Option<String>>,
+    state: Arc<State>,
+    is_cancelled: Arc<AtomicBool>,
+    is_done: bool,
 }
 
 impl Ticket {
-    /// Waits for the next update; `None` after the last.
-    pub async fn next(&mut self) -> Option<Update> {
-        self.updates.recv().await
+    /// Waits for the next update. An error says why the engine was lost.
+    pub async fn next(&mut self) -> Result<Update, String> {
+        let why = tokio::select! {
+            biased;
+            update = self.updates.recv() => match update {
+                Some(update) => {
+                    self.is_done |= matches!(update, Update::Done(_) | Update::Failed(_));
+                    return Ok(update);
+                }
+                None => None,
+            },
+            lost = self.lost.wait_for(Option::is_some) => lost.ok().and_then(|why| why.clone()),
+        };
+        self.is_done = true;
+        let why = why.or_else(|| self.lost.borrow().clone());
+        Err(why.unwrap_or_else(|| "its thread ended".into()))
     }
 
-    /// As [`Ticket::next`], for streams.
-    pub fn poll_next(&mut self, context: &mut std::task::Context<'_>) -> std::task::Poll<Option<Update>> {
-        self.updates.poll_recv(context)
+    /// Ends the request early. [`Update::Done`] follows if it runs.
+    pub fn cancel(&self) {
+        self.is_cancelled.store(true, Relaxed);
+        // Nobody else waits for this step.
+        if self.state.load.load(Relaxed) == 1 {
+            self.state.cancel.interrupt();
+        }
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        if !self.is_done {
+            self.cancel();
+        }
+    }
+}
+
+/// What the thread and the others know of each other.
+#[derive(Debug)]
+struct State {
+    /// Requests that are not done.
+    load: AtomicUsize,
+    /// Those of them that run.
+    running: AtomicUsize,
+    /// When the step that runs began, in milliseconds since `origin`, plus one; 0 between steps.
+    step_ms: AtomicU64,
+    origin: Instant,
+    /// Stops a step.
+    cancel: Cancel,
+    /// Why the engine no longer works.
+    lost: watch::Sender<Option<String>>,
+}
+
+impl State {
+    fn now_ms(&self) -> u64 {
+        self.origin.elapsed().as_millis() as u64 + 1
+    }
+
+    fn lose(&self, why: String) {
+        self.lost.send_if_modified(|lost| {
+            let is_first = lost.is_none();
+            lost.get_or_insert(why);
+            is_first
+        });
+    }
+}
+
+/// A place among the requests that an engine takes. It is free again once it is dropped.
+#[derive(Debug)]
+pub(crate) struct Place(Arc<State>);
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.load.fetch_sub(1, Relaxed);
     }
 }
 
 struct Client {
     request: Request,
-    updates: UnboundedSender<Update>,
+    updates: channel::UnboundedSender<Update>,
+    is_cancelled: Arc<AtomicBool>,
+    _place: Place,
 }
 
-/// A model on a backend, which runs requests on a thread of its own. Dropping it ends the thread after its current step.
+/// A session that runs requests on a thread of its own. Dropping it ends the thread after its current step.
 #[derive(Debug)]
-pub struct Engine {
-    clients: Option<mpsc::Sender<Client>>,
+pub(crate) struct Engine {
+    /// `None` once it no longer takes any.
+    clients: Mutex<Option<mpsc::Sender<Client>>>,
     thread: Option<JoinHandle<()>>,
-    model: Arc<Model>,
-    tokenizer: Arc<Tokenizer>,
-    template: Option<Template>,
-    positions: u32,
-    queue: usize,
-    /// Requests that are not done.
-    load: Arc<AtomicUsize>,
+    state: Arc<State>,
     slots: usize,
+    queue: usize,
 }
 
 impl Engine {
-    /// Opens a session, and starts the thread.
+    /// Starts the thread. More than `queue` waiting requests are refused.
     ///
     /// # Errors
-    /// As [`Session::new`]; [`Error::Tokenizer`] for a model without a vocabulary, [`Error::Template`] for a template that is malformed.
-    pub fn new(
-        model: &Arc<Model>,
-        backend: &Arc<dyn Backend>,
-        options: &EngineOptions,
-    ) -> Result<Engine, Error> {
-        let tokenizer = Tokenizer::from_gguf(model.gguf())?;
-        let tokenizer =
-            Arc::new(tokenizer.ok_or_else(|| Error::Tokenizer("the model has no vocabulary".into()))?);
-        let template = match &options.template {
-            Some(source) => Some(Template::new(source, &tokenizer)?),
-            None => Template::from_gguf(model.gguf(), &tokenizer)?,
-        };
-        let session = Session::new(model, backend, &options.session)?;
-        let positions = session.positions();
+    /// [`Error::Io`] if there is no thread.
+    pub fn new(session: Session, tokenizer: &Arc<Tokenizer>, queue: usize) -> Result<Engine, Error> {
         let slots = session.outputs().min(session.sequences()) as usize;
+        let state = Arc::new(State {
+            load: AtomicUsize::new(0),
+            running: AtomicUsize::new(0),
+            step_ms: AtomicU64::new(0),
+            origin: Instant::now(),
+            cancel: session.cancel_handle(),
+            lost: watch::Sender::new(None),
+        });
         let batch = Batch::new(session, tokenizer.clone());
         let (clients, arriving) = mpsc::channel();
-        let load = Arc::new(AtomicUsize::new(0));
-        let counted = load.clone();
-        let no_thread = |source| Error::Io { path: "a thread for the model".into(), source };
+        let shared = state.clone();
         let thread = std::thread::Builder::new()
             .name("engine".into())
-            .spawn(move || work(batch, &arriving, &counted))
-            .map_err(no_thread)?;
-        Ok(Engine {
-            clients: Some(clients),
-            thread: Some(thread),
-            model: model.clone(),
-            tokenizer,
-            template,
-            positions,
-            queue: options.queue,
-            load,
-            slots,
-        })
+            .spawn(move || work(batch, &arriving, &shared))
+            .map_err(|source| Error::Io { path: "a thread for the model".into(), source })?;
+        Ok(Engine { clients: Mutex::new(Some(clients)), thread: Some(thread), state, slots, queue })
     }
 
-    /// The model.
-    pub fn model(&self) -> &Arc<Model> {
-        &self.model
+    fn clients(&self) -> MutexGuard<'_, Option<mpsc::Sender<Client>>> {
+        self.clients.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Its vocabulary.
-    pub fn tokenizer(&self) -> &Arc<Tokenizer> {
-        &self.tokenizer
+    /// Requests that it runs at once.
+    pub fn slots(&self) -> usize {
+        self.slots
     }
 
-    /// Its chat template.
-    pub fn template(&self) -> Option<&Template> {
-        self.template.as_ref()
+    /// Requests that run and wait.
+    pub fn load(&self) -> usize {
+        self.state.load.load(Relaxed)
     }
 
-    /// Tokens that a request may have, its prompt included.
-    pub fn positions(&self) -> u32 {
-        self.positions
+    /// Requests that run.
+    pub fn running(&self) -> usize {
+        self.state.running.load(Relaxed)
     }
 
-    /// Requests that may run and wait at once.
-    pub fn most(&self) -> usize {
-        self.slots.saturating_add(self.queue)
+    /// Why it no longer works.
+    pub fn lost(&self) -> Option<String> {
+        self.state.lost.borrow().clone()
     }
 
-    /// Hands over a request.
+    /// How long its current step has run.
+    pub fn in_step(&self) -> Duration {
+        match self.state.step_ms.load(Relaxed) {
+            0 => Duration::ZERO,
+            began => Duration::from_millis(self.state.now_ms().saturating_sub(began)),
+        }
+    }
+
+    /// Gives it up: its requests are told, and nobody waits for its thread.
+    pub fn give_up(&self, why: String) {
+        self.state.lose(why);
+        self.state.cancel.cancel();
+        *self.clients() = None;
+    }
+
+    /// Takes a place for a request.
     ///
     /// # Errors
-    /// [`Refused`] if the queue is full or the thread ended.
-    pub fn submit(&self, request: Request) -> Result<Ticket, Refused> {
-        let most = self.most();
-        let taken = self
-            .load
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |load| (load < most).then_some(load + 1));
-        taken.map_err(|_| Refused::Full(self.queue))?;
-        let (updates, receiver) = unbounded_channel();
-        let client = Client { request, updates };
-        let is_sent = self.clients.as_ref().is_some_and(|clients| clients.send(client).is_ok());
-        if !is_sent {
-            self.load.fetch_sub(1, Ordering::Relaxed);
-            return Err(Refused::Stopped);
+    /// [`Refused`] if as many requests wait as may, or the engine no longer works.
+    pub fn reserve(&self) -> Result<Place, Refused> {
+        if let Some(why) = self.lost() {
+            return Err(Refused::Down(why));
         }
-        Ok(Ticket { updates: receiver })
+        let most = self.slots.saturating_add(self.queue);
+        let taken = self.state.load.fetch_update(Relaxed, Relaxed, |load| (load < most).then_some(load + 1));
+        taken.map_err(|_| Refused::Full(self.queue))?;
+        Ok(Place(self.state.clone()))
+    }
+
+    /// Hands over a request. An engine that no longer works says so to the ticket.
+    pub fn submit(&self, place: Place, request: Request) -> Ticket {
+        let (updates, receiver) = channel::unbounded_channel();
+        let is_cancelled = Arc::new(AtomicBool::new(false));
+        let client = Client { request, updates, is_cancelled: is_cancelled.clone(), _place: place };
+        if let Some(clients) = &*self.clients() {
+            // Without a thread, the ticket's channel closes.
+            let _ = clients.send(client);
+        }
+        Ticket {
+            updates: receiver,
+            lost: self.state.lost.subscribe(),
+            state: self.state.clone(),
+            is_cancelled,
+            is_done: false,
+        }
     }
 }
 
 impl Drop for Engine {
     fn drop(&mut self) {
-        self.clients = None;
-        if let Some(thread) = self.thread.take() {
+        *self.clients() = None;
+        // A device that hangs would hang the caller too.
+        if self.lost().is_none()
+            && let Some(thread) = self.thread.take()
+        {
             // It reports its errors to clients, and has nothing to return.
             let _ = thread.join();
         }
     }
 }
 
-/// Runs requests until nobody can send any more.
-fn work(mut batch: Batch, arriving: &mpsc::Receiver<Client>, load: &AtomicUsize) {
-    let mut open: Vec<(RequestId, UnboundedSender<Update>)> = Vec::new();
+/// A request on the thread.
+struct Open {
+    updates: channel::UnboundedSender<Update>,
+    is_cancelled: Arc<AtomicBool>,
+    is_running: bool,
+    _place: Place,
+}
+
+/// Says that the thread ended, however it ends.
+struct Ending<'a>(&'a State);
+
+impl Drop for Ending<'_> {
+    fn drop(&mut self) {
+        self.0.lose("its thread ended".into());
+    }
+}
+
+/// Runs requests until nobody can send any more, or the device fails.
+fn work(mut batch: Batch, arriving: &mpsc::Receiver<Client>, state: &State) {
+    let _ending = Ending(state);
+    let mut open: HashMap<RequestId, Open> = HashMap::new();
     loop {
         // With nothing to do, wait for a request; else take those that are there.
         if open.is_empty() {
             let Ok(client) = arriving.recv() else { return };
-            accept(client, &mut batch, &mut open, load);
+            accept(client, &mut batch, &mut open);
         }
         loop {
             match arriving.try_recv() {
-                Ok(client) => accept(client, &mut batch, &mut open, load),
+                Ok(client) => accept(client, &mut batch, &mut open),
                 Err(mpsc::TryRecvError::Empty) => break,
+                // Those that it has are still served.
+                Err(mpsc::TryRecvError::Disconnected) if !open.is_empty() => break,
                 Err(mpsc::TryRecvError::Disconnected) => return,
             }
         }
-        // Clients that went away.
-        open.retain(|(id, updates)| {
-            let is_gone = updates.is_closed();
-            if is_gone {
-                load.fetch_sub(1, Ordering::Relaxed);
-                // Only a session that lost a sequence fails here, and then every step does.
-                let _ = batch.cancel(*id);
+        // A request to stop came from somebody who is about to leave.
+        state.cancel.resume();
+        open.retain(|id, client| {
+            if !client.is_cancelled.load(Relaxed) {
+                return true;
             }
-            !is_gone
+            let update = batch.cancel(*id).map_or(Update::Failed(Error::Cancelled), |g| Update::Done(Box::new(g)));
+            // Whoever has left needs no answer.
+            let _ = client.updates.send(update);
+            false
         });
-        // Its error was told to every request that ran.
-        let _ = batch.step(&mut |id, event| {
-            let Some(place) = open.iter().position(|(open, _)| *open == id) else { return };
+        state.step_ms.store(state.now_ms(), Relaxed);
+        let stepped = batch.step(&mut |id, event| {
+            let Some(client) = open.get_mut(&id) else { return };
             let (update, is_last) = match event {
-                Event::Text(text) => (Update::Text(text.to_owned()), false),
+                Event::Began => {
+                    client.is_running = true;
+                    (Update::Began, false)
+                }
+                Event::Tokens { tokens, logprobs, text } => {
+                    let (tokens, logprobs) = (tokens.to_vec(), logprobs.to_vec());
+                    (Update::Tokens { tokens, logprobs, text: text.to_owned() }, false)
+                }
                 Event::Done(generation) => (Update::Done(Box::new(generation)), true),
                 Event::Failed(error) => (Update::Failed(error), true),
                 _ => return,
             };
-            // A client that went away meanwhile is noticed before the next step.
-            let _ = open[place].1.send(update);
+            // A client that left meanwhile is noticed before the next step.
+            let _ = client.updates.send(update);
             if is_last {
-                load.fetch_sub(1, Ordering::Relaxed);
-                open.swap_remove(place);
+                open.remove(&id);
             }
         });
+        state.step_ms.store(0, Relaxed);
+        state.running.store(open.values().filter(|client| client.is_running).count(), Relaxed);
+        match stepped {
+            Ok(_) | Err(Error::Cancelled) if state.lost.borrow().is_none() => {}
+            Ok(_) => return,
+            Err(error) => return state.lose(error.to_string()),
+        }
     }
 }
 
-fn accept(
-    client: Client,
-    batch: &mut Batch,
-    open: &mut Vec<(RequestId, UnboundedSender<Update>)>,
-    load: &AtomicUsize,
-) {
-    let Client { request, updates } = client;
+fn accept(client: Client, batch: &mut Batch, open: &mut HashMap<RequestId, Open>) {
+    let Client { request, updates, is_cancelled, _place } = client;
     match batch.add(request) {
-        Ok(id) => open.push((id, updates)),
-        Err(error) => {
-            load.fetch_sub(1, Ordering::Relaxed);
-            // A client that went away needs no answer.
-            let _ = updates.send(Update::Failed(error));
-        }
+        Ok(id) => _ = open.insert(id, Open { updates, is_cancelled, is_running: false, _place }),
+        // A client that left needs no answer.
+        Err(error) => _ = updates.send(Update::Failed(error)),
     }
 }

@@ -1,41 +1,181 @@
 //! Models of this process over HTTP, with OpenAI's interface.
 //!
-//! An [`Engine`] runs the requests of one model on one backend, on a thread of its own. [`Server`] gives engines names and answers
-//! HTTP requests: `api` reads them and writes the answers.
+//! A [`Server`] has models by name. A model runs on one or more devices: `replica` is a model on a device, `engine` the thread that runs
+//! it, `model` chooses the replica of a request and moves the request on if that one fails. `registry` makes models of a [`Config`],
+//! `memory` is what all that is loaded may take. `api` reads HTTP requests and writes the answers.
 #![deny(unsafe_code)]
 
 mod api;
+mod config;
 mod engine;
+mod memory;
+mod model;
+mod registry;
+mod replica;
 
-use std::collections::BTreeMap;
 use std::future::Future;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
 
 use axum::Router;
+use halite::{Error, Model};
 use tokio::net::TcpListener;
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 
-pub use engine::{Engine, EngineOptions, Refused, Ticket, Update};
+pub use config::{
+    AdapterConfig, Config, ConfigError, ModelConfig, ReplicaConfig, RouteConfig, TargetConfig,
+};
+pub use engine::{Refused, Update};
+pub use model::{Hosted, ModelOptions, Policy};
+pub use registry::Machine;
+pub use replica::{Device, OpenDevice};
 
-/// Engines by the names under which clients know them.
-#[derive(Debug, Default, Clone)]
+use memory::Memory;
+use registry::Registry;
+
+/// How often steps are looked at.
+const WATCH: Duration = Duration::from_millis(100);
+
+/// Models by the names under which clients know them.
+#[derive(Clone)]
 pub struct Server {
-    engines: BTreeMap<String, Arc<Engine>>,
+    shared: Arc<Shared>,
+}
+
+/// What all requests see.
+struct Shared {
+    registry: RwLock<Arc<Registry>>,
+    memory: Arc<Memory>,
+    machine: Option<Arc<dyn Machine>>,
+    drain: Duration,
+    probe: Duration,
+    /// It takes no more requests.
+    is_draining: AtomicBool,
+}
+
+impl std::fmt::Debug for Server {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Server").field("registry", &self.shared.registry()).finish_non_exhaustive()
+    }
+}
+
+impl Shared {
+    fn registry(&self) -> Arc<Registry> {
+        self.registry.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn set_registry(&self, registry: Registry) {
+        *self.registry.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(registry);
+    }
+}
+
+impl Default for Server {
+    /// Without models.
+    fn default() -> Server {
+        Server::with(&Config::default(), None).unwrap_or_else(|_| unreachable!("the default has no wrong values"))
+    }
 }
 
 impl Server {
-    /// Adds an engine, instead of one of the same name.
-    #[must_use]
-    pub fn model(mut self, name: &str, engine: Engine) -> Server {
-        self.engines.insert(name.to_owned(), Arc::new(engine));
-        self
+    fn with(config: &Config, machine: Option<Arc<dyn Machine>>) -> Result<Server, ConfigError> {
+        let memory = Memory::new(config.memory_mb.map(|mb| mb.saturating_mul(1_000_000)));
+        let shared = Shared {
+            registry: RwLock::default(),
+            memory,
+            machine,
+            drain: config::seconds("drain_s", config.drain_s, 30.0)?,
+            probe: config::seconds("probe_s", config.probe_s, 30.0)?,
+            is_draining: AtomicBool::new(false),
+        };
+        Ok(Server { shared: Arc::new(shared) })
     }
 
-    /// The HTTP service.
-    pub fn router(self) -> Router {
-        api::router(self.engines)
+    /// The models of a configuration. None is loaded yet.
+    ///
+    /// # Errors
+    /// [`ConfigError`] for values that are wrong, and models that cannot be opened.
+    pub fn new(config: &Config, machine: Arc<dyn Machine>) -> Result<Server, ConfigError> {
+        let server = Server::with(config, Some(machine))?;
+        server.reload(config)?;
+        Ok(server)
     }
 
-    /// Answers requests on a socket until `stop`, and then until the answers that began are complete.
+    /// Takes the models of another configuration. Those that have not changed stay loaded; requests of others end where they began.
+    /// What is not about models stays as it is.
+    ///
+    /// # Errors
+    /// As [`Server::new`]; the server then stays as it is.
+    pub fn reload(&self, config: &Config) -> Result<(), ConfigError> {
+        let Some(machine) = &self.shared.machine else {
+            return Err(ConfigError::value("configuration", "a server that was made of one", "another"));
+        };
+        let old = self.shared.registry();
+        self.shared.set_registry(Registry::of(config, machine, &self.shared.memory, &old)?);
+        Ok(())
+    }
+
+    /// Adds a model on some devices, instead of one of the same name.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] for a model without a vocabulary, [`Error::Template`] for a template that is malformed.
+    pub fn model(
+        self,
+        name: &str,
+        model: &Arc<Model>,
+        devices: Vec<Device>,
+        options: &ModelOptions,
+    ) -> Result<Server, Error> {
+        let hosted = Hosted::new(name, model, devices, options, &self.shared.memory)?;
+        let mut registry = Registry::clone(&self.shared.registry());
+        registry.insert(hosted);
+        self.shared.set_registry(registry);
+        Ok(self)
+    }
+
+    /// The names of its models.
+    pub fn names(&self) -> Vec<String> {
+        self.shared.registry().names().map(str::to_owned).collect()
+    }
+
+    /// Loads the models that are to be loaded at the start.
+    ///
+    /// # Errors
+    /// The first model that could not be loaded, and why.
+    pub async fn load(&self) -> Result<(), (String, Refused)> {
+        for hosted in self.shared.registry().preloaded() {
+            hosted.load().await.map_err(|refused| (hosted.name().to_owned(), refused))?;
+        }
+        Ok(())
+    }
+
+    /// The HTTP service. [`Server::watch`] must run beside it.
+    pub fn router(&self) -> Router {
+        api::router(&self.shared)
+    }
+
+    /// Watches over the replicas for ever: takes out those that hang or fail their health probe, and tries them again later.
+    pub async fn watch(self) {
+        let mut tick = interval(WATCH);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut probed = Instant::now();
+        loop {
+            tick.tick().await;
+            let registry = self.shared.registry();
+            registry.models().for_each(|hosted| hosted.check_steps());
+            if probed.elapsed() >= self.shared.probe {
+                probed = Instant::now();
+                // Beside this loop: a probe may hang.
+                tokio::spawn(async move {
+                    for hosted in registry.models() {
+                        hosted.check_health().await;
+                    }
+                });
+            }
+        }
+    }
+
+    /// Answers requests on a socket until `stop`, and then until the answers that began are complete, or time is up.
     ///
     /// # Errors
     /// Errors of the socket.
@@ -44,6 +184,24 @@ impl Server {
         listener: TcpListener,
         stop: impl Future<Output = ()> + Send + 'static,
     ) -> std::io::Result<()> {
-        axum::serve(listener, self.router()).with_graceful_shutdown(stop).await
+        let watch = tokio::spawn(self.clone().watch());
+        let draining = Arc::new(tokio::sync::Notify::new());
+        let (shared, drains) = (self.shared.clone(), draining.clone());
+        let stop = async move {
+            stop.await;
+            shared.is_draining.store(true, Relaxed);
+            drains.notify_one();
+        };
+        let served = axum::serve(listener, self.router()).with_graceful_shutdown(stop);
+        let late = async {
+            draining.notified().await;
+            sleep(self.shared.drain).await;
+        };
+        let result = tokio::select! {
+            served = std::future::IntoFuture::into_future(served) => served,
+            () = late => Ok(()),
+        };
+        watch.abort();
+        result
     }
 }

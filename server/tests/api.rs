@@ -9,26 +9,32 @@ use axum::response::Response;
 use halite::backend::cpu::Cpu;
 use halite::map::Source;
 use halite::{Backend, Model, SessionOptions};
-use halite_server::{Engine, EngineOptions, Server};
+use halite_server::{Device, ModelOptions, Server};
 use serde_json::{Value, json};
 use tower::ServiceExt;
 
-fn engine(slots: u32, queue: usize, template: Option<&str>) -> Engine {
-    let model = Arc::new(Model::from_source(Source::from_static("built-in", halite_models::AUSTEN)).unwrap());
-    let backend: Arc<dyn Backend> = Arc::new(Cpu::with_threads(2).unwrap());
-    let mut options =
-        EngineOptions::new(SessionOptions::default().context(2048).cache_positions(4096).batch(64), slots);
+fn options(slots: u32, queue: usize, template: Option<&str>) -> ModelOptions {
+    let session = SessionOptions::default().context(2048).cache_positions(4096).batch(64);
+    let mut options = ModelOptions::new(session, slots);
     options.queue = queue;
     options.template = template.map(str::to_owned);
-    Engine::new(&model, &backend, &options).unwrap()
+    options
+}
+
+fn cpu() -> Device {
+    let open = || Ok(Arc::new(Cpu::with_threads(2)?) as Arc<dyn Backend>);
+    Device { name: "cpu".into(), open: Arc::new(open), weight: 1.0 }
 }
 
 /// A chat of the built-in model, which has no template of its own.
 const TEMPLATE: &str = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}";
 
 fn service(slots: u32, queue: usize) -> Router {
-    let chat = engine(slots, queue, Some(TEMPLATE));
-    Server::default().model("austen", engine(slots, queue, None)).model("chat", chat).router()
+    let model = Arc::new(Model::from_source(Source::from_static("built-in", halite_models::AUSTEN)).unwrap());
+    let add = |server: Server, name, template| {
+        server.model(name, &model, vec![cpu()], &options(slots, queue, template)).unwrap()
+    };
+    add(add(Server::default(), "austen", None), "chat", Some(TEMPLATE)).router()
 }
 
 async fn call(service: &Router, method: &str, path: &str, body: &str) -> Response {
@@ -168,6 +174,48 @@ async fn a_chat_and_its_stream_are_the_same_answer() {
 }
 
 #[tokio::test]
+async fn tokens_are_told_with_their_probabilities() {
+    let service = service(2, 4);
+    let mut body = greedy("She", 6);
+    body["logprobs"] = json!(3);
+    let (_, answer) = post(&service, "/v1/completions", body.clone()).await;
+    let choice = &answer["choices"][0];
+    let logprobs = &choice["logprobs"];
+    let tokens: Vec<&str> =
+        logprobs["tokens"].as_array().unwrap().iter().map(|token| token.as_str().unwrap()).collect();
+    assert_eq!(tokens.concat(), choice["text"].as_str().unwrap());
+    for (i, token) in tokens.iter().enumerate() {
+        let top = logprobs["top_logprobs"][i].as_object().unwrap();
+        // The choice was the most likely one.
+        let best = top.values().map(|p| p.as_f64().unwrap()).fold(f64::NEG_INFINITY, f64::max);
+        assert_eq!((top.len(), top[*token].as_f64().unwrap()), (3, best));
+        assert!(best < 0.0);
+    }
+    // The same in a chat and in its stream.
+    let mut body = json!({
+        "model": "chat", "messages": [{ "role": "user", "content": "Hm?" }], "max_tokens": 5, "temperature": 0,
+        "logprobs": true, "top_logprobs": 2,
+    });
+    let (_, answer) = post(&service, "/v1/chat/completions", body.clone()).await;
+    let content = answer["choices"][0]["logprobs"]["content"].as_array().unwrap().clone();
+    assert_eq!(content.len(), 5);
+    assert_eq!(content[0]["top_logprobs"][0]["token"], content[0]["token"]);
+    body["stream"] = json!(true);
+    let mut streamed = Vec::new();
+    for event in events(&service, "/v1/chat/completions", body).await.iter().filter(|event| *event != "[DONE]") {
+        let event: Value = serde_json::from_str(event).unwrap();
+        streamed.extend(event["choices"][0]["logprobs"]["content"].as_array().into_iter().flatten().cloned());
+    }
+    assert_eq!(streamed, content);
+    // A bias against the first choice.
+    let (_, ids) = post(&service, "/tokenize", json!({ "model": "austen", "content": tokens[0] })).await;
+    let mut body = greedy("She", 1);
+    body["logit_bias"] = ids["tokens"].as_array().unwrap().iter().map(|id| (id.to_string(), json!(-100))).collect();
+    let (_, other) = post(&service, "/v1/completions", body).await;
+    assert_ne!(other["choices"][0]["text"], tokens[0]);
+}
+
+#[tokio::test]
 async fn a_schema_holds() {
     let service = service(2, 4);
     let schema = json!({
@@ -206,7 +254,7 @@ async fn what_is_wrong_is_said_in_openais_form() {
             "",
             "temperature",
         ),
-        ("/v1/completions", json!({ "model": "austen", "prompt": "a", "n": 1000 }), 400, "", "1 to 16"),
+        ("/v1/completions", json!({ "model": "austen", "prompt": "a", "n": 1000 }), 400, "", "1 to 2"),
         (
             "/v1/completions",
             json!({ "model": "austen", "prompt": "a", "stop": "x".repeat(2000) }),
@@ -214,7 +262,9 @@ async fn what_is_wrong_is_said_in_openais_form() {
             "",
             "stop",
         ),
-        ("/v1/completions", json!({ "model": "austen", "prompt": "a", "logprobs": 5 }), 400, "", "logprobs"),
+        ("/v1/completions", json!({ "model": "austen", "prompt": "a", "logprobs": 50 }), 400, "", "logprobs"),
+        ("/v1/completions", json!({ "model": "austen", "prompt": "a", "logit_bias": { "x": 1 } }), 400, "", "bias"),
+        ("/v1/completions", json!({ "model": "austen", "prompt": "a", "suffix": "b" }), 400, "", "suffix"),
         (
             "/v1/completions",
             json!({ "model": "austen", "prompt": "a ".repeat(4000) }),

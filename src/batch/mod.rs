@@ -9,11 +9,17 @@ use std::collections::VecDeque;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
+use crate::cost::{self, Extent};
 use crate::error::{Error, Result};
-use crate::generate::{Constraint, Decoding, GenerateOptions, Generation, Stream};
+use crate::clock::Instant;
+use crate::generate::{Constraint, Decoding, Finish, GenerateOptions, Generation, Stream};
+use crate::sampler::Logprobs;
 use crate::session::{MAX_RUNS, OutputKind, Run, SequenceId, Session};
 use crate::tokenizer::Tokenizer;
 use schedule::{Entry, Limits, Memory, Part};
+
+/// Tokens of a prompt for which a request waits until another one has computed them.
+const WORTH_WAITING: usize = 8;
 
 /// A number for a request of a [`Batch`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -28,6 +34,9 @@ pub struct Request {
     pub options: GenerateOptions,
     /// Constrains the tokens.
     pub constraint: Option<Box<dyn Constraint + Send>>,
+    /// Tokens that another session already generated for this request, with the same prompt and options. The text goes on after
+    /// them as it would have gone on there; their events come again.
+    pub resumed: Vec<u32>,
     /// Requests of different tenants do not share KV pages, so that none can find out another's prompts by the time that its own take.
     pub tenant: u64,
     /// Requests of a larger priority go first.
@@ -37,13 +46,15 @@ pub struct Request {
 impl Request {
     /// A request with default options.
     pub fn new(prompt: Vec<u32>) -> Request {
-        Request { prompt, options: GenerateOptions::default(), constraint: None, tenant: 0, priority: 0 }
+        let (options, resumed) = Default::default();
+        Request { prompt, options, constraint: None, resumed, tenant: 0, priority: 0 }
     }
 }
 
 crate::setters!(Request {
     options: GenerateOptions,
     constraint: impl Into<Option<Box<dyn Constraint + Send>>>,
+    resumed: Vec<u32>,
     tenant: u64,
     priority: i32,
 });
@@ -61,8 +72,17 @@ impl std::fmt::Debug for Request {
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Event<'a> {
-    /// Whole characters of the text, as they appear.
-    Text(&'a str),
+    /// It was given a sequence, and no longer waits.
+    Began,
+    /// Tokens were chosen.
+    Tokens {
+        /// The tokens: one, or more with a draft; none if this is the rest of the text.
+        tokens: &'a [u32],
+        /// How likely each was, if the options ask for it.
+        logprobs: &'a [Logprobs],
+        /// The text that is complete by now, in whole characters. It may be empty.
+        text: &'a str,
+    },
     /// The request is done.
     Done(Generation),
     /// The request failed. Others go on.
@@ -77,6 +97,10 @@ pub struct Batch {
     prefill: u32,
     /// Sequences that may exist at once.
     slots: usize,
+    /// Bytes of weights that a step of a token reads.
+    weight_bytes: u64,
+    /// When the last step ended: what is held is held since then.
+    since: Instant,
     last_id: u64,
     waiting: VecDeque<(RequestId, Request)>,
     running: Vec<Running>,
@@ -95,6 +119,14 @@ struct Running {
 struct Kept {
     sequence: SequenceId,
     tenant: u64,
+}
+
+/// A sequence that a prompt may begin with.
+#[derive(Clone, Copy)]
+enum Held {
+    /// An index of those that are kept.
+    Kept(usize),
+    Running(SequenceId),
 }
 
 impl Running {
@@ -125,6 +157,13 @@ struct Cache<'a> {
 }
 
 impl Memory for Cache<'_> {
+    fn fits(&mut self, entry: usize, tokens: u32) -> bool {
+        let reserved = self.reserved.len();
+        let fits = self.reserve(entry, tokens);
+        self.reserved.truncate(reserved);
+        fits
+    }
+
     fn reserve(&mut self, entry: usize, tokens: u32) -> bool {
         let sequence = self.sequences[entry];
         // A text that is too long ends in this step, without a run.
@@ -162,11 +201,15 @@ impl Batch {
     pub fn new(session: Session, tokenizer: Arc<Tokenizer>) -> Batch {
         let slots = (session.outputs() as usize).min(session.sequences() as usize).clamp(1, MAX_RUNS);
         let prefill = session.batch().div_ceil(4);
+        let one = Extent { start: 0, tokens: 1, outputs: 1 };
+        let weight_bytes = cost::step(session.program(), &[one]).weight_bytes;
         Batch {
             session,
             tokenizer,
             prefill,
             slots,
+            weight_bytes,
+            since: Instant::now(),
             last_id: 0,
             waiting: VecDeque::new(),
             running: Vec::new(),
@@ -179,6 +222,11 @@ impl Batch {
     pub fn prefill(mut self, tokens: u32) -> Batch {
         self.prefill = tokens.max(1);
         self
+    }
+
+    /// Returns the session. Requests that are not done are gone; their sequences stay.
+    pub fn into_session(self) -> Session {
+        self.session
     }
 
     /// The session.
@@ -194,7 +242,8 @@ impl Batch {
     /// Adds a request.
     ///
     /// # Errors
-    /// [`Error::Argument`] for an empty prompt or a token beyond the vocabulary, [`Error::ContextFull`] for a prompt that leaves no room for a token.
+    /// [`Error::Argument`] for an empty prompt or a token beyond the vocabulary, [`Error::ContextFull`] for a prompt that leaves no
+    /// room for a token.
     pub fn add(&mut self, request: Request) -> Result<RequestId> {
         if request.prompt.is_empty() {
             return Err(Error::argument("prompt", "text of at least one token", "none"));
@@ -213,26 +262,29 @@ impl Batch {
         Ok(id)
     }
 
-    /// Ends a request without a further event; nothing if it has ended.
-    ///
-    /// # Errors
-    /// [`Error::Argument`] if the session lacks its sequence, which is a fault of this library.
-    pub fn cancel(&mut self, id: RequestId) -> Result<()> {
+    /// Ends a request without a further event. Returns what it has so far, if it runs.
+    pub fn cancel(&mut self, id: RequestId) -> Option<Generation> {
         self.waiting.retain(|(waiting, _)| *waiting != id);
-        let Some(place) = self.running.iter().position(|running| running.id == id) else { return Ok(()) };
+        let place = self.running.iter().position(|running| running.id == id)?;
         let running = self.running.remove(place);
         self.keep(&running.stream, running.tenant);
-        Ok(())
+        Some(Generation { finish: Finish::Cancelled, ..running.stream.into_generation() })
     }
 
     /// Runs a step, and tells what happened to its requests. Returns whether there is more to do.
     ///
     /// # Errors
+    /// [`Error::Cancelled`] if the session's [`Session::cancel_handle`] stopped the step: nothing changed, and the next step does its work.
     /// Errors of the backend, after which every running request has failed.
     pub fn step(&mut self, on_event: &mut dyn FnMut(RequestId, Event<'_>)) -> Result<bool> {
+        if self.running.is_empty() {
+            self.since = Instant::now();
+        }
         self.admit(on_event);
         let ran = self.try_step(on_event);
-        if let Err(error) = &ran {
+        if let Err(error) = &ran
+            && !matches!(error, Error::Cancelled)
+        {
             for running in self.running.drain(..) {
                 // The error that counts is told; a session that lost this sequence has no pages of it.
                 let _ = self.session.remove(running.stream.sequence());
@@ -253,55 +305,108 @@ impl Batch {
         self.run(&parts, on_event)
     }
 
-    /// Gives waiting requests sequences, as long as there are some.
+    /// Gives waiting requests sequences, as long as there are some: to those of a larger priority first, then to tenants with fewer
+    /// running ones, then in the order of arrival.
     fn admit(&mut self, on_event: &mut dyn FnMut(RequestId, Event<'_>)) {
         while self.running.len() < self.slots {
-            let first = (0..self.waiting.len()).min_by_key(|&i| (-i64::from(self.waiting[i].1.priority), i));
-            let Some((id, request)) = first.and_then(|i| self.waiting.remove(i)) else { return };
-            let Request { prompt, options, constraint, tenant, priority } = request;
-            let started = self.sequence_for(&prompt, tenant).and_then(|sequence| {
-                Stream::new(&mut self.session, sequence, &prompt, &options)
-                    .inspect_err(|_| _ = self.session.remove(sequence))
-            });
-            match started {
-                Ok(stream) => self.running.push(Running { id, tenant, priority, stream, constraint }),
+            let of = |tenant: u64| self.running.iter().filter(|running| running.tenant == tenant).count();
+            let rank = |(i, (_, request)): &(usize, &(RequestId, Request))| {
+                (-i64::from(request.priority), of(request.tenant), *i)
+            };
+            let ready = self.waiting.iter().enumerate().filter(|(_, (_, request))| !self.is_begun(request));
+            let Some((first, _)) = ready.min_by_key(rank) else { return };
+            let Some((id, request)) = self.waiting.remove(first) else { return };
+            match self.start(id, request, on_event) {
+                Ok(None) => {}
+                Ok(Some(generation)) => on_event(id, Event::Done(generation)),
                 Err(error) => on_event(id, Event::Failed(error)),
             }
         }
     }
 
+    /// Whether a prompt that runs begins like this one, and more of it will be there once it has run: then it pays to wait.
+    fn is_begun(&self, request: &Request) -> bool {
+        let longest = self.best(&request.prompt, request.tenant).map_or(0, |(common, _)| common);
+        self.running.iter().filter(|running| running.tenant == request.tenant).any(|running| {
+            let (have, want) = (running.stream.prompt(), &request.prompt);
+            let common = have.iter().zip(want).take_while(|(a, b)| a == b).count();
+            let is_under_way = running.stream.pending(&self.session).is_ok_and(|pending| pending > 1);
+            is_under_way && common >= longest + WORTH_WAITING
+        })
+    }
+
+    /// Starts a request. Returns its result if it is complete already.
+    fn start(
+        &mut self,
+        id: RequestId,
+        request: Request,
+        on_event: &mut dyn FnMut(RequestId, Event<'_>),
+    ) -> Result<Option<Generation>> {
+        let Request { prompt, options, mut constraint, resumed, tenant, priority } = request;
+        let sequence = self.sequence_for(&prompt, tenant)?;
+        let started = Stream::new(&mut self.session, sequence, &prompt, &options);
+        let mut stream = started.inspect_err(|_| _ = self.session.remove(sequence))?;
+        on_event(id, Event::Began);
+        let mut goes_on = Ok(true);
+        for token in resumed {
+            if !matches!(goes_on, Ok(true)) {
+                break;
+            }
+            let mut decoding = Running::decoding(&mut constraint);
+            let mut text = String::new();
+            goes_on = stream.replay(token, &self.tokenizer, &mut decoding, &mut |piece| {
+                text.push_str(piece);
+                ControlFlow::Continue(())
+            });
+            on_event(id, Event::Tokens { tokens: &[token], logprobs: &[], text: &text });
+        }
+        match goes_on {
+            Ok(true) => {
+                self.running.push(Running { id, tenant, priority, stream, constraint });
+                Ok(None)
+            }
+            ended => {
+                self.keep(&stream, tenant);
+                ended.map(|_| Some(stream.into_generation()))
+            }
+        }
+    }
+
+    /// The sequence that has most of a prompt, and how much.
+    fn best(&self, prompt: &[u32], tenant: u64) -> Option<(usize, Held)> {
+        let common = |of: SequenceId| self.session.reusable(of, prompt).unwrap_or(0);
+        let kept = self.kept.iter().enumerate().filter(|(_, kept)| kept.tenant == tenant);
+        let kept = kept.map(|(i, kept)| (common(kept.sequence), Held::Kept(i)));
+        let running = self.running.iter().filter(|running| running.tenant == tenant);
+        let running = running.map(|running| running.stream.sequence());
+        let running = running.map(|sequence| (common(sequence), Held::Running(sequence)));
+        // Of equals the one that is kept: it may be taken whole.
+        running.chain(kept).filter(|(common, _)| *common > 0).max_by_key(|(common, _)| *common)
+    }
+
     /// Returns a sequence that has as much of the prompt as possible.
     fn sequence_for(&mut self, prompt: &[u32], tenant: u64) -> Result<SequenceId> {
-        let common = |of: SequenceId| {
-            let tokens = self.session.tokens(of).unwrap_or_default();
-            tokens.iter().zip(prompt).take_while(|(a, b)| a == b).count()
-        };
-        let kept = self.kept.iter().enumerate().filter(|(_, kept)| kept.tenant == tenant);
-        let best_kept = kept.map(|(i, kept)| (common(kept.sequence), i)).max();
-        let running = self.running.iter().filter(|running| running.tenant == tenant);
-        let best = running
-            .map(|running| (common(running.stream.sequence()), running.stream.sequence()))
-            .max_by_key(|(n, _)| *n);
         let needs_slot = self.running.len() + self.kept.len() >= self.slots;
-        if let Some((n, i)) = best_kept.filter(|(n, _)| *n > 0 && best.is_none_or(|(m, _)| *n >= m)) {
-            let all = self.session.tokens(self.kept[i].sequence)?.len();
-            // One that goes on where it ends, as chats do, or the last slot.
-            if (n == all || needs_slot)
-                && let Some(kept) = self.kept.remove(i)
-            {
+        let best = self.best(prompt, tenant);
+        if let Some((common, Held::Kept(i))) = best
+            && let Some(kept) = self.kept.remove(i)
+        {
+            // One that goes on where it ends, as chats do, or the only one that can go.
+            if common == self.session.tokens(kept.sequence)?.len() || (needs_slot && self.kept.is_empty()) {
                 return Ok(kept.sequence);
             }
-            let sequence = self.session.fork(self.kept[i].sequence)?;
             // Used now, so the last to go.
-            let used = self.kept.remove(i);
-            self.kept.extend(used);
-            return Ok(sequence);
+            self.kept.push_back(kept);
         }
+        let of = best.map(|(_, held)| match held {
+            Held::Kept(_) => self.kept.back().map(|kept| kept.sequence),
+            Held::Running(sequence) => Some(sequence),
+        });
         if needs_slot && let Some(oldest) = self.kept.pop_front() {
             self.session.remove(oldest.sequence)?;
         }
-        match best.filter(|(n, _)| *n > 0) {
-            Some((_, of)) => self.session.fork(of),
+        match of.flatten() {
+            Some(of) => self.session.fork(of),
             None => Ok(self.session.add_sequence()),
         }
     }
@@ -391,14 +496,24 @@ impl Batch {
     ) -> Result<()> {
         let device = self.session.last_timing().map_or_else(Default::default, |timing| timing.elapsed);
         let device = device / runs.max(1) as u32;
+        let weight_bytes = self.weight_bytes / runs.max(1) as u64;
+        let (before, now) = (self.since, Instant::now());
+        self.since = now;
         let mut output = 0;
         let mut ended: Vec<(usize, Option<Error>)> = Vec::new();
+        let mut text = String::new();
         for (place, (running, outcome)) in self.running.iter_mut().zip(outcomes).enumerate() {
             let id = running.id;
-            let mut on_text = |text: &str| {
-                on_event(id, Event::Text(text));
+            let held_bytes = self.session.held_bytes(running.stream.sequence())?;
+            let ran = matches!(outcome, Some(Ok(())));
+            let read_bytes = if ran { weight_bytes.saturating_add(held_bytes) } else { 0 };
+            running.stream.used(read_bytes, held_bytes, now.saturating_duration_since(before));
+            text.clear();
+            let mut on_text = |piece: &str| {
+                text.push_str(piece);
                 ControlFlow::Continue(())
             };
+            let had = running.stream.generation().tokens.len();
             let goes_on = match outcome {
                 None => Ok(true),
                 Some(Ok(())) => {
@@ -421,6 +536,13 @@ impl Batch {
                 }
                 Some(Err(error)) => running.stream.fail(error, &mut on_text).map(|()| false),
             };
+            let generation = running.stream.generation();
+            let tokens = generation.tokens.get(had..).unwrap_or_default();
+            let logprobs = generation.logprobs.len().saturating_sub(tokens.len());
+            let logprobs = generation.logprobs.get(logprobs..).unwrap_or_default();
+            if !tokens.is_empty() || !text.is_empty() {
+                on_event(id, Event::Tokens { tokens, logprobs, text: &text });
+            }
             match goes_on {
                 Ok(true) => {}
                 Ok(false) => ended.push((place, None)),

@@ -30,6 +30,9 @@ pub trait Memory {
     /// was room.
     fn reserve(&mut self, entry: usize, tokens: u32) -> bool;
 
+    /// Whether there is room for so many tokens of an entry; evicts as [`Memory::reserve`].
+    fn fits(&mut self, entry: usize, tokens: u32) -> bool;
+
     /// Frees the memory of an entry. All its tokens are then pending.
     fn preempt(&mut self, entry: usize);
 }
@@ -45,7 +48,8 @@ pub struct Part {
 
 /// Plans a step. Text that is being generated goes on first, one token for each entry; prompts share the rest in the order of
 /// priority and arrival. Where room lacks for text, entries behind it lose theirs, the last one first. Where room lacks for
-/// every prompt, the last one that has some loses it. So the first entry always gets further.
+/// every prompt, the last one that has some loses it. So the first entry always gets further. A prompt begins once there is room for all of
+/// it, or nobody else has any: one that lost its room does not take it back page by page, to lose it again.
 pub fn plan(limits: Limits, entries: &[Entry], memory: &mut dyn Memory) -> Vec<Part> {
     let mut order: Vec<usize> = (0..entries.len()).collect();
     order.sort_by_key(|&i| (std::cmp::Reverse(entries[i].priority), entries[i].arrival));
@@ -76,7 +80,12 @@ pub fn plan(limits: Limits, entries: &[Entry], memory: &mut dyn Memory) -> Vec<P
             if entries[entry].pending == 1 || preempted[entry] || left == 0 || parts.len() == runs {
                 continue;
             }
-            let wanted = entries[entry].pending.min(left);
+            let Entry { pending, held, .. } = entries[entry];
+            let is_alone = (0..entries.len()).all(|i| i == entry || !holds[i]);
+            if held == 0 && !is_alone && !memory.fits(entry, pending) {
+                break;
+            }
+            let wanted = pending.min(left);
             let fits = (0..32).map(|halved| wanted >> halved).take_while(|tokens| *tokens > 0);
             let tokens = { fits }.find(|&tokens| memory.reserve(entry, tokens)).unwrap_or(0);
             if tokens > 0 {
@@ -116,6 +125,10 @@ mod tests {
                 self.held[entry] += tokens;
             }
             has_room
+        }
+
+        fn fits(&mut self, _entry: usize, tokens: u32) -> bool {
+            tokens <= self.free
         }
 
         fn preempt(&mut self, entry: usize) {
@@ -166,6 +179,16 @@ mod tests {
         // The first one alone never loses what it has.
         let (parts, held) = planned(0, &[entry(0, 4, 9)]);
         assert_eq!((parts, held), (vec![], vec![9]));
+    }
+
+    #[test]
+    fn a_prompt_begins_once_all_of_it_has_room() {
+        let entries = [entry(0, 1, 9), entry(1, 20, 0)];
+        assert_eq!(planned(20, &entries).0, [(0, 1)]);
+        assert_eq!(planned(21, &entries).0, [(0, 1), (1, 8)]);
+        // Alone it takes what there is; under way it goes on.
+        assert_eq!(planned(5, &entries[1..]).0, [(0, 4)]);
+        assert_eq!(planned(5, &[entry(0, 1, 9), entry(1, 20, 3)]).0, [(0, 1), (1, 4)]);
     }
 
     #[test]

@@ -129,27 +129,56 @@ fn count(value: &serde_json::Value) -> (usize, usize) {
     }
 }
 
+/// The bytes of a tokenizer's tokens, for any number of rules.
+#[derive(Clone)]
+pub struct Vocabulary {
+    tokens: TokEnv,
+    /// A token that no tokenizer has: the end of the text.
+    end: u32,
+}
+
+impl std::fmt::Debug for Vocabulary {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Vocabulary").field("tokens", &self.end).finish()
+    }
+}
+
+impl Vocabulary {
+    /// Reads a tokenizer of any kind: only the tokens' bytes matter.
+    ///
+    /// # Errors
+    /// [`Error::Constraint`] if there is no thread to read it on.
+    pub fn new(tokenizer: &Tokenizer) -> Result<Vocabulary> {
+        let end = tokenizer.len() as u32;
+        let mut words: Vec<Vec<u8>> = (0..end).map(|id| word(tokenizer, id)).collect();
+        words.push(Vec::new());
+        let read = move || -> TokEnv {
+            Arc::new(ApproximateTokEnv::new(TokTrie::from(&TokRxInfo::new(end + 1, end), &words)))
+        };
+        let failed = |detail: String| Error::Constraint(format!("the vocabulary cannot be read: {detail}"));
+        // It recurses as deep as tokens are long.
+        let thread = std::thread::Builder::new().name("vocabulary".into()).stack_size(STACK).spawn(read);
+        let tokens = thread.map_err(|e| failed(e.to_string()))?.join();
+        Ok(Vocabulary { tokens: tokens.map_err(|_| failed("its thread ended".into()))?, end })
+    }
+}
+
 /// A rule that constrains a text.
 pub struct Guide {
-    requests: SyncSender<Request>,
+    tokens: SyncSender<u32>,
     answers: Receiver<Answer>,
     cancel: Option<CancellationHandle>,
     /// The error that ended it.
     failed: Option<String>,
-    mask: SimpleVob,
-}
-
-enum Request {
-    Mask,
-    Accept(u32),
+    /// The tokens that are allowed next, and whether the text may end; `None` while the thread computes them.
+    next: Option<(SimpleVob, bool)>,
 }
 
 enum Reply {
-    /// The vocabulary is read; the rule is next.
-    Vocabulary,
     Built(Option<CancellationHandle>),
-    Mask(SimpleVob, bool),
     Accepted,
+    /// Follows each of the others.
+    Next(SimpleVob, bool),
 }
 
 type Answer = Result<Reply, String>;
@@ -161,62 +190,76 @@ impl std::fmt::Debug for Guide {
 }
 
 impl Guide {
-    /// Compiles a rule for a tokenizer of any kind: only the tokens' bytes matter.
+    /// Compiles a rule for a tokenizer.
     ///
     /// # Errors
     /// [`Error::Constraint`] for a rule that is malformed, cannot be satisfied, or exceeds a limit.
     pub fn new(tokenizer: &Tokenizer, rule: &Rule) -> Result<Guide> {
         let grammar = rule.read().map_err(|message| Error::Constraint(printable(&message)))?;
-        let end = tokenizer.len() as u32;
-        let mut words: Vec<Vec<u8>> = (0..end).map(|id| word(tokenizer, id)).collect();
-        words.push(Vec::new());
-        let (requests, requested) = sync_channel(1);
+        Guide::start(&Vocabulary::new(tokenizer)?, grammar)
+    }
+
+    /// Compiles a rule for a vocabulary that was read before.
+    ///
+    /// # Errors
+    /// As [`Guide::new`].
+    pub fn of(vocabulary: &Vocabulary, rule: &Rule) -> Result<Guide> {
+        Guide::start(vocabulary, rule.read().map_err(|message| Error::Constraint(printable(&message)))?)
+    }
+
+    fn start(vocabulary: &Vocabulary, grammar: TopLevelGrammar) -> Result<Guide> {
+        let (tokens, chosen) = sync_channel(1);
         let (send, answers) = sync_channel(1);
+        let vocabulary = vocabulary.clone();
         std::thread::Builder::new()
             .name("constraint".into())
             .stack_size(STACK)
             .spawn(move || {
-                if let Err(message) = work(&words, grammar, end, &requested, &send) {
+                if let Err(message) = work(&vocabulary, grammar, &chosen, &send) {
                     let _ = send.send(Err(message));
                 }
             })
             .map_err(|e| Error::Constraint(format!("no thread to build it on: {e}")))?;
-        let mut guide = Guide { requests, answers, cancel: None, failed: None, mask: SimpleVob::new() };
-        // The time to read the vocabulary does not count for the rule.
-        while let Reply::Vocabulary = guide.answer(Duration::MAX)? {
-            if let Reply::Built(cancel) = guide.answer(MAX_TIME)? {
-                guide.cancel = cancel;
-                return Ok(guide);
-            }
+        let mut guide = Guide { tokens, answers, cancel: None, failed: None, next: None };
+        match guide.answer()? {
+            Reply::Built(cancel) => guide.cancel = cancel,
+            _ => return Err(guide.fail("the rule was not built".into())),
         }
-        Err(Error::Constraint("the rule was not built".into()))
+        Ok(guide)
+    }
+
+    fn fail(&mut self, message: String) -> Error {
+        self.failed = Some(message.clone());
+        Error::Constraint(message)
     }
 
     /// Returns the next answer. After an error, every answer is that error.
-    fn answer(&mut self, wait: Duration) -> Result<Reply> {
-        let failed = match self.answers.recv_timeout(wait) {
-            Ok(Ok(reply)) => return Ok(reply),
-            Ok(Err(message)) => printable(&message),
-            Err(RecvTimeoutError::Timeout) => format!("takes longer than {MAX_TIME:?}"),
-            Err(RecvTimeoutError::Disconnected) => "the rule's thread ended".into(),
-        };
-        self.failed = Some(failed.clone());
-        Err(Error::Constraint(failed))
-    }
-
-    fn ask(&mut self, request: Request) -> Result<Reply> {
+    fn answer(&mut self) -> Result<Reply> {
         if let Some(failed) = &self.failed {
             return Err(Error::Constraint(failed.clone()));
         }
-        if self.requests.send(request).is_err() {
-            return Err(Error::Constraint("the rule's thread ended".into()));
+        Err(match self.answers.recv_timeout(MAX_TIME) {
+            Ok(Ok(reply)) => return Ok(reply),
+            Ok(Err(message)) => self.fail(printable(&message)),
+            Err(RecvTimeoutError::Timeout) => self.fail(format!("takes longer than {MAX_TIME:?}")),
+            Err(RecvTimeoutError::Disconnected) => self.fail("the rule's thread ended".into()),
+        })
+    }
+
+    /// Waits for the tokens that are allowed next.
+    fn wait(&mut self) -> Result<()> {
+        if self.next.is_none() {
+            match self.answer()? {
+                Reply::Next(tokens, end) => self.next = Some((tokens, end)),
+                _ => return Err(self.fail("the rule's thread answered something else".into())),
+            }
         }
-        self.answer(MAX_TIME)
+        Ok(())
     }
 }
 
 impl Drop for Guide {
-    /// The thread ends by itself, at the next request or check for cancellation.
+    /// The thread ends by itself, at the next token or check for cancellation.
     fn drop(&mut self) {
         if let Some(cancel) = &self.cancel {
             cancel.cancel();
@@ -224,18 +267,15 @@ impl Drop for Guide {
     }
 }
 
-/// Runs a rule's thread.
+/// Runs a rule's thread. It computes what is allowed next while the model runs.
 fn work(
-    words: &[Vec<u8>],
+    vocabulary: &Vocabulary,
     grammar: TopLevelGrammar,
-    end: u32,
-    requests: &Receiver<Request>,
+    tokens: &Receiver<u32>,
     answers: &SyncSender<Answer>,
 ) -> Result<(), String> {
     let answer = |reply| answers.send(Ok(reply)).map_err(|e| e.to_string());
-    let trie = TokTrie::from(&TokRxInfo::new(end + 1, end), words);
-    let env: TokEnv = Arc::new(ApproximateTokEnv::new(trie));
-    let mut factory = ParserFactory::new_simple(&env).map_err(|e| e.to_string())?;
+    let mut factory = ParserFactory::new_simple(&vocabulary.tokens).map_err(|e| e.to_string())?;
     factory.quiet();
     let limits = factory.limits_mut();
     limits.max_grammar_size = MAX_SYMBOLS;
@@ -243,36 +283,34 @@ fn work(
     // Each character is a word of its own in GBNF.
     limits.step_max_items = 1_000_000;
     limits.verbose_errors = false;
-    answer(Reply::Vocabulary)?;
     let mut matcher = Matcher::new(factory.create_parser(grammar)).into_cancellable();
     if let Some(error) = matcher.get_error() {
         return Err(plain(&error));
     }
     answer(Reply::Built(matcher.cancellation_handle()))?;
-    for request in requests {
-        answer(match request {
-            Request::Accept(token) => {
-                matcher.consume_token(token).map_err(|e| plain(&e.to_string()))?;
-                Reply::Accepted
-            }
-            Request::Mask if matcher.is_stopped() => {
-                let reason = matcher.stop_reason();
-                if !reason.is_ok() {
-                    return Err(plain(
-                        &matcher.get_error().unwrap_or_else(|| format!("nothing can follow ({reason})")),
-                    ));
-                }
-                Reply::Mask(SimpleVob::new(), true)
-            }
-            Request::Mask => {
-                let mut mask = matcher.compute_mask().map_err(|e| plain(&e.to_string()))?;
-                let ends = mask.is_allowed(end);
-                mask.disallow_token(end);
-                Reply::Mask(mask, ends)
-            }
-        })?;
+    answer(next(&mut matcher, vocabulary.end)?)?;
+    for token in tokens {
+        matcher.consume_token(token).map_err(|e| plain(&e.to_string()))?;
+        answer(Reply::Accepted)?;
+        answer(next(&mut matcher, vocabulary.end)?)?;
     }
     Ok(())
+}
+
+/// The tokens that are allowed next.
+fn next(matcher: &mut Matcher, end: u32) -> Result<Reply, String> {
+    if !matcher.is_stopped() {
+        let mut tokens = matcher.compute_mask().map_err(|e| plain(&e.to_string()))?;
+        let ends = tokens.is_allowed(end);
+        tokens.disallow_token(end);
+        return Ok(Reply::Next(tokens, ends));
+    }
+    let reason = matcher.stop_reason();
+    if reason.is_ok() {
+        return Ok(Reply::Next(SimpleVob::new(), true));
+    }
+    let error = matcher.get_error().unwrap_or_else(|| format!("nothing can follow ({reason})"));
+    Err(plain(&error))
 }
 
 /// Removes the location in llguidance from an error.
@@ -297,16 +335,21 @@ fn word(tokenizer: &Tokenizer, id: u32) -> Vec<u8> {
 
 impl Constraint for Guide {
     fn allowed(&mut self) -> Result<Allowed<'_>> {
-        match self.ask(Request::Mask)? {
-            Reply::Mask(mask, end) => {
-                self.mask = mask;
-                Ok(Allowed { tokens: self.mask.as_slice(), end })
-            }
-            _ => Err(Error::Constraint("the rule's thread answered something else".into())),
-        }
+        self.wait()?;
+        let (tokens, end) = self.next.as_ref().map_or((&[] as &[u32], false), |(t, end)| (t.as_slice(), *end));
+        Ok(Allowed { tokens, end })
     }
 
     fn accept(&mut self, token: u32) -> Result<()> {
-        self.ask(Request::Accept(token)).map(drop)
+        // What is allowed next comes before the answer to the token.
+        self.wait()?;
+        self.next = None;
+        if self.tokens.send(token).is_err() {
+            return Err(self.fail("the rule's thread ended".into()));
+        }
+        match self.answer()? {
+            Reply::Accepted => Ok(()),
+            _ => Err(self.fail("the rule's thread answered something else".into())),
+        }
     }
 }

@@ -3,6 +3,7 @@
 
 pub mod bert;
 pub mod exercise;
+pub mod faulty;
 pub mod gguf;
 pub mod golden;
 pub mod lora;

@@ -7,6 +7,7 @@ use halite::Error;
 use serde_json::{Value, json};
 
 use crate::engine::Refused;
+use crate::model::Failed;
 
 /// An answer that is an error.
 #[derive(Debug)]
@@ -52,6 +53,11 @@ impl Failure {
         Failure::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", message)
     }
 
+    /// Something that may work later.
+    pub fn unavailable(message: impl Into<String>) -> Failure {
+        Failure::new(StatusCode::SERVICE_UNAVAILABLE, "server_error", message)
+    }
+
     /// The body of the answer.
     pub fn body(&self) -> Value {
         json!({ "error": { "message": self.message, "type": self.kind, "param": self.param, "code": self.code } })
@@ -61,7 +67,7 @@ impl Failure {
 impl IntoResponse for Failure {
     fn into_response(self) -> Response {
         let mut response = (self.status, Json(self.body())).into_response();
-        if self.status == StatusCode::TOO_MANY_REQUESTS {
+        if matches!(self.status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE) {
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
         }
         response
@@ -93,7 +99,18 @@ impl From<Refused> for Failure {
                 code: Some("rate_limit_exceeded"),
                 ..Failure::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", message)
             },
-            Refused::Stopped => Failure::new(StatusCode::SERVICE_UNAVAILABLE, "server_error", message),
+            // What the device says may have paths of this machine.
+            Refused::Down(_) => Failure::unavailable("no device can run the model now; try again later"),
+            Refused::Memory { .. } => Failure::unavailable(message),
+        }
+    }
+}
+
+impl From<Failed> for Failure {
+    fn from(failed: Failed) -> Failure {
+        match failed {
+            Failed::Error(error) => error.into(),
+            Failed::Refused(refused) => refused.into(),
         }
     }
 }

@@ -1,5 +1,6 @@
 //! `/v1/completions` and `/v1/chat/completions`.
 
+use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -7,26 +8,29 @@ use std::task::{Context, Poll};
 
 use axum::Json;
 use axum::extract::State;
+use axum::http::{HeaderMap, header};
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
-use halite::batch::Request;
 use halite::chat;
-use halite::constrain::{Guide, Rule};
-use halite::generate::{Finish, GenerateOptions, Generation};
-use halite::sampler::SamplerOptions;
+use halite::constrain::Rule;
+use halite::Tokenizer;
+use halite::generate::{Finish, GenerateOptions, MAX_TOP_LOGPROBS};
+use halite::sampler::{Logprobs, SamplerOptions};
 use halite::tokenizer::EncodeOptions;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use super::error::{Failure, Fallible};
 use super::{App, Body, apart, now};
-use crate::engine::{Engine, Ticket, Update};
+use crate::model::{Hosted, Job, Outcome, Part, Progress, Running};
 
 /// Maximum texts that one request may ask for.
 const MAX_CHOICES: u32 = 16;
 /// Maximum stop texts, and bytes of each.
 const MAX_STOP: usize = 16;
 const MAX_STOP_BYTES: usize = 1024;
+/// Maximum tokens with a bias.
+const MAX_BIASES: usize = 1024;
 
 /// What completions and chats have in common.
 #[derive(Deserialize)]
@@ -48,6 +52,10 @@ pub(super) struct Options {
     stream_options: Option<StreamOptions>,
     response_format: Option<ResponseFormat>,
     ignore_eos: Option<bool>,
+    /// Completions have a number of alternatives here, chats whether there are any.
+    logprobs: Option<Value>,
+    top_logprobs: Option<u32>,
+    logit_bias: Option<BTreeMap<String, f32>>,
     /// The other fields, of which some ask for what this server cannot do.
     #[serde(flatten)]
     others: Map<String, Value>,
@@ -114,11 +122,11 @@ pub(super) struct Message {
 #[serde(untagged)]
 enum Content {
     Text(String),
-    Parts(Vec<Part>),
+    Parts(Vec<ContentPart>),
 }
 
 #[derive(Deserialize)]
-struct Part {
+struct ContentPart {
     #[serde(rename = "type")]
     kind: String,
     text: Option<String>,
@@ -131,7 +139,7 @@ impl Message {
             None => Ok(String::new()),
             Some(Content::Text(text)) => Ok(text.clone()),
             Some(Content::Parts(parts)) => {
-                let text = |part: &Part| match (&*part.kind, &part.text) {
+                let text = |part: &ContentPart| match (&*part.kind, &part.text) {
                     ("text" | "input_text" | "output_text", Some(text)) => Ok(text.clone()),
                     (kind, _) => {
                         Err(Failure::field("messages", format!("expected parts of type text, got `{kind}`")))
@@ -144,15 +152,16 @@ impl Message {
 }
 
 /// The text of a chat's prompt, by the model's template.
-pub(super) fn prompt_of(name: &str, engine: &Engine, messages: &[Message]) -> Fallible<String> {
-    let template = engine.template().ok_or_else(|| {
+pub(super) fn prompt_of(hosted: &Hosted, messages: &[Message]) -> Fallible<String> {
+    let template = hosted.template().ok_or_else(|| {
+        let name = hosted.name();
         Failure::request(format!(
             "model `{name}` has no chat template: it answers /v1/completions, not chats"
         ))
     })?;
     // Control tokens in a message are text.
     let quoted = |message: &Message| {
-        Ok(chat::Message::new(&message.role, &engine.tokenizer().quote(&message.text()?)))
+        Ok(chat::Message::new(&message.role, &hosted.tokenizer().quote(&message.text()?)))
     };
     let messages = messages.iter().map(quoted).collect::<Fallible<Vec<_>>>()?;
     Ok(template.render(&messages, true)?)
@@ -169,10 +178,7 @@ impl Options {
             Value::String(text) => !text.is_empty(),
             Value::Bool(true) => true,
         };
-        const UNSUPPORTED: [&str; 9] = [
-            "logprobs",
-            "top_logprobs",
-            "logit_bias",
+        const UNSUPPORTED: [&str; 6] = [
             "tools",
             "functions",
             "audio",
@@ -193,7 +199,7 @@ impl Options {
     fn generate(
         &self,
         form: Form,
-        engine: &Engine,
+        hosted: &Hosted,
         prompt_tokens: usize,
         choice: u32,
     ) -> Fallible<GenerateOptions> {
@@ -226,14 +232,46 @@ impl Options {
                 format!("expected at most {MAX_STOP} texts of {MAX_STOP_BYTES} bytes"),
             ));
         }
-        let room = engine.positions().saturating_sub(prompt_tokens as u32);
+        let vocab = hosted.tokenizer().len() as u32;
+        let bias = |(token, &bias): (&String, &f32)| match token.parse() {
+            Ok(token) if token < vocab && (-100.0..=100.0).contains(&bias) => Ok((token, bias)),
+            _ => {
+                let expected = format!("tokens below {vocab} with numbers from -100 to 100");
+                Err(Failure::field("logit_bias", format!("expected {expected}, got {token}: {bias}")))
+            }
+        };
+        let biases = self.logit_bias.iter().flatten();
+        if biases.clone().count() > MAX_BIASES {
+            return Err(Failure::field("logit_bias", format!("expected at most {MAX_BIASES} tokens")));
+        }
+        sampler = sampler.logit_bias(biases.map(bias).collect::<Fallible<Vec<_>>>()?);
+        let room = hosted.positions().saturating_sub(prompt_tokens as u32);
         let max_tokens =
             self.max_completion_tokens.or(self.max_tokens).unwrap_or(form.max_tokens()).min(room.max(1));
         Ok(GenerateOptions::default()
             .max_tokens(max_tokens)
             .sampler(sampler)
             .stop(stop)
+            .logprobs(self.logprobs(form)?)
             .ignore_end(self.ignore_eos == Some(true)))
+    }
+
+    /// How many alternatives of each token are asked for.
+    fn logprobs(&self, form: Form) -> Fallible<Option<u32>> {
+        let count = match (&self.logprobs, form) {
+            (None | Some(Value::Null | Value::Bool(false)), _) => None,
+            (Some(Value::Bool(true)), Form::Chat) => Some(self.top_logprobs.unwrap_or(0)),
+            (Some(value), Form::Completion) if value.is_u64() => value.as_u64().map(|n| n.min(u32::MAX.into()) as u32),
+            (Some(value), form) => {
+                let expected = if form == Form::Chat { "true or false" } else { "a number" };
+                return Err(Failure::field("logprobs", format!("expected {expected}, got {value}")));
+            }
+        };
+        if let Some(count) = count.filter(|count| *count > MAX_TOP_LOGPROBS) {
+            let name = if form == Form::Chat { "top_logprobs" } else { "logprobs" };
+            return Err(Failure::field(name, format!("expected at most {MAX_TOP_LOGPROBS}, got {count}")));
+        }
+        Ok(count)
     }
 
     /// The rule that the answer must follow.
@@ -274,24 +312,33 @@ impl Form {
     }
 
     /// A text of an answer.
-    fn choice(self, index: usize, text: &str, finish: Option<Finish>) -> Value {
+    fn choice(self, index: usize, text: &str, logprobs: Value, finish: Option<Finish>) -> Value {
         let finish = finish.map(finish_reason);
         match self {
             Form::Completion => {
-                json!({ "index": index, "text": text, "logprobs": null, "finish_reason": finish })
+                json!({ "index": index, "text": text, "logprobs": logprobs, "finish_reason": finish })
             }
             Form::Chat => json!({
-                "index": index, "logprobs": null, "finish_reason": finish,
+                "index": index, "logprobs": logprobs, "finish_reason": finish,
                 "message": { "role": "assistant", "content": text, "refusal": null },
             }),
         }
     }
 
     /// A piece of a text.
-    fn piece(self, index: usize, text: Option<&str>, is_first: bool, finish: Option<Finish>) -> Value {
+    fn piece(
+        self,
+        index: usize,
+        text: Option<&str>,
+        logprobs: Value,
+        is_first: bool,
+        finish: Option<Finish>,
+    ) -> Value {
         let finish = finish.map(finish_reason);
         if self == Form::Completion {
-            return json!({ "index": index, "text": text.unwrap_or_default(), "logprobs": null, "finish_reason": finish });
+            return json!({
+                "index": index, "text": text.unwrap_or_default(), "logprobs": logprobs, "finish_reason": finish,
+            });
         }
         let mut delta = Map::new();
         if is_first {
@@ -300,7 +347,41 @@ impl Form {
         if let Some(text) = text {
             delta.insert("content".into(), text.into());
         }
-        json!({ "index": index, "delta": delta, "logprobs": null, "finish_reason": finish })
+        json!({ "index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish })
+    }
+
+    /// How likely tokens were.
+    fn logprobs(self, tokenizer: &Tokenizer, logprobs: &[Logprobs]) -> Value {
+        if logprobs.is_empty() {
+            return Value::Null;
+        }
+        let bytes = |token: u32| {
+            let mut bytes = Vec::new();
+            tokenizer.decode_token(token, true, &mut bytes);
+            bytes
+        };
+        let text = |token: u32| String::from_utf8_lossy(&bytes(token)).into_owned();
+        // JSON has no infinity.
+        let finite = |logprob: f32| logprob.max(-9999.0);
+        if self == Form::Completion {
+            let tops = logprobs.iter().map(|of| {
+                of.top.iter().map(|&(token, logprob)| (text(token), finite(logprob).into())).collect::<Map<_, _>>()
+            });
+            return json!({
+                "tokens": logprobs.iter().map(|of| text(of.token)).collect::<Vec<_>>(),
+                "token_logprobs": logprobs.iter().map(|of| finite(of.logprob)).collect::<Vec<_>>(),
+                "top_logprobs": tops.collect::<Vec<_>>(),
+            });
+        }
+        let one = |token: u32, logprob: f32| {
+            json!({ "token": text(token), "logprob": finite(logprob), "bytes": bytes(token) })
+        };
+        let content = logprobs.iter().map(|of| {
+            let mut value = one(of.token, of.logprob);
+            value["top_logprobs"] = of.top.iter().map(|&(token, logprob)| one(token, logprob)).collect();
+            value
+        });
+        json!({ "content": content.collect::<Vec<_>>(), "refusal": null })
     }
 }
 
@@ -317,21 +398,26 @@ fn finish_reason(finish: Finish) -> &'static str {
     }
 }
 
-/// Tokens of the texts of a request.
+/// What the texts of a request took.
 #[derive(Default)]
 struct Usage {
     prompt: usize,
     cached: usize,
     completion: usize,
+    parts: Vec<Part>,
+    is_inexact: bool,
 }
 
 impl Usage {
-    fn add(&mut self, generation: &Generation, is_first_of_prompt: bool) {
+    fn add(&mut self, outcome: Outcome, is_first_of_prompt: bool) {
+        let generation = &outcome.generation;
         if is_first_of_prompt {
             self.prompt += generation.prompt_tokens.len();
             self.cached += generation.reused_tokens as usize;
         }
         self.completion += generation.tokens.len();
+        self.is_inexact |= !outcome.is_exact;
+        self.parts.extend(outcome.parts);
     }
 
     fn json(&self) -> Value {
@@ -340,6 +426,12 @@ impl Usage {
             "prompt_tokens_details": { "cached_tokens": self.cached },
         })
     }
+
+    /// Where the texts ran.
+    fn devices(&self) -> Value {
+        let part = |part: &Part| json!({ "device": part.device, "tokens": part.tokens, "device_us": part.time.as_micros() as u64 });
+        json!({ "parts": self.parts.iter().map(part).collect::<Vec<_>>(), "exact": !self.is_inexact })
+    }
 }
 
 /// What is the same in every part of an answer.
@@ -347,7 +439,7 @@ struct Answer {
     form: Form,
     id: String,
     created: u64,
-    model: String,
+    hosted: Arc<Hosted>,
     /// Texts for each prompt.
     n: usize,
 }
@@ -355,15 +447,24 @@ struct Answer {
 impl Answer {
     fn json(&self, is_chunk: bool, choices: Vec<Value>) -> Value {
         let object = self.form.object(is_chunk);
-        json!({ "id": self.id, "object": object, "created": self.created, "model": self.model, "choices": choices })
+        let model = self.hosted.name();
+        json!({ "id": self.id, "object": object, "created": self.created, "model": model, "choices": choices })
+    }
+
+    fn logprobs(&self, logprobs: &[Logprobs]) -> Value {
+        self.form.logprobs(self.hosted.tokenizer(), logprobs)
     }
 }
 
 /// `POST /v1/completions`.
-pub(super) async fn completions(State(app): State<App>, Body(body): Body<Completion>) -> Fallible<Response> {
+pub(super) async fn completions(
+    State(app): State<App>,
+    headers: HeaderMap,
+    Body(body): Body<Completion>,
+) -> Fallible<Response> {
     let Completion { prompt, echo, options } = body;
-    let (name, engine) = app.engine(options.model.as_deref())?;
-    let tokenizer = engine.tokenizer().clone();
+    let hosted = app.model(options.model.as_deref())?;
+    let tokenizer = hosted.tokenizer().clone();
     let (prompts, echoed) = apart(move || {
         let encode = |text: String| tokenizer.encode(&text, EncodeOptions::default());
         let prompts = match prompt {
@@ -380,26 +481,36 @@ pub(super) async fn completions(State(app): State<App>, Body(body): Body<Complet
         Ok((prompts, echoed))
     })
     .await?;
-    answer(&app, (name, engine), Form::Completion, options, prompts, echoed).await
+    answer(&app, hosted, tenant(&headers), Form::Completion, options, prompts, echoed).await
 }
 
 /// `POST /v1/chat/completions`.
-pub(super) async fn chat(State(app): State<App>, Body(body): Body<Chat>) -> Fallible<Response> {
+pub(super) async fn chat(
+    State(app): State<App>,
+    headers: HeaderMap,
+    Body(body): Body<Chat>,
+) -> Fallible<Response> {
     let Chat { messages, options } = body;
-    let (name, engine) = app.engine(options.model.as_deref())?;
-    let (own_name, own_engine) = (name.to_owned(), engine.clone());
-    let encode = move || {
-        let prompt = prompt_of(&own_name, &own_engine, &messages)?;
-        Ok(chat::encode(own_engine.tokenizer(), &prompt))
-    };
+    let hosted = app.model(options.model.as_deref())?;
+    let own = hosted.clone();
+    let encode = move || Ok(chat::encode(own.tokenizer(), &prompt_of(&own, &messages)?));
     let tokens = apart(encode).await?;
-    answer(&app, (name, engine), Form::Chat, options, vec![tokens], vec![String::new()]).await
+    answer(&app, hosted, tenant(&headers), Form::Chat, options, vec![tokens], vec![String::new()]).await
+}
+
+/// Who shares KV pages: requests with the same authorization.
+fn tenant(headers: &HeaderMap) -> u64 {
+    use std::hash::{DefaultHasher, Hash, Hasher};
+    let mut hasher = DefaultHasher::new();
+    headers.get(header::AUTHORIZATION).map(|value| value.as_bytes()).hash(&mut hasher);
+    hasher.finish()
 }
 
 /// Runs the prompts, and answers as a whole or as a stream.
 async fn answer(
     app: &App,
-    (name, engine): (&str, &Arc<Engine>),
+    hosted: Arc<Hosted>,
+    tenant: u64,
     form: Form,
     options: Options,
     prompts: Vec<Vec<u32>>,
@@ -407,71 +518,65 @@ async fn answer(
 ) -> Fallible<Response> {
     options.check()?;
     let n = options.n.unwrap_or(1);
-    if n == 0 || n as usize * prompts.len() > MAX_CHOICES as usize || prompts.is_empty() {
+    let most = hosted.most().min(MAX_CHOICES as usize);
+    if n == 0 || (n as usize).saturating_mul(prompts.len()) > most || prompts.is_empty() {
         let got = format!("{n} for each of {} prompts", prompts.len());
-        return Err(Failure::field("n", format!("expected 1 to {MAX_CHOICES} texts in all, got {got}")));
-    }
-    if n as usize * prompts.len() > engine.most() {
-        return Err(Failure::field(
-            "n",
-            format!("expected at most {} texts in all for this model", engine.most()),
-        ));
+        return Err(Failure::field("n", format!("expected 1 to {most} texts in all, got {got}")));
     }
     for prompt in &prompts {
-        let (need, have) = (prompt.len() as u64 + 1, engine.positions().into());
+        let (need, have) = (prompt.len() as u64 + 1, hosted.positions().into());
         if need > have {
             return Err(halite::Error::ContextFull { need, have }.into());
         }
     }
-    let mut tickets = Vec::new();
-    for prompt in &prompts {
+    let rule = options.rule().map(Arc::new);
+    let mut texts = Vec::new();
+    for prompt in prompts {
+        let prompt: Arc<[u32]> = prompt.into();
         for choice in 0..n {
-            let mut request =
-                Request::new(prompt.clone()).options(options.generate(form, engine, prompt.len(), choice)?);
-            if let Some(rule) = options.rule() {
-                request = request.constraint(Some(Box::new(guide(engine, rule).await?) as _));
-            }
-            tickets.push(engine.submit(request)?);
+            let (prompt, rule) = (prompt.clone(), rule.clone());
+            let options = options.generate(form, &hosted, prompt.len(), choice)?;
+            texts.push(hosted.submit(Job { prompt, options, rule, tenant, priority: 0 }).await?);
         }
     }
     let prefix = if form == Form::Chat { "chatcmpl" } else { "cmpl" };
-    let answer = Answer { form, id: app.id(prefix), created: now(), model: name.to_owned(), n: n as usize };
+    let answer = Answer { form, id: app.id(prefix), created: now(), hosted, n: n as usize };
     if options.stream == Some(true) {
         let include_usage = options.stream_options.is_some_and(|options| options.include_usage == Some(true));
-        let stream = Pieces::new(answer, tickets, echoed, include_usage).await?;
+        let stream = Pieces::new(answer, texts, echoed, include_usage).await?;
         return Ok(Sse::new(stream).keep_alive(KeepAlive::default()).into_response());
     }
     let mut usage = Usage::default();
     let mut choices = Vec::new();
-    for (index, mut ticket) in tickets.into_iter().enumerate() {
+    for (index, mut running) in texts.into_iter().enumerate() {
         let mut text = echoed[index / answer.n].clone();
-        let generation = loop {
-            match ticket.next().await {
-                Some(Update::Text(piece)) => text.push_str(&piece),
-                Some(Update::Done(generation)) => break generation,
-                Some(Update::Failed(error)) => return Err(error.into()),
-                None => return Err(crate::engine::Refused::Stopped.into()),
+        let mut logprobs = Vec::new();
+        let outcome = loop {
+            match running.next().await {
+                Some(Progress::Tokens { text: piece, logprobs: more, .. }) => {
+                    text.push_str(&piece);
+                    logprobs.extend(more);
+                }
+                Some(Progress::Done(outcome)) => break outcome,
+                Some(Progress::Failed(failed)) => return Err(failed.into()),
+                None => return Err(Failure::internal("the request ended early")),
             }
         };
-        usage.add(&generation, index.is_multiple_of(answer.n));
-        choices.push(form.choice(index, &text, Some(generation.finish)));
+        let finish = outcome.generation.finish;
+        choices.push(form.choice(index, &text, answer.logprobs(&logprobs), Some(finish)));
+        usage.add(*outcome, index.is_multiple_of(answer.n));
     }
     let mut body = answer.json(false, choices);
     body["usage"] = usage.json();
+    body["halite"] = usage.devices();
     Ok(Json(body).into_response())
-}
-
-/// Compiles a rule, which takes up to seconds.
-async fn guide(engine: &Arc<Engine>, rule: Rule) -> Fallible<Guide> {
-    let tokenizer = engine.tokenizer().clone();
-    apart(move || Ok(Guide::new(&tokenizer, &rule)?)).await
 }
 
 /// An answer as server-sent events.
 struct Pieces {
     answer: Answer,
     /// None where a text is complete.
-    tickets: Vec<Option<Ticket>>,
+    texts: Vec<Option<Running>>,
     /// Whether a text has begun.
     begun: Vec<bool>,
     /// Events that are ready.
@@ -483,33 +588,32 @@ struct Pieces {
 }
 
 impl Pieces {
-    /// Waits for the first update, so that a request that cannot run gets an error and no stream.
+    /// Waits for the first news, so that a request that cannot run gets an error and no stream.
     async fn new(
         answer: Answer,
-        tickets: Vec<Ticket>,
+        texts: Vec<Running>,
         echoed: Vec<String>,
         include_usage: bool,
     ) -> Fallible<Pieces> {
-        let count = tickets.len();
-        let tickets = tickets.into_iter().map(Some).collect();
+        let count = texts.len();
+        let texts = texts.into_iter().map(Some).collect();
         let (ready, usage) = Default::default();
         let begun = vec![false; count];
-        let mut pieces =
-            Pieces { answer, tickets, begun, ready, usage, include_usage, is_done: false, next: 0 };
+        let mut pieces = Pieces { answer, texts, begun, ready, usage, include_usage, is_done: false, next: 0 };
         for index in 0..count {
-            let text = &echoed[index / pieces.answer.n];
+            let text = echoed[index / pieces.answer.n].clone();
             if !text.is_empty() {
-                pieces.update(index, Update::Text(text.clone()));
+                pieces.take(index, Progress::Tokens { tokens: Vec::new(), logprobs: Vec::new(), text });
             }
         }
-        let first = match pieces.tickets.first_mut() {
-            Some(Some(ticket)) => ticket.next().await,
+        let first = match pieces.texts.first_mut() {
+            Some(Some(running)) => running.next().await,
             _ => None,
         };
         match first {
-            Some(Update::Failed(error)) => return Err(error.into()),
-            Some(update) => pieces.update(0, update),
-            None => return Err(crate::engine::Refused::Stopped.into()),
+            Some(Progress::Failed(failed)) => return Err(failed.into()),
+            Some(progress) => pieces.take(0, progress),
+            None => return Err(Failure::internal("the request ended early")),
         }
         Ok(pieces)
     }
@@ -526,19 +630,26 @@ impl Pieces {
         self.push(&body);
     }
 
-    fn update(&mut self, index: usize, update: Update) {
+    fn take(&mut self, index: usize, progress: Progress) {
         let form = self.answer.form;
-        let is_first = !std::mem::replace(&mut self.begun[index], true);
-        match update {
-            Update::Text(text) => self.choice(form.piece(index, Some(&text), is_first, None)),
-            Update::Done(generation) => {
-                self.usage.add(&generation, index.is_multiple_of(self.answer.n));
-                self.choice(form.piece(index, None, is_first, Some(generation.finish)));
-                self.tickets[index] = None;
+        match progress {
+            // Nothing to tell yet.
+            Progress::Tokens { text, logprobs, .. } if text.is_empty() && logprobs.is_empty() => {}
+            Progress::Tokens { text, logprobs, .. } => {
+                let is_first = !std::mem::replace(&mut self.begun[index], true);
+                let logprobs = self.answer.logprobs(&logprobs);
+                self.choice(form.piece(index, Some(&text), logprobs, is_first, None));
             }
-            Update::Failed(error) => self.fail(error.into()),
+            Progress::Done(outcome) => {
+                let is_first = !self.begun[index];
+                let finish = Some(outcome.generation.finish);
+                self.usage.add(*outcome, index.is_multiple_of(self.answer.n));
+                self.choice(form.piece(index, None, Value::Null, is_first, finish));
+                self.texts[index] = None;
+            }
+            Progress::Failed(failed) => self.fail(failed.into()),
         }
-        if !self.is_done && self.tickets.iter().all(Option::is_none) {
+        if !self.is_done && self.texts.iter().all(Option::is_none) {
             self.end();
         }
     }
@@ -546,15 +657,16 @@ impl Pieces {
     /// Ends the stream with an error.
     fn fail(&mut self, failure: Failure) {
         self.push(&failure.body());
-        self.tickets.clear();
+        self.texts.clear();
         self.end();
     }
 
     fn end(&mut self) {
         self.is_done = true;
-        if self.include_usage && !self.tickets.is_empty() {
+        if self.include_usage && !self.texts.is_empty() {
             let mut body = self.answer.json(true, Vec::new());
             body["usage"] = self.usage.json();
+            body["halite"] = self.usage.devices();
             self.push(&body);
         }
         self.ready.push_back(Event::default().data("[DONE]"));
@@ -573,19 +685,21 @@ impl futures_core::Stream for Pieces {
                 return Poll::Ready(None);
             }
             // The texts in turn, so that none starves.
-            let count = self.tickets.len();
+            let count = self.texts.len();
             let first = self.next;
             self.next = (self.next + 1) % count;
+            let mut is_pending = true;
             for index in (first..count).chain(0..first) {
-                let Some(ticket) = &mut self.tickets[index] else { continue };
-                match ticket.poll_next(context) {
+                let Some(running) = &mut self.texts[index] else { continue };
+                match running.poll_next(context) {
                     Poll::Pending => continue,
-                    Poll::Ready(Some(update)) => self.update(index, update),
-                    Poll::Ready(None) => self.fail(crate::engine::Refused::Stopped.into()),
+                    Poll::Ready(Some(progress)) => self.take(index, progress),
+                    Poll::Ready(None) => self.fail(Failure::internal("the request ended early")),
                 }
+                is_pending = false;
                 break;
             }
-            if self.ready.is_empty() && !self.is_done {
+            if is_pending {
                 return Poll::Pending;
             }
         }

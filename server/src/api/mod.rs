@@ -4,7 +4,6 @@ mod error;
 mod generate;
 mod texts;
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -18,7 +17,8 @@ use axum::routing::{get, post};
 use axum::{Json, Router};
 use serde_json::{Value, json};
 
-use crate::engine::Engine;
+use crate::Shared;
+use crate::model::Hosted;
 use error::{Failure, Fallible};
 
 /// Maximum bytes of a request's body.
@@ -27,28 +27,25 @@ const MAX_BODY: usize = 32 << 20;
 /// What every request sees.
 #[derive(Clone)]
 struct App {
-    engines: Arc<BTreeMap<String, Arc<Engine>>>,
+    shared: Arc<Shared>,
     /// When the server started, in seconds since 1970.
     started: u64,
     requests: Arc<AtomicU64>,
 }
 
 impl App {
-    /// The engine of a model by its name. Without one, the only model there is.
-    fn engine(&self, name: Option<&str>) -> Fallible<(&str, &Arc<Engine>)> {
-        let found = match name {
-            None | Some("") if self.engines.len() == 1 => self.engines.first_key_value(),
-            None | Some("") => {
-                return Err(Failure::field("model", "expected the name of a model, got nothing"));
+    /// The model of a name. Without one, the only model there is.
+    fn model(&self, name: Option<&str>) -> Fallible<Arc<Hosted>> {
+        let registry = self.shared.registry();
+        let name = name.filter(|name| !name.is_empty());
+        let known = || registry.names().collect::<Vec<_>>().join(", ");
+        registry.find(name).cloned().ok_or_else(|| match name {
+            None => Failure::field("model", format!("expected the name of a model, got nothing; there are: {}", known())),
+            Some(name) => {
+                let message = format!("no model `{name}`; there are: {}", known());
+                Failure::not_found(message, Some("model_not_found"))
             }
-            Some(name) => self.engines.get_key_value(name),
-        };
-        let (name, engine) = found.ok_or_else(|| {
-            let known: Vec<&str> = self.engines.keys().map(String::as_str).collect();
-            let message = format!("no model `{}`; there are: {}", name.unwrap_or_default(), known.join(", "));
-            Failure::not_found(message, Some("model_not_found"))
-        })?;
-        Ok((name, engine))
+        })
     }
 
     /// A name for a request, or for an answer.
@@ -90,8 +87,8 @@ fn now() -> u64 {
 }
 
 /// The service of these models.
-pub(crate) fn router(engines: BTreeMap<String, Arc<Engine>>) -> Router {
-    let app = App { engines: Arc::new(engines), started: now(), requests: Arc::default() };
+pub(crate) fn router(shared: &Arc<Shared>) -> Router {
+    let app = App { shared: shared.clone(), started: now(), requests: Arc::default() };
     Router::new()
         .route("/v1/models", get(models))
         .route("/v1/models/{*name}", get(model))
@@ -100,11 +97,13 @@ pub(crate) fn router(engines: BTreeMap<String, Arc<Engine>>) -> Router {
         .route("/tokenize", post(texts::tokenize))
         .route("/detokenize", post(texts::detokenize))
         .route("/apply-template", post(texts::apply_template))
-        .route("/health", get(health))
-        .route("/health/live", get(health))
-        .route("/health/ready", get(health))
+        .route("/health", get(ready))
+        .route("/health/live", get(live))
+        .route("/health/ready", get(ready))
         .fallback(|| async { Failure::not_found("no such address", None) })
-        .method_not_allowed_fallback(|| async { Failure::not_found("no such method at this address", None) })
+        .method_not_allowed_fallback(|| async {
+            Failure::request("no such method at this address").status(StatusCode::METHOD_NOT_ALLOWED)
+        })
         .layer(DefaultBodyLimit::max(MAX_BODY))
         .layer(axum::middleware::from_fn_with_state(app.clone(), name_request))
         .with_state(app)
@@ -120,25 +119,40 @@ async fn name_request(State(app): State<App>, request: Request, next: Next) -> R
     response
 }
 
-async fn health() -> Json<Value> {
+/// It runs.
+async fn live() -> Json<Value> {
     Json(json!({ "status": "ok" }))
 }
 
+/// It takes requests: it does not stop, and each model has a device that works.
+async fn ready(State(app): State<App>) -> Fallible<Json<Value>> {
+    if app.shared.is_draining.load(Ordering::Relaxed) {
+        return Err(Failure::unavailable("the server stops"));
+    }
+    let registry = app.shared.registry();
+    let down: Vec<&str> =
+        registry.models().filter(|hosted| !hosted.is_ready()).map(|hosted| hosted.name()).collect();
+    if !down.is_empty() {
+        return Err(Failure::unavailable(format!("no device can run: {}", down.join(", "))));
+    }
+    Ok(live().await)
+}
+
 /// A model as clients see it.
-fn described(name: &str, engine: &Engine, created: u64) -> Value {
-    let hparams = engine.model().hparams();
+fn described(hosted: &Hosted, created: u64) -> Value {
+    let hparams = hosted.model().hparams();
     json!({
-        "id": name, "object": "model", "created": created, "owned_by": "halite",
+        "id": hosted.name(), "object": "model", "created": created, "owned_by": "halite",
         "meta": {
-            "architecture": hparams.architecture, "context_length": engine.positions(), "vocab_size": hparams.vocab_size,
-            "chat": engine.template().is_some(),
+            "architecture": hparams.architecture, "context_length": hosted.positions(), "vocab_size": hparams.vocab_size,
+            "chat": hosted.template().is_some(),
         },
     })
 }
 
 async fn models(State(app): State<App>) -> Json<Value> {
-    let data: Vec<Value> =
-        app.engines.iter().map(|(name, engine)| described(name, engine, app.started)).collect();
+    let registry = app.shared.registry();
+    let data: Vec<Value> = registry.models().map(|hosted| described(hosted, app.started)).collect();
     Json(json!({ "object": "list", "data": data }))
 }
 
@@ -146,6 +160,5 @@ async fn model(
     State(app): State<App>,
     axum::extract::Path(name): axum::extract::Path<String>,
 ) -> Fallible<Json<Value>> {
-    let (name, engine) = app.engine(Some(&name))?;
-    Ok(Json(described(name, engine, app.started)))
+    Ok(Json(described(&*app.model(Some(&name))?, app.started)))
 }

@@ -22,9 +22,9 @@ pub(super) struct Text {
 
 /// `POST /tokenize`: `{ "tokens": [...] }`.
 pub(super) async fn tokenize(State(app): State<App>, Body(text): Body<Text>) -> Fallible<Json<Value>> {
-    let (_, engine) = app.engine(text.model.as_deref())?;
+    let hosted = app.model(text.model.as_deref())?;
     let options = EncodeOptions::default().add_special(text.add_special);
-    let tokenizer = engine.tokenizer().clone();
+    let tokenizer = hosted.tokenizer().clone();
     let tokens = apart(move || Ok(tokenizer.encode(&text.content, options))).await?;
     Ok(Json(json!({ "tokens": tokens })))
 }
@@ -37,8 +37,8 @@ pub(super) struct Tokens {
 
 /// `POST /detokenize`: `{ "content": "..." }`.
 pub(super) async fn detokenize(State(app): State<App>, Body(tokens): Body<Tokens>) -> Fallible<Json<Value>> {
-    let (_, engine) = app.engine(tokens.model.as_deref())?;
-    let tokenizer = engine.tokenizer().clone();
+    let hosted = app.model(tokens.model.as_deref())?;
+    let tokenizer = hosted.tokenizer().clone();
     let content = apart(move || {
         tokenizer.check(&tokens.tokens)?;
         Ok(tokenizer.decode(&tokens.tokens, true))
@@ -57,8 +57,7 @@ pub(super) async fn apply_template(
     State(app): State<App>,
     Body(chat): Body<Messages>,
 ) -> Fallible<Json<Value>> {
-    let (name, engine) = app.engine(chat.model.as_deref())?;
-    let (name, engine) = (name.to_owned(), engine.clone());
-    let prompt = apart(move || prompt_of(&name, &engine, &chat.messages)).await?;
+    let hosted = app.model(chat.model.as_deref())?;
+    let prompt = apart(move || prompt_of(&hosted, &chat.messages)).await?;
     Ok(Json(json!({ "prompt": prompt })))
 }

@@ -1,0 +1,270 @@
+//! The configuration of a server: models, devices and limits, as one TOML file describes them.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+use crate::model::Policy;
+
+/// Maximum bytes of a configuration.
+const MAX_BYTES: u64 = 1 << 20;
+
+/// A server's configuration. Paths are relative to its file.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+#[non_exhaustive]
+pub struct Config {
+    /// The address to listen on.
+    pub listen: Option<SocketAddr>,
+    /// Megabytes (10^6 bytes) for all that is loaded: weights, KV caches, working memory. Models that are idle are unloaded for
+    /// others.
+    pub memory_mb: Option<u64>,
+    /// Seconds that requests have to end when the server stops.
+    pub drain_s: Option<f64>,
+    /// Seconds between health probes of replicas that are idle.
+    pub probe_s: Option<f64>,
+    /// The models.
+    #[serde(rename = "model")]
+    pub models: Vec<ModelConfig>,
+    /// Names that stand for models.
+    #[serde(rename = "route")]
+    pub routes: Vec<RouteConfig>,
+}
+
+/// A model and its replicas.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+#[non_exhaustive]
+pub struct ModelConfig {
+    /// The name by which clients ask for it; without one, the file's.
+    pub name: Option<String>,
+    /// The GGUF file; without one, the built-in model.
+    pub file: Option<PathBuf>,
+    /// Maximum tokens of a request, with its answer.
+    pub context: Option<u32>,
+    /// Positions of the KV cache of a replica, which its requests share.
+    pub cache: Option<u32>,
+    /// Requests that run at once on a replica.
+    pub slots: Option<u32>,
+    /// Requests that may wait for a replica.
+    pub queue: Option<usize>,
+    /// Tokens of a step.
+    pub batch: Option<u32>,
+    /// Format of the KV cache.
+    pub kv: Option<String>,
+    /// A file with a Jinja chat template.
+    pub template: Option<PathBuf>,
+    /// How requests are shared among replicas.
+    pub policy: Policy,
+    /// Seconds after which a step is taken to hang.
+    pub step_timeout_s: Option<f64>,
+    /// Load it when the server starts, not at the first request.
+    pub preload: Option<bool>,
+    /// The devices on which it runs; without any, the CPU.
+    #[serde(rename = "replica")]
+    pub replicas: Vec<ReplicaConfig>,
+    /// LoRA adapters. Clients ask for `MODEL:ADAPTER`.
+    #[serde(rename = "adapter")]
+    pub adapters: Vec<AdapterConfig>,
+}
+
+/// A device on which a model runs.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[non_exhaustive]
+pub struct ReplicaConfig {
+    /// The backend, as in `--backend`: `cpu`, `gpu:1`, `sim:maia-100`.
+    pub backend: String,
+    /// Options of the backend.
+    #[serde(default)]
+    pub options: BTreeMap<String, String>,
+    /// Its share of requests under the policy `weight`.
+    #[serde(default = "one")]
+    pub weight: f64,
+}
+
+impl ReplicaConfig {
+    /// A backend with options.
+    pub fn new(backend: impl Into<String>, options: BTreeMap<String, String>) -> ReplicaConfig {
+        ReplicaConfig { backend: backend.into(), options, weight: 1.0 }
+    }
+}
+
+fn one() -> f64 {
+    1.0
+}
+
+/// A LoRA adapter of a model.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[non_exhaustive]
+pub struct AdapterConfig {
+    /// Its name.
+    pub name: String,
+    /// The GGUF file.
+    pub file: PathBuf,
+    /// Multiplies its effect.
+    #[serde(default = "one_f32")]
+    pub scale: f32,
+}
+
+fn one_f32() -> f32 {
+    1.0
+}
+
+/// A name that stands for one or more models.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[non_exhaustive]
+pub struct RouteConfig {
+    /// The name by which clients ask.
+    pub name: String,
+    /// The models, of which each request gets one by chance, in proportion to the weights.
+    pub to: Vec<TargetConfig>,
+}
+
+/// A model that a route leads to.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[non_exhaustive]
+pub struct TargetConfig {
+    /// The model's name.
+    pub model: String,
+    /// Its share of requests.
+    #[serde(default = "one")]
+    pub weight: f64,
+}
+
+/// What is wrong with a configuration.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error(transparent)]
+    Read(#[from] halite::Error),
+    /// The file is not a configuration.
+    #[error("{}: {message}", path.display())]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, and where.
+        message: String,
+    },
+    /// A value is wrong.
+    #[error("{what}: expected {expected}, got {got}")]
+    Value {
+        /// The key, with the model or route that has it.
+        what: String,
+        /// The expected value.
+        expected: String,
+        /// The value.
+        got: String,
+    },
+}
+
+impl ConfigError {
+    pub(crate) fn value(what: impl Into<String>, expected: impl Into<String>, got: impl ToString) -> ConfigError {
+        ConfigError::Value { what: what.into(), expected: expected.into(), got: got.to_string() }
+    }
+}
+
+impl Config {
+    /// Reads a file.
+    ///
+    /// # Errors
+    /// [`ConfigError`] with the line that is wrong.
+    pub fn read(path: &Path) -> Result<Config, ConfigError> {
+        let wrong = |message: String| ConfigError::Parse { path: path.to_owned(), message };
+        let bytes = halite::map::read(path, MAX_BYTES)?;
+        let text = String::from_utf8(bytes).map_err(|e| wrong(e.to_string()))?;
+        let mut config: Config = toml::from_str(&text).map_err(|e| wrong(e.to_string().trim_end().into()))?;
+        let folder = path.parent().unwrap_or(Path::new(""));
+        let models = &mut config.models;
+        let files = models.iter_mut().flat_map(|model| {
+            let adapters = model.adapters.iter_mut().map(|adapter| &mut adapter.file);
+            model.file.iter_mut().chain(&mut model.template).chain(adapters)
+        });
+        files.for_each(|file| *file = folder.join(&*file));
+        Ok(config)
+    }
+}
+
+/// A positive number of seconds.
+pub(crate) fn seconds(what: &str, value: Option<f64>, default: f64) -> Result<std::time::Duration, ConfigError> {
+    let value = value.unwrap_or(default);
+    let seconds = std::time::Duration::try_from_secs_f64(value).ok().filter(|seconds| !seconds.is_zero());
+    seconds.ok_or_else(|| ConfigError::value(what, "a positive number of seconds", value))
+}
+
+/// Weights whose sum is positive.
+pub(crate) fn check_weights(what: &str, weights: impl Iterator<Item = f64> + Clone) -> Result<(), ConfigError> {
+    let is_one = weights.clone().all(|weight| weight.is_finite() && weight >= 0.0);
+    if is_one && weights.clone().sum::<f64>() > 0.0 {
+        return Ok(());
+    }
+    let got: Vec<String> = weights.map(|weight| weight.to_string()).collect();
+    Err(ConfigError::value(what, "weights from 0, of which one is more", got.join(", ")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Config, ConfigError};
+
+    fn read(text: &str) -> Result<Config, ConfigError> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("halite.toml");
+        std::fs::write(&path, text).unwrap();
+        let mut config = Config::read(&path)?;
+        for model in &mut config.models {
+            model.file = model.file.take().map(|file| file.strip_prefix(folder.path()).unwrap().to_owned());
+        }
+        Ok(config)
+    }
+
+    #[test]
+    fn models_replicas_and_routes_are_read() {
+        let config = read(
+            r#"
+            listen = "127.0.0.1:0"
+            memory_mb = 500
+            [[model]]
+            name = "a"
+            file = "a.gguf"
+            policy = "weight"
+            [[model.replica]]
+            backend = "cpu"
+            options = { threads = "1" }
+            [[model.replica]]
+            backend = "sim:maia-100"
+            weight = 0.25
+            [[model.adapter]]
+            name = "legal"
+            file = "legal.gguf"
+            [[route]]
+            name = "chat"
+            to = [{ model = "a", weight = 9 }, { model = "a:legal" }]
+            "#,
+        )
+        .unwrap();
+        let model = &config.models[0];
+        assert_eq!(model.file.as_deref().unwrap().to_str(), Some("a.gguf"));
+        assert_eq!((model.replicas.len(), model.replicas[1].weight), (2, 0.25));
+        assert_eq!(model.adapters[0].scale, 1.0);
+        assert_eq!(config.routes[0].to[1].weight, 1.0);
+    }
+
+    #[test]
+    fn what_is_wrong_is_said_with_its_line() {
+        for (text, want) in [
+            ("[[model]]\nfiel = 'a'", "fiel"),
+            ("memory_mb = -1", "memory_mb"),
+            ("[[model]]\npolicy = 'best'", "order"),
+            ("[[route]]\nname = 'a'", "missing field `to`"),
+        ] {
+            let error = read(text).unwrap_err().to_string();
+            assert!(error.contains(want), "{error}");
+        }
+    }
+}

@@ -1,0 +1,570 @@
+//! A model under a name, on one or more devices. A request goes to one of them, and goes on on another if the first one fails.
+
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+use halite::backend::Contract;
+use halite::batch::Request;
+use halite::chat::Template;
+use halite::constrain::{Guide, Rule, Vocabulary};
+use halite::generate::{GenerateOptions, Generation};
+use halite::{Error, Model, SessionOptions, Tokenizer};
+use tokio::sync::mpsc as channel;
+
+use crate::engine::{Refused, Ticket, Update};
+use crate::memory::Memory;
+use crate::replica::{Device, Loaded, Replica, Status};
+
+/// How a request finds its replica among those that work.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Deserialize, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum Policy {
+    /// The first one that has a free slot, in the order of the configuration; if none has, the one with the least load.
+    #[default]
+    Order,
+    /// The one with the fewest requests per slot.
+    Load,
+    /// The one whose tokens take the least time, times its load.
+    Latency,
+    /// By chance, in proportion to the weights.
+    Weight,
+}
+
+/// What a model needs to be served.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct ModelOptions {
+    /// The session. Its `outputs` and `sequences` are how many requests run at once.
+    pub session: SessionOptions,
+    /// Requests that may wait; more are refused.
+    pub queue: usize,
+    /// A Jinja chat template instead of the model's.
+    pub template: Option<String>,
+    /// How requests are shared among the devices.
+    pub policy: Policy,
+    /// A device whose step takes longer is given up.
+    pub step_timeout: Duration,
+}
+
+impl ModelOptions {
+    /// A session for `slots` requests at once, and a queue of 16 for each.
+    pub fn new(session: SessionOptions, slots: u32) -> ModelOptions {
+        let session = session.outputs(slots).sequences(slots);
+        let (template, policy) = Default::default();
+        let step_timeout = Duration::from_secs(60);
+        ModelOptions { session, queue: 16 * slots as usize, template, policy, step_timeout }
+    }
+}
+
+/// What all replicas of a model share.
+#[derive(Debug)]
+pub(crate) struct Opened {
+    pub model: Arc<Model>,
+    pub tokenizer: Arc<Tokenizer>,
+    pub template: Option<Template>,
+    pub session: SessionOptions,
+    pub queue: usize,
+    vocabulary: OnceLock<Vocabulary>,
+    /// The tokens of the health probe on devices that are exact.
+    probe: Mutex<Option<Vec<u32>>>,
+}
+
+impl Opened {
+    fn new(model: &Arc<Model>, options: &ModelOptions) -> Result<Opened, Error> {
+        let tokenizer = Tokenizer::from_gguf(model.gguf())?;
+        let tokenizer = tokenizer.ok_or_else(|| Error::Tokenizer("the model has no vocabulary".into()))?;
+        let template = match &options.template {
+            Some(source) => Some(Template::new(source, &tokenizer)?),
+            None => Template::from_gguf(model.gguf(), &tokenizer)?,
+        };
+        Ok(Opened {
+            model: model.clone(),
+            tokenizer: Arc::new(tokenizer),
+            template,
+            session: options.session.clone(),
+            queue: options.queue,
+            vocabulary: OnceLock::new(),
+            probe: Mutex::new(None),
+        })
+    }
+
+    /// Compiles a rule, which takes up to seconds.
+    fn guide(&self, rule: &Rule) -> Result<Guide, Error> {
+        let vocabulary = match self.vocabulary.get() {
+            Some(vocabulary) => vocabulary,
+            None => {
+                let read = Vocabulary::new(&self.tokenizer)?;
+                self.vocabulary.get_or_init(|| read)
+            }
+        };
+        Guide::of(vocabulary, rule)
+    }
+
+    /// Compares the health probes of devices that must agree.
+    pub fn agree(&self, contract: Contract, probe: &[u32]) -> Result<(), Error> {
+        if contract != Contract::Exact {
+            return Ok(());
+        }
+        let mut known = self.probe.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = known.get_or_insert_with(|| probe.to_vec());
+        if known == probe {
+            return Ok(());
+        }
+        Err(Error::Argument {
+            what: "tokens of the health probe",
+            expected: format!("{known:?}, as on other devices"),
+            got: format!("{probe:?}"),
+        })
+    }
+}
+
+/// A text to generate.
+#[derive(Debug, Clone)]
+pub(crate) struct Job {
+    pub prompt: Arc<[u32]>,
+    pub options: GenerateOptions,
+    pub rule: Option<Arc<Rule>>,
+    /// Those of different tenants share no KV pages.
+    pub tenant: u64,
+    pub priority: i32,
+}
+
+/// The part of a request that ran on one device.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Part {
+    pub device: String,
+    /// Tokens that were generated there.
+    pub tokens: u32,
+    /// By the device's clock; zero if it was lost before it could tell.
+    pub time: Duration,
+}
+
+/// How a request ended, and what it took.
+#[derive(Debug)]
+pub(crate) struct Outcome {
+    pub generation: Box<Generation>,
+    /// In the order in which it ran there.
+    pub parts: Vec<Part>,
+    /// Whether every device gives the bits of every other.
+    pub is_exact: bool,
+    pub queue: Duration,
+    /// From its beginning to the first token.
+    pub prefill: Duration,
+    /// From the first token to the end.
+    pub decode: Duration,
+}
+
+/// What the client of a request is told.
+#[derive(Debug)]
+pub(crate) enum Progress {
+    /// Tokens were chosen; `text` is what is complete by now.
+    Tokens { tokens: Vec<u32>, logprobs: Vec<halite::sampler::Logprobs>, text: String },
+    /// The request is done.
+    Done(Box<Outcome>),
+    /// The request failed.
+    Failed(Failed),
+}
+
+/// Why a request failed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Failed {
+    #[error(transparent)]
+    Error(#[from] Error),
+    #[error(transparent)]
+    Refused(#[from] Refused),
+}
+
+/// A request under way. Dropping it cancels the request.
+#[derive(Debug)]
+pub(crate) struct Running {
+    progress: channel::UnboundedReceiver<Progress>,
+}
+
+impl Running {
+    /// Waits for what comes next; `None` after the end.
+    pub async fn next(&mut self) -> Option<Progress> {
+        self.progress.recv().await
+    }
+
+    /// As [`Running::next`], for streams.
+    pub fn poll_next(&mut self, context: &mut std::task::Context<'_>) -> std::task::Poll<Option<Progress>> {
+        self.progress.poll_recv(context)
+    }
+}
+
+/// A model under a name.
+#[derive(Debug)]
+pub struct Hosted {
+    name: String,
+    opened: Arc<Opened>,
+    replicas: Vec<Arc<Replica>>,
+    policy: Policy,
+    step_timeout: Duration,
+    memory: Arc<Memory>,
+}
+
+/// How often a request may move.
+const MOST_MOVES: usize = 8;
+/// How long a request waits for a device that works.
+const PATIENCE: Duration = Duration::from_secs(10);
+const RETRY: Duration = Duration::from_millis(250);
+/// Devices on which a request may give numbers that are not finite. After that the model or the prompt is at fault.
+const MOST_NOT_FINITE: usize = 2;
+
+impl Hosted {
+    pub(crate) fn new(
+        name: &str,
+        model: &Arc<Model>,
+        devices: Vec<Device>,
+        options: &ModelOptions,
+        memory: &Arc<Memory>,
+    ) -> Result<Hosted, Error> {
+        if devices.is_empty() {
+            return Err(Error::Argument { what: "devices", expected: "at least one".into(), got: "none".into() });
+        }
+        let replicas: Vec<_> = devices.into_iter().map(|device| Arc::new(Replica::new(device))).collect();
+        replicas.iter().for_each(|replica| memory.share_with(replica));
+        Ok(Hosted {
+            name: name.to_owned(),
+            opened: Arc::new(Opened::new(model, options)?),
+            replicas,
+            policy: options.policy,
+            step_timeout: options.step_timeout,
+            memory: memory.clone(),
+        })
+    }
+
+    /// The name by which clients ask for it.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The model.
+    pub fn model(&self) -> &Arc<Model> {
+        &self.opened.model
+    }
+
+    /// Its vocabulary.
+    pub fn tokenizer(&self) -> &Arc<Tokenizer> {
+        &self.opened.tokenizer
+    }
+
+    /// Its chat template.
+    pub fn template(&self) -> Option<&Template> {
+        self.opened.template.as_ref()
+    }
+
+    /// Tokens that a request may have, its prompt included.
+    pub fn positions(&self) -> u32 {
+        self.opened.session.positions(&self.opened.model)
+    }
+
+    /// Requests that may run and wait at once.
+    pub fn most(&self) -> usize {
+        let slots = self.opened.session.outputs.min(self.opened.session.sequences);
+        (slots as usize).saturating_add(self.opened.queue)
+    }
+
+    pub(crate) fn status(&self) -> Vec<Status> {
+        self.replicas.iter().map(|replica| replica.status()).collect()
+    }
+
+    /// Loads a replica, so that the first request need not wait for it.
+    ///
+    /// # Errors
+    /// Why none could be loaded.
+    pub async fn load(&self) -> Result<(), Refused> {
+        self.find(&[]).await.map(drop)
+    }
+
+    /// Unloads the replicas that are idle.
+    pub(crate) async fn unload(&self) {
+        let unloaded: Vec<Loaded> = self.replicas.iter().filter_map(|replica| replica.unload()).collect();
+        // Their threads end first.
+        let _ = tokio::task::spawn_blocking(move || drop(unloaded)).await;
+    }
+
+    /// Takes out replicas that hang.
+    pub(crate) fn check_steps(&self) {
+        for replica in &self.replicas {
+            if let Some(loaded) = replica.loaded()
+                && loaded.engine.in_step() > self.step_timeout
+            {
+                let why = format!("a step takes longer than {} s", self.step_timeout.as_secs_f64());
+                replica.fail(&loaded.engine, &why);
+            }
+        }
+    }
+
+    /// Takes out replicas whose health probe fails, and tries those that have rested.
+    pub(crate) async fn check_health(&self) {
+        for replica in &self.replicas {
+            match replica.loaded() {
+                Some(loaded) => {
+                    if let Err(why) = replica.probe(&loaded).await {
+                        replica.fail(&loaded.engine, &why);
+                    }
+                }
+                // Its failure is noted there.
+                None if replica.status().failures > 0 && replica.may_run().is_ok() => {
+                    if replica.engine(&self.opened, &self.memory).await.is_ok() {
+                        replica.succeeded();
+                    }
+                }
+                None => {}
+            }
+        }
+    }
+
+    /// Whether a request could run now, or after loading.
+    pub(crate) fn is_ready(&self) -> bool {
+        self.replicas.iter().any(|replica| replica.may_run().is_ok())
+    }
+
+    /// The replicas that may run a request, best first.
+    fn ranked(&self, without: &[Arc<Replica>]) -> Vec<Arc<Replica>> {
+        let candidates = self.replicas.iter().filter(|replica| {
+            replica.may_run().is_ok() && !without.iter().any(|other| Arc::ptr_eq(other, replica))
+        });
+        let rank = |replica: &Replica| match self.policy {
+            Policy::Order => {
+                let load = replica.load();
+                if load < 1.0 { 0.0 } else { load }
+            }
+            Policy::Load => replica.load(),
+            Policy::Latency => replica.token_us() as f64 * (1.0 + replica.load()),
+            // The smallest of exponential variates, with the weights as rates, is each one's by its weight.
+            Policy::Weight => -chance().ln() / replica.device.weight.max(f64::MIN_POSITIVE),
+        };
+        let mut ranked: Vec<_> = candidates.map(|replica| (rank(replica), replica.clone())).collect();
+        ranked.sort_by(|(a, _), (b, _)| a.total_cmp(b));
+        ranked.into_iter().map(|(_, replica)| replica).collect()
+    }
+
+    /// Finds a replica that works, and loads it if need be.
+    async fn find(&self, without: &[Arc<Replica>]) -> Result<(Arc<Replica>, Loaded), Refused> {
+        let mut refused = None;
+        for replica in self.ranked(without) {
+            match replica.engine(&self.opened, &self.memory).await {
+                Ok(loaded) => return Ok((replica, loaded)),
+                Err(error) => refused = Some(error),
+            }
+        }
+        let why = || self.replicas.iter().find_map(|replica| replica.may_run().err());
+        Err(refused.unwrap_or_else(|| Refused::Down(why().unwrap_or_default())))
+    }
+
+    /// Begins a request. It has a place when this returns.
+    ///
+    /// # Errors
+    /// [`Failed::Refused`] if there is none; [`Failed::Error`] if its rule is wrong.
+    pub(crate) async fn submit(self: &Arc<Self>, job: Job) -> Result<Running, Failed> {
+        let began = Instant::now();
+        let mut tried = Vec::new();
+        let (replica, loaded, place) = loop {
+            let (replica, loaded) = self.find(&tried).await?;
+            match loaded.engine.reserve() {
+                Ok(place) => break (replica, loaded, place),
+                // Another one may have room.
+                Err(refused) if self.ranked(&tried).len() <= 1 => return Err(refused.into()),
+                Err(_) => tried.push(replica),
+            }
+        };
+        let request = self.request(&job, Vec::new()).await?;
+        let ticket = loaded.engine.submit(place, request);
+        let (sender, progress) = channel::unbounded_channel();
+        let run = Run { hosted: self.clone(), job, sender, began };
+        tokio::spawn(run.run(replica, loaded, ticket));
+        Ok(Running { progress })
+    }
+
+    /// The request of a job that has some tokens already.
+    async fn request(&self, job: &Job, tokens: Vec<u32>) -> Result<Request, Error> {
+        let request = Request::new(job.prompt.to_vec()).options(job.options.clone()).resumed(tokens);
+        let request = request.tenant(job.tenant).priority(job.priority);
+        let Some(rule) = job.rule.clone() else { return Ok(request) };
+        let opened = self.opened.clone();
+        let guide = tokio::task::spawn_blocking(move || opened.guide(&rule)).await;
+        let guide = guide.unwrap_or_else(|_| Err(Error::Constraint("compiling it failed inside".into())))?;
+        Ok(request.constraint(Some(Box::new(guide) as _)))
+    }
+}
+
+/// A number in (0, 1].
+pub(crate) fn chance() -> f64 {
+    use std::hash::{BuildHasher, RandomState};
+    ((RandomState::new().hash_one(()) >> 11) + 1) as f64 / (1u64 << 53) as f64
+}
+
+/// A request that runs, on one replica after another.
+struct Run {
+    hosted: Arc<Hosted>,
+    job: Job,
+    sender: channel::UnboundedSender<Progress>,
+    began: Instant,
+}
+
+/// How a request left a replica.
+enum Left {
+    Done(Box<Generation>),
+    /// The request is at fault.
+    Failed(Error),
+    /// The replica is at fault.
+    Lost(String),
+    /// One of them is: its numbers are not finite.
+    NotFinite(Error),
+}
+
+/// What a request has so far.
+#[derive(Default)]
+struct SoFar {
+    tokens: Vec<u32>,
+    parts: Vec<Part>,
+    contracts: Vec<Contract>,
+    ran: Option<Instant>,
+    first_token: Option<Instant>,
+}
+
+impl Run {
+    async fn run(self, mut replica: Arc<Replica>, mut loaded: Loaded, mut ticket: Ticket) {
+        let mut so_far = SoFar::default();
+        let mut tried = Vec::new();
+        let mut not_finite = 0;
+        let last = loop {
+            let had = so_far.tokens.len();
+            so_far.contracts.push(loaded.contract);
+            let left = self.follow(&mut ticket, &mut so_far).await;
+            let tokens = (so_far.tokens.len() - had) as u32;
+            let device = replica.device.name.clone();
+            let mut part = Part { device, tokens, time: Duration::ZERO };
+            let why = match left {
+                Left::Done(generation) => {
+                    replica.succeeded();
+                    part.time = generation.device.0 + generation.device.1;
+                    so_far.parts.push(part);
+                    let outcome = self.outcome(so_far, generation);
+                    replica.took(outcome.decode, tokens.saturating_sub(1));
+                    break Progress::Done(Box::new(outcome));
+                }
+                Left::Failed(error) => break Progress::Failed(error.into()),
+                Left::Lost(why) => {
+                    replica.fail(&loaded.engine, &why);
+                    why
+                }
+                Left::NotFinite(error) => {
+                    not_finite += 1;
+                    if not_finite == MOST_NOT_FINITE {
+                        break Progress::Failed(error.into());
+                    }
+                    if let Err(why) = replica.probe(&loaded).await {
+                        replica.fail(&loaded.engine, &why);
+                    }
+                    error.to_string()
+                }
+            };
+            so_far.parts.push(part);
+            tried.push(replica);
+            if tried.len() == MOST_MOVES {
+                break Progress::Failed(Refused::Down(why).into());
+            }
+            match self.resume(&tried, &so_far.tokens).await {
+                Ok(next) => (replica, loaded, ticket) = next,
+                Err(failed) => break Progress::Failed(failed),
+            }
+            tracing::warn!(model = self.hosted.name, to = replica.device.name, why, "request moved");
+        };
+        // Whoever has left needs no answer.
+        let _ = self.sender.send(last);
+    }
+
+    /// Hands the request to another replica; to one that was tried, if no other is left. Waits a while for one that works.
+    async fn resume(
+        &self,
+        tried: &[Arc<Replica>],
+        tokens: &[u32],
+    ) -> Result<(Arc<Replica>, Loaded, Ticket), Failed> {
+        let began = Instant::now();
+        let (replica, loaded, place) = loop {
+            let found = match self.hosted.find(tried).await {
+                Err(_) => self.hosted.find(&[]).await,
+                found => found,
+            };
+            let taken = found.and_then(|(replica, loaded)| {
+                let place = loaded.engine.reserve()?;
+                Ok((replica, loaded, place))
+            });
+            match taken {
+                Ok(taken) => break taken,
+                Err(refused) if began.elapsed() > PATIENCE || self.sender.is_closed() => {
+                    return Err(refused.into());
+                }
+                Err(_) => tokio::time::sleep(RETRY).await,
+            }
+        };
+        let request = self.hosted.request(&self.job, tokens.to_vec()).await?;
+        let ticket = loaded.engine.submit(place, request);
+        Ok((replica, loaded, ticket))
+    }
+
+    /// Passes on what a replica tells, until the request leaves it.
+    async fn follow(&self, ticket: &mut Ticket, so_far: &mut SoFar) -> Left {
+        // Tokens that the replica repeats.
+        let mut repeated = so_far.tokens.len();
+        let mut is_cancelled = false;
+        loop {
+            let update = tokio::select! {
+                biased;
+                update = ticket.next() => update,
+                () = self.sender.closed(), if !is_cancelled => {
+                    // What it took so far comes with the answer.
+                    ticket.cancel();
+                    is_cancelled = true;
+                    continue;
+                }
+            };
+            match update {
+                Ok(Update::Began) => _ = so_far.ran.get_or_insert_with(Instant::now),
+                Ok(Update::Tokens { tokens, .. }) if repeated > 0 => {
+                    repeated = repeated.saturating_sub(tokens.len());
+                }
+                Ok(Update::Tokens { tokens, logprobs, text }) => {
+                    if !tokens.is_empty() {
+                        so_far.first_token.get_or_insert_with(Instant::now);
+                    }
+                    so_far.tokens.extend(&tokens);
+                    // Whoever has left is noticed in the next round.
+                    let _ = self.sender.send(Progress::Tokens { tokens, logprobs, text });
+                }
+                Ok(Update::Done(generation)) => return Left::Done(generation),
+                Ok(Update::Failed(error @ Error::NotFinite { .. })) => return Left::NotFinite(error),
+                Ok(Update::Failed(error)) if is_devices(&error) => return Left::Lost(error.to_string()),
+                Ok(Update::Failed(error)) => return Left::Failed(error),
+                Err(_) if is_cancelled => return Left::Failed(Error::Cancelled),
+                Err(why) => return Left::Lost(why),
+            }
+        }
+    }
+
+    fn outcome(&self, so_far: SoFar, generation: Box<Generation>) -> Outcome {
+        let end = Instant::now();
+        let ran = so_far.ran.unwrap_or(end);
+        let first = so_far.first_token.unwrap_or(end);
+        Outcome {
+            generation,
+            is_exact: so_far.parts.len() == 1 || so_far.contracts.iter().all(|c| *c == Contract::Exact),
+            parts: so_far.parts,
+            queue: ran.saturating_duration_since(self.began),
+            prefill: first.saturating_duration_since(ran),
+            decode: end.saturating_duration_since(first),
+        }
+    }
+}
+
+/// Whether an error is the device's: another one may do what this one did not.
+fn is_devices(error: &Error) -> bool {
+    matches!(
+        error,
+        Error::Backend { .. } | Error::Io { .. } | Error::FileChanged { .. } | Error::OutOfMemory { .. }
+    )
+}

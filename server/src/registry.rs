@@ -1,0 +1,224 @@
+//! The models of a server by their names, and what changes when its configuration is read again.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use halite::kernels::kv;
+use halite::model::ProgramOptions;
+use halite::{Backend, Error, Model, SessionOptions};
+
+use crate::config::{Config, ConfigError, ModelConfig, ReplicaConfig, check_weights, seconds};
+use crate::memory::Memory;
+use crate::model::{Hosted, ModelOptions};
+use crate::replica::Device;
+
+/// What a server needs of the program around it.
+pub trait Machine: Send + Sync {
+    /// Opens a device.
+    ///
+    /// # Errors
+    /// Errors of its driver.
+    fn device(&self, replica: &ReplicaConfig) -> Result<Arc<dyn Backend>, Error>;
+
+    /// Opens the model that the program carries.
+    ///
+    /// # Errors
+    /// [`Error::Model`] if it carries none.
+    fn builtin(&self) -> Result<Model, Error>;
+}
+
+/// The name of the model that programs carry.
+const BUILTIN: &str = "halite-austen";
+const SLOTS: u32 = 16;
+const BATCH: u32 = 512;
+
+/// Models and routes by name.
+#[derive(Debug, Default, Clone)]
+pub(crate) struct Registry {
+    models: BTreeMap<String, Entry>,
+    routes: BTreeMap<String, Vec<(f64, String)>>,
+}
+
+#[derive(Debug, Clone)]
+struct Entry {
+    hosted: Arc<Hosted>,
+    /// What it was made of; `None` for a model without a configuration.
+    made_of: Option<Made>,
+    preload: bool,
+}
+
+/// A model is made again if this changes.
+#[derive(Debug, Clone, PartialEq)]
+struct Made {
+    config: ModelConfig,
+    adapter: Option<usize>,
+    /// Length and time of each file.
+    files: Vec<(u64, Option<std::time::SystemTime>)>,
+}
+
+impl Registry {
+    /// With one more model, instead of one of the same name.
+    pub fn insert(&mut self, hosted: Hosted) {
+        let entry = Entry { hosted: Arc::new(hosted), made_of: None, preload: true };
+        self.models.insert(entry.hosted.name().to_owned(), entry);
+    }
+
+    /// The model of a name, which may be a route's. Without a name, the only model there is.
+    pub fn find(&self, name: Option<&str>) -> Option<&Arc<Hosted>> {
+        let found = match name {
+            None => {
+                let mut all = self.models.values();
+                all.next().filter(|_| all.next().is_none())
+            }
+            Some(name) => self.models.get(name).or_else(|| self.models.get(self.route(name)?)),
+        };
+        found.map(|entry| &entry.hosted)
+    }
+
+    /// Chooses a model of a route.
+    fn route(&self, name: &str) -> Option<&str> {
+        let targets = self.routes.get(name)?;
+        let total: f64 = targets.iter().map(|(weight, _)| weight).sum();
+        let mut left = crate::model::chance() * total;
+        let chosen = targets.iter().find(|(weight, _)| {
+            left -= weight;
+            left <= 0.0
+        });
+        chosen.or(targets.last()).map(|(_, model)| model.as_str())
+    }
+
+    /// The models, by name.
+    pub fn models(&self) -> impl Iterator<Item = &Arc<Hosted>> {
+        self.models.values().map(|entry| &entry.hosted)
+    }
+
+    /// All names: models, then routes.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.models.keys().chain(self.routes.keys()).map(String::as_str)
+    }
+
+    /// Models to load when the server starts.
+    pub fn preloaded(&self) -> impl Iterator<Item = &Arc<Hosted>> {
+        self.models.values().filter(|entry| entry.preload).map(|entry| &entry.hosted)
+    }
+
+    /// The models of a configuration. Those of `old` that have not changed stay as they are.
+    pub fn of(
+        config: &Config,
+        machine: &Arc<dyn Machine>,
+        memory: &Arc<Memory>,
+        old: &Registry,
+    ) -> Result<Registry, ConfigError> {
+        let mut registry = Registry::default();
+        let builtin = [ModelConfig::default()];
+        let models = if config.models.is_empty() { &builtin } else { &config.models[..] };
+        for config in models {
+            let name = name_of(config);
+            registry.add(&name, config, None, machine, memory, old)?;
+            for (index, adapter) in config.adapters.iter().enumerate() {
+                let name = format!("{name}:{}", adapter.name);
+                registry.add(&name, config, Some(index), machine, memory, old)?;
+            }
+        }
+        for route in &config.routes {
+            let what = format!("route `{}`", route.name);
+            if registry.names().any(|name| name == route.name) {
+                return Err(ConfigError::value(what, "a name of its own", "that of a model or route"));
+            }
+            if let Some(unknown) = route.to.iter().find(|to| !registry.models.contains_key(&to.model)) {
+                return Err(ConfigError::value(what, "models of this configuration", &unknown.model));
+            }
+            check_weights(&what, route.to.iter().map(|to| to.weight))?;
+            let targets = route.to.iter().map(|to| (to.weight, to.model.clone())).collect();
+            registry.routes.insert(route.name.clone(), targets);
+        }
+        Ok(registry)
+    }
+
+    fn add(
+        &mut self,
+        name: &str,
+        config: &ModelConfig,
+        adapter: Option<usize>,
+        machine: &Arc<dyn Machine>,
+        memory: &Arc<Memory>,
+        old: &Registry,
+    ) -> Result<(), ConfigError> {
+        if self.models.contains_key(name) {
+            return Err(ConfigError::value(format!("model `{name}`"), "a name of its own", "another model's"));
+        }
+        let adapters = config.adapters.iter().map(|adapter| &adapter.file);
+        let files = config.file.iter().chain(&config.template).chain(adapters);
+        let made_of = Some(Made { config: config.clone(), adapter, files: files.map(|file| state_of(file)).collect() });
+        let same = old.models.get(name).filter(|entry| entry.made_of == made_of);
+        let hosted = match same {
+            Some(entry) => entry.hosted.clone(),
+            None => Arc::new(hosted(name, config, adapter, machine, memory)?),
+        };
+        let preload = config.preload.unwrap_or(adapter.is_none());
+        self.models.insert(name.to_owned(), Entry { hosted, made_of, preload });
+        Ok(())
+    }
+}
+
+/// The name of a model.
+fn name_of(config: &ModelConfig) -> String {
+    let stem = || config.file.as_deref().and_then(Path::file_stem).map(|stem| stem.to_string_lossy().into_owned());
+    config.name.clone().or_else(stem).unwrap_or_else(|| BUILTIN.into())
+}
+
+/// Changes if a file does.
+fn state_of(file: &Path) -> (u64, Option<std::time::SystemTime>) {
+    std::fs::metadata(file).map_or((0, None), |data| (data.len(), data.modified().ok()))
+}
+
+fn hosted(
+    name: &str,
+    config: &ModelConfig,
+    adapter: Option<usize>,
+    machine: &Arc<dyn Machine>,
+    memory: &Arc<Memory>,
+) -> Result<Hosted, ConfigError> {
+    let mut model = match &config.file {
+        Some(file) => Model::open(file)?,
+        None => machine.builtin()?,
+    };
+    if let Some(adapter) = adapter.and_then(|index| config.adapters.get(index)) {
+        model.apply_lora(halite::gguf::Gguf::open(&adapter.file)?, adapter.scale)?;
+    }
+    model.warnings().iter().for_each(|warning| tracing::warn!(model = name, "{warning}"));
+    let model = Arc::new(model);
+    let key = |key: &str| format!("{key} of model `{name}`");
+    let mut session = SessionOptions::default().context(config.context);
+    let cache = config.cache.unwrap_or_else(|| session.positions(&model).saturating_mul(4));
+    let slots = config.slots.unwrap_or(SLOTS);
+    if !(1..=64).contains(&slots) {
+        return Err(ConfigError::value(key("slots"), "1 to 64", slots));
+    }
+    session = session.cache_positions(cache).batch(config.batch.unwrap_or(BATCH).max(slots));
+    if let Some(format) = &config.kv {
+        let found = kv::formats().find(|known| known.name().eq_ignore_ascii_case(format));
+        let known: Vec<String> = kv::formats().map(|known| known.name().to_lowercase()).collect();
+        let found = found.ok_or_else(|| ConfigError::value(key("kv"), known.join(", "), format))?;
+        session = session.program(ProgramOptions::default().kv_format(found));
+    }
+    let mut options = ModelOptions::new(session, slots);
+    options.queue = config.queue.unwrap_or(options.queue);
+    options.policy = config.policy;
+    options.step_timeout = seconds(&key("step_timeout_s"), config.step_timeout_s, 60.0)?;
+    if let Some(file) = &config.template {
+        let bytes = halite::map::read(file, 1 << 20)?;
+        let text = String::from_utf8(bytes).map_err(|e| ConfigError::value(key("template"), "text", e))?;
+        options.template = Some(text);
+    }
+    let cpu = [ReplicaConfig::new("cpu", BTreeMap::new())];
+    let replicas = if config.replicas.is_empty() { &cpu } else { &config.replicas[..] };
+    check_weights(&key("weight"), replicas.iter().map(|replica| replica.weight))?;
+    let device = |replica: &ReplicaConfig| {
+        let (machine, config) = (machine.clone(), replica.clone());
+        let open = Arc::new(move || machine.device(&config));
+        Device { name: replica.backend.clone(), open, weight: replica.weight }
+    };
+    Ok(Hosted::new(name, &model, replicas.iter().map(device).collect(), &options, memory)?)
+}

@@ -1,0 +1,296 @@
+//! A model on one device: opened when it is needed, taken out when the device fails, tried again later.
+
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use halite::backend::Contract;
+use halite::batch::{Batch, Event, Request};
+use halite::generate::GenerateOptions;
+use halite::session::{Footprint, footprint};
+use halite::{Backend, Error, Session};
+
+use crate::engine::{Engine, Refused};
+use crate::memory::{Memory, Share};
+use crate::model::Opened;
+
+/// Opens a device.
+pub type OpenDevice = Arc<dyn Fn() -> Result<Arc<dyn Backend>, Error> + Send + Sync>;
+
+/// How long a replica that failed rests before it is tried again: twice as long after each failure.
+const FIRST_REST: Duration = Duration::from_secs(1);
+const LONGEST_REST: Duration = Duration::from_secs(120);
+
+/// Tokens of a health probe.
+const PROBE_TOKENS: u32 = 4;
+
+/// A device on which a model runs.
+#[derive(Clone)]
+pub struct Device {
+    /// Its name, as operators know it.
+    pub name: String,
+    /// Opens it.
+    pub open: OpenDevice,
+    /// Its share of requests, among the replicas of a model whose policy is by weight.
+    pub weight: f64,
+}
+
+impl std::fmt::Debug for Device {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Device").field("name", &self.name).field("weight", &self.weight).finish_non_exhaustive()
+    }
+}
+
+/// A model on a device.
+#[derive(Debug)]
+pub(crate) struct Replica {
+    pub device: Device,
+    state: Mutex<State>,
+    /// One load at a time.
+    loading: tokio::sync::Mutex<()>,
+    /// When it was last used, in milliseconds since `origin`.
+    used_ms: AtomicU64,
+    /// The smoothed time of a token, in microseconds; 0 before the first.
+    token_us: AtomicU64,
+    origin: Instant,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    loaded: Option<Loaded>,
+    /// Failures since it last worked.
+    failures: u32,
+    /// After a failure, when it may be tried again, and what the failure was.
+    resting: Option<(Instant, String)>,
+}
+
+/// An engine and what it takes.
+#[derive(Debug, Clone)]
+pub(crate) struct Loaded {
+    pub engine: Arc<Engine>,
+    pub contract: Contract,
+    /// The tokens of a health probe.
+    probe: Arc<[u32]>,
+    _share: Arc<Share>,
+}
+
+/// A replica as operators see it.
+#[derive(Debug, Clone, serde::Serialize)]
+pub(crate) struct Status {
+    pub device: String,
+    /// `ready`, `unloaded`, or `resting` after a failure.
+    pub state: &'static str,
+    pub running: usize,
+    pub waiting: usize,
+    pub slots: usize,
+    /// Why it rests.
+    pub failure: Option<String>,
+    pub failures: u32,
+    pub token_us: u64,
+}
+
+impl Replica {
+    pub fn new(device: Device) -> Replica {
+        let (state, loading, used_ms, token_us) = Default::default();
+        Replica { device, state, loading, used_ms, token_us, origin: Instant::now() }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What is loaded.
+    pub fn loaded(&self) -> Option<Loaded> {
+        self.state().loaded.clone()
+    }
+
+    /// Whether a request may go there: it is ready, or may be loaded now.
+    pub fn may_run(&self) -> Result<(), String> {
+        match &self.state().resting {
+            Some((until, why)) if Instant::now() < *until => Err(why.clone()),
+            _ => Ok(()),
+        }
+    }
+
+    /// Requests per slot.
+    pub fn load(&self) -> f64 {
+        self.loaded().map_or(0.0, |loaded| loaded.engine.load() as f64 / loaded.engine.slots().max(1) as f64)
+    }
+
+    /// The smoothed time of a token; 0 before the first.
+    pub fn token_us(&self) -> u64 {
+        self.token_us.load(Relaxed)
+    }
+
+    /// Notes how long the tokens of a request took.
+    pub fn took(&self, decode: Duration, tokens: u32) {
+        if tokens == 0 {
+            return;
+        }
+        let us = decode.as_micros() as u64 / u64::from(tokens);
+        let before = self.token_us();
+        self.token_us.store(if before == 0 { us } else { (7 * before + us) / 8 }.max(1), Relaxed);
+    }
+
+    fn touch(&self) {
+        self.used_ms.store(self.origin.elapsed().as_millis() as u64, Relaxed);
+    }
+
+    /// How long it has not been used.
+    pub fn idle(&self) -> Duration {
+        self.origin.elapsed().saturating_sub(Duration::from_millis(self.used_ms.load(Relaxed)))
+    }
+
+    pub fn status(&self) -> Status {
+        let state = self.state();
+        let engine = state.loaded.as_ref().map(|loaded| &loaded.engine);
+        let running = engine.map_or(0, |engine| engine.running());
+        Status {
+            device: self.device.name.clone(),
+            state: match (&state.resting, engine) {
+                (_, Some(_)) => "ready",
+                (Some(_), None) => "resting",
+                (None, None) => "unloaded",
+            },
+            running,
+            waiting: engine.map_or(0, |engine| engine.load().saturating_sub(running)),
+            slots: engine.map_or(0, |engine| engine.slots()),
+            failure: state.resting.as_ref().map(|(_, why)| why.clone()),
+            failures: state.failures,
+            token_us: self.token_us(),
+        }
+    }
+
+    /// Takes it out: what is loaded is given up, and tried again after a rest.
+    pub fn fail(&self, engine: &Arc<Engine>, why: &str) {
+        let mut state = self.state();
+        // Others may have noticed the same before.
+        if !state.loaded.as_ref().is_some_and(|loaded| Arc::ptr_eq(&loaded.engine, engine)) {
+            return;
+        }
+        state.loaded = None;
+        state.rest(why);
+        drop(state);
+        tracing::warn!(device = self.device.name, why, "replica taken out");
+        engine.give_up(why.to_owned());
+    }
+
+    /// It answered a request: failures before are forgotten.
+    pub fn succeeded(&self) {
+        let mut state = self.state();
+        (state.failures, state.resting) = (0, None);
+    }
+
+    /// Unloads it, if it has no requests. Returns the engine, whose end takes a step.
+    pub fn unload(&self) -> Option<Loaded> {
+        let mut state = self.state();
+        let is_idle = state.loaded.as_ref().is_some_and(|loaded| loaded.engine.load() == 0);
+        if is_idle { state.loaded.take() } else { None }
+    }
+
+    /// Returns the engine, which is loaded first if it is not.
+    ///
+    /// # Errors
+    /// Why it cannot be used now.
+    pub async fn engine(
+        self: &Arc<Self>,
+        opened: &Arc<Opened>,
+        memory: &Arc<Memory>,
+    ) -> Result<Loaded, Refused> {
+        self.touch();
+        if let Some(loaded) = self.loaded() {
+            return Ok(loaded);
+        }
+        let _loading = self.loading.lock().await;
+        if let Some(loaded) = self.loaded() {
+            return Ok(loaded);
+        }
+        self.may_run().map_err(Refused::Down)?;
+        let (replica, opened, memory) = (self.clone(), opened.clone(), memory.clone());
+        let load = move || replica.load_now(&opened, &memory);
+        let loaded = tokio::task::spawn_blocking(load).await;
+        loaded.unwrap_or_else(|_| Err(Refused::Down("loading it failed inside".into())))
+    }
+
+    /// Loads it, on a thread that may wait.
+    fn load_now(&self, opened: &Opened, memory: &Arc<Memory>) -> Result<Loaded, Refused> {
+        let failed = |error: Error| {
+            let why = error.to_string();
+            tracing::warn!(device = self.device.name, why, "replica not loaded");
+            self.state().rest(&why);
+            Refused::Down(why)
+        };
+        let backend = (self.device.open)().map_err(failed)?;
+        let needed = footprint(&opened.model, &*backend, &opened.session).map_err(failed)?;
+        let share = memory.take(bytes(&needed))?;
+        let mut session = Session::new(&opened.model, &backend, &opened.session).map_err(failed)?;
+        let probe;
+        (session, probe) = probed(session, opened).map_err(failed)?;
+        let contract = backend.caps().contract;
+        opened.agree(contract, &probe).map_err(failed)?;
+        let engine = Engine::new(session, &opened.tokenizer, opened.queue).map_err(failed)?;
+        tracing::info!(device = self.device.name, bytes = bytes(&needed), "replica loaded");
+        let loaded = Loaded {
+            engine: Arc::new(engine),
+            contract,
+            probe: probe.into(),
+            _share: Arc::new(share),
+        };
+        self.state().loaded = Some(loaded.clone());
+        Ok(loaded)
+    }
+
+    /// Whether it still computes what it computed when it was loaded, if it is idle.
+    ///
+    /// # Errors
+    /// What it does instead.
+    pub async fn probe(&self, loaded: &Loaded) -> Result<(), String> {
+        if loaded.engine.load() > 0 {
+            return Ok(());
+        }
+        let Ok(place) = loaded.engine.reserve() else { return Ok(()) };
+        let mut ticket = loaded.engine.submit(place, probe_request());
+        loop {
+            match ticket.next().await? {
+                crate::Update::Done(generation) if generation.tokens == *loaded.probe => return Ok(()),
+                crate::Update::Done(_) => return Err("its health probe gives other tokens than before".into()),
+                crate::Update::Failed(error) => return Err(error.to_string()),
+                _ => {}
+            }
+        }
+    }
+}
+
+impl State {
+    fn rest(&mut self, why: &str) {
+        let rest = FIRST_REST.saturating_mul(1 << self.failures.min(16)).min(LONGEST_REST);
+        self.failures = self.failures.saturating_add(1);
+        self.resting = Some((Instant::now() + rest, why.to_owned()));
+    }
+}
+
+/// All bytes of a session.
+fn bytes(needed: &Footprint) -> u64 {
+    needed.weight_bytes.saturating_sub(needed.streamed_bytes).saturating_add(needed.stream_bytes)
+        .saturating_add(needed.working_bytes().saturating_sub(needed.spilled_bytes))
+}
+
+/// A few tokens, the most likely ones, after the first token of the vocabulary.
+fn probe_request() -> Request {
+    let options = GenerateOptions::default().max_tokens(PROBE_TOKENS).ignore_end(true);
+    // A tenant of its own, so that what is kept of it serves no client.
+    Request::new(vec![0]).options(options).tenant(u64::MAX)
+}
+
+/// Runs a health probe in a session without sequences.
+fn probed(session: Session, opened: &Opened) -> Result<(Session, Vec<u32>), Error> {
+    let mut batch = Batch::new(session, opened.tokenizer.clone());
+    batch.add(probe_request())?;
+    let mut result = Ok(Vec::new());
+    while batch.step(&mut |_, event| match event {
+        Event::Done(generation) => result = Ok(generation.tokens),
+        Event::Failed(error) => result = Err(error),
+        _ => {}
+    })? {}
+    Ok((batch.into_session(), result?))
+}
