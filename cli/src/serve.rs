@@ -10,13 +10,13 @@ use halite::backend::driver::{self, Options};
 use halite::kernels::formats::Format;
 use halite::map::Source;
 use halite::{Backend, Error, Model};
-use halite_server::{Config, Machine, ModelConfig, ReplicaConfig, Server};
+use halite_server::{Config, ConfigError, Machine, ModelConfig, ReplicaConfig, Server};
 use tokio::net::TcpListener;
 
 use super::device::{DeviceArgs, drivers};
 use super::{Failure, kv_format, say};
 
-#[derive(Args)]
+#[derive(Args, Clone)]
 pub struct ServeArgs {
     /// Configuration: models, replicas, routes, limits. It is read again on SIGHUP.
     #[arg(short, long, value_name = "FILE", conflicts_with_all = ["model", "ctx", "cache", "queue", "template"])]
@@ -55,20 +55,25 @@ pub struct ServeArgs {
     memory: Option<u64>,
 }
 
-/// The backends and the model of this command.
-struct Here {
-    /// The device of `--backend`, where a replica names none.
-    device: DeviceArgs,
-}
+/// The configuration, the backends and the model of this command.
+struct Here(ServeArgs);
 
 /// A replica on the device of the command line.
 const CHOSEN: &str = "";
 
 impl Machine for Here {
+    fn config(&self) -> Result<Config, ConfigError> {
+        match &self.0.config {
+            Some(file) => Config::read(file),
+            None => Ok(self.0.as_config()),
+        }
+    }
+
     fn device(&self, replica: &ReplicaConfig) -> Result<Arc<dyn Backend>, Error> {
         if replica.backend == CHOSEN {
-            let failed = |e: Failure| Error::Backend { backend: self.device.name().into(), message: e.to_string() };
-            return self.device.open().map_err(failed);
+            let device = &self.0.device;
+            let failed = |e: Failure| Error::Backend { backend: device.name().into(), message: e.to_string() };
+            return device.open().map_err(failed);
         }
         let mut options = Options::default();
         replica.options.iter().for_each(|(name, value)| options.set(name, value));
@@ -91,11 +96,8 @@ fn named(model: &OsStr) -> (Option<String>, PathBuf) {
 }
 
 impl ServeArgs {
-    /// The configuration, of a file or of the other arguments.
-    fn config(&self) -> Result<Config, Failure> {
-        if let Some(file) = &self.config {
-            return Ok(Config::read(file)?);
-        }
+    /// The configuration that the arguments describe.
+    fn as_config(&self) -> Config {
         let mut base = ModelConfig::default();
         (base.context, base.cache, base.slots, base.queue) = (self.ctx, self.cache, Some(self.slots), self.queue);
         (base.template, base.kv, base.batch) = (self.template.clone(), Some(self.kv.name().into()), Some(self.batch));
@@ -112,21 +114,22 @@ impl ServeArgs {
             config.models.push(base);
         }
         config.memory_mb = self.memory;
-        Ok(config)
+        config.listen = self.listen;
+        config
     }
 }
 
 pub fn serve(args: &ServeArgs) -> Result<(), Failure> {
-    let config = args.config()?;
-    let listen = args.listen.or(config.listen).unwrap_or(SocketAddr::from(([127, 0, 0, 1], 8080)));
-    let server = Server::new(&config, Arc::new(Here { device: args.device.clone() }))?;
+    let here = Arc::new(Here(args.clone()));
+    let listen = args.listen.or(here.config()?.listen).unwrap_or(SocketAddr::from(([127, 0, 0, 1], 8080)));
+    let server = Server::new(here)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     let result = runtime.block_on(async {
         server.load().await.map_err(|(model, why)| format!("{model}: {why}"))?;
         let listener = TcpListener::bind(listen).await;
         let listener = listener.map_err(|e| format!("--listen {listen}: {e}"))?;
         say(&format!("serving {} at http://{}/v1", server.names().join(", "), listener.local_addr()?));
-        tokio::spawn(reloads(server.clone(), args.config.clone()));
+        tokio::spawn(reloads(server.clone()));
         Ok(server.run(listener, stopped()).await?)
     });
     // Devices that hang do not keep the program.
@@ -136,17 +139,13 @@ pub fn serve(args: &ServeArgs) -> Result<(), Failure> {
 
 /// Reads the configuration again at each SIGHUP.
 #[cfg(unix)]
-async fn reloads(server: Server, file: Option<PathBuf>) {
-    let Some(file) = file else { return };
+async fn reloads(server: Server) {
     let Ok(mut hangup) = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::hangup()) else { return };
     while hangup.recv().await.is_some() {
-        let (server, file) = (server.clone(), file.clone());
-        let reload = move || {
-            let read = Config::read(&file).and_then(|config| server.reload(&config));
-            say(&match read {
-                Ok(()) => format!("{}: read again", file.display()),
-                Err(error) => format!("{error}; the server stays as it is"),
-            });
+        let server = server.clone();
+        let reload = move || match server.reload() {
+            Ok(()) => say(&format!("read again; serving {}", server.names().join(", "))),
+            Err(error) => say(&format!("{error}; the server stays as it is")),
         };
         // Opening models takes long.
         let _ = tokio::task::spawn_blocking(reload).await;
@@ -154,7 +153,7 @@ async fn reloads(server: Server, file: Option<PathBuf>) {
 }
 
 #[cfg(not(unix))]
-async fn reloads(_: Server, _: Option<PathBuf>) {}
+async fn reloads(_: Server) {}
 
 /// Waits for a signal that ends the program.
 async fn stopped() {

@@ -145,7 +145,7 @@ struct Client {
     request: Request,
     updates: channel::UnboundedSender<Update>,
     is_cancelled: Arc<AtomicBool>,
-    _place: Place,
+    place: Place,
 }
 
 /// A session that runs requests on a thread of its own. Dropping it ends the thread after its current step.
@@ -241,7 +241,7 @@ impl Engine {
     pub fn submit(&self, place: Place, request: Request) -> Ticket {
         let (updates, receiver) = channel::unbounded_channel();
         let is_cancelled = Arc::new(AtomicBool::new(false));
-        let client = Client { request, updates, is_cancelled: is_cancelled.clone(), _place: place };
+        let client = Client { request, updates, is_cancelled: is_cancelled.clone(), place: place };
         if let Some(clients) = &*self.clients() {
             // Without a thread, the ticket's channel closes.
             let _ = clients.send(client);
@@ -274,7 +274,7 @@ struct Open {
     updates: channel::UnboundedSender<Update>,
     is_cancelled: Arc<AtomicBool>,
     is_running: bool,
-    _place: Place,
+    place: Place,
 }
 
 /// Says that the thread ended, however it ends.
@@ -307,15 +307,13 @@ fn work(mut batch: Batch, arriving: &mpsc::Receiver<Client>, state: &State) {
         }
         // A request to stop came from somebody who is about to leave.
         state.cancel.resume();
-        open.retain(|id, client| {
-            if !client.is_cancelled.load(Relaxed) {
-                return true;
-            }
-            let update = batch.cancel(*id).map_or(Update::Failed(Error::Cancelled), |g| Update::Done(Box::new(g)));
+        let gone = open.extract_if(|_, client| client.is_cancelled.load(Relaxed));
+        for (id, Open { updates, place, .. }) in gone {
+            let so_far = batch.cancel(id).map_or(Update::Failed(Error::Cancelled), |it| Update::Done(Box::new(it)));
+            drop(place);
             // Whoever has left needs no answer.
-            let _ = client.updates.send(update);
-            false
-        });
+            let _ = updates.send(so_far);
+        }
         state.step_ms.store(state.now_ms(), Relaxed);
         let stepped = batch.step(&mut |id, event| {
             let Some(client) = open.get_mut(&id) else { return };
@@ -332,11 +330,13 @@ fn work(mut batch: Batch, arriving: &mpsc::Receiver<Client>, state: &State) {
                 Event::Failed(error) => (Update::Failed(error), true),
                 _ => return,
             };
-            // A client that left meanwhile is noticed before the next step.
-            let _ = client.updates.send(update);
+            let updates = client.updates.clone();
+            // Its place is free before it is told.
             if is_last {
                 open.remove(&id);
             }
+            // A client that left meanwhile is noticed before the next step.
+            let _ = updates.send(update);
         });
         state.step_ms.store(0, Relaxed);
         state.running.store(open.values().filter(|client| client.is_running).count(), Relaxed);
@@ -349,9 +349,9 @@ fn work(mut batch: Batch, arriving: &mpsc::Receiver<Client>, state: &State) {
 }
 
 fn accept(client: Client, batch: &mut Batch, open: &mut HashMap<RequestId, Open>) {
-    let Client { request, updates, is_cancelled, _place } = client;
+    let Client { request, updates, is_cancelled, place } = client;
     match batch.add(request) {
-        Ok(id) => _ = open.insert(id, Open { updates, is_cancelled, is_running: false, _place }),
+        Ok(id) => _ = open.insert(id, Open { updates, is_cancelled, is_running: false, place }),
         // A client that left needs no answer.
         Err(error) => _ = updates.send(Update::Failed(error)),
     }

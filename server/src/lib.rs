@@ -9,6 +9,7 @@ mod api;
 mod config;
 mod engine;
 mod memory;
+mod metrics;
 mod model;
 mod registry;
 mod replica;
@@ -32,6 +33,7 @@ pub use registry::Machine;
 pub use replica::{Device, OpenDevice};
 
 use memory::Memory;
+use metrics::Metrics;
 use registry::Registry;
 
 /// How often steps are looked at.
@@ -46,12 +48,19 @@ pub struct Server {
 /// What all requests see.
 struct Shared {
     registry: RwLock<Arc<Registry>>,
-    memory: Arc<Memory>,
+    host: Arc<Host>,
     machine: Option<Arc<dyn Machine>>,
     drain: Duration,
     probe: Duration,
     /// It takes no more requests.
     is_draining: AtomicBool,
+}
+
+/// What all models share.
+#[derive(Debug)]
+struct Host {
+    memory: Arc<Memory>,
+    metrics: Metrics,
 }
 
 impl std::fmt::Debug for Server {
@@ -63,6 +72,14 @@ impl std::fmt::Debug for Server {
 impl Shared {
     fn registry(&self) -> Arc<Registry> {
         self.registry.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn reload(&self) -> Result<(), ConfigError> {
+        let Some(machine) = &self.machine else {
+            return Err(ConfigError::value("configuration", "a server that was made of one", "another"));
+        };
+        self.set_registry(Registry::of(&machine.config()?, machine, &self.host, &self.registry())?);
+        Ok(())
     }
 
     fn set_registry(&self, registry: Registry) {
@@ -82,7 +99,7 @@ impl Server {
         let memory = Memory::new(config.memory_mb.map(|mb| mb.saturating_mul(1_000_000)));
         let shared = Shared {
             registry: RwLock::default(),
-            memory,
+            host: Arc::new(Host { memory, metrics: Metrics::default() }),
             machine,
             drain: config::seconds("drain_s", config.drain_s, 30.0)?,
             probe: config::seconds("probe_s", config.probe_s, 30.0)?,
@@ -91,28 +108,23 @@ impl Server {
         Ok(Server { shared: Arc::new(shared) })
     }
 
-    /// The models of a configuration. None is loaded yet.
+    /// The models of a machine's configuration. None is loaded yet.
     ///
     /// # Errors
     /// [`ConfigError`] for values that are wrong, and models that cannot be opened.
-    pub fn new(config: &Config, machine: Arc<dyn Machine>) -> Result<Server, ConfigError> {
-        let server = Server::with(config, Some(machine))?;
-        server.reload(config)?;
+    pub fn new(machine: Arc<dyn Machine>) -> Result<Server, ConfigError> {
+        let server = Server::with(&machine.config()?, Some(machine))?;
+        server.reload()?;
         Ok(server)
     }
 
-    /// Takes the models of another configuration. Those that have not changed stay loaded; requests of others end where they began.
-    /// What is not about models stays as it is.
+    /// Reads the configuration again, and takes its models. Those that have not changed stay loaded; requests of others end where they
+    /// began. What is not about models stays as it is.
     ///
     /// # Errors
     /// As [`Server::new`]; the server then stays as it is.
-    pub fn reload(&self, config: &Config) -> Result<(), ConfigError> {
-        let Some(machine) = &self.shared.machine else {
-            return Err(ConfigError::value("configuration", "a server that was made of one", "another"));
-        };
-        let old = self.shared.registry();
-        self.shared.set_registry(Registry::of(config, machine, &self.shared.memory, &old)?);
-        Ok(())
+    pub fn reload(&self) -> Result<(), ConfigError> {
+        self.shared.reload()
     }
 
     /// Adds a model on some devices, instead of one of the same name.
@@ -126,7 +138,7 @@ impl Server {
         devices: Vec<Device>,
         options: &ModelOptions,
     ) -> Result<Server, Error> {
-        let hosted = Hosted::new(name, model, devices, options, &self.shared.memory)?;
+        let hosted = Hosted::new(name, model, devices, options, &self.shared.host)?;
         let mut registry = Registry::clone(&self.shared.registry());
         registry.insert(hosted);
         self.shared.set_registry(registry);

@@ -8,11 +8,12 @@ use halite::batch::Request;
 use halite::chat::Template;
 use halite::constrain::{Guide, Rule, Vocabulary};
 use halite::generate::{GenerateOptions, Generation};
+use halite::sampler::Logprobs;
 use halite::{Error, Model, SessionOptions, Tokenizer};
 use tokio::sync::mpsc as channel;
 
 use crate::engine::{Refused, Ticket, Update};
-use crate::memory::Memory;
+use crate::Host;
 use crate::replica::{Device, Loaded, Replica, Status};
 
 /// How a request finds its replica among those that work.
@@ -158,8 +159,8 @@ pub(crate) struct Outcome {
 /// What the client of a request is told.
 #[derive(Debug)]
 pub(crate) enum Progress {
-    /// Tokens were chosen; `text` is what is complete by now.
-    Tokens { tokens: Vec<u32>, logprobs: Vec<halite::sampler::Logprobs>, text: String },
+    /// Text that is complete, and how likely its tokens were if that was asked for.
+    Text { text: String, logprobs: Vec<Logprobs> },
     /// The request is done.
     Done(Box<Outcome>),
     /// The request failed.
@@ -201,7 +202,7 @@ pub struct Hosted {
     replicas: Vec<Arc<Replica>>,
     policy: Policy,
     step_timeout: Duration,
-    memory: Arc<Memory>,
+    host: Arc<Host>,
 }
 
 /// How often a request may move.
@@ -218,20 +219,20 @@ impl Hosted {
         model: &Arc<Model>,
         devices: Vec<Device>,
         options: &ModelOptions,
-        memory: &Arc<Memory>,
+        host: &Arc<Host>,
     ) -> Result<Hosted, Error> {
         if devices.is_empty() {
             return Err(Error::Argument { what: "devices", expected: "at least one".into(), got: "none".into() });
         }
         let replicas: Vec<_> = devices.into_iter().map(|device| Arc::new(Replica::new(device))).collect();
-        replicas.iter().for_each(|replica| memory.share_with(replica));
+        replicas.iter().for_each(|replica| host.memory.share_with(replica));
         Ok(Hosted {
             name: name.to_owned(),
             opened: Arc::new(Opened::new(model, options)?),
             replicas,
             policy: options.policy,
             step_timeout: options.step_timeout,
-            memory: memory.clone(),
+            host: host.clone(),
         })
     }
 
@@ -308,7 +309,7 @@ impl Hosted {
                 }
                 // Its failure is noted there.
                 None if replica.status().failures > 0 && replica.may_run().is_ok() => {
-                    if replica.engine(&self.opened, &self.memory).await.is_ok() {
+                    if replica.engine(&self.opened, &self.host.memory).await.is_ok() {
                         replica.succeeded();
                     }
                 }
@@ -344,11 +345,16 @@ impl Hosted {
 
     /// Finds a replica that works, and loads it if need be.
     async fn find(&self, without: &[Arc<Replica>]) -> Result<(Arc<Replica>, Loaded), Refused> {
+        let mut without = without.to_vec();
         let mut refused = None;
-        for replica in self.ranked(without) {
-            match replica.engine(&self.opened, &self.memory).await {
-                Ok(loaded) => return Ok((replica, loaded)),
-                Err(error) => refused = Some(error),
+        while let Some(best) = self.ranked(&without).into_iter().next() {
+            if let Some(loaded) = best.ready() {
+                return Ok((best, loaded));
+            }
+            // While it loads, others take its places: the best one may then be another.
+            if let Err(error) = best.engine(&self.opened, &self.host.memory).await {
+                refused = Some(error);
+                without.push(best);
             }
         }
         let why = || self.replicas.iter().find_map(|replica| replica.may_run().err());
@@ -360,6 +366,14 @@ impl Hosted {
     /// # Errors
     /// [`Failed::Refused`] if there is none; [`Failed::Error`] if its rule is wrong.
     pub(crate) async fn submit(self: &Arc<Self>, job: Job) -> Result<Running, Failed> {
+        let submitted = self.try_submit(job).await;
+        if submitted.is_err() {
+            self.host.metrics.refused(&self.name);
+        }
+        submitted
+    }
+
+    async fn try_submit(self: &Arc<Self>, job: Job) -> Result<Running, Failed> {
         let began = Instant::now();
         let mut tried = Vec::new();
         let (replica, loaded, place) = loop {
@@ -474,6 +488,12 @@ impl Run {
             }
             tracing::warn!(model = self.hosted.name, to = replica.device.name, why, "request moved");
         };
+        // Once it is told, the replica may be unloaded.
+        drop(loaded);
+        match &last {
+            Progress::Done(outcome) => self.hosted.host.metrics.ran(&self.hosted.name, outcome),
+            _ => self.hosted.host.metrics.failed(&self.hosted.name),
+        }
         // Whoever has left needs no answer.
         let _ = self.sender.send(last);
     }
@@ -534,7 +554,7 @@ impl Run {
                     }
                     so_far.tokens.extend(&tokens);
                     // Whoever has left is noticed in the next round.
-                    let _ = self.sender.send(Progress::Tokens { tokens, logprobs, text });
+                    let _ = self.sender.send(Progress::Text { text, logprobs });
                 }
                 Ok(Update::Done(generation)) => return Left::Done(generation),
                 Ok(Update::Failed(error @ Error::NotFinite { .. })) => return Left::NotFinite(error),

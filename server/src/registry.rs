@@ -9,12 +9,18 @@ use halite::model::ProgramOptions;
 use halite::{Backend, Error, Model, SessionOptions};
 
 use crate::config::{Config, ConfigError, ModelConfig, ReplicaConfig, check_weights, seconds};
-use crate::memory::Memory;
+use crate::Host;
 use crate::model::{Hosted, ModelOptions};
 use crate::replica::Device;
 
 /// What a server needs of the program around it.
 pub trait Machine: Send + Sync {
+    /// Reads the configuration.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    fn config(&self) -> Result<Config, ConfigError>;
+
     /// Opens a device.
     ///
     /// # Errors
@@ -107,7 +113,7 @@ impl Registry {
     pub fn of(
         config: &Config,
         machine: &Arc<dyn Machine>,
-        memory: &Arc<Memory>,
+        host: &Arc<Host>,
         old: &Registry,
     ) -> Result<Registry, ConfigError> {
         let mut registry = Registry::default();
@@ -115,10 +121,10 @@ impl Registry {
         let models = if config.models.is_empty() { &builtin } else { &config.models[..] };
         for config in models {
             let name = name_of(config);
-            registry.add(&name, config, None, machine, memory, old)?;
+            registry.add(&name, config, None, machine, host, old)?;
             for (index, adapter) in config.adapters.iter().enumerate() {
                 let name = format!("{name}:{}", adapter.name);
-                registry.add(&name, config, Some(index), machine, memory, old)?;
+                registry.add(&name, config, Some(index), machine, host, old)?;
             }
         }
         for route in &config.routes {
@@ -142,7 +148,7 @@ impl Registry {
         config: &ModelConfig,
         adapter: Option<usize>,
         machine: &Arc<dyn Machine>,
-        memory: &Arc<Memory>,
+        host: &Arc<Host>,
         old: &Registry,
     ) -> Result<(), ConfigError> {
         if self.models.contains_key(name) {
@@ -154,7 +160,7 @@ impl Registry {
         let same = old.models.get(name).filter(|entry| entry.made_of == made_of);
         let hosted = match same {
             Some(entry) => entry.hosted.clone(),
-            None => Arc::new(hosted(name, config, adapter, machine, memory)?),
+            None => Arc::new(hosted(name, config, adapter, machine, host)?),
         };
         let preload = config.preload.unwrap_or(adapter.is_none());
         self.models.insert(name.to_owned(), Entry { hosted, made_of, preload });
@@ -178,7 +184,7 @@ fn hosted(
     config: &ModelConfig,
     adapter: Option<usize>,
     machine: &Arc<dyn Machine>,
-    memory: &Arc<Memory>,
+    host: &Arc<Host>,
 ) -> Result<Hosted, ConfigError> {
     let mut model = match &config.file {
         Some(file) => Model::open(file)?,
@@ -220,5 +226,5 @@ fn hosted(
         let open = Arc::new(move || machine.device(&config));
         Device { name: replica.backend.clone(), open, weight: replica.weight }
     };
-    Ok(Hosted::new(name, &model, replicas.iter().map(device).collect(), &options, memory)?)
+    Ok(Hosted::new(name, &model, replicas.iter().map(device).collect(), &options, host)?)
 }

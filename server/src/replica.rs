@@ -132,8 +132,11 @@ impl Replica {
         self.token_us.store(if before == 0 { us } else { (7 * before + us) / 8 }.max(1), Relaxed);
     }
 
-    fn touch(&self) {
+    /// What is loaded, for a request.
+    pub fn ready(&self) -> Option<Loaded> {
+        let loaded = self.loaded()?;
         self.used_ms.store(self.origin.elapsed().as_millis() as u64, Relaxed);
+        Some(loaded)
     }
 
     /// How long it has not been used.
@@ -197,12 +200,8 @@ impl Replica {
         opened: &Arc<Opened>,
         memory: &Arc<Memory>,
     ) -> Result<Loaded, Refused> {
-        self.touch();
-        if let Some(loaded) = self.loaded() {
-            return Ok(loaded);
-        }
         let _loading = self.loading.lock().await;
-        if let Some(loaded) = self.loaded() {
+        if let Some(loaded) = self.ready() {
             return Ok(loaded);
         }
         self.may_run().map_err(Refused::Down)?;

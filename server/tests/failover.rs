@@ -169,7 +169,7 @@ async fn requests_are_shared_by_policy() {
     let both = || vec![device("a", || Ok(Arc::new(Cpu::with_threads(1)?))), device("b", || Ok(Arc::new(Cpu::with_threads(1)?)))];
     for policy in [Policy::Order, Policy::Load, Policy::Latency, Policy::Weight] {
         let service = server(both(), policy).router();
-        let long = json!({ "prompt": "She", "max_tokens": 200, "ignore_eos": true });
+        let long = json!({ "prompt": "She", "max_tokens": 60, "ignore_eos": true });
         let answers = all_of(&service, vec![long; 8]).await;
         let on_a = answers.iter().filter(|(_, halite)| halite["parts"][0]["device"] == "a").count();
         match policy {

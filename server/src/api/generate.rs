@@ -553,7 +553,7 @@ async fn answer(
         let mut logprobs = Vec::new();
         let outcome = loop {
             match running.next().await {
-                Some(Progress::Tokens { text: piece, logprobs: more, .. }) => {
+                Some(Progress::Text { text: piece, logprobs: more }) => {
                     text.push_str(&piece);
                     logprobs.extend(more);
                 }
@@ -603,7 +603,7 @@ impl Pieces {
         for index in 0..count {
             let text = echoed[index / pieces.answer.n].clone();
             if !text.is_empty() {
-                pieces.take(index, Progress::Tokens { tokens: Vec::new(), logprobs: Vec::new(), text });
+                pieces.take(index, Progress::Text { text, logprobs: Vec::new() });
             }
         }
         let first = match pieces.texts.first_mut() {
@@ -634,8 +634,8 @@ impl Pieces {
         let form = self.answer.form;
         match progress {
             // Nothing to tell yet.
-            Progress::Tokens { text, logprobs, .. } if text.is_empty() && logprobs.is_empty() => {}
-            Progress::Tokens { text, logprobs, .. } => {
+            Progress::Text { text, logprobs } if text.is_empty() && logprobs.is_empty() => {}
+            Progress::Text { text, logprobs } => {
                 let is_first = !std::mem::replace(&mut self.begun[index], true);
                 let logprobs = self.answer.logprobs(&logprobs);
                 self.choice(form.piece(index, Some(&text), logprobs, is_first, None));

@@ -1,5 +1,6 @@
 //! The HTTP interface: addresses, and what they share.
 
+mod admin;
 mod error;
 mod generate;
 mod texts;
@@ -97,6 +98,11 @@ pub(crate) fn router(shared: &Arc<Shared>) -> Router {
         .route("/tokenize", post(texts::tokenize))
         .route("/detokenize", post(texts::detokenize))
         .route("/apply-template", post(texts::apply_template))
+        .route("/metrics", get(admin::metrics))
+        .route("/admin/status", get(admin::status))
+        .route("/admin/reload", post(admin::reload))
+        .route("/admin/load/{*name}", post(admin::load))
+        .route("/admin/unload/{*name}", post(admin::unload))
         .route("/health", get(ready))
         .route("/health/live", get(live))
         .route("/health/ready", get(ready))

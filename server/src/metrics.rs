@@ -1,0 +1,133 @@
+//! What the server counts, in Prometheus' format.
+
+use std::time::Duration;
+
+
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::encoding::text::encode;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+use prometheus_client::registry::{Registry, Unit};
+
+use crate::Shared;
+use crate::model::Outcome;
+
+#[derive(Debug, Clone, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct Of {
+    model: String,
+}
+
+#[derive(Debug, Clone, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct Ended {
+    model: String,
+    outcome: &'static str,
+}
+
+#[derive(Debug, Clone, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct Kind {
+    model: String,
+    kind: &'static str,
+}
+
+#[derive(Debug, Clone, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct On {
+    model: String,
+    device: String,
+}
+
+type Times = Family<Of, Histogram, fn() -> Histogram>;
+
+/// The counters and times of all models. What is true now is read when they are asked for.
+#[derive(Debug)]
+pub(crate) struct Metrics {
+    requests: Family<Ended, Counter>,
+    tokens: Family<Kind, Counter>,
+    moves: Family<Of, Counter>,
+    queue: Times,
+    first_token: Times,
+    token: Times,
+}
+
+/// From a millisecond to two minutes.
+fn buckets() -> Histogram {
+    Histogram::new(exponential_buckets(0.001, 2.0, 18))
+}
+
+impl Default for Metrics {
+    fn default() -> Metrics {
+        let times = || Family::new_with_constructor(buckets as fn() -> Histogram);
+        let (requests, tokens, moves) = Default::default();
+        Metrics { requests, tokens, moves, queue: times(), first_token: times(), token: times() }
+    }
+}
+
+impl Metrics {
+    /// Counts a request that ran.
+    pub fn ran(&self, model: &str, outcome: &Outcome) {
+        self.ended(model, outcome.generation.finish.name());
+        let of = Of { model: model.into() };
+        let generation = &outcome.generation;
+        for (kind, tokens) in [
+            ("prompt", generation.prompt_tokens.len()),
+            ("cached", generation.reused_tokens as usize),
+            ("completion", generation.tokens.len()),
+        ] {
+            self.tokens.get_or_create(&Kind { model: model.into(), kind }).inc_by(tokens as u64);
+        }
+        self.moves.get_or_create(&of).inc_by(outcome.parts.len().saturating_sub(1) as u64);
+        self.queue.get_or_create(&of).observe(outcome.queue.as_secs_f64());
+        let first: Duration = outcome.queue + outcome.prefill;
+        self.first_token.get_or_create(&of).observe(first.as_secs_f64());
+        if let Some(after) = generation.tokens.len().checked_sub(1).filter(|after| *after > 0) {
+            self.token.get_or_create(&of).observe(outcome.decode.as_secs_f64() / after as f64);
+        }
+    }
+
+    /// Counts a request that failed.
+    pub fn failed(&self, model: &str) {
+        self.ended(model, "failed");
+    }
+
+    /// Counts a request that was not taken.
+    pub fn refused(&self, model: &str) {
+        self.ended(model, "refused");
+    }
+
+    fn ended(&self, model: &str, outcome: &'static str) {
+        self.requests.get_or_create(&Ended { model: model.into(), outcome }).inc();
+    }
+
+    /// The text that Prometheus reads.
+    pub fn text(&self, shared: &Shared) -> String {
+        let mut all = Registry::with_prefix("halite");
+        let seconds = Unit::Seconds;
+        all.register("requests", "Requests that ended, by how they ended", self.requests.clone());
+        all.register("tokens", "Tokens of prompts, those of them that were cached, and tokens generated", self.tokens.clone());
+        all.register("moves", "Times that a request moved to another device", self.moves.clone());
+        all.register_with_unit("queue", "Time until a request ran", seconds.clone(), self.queue.clone());
+        all.register_with_unit("first_token", "Time until the first token", seconds.clone(), self.first_token.clone());
+        all.register_with_unit("token", "Mean time of the tokens after the first", seconds, self.token.clone());
+        let (running, waiting, up): (Family<On, Gauge>, Family<On, Gauge>, Family<On, Gauge>) = Default::default();
+        for hosted in shared.registry().models() {
+            for status in hosted.status() {
+                let on = On { model: hosted.name().into(), device: status.device };
+                running.get_or_create(&on).inc_by(status.running as i64);
+                waiting.get_or_create(&on).inc_by(status.waiting as i64);
+                up.get_or_create(&on).inc_by(i64::from(status.state == "ready"));
+            }
+        }
+        all.register("running_requests", "Requests that run", running);
+        all.register("waiting_requests", "Requests that wait", waiting);
+        all.register("ready_replicas", "Replicas that are loaded and work", up);
+        let memory: Gauge = Gauge::default();
+        memory.set(shared.host.memory.bytes().0.min(i64::MAX as u64) as i64);
+        all.register_with_unit("memory", "Planned memory of all that is loaded", Unit::Bytes, memory);
+        let mut text = String::new();
+        match encode(&mut text, &all) {
+            Ok(()) => text,
+            Err(_) => String::new(),
+        }
+    }
+}
