@@ -3,6 +3,7 @@
 mod admin;
 mod error;
 mod generate;
+mod page;
 mod texts;
 
 use std::sync::Arc;
@@ -106,6 +107,7 @@ pub(crate) fn router(shared: &Arc<Shared>) -> Router {
         .route("/health", get(ready))
         .route("/health/live", get(live))
         .route("/health/ready", get(ready))
+        .merge(page::routes())
         .fallback(|| async { Failure::not_found("no such address", None) })
         .method_not_allowed_fallback(|| async {
             Failure::request("no such method at this address").status(StatusCode::METHOD_NOT_ALLOWED)
