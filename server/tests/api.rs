@@ -1,59 +1,10 @@
 //! The HTTP interface on the built-in model, without sockets.
 
-use std::sync::Arc;
+mod common;
 
-use axum::Router;
-use axum::body::{Body, to_bytes};
-use axum::http::{Request, StatusCode};
-use axum::response::Response;
-use halite::backend::cpu::Cpu;
-use halite::map::Source;
-use halite::{Backend, Model, SessionOptions};
-use halite_server::{Engine, EngineOptions, Server};
+use axum::http::StatusCode;
+use common::*;
 use serde_json::{Value, json};
-use tower::ServiceExt;
-
-fn engine(slots: u32, queue: usize, template: Option<&str>) -> Engine {
-    let model = Arc::new(Model::from_source(Source::from_static("built-in", halite_models::AUSTEN)).unwrap());
-    let backend: Arc<dyn Backend> = Arc::new(Cpu::with_threads(2).unwrap());
-    let mut options =
-        EngineOptions::new(SessionOptions::default().context(2048).cache_positions(4096).batch(64), slots);
-    options.queue = queue;
-    options.template = template.map(str::to_owned);
-    Engine::new(&model, &backend, &options).unwrap()
-}
-
-/// A chat of the built-in model, which has no template of its own.
-const TEMPLATE: &str = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}";
-
-fn service(slots: u32, queue: usize) -> Router {
-    let chat = engine(slots, queue, Some(TEMPLATE));
-    Server::default().model("austen", engine(slots, queue, None)).model("chat", chat).router()
-}
-
-async fn call(service: &Router, method: &str, path: &str, body: &str) -> Response {
-    let request = Request::builder().method(method).uri(path).header("content-type", "application/json");
-    service.clone().oneshot(request.body(Body::from(body.to_owned())).unwrap()).await.unwrap()
-}
-
-async fn text(response: Response) -> String {
-    String::from_utf8(to_bytes(response.into_body(), 1 << 20).await.unwrap().to_vec()).unwrap()
-}
-
-async fn post(service: &Router, path: &str, body: Value) -> (StatusCode, Value) {
-    let response = call(service, "POST", path, &body.to_string()).await;
-    let status = response.status();
-    assert!(response.headers()["x-request-id"].to_str().unwrap().starts_with("req-"));
-    (status, serde_json::from_str(&text(response).await).unwrap())
-}
-
-/// The data of a stream's events.
-async fn events(service: &Router, path: &str, body: Value) -> Vec<String> {
-    let response = call(service, "POST", path, &body.to_string()).await;
-    assert_eq!(response.status(), StatusCode::OK);
-    assert_eq!(response.headers()["content-type"], "text/event-stream");
-    text(response).await.lines().filter_map(|line| line.strip_prefix("data: ")).map(str::to_owned).collect()
-}
 
 fn greedy(prompt: &str, max_tokens: u32) -> Value {
     json!({ "model": "austen", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0 })

@@ -1,4 +1,4 @@
-//! `/v1/completions` and `/v1/chat/completions`.
+//! `/v1/completions`, and what chats have in common with it.
 
 use std::convert::Infallible;
 use std::pin::Pin;
@@ -10,15 +10,16 @@ use axum::extract::State;
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use halite::batch::Request;
-use halite::chat;
 use halite::constrain::{Guide, Rule};
-use halite::generate::{Finish, GenerateOptions, Generation};
+use halite::generate::{GenerateOptions, Generation};
 use halite::sampler::SamplerOptions;
 use halite::tokenizer::EncodeOptions;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use super::error::{Failure, Fallible};
+use super::messages::Reading;
+use super::voice::Voice;
 use super::{App, Body, apart, now};
 use crate::engine::{Engine, Ticket, Update};
 
@@ -31,8 +32,8 @@ const MAX_STOP_BYTES: usize = 1024;
 /// What completions and chats have in common.
 #[derive(Deserialize)]
 pub(super) struct Options {
-    model: Option<String>,
-    max_tokens: Option<u32>,
+    pub model: Option<String>,
+    pub max_tokens: Option<u32>,
     max_completion_tokens: Option<u32>,
     temperature: Option<f32>,
     top_p: Option<f32>,
@@ -44,7 +45,7 @@ pub(super) struct Options {
     seed: Option<i64>,
     n: Option<u32>,
     stop: Option<OneOrMore>,
-    stream: Option<bool>,
+    pub stream: Option<bool>,
     stream_options: Option<StreamOptions>,
     response_format: Option<ResponseFormat>,
     ignore_eos: Option<bool>,
@@ -96,71 +97,17 @@ pub(super) struct Completion {
     options: Options,
 }
 
-#[derive(Deserialize)]
-pub(super) struct Chat {
-    messages: Vec<Message>,
-    #[serde(flatten)]
-    options: Options,
-}
-
-/// A message of a chat.
-#[derive(Deserialize)]
-pub(super) struct Message {
-    role: String,
-    content: Option<Content>,
-}
-
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum Content {
-    Text(String),
-    Parts(Vec<Part>),
-}
-
-#[derive(Deserialize)]
-struct Part {
-    #[serde(rename = "type")]
-    kind: String,
-    text: Option<String>,
-}
-
-impl Message {
-    /// The text of the message.
-    fn text(&self) -> Fallible<String> {
-        match &self.content {
-            None => Ok(String::new()),
-            Some(Content::Text(text)) => Ok(text.clone()),
-            Some(Content::Parts(parts)) => {
-                let text = |part: &Part| match (&*part.kind, &part.text) {
-                    ("text" | "input_text" | "output_text", Some(text)) => Ok(text.clone()),
-                    (kind, _) => {
-                        Err(Failure::field("messages", format!("expected parts of type text, got `{kind}`")))
-                    }
-                };
-                parts.iter().map(text).collect()
-            }
-        }
-    }
-}
-
-/// The text of a chat's prompt, by the model's template.
-pub(super) fn prompt_of(name: &str, engine: &Engine, messages: &[Message]) -> Fallible<String> {
-    let template = engine.template().ok_or_else(|| {
-        Failure::request(format!(
-            "model `{name}` has no chat template: it answers /v1/completions, not chats"
-        ))
-    })?;
-    // Control tokens in a message are text.
-    let quoted = |message: &Message| {
-        Ok(chat::Message::new(&message.role, &engine.tokenizer().quote(&message.text()?)))
-    };
-    let messages = messages.iter().map(quoted).collect::<Fallible<Vec<_>>>()?;
-    Ok(template.render(&messages, true)?)
+/// What an answer is held to, and how it is read.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Held {
+    /// Of chats.
+    pub reading: Option<Reading>,
+    pub rule: Option<Rule>,
 }
 
 impl Options {
     /// Rejects what would be ignored although it changes the answer.
-    fn check(&self) -> Fallible<()> {
+    pub fn check(&self) -> Fallible<()> {
         let asks = |value: &Value| match value {
             Value::Null | Value::Bool(false) => false,
             Value::Array(items) => !items.is_empty(),
@@ -236,21 +183,19 @@ impl Options {
             .ignore_end(self.ignore_eos == Some(true)))
     }
 
-    /// The rule that the answer must follow.
-    fn rule(&self) -> Option<Rule> {
+    /// The schema that the text must follow.
+    pub fn schema(&self) -> Option<Value> {
         match &self.response_format {
             None | Some(ResponseFormat::Text) => None,
-            Some(ResponseFormat::JsonObject) => Some(Rule::JsonSchema(r#"{"type":"object"}"#.into())),
-            Some(ResponseFormat::JsonSchema { json_schema }) => {
-                Some(Rule::JsonSchema(json_schema.schema.to_string()))
-            }
+            Some(ResponseFormat::JsonObject) => Some(json!({ "type": "object" })),
+            Some(ResponseFormat::JsonSchema { json_schema }) => Some(json_schema.schema.clone()),
         }
     }
 }
 
 /// Which of the two interfaces an answer is for.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Form {
+pub(super) enum Form {
     Completion,
     Chat,
 }
@@ -272,36 +217,6 @@ impl Form {
             (Form::Chat, true) => "chat.completion.chunk",
         }
     }
-
-    /// A text of an answer.
-    fn choice(self, index: usize, text: &str, finish: Option<Finish>) -> Value {
-        let finish = finish.map(finish_reason);
-        match self {
-            Form::Completion => {
-                json!({ "index": index, "text": text, "logprobs": null, "finish_reason": finish })
-            }
-            Form::Chat => json!({
-                "index": index, "logprobs": null, "finish_reason": finish,
-                "message": { "role": "assistant", "content": text, "refusal": null },
-            }),
-        }
-    }
-
-    /// A piece of a text.
-    fn piece(self, index: usize, text: Option<&str>, is_first: bool, finish: Option<Finish>) -> Value {
-        let finish = finish.map(finish_reason);
-        if self == Form::Completion {
-            return json!({ "index": index, "text": text.unwrap_or_default(), "logprobs": null, "finish_reason": finish });
-        }
-        let mut delta = Map::new();
-        if is_first {
-            delta.insert("role".into(), "assistant".into());
-        }
-        if let Some(text) = text {
-            delta.insert("content".into(), text.into());
-        }
-        json!({ "index": index, "delta": delta, "logprobs": null, "finish_reason": finish })
-    }
 }
 
 /// A seed for a request that names none.
@@ -310,16 +225,9 @@ fn any_seed() -> u64 {
     RandomState::new().hash_one(())
 }
 
-fn finish_reason(finish: Finish) -> &'static str {
-    match finish {
-        Finish::Length | Finish::ContextFull => "length",
-        _ => "stop",
-    }
-}
-
 /// Tokens of the texts of a request.
 #[derive(Default)]
-struct Usage {
+pub(super) struct Usage {
     prompt: usize,
     cached: usize,
     completion: usize,
@@ -380,30 +288,20 @@ pub(super) async fn completions(State(app): State<App>, Body(body): Body<Complet
         Ok((prompts, echoed))
     })
     .await?;
-    answer(&app, (name, engine), Form::Completion, options, prompts, echoed).await
-}
-
-/// `POST /v1/chat/completions`.
-pub(super) async fn chat(State(app): State<App>, Body(body): Body<Chat>) -> Fallible<Response> {
-    let Chat { messages, options } = body;
-    let (name, engine) = app.engine(options.model.as_deref())?;
-    let (own_name, own_engine) = (name.to_owned(), engine.clone());
-    let encode = move || {
-        let prompt = prompt_of(&own_name, &own_engine, &messages)?;
-        Ok(chat::encode(own_engine.tokenizer(), &prompt))
-    };
-    let tokens = apart(encode).await?;
-    answer(&app, (name, engine), Form::Chat, options, vec![tokens], vec![String::new()]).await
+    let held =
+        Held { reading: None, rule: options.schema().map(|schema| Rule::JsonSchema(schema.to_string())) };
+    answer(&app, (name, engine), Form::Completion, options, prompts, echoed, held).await
 }
 
 /// Runs the prompts, and answers as a whole or as a stream.
-async fn answer(
+pub(super) async fn answer(
     app: &App,
     (name, engine): (&str, &Arc<Engine>),
     form: Form,
     options: Options,
     prompts: Vec<Vec<u32>>,
     echoed: Vec<String>,
+    held: Held,
 ) -> Fallible<Response> {
     options.check()?;
     let n = options.n.unwrap_or(1);
@@ -417,33 +315,24 @@ async fn answer(
             format!("expected at most {} texts in all for this model", engine.most()),
         ));
     }
-    for prompt in &prompts {
-        let (need, have) = (prompt.len() as u64 + 1, engine.positions().into());
-        if need > have {
-            return Err(halite::Error::ContextFull { need, have }.into());
-        }
-    }
+    prompts.iter().try_for_each(|prompt| fits(engine, prompt))?;
     let mut tickets = Vec::new();
     for prompt in &prompts {
         for choice in 0..n {
-            let mut request =
-                Request::new(prompt.clone()).options(options.generate(form, engine, prompt.len(), choice)?);
-            if let Some(rule) = options.rule() {
-                request = request.constraint(Some(Box::new(guide(engine, rule).await?) as _));
-            }
-            tickets.push(engine.submit(request)?);
+            tickets.push(submit(engine, form, &options, prompt, choice, &held).await?);
         }
     }
     let prefix = if form == Form::Chat { "chatcmpl" } else { "cmpl" };
+    let voices = (0..tickets.len()).map(|index| Voice::new(index, held.reading)).collect::<Vec<_>>();
     let answer = Answer { form, id: app.id(prefix), created: now(), model: name.to_owned(), n: n as usize };
     if options.stream == Some(true) {
         let include_usage = options.stream_options.is_some_and(|options| options.include_usage == Some(true));
-        let stream = Pieces::new(answer, tickets, echoed, include_usage).await?;
+        let stream = Pieces::new(answer, tickets, voices, echoed, include_usage).await?;
         return Ok(Sse::new(stream).keep_alive(KeepAlive::default()).into_response());
     }
     let mut usage = Usage::default();
     let mut choices = Vec::new();
-    for (index, mut ticket) in tickets.into_iter().enumerate() {
+    for (index, (mut ticket, voice)) in tickets.into_iter().zip(voices).enumerate() {
         let mut text = echoed[index / answer.n].clone();
         let generation = loop {
             match ticket.next().await {
@@ -454,17 +343,41 @@ async fn answer(
             }
         };
         usage.add(&generation, index.is_multiple_of(answer.n));
-        choices.push(form.choice(index, &text, Some(generation.finish)));
+        choices.push(voice.whole(&text, generation.finish));
     }
     let mut body = answer.json(false, choices);
     body["usage"] = usage.json();
     Ok(Json(body).into_response())
 }
 
+/// Checks that a prompt and a token of its answer fit.
+pub(super) fn fits(engine: &Engine, prompt: &[u32]) -> Fallible<()> {
+    let (need, have) = (prompt.len() as u64 + 1, engine.positions().into());
+    if need > have { Err(halite::Error::ContextFull { need, have }.into()) } else { Ok(()) }
+}
+
+/// Hands a text's request to the engine.
+pub(super) async fn submit(
+    engine: &Arc<Engine>,
+    form: Form,
+    options: &Options,
+    prompt: &[u32],
+    choice: u32,
+    held: &Held,
+) -> Fallible<Ticket> {
+    let control = held.reading.as_ref().map_or(&[][..], Reading::control);
+    let generate = options.generate(form, engine, prompt.len(), choice)?.special(!control.is_empty());
+    let mut request = Request::new(prompt.to_vec()).options(generate);
+    if let Some(rule) = &held.rule {
+        request = request.constraint(Some(Box::new(guide(engine, rule.clone(), control).await?) as _));
+    }
+    Ok(engine.submit(request)?)
+}
+
 /// Compiles a rule, which takes up to seconds.
-async fn guide(engine: &Arc<Engine>, rule: Rule) -> Fallible<Guide> {
+async fn guide(engine: &Arc<Engine>, rule: Rule, control: &'static [&'static str]) -> Fallible<Guide> {
     let tokenizer = engine.tokenizer().clone();
-    apart(move || Ok(Guide::new(&tokenizer, &rule)?)).await
+    apart(move || Ok(Guide::with_control(&tokenizer, &rule, control)?)).await
 }
 
 /// An answer as server-sent events.
@@ -472,8 +385,7 @@ struct Pieces {
     answer: Answer,
     /// None where a text is complete.
     tickets: Vec<Option<Ticket>>,
-    /// Whether a text has begun.
-    begun: Vec<bool>,
+    voices: Vec<Voice>,
     /// Events that are ready.
     ready: std::collections::VecDeque<Event>,
     usage: Usage,
@@ -487,15 +399,15 @@ impl Pieces {
     async fn new(
         answer: Answer,
         tickets: Vec<Ticket>,
+        voices: Vec<Voice>,
         echoed: Vec<String>,
         include_usage: bool,
     ) -> Fallible<Pieces> {
         let count = tickets.len();
         let tickets = tickets.into_iter().map(Some).collect();
         let (ready, usage) = Default::default();
-        let begun = vec![false; count];
         let mut pieces =
-            Pieces { answer, tickets, begun, ready, usage, include_usage, is_done: false, next: 0 };
+            Pieces { answer, tickets, voices, ready, usage, include_usage, is_done: false, next: 0 };
         for index in 0..count {
             let text = &echoed[index / pieces.answer.n];
             if !text.is_empty() {
@@ -527,13 +439,15 @@ impl Pieces {
     }
 
     fn update(&mut self, index: usize, update: Update) {
-        let form = self.answer.form;
-        let is_first = !std::mem::replace(&mut self.begun[index], true);
         match update {
-            Update::Text(text) => self.choice(form.piece(index, Some(&text), is_first, None)),
+            Update::Text(text) => {
+                let choices = self.voices[index].piece(&text);
+                choices.into_iter().for_each(|choice| self.choice(choice));
+            }
             Update::Done(generation) => {
                 self.usage.add(&generation, index.is_multiple_of(self.answer.n));
-                self.choice(form.piece(index, None, is_first, Some(generation.finish)));
+                let choices = self.voices[index].end(generation.finish);
+                choices.into_iter().for_each(|choice| self.choice(choice));
                 self.tickets[index] = None;
             }
             Update::Failed(error) => self.fail(error.into()),

@@ -125,7 +125,8 @@ impl Message {
             }
         }
         let mut message = chat::Message::new(&self.role, &tokenizer.quote(&self.text()?));
-        message.fields = fields.iter().map(|(name, value)| (name.clone(), quoted(value, tokenizer))).collect();
+        message.fields =
+            fields.iter().map(|(name, value)| (name.clone(), quoted(value, tokenizer))).collect();
         Ok(message)
     }
 
@@ -138,7 +139,10 @@ impl Message {
         }
         if self.role == "tool" {
             let function = name.unwrap_or("the function");
-            return Ok(chat::Message::new("user", &tokenizer.quote(&format!("Result of {function}: {text}"))));
+            return Ok(chat::Message::new(
+                "user",
+                &tokenizer.quote(&format!("Result of {function}: {text}")),
+            ));
         }
         Ok(chat::Message::new(&self.role, &tokenizer.quote(&text)))
     }
@@ -156,7 +160,7 @@ fn quoted(value: &Value, tokenizer: &Tokenizer) -> Json {
         Value::String(text) => Json::Text(tokenizer.quote(text)),
         Value::Array(items) => Json::List(items.iter().map(|item| quoted(item, tokenizer)).collect()),
         Value::Object(entries) => {
-            let pair = |(name, value)| (tokenizer.quote(name), quoted(value, tokenizer));
+            let pair = |(name, value): (&String, &Value)| (tokenizer.quote(name), quoted(value, tokenizer));
             Json::Object(entries.iter().map(pair).collect())
         }
     }

@@ -1,8 +1,13 @@
 //! The HTTP interface: addresses, and what they share.
 
+mod chat;
 mod error;
 mod generate;
+mod messages;
+mod parse;
 mod texts;
+mod tools;
+mod voice;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -96,7 +101,7 @@ pub(crate) fn router(engines: BTreeMap<String, Arc<Engine>>) -> Router {
         .route("/v1/models", get(models))
         .route("/v1/models/{*name}", get(model))
         .route("/v1/completions", post(generate::completions))
-        .route("/v1/chat/completions", post(generate::chat))
+        .route("/v1/chat/completions", post(chat::chat))
         .route("/tokenize", post(texts::tokenize))
         .route("/detokenize", post(texts::detokenize))
         .route("/apply-template", post(texts::apply_template))

@@ -84,7 +84,17 @@ impl Parser {
         };
         let format = format.or(has_channels.then_some(&HARMONY));
         let (rest, space, events) = Default::default();
-        Parser { format, thinking, state, rest, space, has_begun: false, has_thought: false, calls: 0, events }
+        Parser {
+            format,
+            thinking,
+            state,
+            rest,
+            space,
+            has_begun: false,
+            has_thought: false,
+            calls: 0,
+            events,
+        }
     }
 
     /// Reads a piece.
@@ -475,7 +485,9 @@ impl Object {
                     return Vec::new();
                 }
                 let key: String = serde_json::from_str(&self.take(rest, length)).unwrap_or_default();
-                Stage::Colon(KEYS.iter().find(|(name, _)| *name == key).map_or(Slot::Other, |(_, slot)| *slot))
+                Stage::Colon(
+                    KEYS.iter().find(|(name, _)| *name == key).map_or(Slot::Other, |(_, slot)| *slot),
+                )
             }
             (Stage::Colon(slot), ':') => {
                 self.take(rest, 1);

@@ -95,7 +95,13 @@ const ROWS: &[Row] = &[
         "Need it.",
         &[("f", "{\"a\": 1}")],
     ),
-    (CHANNELS, " to=functions.f<|channel|>commentary json<|message|>{\"a\":2}", "", "", &[("f", "{\"a\":2}")]),
+    (
+        CHANNELS,
+        " to=functions.f<|channel|>commentary json<|message|>{\"a\":2}",
+        "",
+        "",
+        &[("f", "{\"a\":2}")],
+    ),
     (
         CHANNELS,
         "<|channel|>commentary<|message|>I look.<|end|><|start|>assistant<|channel|>commentary to=functions.f <|constrain|>json<|message|>",

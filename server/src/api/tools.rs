@@ -212,7 +212,10 @@ impl Tool {
     /// Reads the tools of a request, whose functions are in a field `function`, or without one as in `/v1/responses`.
     pub fn read(tools: &[Value]) -> Fallible<Vec<Tool>> {
         if tools.len() > MAX_TOOLS {
-            return Err(Failure::field("tools", format!("expected at most {MAX_TOOLS}, got {}", tools.len())));
+            return Err(Failure::field(
+                "tools",
+                format!("expected at most {MAX_TOOLS}, got {}", tools.len()),
+            ));
         }
         let mut read: Vec<Tool> = Vec::new();
         for (index, tool) in tools.iter().enumerate() {
@@ -225,7 +228,8 @@ impl Tool {
                 Described::deserialize(function).map_err(|error| Failure::field(&at, error))?;
             let is_name = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.');
             if name.is_empty() || name.len() > MAX_NAME || !name.chars().all(is_name) {
-                let expected = format!("expected a name of 1 to {MAX_NAME} letters, digits, `_`, `-` and `.`");
+                let expected =
+                    format!("expected a name of 1 to {MAX_NAME} letters, digits, `_`, `-` and `.`");
                 return Err(Failure::field(&at, format!("{expected}, got {name:?}")));
             }
             if read.iter().any(|tool| tool.name == name) {
@@ -330,9 +334,10 @@ impl Plan<'_> {
     /// The rule of the answer.
     pub fn rule(&self) -> Fallible<Rule> {
         let Plan { format, choice, thinking, .. } = *self;
-        let may_answer = *choice == Choice::Auto;
-        if may_answer && self.schema.is_some() && format.leads && format.shape == Shape::Object {
-            let message = "expected no schema beside tools that may be called, since this model's calls are plain JSON";
+        let (may_answer, may_call) = (matches!(choice, Choice::Auto | Choice::None), *choice != Choice::None);
+        if may_answer && may_call && self.schema.is_some() && format.leads && format.shape == Shape::Object {
+            let message =
+                "expected no schema beside tools that may be called, since this model's calls are plain JSON";
             return Err(Failure::field("response_format", message));
         }
         let called = |tool: &&Tool| !matches!(choice, Choice::Named(name) if *name != tool.name);
@@ -349,17 +354,28 @@ impl Plan<'_> {
         let mut content = "TEXT";
         if let Some(schema) = self.schema {
             content = "@content";
+            let mut schema = schema.clone();
+            if let Some(schema) = schema.as_object_mut() {
+                schema.entry("x-guidance").or_insert_with(|| json!({ "whitespace_flexible": false }));
+            }
             schemas.push(("content".into(), schema.to_string()));
         }
-        let more = match format.next.filter(|_| self.is_parallel) {
+        let more = match format.next.filter(|_| self.is_parallel && !matches!(choice, Choice::Named(_))) {
             Some(next) => format!("({} call)*", literal(next)),
             None => String::new(),
         };
         let part = |text: &str| if text.is_empty() { String::new() } else { literal(text) };
-        let mut grammar = format!("{calls}calls: {} call {more} {}\n", part(format.open), part(format.close));
-        grammar.push_str("TEXT: /(.|\\n)*/\n");
+        let mut grammar = String::from("TEXT: /(.|\\n)*/\n");
+        if may_call {
+            let (open, close) = (part(format.open), part(format.close));
+            let _ = writeln!(grammar, "{calls}calls: {open} call {more} {close}");
+        }
         if format.shape == Shape::Channel {
-            let last = if may_answer { "(calls | final)" } else { "calls" };
+            let last = match (may_call, may_answer) {
+                (true, true) => "(calls | final)",
+                (true, false) => "calls",
+                (false, _) => "final",
+            };
             let note = |channel| joined(&["<|channel|>", channel, "<|message|>"]);
             let (analysis, commentary) = (note("analysis"), note("commentary"));
             let _ = writeln!(grammar, "start: note* {last}");
@@ -375,6 +391,10 @@ impl Plan<'_> {
         });
         if thinking != Thinking::Never {
             grammar.push_str("thought: thinking /\\n{0,2}/\nthinking[lazy]: TEXT \"</think>\"\n");
+        }
+        if !may_call {
+            let _ = writeln!(grammar, "answer: {content}");
+            return Ok(Rule::Structured { grammar, schemas });
         }
         let triggers: Vec<String> = format.triggers.iter().map(|trigger| literal(trigger)).collect();
         let trigger = triggers.join(" | ");

@@ -34,20 +34,15 @@ impl Voice {
         let Some(parser) = &mut self.parser else { return self.completion(text, Some(finish)) };
         let mut said = Said::default();
         parser.push(text).into_iter().chain(parser.finish()).for_each(|event| said.add(event));
-        let content = if said.content.is_empty() && !said.calls.is_empty() {
-            Value::Null
-        } else {
-            said.content.into()
-        };
+        let content =
+            if said.content.is_empty() && !said.calls.is_empty() { Value::Null } else { said.content.into() };
         let mut message = json!({ "role": "assistant", "content": content, "refusal": null });
         if !said.reasoning.is_empty() {
             message["reasoning_content"] = said.reasoning.into();
         }
         let has_calls = !said.calls.is_empty();
         if has_calls {
-            let call = |(name, arguments)| {
-                json!({ "id": call_id(), "type": "function", "function": { "name": name, "arguments": arguments } })
-            };
+            let call = |(name, arguments)| json!({ "id": call_id(), "type": "function", "function": { "name": name, "arguments": arguments } });
             message["tool_calls"] = said.calls.into_iter().map(call).collect();
         }
         let finish = reason(finish, has_calls);
