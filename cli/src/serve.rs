@@ -3,12 +3,15 @@
 use std::ffi::{OsStr, OsString};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use clap::Args;
+use halite::Model;
+use halite::embed::EmbedOptions;
 use halite::kernels::formats::Format;
 use halite::model::ProgramOptions;
 use halite::session::SessionOptions;
-use halite_server::{Engine, EngineOptions, Server};
+use halite_server::{Encoder, Engine, EngineOptions, Server};
 use tokio::net::TcpListener;
 
 use super::device::DeviceArgs;
@@ -59,10 +62,20 @@ fn named(model: &OsStr) -> (String, &OsStr) {
 }
 
 impl ServeArgs {
-    fn engine(&self, file: Option<&OsStr>) -> Result<Engine, Failure> {
+    /// Adds the model of a file: an encoder or one that generates text.
+    fn add(&self, server: Server, name: &str, file: Option<&OsStr>) -> Result<Server, Failure> {
         let model = open_model(file.map(Path::new))?;
+        if !Encoder::is_for(&model)? {
+            return Ok(server.model(name, self.engine(&model)?));
+        }
+        let options = EmbedOptions::default().batch(self.batch);
+        let queue = self.queue.unwrap_or(16 * self.slots as usize);
+        Ok(server.encoder(name, Encoder::new(&model, &self.device.open()?, &options, queue)?))
+    }
+
+    fn engine(&self, model: &Arc<Model>) -> Result<Engine, Failure> {
         let session = SessionOptions::default().context(self.ctx);
-        let cache = self.cache.unwrap_or_else(|| session.positions(&model).saturating_mul(4));
+        let cache = self.cache.unwrap_or_else(|| session.positions(model).saturating_mul(4));
         let session = session
             .cache_positions(cache)
             .batch(self.batch.max(self.slots))
@@ -70,7 +83,7 @@ impl ServeArgs {
         let mut options = EngineOptions::new(session, self.slots);
         options.queue = self.queue.unwrap_or(options.queue);
         options.template = self.template.as_deref().map(read_text).transpose()?;
-        Ok(Engine::new(&model, &self.device.open()?, &options)?)
+        Ok(Engine::new(model, &self.device.open()?, &options)?)
     }
 }
 
@@ -85,7 +98,7 @@ pub fn serve(args: &ServeArgs) -> Result<(), Failure> {
         if names.contains(&name) {
             return Err(format!("--model: two models have the name {name}").into());
         }
-        server = server.model(&name, args.engine(file)?);
+        server = args.add(server, &name, file)?;
         names.push(name);
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;

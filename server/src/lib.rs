@@ -1,10 +1,11 @@
 //! Models of this process over HTTP, with OpenAI's interface.
 //!
-//! An [`Engine`] runs the requests of one model on one backend, on a thread of its own. [`Server`] gives engines names and answers
-//! HTTP requests: `api` reads them and writes the answers.
+//! An [`Engine`] runs the requests of one model on one backend, on a thread of its own, and an [`Encoder`] those of one that embeds
+//! texts. [`Server`] gives them names and answers HTTP requests: `api` reads them and writes the answers.
 #![deny(unsafe_code)]
 
 mod api;
+mod embedder;
 mod engine;
 
 use std::collections::BTreeMap;
@@ -14,25 +15,36 @@ use std::sync::Arc;
 use axum::Router;
 use tokio::net::TcpListener;
 
+pub use embedder::{Encoder, Vectors};
 pub use engine::{Engine, EngineOptions, Refused, Ticket, Update};
 
-/// Engines by the names under which clients know them.
+/// Engines and encoders by the names under which clients know them.
 #[derive(Debug, Default, Clone)]
 pub struct Server {
     engines: BTreeMap<String, Arc<Engine>>,
+    encoders: BTreeMap<String, Arc<Encoder>>,
 }
 
 impl Server {
-    /// Adds an engine, instead of one of the same name.
+    /// Adds an engine, instead of a model of the same name.
     #[must_use]
     pub fn model(mut self, name: &str, engine: Engine) -> Server {
+        self.encoders.remove(name);
         self.engines.insert(name.to_owned(), Arc::new(engine));
+        self
+    }
+
+    /// Adds an encoder, instead of a model of the same name.
+    #[must_use]
+    pub fn encoder(mut self, name: &str, encoder: Encoder) -> Server {
+        self.engines.remove(name);
+        self.encoders.insert(name.to_owned(), Arc::new(encoder));
         self
     }
 
     /// The HTTP service.
     pub fn router(self) -> Router {
-        api::router(self.engines)
+        api::router(self.engines, self.encoders)
     }
 
     /// Answers requests on a socket until `stop`, and then until the answers that began are complete.

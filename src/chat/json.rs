@@ -40,9 +40,9 @@ impl Json {
                 meter.list(items)?
             }
             Json::Object(entries) => {
-                let pairs = entries.iter().map(|(name, value)| {
-                    Ok((meter.str(name)?, value.value(meter, depth + 1)?))
-                });
+                let pairs = entries
+                    .iter()
+                    .map(|(name, value)| Ok((meter.str(name)?, value.value(meter, depth + 1)?)));
                 let pairs = pairs.collect::<Fallible<_>>()?;
                 meter.dict(pairs)?
             }

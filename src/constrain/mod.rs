@@ -83,7 +83,9 @@ impl Rule {
     /// Returns the grammar for llguidance.
     fn read(&self) -> Result<TopLevelGrammar, String> {
         let (text, schemas) = match self {
-            Rule::JsonSchema(text) | Rule::Regex(text) | Rule::Grammar(text) | Rule::Gbnf(text) => (text, &[][..]),
+            Rule::JsonSchema(text) | Rule::Regex(text) | Rule::Grammar(text) | Rule::Gbnf(text) => {
+                (text, &[][..])
+            }
             Rule::Structured { grammar, schemas } => (grammar, &schemas[..]),
         };
         let bytes = schemas.iter().fold(text.len(), |sum, (name, schema)| sum + name.len() + schema.len());

@@ -9,6 +9,7 @@ use axum::Json;
 use axum::extract::State;
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
+use halite::Tokenizer;
 use halite::batch::Request;
 use halite::constrain::{Guide, Rule};
 use halite::generate::{GenerateOptions, Generation};
@@ -82,11 +83,26 @@ struct JsonSchema {
 /// A text, or its tokens.
 #[derive(Deserialize)]
 #[serde(untagged)]
-enum Prompt {
+pub(super) enum Prompt {
     Text(String),
     Tokens(Vec<u32>),
     Texts(Vec<String>),
     TokenLists(Vec<Vec<u32>>),
+}
+
+impl Prompt {
+    /// The tokens of each text.
+    pub fn tokens(self, tokenizer: &Tokenizer, options: EncodeOptions) -> Fallible<Vec<Vec<u32>>> {
+        let encode = |text: String| tokenizer.encode(&text, options);
+        let lists = match self {
+            Prompt::Text(text) => vec![encode(text)],
+            Prompt::Texts(texts) => texts.into_iter().map(encode).collect(),
+            Prompt::Tokens(tokens) => vec![tokens],
+            Prompt::TokenLists(lists) => lists,
+        };
+        lists.iter().try_for_each(|tokens| tokenizer.check(tokens))?;
+        Ok(lists)
+    }
 }
 
 #[derive(Deserialize)]
@@ -273,14 +289,7 @@ pub(super) async fn completions(State(app): State<App>, Body(body): Body<Complet
     let (name, engine) = app.engine(options.model.as_deref())?;
     let tokenizer = engine.tokenizer().clone();
     let (prompts, echoed) = apart(move || {
-        let encode = |text: String| tokenizer.encode(&text, EncodeOptions::default());
-        let prompts = match prompt {
-            Prompt::Text(text) => vec![encode(text)],
-            Prompt::Texts(texts) => texts.into_iter().map(encode).collect(),
-            Prompt::Tokens(tokens) => vec![tokens],
-            Prompt::TokenLists(lists) => lists,
-        };
-        prompts.iter().try_for_each(|tokens| tokenizer.check(tokens))?;
+        let prompts = prompt.tokens(&tokenizer, EncodeOptions::default())?;
         let echoed = |tokens: &Vec<u32>| {
             if echo == Some(true) { tokenizer.decode(tokens, false) } else { String::new() }
         };
@@ -490,6 +499,8 @@ impl futures_core::Stream for Pieces {
             let count = self.tickets.len();
             let first = self.next;
             self.next = (self.next + 1) % count;
+            // An update may be text that shows nothing yet, and then there may be more.
+            let mut is_waiting = true;
             for index in (first..count).chain(0..first) {
                 let Some(ticket) = &mut self.tickets[index] else { continue };
                 match ticket.poll_next(context) {
@@ -497,9 +508,10 @@ impl futures_core::Stream for Pieces {
                     Poll::Ready(Some(update)) => self.update(index, update),
                     Poll::Ready(None) => self.fail(crate::engine::Refused::Stopped.into()),
                 }
+                is_waiting = false;
                 break;
             }
-            if self.ready.is_empty() && !self.is_done {
+            if is_waiting {
                 return Poll::Pending;
             }
         }

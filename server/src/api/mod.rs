@@ -1,6 +1,7 @@
 //! The HTTP interface: addresses, and what they share.
 
 mod chat;
+mod embeddings;
 mod error;
 mod generate;
 mod messages;
@@ -23,6 +24,7 @@ use axum::routing::{get, post};
 use axum::{Json, Router};
 use serde_json::{Value, json};
 
+use crate::embedder::Encoder;
 use crate::engine::Engine;
 use error::{Failure, Fallible};
 
@@ -33,6 +35,7 @@ const MAX_BODY: usize = 32 << 20;
 #[derive(Clone)]
 struct App {
     engines: Arc<BTreeMap<String, Arc<Engine>>>,
+    encoders: Arc<BTreeMap<String, Arc<Encoder>>>,
     /// When the server started, in seconds since 1970.
     started: u64,
     requests: Arc<AtomicU64>,
@@ -41,19 +44,37 @@ struct App {
 impl App {
     /// The engine of a model by its name. Without one, the only model there is.
     fn engine(&self, name: Option<&str>) -> Fallible<(&str, &Arc<Engine>)> {
+        self.find(&self.engines, name, "is an encoder: it answers /v1/embeddings, and generates no text")
+    }
+
+    /// The same for encoders.
+    fn encoder(&self, name: Option<&str>) -> Fallible<(&str, &Arc<Encoder>)> {
+        self.find(&self.encoders, name, "generates text: it is no encoder, and answers no /v1/embeddings")
+    }
+
+    fn find<'a, T>(
+        &self,
+        models: &'a BTreeMap<String, T>,
+        name: Option<&str>,
+        other: &str,
+    ) -> Fallible<(&'a str, &'a T)> {
+        let name = name.filter(|name| !name.is_empty());
         let found = match name {
-            None | Some("") if self.engines.len() == 1 => self.engines.first_key_value(),
-            None | Some("") => {
-                return Err(Failure::field("model", "expected the name of a model, got nothing"));
-            }
-            Some(name) => self.engines.get_key_value(name),
+            None if models.len() == 1 => models.first_key_value(),
+            None => return Err(Failure::field("model", "expected the name of a model, got nothing")),
+            Some(name) => models.get_key_value(name),
         };
-        let (name, engine) = found.ok_or_else(|| {
-            let known: Vec<&str> = self.engines.keys().map(String::as_str).collect();
-            let message = format!("no model `{}`; there are: {}", name.unwrap_or_default(), known.join(", "));
+        let (name, model) = found.ok_or_else(|| {
+            let name = name.unwrap_or_default();
+            if self.engines.contains_key(name) || self.encoders.contains_key(name) {
+                return Failure::field("model", format!("`{name}` {other}"));
+            }
+            let known: Vec<&str> =
+                self.engines.keys().chain(self.encoders.keys()).map(String::as_str).collect();
+            let message = format!("no model `{name}`; there are: {}", known.join(", "));
             Failure::not_found(message, Some("model_not_found"))
         })?;
-        Ok((name, engine))
+        Ok((name, model))
     }
 
     /// A name for a request, or for an answer.
@@ -95,13 +116,18 @@ fn now() -> u64 {
 }
 
 /// The service of these models.
-pub(crate) fn router(engines: BTreeMap<String, Arc<Engine>>) -> Router {
-    let app = App { engines: Arc::new(engines), started: now(), requests: Arc::default() };
+pub(crate) fn router(
+    engines: BTreeMap<String, Arc<Engine>>,
+    encoders: BTreeMap<String, Arc<Encoder>>,
+) -> Router {
+    let (engines, encoders) = (Arc::new(engines), Arc::new(encoders));
+    let app = App { engines, encoders, started: now(), requests: Arc::default() };
     Router::new()
         .route("/v1/models", get(models))
         .route("/v1/models/{*name}", get(model))
         .route("/v1/completions", post(generate::completions))
         .route("/v1/chat/completions", post(chat::chat))
+        .route("/v1/embeddings", post(embeddings::embeddings))
         .route("/tokenize", post(texts::tokenize))
         .route("/detokenize", post(texts::detokenize))
         .route("/apply-template", post(texts::apply_template))
@@ -141,9 +167,22 @@ fn described(name: &str, engine: &Engine, created: u64) -> Value {
     })
 }
 
+/// The same for an encoder.
+fn described_encoder(name: &str, encoder: &Encoder, created: u64) -> Value {
+    let hparams = encoder.model().hparams();
+    json!({
+        "id": name, "object": "model", "created": created, "owned_by": "halite",
+        "meta": {
+            "architecture": hparams.architecture, "context_length": encoder.max_text_tokens(),
+            "vocab_size": hparams.vocab_size, "chat": false, "embedding_length": encoder.dimension(),
+        },
+    })
+}
+
 async fn models(State(app): State<App>) -> Json<Value> {
-    let data: Vec<Value> =
-        app.engines.iter().map(|(name, engine)| described(name, engine, app.started)).collect();
+    let engines = app.engines.iter().map(|(name, engine)| described(name, engine, app.started));
+    let encoders = app.encoders.iter().map(|(name, encoder)| described_encoder(name, encoder, app.started));
+    let data: Vec<Value> = engines.chain(encoders).collect();
     Json(json!({ "object": "list", "data": data }))
 }
 
@@ -151,6 +190,9 @@ async fn model(
     State(app): State<App>,
     axum::extract::Path(name): axum::extract::Path<String>,
 ) -> Fallible<Json<Value>> {
+    if let Some(encoder) = app.encoders.get(&name) {
+        return Ok(Json(described_encoder(&name, encoder, app.started)));
+    }
     let (name, engine) = app.engine(Some(&name))?;
     Ok(Json(described(name, engine, app.started)))
 }

@@ -26,7 +26,6 @@ pub(super) enum Shape {
 /// How a family writes calls. A call is `head`, the name, `middle`, the arguments and `tail`.
 #[derive(Debug)]
 pub(super) struct Format {
-    pub name: &'static str,
     /// A template that has one of these texts is of the family. The first row that fits counts.
     signs: &'static [&'static str],
     pub shape: Shape,
@@ -51,7 +50,6 @@ const PARAMETERS: &str = "\", \"parameters\": ";
 
 /// Answers on channels, as gpt-oss writes them.
 pub(super) static HARMONY: Format = Format {
-    name: "harmony",
     signs: &["<|channel|>"],
     shape: Shape::Channel,
     triggers: &[],
@@ -68,7 +66,6 @@ pub(super) static HARMONY: Format = Format {
 /// The other families, and how they write calls.
 static FORMATS: [Format; 5] = [
     Format {
-        name: "mistral-args",
         signs: &["[ARGS]"],
         shape: Shape::Named("[ARGS]"),
         triggers: &["[TOOL_CALLS]"],
@@ -82,7 +79,6 @@ static FORMATS: [Format; 5] = [
         control: &["[TOOL_CALLS]", "[ARGS]"],
     },
     Format {
-        name: "mistral",
         signs: &["[TOOL_CALLS]"],
         shape: Shape::Object,
         triggers: &["[TOOL_CALLS]"],
@@ -96,7 +92,6 @@ static FORMATS: [Format; 5] = [
         control: &["[TOOL_CALLS]"],
     },
     Format {
-        name: "granite",
         signs: &["<|tool_call|>"],
         shape: Shape::Object,
         triggers: &["<|tool_call|>"],
@@ -110,7 +105,6 @@ static FORMATS: [Format; 5] = [
         control: &["<|tool_call|>"],
     },
     Format {
-        name: "hermes",
         signs: &["<tool_call>"],
         shape: Shape::Object,
         triggers: &["<tool_call>"],
@@ -124,7 +118,6 @@ static FORMATS: [Format; 5] = [
         control: &["<tool_call>", "</tool_call>"],
     },
     Format {
-        name: "llama",
         signs: &["<|python_tag|>", "\"parameters\": dictionary"],
         shape: Shape::Object,
         triggers: &["<|python_tag|>"],
@@ -141,7 +134,6 @@ static FORMATS: [Format; 5] = [
 
 /// Calls of models whose template knows no tools, or none that this table has. A message describes the tools to them.
 pub(super) static GENERIC: Format = Format {
-    name: "generic",
     signs: &[],
     shape: Shape::Object,
     triggers: &[],

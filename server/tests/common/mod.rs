@@ -11,7 +11,7 @@ use halite::backend::cpu::Cpu;
 use halite::map::Source;
 use halite::{Backend, Model, SessionOptions};
 use halite_server::{Engine, EngineOptions, Server};
-use serde_json::{Value, json};
+use serde_json::Value;
 use tower::ServiceExt;
 
 pub fn engine(slots: u32, queue: usize, template: Option<&str>) -> Engine {
