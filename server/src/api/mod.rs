@@ -6,6 +6,7 @@ mod error;
 mod generate;
 mod messages;
 mod parse;
+mod responses;
 mod texts;
 mod tools;
 mod voice;
@@ -127,6 +128,7 @@ pub(crate) fn router(
         .route("/v1/models/{*name}", get(model))
         .route("/v1/completions", post(generate::completions))
         .route("/v1/chat/completions", post(chat::chat))
+        .route("/v1/responses", post(responses::responses))
         .route("/v1/embeddings", post(embeddings::embeddings))
         .route("/tokenize", post(texts::tokenize))
         .route("/detokenize", post(texts::detokenize))

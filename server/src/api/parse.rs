@@ -112,8 +112,9 @@ impl Parser {
                 let space = std::mem::take(&mut self.space);
                 self.event(Kind::Content, space);
             }
-            State::Object(object) => self.closed(object),
-            State::Body(Kind::Arguments) | State::Arguments(_) => self.no_arguments(),
+            State::Object(object) if object.name.is_none() => self.event(Kind::Content, object.raw),
+            // The token that ends the call ended the answer.
+            State::Body(Kind::Arguments) => self.no_arguments(),
             _ => {}
         }
         std::mem::take(&mut self.events)
