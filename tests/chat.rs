@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use halite::backend::Backend;
 use halite::backend::cpu::Cpu;
-use halite::chat::{self, Message, Template};
+use halite::chat::{self, Json, Message, Template};
 use halite::generate::{Decoding, GenerateOptions, Generation};
 use halite::gguf::Gguf;
 use halite::map::Source;
@@ -108,6 +108,33 @@ fn templates_of_three_families() {
     assert!(error.contains("roles must alternate"), "{error}");
     let dates = render("{{ strftime_now('%Y-%m-%d') }}", &[]).unwrap();
     assert!(dates.len() == 10 && dates.starts_with('2'), "{dates}");
+}
+
+#[test]
+fn messages_and_variables_carry_json() {
+    let text = |text: &str| Json::Text(text.into());
+    let arguments = Json::Object(vec![("at".into(), text("Bath")), ("days".into(), Json::Int(2))]);
+    let call = Json::Object(vec![("name".into(), text("weather")), ("arguments".into(), arguments)]);
+    let call = Json::Object(vec![("function".into(), call)]);
+    let messages = [
+        Message::new("assistant", "")
+            .field("content", Json::Null)
+            .field("tool_calls", Json::List(vec![call])),
+        Message::new("tool", "rain").field("tool_call_id", text("1")),
+    ];
+    let template = "{% for m in messages %}{{ m.role }}:{% if m.content is none %}-{% endif %}{% for c in m.tool_calls %}\
+        {{ c.function.name }} {{ c.function.arguments | tojson }}{% endfor %}{{ m.tool_call_id }}
+{% endfor %}{% for t in tools %}{{ t.a }}{% endfor %}{{ extra }}";
+    let template = Template::new(template, &tokenizer()).unwrap();
+    let tools = Json::List(vec![Json::Object(vec![("a".into(), Json::Float(0.5))])]);
+    let variables = [("tools", tools), ("extra", Json::Bool(true))];
+    assert_eq!(
+        template.render_with(&messages, &variables, true).unwrap(),
+        "assistant:-weather {\"at\": \"Bath\", \"days\": 2}\ntool:1\n0.5True"
+    );
+    let deep = (0..1000).fold(Json::Null, |inner, _| Json::List(vec![inner]));
+    let error = template.render_with(&messages, &[("tools", deep)], true).unwrap_err().to_string();
+    assert!(error.contains("deeper"), "{error}");
 }
 
 #[test]

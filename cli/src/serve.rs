@@ -72,7 +72,8 @@ impl Machine for Here {
     fn device(&self, replica: &ReplicaConfig) -> Result<Arc<dyn Backend>, Error> {
         if replica.backend == CHOSEN {
             let device = &self.0.device;
-            let failed = |e: Failure| Error::Backend { backend: device.name().into(), message: e.to_string() };
+            let failed =
+                |e: Failure| Error::Backend { backend: device.name().into(), message: e.to_string() };
             return device.open().map_err(failed);
         }
         let mut options = Options::default();
@@ -99,8 +100,10 @@ impl ServeArgs {
     /// The configuration that the arguments describe.
     fn as_config(&self) -> Config {
         let mut base = ModelConfig::default();
-        (base.context, base.cache, base.slots, base.queue) = (self.ctx, self.cache, Some(self.slots), self.queue);
-        (base.template, base.kv, base.batch) = (self.template.clone(), Some(self.kv.name().into()), Some(self.batch));
+        (base.context, base.cache, base.slots, base.queue) =
+            (self.ctx, self.cache, Some(self.slots), self.queue);
+        (base.template, base.kv, base.batch) =
+            (self.template.clone(), Some(self.kv.name().into()), Some(self.batch));
         base.replicas = vec![ReplicaConfig::new(CHOSEN, Default::default())];
         let of = |model: &OsString| {
             let (name, file) = named(model);
@@ -140,7 +143,9 @@ pub fn serve(args: &ServeArgs) -> Result<(), Failure> {
 /// Reads the configuration again at each SIGHUP.
 #[cfg(unix)]
 async fn reloads(server: Server) {
-    let Ok(mut hangup) = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::hangup()) else { return };
+    let Ok(mut hangup) = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::hangup()) else {
+        return;
+    };
     while hangup.recv().await.is_some() {
         let server = server.clone();
         let reload = move || match server.reload() {

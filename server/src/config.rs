@@ -165,7 +165,11 @@ pub enum ConfigError {
 }
 
 impl ConfigError {
-    pub(crate) fn value(what: impl Into<String>, expected: impl Into<String>, got: impl ToString) -> ConfigError {
+    pub(crate) fn value(
+        what: impl Into<String>,
+        expected: impl Into<String>,
+        got: impl ToString,
+    ) -> ConfigError {
         ConfigError::Value { what: what.into(), expected: expected.into(), got: got.to_string() }
     }
 }
@@ -192,14 +196,21 @@ impl Config {
 }
 
 /// A positive number of seconds.
-pub(crate) fn seconds(what: &str, value: Option<f64>, default: f64) -> Result<std::time::Duration, ConfigError> {
+pub(crate) fn seconds(
+    what: &str,
+    value: Option<f64>,
+    default: f64,
+) -> Result<std::time::Duration, ConfigError> {
     let value = value.unwrap_or(default);
     let seconds = std::time::Duration::try_from_secs_f64(value).ok().filter(|seconds| !seconds.is_zero());
     seconds.ok_or_else(|| ConfigError::value(what, "a positive number of seconds", value))
 }
 
 /// Weights whose sum is positive.
-pub(crate) fn check_weights(what: &str, weights: impl Iterator<Item = f64> + Clone) -> Result<(), ConfigError> {
+pub(crate) fn check_weights(
+    what: &str,
+    weights: impl Iterator<Item = f64> + Clone,
+) -> Result<(), ConfigError> {
     let is_one = weights.clone().all(|weight| weight.is_finite() && weight >= 0.0);
     if is_one && weights.clone().sum::<f64>() > 0.0 {
         return Ok(());

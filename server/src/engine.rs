@@ -45,7 +45,9 @@ pub enum Refused {
     #[error("no device can run the model now: {0}")]
     Down(String),
     /// The models that are at work leave too little memory for another one.
-    #[error("the model needs {need_bytes} bytes of memory, and those that are at work leave {free_bytes}; try again later")]
+    #[error(
+        "the model needs {need_bytes} bytes of memory, and those that are at work leave {free_bytes}; try again later"
+    )]
     Memory {
         /// Bytes that the model needs.
         need_bytes: u64,
@@ -309,7 +311,8 @@ fn work(mut batch: Batch, arriving: &mpsc::Receiver<Client>, state: &State) {
         state.cancel.resume();
         let gone = open.extract_if(|_, client| client.is_cancelled.load(Relaxed));
         for (id, Open { updates, place, .. }) in gone {
-            let so_far = batch.cancel(id).map_or(Update::Failed(Error::Cancelled), |it| Update::Done(Box::new(it)));
+            let so_far =
+                batch.cancel(id).map_or(Update::Failed(Error::Cancelled), |it| Update::Done(Box::new(it)));
             drop(place);
             // Whoever has left needs no answer.
             let _ = updates.send(so_far);

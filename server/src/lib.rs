@@ -7,6 +7,7 @@
 
 mod api;
 mod config;
+mod embedder;
 mod engine;
 mod memory;
 mod metrics;
@@ -24,9 +25,8 @@ use halite::{Error, Model};
 use tokio::net::TcpListener;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 
-pub use config::{
-    AdapterConfig, Config, ConfigError, ModelConfig, ReplicaConfig, RouteConfig, TargetConfig,
-};
+pub use config::{AdapterConfig, Config, ConfigError, ModelConfig, ReplicaConfig, RouteConfig, TargetConfig};
+pub use embedder::{Encoder, Vectors};
 pub use engine::{Refused, Update};
 pub use model::{Hosted, ModelOptions, Policy};
 pub use registry::Machine;
@@ -90,7 +90,8 @@ impl Shared {
 impl Default for Server {
     /// Without models.
     fn default() -> Server {
-        Server::with(&Config::default(), None).unwrap_or_else(|_| unreachable!("the default has no wrong values"))
+        Server::with(&Config::default(), None)
+            .unwrap_or_else(|_| unreachable!("the default has no wrong values"))
     }
 }
 
@@ -143,6 +144,15 @@ impl Server {
         registry.insert(hosted);
         self.shared.set_registry(registry);
         Ok(self)
+    }
+
+    /// Adds an encoder, instead of a model of the same name.
+    #[must_use]
+    pub fn encoder(self, encoder: Encoder) -> Server {
+        let mut registry = Registry::clone(&self.shared.registry());
+        registry.insert_encoder(encoder);
+        self.shared.set_registry(registry);
+        self
     }
 
     /// The names of its models.

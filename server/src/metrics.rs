@@ -2,7 +2,6 @@
 
 use std::time::Duration;
 
-
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;
@@ -104,12 +103,27 @@ impl Metrics {
         let mut all = Registry::with_prefix("halite");
         let seconds = Unit::Seconds;
         all.register("requests", "Requests that ended, by how they ended", self.requests.clone());
-        all.register("tokens", "Tokens of prompts, those of them that were cached, and tokens generated", self.tokens.clone());
+        all.register(
+            "tokens",
+            "Tokens of prompts, those of them that were cached, and tokens generated",
+            self.tokens.clone(),
+        );
         all.register("moves", "Times that a request moved to another device", self.moves.clone());
         all.register_with_unit("queue", "Time until a request ran", seconds.clone(), self.queue.clone());
-        all.register_with_unit("first_token", "Time until the first token", seconds.clone(), self.first_token.clone());
-        all.register_with_unit("token", "Mean time of the tokens after the first", seconds, self.token.clone());
-        let (running, waiting, up): (Family<On, Gauge>, Family<On, Gauge>, Family<On, Gauge>) = Default::default();
+        all.register_with_unit(
+            "first_token",
+            "Time until the first token",
+            seconds.clone(),
+            self.first_token.clone(),
+        );
+        all.register_with_unit(
+            "token",
+            "Mean time of the tokens after the first",
+            seconds,
+            self.token.clone(),
+        );
+        let (running, waiting, up): (Family<On, Gauge>, Family<On, Gauge>, Family<On, Gauge>) =
+            Default::default();
         for hosted in shared.registry().models() {
             for status in hosted.status() {
                 let on = On { model: hosted.name().into(), device: status.device };

@@ -1,6 +1,6 @@
 //! A model under a name, on one or more devices. A request goes to one of them, and goes on on another if the first one fails.
 
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use halite::backend::Contract;
@@ -12,8 +12,8 @@ use halite::sampler::Logprobs;
 use halite::{Error, Model, SessionOptions, Tokenizer};
 use tokio::sync::mpsc as channel;
 
-use crate::engine::{Refused, Ticket, Update};
 use crate::Host;
+use crate::engine::{Refused, Ticket, Update};
 use crate::replica::{Device, Loaded, Replica, Status};
 
 /// How a request finds its replica among those that work.
@@ -66,7 +66,8 @@ pub(crate) struct Opened {
     pub template: Option<Template>,
     pub session: SessionOptions,
     pub queue: usize,
-    vocabulary: OnceLock<Vocabulary>,
+    /// The vocabularies of rules, by the control tokens that they may ask for.
+    vocabularies: Mutex<Vec<(Control, Vocabulary)>>,
     /// The tokens of the health probe on devices that are exact.
     probe: Mutex<Option<Vec<u32>>>,
 }
@@ -85,21 +86,25 @@ impl Opened {
             template,
             session: options.session.clone(),
             queue: options.queue,
-            vocabulary: OnceLock::new(),
+            vocabularies: Mutex::default(),
             probe: Mutex::new(None),
         })
     }
 
     /// Compiles a rule, which takes up to seconds.
-    fn guide(&self, rule: &Rule) -> Result<Guide, Error> {
-        let vocabulary = match self.vocabulary.get() {
+    fn guide(&self, rule: &Rule, control: Control) -> Result<Guide, Error> {
+        let mut known = self.vocabularies.lock().unwrap_or_else(PoisonError::into_inner);
+        let found = known.iter().find(|(of, _)| *of == control).map(|(_, vocabulary)| vocabulary.clone());
+        let vocabulary = match found {
             Some(vocabulary) => vocabulary,
             None => {
-                let read = Vocabulary::new(&self.tokenizer)?;
-                self.vocabulary.get_or_init(|| read)
+                let read = Vocabulary::with_control(&self.tokenizer, control)?;
+                known.push((control, read.clone()));
+                read
             }
         };
-        Guide::of(vocabulary, rule)
+        drop(known);
+        Guide::of(&vocabulary, rule)
     }
 
     /// Compares the health probes of devices that must agree.
@@ -120,12 +125,16 @@ impl Opened {
     }
 }
 
+/// The texts of control tokens.
+pub(crate) type Control = &'static [&'static str];
+
 /// A text to generate.
 #[derive(Debug, Clone)]
 pub(crate) struct Job {
     pub prompt: Arc<[u32]>,
     pub options: GenerateOptions,
-    pub rule: Option<Arc<Rule>>,
+    /// What the text is held to, and the control tokens that are a part of it.
+    pub rule: Option<(Rule, Control)>,
     /// Those of different tenants share no KV pages.
     pub tenant: u64,
     pub priority: i32,
@@ -222,7 +231,11 @@ impl Hosted {
         host: &Arc<Host>,
     ) -> Result<Hosted, Error> {
         if devices.is_empty() {
-            return Err(Error::Argument { what: "devices", expected: "at least one".into(), got: "none".into() });
+            return Err(Error::Argument {
+                what: "devices",
+                expected: "at least one".into(),
+                got: "none".into(),
+            });
         }
         let replicas: Vec<_> = devices.into_iter().map(|device| Arc::new(Replica::new(device))).collect();
         replicas.iter().for_each(|replica| host.memory.share_with(replica));
@@ -397,9 +410,9 @@ impl Hosted {
     async fn request(&self, job: &Job, tokens: Vec<u32>) -> Result<Request, Error> {
         let request = Request::new(job.prompt.to_vec()).options(job.options.clone()).resumed(tokens);
         let request = request.tenant(job.tenant).priority(job.priority);
-        let Some(rule) = job.rule.clone() else { return Ok(request) };
+        let Some((rule, control)) = job.rule.clone() else { return Ok(request) };
         let opened = self.opened.clone();
-        let guide = tokio::task::spawn_blocking(move || opened.guide(&rule)).await;
+        let guide = tokio::task::spawn_blocking(move || opened.guide(&rule, control)).await;
         let guide = guide.unwrap_or_else(|_| Err(Error::Constraint("compiling it failed inside".into())))?;
         Ok(request.constraint(Some(Box::new(guide) as _)))
     }

@@ -4,14 +4,17 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
+use halite::embed::EmbedOptions;
 use halite::kernels::kv;
 use halite::model::ProgramOptions;
+use halite::session::footprint;
 use halite::{Backend, Error, Model, SessionOptions};
 
-use crate::config::{Config, ConfigError, ModelConfig, ReplicaConfig, check_weights, seconds};
 use crate::Host;
+use crate::config::{Config, ConfigError, ModelConfig, ReplicaConfig, check_weights, seconds};
+use crate::embedder::Encoder;
 use crate::model::{Hosted, ModelOptions};
-use crate::replica::Device;
+use crate::replica::{Device, bytes};
 
 /// What a server needs of the program around it.
 pub trait Machine: Send + Sync {
@@ -43,6 +46,7 @@ const BATCH: u32 = 512;
 #[derive(Debug, Default, Clone)]
 pub(crate) struct Registry {
     models: BTreeMap<String, Entry>,
+    encoders: BTreeMap<String, (Arc<Encoder>, Option<Made>)>,
     routes: BTreeMap<String, Vec<(f64, String)>>,
 }
 
@@ -67,18 +71,33 @@ impl Registry {
     /// With one more model, instead of one of the same name.
     pub fn insert(&mut self, hosted: Hosted) {
         let entry = Entry { hosted: Arc::new(hosted), made_of: None, preload: true };
+        self.encoders.remove(entry.hosted.name());
         self.models.insert(entry.hosted.name().to_owned(), entry);
+    }
+
+    /// With one more encoder, instead of a model of the same name.
+    pub fn insert_encoder(&mut self, encoder: Encoder) {
+        self.models.remove(encoder.name());
+        self.encoders.insert(encoder.name().to_owned(), (Arc::new(encoder), None));
+    }
+
+    /// The encoder of a name. Without a name, the only one there is.
+    pub fn encoder(&self, name: Option<&str>) -> Option<&Arc<Encoder>> {
+        match name {
+            None => only(self.encoders()),
+            Some(name) => self.encoders.get(name).map(|(encoder, _)| encoder),
+        }
+    }
+
+    /// The encoders, by name.
+    pub fn encoders(&self) -> impl Iterator<Item = &Arc<Encoder>> {
+        self.encoders.values().map(|(encoder, _)| encoder)
     }
 
     /// The model of a name, which may be a route's. Without a name, the only model there is.
     pub fn find(&self, name: Option<&str>) -> Option<&Arc<Hosted>> {
-        let found = match name {
-            None => {
-                let mut all = self.models.values();
-                all.next().filter(|_| all.next().is_none())
-            }
-            Some(name) => self.models.get(name).or_else(|| self.models.get(self.route(name)?)),
-        };
+        let Some(name) = name else { return only(self.models()) };
+        let found = self.models.get(name).or_else(|| self.models.get(self.route(name)?));
         found.map(|entry| &entry.hosted)
     }
 
@@ -99,9 +118,9 @@ impl Registry {
         self.models.values().map(|entry| &entry.hosted)
     }
 
-    /// All names: models, then routes.
+    /// All names: models, encoders, routes.
     pub fn names(&self) -> impl Iterator<Item = &str> {
-        self.models.keys().chain(self.routes.keys()).map(String::as_str)
+        self.models.keys().chain(self.encoders.keys()).chain(self.routes.keys()).map(String::as_str)
     }
 
     /// Models to load when the server starts.
@@ -151,16 +170,34 @@ impl Registry {
         host: &Arc<Host>,
         old: &Registry,
     ) -> Result<(), ConfigError> {
-        if self.models.contains_key(name) {
-            return Err(ConfigError::value(format!("model `{name}`"), "a name of its own", "another model's"));
+        if self.names().any(|known| known == name) {
+            return Err(ConfigError::value(
+                format!("model `{name}`"),
+                "a name of its own",
+                "another model's",
+            ));
         }
         let adapters = config.adapters.iter().map(|adapter| &adapter.file);
         let files = config.file.iter().chain(&config.template).chain(adapters);
-        let made_of = Some(Made { config: config.clone(), adapter, files: files.map(|file| state_of(file)).collect() });
+        let made_of =
+            Some(Made { config: config.clone(), adapter, files: files.map(|file| state_of(file)).collect() });
+        let old_encoder = old.encoders.get(name).filter(|(_, old)| *old == made_of);
+        if let Some((encoder, _)) = old_encoder {
+            self.encoders.insert(name.to_owned(), (encoder.clone(), made_of));
+            return Ok(());
+        }
         let same = old.models.get(name).filter(|entry| entry.made_of == made_of);
         let hosted = match same {
             Some(entry) => entry.hosted.clone(),
-            None => Arc::new(hosted(name, config, adapter, machine, host)?),
+            None => {
+                let model = opened(name, config, adapter, machine)?;
+                if Encoder::is_for(&model)? {
+                    let encoder = Arc::new(encoder(name, &model, config, machine, host)?);
+                    self.encoders.insert(name.to_owned(), (encoder, made_of));
+                    return Ok(());
+                }
+                Arc::new(hosted(name, &model, config, machine, host)?)
+            }
         };
         let preload = config.preload.unwrap_or(adapter.is_none());
         self.models.insert(name.to_owned(), Entry { hosted, made_of, preload });
@@ -170,7 +207,8 @@ impl Registry {
 
 /// The name of a model.
 fn name_of(config: &ModelConfig) -> String {
-    let stem = || config.file.as_deref().and_then(Path::file_stem).map(|stem| stem.to_string_lossy().into_owned());
+    let stem =
+        || config.file.as_deref().and_then(Path::file_stem).map(|stem| stem.to_string_lossy().into_owned());
     config.name.clone().or_else(stem).unwrap_or_else(|| BUILTIN.into())
 }
 
@@ -179,13 +217,18 @@ fn state_of(file: &Path) -> (u64, Option<std::time::SystemTime>) {
     std::fs::metadata(file).map_or((0, None), |data| (data.len(), data.modified().ok()))
 }
 
-fn hosted(
+/// The only one of several.
+fn only<T>(mut all: impl Iterator<Item = T>) -> Option<T> {
+    all.next().filter(|_| all.next().is_none())
+}
+
+/// Opens a model, with an adapter.
+fn opened(
     name: &str,
     config: &ModelConfig,
     adapter: Option<usize>,
     machine: &Arc<dyn Machine>,
-    host: &Arc<Host>,
-) -> Result<Hosted, ConfigError> {
+) -> Result<Arc<Model>, ConfigError> {
     let mut model = match &config.file {
         Some(file) => Model::open(file)?,
         None => machine.builtin()?,
@@ -194,10 +237,40 @@ fn hosted(
         model.apply_lora(halite::gguf::Gguf::open(&adapter.file)?, adapter.scale)?;
     }
     model.warnings().iter().for_each(|warning| tracing::warn!(model = name, "{warning}"));
-    let model = Arc::new(model);
+    Ok(Arc::new(model))
+}
+
+/// Loads an encoder, on the first of its devices.
+fn encoder(
+    name: &str,
+    model: &Arc<Model>,
+    config: &ModelConfig,
+    machine: &Arc<dyn Machine>,
+    host: &Arc<Host>,
+) -> Result<Encoder, ConfigError> {
+    let cpu = ReplicaConfig::new("cpu", BTreeMap::new());
+    let backend = machine.device(config.replicas.first().unwrap_or(&cpu))?;
+    let batch = config.batch.unwrap_or(BATCH);
+    let needed = footprint(model, &*backend, &SessionOptions::default().context(batch).batch(batch))?;
+    let share = host
+        .memory
+        .take(bytes(&needed))
+        .map_err(|refused| ConfigError::value(format!("memory for `{name}`"), "room for it", refused))?;
+    let options = EmbedOptions::default().batch(batch);
+    let queue = config.queue.unwrap_or(16 * SLOTS as usize);
+    Ok(Encoder::new(name, model, &backend, &options, queue)?.with_share(share))
+}
+
+fn hosted(
+    name: &str,
+    model: &Arc<Model>,
+    config: &ModelConfig,
+    machine: &Arc<dyn Machine>,
+    host: &Arc<Host>,
+) -> Result<Hosted, ConfigError> {
     let key = |key: &str| format!("{key} of model `{name}`");
     let mut session = SessionOptions::default().context(config.context);
-    let cache = config.cache.unwrap_or_else(|| session.positions(&model).saturating_mul(4));
+    let cache = config.cache.unwrap_or_else(|| session.positions(model).saturating_mul(4));
     let slots = config.slots.unwrap_or(SLOTS);
     if !(1..=64).contains(&slots) {
         return Err(ConfigError::value(key("slots"), "1 to 64", slots));
@@ -226,5 +299,5 @@ fn hosted(
         let open = Arc::new(move || machine.device(&config));
         Device { name: replica.backend.clone(), open, weight: replica.weight }
     };
-    Ok(Hosted::new(name, &model, replicas.iter().map(device).collect(), &options, host)?)
+    Ok(Hosted::new(name, model, replicas.iter().map(device).collect(), &options, host)?)
 }

@@ -37,7 +37,10 @@ pub struct Device {
 
 impl std::fmt::Debug for Device {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Device").field("name", &self.name).field("weight", &self.weight).finish_non_exhaustive()
+        f.debug_struct("Device")
+            .field("name", &self.name)
+            .field("weight", &self.weight)
+            .finish_non_exhaustive()
     }
 }
 
@@ -229,12 +232,8 @@ impl Replica {
         opened.agree(contract, &probe).map_err(failed)?;
         let engine = Engine::new(session, &opened.tokenizer, opened.queue).map_err(failed)?;
         tracing::info!(device = self.device.name, bytes = bytes(&needed), "replica loaded");
-        let loaded = Loaded {
-            engine: Arc::new(engine),
-            contract,
-            probe: probe.into(),
-            _share: Arc::new(share),
-        };
+        let loaded =
+            Loaded { engine: Arc::new(engine), contract, probe: probe.into(), _share: Arc::new(share) };
         self.state().loaded = Some(loaded.clone());
         Ok(loaded)
     }
@@ -252,7 +251,9 @@ impl Replica {
         loop {
             match ticket.next().await? {
                 crate::Update::Done(generation) if generation.tokens == *loaded.probe => return Ok(()),
-                crate::Update::Done(_) => return Err("its health probe gives other tokens than before".into()),
+                crate::Update::Done(_) => {
+                    return Err("its health probe gives other tokens than before".into());
+                }
                 crate::Update::Failed(error) => return Err(error.to_string()),
                 _ => {}
             }
@@ -269,8 +270,11 @@ impl State {
 }
 
 /// All bytes of a session.
-fn bytes(needed: &Footprint) -> u64 {
-    needed.weight_bytes.saturating_sub(needed.streamed_bytes).saturating_add(needed.stream_bytes)
+pub(crate) fn bytes(needed: &Footprint) -> u64 {
+    needed
+        .weight_bytes
+        .saturating_sub(needed.streamed_bytes)
+        .saturating_add(needed.stream_bytes)
         .saturating_add(needed.working_bytes().saturating_sub(needed.spilled_bytes))
 }
 

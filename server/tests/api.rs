@@ -1,65 +1,10 @@
 //! The HTTP interface on the built-in model, without sockets.
 
-use std::sync::Arc;
+mod common;
 
-use axum::Router;
-use axum::body::{Body, to_bytes};
-use axum::http::{Request, StatusCode};
-use axum::response::Response;
-use halite::backend::cpu::Cpu;
-use halite::map::Source;
-use halite::{Backend, Model, SessionOptions};
-use halite_server::{Device, ModelOptions, Server};
+use axum::http::StatusCode;
+use common::*;
 use serde_json::{Value, json};
-use tower::ServiceExt;
-
-fn options(slots: u32, queue: usize, template: Option<&str>) -> ModelOptions {
-    let session = SessionOptions::default().context(2048).cache_positions(4096).batch(64);
-    let mut options = ModelOptions::new(session, slots);
-    options.queue = queue;
-    options.template = template.map(str::to_owned);
-    options
-}
-
-fn cpu() -> Device {
-    let open = || Ok(Arc::new(Cpu::with_threads(2)?) as Arc<dyn Backend>);
-    Device { name: "cpu".into(), open: Arc::new(open), weight: 1.0 }
-}
-
-/// A chat of the built-in model, which has no template of its own.
-const TEMPLATE: &str = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}";
-
-fn service(slots: u32, queue: usize) -> Router {
-    let model = Arc::new(Model::from_source(Source::from_static("built-in", halite_models::AUSTEN)).unwrap());
-    let add = |server: Server, name, template| {
-        server.model(name, &model, vec![cpu()], &options(slots, queue, template)).unwrap()
-    };
-    add(add(Server::default(), "austen", None), "chat", Some(TEMPLATE)).router()
-}
-
-async fn call(service: &Router, method: &str, path: &str, body: &str) -> Response {
-    let request = Request::builder().method(method).uri(path).header("content-type", "application/json");
-    service.clone().oneshot(request.body(Body::from(body.to_owned())).unwrap()).await.unwrap()
-}
-
-async fn text(response: Response) -> String {
-    String::from_utf8(to_bytes(response.into_body(), 1 << 20).await.unwrap().to_vec()).unwrap()
-}
-
-async fn post(service: &Router, path: &str, body: Value) -> (StatusCode, Value) {
-    let response = call(service, "POST", path, &body.to_string()).await;
-    let status = response.status();
-    assert!(response.headers()["x-request-id"].to_str().unwrap().starts_with("req-"));
-    (status, serde_json::from_str(&text(response).await).unwrap())
-}
-
-/// The data of a stream's events.
-async fn events(service: &Router, path: &str, body: Value) -> Vec<String> {
-    let response = call(service, "POST", path, &body.to_string()).await;
-    assert_eq!(response.status(), StatusCode::OK);
-    assert_eq!(response.headers()["content-type"], "text/event-stream");
-    text(response).await.lines().filter_map(|line| line.strip_prefix("data: ")).map(str::to_owned).collect()
-}
 
 fn greedy(prompt: &str, max_tokens: u32) -> Value {
     json!({ "model": "austen", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0 })
@@ -202,7 +147,9 @@ async fn tokens_are_told_with_their_probabilities() {
     assert_eq!(content[0]["top_logprobs"][0]["token"], content[0]["token"]);
     body["stream"] = json!(true);
     let mut streamed = Vec::new();
-    for event in events(&service, "/v1/chat/completions", body).await.iter().filter(|event| *event != "[DONE]") {
+    for event in
+        events(&service, "/v1/chat/completions", body).await.iter().filter(|event| *event != "[DONE]")
+    {
         let event: Value = serde_json::from_str(event).unwrap();
         streamed.extend(event["choices"][0]["logprobs"]["content"].as_array().into_iter().flatten().cloned());
     }
@@ -210,7 +157,8 @@ async fn tokens_are_told_with_their_probabilities() {
     // A bias against the first choice.
     let (_, ids) = post(&service, "/tokenize", json!({ "model": "austen", "content": tokens[0] })).await;
     let mut body = greedy("She", 1);
-    body["logit_bias"] = ids["tokens"].as_array().unwrap().iter().map(|id| (id.to_string(), json!(-100))).collect();
+    body["logit_bias"] =
+        ids["tokens"].as_array().unwrap().iter().map(|id| (id.to_string(), json!(-100))).collect();
     let (_, other) = post(&service, "/v1/completions", body).await;
     assert_ne!(other["choices"][0]["text"], tokens[0]);
 }
@@ -263,7 +211,13 @@ async fn what_is_wrong_is_said_in_openais_form() {
             "stop",
         ),
         ("/v1/completions", json!({ "model": "austen", "prompt": "a", "logprobs": 50 }), 400, "", "logprobs"),
-        ("/v1/completions", json!({ "model": "austen", "prompt": "a", "logit_bias": { "x": 1 } }), 400, "", "bias"),
+        (
+            "/v1/completions",
+            json!({ "model": "austen", "prompt": "a", "logit_bias": { "x": 1 } }),
+            400,
+            "",
+            "bias",
+        ),
         ("/v1/completions", json!({ "model": "austen", "prompt": "a", "suffix": "b" }), 400, "", "suffix"),
         (
             "/v1/completions",

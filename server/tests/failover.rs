@@ -38,8 +38,10 @@ fn server(devices: Vec<Device>, policy: Policy) -> Server {
 }
 
 async fn ask(service: &Router, body: &Value) -> (StatusCode, Value) {
-    let request = Request::builder().method("POST").uri("/v1/completions").header("content-type", "application/json");
-    let response = service.clone().oneshot(request.body(Body::from(body.to_string())).unwrap()).await.unwrap();
+    let request =
+        Request::builder().method("POST").uri("/v1/completions").header("content-type", "application/json");
+    let response =
+        service.clone().oneshot(request.body(Body::from(body.to_string())).unwrap()).await.unwrap();
     let status = response.status();
     let bytes = to_bytes(response.into_body(), 1 << 20).await.unwrap();
     (status, serde_json::from_slice(&bytes).unwrap_or_else(|_| json!(String::from_utf8_lossy(&bytes))))
@@ -103,7 +105,8 @@ async fn a_text_goes_on_on_another_device() {
         assert_eq!(texts, want.iter().collect::<Vec<_>>(), "{fault:?}");
         assert!(answers.iter().all(|(_, halite)| halite["exact"] == true));
         // A poisoned step is repeated for each request, and is right then.
-        let moved = answers.iter().filter(|(_, halite)| halite["parts"].as_array().unwrap().len() > 1).count();
+        let moved =
+            answers.iter().filter(|(_, halite)| halite["parts"].as_array().unwrap().len() > 1).count();
         assert!((fault == Fault::Poison) == (moved == 0), "{fault:?}: {moved} moved");
         for (_, halite) in &answers {
             let parts = halite["parts"].as_array().unwrap();
@@ -166,7 +169,12 @@ async fn devices_that_must_agree_are_compared() {
 
 #[tokio::test]
 async fn requests_are_shared_by_policy() {
-    let both = || vec![device("a", || Ok(Arc::new(Cpu::with_threads(1)?))), device("b", || Ok(Arc::new(Cpu::with_threads(1)?)))];
+    let both = || {
+        vec![
+            device("a", || Ok(Arc::new(Cpu::with_threads(1)?))),
+            device("b", || Ok(Arc::new(Cpu::with_threads(1)?))),
+        ]
+    };
     for policy in [Policy::Order, Policy::Load, Policy::Latency, Policy::Weight] {
         let service = server(both(), policy).router();
         let long = json!({ "prompt": "She", "max_tokens": 60, "ignore_eos": true });

@@ -58,7 +58,8 @@ impl Machine for Test {
 
 async fn call(service: &Router, method: &str, path: &str, body: &Value) -> (StatusCode, Value) {
     let request = Request::builder().method(method).uri(path).header("content-type", "application/json");
-    let response = service.clone().oneshot(request.body(Body::from(body.to_string())).unwrap()).await.unwrap();
+    let response =
+        service.clone().oneshot(request.body(Body::from(body.to_string())).unwrap()).await.unwrap();
     let status = response.status();
     let bytes = to_bytes(response.into_body(), 1 << 20).await.unwrap();
     (status, serde_json::from_slice(&bytes).unwrap_or_else(|_| json!(String::from_utf8_lossy(&bytes))))
@@ -111,7 +112,8 @@ async fn names_routes_and_the_built_in_model() {
 #[tokio::test]
 async fn models_are_unloaded_for_others_and_the_memory_is_never_exceeded() {
     let two = |memory: &str| {
-        let model = |name: &str| format!("[[model]]\nname = '{name}'\nfile = 'a.gguf'\ncontext = 256\nslots = 2\n");
+        let model =
+            |name: &str| format!("[[model]]\nname = '{name}'\nfile = 'a.gguf'\ncontext = 256\nslots = 2\n");
         format!("{memory}\n{}{}", model("x"), model("y"))
     };
     let test = Test::new(&two(""));
@@ -125,7 +127,9 @@ async fn models_are_unloaded_for_others_and_the_memory_is_never_exceeded() {
     // Room for one and a half.
     test.write(&two(&format!("memory_mb = {}", one * 3 / 2 / 1_000_000)));
     let service = Server::new(test.clone()).unwrap().router();
-    for (model, want) in [("x", ["ready", "unloaded"]), ("y", ["unloaded", "ready"]), ("x", ["ready", "unloaded"])] {
+    for (model, want) in
+        [("x", ["ready", "unloaded"]), ("y", ["unloaded", "ready"]), ("x", ["ready", "unloaded"])]
+    {
         assert_eq!(generate(&service, model).await.0, StatusCode::OK);
         assert_eq!([state(&service, 0).await, state(&service, 1).await], want);
         let (_, status) = call(&service, "GET", "/admin/status", &Value::Null).await;
@@ -133,8 +137,10 @@ async fn models_are_unloaded_for_others_and_the_memory_is_never_exceeded() {
         assert!(memory["used_bytes"].as_u64() <= memory["limit_bytes"].as_u64(), "{memory}");
     }
     // Not for one that is at work.
-    let mut long = json!({ "model": "x", "prompt": "She", "max_tokens": 200, "ignore_eos": true, "stream": true });
-    let request = Request::builder().method("POST").uri("/v1/completions").header("content-type", "application/json");
+    let mut long =
+        json!({ "model": "x", "prompt": "She", "max_tokens": 200, "ignore_eos": true, "stream": true });
+    let request =
+        Request::builder().method("POST").uri("/v1/completions").header("content-type", "application/json");
     let running = service.clone().oneshot(request.body(Body::from(long.to_string())).unwrap()).await.unwrap();
     let (status, answer) = generate(&service, "y").await;
     assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE, "{answer}");

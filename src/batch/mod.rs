@@ -9,9 +9,9 @@ use std::collections::VecDeque;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
+use crate::clock::Instant;
 use crate::cost::{self, Extent};
 use crate::error::{Error, Result};
-use crate::clock::Instant;
 use crate::generate::{Constraint, Decoding, Finish, GenerateOptions, Generation, Stream};
 use crate::sampler::Logprobs;
 use crate::session::{MAX_RUNS, OutputKind, Run, SequenceId, Session};

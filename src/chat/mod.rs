@@ -8,6 +8,7 @@
 
 mod eval;
 mod filters;
+mod json;
 mod lex;
 mod methods;
 mod parse;
@@ -20,6 +21,7 @@ use crate::error::{Error, Result, printable};
 use crate::gguf::Gguf;
 use crate::tokenizer::{EncodeOptions, Tokenizer};
 use eval::Run;
+pub use json::Json;
 use parse::Statement;
 use value::{Fallible, Value};
 
@@ -40,19 +42,28 @@ const FINAL_CHANNEL: &str = "<|channel|>final<|message|>";
 const ANY_CHANNEL: &str = "<|channel|>";
 
 /// A message of a chat.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct Message {
     /// `system`, `user`, `assistant`, or another role of the template.
     pub role: String,
     /// The text of the message.
     pub content: String,
+    /// What else the template can read, such as `tool_calls`. A field named `role` or `content` replaces that one.
+    pub fields: Vec<(String, Json)>,
 }
 
 impl Message {
     /// Creates a message.
     pub fn new(role: &str, content: &str) -> Message {
-        Message { role: role.into(), content: content.into() }
+        Message { role: role.into(), content: content.into(), fields: Vec::new() }
+    }
+
+    /// Adds a field.
+    #[must_use]
+    pub fn field(mut self, name: &str, value: Json) -> Message {
+        self.fields.push((name.into(), value));
+        self
     }
 
     /// Creates the assistant's message from generated text. In OpenAI's harmony format, it contains only the
@@ -70,6 +81,7 @@ impl Message {
 /// A chat template.
 #[derive(Debug)]
 pub struct Template {
+    source: String,
     body: Vec<Statement>,
     bos: String,
     eos: String,
@@ -102,7 +114,12 @@ impl Template {
             String::from_utf8_lossy(text).into_owned()
         };
         let (bos, eos) = (text(tokenizer.bos()), text(tokenizer.eos()));
-        Ok(Template { body, bos, eos })
+        Ok(Template { source: source.into(), body, bos, eos })
+    }
+
+    /// The text of the template.
+    pub fn source(&self) -> &str {
+        &self.source
     }
 
     /// Renders the text of a chat; with `add_generation_prompt`, up to the start of the model's answer.
@@ -111,27 +128,45 @@ impl Template {
     /// [`Error::Template`] if the template rejects the messages (for example roles that do not alternate, or
     /// a system message), fails, or exceeds a limit of time or size.
     pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
+        self.render_with(messages, &[], add_generation_prompt)
+    }
+
+    /// As [`Template::render`], with further variables, such as `tools`.
+    ///
+    /// # Errors
+    /// As [`Template::render`].
+    pub fn render_with(
+        &self,
+        messages: &[Message],
+        variables: &[(&str, Json)],
+        add_generation_prompt: bool,
+    ) -> Result<String> {
         on_large_stack(|| {
             let mut run = Run::new();
-            let rendered = self.variables(&mut run, messages, add_generation_prompt);
+            let rendered = self.variables(&mut run, messages, variables, add_generation_prompt);
             let rendered = rendered.and_then(|variables| run.template(&self.body, variables));
             rendered.map_err(|message| (run.line, message))
         })
     }
 
-    fn variables(
+    fn variables<'a>(
         &self,
         run: &mut Run,
         messages: &[Message],
+        variables: &[(&'a str, Json)],
         add_generation_prompt: bool,
-    ) -> Fallible<Vec<(&'static str, Value)>> {
+    ) -> Fallible<Vec<(&'a str, Value)>> {
         let meter = &mut run.heap.meter;
         let mut list = Vec::new();
         for message in messages {
             let pair = |name: &str, text: &str| (Value::text(name), Value::text(text));
-            list.push(meter.dict(vec![pair("role", &message.role), pair("content", &message.content)])?);
+            let mut pairs = vec![pair("role", &message.role), pair("content", &message.content)];
+            for (name, value) in &message.fields {
+                pairs.push((meter.str(name)?, value.value(meter, 0)?));
+            }
+            list.push(meter.dict(pairs)?);
         }
-        Ok(vec![
+        let mut all = vec![
             ("messages", meter.list(list)?),
             ("add_generation_prompt", Value::Bool(add_generation_prompt)),
             ("bos_token", Value::text(&self.bos)),
@@ -139,7 +174,11 @@ impl Template {
             // Templates test these names for `none`.
             ("tools", Value::None),
             ("documents", Value::None),
-        ])
+        ];
+        for (name, value) in variables {
+            all.push((name, value.value(meter, 0)?));
+        }
+        Ok(all)
     }
 }
 

@@ -29,7 +29,7 @@ const MAX_MEMORY: usize = 128 << 20;
 pub const MAX_TEXT: usize = 16 << 20;
 
 /// Maximum nesting of lists and dicts.
-const MAX_DEPTH: u16 = 100;
+pub const MAX_DEPTH: u16 = 100;
 
 /// Bytes counted for an item of a list and for an entry of a dict.
 const ITEM: usize = 32;

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::time::Duration;
 
-use llguidance::api::TopLevelGrammar;
+use llguidance::api::{GrammarWithLexer, TopLevelGrammar};
 use llguidance::toktrie::{ApproximateTokEnv, SimpleVob, TokEnv, TokRxInfo, TokTrie};
 use llguidance::{CancellationHandle, Matcher, ParserFactory};
 
@@ -54,6 +54,23 @@ pub enum Rule {
     /// A text of this grammar in GBNF, llama.cpp's syntax, without its rules for single tokens. It is matched
     /// character by character, which is slower than a grammar with regular expressions.
     Gbnf(String),
+    /// A text of a grammar in Lark's syntax, in which `@name` stands for JSON of the schema of that name. Keywords that are
+    /// not supported in a schema are ignored.
+    Structured {
+        /// The grammar.
+        grammar: String,
+        /// Names and schemas.
+        schemas: Vec<(String, String)>,
+    },
+}
+
+/// How JSON of a rule is written.
+#[derive(Clone, Copy, PartialEq)]
+enum Style {
+    /// Without white space.
+    Compact,
+    /// As Python's `json.dumps` writes it, which models have learnt for calls. Keywords that are not supported are ignored.
+    Spaced,
 }
 
 impl Rule {
@@ -65,29 +82,34 @@ impl Rule {
 
     /// Returns the grammar for llguidance.
     fn read(&self) -> Result<TopLevelGrammar, String> {
-        let (Rule::JsonSchema(text) | Rule::Regex(text) | Rule::Grammar(text) | Rule::Gbnf(text)) = self;
-        at_most("bytes", MAX_BYTES, text.len())?;
+        let (text, schemas) = match self {
+            Rule::JsonSchema(text) | Rule::Regex(text) | Rule::Grammar(text) | Rule::Gbnf(text) => {
+                (text, &[][..])
+            }
+            Rule::Structured { grammar, schemas } => (grammar, &schemas[..]),
+        };
+        let bytes = schemas.iter().fold(text.len(), |sum, (name, schema)| sum + name.len() + schema.len());
+        at_most("bytes", MAX_BYTES, bytes)?;
         match self {
             Rule::JsonSchema(_) => {
-                let mut schema: serde_json::Value = serde_json::from_str(text).map_err(|e| e.to_string())?;
-                let (values, references) = count(&schema);
-                at_most("values", MAX_VALUES, values)?;
-                at_most("references", MAX_DEFINITIONS, references)?;
-                if let Some(schema) = schema.as_object_mut() {
-                    let compact = || serde_json::json!({ "whitespace_flexible": false });
-                    schema.entry("x-guidance").or_insert_with(compact);
-                }
-                Ok(TopLevelGrammar::from_json_schema(schema))
+                Ok(TopLevelGrammar::from_json_schema(read_schema(text, Style::Compact, &mut (0, 0))?))
             }
             Rule::Regex(_) => {
                 at_most("open brackets", MAX_NESTING, nesting(text))?;
                 Ok(TopLevelGrammar::from_regex(text))
             }
-            Rule::Grammar(_) => {
+            Rule::Grammar(_) | Rule::Structured { .. } => {
                 at_most("open brackets", MAX_NESTING, nesting(text))?;
                 // Each definition has a colon, and so has each of a JSON schema inside it.
                 at_most("colons", MAX_DEFINITIONS, text.matches(':').count())?;
-                Ok(TopLevelGrammar::from_lark(text.clone()))
+                let mut grammar = TopLevelGrammar::from_lark(text.clone());
+                let mut counted = (0, 0);
+                for (name, schema) in schemas {
+                    let schema = read_schema(schema, Style::Spaced, &mut counted)?;
+                    let schema = GrammarWithLexer::from_json_schema(schema);
+                    grammar.grammars.push(GrammarWithLexer { name: Some(name.clone()), ..schema });
+                }
+                Ok(grammar)
             }
             Rule::Gbnf(_) => {
                 let lark =
@@ -114,6 +136,25 @@ fn nesting(text: &str) -> usize {
         deepest = deepest.max(open);
     }
     deepest
+}
+
+/// Reads a schema. `counted` has the values and references of those before it.
+fn read_schema(text: &str, style: Style, counted: &mut (usize, usize)) -> Result<serde_json::Value, String> {
+    let mut schema: serde_json::Value = serde_json::from_str(text).map_err(|e| e.to_string())?;
+    let (values, references) = count(&schema);
+    *counted = (counted.0 + values, counted.1 + references);
+    at_most("values", MAX_VALUES, counted.0)?;
+    at_most("references", MAX_DEFINITIONS, counted.1)?;
+    if let Some(schema) = schema.as_object_mut() {
+        let how = || match style {
+            Style::Compact => serde_json::json!({ "whitespace_flexible": false }),
+            Style::Spaced => serde_json::json!({
+                "whitespace_flexible": false, "key_separator": ": ", "item_separator": ", ", "lenient": true,
+            }),
+        };
+        schema.entry("x-guidance").or_insert_with(how);
+    }
+    Ok(schema)
 }
 
 /// Counts the values and references of a schema. The parser has limited its depth.
@@ -149,8 +190,23 @@ impl Vocabulary {
     /// # Errors
     /// [`Error::Constraint`] if there is no thread to read it on.
     pub fn new(tokenizer: &Tokenizer) -> Result<Vocabulary> {
+        Vocabulary::with_control(tokenizer, &[])
+    }
+
+    /// As [`Vocabulary::new`]. Control tokens of the texts `control` count as these texts, so that a rule can ask for them; other
+    /// control tokens are never allowed.
+    ///
+    /// # Errors
+    /// As [`Vocabulary::new`].
+    pub fn with_control(tokenizer: &Tokenizer, control: &[&str]) -> Result<Vocabulary> {
         let end = tokenizer.len() as u32;
         let mut words: Vec<Vec<u8>> = (0..end).map(|id| word(tokenizer, id)).collect();
+        for text in control {
+            let id = tokenizer.token(text.as_bytes()).filter(|&id| !tokenizer.is_end(id));
+            if let Some(word) = id.and_then(|id| words.get_mut(id as usize)) {
+                *word = text.as_bytes().to_vec();
+            }
+        }
         words.push(Vec::new());
         let read = move || -> TokEnv {
             Arc::new(ApproximateTokEnv::new(TokTrie::from(&TokRxInfo::new(end + 1, end), &words)))
@@ -336,7 +392,8 @@ fn word(tokenizer: &Tokenizer, id: u32) -> Vec<u8> {
 impl Constraint for Guide {
     fn allowed(&mut self) -> Result<Allowed<'_>> {
         self.wait()?;
-        let (tokens, end) = self.next.as_ref().map_or((&[] as &[u32], false), |(t, end)| (t.as_slice(), *end));
+        let (tokens, end) =
+            self.next.as_ref().map_or((&[] as &[u32], false), |(t, end)| (t.as_slice(), *end));
         Ok(Allowed { tokens, end })
     }
 

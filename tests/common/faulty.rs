@@ -6,7 +6,9 @@ use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex};
 
 use halite::backend::cpu::Cpu;
-use halite::backend::{Backend, Bindings, Buffer, Caps, Limits, OpSig, Plan, Step, Support, Ticket, Timing, Usage};
+use halite::backend::{
+    Backend, Bindings, Buffer, Caps, Limits, OpSig, Plan, Step, Support, Ticket, Timing, Usage,
+};
 use halite::map::Region;
 use halite::program::Program;
 use halite::{Error, Result};

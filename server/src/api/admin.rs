@@ -18,8 +18,10 @@ pub(super) async fn metrics(State(app): State<App>) -> impl IntoResponse {
 /// `GET /admin/status`: models, replicas and memory.
 pub(super) async fn status(State(app): State<App>) -> Json<Value> {
     let registry = app.shared.registry();
-    let models: Vec<Value> =
-        registry.models().map(|hosted| json!({ "name": hosted.name(), "replicas": hosted.status() })).collect();
+    let models: Vec<Value> = registry
+        .models()
+        .map(|hosted| json!({ "name": hosted.name(), "replicas": hosted.status() }))
+        .collect();
     let (used_bytes, limit_bytes) = app.shared.host.memory.bytes();
     let limit_bytes = (limit_bytes != u64::MAX).then_some(limit_bytes);
     Json(json!({

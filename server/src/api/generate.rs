@@ -1,4 +1,4 @@
-//! `/v1/completions` and `/v1/chat/completions`.
+//! `/v1/completions`, and what chats have in common with it.
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
@@ -11,16 +11,17 @@ use axum::extract::State;
 use axum::http::{HeaderMap, header};
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
-use halite::chat;
-use halite::constrain::Rule;
 use halite::Tokenizer;
-use halite::generate::{Finish, GenerateOptions, MAX_TOP_LOGPROBS};
-use halite::sampler::{Logprobs, SamplerOptions};
+use halite::constrain::Rule;
+use halite::generate::{GenerateOptions, MAX_TOP_LOGPROBS};
+use halite::sampler::SamplerOptions;
 use halite::tokenizer::EncodeOptions;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use super::error::{Failure, Fallible};
+use super::messages::Reading;
+use super::voice::Voice;
 use super::{App, Body, apart, now};
 use crate::model::{Hosted, Job, Outcome, Part, Progress, Running};
 
@@ -35,8 +36,8 @@ const MAX_BIASES: usize = 1024;
 /// What completions and chats have in common.
 #[derive(Deserialize)]
 pub(super) struct Options {
-    model: Option<String>,
-    max_tokens: Option<u32>,
+    pub model: Option<String>,
+    pub max_tokens: Option<u32>,
     max_completion_tokens: Option<u32>,
     temperature: Option<f32>,
     top_p: Option<f32>,
@@ -48,7 +49,7 @@ pub(super) struct Options {
     seed: Option<i64>,
     n: Option<u32>,
     stop: Option<OneOrMore>,
-    stream: Option<bool>,
+    pub stream: Option<bool>,
     stream_options: Option<StreamOptions>,
     response_format: Option<ResponseFormat>,
     ignore_eos: Option<bool>,
@@ -89,11 +90,26 @@ struct JsonSchema {
 /// A text, or its tokens.
 #[derive(Deserialize)]
 #[serde(untagged)]
-enum Prompt {
+pub(super) enum Prompt {
     Text(String),
     Tokens(Vec<u32>),
     Texts(Vec<String>),
     TokenLists(Vec<Vec<u32>>),
+}
+
+impl Prompt {
+    /// The tokens of each text.
+    pub fn tokens(self, tokenizer: &Tokenizer, options: EncodeOptions) -> Fallible<Vec<Vec<u32>>> {
+        let encode = |text: String| tokenizer.encode(&text, options);
+        let lists = match self {
+            Prompt::Text(text) => vec![encode(text)],
+            Prompt::Texts(texts) => texts.into_iter().map(encode).collect(),
+            Prompt::Tokens(tokens) => vec![tokens],
+            Prompt::TokenLists(lists) => lists,
+        };
+        lists.iter().try_for_each(|tokens| tokenizer.check(tokens))?;
+        Ok(lists)
+    }
 }
 
 #[derive(Deserialize)]
@@ -104,72 +120,17 @@ pub(super) struct Completion {
     options: Options,
 }
 
-#[derive(Deserialize)]
-pub(super) struct Chat {
-    messages: Vec<Message>,
-    #[serde(flatten)]
-    options: Options,
-}
-
-/// A message of a chat.
-#[derive(Deserialize)]
-pub(super) struct Message {
-    role: String,
-    content: Option<Content>,
-}
-
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum Content {
-    Text(String),
-    Parts(Vec<ContentPart>),
-}
-
-#[derive(Deserialize)]
-struct ContentPart {
-    #[serde(rename = "type")]
-    kind: String,
-    text: Option<String>,
-}
-
-impl Message {
-    /// The text of the message.
-    fn text(&self) -> Fallible<String> {
-        match &self.content {
-            None => Ok(String::new()),
-            Some(Content::Text(text)) => Ok(text.clone()),
-            Some(Content::Parts(parts)) => {
-                let text = |part: &ContentPart| match (&*part.kind, &part.text) {
-                    ("text" | "input_text" | "output_text", Some(text)) => Ok(text.clone()),
-                    (kind, _) => {
-                        Err(Failure::field("messages", format!("expected parts of type text, got `{kind}`")))
-                    }
-                };
-                parts.iter().map(text).collect()
-            }
-        }
-    }
-}
-
-/// The text of a chat's prompt, by the model's template.
-pub(super) fn prompt_of(hosted: &Hosted, messages: &[Message]) -> Fallible<String> {
-    let template = hosted.template().ok_or_else(|| {
-        let name = hosted.name();
-        Failure::request(format!(
-            "model `{name}` has no chat template: it answers /v1/completions, not chats"
-        ))
-    })?;
-    // Control tokens in a message are text.
-    let quoted = |message: &Message| {
-        Ok(chat::Message::new(&message.role, &hosted.tokenizer().quote(&message.text()?)))
-    };
-    let messages = messages.iter().map(quoted).collect::<Fallible<Vec<_>>>()?;
-    Ok(template.render(&messages, true)?)
+/// What an answer is held to, and how it is read.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Held {
+    /// Of chats.
+    pub reading: Option<Reading>,
+    pub rule: Option<Rule>,
 }
 
 impl Options {
     /// Rejects what would be ignored although it changes the answer.
-    fn check(&self) -> Fallible<()> {
+    pub fn check(&self) -> Fallible<()> {
         let asks = |value: &Value| match value {
             Value::Null | Value::Bool(false) => false,
             Value::Array(items) => !items.is_empty(),
@@ -178,14 +139,7 @@ impl Options {
             Value::String(text) => !text.is_empty(),
             Value::Bool(true) => true,
         };
-        const UNSUPPORTED: [&str; 6] = [
-            "tools",
-            "functions",
-            "audio",
-            "best_of",
-            "suffix",
-            "prediction",
-        ];
+        const UNSUPPORTED: [&str; 6] = ["tools", "functions", "audio", "best_of", "suffix", "prediction"];
         for name in UNSUPPORTED {
             let value = self.others.get(name);
             if value.is_some_and(|value| asks(value) && (name, value) != ("best_of", &json!(1))) {
@@ -261,7 +215,9 @@ impl Options {
         let count = match (&self.logprobs, form) {
             (None | Some(Value::Null | Value::Bool(false)), _) => None,
             (Some(Value::Bool(true)), Form::Chat) => Some(self.top_logprobs.unwrap_or(0)),
-            (Some(value), Form::Completion) if value.is_u64() => value.as_u64().map(|n| n.min(u32::MAX.into()) as u32),
+            (Some(value), Form::Completion) if value.is_u64() => {
+                value.as_u64().map(|n| n.min(u32::MAX.into()) as u32)
+            }
             (Some(value), form) => {
                 let expected = if form == Form::Chat { "true or false" } else { "a number" };
                 return Err(Failure::field("logprobs", format!("expected {expected}, got {value}")));
@@ -274,21 +230,19 @@ impl Options {
         Ok(count)
     }
 
-    /// The rule that the answer must follow.
-    fn rule(&self) -> Option<Rule> {
+    /// The schema that the text must follow.
+    pub fn schema(&self) -> Option<Value> {
         match &self.response_format {
             None | Some(ResponseFormat::Text) => None,
-            Some(ResponseFormat::JsonObject) => Some(Rule::JsonSchema(r#"{"type":"object"}"#.into())),
-            Some(ResponseFormat::JsonSchema { json_schema }) => {
-                Some(Rule::JsonSchema(json_schema.schema.to_string()))
-            }
+            Some(ResponseFormat::JsonObject) => Some(json!({ "type": "object" })),
+            Some(ResponseFormat::JsonSchema { json_schema }) => Some(json_schema.schema.clone()),
         }
     }
 }
 
 /// Which of the two interfaces an answer is for.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Form {
+pub(super) enum Form {
     Completion,
     Chat,
 }
@@ -310,79 +264,6 @@ impl Form {
             (Form::Chat, true) => "chat.completion.chunk",
         }
     }
-
-    /// A text of an answer.
-    fn choice(self, index: usize, text: &str, logprobs: Value, finish: Option<Finish>) -> Value {
-        let finish = finish.map(finish_reason);
-        match self {
-            Form::Completion => {
-                json!({ "index": index, "text": text, "logprobs": logprobs, "finish_reason": finish })
-            }
-            Form::Chat => json!({
-                "index": index, "logprobs": logprobs, "finish_reason": finish,
-                "message": { "role": "assistant", "content": text, "refusal": null },
-            }),
-        }
-    }
-
-    /// A piece of a text.
-    fn piece(
-        self,
-        index: usize,
-        text: Option<&str>,
-        logprobs: Value,
-        is_first: bool,
-        finish: Option<Finish>,
-    ) -> Value {
-        let finish = finish.map(finish_reason);
-        if self == Form::Completion {
-            return json!({
-                "index": index, "text": text.unwrap_or_default(), "logprobs": logprobs, "finish_reason": finish,
-            });
-        }
-        let mut delta = Map::new();
-        if is_first {
-            delta.insert("role".into(), "assistant".into());
-        }
-        if let Some(text) = text {
-            delta.insert("content".into(), text.into());
-        }
-        json!({ "index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish })
-    }
-
-    /// How likely tokens were.
-    fn logprobs(self, tokenizer: &Tokenizer, logprobs: &[Logprobs]) -> Value {
-        if logprobs.is_empty() {
-            return Value::Null;
-        }
-        let bytes = |token: u32| {
-            let mut bytes = Vec::new();
-            tokenizer.decode_token(token, true, &mut bytes);
-            bytes
-        };
-        let text = |token: u32| String::from_utf8_lossy(&bytes(token)).into_owned();
-        // JSON has no infinity.
-        let finite = |logprob: f32| logprob.max(-9999.0);
-        if self == Form::Completion {
-            let tops = logprobs.iter().map(|of| {
-                of.top.iter().map(|&(token, logprob)| (text(token), finite(logprob).into())).collect::<Map<_, _>>()
-            });
-            return json!({
-                "tokens": logprobs.iter().map(|of| text(of.token)).collect::<Vec<_>>(),
-                "token_logprobs": logprobs.iter().map(|of| finite(of.logprob)).collect::<Vec<_>>(),
-                "top_logprobs": tops.collect::<Vec<_>>(),
-            });
-        }
-        let one = |token: u32, logprob: f32| {
-            json!({ "token": text(token), "logprob": finite(logprob), "bytes": bytes(token) })
-        };
-        let content = logprobs.iter().map(|of| {
-            let mut value = one(of.token, of.logprob);
-            value["top_logprobs"] = of.top.iter().map(|&(token, logprob)| one(token, logprob)).collect();
-            value
-        });
-        json!({ "content": content.collect::<Vec<_>>(), "refusal": null })
-    }
 }
 
 /// A seed for a request that names none.
@@ -391,16 +272,9 @@ fn any_seed() -> u64 {
     RandomState::new().hash_one(())
 }
 
-fn finish_reason(finish: Finish) -> &'static str {
-    match finish {
-        Finish::Length | Finish::ContextFull => "length",
-        _ => "stop",
-    }
-}
-
 /// What the texts of a request took.
 #[derive(Default)]
-struct Usage {
+pub(super) struct Usage {
     prompt: usize,
     cached: usize,
     completion: usize,
@@ -450,10 +324,6 @@ impl Answer {
         let model = self.hosted.name();
         json!({ "id": self.id, "object": object, "created": self.created, "model": model, "choices": choices })
     }
-
-    fn logprobs(&self, logprobs: &[Logprobs]) -> Value {
-        self.form.logprobs(self.hosted.tokenizer(), logprobs)
-    }
 }
 
 /// `POST /v1/completions`.
@@ -466,14 +336,7 @@ pub(super) async fn completions(
     let hosted = app.model(options.model.as_deref())?;
     let tokenizer = hosted.tokenizer().clone();
     let (prompts, echoed) = apart(move || {
-        let encode = |text: String| tokenizer.encode(&text, EncodeOptions::default());
-        let prompts = match prompt {
-            Prompt::Text(text) => vec![encode(text)],
-            Prompt::Texts(texts) => texts.into_iter().map(encode).collect(),
-            Prompt::Tokens(tokens) => vec![tokens],
-            Prompt::TokenLists(lists) => lists,
-        };
-        prompts.iter().try_for_each(|tokens| tokenizer.check(tokens))?;
+        let prompts = prompt.tokens(&tokenizer, EncodeOptions::default())?;
         let echoed = |tokens: &Vec<u32>| {
             if echo == Some(true) { tokenizer.decode(tokens, false) } else { String::new() }
         };
@@ -481,25 +344,13 @@ pub(super) async fn completions(
         Ok((prompts, echoed))
     })
     .await?;
-    answer(&app, hosted, tenant(&headers), Form::Completion, options, prompts, echoed).await
-}
-
-/// `POST /v1/chat/completions`.
-pub(super) async fn chat(
-    State(app): State<App>,
-    headers: HeaderMap,
-    Body(body): Body<Chat>,
-) -> Fallible<Response> {
-    let Chat { messages, options } = body;
-    let hosted = app.model(options.model.as_deref())?;
-    let own = hosted.clone();
-    let encode = move || Ok(chat::encode(own.tokenizer(), &prompt_of(&own, &messages)?));
-    let tokens = apart(encode).await?;
-    answer(&app, hosted, tenant(&headers), Form::Chat, options, vec![tokens], vec![String::new()]).await
+    let rule = options.schema().map(|schema| Rule::JsonSchema(schema.to_string()));
+    let held = Held { reading: None, rule };
+    answer(&app, hosted, tenant(&headers), Form::Completion, options, prompts, echoed, held).await
 }
 
 /// Who shares KV pages: requests with the same authorization.
-fn tenant(headers: &HeaderMap) -> u64 {
+pub(super) fn tenant(headers: &HeaderMap) -> u64 {
     use std::hash::{DefaultHasher, Hash, Hasher};
     let mut hasher = DefaultHasher::new();
     headers.get(header::AUTHORIZATION).map(|value| value.as_bytes()).hash(&mut hasher);
@@ -507,7 +358,8 @@ fn tenant(headers: &HeaderMap) -> u64 {
 }
 
 /// Runs the prompts, and answers as a whole or as a stream.
-async fn answer(
+#[allow(clippy::too_many_arguments, reason = "what a request is made of")]
+pub(super) async fn answer(
     app: &App,
     hosted: Arc<Hosted>,
     tenant: u64,
@@ -515,6 +367,7 @@ async fn answer(
     options: Options,
     prompts: Vec<Vec<u32>>,
     echoed: Vec<String>,
+    held: Held,
 ) -> Fallible<Response> {
     options.check()?;
     let n = options.n.unwrap_or(1);
@@ -523,32 +376,25 @@ async fn answer(
         let got = format!("{n} for each of {} prompts", prompts.len());
         return Err(Failure::field("n", format!("expected 1 to {most} texts in all, got {got}")));
     }
-    for prompt in &prompts {
-        let (need, have) = (prompt.len() as u64 + 1, hosted.positions().into());
-        if need > have {
-            return Err(halite::Error::ContextFull { need, have }.into());
-        }
-    }
-    let rule = options.rule().map(Arc::new);
+    prompts.iter().try_for_each(|prompt| fits(&hosted, prompt))?;
+    let reading = held.reading;
     let mut texts = Vec::new();
-    for prompt in prompts {
-        let prompt: Arc<[u32]> = prompt.into();
+    for prompt in &prompts {
         for choice in 0..n {
-            let (prompt, rule) = (prompt.clone(), rule.clone());
-            let options = options.generate(form, &hosted, prompt.len(), choice)?;
-            texts.push(hosted.submit(Job { prompt, options, rule, tenant, priority: 0 }).await?);
+            texts.push(submit(&hosted, tenant, form, &options, prompt, choice, &held).await?);
         }
     }
     let prefix = if form == Form::Chat { "chatcmpl" } else { "cmpl" };
+    let voices = (0..texts.len()).map(|index| Voice::new(index, &hosted, reading)).collect::<Vec<_>>();
     let answer = Answer { form, id: app.id(prefix), created: now(), hosted, n: n as usize };
     if options.stream == Some(true) {
         let include_usage = options.stream_options.is_some_and(|options| options.include_usage == Some(true));
-        let stream = Pieces::new(answer, texts, echoed, include_usage).await?;
+        let stream = Pieces::new(answer, texts, voices, echoed, include_usage).await?;
         return Ok(Sse::new(stream).keep_alive(KeepAlive::default()).into_response());
     }
     let mut usage = Usage::default();
     let mut choices = Vec::new();
-    for (index, mut running) in texts.into_iter().enumerate() {
+    for (index, (mut running, voice)) in texts.into_iter().zip(voices).enumerate() {
         let mut text = echoed[index / answer.n].clone();
         let mut logprobs = Vec::new();
         let outcome = loop {
@@ -559,11 +405,11 @@ async fn answer(
                 }
                 Some(Progress::Done(outcome)) => break outcome,
                 Some(Progress::Failed(failed)) => return Err(failed.into()),
-                None => return Err(Failure::internal("the request ended early")),
+                None => return Err(ended()),
             }
         };
         let finish = outcome.generation.finish;
-        choices.push(form.choice(index, &text, answer.logprobs(&logprobs), Some(finish)));
+        choices.push(voice.whole(&text, &logprobs, finish));
         usage.add(*outcome, index.is_multiple_of(answer.n));
     }
     let mut body = answer.json(false, choices);
@@ -572,13 +418,39 @@ async fn answer(
     Ok(Json(body).into_response())
 }
 
+/// A request that ended without a result.
+pub(super) fn ended() -> Failure {
+    Failure::internal("the request ended early")
+}
+
+/// Checks that a prompt and a token of its answer fit.
+pub(super) fn fits(hosted: &Hosted, prompt: &[u32]) -> Fallible<()> {
+    let (need, have) = (prompt.len() as u64 + 1, hosted.positions().into());
+    if need > have { Err(halite::Error::ContextFull { need, have }.into()) } else { Ok(()) }
+}
+
+/// Begins a text.
+pub(super) async fn submit(
+    hosted: &Arc<Hosted>,
+    tenant: u64,
+    form: Form,
+    options: &Options,
+    prompt: &[u32],
+    choice: u32,
+    held: &Held,
+) -> Fallible<Running> {
+    let control = held.reading.as_ref().map_or(&[][..], Reading::control);
+    let options = options.generate(form, hosted, prompt.len(), choice)?.special(!control.is_empty());
+    let rule = held.rule.clone().map(|rule| (rule, control));
+    Ok(hosted.submit(Job { prompt: prompt.into(), options, rule, tenant, priority: 0 }).await?)
+}
+
 /// An answer as server-sent events.
 struct Pieces {
     answer: Answer,
     /// None where a text is complete.
     texts: Vec<Option<Running>>,
-    /// Whether a text has begun.
-    begun: Vec<bool>,
+    voices: Vec<Voice>,
     /// Events that are ready.
     ready: std::collections::VecDeque<Event>,
     usage: Usage,
@@ -592,14 +464,15 @@ impl Pieces {
     async fn new(
         answer: Answer,
         texts: Vec<Running>,
+        voices: Vec<Voice>,
         echoed: Vec<String>,
         include_usage: bool,
     ) -> Fallible<Pieces> {
         let count = texts.len();
         let texts = texts.into_iter().map(Some).collect();
         let (ready, usage) = Default::default();
-        let begun = vec![false; count];
-        let mut pieces = Pieces { answer, texts, begun, ready, usage, include_usage, is_done: false, next: 0 };
+        let mut pieces =
+            Pieces { answer, texts, voices, ready, usage, include_usage, is_done: false, next: 0 };
         for index in 0..count {
             let text = echoed[index / pieces.answer.n].clone();
             if !text.is_empty() {
@@ -613,7 +486,7 @@ impl Pieces {
         match first {
             Some(Progress::Failed(failed)) => return Err(failed.into()),
             Some(progress) => pieces.take(0, progress),
-            None => return Err(Failure::internal("the request ended early")),
+            None => return Err(ended()),
         }
         Ok(pieces)
     }
@@ -631,20 +504,15 @@ impl Pieces {
     }
 
     fn take(&mut self, index: usize, progress: Progress) {
-        let form = self.answer.form;
         match progress {
-            // Nothing to tell yet.
-            Progress::Text { text, logprobs } if text.is_empty() && logprobs.is_empty() => {}
             Progress::Text { text, logprobs } => {
-                let is_first = !std::mem::replace(&mut self.begun[index], true);
-                let logprobs = self.answer.logprobs(&logprobs);
-                self.choice(form.piece(index, Some(&text), logprobs, is_first, None));
+                let choices = self.voices[index].piece(&text, &logprobs);
+                choices.into_iter().for_each(|choice| self.choice(choice));
             }
             Progress::Done(outcome) => {
-                let is_first = !self.begun[index];
-                let finish = Some(outcome.generation.finish);
+                let choices = self.voices[index].end(outcome.generation.finish);
                 self.usage.add(*outcome, index.is_multiple_of(self.answer.n));
-                self.choice(form.piece(index, None, Value::Null, is_first, finish));
+                choices.into_iter().for_each(|choice| self.choice(choice));
                 self.texts[index] = None;
             }
             Progress::Failed(failed) => self.fail(failed.into()),
@@ -694,7 +562,7 @@ impl futures_core::Stream for Pieces {
                 match running.poll_next(context) {
                     Poll::Pending => continue,
                     Poll::Ready(Some(progress)) => self.take(index, progress),
-                    Poll::Ready(None) => self.fail(Failure::internal("the request ended early")),
+                    Poll::Ready(None) => self.fail(ended()),
                 }
                 is_pending = false;
                 break;

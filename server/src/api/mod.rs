@@ -1,10 +1,17 @@
 //! The HTTP interface: addresses, and what they share.
 
 mod admin;
+mod chat;
+mod embeddings;
 mod error;
 mod generate;
+mod messages;
 mod page;
+mod parse;
+mod responses;
 mod texts;
+mod tools;
+mod voice;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -20,7 +27,9 @@ use axum::{Json, Router};
 use serde_json::{Value, json};
 
 use crate::Shared;
+use crate::embedder::Encoder;
 use crate::model::Hosted;
+use crate::registry::Registry;
 use error::{Failure, Fallible};
 
 /// Maximum bytes of a request's body.
@@ -36,13 +45,36 @@ struct App {
 }
 
 impl App {
-    /// The model of a name. Without one, the only model there is.
+    /// The model that generates texts under a name. Without one, the only one there is.
     fn model(&self, name: Option<&str>) -> Fallible<Arc<Hosted>> {
+        self.find(name, Registry::find, "is an encoder: it answers /v1/embeddings, and generates no text")
+    }
+
+    /// The same for encoders.
+    fn encoder(&self, name: Option<&str>) -> Fallible<Arc<Encoder>> {
+        self.find(name, Registry::encoder, "generates text: it is no encoder, and answers no /v1/embeddings")
+    }
+
+    fn find<T>(
+        &self,
+        name: Option<&str>,
+        find: impl for<'a> Fn(&'a Registry, Option<&str>) -> Option<&'a Arc<T>>,
+        other: &str,
+    ) -> Fallible<Arc<T>> {
         let registry = self.shared.registry();
         let name = name.filter(|name| !name.is_empty());
+        if let Some(found) = find(&registry, name) {
+            return Ok(found.clone());
+        }
         let known = || registry.names().collect::<Vec<_>>().join(", ");
-        registry.find(name).cloned().ok_or_else(|| match name {
-            None => Failure::field("model", format!("expected the name of a model, got nothing; there are: {}", known())),
+        Err(match name {
+            None => Failure::field(
+                "model",
+                format!("expected the name of a model, got nothing; there are: {}", known()),
+            ),
+            Some(name) if registry.names().any(|known| known == name) => {
+                Failure::field("model", format!("`{name}` {other}"))
+            }
             Some(name) => {
                 let message = format!("no model `{name}`; there are: {}", known());
                 Failure::not_found(message, Some("model_not_found"))
@@ -95,7 +127,9 @@ pub(crate) fn router(shared: &Arc<Shared>) -> Router {
         .route("/v1/models", get(models))
         .route("/v1/models/{*name}", get(model))
         .route("/v1/completions", post(generate::completions))
-        .route("/v1/chat/completions", post(generate::chat))
+        .route("/v1/chat/completions", post(chat::chat))
+        .route("/v1/responses", post(responses::responses))
+        .route("/v1/embeddings", post(embeddings::embeddings))
         .route("/tokenize", post(texts::tokenize))
         .route("/detokenize", post(texts::detokenize))
         .route("/apply-template", post(texts::apply_template))
@@ -158,9 +192,23 @@ fn described(hosted: &Hosted, created: u64) -> Value {
     })
 }
 
+/// The same for an encoder.
+fn described_encoder(encoder: &Encoder, created: u64) -> Value {
+    let hparams = encoder.model().hparams();
+    json!({
+        "id": encoder.name(), "object": "model", "created": created, "owned_by": "halite",
+        "meta": {
+            "architecture": hparams.architecture, "context_length": encoder.max_text_tokens(),
+            "vocab_size": hparams.vocab_size, "chat": false, "embedding_length": encoder.dimension(),
+        },
+    })
+}
+
 async fn models(State(app): State<App>) -> Json<Value> {
     let registry = app.shared.registry();
-    let data: Vec<Value> = registry.models().map(|hosted| described(hosted, app.started)).collect();
+    let models = registry.models().map(|hosted| described(hosted, app.started));
+    let encoders = registry.encoders().map(|encoder| described_encoder(encoder, app.started));
+    let data: Vec<Value> = models.chain(encoders).collect();
     Json(json!({ "object": "list", "data": data }))
 }
 
@@ -168,5 +216,8 @@ async fn model(
     State(app): State<App>,
     axum::extract::Path(name): axum::extract::Path<String>,
 ) -> Fallible<Json<Value>> {
+    if let Some(encoder) = app.shared.registry().encoder(Some(&name)) {
+        return Ok(Json(described_encoder(encoder, app.started)));
+    }
     Ok(Json(described(&*app.model(Some(&name))?, app.started)))
 }

@@ -4,10 +4,11 @@ use axum::Json;
 use axum::extract::State;
 use halite::tokenizer::EncodeOptions;
 use serde::Deserialize;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use super::error::Fallible;
-use super::generate::{Message, prompt_of};
+use super::messages::{Message, prompt_of};
+use super::tools::Tool;
 use super::{App, Body, apart};
 
 #[derive(Deserialize)]
@@ -50,6 +51,8 @@ pub(super) async fn detokenize(State(app): State<App>, Body(tokens): Body<Tokens
 pub(super) struct Messages {
     model: Option<String>,
     messages: Vec<Message>,
+    tools: Option<Vec<Value>>,
+    chat_template_kwargs: Option<Map<String, Value>>,
 }
 
 /// `POST /apply-template`: `{ "prompt": "..." }`.
@@ -58,6 +61,10 @@ pub(super) async fn apply_template(
     Body(chat): Body<Messages>,
 ) -> Fallible<Json<Value>> {
     let hosted = app.model(chat.model.as_deref())?;
-    let prompt = apart(move || prompt_of(&hosted, &chat.messages)).await?;
-    Ok(Json(json!({ "prompt": prompt })))
+    let prompt = apart(move || {
+        let tools = Tool::read(&chat.tools.unwrap_or_default())?;
+        let variables = chat.chat_template_kwargs.unwrap_or_default();
+        prompt_of(&hosted, &chat.messages, &tools, &variables)
+    });
+    Ok(Json(json!({ "prompt": prompt.await?.text })))
 }

@@ -1,0 +1,88 @@
+//! `/v1/chat/completions`, and what `/v1/responses` shares with it.
+
+use std::sync::Arc;
+
+use axum::extract::State;
+use axum::http::HeaderMap;
+use axum::response::Response;
+use halite::chat;
+use halite::constrain::Rule;
+use serde::Deserialize;
+use serde_json::{Map, Value};
+
+use super::error::Fallible;
+use super::generate::{Form, Held, Options, answer, tenant};
+use super::messages::{Message, prompt_of};
+use super::tools::{Choice, Plan, Thinking, Tool};
+use super::{App, Body, apart};
+use crate::model::Hosted;
+
+#[derive(Deserialize)]
+pub(super) struct Chat {
+    #[serde(flatten)]
+    ask: Ask,
+    #[serde(flatten)]
+    options: Options,
+}
+
+/// What a chat asks.
+#[derive(Deserialize)]
+pub(super) struct Ask {
+    pub messages: Vec<Message>,
+    pub tools: Option<Vec<Value>>,
+    #[serde(default)]
+    pub tool_choice: Value,
+    pub parallel_tool_calls: Option<bool>,
+    /// Variables for the template.
+    pub chat_template_kwargs: Option<Map<String, Value>>,
+}
+
+impl Ask {
+    /// The prompt's tokens, and what the answer is held to: its calls, and with `schema` its text.
+    pub async fn read(self, hosted: &Arc<Hosted>, schema: Option<Value>) -> Fallible<(Vec<u32>, Held)> {
+        let hosted = hosted.clone();
+        apart(move || {
+            let mut tools = Tool::read(&self.tools.unwrap_or_default())?;
+            let choice = Choice::read(&self.tool_choice, &tools)?;
+            if choice == Choice::None {
+                tools.clear();
+            }
+            let variables = self.chat_template_kwargs.unwrap_or_default();
+            let prompt = prompt_of(&hosted, &self.messages, &tools, &variables)?;
+            let tokens = chat::encode(hosted.tokenizer(), &prompt.text);
+            let reading = prompt.reading;
+            let is_plain = reading.thinking == Thinking::Never && !reading.has_channels;
+            let rule = match &schema {
+                None if choice == Choice::None => None,
+                Some(schema) if choice == Choice::None && is_plain => {
+                    Some(Rule::JsonSchema(schema.to_string()))
+                }
+                schema => {
+                    let plan = Plan {
+                        format: prompt.format,
+                        tools: &tools,
+                        choice: &choice,
+                        is_parallel: self.parallel_tool_calls != Some(false),
+                        thinking: reading.thinking,
+                        schema: schema.as_ref(),
+                    };
+                    Some(plan.rule()?)
+                }
+            };
+            Ok((tokens, Held { reading: Some(reading), rule }))
+        })
+        .await
+    }
+}
+
+/// `POST /v1/chat/completions`.
+pub(super) async fn chat(
+    State(app): State<App>,
+    headers: HeaderMap,
+    Body(body): Body<Chat>,
+) -> Fallible<Response> {
+    let Chat { ask, options } = body;
+    let hosted = app.model(options.model.as_deref())?;
+    let (tokens, held) = ask.read(&hosted, options.schema()).await?;
+    answer(&app, hosted, tenant(&headers), Form::Chat, options, vec![tokens], vec![String::new()], held).await
+}

@@ -1,0 +1,153 @@
+//! An encoder on one backend: a thread that embeds texts, and what other threads hold of it.
+
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
+use std::thread::JoinHandle;
+
+use halite::embed::{EmbedOptions, Embedder};
+use halite::model::{Pooling, ProgramOptions};
+use halite::{Backend, Error, Model, Tokenizer};
+use tokio::sync::oneshot;
+
+use crate::engine::Refused;
+use crate::memory::Share;
+
+/// The vectors of texts.
+pub type Vectors = Result<Vec<Vec<f32>>, Error>;
+
+struct Job {
+    texts: Vec<Vec<u32>>,
+    answer: oneshot::Sender<Vectors>,
+}
+
+/// An encoder on a backend, which embeds texts on a thread of its own. Dropping it ends the thread after its current request.
+#[derive(Debug)]
+pub struct Encoder {
+    name: String,
+    jobs: Option<SyncSender<Job>>,
+    thread: Option<JoinHandle<()>>,
+    model: Arc<Model>,
+    tokenizer: Arc<Tokenizer>,
+    max_text_tokens: u32,
+    dimension: usize,
+    queue: usize,
+    /// What it takes of the memory.
+    _share: Option<Share>,
+}
+
+impl Encoder {
+    /// Whether a model is an encoder.
+    ///
+    /// # Errors
+    /// As [`Model::program`].
+    pub fn is_for(model: &Model) -> Result<bool, Error> {
+        let program = model.program(ProgramOptions::default(), model.hparams().context_length)?;
+        Ok(program.outputs.hidden.is_some())
+    }
+
+    /// Loads the encoder, and starts the thread. At most `queue` requests wait.
+    ///
+    /// # Errors
+    /// As [`Embedder::new`]; [`Error::Tokenizer`] for a model without a vocabulary, [`Error::Model`] for one whose pooling gives more
+    /// than one vector for a text.
+    pub fn new(
+        name: &str,
+        model: &Arc<Model>,
+        backend: &Arc<dyn Backend>,
+        options: &EmbedOptions,
+        queue: usize,
+    ) -> Result<Encoder, Error> {
+        let tokenizer = Tokenizer::from_gguf(model.gguf())?;
+        let tokenizer =
+            Arc::new(tokenizer.ok_or_else(|| Error::Tokenizer("the model has no vocabulary".into()))?);
+        let embedder = Embedder::new(model, backend, options)?;
+        if embedder.pooling() == Pooling::None {
+            return Err(Error::Model("expected a pooling that gives one vector for a text, got none".into()));
+        }
+        let (max_text_tokens, dimension) = (embedder.max_text_tokens(), embedder.dimension());
+        let (jobs, arriving) = sync_channel(queue.max(1));
+        let no_thread = |source| Error::Io { path: "a thread for the model".into(), source };
+        let thread = std::thread::Builder::new()
+            .name("encoder".into())
+            .spawn(move || work(embedder, &arriving))
+            .map_err(no_thread)?;
+        let (model, queue) = (model.clone(), queue.max(1));
+        let (jobs, thread) = (Some(jobs), Some(thread));
+        Ok(Encoder {
+            name: name.to_owned(),
+            jobs,
+            thread,
+            model,
+            tokenizer,
+            max_text_tokens,
+            dimension,
+            queue,
+            _share: None,
+        })
+    }
+
+    /// With a part of the memory that models share.
+    pub(crate) fn with_share(mut self, share: Share) -> Encoder {
+        self._share = Some(share);
+        self
+    }
+
+    /// The name by which clients ask for it.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The model.
+    pub fn model(&self) -> &Arc<Model> {
+        &self.model
+    }
+
+    /// Its vocabulary.
+    pub fn tokenizer(&self) -> &Arc<Tokenizer> {
+        &self.tokenizer
+    }
+
+    /// Maximum tokens of a text.
+    pub fn max_text_tokens(&self) -> u32 {
+        self.max_text_tokens
+    }
+
+    /// Dimension of the vectors.
+    pub fn dimension(&self) -> usize {
+        self.dimension
+    }
+
+    /// Hands over texts as tokens, the special ones included. Dropping the receiver cancels a request that waits.
+    ///
+    /// # Errors
+    /// [`Refused`] if the queue is full or the thread ended.
+    pub fn submit(&self, texts: Vec<Vec<u32>>) -> Result<oneshot::Receiver<Vectors>, Refused> {
+        let (answer, receiver) = oneshot::channel();
+        let sent = self.jobs.as_ref().map(|jobs| jobs.try_send(Job { texts, answer }));
+        match sent {
+            Some(Ok(())) => Ok(receiver),
+            Some(Err(TrySendError::Full(_))) => Err(Refused::Full(self.queue)),
+            Some(Err(TrySendError::Disconnected(_))) | None => Err(Refused::Down("its thread ended".into())),
+        }
+    }
+}
+
+impl Drop for Encoder {
+    fn drop(&mut self) {
+        self.jobs = None;
+        if let Some(thread) = self.thread.take() {
+            // It reports its errors to clients, and has nothing to return.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Embeds texts until nobody can send any more.
+fn work(mut embedder: Embedder, jobs: &Receiver<Job>) {
+    for Job { texts, answer } in jobs {
+        if !answer.is_closed() {
+            // A client that went away meanwhile needs no answer.
+            let _ = answer.send(embedder.embed_tokens(&texts));
+        }
+    }
+}

@@ -1,0 +1,60 @@
+//! Embeddings over HTTP, of the small encoder of `tests/data/bert`.
+
+mod common;
+
+use axum::http::StatusCode;
+use common::*;
+use halite::embed::EmbedOptions;
+use halite::kernels::formats::Format;
+use halite_server::{Encoder, Server};
+use halite_testing::bert;
+use serde_json::{Value, json};
+
+#[tokio::test]
+async fn vectors_are_those_of_the_library() {
+    let model = bert::converted(&bert::folder(), Format::F32).unwrap();
+    assert!(Encoder::is_for(&model).unwrap());
+    let encoder = Encoder::new("bert", &model, &bert::cpu(), &EmbedOptions::default(), 4).unwrap();
+    let service = with(Server::default(), "austen", 1, 1, Some(TEMPLATE)).encoder(encoder).router();
+    let texts = bert::texts();
+    let body = json!({ "model": "bert", "input": texts });
+    let (status, answer) = post(&service, "/v1/embeddings", body.clone()).await;
+    assert_eq!(status, StatusCode::OK, "{answer}");
+    let vectors = |answer: &Value| -> Vec<Vec<f32>> {
+        let data = answer["data"].as_array().unwrap().iter();
+        data.map(|item| serde_json::from_value(item["embedding"].clone()).unwrap()).collect()
+    };
+    let got = vectors(&answer);
+    assert!(bert::largest_difference(&got) < 1e-6);
+    let tokens: Vec<Vec<u32>> = bert::expected().into_iter().map(|(_, ids, _)| ids).collect();
+    assert_eq!(answer["usage"]["prompt_tokens"], tokens.iter().map(Vec::len).sum::<usize>());
+    let (_, of_tokens) = post(&service, "/v1/embeddings", json!({ "model": "bert", "input": tokens })).await;
+    assert_eq!(vectors(&of_tokens), got);
+    // One text is a list of one, and the only encoder needs no name.
+    let (_, one) =
+        post(&service, "/v1/embeddings", json!({ "input": texts[0], "dimensions": got[0].len() })).await;
+    assert_eq!(vectors(&one), got[..1]);
+    let mut short = json!({ "model": "bert", "input": tokens[0], "encoding_format": "base64" });
+    let (_, base64) = post(&service, "/v1/embeddings", short.clone()).await;
+    assert_eq!(base64["data"][0]["embedding"].as_str().unwrap().len(), (got[0].len() * 4).div_ceil(3) * 4);
+    // What cannot be.
+    short["dimensions"] = json!(7);
+    let chat = json!({ "model": "bert", "messages": [] });
+    let wrong = [
+        ("/v1/embeddings", short, "expected 32"),
+        ("/v1/embeddings", json!({ "model": "austen", "input": "a" }), "no encoder"),
+        ("/v1/embeddings", json!({ "model": "bert", "input": [] }), "1 to 80"),
+        ("/v1/embeddings", json!({ "model": "bert", "input": "cat ".repeat(90) }), "1 to 80"),
+        ("/v1/embeddings", json!({ "model": "bert", "input": [999_999] }), "999999"),
+        ("/v1/chat/completions", chat, "/v1/embeddings"),
+        ("/v1/completions", json!({ "model": "bert", "prompt": "a" }), "/v1/embeddings"),
+    ];
+    for (path, body, message) in wrong {
+        let (status, answer) = post(&service, path, body).await;
+        assert_eq!(status, StatusCode::BAD_REQUEST, "{answer}");
+        assert!(answer["error"]["message"].as_str().unwrap().contains(message), "{answer}");
+    }
+    let answer = text(call(&service, "GET", "/v1/models", "").await).await;
+    let models: Value = serde_json::from_str(&answer).unwrap();
+    assert_eq!(models["data"][1]["meta"]["embedding_length"], got[0].len());
+}
