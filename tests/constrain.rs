@@ -111,6 +111,24 @@ fn expressions_and_grammars() {
 }
 
 #[test]
+fn a_grammar_holds_schemas() {
+    let mut austen = Austen::new();
+    let schema = r#"{"type": "object", "properties": {"a": {"type": "boolean"}, "b": {"type": "boolean"}}, "required": ["a", "b"], "additionalProperties": false}"#;
+    let structured = |schema: &str| Rule::Structured {
+        grammar: "start: before @flags \">\"\nbefore[lazy]: /(.|\\n){0,20}/ \"<\"".into(),
+        schemas: vec![("flags".into(), schema.into())],
+    };
+    let text = austen.write(&structured(schema), SamplerOptions::default().temperature(0.0), None).text;
+    let json = text.split_once('<').unwrap().1.strip_suffix('>').unwrap();
+    assert!(json.starts_with("{\"a\": ") && json.contains(", \"b\": "), "{text}");
+    let many = format!("[{}0]", "0, ".repeat(20_000));
+    for wrong in ["{", "{\"type\": \"nothing\"}", &many] {
+        let guide = Guide::new(&austen.tokenizer, &structured(wrong));
+        assert!(matches!(guide, Err(Error::Constraint(_))), "{}", &wrong[..wrong.len().min(40)]);
+    }
+}
+
+#[test]
 fn rules_that_make_no_sense_are_errors() {
     let tokenizer = Austen::new().tokenizer;
     for rule in [
