@@ -251,7 +251,8 @@ fn encoder(
     let cpu = ReplicaConfig::new("cpu", BTreeMap::new());
     let backend = machine.device(config.replicas.first().unwrap_or(&cpu))?;
     let batch = config.batch.unwrap_or(BATCH);
-    let needed = footprint(model, &*backend, &SessionOptions::default().context(batch).batch(batch))?;
+    let positions = batch.min(model.hparams().context_length);
+    let needed = footprint(model, &*backend, &SessionOptions::default().context(positions).batch(batch))?;
     let share = host
         .memory
         .take(bytes(&needed))
