@@ -4,8 +4,11 @@
 //! HTTP requests: `api` reads them and writes the answers.
 #![deny(unsafe_code)]
 
+pub mod access;
 mod api;
 mod engine;
+pub mod integrity;
+pub mod ledger;
 
 use std::collections::BTreeMap;
 use std::future::Future;
