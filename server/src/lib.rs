@@ -5,10 +5,13 @@
 //! `memory` is what all that is loaded may take. `api` reads HTTP requests and writes the answers.
 #![deny(unsafe_code)]
 
+pub mod access;
 mod api;
 mod config;
 mod embedder;
 mod engine;
+pub mod integrity;
+pub mod ledger;
 mod memory;
 mod metrics;
 mod model;

@@ -175,7 +175,8 @@ $('beside').onclick = () => {
 };
 
 const load = async () => {
-  models = (await (await ask('/v1/models')).json()).data;
+  // Encoders do not chat.
+  models = (await (await ask('/v1/models')).json()).data.filter((model) => !model.meta?.embedding_length);
   if (!columns.length) columns.push(new Column());
   columns.forEach((column) => column.offer());
 };
