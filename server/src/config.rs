@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
+use crate::access::{AccessError, ClientConfig, JwtConfig, read_clients};
+use crate::ledger::{Durability, LedgerError, Prices};
 use crate::model::Policy;
 
 /// Maximum bytes of a configuration.
@@ -25,12 +27,33 @@ pub struct Config {
     pub drain_s: Option<f64>,
     /// Seconds between health probes of replicas that are idle.
     pub probe_s: Option<f64>,
+    /// A file of clients, beside those of this file.
+    pub clients: Option<PathBuf>,
+    /// Clients and what they may do. Without any, everybody may do all but what needs the scope `admin`.
+    #[serde(rename = "client")]
+    pub own_clients: Vec<ClientConfig>,
+    /// How tokens of clients are checked.
+    pub jwt: Option<JwtConfig>,
+    /// Where receipts and audit events go.
+    pub ledger: Option<LedgerConfig>,
     /// The models.
     #[serde(rename = "model")]
     pub models: Vec<ModelConfig>,
     /// Names that stand for models.
     #[serde(rename = "route")]
     pub routes: Vec<RouteConfig>,
+}
+
+/// A ledger.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[non_exhaustive]
+pub struct LedgerConfig {
+    /// The file.
+    pub file: PathBuf,
+    /// When an entry counts as written.
+    #[serde(default)]
+    pub durability: Durability,
 }
 
 /// A model and its replicas.
@@ -60,6 +83,8 @@ pub struct ModelConfig {
     pub policy: Policy,
     /// Seconds after which a step is taken to hang.
     pub step_timeout_s: Option<f64>,
+    /// What requests cost.
+    pub prices: Option<Prices>,
     /// Load it when the server starts, not at the first request.
     pub preload: Option<bool>,
     /// The devices on which it runs; without any, the CPU.
@@ -152,6 +177,12 @@ pub enum ConfigError {
         /// What is wrong, and where.
         message: String,
     },
+    /// Clients are wrong.
+    #[error(transparent)]
+    Access(#[from] AccessError),
+    /// The ledger cannot be used.
+    #[error(transparent)]
+    Ledger(#[from] LedgerError),
     /// A value is wrong.
     #[error("{what}: expected {expected}, got {got}")]
     Value {
@@ -190,8 +221,24 @@ impl Config {
             let adapters = model.adapters.iter_mut().map(|adapter| &mut adapter.file);
             model.file.iter_mut().chain(&mut model.template).chain(adapters)
         });
-        files.for_each(|file| *file = folder.join(&*file));
+        let jwks = config.jwt.iter_mut().map(|jwt| &mut jwt.jwks);
+        let ledger = config.ledger.iter_mut().map(|ledger| &mut ledger.file);
+        files.chain(&mut config.clients).chain(jwks).chain(ledger).for_each(|file| *file = folder.join(&*file));
         Ok(config)
+    }
+
+    /// All clients.
+    pub(crate) fn clients(&self) -> Result<Vec<ClientConfig>, ConfigError> {
+        let mut clients = self.own_clients.clone();
+        if let Some(file) = &self.clients {
+            clients.extend(read_clients(file)?);
+        }
+        Ok(clients)
+    }
+
+    /// The currency of the prices, and so of budgets.
+    pub(crate) fn currency(&self) -> &str {
+        self.models.iter().find_map(|model| model.prices.as_ref()).map_or("", |prices| &prices.currency)
     }
 }
 

@@ -44,6 +44,9 @@ pub enum Refused {
     /// No replica of the model works.
     #[error("no device can run the model now: {0}")]
     Down(String),
+    /// What requests take cannot be recorded.
+    #[error("the ledger cannot be written; try again later")]
+    Ledger,
     /// The models that are at work leave too little memory for another one.
     #[error(
         "the model needs {need_bytes} bytes of memory, and those that are at work leave {free_bytes}; try again later"

@@ -2,11 +2,13 @@
 //!
 //! A [`Server`] has models by name. A model runs on one or more devices: `replica` is a model on a device, `engine` the thread that runs
 //! it, `model` chooses the replica of a request and moves the request on if that one fails. `registry` makes models of a [`Config`],
-//! `memory` is what all that is loaded may take. `api` reads HTTP requests and writes the answers.
+//! `memory` is what all that is loaded may take. [`access`] has clients and their limits, [`ledger`] what requests took, [`integrity`] checks
+//! models. `api` reads HTTP requests and writes the answers.
 #![deny(unsafe_code)]
 
 pub mod access;
 mod api;
+mod books;
 mod config;
 mod embedder;
 mod engine;
@@ -19,6 +21,7 @@ mod registry;
 mod replica;
 
 use std::future::Future;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
@@ -35,8 +38,11 @@ pub use model::{Hosted, ModelOptions, Policy};
 pub use registry::Machine;
 pub use replica::{Device, OpenDevice};
 
+use access::Access;
+use books::Books;
 use memory::Memory;
 use metrics::Metrics;
+use ledger::{Ledger, Writer};
 use registry::Registry;
 
 /// How often steps are looked at.
@@ -55,6 +61,9 @@ struct Shared {
     machine: Option<Arc<dyn Machine>>,
     drain: Duration,
     probe: Duration,
+    access: Access,
+    /// The ledger's file, to be read.
+    ledger: Option<PathBuf>,
     /// It takes no more requests.
     is_draining: AtomicBool,
 }
@@ -64,6 +73,7 @@ struct Shared {
 struct Host {
     memory: Arc<Memory>,
     metrics: Metrics,
+    books: Books,
 }
 
 impl std::fmt::Debug for Server {
@@ -81,7 +91,10 @@ impl Shared {
         let Some(machine) = &self.machine else {
             return Err(ConfigError::value("configuration", "a server that was made of one", "another"));
         };
-        self.set_registry(Registry::of(&machine.config()?, machine, &self.host, &self.registry())?);
+        let config = machine.config()?;
+        let registry = Registry::of(&config, machine, &self.host, &self.registry())?;
+        self.access.reload(config.clients()?, config.jwt.as_ref())?;
+        self.set_registry(registry);
         Ok(())
     }
 
@@ -90,23 +103,34 @@ impl Shared {
     }
 }
 
-impl Default for Server {
-    /// Without models.
-    fn default() -> Server {
-        Server::with(&Config::default(), None)
-            .unwrap_or_else(|_| unreachable!("the default has no wrong values"))
-    }
-}
-
 impl Server {
+    /// Without models.
+    ///
+    /// # Errors
+    /// As [`Server::new`].
+    pub fn empty() -> Result<Server, ConfigError> {
+        Server::with(&Config::default(), None)
+    }
+
     fn with(config: &Config, machine: Option<Arc<dyn Machine>>) -> Result<Server, ConfigError> {
         let memory = Memory::new(config.memory_mb.map(|mb| mb.saturating_mul(1_000_000)));
+        let access = Access::new(config.clients()?, config.jwt.as_ref())?;
+        let ledger = match &config.ledger {
+            Some(ledger) => {
+                let file = Ledger::open(&ledger.file, ledger.durability)?;
+                access.recover(&file, config.currency())?;
+                Some(Writer::new(file)?)
+            }
+            None => None,
+        };
         let shared = Shared {
             registry: RwLock::default(),
-            host: Arc::new(Host { memory, metrics: Metrics::default() }),
+            host: Arc::new(Host { memory, metrics: Metrics::default(), books: Books::new(ledger) }),
             machine,
             drain: config::seconds("drain_s", config.drain_s, 30.0)?,
             probe: config::seconds("probe_s", config.probe_s, 30.0)?,
+            access,
+            ledger: config.ledger.as_ref().map(|ledger| ledger.file.clone()),
             is_draining: AtomicBool::new(false),
         };
         Ok(Server { shared: Arc::new(shared) })

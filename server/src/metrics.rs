@@ -1,7 +1,5 @@
 //! What the server counts, in Prometheus' format.
 
-use std::time::Duration;
-
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;
@@ -11,7 +9,7 @@ use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Registry, Unit};
 
 use crate::Shared;
-use crate::model::Outcome;
+use crate::ledger::Receipt;
 
 #[derive(Debug, Clone, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct Of {
@@ -21,7 +19,7 @@ struct Of {
 #[derive(Debug, Clone, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct Ended {
     model: String,
-    outcome: &'static str,
+    outcome: String,
 }
 
 #[derive(Debug, Clone, Hash, PartialEq, Eq, EncodeLabelSet)]
@@ -63,39 +61,37 @@ impl Default for Metrics {
 }
 
 impl Metrics {
-    /// Counts a request that ran.
-    pub fn ran(&self, model: &str, outcome: &Outcome) {
-        self.ended(model, outcome.generation.finish.name());
-        let of = Of { model: model.into() };
-        let generation = &outcome.generation;
+    /// Counts a request that ended.
+    pub fn ended(&self, receipt: &Receipt) {
+        self.count(&receipt.model, &receipt.outcome);
+        let of = Of { model: receipt.model.clone() };
         for (kind, tokens) in [
-            ("prompt", generation.prompt_tokens.len()),
-            ("cached", generation.reused_tokens as usize),
-            ("completion", generation.tokens.len()),
+            ("prompt", receipt.prompt_tokens),
+            ("cached", receipt.cached_tokens),
+            ("completion", receipt.completion_tokens),
         ] {
-            self.tokens.get_or_create(&Kind { model: model.into(), kind }).inc_by(tokens as u64);
+            self.tokens.get_or_create(&Kind { model: receipt.model.clone(), kind }).inc_by(tokens);
         }
-        self.moves.get_or_create(&of).inc_by(outcome.parts.len().saturating_sub(1) as u64);
-        self.queue.get_or_create(&of).observe(outcome.queue.as_secs_f64());
-        let first: Duration = outcome.queue + outcome.prefill;
-        self.first_token.get_or_create(&of).observe(first.as_secs_f64());
-        if let Some(after) = generation.tokens.len().checked_sub(1).filter(|after| *after > 0) {
-            self.token.get_or_create(&of).observe(outcome.decode.as_secs_f64() / after as f64);
+        self.moves.get_or_create(&of).inc_by(receipt.parts.len().saturating_sub(1) as u64);
+        if receipt.completion_tokens == 0 {
+            return;
         }
-    }
-
-    /// Counts a request that failed.
-    pub fn failed(&self, model: &str) {
-        self.ended(model, "failed");
+        let seconds = |us: u64| us as f64 / 1e6;
+        self.queue.get_or_create(&of).observe(seconds(receipt.queue_us));
+        self.first_token.get_or_create(&of).observe(seconds(receipt.queue_us + receipt.prefill_us));
+        if receipt.completion_tokens > 1 {
+            let after = (receipt.completion_tokens - 1) as f64;
+            self.token.get_or_create(&of).observe(seconds(receipt.decode_us) / after);
+        }
     }
 
     /// Counts a request that was not taken.
     pub fn refused(&self, model: &str) {
-        self.ended(model, "refused");
+        self.count(model, "refused");
     }
 
-    fn ended(&self, model: &str, outcome: &'static str) {
-        self.requests.get_or_create(&Ended { model: model.into(), outcome }).inc();
+    fn count(&self, model: &str, outcome: &str) {
+        self.requests.get_or_create(&Ended { model: model.into(), outcome: outcome.into() }).inc();
     }
 
     /// The text that Prometheus reads.

@@ -13,7 +13,9 @@ use halite::{Error, Model, SessionOptions, Tokenizer};
 use tokio::sync::mpsc as channel;
 
 use crate::Host;
+use crate::access::Admission;
 use crate::engine::{Refused, Ticket, Update};
+use crate::ledger::{Part, Prices, Receipt};
 use crate::replica::{Device, Loaded, Replica, Status};
 
 /// How a request finds its replica among those that work.
@@ -46,15 +48,19 @@ pub struct ModelOptions {
     pub policy: Policy,
     /// A device whose step takes longer is given up.
     pub step_timeout: Duration,
+    /// What requests cost.
+    pub prices: Option<Prices>,
+    /// The SHA-256 of the model's file, for receipts.
+    pub sha256: Option<String>,
 }
 
 impl ModelOptions {
     /// A session for `slots` requests at once, and a queue of 16 for each.
     pub fn new(session: SessionOptions, slots: u32) -> ModelOptions {
         let session = session.outputs(slots).sequences(slots);
-        let (template, policy) = Default::default();
+        let (template, policy, prices, sha256) = Default::default();
         let step_timeout = Duration::from_secs(60);
-        ModelOptions { session, queue: 16 * slots as usize, template, policy, step_timeout }
+        ModelOptions { session, queue: 16 * slots as usize, template, policy, step_timeout, prices, sha256 }
     }
 }
 
@@ -138,31 +144,32 @@ pub(crate) struct Job {
     /// Those of different tenants share no KV pages.
     pub tenant: u64,
     pub priority: i32,
+    pub bill: Bill,
 }
 
-/// The part of a request that ran on one device.
-#[derive(Debug, Clone, PartialEq)]
-pub(crate) struct Part {
-    pub device: String,
-    /// Tokens that were generated there.
-    pub tokens: u32,
-    /// By the device's clock; zero if it was lost before it could tell.
-    pub time: Duration,
+/// Whose a text is.
+#[derive(Debug, Clone)]
+pub(crate) struct Bill {
+    /// The id of the HTTP request.
+    pub request: String,
+    pub endpoint: &'static str,
+    /// Counts against the client's limits. Texts of one request share it.
+    pub admission: Arc<Admission>,
+    /// When the request arrived, in milliseconds since 1970.
+    pub started_unix_ms: u64,
+    /// Further texts after the same prompt do not pay for it.
+    pub has_prompt: bool,
 }
 
 /// How a request ended, and what it took.
 #[derive(Debug)]
 pub(crate) struct Outcome {
     pub generation: Box<Generation>,
-    /// In the order in which it ran there.
-    pub parts: Vec<Part>,
     /// Whether every device gives the bits of every other.
     pub is_exact: bool,
-    pub queue: Duration,
-    /// From its beginning to the first token.
-    pub prefill: Duration,
-    /// From the first token to the end.
-    pub decode: Duration,
+    pub receipt: Receipt,
+    /// Whether the ledger has the receipt, if there is one.
+    pub is_recorded: bool,
 }
 
 /// What the client of a request is told.
@@ -211,6 +218,8 @@ pub struct Hosted {
     replicas: Vec<Arc<Replica>>,
     policy: Policy,
     step_timeout: Duration,
+    prices: Option<Prices>,
+    sha256: Option<String>,
     host: Arc<Host>,
 }
 
@@ -245,6 +254,8 @@ impl Hosted {
             replicas,
             policy: options.policy,
             step_timeout: options.step_timeout,
+            prices: options.prices.clone(),
+            sha256: options.sha256.clone(),
             host: host.clone(),
         })
     }
@@ -388,6 +399,7 @@ impl Hosted {
 
     async fn try_submit(self: &Arc<Self>, job: Job) -> Result<Running, Failed> {
         let began = Instant::now();
+        self.host.books.check().await.map_err(|_| Refused::Ledger)?;
         let mut tried = Vec::new();
         let (replica, loaded, place) = loop {
             let (replica, loaded) = self.find(&tried).await?;
@@ -463,18 +475,18 @@ impl Run {
             so_far.contracts.push(loaded.contract);
             let left = self.follow(&mut ticket, &mut so_far).await;
             let tokens = (so_far.tokens.len() - had) as u32;
-            let device = replica.device.name.clone();
-            let mut part = Part { device, tokens, time: Duration::ZERO };
+            let mut part = Part { replica: replica.device.name.clone(), tokens: tokens.into(), device_us: 0 };
             let why = match left {
                 Left::Done(generation) => {
                     replica.succeeded();
-                    part.time = generation.device.0 + generation.device.1;
+                    part.device_us = micros(generation.device.0 + generation.device.1);
                     so_far.parts.push(part);
-                    let outcome = self.outcome(so_far, generation);
-                    replica.took(outcome.decode, tokens.saturating_sub(1));
-                    break Progress::Done(Box::new(outcome));
+                    break Ok(generation);
                 }
-                Left::Failed(error) => break Progress::Failed(error.into()),
+                Left::Failed(error) => {
+                    so_far.parts.push(part);
+                    break Err(error.into());
+                }
                 Left::Lost(why) => {
                     replica.fail(&loaded.engine, &why);
                     why
@@ -482,7 +494,8 @@ impl Run {
                 Left::NotFinite(error) => {
                     not_finite += 1;
                     if not_finite == MOST_NOT_FINITE {
-                        break Progress::Failed(error.into());
+                        so_far.parts.push(part);
+                        break Err(error.into());
                     }
                     if let Err(why) = replica.probe(&loaded).await {
                         replica.fail(&loaded.engine, &why);
@@ -493,22 +506,75 @@ impl Run {
             so_far.parts.push(part);
             tried.push(replica);
             if tried.len() == MOST_MOVES {
-                break Progress::Failed(Refused::Down(why).into());
+                break Err(Refused::Down(why).into());
             }
             match self.resume(&tried, &so_far.tokens).await {
                 Ok(next) => (replica, loaded, ticket) = next,
-                Err(failed) => break Progress::Failed(failed),
+                Err(failed) => break Err(failed),
             }
             tracing::warn!(model = self.hosted.name, to = replica.device.name, why, "request moved");
         };
-        // Once it is told, the replica may be unloaded.
+        // Once the end is told, the replica may be unloaded.
         drop(loaded);
-        match &last {
-            Progress::Done(outcome) => self.hosted.host.metrics.ran(&self.hosted.name, outcome),
-            _ => self.hosted.host.metrics.failed(&self.hosted.name),
+        let receipt = self.receipt(&so_far, &last);
+        if let Ok(generation) = &last {
+            let decode = Duration::from_micros(receipt.decode_us);
+            replica.took(decode, generation.tokens.len().saturating_sub(1) as u32);
         }
+        let is_recorded = self.hosted.host.books.receipt(&receipt).await;
+        self.job.bill.admission.charge(&receipt);
+        self.hosted.host.metrics.ended(&receipt);
+        let is_exact = so_far.parts.len() == 1 || so_far.contracts.iter().all(|c| *c == Contract::Exact);
         // Whoever has left needs no answer.
-        let _ = self.sender.send(last);
+        let _ = self.sender.send(match last {
+            Ok(generation) => Progress::Done(Box::new(Outcome { generation, is_exact, receipt, is_recorded })),
+            Err(failed) => Progress::Failed(failed),
+        });
+    }
+
+    /// What the request took.
+    fn receipt(&self, so_far: &SoFar, last: &Result<Box<Generation>, Failed>) -> Receipt {
+        let Job { prompt, bill, .. } = &self.job;
+        let end = Instant::now();
+        let ran = so_far.ran.unwrap_or(end);
+        let first = so_far.first_token.unwrap_or(end);
+        let mut receipt = Receipt {
+            request: bill.request.clone(),
+            client: bill.admission.client().name().to_owned(),
+            model: self.hosted.name.clone(),
+            model_sha256: self.hosted.sha256.clone(),
+            endpoint: bill.endpoint.to_owned(),
+            started_unix_ms: bill.started_unix_ms,
+            completion_tokens: so_far.tokens.len() as u64,
+            queue_us: micros(ran.saturating_duration_since(self.began)),
+            prefill_us: micros(first.saturating_duration_since(ran)),
+            decode_us: micros(end.saturating_duration_since(first)),
+            parts: so_far.parts.clone(),
+            ..Receipt::default()
+        };
+        if bill.has_prompt && so_far.ran.is_some() {
+            receipt.prompt_tokens = prompt.len() as u64;
+        }
+        match last {
+            Ok(generation) => {
+                receipt.outcome = generation.finish.name().to_owned();
+                receipt.cached_tokens = receipt.prompt_tokens.min(generation.reused_tokens.into());
+                let (drafted, accepted) = generation.drafted;
+                (receipt.drafted_tokens, receipt.accepted_tokens) = (drafted.into(), accepted.into());
+                receipt.kv_byte_seconds = generation.used.kv_byte_seconds as u64;
+                receipt.read_bytes = generation.used.read_bytes;
+            }
+            Err(Failed::Error(Error::Cancelled)) => receipt.outcome = "cancelled".into(),
+            Err(_) => receipt.outcome = "failed".into(),
+        }
+        if let Some(prices) = &self.hosted.prices {
+            receipt.currency = prices.currency.clone();
+            match prices.cost(&receipt) {
+                Ok(cost) => receipt.cost_nano = cost,
+                Err(error) => tracing::error!(%error, "the cost of a request"),
+            }
+        }
+        receipt
     }
 
     /// Hands the request to another replica; to one that was tried, if no other is left. Waits a while for one that works.
@@ -578,20 +644,10 @@ impl Run {
             }
         }
     }
+}
 
-    fn outcome(&self, so_far: SoFar, generation: Box<Generation>) -> Outcome {
-        let end = Instant::now();
-        let ran = so_far.ran.unwrap_or(end);
-        let first = so_far.first_token.unwrap_or(end);
-        Outcome {
-            generation,
-            is_exact: so_far.parts.len() == 1 || so_far.contracts.iter().all(|c| *c == Contract::Exact),
-            parts: so_far.parts,
-            queue: ran.saturating_duration_since(self.began),
-            prefill: first.saturating_duration_since(ran),
-            decode: end.saturating_duration_since(first),
-        }
-    }
+fn micros(time: Duration) -> u64 {
+    time.as_micros().min(u64::MAX.into()) as u64
 }
 
 /// Whether an error is the device's: another one may do what this one did not.

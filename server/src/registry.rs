@@ -286,6 +286,7 @@ fn hosted(
     let mut options = ModelOptions::new(session, slots);
     options.queue = config.queue.unwrap_or(options.queue);
     options.policy = config.policy;
+    options.prices = config.prices.clone();
     options.step_timeout = seconds(&key("step_timeout_s"), config.step_timeout_s, 60.0)?;
     if let Some(file) = &config.template {
         let bytes = halite::map::read(file, 1 << 20)?;

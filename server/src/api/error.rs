@@ -6,7 +6,9 @@ use axum::response::{IntoResponse, Response};
 use halite::Error;
 use serde_json::{Value, json};
 
+use crate::access::Denied;
 use crate::engine::Refused;
+use crate::ledger::LedgerError;
 use crate::model::Failed;
 
 /// An answer that is an error.
@@ -18,6 +20,7 @@ pub(super) struct Failure {
     /// The field of the request that is wrong.
     param: Option<String>,
     code: Option<&'static str>,
+    retry_after_s: Option<u64>,
 }
 
 /// The result of reading or answering a request.
@@ -25,7 +28,7 @@ pub(super) type Fallible<T> = Result<T, Failure>;
 
 impl Failure {
     fn new(status: StatusCode, kind: &'static str, message: impl Into<String>) -> Failure {
-        Failure { status, kind, message: message.into(), param: None, code: None }
+        Failure { status, kind, message: message.into(), param: None, code: None, retry_after_s: None }
     }
 
     /// A request that is wrong.
@@ -68,7 +71,8 @@ impl IntoResponse for Failure {
     fn into_response(self) -> Response {
         let mut response = (self.status, Json(self.body())).into_response();
         if matches!(self.status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE) {
-            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+            let seconds = HeaderValue::from(self.retry_after_s.unwrap_or(1));
+            response.headers_mut().insert(header::RETRY_AFTER, seconds);
         }
         response
     }
@@ -101,8 +105,30 @@ impl From<Refused> for Failure {
             },
             // What the device says may have paths of this machine.
             Refused::Down(_) => Failure::unavailable("no device can run the model now; try again later"),
-            Refused::Memory { .. } => Failure::unavailable(message),
+            Refused::Memory { .. } | Refused::Ledger => Failure::unavailable(message),
         }
+    }
+}
+
+impl From<Denied> for Failure {
+    fn from(denied: Denied) -> Failure {
+        let status = StatusCode::from_u16(denied.status()).unwrap_or(StatusCode::FORBIDDEN);
+        let kind = match status {
+            StatusCode::TOO_MANY_REQUESTS => "rate_limit_error",
+            StatusCode::UNAUTHORIZED => "authentication_error",
+            StatusCode::FORBIDDEN => "permission_error",
+            _ => "invalid_request_error",
+        };
+        let (code, retry_after_s) = (Some(denied.code()), denied.retry_after_s());
+        Failure { code, retry_after_s, ..Failure::new(status, kind, denied.to_string()) }
+    }
+}
+
+impl From<LedgerError> for Failure {
+    /// It may have paths of this machine.
+    fn from(error: LedgerError) -> Failure {
+        tracing::error!(%error, "the ledger cannot be read");
+        Failure::internal("the ledger cannot be read")
     }
 }
 

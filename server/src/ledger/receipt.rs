@@ -37,15 +37,15 @@ pub struct Receipt {
     pub accepted_tokens: u64,
     /// Time in the queue.
     pub queue_us: u64,
-    /// Time of steps for the prompt.
+    /// Time from the first step to the first token.
     pub prefill_us: u64,
-    /// Time of steps for generated tokens.
+    /// Time from the first token to the end.
     pub decode_us: u64,
     /// Who did the work: more than one part after a failover.
     pub parts: Vec<Part>,
     /// Bytes of the KV cache, each times the seconds that it was held.
     pub kv_byte_seconds: u64,
-    /// Bytes of weights read from a drive.
+    /// Bytes of weights and KV cache that its steps read. Requests that share a step share its weights.
     pub read_bytes: u64,
     /// Energy in millionths of a joule, where it is known.
     pub energy_uj: Option<u64>,
@@ -63,9 +63,9 @@ pub struct Receipt {
 pub struct Part {
     /// The replica's name.
     pub replica: String,
-    /// Tokens that it computed.
+    /// Tokens that it generated.
     pub tokens: u64,
-    /// Time of its device.
+    /// Time of its device; 0 if it failed before it could tell.
     pub device_us: u64,
 }
 
