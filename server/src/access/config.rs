@@ -97,7 +97,10 @@ impl ClientConfig {
     }
 
     /// Checks the fields.
-    pub(super) fn check(&self) -> Result<(), AccessError> {
+    ///
+    /// # Errors
+    /// [`AccessError::Client`] says which field is wrong.
+    pub fn check(&self) -> Result<(), AccessError> {
         let wrong = |what: String| AccessError::Client { name: self.name.clone(), what };
         if self.name.is_empty() || self.name.len() > 64 || self.name.chars().any(char::is_control) {
             return Err(wrong("expected a name of 1 to 64 bytes without control characters".into()));
