@@ -155,6 +155,24 @@ impl Source {
         Ok(())
     }
 
+    /// Reads a range of bytes as [`Source::read_at`] does, piece by piece.
+    ///
+    /// # Errors
+    /// As [`Source::read_at`].
+    pub fn read_pieces(&self, range: Range<u64>, each: &mut dyn FnMut(&[u8])) -> Result<()> {
+        const PIECE_BYTES: u64 = 1 << 20;
+        let mut piece = zeroed(PIECE_BYTES.min(range.end.saturating_sub(range.start)), "a part of a file")?;
+        let mut at = range.start;
+        while at < range.end {
+            // No more than the piece has.
+            let bytes = &mut piece[..(range.end - at).min(PIECE_BYTES) as usize];
+            self.read_at(at, bytes)?;
+            each(bytes);
+            at += bytes.len() as u64;
+        }
+        Ok(())
+    }
+
     /// Opens the file a second time, for reads that bypass the system's cache, if the file system has them.
     pub(crate) fn open_direct(&self) -> Option<File> {
         #[cfg(target_os = "linux")]

@@ -2,7 +2,6 @@
 //! files from an untrusted source safe to identify.
 
 use std::ffi::OsStr;
-use std::fmt::Write;
 use std::path::Path;
 
 use halite::gguf::Gguf;
@@ -14,27 +13,19 @@ use super::{Failure, interrupt, progress};
 
 /// Maximum bytes of a list of checksums.
 const MAX_BYTES: u64 = 1 << 20;
-/// Bytes read at a time.
-const STEP: usize = 1 << 20;
-
 /// The name without folders and the SHA-256 of each file.
 fn hashes<'g>(gguf: &'g Gguf) -> Result<Vec<(&'g OsStr, String)>, Failure> {
     let sources: Vec<&'g Source> = gguf.parts().map(|(source, _)| &**source).collect();
     let total = sources.iter().map(|source| source.len()).sum();
     let bar = progress(total, "hashing");
     let hash = |source: &&'g Source| {
-        let (mut hasher, mut buffer) = (Sha256::new(), vec![0; STEP]);
+        let mut hasher = Sha256::new();
         // Not through a map: within a limit on memory, there is none.
-        for at in (0..source.len()).step_by(STEP) {
-            let bytes = &mut buffer[..(source.len() - at).min(STEP as u64) as usize];
-            source.read_at(at, bytes)?;
-            hasher.update(&*bytes);
+        source.read_pieces(0..source.len(), &mut |bytes| {
+            hasher.update(bytes);
             bar.inc(bytes.len() as u64);
-        }
-        let mut hex = String::new();
-        for byte in hasher.finalize() {
-            let _ = write!(hex, "{byte:02x}");
-        }
+        })?;
+        let hex = format!("{:x}", hasher.finalize());
         Ok((source.path().file_name().unwrap_or_default(), hex))
     };
     let hashes = sources.iter().map(hash).collect();

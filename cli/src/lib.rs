@@ -20,6 +20,8 @@ mod estimate;
 mod export;
 mod inspect;
 mod interrupt;
+#[cfg(feature = "serve")]
+mod keys;
 mod machine;
 mod pack;
 #[cfg(feature = "sim")]
@@ -29,8 +31,12 @@ mod profile;
 mod run;
 #[cfg(feature = "serve")]
 mod serve;
+#[cfg(feature = "serve")]
+mod sign;
 mod synth;
 mod tools;
+#[cfg(feature = "serve")]
+mod usage;
 
 use std::ffi::{OsStr, OsString};
 use std::io::{IsTerminal, Read, Write};
@@ -71,6 +77,21 @@ enum Command {
     /// Answer HTTP requests, with OpenAI's interface.
     #[cfg(feature = "serve")]
     Serve(serve::ServeArgs),
+    /// Sum up what a server's clients used.
+    #[cfg(feature = "serve")]
+    Usage(usage::UsageArgs),
+    /// Check a server's ledger, or remove its old entries.
+    #[cfg(feature = "serve")]
+    Ledger(usage::LedgerArgs),
+    /// Make keys for a server's clients.
+    #[cfg(feature = "serve")]
+    Keys(keys::KeysArgs),
+    /// Write a model's manifest, the SHA-256 of every tensor, and sign it.
+    #[cfg(feature = "serve")]
+    Sign(sign::SignArgs),
+    /// Check a model against its manifest, and the manifest against its signature.
+    #[cfg(feature = "serve")]
+    Verify(sign::VerifyArgs),
     /// Show a model file's contents, whether it runs here, and the memory it needs.
     Inspect(inspect::InspectArgs),
     /// List backends, GPUs and simulated chips.
@@ -431,6 +452,16 @@ pub fn main(drivers: &[Driver]) -> ExitCode {
         Command::Chat(args) => chat::chat(&args),
         #[cfg(feature = "serve")]
         Command::Serve(args) => serve::serve(&args),
+        #[cfg(feature = "serve")]
+        Command::Usage(args) => usage::usage(&args),
+        #[cfg(feature = "serve")]
+        Command::Ledger(args) => usage::ledger(&args),
+        #[cfg(feature = "serve")]
+        Command::Keys(args) => keys::keys(&args),
+        #[cfg(feature = "serve")]
+        Command::Sign(args) => sign::sign(&args),
+        #[cfg(feature = "serve")]
+        Command::Verify(args) => sign::verify(&args),
         Command::Inspect(args) => inspect::inspect(&args),
         Command::Devices => tools::devices(),
         Command::Tokenize(args) => tools::tokenize(&args),

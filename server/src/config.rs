@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use crate::access::{AccessError, ClientConfig, JwtConfig, read_clients};
+use crate::access::{AccessError, ClientConfig, JwtConfig, PolicyConfig, read_clients};
+use crate::integrity::{IntegrityError, Trust};
 use crate::ledger::{Durability, LedgerError, Prices};
 use crate::model::Policy;
 
@@ -34,6 +35,10 @@ pub struct Config {
     pub own_clients: Vec<ClientConfig>,
     /// How tokens of clients are checked.
     pub jwt: Option<JwtConfig>,
+    /// Rules on texts, for all clients.
+    pub policy: Option<PolicyConfig>,
+    /// Who may sign models, and whether they must be signed.
+    pub trust: Option<Trust>,
     /// Where receipts and audit events go.
     pub ledger: Option<LedgerConfig>,
     /// The models.
@@ -83,6 +88,10 @@ pub struct ModelConfig {
     pub policy: Policy,
     /// Seconds after which a step is taken to hang.
     pub step_timeout_s: Option<f64>,
+    /// The SHA-256 that the file must have.
+    pub sha256: Option<String>,
+    /// The file's manifest [default: `FILE.manifest.json`, if it is there].
+    pub manifest: Option<PathBuf>,
     /// What requests cost.
     pub prices: Option<Prices>,
     /// Load it when the server starts, not at the first request.
@@ -180,6 +189,9 @@ pub enum ConfigError {
     /// Clients are wrong.
     #[error(transparent)]
     Access(#[from] AccessError),
+    /// A model is not the one that it should be.
+    #[error(transparent)]
+    Integrity(#[from] IntegrityError),
     /// The ledger cannot be used.
     #[error(transparent)]
     Ledger(#[from] LedgerError),
@@ -219,11 +231,17 @@ impl Config {
         let models = &mut config.models;
         let files = models.iter_mut().flat_map(|model| {
             let adapters = model.adapters.iter_mut().map(|adapter| &mut adapter.file);
-            model.file.iter_mut().chain(&mut model.template).chain(adapters)
+            model.file.iter_mut().chain(&mut model.template).chain(&mut model.manifest).chain(adapters)
         });
         let jwks = config.jwt.iter_mut().map(|jwt| &mut jwt.jwks);
+        let keys = config.trust.iter_mut().flat_map(|trust| &mut trust.keys);
         let ledger = config.ledger.iter_mut().map(|ledger| &mut ledger.file);
-        files.chain(&mut config.clients).chain(jwks).chain(ledger).for_each(|file| *file = folder.join(&*file));
+        files
+            .chain(&mut config.clients)
+            .chain(jwks)
+            .chain(keys)
+            .chain(ledger)
+            .for_each(|file| *file = folder.join(&*file));
         Ok(config)
     }
 

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use halite::embed::{EmbedOptions, Embedder};
 use halite::model::{Pooling, ProgramOptions};
@@ -10,7 +11,9 @@ use halite::{Backend, Error, Model, Tokenizer};
 use tokio::sync::oneshot;
 
 use crate::engine::Refused;
+use crate::ledger::{Part, Prices, Receipt};
 use crate::memory::Share;
+use crate::model::Bill;
 
 /// The vectors of texts.
 pub type Vectors = Result<Vec<Vec<f32>>, Error>;
@@ -31,6 +34,8 @@ pub struct Encoder {
     max_text_tokens: u32,
     dimension: usize,
     queue: usize,
+    device: String,
+    prices: Option<Prices>,
     /// What it takes of the memory.
     _share: Option<Share>,
 }
@@ -82,13 +87,15 @@ impl Encoder {
             max_text_tokens,
             dimension,
             queue,
+            device: backend.caps().name.clone(),
+            prices: None,
             _share: None,
         })
     }
 
-    /// With a part of the memory that models share.
-    pub(crate) fn with_share(mut self, share: Share) -> Encoder {
-        self._share = Some(share);
+    /// With a part of the memory that models share, and prices.
+    pub(crate) fn with(mut self, share: Share, prices: Option<Prices>) -> Encoder {
+        (self._share, self.prices) = (Some(share), prices);
         self
     }
 
@@ -115,6 +122,31 @@ impl Encoder {
     /// Dimension of the vectors.
     pub fn dimension(&self) -> usize {
         self.dimension
+    }
+
+    /// The receipt of a request.
+    pub(crate) fn receipt(&self, bill: &Bill, tokens: usize, time: Duration) -> Receipt {
+        let us = time.as_micros() as u64;
+        let mut receipt = Receipt {
+            request: bill.request.clone(),
+            client: bill.admission.client().name().to_owned(),
+            model: self.name.clone(),
+            endpoint: bill.endpoint.to_owned(),
+            started_unix_ms: bill.started_unix_ms,
+            outcome: "end".into(),
+            prompt_tokens: tokens as u64,
+            prefill_us: us,
+            parts: vec![Part { replica: self.device.clone(), tokens: 0, device_us: us }],
+            ..Receipt::default()
+        };
+        if let Some(prices) = &self.prices {
+            receipt.currency = prices.currency.clone();
+            match prices.cost(&receipt) {
+                Ok(cost) => receipt.cost_nano = cost,
+                Err(error) => tracing::error!(%error, "the cost of a request"),
+            }
+        }
+        receipt
     }
 
     /// Hands over texts as tokens, the special ones included. Dropping the receiver cancels a request that waits.

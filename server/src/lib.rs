@@ -40,9 +40,9 @@ pub use replica::{Device, OpenDevice};
 
 use access::Access;
 use books::Books;
+use ledger::{Ledger, Writer};
 use memory::Memory;
 use metrics::Metrics;
-use ledger::{Ledger, Writer};
 use registry::Registry;
 
 /// How often steps are looked at.
@@ -62,6 +62,7 @@ struct Shared {
     drain: Duration,
     probe: Duration,
     access: Access,
+    policy: Arc<access::Policy>,
     /// The ledger's file, to be read.
     ledger: Option<PathBuf>,
     /// It takes no more requests.
@@ -130,6 +131,7 @@ impl Server {
             drain: config::seconds("drain_s", config.drain_s, 30.0)?,
             probe: config::seconds("probe_s", config.probe_s, 30.0)?,
             access,
+            policy: Arc::new(access::Policy::new(&config.policy.clone().unwrap_or_default())?),
             ledger: config.ledger.as_ref().map(|ledger| ledger.file.clone()),
             is_draining: AtomicBool::new(false),
         };

@@ -13,7 +13,7 @@ use halite::{Error, Model, SessionOptions, Tokenizer};
 use tokio::sync::mpsc as channel;
 
 use crate::Host;
-use crate::access::Admission;
+use crate::access::{Admission, Filtered, OutputFilter};
 use crate::engine::{Refused, Ticket, Update};
 use crate::ledger::{Part, Prices, Receipt};
 use crate::replica::{Device, Loaded, Replica, Status};
@@ -135,7 +135,7 @@ impl Opened {
 pub(crate) type Control = &'static [&'static str];
 
 /// A text to generate.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub(crate) struct Job {
     pub prompt: Arc<[u32]>,
     pub options: GenerateOptions,
@@ -145,6 +145,8 @@ pub(crate) struct Job {
     pub tenant: u64,
     pub priority: i32,
     pub bill: Bill,
+    /// The rules on answers.
+    pub filter: OutputFilter,
 }
 
 /// Whose a text is.
@@ -170,6 +172,8 @@ pub(crate) struct Outcome {
     pub receipt: Receipt,
     /// Whether the ledger has the receipt, if there is one.
     pub is_recorded: bool,
+    /// Whether a rule ended the text.
+    pub is_denied: bool,
 }
 
 /// What the client of a request is told.
@@ -289,6 +293,11 @@ impl Hosted {
     pub fn most(&self) -> usize {
         let slots = self.opened.session.outputs.min(self.opened.session.sequences);
         (slots as usize).saturating_add(self.opened.queue)
+    }
+
+    /// The SHA-256 of its file, if it is known.
+    pub fn sha256(&self) -> Option<&str> {
+        self.sha256.as_deref()
     }
 
     pub(crate) fn status(&self) -> Vec<Status> {
@@ -463,10 +472,11 @@ struct SoFar {
     contracts: Vec<Contract>,
     ran: Option<Instant>,
     first_token: Option<Instant>,
+    is_denied: bool,
 }
 
 impl Run {
-    async fn run(self, mut replica: Arc<Replica>, mut loaded: Loaded, mut ticket: Ticket) {
+    async fn run(mut self, mut replica: Arc<Replica>, mut loaded: Loaded, mut ticket: Ticket) {
         let mut so_far = SoFar::default();
         let mut tried = Vec::new();
         let mut not_finite = 0;
@@ -504,7 +514,7 @@ impl Run {
                 }
             };
             so_far.parts.push(part);
-            tried.push(replica);
+            tried.push(replica.clone());
             if tried.len() == MOST_MOVES {
                 break Err(Refused::Down(why).into());
             }
@@ -527,7 +537,13 @@ impl Run {
         let is_exact = so_far.parts.len() == 1 || so_far.contracts.iter().all(|c| *c == Contract::Exact);
         // Whoever has left needs no answer.
         let _ = self.sender.send(match last {
-            Ok(generation) => Progress::Done(Box::new(Outcome { generation, is_exact, receipt, is_recorded })),
+            Ok(generation) => Progress::Done(Box::new(Outcome {
+                generation,
+                is_exact,
+                receipt,
+                is_recorded,
+                is_denied: so_far.is_denied,
+            })),
             Err(failed) => Progress::Failed(failed),
         });
     }
@@ -557,7 +573,8 @@ impl Run {
         }
         match last {
             Ok(generation) => {
-                receipt.outcome = generation.finish.name().to_owned();
+                let denied = so_far.is_denied.then_some("content_filter");
+                receipt.outcome = denied.unwrap_or(generation.finish.name()).to_owned();
                 receipt.cached_tokens = receipt.prompt_tokens.min(generation.reused_tokens.into());
                 let (drafted, accepted) = generation.drafted;
                 (receipt.drafted_tokens, receipt.accepted_tokens) = (drafted.into(), accepted.into());
@@ -607,7 +624,7 @@ impl Run {
     }
 
     /// Passes on what a replica tells, until the request leaves it.
-    async fn follow(&self, ticket: &mut Ticket, so_far: &mut SoFar) -> Left {
+    async fn follow(&mut self, ticket: &mut Ticket, so_far: &mut SoFar) -> Left {
         // Tokens that the replica repeats.
         let mut repeated = so_far.tokens.len();
         let mut is_cancelled = false;
@@ -632,10 +649,20 @@ impl Run {
                         so_far.first_token.get_or_insert_with(Instant::now);
                     }
                     so_far.tokens.extend(&tokens);
+                    let Filtered { text, denied } = self.job.filter.push(&text);
                     // Whoever has left is noticed in the next round.
                     let _ = self.sender.send(Progress::Text { text, logprobs });
+                    if denied.is_some() && !std::mem::replace(&mut so_far.is_denied, true) {
+                        ticket.cancel();
+                    }
                 }
-                Ok(Update::Done(generation)) => return Left::Done(generation),
+                Ok(Update::Done(generation)) => {
+                    let Filtered { text, denied } = self.job.filter.finish();
+                    so_far.is_denied |= denied.is_some();
+                    // As above.
+                    let _ = self.sender.send(Progress::Text { text, logprobs: Vec::new() });
+                    return Left::Done(generation);
+                }
                 Ok(Update::Failed(error @ Error::NotFinite { .. })) => return Left::NotFinite(error),
                 Ok(Update::Failed(error)) if is_devices(&error) => return Left::Lost(error.to_string()),
                 Ok(Update::Failed(error)) => return Left::Failed(error),

@@ -13,6 +13,7 @@ use halite::{Backend, Error, Model, SessionOptions};
 use crate::Host;
 use crate::config::{Config, ConfigError, ModelConfig, ReplicaConfig, check_weights, seconds};
 use crate::embedder::Encoder;
+use crate::integrity::verify_model;
 use crate::model::{Hosted, ModelOptions};
 use crate::replica::{Device, bytes};
 
@@ -136,14 +137,15 @@ impl Registry {
         old: &Registry,
     ) -> Result<Registry, ConfigError> {
         let mut registry = Registry::default();
+        let all = config;
         let builtin = [ModelConfig::default()];
         let models = if config.models.is_empty() { &builtin } else { &config.models[..] };
         for config in models {
             let name = name_of(config);
-            registry.add(&name, config, None, machine, host, old)?;
+            registry.add(&name, config, None, all, machine, host, old)?;
             for (index, adapter) in config.adapters.iter().enumerate() {
                 let name = format!("{name}:{}", adapter.name);
-                registry.add(&name, config, Some(index), machine, host, old)?;
+                registry.add(&name, config, Some(index), all, machine, host, old)?;
             }
         }
         for route in &config.routes {
@@ -161,11 +163,13 @@ impl Registry {
         Ok(registry)
     }
 
+    #[allow(clippy::too_many_arguments, reason = "what a model is made of")]
     fn add(
         &mut self,
         name: &str,
         config: &ModelConfig,
         adapter: Option<usize>,
+        all: &Config,
         machine: &Arc<dyn Machine>,
         host: &Arc<Host>,
         old: &Registry,
@@ -191,12 +195,13 @@ impl Registry {
             Some(entry) => entry.hosted.clone(),
             None => {
                 let model = opened(name, config, adapter, machine)?;
+                let sha256 = checked(name, &model, config, all)?;
                 if Encoder::is_for(&model)? {
                     let encoder = Arc::new(encoder(name, &model, config, machine, host)?);
                     self.encoders.insert(name.to_owned(), (encoder, made_of));
                     return Ok(());
                 }
-                Arc::new(hosted(name, &model, config, machine, host)?)
+                Arc::new(hosted(name, &model, sha256, config, machine, host)?)
             }
         };
         let preload = config.preload.unwrap_or(adapter.is_none());
@@ -240,6 +245,27 @@ fn opened(
     Ok(Arc::new(model))
 }
 
+/// Checks that a model is the one that it should be, and returns the SHA-256 of its file, if somebody wants to know it.
+fn checked(
+    name: &str,
+    model: &Model,
+    config: &ModelConfig,
+    all: &Config,
+) -> Result<Option<String>, ConfigError> {
+    let wanted =
+        config.sha256.is_some() || config.manifest.is_some() || all.trust.is_some() || all.ledger.is_some();
+    // The built-in model is a part of the program.
+    if !wanted || config.file.is_none() {
+        return Ok(None);
+    }
+    let trust = all.trust.clone().unwrap_or_default();
+    let verified = verify_model(model.gguf(), config.manifest.as_deref(), &trust, &mut |_| {})?;
+    if let Some(want) = config.sha256.as_ref().filter(|want| !want.eq_ignore_ascii_case(&verified.sha256)) {
+        return Err(ConfigError::value(format!("SHA-256 of model `{name}`"), want, verified.sha256));
+    }
+    Ok(Some(verified.sha256))
+}
+
 /// Loads an encoder, on the first of its devices.
 fn encoder(
     name: &str,
@@ -259,12 +285,13 @@ fn encoder(
         .map_err(|refused| ConfigError::value(format!("memory for `{name}`"), "room for it", refused))?;
     let options = EmbedOptions::default().batch(batch);
     let queue = config.queue.unwrap_or(16 * SLOTS as usize);
-    Ok(Encoder::new(name, model, &backend, &options, queue)?.with_share(share))
+    Ok(Encoder::new(name, model, &backend, &options, queue)?.with(share, config.prices.clone()))
 }
 
 fn hosted(
     name: &str,
     model: &Arc<Model>,
+    sha256: Option<String>,
     config: &ModelConfig,
     machine: &Arc<dyn Machine>,
     host: &Arc<Host>,
@@ -287,6 +314,7 @@ fn hosted(
     options.queue = config.queue.unwrap_or(options.queue);
     options.policy = config.policy;
     options.prices = config.prices.clone();
+    options.sha256 = sha256;
     options.step_timeout = seconds(&key("step_timeout_s"), config.step_timeout_s, 60.0)?;
     if let Some(file) = &config.template {
         let bytes = halite::map::read(file, 1 << 20)?;

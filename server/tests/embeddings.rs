@@ -15,7 +15,7 @@ async fn vectors_are_those_of_the_library() {
     let model = bert::converted(&bert::folder(), Format::F32).unwrap();
     assert!(Encoder::is_for(&model).unwrap());
     let encoder = Encoder::new("bert", &model, &bert::cpu(), &EmbedOptions::default(), 4).unwrap();
-    let service = with(Server::default(), "austen", 1, 1, Some(TEMPLATE)).encoder(encoder).router();
+    let service = with(Server::empty().unwrap(), "austen", 1, 1, Some(TEMPLATE)).encoder(encoder).router();
     let texts = bert::texts();
     let body = json!({ "model": "bert", "input": texts });
     let (status, answer) = post(&service, "/v1/embeddings", body.clone()).await;

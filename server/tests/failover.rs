@@ -34,7 +34,7 @@ fn server(devices: Vec<Device>, policy: Policy) -> Server {
     let mut options = ModelOptions::new(session, 4);
     options.policy = policy;
     options.step_timeout = Duration::from_millis(500);
-    Server::default().model("austen", &model, devices, &options).unwrap()
+    Server::empty().unwrap().model("austen", &model, devices, &options).unwrap()
 }
 
 async fn ask(service: &Router, body: &Value) -> (StatusCode, Value) {
@@ -106,11 +106,11 @@ async fn a_text_goes_on_on_another_device() {
         assert!(answers.iter().all(|(_, halite)| halite["exact"] == true));
         // A poisoned step is repeated for each request, and is right then.
         let moved =
-            answers.iter().filter(|(_, halite)| halite["parts"].as_array().unwrap().len() > 1).count();
+            answers.iter().filter(|(_, halite)| halite["receipts"][0]["parts"].as_array().unwrap().len() > 1).count();
         assert!((fault == Fault::Poison) == (moved == 0), "{fault:?}: {moved} moved");
         for (_, halite) in &answers {
-            let parts = halite["parts"].as_array().unwrap();
-            assert!(parts.iter().skip(1).all(|part| part["device"] == "cpu"), "{halite}");
+            let parts = halite["receipts"][0]["parts"].as_array().unwrap();
+            assert!(parts.iter().skip(1).all(|part| part["replica"] == "cpu"), "{halite}");
         }
         watch.abort();
         backend.release();
@@ -128,7 +128,7 @@ async fn a_device_that_comes_back_is_used_again() {
     let (status, got) = ask(&service, &body).await;
     assert_eq!(status, StatusCode::OK);
     assert_eq!(got["choices"][0]["text"], want["choices"][0]["text"]);
-    assert_eq!(got["halite"]["parts"].as_array().unwrap().len(), 2);
+    assert_eq!(got["halite"]["receipts"][0]["parts"].as_array().unwrap().len(), 2);
 }
 
 /// Where nothing works, the client gets an error that says so, without this machine's details.
@@ -163,7 +163,7 @@ async fn devices_that_must_agree_are_compared() {
     backend.after(1, Fault::Poison);
     for (text, halite) in all(&service).await {
         assert!(!text.is_empty());
-        assert_eq!(halite["parts"][0]["device"], "cpu");
+        assert_eq!(halite["receipts"][0]["parts"][0]["replica"], "cpu");
     }
 }
 
@@ -179,7 +179,7 @@ async fn requests_are_shared_by_policy() {
         let service = server(both(), policy).router();
         let long = json!({ "prompt": "She", "max_tokens": 60, "ignore_eos": true });
         let answers = all_of(&service, vec![long; 8]).await;
-        let on_a = answers.iter().filter(|(_, halite)| halite["parts"][0]["device"] == "a").count();
+        let on_a = answers.iter().filter(|(_, halite)| halite["receipts"][0]["parts"][0]["replica"] == "a").count();
         match policy {
             // Four slots, then the other's.
             Policy::Order | Policy::Load => assert_eq!(on_a, 4, "{policy:?}"),

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 #[tokio::test]
 async fn a_response_and_its_stream_are_the_same() {
-    let service = with(Server::default(), "chat", 2, 4, Some(TEMPLATE)).router();
+    let service = with(Server::empty().unwrap(), "chat", 2, 4, Some(TEMPLATE)).router();
     let tool = json!({ "type": "function", "name": "time", "parameters": { "type": "object", "properties": {}, "additionalProperties": false } });
     let history = json!([
         { "role": "user", "content": [{ "type": "input_text", "text": "What time is it?" }] },

@@ -25,7 +25,7 @@ const MESSAGES: &str = "{% if tools %}tools: {{ tools | tojson }}{{ '\n' }}{% en
 fn family(name: &str) -> Router {
     let sign = FAMILIES.iter().find(|(family, _)| *family == name);
     let template = sign.map_or(TEMPLATE.to_owned(), |(_, sign)| format!("{{# {sign} #}}{MESSAGES}"));
-    with(Server::default(), name, 2, 8, Some(&template)).router()
+    with(Server::empty().unwrap(), name, 2, 8, Some(&template)).router()
 }
 
 fn tools() -> Value {

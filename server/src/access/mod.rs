@@ -1,1 +1,394 @@
-//! x
+//! Who may do what: clients and their keys, limits, and rules on texts.
+//!
+//! [`Access::check`] turns the header `Authorization` into a [`Caller`]. The caller says what it may do, and [`Caller::admit`] counts a
+//! request against the client's limits. [`Policy`] holds rules on prompts and answers. Nothing here knows HTTP: a [`Denied`] has a status
+//! and a code for whoever answers.
+
+mod config;
+mod filter;
+mod jwt;
+mod key;
+mod limits;
+mod policy;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+use std::sync::{Arc, RwLock};
+
+use crate::ledger::{Ledger, LedgerError};
+
+pub use config::{ClientConfig, JwtConfig, Scope, read_clients};
+pub use filter::{Filtered, OutputFilter};
+pub use key::Key;
+pub use limits::Admission;
+pub use policy::{Action, Policy, PolicyConfig, ResponseForm, RuleConfig};
+
+use jwt::Tokens;
+use limits::Counts;
+
+/// Maximum bytes of the header `Authorization`.
+const MAX_HEADER_BYTES: usize = 1 << 14;
+/// The name of everybody, where no clients are configured.
+const ANONYMOUS: &str = "anonymous";
+
+/// What is wrong with a configuration.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum AccessError {
+    /// A file cannot be read.
+    #[error(transparent)]
+    File(#[from] halite::Error),
+    /// A file is malformed.
+    #[error("{path}: {what}")]
+    Malformed {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        what: String,
+    },
+    /// A client is wrong.
+    #[error("client {name:?}: {what}")]
+    Client {
+        /// The client's name.
+        name: String,
+        /// What is wrong.
+        what: String,
+    },
+    /// A rule on texts is wrong.
+    #[error("rule {name:?}: {what}")]
+    Rule {
+        /// The rule's name.
+        name: String,
+        /// What is wrong.
+        what: String,
+    },
+    /// The system has no random bytes.
+    #[error("random bytes of the system: {0}")]
+    Random(getrandom::Error),
+}
+
+/// Why a request is not taken.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Denied {
+    /// No key was sent.
+    #[error("expected the header `Authorization: Bearer KEY`, got none")]
+    NoKey,
+    /// The key is nobody's.
+    #[error("the key is not known")]
+    UnknownKey,
+    /// The token is wrong, expired, or from another issuer.
+    #[error("the token is not valid: {0}")]
+    Token(String),
+    /// The client lacks a scope.
+    #[error("client {client:?} lacks the scope `{}`", scope.name())]
+    Scope {
+        /// The client.
+        client: String,
+        /// What it lacks.
+        scope: Scope,
+    },
+    /// The client may not use a model or an adapter.
+    #[error("client {client:?} may not use the {what} {name:?}")]
+    NotAllowed {
+        /// The client.
+        client: String,
+        /// `model` or `adapter`.
+        what: &'static str,
+        /// Its name.
+        name: String,
+    },
+    /// The client sent as many requests as it may in a minute.
+    #[error("at most {limit} requests per minute; try again in {retry_after_s} s")]
+    RequestsPerMinute {
+        /// The limit.
+        limit: u32,
+        /// Seconds until there is room.
+        retry_after_s: u64,
+    },
+    /// The client has as many requests running as it may.
+    #[error("at most {limit} requests at once; try again later")]
+    Concurrent {
+        /// The limit.
+        limit: u32,
+    },
+    /// The client used its tokens of the day.
+    #[error("at most {limit} tokens per day (UTC), {used} are used; try again in {retry_after_s} s")]
+    TokensPerDay {
+        /// The limit.
+        limit: u64,
+        /// What was used today.
+        used: u64,
+        /// Seconds until tomorrow.
+        retry_after_s: u64,
+    },
+    /// The client used its budget of the month.
+    #[error("the budget of {limit} per month (UTC) is used; try again in {retry_after_s} s")]
+    Budget {
+        /// The limit.
+        limit: crate::ledger::Amount,
+        /// Seconds until the next month.
+        retry_after_s: u64,
+    },
+    /// A rule denies the text.
+    #[error("the rule {rule:?} denies this text")]
+    Rule {
+        /// The rule's name.
+        rule: String,
+    },
+}
+
+impl Denied {
+    /// The HTTP status.
+    pub fn status(&self) -> u16 {
+        match self {
+            Denied::NoKey | Denied::UnknownKey | Denied::Token(_) => 401,
+            Denied::Scope { .. } | Denied::NotAllowed { .. } => 403,
+            Denied::Rule { .. } => 400,
+            _ => 429,
+        }
+    }
+
+    /// The code of the error in OpenAI's form.
+    pub fn code(&self) -> &'static str {
+        match self {
+            Denied::NoKey | Denied::UnknownKey | Denied::Token(_) => "invalid_api_key",
+            Denied::Scope { .. } | Denied::NotAllowed { .. } => "permission_denied",
+            Denied::Rule { .. } => "content_policy_violation",
+            Denied::Budget { .. } => "insufficient_quota",
+            _ => "rate_limit_exceeded",
+        }
+    }
+
+    /// When to try again, for the header `Retry-After`.
+    pub fn retry_after_s(&self) -> Option<u64> {
+        match *self {
+            Denied::RequestsPerMinute { retry_after_s, .. }
+            | Denied::TokensPerDay { retry_after_s, .. }
+            | Denied::Budget { retry_after_s, .. } => Some(retry_after_s),
+            Denied::Concurrent { .. } => Some(1),
+            _ => None,
+        }
+    }
+}
+
+/// A client, with what it used.
+#[derive(Debug)]
+pub struct Client {
+    config: ClientConfig,
+    counts: Arc<Counts>,
+}
+
+impl Client {
+    /// What it may do.
+    pub fn config(&self) -> &ClientConfig {
+        &self.config
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.config.name
+    }
+}
+
+/// A client that sends a request, with the scopes that its key or token has.
+#[derive(Debug, Clone)]
+pub struct Caller {
+    client: Arc<Client>,
+    scopes: BTreeSet<Scope>,
+}
+
+impl Caller {
+    /// The client.
+    pub fn client(&self) -> &Arc<Client> {
+        &self.client
+    }
+
+    /// Checks a scope.
+    ///
+    /// # Errors
+    /// [`Denied::Scope`].
+    pub fn require(&self, scope: Scope) -> Result<(), Denied> {
+        match self.scopes.contains(&scope) {
+            true => Ok(()),
+            false => Err(Denied::Scope { client: self.client.name().to_owned(), scope }),
+        }
+    }
+
+    /// Whether the client may see and use a model.
+    pub fn may_use_model(&self, name: &str) -> bool {
+        names(&self.client.config.models, name)
+    }
+
+    /// Checks that the client may use a model.
+    ///
+    /// # Errors
+    /// [`Denied::NotAllowed`].
+    pub fn require_model(&self, name: &str) -> Result<(), Denied> {
+        self.require_named("model", &self.client.config.models, name)
+    }
+
+    /// Checks that the client may use an adapter.
+    ///
+    /// # Errors
+    /// [`Denied::NotAllowed`].
+    pub fn require_adapter(&self, name: &str) -> Result<(), Denied> {
+        self.require_named("adapter", &self.client.config.adapters, name)
+    }
+
+    fn require_named(&self, what: &'static str, allowed: &[String], name: &str) -> Result<(), Denied> {
+        match names(allowed, name) {
+            true => Ok(()),
+            false => {
+                Err(Denied::NotAllowed { client: self.client.name().to_owned(), what, name: name.to_owned() })
+            }
+        }
+    }
+
+    /// Counts a request against the client's limits. It runs for as long as the admission lives.
+    ///
+    /// # Errors
+    /// [`Denied`] says which limit it is beyond.
+    pub fn admit(&self) -> Result<Admission, Denied> {
+        limits::admit(&self.client, limits::now_unix_ms())
+    }
+}
+
+/// Whether a list has a name, or `*` for all.
+fn names(list: &[String], name: &str) -> bool {
+    list.iter().any(|listed| listed == "*" || listed == name)
+}
+
+/// Clients by name, and how their tokens are checked.
+#[derive(Debug)]
+struct State {
+    clients: BTreeMap<String, Arc<Client>>,
+    tokens: Option<Tokens>,
+}
+
+impl State {
+    /// Reads and checks a configuration. Clients that `old` has too keep their counts.
+    fn new(
+        configs: Vec<ClientConfig>,
+        jwt: Option<&JwtConfig>,
+        old: Option<&State>,
+    ) -> Result<State, AccessError> {
+        let mut clients = BTreeMap::new();
+        let configs = match (configs.is_empty(), jwt) {
+            (true, None) => vec![ClientConfig::anonymous()],
+            _ => configs,
+        };
+        let mut keys = BTreeSet::new();
+        for config in configs {
+            config.check()?;
+            let wrong = |what: String| AccessError::Client { name: config.name.clone(), what };
+            if let Some(key) = config.key_sha256.iter().find(|key| !keys.insert(key.to_ascii_lowercase())) {
+                return Err(wrong(format!("the key with SHA-256 {key} is listed twice")));
+            }
+            if clients.contains_key(&config.name) {
+                return Err(wrong("two clients have this name".into()));
+            }
+            let counts = old.and_then(|old| old.clients.get(&config.name)).map(|old| old.counts.clone());
+            let client = Client { counts: counts.unwrap_or_default(), config };
+            clients.insert(client.name().to_owned(), Arc::new(client));
+        }
+        let tokens = jwt.map(Tokens::new).transpose()?;
+        let default = jwt.and_then(|jwt| jwt.default_client.as_ref());
+        if let Some(name) = default.filter(|name| !clients.contains_key(*name)) {
+            let what = "expected a client of this name, for `default_client`; there is none".into();
+            return Err(AccessError::Client { name: name.clone(), what });
+        }
+        Ok(State { clients, tokens })
+    }
+
+    /// The client of everybody, if that is the only one.
+    fn anonymous(&self) -> Option<&Arc<Client>> {
+        let client = self.clients.get(ANONYMOUS)?;
+        (self.clients.len() == 1 && self.tokens.is_none() && client.config.key_sha256.is_empty())
+            .then_some(client)
+    }
+}
+
+/// Clients and what they may do, which may change while the server runs.
+#[derive(Debug)]
+pub struct Access {
+    state: RwLock<Arc<State>>,
+}
+
+impl Access {
+    /// Clients, and how their tokens are checked. Without both, everybody is the client `anonymous`, with all scopes but `admin`.
+    ///
+    /// # Errors
+    /// [`AccessError`] says which client, or what of the keys of `jwt`, is wrong.
+    pub fn new(clients: Vec<ClientConfig>, jwt: Option<&JwtConfig>) -> Result<Access, AccessError> {
+        Ok(Access { state: RwLock::new(Arc::new(State::new(clients, jwt, None)?)) })
+    }
+
+    /// Replaces the configuration. Clients that remain keep what they used, and admissions stay counted.
+    ///
+    /// # Errors
+    /// As [`Access::new`]; then nothing changes.
+    pub fn reload(&self, clients: Vec<ClientConfig>, jwt: Option<&JwtConfig>) -> Result<(), AccessError> {
+        let state = State::new(clients, jwt, Some(&self.state()))?;
+        *self.state.write().unwrap_or_else(|poisoned| poisoned.into_inner()) = Arc::new(state);
+        Ok(())
+    }
+
+    fn state(&self) -> Arc<State> {
+        // The value is whole even where a thread panicked.
+        self.state.read().unwrap_or_else(|poisoned| poisoned.into_inner()).clone()
+    }
+
+    /// Counts what a ledger says of this day and this month: at the start, and after [`Access::reload`]. Costs count that are in the
+    /// currency of the prices.
+    ///
+    /// # Errors
+    /// As [`Ledger::usage`].
+    pub fn recover(&self, ledger: &Ledger, currency: &str) -> Result<(), LedgerError> {
+        limits::recover(&self.state().clients, ledger, currency, limits::now_unix_ms())
+    }
+
+    /// The caller, by the value of the header `Authorization`: a key, or a token.
+    ///
+    /// # Errors
+    /// [`Denied`] with the status 401.
+    pub fn check(&self, authorization: Option<&str>) -> Result<Caller, Denied> {
+        let state = self.state();
+        let caller = |client: &Arc<Client>, scopes| Caller { client: client.clone(), scopes };
+        if let Some(client) = state.anonymous() {
+            return Ok(caller(client, client.config.scopes.clone()));
+        }
+        let header = authorization.ok_or(Denied::NoKey)?;
+        if header.len() > MAX_HEADER_BYTES {
+            return Err(Denied::UnknownKey);
+        }
+        let (scheme, secret) = header.trim().split_once(' ').ok_or(Denied::NoKey)?;
+        if !scheme.eq_ignore_ascii_case("bearer") {
+            return Err(Denied::NoKey);
+        }
+        let secret = secret.trim();
+        if let (Some(tokens), false) = (&state.tokens, secret.starts_with(key::PREFIX)) {
+            let token = tokens.check(secret)?;
+            let client =
+                state.clients.get(&token.client).or_else(|| state.clients.get(tokens.default_client()?));
+            let client =
+                client.ok_or_else(|| Denied::Token(format!("there is no client {:?}", token.client)))?;
+            let has = |scope: &Scope| token.scopes.as_ref().is_none_or(|scopes| scopes.contains(scope));
+            return Ok(caller(client, client.config.scopes.iter().copied().filter(has).collect()));
+        }
+        let sent = key::sha256(secret);
+        // All keys are compared, so that the time says nothing of which one is like the one that was sent.
+        let mut found = None;
+        for client in state.clients.values() {
+            for listed in &client.config.key_sha256 {
+                if key::is_same(&sent, listed) {
+                    found = Some(client);
+                }
+            }
+        }
+        let client = found.ok_or(Denied::UnknownKey)?;
+        Ok(caller(client, client.config.scopes.clone()))
+    }
+}

@@ -1,22 +1,69 @@
 //! What operators ask and tell.
 
 use axum::Json;
-use axum::extract::{Path, State};
+use axum::extract::{Path, Query, State};
 use axum::http::header;
 use axum::response::IntoResponse;
+use jiff::civil::Date;
+use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::error::{Failure, Fallible};
+use super::who::Who;
 use super::{App, apart};
+use crate::access::Scope;
+use crate::ledger::{By, Ledger, Usage};
 
-/// `GET /metrics`.
+/// `GET /metrics`. It names models and devices only.
 pub(super) async fn metrics(State(app): State<App>) -> impl IntoResponse {
     let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
     ([(header::CONTENT_TYPE, kind)], app.shared.host.metrics.text(&app.shared))
 }
 
+/// What `GET /v1/usage` sums up.
+#[derive(Deserialize)]
+pub(super) struct Sums {
+    /// Names of groups, separated by commas.
+    by: Option<String>,
+    since: Option<Date>,
+    until: Option<Date>,
+}
+
+/// `GET /v1/usage`: sums of receipts. A client without the scope `admin` sees its own.
+pub(super) async fn usage(
+    State(app): State<App>,
+    who: Who,
+    Query(sums): Query<Sums>,
+) -> Fallible<Json<Value>> {
+    who.caller.require(Scope::Usage)?;
+    let Some(file) = app.shared.ledger.clone() else {
+        return Err(Failure::not_found("this server has no ledger", None));
+    };
+    let mut by = Vec::new();
+    for name in sums.by.as_deref().unwrap_or("client").split(',') {
+        let known = || By::ALL.map(By::name).join(", ");
+        let found = By::ALL.into_iter().find(|by| by.name() == name);
+        by.push(
+            found.ok_or_else(|| Failure::field("by", format!("expected some of {}, got {name}", known())))?,
+        );
+    }
+    let own = (who.caller.require(Scope::Admin).is_err()).then(|| who.caller.client().name().to_owned());
+    if own.is_some() && !by.contains(&By::Client) {
+        by.push(By::Client);
+    }
+    let rows = apart(move || Ok(Ledger::open_read_only(&file)?.usage(&by, sums.since, sums.until)?)).await?;
+    let may_see = |row: &Usage| own.is_none() || row.client == own;
+    Ok(Json(json!({ "object": "list", "data": rows.into_iter().filter(may_see).collect::<Vec<_>>() })))
+}
+
 /// `GET /admin/status`: models, replicas and memory.
-pub(super) async fn status(State(app): State<App>) -> Json<Value> {
+pub(super) async fn status(State(app): State<App>, who: Who) -> Fallible<Json<Value>> {
+    // On a server without clients, whoever may use it may look at it.
+    who.caller.require(Scope::Usage)?;
+    Ok(described(&app))
+}
+
+fn described(app: &App) -> Json<Value> {
     let registry = app.shared.registry();
     let models: Vec<Value> = registry
         .models()
@@ -31,22 +78,40 @@ pub(super) async fn status(State(app): State<App>) -> Json<Value> {
     }))
 }
 
+/// Checks the scope `admin`, and notes what is about to be done.
+async fn admit(app: &App, who: &Who, what: &str, detail: Value) -> Fallible<()> {
+    who.caller.require(Scope::Admin)?;
+    app.shared.host.books.audit(who.caller.client().name(), what, &detail).await;
+    Ok(())
+}
+
 /// `POST /admin/reload`: reads the configuration again.
-pub(super) async fn reload(State(app): State<App>) -> Fallible<Json<Value>> {
+pub(super) async fn reload(State(app): State<App>, who: Who) -> Fallible<Json<Value>> {
+    admit(&app, &who, "reload", json!({})).await?;
     let shared = app.shared.clone();
     let reload = move || shared.reload().map_err(|error| Failure::request(error.to_string()));
     apart(reload).await?;
-    Ok(status(State(app)).await)
+    Ok(described(&app))
 }
 
 /// `POST /admin/load/NAME`.
-pub(super) async fn load(State(app): State<App>, Path(name): Path<String>) -> Fallible<Json<Value>> {
+pub(super) async fn load(
+    State(app): State<App>,
+    who: Who,
+    Path(name): Path<String>,
+) -> Fallible<Json<Value>> {
+    admit(&app, &who, "load", json!({ "model": name })).await?;
     app.model(Some(&name))?.load().await?;
-    Ok(status(State(app)).await)
+    Ok(described(&app))
 }
 
 /// `POST /admin/unload/NAME`: unloads the replicas that are idle.
-pub(super) async fn unload(State(app): State<App>, Path(name): Path<String>) -> Fallible<Json<Value>> {
+pub(super) async fn unload(
+    State(app): State<App>,
+    who: Who,
+    Path(name): Path<String>,
+) -> Fallible<Json<Value>> {
+    admit(&app, &who, "unload", json!({ "model": name })).await?;
     app.model(Some(&name))?.unload().await;
-    Ok(status(State(app)).await)
+    Ok(described(&app))
 }

@@ -1,9 +1,6 @@
 //! `/v1/chat/completions`, and what `/v1/responses` shares with it.
 
-use std::sync::Arc;
-
 use axum::extract::State;
-use axum::http::HeaderMap;
 use axum::response::Response;
 use halite::chat;
 use halite::constrain::Rule;
@@ -11,11 +8,11 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use super::error::Fallible;
-use super::generate::{Form, Held, Options, answer, tenant};
+use super::generate::{Asking, Form, Held, Options, answer};
 use super::messages::{Message, prompt_of};
 use super::tools::{Choice, Plan, Thinking, Tool};
+use super::who::Who;
 use super::{App, Body, apart};
-use crate::model::Hosted;
 
 #[derive(Deserialize)]
 pub(super) struct Chat {
@@ -39,9 +36,10 @@ pub(super) struct Ask {
 
 impl Ask {
     /// The prompt's tokens, and what the answer is held to: its calls, and with `schema` its text.
-    pub async fn read(self, hosted: &Arc<Hosted>, schema: Option<Value>) -> Fallible<(Vec<u32>, Held)> {
-        let hosted = hosted.clone();
+    pub async fn read(mut self, asking: &Asking, schema: Option<Value>) -> Fallible<(Vec<u32>, Held)> {
+        let (hosted, policy) = (asking.hosted.clone(), asking.policy.clone());
         apart(move || {
+            self.messages.iter_mut().try_for_each(|message| message.filter(&policy))?;
             let mut tools = Tool::read(&self.tools.unwrap_or_default())?;
             let choice = Choice::read(&self.tool_choice, &tools)?;
             if choice == Choice::None {
@@ -76,13 +74,10 @@ impl Ask {
 }
 
 /// `POST /v1/chat/completions`.
-pub(super) async fn chat(
-    State(app): State<App>,
-    headers: HeaderMap,
-    Body(body): Body<Chat>,
-) -> Fallible<Response> {
+pub(super) async fn chat(State(app): State<App>, who: Who, Body(body): Body<Chat>) -> Fallible<Response> {
     let Chat { ask, options } = body;
     let hosted = app.model(options.model.as_deref())?;
-    let (tokens, held) = ask.read(&hosted, options.schema()).await?;
-    answer(&app, hosted, tenant(&headers), Form::Chat, options, vec![tokens], vec![String::new()], held).await
+    let asking = Asking::new(&app, who, &hosted, "/v1/chat/completions")?;
+    let (tokens, held) = ask.read(&asking, options.schema()).await?;
+    answer(&app, asking, Form::Chat, options, vec![tokens], vec![String::new()], held).await
 }

@@ -1,5 +1,7 @@
 //! `/v1/embeddings`.
 
+use std::time::Instant;
+
 use axum::Json;
 use axum::extract::State;
 use base64::Engine;
@@ -10,7 +12,10 @@ use serde_json::{Value, json};
 
 use super::error::{Failure, Fallible};
 use super::generate::Prompt;
+use super::who::Who;
 use super::{App, Body, apart};
+use crate::access::Scope;
+use crate::engine::Refused;
 
 /// Maximum texts of a request.
 const MAX_TEXTS: usize = 2048;
@@ -33,9 +38,11 @@ enum Encoding {
 /// `POST /v1/embeddings`.
 pub(super) async fn embeddings(
     State(app): State<App>,
+    who: Who,
     Body(body): Body<Embeddings>,
 ) -> Fallible<Json<Value>> {
     let encoder = app.encoder(body.model.as_deref())?;
+    let admission = who.admit(Scope::Embed, encoder.name())?;
     let dimension = encoder.dimension();
     if let Some(got) = body.dimensions.filter(|got| *got != dimension) {
         return Err(Failure::field(
@@ -61,8 +68,15 @@ pub(super) async fn embeddings(
     })
     .await?;
     let tokens: usize = texts.iter().map(Vec::len).sum();
+    let bill = who.bill("/v1/embeddings", &admission, true);
+    app.shared.host.books.check().await.map_err(|_| Refused::Ledger)?;
+    let began = Instant::now();
     let vectors =
         encoder.submit(texts)?.await.map_err(|_| Failure::internal("the encoder has stopped"))??;
+    let receipt = encoder.receipt(&bill, tokens, began.elapsed());
+    let is_recorded = app.shared.host.books.receipt(&receipt).await;
+    admission.charge(&receipt);
+    app.shared.host.metrics.ended(&receipt);
     let written = |vector: &Vec<f32>| match body.encoding_format {
         Some(Encoding::Base64) => {
             let bytes: Vec<u8> = vector.iter().flat_map(|x| x.to_le_bytes()).collect();
@@ -76,5 +90,8 @@ pub(super) async fn embeddings(
         .map(|(index, vector)| json!({ "object": "embedding", "index": index, "embedding": written(vector) }))
         .collect();
     let usage = json!({ "prompt_tokens": tokens, "total_tokens": tokens });
-    Ok(Json(json!({ "object": "list", "data": data, "model": encoder.name(), "usage": usage })))
+    let halite = json!({ "recorded": is_recorded, "receipts": [receipt] });
+    Ok(Json(json!({
+        "object": "list", "data": data, "model": encoder.name(), "usage": usage, "halite": halite,
+    })))
 }

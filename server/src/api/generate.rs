@@ -8,7 +8,7 @@ use std::task::{Context, Poll};
 
 use axum::Json;
 use axum::extract::State;
-use axum::http::{HeaderMap, header};
+use axum::http::{HeaderValue, StatusCode};
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use halite::Tokenizer;
@@ -22,8 +22,11 @@ use serde_json::{Map, Value, json};
 use super::error::{Failure, Fallible};
 use super::messages::Reading;
 use super::voice::Voice;
+use super::who::Who;
 use super::{App, Body, apart, now};
-use crate::model::{Hosted, Job, Outcome, Part, Progress, Running};
+use crate::access::{Admission, Policy, ResponseForm, Scope};
+use crate::ledger::{Amount, Receipt};
+use crate::model::{Hosted, Job, Outcome, Progress, Running};
 
 /// Maximum texts that one request may ask for.
 const MAX_CHOICES: u32 = 16;
@@ -98,6 +101,21 @@ pub(super) enum Prompt {
 }
 
 impl Prompt {
+    /// The texts after the rules on prompts. Tokens are decoded by whoever has rules on them.
+    fn filtered(self, policy: &Policy) -> Fallible<Prompt> {
+        Ok(match self {
+            Prompt::Text(text) => Prompt::Text(policy.input(&text)?),
+            Prompt::Texts(texts) => {
+                Prompt::Texts(texts.iter().map(|text| policy.input(text)).collect::<Result<_, _>>()?)
+            }
+            tokens if policy.has_input_rules() => {
+                drop(tokens);
+                return Err(Failure::field("prompt", "expected texts, to which rules apply; got tokens"));
+            }
+            tokens => tokens,
+        })
+    }
+
     /// The tokens of each text.
     pub fn tokens(self, tokenizer: &Tokenizer, options: EncodeOptions) -> Fallible<Vec<Vec<u32>>> {
         let encode = |text: String| tokenizer.encode(&text, options);
@@ -126,6 +144,13 @@ pub(super) struct Held {
     /// Of chats.
     pub reading: Option<Reading>,
     pub rule: Option<Rule>,
+}
+
+impl Held {
+    /// Whether the answer may have calls.
+    pub fn has_calls(&self) -> bool {
+        self.reading.as_ref().is_some_and(|reading| reading.format.is_some())
+    }
 }
 
 impl Options {
@@ -230,6 +255,16 @@ impl Options {
         Ok(count)
     }
 
+    /// The form of the answer.
+    pub fn response_form(&self, held: &Held) -> ResponseForm {
+        match &self.response_format {
+            _ if held.has_calls() => ResponseForm::ToolCalls,
+            None | Some(ResponseFormat::Text) => ResponseForm::Text,
+            Some(ResponseFormat::JsonObject) => ResponseForm::JsonObject,
+            Some(ResponseFormat::JsonSchema { .. }) => ResponseForm::JsonSchema,
+        }
+    }
+
     /// The schema that the text must follow.
     pub fn schema(&self) -> Option<Value> {
         match &self.response_format {
@@ -278,12 +313,13 @@ pub(super) struct Usage {
     prompt: usize,
     cached: usize,
     completion: usize,
-    parts: Vec<Part>,
+    receipts: Vec<Receipt>,
     is_inexact: bool,
+    is_unrecorded: bool,
 }
 
 impl Usage {
-    fn add(&mut self, outcome: Outcome, is_first_of_prompt: bool) {
+    pub fn add(&mut self, outcome: Outcome, is_first_of_prompt: bool) {
         let generation = &outcome.generation;
         if is_first_of_prompt {
             self.prompt += generation.prompt_tokens.len();
@@ -291,7 +327,8 @@ impl Usage {
         }
         self.completion += generation.tokens.len();
         self.is_inexact |= !outcome.is_exact;
-        self.parts.extend(outcome.parts);
+        self.is_unrecorded |= !outcome.is_recorded;
+        self.receipts.push(outcome.receipt);
     }
 
     fn json(&self) -> Value {
@@ -301,10 +338,14 @@ impl Usage {
         })
     }
 
-    /// Where the texts ran.
-    fn devices(&self) -> Value {
-        let part = |part: &Part| json!({ "device": part.device, "tokens": part.tokens, "device_us": part.time.as_micros() as u64 });
-        json!({ "parts": self.parts.iter().map(part).collect::<Vec<_>>(), "exact": !self.is_inexact })
+    /// What the texts took, and where they ran.
+    pub fn receipts(&self) -> Value {
+        let cost = Amount { nano: self.receipts.iter().map(|receipt| receipt.cost_nano).sum() };
+        let currency = self.receipts.first().map(|receipt| &receipt.currency);
+        json!({
+            "exact": !self.is_inexact, "recorded": !self.is_unrecorded, "cost": cost, "currency": currency,
+            "receipts": self.receipts,
+        })
     }
 }
 
@@ -329,14 +370,16 @@ impl Answer {
 /// `POST /v1/completions`.
 pub(super) async fn completions(
     State(app): State<App>,
-    headers: HeaderMap,
+    who: Who,
     Body(body): Body<Completion>,
 ) -> Fallible<Response> {
     let Completion { prompt, echo, options } = body;
     let hosted = app.model(options.model.as_deref())?;
+    let asking = Asking::new(&app, who, &hosted, "/v1/completions")?;
+    let policy = app.shared.policy.clone();
     let tokenizer = hosted.tokenizer().clone();
     let (prompts, echoed) = apart(move || {
-        let prompts = prompt.tokens(&tokenizer, EncodeOptions::default())?;
+        let prompts = prompt.filtered(&policy)?.tokens(&tokenizer, EncodeOptions::default())?;
         let echoed = |tokens: &Vec<u32>| {
             if echo == Some(true) { tokenizer.decode(tokens, false) } else { String::new() }
         };
@@ -346,23 +389,13 @@ pub(super) async fn completions(
     .await?;
     let rule = options.schema().map(|schema| Rule::JsonSchema(schema.to_string()));
     let held = Held { reading: None, rule };
-    answer(&app, hosted, tenant(&headers), Form::Completion, options, prompts, echoed, held).await
-}
-
-/// Who shares KV pages: requests with the same authorization.
-pub(super) fn tenant(headers: &HeaderMap) -> u64 {
-    use std::hash::{DefaultHasher, Hash, Hasher};
-    let mut hasher = DefaultHasher::new();
-    headers.get(header::AUTHORIZATION).map(|value| value.as_bytes()).hash(&mut hasher);
-    hasher.finish()
+    answer(&app, asking, Form::Completion, options, prompts, echoed, held).await
 }
 
 /// Runs the prompts, and answers as a whole or as a stream.
-#[allow(clippy::too_many_arguments, reason = "what a request is made of")]
 pub(super) async fn answer(
     app: &App,
-    hosted: Arc<Hosted>,
-    tenant: u64,
+    asking: Asking,
     form: Form,
     options: Options,
     prompts: Vec<Vec<u32>>,
@@ -370,23 +403,25 @@ pub(super) async fn answer(
     held: Held,
 ) -> Fallible<Response> {
     options.check()?;
+    asking.allows(options.response_form(&held))?;
+    let hosted = &asking.hosted;
     let n = options.n.unwrap_or(1);
     let most = hosted.most().min(MAX_CHOICES as usize);
     if n == 0 || (n as usize).saturating_mul(prompts.len()) > most || prompts.is_empty() {
         let got = format!("{n} for each of {} prompts", prompts.len());
         return Err(Failure::field("n", format!("expected 1 to {most} texts in all, got {got}")));
     }
-    prompts.iter().try_for_each(|prompt| fits(&hosted, prompt))?;
+    prompts.iter().try_for_each(|prompt| fits(hosted, prompt))?;
     let reading = held.reading;
     let mut texts = Vec::new();
     for prompt in &prompts {
         for choice in 0..n {
-            texts.push(submit(&hosted, tenant, form, &options, prompt, choice, &held).await?);
+            texts.push(submit(&asking, form, &options, prompt, choice, &held).await?);
         }
     }
     let prefix = if form == Form::Chat { "chatcmpl" } else { "cmpl" };
-    let voices = (0..texts.len()).map(|index| Voice::new(index, &hosted, reading)).collect::<Vec<_>>();
-    let answer = Answer { form, id: app.id(prefix), created: now(), hosted, n: n as usize };
+    let voices = (0..texts.len()).map(|index| Voice::new(index, hosted, reading)).collect::<Vec<_>>();
+    let answer = Answer { form, id: app.id(prefix), created: now(), hosted: hosted.clone(), n: n as usize };
     if options.stream == Some(true) {
         let include_usage = options.stream_options.is_some_and(|options| options.include_usage == Some(true));
         let stream = Pieces::new(answer, texts, voices, echoed, include_usage).await?;
@@ -408,14 +443,44 @@ pub(super) async fn answer(
                 None => return Err(ended()),
             }
         };
-        let finish = outcome.generation.finish;
-        choices.push(voice.whole(&text, &logprobs, finish));
+        choices.push(voice.whole(&text, &logprobs, &outcome));
         usage.add(*outcome, index.is_multiple_of(answer.n));
     }
     let mut body = answer.json(false, choices);
     body["usage"] = usage.json();
-    body["halite"] = usage.devices();
-    Ok(Json(body).into_response())
+    body["halite"] = usage.receipts();
+    let receipts = body["halite"].to_string();
+    let mut response = Json(body).into_response();
+    if let Ok(value) = HeaderValue::from_str(&receipts) {
+        response.headers_mut().insert("x-halite-receipts", value);
+    }
+    Ok(response)
+}
+
+/// A request that may be answered: who asks which model.
+pub(super) struct Asking {
+    pub who: Who,
+    pub hosted: Arc<Hosted>,
+    pub admission: Arc<Admission>,
+    pub policy: Arc<Policy>,
+    pub endpoint: &'static str,
+}
+
+impl Asking {
+    /// Checks that the client may ask this model, and counts the request.
+    pub fn new(app: &App, who: Who, hosted: &Arc<Hosted>, endpoint: &'static str) -> Fallible<Asking> {
+        let admission = who.admit(Scope::Generate, hosted.name())?;
+        Ok(Asking { who, hosted: hosted.clone(), admission, policy: app.shared.policy.clone(), endpoint })
+    }
+
+    /// Checks that answers may have a form.
+    pub fn allows(&self, form: ResponseForm) -> Fallible<()> {
+        match self.policy.allows(form) {
+            true => Ok(()),
+            false => Err(Failure::request("the server's policy does not allow this form of answers")
+                .status(StatusCode::FORBIDDEN)),
+        }
+    }
 }
 
 /// A request that ended without a result.
@@ -431,8 +496,7 @@ pub(super) fn fits(hosted: &Hosted, prompt: &[u32]) -> Fallible<()> {
 
 /// Begins a text.
 pub(super) async fn submit(
-    hosted: &Arc<Hosted>,
-    tenant: u64,
+    asking: &Asking,
     form: Form,
     options: &Options,
     prompt: &[u32],
@@ -440,9 +504,20 @@ pub(super) async fn submit(
     held: &Held,
 ) -> Fallible<Running> {
     let control = held.reading.as_ref().map_or(&[][..], Reading::control);
-    let options = options.generate(form, hosted, prompt.len(), choice)?.special(!control.is_empty());
-    let rule = held.rule.clone().map(|rule| (rule, control));
-    Ok(hosted.submit(Job { prompt: prompt.into(), options, rule, tenant, priority: 0 }).await?)
+    let Asking { who, hosted, admission, policy, endpoint } = asking;
+    let mut options = options.generate(form, hosted, prompt.len(), choice)?.special(!control.is_empty());
+    let client = admission.client().config();
+    options.max_tokens = policy.output_tokens(options.max_tokens, client.max_output_tokens);
+    let job = Job {
+        prompt: prompt.into(),
+        options,
+        rule: held.rule.clone().map(|rule| (rule, control)),
+        tenant: who.tenant,
+        priority: client.priority.into(),
+        bill: who.bill(endpoint, admission, choice == 0),
+        filter: policy.output(),
+    };
+    Ok(hosted.submit(job).await?)
 }
 
 /// An answer as server-sent events.
@@ -510,7 +585,7 @@ impl Pieces {
                 choices.into_iter().for_each(|choice| self.choice(choice));
             }
             Progress::Done(outcome) => {
-                let choices = self.voices[index].end(outcome.generation.finish);
+                let choices = self.voices[index].end(&outcome);
                 self.usage.add(*outcome, index.is_multiple_of(self.answer.n));
                 choices.into_iter().for_each(|choice| self.choice(choice));
                 self.texts[index] = None;
@@ -534,7 +609,7 @@ impl Pieces {
         if self.include_usage && !self.texts.is_empty() {
             let mut body = self.answer.json(true, Vec::new());
             body["usage"] = self.usage.json();
-            body["halite"] = self.usage.devices();
+            body["halite"] = self.usage.receipts();
             self.push(&body);
         }
         self.ready.push_back(Event::default().data("[DONE]"));

@@ -7,6 +7,7 @@ use serde_json::{Map, Value, json};
 
 use super::error::{Failure, Fallible};
 use super::tools::{Format, GENERIC, HARMONY, Thinking, Tool, description, detect, written};
+use crate::access::Policy;
 use crate::model::Hosted;
 
 /// A message of a chat.
@@ -86,6 +87,20 @@ impl Message {
         let content = Some(Content::Text(text));
         let (reasoning_content, tool_calls, tool_call_id, name) = Default::default();
         Message { role: role.into(), content, reasoning_content, tool_calls, tool_call_id, name }
+    }
+
+    /// Applies the rules on prompts.
+    pub fn filter(&mut self, policy: &Policy) -> Fallible<()> {
+        match &mut self.content {
+            None => {}
+            Some(Content::Text(text)) => *text = policy.input(text)?,
+            Some(Content::Parts(parts)) => {
+                for text in parts.iter_mut().filter_map(|part| part.text.as_mut()) {
+                    *text = policy.input(text)?;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// The text of the message.

@@ -12,6 +12,7 @@ mod responses;
 mod texts;
 mod tools;
 mod voice;
+mod who;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -31,6 +32,7 @@ use crate::embedder::Encoder;
 use crate::model::Hosted;
 use crate::registry::Registry;
 use error::{Failure, Fallible};
+use who::Who;
 
 /// Maximum bytes of a request's body.
 const MAX_BODY: usize = 32 << 20;
@@ -115,6 +117,15 @@ async fn apart<T: Send + 'static>(work: impl FnOnce() -> Fallible<T> + Send + 's
         .unwrap_or_else(|_| Err(Failure::internal("the request failed inside")))
 }
 
+/// The name of a request.
+#[derive(Clone)]
+struct RequestName(String);
+
+/// Milliseconds since 1970.
+fn now_ms() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
+}
+
 /// Seconds since 1970.
 fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
@@ -133,6 +144,7 @@ pub(crate) fn router(shared: &Arc<Shared>) -> Router {
         .route("/tokenize", post(texts::tokenize))
         .route("/detokenize", post(texts::detokenize))
         .route("/apply-template", post(texts::apply_template))
+        .route("/v1/usage", get(admin::usage))
         .route("/metrics", get(admin::metrics))
         .route("/admin/status", get(admin::status))
         .route("/admin/reload", post(admin::reload))
@@ -152,8 +164,9 @@ pub(crate) fn router(shared: &Arc<Shared>) -> Router {
 }
 
 /// Gives each answer the id of its request.
-async fn name_request(State(app): State<App>, request: Request, next: Next) -> Response {
+async fn name_request(State(app): State<App>, mut request: Request, next: Next) -> Response {
     let id = app.id("req");
+    request.extensions_mut().insert(RequestName(id.clone()));
     let mut response = next.run(request).await;
     if let Ok(value) = HeaderValue::from_str(&id) {
         response.headers_mut().insert("x-request-id", value);
@@ -187,7 +200,8 @@ fn described(hosted: &Hosted, created: u64) -> Value {
         "id": hosted.name(), "object": "model", "created": created, "owned_by": "halite",
         "meta": {
             "architecture": hparams.architecture, "context_length": hosted.positions(), "vocab_size": hparams.vocab_size,
-            "chat": hosted.template().is_some(),
+            "chat": hosted.template().is_some(), "sha256": hosted.sha256(),
+            "license": hosted.model().gguf().optional_str("general.license").ok().flatten(),
         },
     })
 }
@@ -204,18 +218,23 @@ fn described_encoder(encoder: &Encoder, created: u64) -> Value {
     })
 }
 
-async fn models(State(app): State<App>) -> Json<Value> {
+async fn models(State(app): State<App>, who: Who) -> Json<Value> {
     let registry = app.shared.registry();
-    let models = registry.models().map(|hosted| described(hosted, app.started));
-    let encoders = registry.encoders().map(|encoder| described_encoder(encoder, app.started));
+    let may_use = |name: &str| who.may_use(name).is_ok();
+    let models = registry.models().filter(|hosted| may_use(hosted.name()));
+    let models = models.map(|hosted| described(hosted, app.started));
+    let encoders = registry.encoders().filter(|encoder| may_use(encoder.name()));
+    let encoders = encoders.map(|encoder| described_encoder(encoder, app.started));
     let data: Vec<Value> = models.chain(encoders).collect();
     Json(json!({ "object": "list", "data": data }))
 }
 
 async fn model(
     State(app): State<App>,
+    who: Who,
     axum::extract::Path(name): axum::extract::Path<String>,
 ) -> Fallible<Json<Value>> {
+    who.may_use(&name)?;
     if let Some(encoder) = app.shared.registry().encoder(Some(&name)) {
         return Ok(Json(described_encoder(encoder, app.started)));
     }

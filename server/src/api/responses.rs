@@ -7,21 +7,22 @@ use std::task::{Context, Poll};
 
 use axum::Json;
 use axum::extract::State;
-use axum::http::HeaderMap;
 use axum::response::sse::{Event as Sent, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
-use halite::generate::{Finish, Generation};
+use halite::generate::Finish;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::chat::Ask;
 use super::error::{Failure, Fallible};
-use super::generate::{Form, Options, ended, fits, submit, tenant};
+use super::generate::{Asking, Form, Options, Usage, ended, fits, submit};
 use super::messages::{Call, Content, Function, Message};
 use super::parse::{Event, Parser};
 use super::tools::call_id;
+use super::who::Who;
 use super::{App, Body, now};
-use crate::model::{Progress, Running};
+use crate::access::ResponseForm;
+use crate::model::{Outcome, Progress, Running};
 
 #[derive(Deserialize)]
 pub(super) struct Asked {
@@ -130,7 +131,7 @@ fn schema(text: &Value) -> Fallible<Option<Value>> {
 /// `POST /v1/responses`.
 pub(super) async fn responses(
     State(app): State<App>,
-    headers: HeaderMap,
+    who: Who,
     Body(body): Body<Asked>,
 ) -> Fallible<Response> {
     let needs_state = [
@@ -146,6 +147,7 @@ pub(super) async fn responses(
     options.check()?;
     options.max_tokens = body.max_output_tokens.or(options.max_tokens);
     let hosted = app.model(options.model.as_deref())?;
+    let asking = Asking::new(&app, who, &hosted, "/v1/responses")?;
     let base = json!({
         "id": app.id("resp"), "object": "response", "created_at": now(), "status": "in_progress", "model": hosted.name(),
         "output": [], "error": null, "incomplete_details": null, "instructions": body.instructions, "metadata": {},
@@ -160,9 +162,15 @@ pub(super) async fn responses(
         parallel_tool_calls: body.parallel_tool_calls,
         chat_template_kwargs: None,
     };
-    let (tokens, held) = ask.read(&hosted, schema(&body.text)?).await?;
+    let schema = schema(&body.text)?;
+    let (tokens, held) = ask.read(&asking, schema.clone()).await?;
+    asking.allows(match () {
+        () if held.has_calls() => ResponseForm::ToolCalls,
+        () if schema.is_some() => ResponseForm::JsonSchema,
+        () => ResponseForm::Text,
+    })?;
     fits(&hosted, &tokens)?;
-    let mut running = submit(&hosted, tenant(&headers), Form::Chat, &options, &tokens, 0, &held).await?;
+    let mut running = submit(&asking, Form::Chat, &options, &tokens, 0, &held).await?;
     let reading = held.reading.ok_or_else(|| Failure::internal("a chat has no form"))?;
     let mut writer = Writer::new(base, reading.parser());
     // The first update decides whether there is an answer.
@@ -252,7 +260,7 @@ impl Writer {
                 let events = self.parser.push(&text);
                 events.into_iter().for_each(|event| self.event(event));
             }
-            Progress::Done(outcome) => self.done(&outcome.generation),
+            Progress::Done(outcome) => self.done(*outcome),
             Progress::Failed(failed) => self.fail(&failed.into()),
         }
     }
@@ -325,15 +333,17 @@ impl Writer {
         self.output.push(item);
     }
 
-    fn done(&mut self, generation: &Generation) {
+    fn done(&mut self, outcome: Outcome) {
+        let generation = &outcome.generation;
         let events = self.parser.finish();
         events.into_iter().for_each(|event| self.event(event));
-        let is_cut = matches!(generation.finish, Finish::Length | Finish::ContextFull);
+        let is_cut = outcome.is_denied || matches!(generation.finish, Finish::Length | Finish::ContextFull);
         let status = if is_cut { "incomplete" } else { "completed" };
         self.close(status);
         self.response["status"] = status.into();
         if is_cut {
-            self.response["incomplete_details"] = json!({ "reason": "max_output_tokens" });
+            self.response["incomplete_details"] =
+                json!({ "reason": if outcome.is_denied { "content_filter" } else { "max_output_tokens" } });
         }
         self.response["output"] = std::mem::take(&mut self.output).into();
         let (input, output) = (generation.prompt_tokens.len(), generation.tokens.len());
@@ -341,6 +351,9 @@ impl Writer {
             "input_tokens": input, "input_tokens_details": { "cached_tokens": generation.reused_tokens },
             "output_tokens": output, "output_tokens_details": { "reasoning_tokens": 0 }, "total_tokens": input + output,
         });
+        let mut usage = Usage::default();
+        usage.add(outcome, true);
+        self.response["halite"] = usage.receipts();
         self.send(&format!("response.{status}"), json!({ "response": self.response }));
         self.is_done = true;
     }

@@ -9,6 +9,7 @@ use serde_json::{Map, Value, json};
 use super::error::Fallible;
 use super::messages::{Message, prompt_of};
 use super::tools::Tool;
+use super::who::Who;
 use super::{App, Body, apart};
 
 #[derive(Deserialize)]
@@ -22,8 +23,13 @@ pub(super) struct Text {
 }
 
 /// `POST /tokenize`: `{ "tokens": [...] }`.
-pub(super) async fn tokenize(State(app): State<App>, Body(text): Body<Text>) -> Fallible<Json<Value>> {
+pub(super) async fn tokenize(
+    State(app): State<App>,
+    who: Who,
+    Body(text): Body<Text>,
+) -> Fallible<Json<Value>> {
     let hosted = app.model(text.model.as_deref())?;
+    who.may_use(hosted.name())?;
     let options = EncodeOptions::default().add_special(text.add_special);
     let tokenizer = hosted.tokenizer().clone();
     let tokens = apart(move || Ok(tokenizer.encode(&text.content, options))).await?;
@@ -37,8 +43,13 @@ pub(super) struct Tokens {
 }
 
 /// `POST /detokenize`: `{ "content": "..." }`.
-pub(super) async fn detokenize(State(app): State<App>, Body(tokens): Body<Tokens>) -> Fallible<Json<Value>> {
+pub(super) async fn detokenize(
+    State(app): State<App>,
+    who: Who,
+    Body(tokens): Body<Tokens>,
+) -> Fallible<Json<Value>> {
     let hosted = app.model(tokens.model.as_deref())?;
+    who.may_use(hosted.name())?;
     let tokenizer = hosted.tokenizer().clone();
     let content = apart(move || {
         tokenizer.check(&tokens.tokens)?;
@@ -58,9 +69,11 @@ pub(super) struct Messages {
 /// `POST /apply-template`: `{ "prompt": "..." }`.
 pub(super) async fn apply_template(
     State(app): State<App>,
+    who: Who,
     Body(chat): Body<Messages>,
 ) -> Fallible<Json<Value>> {
     let hosted = app.model(chat.model.as_deref())?;
+    who.may_use(hosted.name())?;
     let prompt = apart(move || {
         let tools = Tool::read(&chat.tools.unwrap_or_default())?;
         let variables = chat.chat_template_kwargs.unwrap_or_default();

@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 use super::messages::Reading;
 use super::parse::{Event, Parser, Said};
 use super::tools::call_id;
-use crate::model::Hosted;
+use crate::model::{Hosted, Outcome};
 
 /// One text of an answer.
 #[derive(Debug)]
@@ -37,9 +37,9 @@ impl Voice {
     }
 
     /// The whole text as a choice.
-    pub fn whole(mut self, text: &str, logprobs: &[Logprobs], finish: Finish) -> Value {
+    pub fn whole(mut self, text: &str, logprobs: &[Logprobs], outcome: &Outcome) -> Value {
         let logprobs = self.logprobs(logprobs);
-        let Some(parser) = &mut self.parser else { return self.completion(text, logprobs, Some(finish)) };
+        let Some(parser) = &mut self.parser else { return self.completion(text, logprobs, Some(outcome)) };
         let mut said = Said::default();
         parser.push(text).into_iter().chain(parser.finish()).for_each(|event| said.add(event));
         let content =
@@ -53,7 +53,7 @@ impl Voice {
             let call = |(name, arguments)| json!({ "id": call_id(), "type": "function", "function": { "name": name, "arguments": arguments } });
             message["tool_calls"] = said.calls.into_iter().map(call).collect();
         }
-        let finish = reason(finish, has_calls);
+        let finish = reason(outcome, has_calls);
         json!({ "index": self.index, "logprobs": logprobs, "finish_reason": finish, "message": message })
     }
 
@@ -77,19 +77,19 @@ impl Voice {
     }
 
     /// What is left at the end.
-    pub fn end(&mut self, finish: Finish) -> Vec<Value> {
+    pub fn end(&mut self, outcome: &Outcome) -> Vec<Value> {
         let Some(parser) = &mut self.parser else {
-            return vec![self.completion("", Value::Null, Some(finish))];
+            return vec![self.completion("", Value::Null, Some(outcome))];
         };
         let events = parser.finish();
-        let finish = reason(finish, parser.calls() > 0);
+        let finish = reason(outcome, parser.calls() > 0);
         let mut choices: Vec<Value> = events.into_iter().map(|event| self.event(event)).collect();
         choices.push(self.delta(Map::new(), Some(finish)));
         choices
     }
 
-    fn completion(&self, text: &str, logprobs: Value, finish: Option<Finish>) -> Value {
-        let finish = finish.map(|finish| reason(finish, false));
+    fn completion(&self, text: &str, logprobs: Value, outcome: Option<&Outcome>) -> Value {
+        let finish = outcome.map(|outcome| reason(outcome, false));
         json!({ "index": self.index, "text": text, "logprobs": logprobs, "finish_reason": finish })
     }
 
@@ -154,8 +154,9 @@ impl Voice {
 }
 
 /// Why a text ended.
-fn reason(finish: Finish, has_calls: bool) -> &'static str {
-    match finish {
+fn reason(outcome: &Outcome, has_calls: bool) -> &'static str {
+    match outcome.generation.finish {
+        _ if outcome.is_denied => "content_filter",
         Finish::Length | Finish::ContextFull => "length",
         _ if has_calls => "tool_calls",
         _ => "stop",

@@ -20,7 +20,9 @@ pub struct Amount {
 
 /// A text that is no amount.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("expected a decimal number with at most {DIGITS} digits after the point, below 18446744074, got {0:?}")]
+#[error(
+    "expected a decimal number with at most {DIGITS} digits after the point, below 18446744074, got {0:?}"
+)]
 pub struct NoAmount(String);
 
 impl FromStr for Amount {

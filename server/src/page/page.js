@@ -96,9 +96,9 @@ class Column {
     if (Number.isFinite(speed) && speed > 0) facts.unshift(`${speed.toFixed(1)} tokens/s`);
     if (all) {
       facts.push(`${all.tokens} tokens after ${all.prompt}, ${all.cached} of them cached`);
-      const devices = (all.parts ?? []).map((part) => part.device).join(', then ');
+      const devices = (all.receipts ?? []).flatMap((receipt) => receipt.parts).map((part) => part.replica).join(', then ');
       if (devices) facts.push(`on ${devices}`);
-      if (all.cost) facts.push(`${all.cost} ${all.currency ?? ''}`.trim());
+      if (Number(all.cost)) facts.push(`${all.cost} ${all.currency ?? ''}`.trim());
     }
     this.facts.textContent = facts.join(' · ');
   }

@@ -37,7 +37,7 @@ pub fn with(server: Server, name: &str, slots: u32, queue: usize, template: Opti
 pub const TEMPLATE: &str = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}";
 
 pub fn service(slots: u32, queue: usize) -> Router {
-    let server = with(Server::default(), "austen", slots, queue, None);
+    let server = with(Server::empty().unwrap(), "austen", slots, queue, None);
     with(server, "chat", slots, queue, Some(TEMPLATE)).router()
 }
 

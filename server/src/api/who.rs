@@ -1,0 +1,65 @@
+//! Who asks, and what for.
+
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::Arc;
+
+use axum::extract::FromRequestParts;
+use axum::http::header;
+use axum::http::request::Parts;
+
+use super::error::{Failure, Fallible};
+use super::{App, RequestName, now_ms};
+use crate::access::{Admission, Caller, Scope};
+use crate::model::Bill;
+
+/// Who sent a request.
+pub(super) struct Who {
+    pub caller: Caller,
+    /// The id of the request.
+    request: String,
+    /// Requests of different tenants share no KV pages.
+    pub tenant: u64,
+    started_unix_ms: u64,
+}
+
+impl FromRequestParts<App> for Who {
+    type Rejection = Failure;
+
+    async fn from_request_parts(parts: &mut Parts, app: &App) -> Fallible<Who> {
+        let authorization = parts.headers.get(header::AUTHORIZATION);
+        // A header that is no text is no key.
+        let text = authorization.map(|value| value.to_str().unwrap_or_default());
+        let caller = app.shared.access.check(text)?;
+        let mut hasher = DefaultHasher::new();
+        (caller.client().name(), authorization.map(|value| value.as_bytes())).hash(&mut hasher);
+        let request = parts.extensions.get::<RequestName>().map(|name| name.0.clone()).unwrap_or_default();
+        Ok(Who { caller, request, tenant: hasher.finish(), started_unix_ms: now_ms() })
+    }
+}
+
+/// The name of a model without its adapter, and the adapter's.
+pub(super) fn split(name: &str) -> (&str, Option<&str>) {
+    name.split_once(':').map_or((name, None), |(model, adapter)| (model, Some(adapter)))
+}
+
+impl Who {
+    /// Checks that the client may use a model.
+    pub fn may_use(&self, name: &str) -> Fallible<()> {
+        let (model, adapter) = split(name);
+        self.caller.require_model(model)?;
+        adapter.map_or(Ok(()), |adapter| Ok(self.caller.require_adapter(adapter)?))
+    }
+
+    /// Checks that the client may do this with a model, and counts the request.
+    pub fn admit(&self, scope: Scope, name: &str) -> Fallible<Arc<Admission>> {
+        self.caller.require(scope)?;
+        self.may_use(name)?;
+        Ok(Arc::new(self.caller.admit()?))
+    }
+
+    /// The bill of a text.
+    pub fn bill(&self, endpoint: &'static str, admission: &Arc<Admission>, has_prompt: bool) -> Bill {
+        let (request, admission) = (self.request.clone(), admission.clone());
+        Bill { request, endpoint, admission, started_unix_ms: self.started_unix_ms, has_prompt }
+    }
+}
