@@ -105,8 +105,10 @@ async fn a_text_goes_on_on_another_device() {
         assert_eq!(texts, want.iter().collect::<Vec<_>>(), "{fault:?}");
         assert!(answers.iter().all(|(_, halite)| halite["exact"] == true));
         // A poisoned step is repeated for each request, and is right then.
-        let moved =
-            answers.iter().filter(|(_, halite)| halite["receipts"][0]["parts"].as_array().unwrap().len() > 1).count();
+        let moved = answers
+            .iter()
+            .filter(|(_, halite)| halite["receipts"][0]["parts"].as_array().unwrap().len() > 1)
+            .count();
         assert!((fault == Fault::Poison) == (moved == 0), "{fault:?}: {moved} moved");
         for (_, halite) in &answers {
             let parts = halite["receipts"][0]["parts"].as_array().unwrap();
@@ -179,7 +181,8 @@ async fn requests_are_shared_by_policy() {
         let service = server(both(), policy).router();
         let long = json!({ "prompt": "She", "max_tokens": 60, "ignore_eos": true });
         let answers = all_of(&service, vec![long; 8]).await;
-        let on_a = answers.iter().filter(|(_, halite)| halite["receipts"][0]["parts"][0]["replica"] == "a").count();
+        let on_a =
+            answers.iter().filter(|(_, halite)| halite["receipts"][0]["parts"][0]["replica"] == "a").count();
         match policy {
             // Four slots, then the other's.
             Policy::Order | Policy::Load => assert_eq!(on_a, 4, "{policy:?}"),

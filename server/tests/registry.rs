@@ -156,15 +156,16 @@ async fn models_are_unloaded_for_others_and_the_memory_is_never_exceeded() {
 
 #[tokio::test]
 async fn a_new_configuration_changes_what_it_changes() {
-    let test = Test::new("[[model]]\nname = 'x'\nfile = 'a.gguf'\n[[model]]\nname = 'y'\nfile = 'a.gguf'\n");
+    // Everybody is an operator.
+    const OPERATOR: &str = "[[client]]\nname = 'anonymous'\nscopes = ['generate', 'usage', 'admin']\n";
+    let model = |name: &str| format!("[[model]]\nname = '{name}'\nfile = 'a.gguf'\n");
+    let test = Test::new(&format!("{OPERATOR}{}{}", model("x"), model("y")));
     let server = Server::new(test.clone()).unwrap();
     server.load().await.unwrap();
     let service = server.router();
     assert_eq!(test.opened(), ["cpu", "cpu"]);
-    test.write(
-        "[[model]]\nname = 'x'\nfile = 'a.gguf'\n[[model]]\nname = 'z'\nfile = 'a.gguf'\n\
-         [[model.replica]]\nbackend = 'other'\n",
-    );
+    let replica = "[[model.replica]]\nbackend = 'other'\n";
+    test.write(&format!("{OPERATOR}{}{}{replica}", model("x"), model("z")));
     let (status, answer) = call(&service, "POST", "/admin/reload", &Value::Null).await;
     assert_eq!((status, &answer["names"]), (StatusCode::OK, &json!(["x", "z"])));
     // The same engine.
@@ -173,7 +174,7 @@ async fn a_new_configuration_changes_what_it_changes() {
     assert_eq!(generate(&service, "y").await.0, StatusCode::NOT_FOUND);
     assert_eq!(test.opened(), ["cpu", "cpu", "other"]);
     // What is wrong changes nothing.
-    test.write("[[model]]\nname = 'x'\nfile = 'no such file.gguf'\n");
+    test.write(&format!("{OPERATOR}[[model]]\nname = 'x'\nfile = 'no such file.gguf'\n"));
     let (status, answer) = call(&service, "POST", "/admin/reload", &Value::Null).await;
     assert_eq!(status, StatusCode::BAD_REQUEST, "{answer}");
     assert_eq!(generate(&service, "z").await.0, StatusCode::OK);

@@ -1,0 +1,335 @@
+//! Clients, limits, rules on texts, receipts and the ledger, over HTTP.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use axum::Router;
+use axum::body::{Body, to_bytes};
+use axum::http::{Request, StatusCode};
+use halite::backend::cpu::Cpu;
+use halite::map::Source;
+use halite::{Backend, Error, Model};
+use halite_server::access::Key;
+use halite_server::ledger::{By, Ledger};
+use halite_server::{Config, ConfigError, Machine, ReplicaConfig, Server};
+use serde_json::{Value, json};
+use tower::ServiceExt;
+
+struct Test(tempfile::TempDir);
+
+impl Test {
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+}
+
+impl Machine for Test {
+    fn config(&self) -> Result<Config, ConfigError> {
+        Config::read(&self.path("halite.toml"))
+    }
+
+    fn device(&self, _: &ReplicaConfig) -> Result<Arc<dyn Backend>, Error> {
+        Ok(Arc::new(Cpu::with_threads(1)?))
+    }
+
+    fn builtin(&self) -> Result<Model, Error> {
+        Model::from_source(Source::from_static("built-in", halite_models::AUSTEN))
+    }
+}
+
+/// A server of a configuration, in which `KEY(name)` stands for the hash of a client's key, with the keys.
+fn server(config: &str, clients: &[&str]) -> (Arc<Test>, Server, Vec<String>) {
+    let test = Arc::new(Test(tempfile::tempdir().unwrap()));
+    std::fs::write(test.path("a.gguf"), halite_models::AUSTEN).unwrap();
+    let mut config = config.to_owned();
+    let mut keys = Vec::new();
+    for name in clients {
+        let key = Key::new().unwrap();
+        config = config.replace(&format!("KEY({name})"), &key.sha256);
+        keys.push(key.secret.clone());
+    }
+    std::fs::write(test.path("halite.toml"), config).unwrap();
+    let server = Server::new(test.clone()).unwrap();
+    (test, server, keys)
+}
+
+async fn call(
+    service: &Router,
+    key: Option<&str>,
+    method: &str,
+    path: &str,
+    body: Value,
+) -> (StatusCode, Option<u64>, Value) {
+    let mut request = Request::builder().method(method).uri(path).header("content-type", "application/json");
+    if let Some(key) = key {
+        request = request.header("authorization", format!("Bearer {key}"));
+    }
+    let response =
+        service.clone().oneshot(request.body(Body::from(body.to_string())).unwrap()).await.unwrap();
+    let status = response.status();
+    let retry = response.headers().get("retry-after").map(|value| value.to_str().unwrap().parse().unwrap());
+    let bytes = to_bytes(response.into_body(), 1 << 20).await.unwrap();
+    (status, retry, serde_json::from_slice(&bytes).unwrap_or_else(|_| json!(String::from_utf8_lossy(&bytes))))
+}
+
+fn ask(model: &str, prompt: &str, max_tokens: u32) -> Value {
+    json!({ "model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": true })
+}
+
+#[tokio::test]
+async fn keys_scopes_models_and_limits() {
+    let (_test, server, keys) = server(
+        r#"
+        [[client]]
+        name = "ada"
+        key_sha256 = ["KEY(ada)"]
+        models = ["a"]
+        max_output_tokens = 3
+        [[client]]
+        name = "root"
+        key_sha256 = ["KEY(root)"]
+        adapters = ["*"]
+        scopes = ["generate", "usage", "admin"]
+        [[client]]
+        name = "small"
+        key_sha256 = ["KEY(small)"]
+        tokens_per_day = 5
+        [[client]]
+        name = "slow"
+        key_sha256 = ["KEY(slow)"]
+        requests_per_minute = 1
+        [[model]]
+        name = "a"
+        file = "a.gguf"
+        [[model]]
+        name = "b"
+        file = "a.gguf"
+        "#,
+        &["ada", "root", "small", "slow"],
+    );
+    let service = server.router();
+    let post =
+        async |key: Option<&str>, body: Value| call(&service, key, "POST", "/v1/completions", body).await;
+    let [ada, root, small, slow] = &keys[..] else { unreachable!() };
+    for key in [None, Some("hal_0"), Some("")] {
+        let (status, _, answer) = post(key, ask("a", "She", 1)).await;
+        assert_eq!((status, &answer["error"]["code"]), (StatusCode::UNAUTHORIZED, &json!("invalid_api_key")));
+    }
+    // Fewer tokens than asked for.
+    let (status, _, answer) = post(Some(ada), ask("a", "She", 9)).await;
+    assert_eq!((status, &answer["usage"]["completion_tokens"]), (StatusCode::OK, &json!(3)));
+    let (status, _, answer) = post(Some(ada), ask("b", "She", 1)).await;
+    assert_eq!((status, &answer["error"]["code"]), (StatusCode::FORBIDDEN, &json!("permission_denied")));
+    let (_, _, models) = call(&service, Some(ada), "GET", "/v1/models", Value::Null).await;
+    assert_eq!(models["data"].as_array().unwrap().len(), 1);
+    for (key, want) in [(ada, StatusCode::FORBIDDEN), (root, StatusCode::OK)] {
+        let (status, ..) = call(&service, Some(key), "POST", "/admin/reload", Value::Null).await;
+        assert_eq!(status, want);
+    }
+    // The first request passes the limit, the second one meets it.
+    assert_eq!(post(Some(small), ask("b", "She", 8)).await.0, StatusCode::OK);
+    let (status, retry, answer) = post(Some(small), ask("b", "She", 8)).await;
+    assert_eq!(
+        (status, &answer["error"]["code"]),
+        (StatusCode::TOO_MANY_REQUESTS, &json!("rate_limit_exceeded"))
+    );
+    assert!(retry.unwrap() > 0);
+    assert_eq!(post(Some(slow), ask("a", "She", 1)).await.0, StatusCode::OK);
+    assert_eq!(post(Some(slow), ask("a", "She", 1)).await.0, StatusCode::TOO_MANY_REQUESTS);
+    // What says nothing of anybody needs no key.
+    for path in ["/health/live", "/health/ready", "/metrics", "/"] {
+        assert_eq!(call(&service, None, "GET", path, Value::Null).await.0, StatusCode::OK, "{path}");
+    }
+}
+
+#[tokio::test]
+async fn the_ledger_has_the_receipts_that_clients_are_told() {
+    let config = r#"
+        [ledger]
+        file = "ledger.db"
+        durability = "normal"
+        [[client]]
+        name = "ada"
+        key_sha256 = ["KEY(ada)"]
+        budget = "0.01"
+        [[client]]
+        name = "root"
+        key_sha256 = ["KEY(root)"]
+        scopes = ["generate", "usage", "admin"]
+        [[model]]
+        name = "a"
+        file = "a.gguf"
+        prices = { currency = "EUR", per_million_prompt_tokens = "100", per_million_completion_tokens = 200 }
+    "#;
+    let (test, server, keys) = server(config, &["ada", "root"]);
+    let service = server.router();
+    let [ada, root] = &keys[..] else { unreachable!() };
+    let mut told = Vec::new();
+    let asked: Vec<_> = (0..6)
+        .map(|n| {
+            let (service, key) = (service.clone(), if n % 2 == 0 { ada } else { root }.clone());
+            tokio::spawn(async move {
+                let mut body = ask("a", &format!("{n} ladies"), 4 + n);
+                body["n"] = json!(1 + n % 2);
+                call(&service, Some(&key), "POST", "/v1/completions", body).await
+            })
+        })
+        .collect();
+    for answer in asked {
+        let (status, _, answer) = answer.await.unwrap();
+        assert_eq!(status, StatusCode::OK, "{answer}");
+        assert_eq!(answer["halite"]["recorded"], true);
+        let receipts = answer["halite"]["receipts"].as_array().unwrap().clone();
+        let sum = |field: &str| receipts.iter().map(|receipt| receipt[field].as_u64().unwrap()).sum::<u64>();
+        // What clients know as usage is what they pay for.
+        assert_eq!(answer["usage"]["prompt_tokens"], sum("prompt_tokens"));
+        assert_eq!(answer["usage"]["completion_tokens"], sum("completion_tokens"));
+        assert_eq!(sum("cost_nano"), 100_000 * sum("prompt_tokens") + 200_000 * sum("completion_tokens"));
+        told.extend(receipts);
+    }
+    // Somebody who leaves pays for what was done.
+    let mut body = ask("a", "She", 2000);
+    body["stream"] = json!(true);
+    let request =
+        Request::builder().method("POST").uri("/v1/completions").header("content-type", "application/json");
+    let request = request.header("authorization", format!("Bearer {root}"));
+    let response =
+        service.clone().oneshot(request.body(Body::from(body.to_string())).unwrap()).await.unwrap();
+    drop(response);
+
+    let ledger = Ledger::open_read_only(&test.path("ledger.db")).unwrap();
+    let mut stored = Vec::new();
+    for _ in 0..200 {
+        stored = ledger.receipts(0, 100).unwrap();
+        if stored.len() > told.len() {
+            break;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+    let (left, stored): (Vec<_>, Vec<_>) =
+        stored.into_iter().map(|(_, receipt)| receipt).partition(|receipt| receipt.outcome == "cancelled");
+    assert_eq!(left.len(), 1);
+    assert!(left[0].completion_tokens < 2000);
+    let mut stored: Vec<Value> =
+        stored.iter().map(|receipt| serde_json::to_value(receipt).unwrap()).collect();
+    let key = |receipt: &Value| {
+        (receipt["request"].to_string(), receipt["prompt_tokens"].as_u64(), receipt.to_string())
+    };
+    stored.sort_by_key(key);
+    told.sort_by_key(key);
+    assert_eq!(stored, told);
+    assert_eq!(stored[0]["model_sha256"].as_str().unwrap().len(), 64);
+    ledger.verify(None).unwrap();
+    // Sums of clients: one sees its own, the other all.
+    let cost = |client: &str| {
+        let receipts = stored.iter().filter(|receipt| receipt["client"] == client);
+        receipts.map(|receipt| receipt["cost_nano"].as_u64().unwrap()).sum::<u64>()
+    };
+    let (_, _, own) = call(&service, Some(ada), "GET", "/v1/usage?by=model", Value::Null).await;
+    assert_eq!(own["data"].as_array().unwrap().len(), 1);
+    assert_eq!(own["data"][0]["cost_nano"], cost("ada"));
+    let (_, _, all) = call(&service, Some(root), "GET", "/v1/usage?by=client,day", Value::Null).await;
+    assert_eq!(all["data"].as_array().unwrap().len(), 2);
+    let (status, _, wrong) = call(&service, Some(root), "GET", "/v1/usage?by=colour", Value::Null).await;
+    assert_eq!(status, StatusCode::BAD_REQUEST, "{wrong}");
+    // The budget of 0.01 holds after a restart.
+    let spent = ledger.usage(&[By::Client], None, None).unwrap();
+    assert!(spent.iter().any(|row| row.client.as_deref() == Some("ada")));
+    let more = async |service: &Router| {
+        let mut last = StatusCode::OK;
+        for _ in 0..12 {
+            last = call(service, Some(ada), "POST", "/v1/completions", ask("a", "He", 30)).await.0;
+            if last != StatusCode::OK {
+                break;
+            }
+        }
+        last
+    };
+    assert_eq!(more(&service).await, StatusCode::TOO_MANY_REQUESTS);
+    drop((service, server));
+    let again = Server::new(test.clone()).unwrap().router();
+    let (status, _, answer) = call(&again, Some(ada), "POST", "/v1/completions", ask("a", "He", 1)).await;
+    assert_eq!(
+        (status, &answer["error"]["code"]),
+        (StatusCode::TOO_MANY_REQUESTS, &json!("insufficient_quota"))
+    );
+}
+
+#[tokio::test]
+async fn rules_hold_for_prompts_and_answers() {
+    let (_test, server, _) = server(
+        r#"
+        [policy]
+        max_output_tokens = 20
+        responses = ["text"]
+        [[policy.input]]
+        name = "no secrets"
+        pattern = 'hal_[0-9a-f]{4,64}'
+        action = "deny"
+        [[policy.output]]
+        name = "redacted"
+        pattern = ' the '
+        action = "redact"
+        replacement = " *** "
+        [[policy.output]]
+        name = "ended"
+        pattern = '(was|were|had)'
+        action = "deny"
+        [[model]]
+        name = "a"
+        file = "a.gguf"
+        "#,
+        &[],
+    );
+    let service = server.router();
+    let post = async |body: Value| call(&service, None, "POST", "/v1/completions", body).await;
+    let (status, _, answer) = post(ask("a", "My key is hal_00aa11", 4)).await;
+    assert_eq!(
+        (status, &answer["error"]["code"]),
+        (StatusCode::BAD_REQUEST, &json!("content_policy_violation"))
+    );
+    let (status, _, answer) = post(json!({ "model": "a", "prompt": [1, 2] })).await;
+    assert_eq!(status, StatusCode::BAD_REQUEST, "{answer}");
+    let (mut filtered, mut ended) = (0, 0);
+    for prompt in
+        ["She", "It is a truth universally acknowledged", "Once upon a time", "He said that", "In the house"]
+    {
+        let (status, _, answer) = post(ask("a", prompt, 200)).await;
+        assert_eq!(status, StatusCode::OK, "{answer}");
+        assert!(answer["usage"]["completion_tokens"].as_u64().unwrap() <= 20);
+        let choice = &answer["choices"][0];
+        let text = choice["text"].as_str().unwrap();
+        assert!(!text.contains(" the ") && !text.contains("was") && !text.contains("had"), "{text}");
+        filtered += usize::from(text.contains(" *** "));
+        ended += usize::from(choice["finish_reason"] == "content_filter");
+        // The stream is the same.
+        let mut body = ask("a", prompt, 200);
+        body["stream"] = json!(true);
+        let (_, _, events) = post(body).await;
+        let pieces = events.as_str().unwrap().lines().filter_map(|line| line.strip_prefix("data: {"));
+        let pieces = pieces.map(|json| serde_json::from_str::<Value>(&format!("{{{json}")).unwrap());
+        let streamed: String =
+            pieces.map(|piece| piece["choices"][0]["text"].as_str().unwrap_or_default().to_owned()).collect();
+        assert_eq!(streamed, text);
+    }
+    assert!(filtered > 0 && ended > 0, "{filtered} {ended}");
+    let mut body = ask("a", "She", 9);
+    body["response_format"] = json!({ "type": "json_object" });
+    assert_eq!(post(body).await.0, StatusCode::FORBIDDEN);
+}
+
+#[test]
+fn a_model_that_is_not_the_one_is_refused() {
+    let test = Arc::new(Test(tempfile::tempdir().unwrap()));
+    std::fs::write(test.path("a.gguf"), halite_models::AUSTEN).unwrap();
+    for (config, want) in [
+        (format!("[[model]]\nfile = 'a.gguf'\nsha256 = '{}'", "0".repeat(64)), "SHA-256"),
+        ("[trust]\nrequire_signed = true\n[[model]]\nfile = 'a.gguf'".into(), "sign"),
+        ("[[client]]\nname = ''".into(), "name"),
+        ("[ledger]\nfile = 'a.gguf'".into(), "ledger"),
+    ] {
+        std::fs::write(test.path("halite.toml"), &config).unwrap();
+        let error = Server::new(test.clone()).unwrap_err().to_string();
+        assert!(error.contains(want), "{config}: {error}");
+    }
+}
