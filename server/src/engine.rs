@@ -246,7 +246,7 @@ impl Engine {
     pub fn submit(&self, place: Place, request: Request) -> Ticket {
         let (updates, receiver) = channel::unbounded_channel();
         let is_cancelled = Arc::new(AtomicBool::new(false));
-        let client = Client { request, updates, is_cancelled: is_cancelled.clone(), place: place };
+        let client = Client { request, updates, is_cancelled: is_cancelled.clone(), place };
         if let Some(clients) = &*self.clients() {
             // Without a thread, the ticket's channel closes.
             let _ = clients.send(client);
