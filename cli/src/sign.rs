@@ -3,17 +3,20 @@
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 
+use base64::prelude::{BASE64_STANDARD, Engine};
 use clap::Args;
 use halite::gguf::Gguf;
 use halite::map;
 use halite::output::Replace;
 use halite_server::integrity::{Manifest, Trust, manifest_path, signature_path, verify_model};
-use minisign::{SecretKey, SecretKeyBox};
+use minisign::{PublicKey, SecretKey, SecretKeyBox};
 
 use super::{Failure, interrupt, plain, print, progress};
 
 /// Maximum bytes of a secret key.
 const MAX_KEY_BYTES: u64 = 1 << 14;
+/// Where a secret key says how a password protects it: zeros if none does.
+const KDF: std::ops::Range<usize> = 2..4;
 /// What manifests and signatures begin with.
 const MANIFEST: Replace = Replace::StartingWith(b"{", "a manifest");
 const SIGNATURE: Replace = Replace::StartingWith(b"untrusted comment:", "a signature");
@@ -43,15 +46,20 @@ pub struct VerifyArgs {
 }
 
 fn secret_key(path: &Path) -> Result<SecretKey, Failure> {
-    let wrong = |e: minisign::PError| format!("{}: {e}", path.display());
-    let text = String::from_utf8(map::read(path, MAX_KEY_BYTES)?)
-        .map_err(|e| format!("{}: expected a secret key of minisign: {e}", path.display()))?;
-    let key = || SecretKeyBox::from_string(&text).map_err(wrong);
-    match SecretKey::from_unencrypted_box(key()?) {
-        Ok(key) => Ok(key),
-        Err(_) if std::io::stdin().is_terminal() => Ok(SecretKey::from_box(key()?, None).map_err(wrong)?),
-        Err(e) => Err(format!("{} (on a terminal, the command asks for a password)", wrong(e)).into()),
+    let wrong = |what: String| format!("{}: expected a secret key of minisign: {what}", path.display());
+    let text = String::from_utf8(map::read(path, MAX_KEY_BYTES)?).map_err(|e| wrong(e.to_string()))?;
+    // After a comment, the second line is the key.
+    let key = BASE64_STANDARD.decode(text.lines().nth(1).unwrap_or_default().trim());
+    let key = key.map_err(|e| wrong(e.to_string()))?;
+    // Without a password, the command `minisign` writes no checksum, so the crate's reader of such files refuses them.
+    if key.get(KDF) == Some(&[0, 0]) {
+        return Ok(SecretKey::from_bytes(&key).map_err(|e| wrong(e.to_string()))?);
     }
+    if !std::io::stdin().is_terminal() {
+        return Err(wrong("it has a password, and there is no terminal to ask for it".into()).into());
+    }
+    let key = SecretKeyBox::from_string(&text).and_then(|key| key.into_secret_key(None));
+    Ok(key.map_err(|e| wrong(e.to_string()))?)
 }
 
 pub fn sign(args: &SignArgs) -> Result<(), Failure> {
@@ -69,10 +77,12 @@ pub fn sign(args: &SignArgs) -> Result<(), Failure> {
     bar.finish_and_clear();
     let mut text = serde_json::to_string_pretty(&manifest)?;
     text.push('\n');
+    // With the public key, the signature is checked: a damaged key makes none.
+    let public = PublicKey::from_secret_key(&key)?;
     // The comment is signed, too.
     let comment =
         format!("halite manifest, {} files, {} tensors", manifest.files.len(), manifest.tensors.len());
-    let signature = minisign::sign(None, &key, text.as_bytes(), Some(&comment), None)?;
+    let signature = minisign::sign(Some(&public), &key, text.as_bytes(), Some(&comment), None)?;
     interrupt::write(&path, MANIFEST, &inputs, text.as_bytes())?;
     interrupt::write(&signature_path, SIGNATURE, &inputs, signature.into_string().as_bytes())?;
     print(&format!("{}\n{}\n", plain(&path.to_string_lossy()), plain(&signature_path.to_string_lossy())))

@@ -67,7 +67,7 @@ fn usage_is_summed_up_and_the_ledger_verified() {
 #[test]
 fn a_new_key_is_the_one_whose_hash_is_listed() {
     let shown = text(&["keys", "new", "--client", "ada \"x\""]);
-    let (secret, toml) = shown.split_once("\n\n").unwrap();
+    let (secret, toml) = shown.split_once('\n').unwrap();
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("clients.toml");
     std::fs::write(&path, toml).unwrap();

@@ -12,7 +12,7 @@ use minisign_verify::{PublicKey, Signature};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-/// Maximum bytes of a manifest: some 100 for each of a million tensors.
+/// Maximum bytes of a manifest: some 250 for each of a million tensors.
 const MAX_MANIFEST_BYTES: u64 = 1 << 28;
 /// Maximum bytes of a signature or a public key.
 const MAX_SIGNATURE_BYTES: u64 = 1 << 14;

@@ -340,13 +340,13 @@ impl Hosted {
                         replica.fail(&loaded.engine, &why);
                     }
                 }
-                // Its failure is noted there.
-                None if replica.status().failures > 0 && replica.may_run().is_ok() => {
-                    if replica.engine(&self.opened, &self.host.memory).await.is_ok() {
+                None => {
+                    let has_rested = replica.status().failures > 0 && replica.may_run().is_ok();
+                    // Its failure is noted there.
+                    if has_rested && replica.engine(&self.opened, &self.host.memory).await.is_ok() {
                         replica.succeeded();
                     }
                 }
-                None => {}
             }
         }
     }

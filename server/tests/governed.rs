@@ -207,7 +207,7 @@ async fn the_ledger_has_the_receipts_that_clients_are_told() {
         tokio::time::sleep(std::time::Duration::from_millis(20)).await;
     }
     let (left, stored): (Vec<_>, Vec<_>) =
-        stored.into_iter().map(|(_, receipt)| receipt).partition(|receipt| receipt.outcome == "cancelled");
+        stored.into_iter().map(|stored| stored.content).partition(|receipt| receipt.outcome == "cancelled");
     assert_eq!(left.len(), 1);
     assert!(left[0].completion_tokens < 2000);
     let mut stored: Vec<Value> =

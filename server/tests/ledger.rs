@@ -67,9 +67,9 @@ fn a_killed_process_loses_no_receipt_that_it_confirmed() {
         let stored = ledger.receipts(0, u32::MAX).unwrap();
         assert_eq!(verified.entries, stored.len() as u64);
         let usage = ledger.usage(&[], None, None).unwrap();
-        let sum: u64 = stored.iter().map(|(_, receipt)| receipt.completion_tokens).sum();
+        let sum: u64 = stored.iter().map(|stored| stored.content.completion_tokens).sum();
         assert_eq!((usage[0].requests, usage[0].completion_tokens), (verified.entries, sum));
-        let stored: BTreeSet<_> = stored.iter().map(|(seq, r)| (*seq, r.completion_tokens)).collect();
+        let stored: BTreeSet<_> = stored.iter().map(|s| (s.seq, s.content.completion_tokens)).collect();
         assert!(confirmed.is_subset(&stored));
     }
 }

@@ -40,7 +40,7 @@ pub struct RuleConfig {
     pub pattern: String,
     /// What happens to a match.
     pub action: Action,
-    /// The text instead of a match that is redacted [default: [redacted]].
+    /// The text instead of a match that is redacted [default: `[redacted]`].
     #[serde(default = "replacement")]
     pub replacement: String,
     /// Bytes of the longest match, for patterns that do not bound it.

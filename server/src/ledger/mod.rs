@@ -18,13 +18,13 @@ mod writer;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use serde::Serialize;
-use serde_json::{Value, json};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 pub use amount::{Amount, NoAmount};
 pub use chain::Verified;
 pub use receipt::{EnergySource, Implausible, Part, Prices, Receipt};
-pub use store::{Durability, Ledger};
+pub use store::{Durability, Ledger, Stored};
 pub use usage::{By, Usage};
 pub use writer::Writer;
 
@@ -112,6 +112,17 @@ impl Kind {
     }
 }
 
+/// Something that happened to the server.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct AuditEvent {
+    /// Who did it: a client's name, or `server`.
+    pub who: String,
+    /// What was done: `clients.reload`.
+    pub what: String,
+    /// More about it.
+    pub detail: Value,
+}
+
 /// What is added to a ledger: a kind, and JSON, which is stored and hashed as it is here.
 #[derive(Debug, Clone)]
 pub struct Entry {
@@ -129,12 +140,13 @@ impl Entry {
         Entry::new(Kind::Receipt, receipt)
     }
 
-    /// An event: somebody (a client's name, or `server`) did something (`clients.reload`).
+    /// An audit event, as the fields of [`AuditEvent`].
     ///
     /// # Errors
     /// [`LedgerError::TooLong`].
     pub fn audit(who: &str, what: &str, detail: &Value) -> Result<Entry, LedgerError> {
-        Entry::new(Kind::Audit, &json!({ "client": who, "what": what, "detail": detail }))
+        let event = AuditEvent { who: who.to_owned(), what: what.to_owned(), detail: detail.clone() };
+        Entry::new(Kind::Audit, &event)
     }
 
     fn new(kind: Kind, body: &impl Serialize) -> Result<Entry, LedgerError> {

@@ -3,7 +3,7 @@ CREATE TABLE entries (
     seq INTEGER PRIMARY KEY,
     unix_ms INTEGER NOT NULL,
     kind TEXT NOT NULL,
-    client TEXT AS (body ->> 'client'),
+    client TEXT AS (coalesce(body ->> 'client', body ->> 'who')),
     model TEXT AS (body ->> 'model'),
     body TEXT NOT NULL CHECK (json_valid(body)),
     hash BLOB NOT NULL CHECK (length(hash) = 32)

@@ -5,9 +5,10 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rusqlite::config::DbConfig;
 use rusqlite::{Connection, OpenFlags, OptionalExtension, Transaction, TransactionBehavior, params};
+use serde::de::DeserializeOwned;
 
 use super::chain::{Hash, START, hash};
-use super::{Entry, LedgerError, Receipt, sqlite};
+use super::{AuditEvent, Entry, Kind, LedgerError, Receipt, sqlite};
 
 /// What SQLite's header says a file is: `HALI`.
 const APPLICATION_ID: i64 = 0x4841_4c49;
@@ -30,6 +31,17 @@ pub enum Durability {
     /// The drive is synced now and then: a transaction survives the end of the process, and a power cut may lose the newest ones. What
     /// remains is whole.
     Normal,
+}
+
+/// An entry of a ledger.
+#[derive(Debug, Clone, PartialEq, serde::Serialize)]
+pub struct Stored<T> {
+    /// Its number.
+    pub seq: i64,
+    /// When it was written, in milliseconds since 1970.
+    pub unix_ms: i64,
+    /// A [`Receipt`] or an [`AuditEvent`].
+    pub content: T,
 }
 
 /// A ledger's file. Several processes may have one open.
@@ -173,22 +185,41 @@ impl Ledger {
         add().map_err(sqlite(&self.path, "writing"))
     }
 
-    /// The receipts with these numbers or later ones, at most so many, with their numbers.
+    /// The receipts with this number or later ones, at most so many.
     ///
     /// # Errors
     /// [`LedgerError::Sqlite`], [`LedgerError::Malformed`].
-    pub fn receipts(&self, from_seq: i64, most: u32) -> Result<Vec<(i64, Receipt)>, LedgerError> {
+    pub fn receipts(&self, from_seq: i64, most: u32) -> Result<Vec<Stored<Receipt>>, LedgerError> {
+        self.stored(Kind::Receipt, from_seq, most)
+    }
+
+    /// The audit events with this number or later ones, at most so many.
+    ///
+    /// # Errors
+    /// [`LedgerError::Sqlite`], [`LedgerError::Malformed`].
+    pub fn events(&self, from_seq: i64, most: u32) -> Result<Vec<Stored<AuditEvent>>, LedgerError> {
+        self.stored(Kind::Audit, from_seq, most)
+    }
+
+    fn stored<T: DeserializeOwned>(
+        &self,
+        kind: Kind,
+        from_seq: i64,
+        most: u32,
+    ) -> Result<Vec<Stored<T>>, LedgerError> {
         let read = || {
             let sql =
-                "SELECT seq, body FROM entries WHERE kind = 'receipt' AND seq >= ? ORDER BY seq LIMIT ?";
+                "SELECT seq, unix_ms, body FROM entries WHERE kind = ? AND seq >= ? ORDER BY seq LIMIT ?";
             let mut select = self.connection.prepare(sql)?;
-            let rows = select
-                .query_map(params![from_seq, most], |row| Ok((row.get(0)?, row.get::<_, String>(1)?)))?;
-            rows.collect::<Result<Vec<_>, _>>()
+            let rows = select.query_map(params![kind.name(), from_seq, most], |row| {
+                Ok((row.get(0)?, row.get(1)?, row.get(2)?))
+            })?;
+            rows.collect::<Result<Vec<(i64, i64, String)>, _>>()
         };
-        let parse = |(seq, body): (i64, String)| {
-            let receipt = serde_json::from_str(&body);
-            Ok((seq, receipt.map_err(|e| LedgerError::Malformed(format!("entry {seq}: {e}")))?))
+        let parse = |(seq, unix_ms, body): (i64, i64, String)| {
+            let content = serde_json::from_str(&body);
+            let content = content.map_err(|e| LedgerError::Malformed(format!("entry {seq}: {e}")))?;
+            Ok(Stored { seq, unix_ms, content })
         };
         read().map_err(sqlite(&self.path, "reading"))?.into_iter().map(parse).collect()
     }

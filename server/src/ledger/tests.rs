@@ -199,6 +199,9 @@ fn a_checkpoint_proves_what_it_stands_for() {
         ledger.append_at(START_MS + day * DAY_MS, &[Entry::audit("a", "b", &json!(day)).unwrap()]).unwrap();
     }
     let head = ledger.verify(None).unwrap().head;
+    let second = ledger.events(2, 1).unwrap().pop().unwrap();
+    let event = AuditEvent { who: "a".into(), what: "b".into(), detail: json!(1) };
+    assert_eq!((second.seq, second.unix_ms, second.content), (2, START_MS + DAY_MS, event));
     assert_eq!(ledger.retain_at(START_MS + 5 * DAY_MS, 3).unwrap(), 2);
     let verified = ledger.verify(Some(&head)).unwrap();
     assert_eq!((verified.first_seq, verified.last_seq, verified.entries), (3, 7, 5));
