@@ -1,0 +1,79 @@
+"""Runs the examples for Ray on a cluster of two nodes, which are processes of this machine. HALITE is the path of the command."""
+import concurrent.futures
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import urllib.request
+
+examples = pathlib.Path(__file__).parents[2] / "examples"
+sys.path.insert(0, str(examples))
+# Workers look for the example there too.
+os.environ["PYTHONPATH"] = str(examples)
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+# Else requests go to the node that takes them as long as it has room.
+os.environ["RAY_SERVE_PROXY_PREFER_LOCAL_NODE_ROUTING"] = "0"
+port = 8310
+
+import ray
+from ray import serve
+from ray.cluster_utils import Cluster
+
+import ray_serve
+
+prompts = [f"{who} {did}" for who in ["She", "He", "They", "Emma"] for did in ["was", "said", "went", "thought", "had", "knew"]]
+options = {"max_tokens": 16, "temperature": 0}
+
+
+def post(body):
+    """The text of a completion, and the node that gave it."""
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        node = answer.headers["x-ray-node"]
+        if not body.get("stream"):
+            return json.load(answer)["choices"][0]["text"], node
+        events = [line.removeprefix(b"data: ") for line in answer if line.startswith(b"data: {")]
+        assert len(events) > 2
+        return "".join(json.loads(event)["choices"][0]["text"] for event in events), node
+
+
+# A server takes two of a node's three CPUs, so a node has one.
+node = {"num_cpus": 3, "object_store_memory": 100 << 20}
+cluster = Cluster(initialize_head=True, head_node_args=node | {"include_dashboard": False})
+try:
+    cluster.add_node(**node)
+    ray.init(address=cluster.address, log_to_driver=False)
+    serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
+    serve.run(ray_serve.app({"min_servers": 2, "max_servers": 2, "cpus": 2}))
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        plain = list(pool.map(lambda prompt: post(options | {"prompt": prompt}), prompts))
+        streamed = list(pool.map(lambda prompt: post(options | {"prompt": prompt, "stream": True}), prompts))
+    texts = [text for text, _ in plain]
+    assert texts == [text for text, _ in streamed]
+    assert len({node for _, node in plain + streamed}) == 2
+    try:
+        post(options | {"prompt": "a", "model": "x"})
+    except urllib.error.HTTPError as error:
+        assert error.code == 404 and error.headers["x-request-id"] and "no model" in json.load(error)["error"]["message"]
+    else:
+        raise AssertionError("no error")
+    serve.shutdown()
+    print("Ray Serve", ray.__version__, "ok: two nodes, streams")
+
+    with tempfile.TemporaryDirectory() as work:
+        work = pathlib.Path(work)
+        (work / "a.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts[:16]))
+        (work / "b.txt").write_text("".join(prompt + "\n" for prompt in prompts[16:]))
+        command = [sys.executable, examples / "ray_data.py", work / "a.jsonl", work / "b.txt", "-o", work / "out.jsonl"]
+        command += ["--servers", "2", "--cpus", "2", "--batch", "2", "--max-tokens", "16"]
+        subprocess.run(command, check=True, env=os.environ | {"RAY_ADDRESS": cluster.address}, timeout=200)
+        rows = [json.loads(line) for line in (work / "out.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == prompts, rows
+    assert [row["text"] for row in rows] == texts
+    assert len({row["node"] for row in rows}) == 2
+    print("Ray Data", ray.__version__, "ok: two nodes, in order")
+finally:
+    ray.shutdown()
+    cluster.shutdown()
