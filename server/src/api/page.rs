@@ -1,4 +1,4 @@
-//! The page for people.
+//! The page for people, and the description for programs.
 
 use axum::Router;
 use axum::http::header;
@@ -17,6 +17,7 @@ pub(super) fn routes<S: Clone + Send + Sync + 'static>() -> Router<S> {
     };
     Router::new()
         .route("/", file("text/html; charset=utf-8", include_str!("../page/index.html")))
+        .route("/openapi.json", file("application/json", include_str!("openapi.json")))
         .route("/page.css", file("text/css; charset=utf-8", include_str!("../page/page.css")))
         .route("/page.js", file("text/javascript; charset=utf-8", include_str!("../page/page.js")))
 }
