@@ -15,9 +15,9 @@ import aiohttp
 import ray
 from ray import serve
 from starlette.requests import Request
-from starlette.responses import StreamingResponse
+from starlette.responses import JSONResponse, StreamingResponse
 
-# What a server's answer is, without what is of the connection.
+# Headers of requests and answers that are not of the connection.
 KEPT = {"authorization", "content-type", "retry-after", "x-request-id"}
 
 
@@ -53,7 +53,12 @@ class Halite:
     async def __call__(self, request: Request):
         target = request.url.path + (f"?{request.url.query}" if request.url.query else "")
         headers = {name: value for name, value in request.headers.items() if name in KEPT}
-        answer = await self.client.request(request.method, target, data=await request.body(), headers=headers)
+        try:
+            answer = await self.client.request(request.method, target, data=await request.body(), headers=headers)
+        except aiohttp.ClientConnectionError:
+            # Clients try again, and find another replica, or the one that Ray puts in the place of this.
+            error = {"message": "the server has ended", "type": "server_error", "param": None, "code": None}
+            return JSONResponse({"error": error}, 503, {"retry-after": "1"})
 
         async def pieces():
             # The server's request ends with this one.

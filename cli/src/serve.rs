@@ -58,9 +58,6 @@ pub struct ServeArgs {
 /// The configuration, the backends and the model of this command.
 struct Here(ServeArgs);
 
-/// A replica on the device of the command line.
-const CHOSEN: &str = "";
-
 impl Machine for Here {
     fn config(&self) -> Result<Config, ConfigError> {
         match &self.0.config {
@@ -70,7 +67,7 @@ impl Machine for Here {
     }
 
     fn device(&self, replica: &ReplicaConfig) -> Result<Arc<dyn Backend>, Error> {
-        if replica.backend == CHOSEN {
+        if self.0.config.is_none() {
             let device = &self.0.device;
             let failed =
                 |e: Failure| Error::Backend { backend: device.name().into(), message: e.to_string() };
@@ -104,7 +101,7 @@ impl ServeArgs {
             (self.ctx, self.cache, Some(self.slots), self.queue);
         (base.template, base.kv, base.batch) =
             (self.template.clone(), Some(self.kv.name().into()), Some(self.batch));
-        base.replicas = vec![ReplicaConfig::new(CHOSEN, Default::default())];
+        base.replicas = vec![ReplicaConfig::new(self.device.name(), Default::default())];
         let of = |model: &OsString| {
             let (name, file) = named(model);
             let mut config = base.clone();

@@ -400,7 +400,7 @@ impl Hosted {
     /// [`Failed::Refused`] if there is none; [`Failed::Error`] if its rule is wrong.
     pub(crate) async fn submit(self: &Arc<Self>, job: Job) -> Result<Running, Failed> {
         let submitted = self.try_submit(job).await;
-        if submitted.is_err() {
+        if matches!(submitted, Err(Failed::Refused(_))) {
             self.host.metrics.refused(&self.name);
         }
         submitted

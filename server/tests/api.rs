@@ -240,6 +240,14 @@ async fn what_is_wrong_is_said_in_openais_form() {
             "",
             "",
         ),
+        ("/v1/chat/completions", json!({ "model": "chat", "messages": [] }), 400, "", "messages"),
+        (
+            "/v1/completions",
+            json!({ "model": "austen", "prompt": "a", "top_logprobs": 2 }),
+            400,
+            "",
+            "logprobs",
+        ),
         ("/detokenize", json!({ "model": "austen", "tokens": [4_000_000] }), 400, "", "4000000"),
         ("/nothing", json!({}), 404, "", "address"),
     ];

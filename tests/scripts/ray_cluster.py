@@ -3,9 +3,12 @@ import concurrent.futures
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import tempfile
+import time
+import urllib.error
 import urllib.request
 
 examples = pathlib.Path(__file__).parents[2] / "examples"
@@ -16,6 +19,7 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 # Else requests go to the node that takes them as long as it has room.
 os.environ["RAY_SERVE_PROXY_PREFER_LOCAL_NODE_ROUTING"] = "0"
 port = 8310
+address = f"http://127.0.0.1:{port}"
 
 import ray
 from ray import serve
@@ -29,7 +33,7 @@ options = {"max_tokens": 16, "temperature": 0}
 
 def post(body):
     """The text of a completion, and the node that gave it."""
-    request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"})
+    request = urllib.request.Request(f"{address}/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"})
     with urllib.request.urlopen(request, timeout=60) as answer:
         node = answer.headers["x-ray-node"]
         if not body.get("stream"):
@@ -37,6 +41,38 @@ def post(body):
         events = [line.removeprefix(b"data: ") for line in answer if line.startswith(b"data: {")]
         assert len(events) > 2
         return "".join(json.loads(event)["choices"][0]["text"] for event in events), node
+
+
+def servers():
+    """The processes of servers that replicas have started."""
+    found = []
+    for process in pathlib.Path("/proc").glob("[0-9]*"):
+        try:
+            command = (process / "cmdline").read_text().split("\0")
+            parent = (process / "stat").read_text().rsplit(")", 1)[1].split()[1]
+            if command[0] == os.environ["HALITE"] and pathlib.Path("/proc", parent, "cmdline").read_text().startswith("ray::"):
+                found.append(int(process.name))
+        except OSError:
+            # It has ended meanwhile.
+            pass
+    return found
+
+
+def until(holds):
+    """Waits until something holds. Requests may fail before."""
+    end = time.monotonic() + 60
+    while True:
+        try:
+            if holds():
+                return
+        except urllib.error.HTTPError as error:
+            assert error.code == 503, error
+        assert time.monotonic() < end
+        time.sleep(0.5)
+
+
+def ask(prompt):
+    return post(options | {"prompt": prompt})
 
 
 # A server takes two of a node's three CPUs, so a node has one.
@@ -47,9 +83,9 @@ try:
     ray.init(address=cluster.address, log_to_driver=False)
     serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
     serve.run(ray_serve.app({"min_servers": 2, "max_servers": 2, "cpus": 2}))
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        plain = list(pool.map(lambda prompt: post(options | {"prompt": prompt}), prompts))
-        streamed = list(pool.map(lambda prompt: post(options | {"prompt": prompt, "stream": True}), prompts))
+    pool = concurrent.futures.ThreadPoolExecutor(8)
+    plain = list(pool.map(ask, prompts))
+    streamed = list(pool.map(lambda prompt: post(options | {"prompt": prompt, "stream": True}), prompts))
     texts = [text for text, _ in plain]
     assert texts == [text for text, _ in streamed]
     assert len({node for _, node in plain + streamed}) == 2
@@ -59,8 +95,21 @@ try:
         assert error.code == 404 and error.headers["x-request-id"] and "no model" in json.load(error)["error"]["message"]
     else:
         raise AssertionError("no error")
+
+    # A client that goes away ends its request.
+    body = json.dumps(options | {"prompt": "She", "max_tokens": 400, "ignore_eos": True, "stream": True}).encode()
+    urllib.request.urlopen(urllib.request.Request(address + "/v1/completions", body, {"content-type": "application/json"})).close()
+    until(lambda: 'outcome="cancelled"} 1' in urllib.request.urlopen(address + "/metrics").read().decode())
+
+    # Another replica takes the place of one whose server has ended.
+    before = servers()
+    assert len(before) == 2
+    os.kill(before[0], signal.SIGKILL)
+    until(lambda: len(servers()) == 2 and before[0] not in servers())
+    until(lambda: len({node for _, node in pool.map(ask, prompts)}) == 2)
     serve.shutdown()
-    print("Ray Serve", ray.__version__, "ok: two nodes, streams")
+    until(lambda: not servers())
+    print("Ray Serve", ray.__version__, "ok: two nodes, streams, clients that go away, a server that ends")
 
     with tempfile.TemporaryDirectory() as work:
         work = pathlib.Path(work)

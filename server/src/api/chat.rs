@@ -40,6 +40,12 @@ impl Ask {
         let (hosted, policy) = (asking.hosted.clone(), asking.policy.clone());
         apart(move || {
             self.messages.iter_mut().try_for_each(|message| message.filter(&policy))?;
+            // OpenAI's newer name; few templates know it.
+            let knows_it = hosted.template().is_some_and(|template| template.source().contains("developer"));
+            for message in self.messages.iter_mut().filter(|message| message.role == "developer" && !knows_it)
+            {
+                message.role = "system".into();
+            }
             let mut tools = Tool::read(&self.tools.unwrap_or_default())?;
             let choice = Choice::read(&self.tool_choice, &tools)?;
             if choice == Choice::None {

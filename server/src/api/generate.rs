@@ -238,7 +238,10 @@ impl Options {
     /// How many alternatives of each token are asked for.
     fn logprobs(&self, form: Form) -> Fallible<Option<u32>> {
         let count = match (&self.logprobs, form) {
-            (None | Some(Value::Null | Value::Bool(false)), _) => None,
+            (None | Some(Value::Null | Value::Bool(false)), _) => match self.top_logprobs {
+                None | Some(0) => None,
+                Some(_) => return Err(Failure::field("top_logprobs", "expected `logprobs` to be true")),
+            },
             (Some(Value::Bool(true)), Form::Chat) => Some(self.top_logprobs.unwrap_or(0)),
             (Some(value), Form::Completion) if value.is_u64() => {
                 value.as_u64().map(|n| n.min(u32::MAX.into()) as u32)

@@ -219,6 +219,9 @@ pub(super) fn prompt_of(
             "model `{name}` has no chat template: it answers /v1/completions, not chats"
         ))
     })?;
+    if messages.is_empty() {
+        return Err(Failure::field("messages", "expected at least one, got none"));
+    }
     let tokenizer = hosted.tokenizer();
     let known = detect(template.source());
     let mut rendered = Vec::new();

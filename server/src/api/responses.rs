@@ -78,10 +78,7 @@ fn messages(input: Input, instructions: Option<String>) -> Fallible<Vec<Message>
         let wrong = |error: serde_json::Error| Failure::field(&format!("input[{index}]"), error);
         match item["type"].as_str().unwrap_or("message") {
             "message" => {
-                let mut message = Message::deserialize(&item).map_err(wrong)?;
-                if message.role == "developer" {
-                    message.role = "system".into();
-                }
+                let message = Message::deserialize(&item).map_err(wrong)?;
                 messages.push(message);
             }
             "function_call" => {
