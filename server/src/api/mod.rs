@@ -14,6 +14,7 @@ mod tools;
 mod voice;
 mod who;
 
+use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -43,6 +44,8 @@ struct App {
     shared: Arc<Shared>,
     /// When the server started, in seconds since 1970.
     started: u64,
+    /// Tells the requests of this run of the server from those of others.
+    run: u64,
     requests: Arc<AtomicU64>,
 }
 
@@ -87,7 +90,7 @@ impl App {
     /// A name for a request, or for an answer.
     fn id(&self, prefix: &str) -> String {
         let number = self.requests.fetch_add(1, Ordering::Relaxed);
-        format!("{prefix}-{:x}-{number:x}", self.started)
+        format!("{prefix}-{:x}-{number:x}", self.run)
     }
 }
 
@@ -133,7 +136,12 @@ fn now() -> u64 {
 
 /// The service of these models.
 pub(crate) fn router(shared: &Arc<Shared>) -> Router {
-    let app = App { shared: shared.clone(), started: now(), requests: Arc::default() };
+    let app = App {
+        shared: shared.clone(),
+        started: now(),
+        run: RandomState::new().hash_one(now_ms()),
+        requests: Arc::default(),
+    };
     Router::new()
         .route("/v1/models", get(models))
         .route("/v1/models/{*name}", get(model))
