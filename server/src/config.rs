@@ -41,6 +41,8 @@ pub struct Config {
     pub trust: Option<Trust>,
     /// Where receipts and audit events go.
     pub ledger: Option<LedgerConfig>,
+    /// Where the tokens of requests with an idempotency key go.
+    pub journal: Option<PathBuf>,
     /// The models.
     #[serde(rename = "model")]
     pub models: Vec<ModelConfig>,
@@ -238,6 +240,7 @@ impl Config {
         let ledger = config.ledger.iter_mut().map(|ledger| &mut ledger.file);
         files
             .chain(&mut config.clients)
+            .chain(&mut config.journal)
             .chain(jwks)
             .chain(keys)
             .chain(ledger)

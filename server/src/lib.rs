@@ -13,6 +13,7 @@ mod config;
 mod embedder;
 mod engine;
 pub mod integrity;
+mod journal;
 pub mod ledger;
 mod memory;
 mod metrics;
@@ -40,6 +41,7 @@ pub use replica::{Device, OpenDevice};
 
 use access::Access;
 use books::Books;
+use journal::Journal;
 use ledger::{Ledger, Writer};
 use memory::Memory;
 use metrics::Metrics;
@@ -63,6 +65,7 @@ struct Shared {
     probe: Duration,
     access: Access,
     policy: Arc<access::Policy>,
+    journal: Option<Arc<Journal>>,
     /// The ledger's file, to be read.
     ledger: Option<PathBuf>,
     /// It takes no more requests.
@@ -132,6 +135,10 @@ impl Server {
             probe: config::seconds("probe_s", config.probe_s, 30.0)?,
             access,
             policy: Arc::new(access::Policy::new(&config.policy.clone().unwrap_or_default())?),
+            journal: match &config.journal {
+                Some(file) => Some(Arc::new(Journal::open(file, api::now_ms())?)),
+                None => None,
+            },
             ledger: config.ledger.as_ref().map(|ledger| ledger.file.clone()),
             is_draining: AtomicBool::new(false),
         };

@@ -15,6 +15,7 @@ use tokio::sync::mpsc as channel;
 use crate::Host;
 use crate::access::{Admission, Filtered, OutputFilter};
 use crate::engine::{Refused, Ticket, Update};
+use crate::journal::{Conflict, Entry};
 use crate::ledger::{Part, Prices, Receipt};
 use crate::replica::{Device, Loaded, Replica, Status};
 
@@ -145,6 +146,8 @@ pub(crate) struct Job {
     pub tenant: u64,
     pub priority: i32,
     pub bill: Bill,
+    /// What the journal has of it, if it has an idempotency key.
+    pub entry: Option<Entry>,
     /// The rules on answers.
     pub filter: OutputFilter,
 }
@@ -190,6 +193,8 @@ pub(crate) enum Progress {
 /// Why a request failed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Failed {
+    #[error(transparent)]
+    Conflict(#[from] Conflict),
     #[error(transparent)]
     Error(#[from] Error),
     #[error(transparent)]
@@ -419,7 +424,9 @@ impl Hosted {
                 Err(_) => tried.push(replica),
             }
         };
-        let request = self.request(&job, Vec::new()).await?;
+        // What the journal has comes again, for a client that lost it.
+        let had = job.entry.as_ref().map(|entry| entry.tokens.clone()).unwrap_or_default();
+        let request = self.request(&job, had).await?;
         let ticket = loaded.engine.submit(place, request);
         let (sender, progress) = channel::unbounded_channel();
         let run = Run { hosted: self.clone(), job, sender, began };
@@ -532,6 +539,11 @@ impl Run {
             replica.took(decode, generation.tokens.len().saturating_sub(1) as u32);
         }
         let is_recorded = self.hosted.host.books.receipt(&receipt).await;
+        if let Some(entry) = self.job.entry.take() {
+            if so_far.ran.is_some() {
+                entry.billed(so_far.tokens.len().max(entry.billed.unwrap_or(0)));
+            }
+        }
         self.job.bill.admission.charge(&receipt);
         self.hosted.host.metrics.ended(&receipt);
         let is_exact = so_far.parts.len() == 1 || so_far.contracts.iter().all(|c| *c == Contract::Exact);
@@ -550,7 +562,9 @@ impl Run {
 
     /// What the request took.
     fn receipt(&self, so_far: &SoFar, last: &Result<Box<Generation>, Failed>) -> Receipt {
-        let Job { prompt, bill, .. } = &self.job;
+        let Job { prompt, bill, entry, .. } = &self.job;
+        // An earlier receipt has the prompt and these tokens.
+        let billed = entry.as_ref().and_then(|entry| entry.billed);
         let end = Instant::now();
         let ran = so_far.ran.unwrap_or(end);
         let first = so_far.first_token.unwrap_or(end);
@@ -561,14 +575,14 @@ impl Run {
             model_sha256: self.hosted.sha256.clone(),
             endpoint: bill.endpoint.to_owned(),
             started_unix_ms: bill.started_unix_ms,
-            completion_tokens: so_far.tokens.len() as u64,
+            completion_tokens: so_far.tokens.len().saturating_sub(billed.unwrap_or(0)) as u64,
             queue_us: micros(ran.saturating_duration_since(self.began)),
             prefill_us: micros(first.saturating_duration_since(ran)),
             decode_us: micros(end.saturating_duration_since(first)),
             parts: so_far.parts.clone(),
             ..Receipt::default()
         };
-        if bill.has_prompt && so_far.ran.is_some() {
+        if bill.has_prompt && billed.is_none() && so_far.ran.is_some() {
             receipt.prompt_tokens = prompt.len() as u64;
         }
         match last {
@@ -647,6 +661,12 @@ impl Run {
                 Ok(Update::Tokens { tokens, logprobs, text }) => {
                     if !tokens.is_empty() {
                         so_far.first_token.get_or_insert_with(Instant::now);
+                    }
+                    if let Some(entry) = &self.job.entry {
+                        let known = entry.tokens.len().saturating_sub(so_far.tokens.len()).min(tokens.len());
+                        if known < tokens.len() {
+                            entry.push(&tokens[known..]);
+                        }
                     }
                     so_far.tokens.extend(&tokens);
                     let Filtered { text, denied } = self.job.filter.push(&text);

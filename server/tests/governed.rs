@@ -255,6 +255,66 @@ async fn the_ledger_has_the_receipts_that_clients_are_told() {
     );
 }
 
+/// A request with a key goes on where its client, or the server, left it.
+#[tokio::test]
+async fn a_request_with_a_key_is_resumed() {
+    let config = "journal = 'journal'\n[ledger]\nfile = 'ledger.db'\ndurability = 'normal'\n[[model]]\nname = 'a'\nfile = 'a.gguf'\n";
+    let (test, server, _) = server(config, &[]);
+    let ask = |prompt: &str, stream: bool| {
+        let body = json!({
+            "model": "a", "prompt": prompt, "max_tokens": 60, "temperature": 1.0, "ignore_eos": true, "stream": stream,
+        });
+        let request =
+            Request::builder().method("POST").uri("/v1/completions").header("idempotency-key", "one");
+        request.header("content-type", "application/json").body(Body::from(body.to_string())).unwrap()
+    };
+    // The client reads a little, and is gone.
+    let service = server.router();
+    let response = service.clone().oneshot(ask("She", true)).await.unwrap();
+    let mut stream = response.into_body().into_data_stream();
+    let mut seen = String::new();
+    while seen.matches("data: {").count() < 5 {
+        let piece = std::future::poll_fn(|context| {
+            futures_core::Stream::poll_next(std::pin::Pin::new(&mut stream), context)
+        });
+        seen.push_str(std::str::from_utf8(&piece.await.unwrap().unwrap()).unwrap());
+    }
+    // Somebody else takes its key meanwhile.
+    let conflict = service.clone().oneshot(ask("She", false)).await.unwrap();
+    assert_eq!(conflict.status(), StatusCode::CONFLICT);
+    drop(stream);
+    let pieces = seen.lines().filter_map(|line| line.strip_prefix("data: "));
+    let pieces = pieces.filter_map(|json| serde_json::from_str::<Value>(json).ok());
+    let seen: String = pieces.map(|piece| piece["choices"][0]["text"].as_str().unwrap().to_owned()).collect();
+    // The end of the first run is in the ledger.
+    let ledger = Ledger::open_read_only(&test.path("ledger.db")).unwrap();
+    while ledger.receipts(0, 10).unwrap().is_empty() {
+        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+    }
+    drop((service, server));
+
+    // Another server goes on, and a third one has it all.
+    let mut texts = Vec::new();
+    let mut tokens = vec![ledger.receipts(0, 10).unwrap()[0].content.completion_tokens];
+    for _ in 0..2 {
+        let service = Server::new(test.clone()).unwrap().router();
+        let other = service.clone().oneshot(ask("He", false)).await.unwrap();
+        assert_eq!(other.status(), StatusCode::CONFLICT);
+        let response = service.oneshot(ask("She", false)).await.unwrap();
+        assert_eq!(response.status(), StatusCode::OK);
+        let answer: Value =
+            serde_json::from_slice(&to_bytes(response.into_body(), 1 << 20).await.unwrap()).unwrap();
+        texts.push(answer["choices"][0]["text"].as_str().unwrap().to_owned());
+        let receipt = &answer["halite"]["receipts"][0];
+        assert_eq!(receipt["prompt_tokens"], 0, "paid for twice");
+        tokens.push(receipt["completion_tokens"].as_u64().unwrap());
+    }
+    assert!(texts[0].starts_with(&seen) && texts[0].len() > seen.len(), "{seen:?} {texts:?}");
+    assert_eq!(texts[0], texts[1]);
+    // Each token is paid for once.
+    assert_eq!((tokens.iter().sum::<u64>(), tokens[2]), (60, 0), "{tokens:?}");
+}
+
 #[tokio::test]
 async fn rules_hold_for_prompts_and_answers() {
     let (_test, server, _) = server(

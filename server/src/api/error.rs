@@ -137,6 +137,7 @@ impl From<Failed> for Failure {
         match failed {
             Failed::Error(error) => error.into(),
             Failed::Refused(refused) => refused.into(),
+            Failed::Conflict(conflict) => Failure::request(conflict.to_string()).status(StatusCode::CONFLICT),
         }
     }
 }

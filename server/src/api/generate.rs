@@ -18,15 +18,17 @@ use halite::sampler::SamplerOptions;
 use halite::tokenizer::EncodeOptions;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
+use twox_hash::XxHash3_64;
 
 use super::error::{Failure, Fallible};
 use super::messages::Reading;
 use super::voice::Voice;
 use super::who::Who;
-use super::{App, Body, apart, now};
+use super::{App, Body, apart, now, now_ms};
 use crate::access::{Admission, Policy, ResponseForm, Scope};
+use crate::journal::Journal;
 use crate::ledger::{Amount, Receipt};
-use crate::model::{Hosted, Job, Outcome, Progress, Running};
+use crate::model::{Failed, Hosted, Job, Outcome, Progress, Running};
 
 /// Maximum texts that one request may ask for.
 const MAX_CHOICES: u32 = 16;
@@ -419,7 +421,8 @@ pub(super) async fn answer(
     let mut texts = Vec::new();
     for prompt in &prompts {
         for choice in 0..n {
-            texts.push(submit(&asking, form, &options, prompt, choice, &held).await?);
+            let place = (texts.len(), choice);
+            texts.push(submit(&asking, form, &options, prompt, place, &held).await?);
         }
     }
     let prefix = if form == Form::Chat { "chatcmpl" } else { "cmpl" };
@@ -467,13 +470,15 @@ pub(super) struct Asking {
     pub admission: Arc<Admission>,
     pub policy: Arc<Policy>,
     pub endpoint: &'static str,
+    journal: Option<Arc<Journal>>,
 }
 
 impl Asking {
     /// Checks that the client may ask this model, and counts the request.
     pub fn new(app: &App, who: Who, hosted: &Arc<Hosted>, endpoint: &'static str) -> Fallible<Asking> {
         let admission = who.admit(Scope::Generate, hosted.name())?;
-        Ok(Asking { who, hosted: hosted.clone(), admission, policy: app.shared.policy.clone(), endpoint })
+        let (policy, journal) = (app.shared.policy.clone(), app.shared.journal.clone());
+        Ok(Asking { who, hosted: hosted.clone(), admission, policy, endpoint, journal })
     }
 
     /// Checks that answers may have a form.
@@ -497,24 +502,37 @@ pub(super) fn fits(hosted: &Hosted, prompt: &[u32]) -> Fallible<()> {
     if need > have { Err(halite::Error::ContextFull { need, have }.into()) } else { Ok(()) }
 }
 
-/// Begins a text.
+/// Begins a text: `text` of the request, and `choice` of those after the same prompt.
 pub(super) async fn submit(
     asking: &Asking,
     form: Form,
     options: &Options,
     prompt: &[u32],
-    choice: u32,
+    (text, choice): (usize, u32),
     held: &Held,
 ) -> Fallible<Running> {
     let control = held.reading.as_ref().map_or(&[][..], Reading::control);
-    let Asking { who, hosted, admission, policy, endpoint } = asking;
+    let Asking { who, hosted, admission, policy, endpoint, .. } = asking;
     let mut options = options.generate(form, hosted, prompt.len(), choice)?.special(!control.is_empty());
     let client = admission.client().config();
     options.max_tokens = policy.output_tokens(options.max_tokens, client.max_output_tokens);
+    let entry = match (&asking.journal, who.journal_key(text)) {
+        (Some(journal), Some(key)) => {
+            let seed = std::mem::take(&mut options.sampler.seed);
+            let of = XxHash3_64::oneshot(
+                format!("{} {prompt:?} {options:?} {:?}", hosted.name(), held.rule).as_bytes(),
+            );
+            let entry = journal.begin(&key, &format!("{of:016x}"), seed, now_ms()).map_err(Failed::from)?;
+            options.sampler.seed = entry.seed;
+            Some(entry)
+        }
+        _ => None,
+    };
     let job = Job {
         prompt: prompt.into(),
         options,
         rule: held.rule.clone().map(|rule| (rule, control)),
+        entry,
         tenant: who.tenant,
         priority: client.priority.into(),
         bill: who.bill(endpoint, admission, choice == 0),

@@ -125,7 +125,7 @@ async fn apart<T: Send + 'static>(work: impl FnOnce() -> Fallible<T> + Send + 's
 struct RequestName(String);
 
 /// Milliseconds since 1970.
-fn now_ms() -> u64 {
+pub(crate) fn now_ms() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
 }
 

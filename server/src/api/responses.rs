@@ -167,7 +167,7 @@ pub(super) async fn responses(
         () => ResponseForm::Text,
     })?;
     fits(&hosted, &tokens)?;
-    let mut running = submit(&asking, Form::Chat, &options, &tokens, 0, &held).await?;
+    let mut running = submit(&asking, Form::Chat, &options, &tokens, (0, 0), &held).await?;
     let reading = held.reading.ok_or_else(|| Failure::internal("a chat has no form"))?;
     let mut writer = Writer::new(base, reading.parser());
     // The first update decides whether there is an answer.

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use axum::extract::FromRequestParts;
 use axum::http::header;
 use axum::http::request::Parts;
+use sha2::{Digest, Sha256};
 
 use super::error::{Failure, Fallible};
 use super::{App, RequestName, now_ms};
@@ -20,6 +21,8 @@ pub(super) struct Who {
     /// Requests of different tenants share no KV pages.
     pub tenant: u64,
     started_unix_ms: u64,
+    /// The header `Idempotency-Key`.
+    idempotency_key: Option<Vec<u8>>,
 }
 
 impl FromRequestParts<App> for Who {
@@ -33,7 +36,9 @@ impl FromRequestParts<App> for Who {
         let mut hasher = DefaultHasher::new();
         (caller.client().name(), authorization.map(|value| value.as_bytes())).hash(&mut hasher);
         let request = parts.extensions.get::<RequestName>().map(|name| name.0.clone()).unwrap_or_default();
-        Ok(Who { caller, request, tenant: hasher.finish(), started_unix_ms: now_ms() })
+        let idempotency_key = parts.headers.get("idempotency-key").map(|value| value.as_bytes().to_vec());
+        let (tenant, started_unix_ms) = (hasher.finish(), now_ms());
+        Ok(Who { caller, request, tenant, started_unix_ms, idempotency_key })
     }
 }
 
@@ -55,6 +60,17 @@ impl Who {
         self.caller.require(scope)?;
         self.may_use(name)?;
         Ok(Arc::new(self.caller.admit()?))
+    }
+
+    /// The journal's key of one of the texts of a request, if it has an idempotency key.
+    pub fn journal_key(&self, text: usize) -> Option<String> {
+        let key = self.idempotency_key.as_ref()?;
+        let mut hasher = Sha256::new();
+        for part in [self.caller.client().name().as_bytes(), key, &text.to_le_bytes()] {
+            hasher.update((part.len() as u64).to_le_bytes());
+            hasher.update(part);
+        }
+        Some(hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
     }
 
     /// The bill of a text.
