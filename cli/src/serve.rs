@@ -5,13 +5,14 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use halite::backend::driver::{self, Options};
 use halite::kernels::formats::Format;
 use halite::map::Source;
 use halite::{Backend, Error, Model};
 use halite_server::{Config, ConfigError, Machine, ModelConfig, ReplicaConfig, Server};
 use tokio::net::TcpListener;
+use tracing_subscriber::filter::LevelFilter;
 
 use super::device::{DeviceArgs, drivers};
 use super::{Failure, kv_format, say};
@@ -53,6 +54,30 @@ pub struct ServeArgs {
     /// Megabytes for all that is loaded. Idle models are unloaded for others.
     #[arg(long, value_name = "MB")]
     memory: Option<u64>,
+    /// How to write the log, on stderr.
+    #[arg(long, value_name = "FORMAT", default_value = "text")]
+    log: LogFormat,
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+enum LogFormat {
+    /// What happens to devices, for people.
+    Text,
+    /// The same and a line for each request, as JSON.
+    Json,
+    Off,
+}
+
+impl LogFormat {
+    /// Begins to write the log.
+    fn start(self) {
+        let log = tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(false);
+        match self {
+            LogFormat::Text => log.with_max_level(LevelFilter::WARN).init(),
+            LogFormat::Json => log.json().flatten_event(true).with_max_level(LevelFilter::INFO).init(),
+            LogFormat::Off => {}
+        }
+    }
 }
 
 /// The configuration, the backends and the model of this command.
@@ -120,6 +145,7 @@ impl ServeArgs {
 }
 
 pub fn serve(args: &ServeArgs) -> Result<(), Failure> {
+    args.log.start();
     let here = Arc::new(Here(args.clone()));
     let listen = args.listen.or(here.config()?.listen).unwrap_or(SocketAddr::from(([127, 0, 0, 1], 8080)));
     let server = Server::new(here)?;

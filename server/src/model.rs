@@ -538,6 +538,20 @@ impl Run {
             let decode = Duration::from_micros(receipt.decode_us);
             replica.took(decode, generation.tokens.len().saturating_sub(1) as u32);
         }
+        // Without texts: they are nobody's business here.
+        tracing::info!(
+            request = receipt.request,
+            client = receipt.client,
+            model = receipt.model,
+            outcome = receipt.outcome,
+            prompt_tokens = receipt.prompt_tokens,
+            completion_tokens = receipt.completion_tokens,
+            queue_us = receipt.queue_us,
+            prefill_us = receipt.prefill_us,
+            decode_us = receipt.decode_us,
+            moves = receipt.parts.len().saturating_sub(1),
+            "request"
+        );
         let is_recorded = self.hosted.host.books.receipt(&receipt).await;
         if let Some(entry) = self.job.entry.take() {
             if so_far.ran.is_some() {
