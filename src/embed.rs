@@ -6,12 +6,13 @@ use std::sync::Arc;
 use halite_kernels::float::DefaultFloats;
 use halite_kernels::formats::Format;
 
-use crate::backend::{Backend, Cancel, Limits, Span, Step};
+use crate::backend::{Backend, Cancel, Limits, Span, Step, check_support};
 use crate::error::{Error, Result};
-use crate::loaded::{Ceiling, Loaded};
+use crate::loaded::{Ceiling, Footprint, Loaded};
 use crate::memory::zeroed;
 use crate::model::{Model, Pooling, ProgramOptions};
-use crate::program::PAGE_POSITIONS;
+use crate::passes;
+use crate::program::{PAGE_POSITIONS, Program};
 use crate::session::MAX_RUNS;
 use crate::tokenizer::{EncodeOptions, Tokenizer};
 
@@ -69,6 +70,27 @@ impl std::fmt::Debug for Embedder {
     }
 }
 
+/// The program of an encoder, its limits, and the pages of its cache: keys and values live for one step only.
+fn planned(model: &Model, batch: u32) -> Result<(Program, Limits, u64)> {
+    let h = model.hparams();
+    // A smaller format gains nothing.
+    let program = model.program(ProgramOptions { kv_format: Format::F32 }, h.context_length)?;
+    let tokens = batch.max(1);
+    let pages = u64::from(tokens / PAGE_POSITIONS) + MAX_RUNS as u64;
+    Ok((program, Limits { tokens, outputs: tokens }, pages))
+}
+
+/// Returns the memory that an [`Embedder`] with these options would need on a backend. Reads no weights.
+///
+/// # Errors
+/// As [`crate::session::footprint`].
+pub fn footprint(model: &Model, backend: &dyn Backend, options: &EmbedOptions) -> Result<Footprint> {
+    let (program, limits, pages) = planned(model, options.batch)?;
+    let program = passes::for_backend(&program, backend.caps());
+    check_support(backend, &program)?;
+    Ok(Footprint::of(&program, backend, limits, |_| pages))
+}
+
 impl Embedder {
     /// Builds the program, loads the weights and reserves all memory.
     ///
@@ -90,18 +112,14 @@ impl Embedder {
         progress: &mut dyn FnMut(u64),
     ) -> Result<Embedder> {
         let h = model.hparams();
-        // Keys and values live for one step only, so a smaller format gains nothing.
-        let program = model.program(ProgramOptions { kv_format: Format::F32 }, h.context_length)?;
+        let (program, limits, pages) = planned(model, options.batch)?;
         let Some(hidden) = program.outputs.hidden else {
             return Err(Error::Model(format!("family {} is not an encoder", h.architecture)));
         };
         let pooling = options.pooling.or(h.pooling_type).ok_or_else(|| {
             Error::Model(format!("key `{}.pooling_type` is missing: choose a pooling", h.architecture))
         })?;
-        let tokens = options.batch.max(1);
         let stated = model.gguf().optional_u32(MAX_TEXT_TOKENS)?.unwrap_or(h.context_length).max(1);
-        let limits = Limits { tokens, outputs: tokens };
-        let pages = u64::from(tokens / PAGE_POSITIONS) + MAX_RUNS as u64;
         let loaded = Loaded::new(
             model,
             backend,
@@ -116,7 +134,7 @@ impl Embedder {
             loaded,
             pooling,
             options: *options,
-            max_text_tokens: h.context_length.min(tokens).min(stated),
+            max_text_tokens: h.context_length.min(limits.tokens).min(stated),
             cancel: Cancel::default(),
         })
     }

@@ -143,6 +143,12 @@ pub enum Finish {
 }
 
 impl Finish {
+    /// The one of a name.
+    pub fn named(name: &str) -> Option<Finish> {
+        use Finish::{Callback, Cancelled, ContextFull, End, Length, Stop};
+        [End, Length, Stop, ContextFull, Callback, Cancelled].into_iter().find(|finish| finish.name() == name)
+    }
+
     /// Name for reports.
     pub fn name(self) -> &'static str {
         match self {
@@ -367,20 +373,20 @@ impl Stream {
     }
 
     /// Adds a token that the same generation chose elsewhere, for instance before a device was lost, as if it had been chosen here.
-    /// Call it before the first step. Passes on the text that is then complete, and returns whether the generation goes on.
+    /// Call it before the first step. Passes on the text that is then complete, and returns whether the generation goes on. A
+    /// constraint must have accepted the token.
     ///
     /// # Errors
-    /// [`Error::Argument`] for a token beyond the vocabulary; errors of the constraint.
+    /// [`Error::Argument`] for a token beyond the vocabulary.
     pub fn replay(
         &mut self,
         token: u32,
         tokenizer: &Tokenizer,
-        decoding: &mut Decoding<'_>,
         on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
     ) -> Result<bool> {
         tokenizer.check(&[token])?;
         self.sampler.replay(token);
-        let ended = self.append(token, tokenizer, decoding, on_text)?;
+        let ended = self.append(token, tokenizer, on_text);
         if let Some(finish) = ended {
             self.finish(finish, on_text);
         }
@@ -392,17 +398,13 @@ impl Stream {
         &mut self,
         token: u32,
         tokenizer: &Tokenizer,
-        decoding: &mut Decoding<'_>,
         on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
-    ) -> Result<Option<Finish>> {
-        if let Some(constraint) = &mut decoding.constraint {
-            constraint.accept(token)?;
-        }
+    ) -> Option<Finish> {
         self.generation.tokens.push(token);
         self.text.push(token);
         let is_full = self.generation.tokens.len() >= self.options.max_tokens as usize;
         let ended = self.out.push(token, tokenizer, &self.options, on_text);
-        Ok(ended.or(is_full.then_some(Finish::Length)))
+        ended.or(is_full.then_some(Finish::Length))
     }
 
     /// The prompt's tokens.
@@ -463,6 +465,11 @@ impl Stream {
         self.outputs = if has_draft { self.fed.len() } else { 1 };
         let outputs = if has_draft { OutputTokens::All } else { OutputTokens::Last };
         Ok(Run::new(self.sequence, &self.fed).outputs(outputs))
+    }
+
+    /// The tokens of the last run.
+    pub(crate) fn fed(&self) -> &[u32] {
+        &self.fed
     }
 
     /// The number of outputs of the last run.
@@ -610,7 +617,10 @@ impl Stream {
                 self.generation.logprobs.push(Logprobs::of(logits, token, count as usize));
             }
             self.sampler.accept(token);
-            let ended = self.append(token, tokenizer, decoding, on_text)?;
+            if let Some(constraint) = &mut decoding.constraint {
+                constraint.accept(token)?;
+            }
+            let ended = self.append(token, tokenizer, on_text);
             let is_right = right < drafted && self.fed.get(right + 1) == Some(&token);
             right += usize::from(is_right);
             if ended.is_some() || !is_right {

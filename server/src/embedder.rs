@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 use halite::embed::{EmbedOptions, Embedder};
@@ -23,12 +22,11 @@ struct Job {
     answer: oneshot::Sender<Vectors>,
 }
 
-/// An encoder on a backend, which embeds texts on a thread of its own. Dropping it ends the thread after its current request.
+/// An encoder on a backend, which embeds texts on a thread of its own. The thread ends once it is dropped and its requests are done.
 #[derive(Debug)]
 pub struct Encoder {
     name: String,
-    jobs: Option<SyncSender<Job>>,
-    thread: Option<JoinHandle<()>>,
+    jobs: SyncSender<Job>,
     model: Arc<Model>,
     tokenizer: Arc<Tokenizer>,
     max_text_tokens: u32,
@@ -36,8 +34,6 @@ pub struct Encoder {
     queue: usize,
     device: String,
     prices: Option<Prices>,
-    /// What it takes of the memory.
-    _share: Option<Share>,
 }
 
 impl Encoder {
@@ -62,6 +58,18 @@ impl Encoder {
         options: &EmbedOptions,
         queue: usize,
     ) -> Result<Encoder, Error> {
+        Encoder::sharing(name, model, backend, options, queue, None)
+    }
+
+    /// As [`Encoder::new`]. The thread keeps the share of the memory until it ends.
+    pub(crate) fn sharing(
+        name: &str,
+        model: &Arc<Model>,
+        backend: &Arc<dyn Backend>,
+        options: &EmbedOptions,
+        queue: usize,
+        share: Option<Share>,
+    ) -> Result<Encoder, Error> {
         let tokenizer = Tokenizer::from_gguf(model.gguf())?;
         let tokenizer =
             Arc::new(tokenizer.ok_or_else(|| Error::Tokenizer("the model has no vocabulary".into()))?);
@@ -72,16 +80,17 @@ impl Encoder {
         let (max_text_tokens, dimension) = (embedder.max_text_tokens(), embedder.dimension());
         let (jobs, arriving) = sync_channel(queue.max(1));
         let no_thread = |source| Error::Io { path: "a thread for the model".into(), source };
-        let thread = std::thread::Builder::new()
+        std::thread::Builder::new()
             .name("encoder".into())
-            .spawn(move || work(embedder, &arriving))
+            .spawn(move || {
+                work(embedder, &arriving);
+                drop(share);
+            })
             .map_err(no_thread)?;
         let (model, queue) = (model.clone(), queue.max(1));
-        let (jobs, thread) = (Some(jobs), Some(thread));
         Ok(Encoder {
             name: name.to_owned(),
             jobs,
-            thread,
             model,
             tokenizer,
             max_text_tokens,
@@ -89,13 +98,12 @@ impl Encoder {
             queue,
             device: backend.caps().name.clone(),
             prices: None,
-            _share: None,
         })
     }
 
-    /// With a part of the memory that models share, and prices.
-    pub(crate) fn with(mut self, share: Share, prices: Option<Prices>) -> Encoder {
-        (self._share, self.prices) = (Some(share), prices);
+    /// With prices.
+    pub(crate) fn with(mut self, prices: Option<Prices>) -> Encoder {
+        self.prices = prices;
         self
     }
 
@@ -125,7 +133,7 @@ impl Encoder {
     }
 
     /// The receipt of a request.
-    pub(crate) fn receipt(&self, bill: &Bill, tokens: usize, time: Duration) -> Receipt {
+    pub(crate) fn receipt(&self, bill: &Bill, tokens: usize, time: Duration, is_done: bool) -> Receipt {
         let us = time.as_micros() as u64;
         let mut receipt = Receipt {
             request: bill.request.clone(),
@@ -133,7 +141,7 @@ impl Encoder {
             model: self.name.clone(),
             endpoint: bill.endpoint.to_owned(),
             started_unix_ms: bill.started_unix_ms,
-            outcome: "end".into(),
+            outcome: if is_done { "end" } else { "failed" }.into(),
             prompt_tokens: tokens as u64,
             prefill_us: us,
             parts: vec![Part { replica: self.device.clone(), tokens: 0, device_us: us }],
@@ -155,21 +163,10 @@ impl Encoder {
     /// [`Refused`] if the queue is full or the thread ended.
     pub fn submit(&self, texts: Vec<Vec<u32>>) -> Result<oneshot::Receiver<Vectors>, Refused> {
         let (answer, receiver) = oneshot::channel();
-        let sent = self.jobs.as_ref().map(|jobs| jobs.try_send(Job { texts, answer }));
-        match sent {
-            Some(Ok(())) => Ok(receiver),
-            Some(Err(TrySendError::Full(_))) => Err(Refused::Full(self.queue)),
-            Some(Err(TrySendError::Disconnected(_))) | None => Err(Refused::Down("its thread ended".into())),
-        }
-    }
-}
-
-impl Drop for Encoder {
-    fn drop(&mut self) {
-        self.jobs = None;
-        if let Some(thread) = self.thread.take() {
-            // It reports its errors to clients, and has nothing to return.
-            let _ = thread.join();
+        match self.jobs.try_send(Job { texts, answer }) {
+            Ok(()) => Ok(receiver),
+            Err(TrySendError::Full(_)) => Err(Refused::Full(self.queue)),
+            Err(TrySendError::Disconnected(_)) => Err(Refused::Down("its thread ended".into())),
         }
     }
 }

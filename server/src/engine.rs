@@ -13,6 +13,8 @@ use halite::sampler::Logprobs;
 use halite::{Error, Session, Tokenizer};
 use tokio::sync::{mpsc as channel, watch};
 
+use crate::memory::Share;
+
 /// What a request is told.
 #[derive(Debug)]
 #[non_exhaustive]
@@ -153,23 +155,28 @@ struct Client {
     place: Place,
 }
 
-/// A session that runs requests on a thread of its own. Dropping it ends the thread after its current step.
+/// A session that runs requests on a thread of its own. The thread ends once it is dropped and its requests are done.
 #[derive(Debug)]
 pub(crate) struct Engine {
     /// `None` once it no longer takes any.
     clients: Mutex<Option<mpsc::Sender<Client>>>,
-    thread: Option<JoinHandle<()>>,
+    thread: Mutex<Option<JoinHandle<()>>>,
     state: Arc<State>,
     slots: usize,
     queue: usize,
 }
 
 impl Engine {
-    /// Starts the thread. More than `queue` waiting requests are refused.
+    /// Starts the thread, which keeps the share of the memory until it ends. More than `queue` waiting requests are refused.
     ///
     /// # Errors
     /// [`Error::Io`] if there is no thread.
-    pub fn new(session: Session, tokenizer: &Arc<Tokenizer>, queue: usize) -> Result<Engine, Error> {
+    pub fn new(
+        session: Session,
+        tokenizer: &Arc<Tokenizer>,
+        queue: usize,
+        share: Share,
+    ) -> Result<Engine, Error> {
         let slots = session.outputs().min(session.sequences()) as usize;
         let state = Arc::new(State {
             load: AtomicUsize::new(0),
@@ -184,9 +191,18 @@ impl Engine {
         let shared = state.clone();
         let thread = std::thread::Builder::new()
             .name("engine".into())
-            .spawn(move || work(batch, &arriving, &shared))
+            .spawn(move || {
+                work(batch, &arriving, &shared);
+                drop(share);
+            })
             .map_err(|source| Error::Io { path: "a thread for the model".into(), source })?;
-        Ok(Engine { clients: Mutex::new(Some(clients)), thread: Some(thread), state, slots, queue })
+        Ok(Engine {
+            clients: Mutex::new(Some(clients)),
+            thread: Mutex::new(Some(thread)),
+            state,
+            slots,
+            queue,
+        })
     }
 
     fn clients(&self) -> MutexGuard<'_, Option<mpsc::Sender<Client>>> {
@@ -261,16 +277,13 @@ impl Engine {
     }
 }
 
-impl Drop for Engine {
-    fn drop(&mut self) {
+impl Engine {
+    /// Takes no more requests, and waits until those that it has are done and its memory is free.
+    pub fn finish(&self) {
         *self.clients() = None;
-        // A device that hangs would hang the caller too.
-        if self.lost().is_none()
-            && let Some(thread) = self.thread.take()
-        {
-            // It reports its errors to clients, and has nothing to return.
-            let _ = thread.join();
-        }
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        // It reports its errors to clients, and has nothing to return.
+        let _ = thread.map(JoinHandle::join);
     }
 }
 
@@ -322,6 +335,8 @@ fn work(mut batch: Batch, arriving: &mpsc::Receiver<Client>, state: &State) {
         }
         state.step_ms.store(state.now_ms(), Relaxed);
         let stepped = batch.step(&mut |id, event| {
+            // The device has done its part: what follows on the host is not its fault.
+            state.step_ms.store(state.now_ms(), Relaxed);
             let Some(client) = open.get_mut(&id) else { return };
             let (update, is_last) = match event {
                 Event::Began => {

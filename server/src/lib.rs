@@ -24,12 +24,13 @@ mod replica;
 use std::future::Future;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
 use axum::Router;
 use halite::{Error, Model};
 use tokio::net::TcpListener;
+use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 
 pub use config::{AdapterConfig, Config, ConfigError, ModelConfig, ReplicaConfig, RouteConfig, TargetConfig};
@@ -47,6 +48,8 @@ use memory::Memory;
 use metrics::Metrics;
 use registry::Registry;
 
+/// How long the last receipts may take.
+const MOST_STOPPING: Duration = Duration::from_secs(5);
 /// How often steps are looked at.
 const WATCH: Duration = Duration::from_millis(100);
 
@@ -68,6 +71,7 @@ struct Shared {
     journal: Option<Arc<Journal>>,
     /// The ledger's file, to be read.
     ledger: Option<PathBuf>,
+    reloading: Mutex<()>,
     /// It takes no more requests.
     is_draining: AtomicBool,
 }
@@ -78,6 +82,29 @@ struct Host {
     memory: Arc<Memory>,
     metrics: Metrics,
     books: Books,
+    runs: Runs,
+}
+
+/// The requests that run.
+#[derive(Debug)]
+struct Runs {
+    /// Tells them to stop; each has a receiver.
+    stopping: watch::Sender<bool>,
+}
+
+impl Default for Runs {
+    fn default() -> Runs {
+        Runs { stopping: watch::Sender::new(false) }
+    }
+}
+
+impl Runs {
+    /// Ends all requests, and waits until their receipts are written, or time is up.
+    async fn stop(&self, most: Duration) {
+        self.stopping.send_replace(true);
+        // Those that end drop their receivers.
+        let _ = tokio::time::timeout(most, self.stopping.closed()).await;
+    }
 }
 
 impl std::fmt::Debug for Server {
@@ -95,15 +122,23 @@ impl Shared {
         let Some(machine) = &self.machine else {
             return Err(ConfigError::value("configuration", "a server that was made of one", "another"));
         };
+        let _one_at_a_time = self.reloading.lock().unwrap_or_else(PoisonError::into_inner);
         let config = machine.config()?;
         let registry = Registry::of(&config, machine, &self.host, &self.registry())?;
         self.access.reload(config.clients()?, config.jwt.as_ref())?;
+        if let Some(ledger) = &self.ledger {
+            self.access.recover(&Ledger::open_read_only(ledger)?, config.currency())?;
+        }
         self.set_registry(registry);
         Ok(())
     }
 
     fn set_registry(&self, registry: Registry) {
-        *self.registry.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(registry);
+        let mut current = self.registry.write().unwrap_or_else(PoisonError::into_inner);
+        let old = std::mem::replace(&mut *current, Arc::new(registry));
+        // What is dropped with it holds up nobody.
+        drop(current);
+        drop(old);
     }
 }
 
@@ -129,7 +164,12 @@ impl Server {
         };
         let shared = Shared {
             registry: RwLock::default(),
-            host: Arc::new(Host { memory, metrics: Metrics::default(), books: Books::new(ledger) }),
+            host: Arc::new(Host {
+                memory,
+                metrics: Metrics::default(),
+                books: Books::new(ledger),
+                runs: Runs::default(),
+            }),
             machine,
             drain: config::seconds("drain_s", config.drain_s, 30.0)?,
             probe: config::seconds("probe_s", config.probe_s, 30.0)?,
@@ -140,6 +180,7 @@ impl Server {
                 None => None,
             },
             ledger: config.ledger.as_ref().map(|ledger| ledger.file.clone()),
+            reloading: Mutex::default(),
             is_draining: AtomicBool::new(false),
         };
         Ok(Server { shared: Arc::new(shared) })
@@ -155,8 +196,7 @@ impl Server {
         Ok(server)
     }
 
-    /// Reads the configuration again, and takes its models. Those that have not changed stay loaded; requests of others end where they
-    /// began. What is not about models stays as it is.
+    /// Reads the configuration again, and takes its models. Those that have not changed stay loaded; requests of others go on. What is not about models stays as it is.
     ///
     /// # Errors
     /// As [`Server::new`]; the server then stays as it is.
@@ -220,7 +260,8 @@ impl Server {
         loop {
             tick.tick().await;
             let registry = self.shared.registry();
-            registry.models().for_each(|hosted| hosted.check_steps());
+            // Also of models that a new configuration no longer has, but that still have requests.
+            self.shared.host.memory.replicas().iter().for_each(|replica| replica.check_step());
             if probed.elapsed() >= self.shared.probe {
                 probed = Instant::now();
                 // Beside this loop: a probe may hang.
@@ -260,6 +301,8 @@ impl Server {
             () = late => Ok(()),
         };
         watch.abort();
+        // Receipts of those that were cut off, or whose clients had left.
+        self.shared.host.runs.stop(MOST_STOPPING).await;
         result
     }
 }

@@ -49,11 +49,20 @@ impl Memory {
         replicas.push(Arc::downgrade(replica));
     }
 
-    /// Takes bytes; unloads idle replicas if need be, the one that was used longest ago first.
+    /// The replicas of all models, also of those that a new configuration no longer has.
+    pub fn replicas(&self) -> Vec<Arc<Replica>> {
+        let replicas = self.replicas.lock().unwrap_or_else(PoisonError::into_inner);
+        replicas.iter().filter_map(Weak::upgrade).collect()
+    }
+
+    /// Takes bytes, on a thread that may wait; unloads idle replicas if need be, the one that was used longest ago first.
     ///
     /// # Errors
     /// [`Refused::Memory`] if those that are at work leave too little.
     pub fn take(self: &Arc<Self>, bytes: u64) -> Result<Share, Refused> {
+        if bytes > self.limit_bytes {
+            return Err(Refused::Memory { need_bytes: bytes, free_bytes: self.limit_bytes });
+        }
         loop {
             let free_bytes = {
                 let mut used = self.used();
@@ -64,16 +73,12 @@ impl Memory {
                 }
                 free_bytes
             };
-            let mut replicas: Vec<Arc<Replica>> = {
-                let replicas = self.replicas.lock().unwrap_or_else(PoisonError::into_inner);
-                replicas.iter().filter_map(Weak::upgrade).collect()
-            };
+            let mut replicas = self.replicas();
             replicas.sort_by_key(|replica| std::cmp::Reverse(replica.idle()));
             let Some(unloaded) = replicas.iter().find_map(|replica| replica.unload()) else {
                 return Err(Refused::Memory { need_bytes: bytes, free_bytes });
             };
-            // Its share is free once its engine has ended, unless somebody still holds it.
-            drop(unloaded);
+            unloaded.engine.finish();
         }
     }
 }

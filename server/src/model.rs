@@ -1,20 +1,20 @@
 //! A model under a name, on one or more devices. A request goes to one of them, and goes on on another if the first one fails.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use halite::backend::Contract;
 use halite::batch::Request;
 use halite::chat::Template;
 use halite::constrain::{Guide, Rule, Vocabulary};
-use halite::generate::{GenerateOptions, Generation};
+use halite::generate::{Constraint, Finish, GenerateOptions, Generation};
 use halite::sampler::Logprobs;
 use halite::{Error, Model, SessionOptions, Tokenizer};
-use tokio::sync::mpsc as channel;
+use tokio::sync::{Semaphore, mpsc as channel, watch};
 
 use crate::Host;
 use crate::access::{Admission, Filtered, OutputFilter};
-use crate::engine::{Refused, Ticket, Update};
+use crate::engine::{Engine, Refused, Ticket, Update};
 use crate::journal::{Conflict, Entry};
 use crate::ledger::{Part, Prices, Receipt};
 use crate::replica::{Device, Loaded, Replica, Status};
@@ -75,8 +75,8 @@ pub(crate) struct Opened {
     pub queue: usize,
     /// The vocabularies of rules, by the control tokens that they may ask for.
     vocabularies: Mutex<Vec<(Control, Vocabulary)>>,
-    /// The tokens of the health probe on devices that are exact.
-    probe: Mutex<Option<Vec<u32>>>,
+    /// The tokens of the health probe on devices that are exact, and the engines that gave them.
+    probe: Mutex<(Vec<u32>, Vec<Weak<Engine>>)>,
 }
 
 impl Opened {
@@ -94,7 +94,7 @@ impl Opened {
             session: options.session.clone(),
             queue: options.queue,
             vocabularies: Mutex::default(),
-            probe: Mutex::new(None),
+            probe: Mutex::default(),
         })
     }
 
@@ -120,7 +120,12 @@ impl Opened {
             return Ok(());
         }
         let mut known = self.probe.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = known.get_or_insert_with(|| probe.to_vec());
+        let (known, engines) = &mut *known;
+        // Those that were taken out bind nobody.
+        engines.retain(|engine| engine.upgrade().is_some_and(|engine| engine.lost().is_none()));
+        if engines.is_empty() {
+            *known = probe.to_vec();
+        }
         if known == probe {
             return Ok(());
         }
@@ -129,6 +134,13 @@ impl Opened {
             expected: format!("{known:?}, as on other devices"),
             got: format!("{probe:?}"),
         })
+    }
+}
+
+impl Opened {
+    /// Notes an engine that is exact.
+    pub fn agreed(&self, engine: &Arc<Engine>) {
+        self.probe.lock().unwrap_or_else(PoisonError::into_inner).1.push(Arc::downgrade(engine));
     }
 }
 
@@ -226,11 +238,13 @@ pub struct Hosted {
     opened: Arc<Opened>,
     replicas: Vec<Arc<Replica>>,
     policy: Policy,
-    step_timeout: Duration,
     prices: Option<Prices>,
     sha256: Option<String>,
     host: Arc<Host>,
 }
+
+/// Rules that are compiled at once.
+static COMPILING: Semaphore = Semaphore::const_new(2);
 
 /// How often a request may move.
 const MOST_MOVES: usize = 8;
@@ -255,14 +269,14 @@ impl Hosted {
                 got: "none".into(),
             });
         }
-        let replicas: Vec<_> = devices.into_iter().map(|device| Arc::new(Replica::new(device))).collect();
+        let replicas: Vec<_> =
+            devices.into_iter().map(|device| Arc::new(Replica::new(device, options.step_timeout))).collect();
         replicas.iter().for_each(|replica| host.memory.share_with(replica));
         Ok(Hosted {
             name: name.to_owned(),
             opened: Arc::new(Opened::new(model, options)?),
             replicas,
             policy: options.policy,
-            step_timeout: options.step_timeout,
             prices: options.prices.clone(),
             sha256: options.sha256.clone(),
             host: host.clone(),
@@ -320,20 +334,9 @@ impl Hosted {
     /// Unloads the replicas that are idle.
     pub(crate) async fn unload(&self) {
         let unloaded: Vec<Loaded> = self.replicas.iter().filter_map(|replica| replica.unload()).collect();
-        // Their threads end first.
-        let _ = tokio::task::spawn_blocking(move || drop(unloaded)).await;
-    }
-
-    /// Takes out replicas that hang.
-    pub(crate) fn check_steps(&self) {
-        for replica in &self.replicas {
-            if let Some(loaded) = replica.loaded()
-                && loaded.engine.in_step() > self.step_timeout
-            {
-                let why = format!("a step takes longer than {} s", self.step_timeout.as_secs_f64());
-                replica.fail(&loaded.engine, &why);
-            }
-        }
+        let finish = move || unloaded.iter().for_each(|loaded| loaded.engine.finish());
+        // A panic there is an engine's, whose requests were told.
+        let _ = tokio::task::spawn_blocking(finish).await;
     }
 
     /// Takes out replicas whose health probe fails, and tries those that have rested.
@@ -346,10 +349,10 @@ impl Hosted {
                     }
                 }
                 None => {
-                    let has_rested = replica.status().failures > 0 && replica.may_run().is_ok();
+                    let has_rested = replica.failures() > 0 && replica.may_run().is_ok();
                     // Its failure is noted there.
-                    if has_rested && replica.engine(&self.opened, &self.host.memory).await.is_ok() {
-                        replica.succeeded();
+                    if has_rested && let Ok(loaded) = replica.engine(&self.opened, &self.host.memory).await {
+                        replica.succeeded(&loaded.engine);
                     }
                 }
             }
@@ -376,8 +379,11 @@ impl Hosted {
             // The smallest of exponential variates, with the weights as rates, is each one's by its weight.
             Policy::Weight => -chance().ln() / replica.device.weight.max(f64::MIN_POSITIVE),
         };
+        // One that failed and is not loaded again yet is the last resort: it may fail again, or hang.
+        let is_doubtful = |replica: &Replica| replica.failures() > 0 && replica.loaded().is_none();
+        let rank = |replica: &Replica| (is_doubtful(replica), rank(replica));
         let mut ranked: Vec<_> = candidates.map(|replica| (rank(replica), replica.clone())).collect();
-        ranked.sort_by(|(a, _), (b, _)| a.total_cmp(b));
+        ranked.sort_by(|(a, _), (b, _)| a.0.cmp(&b.0).then(a.1.total_cmp(&b.1)));
         ranked.into_iter().map(|(_, replica)| replica).collect()
     }
 
@@ -411,7 +417,7 @@ impl Hosted {
         submitted
     }
 
-    async fn try_submit(self: &Arc<Self>, job: Job) -> Result<Running, Failed> {
+    async fn try_submit(self: &Arc<Self>, mut job: Job) -> Result<Running, Failed> {
         let began = Instant::now();
         self.host.books.check().await.map_err(|_| Refused::Ledger)?;
         let mut tried = Vec::new();
@@ -426,6 +432,10 @@ impl Hosted {
         };
         // What the journal has comes again, for a client that lost it.
         let had = job.entry.as_ref().map(|entry| entry.tokens.clone()).unwrap_or_default();
+        if job.entry.as_ref().is_some_and(|entry| entry.finish.is_some()) && !had.is_empty() {
+            // It is complete: no step runs.
+            job.options.max_tokens = had.len() as u32;
+        }
         let request = self.request(&job, had).await?;
         let ticket = loaded.engine.submit(place, request);
         let (sender, progress) = channel::unbounded_channel();
@@ -440,7 +450,16 @@ impl Hosted {
         let request = request.tenant(job.tenant).priority(job.priority);
         let Some((rule, control)) = job.rule.clone() else { return Ok(request) };
         let opened = self.opened.clone();
-        let guide = tokio::task::spawn_blocking(move || opened.guide(&rule, control)).await;
+        let had = request.resumed.clone();
+        let compile = move || {
+            let mut guide = opened.guide(&rule, control)?;
+            had.iter().try_for_each(|&token| guide.accept(token))?;
+            Ok(guide)
+        };
+        // A rule has a limit of time: many at once would not keep it.
+        let permit = COMPILING.acquire().await;
+        let guide = tokio::task::spawn_blocking(compile).await;
+        drop(permit);
         let guide = guide.unwrap_or_else(|_| Err(Error::Constraint("compiling it failed inside".into())))?;
         Ok(request.constraint(Some(Box::new(guide) as _)))
     }
@@ -484,6 +503,8 @@ struct SoFar {
 
 impl Run {
     async fn run(mut self, mut replica: Arc<Replica>, mut loaded: Loaded, mut ticket: Ticket) {
+        // Until the receipt is written.
+        let _running = self.hosted.host.runs.stopping.subscribe();
         let mut so_far = SoFar::default();
         let mut tried = Vec::new();
         let mut not_finite = 0;
@@ -494,8 +515,15 @@ impl Run {
             let tokens = (so_far.tokens.len() - had) as u32;
             let mut part = Part { replica: replica.device.name.clone(), tokens: tokens.into(), device_us: 0 };
             let why = match left {
-                Left::Done(generation) => {
-                    replica.succeeded();
+                Left::Done(mut generation) => {
+                    if let Some(entry) = &self.job.entry {
+                        generation.finish =
+                            entry.finish.as_deref().and_then(Finish::named).unwrap_or(generation.finish);
+                        if generation.finish != Finish::Cancelled {
+                            entry.ended(generation.finish.name());
+                        }
+                    }
+                    replica.succeeded(&loaded.engine);
                     part.device_us = micros(generation.device.0 + generation.device.1);
                     so_far.parts.push(part);
                     break Ok(generation);
@@ -522,6 +550,10 @@ impl Run {
             };
             so_far.parts.push(part);
             tried.push(replica.clone());
+            // Nobody waits for the rest.
+            if so_far.is_denied || self.sender.is_closed() {
+                break Err(Error::Cancelled.into());
+            }
             if tried.len() == MOST_MOVES {
                 break Err(Refused::Down(why).into());
             }
@@ -538,6 +570,7 @@ impl Run {
             let decode = Duration::from_micros(receipt.decode_us);
             replica.took(decode, generation.tokens.len().saturating_sub(1) as u32);
         }
+        self.job.bill.admission.charge(&receipt);
         // Without texts: they are nobody's business here.
         tracing::info!(
             request = receipt.request,
@@ -558,7 +591,6 @@ impl Run {
                 entry.billed(so_far.tokens.len().max(entry.billed.unwrap_or(0)));
             }
         }
-        self.job.bill.admission.charge(&receipt);
         self.hosted.host.metrics.ended(&receipt);
         let is_exact = so_far.parts.len() == 1 || so_far.contracts.iter().all(|c| *c == Contract::Exact);
         // Whoever has left needs no answer.
@@ -656,11 +688,12 @@ impl Run {
         // Tokens that the replica repeats.
         let mut repeated = so_far.tokens.len();
         let mut is_cancelled = false;
+        let mut stopping = self.hosted.host.runs.stopping.subscribe();
         loop {
             let update = tokio::select! {
                 biased;
                 update = ticket.next() => update,
-                () = self.sender.closed(), if !is_cancelled => {
+                () = gone(&self.sender, &mut stopping), if !is_cancelled => {
                     // What it took so far comes with the answer.
                     ticket.cancel();
                     is_cancelled = true;
@@ -679,7 +712,7 @@ impl Run {
                     if let Some(entry) = &self.job.entry {
                         let known = entry.tokens.len().saturating_sub(so_far.tokens.len()).min(tokens.len());
                         if known < tokens.len() {
-                            entry.push(&tokens[known..]);
+                            entry.push(so_far.tokens.len() + known, &tokens[known..]);
                         }
                     }
                     so_far.tokens.extend(&tokens);
@@ -704,6 +737,14 @@ impl Run {
                 Err(why) => return Left::Lost(why),
             }
         }
+    }
+}
+
+/// Waits until the client has left, or the server stops.
+async fn gone(client: &channel::UnboundedSender<Progress>, stopping: &mut watch::Receiver<bool>) {
+    tokio::select! {
+        () = client.closed() => {}
+        _ = stopping.wait_for(|stopping| *stopping) => {}
     }
 }
 

@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use halite::embed::EmbedOptions;
+use halite::embed::{EmbedOptions, footprint};
+use halite::gguf::Gguf;
 use halite::kernels::kv;
 use halite::model::ProgramOptions;
-use halite::session::footprint;
 use halite::{Backend, Error, Model, SessionOptions};
 
 use crate::Host;
@@ -138,6 +138,13 @@ impl Registry {
     ) -> Result<Registry, ConfigError> {
         let mut registry = Registry::default();
         let all = config;
+        let mut currencies =
+            config.models.iter().filter_map(|model| model.prices.as_ref()).map(|p| &p.currency);
+        if let Some(first) = currencies.next()
+            && let Some(other) = currencies.find(|other| *other != first)
+        {
+            return Err(ConfigError::value("currencies of prices", format!("{first} for all models"), other));
+        }
         let builtin = [ModelConfig::default()];
         let models = if config.models.is_empty() { &builtin } else { &config.models[..] };
         for config in models {
@@ -239,7 +246,7 @@ fn opened(
         None => machine.builtin()?,
     };
     if let Some(adapter) = adapter.and_then(|index| config.adapters.get(index)) {
-        model.apply_lora(halite::gguf::Gguf::open(&adapter.file)?, adapter.scale)?;
+        model.apply_lora(Gguf::open(&adapter.file)?, adapter.scale)?;
     }
     model.warnings().iter().for_each(|warning| tracing::warn!(model = name, "{warning}"));
     Ok(Arc::new(model))
@@ -259,6 +266,9 @@ fn checked(
         return Ok(None);
     }
     let trust = all.trust.clone().unwrap_or_default();
+    for adapter in &config.adapters {
+        verify_model(&Gguf::open(&adapter.file)?, None, &trust, &mut |_| {})?;
+    }
     let verified = verify_model(model.gguf(), config.manifest.as_deref(), &trust, &mut |_| {})?;
     if let Some(want) = config.sha256.as_ref().filter(|want| !want.eq_ignore_ascii_case(&verified.sha256)) {
         return Err(ConfigError::value(format!("SHA-256 of model `{name}`"), want, verified.sha256));
@@ -277,15 +287,15 @@ fn encoder(
     let cpu = ReplicaConfig::new("cpu", BTreeMap::new());
     let backend = machine.device(config.replicas.first().unwrap_or(&cpu))?;
     let batch = config.batch.unwrap_or(BATCH);
-    let positions = batch.min(model.hparams().context_length);
-    let needed = footprint(model, &*backend, &SessionOptions::default().context(positions).batch(batch))?;
+    let options = EmbedOptions::default().batch(batch);
+    let needed = footprint(model, &*backend, &options)?;
     let share = host
         .memory
         .take(bytes(&needed))
         .map_err(|refused| ConfigError::value(format!("memory for `{name}`"), "room for it", refused))?;
-    let options = EmbedOptions::default().batch(batch);
     let queue = config.queue.unwrap_or(16 * SLOTS as usize);
-    Ok(Encoder::new(name, model, &backend, &options, queue)?.with(share, config.prices.clone()))
+    let encoder = Encoder::sharing(name, model, &backend, &options, queue, Some(share))?;
+    Ok(encoder.with(config.prices.clone()))
 }
 
 fn hosted(

@@ -11,7 +11,7 @@ use halite::session::{Footprint, footprint};
 use halite::{Backend, Error, Session};
 
 use crate::engine::{Engine, Refused};
-use crate::memory::{Memory, Share};
+use crate::memory::Memory;
 use crate::model::Opened;
 
 /// Opens a device.
@@ -20,6 +20,9 @@ pub type OpenDevice = Arc<dyn Fn() -> Result<Arc<dyn Backend>, Error> + Send + S
 /// How long a replica that failed rests before it is tried again: twice as long after each failure.
 const FIRST_REST: Duration = Duration::from_secs(1);
 const LONGEST_REST: Duration = Duration::from_secs(120);
+
+/// How long a request waits for a replica that is being loaded, and how long loading may take.
+const MOST_LOADING: Duration = Duration::from_secs(600);
 
 /// Tokens of a health probe.
 const PROBE_TOKENS: u32 = 4;
@@ -49,8 +52,10 @@ impl std::fmt::Debug for Device {
 pub(crate) struct Replica {
     pub device: Device,
     state: Mutex<State>,
+    /// A step that takes longer is taken to hang.
+    step_timeout: Duration,
     /// One load at a time.
-    loading: tokio::sync::Mutex<()>,
+    loading: Arc<tokio::sync::Mutex<()>>,
     /// When it was last used, in milliseconds since `origin`.
     used_ms: AtomicU64,
     /// The smoothed time of a token, in microseconds; 0 before the first.
@@ -74,7 +79,6 @@ pub(crate) struct Loaded {
     pub contract: Contract,
     /// The tokens of a health probe.
     probe: Arc<[u32]>,
-    _share: Arc<Share>,
 }
 
 /// A replica as operators see it.
@@ -93,9 +97,24 @@ pub(crate) struct Status {
 }
 
 impl Replica {
-    pub fn new(device: Device) -> Replica {
+    pub fn new(device: Device, step_timeout: Duration) -> Replica {
         let (state, loading, used_ms, token_us) = Default::default();
-        Replica { device, state, loading, used_ms, token_us, origin: Instant::now() }
+        Replica { device, state, step_timeout, loading, used_ms, token_us, origin: Instant::now() }
+    }
+
+    /// Takes it out if its step hangs.
+    pub fn check_step(&self) {
+        if let Some(loaded) = self.loaded()
+            && loaded.engine.in_step() > self.step_timeout
+        {
+            let why = format!("a step takes longer than {} s", self.step_timeout.as_secs_f64());
+            self.fail(&loaded.engine, &why);
+        }
+    }
+
+    /// Failures since it last worked.
+    pub fn failures(&self) -> u32 {
+        self.state().failures
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -182,9 +201,12 @@ impl Replica {
     }
 
     /// It answered a request: failures before are forgotten.
-    pub fn succeeded(&self) {
+    pub fn succeeded(&self, engine: &Arc<Engine>) {
         let mut state = self.state();
-        (state.failures, state.resting) = (0, None);
+        // A late answer of one that was taken out proves nothing.
+        if state.loaded.as_ref().is_some_and(|loaded| Arc::ptr_eq(&loaded.engine, engine)) {
+            (state.failures, state.resting) = (0, None);
+        }
     }
 
     /// Unloads it, if it has no requests. Returns the engine, whose end takes a step.
@@ -203,15 +225,31 @@ impl Replica {
         opened: &Arc<Opened>,
         memory: &Arc<Memory>,
     ) -> Result<Loaded, Refused> {
-        let _loading = self.loading.lock().await;
+        let hangs = || Refused::Down("loading it takes too long".into());
+        let loading = self.loading.clone().lock_owned();
+        // Nobody waits for ever for a device that hangs while somebody else loads it.
+        let loading = tokio::time::timeout(MOST_LOADING, loading).await.map_err(|_| hangs())?;
         if let Some(loaded) = self.ready() {
             return Ok(loaded);
         }
         self.may_run().map_err(Refused::Down)?;
         let (replica, opened, memory) = (self.clone(), opened.clone(), memory.clone());
-        let load = move || replica.load_now(&opened, &memory);
-        let loaded = tokio::task::spawn_blocking(load).await;
-        loaded.unwrap_or_else(|_| Err(Refused::Down("loading it failed inside".into())))
+        let load = move || {
+            // It loads to its end, even if the request that wanted it is gone.
+            let _loading = loading;
+            replica.load_now(&opened, &memory)
+        };
+        match tokio::time::timeout(MOST_LOADING, tokio::task::spawn_blocking(load)).await {
+            Ok(Ok(loaded)) => loaded,
+            Ok(Err(_)) => {
+                self.state().rest("loading it failed inside");
+                Err(Refused::Down("loading it failed inside".into()))
+            }
+            Err(_) => {
+                self.state().rest("loading it takes too long");
+                Err(hangs())
+            }
+        }
     }
 
     /// Loads it, on a thread that may wait.
@@ -230,10 +268,13 @@ impl Replica {
         (session, probe) = probed(session, opened).map_err(failed)?;
         let contract = backend.caps().contract;
         opened.agree(contract, &probe).map_err(failed)?;
-        let engine = Engine::new(session, &opened.tokenizer, opened.queue).map_err(failed)?;
+        let engine = Engine::new(session, &opened.tokenizer, opened.queue, share).map_err(failed)?;
+        let engine = Arc::new(engine);
+        if contract == Contract::Exact {
+            opened.agreed(&engine);
+        }
         tracing::info!(device = self.device.name, bytes = bytes(&needed), "replica loaded");
-        let loaded =
-            Loaded { engine: Arc::new(engine), contract, probe: probe.into(), _share: Arc::new(share) };
+        let loaded = Loaded { engine, contract, probe: probe.into() };
         self.state().loaded = Some(loaded.clone());
         Ok(loaded)
     }
@@ -246,7 +287,12 @@ impl Replica {
         if loaded.engine.load() > 0 {
             return Ok(());
         }
-        let Ok(place) = loaded.engine.reserve() else { return Ok(()) };
+        let place = match loaded.engine.reserve() {
+            Ok(place) => place,
+            Err(Refused::Down(why)) => return Err(why),
+            // It is at work.
+            Err(_) => return Ok(()),
+        };
         let mut ticket = loaded.engine.submit(place, probe_request());
         loop {
             match ticket.next().await? {

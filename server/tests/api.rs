@@ -189,7 +189,7 @@ async fn a_schema_holds() {
 async fn what_is_wrong_is_said_in_openais_form() {
     let service = service(1, 1);
     let wrong = [
-        ("/v1/completions", json!({ "model": "x", "prompt": "a" }), 404, "model_not_found", "austen"),
+        ("/v1/completions", json!({ "model": "x", "prompt": "a" }), 404, "model_not_found", "/v1/models"),
         ("/v1/completions", json!({ "prompt": "a" }), 400, "", "model"),
         ("/v1/completions", json!({ "model": "austen" }), 400, "", "prompt"),
         ("/v1/completions", json!({ "prompt": 5 }), 400, "", "Prompt"),

@@ -106,7 +106,7 @@ async fn names_routes_and_the_built_in_model() {
     assert_eq!(seen.into_iter().collect::<Vec<_>>(), ["a", "halite-austen"]);
     let (status, answer) = generate(&service, "c").await;
     assert_eq!(status, StatusCode::NOT_FOUND);
-    assert!(answer["error"]["message"].as_str().unwrap().contains("both"));
+    assert!(answer["error"]["message"].as_str().unwrap().contains("no model `c`"));
 }
 
 #[tokio::test]

@@ -32,7 +32,7 @@ pub struct Request {
     pub prompt: Vec<u32>,
     /// Options of the generation.
     pub options: GenerateOptions,
-    /// Constrains the tokens.
+    /// Constrains the tokens. It has accepted those of `resumed`.
     pub constraint: Option<Box<dyn Constraint + Send>>,
     /// Tokens that another session already generated for this request, with the same prompt and options. The text goes on after
     /// them as it would have gone on there; their events come again.
@@ -310,11 +310,13 @@ impl Batch {
     fn admit(&mut self, on_event: &mut dyn FnMut(RequestId, Event<'_>)) {
         while self.running.len() < self.slots {
             let of = |tenant: u64| self.running.iter().filter(|running| running.tenant == tenant).count();
-            let rank = |(i, (_, request)): &(usize, &(RequestId, Request))| {
-                (-i64::from(request.priority), of(request.tenant), *i)
+            let rank = |&i: &usize| {
+                let request = &self.waiting[i].1;
+                (-i64::from(request.priority), of(request.tenant), i)
             };
-            let ready = self.waiting.iter().enumerate().filter(|(_, (_, request))| !self.is_begun(request));
-            let Some((first, _)) = ready.min_by_key(rank) else { return };
+            let mut order: Vec<usize> = (0..self.waiting.len()).collect();
+            order.sort_by_cached_key(rank);
+            let Some(first) = order.into_iter().find(|&i| !self.is_begun(&self.waiting[i].1)) else { return };
             let Some((id, request)) = self.waiting.remove(first) else { return };
             match self.start(id, request, on_event) {
                 Ok(None) => {}
@@ -326,13 +328,18 @@ impl Batch {
 
     /// Whether a prompt that runs begins like this one, and more of it will be there once it has run: then it pays to wait.
     fn is_begun(&self, request: &Request) -> bool {
-        let longest = self.best(&request.prompt, request.tenant).map_or(0, |(common, _)| common);
-        self.running.iter().filter(|running| running.tenant == request.tenant).any(|running| {
+        let of_tenant = self.running.iter().filter(|running| running.tenant == request.tenant);
+        let under_way = of_tenant
+            .filter(|running| running.stream.pending(&self.session).is_ok_and(|pending| pending > 1));
+        let common = |running: &Running| {
             let (have, want) = (running.stream.prompt(), &request.prompt);
-            let common = have.iter().zip(want).take_while(|(a, b)| a == b).count();
-            let is_under_way = running.stream.pending(&self.session).is_ok_and(|pending| pending > 1);
-            is_under_way && common >= longest + WORTH_WAITING
-        })
+            have.iter().zip(want).take_while(|(a, b)| a == b).count()
+        };
+        let Some(coming) = under_way.map(common).max().filter(|coming| *coming >= WORTH_WAITING) else {
+            return false;
+        };
+        let there = self.best(&request.prompt, request.tenant).map_or(0, |(common, _)| common);
+        coming >= there + WORTH_WAITING
     }
 
     /// Starts a request. Returns its result if it is complete already.
@@ -342,7 +349,7 @@ impl Batch {
         request: Request,
         on_event: &mut dyn FnMut(RequestId, Event<'_>),
     ) -> Result<Option<Generation>> {
-        let Request { prompt, options, mut constraint, resumed, tenant, priority } = request;
+        let Request { prompt, options, constraint, resumed, tenant, priority } = request;
         let sequence = self.sequence_for(&prompt, tenant)?;
         let started = Stream::new(&mut self.session, sequence, &prompt, &options);
         let mut stream = started.inspect_err(|_| _ = self.session.remove(sequence))?;
@@ -352,9 +359,8 @@ impl Batch {
             if !matches!(goes_on, Ok(true)) {
                 break;
             }
-            let mut decoding = Running::decoding(&mut constraint);
             let mut text = String::new();
-            goes_on = stream.replay(token, &self.tokenizer, &mut decoding, &mut |piece| {
+            goes_on = stream.replay(token, &self.tokenizer, &mut |piece| {
                 text.push_str(piece);
                 ControlFlow::Continue(())
             });
@@ -495,7 +501,10 @@ impl Batch {
         on_event: &mut dyn FnMut(RequestId, Event<'_>),
     ) -> Result<()> {
         let device = self.session.last_timing().map_or_else(Default::default, |timing| timing.elapsed);
-        let device = device / runs.max(1) as u32;
+        // Each has its part of the step, by its tokens.
+        let took_part =
+            self.running.iter().zip(&outcomes).filter(|(_, outcome)| matches!(outcome, Some(Ok(()))));
+        let all = took_part.map(|(running, _)| running.stream.fed().len()).sum::<usize>().max(1);
         let weight_bytes = self.weight_bytes / runs.max(1) as u64;
         let (before, now) = (self.since, Instant::now());
         self.since = now;
@@ -518,7 +527,8 @@ impl Batch {
                 None => Ok(true),
                 Some(Ok(())) => {
                     self.session.trim(running.stream.sequence())?;
-                    running.stream.took(&self.session, device)?;
+                    let part = device.mul_f64(running.stream.fed().len() as f64 / all as f64);
+                    running.stream.took(&self.session, part)?;
                     let first = output;
                     output += running.stream.outputs();
                     let mut decoding = Running::decoding(&mut running.constraint);

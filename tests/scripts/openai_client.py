@@ -74,7 +74,7 @@ def fails(kind, text, call, **arguments):
         raise AssertionError(f"no error: {text}")
 
 
-fails(openai.NotFoundError, "austen, chat", client.completions.create, model="x", prompt="a")
+fails(openai.NotFoundError, "/v1/models", client.completions.create, model="x", prompt="a")
 fails(openai.BadRequestError, "weather", client.chat.completions.create, **chat, tools=[tool, tool])
 fails(openai.BadRequestError, "keeps no responses", client.responses.create, **plain, previous_response_id="a")
 fails(openai.BadRequestError, "no encoder", client.embeddings.create, model="austen", input="a")

@@ -115,6 +115,11 @@ impl Policy {
         self.responses.as_ref().is_none_or(|forms| forms.contains(&form))
     }
 
+    /// Whether there are rules on answers.
+    pub fn has_output_rules(&self) -> bool {
+        !self.output.is_empty()
+    }
+
     /// Whether there are rules on prompts.
     pub fn has_input_rules(&self) -> bool {
         !self.input.is_empty()

@@ -1,5 +1,7 @@
 //! What operators ask and tell.
 
+use std::sync::Arc;
+
 use axum::Json;
 use axum::extract::{Path, Query, State};
 use axum::http::header;
@@ -13,6 +15,7 @@ use super::who::Who;
 use super::{App, apart};
 use crate::access::Scope;
 use crate::ledger::{By, Ledger, Usage};
+use crate::model::Hosted;
 
 /// `GET /metrics`. It names models and devices only.
 pub(super) async fn metrics(State(app): State<App>) -> impl IntoResponse {
@@ -60,19 +63,26 @@ pub(super) async fn usage(
 pub(super) async fn status(State(app): State<App>, who: Who) -> Fallible<Json<Value>> {
     // On a server without clients, whoever may use it may look at it.
     who.caller.require(Scope::Usage)?;
-    Ok(described(&app))
+    Ok(described(&app, who.caller.require(Scope::Admin).is_ok()))
 }
 
-fn described(app: &App) -> Json<Value> {
+/// What devices say of their failures may have paths of this machine: that is for operators.
+fn described(app: &App, with_failures: bool) -> Json<Value> {
     let registry = app.shared.registry();
-    let models: Vec<Value> = registry
-        .models()
-        .map(|hosted| json!({ "name": hosted.name(), "replicas": hosted.status() }))
-        .collect();
+    let model = |hosted: &Arc<Hosted>| {
+        let mut replicas = hosted.status();
+        if !with_failures {
+            replicas.iter_mut().for_each(|replica| replica.failure = None);
+        }
+        json!({ "name": hosted.name(), "replicas": replicas })
+    };
+    let models: Vec<Value> = registry.models().map(model).collect();
+    let encoders: Vec<&str> = registry.encoders().map(|encoder| encoder.name()).collect();
     let (used_bytes, limit_bytes) = app.shared.host.memory.bytes();
     let limit_bytes = (limit_bytes != u64::MAX).then_some(limit_bytes);
     Json(json!({
         "models": models,
+        "encoders": encoders,
         "names": registry.names().collect::<Vec<_>>(),
         "memory": { "used_bytes": used_bytes, "limit_bytes": limit_bytes },
     }))
@@ -91,7 +101,7 @@ pub(super) async fn reload(State(app): State<App>, who: Who) -> Fallible<Json<Va
     let shared = app.shared.clone();
     let reload = move || shared.reload().map_err(|error| Failure::request(error.to_string()));
     apart(reload).await?;
-    Ok(described(&app))
+    Ok(described(&app, true))
 }
 
 /// `POST /admin/load/NAME`.
@@ -102,7 +112,7 @@ pub(super) async fn load(
 ) -> Fallible<Json<Value>> {
     admit(&app, &who, "load", json!({ "model": name })).await?;
     app.model(Some(&name))?.load().await?;
-    Ok(described(&app))
+    Ok(described(&app, true))
 }
 
 /// `POST /admin/unload/NAME`: unloads the replicas that are idle.
@@ -113,5 +123,5 @@ pub(super) async fn unload(
 ) -> Fallible<Json<Value>> {
     admit(&app, &who, "unload", json!({ "model": name })).await?;
     app.model(Some(&name))?.unload().await;
-    Ok(described(&app))
+    Ok(described(&app, true))
 }

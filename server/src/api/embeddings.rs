@@ -71,12 +71,22 @@ pub(super) async fn embeddings(
     let bill = who.bill("/v1/embeddings", &admission, true);
     app.shared.host.books.check().await.map_err(|_| Refused::Ledger)?;
     let began = Instant::now();
-    let vectors =
-        encoder.submit(texts)?.await.map_err(|_| Failure::internal("the encoder has stopped"))??;
-    let receipt = encoder.receipt(&bill, tokens, began.elapsed());
-    let is_recorded = app.shared.host.books.receipt(&receipt).await;
-    admission.charge(&receipt);
-    app.shared.host.metrics.ended(&receipt);
+    let vectors = encoder.submit(texts)?;
+    let (host, worker) = (app.shared.host.clone(), encoder.clone());
+    // A client that leaves pays for what is done all the same.
+    let work = async move {
+        let _running = host.runs.stopping.subscribe();
+        let vectors = vectors.await;
+        let is_done = matches!(vectors, Ok(Ok(_)));
+        let receipt = worker.receipt(&bill, if is_done { tokens } else { 0 }, began.elapsed(), is_done);
+        bill.admission.charge(&receipt);
+        let is_recorded = host.books.receipt(&receipt).await;
+        host.metrics.ended(&receipt);
+        (vectors, receipt, is_recorded)
+    };
+    let ended = || Failure::internal("the encoder has stopped");
+    let (vectors, receipt, is_recorded) = tokio::spawn(work).await.map_err(|_| ended())?;
+    let vectors = vectors.map_err(|_| ended())??;
     let written = |vector: &Vec<f32>| match body.encoding_format {
         Some(Encoding::Base64) => {
             let bytes: Vec<u8> = vector.iter().flat_map(|x| x.to_le_bytes()).collect();

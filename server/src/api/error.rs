@@ -87,8 +87,8 @@ impl From<Error> for Failure {
             }
             Error::Argument { .. } | Error::Constraint(_) | Error::Template(_) => Failure::request(message),
             // Paths are this machine's.
-            Error::Io { .. } | Error::Gguf { .. } | Error::FileChanged { .. } => {
-                Failure::internal("the model's file cannot be read")
+            Error::Io { .. } | Error::Gguf { .. } | Error::FileChanged { .. } | Error::Backend { .. } => {
+                Failure::internal("the device failed, or the model's file")
             }
             _ => Failure::internal(message),
         }

@@ -35,6 +35,8 @@ const MAX_CHOICES: u32 = 16;
 /// Maximum stop texts, and bytes of each.
 const MAX_STOP: usize = 16;
 const MAX_STOP_BYTES: usize = 1024;
+/// Maximum bytes of the header with receipts.
+const MAX_HEADER_BYTES: usize = 4096;
 /// Maximum tokens with a bias.
 const MAX_BIASES: usize = 1024;
 
@@ -52,7 +54,7 @@ pub(super) struct Options {
     frequency_penalty: Option<f32>,
     repeat_penalty: Option<f32>,
     seed: Option<i64>,
-    n: Option<u32>,
+    pub n: Option<u32>,
     stop: Option<OneOrMore>,
     pub stream: Option<bool>,
     stream_options: Option<StreamOptions>,
@@ -457,7 +459,10 @@ pub(super) async fn answer(
     body["halite"] = usage.receipts();
     let receipts = body["halite"].to_string();
     let mut response = Json(body).into_response();
-    if let Ok(value) = HeaderValue::from_str(&receipts) {
+    // Proxies refuse answers with long headers.
+    if receipts.len() <= MAX_HEADER_BYTES
+        && let Ok(value) = HeaderValue::from_str(&receipts)
+    {
         response.headers_mut().insert("x-halite-receipts", value);
     }
     Ok(response)
@@ -516,6 +521,12 @@ pub(super) async fn submit(
     let mut options = options.generate(form, hosted, prompt.len(), choice)?.special(!control.is_empty());
     let client = admission.client().config();
     options.max_tokens = policy.output_tokens(options.max_tokens, client.max_output_tokens);
+    if options.logprobs.is_some() && policy.has_output_rules() {
+        return Err(Failure::field(
+            "logprobs",
+            "not with this server's rules on answers, which they would get around",
+        ));
+    }
     let entry = match (&asking.journal, who.journal_key(text)) {
         (Some(journal), Some(key)) => {
             let seed = std::mem::take(&mut options.sampler.seed);

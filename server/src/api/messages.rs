@@ -1,5 +1,7 @@
 //! Messages and tools to the text of a prompt.
 
+use std::collections::HashMap;
+
 use halite::Tokenizer;
 use halite::chat::{self, Json};
 use serde::Deserialize;
@@ -9,6 +11,9 @@ use super::error::{Failure, Fallible};
 use super::tools::{Format, GENERIC, HARMONY, Thinking, Tool, description, detect, written};
 use crate::access::Policy;
 use crate::model::Hosted;
+
+/// Maximum messages of a chat.
+const MAX_MESSAGES: usize = 8192;
 
 /// A message of a chat.
 #[derive(Debug, Deserialize)]
@@ -224,13 +229,18 @@ pub(super) fn prompt_of(
     }
     let tokenizer = hosted.tokenizer();
     let known = detect(template.source());
+    if messages.len() > MAX_MESSAGES {
+        let message = format!("expected at most {MAX_MESSAGES}, got {}", messages.len());
+        return Err(Failure::field("messages", message));
+    }
     let mut rendered = Vec::new();
-    for (index, message) in messages.iter().enumerate() {
-        // A result has the name of the function that the call with its id names.
-        let id = message.tool_call_id.as_deref();
-        let mut earlier = messages[..index].iter().rev().flat_map(Message::calls);
-        let called = id.and_then(|id| earlier.find(|call| call.id.as_deref() == Some(id)));
-        let function = message.name.as_deref().or(called.map(|call| &*call.function.name));
+    // The function that the call of an id names.
+    let mut called: HashMap<&str, &str> = HashMap::new();
+    for message in messages {
+        let calls = message.calls().iter();
+        called.extend(calls.filter_map(|call| Some((call.id.as_deref()?, &*call.function.name))));
+        let of_call = message.tool_call_id.as_deref().and_then(|id| called.get(id).copied());
+        let function = message.name.as_deref().or(of_call);
         rendered.push(match known {
             Some(_) => message.with_tools(function, tokenizer)?,
             None => message.without_tools(function, tokenizer)?,

@@ -19,14 +19,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use axum::body::Bytes;
 use axum::extract::rejection::JsonRejection;
 use axum::extract::{DefaultBodyLimit, FromRequest, Request, State};
-use axum::http::{HeaderValue, StatusCode};
+use axum::http::{HeaderValue, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::Response;
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use serde_json::{Value, json};
+use tokio::sync::Semaphore;
 
 use crate::Shared;
 use crate::embedder::Encoder;
@@ -36,7 +38,10 @@ use error::{Failure, Fallible};
 use who::Who;
 
 /// Maximum bytes of a request's body.
-const MAX_BODY: usize = 32 << 20;
+const MAX_BODY: usize = 16 << 20;
+
+/// Bodies that are read at once: one takes many times its bytes meanwhile.
+static READING: Semaphore = Semaphore::const_new(2);
 
 /// What every request sees.
 #[derive(Clone)]
@@ -71,17 +76,13 @@ impl App {
         if let Some(found) = find(&registry, name) {
             return Ok(found.clone());
         }
-        let known = || registry.names().collect::<Vec<_>>().join(", ");
         Err(match name {
-            None => Failure::field(
-                "model",
-                format!("expected the name of a model, got nothing; there are: {}", known()),
-            ),
+            None => Failure::field("model", "expected the name of a model, got nothing; /v1/models has them"),
             Some(name) if registry.names().any(|known| known == name) => {
                 Failure::field("model", format!("`{name}` {other}"))
             }
             Some(name) => {
-                let message = format!("no model `{name}`; there are: {}", known());
+                let message = format!("no model `{name}`; /v1/models has those that there are");
                 Failure::not_found(message, Some("model_not_found"))
             }
         })
@@ -97,11 +98,19 @@ impl App {
 /// A JSON body, whose errors have OpenAI's form.
 struct Body<T>(T);
 
-impl<T: serde::de::DeserializeOwned, S: Send + Sync> FromRequest<S> for Body<T> {
+impl<T: serde::de::DeserializeOwned + Send + 'static, S: Send + Sync> FromRequest<S> for Body<T> {
     type Rejection = Failure;
 
     async fn from_request(request: Request, state: &S) -> Result<Body<T>, Failure> {
-        let parsed = Json::from_request(request, state).await;
+        let is_json = request.headers().get(header::CONTENT_TYPE).is_some_and(is_json);
+        let bytes = Bytes::from_request(request, state).await;
+        let bytes = bytes.map_err(|e| Failure::request(e.body_text()).status(e.status()))?;
+        if !is_json {
+            let message = "expected the header `Content-Type: application/json`";
+            return Err(Failure::request(message).status(StatusCode::UNSUPPORTED_MEDIA_TYPE));
+        }
+        let _permit = READING.acquire().await;
+        let parsed = apart(move || Ok(Json::<T>::from_bytes(&bytes))).await?;
         let failed = |rejection: JsonRejection| {
             // A field that is wrong is a wrong request.
             let status = rejection.status();
@@ -111,6 +120,12 @@ impl<T: serde::de::DeserializeOwned, S: Send + Sync> FromRequest<S> for Body<T> 
         };
         parsed.map(|Json(body)| Body(body)).map_err(failed)
     }
+}
+
+/// Whether a media type is JSON.
+fn is_json(value: &HeaderValue) -> bool {
+    let kind = value.to_str().unwrap_or_default().split(';').next().unwrap_or_default().trim();
+    kind.eq_ignore_ascii_case("application/json") || kind.to_ascii_lowercase().ends_with("+json")
 }
 
 /// Runs work that may take long, such as encoding a long text, on a thread for it: the thread that answers requests stays free.

@@ -142,6 +142,9 @@ pub(super) async fn responses(
     }
     let mut options = body.options;
     options.check()?;
+    if options.n.is_some_and(|n| n != 1) {
+        return Err(Failure::field("n", "expected 1: a response is one text"));
+    }
     options.max_tokens = body.max_output_tokens.or(options.max_tokens);
     let hosted = app.model(options.model.as_deref())?;
     let asking = Asking::new(&app, who, &hosted, "/v1/responses")?;

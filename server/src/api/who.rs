@@ -34,7 +34,7 @@ impl FromRequestParts<App> for Who {
         let text = authorization.map(|value| value.to_str().unwrap_or_default());
         let caller = app.shared.access.check(text)?;
         let mut hasher = DefaultHasher::new();
-        (caller.client().name(), authorization.map(|value| value.as_bytes())).hash(&mut hasher);
+        caller.client().name().hash(&mut hasher);
         let request = parts.extensions.get::<RequestName>().map(|name| name.0.clone()).unwrap_or_default();
         let idempotency_key = parts.headers.get("idempotency-key").map(|value| value.as_bytes().to_vec());
         let (tenant, started_unix_ms) = (hasher.finish(), now_ms());
