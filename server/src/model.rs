@@ -586,10 +586,11 @@ impl Run {
             "request"
         );
         let is_recorded = self.hosted.host.books.receipt(&receipt).await;
-        if let Some(entry) = self.job.entry.take() {
-            if so_far.ran.is_some() {
-                entry.billed(so_far.tokens.len().max(entry.billed.unwrap_or(0)));
-            }
+        // From here on its key is free again.
+        if let Some(entry) = self.job.entry.take()
+            && so_far.ran.is_some()
+        {
+            entry.billed(so_far.tokens.len().max(entry.billed.unwrap_or(0)));
         }
         self.hosted.host.metrics.ended(&receipt);
         let is_exact = so_far.parts.len() == 1 || so_far.contracts.iter().all(|c| *c == Contract::Exact);
