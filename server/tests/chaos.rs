@@ -118,14 +118,15 @@ impl Running {
             .stderr(std::fs::OpenOptions::new().create(true).append(true).open(folder.join("log")).unwrap())
             .spawn()
             .unwrap();
+        let mut running = Running { child, address: SocketAddr::from(([127, 0, 0, 1], 0)) };
         let began = Instant::now();
-        loop {
-            if let Some(address) = std::fs::read_to_string(&file).ok().and_then(|text| text.parse().ok()) {
-                return Running { child, address };
-            }
+        while running.address.port() == 0 {
             assert!(began.elapsed() < Duration::from_secs(60), "the server does not start");
             std::thread::sleep(Duration::from_millis(10));
+            let address = std::fs::read_to_string(&file).ok().and_then(|text| text.parse().ok());
+            running.address = address.unwrap_or(running.address);
         }
+        running
     }
 
     /// Open files, and kilobytes of memory.
