@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use axum::Json;
+use axum::extract::rejection::QueryRejection;
 use axum::extract::{Path, Query, State};
 use axum::http::header;
 use axum::response::IntoResponse;
@@ -36,9 +37,10 @@ pub(super) struct Sums {
 pub(super) async fn usage(
     State(app): State<App>,
     who: Who,
-    Query(sums): Query<Sums>,
+    sums: Result<Query<Sums>, QueryRejection>,
 ) -> Fallible<Json<Value>> {
     who.caller.require(Scope::Usage)?;
+    let Query(sums) = sums.map_err(|rejection| Failure::request(rejection.body_text()))?;
     let Some(file) = app.shared.ledger.clone() else {
         return Err(Failure::not_found("this server has no ledger", None));
     };
