@@ -113,7 +113,7 @@ async fn names_routes_and_the_built_in_model() {
 async fn models_are_unloaded_for_others_and_the_memory_is_never_exceeded() {
     let two = |memory: &str| {
         let model =
-            |name: &str| format!("[[model]]\nname = '{name}'\nfile = 'a.gguf'\ncontext = 256\nslots = 2\n");
+            |name: &str| format!("[[model]]\nname = '{name}'\nfile = 'a.gguf'\ncontext = 2048\ncache = 2048\nslots = 2\n");
         format!("{memory}\n{}{}", model("x"), model("y"))
     };
     let test = Test::new(&two(""));
@@ -138,7 +138,7 @@ async fn models_are_unloaded_for_others_and_the_memory_is_never_exceeded() {
     }
     // Not for one that is at work.
     let mut long =
-        json!({ "model": "x", "prompt": "She", "max_tokens": 200, "ignore_eos": true, "stream": true });
+        json!({ "model": "x", "prompt": "She", "max_tokens": 2000, "ignore_eos": true, "stream": true });
     let request =
         Request::builder().method("POST").uri("/v1/completions").header("content-type", "application/json");
     let running = service.clone().oneshot(request.body(Body::from(long.to_string())).unwrap()).await.unwrap();
