@@ -112,8 +112,9 @@ async fn names_routes_and_the_built_in_model() {
 #[tokio::test]
 async fn models_are_unloaded_for_others_and_the_memory_is_never_exceeded() {
     let two = |memory: &str| {
-        let model =
-            |name: &str| format!("[[model]]\nname = '{name}'\nfile = 'a.gguf'\ncontext = 2048\ncache = 2048\nslots = 2\n");
+        let model = |name: &str| {
+            format!("[[model]]\nname = '{name}'\nfile = 'a.gguf'\ncontext = 2048\ncache = 2048\nslots = 2\n")
+        };
         format!("{memory}\n{}{}", model("x"), model("y"))
     };
     let test = Test::new(&two(""));
