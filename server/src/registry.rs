@@ -11,9 +11,10 @@ use halite::model::ProgramOptions;
 use halite::{Backend, Error, Model, SessionOptions};
 
 use crate::Host;
+use crate::basics::chance;
 use crate::config::{Config, ConfigError, ModelConfig, ReplicaConfig, check_weights, seconds};
 use crate::embedder::Encoder;
-use crate::integrity::verify_model;
+use crate::integrity::{Trust, verify_model};
 use crate::model::{Hosted, ModelOptions};
 use crate::replica::{Device, bytes};
 
@@ -106,7 +107,7 @@ impl Registry {
     fn route(&self, name: &str) -> Option<&str> {
         let targets = self.routes.get(name)?;
         let total: f64 = targets.iter().map(|(weight, _)| weight).sum();
-        let mut left = crate::model::chance() * total;
+        let mut left = chance() * total;
         let chosen = targets.iter().find(|(weight, _)| {
             left -= weight;
             left <= 0.0
@@ -202,7 +203,17 @@ impl Registry {
             Some(entry) => entry.hosted.clone(),
             None => {
                 let model = opened(name, config, adapter, machine)?;
-                let sha256 = checked(name, &model, config, all)?;
+                let sha256 = match adapter.and_then(|index| config.adapters.get(index)) {
+                    None => checked(name, &model, config, all)?,
+                    // The model itself was checked under its own name.
+                    Some(adapter) => {
+                        if is_checked(config, all) {
+                            verify_model(&Gguf::open(&adapter.file)?, None, &trust(all), &mut |_| {})?;
+                        }
+                        let base = self.models.get(&name_of(config));
+                        base.and_then(|base| base.hosted.sha256().map(str::to_owned))
+                    }
+                };
                 if Encoder::is_for(&model)? {
                     let encoder = Arc::new(encoder(name, &model, config, machine, host)?);
                     self.encoders.insert(name.to_owned(), (encoder, made_of));
@@ -252,6 +263,15 @@ fn opened(
     Ok(Arc::new(model))
 }
 
+/// Whether somebody wants to know that a model's files are the right ones, or what their SHA-256 is.
+fn is_checked(config: &ModelConfig, all: &Config) -> bool {
+    config.sha256.is_some() || config.manifest.is_some() || all.trust.is_some() || all.ledger.is_some()
+}
+
+fn trust(all: &Config) -> Trust {
+    all.trust.clone().unwrap_or_default()
+}
+
 /// Checks that a model is the one that it should be, and returns the SHA-256 of its file, if somebody wants to know it.
 fn checked(
     name: &str,
@@ -259,17 +279,11 @@ fn checked(
     config: &ModelConfig,
     all: &Config,
 ) -> Result<Option<String>, ConfigError> {
-    let wanted =
-        config.sha256.is_some() || config.manifest.is_some() || all.trust.is_some() || all.ledger.is_some();
     // The built-in model is a part of the program.
-    if !wanted || config.file.is_none() {
+    if !is_checked(config, all) || config.file.is_none() {
         return Ok(None);
     }
-    let trust = all.trust.clone().unwrap_or_default();
-    for adapter in &config.adapters {
-        verify_model(&Gguf::open(&adapter.file)?, None, &trust, &mut |_| {})?;
-    }
-    let verified = verify_model(model.gguf(), config.manifest.as_deref(), &trust, &mut |_| {})?;
+    let verified = verify_model(model.gguf(), config.manifest.as_deref(), &trust(all), &mut |_| {})?;
     if let Some(want) = config.sha256.as_ref().filter(|want| !want.eq_ignore_ascii_case(&verified.sha256)) {
         return Err(ConfigError::value(format!("SHA-256 of model `{name}`"), want, verified.sha256));
     }
