@@ -135,26 +135,18 @@ impl Encoder {
     /// The receipt of a request.
     pub(crate) fn receipt(&self, bill: &Bill, tokens: usize, time: Duration, is_done: bool) -> Receipt {
         let us = time.as_micros() as u64;
-        let mut receipt = Receipt {
-            request: bill.request.clone(),
-            client: bill.admission.client().name().to_owned(),
-            model: self.name.clone(),
-            endpoint: bill.endpoint.to_owned(),
-            started_unix_ms: bill.started_unix_ms,
+        Receipt {
             outcome: if is_done { "end" } else { "failed" }.into(),
             prompt_tokens: tokens as u64,
             prefill_us: us,
             parts: vec![Part { replica: self.device.clone(), tokens: 0, device_us: us }],
-            ..Receipt::default()
-        };
-        if let Some(prices) = &self.prices {
-            receipt.currency = prices.currency.clone();
-            match prices.cost(&receipt) {
-                Ok(cost) => receipt.cost_nano = cost,
-                Err(error) => tracing::error!(%error, "the cost of a request"),
-            }
+            ..bill.receipt(&self.name)
         }
-        receipt
+    }
+
+    /// What requests cost.
+    pub(crate) fn prices(&self) -> Option<&Prices> {
+        self.prices.as_ref()
     }
 
     /// Hands over texts as tokens, the special ones included. Dropping the receiver cancels a request that waits.

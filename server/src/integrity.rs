@@ -12,6 +12,8 @@ use minisign_verify::{PublicKey, Signature};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use crate::basics::hex;
+
 /// Maximum bytes of a manifest: some 250 for each of a million tensors.
 const MAX_MANIFEST_BYTES: u64 = 1 << 28;
 /// Maximum bytes of a signature or a public key.
@@ -152,10 +154,6 @@ fn sha256(
         progress(bytes.len() as u64);
     })?;
     Ok(hasher.finalize().into())
-}
-
-fn hex(hash: &[u8]) -> String {
-    hash.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// The SHA-256 of each file.

@@ -8,6 +8,7 @@
 
 pub mod access;
 mod api;
+mod basics;
 mod books;
 mod config;
 mod embedder;
@@ -43,9 +44,10 @@ pub use replica::{Device, OpenDevice};
 use access::Access;
 use books::Books;
 use journal::Journal;
-use ledger::{Ledger, Writer};
+use ledger::{Ledger, Prices, Receipt, Writer};
 use memory::Memory;
 use metrics::Metrics;
+use model::Bill;
 use registry::Registry;
 
 /// How long the last receipts may take.
@@ -83,6 +85,38 @@ struct Host {
     metrics: Metrics,
     books: Books,
     runs: Runs,
+}
+
+impl Host {
+    /// Ends a request's receipt: what it costs, the client's limits, the log, the ledger and the counters. Returns whether the ledger has
+    /// it, if there is one.
+    async fn settle(&self, bill: &Bill, prices: Option<&Prices>, receipt: &mut Receipt) -> bool {
+        if let Some(prices) = prices {
+            receipt.currency = prices.currency.clone();
+            match prices.cost(receipt) {
+                Ok(cost) => receipt.cost_nano = cost,
+                Err(error) => tracing::error!(%error, "the cost of a request"),
+            }
+        }
+        bill.admission.charge(receipt);
+        // Without texts: they are nobody's business here.
+        tracing::info!(
+            request = receipt.request,
+            client = receipt.client,
+            model = receipt.model,
+            outcome = receipt.outcome,
+            prompt_tokens = receipt.prompt_tokens,
+            completion_tokens = receipt.completion_tokens,
+            queue_us = receipt.queue_us,
+            prefill_us = receipt.prefill_us,
+            decode_us = receipt.decode_us,
+            moves = receipt.parts.len().saturating_sub(1),
+            "request"
+        );
+        let is_recorded = self.books.receipt(receipt).await;
+        self.metrics.ended(receipt);
+        is_recorded
+    }
 }
 
 /// The requests that run.
@@ -176,7 +210,7 @@ impl Server {
             access,
             policy: Arc::new(access::Policy::new(&config.policy.clone().unwrap_or_default())?),
             journal: match &config.journal {
-                Some(file) => Some(Arc::new(Journal::open(file, api::now_ms())?)),
+                Some(file) => Some(Arc::new(Journal::open(file, basics::now_ms())?)),
                 None => None,
             },
             ledger: config.ledger.as_ref().map(|ledger| ledger.file.clone()),

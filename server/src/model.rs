@@ -14,7 +14,8 @@ use tokio::sync::{Semaphore, mpsc as channel, watch};
 
 use crate::Host;
 use crate::access::{Admission, Filtered, OutputFilter};
-use crate::engine::{Engine, Refused, Ticket, Update};
+use crate::basics::chance;
+use crate::engine::{Engine, Place, Refused, Ticket, Update};
 use crate::journal::{Conflict, Entry};
 use crate::ledger::{Part, Prices, Receipt};
 use crate::replica::{Device, Loaded, Replica, Status};
@@ -135,9 +136,7 @@ impl Opened {
             got: format!("{probe:?}"),
         })
     }
-}
 
-impl Opened {
     /// Notes an engine that is exact.
     pub fn agreed(&self, engine: &Arc<Engine>) {
         self.probe.lock().unwrap_or_else(PoisonError::into_inner).1.push(Arc::downgrade(engine));
@@ -176,6 +175,20 @@ pub(crate) struct Bill {
     pub started_unix_ms: u64,
     /// Further texts after the same prompt do not pay for it.
     pub has_prompt: bool,
+}
+
+impl Bill {
+    /// A receipt of a model, without what it took.
+    pub fn receipt(&self, model: &str) -> Receipt {
+        Receipt {
+            request: self.request.clone(),
+            client: self.admission.client().name().to_owned(),
+            model: model.to_owned(),
+            endpoint: self.endpoint.to_owned(),
+            started_unix_ms: self.started_unix_ms,
+            ..Receipt::default()
+        }
+    }
 }
 
 /// How a request ended, and what it took.
@@ -405,6 +418,20 @@ impl Hosted {
         Err(refused.unwrap_or_else(|| Refused::Down(why().unwrap_or_default())))
     }
 
+    /// Takes a place on a replica that works.
+    async fn place(&self, without: &[Arc<Replica>]) -> Result<(Arc<Replica>, Loaded, Place), Refused> {
+        let mut tried = without.to_vec();
+        loop {
+            let (replica, loaded) = self.find(&tried).await?;
+            match loaded.engine.reserve() {
+                Ok(place) => return Ok((replica, loaded, place)),
+                // Another one may have room.
+                Err(refused) if self.ranked(&tried).len() <= 1 => return Err(refused),
+                Err(_) => tried.push(replica),
+            }
+        }
+    }
+
     /// Begins a request. It has a place when this returns.
     ///
     /// # Errors
@@ -420,16 +447,7 @@ impl Hosted {
     async fn try_submit(self: &Arc<Self>, mut job: Job) -> Result<Running, Failed> {
         let began = Instant::now();
         self.host.books.check().await.map_err(|_| Refused::Ledger)?;
-        let mut tried = Vec::new();
-        let (replica, loaded, place) = loop {
-            let (replica, loaded) = self.find(&tried).await?;
-            match loaded.engine.reserve() {
-                Ok(place) => break (replica, loaded, place),
-                // Another one may have room.
-                Err(refused) if self.ranked(&tried).len() <= 1 => return Err(refused.into()),
-                Err(_) => tried.push(replica),
-            }
-        };
+        let (replica, loaded, place) = self.place(&[]).await?;
         // What the journal has comes again, for a client that lost it.
         let had = job.entry.as_ref().map(|entry| entry.tokens.clone()).unwrap_or_default();
         if job.entry.as_ref().is_some_and(|entry| entry.finish.is_some()) && !had.is_empty() {
@@ -463,12 +481,6 @@ impl Hosted {
         let guide = guide.unwrap_or_else(|_| Err(Error::Constraint("compiling it failed inside".into())))?;
         Ok(request.constraint(Some(Box::new(guide) as _)))
     }
-}
-
-/// A number in (0, 1].
-pub(crate) fn chance() -> f64 {
-    use std::hash::{BuildHasher, RandomState};
-    ((RandomState::new().hash_one(()) >> 11) + 1) as f64 / (1u64 << 53) as f64
 }
 
 /// A request that runs, on one replica after another.
@@ -565,34 +577,19 @@ impl Run {
         };
         // Once the end is told, the replica may be unloaded.
         drop(loaded);
-        let receipt = self.receipt(&so_far, &last);
+        let mut receipt = self.receipt(&so_far, &last);
         if let Ok(generation) = &last {
             let decode = Duration::from_micros(receipt.decode_us);
             replica.took(decode, generation.tokens.len().saturating_sub(1) as u32);
         }
-        self.job.bill.admission.charge(&receipt);
-        // Without texts: they are nobody's business here.
-        tracing::info!(
-            request = receipt.request,
-            client = receipt.client,
-            model = receipt.model,
-            outcome = receipt.outcome,
-            prompt_tokens = receipt.prompt_tokens,
-            completion_tokens = receipt.completion_tokens,
-            queue_us = receipt.queue_us,
-            prefill_us = receipt.prefill_us,
-            decode_us = receipt.decode_us,
-            moves = receipt.parts.len().saturating_sub(1),
-            "request"
-        );
-        let is_recorded = self.hosted.host.books.receipt(&receipt).await;
+        let is_recorded =
+            self.hosted.host.settle(&self.job.bill, self.hosted.prices.as_ref(), &mut receipt).await;
         // From here on its key is free again.
         if let Some(entry) = self.job.entry.take()
             && so_far.ran.is_some()
         {
             entry.billed(so_far.tokens.len().max(entry.billed.unwrap_or(0)));
         }
-        self.hosted.host.metrics.ended(&receipt);
         let is_exact = so_far.parts.len() == 1 || so_far.contracts.iter().all(|c| *c == Contract::Exact);
         // Whoever has left needs no answer.
         let _ = self.sender.send(match last {
@@ -616,18 +613,13 @@ impl Run {
         let ran = so_far.ran.unwrap_or(end);
         let first = so_far.first_token.unwrap_or(end);
         let mut receipt = Receipt {
-            request: bill.request.clone(),
-            client: bill.admission.client().name().to_owned(),
-            model: self.hosted.name.clone(),
             model_sha256: self.hosted.sha256.clone(),
-            endpoint: bill.endpoint.to_owned(),
-            started_unix_ms: bill.started_unix_ms,
             completion_tokens: so_far.tokens.len().saturating_sub(billed.unwrap_or(0)) as u64,
             queue_us: micros(ran.saturating_duration_since(self.began)),
             prefill_us: micros(first.saturating_duration_since(ran)),
             decode_us: micros(end.saturating_duration_since(first)),
             parts: so_far.parts.clone(),
-            ..Receipt::default()
+            ..bill.receipt(&self.hosted.name)
         };
         if bill.has_prompt && billed.is_none() && so_far.ran.is_some() {
             receipt.prompt_tokens = prompt.len() as u64;
@@ -645,13 +637,6 @@ impl Run {
             Err(Failed::Error(Error::Cancelled)) => receipt.outcome = "cancelled".into(),
             Err(_) => receipt.outcome = "failed".into(),
         }
-        if let Some(prices) = &self.hosted.prices {
-            receipt.currency = prices.currency.clone();
-            match prices.cost(&receipt) {
-                Ok(cost) => receipt.cost_nano = cost,
-                Err(error) => tracing::error!(%error, "the cost of a request"),
-            }
-        }
         receipt
     }
 
@@ -663,14 +648,10 @@ impl Run {
     ) -> Result<(Arc<Replica>, Loaded, Ticket), Failed> {
         let began = Instant::now();
         let (replica, loaded, place) = loop {
-            let found = match self.hosted.find(tried).await {
-                Err(_) => self.hosted.find(&[]).await,
-                found => found,
+            let taken = match self.hosted.place(tried).await {
+                Err(_) => self.hosted.place(&[]).await,
+                taken => taken,
             };
-            let taken = found.and_then(|(replica, loaded)| {
-                let place = loaded.engine.reserve()?;
-                Ok((replica, loaded, place))
-            });
             match taken {
                 Ok(taken) => break taken,
                 Err(refused) if began.elapsed() > PATIENCE || self.sender.is_closed() => {

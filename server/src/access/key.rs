@@ -4,6 +4,7 @@ use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
 
 use super::AccessError;
+use crate::basics::hex;
 
 /// How a key begins, so that tools that look for secrets find it.
 pub(super) const PREFIX: &str = "hal_";
@@ -24,8 +25,7 @@ impl Key {
     pub fn new() -> Result<Key, AccessError> {
         let mut random = [0; 32];
         getrandom::fill(&mut random).map_err(AccessError::Random)?;
-        let digits: String = random.iter().map(|byte| format!("{byte:02x}")).collect();
-        let secret = format!("{PREFIX}{digits}");
+        let secret = format!("{PREFIX}{}", hex(&random));
         Ok(Key { sha256: sha256(&secret), secret })
     }
 }

@@ -2,23 +2,16 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use jiff::Timestamp;
 use jiff::civil::Date;
 use jiff::tz::TimeZone;
 
 use super::{Client, Denied};
+use crate::basics::now_ms;
 use crate::ledger::{By, Ledger, LedgerError, Receipt};
 
 const MINUTE_MS: u64 = 60_000;
-
-/// The time, in milliseconds since 1970.
-pub(super) fn now_unix_ms() -> u64 {
-    // A clock before 1970 is at its start.
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
-}
 
 /// The day in UTC.
 fn day(unix_ms: u64) -> Date {
@@ -88,7 +81,7 @@ impl Admission {
     /// Counts what the request used. A request in progress is not ended, so that limits of tokens and cost can be passed by those that
     /// were admitted before.
     pub fn charge(&self, receipt: &Receipt) {
-        self.charge_at(receipt, now_unix_ms());
+        self.charge_at(receipt, now_ms());
     }
 
     pub(super) fn charge_at(&self, receipt: &Receipt, unix_ms: u64) {

@@ -17,6 +17,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::{Arc, RwLock};
 
+use crate::basics::now_ms;
 use crate::ledger::{Ledger, LedgerError};
 
 pub use config::{ClientConfig, JwtConfig, Scope, read_clients};
@@ -252,7 +253,7 @@ impl Caller {
     /// # Errors
     /// [`Denied`] says which limit it is beyond.
     pub fn admit(&self) -> Result<Admission, Denied> {
-        limits::admit(&self.client, limits::now_unix_ms())
+        limits::admit(&self.client, now_ms())
     }
 }
 
@@ -347,7 +348,7 @@ impl Access {
     /// # Errors
     /// As [`Ledger::usage`].
     pub fn recover(&self, ledger: &Ledger, currency: &str) -> Result<(), LedgerError> {
-        limits::recover(&self.state().clients, ledger, currency, limits::now_unix_ms())
+        limits::recover(&self.state().clients, ledger, currency, now_ms())
     }
 
     /// The caller, by the value of the header `Authorization`: a key, or a token.

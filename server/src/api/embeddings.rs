@@ -78,10 +78,8 @@ pub(super) async fn embeddings(
         let _running = host.runs.stopping.subscribe();
         let vectors = vectors.await;
         let is_done = matches!(vectors, Ok(Ok(_)));
-        let receipt = worker.receipt(&bill, if is_done { tokens } else { 0 }, began.elapsed(), is_done);
-        bill.admission.charge(&receipt);
-        let is_recorded = host.books.receipt(&receipt).await;
-        host.metrics.ended(&receipt);
+        let mut receipt = worker.receipt(&bill, if is_done { tokens } else { 0 }, began.elapsed(), is_done);
+        let is_recorded = host.settle(&bill, worker.prices(), &mut receipt).await;
         (vectors, receipt, is_recorded)
     };
     let ended = || Failure::internal("the encoder has stopped");

@@ -24,8 +24,9 @@ use super::error::{Failure, Fallible};
 use super::messages::Reading;
 use super::voice::Voice;
 use super::who::Who;
-use super::{App, Body, apart, now, now_ms};
+use super::{App, Body, apart, now};
 use crate::access::{Admission, Policy, ResponseForm, Scope};
+use crate::basics::{now_ms, random};
 use crate::journal::Journal;
 use crate::ledger::{Amount, Receipt};
 use crate::model::{Failed, Hosted, Job, Outcome, Progress, Running};
@@ -202,7 +203,7 @@ impl Options {
                 in_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)?.unwrap_or(0.0),
             )
             .repeat_penalty(in_range("repeat_penalty", self.repeat_penalty, 0.1, 10.0)?.unwrap_or(1.0));
-        let seed = self.seed.map_or_else(any_seed, |seed| seed as u64);
+        let seed = self.seed.map_or_else(random, |seed| seed as u64);
         sampler = sampler.seed(seed.wrapping_add(choice.into()));
         let stop = match &self.stop {
             None => Vec::new(),
@@ -306,12 +307,6 @@ impl Form {
             (Form::Chat, true) => "chat.completion.chunk",
         }
     }
-}
-
-/// A seed for a request that names none.
-fn any_seed() -> u64 {
-    use std::hash::{BuildHasher, RandomState};
-    RandomState::new().hash_one(())
 }
 
 /// What the texts of a request took.

@@ -14,10 +14,8 @@ mod tools;
 mod voice;
 mod who;
 
-use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::body::Bytes;
 use axum::extract::rejection::JsonRejection;
@@ -31,6 +29,7 @@ use serde_json::{Value, json};
 use tokio::sync::Semaphore;
 
 use crate::Shared;
+use crate::basics::{now_ms, random};
 use crate::embedder::Encoder;
 use crate::model::Hosted;
 use crate::registry::Registry;
@@ -139,24 +138,14 @@ async fn apart<T: Send + 'static>(work: impl FnOnce() -> Fallible<T> + Send + 's
 #[derive(Clone)]
 struct RequestName(String);
 
-/// Milliseconds since 1970.
-pub(crate) fn now_ms() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
-}
-
 /// Seconds since 1970.
 fn now() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+    now_ms() / 1000
 }
 
 /// The service of these models.
 pub(crate) fn router(shared: &Arc<Shared>) -> Router {
-    let app = App {
-        shared: shared.clone(),
-        started: now(),
-        run: RandomState::new().hash_one(now_ms()),
-        requests: Arc::default(),
-    };
+    let app = App { shared: shared.clone(), started: now(), run: random(), requests: Arc::default() };
     Router::new()
         .route("/v1/models", get(models))
         .route("/v1/models/{*name}", get(model))

@@ -436,9 +436,8 @@ pub(super) fn written(name: &str, arguments: &Value) -> String {
 
 /// An id for a call. Some templates want nine letters and digits.
 pub(super) fn call_id() -> String {
-    use std::hash::{BuildHasher, RandomState};
     const DIGITS: &[u8; 36] = b"0123456789abcdefghijklmnopqrstuvwxyz";
-    let mut number = RandomState::new().hash_one(());
+    let mut number = crate::basics::random();
     let mut id = String::new();
     for _ in 0..9 {
         id.push(char::from(DIGITS[(number % 36) as usize]));

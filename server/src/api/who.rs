@@ -9,8 +9,9 @@ use axum::http::request::Parts;
 use sha2::{Digest, Sha256};
 
 use super::error::{Failure, Fallible};
-use super::{App, RequestName, now_ms};
+use super::{App, RequestName};
 use crate::access::{Admission, Caller, Scope};
+use crate::basics::{hex, now_ms};
 use crate::model::Bill;
 
 /// Who sent a request.
@@ -70,7 +71,7 @@ impl Who {
             hasher.update((part.len() as u64).to_le_bytes());
             hasher.update(part);
         }
-        Some(hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+        Some(hex(&hasher.finalize()))
     }
 
     /// The bill of a text.

@@ -6,6 +6,7 @@ use sha2::{Digest, Sha256};
 
 use super::store::{Ledger, TRIGGERS, now_unix_ms};
 use super::{By, Entry, Kind, LedgerError, Usage, sqlite, to_json};
+use crate::basics::hex;
 
 /// A SHA-256.
 pub(super) type Hash = [u8; 32];
@@ -25,11 +26,6 @@ pub(super) fn hash(before: &Hash, seq: i64, unix_ms: i64, kind: &str, body: &str
     hasher.update(kind);
     hasher.update(body);
     hasher.finalize().into()
-}
-
-/// Writes bytes as hexadecimal digits.
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// A chain that is right.
