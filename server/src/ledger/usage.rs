@@ -84,7 +84,7 @@ pub struct Usage {
     pub device_us: u64,
     /// Bytes of the KV cache times seconds.
     pub kv_byte_seconds: u64,
-    /// Bytes of weights read from a drive.
+    /// Bytes of weights and KV cache that steps read.
     pub read_bytes: u64,
     /// Energy, where it is known.
     pub energy_uj: u64,
