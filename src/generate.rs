@@ -3,6 +3,8 @@
 use std::ops::ControlFlow;
 use std::time::Duration;
 
+use crate::backend::Timing;
+use crate::backend::energy::Energy;
 use crate::clock::Instant;
 use crate::error::{Error, Result};
 use crate::memory::reserved;
@@ -194,6 +196,8 @@ pub struct Generation {
     pub decode: Duration,
     /// Time of the prefill and of the decode steps on the device, by its clock.
     pub device: (Duration, Duration),
+    /// Energy of the steps, if the device tells it. Requests that share a step share its energy by their tokens.
+    pub energy: Option<Energy>,
     /// What the steps took besides, in a [`Batch`](crate::batch::Batch).
     pub used: Used,
 }
@@ -329,6 +333,7 @@ impl Stream {
             drafted: (0, 0),
             decode: Duration::ZERO,
             device: (Duration::ZERO, Duration::ZERO),
+            energy: None,
             used: Used::default(),
         };
         Ok(Stream {
@@ -360,9 +365,9 @@ impl Stream {
     ) -> Result<bool> {
         let kind = self.kind(decoding);
         while !self.is_done {
-            let device_before = session.device_time();
             let ran = self.run(session, decoding, session.batch()).and_then(|run| session.step(&[run], kind));
-            self.took(session, session.device_time() - device_before)?;
+            let timing = ran.is_ok().then(|| session.last_timing()).flatten();
+            self.took(session, timing)?;
             match ran {
                 Ok(()) if self.outputs == 0 => {}
                 Ok(()) => return self.accept(session, tokenizer, decoding, kind, 0, on_text),
@@ -477,11 +482,14 @@ impl Stream {
         self.outputs
     }
 
-    /// Notes that a step with the last run took so long on the device, or the stream's part of it.
+    /// Notes what a step with the last run took on the device, or the stream's part of it; `None` for a step that failed.
     ///
     /// # Errors
     /// [`Error::Argument`] if the sequence is not there.
-    pub fn took(&mut self, session: &Session, device: Duration) -> Result<()> {
+    pub fn took(&mut self, session: &Session, timing: Option<Timing>) -> Result<()> {
+        let device = timing.map_or(Duration::ZERO, |timing| timing.elapsed);
+        let energy = timing.and_then(|timing| timing.energy);
+        self.generation.energy = Energy::sum(self.generation.energy, energy);
         if self.generation.tokens.is_empty() {
             let ran = session.len(self.sequence)?.saturating_sub(self.generation.reused_tokens);
             self.generation.prefill_tokens = ran;

@@ -6,7 +6,6 @@ mod save;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
 
 use crate::backend::{
     Backend, Buffer, Cancel, Limits, NO_PAGE, Span, Step, Timing, check_support, first_page, upload,
@@ -324,7 +323,6 @@ pub struct Session {
     top_logits: Vec<f32>,
     cancel: Cancel,
     last: Option<Timing>,
-    device_time: Duration,
     options: SessionOptions,
 }
 
@@ -401,7 +399,6 @@ impl Session {
             top_logits: zeroed(rows.saturating_mul(k), OUTPUTS)?,
             cancel: Cancel::default(),
             last: None,
-            device_time: Duration::ZERO,
             options: options.clone(),
             loaded,
         })
@@ -700,7 +697,6 @@ impl Session {
         let Outputs { logits: logits_id, arg_max: best_id, top, .. } = self.loaded.program.outputs;
         let timing = self.loaded.run(&step, segments)?;
         self.last = Some(timing);
-        self.device_time += timing.elapsed;
         match kind {
             OutputKind::TopK => {
                 let len = self.output_tokens.len() * self.k();
@@ -874,12 +870,7 @@ impl Session {
         Ok(out)
     }
 
-    /// The time of all steps on the device, by the clock of [`Session::last_timing`].
-    pub fn device_time(&self) -> Duration {
-        self.device_time
-    }
-
-    /// The time of the last step on the device.
+    /// The time of the last step on the device, and its energy if the device tells it.
     pub fn last_timing(&self) -> Option<Timing> {
         self.last
     }

@@ -252,6 +252,11 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
                 rate(generation.decode_tokens, decode),
             ));
         }
+        if let Some(energy) = generation.energy {
+            let tokens = generation.tokens.len().max(1);
+            let each = energy.joules / tokens as f64;
+            say(&format!("energy: {:.3} J, {each:.4} J a token ({})", energy.joules, energy.source.name()));
+        }
         if args.model.model.is_some() {
             say(match model.gguf().optional_str("tokenizer.chat_template")? {
                 Some(_) => "note: this is a chat model; use `halite chat` for answers",
@@ -301,6 +306,8 @@ fn json(prompt: &str, g: &Generation, load: Duration, memory: u64, weights: u64)
         "decode_tokens_per_s": per_second(g.decode_tokens, g.decode),
         "device_prefill_s": g.device.0.as_secs_f64(),
         "device_decode_s": g.device.1.as_secs_f64(),
+        "energy_j": g.energy.map(|energy| energy.joules),
+        "energy_source": g.energy.map(|energy| energy.source.name()),
         "memory_bytes": memory,
         "weight_bytes": weights,
     })

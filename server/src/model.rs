@@ -633,6 +633,7 @@ impl Run {
                 (receipt.drafted_tokens, receipt.accepted_tokens) = (drafted.into(), accepted.into());
                 receipt.kv_byte_seconds = generation.used.kv_byte_seconds as u64;
                 receipt.read_bytes = generation.used.read_bytes;
+                generation.energy.inspect(|energy| receipt.used(*energy));
             }
             Err(Failed::Error(Error::Cancelled)) => receipt.outcome = "cancelled".into(),
             Err(_) => receipt.outcome = "failed".into(),

@@ -7,6 +7,7 @@
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use halite_kernels::activation::{Activation, PADDING, Quantise, Quantised, QuantisedMut, SUMS, padded};
 use halite_kernels::attention::{self, Attend, AttendChunks, Merge, ROWS};
@@ -20,10 +21,11 @@ use halite_kernels::roofline;
 use halite_kernels::rows;
 
 use super::driver::{Driver, DriverOption, Listed, Value};
+use super::energy::Meter;
 use super::host::{
     self, Attention, HostOp, HostPlan, HostState, HostStep, HostTensor, Kernels, Matrix, memory, row_chunks,
 };
-use super::{Backend, Buffer, Caps, Contract, Fusions, Gap, Limits, OpSig, Plan, Rows, Support, Usage};
+use super::{Backend, Buffer, Caps, Clock, Contract, Fusions, Gap, Limits, OpSig, Plan, Rows, Support, Timing, Usage};
 use crate::cost::Rates;
 use crate::error::{Error, Result};
 use crate::map::Region;
@@ -36,9 +38,20 @@ use crate::stream::Chunk;
 /// The driver of the CPU backend.
 pub const DRIVER: Driver = Driver::new("cpu", |_, options| {
     let threads = options.number("threads")?.unwrap_or(0);
-    Ok(Arc::new(Cpu::with_threads(usize::try_from(threads).unwrap_or(usize::MAX))?))
+    let cpu = Cpu::with_threads(usize::try_from(threads).unwrap_or(usize::MAX))?;
+    Ok(Arc::new(match options.value("energy") {
+        Some(counter) => cpu.with_energy(Path::new(counter))?,
+        None => cpu,
+    }))
 })
-.options(&[DriverOption::new("threads", Value::Number("N"), "CPU threads [default: all cores]")])
+.options(&[
+    DriverOption::new("threads", Value::Number("N"), "CPU threads [default: all cores]"),
+    DriverOption::new(
+        "energy",
+        Value::Text("COUNTER"),
+        "Counter of the CPU's energy: `rapl`, or a file of microjoules, such as hwmon's energy1_input",
+    ),
+])
 .list(|| Ok(vec![Listed::of(Cpu::new()?.caps())]));
 
 /// The CPU.
@@ -47,6 +60,7 @@ pub struct Cpu {
     isa: Isa,
     pool: Arc<Pool>,
     allocator: Arc<dyn Allocator>,
+    meter: Option<Arc<Meter>>,
 }
 
 impl std::fmt::Debug for Cpu {
@@ -111,7 +125,7 @@ impl Cpu {
             .fusions(Fusions::ALL.rope_kv(false))
             .contract(Contract::Exact)
             .streams(true);
-        Cpu { caps, isa, pool: Arc::new(pool), allocator: Arc::new(System) }
+        Cpu { caps, isa, pool: Arc::new(pool), allocator: Arc::new(System), meter: None }
     }
 
     /// Takes the memory of sessions from an allocator: the KV cache, the inputs and outputs of steps, scratch,
@@ -120,6 +134,17 @@ impl Cpu {
     pub fn with_memory(mut self, allocator: Arc<dyn Allocator>) -> Cpu {
         self.allocator = allocator;
         self
+    }
+
+    /// Tells the energy of steps ([`Timing::energy`]), from the counters `rapl` or a file that counts microjoules, such as Linux's
+    /// `/sys/class/hwmon/hwmon0/energy1_input`. The counters are the machine's: what others use at the same time is in them. Steps that run
+    /// at the same time in this process share it equally.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if there is no such counter, or it may not be read. Linux lets only root read RAPL.
+    pub fn with_energy(mut self, counter: &Path) -> Result<Cpu> {
+        self.meter = Some(Meter::open(counter)?);
+        Ok(self)
     }
 
     /// The instruction set in use.
@@ -244,6 +269,8 @@ impl Backend for Cpu {
             isa: self.isa,
             pool: self.pool.clone(),
             memory: Scratch::for_program(program, limits).allocate(&*self.allocator)?,
+            meter: self.meter.clone(),
+            began: None,
         };
         let allocator = &*self.allocator;
         Ok(Box::new(HostPlan::with_memory(allocator, &self.caps.name, program, limits, kernels)?))
@@ -425,6 +452,9 @@ pub struct CpuKernels {
     isa: Isa,
     pool: Arc<Pool>,
     memory: KernelMemory,
+    meter: Option<Arc<Meter>>,
+    /// When the submission began, by the meter.
+    began: Option<f64>,
 }
 
 /// Minimum elements of row work per thread: below this, waking a thread costs more than it saves.
@@ -435,7 +465,8 @@ impl CpuKernels {
     pub fn of_rows(isa: Isa) -> Result<CpuKernels> {
         let failed = |e| Error::Backend { backend: "cpu".into(), message: format!("no thread: {e}") };
         let pool = Arc::new(Pool::new(1).map_err(failed)?);
-        Ok(CpuKernels { isa, pool, memory: Scratch::default().allocate(&System)? })
+        let memory = Scratch::default().allocate(&System)?;
+        Ok(CpuKernels { isa, pool, memory, meter: None, began: None })
     }
 
     /// Runs `task(first row, rows)` over the rows of `out`, on the pool if there is enough work.
@@ -1034,6 +1065,15 @@ fn kv_write(
 }
 
 impl Kernels for CpuKernels {
+    fn begin(&mut self) {
+        self.began = self.meter.as_ref().and_then(|meter| meter.begin());
+    }
+
+    fn end(&mut self, elapsed: Duration) -> Timing {
+        let energy = self.meter.as_ref().and_then(|meter| meter.end(self.began.take()));
+        Timing::new(elapsed, Clock::Host).energy(energy)
+    }
+
     fn run(&mut self, op: &mut HostOp<'_>, step: &HostStep<'_>) -> Result<()> {
         match op {
             Op::Embed { table, index, out, scale } => {

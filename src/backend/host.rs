@@ -348,9 +348,12 @@ pub trait Kernels: Send {
     /// Values that the op cannot handle, such as an index beyond a table.
     fn run(&mut self, op: &mut HostOp<'_>, step: &HostStep<'_>) -> Result<()>;
 
-    /// Returns the time of the ops since the last call, if the backend has its own clock.
-    fn simulated(&mut self) -> Option<Duration> {
-        None
+    /// A submission begins. [`Kernels::end`] follows, whether its ops succeed or not.
+    fn begin(&mut self) {}
+
+    /// The submission ended, `elapsed` after it began. Returns its time by the backend's clock, and its energy if that is known.
+    fn end(&mut self, elapsed: Duration) -> Timing {
+        Timing::new(elapsed, Clock::Host)
     }
 }
 
@@ -907,14 +910,10 @@ pub(super) fn run_on_copies<K: Kernels>(
     })
 }
 
-impl<K: Kernels> Plan for HostPlan<K> {
-    fn submit(&mut self, step: &Step<'_>, segments: Range<usize>, bindings: &Bindings<'_>) -> Result<Ticket> {
-        let start = Instant::now();
-        let _floats = DefaultFloats::set();
-        let from_start = segments.start == 0;
+impl<K: Kernels> HostPlan<K> {
+    /// Runs segments.
+    fn run(&mut self, step: &Step<'_>, segments: Range<usize>, bindings: &Bindings<'_>) -> Result<()> {
         let program = self.bound.program.clone();
-        check_step(step, &program, self.limits, bindings.states)?;
-        self.tokens.place(step);
         let wrong = || {
             Error::argument("segments", format!("within 0..{}", program.segments.len()), "a range outside")
         };
@@ -947,13 +946,24 @@ impl<K: Kernels> Plan for HostPlan<K> {
             }
             release(prepared, bindings);
         }
+        Ok(())
+    }
+}
+
+impl<K: Kernels> Plan for HostPlan<K> {
+    fn submit(&mut self, step: &Step<'_>, segments: Range<usize>, bindings: &Bindings<'_>) -> Result<Ticket> {
+        let start = Instant::now();
+        let _floats = DefaultFloats::set();
+        let from_start = segments.start == 0;
+        check_step(step, &self.bound.program, self.limits, bindings.states)?;
+        self.tokens.place(step);
+        self.kernels.begin();
+        let ran = self.run(step, segments, bindings);
+        let timing = self.kernels.end(start.elapsed());
+        ran?;
         self.submitted += 1;
         // Submissions of one step add up.
-        let before = if from_start { Duration::ZERO } else { self.timing.elapsed };
-        self.timing = match self.kernels.simulated() {
-            Some(elapsed) => Timing::new(before + elapsed, Clock::Simulated),
-            None => Timing::new(before + start.elapsed(), Clock::Host),
-        };
+        self.timing = if from_start { timing } else { self.timing.then(timing) };
         Ok(Ticket(self.submitted))
     }
 

@@ -9,6 +9,7 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
+use super::energy::Energy;
 use super::{
     Backend, Bindings, Buffer, Caps, Clock, Contract, Gap, Limits, OpSig, Plan, Step, Support, Ticket,
     Timing, Usage, check_step, prepare, upload,
@@ -371,7 +372,7 @@ impl Backend for Hybrid {
             segments: prepared,
             between,
             submitted: 0,
-            elapsed: Duration::ZERO,
+            timing: Timing::new(Duration::ZERO, Clock::Host),
         }))
     }
 
@@ -426,7 +427,7 @@ struct HybridPlan {
     /// Scratch tensors that are used in more than one part.
     between: Vec<Option<Buffer>>,
     submitted: u64,
-    elapsed: Duration,
+    timing: Timing,
 }
 
 /// Returns the buffer of a tensor that lives outside of a part.
@@ -460,6 +461,8 @@ impl Plan for HybridPlan {
             let missing = || Error::argument("bindings", format!("a buffer for state {}", id.0), "none");
             bindings.states.get(id.0 as usize).ok_or_else(missing)
         };
+        // Of the sides that tell it.
+        let mut energy = None;
         for part in parts.iter_mut().flatten() {
             let Part { side, program: own, tensors, states, plan, results, pages } = part;
             let side = *side;
@@ -477,7 +480,7 @@ impl Plan for HybridPlan {
                 0..own.segments.len(),
                 &Bindings { weights: &weights, states: &caches, io: &io },
             )?;
-            plan.wait(ticket)?;
+            energy = Energy::sum(energy, plan.wait(ticket)?.energy);
             for &(id, crosses) in &*results {
                 let pair = sides.pair(buffer_of(program, between, bindings, id)?)?;
                 let t = program.tensor(id);
@@ -501,8 +504,8 @@ impl Plan for HybridPlan {
                 }
             }
         }
-        let before = if from_start { Duration::ZERO } else { self.elapsed };
-        self.elapsed = before + start.elapsed();
+        let timing = Timing::new(start.elapsed(), Clock::Host).energy(energy);
+        self.timing = if from_start { timing } else { self.timing.then(timing) };
         self.submitted += 1;
         Ok(Ticket(self.submitted))
     }
@@ -511,6 +514,6 @@ impl Plan for HybridPlan {
         if ticket.0 != self.submitted {
             return Err(Error::argument("ticket", self.submitted, ticket.0));
         }
-        Ok(Timing::new(self.elapsed, Clock::Host))
+        Ok(self.timing)
     }
 }

@@ -6,6 +6,7 @@
 
 pub mod cpu;
 pub mod driver;
+pub mod energy;
 pub mod host;
 pub mod hybrid;
 pub mod reference;
@@ -19,6 +20,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
 use crate::error::{Error, Result};
+use energy::Energy;
 use crate::map::Region;
 use crate::program::{Op, PAGE_POSITIONS, Program, StateId, TensorId};
 
@@ -322,14 +324,32 @@ pub struct Timing {
     pub elapsed: Duration,
     /// Clock of the time.
     pub clock: Clock,
+    /// Energy, if the backend knows it.
+    pub energy: Option<Energy>,
 }
 
 impl Timing {
     /// Time on a clock.
     pub const fn new(elapsed: Duration, clock: Clock) -> Timing {
-        Timing { elapsed, clock }
+        Timing { elapsed, clock, energy: None }
+    }
+
+    /// The time and the energy of both, on the clock of `next`.
+    #[must_use]
+    pub fn then(self, next: Timing) -> Timing {
+        let energy = Energy::sum(self.energy, next.energy);
+        Timing { elapsed: self.elapsed + next.elapsed, energy, ..next }
+    }
+
+    /// A part of it, from 0 to 1.
+    #[must_use]
+    pub fn part(self, fraction: f64) -> Timing {
+        let energy = self.energy.map(|energy| Energy { joules: energy.joules * fraction, ..energy });
+        Timing { elapsed: self.elapsed.mul_f64(fraction.clamp(0.0, 1.0)), energy, ..self }
     }
 }
+
+crate::setters!(Timing { energy: Option<Energy> });
 
 /// A device: its memory, and the programs that it runs.
 pub trait Backend: Send + Sync {

@@ -500,7 +500,7 @@ impl Batch {
         runs: usize,
         on_event: &mut dyn FnMut(RequestId, Event<'_>),
     ) -> Result<()> {
-        let device = self.session.last_timing().map_or_else(Default::default, |timing| timing.elapsed);
+        let timing = self.session.last_timing();
         // Each has its part of the step, by its tokens.
         let took_part =
             self.running.iter().zip(&outcomes).filter(|(_, outcome)| matches!(outcome, Some(Ok(()))));
@@ -527,7 +527,7 @@ impl Batch {
                 None => Ok(true),
                 Some(Ok(())) => {
                     self.session.trim(running.stream.sequence())?;
-                    let part = device.mul_f64(running.stream.fed().len() as f64 / all as f64);
+                    let part = timing.map(|timing| timing.part(running.stream.fed().len() as f64 / all as f64));
                     running.stream.took(&self.session, part)?;
                     let first = output;
                     output += running.stream.outputs();

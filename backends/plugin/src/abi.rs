@@ -539,6 +539,8 @@ pub struct HaliteTiming {
     /// HALITE_CLOCK_HOST, HALITE_CLOCK_DEVICE or HALITE_CLOCK_SIMULATED.
     pub clock: u32,
     pub nanoseconds: u64,
+    /// Energy of the step so far, if the device knows it. It is NaN when `wait` is called.
+    pub joules: f64,
 }
 pub const HALITE_CLOCK_HOST: u32 = 0;
 /// The device's own timestamps.

@@ -19,6 +19,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use halite::backend::driver::{Argument, Driver};
+use halite::backend::energy::{Energy, EnergySource};
 use halite::backend::{
     Backend, Bindings, Buffer, Cancel, Caps, Clock, Contract, Fusions, Gap, Limits, OpSig, Plan, Step,
     Support, Ticket, Timing, Usage, check_step, check_support,
@@ -560,7 +561,7 @@ impl Plan for PluginPlan {
             return Err(Error::argument("ticket", self.submitted, ticket.0));
         }
         let wait = required!(self.device, wait);
-        let mut raw = HaliteTiming { struct_bytes: size::<HaliteTiming>(), clock: 0, nanoseconds: 0 };
+        let mut raw = HaliteTiming { struct_bytes: size::<HaliteTiming>(), clock: 0, nanoseconds: 0, joules: f64::NAN };
         let plan = self.raw.as_ptr();
         // SAFETY: the arguments are as the interface says, and live until the call returns.
         self.device.call("wait", 0, |device, message| unsafe { wait(device, plan, &mut raw, message) })?;
@@ -570,7 +571,8 @@ impl Plan for PluginPlan {
             HALITE_CLOCK_SIMULATED => Clock::Simulated,
             other => return Err(self.device.error(format!("wait: clock {other} does not exist"))),
         };
-        Ok(Timing::new(Duration::from_nanos(raw.nanoseconds), clock))
+        let energy = (raw.joules >= 0.0).then(|| Energy::new(raw.joules, EnergySource::Device));
+        Ok(Timing::new(Duration::from_nanos(raw.nanoseconds), clock).energy(energy))
     }
 }
 

@@ -67,6 +67,11 @@ impl Bound {
 }
 
 impl OpTime {
+    /// No time, and no energy.
+    pub fn none() -> OpTime {
+        OpTime { joules: Some(0.0), ..OpTime::default() }
+    }
+
     /// Returns the share of the time that each resource was busy, the busiest first.
     pub fn shares(&self) -> [(Bound, f64); 5] {
         let mut shares = [
@@ -123,7 +128,7 @@ pub struct Busy {
 
 /// Simulates the time of an op; `trace` receives the busy intervals of each queue.
 pub fn time(chip: &Chip, lowered: &Lowered, mut trace: Option<&mut Vec<Busy>>) -> OpTime {
-    let mut total = OpTime { joules: Some(0.0), ..OpTime::default() };
+    let mut total = OpTime::none();
     total.launch_s = chip.launch_s() + chip.barrier_s() * lowered.phases.len() as f64;
     total.seconds = chip.launch_s();
     for programs in &lowered.phases {

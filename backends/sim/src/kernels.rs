@@ -12,7 +12,8 @@ use super::machine::{Machine, floats, floats_mut, unknown};
 use super::shape::{self, Shape};
 use super::tile::{Lowered, Step};
 use super::{Report, Sim, lower, name, native};
-use halite::backend::Step as ProgramStep;
+use halite::backend::energy::{Energy, EnergySource};
+use halite::backend::{Clock, Step as ProgramStep, Timing};
 use halite::backend::cpu::CpuKernels;
 use halite::backend::host::{HostOp, HostStep, HostTensor, Kernels};
 use halite::error::Result;
@@ -28,7 +29,8 @@ pub struct SimKernels {
     /// Ops that were already lowered and timed.
     lowered: HashMap<Shape, (Arc<Lowered>, OpTime)>,
     report: Arc<Mutex<Report>>,
-    seconds: f64,
+    /// What the submission took so far.
+    took: OpTime,
 }
 
 /// Maximum lowered ops to keep.
@@ -58,7 +60,7 @@ impl SimKernels {
             memory: execute::Memory::with_faults(sim.injector()),
             lowered: HashMap::new(),
             report: sim.report.clone(),
-            seconds: 0.0,
+            took: OpTime::none(),
         })
     }
 
@@ -82,7 +84,7 @@ impl Kernels for SimKernels {
         let ids = if let Op::Experts { ids, .. } = &*op { Some(ids.ints()) } else { None };
         let shape = shape::shape(step.program, step.op, step.step, ids)?;
         let (lowered, time) = self.lower(&shape)?;
-        self.seconds += time.seconds;
+        self.took = self.took.then(time);
         let report = name(step.program, step.op);
         self.report.lock().unwrap_or_else(PoisonError::into_inner).add(&report, time);
         let rows = &mut self.rows;
@@ -137,8 +139,11 @@ impl Kernels for SimKernels {
         }
     }
 
-    fn simulated(&mut self) -> Option<Duration> {
-        Some(Duration::from_secs_f64(std::mem::take(&mut self.seconds)))
+    fn end(&mut self, _elapsed: Duration) -> Timing {
+        let took = std::mem::replace(&mut self.took, OpTime::none());
+        let joules = took.joules.and_then(|joules| self.machine.chip.profile.joules(joules, took.seconds));
+        let energy = joules.map(|joules| Energy::new(joules, EnergySource::Profile));
+        Timing::new(Duration::from_secs_f64(took.seconds), Clock::Simulated).energy(energy)
     }
 }
 

@@ -146,8 +146,7 @@ pub struct OpReport {
 impl Report {
     /// Returns the total of all ops.
     pub fn total(&self) -> OpTime {
-        let start = OpTime { joules: Some(0.0), ..OpTime::default() };
-        self.ops.iter().fold(start, |sum, op| sum.then(op.time))
+        self.ops.iter().fold(OpTime::none(), |sum, op| sum.then(op.time))
     }
 
     /// Adds an op.

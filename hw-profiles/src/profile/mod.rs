@@ -566,6 +566,12 @@ const MAX_FAULTS: usize = 32;
 const MAX_SHOWN: usize = 1000;
 
 impl Profile {
+    /// Returns the joules of work whose operations and moved bytes take `moving` joules, with the idle power of its seconds; `None` if the
+    /// profile lacks that.
+    pub fn joules(&self, moving: f64, seconds: f64) -> Option<f64> {
+        Some(moving + self.power.as_ref()?.idle_w.as_ref()?.value * seconds)
+    }
+
     /// Opens the shipped profile of a name, or else a file.
     ///
     /// Errors: as `parse`; a file that cannot be read.

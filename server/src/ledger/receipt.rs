@@ -1,5 +1,6 @@
 //! What a request used, and what that costs.
 
+use halite::backend::energy::{self, Energy};
 use serde::{Deserialize, Serialize};
 
 use super::Amount;
@@ -76,12 +77,26 @@ pub struct Part {
 pub enum EnergySource {
     /// Counters of the processor.
     Rapl,
-    /// Counters of an NVIDIA GPU.
-    Nvml,
     /// A sensor of the machine.
     Hwmon,
+    /// The device itself.
+    Device,
     /// An estimate from a chip's profile.
     Profile,
+}
+
+impl Receipt {
+    /// Notes the energy of a device.
+    pub(crate) fn used(&mut self, energy: Energy) {
+        self.energy_uj = Some((energy.joules * 1e6).round() as u64);
+        self.energy_source = match energy.source {
+            energy::EnergySource::Rapl => Some(EnergySource::Rapl),
+            energy::EnergySource::Hwmon => Some(EnergySource::Hwmon),
+            energy::EnergySource::Device => Some(EnergySource::Device),
+            energy::EnergySource::Profile => Some(EnergySource::Profile),
+            _ => None,
+        };
+    }
 }
 
 /// Counts of a receipt that cannot be.

@@ -258,9 +258,7 @@ fn joules(
     prefill: OpTime,
     decode: OpTime,
 ) -> Option<f64> {
-    let moving = workload.seconds(prefill.joules?, decode.joules?);
-    let idle_w = profile.power.as_ref()?.idle_w.as_ref()?.value;
-    Some(moving + idle_w * seconds)
+    profile.joules(workload.seconds(prefill.joules?, decode.joules?), seconds)
 }
 
 /// Returns US$ per second: rent, or depreciation and energy at the chip's full power.
