@@ -287,6 +287,32 @@ fn requests_can_be_cancelled_at_any_time() {
 }
 
 #[test]
+fn requests_begin_by_priority_then_by_tenant_then_by_deadline() {
+    let (model, tokenizer) = austen();
+    let mut batch = batch(&model, &tokenizer, 512, 1);
+    let now = std::time::Instant::now();
+    let soon = |s: u64| Some(now + std::time::Duration::from_secs(s));
+    let waiting =
+        [(0, 1, None), (0, 1, soon(900)), (0, 1, soon(600)), (-1, 2, soon(1)), (1, 3, None), (0, 2, None)];
+    let request = |(priority, tenant, deadline): (i32, u64, Option<_>)| {
+        let options = GenerateOptions::default().max_tokens(2);
+        Request::new(vec![5, 6]).options(options).priority(priority).tenant(tenant).deadline(deadline)
+    };
+    let ids = waiting.map(|it| batch.add(request(it)).unwrap());
+    let mut began = Vec::new();
+    let place = |id| ids.iter().position(|known| *known == id).unwrap();
+    while batch
+        .step(&mut |id, event| {
+            if matches!(event, Event::Began) {
+                began.push(place(id));
+            }
+        })
+        .unwrap()
+    {}
+    assert_eq!(began, [4, 2, 1, 0, 5, 3]);
+}
+
+#[test]
 fn what_cannot_run_is_said() {
     let (model, tokenizer) = austen();
     let mut batch = batch(&model, &tokenizer, 128, 2);

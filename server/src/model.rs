@@ -156,6 +156,8 @@ pub(crate) struct Job {
     /// Those of different tenants share no KV pages.
     pub tenant: u64,
     pub priority: i32,
+    /// When the text ends, whatever it has by then.
+    pub deadline: Option<Instant>,
     pub bill: Bill,
     /// What the journal has of it, if it has an idempotency key.
     pub entry: Option<Entry>,
@@ -200,8 +202,27 @@ pub(crate) struct Outcome {
     pub receipt: Receipt,
     /// Whether the ledger has the receipt, if there is one.
     pub is_recorded: bool,
-    /// Whether a rule ended the text.
-    pub is_denied: bool,
+    /// Why the server ended the text, if it did.
+    pub early: Option<Early>,
+}
+
+/// Why a text ended before the model ended it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Early {
+    /// A rule on answers denied it.
+    Denied,
+    /// Its deadline passed.
+    Late,
+}
+
+impl Early {
+    /// Its name in receipts.
+    fn name(self) -> &'static str {
+        match self {
+            Early::Denied => "content_filter",
+            Early::Late => "deadline",
+        }
+    }
 }
 
 /// What the client of a request is told.
@@ -224,6 +245,8 @@ pub(crate) enum Failed {
     Error(#[from] Error),
     #[error(transparent)]
     Refused(#[from] Refused),
+    #[error("the deadline passed before the text began")]
+    Late,
 }
 
 /// A request under way. Dropping it cancels the request.
@@ -447,7 +470,10 @@ impl Hosted {
     async fn try_submit(self: &Arc<Self>, mut job: Job) -> Result<Running, Failed> {
         let began = Instant::now();
         self.host.books.check().await.map_err(|_| Refused::Ledger)?;
-        let (replica, loaded, place) = self.place(&[]).await?;
+        let (replica, loaded, place) = tokio::select! {
+            place = self.place(&[]) => place?,
+            () = due(job.deadline) => return Err(Failed::Late),
+        };
         // What the journal has comes again, for a client that lost it.
         let had = job.entry.as_ref().map(|entry| entry.tokens.clone()).unwrap_or_default();
         if job.entry.as_ref().is_some_and(|entry| entry.finish.is_some()) && !had.is_empty() {
@@ -465,7 +491,7 @@ impl Hosted {
     /// The request of a job that has some tokens already.
     async fn request(&self, job: &Job, tokens: Vec<u32>) -> Result<Request, Error> {
         let request = Request::new(job.prompt.to_vec()).options(job.options.clone()).resumed(tokens);
-        let request = request.tenant(job.tenant).priority(job.priority);
+        let request = request.tenant(job.tenant).priority(job.priority).deadline(job.deadline);
         let Some((rule, control)) = job.rule.clone() else { return Ok(request) };
         let opened = self.opened.clone();
         let had = request.resumed.clone();
@@ -510,7 +536,7 @@ struct SoFar {
     contracts: Vec<Contract>,
     ran: Option<Instant>,
     first_token: Option<Instant>,
-    is_denied: bool,
+    early: Option<Early>,
 }
 
 impl Run {
@@ -542,7 +568,10 @@ impl Run {
                 }
                 Left::Failed(error) => {
                     so_far.parts.push(part);
-                    break Err(error.into());
+                    break Err(match so_far.early {
+                        Some(Early::Late) => Failed::Late,
+                        _ => error.into(),
+                    });
                 }
                 Left::Lost(why) => {
                     replica.fail(&loaded.engine, &why);
@@ -563,7 +592,7 @@ impl Run {
             so_far.parts.push(part);
             tried.push(replica.clone());
             // Nobody waits for the rest.
-            if so_far.is_denied || self.sender.is_closed() {
+            if so_far.early.is_some() || self.sender.is_closed() {
                 break Err(Error::Cancelled.into());
             }
             if tried.len() == MOST_MOVES {
@@ -598,7 +627,7 @@ impl Run {
                 is_exact,
                 receipt,
                 is_recorded,
-                is_denied: so_far.is_denied,
+                early: so_far.early,
             })),
             Err(failed) => Progress::Failed(failed),
         });
@@ -626,8 +655,7 @@ impl Run {
         }
         match last {
             Ok(generation) => {
-                let denied = so_far.is_denied.then_some("content_filter");
-                receipt.outcome = denied.unwrap_or(generation.finish.name()).to_owned();
+                receipt.outcome = so_far.early.map_or(generation.finish.name(), Early::name).to_owned();
                 receipt.cached_tokens = receipt.prompt_tokens.min(generation.reused_tokens.into());
                 let (drafted, accepted) = generation.drafted;
                 (receipt.drafted_tokens, receipt.accepted_tokens) = (drafted.into(), accepted.into());
@@ -636,6 +664,7 @@ impl Run {
                 generation.energy.inspect(|energy| receipt.used(*energy));
             }
             Err(Failed::Error(Error::Cancelled)) => receipt.outcome = "cancelled".into(),
+            Err(Failed::Late) => receipt.outcome = Early::Late.name().into(),
             Err(_) => receipt.outcome = "failed".into(),
         }
         receipt
@@ -655,6 +684,9 @@ impl Run {
             };
             match taken {
                 Ok(taken) => break taken,
+                Err(_) if self.job.deadline.is_some_and(|deadline| Instant::now() > deadline) => {
+                    return Err(Failed::Late);
+                }
                 Err(refused) if began.elapsed() > PATIENCE || self.sender.is_closed() => {
                     return Err(refused.into());
                 }
@@ -676,6 +708,12 @@ impl Run {
             let update = tokio::select! {
                 biased;
                 update = ticket.next() => update,
+                () = due(self.job.deadline), if !is_cancelled => {
+                    so_far.early.get_or_insert(Early::Late);
+                    ticket.cancel();
+                    is_cancelled = true;
+                    continue;
+                }
                 () = gone(&self.sender, &mut stopping), if !is_cancelled => {
                     // What it took so far comes with the answer.
                     ticket.cancel();
@@ -702,13 +740,13 @@ impl Run {
                     let Filtered { text, denied } = self.job.filter.push(&text);
                     // Whoever has left is noticed in the next round.
                     let _ = self.sender.send(Progress::Text { text, logprobs });
-                    if denied.is_some() && !std::mem::replace(&mut so_far.is_denied, true) {
+                    if denied.is_some() && so_far.early.replace(Early::Denied) != Some(Early::Denied) {
                         ticket.cancel();
                     }
                 }
                 Ok(Update::Done(generation)) => {
                     let Filtered { text, denied } = self.job.filter.finish();
-                    so_far.is_denied |= denied.is_some();
+                    so_far.early = denied.map_or(so_far.early, |_| Some(Early::Denied));
                     // As above.
                     let _ = self.sender.send(Progress::Text { text, logprobs: Vec::new() });
                     return Left::Done(generation);
@@ -720,6 +758,14 @@ impl Run {
                 Err(why) => return Left::Lost(why),
             }
         }
+    }
+}
+
+/// Waits for a deadline; without one, for ever.
+async fn due(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
+        None => std::future::pending().await,
     }
 }
 

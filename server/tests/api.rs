@@ -2,8 +2,16 @@
 
 mod common;
 
+use std::io::{Seek, Write};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+
 use axum::http::StatusCode;
 use common::*;
+use halite::backend::cpu::Cpu;
+use halite::map::Source;
+use halite::{Backend, Model, SessionOptions};
+use halite_server::{Device, ModelOptions, Server};
 use serde_json::{Value, json};
 
 fn greedy(prompt: &str, max_tokens: u32) -> Value {
@@ -294,6 +302,75 @@ async fn a_full_queue_refuses_and_clients_that_leave_make_room() {
     assert_eq!(waiting.await.unwrap(), StatusCode::OK);
     let (status, _) = post(&service, "/v1/completions", greedy("a", 2)).await;
     assert_eq!(status, StatusCode::OK);
+}
+
+#[tokio::test]
+async fn a_text_ends_at_its_deadline_and_one_that_waits_fails() {
+    let service = service(8, 1);
+    let mut body = greedy("She", 2000);
+    body["ignore_eos"] = json!(true);
+    body["n"] = json!(8);
+    body["deadline_ms"] = json!(300);
+    let (status, answer) = post(&service, "/v1/completions", body.clone()).await;
+    assert_eq!(status, StatusCode::OK, "{answer}");
+    for (choice, receipt) in [0, 7].map(|i| (&answer["choices"][i], &answer["halite"]["receipts"][i])) {
+        assert_eq!((&choice["finish_reason"], &receipt["outcome"]), (&json!("length"), &json!("deadline")));
+        assert!(receipt["completion_tokens"].as_u64().unwrap() < 2000);
+    }
+    // All places are taken for long.
+    body["deadline_ms"] = json!(60_000);
+    body["stream"] = json!(true);
+    let first = call(&service, "POST", "/v1/completions", &body.to_string()).await;
+    assert_eq!(first.status(), StatusCode::OK);
+    let mut late = greedy("He", 2);
+    late["deadline_ms"] = json!(1);
+    let (status, answer) = post(&service, "/v1/completions", late.clone()).await;
+    assert_eq!(
+        (status, &answer["error"]["code"]),
+        (StatusCode::REQUEST_TIMEOUT, &json!("deadline_exceeded"))
+    );
+    late["deadline_ms"] = json!(0);
+    let (status, answer) = post(&service, "/v1/completions", late).await;
+    assert_eq!((status, &answer["error"]["param"]), (StatusCode::BAD_REQUEST, &json!("deadline_ms")));
+}
+
+#[tokio::test]
+async fn energy_is_in_receipts_where_a_device_tells_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let counter = folder.path().join("energy1_input");
+    std::fs::write(&counter, "0").unwrap();
+    let file = counter.clone();
+    let open = move || Ok(Arc::new(Cpu::with_threads(1)?.with_energy(&file)?) as Arc<dyn Backend>);
+    let device = Device { name: "metered".into(), open: Arc::new(open), weight: 1.0 };
+    let model = Arc::new(Model::from_source(Source::from_static("built-in", halite_models::AUSTEN)).unwrap());
+    let options = ModelOptions::new(SessionOptions::default().context(256), 2);
+    let server = Server::empty().unwrap().model("austen", &model, vec![device], &options).unwrap();
+    let service = server.router();
+    let receipt = async || {
+        let (status, mut answer) = post(&service, "/v1/completions", greedy("She", 40)).await;
+        assert_eq!(status, StatusCode::OK, "{answer}");
+        answer["halite"]["receipts"][0].take()
+    };
+    let idle = receipt().await;
+    assert_eq!((&idle["energy_uj"], &idle["energy_source"]), (&json!(0), &json!("hwmon")));
+    let is_done = Arc::new(AtomicBool::new(false));
+    let counting = std::thread::spawn({
+        let is_done = is_done.clone();
+        // In place and of one length, so that it can be read at any time.
+        let mut file = std::fs::OpenOptions::new().write(true).open(&counter).unwrap();
+        move || {
+            for n in 1.. {
+                if is_done.load(Relaxed) {
+                    break;
+                }
+                file.rewind().unwrap();
+                write!(file, "{:020}", n * 1000).unwrap();
+            }
+        }
+    });
+    while receipt().await["energy_uj"] == json!(0) {}
+    is_done.store(true, Relaxed);
+    counting.join().unwrap();
 }
 
 #[tokio::test]

@@ -25,7 +25,9 @@ use super::energy::Meter;
 use super::host::{
     self, Attention, HostOp, HostPlan, HostState, HostStep, HostTensor, Kernels, Matrix, memory, row_chunks,
 };
-use super::{Backend, Buffer, Caps, Clock, Contract, Fusions, Gap, Limits, OpSig, Plan, Rows, Support, Timing, Usage};
+use super::{
+    Backend, Buffer, Caps, Clock, Contract, Fusions, Gap, Limits, OpSig, Plan, Rows, Support, Timing, Usage,
+};
 use crate::cost::Rates;
 use crate::error::{Error, Result};
 use crate::map::Region;

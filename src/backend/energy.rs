@@ -123,7 +123,10 @@ fn rapl(folder: &Path) -> Result<Vec<Counter>> {
         counters.push(Counter::open(zone.join("energy_uj"), largest)?);
     }
     if counters.is_empty() {
-        return Err(unreadable(folder, std::io::Error::new(ErrorKind::NotFound, "no RAPL counter of a package")));
+        return Err(unreadable(
+            folder,
+            std::io::Error::new(ErrorKind::NotFound, "no RAPL counter of a package"),
+        ));
     }
     Ok(counters)
 }
@@ -166,10 +169,12 @@ impl Meter {
     /// Opens `rapl`, or a file that counts microjoules.
     pub fn open(name: &Path) -> Result<Arc<Meter>> {
         let is_rapl = name == Path::new("rapl");
-        let path = if is_rapl { PathBuf::from(POWERCAP) } else { std::path::absolute(name).unwrap_or(name.into()) };
+        let path =
+            if is_rapl { PathBuf::from(POWERCAP) } else { std::path::absolute(name).unwrap_or(name.into()) };
         let mut meters = METERS.lock().unwrap_or_else(PoisonError::into_inner);
         meters.retain(|(_, meter)| meter.strong_count() > 0);
-        if let Some(meter) = meters.iter().find(|(of, _)| *of == path).and_then(|(_, meter)| meter.upgrade()) {
+        if let Some(meter) = meters.iter().find(|(of, _)| *of == path).and_then(|(_, meter)| meter.upgrade())
+        {
             return Ok(meter);
         }
         let (counters, source) = match is_rapl {

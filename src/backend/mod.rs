@@ -20,9 +20,9 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
 use crate::error::{Error, Result};
-use energy::Energy;
 use crate::map::Region;
 use crate::program::{Op, PAGE_POSITIONS, Program, StateId, TensorId};
+use energy::Energy;
 
 /// A backend's guarantee about its results.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

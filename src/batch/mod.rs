@@ -41,13 +41,16 @@ pub struct Request {
     pub tenant: u64,
     /// Requests of a larger priority go first.
     pub priority: i32,
+    /// Of a tenant's requests of the same priority, those with the earliest deadline go first. Who sets it must
+    /// [cancel](Batch::cancel) the request when it has passed.
+    pub deadline: Option<Instant>,
 }
 
 impl Request {
     /// A request with default options.
     pub fn new(prompt: Vec<u32>) -> Request {
         let (options, resumed) = Default::default();
-        Request { prompt, options, constraint: None, resumed, tenant: 0, priority: 0 }
+        Request { prompt, options, constraint: None, resumed, tenant: 0, priority: 0, deadline: None }
     }
 }
 
@@ -57,6 +60,7 @@ crate::setters!(Request {
     resumed: Vec<u32>,
     tenant: u64,
     priority: i32,
+    deadline: Option<Instant>,
 });
 
 impl std::fmt::Debug for Request {
@@ -306,13 +310,14 @@ impl Batch {
     }
 
     /// Gives waiting requests sequences, as long as there are some: to those of a larger priority first, then to tenants with fewer
-    /// running ones, then in the order of arrival.
+    /// running ones, then to those with the earliest deadline, then in the order of arrival.
     fn admit(&mut self, on_event: &mut dyn FnMut(RequestId, Event<'_>)) {
         while self.running.len() < self.slots {
             let of = |tenant: u64| self.running.iter().filter(|running| running.tenant == tenant).count();
             let rank = |&i: &usize| {
                 let request = &self.waiting[i].1;
-                (-i64::from(request.priority), of(request.tenant), i)
+                let deadline = (request.deadline.is_none(), request.deadline);
+                (-i64::from(request.priority), of(request.tenant), deadline, i)
             };
             let mut order: Vec<usize> = (0..self.waiting.len()).collect();
             order.sort_by_cached_key(rank);
@@ -349,7 +354,7 @@ impl Batch {
         request: Request,
         on_event: &mut dyn FnMut(RequestId, Event<'_>),
     ) -> Result<Option<Generation>> {
-        let Request { prompt, options, constraint, resumed, tenant, priority } = request;
+        let Request { prompt, options, constraint, resumed, tenant, priority, deadline: _ } = request;
         let sequence = self.sequence_for(&prompt, tenant)?;
         let started = Stream::new(&mut self.session, sequence, &prompt, &options);
         let mut stream = started.inspect_err(|_| _ = self.session.remove(sequence))?;
@@ -527,7 +532,8 @@ impl Batch {
                 None => Ok(true),
                 Some(Ok(())) => {
                     self.session.trim(running.stream.sequence())?;
-                    let part = timing.map(|timing| timing.part(running.stream.fed().len() as f64 / all as f64));
+                    let part =
+                        timing.map(|timing| timing.part(running.stream.fed().len() as f64 / all as f64));
                     running.stream.took(&self.session, part)?;
                     let first = output;
                     output += running.stream.outputs();

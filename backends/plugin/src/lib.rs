@@ -561,7 +561,8 @@ impl Plan for PluginPlan {
             return Err(Error::argument("ticket", self.submitted, ticket.0));
         }
         let wait = required!(self.device, wait);
-        let mut raw = HaliteTiming { struct_bytes: size::<HaliteTiming>(), clock: 0, nanoseconds: 0, joules: f64::NAN };
+        let mut raw =
+            HaliteTiming { struct_bytes: size::<HaliteTiming>(), clock: 0, nanoseconds: 0, joules: f64::NAN };
         let plan = self.raw.as_ptr();
         // SAFETY: the arguments are as the interface says, and live until the call returns.
         self.device.call("wait", 0, |device, message| unsafe { wait(device, plan, &mut raw, message) })?;

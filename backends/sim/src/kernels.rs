@@ -12,10 +12,10 @@ use super::machine::{Machine, floats, floats_mut, unknown};
 use super::shape::{self, Shape};
 use super::tile::{Lowered, Step};
 use super::{Report, Sim, lower, name, native};
-use halite::backend::energy::{Energy, EnergySource};
-use halite::backend::{Clock, Step as ProgramStep, Timing};
 use halite::backend::cpu::CpuKernels;
+use halite::backend::energy::{Energy, EnergySource};
 use halite::backend::host::{HostOp, HostStep, HostTensor, Kernels};
+use halite::backend::{Clock, Step as ProgramStep, Timing};
 use halite::error::Result;
 use halite::program::{Access, Epilogue, NOT_FINITE, Op, TensorId};
 

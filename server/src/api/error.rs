@@ -137,6 +137,10 @@ impl From<Failed> for Failure {
         match failed {
             Failed::Error(error) => error.into(),
             Failed::Refused(refused) => refused.into(),
+            Failed::Late => Failure {
+                code: Some("deadline_exceeded"),
+                ..Failure::request(failed.to_string()).status(StatusCode::REQUEST_TIMEOUT)
+            },
             Failed::Conflict(conflict) => Failure::request(conflict.to_string()).status(StatusCode::CONFLICT),
         }
     }

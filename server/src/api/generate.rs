@@ -5,6 +5,7 @@ use std::convert::Infallible;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
 
 use axum::Json;
 use axum::extract::State;
@@ -38,6 +39,8 @@ const MAX_STOP: usize = 16;
 const MAX_STOP_BYTES: usize = 1024;
 /// Maximum bytes of the header with receipts.
 const MAX_HEADER_BYTES: usize = 4096;
+/// The latest deadline: a day.
+const MAX_DEADLINE_MS: u64 = 86_400_000;
 /// Maximum tokens with a bias.
 const MAX_BIASES: usize = 1024;
 
@@ -61,6 +64,8 @@ pub(super) struct Options {
     stream_options: Option<StreamOptions>,
     response_format: Option<ResponseFormat>,
     ignore_eos: Option<bool>,
+    /// Milliseconds after its arrival at which the request ends.
+    deadline_ms: Option<u64>,
     /// Completions have a number of alternatives here, chats whether there are any.
     logprobs: Option<Value>,
     top_logprobs: Option<u32>,
@@ -238,6 +243,17 @@ impl Options {
             .stop(stop)
             .logprobs(self.logprobs(form)?)
             .ignore_end(self.ignore_eos == Some(true)))
+    }
+
+    /// When the request ends.
+    fn deadline(&self, arrived: Instant) -> Fallible<Option<Instant>> {
+        match self.deadline_ms {
+            Some(ms) if !(1..=MAX_DEADLINE_MS).contains(&ms) => {
+                let expected = format!("expected milliseconds from 1 to {MAX_DEADLINE_MS}");
+                Err(Failure::field("deadline_ms", format!("{expected}, got {ms}")))
+            }
+            ms => Ok(ms.and_then(|ms| arrived.checked_add(Duration::from_millis(ms)))),
+        }
     }
 
     /// How many alternatives of each token are asked for.
@@ -511,6 +527,7 @@ pub(super) async fn submit(
     (text, choice): (usize, u32),
     held: &Held,
 ) -> Fallible<Running> {
+    let deadline = options.deadline(asking.who.arrived)?;
     let control = held.reading.as_ref().map_or(&[][..], Reading::control);
     let Asking { who, hosted, admission, policy, endpoint, .. } = asking;
     let mut options = options.generate(form, hosted, prompt.len(), choice)?.special(!control.is_empty());
@@ -541,6 +558,7 @@ pub(super) async fn submit(
         entry,
         tenant: who.tenant,
         priority: client.priority.into(),
+        deadline,
         bill: who.bill(endpoint, admission, choice == 0),
         filter: policy.output(),
     };

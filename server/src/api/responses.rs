@@ -22,7 +22,7 @@ use super::tools::call_id;
 use super::who::Who;
 use super::{App, Body, now};
 use crate::access::ResponseForm;
-use crate::model::{Outcome, Progress, Running};
+use crate::model::{Early, Outcome, Progress, Running};
 
 #[derive(Deserialize)]
 pub(super) struct Asked {
@@ -337,13 +337,15 @@ impl Writer {
         let generation = &outcome.generation;
         let events = self.parser.finish();
         events.into_iter().for_each(|event| self.event(event));
-        let is_cut = outcome.is_denied || matches!(generation.finish, Finish::Length | Finish::ContextFull);
+        let is_cut =
+            outcome.early.is_some() || matches!(generation.finish, Finish::Length | Finish::ContextFull);
         let status = if is_cut { "incomplete" } else { "completed" };
         self.close(status);
         self.response["status"] = status.into();
         if is_cut {
-            self.response["incomplete_details"] =
-                json!({ "reason": if outcome.is_denied { "content_filter" } else { "max_output_tokens" } });
+            let is_denied = outcome.early == Some(Early::Denied);
+            let reason = if is_denied { "content_filter" } else { "max_output_tokens" };
+            self.response["incomplete_details"] = json!({ "reason": reason });
         }
         self.response["output"] = std::mem::take(&mut self.output).into();
         let (input, output) = (generation.prompt_tokens.len(), generation.tokens.len());

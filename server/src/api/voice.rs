@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 use super::messages::Reading;
 use super::parse::{Event, Parser, Said};
 use super::tools::call_id;
-use crate::model::{Hosted, Outcome};
+use crate::model::{Early, Hosted, Outcome};
 
 /// One text of an answer.
 #[derive(Debug)]
@@ -156,7 +156,8 @@ impl Voice {
 /// Why a text ended.
 fn reason(outcome: &Outcome, has_calls: bool) -> &'static str {
     match outcome.generation.finish {
-        _ if outcome.is_denied => "content_filter",
+        _ if outcome.early == Some(Early::Denied) => "content_filter",
+        _ if outcome.early == Some(Early::Late) => "length",
         Finish::Length | Finish::ContextFull => "length",
         _ if has_calls => "tool_calls",
         _ => "stop",

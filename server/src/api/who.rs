@@ -2,6 +2,7 @@
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
+use std::time::Instant;
 
 use axum::extract::FromRequestParts;
 use axum::http::header;
@@ -22,6 +23,8 @@ pub(super) struct Who {
     /// Requests of different tenants share no KV pages.
     pub tenant: u64,
     started_unix_ms: u64,
+    /// When the request arrived.
+    pub arrived: Instant,
     /// The header `Idempotency-Key`.
     idempotency_key: Option<Vec<u8>>,
 }
@@ -39,7 +42,7 @@ impl FromRequestParts<App> for Who {
         let request = parts.extensions.get::<RequestName>().map(|name| name.0.clone()).unwrap_or_default();
         let idempotency_key = parts.headers.get("idempotency-key").map(|value| value.as_bytes().to_vec());
         let (tenant, started_unix_ms) = (hasher.finish(), now_ms());
-        Ok(Who { caller, request, tenant, started_unix_ms, idempotency_key })
+        Ok(Who { caller, request, tenant, started_unix_ms, arrived: Instant::now(), idempotency_key })
     }
 }
 

@@ -24,7 +24,7 @@ pub struct Receipt {
     pub endpoint: String,
     /// When the request arrived, in milliseconds since 1970.
     pub started_unix_ms: u64,
-    /// How it ended: `end`, `length`, `stop`, `context_full`, `content_filter`, `cancelled` or `failed`.
+    /// How it ended: `end`, `length`, `stop`, `context_full`, `content_filter`, `deadline`, `cancelled` or `failed`.
     pub outcome: String,
     /// Tokens of the prompt, with those that were cached.
     pub prompt_tokens: u64,
