@@ -412,6 +412,11 @@ impl Stream {
         ended.or(is_full.then_some(Finish::Length))
     }
 
+    /// The tokens, those of the prompt included.
+    pub(crate) fn tokens(&self) -> &[u32] {
+        &self.text
+    }
+
     /// The prompt's tokens.
     pub(crate) fn prompt(&self) -> &[u32] {
         &self.generation.prompt_tokens

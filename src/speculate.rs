@@ -54,6 +54,56 @@ impl Drafter for PromptLookup {
     }
 }
 
+/// A draft that is there already.
+pub(crate) struct Drafted<'a>(pub &'a [u32]);
+
+impl Drafter for Drafted<'_> {
+    fn draft(&mut self, _tokens: &[u32], max_tokens: usize, out: &mut Vec<u32>) -> Result<()> {
+        out.extend_from_slice(&self.0[..max_tokens.min(self.0.len())]);
+        Ok(())
+    }
+}
+
+/// How many tokens to draft, by how many were right: more while all are, none for a while when none was.
+#[derive(Debug, Clone)]
+pub(crate) struct Pace {
+    next: u32,
+    misses: u32,
+    /// Steps without a draft.
+    rest: u32,
+}
+
+impl Pace {
+    const FIRST: u32 = 2;
+    const LONGEST_REST: u32 = 64;
+
+    pub fn new() -> Pace {
+        Pace { next: Pace::FIRST, misses: 0, rest: 0 }
+    }
+
+    /// Tokens that the next step may draft.
+    pub fn most(&self) -> u32 {
+        if self.rest > 0 { 0 } else { self.next }
+    }
+
+    /// Notes a step without a draft.
+    pub fn passed(&mut self) {
+        self.rest = self.rest.saturating_sub(1);
+    }
+
+    /// Notes how much of a draft was right.
+    pub fn verified(&mut self, drafted: u32, right: u32) {
+        if right == 0 {
+            self.misses = (self.misses + 1).min(16);
+            self.rest = (1 << self.misses).min(Pace::LONGEST_REST);
+            self.next = Pace::FIRST;
+        } else {
+            self.misses = 0;
+            self.next = if right == drafted { drafted.saturating_mul(2) } else { right };
+        }
+    }
+}
+
 /// A smaller model with the same vocabulary, decoded greedily.
 #[derive(Debug)]
 pub struct DraftModel {
@@ -120,6 +170,34 @@ impl Drafter for DraftModel {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn drafts_grow_while_they_are_right_and_rest_when_they_are_not() {
+        let mut pace = Pace::new();
+        let mut most = Vec::new();
+        for (drafted, right) in [(2, 2), (4, 4), (8, 5), (5, 0)] {
+            most.push(pace.most());
+            pace.verified(drafted, right);
+        }
+        assert_eq!(most, [2, 4, 8, 5]);
+        let rest = |pace: &mut Pace| {
+            let mut steps = 0;
+            while pace.most() == 0 {
+                pace.passed();
+                steps += 1;
+            }
+            steps
+        };
+        assert_eq!(rest(&mut pace), 2);
+        let rests = [0; 8].map(|_| {
+            pace.verified(pace.most(), 0);
+            rest(&mut pace)
+        });
+        assert_eq!(rests, [4, 8, 16, 32, 64, 64, 64, 64]);
+        pace.verified(2, 1);
+        pace.verified(1, 0);
+        assert_eq!(rest(&mut pace), 2);
+    }
 
     #[test]
     fn lookup_takes_the_longest_and_latest() {

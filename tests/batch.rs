@@ -11,6 +11,7 @@ use halite::generate::{Finish, GenerateOptions, Generation};
 use halite::map::Source;
 use halite::sampler::SamplerOptions;
 use halite::session::{Session, SessionOptions};
+use halite::tokenizer::EncodeOptions;
 use halite::{Error, Model, Tokenizer};
 use halite_testing::faulty::{Fault, Faulty};
 
@@ -283,6 +284,43 @@ fn requests_can_be_cancelled_at_any_time() {
             Some((_, generation)) => assert_eq!(generation.unwrap().text, want.0),
             None => assert!(i == 1 || i == 6 || ended.contains(id)),
         }
+    }
+}
+
+#[test]
+fn guesses_save_steps_and_change_no_text() {
+    let (model, tokenizer) = austen();
+    let run = |lookup: u32, count: u32| {
+        let mut batch = batch(&model, &tokenizer, 1024, 4).lookup(lookup);
+        // Likely texts of a small model repeat themselves; the others try what is wrong.
+        let ids: Vec<_> = (0..count)
+            .map(|n| {
+                let prompt = tokenizer.encode(&format!("{} ladies said", n + 2), EncodeOptions::default());
+                let temperature = if n % 3 == 2 { 0.6 } else { 0.0 };
+                let sampler = SamplerOptions::default().temperature(temperature).seed(n.into());
+                let options = GenerateOptions::default().max_tokens(120 + n).sampler(sampler);
+                batch.add(Request::new(prompt).options(options)).unwrap()
+            })
+            .collect();
+        let mut results = HashMap::new();
+        finish(&mut batch, &mut results);
+        ids.iter()
+            .map(|id| {
+                let (text, generation) = results.remove(id).unwrap();
+                (text, generation.unwrap())
+            })
+            .collect::<Vec<_>>()
+    };
+    for count in [1, 3, 12] {
+        let (plain, guessed) = (run(0, count), run(8, count));
+        for ((text, plain), (guessed_text, guessed)) in plain.iter().zip(&guessed) {
+            assert_eq!((text, &plain.tokens, plain.finish), (guessed_text, &guessed.tokens, guessed.finish));
+            assert_eq!(plain.drafted, (0, 0));
+        }
+        let drafted: u32 = guessed.iter().map(|(_, generation)| generation.drafted.1).sum();
+        let steps = |all: &[(String, Generation)]| all.iter().map(|(_, it)| it.decode_steps).sum::<u32>();
+        assert_eq!(steps(&plain), steps(&guessed) + drafted, "{count} requests");
+        assert!(drafted > 0, "{count} requests");
     }
 }
 

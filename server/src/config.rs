@@ -82,6 +82,8 @@ pub struct ModelConfig {
     pub queue: Option<usize>,
     /// Tokens of a step.
     pub batch: Option<u32>,
+    /// Tokens of a text that a step may guess.
+    pub lookup: Option<u32>,
     /// Format of the KV cache.
     pub kv: Option<String>,
     /// A file with a Jinja chat template.

@@ -6,11 +6,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use halite::Error;
 use halite::backend::Cancel;
 use halite::batch::{Batch, Event, Request, RequestId};
 use halite::generate::Generation;
 use halite::sampler::Logprobs;
-use halite::{Error, Session, Tokenizer};
 use tokio::sync::{mpsc as channel, watch};
 
 use crate::memory::Share;
@@ -171,12 +171,8 @@ impl Engine {
     ///
     /// # Errors
     /// [`Error::Io`] if there is no thread.
-    pub fn new(
-        session: Session,
-        tokenizer: &Arc<Tokenizer>,
-        queue: usize,
-        share: Share,
-    ) -> Result<Engine, Error> {
+    pub fn new(batch: Batch, queue: usize, share: Share) -> Result<Engine, Error> {
+        let session = batch.session();
         let slots = session.outputs().min(session.sequences()) as usize;
         let state = Arc::new(State {
             load: AtomicUsize::new(0),
@@ -186,7 +182,6 @@ impl Engine {
             cancel: session.cancel_handle(),
             lost: watch::Sender::new(None),
         });
-        let batch = Batch::new(session, tokenizer.clone());
         let (clients, arriving) = mpsc::channel();
         let shared = state.clone();
         let thread = std::thread::Builder::new()

@@ -36,6 +36,9 @@ pub enum Policy {
     Weight,
 }
 
+/// Guessed tokens that a step may verify for each text.
+const LOOKUP: u32 = 8;
+
 /// What a model needs to be served.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
@@ -44,6 +47,8 @@ pub struct ModelOptions {
     pub session: SessionOptions,
     /// Requests that may wait; more are refused.
     pub queue: usize,
+    /// Tokens of a text that a step may guess; see [`halite::batch::Batch::lookup`].
+    pub lookup: u32,
     /// A Jinja chat template instead of the model's.
     pub template: Option<String>,
     /// How requests are shared among the devices.
@@ -62,7 +67,8 @@ impl ModelOptions {
         let session = session.outputs(slots).sequences(slots);
         let (template, policy, prices, sha256) = Default::default();
         let step_timeout = Duration::from_secs(60);
-        ModelOptions { session, queue: 16 * slots as usize, template, policy, step_timeout, prices, sha256 }
+        let (queue, lookup) = (16 * slots as usize, LOOKUP);
+        ModelOptions { session, queue, lookup, template, policy, step_timeout, prices, sha256 }
     }
 }
 
@@ -74,6 +80,7 @@ pub(crate) struct Opened {
     pub template: Option<Template>,
     pub session: SessionOptions,
     pub queue: usize,
+    pub lookup: u32,
     /// The vocabularies of rules, by the control tokens that they may ask for.
     vocabularies: Mutex<Vec<(Control, Vocabulary)>>,
     /// The tokens of the health probe on devices that are exact, and the engines that gave them.
@@ -94,6 +101,7 @@ impl Opened {
             template,
             session: options.session.clone(),
             queue: options.queue,
+            lookup: options.lookup,
             vocabularies: Mutex::default(),
             probe: Mutex::default(),
         })

@@ -336,6 +336,7 @@ fn hosted(
     }
     let mut options = ModelOptions::new(session, slots);
     options.queue = config.queue.unwrap_or(options.queue);
+    options.lookup = config.lookup.unwrap_or(options.lookup);
     options.policy = config.policy;
     options.prices = config.prices.clone();
     options.sha256 = sha256;

@@ -15,6 +15,7 @@ use crate::error::{Error, Result};
 use crate::generate::{Constraint, Decoding, Finish, GenerateOptions, Generation, Stream};
 use crate::sampler::Logprobs;
 use crate::session::{MAX_RUNS, OutputKind, Run, SequenceId, Session};
+use crate::speculate::{Drafted, Drafter, Pace, PromptLookup};
 use crate::tokenizer::Tokenizer;
 use schedule::{Entry, Limits, Memory, Part};
 
@@ -101,6 +102,8 @@ pub struct Batch {
     prefill: u32,
     /// Sequences that may exist at once.
     slots: usize,
+    /// Tokens that a step may draft for a request.
+    lookup: u32,
     /// Bytes of weights that a step of a token reads.
     weight_bytes: u64,
     /// When the last step ended: what is held is held since then.
@@ -118,6 +121,9 @@ struct Running {
     priority: i32,
     stream: Stream,
     constraint: Option<Box<dyn Constraint + Send>>,
+    pace: Pace,
+    /// Guessed tokens of the next step.
+    draft: Vec<u32>,
 }
 
 struct Kept {
@@ -158,6 +164,18 @@ struct Cache<'a> {
     /// What this step has reserved.
     reserved: Vec<(SequenceId, u32)>,
     failed: Result<()>,
+}
+
+impl Cache<'_> {
+    /// Reserves room for more tokens of an entry, if nothing need be evicted for it.
+    fn reserve_free(&mut self, entry: usize, tokens: u32) -> bool {
+        self.reserved.push((self.sequences[entry], tokens));
+        let has_room = self.session.has_room(&self.reserved).unwrap_or(false);
+        if !has_room {
+            self.reserved.pop();
+        }
+        has_room
+    }
 }
 
 impl Memory for Cache<'_> {
@@ -212,6 +230,7 @@ impl Batch {
             tokenizer,
             prefill,
             slots,
+            lookup: 0,
             weight_bytes,
             since: Instant::now(),
             last_id: 0,
@@ -225,6 +244,14 @@ impl Batch {
     #[must_use]
     pub fn prefill(mut self, tokens: u32) -> Batch {
         self.prefill = tokens.max(1);
+        self
+    }
+
+    /// Guesses up to so many tokens of each text by [`PromptLookup`], as far as a step has outputs that no request needs; by default none.
+    /// Guesses become longer while they are right, and rest while they are wrong. Texts stay the same; see [`crate::speculate`].
+    #[must_use]
+    pub fn lookup(mut self, tokens: u32) -> Batch {
+        self.lookup = tokens;
         self
     }
 
@@ -373,7 +400,8 @@ impl Batch {
         }
         match goes_on {
             Ok(true) => {
-                self.running.push(Running { id, tenant, priority, stream, constraint });
+                let (pace, draft) = (Pace::new(), Vec::new());
+                self.running.push(Running { id, tenant, priority, stream, constraint, pace, draft });
                 Ok(None)
             }
             ended => {
@@ -441,7 +469,8 @@ impl Batch {
         };
         let (session, kept) = (&mut self.session, &mut self.kept);
         let mut cache = Cache { session, kept, sequences, reserved: Vec::new(), failed: Ok(()) };
-        let parts = schedule::plan(limits, &entries, &mut cache);
+        let mut parts = schedule::plan(limits, &entries, &mut cache);
+        draft(self.lookup, limits, &mut self.running, &mut parts, &mut cache);
         cache.failed?;
         Ok(parts)
     }
@@ -462,7 +491,8 @@ impl Batch {
                 outcomes.push(None);
                 continue;
             }
-            let mut decoding = Running::decoding(&mut running.constraint);
+            let mut drafted = Drafted(&running.draft);
+            let mut decoding = Running::decoding(&mut running.constraint).drafter(&mut drafted);
             outcomes.push(Some(
                 running.stream.run(&self.session, &mut decoding, tokens).map(|run| runs.push(run)),
             ));
@@ -528,6 +558,7 @@ impl Batch {
                 ControlFlow::Continue(())
             };
             let had = running.stream.generation().tokens.len();
+            let drafted = running.stream.generation().drafted;
             let goes_on = match outcome {
                 None => Ok(true),
                 Some(Ok(())) => {
@@ -553,6 +584,10 @@ impl Batch {
                 Some(Err(error)) => running.stream.fail(error, &mut on_text).map(|()| false),
             };
             let generation = running.stream.generation();
+            match generation.drafted.0 - drafted.0 {
+                0 => running.pace.passed(),
+                count => running.pace.verified(count, generation.drafted.1 - drafted.1),
+            }
             let tokens = generation.tokens.get(had..).unwrap_or_default();
             let logprobs = generation.logprobs.len().saturating_sub(tokens.len());
             let logprobs = generation.logprobs.get(logprobs..).unwrap_or_default();
@@ -579,6 +614,37 @@ impl Batch {
     /// Keeps the sequence of a request that ended, for those that begin alike.
     fn keep(&mut self, stream: &Stream, tenant: u64) {
         self.kept.push_back(Kept { sequence: stream.sequence(), tenant });
+    }
+}
+
+/// Adds guessed tokens to the parts of texts that are being generated, as far as the step has room and outputs for them.
+fn draft(most: u32, limits: Limits, running: &mut [Running], parts: &mut [Part], cache: &mut Cache<'_>) {
+    running.iter_mut().for_each(|running| running.draft.clear());
+    let is_text = |part: &Part, running: &[Running]| {
+        part.tokens == 1 && !running[part.entry].stream.generation().tokens.is_empty()
+    };
+    // Each part may have an output; texts have one.
+    let mut outputs = cache.session.outputs().saturating_sub(parts.len() as u32);
+    let mut tokens = limits.tokens.saturating_sub(parts.iter().map(|part| part.tokens).sum());
+    for part in parts {
+        if !is_text(part, running) {
+            continue;
+        }
+        let Running { stream, pace, draft, .. } = &mut running[part.entry];
+        let count = pace.most().min(most).min(outputs).min(tokens);
+        // It has no errors of its own.
+        if count == 0
+            || PromptLookup::new(count as usize).draft(stream.tokens(), count as usize, draft).is_err()
+        {
+            continue;
+        }
+        let count = draft.len() as u32;
+        if count > 0 && cache.reserve_free(part.entry, 1 + count) {
+            part.tokens += count;
+            (outputs, tokens) = (outputs - count, tokens - count);
+        } else {
+            draft.clear();
+        }
     }
 }
 
