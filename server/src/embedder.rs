@@ -1,7 +1,7 @@
 //! An encoder on one backend: a thread that embeds texts, and what other threads hold of it.
 
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use halite::embed::{EmbedOptions, Embedder};
@@ -34,6 +34,8 @@ pub struct Encoder {
     queue: usize,
     device: String,
     prices: Option<Prices>,
+    /// The thread has the other end.
+    alive: Weak<()>,
 }
 
 impl Encoder {
@@ -79,12 +81,14 @@ impl Encoder {
         }
         let (max_text_tokens, dimension) = (embedder.max_text_tokens(), embedder.dimension());
         let (jobs, arriving) = sync_channel(queue.max(1));
+        let is_alive = Arc::new(());
+        let alive = Arc::downgrade(&is_alive);
         let no_thread = |source| Error::Io { path: "a thread for the model".into(), source };
         std::thread::Builder::new()
             .name("encoder".into())
             .spawn(move || {
                 work(embedder, &arriving);
-                drop(share);
+                drop((share, is_alive));
             })
             .map_err(no_thread)?;
         let (model, queue) = (model.clone(), queue.max(1));
@@ -98,6 +102,7 @@ impl Encoder {
             queue,
             device: backend.caps().name.clone(),
             prices: None,
+            alive,
         })
     }
 
@@ -130,6 +135,11 @@ impl Encoder {
     /// Dimension of the vectors.
     pub fn dimension(&self) -> usize {
         self.dimension
+    }
+
+    /// Whether it takes texts.
+    pub(crate) fn is_ready(&self) -> bool {
+        self.alive.strong_count() > 0
     }
 
     /// The receipt of a request.

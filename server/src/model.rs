@@ -178,6 +178,8 @@ pub(crate) struct Job {
 pub(crate) struct Bill {
     /// The id of the HTTP request.
     pub request: String,
+    /// The SHA-256 of its idempotency key.
+    pub idempotency_sha256: Option<String>,
     pub endpoint: &'static str,
     /// Counts against the client's limits. Texts of one request share it.
     pub admission: Arc<Admission>,
@@ -192,6 +194,7 @@ impl Bill {
     pub fn receipt(&self, model: &str) -> Receipt {
         Receipt {
             request: self.request.clone(),
+            idempotency_sha256: self.idempotency_sha256.clone(),
             client: self.admission.client().name().to_owned(),
             model: model.to_owned(),
             endpoint: self.endpoint.to_owned(),
@@ -616,8 +619,7 @@ impl Run {
         drop(loaded);
         let mut receipt = self.receipt(&so_far, &last);
         if let Ok(generation) = &last {
-            let decode = Duration::from_micros(receipt.decode_us);
-            replica.took(decode, generation.tokens.len().saturating_sub(1) as u32);
+            replica.took(generation.decode, generation.decode_tokens);
         }
         let is_recorded =
             self.hosted.host.settle(&self.job.bill, self.hosted.prices.as_ref(), &mut receipt).await;

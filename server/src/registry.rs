@@ -96,16 +96,21 @@ impl Registry {
         self.encoders.values().map(|(encoder, _)| encoder)
     }
 
-    /// The model of a name, which may be a route's. Without a name, the only model there is.
-    pub fn find(&self, name: Option<&str>) -> Option<&Arc<Hosted>> {
+    /// The model of a name, which may be a route's; then one that the client may use. Without a name, the only model there is.
+    pub fn find(&self, name: Option<&str>, may_use: &dyn Fn(&str) -> bool) -> Option<&Arc<Hosted>> {
         let Some(name) = name else { return only(self.models()) };
-        let found = self.models.get(name).or_else(|| self.models.get(self.route(name)?));
+        let found = self.models.get(name).or_else(|| self.models.get(self.route(name, may_use)?));
         found.map(|entry| &entry.hosted)
     }
 
-    /// Chooses a model of a route.
-    fn route(&self, name: &str) -> Option<&str> {
-        let targets = self.routes.get(name)?;
+    /// Chooses a model of a route: of those that the client may use, or of all if it may use none.
+    fn route(&self, name: &str, may_use: &dyn Fn(&str) -> bool) -> Option<&str> {
+        let all = self.routes.get(name)?;
+        let mut targets: Vec<_> =
+            all.iter().filter(|(weight, model)| *weight > 0.0 && may_use(model)).collect();
+        if targets.is_empty() {
+            targets = all.iter().collect();
+        }
         let total: f64 = targets.iter().map(|(weight, _)| weight).sum();
         let mut left = chance() * total;
         let chosen = targets.iter().find(|(weight, _)| {

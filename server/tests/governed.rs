@@ -1,5 +1,7 @@
 //! Clients, limits, rules on texts, receipts and the ledger, over HTTP.
 
+mod common;
+
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -41,6 +43,7 @@ impl Machine for Test {
 fn server(config: &str, clients: &[&str]) -> (Arc<Test>, Server, Vec<String>) {
     let test = Arc::new(Test(tempfile::tempdir().unwrap()));
     std::fs::write(test.path("a.gguf"), halite_models::AUSTEN).unwrap();
+    std::fs::write(test.path("chat.jinja"), common::TEMPLATE).unwrap();
     let mut config = config.to_owned();
     let mut keys = Vec::new();
     for name in clients {
@@ -104,6 +107,12 @@ async fn keys_scopes_models_and_limits() {
         [[model]]
         name = "b"
         file = "a.gguf"
+        [[route]]
+        name = "either"
+        to = [{ model = "a" }, { model = "b", weight = 99 }]
+        [[route]]
+        name = "other"
+        to = [{ model = "b" }]
         "#,
         &["ada", "root", "small", "slow"],
     );
@@ -120,6 +129,12 @@ async fn keys_scopes_models_and_limits() {
     assert_eq!((status, &answer["usage"]["completion_tokens"]), (StatusCode::OK, &json!(3)));
     let (status, _, answer) = post(Some(ada), ask("b", "She", 1)).await;
     assert_eq!((status, &answer["error"]["code"]), (StatusCode::FORBIDDEN, &json!("permission_denied")));
+    // A route leads to what the client may use, if there is any.
+    for _ in 0..5 {
+        let (status, _, answer) = post(Some(ada), ask("either", "She", 1)).await;
+        assert_eq!((status, &answer["model"]), (StatusCode::OK, &json!("a")));
+    }
+    assert_eq!(post(Some(ada), ask("other", "She", 1)).await.0, StatusCode::FORBIDDEN);
     let (_, _, models) = call(&service, Some(ada), "GET", "/v1/models", Value::Null).await;
     assert_eq!(models["data"].as_array().unwrap().len(), 1);
     for (key, want) in [(ada, StatusCode::FORBIDDEN), (root, StatusCode::OK)] {
@@ -307,6 +322,8 @@ async fn a_request_with_a_key_is_resumed() {
         texts.push(answer["choices"][0]["text"].as_str().unwrap().to_owned());
         let receipt = &answer["halite"]["receipts"][0];
         assert_eq!(receipt["prompt_tokens"], 0, "paid for twice");
+        let of_one = "7692c3ad3540bb803c020b3aee66cd8887123234ea0c6e7143c0add73ff431ed";
+        assert_eq!(receipt["idempotency_sha256"], of_one);
         tokens.push(receipt["completion_tokens"].as_u64().unwrap());
     }
     assert!(texts[0].starts_with(&seen) && texts[0].len() > seen.len(), "{seen:?} {texts:?}");
@@ -338,6 +355,10 @@ async fn rules_hold_for_prompts_and_answers() {
         [[model]]
         name = "a"
         file = "a.gguf"
+        [[model]]
+        name = "chat"
+        file = "a.gguf"
+        template = "chat.jinja"
         "#,
         &[],
     );
@@ -350,6 +371,27 @@ async fn rules_hold_for_prompts_and_answers() {
     );
     let (status, _, answer) = post(json!({ "model": "a", "prompt": [1, 2] })).await;
     assert_eq!(status, StatusCode::BAD_REQUEST, "{answer}");
+    // Wherever the prompt has it.
+    let secret = "hal_00aa11";
+    let call_of = |name: &str, arguments: &str| json!({ "id": "1", "function": { "name": name, "arguments": arguments } });
+    let function = |function: Value| json!([{ "type": "function", "function": function }]);
+    let asked = json!([{ "role": "user", "content": "Hello" }]);
+    let chats = [
+        json!({ "messages": [{ "role": "user", "content": [{ "type": "text", "text": secret }] }] }),
+        json!({ "messages": [{ "role": "assistant", "tool_calls": [call_of("f", &json!({ "key": secret }).to_string())] }] }),
+        json!({ "messages": [{ "role": "assistant", "tool_calls": [call_of(secret, "{}")] }] }),
+        json!({ "messages": [{ "role": "tool", "tool_call_id": "1", "content": secret }] }),
+        json!({ "messages": [{ "role": "user", "name": secret, "content": "Hello" }] }),
+        json!({ "messages": asked, "tools": function(json!({ "name": "f", "description": secret })) }),
+        json!({ "messages": asked, "tools": function(json!({ "name": "f", "parameters": { "type": "object", "properties": { "a": { "enum": [secret] } } } })) }),
+        json!({ "messages": asked, "chat_template_kwargs": { "extra": [secret] } }),
+    ];
+    for mut chat in chats {
+        chat["model"] = json!("chat");
+        let (status, _, answer) = call(&service, None, "POST", "/v1/chat/completions", chat.clone()).await;
+        let got = (status, &answer["error"]["code"]);
+        assert_eq!(got, (StatusCode::BAD_REQUEST, &json!("content_policy_violation")), "{chat}: {answer}");
+    }
     let (mut filtered, mut ended) = (0, 0);
     for prompt in
         ["She", "It is a truth universally acknowledged", "Once upon a time", "He said that", "In the house"]

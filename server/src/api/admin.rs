@@ -113,7 +113,7 @@ pub(super) async fn load(
     Path(name): Path<String>,
 ) -> Fallible<Json<Value>> {
     admit(&app, &who, "load", json!({ "model": name })).await?;
-    app.model(Some(&name))?.load().await?;
+    app.model(&who, Some(&name))?.load().await?;
     Ok(described(&app, true))
 }
 
@@ -124,6 +124,6 @@ pub(super) async fn unload(
     Path(name): Path<String>,
 ) -> Fallible<Json<Value>> {
     admit(&app, &who, "unload", json!({ "model": name })).await?;
-    app.model(Some(&name))?.unload().await;
+    app.model(&who, Some(&name))?.unload().await;
     Ok(described(&app, true))
 }

@@ -9,7 +9,7 @@ use serde_json::{Map, Value};
 
 use super::error::Fallible;
 use super::generate::{Asking, Form, Held, Options, answer};
-use super::messages::{Message, prompt_of};
+use super::messages::{Message, filter, prompt_of};
 use super::tools::{Choice, Plan, Thinking, Tool};
 use super::who::Who;
 use super::{App, Body, apart};
@@ -39,7 +39,12 @@ impl Ask {
     pub async fn read(mut self, asking: &Asking, schema: Option<Value>) -> Fallible<(Vec<u32>, Held)> {
         let (hosted, policy) = (asking.hosted.clone(), asking.policy.clone());
         apart(move || {
-            self.messages.iter_mut().try_for_each(|message| message.filter(&policy))?;
+            if policy.has_input_rules() {
+                self.messages.iter_mut().try_for_each(|message| message.filter(&policy))?;
+                let variables = self.chat_template_kwargs.iter_mut().flat_map(Map::values_mut);
+                let mut others = self.tools.iter_mut().flatten().chain(variables);
+                others.try_for_each(|value| filter(value, &policy))?;
+            }
             // OpenAI's newer name; few templates know it.
             let knows_it = hosted.template().is_some_and(|template| template.source().contains("developer"));
             for message in self.messages.iter_mut().filter(|message| message.role == "developer" && !knows_it)
@@ -82,7 +87,7 @@ impl Ask {
 /// `POST /v1/chat/completions`.
 pub(super) async fn chat(State(app): State<App>, who: Who, Body(body): Body<Chat>) -> Fallible<Response> {
     let Chat { ask, options } = body;
-    let hosted = app.model(options.model.as_deref())?;
+    let hosted = app.model(&who, options.model.as_deref())?;
     let asking = Asking::new(&app, who, &hosted, "/v1/chat/completions")?;
     let (tokens, held) = ask.read(&asking, options.schema()).await?;
     answer(&app, asking, Form::Chat, options, vec![tokens], vec![String::new()], held).await

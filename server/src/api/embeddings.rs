@@ -50,9 +50,10 @@ pub(super) async fn embeddings(
             format!("expected {dimension}, the model's dimension, got {got}"),
         ));
     }
+    let policy = app.shared.policy.clone();
     let (tokenizer, max) = (encoder.tokenizer().clone(), encoder.max_text_tokens() as usize);
     let texts = apart(move || {
-        let texts = body.input.tokens(&tokenizer, EncodeOptions::default())?;
+        let texts = body.input.filtered("input", &policy)?.tokens(&tokenizer, EncodeOptions::default())?;
         if texts.is_empty() || texts.len() > MAX_TEXTS {
             let message = format!("expected 1 to {MAX_TEXTS} texts, got {}", texts.len());
             return Err(Failure::field("input", message));

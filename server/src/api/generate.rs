@@ -112,7 +112,7 @@ pub(super) enum Prompt {
 
 impl Prompt {
     /// The texts after the rules on prompts. Tokens are decoded by whoever has rules on them.
-    fn filtered(self, policy: &Policy) -> Fallible<Prompt> {
+    pub fn filtered(self, field: &str, policy: &Policy) -> Fallible<Prompt> {
         Ok(match self {
             Prompt::Text(text) => Prompt::Text(policy.input(&text)?),
             Prompt::Texts(texts) => {
@@ -120,7 +120,7 @@ impl Prompt {
             }
             tokens if policy.has_input_rules() => {
                 drop(tokens);
-                return Err(Failure::field("prompt", "expected texts, to which rules apply; got tokens"));
+                return Err(Failure::field(field, "expected texts, to which rules apply; got tokens"));
             }
             tokens => tokens,
         })
@@ -392,12 +392,12 @@ pub(super) async fn completions(
     Body(body): Body<Completion>,
 ) -> Fallible<Response> {
     let Completion { prompt, echo, options } = body;
-    let hosted = app.model(options.model.as_deref())?;
+    let hosted = app.model(&who, options.model.as_deref())?;
     let asking = Asking::new(&app, who, &hosted, "/v1/completions")?;
     let policy = app.shared.policy.clone();
     let tokenizer = hosted.tokenizer().clone();
     let (prompts, echoed) = apart(move || {
-        let prompts = prompt.filtered(&policy)?.tokens(&tokenizer, EncodeOptions::default())?;
+        let prompts = prompt.filtered("prompt", &policy)?.tokens(&tokenizer, EncodeOptions::default())?;
         let echoed = |tokens: &Vec<u32>| {
             if echo == Some(true) { tokenizer.decode(tokens, false) } else { String::new() }
         };

@@ -1,6 +1,7 @@
 //! Messages and tools to the text of a prompt.
 
 use std::collections::HashMap;
+use std::iter::once;
 
 use halite::Tokenizer;
 use halite::chat::{self, Json};
@@ -94,16 +95,21 @@ impl Message {
         Message { role: role.into(), content, reasoning_content, tool_calls, tool_call_id, name }
     }
 
-    /// Applies the rules on prompts.
+    /// Applies the rules on prompts to all its texts.
     pub fn filter(&mut self, policy: &Policy) -> Fallible<()> {
-        match &mut self.content {
-            None => {}
-            Some(Content::Text(text)) => *text = policy.input(text)?,
-            Some(Content::Parts(parts)) => {
-                for text in parts.iter_mut().filter_map(|part| part.text.as_mut()) {
-                    *text = policy.input(text)?;
-                }
-            }
+        let (one, parts) = match &mut self.content {
+            None => (None, None),
+            Some(Content::Text(text)) => (Some(text), None),
+            Some(Content::Parts(parts)) => (None, Some(parts)),
+        };
+        let of_parts = parts.into_iter().flatten().filter_map(|part| part.text.as_mut());
+        let calls = self.tool_calls.iter_mut().flatten();
+        let of_calls =
+            calls.flat_map(|call| once(&mut call.function.name).chain(&mut call.function.arguments));
+        let others =
+            [&mut self.reasoning_content, &mut self.tool_call_id, &mut self.name].into_iter().flatten();
+        for text in one.into_iter().chain(of_parts).chain(of_calls).chain(others) {
+            *text = policy.input(text)?;
         }
         Ok(())
     }
@@ -166,6 +172,17 @@ impl Message {
         }
         Ok(chat::Message::new(&self.role, &tokenizer.quote(&text)))
     }
+}
+
+/// Applies the rules on prompts to all texts of a value.
+pub(super) fn filter(value: &mut Value, policy: &Policy) -> Fallible<()> {
+    match value {
+        Value::String(text) => *text = policy.input(text)?,
+        Value::Array(items) => items.iter_mut().try_for_each(|item| filter(item, policy))?,
+        Value::Object(entries) => entries.values_mut().try_for_each(|value| filter(value, policy))?,
+        Value::Null | Value::Bool(_) | Value::Number(_) => {}
+    }
+    Ok(())
 }
 
 /// JSON for a template. Control tokens in a text are text.

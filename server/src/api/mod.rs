@@ -54,9 +54,11 @@ struct App {
 }
 
 impl App {
-    /// The model that generates texts under a name. Without one, the only one there is.
-    fn model(&self, name: Option<&str>) -> Fallible<Arc<Hosted>> {
-        self.find(name, Registry::find, "is an encoder: it answers /v1/embeddings, and generates no text")
+    /// The model that generates texts under a name, for a client. Without one, the only one there is.
+    fn model(&self, who: &Who, name: Option<&str>) -> Fallible<Arc<Hosted>> {
+        let may_use = |name: &str| who.may_use(name).is_ok();
+        let other = "is an encoder: it answers /v1/embeddings, and generates no text";
+        self.find(name, |registry, name| registry.find(name, &may_use), other)
     }
 
     /// The same for encoders.
@@ -197,8 +199,9 @@ async fn ready(State(app): State<App>) -> Fallible<Json<Value>> {
         return Err(Failure::unavailable("the server stops"));
     }
     let registry = app.shared.registry();
-    let down: Vec<&str> =
-        registry.models().filter(|hosted| !hosted.is_ready()).map(|hosted| hosted.name()).collect();
+    let models = registry.models().filter(|hosted| !hosted.is_ready()).map(|hosted| hosted.name());
+    let encoders = registry.encoders().filter(|encoder| !encoder.is_ready()).map(|encoder| encoder.name());
+    let down: Vec<&str> = models.chain(encoders).collect();
     if !down.is_empty() {
         return Err(Failure::unavailable(format!("no device can run: {}", down.join(", "))));
     }
@@ -250,5 +253,5 @@ async fn model(
     if let Some(encoder) = app.shared.registry().encoder(Some(&name)) {
         return Ok(Json(described_encoder(encoder, app.started)));
     }
-    Ok(Json(described(&*app.model(Some(&name))?, app.started)))
+    Ok(Json(described(&*app.model(&who, Some(&name))?, app.started)))
 }

@@ -146,7 +146,7 @@ pub(super) async fn responses(
         return Err(Failure::field("n", "expected 1: a response is one text"));
     }
     options.max_tokens = body.max_output_tokens.or(options.max_tokens);
-    let hosted = app.model(options.model.as_deref())?;
+    let hosted = app.model(&who, options.model.as_deref())?;
     let asking = Asking::new(&app, who, &hosted, "/v1/responses")?;
     let base = json!({
         "id": app.id("resp"), "object": "response", "created_at": now(), "status": "in_progress", "model": hosted.name(),

@@ -28,7 +28,7 @@ pub(super) async fn tokenize(
     who: Who,
     Body(text): Body<Text>,
 ) -> Fallible<Json<Value>> {
-    let hosted = app.model(text.model.as_deref())?;
+    let hosted = app.model(&who, text.model.as_deref())?;
     who.may_use(hosted.name())?;
     let options = EncodeOptions::default().add_special(text.add_special);
     let tokenizer = hosted.tokenizer().clone();
@@ -48,7 +48,7 @@ pub(super) async fn detokenize(
     who: Who,
     Body(tokens): Body<Tokens>,
 ) -> Fallible<Json<Value>> {
-    let hosted = app.model(tokens.model.as_deref())?;
+    let hosted = app.model(&who, tokens.model.as_deref())?;
     who.may_use(hosted.name())?;
     let tokenizer = hosted.tokenizer().clone();
     let content = apart(move || {
@@ -72,7 +72,7 @@ pub(super) async fn apply_template(
     who: Who,
     Body(chat): Body<Messages>,
 ) -> Fallible<Json<Value>> {
-    let hosted = app.model(chat.model.as_deref())?;
+    let hosted = app.model(&who, chat.model.as_deref())?;
     who.may_use(hosted.name())?;
     let prompt = apart(move || {
         let tools = Tool::read(&chat.tools.unwrap_or_default())?;

@@ -80,6 +80,8 @@ impl Who {
     /// The bill of a text.
     pub fn bill(&self, endpoint: &'static str, admission: &Arc<Admission>, has_prompt: bool) -> Bill {
         let (request, admission) = (self.request.clone(), admission.clone());
-        Bill { request, endpoint, admission, started_unix_ms: self.started_unix_ms, has_prompt }
+        let idempotency_sha256 = self.idempotency_key.as_ref().map(|key| hex(&Sha256::digest(key)));
+        let started_unix_ms = self.started_unix_ms;
+        Bill { request, idempotency_sha256, endpoint, admission, started_unix_ms, has_prompt }
     }
 }
