@@ -2,6 +2,10 @@
 """Loads a server with OpenAI's interface, and prints a row for each number of clients.
 
     benches/serve.py [--address HOST:PORT] [--model NAME] [--clients 1,4,16] [--requests N] [--tokens N] [--prompt-words N]
+                     [--long-words N]
+
+With --long-words, one more client sends prompts of so many words meanwhile, for two tokens each. It is not in the row's times; the last
+column has the number of its prompts and their mean time.
 
 Each client sends one request after another, a stream of greedy text after a prompt of its own. Times are of the client: to the first piece
 of text, and between pieces."""
@@ -9,12 +13,13 @@ import argparse
 import asyncio
 import json
 import time
+from itertools import count
 
 
-async def request(options, number):
+async def request(options, number, prompt_words, tokens):
     """Sends a request. Returns the times of its pieces, the start first, and its usage."""
-    words = " ".join(f"word{(number * 7 + i) % 997}" for i in range(options.prompt_words))
-    body = {"model": options.model, "prompt": words, "max_tokens": options.tokens, "temperature": 0, "stream": True,
+    words = " ".join(f"word{(number * 7 + i) % 997}" for i in range(prompt_words))
+    body = {"model": options.model, "prompt": words, "max_tokens": tokens, "temperature": 0, "stream": True,
             "ignore_eos": True, "stream_options": {"include_usage": True}}
     body = json.dumps(body).encode()
     host, port = options.address.rsplit(":", 1)
@@ -50,17 +55,28 @@ async def load(options, clients):
 
     async def client():
         for number in left:
-            results.append(await request(options, number))
+            results.append(await request(options, number, options.prompt_words, options.tokens))
 
+    async def long_client():
+        for number in count(options.first + 100_000):
+            times, _ = await request(options, number, options.long_words, 2)
+            long_times.append(times[-1] - times[0])
+
+    long_times = []
+    beside = asyncio.create_task(long_client()) if options.long_words else None
     start = time.perf_counter()
     await asyncio.gather(*(client() for _ in range(clients)))
     seconds = time.perf_counter() - start
+    if beside:
+        beside.cancel()
     options.first += len(results)
     tokens = sum(usage["completion_tokens"] for _, usage in results)
     first = [times[1] - times[0] for times, _ in results if len(times) > 1]
     between = [b - a for times, _ in results for a, b in zip(times[1:], times[2:])]
     cells = [clients, len(results), f"{len(results) / seconds:.2f}", f"{tokens / seconds:.1f}"]
     cells += [f"{percentile(values, percent):.0f}" for values in (first, between) for percent in (50, 95, 99)]
+    if long_times:
+        cells.append(f"{len(long_times)}, {sum(long_times) / len(long_times):.1f} s each")
     print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 
@@ -72,10 +88,12 @@ def main():
     parser.add_argument("--requests", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--prompt-words", type=int, default=32)
+    parser.add_argument("--long-words", type=int, default=0)
     options = parser.parse_args()
     options.first = 0
-    print("| clients | requests | requests/s | tokens/s | first p50 ms | p95 | p99 | between p50 ms | p95 | p99 |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    long = " long prompts |" if options.long_words else ""
+    print(f"| clients | requests | requests/s | tokens/s | first p50 ms | p95 | p99 | between p50 ms | p95 | p99 |{long}")
+    print("|---" * (11 if long else 10) + "|")
     for clients in options.clients.split(","):
         asyncio.run(load(options, int(clients)))
 

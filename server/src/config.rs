@@ -84,6 +84,8 @@ pub struct ModelConfig {
     pub batch: Option<u32>,
     /// Tokens of a text that a step may guess.
     pub lookup: Option<u32>,
+    /// Seconds that a step may take in which prompts run beside text.
+    pub step_s: Option<f64>,
     /// Format of the KV cache.
     pub kv: Option<String>,
     /// A file with a Jinja chat template.

@@ -38,6 +38,7 @@ pub enum Policy {
 
 /// Guessed tokens that a step may verify for each text.
 const LOOKUP: u32 = 8;
+const STEP_TIME: Duration = Duration::from_millis(100);
 
 /// What a model needs to be served.
 #[derive(Debug, Clone)]
@@ -49,6 +50,8 @@ pub struct ModelOptions {
     pub queue: usize,
     /// Tokens of a text that a step may guess; see [`halite::batch::Batch::lookup`].
     pub lookup: u32,
+    /// How long a step may take in which prompts run beside text; see [`halite::batch::Batch::step_time`].
+    pub step_time: Duration,
     /// A Jinja chat template instead of the model's.
     pub template: Option<String>,
     /// How requests are shared among the devices.
@@ -67,8 +70,8 @@ impl ModelOptions {
         let session = session.outputs(slots).sequences(slots);
         let (template, policy, prices, sha256) = Default::default();
         let step_timeout = Duration::from_secs(60);
-        let (queue, lookup) = (16 * slots as usize, LOOKUP);
-        ModelOptions { session, queue, lookup, template, policy, step_timeout, prices, sha256 }
+        let (queue, lookup, step_time) = (16 * slots as usize, LOOKUP, STEP_TIME);
+        ModelOptions { session, queue, lookup, step_time, template, policy, step_timeout, prices, sha256 }
     }
 }
 
@@ -81,6 +84,7 @@ pub(crate) struct Opened {
     pub session: SessionOptions,
     pub queue: usize,
     pub lookup: u32,
+    pub step_time: Duration,
     /// The vocabularies of rules, by the control tokens that they may ask for.
     vocabularies: Mutex<Vec<(Control, Vocabulary)>>,
     /// The tokens of the health probe on devices that are exact, and the engines that gave them.
@@ -102,6 +106,7 @@ impl Opened {
             session: options.session.clone(),
             queue: options.queue,
             lookup: options.lookup,
+            step_time: options.step_time,
             vocabularies: Mutex::default(),
             probe: Mutex::default(),
         })

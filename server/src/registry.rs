@@ -342,6 +342,7 @@ fn hosted(
     let mut options = ModelOptions::new(session, slots);
     options.queue = config.queue.unwrap_or(options.queue);
     options.lookup = config.lookup.unwrap_or(options.lookup);
+    options.step_time = seconds(&key("step_s"), config.step_s, options.step_time.as_secs_f64())?;
     options.policy = config.policy;
     options.prices = config.prices.clone();
     options.sha256 = sha256;

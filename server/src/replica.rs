@@ -268,7 +268,8 @@ impl Replica {
         (session, probe) = probed(session, opened).map_err(failed)?;
         let contract = backend.caps().contract;
         opened.agree(contract, &probe).map_err(failed)?;
-        let batch = Batch::new(session, opened.tokenizer.clone()).lookup(opened.lookup);
+        let batch = Batch::new(session, opened.tokenizer.clone());
+        let batch = batch.lookup(opened.lookup).step_time(opened.step_time);
         let engine = Engine::new(batch, opened.queue, share).map_err(failed)?;
         let engine = Arc::new(engine);
         if contract == Contract::Exact {

@@ -8,6 +8,7 @@ pub mod schedule;
 use std::collections::VecDeque;
 use std::ops::ControlFlow;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::clock::Instant;
 use crate::cost::{self, Extent};
@@ -21,6 +22,10 @@ use schedule::{Entry, Limits, Memory, Part};
 
 /// Tokens of a prompt for which a request waits until another one has computed them.
 const WORTH_WAITING: usize = 8;
+/// How long a step with prompts may take.
+const STEP_TIME: Duration = Duration::from_millis(100);
+/// Tokens of prompts that a step always has.
+const LEAST_PREFILL: u32 = 16;
 
 /// A number for a request of a [`Batch`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -98,8 +103,10 @@ pub enum Event<'a> {
 pub struct Batch {
     session: Session,
     tokenizer: Arc<Tokenizer>,
-    /// Prompt tokens of a step that also generates text.
-    prefill: u32,
+    /// How long a step with prompts may take that also generates text.
+    step_time: Duration,
+    /// Seconds for each token of a step with prompts, smoothed; 0 before the first.
+    token_s: f64,
     /// Sequences that may exist at once.
     slots: usize,
     /// Tokens that a step may draft for a request.
@@ -222,13 +229,13 @@ impl Batch {
     /// [`SessionOptions::sequences`](crate::SessionOptions::sequences), and steps have runs ([`MAX_RUNS`]).
     pub fn new(session: Session, tokenizer: Arc<Tokenizer>) -> Batch {
         let slots = (session.outputs() as usize).min(session.sequences() as usize).clamp(1, MAX_RUNS);
-        let prefill = session.batch().div_ceil(4);
         let one = Extent { start: 0, tokens: 1, outputs: 1 };
         let weight_bytes = cost::step(session.program(), &[one]).weight_bytes;
         Batch {
             session,
             tokenizer,
-            prefill,
+            step_time: STEP_TIME,
+            token_s: 0.0,
             slots,
             lookup: 0,
             weight_bytes,
@@ -240,10 +247,11 @@ impl Batch {
         }
     }
 
-    /// Sets how many tokens of prompts a step has that also generates text; by default a quarter of a step.
+    /// Sets how long a step may take in which prompts run beside text that is being generated; by default a tenth of a second. That bounds
+    /// the time between two tokens, as far as the device allows. Steps of text alone take what they take.
     #[must_use]
-    pub fn prefill(mut self, tokens: u32) -> Batch {
-        self.prefill = tokens.max(1);
+    pub fn step_time(mut self, time: Duration) -> Batch {
+        self.step_time = time;
         self
     }
 
@@ -465,7 +473,7 @@ impl Batch {
         let limits = Limits {
             tokens: self.session.batch(),
             runs: self.session.outputs().min(MAX_RUNS as u32),
-            prefill: self.prefill,
+            prefill: self.prefill(),
         };
         let (session, kept) = (&mut self.session, &mut self.kept);
         let mut cache = Cache { session, kept, sequences, reserved: Vec::new(), failed: Ok(()) };
@@ -473,6 +481,22 @@ impl Batch {
         draft(self.lookup, limits, &mut self.running, &mut parts, &mut cache);
         cache.failed?;
         Ok(parts)
+    }
+
+    /// Tokens of prompts in the next step, beside text: so many that it takes the time that it may.
+    fn prefill(&self) -> u32 {
+        let most = self.session.batch();
+        if self.token_s == 0.0 {
+            return most.div_ceil(4);
+        }
+        let all = (self.step_time.as_secs_f64() / self.token_s) as u32;
+        all.saturating_sub(self.running.len() as u32).clamp(LEAST_PREFILL.min(most), most)
+    }
+
+    /// Notes how long a step with prompts took.
+    fn measured(&mut self, tokens: usize, time: Duration) {
+        let now = time.as_secs_f64() / tokens.max(1) as f64;
+        self.token_s = if self.token_s == 0.0 { now } else { 0.5 * (self.token_s + now) };
     }
 
     /// Runs a step.
@@ -497,9 +521,14 @@ impl Batch {
                 running.stream.run(&self.session, &mut decoding, tokens).map(|run| runs.push(run)),
             ));
         }
+        let began = Instant::now();
         let stepped = if runs.is_empty() { Ok(()) } else { self.session.step(&runs, kind) };
-        let count = runs.len();
+        let (count, fed) = (runs.len(), runs.iter().map(|run| run.tokens.len()).sum::<usize>());
         drop(runs);
+        let guessed: usize = self.running.iter().map(|running| running.draft.len()).sum();
+        if fed > count + guessed && stepped.is_ok() {
+            self.measured(fed, began.elapsed());
+        }
         match stepped {
             Ok(()) => {}
             // One request's numbers must not end the others: each runs alone.
