@@ -1,5 +1,7 @@
 //! `/v1/chat/completions`, and what `/v1/responses` shares with it.
 
+use std::sync::Arc;
+
 use axum::extract::State;
 use axum::response::Response;
 use halite::chat;
@@ -13,6 +15,8 @@ use super::messages::{Message, filter, prompt_of};
 use super::tools::{Choice, Plan, Thinking, Tool};
 use super::who::Who;
 use super::{App, Body, apart};
+use crate::access::Policy;
+use crate::model::Hosted;
 
 #[derive(Deserialize)]
 pub(super) struct Chat {
@@ -36,8 +40,13 @@ pub(super) struct Ask {
 
 impl Ask {
     /// The prompt's tokens, and what the answer is held to: its calls, and with `schema` its text.
-    pub async fn read(mut self, asking: &Asking, schema: Option<Value>) -> Fallible<(Vec<u32>, Held)> {
-        let (hosted, policy) = (asking.hosted.clone(), asking.policy.clone());
+    pub async fn read(
+        mut self,
+        hosted: &Arc<Hosted>,
+        policy: &Arc<Policy>,
+        schema: Option<Value>,
+    ) -> Fallible<(Vec<u32>, Held)> {
+        let (hosted, policy) = (hosted.clone(), policy.clone());
         apart(move || {
             if policy.has_input_rules() {
                 self.messages.iter_mut().try_for_each(|message| message.filter(&policy))?;
@@ -89,6 +98,6 @@ pub(super) async fn chat(State(app): State<App>, who: Who, Body(body): Body<Chat
     let Chat { ask, options } = body;
     let hosted = app.model(&who, options.model.as_deref())?;
     let asking = Asking::new(&app, who, &hosted, "/v1/chat/completions")?;
-    let (tokens, held) = ask.read(&asking, options.schema()).await?;
+    let (tokens, held) = ask.read(&hosted, &asking.policy, options.schema()).await?;
     answer(&app, asking, Form::Chat, options, vec![tokens], vec![String::new()], held).await
 }

@@ -14,9 +14,9 @@ use crate::model::Failed;
 /// An answer that is an error.
 #[derive(Debug)]
 pub(super) struct Failure {
-    status: StatusCode,
+    pub status: StatusCode,
     kind: &'static str,
-    message: String,
+    pub message: String,
     /// The field of the request that is wrong.
     param: Option<String>,
     code: Option<&'static str>,
@@ -67,14 +67,22 @@ impl Failure {
     }
 }
 
-impl IntoResponse for Failure {
-    fn into_response(self) -> Response {
-        let mut response = (self.status, Json(self.body())).into_response();
+impl Failure {
+    /// An answer with a body.
+    pub fn response(self, body: Value) -> Response {
+        let mut response = (self.status, Json(body)).into_response();
         if matches!(self.status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE) {
             let seconds = HeaderValue::from(self.retry_after_s.unwrap_or(1));
             response.headers_mut().insert(header::RETRY_AFTER, seconds);
         }
         response
+    }
+}
+
+impl IntoResponse for Failure {
+    fn into_response(self) -> Response {
+        let body = self.body();
+        self.response(body)
     }
 }
 

@@ -245,6 +245,13 @@ impl Options {
             .ignore_end(self.ignore_eos == Some(true)))
     }
 
+    /// Ends the text at these texts, if there are any.
+    pub fn stop_at(&mut self, texts: Option<Vec<String>>) {
+        if let Some(texts) = texts {
+            self.stop = Some(OneOrMore::More(texts));
+        }
+    }
+
     /// When the request ends.
     fn deadline(&self, arrived: Instant) -> Fallible<Option<Instant>> {
         match self.deadline_ms {

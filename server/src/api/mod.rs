@@ -1,9 +1,11 @@
 //! The HTTP interface: addresses, and what they share.
 
 mod admin;
+mod anthropic;
 mod chat;
 mod embeddings;
 mod error;
+mod events;
 mod generate;
 mod messages;
 mod page;
@@ -154,6 +156,8 @@ pub(crate) fn router(shared: &Arc<Shared>) -> Router {
         .route("/v1/completions", post(generate::completions))
         .route("/v1/chat/completions", post(chat::chat))
         .route("/v1/responses", post(responses::responses))
+        .route("/v1/messages", post(anthropic::messages))
+        .route("/v1/messages/count_tokens", post(anthropic::count_tokens))
         .route("/v1/embeddings", post(embeddings::embeddings))
         .route("/tokenize", post(texts::tokenize))
         .route("/detokenize", post(texts::detokenize))

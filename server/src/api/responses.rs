@@ -1,9 +1,6 @@
 //! `/v1/responses`, without state: each request brings the whole conversation.
 
 use std::collections::VecDeque;
-use std::convert::Infallible;
-use std::pin::Pin;
-use std::task::{Context, Poll};
 
 use axum::Json;
 use axum::extract::State;
@@ -15,14 +12,15 @@ use serde_json::{Value, json};
 
 use super::chat::Ask;
 use super::error::{Failure, Fallible};
-use super::generate::{Asking, Form, Options, Usage, ended, fits, submit};
+use super::events::{Events, Write, whole};
+use super::generate::{Asking, Form, Options, Usage, fits, submit};
 use super::messages::{Call, Content, Function, Message};
 use super::parse::{Event, Parser};
 use super::tools::call_id;
 use super::who::Who;
 use super::{App, Body, now};
 use crate::access::ResponseForm;
-use crate::model::{Early, Outcome, Progress, Running};
+use crate::model::{Early, Outcome, Progress};
 
 #[derive(Deserialize)]
 pub(super) struct Asked {
@@ -163,7 +161,7 @@ pub(super) async fn responses(
         chat_template_kwargs: None,
     };
     let schema = schema(&body.text)?;
-    let (tokens, held) = ask.read(&asking, schema.clone()).await?;
+    let (tokens, held) = ask.read(&hosted, &asking.policy, schema.clone()).await?;
     asking.allows(match () {
         () if held.has_calls() => ResponseForm::ToolCalls,
         () if schema.is_some() => ResponseForm::JsonSchema,
@@ -173,27 +171,13 @@ pub(super) async fn responses(
     let mut running = submit(&asking, Form::Chat, &options, &tokens, (0, 0), &held).await?;
     let reading = held.reading.ok_or_else(|| Failure::internal("a chat has no form"))?;
     let mut writer = Writer::new(base, reading.parser());
-    // The first update decides whether there is an answer.
-    let mut next = running.next().await;
     if options.stream == Some(true) {
-        match next {
-            Some(Progress::Failed(failed)) => return Err(failed.into()),
-            Some(update) => writer.update(update),
-            None => return Err(ended()),
-        }
+        // The first update decides whether there is an answer.
+        whole(&mut writer, &mut running, true).await?;
         return Ok(Sse::new(Events { writer, running }).keep_alive(KeepAlive::default()).into_response());
     }
-    loop {
-        match next {
-            Some(Progress::Failed(failed)) => return Err(failed.into()),
-            Some(update) => writer.update(update),
-            None => return Err(ended()),
-        }
-        if writer.is_done {
-            return Ok(Json(writer.response).into_response());
-        }
-        next = running.next().await;
-    }
+    whole(&mut writer, &mut running, false).await?;
+    Ok(Json(writer.response).into_response())
 }
 
 /// What an item of the output is.
@@ -252,17 +236,6 @@ impl Writer {
         body["sequence_number"] = self.sequence.into();
         self.sequence += 1;
         self.ready.push_back(Sent::default().event(name).data(body.to_string()));
-    }
-
-    fn update(&mut self, update: Progress) {
-        match update {
-            Progress::Text { text, .. } => {
-                let events = self.parser.push(&text);
-                events.into_iter().for_each(|event| self.event(event));
-            }
-            Progress::Done(outcome) => self.done(*outcome),
-            Progress::Failed(failed) => self.fail(&failed.into()),
-        }
     }
 
     fn event(&mut self, event: Event) {
@@ -359,6 +332,19 @@ impl Writer {
         self.send(&format!("response.{status}"), json!({ "response": self.response }));
         self.is_done = true;
     }
+}
+
+impl Write for Writer {
+    fn update(&mut self, update: Progress) {
+        match update {
+            Progress::Text { text, .. } => {
+                let events = self.parser.push(&text);
+                events.into_iter().for_each(|event| self.event(event));
+            }
+            Progress::Done(outcome) => self.done(*outcome),
+            Progress::Failed(failed) => self.fail(&failed.into()),
+        }
+    }
 
     fn fail(&mut self, failure: &Failure) {
         let error = failure.body()["error"].clone();
@@ -366,30 +352,12 @@ impl Writer {
         self.send("error", json!({ "code": code, "message": message, "param": param }));
         self.is_done = true;
     }
-}
 
-/// A response as server-sent events.
-struct Events {
-    writer: Writer,
-    running: Running,
-}
+    fn next(&mut self) -> Option<Sent> {
+        self.ready.pop_front()
+    }
 
-impl futures_core::Stream for Events {
-    type Item = Result<Sent, Infallible>;
-
-    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        loop {
-            if let Some(event) = self.writer.ready.pop_front() {
-                return Poll::Ready(Some(Ok(event)));
-            }
-            if self.writer.is_done {
-                return Poll::Ready(None);
-            }
-            match self.running.poll_next(context) {
-                Poll::Pending => return Poll::Pending,
-                Poll::Ready(Some(update)) => self.writer.update(update),
-                Poll::Ready(None) => self.writer.fail(&ended()),
-            }
-        }
+    fn is_done(&self) -> bool {
+        self.is_done
     }
 }

@@ -35,8 +35,10 @@ impl FromRequestParts<App> for Who {
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Fallible<Who> {
         let authorization = parts.headers.get(header::AUTHORIZATION);
         // A header that is no text is no key.
-        let text = authorization.map(|value| value.to_str().unwrap_or_default());
-        let caller = app.shared.access.check(text)?;
+        let text = authorization.map(|value| value.to_str().unwrap_or_default().to_owned());
+        // As Anthropic's clients send keys.
+        let key = || Some(format!("Bearer {}", parts.headers.get("x-api-key")?.to_str().unwrap_or_default()));
+        let caller = app.shared.access.check(text.or_else(key).as_deref())?;
         let mut hasher = DefaultHasher::new();
         caller.client().name().hash(&mut hasher);
         let request = parts.extensions.get::<RequestName>().map(|name| name.0.clone()).unwrap_or_default();
