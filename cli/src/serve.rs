@@ -154,9 +154,11 @@ pub fn serve(args: &ServeArgs) -> Result<(), Failure> {
         server.load().await.map_err(|(model, why)| format!("{model}: {why}"))?;
         let listener = TcpListener::bind(listen).await;
         let listener = listener.map_err(|e| format!("--listen {listen}: {e}"))?;
-        say(&format!("serving {} at http://{}/v1", server.names().join(", "), listener.local_addr()?));
+        let (names, scheme) = (server.names().join(", "), server.scheme());
+        say(&format!("serving {names} at {scheme}://{}/v1", listener.local_addr()?));
         tokio::spawn(reloads(server.clone()));
-        Ok(server.run(listener, stopped()).await?)
+        server.run(listener, stopped()).await;
+        Ok(())
     });
     // Devices that hang do not keep the program.
     runtime.shutdown_background();

@@ -10,7 +10,7 @@ use sha2::{Digest, Sha256};
 
 use super::error::{Failure, Fallible};
 use super::{App, RequestName};
-use crate::access::{Admission, Caller, Scope};
+use crate::access::{Admission, Caller, Certificate, Scope};
 use crate::basics::{hex, now_ms};
 use crate::model::Bill;
 
@@ -33,7 +33,7 @@ impl FromRequestParts<App> for Who {
         let authorization = parts.headers.get(header::AUTHORIZATION);
         // A header that is no text is no key.
         let text = authorization.map(|value| value.to_str().unwrap_or_default());
-        let caller = app.shared.access.check(text)?;
+        let caller = app.shared.access.check(text, parts.extensions.get::<Certificate>())?;
         let mut hasher = DefaultHasher::new();
         caller.client().name().hash(&mut hasher);
         let request = parts.extensions.get::<RequestName>().map(|name| name.0.clone()).unwrap_or_default();
