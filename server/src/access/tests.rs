@@ -56,6 +56,20 @@ fn a_key_is_a_client_and_nothing_else_is() {
     caller.require_model("large").unwrap();
     caller.require_adapter("x").unwrap();
 
+    // A certificate does the same, and is no way around the key of another.
+    let certificate = Certificate::of(b"bob's");
+    let with_certificate = format!("{bob}certificate_sha256 = [\"{}\"]", certificate.0.to_uppercase());
+    access.reload(clients(&format!("{ada}{with_certificate}")), None).unwrap();
+    for key in [None, bearer(&bob_key)] {
+        assert_eq!(access.check(key.as_deref(), Some(&certificate)).unwrap().client().name(), "bob");
+    }
+    let other = access.check(bearer(&ada_key).as_deref(), Some(&certificate)).unwrap_err();
+    assert_eq!((&other, other.status()), (&Denied::OtherClient, 401));
+    let nobody = Certificate::of(b"nobody's");
+    let unknown = access.check(None, Some(&nobody)).unwrap_err();
+    assert_eq!((&unknown, unknown.status()), (&Denied::UnknownCertificate(nobody.0.clone()), 401));
+    assert_eq!(access.check(bearer(&ada_key).as_deref(), Some(&nobody)).unwrap().client().name(), "ada");
+
     let unknown = Key::new().unwrap().secret;
     for (header, denied) in [
         (None, Denied::NoKey),
@@ -79,6 +93,11 @@ fn wrong_configurations_are_named() {
         ("[[client]]\nname = 'a'\n[[client]]\nname = 'a'".into(), "this name"),
         ("[[client]]\nname = ''".into(), "a name of"),
         ("[[client]]\nname = 'a'\nkey_sha256 = ['hal_1']".into(), "64 hexadecimal"),
+        (format!("[[client]]\nname = 'a'\ncertificate_sha256 = ['{}']", "a:".repeat(32)), "64 hexadecimal"),
+        (
+            format!("[[client]]\nname = 'a'\ncertificate_sha256 = ['{0}', '{0}']", "a".repeat(64)),
+            "listed twice",
+        ),
         ("[[client]]\nname = 'a'\nmax_concurrent = 0".into(), "at least 1"),
     ] {
         let error = Access::new(clients(&text), None).unwrap_err();
