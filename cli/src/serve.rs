@@ -10,7 +10,7 @@ use halite::backend::driver::{self, Options};
 use halite::kernels::formats::Format;
 use halite::map::Source;
 use halite::{Backend, Error, Model};
-use halite_server::{Config, ConfigError, Machine, ModelConfig, ReplicaConfig, Server};
+use halite_server::{Config, ConfigError, Machine, ModelConfig, ReplicaConfig, Server, TlsConfig};
 use tokio::net::TcpListener;
 use tracing_subscriber::filter::LevelFilter;
 
@@ -20,11 +20,17 @@ use super::{Failure, kv_format, say};
 #[derive(Args, Clone)]
 pub struct ServeArgs {
     /// Configuration: models, replicas, routes, limits. It is read again on SIGHUP.
-    #[arg(short, long, value_name = "FILE", conflicts_with_all = ["model", "ctx", "cache", "queue", "template"])]
+    #[arg(short, long, value_name = "FILE", conflicts_with_all = ["model", "ctx", "cache", "queue", "template", "tls_certificate"])]
     config: Option<PathBuf>,
     /// Address to listen on [default: 127.0.0.1:8080].
     #[arg(long, value_name = "ADDRESS")]
     listen: Option<SocketAddr>,
+    /// The server's certificate, as PEM; connections are then encrypted. It is read again on SIGHUP.
+    #[arg(long, value_name = "FILE", requires = "tls_key")]
+    tls_certificate: Option<PathBuf>,
+    /// The certificate's private key, as PEM.
+    #[arg(long, value_name = "FILE", requires = "tls_certificate")]
+    tls_key: Option<PathBuf>,
     /// GGUF file, and the name by which clients ask for it [default name: the file's]; may be repeated [default: the built-in model].
     #[arg(short, long, value_name = "[NAME=]FILE")]
     model: Vec<OsString>,
@@ -140,6 +146,8 @@ impl ServeArgs {
         }
         config.memory_mb = self.memory;
         config.listen = self.listen;
+        let certificate = self.tls_certificate.as_ref().zip(self.tls_key.as_ref());
+        config.tls = certificate.map(|(certificate, key)| TlsConfig::new(certificate, key));
         config
     }
 }
@@ -154,9 +162,11 @@ pub fn serve(args: &ServeArgs) -> Result<(), Failure> {
         server.load().await.map_err(|(model, why)| format!("{model}: {why}"))?;
         let listener = TcpListener::bind(listen).await;
         let listener = listener.map_err(|e| format!("--listen {listen}: {e}"))?;
-        say(&format!("serving {} at http://{}/v1", server.names().join(", "), listener.local_addr()?));
+        let (names, scheme) = (server.names().join(", "), server.scheme());
+        say(&format!("serving {names} at {scheme}://{}/v1", listener.local_addr()?));
         tokio::spawn(reloads(server.clone()));
-        Ok(server.run(listener, stopped()).await?)
+        server.run(listener, stopped()).await;
+        Ok(())
     });
     // Devices that hang do not keep the program.
     runtime.shutdown_background();

@@ -73,7 +73,7 @@ fn a_new_key_is_the_one_whose_hash_is_listed() {
     std::fs::write(&path, toml).unwrap();
     let clients = halite_server::access::read_clients(&path).unwrap();
     let access = halite_server::access::Access::new(clients, None).unwrap();
-    let caller = access.check(Some(&format!("Bearer {secret}"))).unwrap();
+    let caller = access.check(Some(&format!("Bearer {secret}")), None).unwrap();
     assert_eq!(caller.client().name(), "ada \"x\"");
     error(&["keys", "new", "--client", ""]);
 }

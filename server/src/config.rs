@@ -24,6 +24,10 @@ pub struct Config {
     /// Megabytes (10^6 bytes) for all that is loaded: weights, KV caches, working memory. Models that are idle are unloaded for
     /// others.
     pub memory_mb: Option<u64>,
+    /// Certificates. Without them, connections are not encrypted.
+    pub tls: Option<TlsConfig>,
+    /// What connections are held to.
+    pub connections: ConnectionsConfig,
     /// Seconds that requests have to end when the server stops.
     pub drain_s: Option<f64>,
     /// Seconds between health probes of replicas that are idle.
@@ -49,6 +53,56 @@ pub struct Config {
     /// Names that stand for models.
     #[serde(rename = "route")]
     pub routes: Vec<RouteConfig>,
+}
+
+/// Certificates, as PEM.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[non_exhaustive]
+pub struct TlsConfig {
+    /// The server's certificate, and those between it and the authority's.
+    pub certificate: PathBuf,
+    /// Its private key.
+    pub key: PathBuf,
+    /// Certificates of authorities. With them, clients may show a certificate by one of these.
+    pub client_ca: Option<PathBuf>,
+    /// Whether clients must show a certificate [default: required].
+    pub client_certificate: Option<ClientCertificate>,
+}
+
+impl TlsConfig {
+    /// A certificate and its key.
+    pub fn new(certificate: impl Into<PathBuf>, key: impl Into<PathBuf>) -> TlsConfig {
+        let (client_ca, client_certificate) = (None, None);
+        TlsConfig { certificate: certificate.into(), key: key.into(), client_ca, client_certificate }
+    }
+}
+
+/// Whether clients must show a certificate.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[non_exhaustive]
+pub enum ClientCertificate {
+    /// Connections without one are refused.
+    #[default]
+    Required,
+    /// Clients without one have keys or tokens.
+    Optional,
+}
+
+/// What connections are held to.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+#[non_exhaustive]
+pub struct ConnectionsConfig {
+    /// Connections at once; others wait [default: 1024].
+    pub max: Option<u32>,
+    /// Seconds until the headers of a request are there, from the connection's start or the answer before [default: 30].
+    pub header_timeout_s: Option<f64>,
+    /// Seconds until the body of a request is there, from the end of its headers [default: 60].
+    pub body_timeout_s: Option<f64>,
+    /// Seconds after which a client that takes no byte of its answer is gone [default: 60].
+    pub write_timeout_s: Option<f64>,
 }
 
 /// A ledger.
@@ -242,12 +296,16 @@ impl Config {
         let jwks = config.jwt.iter_mut().map(|jwt| &mut jwt.jwks);
         let keys = config.trust.iter_mut().flat_map(|trust| &mut trust.keys);
         let ledger = config.ledger.iter_mut().map(|ledger| &mut ledger.file);
+        let tls = config.tls.iter_mut();
+        let tls =
+            tls.flat_map(|tls| [&mut tls.certificate, &mut tls.key].into_iter().chain(&mut tls.client_ca));
         files
             .chain(&mut config.clients)
             .chain(&mut config.journal)
             .chain(jwks)
             .chain(keys)
             .chain(ledger)
+            .chain(tls)
             .for_each(|file| *file = folder.join(&*file));
         Ok(config)
     }

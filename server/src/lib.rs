@@ -3,7 +3,7 @@
 //! A [`Server`] has models by name. A model runs on one or more devices: `replica` is a model on a device, `engine` the thread that runs
 //! it, `model` chooses the replica of a request and moves the request on if that one fails. `registry` makes models of a [`Config`],
 //! `memory` is what all that is loaded may take. [`access`] has clients and their limits, [`ledger`] what requests took, [`integrity`] checks
-//! models. `api` reads HTTP requests and writes the answers.
+//! models. `listen` takes connections, `tls` has their certificates, `api` reads HTTP requests and writes the answers.
 #![deny(unsafe_code)]
 
 pub mod access;
@@ -16,11 +16,13 @@ mod engine;
 pub mod integrity;
 mod journal;
 pub mod ledger;
+mod listen;
 mod memory;
 mod metrics;
 mod model;
 mod registry;
 mod replica;
+mod tls;
 
 use std::future::Future;
 use std::path::PathBuf;
@@ -34,7 +36,10 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 
-pub use config::{AdapterConfig, Config, ConfigError, ModelConfig, ReplicaConfig, RouteConfig, TargetConfig};
+pub use config::{
+    AdapterConfig, ClientCertificate, Config, ConfigError, ConnectionsConfig, ModelConfig, ReplicaConfig,
+    RouteConfig, TargetConfig, TlsConfig,
+};
 pub use embedder::{Encoder, Vectors};
 pub use engine::{Refused, Update};
 pub use model::{Hosted, ModelOptions, Policy};
@@ -45,6 +50,7 @@ use access::Access;
 use books::Books;
 use journal::Journal;
 use ledger::{Ledger, Prices, Receipt, Writer};
+use listen::Border;
 use memory::Memory;
 use metrics::Metrics;
 use model::Bill;
@@ -69,6 +75,7 @@ struct Shared {
     drain: Duration,
     probe: Duration,
     access: Access,
+    border: Arc<Border>,
     policy: Arc<access::Policy>,
     journal: Option<Arc<Journal>>,
     /// The ledger's file, to be read.
@@ -159,10 +166,12 @@ impl Shared {
         let _one_at_a_time = self.reloading.lock().unwrap_or_else(PoisonError::into_inner);
         let config = machine.config()?;
         let registry = Registry::of(&config, machine, &self.host, &self.registry())?;
+        let tls = self.border.read_tls(&config)?;
         self.access.reload(config.clients()?, config.jwt.as_ref())?;
         if let Some(ledger) = &self.ledger {
             self.access.recover(&Ledger::open_read_only(ledger)?, config.currency())?;
         }
+        self.border.renew(tls);
         self.set_registry(registry);
         Ok(())
     }
@@ -208,6 +217,7 @@ impl Server {
             drain: config::seconds("drain_s", config.drain_s, 30.0)?,
             probe: config::seconds("probe_s", config.probe_s, 30.0)?,
             access,
+            border: Arc::new(Border::new(config)?),
             policy: Arc::new(access::Policy::new(&config.policy.clone().unwrap_or_default())?),
             journal: match &config.journal {
                 Some(file) => Some(Arc::new(Journal::open(file, basics::now_ms())?)),
@@ -270,6 +280,11 @@ impl Server {
         self.shared.registry().names().map(str::to_owned).collect()
     }
 
+    /// How addresses of the server begin: `https` with certificates, else `http`.
+    pub fn scheme(&self) -> &'static str {
+        if self.shared.border.tls().is_some() { "https" } else { "http" }
+    }
+
     /// Loads the models that are to be loaded at the start.
     ///
     /// # Errors
@@ -309,34 +324,25 @@ impl Server {
     }
 
     /// Answers requests on a socket until `stop`, and then until the answers that began are complete, or time is up.
-    ///
-    /// # Errors
-    /// Errors of the socket.
-    pub async fn run(
-        self,
-        listener: TcpListener,
-        stop: impl Future<Output = ()> + Send + 'static,
-    ) -> std::io::Result<()> {
+    pub async fn run(self, listener: TcpListener, stop: impl Future<Output = ()>) {
         let watch = tokio::spawn(self.clone().watch());
-        let draining = Arc::new(tokio::sync::Notify::new());
-        let (shared, drains) = (self.shared.clone(), draining.clone());
-        let stop = async move {
+        let draining = tokio::sync::Notify::new();
+        let stop = async {
             stop.await;
-            shared.is_draining.store(true, Relaxed);
-            drains.notify_one();
+            self.shared.is_draining.store(true, Relaxed);
+            draining.notify_one();
         };
-        let served = axum::serve(listener, self.router()).with_graceful_shutdown(stop);
+        let served = listen::serve(listener, &self.shared.border, self.router(), stop);
         let late = async {
             draining.notified().await;
             sleep(self.shared.drain).await;
         };
-        let result = tokio::select! {
-            served = std::future::IntoFuture::into_future(served) => served,
-            () = late => Ok(()),
-        };
+        tokio::select! {
+            () = served => {}
+            () = late => {}
+        }
         watch.abort();
         // Receipts of those that were cut off, or whose clients had left.
         self.shared.host.runs.stop(MOST_STOPPING).await;
-        result
     }
 }

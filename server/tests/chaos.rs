@@ -84,7 +84,7 @@ fn serve() {
         std::fs::write(folder.join("address.new"), address.to_string()).unwrap();
         std::fs::rename(folder.join("address.new"), folder.join("address")).unwrap();
         std::thread::spawn(move || sabotage(&devices));
-        server.run(listener, std::future::pending()).await.unwrap();
+        server.run(listener, std::future::pending()).await;
     });
 }
 

@@ -2,59 +2,16 @@
 
 mod common;
 
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use axum::Router;
 use axum::body::{Body, to_bytes};
 use axum::http::{Request, StatusCode};
-use halite::backend::cpu::Cpu;
-use halite::map::Source;
-use halite::{Backend, Error, Model};
-use halite_server::access::Key;
+use common::{Test, server};
+use halite_server::Server;
 use halite_server::ledger::{By, Ledger};
-use halite_server::{Config, ConfigError, Machine, ReplicaConfig, Server};
 use serde_json::{Value, json};
 use tower::ServiceExt;
-
-struct Test(tempfile::TempDir);
-
-impl Test {
-    fn path(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
-    }
-}
-
-impl Machine for Test {
-    fn config(&self) -> Result<Config, ConfigError> {
-        Config::read(&self.path("halite.toml"))
-    }
-
-    fn device(&self, _: &ReplicaConfig) -> Result<Arc<dyn Backend>, Error> {
-        Ok(Arc::new(Cpu::with_threads(1)?))
-    }
-
-    fn builtin(&self) -> Result<Model, Error> {
-        Model::from_source(Source::from_static("built-in", halite_models::AUSTEN))
-    }
-}
-
-/// A server of a configuration, in which `KEY(name)` stands for the hash of a client's key, with the keys.
-fn server(config: &str, clients: &[&str]) -> (Arc<Test>, Server, Vec<String>) {
-    let test = Arc::new(Test(tempfile::tempdir().unwrap()));
-    std::fs::write(test.path("a.gguf"), halite_models::AUSTEN).unwrap();
-    std::fs::write(test.path("chat.jinja"), common::TEMPLATE).unwrap();
-    let mut config = config.to_owned();
-    let mut keys = Vec::new();
-    for name in clients {
-        let key = Key::new().unwrap();
-        config = config.replace(&format!("KEY({name})"), &key.sha256);
-        keys.push(key.secret.clone());
-    }
-    std::fs::write(test.path("halite.toml"), config).unwrap();
-    let server = Server::new(test.clone()).unwrap();
-    (test, server, keys)
-}
 
 async fn call(
     service: &Router,

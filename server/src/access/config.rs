@@ -52,6 +52,9 @@ pub struct ClientConfig {
     /// The SHA-256 of each of its keys, in hexadecimal digits.
     #[serde(default)]
     pub key_sha256: Vec<String>,
+    /// The SHA-256 of each of its certificates (of the DER), in hexadecimal digits.
+    #[serde(default)]
+    pub certificate_sha256: Vec<String>,
     /// Names of the models that it may use; `*` for all [default: all].
     #[serde(default = "all")]
     pub models: Vec<String>,
@@ -105,8 +108,12 @@ impl ClientConfig {
         if self.name.is_empty() || self.name.len() > 64 || self.name.chars().any(char::is_control) {
             return Err(wrong("expected a name of 1 to 64 bytes without control characters".into()));
         }
-        if let Some(key) = self.key_sha256.iter().find(|key| !key::is_sha256(key)) {
-            return Err(wrong(format!("key_sha256: expected 64 hexadecimal digits, got {key:?}")));
+        for (field, hashes) in
+            [("key_sha256", &self.key_sha256), ("certificate_sha256", &self.certificate_sha256)]
+        {
+            if let Some(hash) = hashes.iter().find(|hash| !key::is_sha256(hash)) {
+                return Err(wrong(format!("{field}: expected 64 hexadecimal digits, got {hash:?}")));
+            }
         }
         for (field, limit) in [
             ("requests_per_minute", self.requests_per_minute),

@@ -30,8 +30,19 @@ impl Key {
     }
 }
 
+/// The certificate of a connection's client, after TLS has verified it: the SHA-256 of its DER, in hexadecimal digits.
+#[derive(Debug, Clone)]
+pub struct Certificate(pub(super) String);
+
+impl Certificate {
+    /// The certificate with a DER.
+    pub fn of(der: &[u8]) -> Certificate {
+        Certificate(sha256(der))
+    }
+}
+
 /// The SHA-256 of a key, in hexadecimal digits. Keys are random, so a hash that is fast to compute is enough.
-pub(super) fn sha256(secret: &str) -> String {
+pub(super) fn sha256(secret: impl AsRef<[u8]>) -> String {
     format!("{:x}", Sha256::digest(secret))
 }
 

@@ -1,6 +1,6 @@
 //! Who may do what: clients and their keys, limits, and rules on texts.
 //!
-//! [`Access::check`] turns the header `Authorization` into a [`Caller`]. The caller says what it may do, and [`Caller::admit`] counts a
+//! [`Access::check`] turns the header `Authorization`, or a certificate, into a [`Caller`]. The caller says what it may do, and [`Caller::admit`] counts a
 //! request against the client's limits. [`Policy`] holds rules on prompts and answers. Nothing here knows HTTP: a [`Denied`] has a status
 //! and a code for whoever answers.
 
@@ -22,7 +22,7 @@ use crate::ledger::{Ledger, LedgerError};
 
 pub use config::{ClientConfig, JwtConfig, Scope, read_clients};
 pub use filter::{Filtered, OutputFilter};
-pub use key::Key;
+pub use key::{Certificate, Key};
 pub use limits::Admission;
 pub use policy::{Action, Policy, PolicyConfig, ResponseForm, RuleConfig};
 
@@ -80,6 +80,12 @@ pub enum Denied {
     /// The key is nobody's.
     #[error("the key is not known")]
     UnknownKey,
+    /// The certificate is nobody's, and no key was sent.
+    #[error("expected a key, or the certificate of a client; the certificate with SHA-256 {0} is nobody's")]
+    UnknownCertificate(String),
+    /// The key and the certificate are those of two clients.
+    #[error("the key is not of the client that the certificate is of")]
+    OtherClient,
     /// The token is wrong, expired, or from another issuer.
     #[error("the token is not valid: {0}")]
     Token(String),
@@ -145,7 +151,11 @@ impl Denied {
     /// The HTTP status.
     pub fn status(&self) -> u16 {
         match self {
-            Denied::NoKey | Denied::UnknownKey | Denied::Token(_) => 401,
+            Denied::NoKey
+            | Denied::UnknownKey
+            | Denied::UnknownCertificate(_)
+            | Denied::OtherClient
+            | Denied::Token(_) => 401,
             Denied::Scope { .. } | Denied::NotAllowed { .. } => 403,
             Denied::Rule { .. } => 400,
             _ => 429,
@@ -155,7 +165,11 @@ impl Denied {
     /// The code of the error in OpenAI's form.
     pub fn code(&self) -> &'static str {
         match self {
-            Denied::NoKey | Denied::UnknownKey | Denied::Token(_) => "invalid_api_key",
+            Denied::NoKey
+            | Denied::UnknownKey
+            | Denied::UnknownCertificate(_)
+            | Denied::OtherClient
+            | Denied::Token(_) => "invalid_api_key",
             Denied::Scope { .. } | Denied::NotAllowed { .. } => "permission_denied",
             Denied::Rule { .. } => "content_policy_violation",
             Denied::Budget { .. } => "insufficient_quota",
@@ -202,6 +216,11 @@ pub struct Caller {
 }
 
 impl Caller {
+    /// With all scopes of its client.
+    fn new(client: &Arc<Client>) -> Caller {
+        Caller { client: client.clone(), scopes: client.config.scopes.clone() }
+    }
+
     /// The client.
     pub fn client(&self) -> &Arc<Client> {
         &self.client
@@ -281,12 +300,13 @@ impl State {
             (true, None) => vec![ClientConfig::anonymous()],
             _ => configs,
         };
-        let mut keys = BTreeSet::new();
+        let mut hashes = BTreeSet::new();
         for config in configs {
             config.check()?;
             let wrong = |what: String| AccessError::Client { name: config.name.clone(), what };
-            if let Some(key) = config.key_sha256.iter().find(|key| !keys.insert(key.to_ascii_lowercase())) {
-                return Err(wrong(format!("the key with SHA-256 {key} is listed twice")));
+            let mut listed = config.key_sha256.iter().chain(&config.certificate_sha256);
+            if let Some(hash) = listed.find(|hash| !hashes.insert(hash.to_ascii_lowercase())) {
+                return Err(wrong(format!("the SHA-256 {hash} is listed twice")));
             }
             if clients.contains_key(&config.name) {
                 return Err(wrong("two clients have this name".into()));
@@ -307,8 +327,47 @@ impl State {
     /// The client of everybody, if that is the only one.
     fn anonymous(&self) -> Option<&Arc<Client>> {
         let client = self.clients.get(ANONYMOUS)?;
-        (self.clients.len() == 1 && self.tokens.is_none() && client.config.key_sha256.is_empty())
-            .then_some(client)
+        let ClientConfig { key_sha256, certificate_sha256, .. } = &client.config;
+        let is_only = self.clients.len() == 1 && self.tokens.is_none();
+        (is_only && key_sha256.is_empty() && certificate_sha256.is_empty()).then_some(client)
+    }
+
+    /// The client that lists a hash.
+    fn with_hash(&self, hash: &str, list: impl Fn(&ClientConfig) -> &[String]) -> Option<&Arc<Client>> {
+        // All are compared, so that the time says nothing of which one is like the one that was sent.
+        let mut found = None;
+        for client in self.clients.values() {
+            for listed in list(&client.config) {
+                if key::is_same(hash, listed) {
+                    found = Some(client);
+                }
+            }
+        }
+        found
+    }
+
+    /// The caller with a key or a token.
+    fn caller(&self, header: &str) -> Result<Caller, Denied> {
+        if header.len() > MAX_HEADER_BYTES {
+            return Err(Denied::UnknownKey);
+        }
+        let (scheme, secret) = header.trim().split_once(' ').ok_or(Denied::NoKey)?;
+        if !scheme.eq_ignore_ascii_case("bearer") {
+            return Err(Denied::NoKey);
+        }
+        let secret = secret.trim();
+        if let (Some(tokens), false) = (&self.tokens, secret.starts_with(key::PREFIX)) {
+            let token = tokens.check(secret)?;
+            let client =
+                self.clients.get(&token.client).or_else(|| self.clients.get(tokens.default_client()?));
+            let client =
+                client.ok_or_else(|| Denied::Token(format!("there is no client {:?}", token.client)))?;
+            let mut caller = Caller::new(client);
+            caller.scopes.retain(|scope| token.scopes.as_ref().is_none_or(|scopes| scopes.contains(scope)));
+            return Ok(caller);
+        }
+        let client = self.with_hash(&key::sha256(secret), |config| &config.key_sha256);
+        client.map(Caller::new).ok_or(Denied::UnknownKey)
     }
 }
 
@@ -351,45 +410,31 @@ impl Access {
         limits::recover(&self.state().clients, ledger, currency, now_ms())
     }
 
-    /// The caller, by the value of the header `Authorization`: a key, or a token.
+    /// The caller, by the value of the header `Authorization`, a key or a token, and by the certificate of its connection. One of them is
+    /// enough; a key beside a client's certificate must be that client's.
     ///
     /// # Errors
     /// [`Denied`] with the status 401.
-    pub fn check(&self, authorization: Option<&str>) -> Result<Caller, Denied> {
+    pub fn check(
+        &self,
+        authorization: Option<&str>,
+        certificate: Option<&Certificate>,
+    ) -> Result<Caller, Denied> {
         let state = self.state();
-        let caller = |client: &Arc<Client>, scopes| Caller { client: client.clone(), scopes };
         if let Some(client) = state.anonymous() {
-            return Ok(caller(client, client.config.scopes.clone()));
+            return Ok(Caller::new(client));
         }
-        let header = authorization.ok_or(Denied::NoKey)?;
-        if header.len() > MAX_HEADER_BYTES {
-            return Err(Denied::UnknownKey);
+        let shown =
+            certificate.and_then(|shown| state.with_hash(&shown.0, |config| &config.certificate_sha256));
+        let caller = match (authorization, shown, certificate) {
+            (Some(header), ..) => state.caller(header)?,
+            (None, Some(client), _) => Caller::new(client),
+            (None, None, Some(unknown)) => return Err(Denied::UnknownCertificate(unknown.0.clone())),
+            (None, None, None) => return Err(Denied::NoKey),
+        };
+        match shown.is_none_or(|client| client.name() == caller.client.name()) {
+            true => Ok(caller),
+            false => Err(Denied::OtherClient),
         }
-        let (scheme, secret) = header.trim().split_once(' ').ok_or(Denied::NoKey)?;
-        if !scheme.eq_ignore_ascii_case("bearer") {
-            return Err(Denied::NoKey);
-        }
-        let secret = secret.trim();
-        if let (Some(tokens), false) = (&state.tokens, secret.starts_with(key::PREFIX)) {
-            let token = tokens.check(secret)?;
-            let client =
-                state.clients.get(&token.client).or_else(|| state.clients.get(tokens.default_client()?));
-            let client =
-                client.ok_or_else(|| Denied::Token(format!("there is no client {:?}", token.client)))?;
-            let has = |scope: &Scope| token.scopes.as_ref().is_none_or(|scopes| scopes.contains(scope));
-            return Ok(caller(client, client.config.scopes.iter().copied().filter(has).collect()));
-        }
-        let sent = key::sha256(secret);
-        // All keys are compared, so that the time says nothing of which one is like the one that was sent.
-        let mut found = None;
-        for client in state.clients.values() {
-            for listed in &client.config.key_sha256 {
-                if key::is_same(&sent, listed) {
-                    found = Some(client);
-                }
-            }
-        }
-        let client = found.ok_or(Denied::UnknownKey)?;
-        Ok(caller(client, client.config.scopes.clone()))
     }
 }

@@ -30,7 +30,7 @@ fn bearer(key: &str) -> Option<String> {
 fn without_clients_everybody_may_do_all_but_administer() {
     let access = Access::new(Vec::new(), None).unwrap();
     for header in [None, Some("Bearer none")] {
-        let caller = access.check(header).unwrap();
+        let caller = access.check(header, None).unwrap();
         assert_eq!(caller.client().name(), "anonymous");
         caller.require(Scope::Generate).unwrap();
         caller.require_model("any").unwrap();
@@ -46,15 +46,29 @@ fn a_key_is_a_client_and_nothing_else_is() {
     let access = Access::new(clients(&format!("{ada}{bob}")), None).unwrap();
     assert!(ada_key.starts_with("hal_") && ada_key.len() == 68 && ada_key != bob_key);
 
-    let caller = access.check(bearer(&ada_key).as_deref()).unwrap();
+    let caller = access.check(bearer(&ada_key).as_deref(), None).unwrap();
     assert_eq!(caller.client().name(), "ada");
     assert_eq!(caller.require(Scope::Embed).unwrap_err().code(), "permission_denied");
     caller.require_model("small").unwrap();
     assert!(caller.require_model("large").is_err() && caller.require_adapter("x").is_err());
-    let caller = access.check(Some(&format!("bearer  {bob_key} "))).unwrap();
+    let caller = access.check(Some(&format!("bearer  {bob_key} ")), None).unwrap();
     assert_eq!(caller.client().name(), "bob");
     caller.require_model("large").unwrap();
     caller.require_adapter("x").unwrap();
+
+    // A certificate does the same, and is no way around the key of another.
+    let certificate = Certificate::of(b"bob's");
+    let with_certificate = format!("{bob}certificate_sha256 = [\"{}\"]", certificate.0.to_uppercase());
+    access.reload(clients(&format!("{ada}{with_certificate}")), None).unwrap();
+    for key in [None, bearer(&bob_key)] {
+        assert_eq!(access.check(key.as_deref(), Some(&certificate)).unwrap().client().name(), "bob");
+    }
+    let other = access.check(bearer(&ada_key).as_deref(), Some(&certificate)).unwrap_err();
+    assert_eq!((&other, other.status()), (&Denied::OtherClient, 401));
+    let nobody = Certificate::of(b"nobody's");
+    let unknown = access.check(None, Some(&nobody)).unwrap_err();
+    assert_eq!((&unknown, unknown.status()), (&Denied::UnknownCertificate(nobody.0.clone()), 401));
+    assert_eq!(access.check(bearer(&ada_key).as_deref(), Some(&nobody)).unwrap().client().name(), "ada");
 
     let unknown = Key::new().unwrap().secret;
     for (header, denied) in [
@@ -66,7 +80,7 @@ fn a_key_is_a_client_and_nothing_else_is() {
         (bearer(&key::sha256(&ada_key)), Denied::UnknownKey),
         (bearer(&"x".repeat(1 << 20)), Denied::UnknownKey),
     ] {
-        let got = access.check(header.as_deref()).unwrap_err();
+        let got = access.check(header.as_deref(), None).unwrap_err();
         assert_eq!((&got, got.status()), (&denied, 401));
     }
 }
@@ -79,6 +93,11 @@ fn wrong_configurations_are_named() {
         ("[[client]]\nname = 'a'\n[[client]]\nname = 'a'".into(), "this name"),
         ("[[client]]\nname = ''".into(), "a name of"),
         ("[[client]]\nname = 'a'\nkey_sha256 = ['hal_1']".into(), "64 hexadecimal"),
+        (format!("[[client]]\nname = 'a'\ncertificate_sha256 = ['{}']", "a:".repeat(32)), "64 hexadecimal"),
+        (
+            format!("[[client]]\nname = 'a'\ncertificate_sha256 = ['{0}', '{0}']", "a".repeat(64)),
+            "listed twice",
+        ),
         ("[[client]]\nname = 'a'\nmax_concurrent = 0".into(), "at least 1"),
     ] {
         let error = Access::new(clients(&text), None).unwrap_err();
@@ -101,7 +120,7 @@ fn limits_say_when_to_try_again() {
     let (ada, key) =
         client("ada", "requests_per_minute = 2\ntokens_per_day = 100\nmax_concurrent = 3\nbudget = \"0.5\"");
     let access = Access::new(clients(&ada), None).unwrap();
-    let caller = access.check(bearer(&key).as_deref()).unwrap();
+    let caller = access.check(bearer(&key).as_deref(), None).unwrap();
     let admit = |unix_ms| limits::admit(&caller.client, unix_ms);
     let first = admit(LATE_MS).unwrap();
     let second = admit(LATE_MS).unwrap();
@@ -137,16 +156,16 @@ fn limits_say_when_to_try_again() {
 fn counts_survive_a_reload_and_a_restart() {
     let (ada, key) = client("ada", "tokens_per_day = 10\nmax_concurrent = 1");
     let access = Access::new(clients(&ada), None).unwrap();
-    let running = access.check(bearer(&key).as_deref()).unwrap().admit().unwrap();
+    let running = access.check(bearer(&key).as_deref(), None).unwrap().admit().unwrap();
     let (bob, bob_key) = client("bob", "");
     access.reload(clients(&format!("{ada}{bob}")), None).unwrap();
-    let caller = access.check(bearer(&key).as_deref()).unwrap();
+    let caller = access.check(bearer(&key).as_deref(), None).unwrap();
     assert_eq!(caller.admit().unwrap_err(), Denied::Concurrent { limit: 1 });
     drop(running);
     drop(caller.admit().unwrap());
-    access.check(bearer(&bob_key).as_deref()).unwrap();
+    access.check(bearer(&bob_key).as_deref(), None).unwrap();
     assert!(access.reload(clients("[[client]]\nname = 'a'\n[[client]]\nname = 'a'"), None).is_err());
-    access.check(bearer(&bob_key).as_deref()).unwrap();
+    access.check(bearer(&bob_key).as_deref(), None).unwrap();
 
     let folder = tempfile::tempdir().unwrap();
     let mut ledger = Ledger::open(&folder.path().join("ledger.db"), Durability::Normal).unwrap();
@@ -197,12 +216,12 @@ fn a_token_is_its_client_with_the_scopes_of_both() {
     let claims = json!({
         "iss": "https://issuer", "aud": "halite", "exp": 4_000_000_000u64, "sub": "ada", "scope": "openid generate admin",
     });
-    let caller = access.check(token(header(), &claims).as_deref()).unwrap();
+    let caller = access.check(token(header(), &claims).as_deref(), None).unwrap();
     assert_eq!(caller.client().name(), "ada");
     caller.require(Scope::Generate).unwrap();
     // Neither what the client lacks, nor what the token lacks.
     assert!(caller.require(Scope::Admin).is_err() && caller.require(Scope::Embed).is_err());
-    access.check(bearer(&bob_key).as_deref()).unwrap();
+    access.check(bearer(&bob_key).as_deref(), None).unwrap();
 
     let changed = |field: &str, value: Value| {
         let mut claims = claims.clone();
@@ -219,14 +238,16 @@ fn a_token_is_its_client_with_the_scopes_of_both() {
         changed("scope", json!(7)),
         json!({ "sub": "ada" }),
     ] {
-        let denied = access.check(token(header(), &claims).as_deref()).unwrap_err();
+        let denied = access.check(token(header(), &claims).as_deref(), None).unwrap_err();
         assert!(matches!(denied, Denied::Token(_)), "{claims}: {denied:?}");
     }
     let no_scopes = changed("scope", json!([]));
-    assert!(access.check(token(header(), &no_scopes).as_deref()).unwrap().require(Scope::Generate).is_err());
+    assert!(
+        access.check(token(header(), &no_scopes).as_deref(), None).unwrap().require(Scope::Generate).is_err()
+    );
     // Another key, another algorithm, none at all.
     let other = Header { kid: Some("two".into()), ..header() };
-    assert!(access.check(token(other, &claims).as_deref()).is_err());
+    assert!(access.check(token(other, &claims).as_deref(), None).is_err());
     let secret = EncodingKey::from_secret(b"secret").unwrap();
     let symmetric = encode(&Header::new(Algorithm::HS256), &claims, &secret).unwrap();
     let valid = token(header(), &claims).unwrap();
@@ -234,13 +255,13 @@ fn a_token_is_its_client_with_the_scopes_of_both() {
     let unsigned = "eyJhbGciOiJub25lIn0.eyJzdWIiOiJhZGEifQ.";
     let forged = format!("{}.{signature}", &rest[..rest.len() - 1]);
     for header in [bearer(&symmetric), bearer(unsigned), Some(forged), bearer("a.b.c"), bearer("x")] {
-        let denied = access.check(header.as_deref()).unwrap_err();
+        let denied = access.check(header.as_deref(), None).unwrap_err();
         assert!(matches!(denied, Denied::Token(_)), "{denied:?}");
     }
 
     config.default_client = Some("bob".into());
     access.reload(clients.clone(), Some(&config)).unwrap();
-    let caller = access.check(token(header(), &changed("sub", json!("nobody"))).as_deref()).unwrap();
+    let caller = access.check(token(header(), &changed("sub", json!("nobody"))).as_deref(), None).unwrap();
     assert_eq!(caller.client().name(), "bob");
     config.default_client = Some("carol".into());
     assert!(access.reload(clients.clone(), Some(&config)).is_err());

@@ -101,12 +101,18 @@ impl App {
 /// A JSON body, whose errors have OpenAI's form.
 struct Body<T>(T);
 
-impl<T: serde::de::DeserializeOwned + Send + 'static, S: Send + Sync> FromRequest<S> for Body<T> {
+impl<T: serde::de::DeserializeOwned + Send + 'static> FromRequest<App> for Body<T> {
     type Rejection = Failure;
 
-    async fn from_request(request: Request, state: &S) -> Result<Body<T>, Failure> {
+    async fn from_request(request: Request, app: &App) -> Result<Body<T>, Failure> {
         let is_json = request.headers().get(header::CONTENT_TYPE).is_some_and(is_json);
-        let bytes = Bytes::from_request(request, state).await;
+        let most = app.shared.border.body;
+        let bytes = tokio::time::timeout(most, Bytes::from_request(request, app)).await;
+        let bytes = bytes.map_err(|_| {
+            let message =
+                format!("expected the whole body within {} s, got a part of it", most.as_secs_f64());
+            Failure::request(message).status(StatusCode::REQUEST_TIMEOUT)
+        })?;
         let bytes = bytes.map_err(|e| Failure::request(e.body_text()).status(e.status()))?;
         if !is_json {
             let message = "expected the header `Content-Type: application/json`";

@@ -11,7 +11,7 @@ use sha2::{Digest, Sha256};
 
 use super::error::{Failure, Fallible};
 use super::{App, RequestName};
-use crate::access::{Admission, Caller, Scope};
+use crate::access::{Admission, Caller, Certificate, Scope};
 use crate::basics::{hex, now_ms};
 use crate::model::Bill;
 
@@ -38,7 +38,8 @@ impl FromRequestParts<App> for Who {
         let text = authorization.map(|value| value.to_str().unwrap_or_default().to_owned());
         // As Anthropic's clients send keys.
         let key = || Some(format!("Bearer {}", parts.headers.get("x-api-key")?.to_str().unwrap_or_default()));
-        let caller = app.shared.access.check(text.or_else(key).as_deref())?;
+        let certificate = parts.extensions.get::<Certificate>();
+        let caller = app.shared.access.check(text.or_else(key).as_deref(), certificate)?;
         let mut hasher = DefaultHasher::new();
         caller.client().name().hash(&mut hasher);
         let request = parts.extensions.get::<RequestName>().map(|name| name.0.clone()).unwrap_or_default();

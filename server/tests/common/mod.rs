@@ -1,6 +1,7 @@
-//! What the tests of the server share: the built-in model as a service without sockets.
+//! What the tests of the server share: the built-in model as a service without sockets, and servers of a file.
 #![allow(dead_code, reason = "each test uses a part")]
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use axum::Router;
@@ -9,10 +10,57 @@ use axum::http::{Request, StatusCode};
 use axum::response::Response;
 use halite::backend::cpu::Cpu;
 use halite::map::Source;
-use halite::{Backend, Model, SessionOptions};
-use halite_server::{Device, ModelOptions, Server};
+use halite::{Backend, Error, Model, SessionOptions};
+use halite_server::access::Key;
+use halite_server::{Config, ConfigError, Device, Machine, ModelOptions, ReplicaConfig, Server};
 use serde_json::Value;
 use tower::ServiceExt;
+
+/// A folder with the built-in model and a configuration.
+pub struct Test(pub tempfile::TempDir);
+
+impl Test {
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+}
+
+impl Machine for Test {
+    fn config(&self) -> Result<Config, ConfigError> {
+        Config::read(&self.path("halite.toml"))
+    }
+
+    fn device(&self, _: &ReplicaConfig) -> Result<Arc<dyn Backend>, Error> {
+        Ok(Arc::new(Cpu::with_threads(1)?))
+    }
+
+    fn builtin(&self) -> Result<Model, Error> {
+        Model::from_source(Source::from_static("built-in", halite_models::AUSTEN))
+    }
+}
+
+/// The folder of a configuration, in which `KEY(name)` stands for the hash of a client's key, with the keys.
+pub fn folder(config: &str, clients: &[&str]) -> (Arc<Test>, Vec<String>) {
+    let test = Arc::new(Test(tempfile::tempdir().unwrap()));
+    std::fs::write(test.path("a.gguf"), halite_models::AUSTEN).unwrap();
+    std::fs::write(test.path("chat.jinja"), TEMPLATE).unwrap();
+    let mut config = config.to_owned();
+    let mut keys = Vec::new();
+    for name in clients {
+        let key = Key::new().unwrap();
+        config = config.replace(&format!("KEY({name})"), &key.sha256);
+        keys.push(key.secret.clone());
+    }
+    std::fs::write(test.path("halite.toml"), config).unwrap();
+    (test, keys)
+}
+
+/// The same, with a server of it.
+pub fn server(config: &str, clients: &[&str]) -> (Arc<Test>, Server, Vec<String>) {
+    let (test, keys) = folder(config, clients);
+    let server = Server::new(test.clone()).unwrap();
+    (test, server, keys)
+}
 
 fn options(slots: u32, queue: usize, template: Option<&str>) -> ModelOptions {
     let session = SessionOptions::default().context(2048).cache_positions(4096).batch(64);
