@@ -8,20 +8,19 @@ use axum::http::header;
 use axum::http::request::Parts;
 use sha2::{Digest, Sha256};
 
+use super::App;
 use super::error::{Failure, Fallible};
-use super::{App, RequestName};
 use crate::access::{Admission, Caller, Scope};
-use crate::basics::{hex, now_ms};
+use crate::basics::hex;
 use crate::model::Bill;
+use crate::trace::Trace;
 
 /// Who sent a request.
 pub(super) struct Who {
     pub caller: Caller,
-    /// The id of the request.
-    request: String,
+    trace: Arc<Trace>,
     /// Requests of different tenants share no KV pages.
     pub tenant: u64,
-    started_unix_ms: u64,
     /// The header `Idempotency-Key`.
     idempotency_key: Option<Vec<u8>>,
 }
@@ -36,10 +35,12 @@ impl FromRequestParts<App> for Who {
         let caller = app.shared.access.check(text)?;
         let mut hasher = DefaultHasher::new();
         caller.client().name().hash(&mut hasher);
-        let request = parts.extensions.get::<RequestName>().map(|name| name.0.clone()).unwrap_or_default();
+        // Each request has one.
+        let trace = parts.extensions.get::<Arc<Trace>>().cloned();
+        let trace = trace.ok_or_else(|| Failure::internal("the request has no name"))?;
+        trace.client(caller.client().name());
         let idempotency_key = parts.headers.get("idempotency-key").map(|value| value.as_bytes().to_vec());
-        let (tenant, started_unix_ms) = (hasher.finish(), now_ms());
-        Ok(Who { caller, request, tenant, started_unix_ms, idempotency_key })
+        Ok(Who { caller, trace, tenant: hasher.finish(), idempotency_key })
     }
 }
 
@@ -60,6 +61,7 @@ impl Who {
     pub fn admit(&self, scope: Scope, name: &str) -> Fallible<Arc<Admission>> {
         self.caller.require(scope)?;
         self.may_use(name)?;
+        self.trace.model(name);
         Ok(Arc::new(self.caller.admit()?))
     }
 
@@ -76,7 +78,6 @@ impl Who {
 
     /// The bill of a text.
     pub fn bill(&self, endpoint: &'static str, admission: &Arc<Admission>, has_prompt: bool) -> Bill {
-        let (request, admission) = (self.request.clone(), admission.clone());
-        Bill { request, endpoint, admission, started_unix_ms: self.started_unix_ms, has_prompt }
+        Bill { trace: self.trace.clone(), endpoint, admission: admission.clone(), has_prompt }
     }
 }
