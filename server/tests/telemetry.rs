@@ -11,10 +11,13 @@ use axum::http::{Request, StatusCode};
 use axum::response::Response;
 use axum::routing::post;
 use halite::backend::cpu::Cpu;
+use halite::embed::EmbedOptions;
+use halite::kernels::formats::Format;
 use halite::map::Source;
 use halite::{Backend, Error, Model};
 use halite_server::access::Key;
-use halite_server::{Config, ConfigError, Machine, ReplicaConfig, Server};
+use halite_server::{Config, ConfigError, Encoder, Machine, ReplicaConfig, Server};
+use halite_testing::bert;
 use halite_testing::faulty::{Fault, Faulty};
 use opentelemetry_proto::tonic::collector::trace::v1::ExportTraceServiceRequest;
 use opentelemetry_proto::tonic::common::v1::{KeyValue, any_value::Value as Known};
@@ -56,7 +59,7 @@ impl Machine for Test {
     }
 }
 
-/// A server with the telemetry of a configuration, an operator, and a client without a key's scopes for more than texts.
+/// A server with the telemetry of a configuration, an operator, and a client whose key is its name.
 fn server(telemetry: &str) -> (Arc<Test>, Server) {
     let key = Key::new().unwrap();
     let folder = tempfile::tempdir().unwrap();
@@ -287,6 +290,37 @@ async fn the_client_and_the_share_decide_what_is_exported() {
     let spans = collector.roots(1).await;
     assert!(spans.iter().all(|span| span.trace_id == [0x11; 16]), "{spans:?}");
     watch.abort();
+}
+
+/// Spans of texts that are embedded, which go out when the server ends.
+#[tokio::test]
+async fn the_last_spans_go_out_at_the_end() {
+    let collector = Collector::default();
+    let (test, server) = server(&collector.listen().await);
+    let model = bert::converted(&bert::folder(), Format::F32).unwrap();
+    let encoder = Encoder::new("bert", &model, &bert::cpu(), &EmbedOptions::default(), 4).unwrap();
+    let server = server.encoder(encoder);
+    let service = server.router();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let run = tokio::spawn(server.run(listener, async { _ = stopped.await }));
+    let body = json!({ "model": "bert", "input": bert::texts() });
+    let (status, answer) = read(call(&service, &test.key, "/v1/embeddings", Some(&body), None).await).await;
+    assert_eq!(status, StatusCode::OK, "{answer}");
+    stop.send(()).unwrap();
+    run.await.unwrap().unwrap();
+    let spans = collector.spans.lock().unwrap().clone();
+    assert_eq!(spans.len(), 4, "{spans:?}");
+    assert_eq!(collector.services.lock().unwrap()[0], "halite");
+    let root = named(&spans, "POST /v1/embeddings")[0];
+    assert!(root.parent_span_id.is_empty());
+    let text = named(&spans, "embeddings bert")[0];
+    assert_eq!(text.parent_span_id, root.span_id);
+    let embed = named(&spans, "embed")[0];
+    assert_eq!(embed.parent_span_id, text.span_id);
+    assert!(attribute(&embed.attributes, "halite.replica").is_some());
+    let us = (embed.end_time_unix_nano - embed.start_time_unix_nano) / 1000;
+    assert!(us.abs_diff(answer["halite"]["receipts"][0]["prefill_us"].as_u64().unwrap()) <= 1);
 }
 
 /// A collector that hangs, and one that refuses.

@@ -158,7 +158,7 @@ impl Worker {
             spans.push(SpanData {
                 span_context: SpanContext::new(trace, span.id, flags, false, state),
                 parent_span_id: parent,
-                parent_span_is_remote: kind == SpanKind::Server,
+                parent_span_is_remote: kind == SpanKind::Server && parent != SpanId::INVALID,
                 span_kind: kind,
                 name: span.name.clone(),
                 start_time: SystemTime::UNIX_EPOCH + Duration::from_nanos(span.start_ns),
