@@ -30,14 +30,14 @@ fn replica(span: &Span) -> Option<String> {
 struct Lines(Vec<u64>);
 
 impl Lines {
+    /// The number of the line, from 1: 0 is the idle thread's.
     fn take(&mut self, (start, end): (u64, u64)) -> usize {
         let free = self.0.iter().position(|until| *until <= start).unwrap_or(self.0.len());
-        if free == self.0.len() {
-            self.0.push(end);
-        } else {
-            self.0[free] = end;
+        match self.0.get_mut(free) {
+            Some(until) => *until = end,
+            None => self.0.push(end),
         }
-        free
+        free + 1
     }
 }
 
@@ -48,8 +48,9 @@ struct Events {
 }
 
 impl Events {
-    fn named(&mut self, what: &str, pid: usize, tid: usize, name: &str) {
-        self.all.push(json!({ "ph": "M", "name": what, "pid": pid, "tid": tid, "args": { "name": name } }));
+    fn process(&mut self, pid: usize, name: &str) {
+        let args = json!({ "name": name });
+        self.all.push(json!({ "ph": "M", "name": "process_name", "pid": pid, "tid": 1, "args": args }));
     }
 
     fn edge(&mut self, ph: &str, (pid, tid): (usize, usize), at_ns: u64, rest: (&str, Value)) {
@@ -61,6 +62,13 @@ impl Events {
     fn span(&mut self, track: (usize, usize), span: &Span) {
         self.edge("B", track, span.start_ns, (&span.name, arguments(&span.attributes)));
         self.edge("E", track, span.end_ns, (&span.name, json!({})));
+    }
+
+    /// A text, with its phases.
+    fn text(&mut self, track: (usize, usize), text: &Span) {
+        self.edge("B", track, text.start_ns, (&text.name, arguments(&text.attributes)));
+        text.children.iter().for_each(|phase| self.span(track, phase));
+        self.edge("E", track, text.end_ns, (&text.name, json!({})));
     }
 }
 
@@ -95,7 +103,7 @@ pub(crate) fn perfetto(timelines: &[Arc<Timeline>]) -> Value {
     let mut events = Events { origin_ns, all: Vec::new() };
     let replicas = stays.len();
     for (pid, (name, mut stays)) in (1..).zip(stays) {
-        events.named("process_name", pid, 0, &name);
+        events.process(pid, &name);
         stays.sort_by_key(Stay::bounds);
         let mut lines = Lines::default();
         for stay in &stays {
@@ -108,33 +116,22 @@ pub(crate) fn perfetto(timelines: &[Arc<Timeline>]) -> Value {
     }
     for (pid, timeline) in (replicas + 1..).zip(timelines) {
         let root = &timeline.root;
-        events.named("process_name", pid, 0, &timeline.request);
-        events.edge("B", (pid, 0), root.start_ns, (&root.name, arguments(&root.attributes)));
+        events.process(pid, &timeline.request);
+        events.edge("B", (pid, 1), root.start_ns, (&root.name, arguments(&root.attributes)));
         let mut lines = Lines::default();
         let mut others = Vec::new();
         for text in &root.children {
             // The first line is the root's.
-            let tid = lines.take((text.start_ns, text.end_ns));
-            if tid > 0 {
-                others.push((tid, text));
-                continue;
+            match lines.take((text.start_ns, text.end_ns)) {
+                1 => events.text((pid, 1), text),
+                line => others.push((line, text)),
             }
-            events.text((pid, tid), text);
         }
-        events.edge("E", (pid, 0), root.end_ns, (&root.name, json!({})));
-        others.into_iter().for_each(|(tid, text)| events.text((pid, tid), text));
+        events.edge("E", (pid, 1), root.end_ns, (&root.name, json!({})));
+        others.into_iter().for_each(|(line, text)| events.text((pid, line), text));
     }
     json!({
         "traceEvents": events.all, "displayTimeUnit": "ms",
         "otherData": { "origin_unix_ns": origin_ns.to_string() },
     })
-}
-
-impl Events {
-    /// A text, with its phases.
-    fn text(&mut self, track: (usize, usize), text: &Span) {
-        self.edge("B", track, text.start_ns, (&text.name, arguments(&text.attributes)));
-        text.children.iter().for_each(|phase| self.span(track, phase));
-        self.edge("E", track, text.end_ns, (&text.name, json!({})));
-    }
 }
