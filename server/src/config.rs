@@ -47,6 +47,8 @@ pub struct Config {
     pub ledger: Option<LedgerConfig>,
     /// Where the tokens of requests with an idempotency key go.
     pub journal: Option<PathBuf>,
+    /// Where traces of requests go.
+    pub telemetry: Option<TelemetryConfig>,
     /// The models.
     #[serde(rename = "model")]
     pub models: Vec<ModelConfig>,
@@ -115,6 +117,19 @@ pub struct LedgerConfig {
     /// When an entry counts as written.
     #[serde(default)]
     pub durability: Durability,
+}
+
+/// Traces of requests.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+#[non_exhaustive]
+pub struct TelemetryConfig {
+    /// The address of a collector that takes OTLP over HTTP: `http://127.0.0.1:4318` [default: the environment's].
+    pub otlp: Option<String>,
+    /// The share of requests that are exported, of those whose client does not say [default: 1].
+    pub sample: Option<f64>,
+    /// The name of this server in traces [default: the environment's, or `halite`].
+    pub service_name: Option<String>,
 }
 
 /// A model and its replicas.

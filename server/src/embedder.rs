@@ -2,7 +2,7 @@
 
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Weak};
-use std::time::Duration;
+use std::time::Instant;
 
 use halite::embed::{EmbedOptions, Embedder};
 use halite::model::{Pooling, ProgramOptions};
@@ -12,14 +12,16 @@ use tokio::sync::oneshot;
 use crate::engine::Refused;
 use crate::ledger::{Part, Prices, Receipt};
 use crate::memory::Share;
-use crate::model::Bill;
+use crate::model::{Bill, micros};
+use crate::trace::{Course, Phase};
 
 /// The vectors of texts.
 pub type Vectors = Result<Vec<Vec<f32>>, Error>;
 
 struct Job {
     texts: Vec<Vec<u32>>,
-    answer: oneshot::Sender<Vectors>,
+    /// Gets the vectors, and when work on them began.
+    answer: oneshot::Sender<(Vectors, Instant)>,
 }
 
 /// An encoder on a backend, which embeds texts on a thread of its own. The thread ends once it is dropped and its requests are done.
@@ -142,12 +144,18 @@ impl Encoder {
         self.alive.strong_count() > 0
     }
 
+    /// Notes when work on a request began.
+    pub(crate) fn began(&self, course: &mut Course, at: Instant) {
+        course.entered(Phase::Embed, &self.device, at);
+    }
+
     /// The receipt of a request.
-    pub(crate) fn receipt(&self, bill: &Bill, tokens: usize, time: Duration, is_done: bool) -> Receipt {
-        let us = time.as_micros() as u64;
+    pub(crate) fn receipt(&self, bill: &Bill, tokens: usize, course: &Course, is_done: bool) -> Receipt {
+        let [queue_us, us, _] = course.times().map(micros);
         Receipt {
             outcome: if is_done { "end" } else { "failed" }.into(),
             prompt_tokens: tokens as u64,
+            queue_us,
             prefill_us: us,
             parts: vec![Part { replica: self.device.clone(), tokens: 0, device_us: us }],
             ..bill.receipt(&self.name)
@@ -159,11 +167,11 @@ impl Encoder {
         self.prices.as_ref()
     }
 
-    /// Hands over texts as tokens, the special ones included. Dropping the receiver cancels a request that waits.
+    /// Hands over texts as tokens, the special ones included. The answer also says when work on them began. Dropping the receiver cancels a request that waits.
     ///
     /// # Errors
     /// [`Refused`] if the queue is full or the thread ended.
-    pub fn submit(&self, texts: Vec<Vec<u32>>) -> Result<oneshot::Receiver<Vectors>, Refused> {
+    pub fn submit(&self, texts: Vec<Vec<u32>>) -> Result<oneshot::Receiver<(Vectors, Instant)>, Refused> {
         let (answer, receiver) = oneshot::channel();
         match self.jobs.try_send(Job { texts, answer }) {
             Ok(()) => Ok(receiver),
@@ -177,8 +185,9 @@ impl Encoder {
 fn work(mut embedder: Embedder, jobs: &Receiver<Job>) {
     for Job { texts, answer } in jobs {
         if !answer.is_closed() {
+            let began = Instant::now();
             // A client that went away meanwhile needs no answer.
-            let _ = answer.send(embedder.embed_tokens(&texts));
+            let _ = answer.send((embedder.embed_tokens(&texts), began));
         }
     }
 }

@@ -3,7 +3,8 @@
 //! A [`Server`] has models by name. A model runs on one or more devices: `replica` is a model on a device, `engine` the thread that runs
 //! it, `model` chooses the replica of a request and moves the request on if that one fails. `registry` makes models of a [`Config`],
 //! `memory` is what all that is loaded may take. [`access`] has clients and their limits, [`ledger`] what requests took, [`integrity`] checks
-//! models. `listen` takes connections, `tls` has their certificates, `api` reads HTTP requests and writes the answers.
+//! models. `listen` takes connections, `tls` has their certificates, `api` reads HTTP requests and writes the answers, `trace` has what
+//! happens to requests, and when.
 #![deny(unsafe_code)]
 
 pub mod access;
@@ -23,6 +24,7 @@ mod model;
 mod registry;
 mod replica;
 mod tls;
+mod trace;
 
 use std::future::Future;
 use std::path::PathBuf;
@@ -38,7 +40,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 
 pub use config::{
     AdapterConfig, ClientCertificate, Config, ConfigError, ConnectionsConfig, ModelConfig, ReplicaConfig,
-    RouteConfig, TargetConfig, TlsConfig,
+    RouteConfig, TargetConfig, TelemetryConfig, TlsConfig,
 };
 pub use embedder::{Encoder, Vectors};
 pub use engine::{Refused, Update};
@@ -55,9 +57,12 @@ use memory::Memory;
 use metrics::Metrics;
 use model::Bill;
 use registry::Registry;
+use trace::{Course, Telemetry};
 
 /// How long the last receipts may take.
 const MOST_STOPPING: Duration = Duration::from_secs(5);
+/// How long the last spans may take.
+const MOST_FLUSHING: Duration = Duration::from_secs(3);
 /// How often steps are looked at.
 const WATCH: Duration = Duration::from_millis(100);
 
@@ -92,12 +97,19 @@ struct Host {
     metrics: Metrics,
     books: Books,
     runs: Runs,
+    telemetry: Arc<Telemetry>,
 }
 
 impl Host {
-    /// Ends a request's receipt: what it costs, the client's limits, the log, the ledger and the counters. Returns whether the ledger has
-    /// it, if there is one.
-    async fn settle(&self, bill: &Bill, prices: Option<&Prices>, receipt: &mut Receipt) -> bool {
+    /// Ends a request's receipt: what it costs, the client's limits, the log, the trace, the ledger and the counters. Returns whether the
+    /// ledger has it, if there is one.
+    async fn settle(
+        &self,
+        bill: &Bill,
+        prices: Option<&Prices>,
+        receipt: &mut Receipt,
+        course: Course,
+    ) -> bool {
         if let Some(prices) = prices {
             receipt.currency = prices.currency.clone();
             match prices.cost(receipt) {
@@ -109,6 +121,7 @@ impl Host {
         // Without texts: they are nobody's business here.
         tracing::info!(
             request = receipt.request,
+            trace = %bill.trace.id(),
             client = receipt.client,
             model = receipt.model,
             outcome = receipt.outcome,
@@ -120,6 +133,7 @@ impl Host {
             moves = receipt.parts.len().saturating_sub(1),
             "request"
         );
+        bill.trace.text(receipt, course);
         let is_recorded = self.books.receipt(receipt).await;
         self.metrics.ended(receipt);
         is_recorded
@@ -205,13 +219,17 @@ impl Server {
             }
             None => None,
         };
+        let metrics = Metrics::default();
+        let telemetry = config.telemetry.clone().unwrap_or_default();
+        let telemetry = Arc::new(Telemetry::new(&telemetry, metrics.exported.clone())?);
         let shared = Shared {
             registry: RwLock::default(),
             host: Arc::new(Host {
                 memory,
-                metrics: Metrics::default(),
+                metrics,
                 books: Books::new(ledger),
                 runs: Runs::default(),
+                telemetry,
             }),
             machine,
             drain: config::seconds("drain_s", config.drain_s, 30.0)?,
@@ -301,8 +319,10 @@ impl Server {
         api::router(&self.shared)
     }
 
-    /// Watches over the replicas for ever: takes out those that hang or fail their health probe, and tries them again later.
+    /// Watches over the replicas for ever: takes out those that hang or fail their health probe, and tries them again later. Begins to
+    /// export traces.
     pub async fn watch(self) {
+        self.shared.host.telemetry.start();
         let mut tick = interval(WATCH);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut probed = Instant::now();
@@ -344,5 +364,6 @@ impl Server {
         watch.abort();
         // Receipts of those that were cut off, or whose clients had left.
         self.shared.host.runs.stop(MOST_STOPPING).await;
+        self.shared.host.telemetry.flush(MOST_FLUSHING).await;
     }
 }

@@ -34,6 +34,21 @@ struct On {
     device: String,
 }
 
+#[derive(Debug, Clone, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct How {
+    outcome: &'static str,
+}
+
+/// Counts the spans that were to be exported.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Exported(Family<How, Counter>);
+
+impl Exported {
+    pub fn count(&self, outcome: &'static str, spans: usize) {
+        self.0.get_or_create(&How { outcome }).inc_by(spans as u64);
+    }
+}
+
 type Times = Family<Of, Histogram, fn() -> Histogram>;
 
 /// The counters and times of all models. What is true now is read when they are asked for.
@@ -42,6 +57,8 @@ pub(crate) struct Metrics {
     requests: Family<Ended, Counter>,
     tokens: Family<Kind, Counter>,
     moves: Family<Of, Counter>,
+    /// Spans that were exported, that could not be, and that were dropped because too many waited.
+    pub exported: Exported,
     queue: Times,
     first_token: Times,
     token: Times,
@@ -55,8 +72,8 @@ fn buckets() -> Histogram {
 impl Default for Metrics {
     fn default() -> Metrics {
         let times = || Family::new_with_constructor(buckets as fn() -> Histogram);
-        let (requests, tokens, moves) = Default::default();
-        Metrics { requests, tokens, moves, queue: times(), first_token: times(), token: times() }
+        let (requests, tokens, moves, exported) = Default::default();
+        Metrics { requests, tokens, moves, exported, queue: times(), first_token: times(), token: times() }
     }
 }
 
@@ -105,6 +122,7 @@ impl Metrics {
             self.tokens.clone(),
         );
         all.register("moves", "Times that a request moved to another device", self.moves.clone());
+        all.register("spans", "Spans of traces, by what became of them", self.exported.0.clone());
         all.register_with_unit("queue", "Time until a request ran", seconds.clone(), self.queue.clone());
         all.register_with_unit(
             "first_token",

@@ -19,6 +19,7 @@ use crate::engine::{Engine, Place, Refused, Ticket, Update};
 use crate::journal::{Conflict, Entry};
 use crate::ledger::{Part, Prices, Receipt};
 use crate::replica::{Device, Loaded, Replica, Status};
+use crate::trace::{Course, Phase, Trace, counted};
 
 /// How a request finds its replica among those that work.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Deserialize, serde::Serialize)]
@@ -181,15 +182,13 @@ pub(crate) struct Job {
 /// Whose a text is.
 #[derive(Debug, Clone)]
 pub(crate) struct Bill {
-    /// The id of the HTTP request.
-    pub request: String,
+    /// The trace of the HTTP request.
+    pub trace: Arc<Trace>,
     /// The SHA-256 of its idempotency key.
     pub idempotency_sha256: Option<String>,
     pub endpoint: &'static str,
     /// Counts against the client's limits. Texts of one request share it.
     pub admission: Arc<Admission>,
-    /// When the request arrived, in milliseconds since 1970.
-    pub started_unix_ms: u64,
     /// Further texts after the same prompt do not pay for it.
     pub has_prompt: bool,
 }
@@ -198,12 +197,12 @@ impl Bill {
     /// A receipt of a model, without what it took.
     pub fn receipt(&self, model: &str) -> Receipt {
         Receipt {
-            request: self.request.clone(),
+            request: self.trace.request().to_owned(),
             idempotency_sha256: self.idempotency_sha256.clone(),
             client: self.admission.client().name().to_owned(),
             model: model.to_owned(),
             endpoint: self.endpoint.to_owned(),
-            started_unix_ms: self.started_unix_ms,
+            started_unix_ms: self.trace.started_unix_ms(),
             ..Receipt::default()
         }
     }
@@ -484,7 +483,7 @@ impl Hosted {
     }
 
     async fn try_submit(self: &Arc<Self>, mut job: Job) -> Result<Running, Failed> {
-        let began = Instant::now();
+        let course = Course::new();
         self.host.books.check().await.map_err(|_| Refused::Ledger)?;
         let (replica, loaded, place) = tokio::select! {
             place = self.place(&[]) => place?,
@@ -499,7 +498,7 @@ impl Hosted {
         let request = self.request(&job, had).await?;
         let ticket = loaded.engine.submit(place, request);
         let (sender, progress) = channel::unbounded_channel();
-        let run = Run { hosted: self.clone(), job, sender, began };
+        let run = Run { hosted: self.clone(), job, sender, course };
         tokio::spawn(run.run(replica, loaded, ticket));
         Ok(Running { progress })
     }
@@ -530,7 +529,7 @@ struct Run {
     hosted: Arc<Hosted>,
     job: Job,
     sender: channel::UnboundedSender<Progress>,
-    began: Instant,
+    course: Course,
 }
 
 /// How a request left a replica.
@@ -550,8 +549,6 @@ struct SoFar {
     tokens: Vec<u32>,
     parts: Vec<Part>,
     contracts: Vec<Contract>,
-    ran: Option<Instant>,
-    first_token: Option<Instant>,
     early: Option<Early>,
 }
 
@@ -565,8 +562,11 @@ impl Run {
         let last = loop {
             let had = so_far.tokens.len();
             so_far.contracts.push(loaded.contract);
-            let left = self.follow(&mut ticket, &mut so_far).await;
+            let left = self.follow(&mut ticket, &mut so_far, &replica.device.name).await;
             let tokens = (so_far.tokens.len() - had) as u32;
+            if self.course.is_in(Phase::Decode) {
+                self.course.note(counted("halite.tokens", tokens.into()));
+            }
             let mut part = Part { replica: replica.device.name.clone(), tokens: tokens.into(), device_us: 0 };
             let why = match left {
                 Left::Done(mut generation) => {
@@ -576,6 +576,9 @@ impl Run {
                         if generation.finish != Finish::Cancelled {
                             entry.ended(generation.finish.name());
                         }
+                    }
+                    if self.course.is_in(Phase::Decode) {
+                        self.course.note(counted("halite.cached_tokens", generation.reused_tokens.into()));
                     }
                     replica.succeeded(&loaded.engine);
                     part.device_us = micros(generation.device.0 + generation.device.1);
@@ -614,29 +617,35 @@ impl Run {
             if tried.len() == MOST_MOVES {
                 break Err(Refused::Down(why).into());
             }
+            self.course.failed(&replica.device.name, &why);
             match self.resume(&tried, &so_far.tokens).await {
                 Ok(next) => (replica, loaded, ticket) = next,
                 Err(failed) => break Err(failed),
             }
+            self.course.moved(&replica.device.name);
             tracing::warn!(model = self.hosted.name, to = replica.device.name, why, "request moved");
         };
         // Once the end is told, the replica may be unloaded.
         drop(loaded);
+        self.course.finish();
         let mut receipt = self.receipt(&so_far, &last);
         if let Ok(generation) = &last {
             replica.took(generation.decode, generation.decode_tokens);
         }
-        let is_recorded =
-            self.hosted.host.settle(&self.job.bill, self.hosted.prices.as_ref(), &mut receipt).await;
+        let has_run = self.course.has_run();
+        let Run { hosted, mut job, sender, course } = self;
+        let is_recorded = hosted.host.settle(&job.bill, hosted.prices.as_ref(), &mut receipt, course).await;
         // From here on its key is free again.
-        if let Some(entry) = self.job.entry.take()
-            && so_far.ran.is_some()
+        if let Some(entry) = job.entry.take()
+            && has_run
         {
             entry.billed(so_far.tokens.len().max(entry.billed.unwrap_or(0)));
         }
         let is_exact = so_far.parts.len() == 1 || so_far.contracts.iter().all(|c| *c == Contract::Exact);
+        // The trace may end with the answer.
+        drop(job);
         // Whoever has left needs no answer.
-        let _ = self.sender.send(match last {
+        let _ = sender.send(match last {
             Ok(generation) => Progress::Done(Box::new(Outcome {
                 generation,
                 is_exact,
@@ -653,19 +662,17 @@ impl Run {
         let Job { prompt, bill, entry, .. } = &self.job;
         // An earlier receipt has the prompt and these tokens.
         let billed = entry.as_ref().and_then(|entry| entry.billed);
-        let end = Instant::now();
-        let ran = so_far.ran.unwrap_or(end);
-        let first = so_far.first_token.unwrap_or(end);
+        let [queue_us, prefill_us, decode_us] = self.course.times().map(micros);
         let mut receipt = Receipt {
             model_sha256: self.hosted.sha256.clone(),
             completion_tokens: so_far.tokens.len().saturating_sub(billed.unwrap_or(0)) as u64,
-            queue_us: micros(ran.saturating_duration_since(self.began)),
-            prefill_us: micros(first.saturating_duration_since(ran)),
-            decode_us: micros(end.saturating_duration_since(first)),
+            queue_us,
+            prefill_us,
+            decode_us,
             parts: so_far.parts.clone(),
             ..bill.receipt(&self.hosted.name)
         };
-        if bill.has_prompt && billed.is_none() && so_far.ran.is_some() {
+        if bill.has_prompt && billed.is_none() && self.course.has_run() {
             receipt.prompt_tokens = prompt.len() as u64;
         }
         match last {
@@ -714,7 +721,7 @@ impl Run {
     }
 
     /// Passes on what a replica tells, until the request leaves it.
-    async fn follow(&mut self, ticket: &mut Ticket, so_far: &mut SoFar) -> Left {
+    async fn follow(&mut self, ticket: &mut Ticket, so_far: &mut SoFar, replica: &str) -> Left {
         // Tokens that the replica repeats.
         let mut repeated = so_far.tokens.len();
         let mut is_cancelled = false;
@@ -737,13 +744,13 @@ impl Run {
                 }
             };
             match update {
-                Ok(Update::Began) => _ = so_far.ran.get_or_insert_with(Instant::now),
+                Ok(Update::Began) => self.course.enter(Phase::Prefill, replica),
                 Ok(Update::Tokens { tokens, .. }) if repeated > 0 => {
                     repeated = repeated.saturating_sub(tokens.len());
                 }
                 Ok(Update::Tokens { tokens, logprobs, text }) => {
                     if !tokens.is_empty() {
-                        so_far.first_token.get_or_insert_with(Instant::now);
+                        self.course.enter(Phase::Decode, replica);
                     }
                     if let Some(entry) = &self.job.entry {
                         let known = entry.tokens.len().saturating_sub(so_far.tokens.len()).min(tokens.len());
@@ -792,7 +799,7 @@ async fn gone(client: &channel::UnboundedSender<Progress>, stopping: &mut watch:
     }
 }
 
-fn micros(time: Duration) -> u64 {
+pub(crate) fn micros(time: Duration) -> u64 {
     time.as_micros().min(u64::MAX.into()) as u64
 }
 

@@ -17,6 +17,7 @@ use super::{App, apart};
 use crate::access::Scope;
 use crate::ledger::{By, Ledger, Usage};
 use crate::model::Hosted;
+use crate::trace::{Timeline, perfetto};
 
 /// `GET /metrics`. It names models and devices only.
 pub(super) async fn metrics(State(app): State<App>) -> impl IntoResponse {
@@ -88,6 +89,46 @@ fn described(app: &App, with_failures: bool) -> Json<Value> {
         "names": registry.names().collect::<Vec<_>>(),
         "memory": { "used_bytes": used_bytes, "limit_bytes": limit_bytes },
     }))
+}
+
+/// `GET /admin/timelines`: the last requests, the newest first.
+pub(super) async fn timelines(State(app): State<App>, who: Who) -> Fallible<Json<Value>> {
+    who.caller.require(Scope::Admin)?;
+    let described = |timeline: &Arc<Timeline>| {
+        let root = &timeline.root;
+        json!({
+            "request": timeline.request, "trace": timeline.context.trace_id().to_string(), "model": timeline.model,
+            "client": timeline.client, "name": root.name, "started_unix_ms": root.start_ns / 1_000_000,
+            "duration_us": root.end_ns.saturating_sub(root.start_ns) / 1000,
+        })
+    };
+    let data: Vec<Value> = app.shared.host.telemetry.recent().iter().rev().map(described).collect();
+    Ok(Json(json!({ "object": "list", "data": data })))
+}
+
+/// `GET /admin/timelines/REQUEST`: one of them for Perfetto.
+pub(super) async fn timeline(
+    State(app): State<App>,
+    who: Who,
+    Path(request): Path<String>,
+) -> Fallible<Json<Value>> {
+    who.caller.require(Scope::Admin)?;
+    let mut found = app.shared.host.telemetry.recent();
+    found.retain(|timeline| timeline.request == request);
+    match found.is_empty() {
+        false => Ok(Json(perfetto(&found))),
+        true => {
+            let message = format!("no timeline of `{request}`; /admin/timelines has those that are kept");
+            Err(Failure::not_found(message, None))
+        }
+    }
+}
+
+/// `GET /admin/timelines.json`: all of them in one trace.
+pub(super) async fn all_timelines(State(app): State<App>, who: Who) -> Fallible<Json<Value>> {
+    who.caller.require(Scope::Admin)?;
+    let all = app.shared.host.telemetry.recent();
+    apart(move || Ok(Json(perfetto(&all)))).await
 }
 
 /// Checks the scope `admin`, and notes what is about to be done.

@@ -1,7 +1,5 @@
 //! `/v1/embeddings`.
 
-use std::time::Instant;
-
 use axum::Json;
 use axum::extract::State;
 use base64::Engine;
@@ -16,6 +14,7 @@ use super::who::Who;
 use super::{App, Body, apart};
 use crate::access::Scope;
 use crate::engine::Refused;
+use crate::trace::Course;
 
 /// Maximum texts of a request.
 const MAX_TEXTS: usize = 2048;
@@ -71,16 +70,20 @@ pub(super) async fn embeddings(
     let tokens: usize = texts.iter().map(Vec::len).sum();
     let bill = who.bill("/v1/embeddings", &admission, true);
     app.shared.host.books.check().await.map_err(|_| Refused::Ledger)?;
-    let began = Instant::now();
+    let mut course = Course::new();
     let vectors = encoder.submit(texts)?;
     let (host, worker) = (app.shared.host.clone(), encoder.clone());
     // A client that leaves pays for what is done all the same.
     let work = async move {
         let _running = host.runs.stopping.subscribe();
-        let vectors = vectors.await;
+        let vectors = vectors.await.map(|(vectors, began)| {
+            worker.began(&mut course, began);
+            vectors
+        });
+        course.finish();
         let is_done = matches!(vectors, Ok(Ok(_)));
-        let mut receipt = worker.receipt(&bill, if is_done { tokens } else { 0 }, began.elapsed(), is_done);
-        let is_recorded = host.settle(&bill, worker.prices(), &mut receipt).await;
+        let mut receipt = worker.receipt(&bill, if is_done { tokens } else { 0 }, &course, is_done);
+        let is_recorded = host.settle(&bill, worker.prices(), &mut receipt, course).await;
         (vectors, receipt, is_recorded)
     };
     let ended = || Failure::internal("the encoder has stopped");

@@ -21,8 +21,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use axum::body::Bytes;
 use axum::extract::rejection::JsonRejection;
-use axum::extract::{DefaultBodyLimit, FromRequest, Request, State};
-use axum::http::{HeaderValue, StatusCode, header};
+use axum::extract::{DefaultBodyLimit, FromRequest, MatchedPath, Request, State};
+use axum::http::{HeaderValue, Method, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::Response;
 use axum::routing::{get, post};
@@ -144,10 +144,6 @@ async fn apart<T: Send + 'static>(work: impl FnOnce() -> Fallible<T> + Send + 's
         .unwrap_or_else(|_| Err(Failure::internal("the request failed inside")))
 }
 
-/// The name of a request.
-#[derive(Clone)]
-struct RequestName(String);
-
 /// Seconds since 1970.
 fn now() -> u64 {
     now_ms() / 1000
@@ -171,6 +167,9 @@ pub(crate) fn router(shared: &Arc<Shared>) -> Router {
         .route("/v1/usage", get(admin::usage))
         .route("/metrics", get(admin::metrics))
         .route("/admin/status", get(admin::status))
+        .route("/admin/timelines", get(admin::timelines))
+        .route("/admin/timelines.json", get(admin::all_timelines))
+        .route("/admin/timelines/{request}", get(admin::timeline))
         .route("/admin/reload", post(admin::reload))
         .route("/admin/load/{*name}", post(admin::load))
         .route("/admin/unload/{*name}", post(admin::unload))
@@ -187,13 +186,19 @@ pub(crate) fn router(shared: &Arc<Shared>) -> Router {
         .with_state(app)
 }
 
-/// Gives each answer the id of its request.
+/// Gives each answer the id of its request, and begins its trace. Timelines are kept of those that are work for models.
 async fn name_request(State(app): State<App>, mut request: Request, next: Next) -> Response {
-    let id = app.id("req");
-    request.extensions_mut().insert(RequestName(id.clone()));
+    let route = request.extensions().get::<MatchedPath>().map(|path| path.as_str().to_owned());
+    let route = route.filter(|route| request.method() == Method::POST && route.starts_with("/v1/"));
+    let telemetry = &app.shared.host.telemetry;
+    let trace = telemetry.begin(app.id("req"), request.method().clone(), route, request.headers());
+    request.extensions_mut().insert(trace.clone());
     let mut response = next.run(request).await;
-    if let Ok(value) = HeaderValue::from_str(&id) {
-        response.headers_mut().insert("x-request-id", value);
+    trace.answered(response.status());
+    for (name, value) in [("x-request-id", trace.request()), ("traceresponse", &trace.header())] {
+        if let Ok(value) = HeaderValue::from_str(value) {
+            response.headers_mut().insert(name, value);
+        }
     }
     response
 }

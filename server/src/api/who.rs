@@ -9,20 +9,19 @@ use axum::http::header;
 use axum::http::request::Parts;
 use sha2::{Digest, Sha256};
 
+use super::App;
 use super::error::{Failure, Fallible};
-use super::{App, RequestName};
 use crate::access::{Admission, Caller, Certificate, Scope};
-use crate::basics::{hex, now_ms};
+use crate::basics::hex;
 use crate::model::Bill;
+use crate::trace::Trace;
 
 /// Who sent a request.
 pub(super) struct Who {
     pub caller: Caller,
-    /// The id of the request.
-    request: String,
+    trace: Arc<Trace>,
     /// Requests of different tenants share no KV pages.
     pub tenant: u64,
-    started_unix_ms: u64,
     /// When the request arrived.
     pub arrived: Instant,
     /// The header `Idempotency-Key`.
@@ -42,10 +41,12 @@ impl FromRequestParts<App> for Who {
         let caller = app.shared.access.check(text.or_else(key).as_deref(), certificate)?;
         let mut hasher = DefaultHasher::new();
         caller.client().name().hash(&mut hasher);
-        let request = parts.extensions.get::<RequestName>().map(|name| name.0.clone()).unwrap_or_default();
+        // Each request has one.
+        let trace = parts.extensions.get::<Arc<Trace>>().cloned();
+        let trace = trace.ok_or_else(|| Failure::internal("the request has no name"))?;
+        trace.client(caller.client().name());
         let idempotency_key = parts.headers.get("idempotency-key").map(|value| value.as_bytes().to_vec());
-        let (tenant, started_unix_ms) = (hasher.finish(), now_ms());
-        Ok(Who { caller, request, tenant, started_unix_ms, arrived: Instant::now(), idempotency_key })
+        Ok(Who { caller, trace, tenant: hasher.finish(), arrived: Instant::now(), idempotency_key })
     }
 }
 
@@ -66,6 +67,7 @@ impl Who {
     pub fn admit(&self, scope: Scope, name: &str) -> Fallible<Arc<Admission>> {
         self.caller.require(scope)?;
         self.may_use(name)?;
+        self.trace.model(name);
         Ok(Arc::new(self.caller.admit()?))
     }
 
@@ -82,9 +84,8 @@ impl Who {
 
     /// The bill of a text.
     pub fn bill(&self, endpoint: &'static str, admission: &Arc<Admission>, has_prompt: bool) -> Bill {
-        let (request, admission) = (self.request.clone(), admission.clone());
+        let (trace, admission) = (self.trace.clone(), admission.clone());
         let idempotency_sha256 = self.idempotency_key.as_ref().map(|key| hex(&Sha256::digest(key)));
-        let started_unix_ms = self.started_unix_ms;
-        Bill { request, idempotency_sha256, endpoint, admission, started_unix_ms, has_prompt }
+        Bill { trace, idempotency_sha256, endpoint, admission, has_prompt }
     }
 }
