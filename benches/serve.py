@@ -12,13 +12,15 @@ of text, and between pieces."""
 import argparse
 import asyncio
 import json
+import random
 import time
 from itertools import count
 
 
 async def request(options, number, prompt_words, tokens):
     """Sends a request. Returns the times of its pieces, the start first, and its usage."""
-    words = " ".join(f"word{(number * 7 + i) % 997}" for i in range(prompt_words))
+    draw = random.Random(number)
+    words = " ".join(f"word{draw.randrange(997)}" for _ in range(prompt_words))
     body = {"model": options.model, "prompt": words, "max_tokens": tokens, "temperature": 0, "stream": True,
             "ignore_eos": True, "stream_options": {"include_usage": True}}
     body = json.dumps(body).encode()
@@ -90,7 +92,8 @@ def main():
     parser.add_argument("--prompt-words", type=int, default=32)
     parser.add_argument("--long-words", type=int, default=0)
     options = parser.parse_args()
-    options.first = 0
+    # Prompts that no earlier run had: servers keep them.
+    options.first = random.randrange(1 << 40)
     long = " long prompts |" if options.long_words else ""
     print(f"| clients | requests | requests/s | tokens/s | first p50 ms | p95 | p99 | between p50 ms | p95 | p99 |{long}")
     print("|---" * (11 if long else 10) + "|")
