@@ -46,8 +46,8 @@ pub struct Part {
     pub tokens: u32,
 }
 
-/// Plans a step. Text that is being generated goes on first, one token for each entry; prompts share the rest in the order of
-/// priority and arrival. Where room lacks for text, entries behind it lose theirs, the last one first. Where room lacks for
+/// Plans a step. Text that is being generated goes on first, one token for each entry. The first prompt, by priority and arrival, gets the rest,
+/// but for up to a half that those of the same priority behind it take, the shortest first: short ones need not wait for a long one. Where room lacks for text, entries behind it lose theirs, the last one first. Where room lacks for
 /// every prompt, the last one that has some loses it. So the first entry always gets further. A prompt begins once there is room for all of
 /// it, or nobody else has any: one that lost its room does not take it back page by page, to lose it again.
 pub fn plan(limits: Limits, entries: &[Entry], memory: &mut dyn Memory) -> Vec<Part> {
@@ -74,13 +74,28 @@ pub fn plan(limits: Limits, entries: &[Entry], memory: &mut dyn Memory) -> Vec<P
         }
     }
     let rest = limits.tokens - parts.len() as u32;
-    let mut left = if parts.is_empty() { rest } else { rest.min(limits.prefill) };
+    let budget = if parts.is_empty() { rest } else { rest.min(limits.prefill) };
+    let texts = parts.len();
     loop {
-        for &entry in &order {
-            if entries[entry].pending == 1 || preempted[entry] || left == 0 || parts.len() == runs {
-                continue;
+        let is_prompt = |&i: &usize| entries[i].pending != 1 && !preempted[i];
+        let mut prompts: Vec<usize> = order.iter().copied().filter(is_prompt).collect();
+        if let Some((_, behind)) = prompts.split_first_mut() {
+            behind.sort_by_key(|&i| (std::cmp::Reverse(entries[i].priority), entries[i].pending));
+        }
+        // The first one reserves all that it could take: what those behind it get is taken from it at the end.
+        let mut behind = 0;
+        for (place, &entry) in prompts.iter().enumerate() {
+            let Entry { pending, held, priority, .. } = entries[entry];
+            let left = match parts.get(texts) {
+                None => budget,
+                Some(first) if priority == entries[first.entry].priority => {
+                    (budget - first.tokens).max(budget / 2).saturating_sub(behind)
+                }
+                Some(first) => (budget - first.tokens).saturating_sub(behind),
+            };
+            if left == 0 || parts.len() == runs {
+                break;
             }
-            let Entry { pending, held, .. } = entries[entry];
             let is_alone = (0..entries.len()).all(|i| i == entry || !holds[i]);
             if held == 0 && !is_alone && !memory.fits(entry, pending) {
                 break;
@@ -90,12 +105,15 @@ pub fn plan(limits: Limits, entries: &[Entry], memory: &mut dyn Memory) -> Vec<P
             let tokens = { fits }.find(|&tokens| memory.reserve(entry, tokens)).unwrap_or(0);
             if tokens > 0 {
                 parts.push(Part { entry, tokens });
-                left -= tokens;
+                behind += if place == 0 { 0 } else { tokens };
             }
             // Nobody behind may take the room that this one waits for.
             if tokens < wanted {
                 break;
             }
+        }
+        if let Some(first) = parts.get_mut(texts) {
+            first.tokens = first.tokens.min(budget - behind);
         }
         if !parts.is_empty() {
             return parts;
@@ -151,13 +169,25 @@ mod tests {
     #[test]
     fn text_goes_on_beside_parts_of_prompts() {
         let entries = [entry(0, 1, 9), entry(1, 20, 0), entry(2, 1, 5), entry(3, 20, 0)];
-        assert_eq!(planned(100, &entries).0, [(0, 1), (2, 1), (1, 8)]);
+        assert_eq!(planned(100, &entries).0, [(0, 1), (2, 1), (1, 4), (3, 4)]);
         // Alone, a prompt takes the whole step.
         assert_eq!(planned(100, &entries[1..2]).0, [(0, 16)]);
         // Two short ones share it.
         assert_eq!(planned(100, &[entry(0, 5, 0), entry(1, 20, 0)]).0, [(0, 5), (1, 11)]);
         // No more than a step's runs.
         assert_eq!(planned(100, &[entry(0, 1, 1); 6]).0.len(), 4);
+    }
+
+    #[test]
+    fn short_prompts_do_not_wait_for_long_ones() {
+        let all = [entry(0, 40, 9), entry(1, 30, 0), entry(2, 5, 0), entry(3, 2, 0)];
+        assert_eq!(planned(100, &all).0, [(0, 8), (3, 2), (2, 5), (1, 1)]);
+        // What the first one leaves goes to the others, whatever their priority.
+        let mut entries = [entry(0, 3, 9), entry(1, 30, 0)];
+        entries[1].priority = -1;
+        assert_eq!(planned(100, &entries).0, [(0, 3), (1, 13)]);
+        // Room that the first one lacks is not given away.
+        assert_eq!(planned(10, &[entry(0, 40, 9), entry(1, 2, 3)]).0, [(0, 8)]);
     }
 
     #[test]
