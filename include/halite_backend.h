@@ -627,6 +627,8 @@ typedef struct HaliteTiming {
   // HALITE_CLOCK_HOST, HALITE_CLOCK_DEVICE or HALITE_CLOCK_SIMULATED.
   uint32_t clock;
   uint64_t nanoseconds;
+  // Energy of the step so far, if the device knows it. It is NaN when `wait` is called.
+  double joules;
 } HaliteTiming;
 
 // The calls of a plug-in. Calls on one device and on its plans and buffers come one at a time, from any thread. Nothing that
