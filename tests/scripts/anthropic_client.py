@@ -10,7 +10,9 @@ def row(call, result):
     print(f"| anthropic {anthropic.__version__} | {call} | {result} |")
 
 
-chat = {"model": "chat", "messages": [{"role": "user", "content": "Who are you?"}], "max_tokens": 16, "temperature": 0}
+chat = {"model": "chat", "messages": [{"role": "user", "content": "Who are you?"}], "max_tokens": 16}
+# The client has no argument for it.
+chat["extra_body"] = {"temperature": 0}
 answer = client.messages.create(**chat, system="Be brief.")
 text = answer.content[0].text
 assert text and answer.usage.output_tokens == 16 and answer.stop_reason == "max_tokens"
@@ -37,7 +39,7 @@ after = client.messages.create(**chat | tools | {"messages": [*chat["messages"],
 assert after.content
 row("tools: a call, the same as a stream, and its result", "parses")
 
-for wrong, kind in [({"model": "x"}, anthropic.NotFoundError), ({"temperature": 9}, anthropic.BadRequestError)]:
+for wrong, kind in [({"model": "x"}, anthropic.NotFoundError), ({"extra_body": {"temperature": 9}}, anthropic.BadRequestError)]:
     try:
         client.messages.create(**chat | wrong)
     except kind as error:
