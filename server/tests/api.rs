@@ -306,18 +306,20 @@ async fn a_full_queue_refuses_and_clients_that_leave_make_room() {
 
 #[tokio::test]
 async fn a_text_ends_at_its_deadline_and_one_that_waits_fails() {
-    let service = service(8, 1);
+    let many = service(8, 1);
     let mut body = greedy("She", 2000);
     body["ignore_eos"] = json!(true);
     body["n"] = json!(8);
     body["deadline_ms"] = json!(300);
-    let (status, answer) = post(&service, "/v1/completions", body.clone()).await;
+    let (status, answer) = post(&many, "/v1/completions", body.clone()).await;
     assert_eq!(status, StatusCode::OK, "{answer}");
     for (choice, receipt) in [0, 7].map(|i| (&answer["choices"][i], &answer["halite"]["receipts"][i])) {
         assert_eq!((&choice["finish_reason"], &receipt["outcome"]), (&json!("length"), &json!("deadline")));
         assert!(receipt["completion_tokens"].as_u64().unwrap() < 2000);
     }
-    // All places are taken for long.
+    // The only place is taken for long.
+    let service = service(1, 1);
+    body["n"] = json!(1);
     body["deadline_ms"] = json!(60_000);
     body["stream"] = json!(true);
     let first = call(&service, "POST", "/v1/completions", &body.to_string()).await;
