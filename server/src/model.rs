@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use halite::backend::Contract;
-use halite::batch::Request;
+use halite::batch::{Request, STEP_TIME};
 use halite::chat::Template;
 use halite::constrain::{Guide, Rule, Vocabulary};
 use halite::generate::{Constraint, Finish, GenerateOptions, Generation};
@@ -39,7 +39,6 @@ pub enum Policy {
 
 /// Guessed tokens that a step may verify for each text.
 const LOOKUP: u32 = 8;
-const STEP_TIME: Duration = Duration::from_millis(100);
 
 /// What a model needs to be served.
 #[derive(Debug, Clone)]

@@ -22,8 +22,8 @@ use schedule::{Entry, Limits, Memory, Part};
 
 /// Tokens of a prompt for which a request waits until another one has computed them.
 const WORTH_WAITING: usize = 8;
-/// How long a step with prompts may take.
-const STEP_TIME: Duration = Duration::from_millis(100);
+/// How long a step with prompts may take, unless [`Batch::step_time`] says otherwise.
+pub const STEP_TIME: Duration = Duration::from_millis(100);
 /// Tokens of prompts that a step always has.
 const LEAST_PREFILL: u32 = 16;
 

@@ -21,7 +21,7 @@ use super::tools::call_id;
 use super::who::Who;
 use super::{App, Body};
 use crate::access::ResponseForm;
-use crate::model::{Early, Outcome, Progress};
+use crate::model::{Early, Outcome};
 
 #[derive(Deserialize)]
 pub(super) struct Asked {
@@ -312,6 +312,29 @@ impl Writer {
         self.ready.push_back(Sent::default().event(name).data(body.to_string()));
     }
 
+    /// Ends the open block.
+    fn close(&mut self) {
+        let Some((kind, mut block, text)) = self.open.take() else { return };
+        match kind {
+            Kind::Text => block["text"] = text.into(),
+            Kind::Thinking => block["thinking"] = text.into(),
+            // One that was cut off is no object: its text is kept as it is.
+            Kind::Use => block["input"] = serde_json::from_str(&text).unwrap_or_else(|_| text.into()),
+        }
+        self.send("content_block_stop", json!({ "index": self.blocks.len() }));
+        self.blocks.push(block);
+    }
+}
+
+impl Write for Writer {
+    fn parser(&mut self) -> &mut Parser {
+        &mut self.parser
+    }
+
+    fn ready(&mut self) -> &mut VecDeque<Sent> {
+        &mut self.ready
+    }
+
     fn event(&mut self, event: Event) {
         let (kind, text, name) = match event {
             Event::Content(text) => (Kind::Text, text, None),
@@ -340,22 +363,7 @@ impl Writer {
         self.send("content_block_delta", json!({ "index": self.blocks.len(), "delta": delta }));
     }
 
-    /// Ends the open block.
-    fn close(&mut self) {
-        let Some((kind, mut block, text)) = self.open.take() else { return };
-        match kind {
-            Kind::Text => block["text"] = text.into(),
-            Kind::Thinking => block["thinking"] = text.into(),
-            // One that was cut off is no object: its text is kept as it is.
-            Kind::Use => block["input"] = serde_json::from_str(&text).unwrap_or_else(|_| text.into()),
-        }
-        self.send("content_block_stop", json!({ "index": self.blocks.len() }));
-        self.blocks.push(block);
-    }
-
     fn done(&mut self, outcome: Outcome) {
-        let events = self.parser.finish();
-        events.into_iter().for_each(|event| self.event(event));
         self.close();
         let generation = &outcome.generation;
         let stopped_at =
@@ -387,27 +395,10 @@ impl Writer {
         self.send("message_stop", json!({}));
         self.is_done = true;
     }
-}
-
-impl Write for Writer {
-    fn update(&mut self, update: Progress) {
-        match update {
-            Progress::Text { text, .. } => {
-                let events = self.parser.push(&text);
-                events.into_iter().for_each(|event| self.event(event));
-            }
-            Progress::Done(outcome) => self.done(*outcome),
-            Progress::Failed(failed) => self.fail(&failed.into()),
-        }
-    }
 
     fn fail(&mut self, failure: &Failure) {
         self.send("error", body_of(failure));
         self.is_done = true;
-    }
-
-    fn next(&mut self) -> Option<Sent> {
-        self.ready.pop_front()
     }
 
     fn is_done(&self) -> bool {

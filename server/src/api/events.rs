@@ -1,5 +1,6 @@
 //! Answers that are written piece by piece, as server-sent events or whole.
 
+use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -8,18 +9,39 @@ use axum::response::sse::Event;
 
 use super::error::{Failure, Fallible};
 use super::generate::ended;
-use crate::model::{Progress, Running};
+use super::parse::{self, Parser};
+use crate::model::{Outcome, Progress, Running};
 
 /// Writes an answer and its events.
 pub(super) trait Write: Unpin {
-    /// Takes what is new.
-    fn update(&mut self, update: Progress);
+    /// Reads the text.
+    fn parser(&mut self) -> &mut Parser;
+    /// Writes what the parser found.
+    fn event(&mut self, event: parse::Event);
+    /// Ends the answer.
+    fn done(&mut self, outcome: Outcome);
     /// Ends with an error.
     fn fail(&mut self, failure: &Failure);
-    /// The next event that is ready.
-    fn next(&mut self) -> Option<Event>;
+    /// The events that are ready.
+    fn ready(&mut self) -> &mut VecDeque<Event>;
     /// Whether no more updates follow.
     fn is_done(&self) -> bool;
+
+    /// Takes what is new.
+    fn update(&mut self, update: Progress) {
+        match update {
+            Progress::Text { text, .. } => {
+                let events = self.parser().push(&text);
+                events.into_iter().for_each(|event| self.event(event));
+            }
+            Progress::Done(outcome) => {
+                let events = self.parser().finish();
+                events.into_iter().for_each(|event| self.event(event));
+                self.done(*outcome);
+            }
+            Progress::Failed(failed) => self.fail(&failed.into()),
+        }
+    }
 }
 
 /// Writes all of an answer, or with `first_only` what comes first. A text that fails by then is an error, and no answer.
@@ -47,7 +69,7 @@ impl<W: Write> futures_core::Stream for Events<W> {
 
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         loop {
-            if let Some(event) = self.writer.next() {
+            if let Some(event) = self.writer.ready().pop_front() {
                 return Poll::Ready(Some(Ok(event)));
             }
             if self.writer.is_done() {

@@ -20,7 +20,7 @@ use super::tools::call_id;
 use super::who::Who;
 use super::{App, Body, now};
 use crate::access::ResponseForm;
-use crate::model::{Early, Outcome, Progress};
+use crate::model::{Early, Outcome};
 
 #[derive(Deserialize)]
 pub(super) struct Asked {
@@ -238,26 +238,6 @@ impl Writer {
         self.ready.push_back(Sent::default().event(name).data(body.to_string()));
     }
 
-    fn event(&mut self, event: Event) {
-        let (kind, text, name) = match event {
-            Event::Content(text) => (Kind::Message, text, None),
-            Event::Reasoning(text) => (Kind::Reasoning, text, None),
-            Event::Call { name, .. } => (Kind::Call, String::new(), Some(name)),
-            Event::Arguments { text, .. } => (Kind::Call, text, None),
-        };
-        if name.is_some() || self.open.as_ref().is_none_or(|open| open.kind != kind) {
-            self.close("completed");
-            self.begin(kind, name.unwrap_or_default());
-        }
-        let Some(open) = self.open.as_mut().filter(|_| !text.is_empty()) else { return };
-        open.text.push_str(&text);
-        let id = open.item["id"].clone();
-        let delta = json!({
-            "item_id": id, "output_index": self.output.len(), "content_index": 0, "delta": text, "logprobs": [],
-        });
-        self.send(&format!("{}.delta", kind.names().0), delta);
-    }
-
     fn begin(&mut self, kind: Kind, name: String) {
         let id = format!("{}_{}", kind.names().2, call_id());
         let item = match kind {
@@ -305,11 +285,39 @@ impl Writer {
         self.send("response.output_item.done", json!({ "output_index": index, "item": item }));
         self.output.push(item);
     }
+}
+
+impl Write for Writer {
+    fn parser(&mut self) -> &mut Parser {
+        &mut self.parser
+    }
+
+    fn ready(&mut self) -> &mut VecDeque<Sent> {
+        &mut self.ready
+    }
+
+    fn event(&mut self, event: Event) {
+        let (kind, text, name) = match event {
+            Event::Content(text) => (Kind::Message, text, None),
+            Event::Reasoning(text) => (Kind::Reasoning, text, None),
+            Event::Call { name, .. } => (Kind::Call, String::new(), Some(name)),
+            Event::Arguments { text, .. } => (Kind::Call, text, None),
+        };
+        if name.is_some() || self.open.as_ref().is_none_or(|open| open.kind != kind) {
+            self.close("completed");
+            self.begin(kind, name.unwrap_or_default());
+        }
+        let Some(open) = self.open.as_mut().filter(|_| !text.is_empty()) else { return };
+        open.text.push_str(&text);
+        let id = open.item["id"].clone();
+        let delta = json!({
+            "item_id": id, "output_index": self.output.len(), "content_index": 0, "delta": text, "logprobs": [],
+        });
+        self.send(&format!("{}.delta", kind.names().0), delta);
+    }
 
     fn done(&mut self, outcome: Outcome) {
         let generation = &outcome.generation;
-        let events = self.parser.finish();
-        events.into_iter().for_each(|event| self.event(event));
         let is_cut =
             outcome.early.is_some() || matches!(generation.finish, Finish::Length | Finish::ContextFull);
         let status = if is_cut { "incomplete" } else { "completed" };
@@ -332,29 +340,12 @@ impl Writer {
         self.send(&format!("response.{status}"), json!({ "response": self.response }));
         self.is_done = true;
     }
-}
-
-impl Write for Writer {
-    fn update(&mut self, update: Progress) {
-        match update {
-            Progress::Text { text, .. } => {
-                let events = self.parser.push(&text);
-                events.into_iter().for_each(|event| self.event(event));
-            }
-            Progress::Done(outcome) => self.done(*outcome),
-            Progress::Failed(failed) => self.fail(&failed.into()),
-        }
-    }
 
     fn fail(&mut self, failure: &Failure) {
         let error = failure.body()["error"].clone();
         let (code, message, param) = (&error["code"], &error["message"], &error["param"]);
         self.send("error", json!({ "code": code, "message": message, "param": param }));
         self.is_done = true;
-    }
-
-    fn next(&mut self) -> Option<Sent> {
-        self.ready.pop_front()
     }
 
     fn is_done(&self) -> bool {
