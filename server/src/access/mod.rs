@@ -162,21 +162,6 @@ impl Denied {
         }
     }
 
-    /// The code of the error in OpenAI's form.
-    pub fn code(&self) -> &'static str {
-        match self {
-            Denied::NoKey
-            | Denied::UnknownKey
-            | Denied::UnknownCertificate(_)
-            | Denied::OtherClient
-            | Denied::Token(_) => "invalid_api_key",
-            Denied::Scope { .. } | Denied::NotAllowed { .. } => "permission_denied",
-            Denied::Rule { .. } => "content_policy_violation",
-            Denied::Budget { .. } => "insufficient_quota",
-            _ => "rate_limit_exceeded",
-        }
-    }
-
     /// When to try again, for the header `Retry-After`.
     pub fn retry_after_s(&self) -> Option<u64> {
         match *self {

@@ -4,6 +4,7 @@ use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use halite::Error;
+use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::access::Denied;
@@ -11,15 +12,42 @@ use crate::engine::Refused;
 use crate::ledger::LedgerError;
 use crate::model::Failed;
 
+/// Whose fault an error is: `type` in the answer.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+#[cfg_attr(test, derive(strum::VariantArray))]
+pub(super) enum Kind {
+    InvalidRequestError,
+    AuthenticationError,
+    PermissionError,
+    RateLimitError,
+    ServerError,
+}
+
+/// What a program can do about an error: `code` in the answer.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+#[cfg_attr(test, derive(strum::VariantArray))]
+pub(super) enum Code {
+    ModelNotFound,
+    ContextLengthExceeded,
+    DeadlineExceeded,
+    RateLimitExceeded,
+    InsufficientQuota,
+    InvalidApiKey,
+    PermissionDenied,
+    ContentPolicyViolation,
+}
+
 /// An answer that is an error.
 #[derive(Debug)]
 pub(super) struct Failure {
     pub status: StatusCode,
-    kind: &'static str,
+    kind: Kind,
     pub message: String,
     /// The field of the request that is wrong.
     param: Option<String>,
-    code: Option<&'static str>,
+    code: Option<Code>,
     retry_after_s: Option<u64>,
 }
 
@@ -27,13 +55,13 @@ pub(super) struct Failure {
 pub(super) type Fallible<T> = Result<T, Failure>;
 
 impl Failure {
-    fn new(status: StatusCode, kind: &'static str, message: impl Into<String>) -> Failure {
+    fn new(status: StatusCode, kind: Kind, message: impl Into<String>) -> Failure {
         Failure { status, kind, message: message.into(), param: None, code: None, retry_after_s: None }
     }
 
     /// A request that is wrong.
     pub fn request(message: impl Into<String>) -> Failure {
-        Failure::new(StatusCode::BAD_REQUEST, "invalid_request_error", message)
+        Failure::new(StatusCode::BAD_REQUEST, Kind::InvalidRequestError, message)
     }
 
     /// A field of a request that is wrong.
@@ -42,8 +70,8 @@ impl Failure {
     }
 
     /// An address or a model that does not exist.
-    pub fn not_found(message: impl Into<String>, code: Option<&'static str>) -> Failure {
-        Failure { code, ..Failure::new(StatusCode::NOT_FOUND, "invalid_request_error", message) }
+    pub fn not_found(message: impl Into<String>, code: Option<Code>) -> Failure {
+        Failure { code, ..Failure::new(StatusCode::NOT_FOUND, Kind::InvalidRequestError, message) }
     }
 
     /// The same with another status.
@@ -53,12 +81,12 @@ impl Failure {
 
     /// A fault of the server.
     pub fn internal(message: impl Into<String>) -> Failure {
-        Failure::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", message)
+        Failure::new(StatusCode::INTERNAL_SERVER_ERROR, Kind::ServerError, message)
     }
 
     /// Something that may work later.
     pub fn unavailable(message: impl Into<String>) -> Failure {
-        Failure::new(StatusCode::SERVICE_UNAVAILABLE, "server_error", message)
+        Failure::new(StatusCode::SERVICE_UNAVAILABLE, Kind::ServerError, message)
     }
 
     /// The body of the answer.
@@ -91,7 +119,7 @@ impl From<Error> for Failure {
         let message = error.to_string();
         match error {
             Error::ContextFull { .. } => {
-                Failure { code: Some("context_length_exceeded"), ..Failure::request(message) }
+                Failure { code: Some(Code::ContextLengthExceeded), ..Failure::request(message) }
             }
             Error::Argument { .. } | Error::Constraint(_) | Error::Template(_) => Failure::request(message),
             // Paths are this machine's.
@@ -108,8 +136,8 @@ impl From<Refused> for Failure {
         let message = refused.to_string();
         match refused {
             Refused::Full(_) => Failure {
-                code: Some("rate_limit_exceeded"),
-                ..Failure::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", message)
+                code: Some(Code::RateLimitExceeded),
+                ..Failure::new(StatusCode::TOO_MANY_REQUESTS, Kind::RateLimitError, message)
             },
             // What the device says may have paths of this machine.
             Refused::Down(_) => Failure::unavailable("no device can run the model now; try again later"),
@@ -122,13 +150,29 @@ impl From<Denied> for Failure {
     fn from(denied: Denied) -> Failure {
         let status = StatusCode::from_u16(denied.status()).unwrap_or(StatusCode::FORBIDDEN);
         let kind = match status {
-            StatusCode::TOO_MANY_REQUESTS => "rate_limit_error",
-            StatusCode::UNAUTHORIZED => "authentication_error",
-            StatusCode::FORBIDDEN => "permission_error",
-            _ => "invalid_request_error",
+            StatusCode::TOO_MANY_REQUESTS => Kind::RateLimitError,
+            StatusCode::UNAUTHORIZED => Kind::AuthenticationError,
+            StatusCode::FORBIDDEN => Kind::PermissionError,
+            _ => Kind::InvalidRequestError,
         };
-        let (code, retry_after_s) = (Some(denied.code()), denied.retry_after_s());
+        let (code, retry_after_s) = (Some(Code::from(&denied)), denied.retry_after_s());
         Failure { code, retry_after_s, ..Failure::new(status, kind, denied.to_string()) }
+    }
+}
+
+impl From<&Denied> for Code {
+    fn from(denied: &Denied) -> Code {
+        match denied {
+            Denied::NoKey
+            | Denied::UnknownKey
+            | Denied::UnknownCertificate(_)
+            | Denied::OtherClient
+            | Denied::Token(_) => Code::InvalidApiKey,
+            Denied::Scope { .. } | Denied::NotAllowed { .. } => Code::PermissionDenied,
+            Denied::Rule { .. } => Code::ContentPolicyViolation,
+            Denied::Budget { .. } => Code::InsufficientQuota,
+            _ => Code::RateLimitExceeded,
+        }
     }
 }
 
@@ -146,10 +190,26 @@ impl From<Failed> for Failure {
             Failed::Error(error) => error.into(),
             Failed::Refused(refused) => refused.into(),
             Failed::Late => Failure {
-                code: Some("deadline_exceeded"),
+                code: Some(Code::DeadlineExceeded),
                 ..Failure::request(failed.to_string()).status(StatusCode::REQUEST_TIMEOUT)
             },
             Failed::Conflict(conflict) => Failure::request(conflict.to_string()).status(StatusCode::CONFLICT),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use strum::VariantArray;
+
+    use super::*;
+
+    #[test]
+    fn the_description_lists_every_kind_and_code() {
+        let description: Value = serde_json::from_str(include_str!("openapi.json")).unwrap();
+        let error = &description["components"]["schemas"]["Error"]["properties"]["error"]["properties"];
+        assert_eq!(error["type"]["enum"], json!(Kind::VARIANTS));
+        let codes = Code::VARIANTS.iter().map(|&code| Some(code)).chain([None]);
+        assert_eq!(error["code"]["enum"], json!(codes.collect::<Vec<_>>()));
     }
 }

@@ -35,7 +35,7 @@ use crate::basics::{now_ms, random};
 use crate::embedder::Encoder;
 use crate::model::Hosted;
 use crate::registry::Registry;
-use error::{Failure, Fallible};
+use error::{Code, Failure, Fallible};
 use who::Who;
 
 /// Maximum bytes of a request's body.
@@ -86,7 +86,7 @@ impl App {
             }
             Some(name) => {
                 let message = format!("no model `{name}`; /v1/models has those that there are");
-                Failure::not_found(message, Some("model_not_found"))
+                Failure::not_found(message, Some(Code::ModelNotFound))
             }
         })
     }
