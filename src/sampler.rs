@@ -1,8 +1,8 @@
 //! Sampling a token from logits: penalties, then top-k, top-p, min-p, temperature and a random draw.
 
 use halite_kernels::float::DefaultFloats;
-use halite_kernels::isa::Scalar;
-use halite_kernels::math;
+use halite_kernels::isa::Cpu as Isa;
+use halite_kernels::rows::Exp;
 
 use crate::error::{Error, Result};
 use crate::memory::reserved;
@@ -118,21 +118,46 @@ pub(crate) fn check_logits(logits: impl Iterator<Item = f32> + Clone) -> Result<
     Err(bad.map_or(none.into(), |x| x.to_string()))
 }
 
-#[derive(Debug, Clone, Copy)]
-struct Candidate {
-    token: u32,
-    /// The logit after penalties.
-    logit: f32,
-    probability: f32,
+/// A token and its logit after penalties, in one number: candidates sort by decreasing logit, then by increasing token. The total
+/// order makes choices reproducible.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Candidate(u64);
+
+impl Candidate {
+    fn new(token: u32, logit: f32) -> Candidate {
+        // The bits of floats ascend with them but for negative ones, which descend.
+        let bits = logit.to_bits();
+        let ascending = bits ^ ((bits.cast_signed() >> 31).cast_unsigned() | 1 << 31);
+        Candidate(u64::from(!ascending) << 32 | u64::from(token))
+    }
+
+    fn token(self) -> u32 {
+        self.0 as u32
+    }
+
+    fn logit(self) -> f32 {
+        let descending = (self.0 >> 32) as u32;
+        f32::from_bits(!descending ^ ((descending.cast_signed() >> 31).cast_unsigned() | 1 << 31))
+    }
 }
 
 /// The candidate for a token.
 fn find(candidates: &mut [Candidate], token: u32, ordered: bool) -> Option<&mut Candidate> {
     let at = match ordered {
-        true => candidates.binary_search_by_key(&token, |c| c.token).ok(),
-        false => candidates.iter().position(|c| c.token == token),
+        true => candidates.binary_search_by_key(&token, |c| c.token()).ok(),
+        false => candidates.iter().position(|c| c.token() == token),
     };
     candidates.get_mut(at?)
+}
+
+/// The sum of some numbers, in lanes.
+fn sum(x: &[f32]) -> f64 {
+    let (chunks, rest) = x.as_chunks::<16>();
+    let mut sums = [0f64; 16];
+    for chunk in chunks {
+        sums.iter_mut().zip(chunk).for_each(|(sum, x)| *sum += f64::from(*x));
+    }
+    sums.iter().sum::<f64>() + rest.iter().map(|x| f64::from(*x)).sum::<f64>()
 }
 
 /// How likely a chosen token was, by the model's logits alone.
@@ -152,13 +177,9 @@ impl Logprobs {
     pub fn of(logits: &[f32], token: u32, count: usize) -> Logprobs {
         let _floats = DefaultFloats::set();
         let max = logits.iter().fold(f32::NEG_INFINITY, |max, &logit| max.max(logit));
-        let sums = logits.chunks(16).fold([0f64; 16], |mut sums, chunk| {
-            let mut scaled = [f32::NEG_INFINITY; 16];
-            scaled.iter_mut().zip(chunk).for_each(|(scaled, logit)| *scaled = logit - max);
-            sums.iter_mut().zip(math::exp(Scalar, scaled)).for_each(|(sum, x)| *sum += f64::from(x));
-            sums
-        });
-        let log_total = max + sums.iter().sum::<f64>().ln() as f32;
+        let mut weights: Vec<f32> = logits.iter().map(|logit| logit - max).collect();
+        Isa::detect().run(Exp { x: &mut weights });
+        let log_total = max + sum(&weights).ln() as f32;
         let logprob = |token: u32| logits.get(token as usize).map_or(f32::NEG_INFINITY, |x| x - log_total);
         // Decreasing logit, then increasing id, as in sampling.
         let order = |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
@@ -178,6 +199,9 @@ pub struct Sampler {
     options: SamplerOptions,
     rng: SplitMix64,
     candidates: Vec<Candidate>,
+    /// Of each candidate: proportional to its probability.
+    weights: Vec<f32>,
+    isa: Isa,
     /// A ring of the last tokens.
     recent: Vec<u32>,
     next: usize,
@@ -196,6 +220,8 @@ impl Sampler {
         Ok(Sampler {
             rng: SplitMix64::new(options.seed),
             candidates: reserved(vocab_size as u64, "the sampler")?,
+            weights: reserved(vocab_size as u64, "the sampler")?,
+            isa: Isa::detect(),
             recent: reserved(window, "the sampler")?,
             counted: reserved(window, "the sampler")?,
             next: 0,
@@ -257,39 +283,32 @@ impl Sampler {
     fn take(&mut self, logits: impl Iterator<Item = (u32, f32)>, ordered: bool) -> Result<u32> {
         let _floats = DefaultFloats::set();
         self.candidates.clear();
-        let candidate = |(token, logit)| Candidate { token, logit, probability: 0.0 };
-        self.candidates.extend(logits.map(candidate));
-        check_logits(self.candidates.iter().map(|c| c.logit))
+        self.candidates.extend(logits.map(|(token, logit)| Candidate::new(token, logit)));
+        check_logits(self.candidates.iter().map(|c| c.logit()))
             .map_err(|got| Error::NotFinite { what: "logits", got })?;
         self.add_bias(ordered);
         if self.options.penalises() {
             self.penalise(ordered);
         }
-        if self.options.temperature == 0.0 {
-            let better = |b: Candidate, c: Candidate| if c.logit > b.logit { c } else { b };
-            return Ok(self.candidates.iter().copied().reduce(better).map_or(0, |c| c.token));
+        let temperature = self.options.temperature;
+        if temperature == 0.0 {
+            let better = |b: Candidate, c: Candidate| if c.logit() > b.logit() { c } else { b };
+            return Ok(self.candidates.iter().copied().reduce(better).map_or(0, Candidate::token));
         }
         self.keep_top_k();
-        self.probabilities(1.0);
-        self.keep_top_p();
-        self.keep_min_p();
-        // The temperature applies after the filters, as in llama.cpp's default order.
-        self.probabilities(self.options.temperature);
-        let total: f32 = self.candidates.iter().map(|c| c.probability).sum();
-        let mut left = self.rng.unit() * total;
-        for c in &self.candidates {
-            left -= c.probability;
-            if left < 0.0 {
-                return Ok(c.token);
-            }
+        if self.options.top_p < 1.0 || self.options.min_p > 0.0 {
+            self.weigh(1.0);
+            self.keep_top_p_and_min_p();
         }
-        Ok(self.candidates.last().map_or(0, |c| c.token))
+        // The temperature applies after the filters, as in llama.cpp's default order.
+        self.weigh(temperature);
+        Ok(self.draw())
     }
 
     fn add_bias(&mut self, ordered: bool) {
         for &(token, bias) in &self.options.logit_bias {
             if let Some(c) = find(&mut self.candidates, token, ordered) {
-                c.logit += bias;
+                *c = Candidate::new(token, c.logit() + bias);
             }
         }
     }
@@ -302,51 +321,84 @@ impl Sampler {
         self.counted.sort_unstable();
         for same in self.counted.chunk_by(|a, b| a == b) {
             let Some(c) = find(&mut self.candidates, same[0], ordered) else { continue };
-            c.logit = if c.logit > 0.0 { c.logit / o.repeat_penalty } else { c.logit * o.repeat_penalty };
-            c.logit -= same.len() as f32 * o.frequency_penalty + o.presence_penalty;
+            let logit = c.logit();
+            let logit = if logit > 0.0 { logit / o.repeat_penalty } else { logit * o.repeat_penalty };
+            let less = same.len() as f32 * o.frequency_penalty + o.presence_penalty;
+            *c = Candidate::new(same[0], logit - less);
         }
     }
 
-    /// Keeps the most likely candidates, most likely first.
+    /// Keeps the `top_k` most likely candidates, most likely first; without a `top_k`, all as they are.
     fn keep_top_k(&mut self) {
-        // Decreasing logit, then increasing id: a total order makes the choice reproducible.
-        let order = |a: &Candidate, b: &Candidate| b.logit.total_cmp(&a.logit).then(a.token.cmp(&b.token));
         let k = self.options.top_k;
-        if k > 0 && k < self.candidates.len() {
-            self.candidates.select_nth_unstable_by(k - 1, order);
+        if k == 0 {
+            return;
+        }
+        if k < self.candidates.len() {
+            self.candidates.select_nth_unstable(k - 1);
             self.candidates.truncate(k);
         }
-        self.candidates.sort_unstable_by(order);
+        self.candidates.sort_unstable();
     }
 
-    /// Turns the candidates' logits into probabilities.
-    fn probabilities(&mut self, temperature: f32) {
-        let max = self.candidates.iter().fold(f32::NEG_INFINITY, |m, c| m.max(c.logit));
-        let mut sum = 0.0;
-        for c in &mut self.candidates {
-            c.probability = math::exp(Scalar, [(c.logit - max) / temperature; 16])[0];
-            sum += c.probability;
+    /// Weighs all candidates; the most likely one has the weight 1.
+    fn weigh(&mut self, temperature: f32) {
+        let max = self.candidates.iter().fold(f32::NEG_INFINITY, |max, c| max.max(c.logit()));
+        self.weights.clear();
+        self.weights.extend(self.candidates.iter().map(|c| (c.logit() - max) / temperature));
+        self.isa.run(Exp { x: &mut self.weights });
+    }
+
+    /// Applies both filters to weighed candidates.
+    fn keep_top_p_and_min_p(&mut self) {
+        let enough = sum(&self.weights) * f64::from(self.options.top_p);
+        // All candidates below an equal share of what `top_p` leaves out are together less than that, so it leaves out these. Few
+        // are left to sort.
+        let left_out = sum(&self.weights) - enough;
+        let least = (left_out / self.weights.len() as f64) as f32;
+        let least = least.next_down().max(self.options.min_p);
+        let mut kept = 0;
+        for i in 0..self.weights.len() {
+            if self.weights[i] >= least {
+                self.candidates[kept] = self.candidates[i];
+                kept += 1;
+            }
         }
-        for c in &mut self.candidates {
-            c.probability /= sum;
+        self.candidates.truncate(kept);
+        if self.options.top_p < 1.0 {
+            self.candidates.sort_unstable();
+            self.weigh(1.0);
+            let mut so_far = 0.0;
+            let last = self.weights.iter().position(|weight| {
+                so_far += f64::from(*weight);
+                so_far >= enough
+            });
+            self.candidates.truncate(last.map_or(kept, |last| last + 1));
         }
     }
 
-    fn keep_top_p(&mut self) {
-        let mut sum = 0.0;
-        let top_p = self.options.top_p;
-        let enough = self.candidates.iter().position(|c| {
-            sum += c.probability;
-            sum >= top_p
-        });
-        if let Some(last) = enough {
-            self.candidates.truncate(last + 1);
+    /// Draws one of the weighed candidates.
+    fn draw(&mut self) -> u32 {
+        // Sums of runs are found in lanes; only the run with the chosen candidate is added up one by one.
+        const RUN: usize = 512;
+        let total: f64 = self.weights.chunks(RUN).map(sum).sum();
+        let mut left = f64::from(self.rng.unit()) * total;
+        for (candidates, weights) in self.candidates.chunks(RUN).zip(self.weights.chunks(RUN)) {
+            let here = sum(weights);
+            if left >= here {
+                left -= here;
+                continue;
+            }
+            for (candidate, weight) in candidates.iter().zip(weights) {
+                left -= f64::from(*weight);
+                if left < 0.0 {
+                    return candidate.token();
+                }
+            }
         }
-    }
-
-    fn keep_min_p(&mut self) {
-        let least = self.candidates.first().map_or(0.0, |c| c.probability) * self.options.min_p;
-        self.candidates.retain(|c| c.probability >= least);
+        // Where rounding leaves something over: the last one that is possible.
+        let possible = self.candidates.iter().zip(&self.weights).rfind(|(_, weight)| **weight > 0.0);
+        possible.map_or(0, |(candidate, _)| candidate.token())
     }
 }
 
@@ -434,6 +486,86 @@ mod tests {
         assert_eq!(seen(SamplerOptions { top_k: 2, ..hot.clone() }), [0, 1]);
         assert_eq!(seen(SamplerOptions { top_p: 0.8, ..hot.clone() }), [0, 1]);
         assert_eq!(seen(SamplerOptions { min_p: 0.5, ..hot }), [0, 1]);
+    }
+
+    /// The filters keep what their definitions say, and the choice is one of these; a run of weights has 512.
+    #[test]
+    fn filters_keep_what_they_should() {
+        let mut rng = SplitMix64::new(11);
+        let mut kept_some = 0;
+        for case in 0..300u64 {
+            let n = [3, 40, 2000][case as usize % 3];
+            let spread = [1.0, 5.0, 30.0][case as usize / 3 % 3];
+            let (top_p, min_p) =
+                ([1.0, 0.9, 0.3, 0.0][case as usize % 4], [0.0, 0.02][case as usize / 4 % 2]);
+            let top_k = [0, 50][case as usize / 8 % 2];
+            let options =
+                SamplerOptions { temperature: 0.8, top_k, top_p, min_p, seed: case, ..Default::default() };
+            let mut s = Sampler::new(options, n).unwrap();
+            let logits: Vec<f32> = (0..n).map(|_| rng.unit() * spread).collect();
+            let mut order: Vec<usize> = (0..n).collect();
+            order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]).then(a.cmp(&b)));
+            order.truncate(if top_k > 0 { top_k } else { n });
+            let weight = |i: usize| f64::from(logits[i] - logits[order[0]]).exp();
+            let total: f64 = order.iter().map(|&i| weight(i)).sum();
+            let mut before = 0.0;
+            // Where rounding decides, both are right.
+            let (mut surely, mut maybe) = (Vec::new(), Vec::new());
+            for &i in &order {
+                let keeps = |off: f64| {
+                    (before == 0.0 || before < f64::from(top_p) * total * (1.0 + off))
+                        && weight(i) >= f64::from(min_p) * (1.0 - off)
+                };
+                let (strict, lenient) = (keeps(-1e-5), keeps(1e-5));
+                if strict {
+                    surely.push(i as u32);
+                }
+                if lenient {
+                    maybe.push(i as u32);
+                }
+                before += weight(i);
+            }
+            let chosen = s.sample(&logits).unwrap();
+            let kept: Vec<u32> = s.candidates.iter().map(|c| c.token()).collect();
+            assert!(surely.iter().all(|token| kept.contains(token)), "case {case}");
+            assert!(kept.iter().all(|token| maybe.contains(token)) && kept.contains(&chosen), "case {case}");
+            kept_some += usize::from(kept.len() > 1 && kept.len() < n);
+        }
+        assert!(kept_some > 100, "{kept_some}");
+    }
+
+    /// Of many candidates, each run of weights is drawn as often as its weights say.
+    #[test]
+    fn draws_reach_all_of_a_large_vocabulary() {
+        let options =
+            SamplerOptions { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, ..Default::default() };
+        let mut s = Sampler::new(options, 3000).unwrap();
+        // The last tenth is impossible; the rest has two levels.
+        let logits: Vec<f32> = (0..3000)
+            .map(|i| match i {
+                2700.. => f32::NEG_INFINITY,
+                _ if i % 2 == 0 => 3f32.ln(),
+                _ => 0.0,
+            })
+            .collect();
+        let drawn: Vec<u32> = (0..20_000).map(|_| s.sample(&logits).unwrap()).collect();
+        assert!(drawn.iter().all(|&token| token < 2700));
+        let share =
+            |of: &dyn Fn(u32) -> bool| drawn.iter().filter(|&&token| of(token)).count() as f64 / 20_000.0;
+        assert!((share(&|token| token % 2 == 0) - 0.75).abs() < 0.02);
+        for third in 0..3 {
+            assert!((share(&|token| token / 900 == third) - 1.0 / 3.0).abs() < 0.02);
+        }
+    }
+
+    #[test]
+    fn candidates_hold_any_logit() {
+        let logits = [f32::NEG_INFINITY, -1.5, -0.0, 0.0, 1e-40, 2.5, f32::MAX];
+        let all: Vec<Candidate> = logits.iter().rev().map(|&logit| Candidate::new(7, logit)).collect();
+        assert!(all.is_sorted() && Candidate::new(6, 1.0) < Candidate::new(7, 1.0));
+        let back: Vec<u32> = all.iter().rev().map(|c| c.logit().to_bits()).collect();
+        assert_eq!(back, logits.map(f32::to_bits));
+        assert!(Candidate::new(u32::MAX, f32::NAN).logit().is_nan() && all[0].token() == 7);
     }
 
     /// What is chosen by the most likely tokens alone is what is chosen by all; NaN is seen there, too.

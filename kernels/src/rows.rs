@@ -160,6 +160,21 @@ fn fold16<I: Isa>(isa: I, x: &[f32], mut acc: I::F, f: impl Fn(I::F, I::F) -> I:
     acc
 }
 
+/// `x = f(x)`, element by element.
+#[inline(always)]
+fn replace16<I: Isa>(isa: I, x: &mut [f32], f: impl Fn(I::F) -> I::F) {
+    let (chunks, rest) = x.as_chunks_mut::<16>();
+    for lanes in chunks {
+        isa.store(f(isa.load(lanes)), lanes);
+    }
+    if !rest.is_empty() {
+        let mut lanes = [0.0; 16];
+        lanes[..rest.len()].copy_from_slice(rest);
+        isa.store(f(isa.load(&lanes)), &mut lanes);
+        rest.copy_from_slice(&lanes[..rest.len()]);
+    }
+}
+
 /// A kernel: `out = f(x)`, element by element.
 #[derive(Debug)]
 pub struct Elementwise<'a> {
@@ -173,6 +188,7 @@ pub struct Elementwise<'a> {
 
 kernels!(
     Elementwise<'_>,
+    Exp<'_>,
     Glu<'_>,
     Add<'_>,
     AddScaled<'_>,
@@ -444,6 +460,26 @@ impl WithIsa for Rope<'_> {
     }
 }
 
+/// A kernel: e to the power of each element of `x`, in place.
+#[derive(Debug)]
+pub struct Exp<'a> {
+    /// Exponents in, powers out.
+    pub x: &'a mut [f32],
+}
+
+impl WithIsa for Exp<'_> {
+    type Out = ();
+    #[inline(always)]
+    fn call<I: Isa>(self, isa: I) {
+        replace16(
+            isa,
+            self.x,
+            #[inline(always)]
+            |x| math::exp(isa, x),
+        );
+    }
+}
+
 /// A kernel: softmax of `x` in place.
 #[derive(Debug)]
 pub struct Softmax<'a> {
@@ -457,11 +493,12 @@ impl WithIsa for Softmax<'_> {
     fn call<I: Isa>(self, isa: I) {
         let max = self.x.iter().fold(f32::NEG_INFINITY, |m, &x| if x > m { x } else { m });
         let max = isa.splat(max);
-        for x in self.x.iter_mut() {
-            let mut lanes = [0.0; 16];
-            isa.store(math::exp(isa, isa.sub(isa.splat(*x), max)), &mut lanes);
-            *x = lanes[0];
-        }
+        replace16(
+            isa,
+            self.x,
+            #[inline(always)]
+            |x| math::exp(isa, isa.sub(x, max)),
+        );
         let sum = isa.sum(fold16(
             isa,
             self.x,
@@ -486,11 +523,12 @@ impl WithIsa for Sigmoid<'_> {
     type Out = ();
     #[inline(always)]
     fn call<I: Isa>(self, isa: I) {
-        for x in self.x.iter_mut() {
-            let mut lanes = [0.0; 16];
-            isa.store(math::sigmoid(isa, isa.splat(*x)), &mut lanes);
-            *x = lanes[0];
-        }
+        replace16(
+            isa,
+            self.x,
+            #[inline(always)]
+            |x| math::sigmoid(isa, x),
+        );
     }
 }
 
