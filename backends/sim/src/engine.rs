@@ -471,7 +471,7 @@ fn label(command: &Command) -> &'static str {
             (Step::Unpack { .. }, _) => "unpack",
             (Step::Product { .. }, _) => "product",
             (Step::Finish { .. }, _) => "finish",
-            (Step::Page { .. }, _) => "weigh values",
+            (Step::Pages { .. }, _) => "weigh values",
             (Step::Merge { .. }, _) => "merge",
         },
     }

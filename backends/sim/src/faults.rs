@@ -446,8 +446,9 @@ impl Injector {
         let (columns, products) = match step {
             Step::Product { columns, .. } => (*columns as usize, *columns as usize),
             // The vector unit computes the maximum and the sum of a row's probabilities.
-            Step::Page { rows, .. } => {
-                let columns = bytes.len() / 4 / (rows.tokens * rows.heads).max(1) as usize;
+            Step::Pages { rows, chunks } => {
+                let results = rows.tokens * rows.heads * chunks.len() as u32;
+                let columns = bytes.len() / 4 / results.max(1) as usize;
                 (columns, columns.saturating_sub(2))
             }
             _ => (bytes.len() / 4, bytes.len() / 4),
@@ -586,7 +587,7 @@ mod tests {
         assert_eq!(run("stuck:lane=5,tile=1,where=accumulator", &work, &product), (Vec::new(), 0, 0));
         // Rows of 30 values, a maximum and a sum.
         let rows = QueryRows { token: 0, tokens: 1, position: 0, head: 0, heads: 3 };
-        let page = Step::Page { rows, chunk: 0 };
+        let page = Step::Pages { rows, chunks: 0..1 };
         let fourteen = (0..3).flat_map(|row| [32 * row + 13, 32 * row + 29]).collect::<Vec<_>>();
         assert_eq!(run("stuck:lane=13,where=accumulator", &work, &page), (fourteen, 6, 6));
         assert_eq!(run("stuck:lane=14,where=accumulator", &work, &page).1, 3);

@@ -1,6 +1,7 @@
 //! Computes the steps of products and of attention, on the slots of a tile.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 use halite_kernels::activation::{Activation, PADDING, Quantise, Quantised, QuantisedMut, SUMS, padded};
@@ -133,37 +134,46 @@ impl Machine {
         let found = shape.value_dim + 2;
         let out = floats_mut(writes, 0);
         match step {
-            Step::Page { rows, chunk } => {
+            Step::Pages { rows, chunks: range } => {
                 let heads = rows.heads as usize;
                 let mut q = floats(reads[0]).to_vec();
                 self.round_products(&mut q);
                 let pages = Pages { bytes: reads[1], ..a.pages };
-                let outs = out.chunks_exact_mut(heads * found).zip(q.chunks_exact(heads * shape.key_dim));
-                for (i, (out, q)) in outs.enumerate() {
+                let table: Vec<u32> = (0..range.len() as u32).collect();
+                let mut by_chunk = vec![0.0; range.len() * heads * found];
+                let outs = out.chunks_exact_mut(heads * range.len() * found);
+                for (i, (out, q)) in outs.zip(q.chunks_exact(heads * shape.key_dim)).enumerate() {
                     let position = rows.position + if a.causal { i as u32 } else { 0 };
-                    if !chunks(position, a.window).contains(chunk) {
+                    let seen = visible(position, a.window, range);
+                    if seen.is_empty() {
                         continue;
                     }
+                    let by_chunk = &mut by_chunk[..seen.len() * heads * found];
                     let attend = AttendPage {
                         q,
                         q_stride: q.len(),
-                        out_stride: out.len(),
-                        out,
+                        out_stride: by_chunk.len(),
+                        out: &mut *by_chunk,
                         tokens: 1,
                         heads,
                         pages,
                         shape,
-                        table: &[0],
+                        table: &table,
                         kv_head: 0,
-                        // Positions are counted from the start of the page.
-                        position: (position - chunk * PAGE_POSITIONS) as usize,
+                        // Positions are counted from the start of the first page.
+                        position: (position - range.start * PAGE_POSITIONS) as usize,
                         causal: a.causal,
                         window: a.window,
                         scale: a.scale,
                         softcap: a.softcap,
                         sinks: None,
                     };
-                    self.isa.run(AttendChunks { attend, chunks: 0..1 });
+                    self.isa.run(AttendChunks { attend, chunks: seen.clone() });
+                    for (chunk, results) in seen.zip(by_chunk.chunks_exact(heads * found)) {
+                        for (head, result) in results.chunks_exact(found).enumerate() {
+                            out[(head * range.len() + chunk) * found..][..found].copy_from_slice(result);
+                        }
+                    }
                 }
             }
             Step::Merge { rows, chunks: range, fresh, last } => {
@@ -175,22 +185,19 @@ impl Machine {
                 let stride = if *last { shape.value_dim } else { found };
                 for (row, out) in out.chunks_exact_mut(stride).enumerate() {
                     let position = rows.position + if a.causal { (row / heads) as u32 } else { 0 };
-                    let seen = chunks(position, a.window);
+                    let seen = visible(position, a.window, range);
                     let old = state.map(|state| &state[row * found..][..found]);
                     let mut values = old.map_or(vec![0.0; found], <[f32]>::to_vec);
                     let (values, ends) = values.split_at_mut(shape.value_dim);
                     let [max, sum] = ends else { return Err(unknown(step)) };
-                    // A run of chunks has a single row, which sees all of them; a single chunk may be
-                    // invisible to some rows.
-                    let sees = seen.contains(&range.start);
-                    let new = if range.len() == 1 { &new[row * found..][..found] } else { new };
+                    let new = &new[row * range.len() * found..][..range.len() * found];
                     self.isa.run(Merge {
-                        chunks: if sees { new } else { &[] },
+                        chunks: &new[seen.start * found..seen.end * found],
                         stride: found,
                         out: values,
                         max,
                         sum,
-                        fresh: range.start <= seen.start,
+                        fresh: range.start <= chunks(position, a.window).start,
                         last: *last,
                         sink: rest.first().map(|sinks| sinks[row % heads]),
                     });
@@ -215,6 +222,14 @@ impl Machine {
             native::round(dtype, self.chip.profile.rounding.elements, x);
         }
     }
+}
+
+/// Returns which of the chunks in a range a token sees, counted from the first of the range; `position` is the last one that it
+/// sees.
+fn visible(position: u32, window: Option<u32>, range: &Range<u32>) -> Range<usize> {
+    let seen = chunks(position, window);
+    let at = |chunk: u32| (chunk.clamp(range.start, range.end) - range.start) as usize;
+    at(seen.start)..at(seen.end)
 }
 
 /// Reads quantised activations from a slot: codes, scales, sums.

@@ -160,9 +160,9 @@ pub enum Step {
     /// Adds the biases, if any, to products of this many columns, then applies the op's epilogue. Reads the
     /// products, the biases, then the addend.
     Finish { columns: u32, biases: Vec<bool> },
-    /// The attention of tokens to one chunk of the cache.
-    Page { rows: QueryRows, chunk: u32 },
-    /// Merges the results of chunks in order into those of earlier chunks.
+    /// The attention of tokens to chunks of the cache: partial results, `[token][head][chunk]`.
+    Pages { rows: QueryRows, chunks: std::ops::Range<u32> },
+    /// Merges the results of chunks, `[token][head][chunk]`, in order into those of earlier chunks.
     Merge { rows: QueryRows, chunks: std::ops::Range<u32>, fresh: bool, last: bool },
 }
 

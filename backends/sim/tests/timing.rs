@@ -214,6 +214,45 @@ fn slower_chips_are_slower() {
     }
 }
 
+/// How a chip's totals are cut into tiles hardly matters for steps that have work for all.
+#[test]
+fn few_large_tiles_are_as_fast_as_many_small_ones() {
+    let profile = Profile::open("maia-100").unwrap();
+    let value = |path: &str| profile.quantities.iter().find(|(p, _)| p == path).unwrap().1.value;
+    let cut = |tiles: f64| {
+        let each = [
+            "matrix.units_per_tile",
+            "vector.units_per_tile",
+            "memory.tsram.capacity_bytes",
+            "memory.tsram.read_bytes_per_s",
+            "memory.csram.capacity_bytes",
+            "memory.csram.read_bytes_per_s",
+            "dma.tile_dma.bytes_per_s",
+            "dma.cluster_dma.bytes_per_s",
+        ];
+        let larger = each.map(|path| (path, value(path) * 64.0 / tiles));
+        let changes = larger.into_iter().chain([("chip.clusters", tiles / 4.0)]);
+        let profile = changes.fold(profile.clone(), |p, (path, value)| p.with(path, value).unwrap());
+        Chip::new(profile, Numerics::Exact, None).unwrap()
+    };
+    let chips = [8.0, 32.0, 128.0].map(cut);
+    for (name, format) in
+        [("llama-1.1b", Format::Q8_0), ("llama-2-7b", Format::Q4_0), ("llama-3-8b", Format::BF16)]
+    {
+        let program = model(name, format);
+        // With more sequences, small tiles also read more copies of the activations.
+        for (sequences, positions, bound) in
+            [(8, 100, 1.25), (8, 1000, 1.25), (16, 4000, 1.25), (64, 500, 1.3)]
+        {
+            let spans = vec![(positions, 1); sequences];
+            let time = |chip| step::time(chip, &program, &spans, true).unwrap().total().seconds;
+            let seconds = chips.each_ref().map(time);
+            let (least, most) = seconds.iter().fold((f64::MAX, 0.0f64), |(a, b), &s| (a.min(s), b.max(s)));
+            assert!(most <= bound * least, "{name}, {sequences} at {positions}: {seconds:?}");
+        }
+    }
+}
+
 /// A workload is its steps; what it rests on is told.
 #[test]
 fn workloads_add_up() {

@@ -1,8 +1,10 @@
 //! Attention over a paged KV cache.
 
+use std::collections::VecDeque;
 use std::ops::Range;
+use std::rc::Rc;
 
-use super::{HEADS, PAGE_SLOTS, Pipeline, aligned, blocks, too_small};
+use super::{HEADS, Pipeline, aligned, blocks, too_small};
 use crate::chip::Chip;
 use crate::shape::{Attend, chunks};
 use crate::tile::{
@@ -52,48 +54,70 @@ impl Attend {
         self.page(0, 0).iter().map(|(_, bytes)| u64::from(*bytes)).sum()
     }
 
-    /// Returns the scratchpad bytes for the given rows of queries and slots for pages.
-    fn scratch_bytes(&self, rows: u32, pages: u32) -> u64 {
+    /// Returns the scratchpad bytes for the given rows of queries.
+    fn scratch_bytes(&self, rows: u32, depth: Depth) -> u64 {
         let rows = u64::from(rows);
+        let Depth { chunks, ahead, slots } = depth;
         let floats = |each: u32| aligned(4 * rows * u64::from(each));
-        floats(self.key_dim)
-            + u64::from(pages) * aligned(self.page_bytes())
-            + 4 * floats(PAGE_POSITIONS)
-            + 4 * floats(self.partial_len())
+        u64::from(slots) * (floats(self.key_dim) + aligned(u64::from(chunks) * self.page_bytes()))
+            + u64::from(3 + ahead) * floats(chunks * PAGE_POSITIONS)
+            + 2 * floats(chunks * self.partial_len())
+            + 2 * floats(self.partial_len())
             + floats(self.value_dim)
             + aligned(4 * rows)
     }
+
+    /// Returns what differs between the rows of a tile's largest piece of work: the longest one decides.
+    fn longest<'w>(&self, work: &'w [AttendWork<'_>]) -> Option<&'w AttendWork<'w>> {
+        work.iter().max_by_key(|w| self.chunks_of(w.rows).len())
+    }
+}
+
+/// How far a tile's pipeline reaches: more of each hides more latency, and takes more of the scratchpad.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Depth {
+    /// Chunks of a command.
+    chunks: u32,
+    /// Commands whose scores are computed before the values of an earlier one are weighted, so that the matrix unit does not
+    /// wait for the vector unit.
+    ahead: u32,
+    /// Slots for the pages of a command, and for its queries.
+    slots: u32,
+}
+
+impl Depth {
+    /// All that are worth a try, from the one that needs the least.
+    fn all() -> impl Iterator<Item = Depth> {
+        let pipelines = [(0, 1), (0, 2), (1, 3), (1, 4), (2, 6), (4, 10)];
+        let chunks = [1, 2, 4, 8, 16];
+        chunks
+            .into_iter()
+            .flat_map(move |chunks| pipelines.map(|(ahead, slots)| Depth { chunks, ahead, slots }))
+    }
+}
+
+/// Query rows that are processed together, and their pages.
+struct AttendWork<'a> {
+    rows: QueryRows,
+    pages: &'a [u32],
 }
 
 /// How attention is divided.
 struct AttendTiling<'a> {
-    /// Slots for pages.
-    slots: u32,
+    depth: Depth,
     /// Maximum rows of queries of a tile.
     rows: u32,
-    /// Query rows that are processed together, and their pages.
-    work: Vec<(QueryRows, &'a [u32])>,
-    /// Number of chunks of all work.
-    chunks: u32,
-    /// Chunks per tile if the chunks of a sequence are split between tiles, because there is too little work.
+    work: Rc<Vec<AttendWork<'a>>>,
+    /// Chunks of a tile if each takes an equal run of all chunks, so that some sequences are split between tiles.
     chunks_per_tile: Option<u32>,
 }
 
-fn attend_tiling<'a>(chip: &Chip, a: &'a Attend) -> Result<AttendTiling<'a>> {
+/// Returns the work, in pieces of at most `heads` heads of one KV head and `token_group` tokens.
+fn divide(a: &Attend, heads: u32, token_group: u32) -> Vec<AttendWork<'_>> {
     let group = a.heads / a.kv_heads.max(1);
-    let fits = |slots: u32| (1..=HEADS).rev().find(|&n| a.scratch_bytes(n, slots) <= chip.scratch_bytes);
-    let Some((slots, fit)) = PAGE_SLOTS.into_iter().find_map(|slots| Some((slots, fits(slots)?))) else {
-        return Err(too_small(chip, "a page of the cache", a.scratch_bytes(1, 1)));
-    };
-    let heads = group.min(fit);
-    let head_runs: Vec<Range<u32>> =
-        (0..a.kv_heads).flat_map(|h| blocks(h * group..(h + 1) * group, heads)).collect();
-    let tokens: u32 = a.spans.iter().map(|(_, _, n)| n).sum();
-    // Group tokens as long as every tile has work.
-    let spread = (tokens * head_runs.len() as u32).div_ceil(chip.tiles);
-    let token_group = (fit / heads).min(spread).max(1);
-    let mut work: Vec<(QueryRows, &[u32])> = Vec::new();
-    for run in &head_runs {
+    let head_runs = (0..a.kv_heads).flat_map(|h| blocks(h * group..(h + 1) * group, heads));
+    let mut work = Vec::new();
+    for run in head_runs {
         let mut first = 0;
         for (pages, start, len) in &a.spans {
             for range in blocks(0..*len, token_group) {
@@ -104,110 +128,216 @@ fn attend_tiling<'a>(chip: &Chip, a: &'a Attend) -> Result<AttendTiling<'a>> {
                     head: run.start,
                     heads: run.end - run.start,
                 };
-                work.push((rows, pages));
+                work.push(AttendWork { rows, pages });
             }
             first += len;
         }
     }
-    let chunks: u32 = work.iter().map(|(rows, _)| a.chunks_of(*rows).len() as u32).sum();
-    let split = 2 * work.len() as u32 <= chip.tiles && chunks > work.len() as u32;
-    let chunks_per_tile = split.then(|| chunks.div_ceil(chip.tiles).max(1));
-    Ok(AttendTiling { slots, rows: heads * token_group, work, chunks, chunks_per_tile })
+    work
+}
+
+/// Returns the division with the shortest time by the closed form, and the time.
+fn attend_tiling<'a>(chip: &Chip, a: &'a Attend) -> Result<(AttendTiling<'a>, f64)> {
+    let group = a.heads / a.kv_heads.max(1);
+    let tokens: u32 = a.spans.iter().map(|(_, _, n)| n).sum();
+    let mut divided: Vec<((u32, u32), Rc<Vec<AttendWork<'a>>>)> = Vec::new();
+    let mut best: Option<(AttendTiling<'a>, f64)> = None;
+    let longest = a.spans.iter().map(|(pages, ..)| pages.len()).max().unwrap_or(0);
+    for depth in Depth::all().filter(|d| d.chunks == 1 || (d.chunks as usize) < 2 * longest) {
+        let Some(fit) = (1..=HEADS).rev().find(|&n| a.scratch_bytes(n, depth) <= chip.scratch_bytes) else {
+            continue;
+        };
+        let heads = group.min(fit);
+        // Group tokens as long as every tile has work.
+        let spread = (tokens * a.kv_heads * group.div_ceil(heads)).div_ceil(chip.tiles);
+        let token_group = (fit / heads).min(spread).max(1);
+        let work = match divided.iter().find(|(key, _)| *key == (heads, token_group)) {
+            Some((_, work)) => work.clone(),
+            None => {
+                let work = Rc::new(divide(a, heads, token_group));
+                divided.push(((heads, token_group), work.clone()));
+                work
+            }
+        };
+        let chunks: u32 = work.iter().map(|w| a.chunks_of(w.rows).len() as u32).sum();
+        let per_tile = chunks.div_ceil(chip.tiles).max(1);
+        for chunks_per_tile in [None, Some(per_tile)] {
+            let tiling =
+                AttendTiling { depth, rows: heads * token_group, work: work.clone(), chunks_per_tile };
+            let seconds = tiling.seconds(chip, a, chunks);
+            if best.as_ref().is_none_or(|(_, least)| seconds < *least) {
+                best = Some((tiling, seconds));
+            }
+        }
+    }
+    let least = Depth { chunks: 1, ahead: 0, slots: 1 };
+    best.ok_or_else(|| too_small(chip, "a page of the cache", a.scratch_bytes(1, least)))
 }
 
 /// Seconds of attention by the closed form.
 pub fn attend_s(chip: &Chip, a: &Attend) -> Result<f64> {
-    let tiling = attend_tiling(chip, a)?;
-    let Some((rows, _)) = tiling.work.first() else { return Ok(0.0) };
-    let (engine, signal) = (chip.engine_bytes_per_s(), chip.semaphore_s());
-    let queries = rows.tokens * rows.heads;
-    let (bytes, all) = (f64::from(a.page_bytes() as u32), f64::from(tiling.chunks));
-    let rate = chip.attention_rate();
-    let matrix = |n, k| chip.compute_s(Work::Matrix { rate, m: queries, n, k });
-    let (score, weigh) = (matrix(PAGE_POSITIONS, a.key_dim), matrix(a.value_dim, PAGE_POSITIONS));
-    let softmax = chip.compute_s(softmax_work(queries));
-    let merge = chip.compute_s(merge_work(a, *rows, 1));
-    let setup_s = chip.setup_s(&Piece::whole(QUERIES, 0, 1));
-    let partial = 4.0 * f64::from(queries) * f64::from(a.partial_len());
-    let tiles = match tiling.chunks_per_tile {
-        Some(chunks_per_tile) => tiling
-            .work
-            .iter()
-            .map(|(rows, _)| (a.chunks_of(*rows).len() as u32).div_ceil(chunks_per_tile))
-            .sum(),
-        None => chip.tiles.min(tiling.work.len() as u32),
-    };
-    let drain_s = score.1 + softmax.1 + weigh.1 + 2.0 * signal;
-    let ahead = tiling.slots >= 3;
-    // Without scores computed ahead, a chunk finishes before the next one starts; only the load overlaps.
-    let chain = score.0 + softmax.0 + weigh.0 + drain_s;
-    let work = f64::from((tiling.work.len() as u32).div_ceil(tiles));
-    let pipeline = Pipeline {
-        count: (all / f64::from(tiles)).ceil(),
-        load_s: bytes / engine,
-        units_s: if ahead { [score.0 + weigh.0, softmax.0 + merge.0] } else { [chain, merge.0] },
-        drain_s: merge.1 + if ahead { drain_s } else { 0.0 },
-        slots: f64::from(tiling.slots),
-        store_s: partial / engine,
-        device_s: all * bytes / chip.device_bytes_per_s(),
-        setup_s,
-        requests: (a.page(0, 0).len() as f64, tiling.chunks_per_tile.map_or(0.0, |_| 1.0)),
-    };
-    let query_s = work
-        * (setup_s + chip.activation_bytes() * f64::from(queries) * f64::from(a.key_dim) / engine + signal);
-    let mut seconds = pipeline.seconds(chip) + query_s;
-    if tiling.chunks_per_tile.is_some() {
-        let heads: u32 = tiling.work.iter().map(|(rows, _)| rows.heads).sum();
-        let each = all * f64::from(rows.heads) / f64::from(heads);
-        let one = QueryRows { heads: 1, tokens: 1, ..*rows };
-        let merge = chip.compute_s(merge_work(a, one, each as u32));
-        let row = 4.0 * f64::from(a.partial_len());
-        let phases = f64::from(heads.div_ceil(chip.tiles));
-        seconds += chip.barrier_s()
-            + phases * (2.0 * setup_s + 2.0 * signal + each * row / engine + merge.0 + merge.1);
+    attend_tiling(chip, a).map(|(_, seconds)| seconds)
+}
+
+impl AttendTiling<'_> {
+    /// Returns the seconds by the closed form; `all` is the number of chunks of all work.
+    fn seconds(&self, chip: &Chip, a: &Attend, all: u32) -> f64 {
+        let Some(AttendWork { rows, .. }) = a.longest(&self.work) else { return 0.0 };
+        let Depth { ahead, slots, .. } = self.depth;
+        let tiles = chip.tiles.min(self.work.len() as u32);
+        // Of the tile that has the most.
+        let (chunks, works) = match self.chunks_per_tile {
+            Some(chunks) => (chunks, chunks.div_ceil(a.chunks_of(*rows).len().max(1) as u32)),
+            None => {
+                let mut most = vec![0; tiles as usize];
+                for (i, w) in self.work.iter().enumerate() {
+                    most[i % tiles as usize] += a.chunks_of(w.rows).len() as u32;
+                }
+                (most.into_iter().max().unwrap_or(0), (self.work.len() as u32).div_ceil(tiles))
+            }
+        };
+        // The last command of each piece of work may have fewer.
+        let whole = chunks.div_ceil(works.max(1));
+        let count = works * whole.div_ceil(self.depth.chunks);
+        let each = self.depth.chunks.min(whole);
+        let (engine, signal) = (chip.engine_bytes_per_s(), chip.semaphore_s());
+        let queries = rows.tokens * rows.heads;
+        let rate = chip.attention_rate();
+        let matrix = |n, k| chip.compute_s(Work::Matrix { rate, m: queries, n, k });
+        let positions = each * PAGE_POSITIONS;
+        let (score, weigh) = (matrix(positions, a.key_dim), matrix(a.value_dim, positions));
+        let softmax = chip.compute_s(softmax_work(queries, each));
+        let is_split = self.chunks_per_tile.is_some();
+        let merge = if is_split { (0.0, 0.0) } else { chip.compute_s(merge_work(a, *rows, each)) };
+        let setup_s = chip.setup_s(&Piece::whole(QUERIES, 0, 1));
+        let bytes = f64::from(a.page_bytes() as u32);
+        let partial = if is_split { 4.0 * f64::from(queries * each * a.partial_len()) } else { 0.0 };
+        let load_s = f64::from(each) * bytes / engine;
+        let chain_s = score.0 + score.1 + softmax.0 + softmax.1 + weigh.0 + weigh.1 + 2.0 * signal;
+        let arrives_s = setup_s + load_s + 2.0 * signal;
+        // A slot is loaded, waits for its turn, and is read; the commands under way hold the others.
+        let slot_s =
+            if slots > ahead + 1 { arrives_s / f64::from(slots - ahead - 1) } else { arrives_s + chain_s };
+        let pipeline = Pipeline {
+            count: f64::from(count),
+            load_s,
+            units_s: [score.0 + weigh.0, softmax.0 + merge.0],
+            drain_s: score.1 + softmax.1 + weigh.1 + merge.1 + 2.0 * signal,
+            least_pace_s: slot_s
+                .max(chain_s / f64::from(ahead + 1))
+                .max((arrives_s + chain_s) / f64::from(slots)),
+            slots: f64::from(slots),
+            store_s: partial / engine,
+            device_s: f64::from(all) * bytes / chip.device_bytes_per_s(),
+            setup_s,
+            requests: (
+                f64::from(each) * a.page(0, 0).len() as f64,
+                if is_split { f64::from(rows.tokens) } else { 0.0 },
+            ),
+        };
+        let query_s = f64::from(works) * chip.activation_bytes() * f64::from(queries * a.key_dim) / engine;
+        let mut seconds = pipeline.seconds(chip) + query_s;
+        if is_split {
+            let heads: u32 = self.work.iter().map(|w| w.rows.heads * w.rows.tokens).sum();
+            let chunks = f64::from(all) * f64::from(rows.heads) / f64::from(heads);
+            let one = QueryRows { heads: 1, tokens: 1, ..*rows };
+            let merge = chip.compute_s(merge_work(a, one, chunks as u32));
+            let load_s = chunks * 4.0 * f64::from(a.partial_len()) / engine;
+            let rounds = f64::from(heads.div_ceil(chip.tiles));
+            let latency_s = 2.0 * setup_s + 2.0 * signal + merge.1;
+            // With two slots, the next rows load meanwhile.
+            let pace_s = load_s.max(merge.0).max((latency_s + load_s + merge.0) / 2.0);
+            seconds += chip.barrier_s() + latency_s + load_s + merge.0 + (rounds - 1.0) * pace_s;
+        }
+        seconds
     }
-    Ok(seconds)
 }
 
 pub fn attend_phases(chip: &Chip, a: &Attend, lowered: &mut Lowered) -> Result<()> {
-    let AttendTiling { slots, rows: max_rows, work, chunks_per_tile, .. } = attend_tiling(chip, a)?;
-    let Some(chunks_per_tile) = chunks_per_tile else {
-        let tiles = chip.tiles.min(work.len() as u32);
+    let (tiling, _) = attend_tiling(chip, a)?;
+    let work = &tiling.work;
+    let Some(chunks_per_tile) = tiling.chunks_per_tile else {
+        let tiles = chip.tiles.min(work.len() as u32) as usize;
         let programs = (0..tiles).map(|tile| {
-            let mut b = Builder::default();
-            let mut rings = AttendRings::new(&mut b, a, max_rows, slots);
-            for (rows, pages) in work.iter().skip(tile as usize).step_by(tiles as usize) {
-                rings.all_chunks(&mut Tile { chip, a, b: &mut b }, *rows, pages);
-            }
-            b.finish()
+            let all = work.iter().skip(tile).step_by(tiles).map(|w| (w, a.chunks_of(w.rows)));
+            tile_program(chip, a, &tiling, all, None)
         });
         lowered.phases.push(programs.collect());
         return Ok(());
     };
     // Split chunks between tiles, then merge. Partial results are stored as `[token][head][chunk]`.
-    let max_chunks = work.iter().map(|(rows, _)| a.chunks_of(*rows).end).max().unwrap_or(0);
+    let max_chunks = work.iter().map(|w| a.chunks_of(w.rows).end).max().unwrap_or(0);
     let tokens: u32 = a.spans.iter().map(|(_, _, n)| n).sum();
     let rows = u64::from(tokens) * u64::from(a.heads);
     lowered.temps.push(4 * rows * u64::from(max_chunks) * u64::from(a.partial_len()));
-    let mut first = Vec::new();
-    for (rows, pages) in &work {
-        for range in blocks(a.chunks_of(*rows), chunks_per_tile) {
-            let mut b = Builder::default();
-            let mut rings = AttendRings::new(&mut b, a, max_rows, slots);
-            rings.some_chunks(&mut Tile { chip, a, b: &mut b }, *rows, pages, range, max_chunks);
-            first.push(b.finish());
+    let mut runs: Vec<Vec<(&AttendWork<'_>, Range<u32>)>> = Vec::new();
+    let mut left = 0;
+    for w in work.iter() {
+        let mut chunks = a.chunks_of(w.rows);
+        while !chunks.is_empty() {
+            if left == 0 {
+                runs.push(Vec::new());
+                left = chunks_per_tile;
+            }
+            let end = chunks.end.min(chunks.start + left);
+            left -= end - chunks.start;
+            if let Some(run) = runs.last_mut() {
+                run.push((w, chunks.start..end));
+            }
+            chunks.start = end;
         }
     }
-    let second = work.iter().flat_map(|(rows, _)| (0..rows.heads).map(|h| (*rows, h)));
-    let second = second
-        .map(|(rows, h)| merge_program(a, QueryRows { head: rows.head + h, heads: 1, ..rows }, max_chunks));
-    let second: Vec<TileProgram> = second.collect();
-    for wave in [first, second] {
-        for programs in wave.chunks(chip.tiles as usize) {
-            lowered.phases.push(programs.to_vec());
+    let programs = runs.into_iter().map(|run| tile_program(chip, a, &tiling, run, Some(max_chunks)));
+    lowered.phases.push(programs.collect());
+    let rows = work.iter().flat_map(|w| (0..w.rows.tokens * w.rows.heads).map(move |i| (w.rows, i)));
+    let one = |(rows, i): (QueryRows, u32)| {
+        let token = i / rows.heads;
+        let position = a.last(rows, token);
+        QueryRows {
+            token: rows.token + token,
+            tokens: 1,
+            position,
+            head: rows.head + i % rows.heads,
+            heads: 1,
         }
-    }
+    };
+    let rows: Vec<QueryRows> = rows.map(one).collect();
+    let tiles = rows.len().min(chip.tiles as usize);
+    let programs = (0..tiles).map(|tile| merge_program(a, rows.iter().skip(tile).step_by(tiles), max_chunks));
+    lowered.phases.push(programs.collect());
     Ok(())
+}
+
+/// Returns the program of a tile for the given chunks of query rows. It merges the results of chunks, or stores the result of
+/// each, of `store_chunks`, for the second phase.
+fn tile_program<'w>(
+    chip: &Chip,
+    a: &Attend,
+    tiling: &AttendTiling<'_>,
+    work: impl IntoIterator<Item = (&'w AttendWork<'w>, Range<u32>)>,
+    store_chunks: Option<u32>,
+) -> TileProgram {
+    let mut b = Builder::default();
+    let mut rings = AttendRings::new(&mut b, a, tiling.rows, tiling.depth);
+    let mut tile = Tile { chip, a, b: &mut b };
+    let mut waiting = VecDeque::new();
+    let mut state = None;
+    for (w, chunks) in work {
+        let queries = rings.load_queries(&mut tile, w.rows);
+        for part in blocks(chunks.clone(), tiling.depth.chunks) {
+            let is_last = part.end == chunks.end;
+            waiting.push_back(rings.softmax(&mut tile, w, queries, part, is_last));
+            if waiting.len() > tiling.depth.ahead as usize
+                && let Some(pages) = waiting.pop_front()
+            {
+                rings.finish(&mut tile, pages, &mut state, store_chunks);
+            }
+        }
+    }
+    for pages in waiting {
+        rings.finish(&mut tile, pages, &mut state, store_chunks);
+    }
+    b.finish()
 }
 
 struct AttendRings {
@@ -222,21 +352,23 @@ struct AttendRings {
 }
 
 impl AttendRings {
-    fn new(b: &mut Builder, a: &Attend, rows: u32, pages: u32) -> AttendRings {
+    fn new(b: &mut Builder, a: &Attend, rows: u32, depth: Depth) -> AttendRings {
         let floats = |each: u32| 4 * u64::from(rows) * u64::from(each);
+        let Depth { chunks, ahead, slots } = depth;
         AttendRings {
-            queries: b.ring(1, floats(a.key_dim)),
+            queries: b.ring(slots, floats(a.key_dim)),
             sinks: b.ring(1, floats(1)),
-            page: b.ring(pages, a.page_bytes()),
-            scores: b.ring(2, floats(PAGE_POSITIONS)),
-            softmax: b.ring(2, floats(PAGE_POSITIONS)),
-            partial: b.ring(2, floats(a.partial_len())),
+            page: b.ring(slots, u64::from(chunks) * a.page_bytes()),
+            scores: b.ring(2, floats(chunks * PAGE_POSITIONS)),
+            softmax: b.ring(ahead + 1, floats(chunks * PAGE_POSITIONS)),
+            partial: b.ring(2, floats(chunks * a.partial_len())),
             state: b.ring(2, floats(a.partial_len())),
             out: b.ring(1, floats(a.value_dim)),
         }
     }
 
-    fn load_queries(&mut self, b: &mut Builder, a: &Attend, rows: QueryRows) -> Entry {
+    fn load_queries(&mut self, tile: &mut Tile<'_>, rows: QueryRows) -> Entry {
+        let a = tile.a;
         let row = 4 * u64::from(a.key_dim);
         let piece = Piece {
             operand: QUERIES,
@@ -246,122 +378,82 @@ impl AttendRings {
             stride: u64::from(a.heads) * row,
             activations: true,
         };
-        b.load(&mut self.queries, [piece], 1)
+        tile.b.load(&mut self.queries, [piece], 1)
     }
 
-    /// Loads a page, and computes the softmax numerators of its scores.
+    /// Loads the pages of some chunks, and computes the softmax numerators of their scores.
     fn softmax(
         &mut self,
         tile: &mut Tile<'_>,
-        rows: QueryRows,
+        work: &AttendWork<'_>,
         queries: Entry,
-        pages: &[u32],
-        chunk: u32,
-    ) -> Page {
+        chunks: Range<u32>,
+        is_last: bool,
+    ) -> Chunks {
         let Tile { chip, a, b } = tile;
+        let rows = work.rows;
         let kv_head = rows.head / (a.heads / a.kv_heads.max(1)).max(1);
-        let number = pages.get(chunk as usize).copied().unwrap_or(u32::MAX);
-        let pieces = a.page(number, kv_head);
-        let pieces = pieces.into_iter().map(|(offset, bytes)| Piece::whole(PAGES, offset, bytes));
-        let page = b.load(&mut self.page, pieces, 1);
-        let visible_rows = a.visible_tokens(rows, chunk) * rows.heads;
-        let rate = chip.attention_rate();
-        let score = Work::Matrix { rate, m: visible_rows, n: PAGE_POSITIONS, k: a.key_dim };
-        let table = a.floats(rows, PAGE_POSITIONS);
-        let [scores] = b.compute((score, Step::Part), &[queries, page], [(&mut self.scores, table)], &[]);
-        let to = (&mut self.softmax, table);
-        let [softmax] = b.compute((softmax_work(visible_rows), Step::Part), &[scores], [to], &[scores]);
-        Page { rows, queries, chunk, visible_rows, page, softmax }
-    }
-
-    /// Computes the partial result of a page. The simulated step also computes the scores and the softmax.
-    /// `last` frees the queries.
-    fn partial_result(&mut self, tile: &mut Tile<'_>, from: Page, last: bool) -> Entry {
-        let Tile { chip, a, b } = tile;
-        let Page { rows, queries, chunk, visible_rows, page, softmax } = from;
-        let rate = chip.attention_rate();
-        let work = Work::Matrix { rate, m: visible_rows, n: a.value_dim, k: PAGE_POSITIONS };
-        let mut frees = vec![page, softmax];
-        frees.extend(last.then_some(queries));
-        let to = (&mut self.partial, a.floats(rows, a.partial_len()));
-        b.compute((work, Step::Page { rows, chunk }), &[queries, page, softmax], [to], &frees)[0]
-    }
-
-    /// Calls `then` with the partial result of each chunk. With three slots for pages, the scores of the next
-    /// chunk are computed before the values of this one are weighted, so that the matrix unit does not wait
-    /// for the vector unit.
-    fn for_each_chunk(
-        &mut self,
-        tile: &mut Tile<'_>,
-        rows: QueryRows,
-        pages: &[u32],
-        chunks: Range<u32>,
-        mut then: impl FnMut(&mut Self, &mut Tile<'_>, u32, Entry),
-    ) {
-        let queries = self.load_queries(tile.b, tile.a, rows);
-        let mut waiting: Option<Page> = None;
-        for chunk in chunks {
-            if self.page.slots < 3
-                && let Some(page) = waiting.take()
-            {
-                let before = page.chunk;
-                let partial = self.partial_result(tile, page, false);
-                then(self, tile, before, partial);
-            }
-            let next = self.softmax(tile, rows, queries, pages, chunk);
-            if let Some(page) = waiting.replace(next) {
-                let before = page.chunk;
-                let partial = self.partial_result(tile, page, false);
-                then(self, tile, before, partial);
-            }
-        }
-        if let Some(page) = waiting {
-            let chunk = page.chunk;
-            let partial = self.partial_result(tile, page, true);
-            then(self, tile, chunk, partial);
-        }
-    }
-
-    /// Processes all chunks of some query rows, and merges them in order.
-    fn all_chunks(&mut self, tile: &mut Tile<'_>, rows: QueryRows, pages: &[u32]) {
-        let sinks = tile.a.sinks.then(|| tile.b.load(&mut self.sinks, [sinks(rows)], 1));
-        let chunks = tile.a.chunks_of(rows);
-        let mut state: Option<Entry> = None;
-        self.for_each_chunk(tile, rows, pages, chunks.clone(), |rings, Tile { a, b, .. }, chunk, partial| {
-            let last = chunk + 1 == chunks.end;
-            let step = Step::Merge { rows, chunks: chunk..chunk + 1, fresh: state.is_none(), last };
-            let mut reads = vec![partial];
-            reads.extend(state);
-            reads.extend(sinks.filter(|_| last));
-            let to = match last {
-                true => (&mut rings.out, a.floats(rows, a.value_dim)),
-                false => (&mut rings.state, a.floats(rows, a.partial_len())),
-            };
-            let [merged] = b.compute((merge_work(a, rows, 1), step), &reads, [to], &reads);
-            state = Some(merged);
+        let pieces = chunks.clone().flat_map(|chunk| {
+            let number = work.pages.get(chunk as usize).copied().unwrap_or(u32::MAX);
+            a.page(number, kv_head)
         });
-        if let Some(out) = state {
-            tile.b.store(out, [outputs(tile.a, rows)]);
-        }
+        let pieces = pieces.map(|(offset, bytes)| Piece::whole(PAGES, offset, bytes));
+        let pages = b.load(&mut self.page, pieces, 1);
+        let visible = chunks.clone().map(|chunk| a.visible_tokens(rows, chunk)).max();
+        let visible_rows = visible.unwrap_or(0) * rows.heads;
+        let count = chunks.len() as u32;
+        let rate = chip.attention_rate();
+        let score = Work::Matrix { rate, m: visible_rows, n: count * PAGE_POSITIONS, k: a.key_dim };
+        let table = a.floats(rows, count * PAGE_POSITIONS);
+        let [scores] = b.compute((score, Step::Part), &[queries, pages], [(&mut self.scores, table)], &[]);
+        let to = (&mut self.softmax, table);
+        let work = (softmax_work(visible_rows, count), Step::Part);
+        let [softmax] = b.compute(work, &[scores], [to], &[scores]);
+        Chunks { rows, queries, chunks, is_last, visible_rows, pages, softmax }
     }
 
-    /// Processes some chunks of some query rows, and stores each partial result.
-    fn some_chunks(
+    /// Computes the partial results of chunks. The simulated step also computes the scores and the softmax. Then merges
+    /// them into those of earlier chunks, or stores them.
+    fn finish(
         &mut self,
         tile: &mut Tile<'_>,
-        rows: QueryRows,
-        pages: &[u32],
-        chunks: Range<u32>,
-        max_chunks: u32,
+        from: Chunks,
+        state: &mut Option<Entry>,
+        store_chunks: Option<u32>,
     ) {
-        self.for_each_chunk(tile, rows, pages, chunks, |_, Tile { a, b, .. }, chunk, partial| {
+        let Tile { chip, a, b } = tile;
+        let Chunks { rows, queries, chunks, is_last, visible_rows, pages, softmax } = from;
+        let count = chunks.len() as u32;
+        let rate = chip.attention_rate();
+        let work = Work::Matrix { rate, m: visible_rows, n: a.value_dim, k: count * PAGE_POSITIONS };
+        let mut frees = vec![pages, softmax];
+        frees.extend(is_last.then_some(queries));
+        let to = (&mut self.partial, a.floats(rows, count * a.partial_len()));
+        let step = Step::Pages { rows, chunks: chunks.clone() };
+        let [partial] = b.compute((work, step), &[queries, pages, softmax], [to], &frees);
+        if let Some(max_chunks) = store_chunks {
             let pieces = (0..rows.tokens).map(|i| Piece {
                 runs: rows.heads,
-                run_bytes: 4 * a.partial_len(),
-                ..partial_piece(a, rows.token + i, rows.head, chunk, max_chunks)
+                run_bytes: 4 * count * a.partial_len(),
+                ..partial_piece(a, rows.token + i, rows.head, chunks.start, max_chunks)
             });
             b.store(partial, pieces);
-        });
+            return;
+        }
+        let sinks = (is_last && a.sinks).then(|| b.load(&mut self.sinks, [sinks(rows)], 1));
+        let step = Step::Merge { rows, chunks, fresh: state.is_none(), last: is_last };
+        let mut reads = vec![partial];
+        reads.extend(state.take());
+        reads.extend(sinks);
+        let to = match is_last {
+            true => (&mut self.out, a.floats(rows, a.value_dim)),
+            false => (&mut self.state, a.floats(rows, a.partial_len())),
+        };
+        let [merged] = b.compute((merge_work(a, rows, count), step), &reads, [to], &reads);
+        match is_last {
+            true => b.store(merged, [outputs(a, rows)]),
+            false => *state = Some(merged),
+        }
     }
 }
 
@@ -372,13 +464,15 @@ struct Tile<'t> {
     b: &'t mut Builder,
 }
 
-/// A page in the scratchpad, with the softmax numerators of some query rows.
-struct Page {
+/// Pages in the scratchpad, with the softmax numerators of some query rows.
+struct Chunks {
     rows: QueryRows,
     queries: Entry,
-    chunk: u32,
+    chunks: Range<u32>,
+    /// Whether they are the last of the tile's chunks of these rows.
+    is_last: bool,
     visible_rows: u32,
-    page: Entry,
+    pages: Entry,
     softmax: Entry,
 }
 
@@ -419,25 +513,28 @@ fn merge_work(a: &Attend, rows: QueryRows, chunks: u32) -> Work {
     Work::Vector(VectorWork { simple, exp: 2 * each, divide: each, ..Default::default() })
 }
 
-/// Returns the vector work of turning the scores of a page into softmax numerators.
-fn softmax_work(rows: u32) -> Work {
-    let each = u64::from(rows) * u64::from(PAGE_POSITIONS);
+/// Returns the vector work of turning the scores of chunks into softmax numerators.
+fn softmax_work(rows: u32, chunks: u32) -> Work {
+    let each = u64::from(rows) * u64::from(chunks * PAGE_POSITIONS);
     Work::Vector(VectorWork { simple: 3 * each, exp: each, ..Default::default() })
 }
 
 /// Maximum chunks that one command merges.
 const MERGED: u32 = 32;
 
-/// Returns the program of the second phase for one head.
-fn merge_program(a: &Attend, rows: QueryRows, max_chunks: u32) -> TileProgram {
+/// Returns a tile's program of the second phase, for some rows of one token and head each.
+fn merge_program<'r>(
+    a: &Attend,
+    all_rows: impl Iterator<Item = &'r QueryRows>,
+    max_chunks: u32,
+) -> TileProgram {
     let mut b = Builder::default();
     let partial_bytes = 4 * u64::from(a.partial_len());
     let mut partial_ring = b.ring(2, u64::from(MERGED) * partial_bytes);
     let mut state_ring = b.ring(2, partial_bytes);
-    let mut out_ring = b.ring(1, 4 * u64::from(a.value_dim));
+    let mut out_ring = b.ring(2, 4 * u64::from(a.value_dim));
     let mut sink_ring = b.ring(1, 4);
-    for i in 0..rows.tokens {
-        let rows = QueryRows { token: rows.token + i, tokens: 1, position: a.last(rows, i), ..rows };
+    for &rows in all_rows {
         let sinks = a.sinks.then(|| b.load(&mut sink_ring, [sinks(rows)], 1));
         let all = a.chunks_of(rows);
         let mut state: Option<Entry> = None;

@@ -27,9 +27,6 @@ use units::{arg_max_stages, stage_phases, stages_s, top_k_stages, units_programs
 
 /// Numbers of slots for loaded data, best first. With two, a load overlaps with the unit's work.
 const SLOTS: [u32; 2] = [2, 1];
-/// Numbers of slots for pages, best first. With three, the scores of the next page are computed before the
-/// values of this page are weighted, while a third page loads.
-const PAGE_SLOTS: [u32; 3] = [3, 2, 1];
 /// Minimum bytes of a command.
 const BLOCK_BYTES: u64 = 16 * 1024;
 /// Minimum bytes of a tile's work.
@@ -121,13 +118,16 @@ struct Pipeline {
     requests: (f64, f64),
     /// Number of slots for loaded blocks.
     slots: f64,
+    /// Seconds from block to block that other waits cause; 0 if there are none.
+    least_pace_s: f64,
 }
 
 impl Pipeline {
     /// Returns the seconds of all blocks: the latency of the first one, plus the slowest stage's time for
     /// each of the others, but at least the time that device memory needs.
     fn seconds(&self, chip: &Chip) -> f64 {
-        let Pipeline { count, load_s, units_s, drain_s, store_s, device_s, setup_s, requests, slots } = *self;
+        let Pipeline { count, load_s, units_s, drain_s, store_s, device_s, setup_s, requests, slots, .. } =
+            *self;
         // With one request at a time, each waits for its setup.
         let waits = if chip.queue_entries() > 1 { 0.0 } else { setup_s };
         let (load_s, store_s) = (load_s + requests.0 * waits, store_s + requests.1 * waits);
@@ -137,7 +137,7 @@ impl Pipeline {
         let first = 2.0 * (setup_s - waits) + load_s + signal + work + signal + store_s;
         // A slot is reused only after its block went through load and compute.
         let slot = (setup_s - waits + load_s + 2.0 * signal + work) / slots;
-        let paces = [load_s, units_s[0], units_s[1], store_s, slot];
+        let paces = [load_s, units_s[0], units_s[1], store_s, slot, self.least_pace_s];
         let pace = paces.into_iter().fold(0.0, f64::max);
         (first + (count - 1.0) * pace).max(device_s + 2.0 * setup_s)
     }

@@ -162,6 +162,7 @@ impl<'a> Costs<'a> {
                 p.out_rows.as_ref().map_or(1.0, |_| rows),
             ),
             slots: 2.0,
+            least_pace_s: 0.0,
         };
         // Activations are loaded first; nothing overlaps with that.
         let waits = if chip.queue_entries() > 1 { 0.0 } else { pipeline.setup_s };
