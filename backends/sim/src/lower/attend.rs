@@ -1,6 +1,6 @@
 //! Attention over a paged KV cache.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
 use std::rc::Rc;
 
@@ -140,7 +140,7 @@ fn divide(a: &Attend, heads: u32, token_group: u32) -> Vec<AttendWork<'_>> {
 fn attend_tiling<'a>(chip: &Chip, a: &'a Attend) -> Result<(AttendTiling<'a>, f64)> {
     let group = a.heads / a.kv_heads.max(1);
     let tokens: u32 = a.spans.iter().map(|(_, _, n)| n).sum();
-    let mut divided: Vec<((u32, u32), Rc<Vec<AttendWork<'a>>>)> = Vec::new();
+    let mut divided: HashMap<(u32, u32), Rc<Vec<AttendWork<'a>>>> = HashMap::new();
     let mut best: Option<(AttendTiling<'a>, f64)> = None;
     let longest = a.spans.iter().map(|(pages, ..)| pages.len()).max().unwrap_or(0);
     for depth in Depth::all().filter(|d| d.chunks == 1 || (d.chunks as usize) < 2 * longest) {
@@ -151,14 +151,8 @@ fn attend_tiling<'a>(chip: &Chip, a: &'a Attend) -> Result<(AttendTiling<'a>, f6
         // Group tokens as long as every tile has work.
         let spread = (tokens * a.kv_heads * group.div_ceil(heads)).div_ceil(chip.tiles);
         let token_group = (fit / heads).min(spread).max(1);
-        let work = match divided.iter().find(|(key, _)| *key == (heads, token_group)) {
-            Some((_, work)) => work.clone(),
-            None => {
-                let work = Rc::new(divide(a, heads, token_group));
-                divided.push(((heads, token_group), work.clone()));
-                work
-            }
-        };
+        let work =
+            divided.entry((heads, token_group)).or_insert_with(|| Rc::new(divide(a, heads, token_group)));
         let chunks: u32 = work.iter().map(|w| a.chunks_of(w.rows).len() as u32).sum();
         let per_tile = chunks.div_ceil(chip.tiles).max(1);
         for chunks_per_tile in [None, Some(per_tile)] {
