@@ -90,10 +90,10 @@ fn open(args: &EstimateArgs) -> Result<Arc<Model>, Failure> {
     super::open_model(Some(path))
 }
 
-/// The estimate of one profile.
+/// The estimate of one profile, or why there is none.
 struct Asked {
     profile: Profile,
-    estimate: Estimate,
+    estimate: Result<Estimate, Error>,
 }
 
 pub fn run(args: &EstimateArgs) -> Result<(), Failure> {
@@ -107,8 +107,14 @@ pub fn run(args: &EstimateArgs) -> Result<(), Failure> {
     let mut all = Vec::new();
     for name in &args.profile {
         let profile = Profile::open(name)?;
-        let estimate = estimate(&profile, choices, &program, &workload)?;
+        let estimate = estimate(&profile, choices, &program, &workload);
         all.push(Asked { profile, estimate });
+    }
+    // Of several chips, one that cannot be estimated does not hide the others.
+    if let [Asked { estimate: Err(_), .. }] = &all[..]
+        && let Some(Asked { estimate: Err(error), .. }) = all.pop()
+    {
+        return Err(error.into());
     }
     let drawn = args.trace.is_some() || args.roofline.is_some();
     if let Some(first) = all.first().filter(|first| drawn && first.profile.driver != Driver::Sim) {
@@ -132,7 +138,8 @@ pub fn run(args: &EstimateArgs) -> Result<(), Failure> {
         write_trace(path, &chip, &program, &spans, args.trace_tiles)?;
     }
     if let (Some(path), Some(first)) = (&args.roofline, all.first()) {
-        let svg = super::plot::roofline(&choices.chip(first.profile.clone())?, &first.estimate)?;
+        let estimate = first.estimate.as_ref().map_err(Error::to_string)?;
+        let svg = super::plot::roofline(&choices.chip(first.profile.clone())?, estimate)?;
         interrupt::write(path, SVG, &[], svg.as_bytes())?;
     }
     if args.json {
@@ -150,14 +157,16 @@ pub fn run(args: &EstimateArgs) -> Result<(), Failure> {
     let mut text = heading + &table(&all);
     for asked in &all {
         text += &explain(asked);
-        if args.ops {
+        if let Ok(estimate) = &asked.estimate
+            && args.ops
+        {
             text += &format!(
                 "\n{}, prefill step of {} tokens\n{}",
                 asked.profile.name,
                 args.chunk.min(args.prompt),
-                ops(&asked.estimate.prefill)
+                ops(&estimate.prefill)
             );
-            text += &format!("\n{}, decode step\n{}", asked.profile.name, ops(&asked.estimate.decode));
+            text += &format!("\n{}, decode step\n{}", asked.profile.name, ops(&estimate.decode));
         }
     }
     print(&plain(&text))
@@ -174,22 +183,37 @@ fn seconds(s: f64) -> String {
 
 /// The rows of a profile's column: names and values.
 fn column(asked: &Asked) -> [(&'static str, String); 10] {
-    let Asked { profile, estimate: e } = asked;
-    let or_dash = |value: Option<f64>, digits: usize| value.map_or("-".into(), |v| format!("{v:.digits$}"));
-    let guesses = e.rests_on().get(&Basis::Guess).copied().unwrap_or(0.0);
-    let unknown = if e.unmeasured.is_empty() { "uncalibrated" } else { "unknown (formats not measured)" };
-    let fits = if e.fits() { "" } else { ", DOES NOT FIT" };
+    let Asked { profile, estimate } = asked;
+    let e = estimate.as_ref().ok();
+    // What does not fit has no speed.
+    let running = e.filter(|e| e.fits());
+    let dash = || "-".to_owned();
+    let time = |of: fn(&Estimate) -> f64| running.map_or_else(dash, |e| seconds(of(e)));
+    let number = |value: Option<f64>, digits: usize| value.map_or_else(dash, |v| format!("{v:.digits$}"));
+    let memory = |e: &Estimate| {
+        let fits = if e.fits() { "" } else { ", DOES NOT FIT" };
+        format!("{} of {}{fits}", bytes(e.need_bytes), bytes(e.have_bytes))
+    };
+    let guesses = |e: &Estimate| {
+        let share = e.rests_on().get(&Basis::Guess).copied().unwrap_or(0.0);
+        format!("{:.0} %", 100.0 * share)
+    };
+    let error = |e: &Estimate| match e.error {
+        Some(error) => format!("products ± {:.1} %", 100.0 * error),
+        None if e.unmeasured.is_empty() => "uncalibrated".into(),
+        None => "unknown (formats not measured)".into(),
+    };
     [
         ("", profile.name.clone()),
-        ("time to first token", seconds(e.first_token_s)),
-        ("decode step", seconds(e.step_s)),
-        ("tokens/s", format!("{:.1}", e.tokens_per_s)),
-        ("total time", seconds(e.seconds)),
-        ("J/token, uncalibrated", or_dash(e.joules_per_token, 3)),
-        ("USD/million tokens", or_dash(e.usd_per_million_tokens, 2)),
-        ("memory", format!("{} of {}{fits}", bytes(e.need_bytes), bytes(e.have_bytes))),
-        ("share of guesses", format!("{:.0} %", 100.0 * guesses)),
-        ("error", e.error.map_or(unknown.into(), |e| format!("products ± {:.1} %", 100.0 * e))),
+        ("time to first token", time(|e| e.first_token_s)),
+        ("decode step", time(|e| e.step_s)),
+        ("tokens/s", number(running.map(|e| e.tokens_per_s), 1)),
+        ("total time", time(|e| e.seconds)),
+        ("J/token, uncalibrated", number(running.and_then(|e| e.joules_per_token), 3)),
+        ("USD/million tokens", number(running.and_then(|e| e.usd_per_million_tokens), 2)),
+        ("memory", e.map_or_else(dash, memory)),
+        ("share of guesses", e.map_or_else(dash, guesses)),
+        ("error", e.map_or("no estimate, see below".into(), error)),
     ]
 }
 
@@ -210,6 +234,10 @@ fn table(all: &[Asked]) -> String {
 /// Reports how busy a chip's units are, and how sensitive the time is to its numbers.
 fn explain(asked: &Asked) -> String {
     let Asked { profile, estimate } = asked;
+    let estimate = match estimate {
+        Ok(estimate) => estimate,
+        Err(error) => return format!("\n{}\n  {error}\n", profile.name),
+    };
     let busy: Vec<_> = estimate
         .shares
         .iter()
@@ -259,7 +287,13 @@ fn ops(report: &Report) -> String {
 }
 
 fn as_json(asked: &Asked) -> Value {
-    let Asked { profile, estimate: e } = asked;
+    let Asked { profile, estimate } = asked;
+    let e = match estimate {
+        Ok(estimate) => estimate,
+        Err(error) => return json!({ "profile": profile.name, "error": error.to_string() }),
+    };
+    // What does not fit has no speed.
+    let running = e.fits().then_some(e);
     let report = |report: &Report| -> Vec<Value> {
         let op = |op: &halite_sim::OpReport| {
             json!({
@@ -286,15 +320,17 @@ fn as_json(asked: &Asked) -> Value {
         .collect();
     json!({
         "profile": profile.name,
-        "first_token_s": e.first_token_s,
-        "step_s": e.step_s,
-        "seconds": e.seconds,
-        "tokens_per_s": e.tokens_per_s,
-        "joules_per_token": e.joules_per_token,
-        "usd_per_million_tokens": e.usd_per_million_tokens,
+        "first_token_s": running.map(|e| e.first_token_s),
+        "step_s": running.map(|e| e.step_s),
+        "seconds": running.map(|e| e.seconds),
+        "tokens_per_s": running.map(|e| e.tokens_per_s),
+        "joules_per_token": running.and_then(|e| e.joules_per_token),
+        "usd_per_million_tokens": running.and_then(|e| e.usd_per_million_tokens),
         "need_bytes": e.need_bytes,
         "have_bytes": e.have_bytes,
         "fits": e.fits(),
+        "is_calibrated": e.error.is_some(),
+        "mean_error_fraction": e.error,
         "unmeasured": e.unmeasured,
         "busy": e.shares.iter().map(|(bound, share)| (bound.name(), *share)).collect::<std::collections::BTreeMap<_, _>>(),
         "rests_on": rests_on,

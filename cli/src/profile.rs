@@ -1,7 +1,8 @@
 //! `halite profile`.
 
 use clap::Args;
-use halite_profiles::profile::{Basis, Profile, SHIPPED};
+use halite_profiles::profile::{Basis, Driver, Profile, SHIPPED};
+use halite_sim::{Chip, Numerics};
 
 use super::{Failure, plain, print};
 
@@ -30,6 +31,9 @@ pub fn profile(args: &ProfileArgs) -> Result<(), Failure> {
         return print(&text);
     };
     let profile = Profile::open(name)?;
+    if profile.driver == Driver::Sim {
+        Chip::new(profile.clone(), Numerics::Exact, None)?;
+    }
     let mut text = format!("{} ({})\n{}\n", profile.name, profile.vendor, profile.summary);
     text += &format!(
         "\n{} tile{} in {} cluster{} at {}Hz, driver {}\n",

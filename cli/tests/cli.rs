@@ -381,6 +381,16 @@ fn estimate_explains_itself() {
     let json: Value =
         serde_json::from_str(&text("estimate -m llama-2-7b -p maia-200 --format mxfp4 --json")).unwrap();
     assert!(json[0]["fits"] == true && json[0]["tokens_per_s"].as_f64().unwrap() > 1.0, "{json}");
+    assert!(json[0]["is_calibrated"] == false && json[0]["mean_error_fraction"].is_null(), "{json}");
+    // What does not fit has no speed; a chip without measurements does not hide the others.
+    let json =
+        text("estimate -m llama-2-70b -p maia-100,nvidia-h100,jetson-orin-nano-super --format bf16 --json");
+    let json: Value = serde_json::from_str(&json).unwrap();
+    assert!(json[0]["fits"] == false && json[0]["tokens_per_s"].is_null() && json[0]["step_s"].is_null());
+    assert!(json[1]["mean_error_fraction"].as_f64().unwrap() > 0.0 && json[1]["is_calibrated"] == true);
+    assert!(json[2]["error"].as_str().unwrap().contains("bf16 x bf16"), "{}", json[2]);
+    let shown = text("estimate -m llama-2-70b -p maia-100,jetson-orin-nano-super --format bf16");
+    assert!(shown.contains("DOES NOT FIT") && shown.contains("no estimate, see below"), "{shown}");
     let output = halite("estimate -m llama-0 -p maia-100");
     assert!(String::from_utf8(output.stderr).unwrap().contains("mixtral-8x7b"));
 }

@@ -158,6 +158,14 @@ fn peaks_that_contradict_the_geometry_are_refused() {
 }
 
 #[test]
+fn scratchpads_need_engines() {
+    let (before, rest) = TEACHING.split_once("[[dma]]").unwrap();
+    let (_, after) = rest.split_once("[sync]").unwrap();
+    let error = Profile::parse("changed", &format!("{before}[sync]{after}")).unwrap_err().to_string();
+    assert!(error.contains("dma: missing; memory.scratchpad is managed by software"), "{error}");
+}
+
+#[test]
 fn what_contradicts_physics_or_formats_is_refused() {
     for (from, to, expected) in [
         (

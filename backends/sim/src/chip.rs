@@ -51,6 +51,9 @@ pub struct Multiplication {
     pub unpacks: bool,
 }
 
+/// Maximum number of tiles: each has commands of its own, and takes time to simulate.
+const MOST_TILES: u32 = 16_384;
+
 impl Chip {
     /// Creates the chip of a profile.
     ///
@@ -67,6 +70,14 @@ impl Chip {
         };
         let scratch_bytes = profile.memory[scratch].capacity_bytes.value as u64;
         let tiles = profile.tiles() as u32;
+        if tiles > MOST_TILES {
+            let found = format!("{tiles} in `{}`", profile.name);
+            return Err(Error::argument(
+                "number of tiles to simulate",
+                format!("at most {MOST_TILES}"),
+                found,
+            ));
+        }
         let activations = Dtype::Fp32;
         let chip = Chip { profile, numerics, products, activations, tiles, scratch_bytes, scratch };
         if let Some(dtype) = products

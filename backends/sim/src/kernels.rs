@@ -6,12 +6,12 @@ use std::time::Duration;
 
 use halite_kernels::rows;
 
-use super::engine::{self, OpTime};
+use super::engine::OpTime;
 use super::execute::{self, Function, Operands, Order};
 use super::machine::{Machine, floats, floats_mut, unknown};
 use super::shape::{self, Shape};
 use super::tile::{Lowered, Step};
-use super::{Report, Sim, lower, name, native};
+use super::{Report, Sim, lower, measured, name, native};
 use halite::backend::cpu::CpuKernels;
 use halite::backend::energy::{Energy, EnergySource};
 use halite::backend::host::{HostOp, HostStep, HostTensor, Kernels};
@@ -69,7 +69,7 @@ impl SimKernels {
             return Ok(found.clone());
         }
         let lowered = Arc::new(lower::lower(&self.machine.chip, shape)?);
-        let time = engine::time(&self.machine.chip, &lowered, None);
+        let time = measured::time(&self.machine.chip, shape, &lowered, None);
         if self.lowered.len() >= KEPT {
             self.lowered.clear();
         }

@@ -15,6 +15,7 @@ mod kernels;
 mod lower;
 mod machine;
 pub mod matrix;
+mod measured;
 mod native;
 mod shape;
 pub mod step;

@@ -3,8 +3,9 @@
 use std::collections::HashMap;
 
 use super::chip::Chip;
-use super::engine::{self, Busy, OpTime};
-use super::lower::{closed_s, lower};
+use super::engine::{Busy, OpTime};
+use super::lower::lower;
+use super::measured;
 use super::shape::{Shape, shape};
 use super::{Report, name};
 use halite::backend::{Cancel, Span, Step};
@@ -85,7 +86,7 @@ pub fn time(chip: &Chip, program: &Program, spans: &[(u32, u32)], outputs: bool)
         let time = match known.get(shape) {
             Some(time) => *time,
             None => {
-                let time = engine::time(chip, &lower(chip, shape)?, None);
+                let time = measured::time(chip, shape, &lower(chip, shape)?, None);
                 known.insert(shape.clone(), time);
                 time
             }
@@ -110,7 +111,7 @@ pub fn closed(chip: &Chip, program: &Program, spans: &[(u32, u32)], outputs: boo
         seconds += match known.get(shape) {
             Some(seconds) => *seconds,
             None => {
-                let seconds = closed_s(chip, shape)?;
+                let seconds = measured::closed_s(chip, shape)?;
                 known.insert(shape.clone(), seconds);
                 seconds
             }
@@ -132,7 +133,7 @@ pub fn trace(chip: &Chip, program: &Program, spans: &[(u32, u32)], outputs: bool
             return Ok(());
         }
         let mut busy = Vec::new();
-        let time = engine::time(chip, &lower(chip, shape)?, Some(&mut busy));
+        let time = measured::time(chip, shape, &lower(chip, shape)?, Some(&mut busy));
         traced.push(Traced { name, segment: segment.into(), start_s, time, busy });
         start_s += time.seconds;
         Ok(())

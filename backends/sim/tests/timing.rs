@@ -6,6 +6,7 @@ use halite::program::{Builder, Dim, Program, WeightInfo};
 use halite::synth::{Formats, Synth, shape};
 use halite_profiles::numerics::Dtype;
 use halite_profiles::profile::{Basis, Profile};
+use halite_sim::estimate::kernel::{self, Kernel};
 use halite_sim::estimate::workload::{Choices, Workload, closed_s, estimate};
 use halite_sim::{Bound, Chip, Numerics, Queue, step};
 
@@ -253,6 +254,13 @@ fn few_large_tiles_are_as_fast_as_many_small_ones() {
     }
 }
 
+#[test]
+fn too_many_tiles_are_refused() {
+    let profile = Profile::open("maia-100").unwrap().with("chip.clusters", 65_536.0).unwrap();
+    let error = Chip::new(profile, Numerics::Exact, None).unwrap_err().to_string();
+    assert!(error.contains("at most 16384") && error.contains("262144 in `maia-100`"), "{error}");
+}
+
 /// A workload is its steps; what it rests on is told.
 #[test]
 fn workloads_add_up() {
@@ -284,6 +292,43 @@ fn workloads_add_up() {
         estimate(&Profile::parse("small", &text).unwrap(), Choices::default(), &program, &workload).unwrap();
     assert!(!small.fits());
     near(small.usd_per_million_tokens.unwrap(), 1e6 * 0.001 * small.seconds / 400.0, 1e-9);
+}
+
+/// Products of which the profile has measurements take what was measured; of others the estimate says that they were simulated.
+#[test]
+fn a_calibration_goes_before_the_simulation() {
+    let profile = Profile::open("tenstorrent-p150").unwrap();
+    let mut without = profile.clone();
+    without.calibration = None;
+    let seconds = |profile: &Profile, format| {
+        let lookup = move |_: &str| Some(WeightInfo::new(vec![4096, 4096], format));
+        let mut b = Builder::new("product", &lookup);
+        let x = b.input("x", Dim::Tokens, 4096);
+        let w = b.weight("w", 4096, 4096);
+        let y = b.linear("y", x, w, None);
+        b.output(y);
+        let chip = Choices::default().activations(Dtype::Bf16).chip(profile.clone()).unwrap();
+        let program = b.finish().unwrap();
+        let events = step::time(&chip, &program, &[(0, 2048)], true).unwrap().total().seconds;
+        near(step::closed(&chip, &program, &[(0, 2048)], true).unwrap(), events, 0.2);
+        events
+    };
+    let formats = kernel::Formats { activations: Dtype::Bf16, weights: Dtype::Bf16 };
+    let measured = kernel::estimate(&profile, formats, Kernel::MatMul { m: 2048, n: 4096, k: 4096 }).unwrap();
+    near(seconds(&profile, Format::BF16), measured.seconds, 1e-9);
+    assert!((seconds(&without, Format::BF16) / measured.seconds - 1.0).abs() > 0.01);
+    // Unpacking was not measured.
+    near(seconds(&profile, Format::Q8_0), seconds(&without, Format::Q8_0), 1e-9);
+
+    let workload = Workload::default().batch(4);
+    let said =
+        |format| estimate(&profile, Choices::default(), &model("llama-1.1b", format), &workload).unwrap();
+    let (measured, simulated) = (said(Format::BF16), said(Format::Q8_0));
+    assert!(measured.error.is_some_and(|e| e > 0.01 && e < 0.1) && measured.unmeasured.is_empty());
+    assert!(
+        simulated.error.is_none()
+            && simulated.unmeasured == ["weights of Q8_0: products simulated, not measured"]
+    );
 }
 
 /// Devices that are not simulated are the sum of their measured kernels, and nothing that was not measured is made up.

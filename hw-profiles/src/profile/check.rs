@@ -143,6 +143,13 @@ fn memory(profile: &Profile, faults: &mut Vec<String>) {
             last.name
         ));
     }
+    let scratchpad = profile.memory.iter().find(|m| m.scope == Scope::Tile && m.managed == Managed::Software);
+    if let Some(scratchpad) = scratchpad.filter(|_| profile.driver == Driver::Sim && profile.dma.is_empty()) {
+        faults.push(format!(
+            "dma: missing; memory.{} is managed by software, so engines move its data: expected at least one",
+            scratchpad.name
+        ));
+    }
     for pair in profile.memory.windows(2) {
         let (near, far) = (&pair[0], &pair[1]);
         let outside = |what: &str, far_value: f64, near_value: f64, unit: &str, bound: &str| {

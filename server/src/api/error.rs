@@ -14,14 +14,18 @@ use crate::model::Failed;
 
 /// Whose fault an error is: `type` in the answer.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-#[serde(rename_all = "snake_case")]
 #[cfg_attr(test, derive(strum::VariantArray))]
 pub(super) enum Kind {
-    InvalidRequestError,
-    AuthenticationError,
-    PermissionError,
-    RateLimitError,
-    ServerError,
+    #[serde(rename = "invalid_request_error")]
+    InvalidRequest,
+    #[serde(rename = "authentication_error")]
+    Authentication,
+    #[serde(rename = "permission_error")]
+    Permission,
+    #[serde(rename = "rate_limit_error")]
+    RateLimit,
+    #[serde(rename = "server_error")]
+    Server,
 }
 
 /// What a program can do about an error: `code` in the answer.
@@ -61,7 +65,7 @@ impl Failure {
 
     /// A request that is wrong.
     pub fn request(message: impl Into<String>) -> Failure {
-        Failure::new(StatusCode::BAD_REQUEST, Kind::InvalidRequestError, message)
+        Failure::new(StatusCode::BAD_REQUEST, Kind::InvalidRequest, message)
     }
 
     /// A field of a request that is wrong.
@@ -71,7 +75,7 @@ impl Failure {
 
     /// An address or a model that does not exist.
     pub fn not_found(message: impl Into<String>, code: Option<Code>) -> Failure {
-        Failure { code, ..Failure::new(StatusCode::NOT_FOUND, Kind::InvalidRequestError, message) }
+        Failure { code, ..Failure::new(StatusCode::NOT_FOUND, Kind::InvalidRequest, message) }
     }
 
     /// The same with another status.
@@ -81,12 +85,12 @@ impl Failure {
 
     /// A fault of the server.
     pub fn internal(message: impl Into<String>) -> Failure {
-        Failure::new(StatusCode::INTERNAL_SERVER_ERROR, Kind::ServerError, message)
+        Failure::new(StatusCode::INTERNAL_SERVER_ERROR, Kind::Server, message)
     }
 
     /// Something that may work later.
     pub fn unavailable(message: impl Into<String>) -> Failure {
-        Failure::new(StatusCode::SERVICE_UNAVAILABLE, Kind::ServerError, message)
+        Failure::new(StatusCode::SERVICE_UNAVAILABLE, Kind::Server, message)
     }
 
     /// The body of the answer.
@@ -137,7 +141,7 @@ impl From<Refused> for Failure {
         match refused {
             Refused::Full(_) => Failure {
                 code: Some(Code::RateLimitExceeded),
-                ..Failure::new(StatusCode::TOO_MANY_REQUESTS, Kind::RateLimitError, message)
+                ..Failure::new(StatusCode::TOO_MANY_REQUESTS, Kind::RateLimit, message)
             },
             // What the device says may have paths of this machine.
             Refused::Down(_) => Failure::unavailable("no device can run the model now; try again later"),
@@ -150,10 +154,10 @@ impl From<Denied> for Failure {
     fn from(denied: Denied) -> Failure {
         let status = StatusCode::from_u16(denied.status()).unwrap_or(StatusCode::FORBIDDEN);
         let kind = match status {
-            StatusCode::TOO_MANY_REQUESTS => Kind::RateLimitError,
-            StatusCode::UNAUTHORIZED => Kind::AuthenticationError,
-            StatusCode::FORBIDDEN => Kind::PermissionError,
-            _ => Kind::InvalidRequestError,
+            StatusCode::TOO_MANY_REQUESTS => Kind::RateLimit,
+            StatusCode::UNAUTHORIZED => Kind::Authentication,
+            StatusCode::FORBIDDEN => Kind::Permission,
+            _ => Kind::InvalidRequest,
         };
         let (code, retry_after_s) = (Some(Code::from(&denied)), denied.retry_after_s());
         Failure { code, retry_after_s, ..Failure::new(status, kind, denied.to_string()) }

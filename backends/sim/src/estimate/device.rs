@@ -4,7 +4,7 @@
 use halite_kernels::formats::Format;
 
 use super::host;
-use super::kernel::{self, Formats, Kernel, Machine};
+use super::kernel::{self, Formats, Kernel, Machine, Stored};
 use crate::{OpTime, Queue, Report};
 use halite::cost::{self, Extent};
 use halite::passes;
@@ -122,7 +122,8 @@ fn on_gpu(profile: &Profile, program: &Program, op: &Op, spans: &[(u32, u32)]) -
             let bits = bits.sum::<f64>() / n.max(1) as f64;
             let m = passes::rows(program.tensor(*x).rows, tokens, spans.len() as u32);
             let kernel = Kernel::MatMul { m, n, k: program.tensor(*x).cols.into() };
-            kernel::estimate_stored(profile, BF16, bits, kernel)?.seconds
+            kernel::estimate_stored(profile, BF16, Stored { weight_bits: bits, ..Stored::of(BF16) }, kernel)?
+                .seconds
         }
         Op::Attend { state, heads, .. } if spans.iter().all(|(_, len)| *len == 1) => {
             let Some(state) = program.states.get(state.0 as usize) else { return Ok(OpTime::default()) };
@@ -134,7 +135,8 @@ fn on_gpu(profile: &Profile, program: &Program, op: &Op, spans: &[(u32, u32)]) -
                 head_dim: state.key_dim.into(),
                 kv_len: longest.min(state.window.unwrap_or(u32::MAX)).into(),
             };
-            kernel::estimate_stored(profile, BF16, stored_bits(state.format), kernel)?.seconds
+            let stored = Stored { weight_bits: stored_bits(state.format), ..Stored::of(BF16) };
+            kernel::estimate_stored(profile, BF16, stored, kernel)?.seconds
         }
         Op::Experts { .. } => {
             let expected = "a model without experts, for chips with driver = \"gpu\"";

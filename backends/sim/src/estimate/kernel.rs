@@ -255,6 +255,12 @@ pub fn attention_seconds(machine: &Machine, c: &AttentionConstants, kernel: Kern
     c.overhead_s + least
 }
 
+/// The constants of products in these formats, if they were measured.
+pub fn matmul_fit(profile: &Profile, formats: Formats) -> Option<&MatMulFit> {
+    let fits = profile.calibration.iter().flat_map(|c| &c.matmul);
+    fits.into_iter().find(|f| f.activations == formats.activations && f.weights == formats.weights)
+}
+
 /// Seconds of a kernel, with the mean relative error of such predictions on shapes that were held out.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Estimate {
@@ -270,22 +276,38 @@ pub struct Estimate {
 /// `Error::Argument` if the profile's matrix unit does not multiply these formats, or nothing is calibrated
 /// for them.
 pub fn estimate(profile: &Profile, formats: Formats, kernel: Kernel) -> Result<Estimate> {
-    estimate_stored(profile, formats, formats.weights.bits(), kernel)
+    estimate_stored(profile, formats, Stored::of(formats), kernel)
 }
 
-/// The time of a kernel in measured formats that unpacks weights or a KV cache of `bits` bits per value: with
-/// the bytes of these, and otherwise as measured. The time of unpacking is unknown and not included.
+/// Bits per value of operands in memory, scales included.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Stored {
+    /// Of activations and results.
+    pub activation_bits: f64,
+    /// Of weights, or of the KV cache.
+    pub weight_bits: f64,
+}
+
+impl Stored {
+    /// Operands that are stored as they are multiplied.
+    pub fn of(formats: Formats) -> Stored {
+        Stored { activation_bits: formats.activations.bits(), weight_bits: formats.weights.bits() }
+    }
+}
+
+/// The time of a kernel in measured formats whose operands are stored in others: with the bytes of these, and
+/// otherwise as measured. The time of conversions is unknown and not included.
 ///
 /// # Errors
 /// As [`estimate`].
 pub fn estimate_stored(
     profile: &Profile,
     formats: Formats,
-    stored_bits: f64,
+    stored: Stored,
     kernel: Kernel,
 ) -> Result<Estimate> {
     let mut machine = Machine::new(profile, formats)?;
-    machine.bits.1 = stored_bits;
+    machine.bits = (stored.activation_bits, stored.weight_bits);
     let Formats { activations, weights } = formats;
     let missing = |table: &str| {
         let found = format!("profile {} without one for {activations} x {weights}", profile.name);
@@ -294,9 +316,7 @@ pub fn estimate_stored(
     let calibration = profile.calibration.as_ref();
     match kernel {
         Kernel::MatMul { m, n, k } => {
-            let fits = calibration.into_iter().flat_map(|c| &c.matmul);
-            let fit = fits.into_iter().find(|f| f.activations == activations && f.weights == weights);
-            let fit = fit.ok_or_else(|| missing("matmul"))?;
+            let fit = matmul_fit(profile, formats).ok_or_else(|| missing("matmul"))?;
             let seconds = matmul_seconds(&machine, &fit.into(), m, n, k);
             Ok(Estimate { seconds, mean_error_fraction: fit.errors.mean_error_fraction.value })
         }

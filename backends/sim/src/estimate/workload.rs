@@ -8,8 +8,8 @@
 use std::collections::BTreeMap;
 
 use super::device;
-use crate::step;
 use crate::{Bound, Chip, Numerics, OpTime, Report};
+use crate::{measured, step};
 use halite::error::Result;
 use halite::passes;
 use halite::program::{PAGE_POSITIONS, Program};
@@ -197,6 +197,22 @@ impl<'a> Timer<'a> {
     }
 }
 
+impl Timer<'_> {
+    /// Returns the mean relative error of products on held-out shapes, and the formats of which none were measured.
+    fn error(&self, program: &Program) -> (Option<f64>, Vec<String>) {
+        match self {
+            Timer::Chip(chip) => measured::error(chip, program),
+            Timer::Device(_, Some(_)) => (None, Vec::new()),
+            Timer::Device(profile, None) => {
+                let unmeasured = device::unmeasured(program);
+                let fit = profile.calibration.as_ref().and_then(|c| c.matmul.first());
+                let error = fit.map(|fit| fit.errors.mean_error_fraction.value);
+                (error.filter(|_| unmeasured.is_empty()), unmeasured)
+            }
+        }
+    }
+}
+
 /// Estimates a workload of a program on the chip of a profile.
 ///
 /// # Errors
@@ -208,11 +224,8 @@ pub fn estimate(
     workload: &Workload,
 ) -> Result<Estimate> {
     let program = &adapted(program);
-    let unmeasured = match profile.driver {
-        Driver::Gpu => device::unmeasured(program),
-        Driver::Cpu | Driver::Sim => Vec::new(),
-    };
     let timer = Timer::new(profile, choices)?;
+    let (error, unmeasured) = timer.error(program);
     let (_, chunk) = workload.prefill();
     let spans = vec![(workload.middle(), 1); workload.batch as usize];
     let prefill = timer.report(program, &[chunk])?;
@@ -235,19 +248,13 @@ pub fn estimate(
         usd_per_million_tokens: usd_per_s(profile).map(|usd| 1e6 * usd * seconds / tokens),
         need_bytes: program.weight_bytes().saturating_add(cache),
         have_bytes: profile.memory.last().map_or(0, |memory| memory.capacity_bytes.value as u64),
-        error: error(profile).filter(|_| unmeasured.is_empty()),
+        error,
         unmeasured,
         shares: decode_total.shares().to_vec(),
         prefill,
         decode,
         sensitivities: sensitivities(profile, choices, program, workload)?,
     })
-}
-
-/// Returns the error of a device's kernels on held-out shapes. Simulated chips have no measurements.
-fn error(profile: &Profile) -> Option<f64> {
-    let fit = profile.calibration.as_ref().filter(|_| profile.driver == Driver::Gpu)?.matmul.first()?;
-    Some(fit.errors.mean_error_fraction.value)
 }
 
 /// Returns the total joules: of operations, moved bytes and idle power.
