@@ -113,6 +113,9 @@ async fn a_text_goes_on_on_another_device() {
         for (_, halite) in &answers {
             let parts = halite["receipts"][0]["parts"].as_array().unwrap();
             assert!(parts.iter().skip(1).all(|part| part["replica"] == "cpu"), "{halite}");
+            // Who generated tokens took time, also if it failed after them.
+            let took = |part: &Value| part["tokens"] == 0 || part["device_us"].as_u64() > Some(0);
+            assert!(parts.iter().all(took), "{fault:?}: {halite}");
         }
         watch.abort();
         backend.release();
