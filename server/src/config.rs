@@ -264,6 +264,16 @@ pub enum ConfigError {
     /// Clients are wrong.
     #[error(transparent)]
     Access(#[from] AccessError),
+    /// A replica's device or an option of it has no such name.
+    #[error("replica {number} of model `{model}`: {error}")]
+    Replica {
+        /// Its place among the model's replicas, from 1.
+        number: usize,
+        /// The model's name.
+        model: String,
+        /// What is wrong.
+        error: halite::Error,
+    },
     /// A model is not the one that it should be.
     #[error(transparent)]
     Integrity(#[from] IntegrityError),

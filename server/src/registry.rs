@@ -32,6 +32,15 @@ pub trait Machine: Send + Sync {
     /// Errors of its driver.
     fn device(&self, replica: &ReplicaConfig) -> Result<Arc<dyn Backend>, Error>;
 
+    /// Checks the names of a device and of its options, as far as that goes without opening it. A device that is not there now may come
+    /// later: it is no error.
+    ///
+    /// # Errors
+    /// What is wrong with the names.
+    fn check_device(&self, _replica: &ReplicaConfig) -> Result<(), Error> {
+        Ok(())
+    }
+
     /// Opens the model that the program carries.
     ///
     /// # Errors
@@ -155,6 +164,11 @@ impl Registry {
         let models = if config.models.is_empty() { &builtin } else { &config.models[..] };
         for config in models {
             let name = name_of(config);
+            // A spare is opened when it is needed, which is too late to find that its name is wrong.
+            for (index, replica) in config.replicas.iter().enumerate() {
+                let wrong = |error| ConfigError::Replica { number: index + 1, model: name.clone(), error };
+                machine.check_device(replica).map_err(wrong)?;
+            }
             registry.add(&name, config, None, all, machine, host, old)?;
             for (index, adapter) in config.adapters.iter().enumerate() {
                 let name = format!("{name}:{}", adapter.name);

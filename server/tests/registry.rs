@@ -6,12 +6,16 @@ use std::sync::{Arc, Mutex};
 use axum::Router;
 use axum::body::{Body, to_bytes};
 use axum::http::{Request, StatusCode};
-use halite::backend::cpu::Cpu;
+use halite::backend::cpu::{self, Cpu};
+use halite::backend::driver::{self, Driver, Options};
 use halite::map::Source;
 use halite::{Backend, Error, Model};
 use halite_server::{Config, ConfigError, Machine, ReplicaConfig, Server};
 use serde_json::{Value, json};
 use tower::ServiceExt;
+
+/// The backends by name.
+const DRIVERS: &[Driver] = &[cpu::DRIVER, Driver::new("other", cpu::DRIVER.open)];
 
 /// A machine with CPUs, and a configuration that tests change.
 struct Test {
@@ -49,6 +53,12 @@ impl Machine for Test {
     fn device(&self, replica: &ReplicaConfig) -> Result<Arc<dyn Backend>, Error> {
         self.opened.lock().unwrap().push(replica.backend.clone());
         Ok(Arc::new(Cpu::with_threads(1)?))
+    }
+
+    fn check_device(&self, replica: &ReplicaConfig) -> Result<(), Error> {
+        let mut options = Options::default();
+        replica.options.iter().for_each(|(name, value)| options.set(name, value));
+        driver::check(DRIVERS, &replica.backend, &options)
     }
 
     fn builtin(&self) -> Result<Model, Error> {
@@ -179,6 +189,12 @@ async fn a_new_configuration_changes_what_it_changes() {
     let (status, answer) = call(&service, "POST", "/admin/reload", &Value::Null).await;
     assert_eq!(status, StatusCode::BAD_REQUEST, "{answer}");
     assert_eq!(generate(&service, "z").await.0, StatusCode::OK);
+    let misspelt = "[[model.replica]]\nbackend = 'cpu'\n[[model.replica]]\nbackend = 'otter'\n";
+    test.write(&format!("{OPERATOR}{}{misspelt}", model("x")));
+    let (status, answer) = call(&service, "POST", "/admin/reload", &Value::Null).await;
+    assert_eq!(status, StatusCode::BAD_REQUEST, "{answer}");
+    assert!(answer["error"]["message"].as_str().unwrap().contains("replica 2 of model `x`"), "{answer}");
+    assert_eq!(generate(&service, "z").await.0, StatusCode::OK);
     // By hand.
     call(&service, "POST", "/admin/unload/z", &Value::Null).await;
     assert_eq!(state(&service, 1).await, "unloaded");
@@ -211,6 +227,12 @@ fn configurations_that_are_wrong_are_refused() {
         ("[[model]]\nkv = 'q3'", "f16"),
         ("[[model]]\nstep_timeout_s = -1", "seconds"),
         ("drain_s = 0", "drain_s"),
+        ("[[model]]\nname = 'x'\n[[model.replica]]\nbackend = 'tpu'", "expected cpu or other"),
+        (
+            "[[model]]\n[[model.replica]]\nbackend = 'other'\n[[model.replica]]\nbackend = 'cpu'\noptions = { thread = '4' }",
+            "replica 2 of model `halite-austen`: backend `cpu`: has no option --thread; it has --threads",
+        ),
+        ("[[model]]\n[[model.replica]]\nbackend = 'cpu'\noptions = { threads = 'many' }", "a whole number"),
         ("[[model]]\nname = 'x'\n[[route]]\nname = 'r'\nto = [{ model = 'y' }]", "`r`"),
         ("[[model]]\nname = 'x'\n[[route]]\nname = 'r'\nto = [{ model = 'x', weight = 0 }]", "weights"),
         ("[[model]]\nname = 'x'\n[[route]]\nname = 'x'\nto = [{ model = 'x' }]", "name of its own"),
