@@ -319,8 +319,10 @@ impl Hosted {
                 got: "none".into(),
             });
         }
-        let replicas: Vec<_> =
-            devices.into_iter().map(|device| Arc::new(Replica::new(device, options.step_timeout))).collect();
+        let replicas: Vec<_> = devices
+            .into_iter()
+            .map(|device| Arc::new(Replica::new(device, name, options.step_timeout)))
+            .collect();
         replicas.iter().for_each(|replica| host.memory.share_with(replica));
         Ok(Hosted {
             name: name.to_owned(),
@@ -379,6 +381,19 @@ impl Hosted {
     /// Why none could be loaded.
     pub async fn load(&self) -> Result<(), Refused> {
         self.find(&[]).await.map(drop)
+    }
+
+    /// Loads all replicas, as far as memory allows.
+    ///
+    /// # Errors
+    /// Why the first one that could not be loaded was not; the others are loaded all the same.
+    pub(crate) async fn load_all(&self) -> Result<(), Refused> {
+        let mut loaded = Ok(());
+        for replica in &self.replicas {
+            let one = replica.engine(&self.opened, &self.host.memory).await;
+            loaded = loaded.and(one.map(drop));
+        }
+        loaded
     }
 
     /// Unloads the replicas that are idle.
@@ -629,7 +644,9 @@ impl Run {
                 Err(failed) => break Err(failed),
             }
             self.course.moved(&replica.device.name);
-            tracing::warn!(model = self.hosted.name, to = replica.device.name, why, "request moved");
+            let (request, model) = (self.job.bill.trace.request(), &self.hosted.name);
+            let from = tried.last().map(|replica| &replica.device.name);
+            tracing::warn!(request, model, from, to = replica.device.name, why, "request moved");
         };
         // Once the end is told, the replica may be unloaded.
         drop(loaded);

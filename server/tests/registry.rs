@@ -200,6 +200,18 @@ async fn a_new_configuration_changes_what_it_changes() {
     assert_eq!(state(&service, 1).await, "unloaded");
     call(&service, "POST", "/admin/load/z", &Value::Null).await;
     assert_eq!(state(&service, 1).await, "ready");
+    // Spares, too.
+    test.write(&format!("{OPERATOR}{}{replica}{replica}", model("x")));
+    call(&service, "POST", "/admin/reload", &Value::Null).await;
+    assert_eq!(generate(&service, "x").await.0, StatusCode::OK);
+    let ready = |status: &Value| {
+        let replicas = status["models"][0]["replicas"].as_array().unwrap().iter();
+        replicas.filter(|replica| replica["state"] == "ready").count()
+    };
+    let (_, status) = call(&service, "GET", "/admin/status", &Value::Null).await;
+    assert_eq!(ready(&status), 1, "{status}");
+    let (_, status) = call(&service, "POST", "/admin/load/x", &Value::Null).await;
+    assert_eq!(ready(&status), 2, "{status}");
 }
 
 #[tokio::test]
@@ -213,6 +225,7 @@ async fn what_happened_is_counted() {
         r#"halite_requests_total{model="x",outcome="length"} 1"#,
         r#"halite_tokens_total{model="x",kind="completion"} 2"#,
         r#"halite_ready_replicas{model="x",device="cpu"} 1"#,
+        r#"halite_moves_total{model="x",from="cpu"} 0"#,
         r#"halite_first_token_seconds_count{model="x"} 1"#,
     ] {
         assert!(text.contains(line), "{line} in {text}");

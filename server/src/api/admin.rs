@@ -147,14 +147,14 @@ pub(super) async fn reload(State(app): State<App>, who: Who) -> Fallible<Json<Va
     Ok(described(&app, true))
 }
 
-/// `POST /admin/load/NAME`.
+/// `POST /admin/load/NAME`: loads all its replicas.
 pub(super) async fn load(
     State(app): State<App>,
     who: Who,
     Path(name): Path<String>,
 ) -> Fallible<Json<Value>> {
     admit(&app, &who, "load", json!({ "model": name })).await?;
-    app.model(&who, Some(&name))?.load().await?;
+    app.model(&who, Some(&name))?.load_all().await?;
     Ok(described(&app, true))
 }
 
