@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use crate::access::{AccessError, ClientConfig, JwtConfig, PolicyConfig, read_clients};
+use crate::access::{AccessError, ClientConfig, JwtConfig, PolicyConfig, read_clients, toml_error};
 use crate::integrity::{IntegrityError, Trust};
 use crate::ledger::{Durability, LedgerError, Prices};
 use crate::model::Policy;
@@ -311,7 +311,7 @@ impl Config {
         let wrong = |message: String| ConfigError::Parse { path: path.to_owned(), message };
         let bytes = halite::map::read(path, MAX_BYTES)?;
         let text = String::from_utf8(bytes).map_err(|e| wrong(e.to_string()))?;
-        let mut config: Config = toml::from_str(&text).map_err(|e| wrong(e.to_string().trim_end().into()))?;
+        let mut config: Config = toml::from_str(&text).map_err(|e| wrong(toml_error(&text, &e)))?;
         let folder = path.parent().unwrap_or(Path::new(""));
         let models = &mut config.models;
         let files = models.iter_mut().flat_map(|model| {
@@ -424,13 +424,30 @@ mod tests {
     #[test]
     fn what_is_wrong_is_said_with_its_line() {
         for (text, want) in [
-            ("[[model]]\nfiel = 'a'", "fiel"),
-            ("memory_mb = -1", "memory_mb"),
+            ("[[model]]\nfiel = 'a'", "line 2: unknown field `fiel`"),
+            ("memory_mb = -1", "line 1: "),
             ("[[model]]\npolicy = 'best'", "order"),
             ("[[route]]\nname = 'a'", "missing field `to`"),
         ] {
             let error = read(text).unwrap_err().to_string();
             assert!(error.contains(want), "{error}");
+        }
+    }
+
+    /// Errors go to logs. A key that somebody put at the wrong place does not.
+    #[test]
+    fn errors_do_not_tell_keys() {
+        for text in [
+            "[[client]]\nname = 'ada'\nkey = 'hal_5ec2e7'",
+            "[[client]]\nname = 'ada'\nkey_sha256 = 'hal_5ec2e7'",
+            "[[client]]\nname = 'ada'\nhal_5ec2e7 = 1",
+            "hal_5ec2e7\n[[client]]",
+            "[[client]]\nname = 'ada'\nkey_sha256 = ['hal_5ec2e7']",
+        ] {
+            let error =
+                read(text).and_then(|config| Ok(crate::access::Access::new(config.clients()?, None)?));
+            let error = error.unwrap_err().to_string();
+            assert!(!error.contains("5ec2e7"), "{error}");
         }
     }
 }

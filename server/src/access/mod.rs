@@ -20,6 +20,7 @@ use std::sync::{Arc, RwLock};
 use crate::basics::now_ms;
 use crate::ledger::{Ledger, LedgerError};
 
+pub(crate) use config::toml_error;
 pub use config::{ClientConfig, JwtConfig, Scope, read_clients};
 pub use filter::{Filtered, OutputFilter};
 pub use key::{Certificate, Key};
