@@ -344,6 +344,22 @@ impl Config {
         Ok(clients)
     }
 
+    /// The keys whose values are others than at the start, and which a reload does not change.
+    pub(crate) fn needing_restart(&self, started: &Config) -> Vec<&'static str> {
+        let keys = [
+            ("listen", self.listen != started.listen),
+            ("memory_mb", self.memory_mb != started.memory_mb),
+            ("connections", self.connections != started.connections),
+            ("drain_s", self.drain_s != started.drain_s),
+            ("probe_s", self.probe_s != started.probe_s),
+            ("policy", self.policy != started.policy),
+            ("ledger", self.ledger != started.ledger),
+            ("journal", self.journal != started.journal),
+            ("telemetry", self.telemetry != started.telemetry),
+        ];
+        keys.into_iter().filter_map(|(key, is_other)| is_other.then_some(key)).collect()
+    }
+
     /// The currency of the prices, and so of budgets.
     pub(crate) fn currency(&self) -> &str {
         self.models.iter().find_map(|model| model.prices.as_ref()).map_or("", |prices| &prices.currency)
@@ -419,6 +435,18 @@ mod tests {
         assert_eq!((model.replicas.len(), model.replicas[1].weight), (2, 0.25));
         assert_eq!(model.adapters[0].scale, 1.0);
         assert_eq!(config.routes[0].to[1].weight, 1.0);
+    }
+
+    #[test]
+    fn keys_that_need_a_restart_are_named() {
+        let started = read("listen = '127.0.0.1:1'\nmemory_mb = 1\n[[model]]\nname = 'a'").unwrap();
+        let changed = |text| read(text).unwrap().needing_restart(&started);
+        assert!(changed("listen = '127.0.0.1:1'\nmemory_mb = 1\n[[model]]\nname = 'b'").is_empty());
+        assert_eq!(changed("listen = '127.0.0.1:2'\nmemory_mb = 1\ndrain_s = 1"), ["listen", "drain_s"]);
+        assert_eq!(
+            changed("memory_mb = 1\n[[policy.input]]\nname = 'a'\npattern = 'a'\naction = 'deny'"),
+            ["listen", "policy"]
+        );
     }
 
     #[test]

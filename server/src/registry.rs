@@ -1,6 +1,6 @@
 //! The models of a server by their names, and what changes when its configuration is read again.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -11,6 +11,7 @@ use halite::model::ProgramOptions;
 use halite::{Backend, Error, Model, SessionOptions};
 
 use crate::Host;
+use crate::access::ClientConfig;
 use crate::basics::chance;
 use crate::config::{Config, ConfigError, ModelConfig, ReplicaConfig, check_weights, seconds};
 use crate::embedder::Encoder;
@@ -190,6 +191,45 @@ impl Registry {
         Ok(registry)
     }
 
+    /// Checks that what clients may use is there: models and adapters by their names.
+    ///
+    /// # Errors
+    /// [`ConfigError::Value`] names the client.
+    pub fn check_clients(&self, clients: &[ClientConfig]) -> Result<(), ConfigError> {
+        let (models, adapters): (BTreeSet<&str>, BTreeSet<Option<&str>>) =
+            self.models.keys().chain(self.encoders.keys()).map(|name| split(name)).unzip();
+        let adapters = adapters.into_iter().flatten().collect();
+        for client in clients {
+            for (key, listed, known) in
+                [("models", &client.models, &models), ("adapters", &client.adapters, &adapters)]
+            {
+                if let Some(unknown) =
+                    listed.iter().find(|name| *name != "*" && !known.contains(name.as_str()))
+                {
+                    let known: Vec<&str> = known.iter().copied().collect();
+                    let expected = match self.routes.contains_key(unknown) {
+                        true => "the models that the route leads to".into(),
+                        false => format!("`*` or some of: {}", known.join(", ")),
+                    };
+                    let what = format!("{key} of client `{}`", client.name);
+                    return Err(ConfigError::value(what, expected, format!("`{unknown}`")));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The models that a route leads to, in the order of the configuration.
+    pub fn targets(&self, route: &str) -> Option<impl Iterator<Item = &Arc<Hosted>>> {
+        let targets = self.routes.get(route)?.iter();
+        Some(targets.filter_map(|(_, model)| self.models.get(model)).map(|entry| &entry.hosted))
+    }
+
+    /// The names of routes.
+    pub fn routes(&self) -> impl Iterator<Item = &str> {
+        self.routes.keys().map(String::as_str)
+    }
+
     #[allow(clippy::too_many_arguments, reason = "what a model is made of")]
     fn add(
         &mut self,
@@ -257,6 +297,11 @@ fn name_of(config: &ModelConfig) -> String {
 /// Changes if a file does.
 fn state_of(file: &Path) -> (u64, Option<std::time::SystemTime>) {
     std::fs::metadata(file).map_or((0, None), |data| (data.len(), data.modified().ok()))
+}
+
+/// The name of a model without its adapter, and the adapter's.
+pub(crate) fn split(name: &str) -> (&str, Option<&str>) {
+    name.split_once(':').map_or((name, None), |(model, adapter)| (model, Some(adapter)))
 }
 
 /// The only one of several.

@@ -240,6 +240,15 @@ fn configurations_that_are_wrong_are_refused() {
         ("[[model]]\nkv = 'q3'", "f16"),
         ("[[model]]\nstep_timeout_s = -1", "seconds"),
         ("drain_s = 0", "drain_s"),
+        (
+            "[[model]]\nname = 'x'\n[[client]]\nname = 'ada'\nmodels = ['*', 'y']",
+            "models of client `ada`: expected `*` or some of: x, got `y`",
+        ),
+        ("[[model]]\nname = 'x'\n[[client]]\nname = 'ada'\nadapters = ['legal']", "adapters of client `ada`"),
+        (
+            "[[model]]\nname = 'x'\n[[route]]\nname = 'r'\nto = [{ model = 'x' }]\n[[client]]\nname = 'ada'\nmodels = ['r']",
+            "the models that the route leads to, got `r`",
+        ),
         ("[[model]]\nname = 'x'\n[[model.replica]]\nbackend = 'tpu'", "expected cpu or other"),
         (
             "[[model]]\n[[model.replica]]\nbackend = 'other'\n[[model.replica]]\nbackend = 'cpu'\noptions = { thread = '4' }",
