@@ -50,9 +50,9 @@ pub enum Refused {
     /// What requests take cannot be recorded.
     #[error("the ledger cannot be written; try again later")]
     Ledger,
-    /// The models that are at work leave too little memory for another one.
+    /// The models in use leave too little memory for another one.
     #[error(
-        "the model needs {need_bytes} bytes of memory, and those that are at work leave {free_bytes}; try again later"
+        "the model needs {need_bytes} bytes of memory, and those in use leave {free_bytes}; try again later"
     )]
     Memory {
         /// Bytes that the model needs.

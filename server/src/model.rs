@@ -1,4 +1,4 @@
-//! A model under a name, on one or more devices. A request goes to one of them, and goes on on another if the first one fails.
+//! A model under a name, on one or more devices. A request goes to one of them, and continues on another if the first one fails.
 
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};

@@ -1,4 +1,4 @@
-//! Requests of which the device fails: they go on on another one, and their clients notice nothing.
+//! Requests of which the device fails: they continue on another one, and their clients notice nothing.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
