@@ -272,7 +272,7 @@ pub enum ConfigError {
         /// The model's name.
         model: String,
         /// What is wrong.
-        error: halite::Error,
+        error: Box<halite::Error>,
     },
     /// A model is not the one that it should be.
     #[error(transparent)]

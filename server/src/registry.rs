@@ -167,7 +167,10 @@ impl Registry {
             let name = name_of(config);
             // A spare is opened when it is needed, which is too late to find that its name is wrong.
             for (index, replica) in config.replicas.iter().enumerate() {
-                let wrong = |error| ConfigError::Replica { number: index + 1, model: name.clone(), error };
+                let wrong = |error| {
+                    let (number, model) = (index + 1, name.clone());
+                    ConfigError::Replica { number, model, error: Box::new(error) }
+                };
                 machine.check_device(replica).map_err(wrong)?;
             }
             registry.add(&name, config, None, all, machine, host, old)?;

@@ -16,6 +16,7 @@ use crate::model::Failed;
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
 #[cfg_attr(test, derive(strum::VariantArray))]
+#[allow(clippy::enum_variant_names, reason = "the names of OpenAI's types")]
 pub(super) enum Kind {
     InvalidRequestError,
     AuthenticationError,
