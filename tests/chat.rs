@@ -110,6 +110,16 @@ fn templates_of_three_families() {
     assert!(dates.len() == 10 && dates.starts_with('2'), "{dates}");
 }
 
+/// A base model of Gemma has no template; the example is one for it.
+#[test]
+fn the_example_for_gemma_takes_turns() {
+    assert_eq!(
+        render(include_str!("../examples/templates/gemma.jinja"), &messages()).unwrap(),
+        "<s><start_of_turn>user\n Be brief.\n\nHi<end_of_turn>\n<start_of_turn>model\nHello!<end_of_turn>\n\
+         <start_of_turn>user\nBye<end_of_turn>\n<start_of_turn>model\n"
+    );
+}
+
 #[test]
 fn messages_and_variables_carry_json() {
     let text = |text: &str| Json::Text(text.into());

@@ -13,7 +13,8 @@ pub struct KeysArgs {
 
 #[derive(Subcommand)]
 enum KeysCommand {
-    /// Make a key for a client of `halite serve`. It is shown once; the server keeps its SHA-256.
+    /// Make a key for a client of `halite serve`. It is shown once, on stderr; the lines on stdout, for the file of clients, have its
+    /// SHA-256.
     New {
         /// The client's name.
         #[arg(long, value_name = "NAME")]
@@ -25,8 +26,10 @@ pub fn keys(args: &KeysArgs) -> Result<(), Failure> {
     let KeysCommand::New { client } = &args.command;
     ClientConfig { name: client.clone(), ..ClientConfig::default() }.check()?;
     let key = Key::new()?;
-    say("The first line is the key, for the client. The others are for the file of clients.");
+    // Apart from the lines for the file, which has no place for it.
+    say("The key, for the client:");
+    say(&key.secret);
     // A text of JSON is one of TOML, too.
     let name = serde_json::to_string(client)?;
-    print(&format!("{}\n[[client]]\nname = {name}\nkey_sha256 = [\"{}\"]\n", key.secret, key.sha256))
+    print(&format!("[[client]]\nname = {name}\nkey_sha256 = [\"{}\"]\n", key.sha256))
 }

@@ -104,14 +104,23 @@ impl Machine for Here {
                 |e: Failure| Error::Backend { backend: device.name().into(), message: e.to_string() };
             return device.open().map_err(failed);
         }
-        let mut options = Options::default();
-        replica.options.iter().for_each(|(name, value)| options.set(name, value));
-        driver::open(drivers(), &replica.backend, &options)
+        driver::open(drivers(), &replica.backend, &options(replica))
+    }
+
+    fn check_device(&self, replica: &ReplicaConfig) -> Result<(), Error> {
+        driver::check(drivers(), &replica.backend, &options(replica))
     }
 
     fn builtin(&self) -> Result<Model, Error> {
         Model::from_source(Source::from_static("the built-in model", halite_models::AUSTEN))
     }
+}
+
+/// The options of a replica's backend.
+fn options(replica: &ReplicaConfig) -> Options {
+    let mut options = Options::default();
+    replica.options.iter().for_each(|(name, value)| options.set(name, value));
+    options
 }
 
 /// The name of a model, and its file.

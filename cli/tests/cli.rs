@@ -328,7 +328,8 @@ fn options_are_their_backends() {
         assert_eq!(String::from_utf8(output.stderr).unwrap(), said);
     }
     let output = halite("run --backend tpu hello");
-    let said = "halite: backend `tpu`: expected cpu, reference, template, gpu, plugin:FILE[:OPTIONS] or sim:PROFILE\n";
+    let said = "halite: backend `tpu`: no such backend; expected cpu, reference, template, gpu, plugin:FILE[:OPTIONS] \
+                or sim:PROFILE, of which `halite devices` lists those of this machine\n";
     assert_eq!(String::from_utf8(output.stderr).unwrap(), said);
 }
 

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use crate::access::{AccessError, ClientConfig, JwtConfig, PolicyConfig, read_clients};
+use crate::access::{AccessError, ClientConfig, JwtConfig, PolicyConfig, read_clients, toml_error};
 use crate::integrity::{IntegrityError, Trust};
 use crate::ledger::{Durability, LedgerError, Prices};
 use crate::model::Policy;
@@ -264,6 +264,16 @@ pub enum ConfigError {
     /// Clients are wrong.
     #[error(transparent)]
     Access(#[from] AccessError),
+    /// A replica's device or an option of it has no such name.
+    #[error("replica {number} of model `{model}`: {error}")]
+    Replica {
+        /// Its place among the model's replicas, from 1.
+        number: usize,
+        /// The model's name.
+        model: String,
+        /// What is wrong.
+        error: Box<halite::Error>,
+    },
     /// A model is not the one that it should be.
     #[error(transparent)]
     Integrity(#[from] IntegrityError),
@@ -301,7 +311,7 @@ impl Config {
         let wrong = |message: String| ConfigError::Parse { path: path.to_owned(), message };
         let bytes = halite::map::read(path, MAX_BYTES)?;
         let text = String::from_utf8(bytes).map_err(|e| wrong(e.to_string()))?;
-        let mut config: Config = toml::from_str(&text).map_err(|e| wrong(e.to_string().trim_end().into()))?;
+        let mut config: Config = toml::from_str(&text).map_err(|e| wrong(toml_error(&text, &e)))?;
         let folder = path.parent().unwrap_or(Path::new(""));
         let models = &mut config.models;
         let files = models.iter_mut().flat_map(|model| {
@@ -332,6 +342,22 @@ impl Config {
             clients.extend(read_clients(file)?);
         }
         Ok(clients)
+    }
+
+    /// The keys whose values are others than at the start, and which a reload does not change.
+    pub(crate) fn needing_restart(&self, started: &Config) -> Vec<&'static str> {
+        let keys = [
+            ("listen", self.listen != started.listen),
+            ("memory_mb", self.memory_mb != started.memory_mb),
+            ("connections", self.connections != started.connections),
+            ("drain_s", self.drain_s != started.drain_s),
+            ("probe_s", self.probe_s != started.probe_s),
+            ("policy", self.policy != started.policy),
+            ("ledger", self.ledger != started.ledger),
+            ("journal", self.journal != started.journal),
+            ("telemetry", self.telemetry != started.telemetry),
+        ];
+        keys.into_iter().filter_map(|(key, is_other)| is_other.then_some(key)).collect()
     }
 
     /// The currency of the prices, and so of budgets.
@@ -412,15 +438,44 @@ mod tests {
     }
 
     #[test]
+    fn keys_that_need_a_restart_are_named() {
+        let started = read("listen = '127.0.0.1:1'\nmemory_mb = 1\n[[model]]\nname = 'a'").unwrap();
+        let changed = |text| read(text).unwrap().needing_restart(&started);
+        assert!(changed("listen = '127.0.0.1:1'\nmemory_mb = 1\n[[model]]\nname = 'b'").is_empty());
+        assert_eq!(changed("listen = '127.0.0.1:2'\nmemory_mb = 1\ndrain_s = 1"), ["listen", "drain_s"]);
+        assert_eq!(
+            changed("memory_mb = 1\n[[policy.input]]\nname = 'a'\npattern = 'a'\naction = 'deny'"),
+            ["listen", "policy"]
+        );
+    }
+
+    #[test]
     fn what_is_wrong_is_said_with_its_line() {
         for (text, want) in [
-            ("[[model]]\nfiel = 'a'", "fiel"),
-            ("memory_mb = -1", "memory_mb"),
+            ("[[model]]\nfiel = 'a'", "line 2: unknown field `fiel`"),
+            ("memory_mb = -1", "line 1: "),
             ("[[model]]\npolicy = 'best'", "order"),
             ("[[route]]\nname = 'a'", "missing field `to`"),
         ] {
             let error = read(text).unwrap_err().to_string();
             assert!(error.contains(want), "{error}");
+        }
+    }
+
+    /// Errors go to logs. A key that somebody put at the wrong place does not.
+    #[test]
+    fn errors_do_not_tell_keys() {
+        for text in [
+            "[[client]]\nname = 'ada'\nkey = 'hal_5ec2e7'",
+            "[[client]]\nname = 'ada'\nkey_sha256 = 'hal_5ec2e7'",
+            "[[client]]\nname = 'ada'\nhal_5ec2e7 = 1",
+            "hal_5ec2e7\n[[client]]",
+            "[[client]]\nname = 'ada'\nkey_sha256 = ['hal_5ec2e7']",
+        ] {
+            let error =
+                read(text).and_then(|config| Ok(crate::access::Access::new(config.clients()?, None)?));
+            let error = error.unwrap_err().to_string();
+            assert!(!error.contains("5ec2e7"), "{error}");
         }
     }
 }

@@ -8,8 +8,9 @@ use std::time::{Duration, Instant};
 
 use halite::Error;
 use halite::backend::Cancel;
+use halite::backend::energy::Energy;
 use halite::batch::{Batch, Event, Request, RequestId};
-use halite::generate::Generation;
+use halite::generate::{Generation, Used};
 use halite::sampler::Logprobs;
 use tokio::sync::{mpsc as channel, watch};
 
@@ -49,9 +50,9 @@ pub enum Refused {
     /// What requests take cannot be recorded.
     #[error("the ledger cannot be written; try again later")]
     Ledger,
-    /// The models that are at work leave too little memory for another one.
+    /// The models in use leave too little memory for another one.
     #[error(
-        "the model needs {need_bytes} bytes of memory, and those that are at work leave {free_bytes}; try again later"
+        "the model needs {need_bytes} bytes of memory, and those in use leave {free_bytes}; try again later"
     )]
     Memory {
         /// Bytes that the model needs.
@@ -61,9 +62,28 @@ pub enum Refused {
     },
 }
 
+/// What the steps of a request took on an engine.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Took {
+    pub device: Duration,
+    pub energy: Option<Energy>,
+    pub used: Used,
+    /// Drafted tokens, and accepted ones.
+    pub drafted: (u32, u32),
+    pub reused_tokens: u32,
+}
+
+impl Took {
+    pub fn of(generation: &Generation) -> Took {
+        let Generation { device, energy, used, drafted, reused_tokens, .. } = *generation;
+        Took { device: device.0 + device.1, energy, used, drafted, reused_tokens }
+    }
+}
+
 /// A request that runs on an engine. Dropping it cancels the request.
 #[derive(Debug)]
 pub(crate) struct Ticket {
+    took: Arc<Mutex<Took>>,
     updates: channel::UnboundedReceiver<Update>,
     lost: watch::Receiver<Option<String>>,
     state: Arc<State>,
@@ -88,6 +108,11 @@ impl Ticket {
         self.is_done = true;
         let why = why.or_else(|| self.lost.borrow().clone());
         Err(why.unwrap_or_else(|| "its thread ended".into()))
+    }
+
+    /// What its steps took so far, without the one that runs, hangs or failed.
+    pub fn took(&self) -> Took {
+        *self.took.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Ends the request early. [`Update::Done`] follows if it runs.
@@ -152,6 +177,7 @@ struct Client {
     request: Request,
     updates: channel::UnboundedSender<Update>,
     is_cancelled: Arc<AtomicBool>,
+    took: Arc<Mutex<Took>>,
     place: Place,
 }
 
@@ -257,12 +283,15 @@ impl Engine {
     pub fn submit(&self, place: Place, request: Request) -> Ticket {
         let (updates, receiver) = channel::unbounded_channel();
         let is_cancelled = Arc::new(AtomicBool::new(false));
-        let client = Client { request, updates, is_cancelled: is_cancelled.clone(), place };
+        let took = Arc::default();
+        let client =
+            Client { request, updates, is_cancelled: is_cancelled.clone(), took: Arc::clone(&took), place };
         if let Some(clients) = &*self.clients() {
             // Without a thread, the ticket's channel closes.
             let _ = clients.send(client);
         }
         Ticket {
+            took,
             updates: receiver,
             lost: self.state.lost.subscribe(),
             state: self.state.clone(),
@@ -286,6 +315,7 @@ impl Engine {
 struct Open {
     updates: channel::UnboundedSender<Update>,
     is_cancelled: Arc<AtomicBool>,
+    took: Arc<Mutex<Took>>,
     is_running: bool,
     place: Place,
 }
@@ -355,6 +385,12 @@ fn work(mut batch: Batch, arriving: &mpsc::Receiver<Client>, state: &State) {
             let _ = updates.send(update);
         });
         state.step_ms.store(0, Relaxed);
+        // The next step may never end: what came before it is noted now.
+        for (id, client) in &open {
+            if let Some(generation) = batch.generation(*id) {
+                *client.took.lock().unwrap_or_else(PoisonError::into_inner) = Took::of(generation);
+            }
+        }
         state.running.store(open.values().filter(|client| client.is_running).count(), Relaxed);
         match stepped {
             Ok(_) | Err(Error::Cancelled) if state.lost.borrow().is_none() => {}
@@ -365,9 +401,9 @@ fn work(mut batch: Batch, arriving: &mpsc::Receiver<Client>, state: &State) {
 }
 
 fn accept(client: Client, batch: &mut Batch, open: &mut HashMap<RequestId, Open>) {
-    let Client { request, updates, is_cancelled, place } = client;
+    let Client { request, updates, is_cancelled, took, place } = client;
     match batch.add(request) {
-        Ok(id) => _ = open.insert(id, Open { updates, is_cancelled, is_running: false, place }),
+        Ok(id) => _ = open.insert(id, Open { updates, is_cancelled, took, is_running: false, place }),
         // A client that left needs no answer.
         Err(error) => _ = updates.send(Update::Failed(error)),
     }

@@ -85,7 +85,8 @@ struct Shared {
     journal: Option<Arc<Journal>>,
     /// The ledger's file, to be read.
     ledger: Option<PathBuf>,
-    reloading: Mutex<()>,
+    /// One reload at a time; the configuration at the start.
+    reloading: Mutex<Config>,
     /// It takes no more requests.
     is_draining: AtomicBool,
 }
@@ -177,16 +178,25 @@ impl Shared {
         let Some(machine) = &self.machine else {
             return Err(ConfigError::value("configuration", "a server that was made of one", "another"));
         };
-        let _one_at_a_time = self.reloading.lock().unwrap_or_else(PoisonError::into_inner);
+        let started = self.reloading.lock().unwrap_or_else(PoisonError::into_inner);
         let config = machine.config()?;
         let registry = Registry::of(&config, machine, &self.host, &self.registry())?;
         let tls = self.border.read_tls(&config)?;
-        self.access.reload(config.clients()?, config.jwt.as_ref())?;
+        let clients = config.clients()?;
+        registry.check_clients(&clients)?;
+        self.access.reload(clients, config.jwt.as_ref())?;
         if let Some(ledger) = &self.ledger {
             self.access.recover(&Ledger::open_read_only(ledger)?, config.currency())?;
         }
         self.border.renew(tls);
         self.set_registry(registry);
+        let keys = config.needing_restart(&started).join(", ");
+        if !keys.is_empty() {
+            tracing::warn!(
+                keys,
+                "changed in the configuration; this needs a restart, until which the old values hold"
+            );
+        }
         Ok(())
     }
 
@@ -242,7 +252,7 @@ impl Server {
                 None => None,
             },
             ledger: config.ledger.as_ref().map(|ledger| ledger.file.clone()),
-            reloading: Mutex::default(),
+            reloading: Mutex::new(config.clone()),
             is_draining: AtomicBool::new(false),
         };
         Ok(Server { shared: Arc::new(shared) })

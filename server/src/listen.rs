@@ -77,7 +77,8 @@ impl Border {
             // Clients would find another protocol at the same address.
             (had, _) => {
                 let name = |has| if has { "a section" } else { "none" };
-                let expected = format!("{}, as at the start", name(had.is_some()));
+                let expected =
+                    format!("{}, as at the start; a change of this needs a restart", name(had.is_some()));
                 Err(ConfigError::value("tls", expected, name(had.is_none())))
             }
         }

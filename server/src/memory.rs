@@ -58,7 +58,7 @@ impl Memory {
     /// Takes bytes, on a thread that may wait; unloads idle replicas if need be, the one that was used longest ago first.
     ///
     /// # Errors
-    /// [`Refused::Memory`] if those that are at work leave too little.
+    /// [`Refused::Memory`] if those in use leave too little.
     pub fn take(self: &Arc<Self>, bytes: u64) -> Result<Share, Refused> {
         if bytes > self.limit_bytes {
             return Err(Refused::Memory { need_bytes: bytes, free_bytes: self.limit_bytes });

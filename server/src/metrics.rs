@@ -35,6 +35,12 @@ struct On {
 }
 
 #[derive(Debug, Clone, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct From {
+    model: String,
+    from: String,
+}
+
+#[derive(Debug, Clone, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct How {
     outcome: &'static str,
 }
@@ -56,7 +62,7 @@ type Times = Family<Of, Histogram, fn() -> Histogram>;
 pub(crate) struct Metrics {
     requests: Family<Ended, Counter>,
     tokens: Family<Kind, Counter>,
-    moves: Family<Of, Counter>,
+    moves: Family<From, Counter>,
     /// Spans that were exported, that could not be, and that were dropped because too many waited.
     pub exported: Exported,
     queue: Times,
@@ -89,7 +95,11 @@ impl Metrics {
         ] {
             self.tokens.get_or_create(&Kind { model: receipt.model.clone(), kind }).inc_by(tokens);
         }
-        self.moves.get_or_create(&of).inc_by(receipt.parts.len().saturating_sub(1) as u64);
+        // All but the last part ended with a move. The last one's device is there with what it had, for rates to begin at.
+        for (index, part) in receipt.parts.iter().enumerate() {
+            let from = From { model: receipt.model.clone(), from: part.replica.clone() };
+            self.moves.get_or_create(&from).inc_by(u64::from(index + 1 < receipt.parts.len()));
+        }
         if receipt.completion_tokens == 0 {
             return;
         }
@@ -121,7 +131,11 @@ impl Metrics {
             "Tokens of prompts, those of them that were cached, and tokens generated",
             self.tokens.clone(),
         );
-        all.register("moves", "Times that a request moved to another device", self.moves.clone());
+        all.register(
+            "moves",
+            "Times that a request moved to another device, by the one that it left",
+            self.moves.clone(),
+        );
         all.register("spans", "Spans of traces, by what became of them", self.exported.0.clone());
         all.register_with_unit("queue", "Time until a request ran", seconds.clone(), self.queue.clone());
         all.register_with_unit(

@@ -1,4 +1,4 @@
-//! A model under a name, on one or more devices. A request goes to one of them, and goes on on another if the first one fails.
+//! A model under a name, on one or more devices. A request goes to one of them, and continues on another if the first one fails.
 
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
@@ -15,7 +15,7 @@ use tokio::sync::{Semaphore, mpsc as channel, watch};
 use crate::Host;
 use crate::access::{Admission, Filtered, OutputFilter};
 use crate::basics::chance;
-use crate::engine::{Engine, Place, Refused, Ticket, Update};
+use crate::engine::{Engine, Place, Refused, Ticket, Took, Update};
 use crate::journal::{Conflict, Entry};
 use crate::ledger::{Part, Prices, Receipt};
 use crate::replica::{Device, Loaded, Replica, Status};
@@ -319,8 +319,10 @@ impl Hosted {
                 got: "none".into(),
             });
         }
-        let replicas: Vec<_> =
-            devices.into_iter().map(|device| Arc::new(Replica::new(device, options.step_timeout))).collect();
+        let replicas: Vec<_> = devices
+            .into_iter()
+            .map(|device| Arc::new(Replica::new(device, name, options.step_timeout)))
+            .collect();
         replicas.iter().for_each(|replica| host.memory.share_with(replica));
         Ok(Hosted {
             name: name.to_owned(),
@@ -379,6 +381,19 @@ impl Hosted {
     /// Why none could be loaded.
     pub async fn load(&self) -> Result<(), Refused> {
         self.find(&[]).await.map(drop)
+    }
+
+    /// Loads all replicas, as far as memory allows.
+    ///
+    /// # Errors
+    /// Why the first one that could not be loaded was not; the others are loaded all the same.
+    pub(crate) async fn load_all(&self) -> Result<(), Refused> {
+        let mut loaded = Ok(());
+        for replica in &self.replicas {
+            let one = replica.engine(&self.opened, &self.host.memory).await;
+            loaded = loaded.and(one.map(drop));
+        }
+        loaded
     }
 
     /// Unloads the replicas that are idle.
@@ -547,6 +562,8 @@ enum Left {
 struct SoFar {
     tokens: Vec<u32>,
     parts: Vec<Part>,
+    /// What each part took.
+    took: Vec<Took>,
     contracts: Vec<Contract>,
     early: Option<Early>,
 }
@@ -566,7 +583,17 @@ impl Run {
             if self.course.is_in(Phase::Decode) {
                 self.course.note(counted("halite.tokens", tokens.into()));
             }
-            let mut part = Part { replica: replica.device.name.clone(), tokens: tokens.into(), device_us: 0 };
+            let took = match &left {
+                Left::Done(generation) => Took::of(generation),
+                _ => ticket.took(),
+            };
+            let device_us = micros(took.device);
+            so_far.parts.push(Part {
+                replica: replica.device.name.clone(),
+                tokens: tokens.into(),
+                device_us,
+            });
+            so_far.took.push(took);
             let why = match left {
                 Left::Done(mut generation) => {
                     if let Some(entry) = &self.job.entry {
@@ -580,12 +607,9 @@ impl Run {
                         self.course.note(counted("halite.cached_tokens", generation.reused_tokens.into()));
                     }
                     replica.succeeded(&loaded.engine);
-                    part.device_us = micros(generation.device.0 + generation.device.1);
-                    so_far.parts.push(part);
                     break Ok(generation);
                 }
                 Left::Failed(error) => {
-                    so_far.parts.push(part);
                     break Err(match so_far.early {
                         Some(Early::Late) => Failed::Late,
                         _ => error.into(),
@@ -598,7 +622,6 @@ impl Run {
                 Left::NotFinite(error) => {
                     not_finite += 1;
                     if not_finite == MOST_NOT_FINITE {
-                        so_far.parts.push(part);
                         break Err(error.into());
                     }
                     if let Err(why) = replica.probe(&loaded).await {
@@ -607,7 +630,6 @@ impl Run {
                     error.to_string()
                 }
             };
-            so_far.parts.push(part);
             tried.push(replica.clone());
             // Nobody waits for the rest.
             if so_far.early.is_some() || self.sender.is_closed() {
@@ -622,7 +644,9 @@ impl Run {
                 Err(failed) => break Err(failed),
             }
             self.course.moved(&replica.device.name);
-            tracing::warn!(model = self.hosted.name, to = replica.device.name, why, "request moved");
+            let (request, model) = (self.job.bill.trace.request(), &self.hosted.name);
+            let from = tried.last().map(|replica| &replica.device.name);
+            tracing::warn!(request, model, from, to = replica.device.name, why, "request moved");
         };
         // Once the end is told, the replica may be unloaded.
         drop(loaded);
@@ -674,20 +698,25 @@ impl Run {
         if bill.has_prompt && billed.is_none() && self.course.has_run() {
             receipt.prompt_tokens = prompt.len() as u64;
         }
-        match last {
-            Ok(generation) => {
-                receipt.outcome = so_far.early.map_or(generation.finish.name(), Early::name).to_owned();
-                receipt.cached_tokens = receipt.prompt_tokens.min(generation.reused_tokens.into());
-                let (drafted, accepted) = generation.drafted;
-                (receipt.drafted_tokens, receipt.accepted_tokens) = (drafted.into(), accepted.into());
-                receipt.kv_byte_seconds = generation.used.kv_byte_seconds as u64;
-                receipt.read_bytes = generation.used.read_bytes;
-                generation.energy.inspect(|energy| receipt.used(*energy));
-            }
-            Err(Failed::Error(Error::Cancelled)) => receipt.outcome = "cancelled".into(),
-            Err(Failed::Late) => receipt.outcome = Early::Late.name().into(),
-            Err(_) => receipt.outcome = "failed".into(),
+        for took in &so_far.took {
+            let (drafted, accepted) = took.drafted;
+            receipt.drafted_tokens += u64::from(drafted);
+            receipt.accepted_tokens += u64::from(accepted);
+            receipt.kv_byte_seconds =
+                receipt.kv_byte_seconds.saturating_add(took.used.kv_byte_seconds as u64);
+            receipt.read_bytes = receipt.read_bytes.saturating_add(took.used.read_bytes);
+            took.energy.inspect(|energy| receipt.used(*energy));
         }
+        // The last one computed the prompt for the answer that the client has.
+        let reused_tokens = so_far.took.last().map_or(0, |took| took.reused_tokens);
+        receipt.cached_tokens = receipt.prompt_tokens.min(reused_tokens.into());
+        receipt.outcome = match last {
+            Ok(generation) => so_far.early.map_or(generation.finish.name(), Early::name),
+            Err(Failed::Error(Error::Cancelled)) => "cancelled",
+            Err(Failed::Late) => Early::Late.name(),
+            Err(_) => "failed",
+        }
+        .into();
         receipt
     }
 

@@ -1,6 +1,6 @@
 //! The models of a server by their names, and what changes when its configuration is read again.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -11,6 +11,7 @@ use halite::model::ProgramOptions;
 use halite::{Backend, Error, Model, SessionOptions};
 
 use crate::Host;
+use crate::access::ClientConfig;
 use crate::basics::chance;
 use crate::config::{Config, ConfigError, ModelConfig, ReplicaConfig, check_weights, seconds};
 use crate::embedder::Encoder;
@@ -31,6 +32,15 @@ pub trait Machine: Send + Sync {
     /// # Errors
     /// Errors of its driver.
     fn device(&self, replica: &ReplicaConfig) -> Result<Arc<dyn Backend>, Error>;
+
+    /// Checks the names of a device and of its options, as far as that goes without opening it. A device that is not there now may come
+    /// later: it is no error.
+    ///
+    /// # Errors
+    /// What is wrong with the names.
+    fn check_device(&self, _replica: &ReplicaConfig) -> Result<(), Error> {
+        Ok(())
+    }
 
     /// Opens the model that the program carries.
     ///
@@ -155,6 +165,14 @@ impl Registry {
         let models = if config.models.is_empty() { &builtin } else { &config.models[..] };
         for config in models {
             let name = name_of(config);
+            // A spare is opened when it is needed, which is too late to find that its name is wrong.
+            for (index, replica) in config.replicas.iter().enumerate() {
+                let wrong = |error| {
+                    let (number, model) = (index + 1, name.clone());
+                    ConfigError::Replica { number, model, error: Box::new(error) }
+                };
+                machine.check_device(replica).map_err(wrong)?;
+            }
             registry.add(&name, config, None, all, machine, host, old)?;
             for (index, adapter) in config.adapters.iter().enumerate() {
                 let name = format!("{name}:{}", adapter.name);
@@ -174,6 +192,45 @@ impl Registry {
             registry.routes.insert(route.name.clone(), targets);
         }
         Ok(registry)
+    }
+
+    /// Checks that what clients may use is there: models and adapters by their names.
+    ///
+    /// # Errors
+    /// [`ConfigError::Value`] names the client.
+    pub fn check_clients(&self, clients: &[ClientConfig]) -> Result<(), ConfigError> {
+        let (models, adapters): (BTreeSet<&str>, BTreeSet<Option<&str>>) =
+            self.models.keys().chain(self.encoders.keys()).map(|name| split(name)).unzip();
+        let adapters = adapters.into_iter().flatten().collect();
+        for client in clients {
+            for (key, listed, known) in
+                [("models", &client.models, &models), ("adapters", &client.adapters, &adapters)]
+            {
+                if let Some(unknown) =
+                    listed.iter().find(|name| *name != "*" && !known.contains(name.as_str()))
+                {
+                    let known: Vec<&str> = known.iter().copied().collect();
+                    let expected = match self.routes.contains_key(unknown) {
+                        true => "the models that the route leads to".into(),
+                        false => format!("`*` or some of: {}", known.join(", ")),
+                    };
+                    let what = format!("{key} of client `{}`", client.name);
+                    return Err(ConfigError::value(what, expected, format!("`{unknown}`")));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The models that a route leads to, in the order of the configuration.
+    pub fn targets(&self, route: &str) -> Option<impl Iterator<Item = &Arc<Hosted>>> {
+        let targets = self.routes.get(route)?.iter();
+        Some(targets.filter_map(|(_, model)| self.models.get(model)).map(|entry| &entry.hosted))
+    }
+
+    /// The names of routes.
+    pub fn routes(&self) -> impl Iterator<Item = &str> {
+        self.routes.keys().map(String::as_str)
     }
 
     #[allow(clippy::too_many_arguments, reason = "what a model is made of")]
@@ -243,6 +300,11 @@ fn name_of(config: &ModelConfig) -> String {
 /// Changes if a file does.
 fn state_of(file: &Path) -> (u64, Option<std::time::SystemTime>) {
     std::fs::metadata(file).map_or((0, None), |data| (data.len(), data.modified().ok()))
+}
+
+/// The name of a model without its adapter, and the adapter's.
+pub(crate) fn split(name: &str) -> (&str, Option<&str>) {
+    name.split_once(':').map_or((name, None), |(model, adapter)| (model, Some(adapter)))
 }
 
 /// The only one of several.

@@ -51,6 +51,8 @@ impl std::fmt::Debug for Device {
 #[derive(Debug)]
 pub(crate) struct Replica {
     pub device: Device,
+    /// The model's name.
+    model: String,
     state: Mutex<State>,
     /// A step that takes longer is taken to hang.
     step_timeout: Duration,
@@ -68,6 +70,8 @@ struct State {
     loaded: Option<Loaded>,
     /// Failures since it last worked.
     failures: u32,
+    /// Failures since the model was made.
+    failures_in_all: u64,
     /// After a failure, when it may be tried again, and what the failure was.
     resting: Option<(Instant, String)>,
 }
@@ -92,14 +96,18 @@ pub(crate) struct Status {
     pub slots: usize,
     /// Why it rests.
     pub failure: Option<String>,
+    /// Failures since it last worked.
     pub failures: u32,
+    /// Failures since the model was made.
+    pub failures_in_all: u64,
     pub token_us: u64,
 }
 
 impl Replica {
-    pub fn new(device: Device, step_timeout: Duration) -> Replica {
+    pub fn new(device: Device, model: &str, step_timeout: Duration) -> Replica {
         let (state, loading, used_ms, token_us) = Default::default();
-        Replica { device, state, step_timeout, loading, used_ms, token_us, origin: Instant::now() }
+        let model = model.to_owned();
+        Replica { device, model, state, step_timeout, loading, used_ms, token_us, origin: Instant::now() }
     }
 
     /// Takes it out if its step hangs.
@@ -182,6 +190,7 @@ impl Replica {
             slots: engine.map_or(0, |engine| engine.slots()),
             failure: state.resting.as_ref().map(|(_, why)| why.clone()),
             failures: state.failures,
+            failures_in_all: state.failures_in_all,
             token_us: self.token_us(),
         }
     }
@@ -196,7 +205,7 @@ impl Replica {
         state.loaded = None;
         state.rest(why);
         drop(state);
-        tracing::warn!(device = self.device.name, why, "replica taken out");
+        tracing::warn!(model = self.model, device = self.device.name, why, "replica taken out");
         engine.give_up(why.to_owned());
     }
 
@@ -241,25 +250,21 @@ impl Replica {
         };
         match tokio::time::timeout(MOST_LOADING, tokio::task::spawn_blocking(load)).await {
             Ok(Ok(loaded)) => loaded,
-            Ok(Err(_)) => {
-                self.state().rest("loading it failed inside");
-                Err(Refused::Down("loading it failed inside".into()))
-            }
-            Err(_) => {
-                self.state().rest("loading it takes too long");
-                Err(hangs())
-            }
+            Ok(Err(_)) => Err(self.not_loaded("loading it failed inside".into())),
+            Err(_) => Err(self.not_loaded("loading it takes too long".into())),
         }
+    }
+
+    /// Notes that it could not be loaded.
+    fn not_loaded(&self, why: String) -> Refused {
+        tracing::warn!(model = self.model, device = self.device.name, why, "replica not loaded");
+        self.state().rest(&why);
+        Refused::Down(why)
     }
 
     /// Loads it, on a thread that may wait.
     fn load_now(&self, opened: &Opened, memory: &Arc<Memory>) -> Result<Loaded, Refused> {
-        let failed = |error: Error| {
-            let why = error.to_string();
-            tracing::warn!(device = self.device.name, why, "replica not loaded");
-            self.state().rest(&why);
-            Refused::Down(why)
-        };
+        let failed = |error: Error| self.not_loaded(error.to_string());
         let backend = (self.device.open)().map_err(failed)?;
         let needed = footprint(&opened.model, &*backend, &opened.session).map_err(failed)?;
         let share = memory.take(bytes(&needed))?;
@@ -275,7 +280,12 @@ impl Replica {
         if contract == Contract::Exact {
             opened.agreed(&engine);
         }
-        tracing::info!(device = self.device.name, bytes = bytes(&needed), "replica loaded");
+        tracing::info!(
+            model = self.model,
+            device = self.device.name,
+            bytes = bytes(&needed),
+            "replica loaded"
+        );
         let loaded = Loaded { engine, contract, probe: probe.into() };
         self.state().loaded = Some(loaded.clone());
         Ok(loaded)
@@ -313,6 +323,7 @@ impl State {
     fn rest(&mut self, why: &str) {
         let rest = FIRST_REST.saturating_mul(1 << self.failures.min(16)).min(LONGEST_REST);
         self.failures = self.failures.saturating_add(1);
+        self.failures_in_all = self.failures_in_all.saturating_add(1);
         self.resting = Some((Instant::now() + rest, why.to_owned()));
     }
 }

@@ -239,7 +239,7 @@ async fn what_is_wrong_is_said_in_openais_form() {
             json!({ "model": "austen", "messages": [{ "role": "user", "content": "a" }] }),
             400,
             "",
-            "chat template",
+            "`template = \"FILE\"` of the model in its configuration, or `--template FILE`",
         ),
         (
             "/v1/chat/completions",

@@ -1,4 +1,4 @@
-//! Requests of which the device fails: they go on on another one, and their clients notice nothing.
+//! Requests of which the device fails: they continue on another one, and their clients notice nothing.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -113,7 +113,33 @@ async fn a_text_goes_on_on_another_device() {
         for (_, halite) in &answers {
             let parts = halite["receipts"][0]["parts"].as_array().unwrap();
             assert!(parts.iter().skip(1).all(|part| part["replica"] == "cpu"), "{halite}");
+            // Who generated tokens took time, also if it failed after them.
+            let took = |part: &Value| part["tokens"] == 0 || part["device_us"].as_u64() > Some(0);
+            assert!(parts.iter().all(took), "{fault:?}: {halite}");
         }
+        watch.abort();
+        backend.release();
+    }
+}
+
+/// Steps of a prompt count, too, although the device that ran them gave no token.
+#[tokio::test]
+async fn what_a_device_did_before_it_failed_is_in_the_receipt() {
+    let body = json!({ "prompt": "She said. ".repeat(50), "max_tokens": 2, "ignore_eos": true });
+    let receipt = async |service: &Router| ask(service, &body).await.1["halite"]["receipts"][0].clone();
+    let alone = receipt(&server(vec![cpu()], Policy::Order).router()).await;
+    for fault in [Fault::Fail, Fault::Hang] {
+        let backend = Arc::new(Faulty::with_threads(1));
+        let server = server(vec![faulty(&backend), cpu()], Policy::Order);
+        let watch = tokio::spawn(server.clone().watch());
+        server.load().await.unwrap();
+        // The prompt has three steps.
+        backend.after(2, fault);
+        let moved = receipt(&server.router()).await;
+        let part = &moved["parts"][0];
+        assert_eq!((&part["replica"], &part["tokens"]), (&json!("faulty"), &json!(0)), "{fault:?}: {moved}");
+        assert!(part["device_us"].as_u64() > Some(0), "{fault:?}: {moved}");
+        assert!(moved["read_bytes"].as_u64() > alone["read_bytes"].as_u64(), "{fault:?}: {moved} {alone}");
         watch.abort();
         backend.release();
     }

@@ -93,7 +93,23 @@ async fn keys_scopes_models_and_limits() {
     }
     assert_eq!(post(Some(ada), ask("other", "She", 1)).await.0, StatusCode::FORBIDDEN);
     let (_, _, models) = call(&service, Some(ada), "GET", "/v1/models", Value::Null).await;
-    assert_eq!(models["data"].as_array().unwrap().len(), 1);
+    let ids = |models: &Value| -> Vec<String> {
+        models["data"].as_array().unwrap().iter().map(|model| model["id"].as_str().unwrap().into()).collect()
+    };
+    assert_eq!(ids(&models), ["a", "either"]);
+    let (_, _, route) = call(&service, Some(ada), "GET", "/v1/models/either", Value::Null).await;
+    assert_eq!((&route["id"], &route["meta"]["route"]), (&json!("either"), &json!(["a"])));
+    let (status, ..) = call(&service, Some(ada), "GET", "/v1/models/other", Value::Null).await;
+    assert_eq!(status, StatusCode::FORBIDDEN);
+    let (_, _, models) = call(&service, Some(root), "GET", "/v1/models", Value::Null).await;
+    assert_eq!(ids(&models), ["a", "b", "either", "other"]);
+    // Status shows all models and devices.
+    for (key, want) in [(ada, StatusCode::FORBIDDEN), (root, StatusCode::OK)] {
+        let (status, _, answer) = call(&service, Some(key), "GET", "/admin/status", Value::Null).await;
+        assert_eq!(status, want, "{answer}");
+        let cure = "make a client with `scopes = [\"admin\"]`";
+        assert!(want.is_success() || answer["error"]["message"].as_str().unwrap().contains(cure), "{answer}");
+    }
     for (key, want) in [(ada, StatusCode::FORBIDDEN), (root, StatusCode::OK)] {
         let (status, ..) = call(&service, Some(key), "POST", "/admin/reload", Value::Null).await;
         assert_eq!(status, want);
@@ -202,6 +218,10 @@ async fn the_ledger_has_the_receipts_that_clients_are_told() {
     assert_eq!(own["data"][0]["cost_nano"], cost("ada"));
     let (_, _, all) = call(&service, Some(root), "GET", "/v1/usage?by=client,day", Value::Null).await;
     assert_eq!(all["data"].as_array().unwrap().len(), 2);
+    let (status, _, wrong) =
+        call(&service, Some(root), "GET", "/v1/usage?since=yesterday", Value::Null).await;
+    assert_eq!(status, StatusCode::BAD_REQUEST);
+    assert_eq!(wrong["error"]["message"], "since: expected YYYY-MM-DD, got yesterday");
     let (status, _, wrong) = call(&service, Some(root), "GET", "/v1/usage?by=colour", Value::Null).await;
     assert_eq!(status, StatusCode::BAD_REQUEST, "{wrong}");
     // The budget of 0.01 holds after a restart.

@@ -6,12 +6,16 @@ use std::sync::{Arc, Mutex};
 use axum::Router;
 use axum::body::{Body, to_bytes};
 use axum::http::{Request, StatusCode};
-use halite::backend::cpu::Cpu;
+use halite::backend::cpu::{self, Cpu};
+use halite::backend::driver::{self, Driver, Options};
 use halite::map::Source;
 use halite::{Backend, Error, Model};
 use halite_server::{Config, ConfigError, Machine, ReplicaConfig, Server};
 use serde_json::{Value, json};
 use tower::ServiceExt;
+
+/// The backends by name.
+const DRIVERS: &[Driver] = &[cpu::DRIVER, Driver::new("other", cpu::DRIVER.open)];
 
 /// A machine with CPUs, and a configuration that tests change.
 struct Test {
@@ -49,6 +53,12 @@ impl Machine for Test {
     fn device(&self, replica: &ReplicaConfig) -> Result<Arc<dyn Backend>, Error> {
         self.opened.lock().unwrap().push(replica.backend.clone());
         Ok(Arc::new(Cpu::with_threads(1)?))
+    }
+
+    fn check_device(&self, replica: &ReplicaConfig) -> Result<(), Error> {
+        let mut options = Options::default();
+        replica.options.iter().for_each(|(name, value)| options.set(name, value));
+        driver::check(DRIVERS, &replica.backend, &options)
     }
 
     fn builtin(&self) -> Result<Model, Error> {
@@ -179,11 +189,29 @@ async fn a_new_configuration_changes_what_it_changes() {
     let (status, answer) = call(&service, "POST", "/admin/reload", &Value::Null).await;
     assert_eq!(status, StatusCode::BAD_REQUEST, "{answer}");
     assert_eq!(generate(&service, "z").await.0, StatusCode::OK);
+    let misspelt = "[[model.replica]]\nbackend = 'cpu'\n[[model.replica]]\nbackend = 'otter'\n";
+    test.write(&format!("{OPERATOR}{}{misspelt}", model("x")));
+    let (status, answer) = call(&service, "POST", "/admin/reload", &Value::Null).await;
+    assert_eq!(status, StatusCode::BAD_REQUEST, "{answer}");
+    assert!(answer["error"]["message"].as_str().unwrap().contains("replica 2 of model `x`"), "{answer}");
+    assert_eq!(generate(&service, "z").await.0, StatusCode::OK);
     // By hand.
     call(&service, "POST", "/admin/unload/z", &Value::Null).await;
     assert_eq!(state(&service, 1).await, "unloaded");
     call(&service, "POST", "/admin/load/z", &Value::Null).await;
     assert_eq!(state(&service, 1).await, "ready");
+    // Spares, too.
+    test.write(&format!("{OPERATOR}{}{replica}{replica}", model("x")));
+    call(&service, "POST", "/admin/reload", &Value::Null).await;
+    assert_eq!(generate(&service, "x").await.0, StatusCode::OK);
+    let ready = |status: &Value| {
+        let replicas = status["models"][0]["replicas"].as_array().unwrap().iter();
+        replicas.filter(|replica| replica["state"] == "ready").count()
+    };
+    let (_, status) = call(&service, "GET", "/admin/status", &Value::Null).await;
+    assert_eq!(ready(&status), 1, "{status}");
+    let (_, status) = call(&service, "POST", "/admin/load/x", &Value::Null).await;
+    assert_eq!(ready(&status), 2, "{status}");
 }
 
 #[tokio::test]
@@ -197,6 +225,7 @@ async fn what_happened_is_counted() {
         r#"halite_requests_total{model="x",outcome="length"} 1"#,
         r#"halite_tokens_total{model="x",kind="completion"} 2"#,
         r#"halite_ready_replicas{model="x",device="cpu"} 1"#,
+        r#"halite_moves_total{model="x",from="cpu"} 0"#,
         r#"halite_first_token_seconds_count{model="x"} 1"#,
     ] {
         assert!(text.contains(line), "{line} in {text}");
@@ -211,6 +240,21 @@ fn configurations_that_are_wrong_are_refused() {
         ("[[model]]\nkv = 'q3'", "f16"),
         ("[[model]]\nstep_timeout_s = -1", "seconds"),
         ("drain_s = 0", "drain_s"),
+        (
+            "[[model]]\nname = 'x'\n[[client]]\nname = 'ada'\nmodels = ['*', 'y']",
+            "models of client `ada`: expected `*` or some of: x, got `y`",
+        ),
+        ("[[model]]\nname = 'x'\n[[client]]\nname = 'ada'\nadapters = ['legal']", "adapters of client `ada`"),
+        (
+            "[[model]]\nname = 'x'\n[[route]]\nname = 'r'\nto = [{ model = 'x' }]\n[[client]]\nname = 'ada'\nmodels = ['r']",
+            "the models that the route leads to, got `r`",
+        ),
+        ("[[model]]\nname = 'x'\n[[model.replica]]\nbackend = 'tpu'", "expected cpu or other"),
+        (
+            "[[model]]\n[[model.replica]]\nbackend = 'other'\n[[model.replica]]\nbackend = 'cpu'\noptions = { thread = '4' }",
+            "replica 2 of model `halite-austen`: backend `cpu`: has no option --thread; it has --threads",
+        ),
+        ("[[model]]\n[[model.replica]]\nbackend = 'cpu'\noptions = { threads = 'many' }", "a whole number"),
         ("[[model]]\nname = 'x'\n[[route]]\nname = 'r'\nto = [{ model = 'y' }]", "`r`"),
         ("[[model]]\nname = 'x'\n[[route]]\nname = 'r'\nto = [{ model = 'x', weight = 0 }]", "weights"),
         ("[[model]]\nname = 'x'\n[[route]]\nname = 'x'\nto = [{ model = 'x' }]", "name of its own"),

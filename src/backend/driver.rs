@@ -254,7 +254,10 @@ pub fn find<'d, 'n>(drivers: &'d [Driver], name: &'n str) -> Result<(&'d Driver,
     let found = drivers.iter().find_map(|driver| Some((driver, driver.argument_in(name)?)));
     found.ok_or_else(|| Error::Backend {
         backend: name.into(),
-        message: format!("expected {}", or(drivers.iter().map(Driver::spelling))),
+        message: format!(
+            "no such backend; expected {}, of which `halite devices` lists those of this machine",
+            or(drivers.iter().map(Driver::spelling))
+        ),
     })
 }
 
@@ -266,25 +269,66 @@ pub fn split_options<'n>(drivers: &[Driver], name: &'n str) -> (&'n str, &'n str
     if is_plain && !list.is_empty() { (driver_name, list) } else { (name, "") }
 }
 
+/// Checks a name and options as far as that goes without opening the backend. Whether its device is there now, only [`open`] knows.
+///
+/// # Errors
+/// As [`find`]; [`Error::Backend`] for an option that the driver does not have, and for an argument that is neither a name that the
+/// driver lists nor a file; [`Error::Argument`] for a value of the wrong type.
+pub fn check(drivers: &[Driver], name: &str, options: &Options) -> Result<()> {
+    let (driver, argument) = check_options(drivers, name, options)?;
+    for option in driver.options {
+        match (option.value, options.value(option.name)) {
+            (Value::Number(_), Some(_)) => options.number(option.name).map(drop)?,
+            (Value::OneOf(_, known), Some(value)) if !known.iter().any(|known| *known == value) => {
+                return Err(wrong(option.name, &or(known.iter().map(|known| (*known).into())), value));
+            }
+            _ => {}
+        }
+    }
+    // Names that must be given are the driver's own. Others may be those of devices that are not there now.
+    if let Some(Argument { required: true, is_file: true, .. }) = driver.argument
+        && !Path::new(argument).exists()
+    {
+        let listed: Vec<String> = (driver.list)()?.into_iter().map(|listed| listed.name).collect();
+        if !listed.is_empty() && !listed.iter().any(|listed| listed == name) {
+            let message = format!("expected a file after the colon, or one of {}", listed.join(", "));
+            return Err(Error::Backend { backend: name.into(), message });
+        }
+    }
+    Ok(())
+}
+
 /// Opens the backend of a name, as in `gpu:1`.
 ///
 /// # Errors
 /// As [`find`]; [`Error::Backend`] for an option that the driver does not have; errors of opening it.
 pub fn open(drivers: &[Driver], name: &str, options: &Options) -> Result<Arc<dyn Backend>> {
+    let (driver, argument) = check_options(drivers, name, options)?;
+    (driver.open)(argument, options)
+}
+
+/// As [`find`], and checks the names of options.
+fn check_options<'d, 'n>(
+    drivers: &'d [Driver],
+    name: &'n str,
+    options: &Options,
+) -> Result<(&'d Driver, &'n str)> {
     let (driver, argument) = find(drivers, name)?;
     if let Some(unknown) = options.names().find(|option| !driver.has_option(option)) {
         let others = drivers.iter().filter(|driver| driver.has_option(unknown));
         let others: Vec<_> = others.map(|driver| driver.name).collect();
-        let hint = match others.as_slice() {
-            [] => String::new(),
-            others => format!("; it is an option of {}", others.join(", ")),
+        let own: Vec<_> = driver.options.iter().map(|option| format!("--{}", option.name)).collect();
+        let hint = match (others.as_slice(), own.as_slice()) {
+            ([], []) => "; it has none".into(),
+            ([], own) => format!("; it has {}", own.join(", ")),
+            (others, _) => format!("; it is an option of {}", others.join(", ")),
         };
         return Err(Error::Backend {
             backend: name.into(),
             message: format!("has no option --{unknown}{hint}"),
         });
     }
-    (driver.open)(argument, options)
+    Ok((driver, argument))
 }
 
 /// Joins choices, as in `a, b or c`.
@@ -331,7 +375,13 @@ mod tests {
         assert_eq!(found("file:").unwrap(), ("file", ""));
         for name in ["", "cpu:1", "chips", "file", "tpu"] {
             let error = found(name).unwrap_err().to_string();
-            assert_eq!(error, format!("backend `{name}`: expected cpu, reference, chip or file:FILE"));
+            assert_eq!(
+                error,
+                format!(
+                    "backend `{name}`: no such backend; expected cpu, reference, chip or file:FILE, \
+                     of which `halite devices` lists those of this machine"
+                )
+            );
         }
     }
 
@@ -345,5 +395,46 @@ mod tests {
         options.set("threads", "many");
         let error = open(DRIVERS, "cpu", &options).err().unwrap().to_string();
         assert_eq!(error, "backend option: expected a whole number for --threads, got `many`");
+    }
+
+    /// Names are checked without opening anything.
+    #[test]
+    fn what_is_misspelt_is_found_before_it_is_opened() {
+        const DRIVERS: &[Driver] = &[
+            Driver::new("cpu", |_, _| panic!("opened")).options(cpu::DRIVER.options),
+            Driver::new("gpu", |_, _| panic!("opened")).argument(Some(Argument::optional("NAME"))),
+            Driver::new("sim", |_, _| panic!("opened"))
+                .argument(Some(Argument::required("PROFILE").is_file(true)))
+                .options(&[DriverOption::new("mode", Value::OneOf("MODE", &["exact", "native"]), "")])
+                .list(|| Ok(vec![Listed::new("sim:a", ""), Listed::new("sim:b", "")])),
+            Driver::new("plugin", |_, _| panic!("opened"))
+                .argument(Some(Argument::required("FILE").is_file(true))),
+        ];
+        let checked = |name: &str, options: &str| {
+            let mut given = Options::default();
+            given.set_list(options);
+            check(DRIVERS, name, &given).map_err(|error| error.to_string())
+        };
+        for (name, options) in [
+            ("cpu", "threads=4"),
+            // It may be plugged in later.
+            ("gpu:7", ""),
+            ("sim:a", "mode=native"),
+            (concat!("sim:", env!("CARGO_MANIFEST_DIR"), "/Cargo.toml"), ""),
+            ("plugin:libchip.so:x", ""),
+        ] {
+            assert_eq!(checked(name, options), Ok(()), "{name} {options}");
+        }
+        for (name, options, want) in [
+            ("spu", "", "no such backend; expected cpu, gpu, sim:PROFILE or plugin:FILE"),
+            ("sim:c", "", "expected a file after the colon, or one of sim:a, sim:b"),
+            ("cpu", "thread=4", "has no option --thread; it has --threads"),
+            ("gpu", "thread=4", "has no option --thread; it has none"),
+            ("cpu", "threads=four", "expected a whole number for --threads, got `four`"),
+            ("sim:a", "mode=exactly", "expected exact or native for --mode, got `exactly`"),
+        ] {
+            let error = checked(name, options).unwrap_err();
+            assert!(error.contains(want), "{error}");
+        }
     }
 }

@@ -301,6 +301,11 @@ impl Batch {
         Ok(id)
     }
 
+    /// What a request has so far, if it runs; its text is complete only in [`Event::Done`].
+    pub fn generation(&self, id: RequestId) -> Option<&Generation> {
+        self.running.iter().find(|running| running.id == id).map(|running| running.stream.generation())
+    }
+
     /// Ends a request without a further event. Returns what it has so far, if it runs.
     pub fn cancel(&mut self, id: RequestId) -> Option<Generation> {
         self.waiting.retain(|(waiting, _)| *waiting != id);

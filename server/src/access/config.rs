@@ -112,7 +112,12 @@ impl ClientConfig {
             [("key_sha256", &self.key_sha256), ("certificate_sha256", &self.certificate_sha256)]
         {
             if let Some(hash) = hashes.iter().find(|hash| !key::is_sha256(hash)) {
-                return Err(wrong(format!("{field}: expected 64 hexadecimal digits, got {hash:?}")));
+                // It may be the key itself.
+                let got = match hash.starts_with(key::PREFIX) {
+                    true => "a key; `halite keys new` tells both".into(),
+                    false => format!("{} characters", hash.chars().count()),
+                };
+                return Err(wrong(format!("{field}: expected 64 hexadecimal digits, got {got}")));
             }
         }
         for (field, limit) in [
@@ -179,10 +184,23 @@ pub fn read_clients(path: &Path) -> Result<Vec<ClientConfig>, AccessError> {
     let wrong = |what: String| AccessError::Malformed { path: path.to_owned(), what };
     let bytes = halite::map::read(path, MAX_FILE_BYTES)?;
     let text = std::str::from_utf8(&bytes).map_err(|e| wrong(e.to_string()))?;
-    let clients: Clients = toml::from_str(text).map_err(|e| wrong(e.to_string()))?;
+    let clients: Clients = toml::from_str(text).map_err(|e| wrong(toml_error(text, &e)))?;
     // A file without clients would let everybody in.
     match clients.client.is_empty() {
         true => Err(wrong("expected at least one [[client]]".into())),
         false => Ok(clients.client),
     }
+}
+
+/// What is wrong with a text of TOML, and in which line. The line itself may have a secret, and so may a value: neither is told.
+pub(crate) fn toml_error(text: &str, error: &toml::de::Error) -> String {
+    let start = error.span().map_or(0, |span| span.start);
+    let line = text.bytes().take(start).filter(|byte| *byte == b'\n').count() + 1;
+    let mut message = String::new();
+    let mut rest = error.message();
+    while let Some((before, after)) = rest.split_once(key::PREFIX) {
+        message = message + before + key::PREFIX + "…";
+        rest = after.trim_start_matches(|c: char| c.is_ascii_alphanumeric());
+    }
+    format!("line {line}: {message}{rest}").replace('\n', "; ")
 }

@@ -19,9 +19,14 @@ fn day(unix_ms: u64) -> Date {
     time.unwrap_or(Timestamp::MAX).to_zoned(TimeZone::UTC).date()
 }
 
+/// The next day; the last one that there is has none.
+fn after(day: Date) -> Date {
+    day.tomorrow().unwrap_or(day)
+}
+
 /// Seconds until a day begins, at least one.
-fn seconds_until(day: Option<Date>, unix_ms: u64) -> u64 {
-    let start = day.and_then(|day| day.to_zoned(TimeZone::UTC).ok());
+fn seconds_until(day: Date, unix_ms: u64) -> u64 {
+    let start = day.to_zoned(TimeZone::UTC).ok();
     let start_ms = start.and_then(|start| u64::try_from(start.timestamp().as_millisecond()).ok());
     start_ms.unwrap_or(0).saturating_sub(unix_ms).div_ceil(1000).max(1)
 }
@@ -107,12 +112,13 @@ pub(super) fn admit(client: &Arc<Client>, unix_ms: u64) -> Result<Admission, Den
     let mut used = client.counts.lock();
     used.turn(today);
     if let Some(limit) = config.budget.filter(|limit| used.month_nano >= limit.nano) {
-        let next = today.last_of_month().tomorrow().ok();
-        return Err(Denied::Budget { limit, retry_after_s: seconds_until(next, unix_ms) });
+        let next = after(today.last_of_month());
+        return Err(Denied::Budget { limit, next, retry_after_s: seconds_until(next, unix_ms) });
     }
     if let Some(limit) = config.tokens_per_day.filter(|limit| used.day_tokens >= *limit) {
-        let retry_after_s = seconds_until(today.tomorrow().ok(), unix_ms);
-        return Err(Denied::TokensPerDay { limit, used: used.day_tokens, retry_after_s });
+        let next = after(today);
+        let retry_after_s = seconds_until(next, unix_ms);
+        return Err(Denied::TokensPerDay { limit, used: used.day_tokens, next, retry_after_s });
     }
     if let Some(limit) = config.max_concurrent.filter(|limit| used.running >= *limit) {
         return Err(Denied::Concurrent { limit });

@@ -17,9 +17,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::{Arc, RwLock};
 
+use jiff::civil::Date;
+
 use crate::basics::now_ms;
 use crate::ledger::{Ledger, LedgerError};
 
+pub(crate) use config::toml_error;
 pub use config::{ClientConfig, JwtConfig, Scope, read_clients};
 pub use filter::{Filtered, OutputFilter};
 pub use key::{Certificate, Key};
@@ -90,7 +93,7 @@ pub enum Denied {
     #[error("the token is not valid: {0}")]
     Token(String),
     /// The client lacks a scope.
-    #[error("client {client:?} lacks the scope `{}`", scope.name())]
+    #[error("client {client:?} lacks the scope `{0}`: make a client with `scopes = [\"{0}\"]` in the configuration", scope.name())]
     Scope {
         /// The client.
         client: String,
@@ -122,21 +125,25 @@ pub enum Denied {
         limit: u32,
     },
     /// The client used its tokens of the day.
-    #[error("at most {limit} tokens per day (UTC), {used} are used; try again in {retry_after_s} s")]
+    #[error("at most {limit} tokens per day (UTC), {used} are used; try again from {next} 00:00 UTC")]
     TokensPerDay {
         /// The limit.
         limit: u64,
         /// What was used today.
         used: u64,
-        /// Seconds until tomorrow.
+        /// Tomorrow.
+        next: Date,
+        /// Seconds until then.
         retry_after_s: u64,
     },
     /// The client used its budget of the month.
-    #[error("the budget of {limit} per month (UTC) is used; try again in {retry_after_s} s")]
+    #[error("the budget of {limit} per month (UTC) is used; try again from {next} 00:00 UTC")]
     Budget {
         /// The limit.
         limit: crate::ledger::Amount,
-        /// Seconds until the next month.
+        /// The first day of the next month.
+        next: Date,
+        /// Seconds until then.
         retry_after_s: u64,
     },
     /// A rule denies the text.
@@ -384,6 +391,11 @@ impl Access {
     fn state(&self) -> Arc<State> {
         // The value is whole even where a thread panicked.
         self.state.read().unwrap_or_else(|poisoned| poisoned.into_inner()).clone()
+    }
+
+    /// Whether everybody is one client, without a key.
+    pub fn is_open(&self) -> bool {
+        self.state().anonymous().is_some()
     }
 
     /// Counts what a ledger says of this day and this month: at the start, and after [`Access::reload`]. Costs count that are in the

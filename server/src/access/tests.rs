@@ -98,6 +98,7 @@ fn wrong_configurations_are_named() {
             format!("[[client]]\nname = 'a'\ncertificate_sha256 = ['{0}', '{0}']", "a".repeat(64)),
             "listed twice",
         ),
+        ("[[client]]\nname = 'a'\nkey_sha256 = ['12']".into(), "got 2 characters"),
         ("[[client]]\nname = 'a'\nmax_concurrent = 0".into(), "at least 1"),
     ] {
         let error = Access::new(clients(&text), None).unwrap_err();
@@ -136,7 +137,15 @@ fn limits_say_when_to_try_again() {
     let used = Receipt { prompt_tokens: 90, completion_tokens: 10, cost_nano: 100, ..Receipt::default() };
     first.charge_at(&used, LATE_MS + 30_000);
     let denied = admit(LATE_MS + 30_500).unwrap_err();
-    assert_eq!(denied, Denied::TokensPerDay { limit: 100, used: 100, retry_after_s: 30 });
+    assert_eq!(
+        denied,
+        Denied::TokensPerDay {
+            limit: 100,
+            used: 100,
+            next: "2026-02-01".parse().unwrap(),
+            retry_after_s: 30
+        }
+    );
     let fourth = admit(LATE_MS + 60_000).unwrap();
     drop((first, third, fourth));
 
@@ -147,6 +156,7 @@ fn limits_say_when_to_try_again() {
     admit(LATE_MS + 2 * day_ms).unwrap().charge_at(&dear, LATE_MS + 2 * day_ms);
     let denied = admit(LATE_MS + 3 * day_ms).unwrap_err();
     assert!(matches!(denied, Denied::Budget { .. }), "{denied}");
+    assert!(denied.to_string().ends_with("try again from 2026-03-01 00:00 UTC"), "{denied}");
     // February has 25 more days, and a minute.
     assert_eq!(denied.retry_after_s(), Some(25 * 86_400 + 60));
     admit(LATE_MS + 40 * day_ms).unwrap();

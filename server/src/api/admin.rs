@@ -30,8 +30,14 @@ pub(super) async fn metrics(State(app): State<App>) -> impl IntoResponse {
 pub(super) struct Sums {
     /// Names of groups, separated by commas.
     by: Option<String>,
-    since: Option<Date>,
-    until: Option<Date>,
+    since: Option<String>,
+    until: Option<String>,
+}
+
+/// A day of a query.
+fn day(name: &str, text: Option<&str>) -> Fallible<Option<Date>> {
+    let day = text.map(str::parse).transpose();
+    day.map_err(|_| Failure::field(name, format!("expected YYYY-MM-DD, got {}", text.unwrap_or_default())))
 }
 
 /// `GET /v1/usage`: sums of receipts. A client without the scope `admin` sees its own.
@@ -53,19 +59,20 @@ pub(super) async fn usage(
             found.ok_or_else(|| Failure::field("by", format!("expected some of {}, got {name}", known())))?,
         );
     }
+    let (since, until) = (day("since", sums.since.as_deref())?, day("until", sums.until.as_deref())?);
     let own = (who.caller.require(Scope::Admin).is_err()).then(|| who.caller.client().name().to_owned());
     if own.is_some() && !by.contains(&By::Client) {
         by.push(By::Client);
     }
-    let rows = apart(move || Ok(Ledger::open_read_only(&file)?.usage(&by, sums.since, sums.until)?)).await?;
+    let rows = apart(move || Ok(Ledger::open_read_only(&file)?.usage(&by, since, until)?)).await?;
     let may_see = |row: &Usage| own.is_none() || row.client == own;
     Ok(Json(json!({ "object": "list", "data": rows.into_iter().filter(may_see).collect::<Vec<_>>() })))
 }
 
 /// `GET /admin/status`: models, replicas and memory.
 pub(super) async fn status(State(app): State<App>, who: Who) -> Fallible<Json<Value>> {
-    // On a server without clients, whoever may use it may look at it.
-    who.caller.require(Scope::Usage)?;
+    // It shows all models and devices. On a server without clients, whoever may use it may look at it.
+    who.caller.require(if app.shared.access.is_open() { Scope::Usage } else { Scope::Admin })?;
     Ok(described(&app, who.caller.require(Scope::Admin).is_ok()))
 }
 
@@ -147,14 +154,14 @@ pub(super) async fn reload(State(app): State<App>, who: Who) -> Fallible<Json<Va
     Ok(described(&app, true))
 }
 
-/// `POST /admin/load/NAME`.
+/// `POST /admin/load/NAME`: loads all its replicas.
 pub(super) async fn load(
     State(app): State<App>,
     who: Who,
     Path(name): Path<String>,
 ) -> Fallible<Json<Value>> {
     admit(&app, &who, "load", json!({ "model": name })).await?;
-    app.model(&who, Some(&name))?.load().await?;
+    app.model(&who, Some(&name))?.load_all().await?;
     Ok(described(&app, true))
 }
 

@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use super::chat::Ask;
 use super::error::{Failure, Fallible};
 use super::events::{Events, Write, whole};
-use super::generate::{Asking, Form, Options, Usage, fits, submit};
+use super::generate::{Asking, Form, Options, Usage, fits, submit, with_receipts};
 use super::messages::{Call, Content, Function, Message};
 use super::parse::{Event, Parser};
 use super::tools::call_id;
@@ -275,7 +275,7 @@ pub(super) async fn messages(
         return Ok(Sse::new(Events { writer, running }).keep_alive(KeepAlive::default()).into_response());
     }
     whole(&mut writer, &mut running, false).await?;
-    Ok(Json(writer.message).into_response())
+    Ok(with_receipts(writer.message))
 }
 
 /// A block that is being written.

@@ -1,7 +1,7 @@
 //! `/v1/embeddings`.
 
-use axum::Json;
 use axum::extract::State;
+use axum::response::Response;
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use halite::tokenizer::EncodeOptions;
@@ -9,7 +9,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::error::{Failure, Fallible};
-use super::generate::Prompt;
+use super::generate::{Prompt, with_receipts};
 use super::who::Who;
 use super::{App, Body, apart};
 use crate::access::Scope;
@@ -39,7 +39,7 @@ pub(super) async fn embeddings(
     State(app): State<App>,
     who: Who,
     Body(body): Body<Embeddings>,
-) -> Fallible<Json<Value>> {
+) -> Fallible<Response> {
     let encoder = app.encoder(body.model.as_deref())?;
     let admission = who.admit(Scope::Embed, encoder.name())?;
     let dimension = encoder.dimension();
@@ -103,7 +103,7 @@ pub(super) async fn embeddings(
         .collect();
     let usage = json!({ "prompt_tokens": tokens, "total_tokens": tokens });
     let halite = json!({ "recorded": is_recorded, "receipts": [receipt] });
-    Ok(Json(json!({
+    Ok(with_receipts(json!({
         "object": "list", "data": data, "model": encoder.name(), "usage": usage, "halite": halite,
     })))
 }

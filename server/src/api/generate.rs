@@ -475,6 +475,11 @@ pub(super) async fn answer(
     let mut body = answer.json(false, choices);
     body["usage"] = usage.json();
     body["halite"] = usage.receipts();
+    Ok(with_receipts(body))
+}
+
+/// A whole answer, whose receipts are also in a header.
+pub(super) fn with_receipts(body: Value) -> Response {
     let receipts = body["halite"].to_string();
     let mut response = Json(body).into_response();
     // Proxies refuse answers with long headers.
@@ -483,7 +488,7 @@ pub(super) async fn answer(
     {
         response.headers_mut().insert("x-halite-receipts", value);
     }
-    Ok(response)
+    response
 }
 
 /// A request that may be answered: who asks which model.

@@ -238,7 +238,8 @@ pub(super) fn prompt_of(
     let template = hosted.template().ok_or_else(|| {
         let name = hosted.name();
         Failure::request(format!(
-            "model `{name}` has no chat template: it answers /v1/completions, not chats"
+            "model `{name}` has no chat template: it answers /v1/completions, not chats; give the server one by \
+             `template = \"FILE\"` of the model in its configuration, or `--template FILE`"
         ))
     })?;
     if messages.is_empty() {

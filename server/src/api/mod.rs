@@ -248,6 +248,21 @@ fn described_encoder(encoder: &Encoder, created: u64) -> Value {
     })
 }
 
+/// A route as a client sees it: the first model that it may use, under the route's name.
+fn described_route(app: &App, who: &Who, name: &str) -> Option<Value> {
+    let registry = app.shared.registry();
+    let targets: Vec<_> =
+        registry.targets(name)?.filter(|hosted| who.may_use(hosted.name()).is_ok()).collect();
+    let mut route = described(targets.first()?, app.started);
+    route["id"] = name.into();
+    let meta = &mut route["meta"];
+    meta["route"] = targets.iter().map(|hosted| hosted.name()).collect();
+    // What is true of each of them.
+    meta["context_length"] = targets.iter().map(|hosted| hosted.positions()).min().into();
+    meta["chat"] = targets.iter().all(|hosted| hosted.template().is_some()).into();
+    Some(route)
+}
+
 async fn models(State(app): State<App>, who: Who) -> Json<Value> {
     let registry = app.shared.registry();
     let may_use = |name: &str| who.may_use(name).is_ok();
@@ -255,7 +270,8 @@ async fn models(State(app): State<App>, who: Who) -> Json<Value> {
     let models = models.map(|hosted| described(hosted, app.started));
     let encoders = registry.encoders().filter(|encoder| may_use(encoder.name()));
     let encoders = encoders.map(|encoder| described_encoder(encoder, app.started));
-    let data: Vec<Value> = models.chain(encoders).collect();
+    let routes = registry.routes().filter_map(|name| described_route(&app, &who, name));
+    let data: Vec<Value> = models.chain(encoders).chain(routes).collect();
     Json(json!({ "object": "list", "data": data }))
 }
 
@@ -264,6 +280,9 @@ async fn model(
     who: Who,
     axum::extract::Path(name): axum::extract::Path<String>,
 ) -> Fallible<Json<Value>> {
+    if let Some(route) = described_route(&app, &who, &name) {
+        return Ok(Json(route));
+    }
     who.may_use(&name)?;
     if let Some(encoder) = app.shared.registry().encoder(Some(&name)) {
         return Ok(Json(described_encoder(encoder, app.started)));

@@ -2,7 +2,6 @@
 
 use std::collections::VecDeque;
 
-use axum::Json;
 use axum::extract::State;
 use axum::response::sse::{Event as Sent, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
@@ -13,7 +12,7 @@ use serde_json::{Value, json};
 use super::chat::Ask;
 use super::error::{Failure, Fallible};
 use super::events::{Events, Write, whole};
-use super::generate::{Asking, Form, Options, Usage, fits, submit};
+use super::generate::{Asking, Form, Options, Usage, fits, submit, with_receipts};
 use super::messages::{Call, Content, Function, Message};
 use super::parse::{Event, Parser};
 use super::tools::call_id;
@@ -177,7 +176,7 @@ pub(super) async fn responses(
         return Ok(Sse::new(Events { writer, running }).keep_alive(KeepAlive::default()).into_response());
     }
     whole(&mut writer, &mut running, false).await?;
-    Ok(Json(writer.response).into_response())
+    Ok(with_receipts(writer.response))
 }
 
 /// What an item of the output is.

@@ -14,6 +14,7 @@ use super::error::{Failure, Fallible};
 use crate::access::{Admission, Caller, Certificate, Scope};
 use crate::basics::hex;
 use crate::model::Bill;
+use crate::registry::split;
 use crate::trace::Trace;
 
 /// Who sent a request.
@@ -48,11 +49,6 @@ impl FromRequestParts<App> for Who {
         let idempotency_key = parts.headers.get("idempotency-key").map(|value| value.as_bytes().to_vec());
         Ok(Who { caller, trace, tenant: hasher.finish(), arrived: Instant::now(), idempotency_key })
     }
-}
-
-/// The name of a model without its adapter, and the adapter's.
-pub(super) fn split(name: &str) -> (&str, Option<&str>) {
-    name.split_once(':').map_or((name, None), |(model, adapter)| (model, Some(adapter)))
 }
 
 impl Who {

@@ -50,7 +50,7 @@ pub struct Receipt {
     pub read_bytes: u64,
     /// Energy in millionths of a joule, where it is known.
     pub energy_uj: Option<u64>,
-    /// How the energy is known.
+    /// How the energy is known; `None` also if that differs between parts.
     pub energy_source: Option<EnergySource>,
     /// The cost in billionths of the currency.
     pub cost_nano: u64,
@@ -66,7 +66,7 @@ pub struct Part {
     pub replica: String,
     /// Tokens that it generated.
     pub tokens: u64,
-    /// Time of its device; 0 if it failed before it could tell.
+    /// Time of its device, without the step that failed.
     pub device_us: u64,
 }
 
@@ -86,16 +86,19 @@ pub enum EnergySource {
 }
 
 impl Receipt {
-    /// Notes the energy of a device.
+    /// Adds the energy of a device.
     pub(crate) fn used(&mut self, energy: Energy) {
-        self.energy_uj = Some((energy.joules * 1e6).round() as u64);
-        self.energy_source = match energy.source {
+        let (before, is_first) = (self.energy_uj.unwrap_or(0), self.energy_uj.is_none());
+        self.energy_uj = Some(before.saturating_add((energy.joules * 1e6).round() as u64));
+        let source = match energy.source {
             energy::EnergySource::Rapl => Some(EnergySource::Rapl),
             energy::EnergySource::Hwmon => Some(EnergySource::Hwmon),
             energy::EnergySource::Device => Some(EnergySource::Device),
             energy::EnergySource::Profile => Some(EnergySource::Profile),
             _ => None,
         };
+        // One name for several sources would be wrong for some of it.
+        self.energy_source = source.filter(|source| is_first || self.energy_source == Some(*source));
     }
 }
 
@@ -238,6 +241,19 @@ mod tests {
         };
         // 120,000 + 15,000 + 30,000 + 200,000 + 840.
         assert_eq!(prices.cost(&receipt), Ok(365_840));
+    }
+
+    #[test]
+    fn energy_of_several_devices_is_a_sum_whose_source_is_known_if_it_is_one() {
+        let mut receipt = Receipt::default();
+        receipt.used(Energy::new(0.5, energy::EnergySource::Profile));
+        receipt.used(Energy::new(0.25, energy::EnergySource::Profile));
+        assert_eq!((receipt.energy_uj, receipt.energy_source), (Some(750_000), Some(EnergySource::Profile)));
+        for _ in 0..2 {
+            receipt.used(Energy::new(0.125, energy::EnergySource::Rapl));
+            assert_eq!(receipt.energy_source, None);
+        }
+        assert_eq!(receipt.energy_uj, Some(1_000_000));
     }
 
     #[test]

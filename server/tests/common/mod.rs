@@ -102,7 +102,12 @@ pub async fn post(service: &Router, path: &str, body: Value) -> (StatusCode, Val
     let response = call(service, "POST", path, &body.to_string()).await;
     let status = response.status();
     assert!(response.headers()["x-request-id"].to_str().unwrap().starts_with("req-"));
-    (status, serde_json::from_str(&text(response).await).unwrap())
+    let header = response.headers().get("x-halite-receipts").map(|value| value.to_str().unwrap().to_owned());
+    let answer: Value = serde_json::from_str(&text(response).await).unwrap();
+    // Whatever the interface, receipts are in the header, too, up to 4 kB.
+    let receipts = answer.get("halite").map(Value::to_string).filter(|receipts| receipts.len() <= 4096);
+    assert_eq!(header, receipts, "{path}");
+    (status, answer)
 }
 
 /// The data of a stream's events.
