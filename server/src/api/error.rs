@@ -15,7 +15,6 @@ use crate::model::Failed;
 /// Whose fault an error is: `type` in the answer.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 #[cfg_attr(test, derive(strum::VariantArray))]
-#[allow(clippy::enum_variant_names, reason = "the names of OpenAI's types")]
 pub(super) enum Kind {
     #[serde(rename = "invalid_request_error")]
     InvalidRequest,
