@@ -1,5 +1,7 @@
 //! `halite profile`.
 
+use std::collections::BTreeMap;
+
 use clap::Args;
 use halite_profiles::profile::{Basis, Driver, Profile, SHIPPED};
 use halite_sim::{Chip, Numerics};
@@ -31,9 +33,11 @@ pub fn profile(args: &ProfileArgs) -> Result<(), Failure> {
         return print(&text);
     };
     let profile = Profile::open(name)?;
-    if profile.driver == Driver::Sim {
-        Chip::new(profile.clone(), Numerics::Exact, None)?;
-    }
+    let chip = match profile.driver {
+        Driver::Sim => Some(Chip::new(profile.clone(), Numerics::Exact, None)?),
+        Driver::Cpu | Driver::Gpu => None,
+    };
+    let unused: BTreeMap<&str, &str> = chip.iter().flat_map(Chip::without_effect).collect();
     let mut text = format!("{} ({})\n{}\n", profile.name, profile.vendor, profile.summary);
     text += &format!(
         "\n{} tile{} in {} cluster{} at {}Hz, driver {}\n",
@@ -71,11 +75,15 @@ pub fn profile(args: &ProfileArgs) -> Result<(), Failure> {
         format!("{count} {} ({:.0} %)", basis.name(), 100.0 * count as f64 / total as f64)
     });
     text += &format!("\n{total} numbers: {}\n", shares.join(", "));
+    if chip.is_some() {
+        text += &format!("{} of them change no time and no energy; --numbers says why\n", unused.len());
+    }
     if args.numbers {
         text += "\n";
         for (path, quantity) in &profile.quantities {
             let source = profile.sources.get(&quantity.source).unwrap_or(&quantity.source);
-            text += &format!("{path} = {:?} [{}: {source}]\n", quantity.value, quantity.basis.name());
+            let unused = unused.get(&**path).map_or(String::new(), |why| format!(", no effect: {why}"));
+            text += &format!("{path} = {:?} [{}: {source}]{unused}\n", quantity.value, quantity.basis.name());
         }
     }
     print(&plain(&text))

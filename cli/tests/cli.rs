@@ -284,6 +284,8 @@ fn synth_writes_what_runs_and_overwrites_nothing() {
 #[test]
 fn profile_prints_rates_and_names_faults() {
     let shown = text("profile maia-100 --numbers");
+    assert!(shown.contains("of them change no time and no energy"), "{shown}");
+    assert!(shown.contains(", no effect: memories are simulated without conflicts of banks"), "{shown}");
     for expected in [
         "64 tiles in 16 clusters at 1.43 GHz, driver sim",
         "hbm                    64 GB            1.8 TB/s",

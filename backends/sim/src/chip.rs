@@ -33,7 +33,7 @@ pub struct Chip {
     pub tiles: u32,
     /// Bytes of a tile's scratchpad.
     pub scratch_bytes: u64,
-    scratch: usize,
+    pub(crate) scratch: usize,
 }
 
 /// How a weight is multiplied.
@@ -253,7 +253,7 @@ impl Chip {
     }
 
     /// The engines that serve tiles: the ones nearest to them.
-    fn dma(&self) -> Option<&Dma> {
+    pub fn dma(&self) -> Option<&Dma> {
         self.profile.dma.iter().min_by_key(|dma| dma.scope)
     }
 

@@ -20,6 +20,7 @@ mod native;
 mod shape;
 pub mod step;
 mod tile;
+mod unused;
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -254,6 +254,41 @@ fn few_large_tiles_are_as_fast_as_many_small_ones() {
     }
 }
 
+/// Numbers that are said to have no effect have none, and there are not more of them than there should be.
+#[test]
+fn numbers_without_effect_change_nothing() {
+    let program = model("llama-1.1b", Format::Q4_0);
+    let took = |profile: Profile| {
+        let chip = Choices::default().chip(profile).unwrap();
+        [vec![(1000, 1)], vec![(100, 1); 16], vec![(0, 128)]].map(|spans| {
+            let total = step::time(&chip, &program, &spans, true).unwrap().total();
+            (total.seconds, total.joules)
+        })
+    };
+    for name in ["maia-100", "maia-200", "tpu-v1", "teaching-16x16", "tenstorrent-p150"] {
+        let chip = chip(name);
+        let before = took(chip.profile.clone());
+        for (path, why) in chip.without_effect() {
+            let (_, quantity) = chip.profile.quantities.iter().find(|(p, _)| p == path).unwrap();
+            for factor in [0.5, 2.0] {
+                let changed = chip.profile.with(path, quantity.value * factor).unwrap();
+                assert_eq!(took(changed), before, "{name}: {path} times {factor}, of which is said: {why}");
+            }
+        }
+    }
+    let maia = chip("maia-100");
+    let said = maia.without_effect();
+    let has = |path: &str| said.iter().any(|(p, _)| *p == path);
+    assert!(
+        has("memory.csram.read_bytes_per_s") && has("dma.cluster_dma.setup_ns") && has("interconnect.links")
+    );
+    assert!(
+        !has("memory.hbm.read_bytes_per_s")
+            && !has("dma.tile_dma.setup_ns")
+            && !has("launch.graph_kernel_ns")
+    );
+}
+
 #[test]
 fn too_many_tiles_are_refused() {
     let profile = Profile::open("maia-100").unwrap().with("chip.clusters", 65_536.0).unwrap();

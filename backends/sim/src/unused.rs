@@ -1,0 +1,55 @@
+//! Numbers of a profile that change no time and no energy of a simulated chip.
+
+use super::chip::Chip;
+
+/// Keys that nothing reads, wherever they are, and why.
+const KEYS: [(&str, &str); 8] = [
+    ("accumulator_bytes", "sums of any product fit the matrix unit"),
+    ("banks", "memories are simulated without conflicts of banks"),
+    ("dense_ops_per_s", "only compared with geometry, units and clock"),
+    ("host_bytes_per_s", "weights are in device memory from the start"),
+    ("line_bytes", "loads have the size that they ask for"),
+    ("measured_ops_per_s", "only compared with the peak"),
+    ("sparse_ops_per_s", "products are dense"),
+    ("write_bytes_per_s", "writes take the rate of reads"),
+];
+
+impl Chip {
+    /// Returns the paths of the profile's numbers that change no time and no energy of a step, each with the reason.
+    pub fn without_effect(&self) -> Vec<(&str, &'static str)> {
+        let profile = &self.profile;
+        let last = profile.memory.len() - 1;
+        let memory = |name: &str| profile.memory.iter().position(|memory| memory.name == name);
+        let why = |path: &str| -> Option<&'static str> {
+            let (table, rest) = path.split_once('.')?;
+            let key = path.rsplit('.').next()?;
+            if let Some((_, why)) = KEYS.iter().find(|(name, _)| *name == key) {
+                return Some(why);
+            }
+            match table {
+                "interconnect" => Some("one chip is simulated at a time"),
+                "noc" => Some("the network is simulated without contention"),
+                "launch" if key == "kernel_ns" && profile.launch.graph_kernel_ns.is_some() => {
+                    Some("steps are recorded: graph_kernel_ns counts")
+                }
+                "dma" => {
+                    let nearest = self.dma().map(|dma| dma.name.as_str());
+                    let name = rest.split('.').next();
+                    (name != nearest).then_some("tiles use the engines nearest to them")
+                }
+                "memory" => {
+                    let at = memory(rest.split('.').next()?)?;
+                    match at {
+                        _ if at == last => None,
+                        _ if at == self.scratch => {
+                            (key == "latency_ns").then_some("units read a scratchpad without waiting")
+                        }
+                        _ => Some("only its scope counts: its tiles share loads of the same bytes"),
+                    }
+                }
+                _ => None,
+            }
+        };
+        profile.quantities.iter().filter_map(|(path, _)| Some((path.as_str(), why(path)?))).collect()
+    }
+}
