@@ -51,7 +51,7 @@ impl SimKernels {
             isa: sim.isa,
             chip: sim.chip.clone(),
             decoded: native::Decoded::default(),
-            unpacked: HashMap::new(),
+            unpacked: Default::default(),
         };
         Ok(SimKernels {
             machine,
@@ -80,7 +80,6 @@ impl SimKernels {
 
 impl Kernels for SimKernels {
     fn run(&mut self, op: &mut HostOp<'_>, step: &HostStep<'_>) -> Result<()> {
-        self.machine.unpacked.clear();
         let ids = if let Op::Experts { ids, .. } = &*op { Some(ids.ints()) } else { None };
         let shape = shape::shape(step.program, step.op, step.step, ids)?;
         let (lowered, time) = self.lower(&shape)?;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use halite_kernels::activation::{Activation, PADDING, Quantise, Quantised, QuantisedMut, SUMS, padded};
 use halite_kernels::attention::{Attend as AttendPage, AttendChunks, Merge, PageShape, Pages};
-use halite_kernels::formats::Layout;
+use halite_kernels::formats::{Format, Layout};
 use halite_kernels::isa::Cpu as Isa;
 use halite_kernels::matmul::{MatMul, X, matmul};
 use halite_kernels::panel::PanelMut;
@@ -19,6 +19,8 @@ use super::tile::{Form, Step};
 use halite::backend::host::Attention;
 use halite::error::{Error, Result};
 use halite::program::{Epilogue, PAGE_POSITIONS};
+use halite_profiles::numerics::Dtype;
+use twox_hash::XxHash3_128;
 
 pub fn floats(bytes: &[u8]) -> &[f32] {
     bytemuck::try_cast_slice(bytes).unwrap_or(&[])
@@ -37,8 +39,42 @@ pub struct Machine {
     pub isa: Isa,
     pub chip: Arc<Chip>,
     pub decoded: native::Decoded,
-    /// Unpacked weights of this op: tiles that share columns unpack the same weights.
-    pub unpacked: HashMap<Box<[u8]>, Box<[u8]>>,
+    /// Weights in the chip's formats: tiles that share columns unpack the same ones, and so does the next step.
+    pub unpacked: Unpacked,
+}
+
+/// Unpacked weights by what they were unpacked from.
+#[derive(Default)]
+pub struct Unpacked {
+    found: HashMap<(u128, u32, Format, Dtype), Box<[u8]>>,
+    bytes: usize,
+}
+
+impl Unpacked {
+    /// Maximum bytes that are kept. Of a larger model, a part is unpacked in each step.
+    const MOST_BYTES: usize = 1 << 30;
+
+    /// Calls `unpack` with `to` if the result of these bytes is not known.
+    fn get(
+        &mut self,
+        (k, from, dtype): (u32, Format, Dtype),
+        bytes: &[u8],
+        to: &mut [u8],
+        unpack: impl FnOnce(&mut [u8]) -> Result<()>,
+    ) -> Result<()> {
+        let key = (XxHash3_128::oneshot(bytes), k, from, dtype);
+        match self.found.get(&key) {
+            Some(found) if found.len() == to.len() => to.copy_from_slice(found),
+            _ => {
+                unpack(to)?;
+                if self.bytes + to.len() <= Self::MOST_BYTES {
+                    self.bytes += to.len();
+                    self.found.insert(key, (&*to).into());
+                }
+            }
+        }
+        Ok(())
+    }
 }
 
 impl Machine {
@@ -68,14 +104,11 @@ impl Machine {
                 native::encode(*dtype, rules, *k as usize, floats(reads[0]), writes[0])?;
             }
             Step::Unpack { k, rows, from, to: Form::Chip(dtype) } => {
-                if let Some(found) = self.unpacked.get(reads[0]) {
-                    writes[0].copy_from_slice(found);
-                    return Ok(());
-                }
-                let mut values = vec![0.0; *k as usize * *rows as usize];
-                from.dequantize(reads[0], &mut values).map_err(|e| Error::Program(e.to_string()))?;
-                native::encode(*dtype, rules, *k as usize, &values, writes[0])?;
-                self.unpacked.insert(reads[0].into(), (&*writes[0]).into());
+                self.unpacked.get((*k, *from, *dtype), reads[0], writes[0], |to| {
+                    let mut values = vec![0.0; *k as usize * *rows as usize];
+                    from.dequantize(reads[0], &mut values).map_err(|e| Error::Program(e.to_string()))?;
+                    native::encode(*dtype, rules, *k as usize, &values, to)
+                })?;
             }
             Step::Product { rows, columns, k, x, w } => {
                 let (k, rows) = (*k as usize, *rows as usize);

@@ -151,6 +151,12 @@ impl BlockFormat {
         let blocks = values.chunks_exact(self.len).zip(codes.chunks_exact_mut(self.len));
         for ((values, codes), scale) in blocks.zip(scales) {
             *scale = self.scale(values, rules.scale);
+            if let (Element::Fixed { bits, fraction_bits }, Rounding::NearestEven) =
+                (self.element, rules.rounding)
+            {
+                self.quantize_fixed(bits, fraction_bits, values, *scale, codes);
+                continue;
+            }
             // Scales are powers of two, so multiplying by the inverse is exact.
             let inverse =
                 [1.0 / Scale { shifts: 0, ..*scale }.value(0), 1.0 / Scale { shifts: 1, ..*scale }.value(0)];
@@ -164,6 +170,26 @@ impl BlockFormat {
         Ok(())
     }
 
+    /// Codes of a block of integers, in a loop without branches or calls.
+    fn quantize_fixed(self, bits: u32, fraction_bits: u32, values: &[f32], scale: Scale, codes: &mut [u8]) {
+        if scale.exponent == Scale::NAN {
+            return codes.fill(0);
+        }
+        /// Adding and subtracting it rounds numbers below 2^51 to integers, ties to even.
+        const ROUND: f64 = 1.5 * (1u64 << 52) as f64;
+        let one = power_of_two(fraction_bits as i32);
+        let factors = [0, 1].map(|shifts| one / Scale { shifts, ..scale }.value(0));
+        let largest = f64::from(self.element.max()) * one;
+        let mask = (u32::MAX >> (32 - bits)) as u8;
+        for (j, (values, codes)) in values.chunks(2).zip(codes.chunks_mut(2)).enumerate() {
+            let factor = factors[usize::from(scale.shift(2 * j))];
+            for (&value, code) in values.iter().zip(codes) {
+                let rounded = (f64::from(self.flushed(value)) * factor + ROUND) - ROUND;
+                *code = (rounded.clamp(-largest, largest) as i32) as u8 & mask;
+            }
+        }
+    }
+
     /// Decodes blocks to f32, rounding values that are subnormal or out of range.
     ///
     /// Errors: lengths that do not match.
@@ -171,6 +197,19 @@ impl BlockFormat {
         self.check(values.len(), scales.len(), codes.len())?;
         let blocks = values.chunks_exact_mut(self.len).zip(codes.chunks_exact(self.len));
         for ((values, codes), scale) in blocks.zip(scales) {
+            if let Element::Fixed { bits, fraction_bits } = self.element {
+                let one = power_of_two(-(fraction_bits as i32));
+                let factors = [0, 1].map(|shifts| one * Scale { shifts, ..*scale }.value(0));
+                let unused = 32 - bits;
+                for (j, (values, codes)) in values.chunks_mut(2).zip(codes.chunks(2)).enumerate() {
+                    let factor = factors[usize::from(scale.shift(2 * j))];
+                    for (value, &code) in values.iter_mut().zip(codes) {
+                        let integer = (u32::from(code) << unused).cast_signed() >> unused;
+                        *value = (f64::from(integer) * factor) as f32;
+                    }
+                }
+                continue;
+            }
             for (i, (value, &code)) in values.iter_mut().zip(codes).enumerate() {
                 *value = (f64::from(self.element.decode(code.into())) * scale.value(i)) as f32;
             }
@@ -205,7 +244,8 @@ impl BlockFormat {
         }
         let mut scale = Scale { exponent: rule.exponent(largest, self.element), shifts: 0 };
         if self.pairs {
-            let below = |v: &f32| f64::from(self.flushed(*v).abs()) < scale.value(0);
+            let one = scale.value(0);
+            let below = |v: &f32| f64::from(self.flushed(*v).abs()) < one;
             let shifts = values.chunks(2).enumerate().filter(|(_, pair)| pair.iter().all(below));
             scale.shifts = shifts.fold(0, |shifts, (j, _)| shifts | 1u8.checked_shl(j as u32).unwrap_or(0));
         }
