@@ -351,11 +351,11 @@ impl Sampler {
 
     /// Applies both filters to weighed candidates.
     fn keep_top_p_and_min_p(&mut self) {
-        let enough = sum(&self.weights) * f64::from(self.options.top_p);
+        let total = sum(&self.weights);
+        let enough = total * f64::from(self.options.top_p);
         // All candidates below an equal share of what `top_p` leaves out are together less than that, so it leaves out these. Few
         // are left to sort.
-        let left_out = sum(&self.weights) - enough;
-        let least = (left_out / self.weights.len() as f64) as f32;
+        let least = ((total - enough) / self.weights.len() as f64) as f32;
         let least = least.next_down().max(self.options.min_p);
         let mut kept = 0;
         for i in 0..self.weights.len() {

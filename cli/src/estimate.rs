@@ -111,7 +111,7 @@ pub fn run(args: &EstimateArgs) -> Result<(), Failure> {
         all.push(Asked { profile, estimate });
     }
     // Of several chips, one that cannot be estimated does not hide the others.
-    if let [Asked { estimate: Err(_), .. }] = &all[..]
+    if all.iter().all(|asked| asked.estimate.is_err())
         && let Some(Asked { estimate: Err(error), .. }) = all.pop()
     {
         return Err(error.into());

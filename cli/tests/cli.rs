@@ -394,6 +394,9 @@ fn estimate_explains_itself() {
     assert!(json[2]["error"].as_str().unwrap().contains("bf16 x bf16"), "{}", json[2]);
     let shown = text("estimate -m llama-2-70b -p maia-100,jetson-orin-nano-super --format bf16");
     assert!(shown.contains("DOES NOT FIT") && shown.contains("no estimate, see below"), "{shown}");
+    let output =
+        halite("estimate -m llama-2-70b -p jetson-orin-nano-super,jetson-orin-nano-super --format bf16");
+    assert!(!output.status.success() && output.stdout.is_empty(), "{output:?}");
     let output = halite("estimate -m llama-0 -p maia-100");
     assert!(String::from_utf8(output.stderr).unwrap().contains("mixtral-8x7b"));
 }

@@ -195,9 +195,7 @@ impl<'a> Timer<'a> {
             Timer::Device(..) => Ok(self.report(program, spans)?.total().seconds),
         }
     }
-}
 
-impl Timer<'_> {
     /// Returns the mean relative error of products on held-out shapes, and the formats of which none were measured.
     fn error(&self, program: &Program) -> (Option<f64>, Vec<String>) {
         match self {

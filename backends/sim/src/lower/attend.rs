@@ -67,7 +67,7 @@ impl Attend {
             + aligned(4 * rows)
     }
 
-    /// Returns what differs between the rows of a tile's largest piece of work: the longest one decides.
+    /// Returns the piece of work that sees the most chunks.
     fn longest<'w>(&self, work: &'w [AttendWork<'_>]) -> Option<&'w AttendWork<'w>> {
         work.iter().max_by_key(|w| self.chunks_of(w.rows).len())
     }
