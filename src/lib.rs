@@ -85,6 +85,7 @@ pub mod program;
 pub mod rng;
 pub mod sampler;
 pub mod session;
+pub mod shard;
 pub mod speculate;
 pub mod stream;
 pub mod synth;

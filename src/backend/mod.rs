@@ -10,6 +10,7 @@ pub mod energy;
 pub mod host;
 pub mod hybrid;
 pub mod reference;
+pub mod sharded;
 pub mod template;
 
 use std::any::Any;
