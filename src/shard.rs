@@ -18,7 +18,7 @@ use crate::program::{
 };
 
 /// The order of a product's sum.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 #[non_exhaustive]
 pub enum Sums {
     /// No sum is divided: the bits are those of one chip.
@@ -105,8 +105,6 @@ pub struct Share {
     pub io: Vec<TensorId>,
     /// For each state, the number of parts that its KV heads are divided in.
     pub state_parts: Vec<u32>,
-    /// For programs with divided experts, the number of experts in the whole program and the first one of this chip.
-    pub experts: Option<(u32, u32)>,
     /// What every chip does alike because it cannot be divided, one line each.
     pub repeated: Vec<String>,
 }
@@ -264,7 +262,6 @@ impl<'a> Sharing<'a> {
             weights: Vec::new(),
             io: Vec::new(),
             state_parts: wanted.states.clone(),
-            experts: None,
             repeated: Vec::new(),
         };
         let (held, slices) = (HashMap::new(), HashMap::new());
@@ -646,9 +643,6 @@ impl<'a> Sharing<'a> {
             }
             None => None,
         };
-        if groups > 1 {
-            self.out.experts = Some((experts, mine.start));
-        }
         let act = *act;
         self.sum(*out, |out| Op::Experts { x, ids, weights, gate, up, down, biases, out, act })
     }

@@ -10,11 +10,13 @@ use halite::model::ProgramOptions;
 use halite::output::{self, Replace};
 use halite::passes;
 use halite::program::Program;
+use halite::shard::Sums;
 use halite::synth::{self, Formats, Synth};
 use halite::{Error, Model};
 use halite_profiles::numerics::Dtype;
 use halite_profiles::profile::{Basis, Driver, Profile};
-use halite_sim::estimate::workload::{Choices, Estimate, Workload, estimate};
+use halite_sim::estimate::system::Layout;
+use halite_sim::estimate::workload::{Candidate, Choices, Estimate, Workload, candidates, estimate};
 use halite_sim::{Chip, Queue, Report, step};
 use serde_json::{Value, json};
 
@@ -54,6 +56,25 @@ pub struct EstimateArgs {
     /// Prefill batch size in tokens.
     #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=65_536))]
     chunk: u32,
+    /// Number of chips. Without the numbers below, all ways to divide the model over them are tried.
+    #[arg(long, value_name = "N", help_heading = "Several chips", value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    chips: Option<u32>,
+    /// Chips that share each layer (tensor parallelism).
+    #[arg(long, value_name = "N", help_heading = "Several chips", value_parser = clap::value_parser!(u32).range(1..=4096))]
+    tp: Option<u32>,
+    /// Groups of those that hold different experts (expert parallelism); divides --tp.
+    #[arg(long, value_name = "N", help_heading = "Several chips", value_parser = clap::value_parser!(u32).range(1..=4096))]
+    ep: Option<u32>,
+    /// Stages of consecutive layers (pipeline parallelism).
+    #[arg(long, value_name = "N", help_heading = "Several chips", value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pp: Option<u32>,
+    /// Copies of the model that share the batch (data parallelism).
+    #[arg(long, value_name = "N", help_heading = "Several chips", value_parser = clap::value_parser!(u32).range(1..=4096))]
+    dp: Option<u32>,
+    /// How chips share products: `divided` adds the sums of their parts, `in-order` gathers parts of results and has the
+    /// bits of one chip.
+    #[arg(long, value_name = "HOW", help_heading = "Several chips", default_value = "divided", value_parser = ["divided", "in-order"])]
+    sums: String,
     /// List the ops of a prefill step and a decode step, longest first.
     #[arg(long)]
     ops: bool,
@@ -94,6 +115,38 @@ fn open(args: &EstimateArgs) -> Result<Arc<Model>, Failure> {
 struct Asked {
     profile: Profile,
     estimate: Result<Estimate, Error>,
+    /// The layouts that were compared, the best first.
+    candidates: Vec<Candidate>,
+}
+
+impl EstimateArgs {
+    /// The layout that is asked for; 0 where any number will do.
+    fn layout(&self) -> Layout {
+        let sums = if self.sums == "in-order" { Sums::InOrder } else { Sums::Divided };
+        // With a number of chips, what is not given is free.
+        let free = if self.chips.is_some() { 0 } else { 1 };
+        let number = |n: Option<u32>| n.unwrap_or(free);
+        let layout =
+            Layout::default().tensor(number(self.tp)).expert(number(self.ep)).pipeline(number(self.pp));
+        layout.data(number(self.dp)).sums(sums)
+    }
+
+    /// Estimates a profile, with the best layout if several are possible.
+    fn estimate(&self, profile: Profile, choices: Choices, program: &Program, workload: &Workload) -> Asked {
+        let found = match self.chips {
+            Some(chips) => candidates(&profile, choices, program, workload, chips),
+            None => Ok(Vec::new()),
+        };
+        let (candidates, estimate) = match found {
+            Ok(candidates) => {
+                let layout = candidates.first().map_or(choices.layout, |best| best.layout);
+                let estimate = estimate(&profile, choices.layout(layout), program, workload);
+                (candidates, estimate)
+            }
+            Err(error) => (Vec::new(), Err(error)),
+        };
+        Asked { profile, estimate, candidates }
+    }
 }
 
 pub fn run(args: &EstimateArgs) -> Result<(), Failure> {
@@ -101,14 +154,16 @@ pub fn run(args: &EstimateArgs) -> Result<(), Failure> {
     let positions = args.prompt.saturating_add(args.generate);
     let program = model.program(ProgramOptions::default().kv_format(args.kv), positions)?;
     let products = args.products.as_deref().map(Dtype::named).transpose()?;
-    let choices = Choices::default().products(products).activations(Dtype::named(&args.activations)?);
+    let choices = Choices::default()
+        .products(products)
+        .activations(Dtype::named(&args.activations)?)
+        .layout(args.layout());
     let workload =
         Workload::default().batch(args.batch).prompt(args.prompt).generate(args.generate).chunk(args.chunk);
     let mut all = Vec::new();
     for name in &args.profile {
         let profile = Profile::open(name)?;
-        let estimate = estimate(&profile, choices, &program, &workload);
-        all.push(Asked { profile, estimate });
+        all.push(args.estimate(profile, choices, &program, &workload));
     }
     // Of several chips, one that cannot be estimated does not hide the others.
     if all.iter().all(|asked| asked.estimate.is_err())
@@ -172,6 +227,16 @@ pub fn run(args: &EstimateArgs) -> Result<(), Failure> {
     print(&plain(&text))
 }
 
+/// Describes a layout: the number of chips, and how they divide the model.
+fn layout(l: &Layout) -> String {
+    let ways = [("tp", l.tensor), ("ep", l.expert), ("pp", l.pipeline), ("dp", l.data)];
+    let ways: Vec<_> = ways.iter().filter(|(_, n)| *n > 1).map(|(name, n)| format!("{name} {n}")).collect();
+    match ways.len() {
+        0 => l.chips().to_string(),
+        _ => format!("{}: {}", l.chips(), ways.join(", ")),
+    }
+}
+
 /// Formats seconds with three decimals and a unit.
 fn seconds(s: f64) -> String {
     let (unit, name) = [(1.0, "s"), (1e-3, "ms"), (1e-6, "µs")]
@@ -182,8 +247,8 @@ fn seconds(s: f64) -> String {
 }
 
 /// The rows of a profile's column: names and values.
-fn column(asked: &Asked) -> [(&'static str, String); 10] {
-    let Asked { profile, estimate } = asked;
+fn column(asked: &Asked) -> [(&'static str, String); 12] {
+    let Asked { profile, estimate, .. } = asked;
     let e = estimate.as_ref().ok();
     // What does not fit has no speed.
     let running = e.filter(|e| e.fits());
@@ -205,13 +270,15 @@ fn column(asked: &Asked) -> [(&'static str, String); 10] {
     };
     [
         ("", profile.name.clone()),
+        ("chips", e.map_or_else(dash, |e| layout(&e.layout))),
         ("time to first token", time(|e| e.first_token_s)),
         ("decode step", time(|e| e.step_s)),
         ("tokens/s", number(running.map(|e| e.tokens_per_s), 1)),
         ("total time", time(|e| e.seconds)),
         ("J/token, uncalibrated", number(running.and_then(|e| e.joules_per_token), 3)),
         ("USD/million tokens", number(running.and_then(|e| e.usd_per_million_tokens), 2)),
-        ("memory", e.map_or_else(dash, memory)),
+        ("exchanges", running.map_or_else(dash, |e| format!("{:.0} %", 100.0 * e.exchange_fraction))),
+        ("memory per chip", e.map_or_else(dash, memory)),
         ("share of guesses", e.map_or_else(dash, guesses)),
         ("error", e.map_or("no estimate, see below".into(), error)),
     ]
@@ -219,8 +286,12 @@ fn column(asked: &Asked) -> [(&'static str, String); 10] {
 
 fn table(all: &[Asked]) -> String {
     let columns: Vec<_> = all.iter().map(column).collect();
+    let has_several = all.iter().any(|a| a.estimate.as_ref().is_ok_and(|e| e.layout.chips() > 1));
     let mut text = String::new();
     for row in 0..columns.first().map_or(0, |column| column.len()) {
+        if !has_several && matches!(columns[0][row].0, "chips" | "exchanges") {
+            continue;
+        }
         text += &format!("{:22}", columns[0][row].0);
         for column in &columns {
             let width = column.iter().map(|(_, cell)| cell.chars().count()).max().unwrap_or(0) + 2;
@@ -233,7 +304,7 @@ fn table(all: &[Asked]) -> String {
 
 /// Reports how busy a chip's units are, and how sensitive the time is to its numbers.
 fn explain(asked: &Asked) -> String {
-    let Asked { profile, estimate } = asked;
+    let Asked { profile, estimate, candidates } = asked;
     let estimate = match estimate {
         Ok(estimate) => estimate,
         Err(error) => return format!("\n{}\n  {error}\n", profile.name),
@@ -250,14 +321,40 @@ fn explain(asked: &Asked) -> String {
         .take(6)
         .map(|s| format!("    {:+.2} % for +1 % of {} ({})\n", s.exponent, s.path, s.basis.name()))
         .collect();
+    let repeated =
+        estimate.repeated.iter().map(|what| format!("  not divided, every chip does it: {what}\n"));
+    let repeated: String = repeated.collect();
+    let compared = compared(candidates);
     let unmeasured: Vec<_> = estimate.unmeasured.iter().map(|line| format!("  {line}\n")).collect();
     format!(
-        "\n{}\n{}  busy in a decode step: {}\n  sensitivity of the time\n{}",
+        "\n{}\n{compared}{repeated}{}  busy in a decode step: {}\n  sensitivity of the time\n{}",
         profile.name,
         unmeasured.concat(),
         busy.join(", "),
         numbers.concat()
     )
+}
+
+/// Maximum layouts to list.
+const LISTED: usize = 8;
+
+/// Lists the layouts that were compared, and says why the first one is the choice.
+fn compared(candidates: &[Candidate]) -> String {
+    let [best, others @ ..] = candidates else { return String::new() };
+    if others.is_empty() {
+        return String::new();
+    }
+    let why = if best.fits { "the quickest that fits" } else { "none fits; the quickest" };
+    let mut text = format!("  chosen of {} layouts, {why}\n", candidates.len());
+    for candidate in candidates.iter().take(LISTED) {
+        let fits = if candidate.fits { "" } else { ", does not fit" };
+        let (layout, time) = (layout(&candidate.layout), seconds(candidate.seconds));
+        text += &format!("    {layout:24} {time:>12}  {} per chip{fits}\n", bytes(candidate.need_bytes));
+    }
+    if candidates.len() > LISTED {
+        text += &format!("    and {} more\n", candidates.len() - LISTED);
+    }
+    text
 }
 
 fn ops(report: &Report) -> String {
@@ -287,7 +384,11 @@ fn ops(report: &Report) -> String {
 }
 
 fn as_json(asked: &Asked) -> Value {
-    let Asked { profile, estimate } = asked;
+    let Asked { profile, estimate, candidates } = asked;
+    let layout = |l: &Layout| {
+        let sums = if l.sums == Sums::InOrder { "in-order" } else { "divided" };
+        json!({ "chips": l.chips(), "tp": l.tensor, "ep": l.expert, "pp": l.pipeline, "dp": l.data, "sums": sums })
+    };
     let e = match estimate {
         Ok(estimate) => estimate,
         Err(error) => return json!({ "profile": profile.name, "error": error.to_string() }),
@@ -320,6 +421,12 @@ fn as_json(asked: &Asked) -> Value {
         .collect();
     json!({
         "profile": profile.name,
+        "layout": layout(&e.layout),
+        "exchange_fraction": running.map(|e| e.exchange_fraction),
+        "repeated": e.repeated,
+        "candidates": candidates.iter().map(|c| json!({
+            "layout": layout(&c.layout), "seconds": c.seconds, "need_bytes": c.need_bytes, "fits": c.fits,
+        })).collect::<Vec<_>>(),
         "first_token_s": running.map(|e| e.first_token_s),
         "step_s": running.map(|e| e.step_s),
         "seconds": running.map(|e| e.seconds),

@@ -151,15 +151,20 @@ impl Report {
         self.ops.iter().fold(OpTime::none(), |sum, op| sum.then(op.time))
     }
 
+    /// Adds all runs of an op.
+    pub fn add_all(&mut self, more: &OpReport) {
+        match self.ops.iter_mut().find(|op| op.name == more.name) {
+            Some(op) => {
+                op.count += more.count;
+                op.time = op.time.then(more.time);
+            }
+            None => self.ops.push(more.clone()),
+        }
+    }
+
     /// Adds an op.
     pub fn add(&mut self, name: &str, time: OpTime) {
-        match self.ops.iter_mut().find(|op| op.name == name) {
-            Some(op) => {
-                op.count += 1;
-                op.time = op.time.then(time);
-            }
-            None => self.ops.push(OpReport { name: name.into(), count: 1, time }),
-        }
+        self.add_all(&OpReport { name: name.into(), count: 1, time });
     }
 }
 

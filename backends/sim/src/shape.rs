@@ -195,7 +195,7 @@ fn unsupported(op: &Op, what: impl std::fmt::Debug) -> Error {
 }
 
 /// Returns the shape of an op in a step. `ids` are the experts of the tokens, `[tokens][used]`; without them,
-/// tokens are spread evenly.
+/// tokens are spread evenly over the experts of all chips, of which this one may have the first.
 ///
 /// # Errors
 /// [`Error::Program`] for an unsupported op.
@@ -368,6 +368,7 @@ pub fn shape(program: &Program, op: &Op, step: &Step<'_>, ids: Option<&[i32]>) -
         Op::Experts { x, ids: chosen, gate, up, down, biases, .. } => {
             let (used, experts) = (cols(*chosen), program.tensor(*gate).experts);
             let pairs = rows(*x) * used;
+            let all = routed(program, *chosen).unwrap_or(experts).max(1);
             Shape::Experts(Experts {
                 tokens: rows(*x),
                 used,
@@ -378,13 +379,21 @@ pub fn shape(program: &Program, op: &Op, step: &Step<'_>, ids: Option<&[i32]>) -
                 biases: biases.is_some(),
                 ids: match ids {
                     Some(ids) => ids.iter().map(|&id| id as u32).collect(),
-                    None => (0..pairs).map(|i| i % experts.max(1)).collect(),
+                    None => (0..pairs).map(|i| i % all).collect(),
                 },
             })
         }
         Op::TopK { x, ids, .. } => Shape::TopK { rows: rows(*x), cols: cols(*x), k: cols(*ids) },
         Op::ArgMax { x, .. } => Shape::ArgMax { rows: rows(*x), cols: cols(*x) },
         unknown => return Err(Error::argument("op", "one that can be simulated", unknown.name())),
+    })
+}
+
+/// Returns the number of experts that a router chooses from.
+pub fn routed(program: &Program, chosen: TensorId) -> Option<u32> {
+    program.ops().find_map(|(_, op)| match op {
+        Op::Route { logits, ids, .. } if *ids == chosen => Some(program.tensor(*logits).cols),
+        _ => None,
     })
 }
 

@@ -1,6 +1,6 @@
 //! Consistency checks between a profile's numbers.
 
-use super::{Driver, Managed, Profile, Quantity, Scope, is_block};
+use super::{Driver, Managed, Profile, Quantity, Scope, Topology, is_block};
 use crate::numerics::Dtype;
 
 /// Tolerance between a stated peak and geometry x units x clock. Makers publish two digits, some only one:
@@ -16,6 +16,7 @@ pub(super) fn check(profile: &Profile) -> Vec<String> {
     matrix(profile, &mut faults);
     vector(profile, &mut faults);
     memory(profile, &mut faults);
+    interconnect(profile, &mut faults);
     power_and_price(profile, &mut faults);
     faults
 }
@@ -170,6 +171,34 @@ fn memory(profile: &Profile, faults: &mut Vec<String>) {
         }
         if far.latency_ns.value < near.latency_ns.value {
             faults.push(outside("latency_ns", far.latency_ns.value, near.latency_ns.value, "ns", "least"));
+        }
+    }
+}
+
+fn interconnect(profile: &Profile, faults: &mut Vec<String>) {
+    let levels = &profile.interconnect;
+    for (n, level) in levels.iter().enumerate() {
+        let name = &level.name;
+        if levels[..n].iter().any(|before| before.name == *name) {
+            faults.push(format!("interconnect: two levels are named {name}, expected different names"));
+        }
+        let is_last = n + 1 == levels.len();
+        let Some(chips) = &level.chips else {
+            if !is_last || level.topology == Topology::Full {
+                faults.push(format!(
+                    "interconnect.{name}.chips: missing; expected the number of chips that the level joins"
+                ));
+            }
+            continue;
+        };
+        let before = levels[..n].iter().filter_map(|level| level.chips.as_ref()).map(|chips| chips.value);
+        if let Some(before) = before.last()
+            && (chips.value <= before || chips.value % before != 0.0)
+        {
+            faults.push(format!(
+                "interconnect.{name}.chips = {:?}: expected a multiple of the {before:?} chips of the level before",
+                chips.value
+            ));
         }
     }
 }

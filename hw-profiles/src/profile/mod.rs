@@ -53,8 +53,9 @@ pub struct Profile {
     pub sync: Option<Sync>,
     /// Launch costs.
     pub launch: Launch,
-    /// Links to other chips.
-    pub interconnect: Option<Interconnect>,
+    /// Links to other chips: those of a host first, then those of a rack and beyond.
+    #[serde(default)]
+    pub interconnect: Vec<Interconnect>,
     /// Power.
     pub power: Option<Power>,
     /// Price.
@@ -331,17 +332,45 @@ pub struct Launch {
     pub host_bytes_per_s: Option<Quantity>,
 }
 
-/// Links to other chips.
+/// A level of links to other chips.
 #[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 #[non_exhaustive]
 pub struct Interconnect {
-    /// Number of links.
+    /// Name.
+    pub name: String,
+    /// How links join chips.
+    pub topology: Topology,
+    /// Number of chips that this level joins, those of the levels before included; absent in the last level: any.
+    pub chips: Option<Quantity>,
+    /// Number of a chip's links.
     pub links: Quantity,
     /// Bytes per second of a link, in one direction.
     pub link_bytes_per_s: Quantity,
-    /// Time of a small message.
-    pub latency_ns: Option<Quantity>,
+    /// Time of a small message to the next chip.
+    pub latency_ns: Quantity,
+}
+
+/// How links join chips.
+// Exhaustive: a timing model needs the formula of each.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Topology {
+    /// Every chip has all its links to switches, and sends to any other at their full rate.
+    Switch,
+    /// Every chip has the same number of links to each other chip.
+    Full,
+    /// Half of the links go to the chip before, half to the one behind; the last is joined to the first.
+    Ring,
+    /// A ring in each of two dimensions, with half of the links each.
+    Torus,
+}
+
+impl Interconnect {
+    /// Returns the bytes per second that a chip sends over all its links.
+    pub fn bytes_per_s(&self) -> f64 {
+        self.links.value * self.link_bytes_per_s.value
+    }
 }
 
 /// Power of the whole chip.
@@ -405,6 +434,8 @@ pub struct Calibration {
     pub attention: Vec<AttentionFit>,
     /// Kernels of the backend `cpu`, by number of threads.
     pub host: Vec<HostRates>,
+    /// Exchanges between chips.
+    pub collective: Option<CollectiveFit>,
 }
 
 /// Rates of the kernels of the backend `cpu` with `threads` threads, measured by `halite calibrate`.
@@ -483,6 +514,29 @@ pub struct MatMulFit {
     pub split_ns: Option<Quantity>,
     /// Overlap exponent of compute and memory time; 1: no overlap [default: 1].
     pub overlap_exponent: Option<Quantity>,
+    /// Errors of the times.
+    pub errors: FitErrors,
+}
+
+/// Constants of the time of exchanges between chips, over the first level of links.
+#[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+#[non_exhaustive]
+pub struct CollectiveFit {
+    /// Time to start a ring.
+    pub overhead_ns: Quantity,
+    /// Time of a step of a ring.
+    pub hop_ns: Quantity,
+    /// Fraction of the bandwidth for messages that are sent with their flags.
+    pub small_fraction: Quantity,
+    /// Additional time to start a ring that copies in bulk.
+    pub bulk_ns: Quantity,
+    /// Fraction of the bandwidth of such a ring.
+    pub bulk_fraction: Quantity,
+    /// Time of a sum for which every chip sends everything to every other; absent if it was not measured.
+    pub direct_ns: Option<Quantity>,
+    /// Fraction of the bandwidth of such a sum.
+    pub direct_fraction: Option<Quantity>,
     /// Errors of the times.
     pub errors: FitErrors,
 }

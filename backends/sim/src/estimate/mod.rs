@@ -3,10 +3,12 @@
 //! `docs/timing-model.md` has the formulas, their errors on chips that were measured, and what they cannot
 //! say.
 
+pub mod collective;
 pub mod device;
 pub mod fit;
 pub mod host;
 pub mod kernel;
 pub mod measure;
 pub mod points;
+pub mod system;
 pub mod workload;

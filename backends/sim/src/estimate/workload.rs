@@ -7,12 +7,14 @@
 
 use std::collections::BTreeMap;
 
+use super::collective::{Collective, Fabric};
 use super::device;
+use super::system::{Layout, Stage, layouts, stages};
 use crate::{Bound, Chip, Numerics, OpTime, Report};
 use crate::{measured, step};
-use halite::error::Result;
+use halite::error::{Error, Result};
 use halite::passes;
-use halite::program::{PAGE_POSITIONS, Program};
+use halite::program::Program;
 use halite_profiles::numerics::Dtype;
 use halite_profiles::profile::{Basis, Driver, Profile};
 
@@ -51,13 +53,9 @@ impl Workload {
         self.prompt + self.generate / 2
     }
 
-    /// Total seconds, from those of a prefill step and of a decode step.
-    fn seconds(&self, prefill_s: f64, decode_s: f64) -> f64 {
-        self.first_token_s(prefill_s) + f64::from(self.generate.saturating_sub(1)) * decode_s
-    }
-
-    fn first_token_s(&self, prefill_s: f64) -> f64 {
-        f64::from(self.batch) * f64::from(self.prefill().0) * prefill_s
+    /// Total seconds, from those to the first token and those of a decode step.
+    fn seconds(&self, first_token_s: f64, decode_s: f64) -> f64 {
+        first_token_s + f64::from(self.generate.saturating_sub(1)) * decode_s
     }
 }
 
@@ -77,17 +75,23 @@ pub struct Estimate {
     pub joules_per_token: Option<f64>,
     /// Price per million generated tokens, prompts included; absent if the profile has no price.
     pub usd_per_million_tokens: Option<f64>,
-    /// Bytes of weights and of the KV cache of all sequences.
+    /// Bytes of weights and of the KV cache of all sequences, on the chip that needs most.
     pub need_bytes: u64,
-    /// Bytes of the memory that holds them.
+    /// Bytes of a chip's memory that holds them.
     pub have_bytes: u64,
+    /// How the model is divided over chips.
+    pub layout: Layout,
+    /// The share of a decode step in which chips exchange.
+    pub exchange_fraction: f64,
+    /// What every chip does alike because it cannot be divided, one line each.
+    pub repeated: Vec<String>,
     /// Mean relative error of products on held-out shapes; absent if nothing was measured.
     pub error: Option<f64>,
     /// Formats without measurements, one line each.
     pub unmeasured: Vec<String>,
-    /// The ops of a prefill step.
+    /// The ops of a prefill step, of all stages and of one chip in each.
     pub prefill: Report,
-    /// The ops of a decode step.
+    /// The ops of a decode step. A pipeline works on several parts of the batch at the same time; these are the ops of one.
     pub decode: Report,
     /// The share of a decode step that each resource is busy, the busiest first.
     pub shares: Vec<(Bound, f64)>,
@@ -124,12 +128,7 @@ impl Estimate {
     }
 }
 
-/// The program as prepared for the chip.
-fn adapted(program: &Program) -> Program {
-    passes::fuse(program, crate::FUSIONS)
-}
-
-/// Options of a chip.
+/// Options of an estimate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Choices {
@@ -137,15 +136,17 @@ pub struct Choices {
     pub products: Option<Dtype>,
     /// Format of activations in device memory between ops.
     pub activations: Dtype,
+    /// How the model is divided over chips.
+    pub layout: Layout,
 }
 
 impl Default for Choices {
     fn default() -> Choices {
-        Choices { products: None, activations: Dtype::Fp32 }
+        Choices { products: None, activations: Dtype::Fp32, layout: Layout::default() }
     }
 }
 
-halite::setters!(const Choices { products: Option<Dtype>, activations: Dtype });
+halite::setters!(const Choices { products: Option<Dtype>, activations: Dtype, layout: Layout });
 
 impl Choices {
     /// The chip of a profile, for times.
@@ -211,59 +212,183 @@ impl<'a> Timer<'a> {
     }
 }
 
-/// Estimates a workload of a program on the chip of a profile.
+/// A model on chips: what runs where, and what times it.
+struct System<'a> {
+    timer: Timer<'a>,
+    fabric: Option<Fabric>,
+    layout: Layout,
+    stages: &'a [Stage],
+    activation_bytes: f64,
+}
+
+/// The time of a step.
+struct StepTime {
+    /// Seconds from the start of a part of the batch to its end.
+    latency_s: f64,
+    /// Seconds of the slowest stage for a part.
+    pace_s: f64,
+}
+
+impl<'a> System<'a> {
+    fn new(profile: &'a Profile, choices: Choices, stages: &'a [Stage]) -> Result<System<'a>> {
+        let layout = choices.layout;
+        let timer = Timer::new(profile, choices)?;
+        let several = layout.tensor > 1 || layout.pipeline > 1;
+        let fabric = several.then(|| Fabric::new(profile)).transpose()?;
+        let chips = layout.tensor.saturating_mul(layout.pipeline);
+        if let Some(most) = fabric.as_ref().and_then(Fabric::most_chips).filter(|most| chips > *most) {
+            let expected = format!("at most the {most} that {} joins", profile.name);
+            return Err(Error::argument("chips", expected, chips));
+        }
+        let activation_bytes = match &timer {
+            Timer::Chip(chip) => chip.activations.bits() / 8.0,
+            // Devices that are not simulated keep activations in 16 bits.
+            Timer::Device(..) => 2.0,
+        };
+        Ok(System { timer, fabric, layout, stages, activation_bytes })
+    }
+
+    /// Returns the seconds of a stage's exchanges, each with its name.
+    fn exchanges(&self, stage: &Stage, spans: &[(u32, u32)]) -> Vec<(&'static str, f64)> {
+        let Some(fabric) = &self.fabric else { return Vec::new() };
+        let tokens = spans.iter().fold(0u32, |sum, (_, len)| sum.saturating_add(*len));
+        let rows = |dim| passes::rows(dim, tokens, spans.len() as u32) as f64;
+        let bytes = |rows: f64, cols: u32| rows * f64::from(cols) * self.activation_bytes;
+        let exchanges = stage.exchanges.iter().map(|e| {
+            let bytes = bytes(rows(e.rows), e.cols);
+            (e.collective.name(), fabric.seconds(e.collective, bytes, self.layout.tensor))
+        });
+        let sent = (stage.sent_cols > 0).then(|| {
+            // Each chip sends its part to its counterpart, which are as far apart as a stage is large.
+            let part = bytes(f64::from(tokens), stage.sent_cols) / f64::from(self.layout.tensor);
+            let gathered = match self.layout.tensor {
+                1 => 0.0,
+                chips => {
+                    fabric.seconds(Collective::AllGather, bytes(f64::from(tokens), stage.sent_cols), chips)
+                }
+            };
+            ("send", fabric.send_s(part, self.layout.tensor) + gathered)
+        });
+        exchanges.chain(sent).collect()
+    }
+
+    /// Returns the time of a step, its ops and its seconds of exchanges. `seconds` times the ops of a stage.
+    fn step(
+        &self,
+        spans: &[(u32, u32)],
+        mut ops_s: impl FnMut(&Timer<'a>, &Stage, &[(u32, u32)], &[(&'static str, f64)]) -> Result<f64>,
+    ) -> Result<StepTime> {
+        let mut time = StepTime { latency_s: 0.0, pace_s: 0.0 };
+        for stage in self.stages {
+            let exchanges = self.exchanges(stage, spans);
+            let exchanged: f64 = exchanges.iter().map(|(_, seconds)| seconds).sum();
+            let seconds = ops_s(&self.timer, stage, spans, &exchanges)? + exchanged;
+            time.latency_s += seconds;
+            time.pace_s = time.pace_s.max(seconds);
+        }
+        Ok(time)
+    }
+
+    /// Returns the ops of a step, and its time by the event engine.
+    fn report(&self, spans: &[(u32, u32)]) -> Result<(Report, StepTime)> {
+        let mut all = Report::default();
+        let time = self.step(spans, |timer, stage, spans, exchanges| {
+            let report = timer.report(&stage.program, spans)?;
+            let seconds = report.total().seconds;
+            for op in &report.ops {
+                all.add_all(op);
+            }
+            for (name, seconds) in exchanges {
+                // Joules of links are not known.
+                all.add(name, OpTime { seconds: *seconds, joules: Some(0.0), ..OpTime::default() });
+            }
+            Ok(seconds)
+        })?;
+        Ok((all, time))
+    }
+
+    /// Returns the time of a step by the quicker closed form, if there is one.
+    fn closed(&self, spans: &[(u32, u32)]) -> Result<StepTime> {
+        self.step(spans, |timer, stage, spans, _| timer.seconds(&stage.program, spans))
+    }
+
+    /// Divides a workload among replicas and parts of a batch: the sequences of a part, and the number of parts.
+    fn parts(&self, workload: &Workload) -> (u32, u32) {
+        let batch = workload.batch.div_ceil(self.layout.data).max(1);
+        let each = batch.div_ceil(self.layout.pipeline.min(batch));
+        (each, batch.div_ceil(each))
+    }
+
+    /// The spans of a prefill step and of a decode step.
+    fn spans(&self, workload: &Workload) -> [Vec<(u32, u32)>; 2] {
+        let (_, chunk) = workload.prefill();
+        [vec![chunk], vec![(workload.middle(), 1); self.parts(workload).0 as usize]]
+    }
+
+    /// Returns the seconds to the first token of every sequence, and of a decode step of all.
+    fn times(&self, workload: &Workload, prefill: &StepTime, decode: &StepTime) -> (f64, f64) {
+        let (each, parts) = self.parts(workload);
+        let prompts = f64::from(each * parts) * f64::from(workload.prefill().0);
+        let first_token_s = prefill.latency_s + (prompts - 1.0) * prefill.pace_s;
+        (first_token_s, decode.latency_s.max(f64::from(parts) * decode.pace_s))
+    }
+}
+
+/// Estimates a workload of a program on chips of a profile.
 ///
 /// # Errors
-/// Errors of [`Chip::new`], ops that do not fit the chip, and kernels that were not measured.
+/// Errors of [`Chip::new`], ops that do not fit the chip, kernels that were not measured, and layouts that the model or
+/// the links do not have.
 pub fn estimate(
     profile: &Profile,
     choices: Choices,
     program: &Program,
     workload: &Workload,
 ) -> Result<Estimate> {
-    let program = &adapted(program);
-    let timer = Timer::new(profile, choices)?;
-    let (error, unmeasured) = timer.error(program);
-    let (_, chunk) = workload.prefill();
-    let spans = vec![(workload.middle(), 1); workload.batch as usize];
-    let prefill = timer.report(program, &[chunk])?;
-    let decode = timer.report(program, &spans)?;
-    let (prefill_total, decode_total) = (prefill.total(), decode.total());
-    let seconds = workload.seconds(prefill_total.seconds, decode_total.seconds);
+    let layout = choices.layout;
+    let stages = &stages(program, layout)?;
+    let system = System::new(profile, choices, stages)?;
+    let (error, unmeasured) = system.timer.error(&passes::fuse(program, crate::FUSIONS));
+    let [prompt, spans] = system.spans(workload);
+    let (prefill, prefill_time) = system.report(&prompt)?;
+    let (decode, decode_time) = system.report(&spans)?;
+    let (first_token_s, step_s) = system.times(workload, &prefill_time, &decode_time);
+    let seconds = workload.seconds(first_token_s, step_s);
     let tokens = f64::from(workload.batch) * f64::from(workload.generate);
+    let chips = f64::from(layout.chips());
     let positions = u64::from(workload.prompt) + u64::from(workload.generate);
-    // A window may begin and end in the middle of a page.
-    let page = u64::from(PAGE_POSITIONS);
-    let kept = |window: Option<u32>| window.map_or(positions, |w| positions.min(u64::from(w) + page));
-    let each = program.kv_bytes(|window| kept(window).div_ceil(page));
-    let cache = each.saturating_mul(workload.batch.into());
+    let (each, parts) = system.parts(workload);
+    let sequences = u64::from(each) * u64::from(parts);
+    let exchanged: f64 =
+        stages.iter().flat_map(|stage| system.exchanges(stage, &spans)).map(|(_, seconds)| seconds).sum();
+    // Of all chips: each of a stage does the same work, and each replica all of it.
+    let alike = f64::from(layout.tensor) * f64::from(layout.data);
+    let joules = prefill.total().joules.zip(decode.total().joules).and_then(|(prefill, decode)| {
+        let prompts = f64::from(workload.prefill().0) * sequences as f64 * prefill;
+        let generated = f64::from(workload.generate.saturating_sub(1)) * f64::from(parts) * decode;
+        profile.joules(alike * (prompts + generated), chips * seconds)
+    });
+    let mut repeated: Vec<String> = stages.iter().flat_map(|stage| stage.repeated.clone()).collect();
+    repeated.dedup();
     Ok(Estimate {
-        first_token_s: workload.first_token_s(prefill_total.seconds),
-        step_s: decode_total.seconds,
+        first_token_s,
+        step_s,
         seconds,
-        tokens_per_s: f64::from(workload.batch) / decode_total.seconds,
-        joules_per_token: joules(profile, workload, seconds, prefill_total, decode_total).map(|j| j / tokens),
-        usd_per_million_tokens: usd_per_s(profile).map(|usd| 1e6 * usd * seconds / tokens),
-        need_bytes: program.weight_bytes().saturating_add(cache),
+        tokens_per_s: f64::from(workload.batch) / step_s,
+        joules_per_token: joules.map(|j| j / tokens),
+        usd_per_million_tokens: usd_per_s(profile).map(|usd| 1e6 * chips * usd * seconds / tokens),
+        need_bytes: stages.iter().map(|stage| stage.bytes(positions, sequences)).max().unwrap_or(0),
         have_bytes: profile.memory.last().map_or(0, |memory| memory.capacity_bytes.value as u64),
+        layout,
+        exchange_fraction: exchanged / decode_time.latency_s,
+        repeated,
         error,
         unmeasured,
-        shares: decode_total.shares().to_vec(),
+        shares: decode.total().shares().to_vec(),
         prefill,
         decode,
-        sensitivities: sensitivities(profile, choices, program, workload)?,
+        sensitivities: sensitivities(profile, choices, stages, workload)?,
     })
-}
-
-/// Returns the total joules: of operations, moved bytes and idle power.
-fn joules(
-    profile: &Profile,
-    workload: &Workload,
-    seconds: f64,
-    prefill: OpTime,
-    decode: OpTime,
-) -> Option<f64> {
-    profile.joules(workload.seconds(prefill.joules?, decode.joules?), seconds)
 }
 
 /// Returns US$ per second: rent, or depreciation and energy at the chip's full power.
@@ -286,12 +411,11 @@ fn usd_per_s(profile: &Profile) -> Option<f64> {
 ///
 /// # Errors
 /// As [`estimate`].
-pub fn closed_s(profile: &Profile, choices: Choices, program: &Program, workload: &Workload) -> Result<f64> {
-    let timer = Timer::new(profile, choices)?;
-    let (_, chunk) = workload.prefill();
-    let spans = vec![(workload.middle(), 1); workload.batch as usize];
-    let prefill_s = timer.seconds(program, &[chunk])?;
-    Ok(workload.seconds(prefill_s, timer.seconds(program, &spans)?))
+pub fn closed_s(profile: &Profile, choices: Choices, stages: &[Stage], workload: &Workload) -> Result<f64> {
+    let system = System::new(profile, choices, stages)?;
+    let [prompt, spans] = system.spans(workload);
+    let (first_token_s, step_s) = system.times(workload, &system.closed(&prompt)?, &system.closed(&spans)?);
+    Ok(workload.seconds(first_token_s, step_s))
 }
 
 /// Factor by which a number is changed to measure the sensitivity.
@@ -300,15 +424,24 @@ const CHANGE: f64 = 1.05;
 fn sensitivities(
     profile: &Profile,
     choices: Choices,
-    program: &Program,
+    stages: &[Stage],
     workload: &Workload,
 ) -> Result<Vec<Sensitivity>> {
-    let seconds = |profile: Profile| closed_s(&profile, choices, program, workload);
+    let seconds = |profile: Profile| closed_s(&profile, choices, stages, workload);
     let before = seconds(profile.clone())?;
     let mut found = Vec::new();
     for (path, quantity) in &profile.quantities {
         // Counts are not varied.
-        let counts = ["clusters", "tiles_per_cluster", "engines", "rows", "columns", "capacity_bytes"];
+        let counts = [
+            "clusters",
+            "tiles_per_cluster",
+            "engines",
+            "rows",
+            "columns",
+            "capacity_bytes",
+            "chips",
+            "links",
+        ];
         if path.rsplit('.').next().is_some_and(|key| counts.contains(&key)) {
             continue;
         }
@@ -320,4 +453,61 @@ fn sensitivities(
     }
     found.sort_by(|a, b| b.exponent.abs().total_cmp(&a.exponent.abs()));
     Ok(found)
+}
+
+/// A way to divide a model over chips, and what comes of it.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct Candidate {
+    /// The layout.
+    pub layout: Layout,
+    /// Seconds of the workload by the closed form.
+    pub seconds: f64,
+    /// Bytes that the fullest chip needs.
+    pub need_bytes: u64,
+    /// Whether they fit.
+    pub fits: bool,
+}
+
+/// Returns the layouts of a workload on `chips` chips by the closed form: those that fit first, the quickest first.
+/// `choices.layout` fixes the numbers that are not 0.
+///
+/// # Errors
+/// Why the first layout is not possible, if none is.
+pub fn candidates(
+    profile: &Profile,
+    choices: Choices,
+    program: &Program,
+    workload: &Workload,
+    chips: u32,
+) -> Result<Vec<Candidate>> {
+    let have_bytes = profile.memory.last().map_or(0, |memory| memory.capacity_bytes.value as u64);
+    let positions = u64::from(workload.prompt) + u64::from(workload.generate);
+    let mut all = Vec::new();
+    let mut failed = None;
+    for layout in layouts(program, chips, choices.layout) {
+        let found = stages(program, layout).and_then(|stages| {
+            let choices = choices.layout(layout);
+            let seconds = closed_s(profile, choices, &stages, workload)?;
+            let (each, parts) = System::new(profile, choices, &stages)?.parts(workload);
+            let sequences = u64::from(each) * u64::from(parts);
+            let need_bytes = stages.iter().map(|stage| stage.bytes(positions, sequences)).max().unwrap_or(0);
+            Ok(Candidate { layout, seconds, need_bytes, fits: need_bytes <= have_bytes })
+        });
+        match found {
+            Ok(candidate) => all.push(candidate),
+            Err(error) => failed = failed.or(Some(error)),
+        }
+    }
+    match failed {
+        Some(error) if all.is_empty() => Err(error),
+        _ if all.is_empty() => {
+            let expected = format!("numbers whose product is {chips} chips");
+            Err(Error::argument("layout", expected, format!("{:?}", choices.layout)))
+        }
+        _ => {
+            all.sort_by(|a, b| b.fits.cmp(&a.fits).then(a.seconds.total_cmp(&b.seconds)));
+            Ok(all)
+        }
+    }
 }

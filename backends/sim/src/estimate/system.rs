@@ -1,0 +1,226 @@
+//! Programs divided over several chips, for times: tensor parallelism inside a stage, a pipeline of stages, and replicas.
+
+use super::collective::{Collective, collective};
+use halite::cost::{self, Extent};
+use halite::passes;
+use halite::program::{Dim, Outputs, PAGE_POSITIONS, Program};
+use halite::shard::{Division, Sums, share};
+use halite::{Error, Result};
+
+/// How a model is divided over chips.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub struct Layout {
+    /// Chips that share each layer (tensor parallelism).
+    pub tensor: u32,
+    /// Groups of those that hold different experts (expert parallelism); divides `tensor`.
+    pub expert: u32,
+    /// Stages of consecutive layers (pipeline parallelism).
+    pub pipeline: u32,
+    /// Copies of the model, each with its share of the sequences (data parallelism).
+    pub data: u32,
+    /// The order of sums over chips.
+    pub sums: Sums,
+}
+
+impl Default for Layout {
+    fn default() -> Layout {
+        Layout { tensor: 1, expert: 1, pipeline: 1, data: 1, sums: Sums::Divided }
+    }
+}
+
+halite::setters!(const Layout { tensor: u32, expert: u32, pipeline: u32, data: u32, sums: Sums });
+
+impl Layout {
+    /// Returns the number of chips.
+    pub fn chips(&self) -> u32 {
+        self.tensor.saturating_mul(self.pipeline).saturating_mul(self.data)
+    }
+}
+
+/// An exchange in a step of a stage.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Exchanged {
+    /// What is exchanged.
+    pub collective: Collective,
+    /// Rows of the tensor.
+    pub rows: Dim,
+    /// Columns of the whole tensor.
+    pub cols: u32,
+}
+
+/// Consecutive layers on chips that share them.
+#[derive(Debug, Clone)]
+pub struct Stage {
+    /// What one of the chips runs.
+    pub program: Program,
+    /// What they exchange.
+    pub exchanges: Vec<Exchanged>,
+    /// Columns of the hidden state that goes to the next stage; 0 for the last.
+    pub sent_cols: u32,
+    /// What every chip does alike because it cannot be divided.
+    pub repeated: Vec<String>,
+}
+
+impl Stage {
+    /// Returns the bytes of weights and of the KV cache of sequences of `positions` positions on one chip.
+    pub fn bytes(&self, positions: u64, sequences: u64) -> u64 {
+        // A window may begin and end in the middle of a page.
+        let page = u64::from(PAGE_POSITIONS);
+        let kept = |window: Option<u32>| window.map_or(positions, |w| positions.min(u64::from(w) + page));
+        let each = self.program.kv_bytes(|window| kept(window).div_ceil(page));
+        self.program.weight_bytes().saturating_add(each.saturating_mul(sequences))
+    }
+}
+
+/// Divides a program into stages. The first chip of each has the most work.
+///
+/// # Errors
+/// [`Error::Argument`] if a number of the layout is 0, there are more stages than layers, or groups of experts do not
+/// divide the chips that share a layer.
+pub fn stages(program: &Program, layout: Layout) -> Result<Vec<Stage>> {
+    for (name, number) in [("tensor", layout.tensor), ("pipeline", layout.pipeline), ("data", layout.data)] {
+        if number == 0 {
+            return Err(Error::argument(name, "at least 1 chip", 0));
+        }
+    }
+    if layout.tensor == 1 && layout.pipeline == 1 && layout.expert == 1 {
+        let program = passes::fuse(program, crate::FUSIONS);
+        return Ok(vec![Stage { program, exchanges: Vec::new(), sent_cols: 0, repeated: Vec::new() }]);
+    }
+    let division = Division::over(layout.tensor).sums(layout.sums).expert_groups(layout.expert);
+    let shared = share(program, division, 0)?;
+    let whole = passes::fuse(program, crate::FUSIONS);
+    let Outputs { arg_max, hidden, .. } = whole.outputs;
+    let outputs: Vec<_> = [arg_max, hidden].into_iter().flatten().collect();
+    let needed: Vec<usize> = whole.segments_for(&outputs).into_iter().flatten().collect();
+    let borders = borders(&whole, &needed, layout.pipeline)?;
+    let mut all = Vec::new();
+    for (n, segments) in borders.iter().enumerate() {
+        let own: Vec<usize> =
+            segments.iter().filter_map(|&segment| shared.segments.get(segment).cloned()).flatten().collect();
+        let mut program = passes::fuse(&shared.program, crate::FUSIONS);
+        let mut at = 0..program.segments.len();
+        program.segments.retain(|_| at.next().is_some_and(|segment| own.contains(&segment)));
+        program.outputs = Outputs::default();
+        keep_used(&mut program);
+        let exchanges =
+            shared.exchanges.iter().filter(|exchange| own.contains(&exchange.before)).filter_map(|e| {
+                let t = shared.program.tensor(e.to);
+                Some(Exchanged { collective: collective(e.kind)?, rows: t.rows, cols: t.cols })
+            });
+        let exchanges = exchanges.collect();
+        let is_last = n + 1 == borders.len();
+        let sent_cols = if is_last { 0 } else { hidden_cols(&whole) };
+        let repeated = if layout.tensor > 1 { shared.repeated.clone() } else { Vec::new() };
+        all.push(Stage { program, exchanges, sent_cols, repeated });
+    }
+    Ok(all)
+}
+
+/// The columns of the hidden state: those of the first op's result.
+fn hidden_cols(program: &Program) -> u32 {
+    let mut cols = 0;
+    if let Some((_, op)) = program.ops().next() {
+        op.outputs(&mut |id| cols = program.tensor(id).cols);
+    }
+    cols
+}
+
+/// Drops weights and caches that no op uses.
+fn keep_used(program: &mut Program) {
+    let mut weights = Vec::new();
+    let mut states = Vec::new();
+    for (_, op) in program.ops() {
+        op.inputs(&mut |id| weights.push(id));
+        let Ok(_) = op.try_map(
+            |_, _| Ok::<_, std::convert::Infallible>(()),
+            |id, _| {
+                states.push(id.0);
+                Ok(())
+            },
+        );
+    }
+    program.weights.retain(|id| weights.contains(id));
+    // Ops name caches by their number, so those of others stay, without a size.
+    for (n, state) in (0..).zip(&mut program.states) {
+        if !states.contains(&n) {
+            state.kv_heads = 0;
+        }
+    }
+}
+
+/// Divides segments into consecutive groups whose largest number of weight bytes is as small as possible.
+fn borders(program: &Program, segments: &[usize], count: u32) -> Result<Vec<Vec<usize>>> {
+    let step = [Extent { start: 0, tokens: 1, outputs: 1 }];
+    let bytes: Vec<u64> = segments
+        .iter()
+        .map(|&n| {
+            let ops = program.segments.get(n).map_or(&[][..], |segment| &segment.ops);
+            ops.iter().map(|op| cost::op(program, op, &step).weight_bytes).sum()
+        })
+        .collect();
+    let layers = bytes.iter().filter(|&&bytes| bytes > 0).count();
+    if count as usize > layers {
+        return Err(Error::argument(
+            "pipeline",
+            format!("at most {layers} stages, one for each layer"),
+            count,
+        ));
+    }
+    let groups = |most: u64| -> Vec<Vec<usize>> {
+        let mut all: Vec<Vec<usize>> = vec![Vec::new()];
+        let mut sum = 0;
+        for (&segment, &bytes) in segments.iter().zip(&bytes) {
+            if sum + bytes > most && sum > 0 {
+                all.push(Vec::new());
+                sum = 0;
+            }
+            sum += bytes;
+            if let Some(last) = all.last_mut() {
+                last.push(segment);
+            }
+        }
+        all
+    };
+    let (mut low, mut high) = (bytes.iter().copied().max().unwrap_or(0), bytes.iter().sum::<u64>());
+    while low < high {
+        let middle = low + (high - low) / 2;
+        if groups(middle).len() > count as usize {
+            low = middle + 1;
+        } else {
+            high = middle;
+        }
+    }
+    let mut found = groups(low);
+    // Fewer groups than stages: the largest that can be divided are.
+    while found.len() < count as usize {
+        let Some(largest) = (0..found.len()).filter(|&n| found[n].len() > 1).max_by_key(|&n| found[n].len())
+        else {
+            break;
+        };
+        let half = found[largest].len() / 2;
+        let rest = found[largest].split_off(half);
+        found.insert(largest + 1, rest);
+    }
+    Ok(found)
+}
+
+/// Returns the ways to divide a model over `chips` chips. `like` fixes the numbers that are not 0.
+pub fn layouts(program: &Program, chips: u32, like: Layout) -> Vec<Layout> {
+    let divisors = |n: u32| (1..=n).filter(move |d| n.is_multiple_of(*d));
+    let may = |fixed: u32, value: u32| fixed == 0 || fixed == value;
+    let has_experts = program.ops().any(|(_, op)| matches!(op, halite::program::Op::Experts { .. }));
+    let mut all = Vec::new();
+    for tensor in divisors(chips).filter(|&n| may(like.tensor, n)) {
+        for pipeline in divisors(chips / tensor).filter(|&n| may(like.pipeline, n)) {
+            let data = chips / tensor / pipeline;
+            let groups = divisors(tensor)
+                .filter(|&n| may(like.expert, n) && (has_experts || n == 1 || like.expert == n));
+            for expert in groups.filter(|_| may(like.data, data)) {
+                all.push(Layout { tensor, expert, pipeline, data, ..like });
+            }
+        }
+    }
+    all
+}
