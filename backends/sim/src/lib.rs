@@ -28,9 +28,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use halite_kernels::isa::Cpu as Isa;
 
+use estimate::collective::Fabric;
 use faults::Injector;
 use halite::backend::driver::{Argument, Driver, DriverOption, Listed, Value};
 use halite::backend::host::{self, HostPlan, memory};
+use halite::backend::sharded::Sharded;
 use halite::backend::{
     Backend, Buffer, Caps, Contract, Fusions, Gap, Limits, OpSig, Plan, Step as ProgramStep, Support, Usage,
 };
@@ -56,8 +58,13 @@ pub const DRIVER: Driver = Driver::new("sim", |profile, options| {
     };
     let products = options.text("products")?.map(Dtype::named).transpose()?;
     let inject = options.text("inject")?.map_or(Ok(Vec::new()), Fault::list)?;
-    let options = SimOptions::default().numerics(numerics).products(products).inject(inject);
-    Ok(Arc::new(Sim::new(Profile::open(profile)?, &options)?))
+    let sim = SimOptions::default().numerics(numerics).products(products).inject(inject);
+    let profile = Profile::open(profile)?;
+    match options.number("chips")?.unwrap_or(1) {
+        1 => Ok(Arc::new(Sim::new(profile, &sim)?)),
+        chips @ 2..=MOST_CHIPS => Ok(Arc::new(system(&profile, &sim, chips as u32)?)),
+        other => Err(Error::argument("chips", format!("1 to {MOST_CHIPS}"), other)),
+    }
 })
 .argument(Some(Argument::required("PROFILE").is_file(true)))
 .help("a simulated chip, one of `halite profile` or a TOML file")
@@ -73,6 +80,11 @@ pub const DRIVER: Driver = Driver::new("sim", |profile, options| {
         "Number format of the simulated chip's products [default: nearest to each weight's format]",
     ),
     DriverOption::new(
+        "chips",
+        Value::Number("N"),
+        "Number of simulated chips that share each layer, with the bits of one [default: 1]",
+    ),
+    DriverOption::new(
         "inject",
         Value::Text("FAULTS"),
         "Faults of a simulated chip, such as `bitflip:rate=1e-9,where=dram,seed=1`; \
@@ -85,6 +97,26 @@ pub const DRIVER: Driver = Driver::new("sim", |profile, options| {
     let listed = |profile: Profile| Listed::new(format!("sim:{}", profile.name), profile.summary);
     simulated.map(|profile| profile.map(listed)).collect()
 });
+
+/// Maximum chips of a simulated system.
+pub const MOST_CHIPS: u64 = 64;
+
+/// Joins simulated chips that share each layer.
+///
+/// # Errors
+/// As [`Sim::new`]; [`Error::Argument`] if the profile has no links, or joins fewer chips.
+pub fn system(profile: &Profile, options: &SimOptions, chips: u32) -> Result<Sharded> {
+    let fabric = Fabric::new(profile)?;
+    if let Some(most) = fabric.most_chips().filter(|most| chips > *most) {
+        return Err(Error::argument(
+            "chips",
+            format!("at most the {most} that {} joins", profile.name),
+            chips,
+        ));
+    }
+    let chip = |_| Ok(Arc::new(Sim::new(profile.clone(), options)?) as Arc<dyn Backend>);
+    Sharded::new((0..chips).map(chip).collect::<Result<_>>()?, Some(Arc::new(fabric)))
+}
 
 /// The fusions that simulated chips ask for.
 pub const FUSIONS: Fusions = Fusions::ALL.rope_kv(false);

@@ -27,7 +27,7 @@ impl Chip {
                 return Some(why);
             }
             match table {
-                "interconnect" => Some("one chip is simulated at a time"),
+                "interconnect" => Some("counts for several chips only"),
                 "noc" => Some("the network is simulated without contention"),
                 "launch" if key == "kernel_ns" && profile.launch.graph_kernel_ns.is_some() => {
                     Some("steps are recorded: graph_kernel_ns counts")

@@ -164,7 +164,7 @@ fn borders(program: &Program, segments: &[usize], count: u32) -> Result<Vec<Vec<
     if count as usize > layers {
         return Err(Error::argument(
             "pipeline",
-            format!("at most {layers} stages, one for each layer"),
+            format!("at most {layers}: a stage needs a layer, or another segment with weights"),
             count,
         ));
     }
