@@ -97,28 +97,51 @@ pub fn time(chip: &Chip, program: &Program, spans: &[(u32, u32)], outputs: bool)
     Ok(report)
 }
 
+/// The distinct ops of a step, each with the number of times that it runs. They do not depend on the chip.
+#[derive(Debug, Clone)]
+pub struct Distinct(Vec<(Shape, u32)>);
+
+impl Distinct {
+    /// The ops of a step, as in [`time`].
+    ///
+    /// # Errors
+    /// [`Error::Program`](halite::Error::Program) for an op that is not simulated.
+    pub fn of(program: &Program, spans: &[(u32, u32)], outputs: bool) -> Result<Distinct> {
+        let mut known: HashMap<Shape, usize> = HashMap::new();
+        let mut all: Vec<(Shape, u32)> = Vec::new();
+        each_op(program, spans, outputs, &mut |_, _, shape| {
+            if is_empty(shape) {
+                return Ok(());
+            }
+            match known.get(shape) {
+                Some(&at) => all[at].1 += 1,
+                None => {
+                    known.insert(shape.clone(), all.len());
+                    all.push((shape.clone(), 1));
+                }
+            }
+            Ok(())
+        })?;
+        Ok(Distinct(all))
+    }
+
+    /// Returns the seconds of the step by the closed form.
+    ///
+    /// # Errors
+    /// As [`time`].
+    pub fn closed_s(&self, chip: &Chip) -> Result<f64> {
+        let each =
+            self.0.iter().map(|(shape, count)| Ok(f64::from(*count) * measured::closed_s(chip, shape)?));
+        each.sum()
+    }
+}
+
 /// Returns the seconds of a step by the closed form, without commands.
 ///
 /// # Errors
 /// As [`time`].
 pub fn closed(chip: &Chip, program: &Program, spans: &[(u32, u32)], outputs: bool) -> Result<f64> {
-    let mut seconds = 0.0;
-    let mut known: HashMap<Shape, f64> = HashMap::new();
-    each_op(program, spans, outputs, &mut |_, _, shape| {
-        if is_empty(shape) {
-            return Ok(());
-        }
-        seconds += match known.get(shape) {
-            Some(seconds) => *seconds,
-            None => {
-                let seconds = measured::closed_s(chip, shape)?;
-                known.insert(shape.clone(), seconds);
-                seconds
-            }
-        };
-        Ok(())
-    })?;
-    Ok(seconds)
+    Distinct::of(program, spans, outputs)?.closed_s(chip)
 }
 
 /// Returns the work of every queue of the chip in a step, op by op.

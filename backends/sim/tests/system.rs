@@ -13,7 +13,7 @@ use halite::synth::{Formats, Synth, shape};
 use halite_profiles::profile::{Driver, Profile, SHIPPED};
 use halite_sim::estimate::collective::{Collective, Fabric};
 use halite_sim::estimate::system::{Layout, layouts, stages};
-use halite_sim::estimate::workload::{Choices, Workload, candidates, closed_s, estimate};
+use halite_sim::estimate::workload::{Choices, Quick, Workload, candidates, estimate};
 use halite_sim::{SimOptions, system};
 use halite_testing::golden;
 
@@ -195,7 +195,8 @@ fn more_chips_take_their_part_of_the_time() {
             [Layout::default().tensor(4), Layout::default().pipeline(4), Layout::default().tensor(2).data(2)]
         {
             let divided = stages(&program, layout).unwrap();
-            let closed = closed_s(&profile, Choices::default().layout(layout), &divided, &workload).unwrap();
+            let quick = Quick::new(Choices::default().layout(layout), &divided, &workload).unwrap();
+            let closed = quick.times(&profile).unwrap().seconds;
             let seconds = with(layout).seconds;
             assert!((closed / seconds - 1.0).abs() < 0.15, "{name} {layout:?}: {closed} {seconds}");
         }

@@ -8,7 +8,7 @@ use halite_profiles::numerics::Dtype;
 use halite_profiles::profile::{Basis, Profile};
 use halite_sim::estimate::kernel::{self, Kernel};
 use halite_sim::estimate::system::{Layout, stages};
-use halite_sim::estimate::workload::{Choices, Workload, closed_s, estimate};
+use halite_sim::estimate::workload::{Choices, Quick, Workload, estimate};
 use halite_sim::{Bound, Chip, Numerics, Queue, step};
 
 /// A chip to calculate with: one tile; memory and its engine move a byte a nanosecond; nothing else takes time but the units.
@@ -314,7 +314,8 @@ fn workloads_add_up() {
     near(rests, 1.0, 1e-9);
     assert!(e.rests_on()[&Basis::Guess] > 0.1 && e.joules_per_token.unwrap() > 0.0);
     let stages = stages(&program, Layout::default()).unwrap();
-    near(closed_s(&profile, Choices::default(), &stages, &workload).unwrap(), e.seconds, 0.15);
+    let quick = Quick::new(Choices::default(), &stages, &workload).unwrap();
+    near(quick.times(&profile).unwrap().seconds, e.seconds, 0.15);
     // Twice the bandwidth cannot take less than half the time.
     assert!(e.sensitivities.iter().all(|s| s.exponent.abs() <= 1.5), "{:?}", e.sensitivities);
     // Activations in fewer bits move fewer bytes, and weights as many as before.

@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 use super::collective::{Collective, Fabric};
 use super::device;
 use super::system::{Layout, Stage, layouts, stages};
+use crate::step::Distinct;
 use crate::{Bound, Chip, Numerics, OpTime, Report};
 use crate::{measured, step};
 use halite::error::{Error, Result};
@@ -51,6 +52,19 @@ impl Workload {
     /// The position of the middle generated token.
     fn middle(&self) -> u32 {
         self.prompt + self.generate / 2
+    }
+
+    /// Divides the batch among replicas and parts for stages: the sequences of a part, and the number of parts.
+    fn parts(&self, layout: Layout) -> (u32, u32) {
+        let batch = self.batch.div_ceil(layout.data.max(1)).max(1);
+        let each = batch.div_ceil(layout.pipeline.clamp(1, batch));
+        (each, batch.div_ceil(each))
+    }
+
+    /// The spans of a prefill step and of a decode step.
+    fn spans(&self, layout: Layout) -> [Vec<(u32, u32)>; 2] {
+        let (_, chunk) = self.prefill();
+        [vec![chunk], vec![(self.middle(), 1); self.parts(layout).0 as usize]]
     }
 
     /// Total seconds, from those to the first token and those of a decode step.
@@ -189,10 +203,10 @@ impl<'a> Timer<'a> {
         }
     }
 
-    /// Returns seconds, by the quicker closed form if there is one.
-    fn seconds(&self, program: &Program, spans: &[(u32, u32)]) -> Result<f64> {
+    /// Returns seconds, by the quicker closed form if there is one. `distinct` are the ops of the step.
+    fn seconds(&self, program: &Program, spans: &[(u32, u32)], distinct: &Distinct) -> Result<f64> {
         match self {
-            Timer::Chip(chip) => step::closed(chip, program, spans, true),
+            Timer::Chip(chip) => distinct.closed_s(chip),
             Timer::Device(..) => Ok(self.report(program, spans)?.total().seconds),
         }
     }
@@ -307,27 +321,9 @@ impl<'a> System<'a> {
         Ok((all, time))
     }
 
-    /// Returns the time of a step by the quicker closed form, if there is one.
-    fn closed(&self, spans: &[(u32, u32)]) -> Result<StepTime> {
-        self.step(spans, |timer, stage, spans, _| timer.seconds(&stage.program, spans))
-    }
-
-    /// Divides a workload among replicas and parts of a batch: the sequences of a part, and the number of parts.
-    fn parts(&self, workload: &Workload) -> (u32, u32) {
-        let batch = workload.batch.div_ceil(self.layout.data).max(1);
-        let each = batch.div_ceil(self.layout.pipeline.min(batch));
-        (each, batch.div_ceil(each))
-    }
-
-    /// The spans of a prefill step and of a decode step.
-    fn spans(&self, workload: &Workload) -> [Vec<(u32, u32)>; 2] {
-        let (_, chunk) = workload.prefill();
-        [vec![chunk], vec![(workload.middle(), 1); self.parts(workload).0 as usize]]
-    }
-
     /// Returns the seconds to the first token of every sequence, and of a decode step of all.
     fn times(&self, workload: &Workload, prefill: &StepTime, decode: &StepTime) -> (f64, f64) {
-        let (each, parts) = self.parts(workload);
+        let (each, parts) = workload.parts(self.layout);
         let prompts = f64::from(each * parts) * f64::from(workload.prefill().0);
         let first_token_s = prefill.latency_s + (prompts - 1.0) * prefill.pace_s;
         (first_token_s, decode.latency_s.max(f64::from(parts) * decode.pace_s))
@@ -349,7 +345,7 @@ pub fn estimate(
     let stages = &stages(program, layout)?;
     let system = System::new(profile, choices, stages)?;
     let (error, unmeasured) = system.timer.error(&passes::fuse(program, crate::FUSIONS));
-    let [prompt, spans] = system.spans(workload);
+    let [prompt, spans] = workload.spans(layout);
     let (prefill, prefill_time) = system.report(&prompt)?;
     let (decode, decode_time) = system.report(&spans)?;
     let (first_token_s, step_s) = system.times(workload, &prefill_time, &decode_time);
@@ -357,7 +353,7 @@ pub fn estimate(
     let tokens = f64::from(workload.batch) * f64::from(workload.generate);
     let chips = f64::from(layout.chips());
     let positions = u64::from(workload.prompt) + u64::from(workload.generate);
-    let (each, parts) = system.parts(workload);
+    let (each, parts) = workload.parts(layout);
     let sequences = u64::from(each) * u64::from(parts);
     let exchanged: f64 =
         stages.iter().flat_map(|stage| system.exchanges(stage, &spans)).map(|(_, seconds)| seconds).sum();
@@ -387,7 +383,7 @@ pub fn estimate(
         shares: decode.total().shares().to_vec(),
         prefill,
         decode,
-        sensitivities: sensitivities(profile, choices, stages, workload)?,
+        sensitivities: Quick::new(choices, stages, workload)?.sensitivities(profile)?,
     })
 }
 
@@ -407,53 +403,93 @@ fn usd_per_s(profile: &Profile) -> Option<f64> {
     Some(price.chip_usd.as_ref()?.value / (years * year_s * used) + energy.unwrap_or(0.0))
 }
 
-/// Returns the seconds of a workload by the closed form, a quick approximation of [`estimate`].
-///
-/// # Errors
-/// As [`estimate`].
-pub fn closed_s(profile: &Profile, choices: Choices, stages: &[Stage], workload: &Workload) -> Result<f64> {
-    let system = System::new(profile, choices, stages)?;
-    let [prompt, spans] = system.spans(workload);
-    let (first_token_s, step_s) = system.times(workload, &system.closed(&prompt)?, &system.closed(&spans)?);
-    Ok(workload.seconds(first_token_s, step_s))
+/// A workload on a divided model, prepared to be timed on many chips by the closed form: a quick approximation of
+/// [`estimate`].
+#[derive(Debug)]
+pub struct Quick<'a> {
+    choices: Choices,
+    stages: &'a [Stage],
+    workload: Workload,
+    spans: [Vec<(u32, u32)>; 2],
+    /// The ops of a prefill step and of a decode step, of each stage.
+    distinct: [Vec<Distinct>; 2],
+}
+
+/// The times of a workload.
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
+pub struct Times {
+    /// Seconds until every sequence has its first token.
+    pub first_token_s: f64,
+    /// Seconds of the middle decode step, of one token per sequence.
+    pub step_s: f64,
+    /// Total seconds.
+    pub seconds: f64,
+}
+
+impl<'a> Quick<'a> {
+    /// Prepares a workload. `stages` are those of `choices.layout`.
+    ///
+    /// # Errors
+    /// [`Error::Program`] for an op that is not simulated.
+    pub fn new(choices: Choices, stages: &'a [Stage], workload: &Workload) -> Result<Quick<'a>> {
+        let spans = workload.spans(choices.layout);
+        let of = |spans: &[(u32, u32)]| {
+            stages.iter().map(|stage| Distinct::of(&stage.program, spans, true)).collect::<Result<Vec<_>>>()
+        };
+        let distinct = [of(&spans[0])?, of(&spans[1])?];
+        Ok(Quick { choices, stages, workload: *workload, spans, distinct })
+    }
+
+    /// Returns the times on the chips of a profile.
+    ///
+    /// # Errors
+    /// As [`estimate`].
+    pub fn times(&self, profile: &Profile) -> Result<Times> {
+        let system = System::new(profile, self.choices, self.stages)?;
+        let step = |which: usize| {
+            let mut distinct = self.distinct[which].iter();
+            system.step(&self.spans[which], |timer, stage, spans, _| {
+                let ops = distinct.next();
+                ops.map_or(Ok(0.0), |ops| timer.seconds(&stage.program, spans, ops))
+            })
+        };
+        let (first_token_s, step_s) = system.times(&self.workload, &step(0)?, &step(1)?);
+        Ok(Times { first_token_s, step_s, seconds: self.workload.seconds(first_token_s, step_s) })
+    }
+
+    /// Returns the sensitivity of the total time to each number of a profile, the largest first.
+    fn sensitivities(&self, profile: &Profile) -> Result<Vec<Sensitivity>> {
+        let before = self.times(profile)?.seconds;
+        let mut found = Vec::new();
+        for (path, quantity) in &profile.quantities {
+            // Counts are not varied.
+            let counts = [
+                "clusters",
+                "tiles_per_cluster",
+                "engines",
+                "rows",
+                "columns",
+                "capacity_bytes",
+                "chips",
+                "links",
+            ];
+            if path.rsplit('.').next().is_some_and(|key| counts.contains(&key)) {
+                continue;
+            }
+            let after = self.times(&profile.with(path, quantity.value * CHANGE)?)?.seconds;
+            let exponent = (after / before).ln() / CHANGE.ln();
+            if exponent.abs() > 1e-4 {
+                found.push(Sensitivity { path: path.clone(), basis: quantity.basis, exponent });
+            }
+        }
+        found.sort_by(|a, b| b.exponent.abs().total_cmp(&a.exponent.abs()));
+        Ok(found)
+    }
 }
 
 /// Factor by which a number is changed to measure the sensitivity.
 const CHANGE: f64 = 1.05;
-
-fn sensitivities(
-    profile: &Profile,
-    choices: Choices,
-    stages: &[Stage],
-    workload: &Workload,
-) -> Result<Vec<Sensitivity>> {
-    let seconds = |profile: Profile| closed_s(&profile, choices, stages, workload);
-    let before = seconds(profile.clone())?;
-    let mut found = Vec::new();
-    for (path, quantity) in &profile.quantities {
-        // Counts are not varied.
-        let counts = [
-            "clusters",
-            "tiles_per_cluster",
-            "engines",
-            "rows",
-            "columns",
-            "capacity_bytes",
-            "chips",
-            "links",
-        ];
-        if path.rsplit('.').next().is_some_and(|key| counts.contains(&key)) {
-            continue;
-        }
-        let after = seconds(profile.with(path, quantity.value * CHANGE)?)?;
-        let exponent = (after / before).ln() / CHANGE.ln();
-        if exponent.abs() > 1e-4 {
-            found.push(Sensitivity { path: path.clone(), basis: quantity.basis, exponent });
-        }
-    }
-    found.sort_by(|a, b| b.exponent.abs().total_cmp(&a.exponent.abs()));
-    Ok(found)
-}
 
 /// A way to divide a model over chips, and what comes of it.
 #[derive(Debug, Clone)]
@@ -487,9 +523,8 @@ pub fn candidates(
     let mut failed = None;
     for layout in layouts(program, chips, choices.layout) {
         let found = stages(program, layout).and_then(|stages| {
-            let choices = choices.layout(layout);
-            let seconds = closed_s(profile, choices, &stages, workload)?;
-            let (each, parts) = System::new(profile, choices, &stages)?.parts(workload);
+            let seconds = Quick::new(choices.layout(layout), &stages, workload)?.times(profile)?.seconds;
+            let (each, parts) = workload.parts(layout);
             let sequences = u64::from(each) * u64::from(parts);
             let need_bytes = stages.iter().map(|stage| stage.bytes(positions, sequences)).max().unwrap_or(0);
             Ok(Candidate { layout, seconds, need_bytes, fits: need_bytes <= have_bytes })

@@ -67,10 +67,6 @@ impl Attend {
             + aligned(4 * rows)
     }
 
-    /// Returns the piece of work that sees the most chunks.
-    fn longest<'w>(&self, work: &'w [AttendWork<'_>]) -> Option<&'w AttendWork<'w>> {
-        work.iter().max_by_key(|w| self.chunks_of(w.rows).len())
-    }
 }
 
 /// How far a tile's pipeline reaches: more of each hides more latency, and takes more of the scratchpad.
@@ -102,12 +98,45 @@ struct AttendWork<'a> {
     pages: &'a [u32],
 }
 
+/// Work in pieces, and what its time depends on.
+struct Division<'a> {
+    work: Vec<AttendWork<'a>>,
+    /// Chunks of all pieces.
+    chunks: u32,
+    /// Chunks of the tile that has the most, if tiles take pieces in turns.
+    most: u32,
+    /// The piece that sees the most chunks, and their number.
+    longest: (QueryRows, u32),
+    /// Rows of queries of all pieces.
+    queries: u32,
+}
+
+impl<'a> Division<'a> {
+    /// Divides the work in pieces of at most `heads` heads of one KV head and `token_group` tokens.
+    fn new(chip: &Chip, a: &'a Attend, heads: u32, token_group: u32) -> Option<Division<'a>> {
+        let work = divide(a, heads, token_group);
+        let mut tiles = vec![0; chip.tiles.min(work.len() as u32) as usize];
+        let mut longest: Option<(QueryRows, u32)> = None;
+        let (mut chunks, mut queries) = (0, 0);
+        for (w, tile) in work.iter().zip((0..tiles.len()).cycle()) {
+            let seen = a.chunks_of(w.rows).len() as u32;
+            if longest.is_none_or(|(_, most)| seen >= most) {
+                longest = Some((w.rows, seen));
+            }
+            tiles[tile] += seen;
+            chunks += seen;
+            queries += w.rows.heads * w.rows.tokens;
+        }
+        Some(Division { work, chunks, most: tiles.into_iter().max().unwrap_or(0), longest: longest?, queries })
+    }
+}
+
 /// How attention is divided.
 struct AttendTiling<'a> {
     depth: Depth,
     /// Maximum rows of queries of a tile.
     rows: u32,
-    work: Rc<Vec<AttendWork<'a>>>,
+    division: Rc<Division<'a>>,
     /// Chunks of a tile if each takes an equal run of all chunks, so that some sequences are split between tiles.
     chunks_per_tile: Option<u32>,
 }
@@ -140,7 +169,7 @@ fn divide(a: &Attend, heads: u32, token_group: u32) -> Vec<AttendWork<'_>> {
 fn attend_tiling<'a>(chip: &Chip, a: &'a Attend) -> Result<(AttendTiling<'a>, f64)> {
     let group = a.heads / a.kv_heads.max(1);
     let tokens: u32 = a.spans.iter().map(|(_, _, n)| n).sum();
-    let mut divided: HashMap<(u32, u32), Rc<Vec<AttendWork<'a>>>> = HashMap::new();
+    let mut divided: HashMap<(u32, u32), Option<Rc<Division<'a>>>> = HashMap::new();
     let mut best: Option<(AttendTiling<'a>, f64)> = None;
     let longest = a.spans.iter().map(|(pages, ..)| pages.len()).max().unwrap_or(0);
     for depth in Depth::all().filter(|d| d.chunks == 1 || (d.chunks as usize) < 2 * longest) {
@@ -151,14 +180,15 @@ fn attend_tiling<'a>(chip: &Chip, a: &'a Attend) -> Result<(AttendTiling<'a>, f6
         // Group tokens as long as every tile has work.
         let spread = (tokens * a.kv_heads * group.div_ceil(heads)).div_ceil(chip.tiles);
         let token_group = (fit / heads).min(spread).max(1);
-        let work =
-            divided.entry((heads, token_group)).or_insert_with(|| Rc::new(divide(a, heads, token_group)));
-        let chunks: u32 = work.iter().map(|w| a.chunks_of(w.rows).len() as u32).sum();
-        let per_tile = chunks.div_ceil(chip.tiles).max(1);
+        let division = divided
+            .entry((heads, token_group))
+            .or_insert_with(|| Division::new(chip, a, heads, token_group).map(Rc::new));
+        let Some(division) = division else { continue };
+        let per_tile = division.chunks.div_ceil(chip.tiles).max(1);
         for chunks_per_tile in [None, Some(per_tile)] {
-            let tiling =
-                AttendTiling { depth, rows: heads * token_group, work: work.clone(), chunks_per_tile };
-            let seconds = tiling.seconds(chip, a, chunks);
+            let (rows, division) = (heads * token_group, division.clone());
+            let tiling = AttendTiling { depth, rows, division, chunks_per_tile };
+            let seconds = tiling.seconds(chip, a);
             if best.as_ref().is_none_or(|(_, least)| seconds < *least) {
                 best = Some((tiling, seconds));
             }
@@ -174,21 +204,16 @@ pub fn attend_s(chip: &Chip, a: &Attend) -> Result<f64> {
 }
 
 impl AttendTiling<'_> {
-    /// Returns the seconds by the closed form; `all` is the number of chunks of all work.
-    fn seconds(&self, chip: &Chip, a: &Attend, all: u32) -> f64 {
-        let Some(AttendWork { rows, .. }) = a.longest(&self.work) else { return 0.0 };
+    /// Returns the seconds by the closed form.
+    fn seconds(&self, chip: &Chip, a: &Attend) -> f64 {
+        let division = &*self.division;
+        let (rows, longest) = (&division.longest.0, division.longest.1);
         let Depth { ahead, slots, .. } = self.depth;
-        let tiles = chip.tiles.min(self.work.len() as u32);
+        let pieces = division.work.len() as u32;
         // Of the tile that has the most.
         let (chunks, works) = match self.chunks_per_tile {
-            Some(chunks) => (chunks, chunks.div_ceil(a.chunks_of(*rows).len().max(1) as u32)),
-            None => {
-                let mut most = vec![0; tiles as usize];
-                for (i, w) in self.work.iter().enumerate() {
-                    most[i % tiles as usize] += a.chunks_of(w.rows).len() as u32;
-                }
-                (most.into_iter().max().unwrap_or(0), (self.work.len() as u32).div_ceil(tiles))
-            }
+            Some(chunks) => (chunks, chunks.div_ceil(longest.max(1))),
+            None => (division.most, pieces.div_ceil(chip.tiles.min(pieces))),
         };
         // The last command of each piece of work may have fewer.
         let whole = chunks.div_ceil(works.max(1));
@@ -222,7 +247,7 @@ impl AttendTiling<'_> {
                 .max((arrives_s + chain_s) / f64::from(slots)),
             slots: f64::from(slots),
             store_s: partial / engine,
-            device_s: f64::from(all) * bytes / chip.device_bytes_per_s(),
+            device_s: f64::from(division.chunks) * bytes / chip.device_bytes_per_s(),
             setup_s,
             requests: (
                 f64::from(each) * a.page(0, 0).len() as f64,
@@ -232,8 +257,8 @@ impl AttendTiling<'_> {
         let query_s = f64::from(works) * chip.activation_bytes() * f64::from(queries * a.key_dim) / engine;
         let mut seconds = pipeline.seconds(chip) + query_s;
         if is_split {
-            let heads: u32 = self.work.iter().map(|w| w.rows.heads * w.rows.tokens).sum();
-            let chunks = f64::from(all) * f64::from(rows.heads) / f64::from(heads);
+            let heads = division.queries;
+            let chunks = f64::from(division.chunks) * f64::from(rows.heads) / f64::from(heads);
             let one = QueryRows { heads: 1, tokens: 1, ..*rows };
             let merge = chip.compute_s(merge_work(a, one, chunks as u32));
             let load_s = chunks * 4.0 * f64::from(a.partial_len()) / engine;
@@ -249,7 +274,7 @@ impl AttendTiling<'_> {
 
 pub fn attend_phases(chip: &Chip, a: &Attend, lowered: &mut Lowered) -> Result<()> {
     let (tiling, _) = attend_tiling(chip, a)?;
-    let work = &tiling.work;
+    let work = &tiling.division.work;
     let Some(chunks_per_tile) = tiling.chunks_per_tile else {
         let tiles = chip.tiles.min(work.len() as u32) as usize;
         let programs = (0..tiles).map(|tile| {
