@@ -102,13 +102,26 @@ pub fn time(chip: &Chip, program: &Program, spans: &[(u32, u32)], outputs: bool)
 /// # Errors
 /// As [`time`].
 pub fn closed(chip: &Chip, program: &Program, spans: &[(u32, u32)], outputs: bool) -> Result<f64> {
-    let mut seconds = 0.0;
+    closed_parts(chip, program, spans, outputs).map(|(attention, others)| attention + others)
+}
+
+/// Returns the seconds of a step's attention and of its other ops, by the closed form.
+///
+/// # Errors
+/// As [`time`].
+pub(crate) fn closed_parts(
+    chip: &Chip,
+    program: &Program,
+    spans: &[(u32, u32)],
+    outputs: bool,
+) -> Result<(f64, f64)> {
+    let (mut attention, mut others) = (0.0, 0.0);
     let mut known: HashMap<Shape, f64> = HashMap::new();
     each_op(program, spans, outputs, &mut |_, _, shape| {
         if is_empty(shape) {
             return Ok(());
         }
-        seconds += match known.get(shape) {
+        let seconds = match known.get(shape) {
             Some(seconds) => *seconds,
             None => {
                 let seconds = measured::closed_s(chip, shape)?;
@@ -116,9 +129,10 @@ pub fn closed(chip: &Chip, program: &Program, spans: &[(u32, u32)], outputs: boo
                 seconds
             }
         };
+        *if matches!(shape, Shape::Attend(_)) { &mut attention } else { &mut others } += seconds;
         Ok(())
     })?;
-    Ok(seconds)
+    Ok((attention, others))
 }
 
 /// Returns the work of every queue of the chip in a step, op by op.

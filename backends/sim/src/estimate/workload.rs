@@ -125,7 +125,7 @@ impl Estimate {
 }
 
 /// The program as prepared for the chip.
-fn adapted(program: &Program) -> Program {
+pub(super) fn adapted(program: &Program) -> Program {
     passes::fuse(program, crate::FUSIONS)
 }
 
@@ -159,8 +159,11 @@ impl Choices {
     }
 }
 
+/// The name of attention in reports.
+const ATTEND: &str = "Attend";
+
 /// The model that times steps.
-enum Timer<'a> {
+pub(super) enum Timer<'a> {
     /// Commands of a simulated chip.
     Chip(Box<Chip>),
     /// Measured kernels of a device; for a CPU, with a number of threads.
@@ -168,7 +171,7 @@ enum Timer<'a> {
 }
 
 impl<'a> Timer<'a> {
-    fn new(profile: &'a Profile, choices: Choices) -> Result<Timer<'a>> {
+    pub(super) fn new(profile: &'a Profile, choices: Choices) -> Result<Timer<'a>> {
         Ok(match profile.driver {
             Driver::Sim => Timer::Chip(Box::new(choices.chip(profile.clone())?)),
             Driver::Gpu => Timer::Device(profile, None),
@@ -181,7 +184,7 @@ impl<'a> Timer<'a> {
         })
     }
 
-    fn report(&self, program: &Program, spans: &[(u32, u32)]) -> Result<Report> {
+    pub(super) fn report(&self, program: &Program, spans: &[(u32, u32)]) -> Result<Report> {
         match self {
             Timer::Chip(chip) => step::time(chip, program, spans, true),
             Timer::Device(profile, threads) => device::time(profile, program, spans, *threads),
@@ -189,10 +192,23 @@ impl<'a> Timer<'a> {
     }
 
     /// Returns seconds, by the quicker closed form if there is one.
-    fn seconds(&self, program: &Program, spans: &[(u32, u32)]) -> Result<f64> {
+    pub(super) fn seconds(&self, program: &Program, spans: &[(u32, u32)]) -> Result<f64> {
         match self {
             Timer::Chip(chip) => step::closed(chip, program, spans, true),
             Timer::Device(..) => Ok(self.report(program, spans)?.total().seconds),
+        }
+    }
+
+    /// Returns the seconds of a step's attention and of its other ops, as [`Timer::seconds`].
+    pub(super) fn parts(&self, program: &Program, spans: &[(u32, u32)]) -> Result<(f64, f64)> {
+        match self {
+            Timer::Chip(chip) => step::closed_parts(chip, program, spans, true),
+            Timer::Device(..) => {
+                let report = self.report(program, spans)?;
+                let attends = report.ops.iter().filter(|op| op.name == ATTEND);
+                let attention: f64 = attends.map(|op| op.time.seconds).sum();
+                Ok((attention, report.total().seconds - attention))
+            }
         }
     }
 
@@ -267,7 +283,7 @@ fn joules(
 }
 
 /// Returns US$ per second: rent, or depreciation and energy at the chip's full power.
-fn usd_per_s(profile: &Profile) -> Option<f64> {
+pub(super) fn usd_per_s(profile: &Profile) -> Option<f64> {
     let price = profile.price.as_ref()?;
     if let Some(rent) = &price.usd_per_hour {
         return Some(rent.value / 3600.0);
