@@ -1,9 +1,20 @@
 //! Serving under load: times against the closed form and queueing theory, and what must hold for every request.
 
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use halite::backend::Backend;
+use halite::backend::cpu::Cpu;
+use halite::batch::{self, Batch, Event, RequestId};
+use halite::generate::GenerateOptions;
 use halite::kernels::formats::Format;
-use halite::program::Program;
+use halite::program::{PAGE_POSITIONS, Program};
 use halite::rng::SplitMix64;
+use halite::session::{Session, SessionOptions};
 use halite::synth::{Formats, Synth, shape};
+use halite::{Model, Tokenizer};
 use halite_profiles::profile::{Profile, SHIPPED};
 use halite_sim::estimate::load::requests::{Draw, Length, Lengths, Prefix, Request, Source, read};
 use halite_sim::estimate::load::steps::Step;
@@ -117,6 +128,79 @@ fn everything_in_comes_out() {
         }
     }
     assert!(preemptions > 0);
+}
+
+/// The places of numbers among those that differ.
+fn places(numbers: &[f64]) -> Vec<usize> {
+    let mut sorted = numbers.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    sorted.dedup();
+    numbers.iter().map(|number| sorted.partition_point(|other| other < number)).collect()
+}
+
+/// Requests that are all there at the start, in the real engine on the CPU and in the simulation: the same steps, and everyone's first
+/// and last token in the same ones.
+#[test]
+fn the_real_engine_takes_the_same_steps() {
+    const ROOM: u32 = 512;
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/austen/halite-austen.gguf");
+    let model = Arc::new(Model::open(file).unwrap());
+    let tokenizer = Arc::new(Tokenizer::from_gguf(model.gguf()).unwrap().unwrap());
+    let program = model.program(Default::default(), ROOM).unwrap();
+    let backend: Arc<dyn Backend> = Arc::new(Cpu::with_threads(2).unwrap());
+    // No limit on the time of a step: the engine would measure it.
+    let ever_s = 1e6;
+    let mut lost = 0;
+    // Room for all, then so little that requests lose theirs; then prompts that begin like others, with room to keep what they share.
+    for (cache, slots, prefix) in [(8192, 24, 0), (1024, 12, 0), (ROOM, 6, 0), (8192, 24, 100)] {
+        let mut random = SplitMix64::new(cache.into());
+        let mut between = |from: u32, to: u32| from + (random.next() % u64::from(to - from)) as u32;
+        let options = SessionOptions::default().context(ROOM).cache_positions(cache).batch(48);
+        let session = Session::new(&model, &backend, &options.outputs(slots).sequences(slots)).unwrap();
+        let mut engine = Batch::new(session, tokenizer.clone()).step_time(Duration::from_secs_f64(ever_s));
+        let mut requests = Vec::new();
+        let mut ids: HashMap<RequestId, usize> = HashMap::new();
+        for i in 0..40u32 {
+            let (prompt, generate) = (between(1, 250), between(1, 60));
+            let group = i % 3;
+            let shared = (0..prefix).map(|place| 5 + (place * 7 + group * 31) % 495);
+            let tokens = shared.chain([5 + i]).chain((1..prompt).map(|_| between(5, 500))).collect();
+            let options = GenerateOptions::default().max_tokens(generate).ignore_end(true);
+            // Prompts of different tenants share nothing.
+            let tenant = if prefix > 0 { 0 } else { i.into() };
+            let id = engine.add(batch::Request::new(tokens).options(options).tenant(tenant)).unwrap();
+            ids.insert(id, requests.len());
+            let begins = (prefix > 0).then_some(Prefix { group, tokens: prefix });
+            requests.push(Request::new(0.0, prefix + prompt, generate).prefix(begins));
+        }
+        let mut steps = 0u32;
+        let (mut first, mut end) = (vec![f64::NAN; requests.len()], vec![f64::NAN; requests.len()]);
+        loop {
+            steps += 1;
+            let goes_on = engine.step(&mut |id, event| match event {
+                Event::Tokens { tokens, .. } if !tokens.is_empty() && first[ids[&id]].is_nan() => {
+                    first[ids[&id]] = f64::from(steps);
+                }
+                Event::Done(_) => end[ids[&id]] = f64::from(steps),
+                Event::Failed(error) => panic!("{error}"),
+                _ => {}
+            });
+            if !goes_on.unwrap() {
+                break;
+            }
+        }
+        let profile = maia(&program, u64::from(cache / PAGE_POSITIONS) * program.kv_bytes(|_| 1));
+        let serving = Serving::default().sequences(slots).chunk(48).step_s(ever_s);
+        let mut server = Server::new(&profile, Choices::default(), &program, ROOM, serving).unwrap();
+        let outcome = server.serve(&requests).unwrap();
+        assert_eq!(outcome.totals.steps, u64::from(steps), "{cache} {prefix}");
+        first.extend(end);
+        let served = outcome.served.iter();
+        let times: Vec<f64> = served.clone().map(|of| of.first_s).chain(served.map(|of| of.end_s)).collect();
+        assert_eq!(places(&times), places(&first), "{cache} {prefix}");
+        lost += Summary::new(&outcome, None).preemptions;
+    }
+    assert!(lost > 0);
 }
 
 /// One sequence, requests of one token: a queue with Poisson arrivals and constant service (M/D/1).

@@ -166,20 +166,20 @@ impl Cache {
         sequence.own_bytes = own_bytes;
     }
 
-    /// Adds tokens to a sequence, for which there is room. Keeps its prefix for others, once it is there.
+    /// Adds tokens to a sequence, for which there is room. Keeps those of its prefix for others.
     pub fn push(&mut self, sequence: &mut Sequence, tokens: u32) {
         let before = sequence.len;
         sequence.len += tokens;
         self.grow(sequence, self.pages.bytes(sequence.len, sequence.shared_pages));
         if let Some(prefix) = sequence.prefix
             && before < prefix.tokens
-            && prefix.tokens <= sequence.len
         {
-            self.keep(sequence, prefix);
+            let tokens = prefix.tokens.min(sequence.len);
+            self.keep(sequence, Prefix { tokens, ..prefix });
         }
     }
 
-    /// Gives the pages of a sequence's prefix to its group, beyond those that the group has.
+    /// Gives the pages of a part of a sequence's prefix to its group, beyond those that the group has.
     fn keep(&mut self, sequence: &mut Sequence, prefix: Prefix) {
         let held = self.held.get(&prefix.group).copied().unwrap_or_default();
         let before = held.tokens / PAGE_POSITIONS;
