@@ -102,26 +102,36 @@ pub fn time(chip: &Chip, program: &Program, spans: &[(u32, u32)], outputs: bool)
 /// # Errors
 /// As [`time`].
 pub fn closed(chip: &Chip, program: &Program, spans: &[(u32, u32)], outputs: bool) -> Result<f64> {
-    closed_parts(chip, program, spans, outputs).map(|(attention, others)| attention + others)
+    closed_of(chip, program, spans, outputs, |_| true)
 }
 
-/// Returns the seconds of a step's attention and of its other ops, by the closed form.
+/// Returns the seconds of a step's attention, or of its other ops, by the closed form.
 ///
 /// # Errors
 /// As [`time`].
-pub(crate) fn closed_parts(
+pub(crate) fn closed_part(
+    chip: &Chip,
+    program: &Program,
+    spans: &[(u32, u32)],
+    is_attention: bool,
+) -> Result<f64> {
+    closed_of(chip, program, spans, true, |shape| matches!(shape, Shape::Attend(_)) == is_attention)
+}
+
+fn closed_of(
     chip: &Chip,
     program: &Program,
     spans: &[(u32, u32)],
     outputs: bool,
-) -> Result<(f64, f64)> {
-    let (mut attention, mut others) = (0.0, 0.0);
+    is_counted: impl Fn(&Shape) -> bool,
+) -> Result<f64> {
+    let mut seconds = 0.0;
     let mut known: HashMap<Shape, f64> = HashMap::new();
     each_op(program, spans, outputs, &mut |_, _, shape| {
-        if is_empty(shape) {
+        if is_empty(shape) || !is_counted(shape) {
             return Ok(());
         }
-        let seconds = match known.get(shape) {
+        seconds += match known.get(shape) {
             Some(seconds) => *seconds,
             None => {
                 let seconds = measured::closed_s(chip, shape)?;
@@ -129,10 +139,9 @@ pub(crate) fn closed_parts(
                 seconds
             }
         };
-        *if matches!(shape, Shape::Attend(_)) { &mut attention } else { &mut others } += seconds;
         Ok(())
     })?;
-    Ok((attention, others))
+    Ok(seconds)
 }
 
 /// Returns the work of every queue of the chip in a step, op by op.

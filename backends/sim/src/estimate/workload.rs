@@ -199,15 +199,14 @@ impl<'a> Timer<'a> {
         }
     }
 
-    /// Returns the seconds of a step's attention and of its other ops, as [`Timer::seconds`].
-    pub(super) fn parts(&self, program: &Program, spans: &[(u32, u32)]) -> Result<(f64, f64)> {
+    /// Returns the seconds of a step's attention, or of its other ops, as [`Timer::seconds`].
+    pub(super) fn part_s(&self, program: &Program, spans: &[(u32, u32)], is_attention: bool) -> Result<f64> {
         match self {
-            Timer::Chip(chip) => step::closed_parts(chip, program, spans, true),
+            Timer::Chip(chip) => step::closed_part(chip, program, spans, is_attention),
             Timer::Device(..) => {
                 let report = self.report(program, spans)?;
-                let attends = report.ops.iter().filter(|op| op.name == ATTEND);
-                let attention: f64 = attends.map(|op| op.time.seconds).sum();
-                Ok((attention, report.total().seconds - attention))
+                let ops = report.ops.iter().filter(|op| (op.name == ATTEND) == is_attention);
+                Ok(ops.map(|op| op.time.seconds).sum())
             }
         }
     }

@@ -166,27 +166,24 @@ impl Cache {
         sequence.own_bytes = own_bytes;
     }
 
-    /// Adds tokens to a sequence, for which there is room. Keeps those of its prefix for others.
+    /// Adds tokens to a sequence, for which there is room.
     pub fn push(&mut self, sequence: &mut Sequence, tokens: u32) {
-        let before = sequence.len;
         sequence.len += tokens;
         self.grow(sequence, self.pages.bytes(sequence.len, sequence.shared_pages));
-        if let Some(prefix) = sequence.prefix
-            && before < prefix.tokens
-        {
-            let tokens = prefix.tokens.min(sequence.len);
-            self.keep(sequence, Prefix { tokens, ..prefix });
-        }
     }
 
-    /// Gives the pages of a part of a sequence's prefix to its group, beyond those that the group has.
-    fn keep(&mut self, sequence: &mut Sequence, prefix: Prefix) {
+    /// Gives the pages of what a sequence has of its prefix to its group, beyond those that the group has.
+    pub fn share(&mut self, sequence: &mut Sequence) {
+        let Some(prefix) = sequence.prefix else { return };
+        let prefix = Prefix { tokens: prefix.tokens.min(sequence.len), ..prefix };
         let held = self.held.get(&prefix.group).copied().unwrap_or_default();
         let before = held.tokens / PAGE_POSITIONS;
-        let is_longer = prefix.tokens > held.tokens && sequence.shared_pages == before;
-        let windows = self.pages.windows_bytes(prefix.tokens) - self.pages.windows_bytes(held.tokens);
+        if prefix.tokens <= held.tokens || sequence.shared_pages != before {
+            return;
+        }
         // Layers with windows keep pages of their own for those who begin there.
-        if !is_longer || self.used_bytes + windows > self.capacity_bytes {
+        let windows = self.pages.windows_bytes(prefix.tokens) - self.pages.windows_bytes(held.tokens);
+        if self.used_bytes + windows > self.capacity_bytes {
             return;
         }
         self.idle.remove(&held.used);

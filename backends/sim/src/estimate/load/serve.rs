@@ -282,6 +282,10 @@ impl Replica {
             has_ended |= job.generated == job.generate;
         }
         totals.gaps.add(seconds, went_on);
+        // Once all have their pages, as what is shared may take more.
+        for part in parts {
+            self.cache.share(&mut self.running[part.entry].sequence);
+        }
         if has_ended {
             self.end(served);
         }

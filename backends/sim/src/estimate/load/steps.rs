@@ -142,14 +142,14 @@ impl<'a> Steps<'a> {
     /// Seconds without attention of one sequence of so many tokens.
     fn tokens(&mut self, tokens: u32) -> Result<f64> {
         let (timer, program) = (&self.timer, &self.program);
-        known(&mut self.tokens_s, tokens as usize, || Ok(timer.parts(program, &[(0, tokens)])?.1))
+        known(&mut self.tokens_s, tokens as usize, || timer.part_s(program, &[(0, tokens)], false))
     }
 
     /// Seconds without attention of so many sequences with a token each.
     fn outputs(&mut self, count: u32) -> Result<f64> {
         let (timer, program) = (&self.timer, &self.program);
         let spans = || vec![(0, 1); count as usize];
-        known(&mut self.outputs_s, count as usize, || Ok(timer.parts(program, &spans())?.1))
+        known(&mut self.outputs_s, count as usize, || timer.part_s(program, &spans(), false))
     }
 
     /// Interpolates between the knots around a step.
@@ -177,7 +177,7 @@ impl<'a> Steps<'a> {
                     * known(&mut self.attention_s, index, || {
                         let mut spans = vec![(context, 1); texts as usize];
                         spans.extend((tokens > 0).then_some((start, tokens)));
-                        Ok(if spans.is_empty() { 0.0 } else { timer.parts(program, &spans)?.0 })
+                        if spans.is_empty() { Ok(0.0) } else { timer.part_s(program, &spans, true) }
                     })?;
             }
         }
