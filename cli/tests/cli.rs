@@ -409,18 +409,21 @@ fn loads_are_served() {
     let (trace, out) = (folder.join("trace.csv"), folder.join("out.csv"));
     // A line per rate, and the knee.
     let shown = text(
-        "estimate -m llama-1.1b -p maia-100,tpu-v1 --load poisson:4..256 --requests 200 --lengths 500/uniform:20..40 --slo ttft=0.3",
+        "estimate -m llama-1.1b -p maia-100,jetson-orin-nano-super --format bf16 --load poisson:4..256 --requests 200 --lengths 500/uniform:20..40 --slo ttft=0.3",
     );
     let lines: Vec<&str> = shown.lines().collect();
-    let knee: Vec<&&str> = lines.iter().filter(|line| line.starts_with("knee: ")).collect();
-    assert!(knee.len() == 1 && knee[0].contains("99 % of requests are within the SLO"), "{shown}");
+    let knee: Vec<&&str> = lines.iter().filter(|line| line.starts_with("knee at ")).collect();
+    assert!(
+        knee.len() == 1 && knee[0].contains(" requests/s: up to it, 99 % of requests are within the SLO"),
+        "{shown}"
+    );
     assert_eq!(
         lines.iter().filter(|line| line.contains(" ms  ") || line.contains(" s  ")).count(),
         7,
         "{shown}"
     );
     // The one that cannot serve says why.
-    assert!(shown.contains("\ntpu-v1\n  "), "{shown}");
+    assert!(shown.contains("\njetson-orin-nano-super\n  formats: expected"), "{shown}");
     std::fs::write(&trace, "arrival_s,prompt_tokens,generated_tokens\n0,100,8\n1.5,300,2\n").unwrap();
     let command =
         |more: &str| format!("estimate -m llama-1.1b -p maia-100 --load {} {more}", trace.display());

@@ -89,8 +89,8 @@ pub fn plan(limits: Limits, entries: &[Entry], memory: &mut dyn Memory) -> Vec<P
     order.sort_by_key(|&i| (std::cmp::Reverse(entries[i].priority), entries[i].arrival));
     let mut holds: Vec<bool> = entries.iter().map(|entry| entry.held > 0).collect();
     let mut preempted = vec![false; entries.len()];
-    let mut parts: Vec<Part> = Vec::new();
     let runs = limits.runs.min(limits.tokens) as usize;
+    let mut parts: Vec<Part> = Vec::with_capacity(runs.min(entries.len()));
     for (place, &entry) in order.iter().enumerate() {
         if entries[entry].pending != 1 || preempted[entry] || parts.len() == runs {
             continue;

@@ -351,9 +351,12 @@ fn sweep(answer: &Answer, loads: &[Load], slo: Option<Slo>) -> String {
         Some(_) => format!("{:.0} % of requests are within the SLO", 100.0 * GOOD),
         None => format!("99 % of first tokens come within {SLOWER} times those at the lowest rate"),
     };
-    let found = knee(summaries).and_then(|i| loads[i].rate);
-    let found = found.map_or("no rate of these".into(), |rate| format!("{rate} requests/s"));
-    format!("{}\n{}knee: {found}, the highest rate up to which {rule}\n\n", profile.name, aligned(&lines))
+    let found = match knee(summaries) {
+        None => "below these rates".into(),
+        Some(i) if i + 1 == summaries.len() => "at or above the highest of these rates".into(),
+        Some(i) => format!("at {} requests/s", loads[i].rate.unwrap_or_default()),
+    };
+    format!("{}\n{}knee {found}: up to it, {rule}\n\n", profile.name, aligned(&lines))
 }
 
 fn as_json(answer: &Answer, loads: &[Load]) -> Value {
