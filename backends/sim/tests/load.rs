@@ -356,6 +356,12 @@ fn more_load_is_never_faster() {
     }
     let at = knee(&sweep).unwrap();
     assert!(at + 1 < sweep.len() && sweep[at].good.unwrap() >= 0.99 && sweep[at + 1].good.unwrap() < 0.99);
+    // Nothing promised: the first token at most five times as late as at the lowest rate.
+    let mut free = sweep.clone();
+    free.iter_mut().for_each(|summary| summary.good = None);
+    let at = knee(&free).unwrap();
+    let late = |i: usize| free[i].first_token_s.p99 / free[0].first_token_s.p99;
+    assert!(at + 1 < free.len() && late(at) <= 5.0 && late(at + 1) > 5.0);
     // Far beyond the knee, the rest waits.
     let (first, last) = (&sweep[0], &sweep[sweep.len() - 1]);
     assert!(first.requests_per_s > 0.9 && last.requests_per_s < 0.9 * 256.0 && last.busy > 0.99);

@@ -79,7 +79,7 @@ impl Serving {
                 return Err(Error::argument(what, "at least 1", 0));
             }
         }
-        if !(self.step_s > 0.0) {
+        if self.step_s.is_nan() || self.step_s <= 0.0 {
             return Err(Error::argument("time of a step", "above 0 s", self.step_s));
         }
         match self.draft {
@@ -330,6 +330,10 @@ impl<'a> Server<'a> {
 
     /// Joules of all work, taken from a decode step and a prefill step of mean size.
     fn work_j(&self, totals: &Totals) -> Result<Option<f64>> {
+        // Steps with their energy take long to simulate.
+        if self.profile.joules(0.0, 0.0).is_none() {
+            return Ok(None);
+        }
         let mut sum = Some(0.0);
         let mut add = |steps: f64, spans: &[(u32, u32)]| -> Result<()> {
             if steps > 0.0 {
