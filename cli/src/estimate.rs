@@ -1,5 +1,7 @@
 //! `halite estimate`: predicts time, energy and cost of serving a model on a chip, from shapes alone.
 
+mod load;
+
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -90,6 +92,8 @@ pub struct EstimateArgs {
     /// Print JSON.
     #[arg(long)]
     json: bool,
+    #[command(flatten)]
+    load: load::LoadArgs,
 }
 
 /// Opens a model file, or a shape without weights.
@@ -151,13 +155,16 @@ impl EstimateArgs {
 
 pub fn run(args: &EstimateArgs) -> Result<(), Failure> {
     let model = open(args)?;
-    let positions = args.prompt.saturating_add(args.generate);
-    let program = model.program(ProgramOptions::default().kv_format(args.kv), positions)?;
     let products = args.products.as_deref().map(Dtype::named).transpose()?;
     let choices = Choices::default()
         .products(products)
         .activations(Dtype::named(&args.activations)?)
         .layout(args.layout());
+    if let Some(source) = args.load.source() {
+        return load::run(args, source, &model, choices);
+    }
+    let positions = args.prompt.saturating_add(args.generate);
+    let program = model.program(ProgramOptions::default().kv_format(args.kv), positions)?;
     let workload =
         Workload::default().batch(args.batch).prompt(args.prompt).generate(args.generate).chunk(args.chunk);
     let mut all = Vec::new();

@@ -403,6 +403,74 @@ fn estimate_explains_itself() {
 
 #[cfg(feature = "sim")]
 #[test]
+fn loads_are_served() {
+    let folder = std::env::temp_dir().join(format!("halite-load-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let (trace, out) = (folder.join("trace.csv"), folder.join("out.csv"));
+    // A line per rate, and the knee.
+    let shown = text(
+        "estimate -m llama-1.1b -p maia-100,jetson-orin-nano-super --format bf16 --load poisson:4..256 --requests 200 --lengths 500/uniform:20..40 --slo ttft=0.3",
+    );
+    let lines: Vec<&str> = shown.lines().collect();
+    let knee: Vec<&&str> = lines.iter().filter(|line| line.starts_with("knee at ")).collect();
+    assert!(
+        knee.len() == 1 && knee[0].contains(" requests/s: up to it, 99 % of requests are within the SLO"),
+        "{shown}"
+    );
+    assert_eq!(
+        lines.iter().filter(|line| line.contains(" ms  ") || line.contains(" s  ")).count(),
+        7,
+        "{shown}"
+    );
+    // The one that cannot serve says why.
+    assert!(shown.contains("\njetson-orin-nano-super\n  formats: expected"), "{shown}");
+    std::fs::write(&trace, "arrival_s,prompt_tokens,generated_tokens\n0,100,8\n1.5,300,2\n").unwrap();
+    let command =
+        |more: &str| format!("estimate -m llama-1.1b -p maia-100 --load {} {more}", trace.display());
+    let json = text(&command(&format!("--json --csv {}", out.display())));
+    let json: Value = serde_json::from_str(&json).unwrap();
+    let load = &json[0]["loads"][0];
+    assert!(
+        load["requests"] == 2 && load["rate_per_s"].is_null() && json[0]["knee_per_s"].is_null(),
+        "{json}"
+    );
+    assert!(
+        load["first_token_s"]["p99"].as_f64().unwrap() < 0.1 && load["good_fraction"].is_null(),
+        "{json}"
+    );
+    // The same seconds in the table of requests: the longer prompt has the later first token.
+    let written = std::fs::read_to_string(&out).unwrap();
+    let cells: Vec<&str> = written.lines().last().unwrap().split(',').collect();
+    assert!(cells[..4] == ["1.5", "300", "2", "0"] && cells[7] == "0", "{written}");
+    let first_token_s = cells[5].parse::<f64>().unwrap() - 1.5;
+    assert!((first_token_s / load["first_token_s"]["p99"].as_f64().unwrap() - 1.0).abs() < 1e-9, "{written}");
+    std::fs::write(&trace, "arrival_s,prompt_tokens,generated_tokens\n0,100,none\n").unwrap();
+    for (command, expected) in [
+        (command(""), "line 2, column generated_tokens"),
+        (command("--lengths chat"), "a trace has its own"),
+        (command("--batch 2"), "cannot be used with"),
+        ("estimate -m llama-1.1b -p maia-100 --seed 3".into(), "--load"),
+        ("estimate -m llama-1.1b -p maia-100 --load poisson:0".into(), "rates above 0"),
+        (
+            "estimate -m llama-1.1b -p maia-100 --load poisson:1,2 --csv x.csv".into(),
+            "one rate and one profile",
+        ),
+        ("estimate -m llama-1.1b -p maia-100 --load poisson:1 --prompt 9000".into(), "context of 8192"),
+        (
+            "estimate -m llama-1.1b -p maia-100 --load poisson:1 --context 9000".into(),
+            "at most the model's 8192",
+        ),
+        ("estimate -m llama-2-70b -p maia-100 --load poisson:1 --format f16".into(), "bytes of weights"),
+    ] {
+        let output = halite(&command);
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(!output.status.success() && said.contains(expected), "{command}\n{said}");
+    }
+    std::fs::remove_dir_all(&folder).unwrap();
+}
+
+#[cfg(feature = "sim")]
+#[test]
 fn calibrate_fits_measured_kernels() {
     let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../backends/sim/tests/data/silicon");
     let file = std::env::temp_dir().join(format!("halite-calibrate-{}.toml", std::process::id()));

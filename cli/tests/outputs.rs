@@ -77,6 +77,11 @@ fn inputs_and_files_of_other_kinds_are_never_replaced() {
         ("estimate -p maia-100 -m m.gguf --trace notes.txt", "is not a trace"),
         #[cfg(feature = "sim")]
         ("estimate -p maia-100 -m m.gguf --roofline notes.txt", "is not an SVG drawing"),
+        #[cfg(feature = "sim")]
+        (
+            "estimate -p maia-100 -m m.gguf --load poisson:1 --lengths 9/9 --csv notes.txt",
+            "is not a table of requests",
+        ),
     ] {
         let (_, error) = failure(folder.path(), args);
         assert!(error.contains(why), "{args}: {error}");

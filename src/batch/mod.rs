@@ -18,14 +18,12 @@ use crate::sampler::Logprobs;
 use crate::session::{MAX_RUNS, OutputKind, Run, SequenceId, Session};
 use crate::speculate::{Drafted, Drafter, Pace, PromptLookup};
 use crate::tokenizer::Tokenizer;
-use schedule::{Entry, Limits, Memory, Part};
+use schedule::{Allowance, Entry, Limits, Memory, Part};
 
 /// Tokens of a prompt for which a request waits until another one has computed them.
 const WORTH_WAITING: usize = 8;
 /// How long a step with prompts may take, unless [`Batch::step_time`] says otherwise.
 pub const STEP_TIME: Duration = Duration::from_millis(100);
-/// Tokens of prompts that a step always has.
-const LEAST_PREFILL: u32 = 16;
 
 /// A number for a request of a [`Batch`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -103,10 +101,7 @@ pub enum Event<'a> {
 pub struct Batch {
     session: Session,
     tokenizer: Arc<Tokenizer>,
-    /// How long a step with prompts may take that also generates text.
-    step_time: Duration,
-    /// Seconds for each token of a step with prompts, smoothed; 0 before the first.
-    token_s: f64,
+    allowance: Allowance,
     /// Sequences that may exist at once.
     slots: usize,
     /// Tokens that a step may draft for a request.
@@ -234,8 +229,7 @@ impl Batch {
         Batch {
             session,
             tokenizer,
-            step_time: STEP_TIME,
-            token_s: 0.0,
+            allowance: Allowance::new(STEP_TIME.as_secs_f64()),
             slots,
             lookup: 0,
             weight_bytes,
@@ -251,7 +245,7 @@ impl Batch {
     /// the time between two tokens, as far as the device allows. Steps of text alone take what they take.
     #[must_use]
     pub fn step_time(mut self, time: Duration) -> Batch {
-        self.step_time = time;
+        self.allowance = Allowance::new(time.as_secs_f64());
         self
     }
 
@@ -478,7 +472,7 @@ impl Batch {
         let limits = Limits {
             tokens: self.session.batch(),
             runs: self.session.outputs().min(MAX_RUNS as u32),
-            prefill: self.prefill(),
+            prefill: self.allowance.tokens(self.session.batch(), self.running.len() as u32),
         };
         let (session, kept) = (&mut self.session, &mut self.kept);
         let mut cache = Cache { session, kept, sequences, reserved: Vec::new(), failed: Ok(()) };
@@ -486,22 +480,6 @@ impl Batch {
         draft(self.lookup, limits, &mut self.running, &mut parts, &mut cache);
         cache.failed?;
         Ok(parts)
-    }
-
-    /// Tokens of prompts in the next step, beside text: so many that it takes the time that it may.
-    fn prefill(&self) -> u32 {
-        let most = self.session.batch();
-        if self.token_s == 0.0 {
-            return most.div_ceil(4);
-        }
-        let all = (self.step_time.as_secs_f64() / self.token_s) as u32;
-        all.saturating_sub(self.running.len() as u32).clamp(LEAST_PREFILL.min(most), most)
-    }
-
-    /// Notes how long a step with prompts took.
-    fn measured(&mut self, tokens: usize, time: Duration) {
-        let now = time.as_secs_f64() / tokens.max(1) as f64;
-        self.token_s = if self.token_s == 0.0 { now } else { 0.5 * (self.token_s + now) };
     }
 
     /// Runs a step.
@@ -532,7 +510,7 @@ impl Batch {
         drop(runs);
         let guessed: usize = self.running.iter().map(|running| running.draft.len()).sum();
         if fed > count + guessed && stepped.is_ok() {
-            self.measured(fed, began.elapsed());
+            self.allowance.measured(fed, began.elapsed().as_secs_f64());
         }
         match stepped {
             Ok(()) => {}

@@ -11,6 +11,40 @@ pub struct Limits {
     pub prefill: u32,
 }
 
+/// How many tokens of prompts a step may have beside text: so many that it takes the time that it may.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Allowance {
+    /// Seconds that a step may take in which prompts run beside text.
+    step_s: f64,
+    /// Seconds for each token of a step with prompts, smoothed; 0 before the first.
+    token_s: f64,
+}
+
+/// Tokens of prompts that a step always has.
+const LEAST_PREFILL: u32 = 16;
+
+impl Allowance {
+    /// The allowance of steps of so many seconds, before any was measured.
+    pub fn new(step_s: f64) -> Allowance {
+        Allowance { step_s, token_s: 0.0 }
+    }
+
+    /// Returns the tokens of prompts for the next step, of at most `most` tokens, while so many requests run.
+    pub fn tokens(&self, most: u32, running: u32) -> u32 {
+        if self.token_s == 0.0 {
+            return most.div_ceil(4);
+        }
+        let all = (self.step_s / self.token_s) as u32;
+        all.saturating_sub(running).clamp(LEAST_PREFILL.min(most), most)
+    }
+
+    /// Notes how long a step with prompts took.
+    pub fn measured(&mut self, tokens: usize, seconds: f64) {
+        let now = seconds / tokens.max(1) as f64;
+        self.token_s = if self.token_s == 0.0 { now } else { 0.5 * (self.token_s + now) };
+    }
+}
+
 /// A request that has a sequence, as the schedule sees it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Entry {
@@ -55,8 +89,8 @@ pub fn plan(limits: Limits, entries: &[Entry], memory: &mut dyn Memory) -> Vec<P
     order.sort_by_key(|&i| (std::cmp::Reverse(entries[i].priority), entries[i].arrival));
     let mut holds: Vec<bool> = entries.iter().map(|entry| entry.held > 0).collect();
     let mut preempted = vec![false; entries.len()];
-    let mut parts: Vec<Part> = Vec::new();
     let runs = limits.runs.min(limits.tokens) as usize;
+    let mut parts: Vec<Part> = Vec::with_capacity(runs.min(entries.len()));
     for (place, &entry) in order.iter().enumerate() {
         if entries[entry].pending != 1 || preempted[entry] || parts.len() == runs {
             continue;
@@ -127,7 +161,7 @@ pub fn plan(limits: Limits, entries: &[Entry], memory: &mut dyn Memory) -> Vec<P
 
 #[cfg(test)]
 mod tests {
-    use super::{Entry, Limits, Memory, Part, plan};
+    use super::{Allowance, Entry, Limits, Memory, Part, plan};
 
     /// Room for tokens, one by one.
     struct Tokens {
@@ -219,6 +253,18 @@ mod tests {
         // Alone it takes what there is; under way it goes on.
         assert_eq!(planned(5, &entries[1..]).0, [(0, 4)]);
         assert_eq!(planned(5, &[entry(0, 1, 9), entry(1, 20, 3)]).0, [(0, 1), (1, 4)]);
+    }
+
+    #[test]
+    fn prompts_get_what_the_time_of_a_step_allows() {
+        let mut allowance = Allowance::new(0.1);
+        assert_eq!(allowance.tokens(512, 8), 128);
+        allowance.measured(100, 0.05);
+        assert_eq!(allowance.tokens(512, 8), 192);
+        // Slower ones count half; text takes its part, but never all.
+        allowance.measured(100, 0.15);
+        assert_eq!(allowance.tokens(512, 40), 60);
+        assert_eq!((allowance.tokens(512, 99), allowance.tokens(8, 99)), (16, 8));
     }
 
     #[test]

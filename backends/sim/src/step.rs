@@ -144,6 +144,21 @@ pub fn closed(chip: &Chip, program: &Program, spans: &[(u32, u32)], outputs: boo
     Distinct::of(program, spans, outputs)?.closed_s(chip)
 }
 
+/// Returns the seconds of a step's attention, or of its other ops, by the closed form.
+///
+/// # Errors
+/// As [`time`].
+pub(crate) fn closed_part(
+    chip: &Chip,
+    program: &Program,
+    spans: &[(u32, u32)],
+    is_attention: bool,
+) -> Result<f64> {
+    let mut distinct = Distinct::of(program, spans, true)?;
+    distinct.0.retain(|(shape, _)| matches!(shape, Shape::Attend(_)) == is_attention);
+    distinct.closed_s(chip)
+}
+
 /// Returns the work of every queue of the chip in a step, op by op.
 ///
 /// # Errors

@@ -281,7 +281,9 @@ fn numbers_without_effect_change_nothing() {
     let said = maia.without_effect();
     let has = |path: &str| said.iter().any(|(p, _)| *p == path);
     assert!(
-        has("memory.csram.read_bytes_per_s") && has("dma.cluster_dma.setup_ns") && has("interconnect.links")
+        has("memory.csram.read_bytes_per_s")
+            && has("dma.cluster_dma.setup_ns")
+            && has("interconnect.host.links")
     );
     assert!(
         !has("memory.hbm.read_bytes_per_s")

@@ -5,6 +5,7 @@
 //! decode together. The time of a step grows linearly with its position, so one prefill step and one decode
 //! step are timed, each in the middle.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use super::collective::{Collective, Fabric};
@@ -174,8 +175,11 @@ impl Choices {
     }
 }
 
+/// The name of attention in reports.
+const ATTEND: &str = "Attend";
+
 /// The model that times steps.
-enum Timer<'a> {
+pub(super) enum Timer<'a> {
     /// Commands of a simulated chip.
     Chip(Box<Chip>),
     /// Measured kernels of a device; for a CPU, with a number of threads.
@@ -183,7 +187,7 @@ enum Timer<'a> {
 }
 
 impl<'a> Timer<'a> {
-    fn new(profile: &'a Profile, choices: Choices) -> Result<Timer<'a>> {
+    pub(super) fn new(profile: &'a Profile, choices: Choices) -> Result<Timer<'a>> {
         Ok(match profile.driver {
             Driver::Sim => Timer::Chip(Box::new(choices.chip(profile.clone())?)),
             Driver::Gpu => Timer::Device(profile, None),
@@ -196,7 +200,7 @@ impl<'a> Timer<'a> {
         })
     }
 
-    fn report(&self, program: &Program, spans: &[(u32, u32)]) -> Result<Report> {
+    pub(super) fn report(&self, program: &Program, spans: &[(u32, u32)]) -> Result<Report> {
         match self {
             Timer::Chip(chip) => step::time(chip, program, spans, true),
             Timer::Device(profile, threads) => device::time(profile, program, spans, *threads),
@@ -208,6 +212,18 @@ impl<'a> Timer<'a> {
         match self {
             Timer::Chip(chip) => distinct.closed_s(chip),
             Timer::Device(..) => Ok(self.report(program, spans)?.total().seconds),
+        }
+    }
+
+    /// Returns the seconds of a step's attention, or of its other ops, as [`Timer::seconds`].
+    fn part_s(&self, program: &Program, spans: &[(u32, u32)], is_attention: bool) -> Result<f64> {
+        match self {
+            Timer::Chip(chip) => step::closed_part(chip, program, spans, is_attention),
+            Timer::Device(..) => {
+                let report = self.report(program, spans)?;
+                let ops = report.ops.iter().filter(|op| (op.name == ATTEND) == is_attention);
+                Ok(ops.map(|op| op.time.seconds).sum())
+            }
         }
     }
 
@@ -227,16 +243,16 @@ impl<'a> Timer<'a> {
 }
 
 /// A model on chips: what runs where, and what times it.
-struct System<'a> {
+pub(super) struct System<'a> {
     timer: Timer<'a>,
     fabric: Option<Fabric>,
-    layout: Layout,
-    stages: &'a [Stage],
+    pub(super) layout: Layout,
+    pub(super) stages: Cow<'a, [Stage]>,
     activation_bytes: f64,
 }
 
 /// The time of a step.
-struct StepTime {
+pub(super) struct StepTime {
     /// Seconds from the start of a part of the batch to its end.
     latency_s: f64,
     /// Seconds of the slowest stage for a part.
@@ -244,7 +260,11 @@ struct StepTime {
 }
 
 impl<'a> System<'a> {
-    fn new(profile: &'a Profile, choices: Choices, stages: &'a [Stage]) -> Result<System<'a>> {
+    pub(super) fn new(
+        profile: &'a Profile,
+        choices: Choices,
+        stages: impl Into<Cow<'a, [Stage]>>,
+    ) -> Result<System<'a>> {
         let layout = choices.layout;
         let timer = Timer::new(profile, choices)?;
         let several = layout.tensor > 1 || layout.pipeline > 1;
@@ -259,7 +279,7 @@ impl<'a> System<'a> {
             // Devices that are not simulated keep activations in 16 bits.
             Timer::Device(..) => 2.0,
         };
-        Ok(System { timer, fabric, layout, stages, activation_bytes })
+        Ok(System { timer, fabric, layout, stages: stages.into(), activation_bytes })
     }
 
     /// Returns the seconds of a stage's exchanges, each with its name.
@@ -293,7 +313,7 @@ impl<'a> System<'a> {
         mut ops_s: impl FnMut(&Timer<'a>, &Stage, &[(u32, u32)], &[(&'static str, f64)]) -> Result<f64>,
     ) -> Result<StepTime> {
         let mut time = StepTime { latency_s: 0.0, pace_s: 0.0 };
-        for stage in self.stages {
+        for stage in self.stages.iter() {
             let exchanges = self.exchanges(stage, spans);
             let exchanged: f64 = exchanges.iter().map(|(_, seconds)| seconds).sum();
             let seconds = ops_s(&self.timer, stage, spans, &exchanges)? + exchanged;
@@ -304,7 +324,7 @@ impl<'a> System<'a> {
     }
 
     /// Returns the ops of a step, and its time by the event engine.
-    fn report(&self, spans: &[(u32, u32)]) -> Result<(Report, StepTime)> {
+    pub(super) fn report(&self, spans: &[(u32, u32)]) -> Result<(Report, StepTime)> {
         let mut all = Report::default();
         let time = self.step(spans, |timer, stage, spans, exchanges| {
             let report = timer.report(&stage.program, spans)?;
@@ -319,6 +339,16 @@ impl<'a> System<'a> {
             Ok(seconds)
         })?;
         Ok((all, time))
+    }
+
+    /// Returns the seconds of a step's attention, or of all else, by the closed form.
+    pub(super) fn part_s(&self, spans: &[(u32, u32)], is_attention: bool) -> Result<f64> {
+        let each = self.stages.iter().map(|stage| {
+            let ops_s = self.timer.part_s(&stage.program, spans, is_attention)?;
+            let exchanges = if is_attention { Vec::new() } else { self.exchanges(stage, spans) };
+            Ok(ops_s + exchanges.iter().map(|(_, seconds)| seconds).sum::<f64>())
+        });
+        each.sum()
     }
 
     /// Returns the seconds to the first token of every sequence, and of a decode step of all.
@@ -388,7 +418,7 @@ pub fn estimate(
 }
 
 /// Returns US$ per second: rent, or depreciation and energy at the chip's full power.
-fn usd_per_s(profile: &Profile) -> Option<f64> {
+pub(super) fn usd_per_s(profile: &Profile) -> Option<f64> {
     let price = profile.price.as_ref()?;
     if let Some(rent) = &price.usd_per_hour {
         return Some(rent.value / 3600.0);

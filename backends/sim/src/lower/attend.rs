@@ -66,7 +66,6 @@ impl Attend {
             + floats(self.value_dim)
             + aligned(4 * rows)
     }
-
 }
 
 /// How far a tile's pipeline reaches: more of each hides more latency, and takes more of the scratchpad.
@@ -127,7 +126,13 @@ impl<'a> Division<'a> {
             chunks += seen;
             queries += w.rows.heads * w.rows.tokens;
         }
-        Some(Division { work, chunks, most: tiles.into_iter().max().unwrap_or(0), longest: longest?, queries })
+        Some(Division {
+            work,
+            chunks,
+            most: tiles.into_iter().max().unwrap_or(0),
+            longest: longest?,
+            queries,
+        })
     }
 }
 

@@ -1,0 +1,216 @@
+//! The time of steps by interpolation, so that millions of them need few closed forms.
+//!
+//! All ops but attention depend on the number of tokens and of outputs alone. Their time is exact: it is calculated once for each number.
+//! The time of attention is calculated at knots, when a step first needs them, and interpolated linearly between them.
+
+use halite::error::Result;
+use halite::program::Program;
+
+use crate::estimate::system::Layout;
+use crate::estimate::workload::System;
+
+/// What the time of a step depends on.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+#[non_exhaustive]
+pub struct Step {
+    /// Sequences that generate text.
+    pub texts: u32,
+    /// Tokens of these, drafts included.
+    pub text_tokens: u32,
+    /// Mean number of positions before them.
+    pub context: f64,
+    /// Prompts that have a part in the step.
+    pub prompts: u32,
+    /// Tokens of prompts.
+    pub prompt_tokens: u32,
+    /// Positions before these. Of several prompts, the one number that gives the same number of products of queries and keys.
+    pub start: f64,
+}
+
+impl Step {
+    /// The step of sequences with so many positions before their tokens, as in spans: those of one token generate text.
+    pub fn of(spans: &[(u32, u32)]) -> Step {
+        let mut step = Step::default();
+        let (mut context, mut products) = (0.0, 0.0);
+        for &(start, tokens) in spans {
+            let (start, count) = (f64::from(start), f64::from(tokens));
+            if tokens == 1 {
+                step.texts += 1;
+                context += start;
+            } else {
+                step.prompts += 1;
+                step.prompt_tokens += tokens;
+                products += count * (start + count / 2.0);
+            }
+        }
+        step.text_tokens = step.texts;
+        step.context = context / f64::from(step.texts.max(1));
+        step.start = Step::start_of(products, step.prompt_tokens);
+        step
+    }
+
+    /// Returns [`Step::start`] from the products of queries and keys, where a causal mask leaves half of the prompts' own.
+    pub(super) fn start_of(products: f64, tokens: u32) -> f64 {
+        let tokens = f64::from(tokens.max(1));
+        (products / tokens - tokens / 2.0).max(0.0)
+    }
+}
+
+/// Knots of an axis, in ascending order.
+struct Axis(Vec<u32>);
+
+impl Axis {
+    /// Zero and one, then powers of two with a knot in the middle, up to a limit; and some more.
+    fn new(most: u32, more: &[u32]) -> Axis {
+        let powers = (0..31).map(|bit| 1u32 << bit);
+        let mut knots: Vec<u32> = powers.flat_map(|power| [power, power + power / 2]).collect();
+        knots.extend(more.iter().chain(&[0, most]));
+        knots.retain(|knot| *knot <= most);
+        knots.sort_unstable();
+        knots.dedup();
+        Axis(knots)
+    }
+
+    /// Returns the knot before a number, and how far the number is to the next one.
+    fn locate(&self, at: f64) -> (usize, f64) {
+        let after = self.0.partition_point(|knot| f64::from(*knot) <= at).min(self.0.len() - 1);
+        let before = after.saturating_sub(1);
+        let (low, high) = (f64::from(self.0[before]), f64::from(self.0[after]));
+        (before, if high > low { ((at - low) / (high - low)).clamp(0.0, 1.0) } else { 0.0 })
+    }
+}
+
+/// The times of a program's steps on a chip.
+pub struct Steps<'a> {
+    system: System<'a>,
+    /// Sequences that generate text, positions before them, tokens of prompts, positions before those.
+    axes: [Axis; 4],
+    /// Seconds of attention at the knots; NaN where they were not yet needed.
+    attention_s: Vec<f64>,
+    /// Seconds of the other ops, by the tokens of one sequence.
+    tokens_s: Vec<f64>,
+    /// The same by the number of sequences with a token each.
+    outputs_s: Vec<f64>,
+}
+
+impl std::fmt::Debug for Steps<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let known = self.attention_s.iter().filter(|seconds| !seconds.is_nan()).count();
+        f.debug_struct("Steps").field("knots", &self.attention_s.len()).field("known", &known).finish()
+    }
+}
+
+impl<'a> Steps<'a> {
+    /// Steps of up to `texts` sequences that generate text and `tokens` tokens of prompts, of up to `positions` each.
+    pub(super) fn new(system: System<'a>, texts: u32, tokens: u32, positions: u32) -> Steps<'a> {
+        // The time has a corner where a window is full.
+        let windows = system.stages.iter().flat_map(|stage| &stage.program.windows);
+        let windows: Vec<u32> = windows.flatten().copied().collect();
+        let axes = [
+            Axis::new(texts, &[]),
+            Axis::new(positions, &windows),
+            Axis::new(tokens, &[]),
+            Axis::new(positions, &windows),
+        ];
+        let knots = axes.iter().map(|axis| axis.0.len()).product();
+        let (tokens_s, outputs_s) = (Vec::new(), Vec::new());
+        Steps { system, axes, attention_s: vec![f64::NAN; knots], tokens_s, outputs_s }
+    }
+
+    /// Returns the seconds of a step.
+    ///
+    /// # Errors
+    /// Ops that do not fit the chip, and kernels that were not measured.
+    pub fn seconds(&mut self, step: &Step) -> Result<f64> {
+        let tokens = step.text_tokens + step.prompt_tokens;
+        if tokens == 0 {
+            return Ok(0.0);
+        }
+        let outputs = step.text_tokens + step.prompts;
+        // One sequence has one output.
+        let of_outputs = self.outputs(outputs)? - self.tokens(outputs)?;
+        let others = self.tokens(tokens)? + if outputs > 1 { of_outputs } else { 0.0 };
+        Ok(others + self.attention(step)?)
+    }
+
+    /// Seconds without attention of one sequence of so many tokens.
+    fn tokens(&mut self, tokens: u32) -> Result<f64> {
+        let system = &self.system;
+        known(&mut self.tokens_s, tokens as usize, || system.part_s(&[(0, tokens)], false))
+    }
+
+    /// Seconds without attention of so many sequences with a token each.
+    fn outputs(&mut self, count: u32) -> Result<f64> {
+        let system = &self.system;
+        let spans = || vec![(0, 1); count as usize];
+        known(&mut self.outputs_s, count as usize, || system.part_s(&spans(), false))
+    }
+
+    /// Interpolates between the knots around a step.
+    fn attention(&mut self, step: &Step) -> Result<f64> {
+        let at = [step.texts.into(), step.context, step.prompt_tokens.into(), step.start];
+        let mut places = [(0, 0.0); 4];
+        for ((place, axis), at) in places.iter_mut().zip(&self.axes).zip(at) {
+            *place = axis.locate(at);
+        }
+        let mut seconds = 0.0;
+        for corner in 0..16 {
+            let (mut index, mut share, mut knots) = (0, 1.0, [0; 4]);
+            for (i, (&(before, fraction), axis)) in places.iter().zip(&self.axes).enumerate() {
+                let is_after = corner >> i & 1;
+                share *= if is_after == 1 { fraction } else { 1.0 - fraction };
+                // The last knot has none behind it, and then no share either.
+                let knot = (before + is_after).min(axis.0.len() - 1);
+                knots[i] = axis.0[knot];
+                index = index * axis.0.len() + knot;
+            }
+            if share > 0.0 {
+                let system = &self.system;
+                let [texts, context, tokens, start] = knots;
+                seconds += share
+                    * known(&mut self.attention_s, index, || {
+                        let mut spans = vec![(context, 1); texts as usize];
+                        spans.extend((tokens > 0).then_some((start, tokens)));
+                        if spans.is_empty() { Ok(0.0) } else { system.part_s(&spans, true) }
+                    })?;
+            }
+        }
+        Ok(seconds)
+    }
+
+    /// Returns the joules that a step's work takes, without those of idle hardware, if the profile has the numbers.
+    pub(super) fn joules(&self, spans: &[(u32, u32)]) -> Result<Option<f64>> {
+        // Chips that share layers work alike.
+        let chips = f64::from(self.system.layout.tensor);
+        Ok(self.system.report(spans)?.0.total().joules.map(|joules| chips * joules))
+    }
+
+    /// How the model is divided over chips.
+    pub fn layout(&self) -> Layout {
+        self.system.layout
+    }
+
+    /// The programs of the stages, fused for the chip.
+    pub fn programs(&self) -> impl Iterator<Item = &Program> {
+        self.system.stages.iter().map(|stage| &stage.program)
+    }
+
+    /// Returns the seconds of a step by the closed form itself. Spans have the first position and number of tokens of each sequence.
+    ///
+    /// # Errors
+    /// As [`Steps::seconds`].
+    pub fn direct_s(&self, spans: &[(u32, u32)]) -> Result<f64> {
+        Ok(self.system.part_s(spans, false)? + self.system.part_s(spans, true)?)
+    }
+}
+
+/// Returns what a table has at an index, calculated when it is first needed.
+fn known(table: &mut Vec<f64>, index: usize, calculate: impl FnOnce() -> Result<f64>) -> Result<f64> {
+    if index >= table.len() {
+        table.resize(index + 1, f64::NAN);
+    }
+    if table[index].is_nan() {
+        table[index] = calculate()?;
+    }
+    Ok(table[index])
+}
