@@ -181,8 +181,14 @@ fn seconds(s: f64) -> String {
     format!("{:.3} {name}", s / unit)
 }
 
+/// Formats an interval; without the error of all kernels it comes from kernels like them.
+fn interval([low, high]: [f64; 2], error: Option<f64>) -> String {
+    let extrapolated = if error.is_some() { "" } else { ", extrapolated" };
+    format!("{} to {}{extrapolated}", seconds(low), seconds(high))
+}
+
 /// The rows of a profile's column: names and values.
-fn column(asked: &Asked) -> [(&'static str, String); 10] {
+fn column(asked: &Asked) -> [(&'static str, String); 11] {
     let Asked { profile, estimate } = asked;
     let e = estimate.as_ref().ok();
     // What does not fit has no speed.
@@ -207,6 +213,10 @@ fn column(asked: &Asked) -> [(&'static str, String); 10] {
         ("", profile.name.clone()),
         ("time to first token", time(|e| e.first_token_s)),
         ("decode step", time(|e| e.step_s)),
+        (
+            "  80 % interval",
+            running.and_then(|e| Some(interval(e.step_interval_s?, e.error))).unwrap_or_else(dash),
+        ),
         ("tokens/s", number(running.map(|e| e.tokens_per_s), 1)),
         ("total time", time(|e| e.seconds)),
         ("J/token, uncalibrated", number(running.and_then(|e| e.joules_per_token), 3)),
@@ -322,6 +332,8 @@ fn as_json(asked: &Asked) -> Value {
         "profile": profile.name,
         "first_token_s": running.map(|e| e.first_token_s),
         "step_s": running.map(|e| e.step_s),
+        "step_interval_s": running.and_then(|e| e.step_interval_s),
+        "is_interval_extrapolated": e.step_interval_s.map(|_| e.error.is_none()),
         "seconds": running.map(|e| e.seconds),
         "tokens_per_s": running.map(|e| e.tokens_per_s),
         "joules_per_token": running.and_then(|e| e.joules_per_token),

@@ -7,7 +7,7 @@
 
 use std::collections::BTreeMap;
 
-use super::device;
+use super::device::Device;
 use crate::{Bound, Chip, Numerics, OpTime, Report};
 use crate::{measured, step};
 use halite::error::Result;
@@ -69,6 +69,9 @@ pub struct Estimate {
     pub first_token_s: f64,
     /// Seconds of the middle decode step, of one token per sequence.
     pub step_s: f64,
+    /// Seconds between which it is expected to lie in 8 of 10 cases, by the errors of measured kernels; absent if
+    /// nothing like them was measured.
+    pub step_interval_s: Option<[f64; 2]>,
     /// Total seconds.
     pub seconds: f64,
     /// Generated tokens per second of all sequences, during decode.
@@ -83,7 +86,7 @@ pub struct Estimate {
     pub have_bytes: u64,
     /// Mean relative error of products on held-out shapes; absent if nothing was measured.
     pub error: Option<f64>,
-    /// Formats without measurements, one line each.
+    /// What is assumed of kernels without measurements, one line each.
     pub unmeasured: Vec<String>,
     /// The ops of a prefill step.
     pub prefill: Report,
@@ -163,28 +166,22 @@ impl Choices {
 enum Timer<'a> {
     /// Commands of a simulated chip.
     Chip(Box<Chip>),
-    /// Measured kernels of a device; for a CPU, with a number of threads.
-    Device(&'a Profile, Option<usize>),
+    /// Kernels of a device.
+    Device(Device<'a>),
 }
 
 impl<'a> Timer<'a> {
     fn new(profile: &'a Profile, choices: Choices) -> Result<Timer<'a>> {
         Ok(match profile.driver {
             Driver::Sim => Timer::Chip(Box::new(choices.chip(profile.clone())?)),
-            Driver::Gpu => Timer::Device(profile, None),
-            Driver::Cpu => {
-                // As many threads as were measured.
-                let rates = profile.calibration.iter().flat_map(|c| &c.host);
-                let max_threads = rates.map(|rates| rates.threads.value as usize).max();
-                Timer::Device(profile, Some(max_threads.unwrap_or(profile.tiles() as usize)))
-            }
+            Driver::Gpu | Driver::Cpu => Timer::Device(Device::new(profile, choices.products)?),
         })
     }
 
     fn report(&self, program: &Program, spans: &[(u32, u32)]) -> Result<Report> {
         match self {
             Timer::Chip(chip) => step::time(chip, program, spans, true),
-            Timer::Device(profile, threads) => device::time(profile, program, spans, *threads),
+            Timer::Device(device) => device.time(program, spans),
         }
     }
 
@@ -196,17 +193,20 @@ impl<'a> Timer<'a> {
         }
     }
 
-    /// Returns the mean relative error of products on held-out shapes, and the formats of which none were measured.
-    fn error(&self, program: &Program) -> (Option<f64>, Vec<String>) {
+    /// Returns the mean relative error of products on held-out shapes, and what is assumed of steps that were
+    /// not measured.
+    fn error(&self, program: &Program, steps: &[&[(u32, u32)]]) -> Result<(Option<f64>, Vec<String>)> {
         match self {
-            Timer::Chip(chip) => measured::error(chip, program),
-            Timer::Device(_, Some(_)) => (None, Vec::new()),
-            Timer::Device(profile, None) => {
-                let unmeasured = device::unmeasured(program);
-                let fit = profile.calibration.as_ref().and_then(|c| c.matmul.first());
-                let error = fit.map(|fit| fit.errors.mean_error_fraction.value);
-                (error.filter(|_| unmeasured.is_empty()), unmeasured)
-            }
+            Timer::Chip(chip) => Ok(measured::error(chip, program)),
+            Timer::Device(device) => device.error(program, steps),
+        }
+    }
+
+    /// Returns the seconds between which a step is expected to lie in 8 of 10 cases.
+    fn interval_s(&self, program: &Program, spans: &[(u32, u32)]) -> Result<Option<[f64; 2]>> {
+        match self {
+            Timer::Chip(_) => Ok(None),
+            Timer::Device(device) => device.interval_s(program, spans),
         }
     }
 }
@@ -214,7 +214,7 @@ impl<'a> Timer<'a> {
 /// Estimates a workload of a program on the chip of a profile.
 ///
 /// # Errors
-/// Errors of [`Chip::new`], ops that do not fit the chip, and kernels that were not measured.
+/// Errors of [`Chip::new`] and [`Device::new`], and ops that do not fit the chip.
 pub fn estimate(
     profile: &Profile,
     choices: Choices,
@@ -223,9 +223,9 @@ pub fn estimate(
 ) -> Result<Estimate> {
     let program = &adapted(program);
     let timer = Timer::new(profile, choices)?;
-    let (error, unmeasured) = timer.error(program);
     let (_, chunk) = workload.prefill();
     let spans = vec![(workload.middle(), 1); workload.batch as usize];
+    let (error, unmeasured) = timer.error(program, &[&[chunk], &spans])?;
     let prefill = timer.report(program, &[chunk])?;
     let decode = timer.report(program, &spans)?;
     let (prefill_total, decode_total) = (prefill.total(), decode.total());
@@ -240,6 +240,7 @@ pub fn estimate(
     Ok(Estimate {
         first_token_s: workload.first_token_s(prefill_total.seconds),
         step_s: decode_total.seconds,
+        step_interval_s: timer.interval_s(program, &spans)?,
         seconds,
         tokens_per_s: f64::from(workload.batch) / decode_total.seconds,
         joules_per_token: joules(profile, workload, seconds, prefill_total, decode_total).map(|j| j / tokens),
@@ -307,9 +308,9 @@ fn sensitivities(
     let before = seconds(profile.clone())?;
     let mut found = Vec::new();
     for (path, quantity) in &profile.quantities {
-        // Counts are not varied.
+        // Counts are not varied, and errors change no time.
         let counts = ["clusters", "tiles_per_cluster", "engines", "rows", "columns", "capacity_bytes"];
-        if path.rsplit('.').next().is_some_and(|key| counts.contains(&key)) {
+        if path.contains(".errors.") || path.rsplit('.').next().is_some_and(|key| counts.contains(&key)) {
             continue;
         }
         let after = seconds(profile.with(path, quantity.value * CHANGE)?)?;
