@@ -206,7 +206,7 @@ fn column(asked: &Asked) -> [(&'static str, String); 11] {
     };
     let error = |e: &Estimate| match e.error {
         Some(error) => format!("products ± {:.1} %", 100.0 * error),
-        None if e.unmeasured.is_empty() => "uncalibrated".into(),
+        None if e.unmeasured.is_empty() || profile.calibration.is_none() => "uncalibrated".into(),
         None => "unknown (formats not measured)".into(),
     };
     [

@@ -167,6 +167,14 @@ fn products_of_a_gpu_are_its_roofline() {
     let unpack_s = 8.0 * side * side * 4.0 / 1e11;
     near(took(Format::Q4_0, None), combined(1e12, 4.5, 2.0).max(unpack_s), 1e-9);
     near(took(Format::NVFP4, None), combined(1e12, 4.5, 2.0).max(unpack_s), 1e-9);
+    // Other ops and attention do not take the format of products.
+    let h100 = Profile::open("nvidia-h100").unwrap();
+    let device = Device::new(&h100, Some(Dtype::Fp8E4m3)).unwrap();
+    let (_, assumed) = device.error(&model("tiny", Format::Q8_0), &[&[(0, 64)], &[(64, 1)]]).unwrap();
+    assert_eq!(
+        assumed,
+        ["weights of Q8_0: products as measured in fp8_e4m3 x fp8_e4m3, with their own bytes"]
+    );
     let error = Device::new(&plain, Some(Dtype::Fp8E4m3)).unwrap_err().to_string();
     assert!(error.contains("fp16") && error.contains("fp8_e4m3"), "{error}");
 }

@@ -138,12 +138,23 @@ impl<'a> Device<'a> {
         match &self.host {
             Some((rates, _)) => {
                 let seconds = host::op_seconds(rates, program, op, &extents(spans))?;
-                let read_bytes = cost.memory_bytes() as f64;
-                let matrix_ops = cost.ops() as f64;
-                Ok(Timed {
-                    time: OpTime { seconds, read_bytes, matrix_ops, ..OpTime::default() },
-                    rests_on: vec![],
-                })
+                let (read_bytes, matrix_ops) = (cost.memory_bytes() as f64, cost.ops() as f64);
+                let mut busy_s = [0.0; 4];
+                busy_s[Queue::Vector as usize] = cost.integer_ops as f64 / rates.integer_ops_per_s
+                    + cost.float_ops as f64 / rates.float_ops_per_s;
+                let memory = self.profile.memory.last();
+                let bytes_per_s =
+                    memory.map_or(f64::INFINITY, |memory| self.profile.read_bytes_per_s(memory));
+                let time = OpTime {
+                    seconds,
+                    launch_s: if matrix_ops > 0.0 { rates.op_s } else { 0.0 },
+                    busy_s,
+                    device_s: read_bytes / bytes_per_s,
+                    read_bytes,
+                    matrix_ops,
+                    ..OpTime::default()
+                };
+                Ok(Timed { time, rests_on: Vec::new() })
             }
             None => self.kernels(program, op, spans, cost),
         }
@@ -152,7 +163,7 @@ impl<'a> Device<'a> {
     /// Times an op as kernels of a GPU.
     fn kernels(&self, program: &Program, op: &Op, spans: Spans<'_>, cost: cost::Cost) -> Result<Timed> {
         let profile = self.profile;
-        let plain = self.formats(Format::BF16);
+        let plain = self.plain();
         let tokens: u32 = spans.iter().map(|(_, len)| len).sum();
         let mut weight_bytes = cost.weight_bytes as f64;
         let mut rests_on = Vec::new();
@@ -244,22 +255,25 @@ impl<'a> Device<'a> {
     /// Returns the formats in which a GPU multiplies a weight: the requested ones, else the weight's own, else
     /// those of 16-bit activations, as kernels of serving stacks do that unpack weights only.
     fn formats(&self, weight: Format) -> Formats {
-        let all = kernel::products(self.profile);
-        let find = |dtype: Dtype| all.iter().map(|(f, _)| *f).find(|f| f.weights == dtype);
         let own = stored_as(weight);
-        let plain = [Dtype::Bf16, Dtype::Fp16, Dtype::Tf32, Dtype::Fp32].into_iter().find_map(find);
-        let any = || all.first().map_or(BF16, |(f, _)| *f);
-        if let Some(found) = self.products.and_then(find) {
+        if let Some(found) = self.products.or(own).and_then(|dtype| self.find(dtype)) {
             return found;
         }
-        match own.and_then(find) {
-            Some(found) => found,
-            None => {
-                let plain = plain.unwrap_or_else(any);
-                let packed = own.filter(|own| own.bits() < plain.activations.bits());
-                Formats { weights: packed.unwrap_or(plain.weights), ..plain }
-            }
-        }
+        let plain = self.plain();
+        let packed = own.filter(|own| own.bits() < plain.activations.bits());
+        Formats { weights: packed.unwrap_or(plain.weights), ..plain }
+    }
+
+    /// Returns the formats of attention, and of activations of ops that do not multiply: of 16 bits, if there are.
+    fn plain(&self) -> Formats {
+        let floats = [Dtype::Bf16, Dtype::Fp16, Dtype::Tf32, Dtype::Fp32];
+        let any = || kernel::products(self.profile).first().map_or(BF16, |(formats, _)| *formats);
+        floats.into_iter().find_map(|dtype| self.find(dtype)).unwrap_or_else(any)
+    }
+
+    fn find(&self, weights: Dtype) -> Option<Formats> {
+        let all = kernel::products(self.profile);
+        all.into_iter().map(|(formats, _)| formats).find(|formats| formats.weights == weights)
     }
 }
 
