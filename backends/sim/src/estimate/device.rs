@@ -164,7 +164,7 @@ impl<'a> Device<'a> {
     fn kernels(&self, program: &Program, op: &Op, spans: Spans<'_>, cost: cost::Cost) -> Result<Timed> {
         let profile = self.profile;
         let plain = self.plain();
-        let tokens: u32 = spans.iter().map(|(_, len)| len).sum();
+        let tokens = spans.iter().fold(0u32, |sum, (_, len)| sum.saturating_add(*len));
         let mut weight_bytes = cost.weight_bytes as f64;
         let mut rests_on = Vec::new();
         let mut used = plain;
@@ -192,7 +192,7 @@ impl<'a> Device<'a> {
                 let weights = [gate, up, down].map(|weight| program.tensor(*weight));
                 let (all, each) = (f64::from(weights[0].experts), program.tensor(*ids).cols);
                 let experts = kernel::distinct_experts(all, each.into(), tokens.into());
-                let most = f64::from(tokens * each).min(all).max(1.0);
+                let most = (f64::from(tokens) * f64::from(each)).min(all).max(1.0);
                 weight_bytes *= experts / most;
                 let bits = weights.iter().map(|w| stored_bits(w.format)).sum::<f64>() / 3.0;
                 used = self.formats(weights[0].format);
@@ -211,7 +211,7 @@ impl<'a> Device<'a> {
                 let head_dim = u64::from(state.key_dim);
                 let reach = |end: u32| u64::from(end.min(state.window.unwrap_or(u32::MAX)));
                 let (one, many): (Vec<_>, Vec<_>) = spans.iter().partition(|(_, tokens)| *tokens == 1);
-                if let Some(longest) = one.iter().map(|(start, _)| start + 1).max() {
+                if let Some(longest) = one.iter().map(|(start, _)| start.saturating_add(1)).max() {
                     let (batch, kv_len) = (one.len() as u64, reach(longest));
                     let kernel = Kernel::Attention { batch, heads, kv_heads, head_dim, kv_len };
                     add(plain, bits, vec![state.format], kernel)?;
@@ -219,7 +219,7 @@ impl<'a> Device<'a> {
                 for span in many {
                     let ops = cost::op(program, op, &extents(&[span])).float_ops;
                     let (tokens, window) = (u64::from(span.1), state.window.unwrap_or(u32::MAX));
-                    let kv_len = u64::from((span.0 + span.1).min(window.saturating_add(span.1)));
+                    let kv_len = u64::from(span.0.min(window)) + tokens;
                     let per_pair = 2 * heads * u64::from(state.key_dim + state.value_dim);
                     let seen = ops / per_pair.max(1);
                     let batch = 1;
