@@ -15,10 +15,9 @@ use super::{Failure, interrupt, print, read_text};
 
 #[derive(Args)]
 pub struct CalibrateArgs {
-    /// Fit a chip's timing model to measured kernels in this CSV (columns
-    /// `op,m,n,k,activations,weights,seconds` for op `matmul`, or
-    /// `op,batch,heads,kv_heads,head_dim,kv_len,activations,weights,seconds` for op `attention`) instead of
-    /// measuring this machine.
+    /// Fit a chip's timing model to measured kernels in this CSV instead of measuring this machine. Columns:
+    /// `op,activations,weights,seconds`, and `m,n,k` for op `matmul`, `batch,heads,kv_heads,head_dim,kv_len` for
+    /// op `attention`, these and `tokens,seen` for op `prefill`, `experts,rows,columns,hidden` for op `experts`.
     #[arg(long, value_name = "CSV", requires = "profile")]
     fit: Vec<PathBuf>,
     /// Profile of the measured chip: a name or a TOML file.

@@ -253,8 +253,14 @@ fn seconds(s: f64) -> String {
     format!("{:.3} {name}", s / unit)
 }
 
+/// Formats an interval; without the error of all kernels it comes from kernels like them.
+fn interval([low, high]: [f64; 2], error: Option<f64>) -> String {
+    let extrapolated = if error.is_some() { "" } else { ", extrapolated" };
+    format!("{} to {}{extrapolated}", seconds(low), seconds(high))
+}
+
 /// The rows of a profile's column: names and values.
-fn column(asked: &Asked) -> [(&'static str, String); 12] {
+fn column(asked: &Asked) -> [(&'static str, String); 13] {
     let Asked { profile, estimate, .. } = asked;
     let e = estimate.as_ref().ok();
     // What does not fit has no speed.
@@ -272,7 +278,7 @@ fn column(asked: &Asked) -> [(&'static str, String); 12] {
     };
     let error = |e: &Estimate| match e.error {
         Some(error) => format!("products ± {:.1} %", 100.0 * error),
-        None if e.unmeasured.is_empty() => "uncalibrated".into(),
+        None if e.unmeasured.is_empty() || profile.calibration.is_none() => "uncalibrated".into(),
         None => "unknown (formats not measured)".into(),
     };
     [
@@ -280,6 +286,10 @@ fn column(asked: &Asked) -> [(&'static str, String); 12] {
         ("chips", e.map_or_else(dash, |e| layout(&e.layout))),
         ("time to first token", time(|e| e.first_token_s)),
         ("decode step", time(|e| e.step_s)),
+        (
+            "  80 % interval",
+            running.and_then(|e| Some(interval(e.step_interval_s?, e.error))).unwrap_or_else(dash),
+        ),
         ("tokens/s", number(running.map(|e| e.tokens_per_s), 1)),
         ("total time", time(|e| e.seconds)),
         ("J/token, uncalibrated", number(running.and_then(|e| e.joules_per_token), 3)),
@@ -436,6 +446,8 @@ fn as_json(asked: &Asked) -> Value {
         })).collect::<Vec<_>>(),
         "first_token_s": running.map(|e| e.first_token_s),
         "step_s": running.map(|e| e.step_s),
+        "step_interval_s": running.and_then(|e| e.step_interval_s),
+        "is_interval_extrapolated": e.step_interval_s.map(|_| e.error.is_none()),
         "seconds": running.map(|e| e.seconds),
         "tokens_per_s": running.map(|e| e.tokens_per_s),
         "joules_per_token": running.and_then(|e| e.joules_per_token),

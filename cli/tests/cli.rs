@@ -391,12 +391,18 @@ fn estimate_explains_itself() {
     let json: Value = serde_json::from_str(&json).unwrap();
     assert!(json[0]["fits"] == false && json[0]["tokens_per_s"].is_null() && json[0]["step_s"].is_null());
     assert!(json[1]["mean_error_fraction"].as_f64().unwrap() > 0.0 && json[1]["is_calibrated"] == true);
-    assert!(json[2]["error"].as_str().unwrap().contains("bf16 x bf16"), "{}", json[2]);
-    let shown = text("estimate -m llama-2-70b -p maia-100,jetson-orin-nano-super --format bf16");
+    assert!(json[2]["is_calibrated"] == false && json[2]["fits"] == false, "{}", json[2]);
+    assert!(
+        json[2]["unmeasured"][0].as_str().unwrap().contains("uncalibrated, assumed to reach"),
+        "{}",
+        json[2]
+    );
+    let with = "--format bf16 --products fp8_e4m3";
+    let shown = text(&format!("estimate -m llama-2-70b -p nvidia-h100,jetson-orin-nano-super {with}"));
     assert!(shown.contains("DOES NOT FIT") && shown.contains("no estimate, see below"), "{shown}");
-    let output =
-        halite("estimate -m llama-2-70b -p jetson-orin-nano-super,jetson-orin-nano-super --format bf16");
+    let output = halite(&format!("estimate -m llama-2-70b -p jetson-orin-nano-super {with}"));
     assert!(!output.status.success() && output.stdout.is_empty(), "{output:?}");
+    assert!(String::from_utf8(output.stderr).unwrap().contains("expected int8, fp16, got fp8_e4m3"));
     let output = halite("estimate -m llama-0 -p maia-100");
     assert!(String::from_utf8(output.stderr).unwrap().contains("mixtral-8x7b"));
 }

@@ -14,46 +14,110 @@ import pandas as pd
 
 OUT = pathlib.Path(__file__).resolve().parents[2] / "backends/sim/tests/data/silicon"
 ROOT = "aiconfigurator_core/systems/data/"
-MATMUL = {
-    "h100-matmul": "h100_sxm/gemm/trtllm/1.3.0rc20/gemm_perf.parquet",
-    "a100-matmul": "a100_sxm/gemm/vllm/0.14.0/gemm_perf.parquet",
-}
-ATTENTION = {
-    "h100-attention": ("h100_sxm/attention/vllm/0.24.0/generation_attention_perf.parquet", "vllm_flash_attn_fa3"),
-    "h100-attention-sglang": ("h100_sxm/attention/sglang/0.5.14/generation_attention_perf.parquet", "fa3"),
-    "h100-attention-trtllm": ("h100_sxm/attention/trtllm/1.3.0rc20/generation_attention_perf.parquet", "torch_flow"),
+CUTLASS = "moe_torch_flow_cutlass"
+H100 = "h100_sxm/{}/trtllm/1.3.0rc20/{}_perf.parquet"
+H100_VLLM = "h100_sxm/{}/vllm/0.24.0/{}_perf.parquet"
+H100_SGLANG = "h100_sxm/{}/sglang/0.5.14/{}_perf.parquet"
+A100 = "a100_sxm/{}/vllm/0.14.0/{}_perf.parquet"
+A100_TRTLLM = "a100_sxm/{}/trtllm/1.0.0/{}_perf.parquet"
+A100_SGLANG = "a100_sxm/{}/sglang/0.5.10/{}_perf.parquet"
+# Name, op, file, formats of activations and weights, and the rows of the file.
+SETS = [
+    ("h100-matmul", "matmul", H100, "bf16", "bf16", {"gemm_dtype": "bfloat16"}),
+    ("h100-fp8", "matmul", H100, "fp8_e4m3", "fp8_e4m3", {"gemm_dtype": "fp8"}),
+    ("h100-fp8-vllm", "matmul", H100_VLLM, "fp8_e4m3", "fp8_e4m3", {"gemm_dtype": "fp8"}),
+    ("h100-fp8-block", "matmul", H100, "fp8_e4m3", "fp8_e4m3", {"gemm_dtype": "fp8_block"}),
+    (
+        "h100-w8a16",
+        "matmul",
+        "h100_sxm/{}/sglang/0.5.6.post2/{}_perf.parquet",
+        "bf16",
+        "int8",
+        {"gemm_dtype": "int8_wo"},
+    ),
+    ("a100-matmul", "matmul", A100, "bf16", "bf16", {"gemm_dtype": "bfloat16"}),
+    ("a100-int8", "matmul", A100_TRTLLM, "int8", "int8", {"gemm_dtype": "sq"}),
+    ("a100-w8a16", "matmul", A100_TRTLLM, "bf16", "int8", {"gemm_dtype": "int8_wo"}),
+    ("a100-w4a16", "matmul", A100_TRTLLM, "bf16", "int4", {"gemm_dtype": "int4_wo"}),
+    ("h100-attention", "attention", H100_VLLM, "bf16", "bf16", {"kernel_source": "vllm_flash_attn_fa3"}),
+    ("h100-attention-fp8", "attention", H100_VLLM, "bf16", "fp8_e4m3", {"kernel_source": "vllm_flash_attn_fa3"}),
+    ("h100-attention-sglang", "attention", H100_SGLANG, "bf16", "bf16", {"kernel_source": "fa3"}),
+    ("h100-attention-trtllm", "attention", H100, "bf16", "bf16", {}),
+    ("a100-attention", "attention", A100, "bf16", "bf16", {}),
+    ("a100-attention-sglang", "attention", A100_SGLANG, "bf16", "bf16", {}),
+    ("h100-prefill", "prefill", H100_VLLM, "bf16", "bf16", {"kernel_source": "vllm_flash_attn_fa3"}),
+    ("h100-prefill-sglang", "prefill", H100_SGLANG, "bf16", "bf16", {"kernel_source": "fa3"}),
+    ("h100-prefill-trtllm", "prefill", H100, "bf16", "bf16", {}),
+    ("a100-prefill", "prefill", A100, "bf16", "bf16", {}),
+    ("a100-prefill-sglang", "prefill", A100_SGLANG, "bf16", "bf16", {}),
+    ("h100-experts", "experts", H100, "bf16", "bf16", {"moe_dtype": "bfloat16", "kernel_source": CUTLASS}),
+    ("h100-experts-vllm", "experts", H100_VLLM, "bf16", "bf16", {"moe_dtype": "bfloat16"}),
+    ("h100-experts-fp8", "experts", H100, "fp8_e4m3", "fp8_e4m3", {"moe_dtype": "fp8", "kernel_source": CUTLASS}),
+    ("h100-experts-mxfp4", "experts", H100_VLLM, "bf16", "mxfp4", {"moe_dtype": "w4a16_mxfp4"}),
+    ("a100-experts", "experts", A100_SGLANG, "bf16", "bf16", {"moe_dtype": "bfloat16"}),
+    ("a100-experts-w4a16", "experts", A100_SGLANG, "bf16", "int4", {"moe_dtype": "int4_wo"}),
+]
+FILES = {
+    "matmul": ("gemm", "gemm"),
+    "attention": ("attention", "generation_attention"),
+    "prefill": ("attention", "context_attention"),
+    "experts": ("moe", "moe"),
 }
 # What the extracts hold; the other sets are for `--all`.
 EXTRACTS = {"h100-matmul": 4, "a100-matmul": 4, "h100-attention": 18}
 
 
 def matmul(table):
-    table = table[table.gemm_dtype == "bfloat16"]
-    return table[["m", "n", "k"]].assign(seconds=table.latency * 1e-3), ["n", "k"]
+    return table[["m", "n", "k"]], ["n", "k"]
 
 
-def attention(table, kernel):
-    table = table[(table.attn_dtype == "bfloat16") & (table.kv_cache_dtype == "bfloat16")]
-    table = table[(table.kernel_source == kernel) & (table.window_size == 0)]
+def heads(table):
+    return {"heads": table.num_heads, "kv_heads": table.num_key_value_heads, "head_dim": table.head_dim}
+
+
+def attention(table):
     # The new token attends to itself too.
-    out = pd.DataFrame(
-        {
-            "batch": table.batch_size,
-            "heads": table.num_heads,
-            "kv_heads": table.num_key_value_heads,
-            "head_dim": table.head_dim,
-            "kv_len": table.step + 1,
-            "seconds": table.latency * 1e-3,
-        }
-    )
-    return out.drop_duplicates(out.columns[:-1]), ["heads", "kv_heads", "head_dim"]
+    points = {"batch": table.batch_size, **heads(table), "kv_len": table.step + 1}
+    return pd.DataFrame(points), ["heads", "kv_heads", "head_dim"]
 
 
-def write(folder, name, op, path, points, shape):
+def prefill(table):
+    tokens, start = table.isl, table.step
+    seen = tokens * start + tokens * (tokens + 1) // 2
+    points = {"batch": table.batch_size, **heads(table), "tokens": tokens, "kv_len": start + tokens, "seen": seen}
+    return pd.DataFrame(points), ["heads", "kv_heads", "head_dim"]
+
+
+def experts(table):
+    # Balanced: as many experts as possible are chosen, each as often as the others.
+    rows = table.num_tokens * table.topk
+    used = rows.clip(upper=table.num_experts)
+    hidden = table.inter_size // table.moe_tp_size
+    points = {"experts": used, "rows": rows, "columns": table.hidden_size, "hidden": hidden}
+    return pd.DataFrame(points), ["columns", "hidden"]
+
+
+def chosen(table, op, weights, rows):
+    if op in ("attention", "prefill"):
+        rows = {"attn_dtype": "bfloat16", "kv_cache_dtype": "fp8" if weights != "bf16" else "bfloat16", **rows}
+        if "window_size" in table:
+            rows["window_size"] = 0
+    if op == "experts":
+        rows = {"distribution": "balanced", "moe_ep_size": 1, **rows}
+        # These models have no gate: two matrices an expert, not three.
+        table = table[(table.topk < 16) & (table.hidden_size != 2688)]
+    for column, value in rows.items():
+        table = table[table[column] == value]
+    points, shape = globals()[op](table)
+    points["seconds"] = table.latency * 1e-3
+    return points.drop_duplicates(points.columns[:-1]), shape
+
+
+def write(folder, name, op, path, formats, points, shape):
     points = points.sort_values(list(points.columns[:-1]))
     points.insert(0, "op", op)
-    points.insert(len(points.columns) - 1, "activations", "bf16")
-    points.insert(len(points.columns) - 1, "weights", "bf16")
+    for column, dtype in zip(["activations", "weights"], formats):
+        points.insert(len(points.columns) - 1, column, dtype)
     points["seconds"] = points.seconds.map("{:.4e}".format)
     with open(folder / f"{name}.csv", "w") as file:
         file.write(f"# From aiconfigurator-core 0.12.0, {path}; see README.md.\n")
@@ -67,16 +131,15 @@ def main():
     arguments.add_argument("--all", type=pathlib.Path)
     arguments = arguments.parse_args()
     wheel = zipfile.ZipFile(arguments.wheel)
-    read = lambda path: pd.read_parquet(io.BytesIO(wheel.read(ROOT + path)))
-    sets = {name: ("matmul", path, matmul(read(path))) for name, path in MATMUL.items()}
-    for name, (path, kernel) in ATTENTION.items():
-        sets[name] = ("attention", path, attention(read(path), kernel))
-    for name, (op, path, (points, shape)) in sets.items():
-        if arguments.all:
-            write(arguments.all, name, op, path, points, shape)
-        elif name in EXTRACTS:
-            some = points.groupby(shape).sample(EXTRACTS[name], random_state=1)
-            write(OUT, name, op, path, some.copy(), shape)
+    for name, op, path, activations, weights, rows in SETS:
+        if not arguments.all and name not in EXTRACTS:
+            continue
+        path = path.format(*FILES[op])
+        table = pd.read_parquet(io.BytesIO(wheel.read(ROOT + path)))
+        points, shape = chosen(table, op, weights, rows)
+        if not arguments.all:
+            points = points.groupby(shape).sample(EXTRACTS[name], random_state=1)
+        write(arguments.all or OUT, name, op, path, (activations, weights), points, shape)
 
 
 if __name__ == "__main__":

@@ -358,7 +358,7 @@ impl Chip {
 }
 
 /// Returns the chip's format with the same bits as the weight's, if there is one.
-fn stored_as(weight: Format) -> Option<Dtype> {
+pub(crate) fn stored_as(weight: Format) -> Option<Dtype> {
     match weight {
         Format::F32 => Some(Dtype::Fp32),
         Format::F16 => Some(Dtype::Fp16),

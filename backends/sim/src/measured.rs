@@ -33,7 +33,8 @@ fn product_s(chip: &Chip, p: &Product) -> Option<f64> {
         return None;
     }
     let n = p.parts.iter().map(|part| u64::from(part.n)).sum();
-    let stored = Stored { activation_bits: chip.activations.bits(), ..Stored::of(formats) };
+    let bits = chip.activations.bits();
+    let stored = Stored { activation_bits: bits, result_bits: bits, ..Stored::of(formats) };
     let kernel = Kernel::MatMul { m: p.m.into(), n, k: p.k.into() };
     estimate_stored(&chip.profile, formats, stored, kernel).ok().map(|estimate| estimate.seconds)
 }

@@ -6,7 +6,7 @@ use halite::Error;
 use halite_profiles::numerics::Dtype;
 use halite_profiles::profile::{Profile, SHIPPED};
 use halite_sim::estimate::fit::{Fit, Op, Regime, Validation, fit, with_calibration};
-use halite_sim::estimate::kernel::{self, Formats, Kernel};
+use halite_sim::estimate::kernel::{self, Formats, Kernel, Source};
 use halite_sim::estimate::points::{Point, held_out, parse};
 
 const BF16: Formats = Formats { activations: Dtype::Bf16, weights: Dtype::Bf16 };
@@ -111,7 +111,8 @@ fn a_fit_becomes_a_calibration() {
         let fitted = (1.0 + residual.error) * residual.point.seconds;
         // Constants are written with four digits.
         assert!((estimate.seconds / fitted - 1.0).abs() < 0.02, "{residual:?} {estimate:?}");
-        assert!(estimate.mean_error_fraction < 0.1);
+        assert!(matches!(estimate.source, Source::Measured(error) if error < 0.1));
+        assert!(estimate.interval.is_some_and(|[low, high]| low < 1.0 && 1.0 < high));
     }
     assert!(profile.quantities.iter().any(|(path, _)| path == "calibration.matmul.0.wave_ns"));
 }

@@ -207,7 +207,7 @@ fn predicted(profile: &Profile, session: &Session, test: Test, threads: usize) -
     let threads = Cpu::with_threads(threads)?.threads();
     let rates = host::rates(profile, threads)?;
     let steps = test.steps(session.batch());
-    Ok(steps.map(|step| host::step_seconds(rates, session.program(), &step)).sum::<halite::Result<f64>>()?)
+    Ok(steps.map(|step| host::step_seconds(&rates, session.program(), &step)).sum::<halite::Result<f64>>()?)
 }
 
 /// The seconds of each repetition of a test.

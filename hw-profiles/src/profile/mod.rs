@@ -432,6 +432,10 @@ pub struct Calibration {
     pub matmul: Vec<MatMulFit>,
     /// Decode attention, by pair of formats.
     pub attention: Vec<AttentionFit>,
+    /// Prefill attention, by pair of formats.
+    pub prefill: Vec<PrefillFit>,
+    /// Feed-forward blocks of experts, by pair of formats.
+    pub experts: Vec<MatMulFit>,
     /// Kernels of the backend `cpu`, by number of threads.
     pub host: Vec<HostRates>,
     /// Exchanges between chips.
@@ -493,7 +497,7 @@ pub struct HostProduct {
     pub product_ops_per_s: Quantity,
 }
 
-/// Constants of the time of products.
+/// Constants of the time of products, and of those of experts.
 #[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 #[non_exhaustive]
@@ -570,6 +574,31 @@ pub struct AttentionFit {
     pub errors: FitErrors,
 }
 
+/// Constants of the time of prefill attention.
+#[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+#[non_exhaustive]
+pub struct PrefillFit {
+    /// Format of the activations.
+    pub activations: Dtype,
+    /// Format of the KV cache.
+    pub weights: Dtype,
+    /// Fraction of the peak rate that a tile reaches.
+    pub compute_fraction: Quantity,
+    /// Fraction of the bandwidth of main memory.
+    pub memory_fraction: Quantity,
+    /// Time of an empty kernel.
+    pub overhead_ns: Quantity,
+    /// Time per work item besides its keys and values.
+    pub item_ns: Quantity,
+    /// Time per block of 128 x 128 scores besides its products.
+    pub block_ns: Quantity,
+    /// Overlap exponent of compute and memory time; 1: no overlap.
+    pub overlap_exponent: Quantity,
+    /// Errors of the times.
+    pub errors: FitErrors,
+}
+
 /// Errors of fitted times relative to measured ones, on held-out shapes. Regimes without measurements are
 /// absent.
 #[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
@@ -588,6 +617,51 @@ pub struct FitErrors {
     pub memory_error_fraction: Option<Quantity>,
     /// Mean error of the others that are compute-bound.
     pub compute_error_fraction: Option<Quantity>,
+    /// Where measured times lie, by regime.
+    #[serde(default)]
+    pub interval: Vec<FitInterval>,
+}
+
+/// The middle 80 % of measured times, as multiples of the predicted ones, in one regime.
+#[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+#[non_exhaustive]
+pub struct FitInterval {
+    /// `small`, `memory` or `compute`, as in the errors.
+    pub regime: FitRegime,
+    /// One in ten is below this.
+    pub low_ratio: Quantity,
+    /// One in ten is above this.
+    pub high_ratio: Quantity,
+    /// Fraction of held-out measurements in between; absent if the interval is theirs.
+    pub coverage_fraction: Option<Quantity>,
+}
+
+/// What bounds a kernel at the profile's peaks.
+// Exhaustive: each has its errors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum FitRegime {
+    /// It would take less than 3 us: mostly overhead.
+    Small,
+    /// Memory-bound.
+    Memory,
+    /// Compute-bound.
+    Compute,
+}
+
+impl FitRegime {
+    /// All of them.
+    pub const ALL: [FitRegime; 3] = [FitRegime::Small, FitRegime::Memory, FitRegime::Compute];
+
+    /// Name, for people and for keys.
+    pub fn name(self) -> &'static str {
+        match self {
+            FitRegime::Small => "small",
+            FitRegime::Memory => "memory",
+            FitRegime::Compute => "compute",
+        }
+    }
 }
 
 macro_rules! shipped {

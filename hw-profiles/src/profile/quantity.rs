@@ -157,6 +157,7 @@ pub(super) static KEYS: &[Key] = &[
     real("wave_ns", "ns", 0.0, 1e6),
     real("split_ns", "ns", 0.0, 1e6),
     real("item_ns", "ns", 0.0, 1e6),
+    real("block_ns", "ns", 0.0, 1e6),
     real("tile_bytes_per_s", "bytes/s", 1e6, 1e13),
     real("overlap_exponent", "of the times", 1.0, 1e3),
     count("threads", "threads", 1.0, 4096.0),
@@ -175,6 +176,9 @@ pub(super) static KEYS: &[Key] = &[
     real("small_error_fraction", "of 1", 0.0, 10.0),
     real("memory_error_fraction", "of 1", 0.0, 10.0),
     real("compute_error_fraction", "of 1", 0.0, 10.0),
+    real("low_ratio", "of the predicted time", 1e-3, 1e3),
+    real("high_ratio", "of the predicted time", 1e-3, 1e3),
+    real("coverage_fraction", "of 1", 0.0, 1.0),
 ];
 
 const fn real(name: &'static str, unit: &'static str, min: f64, max: f64) -> Key {

@@ -3,17 +3,19 @@
 
 use std::collections::BTreeSet;
 
-use super::kernel::{AttentionConstants, Formats, Kernel, Machine, MatMulConstants};
-use super::kernel::{attention_seconds, matmul_seconds, work};
+use super::kernel::{AttentionConstants, Formats, Kernel, Machine, MatMulConstants, PrefillConstants};
+use super::kernel::{attention_seconds, experts_seconds, matmul_seconds, prefill_seconds, work};
 use super::measure::digits;
 use super::points::{Point, held_out, shape};
 use halite::{Error, Result};
 use halite_profiles::profile::Profile;
 
+pub use halite_profiles::profile::FitRegime as Regime;
+
 /// A constant: its key in profiles, its start value, and its bounds.
 #[derive(Debug, Clone, Copy)]
 pub struct Constant {
-    /// As in `[[calibration.matmul]]` and `[[calibration.attention]]`.
+    /// As in the tables of `[calibration]`.
     pub key: &'static str,
     start: f64,
     min: f64,
@@ -46,6 +48,15 @@ static ATTENTION: [Constant; 8] = [
     constant("overlap_exponent", 1.5, 1.0, 20.0),
 ];
 
+static PREFILL: [Constant; 6] = [
+    constant("compute_fraction", 0.7, 0.05, 1.0),
+    constant("memory_fraction", 0.8, 0.05, 1.0),
+    constant("overhead_ns", 8e3, 10.0, 1e8),
+    constant("item_ns", 1e3, 1.0, 1e6),
+    constant("block_ns", 100.0, 1.0, 1e6),
+    constant("overlap_exponent", 2.0, 1.0, 20.0),
+];
+
 /// The formula of a fit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Op {
@@ -53,6 +64,10 @@ pub enum Op {
     MatMul,
     /// [`attention_seconds`].
     Attention,
+    /// [`prefill_seconds`].
+    Prefill,
+    /// [`experts_seconds`].
+    Experts,
 }
 
 impl Op {
@@ -61,6 +76,8 @@ impl Op {
         match kernel {
             Kernel::MatMul { .. } => Op::MatMul,
             Kernel::Attention { .. } => Op::Attention,
+            Kernel::Prefill { .. } => Op::Prefill,
+            Kernel::Experts { .. } => Op::Experts,
         }
     }
 
@@ -69,44 +86,43 @@ impl Op {
         match self {
             Op::MatMul => "matmul",
             Op::Attention => "attention",
+            Op::Prefill => "prefill",
+            Op::Experts => "experts",
         }
     }
 
     fn constants(self, machine: &Machine) -> &'static [Constant] {
         match self {
-            Op::MatMul if machine.cache.is_none() => &MATMUL[..SCRATCHPAD_MATMUL],
-            Op::MatMul => &MATMUL,
+            Op::MatMul | Op::Experts if machine.cache.is_none() => &MATMUL[..SCRATCHPAD_MATMUL],
+            Op::MatMul | Op::Experts => &MATMUL,
             Op::Attention => &ATTENTION,
+            Op::Prefill => &PREFILL,
         }
     }
 
     /// Returns the time that constants, in the order of their table, predict.
     fn seconds(self, machine: &Machine, values: &[f64], kernel: Kernel) -> f64 {
-        match (self, values, kernel) {
-            (
-                Op::MatMul,
-                &[compute_fraction, memory_fraction, overhead, ref more @ ..],
-                Kernel::MatMul { m, n, k },
-            ) => {
-                let &[wave, split, overlap_exponent] = more else {
-                    let c = MatMulConstants {
-                        compute_fraction,
-                        memory_fraction,
-                        overhead_s: overhead * 1e-9,
-                        ..NO_WAVES
-                    };
-                    return matmul_seconds(machine, &c, m, n, k);
-                };
-                let (overhead_s, wave_s, split_s) = (overhead * 1e-9, wave * 1e-9, split * 1e-9);
-                let c = MatMulConstants {
+        match (self, values) {
+            (Op::MatMul | Op::Experts, &[compute_fraction, memory_fraction, overhead, ref more @ ..]) => {
+                let few = MatMulConstants {
                     compute_fraction,
                     memory_fraction,
-                    overhead_s,
-                    wave_s,
-                    split_s,
-                    overlap_exponent,
+                    overhead_s: overhead * 1e-9,
+                    ..NO_WAVES
                 };
-                matmul_seconds(machine, &c, m, n, k)
+                let c = match *more {
+                    [wave, split, overlap_exponent] => MatMulConstants {
+                        wave_s: wave * 1e-9,
+                        split_s: split * 1e-9,
+                        overlap_exponent,
+                        ..few
+                    },
+                    _ => few,
+                };
+                match kernel {
+                    Kernel::MatMul { m, n, k } => matmul_seconds(machine, &c, m, n, k),
+                    _ => experts_seconds(machine, &c, kernel),
+                }
             }
             (
                 Op::Attention,
@@ -120,7 +136,6 @@ impl Op {
                     split,
                     overlap_exponent,
                 ],
-                _,
             ) => {
                 let (overhead_s, item_s, split_s) = (overhead * 1e-9, item * 1e-9, split * 1e-9);
                 let c = AttentionConstants {
@@ -134,6 +149,18 @@ impl Op {
                     overlap_exponent,
                 };
                 attention_seconds(machine, &c, kernel)
+            }
+            (Op::Prefill, &[compute_fraction, memory_fraction, overhead, item, block, overlap_exponent]) => {
+                let (overhead_s, item_s, block_s) = (overhead * 1e-9, item * 1e-9, block * 1e-9);
+                let c = PrefillConstants {
+                    compute_fraction,
+                    memory_fraction,
+                    overhead_s,
+                    item_s,
+                    block_s,
+                    overlap_exponent,
+                };
+                prefill_seconds(machine, &c, kernel)
             }
             _ => f64::NAN,
         }
@@ -149,41 +176,16 @@ const NO_WAVES: MatMulConstants = MatMulConstants {
     overlap_exponent: 1.0,
 };
 
-/// The bound of a kernel at the profile's peaks.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Regime {
-    /// Less than 3 us: mostly overhead.
-    Small,
-    /// Memory-bound.
-    Memory,
-    /// Compute-bound.
-    Compute,
-}
-
 const SMALL_SECONDS: f64 = 3e-6;
 
-impl Regime {
-    /// All of them.
-    pub const ALL: [Regime; 3] = [Regime::Small, Regime::Memory, Regime::Compute];
-
-    /// Of a kernel.
-    pub fn of(machine: &Machine, kernel: Kernel) -> Regime {
-        let (bytes, ops) = work(machine, kernel);
-        let (memory_s, compute_s) = (bytes / machine.bytes_per_s, ops / machine.ops_per_s);
-        match () {
-            () if memory_s.max(compute_s) < SMALL_SECONDS => Regime::Small,
-            () if memory_s > compute_s => Regime::Memory,
-            () => Regime::Compute,
-        }
-    }
-
-    /// Name, for people and for keys.
-    pub fn name(self) -> &'static str {
-        match self {
-            Regime::Small => "small",
-            Regime::Memory => "memory",
-            Regime::Compute => "compute",
-        }
+/// Returns what bounds a kernel at the profile's peaks.
+pub fn regime(machine: &Machine, kernel: Kernel) -> Regime {
+    let (bytes, ops) = work(machine, kernel);
+    let (memory_s, compute_s) = (bytes / machine.bytes_per_s, ops / machine.ops_per_s);
+    match () {
+        () if memory_s.max(compute_s) < SMALL_SECONDS => Regime::Small,
+        () if memory_s > compute_s => Regime::Memory,
+        () => Regime::Compute,
     }
 }
 
@@ -222,6 +224,43 @@ pub struct Fit {
     pub validation: Validation,
     /// The held-out points.
     pub residuals: Vec<Residual>,
+    /// Where measured times lie, by regime.
+    pub intervals: Vec<Interval>,
+}
+
+/// The middle 80 % of measured times, as multiples of predicted ones.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Interval {
+    /// The regime.
+    pub regime: Regime,
+    /// The ratios below which a tenth and nine tenths of the fitted points lie.
+    pub ratios: [f64; 2],
+    /// The fraction of held-out points in between, if those are others.
+    pub coverage: Option<f64>,
+}
+
+/// The ends of an interval, as fractions of the points, and the minimum points of one.
+const ENDS: [f64; 2] = [0.1, 0.9];
+const INTERVAL_POINTS: usize = 20;
+
+/// Returns the intervals of points, and how many held-out points they cover.
+fn intervals(points: &[Residual], held_out: Option<&[Residual]>) -> Vec<Interval> {
+    let ratios = |of: &[Residual], regime: Regime| -> Vec<f64> {
+        of.iter().filter(|r| r.regime == regime).map(|r| 1.0 / (1.0 + r.error)).collect()
+    };
+    let interval = |regime| {
+        let mut sorted = ratios(points, regime);
+        sorted.sort_by(f64::total_cmp);
+        let last = sorted.len().checked_sub(1).filter(|last| *last + 1 >= INTERVAL_POINTS)?;
+        let ends = ENDS.map(|end| sorted[(end * last as f64).round() as usize]);
+        let coverage = held_out.map(|out| {
+            let out = ratios(out, regime);
+            let inside = out.iter().filter(|ratio| (ends[0]..=ends[1]).contains(ratio)).count();
+            inside as f64 / out.len().max(1) as f64
+        });
+        Some(Interval { regime, ratios: ends, coverage })
+    };
+    Regime::ALL.into_iter().filter_map(interval).collect()
 }
 
 /// Minimum shapes to hold out a third; with fewer, leave-one-out is used.
@@ -264,27 +303,29 @@ fn fit_group(profile: &Profile, op: Op, formats: Formats, points: &[Point]) -> R
     let residuals = |values: &[f64], points: &[Point]| -> Vec<Residual> {
         let error = |p: &Point| op.seconds(&machine, values, p.kernel) / p.seconds - 1.0;
         let residual =
-            |p: &Point| Residual { point: *p, regime: Regime::of(&machine, p.kernel), error: error(p) };
+            |p: &Point| Residual { point: *p, regime: regime(&machine, p.kernel), error: error(p) };
         points.iter().map(residual).collect()
     };
     let start: Vec<f64> = op.constants(&machine).iter().map(|c| c.start).collect();
     let (out, seen): (Vec<Point>, Vec<Point>) = points.iter().partition(|p| held_out(p.kernel));
     let many = shapes.len() >= MANY_SHAPES && !out.is_empty() && !seen.is_empty();
-    let (values, fitted, validation, residuals) = if many {
+    let (values, fitted, validation, residuals, intervals) = if many {
         let values = search(&seen, &start);
-        let residuals = residuals(&values, &out);
-        (values, seen.len(), Validation::HeldOut, residuals)
+        let (own, residuals) = (residuals(&values, &seen), residuals(&values, &out));
+        let intervals = intervals(&own, Some(&residuals));
+        (values, seen.len(), Validation::HeldOut, residuals, intervals)
     } else {
         let values = search(&points, &start);
         let leave_out = |left: &super::points::Shape| {
             let (out, rest): (Vec<Point>, Vec<Point>) = points.iter().partition(|p| shape(p.kernel) == *left);
             residuals(&search(&rest, &start), &out)
         };
-        let residuals = shapes.iter().flat_map(leave_out).collect();
-        (values, points.len(), Validation::LeaveOneShapeOut, residuals)
+        let residuals: Vec<Residual> = shapes.iter().flat_map(leave_out).collect();
+        let intervals = intervals(&residuals, None);
+        (values, points.len(), Validation::LeaveOneShapeOut, residuals, intervals)
     };
     let keys = op.constants(&machine).iter().map(|c| c.key);
-    Ok(Fit { op, formats, constants: keys.zip(values).collect(), fitted, validation, residuals })
+    Ok(Fit { op, formats, constants: keys.zip(values).collect(), fitted, validation, residuals, intervals })
 }
 
 impl Fit {
@@ -323,6 +364,12 @@ impl Fit {
             if points > 0 {
                 text += &format!("{}_error_fraction = {mean:.4}\n", regime.name());
             }
+        }
+        for Interval { regime, ratios: [low, high], coverage } in &self.intervals {
+            text += &format!("\n[[calibration.{}.errors.interval]]\n", self.op.name());
+            text += &format!("regime = \"{}\"\n", regime.name());
+            text += &format!("low_ratio = {low:.4}\nhigh_ratio = {high:.4}\n");
+            text += &coverage.map_or(String::new(), |c| format!("coverage_fraction = {c:.4}\n"));
         }
         text
     }

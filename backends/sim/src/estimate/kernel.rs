@@ -5,9 +5,13 @@
 //! libraries do. With *software*-managed memory, the output is divided once over all tiles, and operands
 //! stream through their scratchpads.
 
+use super::fit::{Op, regime};
 use halite::{Error, Result};
 use halite_profiles::numerics::Dtype;
-use halite_profiles::profile::{AttentionFit, Managed, MatMulFit, Memory, Profile};
+use halite_profiles::profile::{
+    AttentionFit, Calibration, FitErrors, FitRegime, Managed, MatMulFit, MatrixRate, Memory, PrefillFit,
+    Profile,
+};
 
 /// A kernel to time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -34,6 +38,40 @@ pub enum Kernel {
         /// Positions of each sequence, the new one included.
         kv_len: u64,
     },
+    /// Attention of several new tokens per sequence; all sequences have the same lengths.
+    Prefill {
+        /// Sequences.
+        batch: u64,
+        /// Query heads.
+        heads: u64,
+        /// KV heads.
+        kv_heads: u64,
+        /// Elements of a head.
+        head_dim: u64,
+        /// New tokens of each sequence.
+        tokens: u64,
+        /// Positions of each sequence that are read, the new ones included.
+        kv_len: u64,
+        /// Pairs of a new token and a position that it attends to, per sequence.
+        seen: u64,
+    },
+    /// The feed-forward block of experts: two products of the rows of each.
+    Experts {
+        /// Distinct experts that rows were routed to.
+        experts: u64,
+        /// Rows of all experts: tokens times experts per token.
+        rows: u64,
+        /// Elements of a row.
+        columns: u64,
+        /// Elements of an expert's hidden row.
+        hidden: u64,
+    },
+}
+
+/// Expected number of distinct experts, of `experts`, that `tokens` tokens choose: each token takes `used`,
+/// independently and each expert as often.
+pub fn distinct_experts(experts: f64, used: f64, tokens: f64) -> f64 {
+    experts * (1.0 - (1.0 - (used / experts.max(1.0)).min(1.0)).powf(tokens))
 }
 
 /// Formats of a kernel's operands.
@@ -60,20 +98,40 @@ pub struct Machine {
     pub cache: Option<(f64, f64)>,
     /// Bytes of a tile's own memory.
     scratchpad_bytes: f64,
-    bits: (f64, f64),
+    scratchpad_bytes_per_s: f64,
+    stored: Stored,
+}
+
+/// Returns the formats that a chip multiplies, with the operations per second of the whole chip: those of the
+/// matrix unit, or without one those of the vector unit.
+pub fn products(profile: &Profile) -> Vec<(Formats, f64)> {
+    let matrix = profile.matrix.iter().flat_map(|matrix| {
+        let rate = |r: &MatrixRate| {
+            (Formats { activations: r.activations, weights: r.weights }, profile.matrix_ops_per_s(matrix, r))
+        };
+        matrix.rate.iter().map(rate)
+    });
+    let vector = profile
+        .vector
+        .rate
+        .iter()
+        .filter(|_| profile.matrix.is_none())
+        .map(|r| (Formats { activations: r.dtype, weights: r.dtype }, profile.vector_ops_per_s(r)));
+    matrix.chain(vector).collect()
 }
 
 impl Machine {
-    /// Reads the formulas' numbers from a profile.
+    /// Reads the formulas' numbers from a profile. Weights of fewer bits than activations are multiplied in
+    /// the format of activations if the chip does not multiply them as they are.
     ///
     /// # Errors
-    /// `Error::Argument` if its matrix unit does not multiply these formats.
+    /// `Error::Argument` if the chip multiplies neither.
     pub fn new(profile: &Profile, formats: Formats) -> Result<Machine> {
         let Formats { activations, weights } = formats;
-        let rate =
-            profile.matrix.iter().flat_map(|matrix| matrix.rate.iter().map(move |rate| (matrix, rate)));
-        let rate = rate.into_iter().find(|(_, r)| r.activations == activations && r.weights == weights);
-        let Some((matrix, rate)) = rate else {
+        let all = products(profile);
+        let find = |weights| all.iter().find(|(f, _)| *f == Formats { activations, weights });
+        let unpacked = || find(activations).filter(|_| weights.bits() < activations.bits());
+        let Some((_, ops_per_s)) = find(weights).or_else(unpacked) else {
             let found =
                 format!("{activations} x {weights}, which profile {} has no matrix.rate for", profile.name);
             return Err(Error::argument("formats", "formats that the matrix unit multiplies", found));
@@ -84,27 +142,43 @@ impl Machine {
             tiles: profile.tiles(),
             clusters: profile.chip.clusters.value,
             tiles_per_cluster: profile.chip.tiles_per_cluster.value,
-            ops_per_s: profile.matrix_ops_per_s(matrix, rate),
+            ops_per_s: *ops_per_s,
             bytes_per_s: profile.memory.last().map_or(f64::INFINITY, read),
             cache: cache.map(|c| (c.capacity_bytes.value * profile.instances(c.scope), read(c))),
             scratchpad_bytes: profile.memory.first().map_or(f64::INFINITY, |m| m.capacity_bytes.value),
-            bits: (activations.bits(), weights.bits()),
+            scratchpad_bytes_per_s: profile
+                .memory
+                .first()
+                .map_or(f64::INFINITY, |m| m.read_bytes_per_s.value),
+            stored: Stored::of(formats),
         })
     }
 }
 
 /// Returns the minimum bytes that a kernel moves, each operand and result once, and its operations.
 pub fn work(machine: &Machine, kernel: Kernel) -> (f64, f64) {
-    let (activation, weight) = (machine.bits.0 / 8.0, machine.bits.1 / 8.0);
+    let [activation, weight, result] = machine.stored.bytes();
     match kernel {
         Kernel::MatMul { m, n, k } => {
             let (m, n, k) = (m as f64, n as f64, k as f64);
-            ((m * k + m * n) * activation + k * n * weight, 2.0 * m * n * k)
+            (m * k * activation + m * n * result + k * n * weight, 2.0 * m * n * k)
         }
         Kernel::Attention { batch, heads, kv_heads, head_dim, kv_len } => {
             let rows = batch as f64 * head_dim as f64;
             let (keys, queries) = (rows * kv_heads as f64 * kv_len as f64, rows * heads as f64);
             (2.0 * keys * weight + 2.0 * queries * activation, 4.0 * queries * kv_len as f64)
+        }
+        Kernel::Prefill { batch, heads, kv_heads, head_dim, tokens, kv_len, seen } => {
+            let rows = batch as f64 * head_dim as f64;
+            let (keys, queries) = (rows * kv_heads as f64 * kv_len as f64, rows * heads as f64);
+            let bytes = 2.0 * keys * weight + 2.0 * queries * tokens as f64 * activation;
+            (bytes, 4.0 * queries * seen as f64)
+        }
+        Kernel::Experts { experts, rows, columns, hidden } => {
+            let (rows, columns, hidden) = (rows as f64, columns as f64, hidden as f64);
+            let weights = 3.0 * experts as f64 * columns * hidden * weight;
+            let moved = rows * ((columns + hidden) * activation + (columns + 2.0 * hidden) * result);
+            (weights + moved, 6.0 * rows * columns * hidden)
         }
     }
 }
@@ -133,6 +207,31 @@ pub struct AttentionConstants {
     pub tile_bytes_per_s: f64,
     pub split_s: f64,
     pub overlap_exponent: f64,
+}
+
+/// The constants of prefill attention's time; see [`PrefillFit`].
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[allow(missing_docs, reason = "as in `PrefillFit`, in seconds")]
+pub struct PrefillConstants {
+    pub compute_fraction: f64,
+    pub memory_fraction: f64,
+    pub overhead_s: f64,
+    pub item_s: f64,
+    pub block_s: f64,
+    pub overlap_exponent: f64,
+}
+
+impl From<&PrefillFit> for PrefillConstants {
+    fn from(fit: &PrefillFit) -> PrefillConstants {
+        PrefillConstants {
+            compute_fraction: fit.compute_fraction.value,
+            memory_fraction: fit.memory_fraction.value,
+            overhead_s: fit.overhead_ns.value * 1e-9,
+            item_s: fit.item_ns.value * 1e-9,
+            block_s: fit.block_ns.value * 1e-9,
+            overlap_exponent: fit.overlap_exponent.value,
+        }
+    }
 }
 
 impl From<&MatMulFit> for MatMulConstants {
@@ -165,8 +264,10 @@ impl From<&AttentionFit> for AttentionConstants {
     }
 }
 
-/// Output tile sides of libraries for chips with caches, in elements.
+/// Output tile sides of libraries for chips with caches, in elements, and the rows of the least tile of those
+/// for experts and for packed weights.
 const TILE_SIDES: [f64; 2] = [64.0, 128.0];
+const LEAST_ROWS: f64 = 16.0;
 /// Numbers of split-k parts, and the values of a block.
 const SUM_SPLITS: [f64; 5] = [1.0, 2.0, 4.0, 8.0, 16.0];
 const SUM_BLOCK: f64 = 64.0;
@@ -175,6 +276,8 @@ const SUM_BLOCK: f64 = 64.0;
 const KEY_BLOCK: f64 = 128.0;
 const ITEM_ROWS: f64 = 64.0;
 const MOST_KEY_SPLITS: i32 = 128;
+/// Query rows of a work item of prefill attention (FlashAttention).
+const PREFILL_ROWS: f64 = 128.0;
 /// Side of the tiles that a product on scratchpads is divided by, in elements.
 const SCRATCHPAD_TILE: f64 = 32.0;
 
@@ -186,18 +289,35 @@ fn overlap(a: f64, b: f64, exponent: f64) -> f64 {
 
 /// Seconds of a product of `m x k` with `k x n`.
 pub fn matmul_seconds(machine: &Machine, c: &MatMulConstants, m: u64, n: u64, k: u64) -> f64 {
-    let (bytes, _) = work(machine, Kernel::MatMul { m, n, k });
-    let (m, n, k) = (m as f64, n as f64, k as f64);
+    c.overhead_s + grouped_seconds(machine, c, 1.0, m as f64, n as f64, k as f64)
+}
+
+/// Seconds of the feed-forward block of experts: the products of all experts run at once, gate and up as one.
+pub fn experts_seconds(machine: &Machine, c: &MatMulConstants, kernel: Kernel) -> f64 {
+    let Kernel::Experts { experts, rows, columns, hidden } = kernel else { return f64::NAN };
+    let (experts, columns, hidden) = (experts.max(1) as f64, columns as f64, hidden as f64);
+    let each = (rows as f64 / experts).ceil();
+    c.overhead_s
+        + grouped_seconds(machine, c, experts, each, 2.0 * hidden, columns)
+        + grouped_seconds(machine, c, experts, each, columns, hidden)
+}
+
+/// Seconds of `groups` products of `m x k` with `k x n` at once, without the overhead.
+fn grouped_seconds(machine: &Machine, c: &MatMulConstants, groups: f64, m: f64, n: f64, k: f64) -> f64 {
     if machine.cache.is_none() {
-        return scratchpad_matmul_seconds(machine, c, m, n, k);
+        return groups * scratchpad_matmul_seconds(machine, c, m, n, k);
     }
+    let [activation, weight, result] = machine.stored.bytes();
+    let bytes = groups * (m * k * activation + m * n * result + k * n * weight);
     let memory_s = bytes / (machine.bytes_per_s * c.memory_fraction);
     let tile_ops_per_s = machine.ops_per_s / machine.tiles * c.compute_fraction;
     let blocks = (k / SUM_BLOCK).ceil();
+    let is_packed = machine.stored.weight_bits < machine.stored.activation_bits;
+    let least_rows = (groups > 1.0 || is_packed).then_some(LEAST_ROWS);
     let mut least = f64::INFINITY;
-    for rows in TILE_SIDES {
+    for rows in TILE_SIDES.into_iter().chain(least_rows) {
         for columns in TILE_SIDES {
-            let outputs = (m / rows).ceil() * (n / columns).ceil();
+            let outputs = groups * (m / rows).ceil() * (n / columns).ceil();
             for splits in SUM_SPLITS.into_iter().filter(|&s| s == 1.0 || s <= blocks) {
                 let waves = (outputs * splits / machine.tiles).ceil();
                 let tile_ops = 2.0 * rows * columns * SUM_BLOCK * (blocks / splits).ceil();
@@ -207,25 +327,25 @@ pub fn matmul_seconds(machine: &Machine, c: &MatMulConstants, m: u64, n: u64, k:
             }
         }
     }
-    c.overhead_s + least
+    least
 }
 
 /// Each of the `clusters x tiles_per_cluster` tiles owns a block of the output. Both operands are read once
 /// and sent to all tiles that need them while the previous step computes; the output is written at the end. A
 /// block larger than half a scratchpad is computed in parts, each of which reads the activations once.
 fn scratchpad_matmul_seconds(machine: &Machine, c: &MatMulConstants, m: f64, n: f64, k: f64) -> f64 {
-    let (activation, weight) = (machine.bits.0 / 8.0, machine.bits.1 / 8.0);
+    let [activation, weight, result] = machine.stored.bytes();
     let tiles_of = |elements: f64, share: f64| (elements / SCRATCHPAD_TILE / share).ceil();
     let area = SCRATCHPAD_TILE * SCRATCHPAD_TILE;
     // The longer side goes over the longer side of the grid, as far as tiles fill it.
     let grid = [(machine.tiles_per_cluster, machine.clusters), (machine.clusters, machine.tiles_per_cluster)];
     let blocks = grid.map(|(down, across)| tiles_of(m, down) * tiles_of(n, across));
     let block = blocks[0].min(blocks[1]);
-    let parts = (block * area * activation.max(2.0) / (machine.scratchpad_bytes / 2.0)).ceil().max(1.0);
+    let parts = (block * area * result.max(2.0) / (machine.scratchpad_bytes / 2.0)).ceil().max(1.0);
     let compute_s = 2.0 * block * area * k / (machine.ops_per_s / machine.tiles * c.compute_fraction);
     let rate = machine.bytes_per_s * c.memory_fraction;
     let read_s = (parts * m * k * activation + k * n * weight) / rate;
-    c.overhead_s + compute_s.max(read_s) + m * n * activation / rate
+    compute_s.max(read_s) + m * n * result / rate
 }
 
 /// Seconds of attention of one token each for `batch` sequences of `kv_len` positions.
@@ -240,7 +360,7 @@ pub fn attention_seconds(machine: &Machine, c: &AttentionConstants, kernel: Kern
     };
     let group = (heads as f64 / kv_heads.max(1) as f64 / ITEM_ROWS).ceil();
     let items = batch as f64 * kv_heads as f64 * group;
-    let block_s = 2.0 * KEY_BLOCK * head_dim as f64 * machine.bits.1 / 8.0 / c.tile_bytes_per_s;
+    let block_s = 2.0 * KEY_BLOCK * head_dim as f64 * machine.stored.weight_bits / 8.0 / c.tile_bytes_per_s;
     let blocks = (kv_len as f64 / KEY_BLOCK).ceil();
     let mut least = f64::INFINITY;
     for splits in (0..).map(|i| f64::from(1 << i)).take_while(|&s| s <= f64::from(MOST_KEY_SPLITS)) {
@@ -255,19 +375,179 @@ pub fn attention_seconds(machine: &Machine, c: &AttentionConstants, kernel: Kern
     c.overhead_s + least
 }
 
-/// The constants of products in these formats, if they were measured.
-pub fn matmul_fit(profile: &Profile, formats: Formats) -> Option<&MatMulFit> {
-    let fits = profile.calibration.iter().flat_map(|c| &c.matmul);
-    fits.into_iter().find(|f| f.activations == formats.activations && f.weights == formats.weights)
+/// Seconds of attention of several tokens each for `batch` sequences. Work items are blocks of query rows;
+/// query heads that share a KV head share blocks. The tile with the longest item may be the last to end.
+pub fn prefill_seconds(machine: &Machine, c: &PrefillConstants, kernel: Kernel) -> f64 {
+    let Kernel::Prefill { batch, heads, kv_heads, head_dim, tokens, kv_len, seen } = kernel else {
+        return f64::NAN;
+    };
+    let (bytes, _) = work(machine, kernel);
+    let memory_s = bytes / (machine.bytes_per_s * c.memory_fraction);
+    let group = heads as f64 / kv_heads.max(1) as f64;
+    let items = batch as f64 * kv_heads as f64 * (tokens as f64 * group / PREFILL_ROWS).ceil();
+    // An item also computes the half of its last block that is masked.
+    let full = batch as f64 * heads as f64 * seen as f64 / (PREFILL_ROWS * KEY_BLOCK);
+    let blocks = full + items / 2.0;
+    let longest = (kv_len as f64 / KEY_BLOCK).ceil();
+    let block_ops = 4.0 * PREFILL_ROWS * KEY_BLOCK * head_dim as f64;
+    let block_s = block_ops / (machine.ops_per_s / machine.tiles * c.compute_fraction) + c.block_s;
+    let items_s = (items / machine.tiles).ceil() * c.item_s;
+    let compute_s = items_s + block_s * (blocks / machine.tiles).max(longest);
+    c.overhead_s + overlap(compute_s, memory_s, c.overlap_exponent)
 }
 
-/// Seconds of a kernel, with the mean relative error of such predictions on shapes that were held out.
+/// What the constants of an estimate rest on.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Source {
+    /// Kernels of these formats were measured; the mean relative error on shapes that were held out.
+    Measured(f64),
+    /// Kernels of the chip in the nearest formats were measured.
+    Nearest(Formats),
+    /// Nothing of the chip was measured: fractions of its peaks that are stated here.
+    Assumed,
+}
+
+/// Seconds of a kernel, and what they rest on.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Estimate {
     /// The time.
     pub seconds: f64,
-    /// Mean relative error of such times.
-    pub mean_error_fraction: f64,
+    /// The part of it that an empty kernel takes.
+    pub overhead_s: f64,
+    /// What the constants rest on.
+    pub source: Source,
+    /// The middle 80 % of measured times of the kernels that the constants were fitted to, in the regime of
+    /// this one, as multiples of [`Estimate::seconds`].
+    pub interval: Option<[f64; 2]>,
+}
+
+/// Bits per value of operands in memory, scales included.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Stored {
+    /// Of activations.
+    pub activation_bits: f64,
+    /// Of weights, or of the KV cache.
+    pub weight_bits: f64,
+    /// Of results.
+    pub result_bits: f64,
+}
+
+/// Bits of the results of products of narrow numbers.
+const RESULT_BITS: f64 = 16.0;
+
+impl Stored {
+    /// Operands that are stored as they are multiplied, and results as activations; results of single numbers
+    /// of fewer than 16 bits have 16, as they have no scale yet.
+    pub fn of(formats: Formats) -> Stored {
+        let activation_bits = formats.activations.bits();
+        let is_single = formats.activations.block_len() == 1;
+        let result_bits = if is_single { activation_bits.max(RESULT_BITS) } else { activation_bits };
+        Stored { activation_bits, weight_bits: formats.weights.bits(), result_bits }
+    }
+
+    fn bytes(&self) -> [f64; 3] {
+        [self.activation_bits / 8.0, self.weight_bits / 8.0, self.result_bits / 8.0]
+    }
+}
+
+/// A table of `[calibration]`.
+trait Fitted {
+    fn formats(&self) -> Formats;
+    fn errors(&self) -> &FitErrors;
+}
+
+macro_rules! fitted {
+    ($($fit:ty),*) => {
+        $(impl Fitted for $fit {
+            fn formats(&self) -> Formats {
+                Formats { activations: self.activations, weights: self.weights }
+            }
+            fn errors(&self) -> &FitErrors {
+                &self.errors
+            }
+        })*
+    };
+}
+
+fitted!(MatMulFit, AttentionFit, PrefillFit);
+
+/// The fit of the formats, if weights are stored in theirs, or else the nearest one: by the bits of activations, and then by those of weights.
+fn nearest<T: Fitted>(fits: &[T], formats: Formats, weight_bits: f64) -> Option<(&T, Source)> {
+    let is_stored = formats.weights.bits() == weight_bits;
+    let own = fits.iter().find(|fit| is_stored && fit.formats() == formats);
+    if let Some(fit) = own {
+        return Some((fit, Source::Measured(fit.errors().mean_error_fraction.value)));
+    }
+    let far = |a: f64, b: f64| (a / b).ln().abs();
+    let distance = |fit: &T| {
+        let Formats { activations, weights } = fit.formats();
+        [far(activations.bits(), formats.activations.bits()), far(weights.bits(), weight_bits)]
+    };
+    let order = |a: [f64; 2], b: [f64; 2]| a[0].total_cmp(&b[0]).then(a[1].total_cmp(&b[1]));
+    let fit = fits.iter().min_by(|a, b| order(distance(a), distance(b)))?;
+    Some((fit, Source::Nearest(fit.formats())))
+}
+
+/// The constants of products in these formats, if they were measured.
+pub fn matmul_fit(profile: &Profile, formats: Formats) -> Option<&MatMulFit> {
+    let (fit, source) = nearest(&profile.calibration.as_ref()?.matmul, formats, formats.weights.bits())?;
+    matches!(source, Source::Measured(_)).then_some(fit)
+}
+
+/// Constants of chips without measurements. All are near those that were fitted to an H100 and an A100
+/// (`docs/timing-model.md`); the overhead is the profile's `launch.kernel_ns`.
+mod assumed {
+    use super::{AttentionConstants, MatMulConstants, PrefillConstants};
+
+    pub const MATMUL: MatMulConstants = MatMulConstants {
+        compute_fraction: 0.8,
+        memory_fraction: 0.8,
+        overhead_s: 0.0,
+        wave_s: 1e-6,
+        split_s: 2e-6,
+        overlap_exponent: 2.0,
+    };
+    pub const ATTENTION: AttentionConstants = AttentionConstants {
+        memory_fraction: 0.8,
+        cache_fraction: 0.5,
+        resident_fraction: 0.0,
+        overhead_s: 0.0,
+        item_s: 2e-6,
+        tile_bytes_per_s: 0.0,
+        split_s: 1.5e-6,
+        overlap_exponent: 1.5,
+    };
+    /// The rate of a tile in decode attention, as a fraction of its own memory's.
+    pub const TILE_FRACTION: f64 = 0.15;
+    pub const PREFILL: PrefillConstants = PrefillConstants {
+        compute_fraction: 0.7,
+        memory_fraction: 0.8,
+        overhead_s: 0.0,
+        item_s: 1e-6,
+        block_s: 0.0,
+        overlap_exponent: 2.0,
+    };
+}
+
+/// Operations of the vector unit to unpack a weight: shift or mask, convert, and a multiply-add with the
+/// scale, which is two.
+const UNPACK_OPS: f64 = 4.0;
+/// Rows of results whose weights are unpacked once.
+const UNPACK_ROWS: f64 = 128.0;
+
+/// Returns the seconds in which the vector units unpack a kernel's weights, which overlap with the rest of it.
+fn unpack_s(profile: &Profile, kernel: Kernel) -> f64 {
+    let rates = profile.vector.rate.iter().map(|rate| profile.vector_ops_per_s(rate));
+    let ops_per_s = rates.fold(0.0, f64::max);
+    let weights = match kernel {
+        Kernel::MatMul { m, n, k } => n as f64 * k as f64 * (m as f64 / UNPACK_ROWS).ceil(),
+        Kernel::Experts { experts, rows, columns, hidden } => {
+            let each = (rows as f64 / experts.max(1) as f64 / UNPACK_ROWS).ceil();
+            3.0 * experts as f64 * columns as f64 * hidden as f64 * each
+        }
+        Kernel::Attention { .. } | Kernel::Prefill { .. } => 0.0,
+    };
+    weights * UNPACK_OPS / ops_per_s
 }
 
 /// The time of a kernel by itself.
@@ -279,24 +559,8 @@ pub fn estimate(profile: &Profile, formats: Formats, kernel: Kernel) -> Result<E
     estimate_stored(profile, formats, Stored::of(formats), kernel)
 }
 
-/// Bits per value of operands in memory, scales included.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Stored {
-    /// Of activations and results.
-    pub activation_bits: f64,
-    /// Of weights, or of the KV cache.
-    pub weight_bits: f64,
-}
-
-impl Stored {
-    /// Operands that are stored as they are multiplied.
-    pub fn of(formats: Formats) -> Stored {
-        Stored { activation_bits: formats.activations.bits(), weight_bits: formats.weights.bits() }
-    }
-}
-
 /// The time of a kernel in measured formats whose operands are stored in others: with the bytes of these, and
-/// otherwise as measured. The time of conversions is unknown and not included.
+/// otherwise as measured.
 ///
 /// # Errors
 /// As [`estimate`].
@@ -306,26 +570,131 @@ pub fn estimate_stored(
     stored: Stored,
     kernel: Kernel,
 ) -> Result<Estimate> {
-    let mut machine = Machine::new(profile, formats)?;
-    machine.bits = (stored.activation_bits, stored.weight_bits);
+    let estimate = assume(profile, formats, stored, kernel)?;
+    if matches!(estimate.source, Source::Measured(_)) {
+        return Ok(estimate);
+    }
     let Formats { activations, weights } = formats;
-    let missing = |table: &str| {
-        let found = format!("profile {} without one for {activations} x {weights}", profile.name);
-        Error::argument("profile", format!("a [[calibration.{table}]] (`halite calibrate --fit`)"), found)
-    };
+    let table = Op::of(kernel).name();
+    let found = format!("profile {} without one for {activations} x {weights}", profile.name);
+    Err(Error::argument("profile", format!("a [[calibration.{table}]] (`halite calibrate --fit`)"), found))
+}
+
+/// Constants of a kernel, what they rest on, and the errors of the fit.
+pub struct Constants<'a, C> {
+    /// The constants.
+    pub values: C,
+    /// What they rest on.
+    pub source: Source,
+    errors: Option<&'a FitErrors>,
+}
+
+/// The constants of the nearest fit, or else the assumed ones.
+fn constants<'a, T: Fitted, C: From<&'a T>>(
+    found: Option<(&'a T, Source)>,
+    assumed: impl FnOnce() -> C,
+) -> Constants<'a, C> {
+    match found {
+        Some((fit, source)) => Constants { values: fit.into(), source, errors: Some(fit.errors()) },
+        None => Constants { values: assumed(), source: Source::Assumed, errors: None },
+    }
+}
+
+/// The constants of products, or of those of experts, measured or not. Experts that were not measured take
+/// those of single products.
+pub fn matmul_constants(
+    profile: &Profile,
+    formats: Formats,
+    weight_bits: f64,
+    experts: bool,
+) -> Constants<'_, MatMulConstants> {
     let calibration = profile.calibration.as_ref();
-    match kernel {
-        Kernel::MatMul { m, n, k } => {
-            let fit = matmul_fit(profile, formats).ok_or_else(|| missing("matmul"))?;
-            let seconds = matmul_seconds(&machine, &fit.into(), m, n, k);
-            Ok(Estimate { seconds, mean_error_fraction: fit.errors.mean_error_fraction.value })
+    let fits = |of: fn(&Calibration) -> &Vec<MatMulFit>| calibration.map_or(&[][..], |c| of(c));
+    let single = || nearest(fits(|c| &c.matmul), formats, weight_bits);
+    let found = if experts {
+        let near = || single().map(|(fit, _)| (fit, Source::Nearest(fit.formats())));
+        nearest(fits(|c| &c.experts), formats, weight_bits).or_else(near)
+    } else {
+        single()
+    };
+    constants(found, || MatMulConstants { overhead_s: launch_s(profile), ..assumed::MATMUL })
+}
+
+fn launch_s(profile: &Profile) -> f64 {
+    profile.launch.kernel_ns.value * 1e-9
+}
+
+/// The time of a kernel, measured or not: by the constants of its formats, else of the chip's nearest formats,
+/// else by stated fractions of the chip's peaks.
+///
+/// # Errors
+/// `Error::Argument` if the chip does not multiply these formats.
+pub fn assume(profile: &Profile, formats: Formats, stored: Stored, kernel: Kernel) -> Result<Estimate> {
+    let machine = Machine { stored, ..Machine::new(profile, formats)? };
+    let fits = profile.calibration.as_ref();
+    let (seconds, overhead_s, source, errors) = match kernel {
+        Kernel::MatMul { .. } | Kernel::Experts { .. } => {
+            let experts = matches!(kernel, Kernel::Experts { .. });
+            let Constants { values: c, source, errors } =
+                matmul_constants(profile, formats, stored.weight_bits, experts);
+            let seconds = match kernel {
+                Kernel::MatMul { m, n, k } => matmul_seconds(&machine, &c, m, n, k),
+                _ => experts_seconds(&machine, &c, kernel),
+            };
+            let is_native = products(profile).iter().any(|(f, _)| *f == formats);
+            let is_packed = !is_native || stored.weight_bits < formats.weights.bits();
+            // Constants of packed weights include their unpacking.
+            let is_counted = match source {
+                Source::Measured(_) => true,
+                Source::Nearest(f) => f.weights.bits() < f.activations.bits(),
+                Source::Assumed => false,
+            };
+            let unpack_s = if is_packed && !is_counted { unpack_s(profile, kernel) } else { 0.0 };
+            (seconds.max(c.overhead_s + unpack_s), c.overhead_s, source, errors)
         }
         Kernel::Attention { .. } => {
-            let fits = calibration.into_iter().flat_map(|c| &c.attention);
-            let fit = fits.into_iter().find(|f| f.activations == activations && f.weights == weights);
-            let fit = fit.ok_or_else(|| missing("attention"))?;
-            let seconds = attention_seconds(&machine, &fit.into(), kernel);
-            Ok(Estimate { seconds, mean_error_fraction: fit.errors.mean_error_fraction.value })
+            let found = nearest(fits.map_or(&[][..], |c| &c.attention), formats, stored.weight_bits);
+            let Constants { values: c, source, errors } =
+                constants(found, || assumed_attention(profile, &machine));
+            (attention_seconds(&machine, &c, kernel), c.overhead_s, source, errors)
         }
+        Kernel::Prefill { .. } => {
+            let found = nearest(fits.map_or(&[][..], |c| &c.prefill), formats, stored.weight_bits);
+            let assumed = || PrefillConstants { overhead_s: launch_s(profile), ..assumed::PREFILL };
+            let Constants { values: c, source, errors } = constants(found, assumed);
+            (prefill_seconds(&machine, &c, kernel), c.overhead_s, source, errors)
+        }
+    };
+    let interval = errors.and_then(|errors| interval(errors, regime(&machine, kernel)));
+    Ok(Estimate { seconds, overhead_s, source, interval })
+}
+
+/// The interval of a regime, or, if it was not measured, the widest.
+fn interval(errors: &FitErrors, regime: FitRegime) -> Option<[f64; 2]> {
+    let all = || errors.interval.iter().map(|i| (i.regime, [i.low_ratio.value, i.high_ratio.value]));
+    let width = |[low, high]: [f64; 2]| high / low;
+    let own = all().find(|(of, _)| *of == regime);
+    own.or_else(|| all().max_by(|a, b| width(a.1).total_cmp(&width(b.1)))).map(|(_, ratios)| ratios)
+}
+
+fn assumed_attention(profile: &Profile, machine: &Machine) -> AttentionConstants {
+    AttentionConstants {
+        overhead_s: launch_s(profile),
+        tile_bytes_per_s: assumed::TILE_FRACTION * machine.scratchpad_bytes_per_s,
+        ..assumed::ATTENTION
     }
+}
+
+/// Says what an estimate assumes of a kernel that was not measured.
+pub fn assumption(kernel: Kernel) -> String {
+    let (compute, memory) = match kernel {
+        Kernel::MatMul { .. } | Kernel::Experts { .. } => {
+            (Some(assumed::MATMUL.compute_fraction), assumed::MATMUL.memory_fraction)
+        }
+        Kernel::Attention { .. } => (None, assumed::ATTENTION.memory_fraction),
+        Kernel::Prefill { .. } => (Some(assumed::PREFILL.compute_fraction), assumed::PREFILL.memory_fraction),
+    };
+    let percent = |fraction: f64| format!("{:.0} %", 100.0 * fraction);
+    let compute = compute.map_or(String::new(), |f| format!("{} of the chip's operations and ", percent(f)));
+    format!("assumed to reach {compute}{} of its bandwidth", percent(memory))
 }

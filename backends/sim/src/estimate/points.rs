@@ -1,8 +1,10 @@
 //! Measured kernels as CSV, and the choice of held-out ones.
 //!
-//! The first line names the columns, in any order: `op` (`matmul` or `attention`), `activations`, `weights`
-//! (formats; of the KV cache for attention) and `seconds`, with `m`, `n`, `k` for products, `batch`, `heads`,
-//! `kv_heads`, `head_dim`, `kv_len` for attention. Lines that begin with `#` are comments.
+//! The first line names the columns, in any order: `op` (`matmul`, `attention`, `prefill` or `experts`),
+//! `activations`, `weights` (formats; of the KV cache for attention) and `seconds`, with the fields of
+//! [`Kernel`]: `m`, `n`, `k` for products; `batch`, `heads`, `kv_heads`, `head_dim`, `kv_len` for decode
+//! attention, and also `tokens` and `seen` for prefill attention; `experts`, `rows`, `columns`, `hidden` for
+//! experts. Lines that begin with `#` are comments.
 
 use super::kernel::{Formats, Kernel};
 use halite::{Error, Result};
@@ -23,20 +25,23 @@ pub struct Point {
 /// held out together.
 pub type Shape = [u64; 3];
 
-/// The shape of a kernel: columns and depth of a product, heads, KV heads and head dimension of attention.
+/// The shape of a kernel: columns and depth of a product or an expert, heads, KV heads and head dimension of
+/// attention.
 pub fn shape(kernel: Kernel) -> Shape {
     match kernel {
         Kernel::MatMul { n, k, .. } => [n, k, 0],
-        Kernel::Attention { heads, kv_heads, head_dim, .. } => [heads, kv_heads, head_dim],
+        Kernel::Experts { columns, hidden, .. } => [columns, hidden, 0],
+        Kernel::Attention { heads, kv_heads, head_dim, .. }
+        | Kernel::Prefill { heads, kv_heads, head_dim, .. } => [heads, kv_heads, head_dim],
     }
 }
 
 /// Whether a shape is held out from a fit to many shapes: about a third are, by a rule that ignores
 /// measurements.
 pub fn held_out(kernel: Kernel) -> bool {
-    match kernel {
-        Kernel::MatMul { n, k, .. } => (n / 32 + k / 32).is_multiple_of(3),
-        Kernel::Attention { heads, kv_heads, head_dim, .. } => {
+    match (kernel, shape(kernel)) {
+        (Kernel::MatMul { .. } | Kernel::Experts { .. }, [n, k, _]) => (n / 32 + k / 32).is_multiple_of(3),
+        (Kernel::Attention { .. } | Kernel::Prefill { .. }, [heads, kv_heads, head_dim]) => {
             (heads + kv_heads + head_dim / 64).is_multiple_of(3)
         }
     }
@@ -66,8 +71,8 @@ fn point(place: &str, names: &[&str], line: &str) -> Result<Point> {
     };
     let count = |name: &str| {
         let field = text(name)?;
-        let value = field.parse().ok().filter(|v| (1..=1 << 32).contains(v));
-        value.ok_or_else(|| fail(format!("{name} from 1 to 2^32"), field))
+        let value = field.parse().ok().filter(|v| (1..=1 << 40).contains(v));
+        value.ok_or_else(|| fail(format!("{name} from 1 to 2^40"), field))
     };
     let dtype = |name: &str| {
         let field = text(name)?;
@@ -83,7 +88,22 @@ fn point(place: &str, names: &[&str], line: &str) -> Result<Point> {
             head_dim: count("head_dim")?,
             kv_len: count("kv_len")?,
         },
-        other => return Err(fail("op matmul or attention".into(), other)),
+        "prefill" => Kernel::Prefill {
+            batch: count("batch")?,
+            heads: count("heads")?,
+            kv_heads: count("kv_heads")?,
+            head_dim: count("head_dim")?,
+            tokens: count("tokens")?,
+            kv_len: count("kv_len")?,
+            seen: count("seen")?,
+        },
+        "experts" => Kernel::Experts {
+            experts: count("experts")?,
+            rows: count("rows")?,
+            columns: count("columns")?,
+            hidden: count("hidden")?,
+        },
+        other => return Err(fail("op matmul, attention, prefill or experts".into(), other)),
     };
     let seconds = text("seconds")?;
     let seconds = seconds.parse().ok().filter(|s: &f64| *s > 0.0 && s.is_finite());

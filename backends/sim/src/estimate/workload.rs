@@ -9,7 +9,7 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use super::collective::{Collective, Fabric};
-use super::device;
+use super::device::Device;
 use super::system::{Layout, Stage, layouts, stages};
 use crate::step::Distinct;
 use crate::{Bound, Chip, Numerics, OpTime, Report};
@@ -82,6 +82,9 @@ pub struct Estimate {
     pub first_token_s: f64,
     /// Seconds of the middle decode step, of one token per sequence.
     pub step_s: f64,
+    /// Seconds between which it is expected to lie in 8 of 10 cases, by the errors of measured kernels; absent if
+    /// nothing like them was measured.
+    pub step_interval_s: Option<[f64; 2]>,
     /// Total seconds.
     pub seconds: f64,
     /// Generated tokens per second of all sequences, during decode.
@@ -102,7 +105,7 @@ pub struct Estimate {
     pub repeated: Vec<String>,
     /// Mean relative error of products on held-out shapes; absent if nothing was measured.
     pub error: Option<f64>,
-    /// Formats without measurements, one line each.
+    /// What is assumed of kernels without measurements, one line each.
     pub unmeasured: Vec<String>,
     /// The ops of a prefill step, of all stages and of one chip in each.
     pub prefill: Report,
@@ -182,28 +185,22 @@ const ATTEND: &str = "Attend";
 pub(super) enum Timer<'a> {
     /// Commands of a simulated chip.
     Chip(Box<Chip>),
-    /// Measured kernels of a device; for a CPU, with a number of threads.
-    Device(&'a Profile, Option<usize>),
+    /// Kernels of a device.
+    Device(Device<'a>),
 }
 
 impl<'a> Timer<'a> {
     pub(super) fn new(profile: &'a Profile, choices: Choices) -> Result<Timer<'a>> {
         Ok(match profile.driver {
             Driver::Sim => Timer::Chip(Box::new(choices.chip(profile.clone())?)),
-            Driver::Gpu => Timer::Device(profile, None),
-            Driver::Cpu => {
-                // As many threads as were measured.
-                let rates = profile.calibration.iter().flat_map(|c| &c.host);
-                let max_threads = rates.map(|rates| rates.threads.value as usize).max();
-                Timer::Device(profile, Some(max_threads.unwrap_or(profile.tiles() as usize)))
-            }
+            Driver::Gpu | Driver::Cpu => Timer::Device(Device::new(profile, choices.products)?),
         })
     }
 
     pub(super) fn report(&self, program: &Program, spans: &[(u32, u32)]) -> Result<Report> {
         match self {
             Timer::Chip(chip) => step::time(chip, program, spans, true),
-            Timer::Device(profile, threads) => device::time(profile, program, spans, *threads),
+            Timer::Device(device) => device.time(program, spans),
         }
     }
 
@@ -227,17 +224,20 @@ impl<'a> Timer<'a> {
         }
     }
 
-    /// Returns the mean relative error of products on held-out shapes, and the formats of which none were measured.
-    fn error(&self, program: &Program) -> (Option<f64>, Vec<String>) {
+    /// Returns the mean relative error of products on held-out shapes, and what is assumed of steps that were
+    /// not measured.
+    fn error(&self, program: &Program, steps: &[&[(u32, u32)]]) -> Result<(Option<f64>, Vec<String>)> {
         match self {
-            Timer::Chip(chip) => measured::error(chip, program),
-            Timer::Device(_, Some(_)) => (None, Vec::new()),
-            Timer::Device(profile, None) => {
-                let unmeasured = device::unmeasured(program);
-                let fit = profile.calibration.as_ref().and_then(|c| c.matmul.first());
-                let error = fit.map(|fit| fit.errors.mean_error_fraction.value);
-                (error.filter(|_| unmeasured.is_empty()), unmeasured)
-            }
+            Timer::Chip(chip) => Ok(measured::error(chip, program)),
+            Timer::Device(device) => device.error(program, steps),
+        }
+    }
+
+    /// Returns the seconds between which a step is expected to lie in 8 of 10 cases.
+    fn interval_s(&self, program: &Program, spans: &[(u32, u32)]) -> Result<Option<[f64; 2]>> {
+        match self {
+            Timer::Chip(_) => Ok(None),
+            Timer::Device(device) => device.interval_s(program, spans),
         }
     }
 }
@@ -351,6 +351,35 @@ impl<'a> System<'a> {
         each.sum()
     }
 
+    /// Returns the largest mean error of a stage's kernels, absent if some were not measured, and what is assumed of those.
+    fn error(&self, steps: &[&[(u32, u32)]]) -> Result<(Option<f64>, Vec<String>)> {
+        let mut most = Some(0.0f64);
+        let mut assumed: Vec<String> = Vec::new();
+        for stage in self.stages.iter() {
+            let (error, lines) = self.timer.error(&stage.program, steps)?;
+            most = most.zip(error).map(|(most, error)| most.max(error));
+            lines.into_iter().for_each(|line| {
+                if !assumed.contains(&line) {
+                    assumed.push(line);
+                }
+            });
+        }
+        Ok((most, assumed))
+    }
+
+    /// Returns the seconds between which a decode step of all sequences is expected to lie in 8 of 10 cases: those of the kernels of a
+    /// part of the batch, whose exchanges take `exchanged_s`, in the same proportion.
+    fn interval_s(&self, part: &[(u32, u32)], exchanged_s: f64, step_s: f64) -> Result<Option<[f64; 2]>> {
+        let (mut low, mut high, mut all) = (exchanged_s, exchanged_s, exchanged_s);
+        for stage in self.stages.iter() {
+            let Some([from, to]) = self.timer.interval_s(&stage.program, part)? else { return Ok(None) };
+            low += from;
+            high += to;
+            all += self.timer.report(&stage.program, part)?.total().seconds;
+        }
+        Ok(Some([low, high].map(|seconds| seconds / all * step_s)))
+    }
+
     /// Returns the seconds to the first token of every sequence, and of a decode step of all.
     fn times(&self, workload: &Workload, prefill: &StepTime, decode: &StepTime) -> (f64, f64) {
         let (each, parts) = workload.parts(self.layout);
@@ -363,8 +392,8 @@ impl<'a> System<'a> {
 /// Estimates a workload of a program on chips of a profile.
 ///
 /// # Errors
-/// Errors of [`Chip::new`], ops that do not fit the chip, kernels that were not measured, and layouts that the model or
-/// the links do not have.
+/// Errors of [`Chip::new`] and [`Device::new`], ops that do not fit the chip, and layouts that the model or the links do not
+/// have.
 pub fn estimate(
     profile: &Profile,
     choices: Choices,
@@ -374,8 +403,8 @@ pub fn estimate(
     let layout = choices.layout;
     let stages = &stages(program, layout)?;
     let system = System::new(profile, choices, stages)?;
-    let (error, unmeasured) = system.timer.error(&passes::fuse(program, crate::FUSIONS));
     let [prompt, spans] = workload.spans(layout);
+    let (error, unmeasured) = system.error(&[&prompt, &spans])?;
     let (prefill, prefill_time) = system.report(&prompt)?;
     let (decode, decode_time) = system.report(&spans)?;
     let (first_token_s, step_s) = system.times(workload, &prefill_time, &decode_time);
@@ -399,6 +428,7 @@ pub fn estimate(
     Ok(Estimate {
         first_token_s,
         step_s,
+        step_interval_s: system.interval_s(&spans, exchanged, step_s)?,
         seconds,
         tokens_per_s: f64::from(workload.batch) / step_s,
         joules_per_token: joules.map(|j| j / tokens),
@@ -504,7 +534,8 @@ impl<'a> Quick<'a> {
                 "chips",
                 "links",
             ];
-            if path.rsplit('.').next().is_some_and(|key| counts.contains(&key)) {
+            // Errors change no time.
+            if path.contains(".errors.") || path.rsplit('.').next().is_some_and(|key| counts.contains(&key)) {
                 continue;
             }
             let after = self.times(&profile.with(path, quantity.value * CHANGE)?)?.seconds;
