@@ -478,6 +478,19 @@ impl<'a> Sharing<'a> {
                 self.product(*x, part, out)
             }
             Op::Experts { .. } => self.experts(op),
+            Op::Embed { table, index, out, scale } if self.division.sums == Sums::Divided => {
+                // Each chip has some columns of the table.
+                let t = self.whole.tensor(*table);
+                let (rows, cols) = (passes::rows(t.rows, 0, 0) as u32, t.cols);
+                let divides = cols.is_multiple_of(self.chips() * t.format.block_len() as u32);
+                let parts = if divides { self.chips() } else { 1 };
+                let range = self.range(cols, parts);
+                let table = self.slice(Slice { weight: *table, experts: 0..1, rows: 0..rows, cols: range });
+                let (index, scale) = (*index, *scale);
+                let out = self.result(*out, parts);
+                self.push(Op::Embed { table, index, out, scale });
+                Ok(())
+            }
             Op::Attend { q, state, out, heads, scale, softcap, sinks } => {
                 let parts = self.wanted.get(*q).unwrap_or(1);
                 let q = self.need(*q, parts)?;

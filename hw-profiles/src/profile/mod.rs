@@ -673,14 +673,18 @@ macro_rules! shipped {
 }
 
 shipped! {
+    "aws-trainium"
     "cobalt-100"
     "coral-edge-tpu"
     "generic-x86-avx512"
+    "groq-lpu"
+    "hexagon-x-elite"
     "jetson-orin-nano-super"
     "maia-100"
     "maia-200"
     "nvidia-a100"
     "nvidia-h100"
+    "sambanova-sn40l"
     "teaching-16x16"
     "tenstorrent-p150"
     "tpu-v1"
