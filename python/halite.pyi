@@ -124,6 +124,11 @@ class _Estimate(TypedDict):
     first_token_s: float
     step_s: float
     seconds: float
+    step_interval_s: Optional[tuple[float, float]]
+    chips: int
+    layout: dict[str, int]
+    exchange_fraction: float
+    repeated: list[str]
     tokens_per_s: float
     joules_per_token: Optional[float]
     usd_per_million_tokens: Optional[float]
@@ -484,7 +489,17 @@ def estimate(
     format: str = "q4_0",
     products: Optional[str] = None,
     activations: str = "fp32",
+    chips: Optional[int] = None,
+    tp: Optional[int] = None,
+    ep: Optional[int] = None,
+    pp: Optional[int] = None,
+    dp: Optional[int] = None,
+    sums: Literal["divided", "in-order"] = "divided",
 ) -> _Estimate:
     """Predicts time, energy and cost of serving a model on a chip, from shapes alone. `profile` is the name of
     a profile or the path of one; `model` is a model, a path, or a known shape such as "llama-3-8b", whose
-    weights are of `format`."""
+    weights are of `format`.
+
+    `tp` chips share each layer, `ep` groups of them hold different experts, `pp` stages have consecutive
+    layers, and `dp` copies share the batch. With `chips`, what is not given is free, and the quickest layout
+    that fits is taken."""

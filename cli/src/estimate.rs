@@ -18,7 +18,7 @@ use halite::{Error, Model};
 use halite_profiles::numerics::Dtype;
 use halite_profiles::profile::{Basis, Driver, Profile};
 use halite_sim::estimate::system::Layout;
-use halite_sim::estimate::workload::{Candidate, Choices, Estimate, Workload, candidates, estimate};
+use halite_sim::estimate::workload::{Candidate, Choices, Estimate, Workload, estimate_best};
 use halite_sim::{Chip, Queue, Report, step};
 use serde_json::{Value, json};
 
@@ -124,32 +124,16 @@ struct Asked {
 }
 
 impl EstimateArgs {
-    /// The layout that is asked for; 0 where any number will do.
     fn layout(&self) -> Layout {
         let sums = if self.sums == "in-order" { Sums::InOrder } else { Sums::Divided };
-        // With a number of chips, what is not given is free.
-        let free = if self.chips.is_some() { 0 } else { 1 };
-        let number = |n: Option<u32>| n.unwrap_or(free);
-        let layout =
-            Layout::default().tensor(number(self.tp)).expert(number(self.ep)).pipeline(number(self.pp));
-        layout.data(number(self.dp)).sums(sums)
+        Layout::asked(self.chips, [self.tp, self.ep, self.pp, self.dp], sums)
     }
 
-    /// Estimates a profile, with the best layout if several are possible.
     fn estimate(&self, profile: Profile, choices: Choices, program: &Program, workload: &Workload) -> Asked {
-        let found = match self.chips {
-            Some(chips) => candidates(&profile, choices, program, workload, chips),
-            None => Ok(Vec::new()),
-        };
-        let (candidates, estimate) = match found {
-            Ok(candidates) => {
-                let layout = candidates.first().map_or(choices.layout, |best| best.layout);
-                let estimate = estimate(&profile, choices.layout(layout), program, workload);
-                (candidates, estimate)
-            }
-            Err(error) => (Vec::new(), Err(error)),
-        };
-        Asked { profile, estimate, candidates }
+        match estimate_best(&profile, choices, program, workload, self.chips) {
+            Ok((estimate, candidates)) => Asked { profile, estimate: Ok(estimate), candidates },
+            Err(error) => Asked { profile, estimate: Err(error), candidates: Vec::new() },
+        }
     }
 }
 

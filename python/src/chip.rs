@@ -5,9 +5,11 @@ use std::sync::Arc;
 
 use halite::kernels::formats::Format;
 use halite::model::ProgramOptions;
+use halite::shard::Sums;
 use halite::synth::{self, Formats, Synth};
 use halite_profiles::numerics::Dtype;
 use halite_profiles::profile::Profile;
+use halite_sim::estimate::system::Layout;
 use halite_sim::estimate::workload::{self, Choices, Workload};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -46,7 +48,7 @@ impl ModelArgument<'_> {
 #[pyfunction]
 #[pyo3(signature = (
     profile, model, *, batch = 1, prompt = 512, generate = 128, chunk = 512, format = "q4_0", products = None,
-    activations = "fp32"
+    activations = "fp32", chips = None, tp = None, ep = None, pp = None, dp = None, sums = "divided"
 ))]
 #[allow(clippy::too_many_arguments, reason = "they are keywords")]
 pub fn estimate<'py>(
@@ -60,26 +62,54 @@ pub fn estimate<'py>(
     format: &str,
     products: Option<&str>,
     activations: &str,
+    chips: Option<u32>,
+    tp: Option<u32>,
+    ep: Option<u32>,
+    pp: Option<u32>,
+    dp: Option<u32>,
+    sums: &str,
 ) -> PyResult<Bound<'py, PyDict>> {
     for (name, value) in [("batch", batch), ("prompt", prompt), ("generate", generate), ("chunk", chunk)] {
         if value == 0 || value > 1_000_000 {
             return Err(Failure::argument(name, "1 to 1000000", value).into());
         }
     }
+    for (name, value) in [("chips", chips), ("tp", tp), ("ep", ep), ("pp", pp), ("dp", dp)] {
+        if let Some(value) = value.filter(|n| !(1..=65_536).contains(n)) {
+            return Err(Failure::argument(name, "1 to 65536", value).into());
+        }
+    }
+    let sums = match sums {
+        "divided" => Sums::Divided,
+        "in-order" => Sums::InOrder,
+        other => return Err(Failure::argument("sums", "divided or in-order", other).into()),
+    };
+    let layout = Layout::asked(chips, [tp, ep, pp, dp], sums);
     let model = model.open(format)?;
     let (profile, e) = work(py, None, || {
         let program = model.program(ProgramOptions::default(), prompt + generate)?;
         let products = products.map(Dtype::named).transpose()?;
         let choices = Choices::default().products(products).activations(Dtype::named(activations)?);
+        let choices = choices.layout(layout);
         let workload = Workload::default().batch(batch).prompt(prompt).generate(generate).chunk(chunk);
         let profile = Profile::open(profile)?;
-        let estimate = workload::estimate(&profile, choices, &program, &workload)?;
+        let (estimate, _) = workload::estimate_best(&profile, choices, &program, &workload, chips)?;
         Ok((profile.name, estimate))
     })?;
     let dict = PyDict::new(py);
     dict.set_item("profile", profile)?;
     dict.set_item("first_token_s", e.first_token_s)?;
     dict.set_item("step_s", e.step_s)?;
+    dict.set_item("step_interval_s", e.step_interval_s.map(|[low, high]| (low, high)))?;
+    let l = e.layout;
+    let layout = PyDict::new(py);
+    for (name, number) in [("tp", l.tensor), ("ep", l.expert), ("pp", l.pipeline), ("dp", l.data)] {
+        layout.set_item(name, number)?;
+    }
+    dict.set_item("chips", l.chips())?;
+    dict.set_item("layout", layout)?;
+    dict.set_item("exchange_fraction", e.exchange_fraction)?;
+    dict.set_item("repeated", &e.repeated)?;
     dict.set_item("seconds", e.seconds)?;
     dict.set_item("tokens_per_s", e.tokens_per_s)?;
     dict.set_item("joules_per_token", e.joules_per_token)?;

@@ -111,6 +111,13 @@ def test_estimates() -> None:
     assert estimate["fits"] and 0 < estimate["step_s"] < estimate["first_token_s"] < estimate["seconds"]
     assert abs(sum(estimate["rests_on"].values()) - 1) < 1e-6
     halite.estimate("maia-100", halite.Model())
+    assert estimate["chips"] == 1 and estimate["exchange_fraction"] == 0
+    eight = halite.estimate("maia-100", "llama-3-8b", batch=8, prompt=2048, generate=256, chips=8)
+    assert eight["chips"] == 8 and eight["step_s"] < estimate["step_s"]
+    pipeline = halite.estimate("maia-100", "llama-3-8b", chips=4, pp=4)
+    assert pipeline["layout"] == {"tp": 1, "ep": 1, "pp": 4, "dp": 1}
+    with pytest.raises(halite.InvalidArgument, match="chips"):
+        halite.estimate("maia-100", "llama-3-8b", chips=0)
     with pytest.raises(halite.InvalidArgument):
         halite.estimate("maia-100", "llama-3-8b", batch=0)
     with pytest.raises(halite.Error):

@@ -32,6 +32,17 @@ impl Default for Layout {
 halite::setters!(const Layout { tensor: u32, expert: u32, pipeline: u32, data: u32, sums: Sums });
 
 impl Layout {
+    /// The layout that is asked for, with 0 for what is free: with a number of chips, all that is not given.
+    pub fn asked(
+        chips: Option<u32>,
+        [tensor, expert, pipeline, data]: [Option<u32>; 4],
+        sums: Sums,
+    ) -> Layout {
+        let free = if chips.is_some() { 0 } else { 1 };
+        let [tensor, expert, pipeline, data] = [tensor, expert, pipeline, data].map(|n| n.unwrap_or(free));
+        Layout { tensor, expert, pipeline, data, sums }
+    }
+
     /// Returns the number of chips.
     pub fn chips(&self) -> u32 {
         self.tensor.saturating_mul(self.pipeline).saturating_mul(self.data)

@@ -566,6 +566,24 @@ pub struct Candidate {
     pub fits: bool,
 }
 
+/// Estimates a workload with the best of all layouts on `chips` chips, and returns these; without a number of chips, with the layout
+/// of `choices`.
+///
+/// # Errors
+/// As [`estimate`] and [`candidates`].
+pub fn estimate_best(
+    profile: &Profile,
+    choices: Choices,
+    program: &Program,
+    workload: &Workload,
+    chips: Option<u32>,
+) -> Result<(Estimate, Vec<Candidate>)> {
+    let found = chips.map(|chips| candidates(profile, choices, program, workload, chips)).transpose()?;
+    let found = found.unwrap_or_default();
+    let layout = found.first().map_or(choices.layout, |best| best.layout);
+    Ok((estimate(profile, choices.layout(layout), program, workload)?, found))
+}
+
 /// Returns the layouts of a workload on `chips` chips by the closed form: those that fit first, the quickest first.
 /// `choices.layout` fixes the numbers that are not 0.
 ///
