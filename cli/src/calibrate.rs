@@ -8,6 +8,7 @@ use halite::kernels::formats::Format;
 use halite::output::{self, Replace};
 use halite_profiles::profile::{Profile, SHIPPED};
 use halite_sim::estimate::fit::{self, Fit, Regime, Validation};
+use halite_sim::estimate::links::{self, LinkFit};
 use halite_sim::estimate::measure::{self, Level, Rates, Sizes};
 use halite_sim::estimate::points;
 
@@ -17,7 +18,9 @@ use super::{Failure, interrupt, print, read_text};
 pub struct CalibrateArgs {
     /// Fit a chip's timing model to measured kernels in this CSV instead of measuring this machine. Columns:
     /// `op,activations,weights,seconds`, and `m,n,k` for op `matmul`, `batch,heads,kv_heads,head_dim,kv_len` for
-    /// op `attention`, these and `tokens,seen` for op `prefill`, `experts,rows,columns,hidden` for op `experts`.
+    /// op `attention`, these and `tokens,seen` for op `prefill`, `experts,rows,columns,hidden` for op `experts`. A CSV with
+    /// `op,chips,bytes,seconds` has exchanges between chips: op `all_reduce`, `all_gather`, `reduce_scatter`, `all_to_all`, or
+    /// `direct_all_reduce` for kernels that may send everything to all.
     #[arg(long, value_name = "CSV", requires = "profile")]
     fit: Vec<PathBuf>,
     /// Profile of the measured chip: a name or a TOML file.
@@ -115,16 +118,34 @@ fn fit_profile(args: &CalibrateArgs, name: &str) -> Result<String, Failure> {
     let profile = Profile::open(name)?;
     let shipped = SHIPPED.iter().find(|(n, _)| *n == name);
     let text = shipped.map_or_else(|| read_text(Path::new(name)), |(_, text)| Ok((*text).to_owned()))?;
-    let mut measured = Vec::new();
+    let (mut measured, mut exchanges) = (Vec::new(), Vec::new());
     for path in &args.fit {
-        measured.extend(points::parse(&path.display().to_string(), &read_text(path)?)?);
+        let (origin, text) = (path.display().to_string(), read_text(path)?);
+        match links::parse(&origin, &text)? {
+            Some(points) => exchanges.extend(points),
+            None => measured.extend(points::parse(&origin, &text)?),
+        }
     }
     let fits = fit::fit(&profile, &measured)?;
     for fit in &fits {
         print(&report(fit))?;
     }
+    let links = if exchanges.is_empty() { None } else { Some(links::fit(&profile, &exchanges)?) };
+    if let Some(links) = &links {
+        print(&links_report(links))?;
+    }
     let names: Vec<_> = args.fit.iter().filter_map(|p| p.file_name()).map(|n| n.to_string_lossy()).collect();
-    Ok(fit::with_calibration(&text, &fits, &names.join(", ")))
+    Ok(fit::with_calibration(&text, &fits, links.as_ref(), &names.join(", ")))
+}
+
+fn links_report(fit: &LinkFit) -> String {
+    let mut text =
+        format!("exchanges: fitted to {} points; errors of the numbers of chips in between\n", fit.fitted);
+    for (key, value) in &fit.constants {
+        text += &format!("  {key:18} {value:.4}\n");
+    }
+    let (points, mean, worst) = fit.errors();
+    text + &format!("  {points} points, mean error {:.1} %, worst {:.1} %\n", 100.0 * mean, 100.0 * worst)
 }
 
 fn report(fit: &Fit) -> String {

@@ -113,6 +113,24 @@ def chosen(table, op, weights, rows):
     return points.drop_duplicates(points.columns[:-1]), shape
 
 
+def exchanges(wheel, folder):
+    """Exchanges between chips: NCCL's rings, and TensorRT-LLM's sums, which may be direct. Values have two bytes."""
+    for chip, nccl, trtllm in [("h100", "2.29.2", "1.3.0rc20"), ("a100", "2.27.3", "1.0.0")]:
+        root = f"{ROOT}{chip}_sxm/comm/"
+        read = lambda path: pd.read_parquet(io.BytesIO(wheel.read(root + path)))
+        rings = read(f"nccl/{nccl}/nccl_perf.parquet")
+        rings = rings[rings.nccl_dtype == "half"].replace({"op_name": {"alltoall": "all_to_all"}})
+        sums = read(f"trtllm/{trtllm}/custom_allreduce_perf.parquet").assign(op_name="direct_all_reduce")
+        table = pd.concat([rings, sums])
+        table = table[table.num_gpus <= 8]
+        points = pd.DataFrame({"op": table.op_name, "chips": table.num_gpus, "bytes": 2 * table.message_size})
+        points["seconds"] = (table.latency * 1e-3).map("{:.4e}".format)
+        with open(folder / f"{chip}-exchanges.csv", "w") as file:
+            file.write(f"# From aiconfigurator-core 0.12.0, NCCL {nccl} and TensorRT-LLM {trtllm}\n")
+            points.sort_values(["op", "chips", "bytes"]).to_csv(file, index=False)
+        print(f"{chip}-exchanges", len(points), "points")
+
+
 def write(folder, name, op, path, formats, points, shape):
     points = points.sort_values(list(points.columns[:-1]))
     points.insert(0, "op", op)
@@ -140,6 +158,8 @@ def main():
         if not arguments.all:
             points = points.groupby(shape).sample(EXTRACTS[name], random_state=1)
         write(arguments.all or OUT, name, op, path, (activations, weights), points, shape)
+    if arguments.all:
+        exchanges(wheel, arguments.all)
 
 
 if __name__ == "__main__":

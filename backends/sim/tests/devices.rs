@@ -343,7 +343,7 @@ fn prefill_attention_and_experts_are_fitted() {
     }
     // A profile with the fit gives the times of the fit, and their interval.
     let text = SHIPPED.iter().find(|(name, _)| *name == "nvidia-h100").unwrap().1;
-    let fitted = Profile::parse("fitted", &with_calibration(text, &fits, "made-up times")).unwrap();
+    let fitted = Profile::parse("fitted", &with_calibration(text, &fits, None, "made-up times")).unwrap();
     for residual in fits.iter().flat_map(|fit| &fit.residuals) {
         let e = kernel::estimate(&fitted, formats, residual.point.kernel).unwrap();
         near(e.seconds, (1.0 + residual.error) * residual.point.seconds, 0.02);

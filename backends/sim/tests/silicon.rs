@@ -4,9 +4,11 @@
 
 use halite::Error;
 use halite_profiles::numerics::Dtype;
-use halite_profiles::profile::{Profile, SHIPPED};
+use halite_profiles::profile::{MatMulFit, Profile, SHIPPED};
+use halite_sim::estimate::collective::{Collective, Fabric};
 use halite_sim::estimate::fit::{Fit, Op, Regime, Validation, fit, with_calibration};
 use halite_sim::estimate::kernel::{self, Formats, Kernel, Source};
+use halite_sim::estimate::links;
 use halite_sim::estimate::points::{Point, held_out, parse};
 
 const BF16: Formats = Formats { activations: Dtype::Bf16, weights: Dtype::Bf16 };
@@ -62,7 +64,7 @@ fn a100_products() {
     assert_below(mean_errors(&fits[0]), [10.5, 13.0, 10.0, 8.5]);
 
     let text = SHIPPED.iter().find(|(name, _)| *name == "nvidia-a100").unwrap().1;
-    let fitted = Profile::parse("fitted", &with_calibration(text, &fits, "the extract")).unwrap();
+    let fitted = Profile::parse("fitted", &with_calibration(text, &fits, None, "the extract")).unwrap();
     let shipped = Profile::open("nvidia-a100").unwrap();
     let others = points!("a100-llmcompass");
     for profile in [fitted, shipped] {
@@ -103,9 +105,17 @@ fn a_fit_becomes_a_calibration() {
     let text = SHIPPED.iter().find(|(name, _)| *name == "nvidia-h100").unwrap().1;
     let points = [points!("h100-matmul"), points!("h100-attention")].concat();
     let fits = fitted("nvidia-h100", &points);
-    let profile = Profile::parse("fitted", &with_calibration(text, &fits, "two \"extracts\"")).unwrap();
+    let profile = Profile::parse("fitted", &with_calibration(text, &fits, None, "two \"extracts\"")).unwrap();
     let calibration = profile.calibration.as_ref().unwrap();
-    assert_eq!((calibration.matmul.len(), calibration.attention.len()), (1, 1));
+    // The fits of other formats and ops stay.
+    let shipped = Profile::open("nvidia-h100").unwrap().calibration.unwrap();
+    let others = |fits: &[MatMulFit]| -> Vec<MatMulFit> {
+        fits.iter().filter(|fit| fit.weights != Dtype::Bf16).cloned().collect()
+    };
+    assert_eq!(calibration.matmul.len(), shipped.matmul.len());
+    assert_eq!(others(&calibration.matmul), others(&shipped.matmul));
+    assert!(!others(&shipped.matmul).is_empty() && calibration.prefill == shipped.prefill);
+    assert!(calibration.collective.is_some() && calibration.collective == shipped.collective);
     for residual in fits.iter().flat_map(|fit| &fit.residuals) {
         let estimate = kernel::estimate(&profile, residual.point.formats, residual.point.kernel).unwrap();
         let fitted = (1.0 + residual.error) * residual.point.seconds;
@@ -162,4 +172,54 @@ fn what_cannot_be_estimated_is_named() {
     }
     let one = parse("one", &format!("{head}matmul,1,2,3,int8,int8,1e-6\n")).unwrap();
     assert!(said(fit(&teaching, &one)).contains("two shapes"));
+}
+
+/// Constants come back from times that follow from them.
+#[test]
+fn exchanges_are_fitted() {
+    let profile = Profile::open("nvidia-h100").unwrap();
+    let fabric = Fabric::new(&profile).unwrap();
+    let mut text = "op,chips,bytes,seconds\n".to_owned();
+    let rings = [
+        ("all_gather", Collective::AllGather),
+        ("reduce_scatter", Collective::ReduceScatter),
+        ("all_to_all", Collective::AllToAll),
+        ("direct_all_reduce", Collective::AllReduce),
+    ];
+    for (name, collective) in rings {
+        for chips in [2, 4, 8] {
+            for bytes in (8..28).map(|bit| 1u64 << bit) {
+                let seconds = fabric.seconds(collective, bytes as f64, chips);
+                text += &format!("{name},{chips},{bytes},{seconds:e}\n");
+            }
+        }
+    }
+    let points = links::parse("made-up.csv", &text).unwrap().unwrap();
+    let fit = links::fit(&profile, &points).unwrap();
+    let (count, mean, worst) = fit.errors();
+    assert!(count == 80 && mean < 0.02 && worst < 0.1, "{count} {mean} {worst}");
+    let shipped = SHIPPED.iter().find(|(name, _)| *name == "nvidia-h100").unwrap().1;
+    let fitted = with_calibration(shipped, &[], Some(&fit), "made-up times");
+    let fitted = Profile::parse("fitted", &fitted).unwrap().calibration.unwrap();
+    let (new, old) = (fitted.collective.unwrap(), profile.calibration.unwrap());
+    assert_eq!(fitted.matmul, old.matmul);
+    let old = old.collective.unwrap();
+    assert!((new.bulk_fraction.value / old.bulk_fraction.value - 1.0).abs() < 0.05);
+    assert!((new.overhead_ns.value / old.overhead_ns.value - 1.0).abs() < 0.1);
+}
+
+#[test]
+fn exchanges_that_cannot_be_read_are_named() {
+    let parse = |rows: &str| links::parse("x.csv", &format!("op,chips,bytes,seconds\n{rows}"));
+    let error = |rows: &str| parse(rows).unwrap_err().to_string();
+    assert!(error("broadcast,2,8,1e-6").contains("x.csv, line 2: broadcast"));
+    assert!(error("all_gather,1,8,1e-6").contains("chips from 2"));
+    assert!(error("all_gather,2,8,-1").contains("seconds above 0"));
+    assert!(error("all_gather,2,8").contains("4 fields"));
+    assert!(links::parse("x.csv", "op,m,n,k\n").unwrap().is_none());
+    let two = parse("all_gather,2,8,1e-6\nall_gather,8,8,1e-6").unwrap().unwrap();
+    let h100 = Profile::open("nvidia-h100").unwrap();
+    assert!(links::fit(&h100, &two).unwrap_err().to_string().contains("three numbers of chips"));
+    let alone = Profile::open("teaching-16x16").unwrap();
+    assert!(links::fit(&alone, &two).unwrap_err().to_string().contains("interconnect"));
 }

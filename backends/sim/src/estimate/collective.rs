@@ -52,7 +52,7 @@ const RATE_FRACTION: f64 = 0.7;
 
 /// Constants of the first level of links, or what stands for them.
 #[derive(Debug, Clone, Copy)]
-struct Constants {
+pub(super) struct Constants {
     overhead_s: f64,
     hop_s: f64,
     fraction: f64,
@@ -65,17 +65,23 @@ struct Constants {
 }
 
 impl Constants {
+    /// A library of rings.
+    pub fn ring(overhead_s: f64, hop_s: f64, small: (f64, f64), fraction: f64) -> Constants {
+        Constants { overhead_s, hop_s, fraction, small: Some(small), direct: None, is_free: false }
+    }
+
+    /// The same with direct sums.
+    pub fn or_direct(self, start_s: f64, fraction: f64) -> Constants {
+        Constants { direct: Some((start_s, fraction)), ..self }
+    }
+
     fn measured(fit: &CollectiveFit) -> Constants {
         let s = |ns: f64| 1e-9 * ns;
         let direct = fit.direct_ns.as_ref().zip(fit.direct_fraction.as_ref());
-        Constants {
-            overhead_s: s(fit.overhead_ns.value),
-            hop_s: s(fit.hop_ns.value),
-            fraction: fit.bulk_fraction.value,
-            small: Some((fit.small_fraction.value, s(fit.bulk_ns.value))),
-            direct: direct.map(|(ns, fraction)| (s(ns.value), fraction.value)),
-            is_free: false,
-        }
+        let small = (fit.small_fraction.value, s(fit.bulk_ns.value));
+        let ring =
+            Constants::ring(s(fit.overhead_ns.value), s(fit.hop_ns.value), small, fit.bulk_fraction.value);
+        Constants { direct: direct.map(|(ns, fraction)| (s(ns.value), fraction.value)), ..ring }
     }
 
     fn of(level: &Interconnect, launch_s: f64) -> Constants {
@@ -198,7 +204,13 @@ impl Fabric {
 }
 
 /// Returns the seconds of an exchange over one level of links.
-fn level_s(level: &Interconnect, c: &Constants, collective: Collective, bytes: f64, chips: f64) -> f64 {
+pub(super) fn level_s(
+    level: &Interconnect,
+    c: &Constants,
+    collective: Collective,
+    bytes: f64,
+    chips: f64,
+) -> f64 {
     let all = level.bytes_per_s();
     let rate = match level.topology {
         Topology::Switch | Topology::Ring => all,

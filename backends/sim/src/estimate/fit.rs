@@ -5,9 +5,11 @@ use std::collections::BTreeSet;
 
 use super::kernel::{AttentionConstants, Formats, Kernel, Machine, MatMulConstants, PrefillConstants};
 use super::kernel::{attention_seconds, experts_seconds, matmul_seconds, prefill_seconds, work};
+use super::links::LinkFit;
 use super::measure::digits;
 use super::points::{Point, held_out, shape};
 use halite::{Error, Result};
+use halite_profiles::numerics::Dtype;
 use halite_profiles::profile::Profile;
 
 pub use halite_profiles::profile::FitRegime as Regime;
@@ -22,7 +24,7 @@ pub struct Constant {
     max: f64,
 }
 
-const fn constant(key: &'static str, start: f64, min: f64, max: f64) -> Constant {
+pub(super) const fn constant(key: &'static str, start: f64, min: f64, max: f64) -> Constant {
     Constant { key, start, min, max }
 }
 
@@ -56,6 +58,13 @@ static PREFILL: [Constant; 6] = [
     constant("block_ns", 100.0, 1.0, 1e6),
     constant("overlap_exponent", 2.0, 1.0, 20.0),
 ];
+
+impl Constant {
+    /// Where the search starts.
+    pub(super) fn start(&self) -> f64 {
+        self.start
+    }
+}
 
 /// The formula of a fit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -375,21 +384,45 @@ impl Fit {
     }
 }
 
-/// Replaces `[calibration]` in a profile's text.
-pub fn with_calibration(profile: &str, fits: &[Fit], origin: &str) -> String {
+/// Puts fits into the `[calibration]` of a profile's text, in place of those of the same ops and formats. The others stay.
+pub fn with_calibration(profile: &str, fits: &[Fit], links: Option<&LinkFit>, origin: &str) -> String {
+    let is_replaced = |table: &[&str]| {
+        let text = |key: &str| {
+            table.iter().find_map(|line| line.strip_prefix(key)?.trim().strip_prefix('=')).map(str::trim)
+        };
+        let formats = |fit: &Fit| {
+            let quoted = |dtype: Dtype| Some(format!("\"{dtype}\""));
+            let Formats { activations, weights } = fit.formats;
+            [quoted(activations), quoted(weights)]
+                == [text("activations"), text("weights")].map(|t| t.map(str::to_owned))
+        };
+        match table.first().and_then(|header| name(header).strip_prefix("calibration.")) {
+            Some("collective") => links.is_some(),
+            Some(op) => fits.iter().any(|fit| fit.op.name() == op && formats(fit)),
+            None => false,
+        }
+    };
+    let lines: Vec<&str> = profile.lines().collect();
     let mut kept = String::new();
-    let mut inside = false;
-    for line in profile.lines() {
-        if line.starts_with('[') {
-            inside = line.trim_start_matches('[').trim_start().starts_with("calibration");
+    let mut rest = &lines[..];
+    while !rest.is_empty() {
+        // A table goes on in its own tables.
+        let own =
+            |line: &str| line.starts_with('[') && !name(line).starts_with(&format!("{}.", name(rest[0])));
+        let end = rest.iter().skip(1).position(|line| own(line)).map_or(rest.len(), |at| at + 1);
+        let (table, others) = rest.split_at(end);
+        if !is_replaced(table) {
+            table.iter().for_each(|line| kept += &format!("{line}\n"));
         }
-        if !inside {
-            kept += line;
-            kept.push('\n');
-        }
+        rest = others;
     }
-    let tables: Vec<String> = fits.iter().map(|fit| fit.to_toml(origin)).collect();
-    format!("{}\n\n{}", kept.trim_end(), tables.join("\n"))
+    let tables = fits.iter().map(|fit| fit.to_toml(origin)).chain(links.map(|fit| fit.to_toml(origin)));
+    format!("{}\n\n{}", kept.trim_end(), tables.collect::<Vec<_>>().join("\n"))
+}
+
+/// The name in a table's header.
+fn name(header: &str) -> &str {
+    header.trim().trim_start_matches('[').trim_end_matches(']').trim()
 }
 
 /// Maximum steps of the search for a minimum per restart, and the size of its first steps (as logarithms).
@@ -398,7 +431,7 @@ const RESTARTS: usize = 2;
 const FIRST_STEP: f64 = 0.35;
 
 /// Minimises `loss` (Nelder & Mead 1965) over the logarithms of the constants, which are all above 0.
-fn minimum(table: &[Constant], start: &[f64], loss: &dyn Fn(&[f64]) -> f64) -> Vec<f64> {
+pub(super) fn minimum(table: &[Constant], start: &[f64], loss: &dyn Fn(&[f64]) -> f64) -> Vec<f64> {
     let inside =
         |x: &[f64]| -> Vec<f64> { x.iter().zip(table).map(|(x, c)| x.exp().clamp(c.min, c.max)).collect() };
     let mut best: Vec<f64> = start.iter().map(|v| v.ln()).collect();

@@ -8,6 +8,7 @@ pub mod device;
 pub mod fit;
 pub mod host;
 pub mod kernel;
+pub mod links;
 pub mod load;
 pub mod measure;
 pub mod points;

@@ -47,39 +47,94 @@ pub fn held_out(kernel: Kernel) -> bool {
     }
 }
 
+/// A CSV table of measurements. Lines that begin with `#` are comments.
+pub(super) struct Table<'a> {
+    origin: &'a str,
+    names: Vec<&'a str>,
+    lines: Vec<(usize, &'a str)>,
+}
+
+/// A row of a [`Table`].
+pub(super) struct Row<'a> {
+    place: String,
+    names: &'a [&'a str],
+    fields: Vec<&'a str>,
+}
+
+impl<'a> Table<'a> {
+    /// `origin` names the table in errors.
+    pub fn new(origin: &'a str, text: &'a str) -> Table<'a> {
+        let mut lines =
+            text.lines().enumerate().filter(|(_, line)| !line.is_empty() && !line.starts_with('#'));
+        let names = lines.next().map_or(Vec::new(), |(_, names)| names.split(',').map(str::trim).collect());
+        Table { origin, names, lines: lines.collect() }
+    }
+
+    /// Whether it has a column.
+    pub fn has(&self, name: &str) -> bool {
+        self.names.contains(&name)
+    }
+
+    /// Reads each row.
+    pub fn rows<T>(&self, read: impl Fn(&Row<'_>) -> Result<T>) -> Result<Vec<T>> {
+        let row = |&(i, line): &(usize, &'a str)| {
+            let fields: Vec<&str> = line.split(',').map(str::trim).collect();
+            let row = Row { place: format!("{}, line {}", self.origin, i + 1), names: &self.names, fields };
+            if row.fields.len() != self.names.len() {
+                return Err(row.fail(&format!("{} fields", self.names.len()), &row.fields.len().to_string()));
+            }
+            read(&row)
+        };
+        self.lines.iter().map(row).collect()
+    }
+}
+
+impl Row<'_> {
+    /// An error in this row.
+    pub fn fail(&self, expected: &str, got: &str) -> Error {
+        Error::argument("measurements", expected, format!("{}: {got}", self.place))
+    }
+
+    /// The text of a column.
+    pub fn text(&self, name: &str) -> Result<&str> {
+        let index = self.names.iter().position(|n| *n == name);
+        index
+            .map(|i| self.fields[i])
+            .ok_or_else(|| self.fail(&format!("a column `{name}`"), &self.names.join(",")))
+    }
+
+    /// A whole number above 0.
+    pub fn count(&self, name: &str) -> Result<u64> {
+        let field = self.text(name)?;
+        let value = field.parse().ok().filter(|v| (1..=1 << 40).contains(v));
+        value.ok_or_else(|| self.fail(&format!("{name} from 1 to 2^40"), field))
+    }
+
+    /// The column `seconds`.
+    pub fn seconds(&self) -> Result<f64> {
+        let field = self.text("seconds")?;
+        let seconds = field.parse().ok().filter(|s: &f64| *s > 0.0 && s.is_finite());
+        seconds.ok_or_else(|| self.fail("seconds above 0", field))
+    }
+
+    fn dtype(&self, name: &str) -> Result<Dtype> {
+        let field = self.text(name)?;
+        let dtype = Dtype::ALL.iter().find(|d| d.name() == field).copied();
+        dtype.ok_or_else(|| self.fail(&format!("{name} as in profiles, such as bf16"), field))
+    }
+}
+
 /// Parses the points of a CSV file; `origin` names it in errors.
 ///
 /// # Errors
 /// `Error::Argument` with the line that cannot be read, and the reason.
 pub fn parse(origin: &str, text: &str) -> Result<Vec<Point>> {
-    let mut lines = text.lines().enumerate().filter(|(_, line)| !line.is_empty() && !line.starts_with('#'));
-    let names: Vec<&str> =
-        lines.next().map_or(Vec::new(), |(_, names)| names.split(',').map(str::trim).collect());
-    lines.map(|(i, line)| point(&format!("{origin}, line {}", i + 1), &names, line)).collect()
+    Table::new(origin, text).rows(point)
 }
 
-fn point(place: &str, names: &[&str], line: &str) -> Result<Point> {
-    let fail =
-        |expected: String, got: &str| Error::argument("measurements", expected, format!("{place}: {got}"));
-    let fields: Vec<&str> = line.split(',').map(str::trim).collect();
-    if fields.len() != names.len() {
-        return Err(fail(format!("{} fields", names.len()), &format!("{}", fields.len())));
-    }
-    let text = |name: &str| {
-        let index = names.iter().position(|n| *n == name);
-        index.map(|i| fields[i]).ok_or_else(|| fail(format!("a column `{name}`"), &names.join(",")))
-    };
-    let count = |name: &str| {
-        let field = text(name)?;
-        let value = field.parse().ok().filter(|v| (1..=1 << 40).contains(v));
-        value.ok_or_else(|| fail(format!("{name} from 1 to 2^40"), field))
-    };
-    let dtype = |name: &str| {
-        let field = text(name)?;
-        let dtype = Dtype::ALL.iter().find(|d| d.name() == field).copied();
-        dtype.ok_or_else(|| fail(format!("{name} as in profiles, such as bf16"), field))
-    };
-    let kernel = match text("op")? {
+fn point(row: &Row<'_>) -> Result<Point> {
+    let count = |name| row.count(name);
+    let kernel = match row.text("op")? {
         "matmul" => Kernel::MatMul { m: count("m")?, n: count("n")?, k: count("k")? },
         "attention" => Kernel::Attention {
             batch: count("batch")?,
@@ -103,11 +158,9 @@ fn point(place: &str, names: &[&str], line: &str) -> Result<Point> {
             columns: count("columns")?,
             hidden: count("hidden")?,
         },
-        other => return Err(fail("op matmul, attention, prefill or experts".into(), other)),
+        other => return Err(row.fail("op matmul, attention, prefill or experts", other)),
     };
-    let seconds = text("seconds")?;
-    let seconds = seconds.parse().ok().filter(|s: &f64| *s > 0.0 && s.is_finite());
-    let seconds = seconds.ok_or_else(|| fail("seconds above 0".into(), text("seconds").unwrap_or("")))?;
-    let formats = Formats { activations: dtype("activations")?, weights: dtype("weights")? };
+    let seconds = row.seconds()?;
+    let formats = Formats { activations: row.dtype("activations")?, weights: row.dtype("weights")? };
     Ok(Point { kernel, formats, seconds })
 }
