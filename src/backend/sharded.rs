@@ -98,7 +98,7 @@ struct Content {
 }
 
 impl Divided {
-    fn new(bytes: u64, usage: Usage, pages: Option<Region>) -> Buffer {
+    fn buffer(bytes: u64, usage: Usage, pages: Option<Region>) -> Buffer {
         Buffer::new(bytes, Divided { bytes, usage, pages, content: Mutex::default() })
     }
 
@@ -263,7 +263,7 @@ impl Backend for Sharded {
                 have_bytes: self.caps.memory_bytes,
             });
         }
-        let buffer = Divided::new(bytes, usage, None);
+        let buffer = Divided::buffer(bytes, usage, None);
         if usage == Usage::Io {
             let each = self.devices.all.iter().map(|device| device.alloc(bytes, usage));
             self.devices.divided(&buffer)?.lock().each = each.collect::<Result<_>>()?;
@@ -272,7 +272,7 @@ impl Backend for Sharded {
     }
 
     fn import(&self, region: &Region) -> Result<Option<Buffer>> {
-        Ok(Some(Divided::new(region.len(), Usage::Weight, Some(region.clone()))))
+        Ok(Some(Divided::buffer(region.len(), Usage::Weight, Some(region.clone()))))
     }
 
     fn fill(&self, dst: &Buffer, range: Range<u64>, write: &mut dyn FnMut(&mut [u8])) -> Result<()> {

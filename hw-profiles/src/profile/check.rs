@@ -191,8 +191,8 @@ fn interconnect(profile: &Profile, faults: &mut Vec<String>) {
             }
             continue;
         };
-        let before = levels[..n].iter().filter_map(|level| level.chips.as_ref()).map(|chips| chips.value);
-        if let Some(before) = before.last()
+        let mut before = levels[..n].iter().filter_map(|level| level.chips.as_ref()).map(|chips| chips.value);
+        if let Some(before) = before.next_back()
             && (chips.value <= before || chips.value % before != 0.0)
         {
             faults.push(format!(
