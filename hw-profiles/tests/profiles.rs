@@ -252,3 +252,50 @@ fn mutants_of_profiles() {
         }
     }
 }
+
+/// Every wrong key and value of a file is told with its line, not the first alone.
+#[test]
+fn all_wrong_keys_and_values_are_told() {
+    let text = SHIPPED.iter().find(|(name, _)| *name == "maia-100").unwrap().1;
+    let line = |of: &str, text: &str| 1 + text.lines().position(|line| line.starts_with(of)).unwrap();
+    let wrong = text
+        .replace("latency_ns = 20\n", "latncy_ns = 20\n")
+        .replace("fill_cycles =", "fil_cycles =")
+        .replace("topology = \"full\"", "topology = \"star\"")
+        .replace("broadcast = true", "broadcast = \"yes\"")
+        .replace("banks = 32", "banks = \"many\"")
+        .replace("[launch]", "[lunch]");
+    let error = Profile::parse("wrong", &wrong).unwrap_err().to_string();
+    for fault in [
+        format!(
+            "line {}: matrix.fil_cycles: unknown key, did you mean `fill_cycles`?",
+            line("fil_cycles", &wrong)
+        ),
+        format!(
+            "line {}: memory.tsram.latncy_ns: unknown key, did you mean `latency_ns`?",
+            line("latncy_ns", &wrong)
+        ),
+        "memory.tsram.latency_ns: missing".into(),
+        format!(
+            "line {}: memory.tsram.banks: expected a number or a table, got \"many\"",
+            line("banks = \"many\"", &wrong)
+        ),
+        format!("line {}: noc.broadcast: expected true or false, got \"yes\"", line("broadcast", &wrong)),
+        "interconnect.host.topology: expected one of switch, full, ring, torus, got `star`".into(),
+        format!("line {}: lunch: unknown key, did you mean `launch`?", line("[lunch]", &wrong)),
+        "line 1: launch: missing".into(),
+    ] {
+        assert!(error.contains(&fault), "{fault}\n\n{error}");
+    }
+}
+
+/// What the loader accepts, the schema does, so that a fault is never made up.
+#[test]
+fn shipped_profiles_are_what_the_schema_says() {
+    for (name, text) in SHIPPED {
+        // One unknown key, so that the keys are looked at.
+        let error = Profile::parse(name, &format!("unknown = 1\n{text}")).unwrap_err().to_string();
+        assert!(error.contains("line 1: unknown: unknown key"), "{error}");
+        assert_eq!(error.lines().count(), 2, "{error}");
+    }
+}

@@ -4,6 +4,7 @@
 //! Unknown keys, and numbers that contradict each other or physics, are errors (`check.rs`).
 
 mod check;
+mod keys;
 mod quantity;
 
 use std::collections::BTreeMap;
@@ -755,10 +756,12 @@ impl Profile {
         let profile: Profile = match toml::Value::Table(table.clone()).try_into() {
             Ok(profile) => Profile { quantities, table, ..profile },
             Err(error) => {
-                // A missing source is easier to understand than a schema error, so report it first.
-                faults.truncate(MAX_FAULTS - 1);
-                faults.push(error.to_string().trim().replace('\n', " "));
-                return fail(faults);
+                let mut found = keys::faults(text);
+                if found.is_empty() {
+                    found.push(error.to_string().trim().replace('\n', " "));
+                }
+                found.append(&mut faults);
+                return fail(found);
             }
         };
         faults.extend(check::check(&profile));
