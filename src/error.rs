@@ -45,8 +45,15 @@ pub enum Error {
     #[error("model: {0}")]
     Model(String),
     /// The model's architecture is not supported.
-    #[error("model: architecture {0} is not supported (supported: {1})")]
-    Architecture(String, String),
+    #[error("model: architecture {name} is not supported{found} (supported: {supported})")]
+    Architecture {
+        /// Its name in the file.
+        name: String,
+        /// What the file has that no supported one has, and which is nearest; begins with a semicolon if not empty.
+        found: String,
+        /// The supported ones.
+        supported: String,
+    },
     /// The vocabulary in the file cannot be used.
     #[error("tokenizer: {0}")]
     Tokenizer(String),

@@ -264,7 +264,12 @@ fn models_that_do_not_make_sense() {
         ("architecture not UTF-8", set("general.architecture", b"\xffllama"[..].into()),
             "Gguf", "test: byte 64: key `general.architecture`: expected UTF-8, got \"\\xffllama\""),
         ("unknown architecture", set("general.architecture", "mamba".into()),
-            "Architecture", "model: architecture \"mamba\" is not supported (supported: bert, cohere2, …"),
+            "Architecture", "model: architecture \"mamba\" is not supported; the nearest one is llama (supported: bert, cohere2, …"),
+        ("unknown blocks", llama().set("general.architecture", "qwen35").tensor("blk.0.ssm_beta.weight", &[8]).tensor("blk.0.ssm_conv1d.weight", &[8])
+            .tensor("blk.0.attn_gate.weight", &[8]).bytes(),
+            "Architecture", "model: architecture \"qwen35\" is not supported; no supported family has its gated delta rule, short convolution and attention gate; the nearest ones are qwen3 by name and llama by its tensors (supported: …"),
+        ("one unknown block", llama().set("general.architecture", "gemma4").tensor("per_layer_token_embd.weight", &[8]).bytes(),
+            "Architecture", "model: architecture \"gemma4\" is not supported; no supported family has its per-layer embeddings; the nearest ones are gemma3 by name and llama by its tensors (supported: …"),
         ("block_count missing", llama().without("llama.block_count").bytes(),
             "Gguf", "test: key `llama.block_count` is missing"),
         ("block_count of string", set("llama.block_count", "1".into()),

@@ -91,7 +91,7 @@ impl From<halite::Error> for Failure {
                 HALITE_MALFORMED
             }
             E::Program(_) | E::Profile { .. } | E::Saved { .. } => HALITE_MALFORMED,
-            E::Architecture(..) | E::Unsupported { .. } => HALITE_UNSUPPORTED,
+            E::Architecture { .. } | E::Unsupported { .. } => HALITE_UNSUPPORTED,
             E::Argument { .. } => HALITE_ARGUMENT,
             E::OutOfMemory { .. } => HALITE_OUT_OF_MEMORY,
             E::ContextFull { .. } | E::WindowsFull { .. } => HALITE_CONTEXT_FULL,

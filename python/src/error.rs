@@ -78,7 +78,7 @@ impl From<halite::Error> for Failure {
                 Kind::Malformed
             }
             E::Program(_) | E::Profile { .. } | E::Saved { .. } => Kind::Malformed,
-            E::Architecture(..) | E::Unsupported { .. } => Kind::Unsupported,
+            E::Architecture { .. } | E::Unsupported { .. } => Kind::Unsupported,
             E::Argument { .. } => Kind::InvalidArgument,
             E::OutOfMemory { .. } => Kind::OutOfMemory,
             E::ContextFull { .. } | E::WindowsFull { .. } => Kind::ContextFull,

@@ -17,6 +17,7 @@ mod qwen;
 mod smollm3;
 mod stablelm;
 mod starcoder2;
+mod unknown;
 
 use std::collections::HashSet;
 use std::path::Path;
@@ -130,11 +131,10 @@ impl Model {
     pub fn from_gguf(gguf: Gguf) -> Result<Model> {
         let architecture = gguf.str("general.architecture")?;
         let record = FAMILIES.iter().find(|(name, _)| *name == architecture).map(|(_, record)| *record);
-        let record = record.ok_or_else(|| {
-            Error::Architecture(
-                printable(architecture.as_bytes()),
-                architectures().collect::<Vec<_>>().join(", "),
-            )
+        let record = record.ok_or_else(|| Error::Architecture {
+            name: printable(architecture.as_bytes()),
+            found: unknown::describe(&gguf, architecture),
+            supported: architectures().collect::<Vec<_>>().join(", "),
         })?;
         let hparams = Hparams::read(&gguf)?;
         let warnings = without_elements(&gguf).into_iter().collect();
