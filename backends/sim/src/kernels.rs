@@ -51,6 +51,7 @@ impl SimKernels {
             isa: sim.isa,
             chip: sim.chip.clone(),
             decoded: native::Decoded::default(),
+            sums: Default::default(),
             unpacked: Default::default(),
         };
         Ok(SimKernels {

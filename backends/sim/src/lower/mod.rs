@@ -126,6 +126,12 @@ impl Pipeline {
     /// Returns the seconds of all blocks: the latency of the first one, plus the slowest stage's time for
     /// each of the others, but at least the time that device memory needs.
     fn seconds(&self, chip: &Chip) -> f64 {
+        let (first_s, pace_s) = self.paces(chip);
+        (first_s + (self.count - 1.0) * pace_s).max(self.device_s + 2.0 * self.setup_s)
+    }
+
+    /// Returns the seconds of the first block, and those from block to block.
+    fn paces(&self, chip: &Chip) -> (f64, f64) {
         let Pipeline { count, load_s, units_s, drain_s, store_s, device_s, setup_s, requests, slots, .. } =
             *self;
         // With one request at a time, each waits for its setup.
@@ -138,7 +144,6 @@ impl Pipeline {
         // A slot is reused only after its block went through load and compute.
         let slot = (setup_s - waits + load_s + 2.0 * signal + work) / slots;
         let paces = [load_s, units_s[0], units_s[1], store_s, slot, self.least_pace_s];
-        let pace = paces.into_iter().fold(0.0, f64::max);
-        (first + (count - 1.0) * pace).max(device_s + 2.0 * setup_s)
+        (first, paces.into_iter().fold(0.0, f64::max))
     }
 }
