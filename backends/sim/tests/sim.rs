@@ -10,10 +10,11 @@ use halite::backend::{Backend, Contract};
 use halite::conformance::{cases, check};
 use halite::kernels::formats::Format;
 use halite::model::ProgramOptions;
+use halite::passes;
 use halite::session::{OutputKind, OutputTokens, Run, Session, SessionOptions};
 use halite_profiles::numerics::Dtype;
 use halite_profiles::profile::Profile;
-use halite_sim::{Numerics, Order, Sim, SimOptions};
+use halite_sim::{Chip, Numerics, Order, Sim, SimOptions, step};
 
 use halite_testing::golden;
 
@@ -108,6 +109,41 @@ fn families_have_the_bits_of_the_cpu() {
         assert!(want.iter().all(|&x| f32::from_bits(x).is_finite()));
         for chip in CHIPS {
             assert!(logits(&exact(chip), &model) == want, "{} on {chip}", path.display());
+        }
+    }
+}
+
+/// The teaching chip with another scratchpad.
+fn teaching(scratch_bytes: f64) -> Profile {
+    let profile = Profile::open("teaching-16x16").unwrap();
+    profile.with("memory.scratchpad.capacity_bytes", scratch_bytes).unwrap()
+}
+
+/// Scratchpads that hold no whole rows give the same bits: for every format, and for whole models.
+#[test]
+fn cut_products_have_the_bits_of_the_cpu() {
+    let cpu: Arc<dyn Backend> = Arc::new(Cpu::with_threads(2).unwrap());
+    for bytes in [12_288.0, 20_480.0] {
+        let small = || teaching(bytes);
+        let sim: Arc<dyn Backend> = Arc::new(Sim::new(small(), &SimOptions::default()).unwrap());
+        let random = SimOptions::default().order(Order::Random(5));
+        let random: Arc<dyn Backend> = Arc::new(Sim::new(small(), &random).unwrap());
+        let products = cases().into_iter().filter(|case| case.name.starts_with("MatMul"));
+        let outcomes = products.step_by(2).map(|case| (check(&*random, &case), case.name));
+        let failures: Vec<String> =
+            outcomes.filter(|(o, _)| !o.same_bits()).map(|(o, name)| format!("{name}: {o}")).collect();
+        assert!(failures.is_empty(), "{bytes} bytes:\n{}", failures.join("\n"));
+        for name in ["llama-Q4_0.gguf", "llama-Q4_K_M.gguf", "llama-Q2_K.gguf", "llama-IQ3_S.gguf"] {
+            let model = Arc::new(Model::open(golden::committed().join(name)).unwrap());
+            let want = logits(&cpu, &model);
+            assert!(logits(&sim, &model) == want && logits(&random, &model) == want, "{name}, {bytes} bytes");
+            // Each result has a command of its own, so more commands than results are chunks.
+            let chip = Chip::new(small(), Numerics::Exact, None).unwrap();
+            let program = passes::fuse(&model.program(Default::default(), 64).unwrap(), halite_sim::FUSIONS);
+            let traced = step::trace(&chip, &program, &[(0, 8)], true).unwrap();
+            let count = |what: &str, op: &step::Traced| op.busy.iter().filter(|b| b.what == what).count();
+            let mut of_products = traced.iter().filter(|op| op.name.starts_with("MatMul"));
+            assert!(of_products.any(|op| count("product", op) > count("store", op).max(1) * 2), "{name}");
         }
     }
 }

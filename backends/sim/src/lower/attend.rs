@@ -247,6 +247,7 @@ impl AttendTiling<'_> {
             load_s,
             units_s: [score.0 + weigh.0, softmax.0 + merge.0],
             drain_s: score.1 + softmax.1 + weigh.1 + merge.1 + 2.0 * signal,
+            ahead_s: 0.0,
             least_pace_s: slot_s
                 .max(chain_s / f64::from(ahead + 1))
                 .max((arrives_s + chain_s) / f64::from(slots)),

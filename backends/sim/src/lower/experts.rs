@@ -87,8 +87,9 @@ pub fn experts_s(chip: &Chip, experts: &Experts) -> Result<f64> {
             let mut device_s = 0.0;
             for p in products {
                 let costs = Costs::new(chip, p, wave.tiles);
-                slowest_s = slowest_s.max(costs.tiling()?.1);
-                device_s += f64::from(p.columns()) * costs.column_bytes / chip.device_bytes_per_s();
+                let (tiling, seconds) = costs.tiling()?;
+                slowest_s = slowest_s.max(seconds);
+                device_s += costs.device_s(tiling).iter().sum::<f64>();
             }
             seconds += slowest_s.max(device_s) + chip.barrier_s();
         }

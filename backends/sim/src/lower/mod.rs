@@ -95,7 +95,7 @@ fn share(n: u32, unit: u32, parts: u32, i: u32) -> Range<u32> {
 /// Splits a range into pieces of at most `step`.
 fn blocks(range: Range<u32>, step: u32) -> impl Iterator<Item = Range<u32>> {
     let end = range.end;
-    range.step_by(step.max(1) as usize).map(move |start| start..(start + step).min(end))
+    range.step_by(step.max(1) as usize).map(move |start| start..start.saturating_add(step).min(end))
 }
 
 /// A pipeline of three stages: load, compute, store. Each stage works on another block.
@@ -118,6 +118,8 @@ struct Pipeline {
     requests: (f64, f64),
     /// Number of slots for loaded blocks.
     slots: f64,
+    /// Seconds of loads and units that are over before a block takes its slot.
+    ahead_s: f64,
     /// Seconds from block to block that other waits cause; 0 if there are none.
     least_pace_s: f64,
 }
@@ -137,13 +139,15 @@ impl Pipeline {
         // With one request at a time, each waits for its setup.
         let waits = if chip.queue_entries() > 1 { 0.0 } else { setup_s };
         let (load_s, store_s) = (load_s + requests.0 * waits, store_s + requests.1 * waits);
+        // With several, the queue passes at most all of them in the time of one setup.
+        let requests_s = requests.0.max(requests.1) * setup_s / chip.queue_entries() as f64;
         let signal = chip.semaphore_s();
         let work: f64 = units_s.iter().sum::<f64>() + drain_s;
         let load_s = load_s.max(device_s / count);
         let first = 2.0 * (setup_s - waits) + load_s + signal + work + signal + store_s;
         // A slot is reused only after its block went through load and compute.
-        let slot = (setup_s - waits + load_s + 2.0 * signal + work) / slots;
-        let paces = [load_s, units_s[0], units_s[1], store_s, slot, self.least_pace_s];
+        let slot = (setup_s - waits + load_s + 2.0 * signal + work - self.ahead_s) / slots;
+        let paces = [load_s, units_s[0], units_s[1], store_s, slot, requests_s, self.least_pace_s];
         (first, paces.into_iter().fold(0.0, f64::max))
     }
 }

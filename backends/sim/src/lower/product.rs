@@ -18,6 +18,8 @@ use halite_kernels::formats::{Format, Kind};
 pub struct Tiling {
     /// Tiles along the rows of activations, and along the columns.
     grid: (u32, u32),
+    /// Maximum number of weights of which a tile multiplies columns.
+    parts: u32,
     /// Rows of activations in the scratchpad of a tile.
     rows: u32,
     /// Columns of a block of the output.
@@ -40,6 +42,11 @@ struct Cut {
 }
 
 impl Cut {
+    /// Slots for results and for what is added to them. The next results come many chunks later, if there are several.
+    fn out_slots(self) -> u32 {
+        if self.chunks == 1 { 2 } else { 1 }
+    }
+
     /// Slots for chunks of activations.
     fn x_slots(self) -> u32 {
         if self.keeps { self.chunks } else { 2 }
@@ -101,7 +108,7 @@ pub struct Costs<'a> {
     /// The ways to cut `k`; the first one has a single chunk.
     cuts: Vec<Cut>,
     /// Average bytes of the weights per column.
-    pub column_bytes: f64,
+    column_bytes: f64,
 }
 
 impl<'a> Costs<'a> {
@@ -162,22 +169,46 @@ impl<'a> Costs<'a> {
         let unpacked =
             if self.unpacks_to_memory() { aligned(cut.row_bytes.1 * u64::from(columns)) } else { 0 };
         let sums = u64::from(p.width()) * aligned(self.sums_bytes(t));
-        let products = 2 * u64::from(p.width()) * (stored + unpacked + out) + sums;
-        let biases = 2 * u64::from(p.width()) * aligned(4 * u64::from(columns));
-        let residual = if matches!(p.epilogue, Epilogue::Add(_)) { 2 * out } else { 0 };
-        x + products + if p.finishes() { biases + residual + 2 * out } else { 0 }
+        let biases = u64::from(p.width()) * aligned(4 * u64::from(columns));
+        let residual = if matches!(p.epilogue, Epilogue::Add(_)) { out } else { 0 };
+        let finishes = if p.finishes() { biases + residual + out } else { 0 };
+        let outs = u64::from(cut.out_slots()) * (u64::from(p.width()) * out + finishes);
+        x + 2 * u64::from(p.width()) * (stored + unpacked) + outs + sums
+    }
+
+    /// Returns the blocks of columns of a tile. They end where a weight ends; that counts for activations that are loaded for each.
+    fn column_blocks(&self, t: Tiling) -> u32 {
+        self.tile_columns(t).div_ceil(t.columns) + if t.cut.keeps { 0 } else { t.parts - 1 }
+    }
+
+    /// Returns the most columns of a tile.
+    fn tile_columns(&self, t: Tiling) -> u32 {
+        let columns = self.p.columns();
+        (columns.div_ceil(COLUMNS).div_ceil(t.grid.1) * COLUMNS).min(columns)
+    }
+
+    /// Returns the seconds that device memory needs for the activations of all tiles, and for everything else.
+    pub fn device_s(&self, t: Tiling) -> [f64; 2] {
+        let (chip, p, (grid_m, grid_n)) = (self.chip, self.p, t.grid);
+        let (m, columns, each) = (f64::from(p.m), f64::from(p.columns()), chip.activation_bytes());
+        let reads =
+            |grid: u32, passes: u32| f64::from(passes) * f64::from(grid) / f64::from(chip.multicast(grid));
+        let weights = reads(grid_m, p.m.div_ceil(grid_m).div_ceil(t.rows)) * self.column_bytes;
+        let results = each * m * if matches!(p.epilogue, Epilogue::Add(_)) { 2.0 } else { 1.0 };
+        let x = reads(grid_n, if t.cut.keeps { 1 } else { self.column_blocks(t) });
+        let bytes = [x * each * m * f64::from(p.k), columns * (weights + results)];
+        bytes.map(|bytes| bytes / chip.device_bytes_per_s())
     }
 
     /// Returns the seconds of a tiling by the closed form.
     fn seconds(&self, t: Tiling) -> f64 {
         let (chip, p, cut) = (self.chip, self.p, t.cut);
-        let (grid_m, grid_n) = t.grid;
-        let (m, k, width) = (f64::from(p.m), f64::from(p.k), f64::from(p.width()));
-        let rows = p.m.div_ceil(grid_m);
+        let (k, width) = (f64::from(p.k), f64::from(p.width()));
+        let rows = p.m.div_ceil(t.grid.0);
         let passes = f64::from(rows.div_ceil(t.rows));
-        let columns = (p.columns().div_ceil(COLUMNS).div_ceil(grid_n) * COLUMNS).min(p.columns());
-        let (rows, block) = (t.rows.min(rows), t.columns.min(columns));
-        let (blocks, chunks) = (f64::from(columns.div_ceil(t.columns)), f64::from(cut.chunks));
+        let (columns, blocks) = (self.tile_columns(t), self.column_blocks(t));
+        let (rows, block) = (t.rows.min(rows), t.columns.min(columns.div_ceil(blocks)));
+        let (blocks, chunks) = (f64::from(blocks), f64::from(cut.chunks));
         let rate = self.how.first().map_or(0, |m| m.rate);
         // The first chunk does not read sums, and the last one does not write them.
         let sums_bytes = self.sums_bytes(t) * u64::from(2 * cut.chunks - 2) / u64::from(cut.chunks);
@@ -191,12 +222,7 @@ impl<'a> Costs<'a> {
         let finish_s = if p.finishes() { vector_s(finishing(p, rows, block)) } else { 0.0 };
         let each = chip.activation_bytes();
         let added = if matches!(p.epilogue, Epilogue::Add(_)) { each } else { 0.0 };
-        let weights = passes * f64::from(grid_m) / f64::from(chip.multicast(grid_m));
-        let activations = f64::from(grid_n) / f64::from(chip.multicast(grid_n));
-        let all_columns = f64::from(p.columns());
-        // Without those of activations.
-        let device_bytes = weights * all_columns * self.column_bytes + (each + added) * m * all_columns;
-        let x_device_bytes = each * m * k * activations * if cut.keeps { 1.0 } else { blocks };
+        let [x_device_s, rest_device_s] = self.device_s(t);
         let engine = chip.engine_bytes_per_s();
         // Chunks of weights and activations are runs within rows.
         let run = |runs: u32, bytes: f64, whole: Piece| match cut.chunks {
@@ -216,16 +242,21 @@ impl<'a> Costs<'a> {
             units_s: [width * product_s, unpack_s + finish_s / chunks],
             drain_s,
             store_s: store_s / chunks,
-            device_s: (device_bytes + x_device_bytes) / chip.device_bytes_per_s(),
+            device_s: x_device_s + rest_device_s,
             setup_s: chip.setup_s(&weight),
             requests: (width + finishing_requests, p.out_rows.as_ref().map_or(1.0, |_| rows) / chunks),
             slots: 2.0,
-            least_pace_s: 0.0,
+            ahead_s: 0.0,
+            // With one slot for results, the next ones wait until these are stored.
+            least_pace_s: match cut.chunks {
+                1 => 0.0,
+                _ => (product_s + drain_s + finish_s + store_s + 3.0 * chip.semaphore_s()) / chunks,
+            },
         };
         let waits = if chip.queue_entries() > 1 { 0.0 } else { pipeline.setup_s };
         if cut.chunks == 1 {
             // Activations are loaded first; nothing overlaps with that.
-            let x_s = (each * rows * k / engine).max(each * m * k * activations / chip.device_bytes_per_s());
+            let x_s = (each * rows * k / engine).max(x_device_s);
             let x_s = x_s + waits * requests(&p.x, rows as u32);
             let again = passes - 1.0;
             // Converted activations free their slot for the next load. Unconverted ones keep it until the last
@@ -236,13 +267,16 @@ impl<'a> Costs<'a> {
         // Some chunks come with their activations, and others find them in the scratchpad.
         let with = passes * chunks * if cut.keeps { 1.0 } else { blocks };
         let without = pipeline.count - with;
-        let device_s = |count: f64| device_bytes * count / pipeline.count / chip.device_bytes_per_s();
-        let x_s = each * rows * f64::from(cut.depth) * slowed(&x) / engine;
+        let device_s = |count: f64| rest_device_s * count / pipeline.count;
+        // Tiles load activations at about the same time, and then weights.
+        let x_s = (each * rows * f64::from(cut.depth) * slowed(&x) / engine).max(x_device_s / with);
         let first = Pipeline {
             count: with,
-            load_s: pipeline.load_s + x_s,
+            load_s: pipeline.load_s.max(device_s(1.0)) + x_s,
             units_s: [pipeline.units_s[0], pipeline.units_s[1] + convert_s],
-            device_s: device_s(with) + x_device_bytes / chip.device_bytes_per_s(),
+            // Converted activations free their slot for the next load before the product.
+            ahead_s: if converts { x_s + convert_s } else { 0.0 },
+            device_s: device_s(with) + x_device_s,
             setup_s: pipeline.setup_s.max(chip.setup_s(&x)),
             requests: (pipeline.requests.0 + requests(&p.x, rows as u32), pipeline.requests.1),
             ..pipeline
@@ -253,20 +287,15 @@ impl<'a> Costs<'a> {
         first.seconds(chip) + rest_s + (1.0 - 1.0 / chunks) * (finish_s + store_s)
     }
 
-    /// Returns seconds that no way to cut `k` goes below.
+    /// Returns seconds that a product takes at least, however `k` is cut.
     fn least_s(&self, t: Tiling) -> f64 {
-        let (chip, p) = (self.chip, self.p);
-        let rows = p.m.div_ceil(t.grid.0);
-        let columns = (p.columns().div_ceil(COLUMNS).div_ceil(t.grid.1) * COLUMNS).min(p.columns());
-        let count = f64::from(rows.div_ceil(t.rows)) * f64::from(columns.div_ceil(t.columns));
+        let rows = self.p.m.div_ceil(t.grid.0);
         let rate = self.how.first().map_or(0, |m| m.rate);
-        let (m, n) = (t.rows.min(rows), t.columns.min(columns));
-        let work = Work::Matrix { rate, m, n, k: p.k, sums_bytes: 0 };
-        let products_s = count * f64::from(p.width()) * chip.compute_s(work).0;
-        let weights =
-            f64::from(rows.div_ceil(t.rows)) * f64::from(t.grid.0) / f64::from(chip.multicast(t.grid.0));
-        let device_bytes = weights * f64::from(p.columns()) * self.column_bytes;
-        products_s.max(device_bytes / chip.device_bytes_per_s())
+        let (m, n) = (t.rows.min(rows), self.tile_columns(t));
+        let work = Work::Matrix { rate, m, n, k: self.p.k, sums_bytes: 0 };
+        let passes = f64::from(rows.div_ceil(t.rows));
+        let products_s = passes * f64::from(self.p.width()) * self.chip.compute_s(work).0;
+        products_s.max(self.device_s(t).iter().sum())
     }
 
     /// Returns all divisions into tiles and blocks, without cuts of `k`.
@@ -281,8 +310,11 @@ impl<'a> Costs<'a> {
         for grid_m in grids.into_iter().rev() {
             let grid_n = (self.tiles / grid_m).min(p.columns().div_ceil(COLUMNS)).max(1);
             let columns = p.columns().div_ceil(COLUMNS).div_ceil(grid_n) * COLUMNS;
+            let parts = |tile| p.parts(share(p.columns(), COLUMNS, grid_n, tile), u32::MAX).len() as u32;
+            let parts = if p.parts.len() > 1 { (0..grid_n).map(parts).max().unwrap_or(1).max(1) } else { 1 };
             for rows in halves(p.m.div_ceil(grid_m)) {
-                let tiling = |columns| Tiling { grid: (grid_m, grid_n), rows, columns, cut: self.cuts[0] };
+                let grid = (grid_m, grid_n);
+                let tiling = |columns| Tiling { grid, parts, rows, columns, cut: self.cuts[0] };
                 all.extend(halves(columns).map(tiling));
             }
         }
@@ -460,13 +492,15 @@ impl<'a> ProductRings<'a> {
         let columns = u64::from(t.columns);
         let out_bytes = 4 * u64::from(t.rows) * columns;
         let if_so = |so: bool, bytes: u64| if so { bytes } else { 0 };
-        let mut rings = |bytes: u64| -> Vec<Ring> { (0..p.width()).map(|_| b.ring(2, bytes)).collect() };
-        let weights = rings(t.cut.row_bytes.0 * columns);
-        let unpacked = rings(if_so(costs.unpacks_to_memory(), t.cut.row_bytes.1 * columns));
-        let products = rings(out_bytes);
-        let biases = rings(if_so(p.finishes(), 4 * columns));
-        let residual = b.ring(2, if_so(matches!(p.epilogue, Epilogue::Add(_)), out_bytes));
-        let finished = b.ring(2, if_so(p.finishes(), out_bytes));
+        let outs = t.cut.out_slots();
+        let mut rings =
+            |slots, bytes| -> Vec<Ring> { (0..p.width()).map(|_| b.ring(slots, bytes)).collect() };
+        let weights = rings(2, t.cut.row_bytes.0 * columns);
+        let unpacked = rings(2, if_so(costs.unpacks_to_memory(), t.cut.row_bytes.1 * columns));
+        let products = rings(outs, out_bytes);
+        let biases = rings(outs, if_so(p.finishes(), 4 * columns));
+        let residual = b.ring(outs, if_so(matches!(p.epilogue, Epilogue::Add(_)), out_bytes));
+        let finished = b.ring(outs, if_so(p.finishes(), out_bytes));
         // Room for sums that the matrix unit does not keep.
         let _ = b.ring(p.width(), costs.sums_bytes(t));
         ProductRings { costs, tiling: t, weights, unpacked, products, biases, residual, finished }
@@ -635,6 +669,119 @@ fn out_pieces(p: &Product, part: &Part, rows: Range<u32>, range: Range<u32>) -> 
         Some(list) => {
             let rows = list.get(rows.start as usize..rows.end as usize).unwrap_or(&[]);
             rows.iter().map(|&row| Piece::whole(part.out, at(row), bytes).of_activations()).collect()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::closed_s;
+    use super::*;
+    use crate::chip::Numerics;
+    use crate::shape::{RESIDUAL, Rows, Shape, bias, weight};
+    use crate::tile::{Action, Operand};
+    use halite_profiles::profile::Profile;
+
+    fn chip(name: &str, memory: &str, scratch_bytes: u32) -> Chip {
+        let path = format!("memory.{memory}.capacity_bytes");
+        let profile = Profile::open(name).unwrap().with(&path, f64::from(scratch_bytes)).unwrap();
+        Chip::new(profile, Numerics::Exact, None).unwrap()
+    }
+
+    /// `[m, k]` times weights of some formats, each with `n` rows.
+    fn product(m: u32, k: u32, n: u32, formats: &[Format], epilogue: Epilogue) -> Product {
+        let out = |i| Operand::Out(if epilogue == Epilogue::None { i } else { 0 });
+        let part = |(i, &format): (usize, &Format)| Part {
+            n,
+            format,
+            weight: (weight(i), 0),
+            bias: (i == 0).then_some((bias(i), 0)),
+            out: out(i),
+        };
+        let parts = formats.iter().enumerate().map(part).collect();
+        Product { m, k, x: Rows::own(X, k), parts, epilogue, out_rows: None }
+    }
+
+    fn products() -> Vec<Product> {
+        use Format::{F16, Q4_0, Q4_K, Q8_0};
+        vec![
+            product(1, 4096, 4096, &[Q4_0], Epilogue::None),
+            product(512, 4096, 4096, &[F16], Epilogue::Add(RESIDUAL)),
+            product(100, 4096, 11_008, &[Q4_K, Q4_K], Epilogue::Glu),
+            product(33, 11_008, 512, &[Q8_0, F16, Q4_K], Epilogue::None),
+        ]
+    }
+
+    /// However a product is cut, a tile reads its weights once for each pass over its rows, adds up every element of `k` in
+    /// order, and writes each result once.
+    #[test]
+    fn cuts_lose_nothing() {
+        let mut cut = 0;
+        for (name, memory) in
+            [("maia-100", "tsram"), ("teaching-16x16", "scratchpad"), ("tpu-v1", "unified_buffer")]
+        {
+            for (p, bytes) in products().iter().flat_map(|p| [(p, 32 << 10), (p, 256 << 10)]) {
+                let chip = chip(name, memory, bytes);
+                let (tiling, _) = Costs::new(&chip, p, chip.tiles).tiling().unwrap();
+                cut += u32::from(tiling.cut.chunks > 1);
+                let mut stored = 0;
+                for program in product_programs(&chip, p, chip.tiles).unwrap() {
+                    assert!(program.scratch_bytes() <= chip.scratch_bytes);
+                    // By part: bytes of weights, columns that were multiplied and finished, and where the sums are.
+                    let mut loaded = vec![0; p.parts.len()];
+                    let (mut multiplied, mut at) = (0, vec![0; 2]);
+                    let mut finished = 0;
+                    for command in &program.commands {
+                        match &command.action {
+                            Action::Load { from, .. } => {
+                                let part = p.parts.iter().position(|part| part.weight.0 == from.operand);
+                                part.into_iter().for_each(|i| loaded[i] += from.bytes());
+                            }
+                            Action::Store { to, .. } => stored += to.bytes(),
+                            Action::Compute {
+                                step: Step::Product { rows, columns, k, last, sums, .. },
+                                ..
+                            } => {
+                                assert_eq!((k.start, *last), (at[*sums], k.end == p.k));
+                                at[*sums] = if *last { 0 } else { k.end };
+                                multiplied += u64::from(rows * columns) * k.len() as u64;
+                                finished += u64::from(rows * columns * u32::from(*last));
+                            }
+                            Action::Compute { .. } => {}
+                        }
+                    }
+                    assert!(at == [0, 0] && multiplied == finished * u64::from(p.k));
+                    // All tiles of a row of the grid have the same rows, but the first tiles may have one less.
+                    let passes = |rows: u32| u64::from(rows.div_ceil(tiling.rows));
+                    let (most, least) = (p.m.div_ceil(tiling.grid.0), p.m / tiling.grid.0);
+                    for (part, bytes) in p.parts.iter().zip(loaded) {
+                        let row = form_bytes(Form::File(part.format), 1, p.k);
+                        let whole = |passes: u64| {
+                            bytes % (passes * row) == 0 && bytes <= passes * row * u64::from(part.n)
+                        };
+                        assert!(whole(passes(most)) || whole(passes(least)), "{bytes} bytes of {row} a row");
+                    }
+                }
+                assert_eq!(stored, 4 * u64::from(p.m) * u64::from(p.columns()), "{tiling:?}");
+            }
+        }
+        assert!(cut > 12, "{cut} products were cut");
+    }
+
+    /// A product that fits as a whole is cut only where that is faster, so more room never costs time.
+    #[test]
+    fn larger_scratchpads_are_not_slower() {
+        for (name, memory) in
+            [("maia-100", "tsram"), ("teaching-16x16", "scratchpad"), ("tpu-v1", "unified_buffer")]
+        {
+            for p in products() {
+                let shape = Shape::Product(p);
+                let sizes = (0..57).map(|i| (32_768.0 * f64::from(i).mul_add(0.125, 0.0).exp2()) as u32);
+                let times: Vec<f64> =
+                    sizes.map(|bytes| closed_s(&chip(name, memory, bytes), &shape).unwrap()).collect();
+                assert!(times.is_sorted_by(|small, large| small >= large), "{name}, {shape:?}: {times:?}");
+                assert!(times.first() > times.last());
+            }
         }
     }
 }

@@ -77,6 +77,7 @@ pub fn units_s(chip: &Chip, units: &Units) -> Result<f64> {
             units.writes.iter().map(|rows| requests(rows, block)).sum(),
         ),
         slots: f64::from(slots),
+        ahead_s: 0.0,
         least_pace_s: 0.0,
     }
     .seconds(chip)
