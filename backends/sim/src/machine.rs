@@ -42,12 +42,14 @@ pub struct Machine {
     /// Unfinished sums of products, by place in the matrix unit: one number each, or in exact numerics the sixteen that the contract
     /// has for sums of floats.
     pub sums: [Vec<f32>; 2],
+    /// Sums of a row's elements so far, which the vector unit keeps from one piece of the row to the next.
+    pub lanes: [f32; LANES],
     /// Weights in the chip's formats: tiles that share columns unpack the same ones, and so does the next step.
     pub unpacked: Unpacked,
 }
 
-/// Accumulators of a sum of floats: one for each `k` mod 16.
-const LANES: usize = 16;
+/// Accumulators of a sum of floats: one for each position mod 16.
+pub const LANES: usize = 16;
 
 /// Adds products of floats to their accumulators.
 struct Strided<'a> {
@@ -76,9 +78,9 @@ impl WithIsa for Strided<'_> {
 }
 
 /// Adds the accumulators of each sum, by the contract's tree.
-struct Reduce<'a> {
-    sums: &'a [[f32; LANES]],
-    out: &'a mut [f32],
+pub struct Reduce<'a> {
+    pub sums: &'a [[f32; LANES]],
+    pub out: &'a mut [f32],
 }
 
 impl WithIsa for Reduce<'_> {

@@ -71,6 +71,7 @@ fn experts_waves(chip: &Chip, e: &Experts) -> Vec<Wave> {
 fn experts_sum(e: &Experts) -> Units {
     Units {
         count: e.tokens,
+        pieces: 1,
         reads: vec![Rows::own(expert::OUTPUTS, e.used * e.cols), Rows::own(expert::ROUTER_WEIGHTS, e.used)],
         writes: vec![Rows::own(Operand::Out(0), e.cols)],
         work: [u64::from(e.used) * u64::from(e.cols), 0, 0, 0, 0],

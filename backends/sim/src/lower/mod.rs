@@ -23,7 +23,7 @@ use attend::{attend_phases, attend_s};
 use experts::{experts_phases, experts_s};
 use halite::{Error, Result};
 use product::{Costs, product_programs};
-use units::{arg_max_stages, stage_phases, stages_s, top_k_stages, units_programs, units_s};
+use units::{arg_max_stages, norm_stages, stage_phases, stages_s, top_k_stages, units_programs, units_s};
 
 /// Numbers of slots for loaded data, best first. With two, a load overlaps with the unit's work.
 const SLOTS: [u32; 2] = [2, 1];
@@ -44,6 +44,7 @@ pub fn lower(chip: &Chip, shape: &Shape) -> Result<Lowered> {
     let mut lowered = Lowered::default();
     match shape {
         Shape::Units(units) => lowered.phases.push(units_programs(chip, units, 0)?),
+        Shape::Norm(norm) => stage_phases(chip, &norm_stages(chip, norm)?, &mut lowered)?,
         Shape::Product(product) => lowered.phases.push(product_programs(chip, product, chip.tiles)?),
         Shape::Attend(attend) => attend_phases(chip, attend, &mut lowered)?,
         Shape::Experts(experts) => experts_phases(chip, experts, &mut lowered)?,
@@ -61,6 +62,7 @@ pub fn closed_s(chip: &Chip, shape: &Shape) -> Result<f64> {
     let barrier_s = chip.barrier_s();
     let seconds = match shape {
         Shape::Units(units) => units_s(chip, units)? + barrier_s,
+        Shape::Norm(norm) => stages_s(chip, &norm_stages(chip, norm)?)?,
         Shape::Product(product) => Costs::new(chip, product, chip.tiles).tiling()?.1 + barrier_s,
         Shape::Attend(attend) => attend_s(chip, attend)? + barrier_s,
         Shape::Experts(experts) => experts_s(chip, experts)?,
