@@ -175,7 +175,7 @@ impl Chip {
     /// Returns the seconds that a unit is busy with work, and the seconds from then to its last result.
     pub fn compute_s(&self, work: Work) -> (f64, f64) {
         match work {
-            Work::Matrix { rate, m, n, k } => {
+            Work::Matrix { rate, m, n, k, sums_bytes } => {
                 let Some(unit) = &self.profile.matrix else {
                     let all = u64::from(m) * u64::from(n) * u64::from(k);
                     return self.vector_s(VectorWork { simple: all, ..Default::default() }, rate);
@@ -184,7 +184,8 @@ impl Chip {
                 let clock_hz = unit.clock_hz.as_ref().unwrap_or(&self.profile.chip.clock_hz).value;
                 let product = Product { m: m.into(), n: n.into(), k: k.into() };
                 let cycles = matrix::cycles(unit, rate, product);
-                (cycles.busy / unit.units_per_tile.value / clock_hz, cycles.drain / clock_hz)
+                let sums_s = sums_bytes as f64 / self.scratchpad().read_bytes_per_s.value;
+                (cycles.busy / unit.units_per_tile.value / clock_hz + sums_s, cycles.drain / clock_hz)
             }
             Work::Vector(work) => self.vector_s(work, self.vector_rate()),
         }
@@ -214,6 +215,13 @@ impl Chip {
         Some((unit.columns.value.max(1.0) as u32, unit.dataflow == Dataflow::InputStationary))
     }
 
+    /// Whether a tile's matrix units keep this many bytes of sums. A profile that does not say how many they keep sets no limit.
+    pub fn keeps_sums(&self, bytes: u64) -> bool {
+        let unit = self.profile.matrix.as_ref();
+        let of_unit = unit.and_then(|unit| Some((unit, unit.accumulator_bytes.as_ref()?)));
+        of_unit.is_none_or(|(unit, each)| bytes as f64 <= each.value * unit.units_per_tile.value)
+    }
+
     fn vector_s(&self, work: VectorWork, rate: usize) -> (f64, f64) {
         let unit = &self.profile.vector;
         let clock_hz = unit.clock_hz.as_ref().unwrap_or(&self.profile.chip.clock_hz).value;
@@ -234,11 +242,11 @@ impl Chip {
     /// Returns the picojoules of work, if the profile has them.
     pub fn compute_pj(&self, work: Work) -> Option<f64> {
         match (work, &self.profile.matrix) {
-            (Work::Matrix { rate, m, n, k }, Some(unit)) => {
+            (Work::Matrix { rate, m, n, k, .. }, Some(unit)) => {
                 let ops = 2.0 * f64::from(m) * f64::from(n) * f64::from(k);
                 Some(ops * unit.rate.get(rate)?.pj_per_op.as_ref()?.value)
             }
-            (Work::Matrix { rate, m, n, k }, None) => {
+            (Work::Matrix { rate, m, n, k, .. }, None) => {
                 let ops = 2.0 * f64::from(m) * f64::from(n) * f64::from(k);
                 Some(ops * self.profile.vector.rate.get(rate)?.pj_per_op.as_ref()?.value)
             }

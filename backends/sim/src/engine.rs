@@ -180,7 +180,8 @@ fn count(chip: &Chip, program: &TileProgram, total: &mut OpTime) {
                 }
                 let read: u64 = reads.iter().map(|&slot| held[slot as usize]).sum();
                 total.scratch_bytes += read as f64;
-                if let Work::Matrix { m, n, k, .. } = work {
+                if let Work::Matrix { m, n, k, sums_bytes, .. } = work {
+                    total.scratch_bytes += *sums_bytes as f64;
                     total.matrix_ops += 2.0 * f64::from(*m) * f64::from(*n) * f64::from(*k);
                 }
                 total.joules = total.joules.zip(chip.compute_pj(*work)).map(|(a, b)| a + b);

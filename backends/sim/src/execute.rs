@@ -510,7 +510,7 @@ mod tests {
         for (count, elements) in [(1, 1), (1, 4000), (7, 8000), (1000, 16), (3, 16_000)] {
             let rows = |operand| vec![Rows::own(operand, elements)];
             let (reads, writes) = (rows(Operand::In(0)), rows(Operand::Out(0)));
-            let shape = Shape::Units(Units { count, reads, writes, work: [1, 0, 0, 0, 0] });
+            let shape = Shape::Units(Units { count, pieces: 1, reads, writes, work: [1, 0, 0, 0, 0] });
             match lower(&chip(), &shape) {
                 Ok(lowered) => {
                     let bytes = lowered.phases.iter().flatten().map(TileProgram::scratch_bytes).max();

@@ -9,6 +9,7 @@ use halite_kernels::rows;
 use super::engine::OpTime;
 use super::execute::{self, Function, Operands, Order};
 use super::machine::{Machine, floats, floats_mut, unknown};
+use super::norm::norm;
 use super::shape::{self, Shape};
 use super::tile::{Lowered, Step};
 use super::{Report, Sim, lower, measured, name, native};
@@ -51,6 +52,8 @@ impl SimKernels {
             isa: sim.isa,
             chip: sim.chip.clone(),
             decoded: native::Decoded::default(),
+            sums: Default::default(),
+            lanes: Default::default(),
             unpacked: Default::default(),
         };
         Ok(SimKernels {
@@ -114,6 +117,7 @@ impl Kernels for SimKernels {
             }
             op => {
                 let (inputs, mut outputs) = operands(op);
+                let pieces = lowered.phases.len() > 1;
                 device.run(&inputs, &mut outputs, |machine, command, reads, writes| match step.op {
                     Op::MatMul { epilogue, .. } => {
                         let epilogue = match *epilogue {
@@ -124,6 +128,8 @@ impl Kernels for SimKernels {
                         };
                         machine.product(command, reads, writes, epilogue)
                     }
+                    // In one stage, rows are whole.
+                    Op::Norm { .. } if pieces => norm(machine, step, command, reads, writes),
                     Op::Experts { .. } => experts(machine, step, command, reads, writes),
                     Op::TopK { x, ids, .. } => {
                         let (cols, k) = (step.program.tensor(*x).cols, step.program.tensor(*ids).cols);
@@ -224,11 +230,14 @@ fn units(
 ) -> Result<()> {
     let Step::Units { first, count, .. } = *command else { return Err(unknown(command)) };
     let HostStep { program, op, .. } = *step;
+    let written = writes.first().map_or(0, |bytes| bytes.len() / 4);
     // Elements of a unit of an operand.
     let cols = |id: TensorId| match op {
         Op::Norm { group, .. } => *group,
         Op::Rope { x, out, rotation } if id == *x || id == *out => rotation.head_dim,
         Op::Glu { .. } | Op::Add { .. } | Op::Unary { .. } => 1,
+        // Rows may be moved in parts.
+        Op::Embed { .. } | Op::Gather { .. } => written as u32 / count.max(1),
         _ => program.tensor(id).cols,
     };
     // Slots have exactly the rows that the units chose.

@@ -17,6 +17,7 @@ mod machine;
 pub mod matrix;
 mod measured;
 mod native;
+mod norm;
 mod shape;
 pub mod step;
 mod tile;

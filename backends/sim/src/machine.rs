@@ -7,8 +7,8 @@ use std::sync::Arc;
 use halite_kernels::activation::{Activation, PADDING, Quantise, Quantised, QuantisedMut, SUMS, padded};
 use halite_kernels::attention::{Attend as AttendPage, AttendChunks, Merge, PageShape, Pages};
 use halite_kernels::formats::{Format, Layout};
-use halite_kernels::isa::Cpu as Isa;
-use halite_kernels::matmul::{MatMul, X, matmul};
+use halite_kernels::isa::{Cpu, Isa, WithIsa};
+use halite_kernels::matmul::{MatMul, X, matmul, matmul_onto};
 use halite_kernels::panel::PanelMut;
 use halite_kernels::rows;
 
@@ -36,11 +36,58 @@ pub fn unknown(step: &Step) -> Error {
 
 /// Kernels that compute the steps of products.
 pub struct Machine {
-    pub isa: Isa,
+    pub isa: Cpu,
     pub chip: Arc<Chip>,
     pub decoded: native::Decoded,
+    /// Unfinished sums of products, by place in the matrix unit: one number each, or in exact numerics the sixteen that the contract
+    /// has for sums of floats.
+    pub sums: [Vec<f32>; 2],
+    /// Sums of a row's elements so far, which the vector unit keeps from one piece of the row to the next.
+    pub lanes: [f32; LANES],
     /// Weights in the chip's formats: tiles that share columns unpack the same ones, and so does the next step.
     pub unpacked: Unpacked,
+}
+
+/// Accumulators of a sum of floats: one for each position mod 16.
+pub const LANES: usize = 16;
+
+/// Adds products of floats to their accumulators.
+struct Strided<'a> {
+    x: &'a [f32],
+    w: &'a [f32],
+    k: usize,
+    columns: usize,
+    sums: &'a mut [[f32; LANES]],
+}
+
+impl WithIsa for Strided<'_> {
+    type Out = ();
+    fn call<I: Isa>(self, isa: I) {
+        let k = self.k.max(1);
+        for (x, sums) in self.x.chunks_exact(k).zip(self.sums.chunks_exact_mut(self.columns.max(1))) {
+            for (w, sum) in self.w.chunks_exact(k).zip(sums) {
+                let ((x, x_rest), (w, w_rest)) = (x.as_chunks(), w.as_chunks());
+                let add = |acc, (x, w)| isa.fma(isa.load(w), isa.load(x), acc);
+                isa.store(x.iter().zip(w).fold(isa.load(sum), add), sum);
+                for ((x, w), sum) in x_rest.iter().zip(w_rest).zip(sum) {
+                    *sum = isa.fma_one(*w, *x, *sum);
+                }
+            }
+        }
+    }
+}
+
+/// Adds the accumulators of each sum, by the contract's tree.
+pub struct Reduce<'a> {
+    pub sums: &'a [[f32; LANES]],
+    pub out: &'a mut [f32],
+}
+
+impl WithIsa for Reduce<'_> {
+    type Out = ();
+    fn call<I: Isa>(self, isa: I) {
+        self.out.iter_mut().zip(self.sums).for_each(|(out, sum)| *out = isa.sum(isa.load(sum)));
+    }
 }
 
 /// Unpacked weights by what they were unpacked from.
@@ -110,8 +157,9 @@ impl Machine {
                     native::encode(*dtype, rules, *k as usize, &values, to)
                 })?;
             }
-            Step::Product { rows, columns, k, x, w } => {
-                let (k, rows) = (*k as usize, *rows as usize);
+            Step::Product { k, last, .. } if k.start > 0 || !last => self.sum(step, reads, writes)?,
+            Step::Product { rows, columns, k, x, w, .. } => {
+                let (k, rows) = (k.len(), *rows as usize);
                 let out = floats_mut(writes, 0);
                 let (format, x) = match (w, x) {
                     (Form::Chip(w), Form::Chip(x)) => {
@@ -150,6 +198,53 @@ impl Machine {
                 self.round(out);
             }
             _ => return Err(unknown(step)),
+        }
+        Ok(())
+    }
+
+    /// Adds a chunk of a product to the sums of those before it.
+    fn sum(&mut self, step: &Step, reads: &[&[u8]], writes: &mut [&mut [u8]]) -> Result<()> {
+        let Step::Product { rows, columns, k, last, sums: place, x, w } = step else {
+            return Err(unknown(step));
+        };
+        let (rows, columns, is_first) = (*rows as usize, *columns as usize, k.start == 0);
+        let (k, count) = (k.len(), rows * columns);
+        let Some(sums) = self.sums.get_mut(*place) else { return Err(unknown(step)) };
+        let mut start = |lanes: usize| {
+            if is_first {
+                sums.clear();
+                sums.resize(count * lanes, 0.0);
+            }
+        };
+        match (w, x) {
+            (Form::Chip(w), Form::Chip(x)) => {
+                start(1);
+                let mut chunk = vec![0.0; count];
+                native::product(self.isa, &mut self.decoded, (*x, reads[0]), (*w, reads[1]), k, &mut chunk)?;
+                sums.iter_mut().zip(chunk).for_each(|(sum, chunk)| *sum += chunk);
+            }
+            (Form::File(format), Form::Quantised(a)) => {
+                start(1);
+                let x = X::Quantised(quantised(*a, rows, k, reads[0]));
+                let out = PanelMut::new(sums, columns);
+                matmul_onto(*format, MatMul { w: reads[1], layout: Layout::Rows, k, x, out });
+            }
+            (Form::File(format), Form::F32) => {
+                start(LANES);
+                let mut w = vec![0.0; columns * k];
+                format.dequantize(reads[1], &mut w).map_err(|e| Error::Program(e.to_string()))?;
+                let (sums, _) = sums.as_chunks_mut();
+                self.isa.run_inline(Strided { x: floats(reads[0]), w: &w, k, columns, sums });
+                if *last {
+                    let out = floats_mut(writes, 0);
+                    self.isa.run_inline(Reduce { sums, out });
+                    return Ok(());
+                }
+            }
+            _ => return Err(unknown(step)),
+        }
+        if *last {
+            floats_mut(writes, 0).copy_from_slice(sums);
         }
         Ok(())
     }

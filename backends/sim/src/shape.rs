@@ -8,7 +8,7 @@ use halite_kernels::rows::Unary;
 use super::tile::{Operand, VectorWork};
 use halite::backend::{Span, Step};
 use halite::passes;
-use halite::program::{self, Dim, Gating, Index, Op, PAGE_POSITIONS, Program, State, TensorId};
+use halite::program::{self, Dim, Gating, Index, NormKind, Op, PAGE_POSITIONS, Program, State, TensorId};
 use halite::{Error, Result};
 
 /// An op in a step.
@@ -16,6 +16,8 @@ use halite::{Error, Result};
 pub enum Shape {
     /// Element-wise or row-wise work.
     Units(Units),
+    /// Norms of rows.
+    Norm(Norm),
     /// Products with weights.
     Product(Product),
     /// Attention.
@@ -33,12 +35,28 @@ pub enum Shape {
 pub struct Units {
     /// Number of units.
     pub count: u32,
+    /// Consecutive units that one tile computes in order: the pieces of a row. Each adds to what the vector unit keeps of those before
+    /// it.
+    pub pieces: u32,
     /// Operands to read.
     pub reads: Vec<Rows>,
     /// Operands to write.
     pub writes: Vec<Rows>,
     /// Work of a unit: see [`VectorWork`], in the order of its fields.
     pub work: [u64; 5],
+}
+
+/// Norms of rows, which a tile may compute in pieces.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Norm {
+    /// Norms of whole rows.
+    pub rows: Units,
+    /// Elements of a row.
+    pub elements: u32,
+    /// Whether the mean is subtracted.
+    pub centred: bool,
+    /// Whether something is added to the rows first.
+    pub adds: bool,
 }
 
 /// The rows of an operand that units access.
@@ -208,6 +226,7 @@ pub fn shape(program: &Program, op: &Op, step: &Step<'_>, ids: Option<&[i32]>) -
         let run = 1 << cols(x).trailing_zeros().min(6);
         Shape::Units(Units {
             count: rows(x) * (cols(x) / run),
+            pieces: 1,
             reads: (0..reads).map(|i| Rows::own(Operand::In(i), run)).collect(),
             writes: vec![Rows::own(Operand::Out(0), run)],
             work: work(each.times(run.into())),
@@ -222,31 +241,38 @@ pub fn shape(program: &Program, op: &Op, step: &Step<'_>, ids: Option<&[i32]>) -
                 Index::First => vec![0; step.tokens.len()],
                 _ => return Err(unsupported(op, index)),
             };
-            let bytes = t.format.row_bytes(t.cols as usize).unwrap_or(0) as u32;
+            let run = run(t.cols, t.format.block_len() as u32);
+            let bytes = t.format.row_bytes(run as usize).unwrap_or(0) as u32;
             Shape::Units(Units {
-                count: rows(*out),
+                count: rows(*out) * (t.cols / run),
+                pieces: 1,
                 reads: vec![Rows {
                     operand: Operand::In(0),
                     bytes,
-                    index: RowIndex::Gather(indices),
+                    index: RowIndex::Gather(runs(&indices, t.cols / run)),
                     activations: false,
                 }],
-                writes: vec![Rows::own(Operand::Out(0), t.cols)],
-                work: work(SIMPLE.times(2 * u64::from(t.cols))),
+                writes: vec![Rows::own(Operand::Out(0), run)],
+                work: work(SIMPLE.times(2 * u64::from(run))),
             })
         }
-        Op::Gather { x, out } => Shape::Units(Units {
-            count: rows(*out),
-            reads: vec![Rows {
-                operand: Operand::In(0),
-                bytes: 4 * cols(*x),
-                index: RowIndex::Gather(step.outputs.to_vec()),
-                activations: true,
-            }],
-            writes: vec![Rows::own(Operand::Out(0), cols(*x))],
-            work: work(SIMPLE.times(cols(*x).into())),
-        }),
-        Op::Norm { x, add, sum, weight, bias, out, group, .. } => {
+        Op::Gather { x, out } => {
+            let run = run(cols(*x), 1);
+            let pieces = cols(*x) / run;
+            Shape::Units(Units {
+                count: rows(*out) * pieces,
+                pieces: 1,
+                reads: vec![Rows {
+                    operand: Operand::In(0),
+                    bytes: 4 * run,
+                    index: RowIndex::Gather(runs(step.outputs, pieces)),
+                    activations: true,
+                }],
+                writes: vec![Rows::own(Operand::Out(0), run)],
+                work: work(SIMPLE.times(run.into())),
+            })
+        }
+        Op::Norm { x, add, sum, weight, bias, out, group, kind, .. } => {
             let mut reads = vec![Rows::own(Operand::In(0), *group)];
             reads.extend(add.map(|_| Rows::own(Operand::In(1), *group)));
             reads.extend(weight.map(|_| Rows::only(Operand::In(2), *group)));
@@ -255,12 +281,15 @@ pub fn shape(program: &Program, op: &Op, step: &Step<'_>, ids: Option<&[i32]>) -
             writes.extend(sum.map(|_| Rows::own(Operand::Out(1), *group)));
             let passes = 2 + [add, weight, bias].iter().filter(|x| x.is_some()).count() as u64;
             let simple = passes * u64::from(*group);
-            Shape::Units(Units {
+            let rows = Units {
                 count: rows(*out) * (cols(*x) / group),
+                pieces: 1,
                 reads,
                 writes,
                 work: work(VectorWork { simple, rsqrt: 1, ..Default::default() }),
-            })
+            };
+            let centred = *kind == NormKind::Layer;
+            Shape::Norm(Norm { rows, elements: *group, centred, adds: add.is_some() })
         }
         Op::MatMul { x, parts, epilogue, .. } => {
             let epilogue = match epilogue {
@@ -291,6 +320,7 @@ pub fn shape(program: &Program, op: &Op, step: &Step<'_>, ids: Option<&[i32]>) -
             reads.extend(rotation.factors.map(|_| Rows::only(Operand::In(1), pairs)));
             Shape::Units(Units {
                 count: rows(*x) * (cols(*x) / head_dim),
+                pieces: 1,
                 reads,
                 writes: vec![Rows::own(Operand::Out(0), head_dim)],
                 work: work(turned(pairs.into())),
@@ -299,30 +329,37 @@ pub fn shape(program: &Program, op: &Op, step: &Step<'_>, ids: Option<&[i32]>) -
         Op::RopeKv { q, k, v, state, rotation, .. } => {
             let s = state_of(program, state.0)?;
             let pairs = rotation.frequencies.len() as u32;
-            let heads = (cols(*q) + cols(*k)) / rotation.head_dim;
+            let of_head = |id: TensorId| cols(id) / s.kv_heads.max(1);
+            let heads = (of_head(*q) + of_head(*k)) / rotation.head_dim;
             let mut reads: Vec<Rows> =
-                (0..).zip([q, k, v]).map(|(i, id)| Rows::own(Operand::In(i), cols(*id))).collect();
+                (0..).zip([q, k, v]).map(|(i, id)| Rows::own(Operand::In(i), of_head(*id))).collect();
             reads.extend(rotation.factors.map(|_| Rows::only(Operand::In(3), pairs)));
-            let elements = u64::from(cols(*k)) + u64::from(cols(*v));
+            let elements = u64::from(of_head(*k)) + u64::from(of_head(*v));
             let turned = turned(u64::from(pairs) * u64::from(heads));
             Shape::Units(Units {
-                count: tokens,
+                count: tokens * s.kv_heads,
+                pieces: 1,
                 reads,
                 writes: vec![
-                    Rows::own(Operand::Out(0), cols(*q)),
-                    stored(s, Operand::Out(1), cols(*k)),
-                    stored(s, Operand::Out(2), cols(*v)),
+                    Rows::own(Operand::Out(0), of_head(*q)),
+                    stored(s, Operand::Out(1), of_head(*k)),
+                    stored(s, Operand::Out(2), of_head(*v)),
                 ],
                 work: work(VectorWork { quantize: elements, ..turned }),
             })
         }
         Op::KvWrite { k, v, state } => {
             let s = state_of(program, state.0)?;
-            let elements = u64::from(cols(*k)) + u64::from(cols(*v));
+            let of_head = |id: TensorId| cols(id) / s.kv_heads.max(1);
+            let elements = u64::from(of_head(*k)) + u64::from(of_head(*v));
             Shape::Units(Units {
-                count: tokens,
-                reads: vec![Rows::own(Operand::In(0), cols(*k)), Rows::own(Operand::In(1), cols(*v))],
-                writes: vec![stored(s, Operand::Out(0), cols(*k)), stored(s, Operand::Out(1), cols(*v))],
+                count: tokens * s.kv_heads,
+                pieces: 1,
+                reads: vec![Rows::own(Operand::In(0), of_head(*k)), Rows::own(Operand::In(1), of_head(*v))],
+                writes: vec![
+                    stored(s, Operand::Out(0), of_head(*k)),
+                    stored(s, Operand::Out(1), of_head(*v)),
+                ],
                 work: work(VectorWork { quantize: elements, ..Default::default() }),
             })
         }
@@ -359,6 +396,7 @@ pub fn shape(program: &Program, op: &Op, step: &Step<'_>, ids: Option<&[i32]>) -
             let exp = if *gating == Gating::SoftmaxOfTop { used } else { experts };
             Shape::Units(Units {
                 count: rows(*logits),
+                pieces: 1,
                 reads: vec![Rows::own(Operand::In(0), cols(*logits))],
                 writes: vec![Rows::own(Operand::Out(0), cols(*ids)), Rows::own(Operand::Out(1), cols(*ids))],
                 // The maximum of the remaining experts, `used` times.
@@ -387,6 +425,20 @@ pub fn shape(program: &Program, op: &Op, step: &Step<'_>, ids: Option<&[i32]>) -
         Op::ArgMax { x, .. } => Shape::ArgMax { rows: rows(*x), cols: cols(*x) },
         unknown => return Err(Error::argument("op", "one that can be simulated", unknown.name())),
     })
+}
+
+/// Elements of a row that are moved together, at most.
+const RUN: u32 = 2048;
+
+/// Returns the elements of the parts in which a row of blocks can be moved.
+fn run(cols: u32, block_len: u32) -> u32 {
+    let fits = |run: &u32| cols.is_multiple_of(*run) && run.is_multiple_of(block_len);
+    (64..=RUN.min(cols)).rev().find(fits).unwrap_or(cols)
+}
+
+/// Returns the numbers of the parts of some rows.
+fn runs(rows: &[u32], parts: u32) -> Vec<u32> {
+    rows.iter().flat_map(|row| (0..parts).map(move |part| row * parts + part)).collect()
 }
 
 /// Returns the number of experts that a router chooses from.

@@ -63,6 +63,7 @@ fn each_op(
 fn is_empty(shape: &Shape) -> bool {
     match shape {
         Shape::Units(units) => units.count == 0,
+        Shape::Norm(norm) => norm.rows.count == 0,
         Shape::Product(product) => product.m == 0,
         Shape::Attend(attend) => attend.spans.is_empty(),
         Shape::Experts(experts) => experts.tokens == 0,

@@ -45,6 +45,17 @@ impl Piece {
         Piece { activations: true, ..self }
     }
 
+    /// The bytes `range` of each of the consecutive rows of `row_bytes` that the piece has.
+    pub fn within(self, row_bytes: u32, range: std::ops::Range<u32>) -> Piece {
+        let run_bytes = range.end - range.start;
+        if run_bytes == row_bytes {
+            return self;
+        }
+        let runs = self.run_bytes / row_bytes.max(1);
+        let offset = self.offset + u64::from(range.start);
+        Piece { offset, runs, run_bytes, stride: row_bytes.into(), ..self }
+    }
+
     /// All bytes.
     pub fn bytes(&self) -> u64 {
         u64::from(self.runs) * u64::from(self.run_bytes)
@@ -110,8 +121,9 @@ impl VectorWork {
 /// The work of a unit.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Work {
-    /// A product of `m x k` with `k x n` at rate number `rate` of the matrix unit.
-    Matrix { rate: usize, m: u32, n: u32, k: u32 },
+    /// A product of `m x k` with `k x n` at rate number `rate` of the matrix unit. `sums_bytes` of unfinished sums pass between
+    /// the unit and the scratchpad.
+    Matrix { rate: usize, m: u32, n: u32, k: u32, sums_bytes: u64 },
     /// Element-wise work.
     Vector(VectorWork),
 }
@@ -155,8 +167,9 @@ pub enum Step {
     Convert { rows: u32, k: u32, to: Form },
     /// Converts rows of a weight to a form of the chip.
     Unpack { rows: u32, k: u32, from: Format, to: Form },
-    /// `out[row][column] = Σ x[row][i] w[column][i]`.
-    Product { rows: u32, columns: u32, k: u32, x: Form, w: Form },
+    /// `out[row][column] = Σ x[row][i] w[column][i]`: the elements `k` of the sums, in order from 0. Only the `last` ones give
+    /// results; until then the sums stay in place number `sums` of the matrix unit.
+    Product { rows: u32, columns: u32, k: std::ops::Range<u32>, last: bool, sums: usize, x: Form, w: Form },
     /// Adds the biases, if any, to products of this many columns, then applies the op's epilogue. Reads the
     /// products, the biases, then the addend.
     Finish { columns: u32, biases: Vec<bool> },

@@ -3,8 +3,7 @@
 use super::chip::Chip;
 
 /// Keys that nothing reads, wherever they are, and why.
-const KEYS: [(&str, &str); 8] = [
-    ("accumulator_bytes", "sums of any product fit the matrix unit"),
+const KEYS: [(&str, &str); 7] = [
     ("banks", "memories are simulated without conflicts of banks"),
     ("dense_ops_per_s", "only compared with geometry, units and clock"),
     ("host_bytes_per_s", "weights are in device memory from the start"),

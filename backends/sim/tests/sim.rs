@@ -10,10 +10,11 @@ use halite::backend::{Backend, Contract};
 use halite::conformance::{cases, check};
 use halite::kernels::formats::Format;
 use halite::model::ProgramOptions;
+use halite::passes;
 use halite::session::{OutputKind, OutputTokens, Run, Session, SessionOptions};
 use halite_profiles::numerics::Dtype;
 use halite_profiles::profile::Profile;
-use halite_sim::{Numerics, Order, Sim, SimOptions};
+use halite_sim::{Chip, Numerics, Order, Sim, SimOptions, step};
 
 use halite_testing::golden;
 
@@ -109,6 +110,51 @@ fn families_have_the_bits_of_the_cpu() {
         for chip in CHIPS {
             assert!(logits(&exact(chip), &model) == want, "{} on {chip}", path.display());
         }
+    }
+}
+
+/// The teaching chip with another scratchpad.
+fn teaching(scratch_bytes: f64) -> Profile {
+    let profile = Profile::open("teaching-16x16").unwrap();
+    profile.with("memory.scratchpad.capacity_bytes", scratch_bytes).unwrap()
+}
+
+/// Scratchpads that hold no whole rows give the same bits, for every format and in any order of queues.
+#[test]
+fn cut_products_and_norms_conform() {
+    for (bytes, order) in [(8192.0, Order::Listed), (12_288.0, Order::Random(5))] {
+        let sim = Sim::new(teaching(bytes), &SimOptions::default().order(order)).unwrap();
+        // Rows of 4200 elements have no equal pieces of whole runs of sixteen.
+        let is_cut = |name: &str| {
+            name.starts_with("MatMul") || name.starts_with("Norm") && !name.starts_with("Norm Rms 4200")
+        };
+        let some = cases().into_iter().filter(|case| is_cut(&case.name)).step_by(2);
+        let outcomes = some.map(|case| (check(&sim, &case), case.name));
+        let failures: Vec<String> =
+            outcomes.filter(|(o, _)| !o.same_bits()).map(|(o, name)| format!("{name}: {o}")).collect();
+        assert!(failures.is_empty(), "{bytes} bytes:\n{}", failures.join("\n"));
+    }
+}
+
+/// The same for whole models, whose products are cut.
+#[test]
+fn small_scratchpads_have_the_bits_of_the_cpu() {
+    let cpu: Arc<dyn Backend> = Arc::new(Cpu::with_threads(2).unwrap());
+    for name in ["llama-Q4_0.gguf", "llama-Q4_K_M.gguf", "llama-Q2_K.gguf", "llama-IQ3_S.gguf"] {
+        let model = Arc::new(Model::open(golden::committed().join(name)).unwrap());
+        let want = logits(&cpu, &model);
+        for order in [Order::Listed, Order::Random(5)] {
+            let options = SimOptions::default().order(order);
+            let sim: Arc<dyn Backend> = Arc::new(Sim::new(teaching(19_200.0), &options).unwrap());
+            assert!(logits(&sim, &model) == want, "{name}, {order:?}");
+        }
+        let chip = Chip::new(teaching(19_200.0), Numerics::Exact, None).unwrap();
+        let program = passes::fuse(&model.program(Default::default(), 64).unwrap(), halite_sim::FUSIONS);
+        let traced = step::trace(&chip, &program, &[(0, 71)], true).unwrap();
+        let count = |what: &str, op: &step::Traced| op.busy.iter().filter(|b| b.what == what).count();
+        // A block of these results is stored once, and has one product if it is not cut.
+        let mut down = traced.iter().filter(|op| op.name == "MatMul ffn_down");
+        assert!(down.any(|op| count("product", op) > count("store", op)), "{name}");
     }
 }
 

@@ -154,10 +154,16 @@ pub fn describe(cpu: Cpu, format: Format, layout: Layout, tokens: usize) -> impl
 /// are. So they are without the [`missing_feature`].
 pub fn matmul(cpu: Cpu, format: Format, product: MatMul<'_, '_>) {
     match (cpu, format.kind(), format.kernel()) {
-        (Cpu::Scalar(_), Kind::Quantised { .. }, _) => scalar::quantised(format, product),
+        (Cpu::Scalar(_), Kind::Quantised { .. }, _) => scalar::quantised(format, product, false),
         (_, _, Ok(kernel)) => kernel(cpu, product),
         (_, _, Err(_)) => {}
     }
+}
+
+/// Computes as [`matmul`], but continues the sums in `out`, which earlier values of the rows began. Only quantised formats have
+/// such sums: one number for each output.
+pub fn matmul_onto(format: Format, product: MatMul<'_, '_>) {
+    scalar::quantised(format, product, true);
 }
 
 /// The cargo feature that has the kernels of a format for a CPU, if this build lacks it. Scalar code and plain

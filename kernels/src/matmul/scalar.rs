@@ -9,8 +9,8 @@ use crate::panel::PanelMut;
 /// Blocks of a chunk, at most.
 const BLOCKS: usize = CHUNK / 32;
 
-/// Computes a product of rows of a quantised format.
-pub(super) fn quantised(format: Format, product: MatMul<'_, '_>) {
+/// Computes a product of rows of a quantised format, `onto` the sums that are in the output or from zero.
+pub(super) fn quantised(format: Format, product: MatMul<'_, '_>, onto: bool) {
     let Kind::Quantised { activation, group, has_min } = format.kind() else { return };
     let Some(unpack) = format.unpacker() else { return };
     let (len, bytes) = (format.block_len(), format.block_bytes());
@@ -20,7 +20,7 @@ pub(super) fn quantised(format: Format, product: MatMul<'_, '_>) {
         return;
     }
     if format == Format::Q8_0 && layout == Layout::Rows {
-        return q8_0(Q8_0::cast(w), &x, out);
+        return q8_0(Q8_0::cast(w), &x, out, onto);
     }
     let row_blocks = k / len;
     let mut copy = [0; MAX_BLOCK_BYTES];
@@ -42,7 +42,7 @@ pub(super) fn quantised(format: Format, product: MatMul<'_, '_>) {
             for t in 0..x.tokens {
                 let Some(out) = out.row(t).get_mut(row) else { continue };
                 let x = x.chunk(t, c);
-                let mut acc = if c == 0 { 0.0 } else { *out };
+                let mut acc = if c == 0 && !onto { 0.0 } else { *out };
                 for (n, block) in blocks[..count].iter().enumerate() {
                     acc = add(block, &x, n * len..(n + 1) * len, group, has_min, acc);
                 }
@@ -53,12 +53,13 @@ pub(super) fn quantised(format: Format, product: MatMul<'_, '_>) {
 }
 
 /// A product of rows of Q8_0: their codes need no unpacking.
-fn q8_0(w: &[Q8_0], x: &Inputs<'_>, mut out: PanelMut<'_>) {
+fn q8_0(w: &[Q8_0], x: &Inputs<'_>, mut out: PanelMut<'_>, onto: bool) {
     for (row, blocks) in w.chunks_exact(x.k / Q8_0::LEN).enumerate().take(out.cols()) {
         for t in 0..x.tokens {
             let codes = x.codes.get(t * x.chunks..).unwrap_or(&[]).as_flattened().as_flattened();
             let scales = x.scales.get(t * x.chunks * x.chunk_scales..).unwrap_or(&[]);
-            let mut acc = 0.0;
+            let Some(out) = out.row(t).get_mut(row) else { continue };
+            let mut acc = if onto { *out } else { 0.0 };
             for ((block, codes), scale) in
                 blocks.iter().zip(codes.as_chunks::<16>().0.as_chunks::<2>().0).zip(scales)
             {
@@ -66,9 +67,7 @@ fn q8_0(w: &[Q8_0], x: &Inputs<'_>, mut out: PanelMut<'_>) {
                 let sum = dot(w[0], &codes[0]) + dot(w[1], &codes[1]);
                 acc = fma(sum as f32, d * scale, acc);
             }
-            if let Some(out) = out.row(t).get_mut(row) {
-                *out = acc;
-            }
+            *out = acc;
         }
     }
 }

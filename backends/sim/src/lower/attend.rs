@@ -227,7 +227,7 @@ impl AttendTiling<'_> {
         let (engine, signal) = (chip.engine_bytes_per_s(), chip.semaphore_s());
         let queries = rows.tokens * rows.heads;
         let rate = chip.attention_rate();
-        let matrix = |n, k| chip.compute_s(Work::Matrix { rate, m: queries, n, k });
+        let matrix = |n, k| chip.compute_s(Work::Matrix { rate, m: queries, n, k, sums_bytes: 0 });
         let positions = each * PAGE_POSITIONS;
         let (score, weigh) = (matrix(positions, a.key_dim), matrix(a.value_dim, positions));
         let softmax = chip.compute_s(softmax_work(queries, each));
@@ -247,6 +247,7 @@ impl AttendTiling<'_> {
             load_s,
             units_s: [score.0 + weigh.0, softmax.0 + merge.0],
             drain_s: score.1 + softmax.1 + weigh.1 + merge.1 + 2.0 * signal,
+            ahead_s: 0.0,
             least_pace_s: slot_s
                 .max(chain_s / f64::from(ahead + 1))
                 .max((arrives_s + chain_s) / f64::from(slots)),
@@ -427,7 +428,8 @@ impl AttendRings {
         let visible_rows = visible.unwrap_or(0) * rows.heads;
         let count = chunks.len() as u32;
         let rate = chip.attention_rate();
-        let score = Work::Matrix { rate, m: visible_rows, n: count * PAGE_POSITIONS, k: a.key_dim };
+        let score =
+            Work::Matrix { rate, m: visible_rows, n: count * PAGE_POSITIONS, k: a.key_dim, sums_bytes: 0 };
         let table = a.floats(rows, count * PAGE_POSITIONS);
         let [scores] = b.compute((score, Step::Part), &[queries, pages], [(&mut self.scores, table)], &[]);
         let to = (&mut self.softmax, table);
@@ -449,7 +451,8 @@ impl AttendRings {
         let Chunks { rows, queries, chunks, is_last, visible_rows, pages, softmax } = from;
         let count = chunks.len() as u32;
         let rate = chip.attention_rate();
-        let work = Work::Matrix { rate, m: visible_rows, n: a.value_dim, k: count * PAGE_POSITIONS };
+        let work =
+            Work::Matrix { rate, m: visible_rows, n: a.value_dim, k: count * PAGE_POSITIONS, sums_bytes: 0 };
         let mut frees = vec![pages, softmax];
         frees.extend(is_last.then_some(queries));
         let to = (&mut self.partial, a.floats(rows, count * a.partial_len()));

@@ -71,6 +71,7 @@ fn experts_waves(chip: &Chip, e: &Experts) -> Vec<Wave> {
 fn experts_sum(e: &Experts) -> Units {
     Units {
         count: e.tokens,
+        pieces: 1,
         reads: vec![Rows::own(expert::OUTPUTS, e.used * e.cols), Rows::own(expert::ROUTER_WEIGHTS, e.used)],
         writes: vec![Rows::own(Operand::Out(0), e.cols)],
         work: [u64::from(e.used) * u64::from(e.cols), 0, 0, 0, 0],
@@ -87,8 +88,9 @@ pub fn experts_s(chip: &Chip, experts: &Experts) -> Result<f64> {
             let mut device_s = 0.0;
             for p in products {
                 let costs = Costs::new(chip, p, wave.tiles);
-                slowest_s = slowest_s.max(costs.tiling()?.1);
-                device_s += f64::from(p.columns()) * costs.column_bytes / chip.device_bytes_per_s();
+                let (tiling, seconds) = costs.tiling()?;
+                slowest_s = slowest_s.max(seconds);
+                device_s += costs.device_s(tiling).iter().sum::<f64>();
             }
             seconds += slowest_s.max(device_s) + chip.barrier_s();
         }

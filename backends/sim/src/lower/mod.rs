@@ -23,7 +23,7 @@ use attend::{attend_phases, attend_s};
 use experts::{experts_phases, experts_s};
 use halite::{Error, Result};
 use product::{Costs, product_programs};
-use units::{arg_max_stages, stage_phases, stages_s, top_k_stages, units_programs, units_s};
+use units::{arg_max_stages, norm_stages, stage_phases, stages_s, top_k_stages, units_programs, units_s};
 
 /// Numbers of slots for loaded data, best first. With two, a load overlaps with the unit's work.
 const SLOTS: [u32; 2] = [2, 1];
@@ -44,6 +44,7 @@ pub fn lower(chip: &Chip, shape: &Shape) -> Result<Lowered> {
     let mut lowered = Lowered::default();
     match shape {
         Shape::Units(units) => lowered.phases.push(units_programs(chip, units, 0)?),
+        Shape::Norm(norm) => stage_phases(chip, &norm_stages(chip, norm)?, &mut lowered)?,
         Shape::Product(product) => lowered.phases.push(product_programs(chip, product, chip.tiles)?),
         Shape::Attend(attend) => attend_phases(chip, attend, &mut lowered)?,
         Shape::Experts(experts) => experts_phases(chip, experts, &mut lowered)?,
@@ -61,6 +62,7 @@ pub fn closed_s(chip: &Chip, shape: &Shape) -> Result<f64> {
     let barrier_s = chip.barrier_s();
     let seconds = match shape {
         Shape::Units(units) => units_s(chip, units)? + barrier_s,
+        Shape::Norm(norm) => stages_s(chip, &norm_stages(chip, norm)?)?,
         Shape::Product(product) => Costs::new(chip, product, chip.tiles).tiling()?.1 + barrier_s,
         Shape::Attend(attend) => attend_s(chip, attend)? + barrier_s,
         Shape::Experts(experts) => experts_s(chip, experts)?,
@@ -95,7 +97,7 @@ fn share(n: u32, unit: u32, parts: u32, i: u32) -> Range<u32> {
 /// Splits a range into pieces of at most `step`.
 fn blocks(range: Range<u32>, step: u32) -> impl Iterator<Item = Range<u32>> {
     let end = range.end;
-    range.step_by(step.max(1) as usize).map(move |start| start..(start + step).min(end))
+    range.step_by(step.max(1) as usize).map(move |start| start..start.saturating_add(step).min(end))
 }
 
 /// A pipeline of three stages: load, compute, store. Each stage works on another block.
@@ -118,6 +120,8 @@ struct Pipeline {
     requests: (f64, f64),
     /// Number of slots for loaded blocks.
     slots: f64,
+    /// Seconds of loads and units that are over before a block takes its slot.
+    ahead_s: f64,
     /// Seconds from block to block that other waits cause; 0 if there are none.
     least_pace_s: f64,
 }
@@ -126,19 +130,26 @@ impl Pipeline {
     /// Returns the seconds of all blocks: the latency of the first one, plus the slowest stage's time for
     /// each of the others, but at least the time that device memory needs.
     fn seconds(&self, chip: &Chip) -> f64 {
+        let (first_s, pace_s) = self.paces(chip);
+        (first_s + (self.count - 1.0) * pace_s).max(self.device_s + 2.0 * self.setup_s)
+    }
+
+    /// Returns the seconds of the first block, and those from block to block.
+    fn paces(&self, chip: &Chip) -> (f64, f64) {
         let Pipeline { count, load_s, units_s, drain_s, store_s, device_s, setup_s, requests, slots, .. } =
             *self;
         // With one request at a time, each waits for its setup.
         let waits = if chip.queue_entries() > 1 { 0.0 } else { setup_s };
         let (load_s, store_s) = (load_s + requests.0 * waits, store_s + requests.1 * waits);
+        // With several, the queue passes at most all of them in the time of one setup.
+        let requests_s = requests.0.max(requests.1) * setup_s / chip.queue_entries() as f64;
         let signal = chip.semaphore_s();
         let work: f64 = units_s.iter().sum::<f64>() + drain_s;
         let load_s = load_s.max(device_s / count);
         let first = 2.0 * (setup_s - waits) + load_s + signal + work + signal + store_s;
         // A slot is reused only after its block went through load and compute.
-        let slot = (setup_s - waits + load_s + 2.0 * signal + work) / slots;
-        let paces = [load_s, units_s[0], units_s[1], store_s, slot, self.least_pace_s];
-        let pace = paces.into_iter().fold(0.0, f64::max);
-        (first + (count - 1.0) * pace).max(device_s + 2.0 * setup_s)
+        let slot = (setup_s - waits + load_s + 2.0 * signal + work - self.ahead_s) / slots;
+        let paces = [load_s, units_s[0], units_s[1], store_s, slot, requests_s, self.least_pace_s];
+        (first, paces.into_iter().fold(0.0, f64::max))
     }
 }

@@ -1,4 +1,7 @@
 //! Products of activations with weights.
+//!
+//! A tile computes blocks of rows and columns of the output, one after the other. It multiplies a block in chunks of `k`, whose
+//! sums stay in the matrix unit until the last one. Where the scratchpad has room, one chunk has all of `k`.
 
 use std::ops::Range;
 
@@ -8,17 +11,50 @@ use crate::chip::{Chip, Multiplication, form_bytes};
 use crate::shape::{Epilogue, Part, Product, X};
 use crate::tile::{Builder, Entry, Form, Piece, Ring, Step, TileProgram, VectorWork, Work};
 use halite::Result;
+use halite_kernels::formats::{Format, Kind};
 
 /// The division of a product between tiles and into blocks.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Tiling {
     /// Tiles along the rows of activations, and along the columns.
     grid: (u32, u32),
+    /// Maximum number of weights of which a tile multiplies columns.
+    parts: u32,
     /// Rows of activations in the scratchpad of a tile.
     rows: u32,
     /// Columns of a block of the output.
     columns: u32,
+    /// How a block is multiplied.
+    cut: Cut,
 }
+
+/// The chunks in which the sums of a product are computed.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Cut {
+    /// Elements of a chunk; the last one may be shorter.
+    depth: u32,
+    /// Number of chunks.
+    chunks: u32,
+    /// Whether the scratchpad keeps all chunks of activations. If not, each block of columns loads them again.
+    keeps: bool,
+    /// Bytes of a row of a weight in a chunk, as stored and as the unit reads it: the longest of all weights.
+    row_bytes: (u64, u64),
+}
+
+impl Cut {
+    /// Slots for results and for what is added to them. The next results come many chunks later, if there are several.
+    fn out_slots(self) -> u32 {
+        if self.chunks == 1 { 2 } else { 1 }
+    }
+
+    /// Slots for chunks of activations.
+    fn x_slots(self) -> u32 {
+        if self.keeps { self.chunks } else { 2 }
+    }
+}
+
+/// Maximum number of chunks.
+const MOST_CHUNKS: u32 = 64;
 
 impl Product {
     /// Returns the output columns to divide: those of all parts, or of the gate.
@@ -32,6 +68,11 @@ impl Product {
     /// Returns the number of products per output column.
     fn width(&self) -> u32 {
         if self.epilogue == Epilogue::Glu { 2 } else { 1 }
+    }
+
+    /// Returns the parts that are multiplied for a column of `part`: gate and up of a gated unit go together.
+    fn together(&self, part: usize) -> Range<usize> {
+        if self.epilogue == Epilogue::Glu { 0..2 } else { part..part + 1 }
     }
 
     fn finishes(&self) -> bool {
@@ -64,10 +105,10 @@ pub struct Costs<'a> {
     how: Vec<Multiplication>,
     /// Forms of the activations, without duplicates.
     forms: Vec<Form>,
-    /// Bytes of the longest row of a weight, as stored and as the unit reads it.
-    row_bytes: (u64, u64),
+    /// The ways to cut `k`; the first one has a single chunk.
+    cuts: Vec<Cut>,
     /// Average bytes of the weights per column.
-    pub column_bytes: f64,
+    column_bytes: f64,
 }
 
 impl<'a> Costs<'a> {
@@ -82,10 +123,7 @@ impl<'a> Costs<'a> {
         let stored = |part: &Part| form_bytes(Form::File(part.format), 1, p.k);
         let total: f64 = p.parts.iter().map(|part| stored(part) as f64 * f64::from(part.n)).sum();
         Costs {
-            row_bytes: (
-                p.parts.iter().map(stored).max().unwrap_or(0),
-                how.iter().map(|m| form_bytes(m.w, 1, p.k)).max().unwrap_or(0),
-            ),
+            cuts: cuts(chip, p, &how),
             column_bytes: total / f64::from(p.columns().max(1)),
             chip,
             p,
@@ -100,112 +138,255 @@ impl<'a> Costs<'a> {
         self.how.iter().any(|m| !matches!(m.w, Form::File(_)))
     }
 
-    /// Returns the vector work of converting rows of activations to the formats of the products.
-    fn converting(&self, rows: u32) -> VectorWork {
+    /// Returns the vector work of converting `k` elements of rows of activations to the formats of the products.
+    fn converting(&self, rows: u32, k: u32) -> VectorWork {
         let needed = self.how.iter().any(|m| m.converts);
-        let elements = if needed { u64::from(rows) * u64::from(self.p.k) } else { 0 };
+        let elements = if needed { u64::from(rows) * u64::from(k) } else { 0 };
         VectorWork { quantize: elements, ..Default::default() }
+    }
+
+    /// Slots for chunks of unconverted activations.
+    fn float_slots(&self, cut: Cut) -> u32 {
+        if self.forms.contains(&Form::F32) { cut.x_slots() } else { cut.chunks.min(2) }
+    }
+
+    /// Returns the bytes of a block's sums that stay in the scratchpad between chunks: none, or those of one product.
+    fn sums_bytes(&self, t: Tiling) -> u64 {
+        let bytes = 4 * u64::from(t.rows) * u64::from(t.columns);
+        let kept = t.cut.chunks == 1 || self.chip.keeps_sums(u64::from(self.p.width()) * bytes);
+        if kept { 0 } else { bytes }
     }
 
     /// Returns the scratchpad bytes of a tiling.
     fn scratch_bytes(&self, t: Tiling) -> u64 {
-        let (p, rows, columns) = (self.p, t.rows, t.columns);
+        let (p, rows, columns, cut) = (self.p, t.rows, t.columns, t.cut);
         let out = aligned(4 * u64::from(rows) * u64::from(columns));
         let converted = self.forms.iter().filter(|&&f| f != Form::F32);
-        let x: u64 = converted.map(|&f| aligned(form_bytes(f, rows, p.k))).sum();
-        let x = x + aligned(form_bytes(Form::F32, rows, p.k));
-        let stored = aligned(self.row_bytes.0 * u64::from(columns));
+        let x: u64 = converted.map(|&f| aligned(form_bytes(f, rows, cut.depth))).sum();
+        let floats = u64::from(self.float_slots(cut)) * aligned(form_bytes(Form::F32, rows, cut.depth));
+        let x = u64::from(cut.x_slots()) * x + floats;
+        let stored = aligned(cut.row_bytes.0 * u64::from(columns));
         let unpacked =
-            if self.unpacks_to_memory() { aligned(self.row_bytes.1 * u64::from(columns)) } else { 0 };
-        let products = 2 * u64::from(p.width()) * (stored + unpacked + out);
-        let biases = 2 * u64::from(p.width()) * aligned(4 * u64::from(columns));
-        let residual = if matches!(p.epilogue, Epilogue::Add(_)) { 2 * out } else { 0 };
-        x + products + if p.finishes() { biases + residual + 2 * out } else { 0 }
+            if self.unpacks_to_memory() { aligned(cut.row_bytes.1 * u64::from(columns)) } else { 0 };
+        let sums = u64::from(p.width()) * aligned(self.sums_bytes(t));
+        let biases = u64::from(p.width()) * aligned(4 * u64::from(columns));
+        let residual = if matches!(p.epilogue, Epilogue::Add(_)) { out } else { 0 };
+        let finishes = if p.finishes() { biases + residual + out } else { 0 };
+        let outs = u64::from(cut.out_slots()) * (u64::from(p.width()) * out + finishes);
+        x + 2 * u64::from(p.width()) * (stored + unpacked) + outs + sums
+    }
+
+    /// Returns the blocks of columns of a tile. They end where a weight ends; that counts for activations that are loaded for each.
+    fn column_blocks(&self, t: Tiling) -> u32 {
+        self.tile_columns(t).div_ceil(t.columns) + if t.cut.keeps { 0 } else { t.parts - 1 }
+    }
+
+    /// Returns the most columns of a tile.
+    fn tile_columns(&self, t: Tiling) -> u32 {
+        let columns = self.p.columns();
+        (columns.div_ceil(COLUMNS).div_ceil(t.grid.1) * COLUMNS).min(columns)
+    }
+
+    /// Returns the seconds that device memory needs for the activations of all tiles, and for everything else.
+    pub fn device_s(&self, t: Tiling) -> [f64; 2] {
+        let (chip, p, (grid_m, grid_n)) = (self.chip, self.p, t.grid);
+        let (m, columns, each) = (f64::from(p.m), f64::from(p.columns()), chip.activation_bytes());
+        let reads =
+            |grid: u32, passes: u32| f64::from(passes) * f64::from(grid) / f64::from(chip.multicast(grid));
+        let weights = reads(grid_m, p.m.div_ceil(grid_m).div_ceil(t.rows)) * self.column_bytes;
+        let results = each * m * if matches!(p.epilogue, Epilogue::Add(_)) { 2.0 } else { 1.0 };
+        let x = reads(grid_n, if t.cut.keeps { 1 } else { self.column_blocks(t) });
+        let bytes = [x * each * m * f64::from(p.k), columns * (weights + results)];
+        bytes.map(|bytes| bytes / chip.device_bytes_per_s())
     }
 
     /// Returns the seconds of a tiling by the closed form.
     fn seconds(&self, t: Tiling) -> f64 {
-        let (chip, p) = (self.chip, self.p);
-        let (grid_m, grid_n) = t.grid;
-        let (m, k, width) = (f64::from(p.m), f64::from(p.k), f64::from(p.width()));
-        let rows = p.m.div_ceil(grid_m);
+        let (chip, p, cut) = (self.chip, self.p, t.cut);
+        let (k, width) = (f64::from(p.k), f64::from(p.width()));
+        let rows = p.m.div_ceil(t.grid.0);
         let passes = f64::from(rows.div_ceil(t.rows));
-        let columns = (p.columns().div_ceil(COLUMNS).div_ceil(grid_n) * COLUMNS).min(p.columns());
-        let (rows, block) = (t.rows.min(rows), t.columns.min(columns));
+        let (columns, blocks) = (self.tile_columns(t), self.column_blocks(t));
+        let (rows, block) = (t.rows.min(rows), t.columns.min(columns.div_ceil(blocks)));
+        let (blocks, chunks) = (f64::from(blocks), f64::from(cut.chunks));
         let rate = self.how.first().map_or(0, |m| m.rate);
-        let (product_s, drain_s) = chip.compute_s(Work::Matrix { rate, m: rows, n: block, k: p.k });
+        // The first chunk does not read sums, and the last one does not write them.
+        let sums_bytes = self.sums_bytes(t) * u64::from(2 * cut.chunks - 2) / u64::from(cut.chunks);
+        let work = Work::Matrix { rate, m: rows, n: block, k: cut.depth, sums_bytes };
+        let (product_s, drain_s) = chip.compute_s(work);
         let vector_s = |work: VectorWork| chip.compute_s(Work::Vector(work)).0;
-        let convert_s = if self.forms.contains(&Form::F32) { 0.0 } else { vector_s(self.converting(rows)) };
+        let converts = !self.forms.contains(&Form::F32);
+        let convert_s = if converts { vector_s(self.converting(rows, cut.depth)) } else { 0.0 };
         let unpacks = self.how.iter().any(|m| m.unpacks);
-        let unpack_s = if unpacks { width * vector_s(unpacking(block, p.k)) } else { 0.0 };
+        let unpack_s = if unpacks { width * vector_s(unpacking(block, cut.depth)) } else { 0.0 };
         let finish_s = if p.finishes() { vector_s(finishing(p, rows, block)) } else { 0.0 };
         let each = chip.activation_bytes();
         let added = if matches!(p.epilogue, Epilogue::Add(_)) { each } else { 0.0 };
-        let weights = passes * f64::from(grid_m) / f64::from(chip.multicast(grid_m));
-        let activations = f64::from(grid_n) / f64::from(chip.multicast(grid_n));
-        let all_columns = f64::from(p.columns());
-        let device_bytes = each * m * k * activations
-            + weights * all_columns * self.column_bytes
-            + (each + added) * m * all_columns;
+        let [x_device_s, rest_device_s] = self.device_s(t);
         let engine = chip.engine_bytes_per_s();
-        let (rows, block) = (f64::from(rows), f64::from(block));
-        let pipeline = Pipeline {
-            count: passes * f64::from(columns.div_ceil(t.columns)),
-            load_s: block * (self.column_bytes + added * rows) / engine,
-            units_s: [width * product_s, unpack_s + finish_s],
-            drain_s,
-            store_s: each * rows * block / engine,
-            device_s: device_bytes / chip.device_bytes_per_s(),
-            setup_s: chip.setup_s(&Piece::whole(X, 0, 1)),
-            requests: (
-                width * if p.finishes() { 2.0 } else { 1.0 },
-                p.out_rows.as_ref().map_or(1.0, |_| rows),
-            ),
-            slots: 2.0,
-            least_pace_s: 0.0,
+        // Chunks of weights and activations are runs within rows.
+        let run = |runs: u32, bytes: f64, whole: Piece| match cut.chunks {
+            1 => whole,
+            _ => Piece { runs, run_bytes: bytes as u32, ..whole },
         };
-        // Activations are loaded first; nothing overlaps with that.
+        let weight = run(block, self.column_bytes / width / chunks, Piece::whole(X, 0, 1));
+        let x = run(rows, 4.0 * f64::from(cut.depth), Piece::whole(X, 0, 4).of_activations());
+        let slowed = |piece: &Piece| chip.transfer_bytes(piece) / chip.memory_bytes(piece);
+        let slowed = |piece: &Piece| if cut.chunks == 1 { 1.0 } else { slowed(piece) };
+        let finishing_requests = if p.finishes() { width / chunks } else { 0.0 };
+        let (rows, block) = (f64::from(rows), f64::from(block));
+        let store_s = each * rows * block / engine;
+        let pipeline = Pipeline {
+            count: passes * blocks * chunks,
+            load_s: block * (self.column_bytes * slowed(&weight) + added * rows) / chunks / engine,
+            units_s: [width * product_s, unpack_s + finish_s / chunks],
+            drain_s,
+            store_s: store_s / chunks,
+            device_s: x_device_s + rest_device_s,
+            setup_s: chip.setup_s(&weight),
+            requests: (width + finishing_requests, p.out_rows.as_ref().map_or(1.0, |_| rows) / chunks),
+            slots: 2.0,
+            ahead_s: 0.0,
+            // With one slot for results, the next ones wait until these are stored.
+            least_pace_s: match cut.chunks {
+                1 => 0.0,
+                _ => (product_s + drain_s + finish_s + store_s + 3.0 * chip.semaphore_s()) / chunks,
+            },
+        };
         let waits = if chip.queue_entries() > 1 { 0.0 } else { pipeline.setup_s };
-        let x_s = (each * rows * k / engine).max(each * m * k * activations / chip.device_bytes_per_s());
-        let x_s = x_s + waits * requests(&p.x, rows as u32);
-        let again = passes - 1.0;
-        // Converted activations free their slot for the next load. Unconverted ones keep it until the last
-        // product.
-        let x_s = if convert_s > 0.0 { x_s } else { x_s + again * (x_s + pipeline.setup_s + drain_s) };
-        pipeline.seconds(chip) + x_s + passes * (convert_s + 2.0 * chip.semaphore_s())
+        if cut.chunks == 1 {
+            // Activations are loaded first; nothing overlaps with that.
+            let x_s = (each * rows * k / engine).max(x_device_s);
+            let x_s = x_s + waits * requests(&p.x, rows as u32);
+            let again = passes - 1.0;
+            // Converted activations free their slot for the next load. Unconverted ones keep it until the last
+            // product.
+            let x_s = if convert_s > 0.0 { x_s } else { x_s + again * (x_s + pipeline.setup_s + drain_s) };
+            return pipeline.seconds(chip) + x_s + passes * (convert_s + 2.0 * chip.semaphore_s());
+        }
+        // Some chunks come with their activations, and others find them in the scratchpad.
+        let with = passes * chunks * if cut.keeps { 1.0 } else { blocks };
+        let without = pipeline.count - with;
+        let device_s = |count: f64| rest_device_s * count / pipeline.count;
+        // Tiles load activations at about the same time, and then weights.
+        let x_s = (each * rows * f64::from(cut.depth) * slowed(&x) / engine).max(x_device_s / with);
+        let first = Pipeline {
+            count: with,
+            load_s: pipeline.load_s.max(device_s(1.0)) + x_s,
+            units_s: [pipeline.units_s[0], pipeline.units_s[1] + convert_s],
+            // Converted activations free their slot for the next load before the product.
+            ahead_s: if converts { x_s + convert_s } else { 0.0 },
+            device_s: device_s(with) + x_device_s,
+            setup_s: pipeline.setup_s.max(chip.setup_s(&x)),
+            requests: (pipeline.requests.0 + requests(&p.x, rows as u32), pipeline.requests.1),
+            ..pipeline
+        };
+        let rest = Pipeline { count: without, device_s: device_s(without), ..pipeline };
+        let rest_s = if without > 0.0 { without * rest.paces(chip).1 } else { 0.0 };
+        // The last block ends as a whole.
+        first.seconds(chip) + rest_s + (1.0 - 1.0 / chunks) * (finish_s + store_s)
     }
 
-    /// Returns the tiling with the shortest time by the closed form, and the time.
-    pub fn tiling(&self) -> Result<(Tiling, f64)> {
+    /// Returns seconds that a product takes at least, however `k` is cut.
+    fn least_s(&self, t: Tiling) -> f64 {
+        let rows = self.p.m.div_ceil(t.grid.0);
+        let rate = self.how.first().map_or(0, |m| m.rate);
+        let (m, n) = (t.rows.min(rows), self.tile_columns(t));
+        let work = Work::Matrix { rate, m, n, k: self.p.k, sums_bytes: 0 };
+        let passes = f64::from(rows.div_ceil(t.rows));
+        let products_s = passes * f64::from(self.p.width()) * self.chip.compute_s(work).0;
+        products_s.max(self.device_s(t).iter().sum())
+    }
+
+    /// Returns all divisions into tiles and blocks, without cuts of `k`.
+    fn tilings(&self) -> Vec<Tiling> {
         let p = self.p;
         let halves = |n: u32| std::iter::successors(Some(n.max(1)), |n| (*n > 1).then(|| n.div_ceil(2)));
         let divisors = (1..=self.tiles).filter(|n| self.tiles.is_multiple_of(*n));
         let mut grids: Vec<u32> = halves(self.tiles).chain(divisors).map(|n| n.min(p.m).max(1)).collect();
         grids.sort_unstable();
         grids.dedup();
-        let mut best: Option<(f64, Tiling)> = None;
-        let mut least = u64::MAX;
+        let mut all = Vec::new();
         for grid_m in grids.into_iter().rev() {
             let grid_n = (self.tiles / grid_m).min(p.columns().div_ceil(COLUMNS)).max(1);
             let columns = p.columns().div_ceil(COLUMNS).div_ceil(grid_n) * COLUMNS;
+            let parts = |tile| p.parts(share(p.columns(), COLUMNS, grid_n, tile), u32::MAX).len() as u32;
+            let parts = if p.parts.len() > 1 { (0..grid_n).map(parts).max().unwrap_or(1).max(1) } else { 1 };
             for rows in halves(p.m.div_ceil(grid_m)) {
-                for columns in halves(columns) {
-                    let tiling = Tiling { grid: (grid_m, grid_n), rows, columns };
-                    let bytes = self.scratch_bytes(tiling);
-                    least = least.min(bytes);
-                    if bytes > self.chip.scratch_bytes {
-                        continue;
-                    }
-                    let seconds = self.seconds(tiling);
-                    if best.is_none_or(|(s, _)| seconds < s) {
-                        best = Some((seconds, tiling));
-                    }
+                let grid = (grid_m, grid_n);
+                let tiling = |columns| Tiling { grid, parts, rows, columns, cut: self.cuts[0] };
+                all.extend(halves(columns).map(tiling));
+            }
+        }
+        all
+    }
+
+    /// Returns the tiling with the shortest time by the closed form, and the time.
+    pub fn tiling(&self) -> Result<(Tiling, f64)> {
+        let tilings = self.tilings();
+        let mut best: Option<(f64, Tiling)> = None;
+        let mut least = u64::MAX;
+        let mut bounds: Vec<f64> = Vec::new();
+        for (number, &cut) in self.cuts.iter().enumerate() {
+            // Most cuts cannot be faster than the best product that is not cut.
+            if number == 1 {
+                bounds = tilings.iter().map(|&tiling| self.least_s(tiling)).collect();
+            }
+            for (i, &tiling) in tilings.iter().enumerate() {
+                let least_s = bounds.get(i).copied().unwrap_or(0.0);
+                if best.is_some_and(|(s, _)| least_s >= s) {
+                    continue;
+                }
+                let tiling = Tiling { cut, ..tiling };
+                let bytes = self.scratch_bytes(tiling);
+                least = least.min(bytes);
+                if bytes > self.chip.scratch_bytes {
+                    continue;
+                }
+                let seconds = self.seconds(tiling);
+                if best.is_none_or(|(s, _)| seconds < s) {
+                    best = Some((seconds, tiling));
                 }
             }
         }
-        let what = || format!("a product with {} elements a row", p.k);
+        let what = || format!("a product with {} elements a row", self.p.k);
         best.map(|(seconds, tiling)| (tiling, seconds)).ok_or_else(|| too_small(self.chip, &what(), least))
     }
+}
+
+/// Returns the ways to cut a product's `k`: not at all, then in chunks of about a half, a quarter and so on. Chunks are whole blocks
+/// of all formats.
+fn cuts(chip: &Chip, p: &Product, how: &[Multiplication]) -> Vec<Cut> {
+    let cut = |depth: u32, keeps: bool| Cut {
+        depth,
+        chunks: p.k.div_ceil(depth.max(1)).max(1),
+        keeps,
+        row_bytes: (
+            p.parts.iter().map(|part| form_bytes(Form::File(part.format), 1, depth)).max().unwrap_or(0),
+            how.iter().map(|m| form_bytes(m.w, 1, depth)).max().unwrap_or(0),
+        ),
+    };
+    let block = |format: Format| match format.kind() {
+        Kind::Quantised { activation, .. } => format.block_len().max(activation.block_len()),
+        // Sums of floats have one accumulator for each `k` mod 16.
+        Kind::Float => format.block_len().max(16),
+    };
+    let of_chip = |m: &Multiplication| {
+        let (x, w, _) = chip.formats(m.rate);
+        x.block_len().max(w.block_len())
+    };
+    let lens = p.parts.iter().map(|part| block(part.format)).chain(how.iter().map(of_chip));
+    let unit = lens.max().unwrap_or(1).next_power_of_two() as u32;
+    let mut all = vec![cut(p.k, true)];
+    let mut parts = 2;
+    while parts <= MOST_CHUNKS {
+        let depth = p.k.div_ceil(parts).next_multiple_of(unit);
+        if depth < p.k && all.last().is_some_and(|cut| depth < cut.depth) {
+            all.extend([cut(depth, true), cut(depth, false)]);
+        }
+        parts *= 2;
+    }
+    all
 }
 
 /// Returns the vector work of unpacking weights: shifts, masks and a scale.
@@ -247,13 +428,62 @@ struct ProductRings<'a> {
     finished: Ring,
 }
 
-/// A block of output columns of one part, with its operands in the scratchpad.
-struct Block {
+/// A chunk of a block of output columns of one part, with its operands in the scratchpad.
+struct Chunk {
     part: usize,
     columns: Range<u32>,
+    k: Range<u32>,
+    /// The activations, and whether no later chunk needs them.
+    xs: Vec<(Form, Entry)>,
+    frees_x: bool,
     /// For each product, the slots that the matrix unit reads besides the activations.
     weights: Vec<Vec<Entry>>,
     addends: Vec<Entry>,
+}
+
+/// The rings of activations of a tile.
+struct Activations {
+    floats: Ring,
+    converted: Vec<(Form, Ring)>,
+}
+
+impl Activations {
+    fn new(b: &mut Builder, costs: &Costs<'_>, t: Tiling, forms: &[Form]) -> Activations {
+        let bytes = |form: Form| form_bytes(form, t.rows, t.cut.depth);
+        let floats = b.ring(costs.float_slots(t.cut), bytes(Form::F32));
+        let converted = forms.iter().filter(|&&f| f != Form::F32);
+        let converted = converted.map(|&f| (f, b.ring(t.cut.x_slots(), bytes(f)))).collect();
+        Activations { floats, converted }
+    }
+
+    /// Loads the elements `k` of some rows, and converts them to the given forms.
+    fn load(
+        &mut self,
+        b: &mut Builder,
+        costs: &Costs<'_>,
+        (rows, k): (&Range<u32>, &Range<u32>),
+        sharers: u32,
+        forms: &[Form],
+    ) -> Vec<(Form, Entry)> {
+        let p = costs.p;
+        let (count, elements) = (rows.end - rows.start, k.end - k.start);
+        let pieces = row_pieces(&p.x, rows.clone()).into_iter();
+        let pieces = pieces.map(|piece| piece.within(p.x.bytes, 4 * k.start..4 * k.end));
+        let x = b.load(&mut self.floats, pieces, sharers);
+        let keeps_floats = forms.contains(&Form::F32);
+        let mut xs: Vec<(Form, Entry)> = if keeps_floats { vec![(Form::F32, x)] } else { Vec::new() };
+        let converted = self.converted.iter_mut().filter(|(form, _)| forms.contains(form));
+        let mut converted = converted.peekable();
+        while let Some((form, ring)) = converted.next() {
+            let work = Work::Vector(costs.converting(count, elements));
+            let step = Step::Convert { rows: count, k: elements, to: *form };
+            let frees = if converted.peek().is_none() && !keeps_floats { vec![x] } else { Vec::new() };
+            let bytes = form_bytes(*form, count, elements);
+            let [entry] = b.compute((work, step), &[x], [(ring, bytes)], &frees);
+            xs.push((*form, entry));
+        }
+        xs
+    }
 }
 
 impl<'a> ProductRings<'a> {
@@ -262,100 +492,109 @@ impl<'a> ProductRings<'a> {
         let columns = u64::from(t.columns);
         let out_bytes = 4 * u64::from(t.rows) * columns;
         let if_so = |so: bool, bytes: u64| if so { bytes } else { 0 };
-        let mut rings = |bytes: u64| -> Vec<Ring> { (0..p.width()).map(|_| b.ring(2, bytes)).collect() };
-        let weights = rings(costs.row_bytes.0 * columns);
-        let unpacked = rings(if_so(costs.unpacks_to_memory(), costs.row_bytes.1 * columns));
-        let products = rings(out_bytes);
-        let biases = rings(if_so(p.finishes(), 4 * columns));
-        let residual = b.ring(2, if_so(matches!(p.epilogue, Epilogue::Add(_)), out_bytes));
-        let finished = b.ring(2, if_so(p.finishes(), out_bytes));
+        let outs = t.cut.out_slots();
+        let mut rings =
+            |slots, bytes| -> Vec<Ring> { (0..p.width()).map(|_| b.ring(slots, bytes)).collect() };
+        let weights = rings(2, t.cut.row_bytes.0 * columns);
+        let unpacked = rings(2, if_so(costs.unpacks_to_memory(), t.cut.row_bytes.1 * columns));
+        let products = rings(outs, out_bytes);
+        let biases = rings(outs, if_so(p.finishes(), 4 * columns));
+        let residual = b.ring(outs, if_so(matches!(p.epilogue, Epilogue::Add(_)), out_bytes));
+        let finished = b.ring(outs, if_so(p.finishes(), out_bytes));
+        // Room for sums that the matrix unit does not keep.
+        let _ = b.ring(p.width(), costs.sums_bytes(t));
         ProductRings { costs, tiling: t, weights, unpacked, products, biases, residual, finished }
     }
 
-    /// Returns the parts that are multiplied for a column of `part`: gate and up of a gated unit go together.
-    fn parts(&self, part: usize) -> Range<usize> {
-        if self.costs.p.epilogue == Epilogue::Glu { 0..2 } else { part..part + 1 }
-    }
-
-    /// Loads and unpacks a block's weights.
-    fn prepare(&mut self, b: &mut Builder, rows: &Range<u32>, part: usize, columns: &Range<u32>) -> Block {
+    /// Loads and unpacks the weights of a chunk, and for the last one of a block what is added to the products.
+    fn prepare(&mut self, b: &mut Builder, rows: &Range<u32>, chunk: &mut Chunk) {
         let p = self.costs.p;
         let sharers = self.tiling.grid.0;
-        let count = columns.end - columns.start;
-        let mut block = Block { part, columns: columns.clone(), weights: Vec::new(), addends: Vec::new() };
-        for (slot, i) in self.parts(part).enumerate() {
+        let Chunk { columns, k, .. } = &*chunk;
+        let (columns, k) = (columns.clone(), k.clone());
+        let (count, elements) = (columns.end - columns.start, k.end - k.start);
+        let is_last = k.end == p.k;
+        for (slot, i) in p.together(chunk.part).enumerate() {
             let (part, how) = (&p.parts[i], self.costs.how[i]);
-            let row = form_bytes(Form::File(part.format), 1, p.k);
-            let from = part.weight.1 + u64::from(columns.start) * row;
-            let piece = Piece::whole(part.weight.0, from, (u64::from(count) * row) as u32);
+            let at = |k: u32| form_bytes(Form::File(part.format), 1, k);
+            let from = part.weight.1 + u64::from(columns.start) * at(p.k);
+            let piece = Piece::whole(part.weight.0, from, (u64::from(count) * at(p.k)) as u32);
+            let piece = piece.within(at(p.k) as u32, at(k.start) as u32..at(k.end) as u32);
             let stored = b.load(&mut self.weights[slot], [piece], sharers);
-            if let Some((operand, from)) = part.bias {
+            if let Some((operand, from)) = part.bias.filter(|_| is_last) {
                 let piece = Piece::whole(operand, from + 4 * u64::from(columns.start), 4 * count);
-                block.addends.push(b.load(&mut self.biases[slot], [piece], sharers));
+                chunk.addends.push(b.load(&mut self.biases[slot], [piece], sharers));
             }
             // If the unit's form is the stored one, unpacking costs time but has no output: the bits are the
             // file's.
             let (step, bytes) = match how.w {
                 Form::Chip(_) => {
-                    let step = Step::Unpack { rows: count, k: p.k, from: part.format, to: how.w };
-                    (step, form_bytes(how.w, count, p.k))
+                    let step = Step::Unpack { rows: count, k: elements, from: part.format, to: how.w };
+                    (step, form_bytes(how.w, count, elements))
                 }
                 _ => (Step::Part, 0),
             };
             let mut weight = vec![stored];
             if how.unpacks || bytes > 0 {
                 let done = if bytes > 0 { std::mem::take(&mut weight) } else { Vec::new() };
-                let work = if how.unpacks { unpacking(count, p.k) } else { VectorWork::default() };
+                let work = if how.unpacks { unpacking(count, elements) } else { VectorWork::default() };
                 let work = Work::Vector(work);
                 let to = (&mut self.unpacked[slot], bytes);
                 weight.extend(b.compute((work, step), &[stored], [to], &done));
             }
-            block.weights.push(weight);
+            chunk.weights.push(weight);
         }
-        if let Epilogue::Add(operand) = p.epilogue {
-            let from = Part { out: operand, ..p.parts[part].clone() };
-            let pieces = out_pieces(p, &from, rows.clone(), columns.clone());
-            block.addends.push(b.load(&mut self.residual, pieces, 1));
+        if let Epilogue::Add(operand) = p.epilogue
+            && is_last
+        {
+            let from = Part { out: operand, ..p.parts[chunk.part].clone() };
+            let pieces = out_pieces(p, &from, rows.clone(), columns);
+            chunk.addends.push(b.load(&mut self.residual, pieces, 1));
         }
-        block
     }
 
-    /// Multiplies a block with the activations, applies the epilogue and stores the result. `last` frees the
-    /// activations.
-    fn complete(
-        &mut self,
-        b: &mut Builder,
-        rows: &Range<u32>,
-        xs: &[(Form, Entry)],
-        block: Block,
-        last: bool,
-    ) {
+    /// Multiplies a chunk with the activations. After the last one of a block, applies the epilogue and stores the result.
+    fn complete(&mut self, b: &mut Builder, rows: &Range<u32>, chunk: Chunk) {
         let p = self.costs.p;
-        let (row_count, count) = (rows.end - rows.start, block.columns.end - block.columns.start);
+        let Chunk { part, columns, k, xs, frees_x, weights, addends } = chunk;
+        let (row_count, count) = (rows.end - rows.start, columns.end - columns.start);
         let bytes = 4 * u64::from(row_count) * u64::from(count);
-        let parts = self.parts(block.part);
+        let last = k.end == p.k;
+        let sums = if self.costs.sums_bytes(self.tiling) > 0 { bytes } else { 0 };
+        let sums_bytes = sums * (u64::from(k.start > 0) + u64::from(!last));
+        let parts = p.together(part);
         let mut results = Vec::new();
-        for (slot, (i, weight)) in parts.clone().zip(block.weights).enumerate() {
+        for (slot, (i, weight)) in parts.clone().zip(weights).enumerate() {
             let how = self.costs.how[i];
             let x = xs.iter().find(|(form, _)| *form == how.x).map(|(_, entry)| *entry);
             let reads: Vec<Entry> = x.into_iter().chain(weight.iter().copied()).collect();
             let mut frees = weight;
-            if last && i + 1 == parts.end {
+            if frees_x && i + 1 == parts.end {
                 frees.extend(xs.iter().map(|(_, entry)| *entry));
             }
-            let work = Work::Matrix { rate: how.rate, m: row_count, n: count, k: p.k };
-            let step = Step::Product { rows: row_count, columns: count, k: p.k, x: how.x, w: how.w };
-            results.extend(b.compute((work, step), &reads, [(&mut self.products[slot], bytes)], &frees));
+            let (m, n) = (row_count, count);
+            let work = Work::Matrix { rate: how.rate, m, n, k: k.end - k.start, sums_bytes };
+            let k = k.clone();
+            let step = Step::Product { rows: m, columns: n, k, last, sums: slot, x: how.x, w: how.w };
+            if last {
+                let to = (&mut self.products[slot], bytes);
+                results.extend(b.compute((work, step), &reads, [to], &frees));
+            } else {
+                b.compute((work, step), &reads, [], &frees);
+            }
+        }
+        if !last {
+            return;
         }
         if p.finishes() {
             let biases = parts.map(|i| p.parts[i].bias.is_some()).collect();
-            let reads: Vec<Entry> = results.iter().chain(&block.addends).copied().collect();
+            let reads: Vec<Entry> = results.iter().chain(&addends).copied().collect();
             let work = Work::Vector(finishing(p, row_count, count));
             let step = Step::Finish { columns: count, biases };
             results = b.compute((work, step), &reads, [(&mut self.finished, bytes)], &reads).into();
         }
         for entry in results {
-            b.store(entry, out_pieces(p, &p.parts[block.part], rows.clone(), block.columns.clone()));
+            b.store(entry, out_pieces(p, &p.parts[part], rows.clone(), columns.clone()));
         }
     }
 }
@@ -367,37 +606,44 @@ fn product_program(costs: &Costs<'_>, t: Tiling, rows: Range<u32>, columns: Rang
     if rows.is_empty() || list.is_empty() {
         return b.finish();
     }
-    let mut x_ring = b.ring(1, form_bytes(Form::F32, t.rows, p.k));
+    let forms_of = |parts: &[(usize, Range<u32>)]| -> Vec<Form> {
+        let used =
+            |form: Form| parts.iter().flat_map(|(part, _)| p.together(*part)).any(|i| costs.how[i].x == form);
+        costs.forms.iter().copied().filter(|&f| used(f)).collect()
+    };
+    let all_forms = forms_of(&list);
+    let mut activations = Activations::new(&mut b, costs, t, &all_forms);
     let mut rings = ProductRings::new(&mut b, costs, t);
-    let used =
-        |form: Form| list.iter().flat_map(|(part, _)| rings.parts(*part)).any(|i| costs.how[i].x == form);
-    let forms: Vec<Form> = costs.forms.iter().copied().filter(|&f| used(f)).collect();
-    let keeps_floats = forms.contains(&Form::F32);
-    let converts = forms.iter().filter(|&&f| f != Form::F32);
-    let mut converted: Vec<_> = converts.map(|&f| (f, b.ring(1, form_bytes(f, t.rows, p.k)))).collect();
     for rows in blocks(rows, t.rows) {
-        let row_count = rows.end - rows.start;
-        let x = b.load(&mut x_ring, row_pieces(&p.x, rows.clone()), t.grid.1);
-        let mut xs: Vec<(Form, Entry)> = if keeps_floats { vec![(Form::F32, x)] } else { Vec::new() };
-        let conversions = converted.len();
-        for (i, (form, ring)) in converted.iter_mut().enumerate() {
-            let work = Work::Vector(costs.converting(row_count));
-            let step = Step::Convert { rows: row_count, k: p.k, to: *form };
-            let frees = if i + 1 == conversions && !keeps_floats { vec![x] } else { Vec::new() };
-            let bytes = form_bytes(*form, row_count, p.k);
-            let [entry] = b.compute((work, step), &[x], [(ring, bytes)], &frees);
-            xs.push((*form, entry));
-        }
-        // The vector unit unpacks the next block before it waits for the product of this one.
-        let mut waiting: Option<Block> = None;
-        for (part, columns) in &list {
-            let next = rings.prepare(&mut b, &rows, *part, columns);
-            if let Some(block) = waiting.replace(next) {
-                rings.complete(&mut b, &rows, &xs, block, false);
+        let mut kept: Vec<Vec<(Form, Entry)>> = Vec::new();
+        // The vector unit unpacks the next chunk before it waits for the product of this one.
+        let mut waiting: Option<Chunk> = None;
+        for (number, block) in list.iter().enumerate() {
+            for (c, k) in blocks(0..p.k, t.cut.depth).enumerate() {
+                let xs = match kept.get(c) {
+                    Some(xs) => xs.clone(),
+                    None if t.cut.keeps => {
+                        let xs = activations.load(&mut b, costs, (&rows, &k), t.grid.1, &all_forms);
+                        kept.push(xs.clone());
+                        xs
+                    }
+                    None => {
+                        let forms = forms_of(std::slice::from_ref(block));
+                        activations.load(&mut b, costs, (&rows, &k), t.grid.1, &forms)
+                    }
+                };
+                let frees_x = !t.cut.keeps || number + 1 == list.len();
+                let (part, columns) = block.clone();
+                let (weights, addends) = (Vec::new(), Vec::new());
+                let mut next = Chunk { part, columns, k, xs, frees_x, weights, addends };
+                rings.prepare(&mut b, &rows, &mut next);
+                if let Some(chunk) = waiting.replace(next) {
+                    rings.complete(&mut b, &rows, chunk);
+                }
             }
         }
-        if let Some(block) = waiting {
-            rings.complete(&mut b, &rows, &xs, block, true);
+        if let Some(chunk) = waiting {
+            rings.complete(&mut b, &rows, chunk);
         }
     }
     b.finish()
@@ -423,6 +669,119 @@ fn out_pieces(p: &Product, part: &Part, rows: Range<u32>, range: Range<u32>) -> 
         Some(list) => {
             let rows = list.get(rows.start as usize..rows.end as usize).unwrap_or(&[]);
             rows.iter().map(|&row| Piece::whole(part.out, at(row), bytes).of_activations()).collect()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::closed_s;
+    use super::*;
+    use crate::chip::Numerics;
+    use crate::shape::{RESIDUAL, Rows, Shape, bias, weight};
+    use crate::tile::{Action, Operand};
+    use halite_profiles::profile::Profile;
+
+    fn chip(name: &str, memory: &str, scratch_bytes: u32) -> Chip {
+        let path = format!("memory.{memory}.capacity_bytes");
+        let profile = Profile::open(name).unwrap().with(&path, f64::from(scratch_bytes)).unwrap();
+        Chip::new(profile, Numerics::Exact, None).unwrap()
+    }
+
+    /// `[m, k]` times weights of some formats, each with `n` rows.
+    fn product(m: u32, k: u32, n: u32, formats: &[Format], epilogue: Epilogue) -> Product {
+        let out = |i| Operand::Out(if epilogue == Epilogue::None { i } else { 0 });
+        let part = |(i, &format): (usize, &Format)| Part {
+            n,
+            format,
+            weight: (weight(i), 0),
+            bias: (i == 0).then_some((bias(i), 0)),
+            out: out(i),
+        };
+        let parts = formats.iter().enumerate().map(part).collect();
+        Product { m, k, x: Rows::own(X, k), parts, epilogue, out_rows: None }
+    }
+
+    fn products() -> Vec<Product> {
+        use Format::{F16, Q4_0, Q4_K, Q8_0};
+        vec![
+            product(1, 4096, 4096, &[Q4_0], Epilogue::None),
+            product(512, 4096, 4096, &[F16], Epilogue::Add(RESIDUAL)),
+            product(100, 4096, 11_008, &[Q4_K, Q4_K], Epilogue::Glu),
+            product(33, 11_008, 512, &[Q8_0, F16, Q4_K], Epilogue::None),
+        ]
+    }
+
+    /// However a product is cut, a tile reads its weights once for each pass over its rows, adds up every element of `k` in
+    /// order, and writes each result once.
+    #[test]
+    fn cuts_lose_nothing() {
+        let mut cut = 0;
+        for (name, memory) in
+            [("maia-100", "tsram"), ("teaching-16x16", "scratchpad"), ("tpu-v1", "unified_buffer")]
+        {
+            for (p, bytes) in products().iter().flat_map(|p| [(p, 32 << 10), (p, 256 << 10)]) {
+                let chip = chip(name, memory, bytes);
+                let (tiling, _) = Costs::new(&chip, p, chip.tiles).tiling().unwrap();
+                cut += u32::from(tiling.cut.chunks > 1);
+                let mut stored = 0;
+                for program in product_programs(&chip, p, chip.tiles).unwrap() {
+                    assert!(program.scratch_bytes() <= chip.scratch_bytes);
+                    // By part: bytes of weights, columns that were multiplied and finished, and where the sums are.
+                    let mut loaded = vec![0; p.parts.len()];
+                    let (mut multiplied, mut at) = (0, vec![0; 2]);
+                    let mut finished = 0;
+                    for command in &program.commands {
+                        match &command.action {
+                            Action::Load { from, .. } => {
+                                let part = p.parts.iter().position(|part| part.weight.0 == from.operand);
+                                part.into_iter().for_each(|i| loaded[i] += from.bytes());
+                            }
+                            Action::Store { to, .. } => stored += to.bytes(),
+                            Action::Compute {
+                                step: Step::Product { rows, columns, k, last, sums, .. },
+                                ..
+                            } => {
+                                assert_eq!((k.start, *last), (at[*sums], k.end == p.k));
+                                at[*sums] = if *last { 0 } else { k.end };
+                                multiplied += u64::from(rows * columns) * k.len() as u64;
+                                finished += u64::from(rows * columns * u32::from(*last));
+                            }
+                            Action::Compute { .. } => {}
+                        }
+                    }
+                    assert!(at == [0, 0] && multiplied == finished * u64::from(p.k));
+                    // All tiles of a row of the grid have the same rows, but the first tiles may have one less.
+                    let passes = |rows: u32| u64::from(rows.div_ceil(tiling.rows));
+                    let (most, least) = (p.m.div_ceil(tiling.grid.0), p.m / tiling.grid.0);
+                    for (part, bytes) in p.parts.iter().zip(loaded) {
+                        let row = form_bytes(Form::File(part.format), 1, p.k);
+                        let whole = |passes: u64| {
+                            bytes % (passes * row) == 0 && bytes <= passes * row * u64::from(part.n)
+                        };
+                        assert!(whole(passes(most)) || whole(passes(least)), "{bytes} bytes of {row} a row");
+                    }
+                }
+                assert_eq!(stored, 4 * u64::from(p.m) * u64::from(p.columns()), "{tiling:?}");
+            }
+        }
+        assert!(cut > 12, "{cut} products were cut");
+    }
+
+    /// A product that fits as a whole is cut only where that is faster, so more room never costs time.
+    #[test]
+    fn larger_scratchpads_are_not_slower() {
+        for (name, memory) in
+            [("maia-100", "tsram"), ("teaching-16x16", "scratchpad"), ("tpu-v1", "unified_buffer")]
+        {
+            for p in products() {
+                let shape = Shape::Product(p);
+                let sizes = (0..57).map(|i| (32_768.0 * f64::from(i).mul_add(0.125, 0.0).exp2()) as u32);
+                let times: Vec<f64> =
+                    sizes.map(|bytes| closed_s(&chip(name, memory, bytes), &shape).unwrap()).collect();
+                assert!(times.is_sorted_by(|small, large| small >= large), "{name}, {shape:?}: {times:?}");
+                assert!(times.first() > times.last());
+            }
         }
     }
 }

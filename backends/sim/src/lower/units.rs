@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::{BLOCK_BYTES, Pipeline, SLOTS, TILE_BYTES, aligned, blocks, share, too_small};
 use crate::chip::Chip;
-use crate::shape::{RowIndex, Rows, Units};
+use crate::shape::{Norm, RowIndex, Rows, Units};
 use crate::tile::{ALIGNMENT, Builder, Entry, Lowered, Operand, Piece, Ring, Step, TileProgram, Work};
 use halite::Result;
 
@@ -37,7 +37,7 @@ fn units_tiling(chip: &Chip, units: &Units) -> Result<UnitsTiling> {
         return Err(too_small(chip, "one row of the op", once + rounding + each));
     };
     let total = each * u64::from(units.count);
-    let tiles = u64::from(chip.tiles.min(units.count)).min(total.div_ceil(TILE_BYTES)) as u32;
+    let tiles = u64::from(chip.tiles.min(units.count / units.pieces)).min(total.div_ceil(TILE_BYTES)) as u32;
     let block = (BLOCK_BYTES / each.max(1)).clamp(1, fit(slots.into())) as u32;
     Ok(UnitsTiling { tiles, slots, block, bytes: (read, written, once) })
 }
@@ -48,7 +48,7 @@ pub fn units_s(chip: &Chip, units: &Units) -> Result<f64> {
     if tiles == 0 {
         return Ok(0.0);
     }
-    let per_tile = units.count.div_ceil(tiles);
+    let per_tile = (units.count / units.pieces).div_ceil(tiles) * units.pieces;
     let block = block.min(per_tile);
     let count = f64::from(per_tile.div_ceil(block));
     // Bytes moved in device memory per byte of activations here, whose format on the chip may be narrower.
@@ -77,6 +77,7 @@ pub fn units_s(chip: &Chip, units: &Units) -> Result<f64> {
             units.writes.iter().map(|rows| requests(rows, block)).sum(),
         ),
         slots: f64::from(slots),
+        ahead_s: 0.0,
         least_pace_s: 0.0,
     }
     .seconds(chip)
@@ -106,7 +107,7 @@ pub fn units_programs(chip: &Chip, units: &Units, stage: u32) -> Result<Vec<Tile
             own.map(|r| (r.clone(), b.ring(slots, u64::from(block) * u64::from(r.bytes)))).collect()
         };
         let (mut reads, mut writes) = (rings(&mut b, &units.reads), rings(&mut b, &units.writes));
-        for range in blocks(share(units.count, 1, tiles, tile), block) {
+        for range in blocks(share(units.count, units.pieces, tiles, tile), block) {
             let own: Vec<Entry> = reads
                 .iter_mut()
                 .map(|(rows, ring)| b.load(ring, row_pieces(rows, range.clone()), 1))
@@ -154,6 +155,57 @@ pub fn row_pieces(rows: &Rows, range: Range<u32>) -> Vec<Piece> {
     pieces.into_iter().map(|piece| Piece { activations: rows.activations, ..piece }).collect()
 }
 
+/// Returns the stages of norms: one if whole rows fit the scratchpad. Else rows are read in pieces, once for each sum that a norm needs
+/// and once for its results.
+pub fn norm_stages(chip: &Chip, norm: &Norm) -> Result<Vec<Units>> {
+    let whole = units_tiling(chip, &norm.rows);
+    let Err(error) = whole else { return Ok(vec![norm.rows.clone()]) };
+    // The sixteen sums of a row take runs of sixteen elements.
+    let pieces = (2..=norm.elements / 16).filter(|pieces| norm.elements.is_multiple_of(16 * pieces));
+    let mut stages = pieces.map(|pieces| norm_pieces(norm, pieces));
+    let fits = |stages: &Vec<Units>| stages.iter().all(|stage| units_tiling(chip, stage).is_ok());
+    stages.find(fits).ok_or(error)
+}
+
+/// Returns the stages of norms in pieces. Those that sum write the sums after each piece, of which the last ones are read.
+fn norm_pieces(norm: &Norm, pieces: u32) -> Vec<Units> {
+    let (elements, count) = (norm.elements / pieces, norm.rows.count * pieces);
+    let piece = |operand| Rows::own(operand, elements);
+    let (rows, adds) = (norm.rows.count, norm.adds);
+    let ends = |temp: usize| Rows {
+        index: RowIndex::Gather((0..count).map(|unit| (unit / pieces + 1) * pieces - 1).collect()),
+        activations: false,
+        ..Rows::own(Operand::Temp(temp), SUMS)
+    };
+    let sums = |temp: usize| Rows { activations: false, ..Rows::own(Operand::Temp(temp), SUMS) };
+    let of_rows = norm.rows.reads.iter().filter(is_broadcast).map(|all| Rows {
+        bytes: 4 * elements,
+        index: RowIndex::Gather((0..rows).flat_map(|_| 0..pieces).collect()),
+        ..all.clone()
+    });
+    let (x, sum, out) = (Operand::In(0), Operand::Out(1), Operand::Out(0));
+    let mut first = (vec![piece(x)], vec![sums(0)]);
+    if adds {
+        first.0.push(piece(Operand::In(1)));
+        first.1.push(piece(sum));
+    }
+    let x = if adds { sum } else { x };
+    let mut stages = vec![first];
+    if norm.centred {
+        stages.push((vec![piece(x), ends(0)], vec![sums(1)]));
+    }
+    let found = (0..stages.len()).map(ends);
+    stages.push((std::iter::once(piece(x)).chain(found).chain(of_rows).collect(), vec![piece(out)]));
+    let stage = |(reads, writes): (Vec<Rows>, Vec<Rows>)| {
+        let simple = u64::from(elements) * reads.len() as u64;
+        Units { count, pieces, work: [simple, 0, 1, 0, 0], reads, writes }
+    };
+    stages.into_iter().map(stage).collect()
+}
+
+/// Sums of the elements of a row: one for each position mod 16.
+const SUMS: u32 = 16;
+
 /// Returns the stages of an arg-max: the largest element of each run of a row, then the largest of each row.
 pub fn arg_max_stages(rows: u32, cols: u32) -> [Units; 2] {
     let run = (64..=2048.min(cols)).rev().find(|run| cols.is_multiple_of(*run)).unwrap_or(cols);
@@ -161,6 +213,7 @@ pub fn arg_max_stages(rows: u32, cols: u32) -> [Units; 2] {
     let found = Operand::Temp(0);
     let stage = |count, elements: u32, from: Rows, to: Rows| Units {
         count,
+        pieces: 1,
         reads: vec![from],
         writes: vec![to],
         work: [elements.into(), 0, 0, 0, 0],
@@ -201,7 +254,13 @@ pub fn top_k_stages(rows: u32, cols: u32, k: u32) -> Vec<Units> {
             false => vec![Rows::own(to, 2 * k)],
         };
         let reads = vec![Rows::own(from, words)];
-        stages.push(Units { count: rows * lists, reads, writes, work: [words.into(), 0, 0, 0, 0] });
+        stages.push(Units {
+            count: rows * lists,
+            pieces: 1,
+            reads,
+            writes,
+            work: [words.into(), 0, 0, 0, 0],
+        });
         if last {
             return stages;
         }
