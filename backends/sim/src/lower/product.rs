@@ -125,6 +125,22 @@ impl<'a> Costs<'a> {
 
     /// Returns the seconds of a tiling by the closed form.
     fn seconds(&self, t: Tiling) -> f64 {
+        let (pipeline, outside_s) = self.pipeline(t);
+        pipeline.seconds(self.chip) + outside_s
+    }
+
+    /// Returns seconds that no tiling with the grid and the rows of `t` takes less than. Those of `t` are one block of all columns:
+    /// blocks of fewer move as many bytes and leave no unit less to do.
+    fn least_s(&self, t: Tiling) -> f64 {
+        let (one, outside_s) = self.pipeline(t);
+        let busy_s = [one.load_s, one.units_s[0], one.units_s[1], one.store_s].into_iter().fold(0.0, f64::max);
+        let least_s = (one.count * busy_s).max(one.device_s + 2.0 * one.setup_s) + outside_s;
+        // A sum of blocks rounds otherwise.
+        least_s * (1.0 - 1e-9)
+    }
+
+    /// Returns the pipeline of a tiling, and the seconds outside of it, which do not depend on the columns of a block.
+    fn pipeline(&self, t: Tiling) -> (Pipeline, f64) {
         let (chip, p) = (self.chip, self.p);
         let (grid_m, grid_n) = t.grid;
         let (m, k, width) = (f64::from(p.m), f64::from(p.k), f64::from(p.width()));
@@ -172,7 +188,7 @@ impl<'a> Costs<'a> {
         // Converted activations free their slot for the next load. Unconverted ones keep it until the last
         // product.
         let x_s = if convert_s > 0.0 { x_s } else { x_s + again * (x_s + pipeline.setup_s + drain_s) };
-        pipeline.seconds(chip) + x_s + passes * (convert_s + 2.0 * chip.semaphore_s())
+        (pipeline, x_s + passes * (convert_s + 2.0 * chip.semaphore_s()))
     }
 
     /// Returns the tiling with the shortest time by the closed form, and the time.
@@ -188,9 +204,13 @@ impl<'a> Costs<'a> {
         for grid_m in grids.into_iter().rev() {
             let grid_n = (self.tiles / grid_m).min(p.columns().div_ceil(COLUMNS)).max(1);
             let columns = p.columns().div_ceil(COLUMNS).div_ceil(grid_n) * COLUMNS;
+            let grid = (grid_m, grid_n);
             for rows in halves(p.m.div_ceil(grid_m)) {
+                if best.is_some_and(|(s, _)| self.least_s(Tiling { grid, rows, columns }) >= s) {
+                    continue;
+                }
                 for columns in halves(columns) {
-                    let tiling = Tiling { grid: (grid_m, grid_n), rows, columns };
+                    let tiling = Tiling { grid, rows, columns };
                     let bytes = self.scratch_bytes(tiling);
                     least = least.min(bytes);
                     if bytes > self.chip.scratch_bytes {
@@ -424,5 +444,68 @@ fn out_pieces(p: &Product, part: &Part, rows: Range<u32>, range: Range<u32>) -> 
             let rows = list.get(rows.start as usize..rows.end as usize).unwrap_or(&[]);
             rows.iter().map(|&row| Piece::whole(part.out, at(row), bytes).of_activations()).collect()
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Numerics;
+    use halite::kernels::formats::Format;
+    use halite_profiles::profile::{Driver, Profile, SHIPPED};
+    use crate::shape::Rows;
+    use crate::tile::Operand;
+
+    fn product(m: u32, n: u32, k: u32, format: Format, epilogue: Epilogue) -> Product {
+        let part = Part { n, format, weight: (X, 0), bias: None, out: Operand::Out(0) };
+        let count = if epilogue == Epilogue::Glu { 2 } else { 1 };
+        Product { m, k, x: Rows::own(X, k), parts: vec![part; count], epilogue, out_rows: None }
+    }
+
+    /// The tilings that are left out are none of the quickest.
+    #[test]
+    fn the_tiling_is_the_quickest_of_all() {
+        let mut tried = 0;
+        for (name, _) in SHIPPED {
+            let profile = Profile::open(name).unwrap();
+            if profile.driver != Driver::Sim {
+                continue;
+            }
+            let chip = Chip::new(profile, Numerics::Exact, None).unwrap();
+            for (m, n, k) in [(1, 4096, 4096), (7, 32000, 2048), (33, 1000, 512), (512, 11008, 4096), (640, 64, 320)] {
+                for epilogue in [Epilogue::None, Epilogue::Glu, Epilogue::Add(Operand::In(1))] {
+                    let p = product(m, n, k, Format::Q8_0, epilogue);
+                    let costs = Costs::new(&chip, &p, chip.tiles);
+                    let mut least = f64::INFINITY;
+                    for grid_m in 1..=chip.tiles.min(m) {
+                        let grid_n = (chip.tiles / grid_m).min(n.div_ceil(COLUMNS)).max(1);
+                        let cell = n.div_ceil(COLUMNS).div_ceil(grid_n) * COLUMNS;
+                        let all = |n: u32| std::iter::successors(Some(n), |n| (*n > 1).then(|| n.div_ceil(2)));
+                        let listed = chip.tiles.is_multiple_of(grid_m)
+                            || all(chip.tiles).any(|tiles| tiles == grid_m)
+                            || grid_m == m;
+                        for rows in all(m.div_ceil(grid_m)).filter(|_| listed) {
+                            let grid = (grid_m, grid_n);
+                            let bound_s = costs.least_s(Tiling { grid, rows, columns: cell });
+                            for columns in all(cell) {
+                                let t = Tiling { grid, rows, columns };
+                                assert!(bound_s <= costs.seconds(t), "{name} {m} x {n} x {k}: {t:?}");
+                                if costs.scratch_bytes(t) <= chip.scratch_bytes {
+                                    least = least.min(costs.seconds(t));
+                                }
+                            }
+                        }
+                    }
+                    match costs.tiling() {
+                        Ok((_, seconds)) => {
+                            tried += 1;
+                            assert_eq!(seconds, least, "{name} {m} x {n} x {k} {epilogue:?}");
+                        }
+                        Err(_) => assert_eq!(least, f64::INFINITY, "{name} {m} x {n} x {k}"),
+                    }
+                }
+            }
+        }
+        assert!(tried > 30, "{tried}");
     }
 }
