@@ -133,7 +133,8 @@ impl<'a> Costs<'a> {
     /// blocks of fewer move as many bytes and leave no unit less to do.
     fn least_s(&self, t: Tiling) -> f64 {
         let (one, outside_s) = self.pipeline(t);
-        let busy_s = [one.load_s, one.units_s[0], one.units_s[1], one.store_s].into_iter().fold(0.0, f64::max);
+        let busy_s =
+            [one.load_s, one.units_s[0], one.units_s[1], one.store_s].into_iter().fold(0.0, f64::max);
         let least_s = (one.count * busy_s).max(one.device_s + 2.0 * one.setup_s) + outside_s;
         // A sum of blocks rounds otherwise.
         least_s * (1.0 - 1e-9)
@@ -451,10 +452,10 @@ fn out_pieces(p: &Product, part: &Part, rows: Range<u32>, range: Range<u32>) -> 
 mod tests {
     use super::*;
     use crate::Numerics;
-    use halite::kernels::formats::Format;
-    use halite_profiles::profile::{Driver, Profile, SHIPPED};
     use crate::shape::Rows;
     use crate::tile::Operand;
+    use halite::kernels::formats::Format;
+    use halite_profiles::profile::{Driver, Profile, SHIPPED};
 
     fn product(m: u32, n: u32, k: u32, format: Format, epilogue: Epilogue) -> Product {
         let part = Part { n, format, weight: (X, 0), bias: None, out: Operand::Out(0) };
@@ -472,7 +473,9 @@ mod tests {
                 continue;
             }
             let chip = Chip::new(profile, Numerics::Exact, None).unwrap();
-            for (m, n, k) in [(1, 4096, 4096), (7, 32000, 2048), (33, 1000, 512), (512, 11008, 4096), (640, 64, 320)] {
+            for (m, n, k) in
+                [(1, 4096, 4096), (7, 32000, 2048), (33, 1000, 512), (512, 11008, 4096), (640, 64, 320)]
+            {
                 for epilogue in [Epilogue::None, Epilogue::Glu, Epilogue::Add(Operand::In(1))] {
                     let p = product(m, n, k, Format::Q8_0, epilogue);
                     let costs = Costs::new(&chip, &p, chip.tiles);
@@ -480,7 +483,8 @@ mod tests {
                     for grid_m in 1..=chip.tiles.min(m) {
                         let grid_n = (chip.tiles / grid_m).min(n.div_ceil(COLUMNS)).max(1);
                         let cell = n.div_ceil(COLUMNS).div_ceil(grid_n) * COLUMNS;
-                        let all = |n: u32| std::iter::successors(Some(n), |n| (*n > 1).then(|| n.div_ceil(2)));
+                        let all =
+                            |n: u32| std::iter::successors(Some(n), |n| (*n > 1).then(|| n.div_ceil(2)));
                         let listed = chip.tiles.is_multiple_of(grid_m)
                             || all(chip.tiles).any(|tiles| tiles == grid_m)
                             || grid_m == m;
