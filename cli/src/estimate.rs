@@ -24,16 +24,12 @@ use serde_json::{Value, json};
 
 use super::{Failure, bytes, interrupt, kv_format, plain, plain_json, print};
 
-/// Prints one column per profile. No weights are read and nothing is computed, so the model may be larger
-/// than this machine.
+/// The model and the workload that times are predicted for.
 #[derive(Args)]
-pub struct EstimateArgs {
+pub struct WorkArgs {
     /// GGUF file, or a shape of `halite synth`.
     #[arg(short, long, value_name = "FILE|SHAPE")]
     model: PathBuf,
-    /// Chip profiles: names or TOML files, comma-separated.
-    #[arg(short, long, value_name = "FILE|NAME,…", value_delimiter = ',', required = true)]
-    profile: Vec<String>,
     /// Weight format of a shape.
     #[arg(long, value_parser = super::synth::format, default_value = "q4_0")]
     format: Format,
@@ -58,6 +54,17 @@ pub struct EstimateArgs {
     /// Prefill batch size in tokens.
     #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=65_536))]
     chunk: u32,
+}
+
+/// Prints one column per profile. No weights are read and nothing is computed, so the model may be larger
+/// than this machine.
+#[derive(Args)]
+pub struct EstimateArgs {
+    #[command(flatten)]
+    work: WorkArgs,
+    /// Chip profiles: names or TOML files, comma-separated.
+    #[arg(short, long, value_name = "FILE|NAME,…", value_delimiter = ',', required = true)]
+    profile: Vec<String>,
     /// Number of chips. Without the numbers below, all ways to divide the model over them are tried.
     #[arg(long, value_name = "N", help_heading = "Several chips", value_parser = clap::value_parser!(u32).range(1..=65_536))]
     chips: Option<u32>,
@@ -96,23 +103,60 @@ pub struct EstimateArgs {
     load: load::LoadArgs,
 }
 
-/// Opens a model file, or a shape without weights.
-fn open(args: &EstimateArgs) -> Result<Arc<Model>, Failure> {
-    if let Some(shape) = args.model.to_str().and_then(synth::shape) {
-        let formats = Formats::of(args.format);
-        return Ok(Arc::new(Synth::new(shape, formats, 0)?.model()?));
+impl WorkArgs {
+    /// Opens a model file, or a shape without weights.
+    pub fn open(&self) -> Result<Arc<Model>, Failure> {
+        if let Some(shape) = self.model.to_str().and_then(synth::shape) {
+            let formats = Formats::of(self.format);
+            return Ok(Arc::new(Synth::new(shape, formats, 0)?.model()?));
+        }
+        let path = self.model();
+        if !path.exists() {
+            let names: Vec<_> = synth::SHAPES.iter().map(|shape| shape.name).collect();
+            return Err(format!(
+                "model `{}`: expected a GGUF file or one of {}",
+                path.display(),
+                names.join(", ")
+            )
+            .into());
+        }
+        super::open_model(Some(path))
     }
-    let path = args.model.as_path();
-    if !path.exists() {
-        let names: Vec<_> = synth::SHAPES.iter().map(|shape| shape.name).collect();
-        return Err(format!(
-            "model `{}`: expected a GGUF file or one of {}",
-            path.display(),
-            names.join(", ")
+
+    /// The file of the model, if it is one.
+    pub fn model(&self) -> &Path {
+        &self.model
+    }
+
+    /// The formats of the chip.
+    pub fn choices(&self) -> Result<Choices, Failure> {
+        let products = self.products.as_deref().map(Dtype::named).transpose()?;
+        Ok(Choices::default().products(products).activations(Dtype::named(&self.activations)?))
+    }
+
+    /// The program of a model, for all positions of the workload.
+    pub fn program(&self, model: &Model) -> Result<Program, Failure> {
+        let positions = self.prompt.saturating_add(self.generate);
+        Ok(model.program(ProgramOptions::default().kv_format(self.kv), positions)?)
+    }
+
+    /// The workload.
+    pub fn workload(&self) -> Workload {
+        let lengths = Workload::default().prompt(self.prompt).generate(self.generate);
+        lengths.batch(self.batch).chunk(self.chunk)
+    }
+
+    /// Says what is predicted: the model and the workload.
+    pub fn heading(&self, model: &Model, program: &Program) -> String {
+        format!(
+            "{}, {} of weights; {} x ({} prompt + {} generated tokens)\n\n",
+            model.name(),
+            bytes(program.weight_bytes()),
+            self.batch,
+            self.prompt,
+            self.generate
         )
-        .into());
     }
-    super::open_model(Some(path))
 }
 
 /// The estimate of one profile, or why there is none.
@@ -138,19 +182,12 @@ impl EstimateArgs {
 }
 
 pub fn run(args: &EstimateArgs) -> Result<(), Failure> {
-    let model = open(args)?;
-    let products = args.products.as_deref().map(Dtype::named).transpose()?;
-    let choices = Choices::default()
-        .products(products)
-        .activations(Dtype::named(&args.activations)?)
-        .layout(args.layout());
+    let model = args.work.open()?;
+    let choices = args.work.choices()?.layout(args.layout());
     if let Some(source) = args.load.source() {
         return load::run(args, source, &model, choices);
     }
-    let positions = args.prompt.saturating_add(args.generate);
-    let program = model.program(ProgramOptions::default().kv_format(args.kv), positions)?;
-    let workload =
-        Workload::default().batch(args.batch).prompt(args.prompt).generate(args.generate).chunk(args.chunk);
+    let (program, workload) = (args.work.program(&model)?, args.work.workload());
     let mut all = Vec::new();
     for name in &args.profile {
         let profile = Profile::open(name)?;
@@ -171,7 +208,7 @@ pub fn run(args: &EstimateArgs) -> Result<(), Failure> {
         .into());
     }
     // Check both before writing either.
-    let inputs: Vec<&Path> = args.profile.iter().map(Path::new).chain([args.model.as_path()]).collect();
+    let inputs: Vec<&Path> = args.profile.iter().map(Path::new).chain([args.work.model()]).collect();
     for (path, replace) in [(&args.trace, TRACE), (&args.roofline, SVG)] {
         path.iter().try_for_each(|path| output::check(path, replace, &inputs))?;
     }
@@ -180,7 +217,7 @@ pub fn run(args: &EstimateArgs) -> Result<(), Failure> {
     }
     if let (Some(path), Some(first)) = (&args.trace, all.first()) {
         let chip = choices.chip(first.profile.clone())?;
-        let spans = vec![(args.prompt + args.generate / 2, 1); args.batch as usize];
+        let spans = vec![(args.work.prompt + args.work.generate / 2, 1); args.work.batch as usize];
         write_trace(path, &chip, &program, &spans, args.trace_tiles)?;
     }
     if let (Some(path), Some(first)) = (&args.roofline, all.first()) {
@@ -192,15 +229,7 @@ pub fn run(args: &EstimateArgs) -> Result<(), Failure> {
         let values: Vec<Value> = all.iter().map(as_json).collect();
         return print(&plain_json(&Value::from(values)));
     }
-    let heading = format!(
-        "{}, {} of weights; {} x ({} prompt + {} generated tokens)\n\n",
-        model.name(),
-        bytes(program.weight_bytes()),
-        args.batch,
-        args.prompt,
-        args.generate
-    );
-    let mut text = heading + &table(&all);
+    let mut text = args.work.heading(&model, &program) + &table(&all);
     for asked in &all {
         text += &explain(asked);
         if let Ok(estimate) = &asked.estimate
@@ -209,7 +238,7 @@ pub fn run(args: &EstimateArgs) -> Result<(), Failure> {
             text += &format!(
                 "\n{}, prefill step of {} tokens\n{}",
                 asked.profile.name,
-                args.chunk.min(args.prompt),
+                args.work.chunk.min(args.work.prompt),
                 ops(&estimate.prefill)
             );
             text += &format!("\n{}, decode step\n{}", asked.profile.name, ops(&estimate.decode));
@@ -219,7 +248,7 @@ pub fn run(args: &EstimateArgs) -> Result<(), Failure> {
 }
 
 /// Describes a layout: the number of chips, and how they divide the model.
-fn layout(l: &Layout) -> String {
+pub fn layout(l: &Layout) -> String {
     let ways = [("tp", l.tensor), ("ep", l.expert), ("pp", l.pipeline), ("dp", l.data)];
     let ways: Vec<_> = ways.iter().filter(|(_, n)| *n > 1).map(|(name, n)| format!("{name} {n}")).collect();
     match ways.len() {
@@ -229,7 +258,7 @@ fn layout(l: &Layout) -> String {
 }
 
 /// Formats seconds with three decimals and a unit.
-fn seconds(s: f64) -> String {
+pub fn seconds(s: f64) -> String {
     let (unit, name) = [(1.0, "s"), (1e-3, "ms"), (1e-6, "µs")]
         .into_iter()
         .find(|(unit, _)| s >= *unit)

@@ -17,6 +17,8 @@ mod device;
 mod embed;
 #[cfg(feature = "sim")]
 mod estimate;
+#[cfg(feature = "sim")]
+mod explore;
 mod export;
 mod inspect;
 mod interrupt;
@@ -122,6 +124,9 @@ enum Command {
     /// Predict time, energy and cost of serving a model on a chip.
     #[cfg(feature = "sim")]
     Estimate(estimate::EstimateArgs),
+    /// Vary the numbers of a chip and its layouts, and find the best designs.
+    #[cfg(feature = "sim")]
+    Explore(explore::ExploreArgs),
     /// Measure this machine's memory and kernels, or fit a chip's timing model to measured kernels (--fit).
     #[cfg(feature = "sim")]
     Calibrate(calibrate::CalibrateArgs),
@@ -478,6 +483,8 @@ pub fn main(drivers: &[Driver]) -> ExitCode {
         Command::Profile(args) => profile::profile(&args),
         #[cfg(feature = "sim")]
         Command::Estimate(args) => estimate::run(&args),
+        #[cfg(feature = "sim")]
+        Command::Explore(args) => explore::run(&args),
         #[cfg(feature = "sim")]
         Command::Calibrate(args) => calibrate::calibrate(&args),
         Command::Conform(args) => tools::conform(&args),

@@ -2,6 +2,7 @@
 
 use halite_sim::estimate::workload::Estimate;
 use halite_sim::{Bound, Chip, Report};
+use plotters::coord::ranged1d::{KeyPointHint, NoDefaultFormatting, ValueFormatter};
 use plotters::prelude::*;
 
 use super::Failure;
@@ -78,6 +79,155 @@ pub fn roofline(chip: &Chip, estimate: &Estimate) -> Result<String, Failure> {
     }
     let what = "circles: prefill, squares: decode";
     root.draw(&Text::new(what, (120, 60 + 18 * bounds.len() as i32), ("sans-serif", 14)))?;
+    root.present()?;
+    // The text is complete once the drawing area is dropped.
+    drop((chart, root));
+    Ok(svg)
+}
+
+/// What an axis shows.
+pub struct Axis<'a> {
+    /// Its name.
+    pub name: &'a str,
+    /// Its unit.
+    pub unit: &'a str,
+    /// Formats a number in its unit.
+    pub shown: &'a dyn Fn(f64, &str) -> String,
+}
+
+/// The scale of an axis: logarithms if the largest number is many times the smallest.
+struct Scale {
+    is_log: bool,
+    /// Ends, as logarithms if it has them.
+    ends: (f64, f64),
+    ticks: Vec<f64>,
+}
+
+impl Scale {
+    fn of(values: impl Iterator<Item = f64>) -> Scale {
+        let (min, max) = values.fold((f64::INFINITY, f64::NEG_INFINITY), |(a, b), v| (a.min(v), b.max(v)));
+        let is_log = min > 0.0 && max > 5.0 * min;
+        let (low, high) = if is_log { (min.log10(), max.log10()) } else { (min, max) };
+        let margin = (0.06 * (high - low)).max(0.02 * high.abs()).max(1e-12);
+        let mut scale = Scale { is_log, ends: (low - margin, high + margin), ticks: Vec::new() };
+        let (low, high) = scale.ends;
+        let ticks: Vec<f64> = if is_log {
+            let steps: &[u32] = if high - low > 3.0 { &[1] } else { &[1, 2, 5] };
+            // Read from text, so that a tick is the nearest number to a round one.
+            let tick = |decade: i32, step: &u32| format!("{step}e{decade}").parse().unwrap_or(f64::NAN);
+            let decades = low.floor() as i32..=high.ceil() as i32;
+            decades.flat_map(|decade| steps.iter().map(move |step| tick(decade, step))).collect()
+        } else {
+            let rough = (high - low) / 5.0;
+            let decade = 10f64.powf(rough.log10().floor());
+            let steps = [1.0, 2.0, 5.0, 10.0].map(|n| n * decade);
+            let step = steps.into_iter().find(|step| *step >= rough).unwrap_or(rough);
+            (0..8).map(|i| ((low / step).ceil() + f64::from(i)) * step).collect()
+        };
+        scale.ticks = ticks.into_iter().filter(|tick| (0.0..=1.0).contains(&scale.place(*tick))).collect();
+        scale
+    }
+
+    /// Returns the place of a number between the ends, from 0 to 1.
+    fn place(&self, value: f64) -> f64 {
+        let (low, high) = self.ends;
+        ((if self.is_log { value.log10() } else { value }) - low) / (high - low)
+    }
+}
+
+impl Ranged for Scale {
+    type FormatOption = NoDefaultFormatting;
+    type ValueType = f64;
+
+    fn map(&self, value: &f64, (first, last): (i32, i32)) -> i32 {
+        first + (self.place(*value) * f64::from(last - first)).round() as i32
+    }
+
+    fn key_points<Hint: KeyPointHint>(&self, _: Hint) -> Vec<f64> {
+        self.ticks.clone()
+    }
+
+    fn range(&self) -> std::ops::Range<f64> {
+        let (low, high) = self.ends;
+        if self.is_log { 10f64.powf(low)..10f64.powf(high) } else { low..high }
+    }
+}
+
+impl ValueFormatter<f64> for Scale {}
+
+/// A rectangle in pixels: left, top, right, bottom.
+type Box4 = [i32; 4];
+
+/// Draws a plot of all points, and of the best with their numbers. Numbers without room are left out. `is_joined`: whether a line
+/// joins the best.
+pub fn pareto(
+    axes: [Axis<'_>; 2],
+    all: Vec<(f64, f64)>,
+    best: &[(f64, f64)],
+    is_joined: bool,
+) -> Result<String, Failure> {
+    const CLOUD: RGBColor = RGBColor(0xb9, 0xc1, 0xca);
+    const FRONT: RGBColor = RGBColor(0, 114, 178);
+    const LINE: RGBColor = RGBColor(0xd5, 0xda, 0xe0);
+    const SOFT: RGBColor = RGBColor(0x5b, 0x65, 0x70);
+    // Pixels of a cell of the cloud: points in one look the same.
+    const CELL: i32 = 4;
+    let [x, y] = axes;
+    let (xs, ys) = (Scale::of(all.iter().map(|p| p.0)), Scale::of(all.iter().map(|p| p.1)));
+    let (width, height) = (800u32, 480u32);
+    let mut svg = String::new();
+    let root = SVGBackend::with_string(&mut svg, (width, height)).into_drawing_area();
+    let mut chart = ChartBuilder::on(&root)
+        .margin(14)
+        .x_label_area_size(48)
+        .y_label_area_size(96)
+        .build_cartesian_2d(xs, ys)?;
+    let named = |axis: &Axis<'_>| {
+        if axis.unit.is_empty() { axis.name.to_owned() } else { format!("{} [{}]", axis.name, axis.unit) }
+    };
+    chart
+        .configure_mesh()
+        .x_desc(named(&x))
+        .y_desc(named(&y))
+        .x_label_formatter(&|value| (x.shown)(*value, x.unit))
+        .y_label_formatter(&|value| (y.shown)(*value, y.unit))
+        .label_style(("sans-serif", 13))
+        .axis_desc_style(("sans-serif", 15))
+        .bold_line_style(LINE)
+        .light_line_style(TRANSPARENT)
+        .axis_style(SOFT)
+        .draw()?;
+    let mut seen = std::collections::HashSet::new();
+    let cloud = all.iter().filter(|p| {
+        let (px, py) = chart.backend_coord(p);
+        seen.insert((px / CELL, py / CELL))
+    });
+    let cloud: Vec<_> = cloud.map(|p| Circle::new(*p, 2, CLOUD.filled())).collect();
+    chart.draw_series(cloud)?;
+    if is_joined {
+        let mut line = best.to_vec();
+        line.sort_by(|a, b| a.0.total_cmp(&b.0));
+        chart.draw_series(LineSeries::new(line, FRONT.stroke_width(2)))?;
+    }
+    chart.draw_series(best.iter().map(|p| Circle::new(*p, 5, FRONT.filled())))?;
+    let dots: Vec<(i32, i32)> = best.iter().map(|p| chart.backend_coord(p)).collect();
+    // What a number must not cover: the dots, and the numbers before it.
+    let mut taken: Vec<Box4> = dots.iter().map(|(px, py)| [px - 5, py - 5, px + 5, py + 5]).collect();
+    for (number, (px, py)) in (1..).zip(&dots) {
+        let text: String = i32::to_string(&number);
+        let (w, h) = (9 * text.len() as i32, 14);
+        let places = [(7, -7 - h), (7, 7), (-7 - w, -7 - h), (-7 - w, 7)];
+        let corners = places.map(|(dx, dy)| (px + dx, py + dy));
+        let free = corners.into_iter().find(|(left, top)| {
+            let (right, bottom) = (left + w, top + h);
+            let inside = *left > 110 && *top > 14 && right < width as i32 - 14 && bottom < height as i32 - 62;
+            inside && taken.iter().all(|b| right < b[0] || *left > b[2] || bottom < b[1] || *top > b[3])
+        });
+        if let Some((left, top)) = free {
+            taken.push([left, top, left + w, top + h]);
+            root.draw(&Text::new(text, (left, top), ("sans-serif", 14)))?;
+        }
+    }
     root.present()?;
     // The text is complete once the drawing area is dropped.
     drop((chart, root));

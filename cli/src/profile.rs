@@ -95,7 +95,7 @@ fn plural(n: f64) -> &'static str {
 }
 
 /// Formats a number with at most three decimals and a decimal prefix.
-fn scaled(value: f64) -> String {
+pub fn scaled(value: f64) -> String {
     let (divisor, prefix) = [(1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")]
         .into_iter()
         .find(|(divisor, _)| value >= *divisor)

@@ -4,7 +4,7 @@
 mod exercise;
 
 use halite::Error;
-use halite_profiles::profile::{Basis, Profile, SHIPPED};
+use halite_profiles::profile::{Basis, Profile, Quantity, SHIPPED};
 
 const TEACHING: &str = include_str!("../teaching-16x16.toml");
 
@@ -298,4 +298,24 @@ fn shipped_profiles_are_what_the_schema_says() {
         assert!(error.contains("line 1: unknown: unknown key"), "{error}");
         assert_eq!(error.lines().count(), 2, "{error}");
     }
+}
+
+#[test]
+fn every_number_can_be_changed_alone() {
+    for (name, _) in SHIPPED {
+        let profile = shipped(name);
+        for (path, quantity) in &profile.quantities {
+            let changed = profile.with(path, quantity.value + 1.0).unwrap();
+            let differ = |(new, old): &(&(String, Quantity), &(String, Quantity))| new.1 != old.1;
+            let listed = changed.quantities.iter().zip(&profile.quantities).filter(differ);
+            assert_eq!(listed.map(|(new, _)| &new.0).collect::<Vec<_>>(), [path], "{name}");
+            // Not only in the list.
+            let mut same_list = changed.clone();
+            same_list.quantities = profile.quantities.clone();
+            assert_ne!(same_list, profile, "{name} {path}");
+            assert_eq!(changed.with(path, quantity.value).unwrap(), profile, "{name} {path}");
+        }
+    }
+    let error = shipped("maia-100").with("memory.hbm.read_bytes", 1.0).unwrap_err().to_string();
+    assert!(error.contains("memory.hbm.read_bytes_per_s"), "{error}");
 }

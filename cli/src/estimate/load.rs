@@ -128,8 +128,10 @@ fn loads(args: &EstimateArgs, source: &Source, context: u32) -> Result<Vec<Load>
             Ok(vec![Load { rate: None, requests, cut: 0 }])
         }
         Source::Poisson(rates) => {
-            let fixed =
-                Lengths { prompt: Length::Fixed(args.prompt), generate: Length::Fixed(args.generate) };
+            let fixed = Lengths {
+                prompt: Length::Fixed(args.work.prompt),
+                generate: Length::Fixed(args.work.generate),
+            };
             let lengths = load.lengths.unwrap_or(fixed);
             let mut draw = Draw::new(load.requests, load.seed, lengths, context);
             (draw.prefix, draw.groups) = load.prefix.unwrap_or((0, 1));
@@ -160,7 +162,7 @@ pub fn run(args: &EstimateArgs, source: &Source, model: &Model, choices: Choices
     if context > known {
         return Err(format!("--context: expected at most the model's {known} tokens, got {context}").into());
     }
-    let program = model.program(ProgramOptions::default().kv_format(args.kv), context)?;
+    let program = model.program(ProgramOptions::default().kv_format(args.work.kv), context)?;
     let loads = loads(args, source, context)?;
     if let Some(csv) = &load.csv {
         if loads.len() != 1 || args.profile.len() != 1 {
@@ -172,7 +174,8 @@ pub fn run(args: &EstimateArgs, source: &Source, model: &Model, choices: Choices
     for name in &args.profile {
         let profile = Profile::open(name)?;
         let serve = || -> Result<Vec<Outcome>, halite::Error> {
-            let mut server = Server::new(&profile, choices, &program, context, load.serving(args.chunk))?;
+            let mut server =
+                Server::new(&profile, choices, &program, context, load.serving(args.work.chunk))?;
             loads.iter().map(|load| server.serve(&load.requests)).collect()
         };
         let outcomes = serve();
@@ -216,7 +219,7 @@ fn inputs<'a>(args: &'a EstimateArgs, source: &'a Source) -> Vec<&'a Path> {
         Source::File(path) => Some(Path::new(path)),
         Source::Poisson(_) => None,
     };
-    args.profile.iter().map(Path::new).chain([args.model.as_path()]).chain(trace).collect()
+    args.profile.iter().map(Path::new).chain([args.work.model()]).chain(trace).collect()
 }
 
 fn heading(args: &EstimateArgs, source: &Source, model: &Model, weights: u64, loads: &[Load]) -> String {

@@ -5,6 +5,7 @@
 
 mod check;
 mod keys;
+mod numbers;
 mod quantity;
 
 use std::collections::BTreeMap;
@@ -17,8 +18,9 @@ use crate::numerics::{Dtype, Format, Rounding, Rules, ScaleRule};
 use halite::error::escaped;
 use halite::map;
 use halite::{Error, Result};
+use numbers::Numbers;
 
-pub use quantity::{Basis, Quantity, schema};
+pub use quantity::{Basis, Key, Quantity, schema};
 
 /// The profile of a chip.
 #[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
@@ -69,9 +71,6 @@ pub struct Profile {
     /// All numbers with their paths, such as `memory.hbm.latency_ns`.
     #[serde(skip)]
     pub quantities: Vec<(String, Quantity)>,
-    /// The resolved file, in which each number has its provenance.
-    #[serde(skip)]
-    table: toml::Table,
 }
 
 /// The backend that runs programs for a chip.
@@ -695,6 +694,8 @@ shipped! {
 const MAX_BYTES: u64 = 1 << 18;
 /// Maximum faults to list; the others are counted.
 const MAX_FAULTS: usize = 32;
+/// Maximum paths to name for one that does not exist.
+const NEAR: usize = 4;
 /// Maximum bytes of a fault that quotes the file.
 const MAX_SHOWN: usize = 1000;
 
@@ -753,8 +754,8 @@ impl Profile {
         }
         let mut faults = quantity::resolve(&mut table);
         let quantities = quantity::list(&table);
-        let profile: Profile = match toml::Value::Table(table.clone()).try_into() {
-            Ok(profile) => Profile { quantities, table, ..profile },
+        let profile: Profile = match toml::Value::Table(table).try_into() {
+            Ok(profile) => Profile { quantities, ..profile },
             Err(error) => {
                 let mut found = keys::faults(text);
                 if found.is_empty() {
@@ -773,15 +774,35 @@ impl Profile {
     ///
     /// Errors: [`Error::Argument`] if there is no number of that path.
     pub fn with(&self, path: &str, value: f64) -> Result<Profile> {
-        let mut table = self.table.clone();
-        if !quantity::set(&mut table, path, value) {
-            return Err(Error::argument("path of a number", "one of `halite profile --numbers`", path));
-        }
-        let quantities = quantity::list(&table);
-        match toml::Value::Table(table.clone()).try_into() {
-            Ok(profile) => Ok(Profile { quantities, table, ..profile }),
-            Err(error) => Err(Error::Profile { profile: self.name.clone(), faults: vec![error.to_string()] }),
-        }
+        let mut profile = self.clone();
+        profile.set(path, value)?;
+        Ok(profile)
+    }
+
+    /// Changes the value of one of the chip's [`Profile::quantities`], without consistency checks.
+    ///
+    /// Errors: [`Error::Argument`] if there is no number of that path; it names the nearest ones.
+    pub fn set(&mut self, path: &str, value: f64) -> Result<()> {
+        let Some(number) = self.number(path) else {
+            return Err(Error::argument("path of a number", self.near(path), format!("`{path}`")));
+        };
+        number.value = value;
+        let listed = self.quantities.iter_mut().filter(|(listed, _)| listed == path);
+        listed.for_each(|(_, quantity)| quantity.value = value);
+        Ok(())
+    }
+
+    /// Names the paths that are nearest to one that does not exist.
+    fn near(&self, path: &str) -> String {
+        let parts = |path: &str| -> Vec<String> { path.split(['.', '_']).map(str::to_owned).collect() };
+        let asked = parts(path);
+        let shared = |listed: &str| parts(listed).iter().filter(|part| asked.contains(part)).count();
+        let mut near: Vec<_> = self.quantities.iter().map(|(listed, _)| (shared(listed), listed)).collect();
+        near.sort_by_key(|(shared, listed)| (std::cmp::Reverse(*shared), listed.len().abs_diff(path.len())));
+        let near: Vec<_> =
+            near.into_iter().filter(|(n, _)| *n > 0).take(NEAR).map(|(_, path)| &path[..]).collect();
+        let some = if near.is_empty() { String::new() } else { format!(", such as {}", near.join(", ")) };
+        format!("one of `halite profile --numbers`{some}")
     }
 
     /// Returns the number of tiles.

@@ -78,13 +78,27 @@ impl JsonSchema for Quantity {
 }
 
 /// Unit and limits of a key's number.
-pub(super) struct Key {
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct Key {
+    /// The key.
     pub name: &'static str,
+    /// Its unit.
     pub unit: &'static str,
+    /// The least number.
     pub min: f64,
+    /// The largest number.
     pub max: f64,
     /// Whether it must be a whole number.
     pub whole: bool,
+}
+
+impl Key {
+    /// Returns the key at the end of a number's path.
+    pub fn of(path: &str) -> Option<&'static Key> {
+        let name = path.rsplit('.').next()?;
+        KEYS.iter().find(|key| key.name == name)
+    }
 }
 
 /// All keys with numbers. A key means the same in every table.
@@ -366,31 +380,6 @@ pub(super) fn list(file: &Table) -> Vec<(String, Quantity)> {
     let mut out = Vec::new();
     file.iter().for_each(|(key, value)| collect(value, key, &mut out));
     out
-}
-
-/// Sets the number at a path; returns whether it exists.
-pub(super) fn set(file: &mut Table, path: &str, value: f64) -> bool {
-    file.iter_mut().any(|(key, item)| replace(item, key, path, value))
-}
-
-fn replace(item: &mut Value, here: &str, path: &str, value: f64) -> bool {
-    match item {
-        Value::Table(table) if here == path => match table.get_mut("value") {
-            Some(old) => {
-                *old = Value::Float(value);
-                true
-            }
-            None => false,
-        },
-        Value::Table(table) if path.starts_with(here) => {
-            table.iter_mut().any(|(key, item)| replace(item, &format!("{here}.{key}"), path, value))
-        }
-        Value::Array(items) if path.starts_with(here) => items.iter_mut().enumerate().any(|(i, item)| {
-            let here = item_path(here, i, item);
-            replace(item, &here, path, value)
-        }),
-        _ => false,
-    }
 }
 
 /// Returns the path of an item of a list: by its name, if it has one.

@@ -5,6 +5,7 @@
 
 pub mod collective;
 pub mod device;
+pub mod explore;
 pub mod fit;
 pub mod host;
 pub mod kernel;

@@ -21,7 +21,7 @@ use halite_profiles::numerics::Dtype;
 use halite_profiles::profile::{Basis, Driver, Profile};
 
 /// A workload.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub struct Workload {
     /// Batch size in sequences.
@@ -60,6 +60,14 @@ impl Workload {
         let batch = self.batch.div_ceil(layout.data.max(1)).max(1);
         let each = batch.div_ceil(layout.pipeline.clamp(1, batch));
         (each, batch.div_ceil(each))
+    }
+
+    /// Returns the bytes of weights and of the KV cache of all sequences, on the chip that needs most.
+    pub(super) fn bytes(&self, layout: Layout, stages: &[Stage]) -> u64 {
+        let positions = u64::from(self.prompt) + u64::from(self.generate);
+        let (each, parts) = self.parts(layout);
+        let sequences = u64::from(each) * u64::from(parts);
+        stages.iter().map(|stage| stage.bytes(positions, sequences)).max().unwrap_or(0)
     }
 
     /// The spans of a prefill step and of a decode step.
@@ -411,7 +419,6 @@ pub fn estimate(
     let seconds = workload.seconds(first_token_s, step_s);
     let tokens = f64::from(workload.batch) * f64::from(workload.generate);
     let chips = f64::from(layout.chips());
-    let positions = u64::from(workload.prompt) + u64::from(workload.generate);
     let (each, parts) = workload.parts(layout);
     let sequences = u64::from(each) * u64::from(parts);
     let exchanged: f64 =
@@ -433,7 +440,7 @@ pub fn estimate(
         tokens_per_s: f64::from(workload.batch) / step_s,
         joules_per_token: joules.map(|j| j / tokens),
         usd_per_million_tokens: usd_per_s(profile).map(|usd| 1e6 * chips * usd * seconds / tokens),
-        need_bytes: stages.iter().map(|stage| stage.bytes(positions, sequences)).max().unwrap_or(0),
+        need_bytes: workload.bytes(layout, stages),
         have_bytes: profile.memory.last().map_or(0, |memory| memory.capacity_bytes.value as u64),
         layout,
         exchange_fraction: exchanged / decode_time.latency_s,
@@ -597,15 +604,12 @@ pub fn candidates(
     chips: u32,
 ) -> Result<Vec<Candidate>> {
     let have_bytes = profile.memory.last().map_or(0, |memory| memory.capacity_bytes.value as u64);
-    let positions = u64::from(workload.prompt) + u64::from(workload.generate);
     let mut all = Vec::new();
     let mut failed = None;
     for layout in layouts(program, chips, choices.layout) {
         let found = stages(program, layout).and_then(|stages| {
             let seconds = Quick::new(choices.layout(layout), &stages, workload)?.times(profile)?.seconds;
-            let (each, parts) = workload.parts(layout);
-            let sequences = u64::from(each) * u64::from(parts);
-            let need_bytes = stages.iter().map(|stage| stage.bytes(positions, sequences)).max().unwrap_or(0);
+            let need_bytes = workload.bytes(layout, &stages);
             Ok(Candidate { layout, seconds, need_bytes, fits: need_bytes <= have_bytes })
         });
         match found {

@@ -287,15 +287,22 @@ impl<'a> Costs<'a> {
         first.seconds(chip) + rest_s + (1.0 - 1.0 / chunks) * (finish_s + store_s)
     }
 
-    /// Returns seconds that a product takes at least, however `k` is cut.
+    /// Returns seconds that a product takes at least, however columns and `k` are cut: no unit and no memory has less to do.
     fn least_s(&self, t: Tiling) -> f64 {
-        let rows = self.p.m.div_ceil(t.grid.0);
-        let rate = self.how.first().map_or(0, |m| m.rate);
-        let (m, n) = (t.rows.min(rows), self.tile_columns(t));
-        let work = Work::Matrix { rate, m, n, k: self.p.k, sums_bytes: 0 };
+        let (chip, p) = (self.chip, self.p);
+        let rows = p.m.div_ceil(t.grid.0);
         let passes = f64::from(rows.div_ceil(t.rows));
-        let products_s = passes * f64::from(self.p.width()) * self.chip.compute_s(work).0;
-        products_s.max(self.device_s(t).iter().sum())
+        let rate = self.how.first().map_or(0, |m| m.rate);
+        let (m, n, width) = (t.rows.min(rows), self.tile_columns(t), f64::from(p.width()));
+        let products_s = chip.compute_s(Work::Matrix { rate, m, n, k: p.k, sums_bytes: 0 }).0;
+        let vector_s = |work: VectorWork| chip.compute_s(Work::Vector(work)).0;
+        let unpack_s =
+            if self.how.iter().any(|m| m.unpacks) { width * vector_s(unpacking(n, p.k)) } else { 0.0 };
+        let finish_s = if p.finishes() { vector_s(finishing(p, m, n)) } else { 0.0 };
+        let load_s = f64::from(n) * self.column_bytes / chip.engine_bytes_per_s();
+        let busy_s = (width * products_s).max(unpack_s + finish_s).max(load_s);
+        // A sum of blocks rounds otherwise.
+        (passes * busy_s).max(self.device_s(t).iter().sum()) * (1.0 - 1e-9)
     }
 
     /// Returns all divisions into tiles and blocks, without cuts of `k`.
@@ -326,15 +333,14 @@ impl<'a> Costs<'a> {
         let tilings = self.tilings();
         let mut best: Option<(f64, Tiling)> = None;
         let mut least = u64::MAX;
-        let mut bounds: Vec<f64> = Vec::new();
-        for (number, &cut) in self.cuts.iter().enumerate() {
-            // Most cuts cannot be faster than the best product that is not cut.
-            if number == 1 {
-                bounds = tilings.iter().map(|&tiling| self.least_s(tiling)).collect();
-            }
-            for (i, &tiling) in tilings.iter().enumerate() {
-                let least_s = bounds.get(i).copied().unwrap_or(0.0);
-                if best.is_some_and(|(s, _)| least_s >= s) {
+        for &cut in &self.cuts {
+            // A grid, rows, and the seconds that they take at least.
+            let mut bound = ((0, 0), 0, 0.0);
+            for &tiling in &tilings {
+                if (bound.0, bound.1) != (tiling.grid, tiling.rows) {
+                    bound = (tiling.grid, tiling.rows, self.least_s(tiling));
+                }
+                if best.is_some_and(|(s, _)| bound.2 >= s) {
                     continue;
                 }
                 let tiling = Tiling { cut, ..tiling };
@@ -680,7 +686,7 @@ mod tests {
     use crate::chip::Numerics;
     use crate::shape::{RESIDUAL, Rows, Shape, bias, weight};
     use crate::tile::{Action, Operand};
-    use halite_profiles::profile::Profile;
+    use halite_profiles::profile::{Driver, Profile, SHIPPED};
 
     fn chip(name: &str, memory: &str, scratch_bytes: u32) -> Chip {
         let path = format!("memory.{memory}.capacity_bytes");
@@ -783,5 +789,48 @@ mod tests {
                 assert!(times.first() > times.last());
             }
         }
+    }
+
+    /// The tilings that are left out are none of the quickest.
+    #[test]
+    fn the_tiling_is_the_quickest_of_all() {
+        let mut tried = 0;
+        for (name, _) in SHIPPED {
+            let profile = Profile::open(name).unwrap();
+            if profile.driver != Driver::Sim {
+                continue;
+            }
+            let chip = Chip::new(profile, Numerics::Exact, None).unwrap();
+            for (m, n, k) in
+                [(1, 4096, 4096), (7, 32000, 2048), (33, 1000, 512), (512, 11008, 4096), (640, 64, 320)]
+            {
+                for (epilogue, parts) in
+                    [(Epilogue::None, 1), (Epilogue::Glu, 2), (Epilogue::Add(RESIDUAL), 1)]
+                {
+                    let p = product(m, k, n, &[Format::Q8_0, Format::Q8_0][..parts], epilogue);
+                    let costs = Costs::new(&chip, &p, chip.tiles);
+                    let mut least = f64::INFINITY;
+                    for tiling in costs.tilings() {
+                        let bound_s = costs.least_s(tiling);
+                        for &cut in &costs.cuts {
+                            let t = Tiling { cut, ..tiling };
+                            let seconds = costs.seconds(t);
+                            assert!(bound_s <= seconds, "{name} {m} x {n} x {k}: {t:?}");
+                            if costs.scratch_bytes(t) <= chip.scratch_bytes {
+                                least = least.min(seconds);
+                            }
+                        }
+                    }
+                    match costs.tiling() {
+                        Ok((_, seconds)) => {
+                            tried += 1;
+                            assert_eq!(seconds, least, "{name} {m} x {n} x {k} {epilogue:?}");
+                        }
+                        Err(_) => assert_eq!(least, f64::INFINITY, "{name} {m} x {n} x {k}"),
+                    }
+                }
+            }
+        }
+        assert!(tried > 30, "{tried}");
     }
 }
