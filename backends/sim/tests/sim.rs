@@ -1,5 +1,5 @@
 //! The simulated accelerator against the CPU and the reference, on chips with one tile and with many, with
-//! scratchpads from 64 KiB to 24 MiB.
+//! scratchpads from 8 KiB to 24 MiB.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -136,7 +136,21 @@ fn cut_products_and_norms_conform() {
     }
 }
 
-/// The same for whole models, whose products are cut.
+/// In the chip's own formats, the sums of chunks are close to those of whole rows.
+#[test]
+fn cut_products_in_native_formats_are_close() {
+    for products in [Dtype::Int8, Dtype::Bf16] {
+        let options = SimOptions::default().numerics(Numerics::Native).products(products);
+        let sim = Sim::new(teaching(8192.0), &options).unwrap();
+        let some = cases().into_iter().filter(|case| case.name.starts_with("MatMul")).step_by(5);
+        let outcomes = some.map(|case| (check(&sim, &case), case.name));
+        let failures: Vec<String> =
+            outcomes.filter(|(o, _)| !o.passed()).map(|(o, name)| format!("{name}: {o}")).collect();
+        assert!(failures.is_empty(), "{products}:\n{}", failures.join("\n"));
+    }
+}
+
+/// Exact bits of whole models, whose products are cut.
 #[test]
 fn small_scratchpads_have_the_bits_of_the_cpu() {
     let cpu: Arc<dyn Backend> = Arc::new(Cpu::with_threads(2).unwrap());

@@ -154,7 +154,7 @@ fn chip(name: &str) -> Chip {
 /// The closed form is near the events, over chips, models, formats and steps.
 #[test]
 fn the_closed_form_is_near_the_events() {
-    let (mut worst, mut compared) = ((0.0, String::new()), 0);
+    let mut worst = (0.0, String::new());
     for chip_name in ["maia-100", "maia-200", "tpu-v1", "coral-edge-tpu", "teaching-16x16"] {
         for (model_name, format) in [
             ("llama-1.1b", Format::Q4_0),
@@ -165,15 +165,7 @@ fn the_closed_form_is_near_the_events() {
         ] {
             let (chip, program) = (chip(chip_name), model(model_name, format));
             for spans in [vec![(0, 1)], vec![(1000, 1)], vec![(300, 1); 8], vec![(0, 64)], vec![(128, 128)]] {
-                let events = match step::time(&chip, &program, &spans, true) {
-                    Ok(events) => events,
-                    // What does not fit the smallest scratchpad has no time.
-                    Err(error) => {
-                        assert!(error.to_string().contains("of a scratchpad"), "{chip_name}: {error}");
-                        continue;
-                    }
-                };
-                compared += 1;
+                let events = step::time(&chip, &program, &spans, true).unwrap();
                 let closed = step::closed(&chip, &program, &spans, true).unwrap();
                 let error = closed / events.total().seconds - 1.0;
                 if error.abs() > worst.0 {
@@ -185,9 +177,60 @@ fn the_closed_form_is_near_the_events() {
             }
         }
     }
-    eprintln!("{compared} compared, worst: {}", worst.1);
-    assert_eq!(compared, 120, "steps of chips were left out that had a time");
+    eprintln!("worst: {}", worst.1);
     assert!(worst.0 < 0.15, "{}", worst.1);
+}
+
+/// The same on chips with scratchpads so small that products are cut.
+#[test]
+fn the_closed_form_is_near_the_events_of_cut_products() {
+    let mut worst = (0.0, String::new());
+    for (chip_name, memory, bytes) in [
+        ("maia-100", "tsram", 65_536.0),
+        ("maia-100", "tsram", 262_144.0),
+        ("tpu-v1", "unified_buffer", 131_072.0),
+        ("teaching-16x16", "scratchpad", 49_152.0),
+    ] {
+        let profile = Profile::open(chip_name).unwrap();
+        let profile = profile.with(&format!("memory.{memory}.capacity_bytes"), bytes).unwrap();
+        let chip = Chip::new(profile, Numerics::Exact, None).unwrap();
+        for (model_name, format) in [
+            ("llama-1.1b", Format::Q4_0),
+            ("llama-1.1b", Format::F16),
+            ("moe-8x2", Format::MXFP4),
+            ("llama-2-7b", Format::Q4_K),
+        ] {
+            let program = model(model_name, format);
+            for spans in [vec![(0, 1)], vec![(300, 1); 8], vec![(0, 64)], vec![(128, 128)]] {
+                let events = step::time(&chip, &program, &spans, true).unwrap().total().seconds;
+                let error = step::closed(&chip, &program, &spans, true).unwrap() / events - 1.0;
+                let what =
+                    format!("{chip_name}, {bytes} bytes, {model_name} {format:?}, {spans:?}: {error:+.3}");
+
+                if error.abs() > worst.0 {
+                    worst = (error.abs(), what);
+                }
+            }
+        }
+    }
+    eprintln!("worst: {}", worst.1);
+    assert!(worst.0 < 0.15, "{}", worst.1);
+}
+
+/// Sums that the matrix unit cannot keep pass through the scratchpad, which takes time.
+#[test]
+fn few_accumulators_take_time() {
+    let profile = Profile::open("maia-100").unwrap().with("memory.tsram.capacity_bytes", 262_144.0).unwrap();
+    let program = model("llama-1.1b", Format::F16);
+    let times = |accumulator_bytes: f64| {
+        let profile = profile.with("matrix.accumulator_bytes", accumulator_bytes).unwrap();
+        let chip = Chip::new(profile, Numerics::Exact, None).unwrap();
+        let events = step::time(&chip, &program, &[(0, 256)], true).unwrap().total();
+        (step::closed(&chip, &program, &[(0, 256)], true).unwrap(), events.scratch_bytes)
+    };
+    let (most, some, none) = (times(1e6), times(16_384.0), times(4.0));
+    assert!(most.0 <= some.0 && some.0 < none.0, "{most:?}, {some:?}, {none:?}");
+    assert!(most.1 < none.1, "{most:?}, {none:?}");
 }
 
 /// Less of anything never makes a chip faster by more than the choice of tiles can.
@@ -242,9 +285,9 @@ fn few_large_tiles_are_as_fast_as_many_small_ones() {
         [("llama-1.1b", Format::Q8_0), ("llama-2-7b", Format::Q4_0), ("llama-3-8b", Format::BF16)]
     {
         let program = model(name, format);
-        // With more sequences, small tiles also read more copies of the activations.
+        // With more sequences, small tiles also read more copies of the activations, and have fewer bytes to load ahead.
         for (sequences, positions, bound) in
-            [(8, 100, 1.25), (8, 1000, 1.25), (16, 4000, 1.25), (64, 500, 1.3)]
+            [(8, 100, 1.25), (8, 1000, 1.25), (16, 4000, 1.25), (64, 500, 1.35)]
         {
             let spans = vec![(positions, 1); sequences];
             let time = |chip| step::time(chip, &program, &spans, true).unwrap().total().seconds;

@@ -85,14 +85,10 @@ pub fn experts_s(chip: &Chip, experts: &Experts) -> Result<f64> {
         for products in &wave.stages {
             // The products share the memory bandwidth, and the stage ends with the last one.
             let mut slowest_s = 0.0f64;
-            let mut device_s = 0.0;
             for p in products {
-                let costs = Costs::new(chip, p, wave.tiles);
-                let (tiling, seconds) = costs.tiling()?;
-                slowest_s = slowest_s.max(seconds);
-                device_s += costs.device_s(tiling).iter().sum::<f64>();
+                slowest_s = slowest_s.max(Costs::new(chip, p, wave.tiles).tiling()?.1);
             }
-            seconds += slowest_s.max(device_s) + chip.barrier_s();
+            seconds += slowest_s + chip.barrier_s();
         }
     }
     Ok(seconds)

@@ -187,7 +187,8 @@ impl<'a> Costs<'a> {
         (columns.div_ceil(COLUMNS).div_ceil(t.grid.1) * COLUMNS).min(columns)
     }
 
-    /// Returns the seconds that device memory needs for the activations of all tiles, and for everything else.
+    /// Returns the seconds that device memory needs for the activations of all tiles, and for everything else. Tiles have an equal
+    /// share of its rate.
     pub fn device_s(&self, t: Tiling) -> [f64; 2] {
         let (chip, p, (grid_m, grid_n)) = (self.chip, self.p, t.grid);
         let (m, columns, each) = (f64::from(p.m), f64::from(p.columns()), chip.activation_bytes());
@@ -197,7 +198,8 @@ impl<'a> Costs<'a> {
         let results = each * m * if matches!(p.epilogue, Epilogue::Add(_)) { 2.0 } else { 1.0 };
         let x = reads(grid_n, if t.cut.keeps { 1 } else { self.column_blocks(t) });
         let bytes = [x * each * m * f64::from(p.k), columns * (weights + results)];
-        bytes.map(|bytes| bytes / chip.device_bytes_per_s())
+        let share = f64::from(self.tiles) / f64::from(chip.tiles);
+        bytes.map(|bytes| bytes / (share * chip.device_bytes_per_s()))
     }
 
     /// Returns the seconds of a tiling by the closed form.
@@ -270,18 +272,20 @@ impl<'a> Costs<'a> {
         let device_s = |count: f64| rest_device_s * count / pipeline.count;
         // Tiles load activations at about the same time, and then weights.
         let x_s = (each * rows * f64::from(cut.depth) * slowed(&x) / engine).max(x_device_s / with);
+        // Gate and up have slots of their own.
+        let apart_s = (1.0 - 1.0 / width) * (pipeline.load_s + width * product_s + unpack_s);
         let first = Pipeline {
             count: with,
             load_s: pipeline.load_s.max(device_s(1.0)) + x_s,
             units_s: [pipeline.units_s[0], pipeline.units_s[1] + convert_s],
             // Converted activations free their slot for the next load before the product.
-            ahead_s: if converts { x_s + convert_s } else { 0.0 },
+            ahead_s: apart_s + if converts { x_s + convert_s } else { 0.0 },
             device_s: device_s(with) + x_device_s,
             setup_s: pipeline.setup_s.max(chip.setup_s(&x)),
             requests: (pipeline.requests.0 + requests(&p.x, rows as u32), pipeline.requests.1),
             ..pipeline
         };
-        let rest = Pipeline { count: without, device_s: device_s(without), ..pipeline };
+        let rest = Pipeline { count: without, device_s: device_s(without), ahead_s: apart_s, ..pipeline };
         let rest_s = if without > 0.0 { without * rest.paces(chip).1 } else { 0.0 };
         // The last block ends as a whole.
         first.seconds(chip) + rest_s + (1.0 - 1.0 / chunks) * (finish_s + store_s)
