@@ -146,13 +146,12 @@ impl WorkArgs {
         lengths.batch(self.batch).chunk(self.chunk)
     }
 
-    /// Says what is predicted: the model and the workload.
-    pub fn heading(&self, model: &Model, program: &Program) -> String {
+    /// Says what is predicted: the model and the workload, of `batch` sequences.
+    pub fn heading(&self, model: &Model, program: &Program, batch: impl std::fmt::Display) -> String {
         format!(
-            "{}, {} of weights; {} x ({} prompt + {} generated tokens)\n\n",
+            "{}, {} of weights; {batch} x ({} prompt + {} generated tokens)\n\n",
             model.name(),
             bytes(program.weight_bytes()),
-            self.batch,
             self.prompt,
             self.generate
         )
@@ -229,7 +228,7 @@ pub fn run(args: &EstimateArgs) -> Result<(), Failure> {
         let values: Vec<Value> = all.iter().map(as_json).collect();
         return print(&plain_json(&Value::from(values)));
     }
-    let mut text = args.work.heading(&model, &program) + &table(&all);
+    let mut text = args.work.heading(&model, &program, args.work.batch) + &table(&all);
     for asked in &all {
         text += &explain(asked);
         if let Ok(estimate) = &asked.estimate

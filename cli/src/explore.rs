@@ -61,6 +61,16 @@ pub struct ExploreArgs {
     html: Option<PathBuf>,
 }
 
+impl ExploreArgs {
+    /// Says what is explored: the model and the workload.
+    fn heading(&self, model: &Model, program: &Program, plan: &Plan) -> String {
+        match plan.variables().any(|(path, _)| path == "batch") {
+            true => self.work.heading(model, program, "batch"),
+            false => self.work.heading(model, program, self.work.workload().batch),
+        }
+    }
+}
+
 /// A figure to reach.
 #[derive(Clone, Copy)]
 struct Target {
@@ -122,7 +132,7 @@ pub fn run(args: &ExploreArgs) -> Result<(), Failure> {
         objectives: &objectives,
         front: front(&plan, &outcomes, &objectives)?,
     };
-    let heading = args.work.heading(&model, &program);
+    let heading = args.heading(&model, &program, &plan);
     if let Some(path) = &args.csv {
         interrupt::write(path, CSV, &inputs, &explored.csv()?)?;
     }
@@ -399,7 +409,7 @@ fn print_reach(
         })));
     }
     let figure = |figure: Option<f64>| figure.map_or("no figure".into(), |figure| shown(figure, metric.unit));
-    let mut text = args.work.heading(model, program);
+    let mut text = args.heading(model, program, plan);
     text += &format!(
         "{}: {} is {}, target {}\n",
         profile.name,

@@ -108,7 +108,7 @@ impl Scale {
         let (min, max) = values.fold((f64::INFINITY, f64::NEG_INFINITY), |(a, b), v| (a.min(v), b.max(v)));
         let is_log = min > 0.0 && max > 5.0 * min;
         let (low, high) = if is_log { (min.log10(), max.log10()) } else { (min, max) };
-        let margin = (0.06 * (high - low)).max(0.02 * high.abs()).max(1e-12);
+        let margin = if high > low { 0.06 * (high - low) } else { (0.1 * high.abs()).max(1e-3) };
         let mut scale = Scale { is_log, ends: (low - margin, high + margin), ticks: Vec::new() };
         let (low, high) = scale.ends;
         let ticks: Vec<f64> = if is_log {

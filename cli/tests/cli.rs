@@ -409,6 +409,64 @@ fn estimate_explains_itself() {
 
 #[cfg(feature = "sim")]
 #[test]
+fn designs_are_explored() {
+    let folder = tempfile::tempdir().unwrap();
+    let (table, page) = (folder.path().join("points.csv"), folder.path().join("designs.html"));
+    let base =
+        "explore -m llama-1.1b -p maia-100 --vary memory.hbm.read_bytes_per_s=1e12..8e12/4 --vary chips=1,2";
+    let shown = text(&format!("{base} --csv {} --html {}", table.display(), page.display()));
+    assert!(shown.contains("maia-100: 8 points, 8 have figures") && shown.contains("2: tp 2"), "{shown}");
+    let json: Value = serde_json::from_str(&text(&format!("{base} --json"))).unwrap();
+    let front = json["front"].as_array().unwrap();
+    assert!(front.len() >= 4 && json["objectives"][1]["name"] == "memory.hbm.read_bytes_per_s", "{json}");
+    // The same points in the table of all.
+    let written = std::fs::read_to_string(&table).unwrap();
+    let mut rows = csv::Reader::from_reader(written.as_bytes());
+    let headers = rows.headers().unwrap().clone();
+    let column = |name: &str| headers.iter().position(|header| header == name).unwrap();
+    let (best, speed) = (column("front"), column("tokens_per_s"));
+    let rows: Vec<csv::StringRecord> = rows.records().map(Result::unwrap).collect();
+    assert_eq!((rows.len(), rows.iter().filter(|row| &row[best] == "1").count()), (8, front.len()));
+    for point in front {
+        let row = &rows[point["point"].as_u64().unwrap() as usize];
+        assert_eq!(row[speed].parse::<f64>().unwrap(), point["tokens_per_s"].as_f64().unwrap());
+    }
+    // The page is whole by itself: a plot, a row for each point of the front, nothing from elsewhere.
+    let page = std::fs::read_to_string(&page).unwrap();
+    assert!(page.contains("<svg") && !page.contains("http-equiv") && !page.contains("src="), "{page}");
+    assert_eq!(page.matches("<tr>").count(), front.len() + 1);
+    // What does not fit is counted.
+    let shown =
+        text("explore -m llama-1.1b -p maia-100 --format bf16 --vary memory.hbm.capacity_bytes=1e9,64e9");
+    assert!(shown.contains("2 points, 1 have figures\n  1 do not: weights and cache need "), "{shown}");
+    let shown = text("explore -m llama-1.1b -p maia-100 --format bf16 --reach tokens_per_s=500");
+    for expected in [
+        "target 500.0",
+        "memory.hbm.read_bytes_per_s",
+        "not by this number alone: at best ",
+        "by all of them together",
+    ] {
+        assert!(shown.contains(expected), "{expected}: {shown}");
+    }
+    for (command, expected) in [
+        ("--vary memory.hbm.read_bytes=1", "memory.hbm.read_bytes_per_s"),
+        ("--vary chip.clusters=4..8/0", "at least 2 values"),
+        ("--vary chip.clusters=1..64/9 --points 8", "at most 8; sample"),
+        ("", "--vary"),
+        ("--vary batch=1,2 --pareto speed,batch", "tokens_per_s, "),
+        ("--vary batch=1,2 --pareto usd_per_million_tokens,batch", "whose numbers the profile has"),
+        ("--vary batch=1,2 --pareto batch", "two or three names, got 1"),
+        ("--reach speed=3", "expected NAME=NUMBER"),
+        ("--vary batch=1 --random 0", "not in 1.."),
+    ] {
+        let output = halite(&format!("explore -m llama-1.1b -p maia-100 {command}"));
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(!output.status.success() && said.contains(expected), "{command}\n{said}");
+    }
+}
+
+#[cfg(feature = "sim")]
+#[test]
 fn loads_are_served() {
     let folder = std::env::temp_dir().join(format!("halite-load-{}", std::process::id()));
     std::fs::create_dir_all(&folder).unwrap();

@@ -138,17 +138,19 @@ impl Pipeline {
     fn paces(&self, chip: &Chip) -> (f64, f64) {
         let Pipeline { count, load_s, units_s, drain_s, store_s, device_s, setup_s, requests, slots, .. } =
             *self;
-        // With one request at a time, each waits for its setup.
+        // With one request at a time, each waits for its setup, and those after the first delay a block.
         let waits = if chip.queue_entries() > 1 { 0.0 } else { setup_s };
-        let (load_s, store_s) = (load_s + requests.0 * waits, store_s + requests.1 * waits);
         // With several, the queue passes at most all of them in the time of one setup.
         let requests_s = requests.0.max(requests.1) * setup_s / chip.queue_entries() as f64;
+        let delay_s = |requests: f64| (requests - 1.0).max(0.0) * waits;
         let signal = chip.semaphore_s();
         let work: f64 = units_s.iter().sum::<f64>() + drain_s;
-        let load_s = load_s.max(device_s / count);
-        let first = 2.0 * (setup_s - waits) + load_s + signal + work + signal + store_s;
+        let arrives_s = setup_s + (load_s + delay_s(requests.0)).max(device_s / count);
+        let first = arrives_s + signal + work + signal + setup_s + store_s + delay_s(requests.1);
         // A slot is reused only after its block went through load and compute.
-        let slot = (setup_s - waits + load_s + 2.0 * signal + work - self.ahead_s) / slots;
+        let slot = (arrives_s + 2.0 * signal + work - self.ahead_s) / slots;
+        let (load_s, store_s) = (load_s + requests.0 * waits, store_s + requests.1 * waits);
+        let load_s = load_s.max(device_s / count);
         let paces = [load_s, units_s[0], units_s[1], store_s, slot, requests_s, self.least_pace_s];
         (first, paces.into_iter().fold(0.0, f64::max))
     }
