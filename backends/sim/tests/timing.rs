@@ -217,6 +217,23 @@ fn the_closed_form_is_near_the_events_of_cut_products() {
     assert!(worst.0 < 0.15, "{}", worst.1);
 }
 
+/// A model of 7 billion weights runs on tiles of 32 KiB, if a page of its cache fits.
+#[test]
+fn small_tiles_run_large_models() {
+    let profile = Profile::open("maia-100").unwrap().with("memory.tsram.capacity_bytes", 32_768.0).unwrap();
+    let chip = Chip::new(profile, Numerics::Exact, None).unwrap();
+    for format in [Format::Q4_0, Format::F16, Format::Q4_K] {
+        let synth = Synth::new(shape("llama-2-7b").unwrap(), Formats::of(format), 0).unwrap();
+        let options = halite::model::ProgramOptions::default().kv_format(Format::Q8_0);
+        let program = synth.model().unwrap().program(options, 4096).unwrap();
+        let program = passes::fuse(&program, halite_sim::FUSIONS);
+        let events = step::time(&chip, &program, &[(100, 1)], true).unwrap().total().seconds;
+        let closed = step::closed(&chip, &program, &[(100, 1)], true).unwrap();
+        eprintln!("{format:?}: {events:e} s, closed form {closed:e} s");
+        near(closed, events, 0.15);
+    }
+}
+
 /// Sums that the matrix unit cannot keep pass through the scratchpad, which takes time.
 #[test]
 fn few_accumulators_take_time() {

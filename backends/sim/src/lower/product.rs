@@ -178,7 +178,8 @@ impl<'a> Costs<'a> {
 
     /// Returns the blocks of columns of a tile. They end where a weight ends; that counts for activations that are loaded for each.
     fn column_blocks(&self, t: Tiling) -> u32 {
-        self.tile_columns(t).div_ceil(t.columns) + if t.cut.keeps { 0 } else { t.parts - 1 }
+        let blocks = self.tile_columns(t).div_ceil(t.columns).max(1);
+        if t.cut.keeps { blocks } else { blocks + t.parts - 1 }
     }
 
     /// Returns the most columns of a tile.
@@ -233,8 +234,10 @@ impl<'a> Costs<'a> {
         };
         let weight = run(block, self.column_bytes / width / chunks, Piece::whole(X, 0, 1));
         let x = run(rows, 4.0 * f64::from(cut.depth), Piece::whole(X, 0, 4).of_activations());
-        let slowed = |piece: &Piece| chip.transfer_bytes(piece) / chip.memory_bytes(piece);
-        let slowed = |piece: &Piece| if cut.chunks == 1 { 1.0 } else { slowed(piece) };
+        let slowed = |piece: &Piece| match cut.chunks {
+            1 => 1.0,
+            _ => chip.transfer_bytes(piece) / chip.memory_bytes(piece),
+        };
         let finishing_requests = if p.finishes() { width / chunks } else { 0.0 };
         let (rows, block) = (f64::from(rows), f64::from(block));
         let store_s = each * rows * block / engine;
