@@ -495,6 +495,7 @@ def estimate(
     pp: Optional[int] = None,
     dp: Optional[int] = None,
     sums: Literal["divided", "in-order"] = "divided",
+    stored: Optional[str] = None,
 ) -> _Estimate:
     """Predicts time, energy and cost of serving a model on a chip, from shapes alone. `profile` is the name of
     a profile or the path of one; `model` is a model, a path, or a known shape such as "llama-3-8b", whose
@@ -502,4 +503,4 @@ def estimate(
 
     `tp` chips share each layer, `ep` groups of them hold different experts, `pp` stages have consecutive
     layers, and `dp` copies share the batch. With `chips`, what is not given is free, and the quickest layout
-    that fits is taken."""
+    that fits is taken. `stored` is a number format of a simulated chip in which weights lie in memory."""

@@ -36,6 +36,10 @@ pub struct WorkArgs {
     /// Number format of the chip's products [default: nearest to each weight's format].
     #[arg(long, value_name = "FORMAT")]
     products: Option<String>,
+    /// Number format of the chip in which the weights of products lie in device memory [default: that of the file]. For simulated
+    /// chips.
+    #[arg(long, value_name = "FORMAT")]
+    stored: Option<String>,
     /// Format of activations in device memory between ops.
     #[arg(long, value_name = "FORMAT", default_value = "fp32")]
     activations: String,
@@ -131,7 +135,9 @@ impl WorkArgs {
     /// The formats of the chip.
     pub fn choices(&self) -> Result<Choices, Failure> {
         let products = self.products.as_deref().map(Dtype::named).transpose()?;
-        Ok(Choices::default().products(products).activations(Dtype::named(&self.activations)?))
+        let stored = self.stored.as_deref().map(Dtype::named).transpose()?;
+        let activations = Dtype::named(&self.activations)?;
+        Ok(Choices::default().products(products).activations(activations).stored(stored))
     }
 
     /// The program of a model, for all positions of the workload.

@@ -48,7 +48,7 @@ impl ModelArgument<'_> {
 #[pyfunction]
 #[pyo3(signature = (
     profile, model, *, batch = 1, prompt = 512, generate = 128, chunk = 512, format = "q4_0", products = None,
-    activations = "fp32", chips = None, tp = None, ep = None, pp = None, dp = None, sums = "divided"
+    activations = "fp32", chips = None, tp = None, ep = None, pp = None, dp = None, sums = "divided", stored = None
 ))]
 #[allow(clippy::too_many_arguments, reason = "they are keywords")]
 pub fn estimate<'py>(
@@ -68,6 +68,7 @@ pub fn estimate<'py>(
     pp: Option<u32>,
     dp: Option<u32>,
     sums: &str,
+    stored: Option<&str>,
 ) -> PyResult<Bound<'py, PyDict>> {
     for (name, value) in [("batch", batch), ("prompt", prompt), ("generate", generate), ("chunk", chunk)] {
         if value == 0 || value > 1_000_000 {
@@ -90,7 +91,8 @@ pub fn estimate<'py>(
         let program = model.program(ProgramOptions::default(), prompt + generate)?;
         let products = products.map(Dtype::named).transpose()?;
         let choices = Choices::default().products(products).activations(Dtype::named(activations)?);
-        let choices = choices.layout(layout);
+        let stored = stored.map(Dtype::named).transpose()?;
+        let choices = choices.layout(layout).stored(stored);
         let workload = Workload::default().batch(batch).prompt(prompt).generate(generate).chunk(chunk);
         let profile = Profile::open(profile)?;
         let (estimate, _) = workload::estimate_best(&profile, choices, &program, &workload, chips)?;

@@ -29,6 +29,8 @@ pub struct Chip {
     pub products: Option<Dtype>,
     /// Format of activations in device memory, for times. Results always use 32-bit floats.
     pub activations: Dtype,
+    /// Format of the weights of products in device memory, for times; `None`: that of the file.
+    pub stored: Option<Dtype>,
     /// Tiles.
     pub tiles: u32,
     /// Bytes of a tile's scratchpad.
@@ -79,7 +81,8 @@ impl Chip {
             ));
         }
         let activations = Dtype::Fp32;
-        let chip = Chip { profile, numerics, products, activations, tiles, scratch_bytes, scratch };
+        let chip =
+            Chip { profile, numerics, products, activations, stored: None, tiles, scratch_bytes, scratch };
         if let Some(dtype) = products
             && !chip.rates().any(|(_, _, weights)| weights == dtype)
         {
@@ -124,24 +127,29 @@ impl Chip {
         matrix.chain(vector.filter(move |_| without)).enumerate().map(|(i, (x, w))| (i, x, w))
     }
 
+    /// Returns the form of a product's weight in device memory.
+    pub fn stored(&self, weight: Format) -> Form {
+        self.stored.map_or(Form::File(weight), Form::Packed)
+    }
+
     /// Returns how a weight is multiplied: in the chip's format nearest to the weight's, or in the requested
     /// one.
     pub fn multiplication(&self, weight: Format, k: u32) -> Multiplication {
         let preferences = match self.products {
             Some(dtype) => vec![dtype],
-            None => preferences(weight),
+            None => self.stored.into_iter().chain(preferences(weight)).collect(),
         };
         let fits = |d: Dtype| (k as usize).is_multiple_of(d.block_len());
         let find = |dtype: Dtype| self.rates().find(|&(_, x, w)| w == dtype && fits(w) && fits(x));
         let any = || self.rates().find(|&(_, x, w)| fits(w) && fits(x)).or(self.rates().next());
         let found = preferences.into_iter().find_map(find).or_else(any);
         let (rate, x, w) = found.unwrap_or((0, Dtype::Fp32, Dtype::Fp32));
-        let (converts, unpacks) = (self.activations != x, stored_as(weight) != Some(w));
+        let (converts, unpacks) = (self.activations != x, self.stored.or(stored_as(weight)) != Some(w));
         let (x, w) = match (self.numerics, weight.kind()) {
             (Numerics::Native, _) => (Form::Chip(x), Form::Chip(w)),
-            (Numerics::Exact, Kind::Float) => (Form::F32, Form::File(weight)),
+            (Numerics::Exact, Kind::Float) => (Form::F32, self.stored(weight)),
             (Numerics::Exact, Kind::Quantised { activation, .. }) => {
-                (Form::Quantised(activation), Form::File(weight))
+                (Form::Quantised(activation), self.stored(weight))
             }
         };
         Multiplication { rate, x, w, converts, unpacks }
@@ -394,6 +402,7 @@ pub fn form_bytes(form: Form, rows: u32, k: u32) -> u64 {
     let row = match form {
         Form::F32 => 4 * k,
         Form::File(format) => format.row_bytes(k as usize).unwrap_or(0) as u64,
+        Form::Packed(dtype) => (dtype.bits() * k as f64 / 8.0).ceil() as u64,
         Form::Quantised(activation) => {
             let [codes, scales, sums] = quantised_row(activation, k);
             codes + scales + sums

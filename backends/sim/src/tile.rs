@@ -139,6 +139,8 @@ pub enum Form {
     File(Format),
     /// Codes and scales of a format of the chip.
     Chip(halite_profiles::numerics::Dtype),
+    /// A weight in a format of the chip, without a bit more than it needs. For times: files have no such weights.
+    Packed(halite_profiles::numerics::Dtype),
 }
 
 /// Query rows: consecutive tokens of one sequence, with query heads that share a KV head.

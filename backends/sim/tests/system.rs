@@ -10,10 +10,12 @@ use halite::program::Program;
 use halite::session::{OutputKind, Session, SessionOptions};
 use halite::shard::Sums;
 use halite::synth::{Formats, Synth, shape};
+use halite_profiles::numerics::Dtype;
 use halite_profiles::profile::{Driver, Profile, SHIPPED};
+use halite_sim::Bound;
 use halite_sim::estimate::collective::{Collective, Fabric};
 use halite_sim::estimate::system::{Layout, layouts, stages};
-use halite_sim::estimate::workload::{Choices, Quick, Workload, candidates, estimate};
+use halite_sim::estimate::workload::{Choices, Estimate, Quick, Workload, candidates, estimate};
 use halite_sim::{SimOptions, system};
 use halite_testing::golden;
 
@@ -136,9 +138,9 @@ fn stages_have_every_layer_once() {
         let all = stages(&program, Layout::default().pipeline(pipeline)).unwrap();
         assert_eq!(all.len(), pipeline as usize);
         assert_eq!(all.iter().map(|stage| ops(&stage.program)).sum::<usize>(), 32);
-        let bytes: u64 = all.iter().map(|stage| stage.bytes(0, 1)).sum();
+        let bytes: u64 = all.iter().map(|stage| stage.bytes(0, 1, None)).sum();
         assert_eq!(bytes, program.weight_bytes());
-        let most = all.iter().map(|stage| stage.bytes(0, 1)).max().unwrap();
+        let most = all.iter().map(|stage| stage.bytes(0, 1, None)).max().unwrap();
         assert!(most <= program.weight_bytes() / u64::from(pipeline) + program.weight_bytes() / 20);
         assert!(all.iter().rev().skip(1).all(|stage| stage.sent_cols == 4096));
     }
@@ -289,4 +291,45 @@ fn only_simulated_or_measured_chips_are_estimated_together() {
     let choices = Choices::default().layout(Layout::default().tensor(2));
     let error = estimate(&cpu, choices, &program, &Workload::default()).unwrap_err().to_string();
     assert!(error.contains("interconnect") && error.contains(&cpu.name), "{error}");
+}
+
+/// Weights in the chip's own format take their bits, and no time to unpack.
+#[test]
+fn weights_can_lie_in_the_chips_format() {
+    let (program, profile) = (model("llama-2-7b", Format::Q8_0), profile("maia-100"));
+    let workload = Workload::default().batch(4).prompt(64).generate(8);
+    let with = |stored: Option<Dtype>| {
+        estimate(&profile, Choices::default().stored(stored), &program, &workload).unwrap()
+    };
+    let (file, mx9, mx6) = (with(None), with(Some(Dtype::Mx9)), with(Some(Dtype::Mx6)));
+    let read = |e: &Estimate| {
+        e.decode
+            .ops
+            .iter()
+            .filter(|op| op.name == "MatMul ffn_down")
+            .map(|op| op.time.read_bytes)
+            .sum::<f64>()
+    };
+    let vector =
+        |e: &Estimate| e.shares.iter().find(|(bound, _)| *bound == Bound::Vector).unwrap().1 * e.step_s;
+    // 8.5, 9 and 6 bits a weight; activations are small.
+    for (e, bits) in [(&mx9, 9.0), (&mx6, 6.0)] {
+        let share = read(e) / read(&file) / (bits / 8.5);
+        assert!((share - 1.0).abs() < 0.05, "{bits}: {share}");
+        let memory = e.need_bytes as f64 / file.need_bytes as f64 / (bits / 8.5);
+        assert!((memory - 1.0).abs() < 0.1, "{bits}: {memory}");
+        assert!(vector(e) < 0.5 * vector(&file), "{} {}", vector(e), vector(&file));
+    }
+    assert!(mx6.step_s < mx9.step_s);
+    // The quick form agrees.
+    let choices = Choices::default().stored(Some(Dtype::Mx6));
+    let divided = stages(&program, Layout::default()).unwrap();
+    let quick = Quick::new(choices, &divided, &workload).unwrap().times(&profile).unwrap();
+    assert!((quick.seconds / mx6.seconds - 1.0).abs() < 0.15, "{} {}", quick.seconds, mx6.seconds);
+    // A format that the unit lacks is unpacked.
+    let fp8 = with(Some(Dtype::Fp8E4m3));
+    assert!(vector(&fp8) > 2.0 * vector(&mx9));
+    let h100 = Profile::open("nvidia-h100").unwrap();
+    let error = estimate(&h100, choices, &program, &workload).map(|_| ()).unwrap_err().to_string();
+    assert!(error.contains("a simulated chip") && error.contains("nvidia-h100"), "{error}");
 }

@@ -556,7 +556,7 @@ impl<'a> Bench<'a> {
             };
             let quick =
                 Quick::new(choices.layout(layout), stages, &asked.workload).map_err(|e| e.to_string())?;
-            Ok(Way { layout, need_bytes: asked.workload.bytes(layout, stages), quick })
+            Ok(Way { layout, need_bytes: asked.workload.bytes(choices.layout(layout), stages), quick })
         };
         let ways =
             |asked: &Asked| asked.layouts(program).into_iter().map(|layout| way(asked, layout)).collect();

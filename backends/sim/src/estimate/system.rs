@@ -3,9 +3,10 @@
 use super::collective::{Collective, collective};
 use halite::cost::{self, Extent};
 use halite::passes;
-use halite::program::{Dim, Outputs, PAGE_POSITIONS, Program};
+use halite::program::{Dim, Op, Outputs, PAGE_POSITIONS, Program, TensorId};
 use halite::shard::{Division, Sums, share};
 use halite::{Error, Result};
+use halite_profiles::numerics::Dtype;
 
 /// How a model is divided over chips.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -74,13 +75,36 @@ pub struct Stage {
 }
 
 impl Stage {
+    /// Returns the bytes of weights on one chip, with those of products in a format of the chip, if there is one.
+    pub fn weight_bytes(&self, stored: Option<Dtype>) -> u64 {
+        let all = self.program.weight_bytes();
+        let Some(dtype) = stored else { return all };
+        let mut weights: Vec<TensorId> = Vec::new();
+        for (_, op) in self.program.ops() {
+            match op {
+                Op::MatMul { parts, .. } => weights.extend(parts.iter().map(|part| part.weight)),
+                Op::Experts { gate, up, down, .. } => weights.extend([gate, up, down]),
+                _ => {}
+            }
+        }
+        weights.sort_unstable();
+        weights.dedup();
+        let packed = weights.iter().map(|&id| {
+            let t = self.program.tensor(id);
+            let elements = u64::from(t.experts) * passes::rows(t.rows, 0, 0) * u64::from(t.cols);
+            (dtype.bits() * elements as f64 / 8.0).ceil() as u64
+        });
+        let as_filed: u64 = weights.iter().filter_map(|&id| self.program.fixed_bytes(id)).sum();
+        (all - as_filed.min(all)).saturating_add(packed.sum())
+    }
+
     /// Returns the bytes of weights and of the KV cache of sequences of `positions` positions on one chip.
-    pub fn bytes(&self, positions: u64, sequences: u64) -> u64 {
+    pub fn bytes(&self, positions: u64, sequences: u64, stored: Option<Dtype>) -> u64 {
         // A window may begin and end in the middle of a page.
         let page = u64::from(PAGE_POSITIONS);
         let kept = |window: Option<u32>| window.map_or(positions, |w| positions.min(u64::from(w) + page));
         let each = self.program.kv_bytes(|window| kept(window).div_ceil(page));
-        self.program.weight_bytes().saturating_add(each.saturating_mul(sequences))
+        self.weight_bytes(stored).saturating_add(each.saturating_mul(sequences))
     }
 }
 
@@ -221,7 +245,7 @@ fn borders(program: &Program, segments: &[usize], count: u32) -> Result<Vec<Vec<
 pub fn layouts(program: &Program, chips: u32, like: Layout) -> Vec<Layout> {
     let divisors = |n: u32| (1..=n).filter(move |d| n.is_multiple_of(*d));
     let may = |fixed: u32, value: u32| fixed == 0 || fixed == value;
-    let has_experts = program.ops().any(|(_, op)| matches!(op, halite::program::Op::Experts { .. }));
+    let has_experts = program.ops().any(|(_, op)| matches!(op, Op::Experts { .. }));
     let mut all = Vec::new();
     for tensor in divisors(chips).filter(|&n| may(like.tensor, n)) {
         for pipeline in divisors(chips / tensor).filter(|&n| may(like.pipeline, n)) {

@@ -63,11 +63,11 @@ impl Workload {
     }
 
     /// Returns the bytes of weights and of the KV cache of all sequences, on the chip that needs most.
-    pub(super) fn bytes(&self, layout: Layout, stages: &[Stage]) -> u64 {
+    pub(super) fn bytes(&self, choices: Choices, stages: &[Stage]) -> u64 {
         let positions = u64::from(self.prompt) + u64::from(self.generate);
-        let (each, parts) = self.parts(layout);
+        let (each, parts) = self.parts(choices.layout);
         let sequences = u64::from(each) * u64::from(parts);
-        stages.iter().map(|stage| stage.bytes(positions, sequences)).max().unwrap_or(0)
+        stages.iter().map(|stage| stage.bytes(positions, sequences, choices.stored)).max().unwrap_or(0)
     }
 
     /// The spans of a prefill step and of a decode step.
@@ -162,17 +162,19 @@ pub struct Choices {
     pub products: Option<Dtype>,
     /// Format of activations in device memory between ops.
     pub activations: Dtype,
+    /// Format of the weights of products in device memory, one of numbers of a chip; `None`: that of the file. For simulated chips.
+    pub stored: Option<Dtype>,
     /// How the model is divided over chips.
     pub layout: Layout,
 }
 
 impl Default for Choices {
     fn default() -> Choices {
-        Choices { products: None, activations: Dtype::Fp32, layout: Layout::default() }
+        Choices { products: None, activations: Dtype::Fp32, stored: None, layout: Layout::default() }
     }
 }
 
-halite::setters!(const Choices { products: Option<Dtype>, activations: Dtype, layout: Layout });
+halite::setters!(const Choices { products: Option<Dtype>, activations: Dtype, stored: Option<Dtype>, layout: Layout });
 
 impl Choices {
     /// The chip of a profile, for times.
@@ -182,6 +184,7 @@ impl Choices {
     pub fn chip(self, profile: Profile) -> Result<Chip> {
         let mut chip = Chip::new(profile, Numerics::Exact, self.products)?;
         chip.activations = self.activations;
+        chip.stored = self.stored;
         Ok(chip)
     }
 }
@@ -201,6 +204,10 @@ impl<'a> Timer<'a> {
     pub(super) fn new(profile: &'a Profile, choices: Choices) -> Result<Timer<'a>> {
         Ok(match profile.driver {
             Driver::Sim => Timer::Chip(Box::new(choices.chip(profile.clone())?)),
+            Driver::Gpu | Driver::Cpu if choices.stored.is_some() => {
+                let found = format!("{}, whose kernels read the formats of files", profile.name);
+                return Err(Error::argument("stored", "a simulated chip", found));
+            }
             Driver::Gpu | Driver::Cpu => Timer::Device(Device::new(profile, choices.products)?),
         })
     }
@@ -440,7 +447,7 @@ pub fn estimate(
         tokens_per_s: f64::from(workload.batch) / step_s,
         joules_per_token: joules.map(|j| j / tokens),
         usd_per_million_tokens: usd_per_s(profile).map(|usd| 1e6 * chips * usd * seconds / tokens),
-        need_bytes: workload.bytes(layout, stages),
+        need_bytes: workload.bytes(choices, stages),
         have_bytes: profile.memory.last().map_or(0, |memory| memory.capacity_bytes.value as u64),
         layout,
         exchange_fraction: exchanged / decode_time.latency_s,
@@ -609,7 +616,7 @@ pub fn candidates(
     for layout in layouts(program, chips, choices.layout) {
         let found = stages(program, layout).and_then(|stages| {
             let seconds = Quick::new(choices.layout(layout), &stages, workload)?.times(profile)?.seconds;
-            let need_bytes = workload.bytes(layout, &stages);
+            let need_bytes = workload.bytes(choices.layout(layout), &stages);
             Ok(Candidate { layout, seconds, need_bytes, fits: need_bytes <= have_bytes })
         });
         match found {

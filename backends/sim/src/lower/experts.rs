@@ -4,7 +4,7 @@ use super::product::{Costs, product_programs};
 use super::units::{units_programs, units_s};
 use crate::chip::{Chip, form_bytes};
 use crate::shape::{Epilogue, Experts, Part, Product, RowIndex, Rows, Units, X};
-use crate::tile::{Form, Lowered, Operand};
+use crate::tile::{Lowered, Operand};
 use halite::Result;
 
 /// Operands besides the activations.
@@ -34,7 +34,7 @@ fn experts_waves(chip: &Chip, e: &Experts) -> Vec<Wave> {
     let chosen: Vec<(u32, &Vec<u32>)> = (0..).zip(&rows_of).filter(|(_, rows)| !rows.is_empty()).collect();
     let part = |which: usize, expert: u32, out: Operand| {
         let (n, k) = if which == 2 { (e.cols, e.hidden) } else { (e.hidden, e.cols) };
-        let bytes = form_bytes(Form::File(e.formats[which]), n, k);
+        let bytes = form_bytes(chip.stored(e.formats[which]), n, k);
         let bias = e.biases.then_some((expert::BIASES[which], 4 * u64::from(expert) * u64::from(n)));
         let weight = (expert::WEIGHTS[which], u64::from(expert) * bytes);
         Part { n, format: e.formats[which], weight, bias, out }

@@ -120,7 +120,7 @@ impl<'a> Costs<'a> {
                 forms.push(m.x);
             }
         }
-        let stored = |part: &Part| form_bytes(Form::File(part.format), 1, p.k);
+        let stored = |part: &Part| form_bytes(chip.stored(part.format), 1, p.k);
         let total: f64 = p.parts.iter().map(|part| stored(part) as f64 * f64::from(part.n)).sum();
         Costs {
             cuts: cuts(chip, p, &how),
@@ -135,7 +135,7 @@ impl<'a> Costs<'a> {
 
     /// Whether the scratchpad holds weights in a second, unpacked form.
     fn unpacks_to_memory(&self) -> bool {
-        self.how.iter().any(|m| !matches!(m.w, Form::File(_)))
+        self.how.iter().any(|m| !matches!(m.w, Form::File(_) | Form::Packed(_)))
     }
 
     /// Returns the vector work of converting `k` elements of rows of activations to the formats of the products.
@@ -375,7 +375,7 @@ fn cuts(chip: &Chip, p: &Product, how: &[Multiplication]) -> Vec<Cut> {
         chunks: p.k.div_ceil(depth.max(1)).max(1),
         keeps,
         row_bytes: (
-            p.parts.iter().map(|part| form_bytes(Form::File(part.format), 1, depth)).max().unwrap_or(0),
+            p.parts.iter().map(|part| form_bytes(chip.stored(part.format), 1, depth)).max().unwrap_or(0),
             how.iter().map(|m| form_bytes(m.w, 1, depth)).max().unwrap_or(0),
         ),
     };
@@ -529,7 +529,7 @@ impl<'a> ProductRings<'a> {
         let is_last = k.end == p.k;
         for (slot, i) in p.together(chunk.part).enumerate() {
             let (part, how) = (&p.parts[i], self.costs.how[i]);
-            let at = |k: u32| form_bytes(Form::File(part.format), 1, k);
+            let at = |k: u32| form_bytes(self.costs.chip.stored(part.format), 1, k);
             let from = part.weight.1 + u64::from(columns.start) * at(p.k);
             let piece = Piece::whole(part.weight.0, from, (u64::from(count) * at(p.k)) as u32);
             let piece = piece.within(at(p.k) as u32, at(k.start) as u32..at(k.end) as u32);

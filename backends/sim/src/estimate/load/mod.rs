@@ -221,7 +221,7 @@ impl<'a> Server<'a> {
         let stages = stages(program, layout)?;
         let program = &stages[0].program;
         let have = profile.memory.last().map_or(0, |memory| memory.capacity_bytes.value as u64);
-        let weights = program.weight_bytes();
+        let weights = stages[0].weight_bytes(choices.stored);
         let pages = Pages::new(program);
         let Some(kv_bytes) = have.checked_sub(weights).filter(|bytes| *bytes >= pages.bytes(1, 0)) else {
             let got = format!("{weights} bytes of weights on {}", profile.name);
