@@ -338,27 +338,29 @@ impl<'a> Costs<'a> {
     /// Returns the tiling with the shortest time by the closed form, and the time.
     pub fn tiling(&self) -> Result<(Tiling, f64)> {
         let tilings = self.tilings();
+        // Tilings of the same grid and rows, by the seconds that they take at least.
+        let alike = tilings.chunk_by(|a, b| (a.grid, a.rows) == (b.grid, b.rows));
+        let mut groups: Vec<(f64, &[Tiling])> =
+            alike.filter_map(|group| Some((self.least_s(*group.first()?), group))).collect();
+        groups.sort_by(|a, b| a.0.total_cmp(&b.0));
         let mut best: Option<(f64, Tiling)> = None;
         let mut least = u64::MAX;
         for &cut in &self.cuts {
-            // A grid, rows, and the seconds that they take at least.
-            let mut bound = ((0, 0), 0, 0.0);
-            for &tiling in &tilings {
-                if (bound.0, bound.1) != (tiling.grid, tiling.rows) {
-                    bound = (tiling.grid, tiling.rows, self.least_s(tiling));
+            for (least_s, group) in &groups {
+                if best.is_some_and(|(s, _)| *least_s >= s) {
+                    break;
                 }
-                if best.is_some_and(|(s, _)| bound.2 >= s) {
-                    continue;
-                }
-                let tiling = Tiling { cut, ..tiling };
-                let bytes = self.scratch_bytes(tiling);
-                least = least.min(bytes);
-                if bytes > self.chip.scratch_bytes {
-                    continue;
-                }
-                let seconds = self.seconds(tiling);
-                if best.is_none_or(|(s, _)| seconds < s) {
-                    best = Some((seconds, tiling));
+                for &tiling in *group {
+                    let tiling = Tiling { cut, ..tiling };
+                    let bytes = self.scratch_bytes(tiling);
+                    least = least.min(bytes);
+                    if bytes > self.chip.scratch_bytes {
+                        continue;
+                    }
+                    let seconds = self.seconds(tiling);
+                    if best.is_none_or(|(s, _)| seconds < s) {
+                        best = Some((seconds, tiling));
+                    }
                 }
             }
         }
