@@ -295,7 +295,7 @@ fn profile_prints_rates_and_names_faults() {
     ] {
         assert!(shown.contains(expected), "{expected}\n{shown}");
     }
-    assert_eq!(text("profile").lines().count(), 11);
+    assert_eq!(text("profile").lines().count(), halite_profiles::profile::SHIPPED.len());
     let schema: Value = serde_json::from_str(&text("profile --schema")).unwrap();
     assert_eq!(schema["title"], "Profile");
 
