@@ -6,6 +6,7 @@ use plotters::coord::ranged1d::{KeyPointHint, NoDefaultFormatting, ValueFormatte
 use plotters::prelude::*;
 
 use super::Failure;
+use super::profile::scaled;
 
 /// Colours of bounds, distinguishable for colour-blind people (Okabe & Ito 2008).
 fn colour(bound: Bound) -> RGBColor {
@@ -26,24 +27,28 @@ pub fn roofline(chip: &Chip, estimate: &Estimate) -> Result<String, Failure> {
     let bandwidth = chip.device_bytes_per_s();
     let peaks: Vec<(String, f64)> = profile.peaks();
     let best = peaks.iter().map(|(_, peak)| *peak).fold(0.0, f64::max);
-    let points = |report: &Report| -> Vec<(String, f64, f64, Bound)> {
+    let points = |report: &Report| -> Vec<Point> {
+        let total_s = report.total().seconds;
         let multiplies = report.ops.iter().filter(|op| op.time.matrix_ops > 0.0);
         let point = |op: &halite_sim::OpReport| {
             let moved = op.time.read_bytes + op.time.written_bytes;
-            let (intensity, rate) = (op.time.matrix_ops / moved, op.time.matrix_ops / op.time.seconds);
-            (op.name.clone(), intensity, rate, op.time.bound())
+            let at = (op.time.matrix_ops / moved, op.time.matrix_ops / op.time.seconds);
+            // The area is the share of the step's time.
+            let radius = 3.0 + 14.0 * (op.time.seconds / total_s).sqrt();
+            Point { name: op.name.clone(), at, radius: radius as i32, bound: op.time.bound() }
         };
         multiplies.map(point).collect()
     };
     let (prefill, decode) = (points(&estimate.prefill), points(&estimate.decode));
     let all = || prefill.iter().chain(&decode);
-    let least = all().map(|p| p.2).fold(best, f64::min) / 3.0;
+    let least = all().map(|p| p.at.1).fold(best, f64::min) / 3.0;
     let (left, right) = (0.25, 10.0 * best / bandwidth);
+    let (width, height) = (1100, 720);
     let mut svg = String::new();
-    let root = SVGBackend::with_string(&mut svg, (1100, 720)).into_drawing_area();
+    let root = SVGBackend::with_string(&mut svg, (width, height)).into_drawing_area();
     root.fill(&WHITE)?;
     let mut chart = ChartBuilder::on(&root)
-        .caption(format!("{}: operations per second", profile.name), ("sans-serif", 24))
+        .caption(format!("{}: ops under its roofline", profile.name), ("sans-serif", 24))
         .margin(16)
         .x_label_area_size(48)
         .y_label_area_size(90)
@@ -51,38 +56,74 @@ pub fn roofline(chip: &Chip, estimate: &Estimate) -> Result<String, Failure> {
     chart
         .configure_mesh()
         .x_desc("operations per byte of device memory")
-        .y_desc("operations / s")
+        .y_desc("operations per second")
         .x_label_formatter(&|x| format!("{x}"))
-        .y_label_formatter(&|y| format!("{y:.0e}"))
+        .y_label_formatter(&|y| scaled(*y))
         .light_line_style(WHITE.mix(0.0))
         .draw()?;
     let steps = 200;
     let at = |i: i32| left * (right / left).powf(f64::from(i) / f64::from(steps));
-    for (name, peak) in &peaks {
+    for (_, peak) in &peaks {
         let line = (0..=steps).map(|i| (at(i), (at(i) * bandwidth).min(*peak)));
         chart.draw_series(LineSeries::new(line, BLACK.mix(0.5)))?;
-        let label = Text::new(format!("{name} {peak:.2e}"), (right / 5.0, *peak * 1.2), ("sans-serif", 13));
-        chart.draw_series(std::iter::once(label))?;
     }
-    chart.draw_series(prefill.iter().map(|p| Circle::new((p.1, p.2), 6, colour(p.3).filled())))?;
-    let squares = decode
-        .iter()
-        .map(|p| EmptyElement::at((p.1, p.2)) + Rectangle::new([(-5, -5), (5, 5)], colour(p.3).filled()));
+    chart.draw_series(
+        prefill.iter().map(|p| Circle::new(p.at, p.radius, colour(p.bound).mix(0.8).filled())),
+    )?;
+    let squares = decode.iter().map(|p| {
+        let side = [(-p.radius, -p.radius), (p.radius, p.radius)];
+        EmptyElement::at(p.at) + Rectangle::new(side, colour(p.bound).mix(0.8).filled())
+    });
     chart.draw_series(squares)?;
-    let names = all().map(|p| Text::new(p.0.clone(), (p.1 * 1.08, p.2 * 1.04), ("sans-serif", 12)));
-    chart.draw_series(names)?;
+    let dots: Vec<((i32, i32), &Point)> = all().map(|p| (chart.backend_coord(&p.at), p)).collect();
+    let area = [108, 50, width as i32 - 20, height as i32 - 66];
+    let mut taken = Taken::new(area, dots.iter().map(|(dot, p)| (*dot, p.radius)));
     let bounds = [Bound::Matrix, Bound::Vector, Bound::Memory, Bound::Dma, Bound::Launch, Bound::Latency];
     for (i, bound) in bounds.into_iter().enumerate() {
         let y = 60 + 18 * i as i32;
         root.draw(&Circle::new((120, y), 5, colour(bound).filled()))?;
         root.draw(&Text::new(bound.name(), (132, y - 7), ("sans-serif", 14)))?;
     }
-    let what = "circles: prefill, squares: decode";
-    root.draw(&Text::new(what, (120, 60 + 18 * bounds.len() as i32), ("sans-serif", 14)))?;
+    let what = "circles: prefill, squares: decode; the area is the share of the time";
+    let key_height = 18 * bounds.len() as i32;
+    root.draw(&Text::new(what, (120, 60 + key_height), ("sans-serif", 14)))?;
+    taken.boxes.push([110, 50, 560, 80 + key_height]);
+    let size = |text: &str, pixels: i32| (text.chars().count() as i32 * pixels * 11 / 20, pixels);
+    for (name, peak) in &peaks {
+        let text = format!("{name}, {}/s", scaled(*peak));
+        let (w, h) = size(&text, 13);
+        // Along the line, from its right end.
+        let (x, y) = chart.backend_coord(&(right, *peak));
+        let along = (0..12).flat_map(|i| [-h - 3, 4].map(|dy| (x - w - 8 - 40 * i, y + dy)));
+        if let Some(corner) = taken.place(along, (w, h)) {
+            root.draw(&Text::new(text, corner, ("sans-serif", 13)))?;
+        }
+    }
+    for (dot, point) in &dots {
+        let (w, h) = size(&point.name, 12);
+        let Some((x, y)) = taken.place(around(*dot, (w, h)), (w, h)) else { continue };
+        // A line to labels that are not beside their point.
+        let near = ((x + w / 2 - dot.0).abs() - w / 2).max((y + h / 2 - dot.1).abs() - h / 2);
+        if near > point.radius + 10 {
+            let end = (dot.0.clamp(x, x + w), dot.1.clamp(y, y + h));
+            root.draw(&PathElement::new(vec![*dot, end], BLACK.mix(0.4)))?;
+        }
+        root.draw(&Text::new(point.name.clone(), (x, y), ("sans-serif", 12)))?;
+    }
     root.present()?;
     // The text is complete once the drawing area is dropped.
     drop((chart, root));
     Ok(svg)
+}
+
+/// An op in a roofline plot.
+struct Point {
+    name: String,
+    /// Operations per byte, and per second.
+    at: (f64, f64),
+    /// In pixels.
+    radius: i32,
+    bound: Bound,
 }
 
 /// What an axis shows.
@@ -158,6 +199,43 @@ impl ValueFormatter<f64> for Scale {}
 /// A rectangle in pixels: left, top, right, bottom.
 type Box4 = [i32; 4];
 
+/// What labels must not cover, in pixels: points, and the labels before.
+struct Taken {
+    /// The area of the plot.
+    area: Box4,
+    boxes: Vec<Box4>,
+}
+
+impl Taken {
+    /// The area, and points with a radius.
+    fn new(area: Box4, points: impl Iterator<Item = ((i32, i32), i32)>) -> Taken {
+        Taken { area, boxes: points.map(|((x, y), r)| [x - r, y - r, x + r, y + r]).collect() }
+    }
+
+    /// Finds a free place for a text of a size, with its left upper corner at one of `corners`, and takes it.
+    fn place(&mut self, corners: impl Iterator<Item = (i32, i32)>, (w, h): (i32, i32)) -> Option<(i32, i32)> {
+        let [left, top, right, bottom] = self.area;
+        let is_free = |&(x, y): &(i32, i32)| {
+            let inside = x > left && y > top && x + w < right && y + h < bottom;
+            inside && self.boxes.iter().all(|b| x + w < b[0] || x > b[2] || y + h < b[1] || y > b[3])
+        };
+        let free = corners.into_iter().find(is_free)?;
+        self.boxes.push([free.0, free.1, free.0 + w, free.1 + h]);
+        Some(free)
+    }
+}
+
+/// Places around a point for a text of a size, the nearest first.
+fn around((x, y): (i32, i32), (w, h): (i32, i32)) -> impl Iterator<Item = (i32, i32)> {
+    [8, 20, 36, 56, 80, 110].into_iter().flat_map(move |gap| {
+        let beside =
+            [(x + gap, y - h / 2), (x - gap - w, y - h / 2), (x - w / 2, y - gap - h), (x - w / 2, y + gap)];
+        let corners =
+            [(x + gap, y - gap - h), (x + gap, y + gap), (x - gap - w, y - gap - h), (x - gap - w, y + gap)];
+        corners.into_iter().chain(beside)
+    })
+}
+
 /// Draws a plot of all points, and of the best with their numbers. Numbers without room are left out. `is_joined`: whether a line
 /// joins the best.
 pub fn pareto(
@@ -211,21 +289,14 @@ pub fn pareto(
     }
     chart.draw_series(best.iter().map(|p| Circle::new(*p, 5, FRONT.filled())))?;
     let dots: Vec<(i32, i32)> = best.iter().map(|p| chart.backend_coord(p)).collect();
-    // What a number must not cover: the dots, and the numbers before it.
-    let mut taken: Vec<Box4> = dots.iter().map(|(px, py)| [px - 5, py - 5, px + 5, py + 5]).collect();
-    for (number, (px, py)) in (1..).zip(&dots) {
+    let area = [110, 14, width as i32 - 14, height as i32 - 62];
+    let mut taken = Taken::new(area, dots.iter().map(|&dot| (dot, 5)));
+    for (number, &(px, py)) in (1..).zip(&dots) {
         let text: String = i32::to_string(&number);
         let (w, h) = (9 * text.len() as i32, 14);
-        let places = [(7, -7 - h), (7, 7), (-7 - w, -7 - h), (-7 - w, 7)];
-        let corners = places.map(|(dx, dy)| (px + dx, py + dy));
-        let free = corners.into_iter().find(|(left, top)| {
-            let (right, bottom) = (left + w, top + h);
-            let inside = *left > 110 && *top > 14 && right < width as i32 - 14 && bottom < height as i32 - 62;
-            inside && taken.iter().all(|b| right < b[0] || *left > b[2] || bottom < b[1] || *top > b[3])
-        });
-        if let Some((left, top)) = free {
-            taken.push([left, top, left + w, top + h]);
-            root.draw(&Text::new(text, (left, top), ("sans-serif", 14)))?;
+        let corners = [(7, -7 - h), (7, 7), (-7 - w, -7 - h), (-7 - w, 7)];
+        if let Some(corner) = taken.place(corners.into_iter().map(|(dx, dy)| (px + dx, py + dy)), (w, h)) {
+            root.draw(&Text::new(text, corner, ("sans-serif", 14)))?;
         }
     }
     root.present()?;
