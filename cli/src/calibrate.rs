@@ -126,6 +126,9 @@ fn fit_profile(args: &CalibrateArgs, name: &str) -> Result<String, Failure> {
             None => measured.extend(points::parse(&origin, &text)?),
         }
     }
+    if measured.is_empty() && exchanges.is_empty() {
+        return Err("--fit: expected measurements, got none".into());
+    }
     let fits = fit::fit(&profile, &measured)?;
     for fit in &fits {
         print(&report(fit))?;

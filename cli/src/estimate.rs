@@ -379,7 +379,10 @@ fn compared(candidates: &[Candidate]) -> String {
     if others.is_empty() {
         return String::new();
     }
-    let why = if best.fits { "the quickest that fits" } else { "none fits; the quickest" };
+    let why = match best.fits {
+        true => "the shortest total time of those that fit, by the closed form",
+        false => "none fits; the shortest total time, by the closed form",
+    };
     let mut text = format!("  chosen of {} layouts, {why}\n", candidates.len());
     for candidate in candidates.iter().take(LISTED) {
         let fits = if candidate.fits { "" } else { ", does not fit" };

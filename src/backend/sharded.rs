@@ -252,7 +252,10 @@ impl Backend for Sharded {
     }
 
     fn report(&self) -> Vec<String> {
-        self.devices.all.iter().flat_map(|device| device.report()).collect()
+        let of = |(n, device): (usize, &Arc<dyn Backend>)| {
+            device.report().into_iter().map(move |line| format!("device {n}: {line}"))
+        };
+        self.devices.all.iter().enumerate().flat_map(of).collect()
     }
 
     fn alloc(&self, bytes: u64, usage: Usage) -> Result<Buffer> {

@@ -115,7 +115,12 @@ pub fn system(profile: &Profile, options: &SimOptions, chips: u32) -> Result<Sha
             chips,
         ));
     }
-    let chip = |_| Ok(Arc::new(Sim::new(profile.clone(), options)?) as Arc<dyn Backend>);
+    let chip = |number: u32| {
+        let sim = Sim::new(profile.clone(), options)?;
+        // Faults of each chip have random numbers of their own.
+        sim.plans.store(u64::from(number) << 32, Ordering::Relaxed);
+        Ok(Arc::new(sim) as Arc<dyn Backend>)
+    };
     Sharded::new((0..chips).map(chip).collect::<Result<_>>()?, Some(Arc::new(fabric)))
 }
 

@@ -275,8 +275,8 @@ fn what_cannot_be_planned_is_refused() {
         ("chip.clusters=4,x", "numbers, separated by commas"),
         ("chip.clusters=8..4", "to a larger one"),
         ("memory.hbm.latency_ns=0..4", "from a number above 0"),
-        ("chip.clusters=4..8/0", "at least 2 values"),
-        ("chip.clusters=4..8/1", "at least 2 values"),
+        ("chip.clusters=4..8/0", "values after the /"),
+        ("chip.clusters=4..8/1", "values after the /"),
         ("chip.clusters=4..nan", "two numbers"),
         ("chip.clusters=4.5", "a whole number"),
         ("chip.clusters=4..99999", "from 1 to 4096 clusters"),
@@ -304,4 +304,12 @@ fn what_cannot_be_planned_is_refused() {
     let stopped =
         explore(&profile, Choices::default(), &program, &Workload::default(), &planned, &cancel, &|_| {});
     assert!(matches!(stopped, Err(halite::Error::Cancelled)));
+}
+
+#[test]
+fn ranges_of_too_many_values_are_refused() {
+    for steps in ["18446744073709551615", "99999999999", "1000001", "1", "x"] {
+        let error = format!("chip.clock_hz=1e9..2e9/{steps}").parse::<Vary>().unwrap_err().to_string();
+        assert!(error.contains("2 to 1000000 values after the /") && error.contains(steps), "{error}");
+    }
 }

@@ -16,7 +16,7 @@ use halite_sim::Bound;
 use halite_sim::estimate::collective::{Collective, Fabric};
 use halite_sim::estimate::system::{Layout, layouts, stages};
 use halite_sim::estimate::workload::{Choices, Estimate, Quick, Workload, candidates, estimate};
-use halite_sim::{SimOptions, system};
+use halite_sim::{Fault, SimOptions, system};
 use halite_testing::golden;
 
 fn model(name: &str, format: Format) -> Program {
@@ -332,4 +332,23 @@ fn weights_can_lie_in_the_chips_format() {
     let h100 = Profile::open("nvidia-h100").unwrap();
     let error = estimate(&h100, choices, &program, &workload).map(|_| ()).unwrap_err().to_string();
     assert!(error.contains("a simulated chip") && error.contains("nvidia-h100"), "{error}");
+}
+
+/// Each chip of a system flips bits of its own.
+#[test]
+fn faults_of_chips_differ() {
+    let path = format!("{}/../../tests/data/golden/llama-Q4_0.gguf", env!("CARGO_MANIFEST_DIR"));
+    let model = Arc::new(Model::open(path).unwrap());
+    let inject = Fault::list("bitflip:rate=1e-5,where=dram,seed=1").unwrap();
+    let chips = system(&profile("maia-100"), &SimOptions::default().inject(inject), 2).unwrap();
+    let backend: Arc<dyn Backend> = Arc::new(chips);
+    let mut session = Session::new(&model, &backend, &SessionOptions::default().context(128)).unwrap();
+    let sequence = session.add_sequence();
+    // Some logits may not be finite then.
+    _ = session.prefill(sequence, &[3, 5, 7, 9, 11], OutputKind::Logits);
+    let said = backend.report();
+    let [first, second] = said.as_slice() else { panic!("{said:?}") };
+    let (first, second) =
+        (first.strip_prefix("device 0: ").unwrap(), second.strip_prefix("device 1: ").unwrap());
+    assert!(first != second && first.contains("bits flipped"), "{said:?}");
 }

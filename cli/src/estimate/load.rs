@@ -16,6 +16,9 @@ use serde_json::{Value, json};
 use super::super::{Failure, bytes, interrupt, plain, plain_json, print};
 use super::{EstimateArgs, seconds};
 
+/// Maximum bytes of a trace.
+const MAX_TRACE_BYTES: u64 = 1 << 30;
+
 /// Options of a load.
 #[derive(Args)]
 #[command(next_help_heading = "Serving under load")]
@@ -123,8 +126,8 @@ fn loads(args: &EstimateArgs, source: &Source, context: u32) -> Result<Vec<Load>
             if load.lengths.is_some() || load.prefix.is_some() {
                 return Err("--lengths and --prefix: expected poisson:RATE, as a trace has its own".into());
             }
-            let file = std::fs::File::open(path).map_err(|error| format!("--load {path}: {error}"))?;
-            let requests = requests::read(path, file, context)?;
+            let bytes = halite::map::read(Path::new(path), MAX_TRACE_BYTES)?;
+            let requests = requests::read(path, &bytes[..], context)?;
             Ok(vec![Load { rate: None, requests, cut: 0 }])
         }
         Source::Poisson(rates) => {
@@ -148,6 +151,8 @@ fn loads(args: &EstimateArgs, source: &Source, context: u32) -> Result<Vec<Load>
 /// The loads on the chips of a profile, or why they cannot be served.
 struct Answer {
     profile: Profile,
+    /// What every chip does alike because it cannot be divided.
+    repeated: Vec<String>,
     summaries: Result<Vec<Summary>, halite::Error>,
 }
 
@@ -173,9 +178,11 @@ pub fn run(args: &EstimateArgs, source: &Source, model: &Model, choices: Choices
     let mut answers = Vec::new();
     for name in &args.profile {
         let profile = Profile::open(name)?;
-        let serve = || -> Result<Vec<Outcome>, halite::Error> {
+        let mut repeated = Vec::new();
+        let mut serve = || -> Result<Vec<Outcome>, halite::Error> {
             let mut server =
                 Server::new(&profile, choices, &program, context, load.serving(args.work.chunk))?;
+            repeated = server.repeated().to_vec();
             loads.iter().map(|load| server.serve(&load.requests)).collect()
         };
         let outcomes = serve();
@@ -185,7 +192,7 @@ pub fn run(args: &EstimateArgs, source: &Source, model: &Model, choices: Choices
             interrupt::write(csv, CSV, &inputs(args, source), &text)?;
         }
         let sum = |outcomes: Vec<Outcome>| outcomes.iter().map(|of| Summary::new(of, load.slo)).collect();
-        answers.push(Answer { summaries: outcomes.map(sum), profile });
+        answers.push(Answer { summaries: outcomes.map(sum), repeated, profile });
     }
     // Of several chips, one that cannot serve does not hide the others.
     if answers.iter().all(|answer| answer.summaries.is_err())
@@ -203,7 +210,11 @@ pub fn run(args: &EstimateArgs, source: &Source, model: &Model, choices: Choices
     } else {
         answers.iter().for_each(|answer| text += &sweep(answer, &loads, load.slo));
     }
-    for Answer { profile, summaries } in &answers {
+    for Answer { profile, repeated, summaries } in &answers {
+        if !repeated.is_empty() {
+            let lines = repeated.iter().map(|what| format!("  not divided, every chip does it: {what}\n"));
+            text += &format!("\n{}\n{}", profile.name, lines.collect::<String>());
+        }
         if let Err(error) = summaries {
             text += &format!("\n{}\n  {error}\n", profile.name);
         }
@@ -289,7 +300,7 @@ fn rows(summary: &Summary) -> [(&'static str, String); 16] {
 /// One column per profile.
 fn table(answers: &[Answer]) -> String {
     let mut columns: Vec<Vec<(&str, String)>> = Vec::new();
-    for Answer { profile, summaries } in answers {
+    for Answer { profile, summaries, .. } in answers {
         if let Ok([summary]) = summaries.as_deref() {
             columns
                 .push([("p50 / p90 / p99", profile.name.clone())].into_iter().chain(rows(summary)).collect());
@@ -323,7 +334,7 @@ fn aligned(lines: &[Vec<String>]) -> String {
 
 /// One line per rate, and the knee.
 fn sweep(answer: &Answer, loads: &[Load], slo: Option<Slo>) -> String {
-    let Answer { profile, summaries } = answer;
+    let Answer { profile, summaries, .. } = answer;
     let Ok(summaries) = summaries else { return String::new() };
     let names = [
         "requests/s",
@@ -371,7 +382,7 @@ fn sweep(answer: &Answer, loads: &[Load], slo: Option<Slo>) -> String {
 }
 
 fn as_json(answer: &Answer, loads: &[Load]) -> Value {
-    let Answer { profile, summaries } = answer;
+    let Answer { profile, summaries, .. } = answer;
     let summaries = match summaries {
         Ok(summaries) => summaries,
         Err(error) => return json!({ "profile": profile.name, "error": error.to_string() }),
@@ -405,5 +416,5 @@ fn as_json(answer: &Answer, loads: &[Load]) -> Value {
     };
     let values: Vec<Value> = loads.iter().zip(summaries).map(one).collect();
     let found = knee(summaries).filter(|_| loads.len() > 1).and_then(|i| loads[i].rate);
-    json!({ "profile": profile.name, "loads": values, "knee_per_s": found })
+    json!({ "profile": profile.name, "repeated": answer.repeated, "loads": values, "knee_per_s": found })
 }

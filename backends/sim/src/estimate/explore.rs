@@ -39,6 +39,8 @@ const NOT_OF_PROFILE: [(&str, Target, f64); 6] = [
 
 /// Values of a range without a number of values.
 const STEPS: usize = 8;
+/// Maximum values of a range.
+const MOST_STEPS: usize = 1_000_000;
 
 /// A number that varies: `PATH=a,b,c`, or `PATH=A..B` or `PATH=A..B/N` for `N` values whose logarithms are equally far apart.
 #[derive(Debug, Clone, PartialEq)]
@@ -66,8 +68,8 @@ impl FromStr for Vary {
                     Some((to, steps)) => (to, steps.trim().parse().ok()),
                     None => (rest, Some(STEPS)),
                 };
-                let steps =
-                    steps.filter(|n| *n >= 2).ok_or_else(|| wrong("at least 2 values after the /"))?;
+                let steps = steps.filter(|n| (2..=MOST_STEPS).contains(n));
+                let steps = steps.ok_or_else(|| wrong(&format!("2 to {MOST_STEPS} values after the /")))?;
                 let (from, to) =
                     number(from).zip(number(to)).ok_or_else(|| wrong("two numbers around the .."))?;
                 if from <= 0.0 || to <= from {

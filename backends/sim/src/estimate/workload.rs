@@ -330,7 +330,7 @@ impl<'a> System<'a> {
         let mut time = StepTime { latency_s: 0.0, pace_s: 0.0 };
         for stage in self.stages.iter() {
             let exchanges = self.exchanges(stage, spans);
-            let exchanged: f64 = exchanges.iter().map(|(_, seconds)| seconds).sum();
+            let exchanged = exchanges.iter().fold(0.0, |sum, (_, seconds)| sum + seconds);
             let seconds = ops_s(&self.timer, stage, spans, &exchanges)? + exchanged;
             time.latency_s += seconds;
             time.pace_s = time.pace_s.max(seconds);
@@ -428,8 +428,9 @@ pub fn estimate(
     let chips = f64::from(layout.chips());
     let (each, parts) = workload.parts(layout);
     let sequences = u64::from(each) * u64::from(parts);
-    let exchanged: f64 =
-        stages.iter().flat_map(|stage| system.exchanges(stage, &spans)).map(|(_, seconds)| seconds).sum();
+    let exchanges = stages.iter().flat_map(|stage| system.exchanges(stage, &spans));
+    // A sum of nothing would be -0.
+    let exchanged = exchanges.fold(0.0, |sum, (_, seconds)| sum + seconds);
     // Of all chips: each of a stage does the same work, and each replica all of it.
     let alike = f64::from(layout.tensor) * f64::from(layout.data);
     let joules = prefill.total().joules.zip(decode.total().joules).and_then(|(prefill, decode)| {
@@ -627,8 +628,11 @@ pub fn candidates(
     match failed {
         Some(error) if all.is_empty() => Err(error),
         _ if all.is_empty() => {
-            let expected = format!("numbers whose product is {chips} chips");
-            Err(Error::argument("layout", expected, format!("{:?}", choices.layout)))
+            let Layout { tensor, expert, pipeline, data, .. } = choices.layout;
+            let given = [("tp", tensor), ("ep", expert), ("pp", pipeline), ("dp", data)];
+            let given = given.iter().filter(|(_, n)| *n > 0).map(|(name, n)| format!("{name} {n}"));
+            let expected = format!("numbers that divide {chips} chips, and ep that divides tp");
+            Err(Error::argument("layout", expected, given.collect::<Vec<_>>().join(", ")))
         }
         _ => {
             all.sort_by(|a, b| b.fits.cmp(&a.fits).then(a.seconds.total_cmp(&b.seconds)));

@@ -233,6 +233,11 @@ impl<'a> Server<'a> {
         Ok(Server { profile, serving, steps, pages, kv_bytes, context })
     }
 
+    /// Returns what every chip does alike because it cannot be divided, one line each.
+    pub fn repeated(&self) -> &[String] {
+        self.steps.repeated()
+    }
+
     /// The times of steps.
     pub fn steps(&mut self) -> &mut Steps<'a> {
         &mut self.steps

@@ -190,6 +190,11 @@ impl<'a> Steps<'a> {
         self.system.layout
     }
 
+    /// What every chip does alike because it cannot be divided.
+    pub(super) fn repeated(&self) -> &[String] {
+        self.system.stages.first().map_or(&[], |stage| &stage.repeated)
+    }
+
     /// The programs of the stages, fused for the chip.
     pub fn programs(&self) -> impl Iterator<Item = &Program> {
         self.system.stages.iter().map(|stage| &stage.program)
