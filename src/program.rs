@@ -77,6 +77,14 @@ pub struct Tensor {
     pub part: Option<FilePart>,
 }
 
+impl Tensor {
+    /// Returns a weight's name without its layer: `ffn_up` of `blk.3.ffn_up.weight`.
+    pub fn name_in_layer(&self) -> String {
+        let parts = self.name.split('.').filter(|part| !part.bytes().all(|b| b.is_ascii_digit()));
+        parts.filter(|part| !matches!(*part, "blk" | "weight")).collect::<Vec<_>>().join(".")
+    }
+}
+
 /// Consecutive elements of a tensor in the model file: rows of a matrix, or elements of a vector.
 #[cfg_attr(feature = "replay", derive(serde::Serialize, serde::Deserialize))]
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -720,13 +728,18 @@ impl Program {
         runs
     }
 
-    /// Returns the ops of a step that computes the most likely token, or an encoder's hidden state.
-    pub fn greedy_ops(&self) -> impl Iterator<Item = (usize, &Op)> {
+    /// Returns the segments of a step that computes the most likely token, or an encoder's hidden state.
+    pub fn greedy_segments(&self) -> Vec<Range<usize>> {
         let Outputs { arg_max, hidden, .. } = self.outputs;
         let outputs: Vec<TensorId> = [arg_max, hidden].into_iter().flatten().collect();
         // A program without named outputs, such as a single op, runs all of its segments.
         let all = 0..self.segments.len();
-        let segments = if outputs.is_empty() { vec![all] } else { self.segments_for(&outputs) };
+        if outputs.is_empty() { vec![all] } else { self.segments_for(&outputs) }
+    }
+
+    /// Returns the ops of [`Program::greedy_segments`].
+    pub fn greedy_ops(&self) -> impl Iterator<Item = (usize, &Op)> {
+        let segments = self.greedy_segments();
         self.ops().filter(move |(i, _)| segments.iter().any(|run| run.contains(i)))
     }
 

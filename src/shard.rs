@@ -580,7 +580,7 @@ impl<'a> Sharing<'a> {
         let parts = self.wanted.get(out).unwrap_or_else(|| self.row_parts(part.weight, rows));
         let parts = if self.can_divide(part.weight, rows, parts) { parts } else { 1 };
         if parts == 1 && self.chips() > 1 && self.wanted.get(out) != Some(1) {
-            self.wanted.repeat(format!("products with the {rows} rows of `{}`", short(&t.name)));
+            self.wanted.repeat(format!("products with the {rows} rows of `{}`", t.name_in_layer()));
         }
         let x = self.need(x, 1)?;
         let range = self.range(rows, parts);
@@ -674,10 +674,4 @@ impl<'a> Sharing<'a> {
         self.out.repeated = std::mem::take(&mut self.wanted.repeated);
         self.out
     }
-}
-
-/// A weight's name without its layer.
-fn short(name: &str) -> String {
-    let parts = name.split('.').filter(|part| !part.bytes().all(|b| b.is_ascii_digit()));
-    parts.filter(|part| !matches!(*part, "blk" | "weight")).collect::<Vec<_>>().join(".")
 }

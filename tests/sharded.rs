@@ -30,10 +30,7 @@ fn models() -> Vec<std::path::PathBuf> {
             .into_iter()
             .map(Into::into)
             .collect();
-    let families =
-        golden::folder().into_iter().flat_map(|dir| std::fs::read_dir(dir.join("families")).unwrap());
-    let families = families.map(|entry| entry.unwrap().path());
-    files.extend(families.filter(|path| path.extension().is_some_and(|e| e == "gguf")));
+    files.extend(golden::families());
     files
 }
 

@@ -30,6 +30,13 @@ pub fn committed() -> PathBuf {
     Path::new(crate::ROOT).join("tests/data/golden")
 }
 
+/// Models of all families of the golden set; none where it is absent.
+pub fn families() -> Vec<PathBuf> {
+    let files = folder().into_iter().flat_map(|dir| std::fs::read_dir(dir.join("families")).unwrap());
+    let files = files.map(|file| file.unwrap().path());
+    files.filter(|path| path.extension().is_some_and(|extension| extension == "gguf")).collect()
+}
+
 /// Tokens, and the logits of some positions.
 pub struct Case {
     pub model: PathBuf,

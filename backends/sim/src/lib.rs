@@ -329,11 +329,6 @@ fn name(program: &Program, op: &Op) -> String {
     };
     match weight {
         None => op.name().to_owned(),
-        Some(weight) => {
-            let name = &program.tensor(weight).name;
-            let short = name.split('.').filter(|part| !part.bytes().all(|b| b.is_ascii_digit()));
-            let short: Vec<_> = short.filter(|part| !matches!(*part, "blk" | "weight")).collect();
-            format!("{} {}", op.name(), short.join("."))
-        }
+        Some(weight) => format!("{} {}", op.name(), program.tensor(weight).name_in_layer()),
     }
 }

@@ -92,10 +92,7 @@ fn logits(backend: &Arc<dyn Backend>, model: &Arc<Model>) -> Vec<u32> {
 
 fn models() -> Vec<PathBuf> {
     let mut models = vec![golden::committed().join("llama-Q4_K_M.gguf")];
-    if let Some(folder) = golden::folder() {
-        models.extend(std::fs::read_dir(folder.join("families")).unwrap().map(|file| file.unwrap().path()));
-    }
-    models.retain(|path| path.extension().is_some_and(|e| e == "gguf"));
+    models.extend(golden::families());
     models
 }
 

@@ -251,12 +251,7 @@ fn the_best_layout_fits_and_is_the_quickest() {
 fn simulated_chips_that_share_layers_have_the_bits_of_one() {
     let committed = ["llama-Q4_K_M", "llama-Q4_0"]
         .map(|file| format!("{}/../../tests/data/golden/{file}.gguf", env!("CARGO_MANIFEST_DIR")).into());
-    let families =
-        golden::folder().into_iter().flat_map(|dir| std::fs::read_dir(dir.join("families")).unwrap());
-    let families = families
-        .map(|entry| entry.unwrap().path())
-        .filter(|path| path.extension().is_some_and(|e| e == "gguf"));
-    for path in committed.into_iter().chain(families) {
+    for path in committed.into_iter().chain(golden::families()) {
         let path: std::path::PathBuf = path;
         let model = Arc::new(Model::open(&path).unwrap());
         let run = |count: u32| {

@@ -148,15 +148,9 @@ fn distinct(program: &Program) -> Vec<(&Op, u32)> {
 
 /// Names an op in a model: its matrices, or else what it writes.
 fn name_of(program: &Program, op: &Op) -> String {
-    let short = |id: TensorId| {
-        let parts = program.tensor(id).name.split('.');
-        let parts = parts.filter(|part| !part.bytes().all(|b| b.is_ascii_digit()));
-        let parts: Vec<_> = parts.filter(|part| !matches!(*part, "blk" | "weight")).collect();
-        parts.join(".")
-    };
     let mut names: Vec<String> = Vec::new();
     let mut add = |id| {
-        let name = short(id);
+        let name = program.tensor(id).name_in_layer();
         if !names.contains(&name) {
             names.push(name);
         }

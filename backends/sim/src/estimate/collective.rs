@@ -46,7 +46,7 @@ impl Collective {
     }
 }
 
-/// Fraction of a link's rate that exchanges reach where it was not measured: the fits of the H100 and the A100 reach 0.68
+/// Fraction of a link's rate that exchanges reach where it was not measured: the fits of the H100 and the A100 reach 0.67
 /// and 0.63 with all overheads of their library, and their largest messages 0.75.
 const RATE_FRACTION: f64 = 0.7;
 

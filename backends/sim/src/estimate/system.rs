@@ -126,15 +126,14 @@ pub fn stages(program: &Program, layout: Layout) -> Result<Vec<Stage>> {
     let division = Division::over(layout.tensor).sums(layout.sums).expert_groups(layout.expert);
     let shared = share(program, division, 0)?;
     let whole = passes::fuse(program, crate::FUSIONS);
-    let Outputs { arg_max, hidden, .. } = whole.outputs;
-    let outputs: Vec<_> = [arg_max, hidden].into_iter().flatten().collect();
-    let needed: Vec<usize> = whole.segments_for(&outputs).into_iter().flatten().collect();
+    let fused = passes::fuse(&shared.program, crate::FUSIONS);
+    let needed: Vec<usize> = whole.greedy_segments().into_iter().flatten().collect();
     let borders = borders(&whole, &needed, layout.pipeline)?;
     let mut all = Vec::new();
     for (n, segments) in borders.iter().enumerate() {
         let own: Vec<usize> =
             segments.iter().filter_map(|&segment| shared.segments.get(segment).cloned()).flatten().collect();
-        let mut program = passes::fuse(&shared.program, crate::FUSIONS);
+        let mut program = fused.clone();
         let mut at = 0..program.segments.len();
         program.segments.retain(|_| at.next().is_some_and(|segment| own.contains(&segment)));
         program.outputs = Outputs::default();

@@ -382,17 +382,21 @@ impl<'a> System<'a> {
         Ok((most, assumed))
     }
 
-    /// Returns the seconds between which a decode step of all sequences is expected to lie in 8 of 10 cases: those of the kernels of a
-    /// part of the batch, whose exchanges take `exchanged_s`, in the same proportion.
-    fn interval_s(&self, part: &[(u32, u32)], exchanged_s: f64, step_s: f64) -> Result<Option<[f64; 2]>> {
-        let (mut low, mut high, mut all) = (exchanged_s, exchanged_s, exchanged_s);
+    /// Returns the seconds between which a decode step of all sequences is expected to lie in 8 of 10 cases, in the proportion of a
+    /// part of the batch, which takes `part_s`, and `exchanged_s` of these for exchanges.
+    fn interval_s(
+        &self,
+        part: &[(u32, u32)],
+        [exchanged_s, part_s]: [f64; 2],
+        step_s: f64,
+    ) -> Result<Option<[f64; 2]>> {
+        let (mut low, mut high) = (exchanged_s, exchanged_s);
         for stage in self.stages.iter() {
             let Some([from, to]) = self.timer.interval_s(&stage.program, part)? else { return Ok(None) };
             low += from;
             high += to;
-            all += self.timer.report(&stage.program, part)?.total().seconds;
         }
-        Ok(Some([low, high].map(|seconds| seconds / all * step_s)))
+        Ok(Some([low, high].map(|seconds| seconds / part_s * step_s)))
     }
 
     /// Returns the seconds to the first token of every sequence, and of a decode step of all.
@@ -443,7 +447,7 @@ pub fn estimate(
     Ok(Estimate {
         first_token_s,
         step_s,
-        step_interval_s: system.interval_s(&spans, exchanged, step_s)?,
+        step_interval_s: system.interval_s(&spans, [exchanged, decode_time.latency_s], step_s)?,
         seconds,
         tokens_per_s: f64::from(workload.batch) / step_s,
         joules_per_token: joules.map(|j| j / tokens),
