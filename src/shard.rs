@@ -109,7 +109,7 @@ pub struct Share {
     pub repeated: Vec<String>,
 }
 
-/// Returns the share of chip `chip`. All chips have the same ops and exchanges.
+/// Returns the share of chip `chip`. All chips have the same ops and exchanges; with [`Sums::Divided`], the first one alone adds biases.
 ///
 /// # Errors
 /// [`Error::Argument`] for no chips, a chip beyond them, or groups of experts that do not divide them.
