@@ -104,12 +104,13 @@ async fn a_text_goes_on_on_another_device() {
         let texts: Vec<&String> = answers.iter().map(|(text, _)| text).collect();
         assert_eq!(texts, want.iter().collect::<Vec<_>>(), "{fault:?}");
         assert!(answers.iter().all(|(_, halite)| halite["exact"] == true));
-        // A poisoned step is repeated for each request, and is right then.
+        // A poisoned step of several requests is repeated for each, and is right then. If the step had one,
+        // that one moves.
         let moved = answers
             .iter()
             .filter(|(_, halite)| halite["receipts"][0]["parts"].as_array().unwrap().len() > 1)
             .count();
-        assert!((fault == Fault::Poison) == (moved == 0), "{fault:?}: {moved} moved");
+        assert!(if fault == Fault::Poison { moved <= 1 } else { moved > 0 }, "{fault:?}: {moved} moved");
         for (_, halite) in &answers {
             let parts = halite["receipts"][0]["parts"].as_array().unwrap();
             assert!(parts.iter().skip(1).all(|part| part["replica"] == "cpu"), "{halite}");
