@@ -131,6 +131,14 @@ pub enum Error {
         /// Sequences for which the session reserved memory.
         sequences: u32,
     },
+    /// More sequences than recurrent layers have memory for.
+    #[error(
+        "too many sequences: recurrent layers have memory for {sequences} at once; raise SessionOptions::sequences"
+    )]
+    StatesFull {
+        /// Sequences for which the session reserved memory.
+        sequences: u32,
+    },
     /// A model computed NaN or infinity: a weight, an adapter or the backend is at fault.
     #[error("{what}: expected finite numbers, got {got}; a weight, an adapter or the backend is at fault")]
     NotFinite {

@@ -102,7 +102,22 @@ pub(crate) fn part_as_stored(layout: Layout, range: Range<u32>, rows: u32) -> bo
     layout == Layout::Rows || (between(range.start) && between(range.end))
 }
 
-/// One layer's KV cache: per position, `kv_heads` keys of `key_dim` and values of `value_dim` elements.
+/// What a page of a [`State`] holds.
+#[cfg_attr(feature = "replay", derive(serde::Serialize, serde::Deserialize))]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+#[non_exhaustive]
+pub enum StateKind {
+    /// Keys and values of [`PAGE_POSITIONS`] positions.
+    #[default]
+    Cache,
+    /// A recurrent state after the last position of the page that was computed: `[kv_heads][key_dim][value_dim]` in
+    /// `F32`. Before position 0 it is zero. A page may be absent ([`NO_PAGE`](crate::backend::NO_PAGE)) if a later one
+    /// is present: what a position in it computes is in the next page that is present.
+    Recurrent,
+}
+
+/// One layer's KV cache: per position, `kv_heads` keys of `key_dim` and values of `value_dim` elements. Or the state of
+/// a recurrent layer.
 #[cfg_attr(feature = "replay", derive(serde::Serialize, serde::Deserialize))]
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
@@ -123,6 +138,9 @@ pub struct State {
     /// Whether attention is causal. If not, a token sees the whole span, so a step must contain all tokens
     /// that attend to each other. Attention that is not causal has no window.
     pub causal: bool,
+    /// What its pages hold.
+    #[cfg_attr(feature = "replay", serde(default))]
+    pub kind: StateKind,
 }
 
 crate::setters!(const State { window: Option<u32>, causal: bool });
@@ -136,19 +154,33 @@ impl State {
         value_dim: u32,
         format: Format,
     ) -> State {
-        State { name: name.into(), kv_heads, key_dim, value_dim, format, window: None, causal: true }
+        let (window, causal, kind) = (None, true, StateKind::Cache);
+        State { name: name.into(), kv_heads, key_dim, value_dim, format, window, causal, kind }
     }
 
-    /// Returns the bytes of one page of [`PAGE_POSITIONS`] positions.
+    /// A recurrent state of `heads` matrices of `rows` by `cols`.
+    pub fn recurrent(name: impl Into<String>, heads: u32, rows: u32, cols: u32) -> State {
+        let state = State::new(name, heads, rows, cols, Format::F32);
+        State { window: State::RECURRENT_WINDOW, kind: StateKind::Recurrent, ..state }
+    }
+
+    /// The window of recurrent states, which form a KV group of their own: a token needs the page of the position
+    /// before it, and its own.
+    pub const RECURRENT_WINDOW: Option<u32> = Some(2);
+
+    /// Returns the bytes of one page of [`PAGE_POSITIONS`] positions; see [`StateKind`].
     ///
-    /// A page holds keys `[kv_heads][key_dim][position]`, then values `[kv_heads][position][value_dim]`. In
+    /// A page of a cache holds keys `[kv_heads][key_dim][position]`, then values `[kv_heads][position][value_dim]`. In
     /// `Q8_0` and `Q4_0` these are codes, followed by scales in half precision:
     /// `[kv_heads][key_dim / 32][position]` of the keys, then `[kv_heads][value_dim / 32][position]` of the
     /// values.
     pub fn page_bytes(&self) -> u64 {
-        let elements = u64::from(self.kv_heads) * (u64::from(self.key_dim) + u64::from(self.value_dim));
-        elements * u64::from(PAGE_POSITIONS) / self.format.block_len() as u64
-            * self.format.block_bytes() as u64
+        let [heads, key_dim, value_dim] = [self.kv_heads, self.key_dim, self.value_dim].map(u64::from);
+        let elements = match self.kind {
+            StateKind::Cache => heads * (key_dim + value_dim) * u64::from(PAGE_POSITIONS),
+            StateKind::Recurrent => heads * key_dim * value_dim,
+        };
+        elements / self.format.block_len() as u64 * self.format.block_bytes() as u64
     }
 }
 
@@ -232,7 +264,7 @@ pub enum Epilogue<T = TensorId> {
 pub enum Access {
     /// The op reads it.
     Read,
-    /// The op writes it.
+    /// The op writes it. Of a state, it may read what was there.
     Write,
 }
 
@@ -371,6 +403,58 @@ pub enum Op<T = TensorId, S = StateId> {
         /// `[1, heads]`: an extra logit in each head's softmax denominator.
         sinks: Option<T>,
     },
+    /// A causal convolution of each channel over the last `taps` tokens of its sequence, zeros before its first:
+    /// `out[t][c] = bias[c] + Σ weight[c][j] · x[t - taps + 1 + j][c]`, taps in order.
+    Conv {
+        /// `[tokens, channels]`.
+        x: T,
+        /// `[channels, taps]`.
+        weight: T,
+        /// `[1, channels]`; absent: zeros.
+        bias: Option<T>,
+        /// The last `taps - 1` inputs of each channel, oldest first: a recurrent state of `channels` heads of
+        /// 1 by `taps - 1`.
+        state: S,
+        /// `[tokens, channels]`.
+        out: T,
+    },
+    /// The gated delta rule (Yang, Kautz & Hatamizadeh 2024), token by token. For each head, with a state `S` of
+    /// `key_dim` by `value_dim`:
+    /// `S ← exp(a · softplus(decay)) · S`, then `S ← S + k (σ(beta) · (v - Sᵀk))ᵀ`, then `out = scale · Sᵀq`.
+    ///
+    /// Head h has the query and key `h mod key_heads`.
+    DeltaRule {
+        /// `[tokens, key_heads * key_dim]`.
+        q: T,
+        /// `[tokens, key_heads * key_dim]`.
+        k: T,
+        /// `[tokens, heads * value_dim]`.
+        v: T,
+        /// `[tokens, heads]`.
+        decay: T,
+        /// `[tokens, heads]`.
+        beta: T,
+        /// `[1, heads]`.
+        a: T,
+        /// A recurrent state.
+        state: S,
+        /// `[tokens, heads * value_dim]`.
+        out: T,
+        /// A factor on the result.
+        scale: f32,
+    },
+    /// Some elements of each group of columns: elements `first..first + len` of each `group` elements of a row, where
+    /// `len` is as much as makes the columns of `out`.
+    Slice {
+        /// `[rows, groups * group]`.
+        x: T,
+        /// `[rows, groups * len]`.
+        out: T,
+        /// Elements of a group of `x`.
+        group: u32,
+        /// The first element.
+        first: u32,
+    },
     /// `out = act(gate) * up`.
     Glu {
         /// `[rows, cols]`.
@@ -472,6 +556,9 @@ impl<T, S> Op<T, S> {
             Op::KvWrite { .. } => "KvWrite",
             Op::RopeKv { .. } => "RopeKv",
             Op::Attend { .. } => "Attend",
+            Op::Conv { .. } => "Conv",
+            Op::DeltaRule { .. } => "DeltaRule",
+            Op::Slice { .. } => "Slice",
             Op::Glu { .. } => "Glu",
             Op::Add { .. } => "Add",
             Op::Unary { .. } => "Unary",
@@ -549,6 +636,27 @@ impl<T, S> Op<T, S> {
                 scale: *scale,
                 softcap: *softcap,
             },
+            Op::Conv { x, weight, bias, state, out } => Op::Conv {
+                x: t(x, Read)?,
+                weight: t(weight, Read)?,
+                bias: bias.as_ref().map(|x| t(x, Read)).transpose()?,
+                state: s(state, Write)?,
+                out: t(out, Write)?,
+            },
+            Op::DeltaRule { q, k, v, decay, beta, a, state, out, scale } => Op::DeltaRule {
+                q: t(q, Read)?,
+                k: t(k, Read)?,
+                v: t(v, Read)?,
+                decay: t(decay, Read)?,
+                beta: t(beta, Read)?,
+                a: t(a, Read)?,
+                state: s(state, Write)?,
+                out: t(out, Write)?,
+                scale: *scale,
+            },
+            Op::Slice { x, out, group, first } => {
+                Op::Slice { x: t(x, Read)?, out: t(out, Write)?, group: *group, first: *first }
+            }
             Op::Glu { gate, up, out, act } => {
                 Op::Glu { gate: t(gate, Read)?, up: t(up, Read)?, out: t(out, Write)?, act: *act }
             }
@@ -603,6 +711,22 @@ impl<T, S> Op<T, S> {
         parts.push(Part { weight, bias });
         outs.push(out);
         Op::MatMul { x, parts, epilogue: Epilogue::None, outs }
+    }
+}
+
+impl<T, S> Op<T, S> {
+    /// Whether the op writes a state.
+    pub fn writes_state(&self) -> bool {
+        let mut writes = false;
+        let nothing: std::result::Result<Op<(), ()>, std::convert::Infallible> = self.try_map(
+            |_, _| Ok(()),
+            |_, access| {
+                writes |= access == Access::Write;
+                Ok(())
+            },
+        );
+        let Ok(_) = nothing;
+        writes
     }
 }
 
@@ -710,7 +834,7 @@ impl Program {
         for (i, segment) in self.segments.iter().enumerate().rev() {
             let mut used = false;
             for op in &segment.ops {
-                used |= matches!(op, Op::KvWrite { .. } | Op::RopeKv { .. });
+                used |= op.writes_state();
                 op.outputs(&mut |id| used |= needed.contains(&id));
             }
             if !used {
@@ -753,6 +877,16 @@ impl Program {
     /// Returns the bytes of all weights.
     pub fn weight_bytes(&self) -> u64 {
         self.weights.iter().filter_map(|&id| self.fixed_bytes(id)).sum()
+    }
+
+    /// Whether a layer is recurrent.
+    pub fn has_recurrent_states(&self) -> bool {
+        self.states.iter().any(|s| s.kind == StateKind::Recurrent)
+    }
+
+    /// Whether the KV group with this window is that of recurrent states.
+    pub fn is_recurrent(&self, window: Option<u32>) -> bool {
+        window == State::RECURRENT_WINDOW && self.has_recurrent_states()
     }
 
     /// Returns the KV group of a state: its index in [`Program::windows`].
@@ -1120,6 +1254,44 @@ impl<'a> Builder<'a> {
         let rows = self.shape(q).0;
         let out = self.result("attend", rows, heads.saturating_mul(value_dim), Format::F32);
         self.push(Op::Attend { q, state, out, heads, scale, softcap, sinks });
+        out
+    }
+
+    /// [`Op::Conv`].
+    pub fn conv(
+        &mut self,
+        name: &str,
+        x: TensorId,
+        weight: TensorId,
+        bias: Option<TensorId>,
+        state: StateId,
+    ) -> TensorId {
+        let out = self.like(name, x);
+        self.push(Op::Conv { x, weight, bias, state, out });
+        out
+    }
+
+    /// [`Op::DeltaRule`].
+    #[allow(clippy::too_many_arguments)]
+    pub fn delta_rule(
+        &mut self,
+        [q, k, v]: [TensorId; 3],
+        decay: TensorId,
+        beta: TensorId,
+        a: TensorId,
+        state: StateId,
+        scale: f32,
+    ) -> TensorId {
+        let out = self.like("delta_rule", v);
+        self.push(Op::DeltaRule { q, k, v, decay, beta, a, state, out, scale });
+        out
+    }
+
+    /// [`Op::Slice`]: `len` elements from `first` on of each `group`.
+    pub fn slice(&mut self, name: &str, x: TensorId, group: u32, first: u32, len: u32) -> TensorId {
+        let (rows, cols) = self.shape(x);
+        let out = self.result(name, rows, (cols / group.max(1)).saturating_mul(len), Format::F32);
+        self.push(Op::Slice { x, out, group, first });
         out
     }
 

@@ -45,11 +45,11 @@ pub struct SessionOptions {
     pub batch: u32,
     /// Maximum outputs (rows of logits) of a step.
     pub outputs: u32,
-    /// Sequences for which sliding-window layers reserve memory. Other layers reserve memory for `cache_positions`,
+    /// Sequences for which sliding-window and recurrent layers reserve memory. Other layers reserve memory for `cache_positions`,
     /// which any number of sequences share.
     pub sequences: u32,
     /// Positions that [`Session::truncate`] can always undo; windows keep this many extra. The positions of
-    /// the last step can always be undone.
+    /// the last step can always be undone. A recurrent layer keeps a state for each [`PAGE_POSITIONS`] of them.
     pub rewind: u32,
     /// Options of the program.
     pub program: ProgramOptions,
@@ -117,7 +117,7 @@ impl SessionOptions {
         let Some(limit) = self.memory else { return options };
         let program = passes::for_backend(program, backend.caps());
         let working = |options: &SessionOptions| {
-            let pages = |window| options.pages(window, positions);
+            let pages = |window| options.pages(&program, window, positions);
             let needed = Footprint::of(&program, backend, options.limits(positions), pages);
             needed.working_bytes() - needed.kv_bytes
         };
@@ -128,13 +128,15 @@ impl SessionOptions {
     }
 
     /// Returns the pages to reserve for each state of a window.
-    fn pages(&self, window: Option<u32>, positions: u32) -> u64 {
+    fn pages(&self, program: &Program, window: Option<u32>, positions: u32) -> u64 {
         let of = |positions: u64| positions.div_ceil(PAGE_POSITIONS.into());
         let all = of(self.shared(positions).into());
+        // Of the pages that a step adds, a recurrent layer has those that it keeps, which are as few as before.
+        let is_recurrent = program.is_recurrent(window);
         let Some(window) = window else { return all };
         // A sequence may begin and end in the middle of a page.
         let each = of(u64::from(window) + u64::from(self.rewind)) + 2;
-        let added = of(self.limits(positions).tokens.into());
+        let added = if is_recurrent { 0 } else { of(self.limits(positions).tokens.into()) };
         all.min(each.saturating_mul(self.sequences.max(1).into()) + added)
     }
 }
@@ -151,9 +153,16 @@ pub fn footprint(model: &Model, backend: &dyn Backend, options: &SessionOptions)
     let program = passes::for_backend(&program, backend.caps());
     check_support(backend, &program)?;
     let limits = options.limits(positions);
-    let needed = Footprint::of(&program, backend, limits, |window| options.pages(window, positions));
+    let needed =
+        Footprint::of(&program, backend, limits, |window| options.pages(&program, window, positions));
     let ceiling = Ceiling { memory_bytes: options.memory, spill: options.spill.as_deref() };
     needed.within(&program, backend, ceiling)
+}
+
+/// Returns the last position, at most `len`, after which a table has a recurrent state at the end of a page.
+fn last_state(table: &[u32], len: u32) -> u32 {
+    let whole = table.get(..(len / PAGE_POSITIONS) as usize).unwrap_or(table);
+    whole.iter().rposition(|&page| page != NO_PAGE).map_or(0, |page| (page as u32 + 1) * PAGE_POSITIONS)
 }
 
 /// Checks the logits of each output: rows of `cols`.
@@ -248,6 +257,9 @@ struct Sequence {
     tables: Vec<Vec<u32>>,
     /// The tokens so far.
     tokens: Vec<u32>,
+    /// Positions of which the pages hold the results. Fewer than tokens if a recurrent state in the middle of a page was
+    /// lost: the next step computes the others again.
+    done: u32,
     live: bool,
 }
 
@@ -267,16 +279,19 @@ impl Sequence {
 /// The pages of a KV group.
 struct Pool {
     window: Option<u32>,
+    /// Whether a page holds a recurrent state.
+    is_recurrent: bool,
     free: Vec<u32>,
     /// The number of sequences that use each page.
     uses: Vec<u32>,
 }
 
 impl Pool {
-    fn new(window: Option<u32>, pages: u64) -> Result<Pool> {
+    fn new(program: &Program, window: Option<u32>, pages: u64) -> Result<Pool> {
         let mut free = reserved(pages, "the list of free pages")?;
         free.extend((0..pages as u32).rev());
-        Ok(Pool { window, free, uses: zeroed(pages, "the list of used pages")? })
+        let is_recurrent = program.is_recurrent(window);
+        Ok(Pool { window, is_recurrent, free, uses: zeroed(pages, "the list of used pages")? })
     }
 
     fn take(&mut self) -> Option<u32> {
@@ -295,8 +310,14 @@ impl Pool {
 
     /// Frees a table's pages before the first one that its sequence keeps.
     fn drop_before(&mut self, table: &mut [u32], first: usize) {
-        let dropped = table.iter_mut().take(first).rev().take_while(|page| **page != NO_PAGE);
+        let dropped = table.iter_mut().take(first).filter(|page| **page != NO_PAGE);
         dropped.for_each(|page| self.release(std::mem::replace(page, NO_PAGE)));
+    }
+
+    /// Returns the length of a sequence, `len` positions before a step and `end` after it, from which new pages are
+    /// kept: a cache needs those of the whole step.
+    fn keeps_from(&self, len: u32, end: u32) -> u32 {
+        if self.is_recurrent { end } else { len }
     }
 
     /// Returns the first page that a sequence of `len` positions keeps.
@@ -374,7 +395,7 @@ impl Session {
         }
         let options = &options.fitted(&program, &**backend, positions);
         let limits = options.limits(positions);
-        let pages = |window| options.pages(window, positions);
+        let pages = |window| options.pages(&program, window, positions);
         let ceiling = Ceiling { memory_bytes: options.memory, spill: options.spill.as_deref() };
         let loaded = Loaded::new(model, backend, &program, limits, pages, ceiling, progress)?;
         let vocab = u64::from(model.hparams().vocab_size);
@@ -388,7 +409,7 @@ impl Session {
                 .program
                 .windows
                 .iter()
-                .map(|&window| Pool::new(window, pages(window)))
+                .map(|&window| Pool::new(&loaded.program, window, pages(window)))
                 .collect::<Result<_>>()?,
             sequences: Vec::new(),
             tokens: reserved(limits.tokens.into(), "a step's tokens")?,
@@ -453,8 +474,9 @@ impl Session {
                 let (len, table) = (sequence.len(), &sequence.tables[group]);
                 // More take several steps, between which a window drops pages.
                 let more = if pool.window.is_some() { more.min(self.batch()) } else { more };
+                let first =
+                    pool.first_kept(pool.keeps_from(len, len.saturating_add(more)), self.options.rewind);
                 let end = len.saturating_add(more).div_ceil(PAGE_POSITIONS) as usize;
-                let first = pool.first_kept(len, self.options.rewind);
                 let written = (len / PAGE_POSITIONS) as usize..end.min(table.len());
                 let is_shared = |page: &&u32| pool.uses.get(**page as usize).is_some_and(|uses| *uses > 1);
                 let copied = table.get(written).unwrap_or_default().iter().filter(is_shared).count();
@@ -498,7 +520,7 @@ impl Session {
         let pages = self.positions.div_ceil(PAGE_POSITIONS).into();
         let tables = self.pools.iter().map(|_| reserved(pages, SEQUENCES).unwrap_or_default()).collect();
         let tokens = reserved(self.positions.into(), SEQUENCES).unwrap_or_default();
-        self.sequences.push(Sequence { tables, tokens, live: true });
+        self.sequences.push(Sequence { tables, tokens, done: 0, live: true });
         SequenceId(self.sequences.len() as u32 - 1)
     }
 
@@ -520,14 +542,15 @@ impl Session {
 
     /// Copies a sequence's content to an empty sequence.
     fn share(&mut self, from: SequenceId, to: SequenceId) {
-        let Sequence { tables, tokens, .. } = &self.sequences[from.0 as usize];
-        let (tables, tokens) = (tables.clone(), tokens.clone());
+        let Sequence { tables, tokens, done, .. } = &self.sequences[from.0 as usize];
+        let (tables, tokens, done) = (tables.clone(), tokens.clone(), *done);
         for (table, pool) in tables.iter().zip(&mut self.pools) {
             table.iter().filter(|&&page| page != NO_PAGE).for_each(|&page| pool.uses[page as usize] += 1);
         }
         let sequence = &mut self.sequences[to.0 as usize];
         sequence.tables.iter_mut().zip(tables).for_each(|(table, pages)| table.extend(pages));
         sequence.tokens.extend(tokens);
+        sequence.done = done;
     }
 
     /// Returns the length of a sequence in positions.
@@ -593,12 +616,16 @@ impl Session {
     /// A layer with a window drops pages before it. A sequence can therefore be truncated to its length
     /// before the last step, by [`SessionOptions::rewind`] positions more, or to 0; other lengths may fail.
     ///
+    /// A recurrent layer keeps a few states, at most one in [`PAGE_POSITIONS`]. The next step starts from the last one
+    /// that is kept, and computes the tokens after it again.
+    ///
     /// # Errors
     /// [`Error::Argument`] if there is no such sequence, or if it dropped pages that position `len` sees. The
     /// sequence then stays unchanged.
     pub fn truncate(&mut self, id: SequenceId, len: u32) -> Result<()> {
         let sequence = self.get(id)?;
-        if len != 0 && !self.has_window(sequence, len) {
+        let done = self.resumable(sequence, len);
+        if done != 0 && !self.has_window(sequence, done) {
             let expected = format!("0, or a position at most {} before the last step", self.options.rewind);
             return Err(Error::argument(
                 "truncated length",
@@ -608,22 +635,38 @@ impl Session {
         }
         let sequence = &mut self.sequences[id.0 as usize];
         sequence.tokens.truncate(len as usize);
-        let keep = sequence.len().div_ceil(PAGE_POSITIONS) as usize;
+        self.keep(id, done);
+        Ok(())
+    }
+
+    /// Keeps the pages of a sequence's first `done` positions.
+    fn keep(&mut self, id: SequenceId, done: u32) {
+        let sequence = &mut self.sequences[id.0 as usize];
+        sequence.done = done;
+        let keep = done.div_ceil(PAGE_POSITIONS) as usize;
         for (table, pool) in sequence.tables.iter_mut().zip(&mut self.pools) {
             table.drain(keep.min(table.len())..).for_each(|page| pool.release(page));
         }
-        Ok(())
+    }
+
+    /// Returns the last position, at most `len`, of which a sequence has all recurrent states.
+    fn resumable(&self, sequence: &Sequence, len: u32) -> u32 {
+        let tables = sequence.tables.iter().zip(&self.pools).filter(|(_, pool)| pool.is_recurrent);
+        tables.map(|(table, _)| table).fold(len.min(sequence.done), |done, table| {
+            if done == sequence.done { done } else { last_state(table, done) }
+        })
     }
 
     /// Whether a sequence still has all pages that its position `at` sees.
     fn has_window(&self, sequence: &Sequence, at: u32) -> bool {
-        let at = at.min(sequence.len());
+        let at = at.min(sequence.done);
         let mut tables = sequence.tables.iter().zip(&self.pools);
         tables.all(|(table, pool)| table.get(pool.first_kept(at, 0)) != Some(&NO_PAGE))
     }
 
     /// Truncates a sequence to its common prefix with `tokens`, and returns the length. If windows dropped
-    /// pages that the next position sees, the length is 0; see [`Session::truncate`].
+    /// pages that the next position sees, the length is 0; see [`Session::truncate`]. In a model with recurrent layers,
+    /// the length is that of the last state in the prefix that is kept.
     ///
     /// # Errors
     /// [`Error::Argument`] if there is no such sequence.
@@ -637,7 +680,8 @@ impl Session {
     pub(crate) fn reusable(&self, id: SequenceId, tokens: &[u32]) -> Result<usize> {
         let sequence = self.get(id)?;
         let same = sequence.tokens.iter().zip(tokens).take_while(|(have, want)| have == want).count();
-        Ok(if self.has_window(sequence, same as u32) { same } else { 0 })
+        let kept = self.resumable(sequence, same as u32);
+        Ok(if self.has_window(sequence, kept) { kept as usize } else { 0 })
     }
 
     /// Bytes of the KV cache that a sequence uses; pages that it shares count too.
@@ -674,9 +718,58 @@ impl Session {
     /// errors of the backend.
     pub fn step(&mut self, runs: &[Run<'_>], kind: OutputKind) -> Result<()> {
         self.collect(runs)?;
+        if runs.iter().any(|run| self.lags(run.sequence)) {
+            runs.iter().try_for_each(|run| self.catch_up(run.sequence))?;
+            self.collect(runs)?;
+        }
         for run in runs {
             self.make_room(run.sequence, run.tokens.len() as u32)?;
         }
+        let ran = self.run(runs, kind);
+        for run in runs {
+            if ran.is_err() {
+                self.forget_unfinished(run.sequence);
+                continue;
+            }
+            let sequence = &mut self.sequences[run.sequence.0 as usize];
+            sequence.tokens.extend_from_slice(run.tokens);
+            sequence.done = sequence.len();
+        }
+        ran
+    }
+
+    /// Forgets the recurrent states that a failed step may have changed: that of a page which it continued.
+    fn forget_unfinished(&mut self, id: SequenceId) {
+        let sequence = &self.sequences[id.0 as usize];
+        let whole = sequence.len() / PAGE_POSITIONS * PAGE_POSITIONS;
+        if whole < sequence.len() && self.pools.iter().any(|pool| pool.is_recurrent) {
+            let done = self.resumable(sequence, whole);
+            let has_windows = self.has_window(sequence, done);
+            self.keep(id, if has_windows { done } else { 0 });
+        }
+    }
+
+    /// Whether a sequence has tokens whose results are not in its pages.
+    fn lags(&self, id: SequenceId) -> bool {
+        self.sequences.get(id.0 as usize).is_some_and(|sequence| sequence.done < sequence.len())
+    }
+
+    /// Computes a sequence's tokens again whose results are not in its pages.
+    fn catch_up(&mut self, id: SequenceId) -> Result<()> {
+        let sequence = &mut self.sequences[id.0 as usize];
+        let done = sequence.done.min(sequence.len()) as usize;
+        let again = sequence.tokens.split_off(done);
+        let ran = again.chunks(self.batch() as usize).try_for_each(|tokens| {
+            self.step(&[Run::new(id, tokens).outputs(OutputTokens::None)], OutputKind::Logits)
+        });
+        let tokens = &mut self.sequences[id.0 as usize].tokens;
+        // What did not run is still a part of the sequence.
+        tokens.extend_from_slice(&again[tokens.len() - done..]);
+        ran
+    }
+
+    /// Runs one step on pages that have room for it, and reads its results.
+    fn run(&mut self, runs: &[Run<'_>], kind: OutputKind) -> Result<()> {
         let mut spans = [Span { tables: &[], start: 0, len: 0 }; MAX_RUNS];
         for (span, run) in spans.iter_mut().zip(runs) {
             let sequence = &self.sequences[run.sequence.0 as usize];
@@ -720,9 +813,6 @@ impl Session {
                     return Err(Error::NotFinite { what: "logits", got });
                 }
             }
-        }
-        for run in runs {
-            self.sequences[run.sequence.0 as usize].tokens.extend_from_slice(run.tokens);
         }
         Ok(())
     }
@@ -784,6 +874,7 @@ impl Session {
         let (pool, sequence) = (&mut self.pools[group], &mut self.sequences[id.0 as usize]);
         let (len, table) = (sequence.len(), &mut sequence.tables[group]);
         let full = match pool.window {
+            _ if pool.is_recurrent => Error::StatesFull { sequences: self.options.sequences },
             None => {
                 // What others hold is lacking.
                 let have = u64::from(self.options.shared(self.positions));
@@ -794,6 +885,7 @@ impl Session {
         };
         let first = pool.first_kept(len, self.options.rewind);
         pool.drop_before(table, first);
+        let first = pool.first_kept(pool.keeps_from(len, end), self.options.rewind);
         let need = end.div_ceil(PAGE_POSITIONS) as usize;
         while table.len() < need {
             let page = if table.len() < first { Some(NO_PAGE) } else { pool.take() };
@@ -803,7 +895,7 @@ impl Session {
         // Copy a shared page before the first write to it.
         for i in (len / PAGE_POSITIONS) as usize..need {
             let shared = self.sequences[id.0 as usize].tables[group][i];
-            if self.pools[group].uses[shared as usize] > 1 {
+            if self.pools[group].uses.get(shared as usize).is_some_and(|uses| *uses > 1) {
                 let Some(page) = self.pools[group].take() else { return Err(full) };
                 self.copy_page(group, shared, page)?;
                 self.pools[group].release(shared);

@@ -2,9 +2,12 @@
 
 use halite_kernels::formats::{Format, Kind};
 use halite_kernels::kv;
+use halite_kernels::recurrent::{MAX_KEY, MAX_TAPS};
 
 use crate::error::{Error, Result};
-use crate::program::{Dim, Epilogue, Op, Program, Rotation, Slot, State, StateId, Tensor, TensorId};
+use crate::program::{
+    Dim, Epilogue, Op, Program, Rotation, Slot, State, StateId, StateKind, Tensor, TensorId,
+};
 
 /// Largest accepted number of columns, rows, experts or heads of one tensor.
 const MAX_EXTENT: u32 = 1 << 27;
@@ -44,6 +47,17 @@ pub(crate) fn validate(program: &Program) -> Result<()> {
         {
             return Err(Error::Program(format!(
                 "state `{}`: heads, dimensions or window out of range",
+                s.name
+            )));
+        }
+        let recurrent = s.kind == StateKind::Recurrent;
+        if recurrent && (s.format != Format::F32 || !s.causal) {
+            return Err(Error::Program(format!("state `{}`: a recurrent state is causal, in F32", s.name)));
+        }
+        // They share a page table with their KV group, which holds other pages than a cache's.
+        if recurrent != (s.window == State::RECURRENT_WINDOW) && program.has_recurrent_states() {
+            return Err(Error::Program(format!(
+                "state `{}`: beside recurrent states, a window of 2 positions is for them alone",
                 s.name
             )));
         }
@@ -169,6 +183,24 @@ impl Check<'_> {
         self.program.states.get(id.0 as usize).ok_or_else(|| format!("state {} does not exist", id.0))
     }
 
+    /// A KV cache.
+    fn cache(&self, id: StateId) -> std::result::Result<&State, String> {
+        let s = self.state(id)?;
+        if s.kind == StateKind::Cache { Ok(s) } else { Err(format!("state `{}` is not a KV cache", s.name)) }
+    }
+
+    /// A recurrent state of this shape.
+    fn recurrent(&self, id: StateId, heads: u32, rows: u32, cols: u32) -> Checked {
+        let s = self.state(id)?;
+        if s.kind == StateKind::Recurrent && (s.kv_heads, s.key_dim, s.value_dim) == (heads, rows, cols) {
+            return Ok(());
+        }
+        Err(format!(
+            "state `{}`: expected {heads} × {rows} × {cols}, recurrent, got {:?} of {} × {} × {}",
+            s.name, s.kind, s.kv_heads, s.key_dim, s.value_dim
+        ))
+    }
+
     /// A weight for a matmul with rows of `cols` elements.
     fn matrix(&self, id: TensorId, experts: u32, rows: u32, cols: u32) -> Checked {
         self.weight(id, experts, rows, cols, false)?;
@@ -250,7 +282,7 @@ impl Check<'_> {
             }
             Op::Rope { x, out, rotation } => self.rotated(*x, *out, rotation),
             Op::RopeKv { q, k, v, out, state, rotation } => {
-                let s = self.state(*state)?;
+                let s = self.cache(*state)?;
                 if rotation.head_dim != s.key_dim {
                     return Err(format!("heads of {} for keys of {} elements", rotation.head_dim, s.key_dim));
                 }
@@ -260,9 +292,9 @@ impl Check<'_> {
                 self.rotated(*q, *out, rotation)?;
                 self.keys_and_values(*k, *v, s)
             }
-            Op::KvWrite { k, v, state } => self.keys_and_values(*k, *v, self.state(*state)?),
+            Op::KvWrite { k, v, state } => self.keys_and_values(*k, *v, self.cache(*state)?),
             Op::Attend { q, state, out, heads, sinks, .. } => {
-                let s = self.state(*state)?;
+                let s = self.cache(*state)?;
                 if *heads == 0 || *heads > 1 << 16 || heads % s.kv_heads != 0 {
                     return Err(format!("{heads} heads are not a multiple of {} KV heads", s.kv_heads));
                 }
@@ -270,6 +302,47 @@ impl Check<'_> {
                 self.is(*q, Dim::Tokens, extent(s.key_dim)?)?;
                 self.is(*out, Dim::Tokens, extent(s.value_dim)?)?;
                 self.optional_vector(*sinks, *heads)
+            }
+            Op::Conv { x, weight, bias, state, out } => {
+                let (channels, taps) = (t(*x).cols, t(*weight).cols);
+                if !(2..=MAX_TAPS as u32).contains(&taps) {
+                    return Err(format!("{taps} taps: expected 2 to {MAX_TAPS}"));
+                }
+                self.is(*x, Dim::Tokens, channels)?;
+                self.is(*out, Dim::Tokens, channels)?;
+                self.weight(*weight, 1, channels, taps, true)?;
+                self.optional_vector(*bias, channels)?;
+                self.recurrent(*state, channels, 1, taps - 1)
+            }
+            Op::DeltaRule { q, k, v, decay, beta, a, state, out, .. } => {
+                let s = self.state(*state)?;
+                let (heads, keys) = (s.kv_heads, t(*k).cols);
+                if s.key_dim > MAX_KEY as u32 {
+                    return Err(format!("keys of {} elements: at most {MAX_KEY}", s.key_dim));
+                }
+                if !keys.is_multiple_of(s.key_dim) || !heads.is_multiple_of((keys / s.key_dim).max(1)) {
+                    return Err(format!("{keys} elements of keys for {heads} heads of {}", s.key_dim));
+                }
+                self.is(*q, Dim::Tokens, keys)?;
+                self.is(*k, Dim::Tokens, keys)?;
+                self.is(*v, Dim::Tokens, heads.saturating_mul(s.value_dim))?;
+                self.is(*decay, Dim::Tokens, heads)?;
+                self.is(*beta, Dim::Tokens, heads)?;
+                self.weight(*a, 1, 1, heads, true)?;
+                self.recurrent(*state, heads, s.key_dim, s.value_dim)?;
+                self.like(*out, *v)
+            }
+            Op::Slice { x, out, group, first } => {
+                let (cols, out_cols) = (t(*x).cols, t(*out).cols);
+                self.like(*x, *x)?;
+                self.is(*out, t(*x).rows, out_cols)?;
+                let groups = cols.checked_div(*group).unwrap_or(0);
+                let fits = |len: u32| u64::from(*first) + u64::from(len) <= u64::from(*group);
+                let is_whole = groups > 0 && cols == groups * group && out_cols.is_multiple_of(groups);
+                if !is_whole || !fits(out_cols / groups) {
+                    return Err(format!("{out_cols} of {cols} columns from element {first} of each {group}"));
+                }
+                Ok(())
             }
             Op::Glu { gate, up, out, .. } => {
                 self.like(*gate, *gate)?;

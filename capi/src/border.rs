@@ -94,7 +94,7 @@ impl From<halite::Error> for Failure {
             E::Architecture { .. } | E::Unsupported { .. } => HALITE_UNSUPPORTED,
             E::Argument { .. } => HALITE_ARGUMENT,
             E::OutOfMemory { .. } => HALITE_OUT_OF_MEMORY,
-            E::ContextFull { .. } | E::WindowsFull { .. } => HALITE_CONTEXT_FULL,
+            E::ContextFull { .. } | E::WindowsFull { .. } | E::StatesFull { .. } => HALITE_CONTEXT_FULL,
             E::NotFinite { .. } => HALITE_NOT_FINITE,
             E::Cancelled => HALITE_CANCELLED,
             _ => HALITE_ERROR,

@@ -21,5 +21,6 @@ pub mod matmul;
 pub mod panel;
 #[cfg(feature = "std")]
 pub mod pool;
+pub mod recurrent;
 pub mod roofline;
 pub mod rows;

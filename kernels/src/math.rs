@@ -219,6 +219,22 @@ pub fn sigmoid<I: Isa>(isa: I, x: I::F) -> I::F {
     isa.div(one, isa.add(one, exp(isa, isa.sub(isa.splat(0.0), x))))
 }
 
+/// `ln(1 + eˣ)`, as `max(x, 0) + ln(1 + e^-|x|)`.
+///
+/// With `s = t / (2 + t)`, `ln(1 + t)` is twice the area hyperbolic tangent of s: 2 (s + s³/3 + s⁵/5 + …). For t up to 1,
+/// s is at most 1/3, and eight terms are enough.
+#[inline(always)]
+pub fn softplus<I: Isa>(isa: I, x: I::F) -> I::F {
+    let (zero, two) = (isa.splat(0.0), isa.splat(2.0));
+    let t = exp_falling(isa, isa.sub(zero, isa.abs(x)));
+    let s = isa.div(t, isa.add(two, t));
+    let square = isa.mul(s, s);
+    let c = [1.0 / 15.0, 1.0 / 13.0, 1.0 / 11.0, 1.0 / 9.0, 1.0 / 7.0, 1.0 / 5.0, 1.0 / 3.0];
+    let twice = isa.add(s, s);
+    let ln = isa.fma(isa.mul(polynomial(isa, square, c), square), twice, twice);
+    isa.add(isa.max(zero, x), ln)
+}
+
 /// The hyperbolic tangent.
 #[inline(always)]
 pub fn tanh<I: Isa>(isa: I, x: I::F) -> I::F {

@@ -54,6 +54,16 @@ impl<'a> PanelMut<'a> {
         unsafe { core::slice::from_raw_parts_mut(self.start.add(row * self.stride), self.cols) }
     }
 
+    /// Copies a row's elements in this panel to another row. Does nothing if one is not there.
+    pub fn copy_row(&mut self, from: usize, to: usize) {
+        if from < self.rows && to < self.rows && from != to {
+            let at = |row: usize| self.start.wrapping_add(row * self.stride);
+            // SAFETY: both rows lie inside the matrix, the panel has its columns of them for itself, and they do not
+            // overlap.
+            unsafe { core::ptr::copy_nonoverlapping(at(from), at(to), self.cols) };
+        }
+    }
+
     /// Rows `rows` and columns `start..start + cols` of this panel, cut at its edges.
     ///
     /// # Safety

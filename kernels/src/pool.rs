@@ -281,6 +281,27 @@ impl Pool {
         });
     }
 
+    /// Cuts each panel into as many runs of columns, of `widths` columns in each panel, and calls `task(run, columns)`
+    /// for several runs at a time, the first of which is `run`. The last run of a panel may be narrower.
+    pub fn columns<const N: usize>(
+        &self,
+        panels: [PanelMut<'_>; N],
+        widths: [usize; N],
+        task: &(dyn Fn(usize, [PanelMut<'_>; N]) + Sync),
+    ) {
+        let runs = panels.iter().zip(widths).map(|(panel, width)| panel.cols().div_ceil(width.max(1)));
+        // SAFETY of sharing: as in `panels`.
+        let shared = SharedPanels(&panels);
+        self.ranges(runs.min().unwrap_or(0), &|range| {
+            // SAFETY: these runs of each panel are this task's alone.
+            let columns = |i: usize| unsafe {
+                let panel = &shared.get()[i];
+                panel.block(0..panel.rows(), range.start * widths[i], range.len() * widths[i])
+            };
+            task(range.start, std::array::from_fn(columns));
+        });
+    }
+
     /// Cuts a matrix of rows of `cols` elements into runs of `grain` rows and calls `task(first row, rows)`
     /// for each.
     pub fn rows<T: Send>(

@@ -21,6 +21,10 @@ pub enum Gate {
     GeluErf,
     /// `max(gate, 0)`.
     Relu,
+    /// `σ(gate)` (Dauphin et al. 2017).
+    Sigmoid,
+    /// `gate` (bilinear, Mnih & Hinton 2007).
+    Identity,
     /// gpt-oss: `g σ(alpha g) · (clamp(up, ±limit) + 1)` with `g = min(gate, limit)`.
     SiluClamped {
         /// The sigmoid's factor.
@@ -110,6 +114,8 @@ fn gate<I: Isa>(isa: I, f: Gate, gate: I::F, up: I::F) -> I::F {
         Gate::Gelu => isa.mul(gelu(isa, gate), up),
         Gate::GeluErf => isa.mul(gelu_erf(isa, gate), up),
         Gate::Relu => isa.mul(relu(isa, gate), up),
+        Gate::Sigmoid => isa.mul(math::sigmoid(isa, gate), up),
+        Gate::Identity => isa.mul(gate, up),
         Gate::SiluClamped { alpha, limit } => {
             let (low, high) = (isa.splat(-limit), isa.splat(limit));
             let g = isa.select_gt(gate, high, high, gate);

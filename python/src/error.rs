@@ -81,7 +81,7 @@ impl From<halite::Error> for Failure {
             E::Architecture { .. } | E::Unsupported { .. } => Kind::Unsupported,
             E::Argument { .. } => Kind::InvalidArgument,
             E::OutOfMemory { .. } => Kind::OutOfMemory,
-            E::ContextFull { .. } | E::WindowsFull { .. } => Kind::ContextFull,
+            E::ContextFull { .. } | E::WindowsFull { .. } | E::StatesFull { .. } => Kind::ContextFull,
             E::Cancelled => Kind::Cancelled,
             _ => Kind::Other,
         };

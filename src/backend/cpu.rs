@@ -10,13 +10,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use halite_kernels::activation::{Activation, PADDING, Quantise, Quantised, QuantisedMut, SUMS, padded};
-use halite_kernels::attention::{self, Attend, AttendChunks, Merge, ROWS};
+use halite_kernels::attention::{self, Attend, AttendChunks, Merge, PageShape, ROWS};
 use halite_kernels::formats::{Kind, Layout};
 use halite_kernels::isa::Cpu as Isa;
 use halite_kernels::matmul::{self, MatMul, X};
 use halite_kernels::panel::PanelMut;
 pub use halite_kernels::pool::Executor;
 use halite_kernels::pool::Pool;
+use halite_kernels::recurrent::{self, Stretch};
 use halite_kernels::roofline;
 use halite_kernels::rows;
 
@@ -1047,6 +1048,19 @@ fn rope<'a>(
     }
 }
 
+/// Channels of a convolution that a task computes at least; they divide those of most models.
+const CONV_CHANNELS: usize = 16;
+
+/// The state in page `to`, after what page `from` holds has been brought there.
+fn entered<'a>(states: &'a mut PanelMut<'_>, from: Option<u32>, to: u32) -> &'a mut [f32] {
+    let to = to as usize;
+    match from {
+        Some(from) => states.copy_row(from as usize, to),
+        None => states.row(to).fill(0.0),
+    }
+    states.row(to)
+}
+
 /// Stores values, and the keys that `keys` passes on for each token, in the cache.
 fn kv_write(
     state: &mut HostState<'_>,
@@ -1162,6 +1176,70 @@ impl Kernels for CpuKernels {
                 if let Some((a, out)) = op.attention(step) {
                     self.attend(&a, out);
                 }
+            }
+            Op::Conv { x, weight, bias, state, out } => {
+                let (taps, width, group) = (weight.cols, x.cols, state.group);
+                let (x, weight, bias) = (x.floats(), weight.floats(), bias.as_ref().map(|b| b.floats()));
+                let (isa, out) = (self.isa, PanelMut::new(out.floats_mut(), width));
+                let widths = [CONV_CHANNELS * (taps - 1), CONV_CHANNELS];
+                self.pool.columns([state.rows_mut(), out], widths, &|run, [mut states, mut out]| {
+                    step.stretches(group, |Stretch { from, to, tokens }| {
+                        let first = run * CONV_CHANNELS;
+                        let state = entered(&mut states, from, to);
+                        let x = &x[tokens.start * width..];
+                        let out = out.reborrow();
+                        isa.run(recurrent::Conv { x, width, first, weight, bias, taps, state, tokens, out });
+                    });
+                });
+            }
+            Op::DeltaRule { q, k, v, decay, beta, a, state, out, scale } => {
+                let PageShape { kv_heads: heads, key_dim, value_dim } = state.shape;
+                let (key_width, group, scale, cols) = (k.cols, state.group, *scale, out.cols);
+                let [q, k, v, decay, beta, a] = [q, k, v, decay, beta, a].map(|x| x.floats());
+                let (isa, out) = (self.isa, PanelMut::new(out.floats_mut(), cols));
+                let size = key_dim * value_dim;
+                self.pool.columns(
+                    [state.rows_mut(), out],
+                    [size, value_dim],
+                    &|first, [mut states, mut out]| {
+                        step.stretches(group, |Stretch { from, to, tokens }| {
+                            let states = entered(&mut states, from, to);
+                            for (i, state) in states.chunks_exact_mut(size).enumerate() {
+                                let head = first + i;
+                                let key = head * key_dim % key_width;
+                                let (a, tokens) = (a[head], tokens.clone());
+                                let out = out.columns(i * value_dim..(i + 1) * value_dim);
+                                isa.run(recurrent::DeltaRule {
+                                    q,
+                                    k,
+                                    key_width,
+                                    key,
+                                    key_dim,
+                                    v,
+                                    decay,
+                                    beta,
+                                    a,
+                                    scale,
+                                    heads,
+                                    head,
+                                    state,
+                                    tokens,
+                                    out,
+                                });
+                            }
+                        });
+                    },
+                );
+            }
+            Op::Slice { x, out, group, first } => {
+                let (cols, out_cols, group, start) = (x.cols, out.cols, *group as usize, *first as usize);
+                let (x, len) = (x.floats(), out_cols / (cols / group));
+                self.rows(out.floats_mut(), out_cols, &|first, out| {
+                    let groups = x[first * cols..].chunks_exact(group);
+                    for (out, x) in out.chunks_exact_mut(len).zip(groups) {
+                        out.copy_from_slice(&x[start..start + len]);
+                    }
+                });
             }
             Op::Glu { gate, up, out, act } => {
                 let (f, gate, up) = (*act, gate.floats(), up.floats());

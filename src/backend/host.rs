@@ -13,6 +13,8 @@ use crate::clock::Instant;
 use halite_kernels::attention::{PageShape, Pages, PagesMut};
 use halite_kernels::float::DefaultFloats;
 use halite_kernels::formats::{Format, Layout};
+use halite_kernels::panel::PanelMut;
+use halite_kernels::recurrent::{self, Stretch};
 
 use super::{
     Backend, Bindings, Buffer, Clock, DeviceOp, Limits, NO_PAGE, Plan, Span, Step, Ticket, Timing,
@@ -228,6 +230,13 @@ impl HostState<'_> {
     pub fn pages_mut(&mut self) -> PagesMut<'_> {
         PagesMut { format: self.format, bytes: self.memory.bytes_mut() }
     }
+
+    /// The pages of a recurrent state, one a row, to read and write.
+    pub fn rows_mut(&mut self) -> PanelMut<'_> {
+        let PageShape { kv_heads, key_dim, value_dim } = self.shape;
+        let floats = bytemuck::try_cast_slice_mut(self.memory.bytes_mut()).unwrap_or(&mut []);
+        PanelMut::new(floats, kv_heads * key_dim * value_dim)
+    }
 }
 
 /// An op on host memory.
@@ -266,6 +275,20 @@ impl<'a> HostStep<'a> {
         let (pages, position) = self.place(token, group);
         let end = self.span_of(token).map_or(0, |s| s.start.saturating_add(s.len));
         (pages, if causal { position } else { end.saturating_sub(1) })
+    }
+
+    /// Calls `f` with each stretch of each span, its tokens counted from the step's first.
+    pub fn stretches(&self, group: usize, mut f: impl FnMut(Stretch)) {
+        let mut first = 0;
+        for span in self.step.spans {
+            let table = span.tables.get(group).map_or(&[][..], |table| table);
+            let (start, len) = (span.start as usize, span.len as usize);
+            for stretch in recurrent::stretches(table, start, len, |page| page != NO_PAGE) {
+                let tokens = first + stretch.tokens.start..first + stretch.tokens.end;
+                f(Stretch { tokens, ..stretch });
+            }
+            first += len;
+        }
     }
 
     /// Returns the row index of each token in a table of `rows` rows.
@@ -860,7 +883,8 @@ fn copied_state(
     // The pages up to the last one that the step uses, which keep what the op does not write.
     let tables = step.spans.iter().filter_map(|span| span.tables.get(group)).flatten();
     let last = tables.filter(|&&page| page != NO_PAGE).max();
-    let len = last.map_or(0, |&page| (page as usize + 1).saturating_mul(shape.bytes(format)));
+    let page_bytes = program.states.get(operand.id.0 as usize).map_or(0, |s| s.page_bytes()) as usize;
+    let len = last.map_or(0, |&page| (page as usize + 1).saturating_mul(page_bytes));
     let memory = copied(backend, operand.buffer, len, Access::Read)?;
     Ok(HostState { memory, format, shape, group, window, causal })
 }

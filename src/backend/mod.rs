@@ -256,7 +256,8 @@ pub const NO_PAGE: u32 = u32::MAX;
 pub struct Span<'a> {
     /// For each KV group ([`Program::windows`]), the sequence's page table: the pages of each state of the
     /// group, in order. They cover `start + len` positions. Pages entirely before the first token's window
-    /// may be [`NO_PAGE`].
+    /// may be [`NO_PAGE`]. Of recurrent states, all may be except the page of position `start - 1` and the last; see
+    /// [`StateKind::Recurrent`](crate::program::StateKind::Recurrent).
     pub tables: &'a [Vec<u32>],
     /// Position of the first token.
     pub start: u32,
@@ -516,12 +517,17 @@ pub fn check_step(step: &Step<'_>, program: &Program, limits: Limits, states: &[
             if end > have {
                 return Err(Error::argument("span", format!("at most {have} positions (its pages)"), end));
             }
+            let is_recurrent = program.is_recurrent(window);
             // Kernels do not check page tables.
             let of_group = program.states.iter().zip(states).filter(|(state, _)| state.window == window);
             let pages = of_group.map(|(state, buffer)| buffer.bytes() / state.page_bytes().max(1)).min();
             let seen = table.get(first_page(span.start, window)..).unwrap_or(&[]);
             let there = |page: u32| pages.is_none_or(|pages| u64::from(page) < pages);
-            if let Some(hole) = seen.iter().position(|&page| page == NO_PAGE || !there(page)) {
+            let last = seen.len().saturating_sub(1);
+            // A recurrent state needs the page with the state before the first token, and a page for the last one.
+            let is_needed = |i: usize| !is_recurrent || i == last || (i == 0 && span.start > 0);
+            let is_hole = |(i, page): (usize, u32)| if page == NO_PAGE { is_needed(i) } else { !there(page) };
+            if let Some(hole) = seen.iter().copied().enumerate().position(is_hole) {
                 let at = table.len() - seen.len() + hole;
                 let expected = format!(
                     "pages below {} for every position visible to position {}",

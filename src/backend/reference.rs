@@ -9,6 +9,8 @@ use halite_kernels::attention::{BLOCK, CHUNK, PageShape, Pages, PagesMut};
 use halite_kernels::formats::{Activation, Format, Kind, Unpacked};
 use halite_kernels::isa::Scalar;
 use halite_kernels::math;
+use halite_kernels::panel::PanelMut;
+use halite_kernels::recurrent::Stretch;
 use halite_kernels::rows::{Gate, Unary};
 
 use super::driver::{Driver, Listed};
@@ -201,6 +203,8 @@ fn gate(f: Gate, g: f32, up: f32) -> f32 {
         Gate::Gelu => unary(Unary::Gelu, g) * up,
         Gate::GeluErf => unary(Unary::GeluErf, g) * up,
         Gate::Relu => unary(Unary::Relu, g) * up,
+        Gate::Sigmoid => scalar!(sigmoid(g)) * up,
+        Gate::Identity => g * up,
         Gate::SiluClamped { alpha, limit } => {
             let g = if g > limit { limit } else { g };
             let up = if up > limit { limit } else { up };
@@ -453,6 +457,18 @@ fn kv_write_all(k: &[f32], v: &[f32], state: &mut HostState<'_>, step: &HostStep
     }
 }
 
+/// Calls `f` with each token and the state that the token before left, to change.
+fn recur(step: &HostStep<'_>, group: usize, states: &mut PanelMut<'_>, f: &mut dyn FnMut(usize, &mut [f32])) {
+    step.stretches(group, |Stretch { from, to, tokens }| {
+        let mut state = match from {
+            Some(from) => states.row(from as usize).to_vec(),
+            None => vec![0.0; states.cols()],
+        };
+        tokens.for_each(|t| f(t, &mut state));
+        states.row(to as usize).copy_from_slice(&state);
+    });
+}
+
 /// A rotary embedding; see [`Op::Rope`].
 fn rope(x: &[f32], cols: usize, r: &Rotation<HostTensor<'_>>, positions: &[u32], out: &mut [f32]) {
     let (count, factors) = (r.frequencies.len(), r.factors.as_ref().map(|f| f.floats()));
@@ -552,6 +568,58 @@ impl Kernels for Definitions {
                         attend(q, &a, shape, table, kv_head, first, end, a.sinks.map(|s| s[h]), out);
                     }
                 }
+            }
+            Op::Conv { x, weight, bias, state, out } => {
+                let (channels, taps, group) = (x.cols, weight.cols, state.group);
+                let (x, weight, bias) = (x.floats(), weight.floats(), bias.as_ref().map(|b| b.floats()));
+                let (mut states, mut out) = (state.rows_mut(), PanelMut::new(out.floats_mut(), channels));
+                recur(step, group, &mut states, &mut |t, state| {
+                    let kept = state.chunks_exact_mut(taps - 1).zip(weight.chunks_exact(taps));
+                    for (c, (past, weight)) in kept.enumerate() {
+                        let now = x[t * channels + c];
+                        let inputs = past.iter().copied().chain([now]);
+                        let bias = bias.map_or(0.0, |bias| bias[c]);
+                        out.row(t)[c] = inputs.zip(weight).fold(bias, |sum, (x, &w)| fma(w, x, sum));
+                        past.rotate_left(1);
+                        past[taps - 2] = now;
+                    }
+                });
+            }
+            Op::DeltaRule { q, k, v, decay, beta, a, state, out, scale } => {
+                let PageShape { kv_heads: heads, key_dim, value_dim } = state.shape;
+                let (keys, group, cols) = (k.cols, state.group, out.cols);
+                let [q, k, v, decay, beta, a] = [q, k, v, decay, beta, a].map(|x| x.floats());
+                let (mut states, mut out) = (state.rows_mut(), PanelMut::new(out.floats_mut(), cols));
+                recur(step, group, &mut states, &mut |t, states| {
+                    for (h, s) in states.chunks_exact_mut(key_dim * value_dim).enumerate() {
+                        let [q, k] = [q, k].map(|x| &x[t * keys + h * key_dim % keys..][..key_dim]);
+                        let v = &v[(t * heads + h) * value_dim..][..value_dim];
+                        let rate = scalar!(softplus(decay[t * heads + h]));
+                        let (kept, strength) =
+                            (scalar!(exp(a[h] * rate)), scalar!(sigmoid(beta[t * heads + h])));
+                        s.iter_mut().for_each(|s| *s *= kept);
+                        for j in 0..value_dim {
+                            let known = (0..key_dim).fold(0.0, |sum, i| fma(s[i * value_dim + j], k[i], sum));
+                            let update = strength * (v[j] - known);
+                            let mut sum = 0.0;
+                            for i in 0..key_dim {
+                                let s = &mut s[i * value_dim + j];
+                                *s = fma(k[i], update, *s);
+                                sum = fma(*s, q[i], sum);
+                            }
+                            out.row(t)[h * value_dim + j] = *scale * sum;
+                        }
+                    }
+                });
+            }
+            Op::Slice { x, out, group, first } => {
+                let (x, cols, out_cols) = (x.floats(), x.cols, out.cols);
+                let (group, first) = (*group as usize, *first as usize);
+                let len = out_cols / (cols / group);
+                each(out, |i| {
+                    let (row, col) = (i / out_cols, i % out_cols);
+                    x[row * cols + col / len * group + first + col % len]
+                });
             }
             Op::Glu { gate: g, up, out, act } => {
                 let (g, up) = (g.floats(), up.floats());

@@ -8,8 +8,8 @@ use halite_kernels::rows::{Gate, Unary};
 
 use super::{Case, Inputs};
 use crate::program::{
-    Builder, Dim, Epilogue, Gating, Index, NormKind, Op, Part, Program, RopePairs, Rotation, State, TensorId,
-    WeightInfo,
+    Builder, Dim, Epilogue, Gating, Index, NormKind, Op, Part, Program, RopePairs, Rotation, State,
+    StateKind, TensorId, WeightInfo,
 };
 
 /// Collects cases.
@@ -533,7 +533,16 @@ fn not_finite(cases: &mut Cases) {
             let (k, v) = (input_or_nan(b, which, "k", 32), input_or_nan(b, which, "v", 32));
             let (kv_heads, key_dim, value_dim, format) = (1, 32, 32, Format::F32);
             let (name, window, causal) = ("kv".into(), None, true);
-            let kv = b.state(State { name, kv_heads, key_dim, value_dim, format, window, causal });
+            let kv = b.state(State {
+                name,
+                kv_heads,
+                key_dim,
+                value_dim,
+                format,
+                window,
+                causal,
+                kind: StateKind::Cache,
+            });
             b.kv_write(k, v, kv);
             let y = b.attend(q, kv, 2, 0.2, softcap, None);
             b.output(y);
@@ -661,7 +670,16 @@ fn edges() -> Vec<Case> {
             let k = b.unary("scaled", k, Unary::Scale(factor));
             let (name, kv_heads, key_dim, value_dim) = ("kv".into(), 1, 32, 32);
             let (format, window, causal) = (Format::F32, None, true);
-            let kv = b.state(State { name, kv_heads, key_dim, value_dim, format, window, causal });
+            let kv = b.state(State {
+                name,
+                kv_heads,
+                key_dim,
+                value_dim,
+                format,
+                window,
+                causal,
+                kind: StateKind::Cache,
+            });
             b.kv_write(k, v, kv);
             let y = b.attend(q, kv, 2, 0.2, None, None);
             b.output(y);
@@ -863,6 +881,7 @@ fn rotated_caches(cases: &mut Cases) {
                         format,
                         window: None,
                         causal: true,
+                        kind: StateKind::Cache,
                     });
                     let frequencies =
                         (0..dims / 2).map(|i| 1e4f32.powf(-2.0 * i as f32 / dims as f32)).collect();
@@ -918,7 +937,16 @@ fn attention(cases: &mut Cases) {
                 let weights = [("sinks", Format::F32, vec![heads.into()])];
                 cases.add(name, &weights, &steps, ATTEND_BOUND, |b| {
                     let (name, causal) = ("kv".into(), true);
-                    let kv = State { name, kv_heads, key_dim, value_dim, format, window, causal };
+                    let kv = State {
+                        name,
+                        kv_heads,
+                        key_dim,
+                        value_dim,
+                        format,
+                        window,
+                        causal,
+                        kind: StateKind::Cache,
+                    };
                     attended(b, kv, heads, 1.0 / (key_dim as f32).sqrt(), softcap, sinks);
                 });
             }
@@ -939,7 +967,16 @@ fn attention(cases: &mut Cases) {
             ];
             cases.add(name, &[("sinks", Format::F32, vec![heads.into()])], &steps, ATTEND_BOUND, |b| {
                 let (name, window, causal) = ("kv".into(), None, false);
-                let kv = State { name, kv_heads, key_dim, value_dim, format, window, causal };
+                let kv = State {
+                    name,
+                    kv_heads,
+                    key_dim,
+                    value_dim,
+                    format,
+                    window,
+                    causal,
+                    kind: StateKind::Cache,
+                };
                 attended(b, kv, heads, 0.3, None, sinks);
             });
         }
@@ -955,7 +992,16 @@ fn attention(cases: &mut Cases) {
                 let (k, v) = if which == "keys" { (infinite, v) } else { (k, infinite) };
                 let (kv_heads, key_dim, value_dim, window, causal) = (1, 32, 32, None, true);
                 let name = "kv".into();
-                let kv = b.state(State { name, kv_heads, key_dim, value_dim, format, window, causal });
+                let kv = b.state(State {
+                    name,
+                    kv_heads,
+                    key_dim,
+                    value_dim,
+                    format,
+                    window,
+                    causal,
+                    kind: StateKind::Cache,
+                });
                 b.kv_write(k, v, kv);
                 let y = b.attend(q, kv, 2, 0.2, None, None);
                 b.output(y);
@@ -970,7 +1016,16 @@ fn attention(cases: &mut Cases) {
             for (name, window) in [("a", Some(20)), ("b", None), ("c", Some(70)), ("d", Some(20))] {
                 let (kv_heads, key_dim, value_dim, causal) = (1, 32, 32, true);
                 let name = name.into();
-                let kv = b.state(State { name, kv_heads, key_dim, value_dim, format, window, causal });
+                let kv = b.state(State {
+                    name,
+                    kv_heads,
+                    key_dim,
+                    value_dim,
+                    format,
+                    window,
+                    causal,
+                    kind: StateKind::Cache,
+                });
                 b.kv_write(k, v, kv);
                 let y = b.attend(q, kv, 2, 0.2, None, None);
                 b.output(y);
@@ -984,7 +1039,16 @@ fn attention(cases: &mut Cases) {
                 [&[(0, 530), (0, 0)], &[(530, 1), (0, 0)], &[(531, 1), (0, 2)], &[(532, 3), (2, 1)]];
             cases.add(name, &[("sinks", Format::F32, vec![2])], &steps, ATTEND_BOUND, |b| {
                 let (name, kv_heads, key_dim, value_dim, causal) = ("kv".into(), 1, 32, 96, true);
-                let kv = State { name, kv_heads, key_dim, value_dim, format, window, causal };
+                let kv = State {
+                    name,
+                    kv_heads,
+                    key_dim,
+                    value_dim,
+                    format,
+                    window,
+                    causal,
+                    kind: StateKind::Cache,
+                };
                 attended(b, kv, 2, 0.2, None, sinks);
             });
         }

@@ -6,12 +6,12 @@ use halite_kernels::formats::Format;
 
 use crate::error::{Error, Result};
 use crate::gguf::{Gguf, printable};
-use crate::program::{Gating, State};
+use crate::program::{Gating, State, StateKind};
 
 /// Maximum layers of a model.
 const MAX_LAYERS: u32 = 1024;
 /// Maximum elements of a row, heads or vocabulary entries.
-const MAX_EXTENT: u32 = 1 << 24;
+pub(super) const MAX_EXTENT: u32 = 1 << 24;
 
 /// Maximum elements of a head's key or value.
 const MAX_HEAD_LENGTH: u32 = 1 << 12;
@@ -70,6 +70,26 @@ pub struct Hparams {
     pub expert_gating_func: Option<Gating>,
     pub expert_weights_norm: Option<bool>,
     pub expert_weights_scale: Option<f32>,
+    /// Layers at the end that draft tokens; not in `block_count`.
+    pub nextn_predict_layers: u32,
+    /// Sections of multi-dimensional rotary embedding, of which texts use the first three alike.
+    pub rope_dimension_sections: Option<Vec<u32>>,
+    /// Whether each layer is recurrent, if the file says so.
+    pub recurrent_layers: Option<Vec<bool>>,
+    /// Period of the layers with attention among recurrent ones.
+    pub full_attention_interval: Option<u32>,
+    /// Taps of LFM2's convolution.
+    pub shortconv_l_cache: Option<u32>,
+    /// Taps of a recurrent layer's convolution.
+    pub ssm_conv_kernel: Option<u32>,
+    /// Elements of a recurrent layer's values.
+    pub ssm_inner_size: Option<u32>,
+    /// Elements of a recurrent layer's key.
+    pub ssm_state_size: Option<u32>,
+    /// Heads of a recurrent layer's values.
+    pub ssm_time_step_rank: Option<u32>,
+    /// Heads of a recurrent layer's keys.
+    pub ssm_group_count: Option<u32>,
     /// Pooling of token vectors.
     pub pooling_type: Option<Pooling>,
     /// Number of token types (segments) of an encoder.
@@ -128,7 +148,6 @@ const ONLY: &[(&str, Only)] = &[
     ("expert_shared_count", Only::UpTo(0)),
     ("interleave_moe_layer_step", Only::UpTo(1)),
     ("leading_dense_block_count", Only::UpTo(0)),
-    ("nextn_predict_layers", Only::UpTo(0)),
     ("rope.scaling.yarn_attn_factor", Only::F32(1.0)),
     ("rope.scaling.yarn_ext_factor", Only::F32(1.0)),
 ];
@@ -155,8 +174,11 @@ impl Hparams {
         };
         let required = |name: &str, max: u32| ranged(name, gguf.u32(&key(name))?, max);
 
-        let block_count = required("block_count", MAX_LAYERS)?;
-        let layers = block_count as usize;
+        let all_blocks = required("block_count", MAX_LAYERS)?;
+        let layers = all_blocks as usize;
+        let nextn_predict_layers = gguf.optional_u32(&key("nextn_predict_layers"))?.unwrap_or(0);
+        let block_count = all_blocks.saturating_sub(nextn_predict_layers);
+        ranged("nextn_predict_layers", block_count, all_blocks)?;
         let per_layer = |name: &str| -> Result<Option<Vec<u32>>> {
             let values = gguf.optional_u32_per_layer(&key(name), layers)?;
             for &value in values.iter().flatten() {
@@ -167,9 +189,14 @@ impl Hparams {
         let embedding_length = required("embedding_length", MAX_EXTENT)?;
         let missing = |name: &str| gguf.missing(&key(name));
         let head_count = per_layer("attention.head_count")?.ok_or_else(|| missing("attention.head_count"))?;
-        let head_count_kv = per_layer("attention.head_count_kv")?.unwrap_or_else(|| head_count.clone());
+        // Layers without attention have no KV heads.
+        let head_count_kv = gguf.optional_u32_per_layer(&key("attention.head_count_kv"), layers)?;
+        let head_count_kv = head_count_kv.unwrap_or_else(|| head_count.clone());
+        if head_count_kv.iter().all(|&kv| kv == 0) {
+            ranged("attention.head_count_kv", 0, MAX_EXTENT)?;
+        }
         for (&heads, &kv) in head_count.iter().zip(&head_count_kv) {
-            if heads % kv != 0 {
+            if kv > 0 && heads % kv != 0 {
                 let message = format!("{heads} attention heads are not a multiple of {kv} KV heads");
                 return Err(Error::Model(message));
             }
@@ -277,6 +304,10 @@ impl Hparams {
                 return Err(Error::Model(message));
             }
         };
+        let size = |name: &str| -> Result<Option<u32>> {
+            gguf.optional_u32(&key(name))?.map(|value| ranged(name, value, MAX_EXTENT)).transpose()
+        };
+        let recurrent_layers = gguf.optional_u32_per_layer(&key("attention.recurrent_layers"), layers)?;
         let context_length = required("context_length", u32::MAX)?;
         let original_context_length = match gguf.optional_u32(&key("rope.scaling.original_context_length"))? {
             Some(length) => ranged("rope.scaling.original_context_length", length, u32::MAX)?,
@@ -302,7 +333,7 @@ impl Hparams {
             original_context_length,
             rope_finetuned: gguf.optional_bool(&key("rope.scaling.finetuned"))?,
             sliding_window: gguf.optional_u32(&key("attention.sliding_window"))?.filter(|&w| w > 0),
-            sliding_window_pattern: sliding_window_pattern(gguf, &architecture, block_count)?,
+            sliding_window_pattern: sliding_window_pattern(gguf, &architecture, all_blocks)?,
             attention_causal: gguf.optional_bool(&key("attention.causal"))?,
             attention_scale: factor("attention.scale")?,
             attention_temperature_scale: factor("attention.temperature_scale")?,
@@ -317,6 +348,16 @@ impl Hparams {
             expert_gating_func,
             expert_weights_norm: gguf.optional_bool(&key("expert_weights_norm"))?,
             expert_weights_scale: factor("expert_weights_scale")?,
+            nextn_predict_layers,
+            rope_dimension_sections: gguf.optional_u32_per_layer(&key("rope.dimension_sections"), 4)?,
+            recurrent_layers: recurrent_layers.map(|layers| layers.iter().map(|&is| is != 0).collect()),
+            full_attention_interval: size("full_attention_interval")?,
+            shortconv_l_cache: size("shortconv.l_cache")?,
+            ssm_conv_kernel: size("ssm.conv_kernel")?,
+            ssm_inner_size: size("ssm.inner_size")?,
+            ssm_state_size: size("ssm.state_size")?,
+            ssm_time_step_rank: size("ssm.time_step_rank")?,
+            ssm_group_count: size("ssm.group_count")?,
             pooling_type: pooling_type(gguf, &architecture)?,
             token_type_count: gguf.optional_u32("tokenizer.ggml.token_type_count")?,
             kv_format: Format::F16,
@@ -341,6 +382,15 @@ impl Hparams {
             format: self.kv_format,
             window,
             causal,
+            kind: StateKind::Cache,
+        }
+    }
+
+    /// Whether a layer is recurrent: as the file says, or all but the last of every `period` layers.
+    pub(crate) fn is_recurrent(&self, layer: u32, period: u32) -> bool {
+        match &self.recurrent_layers {
+            Some(layers) => layers.get(layer as usize).copied().unwrap_or(false),
+            None => !(layer + 1).is_multiple_of(self.full_attention_interval.unwrap_or(period)),
         }
     }
 

@@ -9,11 +9,13 @@ mod gpt2;
 mod gpt_oss;
 mod granite;
 mod hparams;
+mod lfm2;
 mod llama;
 mod network;
 mod olmo2;
 mod phi;
 mod qwen;
+mod qwen35;
 mod smollm3;
 mod stablelm;
 mod starcoder2;
@@ -47,6 +49,7 @@ const FAMILIES: &[(&str, Record)] = &[
     ("gpt-oss", gpt_oss::record),
     ("gpt2", gpt2::record),
     ("granite", granite::record),
+    ("lfm2", lfm2::record),
     ("llama", llama::record),
     ("mistral3", llama::record),
     ("nomic-bert", bert::record_nomic),
@@ -55,6 +58,7 @@ const FAMILIES: &[(&str, Record)] = &[
     ("phimoe", phi::record),
     ("qwen2", qwen::record_2),
     ("qwen3", qwen::record_3),
+    ("qwen35", qwen35::record),
     ("qwen3moe", qwen::record_3),
     ("smollm3", smollm3::record),
     ("stablelm", stablelm::record),
@@ -220,7 +224,14 @@ impl Model {
         let used: HashSet<&str> =
             weights.map(|t| t.part.as_ref().map_or(&t.name, |part| &part.of).as_str()).collect();
         let mut names = self.gguf.tensors().map(|t| t.record.name.as_str());
-        let unused = names.find(|name| !used.contains(name) && !OPTIONAL.contains(name));
+        // Layers that draft tokens change no result.
+        let h = &self.hparams;
+        let drafting = h.block_count..h.block_count.saturating_add(h.nextn_predict_layers);
+        let drafts = |name: &str| {
+            let layer = name.strip_prefix("blk.").and_then(|rest| rest.split('.').next()?.parse().ok());
+            layer.is_some_and(|layer: u32| drafting.contains(&layer))
+        };
+        let unused = names.find(|name| !used.contains(name) && !OPTIONAL.contains(name) && !drafts(name));
         unused.map_or(Ok(()), |name| {
             let architecture = printable(self.hparams.architecture.as_bytes());
             Err(Error::Model(format!("tensor `{name}` of the file is unknown to the family {architecture}")))

@@ -3,8 +3,10 @@
 //! A matrix or norm has a bias if the file has one: files have no other sign for it.
 
 use super::Hparams;
-use super::hparams::RopeScaling;
-use crate::program::{Builder, Gate, Gating, Index, NormKind, Outputs, RopePairs, Rotation, TensorId, Unary};
+use super::hparams::{MAX_EXTENT, RopeScaling};
+use crate::program::{
+    Builder, Gate, Gating, Index, NormKind, Outputs, RopePairs, Rotation, State, TensorId, Unary,
+};
 
 /// Records a family's program.
 pub(super) struct Network<'n, 'b> {
@@ -40,6 +42,9 @@ pub(super) struct Attention<'r> {
     pub causal: bool,
     /// Whether each head has a sink logit.
     pub sinks: bool,
+    /// Whether each head's result is multiplied by a gate's sigmoid. Queries and gates alternate in the file, head by
+    /// head.
+    pub gated: bool,
 }
 
 impl<'n, 'b> Network<'n, 'b> {
@@ -213,6 +218,7 @@ impl<'n, 'b> Network<'n, 'b> {
             scale: self.h.attention_scale.unwrap_or(1.0 / (self.h.key_length as f32).sqrt()),
             causal: true,
             sinks: false,
+            gated: false,
         }
     }
 
@@ -225,13 +231,16 @@ impl<'n, 'b> Network<'n, 'b> {
         }
         let (heads, kv_heads) =
             (Hparams::at(&h.head_count, self.layer), Hparams::at(&h.head_count_kv, self.layer));
+        let query_length = h.key_length.saturating_mul(1 + u32::from(a.gated));
         let parts =
-            [("q", heads * h.key_length), ("k", kv_heads * h.key_length), ("v", kv_heads * h.value_length)];
+            [("q", heads * query_length), ("k", kv_heads * h.key_length), ("v", kv_heads * h.value_length)];
         let [q, k, v] = if self.has("attn_qkv.weight") {
             self.fused_linear("attn_qkv", x, parts)
         } else {
             parts.map(|(part, rows)| self.linear(part, &format!("attn_{part}"), x, rows))
         };
+        let gate = a.gated.then(|| self.b.slice("gate", q, query_length, h.key_length, h.key_length));
+        let q = if a.gated { self.b.slice("query", q, query_length, 0, h.key_length) } else { q };
         let mut place = |part: &str, mut x: TensorId| {
             if let Some(over) = a.qk_norm {
                 let group = if over == QkNorm::Head { h.key_length } else { self.cols(x) };
@@ -246,8 +255,97 @@ impl<'n, 'b> Network<'n, 'b> {
         let kv = self.b.state(h.kv_state(self.layer, a.window, a.causal));
         self.b.kv_write(k, v, kv);
         let sinks = a.sinks.then(|| self.weight("attn_sinks.weight", 1, heads));
-        let attended = self.b.attend(q, kv, heads, a.scale, h.attn_logit_softcapping, sinks);
+        let mut attended = self.b.attend(q, kv, heads, a.scale, h.attn_logit_softcapping, sinks);
+        if let Some(gate) = gate {
+            attended = self.b.glu(gate, attended, Gate::Sigmoid);
+        }
         self.linear("attn_output", "attn_output", attended, h.embedding_length)
+    }
+
+    /// A short convolution between two gates (LFM2).
+    pub fn short_conv(&mut self, x: TensorId, taps: u32) -> TensorId {
+        let cols = self.h.embedding_length;
+        let parts = [("conv_in_gate", cols), ("conv_out_gate", cols), ("conv_in", cols)];
+        let [in_gate, out_gate, x] = self.fused_linear("shortconv.in_proj", x, parts);
+        let x = self.b.glu(in_gate, x, Gate::Identity);
+        let weight = self.weight("shortconv.conv.weight", cols, taps);
+        let state = State::recurrent(format!("conv.{}", self.layer), cols, 1, taps.saturating_sub(1));
+        let state = self.b.state(state);
+        let x = self.b.conv("conv", x, weight, None, state);
+        let x = self.b.glu(out_gate, x, Gate::Identity);
+        self.linear("shortconv_out", "shortconv.out_proj", x, cols)
+    }
+
+    /// A layer of the gated delta rule (Yang, Kautz & Hatamizadeh 2024), as in Qwen3-Next: queries, keys and values pass
+    /// a short convolution, queries and keys have length 1, and results are normalised and gated.
+    pub fn gated_delta_net(&mut self, x: TensorId) -> TensorId {
+        let h = self.h;
+        let taps = self.required("ssm.conv_kernel", h.ssm_conv_kernel);
+        let inner = self.required("ssm.inner_size", h.ssm_inner_size);
+        let key_dim = self.required("ssm.state_size", h.ssm_state_size).max(1);
+        let heads = self.required("ssm.time_step_rank", h.ssm_time_step_rank).max(1);
+        let key_heads = self.required("ssm.group_count", h.ssm_group_count);
+        let (keys, value_dim) = (key_heads.saturating_mul(key_dim), inner / heads);
+        let all = keys.saturating_mul(2).saturating_add(inner);
+        if !inner.is_multiple_of(heads) || all > MAX_EXTENT {
+            self.b.fail(format!(
+                "{key_heads} heads of {key_dim} elements and {inner} elements of values for {heads} heads: expected at \
+                most {MAX_EXTENT} elements in all, and whole heads"
+            ));
+            return x;
+        }
+        let parts = [("q", keys), ("k", keys), ("v", inner)];
+        let projected = self.fused_linear("attn_qkv", x, parts);
+        let gate = self.linear("gate", "attn_gate", x, inner);
+        let beta = self.linear("beta", "ssm_beta", x, heads);
+        let (weight, bias) = (
+            self.weight("ssm_alpha.weight", heads, h.embedding_length),
+            self.weight("ssm_dt.bias", 1, heads),
+        );
+        let decay = self.b.linear("decay", x, weight, Some(bias));
+        let mut first = 0;
+        let [q, k, v] = std::array::from_fn(|i| {
+            let (part, cols) = parts[i];
+            let name = format!("{}ssm_conv1d.weight", self.prefix);
+            let weight = self.b.weight_rows(&name, all, first..first + cols, taps);
+            first += cols;
+            let state =
+                State::recurrent(format!("conv_{part}.{}", self.layer), cols, 1, taps.saturating_sub(1));
+            let state = self.b.state(state);
+            let x = self.b.conv(&format!("{part}_conv"), projected[i], weight, None, state);
+            self.b.unary(&format!("{part}_silu"), x, Unary::Silu)
+        });
+        // The root of the mean square is the length over the root of the number of elements.
+        let mut unit = |name: &str, x: TensorId| {
+            self.b.norm(name, x, NormKind::Rms, None, None, self.norm_eps / key_dim as f32, key_dim)
+        };
+        let (q, k) = (unit("q_norm", q), unit("k_norm", k));
+        let k = self.scale("k_unit", k, 1.0 / (key_dim as f32).sqrt());
+        let a = self.weight("ssm_a", 1, heads);
+        let state =
+            self.b.state(State::recurrent(format!("delta.{}", self.layer), heads, key_dim, value_dim));
+        // Once for the length of queries, once as in attention.
+        let y = self.b.delta_rule([q, k, v], decay, beta, a, state, 1.0 / key_dim as f32);
+        let y = self.norm_over("ssm_norm", "ssm_norm", y, value_dim);
+        let y = self.b.glu(gate, y, Gate::Silu);
+        self.linear("ssm_out", "ssm_out", y, h.embedding_length)
+    }
+
+    /// Checks that a text's tokens have one position: each rotated pair belongs to one of the first three sections, which
+    /// take turns.
+    pub fn check_text_sections(&mut self) {
+        let Some(sections) = &self.h.rope_dimension_sections else { return };
+        let pairs = self.h.rope_dimension_count / 2;
+        let belongs = |pair: u32| {
+            let length = sections.get(pair as usize % 3).copied().unwrap_or(0);
+            pair < length.saturating_mul(3)
+        };
+        if let Some(pair) = (0..pairs).find(|&pair| !belongs(pair)) {
+            self.b.fail(format!(
+                "key `{}.rope.dimension_sections`: {sections:?} leave out pair {pair} of {pairs}",
+                self.h.architecture
+            ));
+        }
     }
 
     fn hidden(&self) -> u32 {
@@ -347,11 +445,16 @@ impl<'n, 'b> Network<'n, 'b> {
     /// The end of a decoder: gathers the output rows and computes their logits, times a factor. The most
     /// likely token and the most likely tokens are computed in segments of their own. Without an output
     /// matrix in the file, the output matrix is the embedding table.
-    pub fn head(mut self, x: TensorId, scale: f32) {
+    pub fn head(self, x: TensorId, scale: f32) {
+        self.head_with_norm(x, "output_norm", scale);
+    }
+
+    /// [`Network::head`] with another name of the last norm.
+    pub fn head_with_norm(mut self, x: TensorId, norm: &str, scale: f32) {
         self.b.segment("output");
         self.prefix.clear();
         let x = self.b.gather(x);
-        let x = self.norm_as("norm", "output_norm", x);
+        let x = self.norm_as("norm", norm, x);
         let name = if self.has("output.weight") { "output" } else { "token_embd" };
         let weight = self.weight(&format!("{name}.weight"), self.h.vocab_size, self.h.embedding_length);
         let bias = self.bias("output", self.h.vocab_size);

@@ -5,10 +5,11 @@
 //! | Bytes | What |
 //! |---|---|
 //! | 8 | `HALITEKV` |
-//! | 4 | version: 3 |
+//! | 4 | version: 4 |
 //! | 8 | model: XXH3 of its files' headers (metadata and tensor tables) and sizes, of some bytes of every tensor, of the adapters' scales, and of the names of the tensors that the program uses |
 //! | 4, then that many | the layout of the cache, as text |
 //! | 4, then 4 each | tokens: their number, and their ids |
+//! | 4 | positions of which the pages hold the results: all, or fewer if a recurrent state was lost |
 //! | rest | for each KV group: 4, the index of the first kept page; then the pages from there on in order, each of all states of the group: [`State::page_bytes`](crate::program::State::page_bytes) |
 //! | 8 | XXH3 of everything before |
 //!
@@ -27,7 +28,7 @@ use crate::error::{Error, Result};
 use crate::program::PAGE_POSITIONS;
 
 const MAGIC: &[u8; 8] = b"HALITEKV";
-const VERSION: u32 = 3;
+const VERSION: u32 = 4;
 
 /// Samples of each tensor, and bytes of each sample, that identify weights without reading all of them.
 const SAMPLES: usize = 4;
@@ -54,12 +55,13 @@ impl Session {
         for token in &sequence.tokens {
             out.put(&token.to_le_bytes())?;
         }
+        out.put(&sequence.done.to_le_bytes())?;
         let mut page = Vec::new();
         for (group, table) in sequence.tables.iter().enumerate() {
             // A failed step may have left more pages.
-            let table = &table[..table.len().min(sequence.len().div_ceil(PAGE_POSITIONS) as usize)];
-            let first = self.pools[group].first_kept(sequence.len(), self.options.rewind).min(table.len());
-            let first = first.max(table.iter().take_while(|&&n| n == NO_PAGE).count());
+            let table = &table[..table.len().min(sequence.done.div_ceil(PAGE_POSITIONS) as usize)];
+            let first = self.pools[group].first_kept(sequence.done, self.options.rewind).min(table.len());
+            let first = first.max(table.iter().rposition(|&n| n == NO_PAGE).map_or(0, |hole| hole + 1));
             out.put(&(first as u32).to_le_bytes())?;
             for &n in &table[first..] {
                 for (state, buffer) in self.states_of(group) {
@@ -121,9 +123,12 @@ impl Session {
         tokens: Vec<u32>,
         from: &mut Hashing<&mut dyn Read>,
     ) -> Result<()> {
-        let len = tokens.len() as u32;
+        let len = from.u32()?;
+        if len > tokens.len() as u32 {
+            return Err(saved("computed positions", format!("at most {}", tokens.len()), len.to_string()));
+        }
         let pages = len.div_ceil(PAGE_POSITIONS);
-        self.sequences[id.0 as usize].tokens.extend(tokens);
+        self.sequences[id.0 as usize].tokens.extend(&tokens[..len as usize]);
         let mut page = Vec::new();
         for group in 0..self.pools.len() {
             let first = from.u32()?;
@@ -147,6 +152,9 @@ impl Session {
                 }
             }
         }
+        let sequence = &mut self.sequences[id.0 as usize];
+        sequence.tokens.extend(&tokens[len as usize..]);
+        sequence.done = len;
         let sum = from.hasher.finish();
         let show = |sum: &u64| format!("{sum:016x}");
         check("checksum", sum, u64::from_le_bytes(from.array()?), show)
@@ -191,7 +199,7 @@ impl Session {
     /// Describes everything that the bytes of a page depend on.
     fn layout(&self) -> String {
         let state = |s: &crate::program::State| {
-            format!("{}x({}+{}) {:?}", s.kv_heads, s.key_dim, s.value_dim, s.format)
+            format!("{:?} {}x({}+{}) {:?}", s.kind, s.kv_heads, s.key_dim, s.value_dim, s.format)
         };
         let states: Vec<String> = self.loaded.program.states.iter().map(state).collect();
         format!("{PAGE_POSITIONS} positions of {}", states.join(", "))

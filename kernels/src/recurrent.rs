@@ -1,0 +1,222 @@
+//! Recurrent layers: what they keep of a sequence is a state of fixed size, not a cache of all positions.
+//!
+//! The contract: tokens are computed one after the other, each with the state that the one before left. So it never shows
+//! how a sequence was cut into steps. Channels and heads are independent of each other.
+
+#![allow(clippy::needless_range_loop, reason = "loops by index over vectors are what inlines; see `isa`")]
+
+use core::ops::Range;
+
+use crate::isa::{Isa, WithIsa, kernels};
+use crate::kv::CHUNK;
+use crate::math;
+use crate::panel::PanelMut;
+
+/// Maximum taps of a convolution.
+pub const MAX_TAPS: usize = 8;
+/// Maximum elements of a key of the delta rule.
+pub const MAX_KEY: usize = 256;
+
+/// Consecutive tokens of a sequence whose state is in the same page.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Stretch {
+    /// The page with the state before the first token; `None`: zeros.
+    pub from: Option<u32>,
+    /// The page that receives the state after the last token.
+    pub to: u32,
+    /// The tokens, counted from the first one of the run.
+    pub tokens: Range<usize>,
+}
+
+/// Returns the stretches of a run of `len` tokens from position `start` on. `table` has a page for each [`CHUNK`]
+/// positions; where `is_page` says that it has none, the state moves on to the next page that it has.
+pub fn stretches(
+    table: &[u32],
+    start: usize,
+    len: usize,
+    is_page: impl Fn(u32) -> bool + Copy,
+) -> impl Iterator<Item = Stretch> {
+    let page_of = move |position: usize| {
+        let rest = table.iter().enumerate().skip(position / CHUNK);
+        rest.map(|(i, &page)| (i, page)).find(|&(_, page)| is_page(page))
+    };
+    let before = start.checked_sub(1).and_then(page_of);
+    let mut from = before.map(|(_, page)| page);
+    let mut next = 0;
+    core::iter::from_fn(move || {
+        if next >= len {
+            return None;
+        }
+        let (i, to) = page_of(start + next)?;
+        let end = ((i + 1) * CHUNK - start).min(len);
+        let stretch = Stretch { from, to, tokens: next..end };
+        (from, next) = (Some(to), end);
+        Some(stretch)
+    })
+}
+
+/// A kernel: the convolution of some channels over the tokens of a stretch.
+#[derive(Debug)]
+pub struct Conv<'a> {
+    /// `[tokens][width]`, from the first token of the stretch on.
+    pub x: &'a [f32],
+    /// Elements of a row of `x`.
+    pub width: usize,
+    /// The first channel.
+    pub first: usize,
+    /// `[channels][taps]`, of all channels of `x`.
+    pub weight: &'a [f32],
+    /// `[channels]`, or zeros.
+    pub bias: Option<&'a [f32]>,
+    /// Inputs that a result is computed from, the token's own included; 2 to [`MAX_TAPS`].
+    pub taps: usize,
+    /// `[channels of out][taps - 1]`: the last inputs, oldest first.
+    pub state: &'a mut [f32],
+    /// Tokens of the stretch: rows of `out`.
+    pub tokens: Range<usize>,
+    /// The results of these channels.
+    pub out: PanelMut<'a>,
+}
+
+/// A kernel: the gated delta rule of one head over the tokens of a stretch; see `Op::DeltaRule` of the library.
+#[derive(Debug)]
+pub struct DeltaRule<'a> {
+    /// `[tokens][key_width]`: queries of the step.
+    pub q: &'a [f32],
+    /// `[tokens][key_width]`: keys of the step.
+    pub k: &'a [f32],
+    /// Elements of all queries of a token.
+    pub key_width: usize,
+    /// The first element of the head's query and key.
+    pub key: usize,
+    /// Elements of a key, at most [`MAX_KEY`].
+    pub key_dim: usize,
+    /// `[tokens][heads * value_dim]`: values of the step.
+    pub v: &'a [f32],
+    /// `[tokens][heads]`: what decay is computed from.
+    pub decay: &'a [f32],
+    /// `[tokens][heads]`: what the strength of an update is computed from.
+    pub beta: &'a [f32],
+    /// The head's factor of the decay.
+    pub a: f32,
+    /// A factor on the results.
+    pub scale: f32,
+    /// Heads of values.
+    pub heads: usize,
+    /// This head.
+    pub head: usize,
+    /// `[key_dim][value_dim]`: the head's state.
+    pub state: &'a mut [f32],
+    /// Tokens of the stretch: rows of the operands and of `out`.
+    pub tokens: Range<usize>,
+    /// The head's results, of `value_dim` columns.
+    pub out: PanelMut<'a>,
+}
+
+kernels!(Conv<'_>, DeltaRule<'_>);
+
+impl WithIsa for Conv<'_> {
+    type Out = ();
+    #[inline(always)]
+    fn call<I: Isa>(mut self, isa: I) {
+        let (taps, kept) = (self.taps.clamp(2, MAX_TAPS), self.taps.clamp(2, MAX_TAPS) - 1);
+        for first in (0..self.out.cols()).step_by(16) {
+            let len = (self.out.cols() - first).min(16);
+            let channel = self.first + first;
+            let (mut weight, mut past) = ([[0.0; 16]; MAX_TAPS], [[0.0; 16]; MAX_TAPS]);
+            let mut bias = [0.0; 16];
+            for lane in 0..len {
+                for j in 0..taps {
+                    weight[j][lane] = self.weight[(channel + lane) * taps + j];
+                }
+                for j in 0..kept {
+                    past[j][lane] = self.state[(first + lane) * kept + j];
+                }
+                if let Some(all) = self.bias {
+                    bias[lane] = all[channel + lane];
+                }
+            }
+            for (row, t) in self.tokens.clone().enumerate() {
+                past[kept][..len].copy_from_slice(&self.x[row * self.width + channel..][..len]);
+                let mut acc = isa.load(&bias);
+                for j in 0..taps {
+                    acc = isa.fma(isa.load(&weight[j]), isa.load(&past[j]), acc);
+                }
+                let mut y = [0.0; 16];
+                isa.store(acc, &mut y);
+                self.out.row(t)[first..][..len].copy_from_slice(&y[..len]);
+                for j in 0..kept {
+                    past[j] = past[j + 1];
+                }
+            }
+            for lane in 0..len {
+                for j in 0..kept {
+                    self.state[(first + lane) * kept + j] = past[j][lane];
+                }
+            }
+        }
+    }
+}
+
+/// Columns of a state that are computed together: they stay in the first-level cache over all tokens.
+const COLUMNS: usize = 64;
+const VECTORS: usize = COLUMNS / 16;
+
+impl WithIsa for DeltaRule<'_> {
+    type Out = ();
+    #[inline(always)]
+    fn call<I: Isa>(mut self, isa: I) {
+        let (key_dim, value_dim) = (self.key_dim.min(MAX_KEY), self.out.cols());
+        let mut rows = [[[0.0; 16]; VECTORS]; MAX_KEY];
+        let rows = &mut rows[..key_dim];
+        for first in (0..value_dim).step_by(COLUMNS) {
+            let len = (value_dim - first).min(COLUMNS);
+            for (i, row) in rows.iter_mut().enumerate() {
+                row.as_flattened_mut()[..len].copy_from_slice(&self.state[i * value_dim + first..][..len]);
+            }
+            for t in self.tokens.clone() {
+                let at = t * self.heads + self.head;
+                let [q, k] = [self.q, self.k].map(
+                    #[inline(always)]
+                    |x| &x[t * self.key_width + self.key..][..key_dim],
+                );
+                let mut v = [[0.0; 16]; VECTORS];
+                v.as_flattened_mut()[..len].copy_from_slice(&self.v[at * value_dim + first..][..len]);
+                let rate = math::softplus(isa, isa.splat(self.decay[at]));
+                let decay = math::exp(isa, isa.mul(isa.splat(self.a), rate));
+                let strength = math::sigmoid(isa, isa.splat(self.beta[at]));
+
+                let mut known = [isa.splat(0.0); VECTORS];
+                for (row, &k) in rows.iter_mut().zip(k) {
+                    let k = isa.splat(k);
+                    for n in 0..VECTORS {
+                        let s = isa.mul(decay, isa.load(&row[n]));
+                        isa.store(s, &mut row[n]);
+                        known[n] = isa.fma(s, k, known[n]);
+                    }
+                }
+                let mut update = known;
+                for n in 0..VECTORS {
+                    update[n] = isa.mul(strength, isa.sub(isa.load(&v[n]), known[n]));
+                }
+                let mut out = [isa.splat(0.0); VECTORS];
+                for ((row, &k), &q) in rows.iter_mut().zip(k).zip(q) {
+                    let (k, q) = (isa.splat(k), isa.splat(q));
+                    for n in 0..VECTORS {
+                        let s = isa.fma(k, update[n], isa.load(&row[n]));
+                        isa.store(s, &mut row[n]);
+                        out[n] = isa.fma(s, q, out[n]);
+                    }
+                }
+                let scale = isa.splat(self.scale);
+                for n in 0..VECTORS {
+                    isa.store(isa.mul(scale, out[n]), &mut v[n]);
+                }
+                self.out.row(t)[first..][..len].copy_from_slice(&v.as_flattened()[..len]);
+            }
+            for (i, row) in rows.iter().enumerate() {
+                self.state[i * value_dim + first..][..len].copy_from_slice(&row.as_flattened()[..len]);
+            }
+        }
+    }
+}
