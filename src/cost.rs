@@ -139,6 +139,16 @@ pub fn op(program: &Program, op: &Op, sequences: &[Extent]) -> Cost {
         Op::KvWrite { state, .. } | Op::RopeKv { state, .. } => {
             cost.kv_bytes += rows * position_bytes(program, state.0)
         }
+        Op::Conv { weight, state, .. } => {
+            cost.float_ops = rows.saturating_mul(2 * elements(program, *weight));
+            cost.kv_bytes = state_bytes(program, state.0, sequences);
+        }
+        Op::DeltaRule { state, .. } => {
+            let Some(s) = program.states.get(state.0 as usize) else { return cost };
+            // Decay, what is known of a key, update, result.
+            cost.float_ops = rows.saturating_mul(7 * s.page_bytes() / 4);
+            cost.kv_bytes = state_bytes(program, state.0, sequences);
+        }
         Op::Attend { state, heads, .. } => {
             let Some(s) = program.states.get(state.0 as usize) else { return cost };
             let window = u64::from(s.window.unwrap_or(u32::MAX));
@@ -185,6 +195,19 @@ fn product(program: &Program, weight: TensorId, rows: u64) -> Cost {
         Kind::Quantised { .. } => Cost { integer_ops: ops, ..Cost::default() },
         Kind::Float => Cost { float_ops: ops, ..Cost::default() },
     }
+}
+
+/// Returns the elements of a weight.
+fn elements(program: &Program, weight: TensorId) -> u64 {
+    let t = program.tensor(weight);
+    passes::rows(t.rows, 0, 0).saturating_mul(t.cols.into())
+}
+
+/// Returns the bytes of a recurrent state that a step reads and writes: once for each sequence, and not read at position 0.
+fn state_bytes(program: &Program, state: u32, sequences: &[Extent]) -> u64 {
+    let bytes = program.states.get(state as usize).map_or(0, |s| s.page_bytes());
+    let times = sequences.iter().filter(|e| e.tokens > 0).map(|e| 1 + u64::from(e.start > 0));
+    bytes.saturating_mul(times.sum())
 }
 
 /// Returns the bytes of one position of a KV cache.

@@ -265,9 +265,11 @@ fn models_that_do_not_make_sense() {
             "Gguf", "test: byte 64: key `general.architecture`: expected UTF-8, got \"\\xffllama\""),
         ("unknown architecture", set("general.architecture", "mamba".into()),
             "Architecture", "model: architecture \"mamba\" is not supported; the nearest one is llama (supported: bert, cohere2, …"),
-        ("unknown blocks", llama().set("general.architecture", "qwen35").tensor("blk.0.ssm_beta.weight", &[8]).tensor("blk.0.ssm_conv1d.weight", &[8])
-            .tensor("blk.0.attn_gate.weight", &[8]).bytes(),
-            "Architecture", "model: architecture \"qwen35\" is not supported; no supported family has its gated delta rule, short convolution and attention gate; the nearest ones are qwen3 by name and llama by its tensors (supported: …"),
+        ("unknown blocks", llama().set("general.architecture", "kimi-linear").tensor("blk.0.ssm_f_a.weight", &[8]).tensor("blk.0.attn_kv_a_mqa.weight", &[8])
+            .tensor("blk.0.exp_probs_b.bias", &[8]).bytes(),
+            "Architecture", "model: architecture \"kimi-linear\" is not supported; no supported family has its delta rule with a decay for each channel, multi-head latent attention and router with a correction bias; the nearest one is llama (supported: …"),
+        ("all blocks draft", set("llama.nextn_predict_layers", 1u32.into()),
+            "Model", "model: key `llama.nextn_predict_layers`: expected less than the 1 blocks, got 1"),
         ("one unknown block", llama().set("general.architecture", "gemma4").tensor("per_layer_token_embd.weight", &[8]).bytes(),
             "Architecture", "model: architecture \"gemma4\" is not supported; no supported family has its per-layer embeddings; the nearest ones are gemma3 by name and llama by its tensors (supported: …"),
         ("block_count missing", llama().without("llama.block_count").bytes(),

@@ -303,7 +303,7 @@ mod saved {
         let bytes = saved(&session, id);
         session.remove(id).unwrap();
         let layout = u32::from_le_bytes(bytes[20..24].try_into().unwrap()) as usize;
-        let first = 24 + layout + 4 + 4 * tokens.len();
+        let first = 24 + layout + 4 + 4 * tokens.len() + 4;
         assert_eq!(bytes[first..first + 4], 1u32.to_le_bytes());
         for number in [2u32, 3, u32::MAX] {
             let mut bytes = bytes.clone();

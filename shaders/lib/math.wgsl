@@ -2,6 +2,8 @@
 
 fn sigmoid(x: f32) -> f32 { return or_nan(1.0 / (1.0 + exp(-x)), x); }
 
+fn softplus(x: f32) -> f32 { return or_nan(max(x, 0.0) + log(1.0 + exp(-abs(x))), x); }
+
 // Beyond 15 the result is 1 to the last bit, and some implementations overflow.
 fn tanh_safe(x: f32) -> f32 { return or_nan(tanh(clamp(x, -15.0, 15.0)), x); }
 

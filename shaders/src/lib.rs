@@ -108,6 +108,8 @@ macro_rules! files {
 files! {
     "arg_max"
     "attend"
+    "conv"
+    "delta_rule"
     "elementwise"
     "embed"
     "formats/bf16"
@@ -184,6 +186,7 @@ files! {
     "lib/part_integer"
     "lib/quantise"
     "lib/rank"
+    "lib/recurrent"
     "lib/reduce_shared"
     "lib/reduce_subgroup"
     "lib/rows_each"
@@ -422,6 +425,8 @@ pub fn gated(gate: Gate) -> Option<String> {
         Gate::Gelu => "return gelu(g) * u;".into(),
         Gate::GeluErf => "return gelu_erf(g) * u;".into(),
         Gate::Relu => "return relu(g) * u;".into(),
+        Gate::Sigmoid => "return sigmoid(g) * u;".into(),
+        Gate::Identity => "return g * u;".into(),
         Gate::SiluClamped { alpha, limit } => format!(
             "let s = min(g, {limit:e}) * sigmoid({alpha:e} * min(g, {limit:e}));
              return or_nan(or_nan(s * clamp(u, -{limit:e}, {limit:e}) + s, g), u);"

@@ -108,7 +108,7 @@ pub fn op_bound(program: &Program, op: &Op) -> f64 {
         }
         Op::Glu { act, .. } => gate_bound(*act),
         Op::Unary { f, .. } => unary_bound(*f),
-        Op::Attend { .. } | Op::RopeKv { .. } => ATTEND_BOUND,
+        Op::Attend { .. } | Op::RopeKv { .. } | Op::DeltaRule { .. } => ATTEND_BOUND,
         _ => ROW_BOUND,
     }
 }
@@ -127,6 +127,7 @@ fn ordinary() -> Vec<Case> {
     rows(&mut cases);
     attention(&mut cases);
     rotated_caches(&mut cases);
+    recurrences(&mut cases);
     experts(&mut cases);
     not_finite(&mut cases);
     cases.0
@@ -550,6 +551,60 @@ fn not_finite(cases: &mut Cases) {
     }
 }
 
+/// Steps of recurrent layers: over pages, in the middle of a page, and of two sequences.
+const RECURRENCES: [&[(u32, u32)]; 5] = [
+    &[(0, 70), (0, 1)],
+    &[(70, 1), (1, 63)],
+    &[(71, 0), (64, 1)],
+    &[(71, 122), (65, 2)],
+    &[(193, 3), (67, 0)],
+];
+
+/// Ops with a recurrent state.
+fn recurrences(cases: &mut Cases) {
+    for (channels, taps, biased) in [(64, 4, false), (40, 3, true), (16, 2, true), (8, 8, false)] {
+        let mut weights = vec![("conv", Format::F32, vec![u64::from(taps), u64::from(channels)])];
+        weights.extend(biased.then(|| ("bias", Format::F32, vec![u64::from(channels)])));
+        let name = format!("Conv {channels}x{taps} bias={biased}");
+        cases.add(name, &weights, &RECURRENCES, ROW_BOUND, |b| {
+            let x = b.input("x", Dim::Tokens, channels);
+            let weight = b.weight("conv", channels, taps);
+            let bias = biased.then(|| b.weight("bias", 1, channels));
+            let state = b.state(State::recurrent("kept", channels, 1, taps - 1));
+            let y = b.conv("y", x, weight, bias, state);
+            b.output(y);
+        });
+    }
+    for (heads, key_heads, key_dim, value_dim) in [(4, 2, 16, 24), (2, 2, 128, 128), (3, 1, 40, 72)] {
+        let name = format!("DeltaRule {heads}/{key_heads}x{key_dim}/{value_dim}");
+        let weights = [("a", Format::F32, vec![u64::from(heads)])];
+        cases.add(name, &weights, &RECURRENCES, ATTEND_BOUND, |b| {
+            let [q, k] = ["q", "k"].map(|name| {
+                let x = b.input(name, Dim::Tokens, key_heads * key_dim);
+                b.norm("unit", x, NormKind::Rms, None, None, 1e-6, key_dim)
+            });
+            // Of length 1.
+            let k = b.unary("k unit", k, Unary::Scale(1.0 / (key_dim as f32).sqrt()));
+            let v = b.input("v", Dim::Tokens, heads * value_dim);
+            // A state that grows would hide all differences but those of its largest elements.
+            let decay = b.input("decay", Dim::Tokens, heads);
+            let decay = shifted(b, decay, -4.0);
+            let beta = b.input("beta", Dim::Tokens, heads);
+            let a = b.weight("a", 1, heads);
+            let state = b.state(State::recurrent("kept", heads, key_dim, value_dim));
+            let y = b.delta_rule([q, k, v], decay, beta, a, state, 0.1);
+            b.output(y);
+        });
+    }
+    for (cols, group, first, len) in [(96, 48, 0, 24), (96, 48, 24, 24), (130, 13, 5, 3), (7, 7, 6, 1)] {
+        cases.row(format!("Slice {first}+{len} of {group} of {cols}"), &[], 5, |b| {
+            let x = b.input("x", Dim::Tokens, cols);
+            let y = b.slice("y", x, group, first, len);
+            b.output(y);
+        });
+    }
+}
+
 /// Adds a number to every element.
 fn shifted(b: &mut Builder<'_>, x: TensorId, by: f32) -> TensorId {
     let sign = b.norm("sign", x, NormKind::Rms, None, None, 1e-20, 1);
@@ -704,8 +759,15 @@ fn edges() -> Vec<Case> {
 }
 
 /// All gates.
-const GATES: [Gate; 5] =
-    [Gate::Silu, Gate::Gelu, Gate::GeluErf, Gate::Relu, Gate::SiluClamped { alpha: 1.702, limit: 1.5 }];
+const GATES: [Gate; 7] = [
+    Gate::Silu,
+    Gate::Gelu,
+    Gate::GeluErf,
+    Gate::Relu,
+    Gate::Sigmoid,
+    Gate::Identity,
+    Gate::SiluClamped { alpha: 1.702, limit: 1.5 },
+];
 
 /// All functions of one element.
 const UNARY: [Unary; 7] = [

@@ -177,8 +177,13 @@ impl Hparams {
         let all_blocks = required("block_count", MAX_LAYERS)?;
         let layers = all_blocks as usize;
         let nextn_predict_layers = gguf.optional_u32(&key("nextn_predict_layers"))?.unwrap_or(0);
-        let block_count = all_blocks.saturating_sub(nextn_predict_layers);
-        ranged("nextn_predict_layers", block_count, all_blocks)?;
+        let Some(block_count) = all_blocks.checked_sub(nextn_predict_layers).filter(|&count| count > 0)
+        else {
+            return Err(Error::Model(format!(
+                "key `{}`: expected less than the {all_blocks} blocks, got {nextn_predict_layers}",
+                key("nextn_predict_layers")
+            )));
+        };
         let per_layer = |name: &str| -> Result<Option<Vec<u32>>> {
             let values = gguf.optional_u32_per_layer(&key(name), layers)?;
             for &value in values.iter().flatten() {

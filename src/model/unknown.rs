@@ -8,11 +8,9 @@ use crate::gguf::Gguf;
 
 /// Blocks that no supported family has, by the parts of tensor names that show them.
 const BLOCKS: &[(&str, &[&str])] = &[
-    ("gated delta rule", &["ssm_beta", "ssm_alpha", "ssm_ba", "ssm_f_a"]),
+    ("delta rule with a decay for each channel", &["ssm_f_a"]),
     ("state-space scan", &["ssm_d", "ssm_x"]),
-    ("short convolution", &["ssm_conv1d", "ssm_conv1d_q", "shortconv"]),
     ("multi-head latent attention", &["attn_kv_a_mqa", "attn_kv_b", "attn_k_b"]),
-    ("attention gate", &["attn_gate"]),
     ("sparse attention by an indexer", &["indexer"]),
     ("per-layer embeddings", &["per_layer_token_embd", "inp_gate"]),
     ("AltUp", &["altup_router", "altup_proj"]),
@@ -21,7 +19,6 @@ const BLOCKS: &[(&str, &[&str])] = &[
     ("router with a correction bias", &["exp_probs_b"]),
     ("norms inside of attention and feed-forward", &["attn_sub_norm", "ffn_sub_norm"]),
     ("RWKV time mixing", &["time_mix_key", "time_mix_w1", "channel_mix_key"]),
-    ("multi-token prediction", &["nextn"]),
     ("encoder and decoder with cross-attention", &["cross_attn_q"]),
     ("relative position bias", &["attn_rel_b"]),
     ("classification head", &["cls"]),
@@ -29,6 +26,8 @@ const BLOCKS: &[(&str, &[&str])] = &[
 
 /// Supported families and what is typical of them, the most special first: parts of tensor names that are all there.
 const LIKE: &[(&str, &[&str])] = &[
+    ("qwen35", &["ssm_beta"]),
+    ("lfm2", &["shortconv"]),
     ("gpt-oss", &["attn_sinks", "ffn_gate_exps"]),
     ("gemma3", &["post_ffw_norm", "attn_q_norm", "ffn_gate"]),
     ("gemma2", &["post_ffw_norm", "ffn_norm"]),

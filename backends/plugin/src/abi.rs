@@ -121,7 +121,18 @@ pub struct HaliteState {
     pub table: u32,
     pub page_bytes: u64,
     pub name: *const c_char,
+    /// HALITE_STATE_CACHE or HALITE_STATE_RECURRENT.
+    pub kind: u32,
+    /// 0.
+    pub reserved: u32,
 }
+/// A KV cache.
+pub const HALITE_STATE_CACHE: u32 = 0;
+/// A recurrent state: a page holds `[kv_heads][key_dim][value_dim]` in HALITE_F32, after the last position of the page that was
+/// computed. Before position 0 it is zero. In a step, the page of the position before the first token and that of the last token
+/// are there. Others may be HALITE_NO_PAGE: what a position in such a page computes goes to the next page that is there. Only
+/// kinds of ops from HALITE_OP_CONV on use such states.
+pub const HALITE_STATE_RECURRENT: u32 = 1;
 
 /// An activation of a gated linear unit: `act(gate) * up`.
 pub type HaliteGateKind = u32;
@@ -135,6 +146,10 @@ pub const HALITE_GATE_GELU_ERF: u32 = 2;
 pub const HALITE_GATE_RELU: u32 = 3;
 /// `g * sigmoid(alpha * g) * (clamp(up, -limit, limit) + 1)` with `g = min(gate, limit)`.
 pub const HALITE_GATE_SILU_CLAMPED: u32 = 4;
+/// `sigmoid(gate)`.
+pub const HALITE_GATE_SIGMOID: u32 = 5;
+/// `gate`.
+pub const HALITE_GATE_IDENTITY: u32 = 6;
 
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -184,6 +199,9 @@ pub const HALITE_OP_ROUTE: u32 = 11;
 pub const HALITE_OP_EXPERTS: u32 = 12;
 pub const HALITE_OP_ARG_MAX: u32 = 13;
 pub const HALITE_OP_TOP_K: u32 = 14;
+pub const HALITE_OP_CONV: u32 = 15;
+pub const HALITE_OP_DELTA_RULE: u32 = 16;
+pub const HALITE_OP_SLICE: u32 = 17;
 
 /// `out[t] = scale * table[row of t]`. A row beyond the table is HALITE_ARGUMENT.
 #[repr(C)]
@@ -418,6 +436,53 @@ pub struct HaliteTopK {
     pub values: u32,
 }
 
+/// A causal convolution of each channel over the last `taps` tokens of its sequence, zeros before its first:
+/// `out[t][c] = bias[c] + sum of weight[c][j] * x[t - taps + 1 + j][c]`, taps in order.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct HaliteConv {
+    /// `[tokens, channels]`.
+    pub x: u32,
+    /// `[channels, taps]`; 2 to 8 taps.
+    pub weight: u32,
+    /// `[1, channels]`, or HALITE_NONE: zeros.
+    pub bias: u32,
+    /// The last `taps - 1` inputs of each channel, oldest first: a recurrent state of `channels` heads of 1 by `taps - 1`.
+    pub state: u32,
+    pub out: u32,
+}
+
+/// The gated delta rule, token by token. For each head, with a recurrent state S of `key_dim` by `value_dim`:
+/// `S = exp(a * softplus(decay)) * S`, then `S = S + k (sigmoid(beta) * (v - S^T k))^T`, then `out = scale * S^T q`.
+/// Head h has the query and key `h mod key_heads`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct HaliteDeltaRule {
+    /// `[tokens, key_heads * key_dim]`; so is `k`.
+    pub q: u32,
+    pub k: u32,
+    /// `[tokens, heads * value_dim]`.
+    pub v: u32,
+    /// `[tokens, heads]`; so is `beta`.
+    pub decay: u32,
+    pub beta: u32,
+    /// `[1, heads]`.
+    pub a: u32,
+    pub state: u32,
+    pub out: u32,
+    pub scale: f32,
+}
+
+/// Elements `first` to `first + len` of each `group` columns of `x`; `len` is what makes the columns of `out`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct HaliteSlice {
+    pub x: u32,
+    pub out: u32,
+    pub group: u32,
+    pub first: u32,
+}
+
 /// The operands of an op, by its kind. Operands are numbers in HaliteProgram::tensors; `state` is one in
 /// HaliteProgram::states.
 #[repr(C)]
@@ -438,6 +503,9 @@ pub union HaliteOperands {
     pub experts: HaliteExperts,
     pub arg_max: HaliteArgMax,
     pub top_k: HaliteTopK,
+    pub conv: HaliteConv,
+    pub delta_rule: HaliteDeltaRule,
+    pub slice: HaliteSlice,
 }
 
 #[repr(C)]

@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use halite::passes::{self, Fragment};
 use halite::program::{
-    Dim, Epilogue, Gate, Gating, Index, NormKind, Op, Program, RopePairs, Rotation, Slot, StateId, TensorId,
-    Unary,
+    Dim, Epilogue, Gate, Gating, Index, NormKind, Op, Program, RopePairs, Rotation, Slot, StateId, StateKind,
+    TensorId, Unary,
 };
 
 use crate::abi::*;
@@ -103,19 +103,27 @@ impl Encoded {
             }
         });
         let tensors = List::from(tensors.collect::<Vec<_>>());
-        let states = program.states.iter().map(|s| HaliteState {
-            struct_bytes: size::<HaliteState>(),
-            kv_heads: s.kv_heads,
-            key_dim: s.key_dim,
-            value_dim: s.value_dim,
-            format: s.format.id(),
-            window: s.window.unwrap_or(0),
-            causal: s.causal.into(),
-            table: program.kv_group(s) as u32,
-            page_bytes: s.page_bytes(),
-            name: texts.add(&s.name),
+        let states = program.states.iter().map(|s| {
+            Ok(HaliteState {
+                struct_bytes: size::<HaliteState>(),
+                kv_heads: s.kv_heads,
+                key_dim: s.key_dim,
+                value_dim: s.value_dim,
+                format: s.format.id(),
+                window: s.window.unwrap_or(0),
+                causal: s.causal.into(),
+                table: program.kv_group(s) as u32,
+                page_bytes: s.page_bytes(),
+                name: texts.add(&s.name),
+                kind: match s.kind {
+                    StateKind::Cache => Ok(HALITE_STATE_CACHE),
+                    StateKind::Recurrent => Ok(HALITE_STATE_RECURRENT),
+                    other => Err(NotInAbi(format!("a state of kind {other:?}"))),
+                }?,
+                reserved: 0,
+            })
         });
-        let states = List::from(states.collect::<Vec<_>>());
+        let states = List::from(states.collect::<Result<Vec<_>, NotInAbi>>()?);
         let places = layout.places.iter().map(|&(dim, cols)| {
             let (rows, fixed_rows) = rows(dim);
             HalitePlace { struct_bytes: size::<HalitePlace>(), rows, fixed_rows, cols }
@@ -196,6 +204,8 @@ fn gate(act: Gate) -> Result<HaliteGate, NotInAbi> {
         Gate::Gelu => (HALITE_GATE_GELU, 0.0, 0.0),
         Gate::GeluErf => (HALITE_GATE_GELU_ERF, 0.0, 0.0),
         Gate::Relu => (HALITE_GATE_RELU, 0.0, 0.0),
+        Gate::Sigmoid => (HALITE_GATE_SIGMOID, 0.0, 0.0),
+        Gate::Identity => (HALITE_GATE_IDENTITY, 0.0, 0.0),
         Gate::SiluClamped { alpha, limit } => (HALITE_GATE_SILU_CLAMPED, alpha, limit),
         other => return Err(NotInAbi(format!("the gate {other:?}"))),
     };
@@ -370,6 +380,29 @@ fn encode(op: &Op, texts: &mut Texts, frequencies: &mut Vec<Arc<[f32]>>) -> Resu
         Op::TopK { x, ids, values } => {
             let top_k = HaliteTopK { x: x.0, ids: ids.0, values: values.0 };
             (HALITE_OP_TOP_K, HaliteOperands { top_k })
+        }
+        Op::Conv { x, weight, bias, state, out } => {
+            let conv =
+                HaliteConv { x: x.0, weight: weight.0, bias: or_none(*bias), state: state.0, out: out.0 };
+            (HALITE_OP_CONV, HaliteOperands { conv })
+        }
+        Op::DeltaRule { q, k, v, decay, beta, a, state, out, scale } => {
+            let delta_rule = HaliteDeltaRule {
+                q: q.0,
+                k: k.0,
+                v: v.0,
+                decay: decay.0,
+                beta: beta.0,
+                a: a.0,
+                state: state.0,
+                out: out.0,
+                scale: *scale,
+            };
+            (HALITE_OP_DELTA_RULE, HaliteOperands { delta_rule })
+        }
+        Op::Slice { x, out, group, first } => {
+            let slice = HaliteSlice { x: x.0, out: out.0, group: *group, first: *first };
+            (HALITE_OP_SLICE, HaliteOperands { slice })
         }
         other => return Err(NotInAbi(format!("the op {}", other.name()))),
     };

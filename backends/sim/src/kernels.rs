@@ -99,9 +99,9 @@ impl Kernels for SimKernels {
         match op {
             // Its time is that of whole rows; pages have the host's layout.
             Op::KvWrite { .. } => rows.run(op, step),
-            Op::RopeKv { .. } => {
+            Op::RopeKv { .. } | Op::Conv { .. } | Op::DeltaRule { .. } => {
                 rows.run(op, step)?;
-                if let Op::RopeKv { out, .. } = op {
+                if let Op::RopeKv { out, .. } | Op::Conv { out, .. } | Op::DeltaRule { out, .. } = op {
                     device.machine.round(out.floats_mut());
                 }
                 Ok(())
@@ -184,6 +184,7 @@ fn operands<'a>(op: &'a mut HostOp<'_>) -> (Vec<&'a [u8]>, Vec<&'a mut [u8]>) {
     match op {
         Op::Embed { table: x, out, .. }
         | Op::Gather { x, out }
+        | Op::Slice { x, out, .. }
         | Op::Unary { x, out, .. }
         | Op::ArgMax { x, out } => (vec![x.bytes()], vec![out.bytes_mut()]),
         Op::Glu { gate: a, up: b, out, .. } | Op::Add { a, b, out } => {
@@ -235,6 +236,8 @@ fn units(
     let cols = |id: TensorId| match op {
         Op::Norm { group, .. } => *group,
         Op::Rope { x, out, rotation } if id == *x || id == *out => rotation.head_dim,
+        Op::Slice { x, group, .. } if id == *x => *group,
+        Op::Slice { .. } => (written as u32).checked_div(count).unwrap_or(0),
         Op::Glu { .. } | Op::Add { .. } | Op::Unary { .. } => 1,
         // Rows may be moved in parts.
         Op::Embed { .. } | Op::Gather { .. } => written as u32 / count.max(1),

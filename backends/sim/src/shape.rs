@@ -379,6 +379,49 @@ pub fn shape(program: &Program, op: &Op, step: &Step<'_>, ids: Option<&[i32]>) -
                 spans: step.spans.iter().map(|s| (pages(s), s.start, s.len)).collect(),
             })
         }
+        Op::Conv { x, weight, bias, .. } => {
+            let (channels, taps) = (cols(*x), cols(*weight));
+            let run = run(channels, 1);
+            let parts = channels / run;
+            let kept = amortised(step, u64::from(taps - 1) * u64::from(run));
+            let mut reads = vec![
+                Rows::own(Operand::In(0), run),
+                Rows::only(Operand::In(1), run * taps),
+                Rows::own(Operand::In(3), kept),
+            ];
+            reads.extend(bias.map(|_| Rows::only(Operand::In(2), run)));
+            Shape::Units(Units {
+                count: tokens * parts,
+                pieces: 1,
+                reads,
+                writes: vec![Rows::own(Operand::Out(0), run), Rows::own(Operand::Out(1), kept)],
+                work: work(VectorWork { simple: u64::from(taps) * u64::from(run), ..Default::default() }),
+            })
+        }
+        Op::DeltaRule { state, .. } => {
+            let s = state_of(program, state.0)?;
+            let elements = u64::from(s.key_dim) * u64::from(s.value_dim);
+            let kept = amortised(step, elements);
+            let own = [s.key_dim, s.key_dim, s.value_dim, 2];
+            let mut reads: Vec<Rows> =
+                (0..).zip(own).map(|(i, cols)| Rows::own(Operand::In(i), cols)).collect();
+            reads.push(Rows::own(Operand::In(4), kept));
+            Shape::Units(Units {
+                count: tokens * s.kv_heads,
+                // The tokens of a span are computed in order, on one tile.
+                pieces: step.spans.iter().fold(0, |a, span| common_divisor(a, span.len)).max(1),
+                reads,
+                writes: vec![Rows::own(Operand::Out(0), s.value_dim), Rows::own(Operand::Out(1), kept)],
+                work: work(VectorWork { simple: 4 * elements, exp: 3, divide: 2, ..Default::default() }),
+            })
+        }
+        Op::Slice { x, out, group, .. } => Shape::Units(Units {
+            count: rows(*x) * (cols(*x) / group),
+            pieces: 1,
+            reads: vec![Rows::own(Operand::In(0), *group)],
+            writes: vec![Rows::own(Operand::Out(0), cols(*out) / (cols(*x) / group))],
+            work: work(SIMPLE),
+        }),
         Op::Glu { gate, .. } => {
             elementwise(*gate, 2, VectorWork { simple: 2, exp: 1, divide: 1, ..Default::default() })
         }
@@ -434,6 +477,15 @@ const RUN: u32 = 2048;
 fn run(cols: u32, block_len: u32) -> u32 {
     let fits = |run: &u32| cols.is_multiple_of(*run) && run.is_multiple_of(block_len);
     (64..=RUN.min(cols)).rev().find(fits).unwrap_or(cols)
+}
+
+/// Returns a token's share of the elements of a state that each span reads once, or writes once.
+fn amortised(step: &Step<'_>, elements: u64) -> u32 {
+    (elements * step.spans.len() as u64).div_ceil(step.tokens.len().max(1) as u64) as u32
+}
+
+fn common_divisor(a: u32, b: u32) -> u32 {
+    if b == 0 { a } else { common_divisor(b, a % b) }
 }
 
 /// Returns the numbers of the parts of some rows.

@@ -234,6 +234,13 @@ fn shape_of(program: &Program, op: &Op) -> String {
         Op::KvWrite { k, v, .. } => format!("{}+{}", cols(*k), cols(*v)),
         Op::Route { logits, ids, .. } => format!("{} of {}", cols(*ids), cols(*logits)),
         Op::TopK { x, ids, .. } => format!("{} of {}", cols(*ids), cols(*x)),
+        Op::Conv { weight, .. } => format!("{}x{} taps", rows(*weight), cols(*weight)),
+        Op::DeltaRule { k, state, .. } => {
+            let Some(s) = program.states.get(state.0 as usize) else { return String::new() };
+            let key_heads = cols(*k) / s.key_dim.max(1);
+            format!("{}/{key_heads}x{}/{}", s.kv_heads, s.key_dim, s.value_dim)
+        }
+        Op::Slice { x, out, .. } => format!("{} of {}", cols(*out), cols(*x)),
         Op::Gather { x, .. }
         | Op::Unary { x, .. }
         | Op::ArgMax { x, .. }

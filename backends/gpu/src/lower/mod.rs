@@ -5,6 +5,7 @@ mod activation;
 mod attend;
 mod experts;
 mod product;
+mod recurrent;
 
 use std::ops::Range;
 
@@ -242,6 +243,9 @@ pub(super) fn missing(program: &Program, op: &Op, bounds: &Bounds) -> Option<Str
         | Op::Rope { .. }
         | Op::KvWrite { .. }
         | Op::RopeKv { .. }
+        | Op::Conv { .. }
+        | Op::DeltaRule { .. }
+        | Op::Slice { .. }
         | Op::Glu { .. }
         | Op::Add { .. }
         | Op::Unary { .. }
@@ -409,6 +413,23 @@ impl Lowering<'_> {
             Op::KvWrite { k, v, state } => self.kv_write(*k, *v, *state),
             Op::RopeKv { .. } => self.rope_kv(op),
             Op::Attend { .. } => self.attend(op),
+            Op::Conv { .. } => self.conv(op),
+            Op::DeltaRule { .. } => self.delta_rule(op),
+            Op::Slice { x, out, group, first } => {
+                let (x_cols, cols) = (self.cols(*x), self.cols(*out));
+                let len = cols / (x_cols / group);
+                let shader = self
+                    .shader("slice")
+                    .read("x", "f32", self.tensor(*x))
+                    .u32("X_COLUMNS", x_cols)
+                    .u32("LEN", len)
+                    .u32("GROUP", *group)
+                    .u32("FIRST", *first);
+                let column = "at % COLUMNS";
+                let element =
+                    format!("x[at / COLUMNS * X_COLUMNS + {column} / LEN * GROUP + FIRST + {column} % LEN]");
+                self.elementwise(shader, *out, &element);
+            }
             Op::Glu { gate, up, out, act } => {
                 let shader = self
                     .shader("glu")
