@@ -57,8 +57,8 @@ pub(super) fn describe(gguf: &Gguf, architecture: &str) -> String {
     // Families of one maker are named alike: the longest beginning that is more than a letter or two.
     let alike = |name: &str| name.bytes().zip(architecture.bytes()).take_while(|(a, b)| a == b).count();
     let named = architectures().map(|name| (alike(name), name)).filter(|(length, _)| *length >= 4);
-    let named =
-        named.max_by_key(|(length, name)| (*length, std::cmp::Reverse(name.len()))).map(|(_, name)| name);
+    let other = |name: &str| std::cmp::Reverse(name.len().abs_diff(architecture.len()));
+    let named = named.max_by_key(|(length, name)| (*length, other(name))).map(|(_, name)| name);
     let built =
         LIKE.iter().find(|(_, names)| names.iter().all(|name| parts.contains(name))).map(|(name, _)| *name);
     let missing = match blocks.as_slice() {

@@ -50,6 +50,9 @@ FAMILIES = {
     "gemma": dict(dim=64, heads=4, kv=1, head=24, tied=True),
     "glm4": dict(dim=64, heads=4, kv=2, norms=("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"), qkv_bias=True,
                  ffn="fused", rotated=8),
+    # The order of rows is that of halves, and a text has the same coordinates in all sections.
+    "glm4-sections": dict(arch="glm4", norms=("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"), qkv_bias=True,
+                          ffn="fused", rotated=8, keys={"rope.dimension_sections": [1, 2, 1, 0]}),
     "gptneox": dict(kv=2, norm="layer", fused_qkv=True, **BIASES, ffn="plain", rotated=4,
                     keys={"use_parallel_residual": True}),
     "gptneox-sequential": dict(arch="gptneox", norm="layer", kv=2, fused_qkv=True, **BIASES, ffn="plain", rotated=4,
