@@ -79,6 +79,13 @@ fn all_families_give_the_same_bits() {
 }
 
 #[test]
+fn decoders_that_give_vectors_are_refused() {
+    let model = Model::open(committed().join("embedding/qwen3-embedding.gguf")).unwrap();
+    let error = export(&model, &ExportOptions::default().context(64)).unwrap_err().to_string();
+    assert!(error.contains("no decoder that gives vectors"), "{error}");
+}
+
+#[test]
 fn all_formats_give_the_same_bits() {
     for case in cases(&committed()) {
         same(&Arc::new(Model::open(&case.model).unwrap()), Format::Q8_0, &case.model.display().to_string());

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use halite::backend::Backend;
 use halite::backend::cpu::Cpu;
+use halite::backend::reference::Reference;
 use halite_testing::golden::{self, bound, committed, family_folders, folder};
 
 fn check(dir: &Path, select: impl Fn(&str) -> Option<f64>) {
@@ -23,6 +24,12 @@ fn families() {
     for dir in family_folders() {
         check(&dir, |_| Some(1e-8));
     }
+}
+
+#[test]
+fn families_by_definition() {
+    let reference = Arc::new(Reference::new()) as Arc<dyn Backend>;
+    golden::check(&reference, &committed().join("families"), |_| Some(1e-8));
 }
 
 #[test]

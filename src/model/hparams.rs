@@ -384,12 +384,22 @@ impl Hparams {
         list.get(layer as usize).copied().unwrap_or(0)
     }
 
+    /// Whether the model gives vectors of texts: it is an encoder, or a decoder whose file has a pooling.
+    pub(crate) fn embeds(&self) -> bool {
+        self.pooling_type.is_some_and(|pooling| pooling != Pooling::None)
+    }
+
     /// Returns the KV cache of a layer.
     pub(crate) fn kv_state(&self, layer: u32, window: Option<u32>, causal: bool) -> State {
+        let kv_heads = Hparams::at(&self.head_count_kv, layer);
         State {
-            // Without causal attention no layer needs earlier steps, so all layers share one cache.
-            name: if causal { format!("kv.{layer}") } else { "kv".into() },
-            kv_heads: Hparams::at(&self.head_count_kv, layer),
+            // A text whose vector is wanted is whole in a step. No layer needs earlier steps, so layers share a cache.
+            name: match (causal, self.embeds()) {
+                (false, _) => "kv".into(),
+                (true, true) => format!("kv.{kv_heads}.{}", window.unwrap_or(0)),
+                (true, false) => format!("kv.{layer}"),
+            },
+            kv_heads,
             key_dim: self.key_length,
             value_dim: self.value_length,
             format: self.kv_format,

@@ -264,14 +264,15 @@ impl Model {
         let used: HashSet<&str> =
             weights.map(|t| t.part.as_ref().map_or(&t.name, |part| &part.of).as_str()).collect();
         let mut names = self.gguf.tensors().map(|t| t.record.name.as_str());
-        // Layers that draft tokens change no result.
+        // Layers that draft tokens change no result, and a decoder that embeds has no use for its output matrix.
         let h = &self.hparams;
         let drafting = h.block_count..h.block_count.saturating_add(h.nextn_predict_layers);
         let drafts = |name: &str| {
             let layer = name.strip_prefix("blk.").and_then(|rest| rest.split('.').next()?.parse().ok());
             layer.is_some_and(|layer: u32| drafting.contains(&layer))
         };
-        let unused = names.find(|name| !used.contains(name) && !OPTIONAL.contains(name) && !drafts(name));
+        let optional = |name: &str| OPTIONAL.contains(&name) || h.embeds() && name == "output.weight";
+        let unused = names.find(|name| !used.contains(name) && !optional(name) && !drafts(name));
         unused.map_or(Ok(()), |name| {
             let architecture = printable(self.hparams.architecture.as_bytes());
             Err(Error::Model(format!("tensor `{name}` of the file is unknown to the family {architecture}")))

@@ -548,9 +548,13 @@ impl<'n, 'b> Network<'n, 'b> {
     }
 
     /// The end of an encoder: gathers the output rows.
-    pub fn embeddings(self, x: TensorId) {
+    pub fn embeddings(mut self, x: TensorId) {
         self.b.segment("output");
         let x = self.b.gather(x);
+        self.give_embeddings(x);
+    }
+
+    fn give_embeddings(&mut self, x: TensorId) {
         self.b.name(x, "embeddings");
         self.b.output(x);
         self.b.outputs().hidden = Some(x);
@@ -558,7 +562,7 @@ impl<'n, 'b> Network<'n, 'b> {
 
     /// The end of a decoder: gathers the output rows and computes their logits, times a factor. The most
     /// likely token and the most likely tokens are computed in segments of their own. Without an output
-    /// matrix in the file, the output matrix is the embedding table.
+    /// matrix in the file, the output matrix is the embedding table. A model that embeds ends before its logits.
     pub fn head(self, x: TensorId, scale: f32) {
         self.head_with_norm(x, "output_norm", scale);
     }
@@ -569,6 +573,10 @@ impl<'n, 'b> Network<'n, 'b> {
         self.prefix.clear();
         let x = self.b.gather(x);
         let x = self.norm_as("norm", norm, x);
+        if self.h.embeds() {
+            self.give_embeddings(x);
+            return;
+        }
         let name = if self.has("output.weight") { "output" } else { "token_embd" };
         let weight = self.weight(&format!("{name}.weight"), self.h.vocab_size, self.h.embedding_length);
         let bias = self.bias("output", self.h.vocab_size);

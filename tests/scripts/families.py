@@ -3,7 +3,7 @@
 says of them, for tests/golden.rs.
 
     pip install gguf numpy
-    families.py LOGITS            all, with LOGITS the program of llama_logits.cpp: tests/data/golden/families
+    families.py LOGITS            all, with LOGITS the program of llama_logits.cpp: folders of tests/data/golden
     families.py LOGITS NAME...    these models; the others stay
 
 The models have no vocabulary: token ids in, logits out. Each row below is a family, or a variant of it that real files have; the
@@ -19,7 +19,7 @@ import tempfile
 import gguf
 import numpy as np
 
-OUT = pathlib.Path(__file__).resolve().parents[1] / "data" / "golden" / "families"
+OUT = pathlib.Path(__file__).resolve().parents[1] / "data" / "golden"
 VOCAB, CONTEXT, TOKENS = 160, 256, 96
 POSITIONS = [0, 1, 7, 15, 16, 17, 31, 40, 63, 64, 65, 80, 95]
 
@@ -72,6 +72,8 @@ FAMILIES = {
     "plamo": dict(norms=("attn_norm",)),
     "qwen2moe": dict(EXPERTS | dict(hidden=48), dim=64, heads=4, kv=2, qkv_bias=True, base=1e6, shared=48, shared_gate=True,
                      keys={"expert_feed_forward_length": 16}),
+    # Its vectors times the embedding table are its logits.
+    "qwen3-embedding": dict(folder="embedding", arch="qwen3", head=24, qk_norm="head", base=1e6, tied=True, keys={"pooling_type": 3}),
     "seed_oss": dict(dim=64, heads=4, kv=2, head=24, norms=("attn_norm", "post_attention_norm"), qkv_bias=True, base=1e7),
     # llama.cpp takes a window of 4096 whatever the file says.
     "smallthinker": dict(EXPERTS, layers=5, base=1.5e6, tied=True,
@@ -201,23 +203,24 @@ def main():
     parser.add_argument("logits", help="the program of llama_logits.cpp")
     parser.add_argument("names", nargs="*", help="models to write; default: all")
     args = parser.parse_args()
-    OUT.mkdir(exist_ok=True)
-    manifest = OUT / "manifest.json"
-    entries = {entry["model"]: entry for entry in json.loads(manifest.read_text())} if manifest.exists() else {}
     for name in args.names or FAMILIES:
-        path = OUT / f"{name}.gguf"
-        model(name, **FAMILIES[name]).write(path)
+        row = dict(FAMILIES[name])
+        folder = OUT / row.pop("folder", "families")
+        folder.mkdir(exist_ok=True)
+        path = folder / f"{name}.gguf"
+        model(name, **row).write(path)
         tokens = np.random.default_rng(list(name.encode())).integers(VOCAB, size=TOKENS).tolist()
         with tempfile.NamedTemporaryFile() as out:
             subprocess.run([args.logits, path, out.name, *map(str, tokens)], check=True, stderr=subprocess.DEVNULL)
             logits = np.fromfile(out.name, np.float32).reshape(TOKENS, VOCAB)[POSITIONS]
         assert np.isfinite(logits).all(), name
-        logits.tofile(OUT / f"{name}.logits.f32")
+        logits.tofile(folder / f"{name}.logits.f32")
+        manifest = folder / "manifest.json"
+        entries = {entry["model"]: entry for entry in json.loads(manifest.read_text())} if manifest.exists() else {}
         entries[path.name] = dict(model=path.name, tokens=tokens, positions=POSITIONS, logits=f"{name}.logits.f32",
                                   shape=list(logits.shape))
+        manifest.write_text("[\n" + ",\n".join(json.dumps(entries[name]) for name in sorted(entries)) + "\n]\n")
         print(f"{name}: {path.stat().st_size} bytes, logits {logits.std():.3f}")
-    rows = (json.dumps(entries[name]) for name in sorted(entries))
-    manifest.write_text("[\n" + ",\n".join(rows) + "\n]\n")
 
 
 if __name__ == "__main__":
