@@ -1,4 +1,4 @@
-//! Text embeddings with an encoder (Reimers & Gurevych 2019).
+//! Text embeddings with an encoder (Reimers & Gurevych 2019), or with a decoder whose file has a pooling (Wang et al. 2024).
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -12,7 +12,7 @@ use crate::loaded::{Ceiling, Footprint, Loaded};
 use crate::memory::zeroed;
 use crate::model::{Model, Pooling, ProgramOptions};
 use crate::passes;
-use crate::program::{PAGE_POSITIONS, Program};
+use crate::program::{PAGE_POSITIONS, Program, StateKind};
 use crate::session::MAX_RUNS;
 use crate::tokenizer::{EncodeOptions, Tokenizer};
 
@@ -75,6 +75,13 @@ fn planned(model: &Model, batch: u32) -> Result<(Program, Limits, u64)> {
     let h = model.hparams();
     // A smaller format gains nothing.
     let program = model.program(ProgramOptions { kv_format: Format::F32 }, h.context_length)?;
+    // Only sessions clear them between texts.
+    if program.states.iter().any(|state| state.kind != StateKind::Cache) {
+        return Err(Error::Model(format!(
+            "family {}: recurrent layers give no vectors of texts",
+            h.architecture
+        )));
+    }
     let tokens = batch.max(1);
     let pages = u64::from(tokens / PAGE_POSITIONS) + MAX_RUNS as u64;
     Ok((program, Limits { tokens, outputs: tokens }, pages))

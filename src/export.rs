@@ -72,6 +72,10 @@ pub fn export(model: &Model, options: &ExportOptions) -> Result<(Vec<u32>, Image
     let mut program = model.program(options.program, options.context)?;
     let mut options = *options;
     if program.outputs.hidden.is_some() {
+        // An image tells by its causality whether each step is a text of its own.
+        if program.states.iter().any(|state| state.causal) {
+            return Err(Error::Model("images have no decoder that gives vectors of texts".into()));
+        }
         options = options.tokens(options.context);
         program = model.program(options.program.kv_format(Format::F32), options.context)?;
     }

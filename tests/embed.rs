@@ -14,6 +14,7 @@ use halite::session::{Session, SessionOptions};
 use halite::tokenizer::EncodeOptions;
 use halite::{Error, Model};
 use halite_testing::bert::*;
+use halite_testing::golden;
 
 #[test]
 fn vectors_are_those_of_double_precision() {
@@ -82,6 +83,37 @@ fn long_texts_are_cut_only_on_request() {
     assert!(strict.embed_tokens(&[vec![9999]]).unwrap_err().to_string().contains("token id"));
     strict.cancel_handle().cancel();
     assert!(matches!(strict.embed_tokens(&[vec![1]]), Err(Error::Cancelled)));
+}
+
+/// A decoder whose file has a pooling: its vectors times its embedding table are llama.cpp's logits.
+#[test]
+fn decoders_embed_if_their_file_has_a_pooling() {
+    let case = golden::cases(&golden::committed().join("embedding")).remove(0);
+    let model = Arc::new(Model::open(&case.model).unwrap());
+    let options = EmbedOptions::default().pooling(Pooling::None).normalize(false);
+    let mut all = Embedder::new(&model, &cpu(), &options).unwrap();
+    let vectors = all.embed_tokens(std::slice::from_ref(&case.tokens)).unwrap();
+    let table = model.gguf().tensor("token_embd.weight").unwrap().rows().unwrap();
+    let table: Vec<f32> = table.as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b)).collect();
+    let (mut error, mut power) = (0.0, 0.0);
+    let rows = case.logits.chunks_exact(model.hparams().vocab_size as usize);
+    for (row, &position) in rows.zip(&case.positions) {
+        for (embedding, want) in table.chunks_exact(all.dimension()).zip(row) {
+            let products = embedding.iter().zip(&vectors[position]).map(|(a, b)| f64::from(a * b));
+            error += (products.sum::<f64>() - f64::from(*want)).powi(2);
+            power += f64::from(*want).powi(2);
+        }
+    }
+    assert!(error / power < 1e-8, "{:e}", error / power);
+
+    let mut last = Embedder::new(&model, &cpu(), &EmbedOptions::default()).unwrap();
+    assert_eq!(last.pooling(), Pooling::Last);
+    let texts = [case.tokens[..40].to_vec(), case.tokens.clone()];
+    let got = last.embed_tokens(&texts).unwrap();
+    for (vector, at) in got.iter().zip([39, 95]) {
+        assert!((cosine(vector, &vectors[at]) - 1.0).abs() < 1e-6, "{at}");
+    }
+    assert!(Session::new(&model, &cpu(), &SessionOptions::default().context(64)).is_err());
 }
 
 #[test]

@@ -12,7 +12,7 @@ use halite::session::{OutputKind, OutputTokens, Run};
 use halite::{Backend, Cpu, EmbedOptions, Embedder, Model, Session, SessionOptions, Tokenizer};
 use halite_micro::{Error, Image, greedy};
 use halite_testing::bert;
-use halite_testing::golden::{cases, committed, folder};
+use halite_testing::golden::{cases, committed, family_folders, folder};
 
 const CONTEXT: u32 = 256;
 
@@ -73,10 +73,16 @@ fn same(model: &Arc<Model>, kv: Format, name: &str) {
 
 #[test]
 fn all_families_give_the_same_bits() {
-    let Some(dir) = folder() else { return };
-    for case in cases(&dir.join("families")) {
+    for case in family_folders().iter().flat_map(|dir| cases(dir)) {
         same(&Arc::new(Model::open(&case.model).unwrap()), Format::F16, &case.model.display().to_string());
     }
+}
+
+#[test]
+fn decoders_that_give_vectors_are_refused() {
+    let model = Model::open(committed().join("embedding/qwen3-embedding.gguf")).unwrap();
+    let error = export(&model, &ExportOptions::default().context(64)).unwrap_err().to_string();
+    assert!(error.contains("no decoder that gives vectors"), "{error}");
 }
 
 #[test]

@@ -7,7 +7,8 @@ use std::sync::Arc;
 
 use halite::backend::Backend;
 use halite::backend::cpu::Cpu;
-use halite_testing::golden::{self, bound, committed, folder};
+use halite::backend::reference::Reference;
+use halite_testing::golden::{self, bound, committed, family_folders, folder};
 
 fn check(dir: &Path, select: impl Fn(&str) -> Option<f64>) {
     golden::check(&(Arc::new(Cpu::with_threads(2).unwrap()) as Arc<dyn Backend>), dir, select);
@@ -20,8 +21,15 @@ fn the_committed_set() {
 
 #[test]
 fn families() {
-    let Some(dir) = folder() else { return };
-    check(&dir.join("families"), |_| Some(1e-8));
+    for dir in family_folders() {
+        check(&dir, |_| Some(1e-8));
+    }
+}
+
+#[test]
+fn families_by_definition() {
+    let reference = Arc::new(Reference::new()) as Arc<dyn Backend>;
+    golden::check(&reference, &committed().join("families"), |_| Some(1e-8));
 }
 
 #[test]

@@ -15,7 +15,7 @@ const VOCAB: usize = 160;
 /// A short convolution, and the delta rule beside attention.
 fn models() -> [Arc<Model>; 2] {
     ["lfm2", "qwen35"]
-        .map(|name| Arc::new(Model::open(golden::committed().join(format!("{name}.gguf"))).unwrap()))
+        .map(|name| Arc::new(Model::open(golden::committed().join(format!("families/{name}.gguf"))).unwrap()))
 }
 
 fn cpu() -> Arc<dyn Backend> {

@@ -19,11 +19,7 @@ pub(super) fn record(h: &Hparams, b: &mut Builder<'_>) {
         let windowed = h.is_windowed(layer, WINDOW_PERIOD);
         let (window, rope) = (windowed.then_some(sliding_window), windowed.then_some(&rope));
         let attention = Attention { rope, window, ..n.attention_of() };
-        let normed = n.norm("attn_norm", x);
-        let attended = n.attention(normed, &attention);
-        let fed = n.gated_mlp(normed, Gate::Silu);
-        let y = n.add("ffn_residual", fed, x);
-        x = n.add("attn_residual", y, attended);
+        x = n.parallel_layer(x, &attention, |n, x| n.gated_mlp(x, Gate::Silu));
     }
     n.head(x, logit_scale);
 }

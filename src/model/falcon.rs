@@ -1,5 +1,5 @@
-//! Falcon (Almazrouei et al. 2023): parallel attention and feed-forward blocks, which share a norm in the
-//! smaller model and have one each in the larger.
+//! Falcon (Almazrouei et al. 2023): parallel attention and feed-forward blocks, which share a norm in the smaller model and have
+//! one each in the larger. Phi-2 (Microsoft 2023) is the smaller one with partial rotary embeddings, and biases everywhere.
 
 use super::Hparams;
 use super::network::{Attention, Network};

@@ -1,9 +1,22 @@
-//! Gemma 2 and 3 (Gemma Team 2024, 2025): norms before and after each block, sliding-window attention in most
-//! layers. Gemma 2 caps its logits; Gemma 3 normalises queries and keys instead.
+//! Gemma 1, 2 and 3 (Gemma Team 2024, 2024, 2025). Gemma 1 is Llama with GELU and scaled embeddings. The others have norms
+//! before and after each block, and sliding-window attention in most layers. Gemma 2 caps its logits; Gemma 3 normalises
+//! queries and keys instead.
 
 use super::Hparams;
 use super::network::{Attention, Network, QkNorm};
 use crate::program::{Builder, Gate, NormKind, RopePairs, Rotation};
+
+pub(super) fn record_1(h: &Hparams, b: &mut Builder<'_>) {
+    let mut n = Network::new(h, b, NormKind::Rms);
+    let rope = n.rope(RopePairs::Halves);
+    let mut x = n.embed((h.embedding_length as f32).sqrt());
+    for layer in 0..h.block_count {
+        n.layer(layer);
+        let attention = Attention { rope: Some(&rope), ..n.attention_of() };
+        x = n.pre_norm_layer(x, &attention, |n, x| n.gated_mlp(x, Gate::Gelu));
+    }
+    n.head(x, 1.0);
+}
 
 pub(super) fn record_2(h: &Hparams, b: &mut Builder<'_>) {
     let mut n = Network::new(h, b, NormKind::Rms);
@@ -53,15 +66,7 @@ fn record(mut n: Network<'_, '_>, gemma: &Gemma<'_>) {
         let scale = h.attention_scale.unwrap_or(1.0 / (scaled_by as f32).sqrt());
         let attention =
             Attention { rope: Some(rope), window, qk_norm: gemma.qk_norm, scale, ..n.attention_of() };
-
-        let y = n.norm("attn_norm", x);
-        let y = n.attention(y, &attention);
-        let y = n.norm_as("attn_post_norm", "post_attention_norm", y);
-        x = n.add("attn_residual", x, y);
-        let y = n.norm("ffn_norm", x);
-        let y = n.gated_mlp(y, Gate::Gelu);
-        let y = n.norm_as("ffn_post_norm", "post_ffw_norm", y);
-        x = n.add("ffn_residual", x, y);
+        x = n.sandwich_norm_layer(x, &attention, |n, x| n.gated_mlp(x, Gate::Gelu));
     }
     n.head(x, 1.0);
 }

@@ -1,4 +1,5 @@
-//! GPT-2 (Radford et al. 2019): learned positions, layer norms, biases everywhere.
+//! GPT-2 (Radford et al. 2019): learned positions, layer norms, biases everywhere. StarCoder (Li et al. 2023) shares one head of
+//! keys and values.
 
 use super::Hparams;
 use super::network::Network;

@@ -64,9 +64,13 @@ pub struct Hparams {
     pub embedding_scale: Option<f32>,
     pub residual_scale: Option<f32>,
     pub logit_scale: Option<f32>,
+    /// Whether attention and the feed-forward block read the same residual stream (GPT-NeoX).
+    pub use_parallel_residual: Option<bool>,
     pub expert_count: u32,
     pub expert_used_count: u32,
     pub expert_feed_forward_length: Option<u32>,
+    /// Hidden elements of the expert that all tokens use.
+    pub expert_shared_feed_forward_length: Option<u32>,
     pub expert_gating_func: Option<Gating>,
     pub expert_weights_norm: Option<bool>,
     pub expert_weights_scale: Option<f32>,
@@ -296,6 +300,13 @@ impl Hparams {
             Some(length) => Some(ranged("expert_feed_forward_length", length, MAX_EXTENT)?),
             None => None,
         };
+        let expert_shared_feed_forward_length = match gguf
+            .optional_u32(&key("expert_shared_feed_forward_length"))?
+            .filter(|&length| length > 0)
+        {
+            Some(length) => Some(ranged("expert_shared_feed_forward_length", length, MAX_EXTENT)?),
+            None => None,
+        };
         let feed_forward_length = per_layer("feed_forward_length")?
             .or_else(|| expert_feed_forward_length.map(|length| vec![length; layers]))
             .ok_or_else(|| missing("feed_forward_length"))?;
@@ -347,9 +358,11 @@ impl Hparams {
             embedding_scale: factor("embedding_scale")?,
             residual_scale: factor("residual_scale")?,
             logit_scale: factor("logit_scale")?,
+            use_parallel_residual: gguf.optional_bool(&key("use_parallel_residual"))?,
             expert_count,
             expert_used_count,
             expert_feed_forward_length,
+            expert_shared_feed_forward_length,
             expert_gating_func,
             expert_weights_norm: gguf.optional_bool(&key("expert_weights_norm"))?,
             expert_weights_scale: factor("expert_weights_scale")?,
@@ -376,12 +389,22 @@ impl Hparams {
         list.get(layer as usize).copied().unwrap_or(0)
     }
 
+    /// Whether the model gives vectors of texts: it is an encoder, or a decoder whose file has a pooling.
+    pub(crate) fn embeds(&self) -> bool {
+        self.pooling_type.is_some_and(|pooling| pooling != Pooling::None)
+    }
+
     /// Returns the KV cache of a layer.
     pub(crate) fn kv_state(&self, layer: u32, window: Option<u32>, causal: bool) -> State {
+        let kv_heads = Hparams::at(&self.head_count_kv, layer);
         State {
-            // Without causal attention no layer needs earlier steps, so all layers share one cache.
-            name: if causal { format!("kv.{layer}") } else { "kv".into() },
-            kv_heads: Hparams::at(&self.head_count_kv, layer),
+            // A text whose vector is wanted is whole in a step. No layer needs earlier steps, so layers share a cache.
+            name: match (causal, self.embeds()) {
+                (false, _) => "kv".into(),
+                (true, true) => format!("kv.{kv_heads}.{}", window.unwrap_or(0)),
+                (true, false) => format!("kv.{layer}"),
+            },
+            kv_heads,
             key_dim: self.key_length,
             value_dim: self.value_length,
             format: self.kv_format,

@@ -1,5 +1,5 @@
-//! Llama 2 and 3, Mistral and Ministral, and Mixtral's mixture of experts (Touvron et al. 2023; Jiang et al.
-//! 2023, 2024).
+//! Llama 2 and 3, Mistral and Ministral, and Mixtral's mixture of experts (Touvron et al. 2023; Jiang et al. 2023, 2024). InternLM 2
+//! (Cai et al. 2024), ERNIE 4.5's dense models (Baidu 2025) and XVERSE (2023) are the same.
 
 use super::Hparams;
 use super::network::{Attention, Network};

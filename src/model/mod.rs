@@ -1,21 +1,33 @@
 //! Model families as plain programs. A family reads its hyper-parameters from the file and records ops; it
 //! knows no backend.
 
+mod arcee;
+mod baichuan;
 mod bert;
 mod cohere2;
+mod command_r;
+mod exaone4;
 mod falcon;
 mod gemma;
+mod glm;
 mod gpt2;
 mod gpt_oss;
+mod gptneox;
 mod granite;
 mod hparams;
+mod hunyuan;
 mod lfm2;
 mod llama;
+mod nemotron;
 mod network;
 mod olmo2;
+mod olmoe;
 mod phi;
+mod plamo;
 mod qwen;
 mod qwen35;
+mod seed_oss;
+mod smallthinker;
 mod smollm3;
 mod stablelm;
 mod starcoder2;
@@ -41,28 +53,57 @@ type Record = fn(&Hparams, &mut Builder<'_>);
 
 /// One line per architecture: its name in `general.architecture` and the function that records it.
 const FAMILIES: &[(&str, Record)] = &[
+    ("arcee", arcee::record),
+    ("baichuan", baichuan::record),
     ("bert", bert::record),
+    ("chatglm", glm::record_chat),
+    ("codeshell", starcoder2::record),
     ("cohere2", cohere2::record),
+    ("command-r", command_r::record),
+    ("ernie4_5", llama::record),
+    ("exaone", qwen::record_2),
+    ("exaone4", exaone4::record),
     ("falcon", falcon::record),
+    ("gemma", gemma::record_1),
     ("gemma2", gemma::record_2),
     ("gemma3", gemma::record_3),
+    ("glm4", glm::record_4),
     ("gpt-oss", gpt_oss::record),
     ("gpt2", gpt2::record),
+    ("gptneox", gptneox::record),
     ("granite", granite::record),
+    ("granitemoe", granite::record),
+    ("hunyuan-dense", hunyuan::record),
+    ("internlm2", llama::record),
     ("lfm2", lfm2::record),
     ("llama", llama::record),
+    ("maincoder", hunyuan::record_maincoder),
+    ("minicpm", granite::record_minicpm),
     ("mistral3", llama::record),
+    ("nemotron", nemotron::record),
     ("nomic-bert", bert::record_nomic),
     ("olmo2", olmo2::record),
+    ("olmoe", olmoe::record),
+    ("openelm", qwen::record_3),
+    ("orion", stablelm::record),
+    ("pangu-embedded", qwen::record_2),
+    ("phi2", falcon::record),
     ("phi3", phi::record),
     ("phimoe", phi::record),
+    ("plamo", plamo::record),
     ("qwen2", qwen::record_2),
+    ("qwen2moe", qwen::record_2_moe),
     ("qwen3", qwen::record_3),
     ("qwen35", qwen35::record),
+    ("qwen35moe", qwen35::record),
     ("qwen3moe", qwen::record_3),
+    ("seed_oss", seed_oss::record),
+    ("smallthinker", smallthinker::record),
     ("smollm3", smollm3::record),
     ("stablelm", stablelm::record),
+    ("starcoder", gpt2::record),
     ("starcoder2", starcoder2::record),
+    ("xverse", llama::record),
 ];
 
 /// Tensors of which a model uses at most one.
@@ -224,14 +265,15 @@ impl Model {
         let used: HashSet<&str> =
             weights.map(|t| t.part.as_ref().map_or(&t.name, |part| &part.of).as_str()).collect();
         let mut names = self.gguf.tensors().map(|t| t.record.name.as_str());
-        // Layers that draft tokens change no result.
+        // Layers that draft tokens change no result, and a decoder that embeds has no use for its output matrix.
         let h = &self.hparams;
         let drafting = h.block_count..h.block_count.saturating_add(h.nextn_predict_layers);
         let drafts = |name: &str| {
             let layer = name.strip_prefix("blk.").and_then(|rest| rest.split('.').next()?.parse().ok());
             layer.is_some_and(|layer: u32| drafting.contains(&layer))
         };
-        let unused = names.find(|name| !used.contains(name) && !OPTIONAL.contains(name) && !drafts(name));
+        let optional = |name: &str| OPTIONAL.contains(&name) || h.embeds() && name == "output.weight";
+        let unused = names.find(|name| !used.contains(name) && !optional(name) && !drafts(name));
         unused.map_or(Ok(()), |name| {
             let architecture = printable(self.hparams.architecture.as_bytes());
             Err(Error::Model(format!("tensor `{name}` of the file is unknown to the family {architecture}")))

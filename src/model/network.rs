@@ -25,6 +25,8 @@ pub(super) struct Network<'n, 'b> {
 pub(super) enum QkNorm {
     /// Each head, with the same weights.
     Head,
+    /// The same after the rotation, not before.
+    RotatedHead,
     /// All heads together.
     Row,
 }
@@ -186,7 +188,12 @@ impl<'n, 'b> Network<'n, 'b> {
 
     /// The file's rotary embedding.
     pub fn rope(&mut self, pairs: RopePairs) -> Rotation {
-        let (frequencies, magnitude) = self.h.rope_frequencies(self.h.rope_freq_base, self.h.rope_scaling);
+        self.rope_of(self.h.rope_freq_base, pairs)
+    }
+
+    /// The same with another base.
+    pub fn rope_of(&mut self, base: f32, pairs: RopePairs) -> Rotation {
+        let (frequencies, magnitude) = self.h.rope_frequencies(base, self.h.rope_scaling);
         let magnitude = magnitude * self.h.rope_attn_factor;
         let head_dim = self.h.key_length;
         Rotation { head_dim, frequencies, factors: self.rope_factors(), magnitude, pairs }
@@ -241,15 +248,24 @@ impl<'n, 'b> Network<'n, 'b> {
         };
         let gate = a.gated.then(|| self.b.slice("gate", q, query_length, h.key_length, h.key_length));
         let q = if a.gated { self.b.slice("query", q, query_length, 0, h.key_length) } else { q };
-        let mut place = |part: &str, mut x: TensorId| {
-            if let Some(over) = a.qk_norm {
-                let group = if over == QkNorm::Head { h.key_length } else { self.cols(x) };
-                x = self.norm_over(&format!("{part}_norm"), &format!("attn_{part}_norm"), x, group);
+        let mut place = |part: &str, x: TensorId| {
+            let rotated =
+                |n: &mut Self, x| a.rope.map_or(x, |rope| n.b.rope(&format!("{part}_rope"), x, rope));
+            let normed = |n: &mut Self, x, group| {
+                n.norm_over(&format!("{part}_norm"), &format!("attn_{part}_norm"), x, group)
+            };
+            match a.qk_norm {
+                None => rotated(self, x),
+                Some(QkNorm::RotatedHead) => {
+                    let x = rotated(self, x);
+                    normed(self, x, h.key_length)
+                }
+                Some(over) => {
+                    let group = if over == QkNorm::Head { h.key_length } else { self.cols(x) };
+                    let x = normed(self, x, group);
+                    rotated(self, x)
+                }
             }
-            if let Some(rope) = a.rope {
-                x = self.b.rope(&format!("{part}_rope"), x, rope);
-            }
-            x
         };
         let (q, k) = (place("q", q), place("k", k));
         let kv = self.b.state(h.kv_state(self.layer, a.window, a.causal));
@@ -381,14 +397,24 @@ impl<'n, 'b> Network<'n, 'b> {
     /// A mixture of gated feed-forward experts: a router chooses some for each token (Shazeer et al. 2017).
     /// The file's settings of the router override `gating` and `normalise`.
     pub fn experts(&mut self, x: TensorId, gating: Gating, normalise: bool, act: Gate) -> TensorId {
+        self.experts_routed_by(x, x, gating, normalise, act)
+    }
+
+    /// The same where the router reads another input than the experts.
+    pub fn experts_routed_by(
+        &mut self,
+        routed_by: TensorId,
+        x: TensorId,
+        gating: Gating,
+        normalise: bool,
+        act: Gate,
+    ) -> TensorId {
         let (h, n) = (self.h, self.h.expert_count);
         let (cols, hidden) = (h.embedding_length, h.expert_feed_forward_length.unwrap_or(self.hidden()));
-        let logits = self.linear("router", "ffn_gate_inp", x, n);
+        let logits = self.linear("router", "ffn_gate_inp", routed_by, n);
         let parts =
             [("ffn_gate_exps", hidden, cols), ("ffn_up_exps", hidden, cols), ("ffn_down_exps", cols, hidden)];
-        let weights = parts.map(|(name, rows, cols)| {
-            self.b.expert_weight(&format!("{}{name}.weight", self.prefix), n, rows, cols)
-        });
+        let weights = self.expert_weights(n, parts);
         let has_biases = parts.iter().any(|(name, ..)| self.has(&format!("{name}.bias")));
         let biases =
             has_biases.then(|| parts.map(|(name, rows, _)| self.weight(&format!("{name}.bias"), n, rows)));
@@ -400,6 +426,45 @@ impl<'n, 'b> Network<'n, 'b> {
             h.expert_weights_scale.unwrap_or(1.0),
         );
         self.b.experts(x, routes, weights, biases, act)
+    }
+
+    fn expert_weights(&mut self, experts: u32, parts: [(&str, u32, u32); 3]) -> [TensorId; 3] {
+        parts.map(|(name, rows, cols)| {
+            self.b.expert_weight(&format!("{}{name}.weight", self.prefix), experts, rows, cols)
+        })
+    }
+
+    fn shared_hidden(&self) -> u32 {
+        self.h.expert_shared_feed_forward_length.unwrap_or(self.hidden())
+    }
+
+    /// Adds the result of an expert that all tokens use (DeepSeekMoE, Dai et al. 2024) to that of the chosen ones, if the
+    /// file has such an expert.
+    pub fn add_shared_expert(&mut self, x: TensorId, chosen: TensorId, act: Gate) -> TensorId {
+        if !self.has("ffn_up_shexp.weight") {
+            return chosen;
+        }
+        let hidden = self.shared_hidden();
+        let gate = self.linear("shared_gate", "ffn_gate_shexp", x, hidden);
+        let up = self.linear("shared_up", "ffn_up_shexp", x, hidden);
+        let y = self.b.glu(gate, up, act);
+        let shared = self.linear("shared_down", "ffn_down_shexp", y, self.h.embedding_length);
+        self.add("ffn_shared", chosen, shared)
+    }
+
+    /// The same with a gate: the expert's result is multiplied by `σ(gate · x)`. That is a mixture of one expert.
+    pub fn add_gated_shared_expert(&mut self, x: TensorId, chosen: TensorId, act: Gate) -> TensorId {
+        let (cols, hidden) = (self.h.embedding_length, self.shared_hidden());
+        let logit = self.linear("shared_router", "ffn_gate_inp_shexp", x, 1);
+        let routes = self.b.route(logit, 1, Gating::Sigmoid, false, 1.0);
+        let parts = [
+            ("ffn_gate_shexp", hidden, cols),
+            ("ffn_up_shexp", hidden, cols),
+            ("ffn_down_shexp", cols, hidden),
+        ];
+        let weights = self.expert_weights(1, parts);
+        let shared = self.b.experts(x, routes, weights, None, act);
+        self.add("ffn_shared", chosen, shared)
     }
 
     /// A layer with norms before its blocks: `x += attention(norm x)`, then `x += feed_forward(norm x)`.
@@ -414,6 +479,55 @@ impl<'n, 'b> Network<'n, 'b> {
         let x = self.add("attn_residual", x, y);
         let y = self.norm("ffn_norm", x);
         let y = feed_forward(self, y);
+        self.add("ffn_residual", x, y)
+    }
+
+    /// A layer whose blocks read the same input (Wang & Komatsuzaki 2021):
+    /// `x += attention(norm x) + feed_forward(norm x)`.
+    pub fn parallel_layer(
+        &mut self,
+        x: TensorId,
+        attention: &Attention<'_>,
+        feed_forward: impl FnOnce(&mut Self, TensorId) -> TensorId,
+    ) -> TensorId {
+        let normed = self.norm("attn_norm", x);
+        let attended = self.attention(normed, attention);
+        let fed = feed_forward(self, normed);
+        let y = self.add("ffn_residual", fed, x);
+        self.add("attn_residual", y, attended)
+    }
+
+    /// A layer that normalises the results of its blocks, not their inputs (OLMo 2): `x += norm(attention(x))`, then
+    /// `x += norm(feed_forward(x))`.
+    pub fn result_norm_layer(
+        &mut self,
+        x: TensorId,
+        attention: &Attention<'_>,
+        feed_forward: impl FnOnce(&mut Self, TensorId) -> TensorId,
+    ) -> TensorId {
+        let y = self.attention(x, attention);
+        let y = self.norm_as("attn_post_norm", "post_attention_norm", y);
+        let x = self.add("attn_residual", x, y);
+        let y = feed_forward(self, x);
+        let y = self.norm_as("ffn_post_norm", "post_ffw_norm", y);
+        self.add("ffn_residual", x, y)
+    }
+
+    /// A layer with norms before and after each of its blocks (Gemma 2): `x += norm(attention(norm x))`, then
+    /// `x += norm(feed_forward(norm x))`.
+    pub fn sandwich_norm_layer(
+        &mut self,
+        x: TensorId,
+        attention: &Attention<'_>,
+        feed_forward: impl FnOnce(&mut Self, TensorId) -> TensorId,
+    ) -> TensorId {
+        let y = self.norm("attn_norm", x);
+        let y = self.attention(y, attention);
+        let y = self.norm_as("attn_post_norm", "post_attention_norm", y);
+        let x = self.add("attn_residual", x, y);
+        let y = self.norm("ffn_norm", x);
+        let y = feed_forward(self, y);
+        let y = self.norm_as("ffn_post_norm", "post_ffw_norm", y);
         self.add("ffn_residual", x, y)
     }
 
@@ -434,9 +548,13 @@ impl<'n, 'b> Network<'n, 'b> {
     }
 
     /// The end of an encoder: gathers the output rows.
-    pub fn embeddings(self, x: TensorId) {
+    pub fn embeddings(mut self, x: TensorId) {
         self.b.segment("output");
         let x = self.b.gather(x);
+        self.give_embeddings(x);
+    }
+
+    fn give_embeddings(&mut self, x: TensorId) {
         self.b.name(x, "embeddings");
         self.b.output(x);
         self.b.outputs().hidden = Some(x);
@@ -444,7 +562,7 @@ impl<'n, 'b> Network<'n, 'b> {
 
     /// The end of a decoder: gathers the output rows and computes their logits, times a factor. The most
     /// likely token and the most likely tokens are computed in segments of their own. Without an output
-    /// matrix in the file, the output matrix is the embedding table.
+    /// matrix in the file, the output matrix is the embedding table. A model that embeds ends before its logits.
     pub fn head(self, x: TensorId, scale: f32) {
         self.head_with_norm(x, "output_norm", scale);
     }
@@ -455,6 +573,10 @@ impl<'n, 'b> Network<'n, 'b> {
         self.prefix.clear();
         let x = self.b.gather(x);
         let x = self.norm_as("norm", norm, x);
+        if self.h.embeds() {
+            self.give_embeddings(x);
+            return;
+        }
         let name = if self.has("output.weight") { "output" } else { "token_embd" };
         let weight = self.weight(&format!("{name}.weight"), self.h.vocab_size, self.h.embedding_length);
         let bias = self.bias("output", self.h.vocab_size);

@@ -21,12 +21,7 @@ pub(super) fn record(h: &Hparams, b: &mut Builder<'_>) {
         };
         let attention =
             Attention { rope: Some(rope), window, qk_norm: Some(QkNorm::Row), ..n.attention_of() };
-        let y = n.attention(x, &attention);
-        let y = n.norm_as("attn_post_norm", "post_attention_norm", y);
-        x = n.add("attn_residual", x, y);
-        let y = n.gated_mlp(x, Gate::Silu);
-        let y = n.norm_as("ffn_post_norm", "post_ffw_norm", y);
-        x = n.add("ffn_residual", x, y);
+        x = n.result_norm_layer(x, &attention, |n, x| n.gated_mlp(x, Gate::Silu));
     }
     n.head(x, 1.0);
 }

@@ -1,9 +1,9 @@
 //! Qwen 3.5 (Qwen Team 2026): three of four layers are recurrent, with the gated delta rule; the fourth has attention
-//! whose results are gated.
+//! whose results are gated. Or with mixtures of experts, and a shared expert that has a gate.
 
 use super::Hparams;
 use super::network::{Attention, Network, QkNorm};
-use crate::program::{Builder, Gate, NormKind, RopePairs};
+use crate::program::{Builder, Gate, Gating, NormKind, RopePairs};
 
 /// Period of the layers: the last of each period has attention.
 const ATTENTION_PERIOD: u32 = 4;
@@ -24,7 +24,13 @@ pub(super) fn record(h: &Hparams, b: &mut Builder<'_>) {
         };
         x = n.add("attn_residual", x, y);
         let y = n.norm("post_attention_norm", x);
-        let y = n.gated_mlp(y, Gate::Silu);
+        let y = match h.expert_count {
+            0 => n.gated_mlp(y, Gate::Silu),
+            _ => {
+                let chosen = n.experts(y, Gating::Softmax, true, Gate::Silu);
+                n.add_gated_shared_expert(y, chosen, Gate::Silu)
+            }
+        };
         x = n.add("ffn_residual", x, y);
     }
     n.head(x, 1.0);

@@ -1,5 +1,6 @@
 //! StableLM (Stability AI 2023; Bellagente et al. 2024): Llama with layer norms and partial rotary
-//! embeddings. If the feed-forward block has no norm, it reads the same input as attention.
+//! embeddings. If the feed-forward block has no norm, it reads the same input as attention. Orion (Chen et al. 2024) is the same
+//! with full rotary embeddings.
 
 use super::Hparams;
 use super::network::{Attention, Network};

@@ -1,4 +1,4 @@
-//! StarCoder2 (Lozhkov et al. 2024): GPT-2 with rotary positions and grouped-query attention.
+//! StarCoder2 (Lozhkov et al. 2024) and CodeShell (Xie et al. 2024): GPT-2 with rotary positions and grouped-query attention.
 
 use super::Hparams;
 use super::network::{Attention, Network};

@@ -15,7 +15,6 @@ const BLOCKS: &[(&str, &[&str])] = &[
     ("per-layer embeddings", &["per_layer_token_embd", "inp_gate"]),
     ("AltUp", &["altup_router", "altup_proj"]),
     ("Laurel", &["laurel_l"]),
-    ("shared experts", &["ffn_up_shexp", "ffn_gate_inp_shexp"]),
     ("router with a correction bias", &["exp_probs_b"]),
     ("norms inside of attention and feed-forward", &["attn_sub_norm", "ffn_sub_norm"]),
     ("RWKV time mixing", &["time_mix_key", "time_mix_w1", "channel_mix_key"]),
@@ -32,6 +31,8 @@ const LIKE: &[(&str, &[&str])] = &[
     ("gemma3", &["post_ffw_norm", "attn_q_norm", "ffn_gate"]),
     ("gemma2", &["post_ffw_norm", "ffn_norm"]),
     ("olmo2", &["post_ffw_norm", "attn_q_norm"]),
+    ("qwen2moe", &["ffn_gate_inp_shexp"]),
+    ("granitemoe", &["ffn_up_shexp"]),
     ("qwen3moe", &["ffn_gate_exps", "attn_q_norm"]),
     ("llama", &["ffn_gate_exps"]),
     ("nomic-bert", &["layer_output_norm", "ffn_gate"]),
@@ -55,8 +56,8 @@ pub(super) fn describe(gguf: &Gguf, architecture: &str) -> String {
     // Families of one maker are named alike: the longest beginning that is more than a letter or two.
     let alike = |name: &str| name.bytes().zip(architecture.bytes()).take_while(|(a, b)| a == b).count();
     let named = architectures().map(|name| (alike(name), name)).filter(|(length, _)| *length >= 4);
-    let named =
-        named.max_by_key(|(length, name)| (*length, std::cmp::Reverse(name.len()))).map(|(_, name)| name);
+    let other = |name: &str| std::cmp::Reverse(name.len().abs_diff(architecture.len()));
+    let named = named.max_by_key(|(length, name)| (*length, other(name))).map(|(_, name)| name);
     let built =
         LIKE.iter().find(|(_, names)| names.iter().all(|name| parts.contains(name))).map(|(name, _)| *name);
     let missing = match blocks.as_slice() {

@@ -20,13 +20,18 @@ struct Kind {
 
 /// GPT-2's words.
 pub(crate) const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)";
-/// Llama 3's words; the argument is the repetition of digits.
+/// Llama 3's words; the arguments are the repetition of digits and what may follow punctuation.
 macro_rules! llama3 {
     ($digits:literal) => {
+        llama3!($digits, r"[\r\n]*")
+    };
+    ($digits:literal, $after:literal) => {
         concat!(
             r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}",
             $digits,
-            r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+            r"| ?[^\s\p{L}\p{N}]+",
+            $after,
+            r"|\s*[\r\n]+|\s+(?!\S)|\s+"
         )
     };
 }
@@ -61,22 +66,26 @@ const KINDS: &[Kind] = &[
         ..PLAIN
     },
     Kind {
-        names: &["gpt-2", "phi-2", "mpt", "olmo", "jais", "gigachat", "exaone4"],
+        names: &[
+            "gpt-2", "phi-2", "mpt", "olmo", "jais", "gigachat", "exaone4", "a.x-4.0", "mellum", "trillion",
+        ],
         patterns: &[GPT2],
         ..PLAIN
     },
     Kind {
-        names: &["llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "lfm2"],
+        names: &["llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "lfm2", "midm-2.0"],
         patterns: &[llama3!("{1,3}")],
         ignore_merges: true,
         add_bos: true,
     },
-    Kind { names: &["dbrx", "smaug-bpe", "chatglm-bpe", "glm4"], patterns: &[llama3!("{1,3}")], ..PLAIN },
+    Kind { names: &["dbrx", "smaug-bpe", "chatglm-bpe"], patterns: &[llama3!("{1,3}")], ..PLAIN },
+    Kind { names: &["glm4"], patterns: &[llama3!("{1,3}")], ignore_merges: true, ..PLAIN },
     Kind {
-        names: &["qwen2", "deepseek-r1-qwen", "stablelm2", "megrez", "hunyuan"],
+        names: &["qwen2", "deepseek-r1-qwen", "stablelm2", "megrez", "hunyuan", "kormo", "f2llmv2"],
         patterns: &[llama3!("")],
         ..PLAIN
     },
+    Kind { names: &["seed-coder"], patterns: &[llama3!("", "")], ..PLAIN },
     Kind {
         names: &["starcoder", "refact", "command-r", "smollm", "codeshell", "exaone", "minerva-7b"],
         patterns: &[r"\p{N}", GPT2],
@@ -113,7 +122,7 @@ const KINDS: &[Kind] = &[
         ..PLAIN
     },
     Kind {
-        names: &["deepseek-v3"],
+        names: &["deepseek-v3", "hunyuan-dense"],
         patterns: &[
             r"\p{N}{1,3}",
             r"[\x{4E00}-\x{9FA5}\x{3040}-\x{309F}\x{30A0}-\x{30FF}]+",
@@ -274,6 +283,7 @@ mod tests {
             ("llama-bpe", &["HelloWorld", "'s", " ", "123", "45", "!/\n"]),
             ("qwen2", &["HelloWorld", "'s", " ", "1", "2", "3", "4", "5", "!/\n"]),
             ("starcoder", &["HelloWorld", "'s", " ", "1", "2", "3", "4", "5", "!/", "\n"]),
+            ("seed-coder", &["HelloWorld", "'s", " ", "1", "2", "3", "4", "5", "!/", "\n"]),
             ("gpt-4o", &["Hello", "World's", " ", "123", "45", "!/\n"]),
             ("tekken", &["Hello", "World", "'s", " ", "1", "2", "3", "4", "5", "!/\n"]),
             ("falcon", &["HelloWorld", "'", "s", " ", "123", "45", "!/", "\n"]),

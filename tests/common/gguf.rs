@@ -225,7 +225,7 @@ pub fn mixture() -> File {
 }
 
 /// [`llama`]'s metadata under the keys of another family.
-fn family(architecture: &str, file: File) -> File {
+pub fn family(architecture: &str, file: File) -> File {
     let mut file = file.set("general.architecture", architecture);
     for (key, _) in &mut file.entries {
         if let Some(rest) = key.strip_prefix(b"llama.") {
@@ -291,6 +291,13 @@ pub fn gpt_oss() -> File {
 /// The smallest sensible Granite: llama with a factor on the logits.
 pub fn granite() -> File {
     family("granite", llama()).entry("granite.logit_scale", 8f32)
+}
+
+/// The smallest sensible Command R: llama with layer norms, and one norm for both blocks.
+pub fn command_r() -> File {
+    family("command-r", llama())
+        .entry("command-r.attention.layer_norm_epsilon", 1e-5f32)
+        .without("blk.0.ffn_norm.weight")
 }
 
 /// A byte-level vocabulary without a model around it.

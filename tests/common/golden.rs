@@ -30,9 +30,14 @@ pub fn committed() -> PathBuf {
     Path::new(crate::ROOT).join("tests/data/golden")
 }
 
-/// Models of all families of the golden set; none where it is absent.
+/// The folders of families: that of the small set, and that of the golden set where it is there.
+pub fn family_folders() -> Vec<PathBuf> {
+    [committed()].into_iter().chain(folder()).map(|dir| dir.join("families")).collect()
+}
+
+/// Models of all families of both sets.
 pub fn families() -> Vec<PathBuf> {
-    let files = folder().into_iter().flat_map(|dir| std::fs::read_dir(dir.join("families")).unwrap());
+    let files = family_folders().into_iter().flat_map(|dir| std::fs::read_dir(dir).unwrap());
     let files = files.map(|file| file.unwrap().path());
     files.filter(|path| path.extension().is_some_and(|extension| extension == "gguf")).collect()
 }

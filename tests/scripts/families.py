@@ -1,0 +1,266 @@
+#!/usr/bin/env python3
+"""Writes small models of random weights, with only the keys and tensors that real files of their family have, and what llama.cpp
+says of them, for tests/golden.rs.
+
+    pip install gguf numpy
+    families.py LOGITS            all, with LOGITS the program of llama_logits.cpp: folders of tests/data/golden
+    families.py LOGITS NAME...    these models; the others stay
+
+The models have no vocabulary: token ids in, logits out. Each row below is a family, or a variant of it that real files have; the
+keys and tensors are those that llama.cpp's converter writes and its loader reads.
+"""
+
+import argparse
+import json
+import pathlib
+import subprocess
+import tempfile
+
+import gguf
+import numpy as np
+
+OUT = pathlib.Path(__file__).resolve().parents[1] / "data" / "golden"
+VOCAB, CONTEXT, TOKENS = 160, 256, 96
+POSITIONS = [0, 1, 7, 15, 16, 17, 31, 40, 63, 64, 65, 80, 95]
+
+PRE = ("attn_norm", "ffn_norm")
+BIASES = dict(qkv_bias=True, out_bias=True, ffn_bias=True)
+EXPERTS = dict(ffn="experts", hidden=16)
+SCALES = dict(logit_scale=8.0, residual_scale=0.22, embedding_scale=12.0, attention_scale=0.015625)
+YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": 20.0, "rope.scaling.original_context_length": 64}
+PLAIN_ROPE = {"rope.scaling.type": "none", "rope.scaling.factor": 1.0, "rope.scaling.original_context_length": CONTEXT}
+
+# Four heads of values for two of keys.
+DELTA_NET = dict(dim=64, heads=4, kv=2, head=24, gated=True, qk_norm="head", norms=("attn_norm", "post_attention_norm"), base=1e7,
+                 rotated=16, tied=True, keys={
+                     "rope.dimension_sections": [3, 3, 2, 0], "ssm.conv_kernel": 4, "ssm.inner_size": 64, "ssm.state_size": 16,
+                     "ssm.time_step_rank": 4, "ssm.group_count": 2, "full_attention_interval": 4})
+
+FAMILIES = {
+    "arcee": dict(head=16, ffn="plain", keys=YARN),
+    # 32 layers: from their number, llama.cpp takes that the model has rotary positions.
+    "baichuan": dict(dim=16, heads=2, kv=2, hidden=16, layers=32, rotated=8),
+    "chatglm": dict(fused_qkv=True, qkv_bias=True, ffn="fused", rotated=8),
+    "codeshell": dict(norm="layer", fused_qkv=True, **BIASES, ffn="plain",
+                      keys={"rope.scaling.type": "linear", "rope.scaling.factor": 1.0}),
+    "command-r": dict(norm="layer", norm_bias=False, norms=("attn_norm",), tied=True, base=8e6,
+                      keys={"logit_scale": 0.0625, "rope.scaling.type": "none"}),
+    "ernie4_5": dict(head=24, base=5e5, tied=True),
+    "exaone": dict(rope_factors=True, rotated=16, base=5e5, tied=True),
+    "exaone4": dict(norms=("post_attention_norm", "post_ffw_norm"), qk_norm="head", rope_factors=True,
+                    base=1e6, tied=True),
+    # 64 layers: from their number, llama.cpp takes that layers have a window.
+    "exaone4-window": dict(arch="exaone4", dim=16, hidden=16, layers=64, norms=("post_attention_norm", "post_ffw_norm"),
+                           qk_norm="head", base=1e6, keys={"attention.sliding_window": 16,
+                                                           "attention.sliding_window_pattern": [True, True, True, False] * 16}),
+    "gemma": dict(dim=64, heads=4, kv=1, head=24, tied=True),
+    "glm4": dict(dim=64, heads=4, kv=2, norms=("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"), qkv_bias=True,
+                 ffn="fused", rotated=8),
+    # The order of rows is that of halves, and a text has the same coordinates in all sections.
+    "glm4-sections": dict(arch="glm4", norms=("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"), qkv_bias=True,
+                          ffn="fused", rotated=8, keys={"rope.dimension_sections": [1, 2, 1, 0]}),
+    "gptneox": dict(kv=2, norm="layer", fused_qkv=True, **BIASES, ffn="plain", rotated=4,
+                    keys={"use_parallel_residual": True}),
+    "gptneox-sequential": dict(arch="gptneox", norm="layer", kv=2, fused_qkv=True, **BIASES, ffn="plain", rotated=4,
+                               keys={"use_parallel_residual": False}),
+    "granitemoe": dict(EXPERTS, tied=True, keys=SCALES),
+    "granitemoe-shared": dict(EXPERTS, arch="granitemoe", shared=48, tied=True, keys=SCALES),
+    "hunyuan-dense": dict(dim=64, heads=4, kv=2, head=24, qk_norm="head", base=1.1e7, tied=True, keys=PLAIN_ROPE),
+    "internlm2": dict(base=1e6),
+    "lfm2": dict(dim=64, heads=4, kv=[0, 0, 2, 0], layers=4, mixers=["short_conv", "short_conv", "attention", "short_conv"],
+                 qk_norm="head", base=1e6, tied=True, last_norm="token_embd_norm", keys={"shortconv.l_cache": 3}),
+    "maincoder": dict(head=24, qk_norm="head", base=1e6, tied=True),
+    "minicpm": dict(tied=True, keys=dict(logit_scale=9.0, residual_scale=0.22, embedding_scale=12.0)),
+    "nemotron": dict(norm="layer", ffn="plain", rotated=8),
+    "olmoe": dict(EXPERTS, kv=2, qk_norm="row"),
+    "openelm": dict(heads=[2, 4], kv=[1, 2], head=16, hidden=[32, 64], fused_qkv=True, qk_norm="head", tied=True),
+    "orion": dict(norm="layer"),
+    "pangu-embedded": dict(qkv_bias=True, out_bias=True, base=1.6e7),
+    "phi2": dict(dim=64, heads=4, kv=4, norm="layer", norms=("attn_norm",), **BIASES, ffn="plain", output_bias=True, rotated=8),
+    "plamo": dict(norms=("attn_norm",)),
+    "qwen2moe": dict(EXPERTS | dict(hidden=48), dim=64, heads=4, kv=2, qkv_bias=True, base=1e6, shared=48, shared_gate=True,
+                     keys={"expert_feed_forward_length": 16}),
+    # Its vectors times the embedding table are its logits.
+    "qwen3-embedding": dict(folder="embedding", arch="qwen3", head=24, qk_norm="head", base=1e6, tied=True, keys={"pooling_type": 3}),
+    "qwen35": dict(DELTA_NET, layers=5, mixers=["delta_net"] * 3 + ["attention", "delta_net"]),
+    "qwen35-moe": dict(DELTA_NET | EXPERTS | dict(keys=DELTA_NET["keys"] | {"expert_feed_forward_length": 16}), arch="qwen35moe",
+                       layers=4, mixers=["delta_net"] * 3 + ["attention"], shared=16, shared_gate=True),
+    "seed_oss": dict(dim=64, heads=4, kv=2, head=24, norms=("attn_norm", "post_attention_norm"), qkv_bias=True, base=1e7),
+    # llama.cpp takes a window of 4096 whatever the file says.
+    "smallthinker": dict(EXPERTS, layers=5, base=1.5e6, tied=True,
+                         keys={"expert_gating_func": 2, "expert_feed_forward_length": 16, "attention.sliding_window": 4096}),
+    "smallthinker-softmax": dict(EXPERTS, arch="smallthinker", tied=True,
+                                 keys={"expert_gating_func": 1, "expert_feed_forward_length": 16}),
+    "starcoder": dict(norm="layer", positions=True, fused_qkv=True, **BIASES, ffn="plain", tied=True),
+    "xverse": dict(rotated=16),
+}
+
+
+class File:
+    """A model file in the making."""
+
+    def __init__(self, name, architecture):
+        self.random = np.random.default_rng(list(name.encode()))
+        self.architecture = architecture
+        self.writer = gguf.GGUFWriter(None, architecture)
+        self.writer.add_name(name)
+        self.writer.add_tokenizer_model("none")
+
+    def key(self, name, value):
+        name = f"{self.architecture}.{name}"
+        kinds = {bool: "bool", int: "uint32", float: "float32", str: "string", list: "array"}
+        getattr(self.writer, f"add_{kinds[type(value)]}")(name, value)
+
+    def tensor(self, name, *shape, scale, around=0.0):
+        """Random values; the shape as in the file: the length of a row first."""
+        values = around + scale * self.random.standard_normal(shape[::-1])
+        self.writer.add_tensor(name, values.astype(np.float32))
+
+    def norm(self, name, length, bias=False):
+        self.tensor(f"{name}.weight", length, scale=0.1, around=1.0)
+        if bias:
+            self.tensor(f"{name}.bias", length, scale=0.1)
+
+    def linear(self, name, cols, *rows, bias=False):
+        self.tensor(f"{name}.weight", cols, *rows, scale=cols**-0.5)
+        if bias:
+            self.tensor(f"{name}.bias", *rows, scale=0.1)
+
+    def write(self, path):
+        self.writer.write_header_to_file(path)
+        self.writer.write_kv_data_to_file()
+        self.writer.write_tensors_to_file()
+        self.writer.close()
+
+
+def model(name, arch=None, dim=32, heads=2, kv=1, head=None, hidden=48, layers=2, norm="rms", norm_bias=True, norms=PRE,
+          qk_norm=None, fused_qkv=False, qkv_bias=False, out_bias=False, ffn="gated", ffn_bias=False, shared=0, shared_gate=False,
+          tied=False, output_bias=False, positions=False, rotated=None, base=10000.0, rope_factors=False, mixers=None, gated=False,
+          last_norm="output_norm", keys={}):
+    """The file of a family's row."""
+    file = File(name, arch or name)
+    for key, value in dict(vocab_size=VOCAB, context_length=CONTEXT, embedding_length=dim, block_count=layers,
+                           feed_forward_length=hidden).items():
+        file.key(key, value)
+    file.key("attention.head_count", heads)
+    file.key("attention.head_count_kv", kv)
+    layer_norm = norm == "layer"
+    file.key("attention.layer_norm_epsilon" if layer_norm else "attention.layer_norm_rms_epsilon", 1e-5)
+    if head:
+        file.key("attention.key_length", head)
+        file.key("attention.value_length", head)
+    if not positions:
+        file.key("rope.freq_base", base)
+    if rotated:
+        file.key("rope.dimension_count", rotated)
+    # Not a power of 2, so that no shape is right by chance.
+    experts = 6 if ffn == "experts" else 0
+    if experts:
+        file.key("expert_count", experts)
+        file.key("expert_used_count", 2)
+    if shared:
+        file.key("expert_shared_feed_forward_length", shared)
+    for key, value in keys.items():
+        file.key(key, value)
+
+    norm_bias = norm_bias and layer_norm
+    file.tensor("token_embd.weight", dim, VOCAB, scale=dim**-0.5 if tied else 1.0)
+    if positions:
+        file.tensor("position_embd.weight", dim, CONTEXT, scale=0.3)
+    file.norm(last_norm, dim, norm_bias)
+    if not tied:
+        file.linear("output", dim, VOCAB, bias=output_bias)
+    if rope_factors:
+        pairs = (head or dim // heads) // 2
+        file.writer.add_tensor("rope_freqs.weight", np.linspace(1, 8, pairs, dtype=np.float32))
+    per_layer = lambda value, layer: value[layer] if isinstance(value, list) else value
+    for layer in range(layers):
+        at = f"blk.{layer}."
+        queries, groups, inner = (per_layer(value, layer) for value in (heads, kv, hidden))
+        length = head or dim // heads
+        rows, kv_rows = queries * length, groups * length
+        for part in norms:
+            file.norm(at + part, dim, norm_bias)
+        mixer = mixers[layer] if mixers else "attention"
+        if mixer == "short_conv":
+            short_conv(file, at, dim, keys)
+        elif mixer == "delta_net":
+            delta_net(file, at, dim, keys)
+        elif fused_qkv:
+            file.linear(at + "attn_qkv", dim, rows + 2 * kv_rows, bias=qkv_bias)
+        else:
+            for part, count in (("q", 2 * rows if gated else rows), ("k", kv_rows), ("v", kv_rows)):
+                file.linear(f"{at}attn_{part}", dim, count, bias=qkv_bias)
+        if mixer == "attention":
+            file.linear(at + "attn_output", rows, dim, bias=out_bias)
+        if mixer == "attention" and qk_norm:
+            file.norm(at + "attn_q_norm", length if qk_norm == "head" else rows)
+            file.norm(at + "attn_k_norm", length if qk_norm == "head" else kv_rows)
+        if experts:
+            file.linear(at + "ffn_gate_inp", dim, experts)
+            inner = keys.get("expert_feed_forward_length", inner)
+            file.linear(at + "ffn_gate_exps", dim, inner, experts)
+            file.linear(at + "ffn_up_exps", dim, inner, experts)
+            file.linear(at + "ffn_down_exps", inner, dim, experts)
+        else:
+            if ffn == "gated":
+                file.linear(at + "ffn_gate", dim, inner, bias=ffn_bias)
+            file.linear(at + "ffn_up", dim, 2 * inner if ffn == "fused" else inner, bias=ffn_bias)
+            file.linear(at + "ffn_down", inner, dim, bias=ffn_bias)
+        if shared:
+            file.linear(at + "ffn_gate_shexp", dim, shared)
+            file.linear(at + "ffn_up_shexp", dim, shared)
+            file.linear(at + "ffn_down_shexp", shared, dim)
+        if shared_gate:
+            file.tensor(at + "ffn_gate_inp_shexp.weight", dim, scale=dim**-0.5)
+    return file
+
+
+def short_conv(file, at, dim, keys):
+    file.tensor(at + "shortconv.conv.weight", keys["shortconv.l_cache"], dim, scale=0.6)
+    file.linear(at + "shortconv.in_proj", dim, 3 * dim)
+    file.linear(at + "shortconv.out_proj", dim, dim)
+
+
+def delta_net(file, at, dim, keys):
+    inner, key, heads = (keys[f"ssm.{name}"] for name in ("inner_size", "state_size", "time_step_rank"))
+    channels = 2 * keys["ssm.group_count"] * key + inner
+    file.linear(at + "attn_qkv", dim, channels)
+    file.linear(at + "attn_gate", dim, inner)
+    file.tensor(at + "ssm_conv1d.weight", keys["ssm.conv_kernel"], channels, scale=0.5)
+    file.tensor(at + "ssm_dt.bias", heads, scale=0.5)
+    # Always negative, so that states decay.
+    file.writer.add_tensor(at + "ssm_a", -np.exp(file.random.standard_normal(heads)).astype(np.float32))
+    file.linear(at + "ssm_beta", dim, heads)
+    file.linear(at + "ssm_alpha", dim, heads)
+    file.norm(at + "ssm_norm", inner // heads)
+    file.linear(at + "ssm_out", inner, dim)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("logits", help="the program of llama_logits.cpp")
+    parser.add_argument("names", nargs="*", help="models to write; default: all")
+    args = parser.parse_args()
+    for name in args.names or FAMILIES:
+        row = dict(FAMILIES[name])
+        folder = OUT / row.pop("folder", "families")
+        folder.mkdir(exist_ok=True)
+        path = folder / f"{name}.gguf"
+        model(name, **row).write(path)
+        tokens = np.random.default_rng(list(name.encode())).integers(VOCAB, size=TOKENS).tolist()
+        with tempfile.NamedTemporaryFile() as out:
+            subprocess.run([args.logits, path, out.name, *map(str, tokens)], check=True, stderr=subprocess.DEVNULL)
+            logits = np.fromfile(out.name, np.float32).reshape(TOKENS, VOCAB)[POSITIONS]
+        assert np.isfinite(logits).all(), name
+        logits.tofile(folder / f"{name}.logits.f32")
+        manifest = folder / "manifest.json"
+        entries = {entry["model"]: entry for entry in json.loads(manifest.read_text())} if manifest.exists() else {}
+        entries[path.name] = dict(model=path.name, tokens=tokens, positions=POSITIONS, logits=f"{name}.logits.f32",
+                                  shape=list(logits.shape))
+        manifest.write_text("[\n" + ",\n".join(json.dumps(entries[name]) for name in sorted(entries)) + "\n]\n")
+        print(f"{name}: {path.stat().st_size} bytes, logits {logits.std():.3f}")
+
+
+if __name__ == "__main__":
+    main()
