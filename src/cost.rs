@@ -143,7 +143,7 @@ pub fn op(program: &Program, op: &Op, sequences: &[Extent]) -> Cost {
             cost.float_ops = rows.saturating_mul(2 * elements(program, *weight));
             cost.kv_bytes = state_bytes(program, state.0, sequences);
         }
-        Op::DeltaRule { state, .. } => {
+        Op::Recur { state, .. } => {
             let Some(s) = program.states.get(state.0 as usize) else { return cost };
             // Decay, what is known of a key, update, result.
             cost.float_ops = rows.saturating_mul(7 * s.page_bytes() / 4);

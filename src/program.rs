@@ -294,6 +294,37 @@ pub enum Gating {
     Sigmoid,
 }
 
+/// The rule of an [`Op::Recur`].
+#[cfg_attr(feature = "replay", derive(serde::Serialize, serde::Deserialize))]
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
+pub enum Rule<T = TensorId> {
+    /// The gated delta rule (Yang, Kautz & Hatamizadeh 2024): `u = σ(beta) · (v - Sᵀk)` and `out = scale · Sᵀq`. Head h has
+    /// the query and key `h mod key_heads`.
+    Delta {
+        /// `[tokens, heads]`.
+        beta: T,
+        /// A factor on the result.
+        scale: f32,
+    },
+    /// Mamba 2's state-space duality (Dao & Gu 2024), where `v`, `k` and `q` are its x, B and C: `u = rate · v` and
+    /// `out = Sᵀq + d · v`. Head h has the query and key `h · key_heads / heads`.
+    Scan {
+        /// `[1, heads]`.
+        d: T,
+    },
+}
+
+impl<T> Rule<T> {
+    /// Returns the key head of a head.
+    pub fn key_head(&self, head: usize, heads: usize, key_heads: usize) -> usize {
+        match self {
+            Rule::Delta { .. } => head % key_heads.max(1),
+            Rule::Scan { .. } => head * key_heads / heads.max(1),
+        }
+    }
+}
+
 /// An op on operands `T` and KV caches `S`.
 ///
 /// A program has ops on ids. [`Op::try_map`] turns them into ops on something else, such as bound memory or
@@ -418,12 +449,10 @@ pub enum Op<T = TensorId, S = StateId> {
         /// `[tokens, channels]`.
         out: T,
     },
-    /// The gated delta rule (Yang, Kautz & Hatamizadeh 2024), token by token. For each head, with a state `S` of
-    /// `key_dim` by `value_dim`:
-    /// `S ← exp(a · softplus(decay)) · S`, then `S ← S + k (σ(beta) · (v - Sᵀk))ᵀ`, then `out = scale · Sᵀq`.
-    ///
-    /// Head h has the query and key `h mod key_heads`.
-    DeltaRule {
+    /// A linear recurrence, token by token. For each head, with a state `S` of `key_dim` by `value_dim` and
+    /// `rate = softplus(decay)`: `S ← exp(a · rate) · S`, then `S ← S + k uᵀ` with the update `u` of the rule, then `out` of
+    /// the rule.
+    Recur {
         /// `[tokens, key_heads * key_dim]`.
         q: T,
         /// `[tokens, key_heads * key_dim]`.
@@ -432,16 +461,14 @@ pub enum Op<T = TensorId, S = StateId> {
         v: T,
         /// `[tokens, heads]`.
         decay: T,
-        /// `[tokens, heads]`.
-        beta: T,
         /// `[1, heads]`.
         a: T,
+        /// What a token adds to the state, and what its result is.
+        rule: Rule<T>,
         /// A recurrent state.
         state: S,
         /// `[tokens, heads * value_dim]`.
         out: T,
-        /// A factor on the result.
-        scale: f32,
     },
     /// Some elements of each group of columns: elements `first..first + len` of each `group` elements of a row, where
     /// `len` is as much as makes the columns of `out`.
@@ -557,7 +584,7 @@ impl<T, S> Op<T, S> {
             Op::RopeKv { .. } => "RopeKv",
             Op::Attend { .. } => "Attend",
             Op::Conv { .. } => "Conv",
-            Op::DeltaRule { .. } => "DeltaRule",
+            Op::Recur { .. } => "Recur",
             Op::Slice { .. } => "Slice",
             Op::Glu { .. } => "Glu",
             Op::Add { .. } => "Add",
@@ -643,16 +670,18 @@ impl<T, S> Op<T, S> {
                 state: s(state, Write)?,
                 out: t(out, Write)?,
             },
-            Op::DeltaRule { q, k, v, decay, beta, a, state, out, scale } => Op::DeltaRule {
+            Op::Recur { q, k, v, decay, a, rule, state, out } => Op::Recur {
                 q: t(q, Read)?,
                 k: t(k, Read)?,
                 v: t(v, Read)?,
                 decay: t(decay, Read)?,
-                beta: t(beta, Read)?,
                 a: t(a, Read)?,
+                rule: match rule {
+                    Rule::Delta { beta, scale } => Rule::Delta { beta: t(beta, Read)?, scale: *scale },
+                    Rule::Scan { d } => Rule::Scan { d: t(d, Read)? },
+                },
                 state: s(state, Write)?,
                 out: t(out, Write)?,
-                scale: *scale,
             },
             Op::Slice { x, out, group, first } => {
                 Op::Slice { x: t(x, Read)?, out: t(out, Write)?, group: *group, first: *first }
@@ -1046,6 +1075,21 @@ impl<'a> Builder<'a> {
         self.expert_weight(name, 1, rows, cols)
     }
 
+    /// Adds a required column `[len, 1]` of a file as a vector.
+    pub fn column(&mut self, name: &str, len: u32) -> TensorId {
+        let (format, layout) = self.look_up(name, [1, len, 1]);
+        self.add_weight(Tensor {
+            name: name.into(),
+            experts: 1,
+            rows: Dim::Fixed(1),
+            cols: len,
+            format,
+            layout,
+            slot: Slot::Scratch,
+            part: Some(FilePart { of: name.into(), first_element: 0 }),
+        })
+    }
+
     /// Adds a required weight of `experts` matrices `[rows, cols]`.
     pub fn expert_weight(&mut self, name: &str, experts: u32, rows: u32, cols: u32) -> TensorId {
         let (format, layout) = self.look_up(name, [cols, rows, experts]);
@@ -1271,19 +1315,17 @@ impl<'a> Builder<'a> {
         out
     }
 
-    /// [`Op::DeltaRule`].
-    #[allow(clippy::too_many_arguments)]
-    pub fn delta_rule(
+    /// [`Op::Recur`].
+    pub fn recur(
         &mut self,
         [q, k, v]: [TensorId; 3],
         decay: TensorId,
-        beta: TensorId,
         a: TensorId,
+        rule: Rule,
         state: StateId,
-        scale: f32,
     ) -> TensorId {
-        let out = self.like("delta_rule", v);
-        self.push(Op::DeltaRule { q, k, v, decay, beta, a, state, out, scale });
+        let out = self.like("recur", v);
+        self.push(Op::Recur { q, k, v, decay, a, rule, state, out });
         out
     }
 

@@ -6,7 +6,7 @@ use halite_kernels::recurrent::{MAX_KEY, MAX_TAPS};
 
 use crate::error::{Error, Result};
 use crate::program::{
-    Dim, Epilogue, Op, Program, Rotation, Slot, State, StateId, StateKind, Tensor, TensorId,
+    Dim, Epilogue, Op, Program, Rotation, Rule, Slot, State, StateId, StateKind, Tensor, TensorId,
 };
 
 /// Largest accepted number of columns, rows, experts or heads of one tensor.
@@ -314,7 +314,7 @@ impl Check<'_> {
                 self.optional_vector(*bias, channels)?;
                 self.recurrent(*state, channels, 1, taps - 1)
             }
-            Op::DeltaRule { q, k, v, decay, beta, a, state, out, .. } => {
+            Op::Recur { q, k, v, decay, a, rule, state, out } => {
                 let s = self.state(*state)?;
                 let (heads, keys) = (s.kv_heads, t(*k).cols);
                 if s.key_dim > MAX_KEY as u32 {
@@ -327,7 +327,10 @@ impl Check<'_> {
                 self.is(*k, Dim::Tokens, keys)?;
                 self.is(*v, Dim::Tokens, heads.saturating_mul(s.value_dim))?;
                 self.is(*decay, Dim::Tokens, heads)?;
-                self.is(*beta, Dim::Tokens, heads)?;
+                match rule {
+                    Rule::Delta { beta, .. } => self.is(*beta, Dim::Tokens, heads)?,
+                    Rule::Scan { d } => self.weight(*d, 1, 1, heads, true)?,
+                }
                 self.weight(*a, 1, 1, heads, true)?;
                 self.recurrent(*state, heads, s.key_dim, s.value_dim)?;
                 self.like(*out, *v)

@@ -14,7 +14,7 @@ use crate::panel::PanelMut;
 
 /// Maximum taps of a convolution.
 pub const MAX_TAPS: usize = 8;
-/// Maximum elements of a key of the delta rule.
+/// Maximum elements of a key of a linear recurrence.
 pub const MAX_KEY: usize = 256;
 
 /// Consecutive tokens of a sequence whose state is in the same page.
@@ -78,9 +78,26 @@ pub struct Conv<'a> {
     pub out: PanelMut<'a>,
 }
 
-/// A kernel: the gated delta rule of one head over the tokens of a stretch; see `Op::DeltaRule` of the library.
+/// What a token adds to the state, and what its result is; see `Rule` of the library.
+#[derive(Debug, Clone, Copy)]
+pub enum Rule<'a> {
+    /// The gated delta rule.
+    Delta {
+        /// `[tokens][heads]`: what the strength of an update is computed from.
+        beta: &'a [f32],
+        /// A factor on the results.
+        scale: f32,
+    },
+    /// The state-space scan.
+    Scan {
+        /// The head's factor of the values that are added to the results.
+        d: f32,
+    },
+}
+
+/// A kernel: a linear recurrence of one head over the tokens of a stretch; see `Op::Recur` of the library.
 #[derive(Debug)]
-pub struct DeltaRule<'a> {
+pub struct Recur<'a> {
     /// `[tokens][key_width]`: queries of the step.
     pub q: &'a [f32],
     /// `[tokens][key_width]`: keys of the step.
@@ -95,12 +112,10 @@ pub struct DeltaRule<'a> {
     pub v: &'a [f32],
     /// `[tokens][heads]`: what decay is computed from.
     pub decay: &'a [f32],
-    /// `[tokens][heads]`: what the strength of an update is computed from.
-    pub beta: &'a [f32],
     /// The head's factor of the decay.
     pub a: f32,
-    /// A factor on the results.
-    pub scale: f32,
+    /// The rule.
+    pub rule: Rule<'a>,
     /// Heads of values.
     pub heads: usize,
     /// This head.
@@ -113,7 +128,7 @@ pub struct DeltaRule<'a> {
     pub out: PanelMut<'a>,
 }
 
-kernels!(Conv<'_>, DeltaRule<'_>);
+kernels!(Conv<'_>, Recur<'_>);
 
 impl WithIsa for Conv<'_> {
     type Out = ();
@@ -162,7 +177,7 @@ impl WithIsa for Conv<'_> {
 const COLUMNS: usize = 64;
 const VECTORS: usize = COLUMNS / 16;
 
-impl WithIsa for DeltaRule<'_> {
+impl WithIsa for Recur<'_> {
     type Out = ();
     #[inline(always)]
     fn call<I: Isa>(mut self, isa: I) {
@@ -184,33 +199,47 @@ impl WithIsa for DeltaRule<'_> {
                 v.as_flattened_mut()[..len].copy_from_slice(&self.v[at * value_dim + first..][..len]);
                 let rate = math::softplus(isa, isa.splat(self.decay[at]));
                 let decay = math::exp(isa, isa.mul(isa.splat(self.a), rate));
-                let strength = math::sigmoid(isa, isa.splat(self.beta[at]));
 
                 let mut known = [isa.splat(0.0); VECTORS];
-                for (row, &k) in rows.iter_mut().zip(k) {
-                    let k = isa.splat(k);
-                    for n in 0..VECTORS {
-                        let s = isa.mul(decay, isa.load(&row[n]));
-                        isa.store(s, &mut row[n]);
-                        known[n] = isa.fma(s, k, known[n]);
+                let mut update = known;
+                match self.rule {
+                    Rule::Delta { beta, .. } => {
+                        for (row, &k) in rows.iter_mut().zip(k) {
+                            let k = isa.splat(k);
+                            for n in 0..VECTORS {
+                                let s = isa.mul(decay, isa.load(&row[n]));
+                                isa.store(s, &mut row[n]);
+                                known[n] = isa.fma(s, k, known[n]);
+                            }
+                        }
+                        let strength = math::sigmoid(isa, isa.splat(beta[at]));
+                        for n in 0..VECTORS {
+                            update[n] = isa.mul(strength, isa.sub(isa.load(&v[n]), known[n]));
+                        }
+                    }
+                    Rule::Scan { .. } => {
+                        for n in 0..VECTORS {
+                            update[n] = isa.mul(rate, isa.load(&v[n]));
+                        }
                     }
                 }
-                let mut update = known;
-                for n in 0..VECTORS {
-                    update[n] = isa.mul(strength, isa.sub(isa.load(&v[n]), known[n]));
-                }
+                // The delta rule has applied it.
+                let decay = if matches!(self.rule, Rule::Delta { .. }) { isa.splat(1.0) } else { decay };
                 let mut out = [isa.splat(0.0); VECTORS];
                 for ((row, &k), &q) in rows.iter_mut().zip(k).zip(q) {
                     let (k, q) = (isa.splat(k), isa.splat(q));
                     for n in 0..VECTORS {
-                        let s = isa.fma(k, update[n], isa.load(&row[n]));
+                        let s = isa.fma(k, update[n], isa.mul(decay, isa.load(&row[n])));
                         isa.store(s, &mut row[n]);
                         out[n] = isa.fma(s, q, out[n]);
                     }
                 }
-                let scale = isa.splat(self.scale);
                 for n in 0..VECTORS {
-                    isa.store(isa.mul(scale, out[n]), &mut v[n]);
+                    let y = match self.rule {
+                        Rule::Delta { scale, .. } => isa.mul(isa.splat(scale), out[n]),
+                        Rule::Scan { d } => isa.fma(isa.splat(d), isa.load(&v[n]), out[n]),
+                    };
+                    isa.store(y, &mut v[n]);
                 }
                 self.out.row(t)[first..][..len].copy_from_slice(&v.as_flattened()[..len]);
             }

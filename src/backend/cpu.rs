@@ -34,7 +34,8 @@ use crate::error::{Error, Result};
 use crate::map::Region;
 use crate::memory::{Allocator, System, Zeroed, zeroed};
 use crate::program::{
-    Epilogue, Gating, MAX_PARTS, NOT_FINITE, NormKind, Op, PAGE_POSITIONS, Part, Program, RopePairs, Rotation,
+    Epilogue, Gating, MAX_PARTS, NOT_FINITE, NormKind, Op, PAGE_POSITIONS, Part, Program, RopePairs,
+    Rotation, Rule,
 };
 use crate::stream::Chunk;
 
@@ -1192,10 +1193,15 @@ impl Kernels for CpuKernels {
                     });
                 });
             }
-            Op::DeltaRule { q, k, v, decay, beta, a, state, out, scale } => {
+            Op::Recur { q, k, v, decay, a, rule, state, out } => {
                 let PageShape { kv_heads: heads, key_dim, value_dim } = state.shape;
-                let (key_width, group, scale, cols) = (k.cols, state.group, *scale, out.cols);
-                let [q, k, v, decay, beta, a] = [q, k, v, decay, beta, a].map(|x| x.floats());
+                let (key_width, group, cols) = (k.cols, state.group, out.cols);
+                let [q, k, v, decay, a] = [q, k, v, decay, a].map(|x| x.floats());
+                // A rule that threads can share.
+                let rule = match rule {
+                    Rule::Delta { beta, scale } => Rule::Delta { beta: beta.floats(), scale: *scale },
+                    Rule::Scan { d } => Rule::Scan { d: d.floats() },
+                };
                 let (isa, out) = (self.isa, PanelMut::new(out.floats_mut(), cols));
                 let size = key_dim * value_dim;
                 self.pool.columns(
@@ -1206,10 +1212,14 @@ impl Kernels for CpuKernels {
                             let states = entered(&mut states, from, to);
                             for (i, state) in states.chunks_exact_mut(size).enumerate() {
                                 let head = first + i;
-                                let key = head * key_dim % key_width;
+                                let key = rule.key_head(head, heads, key_width / key_dim) * key_dim;
+                                let rule = match rule {
+                                    Rule::Delta { beta, scale } => recurrent::Rule::Delta { beta, scale },
+                                    Rule::Scan { d } => recurrent::Rule::Scan { d: d[head] },
+                                };
                                 let (a, tokens) = (a[head], tokens.clone());
                                 let out = out.columns(i * value_dim..(i + 1) * value_dim);
-                                isa.run(recurrent::DeltaRule {
+                                isa.run(recurrent::Recur {
                                     q,
                                     k,
                                     key_width,
@@ -1217,9 +1227,8 @@ impl Kernels for CpuKernels {
                                     key_dim,
                                     v,
                                     decay,
-                                    beta,
                                     a,
-                                    scale,
+                                    rule,
                                     heads,
                                     head,
                                     state,

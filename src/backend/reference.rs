@@ -20,7 +20,7 @@ use super::host::{
 use super::{Backend, Buffer, Caps, Contract, DeviceOp, Limits, OpSig, Plan, Step, Support, Usage};
 use crate::error::Result;
 use crate::map::Region;
-use crate::program::{Epilogue, Gating, NOT_FINITE, NormKind, Op, Part, Program, RopePairs, Rotation};
+use crate::program::{Epilogue, Gating, NOT_FINITE, NormKind, Op, Part, Program, RopePairs, Rotation, Rule};
 
 /// The driver of the reference backend.
 pub const DRIVER: Driver = Driver::new("reference", |_, _| Ok(Arc::new(Reference::new())))
@@ -585,29 +585,38 @@ impl Kernels for Definitions {
                     }
                 });
             }
-            Op::DeltaRule { q, k, v, decay, beta, a, state, out, scale } => {
+            Op::Recur { q, k, v, decay, a, rule, state, out } => {
                 let PageShape { kv_heads: heads, key_dim, value_dim } = state.shape;
                 let (keys, group, cols) = (k.cols, state.group, out.cols);
-                let [q, k, v, decay, beta, a] = [q, k, v, decay, beta, a].map(|x| x.floats());
+                let [q, k, v, decay, a] = [q, k, v, decay, a].map(|x| x.floats());
                 let (mut states, mut out) = (state.rows_mut(), PanelMut::new(out.floats_mut(), cols));
                 recur(step, group, &mut states, &mut |t, states| {
                     for (h, s) in states.chunks_exact_mut(key_dim * value_dim).enumerate() {
-                        let [q, k] = [q, k].map(|x| &x[t * keys + h * key_dim % keys..][..key_dim]);
+                        let key = rule.key_head(h, heads, keys / key_dim) * key_dim;
+                        let [q, k] = [q, k].map(|x| &x[t * keys + key..][..key_dim]);
                         let v = &v[(t * heads + h) * value_dim..][..value_dim];
                         let rate = scalar!(softplus(decay[t * heads + h]));
-                        let (kept, strength) =
-                            (scalar!(exp(a[h] * rate)), scalar!(sigmoid(beta[t * heads + h])));
+                        let kept = scalar!(exp(a[h] * rate));
                         s.iter_mut().for_each(|s| *s *= kept);
-                        for j in 0..value_dim {
-                            let known = (0..key_dim).fold(0.0, |sum, i| fma(s[i * value_dim + j], k[i], sum));
-                            let update = strength * (v[j] - known);
+                        for (j, &v) in v.iter().enumerate() {
+                            let update = match rule {
+                                Rule::Delta { beta, .. } => {
+                                    let known =
+                                        (0..key_dim).fold(0.0, |sum, i| fma(s[i * value_dim + j], k[i], sum));
+                                    scalar!(sigmoid(beta.floats()[t * heads + h])) * (v - known)
+                                }
+                                Rule::Scan { .. } => rate * v,
+                            };
                             let mut sum = 0.0;
                             for i in 0..key_dim {
                                 let s = &mut s[i * value_dim + j];
                                 *s = fma(k[i], update, *s);
                                 sum = fma(*s, q[i], sum);
                             }
-                            out.row(t)[h * value_dim + j] = *scale * sum;
+                            out.row(t)[h * value_dim + j] = match rule {
+                                Rule::Delta { scale, .. } => *scale * sum,
+                                Rule::Scan { d } => fma(d.floats()[h], v, sum),
+                            };
                         }
                     }
                 });

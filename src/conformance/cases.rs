@@ -8,7 +8,7 @@ use halite_kernels::rows::{Gate, Unary};
 
 use super::{Case, Inputs};
 use crate::program::{
-    Builder, Dim, Epilogue, Gating, Index, NormKind, Op, Part, Program, RopePairs, Rotation, State,
+    Builder, Dim, Epilogue, Gating, Index, NormKind, Op, Part, Program, RopePairs, Rotation, Rule, State,
     StateKind, TensorId, WeightInfo,
 };
 
@@ -108,7 +108,7 @@ pub fn op_bound(program: &Program, op: &Op) -> f64 {
         }
         Op::Glu { act, .. } => gate_bound(*act),
         Op::Unary { f, .. } => unary_bound(*f),
-        Op::Attend { .. } | Op::RopeKv { .. } | Op::DeltaRule { .. } => ATTEND_BOUND,
+        Op::Attend { .. } | Op::RopeKv { .. } | Op::Recur { .. } => ATTEND_BOUND,
         _ => ROW_BOUND,
     }
 }
@@ -576,25 +576,32 @@ fn recurrences(cases: &mut Cases) {
         });
     }
     for (heads, key_heads, key_dim, value_dim) in [(4, 2, 16, 24), (2, 2, 128, 128), (3, 1, 40, 72)] {
-        let name = format!("DeltaRule {heads}/{key_heads}x{key_dim}/{value_dim}");
-        let weights = [("a", Format::F32, vec![u64::from(heads)])];
-        cases.add(name, &weights, &RECURRENCES, ATTEND_BOUND, |b| {
-            let [q, k] = ["q", "k"].map(|name| {
-                let x = b.input(name, Dim::Tokens, key_heads * key_dim);
-                b.norm("unit", x, NormKind::Rms, None, None, 1e-6, key_dim)
+        for delta in [true, false] {
+            let rule = if delta { "Delta" } else { "Scan" };
+            let name = format!("Recur {rule} {heads}/{key_heads}x{key_dim}/{value_dim}");
+            let weights = ["a", "d"].map(|name| (name, Format::F32, vec![u64::from(heads)]));
+            cases.add(name, &weights[..2 - usize::from(delta)], &RECURRENCES, ATTEND_BOUND, |b| {
+                let [q, k] = ["q", "k"].map(|name| {
+                    let x = b.input(name, Dim::Tokens, key_heads * key_dim);
+                    b.norm("unit", x, NormKind::Rms, None, None, 1e-6, key_dim)
+                });
+                // Of length 1.
+                let k = b.unary("k unit", k, Unary::Scale(1.0 / (key_dim as f32).sqrt()));
+                let v = b.input("v", Dim::Tokens, heads * value_dim);
+                // A state that grows would hide all differences but those of its largest elements.
+                let decay = b.input("decay", Dim::Tokens, heads);
+                let decay = shifted(b, decay, -4.0);
+                let rule = if delta {
+                    Rule::Delta { beta: b.input("beta", Dim::Tokens, heads), scale: 0.1 }
+                } else {
+                    Rule::Scan { d: b.weight("d", 1, heads) }
+                };
+                let a = b.weight("a", 1, heads);
+                let state = b.state(State::recurrent("kept", heads, key_dim, value_dim));
+                let y = b.recur([q, k, v], decay, a, rule, state);
+                b.output(y);
             });
-            // Of length 1.
-            let k = b.unary("k unit", k, Unary::Scale(1.0 / (key_dim as f32).sqrt()));
-            let v = b.input("v", Dim::Tokens, heads * value_dim);
-            // A state that grows would hide all differences but those of its largest elements.
-            let decay = b.input("decay", Dim::Tokens, heads);
-            let decay = shifted(b, decay, -4.0);
-            let beta = b.input("beta", Dim::Tokens, heads);
-            let a = b.weight("a", 1, heads);
-            let state = b.state(State::recurrent("kept", heads, key_dim, value_dim));
-            let y = b.delta_rule([q, k, v], decay, beta, a, state, 0.1);
-            b.output(y);
-        });
+        }
     }
     for (cols, group, first, len) in [(96, 48, 0, 24), (96, 48, 24, 24), (130, 13, 5, 3), (7, 7, 6, 1)] {
         cases.row(format!("Slice {first}+{len} of {group} of {cols}"), &[], 5, |b| {

@@ -1,5 +1,5 @@
 //! Granite 3 and its mixtures of experts (IBM 2024): Llama with factors on embeddings, scores, residuals and logits. MiniCPM
-//! (Hu et al. 2024) has factors in the same places.
+//! (Hu et al. 2024) has factors in the same places. Most layers of Granite 4's hybrids (IBM 2025) are those of Mamba 2.
 
 use super::Hparams;
 use super::network::{Attention, Network};
@@ -30,7 +30,10 @@ fn record_with(mut n: Network<'_, '_>, positions: bool) {
         n.layer(layer);
         let attention = Attention { rope, ..n.attention_of() };
         let y = n.norm("attn_norm", x);
-        let y = n.attention(y, &attention);
+        let y = match Hparams::at(&h.head_count_kv, layer) {
+            0 => n.mamba_2(y),
+            _ => n.attention(y, &attention),
+        };
         x = n.add_scaled("attn_residual", x, y, residual_scale);
         let y = n.norm("ffn_norm", x);
         let y = match h.expert_count {

@@ -72,6 +72,7 @@ const FAMILIES: &[(&str, Record)] = &[
     ("gpt2", gpt2::record),
     ("gptneox", gptneox::record),
     ("granite", granite::record),
+    ("granitehybrid", granite::record),
     ("granitemoe", granite::record),
     ("hunyuan-dense", hunyuan::record),
     ("internlm2", llama::record),

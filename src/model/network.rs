@@ -5,7 +5,7 @@
 use super::Hparams;
 use super::hparams::{MAX_EXTENT, RopeScaling};
 use crate::program::{
-    Builder, Gate, Gating, Index, NormKind, Outputs, RopePairs, Rotation, State, TensorId, Unary,
+    Builder, Gate, Gating, Index, NormKind, Outputs, RopePairs, Rotation, Rule, State, TensorId, Unary,
 };
 
 /// Records a family's program.
@@ -319,18 +319,7 @@ impl<'n, 'b> Network<'n, 'b> {
             self.weight("ssm_dt.bias", 1, heads),
         );
         let decay = self.b.linear("decay", x, weight, Some(bias));
-        let mut first = 0;
-        let [q, k, v] = std::array::from_fn(|i| {
-            let (part, cols) = parts[i];
-            let name = format!("{}ssm_conv1d.weight", self.prefix);
-            let weight = self.b.weight_rows(&name, all, first..first + cols, taps);
-            first += cols;
-            let state =
-                State::recurrent(format!("conv_{part}.{}", self.layer), cols, 1, taps.saturating_sub(1));
-            let state = self.b.state(state);
-            let x = self.b.conv(&format!("{part}_conv"), projected[i], weight, None, state);
-            self.b.unary(&format!("{part}_silu"), x, Unary::Silu)
-        });
+        let [q, k, v] = self.convolved(parts, projected, taps);
         // The root of the mean square is the length over the root of the number of elements.
         let mut unit = |name: &str, x: TensorId| {
             self.b.norm(name, x, NormKind::Rms, None, None, self.norm_eps / key_dim as f32, key_dim)
@@ -341,9 +330,83 @@ impl<'n, 'b> Network<'n, 'b> {
         let state =
             self.b.state(State::recurrent(format!("delta.{}", self.layer), heads, key_dim, value_dim));
         // Once for the length of queries, once as in attention.
-        let y = self.b.delta_rule([q, k, v], decay, beta, a, state, 1.0 / key_dim as f32);
+        let rule = Rule::Delta { beta, scale: 1.0 / key_dim as f32 };
+        let y = self.b.recur([q, k, v], decay, a, rule, state);
         let y = self.norm_over("ssm_norm", "ssm_norm", y, value_dim);
         let y = self.b.glu(gate, y, Gate::Silu);
+        self.linear("ssm_out", "ssm_out", y, h.embedding_length)
+    }
+
+    /// A short convolution of each part, whose weights are stored one after the other, and SiLU.
+    fn convolved<const N: usize>(
+        &mut self,
+        parts: [(&str, u32); N],
+        inputs: [TensorId; N],
+        taps: u32,
+    ) -> [TensorId; N] {
+        let all = parts.iter().map(|(_, cols)| cols).sum();
+        let name = format!("{}ssm_conv1d", self.prefix);
+        let mut first = 0;
+        std::array::from_fn(|i| {
+            let (part, cols) = parts[i];
+            let range = first..first + cols;
+            first += cols;
+            let weight = self.b.weight_rows(&format!("{name}.weight"), all, range.clone(), taps);
+            let bias = self.b.optional_elements(&format!("{name}.bias"), all, range);
+            let state = format!("conv_{part}.{}", self.layer);
+            let state = self.b.state(State::recurrent(state, cols, 1, taps.saturating_sub(1)));
+            let x = self.b.conv(&format!("{part}_conv"), inputs[i], weight, bias, state);
+            self.b.unary(&format!("{part}_silu"), x, Unary::Silu)
+        })
+    }
+
+    /// A layer of Mamba 2 (Dao & Gu 2024): x, B and C pass a short convolution, and results are gated, then normalised.
+    pub fn mamba_2(&mut self, x: TensorId) -> TensorId {
+        let h = self.h;
+        let taps = self.required("ssm.conv_kernel", h.ssm_conv_kernel);
+        let inner = self.required("ssm.inner_size", h.ssm_inner_size);
+        let state_size = self.required("ssm.state_size", h.ssm_state_size).max(1);
+        let heads = self.required("ssm.time_step_rank", h.ssm_time_step_rank).max(1);
+        let groups = self.required("ssm.group_count", h.ssm_group_count).max(1);
+        let (keys, value_dim) = (groups.saturating_mul(state_size), inner / heads);
+        let convolved = keys.saturating_mul(2).saturating_add(inner);
+        if !inner.is_multiple_of(heads) || !heads.is_multiple_of(groups) || convolved > MAX_EXTENT {
+            self.b.fail(format!(
+                "{inner} elements of values for {heads} heads, and {groups} groups of {state_size} elements: expected at most \
+                {MAX_EXTENT} elements in all, whole heads, and as many heads in each group"
+            ));
+            return x;
+        }
+        let all = inner + convolved + heads;
+        let name = format!("{}ssm_in.weight", self.prefix);
+        let mut first = 0;
+        let mut weight = |b: &mut Builder<'_>, rows: u32| {
+            let range = first..first + rows;
+            first += rows;
+            b.weight_rows(&name, all, range, h.embedding_length)
+        };
+        let gate = weight(self.b, inner);
+        let gate = self.b.linear("gate", x, gate, None);
+        let parts = [("x", inner), ("b", keys), ("c", keys)];
+        let projected = parts.map(|(part, rows)| {
+            let weight = weight(self.b, rows);
+            self.b.linear(part, x, weight, None)
+        });
+        let rate = weight(self.b, heads);
+        let bias = self.weight("ssm_dt.bias", 1, heads);
+        let rate = self.b.linear("dt", x, rate, Some(bias));
+        let [v, k, q] = self.convolved(parts, projected, taps);
+        let [a, d] = ["ssm_a", "ssm_d"].map(|name| self.b.column(&format!("{}{name}", self.prefix), heads));
+        let state = State::recurrent(format!("scan.{}", self.layer), heads, state_size, value_dim);
+        let state = self.b.state(state);
+        let y = self.b.recur([q, k, v], rate, a, Rule::Scan { d }, state);
+        let mut y = self.b.glu(gate, y, Gate::Silu);
+        if self.has("ssm_norm.weight") {
+            if groups > 1 {
+                self.b.fail(format!("norms of {groups} groups with weights of their own are not supported"));
+            }
+            y = self.norm_over("ssm_norm", "ssm_norm", y, inner);
+        }
         self.linear("ssm_out", "ssm_out", y, h.embedding_length)
     }
 

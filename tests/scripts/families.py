@@ -36,6 +36,11 @@ DELTA_NET = dict(dim=64, heads=4, kv=2, head=24, gated=True, qk_norm="head", nor
                      "rope.dimension_sections": [3, 3, 2, 0], "ssm.conv_kernel": 4, "ssm.inner_size": 64, "ssm.state_size": 16,
                      "ssm.time_step_rank": 4, "ssm.group_count": 2, "full_attention_interval": 4})
 
+# Six heads, and no positions.
+MAMBA_2 = dict(dim=48, heads=4, norms=PRE, tied=True, keys=SCALES | {
+    "rope.scaling.finetuned": False, "ssm.conv_kernel": 4, "ssm.inner_size": 96, "ssm.state_size": 24, "ssm.time_step_rank": 6,
+    "ssm.group_count": 1})
+
 FAMILIES = {
     "arcee": dict(head=16, ffn="plain", keys=YARN),
     # 32 layers: from their number, llama.cpp takes that the model has rotary positions.
@@ -63,6 +68,8 @@ FAMILIES = {
                     keys={"use_parallel_residual": True}),
     "gptneox-sequential": dict(arch="gptneox", norm="layer", kv=2, fused_qkv=True, **BIASES, ffn="plain", rotated=4,
                                keys={"use_parallel_residual": False}),
+    "granitehybrid": dict(MAMBA_2, layers=3, mixers=["mamba_2", "attention", "mamba_2"], kv=[0, 2, 0]),
+    "granitehybrid-moe": dict(MAMBA_2 | EXPERTS, arch="granitehybrid", layers=2, mixers=["mamba_2", "attention"], kv=[0, 2], shared=48),
     "granitemoe": dict(EXPERTS, tied=True, keys=SCALES),
     "granitemoe-shared": dict(EXPERTS, arch="granitemoe", shared=48, tied=True, keys=SCALES),
     "hunyuan-dense": dict(dim=64, heads=4, kv=2, head=24, qk_norm="head", base=1.1e7, tied=True, keys=PLAIN_ROPE),
@@ -186,6 +193,8 @@ def model(name, arch=None, dim=32, heads=2, kv=1, head=None, hidden=48, layers=2
             short_conv(file, at, dim, keys)
         elif mixer == "delta_net":
             delta_net(file, at, dim, keys)
+        elif mixer == "mamba_2":
+            mamba_2(file, at, dim, keys)
         elif fused_qkv:
             file.linear(at + "attn_qkv", dim, rows + 2 * kv_rows, bias=qkv_bias)
         else:
@@ -234,6 +243,20 @@ def delta_net(file, at, dim, keys):
     file.linear(at + "ssm_beta", dim, heads)
     file.linear(at + "ssm_alpha", dim, heads)
     file.norm(at + "ssm_norm", inner // heads)
+    file.linear(at + "ssm_out", inner, dim)
+
+
+def mamba_2(file, at, dim, keys):
+    inner, state, heads, groups = (keys[f"ssm.{name}"] for name in ("inner_size", "state_size", "time_step_rank", "group_count"))
+    channels = inner + 2 * groups * state
+    file.linear(at + "ssm_in", dim, inner + channels + heads)
+    file.tensor(at + "ssm_conv1d.weight", keys["ssm.conv_kernel"], channels, scale=0.5)
+    file.tensor(at + "ssm_conv1d.bias", channels, scale=0.1)
+    file.tensor(at + "ssm_dt.bias", heads, scale=0.5)
+    # Always negative, so that states decay.
+    file.writer.add_tensor(at + "ssm_a", -np.exp(file.random.standard_normal((heads, 1))).astype(np.float32))
+    file.tensor(at + "ssm_d", 1, heads, scale=0.5)
+    file.tensor(at + "ssm_norm.weight", inner // groups, groups, scale=0.1, around=1.0)
     file.linear(at + "ssm_out", inner, dim)
 
 

@@ -200,7 +200,7 @@ pub const HALITE_OP_EXPERTS: u32 = 12;
 pub const HALITE_OP_ARG_MAX: u32 = 13;
 pub const HALITE_OP_TOP_K: u32 = 14;
 pub const HALITE_OP_CONV: u32 = 15;
-pub const HALITE_OP_DELTA_RULE: u32 = 16;
+pub const HALITE_OP_RECUR: u32 = 16;
 pub const HALITE_OP_SLICE: u32 = 17;
 
 /// `out[t] = scale * table[row of t]`. A row beyond the table is HALITE_ARGUMENT.
@@ -452,26 +452,35 @@ pub struct HaliteConv {
     pub out: u32,
 }
 
-/// The gated delta rule, token by token. For each head, with a recurrent state S of `key_dim` by `value_dim`:
-/// `S = exp(a * softplus(decay)) * S`, then `S = S + k (sigmoid(beta) * (v - S^T k))^T`, then `out = scale * S^T q`.
-/// Head h has the query and key `h mod key_heads`.
+/// A linear recurrence, token by token. For each head, with a recurrent state S of `key_dim` by `value_dim` and
+/// `rate = softplus(decay)`: `S = exp(a * rate) * S`, then `S = S + k u^T` with the update u of the rule, then the result of the rule.
 #[repr(C)]
 #[derive(Clone, Copy)]
-pub struct HaliteDeltaRule {
+pub struct HaliteRecur {
     /// `[tokens, key_heads * key_dim]`; so is `k`.
     pub q: u32,
     pub k: u32,
     /// `[tokens, heads * value_dim]`.
     pub v: u32,
-    /// `[tokens, heads]`; so is `beta`.
+    /// `[tokens, heads]`.
     pub decay: u32,
-    pub beta: u32,
     /// `[1, heads]`.
     pub a: u32,
+    /// HALITE_RULE_DELTA or HALITE_RULE_SCAN.
+    pub rule: u32,
+    /// For HALITE_RULE_DELTA: `[tokens, heads]`.
+    pub beta: u32,
+    /// For HALITE_RULE_SCAN: `[1, heads]`.
+    pub d: u32,
     pub state: u32,
     pub out: u32,
+    /// For HALITE_RULE_DELTA.
     pub scale: f32,
 }
+/// `u = sigmoid(beta) * (v - S^T k)` and `out = scale * S^T q`. Head h has the query and key `h mod key_heads`.
+pub const HALITE_RULE_DELTA: u32 = 0;
+/// `u = rate * v` and `out = S^T q + d * v`. Head h has the query and key `h * key_heads / heads`.
+pub const HALITE_RULE_SCAN: u32 = 1;
 
 /// Elements `first` to `first + len` of each `group` columns of `x`; `len` is what makes the columns of `out`.
 #[repr(C)]
@@ -504,7 +513,7 @@ pub union HaliteOperands {
     pub arg_max: HaliteArgMax,
     pub top_k: HaliteTopK,
     pub conv: HaliteConv,
-    pub delta_rule: HaliteDeltaRule,
+    pub recur: HaliteRecur,
     pub slice: HaliteSlice,
 }
 

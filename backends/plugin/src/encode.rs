@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use halite::passes::{self, Fragment};
 use halite::program::{
-    Dim, Epilogue, Gate, Gating, Index, NormKind, Op, Program, RopePairs, Rotation, Slot, StateId, StateKind,
-    TensorId, Unary,
+    Dim, Epilogue, Gate, Gating, Index, NormKind, Op, Program, RopePairs, Rotation, Rule, Slot, StateId,
+    StateKind, TensorId, Unary,
 };
 
 use crate::abi::*;
@@ -386,19 +386,16 @@ fn encode(op: &Op, texts: &mut Texts, frequencies: &mut Vec<Arc<[f32]>>) -> Resu
                 HaliteConv { x: x.0, weight: weight.0, bias: or_none(*bias), state: state.0, out: out.0 };
             (HALITE_OP_CONV, HaliteOperands { conv })
         }
-        Op::DeltaRule { q, k, v, decay, beta, a, state, out, scale } => {
-            let delta_rule = HaliteDeltaRule {
-                q: q.0,
-                k: k.0,
-                v: v.0,
-                decay: decay.0,
-                beta: beta.0,
-                a: a.0,
-                state: state.0,
-                out: out.0,
-                scale: *scale,
+        Op::Recur { q, k, v, decay, a, rule, state, out } => {
+            let (rule, beta, d, scale) = match *rule {
+                Rule::Delta { beta, scale } => (HALITE_RULE_DELTA, beta.0, HALITE_NONE, scale),
+                Rule::Scan { d } => (HALITE_RULE_SCAN, HALITE_NONE, d.0, 1.0),
+                other => return Err(NotInAbi(format!("the rule {other:?}"))),
             };
-            (HALITE_OP_DELTA_RULE, HaliteOperands { delta_rule })
+            let [q, k, v, decay, a] = [q, k, v, decay, a].map(|id| id.0);
+            let (state, out) = (state.0, out.0);
+            let recur = HaliteRecur { q, k, v, decay, a, rule, beta, d, state, out, scale };
+            (HALITE_OP_RECUR, HaliteOperands { recur })
         }
         Op::Slice { x, out, group, first } => {
             let slice = HaliteSlice { x: x.0, out: out.0, group: *group, first: *first };

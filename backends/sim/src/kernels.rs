@@ -99,9 +99,9 @@ impl Kernels for SimKernels {
         match op {
             // Its time is that of whole rows; pages have the host's layout.
             Op::KvWrite { .. } => rows.run(op, step),
-            Op::RopeKv { .. } | Op::Conv { .. } | Op::DeltaRule { .. } => {
+            Op::RopeKv { .. } | Op::Conv { .. } | Op::Recur { .. } => {
                 rows.run(op, step)?;
-                if let Op::RopeKv { out, .. } | Op::Conv { out, .. } | Op::DeltaRule { out, .. } = op {
+                if let Op::RopeKv { out, .. } | Op::Conv { out, .. } | Op::Recur { out, .. } = op {
                     device.machine.round(out.floats_mut());
                 }
                 Ok(())

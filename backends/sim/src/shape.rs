@@ -398,7 +398,7 @@ pub fn shape(program: &Program, op: &Op, step: &Step<'_>, ids: Option<&[i32]>) -
                 work: work(VectorWork { simple: u64::from(taps) * u64::from(run), ..Default::default() }),
             })
         }
-        Op::DeltaRule { state, .. } => {
+        Op::Recur { state, .. } => {
             let s = state_of(program, state.0)?;
             let elements = u64::from(s.key_dim) * u64::from(s.value_dim);
             let kept = amortised(step, elements);

@@ -235,7 +235,7 @@ fn shape_of(program: &Program, op: &Op) -> String {
         Op::Route { logits, ids, .. } => format!("{} of {}", cols(*ids), cols(*logits)),
         Op::TopK { x, ids, .. } => format!("{} of {}", cols(*ids), cols(*x)),
         Op::Conv { weight, .. } => format!("{}x{} taps", rows(*weight), cols(*weight)),
-        Op::DeltaRule { k, state, .. } => {
+        Op::Recur { k, state, .. } => {
             let Some(s) = program.states.get(state.0 as usize) else { return String::new() };
             let key_heads = cols(*k) / s.key_dim.max(1);
             format!("{}/{key_heads}x{}/{}", s.kv_heads, s.key_dim, s.value_dim)

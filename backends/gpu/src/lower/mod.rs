@@ -228,6 +228,9 @@ pub(super) fn missing(program: &Program, op: &Op, bounds: &Bounds) -> Option<Str
         {
             why = Some(format!("pairs {pairs:?}"));
         }
+        Op::Recur { rule, .. } if !matches!(rule, Rule::Delta { .. } | Rule::Scan { .. }) => {
+            why = Some(format!("rule {rule:?}"));
+        }
         Op::MatMul { epilogue, .. }
             if !matches!(epilogue, Epilogue::None | Epilogue::Glu(_) | Epilogue::Add(_)) =>
         {
@@ -244,7 +247,7 @@ pub(super) fn missing(program: &Program, op: &Op, bounds: &Bounds) -> Option<Str
         | Op::KvWrite { .. }
         | Op::RopeKv { .. }
         | Op::Conv { .. }
-        | Op::DeltaRule { .. }
+        | Op::Recur { .. }
         | Op::Slice { .. }
         | Op::Glu { .. }
         | Op::Add { .. }
@@ -414,7 +417,7 @@ impl Lowering<'_> {
             Op::RopeKv { .. } => self.rope_kv(op),
             Op::Attend { .. } => self.attend(op),
             Op::Conv { .. } => self.conv(op),
-            Op::DeltaRule { .. } => self.delta_rule(op),
+            Op::Recur { .. } => self.recur(op),
             Op::Slice { x, out, group, first } => {
                 let (x_cols, cols) = (self.cols(*x), self.cols(*out));
                 let len = cols / (x_cols / group);

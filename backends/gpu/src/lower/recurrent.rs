@@ -1,6 +1,6 @@
 //! Lowering of recurrent ops: an invocation computes a part of a state for all tokens of a span, in order.
 
-use halite::program::{Dim, Op, StateId};
+use halite::program::{Dim, Op, Rule, StateId};
 use halite_shaders::{Resource, Shader, WORKGROUP, wgsl};
 
 use super::{Lowering, ONE, each, fixed};
@@ -29,26 +29,40 @@ impl Lowering<'_> {
         self.push(shader, [fixed(channels.div_ceil(WORKGROUP)), each(Dim::Tokens), ONE]);
     }
 
-    pub(super) fn delta_rule(&mut self, op: &Op) {
-        let Op::DeltaRule { q, k, v, decay, beta, a, state: id, out, scale } = op else { return };
+    pub(super) fn recur(&mut self, op: &Op) {
+        let Op::Recur { q, k, v, decay, a, rule, state: id, out } = op else { return };
         let state = &self.program.states[id.0 as usize];
+        let (heads, key_heads) = (state.kv_heads, self.cols(*k) / state.key_dim);
         let shader = self
-            .recurrent("delta_rule", *id)
+            .recurrent("recur", *id)
             .read("q", "f32", self.tensor(*q))
             .read("k", "f32", self.tensor(*k))
             .read("v", "f32", self.tensor(*v))
             .read("decay", "f32", self.tensor(*decay))
-            .read("beta", "f32", self.tensor(*beta))
             .read("a", "f32", self.tensor(*a))
             .write("out", "f32", self.tensor(*out))
-            .u32("HEADS", state.kv_heads)
-            .u32("KEYS", self.cols(*k))
+            .u32("HEADS", heads)
+            .u32("KEY_HEADS", key_heads)
             .u32("KEY_DIM", state.key_dim)
             .u32("VALUE_DIM", state.value_dim)
-            .f32("SCALE", *scale)
-            .with(wgsl!("lib/math"))
-            .with(wgsl!("delta_rule"));
-        let columns = state.kv_heads * state.value_dim;
-        self.push(shader, [fixed(columns.div_ceil(WORKGROUP)), each(Dim::Tokens), ONE]);
+            .with(wgsl!("lib/math"));
+        let shader = match rule {
+            Rule::Delta { beta, scale } => shader
+                .read("beta", "f32", self.tensor(*beta))
+                .f32("SCALE", *scale)
+                .with("fn key_head(head: u32) -> u32 { return head % KEY_HEADS; }")
+                .with("fn update(at: u32, v: f32, known: f32, rate: f32) -> f32 { return sigmoid(beta[at]) * (v - known); }")
+                .with("fn result(head: u32, sum: f32, v: f32) -> f32 { return SCALE * sum; }"),
+            Rule::Scan { d } => shader
+                .read("d", "f32", self.tensor(*d))
+                .with("fn key_head(head: u32) -> u32 { return head * KEY_HEADS / HEADS; }")
+                .with("fn update(at: u32, v: f32, known: f32, rate: f32) -> f32 { return rate * v; }")
+                .with("fn result(head: u32, sum: f32, v: f32) -> f32 { return sum + d[head] * v; }"),
+            // `missing` rejects it.
+            _ => return,
+        };
+        let columns = heads * state.value_dim;
+        let groups = [fixed(columns.div_ceil(WORKGROUP)), each(Dim::Tokens), ONE];
+        self.push(shader.with(wgsl!("recur")), groups);
     }
 }

@@ -1,4 +1,4 @@
-// The gated delta rule: an invocation has a column of a head's state, for a span.
+// A linear recurrence: an invocation has a column of a head's state, for a span.
 
 @compute @workgroup_size(64)
 fn main(in: In) {
@@ -7,28 +7,29 @@ fn main(in: In) {
     if column >= HEADS * VALUE_DIM || !is_first(token) { return; }
     let head = column / VALUE_DIM;
     let first = head * KEY_DIM * VALUE_DIM + column % VALUE_DIM;
-    let key_first = head * KEY_DIM % KEYS;
     var s: array<f32, KEY_DIM>;
     if position(token) > 0u {
         let at = page_before(token) * HEADS * KEY_DIM * VALUE_DIM + first;
         for (var i = 0u; i < KEY_DIM; i += 1u) { s[i] = state[at + i * VALUE_DIM]; }
     }
     loop {
-        let key = token * KEYS + key_first;
-        let kept = exp(a[head] * softplus(decay[token * HEADS + head]));
+        let key = (token * KEY_HEADS + key_head(head)) * KEY_DIM;
+        let of_head = token * HEADS + head;
+        let rate = softplus(decay[of_head]);
+        let kept = exp(a[head] * rate);
         var known = 0.0;
         for (var i = 0u; i < KEY_DIM; i += 1u) {
             s[i] = kept * s[i];
             known += s[i] * k[key + i];
         }
         let at = token * HEADS * VALUE_DIM + column;
-        let update = sigmoid(beta[token * HEADS + head]) * (v[at] - known);
+        let added = update(of_head, v[at], known, rate);
         var sum = 0.0;
         for (var i = 0u; i < KEY_DIM; i += 1u) {
-            s[i] += k[key + i] * update;
+            s[i] += k[key + i] * added;
             sum += s[i] * q[key + i];
         }
-        out[at] = SCALE * sum;
+        out[at] = result(head, sum, v[at]);
         let page = page_after(token);
         if page != NO_PAGE {
             let to = page * HEADS * KEY_DIM * VALUE_DIM + first;
