@@ -482,6 +482,15 @@ pub enum Op<T = TensorId, S = StateId> {
         /// The first element.
         first: u32,
     },
+    /// The product with a weight, element by element: column c with element `c mod n` of `n`.
+    Mul {
+        /// `[rows, cols]`.
+        x: T,
+        /// `[1, n]`; n divides `cols`.
+        weight: T,
+        /// `[rows, cols]`.
+        out: T,
+    },
     /// `out = act(gate) * up`.
     Glu {
         /// `[rows, cols]`.
@@ -586,6 +595,7 @@ impl<T, S> Op<T, S> {
             Op::Conv { .. } => "Conv",
             Op::Recur { .. } => "Recur",
             Op::Slice { .. } => "Slice",
+            Op::Mul { .. } => "Mul",
             Op::Glu { .. } => "Glu",
             Op::Add { .. } => "Add",
             Op::Unary { .. } => "Unary",
@@ -685,6 +695,9 @@ impl<T, S> Op<T, S> {
             },
             Op::Slice { x, out, group, first } => {
                 Op::Slice { x: t(x, Read)?, out: t(out, Write)?, group: *group, first: *first }
+            }
+            Op::Mul { x, weight, out } => {
+                Op::Mul { x: t(x, Read)?, weight: t(weight, Read)?, out: t(out, Write)? }
             }
             Op::Glu { gate, up, out, act } => {
                 Op::Glu { gate: t(gate, Read)?, up: t(up, Read)?, out: t(out, Write)?, act: *act }
@@ -1075,14 +1088,14 @@ impl<'a> Builder<'a> {
         self.expert_weight(name, 1, rows, cols)
     }
 
-    /// Adds a required column `[len, 1]` of a file as a vector.
-    pub fn column(&mut self, name: &str, len: u32) -> TensorId {
-        let (format, layout) = self.look_up(name, [1, len, 1]);
+    /// Adds a required matrix `[rows, cols]` of a file as a vector, row after row.
+    pub fn flat(&mut self, name: &str, rows: u32, cols: u32) -> TensorId {
+        let (format, layout) = self.look_up(name, [cols, rows, 1]);
         self.add_weight(Tensor {
             name: name.into(),
             experts: 1,
             rows: Dim::Fixed(1),
-            cols: len,
+            cols: rows.saturating_mul(cols),
             format,
             layout,
             slot: Slot::Scratch,
@@ -1334,6 +1347,13 @@ impl<'a> Builder<'a> {
         let (rows, cols) = self.shape(x);
         let out = self.result(name, rows, (cols / group.max(1)).saturating_mul(len), Format::F32);
         self.push(Op::Slice { x, out, group, first });
+        out
+    }
+
+    /// [`Op::Mul`].
+    pub fn mul(&mut self, name: &str, x: TensorId, weight: TensorId) -> TensorId {
+        let out = self.like(name, x);
+        self.push(Op::Mul { x, weight, out });
         out
     }
 

@@ -528,6 +528,7 @@ impl<'a> Sharing<'a> {
             Op::Add { .. } | Op::Glu { .. } | Op::Unary { .. } | Op::Gather { .. } => 1,
             Op::Rope { rotation, .. } => rotation.head_dim,
             Op::Norm { group, .. } => *group,
+            Op::Mul { weight, .. } => self.whole.tensor(*weight).cols,
             _ => return 1,
         };
         let alike = operands.iter().all(|&id| self.parts(id) == parts);

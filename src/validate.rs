@@ -347,6 +347,16 @@ impl Check<'_> {
                 }
                 Ok(())
             }
+            Op::Mul { x, weight, out } => {
+                let (cols, n) = (t(*x).cols, t(*weight).cols);
+                self.like(*x, *x)?;
+                self.like(*out, *x)?;
+                self.weight(*weight, 1, 1, n, true)?;
+                if !cols.is_multiple_of(n) {
+                    return Err(format!("{n} factors do not divide {cols} columns"));
+                }
+                Ok(())
+            }
             Op::Glu { gate, up, out, .. } => {
                 self.like(*gate, *gate)?;
                 self.like(*up, *gate)?;

@@ -74,7 +74,14 @@ fn same(model: &Arc<Model>, kv: Format, name: &str) {
 #[test]
 fn all_families_give_the_same_bits() {
     for case in family_folders().iter().flat_map(|dir| cases(dir)) {
-        same(&Arc::new(Model::open(&case.model).unwrap()), Format::F16, &case.model.display().to_string());
+        let (model, name) = (Arc::new(Model::open(&case.model).unwrap()), case.model.display().to_string());
+        // Images have no recurrent states.
+        if model.program(ProgramOptions::default(), CONTEXT).unwrap().has_recurrent_states() {
+            let error = export(&model, &ExportOptions::default().context(CONTEXT)).unwrap_err().to_string();
+            assert!(error.contains("Conv in an image"), "{error}");
+            continue;
+        }
+        same(&model, Format::F16, &name);
     }
 }
 

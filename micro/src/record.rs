@@ -138,6 +138,8 @@ impl Field for Gate {
             2 => Gate::GeluErf,
             3 => Gate::Relu,
             4 => Gate::SiluClamped { alpha, limit },
+            5 => Gate::Sigmoid,
+            6 => Gate::Identity,
             _ => return None,
         })
     }
@@ -149,6 +151,8 @@ impl Field for Gate {
             Gate::GeluErf => (2, 0.0, 0.0),
             Gate::Relu => (3, 0.0, 0.0),
             Gate::SiluClamped { alpha, limit } => (4, alpha, limit),
+            Gate::Sigmoid => (5, 0.0, 0.0),
+            Gate::Identity => (6, 0.0, 0.0),
             _ => return None,
         };
         number.write(to)?;

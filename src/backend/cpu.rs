@@ -1250,6 +1250,22 @@ impl Kernels for CpuKernels {
                     }
                 });
             }
+            Op::Mul { x, weight, out } => {
+                let (x, weight) = (x.floats(), weight.floats());
+                if let [factor] = *weight {
+                    let f = Unary::Scale(factor);
+                    self.rows(out.floats_mut(), 1, &|first, out| {
+                        self.isa.run(rows::Elementwise { f, x: &x[first..first + out.len()], out });
+                    });
+                } else {
+                    let n = weight.len();
+                    self.rows(out.floats_mut(), n, &|first, out| {
+                        for (x, out) in x[first * n..].chunks_exact(n).zip(out.chunks_exact_mut(n)) {
+                            self.isa.run(rows::Glu { f: Gate::Identity, gate: weight, up: x, out });
+                        }
+                    });
+                }
+            }
             Op::Glu { gate, up, out, act } => {
                 let (f, gate, up) = (*act, gate.floats(), up.floats());
                 self.rows(out.floats_mut(), 1, &|first, out| {

@@ -630,6 +630,10 @@ impl Kernels for Definitions {
                     x[row * cols + col / len * group + first + col % len]
                 });
             }
+            Op::Mul { x, weight, out } => {
+                let (x, weight) = (x.floats(), weight.floats());
+                each(out, |i| x[i] * weight[i % weight.len()]);
+            }
             Op::Glu { gate: g, up, out, act } => {
                 let (g, up) = (g.floats(), up.floats());
                 each(out, |i| gate(*act, g[i], up[i]));

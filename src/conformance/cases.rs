@@ -603,6 +603,14 @@ fn recurrences(cases: &mut Cases) {
             });
         }
     }
+    for (cols, n) in [(96, 1), (96, 96), (130, 13), (4200, 4200), (7, 1)] {
+        cases.row(format!("Mul {cols} by {n}"), &[("factors", Format::F32, vec![u64::from(n)])], 5, |b| {
+            let x = b.input("x", Dim::Tokens, cols);
+            let weight = b.weight("factors", 1, n);
+            let y = b.mul("y", x, weight);
+            b.output(y);
+        });
+    }
     for (cols, group, first, len) in [(96, 48, 0, 24), (96, 48, 24, 24), (130, 13, 5, 3), (7, 7, 6, 1)] {
         cases.row(format!("Slice {first}+{len} of {group} of {cols}"), &[], 5, |b| {
             let x = b.input("x", Dim::Tokens, cols);

@@ -396,16 +396,16 @@ impl<'n, 'b> Network<'n, 'b> {
         let bias = self.weight("ssm_dt.bias", 1, heads);
         let rate = self.b.linear("dt", x, rate, Some(bias));
         let [v, k, q] = self.convolved(parts, projected, taps);
-        let [a, d] = ["ssm_a", "ssm_d"].map(|name| self.b.column(&format!("{}{name}", self.prefix), heads));
+        let [a, d] = ["ssm_a", "ssm_d"].map(|name| self.b.flat(&format!("{}{name}", self.prefix), heads, 1));
         let state = State::recurrent(format!("scan.{}", self.layer), heads, state_size, value_dim);
         let state = self.b.state(state);
         let y = self.b.recur([q, k, v], rate, a, Rule::Scan { d }, state);
         let mut y = self.b.glu(gate, y, Gate::Silu);
         if self.has("ssm_norm.weight") {
-            if groups > 1 {
-                self.b.fail(format!("norms of {groups} groups with weights of their own are not supported"));
-            }
-            y = self.norm_over("ssm_norm", "ssm_norm", y, inner);
+            // Each group has weights of its own.
+            y = self.b.norm("ssm_norm", y, NormKind::Rms, None, None, self.norm_eps, inner / groups);
+            let weight = self.b.flat(&format!("{}ssm_norm.weight", self.prefix), groups, inner / groups);
+            y = self.b.mul("ssm_norm_weighted", y, weight);
         }
         self.linear("ssm_out", "ssm_out", y, h.embedding_length)
     }

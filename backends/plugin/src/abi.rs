@@ -202,6 +202,7 @@ pub const HALITE_OP_TOP_K: u32 = 14;
 pub const HALITE_OP_CONV: u32 = 15;
 pub const HALITE_OP_RECUR: u32 = 16;
 pub const HALITE_OP_SLICE: u32 = 17;
+pub const HALITE_OP_MUL: u32 = 18;
 
 /// `out[t] = scale * table[row of t]`. A row beyond the table is HALITE_ARGUMENT.
 #[repr(C)]
@@ -492,6 +493,16 @@ pub struct HaliteSlice {
     pub first: u32,
 }
 
+/// The product with a weight, element by element: column c with element `c mod n`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct HaliteMul {
+    pub x: u32,
+    /// `[1, n]`; n divides the columns of `x`.
+    pub weight: u32,
+    pub out: u32,
+}
+
 /// The operands of an op, by its kind. Operands are numbers in HaliteProgram::tensors; `state` is one in
 /// HaliteProgram::states.
 #[repr(C)]
@@ -515,6 +526,7 @@ pub union HaliteOperands {
     pub conv: HaliteConv,
     pub recur: HaliteRecur,
     pub slice: HaliteSlice,
+    pub mul: HaliteMul,
 }
 
 #[repr(C)]

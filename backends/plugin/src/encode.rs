@@ -401,6 +401,9 @@ fn encode(op: &Op, texts: &mut Texts, frequencies: &mut Vec<Arc<[f32]>>) -> Resu
             let slice = HaliteSlice { x: x.0, out: out.0, group: *group, first: *first };
             (HALITE_OP_SLICE, HaliteOperands { slice })
         }
+        Op::Mul { x, weight, out } => {
+            (HALITE_OP_MUL, HaliteOperands { mul: HaliteMul { x: x.0, weight: weight.0, out: out.0 } })
+        }
         other => return Err(NotInAbi(format!("the op {}", other.name()))),
     };
     Ok(HaliteOp { struct_bytes: size::<HaliteOp>(), kind, name: texts.add(op.name()), operands })

@@ -187,7 +187,7 @@ fn operands<'a>(op: &'a mut HostOp<'_>) -> (Vec<&'a [u8]>, Vec<&'a mut [u8]>) {
         | Op::Slice { x, out, .. }
         | Op::Unary { x, out, .. }
         | Op::ArgMax { x, out } => (vec![x.bytes()], vec![out.bytes_mut()]),
-        Op::Glu { gate: a, up: b, out, .. } | Op::Add { a, b, out } => {
+        Op::Glu { gate: a, up: b, out, .. } | Op::Add { a, b, out } | Op::Mul { x: a, weight: b, out } => {
             (vec![a.bytes(), b.bytes()], vec![out.bytes_mut()])
         }
         Op::Norm { x, add, sum, weight, bias, out, .. } => {
@@ -238,7 +238,7 @@ fn units(
         Op::Rope { x, out, rotation } if id == *x || id == *out => rotation.head_dim,
         Op::Slice { x, group, .. } if id == *x => *group,
         Op::Slice { .. } => (written as u32).checked_div(count).unwrap_or(0),
-        Op::Glu { .. } | Op::Add { .. } | Op::Unary { .. } => 1,
+        Op::Glu { .. } | Op::Add { .. } | Op::Mul { .. } | Op::Unary { .. } => 1,
         // Rows may be moved in parts.
         Op::Embed { .. } | Op::Gather { .. } => written as u32 / count.max(1),
         _ => program.tensor(id).cols,

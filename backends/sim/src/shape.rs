@@ -422,6 +422,26 @@ pub fn shape(program: &Program, op: &Op, step: &Step<'_>, ids: Option<&[i32]>) -
             writes: vec![Rows::own(Operand::Out(0), cols(*out) / (cols(*x) / group))],
             work: work(SIMPLE),
         }),
+        Op::Mul { x, weight, .. } => {
+            let n = cols(*weight);
+            // Runs of elements with one factor, or with as many factors.
+            let run = if n == 1 { 1 << cols(*x).trailing_zeros().min(6) } else { run(n, 1) };
+            let count = rows(*x) * (cols(*x) / run);
+            let factors = match n {
+                1 => Rows::only(Operand::In(1), 1),
+                _ => {
+                    let index = RowIndex::Gather((0..count).map(|unit| unit % (n / run)).collect());
+                    Rows { index, ..Rows::only(Operand::In(1), run) }
+                }
+            };
+            Shape::Units(Units {
+                count,
+                pieces: 1,
+                reads: vec![Rows::own(Operand::In(0), run), factors],
+                writes: vec![Rows::own(Operand::Out(0), run)],
+                work: work(SIMPLE.times(run.into())),
+            })
+        }
         Op::Glu { gate, .. } => {
             elementwise(*gate, 2, VectorWork { simple: 2, exp: 1, divide: 1, ..Default::default() })
         }

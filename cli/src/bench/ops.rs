@@ -245,6 +245,7 @@ fn shape_of(program: &Program, op: &Op) -> String {
         | Op::Unary { x, .. }
         | Op::ArgMax { x, .. }
         | Op::Glu { gate: x, .. }
+        | Op::Mul { x, .. }
         | Op::Add { a: x, .. } => cols(*x).to_string(),
         _ => String::new(),
     }

@@ -249,6 +249,7 @@ pub(super) fn missing(program: &Program, op: &Op, bounds: &Bounds) -> Option<Str
         | Op::Conv { .. }
         | Op::Recur { .. }
         | Op::Slice { .. }
+        | Op::Mul { .. }
         | Op::Glu { .. }
         | Op::Add { .. }
         | Op::Unary { .. }
@@ -432,6 +433,14 @@ impl Lowering<'_> {
                 let element =
                     format!("x[at / COLUMNS * X_COLUMNS + {column} / LEN * GROUP + FIRST + {column} % LEN]");
                 self.elementwise(shader, *out, &element);
+            }
+            Op::Mul { x, weight, out } => {
+                let shader = self
+                    .shader("mul")
+                    .read("x", "f32", self.tensor(*x))
+                    .read("weight", "f32", self.tensor(*weight))
+                    .u32("FACTORS", self.cols(*weight));
+                self.elementwise(shader, *out, "x[at] * weight[at % FACTORS]");
             }
             Op::Glu { gate, up, out, act } => {
                 let shader = self
