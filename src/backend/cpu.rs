@@ -34,8 +34,8 @@ use crate::error::{Error, Result};
 use crate::map::Region;
 use crate::memory::{Allocator, System, Zeroed, zeroed};
 use crate::program::{
-    Epilogue, Gating, MAX_PARTS, NOT_FINITE, NormKind, Op, PAGE_POSITIONS, Part, Program, RopePairs,
-    Rotation, Rule,
+    Epilogue, Gate, Gating, MAX_PARTS, NOT_FINITE, NormKind, Op, PAGE_POSITIONS, Part, Program, RopePairs,
+    Rotation, Rule, Unary,
 };
 use crate::stream::Chunk;
 

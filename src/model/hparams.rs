@@ -76,6 +76,15 @@ pub struct Hparams {
     pub expert_weights_scale: Option<f32>,
     /// Layers at the end that draft tokens; not in `block_count`.
     pub nextn_predict_layers: u32,
+    /// Elements of an embedding that each layer has for each token.
+    pub embedding_length_per_layer_input: Option<u32>,
+    /// Layers at the end that use the KV caches of earlier ones.
+    pub shared_kv_layers: u32,
+    /// Elements of a key and of a value in sliding-window layers, if different.
+    pub key_length_swa: Option<u32>,
+    pub value_length_swa: Option<u32>,
+    /// Rotated elements of a head in sliding-window layers, if different.
+    pub rope_dimension_count_swa: Option<u32>,
     /// Sections of multi-dimensional rotary embedding, of which texts use the first three alike.
     pub rope_dimension_sections: Option<Vec<u32>>,
     /// Whether each layer is recurrent, if the file says so.
@@ -307,7 +316,14 @@ impl Hparams {
             Some(length) => Some(ranged("expert_shared_feed_forward_length", length, MAX_EXTENT)?),
             None => None,
         };
-        let feed_forward_length = per_layer("feed_forward_length")?
+        // Layers without a feed-forward block have no hidden elements.
+        let feed_forward_length = gguf
+            .optional_u32_per_layer(&key("feed_forward_length"), layers)?
+            .filter(|lengths| lengths.iter().any(|&length| length > 0));
+        for &length in feed_forward_length.iter().flatten().filter(|&&length| length > 0) {
+            ranged("feed_forward_length", length, MAX_EXTENT)?;
+        }
+        let feed_forward_length = feed_forward_length
             .or_else(|| expert_feed_forward_length.map(|length| vec![length; layers]))
             .ok_or_else(|| missing("feed_forward_length"))?;
         let expert_gating_func = match gguf.optional_u32(&key("expert_gating_func"))? {
@@ -324,6 +340,27 @@ impl Hparams {
             gguf.optional_u32(&key(name))?.map(|value| ranged(name, value, MAX_EXTENT)).transpose()
         };
         let recurrent_layers = gguf.optional_u32_per_layer(&key("attention.recurrent_layers"), layers)?;
+        let shared_kv_layers = gguf.optional_u32(&key("attention.shared_kv_layers"))?.unwrap_or(0);
+        if shared_kv_layers >= block_count {
+            return Err(Error::Model(format!(
+                "key `{}`: expected less than the {block_count} blocks, got {shared_kv_layers}",
+                key("attention.shared_kv_layers")
+            )));
+        }
+        let head_size = |name: &str| -> Result<Option<u32>> {
+            gguf.optional_u32(&key(name))?.map(|length| ranged(name, length, MAX_HEAD_LENGTH)).transpose()
+        };
+        let key_length_swa = head_size("attention.key_length_swa")?;
+        let value_length_swa = head_size("attention.value_length_swa")?;
+        let rope_dimension_count_swa = head_size("rope.dimension_count_swa")?;
+        let rotated = rope_dimension_count_swa.unwrap_or(0);
+        if rotated % 2 != 0 || rotated > key_length_swa.unwrap_or(key_length) {
+            let message = format!(
+                "key `{}`: expected an even number up to the length of a key, got {rotated}",
+                key("rope.dimension_count_swa")
+            );
+            return Err(Error::Model(message));
+        }
         let context_length = required("context_length", u32::MAX)?;
         let original_context_length = match gguf.optional_u32(&key("rope.scaling.original_context_length"))? {
             Some(length) => ranged("rope.scaling.original_context_length", length, u32::MAX)?,
@@ -367,6 +404,15 @@ impl Hparams {
             expert_weights_norm: gguf.optional_bool(&key("expert_weights_norm"))?,
             expert_weights_scale: factor("expert_weights_scale")?,
             nextn_predict_layers,
+            embedding_length_per_layer_input: gguf
+                .optional_u32(&key("embedding_length_per_layer_input"))?
+                .filter(|&length| length > 0)
+                .map(|length| ranged("embedding_length_per_layer_input", length, MAX_HEAD_LENGTH))
+                .transpose()?,
+            shared_kv_layers,
+            key_length_swa,
+            value_length_swa,
+            rope_dimension_count_swa,
             rope_dimension_sections: gguf.optional_u32_per_layer(&key("rope.dimension_sections"), 4)?,
             recurrent_layers: recurrent_layers.map(|layers| layers.iter().map(|&is| is != 0).collect()),
             full_attention_interval: size("full_attention_interval")?,

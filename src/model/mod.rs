@@ -8,7 +8,9 @@ mod cohere2;
 mod command_r;
 mod exaone4;
 mod falcon;
+mod falcon_h1;
 mod gemma;
+mod gemma4;
 mod glm;
 mod gpt2;
 mod gpt_oss;
@@ -19,6 +21,7 @@ mod hunyuan;
 mod lfm2;
 mod llama;
 mod nemotron;
+mod nemotron_h;
 mod network;
 mod olmo2;
 mod olmoe;
@@ -64,9 +67,11 @@ const FAMILIES: &[(&str, Record)] = &[
     ("exaone", qwen::record_2),
     ("exaone4", exaone4::record),
     ("falcon", falcon::record),
+    ("falcon-h1", falcon_h1::record),
     ("gemma", gemma::record_1),
     ("gemma2", gemma::record_2),
     ("gemma3", gemma::record_3),
+    ("gemma4", gemma4::record),
     ("glm4", glm::record_4),
     ("gpt-oss", gpt_oss::record),
     ("gpt2", gpt2::record),
@@ -82,6 +87,7 @@ const FAMILIES: &[(&str, Record)] = &[
     ("minicpm", granite::record_minicpm),
     ("mistral3", llama::record),
     ("nemotron", nemotron::record),
+    ("nemotron_h", nemotron_h::record),
     ("nomic-bert", bert::record_nomic),
     ("olmo2", olmo2::record),
     ("olmoe", olmoe::record),
@@ -266,15 +272,21 @@ impl Model {
         let used: HashSet<&str> =
             weights.map(|t| t.part.as_ref().map_or(&t.name, |part| &part.of).as_str()).collect();
         let mut names = self.gguf.tensors().map(|t| t.record.name.as_str());
-        // Layers that draft tokens change no result, and a decoder that embeds has no use for its output matrix.
+        // Layers that draft tokens change no result, nor do the keys and values of layers that use others'. And a decoder that
+        // embeds has no use for its output matrix.
         let h = &self.hparams;
         let drafting = h.block_count..h.block_count.saturating_add(h.nextn_predict_layers);
-        let drafts = |name: &str| {
-            let layer = name.strip_prefix("blk.").and_then(|rest| rest.split('.').next()?.parse().ok());
-            layer.is_some_and(|layer: u32| drafting.contains(&layer))
+        let sharing = h.block_count.saturating_sub(h.shared_kv_layers)..h.block_count;
+        let is_idle = |name: &str| {
+            let Some((layer, part)) = name.strip_prefix("blk.").and_then(|rest| rest.split_once('.')) else {
+                return false;
+            };
+            let Ok(layer) = layer.parse() else { return false };
+            let is_kv = ["attn_k.weight", "attn_v.weight", "attn_k_norm.weight"].contains(&part);
+            drafting.contains(&layer) || is_kv && sharing.contains(&layer)
         };
         let optional = |name: &str| OPTIONAL.contains(&name) || h.embeds() && name == "output.weight";
-        let unused = names.find(|name| !used.contains(name) && !optional(name) && !drafts(name));
+        let unused = names.find(|name| !used.contains(name) && !optional(name) && !is_idle(name));
         unused.map_or(Ok(()), |name| {
             let architecture = printable(self.hparams.architecture.as_bytes());
             Err(Error::Model(format!("tensor `{name}` of the file is unknown to the family {architecture}")))

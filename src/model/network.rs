@@ -47,6 +47,10 @@ pub(super) struct Attention<'r> {
     /// Whether each head's result is multiplied by a gate's sigmoid. Queries and gates alternate in the file, head by
     /// head.
     pub gated: bool,
+    /// Whether each head's values are normalised, without weights.
+    pub v_norm: bool,
+    /// The layer whose KV cache it uses, if it is not its own.
+    pub kv_of: Option<u32>,
 }
 
 impl<'n, 'b> Network<'n, 'b> {
@@ -64,6 +68,11 @@ impl<'n, 'b> Network<'n, 'b> {
             NormKind::Layer => network.required("attention.layer_norm_epsilon", h.layer_norm_epsilon),
         };
         network
+    }
+
+    /// Records an error: the file asks for what the family does not have here.
+    pub fn fail(&mut self, message: String) {
+        self.b.fail(message);
     }
 
     /// Returns a required hyper-parameter.
@@ -140,7 +149,9 @@ impl<'n, 'b> Network<'n, 'b> {
     }
 
     fn norm_over(&mut self, result: &str, name: &str, x: TensorId, group: u32) -> TensorId {
-        let weight = self.weight(&format!("{name}.weight"), 1, group);
+        // Files of Falcon-H1 leave out the ending of one.
+        let weight = if self.has(name) { name.to_owned() } else { format!("{name}.weight") };
+        let weight = self.weight(&weight, 1, group);
         let bias = self.bias(name, group);
         self.b.norm(result, x, self.norm, Some(weight), bias, self.norm_eps, group)
     }
@@ -226,6 +237,8 @@ impl<'n, 'b> Network<'n, 'b> {
             causal: true,
             sinks: false,
             gated: false,
+            v_norm: false,
+            kv_of: None,
         }
     }
 
@@ -241,10 +254,20 @@ impl<'n, 'b> Network<'n, 'b> {
         let query_length = h.key_length.saturating_mul(1 + u32::from(a.gated));
         let parts =
             [("q", heads * query_length), ("k", kv_heads * h.key_length), ("v", kv_heads * h.value_length)];
-        let [q, k, v] = if self.has("attn_qkv.weight") {
-            self.fused_linear("attn_qkv", x, parts)
+        let linear = |n: &mut Self, i: usize| {
+            let (part, rows): (&str, u32) = parts[i];
+            n.linear(part, &format!("attn_{part}"), x, rows)
+        };
+        let (q, kv) = if a.kv_of.is_some() {
+            (linear(self, 0), None)
+        } else if self.has("attn_qkv.weight") {
+            let [q, k, v] = self.fused_linear("attn_qkv", x, parts);
+            (q, Some((k, v)))
         } else {
-            parts.map(|(part, rows)| self.linear(part, &format!("attn_{part}"), x, rows))
+            let (q, k) = (linear(self, 0), linear(self, 1));
+            // Some families have no values: they are the keys, before all that follows.
+            let v = if a.v_norm && !self.has("attn_v.weight") { k } else { linear(self, 2) };
+            (q, Some((k, v)))
         };
         let gate = a.gated.then(|| self.b.slice("gate", q, query_length, h.key_length, h.key_length));
         let q = if a.gated { self.b.slice("query", q, query_length, 0, h.key_length) } else { q };
@@ -267,15 +290,54 @@ impl<'n, 'b> Network<'n, 'b> {
                 }
             }
         };
-        let (q, k) = (place("q", q), place("k", k));
-        let kv = self.b.state(h.kv_state(self.layer, a.window, a.causal));
-        self.b.kv_write(k, v, kv);
+        let q = place("q", q);
+        let kv = kv.map(|(k, v)| (place("k", k), v));
+        let state = self.b.state(h.kv_state(a.kv_of.unwrap_or(self.layer), a.window, a.causal));
+        if let Some((k, mut v)) = kv {
+            if a.v_norm {
+                v = self.b.norm("v_norm", v, NormKind::Rms, None, None, self.norm_eps, h.value_length);
+            }
+            self.b.kv_write(k, v, state);
+        }
         let sinks = a.sinks.then(|| self.weight("attn_sinks.weight", 1, heads));
-        let mut attended = self.b.attend(q, kv, heads, a.scale, h.attn_logit_softcapping, sinks);
+        let mut attended = self.b.attend(q, state, heads, a.scale, h.attn_logit_softcapping, sinks);
         if let Some(gate) = gate {
             attended = self.b.glu(gate, attended, Gate::Sigmoid);
         }
         self.linear("attn_output", "attn_output", attended, h.embedding_length)
+    }
+
+    /// The inputs of all layers for each token (Gemma 3n): an embedding, and a product of `x`; one layer after the other.
+    pub fn per_layer_inputs(&mut self, x: TensorId, length: u32) -> TensorId {
+        let h = self.h;
+        let all = length.saturating_mul(h.block_count);
+        let table = self.weight("per_layer_token_embd.weight", h.vocab_size, all);
+        let embedded = self.b.embed(table, Index::Token, (length as f32).sqrt());
+        let projected = self.linear("per_layer_proj", "per_layer_model_proj", x, all);
+        let projected = self.scale("per_layer_scaled", projected, 1.0 / (h.embedding_length as f32).sqrt());
+        let projected = self.norm_over("per_layer_norm", "per_layer_proj_norm", projected, length);
+        let sum = self.add("per_layer_sum", projected, embedded);
+        self.scale("per_layer_inputs", sum, std::f32::consts::FRAC_1_SQRT_2)
+    }
+
+    /// Adds a layer's part of [`Network::per_layer_inputs`], gated by `x`.
+    pub fn add_layer_input(&mut self, x: TensorId, inputs: TensorId, length: u32) -> TensorId {
+        let h = self.h;
+        let input = self.b.slice("layer_input", inputs, self.cols(inputs), self.layer * length, length);
+        let gate = self.linear("layer_gate", "inp_gate", x, length);
+        let y = self.b.glu(gate, input, Gate::Gelu);
+        let y = self.linear("layer_proj", "proj", y, h.embedding_length);
+        let y = self.norm_as("layer_post_norm", "post_norm", y);
+        self.add("layer_residual", x, y)
+    }
+
+    /// Multiplies by the layer's factor, if the file has one.
+    pub fn layer_scale(&mut self, x: TensorId) -> TensorId {
+        let name = format!("{}layer_output_scale.weight", self.prefix);
+        match self.b.optional(&name, 1, 1) {
+            Some(factor) => self.b.mul("layer_scaled", x, factor),
+            None => x,
+        }
     }
 
     /// A short convolution between two gates (LFM2).

@@ -36,10 +36,9 @@ DELTA_NET = dict(dim=64, heads=4, kv=2, head=24, gated=True, qk_norm="head", nor
                      "rope.dimension_sections": [3, 3, 2, 0], "ssm.conv_kernel": 4, "ssm.inner_size": 64, "ssm.state_size": 16,
                      "ssm.time_step_rank": 4, "ssm.group_count": 2, "full_attention_interval": 4})
 
-# Six heads, and no positions.
-MAMBA_2 = dict(dim=48, heads=4, norms=PRE, tied=True, keys=SCALES | {
-    "rope.scaling.finetuned": False, "ssm.conv_kernel": 4, "ssm.inner_size": 96, "ssm.state_size": 24, "ssm.time_step_rank": 6,
-    "ssm.group_count": 1})
+# Six heads.
+HYBRID_KEYS = {"ssm.conv_kernel": 4, "ssm.inner_size": 96, "ssm.state_size": 24, "ssm.time_step_rank": 6, "ssm.group_count": 1}
+MAMBA_2 = dict(dim=48, heads=4, norms=PRE, tied=True, keys=SCALES | HYBRID_KEYS | {"rope.scaling.finetuned": False})
 
 FAMILIES = {
     "arcee": dict(head=16, ffn="plain", keys=YARN),
@@ -58,7 +57,18 @@ FAMILIES = {
     "exaone4-window": dict(arch="exaone4", dim=16, hidden=16, layers=64, norms=("post_attention_norm", "post_ffw_norm"),
                            qk_norm="head", base=1e6, keys={"attention.sliding_window": 16,
                                                            "attention.sliding_window_pattern": [True, True, True, False] * 16}),
+    # Mamba 2 beside each attention; two groups.
+    "falcon-h1": dict(MAMBA_2 | dict(norms=("attn_norm",), tied=False, keys=HYBRID_KEYS | {"ssm.group_count": 2}), kv=2, head=16,
+                      base=1e11, mixers=["both"] * 2),
     "gemma": dict(dim=64, heads=4, kv=1, head=24, tied=True),
+    # Three layers use the caches of the second and the third.
+    "gemma4": dict(dim=64, heads=4, kv=[1, 1, 2, 1, 2, 1], head=32, layers=6, hidden=[48, 48, 48, 96, 96, 96], qk_norm="head",
+                   norms=("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"), tied=True, base=1e6, rotated=32,
+                   rope_factors=True, windowed=[True, True, False, True, False, True], window_head=16, layer_inputs=24, shared_kv=3,
+                   keys={"attention.sliding_window": 16, "attention.key_length_swa": 16, "attention.value_length_swa": 16,
+                         "attention.sliding_window_pattern": [True, True, False, True, False, True],
+                         "attention.shared_kv_layers": 3, "embedding_length_per_layer_input": 24, "rope.freq_base_swa": 1e4,
+                         "rope.dimension_count_swa": 16, "final_logit_softcapping": 30.0}),
     "glm4": dict(dim=64, heads=4, kv=2, norms=("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"), qkv_bias=True,
                  ffn="fused", rotated=8),
     # The order of rows is that of halves, and a text has the same coordinates in all sections.
@@ -79,6 +89,11 @@ FAMILIES = {
     "maincoder": dict(head=24, qk_norm="head", base=1e6, tied=True),
     "minicpm": dict(tied=True, keys=dict(logit_scale=9.0, residual_scale=0.22, embedding_scale=12.0)),
     "nemotron": dict(norm="layer", ffn="plain", rotated=8),
+    # One block a layer; two groups.
+    "nemotron_h": dict(MAMBA_2 | dict(norms=("attn_norm",), tied=False,
+                                      keys=HYBRID_KEYS | {"ssm.group_count": 2, "attention.layer_norm_epsilon": 1e-5}),
+                       layers=4, kv=[0, 0, 2, 0], hidden=[0, 80, 0, 0], ffn="plain",
+                       mixers=["mamba_2", None, "attention", "mamba_2"]),
     "olmoe": dict(EXPERTS, kv=2, qk_norm="row"),
     "openelm": dict(heads=[2, 4], kv=[1, 2], head=16, hidden=[32, 64], fused_qkv=True, qk_norm="head", tied=True),
     "orion": dict(norm="layer"),
@@ -143,9 +158,10 @@ class File:
 def model(name, arch=None, dim=32, heads=2, kv=1, head=None, hidden=48, layers=2, norm="rms", norm_bias=True, norms=PRE,
           qk_norm=None, fused_qkv=False, qkv_bias=False, out_bias=False, ffn="gated", ffn_bias=False, shared=0, shared_gate=False,
           tied=False, output_bias=False, positions=False, rotated=None, base=10000.0, rope_factors=False, mixers=None, gated=False,
-          last_norm="output_norm", keys={}):
+          last_norm="output_norm", windowed=None, window_head=None, layer_inputs=0, shared_kv=0, keys={}):
     """The file of a family's row."""
-    file = File(name, arch or name)
+    arch_name = arch or name
+    file = File(name, arch_name)
     for key, value in dict(vocab_size=VOCAB, context_length=CONTEXT, embedding_length=dim, block_count=layers,
                            feed_forward_length=hidden).items():
         file.key(key, value)
@@ -177,6 +193,10 @@ def model(name, arch=None, dim=32, heads=2, kv=1, head=None, hidden=48, layers=2
     file.norm(last_norm, dim, norm_bias)
     if not tied:
         file.linear("output", dim, VOCAB, bias=output_bias)
+    if layer_inputs:
+        file.linear("per_layer_model_proj", dim, layer_inputs * layers)
+        file.norm("per_layer_proj_norm", layer_inputs)
+        file.tensor("per_layer_token_embd.weight", layer_inputs * layers, VOCAB, scale=layer_inputs**-0.5)
     if rope_factors:
         pairs = (head or dim // heads) // 2
         file.writer.add_tensor("rope_freqs.weight", np.linspace(1, 8, pairs, dtype=np.float32))
@@ -184,10 +204,14 @@ def model(name, arch=None, dim=32, heads=2, kv=1, head=None, hidden=48, layers=2
     for layer in range(layers):
         at = f"blk.{layer}."
         queries, groups, inner = (per_layer(value, layer) for value in (heads, kv, hidden))
-        length = head or dim // heads
+        length = window_head if windowed and windowed[layer] else head or dim // heads
+        own_kv = layer < layers - shared_kv
         rows, kv_rows = queries * length, groups * length
         for part in norms:
             file.norm(at + part, dim, norm_bias)
+        if arch_name == "falcon-h1":
+            # Its files leave out the ending.
+            file.tensor(at + "ffn_norm", dim, scale=0.1, around=1.0)
         mixer = mixers[layer] if mixers else "attention"
         if mixer == "short_conv":
             short_conv(file, at, dim, keys)
@@ -195,16 +219,30 @@ def model(name, arch=None, dim=32, heads=2, kv=1, head=None, hidden=48, layers=2
             delta_net(file, at, dim, keys)
         elif mixer == "mamba_2":
             mamba_2(file, at, dim, keys)
+        elif mixer is None:
+            pass
         elif fused_qkv:
             file.linear(at + "attn_qkv", dim, rows + 2 * kv_rows, bias=qkv_bias)
         else:
             for part, count in (("q", 2 * rows if gated else rows), ("k", kv_rows), ("v", kv_rows)):
-                file.linear(f"{at}attn_{part}", dim, count, bias=qkv_bias)
-        if mixer == "attention":
+                if part == "q" or own_kv:
+                    file.linear(f"{at}attn_{part}", dim, count, bias=qkv_bias)
+        if mixer == "both":
+            mamba_2(file, at, dim, keys)
+        attends = mixer in ("attention", "both")
+        if attends:
             file.linear(at + "attn_output", rows, dim, bias=out_bias)
-        if mixer == "attention" and qk_norm:
+        if attends and qk_norm:
             file.norm(at + "attn_q_norm", length if qk_norm == "head" else rows)
-            file.norm(at + "attn_k_norm", length if qk_norm == "head" else kv_rows)
+            if own_kv:
+                file.norm(at + "attn_k_norm", length if qk_norm == "head" else kv_rows)
+        if layer_inputs:
+            file.linear(at + "inp_gate", dim, layer_inputs)
+            file.linear(at + "proj", layer_inputs, dim)
+            file.norm(at + "post_norm", dim)
+            file.tensor(at + "layer_output_scale.weight", 1, scale=0.1, around=1.0)
+        if not inner:
+            continue
         if experts:
             file.linear(at + "ffn_gate_inp", dim, experts)
             inner = keys.get("expert_feed_forward_length", inner)
