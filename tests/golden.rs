@@ -8,7 +8,7 @@ use std::sync::Arc;
 use halite::backend::Backend;
 use halite::backend::cpu::Cpu;
 use halite::backend::reference::Reference;
-use halite_testing::golden::{self, bound, committed, family_folders, folder};
+use halite_testing::golden::{self, bound, committed, family_bound, family_folders, folder};
 
 fn check(dir: &Path, select: impl Fn(&str) -> Option<f64>) {
     golden::check(&(Arc::new(Cpu::with_threads(2).unwrap()) as Arc<dyn Backend>), dir, select);
@@ -22,14 +22,14 @@ fn the_committed_set() {
 #[test]
 fn families() {
     for dir in family_folders() {
-        check(&dir, |_| Some(1e-8));
+        check(&dir, |file| Some(family_bound(file, 1e-8)));
     }
 }
 
 #[test]
 fn families_by_definition() {
     let reference = Arc::new(Reference::new()) as Arc<dyn Backend>;
-    golden::check(&reference, &committed().join("families"), |_| Some(1e-8));
+    golden::check(&reference, &committed().join("families"), |file| Some(family_bound(file, 1e-8)));
 }
 
 #[test]

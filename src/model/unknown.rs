@@ -9,10 +9,9 @@ use crate::gguf::Gguf;
 /// Blocks that no supported family has, by the parts of tensor names that show them.
 const BLOCKS: &[(&str, &[&str])] = &[
     ("delta rule with a decay for each channel", &["ssm_f_a"]),
-    ("state-space scan", &["ssm_d", "ssm_x"]),
+    ("state-space scan of Mamba 1", &["ssm_x"]),
     ("multi-head latent attention", &["attn_kv_a_mqa", "attn_kv_b", "attn_k_b"]),
     ("sparse attention by an indexer", &["indexer"]),
-    ("per-layer embeddings", &["per_layer_token_embd", "inp_gate"]),
     ("AltUp", &["altup_router", "altup_proj"]),
     ("Laurel", &["laurel_l"]),
     ("router with a correction bias", &["exp_probs_b"]),
@@ -27,6 +26,8 @@ const BLOCKS: &[(&str, &[&str])] = &[
 const LIKE: &[(&str, &[&str])] = &[
     ("qwen35", &["ssm_beta"]),
     ("lfm2", &["shortconv"]),
+    ("granitehybrid", &["ssm_in", "ssm_d"]),
+    ("gemma4", &["per_layer_model_proj"]),
     ("gpt-oss", &["attn_sinks", "ffn_gate_exps"]),
     ("gemma3", &["post_ffw_norm", "attn_q_norm", "ffn_gate"]),
     ("gemma2", &["post_ffw_norm", "ffn_norm"]),

@@ -61,14 +61,14 @@ FAMILIES = {
     "falcon-h1": dict(MAMBA_2 | dict(norms=("attn_norm",), tied=False, keys=HYBRID_KEYS | {"ssm.group_count": 2}), kv=2, head=16,
                       base=1e11, mixers=["both"] * 2),
     "gemma": dict(dim=64, heads=4, kv=1, head=24, tied=True),
-    # Three layers use the caches of the second and the third.
-    "gemma4": dict(dim=64, heads=4, kv=[1, 1, 2, 1, 2, 1], head=32, layers=6, hidden=[48, 48, 48, 96, 96, 96], qk_norm="head",
-                   norms=("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"), tied=True, base=1e6, rotated=32,
-                   rope_factors=True, windowed=[True, True, False, True, False, True], window_head=16, layer_inputs=24, shared_kv=3,
+    # Three layers use the caches of the first two.
+    "gemma4": dict(dim=48, heads=4, kv=[1, 2, 1, 2, 1], head=24, layers=5, hidden=[32, 32, 64, 64, 64], qk_norm="head",
+                   norms=("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"), tied=True, base=1e6, rotated=24,
+                   rope_factors=True, windowed=[True, False, True, False, True], window_head=16, layer_inputs=24, shared_kv=3,
                    keys={"attention.sliding_window": 16, "attention.key_length_swa": 16, "attention.value_length_swa": 16,
-                         "attention.sliding_window_pattern": [True, True, False, True, False, True],
-                         "attention.shared_kv_layers": 3, "embedding_length_per_layer_input": 24, "rope.freq_base_swa": 1e4,
-                         "rope.dimension_count_swa": 16, "final_logit_softcapping": 30.0}),
+                         "attention.sliding_window_pattern": [True, False, True, False, True], "attention.shared_kv_layers": 3,
+                         "embedding_length_per_layer_input": 24, "rope.freq_base_swa": 1e4, "rope.dimension_count_swa": 16,
+                         "final_logit_softcapping": 30.0}),
     "glm4": dict(dim=64, heads=4, kv=2, norms=("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"), qkv_bias=True,
                  ffn="fused", rotated=8),
     # The order of rows is that of halves, and a text has the same coordinates in all sections.

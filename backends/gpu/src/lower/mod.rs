@@ -14,7 +14,9 @@ use halite_kernels::formats::Kind;
 use self::experts::gating_code;
 use halite::backend::Limits;
 use halite::passes;
-use halite::program::{Dim, Epilogue, Index, NormKind, Op, Program, RopePairs, Rotation, Slot, TensorId};
+use halite::program::{
+    Dim, Epilogue, Index, NormKind, Op, Program, RopePairs, Rotation, Rule, Slot, TensorId,
+};
 use halite_shaders::{
     Extra, Paths, Resource, Shader, WORKGROUP, gated, knows_format, knows_kv_format, unary, wgsl,
 };
