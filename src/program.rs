@@ -281,6 +281,17 @@ pub enum Index {
     First,
 }
 
+/// Groups of experts, each of consecutive ones (DeepSeek-AI 2024): a token chooses from the groups whose two largest values have
+/// the largest sums.
+#[cfg_attr(feature = "replay", derive(serde::Serialize, serde::Deserialize))]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Groups {
+    /// Number of groups.
+    pub count: u32,
+    /// How many of them a token chooses from.
+    pub used: u32,
+}
+
 /// How router logits become expert weights.
 #[cfg_attr(feature = "replay", derive(serde::Serialize, serde::Deserialize))]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -521,10 +532,15 @@ pub enum Op<T = TensorId, S = StateId> {
         f: Unary,
     },
     /// Chooses experts for each token, in order of decreasing gated value (for [`Gating::SoftmaxOfTop`], of the logit);
-    /// the lower index comes first on ties, and NaN before all other values.
+    /// the lower index comes first on ties, and NaN before all other values. Weights are the gated values, also where something
+    /// else was added to choose.
     Route {
         /// `[tokens, experts]`.
         logits: T,
+        /// Added to the gated values to choose, `[1, experts]` (DeepSeek-AI 2024).
+        bias: Option<T>,
+        /// Which experts a token may choose; `None`: all.
+        groups: Option<Groups>,
         /// `[tokens, used]`, `I32`.
         ids: T,
         /// `[tokens, used]`.
@@ -704,8 +720,10 @@ impl<T, S> Op<T, S> {
             }
             Op::Add { a, b, out } => Op::Add { a: t(a, Read)?, b: t(b, Read)?, out: t(out, Write)? },
             Op::Unary { x, out, f } => Op::Unary { x: t(x, Read)?, out: t(out, Write)?, f: *f },
-            Op::Route { logits, ids, weights, gating, normalise, scale } => Op::Route {
+            Op::Route { logits, bias, groups, ids, weights, gating, normalise, scale } => Op::Route {
                 logits: t(logits, Read)?,
+                bias: bias.as_ref().map(|x| t(x, Read)).transpose()?,
+                groups: *groups,
                 ids: t(ids, Write)?,
                 weights: t(weights, Write)?,
                 gating: *gating,
@@ -1378,7 +1396,7 @@ impl<'a> Builder<'a> {
         out
     }
 
-    /// [`Op::Route`]: ids and weights of the `used` best experts.
+    /// [`Op::Route`]: ids and weights of the `used` best experts of all.
     pub fn route(
         &mut self,
         logits: TensorId,
@@ -1387,10 +1405,25 @@ impl<'a> Builder<'a> {
         normalise: bool,
         scale: f32,
     ) -> (TensorId, TensorId) {
+        self.route_among(logits, None, None, used, gating, normalise, scale)
+    }
+
+    /// [`Op::Route`]: ids and weights of the `used` best experts.
+    #[allow(clippy::too_many_arguments)]
+    pub fn route_among(
+        &mut self,
+        logits: TensorId,
+        bias: Option<TensorId>,
+        groups: Option<Groups>,
+        used: u32,
+        gating: Gating,
+        normalise: bool,
+        scale: f32,
+    ) -> (TensorId, TensorId) {
         let rows = self.shape(logits).0;
         let ids = self.result("expert_ids", rows, used, Format::I32);
         let weights = self.result("expert_weights", rows, used, Format::F32);
-        self.push(Op::Route { logits, ids, weights, gating, normalise, scale });
+        self.push(Op::Route { logits, bias, groups, ids, weights, gating, normalise, scale });
         (ids, weights)
     }
 

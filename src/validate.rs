@@ -6,7 +6,7 @@ use halite_kernels::recurrent::{MAX_KEY, MAX_TAPS};
 
 use crate::error::{Error, Result};
 use crate::program::{
-    Dim, Epilogue, Op, Program, Rotation, Rule, Slot, State, StateId, StateKind, Tensor, TensorId,
+    Dim, Epilogue, Groups, Op, Program, Rotation, Rule, Slot, State, StateId, StateKind, Tensor, TensorId,
 };
 
 /// Largest accepted number of columns, rows, experts or heads of one tensor.
@@ -371,8 +371,20 @@ impl Check<'_> {
                 self.like(*x, *x)?;
                 self.like(*out, *x)
             }
-            Op::Route { logits, ids, weights, .. } => {
+            Op::Route { logits, bias, groups, ids, weights, .. } => {
                 self.is(*logits, Dim::Tokens, t(*logits).cols)?;
+                self.optional_vector(*bias, t(*logits).cols)?;
+                if let Some(Groups { count, used }) = *groups {
+                    let each = t(*logits).cols.checked_div(count).unwrap_or(0);
+                    let is_whole = each >= 2 && each * count == t(*logits).cols;
+                    if !is_whole || !(1..=count).contains(&used) || used * each < t(*ids).cols {
+                        return Err(format!(
+                            "{} experts of {used} of {count} groups, of {}",
+                            t(*ids).cols,
+                            t(*logits).cols
+                        ));
+                    }
+                }
                 let (used, experts) = (t(*ids).cols, t(*logits).cols as usize);
                 if experts > halite_kernels::rows::MAX_EXPERTS {
                     return Err(format!("{experts} experts: at most {}", halite_kernels::rows::MAX_EXPERTS));

@@ -586,6 +586,25 @@ pub fn top_k(x: &[f32], ids: &mut [i32]) {
     }
 }
 
+/// Leaves only the `used` groups of `x`, of `count`, whose two largest elements have the largest sums, by the rules of [`top_k`]; the
+/// others become minus infinity.
+pub fn keep_groups(x: &mut [f32], count: usize, used: usize) {
+    let each = (x.len() / count.max(1)).max(1);
+    let (mut sums, mut kept) = ([0.0; MAX_EXPERTS], [0; MAX_EXPERTS]);
+    let (sums, kept) = (&mut sums[..count.min(MAX_EXPERTS)], &mut kept[..used.min(count).min(MAX_EXPERTS)]);
+    for (sum, group) in sums.iter_mut().zip(x.chunks_exact(each)) {
+        let mut best = [0; 2];
+        top_k(group, &mut best);
+        *sum = group[best[0] as usize] + group[best[1] as usize];
+    }
+    top_k(sums, kept);
+    for (i, group) in x.chunks_exact_mut(each).enumerate() {
+        if !kept.contains(&(i as i32)) {
+            group.fill(f32::NEG_INFINITY);
+        }
+    }
+}
+
 /// Writes the `ids.len()` largest elements and their indices, largest first, the lower index first on ties,
 /// in the total order of IEEE 754; but NaN counts as the largest, so that it is seen.
 pub fn largest(x: &[f32], ids: &mut [i32], values: &mut [f32]) {

@@ -34,8 +34,8 @@ use crate::error::{Error, Result};
 use crate::map::Region;
 use crate::memory::{Allocator, System, Zeroed, zeroed};
 use crate::program::{
-    Epilogue, Gate, Gating, MAX_PARTS, NOT_FINITE, NormKind, Op, PAGE_POSITIONS, Part, Program, RopePairs,
-    Rotation, Rule, Unary,
+    Epilogue, Gate, Gating, Groups, MAX_PARTS, NOT_FINITE, NormKind, Op, PAGE_POSITIONS, Part, Program,
+    RopePairs, Rotation, Rule, Unary,
 };
 use crate::stream::Chunk;
 
@@ -1280,9 +1280,10 @@ impl Kernels for CpuKernels {
                     self.isa.run(rows::Elementwise { f, x: &x[first..first + out.len()], out });
                 });
             }
-            Op::Route { logits, ids, weights, gating, normalise, scale } => {
+            Op::Route { logits, bias, groups, ids, weights, gating, normalise, scale } => {
                 let (experts, used) = (logits.cols, ids.cols);
-                let mut p = [0.0f32; rows::MAX_EXPERTS];
+                let (mut p, mut choice) = ([0.0f32; rows::MAX_EXPERTS], [0.0f32; rows::MAX_EXPERTS]);
+                let bias = bias.as_ref().map(|bias| bias.floats());
                 let out = ids.ints_mut().chunks_exact_mut(used);
                 let out = out.zip(weights.floats_mut().chunks_exact_mut(used));
                 for (logits, (ids, weights)) in logits.floats().chunks_exact(experts).zip(out) {
@@ -1293,7 +1294,15 @@ impl Kernels for CpuKernels {
                         Gating::Sigmoid => self.isa.run(rows::Sigmoid { x: p }),
                         Gating::SoftmaxOfTop => {}
                     }
-                    rows::top_k(p, ids);
+                    let choice = &mut choice[..experts];
+                    choice.copy_from_slice(p);
+                    if let Some(bias) = bias {
+                        choice.iter_mut().zip(bias).for_each(|(choice, bias)| *choice += bias);
+                    }
+                    if let Some(Groups { count, used }) = *groups {
+                        rows::keep_groups(choice, count as usize, used as usize);
+                    }
+                    rows::top_k(choice, ids);
                     for (weight, &id) in weights.iter_mut().zip(&*ids) {
                         *weight = p[id as usize];
                     }

@@ -20,7 +20,9 @@ use super::host::{
 use super::{Backend, Buffer, Caps, Contract, DeviceOp, Limits, OpSig, Plan, Step, Support, Usage};
 use crate::error::Result;
 use crate::map::Region;
-use crate::program::{Epilogue, Gating, NOT_FINITE, NormKind, Op, Part, Program, RopePairs, Rotation, Rule};
+use crate::program::{
+    Epilogue, Gating, Groups, NOT_FINITE, NormKind, Op, Part, Program, RopePairs, Rotation, Rule,
+};
 
 /// The driver of the reference backend.
 pub const DRIVER: Driver = Driver::new("reference", |_, _| Ok(Arc::new(Reference::new())))
@@ -398,19 +400,45 @@ fn norm(x: &[f32], weight: Option<&[f32]>, bias: Option<&[f32]>, kind: NormKind,
     }
 }
 
-fn route(logits: &[f32], gating: Gating, normalise: bool, scale: f32, ids: &mut [i32], weights: &mut [f32]) {
+/// The indices of elements in decreasing order.
+fn decreasing(x: &[f32]) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..x.len()).collect();
+    // A stable sort keeps the lower index first on ties. NaN sorts first, so that it is detected.
+    order.sort_by(|&i, &j| {
+        let nan_first = x[j].is_nan().cmp(&x[i].is_nan());
+        nan_first.then(x[j].partial_cmp(&x[i]).unwrap_or(std::cmp::Ordering::Equal))
+    });
+    order
+}
+
+#[allow(clippy::too_many_arguments)]
+fn route(
+    logits: &[f32],
+    bias: Option<&[f32]>,
+    groups: Option<Groups>,
+    gating: Gating,
+    normalise: bool,
+    scale: f32,
+    ids: &mut [i32],
+    weights: &mut [f32],
+) {
     let mut p = logits.to_vec();
     match gating {
         Gating::Softmax => softmax(&mut p),
         Gating::Sigmoid => p.iter_mut().for_each(|p| *p = scalar!(sigmoid(*p))),
         Gating::SoftmaxOfTop => {}
     }
-    let mut order: Vec<usize> = (0..p.len()).collect();
-    // A stable sort keeps the lower index first on ties. NaN sorts first, so that it is detected.
-    order.sort_by(|&i, &j| {
-        let nan_first = p[j].is_nan().cmp(&p[i].is_nan());
-        nan_first.then(p[j].partial_cmp(&p[i]).unwrap_or(std::cmp::Ordering::Equal))
-    });
+    let mut choice: Vec<f32> =
+        (p.iter().enumerate()).map(|(i, p)| bias.map_or(*p, |bias| p + bias[i])).collect();
+    if let Some(Groups { count, used }) = groups {
+        let each = p.len() / count as usize;
+        let best_two = |group: &[f32]| decreasing(group).iter().take(2).map(|&i| group[i]).sum();
+        let sums: Vec<f32> = choice.chunks(each).map(best_two).collect();
+        let kept = &decreasing(&sums)[..used as usize];
+        let groups = choice.chunks_mut(each).enumerate().filter(|(group, _)| !kept.contains(group));
+        groups.for_each(|(_, group)| group.fill(f32::NEG_INFINITY));
+    }
+    let order = decreasing(&choice);
     for ((id, weight), &expert) in ids.iter_mut().zip(weights.iter_mut()).zip(&order) {
         (*id, *weight) = (expert as i32, p[expert]);
     }
@@ -646,12 +674,13 @@ impl Kernels for Definitions {
                 let x = x.floats();
                 each(out, |i| unary(*f, x[i]));
             }
-            Op::Route { logits, ids, weights, gating, normalise, scale } => {
+            Op::Route { logits, bias, groups, ids, weights, gating, normalise, scale } => {
                 let (experts, used) = (logits.cols, ids.cols);
+                let bias = bias.as_ref().map(|bias| bias.floats());
                 let rows = ids.ints_mut().chunks_exact_mut(used);
                 let rows = rows.zip(weights.floats_mut().chunks_exact_mut(used));
                 for (logits, (ids, weights)) in logits.floats().chunks_exact(experts).zip(rows) {
-                    route(logits, *gating, *normalise, *scale, ids, weights);
+                    route(logits, bias, *groups, *gating, *normalise, *scale, ids, weights);
                 }
             }
             Op::Experts { x, ids, weights, gate: gate_weight, up, down, biases, out, act } => {

@@ -8,8 +8,8 @@ use halite_kernels::rows::{Gate, Unary};
 
 use super::{Case, Inputs};
 use crate::program::{
-    Builder, Dim, Epilogue, Gating, Index, NormKind, Op, Part, Program, RopePairs, Rotation, Rule, State,
-    StateKind, TensorId, WeightInfo,
+    Builder, Dim, Epilogue, Gating, Groups, Index, NormKind, Op, Part, Program, RopePairs, Rotation, Rule,
+    State, StateKind, TensorId, WeightInfo,
 };
 
 /// Collects cases.
@@ -509,6 +509,21 @@ fn not_finite(cases: &mut Cases) {
         cases.row(format!("Route {gating:?} of NaN"), &[], 5, |b| {
             let logits = with_nan(b, "logits", 16);
             let (ids, weights) = b.route(logits, 3, gating, false, 1.0);
+            b.output(ids);
+            b.output(weights);
+        });
+    }
+    for (biased, groups) in [
+        (true, None),
+        (true, Some(Groups { count: 4, used: 2 })),
+        (false, Some(Groups { count: 8, used: 3 })),
+    ] {
+        let name = format!("Route 4 of 32 bias={biased} {groups:?}");
+        let weights = [("bias", Format::F32, vec![32])];
+        cases.row(name, &weights[..usize::from(biased)], 7, |b| {
+            let logits = b.input("logits", Dim::Tokens, 32);
+            let bias = biased.then(|| b.weight("bias", 1, 32));
+            let (ids, weights) = b.route_among(logits, bias, groups, 4, Gating::Sigmoid, true, 2.5);
             b.output(ids);
             b.output(weights);
         });

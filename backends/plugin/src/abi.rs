@@ -203,6 +203,7 @@ pub const HALITE_OP_CONV: u32 = 15;
 pub const HALITE_OP_RECUR: u32 = 16;
 pub const HALITE_OP_SLICE: u32 = 17;
 pub const HALITE_OP_MUL: u32 = 18;
+pub const HALITE_OP_ROUTE_AMONG: u32 = 19;
 
 /// `out[t] = scale * table[row of t]`. A row beyond the table is HALITE_ARGUMENT.
 #[repr(C)]
@@ -503,6 +504,19 @@ pub struct HaliteMul {
     pub out: u32,
 }
 
+/// HALITE_OP_ROUTE by other values: the gated values plus a bias, and only of experts in the groups whose two largest values have the
+/// largest sums. Groups are of equal numbers of consecutive experts. Weights are the gated values.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct HaliteRouteAmong {
+    pub route: HaliteRoute,
+    /// `[1, experts]`, or HALITE_NONE: zeros.
+    pub bias: u32,
+    /// 1: all experts may be chosen.
+    pub group_count: u32,
+    pub groups_used: u32,
+}
+
 /// The operands of an op, by its kind. Operands are numbers in HaliteProgram::tensors; `state` is one in
 /// HaliteProgram::states.
 #[repr(C)]
@@ -527,6 +541,7 @@ pub union HaliteOperands {
     pub recur: HaliteRecur,
     pub slice: HaliteSlice,
     pub mul: HaliteMul,
+    pub route_among: HaliteRouteAmong,
 }
 
 #[repr(C)]

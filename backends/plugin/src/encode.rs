@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use halite::passes::{self, Fragment};
 use halite::program::{
-    Dim, Epilogue, Gate, Gating, Index, NormKind, Op, Program, RopePairs, Rotation, Rule, Slot, StateId,
-    StateKind, TensorId, Unary,
+    Dim, Epilogue, Gate, Gating, Groups, Index, NormKind, Op, Program, RopePairs, Rotation, Rule, Slot,
+    StateId, StateKind, TensorId, Unary,
 };
 
 use crate::abi::*;
@@ -340,7 +340,7 @@ fn encode(op: &Op, texts: &mut Texts, frequencies: &mut Vec<Arc<[f32]>>) -> Resu
             let unary = HaliteUnary { x: x.0, out: out.0, function, parameter };
             (HALITE_OP_UNARY, HaliteOperands { unary })
         }
-        Op::Route { logits, ids, weights, gating, normalise, scale } => {
+        Op::Route { logits, bias, groups, ids, weights, gating, normalise, scale } => {
             let gating = match gating {
                 Gating::Softmax => HALITE_GATING_SOFTMAX,
                 Gating::SoftmaxOfTop => HALITE_GATING_SOFTMAX_OF_TOP,
@@ -355,7 +355,15 @@ fn encode(op: &Op, texts: &mut Texts, frequencies: &mut Vec<Arc<[f32]>>) -> Resu
                 normalise: (*normalise).into(),
                 scale: *scale,
             };
-            (HALITE_OP_ROUTE, HaliteOperands { route })
+            match (bias, groups) {
+                (None, None) => (HALITE_OP_ROUTE, HaliteOperands { route }),
+                _ => {
+                    let groups = groups.unwrap_or(Groups { count: 1, used: 1 });
+                    let (bias, group_count, groups_used) = (or_none(*bias), groups.count, groups.used);
+                    let route_among = HaliteRouteAmong { route, bias, group_count, groups_used };
+                    (HALITE_OP_ROUTE_AMONG, HaliteOperands { route_among })
+                }
+            }
         }
         Op::Experts { x, ids, weights, gate: g, up, down, biases, out, act } => {
             let [gate_bias, up_bias, down_bias] = biases.map_or([HALITE_NONE; 3], |ids| ids.map(|id| id.0));

@@ -204,9 +204,10 @@ fn operands<'a>(op: &'a mut HostOp<'_>) -> (Vec<&'a [u8]>, Vec<&'a mut [u8]>) {
         Op::Rope { x, out, rotation } => {
             (vec![x.bytes(), optional(&rotation.factors)], vec![out.bytes_mut()])
         }
-        Op::Route { logits: x, ids: a, weights: b, .. } | Op::TopK { x, ids: a, values: b } => {
-            (vec![x.bytes()], vec![a.bytes_mut(), b.bytes_mut()])
+        Op::Route { logits, bias, ids, weights, .. } => {
+            (vec![logits.bytes(), optional(bias)], vec![ids.bytes_mut(), weights.bytes_mut()])
         }
+        Op::TopK { x, ids, values } => (vec![x.bytes()], vec![ids.bytes_mut(), values.bytes_mut()]),
         Op::Experts { x, weights, gate, up, down, biases, out, .. } => {
             let biases = biases.as_ref().map_or([&[][..]; 3], |b| b.each_ref().map(|b| b.bytes()));
             let weights =

@@ -454,13 +454,16 @@ pub fn shape(program: &Program, op: &Op, step: &Step<'_>, ids: Option<&[i32]>) -
                 _ => VectorWork { simple: 2, exp: 1, divide: 1, ..Default::default() },
             },
         ),
-        Op::Route { logits, ids, gating, .. } => {
+        Op::Route { logits, bias, ids, gating, .. } => {
             let (experts, used) = (u64::from(cols(*logits)), u64::from(cols(*ids)));
             let exp = if *gating == Gating::SoftmaxOfTop { used } else { experts };
             Shape::Units(Units {
                 count: rows(*logits),
                 pieces: 1,
-                reads: vec![Rows::own(Operand::In(0), cols(*logits))],
+                reads: [Rows::own(Operand::In(0), cols(*logits))]
+                    .into_iter()
+                    .chain(bias.map(|bias| Rows::only(Operand::In(1), cols(bias))))
+                    .collect(),
                 writes: vec![Rows::own(Operand::Out(0), cols(*ids)), Rows::own(Operand::Out(1), cols(*ids))],
                 // The maximum of the remaining experts, `used` times.
                 work: work(VectorWork { simple: experts * used, exp, divide: exp, ..Default::default() }),

@@ -37,7 +37,7 @@ pub(super) fn gating_code(gating: Gating) -> Option<u32> {
 
 impl Lowering<'_> {
     pub(super) fn route(&mut self, op: &Op) {
-        let Op::Route { logits, ids, weights, gating, normalise, scale } = op else { return };
+        let Op::Route { logits, bias, groups, ids, weights, gating, normalise, scale } = op else { return };
         let rows = self.program.tensor(*logits).rows;
         let shader = Self::rows(self.step_shader("route"), rows)
             .read("x", "f32", self.tensor(*logits))
@@ -47,9 +47,11 @@ impl Lowering<'_> {
             .u32("USED", self.cols(*ids))
             .u32("GATING", gating_code(*gating).unwrap_or_default())
             .bool("NORMALISE", *normalise)
+            .u32("GROUPS", groups.map_or(1, |groups| groups.count))
+            .u32("GROUPS_USED", groups.map_or(1, |groups| groups.used))
             .f32("SCALE", *scale)
-            .with(wgsl!("lib/math"))
-            .with(wgsl!("route"));
+            .with(wgsl!("lib/math"));
+        let shader = self.optional(shader, *bias, "bias", "bias_of", "0.0").with(wgsl!("route"));
         self.push(shader, [count(Of::Rows(rows), 1, WORKGROUP), ONE, ONE]);
     }
 
