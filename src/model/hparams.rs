@@ -74,6 +74,13 @@ pub struct Hparams {
     pub expert_gating_func: Option<Gating>,
     pub expert_weights_norm: Option<bool>,
     pub expert_weights_scale: Option<f32>,
+    /// Groups of experts, of which a token chooses from `expert_group_used_count`; 0 or 1: no groups.
+    pub expert_group_count: u32,
+    pub expert_group_used_count: u32,
+    /// Experts for all tokens, in one.
+    pub expert_shared_count: u32,
+    /// Layers at the beginning that have no experts.
+    pub leading_dense_block_count: u32,
     /// Layers at the end that draft tokens; not in `block_count`.
     pub nextn_predict_layers: u32,
     /// Elements of an embedding that each layer has for each token.
@@ -157,10 +164,7 @@ pub enum Pooling {
 const ONLY: &[(&str, Only)] = &[
     ("attention.clamp_kqv", Only::F32(0.0)),
     ("attention.max_alibi_bias", Only::F32(0.0)),
-    ("expert_group_count", Only::UpTo(1)),
-    ("expert_shared_count", Only::UpTo(0)),
     ("interleave_moe_layer_step", Only::UpTo(1)),
-    ("leading_dense_block_count", Only::UpTo(0)),
     ("rope.scaling.yarn_attn_factor", Only::F32(1.0)),
     ("rope.scaling.yarn_ext_factor", Only::F32(1.0)),
 ];
@@ -403,6 +407,10 @@ impl Hparams {
             expert_gating_func,
             expert_weights_norm: gguf.optional_bool(&key("expert_weights_norm"))?,
             expert_weights_scale: factor("expert_weights_scale")?,
+            expert_group_count: gguf.optional_u32(&key("expert_group_count"))?.unwrap_or(0),
+            expert_group_used_count: gguf.optional_u32(&key("expert_group_used_count"))?.unwrap_or(0),
+            expert_shared_count: gguf.optional_u32(&key("expert_shared_count"))?.unwrap_or(0),
+            leading_dense_block_count: gguf.optional_u32(&key("leading_dense_block_count"))?.unwrap_or(0),
             nextn_predict_layers,
             embedding_length_per_layer_input: gguf
                 .optional_u32(&key("embedding_length_per_layer_input"))?

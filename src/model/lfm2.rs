@@ -1,9 +1,9 @@
 //! LFM2 and LFM2.5 (Liquid AI 2025): most layers mix tokens by a short convolution between two gates, a few by attention
-//! with normalised queries and keys.
+//! with normalised queries and keys. The larger ones have mixtures of experts.
 
 use super::Hparams;
 use super::network::{Attention, Network, QkNorm};
-use crate::program::{Builder, Gate, NormKind, RopePairs};
+use crate::program::{Builder, Gate, Gating, NormKind, RopePairs};
 
 pub(super) fn record(h: &Hparams, b: &mut Builder<'_>) {
     let mut n = Network::new(h, b, NormKind::Rms);
@@ -21,7 +21,7 @@ pub(super) fn record(h: &Hparams, b: &mut Builder<'_>) {
         };
         x = n.add("operator_residual", x, y);
         let y = n.norm("ffn_norm", x);
-        let y = n.gated_mlp(y, Gate::Silu);
+        let y = n.mlp_then_experts(y, Gating::Sigmoid, true, Gate::Silu);
         x = n.add("ffn_residual", x, y);
     }
     n.head_with_norm(x, "token_embd_norm", 1.0);

@@ -82,6 +82,7 @@ const FAMILIES: &[(&str, Record)] = &[
     ("hunyuan-dense", hunyuan::record),
     ("internlm2", llama::record),
     ("lfm2", lfm2::record),
+    ("lfm2moe", lfm2::record),
     ("llama", llama::record),
     ("maincoder", hunyuan::record_maincoder),
     ("minicpm", granite::record_minicpm),

@@ -5,7 +5,8 @@
 use super::Hparams;
 use super::hparams::{MAX_EXTENT, RopeScaling};
 use crate::program::{
-    Builder, Gate, Gating, Index, NormKind, Outputs, RopePairs, Rotation, Rule, State, TensorId, Unary,
+    Builder, Gate, Gating, Groups, Index, NormKind, Outputs, RopePairs, Rotation, Rule, State, TensorId,
+    Unary,
 };
 
 /// Records a family's program.
@@ -525,6 +526,16 @@ impl<'n, 'b> Network<'n, 'b> {
         self.experts_routed_by(x, x, gating, normalise, act)
     }
 
+    /// A gated feed-forward block in the layers that the file says come first, then a mixture of experts, with an expert for all
+    /// tokens if the file has one.
+    pub fn mlp_then_experts(&mut self, x: TensorId, gating: Gating, normalise: bool, act: Gate) -> TensorId {
+        if self.h.expert_count == 0 || self.layer < self.h.leading_dense_block_count {
+            return self.gated_mlp(x, act);
+        }
+        let chosen = self.experts(x, gating, normalise, act);
+        self.add_shared_expert(x, chosen, act)
+    }
+
     /// The same where the router reads another input than the experts.
     pub fn experts_routed_by(
         &mut self,
@@ -543,8 +554,13 @@ impl<'n, 'b> Network<'n, 'b> {
         let has_biases = parts.iter().any(|(name, ..)| self.has(&format!("{name}.bias")));
         let biases =
             has_biases.then(|| parts.map(|(name, rows, _)| self.weight(&format!("{name}.bias"), n, rows)));
-        let routes = self.b.route(
+        let bias = self.bias("exp_probs_b", n);
+        let groups = (h.expert_group_count > 1)
+            .then_some(Groups { count: h.expert_group_count, used: h.expert_group_used_count });
+        let routes = self.b.route_among(
             logits,
+            bias,
+            groups,
             h.expert_used_count,
             h.expert_gating_func.unwrap_or(gating),
             h.expert_weights_norm.unwrap_or(normalise),
@@ -560,7 +576,10 @@ impl<'n, 'b> Network<'n, 'b> {
     }
 
     fn shared_hidden(&self) -> u32 {
-        self.h.expert_shared_feed_forward_length.unwrap_or(self.hidden())
+        let h = self.h;
+        let together = h.expert_feed_forward_length.filter(|_| h.expert_shared_count > 0);
+        let together = together.map(|length| length.saturating_mul(h.expert_shared_count));
+        h.expert_shared_feed_forward_length.or(together).unwrap_or(self.hidden())
     }
 
     /// Adds the result of an expert that all tokens use (DeepSeekMoE, Dai et al. 2024) to that of the chosen ones, if the

@@ -14,7 +14,6 @@ const BLOCKS: &[(&str, &[&str])] = &[
     ("sparse attention by an indexer", &["indexer"]),
     ("AltUp", &["altup_router", "altup_proj"]),
     ("Laurel", &["laurel_l"]),
-    ("router with a correction bias", &["exp_probs_b"]),
     ("norms inside of attention and feed-forward", &["attn_sub_norm", "ffn_sub_norm"]),
     ("RWKV time mixing", &["time_mix_key", "time_mix_w1", "channel_mix_key"]),
     ("encoder and decoder with cross-attention", &["cross_attn_q"]),

@@ -86,6 +86,10 @@ FAMILIES = {
     "internlm2": dict(base=1e6),
     "lfm2": dict(dim=64, heads=4, kv=[0, 0, 2, 0], layers=4, mixers=["short_conv", "short_conv", "attention", "short_conv"],
                  qk_norm="head", base=1e6, tied=True, last_norm="token_embd_norm", keys={"shortconv.l_cache": 3}),
+    "lfm2moe": dict(EXPERTS | dict(hidden=80), dim=64, heads=4, kv=[0, 2, 0], layers=3, mixers=["short_conv", "attention", "short_conv"], dense=1,
+                    router_bias=True, qk_norm="head", base=1e6, tied=True, last_norm="token_embd_norm", keys={
+                        "shortconv.l_cache": 3, "expert_feed_forward_length": 16, "leading_dense_block_count": 1,
+                        "expert_gating_func": 2}),
     "maincoder": dict(head=24, qk_norm="head", base=1e6, tied=True),
     "minicpm": dict(tied=True, keys=dict(logit_scale=9.0, residual_scale=0.22, embedding_scale=12.0)),
     "nemotron": dict(norm="layer", ffn="plain", rotated=8),
@@ -158,7 +162,7 @@ class File:
 def model(name, arch=None, dim=32, heads=2, kv=1, head=None, hidden=48, layers=2, norm="rms", norm_bias=True, norms=PRE,
           qk_norm=None, fused_qkv=False, qkv_bias=False, out_bias=False, ffn="gated", ffn_bias=False, shared=0, shared_gate=False,
           tied=False, output_bias=False, positions=False, rotated=None, base=10000.0, rope_factors=False, mixers=None, gated=False,
-          last_norm="output_norm", windowed=None, window_head=None, layer_inputs=0, shared_kv=0, keys={}):
+          last_norm="output_norm", windowed=None, window_head=None, layer_inputs=0, shared_kv=0, dense=0, router_bias=False, keys={}):
     """The file of a family's row."""
     arch_name = arch or name
     file = File(name, arch_name)
@@ -243,14 +247,16 @@ def model(name, arch=None, dim=32, heads=2, kv=1, head=None, hidden=48, layers=2
             file.tensor(at + "layer_output_scale.weight", 1, scale=0.1, around=1.0)
         if not inner:
             continue
-        if experts:
+        if experts and layer >= dense:
+            if router_bias:
+                file.tensor(at + "exp_probs_b.bias", experts, scale=0.3)
             file.linear(at + "ffn_gate_inp", dim, experts)
             inner = keys.get("expert_feed_forward_length", inner)
             file.linear(at + "ffn_gate_exps", dim, inner, experts)
             file.linear(at + "ffn_up_exps", dim, inner, experts)
             file.linear(at + "ffn_down_exps", inner, dim, experts)
         else:
-            if ffn == "gated":
+            if ffn in ("gated", "experts"):
                 file.linear(at + "ffn_gate", dim, inner, bias=ffn_bias)
             file.linear(at + "ffn_up", dim, 2 * inner if ffn == "fused" else inner, bias=ffn_bias)
             file.linear(at + "ffn_down", inner, dim, bias=ffn_bias)

@@ -400,18 +400,21 @@ pub fn shape(program: &Program, op: &Op, step: &Step<'_>, ids: Option<&[i32]>) -
         }
         Op::Recur { state, .. } => {
             let s = state_of(program, state.0)?;
-            let elements = u64::from(s.key_dim) * u64::from(s.value_dim);
+            // Some columns of a head's state: they depend on no others.
+            let fits = |columns: &u32| s.value_dim.is_multiple_of(*columns) && columns * s.key_dim <= RUN;
+            let columns = (1..=s.value_dim).rev().find(fits).unwrap_or(1);
+            let elements = u64::from(s.key_dim) * u64::from(columns);
             let kept = amortised(step, elements);
-            let own = [s.key_dim, s.key_dim, s.value_dim, 2];
+            let own = [s.key_dim, s.key_dim, columns, 2];
             let mut reads: Vec<Rows> =
                 (0..).zip(own).map(|(i, cols)| Rows::own(Operand::In(i), cols)).collect();
             reads.push(Rows::own(Operand::In(4), kept));
             Shape::Units(Units {
-                count: tokens * s.kv_heads,
+                count: tokens * s.kv_heads * (s.value_dim / columns),
                 // The tokens of a span are computed in order, on one tile.
                 pieces: step.spans.iter().fold(0, |a, span| common_divisor(a, span.len)).max(1),
                 reads,
-                writes: vec![Rows::own(Operand::Out(0), s.value_dim), Rows::own(Operand::Out(1), kept)],
+                writes: vec![Rows::own(Operand::Out(0), columns), Rows::own(Operand::Out(1), kept)],
                 work: work(VectorWork { simple: 4 * elements, exp: 3, divide: 2, ..Default::default() }),
             })
         }
