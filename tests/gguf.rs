@@ -359,7 +359,7 @@ fn models_that_do_not_make_sense() {
         ("ALiBi", set("llama.attention.max_alibi_bias", 8f32.into()),
             "Model", "model: key `llama.attention.max_alibi_bias`: only 0 is supported"),
         ("shared experts", mixed("llama.expert_shared_count", 1),
-            "Model", "model: key `llama.expert_shared_count`: only up to 0 is supported"),
+            "Model", "model: key `llama.expert_shared_count`: the file has no shared experts"),
         ("unknown gating", mixed("llama.expert_gating_func", 9),
             "Model", "model: key `llama.expert_gating_func`: expected 0 to 3, got 9"),
         ("temperature beyond the original context", llama().entry("llama.attention.temperature_scale", 0.1f32).entry("llama.rope.scaling.original_context_length", 64u32).bytes(),

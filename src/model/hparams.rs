@@ -69,6 +69,10 @@ pub struct Hparams {
     pub expert_count: u32,
     pub expert_used_count: u32,
     pub expert_feed_forward_length: Option<u32>,
+    /// Layers at the beginning that have no experts.
+    pub leading_dense_block_count: u32,
+    /// Experts that all tokens use; files store them as one.
+    pub expert_shared_count: u32,
     /// Hidden elements of the expert that all tokens use.
     pub expert_shared_feed_forward_length: Option<u32>,
     pub expert_gating_func: Option<Gating>,
@@ -158,9 +162,7 @@ const ONLY: &[(&str, Only)] = &[
     ("attention.clamp_kqv", Only::F32(0.0)),
     ("attention.max_alibi_bias", Only::F32(0.0)),
     ("expert_group_count", Only::UpTo(1)),
-    ("expert_shared_count", Only::UpTo(0)),
     ("interleave_moe_layer_step", Only::UpTo(1)),
-    ("leading_dense_block_count", Only::UpTo(0)),
     ("rope.scaling.yarn_attn_factor", Only::F32(1.0)),
     ("rope.scaling.yarn_ext_factor", Only::F32(1.0)),
 ];
@@ -400,6 +402,8 @@ impl Hparams {
             expert_used_count,
             expert_feed_forward_length,
             expert_shared_feed_forward_length,
+            leading_dense_block_count: gguf.optional_u32(&key("leading_dense_block_count"))?.unwrap_or(0),
+            expert_shared_count: gguf.optional_u32(&key("expert_shared_count"))?.unwrap_or(0),
             expert_gating_func,
             expert_weights_norm: gguf.optional_bool(&key("expert_weights_norm"))?,
             expert_weights_scale: factor("expert_weights_scale")?,
