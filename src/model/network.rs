@@ -28,6 +28,8 @@ pub(super) enum QkNorm {
     Head,
     /// The same after the rotation, not before.
     RotatedHead,
+    /// Each head, with weights of its own.
+    EachHead,
     /// All heads together.
     Row,
 }
@@ -165,6 +167,14 @@ impl<'n, 'b> Network<'n, 'b> {
         self.b.norm(result, x, self.norm, weight, bias, self.norm_eps, group)
     }
 
+    /// A norm over groups, each with weights of its own: a row of the file's matrix for each.
+    fn norm_groups(&mut self, result: &str, name: &str, x: TensorId, group: u32) -> TensorId {
+        let groups = self.cols(x) / group.max(1);
+        let y = self.b.norm(result, x, self.norm, None, None, self.norm_eps, group);
+        let weight = self.b.flat(&format!("{}{name}.weight", self.prefix), groups, group);
+        self.b.mul(&format!("{result}_weighted"), y, weight)
+    }
+
     pub fn add(&mut self, name: &str, a: TensorId, b: TensorId) -> TensorId {
         self.b.add(name, a, b)
     }
@@ -283,18 +293,23 @@ impl<'n, 'b> Network<'n, 'b> {
         let mut place = |part: &str, x: TensorId| {
             let rotated =
                 |n: &mut Self, x| a.rope.map_or(x, |rope| n.b.rope(&format!("{part}_rope"), x, rope));
-            let normed = |n: &mut Self, x, group| {
-                n.norm_over(&format!("{part}_norm"), &format!("attn_{part}_norm"), x, group)
-            };
+            let (result, name) = (format!("{part}_norm"), format!("attn_{part}_norm"));
             match a.qk_norm {
                 None => rotated(self, x),
+                Some(QkNorm::Head) => {
+                    let x = self.norm_over(&result, &name, x, h.key_length);
+                    rotated(self, x)
+                }
                 Some(QkNorm::RotatedHead) => {
                     let x = rotated(self, x);
-                    normed(self, x, h.key_length)
+                    self.norm_over(&result, &name, x, h.key_length)
                 }
-                Some(over) => {
-                    let group = if over == QkNorm::Head { h.key_length } else { self.cols(x) };
-                    let x = normed(self, x, group);
+                Some(QkNorm::EachHead) => {
+                    let x = self.norm_groups(&result, &name, x, h.key_length);
+                    rotated(self, x)
+                }
+                Some(QkNorm::Row) => {
+                    let x = self.norm_as(&result, &name, x);
                     rotated(self, x)
                 }
             }

@@ -52,6 +52,9 @@ FAMILIES = {
                       keys={"rope.scaling.type": "linear", "rope.scaling.factor": 1.0}),
     "command-r": dict(norm="layer", norm_bias=False, norms=("attn_norm",), tied=True, base=8e6,
                       keys={"logit_scale": 0.0625, "rope.scaling.type": "none"}),
+    # 64 layers: from their number, llama.cpp takes that queries and keys have norms.
+    "command-r-plus": dict(arch="command-r", dim=16, hidden=8, layers=64, norm="layer", norm_bias=False, norms=("attn_norm",),
+                           qk_norm="each", tied=True, base=7.5e7, keys={"logit_scale": 0.8333333, "rope.scaling.type": "none"}),
     "deepseek": dict(EXPERTS | dict(hidden=48), kv=2, layers=3, rotated=16, shared=32, dense=1,
                      keys={"rope.scaling.type": "none", "leading_dense_block_count": 1, "expert_feed_forward_length": 16,
                            "expert_weights_scale": 1.0, "expert_shared_count": 2}),
@@ -75,7 +78,7 @@ FAMILIES = {
                          "attention.sliding_window_pattern": [True, False, True, False, True], "attention.shared_kv_layers": 3,
                          "embedding_length_per_layer_input": 24, "rope.freq_base_swa": 1e4, "rope.dimension_count_swa": 16,
                          "final_logit_softcapping": 30.0}),
-    "glm4": dict(dim=64, heads=4, kv=2, norms=("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"), qkv_bias=True,
+    "glm4": dict(norms=("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"), qkv_bias=True,
                  ffn="fused", rotated=8),
     # The order of rows is that of halves, and a text has the same coordinates in all sections.
     "glm4-sections": dict(arch="glm4", norms=("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"), qkv_bias=True,
@@ -108,7 +111,7 @@ FAMILIES = {
     "openelm": dict(heads=[2, 4], kv=[1, 2], head=16, hidden=[32, 64], fused_qkv=True, qk_norm="head", tied=True),
     "orion": dict(norm="layer"),
     "pangu-embedded": dict(qkv_bias=True, out_bias=True, base=1.6e7),
-    "phi2": dict(dim=64, heads=4, kv=4, norm="layer", norms=("attn_norm",), **BIASES, ffn="plain", output_bias=True, rotated=8),
+    "phi2": dict(kv=2, norm="layer", norms=("attn_norm",), **BIASES, ffn="plain", output_bias=True, rotated=8),
     "plamo": dict(norms=("attn_norm",)),
     "qwen2moe": dict(EXPERTS | dict(hidden=48), qkv_bias=True, base=1e6, shared=48, shared_gate=True,
                      keys={"expert_feed_forward_length": 16}),
@@ -244,9 +247,10 @@ def model(name, arch=None, dim=32, heads=2, kv=1, head=None, hidden=48, layers=2
         if attends:
             file.linear(at + "attn_output", rows, dim, bias=out_bias)
         if attends and qk_norm:
-            file.norm(at + "attn_q_norm", length if qk_norm == "head" else rows)
-            if own_kv:
-                file.norm(at + "attn_k_norm", length if qk_norm == "head" else kv_rows)
+            for part, count in (("q", queries), ("k", groups if own_kv else 0)):
+                shape = {"head": (length,), "row": (length * count,), "each": (length, count)}[qk_norm]
+                if count:
+                    file.tensor(f"{at}attn_{part}_norm.weight", *shape, scale=0.1, around=1.0)
         if layer_inputs:
             file.linear(at + "inp_gate", dim, layer_inputs)
             file.linear(at + "proj", layer_inputs, dim)
