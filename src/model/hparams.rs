@@ -69,6 +69,10 @@ pub struct Hparams {
     pub expert_count: u32,
     pub expert_used_count: u32,
     pub expert_feed_forward_length: Option<u32>,
+    /// Layers at the beginning that have no experts.
+    pub leading_dense_block_count: u32,
+    /// Experts that all tokens use; files store them as one.
+    pub expert_shared_count: u32,
     /// Hidden elements of the expert that all tokens use.
     pub expert_shared_feed_forward_length: Option<u32>,
     pub expert_gating_func: Option<Gating>,
@@ -77,10 +81,6 @@ pub struct Hparams {
     /// Groups of experts, of which a token chooses from `expert_group_used_count`; 0 or 1: no groups.
     pub expert_group_count: u32,
     pub expert_group_used_count: u32,
-    /// Experts for all tokens, in one.
-    pub expert_shared_count: u32,
-    /// Layers at the beginning that have no experts.
-    pub leading_dense_block_count: u32,
     /// Layers at the end that draft tokens; not in `block_count`.
     pub nextn_predict_layers: u32,
     /// Elements of an embedding that each layer has for each token.
@@ -404,13 +404,13 @@ impl Hparams {
             expert_used_count,
             expert_feed_forward_length,
             expert_shared_feed_forward_length,
+            leading_dense_block_count: gguf.optional_u32(&key("leading_dense_block_count"))?.unwrap_or(0),
+            expert_shared_count: gguf.optional_u32(&key("expert_shared_count"))?.unwrap_or(0),
             expert_gating_func,
             expert_weights_norm: gguf.optional_bool(&key("expert_weights_norm"))?,
             expert_weights_scale: factor("expert_weights_scale")?,
             expert_group_count: gguf.optional_u32(&key("expert_group_count"))?.unwrap_or(0),
             expert_group_used_count: gguf.optional_u32(&key("expert_group_used_count"))?.unwrap_or(0),
-            expert_shared_count: gguf.optional_u32(&key("expert_shared_count"))?.unwrap_or(0),
-            leading_dense_block_count: gguf.optional_u32(&key("leading_dense_block_count"))?.unwrap_or(0),
             nextn_predict_layers,
             embedding_length_per_layer_input: gguf
                 .optional_u32(&key("embedding_length_per_layer_input"))?

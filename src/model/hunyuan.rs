@@ -1,9 +1,9 @@
-//! Hunyuan's dense models (Tencent 2025) and Maincoder (Maincode 2025): Llama with queries and keys normalised after their
-//! rotation.
+//! Hunyuan (Tencent 2025) and Maincoder (Maincode 2025): Llama with queries and keys normalised after their rotation. Hunyuan's
+//! mixtures also have an expert that all tokens use.
 
 use super::Hparams;
 use super::network::{Attention, Network, QkNorm};
-use crate::program::{Builder, Gate, NormKind, RopePairs};
+use crate::program::{Builder, Gate, Gating, NormKind, RopePairs};
 
 pub(super) fn record(h: &Hparams, b: &mut Builder<'_>) {
     record_with(h, b, RopePairs::Halves);
@@ -21,7 +21,13 @@ fn record_with(h: &Hparams, b: &mut Builder<'_>, pairs: RopePairs) {
         n.layer(layer);
         let attention =
             Attention { rope: Some(&rope), qk_norm: Some(QkNorm::RotatedHead), ..n.attention_of() };
-        x = n.pre_norm_layer(x, &attention, |n, x| n.gated_mlp(x, Gate::Silu));
+        x = n.pre_norm_layer(x, &attention, |n, x| match h.expert_count {
+            0 => n.gated_mlp(x, Gate::Silu),
+            _ => {
+                let chosen = n.experts(x, Gating::Softmax, true, Gate::Silu);
+                n.add_shared_expert(x, chosen, Gate::Silu)
+            }
+        });
     }
     n.head(x, 1.0);
 }

@@ -6,6 +6,7 @@ mod baichuan;
 mod bert;
 mod cohere2;
 mod command_r;
+mod deepseek;
 mod exaone4;
 mod falcon;
 mod falcon_h1;
@@ -23,6 +24,7 @@ mod llama;
 mod nemotron;
 mod nemotron_h;
 mod network;
+mod olmo;
 mod olmo2;
 mod olmoe;
 mod phi;
@@ -58,11 +60,13 @@ type Record = fn(&Hparams, &mut Builder<'_>);
 const FAMILIES: &[(&str, Record)] = &[
     ("arcee", arcee::record),
     ("baichuan", baichuan::record),
+    ("bailingmoe", deepseek::record),
     ("bert", bert::record),
     ("chatglm", glm::record_chat),
     ("codeshell", starcoder2::record),
     ("cohere2", cohere2::record),
     ("command-r", command_r::record),
+    ("deepseek", deepseek::record),
     ("ernie4_5", llama::record),
     ("exaone", qwen::record_2),
     ("exaone4", exaone4::record),
@@ -80,6 +84,7 @@ const FAMILIES: &[(&str, Record)] = &[
     ("granitehybrid", granite::record),
     ("granitemoe", granite::record),
     ("hunyuan-dense", hunyuan::record),
+    ("hunyuan-moe", hunyuan::record),
     ("internlm2", llama::record),
     ("lfm2", lfm2::record),
     ("lfm2moe", lfm2::record),
@@ -90,6 +95,7 @@ const FAMILIES: &[(&str, Record)] = &[
     ("nemotron", nemotron::record),
     ("nemotron_h", nemotron_h::record),
     ("nomic-bert", bert::record_nomic),
+    ("olmo", olmo::record),
     ("olmo2", olmo2::record),
     ("olmoe", olmoe::record),
     ("openelm", qwen::record_3),

@@ -16,6 +16,7 @@ pub(super) struct Network<'n, 'b> {
     /// The kind of the family's norms, and their epsilon.
     norm: NormKind,
     norm_eps: f32,
+    norm_weights: bool,
     /// Prefix of weight names: `blk.3.` in layer 3.
     prefix: String,
     layer: u32,
@@ -28,6 +29,8 @@ pub(super) enum QkNorm {
     Head,
     /// The same after the rotation, not before.
     RotatedHead,
+    /// Each head, with weights of its own.
+    EachHead,
     /// All heads together.
     Row,
 }
@@ -63,7 +66,8 @@ impl<'n, 'b> Network<'n, 'b> {
                 h.architecture, h.original_context_length, h.positions
             ));
         }
-        let mut network = Network { h, b, norm, norm_eps: 0.0, prefix: String::new(), layer: 0 };
+        let mut network =
+            Network { h, b, norm, norm_eps: 0.0, norm_weights: true, prefix: String::new(), layer: 0 };
         network.norm_eps = match norm {
             NormKind::Rms => network.required("attention.layer_norm_rms_epsilon", h.layer_norm_rms_epsilon),
             NormKind::Layer => network.required("attention.layer_norm_epsilon", h.layer_norm_epsilon),
@@ -74,6 +78,11 @@ impl<'n, 'b> Network<'n, 'b> {
     /// Records an error: the file asks for what the family does not have here.
     pub fn fail(&mut self, message: String) {
         self.b.fail(message);
+    }
+
+    /// Norms without weights.
+    pub fn without_norm_weights(self) -> Self {
+        Network { norm_weights: false, ..self }
     }
 
     /// Returns a required hyper-parameter.
@@ -150,11 +159,21 @@ impl<'n, 'b> Network<'n, 'b> {
     }
 
     fn norm_over(&mut self, result: &str, name: &str, x: TensorId, group: u32) -> TensorId {
-        // Files of Falcon-H1 leave out the ending of one.
-        let weight = if self.has(name) { name.to_owned() } else { format!("{name}.weight") };
-        let weight = self.weight(&weight, 1, group);
+        let weight = self.norm_weights.then(|| {
+            // Files of Falcon-H1 leave out the ending of one.
+            let weight = if self.has(name) { name.to_owned() } else { format!("{name}.weight") };
+            self.weight(&weight, 1, group)
+        });
         let bias = self.bias(name, group);
-        self.b.norm(result, x, self.norm, Some(weight), bias, self.norm_eps, group)
+        self.b.norm(result, x, self.norm, weight, bias, self.norm_eps, group)
+    }
+
+    /// A norm over groups, each with weights of its own: a row of the file's matrix for each.
+    fn norm_groups(&mut self, result: &str, name: &str, x: TensorId, group: u32) -> TensorId {
+        let groups = self.cols(x) / group.max(1);
+        let y = self.b.norm(result, x, self.norm, None, None, self.norm_eps, group);
+        let weight = self.b.flat(&format!("{}{name}.weight", self.prefix), groups, group);
+        self.b.mul(&format!("{result}_weighted"), y, weight)
     }
 
     pub fn add(&mut self, name: &str, a: TensorId, b: TensorId) -> TensorId {
@@ -275,18 +294,23 @@ impl<'n, 'b> Network<'n, 'b> {
         let mut place = |part: &str, x: TensorId| {
             let rotated =
                 |n: &mut Self, x| a.rope.map_or(x, |rope| n.b.rope(&format!("{part}_rope"), x, rope));
-            let normed = |n: &mut Self, x, group| {
-                n.norm_over(&format!("{part}_norm"), &format!("attn_{part}_norm"), x, group)
-            };
+            let (result, name) = (format!("{part}_norm"), format!("attn_{part}_norm"));
             match a.qk_norm {
                 None => rotated(self, x),
+                Some(QkNorm::Head) => {
+                    let x = self.norm_over(&result, &name, x, h.key_length);
+                    rotated(self, x)
+                }
                 Some(QkNorm::RotatedHead) => {
                     let x = rotated(self, x);
-                    normed(self, x, h.key_length)
+                    self.norm_over(&result, &name, x, h.key_length)
                 }
-                Some(over) => {
-                    let group = if over == QkNorm::Head { h.key_length } else { self.cols(x) };
-                    let x = normed(self, x, group);
+                Some(QkNorm::EachHead) => {
+                    let x = self.norm_groups(&result, &name, x, h.key_length);
+                    rotated(self, x)
+                }
+                Some(QkNorm::Row) => {
+                    let x = self.norm_as(&result, &name, x);
                     rotated(self, x)
                 }
             }
@@ -546,6 +570,12 @@ impl<'n, 'b> Network<'n, 'b> {
         act: Gate,
     ) -> TensorId {
         let (h, n) = (self.h, self.h.expert_count);
+        if h.expert_shared_count > 0 && !self.has("ffn_up_shexp.weight") {
+            self.b.fail(format!(
+                "key `{}.expert_shared_count`: the file has no shared experts",
+                h.architecture
+            ));
+        }
         let (cols, hidden) = (h.embedding_length, h.expert_feed_forward_length.unwrap_or(self.hidden()));
         let logits = self.linear("router", "ffn_gate_inp", routed_by, n);
         let parts =
@@ -577,9 +607,10 @@ impl<'n, 'b> Network<'n, 'b> {
 
     fn shared_hidden(&self) -> u32 {
         let h = self.h;
-        let together = h.expert_feed_forward_length.filter(|_| h.expert_shared_count > 0);
-        let together = together.map(|length| length.saturating_mul(h.expert_shared_count));
-        h.expert_shared_feed_forward_length.or(together).unwrap_or(self.hidden())
+        let together = |length: u32| length.saturating_mul(h.expert_shared_count);
+        let stated =
+            h.expert_feed_forward_length.map(together).filter(|&length| (1..=MAX_EXTENT).contains(&length));
+        h.expert_shared_feed_forward_length.or(stated).unwrap_or(self.hidden())
     }
 
     /// Adds the result of an expert that all tokens use (DeepSeekMoE, Dai et al. 2024) to that of the chosen ones, if the

@@ -81,7 +81,16 @@ const KINDS: &[Kind] = &[
     Kind { names: &["dbrx", "smaug-bpe", "chatglm-bpe"], patterns: &[llama3!("{1,3}")], ..PLAIN },
     Kind { names: &["glm4"], patterns: &[llama3!("{1,3}")], ignore_merges: true, ..PLAIN },
     Kind {
-        names: &["qwen2", "deepseek-r1-qwen", "stablelm2", "megrez", "hunyuan", "kormo", "f2llmv2"],
+        names: &[
+            "qwen2",
+            "deepseek-r1-qwen",
+            "stablelm2",
+            "megrez",
+            "hunyuan",
+            "kormo",
+            "f2llmv2",
+            "bailingmoe",
+        ],
         patterns: &[llama3!("")],
         ..PLAIN
     },

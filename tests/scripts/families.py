@@ -44,11 +44,20 @@ FAMILIES = {
     "arcee": dict(head=16, ffn="plain", keys=YARN),
     # 32 layers: from their number, llama.cpp takes that the model has rotary positions.
     "baichuan": dict(dim=16, heads=2, kv=2, hidden=16, layers=32, rotated=8),
+    "bailingmoe": dict(EXPERTS, base=6e5, rotated=16, shared=32,
+                       keys={"leading_dense_block_count": 0, "expert_feed_forward_length": 16, "expert_weights_scale": 1.0,
+                             "expert_shared_count": 2, "expert_weights_norm": True}),
     "chatglm": dict(fused_qkv=True, qkv_bias=True, ffn="fused", rotated=8),
     "codeshell": dict(norm="layer", fused_qkv=True, **BIASES, ffn="plain",
                       keys={"rope.scaling.type": "linear", "rope.scaling.factor": 1.0}),
     "command-r": dict(norm="layer", norm_bias=False, norms=("attn_norm",), tied=True, base=8e6,
                       keys={"logit_scale": 0.0625, "rope.scaling.type": "none"}),
+    # 64 layers: from their number, llama.cpp takes that queries and keys have norms.
+    "command-r-plus": dict(arch="command-r", dim=16, hidden=8, layers=64, norm="layer", norm_bias=False, norms=("attn_norm",),
+                           qk_norm="each", tied=True, base=7.5e7, keys={"logit_scale": 0.8333333, "rope.scaling.type": "none"}),
+    "deepseek": dict(EXPERTS | dict(hidden=48), kv=2, layers=3, rotated=16, shared=32, dense=1,
+                     keys={"rope.scaling.type": "none", "leading_dense_block_count": 1, "expert_feed_forward_length": 16,
+                           "expert_weights_scale": 1.0, "expert_shared_count": 2}),
     "ernie4_5": dict(head=24, base=5e5, tied=True),
     "exaone": dict(rope_factors=True, rotated=16, base=5e5, tied=True),
     "exaone4": dict(norms=("post_attention_norm", "post_ffw_norm"), qk_norm="head", rope_factors=True,
@@ -69,7 +78,7 @@ FAMILIES = {
                          "attention.sliding_window_pattern": [True, False, True, False, True], "attention.shared_kv_layers": 3,
                          "embedding_length_per_layer_input": 24, "rope.freq_base_swa": 1e4, "rope.dimension_count_swa": 16,
                          "final_logit_softcapping": 30.0}),
-    "glm4": dict(dim=64, heads=4, kv=2, norms=("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"), qkv_bias=True,
+    "glm4": dict(norms=("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"), qkv_bias=True,
                  ffn="fused", rotated=8),
     # The order of rows is that of halves, and a text has the same coordinates in all sections.
     "glm4-sections": dict(arch="glm4", norms=("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"), qkv_bias=True,
@@ -83,6 +92,9 @@ FAMILIES = {
     "granitemoe": dict(EXPERTS, tied=True, keys=SCALES),
     "granitemoe-shared": dict(EXPERTS, arch="granitemoe", shared=48, tied=True, keys=SCALES),
     "hunyuan-dense": dict(dim=64, heads=4, kv=2, head=24, qk_norm="head", base=1.1e7, tied=True, keys=PLAIN_ROPE),
+    "hunyuan-moe": dict(EXPERTS, head=24, qk_norm="head", base=1.1e7, shared=16, tied=True,
+                        keys=PLAIN_ROPE | {"expert_feed_forward_length": 16, "expert_shared_feed_forward_length": 16,
+                                           "expert_shared_count": 1}),
     "internlm2": dict(base=1e6),
     "lfm2": dict(dim=64, heads=4, kv=[0, 0, 2, 0], layers=4, mixers=["short_conv", "short_conv", "attention", "short_conv"],
                  qk_norm="head", base=1e6, tied=True, last_norm="token_embd_norm", keys={"shortconv.l_cache": 3}),
@@ -98,20 +110,21 @@ FAMILIES = {
                                       keys=HYBRID_KEYS | {"ssm.group_count": 2, "attention.layer_norm_epsilon": 1e-5}),
                        layers=4, kv=[0, 0, 2, 0], hidden=[0, 80, 0, 0], ffn="plain",
                        mixers=["mamba_2", None, "attention", "mamba_2"]),
+    "olmo": dict(norm="layer", norms=(), last_norm=None, tied=True),
     "olmoe": dict(EXPERTS, kv=2, qk_norm="row"),
     "openelm": dict(heads=[2, 4], kv=[1, 2], head=16, hidden=[32, 64], fused_qkv=True, qk_norm="head", tied=True),
     "orion": dict(norm="layer"),
     "pangu-embedded": dict(qkv_bias=True, out_bias=True, base=1.6e7),
-    "phi2": dict(dim=64, heads=4, kv=4, norm="layer", norms=("attn_norm",), **BIASES, ffn="plain", output_bias=True, rotated=8),
+    "phi2": dict(kv=2, norm="layer", norms=("attn_norm",), **BIASES, ffn="plain", output_bias=True, rotated=8),
     "plamo": dict(norms=("attn_norm",)),
-    "qwen2moe": dict(EXPERTS | dict(hidden=48), dim=64, heads=4, kv=2, qkv_bias=True, base=1e6, shared=48, shared_gate=True,
+    "qwen2moe": dict(EXPERTS | dict(hidden=48), qkv_bias=True, base=1e6, shared=48, shared_gate=True,
                      keys={"expert_feed_forward_length": 16}),
     # Its vectors times the embedding table are its logits.
     "qwen3-embedding": dict(folder="embedding", arch="qwen3", head=24, qk_norm="head", base=1e6, tied=True, keys={"pooling_type": 3}),
     "qwen35": dict(DELTA_NET, layers=5, mixers=["delta_net"] * 3 + ["attention", "delta_net"]),
     "qwen35-moe": dict(DELTA_NET | EXPERTS | dict(keys=DELTA_NET["keys"] | {"expert_feed_forward_length": 16}), arch="qwen35moe",
                        layers=4, mixers=["delta_net"] * 3 + ["attention"], shared=16, shared_gate=True),
-    "seed_oss": dict(dim=64, heads=4, kv=2, head=24, norms=("attn_norm", "post_attention_norm"), qkv_bias=True, base=1e7),
+    "seed_oss": dict(head=24, norms=("attn_norm", "post_attention_norm"), qkv_bias=True, base=1e7),
     # llama.cpp takes a window of 4096 whatever the file says.
     "smallthinker": dict(EXPERTS, layers=5, base=1.5e6, tied=True,
                          keys={"expert_gating_func": 2, "expert_feed_forward_length": 16, "attention.sliding_window": 4096}),
@@ -185,7 +198,7 @@ def model(name, arch=None, dim=32, heads=2, kv=1, head=None, hidden=48, layers=2
     if experts:
         file.key("expert_count", experts)
         file.key("expert_used_count", 2)
-    if shared:
+    if shared and "expert_shared_count" not in keys:
         file.key("expert_shared_feed_forward_length", shared)
     for key, value in keys.items():
         file.key(key, value)
@@ -194,7 +207,8 @@ def model(name, arch=None, dim=32, heads=2, kv=1, head=None, hidden=48, layers=2
     file.tensor("token_embd.weight", dim, VOCAB, scale=dim**-0.5 if tied else 1.0)
     if positions:
         file.tensor("position_embd.weight", dim, CONTEXT, scale=0.3)
-    file.norm(last_norm, dim, norm_bias)
+    if last_norm:
+        file.norm(last_norm, dim, norm_bias)
     if not tied:
         file.linear("output", dim, VOCAB, bias=output_bias)
     if layer_inputs:
@@ -237,9 +251,10 @@ def model(name, arch=None, dim=32, heads=2, kv=1, head=None, hidden=48, layers=2
         if attends:
             file.linear(at + "attn_output", rows, dim, bias=out_bias)
         if attends and qk_norm:
-            file.norm(at + "attn_q_norm", length if qk_norm == "head" else rows)
-            if own_kv:
-                file.norm(at + "attn_k_norm", length if qk_norm == "head" else kv_rows)
+            for part, count in (("q", queries), ("k", groups if own_kv else 0)):
+                shape = {"head": (length,), "row": (length * count,), "each": (length, count)}[qk_norm]
+                if count:
+                    file.tensor(f"{at}attn_{part}_norm.weight", *shape, scale=0.1, around=1.0)
         if layer_inputs:
             file.linear(at + "inp_gate", dim, layer_inputs)
             file.linear(at + "proj", layer_inputs, dim)
@@ -260,7 +275,7 @@ def model(name, arch=None, dim=32, heads=2, kv=1, head=None, hidden=48, layers=2
                 file.linear(at + "ffn_gate", dim, inner, bias=ffn_bias)
             file.linear(at + "ffn_up", dim, 2 * inner if ffn == "fused" else inner, bias=ffn_bias)
             file.linear(at + "ffn_down", inner, dim, bias=ffn_bias)
-        if shared:
+        if shared and layer >= dense:
             file.linear(at + "ffn_gate_shexp", dim, shared)
             file.linear(at + "ffn_up_shexp", dim, shared)
             file.linear(at + "ffn_down_shexp", shared, dim)
