@@ -23,7 +23,7 @@ fn colour(bound: Bound) -> RGBColor {
 /// Draws a roofline plot: the chip's peaks, and the ops of an estimate that multiply, by operations per byte
 /// and operations per second. Circles are prefill, squares are decode; the colour shows what limits an op.
 pub fn roofline(chip: &Chip, estimate: &Estimate) -> Result<String, Failure> {
-    let profile = &chip.profile;
+    let profile = chip.profile();
     let bandwidth = chip.device_bytes_per_s();
     let peaks: Vec<(String, f64)> = profile.peaks();
     let best = peaks.iter().map(|(_, peak)| *peak).fold(0.0, f64::max);

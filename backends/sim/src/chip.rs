@@ -1,5 +1,7 @@
 //! The simulated chip: its shape, and the time of each command.
 
+use std::sync::Arc;
+
 use halite_kernels::formats::{Activation, Format, Kind};
 
 use super::matrix::{self, Product};
@@ -21,8 +23,7 @@ pub enum Numerics {
 /// A chip, as lowering needs it.
 #[derive(Debug, Clone)]
 pub struct Chip {
-    /// The profile.
-    pub profile: Profile,
+    pub(crate) profile: Arc<Profile>,
     /// Numerics.
     pub numerics: Numerics,
     /// Format of all products; `None`: the nearest to each weight's.
@@ -36,6 +37,10 @@ pub struct Chip {
     /// Bytes of a tile's scratchpad.
     pub scratch_bytes: u64,
     pub(crate) scratch: usize,
+    /// The rate of the vector unit's widest format.
+    vector_rate: usize,
+    /// The engines nearest to tiles.
+    nearest_dma: Option<usize>,
 }
 
 /// How a weight is multiplied.
@@ -61,7 +66,12 @@ impl Chip {
     ///
     /// # Errors
     /// [`Error::Argument`] if the profile has no tile memory, or no `products` of that format.
-    pub fn new(profile: Profile, numerics: Numerics, products: Option<Dtype>) -> Result<Chip> {
+    pub fn new(
+        profile: impl Into<Arc<Profile>>,
+        numerics: Numerics,
+        products: Option<Dtype>,
+    ) -> Result<Chip> {
+        let profile = profile.into();
         let of_tile = |m: &(usize, &Memory)| m.1.scope == Scope::Tile;
         let size = |m: &(usize, &Memory)| m.1.capacity_bytes.value;
         let tile_memories = profile.memory.iter().enumerate().filter(of_tile);
@@ -80,9 +90,21 @@ impl Chip {
                 found,
             ));
         }
-        let activations = Dtype::Fp32;
-        let chip =
-            Chip { profile, numerics, products, activations, stored: None, tiles, scratch_bytes, scratch };
+        let rates = profile.vector.rate.iter().enumerate();
+        let widest = rates.max_by(|a, b| a.1.dtype.bits().total_cmp(&b.1.dtype.bits()));
+        let engines = profile.dma.iter().enumerate();
+        let chip = Chip {
+            vector_rate: widest.map_or(0, |(rate, _)| rate),
+            nearest_dma: engines.min_by_key(|(_, dma)| dma.scope).map(|(i, _)| i),
+            profile,
+            numerics,
+            products,
+            activations: Dtype::Fp32,
+            stored: None,
+            tiles,
+            scratch_bytes,
+            scratch,
+        };
         if let Some(dtype) = products
             && !chip.rates().any(|(_, _, weights)| weights == dtype)
         {
@@ -90,6 +112,11 @@ impl Chip {
             return Err(Error::argument("product format", have.join(", "), dtype.name()));
         }
         Ok(chip)
+    }
+
+    /// The profile.
+    pub fn profile(&self) -> &Profile {
+        &self.profile
     }
 
     /// Whether products can be computed in all of the chip's formats.
@@ -165,8 +192,7 @@ impl Chip {
 
     /// The format in which the vector unit computes.
     pub fn vector_dtype(&self) -> Dtype {
-        let widest = self.profile.vector.rate.iter().max_by(|a, b| a.dtype.bits().total_cmp(&b.dtype.bits()));
-        widest.map_or(Dtype::Fp32, |rate| rate.dtype)
+        self.profile.vector.rate.get(self.vector_rate).map_or(Dtype::Fp32, |rate| rate.dtype)
     }
 
     /// The formats of a rate: of activations, weights and sums.
@@ -195,7 +221,7 @@ impl Chip {
                 let sums_s = sums_bytes as f64 / self.scratchpad().read_bytes_per_s.value;
                 (cycles.busy / unit.units_per_tile.value / clock_hz + sums_s, cycles.drain / clock_hz)
             }
-            Work::Vector(work) => self.vector_s(work, self.vector_rate()),
+            Work::Vector(work) => self.vector_s(work, self.vector_rate),
         }
     }
 
@@ -206,15 +232,9 @@ impl Chip {
         unit.rate.get(rate).map_or(1.0, |r| r.ops_per_cycle.value / 2.0) * unit.units_per_tile.value
     }
 
-    /// The vector unit's rate number in its format.
-    fn vector_rate(&self) -> usize {
-        let dtype = self.vector_dtype();
-        self.profile.vector.rate.iter().position(|r| r.dtype == dtype).unwrap_or(0)
-    }
-
     /// Lanes of a tile's vector units, in the format in which they compute.
     pub fn vector_lanes(&self) -> u32 {
-        self.lanes(self.vector_rate()).max(1.0) as u32
+        self.lanes(self.vector_rate).max(1.0) as u32
     }
 
     /// Columns of the matrix unit's array, and whether they hold rows of results instead of columns.
@@ -270,7 +290,7 @@ impl Chip {
 
     /// The engines that serve tiles: the ones nearest to them.
     pub fn dma(&self) -> Option<&Dma> {
-        self.profile.dma.iter().min_by_key(|dma| dma.scope)
+        self.profile.dma.get(self.nearest_dma?)
     }
 
     /// Returns the maximum bytes per second of a tile's engine for one direction.

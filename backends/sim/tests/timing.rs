@@ -328,11 +328,11 @@ fn numbers_without_effect_change_nothing() {
     };
     for name in ["maia-100", "maia-200", "tpu-v1", "teaching-16x16", "tenstorrent-p150"] {
         let chip = chip(name);
-        let before = took(chip.profile.clone());
+        let before = took(chip.profile().clone());
         for (path, why) in chip.without_effect() {
-            let (_, quantity) = chip.profile.quantities.iter().find(|(p, _)| p == path).unwrap();
+            let (_, quantity) = chip.profile().quantities.iter().find(|(p, _)| p == path).unwrap();
             for factor in [0.5, 2.0] {
-                let changed = chip.profile.with(path, quantity.value * factor).unwrap();
+                let changed = chip.profile().with(path, quantity.value * factor).unwrap();
                 assert_eq!(took(changed), before, "{name}: {path} times {factor}, of which is said: {why}");
             }
         }

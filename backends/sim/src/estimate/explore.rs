@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 use std::str::FromStr;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::system::{Layout, Stage, layouts, stages};
@@ -567,16 +568,16 @@ impl<'a> Bench<'a> {
     }
 
     /// Returns the figures of a point with these values. `profile` is any variant of the plan's, and becomes that of the point.
-    fn outcome(&self, profile: &mut Profile, values: &[f64]) -> Outcome {
+    fn outcome(&self, profile: &mut Arc<Profile>, values: &[f64]) -> Outcome {
         let failed = |error: Error| Reason::Failed(error.to_string());
         for (v, value) in self.plan.variables.iter().zip(values).filter(|(v, _)| v.target == Target::Number) {
-            profile.set(&v.path, *value).map_err(failed)?;
+            Arc::make_mut(profile).set(&v.path, *value).map_err(failed)?;
         }
         self.figures(profile, self.plan.asked(self.base, values))
     }
 
     /// Returns the figures of the quickest layout that fits.
-    fn figures(&self, profile: &Profile, asked: Asked) -> Outcome {
+    fn figures(&self, profile: &Arc<Profile>, asked: Asked) -> Outcome {
         let have_bytes = profile.memory.last().map_or(0, |memory| memory.capacity_bytes.value as u64);
         let usd_per_s = usd_per_s(profile);
         let Workload { batch, generate, .. } = asked.workload;
@@ -599,7 +600,7 @@ impl<'a> Bench<'a> {
                 }
                 continue;
             }
-            match quick.times(profile) {
+            match quick.times_on(profile) {
                 Ok(times) if best.is_none_or(|best| times.seconds < best.seconds) => {
                     let usd =
                         usd_per_s.map(|usd| 1e6 * f64::from(layout.chips()) * usd * times.seconds / tokens);
@@ -646,7 +647,7 @@ pub fn explore(
     let (next, done) = (AtomicUsize::new(0), AtomicUsize::new(0));
     let work = || {
         let mut mine = Vec::new();
-        let mut variant = profile.clone();
+        let mut variant = Arc::new(profile.clone());
         loop {
             let from = next.fetch_add(TAKEN, Ordering::Relaxed);
             if from >= plan.count || cancel.is_cancelled() {
@@ -748,7 +749,8 @@ pub fn reach(
     let divided = divide(program, &[asked]);
     let bench = Bench::new(plan, (base, choices), program, &[asked], &divided);
     let sign = if metric.is_more_better { 1.0 } else { -1.0 };
-    let figure = |profile: &Profile| bench.figures(profile, asked).ok().and_then(|f| metric.of(&f));
+    let figure = |profile: &Arc<Profile>| bench.figures(profile, asked).ok().and_then(|f| metric.of(&f));
+    let profile = &Arc::new(profile.clone());
     // More is better; without a figure nothing is worse.
     let merit = |figure: Option<f64>| figure.map_or(f64::NEG_INFINITY, |figure| sign * figure);
     let reaches = |figure: Option<f64>| merit(figure) >= sign * target;
@@ -777,7 +779,7 @@ pub fn reach(
         let rounded = |value: f64| if is_whole { value.round().max(min) } else { value };
         let mut variant = profile.clone();
         let mut with = |value: f64| {
-            variant.set(path, value)?;
+            Arc::make_mut(&mut variant).set(path, value)?;
             Ok::<_, Error>(figure(&variant))
         };
         let mut ends = Vec::new();
@@ -829,7 +831,7 @@ pub fn reach(
                 let value = if key.whole { value.round() } else { value };
                 value.clamp(key.min, key.max)
             });
-            variant.set(&lever.path, value)?;
+            Arc::make_mut(&mut variant).set(&lever.path, value)?;
         }
         Ok::<_, Error>(figure(&variant))
     };

@@ -7,6 +7,7 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use super::collective::{Collective, Fabric};
 use super::device::Device;
@@ -181,7 +182,7 @@ impl Choices {
     ///
     /// # Errors
     /// As [`Chip::new`].
-    pub fn chip(self, profile: Profile) -> Result<Chip> {
+    pub fn chip(self, profile: impl Into<Arc<Profile>>) -> Result<Chip> {
         let mut chip = Chip::new(profile, Numerics::Exact, self.products)?;
         chip.activations = self.activations;
         chip.stored = self.stored;
@@ -201,6 +202,14 @@ pub(super) enum Timer<'a> {
 }
 
 impl<'a> Timer<'a> {
+    /// As [`Timer::new`], without a copy of the profile.
+    fn on(profile: &'a Arc<Profile>, choices: Choices) -> Result<Timer<'a>> {
+        match profile.driver {
+            Driver::Sim => Ok(Timer::Chip(Box::new(choices.chip(profile.clone())?))),
+            Driver::Gpu | Driver::Cpu => Timer::new(profile, choices),
+        }
+    }
+
     pub(super) fn new(profile: &'a Profile, choices: Choices) -> Result<Timer<'a>> {
         Ok(match profile.driver {
             Driver::Sim => Timer::Chip(Box::new(choices.chip(profile.clone())?)),
@@ -280,8 +289,15 @@ impl<'a> System<'a> {
         choices: Choices,
         stages: impl Into<Cow<'a, [Stage]>>,
     ) -> Result<System<'a>> {
-        let layout = choices.layout;
-        let timer = Timer::new(profile, choices)?;
+        System::of(Timer::new(profile, choices)?, profile, choices.layout, stages)
+    }
+
+    fn of(
+        timer: Timer<'a>,
+        profile: &Profile,
+        layout: Layout,
+        stages: impl Into<Cow<'a, [Stage]>>,
+    ) -> Result<System<'a>> {
         let several = layout.tensor > 1 || layout.pipeline > 1;
         let fabric = several.then(|| Fabric::new(profile)).transpose()?;
         let chips = layout.tensor.saturating_mul(layout.pipeline);
@@ -525,7 +541,13 @@ impl<'a> Quick<'a> {
     /// # Errors
     /// As [`estimate`].
     pub fn times(&self, profile: &Profile) -> Result<Times> {
-        let system = System::new(profile, self.choices, self.stages)?;
+        self.times_on(&Arc::new(profile.clone()))
+    }
+
+    /// As [`Quick::times`], without a copy of the profile.
+    pub(super) fn times_on(&self, profile: &Arc<Profile>) -> Result<Times> {
+        let timer = Timer::on(profile, self.choices)?;
+        let system = System::of(timer, profile, self.choices.layout, self.stages)?;
         let step = |which: usize| {
             let mut distinct = self.distinct[which].iter();
             system.step(&self.spans[which], |timer, stage, spans, _| {
@@ -541,6 +563,7 @@ impl<'a> Quick<'a> {
     fn sensitivities(&self, profile: &Profile) -> Result<Vec<Sensitivity>> {
         let before = self.times(profile)?.seconds;
         let mut found = Vec::new();
+        let mut variant = Arc::new(profile.clone());
         for (path, quantity) in &profile.quantities {
             // Counts are not varied.
             let counts = [
@@ -557,7 +580,9 @@ impl<'a> Quick<'a> {
             if path.contains(".errors.") || path.rsplit('.').next().is_some_and(|key| counts.contains(&key)) {
                 continue;
             }
-            let after = self.times(&profile.with(path, quantity.value * CHANGE)?)?.seconds;
+            Arc::make_mut(&mut variant).set(path, quantity.value * CHANGE)?;
+            let after = self.times_on(&variant)?.seconds;
+            Arc::make_mut(&mut variant).set(path, quantity.value)?;
             let exponent = (after / before).ln() / CHANGE.ln();
             if exponent.abs() > 1e-4 {
                 found.push(Sensitivity { path: path.clone(), basis: quantity.basis, exponent });
