@@ -210,9 +210,9 @@ impl<'a> Costs<'a> {
         x + 2 * u64::from(p.width()) * (stored + unpacked) + outs + sums
     }
 
-    /// Returns the blocks of columns of a tile. They end where a weight ends; that counts for activations that are loaded for each.
-    fn column_blocks(&self, t: Tiling) -> u32 {
-        let blocks = self.tile_columns(t).div_ceil(t.columns).max(1);
+    /// Returns the blocks of the columns of a tile. They end where a weight ends; that counts for activations that are loaded for each.
+    fn column_blocks(&self, t: Tiling, columns: u32) -> u32 {
+        let blocks = columns.div_ceil(t.columns).max(1);
         if t.cut.keeps { blocks } else { blocks + t.parts - 1 }
     }
 
@@ -231,7 +231,7 @@ impl<'a> Costs<'a> {
             |grid: u32, passes: u32| f64::from(passes) * f64::from(grid) / f64::from(chip.multicast(grid));
         let weights = reads(grid_m, p.m.div_ceil(grid_m).div_ceil(t.rows)) * self.column_bytes;
         let results = each * m * if matches!(p.epilogue, Epilogue::Add(_)) { 2.0 } else { 1.0 };
-        let x = reads(grid_n, if t.cut.keeps { 1 } else { self.column_blocks(t) });
+        let x = reads(grid_n, if t.cut.keeps { 1 } else { self.column_blocks(t, self.tile_columns(t)) });
         let bytes = [x * each * m * f64::from(p.k), columns * (weights + results)];
         bytes.map(|bytes| bytes / self.device_bytes_per_s)
     }
@@ -242,7 +242,8 @@ impl<'a> Costs<'a> {
         let (k, width) = (f64::from(p.k), f64::from(p.width()));
         let rows = p.m.div_ceil(t.grid.0);
         let passes = f64::from(rows.div_ceil(t.rows));
-        let (columns, blocks) = (self.tile_columns(t), self.column_blocks(t));
+        let columns = self.tile_columns(t);
+        let blocks = self.column_blocks(t, columns);
         let (rows, block) = (t.rows.min(rows), t.columns.min(columns.div_ceil(blocks)));
         let (blocks, chunks) = (f64::from(blocks), f64::from(cut.chunks));
         let rate = self.how.first().map_or(0, |m| m.rate);
@@ -346,15 +347,15 @@ impl<'a> Costs<'a> {
         // A sum of blocks rounds otherwise.
         let least_s = units_s[0].max(units_s[1]).max(loads_s).max(device_s) * NEARLY;
         let x_s = each * rows * f64::from(p.k) / self.engine_bytes_per_s;
-        Floor { least_s, loads_s, x_s, passes, units_s, stores_s, device_s: [x_device_s, rest_device_s] }
+        let device_s = [x_device_s, rest_device_s];
+        Floor { least_s, loads_s, x_s, passes, columns: n, units_s, stores_s, device_s }
     }
 
     /// Returns seconds that a tiling takes at least: a cheap bound of [`Costs::seconds`].
     fn least_s(&self, t: Tiling, floor: &Floor) -> f64 {
         let Floor { loads_s, x_s, passes, units_s, stores_s, device_s, .. } = *floor;
-        let blocks = f64::from(self.column_blocks(t));
-        let chunks = f64::from(t.cut.chunks);
-        let count = passes * blocks * chunks;
+        let blocks = f64::from(self.column_blocks(t, floor.columns));
+        let count = passes * blocks * f64::from(t.cut.chunks);
         let (alone_s, x_s) = match t.cut.chunks {
             1 => (x_s.max(device_s[0]), 0.0),
             _ => (0.0, passes * x_s * if t.cut.keeps { 1.0 } else { blocks }),
@@ -397,14 +398,23 @@ impl<'a> Costs<'a> {
         let mut groups: Vec<(Floor, Tiling)> = floors.collect();
         groups.sort_by(|a, b| a.0.least_s.total_cmp(&b.0.least_s));
         let mut best: Option<(f64, Tiling)> = None;
+        // More chunks in all take longer than the best.
+        let mut most_chunks = f64::INFINITY;
         let mut least = u64::MAX;
-        for &cut in &self.cuts {
-            for (floor, group) in &groups {
-                if best.is_some_and(|(s, _)| floor.least_s >= s) {
+        for (floor, group) in &groups {
+            if best.is_some_and(|(s, _)| floor.least_s >= s) {
+                break;
+            }
+            for &cut in &self.cuts {
+                let chunks = floor.passes * f64::from(cut.chunks);
+                if chunks > most_chunks {
                     break;
                 }
                 for columns in halves(group.columns) {
                     let tiling = Tiling { cut, columns, ..*group };
+                    if chunks * f64::from(self.column_blocks(tiling, floor.columns)) > most_chunks {
+                        break;
+                    }
                     if best.is_some_and(|(s, _)| self.least_s(tiling, floor) >= s) {
                         continue;
                     }
@@ -416,12 +426,19 @@ impl<'a> Costs<'a> {
                     let seconds = self.seconds(tiling);
                     if best.is_none_or(|(s, _)| seconds < s) {
                         best = Some((seconds, tiling));
+                        most_chunks = self.most_chunks(seconds);
                     }
                 }
             }
         }
         let what = || format!("a product with {} elements a row", self.p.k);
         best.map(|(seconds, tiling)| (tiling, seconds)).ok_or_else(|| too_small(self.chip, &what(), least))
+    }
+
+    /// Returns how many chunks of all blocks may at most take less than some seconds.
+    fn most_chunks(&self, seconds: f64) -> f64 {
+        let free = self.least_pace_s == 0.0;
+        if free { f64::INFINITY } else { (seconds / NEARLY - 2.0 * self.setup_s) / self.least_pace_s + 1.0 }
     }
 }
 
@@ -435,6 +452,8 @@ struct Floor {
     x_s: f64,
     /// Passes over the rows of a tile.
     passes: f64,
+    /// Columns of a tile.
+    columns: u32,
     /// Seconds of the matrix unit and of the vector unit of a tile.
     units_s: [f64; 2],
     /// Seconds that an engine needs for the results of a tile.
@@ -910,6 +929,9 @@ mod tests {
                             let seconds = costs.seconds(t);
                             let bound_s = floor.least_s.max(costs.least_s(t, &floor));
                             assert!(bound_s <= seconds, "{name} {m} x {n} x {k}: {t:?}");
+                            let blocks = f64::from(costs.column_blocks(t, floor.columns));
+                            let count = floor.passes * blocks * f64::from(cut.chunks);
+                            assert!(count <= costs.most_chunks(seconds), "{name} {m} x {n} x {k}: {t:?}");
                             if costs.scratch_bytes(t) <= chip.scratch_bytes {
                                 least = least.min(seconds);
                             }
