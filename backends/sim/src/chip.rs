@@ -41,6 +41,7 @@ pub struct Chip {
     vector_rate: usize,
     /// The engines nearest to tiles.
     nearest_dma: Option<usize>,
+    queue_entries: usize,
 }
 
 /// How a weight is multiplied.
@@ -93,9 +94,13 @@ impl Chip {
         let rates = profile.vector.rate.iter().enumerate();
         let widest = rates.max_by(|a, b| a.1.dtype.bits().total_cmp(&b.1.dtype.bits()));
         let engines = profile.dma.iter().enumerate();
+        let nearest_dma = engines.min_by_key(|(_, dma)| dma.scope).map(|(i, _)| i);
+        let entries = |i: usize| profile.dma[i].queue_entries.as_ref().map_or(1.0, |entries| entries.value);
         let chip = Chip {
+            // Caches prefetch.
+            queue_entries: nearest_dma.map_or(16, |i| entries(i) as usize).max(1),
             vector_rate: widest.map_or(0, |(rate, _)| rate),
-            nearest_dma: engines.min_by_key(|(_, dma)| dma.scope).map(|(i, _)| i),
+            nearest_dma,
             profile,
             numerics,
             products,
@@ -309,9 +314,7 @@ impl Chip {
 
     /// Returns the maximum requests in flight of an engine; many for caches, which prefetch.
     pub fn queue_entries(&self) -> usize {
-        let entries =
-            |dma: &Dma| dma.queue_entries.as_ref().map_or(1, |entries| entries.value as usize).max(1);
-        self.dma().map_or(16, entries)
+        self.queue_entries
     }
 
     /// Returns the bytes per second of device memory for all tiles together.
@@ -356,9 +359,14 @@ impl Chip {
 
     /// Effective bytes of a piece: short runs are slower.
     pub fn transfer_bytes(&self, piece: &Piece) -> f64 {
+        self.memory_bytes(piece) * self.slowed(piece)
+    }
+
+    /// How many times as long as at the engine's rate a piece takes because of its short runs.
+    pub fn slowed(&self, piece: &Piece) -> f64 {
         let half = self.dma().and_then(|dma| dma.half_rate_run_bytes.as_ref()).map_or(0.0, |half| half.value);
         let run = (f64::from(piece.run_bytes) * self.kept(piece.activations)).max(1.0);
-        self.memory_bytes(piece) * (run + half) / run
+        (run + half) / run
     }
 
     /// Number of tiles that share one read of device memory, if `sharers` tiles load the same bytes.

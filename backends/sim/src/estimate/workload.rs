@@ -228,14 +228,6 @@ impl<'a> Timer<'a> {
         }
     }
 
-    /// Returns seconds, by the quicker closed form if there is one. `distinct` are the ops of the step.
-    fn seconds(&self, program: &Program, spans: &[(u32, u32)], distinct: &Distinct) -> Result<f64> {
-        match self {
-            Timer::Chip(chip) => distinct.closed_s(chip),
-            Timer::Device(..) => Ok(self.report(program, spans)?.total().seconds),
-        }
-    }
-
     /// Returns the seconds of a step's attention, or of its other ops, as [`Timer::seconds`].
     fn part_s(&self, program: &Program, spans: &[(u32, u32)], is_attention: bool) -> Result<f64> {
         match self {
@@ -506,8 +498,8 @@ pub struct Quick<'a> {
     stages: &'a [Stage],
     workload: Workload,
     spans: [Vec<(u32, u32)>; 2],
-    /// The ops of a prefill step and of a decode step, of each stage.
-    distinct: [Vec<Distinct>; 2],
+    /// The ops of a prefill step of each stage, and then of a decode step.
+    distinct: Distinct,
 }
 
 /// The times of a workload.
@@ -529,10 +521,10 @@ impl<'a> Quick<'a> {
     /// [`Error::Program`] for an op that is not simulated.
     pub fn new(choices: Choices, stages: &'a [Stage], workload: &Workload) -> Result<Quick<'a>> {
         let spans = workload.spans(choices.layout);
-        let of = |spans: &[(u32, u32)]| {
-            stages.iter().map(|stage| Distinct::of(&stage.program, spans, true)).collect::<Result<Vec<_>>>()
-        };
-        let distinct = [of(&spans[0])?, of(&spans[1])?];
+        let mut distinct = Distinct::default();
+        for (spans, stage) in spans.iter().flat_map(|spans| stages.iter().map(move |stage| (spans, stage))) {
+            distinct.add(&stage.program, spans, true)?;
+        }
         Ok(Quick { choices, stages, workload: *workload, spans, distinct })
     }
 
@@ -548,14 +540,19 @@ impl<'a> Quick<'a> {
     pub(super) fn times_on(&self, profile: &Arc<Profile>) -> Result<Times> {
         let timer = Timer::on(profile, self.choices)?;
         let system = System::of(timer, profile, self.choices.layout, self.stages)?;
-        let step = |which: usize| {
-            let mut distinct = self.distinct[which].iter();
-            system.step(&self.spans[which], |timer, stage, spans, _| {
-                let ops = distinct.next();
-                ops.map_or(Ok(0.0), |ops| timer.seconds(&stage.program, spans, ops))
+        let closed_s = match &system.timer {
+            Timer::Chip(chip) => self.distinct.closed_s(chip)?,
+            Timer::Device(..) => Vec::new(),
+        };
+        let mut closed_s = closed_s.into_iter();
+        let mut step = |spans: &[(u32, u32)]| {
+            system.step(spans, |timer, stage, spans, _| match closed_s.next() {
+                Some(seconds) => Ok(seconds),
+                None => Ok(timer.report(&stage.program, spans)?.total().seconds),
             })
         };
-        let (first_token_s, step_s) = system.times(&self.workload, &step(0)?, &step(1)?);
+        let (prefill, decode) = (step(&self.spans[0])?, step(&self.spans[1])?);
+        let (first_token_s, step_s) = system.times(&self.workload, &prefill, &decode);
         Ok(Times { first_token_s, step_s, seconds: self.workload.seconds(first_token_s, step_s) })
     }
 

@@ -131,6 +131,10 @@ pub struct Costs<'a> {
     converts: bool,
     /// Whether products read unconverted activations.
     keeps_floats: bool,
+    /// The rate of the matrix unit.
+    rate: usize,
+    /// Bytes of an activation in device memory.
+    activation_bytes: f64,
     /// Rates of the chip: of an engine, and of device memory for these tiles.
     engine_bytes_per_s: f64,
     device_bytes_per_s: f64,
@@ -159,6 +163,8 @@ impl<'a> Costs<'a> {
             unpacks_to_memory: how.iter().any(|m| !matches!(m.w, Form::File(_) | Form::Packed(_))),
             converts: how.iter().any(|m| m.converts),
             keeps_floats: forms.contains(&Form::F32),
+            rate: how.first().map_or(0, |m| m.rate),
+            activation_bytes: chip.activation_bytes(),
             engine_bytes_per_s: chip.engine_bytes_per_s(),
             device_bytes_per_s: share * chip.device_bytes_per_s(),
             setup_s,
@@ -222,31 +228,27 @@ impl<'a> Costs<'a> {
         (columns.div_ceil(COLUMNS).div_ceil(t.grid.1) * COLUMNS).min(columns)
     }
 
-    /// Returns the seconds that device memory needs for the activations of all tiles, and for everything else. Tiles have an equal
-    /// share of its rate.
-    pub fn device_s(&self, t: Tiling) -> [f64; 2] {
+    /// Returns the seconds that device memory needs for the activations of all tiles, loaded once, and for everything else. Tiles have
+    /// an equal share of its rate.
+    fn device_s(&self, t: Tiling) -> [f64; 2] {
         let (chip, p, (grid_m, grid_n)) = (self.chip, self.p, t.grid);
-        let (m, columns, each) = (f64::from(p.m), f64::from(p.columns()), chip.activation_bytes());
+        let (m, columns, each) = (f64::from(p.m), f64::from(p.columns()), self.activation_bytes);
         let reads =
             |grid: u32, passes: u32| f64::from(passes) * f64::from(grid) / f64::from(chip.multicast(grid));
         let weights = reads(grid_m, p.m.div_ceil(grid_m).div_ceil(t.rows)) * self.column_bytes;
         let results = each * m * if matches!(p.epilogue, Epilogue::Add(_)) { 2.0 } else { 1.0 };
-        let x = reads(grid_n, if t.cut.keeps { 1 } else { self.column_blocks(t, self.tile_columns(t)) });
-        let bytes = [x * each * m * f64::from(p.k), columns * (weights + results)];
+        let bytes = [reads(grid_n, 1) * each * m * f64::from(p.k), columns * (weights + results)];
         bytes.map(|bytes| bytes / self.device_bytes_per_s)
     }
 
     /// Returns the seconds of a tiling by the closed form.
-    fn seconds(&self, t: Tiling) -> f64 {
-        let (chip, p, cut) = (self.chip, self.p, t.cut);
-        let (k, width) = (f64::from(p.k), f64::from(p.width()));
-        let rows = p.m.div_ceil(t.grid.0);
-        let passes = f64::from(rows.div_ceil(t.rows));
-        let columns = self.tile_columns(t);
+    fn seconds(&self, t: Tiling, floor: &Floor) -> f64 {
+        let (chip, p, cut, rate) = (self.chip, self.p, t.cut, self.rate);
+        let width = f64::from(p.width());
+        let Floor { rows, columns, passes, .. } = *floor;
         let blocks = self.column_blocks(t, columns);
-        let (rows, block) = (t.rows.min(rows), t.columns.min(columns.div_ceil(blocks)));
+        let block = t.columns.min(columns.div_ceil(blocks));
         let (blocks, chunks) = (f64::from(blocks), f64::from(cut.chunks));
-        let rate = self.how.first().map_or(0, |m| m.rate);
         // The first chunk does not read sums, and the last one does not write them.
         let sums_bytes = self.sums_bytes(t) * u64::from(2 * cut.chunks - 2) / u64::from(cut.chunks);
         let work = Work::Matrix { rate, m: rows, n: block, k: cut.depth, sums_bytes };
@@ -256,9 +258,10 @@ impl<'a> Costs<'a> {
         let convert_s = if converts { vector_s(self.converting(rows, cut.depth)) } else { 0.0 };
         let unpack_s = if self.unpacks { width * vector_s(unpacking(block, cut.depth)) } else { 0.0 };
         let finish_s = if p.finishes() { vector_s(finishing(p, rows, block)) } else { 0.0 };
-        let each = chip.activation_bytes();
+        let each = self.activation_bytes;
         let added = if matches!(p.epilogue, Epilogue::Add(_)) { each } else { 0.0 };
-        let [x_device_s, rest_device_s] = self.device_s(t);
+        let [x_device_s, rest_device_s] = floor.device_s;
+        let x_device_s = if cut.keeps { x_device_s } else { blocks * x_device_s };
         let engine = self.engine_bytes_per_s;
         // Chunks of weights and activations are runs within rows.
         let run = |runs: u32, bytes: f64, whole: Piece| match cut.chunks {
@@ -269,7 +272,7 @@ impl<'a> Costs<'a> {
         let x = run(rows, 4.0 * f64::from(cut.depth), Piece::whole(X, 0, 4).of_activations());
         let slowed = |piece: &Piece| match cut.chunks {
             1 => 1.0,
-            _ => chip.transfer_bytes(piece) / chip.memory_bytes(piece),
+            _ => chip.slowed(piece),
         };
         let finishing_requests = if p.finishes() { width / chunks } else { 0.0 };
         let (rows, block) = (f64::from(rows), f64::from(block));
@@ -294,8 +297,7 @@ impl<'a> Costs<'a> {
         let waits = if chip.queue_entries() > 1 { 0.0 } else { pipeline.setup_s };
         if cut.chunks == 1 {
             // Activations are loaded first; nothing overlaps with that.
-            let x_s = (each * rows * k / engine).max(x_device_s);
-            let x_s = x_s + waits * requests(&p.x, rows as u32);
+            let x_s = floor.x_s.max(x_device_s) + waits * requests(&p.x, rows as u32);
             let again = passes - 1.0;
             // Converted activations free their slot for the next load. Unconverted ones keep it until the last
             // product.
@@ -332,13 +334,12 @@ impl<'a> Costs<'a> {
         let (chip, p) = (self.chip, self.p);
         let rows = p.m.div_ceil(t.grid.0);
         let passes = f64::from(rows.div_ceil(t.rows));
-        let rate = self.how.first().map_or(0, |m| m.rate);
-        let (m, n, width) = (t.rows.min(rows), self.tile_columns(t), f64::from(p.width()));
+        let (m, n, width, rate) = (t.rows.min(rows), self.tile_columns(t), f64::from(p.width()), self.rate);
         let products_s = chip.compute_s(Work::Matrix { rate, m, n, k: p.k, sums_bytes: 0 }).0;
         let vector_s = |work: VectorWork| chip.compute_s(Work::Vector(work)).0;
         let unpack_s = if self.unpacks { width * vector_s(unpacking(n, p.k)) } else { 0.0 };
         let finish_s = if p.finishes() { vector_s(finishing(p, m, n)) } else { 0.0 };
-        let (rows, columns, each) = (f64::from(m), f64::from(n), chip.activation_bytes());
+        let (rows, columns, each) = (f64::from(m), f64::from(n), self.activation_bytes);
         let loads_s = passes * columns * self.column_bytes / self.engine_bytes_per_s;
         let stores_s = passes * each * rows * columns / self.engine_bytes_per_s;
         let [x_device_s, rest_device_s] = self.device_s(t);
@@ -348,7 +349,7 @@ impl<'a> Costs<'a> {
         let least_s = units_s[0].max(units_s[1]).max(loads_s).max(device_s) * NEARLY;
         let x_s = each * rows * f64::from(p.k) / self.engine_bytes_per_s;
         let device_s = [x_device_s, rest_device_s];
-        Floor { least_s, loads_s, x_s, passes, columns: n, units_s, stores_s, device_s }
+        Floor { least_s, rows: m, columns: n, passes, loads_s, x_s, units_s, stores_s, device_s }
     }
 
     /// Returns seconds that a tiling takes at least: a cheap bound of [`Costs::seconds`].
@@ -401,6 +402,12 @@ impl<'a> Costs<'a> {
         // More chunks in all take longer than the best.
         let mut most_chunks = f64::INFINITY;
         let mut least = u64::MAX;
+        if let Some((floor, group)) = groups.first()
+            && let Some(tiling) = self.likeliest(group, floor)
+        {
+            let seconds = self.seconds(tiling, floor);
+            (best, most_chunks) = (Some((seconds, tiling)), self.most_chunks(seconds));
+        }
         for (floor, group) in &groups {
             if best.is_some_and(|(s, _)| floor.least_s >= s) {
                 break;
@@ -423,7 +430,7 @@ impl<'a> Costs<'a> {
                     if bytes > self.chip.scratch_bytes {
                         continue;
                     }
-                    let seconds = self.seconds(tiling);
+                    let seconds = self.seconds(tiling, floor);
                     if best.is_none_or(|(s, _)| seconds < s) {
                         best = Some((seconds, tiling));
                         most_chunks = self.most_chunks(seconds);
@@ -435,6 +442,20 @@ impl<'a> Costs<'a> {
         best.map(|(seconds, tiling)| (tiling, seconds)).ok_or_else(|| too_small(self.chip, &what(), least))
     }
 
+    /// Returns the tiling of a group with the least bound, of those that fit.
+    fn likeliest(&self, group: &Tiling, floor: &Floor) -> Option<Tiling> {
+        let of_cut = |&cut: &Cut| halves(group.columns).map(move |columns| Tiling { cut, columns, ..*group });
+        let fits = |t: &Tiling| self.scratch_bytes(*t) <= self.chip.scratch_bytes;
+        let bounds = self.cuts.iter().flat_map(of_cut).map(|t| (self.least_s(t, floor), t));
+        let mut least: Option<(f64, Tiling)> = None;
+        for (bound_s, t) in bounds {
+            if least.is_none_or(|(s, _)| bound_s < s) && fits(&t) {
+                least = Some((bound_s, t));
+            }
+        }
+        least.map(|(_, t)| t)
+    }
+
     /// Returns how many chunks of all blocks may at most take less than some seconds.
     fn most_chunks(&self, seconds: f64) -> f64 {
         let free = self.least_pace_s == 0.0;
@@ -442,18 +463,20 @@ impl<'a> Costs<'a> {
     }
 }
 
-/// What bounds the seconds of tilings of a grid and of a number of rows.
+/// What tilings of a grid and of a number of rows have in common, and what bounds their seconds.
 struct Floor {
     /// Seconds of the busiest unit or memory: all of them take at least these.
     least_s: f64,
+    /// Rows of a pass.
+    rows: u32,
+    /// Columns of a tile.
+    columns: u32,
+    /// Passes over the rows of a tile.
+    passes: f64,
     /// Seconds that an engine needs for the weights of a tile.
     loads_s: f64,
     /// Seconds that an engine needs for the activations of a pass.
     x_s: f64,
-    /// Passes over the rows of a tile.
-    passes: f64,
-    /// Columns of a tile.
-    columns: u32,
     /// Seconds of the matrix unit and of the vector unit of a tile.
     units_s: [f64; 2],
     /// Seconds that an engine needs for the results of a tile.
@@ -926,7 +949,7 @@ mod tests {
                             halves(group.columns).flat_map(|c| costs.cuts.iter().map(move |cut| (c, cut)))
                         {
                             let t = Tiling { cut, columns, ..group };
-                            let seconds = costs.seconds(t);
+                            let seconds = costs.seconds(t, &floor);
                             let bound_s = floor.least_s.max(costs.least_s(t, &floor));
                             assert!(bound_s <= seconds, "{name} {m} x {n} x {k}: {t:?}");
                             let blocks = f64::from(costs.column_blocks(t, floor.columns));
