@@ -16,6 +16,7 @@ fn colour(bound: Bound) -> RGBColor {
         Bound::Memory => RGBColor(0, 158, 115),
         Bound::Dma => RGBColor(204, 121, 167),
         Bound::Launch => RGBColor(213, 94, 0),
+        Bound::Links => RGBColor(86, 180, 233),
         Bound::Latency => RGBColor(120, 120, 120),
     }
 }

@@ -29,6 +29,8 @@ pub struct OpTime {
     pub written_bytes: f64,
     /// Bytes into and out of scratchpads.
     pub scratch_bytes: f64,
+    /// Bytes of the tensors that chips exchange.
+    pub exchanged_bytes: f64,
     /// Operations of products; a multiply-add is two.
     pub matrix_ops: f64,
     /// Joules of operations and moved bytes, without idle power; absent if the profile lacks the numbers.
@@ -48,6 +50,8 @@ pub enum Bound {
     Dma,
     /// Launches and barriers.
     Launch,
+    /// Links to other chips.
+    Links,
     /// None of these: waits between queues.
     Latency,
 }
@@ -61,6 +65,7 @@ impl Bound {
             Bound::Memory => "memory",
             Bound::Dma => "dma",
             Bound::Launch => "launch",
+            Bound::Links => "links",
             Bound::Latency => "latency",
         }
     }
@@ -90,6 +95,9 @@ impl OpTime {
 
     /// Returns the bound: the busiest resource, if it is busy at least half of the time.
     pub fn bound(&self) -> Bound {
+        if self.exchanged_bytes > 0.0 {
+            return Bound::Links;
+        }
         let [(bound, share), ..] = self.shares();
         if share >= 0.5 { bound } else { Bound::Latency }
     }
@@ -105,6 +113,7 @@ impl OpTime {
             read_bytes: self.read_bytes + next.read_bytes,
             written_bytes: self.written_bytes + next.written_bytes,
             scratch_bytes: self.scratch_bytes + next.scratch_bytes,
+            exchanged_bytes: self.exchanged_bytes + next.exchanged_bytes,
             matrix_ops: self.matrix_ops + next.matrix_ops,
             joules: self.joules.zip(next.joules).map(|(a, b)| a + b),
         }

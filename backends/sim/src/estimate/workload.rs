@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use super::collective::{Collective, Fabric};
 use super::device::Device;
+use super::figures::{Figures, Metric, have_bytes};
 use super::system::{Layout, Stage, layouts, stages};
 use crate::step::Distinct;
 use crate::{Bound, Chip, Numerics, OpTime, Report};
@@ -116,6 +117,8 @@ pub struct Estimate {
     pub error: Option<f64>,
     /// What is assumed of kernels without measurements, one line each.
     pub unmeasured: Vec<String>,
+    /// Parts of the batch that a pipeline works on in turns, and the sequences of one.
+    pub parts: (u32, u32),
     /// The ops of a prefill step, of all stages and of one chip in each.
     pub prefill: Report,
     /// The ops of a decode step. A pipeline works on several parts of the batch at the same time; these are the ops of one.
@@ -267,6 +270,14 @@ pub(super) struct System<'a> {
     activation_bytes: f64,
 }
 
+/// An exchange between chips.
+pub(super) struct Timed {
+    name: &'static str,
+    /// Bytes of the whole tensor.
+    bytes: f64,
+    seconds: f64,
+}
+
 /// The time of a step.
 pub(super) struct StepTime {
     /// Seconds from the start of a part of the batch to its end.
@@ -305,26 +316,26 @@ impl<'a> System<'a> {
         Ok(System { timer, fabric, layout, stages: stages.into(), activation_bytes })
     }
 
-    /// Returns the seconds of a stage's exchanges, each with its name.
-    fn exchanges(&self, stage: &Stage, spans: &[(u32, u32)]) -> Vec<(&'static str, f64)> {
+    /// Returns a stage's exchanges.
+    fn exchanges(&self, stage: &Stage, spans: &[(u32, u32)]) -> Vec<Timed> {
         let Some(fabric) = &self.fabric else { return Vec::new() };
         let tokens = spans.iter().fold(0u32, |sum, (_, len)| sum.saturating_add(*len));
         let rows = |dim| passes::rows(dim, tokens, spans.len() as u32) as f64;
         let bytes = |rows: f64, cols: u32| rows * f64::from(cols) * self.activation_bytes;
         let exchanges = stage.exchanges.iter().map(|e| {
             let bytes = bytes(rows(e.rows), e.cols);
-            (e.collective.name(), fabric.seconds(e.collective, bytes, self.layout.tensor))
+            let seconds = fabric.seconds(e.collective, bytes, self.layout.tensor);
+            Timed { name: e.collective.name(), bytes, seconds }
         });
         let sent = (stage.sent_cols > 0).then(|| {
             // Each chip sends its part to its counterpart, which are as far apart as a stage is large.
-            let part = bytes(f64::from(tokens), stage.sent_cols) / f64::from(self.layout.tensor);
+            let bytes = bytes(f64::from(tokens), stage.sent_cols);
+            let part = bytes / f64::from(self.layout.tensor);
             let gathered = match self.layout.tensor {
                 1 => 0.0,
-                chips => {
-                    fabric.seconds(Collective::AllGather, bytes(f64::from(tokens), stage.sent_cols), chips)
-                }
+                chips => fabric.seconds(Collective::AllGather, bytes, chips),
             };
-            ("send", fabric.send_s(part, self.layout.tensor) + gathered)
+            Timed { name: "send", bytes, seconds: fabric.send_s(part, self.layout.tensor) + gathered }
         });
         exchanges.chain(sent).collect()
     }
@@ -333,12 +344,12 @@ impl<'a> System<'a> {
     fn step(
         &self,
         spans: &[(u32, u32)],
-        mut ops_s: impl FnMut(&Timer<'a>, &Stage, &[(u32, u32)], &[(&'static str, f64)]) -> Result<f64>,
+        mut ops_s: impl FnMut(&Timer<'a>, &Stage, &[(u32, u32)], &[Timed]) -> Result<f64>,
     ) -> Result<StepTime> {
         let mut time = StepTime { latency_s: 0.0, pace_s: 0.0 };
         for stage in self.stages.iter() {
             let exchanges = self.exchanges(stage, spans);
-            let exchanged = exchanges.iter().fold(0.0, |sum, (_, seconds)| sum + seconds);
+            let exchanged = exchanges.iter().fold(0.0, |sum, exchange| sum + exchange.seconds);
             let seconds = ops_s(&self.timer, stage, spans, &exchanges)? + exchanged;
             time.latency_s += seconds;
             time.pace_s = time.pace_s.max(seconds);
@@ -355,9 +366,10 @@ impl<'a> System<'a> {
             for op in &report.ops {
                 all.add_all(op);
             }
-            for (name, seconds) in exchanges {
+            for Timed { name, bytes, seconds } in exchanges {
                 // Joules of links are not known.
-                all.add(name, OpTime { seconds: *seconds, joules: Some(0.0), ..OpTime::default() });
+                let time = OpTime { seconds: *seconds, exchanged_bytes: *bytes, ..OpTime::none() };
+                all.add(name, time);
             }
             Ok(seconds)
         })?;
@@ -369,7 +381,7 @@ impl<'a> System<'a> {
         let each = self.stages.iter().map(|stage| {
             let ops_s = self.timer.part_s(&stage.program, spans, is_attention)?;
             let exchanges = if is_attention { Vec::new() } else { self.exchanges(stage, spans) };
-            Ok(ops_s + exchanges.iter().map(|(_, seconds)| seconds).sum::<f64>())
+            Ok(ops_s + exchanges.iter().map(|exchange| exchange.seconds).sum::<f64>())
         });
         each.sum()
     }
@@ -442,7 +454,7 @@ pub fn estimate(
     let sequences = u64::from(each) * u64::from(parts);
     let exchanges = stages.iter().flat_map(|stage| system.exchanges(stage, &spans));
     // A sum of nothing would be -0.
-    let exchanged = exchanges.fold(0.0, |sum, (_, seconds)| sum + seconds);
+    let exchanged = exchanges.fold(0.0, |sum, exchange| sum + exchange.seconds);
     // Of all chips: each of a stage does the same work, and each replica all of it.
     let alike = f64::from(layout.tensor) * f64::from(layout.data);
     let joules = prefill.total().joules.zip(decode.total().joules).and_then(|(prefill, decode)| {
@@ -461,12 +473,13 @@ pub fn estimate(
         joules_per_token: joules.map(|j| j / tokens),
         usd_per_million_tokens: usd_per_s(profile).map(|usd| 1e6 * chips * usd * seconds / tokens),
         need_bytes: workload.bytes(choices, stages),
-        have_bytes: profile.memory.last().map_or(0, |memory| memory.capacity_bytes.value as u64),
+        have_bytes: have_bytes(profile),
         layout,
         exchange_fraction: exchanged / decode_time.latency_s,
         repeated,
         error,
         unmeasured,
+        parts: (parts, each),
         shares: decode.total().shares().to_vec(),
         prefill,
         decode,
@@ -500,6 +513,7 @@ pub struct Quick<'a> {
     spans: [Vec<(u32, u32)>; 2],
     /// The ops of a prefill step of each stage, and then of a decode step.
     distinct: Distinct,
+    need_bytes: u64,
 }
 
 /// The times of a workload.
@@ -525,7 +539,8 @@ impl<'a> Quick<'a> {
         for (spans, stage) in spans.iter().flat_map(|spans| stages.iter().map(move |stage| (spans, stage))) {
             distinct.add(&stage.program, spans, true)?;
         }
-        Ok(Quick { choices, stages, workload: *workload, spans, distinct })
+        let need_bytes = workload.bytes(choices, stages);
+        Ok(Quick { choices, stages, workload: *workload, spans, distinct, need_bytes })
     }
 
     /// Returns the times on the chips of a profile.
@@ -554,6 +569,30 @@ impl<'a> Quick<'a> {
         let (prefill, decode) = (step(&self.spans[0])?, step(&self.spans[1])?);
         let (first_token_s, step_s) = system.times(&self.workload, &prefill, &decode);
         Ok(Times { first_token_s, step_s, seconds: self.workload.seconds(first_token_s, step_s) })
+    }
+
+    /// Returns the bytes of weights and of the KV cache of all sequences, on the chip that needs most.
+    pub(super) fn need_bytes(&self) -> u64 {
+        self.need_bytes
+    }
+
+    /// Returns the figures on the chips of a profile.
+    pub(super) fn figures(&self, profile: &Arc<Profile>) -> Result<Figures> {
+        let Times { first_token_s, step_s, seconds } = self.times_on(profile)?;
+        let Workload { batch, generate, .. } = self.workload;
+        let tokens = f64::from(batch) * f64::from(generate);
+        let layout = self.choices.layout;
+        let usd = usd_per_s(profile).map(|usd| 1e6 * f64::from(layout.chips()) * usd * seconds / tokens);
+        Ok(Figures {
+            layout,
+            batch,
+            first_token_s,
+            step_s,
+            seconds,
+            usd_per_million_tokens: usd,
+            need_bytes: self.need_bytes,
+            have_bytes: have_bytes(profile),
+        })
     }
 
     /// Returns the sensitivity of the total time to each number of a profile, the largest first.
@@ -593,20 +632,6 @@ impl<'a> Quick<'a> {
 /// Factor by which a number is changed to measure the sensitivity.
 const CHANGE: f64 = 1.05;
 
-/// A way to divide a model over chips, and what comes of it.
-#[derive(Debug, Clone)]
-#[non_exhaustive]
-pub struct Candidate {
-    /// The layout.
-    pub layout: Layout,
-    /// Seconds of the workload by the closed form.
-    pub seconds: f64,
-    /// Bytes that the fullest chip needs.
-    pub need_bytes: u64,
-    /// Whether they fit.
-    pub fits: bool,
-}
-
 /// Estimates a workload with the best of all layouts on `chips` chips, and returns these; without a number of chips, with the layout
 /// of `choices`.
 ///
@@ -618,14 +643,16 @@ pub fn estimate_best(
     program: &Program,
     workload: &Workload,
     chips: Option<u32>,
-) -> Result<(Estimate, Vec<Candidate>)> {
-    let found = chips.map(|chips| candidates(profile, choices, program, workload, chips)).transpose()?;
+    best: &'static Metric,
+) -> Result<(Estimate, Vec<Figures>)> {
+    let found =
+        chips.map(|chips| candidates(profile, choices, program, workload, chips, best)).transpose()?;
     let found = found.unwrap_or_default();
     let layout = found.first().map_or(choices.layout, |best| best.layout);
     Ok((estimate(profile, choices.layout(layout), program, workload)?, found))
 }
 
-/// Returns the layouts of a workload on `chips` chips by the closed form: those that fit first, the quickest first.
+/// Returns the layouts of a workload on `chips` chips by the closed form: those that fit first, the best first by a metric.
 /// `choices.layout` fixes the numbers that are not 0.
 ///
 /// # Errors
@@ -636,16 +663,14 @@ pub fn candidates(
     program: &Program,
     workload: &Workload,
     chips: u32,
-) -> Result<Vec<Candidate>> {
-    let have_bytes = profile.memory.last().map_or(0, |memory| memory.capacity_bytes.value as u64);
+    best: &'static Metric,
+) -> Result<Vec<Figures>> {
+    let profile = Arc::new(profile.clone());
     let mut all = Vec::new();
     let mut failed = None;
     for layout in layouts(program, chips, choices.layout) {
-        let found = stages(program, layout).and_then(|stages| {
-            let seconds = Quick::new(choices.layout(layout), &stages, workload)?.times(profile)?.seconds;
-            let need_bytes = workload.bytes(choices.layout(layout), &stages);
-            Ok(Candidate { layout, seconds, need_bytes, fits: need_bytes <= have_bytes })
-        });
+        let found = stages(program, layout)
+            .and_then(|stages| Quick::new(choices.layout(layout), &stages, workload)?.figures(&profile));
         match found {
             Ok(candidate) => all.push(candidate),
             Err(error) => failed = failed.or(Some(error)),
@@ -661,7 +686,7 @@ pub fn candidates(
             Err(Error::argument("layout", expected, given.collect::<Vec<_>>().join(", ")))
         }
         _ => {
-            all.sort_by(|a, b| b.fits.cmp(&a.fits).then(a.seconds.total_cmp(&b.seconds)));
+            all.sort_by(|a, b| b.fits().cmp(&a.fits()).then(best.order(a, b)));
             Ok(all)
         }
     }
