@@ -105,7 +105,9 @@ fn numbers_have_the_nearest_provenance() {
 fn single_numbers_out_of_range_are_named() {
     let fault = faults("clock_hz = 1e9", "clock_hz = 1.43");
     assert_eq!(fault, "line 13: chip.clock_hz = 1.43 Hz: expected from 1000000.0 to 10000000000.0 Hz");
-    assert!(faults("rows = 16", "rows = 16.5").contains(": matrix.rows = 16.5 rows: expected a whole number"));
+    assert!(
+        faults("rows = 16", "rows = 16.5").contains(": matrix.rows = 16.5 rows: expected a whole number")
+    );
     assert!(faults("rows = 16", "rows = nan").contains("matrix.rows = NaN rows: expected from"));
     // One fault a number, whatever else follows from it.
     for number in ["-1", "-1e9", "nan", "-inf", "0", "{ value = -4 }"] {

@@ -317,11 +317,22 @@ impl Chip {
         self.queue_entries
     }
 
-    /// Returns the bytes per second of device memory for all tiles together.
+    /// Returns the bytes per second that all tiles together read from device memory.
     pub fn device_bytes_per_s(&self) -> f64 {
+        self.device_rate(self.device().read_bytes_per_s.value)
+    }
+
+    /// Returns how many times as long as to read it device memory takes to write a byte.
+    pub fn write_cost(&self) -> f64 {
+        let rate = self.device().write_bytes_per_s.as_ref().map(|rate| rate.value);
+        rate.map_or(1.0, |rate| self.device_bytes_per_s() / self.device_rate(rate))
+    }
+
+    /// Returns the bytes per second of all tiles together that instances of device memory at a rate give.
+    fn device_rate(&self, bytes_per_s: f64) -> f64 {
         let device = self.device();
         let reached = device.achievable_fraction.as_ref().map_or(1.0, |fraction| fraction.value);
-        let memory = self.profile.read_bytes_per_s(device) * reached;
+        let memory = bytes_per_s * self.profile.instances(device.scope) * reached;
         let shared = |dma: &&Dma| dma.scope != Scope::Tile;
         match self.dma().filter(shared) {
             Some(dma) => {

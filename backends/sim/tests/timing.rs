@@ -394,6 +394,24 @@ fn workloads_add_up() {
     near(small.usd_per_million_tokens.unwrap(), 1e6 * 0.001 * small.seconds / 400.0, 1e-9);
 }
 
+/// Writes to device memory take their own rate, by both kinds of times.
+#[test]
+fn slower_writes_take_longer() {
+    let text = halite_profiles::profile::SHIPPED.iter().find(|(name, _)| *name == "maia-100").unwrap().1;
+    let program = passes::fuse(&model("llama-1.1b", Format::BF16), halite_sim::FUSIONS);
+    let times = |write: &str| {
+        let text = text.replace("name = \"hbm\"", &format!("name = \"hbm\"\n{write}"));
+        let chip = Choices::default().chip(Profile::parse("changed", &text).unwrap()).unwrap();
+        let events = step::time(&chip, &program, &[(0, 512)], true).unwrap().total().seconds;
+        near(step::closed(&chip, &program, &[(0, 512)], true).unwrap(), events, 0.15);
+        events
+    };
+    let (usual, same, slow) =
+        (times(""), times("write_bytes_per_s = 1.8e12"), times("write_bytes_per_s = 2e11"));
+    near(same, usual, 1e-9);
+    assert!(slow > 1.1 * usual, "{slow} {usual}");
+}
+
 /// Products of which the profile has measurements take what was measured; of others the estimate says that they were simulated.
 #[test]
 fn a_calibration_goes_before_the_simulation() {

@@ -236,7 +236,8 @@ impl<'a> Costs<'a> {
         let reads =
             |grid: u32, passes: u32| f64::from(passes) * f64::from(grid) / f64::from(chip.multicast(grid));
         let weights = reads(grid_m, p.m.div_ceil(grid_m).div_ceil(t.rows)) * self.column_bytes;
-        let results = each * m * if matches!(p.epilogue, Epilogue::Add(_)) { 2.0 } else { 1.0 };
+        let added = if matches!(p.epilogue, Epilogue::Add(_)) { 1.0 } else { 0.0 };
+        let results = each * m * (added + chip.write_cost());
         let bytes = [reads(grid_n, 1) * each * m * f64::from(p.k), columns * (weights + results)];
         bytes.map(|bytes| bytes / self.device_bytes_per_s)
     }
