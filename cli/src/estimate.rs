@@ -148,13 +148,7 @@ impl WorkArgs {
     ///
     /// Fails if the model's context is too short for them.
     pub fn program(&self, model: &Model) -> Result<Program, Failure> {
-        let Workload { prompt, generate, .. } = self.workload();
-        let (positions, context) = (prompt.saturating_add(generate), model.hparams().context_length);
-        if positions > context {
-            let expected = format!("at most the model's context of {context} tokens together");
-            let got = format!("{prompt} and {generate}");
-            return Err(Error::argument("prompt and generated tokens", expected, got).into());
-        }
+        let positions = self.workload().positions(model.hparams().context_length)?;
         Ok(model.program(ProgramOptions::default().kv_format(self.kv), positions)?)
     }
 

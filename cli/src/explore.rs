@@ -122,14 +122,15 @@ pub fn run(args: &ExploreArgs) -> Result<(), Failure> {
         return Err("--csv and --html: expected two files, got the same name".into());
     }
     let best = objectives.iter().find_map(Objective::metric);
-    let best = best.or(Metric::named("seconds")).unwrap_or(&Metric::all()[0]);
+    let best = best.unwrap_or_default();
+    let plan = plan.layouts_by(best);
     let cancel = Cancel::default();
     let bar = progress(plan.count() as u64, "exploring");
     let outcomes = {
         let _work = interrupt::Work::new(cancel.clone());
         let advance = |done| bar.set_position(done);
         let (choices, workload) = (args.work.choices()?, args.work.workload());
-        explore(&profile, choices, &program, &workload, &plan, best, &cancel, &advance)?
+        explore(&profile, choices, &program, &workload, &plan, &cancel, &advance)?
     };
     bar.finish_and_clear();
     let explored = Explored {

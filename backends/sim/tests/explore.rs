@@ -33,7 +33,8 @@ fn run(profile: &Profile, program: &Program, plan: &Plan) -> Vec<Outcome> {
 
 fn run_by(profile: &Profile, program: &Program, plan: &Plan, best: &'static Metric) -> Vec<Outcome> {
     let (choices, workload) = (Choices::default(), Workload::default());
-    explore(profile, choices, program, &workload, plan, best, &Cancel::default(), &|_| {}).unwrap()
+    let plan = plan.clone().layouts_by(best);
+    explore(profile, choices, program, &workload, &plan, &Cancel::default(), &|_| {}).unwrap()
 }
 
 fn metric(name: &str) -> &'static Metric {
@@ -331,7 +332,7 @@ fn what_cannot_be_planned_is_refused() {
     let cancel = Cancel::default();
     cancel.cancel();
     let (choices, workload) = (Choices::default(), Workload::default());
-    let stopped = explore(&profile, choices, &program, &workload, &planned, tokens, &cancel, &|_| {});
+    let stopped = explore(&profile, choices, &program, &workload, &planned, &cancel, &|_| {});
     assert!(matches!(stopped, Err(halite::Error::Cancelled)));
 }
 

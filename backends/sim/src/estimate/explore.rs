@@ -184,6 +184,8 @@ pub struct Plan {
     variables: Vec<Variable>,
     sampling: Sampling,
     count: usize,
+    /// What the layout of a point is chosen by.
+    best: &'static Metric,
 }
 
 impl Plan {
@@ -214,7 +216,12 @@ impl Plan {
         }
         let count = usize::try_from(count).ok().filter(|count| *count > 0);
         let count = count.ok_or_else(|| Error::argument("points", "at least 1", 0))?;
-        Ok(Plan { variables, sampling, count })
+        Ok(Plan { variables, sampling, count, best: Default::default() })
+    }
+
+    /// Chooses the layout of each point by a metric [default: the total time].
+    pub fn layouts_by(self, best: &'static Metric) -> Plan {
+        Plan { best, ..self }
     }
 
     /// Returns the number of points.
@@ -550,7 +557,7 @@ impl<'a> Bench<'a> {
 const TAKEN: usize = 64;
 
 /// Returns the outcome of every point of a plan, on all cores. `choices.layout` has the order of sums; its numbers of chips count as 1
-/// unless they vary. A point has the best of its layouts by a metric. `progress` receives the number of points that are done, from any thread.
+/// unless they vary. `progress` receives the number of points that are done, from any thread.
 ///
 /// # Errors
 /// [`Error::Cancelled`].
@@ -560,14 +567,13 @@ pub fn explore(
     program: &Program,
     workload: &Workload,
     plan: &Plan,
-    best: &'static Metric,
     cancel: &Cancel,
     progress: &(dyn Fn(u64) + Sync),
 ) -> Result<Vec<Outcome>> {
     let base = Asked { workload: *workload, layout: choices.layout, chips: None };
     let all = all_asked(plan, base);
     let divided = divide(program, &all);
-    let bench = Bench::new(plan, (base, choices, best), program, &all, &divided);
+    let bench = Bench::new(plan, (base, choices, plan.best), program, &all, &divided);
     let (next, done) = (AtomicUsize::new(0), AtomicUsize::new(0));
     let work = || {
         let mut mine = Vec::new();

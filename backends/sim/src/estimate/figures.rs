@@ -52,6 +52,13 @@ pub struct Metric {
     of: fn(&Figures) -> Option<f64>,
 }
 
+impl Default for &'static Metric {
+    /// The total time.
+    fn default() -> &'static Metric {
+        Metric::named("seconds").unwrap_or(&Metric::all()[0])
+    }
+}
+
 impl Metric {
     /// All of them.
     pub fn all() -> &'static [Metric] {

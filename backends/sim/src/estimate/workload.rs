@@ -45,6 +45,20 @@ impl Default for Workload {
 halite::setters!(const Workload { batch: u32, prompt: u32, generate: u32, chunk: u32 });
 
 impl Workload {
+    /// Returns the positions of a sequence.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for more than the model's context.
+    pub fn positions(&self, context: u32) -> Result<u32> {
+        let positions = self.prompt.saturating_add(self.generate);
+        if positions > context {
+            let expected = format!("at most the model's context of {context} tokens together");
+            let got = format!("{} and {}", self.prompt, self.generate);
+            return Err(Error::argument("prompt and generated tokens", expected, got));
+        }
+        Ok(positions)
+    }
+
     /// The number of prefill steps, and the middle one.
     fn prefill(&self) -> (u32, (u32, u32)) {
         let chunk = self.chunk.clamp(1, self.prompt.max(1));

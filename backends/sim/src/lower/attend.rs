@@ -168,11 +168,7 @@ fn head_runs(a: &Attend, heads: u32) -> impl Iterator<Item = Range<u32>> {
 }
 
 /// Returns the pieces of some heads, of at most `token_group` tokens, with their pages.
-fn rows_of<'a>(
-    a: &'a Attend,
-    heads: Range<u32>,
-    token_group: u32,
-) -> impl Iterator<Item = (QueryRows, &'a [u32])> {
+fn rows_of(a: &Attend, heads: Range<u32>, token_group: u32) -> impl Iterator<Item = (QueryRows, &[u32])> {
     let (head, heads) = (heads.start, heads.end - heads.start);
     let firsts = a.spans.iter().scan(0, |next, (_, _, len)| {
         let first = *next;
