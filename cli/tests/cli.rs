@@ -551,7 +551,9 @@ fn loads_are_served() {
     std::fs::write(&trace, "arrival_s,prompt_tokens,generated_tokens\n0,100,none\n").unwrap();
     for (command, expected) in [
         (command(""), "line 2, column generated_tokens"),
-        (command("--lengths chat"), "a trace has its own"),
+        (command("--lengths chat"), "--lengths: expected --load poisson:RATE"),
+        (command("--requests 5"), "which has its own requests and lengths"),
+        (command("--prompt 5"), "--prompt: expected --load poisson:RATE"),
         (command("--batch 2"), "cannot be used with"),
         ("estimate -m llama-1.1b -p maia-100 --seed 3".into(), "--load"),
         ("estimate -m llama-1.1b -p maia-100 --load poisson:0".into(), "rates above 0"),
@@ -679,7 +681,10 @@ fn file_names_need_not_be_text() {
     done("logits -m FILE --tokens 1,2 -o FILE", &[model.as_os_str(), name(".logits").as_os_str()]);
     done("run -n 2 -m FILE --save FILE hello", &[model.as_os_str(), name(".saved").as_os_str()]);
     done("pack FILE FILE", &[model.as_os_str(), name("-packed.gguf").as_os_str()]);
-    done("estimate -m FILE -p maia-100 --trace FILE", &[model.as_os_str(), name(".json").as_os_str()]);
+    done(
+        "estimate -m FILE -p maia-100 --prompt 9 --generate 9 --trace FILE",
+        &[model.as_os_str(), name(".json").as_os_str()],
+    );
     done("bench -m FILE -p 2 -n 0 -r 1 --no-roofline -o json", &[model.as_os_str()]);
 
     // What cannot be opened is named, and no terminal does what it says.
@@ -688,7 +693,7 @@ fn file_names_need_not_be_text() {
         "inspect FILE",
         "run -m FILE hello",
         "run --lora FILE hello",
-        "estimate -m FILE -p maia-100",
+        "estimate -m FILE -p maia-100 --prompt 9 --generate 9",
         "embed -m FILE hello",
         "profile FILE",
         "convert FILE FILE",
