@@ -17,8 +17,9 @@ use halite::synth::{self, Formats, Synth};
 use halite::{Error, Model};
 use halite_profiles::numerics::Dtype;
 use halite_profiles::profile::{Basis, Driver, Profile};
+use halite_sim::estimate::figures::{Figures, Metric};
 use halite_sim::estimate::system::Layout;
-use halite_sim::estimate::workload::{Candidate, Choices, Estimate, Workload, estimate_best};
+use halite_sim::estimate::workload::{Choices, Estimate, Workload, estimate_best};
 use halite_sim::{Chip, Queue, Report, step};
 use serde_json::{Value, json};
 
@@ -46,15 +47,15 @@ pub struct WorkArgs {
     /// Format of the KV cache.
     #[arg(long, value_name = "FORMAT", default_value = "f16", value_parser = kv_format())]
     kv: Format,
-    /// Batch size.
-    #[arg(short, long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=4096))]
-    batch: u32,
-    /// Prompt length in tokens.
-    #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
-    prompt: u32,
-    /// Generated tokens per sequence.
-    #[arg(long, value_name = "N", default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
-    generate: u32,
+    /// Batch size [default: 1].
+    #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub batch: Option<u32>,
+    /// Prompt length in tokens [default: 512].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    prompt: Option<u32>,
+    /// Generated tokens per sequence [default: 128].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    generate: Option<u32>,
     /// Prefill batch size in tokens.
     #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=65_536))]
     chunk: u32,
@@ -84,6 +85,9 @@ pub struct EstimateArgs {
     /// Copies of the model that share the batch (data parallelism).
     #[arg(long, value_name = "N", help_heading = "Several chips", value_parser = clap::value_parser!(u32).range(1..=4096))]
     dp: Option<u32>,
+    /// What the layout is chosen by if several are tried: a metric of `halite explore`.
+    #[arg(long, value_name = "METRIC", help_heading = "Several chips", default_value = "seconds", value_parser = metric)]
+    best: &'static Metric,
     /// How chips share products: `divided` adds the sums of their parts, `in-order` gathers parts of results and has the
     /// bits of one chip.
     #[arg(long, value_name = "HOW", help_heading = "Several chips", default_value = "divided", value_parser = ["divided", "in-order"])]
@@ -141,25 +145,30 @@ impl WorkArgs {
     }
 
     /// The program of a model, for all positions of the workload.
+    ///
+    /// Fails if the model's context is too short for them.
     pub fn program(&self, model: &Model) -> Result<Program, Failure> {
-        let positions = self.prompt.saturating_add(self.generate);
+        let positions = self.workload().positions(model.hparams().context_length)?;
         Ok(model.program(ProgramOptions::default().kv_format(self.kv), positions)?)
     }
 
     /// The workload.
     pub fn workload(&self) -> Workload {
-        let lengths = Workload::default().prompt(self.prompt).generate(self.generate);
-        lengths.batch(self.batch).chunk(self.chunk)
+        let usual = Workload::default();
+        usual
+            .prompt(self.prompt.unwrap_or(usual.prompt))
+            .generate(self.generate.unwrap_or(usual.generate))
+            .batch(self.batch.unwrap_or(usual.batch))
+            .chunk(self.chunk)
     }
 
     /// Says what is predicted: the model and the workload, of `batch` sequences.
     pub fn heading(&self, model: &Model, program: &Program, batch: impl std::fmt::Display) -> String {
+        let Workload { prompt, generate, .. } = self.workload();
         format!(
-            "{}, {} of weights; {batch} x ({} prompt + {} generated tokens)\n\n",
+            "{}, {} of weights; {batch} x ({prompt} prompt + {generate} generated tokens)\n\n",
             model.name(),
             bytes(program.weight_bytes()),
-            self.prompt,
-            self.generate
         )
     }
 }
@@ -168,8 +177,15 @@ impl WorkArgs {
 struct Asked {
     profile: Profile,
     estimate: Result<Estimate, Error>,
-    /// The layouts that were compared, the best first.
-    candidates: Vec<Candidate>,
+    /// The layouts that were compared, the best first by this metric.
+    candidates: Vec<Figures>,
+    best: &'static Metric,
+}
+
+/// Parses the name of a metric.
+fn metric(name: &str) -> Result<&'static Metric, String> {
+    let names = || Metric::all().iter().map(|metric| metric.name).collect::<Vec<_>>().join(", ");
+    Metric::named(name).ok_or_else(|| format!("expected one of {}, got `{name}`", names()))
 }
 
 impl EstimateArgs {
@@ -179,9 +195,10 @@ impl EstimateArgs {
     }
 
     fn estimate(&self, profile: Profile, choices: Choices, program: &Program, workload: &Workload) -> Asked {
-        match estimate_best(&profile, choices, program, workload, self.chips) {
-            Ok((estimate, candidates)) => Asked { profile, estimate: Ok(estimate), candidates },
-            Err(error) => Asked { profile, estimate: Err(error), candidates: Vec::new() },
+        let best = self.best;
+        match estimate_best(&profile, choices, program, workload, self.chips, best) {
+            Ok((estimate, candidates)) => Asked { profile, estimate: Ok(estimate), candidates, best },
+            Err(error) => Asked { profile, estimate: Err(error), candidates: Vec::new(), best },
         }
     }
 }
@@ -222,7 +239,7 @@ pub fn run(args: &EstimateArgs) -> Result<(), Failure> {
     }
     if let (Some(path), Some(first)) = (&args.trace, all.first()) {
         let chip = choices.chip(first.profile.clone())?;
-        let spans = vec![(args.work.prompt + args.work.generate / 2, 1); args.work.batch as usize];
+        let spans = vec![(workload.prompt + workload.generate / 2, 1); workload.batch as usize];
         write_trace(path, &chip, &program, &spans, args.trace_tiles)?;
     }
     if let (Some(path), Some(first)) = (&args.roofline, all.first()) {
@@ -232,24 +249,46 @@ pub fn run(args: &EstimateArgs) -> Result<(), Failure> {
     }
     if args.json {
         let values: Vec<Value> = all.iter().map(as_json).collect();
-        return print(&plain_json(&Value::from(values)));
+        print(&plain_json(&Value::from(values)))?;
+        return some_fits(&all);
     }
-    let mut text = args.work.heading(&model, &program, args.work.batch) + &table(&all);
+    let mut text = args.work.heading(&model, &program, workload.batch) + &table(&all);
     for asked in &all {
         text += &explain(asked);
         if let Ok(estimate) = &asked.estimate
             && args.ops
         {
             text += &format!(
-                "\n{}, prefill step of {} tokens\n{}",
+                "\n{}, prefill step of {} tokens of a sequence\n{}",
                 asked.profile.name,
-                args.work.chunk.min(args.work.prompt),
+                workload.chunk.min(workload.prompt),
                 ops(&estimate.prefill)
             );
-            text += &format!("\n{}, decode step\n{}", asked.profile.name, ops(&estimate.decode));
+            let (parts, each) = estimate.parts;
+            let part = match parts {
+                1 => String::new(),
+                _ => format!(
+                    " of {each} sequences, one of the {parts} parts that a pipeline works on in turns"
+                ),
+            };
+            text += &format!("\n{}, decode step{part}\n{}", asked.profile.name, ops(&estimate.decode));
         }
     }
-    print(&plain(&text))
+    print(&plain(&text))?;
+    some_fits(&all)
+}
+
+/// Fails if the memory of no profile's chips has room.
+fn some_fits(all: &[Asked]) -> Result<(), Failure> {
+    let estimates = || all.iter().filter_map(|asked| asked.estimate.as_ref().ok());
+    if estimates().any(Estimate::fits) {
+        return Ok(());
+    }
+    let Some(least) = estimates().min_by_key(|e| e.need_bytes.saturating_sub(e.have_bytes)) else {
+        return Ok(());
+    };
+    let (need, have) = (bytes(least.need_bytes), bytes(least.have_bytes));
+    Err(format!("weights and cache do not fit: expected at most {have} for each chip, got {need}").into())
 }
 
 /// Describes a layout: the number of chips, and how they divide the model.
@@ -262,8 +301,28 @@ pub fn layout(l: &Layout) -> String {
     }
 }
 
+/// Formats a number with up to so many decimals; four digits and a prefix or an exponent where that would take long.
+pub fn number(value: f64, decimals: usize) -> String {
+    let magnitude = value.abs();
+    let prefixes = [(1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")];
+    if magnitude >= 1e18 || (magnitude > 0.0 && magnitude < 0.5 * 0.1f64.powi(decimals as i32)) {
+        return format!("{value:.3e}");
+    }
+    match prefixes.into_iter().find(|(unit, _)| magnitude >= *unit).filter(|_| magnitude >= 1e5) {
+        Some((unit, name)) => {
+            let scaled = value / unit;
+            let whole = 1 + scaled.abs().log10().floor().max(0.0) as usize;
+            format!("{scaled:.*} {name}", 4usize.saturating_sub(whole))
+        }
+        None => format!("{value:.decimals$}"),
+    }
+}
+
 /// Formats seconds with three decimals and a unit.
 pub fn seconds(s: f64) -> String {
+    if s >= 1e5 || (s > 0.0 && s < 1e-12) {
+        return format!("{s:.3e} s");
+    }
     let (unit, name) = [(1.0, "s"), (1e-3, "ms"), (1e-6, "µs")]
         .into_iter()
         .find(|(unit, _)| s >= *unit)
@@ -285,7 +344,7 @@ fn column(asked: &Asked) -> [(&'static str, String); 13] {
     let running = e.filter(|e| e.fits());
     let dash = || "-".to_owned();
     let time = |of: fn(&Estimate) -> f64| running.map_or_else(dash, |e| seconds(of(e)));
-    let number = |value: Option<f64>, digits: usize| value.map_or_else(dash, |v| format!("{v:.digits$}"));
+    let number = |value: Option<f64>, digits: usize| value.map_or_else(dash, |v| number(v, digits));
     let memory = |e: &Estimate| {
         let fits = if e.fits() { "" } else { ", DOES NOT FIT" };
         format!("{} of {}{fits}", bytes(e.need_bytes), bytes(e.have_bytes))
@@ -339,7 +398,7 @@ fn table(all: &[Asked]) -> String {
 
 /// Reports how busy a chip's units are, and how sensitive the time is to its numbers.
 fn explain(asked: &Asked) -> String {
-    let Asked { profile, estimate, candidates } = asked;
+    let Asked { profile, estimate, candidates, best } = asked;
     let estimate = match estimate {
         Ok(estimate) => estimate,
         Err(error) => return format!("\n{}\n  {error}\n", profile.name),
@@ -359,7 +418,7 @@ fn explain(asked: &Asked) -> String {
     let repeated =
         estimate.repeated.iter().map(|what| format!("  not divided, every chip does it: {what}\n"));
     let repeated: String = repeated.collect();
-    let compared = compared(candidates);
+    let compared = compared(candidates, best);
     let unmeasured: Vec<_> = estimate.unmeasured.iter().map(|line| format!("  {line}\n")).collect();
     format!(
         "\n{}\n{compared}{repeated}{}  busy in a decode step: {}\n  sensitivity of the time\n{}",
@@ -374,20 +433,26 @@ fn explain(asked: &Asked) -> String {
 const LISTED: usize = 8;
 
 /// Lists the layouts that were compared, and says why the first one is the choice.
-fn compared(candidates: &[Candidate]) -> String {
+fn compared(candidates: &[Figures], by: &Metric) -> String {
     let [best, others @ ..] = candidates else { return String::new() };
     if others.is_empty() {
         return String::new();
     }
-    let why = match best.fits {
-        true => "the shortest total time of those that fit, by the closed form",
-        false => "none fits; the shortest total time, by the closed form",
-    };
-    let mut text = format!("  chosen of {} layouts, {why}\n", candidates.len());
+    let which = if best.fits() { "of those that fit" } else { "as none fits" };
+    let most = if by.is_more_better { "most" } else { "least" };
+    let mut text = format!(
+        "  chosen of {} layouts by --best {}: the {most} {which}, by the closed form\n",
+        candidates.len(),
+        by.name
+    );
     for candidate in candidates.iter().take(LISTED) {
-        let fits = if candidate.fits { "" } else { ", does not fit" };
+        let fits = if candidate.fits() { "" } else { ", does not fit" };
         let (layout, time) = (layout(&candidate.layout), seconds(candidate.seconds));
-        text += &format!("    {layout:24} {time:>12}  {} per chip{fits}\n", bytes(candidate.need_bytes));
+        let rate = number(f64::from(candidate.batch) / candidate.step_s, 1);
+        text += &format!(
+            "    {layout:24} {time:>12} {rate:>9} tokens/s  {} per chip{fits}\n",
+            bytes(candidate.need_bytes)
+        );
     }
     if candidates.len() > LISTED {
         text += &format!("    and {} more\n", candidates.len() - LISTED);
@@ -399,14 +464,25 @@ fn ops(report: &Report) -> String {
     let total = report.total().seconds;
     let mut ops: Vec<_> = report.ops.iter().collect();
     ops.sort_by(|a, b| b.time.seconds.total_cmp(&a.time.seconds));
+    let exchanges = report.ops.iter().any(|op| op.time.exchanged_bytes > 0.0);
+    let last = |cell: String| if exchanges { format!(" {cell:>9}") } else { String::new() };
     let mut text = format!(
-        "  {:26} {:>5} {:>12} {:>6}  {:8} {:>9} {:>9} {:>9} {:>8}\n",
-        "op", "times", "time", "share", "bound", "read", "written", "GOP", "mJ"
+        "  {:26} {:>5} {:>12} {:>6}  {:8} {:>9} {:>9} {:>9} {:>8}{}\n",
+        "op",
+        "times",
+        "time",
+        "share",
+        "bound",
+        "read",
+        "written",
+        "GOP",
+        "mJ",
+        last("exchanged".into())
     );
     for op in ops {
         let t = op.time;
         text += &format!(
-            "  {:26} {:>5} {:>12} {:>5.1}%  {:8} {:>9} {:>9} {:>9.3} {:>8}\n",
+            "  {:26} {:>5} {:>12} {:>5.1}%  {:8} {:>9} {:>9} {:>9.3} {:>8}{}\n",
             op.name,
             op.count,
             seconds(t.seconds),
@@ -415,14 +491,19 @@ fn ops(report: &Report) -> String {
             bytes(t.read_bytes as u64),
             bytes(t.written_bytes as u64),
             t.matrix_ops / 1e9,
-            t.joules.map_or("-".into(), |j| format!("{:.3}", 1e3 * j))
+            // The energy of links is not known.
+            match t.joules.filter(|_| t.exchanged_bytes == 0.0) {
+                Some(joules) => format!("{:.3}", 1e3 * joules),
+                None => "-".into(),
+            },
+            last(bytes(t.exchanged_bytes as u64))
         );
     }
     text
 }
 
 fn as_json(asked: &Asked) -> Value {
-    let Asked { profile, estimate, candidates } = asked;
+    let Asked { profile, estimate, candidates, best } = asked;
     let layout = |l: &Layout| {
         let sums = if l.sums == Sums::InOrder { "in-order" } else { "divided" };
         json!({ "chips": l.chips(), "tp": l.tensor, "ep": l.expert, "pp": l.pipeline, "dp": l.data, "sums": sums })
@@ -444,8 +525,9 @@ fn as_json(asked: &Asked) -> Value {
                 "read_bytes": op.time.read_bytes,
                 "written_bytes": op.time.written_bytes,
                 "scratchpad_bytes": op.time.scratch_bytes,
+                "exchanged_bytes": op.time.exchanged_bytes,
                 "matrix_ops": op.time.matrix_ops,
-                "joules": op.time.joules,
+                "joules": op.time.joules.filter(|_| op.time.exchanged_bytes == 0.0),
             })
         };
         report.ops.iter().map(op).collect()
@@ -462,9 +544,13 @@ fn as_json(asked: &Asked) -> Value {
         "layout": layout(&e.layout),
         "exchange_fraction": running.map(|e| e.exchange_fraction),
         "repeated": e.repeated,
+        "best": (!candidates.is_empty()).then_some(best.name),
         "candidates": candidates.iter().map(|c| json!({
-            "layout": layout(&c.layout), "seconds": c.seconds, "need_bytes": c.need_bytes, "fits": c.fits,
+            "layout": layout(&c.layout), "seconds": c.seconds, "tokens_per_s": f64::from(c.batch) / c.step_s,
+            "need_bytes": c.need_bytes, "fits": c.fits(),
         })).collect::<Vec<_>>(),
+        "parts": e.parts.0,
+        "sequences_per_part": e.parts.1,
         "first_token_s": running.map(|e| e.first_token_s),
         "step_s": running.map(|e| e.step_s),
         "step_interval_s": running.and_then(|e| e.step_interval_s),

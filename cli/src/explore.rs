@@ -10,11 +10,12 @@ use halite::program::Program;
 use halite::{Error, Model};
 use halite_profiles::profile::Profile;
 use halite_sim::estimate::explore::{
-    Figures, Lever, Metric, Objective, Outcome, Plan, Reach, Sampling, Vary, explore, front, reach,
+    Lever, Objective, Outcome, Plan, Reach, Sampling, Vary, explore, front, reach,
 };
+use halite_sim::estimate::figures::{Figures, Metric};
 use serde_json::{Map, Value, json};
 
-use super::estimate::{WorkArgs, layout, seconds};
+use super::estimate::{WorkArgs, layout, number, seconds};
 use super::plot::{self, Axis};
 use super::profile::scaled;
 use super::{Failure, bytes, interrupt, plain, plain_json, print, progress};
@@ -99,6 +100,9 @@ pub fn run(args: &ExploreArgs) -> Result<(), Failure> {
         None => Sampling::Grid(args.points),
     };
     let plan = Plan::new(&profile, &args.vary, sampling)?;
+    if args.work.batch.is_some() && plan.variables().any(|(path, _)| path == "batch") {
+        return Err("--batch and --vary batch: expected one of them, got both".into());
+    }
     if let Some(target) = args.reach {
         return print_reach(args, &model, &program, &profile, &plan, target);
     }
@@ -117,12 +121,16 @@ pub fn run(args: &ExploreArgs) -> Result<(), Failure> {
     if args.csv.is_some() && args.csv == args.html {
         return Err("--csv and --html: expected two files, got the same name".into());
     }
+    let best = objectives.iter().find_map(Objective::metric);
+    let best = best.unwrap_or_default();
+    let plan = plan.layouts_by(best);
     let cancel = Cancel::default();
     let bar = progress(plan.count() as u64, "exploring");
     let outcomes = {
         let _work = interrupt::Work::new(cancel.clone());
         let advance = |done| bar.set_position(done);
-        explore(&profile, args.work.choices()?, &program, &args.work.workload(), &plan, &cancel, &advance)?
+        let (choices, workload) = (args.work.choices()?, args.work.workload());
+        explore(&profile, choices, &program, &workload, &plan, &cancel, &advance)?
     };
     bar.finish_and_clear();
     let explored = Explored {
@@ -130,6 +138,7 @@ pub fn run(args: &ExploreArgs) -> Result<(), Failure> {
         plan: &plan,
         outcomes: &outcomes,
         objectives: &objectives,
+        best,
         front: front(&plan, &outcomes, &objectives)?,
     };
     let heading = args.heading(&model, &program, &plan);
@@ -140,9 +149,14 @@ pub fn run(args: &ExploreArgs) -> Result<(), Failure> {
         interrupt::write(path, HTML, &inputs, explored.page(heading.trim())?.as_bytes())?;
     }
     if args.json {
-        return print(&plain_json(&explored.json()));
+        print(&plain_json(&explored.json()))?;
+    } else {
+        print(&plain(&(heading + &explored.text())))?;
     }
-    print(&plain(&(heading + &explored.text())))
+    match explored.failed_count() == outcomes.len() {
+        true => Err("no point has figures".into()),
+        false => Ok(()),
+    }
 }
 
 /// The outcomes of a plan, and the best of them.
@@ -151,6 +165,8 @@ struct Explored<'a> {
     plan: &'a Plan,
     outcomes: &'a [Outcome],
     objectives: &'a [Objective],
+    /// What layouts are chosen by.
+    best: &'static Metric,
     front: Vec<usize>,
 }
 
@@ -161,9 +177,9 @@ const LISTED: usize = 40;
 fn shown(value: f64, unit: &str) -> String {
     match unit {
         "s" => seconds(value),
-        "US$" => format!("{value:.2}"),
+        "US$" => number(value, 2),
         "bytes" => bytes(value as u64),
-        "tokens/s" if value < 1e5 => format!("{value:.1}"),
+        "tokens/s" => number(value, 1),
         _ if value != 0.0 && value.abs() < 0.01 => format!("{value:.2e}"),
         _ => scaled(value).trim().to_owned(),
     }
@@ -171,7 +187,7 @@ fn shown(value: f64, unit: &str) -> String {
 
 impl Explored<'_> {
     /// Returns a point of the front with its figures.
-    fn best(&self) -> impl Iterator<Item = (usize, Vec<f64>, &Figures)> {
+    fn front(&self) -> impl Iterator<Item = (usize, Vec<f64>, &Figures)> {
         self.front.iter().filter_map(|&point| {
             let figures = self.outcomes.get(point)?.as_ref().ok()?;
             Some((point, self.plan.values(point), figures))
@@ -197,8 +213,8 @@ impl Explored<'_> {
 
     /// The names of the table's columns, and the cells of each point of the front.
     fn table(&self) -> (Vec<String>, Vec<Vec<String>>) {
-        let divided = self.best().any(|(_, _, figures)| figures.layout.chips() > 1);
-        let priced = self.best().any(|(_, _, figures)| figures.usd_per_million_tokens.is_some());
+        let divided = self.front().any(|(_, _, figures)| figures.layout.chips() > 1);
+        let priced = self.front().any(|(_, _, figures)| figures.usd_per_million_tokens.is_some());
         let mut names = vec!["#".to_owned()];
         names.extend(self.plan.variables().map(|(path, _)| path.to_owned()));
         names.extend(divided.then(|| "layout".to_owned()));
@@ -217,7 +233,7 @@ impl Explored<'_> {
             })
             .collect();
         names.extend(metrics.iter().map(|(title, _)| (*title).to_owned()));
-        let rows = (1..).zip(self.best()).map(|(number, (_, values, figures)): (usize, _)| {
+        let rows = (1..).zip(self.front()).map(|(number, (_, values, figures)): (usize, _)| {
             let mut cells = vec![number.to_string()];
             cells.extend(
                 values.iter().zip(self.plan.variables()).map(|(value, (_, unit))| shown(*value, unit)),
@@ -249,6 +265,11 @@ impl Explored<'_> {
             text += &format!("  {count} do not: {example}\n");
         }
         let (names, rows) = self.table();
+        if names.iter().any(|name| name == "layout") {
+            let most = if self.best.is_more_better { "most" } else { "least" };
+            text +=
+                &format!("of the layouts of a point, the one with the {most} {} counts\n", self.best.name);
+        }
         text += &format!("\n{} that no other beats: {}\n", rows.len(), self.aims());
         let more = rows.len().saturating_sub(LISTED);
         let lines: Vec<Vec<String>> = std::iter::once(names).chain(rows.into_iter().take(LISTED)).collect();
@@ -286,8 +307,9 @@ impl Explored<'_> {
             "profile": self.profile.name,
             "points": self.outcomes.len(),
             "failed": self.failed().into_iter().map(|(count, example)| json!({ "points": count, "example": example })).collect::<Vec<_>>(),
+            "layouts_by": self.best.name,
             "objectives": self.objectives.iter().map(|o| json!({ "name": o.name, "unit": o.unit, "is_more_better": o.is_more_better })).collect::<Vec<_>>(),
-            "front": self.best().map(point).collect::<Vec<_>>(),
+            "front": self.front().map(point).collect::<Vec<_>>(),
         })
     }
 
@@ -343,7 +365,7 @@ impl Explored<'_> {
             .enumerate()
             .filter_map(|(point, outcome)| place((&self.plan.values(point), outcome.as_ref().ok()?)));
         let best: Vec<(f64, f64)> =
-            self.best().filter_map(|(_, values, figures)| place((&values, figures))).collect();
+            self.front().filter_map(|(_, values, figures)| place((&values, figures))).collect();
         fn axis(o: &Objective) -> Axis<'_> {
             Axis { name: &o.name, unit: o.unit, shown: &|value, unit| shown(value, unit) }
         }

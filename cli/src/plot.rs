@@ -16,6 +16,7 @@ fn colour(bound: Bound) -> RGBColor {
         Bound::Memory => RGBColor(0, 158, 115),
         Bound::Dma => RGBColor(204, 121, 167),
         Bound::Launch => RGBColor(213, 94, 0),
+        Bound::Links => RGBColor(86, 180, 233),
         Bound::Latency => RGBColor(120, 120, 120),
     }
 }
@@ -23,7 +24,7 @@ fn colour(bound: Bound) -> RGBColor {
 /// Draws a roofline plot: the chip's peaks, and the ops of an estimate that multiply, by operations per byte
 /// and operations per second. Circles are prefill, squares are decode; the colour shows what limits an op.
 pub fn roofline(chip: &Chip, estimate: &Estimate) -> Result<String, Failure> {
-    let profile = &chip.profile;
+    let profile = chip.profile();
     let bandwidth = chip.device_bytes_per_s();
     let peaks: Vec<(String, f64)> = profile.peaks();
     let best = peaks.iter().map(|(_, peak)| *peak).fold(0.0, f64::max);

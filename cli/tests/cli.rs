@@ -386,9 +386,12 @@ fn estimate_explains_itself() {
     assert!(json[0]["fits"] == true && json[0]["tokens_per_s"].as_f64().unwrap() > 1.0, "{json}");
     assert!(json[0]["is_calibrated"] == false && json[0]["mean_error_fraction"].is_null(), "{json}");
     // What does not fit has no speed; a chip without measurements does not hide the others.
-    let json =
-        text("estimate -m llama-2-70b -p maia-100,nvidia-h100,jetson-orin-nano-super --format bf16 --json");
-    let json: Value = serde_json::from_str(&json).unwrap();
+    // Where nothing fits, the answer is told, and the command fails.
+    let output =
+        halite("estimate -m llama-2-70b -p maia-100,nvidia-h100,jetson-orin-nano-super --format bf16 --json");
+    assert!(!output.status.success());
+    assert!(String::from_utf8(output.stderr).unwrap().contains("weights and cache do not fit: expected at"));
+    let json: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert!(json[0]["fits"] == false && json[0]["tokens_per_s"].is_null() && json[0]["step_s"].is_null());
     assert!(json[1]["mean_error_fraction"].as_f64().unwrap() > 0.0 && json[1]["is_calibrated"] == true);
     assert!(json[2]["is_calibrated"] == false && json[2]["fits"] == false, "{}", json[2]);
@@ -398,13 +401,47 @@ fn estimate_explains_itself() {
         json[2]
     );
     let with = "--format bf16 --products fp8_e4m3";
-    let shown = text(&format!("estimate -m llama-2-70b -p nvidia-h100,jetson-orin-nano-super {with}"));
-    assert!(shown.contains("DOES NOT FIT") && shown.contains("no estimate, see below"), "{shown}");
+    let output = halite(&format!("estimate -m llama-2-70b -p nvidia-h100,jetson-orin-nano-super {with}"));
+    let shown = String::from_utf8(output.stdout).unwrap();
+    assert!(
+        !output.status.success()
+            && shown.contains("DOES NOT FIT")
+            && shown.contains("no estimate, see below"),
+        "{shown}"
+    );
     let output = halite(&format!("estimate -m llama-2-70b -p jetson-orin-nano-super {with}"));
     assert!(!output.status.success() && output.stdout.is_empty(), "{output:?}");
     assert!(String::from_utf8(output.stderr).unwrap().contains("expected int8, fp16, got fp8_e4m3"));
-    let output = halite("estimate -m llama-0 -p maia-100");
-    assert!(String::from_utf8(output.stderr).unwrap().contains("mixtral-8x7b"));
+    for (command, expected) in [
+        ("-m llama-0 -p maia-100", "mixtral-8x7b"),
+        (
+            "-m llama-1.1b -p maia-100 --prompt 8000 --generate 193",
+            "context of 8192 tokens together, got 8000",
+        ),
+        ("-m llama-1.1b -p maia-100 --tp 2 --ep 2", "the model has no experts"),
+        ("-m llama-1.1b -p maia-100 --chips 2 --best speed", "expected one of tokens_per_s, "),
+    ] {
+        let said = String::from_utf8(halite(&format!("estimate {command}")).stderr).unwrap();
+        assert!(said.contains(expected), "{command}: {said}");
+    }
+}
+
+#[cfg(feature = "sim")]
+#[test]
+fn exchanges_and_parts_of_a_batch_are_told() {
+    let shown = text(
+        "estimate -m llama-1.1b -p maia-100 --chips 4 --tp 2 --pp 2 --batch 4 --ops --best tokens_per_s",
+    );
+    let sums = shown.lines().filter(|line| line.trim_start().starts_with("all-reduce"));
+    let sums: Vec<&str> = sums.collect();
+    assert!(sums.len() == 2 && sums.iter().all(|line| line.contains(" links ")), "{shown}");
+    assert!(!sums.iter().any(|line| line.ends_with(" 0 B")), "{shown}");
+    assert!(shown.contains("decode step of 2 sequences, one of the 2 parts that"), "{shown}");
+    let shown = text("estimate -m llama-1.1b -p maia-100 --chips 4 --batch 8 --best tokens_per_s");
+    assert!(shown.contains("by --best tokens_per_s: the most of those that fit"), "{shown}");
+    // Numbers that are out of the ordinary stay short.
+    let shown = text("estimate -m tiny -p maia-100 --format f16 --prompt 1 --generate 1 --batch 4096");
+    assert!(shown.lines().all(|line| line.chars().count() < 100), "{shown}");
 }
 
 #[cfg(feature = "sim")]
@@ -457,6 +494,9 @@ fn designs_are_explored() {
         ("--vary batch=1,2 --pareto usd_per_million_tokens,batch", "whose numbers the profile has"),
         ("--vary batch=1,2 --pareto batch", "two or three names, got 1"),
         ("--reach speed=3", "expected NAME=NUMBER"),
+        ("--reach usd_per_million_tokens=1", "no [price]"),
+        ("--vary batch=1,2 --batch 3", "--batch and --vary batch"),
+        ("--vary memory.hbm.capacity_bytes=1e6,2e6", "no point has figures"),
         ("--vary batch=1 --random 0", "not in 1.."),
     ] {
         let output = halite(&format!("explore -m llama-1.1b -p maia-100 {command}"));
@@ -511,7 +551,9 @@ fn loads_are_served() {
     std::fs::write(&trace, "arrival_s,prompt_tokens,generated_tokens\n0,100,none\n").unwrap();
     for (command, expected) in [
         (command(""), "line 2, column generated_tokens"),
-        (command("--lengths chat"), "a trace has its own"),
+        (command("--lengths chat"), "--lengths: expected --load poisson:RATE"),
+        (command("--requests 5"), "which has its own requests and lengths"),
+        (command("--prompt 5"), "--prompt: expected --load poisson:RATE"),
         (command("--batch 2"), "cannot be used with"),
         ("estimate -m llama-1.1b -p maia-100 --seed 3".into(), "--load"),
         ("estimate -m llama-1.1b -p maia-100 --load poisson:0".into(), "rates above 0"),
@@ -639,7 +681,10 @@ fn file_names_need_not_be_text() {
     done("logits -m FILE --tokens 1,2 -o FILE", &[model.as_os_str(), name(".logits").as_os_str()]);
     done("run -n 2 -m FILE --save FILE hello", &[model.as_os_str(), name(".saved").as_os_str()]);
     done("pack FILE FILE", &[model.as_os_str(), name("-packed.gguf").as_os_str()]);
-    done("estimate -m FILE -p maia-100 --trace FILE", &[model.as_os_str(), name(".json").as_os_str()]);
+    done(
+        "estimate -m FILE -p maia-100 --prompt 9 --generate 9 --trace FILE",
+        &[model.as_os_str(), name(".json").as_os_str()],
+    );
     done("bench -m FILE -p 2 -n 0 -r 1 --no-roofline -o json", &[model.as_os_str()]);
 
     // What cannot be opened is named, and no terminal does what it says.
@@ -648,7 +693,7 @@ fn file_names_need_not_be_text() {
         "inspect FILE",
         "run -m FILE hello",
         "run --lora FILE hello",
-        "estimate -m FILE -p maia-100",
+        "estimate -m FILE -p maia-100 --prompt 9 --generate 9",
         "embed -m FILE hello",
         "profile FILE",
         "convert FILE FILE",

@@ -74,9 +74,12 @@ fn inputs_and_files_of_other_kinds_are_never_replaced() {
         #[cfg(feature = "sim")]
         ("calibrate --seconds 1 -o m.gguf", "is a model"),
         #[cfg(feature = "sim")]
-        ("estimate -p maia-100 -m m.gguf --trace notes.txt", "is not a trace"),
+        ("estimate -p maia-100 -m m.gguf --prompt 9 --generate 9 --trace notes.txt", "is not a trace"),
         #[cfg(feature = "sim")]
-        ("estimate -p maia-100 -m m.gguf --roofline notes.txt", "is not an SVG drawing"),
+        (
+            "estimate -p maia-100 -m m.gguf --prompt 9 --generate 9 --roofline notes.txt",
+            "is not an SVG drawing",
+        ),
         #[cfg(feature = "sim")]
         (
             "estimate -p maia-100 -m m.gguf --load poisson:1 --lengths 9/9 --csv notes.txt",

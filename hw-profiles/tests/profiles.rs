@@ -104,13 +104,18 @@ fn numbers_have_the_nearest_provenance() {
 #[test]
 fn single_numbers_out_of_range_are_named() {
     let fault = faults("clock_hz = 1e9", "clock_hz = 1.43");
-    assert_eq!(fault, "chip.clock_hz = 1.43 Hz: expected from 1000000.0 to 10000000000.0 Hz");
+    assert_eq!(fault, "line 13: chip.clock_hz = 1.43 Hz: expected from 1000000.0 to 10000000000.0 Hz");
     assert!(
-        faults("rows = 16", "rows = 16.5").starts_with("matrix.rows = 16.5 rows: expected a whole number")
+        faults("rows = 16", "rows = 16.5").contains(": matrix.rows = 16.5 rows: expected a whole number")
     );
     assert!(faults("rows = 16", "rows = nan").contains("matrix.rows = NaN rows: expected from"));
+    // One fault a number, whatever else follows from it.
+    for number in ["-1", "-1e9", "nan", "-inf", "0", "{ value = -4 }"] {
+        let fault = faults("clock_hz = 1e9", &format!("clock_hz = {number}"));
+        assert!(fault.starts_with("line 13: chip.clock_hz = ") && fault.lines().count() == 1, "{fault}");
+    }
     let fault = faults("read_bytes_per_s = 8e9", "read_bytes_per_s = 8");
-    assert!(fault.starts_with("memory.dram.read_bytes_per_s = 8.0 bytes/s: expected from"), "{fault}");
+    assert!(fault.contains(": memory.dram.read_bytes_per_s = 8.0 bytes/s: expected from"), "{fault}");
 }
 
 #[test]
@@ -136,9 +141,9 @@ fn numbers_without_a_source_are_refused() {
     assert!(fault.contains("sync.semaphore_ns = 10.0: `source` is missing"), "{fault}");
     let fault =
         faults("clock_hz = 1e9", "clock_hz = { value = 1e9, basis = \"datasheet\", source = \"web\" }");
-    assert_eq!(fault, "chip.clock_hz: source `web` is not in [sources], which has []");
+    assert_eq!(fault, "line 13: chip.clock_hz: source `web` is not in [sources], which has []");
     let fault = faults("clock_hz = 1e9", "clock_hz = { value = 1e9, source = \"\" }");
-    assert_eq!(fault, "chip.clock_hz: source is empty");
+    assert_eq!(fault, "line 13: chip.clock_hz: source is empty");
     assert!(faults("basis = \"derived\"", "basis = \"sure\"").contains("sure"));
 }
 
@@ -230,7 +235,11 @@ fn large_and_rude_files_are_refused() {
     // A text of the file in a fault.
     let sourced = TEACHING.replacen("basis = \"derived\"", "basis = \"datasheet\"", 1);
     let rude = refused(&sourced.replacen("source = \"chosen", "source = \"\\u001b[2J", 1)).concat();
-    assert!(rude.contains("\\u{1b}[2J") && !rude.contains('\u{1b}'), "{rude}");
+    assert!(rude.contains("source: expected printable characters, got \\u{1b}"), "{rude}");
+    for name in ["a\\nb", "a\\tb", "a\u{202e}b", "a\\u0007", "\u{feff}a"] {
+        let named = TEACHING.replacen("name = \"teaching-16x16\"", &format!("name = \"{name}\""), 1);
+        says(&named, "name: expected printable characters");
+    }
 }
 
 /// Profiles with single bytes changed, left out or added: refused, or whole.

@@ -88,14 +88,16 @@ pub fn estimate<'py>(
     let layout = Layout::asked(chips, [tp, ep, pp, dp], sums);
     let model = model.open(format)?;
     let (profile, e) = work(py, None, || {
-        let program = model.program(ProgramOptions::default(), prompt + generate)?;
+        let workload = Workload::default().batch(batch).prompt(prompt).generate(generate).chunk(chunk);
+        let positions = workload.positions(model.hparams().context_length)?;
+        let program = model.program(ProgramOptions::default(), positions)?;
         let products = products.map(Dtype::named).transpose()?;
         let choices = Choices::default().products(products).activations(Dtype::named(activations)?);
         let stored = stored.map(Dtype::named).transpose()?;
         let choices = choices.layout(layout).stored(stored);
-        let workload = Workload::default().batch(batch).prompt(prompt).generate(generate).chunk(chunk);
         let profile = Profile::open(profile)?;
-        let (estimate, _) = workload::estimate_best(&profile, choices, &program, &workload, chips)?;
+        let (estimate, _) =
+            workload::estimate_best(&profile, choices, &program, &workload, chips, Default::default())?;
         Ok((profile.name, estimate))
     })?;
     let dict = PyDict::new(py);

@@ -38,6 +38,8 @@ struct Devices {
     all: Vec<Arc<dyn Backend>>,
     link: Option<Arc<dyn Link>>,
     name: String,
+    /// What every device does alike, of the last program.
+    repeated: Mutex<Vec<String>>,
 }
 
 impl Sharded {
@@ -58,7 +60,10 @@ impl Sharded {
             .rows(one.rows)
             .contract(one.contract);
         let name = caps.name.clone();
-        Ok(Sharded { devices: Arc::new(Devices { all: devices, link, name }), caps })
+        Ok(Sharded {
+            devices: Arc::new(Devices { all: devices, link, name, repeated: Mutex::default() }),
+            caps,
+        })
     }
 }
 
@@ -255,7 +260,14 @@ impl Backend for Sharded {
         let of = |(n, device): (usize, &Arc<dyn Backend>)| {
             device.report().into_iter().map(move |line| format!("device {n}: {line}"))
         };
-        self.devices.all.iter().enumerate().flat_map(of).collect()
+        let repeated = self.devices.repeated.lock().unwrap_or_else(PoisonError::into_inner);
+        let line = match repeated.is_empty() {
+            true => "not divided: nothing".to_owned(),
+            false => {
+                format!("not divided, each of {} does it: {}", self.devices.count(), repeated.join("; "))
+            }
+        };
+        std::iter::once(line).chain(self.devices.all.iter().enumerate().flat_map(of)).collect()
     }
 
     fn alloc(&self, bytes: u64, usage: Usage) -> Result<Buffer> {
@@ -356,6 +368,10 @@ impl Backend for Sharded {
             });
             let between = between.collect::<Result<Vec<_>>>()?;
             shares.push(Held { share, plan, between, elapsed: Duration::ZERO });
+        }
+        if let Some(first) = shares.first() {
+            let mut repeated = self.devices.repeated.lock().unwrap_or_else(PoisonError::into_inner);
+            repeated.clone_from(&first.share.repeated);
         }
         let most = shares.first().map_or(0, |held| held.most_bytes(limits));
         let staging =

@@ -1,5 +1,7 @@
 //! The simulated chip: its shape, and the time of each command.
 
+use std::sync::Arc;
+
 use halite_kernels::formats::{Activation, Format, Kind};
 
 use super::matrix::{self, Product};
@@ -21,8 +23,7 @@ pub enum Numerics {
 /// A chip, as lowering needs it.
 #[derive(Debug, Clone)]
 pub struct Chip {
-    /// The profile.
-    pub profile: Profile,
+    pub(crate) profile: Arc<Profile>,
     /// Numerics.
     pub numerics: Numerics,
     /// Format of all products; `None`: the nearest to each weight's.
@@ -36,6 +37,11 @@ pub struct Chip {
     /// Bytes of a tile's scratchpad.
     pub scratch_bytes: u64,
     pub(crate) scratch: usize,
+    /// The rate of the vector unit's widest format.
+    vector_rate: usize,
+    /// The engines nearest to tiles.
+    nearest_dma: Option<usize>,
+    queue_entries: usize,
 }
 
 /// How a weight is multiplied.
@@ -61,7 +67,12 @@ impl Chip {
     ///
     /// # Errors
     /// [`Error::Argument`] if the profile has no tile memory, or no `products` of that format.
-    pub fn new(profile: Profile, numerics: Numerics, products: Option<Dtype>) -> Result<Chip> {
+    pub fn new(
+        profile: impl Into<Arc<Profile>>,
+        numerics: Numerics,
+        products: Option<Dtype>,
+    ) -> Result<Chip> {
+        let profile = profile.into();
         let of_tile = |m: &(usize, &Memory)| m.1.scope == Scope::Tile;
         let size = |m: &(usize, &Memory)| m.1.capacity_bytes.value;
         let tile_memories = profile.memory.iter().enumerate().filter(of_tile);
@@ -80,9 +91,25 @@ impl Chip {
                 found,
             ));
         }
-        let activations = Dtype::Fp32;
-        let chip =
-            Chip { profile, numerics, products, activations, stored: None, tiles, scratch_bytes, scratch };
+        let rates = profile.vector.rate.iter().enumerate();
+        let widest = rates.max_by(|a, b| a.1.dtype.bits().total_cmp(&b.1.dtype.bits()));
+        let engines = profile.dma.iter().enumerate();
+        let nearest_dma = engines.min_by_key(|(_, dma)| dma.scope).map(|(i, _)| i);
+        let entries = |i: usize| profile.dma[i].queue_entries.as_ref().map_or(1.0, |entries| entries.value);
+        let chip = Chip {
+            // Caches prefetch.
+            queue_entries: nearest_dma.map_or(16, |i| entries(i) as usize).max(1),
+            vector_rate: widest.map_or(0, |(rate, _)| rate),
+            nearest_dma,
+            profile,
+            numerics,
+            products,
+            activations: Dtype::Fp32,
+            stored: None,
+            tiles,
+            scratch_bytes,
+            scratch,
+        };
         if let Some(dtype) = products
             && !chip.rates().any(|(_, _, weights)| weights == dtype)
         {
@@ -90,6 +117,11 @@ impl Chip {
             return Err(Error::argument("product format", have.join(", "), dtype.name()));
         }
         Ok(chip)
+    }
+
+    /// The profile.
+    pub fn profile(&self) -> &Profile {
+        &self.profile
     }
 
     /// Whether products can be computed in all of the chip's formats.
@@ -165,8 +197,7 @@ impl Chip {
 
     /// The format in which the vector unit computes.
     pub fn vector_dtype(&self) -> Dtype {
-        let widest = self.profile.vector.rate.iter().max_by(|a, b| a.dtype.bits().total_cmp(&b.dtype.bits()));
-        widest.map_or(Dtype::Fp32, |rate| rate.dtype)
+        self.profile.vector.rate.get(self.vector_rate).map_or(Dtype::Fp32, |rate| rate.dtype)
     }
 
     /// The formats of a rate: of activations, weights and sums.
@@ -195,7 +226,7 @@ impl Chip {
                 let sums_s = sums_bytes as f64 / self.scratchpad().read_bytes_per_s.value;
                 (cycles.busy / unit.units_per_tile.value / clock_hz + sums_s, cycles.drain / clock_hz)
             }
-            Work::Vector(work) => self.vector_s(work, self.vector_rate()),
+            Work::Vector(work) => self.vector_s(work, self.vector_rate),
         }
     }
 
@@ -206,15 +237,9 @@ impl Chip {
         unit.rate.get(rate).map_or(1.0, |r| r.ops_per_cycle.value / 2.0) * unit.units_per_tile.value
     }
 
-    /// The vector unit's rate number in its format.
-    fn vector_rate(&self) -> usize {
-        let dtype = self.vector_dtype();
-        self.profile.vector.rate.iter().position(|r| r.dtype == dtype).unwrap_or(0)
-    }
-
     /// Lanes of a tile's vector units, in the format in which they compute.
     pub fn vector_lanes(&self) -> u32 {
-        self.lanes(self.vector_rate()).max(1.0) as u32
+        self.lanes(self.vector_rate).max(1.0) as u32
     }
 
     /// Columns of the matrix unit's array, and whether they hold rows of results instead of columns.
@@ -270,7 +295,7 @@ impl Chip {
 
     /// The engines that serve tiles: the ones nearest to them.
     pub fn dma(&self) -> Option<&Dma> {
-        self.profile.dma.iter().min_by_key(|dma| dma.scope)
+        self.profile.dma.get(self.nearest_dma?)
     }
 
     /// Returns the maximum bytes per second of a tile's engine for one direction.
@@ -289,16 +314,25 @@ impl Chip {
 
     /// Returns the maximum requests in flight of an engine; many for caches, which prefetch.
     pub fn queue_entries(&self) -> usize {
-        let entries =
-            |dma: &Dma| dma.queue_entries.as_ref().map_or(1, |entries| entries.value as usize).max(1);
-        self.dma().map_or(16, entries)
+        self.queue_entries
     }
 
-    /// Returns the bytes per second of device memory for all tiles together.
+    /// Returns the bytes per second that all tiles together read from device memory.
     pub fn device_bytes_per_s(&self) -> f64 {
+        self.device_rate(self.device().read_bytes_per_s.value)
+    }
+
+    /// Returns how many times as long as to read it device memory takes to write a byte.
+    pub fn write_cost(&self) -> f64 {
+        let rate = self.device().write_bytes_per_s.as_ref().map(|rate| rate.value);
+        rate.map_or(1.0, |rate| self.device_bytes_per_s() / self.device_rate(rate))
+    }
+
+    /// Returns the bytes per second of all tiles together that instances of device memory at a rate give.
+    fn device_rate(&self, bytes_per_s: f64) -> f64 {
         let device = self.device();
         let reached = device.achievable_fraction.as_ref().map_or(1.0, |fraction| fraction.value);
-        let memory = self.profile.read_bytes_per_s(device) * reached;
+        let memory = bytes_per_s * self.profile.instances(device.scope) * reached;
         let shared = |dma: &&Dma| dma.scope != Scope::Tile;
         match self.dma().filter(shared) {
             Some(dma) => {
@@ -336,9 +370,14 @@ impl Chip {
 
     /// Effective bytes of a piece: short runs are slower.
     pub fn transfer_bytes(&self, piece: &Piece) -> f64 {
+        self.memory_bytes(piece) * self.slowed(piece)
+    }
+
+    /// How many times as long as at the engine's rate a piece takes because of its short runs.
+    pub fn slowed(&self, piece: &Piece) -> f64 {
         let half = self.dma().and_then(|dma| dma.half_rate_run_bytes.as_ref()).map_or(0.0, |half| half.value);
         let run = (f64::from(piece.run_bytes) * self.kept(piece.activations)).max(1.0);
-        self.memory_bytes(piece) * (run + half) / run
+        (run + half) / run
     }
 
     /// Number of tiles that share one read of device memory, if `sharers` tiles load the same bytes.

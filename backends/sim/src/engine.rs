@@ -29,6 +29,8 @@ pub struct OpTime {
     pub written_bytes: f64,
     /// Bytes into and out of scratchpads.
     pub scratch_bytes: f64,
+    /// Bytes of the tensors that chips exchange.
+    pub exchanged_bytes: f64,
     /// Operations of products; a multiply-add is two.
     pub matrix_ops: f64,
     /// Joules of operations and moved bytes, without idle power; absent if the profile lacks the numbers.
@@ -48,6 +50,8 @@ pub enum Bound {
     Dma,
     /// Launches and barriers.
     Launch,
+    /// Links to other chips.
+    Links,
     /// None of these: waits between queues.
     Latency,
 }
@@ -61,6 +65,7 @@ impl Bound {
             Bound::Memory => "memory",
             Bound::Dma => "dma",
             Bound::Launch => "launch",
+            Bound::Links => "links",
             Bound::Latency => "latency",
         }
     }
@@ -90,6 +95,9 @@ impl OpTime {
 
     /// Returns the bound: the busiest resource, if it is busy at least half of the time.
     pub fn bound(&self) -> Bound {
+        if self.exchanged_bytes > 0.0 {
+            return Bound::Links;
+        }
         let [(bound, share), ..] = self.shares();
         if share >= 0.5 { bound } else { Bound::Latency }
     }
@@ -105,6 +113,7 @@ impl OpTime {
             read_bytes: self.read_bytes + next.read_bytes,
             written_bytes: self.written_bytes + next.written_bytes,
             scratch_bytes: self.scratch_bytes + next.scratch_bytes,
+            exchanged_bytes: self.exchanged_bytes + next.exchanged_bytes,
             matrix_ops: self.matrix_ops + next.matrix_ops,
             joules: self.joules.zip(next.joules).map(|(a, b)| a + b),
         }
@@ -145,7 +154,8 @@ pub fn time(chip: &Chip, lowered: &Lowered, mut trace: Option<&mut Vec<Busy>>) -
             count(chip, program, &mut total);
         }
     }
-    total.device_s = (total.read_bytes + total.written_bytes) / chip.device_bytes_per_s();
+    let served = total.read_bytes + total.written_bytes * chip.write_cost();
+    total.device_s = served / chip.device_bytes_per_s();
     let pj = |memory: &halite_profiles::profile::Memory| memory.pj_per_byte.as_ref().map(|pj| pj.value);
     let moved = (pj(chip.device()), pj(chip.scratchpad()));
     total.joules = match (total.joules, moved) {
@@ -244,6 +254,7 @@ struct Phase<'a, 't> {
     queue_entries: usize,
     /// Of the chip: bytes per second of device memory and of an engine, seconds of a signal.
     device_bytes_per_s: f64,
+    write_cost: f64,
     engine_bytes_per_s: f64,
     semaphore_s: f64,
     start_s: f64,
@@ -289,6 +300,7 @@ impl<'a, 't> Phase<'a, 't> {
             flow: Vec::new(),
             queue_entries: chip.queue_entries(),
             device_bytes_per_s: chip.device_bytes_per_s(),
+            write_cost: chip.write_cost(),
             engine_bytes_per_s: chip.engine_bytes_per_s(),
             semaphore_s: chip.semaphore_s(),
             start_s,
@@ -444,9 +456,10 @@ impl<'a, 't> Phase<'a, 't> {
         *time = self.now_s;
         let command = &program.commands[*number as usize];
         state.busy[q] = true;
-        let (piece, sharers): (&Piece, u32) = match &command.action {
-            Action::Load { from, sharers, .. } => (from, *sharers),
-            Action::Store { to, .. } => (to, 1),
+        // Bytes that device memory could read in the time of a byte here.
+        let (piece, cost): (&Piece, f64) = match &command.action {
+            Action::Load { from, sharers, .. } => (from, 1.0 / f64::from(self.chip.multicast(*sharers))),
+            Action::Store { to, .. } => (to, self.write_cost),
             Action::Compute { .. } => return,
         };
         let engine_s = self.chip.transfer_bytes(piece) / self.engine_bytes_per_s;
@@ -455,7 +468,7 @@ impl<'a, 't> Phase<'a, 't> {
         self.serve();
         let id = self.flow.len() as u32;
         self.flow.push(Flow { tile, queue, engine_end_s });
-        let share = self.chip.memory_bytes(piece) / f64::from(self.chip.multicast(sharers));
+        let share = self.chip.memory_bytes(piece) * cost;
         self.flows.push(Reverse((when(self.served + share), id)));
     }
 }

@@ -27,6 +27,7 @@ pub fn fit_for(chip: &Chip, weight: Format, k: u32) -> Option<(&MatMulFit, Forma
 
 /// Seconds of a product by the chip's calibration, if all of its weights are measured in one pair of formats.
 fn product_s(chip: &Chip, p: &Product) -> Option<f64> {
+    chip.profile.calibration.as_ref().filter(|calibration| !calibration.matmul.is_empty())?;
     let (_, formats) = fit_for(chip, p.parts.first()?.format, p.k)?;
     let same = |weight: Format| fit_for(chip, weight, p.k).is_some_and(|(_, f)| f == formats);
     if p.m == 0 || !p.parts.iter().all(|part| same(part.format)) {

@@ -98,42 +98,49 @@ pub fn time(chip: &Chip, program: &Program, spans: &[(u32, u32)], outputs: bool)
     Ok(report)
 }
 
-/// The distinct ops of a step, each with the number of times that it runs. They do not depend on the chip.
-#[derive(Debug, Clone)]
-pub struct Distinct(Vec<(Shape, u32)>);
+/// The distinct ops of some steps. They do not depend on the chip.
+#[derive(Debug, Clone, Default)]
+pub struct Distinct {
+    shapes: Vec<Shape>,
+    /// For each step, its ops by number, and how many times each runs.
+    steps: Vec<Vec<(usize, u32)>>,
+}
 
 impl Distinct {
-    /// The ops of a step, as in [`time`].
+    /// Adds the ops of a step, as in [`time`].
     ///
     /// # Errors
     /// [`Error::Program`](halite::Error::Program) for an op that is not simulated.
-    pub fn of(program: &Program, spans: &[(u32, u32)], outputs: bool) -> Result<Distinct> {
-        let mut known: HashMap<Shape, usize> = HashMap::new();
-        let mut all: Vec<(Shape, u32)> = Vec::new();
+    pub fn add(&mut self, program: &Program, spans: &[(u32, u32)], outputs: bool) -> Result<()> {
+        let mut step: Vec<(usize, u32)> = Vec::new();
         each_op(program, spans, outputs, &mut |_, _, shape| {
             if is_empty(shape) {
                 return Ok(());
             }
-            match known.get(shape) {
-                Some(&at) => all[at].1 += 1,
-                None => {
-                    known.insert(shape.clone(), all.len());
-                    all.push((shape.clone(), 1));
-                }
+            let known = self.shapes.iter().position(|known| known == shape);
+            let at = known.unwrap_or_else(|| {
+                self.shapes.push(shape.clone());
+                self.shapes.len() - 1
+            });
+            match step.iter_mut().find(|(op, _)| *op == at) {
+                Some((_, count)) => *count += 1,
+                None => step.push((at, 1)),
             }
             Ok(())
         })?;
-        Ok(Distinct(all))
+        self.steps.push(step);
+        Ok(())
     }
 
-    /// Returns the seconds of the step by the closed form.
+    /// Returns the seconds of each step by the closed form.
     ///
     /// # Errors
     /// As [`time`].
-    pub fn closed_s(&self, chip: &Chip) -> Result<f64> {
-        let each =
-            self.0.iter().map(|(shape, count)| Ok(f64::from(*count) * measured::closed_s(chip, shape)?));
-        each.sum()
+    pub fn closed_s(&self, chip: &Chip) -> Result<Vec<f64>> {
+        let each = self.shapes.iter().map(|shape| measured::closed_s(chip, shape));
+        let each = each.collect::<Result<Vec<f64>>>()?;
+        let of_step = |step: &Vec<(usize, u32)>| step.iter().map(|(op, n)| f64::from(*n) * each[*op]).sum();
+        Ok(self.steps.iter().map(of_step).collect())
     }
 }
 
@@ -142,7 +149,20 @@ impl Distinct {
 /// # Errors
 /// As [`time`].
 pub fn closed(chip: &Chip, program: &Program, spans: &[(u32, u32)], outputs: bool) -> Result<f64> {
-    Distinct::of(program, spans, outputs)?.closed_s(chip)
+    closed_ops(chip, program, spans, outputs, &|_| true)
+}
+
+fn closed_ops(
+    chip: &Chip,
+    program: &Program,
+    spans: &[(u32, u32)],
+    outputs: bool,
+    counts: &dyn Fn(&Shape) -> bool,
+) -> Result<f64> {
+    let mut distinct = Distinct::default();
+    distinct.add(program, spans, outputs)?;
+    let step = distinct.steps.iter().flatten().filter(|(op, _)| counts(&distinct.shapes[*op]));
+    step.map(|(op, n)| Ok(f64::from(*n) * measured::closed_s(chip, &distinct.shapes[*op])?)).sum()
 }
 
 /// Returns the seconds of a step's attention, or of its other ops, by the closed form.
@@ -155,9 +175,7 @@ pub(crate) fn closed_part(
     spans: &[(u32, u32)],
     is_attention: bool,
 ) -> Result<f64> {
-    let mut distinct = Distinct::of(program, spans, true)?;
-    distinct.0.retain(|(shape, _)| matches!(shape, Shape::Attend(_)) == is_attention);
-    distinct.closed_s(chip)
+    closed_ops(chip, program, spans, true, &|shape| matches!(shape, Shape::Attend(_)) == is_attention)
 }
 
 /// Returns the work of every queue of the chip in a step, op by op.

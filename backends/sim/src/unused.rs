@@ -3,14 +3,13 @@
 use super::chip::Chip;
 
 /// Keys that nothing reads, wherever they are, and why.
-const KEYS: [(&str, &str); 7] = [
+const KEYS: [(&str, &str); 6] = [
     ("banks", "memories are simulated without conflicts of banks"),
     ("dense_ops_per_s", "only compared with geometry, units and clock"),
     ("host_bytes_per_s", "weights are in device memory from the start"),
     ("line_bytes", "loads have the size that they ask for"),
     ("measured_ops_per_s", "only compared with the peak"),
     ("sparse_ops_per_s", "products are dense"),
-    ("write_bytes_per_s", "writes take the rate of reads"),
 ];
 
 impl Chip {
@@ -40,9 +39,11 @@ impl Chip {
                     let at = memory(rest.split('.').next()?)?;
                     match at {
                         _ if at == last => None,
-                        _ if at == self.scratch => {
-                            (key == "latency_ns").then_some("units read a scratchpad without waiting")
-                        }
+                        _ if at == self.scratch => match key {
+                            "latency_ns" => Some("units read a scratchpad without waiting"),
+                            "write_bytes_per_s" => Some("writes to a scratchpad take the rate of reads"),
+                            _ => None,
+                        },
                         _ => Some("only its scope counts: its tiles share loads of the same bytes"),
                     }
                 }

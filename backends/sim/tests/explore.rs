@@ -6,7 +6,8 @@ use halite::model::ProgramOptions;
 use halite::program::Program;
 use halite::synth::{Formats, Synth, shape};
 use halite_profiles::profile::{Driver, Key, Profile, SHIPPED};
-use halite_sim::estimate::explore::{Metric, Outcome, Plan, Reason, Sampling, Vary, explore, front, reach};
+use halite_sim::estimate::explore::{Outcome, Plan, Reason, Sampling, Vary, explore, front, reach};
+use halite_sim::estimate::figures::Metric;
 use halite_sim::estimate::system::{Layout, stages};
 use halite_sim::estimate::workload::{Choices, Quick, Workload, candidates};
 
@@ -27,8 +28,13 @@ fn plan(profile: &Profile, vary: &[&str], sampling: Sampling) -> halite::Result<
 }
 
 fn run(profile: &Profile, program: &Program, plan: &Plan) -> Vec<Outcome> {
+    run_by(profile, program, plan, metric("seconds"))
+}
+
+fn run_by(profile: &Profile, program: &Program, plan: &Plan, best: &'static Metric) -> Vec<Outcome> {
     let (choices, workload) = (Choices::default(), Workload::default());
-    explore(profile, choices, program, &workload, plan, &Cancel::default(), &|_| {}).unwrap()
+    let plan = plan.clone().layouts_by(best);
+    explore(profile, choices, program, &workload, &plan, &Cancel::default(), &|_| {}).unwrap()
 }
 
 fn metric(name: &str) -> &'static Metric {
@@ -59,23 +65,43 @@ fn points_are_the_closed_forms() {
             .unwrap();
         let workload = Workload::default().batch(batch as u32);
         let free = Layout::default().tensor(0).expert(0).pipeline(0).data(0);
-        let best = &candidates(&chip, Choices::default().layout(free), &program, &workload, chips as u32)
-            .unwrap()[0];
+        let by = metric("seconds");
+        let choices = Choices::default().layout(free);
+        let best = &candidates(&chip, choices, &program, &workload, chips as u32, by).unwrap()[0];
         match outcome {
             Ok(figures) => {
-                assert!(best.fits);
-                assert_eq!(
-                    (figures.layout, figures.seconds, figures.need_bytes),
-                    (best.layout, best.seconds, best.need_bytes)
-                );
+                assert!(best.fits());
+                assert_eq!(figures, best);
                 assert_eq!(figures.have_bytes, capacity as u64);
                 fitting += 1;
             }
-            Err(Reason::Memory { have_bytes, .. }) => assert!(!best.fits && *have_bytes == capacity as u64),
+            Err(Reason::Memory { have_bytes, .. }) => assert!(!best.fits() && *have_bytes == capacity as u64),
             Err(other) => panic!("{other}"),
         }
     }
     assert!(fitting > 24 && fitting < 48, "{fitting}");
+}
+
+/// A layout is the best by what was asked for, whichever point it is of.
+#[test]
+fn layouts_are_chosen_by_the_metric() {
+    let (profile, program) = (profile("maia-100"), model("llama-1.1b", Format::BF16));
+    let plan = plan(&profile, &["chips=4", "batch=8"], GRID).unwrap();
+    let outcome = |name: &str| run_by(&profile, &program, &plan, metric(name)).remove(0).unwrap();
+    let names = ["seconds", "tokens_per_s", "first_token_s", "need_bytes"];
+    let all = names.map(outcome);
+    for (best, name) in all.iter().zip(names) {
+        let merit = |figures| {
+            let figure = metric(name).of(figures).unwrap();
+            if metric(name).is_more_better { figure } else { -figure }
+        };
+        assert!(all.iter().all(|other| merit(other) <= merit(best)), "{name}: {all:?}");
+    }
+    assert!(all[1].layout != all[2].layout, "{all:?}");
+    let free = Layout::default().tensor(0).expert(0).pipeline(0).data(0);
+    let experts = Choices::default().layout(free.expert(2));
+    let error = candidates(&profile, experts, &program, &Workload::default(), 4, metric("seconds"));
+    assert!(error.unwrap_err().to_string().contains("the model has no experts"));
 }
 
 #[test]
@@ -291,18 +317,22 @@ fn what_cannot_be_planned_is_refused() {
     assert!(planned.objective("speed").unwrap_err().to_string().contains("tokens_per_s, "));
     let program = model("llama-1.1b", Format::Q8_0);
     let ask = |target| reach(&profile, Choices::default(), &program, &Workload::default(), &planned, target);
-    let metric = metric("tokens_per_s");
+    let tokens = metric("tokens_per_s");
     for (target, expected) in [
-        ((metric, 1e9, 16.0), "one value"),
-        ((metric, 0.0, 16.0), "above 0"),
-        ((metric, 1.0, 1.0), "above 1"),
+        ((tokens, 1e9, 16.0), "one value"),
+        ((tokens, 0.0, 16.0), "above 0"),
+        ((tokens, 1.0, 1.0), "above 1"),
     ] {
         assert!(ask(target).unwrap_err().to_string().contains(expected), "{expected}");
     }
+    let none = plan(&profile, &[], GRID).unwrap();
+    let usd = (metric("usd_per_million_tokens"), 1.0, 16.0);
+    let unpriced = reach(&profile, Choices::default(), &program, &Workload::default(), &none, usd);
+    assert!(unpriced.unwrap_err().to_string().contains("no [price]"));
     let cancel = Cancel::default();
     cancel.cancel();
-    let stopped =
-        explore(&profile, Choices::default(), &program, &Workload::default(), &planned, &cancel, &|_| {});
+    let (choices, workload) = (Choices::default(), Workload::default());
+    let stopped = explore(&profile, choices, &program, &workload, &planned, &cancel, &|_| {});
     assert!(matches!(stopped, Err(halite::Error::Cancelled)));
 }
 

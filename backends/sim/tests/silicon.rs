@@ -3,13 +3,17 @@
 //! `tests/data/silicon/README.md` says where the measurements come from, `docs/timing-model.md` what the errors of all are.
 
 use halite::Error;
+use halite::kernels::formats::Format;
+use halite::program::{Builder, Dim, WeightInfo};
 use halite_profiles::numerics::Dtype;
 use halite_profiles::profile::{MatMulFit, Profile, SHIPPED};
 use halite_sim::estimate::collective::{Collective, Fabric};
-use halite_sim::estimate::fit::{Fit, Op, Regime, Validation, fit, with_calibration};
+use halite_sim::estimate::fit::{Fit, Op, Regime, Validation, fit, regime, with_calibration};
 use halite_sim::estimate::kernel::{self, Formats, Kernel, Source};
 use halite_sim::estimate::links;
 use halite_sim::estimate::points::{Point, held_out, parse};
+use halite_sim::estimate::workload::Choices;
+use halite_sim::step;
 
 const BF16: Formats = Formats { activations: Dtype::Bf16, weights: Dtype::Bf16 };
 
@@ -99,6 +103,67 @@ fn p150_products() {
     assert!(others.len() == 26 && mean < 0.04, "{mean}");
 }
 
+/// The event engine, without constants fitted to them, on the products of a measured chip.
+#[test]
+fn p150_products_by_events() {
+    let mut profile = Profile::open("tenstorrent-p150").unwrap();
+    profile.calibration = None;
+    for (dtype, bound) in [(Dtype::Mxint8, 12.0), (Dtype::Mxfp4, 10.0), (Dtype::Bf16, 13.5)] {
+        let choices = Choices::default().products(Some(dtype)).activations(dtype).stored(Some(dtype));
+        let chip = choices.chip(profile.clone()).unwrap();
+        let mut errors = Vec::new();
+        for point in points!("p150-11x10").iter().filter(|point| point.formats.weights == dtype) {
+            let Kernel::MatMul { m, n, k } = point.kernel else { panic!("{point:?}") };
+            let [m, n, k] = [m, n, k].map(|size| u32::try_from(size).unwrap());
+            let lookup = move |_: &str| Some(WeightInfo::new(vec![k.into(), n.into()], Format::BF16));
+            let mut b = Builder::new("product", &lookup);
+            let x = b.input("x", Dim::Tokens, k);
+            let w = b.weight("w", n, k);
+            let y = b.linear("y", x, w, None);
+            b.output(y);
+            let seconds = step::time(&chip, &b.finish().unwrap(), &[(0, m)], true).unwrap().total().seconds;
+            println!("{m} x {n} x {k}: {:.1} us, measured {:.1} us", 1e6 * seconds, 1e6 * point.seconds);
+            errors.push(100.0 * (seconds / point.seconds - 1.0));
+        }
+        let mean = errors.iter().map(|error: &f64| error.abs()).sum::<f64>() / errors.len() as f64;
+        println!("{dtype}: {} points, mean error {mean:.1} %, {errors:.1?}", errors.len());
+        assert!(mean < bound, "{dtype}: {mean} %");
+    }
+}
+
+/// Constants that were fitted to one chip, with the peaks of another.
+#[test]
+fn constants_of_another_chip() {
+    let all = [("nvidia-h100", points!("h100-matmul"), 22.0), ("nvidia-a100", points!("a100-matmul"), 17.0)];
+    println!("fitted to    predicted    points  all  small  memory  compute  worst, %");
+    for (from, fitted_to, _) in &all {
+        let fits = fitted(from, fitted_to);
+        for (to, measured, bound) in all.iter().filter(|(to, ..)| to != from) {
+            let text = SHIPPED.iter().find(|(name, _)| name == to).unwrap().1;
+            let profile = Profile::parse(to, &with_calibration(text, &fits, None, from)).unwrap();
+            let machine = kernel::Machine::new(&profile, BF16).unwrap();
+            let errors: Vec<(Regime, f64)> = measured
+                .iter()
+                .map(|p| {
+                    let seconds = kernel::estimate(&profile, BF16, p.kernel).unwrap().seconds;
+                    (regime(&machine, p.kernel), 100.0 * (seconds / p.seconds - 1.0).abs())
+                })
+                .collect();
+            let mean = |of: Option<Regime>| {
+                let of = errors.iter().filter(|(regime, _)| of.is_none_or(|of| of == *regime));
+                of.clone().map(|(_, error)| error).sum::<f64>() / of.count() as f64
+            };
+            let [small, memory, compute] = Regime::ALL.map(|regime| mean(Some(regime)));
+            let (count, worst) = (errors.len(), errors.iter().map(|(_, error)| *error).fold(0.0, f64::max));
+            println!(
+                "{from}  {to}  {count:6} {:5.1} {small:5.1} {memory:7.1} {compute:8.1} {worst:6.0}",
+                mean(None)
+            );
+            assert!(mean(None) < *bound, "{from} to {to}: {} %", mean(None));
+        }
+    }
+}
+
 /// What was fitted stands in the profile, and gives the times that it gave in the fit.
 #[test]
 fn a_fit_becomes_a_calibration() {
@@ -166,9 +231,18 @@ fn what_cannot_be_estimated_is_named() {
         ("matmul,1,2,3,bf16,bf16,-1", "seconds above 0"),
         ("matmul,1,2,3,bf16,bf16,NaN", "seconds above 0"),
         ("attention,1,2,3,bf16,bf16,1", "a column `batch`"),
+        (&format!("matmul,1,2,3,bf16,{},1e-6", "b".repeat(1 << 20)), "bbb…"),
     ] {
         let error = said(parse("file.csv", &format!("# a comment\n{head}{line}\n")));
         assert!(error.contains(expected) && error.contains("file.csv, line 3"), "{error}");
+        assert!(error.len() < 300, "{} bytes", error.len());
+    }
+    for (columns, expected) in [
+        ("op,m,n,k,activations,weights,secs", "got file.csv: `secs`"),
+        ("op,m,n,k,m,activations,weights,seconds", "each column once, got file.csv: `m` twice"),
+    ] {
+        let error = said(parse("file.csv", columns));
+        assert!(error.contains(expected), "{error}");
     }
     let one = parse("one", &format!("{head}matmul,1,2,3,int8,int8,1e-6\n")).unwrap();
     assert!(said(fit(&teaching, &one)).contains("two shapes"));

@@ -14,6 +14,7 @@ use halite_profiles::numerics::Dtype;
 use halite_profiles::profile::{Driver, Profile, SHIPPED};
 use halite_sim::Bound;
 use halite_sim::estimate::collective::{Collective, Fabric};
+use halite_sim::estimate::figures::Metric;
 use halite_sim::estimate::system::{Layout, layouts, stages};
 use halite_sim::estimate::workload::{Choices, Estimate, Quick, Workload, candidates, estimate};
 use halite_sim::{Fault, SimOptions, system};
@@ -228,12 +229,13 @@ fn the_best_layout_fits_and_is_the_quickest() {
     let any = Choices::default().layout(Layout::default().tensor(0).expert(0).pipeline(0).data(0));
     let workload = Workload::default().batch(16).generate(64);
     let profile = profile("nvidia-h100");
-    let all = candidates(&profile, any, &program, &workload, 8).unwrap();
-    assert!(all[0].fits && all[0].layout.data < 8);
-    let fitting: Vec<_> = all.iter().filter(|c| c.fits).map(|c| c.seconds).collect();
+    let by = Metric::named("seconds").unwrap();
+    let all = candidates(&profile, any, &program, &workload, 8, by).unwrap();
+    assert!(all[0].fits() && all[0].layout.data < 8);
+    let fitting: Vec<_> = all.iter().filter(|c| c.fits()).map(|c| c.seconds).collect();
     assert!(fitting.is_sorted() && fitting.len() < all.len());
     let fixed = Choices::default().layout(Layout::default().tensor(3).expert(0).pipeline(0).data(0));
-    let error = candidates(&profile, fixed, &program, &workload, 8).unwrap_err().to_string();
+    let error = candidates(&profile, fixed, &program, &workload, 8, by).unwrap_err().to_string();
     assert!(error.contains("8 chips"), "{error}");
     // A chip without links.
     let alone = Profile::open("teaching-16x16").unwrap();
@@ -243,6 +245,7 @@ fn the_best_layout_fits_and_is_the_quickest() {
         &program,
         &workload,
         8,
+        by,
     );
     assert!(error.unwrap_err().to_string().contains("interconnect"));
 }
@@ -342,7 +345,8 @@ fn faults_of_chips_differ() {
     // Some logits may not be finite then.
     _ = session.prefill(sequence, &[3, 5, 7, 9, 11], OutputKind::Logits);
     let said = backend.report();
-    let [first, second] = said.as_slice() else { panic!("{said:?}") };
+    let [_, first, second] = said.as_slice() else { panic!("{said:?}") };
+    assert!(said[0].starts_with("not divided"), "{said:?}");
     let (first, second) =
         (first.strip_prefix("device 0: ").unwrap(), second.strip_prefix("device 1: ").unwrap());
     assert!(first != second && first.contains("bits flipped"), "{said:?}");

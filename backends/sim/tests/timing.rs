@@ -328,11 +328,11 @@ fn numbers_without_effect_change_nothing() {
     };
     for name in ["maia-100", "maia-200", "tpu-v1", "teaching-16x16", "tenstorrent-p150"] {
         let chip = chip(name);
-        let before = took(chip.profile.clone());
+        let before = took(chip.profile().clone());
         for (path, why) in chip.without_effect() {
-            let (_, quantity) = chip.profile.quantities.iter().find(|(p, _)| p == path).unwrap();
+            let (_, quantity) = chip.profile().quantities.iter().find(|(p, _)| p == path).unwrap();
             for factor in [0.5, 2.0] {
-                let changed = chip.profile.with(path, quantity.value * factor).unwrap();
+                let changed = chip.profile().with(path, quantity.value * factor).unwrap();
                 assert_eq!(took(changed), before, "{name}: {path} times {factor}, of which is said: {why}");
             }
         }
@@ -392,6 +392,24 @@ fn workloads_add_up() {
         estimate(&Profile::parse("small", &text).unwrap(), Choices::default(), &program, &workload).unwrap();
     assert!(!small.fits());
     near(small.usd_per_million_tokens.unwrap(), 1e6 * 0.001 * small.seconds / 400.0, 1e-9);
+}
+
+/// Writes to device memory take their own rate, by both kinds of times.
+#[test]
+fn slower_writes_take_longer() {
+    let text = halite_profiles::profile::SHIPPED.iter().find(|(name, _)| *name == "maia-100").unwrap().1;
+    let program = passes::fuse(&model("llama-1.1b", Format::BF16), halite_sim::FUSIONS);
+    let times = |write: &str| {
+        let text = text.replace("name = \"hbm\"", &format!("name = \"hbm\"\n{write}"));
+        let chip = Choices::default().chip(Profile::parse("changed", &text).unwrap()).unwrap();
+        let events = step::time(&chip, &program, &[(0, 512)], true).unwrap().total().seconds;
+        near(step::closed(&chip, &program, &[(0, 512)], true).unwrap(), events, 0.2);
+        events
+    };
+    let (usual, same, slow) =
+        (times(""), times("write_bytes_per_s = 1.8e12"), times("write_bytes_per_s = 2e11"));
+    near(same, usual, 1e-9);
+    assert!(slow > 1.1 * usual, "{slow} {usual}");
 }
 
 /// Products of which the profile has measurements take what was measured; of others the estimate says that they were simulated.

@@ -25,11 +25,11 @@ const MAX_TRACE_BYTES: u64 = 1 << 30;
 pub struct LoadArgs {
     /// Serve requests that arrive over time: `poisson:RATE,…` in requests/s (`A..B` doubles from A to B), or a trace, a CSV file with the
     /// columns arrival_s, prompt_tokens, generated_tokens and, if prompts begin alike, prefix_tokens, prefix_group.
-    #[arg(long, value_name = "poisson:RATE|FILE", conflicts_with_all = ["batch", "ops", "trace", "roofline"])]
+    #[arg(long, value_name = "poisson:RATE|FILE", conflicts_with_all = ["batch", "ops", "trace", "roofline", "best"])]
     load: Option<Source>,
-    /// Number of requests with Poisson arrivals.
-    #[arg(long, value_name = "N", default_value_t = 1000, requires = "load", value_parser = clap::value_parser!(u32).range(1..=100_000_000))]
-    requests: u32,
+    /// Number of requests with Poisson arrivals [default: 1000].
+    #[arg(long, value_name = "N", requires = "load", value_parser = clap::value_parser!(u32).range(1..=100_000_000))]
+    requests: Option<u32>,
     /// Seed of arrivals, lengths and right guesses.
     #[arg(long, value_name = "N", default_value_t = 0, requires = "load")]
     seed: u64,
@@ -123,8 +123,16 @@ fn loads(args: &EstimateArgs, source: &Source, context: u32) -> Result<Vec<Load>
     let load = &args.load;
     match source {
         Source::File(path) => {
-            if load.lengths.is_some() || load.prefix.is_some() {
-                return Err("--lengths and --prefix: expected poisson:RATE, as a trace has its own".into());
+            let given = [
+                ("--lengths", load.lengths.is_some()),
+                ("--prefix", load.prefix.is_some()),
+                ("--requests", load.requests.is_some()),
+                ("--prompt", args.work.prompt.is_some()),
+                ("--generate", args.work.generate.is_some()),
+            ];
+            if let Some((name, _)) = given.iter().find(|(_, is_given)| *is_given) {
+                let got = format!("the trace {path}, which has its own requests and lengths");
+                return Err(format!("{name}: expected --load poisson:RATE, got {got}").into());
             }
             let bytes = halite::map::read(Path::new(path), MAX_TRACE_BYTES)?;
             let requests = requests::read(path, &bytes[..], context)?;
@@ -132,11 +140,11 @@ fn loads(args: &EstimateArgs, source: &Source, context: u32) -> Result<Vec<Load>
         }
         Source::Poisson(rates) => {
             let fixed = Lengths {
-                prompt: Length::Fixed(args.work.prompt),
-                generate: Length::Fixed(args.work.generate),
+                prompt: Length::Fixed(args.work.workload().prompt),
+                generate: Length::Fixed(args.work.workload().generate),
             };
             let lengths = load.lengths.unwrap_or(fixed);
-            let mut draw = Draw::new(load.requests, load.seed, lengths, context);
+            let mut draw = Draw::new(load.requests.unwrap_or(1000), load.seed, lengths, context);
             (draw.prefix, draw.groups) = load.prefix.unwrap_or((0, 1));
             let mut loads = Vec::new();
             for &rate in rates {

@@ -1,5 +1,7 @@
 //! Keys and kinds of values in a file against the schema: every fault with its line, not the first alone.
 
+use std::collections::BTreeMap;
+
 use serde_json::Value as Json;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
@@ -19,6 +21,40 @@ pub(super) fn faults(text: &str) -> Vec<String> {
     walk.table(table.get_ref(), 0, &schema, "");
     walk.faults.sort();
     walk.faults.into_iter().map(|(line, fault)| format!("line {line}: {fault}")).collect()
+}
+
+/// Returns the line of each value of a file that is TOML, by its path.
+pub(super) fn lines(text: &str) -> BTreeMap<String, usize> {
+    fn walk(value: &Spanned<DeValue<'_>>, path: String, all: &mut Vec<(usize, String)>) {
+        match value.get_ref() {
+            DeValue::Table(table) => {
+                table.iter().for_each(|(key, value)| walk(value, format!("{path}.{}", key.get_ref()), all));
+            }
+            DeValue::Array(items) => {
+                items.iter().enumerate().for_each(|(n, item)| walk(item, item_path(&path, n, item), all));
+            }
+            _ => {}
+        }
+        all.push((value.span().start, path));
+    }
+    let mut all = Vec::new();
+    if let Ok(table) = DeTable::parse(text) {
+        table.get_ref().iter().for_each(|(key, value)| walk(value, key.get_ref().to_string(), &mut all));
+    }
+    all.sort();
+    let (mut line, mut from) = (1, 0);
+    let numbered = all.into_iter().map(|(at, path)| {
+        line += text.as_bytes().get(from..at).unwrap_or(&[]).iter().filter(|byte| **byte == b'\n').count();
+        from = at;
+        (path, line)
+    });
+    numbered.collect()
+}
+
+/// The path of an item of a list: by its name, if it has one.
+fn item_path(path: &str, index: usize, item: &Spanned<DeValue<'_>>) -> String {
+    let name = item.get_ref().as_table().and_then(|table| table.get("name")?.get_ref().as_str());
+    format!("{path}.{}", name.map_or_else(|| index.to_string(), str::to_owned))
 }
 
 struct Walk<'a> {

@@ -752,7 +752,13 @@ impl Profile {
         if let Err(fault) = quantity::check_size(&table) {
             return fail(vec![fault]);
         }
-        let mut faults = quantity::resolve(&mut table);
+        let resolved = quantity::resolve(&mut table);
+        let lines = if resolved.is_empty() { BTreeMap::new() } else { keys::lines(text) };
+        let told = resolved.into_iter().map(|fault| match lines.get(&fault.path) {
+            Some(line) => format!("line {line}: {}", fault.text),
+            None => fault.text,
+        });
+        let mut faults: Vec<String> = told.collect();
         let quantities = quantity::list(&table);
         let profile: Profile = match toml::Value::Table(table).try_into() {
             Ok(profile) => Profile { quantities, ..profile },
@@ -765,7 +771,10 @@ impl Profile {
                 return fail(found);
             }
         };
-        faults.extend(check::check(&profile));
+        // What follows from a wrong number is no fault of its own.
+        if faults.is_empty() {
+            faults = check::check(&profile);
+        }
         if faults.is_empty() { Ok(profile) } else { fail(faults) }
     }
 

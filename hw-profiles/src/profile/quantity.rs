@@ -226,6 +226,22 @@ const MAX_VALUES: usize = 4096;
 const MAX_NAME_BYTES: usize = 64;
 const MAX_TEXT_BYTES: usize = 1 << 10;
 
+/// Rejects characters that a terminal obeys instead of showing, and line breaks where there may be one line only.
+fn check_printable(what: &str, text: &str, has_lines: bool) -> Result<(), String> {
+    let turns = |c: char| matches!(c, '\u{61c}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}');
+    let bad = |c: &char| (c.is_control() && !(has_lines && matches!(c, '\n' | '\t'))) || turns(*c);
+    match text.chars().find(bad) {
+        Some(c) => Err(format!("{what}: expected printable characters, got {}", c.escape_unicode())),
+        None => Ok(()),
+    }
+}
+
+/// A fault of the number at a path.
+pub(super) struct Fault {
+    pub path: String,
+    pub text: String,
+}
+
 /// Rejects a file that would become too large when resolved.
 pub(super) fn check_size(file: &Table) -> Result<(), String> {
     fn check_table(table: &Table, left: &mut usize) -> Result<(), String> {
@@ -234,6 +250,7 @@ pub(super) fn check_size(file: &Table) -> Result<(), String> {
                 let got = key.len();
                 return Err(format!("a key: expected at most {MAX_NAME_BYTES} bytes, got {got}"));
             }
+            check_printable("a key", key, false)?;
             check_value(key, value, left)
         })
     }
@@ -244,7 +261,7 @@ pub(super) fn check_size(file: &Table) -> Result<(), String> {
             Value::String(text) => {
                 let max = if key == "name" { MAX_NAME_BYTES } else { MAX_TEXT_BYTES };
                 let wrong = || format!("{key}: expected at most {max} bytes, got {}", text.len());
-                if text.len() > max { Err(wrong()) } else { Ok(()) }
+                if text.len() > max { Err(wrong()) } else { check_printable(key, text, key != "name") }
             }
             // Numbers below inherit these.
             _ if matches!(key, "basis" | "source") => Err(format!("{key}: expected a text")),
@@ -257,7 +274,7 @@ pub(super) fn check_size(file: &Table) -> Result<(), String> {
 }
 
 /// Resolves the provenance of every number of a file. Returns the faults of single numbers.
-pub(super) fn resolve(file: &mut Table) -> Vec<String> {
+pub(super) fn resolve(file: &mut Table) -> Vec<Fault> {
     let mut faults = Vec::new();
     let around = Provenance::default().take(file);
     // Skip `sources`: its keys are the profile's own, and its values are texts.
@@ -277,7 +294,7 @@ fn resolve_value(
     key: &str,
     around: &Provenance,
     cited: &[String],
-    faults: &mut Vec<String>,
+    faults: &mut Vec<Fault>,
 ) {
     match value {
         Value::Array(items) => {
@@ -311,8 +328,9 @@ fn number(
     key: &str,
     provenance: Provenance,
     cited: &[String],
-    faults: &mut Vec<String>,
+    faults: &mut Vec<Fault>,
 ) {
+    let mut fault = |text: String| faults.push(Fault { path: path.to_owned(), text });
     let value = match quantity.get("value") {
         Some(Value::Integer(i)) => *i as f64,
         Some(Value::Float(f)) => *f,
@@ -323,9 +341,9 @@ fn number(
     if let Some(Key { unit, min, max, whole, .. }) = KEYS.iter().find(|k| k.name == key) {
         // Written so that NaN fails.
         if !(value >= *min && value <= *max) {
-            faults.push(format!("{path} = {value:?} {unit}: expected from {min:?} to {max:?} {unit}"));
+            fault(format!("{path} = {value:?} {unit}: expected from {min:?} to {max:?} {unit}"));
         } else if *whole && value.fract() != 0.0 {
-            faults.push(format!("{path} = {value:?} {unit}: expected a whole number"));
+            fault(format!("{path} = {value:?} {unit}: expected a whole number"));
         }
     }
     let basis = provenance.basis.as_ref().and_then(Value::as_str);
@@ -333,13 +351,13 @@ fn number(
     match (basis, source) {
         (Some("datasheet" | "measured"), Some(source)) if !cited.iter().any(|c| c == source) => {
             let some = &cited[..cited.len().min(16)];
-            faults.push(format!("{path}: source `{source}` is not in [sources], which has {some:?}"));
+            fault(format!("{path}: source `{source}` is not in [sources], which has {some:?}"));
         }
-        (Some(_), Some("")) => faults.push(format!("{path}: source is empty")),
+        (Some(_), Some("")) => fault(format!("{path}: source is empty")),
         (Some(_), Some(_)) => {}
         (basis, _) => {
             let what = if basis.is_none() { "basis" } else { "source" };
-            faults.push(format!("{path} = {value:?}: `{what}` is missing here and in all enclosing tables"));
+            fault(format!("{path} = {value:?}: `{what}` is missing here and in all enclosing tables"));
         }
     }
     let missing = || Value::String(Basis::Guess.name().into());

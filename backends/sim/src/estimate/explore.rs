@@ -5,10 +5,12 @@
 
 use std::collections::HashMap;
 use std::str::FromStr;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use super::figures::{Figures, Metric, have_bytes};
 use super::system::{Layout, Stage, layouts, stages};
-use super::workload::{Choices, Quick, Workload, usd_per_s};
+use super::workload::{Choices, Quick, Workload};
 use halite::backend::Cancel;
 use halite::error::{Error, Result};
 use halite::program::Program;
@@ -182,6 +184,8 @@ pub struct Plan {
     variables: Vec<Variable>,
     sampling: Sampling,
     count: usize,
+    /// What the layout of a point is chosen by.
+    best: &'static Metric,
 }
 
 impl Plan {
@@ -212,7 +216,12 @@ impl Plan {
         }
         let count = usize::try_from(count).ok().filter(|count| *count > 0);
         let count = count.ok_or_else(|| Error::argument("points", "at least 1", 0))?;
-        Ok(Plan { variables, sampling, count })
+        Ok(Plan { variables, sampling, count, best: Default::default() })
+    }
+
+    /// Chooses the layout of each point by a metric [default: the total time].
+    pub fn layouts_by(self, best: &'static Metric) -> Plan {
+        Plan { best, ..self }
     }
 
     /// Returns the number of points.
@@ -253,7 +262,7 @@ impl Plan {
     /// # Errors
     /// [`Error::Argument`] with the names that there are.
     pub fn objective(&self, name: &str) -> Result<Objective> {
-        if let Some(metric) = Metric::all().iter().find(|metric| metric.name == name) {
+        if let Some(metric) = Metric::named(name) {
             return Ok(Objective {
                 name: name.into(),
                 unit: metric.unit,
@@ -315,28 +324,6 @@ struct Asked {
     chips: Option<u32>,
 }
 
-/// What comes of a point.
-#[derive(Debug, Clone, Copy, PartialEq)]
-#[non_exhaustive]
-pub struct Figures {
-    /// How the model is divided over chips: the quickest way that fits.
-    pub layout: Layout,
-    /// Sequences.
-    pub batch: u32,
-    /// Seconds until every sequence has its first token.
-    pub first_token_s: f64,
-    /// Seconds of the middle decode step.
-    pub step_s: f64,
-    /// Total seconds.
-    pub seconds: f64,
-    /// Price per million generated tokens, prompts included; absent if the profile has no price.
-    pub usd_per_million_tokens: Option<f64>,
-    /// Bytes that the fullest chip needs.
-    pub need_bytes: u64,
-    /// Bytes of a chip's memory.
-    pub have_bytes: u64,
-}
-
 /// Why a point has no figures.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
@@ -384,48 +371,6 @@ impl std::fmt::Display for Reason {
 /// The figures of a point, or why there are none.
 pub type Outcome = std::result::Result<Figures, Reason>;
 
-/// A figure that designs are compared by.
-#[derive(Debug)]
-#[non_exhaustive]
-pub struct Metric {
-    /// Its name.
-    pub name: &'static str,
-    /// Its unit.
-    pub unit: &'static str,
-    /// Whether more is better.
-    pub is_more_better: bool,
-    of: fn(&Figures) -> Option<f64>,
-}
-
-impl Metric {
-    /// All of them.
-    pub fn all() -> &'static [Metric] {
-        const fn metric(
-            name: &'static str,
-            unit: &'static str,
-            is_more_better: bool,
-            of: fn(&Figures) -> Option<f64>,
-        ) -> Metric {
-            Metric { name, unit, is_more_better, of }
-        }
-        static ALL: [Metric; 7] = [
-            metric("tokens_per_s", "tokens/s", true, |f| Some(f64::from(f.batch) / f.step_s)),
-            metric("tokens_per_s_per_user", "tokens/s", true, |f| Some(1.0 / f.step_s)),
-            metric("first_token_s", "s", false, |f| Some(f.first_token_s)),
-            metric("step_s", "s", false, |f| Some(f.step_s)),
-            metric("seconds", "s", false, |f| Some(f.seconds)),
-            metric("usd_per_million_tokens", "US$", false, |f| f.usd_per_million_tokens),
-            metric("need_bytes", "bytes", false, |f| Some(f.need_bytes as f64)),
-        ];
-        &ALL
-    }
-
-    /// Returns the figure of a point.
-    pub fn of(&self, figures: &Figures) -> Option<f64> {
-        (self.of)(figures)
-    }
-}
-
 /// What is best or least in a front.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
@@ -446,6 +391,14 @@ enum Of {
 }
 
 impl Objective {
+    /// Returns the metric, if it is one.
+    pub fn metric(&self) -> Option<&'static Metric> {
+        match self.of {
+            Of::Metric(metric) => Some(metric),
+            Of::Variable(_) => None,
+        }
+    }
+
     /// Returns its value at a point; absent if the profile lacks the numbers.
     pub fn of(&self, values: &[f64], figures: &Figures) -> Option<f64> {
         match self.of {
@@ -492,18 +445,13 @@ pub fn front(plan: &Plan, outcomes: &[Outcome], objectives: &[Objective]) -> Res
     Ok(kept.into_iter().map(|(_, point)| point).collect())
 }
 
-/// A layout of a workload, ready to be timed.
-struct Way<'a> {
-    layout: Layout,
-    quick: Quick<'a>,
-    need_bytes: u64,
-}
-
 /// The workloads and layouts of a plan, ready to be timed.
 struct Bench<'a> {
     plan: &'a Plan,
     base: Asked,
-    ways: HashMap<Asked, Vec<std::result::Result<Way<'a>, String>>>,
+    /// What layouts are chosen by.
+    best: &'static Metric,
+    ways: HashMap<Asked, Vec<std::result::Result<Quick<'a>, String>>>,
 }
 
 /// The program on the chips of each layout.
@@ -545,7 +493,7 @@ fn divide(program: &Program, asked: &[Asked]) -> Divided {
 impl<'a> Bench<'a> {
     fn new(
         plan: &'a Plan,
-        (base, choices): (Asked, Choices),
+        (base, choices, best): (Asked, Choices, &'static Metric),
         program: &Program,
         all: &[Asked],
         divided: &'a Divided,
@@ -556,42 +504,36 @@ impl<'a> Bench<'a> {
                 Some(Err(error)) => return Err(error.clone()),
                 None => return Err("a layout was not divided".into()),
             };
-            let quick =
-                Quick::new(choices.layout(layout), stages, &asked.workload).map_err(|e| e.to_string())?;
-            Ok(Way { layout, need_bytes: asked.workload.bytes(choices.layout(layout), stages), quick })
+            Quick::new(choices.layout(layout), stages, &asked.workload).map_err(|e| e.to_string())
         };
         let ways =
             |asked: &Asked| asked.layouts(program).into_iter().map(|layout| way(asked, layout)).collect();
         let ways = all.iter().map(|asked| (*asked, ways(asked))).collect();
-        Bench { plan, base, ways }
+        Bench { plan, base, best, ways }
     }
 
     /// Returns the figures of a point with these values. `profile` is any variant of the plan's, and becomes that of the point.
-    fn outcome(&self, profile: &mut Profile, values: &[f64]) -> Outcome {
+    fn outcome(&self, profile: &mut Arc<Profile>, values: &[f64]) -> Outcome {
         let failed = |error: Error| Reason::Failed(error.to_string());
         for (v, value) in self.plan.variables.iter().zip(values).filter(|(v, _)| v.target == Target::Number) {
-            profile.set(&v.path, *value).map_err(failed)?;
+            Arc::make_mut(profile).set(&v.path, *value).map_err(failed)?;
         }
         self.figures(profile, self.plan.asked(self.base, values))
     }
 
-    /// Returns the figures of the quickest layout that fits.
-    fn figures(&self, profile: &Profile, asked: Asked) -> Outcome {
-        let have_bytes = profile.memory.last().map_or(0, |memory| memory.capacity_bytes.value as u64);
-        let usd_per_s = usd_per_s(profile);
-        let Workload { batch, generate, .. } = asked.workload;
-        let tokens = f64::from(batch) * f64::from(generate);
+    /// Returns the figures of the best layout that fits.
+    fn figures(&self, profile: &Arc<Profile>, asked: Asked) -> Outcome {
         let mut best: Option<Figures> = None;
         let mut reason: Option<Reason> = None;
         for way in self.ways.get(&asked).into_iter().flatten() {
-            let Way { layout, quick, need_bytes } = match way {
-                Ok(way) => way,
+            let quick = match way {
+                Ok(quick) => quick,
                 Err(error) => {
                     reason.get_or_insert_with(|| Reason::Failed(error.clone()));
                     continue;
                 }
             };
-            let need_bytes = *need_bytes;
+            let (need_bytes, have_bytes) = (quick.need_bytes(), have_bytes(profile));
             if need_bytes > have_bytes {
                 match &mut reason {
                     Some(Reason::Memory { need_bytes: least, .. }) => *least = need_bytes.min(*least),
@@ -599,20 +541,9 @@ impl<'a> Bench<'a> {
                 }
                 continue;
             }
-            match quick.times(profile) {
-                Ok(times) if best.is_none_or(|best| times.seconds < best.seconds) => {
-                    let usd =
-                        usd_per_s.map(|usd| 1e6 * f64::from(layout.chips()) * usd * times.seconds / tokens);
-                    best = Some(Figures {
-                        layout: *layout,
-                        batch,
-                        first_token_s: times.first_token_s,
-                        step_s: times.step_s,
-                        seconds: times.seconds,
-                        usd_per_million_tokens: usd,
-                        need_bytes,
-                        have_bytes,
-                    });
+            match quick.figures(profile) {
+                Ok(figures) if best.is_none_or(|best| self.best.order(&figures, &best).is_lt()) => {
+                    best = Some(figures);
                 }
                 Ok(_) => {}
                 Err(error) => _ = reason.get_or_insert_with(|| Reason::Failed(error.to_string())),
@@ -642,11 +573,11 @@ pub fn explore(
     let base = Asked { workload: *workload, layout: choices.layout, chips: None };
     let all = all_asked(plan, base);
     let divided = divide(program, &all);
-    let bench = Bench::new(plan, (base, choices), program, &all, &divided);
+    let bench = Bench::new(plan, (base, choices, plan.best), program, &all, &divided);
     let (next, done) = (AtomicUsize::new(0), AtomicUsize::new(0));
     let work = || {
         let mut mine = Vec::new();
-        let mut variant = profile.clone();
+        let mut variant = Arc::new(profile.clone());
         loop {
             let from = next.fetch_add(TAKEN, Ordering::Relaxed);
             if from >= plan.count || cancel.is_cancelled() {
@@ -712,6 +643,9 @@ pub struct Reach {
     pub together: Option<(f64, f64)>,
 }
 
+/// Why a metric may be absent.
+const NO_PRICE: &str = "its profile has no [price]";
+
 /// How near a value is to the least that reaches a target.
 const NEAR: f64 = 1.001;
 
@@ -746,9 +680,14 @@ pub fn reach(
     }
     let asked = plan.asked(base, &fixed);
     let divided = divide(program, &[asked]);
-    let bench = Bench::new(plan, (base, choices), program, &[asked], &divided);
+    let bench = Bench::new(plan, (base, choices, metric), program, &[asked], &divided);
     let sign = if metric.is_more_better { 1.0 } else { -1.0 };
-    let figure = |profile: &Profile| bench.figures(profile, asked).ok().and_then(|f| metric.of(&f));
+    let figure = |profile: &Arc<Profile>| bench.figures(profile, asked).ok().and_then(|f| metric.of(&f));
+    let profile = &Arc::new(profile.clone());
+    if bench.figures(profile, asked).is_ok_and(|figures| metric.of(&figures).is_none()) {
+        let expected = format!("a metric of {}, such as tokens_per_s; {}", profile.name, NO_PRICE);
+        return Err(Error::argument("target", expected, metric.name));
+    }
     // More is better; without a figure nothing is worse.
     let merit = |figure: Option<f64>| figure.map_or(f64::NEG_INFINITY, |figure| sign * figure);
     let reaches = |figure: Option<f64>| merit(figure) >= sign * target;
@@ -777,7 +716,7 @@ pub fn reach(
         let rounded = |value: f64| if is_whole { value.round().max(min) } else { value };
         let mut variant = profile.clone();
         let mut with = |value: f64| {
-            variant.set(path, value)?;
+            Arc::make_mut(&mut variant).set(path, value)?;
             Ok::<_, Error>(figure(&variant))
         };
         let mut ends = Vec::new();
@@ -829,7 +768,7 @@ pub fn reach(
                 let value = if key.whole { value.round() } else { value };
                 value.clamp(key.min, key.max)
             });
-            variant.set(&lever.path, value)?;
+            Arc::make_mut(&mut variant).set(&lever.path, value)?;
         }
         Ok::<_, Error>(figure(&variant))
     };

@@ -35,7 +35,7 @@ pub fn parse(origin: &str, text: &str) -> Result<Option<Vec<Measured>>> {
     if !table.has("chips") {
         return Ok(None);
     }
-    let rows = table.rows(|row| {
+    let rows = table.rows(&["op", "chips", "bytes", "seconds"], |row| {
         let op = row.text("op")?;
         let (collective, may_be_direct) = match op {
             "all_reduce" => (Collective::AllReduce, false),

@@ -6,6 +6,7 @@
 pub mod collective;
 pub mod device;
 pub mod explore;
+pub mod figures;
 pub mod fit;
 pub mod host;
 pub mod kernel;

@@ -47,6 +47,30 @@ pub fn held_out(kernel: Kernel) -> bool {
     }
 }
 
+/// The columns of measured kernels.
+const COLUMNS: [&str; 18] = [
+    "op",
+    "activations",
+    "weights",
+    "seconds",
+    "m",
+    "n",
+    "k",
+    "batch",
+    "heads",
+    "kv_heads",
+    "head_dim",
+    "kv_len",
+    "tokens",
+    "seen",
+    "experts",
+    "rows",
+    "columns",
+    "hidden",
+];
+/// Maximum characters of a cell in an error.
+const MAX_SHOWN: usize = 64;
+
 /// A CSV table of measurements. Lines that begin with `#` are comments.
 pub(super) struct Table<'a> {
     origin: &'a str,
@@ -75,8 +99,18 @@ impl<'a> Table<'a> {
         self.names.contains(&name)
     }
 
-    /// Reads each row.
-    pub fn rows<T>(&self, read: impl Fn(&Row<'_>) -> Result<T>) -> Result<Vec<T>> {
+    /// Reads each row of a table that has each column once, and none but those known.
+    pub fn rows<T>(&self, known: &[&str], read: impl Fn(&Row<'_>) -> Result<T>) -> Result<Vec<T>> {
+        for (i, name) in self.names.iter().enumerate() {
+            let got = format!("{}: `{}`", self.origin, shown(name));
+            if !known.contains(name) {
+                let expected = format!("columns of {}", known.join(", "));
+                return Err(Error::argument("measurements", expected, got));
+            }
+            if self.names[..i].contains(name) {
+                return Err(Error::argument("measurements", "each column once", format!("{got} twice")));
+            }
+        }
         let row = |&(i, line): &(usize, &'a str)| {
             let fields: Vec<&str> = line.split(',').map(str::trim).collect();
             let row = Row { place: format!("{}, line {}", self.origin, i + 1), names: &self.names, fields };
@@ -89,10 +123,16 @@ impl<'a> Table<'a> {
     }
 }
 
+/// A cell, cut to a length.
+fn shown(cell: &str) -> String {
+    let cut: String = cell.chars().take(MAX_SHOWN).collect();
+    if cut.len() < cell.len() { cut + "…" } else { cut }
+}
+
 impl Row<'_> {
     /// An error in this row.
     pub fn fail(&self, expected: &str, got: &str) -> Error {
-        Error::argument("measurements", expected, format!("{}: {got}", self.place))
+        Error::argument("measurements", expected, format!("{}: {}", self.place, shown(got)))
     }
 
     /// The text of a column.
@@ -129,7 +169,7 @@ impl Row<'_> {
 /// # Errors
 /// `Error::Argument` with the line that cannot be read, and the reason.
 pub fn parse(origin: &str, text: &str) -> Result<Vec<Point>> {
-    Table::new(origin, text).rows(point)
+    Table::new(origin, text).rows(&COLUMNS, point)
 }
 
 fn point(row: &Row<'_>) -> Result<Point> {

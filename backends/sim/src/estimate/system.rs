@@ -119,6 +119,9 @@ pub fn stages(program: &Program, layout: Layout) -> Result<Vec<Stage>> {
             return Err(Error::argument(name, "at least 1 chip", 0));
         }
     }
+    if layout.expert > 1 && !has_experts(program) {
+        return Err(Error::argument("ep", "1, as the model has no experts", layout.expert));
+    }
     if layout.tensor == 1 && layout.pipeline == 1 && layout.expert == 1 {
         let program = passes::fuse(program, crate::FUSIONS);
         return Ok(vec![Stage { program, exchanges: Vec::new(), sent_cols: 0, repeated: Vec::new() }]);
@@ -240,11 +243,15 @@ fn borders(program: &Program, segments: &[usize], count: u32) -> Result<Vec<Vec<
     Ok(found)
 }
 
+fn has_experts(program: &Program) -> bool {
+    program.ops().any(|(_, op)| matches!(op, Op::Experts { .. }))
+}
+
 /// Returns the ways to divide a model over `chips` chips. `like` fixes the numbers that are not 0.
 pub fn layouts(program: &Program, chips: u32, like: Layout) -> Vec<Layout> {
     let divisors = |n: u32| (1..=n).filter(move |d| n.is_multiple_of(*d));
     let may = |fixed: u32, value: u32| fixed == 0 || fixed == value;
-    let has_experts = program.ops().any(|(_, op)| matches!(op, Op::Experts { .. }));
+    let has_experts = has_experts(program);
     let mut all = Vec::new();
     for tensor in divisors(chips).filter(|&n| may(like.tensor, n)) {
         for pipeline in divisors(chips / tensor).filter(|&n| may(like.pipeline, n)) {

@@ -7,9 +7,11 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use super::collective::{Collective, Fabric};
 use super::device::Device;
+use super::figures::{Figures, Metric, have_bytes};
 use super::system::{Layout, Stage, layouts, stages};
 use crate::step::Distinct;
 use crate::{Bound, Chip, Numerics, OpTime, Report};
@@ -43,6 +45,20 @@ impl Default for Workload {
 halite::setters!(const Workload { batch: u32, prompt: u32, generate: u32, chunk: u32 });
 
 impl Workload {
+    /// Returns the positions of a sequence.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for more than the model's context.
+    pub fn positions(&self, context: u32) -> Result<u32> {
+        let positions = self.prompt.saturating_add(self.generate);
+        if positions > context {
+            let expected = format!("at most the model's context of {context} tokens together");
+            let got = format!("{} and {}", self.prompt, self.generate);
+            return Err(Error::argument("prompt and generated tokens", expected, got));
+        }
+        Ok(positions)
+    }
+
     /// The number of prefill steps, and the middle one.
     fn prefill(&self) -> (u32, (u32, u32)) {
         let chunk = self.chunk.clamp(1, self.prompt.max(1));
@@ -115,6 +131,8 @@ pub struct Estimate {
     pub error: Option<f64>,
     /// What is assumed of kernels without measurements, one line each.
     pub unmeasured: Vec<String>,
+    /// Parts of the batch that a pipeline works on in turns, and the sequences of one.
+    pub parts: (u32, u32),
     /// The ops of a prefill step, of all stages and of one chip in each.
     pub prefill: Report,
     /// The ops of a decode step. A pipeline works on several parts of the batch at the same time; these are the ops of one.
@@ -181,7 +199,7 @@ impl Choices {
     ///
     /// # Errors
     /// As [`Chip::new`].
-    pub fn chip(self, profile: Profile) -> Result<Chip> {
+    pub fn chip(self, profile: impl Into<Arc<Profile>>) -> Result<Chip> {
         let mut chip = Chip::new(profile, Numerics::Exact, self.products)?;
         chip.activations = self.activations;
         chip.stored = self.stored;
@@ -201,6 +219,14 @@ pub(super) enum Timer<'a> {
 }
 
 impl<'a> Timer<'a> {
+    /// As [`Timer::new`], without a copy of the profile.
+    fn on(profile: &'a Arc<Profile>, choices: Choices) -> Result<Timer<'a>> {
+        match profile.driver {
+            Driver::Sim => Ok(Timer::Chip(Box::new(choices.chip(profile.clone())?))),
+            Driver::Gpu | Driver::Cpu => Timer::new(profile, choices),
+        }
+    }
+
     pub(super) fn new(profile: &'a Profile, choices: Choices) -> Result<Timer<'a>> {
         Ok(match profile.driver {
             Driver::Sim => Timer::Chip(Box::new(choices.chip(profile.clone())?)),
@@ -216,14 +242,6 @@ impl<'a> Timer<'a> {
         match self {
             Timer::Chip(chip) => step::time(chip, program, spans, true),
             Timer::Device(device) => device.time(program, spans),
-        }
-    }
-
-    /// Returns seconds, by the quicker closed form if there is one. `distinct` are the ops of the step.
-    fn seconds(&self, program: &Program, spans: &[(u32, u32)], distinct: &Distinct) -> Result<f64> {
-        match self {
-            Timer::Chip(chip) => distinct.closed_s(chip),
-            Timer::Device(..) => Ok(self.report(program, spans)?.total().seconds),
         }
     }
 
@@ -266,6 +284,14 @@ pub(super) struct System<'a> {
     activation_bytes: f64,
 }
 
+/// An exchange between chips.
+pub(super) struct Timed {
+    name: &'static str,
+    /// Bytes of the whole tensor.
+    bytes: f64,
+    seconds: f64,
+}
+
 /// The time of a step.
 pub(super) struct StepTime {
     /// Seconds from the start of a part of the batch to its end.
@@ -280,8 +306,15 @@ impl<'a> System<'a> {
         choices: Choices,
         stages: impl Into<Cow<'a, [Stage]>>,
     ) -> Result<System<'a>> {
-        let layout = choices.layout;
-        let timer = Timer::new(profile, choices)?;
+        System::of(Timer::new(profile, choices)?, profile, choices.layout, stages)
+    }
+
+    fn of(
+        timer: Timer<'a>,
+        profile: &Profile,
+        layout: Layout,
+        stages: impl Into<Cow<'a, [Stage]>>,
+    ) -> Result<System<'a>> {
         let several = layout.tensor > 1 || layout.pipeline > 1;
         let fabric = several.then(|| Fabric::new(profile)).transpose()?;
         let chips = layout.tensor.saturating_mul(layout.pipeline);
@@ -297,26 +330,26 @@ impl<'a> System<'a> {
         Ok(System { timer, fabric, layout, stages: stages.into(), activation_bytes })
     }
 
-    /// Returns the seconds of a stage's exchanges, each with its name.
-    fn exchanges(&self, stage: &Stage, spans: &[(u32, u32)]) -> Vec<(&'static str, f64)> {
+    /// Returns a stage's exchanges.
+    fn exchanges(&self, stage: &Stage, spans: &[(u32, u32)]) -> Vec<Timed> {
         let Some(fabric) = &self.fabric else { return Vec::new() };
         let tokens = spans.iter().fold(0u32, |sum, (_, len)| sum.saturating_add(*len));
         let rows = |dim| passes::rows(dim, tokens, spans.len() as u32) as f64;
         let bytes = |rows: f64, cols: u32| rows * f64::from(cols) * self.activation_bytes;
         let exchanges = stage.exchanges.iter().map(|e| {
             let bytes = bytes(rows(e.rows), e.cols);
-            (e.collective.name(), fabric.seconds(e.collective, bytes, self.layout.tensor))
+            let seconds = fabric.seconds(e.collective, bytes, self.layout.tensor);
+            Timed { name: e.collective.name(), bytes, seconds }
         });
         let sent = (stage.sent_cols > 0).then(|| {
             // Each chip sends its part to its counterpart, which are as far apart as a stage is large.
-            let part = bytes(f64::from(tokens), stage.sent_cols) / f64::from(self.layout.tensor);
+            let bytes = bytes(f64::from(tokens), stage.sent_cols);
+            let part = bytes / f64::from(self.layout.tensor);
             let gathered = match self.layout.tensor {
                 1 => 0.0,
-                chips => {
-                    fabric.seconds(Collective::AllGather, bytes(f64::from(tokens), stage.sent_cols), chips)
-                }
+                chips => fabric.seconds(Collective::AllGather, bytes, chips),
             };
-            ("send", fabric.send_s(part, self.layout.tensor) + gathered)
+            Timed { name: "send", bytes, seconds: fabric.send_s(part, self.layout.tensor) + gathered }
         });
         exchanges.chain(sent).collect()
     }
@@ -325,12 +358,12 @@ impl<'a> System<'a> {
     fn step(
         &self,
         spans: &[(u32, u32)],
-        mut ops_s: impl FnMut(&Timer<'a>, &Stage, &[(u32, u32)], &[(&'static str, f64)]) -> Result<f64>,
+        mut ops_s: impl FnMut(&Timer<'a>, &Stage, &[(u32, u32)], &[Timed]) -> Result<f64>,
     ) -> Result<StepTime> {
         let mut time = StepTime { latency_s: 0.0, pace_s: 0.0 };
         for stage in self.stages.iter() {
             let exchanges = self.exchanges(stage, spans);
-            let exchanged = exchanges.iter().fold(0.0, |sum, (_, seconds)| sum + seconds);
+            let exchanged = exchanges.iter().fold(0.0, |sum, exchange| sum + exchange.seconds);
             let seconds = ops_s(&self.timer, stage, spans, &exchanges)? + exchanged;
             time.latency_s += seconds;
             time.pace_s = time.pace_s.max(seconds);
@@ -347,9 +380,10 @@ impl<'a> System<'a> {
             for op in &report.ops {
                 all.add_all(op);
             }
-            for (name, seconds) in exchanges {
+            for Timed { name, bytes, seconds } in exchanges {
                 // Joules of links are not known.
-                all.add(name, OpTime { seconds: *seconds, joules: Some(0.0), ..OpTime::default() });
+                let time = OpTime { seconds: *seconds, exchanged_bytes: *bytes, ..OpTime::none() };
+                all.add(name, time);
             }
             Ok(seconds)
         })?;
@@ -361,7 +395,7 @@ impl<'a> System<'a> {
         let each = self.stages.iter().map(|stage| {
             let ops_s = self.timer.part_s(&stage.program, spans, is_attention)?;
             let exchanges = if is_attention { Vec::new() } else { self.exchanges(stage, spans) };
-            Ok(ops_s + exchanges.iter().map(|(_, seconds)| seconds).sum::<f64>())
+            Ok(ops_s + exchanges.iter().map(|exchange| exchange.seconds).sum::<f64>())
         });
         each.sum()
     }
@@ -434,7 +468,7 @@ pub fn estimate(
     let sequences = u64::from(each) * u64::from(parts);
     let exchanges = stages.iter().flat_map(|stage| system.exchanges(stage, &spans));
     // A sum of nothing would be -0.
-    let exchanged = exchanges.fold(0.0, |sum, (_, seconds)| sum + seconds);
+    let exchanged = exchanges.fold(0.0, |sum, exchange| sum + exchange.seconds);
     // Of all chips: each of a stage does the same work, and each replica all of it.
     let alike = f64::from(layout.tensor) * f64::from(layout.data);
     let joules = prefill.total().joules.zip(decode.total().joules).and_then(|(prefill, decode)| {
@@ -453,12 +487,13 @@ pub fn estimate(
         joules_per_token: joules.map(|j| j / tokens),
         usd_per_million_tokens: usd_per_s(profile).map(|usd| 1e6 * chips * usd * seconds / tokens),
         need_bytes: workload.bytes(choices, stages),
-        have_bytes: profile.memory.last().map_or(0, |memory| memory.capacity_bytes.value as u64),
+        have_bytes: have_bytes(profile),
         layout,
         exchange_fraction: exchanged / decode_time.latency_s,
         repeated,
         error,
         unmeasured,
+        parts: (parts, each),
         shares: decode.total().shares().to_vec(),
         prefill,
         decode,
@@ -490,8 +525,9 @@ pub struct Quick<'a> {
     stages: &'a [Stage],
     workload: Workload,
     spans: [Vec<(u32, u32)>; 2],
-    /// The ops of a prefill step and of a decode step, of each stage.
-    distinct: [Vec<Distinct>; 2],
+    /// The ops of a prefill step of each stage, and then of a decode step.
+    distinct: Distinct,
+    need_bytes: u64,
 }
 
 /// The times of a workload.
@@ -513,11 +549,12 @@ impl<'a> Quick<'a> {
     /// [`Error::Program`] for an op that is not simulated.
     pub fn new(choices: Choices, stages: &'a [Stage], workload: &Workload) -> Result<Quick<'a>> {
         let spans = workload.spans(choices.layout);
-        let of = |spans: &[(u32, u32)]| {
-            stages.iter().map(|stage| Distinct::of(&stage.program, spans, true)).collect::<Result<Vec<_>>>()
-        };
-        let distinct = [of(&spans[0])?, of(&spans[1])?];
-        Ok(Quick { choices, stages, workload: *workload, spans, distinct })
+        let mut distinct = Distinct::default();
+        for (spans, stage) in spans.iter().flat_map(|spans| stages.iter().map(move |stage| (spans, stage))) {
+            distinct.add(&stage.program, spans, true)?;
+        }
+        let need_bytes = workload.bytes(choices, stages);
+        Ok(Quick { choices, stages, workload: *workload, spans, distinct, need_bytes })
     }
 
     /// Returns the times on the chips of a profile.
@@ -525,22 +562,58 @@ impl<'a> Quick<'a> {
     /// # Errors
     /// As [`estimate`].
     pub fn times(&self, profile: &Profile) -> Result<Times> {
-        let system = System::new(profile, self.choices, self.stages)?;
-        let step = |which: usize| {
-            let mut distinct = self.distinct[which].iter();
-            system.step(&self.spans[which], |timer, stage, spans, _| {
-                let ops = distinct.next();
-                ops.map_or(Ok(0.0), |ops| timer.seconds(&stage.program, spans, ops))
+        self.times_on(&Arc::new(profile.clone()))
+    }
+
+    /// As [`Quick::times`], without a copy of the profile.
+    pub(super) fn times_on(&self, profile: &Arc<Profile>) -> Result<Times> {
+        let timer = Timer::on(profile, self.choices)?;
+        let system = System::of(timer, profile, self.choices.layout, self.stages)?;
+        let closed_s = match &system.timer {
+            Timer::Chip(chip) => self.distinct.closed_s(chip)?,
+            Timer::Device(..) => Vec::new(),
+        };
+        let mut closed_s = closed_s.into_iter();
+        let mut step = |spans: &[(u32, u32)]| {
+            system.step(spans, |timer, stage, spans, _| match closed_s.next() {
+                Some(seconds) => Ok(seconds),
+                None => Ok(timer.report(&stage.program, spans)?.total().seconds),
             })
         };
-        let (first_token_s, step_s) = system.times(&self.workload, &step(0)?, &step(1)?);
+        let (prefill, decode) = (step(&self.spans[0])?, step(&self.spans[1])?);
+        let (first_token_s, step_s) = system.times(&self.workload, &prefill, &decode);
         Ok(Times { first_token_s, step_s, seconds: self.workload.seconds(first_token_s, step_s) })
+    }
+
+    /// Returns the bytes of weights and of the KV cache of all sequences, on the chip that needs most.
+    pub(super) fn need_bytes(&self) -> u64 {
+        self.need_bytes
+    }
+
+    /// Returns the figures on the chips of a profile.
+    pub(super) fn figures(&self, profile: &Arc<Profile>) -> Result<Figures> {
+        let Times { first_token_s, step_s, seconds } = self.times_on(profile)?;
+        let Workload { batch, generate, .. } = self.workload;
+        let tokens = f64::from(batch) * f64::from(generate);
+        let layout = self.choices.layout;
+        let usd = usd_per_s(profile).map(|usd| 1e6 * f64::from(layout.chips()) * usd * seconds / tokens);
+        Ok(Figures {
+            layout,
+            batch,
+            first_token_s,
+            step_s,
+            seconds,
+            usd_per_million_tokens: usd,
+            need_bytes: self.need_bytes,
+            have_bytes: have_bytes(profile),
+        })
     }
 
     /// Returns the sensitivity of the total time to each number of a profile, the largest first.
     fn sensitivities(&self, profile: &Profile) -> Result<Vec<Sensitivity>> {
         let before = self.times(profile)?.seconds;
         let mut found = Vec::new();
+        let mut variant = Arc::new(profile.clone());
         for (path, quantity) in &profile.quantities {
             // Counts are not varied.
             let counts = [
@@ -557,7 +630,9 @@ impl<'a> Quick<'a> {
             if path.contains(".errors.") || path.rsplit('.').next().is_some_and(|key| counts.contains(&key)) {
                 continue;
             }
-            let after = self.times(&profile.with(path, quantity.value * CHANGE)?)?.seconds;
+            Arc::make_mut(&mut variant).set(path, quantity.value * CHANGE)?;
+            let after = self.times_on(&variant)?.seconds;
+            Arc::make_mut(&mut variant).set(path, quantity.value)?;
             let exponent = (after / before).ln() / CHANGE.ln();
             if exponent.abs() > 1e-4 {
                 found.push(Sensitivity { path: path.clone(), basis: quantity.basis, exponent });
@@ -571,20 +646,6 @@ impl<'a> Quick<'a> {
 /// Factor by which a number is changed to measure the sensitivity.
 const CHANGE: f64 = 1.05;
 
-/// A way to divide a model over chips, and what comes of it.
-#[derive(Debug, Clone)]
-#[non_exhaustive]
-pub struct Candidate {
-    /// The layout.
-    pub layout: Layout,
-    /// Seconds of the workload by the closed form.
-    pub seconds: f64,
-    /// Bytes that the fullest chip needs.
-    pub need_bytes: u64,
-    /// Whether they fit.
-    pub fits: bool,
-}
-
 /// Estimates a workload with the best of all layouts on `chips` chips, and returns these; without a number of chips, with the layout
 /// of `choices`.
 ///
@@ -596,14 +657,16 @@ pub fn estimate_best(
     program: &Program,
     workload: &Workload,
     chips: Option<u32>,
-) -> Result<(Estimate, Vec<Candidate>)> {
-    let found = chips.map(|chips| candidates(profile, choices, program, workload, chips)).transpose()?;
+    best: &'static Metric,
+) -> Result<(Estimate, Vec<Figures>)> {
+    let found =
+        chips.map(|chips| candidates(profile, choices, program, workload, chips, best)).transpose()?;
     let found = found.unwrap_or_default();
     let layout = found.first().map_or(choices.layout, |best| best.layout);
     Ok((estimate(profile, choices.layout(layout), program, workload)?, found))
 }
 
-/// Returns the layouts of a workload on `chips` chips by the closed form: those that fit first, the quickest first.
+/// Returns the layouts of a workload on `chips` chips by the closed form: those that fit first, the best first by a metric.
 /// `choices.layout` fixes the numbers that are not 0.
 ///
 /// # Errors
@@ -614,16 +677,14 @@ pub fn candidates(
     program: &Program,
     workload: &Workload,
     chips: u32,
-) -> Result<Vec<Candidate>> {
-    let have_bytes = profile.memory.last().map_or(0, |memory| memory.capacity_bytes.value as u64);
+    best: &'static Metric,
+) -> Result<Vec<Figures>> {
+    let profile = Arc::new(profile.clone());
     let mut all = Vec::new();
     let mut failed = None;
     for layout in layouts(program, chips, choices.layout) {
-        let found = stages(program, layout).and_then(|stages| {
-            let seconds = Quick::new(choices.layout(layout), &stages, workload)?.times(profile)?.seconds;
-            let need_bytes = workload.bytes(choices.layout(layout), &stages);
-            Ok(Candidate { layout, seconds, need_bytes, fits: need_bytes <= have_bytes })
-        });
+        let found = stages(program, layout)
+            .and_then(|stages| Quick::new(choices.layout(layout), &stages, workload)?.figures(&profile));
         match found {
             Ok(candidate) => all.push(candidate),
             Err(error) => failed = failed.or(Some(error)),
@@ -639,7 +700,7 @@ pub fn candidates(
             Err(Error::argument("layout", expected, given.collect::<Vec<_>>().join(", ")))
         }
         _ => {
-            all.sort_by(|a, b| b.fits.cmp(&a.fits).then(a.seconds.total_cmp(&b.seconds)));
+            all.sort_by(|a, b| b.fits().cmp(&a.fits()).then(best.order(a, b)));
             Ok(all)
         }
     }

@@ -1,8 +1,7 @@
 //! Attention over a paged KV cache.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::ops::Range;
-use std::rc::Rc;
 
 use super::{HEADS, Pipeline, aligned, blocks, too_small};
 use crate::chip::Chip;
@@ -50,21 +49,32 @@ impl Attend {
         4 * u64::from(rows.tokens * rows.heads) * u64::from(each)
     }
 
-    fn page_bytes(&self) -> u64 {
-        self.page(0, 0).iter().map(|(_, bytes)| u64::from(*bytes)).sum()
-    }
-
     /// Returns the scratchpad bytes for the given rows of queries.
-    fn scratch_bytes(&self, rows: u32, depth: Depth) -> u64 {
+    fn scratch_bytes(&self, page_bytes: u64, rows: u32, depth: Depth) -> u64 {
         let rows = u64::from(rows);
         let Depth { chunks, ahead, slots } = depth;
         let floats = |each: u32| aligned(4 * rows * u64::from(each));
-        u64::from(slots) * (floats(self.key_dim) + aligned(u64::from(chunks) * self.page_bytes()))
+        u64::from(slots) * (floats(self.key_dim) + aligned(u64::from(chunks) * page_bytes))
             + u64::from(3 + ahead) * floats(chunks * PAGE_POSITIONS)
             + 2 * floats(chunks * self.partial_len())
             + 2 * floats(self.partial_len())
             + floats(self.value_dim)
             + aligned(4 * rows)
+    }
+}
+
+/// What a page of one KV head is made of.
+#[derive(Debug, Clone, Copy)]
+struct Pages {
+    bytes: u64,
+    /// Runs of bytes.
+    pieces: u32,
+}
+
+impl Pages {
+    fn of(a: &Attend) -> Pages {
+        let pieces = a.page(0, 0);
+        Pages { bytes: pieces.iter().map(|(_, bytes)| u64::from(*bytes)).sum(), pieces: pieces.len() as u32 }
     }
 }
 
@@ -97,9 +107,13 @@ struct AttendWork<'a> {
     pages: &'a [u32],
 }
 
-/// Work in pieces, and what its time depends on.
-struct Division<'a> {
-    work: Vec<AttendWork<'a>>,
+/// Work in pieces of at most some heads of one KV head and some tokens, and what its time depends on.
+#[derive(Clone, Copy)]
+struct Division {
+    heads: u32,
+    token_group: u32,
+    /// Number of pieces.
+    pieces: u32,
     /// Chunks of all pieces.
     chunks: u32,
     /// Chunks of the tile that has the most, if tiles take pieces in turns.
@@ -110,97 +124,114 @@ struct Division<'a> {
     queries: u32,
 }
 
-impl<'a> Division<'a> {
-    /// Divides the work in pieces of at most `heads` heads of one KV head and `token_group` tokens.
-    fn new(chip: &Chip, a: &'a Attend, heads: u32, token_group: u32) -> Option<Division<'a>> {
-        let work = divide(a, heads, token_group);
-        let mut tiles = vec![0; chip.tiles.min(work.len() as u32) as usize];
-        let mut longest: Option<(QueryRows, u32)> = None;
-        let (mut chunks, mut queries) = (0, 0);
-        for (w, tile) in work.iter().zip((0..tiles.len()).cycle()) {
-            let seen = a.chunks_of(w.rows).len() as u32;
-            if longest.is_none_or(|(_, most)| seen >= most) {
-                longest = Some((w.rows, seen));
-            }
+impl Division {
+    /// Divides the work; absent if there is none.
+    fn new(chip: &Chip, a: &Attend, heads: u32, token_group: u32) -> Option<Division> {
+        // All heads see the same chunks.
+        let runs = head_runs(a, heads).count();
+        let last = head_runs(a, heads).last()?;
+        let seen: Vec<(QueryRows, u32)> =
+            (rows_of(a, last, token_group)).map(|(rows, _)| (rows, a.chunks_of(rows).len() as u32)).collect();
+        let pieces = (runs * seen.len()) as u32;
+        let mut tiles = vec![0; chip.tiles.min(pieces) as usize];
+        let all = (0..runs).flat_map(|_| &seen);
+        for ((_, seen), tile) in all.zip((0..tiles.len()).cycle()) {
             tiles[tile] += seen;
-            chunks += seen;
-            queries += w.rows.heads * w.rows.tokens;
         }
         Some(Division {
-            work,
-            chunks,
+            heads,
+            token_group,
+            pieces,
+            chunks: tiles.iter().sum(),
             most: tiles.into_iter().max().unwrap_or(0),
-            longest: longest?,
-            queries,
+            longest: *seen.iter().max_by_key(|(_, seen)| *seen)?,
+            queries: head_runs(a, heads).map(|run| run.end - run.start).sum::<u32>()
+                * a.spans.iter().map(|(_, _, len)| len).sum::<u32>(),
         })
     }
 }
 
 /// How attention is divided.
-struct AttendTiling<'a> {
+struct AttendTiling {
     depth: Depth,
     /// Maximum rows of queries of a tile.
     rows: u32,
-    division: Rc<Division<'a>>,
+    division: Division,
     /// Chunks of a tile if each takes an equal run of all chunks, so that some sequences are split between tiles.
     chunks_per_tile: Option<u32>,
 }
 
-/// Returns the work, in pieces of at most `heads` heads of one KV head and `token_group` tokens.
-fn divide(a: &Attend, heads: u32, token_group: u32) -> Vec<AttendWork<'_>> {
+/// Returns the heads of pieces: at most `heads` heads of one KV head.
+fn head_runs(a: &Attend, heads: u32) -> impl Iterator<Item = Range<u32>> {
     let group = a.heads / a.kv_heads.max(1);
-    let head_runs = (0..a.kv_heads).flat_map(|h| blocks(h * group..(h + 1) * group, heads));
-    let mut work = Vec::new();
-    for run in head_runs {
-        let mut first = 0;
-        for (pages, start, len) in &a.spans {
-            for range in blocks(0..*len, token_group) {
-                let rows = QueryRows {
-                    token: first + range.start,
-                    tokens: range.end - range.start,
-                    position: start + if a.causal { range.start } else { len - 1 },
-                    head: run.start,
-                    heads: run.end - run.start,
-                };
-                work.push(AttendWork { rows, pages });
-            }
-            first += len;
-        }
-    }
-    work
+    (0..a.kv_heads).flat_map(move |h| blocks(h * group..(h + 1) * group, heads))
+}
+
+/// Returns the pieces of some heads, of at most `token_group` tokens, with their pages.
+fn rows_of(a: &Attend, heads: Range<u32>, token_group: u32) -> impl Iterator<Item = (QueryRows, &[u32])> {
+    let (head, heads) = (heads.start, heads.end - heads.start);
+    let firsts = a.spans.iter().scan(0, |next, (_, _, len)| {
+        let first = *next;
+        *next += len;
+        Some(first)
+    });
+    a.spans.iter().zip(firsts).flat_map(move |((pages, start, len), first)| {
+        blocks(0..*len, token_group).map(move |range| {
+            let rows = QueryRows {
+                token: first + range.start,
+                tokens: range.end - range.start,
+                position: start + if a.causal { range.start } else { len - 1 },
+                head,
+                heads,
+            };
+            (rows, &pages[..])
+        })
+    })
+}
+
+/// Returns the work of a division.
+fn divide<'a>(a: &'a Attend, division: &Division) -> Vec<AttendWork<'a>> {
+    let runs = head_runs(a, division.heads);
+    let pieces = runs.flat_map(|run| rows_of(a, run, division.token_group));
+    pieces.map(|(rows, pages)| AttendWork { rows, pages }).collect()
 }
 
 /// Returns the division with the shortest time by the closed form, and the time.
-fn attend_tiling<'a>(chip: &Chip, a: &'a Attend) -> Result<(AttendTiling<'a>, f64)> {
+fn attend_tiling(chip: &Chip, a: &Attend) -> Result<(AttendTiling, f64)> {
     let group = a.heads / a.kv_heads.max(1);
     let tokens: u32 = a.spans.iter().map(|(_, _, n)| n).sum();
-    let mut divided: HashMap<(u32, u32), Option<Rc<Division<'a>>>> = HashMap::new();
-    let mut best: Option<(AttendTiling<'a>, f64)> = None;
+    let pages = Pages::of(a);
+    let mut divided: Vec<((u32, u32), Option<Division>)> = Vec::new();
+    let mut best: Option<(AttendTiling, f64)> = None;
     let longest = a.spans.iter().map(|(pages, ..)| pages.len()).max().unwrap_or(0);
     for depth in Depth::all().filter(|d| d.chunks == 1 || (d.chunks as usize) < 2 * longest) {
-        let Some(fit) = (1..=HEADS).rev().find(|&n| a.scratch_bytes(n, depth) <= chip.scratch_bytes) else {
-            continue;
-        };
+        let fits = |rows: &u32| a.scratch_bytes(pages.bytes, *rows, depth) <= chip.scratch_bytes;
+        let Some(fit) = (1..=HEADS).rev().find(fits) else { continue };
         let heads = group.min(fit);
         // Group tokens as long as every tile has work.
         let spread = (tokens * a.kv_heads * group.div_ceil(heads)).div_ceil(chip.tiles);
         let token_group = (fit / heads).min(spread).max(1);
-        let division = divided
-            .entry((heads, token_group))
-            .or_insert_with(|| Division::new(chip, a, heads, token_group).map(Rc::new));
+        let key = (heads, token_group);
+        let division = match divided.iter().find(|(known, _)| *known == key) {
+            Some((_, division)) => *division,
+            None => {
+                let division = Division::new(chip, a, heads, token_group);
+                divided.push((key, division));
+                division
+            }
+        };
         let Some(division) = division else { continue };
         let per_tile = division.chunks.div_ceil(chip.tiles).max(1);
         for chunks_per_tile in [None, Some(per_tile)] {
-            let (rows, division) = (heads * token_group, division.clone());
-            let tiling = AttendTiling { depth, rows, division, chunks_per_tile };
-            let seconds = tiling.seconds(chip, a);
+            let tiling = AttendTiling { depth, rows: heads * token_group, division, chunks_per_tile };
+            let seconds = tiling.seconds(chip, a, pages);
             if best.as_ref().is_none_or(|(_, least)| seconds < *least) {
                 best = Some((tiling, seconds));
             }
         }
     }
     let least = Depth { chunks: 1, ahead: 0, slots: 1 };
-    best.ok_or_else(|| too_small(chip, "a page of the cache", a.scratch_bytes(1, least)))
+    best.ok_or_else(|| too_small(chip, "a page of the cache", a.scratch_bytes(pages.bytes, 1, least)))
 }
 
 /// Seconds of attention by the closed form.
@@ -208,13 +239,13 @@ pub fn attend_s(chip: &Chip, a: &Attend) -> Result<f64> {
     attend_tiling(chip, a).map(|(_, seconds)| seconds)
 }
 
-impl AttendTiling<'_> {
+impl AttendTiling {
     /// Returns the seconds by the closed form.
-    fn seconds(&self, chip: &Chip, a: &Attend) -> f64 {
-        let division = &*self.division;
+    fn seconds(&self, chip: &Chip, a: &Attend, pages: Pages) -> f64 {
+        let division = &self.division;
         let (rows, longest) = (&division.longest.0, division.longest.1);
         let Depth { ahead, slots, .. } = self.depth;
-        let pieces = division.work.len() as u32;
+        let pieces = division.pieces;
         // Of the tile that has the most.
         let (chunks, works) = match self.chunks_per_tile {
             Some(chunks) => (chunks, chunks.div_ceil(longest.max(1))),
@@ -234,7 +265,7 @@ impl AttendTiling<'_> {
         let is_split = self.chunks_per_tile.is_some();
         let merge = if is_split { (0.0, 0.0) } else { chip.compute_s(merge_work(a, *rows, each)) };
         let setup_s = chip.setup_s(&Piece::whole(QUERIES, 0, 1));
-        let bytes = f64::from(a.page_bytes() as u32);
+        let bytes = f64::from(pages.bytes as u32);
         let partial = if is_split { 4.0 * f64::from(queries * each * a.partial_len()) } else { 0.0 };
         let load_s = f64::from(each) * bytes / engine;
         let chain_s = score.0 + score.1 + softmax.0 + softmax.1 + weigh.0 + weigh.1 + 2.0 * signal;
@@ -255,10 +286,7 @@ impl AttendTiling<'_> {
             store_s: partial / engine,
             device_s: f64::from(division.chunks) * bytes / chip.device_bytes_per_s(),
             setup_s,
-            requests: (
-                f64::from(each) * a.page(0, 0).len() as f64,
-                if is_split { f64::from(rows.tokens) } else { 0.0 },
-            ),
+            requests: (f64::from(each * pages.pieces), if is_split { f64::from(rows.tokens) } else { 0.0 }),
         };
         let query_s = f64::from(works) * chip.activation_bytes() * f64::from(queries * a.key_dim) / engine;
         let mut seconds = pipeline.seconds(chip) + query_s;
@@ -280,7 +308,7 @@ impl AttendTiling<'_> {
 
 pub fn attend_phases(chip: &Chip, a: &Attend, lowered: &mut Lowered) -> Result<()> {
     let (tiling, _) = attend_tiling(chip, a)?;
-    let work = &tiling.division.work;
+    let work = &divide(a, &tiling.division);
     let Some(chunks_per_tile) = tiling.chunks_per_tile else {
         let tiles = chip.tiles.min(work.len() as u32) as usize;
         let programs = (0..tiles).map(|tile| {
@@ -338,7 +366,7 @@ pub fn attend_phases(chip: &Chip, a: &Attend, lowered: &mut Lowered) -> Result<(
 fn tile_program<'w>(
     chip: &Chip,
     a: &Attend,
-    tiling: &AttendTiling<'_>,
+    tiling: &AttendTiling,
     work: impl IntoIterator<Item = (&'w AttendWork<'w>, Range<u32>)>,
     store_chunks: Option<u32>,
 ) -> TileProgram {
@@ -383,7 +411,7 @@ impl AttendRings {
         AttendRings {
             queries: b.ring(slots, floats(a.key_dim)),
             sinks: b.ring(1, floats(1)),
-            page: b.ring(slots, u64::from(chunks) * a.page_bytes()),
+            page: b.ring(slots, u64::from(chunks) * Pages::of(a).bytes),
             scores: b.ring(2, floats(chunks * PAGE_POSITIONS)),
             softmax: b.ring(ahead + 1, floats(chunks * PAGE_POSITIONS)),
             partial: b.ring(2, floats(chunks * a.partial_len())),

@@ -79,6 +79,20 @@ impl Product {
         self.epilogue != Epilogue::None || self.parts.iter().any(|p| p.bias.is_some())
     }
 
+    /// Returns the number of parts of which a range has output columns.
+    fn parts_in(&self, range: Range<u32>) -> u32 {
+        if self.epilogue == Epilogue::Glu {
+            return 1;
+        }
+        let mut first = 0;
+        let is_in = self.parts.iter().map(|part| {
+            let here = range.start.max(first)..range.end.min(first + part.n);
+            first += part.n;
+            u32::from(here.start < here.end)
+        });
+        is_in.sum()
+    }
+
     /// Splits a range of output columns into blocks: the part, and columns of that part.
     fn parts(&self, range: Range<u32>, step: u32) -> Vec<(usize, Range<u32>)> {
         if self.epilogue == Epilogue::Glu {
@@ -109,6 +123,25 @@ pub struct Costs<'a> {
     cuts: Vec<Cut>,
     /// Average bytes of the weights per column.
     column_bytes: f64,
+    /// Whether the vector unit unpacks weights.
+    unpacks: bool,
+    /// Whether the scratchpad holds weights in a second, unpacked form.
+    unpacks_to_memory: bool,
+    /// Whether the vector unit converts activations for some of the weights.
+    converts: bool,
+    /// Whether products read unconverted activations.
+    keeps_floats: bool,
+    /// The rate of the matrix unit.
+    rate: usize,
+    /// Bytes of an activation in device memory.
+    activation_bytes: f64,
+    /// Rates of the chip: of an engine, and of device memory for these tiles.
+    engine_bytes_per_s: f64,
+    device_bytes_per_s: f64,
+    /// Seconds from a request of one run to its first byte.
+    setup_s: f64,
+    /// Seconds from block to block at least, of blocks without work.
+    least_pace_s: f64,
 }
 
 impl<'a> Costs<'a> {
@@ -122,7 +155,21 @@ impl<'a> Costs<'a> {
         }
         let stored = |part: &Part| form_bytes(chip.stored(part.format), 1, p.k);
         let total: f64 = p.parts.iter().map(|part| stored(part) as f64 * f64::from(part.n)).sum();
+        let setup_s = chip.setup_s(&Piece::whole(X, 0, 1));
+        let requests_s = f64::from(p.width()) * setup_s / chip.queue_entries() as f64;
+        let share = f64::from(tiles) / f64::from(chip.tiles);
         Costs {
+            unpacks: how.iter().any(|m| m.unpacks),
+            unpacks_to_memory: how.iter().any(|m| !matches!(m.w, Form::File(_) | Form::Packed(_))),
+            converts: how.iter().any(|m| m.converts),
+            keeps_floats: forms.contains(&Form::F32),
+            rate: how.first().map_or(0, |m| m.rate),
+            activation_bytes: chip.activation_bytes(),
+            engine_bytes_per_s: chip.engine_bytes_per_s(),
+            device_bytes_per_s: share * chip.device_bytes_per_s(),
+            setup_s,
+            // A block takes one of two slots until its load and its work have ended.
+            least_pace_s: requests_s.max(setup_s / 2.0 + chip.semaphore_s()),
             cuts: cuts(chip, p, &how),
             column_bytes: total / f64::from(p.columns().max(1)),
             chip,
@@ -133,21 +180,15 @@ impl<'a> Costs<'a> {
         }
     }
 
-    /// Whether the scratchpad holds weights in a second, unpacked form.
-    fn unpacks_to_memory(&self) -> bool {
-        self.how.iter().any(|m| !matches!(m.w, Form::File(_) | Form::Packed(_)))
-    }
-
     /// Returns the vector work of converting `k` elements of rows of activations to the formats of the products.
     fn converting(&self, rows: u32, k: u32) -> VectorWork {
-        let needed = self.how.iter().any(|m| m.converts);
-        let elements = if needed { u64::from(rows) * u64::from(k) } else { 0 };
+        let elements = if self.converts { u64::from(rows) * u64::from(k) } else { 0 };
         VectorWork { quantize: elements, ..Default::default() }
     }
 
     /// Slots for chunks of unconverted activations.
     fn float_slots(&self, cut: Cut) -> u32 {
-        if self.forms.contains(&Form::F32) { cut.x_slots() } else { cut.chunks.min(2) }
+        if self.keeps_floats { cut.x_slots() } else { cut.chunks.min(2) }
     }
 
     /// Returns the bytes of a block's sums that stay in the scratchpad between chunks: none, or those of one product.
@@ -166,8 +207,7 @@ impl<'a> Costs<'a> {
         let floats = u64::from(self.float_slots(cut)) * aligned(form_bytes(Form::F32, rows, cut.depth));
         let x = u64::from(cut.x_slots()) * x + floats;
         let stored = aligned(cut.row_bytes.0 * u64::from(columns));
-        let unpacked =
-            if self.unpacks_to_memory() { aligned(cut.row_bytes.1 * u64::from(columns)) } else { 0 };
+        let unpacked = if self.unpacks_to_memory { aligned(cut.row_bytes.1 * u64::from(columns)) } else { 0 };
         let sums = u64::from(p.width()) * aligned(self.sums_bytes(t));
         let biases = u64::from(p.width()) * aligned(4 * u64::from(columns));
         let residual = if matches!(p.epilogue, Epilogue::Add(_)) { out } else { 0 };
@@ -176,9 +216,9 @@ impl<'a> Costs<'a> {
         x + 2 * u64::from(p.width()) * (stored + unpacked) + outs + sums
     }
 
-    /// Returns the blocks of columns of a tile. They end where a weight ends; that counts for activations that are loaded for each.
-    fn column_blocks(&self, t: Tiling) -> u32 {
-        let blocks = self.tile_columns(t).div_ceil(t.columns).max(1);
+    /// Returns the blocks of the columns of a tile. They end where a weight ends; that counts for activations that are loaded for each.
+    fn column_blocks(&self, t: Tiling, columns: u32) -> u32 {
+        let blocks = columns.div_ceil(t.columns).max(1);
         if t.cut.keeps { blocks } else { blocks + t.parts - 1 }
     }
 
@@ -188,45 +228,42 @@ impl<'a> Costs<'a> {
         (columns.div_ceil(COLUMNS).div_ceil(t.grid.1) * COLUMNS).min(columns)
     }
 
-    /// Returns the seconds that device memory needs for the activations of all tiles, and for everything else. Tiles have an equal
-    /// share of its rate.
-    pub fn device_s(&self, t: Tiling) -> [f64; 2] {
+    /// Returns the seconds that device memory needs for the activations of all tiles, loaded once, and for everything else. Tiles have
+    /// an equal share of its rate.
+    fn device_s(&self, t: Tiling) -> [f64; 2] {
         let (chip, p, (grid_m, grid_n)) = (self.chip, self.p, t.grid);
-        let (m, columns, each) = (f64::from(p.m), f64::from(p.columns()), chip.activation_bytes());
+        let (m, columns, each) = (f64::from(p.m), f64::from(p.columns()), self.activation_bytes);
         let reads =
             |grid: u32, passes: u32| f64::from(passes) * f64::from(grid) / f64::from(chip.multicast(grid));
         let weights = reads(grid_m, p.m.div_ceil(grid_m).div_ceil(t.rows)) * self.column_bytes;
-        let results = each * m * if matches!(p.epilogue, Epilogue::Add(_)) { 2.0 } else { 1.0 };
-        let x = reads(grid_n, if t.cut.keeps { 1 } else { self.column_blocks(t) });
-        let bytes = [x * each * m * f64::from(p.k), columns * (weights + results)];
-        let share = f64::from(self.tiles) / f64::from(chip.tiles);
-        bytes.map(|bytes| bytes / (share * chip.device_bytes_per_s()))
+        let added = if matches!(p.epilogue, Epilogue::Add(_)) { 1.0 } else { 0.0 };
+        let results = each * m * (added + chip.write_cost());
+        let bytes = [reads(grid_n, 1) * each * m * f64::from(p.k), columns * (weights + results)];
+        bytes.map(|bytes| bytes / self.device_bytes_per_s)
     }
 
     /// Returns the seconds of a tiling by the closed form.
-    fn seconds(&self, t: Tiling) -> f64 {
-        let (chip, p, cut) = (self.chip, self.p, t.cut);
-        let (k, width) = (f64::from(p.k), f64::from(p.width()));
-        let rows = p.m.div_ceil(t.grid.0);
-        let passes = f64::from(rows.div_ceil(t.rows));
-        let (columns, blocks) = (self.tile_columns(t), self.column_blocks(t));
-        let (rows, block) = (t.rows.min(rows), t.columns.min(columns.div_ceil(blocks)));
+    fn seconds(&self, t: Tiling, floor: &Floor) -> f64 {
+        let (chip, p, cut, rate) = (self.chip, self.p, t.cut, self.rate);
+        let width = f64::from(p.width());
+        let Floor { rows, columns, passes, .. } = *floor;
+        let blocks = self.column_blocks(t, columns);
+        let block = t.columns.min(columns.div_ceil(blocks));
         let (blocks, chunks) = (f64::from(blocks), f64::from(cut.chunks));
-        let rate = self.how.first().map_or(0, |m| m.rate);
         // The first chunk does not read sums, and the last one does not write them.
         let sums_bytes = self.sums_bytes(t) * u64::from(2 * cut.chunks - 2) / u64::from(cut.chunks);
         let work = Work::Matrix { rate, m: rows, n: block, k: cut.depth, sums_bytes };
         let (product_s, drain_s) = chip.compute_s(work);
         let vector_s = |work: VectorWork| chip.compute_s(Work::Vector(work)).0;
-        let converts = !self.forms.contains(&Form::F32);
+        let converts = !self.keeps_floats;
         let convert_s = if converts { vector_s(self.converting(rows, cut.depth)) } else { 0.0 };
-        let unpacks = self.how.iter().any(|m| m.unpacks);
-        let unpack_s = if unpacks { width * vector_s(unpacking(block, cut.depth)) } else { 0.0 };
+        let unpack_s = if self.unpacks { width * vector_s(unpacking(block, cut.depth)) } else { 0.0 };
         let finish_s = if p.finishes() { vector_s(finishing(p, rows, block)) } else { 0.0 };
-        let each = chip.activation_bytes();
+        let each = self.activation_bytes;
         let added = if matches!(p.epilogue, Epilogue::Add(_)) { each } else { 0.0 };
-        let [x_device_s, rest_device_s] = self.device_s(t);
-        let engine = chip.engine_bytes_per_s();
+        let [x_device_s, rest_device_s] = floor.device_s;
+        let x_device_s = if cut.keeps { x_device_s } else { blocks * x_device_s };
+        let engine = self.engine_bytes_per_s;
         // Chunks of weights and activations are runs within rows.
         let run = |runs: u32, bytes: f64, whole: Piece| match cut.chunks {
             1 => whole,
@@ -236,7 +273,7 @@ impl<'a> Costs<'a> {
         let x = run(rows, 4.0 * f64::from(cut.depth), Piece::whole(X, 0, 4).of_activations());
         let slowed = |piece: &Piece| match cut.chunks {
             1 => 1.0,
-            _ => chip.transfer_bytes(piece) / chip.memory_bytes(piece),
+            _ => chip.slowed(piece),
         };
         let finishing_requests = if p.finishes() { width / chunks } else { 0.0 };
         let (rows, block) = (f64::from(rows), f64::from(block));
@@ -261,8 +298,7 @@ impl<'a> Costs<'a> {
         let waits = if chip.queue_entries() > 1 { 0.0 } else { pipeline.setup_s };
         if cut.chunks == 1 {
             // Activations are loaded first; nothing overlaps with that.
-            let x_s = (each * rows * k / engine).max(x_device_s);
-            let x_s = x_s + waits * requests(&p.x, rows as u32);
+            let x_s = floor.x_s.max(x_device_s) + waits * requests(&p.x, rows as u32);
             let again = passes - 1.0;
             // Converted activations free their slot for the next load. Unconverted ones keep it until the last
             // product.
@@ -294,28 +330,49 @@ impl<'a> Costs<'a> {
         first.seconds(chip) + rest_s + (1.0 - 1.0 / chunks) * (finish_s + store_s)
     }
 
-    /// Returns seconds that a product takes at least, however columns and `k` are cut: no unit and no memory has less to do.
-    fn least_s(&self, t: Tiling) -> f64 {
+    /// Returns what bounds the seconds of the tilings of a grid and of a number of rows, however columns and `k` are cut.
+    fn floor(&self, t: Tiling) -> Floor {
         let (chip, p) = (self.chip, self.p);
         let rows = p.m.div_ceil(t.grid.0);
         let passes = f64::from(rows.div_ceil(t.rows));
-        let rate = self.how.first().map_or(0, |m| m.rate);
-        let (m, n, width) = (t.rows.min(rows), self.tile_columns(t), f64::from(p.width()));
+        let (m, n, width, rate) = (t.rows.min(rows), self.tile_columns(t), f64::from(p.width()), self.rate);
         let products_s = chip.compute_s(Work::Matrix { rate, m, n, k: p.k, sums_bytes: 0 }).0;
         let vector_s = |work: VectorWork| chip.compute_s(Work::Vector(work)).0;
-        let unpack_s =
-            if self.how.iter().any(|m| m.unpacks) { width * vector_s(unpacking(n, p.k)) } else { 0.0 };
+        let unpack_s = if self.unpacks { width * vector_s(unpacking(n, p.k)) } else { 0.0 };
         let finish_s = if p.finishes() { vector_s(finishing(p, m, n)) } else { 0.0 };
-        let load_s = f64::from(n) * self.column_bytes / chip.engine_bytes_per_s();
-        let busy_s = (width * products_s).max(unpack_s + finish_s).max(load_s);
+        let (rows, columns, each) = (f64::from(m), f64::from(n), self.activation_bytes);
+        let loads_s = passes * columns * self.column_bytes / self.engine_bytes_per_s;
+        let stores_s = passes * each * rows * columns / self.engine_bytes_per_s;
+        let [x_device_s, rest_device_s] = self.device_s(t);
+        let device_s = x_device_s + rest_device_s;
+        let units_s = [passes * width * products_s, passes * (unpack_s + finish_s)];
         // A sum of blocks rounds otherwise.
-        (passes * busy_s).max(self.device_s(t).iter().sum()) * (1.0 - 1e-9)
+        let least_s = units_s[0].max(units_s[1]).max(loads_s).max(device_s) * NEARLY;
+        let x_s = each * rows * f64::from(p.k) / self.engine_bytes_per_s;
+        let device_s = [x_device_s, rest_device_s];
+        Floor { least_s, rows: m, columns: n, passes, loads_s, x_s, units_s, stores_s, device_s }
     }
 
-    /// Returns all divisions into tiles and blocks, without cuts of `k`.
-    fn tilings(&self) -> Vec<Tiling> {
+    /// Returns seconds that a tiling takes at least: a cheap bound of [`Costs::seconds`].
+    fn least_s(&self, t: Tiling, floor: &Floor) -> f64 {
+        let Floor { loads_s, x_s, passes, units_s, stores_s, device_s, .. } = *floor;
+        let blocks = f64::from(self.column_blocks(t, floor.columns));
+        let count = passes * blocks * f64::from(t.cut.chunks);
+        let (alone_s, x_s) = match t.cut.chunks {
+            1 => (x_s.max(device_s[0]), 0.0),
+            _ => (0.0, passes * x_s * if t.cut.keeps { 1.0 } else { blocks }),
+        };
+        // The first block passes through all stages, and each of the others takes at least the time of the busiest one, or of a slot.
+        let stages_s = [loads_s + x_s, units_s[0], units_s[1], stores_s];
+        let all_s: f64 = stages_s.iter().sum();
+        let busiest_s = stages_s.iter().fold(0.0, |most: f64, s| most.max(*s));
+        let pace_s = (busiest_s / count).max(self.least_pace_s);
+        (alone_s + 2.0 * self.setup_s + all_s / count + (count - 1.0) * pace_s) * NEARLY
+    }
+
+    /// Returns all divisions into tiles and rows, each with the largest blocks of columns and without a cut of `k`.
+    fn groups(&self) -> Vec<Tiling> {
         let p = self.p;
-        let halves = |n: u32| std::iter::successors(Some(n.max(1)), |n| (*n > 1).then(|| n.div_ceil(2)));
         let divisors = (1..=self.tiles).filter(|n| self.tiles.is_multiple_of(*n));
         let mut grids: Vec<u32> = halves(self.tiles).chain(divisors).map(|n| n.min(p.m).max(1)).collect();
         grids.sort_unstable();
@@ -324,42 +381,60 @@ impl<'a> Costs<'a> {
         for grid_m in grids.into_iter().rev() {
             let grid_n = (self.tiles / grid_m).min(p.columns().div_ceil(COLUMNS)).max(1);
             let columns = p.columns().div_ceil(COLUMNS).div_ceil(grid_n) * COLUMNS;
-            let parts = |tile| p.parts(share(p.columns(), COLUMNS, grid_n, tile), u32::MAX).len() as u32;
-            let parts = if p.parts.len() > 1 { (0..grid_n).map(parts).max().unwrap_or(1).max(1) } else { 1 };
-            for rows in halves(p.m.div_ceil(grid_m)) {
-                let grid = (grid_m, grid_n);
-                let tiling = |columns| Tiling { grid, parts, rows, columns, cut: self.cuts[0] };
-                all.extend(halves(columns).map(tiling));
-            }
+            let parts = (0..grid_n).map(|tile| p.parts_in(share(p.columns(), COLUMNS, grid_n, tile))).max();
+            let (grid, parts) = ((grid_m, grid_n), parts.unwrap_or(1).max(1));
+            all.extend(halves(p.m.div_ceil(grid_m)).map(|rows| Tiling {
+                grid,
+                parts,
+                rows,
+                columns,
+                cut: self.cuts[0],
+            }));
         }
         all
     }
 
     /// Returns the tiling with the shortest time by the closed form, and the time.
     pub fn tiling(&self) -> Result<(Tiling, f64)> {
-        let tilings = self.tilings();
-        // Tilings of the same grid and rows, by the seconds that they take at least.
-        let alike = tilings.chunk_by(|a, b| (a.grid, a.rows) == (b.grid, b.rows));
-        let mut groups: Vec<(f64, &[Tiling])> =
-            alike.filter_map(|group| Some((self.least_s(*group.first()?), group))).collect();
-        groups.sort_by(|a, b| a.0.total_cmp(&b.0));
+        let floors = self.groups().into_iter().map(|group| (self.floor(group), group));
+        let mut groups: Vec<(Floor, Tiling)> = floors.collect();
+        groups.sort_by(|a, b| a.0.least_s.total_cmp(&b.0.least_s));
         let mut best: Option<(f64, Tiling)> = None;
+        // More chunks in all take longer than the best.
+        let mut most_chunks = f64::INFINITY;
         let mut least = u64::MAX;
-        for &cut in &self.cuts {
-            for (least_s, group) in &groups {
-                if best.is_some_and(|(s, _)| *least_s >= s) {
+        if let Some((floor, group)) = groups.first()
+            && let Some(tiling) = self.likeliest(group, floor)
+        {
+            let seconds = self.seconds(tiling, floor);
+            (best, most_chunks) = (Some((seconds, tiling)), self.most_chunks(seconds));
+        }
+        for (floor, group) in &groups {
+            if best.is_some_and(|(s, _)| floor.least_s >= s) {
+                break;
+            }
+            for &cut in &self.cuts {
+                let chunks = floor.passes * f64::from(cut.chunks);
+                if chunks > most_chunks {
                     break;
                 }
-                for &tiling in *group {
-                    let tiling = Tiling { cut, ..tiling };
+                for columns in halves(group.columns) {
+                    let tiling = Tiling { cut, columns, ..*group };
+                    if chunks * f64::from(self.column_blocks(tiling, floor.columns)) > most_chunks {
+                        break;
+                    }
+                    if best.is_some_and(|(s, _)| self.least_s(tiling, floor) >= s) {
+                        continue;
+                    }
                     let bytes = self.scratch_bytes(tiling);
                     least = least.min(bytes);
                     if bytes > self.chip.scratch_bytes {
                         continue;
                     }
-                    let seconds = self.seconds(tiling);
+                    let seconds = self.seconds(tiling, floor);
                     if best.is_none_or(|(s, _)| seconds < s) {
                         best = Some((seconds, tiling));
+                        most_chunks = self.most_chunks(seconds);
                     }
                 }
             }
@@ -367,6 +442,56 @@ impl<'a> Costs<'a> {
         let what = || format!("a product with {} elements a row", self.p.k);
         best.map(|(seconds, tiling)| (tiling, seconds)).ok_or_else(|| too_small(self.chip, &what(), least))
     }
+
+    /// Returns the tiling of a group with the least bound, of those that fit.
+    fn likeliest(&self, group: &Tiling, floor: &Floor) -> Option<Tiling> {
+        let of_cut = |&cut: &Cut| halves(group.columns).map(move |columns| Tiling { cut, columns, ..*group });
+        let fits = |t: &Tiling| self.scratch_bytes(*t) <= self.chip.scratch_bytes;
+        let bounds = self.cuts.iter().flat_map(of_cut).map(|t| (self.least_s(t, floor), t));
+        let mut least: Option<(f64, Tiling)> = None;
+        for (bound_s, t) in bounds {
+            if least.is_none_or(|(s, _)| bound_s < s) && fits(&t) {
+                least = Some((bound_s, t));
+            }
+        }
+        least.map(|(_, t)| t)
+    }
+
+    /// Returns how many chunks of all blocks may at most take less than some seconds.
+    fn most_chunks(&self, seconds: f64) -> f64 {
+        let free = self.least_pace_s == 0.0;
+        if free { f64::INFINITY } else { (seconds / NEARLY - 2.0 * self.setup_s) / self.least_pace_s + 1.0 }
+    }
+}
+
+/// What tilings of a grid and of a number of rows have in common, and what bounds their seconds.
+struct Floor {
+    /// Seconds of the busiest unit or memory: all of them take at least these.
+    least_s: f64,
+    /// Rows of a pass.
+    rows: u32,
+    /// Columns of a tile.
+    columns: u32,
+    /// Passes over the rows of a tile.
+    passes: f64,
+    /// Seconds that an engine needs for the weights of a tile.
+    loads_s: f64,
+    /// Seconds that an engine needs for the activations of a pass.
+    x_s: f64,
+    /// Seconds of the matrix unit and of the vector unit of a tile.
+    units_s: [f64; 2],
+    /// Seconds that an engine needs for the results of a tile.
+    stores_s: f64,
+    /// As [`Costs::device_s`].
+    device_s: [f64; 2],
+}
+
+/// Makes a bound hold although its sums round otherwise.
+const NEARLY: f64 = 1.0 - 1e-9;
+
+/// Returns a number, its half, and so on to 1.
+fn halves(n: u32) -> impl Iterator<Item = u32> {
+    std::iter::successors(Some(n.max(1)), |n| (*n > 1).then(|| n.div_ceil(2)))
 }
 
 /// Returns the ways to cut a product's `k`: not at all, then in chunks of about a half, a quarter and so on. Chunks are whole blocks
@@ -511,7 +636,7 @@ impl<'a> ProductRings<'a> {
         let mut rings =
             |slots, bytes| -> Vec<Ring> { (0..p.width()).map(|_| b.ring(slots, bytes)).collect() };
         let weights = rings(2, t.cut.row_bytes.0 * columns);
-        let unpacked = rings(2, if_so(costs.unpacks_to_memory(), t.cut.row_bytes.1 * columns));
+        let unpacked = rings(2, if_so(costs.unpacks_to_memory, t.cut.row_bytes.1 * columns));
         let products = rings(outs, out_bytes);
         let biases = rings(outs, if_so(p.finishes(), 4 * columns));
         let residual = b.ring(outs, if_so(matches!(p.epilogue, Epilogue::Add(_)), out_bytes));
@@ -819,12 +944,18 @@ mod tests {
                     let p = product(m, k, n, &[Format::Q8_0, Format::Q8_0][..parts], epilogue);
                     let costs = Costs::new(&chip, &p, chip.tiles);
                     let mut least = f64::INFINITY;
-                    for tiling in costs.tilings() {
-                        let bound_s = costs.least_s(tiling);
-                        for &cut in &costs.cuts {
-                            let t = Tiling { cut, ..tiling };
-                            let seconds = costs.seconds(t);
+                    for group in costs.groups() {
+                        let floor = costs.floor(group);
+                        for (columns, &cut) in
+                            halves(group.columns).flat_map(|c| costs.cuts.iter().map(move |cut| (c, cut)))
+                        {
+                            let t = Tiling { cut, columns, ..group };
+                            let seconds = costs.seconds(t, &floor);
+                            let bound_s = floor.least_s.max(costs.least_s(t, &floor));
                             assert!(bound_s <= seconds, "{name} {m} x {n} x {k}: {t:?}");
+                            let blocks = f64::from(costs.column_blocks(t, floor.columns));
+                            let count = floor.passes * blocks * f64::from(cut.chunks);
+                            assert!(count <= costs.most_chunks(seconds), "{name} {m} x {n} x {k}: {t:?}");
                             if costs.scratch_bytes(t) <= chip.scratch_bytes {
                                 least = least.min(seconds);
                             }

@@ -60,8 +60,9 @@ pub fn units_s(chip: &Chip, units: &Units) -> Result<f64> {
     let (read, written) =
         (read as f64 * part(&units.reads, read), written as f64 * part(&units.writes, written));
     let (reads, writes) = (f64::from(block) * read, f64::from(block) * written);
-    let total =
-        f64::from(units.count) * (read + written) + (once * u64::from(tiles / chip.multicast(tiles))) as f64;
+    let written_all = written * chip.write_cost();
+    let total = f64::from(units.count) * (read + written_all)
+        + (once * u64::from(tiles / chip.multicast(tiles))) as f64;
     let (vector_s, drain_s) = chip.compute_s(Work::Vector(units.work(block)));
     let setup_s = chip.setup_s(&Piece::whole(Operand::In(0), 0, 1));
     Ok(Pipeline {
