@@ -8,6 +8,7 @@ use halite::gguf::Gguf;
 use halite::gguf::write::{Encoded, Writer};
 use halite::kernels::formats::Format;
 use halite::map::Source;
+use halite::model::ProgramOptions;
 use halite::session::{OutputKind, Run, Session, SessionOptions};
 use halite::synth::{Formats, SHAPES, Synth, shape};
 use halite::tokenizer::EncodeOptions;
@@ -144,7 +145,9 @@ fn named_shapes_have_their_models_sizes() {
     }
     for shape in SHAPES {
         let longest = Formats::of(Format::Q4_K).output(Format::Q6_K);
-        assert!(Synth::new(shape, longest, 0).is_ok(), "{}", shape.name);
+        let model = Synth::new(shape, longest, 0).and_then(|synth| synth.model());
+        let program = model.and_then(|model| model.program(ProgramOptions::default(), 512));
+        assert!(program.is_ok(), "{}: {program:?}", shape.name);
     }
 }
 
