@@ -71,6 +71,15 @@
 // Memory of the plan; see HaliteTensor::place.
 #define HALITE_SLOT_SCRATCH 2
 
+// A KV cache.
+#define HALITE_STATE_CACHE 0
+
+// A recurrent state: a page holds `[kv_heads][key_dim][value_dim]` in HALITE_F32, after the last position of the page that was
+// computed. Before position 0 it is zero. In a step, the page of the position before the first token and that of the last token
+// are there. Others may be HALITE_NO_PAGE: what a position in such a page computes goes to the next page that is there. Only
+// kinds of ops from HALITE_OP_CONV on use such states.
+#define HALITE_STATE_RECURRENT 1
+
 // `gate * sigmoid(gate)`.
 #define HALITE_GATE_SILU 0
 
@@ -85,6 +94,12 @@
 
 // `g * sigmoid(alpha * g) * (clamp(up, -limit, limit) + 1)` with `g = min(gate, limit)`.
 #define HALITE_GATE_SILU_CLAMPED 4
+
+// `sigmoid(gate)`.
+#define HALITE_GATE_SIGMOID 5
+
+// `gate`.
+#define HALITE_GATE_IDENTITY 6
 
 // Pairs are `(2i, 2i + 1)`.
 #define HALITE_ROPE_ADJACENT 0
@@ -121,6 +136,16 @@
 #define HALITE_OP_ARG_MAX 13
 
 #define HALITE_OP_TOP_K 14
+
+#define HALITE_OP_CONV 15
+
+#define HALITE_OP_RECUR 16
+
+#define HALITE_OP_SLICE 17
+
+#define HALITE_OP_MUL 18
+
+#define HALITE_OP_ROUTE_AMONG 19
 
 // The token's id.
 #define HALITE_INDEX_TOKEN 0
@@ -175,6 +200,12 @@
 
 // Sigmoid of each logit, then the largest.
 #define HALITE_GATING_SIGMOID 2
+
+// `u = sigmoid(beta) * (v - S^T k)` and `out = scale * S^T q`. Head h has the query and key `h mod key_heads`.
+#define HALITE_RULE_DELTA 0
+
+// `u = rate * v` and `out = S^T q + d * v`. Head h has the query and key `h * key_heads / heads`.
+#define HALITE_RULE_SCAN 1
 
 #define HALITE_CLOCK_HOST 0
 
@@ -307,6 +338,10 @@ typedef struct HaliteState {
   uint32_t table;
   uint64_t page_bytes;
   const char *name;
+  // HALITE_STATE_CACHE or HALITE_STATE_RECURRENT.
+  uint32_t kind;
+  // 0.
+  uint32_t reserved;
 } HaliteState;
 
 // Memory for scratch tensors: 4 * rows * cols bytes.
@@ -513,6 +548,71 @@ typedef struct HaliteTopK {
   uint32_t values;
 } HaliteTopK;
 
+// A causal convolution of each channel over the last `taps` tokens of its sequence, zeros before its first:
+// `out[t][c] = bias[c] + sum of weight[c][j] * x[t - taps + 1 + j][c]`, taps in order.
+typedef struct HaliteConv {
+  // `[tokens, channels]`.
+  uint32_t x;
+  // `[channels, taps]`; 2 to 8 taps.
+  uint32_t weight;
+  // `[1, channels]`, or HALITE_NONE: zeros.
+  uint32_t bias;
+  // The last `taps - 1` inputs of each channel, oldest first: a recurrent state of `channels` heads of 1 by `taps - 1`.
+  uint32_t state;
+  uint32_t out;
+} HaliteConv;
+
+// A linear recurrence, token by token. For each head, with a recurrent state S of `key_dim` by `value_dim` and
+// `rate = softplus(decay)`: `S = exp(a * rate) * S`, then `S = S + k u^T` with the update u of the rule, then the result of the rule.
+typedef struct HaliteRecur {
+  // `[tokens, key_heads * key_dim]`; so is `k`.
+  uint32_t q;
+  uint32_t k;
+  // `[tokens, heads * value_dim]`.
+  uint32_t v;
+  // `[tokens, heads]`.
+  uint32_t decay;
+  // `[1, heads]`.
+  uint32_t a;
+  // HALITE_RULE_DELTA or HALITE_RULE_SCAN.
+  uint32_t rule;
+  // For HALITE_RULE_DELTA: `[tokens, heads]`.
+  uint32_t beta;
+  // For HALITE_RULE_SCAN: `[1, heads]`.
+  uint32_t d;
+  uint32_t state;
+  uint32_t out;
+  // For HALITE_RULE_DELTA.
+  float scale;
+} HaliteRecur;
+
+// Elements `first` to `first + len` of each `group` columns of `x`; `len` is what makes the columns of `out`.
+typedef struct HaliteSlice {
+  uint32_t x;
+  uint32_t out;
+  uint32_t group;
+  uint32_t first;
+} HaliteSlice;
+
+// The product with a weight, element by element: column c with element `c mod n`.
+typedef struct HaliteMul {
+  uint32_t x;
+  // `[1, n]`; n divides the columns of `x`.
+  uint32_t weight;
+  uint32_t out;
+} HaliteMul;
+
+// HALITE_OP_ROUTE by other values: the gated values plus a bias, and only of experts in the groups whose two largest values have the
+// largest sums. Groups are of equal numbers of consecutive experts. Weights are the gated values.
+typedef struct HaliteRouteAmong {
+  struct HaliteRoute route;
+  // `[1, experts]`, or HALITE_NONE: zeros.
+  uint32_t bias;
+  // 1: all experts may be chosen.
+  uint32_t group_count;
+  uint32_t groups_used;
+} HaliteRouteAmong;
+
 // The operands of an op, by its kind. Operands are numbers in HaliteProgram::tensors; `state` is one in
 // HaliteProgram::states.
 typedef union HaliteOperands {
@@ -531,6 +631,11 @@ typedef union HaliteOperands {
   struct HaliteExperts experts;
   struct HaliteArgMax arg_max;
   struct HaliteTopK top_k;
+  struct HaliteConv conv;
+  struct HaliteRecur recur;
+  struct HaliteSlice slice;
+  struct HaliteMul mul;
+  struct HaliteRouteAmong route_among;
 } HaliteOperands;
 
 typedef struct HaliteOp {
