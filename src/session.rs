@@ -131,13 +131,17 @@ impl SessionOptions {
     fn pages(&self, program: &Program, window: Option<u32>, positions: u32) -> u64 {
         let of = |positions: u64| positions.div_ceil(PAGE_POSITIONS.into());
         let all = of(self.shared(positions).into());
-        // Of the pages that a step adds, a recurrent layer has those that it keeps, which are as few as before.
+        let sequences = u64::from(self.sequences.max(1));
         let is_recurrent = program.is_recurrent(window);
         let Some(window) = window else { return all };
         // A sequence may begin and end in the middle of a page.
         let each = of(u64::from(window) + u64::from(self.rewind)) + 2;
-        let added = if is_recurrent { 0 } else { of(self.limits(positions).tokens.into()) };
-        all.min(each.saturating_mul(self.sequences.max(1).into()) + added)
+        if is_recurrent {
+            // Of the pages that a step adds, it has those that it keeps, which are as few as before; and a checkpoint.
+            return all.saturating_add(sequences).min(sequences.saturating_mul(each + 1));
+        }
+        let added = of(self.limits(positions).tokens.into());
+        all.min(each.saturating_mul(sequences) + added)
     }
 }
 
@@ -260,6 +264,8 @@ struct Sequence {
     /// Positions of which the pages hold the results. Fewer than tokens if a recurrent state in the middle of a page was
     /// lost: the next step computes the others again.
     done: u32,
+    /// A recurrent state in the middle of a page, before a step that is likely to be undone: its position, and its page.
+    checkpoint: Option<(u32, u32)>,
     live: bool,
 }
 
@@ -520,7 +526,7 @@ impl Session {
         let pages = self.positions.div_ceil(PAGE_POSITIONS).into();
         let tables = self.pools.iter().map(|_| reserved(pages, SEQUENCES).unwrap_or_default()).collect();
         let tokens = reserved(self.positions.into(), SEQUENCES).unwrap_or_default();
-        self.sequences.push(Sequence { tables, tokens, done: 0, live: true });
+        self.sequences.push(Sequence { tables, tokens, done: 0, checkpoint: None, live: true });
         SequenceId(self.sequences.len() as u32 - 1)
     }
 
@@ -641,6 +647,18 @@ impl Session {
 
     /// Keeps the pages of a sequence's first `done` positions.
     fn keep(&mut self, id: SequenceId, done: u32) {
+        if let Some(group) = self.recurrent_group() {
+            let (pool, sequence) = (&mut self.pools[group], &mut self.sequences[id.0 as usize]);
+            if let Some((position, page)) = sequence.checkpoint.take_if(|(position, _)| *position >= done) {
+                // Its page has gone on.
+                let place = sequence.tables[group].get_mut((done / PAGE_POSITIONS) as usize);
+                let unused = match place.filter(|_| position == done) {
+                    Some(place) => std::mem::replace(place, page),
+                    None => page,
+                };
+                pool.release(unused);
+            }
+        }
         let sequence = &mut self.sequences[id.0 as usize];
         sequence.done = done;
         let keep = done.div_ceil(PAGE_POSITIONS) as usize;
@@ -651,10 +669,11 @@ impl Session {
 
     /// Returns the last position, at most `len`, of which a sequence has all recurrent states.
     fn resumable(&self, sequence: &Sequence, len: u32) -> u32 {
-        let tables = sequence.tables.iter().zip(&self.pools).filter(|(_, pool)| pool.is_recurrent);
-        tables.map(|(table, _)| table).fold(len.min(sequence.done), |done, table| {
-            if done == sequence.done { done } else { last_state(table, done) }
-        })
+        let len = len.min(sequence.done);
+        let Some(group) = self.recurrent_group().filter(|_| len < sequence.done) else { return len };
+        let checkpoint =
+            sequence.checkpoint.map(|(position, _)| position).filter(|&position| position <= len);
+        last_state(&sequence.tables[group], len).max(checkpoint.unwrap_or(0))
     }
 
     /// Whether a sequence still has all pages that its position `at` sees.
@@ -723,7 +742,12 @@ impl Session {
             self.collect(runs)?;
         }
         for run in runs {
+            self.drop_checkpoint(run.sequence);
             self.make_room(run.sequence, run.tokens.len() as u32)?;
+            // Results of several tokens are often those of a draft, of which the end is wrong.
+            if run.outputs == OutputTokens::All && run.tokens.len() > 1 {
+                self.set_checkpoint(run.sequence)?;
+            }
         }
         let ran = self.run(runs, kind);
         for run in runs {
@@ -741,11 +765,37 @@ impl Session {
     /// Forgets the recurrent states that a failed step may have changed: that of a page which it continued.
     fn forget_unfinished(&mut self, id: SequenceId) {
         let sequence = &self.sequences[id.0 as usize];
-        let whole = sequence.len() / PAGE_POSITIONS * PAGE_POSITIONS;
-        if whole < sequence.len() && self.pools.iter().any(|pool| pool.is_recurrent) {
-            let done = self.resumable(sequence, whole);
+        let len = sequence.len();
+        let whole = len / PAGE_POSITIONS * PAGE_POSITIONS;
+        if whole < len && self.recurrent_group().is_some() {
+            let is_kept = sequence.checkpoint.is_some_and(|(position, _)| position == len);
+            let done = if is_kept { len } else { self.resumable(sequence, whole) };
             let has_windows = self.has_window(sequence, done);
             self.keep(id, if has_windows { done } else { 0 });
+        }
+    }
+
+    /// The KV group of recurrent states, if there are any.
+    fn recurrent_group(&self) -> Option<usize> {
+        self.pools.iter().position(|pool| pool.is_recurrent)
+    }
+
+    /// Copies a sequence's recurrent state if a page has it that the next step changes, and if there is a page for it.
+    fn set_checkpoint(&mut self, id: SequenceId) -> Result<()> {
+        let Some(group) = self.recurrent_group() else { return Ok(()) };
+        let sequence = &self.sequences[id.0 as usize];
+        let len = sequence.len();
+        let changed = sequence.tables[group].get((len / PAGE_POSITIONS) as usize).copied();
+        let Some(changed) = changed.filter(|_| len % PAGE_POSITIONS != 0) else { return Ok(()) };
+        let Some(page) = self.pools[group].take() else { return Ok(()) };
+        self.sequences[id.0 as usize].checkpoint = Some((len, page));
+        self.copy_page(group, changed, page)
+    }
+
+    fn drop_checkpoint(&mut self, id: SequenceId) {
+        let Some(group) = self.recurrent_group() else { return };
+        if let Some((_, page)) = self.sequences[id.0 as usize].checkpoint.take() {
+            self.pools[group].release(page);
         }
     }
 

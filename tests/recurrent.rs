@@ -92,7 +92,7 @@ fn memory_does_not_grow_with_the_context() {
         let one = states(options(1, 0).context(256));
         assert!(one > 0);
         assert_eq!(states(options(1, 0).context(1024).cache_positions(4096).batch(512)), one);
-        assert_eq!(states(options(4, 0).context(256)), 4 * one);
+        assert_eq!(states(options(4, 0).cache_positions(4096)), 4 * one);
     }
 }
 
@@ -183,6 +183,33 @@ fn what_was_undone_is_computed_again() {
             assert_eq!(kept, if rewind > 0 { 128 } else { 0 });
             assert!(fed(&mut session, sequence, &tokens[kept..], &[40]) == want[VOCAB * kept..]);
         }
+    }
+}
+
+/// Steps like those that verify a draft, of which any number of tokens is wrong.
+#[test]
+fn drafts_are_taken_back() {
+    let tokens = tokens(200);
+    for model in models() {
+        let want = whole(&model, &tokens);
+        let mut session = session(&model, &options(1, 0));
+        let sequence = session.add_sequence();
+        let mut random = halite_testing::SplitMix(11);
+        fed(&mut session, sequence, &tokens[..50], &[50]);
+        let mut done = 50;
+        while done < 190 {
+            let (right, wrong) = (random.below(4), random.below(5));
+            let mut draft = tokens[done..done + right].to_vec();
+            draft.extend([(tokens[done + right] + 1) % VOCAB as u32].repeat(wrong + 1));
+            session
+                .step(&[Run::new(sequence, &draft).outputs(OutputTokens::All)], OutputKind::Logits)
+                .unwrap();
+            assert!(bits(&session)[..VOCAB * right] == want[VOCAB * done..VOCAB * (done + right)], "{done}");
+            done += right;
+            session.truncate(sequence, done as u32).unwrap();
+            assert_eq!(session.tokens(sequence).unwrap(), &tokens[..done]);
+        }
+        assert!(fed(&mut session, sequence, &tokens[done..], &[1]) == want[VOCAB * done..]);
     }
 }
 
