@@ -107,4 +107,5 @@ def main():
         write("bert", word_pieces((DATA / "bert/vocab.txt").read_text().splitlines()))
 
 
-main()
+if __name__ == "__main__":
+    main()
