@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use super::folder::Json;
 use super::rope::Rope;
-use super::{Plan, vocabulary};
+use super::{Axis, Plan, ValueHeads, vocabulary};
 use crate::error::Result;
 use crate::gguf::write::Writer;
 
@@ -27,6 +27,8 @@ struct Family {
     /// Added to the weights of norms.
     norm_offset: f32,
     window: Window,
+    /// What layers without attention are called in `layer_types`.
+    recurrent: Option<&'static str>,
     /// Default base of rotary frequencies.
     rope_base: Option<f64>,
 }
@@ -78,7 +80,7 @@ const OPTIONAL: &[Key] = &[
     ("attention.head_count_kv", &["num_key_value_heads"], Kind::U32),
     ("attention.key_length", &["head_dim"], Kind::U32),
     ("attention.value_length", &["head_dim"], Kind::U32),
-    ("attention.layer_norm_rms_epsilon", &["rms_norm_eps"], Kind::F32),
+    ("attention.layer_norm_rms_epsilon", &["rms_norm_eps", "norm_eps"], Kind::F32),
     ("attention.layer_norm_epsilon", &["layer_norm_eps", "norm_epsilon"], Kind::F32),
     ("expert_count", &["num_local_experts", "num_experts"], Kind::U32),
     ("expert_used_count", &["num_experts_per_tok"], Kind::U32),
@@ -109,6 +111,44 @@ const POST_NORMS: &[(&str, &str)] = &[
     ("layers.{}.post_feedforward_layernorm", "blk.{}.post_ffw_norm"),
 ];
 
+/// GLM's names: gate and up are in one weight.
+const GLM: &[(&str, &str)] = &[("layers.{}.mlp.gate_up_proj", "blk.{}.ffn_up")];
+
+/// GLM-4-0414's norms after its blocks.
+const GLM_4: &[(&str, &str)] = &[
+    ("layers.{}.post_self_attn_layernorm", "blk.{}.post_attention_norm"),
+    ("layers.{}.post_mlp_layernorm", "blk.{}.post_ffw_norm"),
+    ("layers.{}.mlp.gate_up_proj", "blk.{}.ffn_up"),
+];
+
+const LFM2: &[(&str, &str)] = &[
+    ("embedding_norm", "token_embd_norm"),
+    ("layers.{}.operator_norm", "blk.{}.attn_norm"),
+    ("layers.{}.ffn_norm", "blk.{}.ffn_norm"),
+    ("layers.{}.conv.conv", "blk.{}.shortconv.conv"),
+    ("layers.{}.conv.in_proj", "blk.{}.shortconv.in_proj"),
+    ("layers.{}.conv.out_proj", "blk.{}.shortconv.out_proj"),
+    ("layers.{}.self_attn.out_proj", "blk.{}.attn_output"),
+    ("layers.{}.self_attn.q_layernorm", "blk.{}.attn_q_norm"),
+    ("layers.{}.self_attn.k_layernorm", "blk.{}.attn_k_norm"),
+    ("layers.{}.feed_forward.w1", "blk.{}.ffn_gate"),
+    ("layers.{}.feed_forward.w2", "blk.{}.ffn_down"),
+    ("layers.{}.feed_forward.w3", "blk.{}.ffn_up"),
+];
+
+const QWEN_3_5: &[(&str, &str)] = &[
+    ("layers.{}.post_attention_layernorm", "blk.{}.post_attention_norm"),
+    ("layers.{}.linear_attn.in_proj_qkv", "blk.{}.attn_qkv"),
+    ("layers.{}.linear_attn.in_proj_z", "blk.{}.attn_gate"),
+    ("layers.{}.linear_attn.in_proj_b", "blk.{}.ssm_beta"),
+    ("layers.{}.linear_attn.in_proj_a", "blk.{}.ssm_alpha"),
+    ("layers.{}.linear_attn.conv1d", "blk.{}.ssm_conv1d"),
+    ("layers.{}.linear_attn.A_log", "blk.{}.ssm_a"),
+    ("layers.{}.linear_attn.dt_bias", "blk.{}.ssm_dt.bias"),
+    ("layers.{}.linear_attn.norm", "blk.{}.ssm_norm"),
+    ("layers.{}.linear_attn.out_proj", "blk.{}.ssm_out"),
+];
+
 /// Ignored tensors: RoPE frequencies, which are computed.
 const UNUSED: &[&str] = &["*.rotary_emb.inv_freq"];
 
@@ -122,6 +162,7 @@ const LLAMA: Family = Family {
     interleaved: true,
     norm_offset: 0.0,
     window: Window::All,
+    recurrent: None,
     rope_base: None,
 };
 
@@ -165,6 +206,9 @@ const FAMILIES: &[Family] = &[
         ..GEMMA
     },
     Family { model_type: "gemma3_text", architecture: "gemma3", window: Window::Period(6), ..GEMMA },
+    // Its published weights already rotate adjacent elements.
+    Family { model_type: "glm", architecture: "chatglm", names: GLM, interleaved: false, ..LLAMA },
+    Family { model_type: "glm4", architecture: "glm4", names: GLM_4, interleaved: false, ..LLAMA },
     Family {
         model_type: "granite",
         architecture: "granite",
@@ -174,6 +218,17 @@ const FAMILIES: &[Family] = &[
             ("residual_scale", &["residual_multiplier"], Kind::F32),
             ("logit_scale", &["logits_scaling"], Kind::F32),
         ],
+        ..LLAMA
+    },
+    Family {
+        model_type: "lfm2",
+        architecture: "lfm2",
+        names: LFM2,
+        keys: &[("shortconv.l_cache", &["conv_L_cache"], Kind::U32)],
+        only: &[("conv_bias", Only::Bool(false))],
+        interleaved: false,
+        recurrent: Some("conv"),
+        rope_base: Some(1e6),
         ..LLAMA
     },
     Family { rope_base: Some(1e4), ..LLAMA },
@@ -203,6 +258,21 @@ const FAMILIES: &[Family] = &[
     },
     Family { model_type: "qwen2", architecture: "qwen2", interleaved: false, ..LLAMA },
     Family { model_type: "qwen3", architecture: "qwen3", interleaved: false, ..LLAMA },
+    Family {
+        model_type: "qwen3_5_text",
+        architecture: "qwen35",
+        names: QWEN_3_5,
+        keys: &[
+            ("ssm.conv_kernel", &["linear_conv_kernel_dim"], Kind::U32),
+            ("ssm.state_size", &["linear_key_head_dim"], Kind::U32),
+            ("ssm.group_count", &["linear_num_key_heads"], Kind::U32),
+            ("ssm.time_step_rank", &["linear_num_value_heads"], Kind::U32),
+        ],
+        interleaved: false,
+        norm_offset: 1.0,
+        recurrent: Some("linear_attention"),
+        ..LLAMA
+    },
     Family {
         model_type: "qwen3_moe",
         architecture: "qwen3moe",
@@ -271,7 +341,16 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
         for (key, from, kind) in keys {
             let there = from.iter().find(|from| config.get(from).is_some());
             let Some(from) = there.or(from.first().filter(|_| required)) else { continue };
-            let key = format!("{architecture}.{key}");
+            let is = |of_layers: &str| family.recurrent.is_some() && *key == of_layers;
+            let key = match *key {
+                // One value for each layer.
+                _ if is("attention.head_count_kv") => continue,
+                "feed_forward_length" if model_type == "lfm2" => {
+                    w.entry("lfm2.feed_forward_length", lfm2_hidden(config)?)?;
+                    continue;
+                }
+                key => format!("{architecture}.{key}"),
+            };
             match kind {
                 Kind::U32 => w.entry(&key, config.u32(from)?)?,
                 Kind::F32 => w.entry(&key, config.f64(from)? as f32)?,
@@ -293,6 +372,7 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
         w.entry(&format!("{architecture}.attention.scale"), (1.0 / scalar.sqrt()) as f32)?;
     }
     window(config, family, layers, w)?;
+    recurrent_layers(config, family, layers, w)?;
     if model_type == "smollm3" {
         let layers = 1..=layers as usize;
         let usual: Vec<Value> =
@@ -317,6 +397,7 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
         None => {}
     }
     let kv_heads = config.optional_u32("num_key_value_heads")?.unwrap_or(heads);
+    let by_value_head = if architecture == "qwen35" { value_heads(config, w)? } else { Vec::new() };
     let interleaved = vec![(".attn_q", heads as usize), (".attn_k", kv_heads as usize)];
     Ok(Plan {
         prefix: "model.",
@@ -324,10 +405,87 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
         unused,
         required,
         interleaved: if family.interleaved { interleaved } else { Vec::new() },
+        by_value_head,
         norm_offset: family.norm_offset,
         vectors,
         left_out,
     })
+}
+
+/// Returns the hidden elements of LFM2's feed-forward block, which its options may adjust.
+fn lfm2_hidden(config: &Json) -> Result<u32> {
+    let hidden = match config.optional_u32("block_ff_dim")? {
+        Some(hidden) => hidden,
+        None => config.u32("intermediate_size")?,
+    };
+    if config.bool("block_auto_adjust_ff_dim")? == Some(false) {
+        return Ok(hidden);
+    }
+    let mut hidden = (2 * u64::from(hidden)) / 3;
+    if let Some(factor) = config.optional_f64("block_ffn_dim_multiplier")? {
+        hidden = (factor * hidden as f64) as u64;
+        let multiple = u64::from(config.u32("block_multiple_of")?.max(1));
+        hidden = hidden.div_ceil(multiple).saturating_mul(multiple);
+    }
+    Ok(hidden.min(u32::MAX.into()) as u32)
+}
+
+/// Writes which layers have no attention: their number of KV heads is 0, or a list says so.
+fn recurrent_layers(config: &Json, family: &Family, layers: u32, w: &mut Writer) -> Result<()> {
+    let Some(recurrent) = family.recurrent else { return Ok(()) };
+    let expected = format!("{recurrent} or full_attention for each layer");
+    let types = config.get("layer_types").ok_or_else(|| config.missing("layer_types", &expected))?;
+    let is_recurrent = |kind: &Value| match kind.as_str() {
+        Some("full_attention") => Some(false),
+        Some(other) if other == recurrent => Some(true),
+        _ => None,
+    };
+    let list: Option<Vec<bool>> = types.as_array().and_then(|list| list.iter().map(is_recurrent).collect());
+    let list = list.filter(|list| list.len() == layers as usize);
+    let list = list.ok_or_else(|| config.wrong("layer_types", &expected, types))?;
+    let kv_heads = config.u32("num_key_value_heads")?;
+    let architecture = family.architecture;
+    if architecture == "lfm2" {
+        let heads: Vec<u32> = list.iter().map(|&recurrent| if recurrent { 0 } else { kv_heads }).collect();
+        return w.entry("lfm2.attention.head_count_kv", &heads[..]);
+    }
+    w.entry(&format!("{architecture}.attention.head_count_kv"), kv_heads)?;
+    w.entry(&format!("{architecture}.attention.recurrent_layers"), &list[..])
+}
+
+/// Writes what Qwen 3.5's recurrent layers have in all, and returns the weights whose rows or columns follow
+/// value heads.
+fn value_heads(config: &Json, w: &mut Writer) -> Result<Vec<(&'static str, Axis, ValueHeads)>> {
+    let extent = |name: &str| match config.u32(name)? {
+        value @ 1..=MAX_EXTENT => Ok(value as usize),
+        value => Err(config.wrong(name, &format!("1 to {MAX_EXTENT}"), value)),
+    };
+    let (keys, values) = (extent("linear_num_key_heads")?, extent("linear_num_value_heads")?);
+    let (key, value) = (extent("linear_key_head_dim")?, extent("linear_value_head_dim")?);
+    if !values.is_multiple_of(keys) {
+        let expected = format!("a multiple of the {keys} heads of keys");
+        return Err(config.wrong("linear_num_value_heads", &expected, values));
+    }
+    w.entry("qwen35.ssm.inner_size", (values * value).min(u32::MAX as usize) as u32)?;
+    if let Some(rope) = config.object("rope_parameters")?
+        && let Some(sections) = rope.optional_f32s("mrope_section")?
+    {
+        let sections: Vec<u32> = sections.iter().map(|&pairs| pairs as u32).chain([0]).collect();
+        w.entry("qwen35.rope.dimension_sections", &sections[..])?;
+    }
+    let heads = |start, length| ValueHeads { start, keys, shared: values / keys, length };
+    let (rows, single) = (heads(0, value), heads(0, 1));
+    let after_keys = heads(2 * keys * key, value);
+    Ok(vec![
+        (".attn_qkv", Axis::Rows, after_keys),
+        (".ssm_conv1d", Axis::Rows, after_keys),
+        (".attn_gate", Axis::Rows, rows),
+        (".ssm_out", Axis::Columns, rows),
+        (".ssm_beta", Axis::Rows, single),
+        (".ssm_alpha", Axis::Rows, single),
+        (".ssm_a", Axis::Rows, single),
+        (".ssm_dt", Axis::Rows, single),
+    ])
 }
 
 /// Writes the sliding window and its layers.

@@ -368,7 +368,8 @@ mod tests {
     /// A run of spaces is cut in the same places however long it is.
     #[test]
     fn long_runs_of_spaces_are_cut_as_short_ones() {
-        for kind in KINDS {
+        // Lines are words in vocabularies that spell them as they are.
+        for kind in KINDS.iter().filter(|kind| !kind.as_text) {
             let name = kind.names[0];
             let pre = Pretokenizer::new(name).unwrap();
             for space in [" ", "\n", " \n", "\n "] {
@@ -406,7 +407,7 @@ mod tests {
             ("qwen35", &["HelloWorld", "'s", " ", "1", "2", "3", "4", "5", "!/\n"]),
             ("gemma4", &["HelloWorld's 12345!/", "\n"]),
             ("kimi-k2", &["Hello", "World's", " ", "123", "45", "!/\n"]),
-            ("bloom", &["HelloWorld's", " 12345", "!", "/\n"]),
+            ("bloom", &["HelloWorld's", " 12345", "!", "/", "\n"]),
         ] {
             assert_eq!(words(name, TEXT), want, "{name}");
         }

@@ -55,6 +55,21 @@ FAMILIES = {
     "phi3": dict(model_type="phi3", vocabulary="gpt2", num_hidden_layers=1, original_max_position_embeddings=32,
                  tie_word_embeddings=True, rope_parameters=dict(
                      rope_type="longrope", rope_theta=10000.0, short_factor=[1.0, 1.1, 1.2], long_factor=[1.0, 2.0, 4.0])),
+    "glm": dict(model_type="glm", vocabulary="llama3", num_hidden_layers=1, head_dim=8, attention_bias=True, tie_word_embeddings=True),
+    "glm4": dict(model_type="glm4", vocabulary="llama3", num_hidden_layers=1, head_dim=8, attention_bias=True, tie_word_embeddings=True),
+    "lfm2": dict(model_type="lfm2", vocabulary="llama3", num_hidden_layers=2, layer_types=["conv", "full_attention"],
+                 block_auto_adjust_ff_dim=True, block_multiple_of=8, intermediate_size=36, tie_word_embeddings=True),
+    # Four heads of values for two of keys.
+    "qwen3_5": dict(model_type="qwen3_5_text", vocabulary="qwen35", num_hidden_layers=2,
+                    layer_types=["linear_attention", "full_attention"], head_dim=16, tie_word_embeddings=True,
+                    linear_conv_kernel_dim=4, linear_key_head_dim=6, linear_value_head_dim=6, linear_num_key_heads=2,
+                    linear_num_value_heads=4, rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_interleaved=True,
+                                                                   mrope_section=[2, 1, 1], partial_rotary_factor=0.5)),
+    # Phi-4-mini rotates a part of each head.
+    "phi4": dict(model_type="phi3", vocabulary="gpt4o", num_hidden_layers=1, original_max_position_embeddings=32, head_dim=8,
+                 num_attention_heads=3, num_key_value_heads=1, tie_word_embeddings=True, rope_parameters=dict(
+                     rope_type="longrope", rope_theta=10000.0, partial_rotary_factor=0.75, short_factor=[1.0, 1.1, 1.2],
+                     long_factor=[1.0, 2.0, 4.0])),
     "smollm3": dict(model_type="smollm3", vocabulary="llama3", num_hidden_layers=4, intermediate_size=16),
     "granite": dict(model_type="granite", vocabulary="starcoder", num_hidden_layers=1, tie_word_embeddings=True,
                     attention_multiplier=0.3, embedding_multiplier=1.7, residual_multiplier=0.4, logits_scaling=1.3),
@@ -68,6 +83,11 @@ FAMILIES = {
 LLAMA3_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 TEKKEN_WORDS = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?"
                 r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+QWEN_3_5_WORDS = LLAMA3_WORDS.replace("{1,3}", "").replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(r"\s\p{L}", r"\s\p{L}\p{M}")
+CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+GPT_4O_WORDS = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+" + CONTRACTIONS
+                + r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*" + CONTRACTIONS
+                + r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 QWEN_WORDS = LLAMA3_WORDS.replace("{1,3}", "")
 TEMPLATE = "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}{% endfor %}"
 TEXTS = ["", "a", "The licence is granted.", " Two  spaces,\n\n\ttabs 12345 and I'LL do it's", "Größe 世界 \U0001f600 x\r\n",
@@ -88,8 +108,9 @@ def byte_level(kind):
     digits = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), plain])
     tokenizer = Tokenizer(models.BPE(ignore_merges=kind in ("llama3", "tekken")))
     tokenizer.pre_tokenizer = {"gpt2": plain, "starcoder": digits, "llama3": words(LLAMA3_WORDS), "dbrx": words(LLAMA3_WORDS),
-                               "qwen2": words(QWEN_WORDS), "tekken": words(TEKKEN_WORDS)}[kind]
-    if kind == "qwen2":
+                               "qwen2": words(QWEN_WORDS), "tekken": words(TEKKEN_WORDS),
+                               "qwen35": words(QWEN_3_5_WORDS), "gpt4o": words(GPT_4O_WORDS)}[kind]
+    if kind in ("qwen2", "qwen35"):
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=VOCAB - 6, special_tokens=["<s>", "</s>", "<|end|>"], show_progress=False,
