@@ -27,8 +27,8 @@ struct Family {
     /// Added to the weights of norms.
     norm_offset: f32,
     window: Window,
-    /// What layers without attention are called in `layer_types`.
-    recurrent: Option<&'static str>,
+    /// What layers without attention are called in `layer_types`; nothing: all have it.
+    recurrent: &'static [&'static str],
     /// Default base of rotary frequencies.
     rope_base: Option<f64>,
 }
@@ -121,6 +121,28 @@ const GLM_4: &[(&str, &str)] = &[
     ("layers.{}.mlp.gate_up_proj", "blk.{}.ffn_up"),
 ];
 
+/// Granite 4's names. Without experts, the block for all tokens is the only one.
+const GRANITE_4: &[(&str, &str)] = &[
+    ("layers.{}.mamba.in_proj", "blk.{}.ssm_in"),
+    ("layers.{}.mamba.conv1d", "blk.{}.ssm_conv1d"),
+    ("layers.{}.mamba.A_log", "blk.{}.ssm_a"),
+    ("layers.{}.mamba.D", "blk.{}.ssm_d"),
+    ("layers.{}.mamba.dt_bias", "blk.{}.ssm_dt.bias"),
+    ("layers.{}.mamba.norm", "blk.{}.ssm_norm"),
+    ("layers.{}.mamba.out_proj", "blk.{}.ssm_out"),
+    ("layers.{}.block_sparse_moe.router.layer", "blk.{}.ffn_gate_inp"),
+    ("layers.{}.block_sparse_moe.input_linear", "blk.{}.ffn_gate_up_exps"),
+    ("layers.{}.block_sparse_moe.output_linear", "blk.{}.ffn_down_exps"),
+];
+const GRANITE_4_ONLY: &[(&str, &str)] = &[
+    ("layers.{}.shared_mlp.input_linear", "blk.{}.ffn_gate_up"),
+    ("layers.{}.shared_mlp.output_linear", "blk.{}.ffn_down"),
+];
+const GRANITE_4_SHARED: &[(&str, &str)] = &[
+    ("layers.{}.shared_mlp.input_linear", "blk.{}.ffn_gate_up_shexp"),
+    ("layers.{}.shared_mlp.output_linear", "blk.{}.ffn_down_shexp"),
+];
+
 const LFM2: &[(&str, &str)] = &[
     ("embedding_norm", "token_embd_norm"),
     ("layers.{}.operator_norm", "blk.{}.attn_norm"),
@@ -162,7 +184,7 @@ const LLAMA: Family = Family {
     interleaved: true,
     norm_offset: 0.0,
     window: Window::All,
-    recurrent: None,
+    recurrent: &[],
     rope_base: None,
 };
 
@@ -221,13 +243,32 @@ const FAMILIES: &[Family] = &[
         ..LLAMA
     },
     Family {
+        model_type: "granitemoehybrid",
+        architecture: "granitehybrid",
+        names: GRANITE_4,
+        keys: &[
+            ("attention.scale", &["attention_multiplier"], Kind::F32),
+            ("embedding_scale", &["embedding_multiplier"], Kind::F32),
+            ("residual_scale", &["residual_multiplier"], Kind::F32),
+            ("logit_scale", &["logits_scaling"], Kind::F32),
+            ("ssm.conv_kernel", &["mamba_d_conv"], Kind::U32),
+            ("ssm.state_size", &["mamba_d_state"], Kind::U32),
+            ("ssm.group_count", &["mamba_n_groups"], Kind::U32),
+            ("ssm.time_step_rank", &["mamba_n_heads"], Kind::U32),
+        ],
+        only: &[("hidden_act", Only::Text("silu")), ("mamba_proj_bias", Only::Bool(false))],
+        recurrent: &["mamba", "linear_attention"],
+        rope_base: Some(1e4),
+        ..LLAMA
+    },
+    Family {
         model_type: "lfm2",
         architecture: "lfm2",
         names: LFM2,
         keys: &[("shortconv.l_cache", &["conv_L_cache"], Kind::U32)],
         only: &[("conv_bias", Only::Bool(false))],
         interleaved: false,
-        recurrent: Some("conv"),
+        recurrent: &["conv"],
         rope_base: Some(1e6),
         ..LLAMA
     },
@@ -270,7 +311,7 @@ const FAMILIES: &[Family] = &[
         ],
         interleaved: false,
         norm_offset: 1.0,
-        recurrent: Some("linear_attention"),
+        recurrent: &["linear_attention"],
         ..LLAMA
     },
     Family {
@@ -313,18 +354,27 @@ const FAMILIES: &[Family] = &[
     },
 ];
 
+/// Models that also see: `model_type` of the whole.
+const SEEING: &[&str] = &["qwen3_5"];
+
 /// Period of SmolLM3's layers: the last layer of each period has no RoPE.
 const NOPE_PERIOD: usize = 4;
 
 /// Writes the metadata of a decoder, and returns the mapping of its tensors.
 pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan> {
+    // The language model of one that also sees has options of its own.
+    let outer = config;
+    let seeing =
+        SEEING.iter().any(|model_type| outer.value.get("model_type").is_some_and(|t| t == model_type));
+    let text = if seeing { outer.object("text_config")? } else { None };
+    let config = text.as_ref().unwrap_or(outer);
     let model_type = config.str("model_type")?;
     let family = FAMILIES.iter().find(|family| family.model_type == model_type);
     let family = family.ok_or_else(|| {
         let known: Vec<&str> = FAMILIES.iter().map(|family| family.model_type).collect();
         config.wrong("model_type", &format!("one of bert, {}", known.join(", ")), model_type)
     })?;
-    if config.get("quantization_config").is_some() {
+    if outer.get("quantization_config").is_some() || config.get("quantization_config").is_some() {
         return Err(config.wrong("quantization_config", "weights that are not quantised", "some that are"));
     }
     for (key, only) in family.only {
@@ -341,16 +391,25 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
         for (key, from, kind) in keys {
             let there = from.iter().find(|from| config.get(from).is_some());
             let Some(from) = there.or(from.first().filter(|_| required)) else { continue };
-            let is = |of_layers: &str| family.recurrent.is_some() && *key == of_layers;
-            let key = match *key {
+            match *key {
                 // One value for each layer.
-                _ if is("attention.head_count_kv") => continue,
-                "feed_forward_length" if model_type == "lfm2" => {
+                "attention.head_count_kv" if !family.recurrent.is_empty() => continue,
+                "expert_count" | "expert_used_count"
+                    if config.optional_u32("num_local_experts")? == Some(0) =>
+                {
+                    continue;
+                }
+                "feed_forward_length" if architecture == "lfm2" => {
                     w.entry("lfm2.feed_forward_length", lfm2_hidden(config)?)?;
                     continue;
                 }
-                key => format!("{architecture}.{key}"),
-            };
+                "feed_forward_length" if architecture == "granitehybrid" => {
+                    granite_4_hidden(config, w)?;
+                    continue;
+                }
+                _ => {}
+            }
+            let key = format!("{architecture}.{key}");
             match kind {
                 Kind::U32 => w.entry(&key, config.u32(from)?)?,
                 Kind::F32 => w.entry(&key, config.f64(from)? as f32)?,
@@ -387,25 +446,40 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
     }
     let rope = Rope { config, architecture, head_dim, default_base: family.rope_base };
     let vectors = rope.write(w)?;
-    let left_out = vocabulary::write(folder, config, w)?;
+    let mut left_out = vocabulary::write(folder, config, w)?;
 
     let (mut unused, mut required) = (UNUSED.to_vec(), Vec::new());
-    match config.bool("tie_word_embeddings")? {
+    if seeing {
+        unused.extend(["model.visual.*", "mtp.*"]);
+        left_out.push("the parts of the model that see, and that draft tokens, are left out".to_owned());
+    }
+    let tied = match config.bool("tie_word_embeddings")? {
+        Some(tied) => Some(tied),
+        None => outer.bool("tie_word_embeddings")?,
+    };
+    match tied {
         // Some folders also store the tied output matrix.
         Some(true) => unused.push("lm_head.weight"),
         Some(false) => required.push("lm_head.weight"),
         None => {}
     }
     let kv_heads = config.optional_u32("num_key_value_heads")?.unwrap_or(heads);
+    let matrices = if architecture == "granitehybrid" { scan(config, w)? } else { Vec::new() };
+    let mut names = vec![family.names, NAMES];
+    if architecture == "granitehybrid" {
+        let has_experts = config.optional_u32("num_local_experts")?.is_some_and(|count| count > 0);
+        names.push(if has_experts { GRANITE_4_SHARED } else { GRANITE_4_ONLY });
+    }
     let by_value_head = if architecture == "qwen35" { value_heads(config, w)? } else { Vec::new() };
     let interleaved = vec![(".attn_q", heads as usize), (".attn_k", kv_heads as usize)];
     Ok(Plan {
-        prefix: "model.",
-        names: vec![family.names, NAMES],
+        prefix: if seeing { "model.language_model." } else { "model." },
+        names,
         unused,
         required,
         interleaved: if family.interleaved { interleaved } else { Vec::new() },
         by_value_head,
+        matrices,
         norm_offset: family.norm_offset,
         vectors,
         left_out,
@@ -432,25 +506,49 @@ fn lfm2_hidden(config: &Json) -> Result<u32> {
 
 /// Writes which layers have no attention: their number of KV heads is 0, or a list says so.
 fn recurrent_layers(config: &Json, family: &Family, layers: u32, w: &mut Writer) -> Result<()> {
-    let Some(recurrent) = family.recurrent else { return Ok(()) };
+    let [.., recurrent] = family.recurrent else { return Ok(()) };
     let expected = format!("{recurrent} or full_attention for each layer");
     let types = config.get("layer_types").ok_or_else(|| config.missing("layer_types", &expected))?;
-    let is_recurrent = |kind: &Value| match kind.as_str() {
-        Some("full_attention") => Some(false),
-        Some(other) if other == recurrent => Some(true),
-        _ => None,
+    let is_recurrent = |kind: &Value| match kind.as_str()? {
+        "full_attention" | "attention" => Some(false),
+        other => family.recurrent.contains(&other).then_some(true),
     };
     let list: Option<Vec<bool>> = types.as_array().and_then(|list| list.iter().map(is_recurrent).collect());
     let list = list.filter(|list| list.len() == layers as usize);
     let list = list.ok_or_else(|| config.wrong("layer_types", &expected, types))?;
     let kv_heads = config.u32("num_key_value_heads")?;
     let architecture = family.architecture;
-    if architecture == "lfm2" {
-        let heads: Vec<u32> = list.iter().map(|&recurrent| if recurrent { 0 } else { kv_heads }).collect();
-        return w.entry("lfm2.attention.head_count_kv", &heads[..]);
+    if architecture == "qwen35" {
+        w.entry("qwen35.attention.head_count_kv", kv_heads)?;
+        return w.entry("qwen35.attention.recurrent_layers", &list[..]);
     }
-    w.entry(&format!("{architecture}.attention.head_count_kv"), kv_heads)?;
-    w.entry(&format!("{architecture}.attention.recurrent_layers"), &list[..])
+    let heads: Vec<u32> = list.iter().map(|&recurrent| if recurrent { 0 } else { kv_heads }).collect();
+    w.entry(&format!("{architecture}.attention.head_count_kv"), &heads[..])
+}
+
+/// Writes the hidden elements of Granite 4's feed-forward blocks.
+fn granite_4_hidden(config: &Json, w: &mut Writer) -> Result<()> {
+    let shared = config.u32("shared_intermediate_size")?;
+    if config.optional_u32("num_local_experts")?.is_none_or(|count| count == 0) {
+        return w.entry("granitehybrid.feed_forward_length", shared);
+    }
+    w.entry("granitehybrid.expert_shared_feed_forward_length", shared)?;
+    w.entry("granitehybrid.feed_forward_length", config.u32("intermediate_size")?)
+}
+
+/// Writes what Mamba 2's layers have in all and whether attention has positions, and returns the vectors that
+/// are matrices in files.
+fn scan(config: &Json, w: &mut Writer) -> Result<Vec<(&'static str, u64)>> {
+    let inner = config.u32("mamba_expand")?.saturating_mul(config.u32("hidden_size")?);
+    w.entry("granitehybrid.ssm.inner_size", inner)?;
+    let positions = match config.get("position_embedding_type").and_then(Value::as_str) {
+        Some("rope") => true,
+        Some("nope") | None => false,
+        Some(other) => return Err(config.wrong("position_embedding_type", "rope or nope", other)),
+    };
+    w.entry("granitehybrid.rope.scaling.finetuned", positions)?;
+    let group = inner.checked_div(config.u32("mamba_n_groups")?).unwrap_or(0);
+    Ok(vec![(".ssm_a", 1), (".ssm_d", 1), (".ssm_norm", group.into())])
 }
 
 /// Writes what Qwen 3.5's recurrent layers have in all, and returns the weights whose rows or columns follow

@@ -38,6 +38,9 @@ const PLAIN: &[&str] = &[
     "position_embd.weight",
     "token_types.weight",
     ".ffn_gate_inp.weight",
+    ".ssm_a",
+    ".ssm_d",
+    ".ssm_norm.weight",
     ".ssm_conv1d.weight",
     ".shortconv.conv.weight",
     ".bias",
@@ -62,6 +65,8 @@ struct Plan {
     interleaved: Vec<(&'static str, usize)>,
     /// Names in GGUF files whose rows or columns follow value heads, and how they are reordered.
     by_value_head: Vec<(&'static str, Axis, ValueHeads)>,
+    /// Names in GGUF files of vectors that are matrices there, with their columns.
+    matrices: Vec<(&'static str, u64)>,
     /// Added to the weights of norms.
     norm_offset: f32,
     /// Vectors that no file of the folder has.
@@ -69,6 +74,9 @@ struct Plan {
     /// Warnings: settings of the folder that the file lacks.
     left_out: Vec<String>,
 }
+
+/// A part of names that stands for two tensors: the first half of a matrix's rows is the gate's, the second up's.
+const GATE_UP: &str = ".ffn_gate_up";
 
 /// What of a matrix is reordered.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -113,6 +121,8 @@ struct Target<'a> {
     vector: Vec<f32>,
     heads: Option<usize>,
     by_value_head: Option<(Axis, ValueHeads)>,
+    /// The half of each matrix's rows that it is.
+    half: Option<usize>,
     offset: f32,
     /// Whether values are logarithms of rates, which files have as `-exp(value)`.
     is_rate: bool,
@@ -194,6 +204,7 @@ impl Plan {
         }
         // Experts of one tensor are consecutive, in order of their numbers.
         let mut found: BTreeMap<String, BTreeMap<Option<usize>, TensorView<'a>>> = BTreeMap::new();
+        let mut halves = BTreeMap::new();
         for (full, view) in tensors {
             let short = full.strip_prefix(self.prefix).unwrap_or(&full);
             if self.unused.iter().any(|pattern| matches(pattern, short)) {
@@ -203,14 +214,24 @@ impl Plan {
                 Error::Model(format!("tensor `{}` {why}", printable(full.as_bytes()).trim_matches('"')))
             };
             let (name, expert) = self.gguf_name(short).ok_or_else(|| wrong("is unknown to the family"))?;
-            if found.entry(name).or_default().insert(expert, view).is_some() {
-                return Err(wrong("appears twice, under different names"));
+            let names = match name.split_once(GATE_UP) {
+                Some((start, end)) => ["gate", "up"].map(|part| format!("{start}.ffn_{part}{end}")).to_vec(),
+                None => vec![name],
+            };
+            for (half, name) in names.iter().enumerate().filter(|_| names.len() > 1) {
+                halves.insert(name.clone(), half);
+            }
+            for name in names {
+                if found.entry(name).or_default().insert(expert, view.clone()).is_some() {
+                    return Err(wrong("appears twice, under different names"));
+                }
             }
         }
         let mut targets = BTreeMap::new();
         for (name, views) in found {
+            let half = halves.get(&name).copied();
             let target =
-                self.target(&name, views).map_err(|e| Error::Model(format!("tensor `{name}`: {e}")))?;
+                self.target(&name, views, half).map_err(|e| Error::Model(format!("tensor `{name}`: {e}")))?;
             targets.insert(name, target);
         }
         for (name, vector) in &self.vectors {
@@ -249,8 +270,9 @@ impl Plan {
         &self,
         name: &str,
         views: BTreeMap<Option<usize>, TensorView<'a>>,
+        half: Option<usize>,
     ) -> Result<Target<'a>, String> {
-        let mut target = Target::default();
+        let mut target = Target { half, ..Target::default() };
         let experts = views.len() as u64;
         for (place, (expert, view)) in views.into_iter().enumerate() {
             if expert.is_some_and(|expert| expert != place) {
@@ -284,6 +306,19 @@ impl Plan {
         }
         if name.ends_with("norm.weight") && !name.ends_with("ssm_norm.weight") {
             target.offset = self.norm_offset;
+        }
+        if let (Some(_), Some(rows)) = (half, target.dims.get_mut(1)) {
+            if *rows % 2 != 0 {
+                return Err(format!("expected an even number of rows, got {rows}"));
+            }
+            *rows /= 2;
+        }
+        let matrix = self.matrices.iter().find(|(ending, _)| stem.ends_with(ending));
+        if let (Some(&(_, cols)), &[all]) = (matrix, &target.dims[..]) {
+            if cols == 0 || all % cols != 0 {
+                return Err(format!("expected a multiple of {cols} elements, got {all}"));
+            }
+            target.dims = vec![cols, all / cols];
         }
         target.is_rate = name.ends_with(".ssm_a");
         let reordered = self.by_value_head.iter().find(|(ending, ..)| stem.ends_with(ending));
@@ -350,9 +385,12 @@ impl Target<'_> {
             let cols = if view.shape().len() < 2 { 1 } else { view.shape().last().copied().unwrap_or(0) };
             let rows = view.data().chunks_exact(cols.saturating_mul(bytes).max(1));
             let rows_of_a_head = self.heads.map(|heads| rows.len() / heads);
-            for at in 0..rows.len() {
-                let from = match self.by_value_head {
-                    Some((Axis::Rows, heads)) => heads.source(at),
+            let count = if self.half.is_some() { rows.len() / 2 } else { rows.len() };
+            let of_matrix = self.dims.get(1).map_or(1, |&rows| rows.max(1) as usize);
+            for at in 0..count {
+                let from = match (self.half, self.by_value_head) {
+                    (Some(half), _) => at / of_matrix * 2 * of_matrix + half * of_matrix + at % of_matrix,
+                    (None, Some((Axis::Rows, heads))) => heads.source(at),
                     _ => rows_of_a_head.map_or(at, |rows| halves_to_pairs(at, rows)),
                 };
                 let elements = rows.clone().nth(from).unwrap_or(&[]).chunks_exact(bytes);

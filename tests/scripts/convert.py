@@ -36,6 +36,16 @@ WINDOW = dict(sliding_window=10)
 LLAMA3 = dict(rope_type="llama3", rope_theta=10000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
               original_max_position_embeddings=32)
 YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=2.0, original_max_position_embeddings=32)
+# Four heads of values for two of keys.
+QWEN_3_5 = dict(model_type="qwen3_5_text", vocabulary="qwen35", num_hidden_layers=2,
+                layer_types=["linear_attention", "full_attention"], head_dim=16, tie_word_embeddings=True, linear_conv_kernel_dim=4,
+                linear_key_head_dim=6, linear_value_head_dim=6, linear_num_key_heads=2, linear_num_value_heads=4,
+                rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_interleaved=True, mrope_section=[2, 1, 1],
+                                     partial_rotary_factor=0.5))
+HYBRID = dict(model_type="granitemoehybrid", vocabulary="starcoder", num_hidden_layers=2, layer_types=["mamba", "attention"],
+              position_embedding_type="nope", shared_intermediate_size=20, mamba_n_heads=4, mamba_d_head=12, mamba_d_state=8,
+              mamba_expand=2, mamba_d_conv=4, tie_word_embeddings=True, attention_multiplier=0.3, embedding_multiplier=1.7,
+              residual_multiplier=0.4, logits_scaling=1.3)
 # The numbers of experts are odd so that no shape is right by chance.
 FAMILIES = {
     "llama": dict(model_type="llama", vocabulary="llama3", rope_parameters=LLAMA3, head_dim=8, attention_bias=True),
@@ -59,12 +69,10 @@ FAMILIES = {
     "glm4": dict(model_type="glm4", vocabulary="llama3", num_hidden_layers=1, head_dim=8, attention_bias=True, tie_word_embeddings=True),
     "lfm2": dict(model_type="lfm2", vocabulary="llama3", num_hidden_layers=2, layer_types=["conv", "full_attention"],
                  block_auto_adjust_ff_dim=True, block_multiple_of=8, intermediate_size=36, tie_word_embeddings=True),
-    # Four heads of values for two of keys.
-    "qwen3_5": dict(model_type="qwen3_5_text", vocabulary="qwen35", num_hidden_layers=2,
-                    layer_types=["linear_attention", "full_attention"], head_dim=16, tie_word_embeddings=True,
-                    linear_conv_kernel_dim=4, linear_key_head_dim=6, linear_value_head_dim=6, linear_num_key_heads=2,
-                    linear_num_value_heads=4, rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_interleaved=True,
-                                                                   mrope_section=[2, 1, 1], partial_rotary_factor=0.5)),
+    # A model that also sees.
+    "qwen3_5": dict(QWEN_3_5, vision_config=dict(depth=1, hidden_size=8, intermediate_size=8, num_heads=2, out_hidden_size=24,
+                                                 patch_size=2, num_position_embeddings=4)),
+    "qwen3_5_text": dict(QWEN_3_5),
     # Phi-4-mini rotates a part of each head.
     "phi4": dict(model_type="phi3", vocabulary="gpt4o", num_hidden_layers=1, original_max_position_embeddings=32, head_dim=8,
                  num_attention_heads=3, num_key_value_heads=1, tie_word_embeddings=True, rope_parameters=dict(
@@ -73,6 +81,8 @@ FAMILIES = {
     "smollm3": dict(model_type="smollm3", vocabulary="llama3", num_hidden_layers=4, intermediate_size=16),
     "granite": dict(model_type="granite", vocabulary="starcoder", num_hidden_layers=1, tie_word_embeddings=True,
                     attention_multiplier=0.3, embedding_multiplier=1.7, residual_multiplier=0.4, logits_scaling=1.3),
+    "granitehybrid": dict(HYBRID, num_local_experts=0, mamba_n_groups=2),
+    "granitehybrid-moe": dict(HYBRID, num_local_experts=3, num_experts_per_tok=2, intermediate_size=16, mamba_n_groups=1),
     "olmo2": dict(model_type="olmo2", vocabulary="dbrx", num_hidden_layers=1, tie_word_embeddings=True),
     "olmo3": dict(model_type="olmo3", vocabulary="dbrx", num_hidden_layers=4, intermediate_size=16, tie_word_embeddings=True, **WINDOW),
     "starcoder2": dict(model_type="starcoder2", vocabulary="starcoder", num_hidden_layers=1, **WINDOW),
@@ -174,8 +184,13 @@ def write(name, options):
     options["bos_token_id"], options["eos_token_id"] = tokenizer.token_to_id("<s>"), tokenizer.token_to_id("</s>")
     model_type = options.pop("model_type")
     torch.manual_seed(1)
+    Auto = transformers.AutoModelForCausalLM
+    if vision := options.pop("vision_config", None):
+        Auto = transformers.AutoModelForImageTextToText
+        options = dict(text_config=options, vision_config=vision, tie_word_embeddings=options["tie_word_embeddings"])
+        model_type = model_type.removesuffix("_text")
     config = transformers.AutoConfig.for_model(model_type, **options)
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    model = Auto.from_config(config)
     with torch.no_grad():
         for key, weight in model.named_parameters():
             # Norms and biases start out as ones and zeros, which would hide where they go.
@@ -189,7 +204,7 @@ def write(name, options):
     shards = {"max_shard_size": "12KB"} if name == "llama" else {}
     model.bfloat16().save_pretrained(folder, **shards)
     # Frequencies do not survive a change of types; they are made again.
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    model = Auto.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     if name == "qwen3":
         # The keys of configurations before rope_parameters.
         path = folder / "config.json"
@@ -214,7 +229,7 @@ def write(name, options):
     (folder / "expected.json").write_text(json.dumps({"texts": ids, "tokens": tokens}, ensure_ascii=False))
     logits.astype("<f4").tofile(folder / "logits.f32")
     size = sum(file.stat().st_size for file in folder.iterdir())
-    print(f"{name}: {size} bytes, vocabulary {options['vocab_size']}, logits {logits.std():.2f}")
+    print(f"{name}: {size} bytes, logits {logits.std():.2f}")
 
 
 def main():
