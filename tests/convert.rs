@@ -23,6 +23,7 @@ const FAMILIES: &[&str] = &[
     "cohere2",
     "gemma2",
     "gemma3",
+    "gemma4",
     "glm",
     "glm4",
     "granite",
@@ -98,7 +99,7 @@ fn logits_are_those_of_transformers() {
         for backend in &backends {
             let error = error(&folder, &model, backend);
             // The runtime's GELU by tanh goes through half precision; see docs/numeric-contract.md.
-            let gelu = matches!(*name, "gemma2" | "gemma3" | "starcoder2");
+            let gelu = matches!(*name, "gemma2" | "gemma3" | "gemma4" | "starcoder2");
             let bound = if gelu { 1e-6 } else { 1e-11 };
             if error.is_nan() || error > bound {
                 wrong.push(format!("{name}: {error:.3e}"));
@@ -282,6 +283,10 @@ fn what_is_not_supported_is_named() {
             "leave out pair 1",
         ),
         ("qwen3_5", CONFIG, "/text_config", Value::Null, "one of bert"),
+        ("gemma4", CONFIG, "/per_layer_config", json!({}), "per_layer_config"),
+        ("gemma4", CONFIG, "/enable_moe_block", json!(true), "enable_moe_block"),
+        ("gemma4", CONFIG, "/layer_types", json!(["full_attention"]), "for each layer"),
+        ("gemma4", CONFIG, "/global_head_dim", Value::Null, "global_head_dim"),
         ("granitehybrid", CONFIG, "/position_embedding_type", json!("alibi"), "rope or nope"),
         ("granitehybrid", CONFIG, "/mamba_n_groups", json!(0), "blk.0.ssm_norm"),
         ("granitehybrid", CONFIG, "/mamba_expand", json!(3), "blk.0.ssm_"),

@@ -121,6 +121,17 @@ const GLM_4: &[(&str, &str)] = &[
     ("layers.{}.mlp.gate_up_proj", "blk.{}.ffn_up"),
 ];
 
+/// Gemma 4's names, besides those of [`POST_NORMS`].
+const GEMMA_4: &[(&str, &str)] = &[
+    ("embed_tokens_per_layer", "per_layer_token_embd"),
+    ("per_layer_model_projection", "per_layer_model_proj"),
+    ("per_layer_projection_norm", "per_layer_proj_norm"),
+    ("layers.{}.per_layer_input_gate", "blk.{}.inp_gate"),
+    ("layers.{}.per_layer_projection", "blk.{}.proj"),
+    ("layers.{}.post_per_layer_input_norm", "blk.{}.post_norm"),
+    ("layers.{}.layer_scalar", "blk.{}.layer_output_scale.weight"),
+];
+
 /// Granite 4's names. Without experts, the block for all tokens is the only one.
 const GRANITE_4: &[(&str, &str)] = &[
     ("layers.{}.mamba.in_proj", "blk.{}.ssm_in"),
@@ -228,6 +239,26 @@ const FAMILIES: &[Family] = &[
         ..GEMMA
     },
     Family { model_type: "gemma3_text", architecture: "gemma3", window: Window::Period(6), ..GEMMA },
+    Family {
+        model_type: "gemma4_text",
+        architecture: "gemma4",
+        keys: &[
+            ("final_logit_softcapping", &["final_logit_softcapping"], Kind::F32),
+            ("attention.shared_kv_layers", &["num_kv_shared_layers"], Kind::U32),
+            ("attention.key_length_swa", &["head_dim"], Kind::U32),
+            ("attention.value_length_swa", &["head_dim"], Kind::U32),
+            ("rope.dimension_count_swa", &["head_dim"], Kind::U32),
+        ],
+        only: &[
+            ("hidden_activation", Only::Text("gelu_pytorch_tanh")),
+            // Images are not read.
+            ("use_bidirectional_attention", Only::Text("vision")),
+            ("enable_moe_block", Only::Bool(false)),
+        ],
+        norm_offset: 0.0,
+        window: Window::Period(6),
+        ..GEMMA
+    },
     // Its published weights already rotate adjacent elements.
     Family { model_type: "glm", architecture: "chatglm", names: GLM, interleaved: false, ..LLAMA },
     Family { model_type: "glm4", architecture: "glm4", names: GLM_4, interleaved: false, ..LLAMA },
@@ -354,15 +385,25 @@ const FAMILIES: &[Family] = &[
     },
 ];
 
-/// Models that also see: `model_type` of the whole.
-const SEEING: &[&str] = &["qwen3_5"];
+/// Models that also see or hear: `model_type` of the whole.
+const SEEING: &[&str] = &["gemma4", "qwen3_5"];
+
+/// Their tensors besides those of the language model: for images and sounds, and to draft tokens.
+const BESIDE_TEXT: &[&str] = &[
+    "model.audio_tower.*",
+    "model.embed_audio.*",
+    "model.embed_vision.*",
+    "model.vision_tower.*",
+    "model.visual.*",
+    "mtp.*",
+];
 
 /// Period of SmolLM3's layers: the last layer of each period has no RoPE.
 const NOPE_PERIOD: usize = 4;
 
 /// Writes the metadata of a decoder, and returns the mapping of its tensors.
 pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan> {
-    // The language model of one that also sees has options of its own.
+    // The language model of one that also sees or hears has options of its own.
     let outer = config;
     let seeing =
         SEEING.iter().any(|model_type| outer.value.get("model_type").is_some_and(|t| t == model_type));
@@ -403,6 +444,15 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
                     w.entry("lfm2.feed_forward_length", lfm2_hidden(config)?)?;
                     continue;
                 }
+                // Layers differ in these.
+                "attention.head_count_kv"
+                | "attention.key_length"
+                | "attention.value_length"
+                | "feed_forward_length"
+                    if architecture == "gemma4" =>
+                {
+                    continue;
+                }
                 "feed_forward_length" if architecture == "granitehybrid" => {
                     granite_4_hidden(config, w)?;
                     continue;
@@ -418,10 +468,11 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
         }
     }
     let (heads, layers) = (config.u32("num_attention_heads")?, config.u32("num_hidden_layers")?);
-    let head_dim = match config.optional_u32("head_dim")? {
-        Some(head_dim) => head_dim,
-        None => config.u32("hidden_size")?.checked_div(heads).unwrap_or(0),
-    };
+    let head_dim =
+        match config.optional_u32(if architecture == "gemma4" { "global_head_dim" } else { "head_dim" })? {
+            Some(head_dim) => head_dim,
+            None => config.u32("hidden_size")?.checked_div(heads).unwrap_or(0),
+        };
     for (key, extent) in [("num_hidden_layers", layers), ("head_dim", head_dim)] {
         if extent > MAX_EXTENT {
             return Err(config.wrong(key, &format!("at most {MAX_EXTENT}"), extent));
@@ -432,6 +483,9 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
     }
     window(config, family, layers, w)?;
     recurrent_layers(config, family, layers, w)?;
+    if architecture == "gemma4" {
+        gemma_4_layers(config, layers, w)?;
+    }
     if model_type == "smollm3" {
         let layers = 1..=layers as usize;
         let usual: Vec<Value> =
@@ -450,8 +504,8 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
 
     let (mut unused, mut required) = (UNUSED.to_vec(), Vec::new());
     if seeing {
-        unused.extend(["model.visual.*", "mtp.*"]);
-        left_out.push("the parts of the model that see, and that draft tokens, are left out".to_owned());
+        unused.extend(BESIDE_TEXT);
+        left_out.push("what the model has besides its language model is left out".to_owned());
     }
     let tied = match config.bool("tie_word_embeddings")? {
         Some(tied) => Some(tied),
@@ -466,6 +520,9 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
     let kv_heads = config.optional_u32("num_key_value_heads")?.unwrap_or(heads);
     let matrices = if architecture == "granitehybrid" { scan(config, w)? } else { Vec::new() };
     let mut names = vec![family.names, NAMES];
+    if architecture == "gemma4" {
+        names.push(GEMMA_4);
+    }
     if architecture == "granitehybrid" {
         let has_experts = config.optional_u32("num_local_experts")?.is_some_and(|count| count > 0);
         names.push(if has_experts { GRANITE_4_SHARED } else { GRANITE_4_ONLY });
@@ -524,6 +581,39 @@ fn recurrent_layers(config: &Json, family: &Family, layers: u32, w: &mut Writer)
     }
     let heads: Vec<u32> = list.iter().map(|&recurrent| if recurrent { 0 } else { kv_heads }).collect();
     w.entry(&format!("{architecture}.attention.head_count_kv"), &heads[..])
+}
+
+/// Writes in what Gemma 4's layers differ: heads, hidden elements, inputs of their own.
+fn gemma_4_layers(config: &Json, layers: u32, w: &mut Writer) -> Result<()> {
+    if let Some(other) = config.get("per_layer_config") {
+        return Err(config.wrong("per_layer_config", "none, but global_head_dim", other));
+    }
+    let length = config.u32("global_head_dim")?;
+    w.entry("gemma4.attention.key_length", length)?;
+    w.entry("gemma4.attention.value_length", length)?;
+    if let Some(length) = config.optional_u32("hidden_size_per_layer_input")?.filter(|&length| length > 0) {
+        w.entry("gemma4.embedding_length_per_layer_input", length)?;
+    }
+    let types = config.get("layer_types").and_then(Value::as_array).map_or(&[][..], |types| &types[..]);
+    if types.len() != layers as usize {
+        return Err(config.missing("layer_types", "one for each layer"));
+    }
+    let kv_heads = config.u32("num_key_value_heads")?;
+    let global = match config.bool("attention_k_eq_v")? {
+        Some(true) => config.optional_u32("num_global_key_value_heads")?.unwrap_or(kv_heads),
+        _ => kv_heads,
+    };
+    let heads: Vec<u32> =
+        types.iter().map(|kind| if kind == "sliding_attention" { kv_heads } else { global }).collect();
+    w.entry("gemma4.attention.head_count_kv", &heads[..])?;
+    // Layers that use the caches of others may have twice as many hidden elements.
+    let hidden = config.u32("intermediate_size")?;
+    let own = layers.saturating_sub(config.optional_u32("num_kv_shared_layers")?.unwrap_or(0));
+    let wide = config.bool("use_double_wide_mlp")? == Some(true);
+    let hidden: Vec<u32> = (0..layers)
+        .map(|layer| if wide && layer >= own { hidden.saturating_mul(2) } else { hidden })
+        .collect();
+    w.entry("gemma4.feed_forward_length", &hidden[..])
 }
 
 /// Writes the hidden elements of Granite 4's feed-forward blocks.
@@ -619,7 +709,7 @@ fn window(config: &Json, family: &Family, layers: u32, w: &mut Writer) -> Result
         }
         (None, None) => default.clone(),
     };
-    if windowed != default {
+    if windowed != default || family.architecture == "gemma4" {
         match family.window {
             Window::All if windowed.contains(&true) => {
                 return Err(config.wrong("layer_types", "the same for every layer", "some of each"));

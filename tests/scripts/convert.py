@@ -62,6 +62,12 @@ FAMILIES = {
                    intermediate_size=16, **WINDOW, rope_parameters=dict(
                        full_attention=dict(rope_type="linear", rope_theta=1e6, factor=8.0),
                        sliding_attention=dict(rope_type="default", rope_theta=10000.0))),
+    # The last two layers use the caches of the first two.
+    "gemma4": dict(model_type="gemma4_text", vocabulary="gemma", head_dim=8, global_head_dim=16, num_hidden_layers=4,
+                   layer_types=["sliding_attention", "full_attention"] * 2, num_kv_shared_layers=2, use_double_wide_mlp=True,
+                   intermediate_size=16, hidden_size_per_layer_input=4, final_logit_softcapping=3.0, tie_word_embeddings=True, **WINDOW,
+                   rope_parameters=dict(full_attention=dict(rope_type="proportional", rope_theta=1e6, partial_rotary_factor=0.25),
+                                        sliding_attention=dict(rope_type="default", rope_theta=10000.0))),
     "phi3": dict(model_type="phi3", vocabulary="gpt2", num_hidden_layers=1, original_max_position_embeddings=32,
                  tie_word_embeddings=True, rope_parameters=dict(
                      rope_type="longrope", rope_theta=10000.0, short_factor=[1.0, 1.1, 1.2], long_factor=[1.0, 2.0, 4.0])),
@@ -183,6 +189,8 @@ def write(name, options):
     options = {**SHAPE, "vocab_size": max(VOCAB, tokenizer.get_vocab_size() + 2), **options}
     options["bos_token_id"], options["eos_token_id"] = tokenizer.token_to_id("<s>"), tokenizer.token_to_id("</s>")
     model_type = options.pop("model_type")
+    if "hidden_size_per_layer_input" in options:
+        options["vocab_size_per_layer_input"] = options["vocab_size"]
     torch.manual_seed(1)
     Auto = transformers.AutoModelForCausalLM
     if vision := options.pop("vision_config", None):
@@ -199,12 +207,21 @@ def write(name, options):
             elif "embed_tokens" not in key and "lm_head" not in key:
                 weight *= 0.7
             weight.copy_(weight.bfloat16().float())
+        for key, scalar in model.named_buffers():
+            if key.endswith("layer_scalar"):
+                scalar.copy_((1 + 0.2 * torch.randn_like(scalar)).bfloat16().float())
     folder = OUT / name
     shutil.rmtree(folder, ignore_errors=True)
     shards = {"max_shard_size": "12KB"} if name == "llama" else {}
     model.bfloat16().save_pretrained(folder, **shards)
     # Frequencies do not survive a change of types; they are made again.
     model = Auto.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    if model_type == "gemma4_text":
+        # The keys of configurations before per_layer_config.
+        path = folder / "config.json"
+        text = json.loads(path.read_text())
+        text["global_head_dim"] = text.pop("per_layer_config")["1"]["head_dim"]
+        path.write_text(json.dumps(text, indent=2) + "\n")
     if name == "qwen3":
         # The keys of configurations before rope_parameters.
         path = folder / "config.json"
