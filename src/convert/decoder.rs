@@ -169,6 +169,38 @@ const LFM2: &[(&str, &str)] = &[
     ("layers.{}.feed_forward.w3", "blk.{}.ffn_up"),
 ];
 
+const LFM2_EXPERTS: &[(&str, &str)] = &[
+    ("layers.{}.feed_forward.gate", "blk.{}.ffn_gate_inp"),
+    ("layers.{}.feed_forward.expert_bias", "blk.{}.exp_probs_b.bias"),
+    ("layers.{}.feed_forward.experts.{}.w1", "blk.{}.ffn_gate_exps"),
+    ("layers.{}.feed_forward.experts.{}.w2", "blk.{}.ffn_down_exps"),
+    ("layers.{}.feed_forward.experts.{}.w3", "blk.{}.ffn_up_exps"),
+];
+
+/// Experts are tensors of their own, or parts of one.
+const QWEN_3_5_EXPERTS: &[(&str, &str)] = &[
+    ("layers.{}.mlp.gate", "blk.{}.ffn_gate_inp"),
+    ("layers.{}.mlp.experts.{}.gate_proj", "blk.{}.ffn_gate_exps"),
+    ("layers.{}.mlp.experts.{}.up_proj", "blk.{}.ffn_up_exps"),
+    ("layers.{}.mlp.experts.{}.down_proj", "blk.{}.ffn_down_exps"),
+    ("layers.{}.mlp.experts.gate_up_proj", "blk.{}.ffn_gate_up_exps.weight"),
+    ("layers.{}.mlp.experts.down_proj", "blk.{}.ffn_down_exps.weight"),
+    ("layers.{}.mlp.shared_expert_gate", "blk.{}.ffn_gate_inp_shexp"),
+    ("layers.{}.mlp.shared_expert.gate_proj", "blk.{}.ffn_gate_shexp"),
+    ("layers.{}.mlp.shared_expert.up_proj", "blk.{}.ffn_up_shexp"),
+    ("layers.{}.mlp.shared_expert.down_proj", "blk.{}.ffn_down_shexp"),
+];
+
+/// Keys of Qwen 3.5's recurrent layers; a mixture also has those of its experts.
+const DELTA_NET: &[Key] = &[
+    ("ssm.conv_kernel", &["linear_conv_kernel_dim"], Kind::U32),
+    ("ssm.state_size", &["linear_key_head_dim"], Kind::U32),
+    ("ssm.group_count", &["linear_num_key_heads"], Kind::U32),
+    ("ssm.time_step_rank", &["linear_num_value_heads"], Kind::U32),
+    ("expert_feed_forward_length", &["moe_intermediate_size"], Kind::U32),
+    ("expert_shared_feed_forward_length", &["shared_expert_intermediate_size"], Kind::U32),
+];
+
 const QWEN_3_5: &[(&str, &str)] = &[
     ("layers.{}.post_attention_layernorm", "blk.{}.post_attention_norm"),
     ("layers.{}.linear_attn.in_proj_qkv", "blk.{}.attn_qkv"),
@@ -303,6 +335,23 @@ const FAMILIES: &[Family] = &[
         rope_base: Some(1e6),
         ..LLAMA
     },
+    Family {
+        model_type: "lfm2_moe",
+        architecture: "lfm2moe",
+        names: LFM2,
+        keys: &[
+            ("shortconv.l_cache", &["conv_L_cache"], Kind::U32),
+            ("leading_dense_block_count", &["num_dense_layers"], Kind::U32),
+            ("expert_feed_forward_length", &["moe_intermediate_size"], Kind::U32),
+            ("expert_weights_norm", &["norm_topk_prob"], Kind::Bool),
+            ("expert_weights_scale", &["routed_scaling_factor"], Kind::F32),
+        ],
+        only: &[("conv_bias", Only::Bool(false))],
+        interleaved: false,
+        recurrent: &["conv"],
+        rope_base: Some(1e6),
+        ..LLAMA
+    },
     Family { rope_base: Some(1e4), ..LLAMA },
     Family { model_type: "mistral", rope_base: Some(1e4), ..LLAMA },
     Family {
@@ -331,15 +380,20 @@ const FAMILIES: &[Family] = &[
     Family { model_type: "qwen2", architecture: "qwen2", interleaved: false, ..LLAMA },
     Family { model_type: "qwen3", architecture: "qwen3", interleaved: false, ..LLAMA },
     Family {
+        model_type: "qwen3_5_moe_text",
+        architecture: "qwen35moe",
+        names: QWEN_3_5,
+        keys: DELTA_NET,
+        interleaved: false,
+        norm_offset: 1.0,
+        recurrent: &["linear_attention"],
+        ..LLAMA
+    },
+    Family {
         model_type: "qwen3_5_text",
         architecture: "qwen35",
         names: QWEN_3_5,
-        keys: &[
-            ("ssm.conv_kernel", &["linear_conv_kernel_dim"], Kind::U32),
-            ("ssm.state_size", &["linear_key_head_dim"], Kind::U32),
-            ("ssm.group_count", &["linear_num_key_heads"], Kind::U32),
-            ("ssm.time_step_rank", &["linear_num_value_heads"], Kind::U32),
-        ],
+        keys: DELTA_NET,
         interleaved: false,
         norm_offset: 1.0,
         recurrent: &["linear_attention"],
@@ -386,7 +440,7 @@ const FAMILIES: &[Family] = &[
 ];
 
 /// Models that also see or hear: `model_type` of the whole.
-const SEEING: &[&str] = &["gemma4", "qwen3_5"];
+const SEEING: &[&str] = &["gemma4", "qwen3_5", "qwen3_5_moe"];
 
 /// Their tensors besides those of the language model: for images and sounds, and to draft tokens.
 const BESIDE_TEXT: &[&str] = &[
@@ -440,6 +494,8 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
                 {
                     continue;
                 }
+                // All layers have experts.
+                "feed_forward_length" if architecture == "qwen35moe" => continue,
                 "feed_forward_length" if architecture == "lfm2" => {
                     w.entry("lfm2.feed_forward_length", lfm2_hidden(config)?)?;
                     continue;
@@ -520,14 +576,18 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
     let kv_heads = config.optional_u32("num_key_value_heads")?.unwrap_or(heads);
     let matrices = if architecture == "granitehybrid" { scan(config, w)? } else { Vec::new() };
     let mut names = vec![family.names, NAMES];
-    if architecture == "gemma4" {
-        names.push(GEMMA_4);
+    match architecture {
+        "gemma4" => names.push(GEMMA_4),
+        "lfm2moe" => names.push(LFM2_EXPERTS),
+        "qwen35moe" => names.push(QWEN_3_5_EXPERTS),
+        _ => {}
     }
     if architecture == "granitehybrid" {
         let has_experts = config.optional_u32("num_local_experts")?.is_some_and(|count| count > 0);
         names.push(if has_experts { GRANITE_4_SHARED } else { GRANITE_4_ONLY });
     }
-    let by_value_head = if architecture == "qwen35" { value_heads(config, w)? } else { Vec::new() };
+    let has_delta_net = matches!(architecture, "qwen35" | "qwen35moe");
+    let by_value_head = if has_delta_net { value_heads(config, architecture, w)? } else { Vec::new() };
     let interleaved = vec![(".attn_q", heads as usize), (".attn_k", kv_heads as usize)];
     Ok(Plan {
         prefix: if seeing { "model.language_model." } else { "model." },
@@ -575,9 +635,9 @@ fn recurrent_layers(config: &Json, family: &Family, layers: u32, w: &mut Writer)
     let list = list.ok_or_else(|| config.wrong("layer_types", &expected, types))?;
     let kv_heads = config.u32("num_key_value_heads")?;
     let architecture = family.architecture;
-    if architecture == "qwen35" {
-        w.entry("qwen35.attention.head_count_kv", kv_heads)?;
-        return w.entry("qwen35.attention.recurrent_layers", &list[..]);
+    if matches!(architecture, "qwen35" | "qwen35moe") {
+        w.entry(&format!("{architecture}.attention.head_count_kv"), kv_heads)?;
+        return w.entry(&format!("{architecture}.attention.recurrent_layers"), &list[..]);
     }
     let heads: Vec<u32> = list.iter().map(|&recurrent| if recurrent { 0 } else { kv_heads }).collect();
     w.entry(&format!("{architecture}.attention.head_count_kv"), &heads[..])
@@ -643,7 +703,11 @@ fn scan(config: &Json, w: &mut Writer) -> Result<Vec<(&'static str, u64)>> {
 
 /// Writes what Qwen 3.5's recurrent layers have in all, and returns the weights whose rows or columns follow
 /// value heads.
-fn value_heads(config: &Json, w: &mut Writer) -> Result<Vec<(&'static str, Axis, ValueHeads)>> {
+fn value_heads(
+    config: &Json,
+    architecture: &str,
+    w: &mut Writer,
+) -> Result<Vec<(&'static str, Axis, ValueHeads)>> {
     let extent = |name: &str| match config.u32(name)? {
         value @ 1..=MAX_EXTENT => Ok(value as usize),
         value => Err(config.wrong(name, &format!("1 to {MAX_EXTENT}"), value)),
@@ -654,12 +718,12 @@ fn value_heads(config: &Json, w: &mut Writer) -> Result<Vec<(&'static str, Axis,
         let expected = format!("a multiple of the {keys} heads of keys");
         return Err(config.wrong("linear_num_value_heads", &expected, values));
     }
-    w.entry("qwen35.ssm.inner_size", (values * value).min(u32::MAX as usize) as u32)?;
+    w.entry(&format!("{architecture}.ssm.inner_size"), (values * value).min(u32::MAX as usize) as u32)?;
     if let Some(rope) = config.object("rope_parameters")?
         && let Some(sections) = rope.optional_f32s("mrope_section")?
     {
         let sections: Vec<u32> = sections.iter().map(|&pairs| pairs as u32).chain([0]).collect();
-        w.entry("qwen35.rope.dimension_sections", &sections[..])?;
+        w.entry(&format!("{architecture}.rope.dimension_sections"), &sections[..])?;
     }
     let heads = |start, length| ValueHeads { start, keys, shared: values / keys, length };
     let (rows, single) = (heads(0, value), heads(0, 1));

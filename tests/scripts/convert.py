@@ -18,6 +18,7 @@ import random
 import shutil
 
 import numpy as np
+import safetensors.torch
 import sentencepiece
 import torch
 import transformers
@@ -36,6 +37,7 @@ WINDOW = dict(sliding_window=10)
 LLAMA3 = dict(rope_type="llama3", rope_theta=10000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
               original_max_position_embeddings=32)
 YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=2.0, original_max_position_embeddings=32)
+VISION = dict(depth=1, hidden_size=8, intermediate_size=8, num_heads=2, out_hidden_size=24, patch_size=2, num_position_embeddings=4)
 # Four heads of values for two of keys.
 QWEN_3_5 = dict(model_type="qwen3_5_text", vocabulary="qwen35", num_hidden_layers=2,
                 layer_types=["linear_attention", "full_attention"], head_dim=16, tie_word_embeddings=True, linear_conv_kernel_dim=4,
@@ -75,9 +77,13 @@ FAMILIES = {
     "glm4": dict(model_type="glm4", vocabulary="llama3", num_hidden_layers=1, head_dim=8, attention_bias=True, tie_word_embeddings=True),
     "lfm2": dict(model_type="lfm2", vocabulary="llama3", num_hidden_layers=2, layer_types=["conv", "full_attention"],
                  block_auto_adjust_ff_dim=True, block_multiple_of=8, intermediate_size=36, tie_word_embeddings=True),
+    "lfm2_moe": dict(model_type="lfm2_moe", vocabulary="llama3", num_hidden_layers=2, layer_types=["conv", "full_attention"],
+                     num_dense_layers=1, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=16, routed_scaling_factor=1.5,
+                     tie_word_embeddings=True),
     # A model that also sees.
-    "qwen3_5": dict(QWEN_3_5, vision_config=dict(depth=1, hidden_size=8, intermediate_size=8, num_heads=2, out_hidden_size=24,
-                                                 patch_size=2, num_position_embeddings=4)),
+    "qwen3_5": dict(QWEN_3_5, vision_config=VISION),
+    "qwen3_5_moe": dict(QWEN_3_5, model_type="qwen3_5_moe_text", num_experts=3, num_experts_per_tok=2, moe_intermediate_size=16,
+                        shared_expert_intermediate_size=20, vision_config=VISION),
     "qwen3_5_text": dict(QWEN_3_5),
     # Phi-4-mini rotates a part of each head.
     "phi4": dict(model_type="phi3", vocabulary="gpt4o", num_hidden_layers=1, original_max_position_embeddings=32, head_dim=8,
@@ -178,6 +184,18 @@ def sentence_pieces(kind):
     return tokenizer
 
 
+def join_experts(path):
+    """As published: all experts of a layer in two tensors, with gate and up in one."""
+    weights = safetensors.torch.load_file(path)
+    ending = ".0.up_proj.weight"
+    for prefix in [key.removesuffix(ending) for key in weights if key.endswith(ending)]:
+        count = sum(key.startswith(prefix) and key.endswith(".up_proj.weight") for key in weights)
+        gate, up, down = ([weights.pop(f"{prefix}.{i}.{part}_proj.weight") for i in range(count)] for part in ("gate", "up", "down"))
+        weights[f"{prefix}.gate_up_proj"] = torch.stack([torch.cat(pair) for pair in zip(gate, up)])
+        weights[f"{prefix}.down_proj"] = torch.stack(down)
+    safetensors.torch.save_file(weights, path, metadata={"format": "pt"})
+
+
 # Tokens of a vocabulary with byte fallback before the added ones.
 EXTRA = {"spm": 430, "gemma": 400}
 
@@ -208,7 +226,8 @@ def write(name, options):
                 weight *= 0.7
             weight.copy_(weight.bfloat16().float())
         for key, scalar in model.named_buffers():
-            if key.endswith("layer_scalar"):
+            # So do factors of layers and biases of routers.
+            if key.endswith(("layer_scalar", "expert_bias")):
                 scalar.copy_((1 + 0.2 * torch.randn_like(scalar)).bfloat16().float())
     folder = OUT / name
     shutil.rmtree(folder, ignore_errors=True)
@@ -216,6 +235,8 @@ def write(name, options):
     model.bfloat16().save_pretrained(folder, **shards)
     # Frequencies do not survive a change of types; they are made again.
     model = Auto.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    if name == "qwen3_5_moe":
+        join_experts(folder / "model.safetensors")
     if model_type == "gemma4_text":
         # The keys of configurations before per_layer_config.
         path = folder / "config.json"
