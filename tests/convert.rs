@@ -353,6 +353,10 @@ fn weights_that_do_not_fit_are_named() {
         ("mixtral", "\"BF16\"", "\"I16\" ", "expected F32, F16 or BF16, got I16"),
         ("mixtral", "[24,32]", "[32,24]", "expert"),
         ("qwen2", "[288,24]", "[24,288]", "the embedding's rows"),
+        ("granitehybrid", "[40,24]", "[64,15]", "blk.0.ffn_gate"),
+        ("granitehybrid", "[40,24]", "[15,64]", "an even number of rows"),
+        ("granitehybrid", "[40,24]", "[960]  ", "an even number of rows"),
+        ("qwen3_5_text", "[48,24]", "[24,48]", "of value heads"),
     ] {
         let copy = Copy::of(family);
         copy.replace(WEIGHTS, from.as_bytes(), to.as_bytes());

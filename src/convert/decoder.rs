@@ -718,7 +718,10 @@ fn value_heads(
         let expected = format!("a multiple of the {keys} heads of keys");
         return Err(config.wrong("linear_num_value_heads", &expected, values));
     }
-    w.entry(&format!("{architecture}.ssm.inner_size"), (values * value).min(u32::MAX as usize) as u32)?;
+    w.entry(
+        &format!("{architecture}.ssm.inner_size"),
+        values.saturating_mul(value).min(u32::MAX as usize) as u32,
+    )?;
     if let Some(rope) = config.object("rope_parameters")?
         && let Some(sections) = rope.optional_f32s("mrope_section")?
     {
@@ -727,7 +730,7 @@ fn value_heads(
     }
     let heads = |start, length| ValueHeads { start, keys, shared: values / keys, length };
     let (rows, single) = (heads(0, value), heads(0, 1));
-    let after_keys = heads(2 * keys * key, value);
+    let after_keys = heads(keys.saturating_mul(key).saturating_mul(2), value);
     Ok(vec![
         (".attn_qkv", Axis::Rows, after_keys),
         (".ssm_conv1d", Axis::Rows, after_keys),

@@ -99,7 +99,7 @@ struct ValueHeads {
 
 impl ValueHeads {
     fn len(&self) -> usize {
-        self.start + self.keys * self.shared * self.length
+        self.start.saturating_add(self.keys.saturating_mul(self.shared).saturating_mul(self.length))
     }
 
     /// Returns the source of an element.
@@ -307,11 +307,9 @@ impl Plan {
         if name.ends_with("norm.weight") && !name.ends_with("ssm_norm.weight") {
             target.offset = self.norm_offset;
         }
-        if let (Some(_), Some(rows)) = (half, target.dims.get_mut(1)) {
-            if *rows % 2 != 0 {
-                return Err(format!("expected an even number of rows, got {rows}"));
-            }
-            *rows /= 2;
+        if half.is_some() {
+            let rows = target.dims.get_mut(1).filter(|rows| **rows % 2 == 0);
+            *rows.ok_or("expected a matrix with an even number of rows")? /= 2;
         }
         let matrix = self.matrices.iter().find(|(ending, _)| stem.ends_with(ending));
         if let (Some(&(_, cols)), &[all]) = (matrix, &target.dims[..]) {
