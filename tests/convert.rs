@@ -23,7 +23,14 @@ const FAMILIES: &[&str] = &[
     "cohere2",
     "gemma2",
     "gemma3",
+    "gemma4",
+    "glm",
+    "glm4",
     "granite",
+    "granitehybrid",
+    "granitehybrid-moe",
+    "lfm2",
+    "lfm2_moe",
     "llama",
     "llama-spm",
     "mistral",
@@ -31,8 +38,12 @@ const FAMILIES: &[&str] = &[
     "olmo2",
     "olmo3",
     "phi3",
+    "phi4",
     "qwen2",
     "qwen3",
+    "qwen3_5",
+    "qwen3_5_moe",
+    "qwen3_5_text",
     "qwen3_moe",
     "smollm3",
     "starcoder2",
@@ -90,7 +101,7 @@ fn logits_are_those_of_transformers() {
         for backend in &backends {
             let error = error(&folder, &model, backend);
             // The runtime's GELU by tanh goes through half precision; see docs/numeric-contract.md.
-            let gelu = matches!(*name, "gemma2" | "gemma3" | "starcoder2");
+            let gelu = matches!(*name, "gemma2" | "gemma3" | "gemma4" | "starcoder2");
             let bound = if gelu { 1e-6 } else { 1e-11 };
             if error.is_nan() || error > bound {
                 wrong.push(format!("{name}: {error:.3e}"));
@@ -259,6 +270,28 @@ fn what_is_not_supported_is_named() {
         ("phi3", CONFIG, "/rope_parameters/long_factor", json!([1, 2]), "rope_factors_long"),
         ("gemma3", CONFIG, "/rope_parameters/sliding_attention/rope_type", json!("yarn"), "rope_type"),
         ("qwen3_moe", CONFIG, "/mlp_only_layers", json!([0]), "mlp_only_layers"),
+        ("lfm2", CONFIG, "/conv_bias", json!(true), "conv_bias"),
+        ("lfm2", CONFIG, "/layer_types", json!(["conv", "mamba"]), "conv or full_attention for each layer"),
+        ("lfm2", CONFIG, "/layer_types", Value::Null, "layer_types"),
+        ("lfm2", CONFIG, "/block_multiple_of", json!(7), "blk.0.ffn_gate"),
+        ("qwen3_5", CONFIG, "/text_config/linear_num_value_heads", json!(3), "a multiple of the 2 heads"),
+        ("qwen3_5", CONFIG, "/text_config/linear_num_key_heads", json!(1), "of value heads"),
+        ("qwen3_5", CONFIG, "/text_config/linear_value_head_dim", json!(0), "1 to 65536"),
+        (
+            "qwen3_5",
+            CONFIG,
+            "/text_config/rope_parameters/mrope_section",
+            json!([4, 0, 0]),
+            "leave out pair 1",
+        ),
+        ("qwen3_5", CONFIG, "/text_config", Value::Null, "one of bert"),
+        ("gemma4", CONFIG, "/per_layer_config", json!({}), "per_layer_config"),
+        ("gemma4", CONFIG, "/enable_moe_block", json!(true), "enable_moe_block"),
+        ("gemma4", CONFIG, "/layer_types", json!(["full_attention"]), "for each layer"),
+        ("gemma4", CONFIG, "/global_head_dim", Value::Null, "global_head_dim"),
+        ("granitehybrid", CONFIG, "/position_embedding_type", json!("alibi"), "rope or nope"),
+        ("granitehybrid", CONFIG, "/mamba_n_groups", json!(0), "blk.0.ssm_norm"),
+        ("granitehybrid", CONFIG, "/mamba_expand", json!(3), "blk.0.ssm_"),
         ("llama", VOCABULARY, "/model/type", json!("Unigram"), "expected BPE, got Unigram"),
         ("llama", VOCABULARY, "/model/vocab/x", json!(5), "one text for each id"),
         ("llama", VOCABULARY, "/model/vocab/xyz", json!(288), "ids below 288"),
@@ -320,6 +353,10 @@ fn weights_that_do_not_fit_are_named() {
         ("mixtral", "\"BF16\"", "\"I16\" ", "expected F32, F16 or BF16, got I16"),
         ("mixtral", "[24,32]", "[32,24]", "expert"),
         ("qwen2", "[288,24]", "[24,288]", "the embedding's rows"),
+        ("granitehybrid", "[40,24]", "[64,15]", "blk.0.ffn_gate"),
+        ("granitehybrid", "[40,24]", "[15,64]", "an even number of rows"),
+        ("granitehybrid", "[40,24]", "[960]  ", "an even number of rows"),
+        ("qwen3_5_text", "[48,24]", "[24,48]", "of value heads"),
     ] {
         let copy = Copy::of(family);
         copy.replace(WEIGHTS, from.as_bytes(), to.as_bytes());

@@ -232,8 +232,89 @@ fn random_texts_have_the_ids_of_other_programs() {
         }
     }
     assert!(wrong.is_empty(), "{} wrong\n{}", wrong.len(), wrong.join("\n"));
-    let converted = if cfg!(feature = "convert") { 6 } else { 0 };
+    let converted = if cfg!(feature = "convert") { 8 } else { 0 };
     assert!(checked >= converted, "{checked}");
+}
+
+/// The ids of llama.cpp for each way to split texts into words; `scripts/bpe.py` writes them.
+#[test]
+fn words_are_split_as_in_llama_cpp() {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/bpe");
+    let texts: Vec<String> = serde_json::from_slice(&std::fs::read(dir.join("texts.json")).unwrap()).unwrap();
+    let (mut kinds, mut checked, mut wrong) = (0, 0, Vec::new());
+    for entry in std::fs::read_dir(&dir).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_none_or(|extension| extension != "ids") {
+            continue;
+        }
+        let kind = path.file_stem().unwrap().to_str().unwrap();
+        let bytes = match kind {
+            "gemma4" => std::fs::read(dir.join("text.gguf")).unwrap(),
+            _ => with_words(std::fs::read(dir.join("bytes.gguf")).unwrap(), kind),
+        };
+        let gguf = Gguf::from_source(Source::from_bytes(kind, &bytes)).unwrap();
+        let tokenizer = Tokenizer::from_gguf(&gguf).unwrap().unwrap();
+        let ids = std::fs::read_to_string(&path).unwrap();
+        assert_eq!(ids.lines().count(), texts.len(), "{kind}");
+        for (text, ids) in texts.iter().zip(ids.lines()).filter(|(_, ids)| *ids != "-") {
+            let want: Vec<u32> = ids.split_whitespace().map(|id| id.parse().unwrap()).collect();
+            let got = tokenizer.encode(text, plain());
+            checked += 1;
+            if got != want {
+                wrong.push(format!("{kind}: {text:?}\n  want {want:?}\n  got  {got:?}"));
+            }
+            // U+2581 stands for a space in one of them.
+            let text = if kind == "gemma4" { text.replace('\u{2581}', " ") } else { text.clone() };
+            assert_eq!(tokenizer.decode(&got, false), text, "{kind}");
+        }
+        kinds += 1;
+    }
+    assert!(wrong.is_empty(), "{} wrong of {checked}\n{}", wrong.len(), wrong.join("\n"));
+    assert!(kinds == 10 && checked > 1900, "{kinds} kinds, {checked} texts");
+}
+
+/// A file without tensors, with another `tokenizer.ggml.pre`.
+fn with_words(mut bytes: Vec<u8>, kind: &str) -> Vec<u8> {
+    let key = b"tokenizer.ggml.pre";
+    // The type of the value lies between the key and the length of its text.
+    let at = bytes.windows(key.len()).position(|window| window == key).unwrap() + key.len() + 4;
+    let len = u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap()) as usize;
+    bytes.splice(at..at + 8 + len, halite_testing::gguf::string(kind.as_bytes()));
+    bytes
+}
+
+#[test]
+fn gemma_4_begins_every_text_and_ends_at_turns() {
+    let tokens: Vec<&str> = vec![
+        "<pad>",
+        "<eos>",
+        "<bos>",
+        "a",
+        "b",
+        "\u{2581}",
+        "ab",
+        "\u{2581}ab",
+        "\n",
+        "\n\n",
+        "<turn|>",
+        "</s>",
+        "<|tool_response>",
+    ];
+    let kinds: Vec<i32> = vec![3, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 4, 4];
+    let file = halite_testing::gguf::File::new()
+        .set("general.architecture", "gemma4")
+        .set("tokenizer.ggml.model", "gemma4")
+        .set("tokenizer.ggml.tokens", &tokens)
+        .set("tokenizer.ggml.token_type", &kinds)
+        .set("tokenizer.ggml.merges", &vec!["a b", "\u{2581} ab"])
+        .set("tokenizer.ggml.add_bos_token", false)
+        .set("tokenizer.ggml.bos_token_id", 2u32)
+        .set("tokenizer.ggml.eos_token_id", 1u32);
+    let t = tokenizer(&file);
+    assert_eq!(t.encode("a ab\n\n\nab\n\n", EncodeOptions::default()), [2, 3, 7, 8, 8, 8, 6, 9]);
+    assert_eq!(t.decode(&[2, 3, 7, 9], false), "a ab\n\n");
+    let ends: Vec<u32> = (0..tokens.len() as u32).filter(|&id| t.is_end(id)).collect();
+    assert_eq!(ends, [1, 10, 12]);
 }
 
 /// Every vocabulary at hand: those beside the checkout, the one in it, and those of the folders that are converted.
@@ -251,9 +332,11 @@ fn vocabularies() -> Vec<(String, Tokenizer)> {
     for folder in [
         "bert",
         "convert/gemma2",
+        "convert/gemma4",
         "convert/llama",
         "convert/llama-spm",
         "convert/qwen2",
+        "convert/qwen3_5",
         "convert/starcoder2",
     ] {
         let mut bytes = Vec::new();

@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use super::folder::Json;
 use super::rope::Rope;
-use super::{Plan, vocabulary};
+use super::{Axis, Plan, ValueHeads, vocabulary};
 use crate::error::Result;
 use crate::gguf::write::Writer;
 
@@ -27,6 +27,8 @@ struct Family {
     /// Added to the weights of norms.
     norm_offset: f32,
     window: Window,
+    /// What layers without attention are called in `layer_types`; nothing: all have it.
+    recurrent: &'static [&'static str],
     /// Default base of rotary frequencies.
     rope_base: Option<f64>,
 }
@@ -78,7 +80,7 @@ const OPTIONAL: &[Key] = &[
     ("attention.head_count_kv", &["num_key_value_heads"], Kind::U32),
     ("attention.key_length", &["head_dim"], Kind::U32),
     ("attention.value_length", &["head_dim"], Kind::U32),
-    ("attention.layer_norm_rms_epsilon", &["rms_norm_eps"], Kind::F32),
+    ("attention.layer_norm_rms_epsilon", &["rms_norm_eps", "norm_eps"], Kind::F32),
     ("attention.layer_norm_epsilon", &["layer_norm_eps", "norm_epsilon"], Kind::F32),
     ("expert_count", &["num_local_experts", "num_experts"], Kind::U32),
     ("expert_used_count", &["num_experts_per_tok"], Kind::U32),
@@ -109,6 +111,109 @@ const POST_NORMS: &[(&str, &str)] = &[
     ("layers.{}.post_feedforward_layernorm", "blk.{}.post_ffw_norm"),
 ];
 
+/// GLM's names: gate and up are in one weight.
+const GLM: &[(&str, &str)] = &[("layers.{}.mlp.gate_up_proj", "blk.{}.ffn_up")];
+
+/// GLM-4-0414's norms after its blocks.
+const GLM_4: &[(&str, &str)] = &[
+    ("layers.{}.post_self_attn_layernorm", "blk.{}.post_attention_norm"),
+    ("layers.{}.post_mlp_layernorm", "blk.{}.post_ffw_norm"),
+    ("layers.{}.mlp.gate_up_proj", "blk.{}.ffn_up"),
+];
+
+/// Gemma 4's names, besides those of [`POST_NORMS`].
+const GEMMA_4: &[(&str, &str)] = &[
+    ("embed_tokens_per_layer", "per_layer_token_embd"),
+    ("per_layer_model_projection", "per_layer_model_proj"),
+    ("per_layer_projection_norm", "per_layer_proj_norm"),
+    ("layers.{}.per_layer_input_gate", "blk.{}.inp_gate"),
+    ("layers.{}.per_layer_projection", "blk.{}.proj"),
+    ("layers.{}.post_per_layer_input_norm", "blk.{}.post_norm"),
+    ("layers.{}.layer_scalar", "blk.{}.layer_output_scale.weight"),
+];
+
+/// Granite 4's names. Without experts, the block for all tokens is the only one.
+const GRANITE_4: &[(&str, &str)] = &[
+    ("layers.{}.mamba.in_proj", "blk.{}.ssm_in"),
+    ("layers.{}.mamba.conv1d", "blk.{}.ssm_conv1d"),
+    ("layers.{}.mamba.A_log", "blk.{}.ssm_a"),
+    ("layers.{}.mamba.D", "blk.{}.ssm_d"),
+    ("layers.{}.mamba.dt_bias", "blk.{}.ssm_dt.bias"),
+    ("layers.{}.mamba.norm", "blk.{}.ssm_norm"),
+    ("layers.{}.mamba.out_proj", "blk.{}.ssm_out"),
+    ("layers.{}.block_sparse_moe.router.layer", "blk.{}.ffn_gate_inp"),
+    ("layers.{}.block_sparse_moe.input_linear", "blk.{}.ffn_gate_up_exps"),
+    ("layers.{}.block_sparse_moe.output_linear", "blk.{}.ffn_down_exps"),
+];
+const GRANITE_4_ONLY: &[(&str, &str)] = &[
+    ("layers.{}.shared_mlp.input_linear", "blk.{}.ffn_gate_up"),
+    ("layers.{}.shared_mlp.output_linear", "blk.{}.ffn_down"),
+];
+const GRANITE_4_SHARED: &[(&str, &str)] = &[
+    ("layers.{}.shared_mlp.input_linear", "blk.{}.ffn_gate_up_shexp"),
+    ("layers.{}.shared_mlp.output_linear", "blk.{}.ffn_down_shexp"),
+];
+
+const LFM2: &[(&str, &str)] = &[
+    ("embedding_norm", "token_embd_norm"),
+    ("layers.{}.operator_norm", "blk.{}.attn_norm"),
+    ("layers.{}.ffn_norm", "blk.{}.ffn_norm"),
+    ("layers.{}.conv.conv", "blk.{}.shortconv.conv"),
+    ("layers.{}.conv.in_proj", "blk.{}.shortconv.in_proj"),
+    ("layers.{}.conv.out_proj", "blk.{}.shortconv.out_proj"),
+    ("layers.{}.self_attn.out_proj", "blk.{}.attn_output"),
+    ("layers.{}.self_attn.q_layernorm", "blk.{}.attn_q_norm"),
+    ("layers.{}.self_attn.k_layernorm", "blk.{}.attn_k_norm"),
+    ("layers.{}.feed_forward.w1", "blk.{}.ffn_gate"),
+    ("layers.{}.feed_forward.w2", "blk.{}.ffn_down"),
+    ("layers.{}.feed_forward.w3", "blk.{}.ffn_up"),
+];
+
+const LFM2_EXPERTS: &[(&str, &str)] = &[
+    ("layers.{}.feed_forward.gate", "blk.{}.ffn_gate_inp"),
+    ("layers.{}.feed_forward.expert_bias", "blk.{}.exp_probs_b.bias"),
+    ("layers.{}.feed_forward.experts.{}.w1", "blk.{}.ffn_gate_exps"),
+    ("layers.{}.feed_forward.experts.{}.w2", "blk.{}.ffn_down_exps"),
+    ("layers.{}.feed_forward.experts.{}.w3", "blk.{}.ffn_up_exps"),
+];
+
+/// Experts are tensors of their own, or parts of one.
+const QWEN_3_5_EXPERTS: &[(&str, &str)] = &[
+    ("layers.{}.mlp.gate", "blk.{}.ffn_gate_inp"),
+    ("layers.{}.mlp.experts.{}.gate_proj", "blk.{}.ffn_gate_exps"),
+    ("layers.{}.mlp.experts.{}.up_proj", "blk.{}.ffn_up_exps"),
+    ("layers.{}.mlp.experts.{}.down_proj", "blk.{}.ffn_down_exps"),
+    ("layers.{}.mlp.experts.gate_up_proj", "blk.{}.ffn_gate_up_exps.weight"),
+    ("layers.{}.mlp.experts.down_proj", "blk.{}.ffn_down_exps.weight"),
+    ("layers.{}.mlp.shared_expert_gate", "blk.{}.ffn_gate_inp_shexp"),
+    ("layers.{}.mlp.shared_expert.gate_proj", "blk.{}.ffn_gate_shexp"),
+    ("layers.{}.mlp.shared_expert.up_proj", "blk.{}.ffn_up_shexp"),
+    ("layers.{}.mlp.shared_expert.down_proj", "blk.{}.ffn_down_shexp"),
+];
+
+/// Keys of Qwen 3.5's recurrent layers; a mixture also has those of its experts.
+const DELTA_NET: &[Key] = &[
+    ("ssm.conv_kernel", &["linear_conv_kernel_dim"], Kind::U32),
+    ("ssm.state_size", &["linear_key_head_dim"], Kind::U32),
+    ("ssm.group_count", &["linear_num_key_heads"], Kind::U32),
+    ("ssm.time_step_rank", &["linear_num_value_heads"], Kind::U32),
+    ("expert_feed_forward_length", &["moe_intermediate_size"], Kind::U32),
+    ("expert_shared_feed_forward_length", &["shared_expert_intermediate_size"], Kind::U32),
+];
+
+const QWEN_3_5: &[(&str, &str)] = &[
+    ("layers.{}.post_attention_layernorm", "blk.{}.post_attention_norm"),
+    ("layers.{}.linear_attn.in_proj_qkv", "blk.{}.attn_qkv"),
+    ("layers.{}.linear_attn.in_proj_z", "blk.{}.attn_gate"),
+    ("layers.{}.linear_attn.in_proj_b", "blk.{}.ssm_beta"),
+    ("layers.{}.linear_attn.in_proj_a", "blk.{}.ssm_alpha"),
+    ("layers.{}.linear_attn.conv1d", "blk.{}.ssm_conv1d"),
+    ("layers.{}.linear_attn.A_log", "blk.{}.ssm_a"),
+    ("layers.{}.linear_attn.dt_bias", "blk.{}.ssm_dt.bias"),
+    ("layers.{}.linear_attn.norm", "blk.{}.ssm_norm"),
+    ("layers.{}.linear_attn.out_proj", "blk.{}.ssm_out"),
+];
+
 /// Ignored tensors: RoPE frequencies, which are computed.
 const UNUSED: &[&str] = &["*.rotary_emb.inv_freq"];
 
@@ -122,6 +227,7 @@ const LLAMA: Family = Family {
     interleaved: true,
     norm_offset: 0.0,
     window: Window::All,
+    recurrent: &[],
     rope_base: None,
 };
 
@@ -166,6 +272,29 @@ const FAMILIES: &[Family] = &[
     },
     Family { model_type: "gemma3_text", architecture: "gemma3", window: Window::Period(6), ..GEMMA },
     Family {
+        model_type: "gemma4_text",
+        architecture: "gemma4",
+        keys: &[
+            ("final_logit_softcapping", &["final_logit_softcapping"], Kind::F32),
+            ("attention.shared_kv_layers", &["num_kv_shared_layers"], Kind::U32),
+            ("attention.key_length_swa", &["head_dim"], Kind::U32),
+            ("attention.value_length_swa", &["head_dim"], Kind::U32),
+            ("rope.dimension_count_swa", &["head_dim"], Kind::U32),
+        ],
+        only: &[
+            ("hidden_activation", Only::Text("gelu_pytorch_tanh")),
+            // Images are not read.
+            ("use_bidirectional_attention", Only::Text("vision")),
+            ("enable_moe_block", Only::Bool(false)),
+        ],
+        norm_offset: 0.0,
+        window: Window::Period(6),
+        ..GEMMA
+    },
+    // Its published weights already rotate adjacent elements.
+    Family { model_type: "glm", architecture: "chatglm", names: GLM, interleaved: false, ..LLAMA },
+    Family { model_type: "glm4", architecture: "glm4", names: GLM_4, interleaved: false, ..LLAMA },
+    Family {
         model_type: "granite",
         architecture: "granite",
         keys: &[
@@ -174,6 +303,53 @@ const FAMILIES: &[Family] = &[
             ("residual_scale", &["residual_multiplier"], Kind::F32),
             ("logit_scale", &["logits_scaling"], Kind::F32),
         ],
+        ..LLAMA
+    },
+    Family {
+        model_type: "granitemoehybrid",
+        architecture: "granitehybrid",
+        names: GRANITE_4,
+        keys: &[
+            ("attention.scale", &["attention_multiplier"], Kind::F32),
+            ("embedding_scale", &["embedding_multiplier"], Kind::F32),
+            ("residual_scale", &["residual_multiplier"], Kind::F32),
+            ("logit_scale", &["logits_scaling"], Kind::F32),
+            ("ssm.conv_kernel", &["mamba_d_conv"], Kind::U32),
+            ("ssm.state_size", &["mamba_d_state"], Kind::U32),
+            ("ssm.group_count", &["mamba_n_groups"], Kind::U32),
+            ("ssm.time_step_rank", &["mamba_n_heads"], Kind::U32),
+        ],
+        only: &[("hidden_act", Only::Text("silu")), ("mamba_proj_bias", Only::Bool(false))],
+        recurrent: &["mamba", "linear_attention"],
+        rope_base: Some(1e4),
+        ..LLAMA
+    },
+    Family {
+        model_type: "lfm2",
+        architecture: "lfm2",
+        names: LFM2,
+        keys: &[("shortconv.l_cache", &["conv_L_cache"], Kind::U32)],
+        only: &[("conv_bias", Only::Bool(false))],
+        interleaved: false,
+        recurrent: &["conv"],
+        rope_base: Some(1e6),
+        ..LLAMA
+    },
+    Family {
+        model_type: "lfm2_moe",
+        architecture: "lfm2moe",
+        names: LFM2,
+        keys: &[
+            ("shortconv.l_cache", &["conv_L_cache"], Kind::U32),
+            ("leading_dense_block_count", &["num_dense_layers"], Kind::U32),
+            ("expert_feed_forward_length", &["moe_intermediate_size"], Kind::U32),
+            ("expert_weights_norm", &["norm_topk_prob"], Kind::Bool),
+            ("expert_weights_scale", &["routed_scaling_factor"], Kind::F32),
+        ],
+        only: &[("conv_bias", Only::Bool(false))],
+        interleaved: false,
+        recurrent: &["conv"],
+        rope_base: Some(1e6),
         ..LLAMA
     },
     Family { rope_base: Some(1e4), ..LLAMA },
@@ -203,6 +379,26 @@ const FAMILIES: &[Family] = &[
     },
     Family { model_type: "qwen2", architecture: "qwen2", interleaved: false, ..LLAMA },
     Family { model_type: "qwen3", architecture: "qwen3", interleaved: false, ..LLAMA },
+    Family {
+        model_type: "qwen3_5_moe_text",
+        architecture: "qwen35moe",
+        names: QWEN_3_5,
+        keys: DELTA_NET,
+        interleaved: false,
+        norm_offset: 1.0,
+        recurrent: &["linear_attention"],
+        ..LLAMA
+    },
+    Family {
+        model_type: "qwen3_5_text",
+        architecture: "qwen35",
+        names: QWEN_3_5,
+        keys: DELTA_NET,
+        interleaved: false,
+        norm_offset: 1.0,
+        recurrent: &["linear_attention"],
+        ..LLAMA
+    },
     Family {
         model_type: "qwen3_moe",
         architecture: "qwen3moe",
@@ -243,18 +439,37 @@ const FAMILIES: &[Family] = &[
     },
 ];
 
+/// Models that also see or hear: `model_type` of the whole.
+const SEEING: &[&str] = &["gemma4", "qwen3_5", "qwen3_5_moe"];
+
+/// Their tensors besides those of the language model: for images and sounds, and to draft tokens.
+const BESIDE_TEXT: &[&str] = &[
+    "model.audio_tower.*",
+    "model.embed_audio.*",
+    "model.embed_vision.*",
+    "model.vision_tower.*",
+    "model.visual.*",
+    "mtp.*",
+];
+
 /// Period of SmolLM3's layers: the last layer of each period has no RoPE.
 const NOPE_PERIOD: usize = 4;
 
 /// Writes the metadata of a decoder, and returns the mapping of its tensors.
 pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan> {
+    // The language model of one that also sees or hears has options of its own.
+    let outer = config;
+    let seeing =
+        SEEING.iter().any(|model_type| outer.value.get("model_type").is_some_and(|t| t == model_type));
+    let text = if seeing { outer.object("text_config")? } else { None };
+    let config = text.as_ref().unwrap_or(outer);
     let model_type = config.str("model_type")?;
     let family = FAMILIES.iter().find(|family| family.model_type == model_type);
     let family = family.ok_or_else(|| {
         let known: Vec<&str> = FAMILIES.iter().map(|family| family.model_type).collect();
         config.wrong("model_type", &format!("one of bert, {}", known.join(", ")), model_type)
     })?;
-    if config.get("quantization_config").is_some() {
+    if outer.get("quantization_config").is_some() || config.get("quantization_config").is_some() {
         return Err(config.wrong("quantization_config", "weights that are not quantised", "some that are"));
     }
     for (key, only) in family.only {
@@ -271,6 +486,35 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
         for (key, from, kind) in keys {
             let there = from.iter().find(|from| config.get(from).is_some());
             let Some(from) = there.or(from.first().filter(|_| required)) else { continue };
+            match *key {
+                // One value for each layer.
+                "attention.head_count_kv" if !family.recurrent.is_empty() => continue,
+                "expert_count" | "expert_used_count"
+                    if config.optional_u32("num_local_experts")? == Some(0) =>
+                {
+                    continue;
+                }
+                // All layers have experts.
+                "feed_forward_length" if architecture == "qwen35moe" => continue,
+                "feed_forward_length" if architecture == "lfm2" => {
+                    w.entry("lfm2.feed_forward_length", lfm2_hidden(config)?)?;
+                    continue;
+                }
+                // Layers differ in these.
+                "attention.head_count_kv"
+                | "attention.key_length"
+                | "attention.value_length"
+                | "feed_forward_length"
+                    if architecture == "gemma4" =>
+                {
+                    continue;
+                }
+                "feed_forward_length" if architecture == "granitehybrid" => {
+                    granite_4_hidden(config, w)?;
+                    continue;
+                }
+                _ => {}
+            }
             let key = format!("{architecture}.{key}");
             match kind {
                 Kind::U32 => w.entry(&key, config.u32(from)?)?,
@@ -280,10 +524,11 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
         }
     }
     let (heads, layers) = (config.u32("num_attention_heads")?, config.u32("num_hidden_layers")?);
-    let head_dim = match config.optional_u32("head_dim")? {
-        Some(head_dim) => head_dim,
-        None => config.u32("hidden_size")?.checked_div(heads).unwrap_or(0),
-    };
+    let head_dim =
+        match config.optional_u32(if architecture == "gemma4" { "global_head_dim" } else { "head_dim" })? {
+            Some(head_dim) => head_dim,
+            None => config.u32("hidden_size")?.checked_div(heads).unwrap_or(0),
+        };
     for (key, extent) in [("num_hidden_layers", layers), ("head_dim", head_dim)] {
         if extent > MAX_EXTENT {
             return Err(config.wrong(key, &format!("at most {MAX_EXTENT}"), extent));
@@ -293,6 +538,10 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
         w.entry(&format!("{architecture}.attention.scale"), (1.0 / scalar.sqrt()) as f32)?;
     }
     window(config, family, layers, w)?;
+    recurrent_layers(config, family, layers, w)?;
+    if architecture == "gemma4" {
+        gemma_4_layers(config, layers, w)?;
+    }
     if model_type == "smollm3" {
         let layers = 1..=layers as usize;
         let usual: Vec<Value> =
@@ -307,27 +556,191 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
     }
     let rope = Rope { config, architecture, head_dim, default_base: family.rope_base };
     let vectors = rope.write(w)?;
-    let left_out = vocabulary::write(folder, config, w)?;
+    let mut left_out = vocabulary::write(folder, config, w)?;
 
     let (mut unused, mut required) = (UNUSED.to_vec(), Vec::new());
-    match config.bool("tie_word_embeddings")? {
+    if seeing {
+        unused.extend(BESIDE_TEXT);
+        left_out.push("what the model has besides its language model is left out".to_owned());
+    }
+    let tied = match config.bool("tie_word_embeddings")? {
+        Some(tied) => Some(tied),
+        None => outer.bool("tie_word_embeddings")?,
+    };
+    match tied {
         // Some folders also store the tied output matrix.
         Some(true) => unused.push("lm_head.weight"),
         Some(false) => required.push("lm_head.weight"),
         None => {}
     }
     let kv_heads = config.optional_u32("num_key_value_heads")?.unwrap_or(heads);
+    let matrices = if architecture == "granitehybrid" { scan(config, w)? } else { Vec::new() };
+    let mut names = vec![family.names, NAMES];
+    match architecture {
+        "gemma4" => names.push(GEMMA_4),
+        "lfm2moe" => names.push(LFM2_EXPERTS),
+        "qwen35moe" => names.push(QWEN_3_5_EXPERTS),
+        _ => {}
+    }
+    if architecture == "granitehybrid" {
+        let has_experts = config.optional_u32("num_local_experts")?.is_some_and(|count| count > 0);
+        names.push(if has_experts { GRANITE_4_SHARED } else { GRANITE_4_ONLY });
+    }
+    let has_delta_net = matches!(architecture, "qwen35" | "qwen35moe");
+    let by_value_head = if has_delta_net { value_heads(config, architecture, w)? } else { Vec::new() };
     let interleaved = vec![(".attn_q", heads as usize), (".attn_k", kv_heads as usize)];
     Ok(Plan {
-        prefix: "model.",
-        names: vec![family.names, NAMES],
+        prefix: if seeing { "model.language_model." } else { "model." },
+        names,
         unused,
         required,
         interleaved: if family.interleaved { interleaved } else { Vec::new() },
+        by_value_head,
+        matrices,
         norm_offset: family.norm_offset,
         vectors,
         left_out,
     })
+}
+
+/// Returns the hidden elements of LFM2's feed-forward block, which its options may adjust.
+fn lfm2_hidden(config: &Json) -> Result<u32> {
+    let hidden = match config.optional_u32("block_ff_dim")? {
+        Some(hidden) => hidden,
+        None => config.u32("intermediate_size")?,
+    };
+    if config.bool("block_auto_adjust_ff_dim")? == Some(false) {
+        return Ok(hidden);
+    }
+    let mut hidden = (2 * u64::from(hidden)) / 3;
+    if let Some(factor) = config.optional_f64("block_ffn_dim_multiplier")? {
+        hidden = (factor * hidden as f64) as u64;
+        let multiple = u64::from(config.u32("block_multiple_of")?.max(1));
+        hidden = hidden.div_ceil(multiple).saturating_mul(multiple);
+    }
+    Ok(hidden.min(u32::MAX.into()) as u32)
+}
+
+/// Writes which layers have no attention: their number of KV heads is 0, or a list says so.
+fn recurrent_layers(config: &Json, family: &Family, layers: u32, w: &mut Writer) -> Result<()> {
+    let [.., recurrent] = family.recurrent else { return Ok(()) };
+    let expected = format!("{recurrent} or full_attention for each layer");
+    let types = config.get("layer_types").ok_or_else(|| config.missing("layer_types", &expected))?;
+    let is_recurrent = |kind: &Value| match kind.as_str()? {
+        "full_attention" | "attention" => Some(false),
+        other => family.recurrent.contains(&other).then_some(true),
+    };
+    let list: Option<Vec<bool>> = types.as_array().and_then(|list| list.iter().map(is_recurrent).collect());
+    let list = list.filter(|list| list.len() == layers as usize);
+    let list = list.ok_or_else(|| config.wrong("layer_types", &expected, types))?;
+    let kv_heads = config.u32("num_key_value_heads")?;
+    let architecture = family.architecture;
+    if matches!(architecture, "qwen35" | "qwen35moe") {
+        w.entry(&format!("{architecture}.attention.head_count_kv"), kv_heads)?;
+        return w.entry(&format!("{architecture}.attention.recurrent_layers"), &list[..]);
+    }
+    let heads: Vec<u32> = list.iter().map(|&recurrent| if recurrent { 0 } else { kv_heads }).collect();
+    w.entry(&format!("{architecture}.attention.head_count_kv"), &heads[..])
+}
+
+/// Writes in what Gemma 4's layers differ: heads, hidden elements, inputs of their own.
+fn gemma_4_layers(config: &Json, layers: u32, w: &mut Writer) -> Result<()> {
+    if let Some(other) = config.get("per_layer_config") {
+        return Err(config.wrong("per_layer_config", "none, but global_head_dim", other));
+    }
+    let length = config.u32("global_head_dim")?;
+    w.entry("gemma4.attention.key_length", length)?;
+    w.entry("gemma4.attention.value_length", length)?;
+    if let Some(length) = config.optional_u32("hidden_size_per_layer_input")?.filter(|&length| length > 0) {
+        w.entry("gemma4.embedding_length_per_layer_input", length)?;
+    }
+    let types = config.get("layer_types").and_then(Value::as_array).map_or(&[][..], |types| &types[..]);
+    if types.len() != layers as usize {
+        return Err(config.missing("layer_types", "one for each layer"));
+    }
+    let kv_heads = config.u32("num_key_value_heads")?;
+    let global = match config.bool("attention_k_eq_v")? {
+        Some(true) => config.optional_u32("num_global_key_value_heads")?.unwrap_or(kv_heads),
+        _ => kv_heads,
+    };
+    let heads: Vec<u32> =
+        types.iter().map(|kind| if kind == "sliding_attention" { kv_heads } else { global }).collect();
+    w.entry("gemma4.attention.head_count_kv", &heads[..])?;
+    // Layers that use the caches of others may have twice as many hidden elements.
+    let hidden = config.u32("intermediate_size")?;
+    let own = layers.saturating_sub(config.optional_u32("num_kv_shared_layers")?.unwrap_or(0));
+    let wide = config.bool("use_double_wide_mlp")? == Some(true);
+    let hidden: Vec<u32> = (0..layers)
+        .map(|layer| if wide && layer >= own { hidden.saturating_mul(2) } else { hidden })
+        .collect();
+    w.entry("gemma4.feed_forward_length", &hidden[..])
+}
+
+/// Writes the hidden elements of Granite 4's feed-forward blocks.
+fn granite_4_hidden(config: &Json, w: &mut Writer) -> Result<()> {
+    let shared = config.u32("shared_intermediate_size")?;
+    if config.optional_u32("num_local_experts")?.is_none_or(|count| count == 0) {
+        return w.entry("granitehybrid.feed_forward_length", shared);
+    }
+    w.entry("granitehybrid.expert_shared_feed_forward_length", shared)?;
+    w.entry("granitehybrid.feed_forward_length", config.u32("intermediate_size")?)
+}
+
+/// Writes what Mamba 2's layers have in all and whether attention has positions, and returns the vectors that
+/// are matrices in files.
+fn scan(config: &Json, w: &mut Writer) -> Result<Vec<(&'static str, u64)>> {
+    let inner = config.u32("mamba_expand")?.saturating_mul(config.u32("hidden_size")?);
+    w.entry("granitehybrid.ssm.inner_size", inner)?;
+    let positions = match config.get("position_embedding_type").and_then(Value::as_str) {
+        Some("rope") => true,
+        Some("nope") | None => false,
+        Some(other) => return Err(config.wrong("position_embedding_type", "rope or nope", other)),
+    };
+    w.entry("granitehybrid.rope.scaling.finetuned", positions)?;
+    let group = inner.checked_div(config.u32("mamba_n_groups")?).unwrap_or(0);
+    Ok(vec![(".ssm_a", 1), (".ssm_d", 1), (".ssm_norm", group.into())])
+}
+
+/// Writes what Qwen 3.5's recurrent layers have in all, and returns the weights whose rows or columns follow
+/// value heads.
+fn value_heads(
+    config: &Json,
+    architecture: &str,
+    w: &mut Writer,
+) -> Result<Vec<(&'static str, Axis, ValueHeads)>> {
+    let extent = |name: &str| match config.u32(name)? {
+        value @ 1..=MAX_EXTENT => Ok(value as usize),
+        value => Err(config.wrong(name, &format!("1 to {MAX_EXTENT}"), value)),
+    };
+    let (keys, values) = (extent("linear_num_key_heads")?, extent("linear_num_value_heads")?);
+    let (key, value) = (extent("linear_key_head_dim")?, extent("linear_value_head_dim")?);
+    if !values.is_multiple_of(keys) {
+        let expected = format!("a multiple of the {keys} heads of keys");
+        return Err(config.wrong("linear_num_value_heads", &expected, values));
+    }
+    w.entry(
+        &format!("{architecture}.ssm.inner_size"),
+        values.saturating_mul(value).min(u32::MAX as usize) as u32,
+    )?;
+    if let Some(rope) = config.object("rope_parameters")?
+        && let Some(sections) = rope.optional_f32s("mrope_section")?
+    {
+        let sections: Vec<u32> = sections.iter().map(|&pairs| pairs as u32).chain([0]).collect();
+        w.entry(&format!("{architecture}.rope.dimension_sections"), &sections[..])?;
+    }
+    let heads = |start, length| ValueHeads { start, keys, shared: values / keys, length };
+    let (rows, single) = (heads(0, value), heads(0, 1));
+    let after_keys = heads(keys.saturating_mul(key).saturating_mul(2), value);
+    Ok(vec![
+        (".attn_qkv", Axis::Rows, after_keys),
+        (".ssm_conv1d", Axis::Rows, after_keys),
+        (".attn_gate", Axis::Rows, rows),
+        (".ssm_out", Axis::Columns, rows),
+        (".ssm_beta", Axis::Rows, single),
+        (".ssm_alpha", Axis::Rows, single),
+        (".ssm_a", Axis::Rows, single),
+        (".ssm_dt", Axis::Rows, single),
+    ])
 }
 
 /// Writes the sliding window and its layers.
@@ -363,7 +776,7 @@ fn window(config: &Json, family: &Family, layers: u32, w: &mut Writer) -> Result
         }
         (None, None) => default.clone(),
     };
-    if windowed != default {
+    if windowed != default || family.architecture == "gemma4" {
         match family.window {
             Window::All if windowed.contains(&true) => {
                 return Err(config.wrong("layer_types", "the same for every layer", "some of each"));

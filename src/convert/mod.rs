@@ -32,9 +32,19 @@ use folder::{Files, Json};
 /// Alignment of tensor data: a cache line.
 const ALIGNMENT: u32 = 64;
 
-/// Matrices that stay F32, besides vectors and biases: small tables that are read row by row, and routers,
-/// whose rounding would change the choice of experts.
-const PLAIN: &[&str] = &["position_embd.weight", "token_types.weight", ".ffn_gate_inp.weight", ".bias"];
+/// Matrices that stay F32, besides vectors and biases: small tables that are read row by row, taps of
+/// convolutions, and routers, whose rounding would change the choice of experts.
+const PLAIN: &[&str] = &[
+    "position_embd.weight",
+    "token_types.weight",
+    ".ffn_gate_inp.weight",
+    ".ssm_a",
+    ".ssm_d",
+    ".ssm_norm.weight",
+    ".ssm_conv1d.weight",
+    ".shortconv.conv.weight",
+    ".bias",
+];
 
 /// Positions of the program that a header is checked with.
 const CHECKED_POSITIONS: u32 = 256;
@@ -44,8 +54,8 @@ const CHECKED_POSITIONS: u32 = 256;
 struct Plan {
     /// Optional prefixes of names, to remove.
     prefix: &'static str,
-    /// Names in the folder and in GGUF files, without `.weight` and `.bias`; the first `{}` is a layer, the
-    /// second an expert.
+    /// Names in the folder and in GGUF files, both without `.weight` and `.bias` or both whole; the first `{}`
+    /// is a layer, the second an expert.
     names: Vec<&'static [(&'static str, &'static str)]>,
     /// Names to ignore; a star at one end matches anything.
     unused: Vec<&'static str>,
@@ -53,12 +63,52 @@ struct Plan {
     required: Vec<&'static str>,
     /// Names in GGUF files whose rows are reordered, with the number of heads.
     interleaved: Vec<(&'static str, usize)>,
+    /// Names in GGUF files whose rows or columns follow value heads, and how they are reordered.
+    by_value_head: Vec<(&'static str, Axis, ValueHeads)>,
+    /// Names in GGUF files of vectors that are matrices there, with their columns.
+    matrices: Vec<(&'static str, u64)>,
     /// Added to the weights of norms.
     norm_offset: f32,
     /// Vectors that no file of the folder has.
     vectors: Vec<(&'static str, Vec<f32>)>,
     /// Warnings: settings of the folder that the file lacks.
     left_out: Vec<String>,
+}
+
+/// A part of names that stands for two tensors: the first half of a matrix's rows is the gate's, the second up's.
+const GATE_UP: &str = ".ffn_gate_up";
+
+/// What of a matrix is reordered.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Axis {
+    Rows,
+    Columns,
+}
+
+/// Heads of values that share heads of keys (Qwen 3.5). Published weights have those that share a key side by
+/// side; in GGUF files, the first heads of all keys come first, then the second ones.
+#[derive(Clone, Copy)]
+struct ValueHeads {
+    /// Elements in front of the heads.
+    start: usize,
+    keys: usize,
+    /// Heads for each key.
+    shared: usize,
+    length: usize,
+}
+
+impl ValueHeads {
+    fn len(&self) -> usize {
+        self.start.saturating_add(self.keys.saturating_mul(self.shared).saturating_mul(self.length))
+    }
+
+    /// Returns the source of an element.
+    fn source(&self, at: usize) -> usize {
+        let Some(at) = at.checked_sub(self.start) else { return at };
+        let (head, element) = (at / self.length, at % self.length);
+        let (key, number) = (head % self.keys, head / self.keys);
+        self.start + (key * self.shared + number) * self.length + element
+    }
 }
 
 /// A tensor to write.
@@ -70,7 +120,12 @@ struct Target<'a> {
     views: Vec<TensorView<'a>>,
     vector: Vec<f32>,
     heads: Option<usize>,
+    by_value_head: Option<(Axis, ValueHeads)>,
+    /// The half of each matrix's rows that it is.
+    half: Option<usize>,
     offset: f32,
+    /// Whether values are logarithms of rates, which files have as `-exp(value)`.
+    is_rate: bool,
 }
 
 /// Writes the model of a folder as GGUF, with matrices in `format`; vectors, biases and routers stay F32.
@@ -149,6 +204,7 @@ impl Plan {
         }
         // Experts of one tensor are consecutive, in order of their numbers.
         let mut found: BTreeMap<String, BTreeMap<Option<usize>, TensorView<'a>>> = BTreeMap::new();
+        let mut halves = BTreeMap::new();
         for (full, view) in tensors {
             let short = full.strip_prefix(self.prefix).unwrap_or(&full);
             if self.unused.iter().any(|pattern| matches(pattern, short)) {
@@ -158,14 +214,24 @@ impl Plan {
                 Error::Model(format!("tensor `{}` {why}", printable(full.as_bytes()).trim_matches('"')))
             };
             let (name, expert) = self.gguf_name(short).ok_or_else(|| wrong("is unknown to the family"))?;
-            if found.entry(name).or_default().insert(expert, view).is_some() {
-                return Err(wrong("appears twice, under different names"));
+            let names = match name.split_once(GATE_UP) {
+                Some((start, end)) => ["gate", "up"].map(|part| format!("{start}.ffn_{part}{end}")).to_vec(),
+                None => vec![name],
+            };
+            for (half, name) in names.iter().enumerate().filter(|_| names.len() > 1) {
+                halves.insert(name.clone(), half);
+            }
+            for name in names {
+                if found.entry(name).or_default().insert(expert, view.clone()).is_some() {
+                    return Err(wrong("appears twice, under different names"));
+                }
             }
         }
         let mut targets = BTreeMap::new();
         for (name, views) in found {
+            let half = halves.get(&name).copied();
             let target =
-                self.target(&name, views).map_err(|e| Error::Model(format!("tensor `{name}`: {e}")))?;
+                self.target(&name, views, half).map_err(|e| Error::Model(format!("tensor `{name}`: {e}")))?;
             targets.insert(name, target);
         }
         for (name, vector) in &self.vectors {
@@ -178,6 +244,13 @@ impl Plan {
 
     /// Returns the name of a tensor in a GGUF file, and its expert.
     fn gguf_name(&self, name: &str) -> Option<(String, Option<usize>)> {
+        let whole = self.names.iter().copied().flatten().find_map(|(from, to)| {
+            let layer = numbers(from, name)?.first().map(u32::to_string).unwrap_or_default();
+            Some((to.replace("{}", &layer), None))
+        });
+        if whole.is_some() {
+            return whole;
+        }
         let (stem, kind) = name.rsplit_once('.')?;
         let kind = match kind {
             "weight" | "gamma" => "weight",
@@ -197,15 +270,22 @@ impl Plan {
         &self,
         name: &str,
         views: BTreeMap<Option<usize>, TensorView<'a>>,
+        half: Option<usize>,
     ) -> Result<Target<'a>, String> {
-        let mut target = Target::default();
+        let mut target = Target { half, ..Target::default() };
         let experts = views.len() as u64;
         for (place, (expert, view)) in views.into_iter().enumerate() {
             if expert.is_some_and(|expert| expert != place) {
                 return Err(format!("expert {place} is missing"));
             }
             let dims = view.shape().iter().rev().map(|&dim| dim as u64).chain(expert.map(|_| experts));
-            let dims: Vec<u64> = dims.collect();
+            let mut dims: Vec<u64> = dims.collect();
+            // A convolution of each channel by itself.
+            if let [taps, 1, channels] = dims[..]
+                && expert.is_none()
+            {
+                dims = vec![taps, channels];
+            }
             if place > 0 && dims != target.dims {
                 let expected = &target.dims;
                 return Err(format!(
@@ -224,8 +304,28 @@ impl Plan {
                 return Err(format!("expected rows of pairs for {heads} heads, got {rows}"));
             }
         }
-        if name.ends_with("norm.weight") {
+        if name.ends_with("norm.weight") && !name.ends_with("ssm_norm.weight") {
             target.offset = self.norm_offset;
+        }
+        if half.is_some() {
+            let rows = target.dims.get_mut(1).filter(|rows| **rows % 2 == 0);
+            *rows.ok_or("expected a matrix with an even number of rows")? /= 2;
+        }
+        let matrix = self.matrices.iter().find(|(ending, _)| stem.ends_with(ending));
+        if let (Some(&(_, cols)), &[all]) = (matrix, &target.dims[..]) {
+            if cols == 0 || all % cols != 0 {
+                return Err(format!("expected a multiple of {cols} elements, got {all}"));
+            }
+            target.dims = vec![cols, all / cols];
+        }
+        target.is_rate = name.ends_with(".ssm_a");
+        let reordered = self.by_value_head.iter().find(|(ending, ..)| stem.ends_with(ending));
+        if let Some(&(_, axis, heads)) = reordered {
+            let extent = if axis == Axis::Rows { target.dims.last() } else { target.dims.first() };
+            if extent.copied().unwrap_or(0) != heads.len() as u64 {
+                return Err(format!("expected {} elements of value heads, got {extent:?}", heads.len()));
+            }
+            target.by_value_head = Some((axis, heads));
         }
         Ok(target)
     }
@@ -283,11 +383,27 @@ impl Target<'_> {
             let cols = if view.shape().len() < 2 { 1 } else { view.shape().last().copied().unwrap_or(0) };
             let rows = view.data().chunks_exact(cols.saturating_mul(bytes).max(1));
             let rows_of_a_head = self.heads.map(|heads| rows.len() / heads);
-            for at in 0..rows.len() {
-                let from = rows_of_a_head.map_or(at, |rows| halves_to_pairs(at, rows));
+            let count = if self.half.is_some() { rows.len() / 2 } else { rows.len() };
+            let of_matrix = self.dims.get(1).map_or(1, |&rows| rows.max(1) as usize);
+            for at in 0..count {
+                let from = match (self.half, self.by_value_head) {
+                    (Some(half), _) => at / of_matrix * 2 * of_matrix + half * of_matrix + at % of_matrix,
+                    (None, Some((Axis::Rows, heads))) => heads.source(at),
+                    _ => rows_of_a_head.map_or(at, |rows| halves_to_pairs(at, rows)),
+                };
                 let elements = rows.clone().nth(from).unwrap_or(&[]).chunks_exact(bytes);
+                let read = |element| match value(element) {
+                    rate if self.is_rate => -f64::from(rate).exp() as f32,
+                    value => value + self.offset,
+                };
                 values.clear();
-                values.extend(elements.map(|element| value(element) + self.offset));
+                match self.by_value_head {
+                    Some((Axis::Columns, heads)) => {
+                        let sources = (0..elements.len()).map(|at| heads.source(at));
+                        values.extend(sources.filter_map(|from| elements.clone().nth(from)).map(read));
+                    }
+                    _ => values.extend(elements.map(read)),
+                }
                 row(&values)?;
             }
         }

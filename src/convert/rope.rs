@@ -14,6 +14,9 @@ pub(super) struct Rope<'c> {
     pub(super) default_base: Option<f64>,
 }
 
+/// The factor of a pair that does not rotate: its frequency is 0 in any context.
+const STILL: f32 = 1e30;
+
 /// Vectors to add to the file, with their names.
 type Vectors = Vec<(&'static str, Vec<f32>)>;
 
@@ -53,7 +56,12 @@ impl Rope<'_> {
         }
         let part = number("partial_rotary_factor")?.unwrap_or(1.0);
         let rotated = part.min(1.0) * f64::from(self.head_dim);
-        w.entry(&entry("dimension_count"), rotated as u32)?;
+        let is_proportional = match parameters {
+            Some(parameters) => kind(parameters)? == "proportional",
+            None => false,
+        };
+        let pairs_of = if is_proportional { self.head_dim } else { rotated as u32 };
+        w.entry(&entry("dimension_count"), pairs_of)?;
         match parameters {
             Some(parameters) => self.scaling(parameters, base, rotated as u32, w),
             None => Ok(Vec::new()),
@@ -74,6 +82,13 @@ impl Rope<'_> {
                 w.entry(&entry("type"), "linear")?;
                 w.entry(&entry("factor"), p.f64("factor")? as f32)?;
                 Ok(Vec::new())
+            }
+            // The frequencies are those of the whole head, but only the first pairs rotate.
+            "proportional" => {
+                let factor = p.optional_f64("factor")?.unwrap_or(1.0) as f32;
+                let factors =
+                    (0..self.head_dim / 2).map(|pair| if pair < rotated / 2 { factor } else { STILL });
+                Ok(vec![("rope_freqs.weight", factors.collect())])
             }
             "llama3" => {
                 let original = original
@@ -146,7 +161,9 @@ impl Rope<'_> {
                     ("rope_factors_short.weight", factors("short_factor")?),
                 ])
             }
-            other => Err(p.wrong("rope_type", "default, linear, llama3, yarn or longrope", other)),
+            other => {
+                Err(p.wrong("rope_type", "default, linear, llama3, yarn, longrope or proportional", other))
+            }
         }
     }
 }

@@ -50,16 +50,25 @@ pub(super) fn write(folder: &Path, config: &Json, w: &mut Writer) -> Result<Vec<
     let from_bytes = model.bool("byte_fallback")? == Some(true);
     let space_prefix = from_bytes.then(|| space_prefix(&json)).transpose()?;
     let tokens = tokens(&json, &model, config.u32("vocab_size")?, space_prefix)?;
-    w.entry("tokenizer.ggml.model", if from_bytes { "llama" } else { "gpt2" })?;
+    let is_gemma_4 = config.str("model_type")? == "gemma4_text";
+    if is_gemma_4 && space_prefix != Some(false) {
+        return Err(json.missing("normalizer", "spaces that become U+2581"));
+    }
+    let kind = match (is_gemma_4, from_bytes) {
+        (true, _) => "gemma4",
+        (false, true) => "llama",
+        (false, false) => "gpt2",
+    };
+    w.entry("tokenizer.ggml.model", kind)?;
     w.entry("tokenizer.ggml.tokens", &tokens.texts[..])?;
     w.entry("tokenizer.ggml.token_type", &tokens.kinds[..])?;
     let merges = merges(&model)?;
-    if let Some(space_prefix) = space_prefix {
+    if let Some(space_prefix) = space_prefix.filter(|_| !is_gemma_4) {
         w.entry("tokenizer.ggml.pre", "default")?;
         w.entry("tokenizer.ggml.add_space_prefix", space_prefix)?;
         w.entry("tokenizer.ggml.scores", &scores(&model, &tokens, &merges)?[..])?;
     } else {
-        w.entry("tokenizer.ggml.pre", pre_tokenizer(&json, &model)?)?;
+        w.entry("tokenizer.ggml.pre", if is_gemma_4 { kind } else { pre_tokenizer(&json, &model)? })?;
         let spaced = merges.iter().find(|(left, right)| left.contains(' ') || right.contains(' '));
         if let Some((left, right)) = spaced {
             return Err(model.wrong("merges", "parts without spaces", format!("`{left}` and `{right}`")));

@@ -9,6 +9,7 @@ use crate::gguf::Gguf;
 /// Blocks that no supported family has, by the parts of tensor names that show them.
 const BLOCKS: &[(&str, &[&str])] = &[
     ("delta rule with a decay for each channel", &["ssm_f_a"]),
+    ("delta rule whose neighbouring value heads share a key", &["ssm_ba"]),
     ("state-space scan of Mamba 1", &["ssm_x"]),
     ("multi-head latent attention", &["attn_kv_a_mqa", "attn_kv_b", "attn_k_b"]),
     ("sparse attention by an indexer", &["indexer"]),

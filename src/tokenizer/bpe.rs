@@ -1,10 +1,11 @@
-//! Byte-level byte-pair encoding (Sennrich et al. 2016; Radford et al. 2019): each word's bytes, written as
-//! printable characters, are merged in order of rank.
+//! Byte-pair encoding (Sennrich et al. 2016): neighbours are merged in order of rank. At first they are a word's bytes,
+//! written as printable characters (Radford et al. 2019), or, in Gemma 4, its characters.
 
 use std::collections::{BinaryHeap, HashMap};
 
 use super::pretokenize::Pretokenizer;
-use super::vocabulary::Vocabulary;
+use super::spm::{byte_of, byte_token};
+use super::vocabulary::{SPACE, Vocabulary, unescape};
 use crate::error::{Error, Result};
 use crate::gguf::{Strings, printable};
 
@@ -15,11 +16,24 @@ type Merges = HashMap<(u32, u32), (u32, u32)>;
 pub(super) struct Bpe {
     pre: Pretokenizer,
     merges: Merges,
-    /// The character that stands for each byte.
-    chars: Box<[char; 256]>,
-    /// The token of each byte's character.
-    bytes: Box<[Option<u32>; 256]>,
-    byte_of: HashMap<char, u8>,
+    spelling: Spelling,
+}
+
+/// How a vocabulary spells words.
+#[derive(Debug)]
+enum Spelling {
+    Bytes {
+        /// The character that stands for each byte.
+        chars: Box<[char; 256]>,
+        /// The token of each byte's character.
+        bytes: Box<[Option<u32>; 256]>,
+        byte_of: HashMap<char, u8>,
+    },
+    /// As they are, but with U+2581 for spaces.
+    Text {
+        /// The token of each byte of characters that have none.
+        bytes: Box<[Option<u32>; 256]>,
+    },
 }
 
 impl Bpe {
@@ -40,29 +54,63 @@ impl Bpe {
             let id = |text: &[u8]| vocabulary.id(text).ok_or_else(|| bad("a part is not in the vocabulary"));
             merges.entry((id(left)?, id(right)?)).or_insert((rank as u32, id(&joined)?));
         }
-        let chars = Box::new(byte_chars());
-        let token = |b: usize| vocabulary.id(chars[b].encode_utf8(&mut [0; 4]).as_bytes());
-        let bytes = Box::new(std::array::from_fn(token));
-        let byte_of = chars.iter().enumerate().map(|(b, &c)| (c, b as u8)).collect();
-        Ok(Bpe { pre, merges, chars, bytes, byte_of })
+        let spelling = if pre.as_text {
+            Spelling::Text { bytes: Box::new(std::array::from_fn(|b| byte_token(vocabulary, b as u8))) }
+        } else {
+            let chars = Box::new(byte_chars());
+            let token = |b: usize| vocabulary.id(chars[b].encode_utf8(&mut [0; 4]).as_bytes());
+            let bytes = Box::new(std::array::from_fn(token));
+            let byte_of = chars.iter().enumerate().map(|(b, &c)| (c, b as u8)).collect();
+            Spelling::Bytes { chars, bytes, byte_of }
+        };
+        Ok(Bpe { pre, merges, spelling })
+    }
+
+    /// Whether the vocabulary spells words as they are.
+    pub(super) fn is_text(&self) -> bool {
+        matches!(self.spelling, Spelling::Text { .. })
     }
 
     pub(super) fn encode(&self, text: &str, vocabulary: &Vocabulary, out: &mut Vec<u32>) {
-        self.pre.split(text, &mut |word| {
-            if self.pre.ignore_merges {
-                let written: String = word.bytes().map(|b| self.chars[b as usize]).collect();
-                if let Some(id) = vocabulary.id(written.as_bytes()) {
+        match &self.spelling {
+            Spelling::Bytes { chars, bytes, .. } => self.pre.split(text, &mut |word| {
+                if self.pre.ignore_merges {
+                    let written: String = word.bytes().map(|b| chars[b as usize]).collect();
+                    if let Some(id) = vocabulary.id(written.as_bytes()) {
+                        return out.push(id);
+                    }
+                }
+                // Skip bytes that the vocabulary lacks, as in llama.cpp.
+                self.merge(word.bytes().filter_map(|b| bytes[b as usize]), out);
+            }),
+            Spelling::Text { bytes } => self.pre.split(&text.replace(' ', SPACE), &mut |word| {
+                // No merge makes the tokens of several line ends.
+                if word.starts_with('\n')
+                    && let Some(id) = vocabulary.id(word.as_bytes())
+                {
                     return out.push(id);
                 }
-            }
-            self.encode_word(word, out);
-        });
+                let mut known = Vec::new();
+                for c in word.chars() {
+                    let mut buffer = [0; 4];
+                    let c = c.encode_utf8(&mut buffer).as_bytes();
+                    match vocabulary.id(c) {
+                        Some(id) => known.push(id),
+                        None => {
+                            // No merge crosses a character that the vocabulary lacks.
+                            self.merge(known.drain(..), out);
+                            out.extend(c.iter().filter_map(|&b| bytes[b as usize]));
+                        }
+                    }
+                }
+                self.merge(known.drain(..), out);
+            }),
+        }
     }
 
-    fn encode_word(&self, word: &str, out: &mut Vec<u32>) {
-        // Skip bytes that the vocabulary lacks, as in llama.cpp.
+    fn merge(&self, ids: impl Iterator<Item = u32>, out: &mut Vec<u32>) {
         let mut symbols: Vec<Symbol> = Vec::new();
-        for id in word.bytes().filter_map(|b| self.bytes[b as usize]) {
+        for id in ids {
             let i = symbols.len();
             symbols.push(Symbol { id: Some(id), prev: i.checked_sub(1), next: Some(i + 1) });
         }
@@ -101,15 +149,23 @@ impl Bpe {
         out.extend(symbols.iter().filter_map(|s| s.id));
     }
 
-    pub(super) fn decode(&self, text: &[u8], out: &mut Vec<u8>) {
-        for chunk in text.utf8_chunks() {
-            for c in chunk.valid().chars() {
-                match self.byte_of.get(&c) {
-                    Some(&b) => out.push(b),
-                    None => out.extend_from_slice(c.encode_utf8(&mut [0; 4]).as_bytes()),
+    pub(super) fn decode(&self, id: u32, text: &[u8], out: &mut Vec<u8>) {
+        match &self.spelling {
+            Spelling::Bytes { byte_of, .. } => {
+                for chunk in text.utf8_chunks() {
+                    for c in chunk.valid().chars() {
+                        match byte_of.get(&c) {
+                            Some(&b) => out.push(b),
+                            None => out.extend_from_slice(c.encode_utf8(&mut [0; 4]).as_bytes()),
+                        }
+                    }
+                    out.extend_from_slice(chunk.invalid());
                 }
             }
-            out.extend_from_slice(chunk.invalid());
+            Spelling::Text { bytes } => match byte_of(text) {
+                Some(b) if bytes[b as usize] == Some(id) => out.push(b),
+                _ => unescape(text, out),
+            },
         }
     }
 }

@@ -1,5 +1,5 @@
-//! Tokenizers from GGUF metadata: SentencePiece BPE (`llama`) and unigram (`t5`), byte-level BPE (`gpt2`) and
-//! WordPiece (`bert`).
+//! Tokenizers from GGUF metadata: SentencePiece BPE (`llama`) and unigram (`t5`), byte-level BPE (`gpt2`), BPE of
+//! characters (`gemma4`) and WordPiece (`bert`).
 
 mod bpe;
 mod literals;
@@ -116,11 +116,22 @@ const END_TEXTS: &[&str] = &[
     "<|end|>",
     "<|return|>",
     "<|call|>",
+    "<|calls|>",
+    "<|flush|>",
     "<end_of_turn>",
+    "<turn|>",
+    "<|tool_response>",
+    "<end_of_utterance>",
     "<|endoftext|>",
     "<|end_of_text|>",
     "<EOT>",
+    "_<EOT>",
+    "[EOT]",
+    "[EOS]",
+    "[e~[",
+    "<eos>",
     "</s>",
+    "<\u{ff5c}end\u{2581}of\u{2581}sentence\u{ff5c}>",
 ];
 
 /// Texts that are control tokens even if a file calls them normal, as some published files do. Encoded in
@@ -134,13 +145,21 @@ const CONTROL_TEXTS: &[&str] = &[
     "<|end|>",
     "<|return|>",
     "<|call|>",
+    "<|calls|>",
+    "<|flush|>",
     "<start_of_turn>",
     "<end_of_turn>",
+    "<|turn>",
+    "<turn|>",
+    "<|tool_response>",
+    "<end_of_utterance>",
     "<|start_header_id|>",
     "<|end_header_id|>",
     "<|endoftext|>",
     "<|end_of_text|>",
     "<EOT>",
+    "[EOT]",
+    "[e~[",
 ];
 
 impl Tokenizer {
@@ -194,8 +213,11 @@ impl Tokenizer {
                 let (bos, eos) = (special("bos", or(1))?, special("eos", or(2))?);
                 Kind { algorithm: Algorithm::Spm(spm), bos, eos, add_bos: true, add_eos: false }
             }
-            "gpt2" => {
-                let pre = gguf.optional_str("tokenizer.ggml.pre")?;
+            "gpt2" | "gemma4" => {
+                let pre = match model {
+                    "gemma4" => Some("gemma4"),
+                    _ => gguf.optional_str("tokenizer.ggml.pre")?,
+                };
                 if pre.is_none() {
                     warn(
                         "tokenizer.ggml.pre is missing: `default` is used, which may differ from training"
@@ -243,7 +265,7 @@ impl Tokenizer {
             other => {
                 let other = printable(other.as_bytes());
                 let message =
-                    format!("tokenizer model {other} is not supported (llama, gpt2, bert, t5, none)");
+                    format!("tokenizer model {other} is not supported (llama, gpt2, gemma4, bert, t5, none)");
                 return Err(Error::Tokenizer(message));
             }
         };
@@ -259,13 +281,19 @@ impl Tokenizer {
         }
         // In a harmony vocabulary, which has its own end markers, `<|end|>` only closes a message.
         let has = |text: &str| vocabulary.id(text.as_bytes()).is_some();
-        if has("<|return|>") && has("<|call|>") {
+        if has("<|return|>") && has("<|call|>") || has("<|calls|>") && has("<|flush|>") {
             ends.retain(|&id| vocabulary.text(id) != b"<|end|>");
+        }
+        // In Gemma 4's, `</s>` is an HTML tag.
+        if has("<|tool_response>") {
+            ends.retain(|&id| vocabulary.text(id) != b"</s>");
         }
         ends.sort_unstable();
         ends.dedup();
+        // Early files of Gemma 4 say that they add no token, but the model was trained with it.
+        let adds_always = matches!(&algorithm, Algorithm::Bpe(bpe) if bpe.is_text());
         Ok(Some(Tokenizer {
-            add_bos: flag("add_bos_token", add_bos)?,
+            add_bos: flag("add_bos_token", add_bos)? || adds_always,
             add_eos: flag("add_eos_token", add_eos)?,
             // Unigram vocabularies score user-defined tokens with the rest.
             literals: Literals::new(&vocabulary, !matches!(algorithm, Algorithm::Unigram(_))),
@@ -412,7 +440,7 @@ impl Tokenizer {
             }
             (TokenKind::UserDefined, _) => out.extend_from_slice(text),
             (_, Algorithm::Spm(spm)) => spm.decode(id, text, out),
-            (_, Algorithm::Bpe(bpe)) => bpe.decode(text, out),
+            (_, Algorithm::Bpe(bpe)) => bpe.decode(id, text, out),
             (_, Algorithm::WordPiece(_) | Algorithm::Unigram(_)) => vocabulary::unescape(text, out),
         }
     }

@@ -16,6 +16,8 @@ struct Kind {
     ignore_merges: bool,
     /// Whether texts begin with the begin-of-text token by default.
     add_bos: bool,
+    /// Whether the vocabulary spells words as they are, not byte by byte.
+    as_text: bool,
 }
 
 /// GPT-2's words.
@@ -38,7 +40,7 @@ macro_rules! llama3 {
 /// Words split between lower and upper case. The arguments are a suffix (Mistral's Tekken has none) and the
 /// repetition of digits.
 macro_rules! cased {
-    ($ending:literal, $digits:literal) => {
+    ($ending:expr, $digits:literal) => {
         concat!(
             r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+",
             $ending,
@@ -50,6 +52,25 @@ macro_rules! cased {
         )
     };
 }
+/// What may be at the end of cased words: English contractions.
+macro_rules! contractions {
+    () => {
+        "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])?"
+    };
+}
+/// Chinese characters (Unicode 16, script Han).
+macro_rules! han {
+    () => {
+        concat!(
+            r"\x{2E80}-\x{2E99}\x{2E9B}-\x{2EF3}\x{2F00}-\x{2FD5}\x{3005}\x{3007}\x{3021}-\x{3029}\x{3038}-\x{303B}",
+            r"\x{3400}-\x{4DBF}\x{4E00}-\x{9FFF}\x{F900}-\x{FA6D}\x{FA70}-\x{FAD9}\x{16FE2}\x{16FE3}",
+            r"\x{16FF0}\x{16FF1}\x{20000}-\x{2A6DF}\x{2A700}-\x{2B739}\x{2B740}-\x{2B81D}\x{2B820}-\x{2CEA1}",
+            r"\x{2CEB0}-\x{2EBE0}\x{2EBF0}-\x{2EE5D}\x{2F800}-\x{2FA1D}\x{30000}-\x{3134A}\x{31350}-\x{323AF}"
+        )
+    };
+}
+/// A word of BLOOM: what lies between spaces and punctuation.
+const BETWEEN_PUNCTUATION: &str = r" ?[^(\s|.,!?…。，、।۔،)]+";
 /// Letters with case, as in DeepSeek's list; letters that Unicode normalisation would change are escaped.
 const DEEPSEEK_LETTERS: &str = concat!(
     r"\s?[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-\x{1F7D}",
@@ -67,19 +88,31 @@ const KINDS: &[Kind] = &[
     },
     Kind {
         names: &[
-            "gpt-2", "phi-2", "mpt", "olmo", "jais", "gigachat", "exaone4", "a.x-4.0", "mellum", "trillion",
+            "gpt-2",
+            "phi-2",
+            "mpt",
+            "olmo",
+            "jais",
+            "gigachat",
+            "exaone4",
+            "a.x-4.0",
+            "mellum",
+            "trillion",
+            "modern-bert",
+            "granite-docling",
         ],
         patterns: &[GPT2],
         ..PLAIN
     },
     Kind {
-        names: &["llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "lfm2", "midm-2.0"],
+        names: &["llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "lfm2", "midm-2.0"],
         patterns: &[llama3!("{1,3}")],
         ignore_merges: true,
         add_bos: true,
+        ..PLAIN
     },
     Kind { names: &["dbrx", "smaug-bpe", "chatglm-bpe"], patterns: &[llama3!("{1,3}")], ..PLAIN },
-    Kind { names: &["glm4"], patterns: &[llama3!("{1,3}")], ignore_merges: true, ..PLAIN },
+    Kind { names: &["glm4", "glm5"], patterns: &[llama3!("{1,3}")], ignore_merges: true, ..PLAIN },
     Kind {
         names: &[
             "qwen2",
@@ -90,23 +123,92 @@ const KINDS: &[Kind] = &[
             "kormo",
             "f2llmv2",
             "bailingmoe",
+            "bailingmoe2",
+            "llada-moe",
+            "grok-2",
+            "solar-open",
         ],
         patterns: &[llama3!("")],
         ..PLAIN
     },
+    Kind {
+        names: &["qwen35"],
+        patterns: &[concat!(
+            r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}",
+            r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        )],
+        ..PLAIN
+    },
+    Kind { names: &["gemma4"], patterns: &[r"[^\n]+|\n+"], add_bos: true, as_text: true, ..PLAIN },
+    Kind {
+        names: &["exaone-moe"],
+        patterns: &[concat!(
+            r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])",
+            r"|[^\r\n\p{L}\p{N}]?(?:\p{L}\p{M}*(?: \p{L}\p{M}*)*)+|\p{N}",
+            r"| ?[^\s\p{L}\p{N}]+[\r\n/]?|\s*[\r\n]|\s+(?!\S)|\s+"
+        )],
+        ..PLAIN
+    },
+    Kind { names: &["minicpm5"], patterns: &[r"\p{N}{1,3}", llama3!("+")], ignore_merges: true, ..PLAIN },
+    Kind { names: &["laguna"], patterns: &[r"[^\n]+|\n+", llama3!("")], ..PLAIN },
     Kind { names: &["seed-coder"], patterns: &[llama3!("", "")], ..PLAIN },
     Kind {
-        names: &["starcoder", "refact", "command-r", "smollm", "codeshell", "exaone", "minerva-7b"],
+        names: &[
+            "starcoder",
+            "refact",
+            "command-r",
+            "smollm",
+            "codeshell",
+            "exaone",
+            "minerva-7b",
+            "mellum2",
+        ],
         patterns: &[r"\p{N}", GPT2],
         ..PLAIN
     },
     Kind { names: &["falcon"], patterns: &[r"[\p{P}\$\+<=>\^~\|`]+", GPT2, r"[0-9][0-9][0-9]"], ..PLAIN },
     Kind {
-        names: &["gpt-4o", "llama4"],
-        patterns: &[cased!("(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])?", "{1,3}")],
+        names: &["gpt-4o", "llama4", "kanana2", "talkie", "minimax-m2"],
+        patterns: &[cased!(contractions!(), "{1,3}")],
         ..PLAIN
     },
-    Kind { names: &["tekken"], patterns: &[cased!("", "")], ignore_merges: true, add_bos: true },
+    Kind { names: &["tekken"], patterns: &[cased!("", "")], ignore_merges: true, add_bos: true, ..PLAIN },
+    Kind {
+        names: &["youtu"],
+        patterns: &[
+            concat!(
+                r"[\x{AC00}-\x{D7A3}\x{3131}-\x{318E}]+",
+                r"|[！…“”‘’—：；，\x{3001}-\x{303F}\x{FE30}-\x{FE4F}]+|[\x{3105}-\x{312F}]+",
+                r"|[\x{4E00}-\x{9FA5}\x{3040}-\x{309F}\x{30A0}-\x{30FF}]+"
+            ),
+            cased!(contractions!(), ""),
+        ],
+        ignore_merges: true,
+        ..PLAIN
+    },
+    Kind {
+        names: &["kimi-k2"],
+        patterns: &[concat!(
+            "[",
+            han!(),
+            r"]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^",
+            han!(),
+            r"]]*[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^",
+            han!(),
+            "]]+",
+            contractions!(),
+            r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^",
+            han!(),
+            r"]]+[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^",
+            han!(),
+            "]]*",
+            contractions!(),
+            r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        )],
+        ..PLAIN
+    },
+    Kind { names: &["bloom", "gpt3-finnish", "poro-chat"], patterns: &[BETWEEN_PUNCTUATION], ..PLAIN },
+    Kind { names: &["viking"], patterns: &[BETWEEN_PUNCTUATION, r"\p{N}"], ..PLAIN },
     Kind {
         names: &["deepseek-llm"],
         patterns: &[
@@ -131,7 +233,7 @@ const KINDS: &[Kind] = &[
         ..PLAIN
     },
     Kind {
-        names: &["deepseek-v3", "hunyuan-dense"],
+        names: &["deepseek-v3", "hunyuan-dense", "joyai-llm", "hy_v4"],
         patterns: &[
             r"\p{N}{1,3}",
             r"[\x{4E00}-\x{9FA5}\x{3040}-\x{309F}\x{30A0}-\x{30FF}]+",
@@ -145,7 +247,7 @@ const KINDS: &[Kind] = &[
 ];
 
 /// The defaults of a kind.
-const PLAIN: Kind = Kind { names: &[], patterns: &[], ignore_merges: false, add_bos: false };
+const PLAIN: Kind = Kind { names: &[], patterns: &[], ignore_merges: false, add_bos: false, as_text: false };
 
 /// Returns the name in GGUF files of the kind with these patterns.
 #[cfg(feature = "convert")]
@@ -163,6 +265,7 @@ pub(super) struct Pretokenizer {
     patterns: Vec<Pattern>,
     pub(super) ignore_merges: bool,
     pub(super) add_bos: bool,
+    pub(super) as_text: bool,
 }
 
 impl Pretokenizer {
@@ -182,6 +285,7 @@ impl Pretokenizer {
             patterns: patterns.collect::<Result<_>>()?,
             ignore_merges: kind.ignore_merges,
             add_bos: kind.add_bos,
+            as_text: kind.as_text,
         })
     }
 
@@ -264,7 +368,8 @@ mod tests {
     /// A run of spaces is cut in the same places however long it is.
     #[test]
     fn long_runs_of_spaces_are_cut_as_short_ones() {
-        for kind in KINDS {
+        // Lines are words in vocabularies that spell them as they are.
+        for kind in KINDS.iter().filter(|kind| !kind.as_text) {
             let name = kind.names[0];
             let pre = Pretokenizer::new(name).unwrap();
             for space in [" ", "\n", " \n", "\n "] {
@@ -299,6 +404,10 @@ mod tests {
             ("deepseek-llm", &["HelloWorld", "'", "s", " ", "12345", "!/", "\n"]),
             ("deepseek-coder", &["HelloWorld", "'", "s", " ", "1", "2", "3", "4", "5", "!/", "\n"]),
             ("deepseek-v3", &["HelloWorld", "'s", " ", "123", "45", "!/\n"]),
+            ("qwen35", &["HelloWorld", "'s", " ", "1", "2", "3", "4", "5", "!/\n"]),
+            ("gemma4", &["HelloWorld's 12345!/", "\n"]),
+            ("kimi-k2", &["Hello", "World's", " ", "123", "45", "!/\n"]),
+            ("bloom", &["HelloWorld's", " 12345", "!", "/", "\n"]),
         ] {
             assert_eq!(words(name, TEXT), want, "{name}");
         }

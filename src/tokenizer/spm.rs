@@ -56,10 +56,8 @@ impl Spm {
                 return Err(Error::Tokenizer(format!("byte token: expected <0x00> to <0xFF>, got {text}")));
             }
         }
-        let bytes = std::array::from_fn(|b| {
-            let named = format!("<0x{b:02X}>");
-            vocabulary.id(named.as_bytes()).or_else(|| vocabulary.id(&[b as u8]))
-        });
+        let bytes =
+            std::array::from_fn(|b| byte_token(vocabulary, b as u8).or_else(|| vocabulary.id(&[b as u8])));
         Ok(Spm { add_space_prefix, bytes: Box::new(bytes), unknown })
     }
 
@@ -127,8 +125,13 @@ impl Spm {
     }
 }
 
+/// The token of a byte, like `<0x0A>`.
+pub(super) fn byte_token(vocabulary: &Vocabulary, byte: u8) -> Option<u32> {
+    vocabulary.id(format!("<0x{byte:02X}>").as_bytes())
+}
+
 /// The byte of a token like `<0x0A>`; exactly two upper- or lower-case hexadecimal digits.
-fn byte_of(text: &[u8]) -> Option<u8> {
+pub(super) fn byte_of(text: &[u8]) -> Option<u8> {
     let digits = text.strip_prefix(b"<0x")?.strip_suffix(b">")?;
     let [high, low] = digits else { return None };
     let digit = |d: &u8| (*d as char).to_digit(16);

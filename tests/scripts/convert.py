@@ -18,6 +18,7 @@ import random
 import shutil
 
 import numpy as np
+import safetensors.torch
 import sentencepiece
 import torch
 import transformers
@@ -36,6 +37,17 @@ WINDOW = dict(sliding_window=10)
 LLAMA3 = dict(rope_type="llama3", rope_theta=10000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
               original_max_position_embeddings=32)
 YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=2.0, original_max_position_embeddings=32)
+VISION = dict(depth=1, hidden_size=8, intermediate_size=8, num_heads=2, out_hidden_size=24, patch_size=2, num_position_embeddings=4)
+# Four heads of values for two of keys.
+QWEN_3_5 = dict(model_type="qwen3_5_text", vocabulary="qwen35", num_hidden_layers=2,
+                layer_types=["linear_attention", "full_attention"], head_dim=16, tie_word_embeddings=True, linear_conv_kernel_dim=4,
+                linear_key_head_dim=6, linear_value_head_dim=6, linear_num_key_heads=2, linear_num_value_heads=4,
+                rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_interleaved=True, mrope_section=[2, 1, 1],
+                                     partial_rotary_factor=0.5))
+HYBRID = dict(model_type="granitemoehybrid", vocabulary="starcoder", num_hidden_layers=2, layer_types=["mamba", "attention"],
+              position_embedding_type="nope", shared_intermediate_size=20, mamba_n_heads=4, mamba_d_head=12, mamba_d_state=8,
+              mamba_expand=2, mamba_d_conv=4, tie_word_embeddings=True, attention_multiplier=0.3, embedding_multiplier=1.7,
+              residual_multiplier=0.4, logits_scaling=1.3)
 # The numbers of experts are odd so that no shape is right by chance.
 FAMILIES = {
     "llama": dict(model_type="llama", vocabulary="llama3", rope_parameters=LLAMA3, head_dim=8, attention_bias=True),
@@ -52,12 +64,37 @@ FAMILIES = {
                    intermediate_size=16, **WINDOW, rope_parameters=dict(
                        full_attention=dict(rope_type="linear", rope_theta=1e6, factor=8.0),
                        sliding_attention=dict(rope_type="default", rope_theta=10000.0))),
+    # The last two layers use the caches of the first two.
+    "gemma4": dict(model_type="gemma4_text", vocabulary="gemma", head_dim=8, global_head_dim=16, num_hidden_layers=4,
+                   layer_types=["sliding_attention", "full_attention"] * 2, num_kv_shared_layers=2, use_double_wide_mlp=True,
+                   intermediate_size=16, hidden_size_per_layer_input=4, final_logit_softcapping=3.0, tie_word_embeddings=True, **WINDOW,
+                   rope_parameters=dict(full_attention=dict(rope_type="proportional", rope_theta=1e6, partial_rotary_factor=0.25),
+                                        sliding_attention=dict(rope_type="default", rope_theta=10000.0))),
     "phi3": dict(model_type="phi3", vocabulary="gpt2", num_hidden_layers=1, original_max_position_embeddings=32,
                  tie_word_embeddings=True, rope_parameters=dict(
                      rope_type="longrope", rope_theta=10000.0, short_factor=[1.0, 1.1, 1.2], long_factor=[1.0, 2.0, 4.0])),
+    "glm": dict(model_type="glm", vocabulary="llama3", num_hidden_layers=1, head_dim=8, attention_bias=True, tie_word_embeddings=True),
+    "glm4": dict(model_type="glm4", vocabulary="llama3", num_hidden_layers=1, head_dim=8, attention_bias=True, tie_word_embeddings=True),
+    "lfm2": dict(model_type="lfm2", vocabulary="llama3", num_hidden_layers=2, layer_types=["conv", "full_attention"],
+                 block_auto_adjust_ff_dim=True, block_multiple_of=8, intermediate_size=36, tie_word_embeddings=True),
+    "lfm2_moe": dict(model_type="lfm2_moe", vocabulary="llama3", num_hidden_layers=2, layer_types=["conv", "full_attention"],
+                     num_dense_layers=1, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=16, routed_scaling_factor=1.5,
+                     tie_word_embeddings=True),
+    # A model that also sees.
+    "qwen3_5": dict(QWEN_3_5, vision_config=VISION),
+    "qwen3_5_moe": dict(QWEN_3_5, model_type="qwen3_5_moe_text", num_experts=3, num_experts_per_tok=2, moe_intermediate_size=16,
+                        shared_expert_intermediate_size=20, vision_config=VISION),
+    "qwen3_5_text": dict(QWEN_3_5),
+    # Phi-4-mini rotates a part of each head.
+    "phi4": dict(model_type="phi3", vocabulary="gpt4o", num_hidden_layers=1, original_max_position_embeddings=32, head_dim=8,
+                 num_attention_heads=3, num_key_value_heads=1, tie_word_embeddings=True, rope_parameters=dict(
+                     rope_type="longrope", rope_theta=10000.0, partial_rotary_factor=0.75, short_factor=[1.0, 1.1, 1.2],
+                     long_factor=[1.0, 2.0, 4.0])),
     "smollm3": dict(model_type="smollm3", vocabulary="llama3", num_hidden_layers=4, intermediate_size=16),
     "granite": dict(model_type="granite", vocabulary="starcoder", num_hidden_layers=1, tie_word_embeddings=True,
                     attention_multiplier=0.3, embedding_multiplier=1.7, residual_multiplier=0.4, logits_scaling=1.3),
+    "granitehybrid": dict(HYBRID, num_local_experts=0, mamba_n_groups=2),
+    "granitehybrid-moe": dict(HYBRID, num_local_experts=3, num_experts_per_tok=2, intermediate_size=16, mamba_n_groups=1),
     "olmo2": dict(model_type="olmo2", vocabulary="dbrx", num_hidden_layers=1, tie_word_embeddings=True),
     "olmo3": dict(model_type="olmo3", vocabulary="dbrx", num_hidden_layers=4, intermediate_size=16, tie_word_embeddings=True, **WINDOW),
     "starcoder2": dict(model_type="starcoder2", vocabulary="starcoder", num_hidden_layers=1, **WINDOW),
@@ -68,6 +105,11 @@ FAMILIES = {
 LLAMA3_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 TEKKEN_WORDS = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?"
                 r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+QWEN_3_5_WORDS = LLAMA3_WORDS.replace("{1,3}", "").replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(r"\s\p{L}", r"\s\p{L}\p{M}")
+CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+GPT_4O_WORDS = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+" + CONTRACTIONS
+                + r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*" + CONTRACTIONS
+                + r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 QWEN_WORDS = LLAMA3_WORDS.replace("{1,3}", "")
 TEMPLATE = "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}{% endfor %}"
 TEXTS = ["", "a", "The licence is granted.", " Two  spaces,\n\n\ttabs 12345 and I'LL do it's", "Größe 世界 \U0001f600 x\r\n",
@@ -88,8 +130,9 @@ def byte_level(kind):
     digits = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), plain])
     tokenizer = Tokenizer(models.BPE(ignore_merges=kind in ("llama3", "tekken")))
     tokenizer.pre_tokenizer = {"gpt2": plain, "starcoder": digits, "llama3": words(LLAMA3_WORDS), "dbrx": words(LLAMA3_WORDS),
-                               "qwen2": words(QWEN_WORDS), "tekken": words(TEKKEN_WORDS)}[kind]
-    if kind == "qwen2":
+                               "qwen2": words(QWEN_WORDS), "tekken": words(TEKKEN_WORDS),
+                               "qwen35": words(QWEN_3_5_WORDS), "gpt4o": words(GPT_4O_WORDS)}[kind]
+    if kind in ("qwen2", "qwen35"):
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=VOCAB - 6, special_tokens=["<s>", "</s>", "<|end|>"], show_progress=False,
@@ -141,6 +184,18 @@ def sentence_pieces(kind):
     return tokenizer
 
 
+def join_experts(path):
+    """As published: all experts of a layer in two tensors, with gate and up in one."""
+    weights = safetensors.torch.load_file(path)
+    ending = ".0.up_proj.weight"
+    for prefix in [key.removesuffix(ending) for key in weights if key.endswith(ending)]:
+        count = sum(key.startswith(prefix) and key.endswith(".up_proj.weight") for key in weights)
+        gate, up, down = ([weights.pop(f"{prefix}.{i}.{part}_proj.weight") for i in range(count)] for part in ("gate", "up", "down"))
+        weights[f"{prefix}.gate_up_proj"] = torch.stack([torch.cat(pair) for pair in zip(gate, up)])
+        weights[f"{prefix}.down_proj"] = torch.stack(down)
+    safetensors.torch.save_file(weights, path, metadata={"format": "pt"})
+
+
 # Tokens of a vocabulary with byte fallback before the added ones.
 EXTRA = {"spm": 430, "gemma": 400}
 
@@ -152,9 +207,16 @@ def write(name, options):
     options = {**SHAPE, "vocab_size": max(VOCAB, tokenizer.get_vocab_size() + 2), **options}
     options["bos_token_id"], options["eos_token_id"] = tokenizer.token_to_id("<s>"), tokenizer.token_to_id("</s>")
     model_type = options.pop("model_type")
+    if "hidden_size_per_layer_input" in options:
+        options["vocab_size_per_layer_input"] = options["vocab_size"]
     torch.manual_seed(1)
+    Auto = transformers.AutoModelForCausalLM
+    if vision := options.pop("vision_config", None):
+        Auto = transformers.AutoModelForImageTextToText
+        options = dict(text_config=options, vision_config=vision, tie_word_embeddings=options["tie_word_embeddings"])
+        model_type = model_type.removesuffix("_text")
     config = transformers.AutoConfig.for_model(model_type, **options)
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    model = Auto.from_config(config)
     with torch.no_grad():
         for key, weight in model.named_parameters():
             # Norms and biases start out as ones and zeros, which would hide where they go.
@@ -163,12 +225,24 @@ def write(name, options):
             elif "embed_tokens" not in key and "lm_head" not in key:
                 weight *= 0.7
             weight.copy_(weight.bfloat16().float())
+        for key, scalar in model.named_buffers():
+            # So do factors of layers and biases of routers.
+            if key.endswith(("layer_scalar", "expert_bias")):
+                scalar.copy_((1 + 0.2 * torch.randn_like(scalar)).bfloat16().float())
     folder = OUT / name
     shutil.rmtree(folder, ignore_errors=True)
     shards = {"max_shard_size": "12KB"} if name == "llama" else {}
     model.bfloat16().save_pretrained(folder, **shards)
     # Frequencies do not survive a change of types; they are made again.
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    model = Auto.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    if name == "qwen3_5_moe":
+        join_experts(folder / "model.safetensors")
+    if model_type == "gemma4_text":
+        # The keys of configurations before per_layer_config.
+        path = folder / "config.json"
+        text = json.loads(path.read_text())
+        text["global_head_dim"] = text.pop("per_layer_config")["1"]["head_dim"]
+        path.write_text(json.dumps(text, indent=2) + "\n")
     if name == "qwen3":
         # The keys of configurations before rope_parameters.
         path = folder / "config.json"
@@ -193,7 +267,7 @@ def write(name, options):
     (folder / "expected.json").write_text(json.dumps({"texts": ids, "tokens": tokens}, ensure_ascii=False))
     logits.astype("<f4").tofile(folder / "logits.f32")
     size = sum(file.stat().st_size for file in folder.iterdir())
-    print(f"{name}: {size} bytes, vocabulary {options['vocab_size']}, logits {logits.std():.2f}")
+    print(f"{name}: {size} bytes, logits {logits.std():.2f}")
 
 
 def main():

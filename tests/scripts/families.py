@@ -40,6 +40,11 @@ DELTA_NET = dict(dim=64, heads=4, kv=2, head=24, gated=True, qk_norm="head", nor
 HYBRID_KEYS = {"ssm.conv_kernel": 4, "ssm.inner_size": 96, "ssm.state_size": 24, "ssm.time_step_rank": 6, "ssm.group_count": 1}
 MAMBA_2 = dict(dim=48, heads=4, norms=PRE, tied=True, keys=SCALES | HYBRID_KEYS | {"rope.scaling.finetuned": False})
 
+GLM_4_5 = dict(EXPERTS | dict(hidden=48), layers=3, head=24, norms=("attn_norm", "post_attention_norm"), qkv_bias=True, base=1e6,
+               rotated=12, shared=16, dense=1, router_bias=True, keys={
+                   "leading_dense_block_count": 1, "expert_feed_forward_length": 16, "expert_shared_count": 1, "expert_gating_func": 2,
+                   "expert_weights_norm": True, "expert_weights_scale": 2.5})
+
 FAMILIES = {
     "arcee": dict(head=16, ffn="plain", keys=YARN),
     # 32 layers: from their number, llama.cpp takes that the model has rotary positions.
@@ -47,6 +52,12 @@ FAMILIES = {
     "bailingmoe": dict(EXPERTS, base=6e5, rotated=16, shared=32,
                        keys={"leading_dense_block_count": 0, "expert_feed_forward_length": 16, "expert_weights_scale": 1.0,
                              "expert_shared_count": 2, "expert_weights_norm": True}),
+    # Three groups of two experts.
+    "bailingmoe2": dict(EXPERTS | dict(hidden=48), layers=3, head=16, fused_qkv=True, qk_norm="head", base=6e5, rotated=8, shared=16,
+                        dense=1, router_bias=True, keys={
+                            "leading_dense_block_count": 1, "expert_feed_forward_length": 16, "expert_shared_feed_forward_length": 16,
+                            "expert_shared_count": 1, "expert_weights_norm": True, "expert_weights_scale": 2.5,
+                            "expert_gating_func": 2, "expert_group_count": 3, "expert_group_used_count": 2}),
     "chatglm": dict(fused_qkv=True, qkv_bias=True, ffn="fused", rotated=8),
     "codeshell": dict(norm="layer", fused_qkv=True, **BIASES, ffn="plain",
                       keys={"rope.scaling.type": "linear", "rope.scaling.factor": 1.0}),
@@ -58,8 +69,19 @@ FAMILIES = {
     "deepseek": dict(EXPERTS | dict(hidden=48), kv=2, layers=3, rotated=16, shared=32, dense=1,
                      keys={"rope.scaling.type": "none", "leading_dense_block_count": 1, "expert_feed_forward_length": 16,
                            "expert_weights_scale": 1.0, "expert_shared_count": 2}),
+    "dots1": dict(EXPERTS | dict(hidden=48), kv=2, layers=3, head=16, qk_norm="head", base=1e7, shared=32, dense=1, router_bias=True,
+                  keys={"leading_dense_block_count": 1, "expert_feed_forward_length": 16, "expert_weights_scale": 2.5,
+                        "expert_shared_count": 2, "expert_weights_norm": True, "expert_gating_func": 2}),
     "ernie4_5": dict(head=24, base=5e5, tied=True),
+    "ernie4_5-moe": dict(EXPERTS | dict(hidden=48), layers=3, base=5e5, shared=32, dense=1, router_bias=True, tied=True, keys={
+        "leading_dense_block_count": 1, "expert_feed_forward_length": 16, "expert_shared_feed_forward_length": 32,
+        "expert_shared_count": 2, "interleave_moe_layer_step": 1}),
     "exaone": dict(rope_factors=True, rotated=16, base=5e5, tied=True),
+    "exaone-moe": dict(EXPERTS | dict(hidden=48), layers=5, head=24, qk_norm="head", base=1e6, shared=16, dense=1, router_bias=True,
+                       keys={"leading_dense_block_count": 1, "expert_feed_forward_length": 16, "expert_shared_count": 1,
+                             "expert_shared_feed_forward_length": 16, "expert_gating_func": 2, "expert_weights_norm": True,
+                             "expert_weights_scale": 2.5, "attention.sliding_window": 16,
+                             "attention.sliding_window_pattern": [True, True, True, False, True]}),
     "exaone4": dict(norms=("post_attention_norm", "post_ffw_norm"), qk_norm="head", rope_factors=True,
                     base=1e6, tied=True),
     # 64 layers: from their number, llama.cpp takes that layers have a window.
@@ -83,6 +105,8 @@ FAMILIES = {
     # The order of rows is that of halves, and a text has the same coordinates in all sections.
     "glm4-sections": dict(arch="glm4", norms=("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"), qkv_bias=True,
                           ffn="fused", rotated=8, keys={"rope.dimension_sections": [1, 2, 1, 0]}),
+    "glm4moe": dict(GLM_4_5, qk_norm="head"),
+    "glm4moe-air": dict(GLM_4_5, arch="glm4moe"),
     "gptneox": dict(kv=2, norm="layer", fused_qkv=True, **BIASES, ffn="plain", rotated=4,
                     keys={"use_parallel_residual": True}),
     "gptneox-sequential": dict(arch="gptneox", norm="layer", kv=2, fused_qkv=True, **BIASES, ffn="plain", rotated=4,
@@ -104,6 +128,8 @@ FAMILIES = {
                         "expert_gating_func": 2}),
     "maincoder": dict(head=24, qk_norm="head", base=1e6, tied=True),
     "minicpm": dict(tied=True, keys=dict(logit_scale=9.0, residual_scale=0.22, embedding_scale=12.0)),
+    "minimax-m2": dict(EXPERTS, heads=4, kv=2, head=16, qk_norm="row", base=5e6, rotated=8, router_bias=True,
+                       keys={"expert_feed_forward_length": 16, "expert_gating_func": 2}),
     "nemotron": dict(norm="layer", ffn="plain", rotated=8),
     # One block a layer; two groups.
     "nemotron_h": dict(MAMBA_2 | dict(norms=("attn_norm",), tied=False,

@@ -23,7 +23,7 @@ import gguf
 from tokenizers import BertWordPieceTokenizer, Tokenizer
 
 DATA = pathlib.Path(__file__).resolve().parents[1] / "data"
-FOLDERS = ["gemma2", "llama", "llama-spm", "qwen2", "starcoder2"]
+FOLDERS = ["gemma2", "gemma4", "llama", "llama-spm", "qwen2", "qwen3_5", "starcoder2"]
 VOCABULARIES = ["deepseek-llm", "falcon", "gpt-2", "llama-bpe", "llama-spm", "phi-3", "qwen2"]
 # Characters for which llama.cpp's ids are not those of the library tokenizers: any since Unicode 15.1; four-byte characters for whose
 # first byte the vocabulary has no token, left out before or after merging; and a space that is punctuation too.
@@ -107,4 +107,5 @@ def main():
         write("bert", word_pieces((DATA / "bert/vocab.txt").read_text().splitlines()))
 
 
-main()
+if __name__ == "__main__":
+    main()
