@@ -11,8 +11,9 @@ use halite::quantize::{self, Imatrix, MIXES, Mix, QuantizeOptions, Written};
 use halite::tokenizer::EncodeOptions;
 use serde_json::json;
 
+use super::device::DeviceArgs;
 use super::interrupt::{File, Work};
-use super::{Failure, ModelArgs, bytes, plain, plain_json, print, progress, read_text, synth, tokenizer};
+use super::{Failure, bytes, open_model, plain, plain_json, print, progress, read_text, synth, tokenizer};
 
 #[derive(Args)]
 pub struct QuantizeArgs {
@@ -113,8 +114,8 @@ fn as_table(written: &[Written]) -> String {
 
 #[derive(Args)]
 pub struct ImatrixArgs {
-    #[command(flatten)]
-    model: ModelArgs,
+    /// GGUF file (first file of a split model).
+    model: PathBuf,
     /// Text file; `-`: stdin.
     text: PathBuf,
     /// File to write; it must not exist yet.
@@ -126,17 +127,19 @@ pub struct ImatrixArgs {
     /// Maximum number of tokens of the text; 0: all.
     #[arg(long, value_name = "N", default_value_t = 0)]
     limit: usize,
+    #[command(flatten)]
+    device: DeviceArgs,
 }
 
 pub fn imatrix(args: &ImatrixArgs) -> Result<(), Failure> {
-    let model = args.model.open()?;
+    let model = open_model(Some(&args.model))?;
     let tokenizer = tokenizer(&model)?;
     let mut tokens = tokenizer.encode(&read_text(&args.text)?, EncodeOptions::default());
     if args.limit > 0 {
         tokens.truncate(args.limit);
     }
-    let mut out = File::create(&args.out, Replace::Nothing, &args.model.inputs())?;
-    let backend = args.model.device.open()?;
+    let mut out = File::create(&args.out, Replace::Nothing, &[&args.model, &args.text])?;
+    let backend = args.device.open()?;
     let bar = progress(tokens.len() as u64, "imatrix");
     let first = tokenizer.bos().filter(|_| tokenizer.adds_bos());
     // Until it is dropped, Ctrl-C stops the work.
