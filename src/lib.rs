@@ -49,7 +49,8 @@
 //! Features: `chat` (chat templates), `constrain` (output constrained by a JSON schema, a regular expression
 //! or a grammar), `convert` (safetensors to GGUF), `export` (images for microcontrollers), `output` (atomic file
 //! writes), `quantize` (models in other formats), `save` (saved sequences), `formats` (CPU kernels of all weight
-//! formats; `formats-k` and so on for some), `fast` (more of them, and more ways to match words). The defaults are `chat`, `fast`, `formats` and `save`.
+//! formats; `formats-k` and so on for some), `fast` (more of them, and more ways to match words). The defaults
+//! are `chat`, `fast`, `formats` and `save`.
 #![deny(unsafe_code)]
 
 pub mod backend;

@@ -200,9 +200,9 @@ fn files_of_importance_read_back() {
     let of = |file: File| Imatrix::from_gguf(&gguf(&file.bytes())).unwrap_err().to_string();
     let error = of(llama());
     assert!(error.contains("expected a matrix of importance (general.type `imatrix`)"), "{error}");
-    let file = || File::new().entry("general.type", "imatrix").tensor("a.in_sum2", &[8]);
+    let file = || File::new().entry("general.type", "imatrix").tensor_of("a.in_sum2", &[8], 0, vec![0; 32]);
     assert!(of(file()).contains("tensor `a.counts` is missing"));
-    let error = of(file().tensor("a.counts", &[1, 3]));
+    let error = of(file().tensor_of("a.counts", &[1, 3], 0, vec![0; 12]));
     assert!(error.contains("8 sums are no multiple of 3 counts"), "{error}");
 }
 
