@@ -164,6 +164,8 @@ fn what_cannot_be_quantised_is_named() {
         let error = fails(&file, options("q4_0"));
         assert!(error.contains(&format!("expected a model, got general.type `{kind}`")), "{error}");
     }
+    let error = fails(&gguf(&llama().set("llama.block_count", u32::MAX).bytes()), options("q4_0"));
+    assert_eq!(error, "model: block_count: expected at most 65536, got 4294967295");
     let mut file = llama();
     file.tensors.iter_mut().for_each(|t| t.data[8..12].copy_from_slice(&f32::NAN.to_le_bytes()));
     let error = fails(&gguf(&file.bytes()), options("f16"));

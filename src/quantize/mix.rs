@@ -5,7 +5,7 @@
 
 use halite_kernels::formats::Format::{self, *};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::gguf::{Gguf, TensorRecord};
 
 /// A mix: a common format, and rules for the matrices that take another one.
@@ -199,14 +199,20 @@ pub(super) struct Shape {
 /// Architectures and layers of such models.
 const SEVENTY: &[(&str, usize)] = &[("llama", 80), ("qwen2", 80), ("deci", 80), ("olmo", 80), ("jais2", 68)];
 
+/// More than any model has.
+const MAX_LAYERS: usize = 1 << 16;
+
 impl Shape {
     pub(super) fn of(gguf: &Gguf) -> Result<Shape> {
         let architecture = gguf.str("general.architecture")?;
         let key = |name: &str| format!("{architecture}.{name}");
         let layers = gguf.optional_u32(&key("block_count"))?.unwrap_or(0) as usize;
+        if layers > MAX_LAYERS {
+            return Err(Error::Model(format!("block_count: expected at most {MAX_LAYERS}, got {layers}")));
+        }
         let first = |name: &str| {
             let all = gguf.optional_u32_per_layer(&key(name), layers)?;
-            Ok::<_, crate::Error>(all.and_then(|all| all.first().copied()))
+            Ok::<_, Error>(all.and_then(|all| all.first().copied()))
         };
         let heads = first("attention.head_count")?.unwrap_or(0);
         let kv_heads = first("attention.head_count_kv")?.unwrap_or(heads);

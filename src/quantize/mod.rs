@@ -30,6 +30,9 @@ const ALIGNMENT: u32 = 64;
 /// Values that are quantised at once.
 const SLAB_VALUES: usize = 1 << 22;
 
+/// More would only take memory.
+const MOST_THREADS: usize = 256;
+
 /// The version of the formats, which all files of today have.
 const QUANTIZATION_VERSION: u32 = 2;
 
@@ -154,7 +157,7 @@ pub fn quantize(
     }
 
     let means = options.imatrix.as_ref().map(Imatrix::means).unwrap_or_default();
-    let threads = if options.threads > 0 { options.threads } else { cores::usable() };
+    let threads = if options.threads > 0 { options.threads.min(MOST_THREADS) } else { cores::usable() };
     let (mut all, mut failure) = (Vec::new(), None);
     let written = writer.write(out, &mut |new, out| {
         let tensor = gguf.tensor(&new.name).ok_or(io::ErrorKind::NotFound)?;
@@ -304,17 +307,21 @@ fn write(
         let share = count.div_ceil(threads.max(1)).max(1);
         let parts = source.chunks(share * from_row).zip(blocks.chunks_mut(share * to_row)).enumerate();
         let rows = &rows;
-        let results: Vec<_> = std::thread::scope(|scope| {
+        let results: Vec<Result<Vec<(f64, f64)>, String>> = std::thread::scope(|scope| {
             let start = |(part, (source, blocks))| {
                 let first = n * slab + part * share;
-                scope.spawn(move || rows.quantize(first, source, blocks))
+                let work = move || rows.quantize(first, source, blocks);
+                std::thread::Builder::new().spawn_scoped(scope, work)
             };
             let threads: Vec<_> = parts.map(start).collect();
-            threads.into_iter().map(std::thread::ScopedJoinHandle::join).collect()
+            let join = |thread: io::Result<std::thread::ScopedJoinHandle<'_, _>>| match thread {
+                Ok(thread) => thread.join().unwrap_or_else(|_| Err("a thread panicked".into())),
+                Err(e) => Err(format!("cannot start a thread: {e}")),
+            };
+            threads.into_iter().map(join).collect()
         });
         for result in results {
-            let sums = result.map_err(|_| wrong("a thread panicked".into()))?.map_err(wrong)?;
-            for (error, square) in sums {
+            for (error, square) in result.map_err(wrong)? {
                 errors += error;
                 squares += square;
             }
