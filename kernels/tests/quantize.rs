@@ -1,4 +1,5 @@
 //! Quantisers of weights against the blocks of `tests/scripts/quantize.cpp`, which describes the values.
+#![cfg(feature = "quantize")]
 
 use std::path::Path;
 

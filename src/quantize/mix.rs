@@ -119,8 +119,8 @@ const MXFP4_MOE: u32 = 38;
 const ALIASES: &[(&str, &str)] =
     &[("q3_k", "q3_k_m"), ("q4_k", "q4_k_m"), ("q5_k", "q5_k_m"), ("mxfp4", "mxfp4_moe")];
 
-/// Names of which no matrix is quantised: what is small, or read row by row, or chooses experts. `*` stands for
-/// anything at either end.
+/// Names of which no matrix is quantised: what is small, or read row by row, or chooses experts. Between stars, a
+/// part of a name.
 const LEFT: &[&str] = &[
     "*_norm.weight*",
     "*ffn_gate_inp.weight*",
@@ -176,12 +176,12 @@ pub fn mix_named(name: &str) -> Option<&'static Mix> {
 
 /// Whether a mix may quantise a tensor.
 pub(super) fn is_matrix(tensor: &TensorRecord) -> bool {
-    let matches = |pattern: &&str| match (pattern.strip_prefix('*'), pattern.strip_suffix('*')) {
-        (Some(_), _) => tensor.name.contains(pattern.trim_matches('*')),
-        _ => tensor.name == **pattern,
+    let matches = |pattern: &&str| match pattern.strip_prefix('*') {
+        Some(piece) => tensor.name.contains(piece.trim_end_matches('*')),
+        None => tensor.name == **pattern,
     };
     let dims = tensor.dims.iter().rposition(|&dim| dim > 1).map_or(1, |last| last + 1);
-    dims > 1 && tensor.name.ends_with("weight") && !LEFT.iter().any(|pattern| matches(&pattern))
+    dims > 1 && tensor.name.ends_with("weight") && !LEFT.iter().any(matches)
 }
 
 /// What rules ask of a model.
