@@ -75,7 +75,8 @@ impl Block for MXFP4 {
     }
 
     /// The exponent is that of the largest magnitude, less the 2 of the largest element; 255, which stands
-    /// for NaN, if that is not finite. Of two elements as near, the first.
+    /// for NaN, if that is not finite. Of two elements as near, the first. (GGML takes the exponent from a
+    /// logarithm in f32, which may round up just below a power of two that is far from 1.)
     #[cfg(feature = "quantize")]
     fn quantize(values: &[f32]) -> Option<Self> {
         let values: &[f32; 32] = values.try_into().ok()?;
