@@ -47,9 +47,10 @@
 //! `chat`), for embeddings [`embed`], for a new chip [`backend`], for its tests [`conformance`].
 //!
 //! Features: `chat` (chat templates), `constrain` (output constrained by a JSON schema, a regular expression
-//! or a grammar), `convert` (safetensors to GGUF), `export` (images for microcontrollers), `output` (atomic file writes), `save` (saved sequences),
-//! `formats` (CPU kernels of all weight formats; `formats-k` and so on for some), `fast` (more of them, and more
-//! ways to match words). The defaults are `chat`, `fast`, `formats` and `save`.
+//! or a grammar), `convert` (safetensors to GGUF), `export` (images for microcontrollers), `output` (atomic file
+//! writes), `quantize` (models in other formats), `save` (saved sequences), `formats` (CPU kernels of all weight
+//! formats; `formats-k` and so on for some), `fast` (more of them, and more ways to match words). The defaults
+//! are `chat`, `fast`, `formats` and `save`.
 #![deny(unsafe_code)]
 
 pub mod backend;
@@ -82,6 +83,8 @@ pub mod output;
 pub mod pack;
 pub mod passes;
 pub mod program;
+#[cfg(feature = "quantize")]
+pub mod quantize;
 pub mod rng;
 pub mod sampler;
 pub mod session;

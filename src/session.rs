@@ -1012,6 +1012,12 @@ impl Session {
         Ok(out)
     }
 
+    /// The columns of tap number `n` of the options; 0 if there is no such tap.
+    #[cfg(feature = "quantize")]
+    pub(crate) fn tap_cols(&self, n: usize) -> usize {
+        self.taps.get(n).map_or(0, |&id| self.loaded.program.tensor(id).cols as usize)
+    }
+
     /// The time of the last step on the device, and its energy if the device tells it.
     pub fn last_timing(&self) -> Option<Timing> {
         self.last

@@ -30,6 +30,7 @@ mod pack;
 mod plot;
 #[cfg(feature = "sim")]
 mod profile;
+mod quantize;
 mod run;
 #[cfg(feature = "serve")]
 mod serve;
@@ -114,6 +115,10 @@ enum Command {
     Embed(embed::EmbedArgs),
     /// Convert a Hugging Face model folder to GGUF.
     Convert(convert::ConvertArgs),
+    /// Write a model in other formats, such as the mix q4_k_m.
+    Quantize(quantize::QuantizeArgs),
+    /// Sum up what a text needs of a model, for `quantize --imatrix`.
+    Imatrix(quantize::ImatrixArgs),
     /// Rewrite a model with interleaved rows, which decode faster.
     Pack(pack::PackArgs),
     /// Write a model as an image for microcontrollers.
@@ -477,6 +482,8 @@ pub fn main(drivers: &[Driver]) -> ExitCode {
         Command::Synth(args) => synth::synth(&args),
         Command::Embed(args) => embed::embed(&args),
         Command::Convert(args) => convert::convert(&args),
+        Command::Quantize(args) => quantize::quantize(&args),
+        Command::Imatrix(args) => quantize::imatrix(&args),
         Command::Pack(args) => pack::pack(&args),
         Command::Export(args) => export::export(&args),
         #[cfg(feature = "sim")]

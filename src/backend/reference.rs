@@ -199,7 +199,7 @@ fn unary(f: Unary, x: f32) -> f32 {
     }
 }
 
-fn gate(f: Gate, g: f32, up: f32) -> f32 {
+pub(crate) fn gate(f: Gate, g: f32, up: f32) -> f32 {
     match f {
         Gate::Silu => unary(Unary::Silu, g) * up,
         Gate::Gelu => unary(Unary::Gelu, g) * up,

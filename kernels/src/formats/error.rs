@@ -133,6 +133,13 @@ pub enum FormatError {
     Length(LengthMismatch),
     /// The format has no quantiser.
     NoQuantiser(Format),
+    /// The importance of columns has another length than a row.
+    Columns {
+        /// Values of a row.
+        expected: usize,
+        /// Columns given.
+        got: usize,
+    },
     /// The format is plain: it has no codes to unpack.
     NotQuantised(Format),
 }
@@ -149,6 +156,9 @@ impl fmt::Display for FormatError {
             FormatError::Length(mismatch) => mismatch.fmt(f),
             FormatError::NoQuantiser(format) => {
                 write!(f, "{}: values cannot be quantised to it", format.name())
+            }
+            FormatError::Columns { expected, got } => {
+                write!(f, "importance of columns: expected {expected}, got {got}")
             }
             FormatError::NotQuantised(format) => write!(f, "{}: it has no codes to unpack", format.name()),
         }

@@ -5,6 +5,8 @@ use super::bits::nibble;
 use super::bytes::layout;
 use super::lanes::{Lanes, Words, less_32};
 use super::{Block, F16, Format, IQ4_VALUES, Interleaved, Plain, Quantised, Signed, SuperBlock, Unpacked};
+#[cfg(feature = "quantize")]
+use super::{Importance, iq4_nl, search};
 use crate::isa::Isa;
 
 layout! {
@@ -31,6 +33,37 @@ impl Block for IQ4_XS {
 
     fn set_scale(&mut self, scale: f32) {
         self.d = F16::from_f32(scale);
+    }
+
+    #[cfg(feature = "quantize")]
+    fn quantize(values: &[f32]) -> Option<Self> {
+        Self::quantize_weights(values, None)
+    }
+
+    #[cfg(feature = "quantize")]
+    fn quantize_weights(values: &[f32], importance: Option<Importance>) -> Option<Self> {
+        let values: &[f32; 256] = values.try_into().ok()?;
+        let mean_square = values.iter().fold(0.0, |sum, x| sum + x * x) * (2.0 / 256.0);
+        let scales: [f32; 8] = core::array::from_fn(|group| {
+            let at = 32 * group..32 * (group + 1);
+            let columns = importance.map(|importance| (&importance.columns[at.clone()], mean_square));
+            iq4_nl::scale(&values[at], columns)
+        });
+        let d = -search::extreme(&scales) / 32.0;
+        let inverse = super::inverse(d);
+        let subs = scales.map(|scale| search::nearest(inverse * scale).clamp(-32, 31));
+        let q = |group: usize, j: usize| {
+            let inverse = super::inverse(d * subs[group] as f32);
+            iq4_nl::index(inverse * values[32 * group + j])
+        };
+        let top = subs.iter().rev().fold(0, |bits, sub| bits << 2 | (sub + 32) as u16 >> 4);
+        let low = |i: usize| ((subs[2 * i] + 32) & 15 | ((subs[2 * i + 1] + 32) & 15) << 4) as u8;
+        Some(IQ4_XS {
+            d: F16::from_f32(d),
+            scales_h: top.to_le_bytes(),
+            scales_l: core::array::from_fn(low),
+            qs: core::array::from_fn(|group| core::array::from_fn(|j| q(group, j) | q(group, j + 16) << 4)),
+        })
     }
 }
 

@@ -42,6 +42,8 @@ mod q6_k;
 mod q8_0;
 mod q8_1;
 mod q8_k;
+#[cfg(feature = "quantize")]
+mod search;
 mod tq1_0;
 mod tq2_0;
 
@@ -104,6 +106,21 @@ pub trait Block: Bytes {
     fn quantize(_values: &[f32]) -> Option<Self> {
         None
     }
+
+    /// As [`Block::quantize`], for a weight: by the rules of published files, with the least error where
+    /// columns are important.
+    fn quantize_weights(values: &[f32], _importance: Option<Importance>) -> Option<Self> {
+        Self::quantize(values)
+    }
+}
+
+/// How much the errors of a block's columns count.
+#[derive(Clone, Copy, Debug)]
+pub struct Importance<'a> {
+    /// Mean square of the input by column: as many as the block has values.
+    pub columns: &'a [f32],
+    /// Mean square of the values of the block's row.
+    pub mean_square: f32,
 }
 
 /// A format of one value a block: floats and integers.
@@ -291,12 +308,16 @@ struct Entry {
     dequantize: fn(&[u8], &mut [f32]),
     unpack: Option<fn(&[u8], &mut Unpacked)>,
     quantize: fn(&[f32], &mut [u8]) -> bool,
+    quantize_weights: QuantizeWeights,
     is_finite: fn(&[u8]) -> bool,
     set_scale: fn(&mut [u8], f32),
     /// Or the cargo feature that has it, which this build lacks.
     kernel: Result<Kernel, &'static str>,
     interleaving: Option<Interleaving>,
 }
+
+/// Values and the importance of their columns to blocks; false if there is no quantiser.
+type QuantizeWeights = fn(&[f32], Option<&[f32]>, &mut [u8]) -> bool;
 
 /// Between rows and interleaved rows, by bytes.
 struct Interleaving {
@@ -336,6 +357,16 @@ impl Entry {
                     }
                 }
                 all
+            },
+            quantize_weights: |values, columns, bytes| {
+                let sum = values.iter().fold(0.0, |sum, x| sum + x * x);
+                let mean_square = if columns.is_some() { sum / values.len() as f32 } else { 0.0 };
+                let mut blocks = values.chunks_exact(B::LEN).zip(B::cast_mut(bytes)).enumerate();
+                blocks.all(|(i, (values, block))| {
+                    let columns = columns.map(|columns| &columns[i * B::LEN..(i + 1) * B::LEN]);
+                    let importance = columns.map(|columns| Importance { columns, mean_square });
+                    B::quantize_weights(values, importance).map(|quantised| *block = quantised).is_some()
+                })
             },
             is_finite: |bytes| B::cast(bytes).iter().all(B::is_finite),
             set_scale: |bytes, scale| B::cast_mut(bytes).iter_mut().for_each(|block| block.set_scale(scale)),
@@ -601,6 +632,27 @@ impl Format {
     pub fn quantize(self, values: &[f32], blocks: &mut [u8]) -> Result<(), FormatError> {
         self.check(blocks.len(), values.len())?;
         if (self.entry().quantize)(values, blocks) { Ok(()) } else { Err(FormatError::NoQuantiser(self)) }
+    }
+
+    /// The blocks that stand for one row of a weight, by the rules of published files: bit for bit those of
+    /// GGML's quantisers, with a mean square of the input for each column as the importance of errors, or
+    /// without. Any values give some blocks; whether they are finite, [`Format::is_finite`] says.
+    ///
+    /// # Errors
+    /// Lengths that do not match, or a format without a quantiser (in a build without the cargo feature
+    /// `quantize`, of K-quants, for example).
+    pub fn quantize_weights(
+        self,
+        values: &[f32],
+        importance: Option<&[f32]>,
+        blocks: &mut [u8],
+    ) -> Result<(), FormatError> {
+        self.check(blocks.len(), values.len())?;
+        if let Some(columns) = importance.map(<[f32]>::len).filter(|&columns| columns != values.len()) {
+            return Err(FormatError::Columns { expected: values.len(), got: columns });
+        }
+        let done = (self.entry().quantize_weights)(values, importance, blocks);
+        if done { Ok(()) } else { Err(FormatError::NoQuantiser(self)) }
     }
 
     /// Whether every scale (of a plain float: every value) in `blocks` is finite. Bytes after the last whole

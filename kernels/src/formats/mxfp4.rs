@@ -73,6 +73,27 @@ impl Block for MXFP4 {
         // The exponent field of an f32 has the same bias.
         self.e.e = (scale.to_bits() >> 23) as u8;
     }
+
+    /// The exponent is that of the largest magnitude, less the 2 of the largest element; 255, which stands
+    /// for NaN, if that is not finite. Of two elements as near, the first. (GGML takes the exponent from a
+    /// logarithm in f32, which may round up just below a power of two that is far from 1.)
+    #[cfg(feature = "quantize")]
+    fn quantize(values: &[f32]) -> Option<Self> {
+        let values: &[f32; 32] = values.try_into().ok()?;
+        let largest = values.iter().fold(0f32, |largest, x| largest.max(x.abs()));
+        let exponent = (largest.to_bits() >> 23) as u8;
+        let e = E8M0 { e: if exponent == 255 { 255 } else { exponent.saturating_sub(2) } };
+        let code = |x: f32| {
+            let errors = E2M1_DOUBLED.map(|value| (f32::from(value) * e.half() - x).abs());
+            (1..16u8).fold(
+                0,
+                |best: u8, i| {
+                    if errors[usize::from(i)] < errors[usize::from(best)] { i } else { best }
+                },
+            )
+        };
+        Some(MXFP4 { e, qs: core::array::from_fn(|j| code(values[j]) | code(values[j + 16]) << 4) })
+    }
 }
 
 impl Quantised for MXFP4 {

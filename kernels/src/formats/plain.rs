@@ -100,6 +100,9 @@ plain! { I64(u64): "A signed 64-bit integer.",
 }
 
 impl F16 {
+    /// 0.
+    pub const ZERO: F16 = F16::from_bits(0);
+
     /// The nearest binary16, ties to even; infinite from 65520 up.
     #[inline]
     pub fn from_f32(value: f32) -> F16 {

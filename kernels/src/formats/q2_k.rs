@@ -5,6 +5,8 @@
 use super::bytes::layout;
 use super::lanes::{Lanes, Words, field};
 use super::{Block, F16, Format, Interleaved, Plain, Quantised, SuperBlock, Unpacked, WithMin};
+#[cfg(feature = "quantize")]
+use super::{Importance, search};
 use crate::isa::Isa;
 
 layout! {
@@ -32,6 +34,19 @@ impl Block for Q2_K {
     fn set_scale(&mut self, scale: f32) {
         self.d = F16::from_f32(scale);
         self.dmin = self.d;
+    }
+
+    #[cfg(feature = "quantize")]
+    fn quantize(values: &[f32]) -> Option<Self> {
+        Self::quantize_weights(values, None)
+    }
+
+    #[cfg(feature = "quantize")]
+    fn quantize_weights(values: &[f32], importance: Option<Importance>) -> Option<Self> {
+        let values: &[f32; 256] = values.try_into().ok()?;
+        let fit = search::with_mins(values, importance, 16, 3, 15);
+        let scales = core::array::from_fn(|i| fit.subs[i] | fit.mins[i] << 4);
+        Some(Q2_K { scales, qs: search::pack_two_bits(&fit.codes), d: fit.d, dmin: fit.dmin })
     }
 }
 

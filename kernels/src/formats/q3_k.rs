@@ -5,6 +5,8 @@
 use super::bytes::layout;
 use super::lanes::{Lanes, Words, field, less_32};
 use super::{Block, F16, Format, Interleaved, Plain, Quantised, Raised, SuperBlock, Unpacked};
+#[cfg(feature = "quantize")]
+use super::{Importance, search};
 use crate::isa::Isa;
 
 layout! {
@@ -32,6 +34,50 @@ impl Block for Q3_K {
 
     fn set_scale(&mut self, scale: f32) {
         self.d = F16::from_f32(scale);
+    }
+
+    #[cfg(feature = "quantize")]
+    fn quantize(values: &[f32]) -> Option<Self> {
+        Self::quantize_weights(values, None)
+    }
+
+    #[cfg(feature = "quantize")]
+    fn quantize_weights(values: &[f32], importance: Option<Importance>) -> Option<Self> {
+        let values: &[f32; 256] = values.try_into().ok()?;
+        let (mut scales, mut codes, mut subs) = ([0.0; 16], [0; 256], [0; 16]);
+        let (mut weights, mut total) = ([0.0; 16], [0.0; 16]);
+        let mean_square = values.iter().fold(0.0, |sum, x| sum + x * x) / 128.0;
+        for i in 0..16 {
+            let at = 16 * i..16 * (i + 1);
+            let (x, codes) = (&values[at.clone()], &mut codes[at.clone()]);
+            scales[i] = match importance {
+                Some(importance) => {
+                    search::weigh(x, &importance.columns[at], mean_square, &mut weights);
+                    total[i] = weights.iter().sum();
+                    search::signed(4, x, &weights, codes)
+                }
+                None => search::signed_moved(4, x, codes),
+            };
+        }
+        let d = match importance {
+            Some(_) => F16::from_f32(search::signed(32, &scales, &total, &mut subs)),
+            None => {
+                let max = search::extreme(&scales);
+                let inverse = if max != 0.0 { -32.0 / max } else { 0.0 };
+                if max != 0.0 {
+                    subs = scales.map(|scale| (search::nearest(inverse * scale).clamp(-32, 31) + 32) as u8);
+                }
+                F16::from_f32(super::inverse(inverse))
+            }
+        };
+        search::signed_codes(values, 4, d, &subs.map(|sub| sub as i8 - 32), &mut codes);
+        let top = |l: usize| (0..8).fold(0, |byte, k| byte | (codes[32 * k + l] >> 2) << k);
+        let packed = |i: usize| match i {
+            0..8 => (subs[i] & 15) | subs[i + 8] << 4,
+            _ => (0..4).fold(0, |byte, k| byte | (subs[i - 8 + 4 * k] >> 4) << (2 * k)),
+        };
+        let (hmask, scales) = (core::array::from_fn(top), core::array::from_fn(packed));
+        Some(Q3_K { hmask, qs: search::pack_two_bits(&codes), scales, d })
     }
 }
 

@@ -3,6 +3,8 @@
 use super::bytes::layout;
 use super::lanes::{Lanes, Words};
 use super::{Block, F16, Format, Groups, Interleaved, Plain, Quantised, Raised, Unpacked};
+#[cfg(feature = "quantize")]
+use super::{Importance, search};
 use crate::isa::Isa;
 
 layout! {
@@ -30,6 +32,13 @@ impl Block for Q4_0 {
     fn quantize(values: &[f32]) -> Option<Self> {
         let (d, q) = codes(values.try_into().ok()?);
         Some(Q4_0 { d: F16::from_f32(d), qs: core::array::from_fn(|j| q[j] | (q[j + 16] << 4)) })
+    }
+
+    #[cfg(feature = "quantize")]
+    fn quantize_weights(values: &[f32], importance: Option<Importance>) -> Option<Self> {
+        let Some(importance) = importance else { return Self::quantize(values) };
+        let (d, q) = search::short(values.try_into().ok()?, importance, 8);
+        Some(Q4_0 { d, qs: core::array::from_fn(|j| q[j] | (q[j + 16] << 4)) })
     }
 }
 

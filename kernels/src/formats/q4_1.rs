@@ -3,6 +3,8 @@
 use super::bytes::layout;
 use super::lanes::{Lanes, Words};
 use super::{Block, F16, Format, Groups, Interleaved, Plain, Quantised, Unpacked, WithMin};
+#[cfg(feature = "quantize")]
+use super::{Importance, search};
 use crate::isa::Isa;
 
 layout! {
@@ -39,6 +41,13 @@ impl Block for Q4_1 {
         let q = |x: f32| (((x - min) * inverse + 0.5) as u8).min(15);
         let qs = core::array::from_fn(|j| q(values[j]) | (q(values[j + 16]) << 4));
         Some(Q4_1 { d: F16::from_f32(d), m: F16::from_f32(min), qs })
+    }
+
+    #[cfg(feature = "quantize")]
+    fn quantize_weights(values: &[f32], importance: Option<Importance>) -> Option<Self> {
+        let Some(importance) = importance else { return Self::quantize(values) };
+        let (d, m, q) = search::short_with_min(values.try_into().ok()?, importance, 15);
+        Some(Q4_1 { d, m, qs: core::array::from_fn(|j| q[j] | (q[j + 16] << 4)) })
     }
 }
 

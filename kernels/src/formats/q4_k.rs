@@ -6,6 +6,8 @@ use super::bits::six_bit_pairs;
 use super::bytes::layout;
 use super::lanes::{Lanes, Words, six_bit_words};
 use super::{Block, F16, Format, Interleaved, Plain, Quantised, SuperBlock, Unpacked, WithMin};
+#[cfg(feature = "quantize")]
+use super::{Importance, search};
 use crate::isa::Isa;
 
 layout! {
@@ -33,6 +35,19 @@ impl Block for Q4_K {
     fn set_scale(&mut self, scale: f32) {
         self.d = F16::from_f32(scale);
         self.dmin = self.d;
+    }
+
+    #[cfg(feature = "quantize")]
+    fn quantize(values: &[f32]) -> Option<Self> {
+        Self::quantize_weights(values, None)
+    }
+
+    #[cfg(feature = "quantize")]
+    fn quantize_weights(values: &[f32], importance: Option<Importance>) -> Option<Self> {
+        let values: &[f32; 256] = values.try_into().ok()?;
+        let fit = search::with_mins(values, importance, 32, 15, 63);
+        let scales = search::pack_six_bit_pairs(&fit.subs, &fit.mins);
+        Some(Q4_K { d: fit.d, dmin: fit.dmin, scales, qs: search::pack_nibbles(&fit.codes) })
     }
 }
 

@@ -4,6 +4,8 @@
 use super::bytes::layout;
 use super::lanes::{Lanes, Words, spread_bits};
 use super::{Block, F16, Format, Groups, Interleaved, Plain, Quantised, Raised, Unpacked};
+#[cfg(feature = "quantize")]
+use super::{Importance, search};
 use crate::isa::Isa;
 
 layout! {
@@ -37,6 +39,14 @@ impl Block for Q5_0 {
         let inverse = super::inverse(d);
         let (qh, qs) = pack(values.map(|x| ((x * inverse + 16.5) as u8).min(31)));
         Some(Q5_0 { d: F16::from_f32(d), qh, qs })
+    }
+
+    #[cfg(feature = "quantize")]
+    fn quantize_weights(values: &[f32], importance: Option<Importance>) -> Option<Self> {
+        let Some(importance) = importance else { return Self::quantize(values) };
+        let (d, q) = search::short(values.try_into().ok()?, importance, 16);
+        let (qh, qs) = pack(q);
+        Some(Q5_0 { d, qh, qs })
     }
 }
 

@@ -4,6 +4,8 @@ use super::bytes::layout;
 use super::lanes::{Lanes, Words, spread_bits};
 use super::q5_0::{pack, unpack_codes};
 use super::{Block, F16, Format, Groups, Interleaved, Plain, Quantised, Unpacked, WithMin};
+#[cfg(feature = "quantize")]
+use super::{Importance, search};
 use crate::isa::Isa;
 
 layout! {
@@ -41,6 +43,14 @@ impl Block for Q5_1 {
         let inverse = super::inverse(d);
         let (qh, qs) = pack(values.map(|x| (((x - min) * inverse + 0.5) as u8).min(31)));
         Some(Q5_1 { d: F16::from_f32(d), m: F16::from_f32(min), qh, qs })
+    }
+
+    #[cfg(feature = "quantize")]
+    fn quantize_weights(values: &[f32], importance: Option<Importance>) -> Option<Self> {
+        let Some(importance) = importance else { return Self::quantize(values) };
+        let (d, m, q) = search::short_with_min(values.try_into().ok()?, importance, 31);
+        let (qh, qs) = pack(q);
+        Some(Q5_1 { d, m, qh, qs })
     }
 }
 

@@ -6,6 +6,8 @@ use super::bytes::layout;
 use super::lanes::{Lanes, Words, field, six_bit_words};
 use super::q4_k::unpack_scales;
 use super::{Block, F16, Format, Interleaved, Plain, Quantised, SuperBlock, Unpacked, WithMin};
+#[cfg(feature = "quantize")]
+use super::{Importance, search};
 use crate::isa::Isa;
 
 layout! {
@@ -35,6 +37,21 @@ impl Block for Q5_K {
     fn set_scale(&mut self, scale: f32) {
         self.d = F16::from_f32(scale);
         self.dmin = self.d;
+    }
+
+    #[cfg(feature = "quantize")]
+    fn quantize(values: &[f32]) -> Option<Self> {
+        Self::quantize_weights(values, None)
+    }
+
+    #[cfg(feature = "quantize")]
+    fn quantize_weights(values: &[f32], importance: Option<Importance>) -> Option<Self> {
+        let values: &[f32; 256] = values.try_into().ok()?;
+        let fit = search::with_mins(values, importance, 32, 31, 63);
+        let scales = search::pack_six_bit_pairs(&fit.subs, &fit.mins);
+        let top = |l: usize| (0..8).fold(0, |byte, k| byte | (fit.codes[32 * k + l] >> 4) << k);
+        let (qh, qs) = (core::array::from_fn(top), search::pack_nibbles(&fit.codes));
+        Some(Q5_K { d: fit.d, dmin: fit.dmin, scales, qh, qs })
     }
 }
 

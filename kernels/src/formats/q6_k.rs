@@ -7,6 +7,8 @@
 use super::bytes::layout;
 use super::lanes::{Lanes, Words, field};
 use super::{Block, F16, Format, Interleaved, Plain, Quantised, Raised, SuperBlock, Unpacked};
+#[cfg(feature = "quantize")]
+use super::{Importance, search};
 use crate::isa::Isa;
 
 layout! {
@@ -33,6 +35,43 @@ impl Block for Q6_K {
 
     fn set_scale(&mut self, scale: f32) {
         self.d = F16::from_f32(scale);
+    }
+
+    #[cfg(feature = "quantize")]
+    fn quantize(values: &[f32]) -> Option<Self> {
+        Self::quantize_weights(values, None)
+    }
+
+    #[cfg(feature = "quantize")]
+    fn quantize_weights(values: &[f32], importance: Option<Importance>) -> Option<Self> {
+        let values: &[f32; 256] = values.try_into().ok()?;
+        let (mut scales, mut codes) = ([0.0; 16], [0; 256]);
+        for i in 0..16 {
+            let at = 16 * i..16 * (i + 1);
+            let x = &values[at.clone()];
+            let mut weights = [0.0; 16];
+            match importance {
+                Some(importance) => weights.copy_from_slice(&importance.columns[at.clone()]),
+                None => weights.iter_mut().zip(x).for_each(|(weight, x)| *weight = x * x),
+            }
+            scales[i] = search::signed(32, x, &weights, &mut codes[at]);
+        }
+        let max = search::extreme(&scales);
+        if max.abs() < search::LEAST {
+            return Some(Q6_K { ql: [[0; 64]; 2], qh: [[0; 32]; 2], scales: [0; 16], d: F16::ZERO });
+        }
+        let inverse = -128.0 / max;
+        let d = F16::from_f32(1.0 / inverse);
+        let scales = scales.map(|scale| search::nearest(inverse * scale).min(127) as i8);
+        search::signed_codes(values, 32, d, &scales, &mut codes);
+        let code = |half: usize, k: usize, l: usize| codes[128 * half + 32 * k + l];
+        let low = |half: usize, i: usize| {
+            (code(half, i / 32, i % 32) & 15) | (code(half, i / 32 + 2, i % 32) & 15) << 4
+        };
+        let top = |half: usize, l: usize| (0..4).fold(0, |byte, k| byte | (code(half, k, l) >> 4) << (2 * k));
+        let ql = core::array::from_fn(|half| core::array::from_fn(|i| low(half, i)));
+        let qh = core::array::from_fn(|half| core::array::from_fn(|l| top(half, l)));
+        Some(Q6_K { ql, qh, scales, d })
     }
 }
 

@@ -3,7 +3,7 @@
 use super::bits::round_ties_even;
 use super::bytes::layout;
 use super::lanes::{Lanes, Words};
-use super::{Block, F16, Format, Groups, Interleaved, Plain, Quantised, Signed, Unpacked};
+use super::{Block, F16, Format, Groups, Importance, Interleaved, Plain, Quantised, Signed, Unpacked};
 use crate::isa::Isa;
 
 layout! {
@@ -33,6 +33,17 @@ impl Block for Q8_0 {
         let values: &[f32; 32] = values.try_into().ok()?;
         let (largest, qs) = symmetric_codes(values);
         Some(Q8_0 { d: F16::from_f32(largest / 127.0), qs })
+    }
+
+    /// As activations, but ties go away from zero, and the factor is the inverse of the rounded scale.
+    fn quantize_weights(values: &[f32], _importance: Option<Importance>) -> Option<Self> {
+        let values: &[f32; 32] = values.try_into().ok()?;
+        let largest = values.iter().fold(0f32, |largest, x| largest.max(x.abs()));
+        let d = largest / 127.0;
+        let inverse = super::inverse(d);
+        // Ties away from zero. (`core` has no `round`.)
+        let round = |x: f32| (x.abs() + if x.abs() < 0.5 { 0.0 } else { 0.5 }).copysign(x) as i8;
+        Some(Q8_0 { d: F16::from_f32(d), qs: values.map(|x| round(x * inverse)) })
     }
 }
 

@@ -32,6 +32,21 @@ impl Block for TQ1_0 {
     fn set_scale(&mut self, scale: f32) {
         self.d = F16::from_f32(scale);
     }
+
+    #[cfg(feature = "quantize")]
+    fn quantize(values: &[f32]) -> Option<Self> {
+        let values: &[f32; 256] = values.try_into().ok()?;
+        let (d, codes) = ternary(values);
+        // The codes at `first`, `first + step`, .. are digits of a fraction of 243, in 256ths, rounded up.
+        let byte = |first: usize, step: usize, digits: usize| {
+            let number = (0..5).fold(0, |number: u16, n| {
+                number * 3 + if n < digits { u16::from(codes[first + n * step]) } else { 0 }
+            });
+            (number * 256).div_ceil(243) as u8
+        };
+        let qs = core::array::from_fn(|j| if j < 32 { byte(j, 32, 5) } else { byte(128 + j, 16, 5) });
+        Some(TQ1_0 { qs, qh: core::array::from_fn(|j| byte(240 + j, 4, 4)), d })
+    }
 }
 
 /// The digits of each of `N` bytes, less 1: first those of all bytes, then the second ones, and so on.
@@ -101,4 +116,13 @@ fn tripled<I: Isa>(isa: I, bytes: I::I, power: I::I) -> I::I {
     let halves = isa.splat_i(0x00ff_00ff);
     let fraction = isa.and_i(isa.mul_i(isa.and_i(bytes, halves), power), halves);
     isa.add_i(fraction, isa.add_i(fraction, fraction))
+}
+
+/// The largest magnitude, and each value's code plus 1; ties of rounding go away from zero.
+#[cfg(feature = "quantize")]
+pub(super) fn ternary(values: &[f32; 256]) -> (F16, [u8; 256]) {
+    let d = values.iter().fold(0f32, |largest, x| largest.max(x.abs()));
+    let inverse = super::inverse(d);
+    let code = |x: f32| if x >= 0.5 { 2 } else { u8::from(x > -0.5) };
+    (F16::from_f32(d), values.map(|x| if x.is_nan() { 1 } else { code(x * inverse) }))
 }

@@ -26,6 +26,13 @@ impl Block for TQ2_0 {
     fn set_scale(&mut self, scale: f32) {
         self.d = F16::from_f32(scale);
     }
+
+    #[cfg(feature = "quantize")]
+    fn quantize(values: &[f32]) -> Option<Self> {
+        let values: &[f32; 256] = values.try_into().ok()?;
+        let (d, codes) = super::tq1_0::ternary(values);
+        Some(TQ2_0 { qs: super::search::pack_two_bits(&codes), d })
+    }
 }
 
 impl Quantised for TQ2_0 {
