@@ -786,7 +786,7 @@ impl Session {
         let sequence = &self.sequences[id.0 as usize];
         let len = sequence.len();
         let changed = sequence.tables[group].get((len / PAGE_POSITIONS) as usize).copied();
-        let Some(changed) = changed.filter(|_| len % PAGE_POSITIONS != 0) else { return Ok(()) };
+        let Some(changed) = changed.filter(|_| !len.is_multiple_of(PAGE_POSITIONS)) else { return Ok(()) };
         let Some(page) = self.pools[group].take() else { return Ok(()) };
         self.sequences[id.0 as usize].checkpoint = Some((len, page));
         self.copy_page(group, changed, page)
