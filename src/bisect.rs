@@ -475,7 +475,9 @@ impl<'a> Judge<'a> {
         let shared = reads.iter().any(|s| self.program.states.get(s.0 as usize).is_some_and(|s| !s.causal));
         let mut attempts: Vec<Attempt<'_>> = Vec::new();
         if !shared {
-            attempts.push(Attempt { ops: vec![op.clone()], states: &taps[1].after, blamed: op });
+            // An op that writes a state may read what was there.
+            let states = if writes.is_empty() { &taps[1].after } else { &taps[1].before };
+            attempts.push(Attempt { ops: vec![op.clone()], states, blamed: op });
         }
         if let Some(writer) = writer {
             let ops = vec![writer.clone(), op.clone()];

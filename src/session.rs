@@ -741,13 +741,10 @@ impl Session {
             runs.iter().try_for_each(|run| self.catch_up(run.sequence))?;
             self.collect(runs)?;
         }
-        for run in runs {
-            self.drop_checkpoint(run.sequence);
-            self.make_room(run.sequence, run.tokens.len() as u32)?;
-            // Results of several tokens are often those of a draft, of which the end is wrong.
-            if run.outputs == OutputTokens::All && run.tokens.len() > 1 {
-                self.set_checkpoint(run.sequence)?;
-            }
+        if let Err(error) = self.prepare(runs) {
+            // Pages that a sequence has got for nothing.
+            runs.iter().for_each(|run| self.keep(run.sequence, self.sequences[run.sequence.0 as usize].done));
+            return Err(error);
         }
         let ran = self.run(runs, kind);
         for run in runs {
@@ -762,17 +759,29 @@ impl Session {
         ran
     }
 
-    /// Forgets the recurrent states that a failed step may have changed: that of a page which it continued.
+    /// Gives every run its pages, and keeps states of those that are likely to be undone.
+    fn prepare(&mut self, runs: &[Run<'_>]) -> Result<()> {
+        for run in runs {
+            self.drop_checkpoint(run.sequence);
+            self.make_room(run.sequence, run.tokens.len() as u32)?;
+        }
+        // Results of several tokens are often those of a draft, of which the end is wrong.
+        let drafts = runs.iter().filter(|run| run.outputs == OutputTokens::All && run.tokens.len() > 1);
+        drafts.into_iter().try_for_each(|run| self.set_checkpoint(run.sequence))
+    }
+
+    /// Forgets what a failed step may have changed: the pages that it added, and the recurrent state of a page which it
+    /// continued.
     fn forget_unfinished(&mut self, id: SequenceId) {
         let sequence = &self.sequences[id.0 as usize];
         let len = sequence.len();
-        let whole = len / PAGE_POSITIONS * PAGE_POSITIONS;
-        if whole < len && self.recurrent_group().is_some() {
-            let is_kept = sequence.checkpoint.is_some_and(|(position, _)| position == len);
-            let done = if is_kept { len } else { self.resumable(sequence, whole) };
-            let has_windows = self.has_window(sequence, done);
-            self.keep(id, if has_windows { done } else { 0 });
-        }
+        let is_kept = sequence.checkpoint.is_some_and(|(position, _)| position == len);
+        let done = match self.recurrent_group() {
+            Some(_) if !is_kept => self.resumable(sequence, len / PAGE_POSITIONS * PAGE_POSITIONS),
+            _ => len,
+        };
+        let has_windows = self.has_window(sequence, done);
+        self.keep(id, if has_windows { done } else { 0 });
     }
 
     /// The KV group of recurrent states, if there are any.
@@ -788,8 +797,12 @@ impl Session {
         let changed = sequence.tables[group].get((len / PAGE_POSITIONS) as usize).copied();
         let Some(changed) = changed.filter(|_| !len.is_multiple_of(PAGE_POSITIONS)) else { return Ok(()) };
         let Some(page) = self.pools[group].take() else { return Ok(()) };
-        self.sequences[id.0 as usize].checkpoint = Some((len, page));
-        self.copy_page(group, changed, page)
+        let copied = self.copy_page(group, changed, page);
+        match copied {
+            Ok(()) => self.sequences[id.0 as usize].checkpoint = Some((len, page)),
+            Err(_) => self.pools[group].release(page),
+        }
+        copied
     }
 
     fn drop_checkpoint(&mut self, id: SequenceId) {

@@ -55,11 +55,11 @@ fn fed(session: &mut Session, sequence: SequenceId, mut tokens: &[u32], steps: &
     out
 }
 
-/// Logits of tokens in one step.
+/// Logits of tokens in one step, or in few.
 fn whole(model: &Arc<Model>, tokens: &[u32]) -> Vec<u32> {
     let mut session = session(model, &options(1, 64));
     let sequence = session.add_sequence();
-    fed(&mut session, sequence, tokens, &[tokens.len()])
+    fed(&mut session, sequence, tokens, &[tokens.len().min(200)])
 }
 
 #[test]
@@ -98,9 +98,10 @@ fn memory_does_not_grow_with_the_context() {
 
 #[test]
 fn sequences_have_states_of_their_own() {
-    let tokens = tokens(180);
+    let whole_text = tokens(200);
+    let tokens = &whole_text[..130];
     for model in models() {
-        let want = whole(&model, &tokens);
+        let want = whole(&model, &whole_text);
         let mut session = session(&model, &options(3, 0));
         let all = [(); 3].map(|()| session.add_sequence());
         let mut random = halite_testing::SplitMix(5);
@@ -129,6 +130,9 @@ fn sequences_have_states_of_their_own() {
             error = error.or(session.prefill(more, &tokens[..30], OutputKind::ArgMax).err());
         }
         assert!(matches!(error, Some(Error::StatesFull { sequences: 3 })), "{error:?}");
+        // Nor do those suffer that were there before.
+        let rest = fed(&mut session, all[0], &whole_text[130..140], &[1]);
+        assert!(rest == want[VOCAB * 130..VOCAB * 140]);
     }
 }
 
@@ -240,10 +244,12 @@ fn a_saved_state_goes_on() {
 /// A step that fails may have changed a state already; the sequence is as before it.
 #[test]
 fn a_failed_step_leaves_no_trace() {
-    let tokens = tokens(160);
+    let tokens = tokens(230);
     for model in models() {
         let want = whole(&model, &tokens);
-        for (at, fault) in [(70, Fault::Fail), (70, Fault::Poison), (64, Fault::Poison), (30, Fault::Poison)]
+        let faults = [(70, Fault::Fail), (70, Fault::Poison), (64, Fault::Poison), (30, Fault::Poison)];
+        // Also steps over pages that are not kept.
+        for ((at, fault), more) in faults.into_iter().flat_map(|fault| [(fault, 20), (fault, 230 - fault.0)])
         {
             let faulty = Arc::new(Faulty::with_threads(1));
             let backend = faulty.clone() as Arc<dyn Backend>;
@@ -251,13 +257,13 @@ fn a_failed_step_leaves_no_trace() {
             let sequence = session.add_sequence();
             fed(&mut session, sequence, &tokens[..at], &[at]);
             faulty.after(0, fault);
-            let run = [Run::new(sequence, &tokens[at..at + 20])];
+            let run = [Run::new(sequence, &tokens[at..at + more])];
             assert!(session.step(&run, OutputKind::Logits).is_err());
             assert_eq!(session.tokens(sequence).unwrap(), &tokens[..at]);
-            assert!(
-                fed(&mut session, sequence, &tokens[at..], &[20]) == want[VOCAB * at..],
-                "{at} {fault:?}"
-            );
+            let mut rest = fed(&mut session, sequence, &tokens[at..at + 3], &[1]);
+            session.truncate(sequence, at as u32 + 3).unwrap();
+            rest.extend(fed(&mut session, sequence, &tokens[at + 3..], &[1, 20]));
+            assert!(rest == want[VOCAB * at..], "{at} {fault:?} {more}");
         }
     }
 }

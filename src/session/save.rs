@@ -58,8 +58,6 @@ impl Session {
         out.put(&sequence.done.to_le_bytes())?;
         let mut page = Vec::new();
         for (group, table) in sequence.tables.iter().enumerate() {
-            // A failed step may have left more pages.
-            let table = &table[..table.len().min(sequence.done.div_ceil(PAGE_POSITIONS) as usize)];
             let first = self.pools[group].first_kept(sequence.done, self.options.rewind).min(table.len());
             let first = first.max(table.iter().rposition(|&n| n == NO_PAGE).map_or(0, |hole| hole + 1));
             out.put(&(first as u32).to_le_bytes())?;
