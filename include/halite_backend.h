@@ -76,7 +76,7 @@
 
 // A recurrent state: a page holds `[kv_heads][key_dim][value_dim]` in HALITE_F32, after the last position of the page that was
 // computed. Before position 0 it is zero. In a step, the page of the position before the first token and that of the last token
-// are there. Others may be HALITE_NO_PAGE: what a position in such a page computes goes to the next page that is there. Only
+// are there. Others may be HALITE_NONE: what a position in such a page computes goes to the next page that is there. Only
 // kinds of ops from HALITE_OP_CONV on use such states.
 #define HALITE_STATE_RECURRENT 1
 

@@ -241,7 +241,7 @@ static void check_state(Check *check, uint32_t number) {
 }
 
 static void check_gate(Check *check, const HaliteGate *act) {
-    check_number(check, "gate", act->kind, HALITE_GATE_SILU_CLAMPED);
+    check_number(check, "gate", act->kind, HALITE_GATE_IDENTITY);
 }
 
 static void check_pairing(Check *check, const HaliteRotation *rotation) {
@@ -286,8 +286,12 @@ static void check_op(Check *check, const HaliteOp *op) {
     case HALITE_OP_GLU: check_gate(check, &o->glu.act); break;
     case HALITE_OP_UNARY: check_number(check, "function", o->unary.function, HALITE_UNARY_SOFT_CAP); break;
     case HALITE_OP_ROUTE: check_number(check, "gating", o->route.gating, HALITE_GATING_SIGMOID); break;
+    case HALITE_OP_ROUTE_AMONG:
+        check_number(check, "gating", o->route_among.route.gating, HALITE_GATING_SIGMOID);
+        break;
     case HALITE_OP_EXPERTS: check_experts(check, &o->experts); break;
-    default: check_number(check, "op", op->kind, HALITE_OP_TOP_K); /* Nothing else to check. */
+    case HALITE_OP_RECUR: check_number(check, "rule", o->recur.rule, HALITE_RULE_SCAN); break;
+    default: check_number(check, "op", op->kind, HALITE_OP_ROUTE_AMONG); /* Nothing else to check. */
     }
 }
 
@@ -464,6 +468,7 @@ static float silu(float x) { return x / (1.0f + expf(-x)); }
 static float gelu_erf(float x) { return 0.5f * x * erff(x * 0.70710678f) + 0.5f * x; }
 static float relu(float x) { return x > 0 || isnan(x) ? x : 0; } /* `fmaxf` would lose NaN. */
 static float soft_cap(float x, float cap) { return cap * tanhf(x / cap); }
+static float softplus(float x) { return relu(x) + log1pf(expf(-fabsf(x))); }
 
 /* Models are evaluated with a table of GELU from and to half precision, so both ends are rounded. */
 static float gelu(float x) {
@@ -503,6 +508,8 @@ static float apply_gate(const HaliteGate *act, float gate, float up) {
     case HALITE_GATE_GELU: return gelu(gate) * up;
     case HALITE_GATE_GELU_ERF: return gelu_erf(gate) * up;
     case HALITE_GATE_RELU: return relu(gate) * up;
+    case HALITE_GATE_SIGMOID: return sigmoid(gate) * up;
+    case HALITE_GATE_IDENTITY: return gate * up;
     default: /* HALITE_GATE_SILU_CLAMPED */ return silu_clamped(gate, up, act->alpha, act->limit);
     }
 }
@@ -537,6 +544,28 @@ static void add(Run *run, const HaliteAdd *op) {
     Tensor a = find(run, op->a), b = find(run, op->b), out = find(run, op->out);
     for (uint32_t t = 0; t < out.rows; t++)
         add_rows(row_of(a, t), row_of(b, t), out.cols, row_of(out, t));
+}
+
+static void mul(Run *run, const HaliteMul *op) {
+    Tensor x = find(run, op->x), weight = find(run, op->weight), out = find(run, op->out);
+    const float *factors = row_of(weight, 0);
+    for (uint32_t t = 0; t < out.rows; t++) {
+        const float *from = row_of(x, t);
+        float *to = row_of(out, t);
+        for (uint32_t i = 0; i < out.cols; i++)
+            to[i] = from[i] * factors[i % weight.cols];
+    }
+}
+
+static void slice(Run *run, const HaliteSlice *op) {
+    Tensor x = find(run, op->x), out = find(run, op->out);
+    uint32_t groups = x.cols / op->group, count = out.cols / groups;
+    for (uint32_t t = 0; t < out.rows; t++) {
+        const float *from = row_of(x, t);
+        float *to = row_of(out, t);
+        for (uint32_t i = 0; i < groups; i++)
+            memcpy(to + i * count, from + i * op->group + op->first, count * sizeof *to);
+    }
 }
 
 /* ---- Embeddings and outputs ---- */
@@ -884,6 +913,105 @@ static void rope_kv(Run *run, const HaliteRopeKv *op) {
     }
 }
 
+/* ---- Recurrent layers ---- */
+
+/* The page that has the state after a position: its own, or the next one that is there. */
+static float *state_after(const Run *run, uint32_t number, const HaliteSpan *span, uint32_t position) {
+    const HaliteState *state = run->plan->program->states[number];
+    const uint32_t *table = span->tables[state->table];
+    uint32_t i = position / HALITE_PAGE_POSITIONS;
+    while (table[i] == HALITE_NONE)
+        i++; /* The host has checked that the last page is there. */
+    return (float *)(run->bindings->states[number]->memory + table[i] * state->page_bytes);
+}
+
+/* The state of token `t`, with what the token before it left. */
+static float *enter_state(const Run *run, uint32_t number, uint32_t t) {
+    const Token *token = &run->plan->tokens[t];
+    uint64_t bytes = run->plan->program->states[number]->page_bytes;
+    float *state = state_after(run, number, token->span, token->position);
+    if (token->position == 0) {
+        memset(state, 0, bytes);
+    } else {
+        const float *before = state_after(run, number, token->span, token->position - 1);
+        if (before != state)
+            memcpy(state, before, bytes);
+    }
+    return state;
+}
+
+/* One channel: the inputs that are kept, oldest first, and the new one. */
+static float convolve(float *past, const float *weight, uint32_t taps, float x, float sum) {
+    for (uint32_t j = 0; j + 1 < taps; j++)
+        sum += weight[j] * past[j];
+    memmove(past, past + 1, (taps - 2) * sizeof *past);
+    past[taps - 2] = x;
+    return sum + weight[taps - 1] * x;
+}
+
+static void conv(Run *run, const HaliteConv *op) {
+    Tensor x = find(run, op->x), weight = find(run, op->weight), out = find(run, op->out);
+    const float *bias = optional_row(run, op->bias, 0);
+    uint32_t taps = weight.cols;
+    for (uint32_t t = 0; t < x.rows; t++) {
+        float *state = enter_state(run, op->state, t);
+        const float *from = row_of(x, t);
+        float *to = row_of(out, t);
+        for (uint32_t c = 0; c < x.cols; c++)
+            to[c] = convolve(state + c * (taps - 1), row_of(weight, c), taps, from[c],
+                             bias == NULL ? 0 : bias[c]);
+    }
+}
+
+/* One column of a head: `update` is added, times the key. Returns the product with the query. */
+static float advance(float *column, uint32_t stride, const float *k, const float *q, uint32_t count,
+                     float update) {
+    float sum = 0;
+    for (uint32_t i = 0; i < count; i++) {
+        column[i * stride] += k[i] * update;
+        sum += column[i * stride] * q[i];
+    }
+    return sum;
+}
+
+/* One head of token `t`: `s` is `[key_dim][value_dim]`. */
+static void recur_head(const Run *run, const HaliteRecur *op, uint32_t t, uint32_t head, float *s) {
+    const HaliteState *state = run->plan->program->states[op->state];
+    uint32_t key_dim = state->key_dim, value_dim = state->value_dim, heads = state->kv_heads;
+    uint32_t key_heads = find(run, op->k).cols / key_dim;
+    int is_delta = op->rule == HALITE_RULE_DELTA;
+    uint32_t key = (is_delta ? head % key_heads : head * key_heads / heads) * key_dim;
+    const float *q = row_of(find(run, op->q), t), *k = row_of(find(run, op->k), t);
+    const float *v = row_of(find(run, op->v), t), *decay = row_of(find(run, op->decay), t);
+    const float *a = row_of(find(run, op->a), 0);
+    float *out = row_of(find(run, op->out), t);
+    float rate = softplus(decay[head]), kept = expf(a[head] * rate);
+    for (uint32_t j = 0; j < value_dim; j++) {
+        float known = 0, value = v[head * value_dim + j], *result = &out[head * value_dim + j];
+        for (uint32_t i = 0; i < key_dim; i++) {
+            s[i * value_dim + j] *= kept;
+            known += s[i * value_dim + j] * k[key + i];
+        }
+        if (is_delta) {
+            const float *beta = row_of(find(run, op->beta), t);
+            float update = sigmoid(beta[head]) * (value - known);
+            *result = op->scale * advance(s + j, value_dim, k + key, q + key, key_dim, update);
+        } else {
+            const float *d = row_of(find(run, op->d), 0);
+            *result = advance(s + j, value_dim, k + key, q + key, key_dim, rate * value) + d[head] * value;
+        }
+    }
+}
+
+static void recur(Run *run, const HaliteRecur *op) {
+    const HaliteState *state = run->plan->program->states[op->state];
+    for (uint32_t t = 0; t < run->step->token_count; t++) {
+        float *s = enter_state(run, op->state, t);
+        for (uint32_t head = 0; head < state->kv_heads; head++)
+            recur_head(run, op, t, head, s + head * state->key_dim * state->value_dim);
+    }
+}
+
 /* ---- Attention ---- */
 
 /* A softmax over the positions so far: `sum` is the sum of exp(score - max), and `out` that of
@@ -1058,15 +1186,50 @@ static void finish_choice(const HaliteRoute *op, float *weights, uint32_t used) 
         weights[i] *= op->scale;
 }
 
-static void route(Run *run, const HaliteRoute *op) {
+/* Leaves only the groups whose two largest elements have the largest sums. `sums` has room for two lists of groups,
+ * `order` for one. */
+static void keep_groups(float *x, uint32_t count, uint32_t groups, uint32_t used, float *sums,
+                        int32_t *order) {
+    uint32_t each = count / groups;
+    for (uint32_t i = 0; i < groups; i++) {
+        int32_t ids[2];
+        float best[2];
+        choose(x + i * each, each, 2, ids, best);
+        sums[i] = best[0] + best[1];
+    }
+    float *best = sums + groups;
+    choose(sums, groups, groups, order, best);
+    for (uint32_t i = used; i < groups; i++)
+        for (uint32_t j = 0; j < each; j++)
+            x[(uint32_t)order[i] * each + j] = -INFINITY;
+}
+
+static void route_among(Run *run, const HaliteRouteAmong *among) {
+    const HaliteRoute *op = &among->route;
     Tensor logits = find(run, op->logits), ids = find(run, op->ids), weights = find(run, op->weights);
-    float *x = run->plan->result;
+    const float *bias = optional_row(run, among->bias, 0);
+    float *x = run->plan->result, *choice = run->plan->gate;
     for (uint32_t t = 0; t < logits.rows; t++) {
+        int32_t *id = row_of(ids, t);
+        float *weight = row_of(weights, t);
         memcpy(x, row_of(logits, t), logits.row_bytes);
         prepare_choice(op->gating, x, logits.cols);
-        choose(x, logits.cols, ids.cols, row_of(ids, t), row_of(weights, t));
-        finish_choice(op, row_of(weights, t), ids.cols);
+        for (uint32_t i = 0; i < logits.cols; i++)
+            choice[i] = bias == NULL ? x[i] : x[i] + bias[i];
+        if (among->group_count > 1)
+            /* A group has two experts or more, so a row has room for two lists of groups. */
+            keep_groups(choice, logits.cols, among->group_count, among->groups_used, run->plan->up,
+                        (int32_t *)run->plan->decoded);
+        choose(choice, logits.cols, ids.cols, id, weight);
+        for (uint32_t i = 0; i < ids.cols; i++)
+            weight[i] = x[id[i]];
+        finish_choice(op, weight, ids.cols);
     }
+}
+
+static void route(Run *run, const HaliteRoute *op) {
+    HaliteRouteAmong all = {*op, HALITE_NONE, 1, 1};
+    route_among(run, &all);
 }
 
 /* Adds `weight` times the output of an expert to `out`. */
@@ -1193,6 +1356,11 @@ static void run_op(Run *run, const HaliteOp *op) {
     case HALITE_OP_EXPERTS: experts(run, &o->experts); break;
     case HALITE_OP_ARG_MAX: arg_max(run, &o->arg_max); break;
     case HALITE_OP_TOP_K: top_k(run, &o->top_k); break;
+    case HALITE_OP_CONV: conv(run, &o->conv); break;
+    case HALITE_OP_RECUR: recur(run, &o->recur); break;
+    case HALITE_OP_SLICE: slice(run, &o->slice); break;
+    case HALITE_OP_MUL: mul(run, &o->mul); break;
+    case HALITE_OP_ROUTE_AMONG: route_among(run, &o->route_among); break;
     default: run->status = say(run->message, HALITE_ERROR, "op %" PRIu32 " was prepared", op->kind);
     }
 }
