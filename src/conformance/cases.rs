@@ -9,7 +9,7 @@ use halite_kernels::rows::{Gate, Unary};
 use super::{Case, Inputs};
 use crate::program::{
     Builder, Dim, Epilogue, Gating, Groups, Index, NormKind, Op, Part, Program, RopePairs, Rotation, Rule,
-    State, StateKind, TensorId, WeightInfo,
+    State, TensorId, WeightInfo,
 };
 
 /// Collects cases.
@@ -547,18 +547,7 @@ fn not_finite(cases: &mut Cases) {
         cases.add(name, &[], &[&[(0, 1)], &[(1, 1)], &[(2, 1)]], ATTEND_BOUND, |b| {
             let q = input_or_nan(b, which, "q", 2 * 32);
             let (k, v) = (input_or_nan(b, which, "k", 32), input_or_nan(b, which, "v", 32));
-            let (kv_heads, key_dim, value_dim, format) = (1, 32, 32, Format::F32);
-            let (name, window, causal) = ("kv".into(), None, true);
-            let kv = b.state(State {
-                name,
-                kv_heads,
-                key_dim,
-                value_dim,
-                format,
-                window,
-                causal,
-                kind: StateKind::Cache,
-            });
+            let kv = b.state(State::new("kv", 1, 32, 32, Format::F32));
             b.kv_write(k, v, kv);
             let y = b.attend(q, kv, 2, 0.2, softcap, None);
             b.output(y);
@@ -753,18 +742,7 @@ fn edges() -> Vec<Case> {
             let v = b.input("v", Dim::Tokens, 32);
             let (q, k) = (magnitude(b, q), magnitude(b, k));
             let k = b.unary("scaled", k, Unary::Scale(factor));
-            let (name, kv_heads, key_dim, value_dim) = ("kv".into(), 1, 32, 32);
-            let (format, window, causal) = (Format::F32, None, true);
-            let kv = b.state(State {
-                name,
-                kv_heads,
-                key_dim,
-                value_dim,
-                format,
-                window,
-                causal,
-                kind: StateKind::Cache,
-            });
+            let kv = b.state(State::new("kv", 1, 32, 32, Format::F32));
             b.kv_write(k, v, kv);
             let y = b.attend(q, kv, 2, 0.2, None, None);
             b.output(y);
@@ -965,16 +943,7 @@ fn rotated_caches(cases: &mut Cases) {
                     let k = b.input("k", Dim::Tokens, kv_heads * dim);
                     let v = b.input("v", Dim::Tokens, kv_heads * 24);
                     let out = b.input("rotated", Dim::Tokens, heads * dim);
-                    let state = b.state(State {
-                        name: "kv".into(),
-                        kv_heads,
-                        key_dim: dim,
-                        value_dim: 24,
-                        format,
-                        window: None,
-                        causal: true,
-                        kind: StateKind::Cache,
-                    });
+                    let state = b.state(State::new("kv", kv_heads, dim, 24, format));
                     let frequencies =
                         (0..dims / 2).map(|i| 1e4f32.powf(-2.0 * i as f32 / dims as f32)).collect();
                     let factors = factored.then(|| b.weight("factors", 1, dims / 2));
@@ -1028,17 +997,7 @@ fn attention(cases: &mut Cases) {
                 ];
                 let weights = [("sinks", Format::F32, vec![heads.into()])];
                 cases.add(name, &weights, &steps, ATTEND_BOUND, |b| {
-                    let (name, causal) = ("kv".into(), true);
-                    let kv = State {
-                        name,
-                        kv_heads,
-                        key_dim,
-                        value_dim,
-                        format,
-                        window,
-                        causal,
-                        kind: StateKind::Cache,
-                    };
+                    let kv = State::new("kv", kv_heads, key_dim, value_dim, format).window(window);
                     attended(b, kv, heads, 1.0 / (key_dim as f32).sqrt(), softcap, sinks);
                 });
             }
@@ -1058,17 +1017,7 @@ fn attention(cases: &mut Cases) {
                 &[(604, 1), (0, 0)],
             ];
             cases.add(name, &[("sinks", Format::F32, vec![heads.into()])], &steps, ATTEND_BOUND, |b| {
-                let (name, window, causal) = ("kv".into(), None, false);
-                let kv = State {
-                    name,
-                    kv_heads,
-                    key_dim,
-                    value_dim,
-                    format,
-                    window,
-                    causal,
-                    kind: StateKind::Cache,
-                };
+                let kv = State::new("kv", kv_heads, key_dim, value_dim, format).causal(false);
                 attended(b, kv, heads, 0.3, None, sinks);
             });
         }
@@ -1082,18 +1031,7 @@ fn attention(cases: &mut Cases) {
                 let large = b.unary("large", if which == "keys" { k } else { v }, Unary::Scale(1e38));
                 let infinite = b.unary("infinite", large, Unary::Scale(10.0));
                 let (k, v) = if which == "keys" { (infinite, v) } else { (k, infinite) };
-                let (kv_heads, key_dim, value_dim, window, causal) = (1, 32, 32, None, true);
-                let name = "kv".into();
-                let kv = b.state(State {
-                    name,
-                    kv_heads,
-                    key_dim,
-                    value_dim,
-                    format,
-                    window,
-                    causal,
-                    kind: StateKind::Cache,
-                });
+                let kv = b.state(State::new("kv", 1, 32, 32, format));
                 b.kv_write(k, v, kv);
                 let y = b.attend(q, kv, 2, 0.2, None, None);
                 b.output(y);
@@ -1106,18 +1044,7 @@ fn attention(cases: &mut Cases) {
             let (q, k) = (b.input("q", Dim::Tokens, 2 * 32), b.input("k", Dim::Tokens, 32));
             let v = b.input("v", Dim::Tokens, 32);
             for (name, window) in [("a", Some(20)), ("b", None), ("c", Some(70)), ("d", Some(20))] {
-                let (kv_heads, key_dim, value_dim, causal) = (1, 32, 32, true);
-                let name = name.into();
-                let kv = b.state(State {
-                    name,
-                    kv_heads,
-                    key_dim,
-                    value_dim,
-                    format,
-                    window,
-                    causal,
-                    kind: StateKind::Cache,
-                });
+                let kv = b.state(State::new(name, 1, 32, 32, format).window(window));
                 b.kv_write(k, v, kv);
                 let y = b.attend(q, kv, 2, 0.2, None, None);
                 b.output(y);
@@ -1130,17 +1057,7 @@ fn attention(cases: &mut Cases) {
             let steps: [&[(u32, u32)]; 4] =
                 [&[(0, 530), (0, 0)], &[(530, 1), (0, 0)], &[(531, 1), (0, 2)], &[(532, 3), (2, 1)]];
             cases.add(name, &[("sinks", Format::F32, vec![2])], &steps, ATTEND_BOUND, |b| {
-                let (name, kv_heads, key_dim, value_dim, causal) = ("kv".into(), 1, 32, 96, true);
-                let kv = State {
-                    name,
-                    kv_heads,
-                    key_dim,
-                    value_dim,
-                    format,
-                    window,
-                    causal,
-                    kind: StateKind::Cache,
-                };
+                let kv = State::new("kv", 1, 32, 96, format).window(window);
                 attended(b, kv, 2, 0.2, None, sinks);
             });
         }

@@ -6,7 +6,7 @@ use halite_kernels::formats::Format;
 
 use crate::error::{Error, Result};
 use crate::gguf::{Gguf, printable};
-use crate::program::{Gating, State, StateKind};
+use crate::program::{Gating, State};
 
 /// Maximum layers of a model.
 const MAX_LAYERS: u32 = 1024;
@@ -451,21 +451,15 @@ impl Hparams {
     /// Returns the KV cache of a layer.
     pub(crate) fn kv_state(&self, layer: u32, window: Option<u32>, causal: bool) -> State {
         let kv_heads = Hparams::at(&self.head_count_kv, layer);
-        State {
-            // A text whose vector is wanted is whole in a step. No layer needs earlier steps, so layers share a cache.
-            name: match (causal, self.embeds()) {
-                (false, _) => "kv".into(),
-                (true, true) => format!("kv.{kv_heads}.{}", window.unwrap_or(0)),
-                (true, false) => format!("kv.{layer}"),
-            },
-            kv_heads,
-            key_dim: self.key_length,
-            value_dim: self.value_length,
-            format: self.kv_format,
-            window,
-            causal,
-            kind: StateKind::Cache,
-        }
+        // A text whose vector is wanted is whole in a step. No layer needs earlier steps, so layers share a cache.
+        let name = match (causal, self.embeds()) {
+            (false, _) => "kv".into(),
+            (true, true) => format!("kv.{kv_heads}.{}", window.unwrap_or(0)),
+            (true, false) => format!("kv.{layer}"),
+        };
+        State::new(name, kv_heads, self.key_length, self.value_length, self.kv_format)
+            .window(window)
+            .causal(causal)
     }
 
     /// Whether a layer is recurrent: as the file says, or all but the last of every `period` layers.
