@@ -22,7 +22,11 @@ struct Node {
 impl Trie {
     /// Builds the trie of some tokens. Of several tokens with the same text, the first is found.
     pub(super) fn new(vocabulary: &Vocabulary, tokens: impl Iterator<Item = u32>) -> Trie {
-        let mut tokens: Vec<u32> = tokens.filter(|&id| !vocabulary.text(id).is_empty()).collect();
+        Trie::build(vocabulary, tokens.filter(|&id| !vocabulary.text(id).is_empty()).collect())
+    }
+
+    /// [`Trie::new`] of texts that are not empty: compiled once, whatever gives the tokens.
+    fn build(vocabulary: &Vocabulary, mut tokens: Vec<u32>) -> Trie {
         tokens.sort_by_key(|&id| (vocabulary.text(id), id));
         tokens.dedup_by_key(|id| vocabulary.text(*id));
         let mut nodes = vec![Node { token: None, first_child: 0, children: 0, byte: 0 }];

@@ -323,6 +323,13 @@ fn map2<T: Copy, U>(a: [T; 16], b: [T; 16], f: impl Fn(T, T) -> U) -> [U; 16] {
     core::array::from_fn(|i| f(a[i], b[i]))
 }
 
+/// [`Isa::fma`], lane by lane. (Not inlined where it takes tens of instructions a lane: kernels would be several times as large.)
+#[cfg_attr(not(target_os = "none"), inline(never))]
+#[cfg_attr(target_os = "none", inline(always))]
+fn fma_lanes(a: [f32; 16], b: [f32; 16], c: [f32; 16]) -> [f32; 16] {
+    core::array::from_fn(|i| math::fma(a[i], b[i], c[i]))
+}
+
 impl Isa for Scalar {
     const NAME: &'static str = "scalar";
     const SIGNED_BIAS: i32 = 0;
@@ -380,7 +387,7 @@ impl Isa for Scalar {
     }
     #[inline(always)]
     fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
-        core::array::from_fn(|i| math::fma(a[i], b[i], c[i]))
+        fma_lanes(a, b, c)
     }
     #[inline(always)]
     fn max(self, a: Self::F, b: Self::F) -> Self::F {
