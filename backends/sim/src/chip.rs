@@ -8,7 +8,7 @@ use super::matrix::{self, Product};
 use super::tile::{Form, Piece, VectorWork, Work};
 use halite::{Error, Result};
 use halite_profiles::numerics::{self, Dtype};
-use halite_profiles::profile::{Dataflow, Dma, Memory, Profile, Scope};
+use halite_profiles::profile::{Dataflow, Dma, Memory, Profile, Quantity, Scope};
 
 /// The numerics of the simulator.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -224,7 +224,8 @@ impl Chip {
                 let product = Product { m: m.into(), n: n.into(), k: k.into() };
                 let cycles = matrix::cycles(unit, rate, product);
                 let sums_s = sums_bytes as f64 / self.scratchpad().read_bytes_per_s.value;
-                (cycles.busy / unit.units_per_tile.value / clock_hz + sums_s, cycles.drain / clock_hz)
+                let busy = cycles.busy / unit.units_per_tile.value / achieved(&rate.achievable_fraction);
+                (busy / clock_hz + sums_s, cycles.drain / clock_hz)
             }
             Work::Vector(work) => self.vector_s(work, self.vector_rate),
         }
@@ -259,17 +260,17 @@ impl Chip {
         let unit = &self.profile.vector;
         let clock_hz = unit.clock_hz.as_ref().unwrap_or(&self.profile.chip.clock_hz).value;
         let lanes = self.lanes(rate);
-        let cycles = |n: u64, of: &Option<halite_profiles::profile::Quantity>| {
-            n as f64 * of.as_ref().map_or(1.0, |cycles| cycles.value)
-        };
+        let cycles =
+            |n: u64, of: &Option<Quantity>| n as f64 * of.as_ref().map_or(1.0, |cycles| cycles.value);
         let elements = work.simple as f64
             + cycles(work.exp, &unit.exp_cycles)
             + cycles(work.rsqrt, &unit.rsqrt_cycles)
             + cycles(work.divide, &unit.divide_cycles)
             + cycles(work.quantize, &unit.quantize_cycles);
+        let of_peak = unit.rate.get(rate).map_or(1.0, |rate| achieved(&rate.achievable_fraction));
         let open = unit.open_cycles.as_ref().map_or(0.0, |open| open.value);
         let dependent = unit.dependent_cycles.as_ref().map_or(0.0, |cycles| cycles.value);
-        (((elements / lanes).ceil() + open) / clock_hz, dependent / clock_hz)
+        (((elements / lanes / of_peak).ceil() + open) / clock_hz, dependent / clock_hz)
     }
 
     /// Returns the picojoules of work, if the profile has them.
@@ -331,7 +332,7 @@ impl Chip {
     /// Returns the bytes per second of all tiles together that instances of device memory at a rate give.
     fn device_rate(&self, bytes_per_s: f64) -> f64 {
         let device = self.device();
-        let reached = device.achievable_fraction.as_ref().map_or(1.0, |fraction| fraction.value);
+        let reached = achieved(&device.achievable_fraction);
         let memory = bytes_per_s * self.profile.instances(device.scope) * reached;
         let shared = |dma: &&Dma| dma.scope != Scope::Tile;
         match self.dma().filter(shared) {
@@ -463,4 +464,8 @@ pub fn quantised_row(activation: Activation, k: u64) -> [u64; 3] {
     use halite_kernels::activation::{PADDING, SUMS, padded};
     let padded = padded(k as usize) as u64;
     [padded, 4 * padded / activation.block_len() as u64, 4 * padded / PADDING as u64 * SUMS as u64]
+}
+
+fn achieved(fraction: &Option<Quantity>) -> f64 {
+    fraction.as_ref().map_or(1.0, |fraction| fraction.value)
 }

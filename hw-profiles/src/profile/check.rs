@@ -34,7 +34,7 @@ fn matrix(profile: &Profile, faults: &mut Vec<String>) {
     for (i, rate) in matrix.rate.iter().enumerate() {
         let path = format!("matrix.rate.{i} ({} x {})", rate.activations, rate.weights);
         let geometry = profile.matrix_ops_per_s(matrix, rate);
-        peak(&path, geometry, rate.dense_ops_per_s.as_ref(), rate.measured_ops_per_s.as_ref(), faults);
+        peak(&path, geometry, rate.dense_ops_per_s.as_ref(), faults);
         if let Some(sparse) = &rate.sparse_ops_per_s
             && sparse.value <= geometry * (1.0 + PEAK_TOLERANCE)
         {
@@ -70,7 +70,7 @@ fn vector(profile: &Profile, faults: &mut Vec<String>) {
     for (i, rate) in profile.vector.rate.iter().enumerate() {
         let path = format!("vector.rate.{i} ({})", rate.dtype);
         let geometry = profile.vector_ops_per_s(rate);
-        peak(&path, geometry, rate.dense_ops_per_s.as_ref(), rate.measured_ops_per_s.as_ref(), faults);
+        peak(&path, geometry, rate.dense_ops_per_s.as_ref(), faults);
         power_of_peak(profile, &path, rate.pj_per_op.as_ref(), geometry, faults);
     }
     if profile.vector.rate.is_empty() {
@@ -78,14 +78,8 @@ fn vector(profile: &Profile, faults: &mut Vec<String>) {
     }
 }
 
-/// Checks that a stated peak matches the geometry, and that a measured rate is below it.
-fn peak(
-    path: &str,
-    geometry: f64,
-    stated: Option<&Quantity>,
-    measured: Option<&Quantity>,
-    faults: &mut Vec<String>,
-) {
+/// Checks that a stated peak matches the geometry.
+fn peak(path: &str, geometry: f64, stated: Option<&Quantity>, faults: &mut Vec<String>) {
     if let Some(stated) = stated {
         let ratio = stated.value / geometry;
         if (ratio - 1.0).abs() > PEAK_TOLERANCE {
@@ -98,14 +92,6 @@ fn peak(
                 PEAK_TOLERANCE * 100.0
             ));
         }
-    }
-    if let Some(measured) = measured
-        && measured.value > geometry * (1.0 + PEAK_TOLERANCE)
-    {
-        faults.push(format!(
-            "{path}.measured_ops_per_s = {:?} operations/s: expected at most the peak of {geometry:?}",
-            measured.value
-        ));
     }
 }
 

@@ -167,8 +167,8 @@ pub struct MatrixRate {
     pub dense_ops_per_s: Option<Quantity>,
     /// Stated peak with structured sparsity, which no computation uses.
     pub sparse_ops_per_s: Option<Quantity>,
-    /// Highest measured rate of the whole chip.
-    pub measured_ops_per_s: Option<Quantity>,
+    /// Fraction of the peak that long work reaches [default: 1].
+    pub achievable_fraction: Option<Quantity>,
     /// Energy per operation in the unit, without memory; a multiply-add is two.
     pub pj_per_op: Option<Quantity>,
 }
@@ -209,8 +209,8 @@ pub struct VectorRate {
     pub ops_per_cycle: Quantity,
     /// Stated peak of the whole chip.
     pub dense_ops_per_s: Option<Quantity>,
-    /// Highest measured rate of the whole chip.
-    pub measured_ops_per_s: Option<Quantity>,
+    /// Fraction of the peak that long work reaches [default: 1].
+    pub achievable_fraction: Option<Quantity>,
     /// Energy per operation in the unit, without memory.
     pub pj_per_op: Option<Quantity>,
 }

@@ -66,9 +66,9 @@ numbers! {
     Profile: chip matrix vector memory dma noc sync launch interconnect power price calibration;
     Chip: clock_hz clusters tiles_per_cluster;
     Matrix: units_per_tile rows columns clock_hz fill_cycles min_issue_cycles accumulator_bytes rate;
-    MatrixRate: depth_per_cycle dense_ops_per_s sparse_ops_per_s measured_ops_per_s pj_per_op;
+    MatrixRate: depth_per_cycle dense_ops_per_s sparse_ops_per_s achievable_fraction pj_per_op;
     Vector: units_per_tile clock_hz open_cycles dependent_cycles exp_cycles rsqrt_cycles divide_cycles quantize_cycles rate;
-    VectorRate: ops_per_cycle dense_ops_per_s measured_ops_per_s pj_per_op;
+    VectorRate: ops_per_cycle dense_ops_per_s achievable_fraction pj_per_op;
     Memory(name): capacity_bytes read_bytes_per_s write_bytes_per_s latency_ns banks line_bytes achievable_fraction pj_per_byte;
     Dma(name): engines bytes_per_s setup_ns descriptor_ns half_rate_run_bytes max_dimensions queue_entries;
     Noc: link_bytes_per_cycle hop_cycles;

@@ -113,7 +113,6 @@ pub(super) static KEYS: &[Key] = &[
     real("ops_per_cycle", "operations per cycle", 0.125, 65536.0),
     real("dense_ops_per_s", "operations/s", 1e6, 1e18),
     real("sparse_ops_per_s", "operations/s", 1e6, 1e18),
-    real("measured_ops_per_s", "operations/s", 1e6, 1e18),
     real("pj_per_op", "pJ", 1e-4, 1e3),
     real("fill_cycles", "cycles", 0.0, 1e5),
     real("min_issue_cycles", "cycles", 0.0, 1e5),

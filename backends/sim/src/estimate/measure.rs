@@ -464,11 +464,7 @@ pub fn to_profile(name: &str, levels: &[Level], all: &[Rates]) -> Result<String>
     out += "[vector]\nunits_per_tile = 1\n";
     for (dtype, rate) in [("fp32", widest.float_ops_per_s), ("int8", widest.integer_ops_per_s)] {
         out += &format!("\n[[vector.rate]]\ndtype = {}\n", text(dtype));
-        out += &format!(
-            "ops_per_cycle = {}\nmeasured_ops_per_s = {}\n",
-            digits(rate / threads / clock_hz),
-            digits(rate)
-        );
+        out += &format!("ops_per_cycle = {}\n", digits(rate / threads / clock_hz));
     }
     for (level, (read, copy)) in levels.iter().zip(&widest.levels) {
         let (scope, share) = if level.per_core { ("tile", threads) } else { ("chip", 1.0) };
