@@ -131,6 +131,7 @@ class _Estimate(TypedDict):
     repeated: list[str]
     tokens_per_s: float
     joules_per_token: Optional[float]
+    joules_per_token_by: Optional[dict[str, float]]
     usd_per_million_tokens: Optional[float]
     need_bytes: int
     have_bytes: int
@@ -496,6 +497,7 @@ def estimate(
     dp: Optional[int] = None,
     sums: Literal["divided", "in-order"] = "divided",
     stored: Optional[str] = None,
+    overlap: bool = False,
 ) -> _Estimate:
     """Predicts time, energy and cost of serving a model on a chip, from shapes alone. `profile` is the name of
     a profile or the path of one; `model` is a model, a path, or a known shape such as "llama-3-8b", whose

@@ -20,7 +20,7 @@ use halite_profiles::profile::{Basis, Driver, Profile};
 use halite_sim::estimate::figures::{Figures, Metric};
 use halite_sim::estimate::system::Layout;
 use halite_sim::estimate::workload::{Choices, Estimate, Workload, estimate_best};
-use halite_sim::{Chip, Queue, Report, step};
+use halite_sim::{Chip, Joules, OpTime, Queue, Report, step};
 use serde_json::{Value, json};
 
 use super::{Failure, bytes, interrupt, kv_format, plain, plain_json, print};
@@ -92,6 +92,9 @@ pub struct EstimateArgs {
     /// bits of one chip.
     #[arg(long, value_name = "HOW", help_heading = "Several chips", default_value = "divided", value_parser = ["divided", "in-order"])]
     sums: String,
+    /// Divide the batch in two, so that one half computes while the other one exchanges. Nothing slows either down.
+    #[arg(long, help_heading = "Several chips")]
+    overlap: bool,
     /// List the ops of a prefill step and a decode step, longest first.
     #[arg(long)]
     ops: bool,
@@ -191,7 +194,7 @@ fn metric(name: &str) -> Result<&'static Metric, String> {
 impl EstimateArgs {
     fn layout(&self) -> Layout {
         let sums = if self.sums == "in-order" { Sums::InOrder } else { Sums::Divided };
-        Layout::asked(self.chips, [self.tp, self.ep, self.pp, self.dp], sums)
+        Layout::asked(self.chips, [self.tp, self.ep, self.pp, self.dp], sums).overlap(self.overlap)
     }
 
     fn estimate(&self, profile: Profile, choices: Choices, program: &Program, workload: &Workload) -> Asked {
@@ -330,6 +333,24 @@ pub fn seconds(s: f64) -> String {
     format!("{:.3} {name}", s / unit)
 }
 
+/// The energy of an op. That of links is not known if no profile has it.
+fn known(time: &OpTime) -> Option<f64> {
+    let joules = time.joules?.total();
+    (joules > 0.0 || time.exchanged_bytes == 0.0).then_some(joules)
+}
+
+/// Energy by what takes it, as JSON.
+fn energy(joules: Joules) -> Value {
+    joules.named().into_iter().map(|(name, joules)| (name.to_owned(), json!(joules))).collect()
+}
+
+/// The shares of energy, without those that are nothing.
+fn shares(joules: Joules) -> String {
+    let total = joules.total();
+    let share = |(name, joules): &(&str, f64)| format!("{name} {:.0} %", 100.0 * joules / total);
+    joules.named().iter().filter(|(_, joules)| *joules > 0.0).map(share).collect::<Vec<_>>().join(", ")
+}
+
 /// Formats an interval; without the error of all kernels it comes from kernels like them.
 fn interval([low, high]: [f64; 2], error: Option<f64>) -> String {
     let extrapolated = if error.is_some() { "" } else { ", extrapolated" };
@@ -337,7 +358,7 @@ fn interval([low, high]: [f64; 2], error: Option<f64>) -> String {
 }
 
 /// The rows of a profile's column: names and values.
-fn column(asked: &Asked) -> [(&'static str, String); 13] {
+fn column(asked: &Asked) -> [(&'static str, String); 14] {
     let Asked { profile, estimate, .. } = asked;
     let e = estimate.as_ref().ok();
     // What does not fit has no speed.
@@ -369,7 +390,8 @@ fn column(asked: &Asked) -> [(&'static str, String); 13] {
         ),
         ("tokens/s", number(running.map(|e| e.tokens_per_s), 1)),
         ("total time", time(|e| e.seconds)),
-        ("J/token, uncalibrated", number(running.and_then(|e| e.joules_per_token), 3)),
+        ("J/token, uncalibrated", number(running.and_then(|e| e.joules_per_token).map(|j| j.total()), 3)),
+        ("  of which", running.and_then(|e| Some(shares(e.joules_per_token?))).unwrap_or_else(dash)),
         ("USD/million tokens", number(running.and_then(|e| e.usd_per_million_tokens), 2)),
         ("exchanges", running.map_or_else(dash, |e| format!("{:.0} %", 100.0 * e.exchange_fraction))),
         ("memory per chip", e.map_or_else(dash, memory)),
@@ -491,8 +513,7 @@ fn ops(report: &Report) -> String {
             bytes(t.read_bytes as u64),
             bytes(t.written_bytes as u64),
             t.matrix_ops / 1e9,
-            // The energy of links is not known.
-            match t.joules.filter(|_| t.exchanged_bytes == 0.0) {
+            match known(&t) {
                 Some(joules) => format!("{:.3}", 1e3 * joules),
                 None => "-".into(),
             },
@@ -506,7 +527,7 @@ fn as_json(asked: &Asked) -> Value {
     let Asked { profile, estimate, candidates, best } = asked;
     let layout = |l: &Layout| {
         let sums = if l.sums == Sums::InOrder { "in-order" } else { "divided" };
-        json!({ "chips": l.chips(), "tp": l.tensor, "ep": l.expert, "pp": l.pipeline, "dp": l.data, "sums": sums })
+        json!({ "chips": l.chips(), "tp": l.tensor, "ep": l.expert, "pp": l.pipeline, "dp": l.data, "sums": sums, "overlap": l.overlap })
     };
     let e = match estimate {
         Ok(estimate) => estimate,
@@ -527,7 +548,7 @@ fn as_json(asked: &Asked) -> Value {
                 "scratchpad_bytes": op.time.scratch_bytes,
                 "exchanged_bytes": op.time.exchanged_bytes,
                 "matrix_ops": op.time.matrix_ops,
-                "joules": op.time.joules.filter(|_| op.time.exchanged_bytes == 0.0),
+                "joules": known(&op.time),
             })
         };
         report.ops.iter().map(op).collect()
@@ -557,7 +578,8 @@ fn as_json(asked: &Asked) -> Value {
         "is_interval_extrapolated": e.step_interval_s.map(|_| e.error.is_none()),
         "seconds": running.map(|e| e.seconds),
         "tokens_per_s": running.map(|e| e.tokens_per_s),
-        "joules_per_token": running.and_then(|e| e.joules_per_token),
+        "joules_per_token": running.and_then(|e| e.joules_per_token).map(|j| j.total()),
+        "joules_per_token_by": running.and_then(|e| e.joules_per_token).map(energy),
         "usd_per_million_tokens": running.and_then(|e| e.usd_per_million_tokens),
         "need_bytes": e.need_bytes,
         "have_bytes": e.have_bytes,

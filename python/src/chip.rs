@@ -1,5 +1,7 @@
 //! Estimates of chips.
 
+use std::collections::BTreeMap;
+
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -48,7 +50,8 @@ impl ModelArgument<'_> {
 #[pyfunction]
 #[pyo3(signature = (
     profile, model, *, batch = 1, prompt = 512, generate = 128, chunk = 512, format = "q4_0", products = None,
-    activations = "fp32", chips = None, tp = None, ep = None, pp = None, dp = None, sums = "divided", stored = None
+    activations = "fp32", chips = None, tp = None, ep = None, pp = None, dp = None, sums = "divided", stored = None,
+    overlap = false
 ))]
 #[allow(clippy::too_many_arguments, reason = "they are keywords")]
 pub fn estimate<'py>(
@@ -69,6 +72,7 @@ pub fn estimate<'py>(
     dp: Option<u32>,
     sums: &str,
     stored: Option<&str>,
+    overlap: bool,
 ) -> PyResult<Bound<'py, PyDict>> {
     for (name, value) in [("batch", batch), ("prompt", prompt), ("generate", generate), ("chunk", chunk)] {
         if value == 0 || value > 1_000_000 {
@@ -85,7 +89,7 @@ pub fn estimate<'py>(
         "in-order" => Sums::InOrder,
         other => return Err(Failure::argument("sums", "divided or in-order", other).into()),
     };
-    let layout = Layout::asked(chips, [tp, ep, pp, dp], sums);
+    let layout = Layout::asked(chips, [tp, ep, pp, dp], sums).overlap(overlap);
     let model = model.open(format)?;
     let (profile, e) = work(py, None, || {
         let workload = Workload::default().batch(batch).prompt(prompt).generate(generate).chunk(chunk);
@@ -116,7 +120,9 @@ pub fn estimate<'py>(
     dict.set_item("repeated", &e.repeated)?;
     dict.set_item("seconds", e.seconds)?;
     dict.set_item("tokens_per_s", e.tokens_per_s)?;
-    dict.set_item("joules_per_token", e.joules_per_token)?;
+    dict.set_item("joules_per_token", e.joules_per_token.map(|joules| joules.total()))?;
+    let by = e.joules_per_token.map(|joules| joules.named().into_iter().collect::<BTreeMap<_, _>>());
+    dict.set_item("joules_per_token_by", by)?;
     dict.set_item("usd_per_million_tokens", e.usd_per_million_tokens)?;
     dict.set_item("need_bytes", e.need_bytes)?;
     dict.set_item("have_bytes", e.have_bytes)?;

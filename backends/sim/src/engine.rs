@@ -10,6 +10,68 @@ use std::collections::{BinaryHeap, VecDeque};
 use super::chip::Chip;
 use super::tile::{Action, Command, Lowered, Piece, Queue, Step, TileProgram, Work};
 
+/// Energy by what takes it, in joules.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+#[non_exhaustive]
+pub struct Joules {
+    /// Operations of matrix and vector units.
+    pub compute: f64,
+    /// Bytes into and out of scratchpads.
+    pub scratchpad: f64,
+    /// Bytes of device memory.
+    pub device: f64,
+    /// Bytes over links to other chips.
+    pub links: f64,
+    /// Power of idle hardware over the time.
+    pub idle: f64,
+}
+
+impl Joules {
+    /// Each with its name.
+    pub fn named(&self) -> [(&'static str, f64); 5] {
+        [
+            ("compute", self.compute),
+            ("scratchpad", self.scratchpad),
+            ("memory", self.device),
+            ("links", self.links),
+            ("idle", self.idle),
+        ]
+    }
+
+    /// All together.
+    pub fn total(&self) -> f64 {
+        self.named().iter().map(|(_, joules)| joules).sum()
+    }
+}
+
+impl std::ops::Add for Joules {
+    type Output = Joules;
+
+    fn add(self, other: Joules) -> Joules {
+        Joules {
+            compute: self.compute + other.compute,
+            scratchpad: self.scratchpad + other.scratchpad,
+            device: self.device + other.device,
+            links: self.links + other.links,
+            idle: self.idle + other.idle,
+        }
+    }
+}
+
+impl std::ops::Mul<Joules> for f64 {
+    type Output = Joules;
+
+    fn mul(self, joules: Joules) -> Joules {
+        Joules {
+            compute: self * joules.compute,
+            scratchpad: self * joules.scratchpad,
+            device: self * joules.device,
+            links: self * joules.links,
+            idle: self * joules.idle,
+        }
+    }
+}
+
 /// The time of an op. Busy times are those of the busiest tile of each phase.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct OpTime {
@@ -33,8 +95,8 @@ pub struct OpTime {
     pub exchanged_bytes: f64,
     /// Operations of products; a multiply-add is two.
     pub matrix_ops: f64,
-    /// Joules of operations and moved bytes, without idle power; absent if the profile lacks the numbers.
-    pub joules: Option<f64>,
+    /// Energy of operations and moved bytes, without idle power; absent if the profile lacks the numbers.
+    pub joules: Option<Joules>,
 }
 
 /// The bound of an op.
@@ -74,7 +136,7 @@ impl Bound {
 impl OpTime {
     /// No time, and no energy.
     pub fn none() -> OpTime {
-        OpTime { joules: Some(0.0), ..OpTime::default() }
+        OpTime { joules: Some(Joules::default()), ..OpTime::default() }
     }
 
     /// Returns the share of the time that each resource was busy, the busiest first.
@@ -138,6 +200,7 @@ pub struct Busy {
 /// Simulates the time of an op; `trace` receives the busy intervals of each queue.
 pub fn time(chip: &Chip, lowered: &Lowered, mut trace: Option<&mut Vec<Busy>>) -> OpTime {
     let mut total = OpTime::none();
+    let mut compute_pj = Some(0.0);
     total.launch_s = chip.launch_s() + chip.barrier_s() * lowered.phases.len() as f64;
     total.seconds = chip.launch_s();
     for programs in &lowered.phases {
@@ -151,26 +214,22 @@ pub fn time(chip: &Chip, lowered: &Lowered, mut trace: Option<&mut Vec<Busy>>) -
         }
         total.engine_s += phase.tiles.iter().flat_map(|t| t.engine_s).fold(0.0, f64::max);
         for program in programs {
-            count(chip, program, &mut total);
+            count(chip, program, &mut total, &mut compute_pj);
         }
     }
     let served = total.read_bytes + total.written_bytes * chip.write_cost();
     total.device_s = served / chip.device_bytes_per_s();
     let pj = |memory: &halite_profiles::profile::Memory| memory.pj_per_byte.as_ref().map(|pj| pj.value);
-    let moved = (pj(chip.device()), pj(chip.scratchpad()));
-    total.joules = match (total.joules, moved) {
-        (Some(computed), (Some(device), scratch)) => {
-            let bytes = device * (total.read_bytes + total.written_bytes)
-                + scratch.unwrap_or(0.0) * total.scratch_bytes;
-            Some(1e-12 * (computed + bytes))
-        }
-        _ => None,
-    };
+    total.joules = compute_pj.zip(pj(chip.device())).map(|(compute, device)| {
+        let scratchpad = pj(chip.scratchpad()).unwrap_or(0.0) * total.scratch_bytes;
+        let device = device * (total.read_bytes + total.written_bytes);
+        1e-12 * Joules { compute, scratchpad, device, ..Joules::default() }
+    });
     total
 }
 
-/// Adds a program's bytes and operations; energy in picojoules.
-fn count(chip: &Chip, program: &TileProgram, total: &mut OpTime) {
+/// Adds a program's bytes and operations, and the picojoules of these.
+fn count(chip: &Chip, program: &TileProgram, total: &mut OpTime, compute_pj: &mut Option<f64>) {
     let mut held = vec![0u64; program.slots.len()];
     for command in &program.commands {
         match &command.action {
@@ -194,7 +253,7 @@ fn count(chip: &Chip, program: &TileProgram, total: &mut OpTime) {
                     total.scratch_bytes += *sums_bytes as f64;
                     total.matrix_ops += 2.0 * f64::from(*m) * f64::from(*n) * f64::from(*k);
                 }
-                total.joules = total.joules.zip(chip.compute_pj(*work)).map(|(a, b)| a + b);
+                *compute_pj = compute_pj.zip(chip.compute_pj(*work)).map(|(a, b)| a + b);
             }
         }
     }

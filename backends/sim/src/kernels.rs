@@ -146,8 +146,10 @@ impl Kernels for SimKernels {
 
     fn end(&mut self, _elapsed: Duration) -> Timing {
         let took = std::mem::replace(&mut self.took, OpTime::none());
-        let joules = took.joules.and_then(|joules| self.machine.chip.profile.joules(joules, took.seconds));
-        let energy = joules.map(|joules| Energy::new(joules, EnergySource::Profile));
+        let joules = took.joules.zip(self.machine.chip.profile.idle_joules(took.seconds));
+        let energy = joules
+            .map(|(work, idle)| work.total() + idle)
+            .map(|joules| Energy::new(joules, EnergySource::Profile));
         Timing::new(Duration::from_secs_f64(took.seconds), Clock::Simulated).energy(energy)
     }
 }

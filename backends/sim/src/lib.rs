@@ -45,7 +45,7 @@ use halite_profiles::profile::{self, Profile, SHIPPED};
 use kernels::SimKernels;
 
 pub use chip::{Chip, Numerics};
-pub use engine::{Bound, Busy, OpTime};
+pub use engine::{Bound, Busy, Joules, OpTime};
 pub use execute::Order;
 pub use faults::{Fault, FaultCount, Faults};
 pub use tile::Queue;

@@ -206,6 +206,71 @@ fn more_chips_take_their_part_of_the_time() {
     }
 }
 
+/// Two halves of a batch, of which one computes while the other exchanges.
+#[test]
+fn exchanges_overlap_with_the_other_half() {
+    let program = model("llama-2-70b", Format::BF16);
+    let profile = profile("nvidia-h100");
+    let with = |layout: Layout, batch: u32| {
+        let workload = Workload::default().batch(batch).prompt(512).generate(32);
+        let e = estimate(&profile, Choices::default().layout(layout), &program, &workload).unwrap();
+        let stages = stages(&program, layout).unwrap();
+        let quick = Quick::new(Choices::default().layout(layout), &stages, &workload).unwrap();
+        assert!((quick.times(&profile).unwrap().seconds / e.seconds - 1.0).abs() < 0.15);
+        e
+    };
+    let layout = Layout::default().tensor(8);
+    let (halves, half) = (with(layout.overlap(true), 512), with(layout, 256));
+    assert_eq!((halves.parts, half.parts), ((2, 256), (1, 256)));
+    // Twice the computation or twice the exchanges of a half, whichever is longer, and not both.
+    let exchanged = half.exchange_fraction * half.step_s;
+    let longer = exchanged.max(half.step_s - exchanged);
+    assert!((halves.step_s / (2.0 * longer).max(half.step_s) - 1.0).abs() < 1e-9);
+    assert!(halves.step_s < 2.0 * half.step_s && halves.first_token_s < with(layout, 512).first_token_s);
+    // Both halves read the weights, so a small batch is slower for it.
+    assert!(with(layout.overlap(true), 8).step_s > with(layout, 8).step_s);
+    // One sequence has no halves.
+    assert_eq!(with(layout.overlap(true), 1).step_s, with(layout, 1).step_s);
+    let serving = Default::default();
+    let error = halite_sim::estimate::load::Server::new(
+        &profile,
+        Choices::default().layout(layout.overlap(true)),
+        &program,
+        1024,
+        serving,
+    );
+    assert!(error.err().unwrap().to_string().contains("overlap"));
+}
+
+#[test]
+fn energy_is_told_by_what_takes_it() {
+    let program = model("llama-2-7b", Format::BF16);
+    let profile = profile("maia-100");
+    let workload = Workload::default().batch(4).prompt(256).generate(32);
+    let with = |layout: Layout| {
+        let e = estimate(&profile, Choices::default().layout(layout), &program, &workload).unwrap();
+        (e.joules_per_token.unwrap(), e.seconds)
+    };
+    let (one, one_s) = with(Layout::default());
+    let (four, four_s) = with(Layout::default().tensor(4));
+    let watts = profile.power.as_ref().unwrap().idle_w.as_ref().unwrap().value;
+    let tokens = 4.0 * 32.0;
+    for (joules, seconds, chips) in [(one, one_s, 1.0), (four, four_s, 4.0)] {
+        assert!((joules.idle / (chips * watts * seconds / tokens) - 1.0).abs() < 1e-9);
+        assert!(joules.compute > 0.0 && joules.scratchpad > 0.0 && joules.device > 0.0);
+        let sum: f64 = joules.named().iter().map(|(_, joules)| joules).sum();
+        assert_eq!(joules.total(), sum);
+    }
+    // The same weights are read, by four chips together. Two sums a layer go over links, in a ring three quarters twice.
+    assert!((four.device / one.device - 1.0).abs() < 0.2, "{four:?} {one:?}");
+    assert!(one.links == 0.0 && four.links > 0.0);
+    let pj = 1e-12 * profile.interconnect[0].pj_per_byte.as_ref().unwrap().value;
+    // Of each token, prompt or generated: 32 layers, two sums of 4096 values of 4 bytes; all four chips.
+    let each = 4.0 * 1.5 * 32.0 * 2.0 * 4096.0 * 4.0 * pj;
+    let expected = each * (4.0 * 256.0 + 4.0 * 31.0) / tokens;
+    assert!((four.links / expected - 1.0).abs() < 0.02, "{} {expected}", four.links);
+}
+
 #[test]
 fn experts_on_other_chips_take_no_time_here() {
     let program = model("mixtral-8x7b", Format::Q4_0);

@@ -374,7 +374,7 @@ fn workloads_add_up() {
     );
     let rests: f64 = e.rests_on().values().sum();
     near(rests, 1.0, 1e-9);
-    assert!(e.rests_on()[&Basis::Guess] > 0.1 && e.joules_per_token.unwrap() > 0.0);
+    assert!(e.rests_on()[&Basis::Guess] > 0.1 && e.joules_per_token.unwrap().total() > 0.0);
     let stages = stages(&program, Layout::default()).unwrap();
     let quick = Quick::new(Choices::default(), &stages, &workload).unwrap();
     near(quick.times(&profile).unwrap().seconds, e.seconds, 0.15);

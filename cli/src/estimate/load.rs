@@ -14,7 +14,7 @@ use halite_sim::estimate::workload::Choices;
 use serde_json::{Value, json};
 
 use super::super::{Failure, bytes, interrupt, plain, plain_json, print};
-use super::{EstimateArgs, seconds};
+use super::{EstimateArgs, energy, seconds};
 
 /// Maximum bytes of a trace.
 const MAX_TRACE_BYTES: u64 = 1 << 30;
@@ -170,6 +170,9 @@ pub fn run(args: &EstimateArgs, source: &Source, model: &Model, choices: Choices
     if args.chips.is_some() || args.pp.is_some() || args.dp.is_some() {
         return Err("--load: expected --tp chips for each of --replicas, got --chips, --pp or --dp".into());
     }
+    if choices.layout.overlap {
+        return Err("--load: expected exchanges that do not overlap with computation, got --overlap".into());
+    }
     let known = model.hparams().context_length;
     let context = load.context.unwrap_or(known);
     if context > known {
@@ -300,7 +303,7 @@ fn rows(summary: &Summary) -> [(&'static str, String); 16] {
         ("prompt tokens reused", percent(s.reused)),
         ("right guesses", s.accepted.map_or("-".into(), percent)),
         ("KV cache, most", format!("{} of {}", bytes(peak), bytes(have))),
-        ("J/token, uncalibrated", number(s.joules_per_token, 3)),
+        ("J/token, uncalibrated", number(s.joules_per_token.map(|j| j.total()), 3)),
         ("USD/million tokens", number(s.usd_per_million_tokens, 2)),
     ]
 }
@@ -418,7 +421,8 @@ fn as_json(answer: &Answer, loads: &[Load]) -> Value {
             "right_guesses_fraction": s.accepted,
             "kv_peak_bytes": s.kv_bytes.0,
             "kv_bytes": s.kv_bytes.1,
-            "joules_per_token": s.joules_per_token,
+            "joules_per_token": s.joules_per_token.map(|j| j.total()),
+            "joules_per_token_by": s.joules_per_token.map(energy),
             "usd_per_million_tokens": s.usd_per_million_tokens,
         })
     };

@@ -349,6 +349,8 @@ pub struct Interconnect {
     pub link_bytes_per_s: Quantity,
     /// Time of a small message to the next chip.
     pub latency_ns: Quantity,
+    /// Energy per byte that a chip sends [default: 0].
+    pub pj_per_byte: Option<Quantity>,
 }
 
 /// How links join chips.
@@ -370,6 +372,11 @@ impl Interconnect {
     /// Returns the bytes per second that a chip sends over all its links.
     pub fn bytes_per_s(&self) -> f64 {
         self.links.value * self.link_bytes_per_s.value
+    }
+
+    /// Returns the joules of so many bytes that a chip sends.
+    pub fn joules(&self, bytes: f64) -> f64 {
+        self.pj_per_byte.as_ref().map_or(0.0, |pj| 1e-12 * pj.value * bytes)
     }
 }
 
@@ -700,10 +707,9 @@ const NEAR: usize = 4;
 const MAX_SHOWN: usize = 1000;
 
 impl Profile {
-    /// Returns the joules of work whose operations and moved bytes take `moving` joules, with the idle power of its seconds; `None` if the
-    /// profile lacks that.
-    pub fn joules(&self, moving: f64, seconds: f64) -> Option<f64> {
-        Some(moving + self.power.as_ref()?.idle_w.as_ref()?.value * seconds)
+    /// Returns the joules that a chip's idle power takes; `None` if the profile lacks it.
+    pub fn idle_joules(&self, seconds: f64) -> Option<f64> {
+        Some(self.power.as_ref()?.idle_w.as_ref()?.value * seconds)
     }
 
     /// Opens the shipped profile of a name, or else a file.

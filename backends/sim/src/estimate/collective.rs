@@ -155,19 +155,38 @@ impl Fabric {
 
     /// Returns the seconds in which `chips` neighbours exchange a tensor of `bytes` bytes.
     pub fn seconds(&self, collective: Collective, bytes: f64, chips: u32) -> f64 {
+        self.sum(collective, bytes, chips, level_s)
+    }
+
+    /// Returns the joules of one of `chips` neighbours that exchange a tensor of `bytes` bytes. Each sends what it would in a ring, which is
+    /// the least.
+    pub fn joules(&self, collective: Collective, bytes: f64, chips: u32) -> f64 {
+        self.sum(collective, bytes, chips, |level, _, collective, bytes, chips| {
+            level.joules(collective.ring(chips).1 * bytes)
+        })
+    }
+
+    /// Sums up what an exchange takes at each level of links: `of` gets the level, the bytes of the tensor there and the chips.
+    fn sum(
+        &self,
+        collective: Collective,
+        bytes: f64,
+        chips: u32,
+        of: impl Fn(&Interconnect, &Constants, Collective, f64, f64) -> f64,
+    ) -> f64 {
         let groups = self.groups(chips);
-        let mut seconds = 0.0;
+        let mut sum = 0.0;
         // Bytes of the tensor that one chip exchanges with its counterparts of other groups.
         let mut share = bytes;
         let mut rest = f64::from(chips);
         for ((level, constants), group) in self.levels.iter().zip(groups) {
             if group > 1 {
-                let of = match collective {
+                let there = match collective {
                     // What goes to other groups goes over their links only.
                     Collective::AllToAll => bytes * f64::from(group) / rest,
                     _ => share,
                 };
-                seconds += level_s(level, constants, collective, of, f64::from(group));
+                sum += of(level, constants, collective, there, f64::from(group));
             }
             if collective != Collective::AllToAll {
                 share /= f64::from(group);
@@ -177,18 +196,24 @@ impl Fabric {
                 break;
             }
         }
-        seconds
+        sum
+    }
+
+    /// The level of links that joins chips so far apart.
+    fn joining(&self, apart: u32) -> Option<&(Interconnect, Constants)> {
+        let joins =
+            |level: &Interconnect| level.chips.as_ref().is_none_or(|chips| chips.value > f64::from(apart));
+        self.levels.iter().find(|(level, _)| joins(level)).or(self.levels.last())
+    }
+
+    /// Returns the joules to send a message of `bytes` bytes to the chip that is `apart` chips further.
+    pub fn send_j(&self, bytes: f64, apart: u32) -> f64 {
+        self.joining(apart).map_or(0.0, |(level, _)| level.joules(bytes))
     }
 
     /// Returns the seconds to send a message of `bytes` bytes to the chip that is `apart` chips further.
     pub fn send_s(&self, bytes: f64, apart: u32) -> f64 {
-        let joins =
-            |level: &Interconnect| level.chips.as_ref().is_none_or(|chips| chips.value > f64::from(apart));
-        let Some((level, constants)) =
-            self.levels.iter().find(|(level, _)| joins(level)).or(self.levels.last())
-        else {
-            return 0.0;
-        };
+        let Some((level, constants)) = self.joining(apart) else { return 0.0 };
         let share = match level.topology {
             Topology::Switch => 1.0,
             Topology::Full => 1.0 / (level.chips.as_ref().map_or(2.0, |chips| chips.value) - 1.0),

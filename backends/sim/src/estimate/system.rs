@@ -22,15 +22,17 @@ pub struct Layout {
     pub data: u32,
     /// The order of sums over chips.
     pub sums: Sums,
+    /// Whether a part of the batch computes while another one exchanges.
+    pub overlap: bool,
 }
 
 impl Default for Layout {
     fn default() -> Layout {
-        Layout { tensor: 1, expert: 1, pipeline: 1, data: 1, sums: Sums::Divided }
+        Layout { tensor: 1, expert: 1, pipeline: 1, data: 1, sums: Sums::Divided, overlap: false }
     }
 }
 
-halite::setters!(const Layout { tensor: u32, expert: u32, pipeline: u32, data: u32, sums: Sums });
+halite::setters!(const Layout { tensor: u32, expert: u32, pipeline: u32, data: u32, sums: Sums, overlap: bool });
 
 impl Layout {
     /// The layout that is asked for, with 0 for what is free: with a number of chips, all that is not given.
@@ -41,7 +43,7 @@ impl Layout {
     ) -> Layout {
         let free = if chips.is_some() { 0 } else { 1 };
         let [tensor, expert, pipeline, data] = [tensor, expert, pipeline, data].map(|n| n.unwrap_or(free));
-        Layout { tensor, expert, pipeline, data, sums }
+        Layout { tensor, expert, pipeline, data, sums, overlap: false }
     }
 
     /// Returns the number of chips.

@@ -14,7 +14,7 @@ use super::device::Device;
 use super::figures::{Figures, Metric, have_bytes};
 use super::system::{Layout, Stage, layouts, stages};
 use crate::step::Distinct;
-use crate::{Bound, Chip, Numerics, OpTime, Report};
+use crate::{Bound, Chip, Joules, Numerics, OpTime, Report};
 use crate::{measured, step};
 use halite::error::{Error, Result};
 use halite::passes;
@@ -71,10 +71,11 @@ impl Workload {
         self.prompt + self.generate / 2
     }
 
-    /// Divides the batch among replicas and parts for stages: the sequences of a part, and the number of parts.
+    /// Divides the batch among replicas and parts for stages, two for each where exchanges overlap with computation: the sequences of a part, and the number of parts.
     fn parts(&self, layout: Layout) -> (u32, u32) {
         let batch = self.batch.div_ceil(layout.data.max(1)).max(1);
-        let each = batch.div_ceil(layout.pipeline.clamp(1, batch));
+        let under_way = layout.pipeline.max(1).saturating_mul(if layout.overlap { 2 } else { 1 });
+        let each = batch.div_ceil(under_way.min(batch));
         (each, batch.div_ceil(each))
     }
 
@@ -114,7 +115,7 @@ pub struct Estimate {
     /// Generated tokens per second of all sequences, during decode.
     pub tokens_per_s: f64,
     /// Joules per generated token, prompts included; absent if the profile lacks the numbers.
-    pub joules_per_token: Option<f64>,
+    pub joules_per_token: Option<Joules>,
     /// Price per million generated tokens, prompts included; absent if the profile has no price.
     pub usd_per_million_tokens: Option<f64>,
     /// Bytes of weights and of the KV cache of all sequences, on the chip that needs most.
@@ -290,6 +291,8 @@ pub(super) struct Timed {
     /// Bytes of the whole tensor.
     bytes: f64,
     seconds: f64,
+    /// Joules of one chip.
+    joules: f64,
 }
 
 /// The time of a step.
@@ -338,18 +341,19 @@ impl<'a> System<'a> {
         let bytes = |rows: f64, cols: u32| rows * f64::from(cols) * self.activation_bytes;
         let exchanges = stage.exchanges.iter().map(|e| {
             let bytes = bytes(rows(e.rows), e.cols);
-            let seconds = fabric.seconds(e.collective, bytes, self.layout.tensor);
-            Timed { name: e.collective.name(), bytes, seconds }
+            let chips = self.layout.tensor;
+            let seconds = fabric.seconds(e.collective, bytes, chips);
+            let joules = fabric.joules(e.collective, bytes, chips);
+            Timed { name: e.collective.name(), bytes, seconds, joules }
         });
         let sent = (stage.sent_cols > 0).then(|| {
             // Each chip sends its part to its counterpart, which are as far apart as a stage is large.
             let bytes = bytes(f64::from(tokens), stage.sent_cols);
             let part = bytes / f64::from(self.layout.tensor);
-            let gathered = match self.layout.tensor {
-                1 => 0.0,
-                chips => fabric.seconds(Collective::AllGather, bytes, chips),
-            };
-            Timed { name: "send", bytes, seconds: fabric.send_s(part, self.layout.tensor) + gathered }
+            let chips = self.layout.tensor;
+            let seconds = fabric.send_s(part, chips) + fabric.seconds(Collective::AllGather, bytes, chips);
+            let joules = fabric.send_j(part, chips) + fabric.joules(Collective::AllGather, bytes, chips);
+            Timed { name: "send", bytes, seconds, joules }
         });
         exchanges.chain(sent).collect()
     }
@@ -364,9 +368,11 @@ impl<'a> System<'a> {
         for stage in self.stages.iter() {
             let exchanges = self.exchanges(stage, spans);
             let exchanged = exchanges.iter().fold(0.0, |sum, exchange| sum + exchange.seconds);
-            let seconds = ops_s(&self.timer, stage, spans, &exchanges)? + exchanged;
-            time.latency_s += seconds;
-            time.pace_s = time.pace_s.max(seconds);
+            let computed = ops_s(&self.timer, stage, spans, &exchanges)?;
+            time.latency_s += computed + exchanged;
+            // With overlap, one part computes while another one exchanges.
+            let pace_s = if self.layout.overlap { computed.max(exchanged) } else { computed + exchanged };
+            time.pace_s = time.pace_s.max(pace_s);
         }
         Ok(time)
     }
@@ -380,9 +386,9 @@ impl<'a> System<'a> {
             for op in &report.ops {
                 all.add_all(op);
             }
-            for Timed { name, bytes, seconds } in exchanges {
-                // Joules of links are not known.
-                let time = OpTime { seconds: *seconds, exchanged_bytes: *bytes, ..OpTime::none() };
+            for Timed { name, bytes, seconds, joules } in exchanges {
+                let joules = Some(Joules { links: *joules, ..Joules::default() });
+                let time = OpTime { seconds: *seconds, exchanged_bytes: *bytes, joules, ..OpTime::default() };
                 all.add(name, time);
             }
             Ok(seconds)
@@ -472,9 +478,10 @@ pub fn estimate(
     // Of all chips: each of a stage does the same work, and each replica all of it.
     let alike = f64::from(layout.tensor) * f64::from(layout.data);
     let joules = prefill.total().joules.zip(decode.total().joules).and_then(|(prefill, decode)| {
-        let prompts = f64::from(workload.prefill().0) * sequences as f64 * prefill;
-        let generated = f64::from(workload.generate.saturating_sub(1)) * f64::from(parts) * decode;
-        profile.joules(alike * (prompts + generated), chips * seconds)
+        let prompts = (f64::from(workload.prefill().0) * sequences as f64) * prefill;
+        let generated = (f64::from(workload.generate.saturating_sub(1)) * f64::from(parts)) * decode;
+        let idle = profile.idle_joules(chips * seconds)?;
+        Some(Joules { idle, ..alike * (prompts + generated) })
     });
     let mut repeated: Vec<String> = stages.iter().flat_map(|stage| stage.repeated.clone()).collect();
     repeated.dedup();
@@ -484,7 +491,7 @@ pub fn estimate(
         step_interval_s: system.interval_s(&spans, [exchanged, decode_time.latency_s], step_s)?,
         seconds,
         tokens_per_s: f64::from(workload.batch) / step_s,
-        joules_per_token: joules.map(|j| j / tokens),
+        joules_per_token: joules.map(|joules| tokens.recip() * joules),
         usd_per_million_tokens: usd_per_s(profile).map(|usd| 1e6 * chips * usd * seconds / tokens),
         need_bytes: workload.bytes(choices, stages),
         have_bytes: have_bytes(profile),

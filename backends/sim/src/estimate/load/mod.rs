@@ -16,6 +16,7 @@ use halite_profiles::profile::Profile;
 use super::collective::Fabric;
 use super::system::stages;
 use super::workload::{Choices, System, usd_per_s};
+use crate::Joules;
 use memory::{Cache, Pages};
 use requests::Request;
 use serve::{Job, Replica};
@@ -172,7 +173,7 @@ pub struct Outcome {
     /// The bytes that it could have.
     pub kv_bytes: u64,
     /// Work and idle power in joules, if the profile has the numbers.
-    pub joules: Option<f64>,
+    pub joules: Option<Joules>,
     /// Price, if the profile has the numbers.
     pub usd: Option<f64>,
     /// Replicas, and those that only run prompts.
@@ -217,6 +218,9 @@ impl<'a> Server<'a> {
         if layout.pipeline != 1 || layout.data != 1 {
             let got = format!("{} stages and {} copies", layout.pipeline, layout.data);
             return Err(Error::argument("layout", "one stage, and replicas instead of copies", got));
+        }
+        if layout.overlap {
+            return Err(Error::argument("layout", "exchanges that do not overlap", "overlap"));
         }
         let stages = stages(program, layout)?;
         let program = &stages[0].program;
@@ -268,7 +272,8 @@ impl<'a> Server<'a> {
         let mut outcome = Outcome { served, totals, kv_peak_bytes, kv_bytes, joules, usd, servers, chips };
         let chip_s = outcome.seconds() * f64::from(chips);
         outcome.usd = usd_per_s(self.profile).map(|usd| usd * chip_s);
-        outcome.joules = self.work_j(&outcome.totals)?.and_then(|joules| self.profile.joules(joules, chip_s));
+        let idle = self.profile.idle_joules(chip_s);
+        outcome.joules = self.work_j(&outcome.totals)?.zip(idle).map(|(work, idle)| Joules { idle, ..work });
         Ok(outcome)
     }
 
@@ -342,12 +347,12 @@ impl<'a> Server<'a> {
     }
 
     /// Joules of all work, taken from a decode step and a prefill step of mean size.
-    fn work_j(&self, totals: &Totals) -> Result<Option<f64>> {
+    fn work_j(&self, totals: &Totals) -> Result<Option<Joules>> {
         // Steps with their energy take long to simulate.
-        if self.profile.joules(0.0, 0.0).is_none() {
+        if self.profile.idle_joules(0.0).is_none() {
             return Ok(None);
         }
-        let mut sum = Some(0.0);
+        let mut sum = Some(Joules::default());
         let mut add = |steps: f64, spans: &[(u32, u32)]| -> Result<()> {
             if steps > 0.0 {
                 let joules = self.steps.joules(spans)?;

@@ -6,6 +6,7 @@
 use halite::error::Result;
 use halite::program::Program;
 
+use crate::Joules;
 use crate::estimate::system::Layout;
 use crate::estimate::workload::System;
 
@@ -179,7 +180,7 @@ impl<'a> Steps<'a> {
     }
 
     /// Returns the joules that a step's work takes, without those of idle hardware, if the profile has the numbers.
-    pub(super) fn joules(&self, spans: &[(u32, u32)]) -> Result<Option<f64>> {
+    pub(super) fn joules(&self, spans: &[(u32, u32)]) -> Result<Option<Joules>> {
         // Chips that share layers work alike.
         let chips = f64::from(self.system.layout.tensor);
         Ok(self.system.report(spans)?.0.total().joules.map(|joules| chips * joules))

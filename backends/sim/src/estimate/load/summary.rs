@@ -5,6 +5,7 @@ use std::io::Write;
 use halite::error::{Error, Result};
 
 use super::{Outcome, Served};
+use crate::Joules;
 
 /// Counts of durations in buckets whose ends are less than 1 % apart.
 #[derive(Debug, Clone, Default)]
@@ -158,7 +159,7 @@ pub struct Summary {
     /// The share of requests that had what was promised, if anything was.
     pub good: Option<f64>,
     /// Joules per generated token, prompts included.
-    pub joules_per_token: Option<f64>,
+    pub joules_per_token: Option<Joules>,
     /// Price per million generated tokens, prompts included.
     pub usd_per_million_tokens: Option<f64>,
 }
@@ -192,7 +193,7 @@ impl Summary {
             accepted: (totals.drafted.0 > 0).then(|| totals.drafted.1 as f64 / totals.drafted.0 as f64),
             kv_bytes: (outcome.kv_peak_bytes, outcome.kv_bytes),
             good: slo.map(|slo| good(slo) / count),
-            joules_per_token: outcome.joules.map(|joules| joules / tokens.max(1.0)),
+            joules_per_token: outcome.joules.map(|joules| tokens.max(1.0).recip() * joules),
             usd_per_million_tokens: outcome.usd.map(|usd| 1e6 * usd / tokens.max(1.0)),
         }
     }
