@@ -1,7 +1,6 @@
 //! Estimates of chips.
 
 use std::collections::BTreeMap;
-
 use std::path::PathBuf;
 use std::sync::Arc;
 
