@@ -77,30 +77,33 @@ fn get(code: &[u8]) -> u32 {
 fn decode(from: Dtype, k: usize, bytes: &[u8], out: &mut Vec<f32>) -> Result<()> {
     out.clear();
     let row_bytes = super::chip::form_bytes(Form::Chip(from), 1, k as u32) as usize;
-    let table = match from.format() {
-        numerics::Format::Element(element) if element.bits() <= 8 => table(element),
-        _ => Vec::new(),
-    };
-    for row in bytes.chunks_exact(row_bytes.max(1)) {
-        match from.format() {
-            numerics::Format::Element(element) => {
-                let width = element.bits().div_ceil(8) as usize;
+    let rows = bytes.chunks_exact(row_bytes.max(1));
+    match from.format() {
+        numerics::Format::Element(element) => {
+            let width = element.bits().div_ceil(8) as usize;
+            let table = if width == 1 { table(element) } else { Vec::new() };
+            for row in rows {
                 let codes = row[..k * width].chunks_exact(width).map(get);
                 match from {
                     Dtype::Bf16 => out.extend(codes.map(|code| f32::from_bits(code << 16))),
                     Dtype::Fp16 => out.extend(codes.map(|code| half::f16::from_bits(code as u16).to_f32())),
                     Dtype::Fp32 => out.extend(codes.map(f32::from_bits)),
-                    _ if !table.is_empty() => out.extend(row[..k].iter().map(|&code| table[code as usize])),
+                    _ if width == 1 => out.extend(row[..k].iter().map(|&code| table[usize::from(code)])),
                     _ => out.extend(codes.map(|code| element.decode(code))),
                 }
             }
-            numerics::Format::Block(block) => {
-                let (codes, scales) = row.split_at(k);
+        }
+        numerics::Format::Block(block) => {
+            let decoder = block.decoder();
+            let mut scales = Vec::new();
+            for row in rows {
+                let (codes, bytes) = row.split_at(k);
                 let scale = |s: &[u8; 2]| Scale { exponent: s[0], shifts: s[1] };
-                let scales: Vec<Scale> = scales.as_chunks::<2>().0.iter().map(scale).collect();
+                scales.clear();
+                scales.extend(bytes.as_chunks::<2>().0.iter().map(scale));
                 let start = out.len();
                 out.resize(start + k, 0.0);
-                block.dequantize(&scales, codes, &mut out[start..])?;
+                decoder.dequantize(&scales, codes, &mut out[start..])?;
             }
         }
     }

@@ -49,6 +49,48 @@ const fn shared_micro_exponents(bits: u32) -> BlockFormat {
     BlockFormat { element: Element::Fixed { bits, fraction_bits: bits - 2 }, len: 16, pairs: true }
 }
 
+/// A block format with the values of its codes.
+#[derive(Debug, Clone)]
+pub struct Decoder {
+    format: BlockFormat,
+    values: [f32; 256],
+}
+
+impl Decoder {
+    /// As [`BlockFormat::dequantize`].
+    // A scale is a power of two that f32 has, so a product rounds once. Compiled where it is called, as `quantize`.
+    #[inline]
+    pub fn dequantize(&self, scales: &[Scale], codes: &[u8], values: &mut [f32]) -> Result<()> {
+        let BlockFormat { element, len, .. } = self.format;
+        self.format.check(values.len(), scales.len(), codes.len())?;
+        let blocks = values.chunks_exact_mut(len).zip(codes.chunks_exact(len));
+        for ((values, codes), scale) in blocks.zip(scales) {
+            let factors = [0, 1].map(|shifts| Scale { shifts, ..*scale }.value(0));
+            if let Element::Fixed { bits, fraction_bits } = element {
+                let one = power_of_two(-(fraction_bits as i32));
+                let factors = factors.map(|factor| (factor * one) as f32);
+                let unused = 8u32.saturating_sub(bits);
+                let integer = |code: u8| f32::from((code << unused).cast_signed() >> unused);
+                let (values, codes) = (values.as_chunks_mut::<16>(), codes.as_chunks::<16>());
+                let whole = values.0.len();
+                for (n, (values, codes)) in values.0.iter_mut().zip(codes.0).enumerate() {
+                    let factor = |i| factors[usize::from(scale.shift(16 * n + i))];
+                    let factors: [f32; 16] = std::array::from_fn(factor);
+                    *values = std::array::from_fn(|i| integer(codes[i]) * factors[i]);
+                }
+                for (i, (value, &code)) in values.1.iter_mut().zip(codes.1).enumerate() {
+                    *value = integer(code) * factors[usize::from(scale.shift(16 * whole + i))];
+                }
+                continue;
+            }
+            for (i, (value, &code)) in values.iter_mut().zip(codes).enumerate() {
+                *value = self.values[usize::from(code)] * factors[usize::from(scale.shift(i))] as f32;
+            }
+        }
+        Ok(())
+    }
+}
+
 /// The rule for a block's scale, given its largest magnitude and the element's `max_exponent`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
@@ -89,14 +131,17 @@ impl Scale {
     pub const NAN: u8 = 255;
 
     /// Returns the scale of value `index`: a power of two from 2^-128 to 2^127, or NaN.
+    #[inline]
     pub fn value(self, index: usize) -> f64 {
         if self.exponent == Self::NAN { f64::NAN } else { power_of_two(self.exponent_at(index)) }
     }
 
+    #[inline]
     fn exponent_at(self, index: usize) -> i32 {
         i32::from(self.exponent) - 127 - i32::from(self.shift(index))
     }
 
+    #[inline]
     fn shift(self, index: usize) -> u8 {
         self.shifts.checked_shr(index as u32 / 2).unwrap_or(0) & 1
     }
@@ -104,6 +149,7 @@ impl Scale {
 
 impl ScaleRule {
     /// Returns the E8M0 byte for a positive finite `largest`; clamps exponents out of range.
+    #[inline]
     pub fn exponent(self, largest: f32, element: Element) -> u8 {
         let floor = exponent(largest);
         let power = |e| power_of_two(e);
@@ -140,6 +186,8 @@ impl BlockFormat {
     /// element format has them. Formats with pairs treat values below 2^-126 as zero, by definition.
     ///
     /// Errors: lengths that do not match.
+    // Compiled where it is called: simulated chips need it fast, and this crate is compiled for its size.
+    #[inline]
     pub fn quantize(
         self,
         values: &[f32],
@@ -171,6 +219,7 @@ impl BlockFormat {
     }
 
     /// Codes of a block of integers, in a loop without branches or calls.
+    #[inline]
     fn quantize_fixed(self, bits: u32, fraction_bits: u32, values: &[f32], scale: Scale, codes: &mut [u8]) {
         if scale.exponent == Scale::NAN {
             return codes.fill(0);
@@ -194,27 +243,12 @@ impl BlockFormat {
     ///
     /// Errors: lengths that do not match.
     pub fn dequantize(self, scales: &[Scale], codes: &[u8], values: &mut [f32]) -> Result<()> {
-        self.check(values.len(), scales.len(), codes.len())?;
-        let blocks = values.chunks_exact_mut(self.len).zip(codes.chunks_exact(self.len));
-        for ((values, codes), scale) in blocks.zip(scales) {
-            if let Element::Fixed { bits, fraction_bits } = self.element {
-                let one = power_of_two(-(fraction_bits as i32));
-                let factors = [0, 1].map(|shifts| one * Scale { shifts, ..*scale }.value(0));
-                let unused = 32 - bits;
-                for (j, (values, codes)) in values.chunks_mut(2).zip(codes.chunks(2)).enumerate() {
-                    let factor = factors[usize::from(scale.shift(2 * j))];
-                    for (value, &code) in values.iter_mut().zip(codes) {
-                        let integer = (u32::from(code) << unused).cast_signed() >> unused;
-                        *value = (f64::from(integer) * factor) as f32;
-                    }
-                }
-                continue;
-            }
-            for (i, (value, &code)) in values.iter_mut().zip(codes).enumerate() {
-                *value = (f64::from(self.element.decode(code.into())) * scale.value(i)) as f32;
-            }
-        }
-        Ok(())
+        self.decoder().dequantize(scales, codes, values)
+    }
+
+    /// Prepares to decode many blocks.
+    pub fn decoder(self) -> Decoder {
+        Decoder { format: self, values: std::array::from_fn(|code| self.element.decode(code as u32)) }
     }
 
     fn check(self, values: usize, scales: usize, codes: usize) -> Result<()> {
@@ -230,10 +264,12 @@ impl BlockFormat {
         Ok(())
     }
 
+    #[inline]
     fn flushed(self, value: f32) -> f32 {
         if self.pairs && value.is_subnormal() { 0.0 } else { value }
     }
 
+    #[inline]
     fn scale(self, values: &[f32], rule: ScaleRule) -> Scale {
         if !values.iter().all(|v| v.is_finite()) {
             return Scale { exponent: Scale::NAN, shifts: 0 };

@@ -250,11 +250,13 @@ fn shift_right(significand: u32, shift: u32, rounding: Rounding) -> u32 {
 }
 
 /// `2^exponent`, for exponents of normal f64.
+#[inline]
 pub(super) fn power_of_two(exponent: i32) -> f64 {
     f64::from_bits(((1023 + exponent.clamp(-1022, 1023)) as u64) << 52)
 }
 
 /// `floor(log2(value))` of a positive finite value.
+#[inline]
 pub(super) fn exponent(value: f32) -> i32 {
     // Every f32 is a normal f64.
     (f64::from(value).to_bits() >> 52) as i32 - 1023
