@@ -493,6 +493,7 @@ def estimate(
     chips: Optional[int] = None,
     tp: Optional[int] = None,
     ep: Optional[int] = None,
+    cp: Optional[int] = None,
     pp: Optional[int] = None,
     dp: Optional[int] = None,
     sums: Literal["divided", "in-order"] = "divided",
@@ -503,6 +504,6 @@ def estimate(
     a profile or the path of one; `model` is a model, a path, or a known shape such as "llama-3-8b", whose
     weights are of `format`.
 
-    `tp` chips share each layer, `ep` groups of them hold different experts, `pp` stages have consecutive
+    `tp` chips share each layer, `ep` groups of them hold different experts, `cp` of these groups hold different positions, `pp` stages have consecutive
     layers, and `dp` copies share the batch. With `chips`, what is not given is free, and the quickest layout
     that fits is taken. `stored` is a number format of a simulated chip in which weights lie in memory."""

@@ -79,6 +79,9 @@ pub struct EstimateArgs {
     /// Groups of those that hold different experts (expert parallelism); divides --tp.
     #[arg(long, value_name = "N", help_heading = "Several chips", value_parser = clap::value_parser!(u32).range(1..=4096))]
     ep: Option<u32>,
+    /// Chips that hold different positions of each sequence (context parallelism).
+    #[arg(long, value_name = "N", help_heading = "Several chips", value_parser = clap::value_parser!(u32).range(1..=4096))]
+    cp: Option<u32>,
     /// Stages of consecutive layers (pipeline parallelism).
     #[arg(long, value_name = "N", help_heading = "Several chips", value_parser = clap::value_parser!(u32).range(1..=4096))]
     pp: Option<u32>,
@@ -194,7 +197,7 @@ fn metric(name: &str) -> Result<&'static Metric, String> {
 impl EstimateArgs {
     fn layout(&self) -> Layout {
         let sums = if self.sums == "in-order" { Sums::InOrder } else { Sums::Divided };
-        Layout::asked(self.chips, [self.tp, self.ep, self.pp, self.dp], sums).overlap(self.overlap)
+        Layout::asked(self.chips, [self.tp, self.ep, self.cp, self.pp, self.dp], sums).overlap(self.overlap)
     }
 
     fn estimate(&self, profile: Profile, choices: Choices, program: &Program, workload: &Workload) -> Asked {
@@ -296,12 +299,18 @@ fn some_fits(all: &[Asked]) -> Result<(), Failure> {
 
 /// Describes a layout: the number of chips, and how they divide the model.
 pub fn layout(l: &Layout) -> String {
-    let ways = [("tp", l.tensor), ("ep", l.expert), ("pp", l.pipeline), ("dp", l.data)];
+    let ways = l.ways();
     let ways: Vec<_> = ways.iter().filter(|(_, n)| *n > 1).map(|(name, n)| format!("{name} {n}")).collect();
     match ways.len() {
         0 => l.chips().to_string(),
         _ => format!("{}: {}", l.chips(), ways.join(", ")),
     }
+}
+
+/// A layout as JSON: the number of chips, and of each way.
+pub fn ways(l: &Layout) -> serde_json::Map<String, Value> {
+    let chips = ("chips", l.chips());
+    l.ways().into_iter().chain([chips]).map(|(name, n)| (name.to_owned(), json!(n))).collect()
 }
 
 /// Formats a number with up to so many decimals; four digits and a prefix or an exponent where that would take long.
@@ -527,7 +536,9 @@ fn as_json(asked: &Asked) -> Value {
     let Asked { profile, estimate, candidates, best } = asked;
     let layout = |l: &Layout| {
         let sums = if l.sums == Sums::InOrder { "in-order" } else { "divided" };
-        json!({ "chips": l.chips(), "tp": l.tensor, "ep": l.expert, "pp": l.pipeline, "dp": l.data, "sums": sums, "overlap": l.overlap })
+        let mut all = ways(l);
+        all.extend([("sums".to_owned(), json!(sums)), ("overlap".to_owned(), json!(l.overlap))]);
+        Value::Object(all)
     };
     let e = match estimate {
         Ok(estimate) => estimate,

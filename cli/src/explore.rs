@@ -13,9 +13,10 @@ use halite_sim::estimate::explore::{
     Lever, Objective, Outcome, Plan, Reach, Sampling, Vary, explore, front, reach,
 };
 use halite_sim::estimate::figures::{Figures, Metric};
+use halite_sim::estimate::system::WAYS;
 use serde_json::{Map, Value, json};
 
-use super::estimate::{WorkArgs, layout, number, seconds};
+use super::estimate::{WorkArgs, layout, number, seconds, ways};
 use super::plot::{self, Axis};
 use super::profile::scaled;
 use super::{Failure, bytes, interrupt, plain, plain_json, print, progress};
@@ -28,7 +29,7 @@ pub struct ExploreArgs {
     /// Chip profile to start from: a name or a TOML file.
     #[arg(short, long, value_name = "FILE|NAME")]
     profile: String,
-    /// Number to vary; may be repeated. PATH is a number of `halite profile --numbers`, or batch, chips, tp, ep, pp, dp. VALUES are
+    /// Number to vary; may be repeated. PATH is a number of `halite profile --numbers`, or batch, chips, tp, ep, cp, pp, dp. VALUES are
     /// a,b,c or A..B or A..B/N, for N values with the same ratio from each to the next [default: 8].
     #[arg(long, value_name = "PATH=VALUES", required_unless_present = "reach")]
     vary: Vec<Vary>,
@@ -292,10 +293,7 @@ impl Explored<'_> {
             let mut all = Map::from_iter([
                 ("point".to_owned(), json!(point)),
                 ("values".to_owned(), Value::from(values)),
-                (
-                    "layout".to_owned(),
-                    json!({ "chips": l.chips(), "tp": l.tensor, "ep": l.expert, "pp": l.pipeline, "dp": l.data }),
-                ),
+                ("layout".to_owned(), Value::Object(ways(&l))),
             ]);
             all.extend(
                 Metric::all().iter().map(|metric| (metric.name.to_owned(), json!(metric.of(figures)))),
@@ -322,17 +320,21 @@ impl Explored<'_> {
                 *is_in = true;
             }
         }
-        let of_layout = ["layout.tp", "layout.ep", "layout.pp", "layout.dp"];
+        let of_layout = WAYS.map(|way| format!("layout.{way}"));
         let metrics = Metric::all().iter().map(|metric| metric.name);
         let names = std::iter::once("point").chain(self.plan.variables().map(|(path, _)| path));
-        csv.write_record(names.chain(of_layout).chain(metrics).chain(["have_bytes", "front", "reason"]))?;
+        csv.write_record(names.chain(of_layout.iter().map(String::as_str)).chain(metrics).chain([
+            "have_bytes",
+            "front",
+            "reason",
+        ]))?;
         for (point, outcome) in self.outcomes.iter().enumerate() {
             let mut cells = vec![point.to_string()];
             cells.extend(self.plan.values(point).iter().map(f64::to_string));
             match outcome {
                 Ok(figures) => {
                     let l = figures.layout;
-                    cells.extend([l.tensor, l.expert, l.pipeline, l.data].map(|n| n.to_string()));
+                    cells.extend(l.ways().map(|(_, n)| n.to_string()));
                     let metrics = Metric::all().iter().map(|metric| metric.of(figures));
                     cells.extend(metrics.map(|value| value.map_or(String::new(), |value| value.to_string())));
                     cells.extend([

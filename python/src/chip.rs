@@ -49,7 +49,7 @@ impl ModelArgument<'_> {
 #[pyfunction]
 #[pyo3(signature = (
     profile, model, *, batch = 1, prompt = 512, generate = 128, chunk = 512, format = "q4_0", products = None,
-    activations = "fp32", chips = None, tp = None, ep = None, pp = None, dp = None, sums = "divided", stored = None,
+    activations = "fp32", chips = None, tp = None, ep = None, cp = None, pp = None, dp = None, sums = "divided", stored = None,
     overlap = false
 ))]
 #[allow(clippy::too_many_arguments, reason = "they are keywords")]
@@ -67,6 +67,7 @@ pub fn estimate<'py>(
     chips: Option<u32>,
     tp: Option<u32>,
     ep: Option<u32>,
+    cp: Option<u32>,
     pp: Option<u32>,
     dp: Option<u32>,
     sums: &str,
@@ -78,7 +79,7 @@ pub fn estimate<'py>(
             return Err(Failure::argument(name, "1 to 1000000", value).into());
         }
     }
-    for (name, value) in [("chips", chips), ("tp", tp), ("ep", ep), ("pp", pp), ("dp", dp)] {
+    for (name, value) in [("chips", chips), ("tp", tp), ("ep", ep), ("cp", cp), ("pp", pp), ("dp", dp)] {
         if let Some(value) = value.filter(|n| !(1..=65_536).contains(n)) {
             return Err(Failure::argument(name, "1 to 65536", value).into());
         }
@@ -88,7 +89,7 @@ pub fn estimate<'py>(
         "in-order" => Sums::InOrder,
         other => return Err(Failure::argument("sums", "divided or in-order", other).into()),
     };
-    let layout = Layout::asked(chips, [tp, ep, pp, dp], sums).overlap(overlap);
+    let layout = Layout::asked(chips, [tp, ep, cp, pp, dp], sums).overlap(overlap);
     let model = model.open(format)?;
     let (profile, e) = work(py, None, || {
         let workload = Workload::default().batch(batch).prompt(prompt).generate(generate).chunk(chunk);
@@ -110,7 +111,7 @@ pub fn estimate<'py>(
     dict.set_item("step_interval_s", e.step_interval_s.map(|[low, high]| (low, high)))?;
     let l = e.layout;
     let layout = PyDict::new(py);
-    for (name, number) in [("tp", l.tensor), ("ep", l.expert), ("pp", l.pipeline), ("dp", l.data)] {
+    for (name, number) in l.ways() {
         layout.set_item(name, number)?;
     }
     dict.set_item("chips", l.chips())?;

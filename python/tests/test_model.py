@@ -115,7 +115,7 @@ def test_estimates() -> None:
     eight = halite.estimate("maia-100", "llama-3-8b", batch=8, prompt=2048, generate=256, chips=8)
     assert eight["chips"] == 8 and eight["step_s"] < estimate["step_s"]
     pipeline = halite.estimate("maia-100", "llama-3-8b", chips=4, pp=4)
-    assert pipeline["layout"] == {"tp": 1, "ep": 1, "pp": 4, "dp": 1}
+    assert pipeline["layout"] == {"tp": 1, "ep": 1, "cp": 1, "pp": 4, "dp": 1}
     with pytest.raises(halite.InvalidArgument, match="chips"):
         halite.estimate("maia-100", "llama-3-8b", chips=0)
     with pytest.raises(halite.InvalidArgument):

@@ -295,7 +295,7 @@ fn what_cannot_be_planned_is_refused() {
     let profile = profile("maia-100");
     for (vary, expected) in [
         ("memory.hbm.read_bytes=1e12", "memory.hbm.read_bytes_per_s"),
-        ("nothing=1", "batch, chips, tp, ep, pp, dp"),
+        ("nothing=1", "batch, chips, tp, ep, cp, pp, dp"),
         ("chip.clusters", "PATH=A..B"),
         ("chip.clusters=", "numbers, separated by commas"),
         ("chip.clusters=4,x", "numbers, separated by commas"),

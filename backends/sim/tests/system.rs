@@ -148,7 +148,7 @@ fn stages_have_every_layer_once() {
     let error = stages(&program, Layout::default().pipeline(64)).unwrap_err().to_string();
     assert!(error.contains("at most 34") && error.contains("64"), "{error}");
     let error = stages(&program, Layout::default().tensor(0)).unwrap_err().to_string();
-    assert!(error.contains("tensor"), "{error}");
+    assert!(error.contains("tp"), "{error}");
 }
 
 #[test]
@@ -240,6 +240,49 @@ fn exchanges_overlap_with_the_other_half() {
         serving,
     );
     assert!(error.err().unwrap().to_string().contains("overlap"));
+}
+
+/// Chips that hold different positions share the time and the memory of attention, and exchange for it.
+#[test]
+fn positions_are_divided_over_chips() {
+    let program = model("llama-3-8b", Format::BF16);
+    let workload = Workload::default().batch(4).prompt(60_000).generate(64);
+    for name in ["maia-100", "nvidia-h100"] {
+        let profile = profile(name);
+        let with = |layout: Layout| {
+            let e = estimate(&profile, Choices::default().layout(layout), &program, &workload).unwrap();
+            let divided = stages(&program, layout).unwrap();
+            let quick = Quick::new(Choices::default().layout(layout), &divided, &workload).unwrap();
+            let closed = quick.times(&profile).unwrap().seconds;
+            assert!((closed / e.seconds - 1.0).abs() < 0.2, "{name} {layout:?}: {closed} {}", e.seconds);
+            e
+        };
+        let attention = |e: &halite_sim::estimate::workload::Estimate| {
+            let ops = e.decode.ops.iter().filter(|op| op.name == "Attend");
+            ops.map(|op| op.time.seconds).sum::<f64>()
+        };
+        let weights = program.weight_bytes();
+        let one = with(Layout::default());
+        let mut last = one.clone();
+        for context in [2, 4] {
+            let e = with(Layout::default().context(context));
+            let share = f64::from(context);
+            let part = attention(&e) / attention(&one);
+            assert!(part > 0.9 / share && part < 1.3 / share, "{name}: {part} of {context} chips");
+            assert!(e.first_token_s < last.first_token_s && e.step_s < last.step_s);
+            assert!(e.step_s > one.step_s / share && e.exchange_fraction > 0.0);
+            // The cache is divided, the weights are not.
+            let cache = one.need_bytes - weights;
+            assert!(e.need_bytes - weights < cache / u64::from(context) + cache / 100);
+            assert!(e.repeated[0].contains("weights"));
+            last = e;
+        }
+        // With the layers divided too, the same chips of each group exchange.
+        let both = with(Layout::default().tensor(2).context(2));
+        assert!(both.layout.chips() == 4 && both.step_s < one.step_s);
+    }
+    let error = stages(&program, Layout::default().context(0)).unwrap_err().to_string();
+    assert!(error.contains("cp"), "{error}");
 }
 
 #[test]

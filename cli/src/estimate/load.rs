@@ -167,8 +167,10 @@ struct Answer {
 /// Estimates a load on each profile.
 pub fn run(args: &EstimateArgs, source: &Source, model: &Model, choices: Choices) -> Result<(), Failure> {
     let load = &args.load;
-    if args.chips.is_some() || args.pp.is_some() || args.dp.is_some() {
-        return Err("--load: expected --tp chips for each of --replicas, got --chips, --pp or --dp".into());
+    if args.chips.is_some() || args.cp.is_some() || args.pp.is_some() || args.dp.is_some() {
+        return Err(
+            "--load: expected --tp chips for each of --replicas, got --chips, --cp, --pp or --dp".into()
+        );
     }
     if choices.layout.overlap {
         return Err("--load: expected exchanges that do not overlap with computation, got --overlap".into());

@@ -155,13 +155,23 @@ impl Fabric {
 
     /// Returns the seconds in which `chips` neighbours exchange a tensor of `bytes` bytes.
     pub fn seconds(&self, collective: Collective, bytes: f64, chips: u32) -> f64 {
-        self.sum(collective, bytes, chips, level_s)
+        self.seconds_apart(collective, bytes, chips, 1)
+    }
+
+    /// As [`Fabric::seconds`], for chips of which each is the same one of `apart` neighbours.
+    pub fn seconds_apart(&self, collective: Collective, bytes: f64, chips: u32, apart: u32) -> f64 {
+        self.sum(collective, bytes, chips, apart, level_s)
     }
 
     /// Returns the joules of one of `chips` neighbours that exchange a tensor of `bytes` bytes. Each sends what it would in a ring, which is
     /// the least.
     pub fn joules(&self, collective: Collective, bytes: f64, chips: u32) -> f64 {
-        self.sum(collective, bytes, chips, |level, _, collective, bytes, chips| {
+        self.joules_apart(collective, bytes, chips, 1)
+    }
+
+    /// As [`Fabric::joules`], for chips of which each is the same one of `apart` neighbours.
+    pub fn joules_apart(&self, collective: Collective, bytes: f64, chips: u32, apart: u32) -> f64 {
+        self.sum(collective, bytes, chips, apart, |level, _, collective, bytes, chips| {
             level.joules(collective.ring(chips).1 * bytes)
         })
     }
@@ -172,9 +182,16 @@ impl Fabric {
         collective: Collective,
         bytes: f64,
         chips: u32,
+        apart: u32,
         of: impl Fn(&Interconnect, &Constants, Collective, f64, f64) -> f64,
     ) -> f64 {
-        let groups = self.groups(chips);
+        // What the neighbours take of each level does not join these chips.
+        let near = self.groups(apart);
+        let groups = self
+            .groups(chips.saturating_mul(apart))
+            .into_iter()
+            .zip(near)
+            .map(|(all, near)| all / near.max(1));
         let mut sum = 0.0;
         // Bytes of the tensor that one chip exchanges with its counterparts of other groups.
         let mut share = bytes;

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::figures::{Figures, Metric, have_bytes};
-use super::system::{Layout, Stage, layouts, stages};
+use super::system::{Layout, Stage, WAYS, layouts, stages};
 use super::workload::{Choices, Quick, Workload};
 use halite::backend::Cancel;
 use halite::error::{Error, Result};
@@ -23,20 +23,19 @@ enum Target {
     Number,
     Batch,
     Chips,
-    Tensor,
-    Expert,
-    Pipeline,
-    Data,
+    /// A way to divide the model, by its place in [`WAYS`].
+    Way(usize),
 }
 
 /// Variables of the workload and the layout: name, target, largest value.
-const NOT_OF_PROFILE: [(&str, Target, f64); 6] = [
+const NOT_OF_PROFILE: [(&str, Target, f64); 2 + WAYS.len()] = [
     ("batch", Target::Batch, 4096.0),
     ("chips", Target::Chips, 65_536.0),
-    ("tp", Target::Tensor, 4096.0),
-    ("ep", Target::Expert, 4096.0),
-    ("pp", Target::Pipeline, 4096.0),
-    ("dp", Target::Data, 4096.0),
+    (WAYS[0], Target::Way(0), 4096.0),
+    (WAYS[1], Target::Way(1), 4096.0),
+    (WAYS[2], Target::Way(2), 4096.0),
+    (WAYS[3], Target::Way(3), 4096.0),
+    (WAYS[4], Target::Way(4), 4096.0),
 ];
 
 /// Values of a range without a number of values.
@@ -282,23 +281,18 @@ impl Plan {
     /// Returns what a point asks besides numbers of the profile.
     fn asked(&self, base: Asked, values: &[f64]) -> Asked {
         let mut asked = base;
-        let mut given = [None; 4];
+        let mut given = [None; WAYS.len()];
         for (v, value) in self.variables.iter().zip(values) {
             let value = *value as u32;
             match v.target {
                 Target::Number => {}
                 Target::Batch => asked.workload.batch = value,
                 Target::Chips => asked.chips = Some(value),
-                Target::Tensor => given[0] = Some(value),
-                Target::Expert => given[1] = Some(value),
-                Target::Pipeline => given[2] = Some(value),
-                Target::Data => given[3] = Some(value),
+                Target::Way(way) => given[way] = Some(value),
             }
         }
-        // With a number of chips, what is not given is free.
-        let free = if asked.chips.is_some() { 0 } else { 1 };
-        let [tensor, expert, pipeline, data] = given.map(|n| n.unwrap_or(free));
-        asked.layout = base.layout.tensor(tensor).expert(expert).pipeline(pipeline).data(data);
+        let Layout { sums, overlap, .. } = base.layout;
+        asked.layout = Layout::asked(asked.chips, given, sums).overlap(overlap);
         asked
     }
 }

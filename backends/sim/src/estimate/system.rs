@@ -8,6 +8,9 @@ use halite::shard::{Division, Sums, share};
 use halite::{Error, Result};
 use halite_profiles::numerics::Dtype;
 
+/// Short names of the ways to divide a model: tensor, expert, context, pipeline and data parallelism.
+pub const WAYS: [&str; 5] = ["tp", "ep", "cp", "pp", "dp"];
+
 /// How a model is divided over chips.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -16,6 +19,8 @@ pub struct Layout {
     pub tensor: u32,
     /// Groups of those that hold different experts (expert parallelism); divides `tensor`.
     pub expert: u32,
+    /// Chips that hold different positions of each sequence (context parallelism).
+    pub context: u32,
     /// Stages of consecutive layers (pipeline parallelism).
     pub pipeline: u32,
     /// Copies of the model, each with its share of the sequences (data parallelism).
@@ -28,27 +33,39 @@ pub struct Layout {
 
 impl Default for Layout {
     fn default() -> Layout {
-        Layout { tensor: 1, expert: 1, pipeline: 1, data: 1, sums: Sums::Divided, overlap: false }
+        Layout { tensor: 1, expert: 1, context: 1, pipeline: 1, data: 1, sums: Sums::Divided, overlap: false }
     }
 }
 
-halite::setters!(const Layout { tensor: u32, expert: u32, pipeline: u32, data: u32, sums: Sums, overlap: bool });
+halite::setters!(const Layout { tensor: u32, expert: u32, context: u32, pipeline: u32, data: u32, sums: Sums, overlap: bool });
 
 impl Layout {
     /// The layout that is asked for, with 0 for what is free: with a number of chips, all that is not given.
-    pub fn asked(
-        chips: Option<u32>,
-        [tensor, expert, pipeline, data]: [Option<u32>; 4],
-        sums: Sums,
-    ) -> Layout {
+    pub fn asked(chips: Option<u32>, ways: [Option<u32>; WAYS.len()], sums: Sums) -> Layout {
         let free = if chips.is_some() { 0 } else { 1 };
-        let [tensor, expert, pipeline, data] = [tensor, expert, pipeline, data].map(|n| n.unwrap_or(free));
-        Layout { tensor, expert, pipeline, data, sums, overlap: false }
+        let [tensor, expert, context, pipeline, data] = ways.map(|n| n.unwrap_or(free));
+        Layout { tensor, expert, context, pipeline, data, sums, overlap: false }
+    }
+
+    /// Returns the number of chips of each way, by its short name.
+    pub fn ways(&self) -> [(&'static str, u32); WAYS.len()] {
+        let Layout { tensor, expert, context, pipeline, data, .. } = *self;
+        std::array::from_fn(|i| (WAYS[i], [tensor, expert, context, pipeline, data][i]))
     }
 
     /// Returns the number of chips.
     pub fn chips(&self) -> u32 {
-        self.tensor.saturating_mul(self.pipeline).saturating_mul(self.data)
+        self.of_copy().saturating_mul(self.data)
+    }
+
+    /// Returns the number of chips that have one copy of the model.
+    pub fn of_copy(&self) -> u32 {
+        self.of_stage().saturating_mul(self.pipeline)
+    }
+
+    /// Returns the number of chips of a stage.
+    pub fn of_stage(&self) -> u32 {
+        self.tensor.saturating_mul(self.context)
     }
 }
 
@@ -116,7 +133,7 @@ impl Stage {
 /// [`Error::Argument`] if a number of the layout is 0, there are more stages than layers, or groups of experts do not
 /// divide the chips that share a layer.
 pub fn stages(program: &Program, layout: Layout) -> Result<Vec<Stage>> {
-    for (name, number) in [("tensor", layout.tensor), ("pipeline", layout.pipeline), ("data", layout.data)] {
+    for (name, number) in layout.ways() {
         if number == 0 {
             return Err(Error::argument(name, "at least 1 chip", 0));
         }
@@ -126,7 +143,7 @@ pub fn stages(program: &Program, layout: Layout) -> Result<Vec<Stage>> {
     }
     if layout.tensor == 1 && layout.pipeline == 1 && layout.expert == 1 {
         let program = passes::fuse(program, crate::FUSIONS);
-        return Ok(vec![Stage { program, exchanges: Vec::new(), sent_cols: 0, repeated: Vec::new() }]);
+        return Ok(vec![Stage { program, exchanges: Vec::new(), sent_cols: 0, repeated: copied(layout) }]);
     }
     let division = Division::over(layout.tensor).sums(layout.sums).expert_groups(layout.expert);
     let shared = share(program, division, 0)?;
@@ -151,10 +168,18 @@ pub fn stages(program: &Program, layout: Layout) -> Result<Vec<Stage>> {
         let exchanges = exchanges.collect();
         let is_last = n + 1 == borders.len();
         let sent_cols = if is_last { 0 } else { hidden_cols(&whole) };
-        let repeated = if layout.tensor > 1 { shared.repeated.clone() } else { Vec::new() };
+        let mut repeated = if layout.tensor > 1 { shared.repeated.clone() } else { Vec::new() };
+        repeated.extend(copied(layout));
         all.push(Stage { program, exchanges, sent_cols, repeated });
     }
     Ok(all)
+}
+
+/// What chips with different positions do alike.
+fn copied(layout: Layout) -> Vec<String> {
+    let line =
+        "all but attention, for generated tokens: each of the chips that share positions has the weights";
+    (layout.context > 1).then(|| line.to_owned()).into_iter().collect()
 }
 
 /// The columns of the hidden state: those of the first op's result.
@@ -256,12 +281,14 @@ pub fn layouts(program: &Program, chips: u32, like: Layout) -> Vec<Layout> {
     let has_experts = has_experts(program);
     let mut all = Vec::new();
     for tensor in divisors(chips).filter(|&n| may(like.tensor, n)) {
-        for pipeline in divisors(chips / tensor).filter(|&n| may(like.pipeline, n)) {
-            let data = chips / tensor / pipeline;
-            let groups = divisors(tensor)
-                .filter(|&n| may(like.expert, n) && (has_experts || n == 1 || like.expert == n));
-            for expert in groups.filter(|_| may(like.data, data)) {
-                all.push(Layout { tensor, expert, pipeline, data, ..like });
+        for context in divisors(chips / tensor).filter(|&n| may(like.context, n)) {
+            for pipeline in divisors(chips / tensor / context).filter(|&n| may(like.pipeline, n)) {
+                let data = chips / tensor / context / pipeline;
+                let groups = divisors(tensor)
+                    .filter(|&n| may(like.expert, n) && (has_experts || n == 1 || like.expert == n));
+                for expert in groups.filter(|_| may(like.data, data)) {
+                    all.push(Layout { tensor, expert, context, pipeline, data, ..like });
+                }
             }
         }
     }

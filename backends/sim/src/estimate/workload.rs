@@ -18,7 +18,7 @@ use crate::{Bound, Chip, Joules, Numerics, OpTime, Report};
 use crate::{measured, step};
 use halite::error::{Error, Result};
 use halite::passes;
-use halite::program::Program;
+use halite::program::{Op, Program};
 use halite_profiles::numerics::Dtype;
 use halite_profiles::profile::{Basis, Driver, Profile};
 
@@ -82,15 +82,20 @@ impl Workload {
     /// Returns the bytes of weights and of the KV cache of all sequences, on the chip that needs most.
     pub(super) fn bytes(&self, choices: Choices, stages: &[Stage]) -> u64 {
         let positions = u64::from(self.prompt) + u64::from(self.generate);
+        let positions = positions.div_ceil(choices.layout.context.max(1).into());
         let (each, parts) = self.parts(choices.layout);
         let sequences = u64::from(each) * u64::from(parts);
         stages.iter().map(|stage| stage.bytes(positions, sequences, choices.stored)).max().unwrap_or(0)
     }
 
-    /// The spans of a prefill step and of a decode step.
+    /// The spans of a prefill step and of a decode step, on one of the chips that share positions. Each has its part of a prompt's tokens,
+    /// which see as many positions on average as all, and its part of the positions that a generated token sees.
     fn spans(&self, layout: Layout) -> [Vec<(u32, u32)>; 2] {
-        let (_, chunk) = self.prefill();
-        [vec![chunk], vec![(self.middle(), 1); self.parts(layout).0 as usize]]
+        let (_, (start, tokens)) = self.prefill();
+        let context = layout.context.max(1);
+        let own = tokens.div_ceil(context);
+        let chunk = (start + (tokens - own) / 2, own);
+        [vec![chunk], vec![(self.middle() / context, 1); self.parts(layout).0 as usize]]
     }
 
     /// Total seconds, from those to the first token and those of a decode step.
@@ -318,9 +323,9 @@ impl<'a> System<'a> {
         layout: Layout,
         stages: impl Into<Cow<'a, [Stage]>>,
     ) -> Result<System<'a>> {
-        let several = layout.tensor > 1 || layout.pipeline > 1;
+        let several = layout.of_copy() > 1;
         let fabric = several.then(|| Fabric::new(profile)).transpose()?;
-        let chips = layout.tensor.saturating_mul(layout.pipeline);
+        let chips = layout.of_copy();
         if let Some(most) = fabric.as_ref().and_then(Fabric::most_chips).filter(|most| chips > *most) {
             let expected = format!("at most the {most} that {} joins", profile.name);
             return Err(Error::argument("chips", expected, chips));
@@ -349,13 +354,57 @@ impl<'a> System<'a> {
         let sent = (stage.sent_cols > 0).then(|| {
             // Each chip sends its part to its counterpart, which are as far apart as a stage is large.
             let bytes = bytes(f64::from(tokens), stage.sent_cols);
-            let part = bytes / f64::from(self.layout.tensor);
-            let chips = self.layout.tensor;
-            let seconds = fabric.send_s(part, chips) + fabric.seconds(Collective::AllGather, bytes, chips);
-            let joules = fabric.send_j(part, chips) + fabric.joules(Collective::AllGather, bytes, chips);
+            let (chips, apart) = (self.layout.tensor, self.layout.of_stage());
+            let part = bytes / f64::from(chips);
+            let seconds = fabric.send_s(part, apart) + fabric.seconds(Collective::AllGather, bytes, chips);
+            let joules = fabric.send_j(part, apart) + fabric.joules(Collective::AllGather, bytes, chips);
             Timed { name: "send", bytes, seconds, joules }
         });
-        exchanges.chain(sent).collect()
+        let positions =
+            stage.program.greedy_ops().flat_map(|(_, op)| self.of_positions(fabric, stage, op, spans));
+        exchanges.chain(sent).chain(positions).collect()
+    }
+
+    /// Returns what chips with different positions exchange for an attention. Of generated tokens, they add up their results, of which each
+    /// has a largest score and a sum of exponentials. Of prompts, they pass keys and values around, or queries and results, whichever is quicker.
+    fn of_positions(&self, fabric: &Fabric, stage: &Stage, op: &Op, spans: &[(u32, u32)]) -> Vec<Timed> {
+        let Layout { context, tensor, .. } = self.layout;
+        let Op::Attend { state, heads, .. } = op else { return Vec::new() };
+        let Some(state) = stage.program.states.get(state.0 as usize).filter(|_| context > 1) else {
+            return Vec::new();
+        };
+        let timed = |exchanged: &[(Collective, f64)]| {
+            let sum = |of: &dyn Fn(&(Collective, f64)) -> f64| exchanged.iter().map(of).sum();
+            Timed {
+                name: "positions",
+                bytes: sum(&|(_, bytes)| *bytes),
+                seconds: sum(&|(collective, bytes)| {
+                    fabric.seconds_apart(*collective, *bytes, context, tensor)
+                }),
+                joules: sum(&|(collective, bytes)| fabric.joules_apart(*collective, *bytes, context, tensor)),
+            }
+        };
+        let queries = |tokens: u32, dim: u32| {
+            f64::from(tokens) * f64::from(*heads) * f64::from(dim) * self.activation_bytes
+        };
+        let results = |tokens: u32| queries(tokens, state.value_dim.saturating_add(2));
+        let (texts, prompts): (Vec<_>, Vec<_>) = spans.iter().partition(|(_, tokens)| *tokens == 1);
+        let merged =
+            (!texts.is_empty()).then(|| timed(&[(Collective::AllReduce, results(texts.len() as u32))]));
+        let passed = prompts.into_iter().map(|&(start, own)| {
+            let tokens = own.saturating_mul(context);
+            let positions = f64::from(start.saturating_sub((tokens - own) / 2)) + f64::from(tokens);
+            let values = f64::from(state.kv_heads) * f64::from(state.key_dim + state.value_dim);
+            let kv_bytes =
+                positions * values * state.format.block_bytes() as f64 / state.format.block_len() as f64;
+            let keys = timed(&[(Collective::AllGather, kv_bytes)]);
+            let queries = timed(&[
+                (Collective::AllGather, queries(tokens, state.key_dim)),
+                (Collective::ReduceScatter, results(tokens)),
+            ]);
+            if keys.seconds < queries.seconds { keys } else { queries }
+        });
+        merged.into_iter().chain(passed).collect()
     }
 
     /// Returns the time of a step, its ops and its seconds of exchanges. `seconds` times the ops of a stage.
@@ -476,7 +525,7 @@ pub fn estimate(
     // A sum of nothing would be -0.
     let exchanged = exchanges.fold(0.0, |sum, exchange| sum + exchange.seconds);
     // Of all chips: each of a stage does the same work, and each replica all of it.
-    let alike = f64::from(layout.tensor) * f64::from(layout.data);
+    let alike = f64::from(layout.of_stage()) * f64::from(layout.data);
     let joules = prefill.total().joules.zip(decode.total().joules).and_then(|(prefill, decode)| {
         let prompts = (f64::from(workload.prefill().0) * sequences as f64) * prefill;
         let generated = (f64::from(workload.generate.saturating_sub(1)) * f64::from(parts)) * decode;
@@ -700,9 +749,8 @@ pub fn candidates(
     match failed {
         Some(error) if all.is_empty() => Err(error),
         _ if all.is_empty() => {
-            let Layout { tensor, expert, pipeline, data, .. } = choices.layout;
-            let given = [("tp", tensor), ("ep", expert), ("pp", pipeline), ("dp", data)];
-            let given = given.iter().filter(|(_, n)| *n > 0).map(|(name, n)| format!("{name} {n}"));
+            let ways = choices.layout.ways();
+            let given = ways.iter().filter(|(_, n)| *n > 0).map(|(name, n)| format!("{name} {n}"));
             let expected = format!("numbers that divide {chips} chips, and ep that divides tp");
             Err(Error::argument("layout", expected, given.collect::<Vec<_>>().join(", ")))
         }

@@ -215,12 +215,14 @@ impl<'a> Server<'a> {
     ) -> Result<Server<'a>> {
         serving.check()?;
         let layout = choices.layout;
-        if layout.pipeline != 1 || layout.data != 1 {
-            let got = format!("{} stages and {} copies", layout.pipeline, layout.data);
-            return Err(Error::argument("layout", "one stage, and replicas instead of copies", got));
+        let refused =
+            layout.ways().into_iter().find(|(name, n)| ["cp", "pp", "dp"].contains(name) && *n != 1);
+        if let Some((name, n)) = refused {
+            let expected = "tp, ep, and replicas instead of copies, under load";
+            return Err(Error::argument("layout", expected, format!("{name} {n}")));
         }
         if layout.overlap {
-            return Err(Error::argument("layout", "exchanges that do not overlap", "overlap"));
+            return Err(Error::argument("layout", "exchanges that do not overlap, under load", "overlap"));
         }
         let stages = stages(program, layout)?;
         let program = &stages[0].program;
