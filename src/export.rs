@@ -13,7 +13,9 @@ use crate::backend::Gap;
 use crate::error::{Error, Result};
 use crate::model::{Model, ProgramOptions};
 use crate::passes;
-use crate::program::{Dim, Epilogue, Gating, Index, NormKind, Op, Program, RopePairs, Slot, TensorId};
+use crate::program::{
+    Dim, Epilogue, Gating, Index, NormKind, Op, Program, RopePairs, Slot, StateKind, TensorId,
+};
 use crate::tokenizer::Tokenizer;
 use crate::weights;
 
@@ -306,6 +308,9 @@ impl<'a> Exporter<'a> {
         let mut tables: HashMap<u32, u32> = HashMap::new();
         let mut states = Vec::new();
         for state in self.program.states.clone() {
+            if state.kind == StateKind::Latent {
+                return Err(self.unsupported(format!("a state of kind {:?}", state.kind)));
+            }
             let pages = layout::pages(self.options.context, self.options.tokens, state.window);
             let table = match tables.get(&pages) {
                 Some(&table) => table,
