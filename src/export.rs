@@ -308,9 +308,6 @@ impl<'a> Exporter<'a> {
         let mut tables: HashMap<u32, u32> = HashMap::new();
         let mut states = Vec::new();
         for state in self.program.states.clone() {
-            if state.kind == StateKind::Latent {
-                return Err(self.unsupported(format!("a state of kind {:?}", state.kind)));
-            }
             let pages = layout::pages(self.options.context, self.options.tokens, state.window);
             let table = match tables.get(&pages) {
                 Some(&table) => table,
@@ -377,6 +374,8 @@ impl<'a> Exporter<'a> {
             |id, _| Ok::<u32, Error>(id.0),
         )?;
         let name = op.name();
+        let kind_of = |state: u32| self.program.states.get(state as usize).map(|state| state.kind);
+        let is_plain = |state: u32| kind_of(state) == Some(StateKind::Cache);
         Ok(match op {
             Op::Embed { table, index, out, scale } => {
                 let index = match index {
@@ -403,8 +402,8 @@ impl<'a> Exporter<'a> {
                 magnitude: rotation.magnitude,
                 adjacent: rotation.pairs == RopePairs::Adjacent,
             },
-            Op::KvWrite { k, v, state } => ImageOp::KvWrite { k, v, state },
-            Op::Attend { q, state, out, heads, scale, softcap, sinks } => {
+            Op::KvWrite { k, v, state } if is_plain(state) => ImageOp::KvWrite { k, v, state },
+            Op::Attend { q, state, out, heads, scale, softcap, sinks } if is_plain(state) => {
                 ImageOp::Attend { q, state, out, heads, scale, softcap, sinks }
             }
             Op::Glu { gate, up, out, act } => ImageOp::Glu { gate, up, out, act },
