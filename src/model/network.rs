@@ -359,9 +359,9 @@ impl<'n, 'b> Network<'n, 'b> {
             let q_rank = self.required("attention.q_lora_rank", h.q_lora_rank);
             let q = self.linear("q_latent", "attn_q_a", x, q_rank);
             let q = self.norm_as("q_norm", "attn_q_a_norm", q);
-            self.linear("q", "attn_q_b", q, heads * key)
+            self.linear("q", "attn_q_b", q, heads.saturating_mul(key))
         } else {
-            self.linear("q", "attn_q", x, heads * key)
+            self.linear("q", "attn_q", x, heads.saturating_mul(key))
         };
         let [latent, k] = self.fused_linear("attn_kv_a_mqa", x, [("kv_latent", rank), ("k", turned)]);
         let latent = self.norm_as("kv_norm", "attn_kv_a_norm", latent);
@@ -380,7 +380,7 @@ impl<'n, 'b> Network<'n, 'b> {
             let attended = self.b.attend(q, state, heads, scale, None, None);
             self.b.block_linear("v", attended, values)
         } else {
-            let kv = self.linear("kv", "attn_kv_b", latent, heads * (plain + value));
+            let kv = self.linear("kv", "attn_kv_b", latent, heads.saturating_mul(plain + value));
             let k_plain = self.b.slice("k_plain", kv, plain + value, 0, plain);
             let v = self.b.slice("v", kv, plain + value, plain, value);
             let q = self.b.join("q_all", q_plain, q_turned, plain, turned);
