@@ -35,7 +35,7 @@ fn group<'a>(c: &'a mut Criterion, name: &str) -> BenchmarkGroup<'a, WallTime> {
 /// One KV head with the query heads that share it.
 fn attention(c: &mut Criterion) {
     let cpu = cpu();
-    let shape = PageShape { kv_heads: 1, key_dim: HEAD, value_dim: HEAD };
+    let shape = PageShape { kv_heads: 1, key_dim: HEAD, value_dim: HEAD, latent: false };
     for heads in [1, 4, 8] {
         let mut group = group(c, &format!("attend/query heads {heads}"));
         for depth in [64, 512, 4096, 32768] {

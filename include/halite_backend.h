@@ -80,6 +80,10 @@
 // kinds of ops from HALITE_OP_CONV on use such states.
 #define HALITE_STATE_RECURRENT 1
 
+// A KV cache of one head whose pages have keys alone: the first `value_dim` elements of a key are the value. Only
+// HALITE_OP_LATENT_WRITE and HALITE_OP_LATENT_ATTEND use such states.
+#define HALITE_STATE_LATENT 2
+
 // `gate * sigmoid(gate)`.
 #define HALITE_GATE_SILU 0
 
@@ -146,6 +150,16 @@
 #define HALITE_OP_MUL 18
 
 #define HALITE_OP_ROUTE_AMONG 19
+
+#define HALITE_OP_JOIN 20
+
+#define HALITE_OP_BLOCK_MATMUL 21
+
+// HaliteKvWrite to a state of HALITE_STATE_LATENT: `k` has the `key_dim - value_dim` elements behind the value.
+#define HALITE_OP_LATENT_WRITE 22
+
+// HaliteAttend to a state of HALITE_STATE_LATENT.
+#define HALITE_OP_LATENT_ATTEND 23
 
 // The token's id.
 #define HALITE_INDEX_TOKEN 0
@@ -338,7 +352,7 @@ typedef struct HaliteState {
   uint32_t table;
   uint64_t page_bytes;
   const char *name;
-  // HALITE_STATE_CACHE or HALITE_STATE_RECURRENT.
+  // HALITE_STATE_CACHE, HALITE_STATE_RECURRENT or HALITE_STATE_LATENT.
   uint32_t kind;
   // 0.
   uint32_t reserved;
@@ -613,6 +627,25 @@ typedef struct HaliteRouteAmong {
   uint32_t groups_used;
 } HaliteRouteAmong;
 
+// Each `group` columns of `out` are the next `first` columns of `a`, and then the next `group - first` of `b`, or all of them if `b`
+// has only so many.
+typedef struct HaliteJoin {
+  uint32_t a;
+  uint32_t b;
+  uint32_t out;
+  uint32_t group;
+  uint32_t first;
+} HaliteJoin;
+
+// The product of each block of columns with a matrix of its own: columns `n * cols` to `(n + 1) * cols` of `x` with matrix n of
+// the weight, to columns `n * rows` to `(n + 1) * rows` of `out`.
+typedef struct HaliteBlockMatMul {
+  uint32_t x;
+  // HaliteTensor::experts matrices of `[rows, cols]`.
+  uint32_t weight;
+  uint32_t out;
+} HaliteBlockMatMul;
+
 // The operands of an op, by its kind. Operands are numbers in HaliteProgram::tensors; `state` is one in
 // HaliteProgram::states.
 typedef union HaliteOperands {
@@ -636,6 +669,8 @@ typedef union HaliteOperands {
   struct HaliteSlice slice;
   struct HaliteMul mul;
   struct HaliteRouteAmong route_among;
+  struct HaliteJoin join;
+  struct HaliteBlockMatMul block_matmul;
 } HaliteOperands;
 
 typedef struct HaliteOp {

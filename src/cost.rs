@@ -132,6 +132,10 @@ pub fn op(program: &Program, op: &Op, sequences: &[Extent]) -> Cost {
     }
     match op {
         Op::MatMul { parts, .. } => parts.iter().for_each(|p| cost += product(program, p.weight, rows)),
+        Op::BlockMatMul { weight, .. } => {
+            let blocks = u64::from(program.tensor(*weight).experts);
+            cost += product(program, *weight, rows.saturating_mul(blocks));
+        }
         Op::Experts { ids, gate, up, down, .. } => {
             let rows = rows * u64::from(program.tensor(*ids).cols);
             [gate, up, down].into_iter().for_each(|&weight| cost += product(program, weight, rows));

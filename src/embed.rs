@@ -76,7 +76,7 @@ fn planned(model: &Model, batch: u32) -> Result<(Program, Limits, u64)> {
     // A smaller format gains nothing.
     let program = model.program(ProgramOptions { kv_format: Format::F32 }, h.context_length)?;
     // Only sessions clear them between texts.
-    if program.states.iter().any(|state| state.kind != StateKind::Cache) {
+    if program.states.iter().any(|state| state.kind == StateKind::Recurrent) {
         return Err(Error::Model(format!(
             "family {}: recurrent layers give no vectors of texts",
             h.architecture

@@ -13,7 +13,9 @@ use crate::backend::Gap;
 use crate::error::{Error, Result};
 use crate::model::{Model, ProgramOptions};
 use crate::passes;
-use crate::program::{Dim, Epilogue, Gating, Index, NormKind, Op, Program, RopePairs, Slot, TensorId};
+use crate::program::{
+    Dim, Epilogue, Gating, Index, NormKind, Op, Program, RopePairs, Slot, StateKind, TensorId,
+};
 use crate::tokenizer::Tokenizer;
 use crate::weights;
 
@@ -372,6 +374,8 @@ impl<'a> Exporter<'a> {
             |id, _| Ok::<u32, Error>(id.0),
         )?;
         let name = op.name();
+        let kind_of = |state: u32| self.program.states.get(state as usize).map(|state| state.kind);
+        let is_plain = |state: u32| kind_of(state) == Some(StateKind::Cache);
         Ok(match op {
             Op::Embed { table, index, out, scale } => {
                 let index = match index {
@@ -398,8 +402,8 @@ impl<'a> Exporter<'a> {
                 magnitude: rotation.magnitude,
                 adjacent: rotation.pairs == RopePairs::Adjacent,
             },
-            Op::KvWrite { k, v, state } => ImageOp::KvWrite { k, v, state },
-            Op::Attend { q, state, out, heads, scale, softcap, sinks } => {
+            Op::KvWrite { k, v, state } if is_plain(state) => ImageOp::KvWrite { k, v, state },
+            Op::Attend { q, state, out, heads, scale, softcap, sinks } if is_plain(state) => {
                 ImageOp::Attend { q, state, out, heads, scale, softcap, sinks }
             }
             Op::Glu { gate, up, out, act } => ImageOp::Glu { gate, up, out, act },

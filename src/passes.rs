@@ -2,7 +2,8 @@
 
 use crate::backend::{Caps, Fusions, Rows};
 use crate::program::{
-    Dim, Epilogue, Layout as RowLayout, Op, Outputs, Part, Program, Segment, Slot, State, StateId, TensorId,
+    Dim, Epilogue, Layout as RowLayout, Op, Outputs, Part, Program, Segment, Slot, State, StateId, StateKind,
+    TensorId,
 };
 
 /// Prepares a model's program for a backend: fuses ops and sets the row layout of weights.
@@ -201,7 +202,8 @@ fn rotated_write(
     let Op::Rope { x: q, out, rotation } = q else { return None };
     let Op::Rope { x: k, out: rotated, rotation: of_keys } = key else { return None };
     let s = states.get(state.0 as usize)?;
-    let fits = rotation.head_dim == s.key_dim && s.format.block_len() == 1 && out != k;
+    let is_whole = s.kind == StateKind::Cache && rotation.head_dim == s.key_dim;
+    let fits = is_whole && s.format.block_len() == 1 && out != k;
     let joined = Op::RopeKv { q: *q, k: *k, v, out: *out, state, rotation: rotation.clone() };
     (rotation == of_keys && fits && *rotated == written && internal(written)).then_some(joined)
 }

@@ -110,6 +110,9 @@ pub enum StateKind {
     /// Keys and values of [`PAGE_POSITIONS`] positions.
     #[default]
     Cache,
+    /// Keys alone: the first `value_dim` elements of a key are the value. There is one KV head, and keys are longer than
+    /// values.
+    Latent,
     /// A recurrent state after the last position of the page that was computed: `[kv_heads][key_dim][value_dim]` in
     /// `F32`. Before position 0 it is zero. A page may be absent ([`NO_PAGE`](crate::backend::NO_PAGE)) if a later one
     /// is present: what a position in it computes is in the next page that is present.
@@ -158,6 +161,17 @@ impl State {
         State { name: name.into(), kv_heads, key_dim, value_dim, format, window, causal, kind }
     }
 
+    /// A latent cache (DeepSeek-AI 2024): a key of `key_dim` elements, of which the first `value_dim` are the value.
+    pub fn latent(name: impl Into<String>, key_dim: u32, value_dim: u32, format: Format) -> State {
+        State { kind: StateKind::Latent, ..State::new(name, 1, key_dim, value_dim, format) }
+    }
+
+    /// Elements that are stored as a key besides the value.
+    pub fn key_only(&self) -> u32 {
+        let in_value = if self.kind == StateKind::Latent { self.value_dim } else { 0 };
+        self.key_dim.saturating_sub(in_value)
+    }
+
     /// A recurrent state of `heads` matrices of `rows` by `cols`.
     pub fn recurrent(name: impl Into<String>, heads: u32, rows: u32, cols: u32) -> State {
         let state = State::new(name, heads, rows, cols, Format::F32);
@@ -173,11 +187,12 @@ impl State {
     /// A page of a cache holds keys `[kv_heads][key_dim][position]`, then values `[kv_heads][position][value_dim]`. In
     /// `Q8_0` and `Q4_0` these are codes, followed by scales in half precision:
     /// `[kv_heads][key_dim / 32][position]` of the keys, then `[kv_heads][value_dim / 32][position]` of the
-    /// values.
+    /// values. A page of a latent cache has no values of its own.
     pub fn page_bytes(&self) -> u64 {
         let [heads, key_dim, value_dim] = [self.kv_heads, self.key_dim, self.value_dim].map(u64::from);
         let elements = match self.kind {
             StateKind::Cache => heads * (key_dim + value_dim) * u64::from(PAGE_POSITIONS),
+            StateKind::Latent => heads * key_dim * u64::from(PAGE_POSITIONS),
             StateKind::Recurrent => heads * key_dim * value_dim,
         };
         elements / self.format.block_len() as u64 * self.format.block_bytes() as u64
@@ -405,7 +420,7 @@ pub enum Op<T = TensorId, S = StateId> {
     },
     /// Stores keys and values of the step's tokens in the KV cache.
     KvWrite {
-        /// `[tokens, kv_heads * key_dim]`.
+        /// `[tokens, kv_heads * key_dim]`; of a latent cache, the elements of keys behind the values.
         k: T,
         /// `[tokens, kv_heads * value_dim]`.
         v: T,
@@ -492,6 +507,29 @@ pub enum Op<T = TensorId, S = StateId> {
         group: u32,
         /// The first element.
         first: u32,
+    },
+    /// The reverse of [`Op::Slice`]: each `group` elements of a row of `out` are the next `first` elements of `a`, and then the next
+    /// of `b`, or all of them if it has as many columns as one group takes.
+    Join {
+        /// `[rows, groups * first]`.
+        a: T,
+        /// `[rows, groups * (group - first)]` or `[rows, group - first]`.
+        b: T,
+        /// `[rows, groups * group]`.
+        out: T,
+        /// Elements of a group of `out`.
+        group: u32,
+        /// Those of them that are of `a`.
+        first: u32,
+    },
+    /// The product of each block of columns with a matrix of its own, such as one for each head.
+    BlockMatMul {
+        /// `[rows, blocks * cols]`.
+        x: T,
+        /// Blocks × `[outputs, cols]`.
+        weight: T,
+        /// `[rows, blocks * outputs]`.
+        out: T,
     },
     /// The product with a weight, element by element: column c with element `c mod n` of `n`.
     Mul {
@@ -611,6 +649,8 @@ impl<T, S> Op<T, S> {
             Op::Conv { .. } => "Conv",
             Op::Recur { .. } => "Recur",
             Op::Slice { .. } => "Slice",
+            Op::Join { .. } => "Join",
+            Op::BlockMatMul { .. } => "BlockMatMul",
             Op::Mul { .. } => "Mul",
             Op::Glu { .. } => "Glu",
             Op::Add { .. } => "Add",
@@ -711,6 +751,13 @@ impl<T, S> Op<T, S> {
             },
             Op::Slice { x, out, group, first } => {
                 Op::Slice { x: t(x, Read)?, out: t(out, Write)?, group: *group, first: *first }
+            }
+            Op::Join { a, b, out, group, first } => {
+                let (a, b) = (t(a, Read)?, t(b, Read)?);
+                Op::Join { a, b, out: t(out, Write)?, group: *group, first: *first }
+            }
+            Op::BlockMatMul { x, weight, out } => {
+                Op::BlockMatMul { x: t(x, Read)?, weight: t(weight, Read)?, out: t(out, Write)? }
             }
             Op::Mul { x, weight, out } => {
                 Op::Mul { x: t(x, Read)?, weight: t(weight, Read)?, out: t(out, Write)? }
@@ -1365,6 +1412,27 @@ impl<'a> Builder<'a> {
         let (rows, cols) = self.shape(x);
         let out = self.result(name, rows, (cols / group.max(1)).saturating_mul(len), Format::F32);
         self.push(Op::Slice { x, out, group, first });
+        out
+    }
+
+    /// [`Op::Join`] of groups of `first` elements of `a` and `last` of `b`.
+    pub fn join(&mut self, name: &str, a: TensorId, b: TensorId, first: u32, last: u32) -> TensorId {
+        let ((rows, cols), group) = (self.shape(a), first.saturating_add(last));
+        let out = self.result(name, rows, (cols / first.max(1)).saturating_mul(group), Format::F32);
+        self.push(Op::Join { a, b, out, group, first });
+        out
+    }
+
+    /// [`Op::BlockMatMul`].
+    pub fn block_linear(&mut self, name: &str, x: TensorId, weight: TensorId) -> TensorId {
+        let t = self.program.tensor(weight);
+        let outputs = match t.rows {
+            Dim::Fixed(rows) => t.experts.saturating_mul(rows),
+            _ => 0,
+        };
+        let rows = self.shape(x).0;
+        let out = self.result(name, rows, outputs, Format::F32);
+        self.push(Op::BlockMatMul { x, weight, out });
         out
     }
 

@@ -179,6 +179,21 @@ impl Wanted {
                     let of_groups = |parts: &u32| (cols / parts).is_multiple_of(*group);
                     wanted.set(*x, parts.filter(of_groups));
                 }
+                Op::Slice { x, out, group, .. } => {
+                    let cols = program.tensor(*x).cols;
+                    wanted.set(*x, wanted.get(*out).filter(|parts| (cols / parts).is_multiple_of(*group)));
+                }
+                Op::Join { a, b, out, group, first } => {
+                    let cols = program.tensor(*out).cols;
+                    let parts = wanted.get(*out).filter(|parts| (cols / parts).is_multiple_of(*group));
+                    wanted.set(*a, parts);
+                    let is_shared = program.tensor(*b).cols == group - first;
+                    wanted.set(*b, if is_shared { Some(1) } else { parts });
+                }
+                Op::BlockMatMul { x, weight, out } => {
+                    let blocks = program.tensor(*weight).experts;
+                    wanted.set(*x, wanted.get(*out).filter(|parts| blocks.is_multiple_of(*parts)));
+                }
                 // A router is small, and every chip needs all of its result.
                 Op::Route { logits, .. } => wanted.set(*logits, Some(1)),
                 _ => {}
@@ -384,11 +399,13 @@ impl<'a> Sharing<'a> {
             experts.len() as u32 == t.experts && rows.len() as u32 == all_rows && cols.len() as u32 == t.cols;
         let rows_of_one = t.experts == 1 && cols.len() as u32 == t.cols;
         let elements_of_one = t.experts == 1 && all_rows == 1;
+        let whole_matrices = rows.len() as u32 == all_rows && cols.len() as u32 == t.cols;
         let per_block = t.format.block_len() as u64;
         let bytes = |elements: u64| elements / per_block * t.format.block_bytes() as u64;
-        let first = u64::from(rows.start) * u64::from(t.cols) + u64::from(cols.start);
-        let count = rows.len() as u64 * cols.len() as u64;
-        let consecutive = is_whole || rows_of_one || elements_of_one;
+        let first_row = u64::from(experts.start) * u64::from(all_rows) + u64::from(rows.start);
+        let first = first_row * u64::from(t.cols) + u64::from(cols.start);
+        let count = experts.len() as u64 * rows.len() as u64 * cols.len() as u64;
+        let consecutive = is_whole || rows_of_one || elements_of_one || whole_matrices;
         let range = consecutive.then(|| match is_whole {
             true => 0..self.whole.fixed_bytes(weight).unwrap_or(0),
             false => bytes(first)..bytes(first + count),
@@ -506,6 +523,26 @@ impl<'a> Sharing<'a> {
                 self.push(Op::KvWrite { k, v, state: *state });
                 Ok(())
             }
+            Op::Join { a, b, out, group, first } => {
+                let (parts, last) = (self.parts(*a), group - first);
+                let divides = (self.whole.tensor(*a).cols / first).is_multiple_of(parts);
+                let parts = if divides { parts } else { 1 };
+                let of_b = if self.whole.tensor(*b).cols == last { 1 } else { parts };
+                let (a, b) = (self.need(*a, parts)?, self.need(*b, of_b)?);
+                let out = self.result(*out, parts);
+                self.push(Op::Join { a, b, out, group: *group, first: *first });
+                Ok(())
+            }
+            Op::BlockMatMul { x, weight, out } => {
+                let t = self.whole.tensor(*weight);
+                let (blocks, rows, cols) = (t.experts, passes::rows(t.rows, 0, 0) as u32, t.cols);
+                let parts = Some(self.parts(*x)).filter(|&parts| blocks.is_multiple_of(parts)).unwrap_or(1);
+                let experts = self.range(blocks, parts);
+                let weight = self.slice(Slice { weight: *weight, experts, rows: 0..rows, cols: 0..cols });
+                let (x, out) = (self.need(*x, parts)?, self.result(*out, parts));
+                self.push(Op::BlockMatMul { x, weight, out });
+                Ok(())
+            }
             // Ops on each element, head or group stay divided where all their operands are divided alike.
             _ => {
                 let mut operands = Vec::new();
@@ -527,7 +564,7 @@ impl<'a> Sharing<'a> {
         let unit = match op {
             Op::Add { .. } | Op::Glu { .. } | Op::Unary { .. } | Op::Gather { .. } => 1,
             Op::Rope { rotation, .. } => rotation.head_dim,
-            Op::Norm { group, .. } => *group,
+            Op::Norm { group, .. } | Op::Slice { group, .. } => *group,
             Op::Mul { weight, .. } => self.whole.tensor(*weight).cols,
             _ => return 1,
         };

@@ -15,6 +15,8 @@ use crate::rng::SplitMix64;
 const WEIGHT_RMS: f32 = 0.02;
 /// Minimum elements of a row of a matrix; shorter rows are those of convolutions and columns.
 const MATRIX_COLS: u64 = 32;
+/// The format of DeepSeek's rows that are no whole blocks of another.
+const SHORT_ROWS: Format = Format::Q8_0;
 /// Minimum bytes to generate at a time.
 const CHUNK_BYTES: usize = 1 << 16;
 
@@ -73,6 +75,21 @@ pub enum Family {
         state_size: u32,
         /// The layers with attention.
         attention: &'static [u32],
+    },
+    /// `deepseek2`: latent attention without a latent vector of queries, and mixtures of experts behind a dense layer.
+    Deepseek2 {
+        /// Elements of the latent vector.
+        latent: u32,
+        /// Elements of a head's key, and those of them that are rotated.
+        key_length: u32,
+        /// See `key_length`.
+        rotated: u32,
+        /// Elements of a head's value.
+        value_length: u32,
+        /// Hidden elements of an expert, and experts that all tokens use.
+        expert_length: u32,
+        /// See `expert_length`.
+        shared_experts: u32,
     },
     /// `gemma4`: windows in four of five layers, inputs for each layer, shared caches.
     Gemma4 {
@@ -151,6 +168,10 @@ shapes! {
         Family::Qwen35 { head_length: 256, rotated: 64, key_heads: 16, value_heads: 16, state_size: 128 };
     "granite-4-micro-h": 2048 40 32 8 8192 100352 131072 10_000.0 0 0,
         Family::GraniteHybrid { heads: 64, state_size: 128, attention: &[5, 15, 25, 35] };
+    "deepseek-v2-lite": 2048 27 16 1 10944 102400 163840 10_000.0 64 6,
+        Family::Deepseek2 {
+            latent: 512, key_length: 192, rotated: 64, value_length: 128, expert_length: 1408, shared_experts: 2
+        };
     "gemma-4-e2b":  1536 35  8  1  6144 262144 131072 1_000_000.0 0 0,
         Family::Gemma4 { head_length: 512, input_length: 256, shared_layers: 20 };
 }
@@ -187,7 +208,7 @@ crate::setters!(const Formats { output: Format });
 pub struct Synth {
     header: Writer,
     /// The formats of matrices and the scales of their blocks.
-    scales: [(Format, f32); 3],
+    scales: [(Format, f32); 4],
     rng: SplitMix64,
 }
 
@@ -200,7 +221,10 @@ impl Synth {
     pub fn new(shape: &Shape, formats: Formats, seed: u64) -> Result<Synth> {
         let mut rng = SplitMix64::new(seed);
         let mut scale = |format| Ok((format, block_scale(format, &mut rng)?));
-        let scales = [scale(formats.weights)?, scale(formats.output)?, scale(Format::F32)?];
+        // A generator of its own keeps the files of shapes that have no short rows.
+        let short = block_scale(SHORT_ROWS, &mut SplitMix64::new(seed))?;
+        let [weights, output, plain] = [scale(formats.weights)?, scale(formats.output)?, scale(Format::F32)?];
+        let scales = [weights, output, plain, (SHORT_ROWS, short)];
         Ok(Synth { header: header(shape, formats)?, scales, rng })
     }
 
@@ -385,6 +409,50 @@ fn header(shape: &Shape, formats: Formats) -> Result<Writer> {
                 file.feed_forward(layer, dim, hidden, 0, "ffn_norm")?;
             }
         }
+        Family::Deepseek2 { latent, key_length, rotated, value_length, expert_length, shared_experts } => {
+            file.key("attention.head_count_kv", shape.head_count_kv)?;
+            file.key("feed_forward_length", shape.feed_forward_length)?;
+            for (key, value) in [
+                ("attention.kv_lora_rank", latent),
+                ("attention.key_length", latent + rotated),
+                ("attention.value_length", latent),
+                ("attention.key_length_mla", key_length),
+                ("attention.value_length_mla", value_length),
+                ("rope.dimension_count", rotated),
+                ("leading_dense_block_count", 1),
+                ("expert_feed_forward_length", expert_length),
+                ("expert_shared_count", shared_experts),
+                ("expert_gating_func", 1),
+                // The rotation of the published model.
+                ("rope.scaling.original_context_length", 4096),
+            ] {
+                file.key(key, value)?;
+            }
+            file.key("rope.scaling.type", "yarn")?;
+            file.key("rope.scaling.factor", 40.0f32)?;
+            file.key("rope.scaling.yarn_log_multiplier", 0.0707f32)?;
+            file.w.tensor("output.weight", &[dim, vocab], formats.output)?;
+            let [rank, key, rotated, value] = [latent, key_length, rotated, value_length].map(u64::from);
+            let [heads, experts, inner, shared] =
+                [shape.head_count, shape.expert_count, expert_length, shared_experts].map(u64::from);
+            for layer in 0..layers {
+                file.layer(layer, "attn_norm", &[dim])?;
+                file.layer(layer, "attn_q", &[dim, heads * key])?;
+                file.layer(layer, "attn_kv_a_mqa", &[dim, rank + rotated])?;
+                file.layer(layer, "attn_kv_a_norm", &[rank])?;
+                file.layer(layer, "attn_k_b", &[key.saturating_sub(rotated), rank, heads])?;
+                file.layer(layer, "attn_v_b", &[rank, value, heads])?;
+                file.layer(layer, "attn_output", &[heads * value, dim])?;
+                if layer == 0 {
+                    file.feed_forward(layer, dim, hidden, 0, "ffn_norm")?;
+                    continue;
+                }
+                file.feed_forward(layer, dim, inner, experts, "ffn_norm")?;
+                file.layer(layer, "ffn_gate_shexp", &[dim, shared * inner])?;
+                file.layer(layer, "ffn_up_shexp", &[dim, shared * inner])?;
+                file.layer(layer, "ffn_down_shexp", &[shared * inner, dim])?;
+            }
+        }
         Family::Gemma4 { head_length, input_length, shared_layers } => {
             let (own, input) = (layers.saturating_sub(shared_layers), u64::from(input_length));
             let is_local = |layer: u32| !(layer + 1).is_multiple_of(5);
@@ -446,6 +514,7 @@ impl Family {
             Family::Lfm2 { .. } => "lfm2",
             Family::Qwen35 { .. } => "qwen35",
             Family::GraniteHybrid { .. } => "granitehybrid",
+            Family::Deepseek2 { .. } => "deepseek2",
             Family::Gemma4 { .. } => "gemma4",
         }
     }
@@ -466,7 +535,14 @@ impl File {
     /// Matrices have the format of weights; vectors, columns and rows of a few elements are plain.
     fn tensor(&mut self, name: &str, dims: &[u64]) -> Result<()> {
         let is_matrix = dims.len() > 1 && dims[0] >= MATRIX_COLS && !name.ends_with("ffn_gate_inp.weight");
-        self.w.tensor(name, dims, if is_matrix { self.formats.weights } else { Format::F32 })
+        let is_short = self.formats.weights.row_bytes(dims[0] as usize).is_none();
+        let format = match self.architecture {
+            _ if !is_matrix => Format::F32,
+            // As its published files, which are in blocks of 256 otherwise.
+            "deepseek2" if is_short => SHORT_ROWS,
+            _ => self.formats.weights,
+        };
+        self.w.tensor(name, dims, format)
     }
 
     fn layer(&mut self, layer: u32, name: &str, dims: &[u64]) -> Result<()> {

@@ -50,6 +50,12 @@ pub(crate) fn validate(program: &Program) -> Result<()> {
                 s.name
             )));
         }
+        if s.kind == StateKind::Latent && (s.kv_heads != 1 || s.key_dim <= s.value_dim) {
+            return Err(Error::Program(format!(
+                "state `{}`: a latent cache has one KV head, and keys longer than values; got {} and {} and {} elements",
+                s.name, s.kv_heads, s.key_dim, s.value_dim
+            )));
+        }
         let recurrent = s.kind == StateKind::Recurrent;
         if recurrent && (s.format != Format::F32 || !s.causal) {
             return Err(Error::Program(format!("state `{}`: a recurrent state is causal, in F32", s.name)));
@@ -186,7 +192,10 @@ impl Check<'_> {
     /// A KV cache.
     fn cache(&self, id: StateId) -> std::result::Result<&State, String> {
         let s = self.state(id)?;
-        if s.kind == StateKind::Cache { Ok(s) } else { Err(format!("state `{}` is not a KV cache", s.name)) }
+        if s.kind == StateKind::Recurrent {
+            return Err(format!("state `{}` is not a KV cache", s.name));
+        }
+        Ok(s)
     }
 
     /// A recurrent state of this shape.
@@ -231,7 +240,7 @@ impl Check<'_> {
 
     /// The keys and values of a cache.
     fn keys_and_values(&self, k: TensorId, v: TensorId, s: &State) -> Checked {
-        self.is(k, Dim::Tokens, s.kv_heads.saturating_mul(s.key_dim))?;
+        self.is(k, Dim::Tokens, s.kv_heads.saturating_mul(s.key_only()))?;
         self.is(v, Dim::Tokens, s.kv_heads.saturating_mul(s.value_dim))
     }
 
@@ -283,7 +292,7 @@ impl Check<'_> {
             Op::Rope { x, out, rotation } => self.rotated(*x, *out, rotation),
             Op::RopeKv { q, k, v, out, state, rotation } => {
                 let s = self.cache(*state)?;
-                if rotation.head_dim != s.key_dim {
+                if s.kind != StateKind::Cache || rotation.head_dim != s.key_dim {
                     return Err(format!("heads of {} for keys of {} elements", rotation.head_dim, s.key_dim));
                 }
                 if s.format.block_len() > 1 {
@@ -346,6 +355,32 @@ impl Check<'_> {
                     return Err(format!("{out_cols} of {cols} columns from element {first} of each {group}"));
                 }
                 Ok(())
+            }
+            Op::Join { a, b, out, group, first } => {
+                let (a_cols, b_cols, cols) = (t(*a).cols, t(*b).cols, t(*out).cols);
+                self.like(*a, *a)?;
+                self.is(*b, t(*a).rows, b_cols)?;
+                self.is(*out, t(*a).rows, cols)?;
+                let groups = cols.checked_div(*group).unwrap_or(0);
+                let of = |each: u32| u64::from(groups) * u64::from(each);
+                let last = group.saturating_sub(*first);
+                let is_whole = of(*group) == u64::from(cols) && of(*first) == u64::from(a_cols);
+                if last == 0 || !is_whole || (b_cols != last && u64::from(b_cols) != of(last)) {
+                    return Err(format!(
+                        "{cols} columns in groups of {group}: {first} of {a_cols}, then of {b_cols}"
+                    ));
+                }
+                Ok(())
+            }
+            Op::BlockMatMul { x, weight, out } => {
+                let (blocks, outputs) = (t(*weight).experts, self.fixed_rows(*weight));
+                if blocks as usize > halite_kernels::rows::MAX_EXPERTS {
+                    return Err(format!("{blocks} blocks: at most {}", halite_kernels::rows::MAX_EXPERTS));
+                }
+                let cols = t(*x).cols / blocks.max(1);
+                self.is(*x, t(*x).rows, blocks.saturating_mul(cols))?;
+                self.matrix(*weight, blocks, outputs, cols)?;
+                self.is(*out, t(*x).rows, blocks.saturating_mul(outputs))
             }
             Op::Mul { x, weight, out } => {
                 let (cols, n) = (t(*x).cols, t(*weight).cols);

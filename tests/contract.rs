@@ -26,10 +26,16 @@ fn repository() -> &'static Path {
 
 /// Small models of several formats; more of them where the golden set lies beside the checkout.
 fn models() -> Vec<Arc<Model>> {
-    let mut paths: Vec<PathBuf> =
-        ["llama-Q4_K_M", "llama-Q4_0", "llama-TQ1_0", "families/lfm2", "families/qwen35"]
-            .map(|f| repository().join(format!("tests/data/golden/{f}.gguf")))
-            .into();
+    let mut paths: Vec<PathBuf> = [
+        "llama-Q4_K_M",
+        "llama-Q4_0",
+        "llama-TQ1_0",
+        "families/lfm2",
+        "families/qwen35",
+        "families/deepseek2-v3",
+    ]
+    .map(|f| repository().join(format!("tests/data/golden/{f}.gguf")))
+    .into();
     if let Some(golden) = golden::folder() {
         paths.extend(
             ["Q5_0", "Q6_K", "Q8_0", "F16", "MXFP4-raw", "IQ2_XS-raw"]

@@ -79,6 +79,7 @@ fn all_families_give_the_same_bits() {
         let program = model.program(ProgramOptions::default(), CONTEXT).unwrap();
         let lacks = |op: &Op| match op {
             Op::Conv { .. } | Op::Recur { .. } | Op::Slice { .. } | Op::Mul { .. } => true,
+            Op::Join { .. } | Op::BlockMatMul { .. } => true,
             Op::Route { bias, groups, .. } => bias.is_some() || groups.is_some(),
             _ => false,
         };

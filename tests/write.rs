@@ -136,6 +136,7 @@ fn named_shapes_have_their_models_sizes() {
         ("llama-3-8b", 8_030_261_248),
         ("mistral-7b", 7_241_732_096),
         ("mixtral-8x7b", 46_702_792_704),
+        ("deepseek-v2-lite", 15_706_484_224),
     ];
     let formats = Formats::of(Format::Q4_0);
     for (name, parameters) in published {

@@ -280,9 +280,12 @@ static void check_op(Check *check, const HaliteOp *op) {
     case HALITE_OP_NORM: check_number(check, "norm", o->norm.kind, HALITE_NORM_LAYER); break;
     case HALITE_OP_MATMUL: check_matmul(check, &o->matmul); break;
     case HALITE_OP_ROPE: check_pairing(check, &o->rope.rotation); break;
-    case HALITE_OP_KV_WRITE: check_state(check, o->kv_write.state); break;
+    case HALITE_OP_KV_WRITE:
+    case HALITE_OP_LATENT_WRITE: check_state(check, o->kv_write.state); break;
     case HALITE_OP_ROPE_KV: check_rope_kv(check, &o->rope_kv); break;
-    case HALITE_OP_ATTEND: check_state(check, o->attend.state); break;
+    case HALITE_OP_ATTEND:
+    case HALITE_OP_LATENT_ATTEND: check_state(check, o->attend.state); break;
+    case HALITE_OP_BLOCK_MATMUL: check_weight(check, o->block_matmul.weight); break;
     case HALITE_OP_GLU: check_gate(check, &o->glu.act); break;
     case HALITE_OP_UNARY: check_number(check, "function", o->unary.function, HALITE_UNARY_SOFT_CAP); break;
     case HALITE_OP_ROUTE: check_number(check, "gating", o->route.gating, HALITE_GATING_SIGMOID); break;
@@ -291,7 +294,7 @@ static void check_op(Check *check, const HaliteOp *op) {
         break;
     case HALITE_OP_EXPERTS: check_experts(check, &o->experts); break;
     case HALITE_OP_RECUR: check_number(check, "rule", o->recur.rule, HALITE_RULE_SCAN); break;
-    default: check_number(check, "op", op->kind, HALITE_OP_ROUTE_AMONG); /* Nothing else to check. */
+    default: check_number(check, "op", op->kind, HALITE_OP_LATENT_ATTEND); /* Nothing else to check. */
     }
 }
 
@@ -568,6 +571,19 @@ static void slice(Run *run, const HaliteSlice *op) {
     }
 }
 
+static void join(Run *run, const HaliteJoin *op) {
+    Tensor a = find(run, op->a), b = find(run, op->b), out = find(run, op->out);
+    uint32_t groups = out.cols / op->group, last = op->group - op->first;
+    for (uint32_t t = 0; t < out.rows; t++) {
+        const float *first = row_of(a, t), *then = row_of(b, t);
+        float *to = row_of(out, t);
+        for (uint32_t i = 0; i < groups; i++) {
+            memcpy(to + i * op->group, first + i * op->first, op->first * sizeof *to);
+            memcpy(to + i * op->group + op->first, then + i * last % b.cols, last * sizeof *to);
+        }
+    }
+}
+
 /* ---- Embeddings and outputs ---- */
 
 static void decode(Run *run, Tensor table, uint32_t row, float *out) {
@@ -721,6 +737,18 @@ static void linear(Run *run, uint32_t weight, uint32_t bias, uint32_t expert, co
         add_rows(y, added, matrix.rows, y);
 }
 
+/* Each block of a row with a matrix of its own. */
+static void block_matmul(Run *run, const HaliteBlockMatMul *op) {
+    Tensor x = find(run, op->x), weight = find(run, op->weight), out = find(run, op->out);
+    uint32_t blocks = x.cols / weight.cols;
+    for (uint32_t t = 0; t < x.rows && run->status == HALITE_OK; t++) {
+        const float *from = row_of(x, t);
+        float *to = row_of(out, t);
+        for (uint32_t i = 0; i < blocks; i++)
+            linear(run, op->weight, HALITE_NONE, i, from + i * weight.cols, to + i * weight.rows);
+    }
+}
+
 static void matmul_row(Run *run, const HaliteMatMul *op, uint32_t t) {
     const float *x = row_of(find(run, op->x), t);
     Tensor out = find(run, op->outs[0]);
@@ -806,8 +834,15 @@ static Element key_element(const Position *at, uint32_t head, uint32_t d) {
     return element;
 }
 
-/* Element `d` of a head's value: the elements of a slot lie side by side, behind all keys. */
+static int is_latent(const HaliteState *state) {
+    return state->kind == HALITE_STATE_LATENT;
+}
+
+/* Element `d` of a head's value: the elements of a slot lie side by side, behind all keys. A latent value is the
+ * beginning of the key. */
 static Element value_element(const Position *at, uint32_t head, uint32_t d) {
+    if (is_latent(at->state))
+        return key_element(at, head, d);
     uint64_t dim = at->state->value_dim;
     uint64_t before = (uint64_t)at->state->kv_heads * at->state->key_dim + head * dim;
     Element element;
@@ -818,7 +853,7 @@ static Element value_element(const Position *at, uint32_t head, uint32_t d) {
 
 /* The scales, which lie behind the codes. */
 static uint16_t *scales_of(const Position *at) {
-    uint64_t dims = (uint64_t)at->state->key_dim + at->state->value_dim;
+    uint64_t dims = (uint64_t)at->state->key_dim + (is_latent(at->state) ? 0 : at->state->value_dim);
     uint64_t codes = at->state->kv_heads * dims * HALITE_PAGE_POSITIONS;
     return (uint16_t *)(at->page + (at->state->format == HALITE_Q4_0 ? codes / 2 : codes));
 }
@@ -877,14 +912,19 @@ static void store(const Position *at, Element first, uint64_t stride, const floa
     }
 }
 
-/* Stores a head's key or value in blocks. Only formats of single elements have a shorter last block. */
-static void store_blocks(const Position *at, uint32_t head, int is_key, const float *x, uint32_t dim) {
+/* Stores elements of a head's key, from number `first` on, in blocks. Only formats of single elements have a shorter
+ * last block. */
+static void store_key(const Position *at, uint32_t head, uint32_t first, const float *x, uint32_t dim) {
     for (uint32_t d = 0; d < dim; d += BLOCK) {
         uint32_t count = dim - d < BLOCK ? dim - d : BLOCK;
-        if (is_key)
-            store(at, key_element(at, head, d), HALITE_PAGE_POSITIONS, x + d, count);
-        else
-            store(at, value_element(at, head, d), 1, x + d, count);
+        store(at, key_element(at, head, first + d), HALITE_PAGE_POSITIONS, x + d, count);
+    }
+}
+
+static void store_value(const Position *at, uint32_t head, const float *x, uint32_t dim) {
+    for (uint32_t d = 0; d < dim; d += BLOCK) {
+        uint32_t count = dim - d < BLOCK ? dim - d : BLOCK;
+        store(at, value_element(at, head, d), 1, x + d, count);
     }
 }
 
@@ -892,9 +932,14 @@ static void store_blocks(const Position *at, uint32_t head, int is_key, const fl
 static void store_token(const Run *run, uint32_t state_number, uint32_t t, const float *k, const float *v) {
     Position at = find_position(run, state_number, t, run->plan->tokens[t].position);
     uint32_t key_dim = at.state->key_dim, value_dim = at.state->value_dim;
+    if (is_latent(at.state)) {
+        store_key(&at, 0, 0, v, value_dim);
+        store_key(&at, 0, value_dim, k, key_dim - value_dim);
+        return;
+    }
     for (uint32_t head = 0; head < at.state->kv_heads; head++) {
-        store_blocks(&at, head, 1, k + head * key_dim, key_dim);
-        store_blocks(&at, head, 0, v + head * value_dim, value_dim);
+        store_key(&at, head, 0, k + head * key_dim, key_dim);
+        store_value(&at, head, v + head * value_dim, value_dim);
     }
 }
 
@@ -1346,9 +1391,11 @@ static void run_op(Run *run, const HaliteOp *op) {
     case HALITE_OP_NORM: norm(run, &o->norm); break;
     case HALITE_OP_MATMUL: matmul(run, &o->matmul); break;
     case HALITE_OP_ROPE: rope(run, &o->rope); break;
-    case HALITE_OP_KV_WRITE: kv_write(run, &o->kv_write); break;
+    case HALITE_OP_KV_WRITE:
+    case HALITE_OP_LATENT_WRITE: kv_write(run, &o->kv_write); break;
     case HALITE_OP_ROPE_KV: rope_kv(run, &o->rope_kv); break;
-    case HALITE_OP_ATTEND: attend(run, &o->attend); break;
+    case HALITE_OP_ATTEND:
+    case HALITE_OP_LATENT_ATTEND: attend(run, &o->attend); break;
     case HALITE_OP_GLU: glu(run, &o->glu); break;
     case HALITE_OP_ADD: add(run, &o->add); break;
     case HALITE_OP_UNARY: unary(run, &o->unary); break;
@@ -1361,6 +1408,8 @@ static void run_op(Run *run, const HaliteOp *op) {
     case HALITE_OP_SLICE: slice(run, &o->slice); break;
     case HALITE_OP_MUL: mul(run, &o->mul); break;
     case HALITE_OP_ROUTE_AMONG: route_among(run, &o->route_among); break;
+    case HALITE_OP_JOIN: join(run, &o->join); break;
+    case HALITE_OP_BLOCK_MATMUL: block_matmul(run, &o->block_matmul); break;
     default: run->status = say(run->message, HALITE_ERROR, "op %" PRIu32 " was prepared", op->kind);
     }
 }

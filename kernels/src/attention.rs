@@ -325,15 +325,31 @@ fn attend_rows_inline<I: Isa, T: KvFormat>(
         }
         for d in (0..value_dim).step_by(CHUNK) {
             let width = (value_dim - d).min(CHUNK);
-            let first = a.shape.kv_heads * key_dim + a.kv_head * value_dim + d;
+            // Latent values lie as keys do.
+            let (first, place, stride, rows) = match a.shape.latent {
+                true => (d, a.shape.key(d), CHUNK, (0, width)),
+                false => (
+                    a.shape.kv_heads * key_dim + a.kv_head * value_dim + d,
+                    a.shape.value(a.kv_head, 0) + d,
+                    value_dim,
+                    all,
+                ),
+            };
             let values = Factor {
-                elements: &page[(a.shape.value(a.kv_head, 0) + d) / T::PACKED..],
-                stride: value_dim,
-                rows: all,
+                elements: &page[place / T::PACKED..],
+                stride,
+                rows,
                 scales: &scales::<I, T>(isa, page, a.shape, first / BLOCK),
                 ahead,
             };
-            let copied = (shared || width < CHUNK).then(|| values.copy::<I, false>(isa, width, tile));
+            let copied = if a.shape.latent {
+                values.copy::<I, true>(isa, CHUNK, tile);
+                transpose(tile);
+                let elements = tile.as_flattened();
+                Some(Factor { elements, stride: CHUNK, rows: all, scales: values.scales, ahead: 0 })
+            } else {
+                (shared || width < CHUNK).then(|| values.copy::<I, false>(isa, width, tile))
+            };
             let mut r = 0;
             while r < n {
                 let (low, high) = valid[r];
@@ -362,6 +378,16 @@ fn attend_rows_inline<I: Isa, T: KvFormat>(
         }
     }
     (max, sum)
+}
+
+/// Exchanges rows and columns.
+#[inline(always)]
+fn transpose(tile: &mut [[f32; CHUNK]; CHUNK]) {
+    for i in 0..CHUNK {
+        for j in 0..i {
+            (tile[i][j], tile[j][i]) = (tile[j][i], tile[i][j]);
+        }
+    }
 }
 
 /// Adds the sink and divides by the sum.

@@ -15,7 +15,7 @@ fn values(len: usize) -> Vec<f32> {
 #[test]
 fn chunks_merged_a_few_at_a_time_are_the_whole() {
     const HEADS: usize = 3;
-    let shape = PageShape { kv_heads: 2, key_dim: 40, value_dim: 80 };
+    let shape = PageShape { kv_heads: 2, key_dim: 40, value_dim: 80, latent: false };
     let head = shape.value_dim + 2;
     let (q, sinks) = (values(HEADS * shape.key_dim), values(HEADS));
     let table = [4, 0, 3, 1, 2];
@@ -82,7 +82,7 @@ fn chunks_merged_a_few_at_a_time_are_the_whole() {
 /// has them; positions beside the written ones stay as they were.
 #[test]
 fn a_page_in_q4_0_holds_its_blocks() {
-    let shape = PageShape { kv_heads: 2, key_dim: 64, value_dim: 32 };
+    let shape = PageShape { kv_heads: 2, key_dim: 64, value_dim: 32, latent: false };
     let (keys, values_of) = (shape.kv_heads * shape.key_dim, shape.kv_heads * shape.value_dim);
     let mut data = vec![0xa5; 3 * shape.bytes(Format::Q4_0)];
     let before = data.clone();
@@ -136,7 +136,7 @@ fn a_page_in_q4_0_holds_its_blocks() {
 /// Rows that share a pass, for which codes are turned to f32 once, find what each finds alone.
 #[test]
 fn codes_are_read_alike_for_few_rows_and_for_many() {
-    let shape = PageShape { kv_heads: 1, key_dim: 96, value_dim: 96 };
+    let shape = PageShape { kv_heads: 1, key_dim: 96, value_dim: 96, latent: false };
     let mut codes = vec![0u8; 2 * shape.bytes(Format::Q4_0)];
     for position in 0..2 * CHUNK {
         let x = &values(shape.key_dim * (position + 1))[shape.key_dim * position..];

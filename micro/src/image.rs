@@ -105,6 +105,7 @@ impl State {
             kv_heads: self.kv_heads as usize,
             key_dim: self.key_dim as usize,
             value_dim: self.value_dim as usize,
+            latent: false,
         }
     }
 

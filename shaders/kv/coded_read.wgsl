@@ -5,5 +5,5 @@ fn key(page: u32, d: u32, slot: u32) -> f32 {
     return scaled(page, key_place(d, slot), scale_place(page, d / 32u, slot));
 }
 fn value(page: u32, d: u32, slot: u32) -> f32 {
-    return scaled(page, value_place(d, slot), scale_place(page, (KEYS + d) / 32u, slot));
+    return scaled(page, value_place(d, slot), scale_place(page, value_block(d), slot));
 }

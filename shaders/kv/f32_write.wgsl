@@ -1,5 +1,5 @@
-const KEY_UNITS: u32 = KEYS;
-const UNITS: u32 = KEYS + VALUES;
+const KEY_UNITS: u32 = KEY_ONLY;
+const UNITS: u32 = KEY_ONLY + VALUES;
 
 fn put_key(page: u32, slot: u32, d: u32, element: f32) {
     atomicStore(&kv[page * PAGE + key_place(d, slot)], bitcast<u32>(element));

@@ -220,6 +220,7 @@ impl Backend for Cpu {
     fn supports(&self, sig: &OpSig<'_>) -> Support {
         let weights = match sig.op {
             Op::MatMul { parts, .. } => parts.iter().map(|part| part.weight).collect::<Vec<_>>(),
+            Op::BlockMatMul { weight, .. } => vec![*weight],
             Op::Experts { gate, up, down, .. } => vec![*gate, *up, *down],
             _ => vec![],
         };
@@ -238,7 +239,7 @@ impl Backend for Cpu {
         };
         let mut lines: Vec<String> = match sig.op {
             Op::MatMul { parts, .. } => parts.iter().map(|part| line(part.weight)).collect(),
-            Op::Experts { gate, .. } => vec![line(*gate)],
+            Op::Experts { gate: weight, .. } | Op::BlockMatMul { weight, .. } => vec![line(*weight)],
             _ => vec![self.isa.name().into()],
         };
         lines.dedup();
@@ -298,6 +299,8 @@ struct Scratch {
     pairs: u64,
     expert_cols: u64,
     expert_hidden: u64,
+    /// Elements of the largest input and output of a product by blocks.
+    blocks: [u64; 2],
     /// Keys of one token that are rotated on the way to the cache.
     rotated: u64,
 }
@@ -330,6 +333,16 @@ impl Scratch {
                     s.quantised =
                         s.quantised.max(pairs.saturating_mul(padded(cols.max(hidden) as usize) as u64));
                 }
+                Op::BlockMatMul { x, weight, out } => {
+                    let (weight, t) = (program.tensor(*weight), program.tensor(*x));
+                    let rows = crate::passes::rows(t.rows, limits.tokens, limits.outputs);
+                    let cols = [t.cols, program.tensor(*out).cols];
+                    let blocks = rows.saturating_mul(weight.experts.into());
+                    s.quantised = s.quantised.max(blocks.saturating_mul(padded(weight.cols as usize) as u64));
+                    for (most, cols) in s.blocks.iter_mut().zip(cols) {
+                        *most = (*most).max(rows.saturating_mul(cols.into()));
+                    }
+                }
                 Op::RopeKv { k, .. } => s.rotated = s.rotated.max(program.tensor(*k).cols.into()),
                 Op::Attend { state, heads, .. } => {
                     let value_dim =
@@ -351,10 +364,10 @@ impl Scratch {
             self.quantised,
             self.quantised / 32 + 1,
             self.quantised / PADDING as u64 * SUMS as u64,
-            pairs.saturating_mul(cols),
+            pairs.saturating_mul(cols).max(self.blocks[0]),
             self.up,
             pairs.saturating_mul(hidden),
-            pairs.saturating_mul(cols),
+            pairs.saturating_mul(cols).max(self.blocks[1]),
             self.attended,
             self.rotated,
         ]
@@ -891,6 +904,30 @@ impl CpuKernels {
         });
     }
 
+    /// [`Op::BlockMatMul`]: all rows of a block meet its matrix at once.
+    fn block_products(&mut self, x: &HostTensor<'_>, weight: &HostTensor<'_>, out: &mut HostTensor<'_>) {
+        let (blocks, cols, outputs, rows) = (weight.experts, weight.cols, weight.rows, x.rows);
+        let (isa, pool) = (self.isa, self.pool.clone());
+        let KernelMemory { q8_0, q8_k, input, output, .. } = &mut self.memory;
+        let (input, output) = (&mut input[..rows * x.cols], &mut output[..rows * out.cols]);
+        for (i, x) in x.floats().chunks_exact(cols).enumerate() {
+            input[(i % blocks * rows + i / blocks) * cols..][..cols].copy_from_slice(x);
+        }
+        let stacked = weight.stacked();
+        let product = |block: usize| Product::of_expert(stacked, None, outputs, block);
+        let input = Input::new(isa, &pool, (q8_0, q8_k), input, &[product(0)]);
+        let mut ends = [0; rows::MAX_EXPERTS];
+        let ends = &mut ends[..blocks];
+        ends.iter_mut().enumerate().for_each(|(block, end)| *end = (block + 1) * rows);
+        let panel = PanelMut::new(&mut *output, outputs);
+        pool.blocks([panel], ends, grain(rows, cols), &|block, first, [mut out]| {
+            input.product(isa, &product(block), block * rows, first, &mut out);
+        });
+        for (i, out) in out.floats_mut().chunks_exact_mut(outputs).enumerate() {
+            out.copy_from_slice(&output[(i % blocks * rows + i / blocks) * outputs..][..outputs]);
+        }
+    }
+
     /// [`Op::Experts`].
     fn experts(&mut self, op: &mut HostOp<'_>) -> Result<()> {
         let Op::Experts { x, ids, weights, gate, up: up_weight, down, biases, out, act } = op else {
@@ -1071,11 +1108,12 @@ fn kv_write(
 ) {
     let (shape, group) = (state.shape, state.group);
     let mut pages = state.pages_mut();
+    let cols = shape.kv_heads * shape.key_only();
     for (t, v) in v.chunks_exact(shape.kv_heads * shape.value_dim).enumerate() {
         let (table, position) = step.place(t, group);
         let (chunk, slot) = (position / PAGE_POSITIONS, position % PAGE_POSITIONS);
         let page = table.get(chunk as usize).map_or(usize::MAX, |&p| p as usize);
-        keys(t, shape.kv_heads * shape.key_dim, &mut |k| {
+        keys(t, cols, &mut |k| {
             attention::write(&mut pages, shape, page, slot as usize, k, v);
         });
     }
@@ -1194,7 +1232,7 @@ impl Kernels for CpuKernels {
                 });
             }
             Op::Recur { q, k, v, decay, a, rule, state, out } => {
-                let PageShape { kv_heads: heads, key_dim, value_dim } = state.shape;
+                let PageShape { kv_heads: heads, key_dim, value_dim, .. } = state.shape;
                 let (key_width, group, cols) = (k.cols, state.group, out.cols);
                 let [q, k, v, decay, a] = [q, k, v, decay, a].map(|x| x.floats());
                 // A rule that threads can share.
@@ -1250,6 +1288,24 @@ impl Kernels for CpuKernels {
                     }
                 });
             }
+            Op::Join { a, b, out, group, first } => {
+                let (a_cols, b_cols, cols) = (a.cols, b.cols, out.cols);
+                let (group, start) = (*group as usize, *first as usize);
+                let (a, b) = (a.floats(), b.floats());
+                self.rows(out.floats_mut(), cols, &|first, out| {
+                    for (i, out) in out.chunks_exact_mut(cols).enumerate() {
+                        let row = first + i;
+                        let a = a[row * a_cols..][..a_cols].chunks_exact(start);
+                        let b = b[row * b_cols..][..b_cols].chunks_exact(group - start).cycle();
+                        for (out, (a, b)) in out.chunks_exact_mut(group).zip(a.zip(b)) {
+                            let (first, last) = out.split_at_mut(start);
+                            first.copy_from_slice(a);
+                            last.copy_from_slice(b);
+                        }
+                    }
+                });
+            }
+            Op::BlockMatMul { x, weight, out } => self.block_products(x, weight, out),
             Op::Mul { x, weight, out } => {
                 let (x, weight) = (x.floats(), weight.floats());
                 if let [factor] = *weight {

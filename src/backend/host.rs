@@ -25,7 +25,9 @@ use crate::map::{Region, Spilled};
 pub use crate::memory::{Allocator, System, Words};
 use crate::memory::{Zeroed, reserved, zeroed};
 use crate::passes;
-use crate::program::{Access, Dim, Epilogue, Index, MAX_PARTS, Op, Program, Slot, StateId, TensorId};
+use crate::program::{
+    Access, Dim, Epilogue, Index, MAX_PARTS, Op, Program, Slot, StateId, StateKind, TensorId,
+};
 
 /// A weight's bytes and shape.
 #[derive(Debug, Clone, Copy)]
@@ -233,7 +235,7 @@ impl HostState<'_> {
 
     /// The pages of a recurrent state, one a row, to read and write.
     pub fn rows_mut(&mut self) -> PanelMut<'_> {
-        let PageShape { kv_heads, key_dim, value_dim } = self.shape;
+        let PageShape { kv_heads, key_dim, value_dim, .. } = self.shape;
         let floats = bytemuck::try_cast_slice_mut(self.memory.bytes_mut()).unwrap_or(&mut []);
         PanelMut::new(floats, kv_heads * key_dim * value_dim)
     }
@@ -635,6 +637,7 @@ fn cache(program: &Program, id: StateId) -> Result<Cache> {
         kv_heads: state.kv_heads as usize,
         key_dim: state.key_dim as usize,
         value_dim: state.value_dim as usize,
+        latent: state.kind == StateKind::Latent,
     };
     let (group, window, causal) = (program.kv_group(state), state.window, state.causal);
     Ok(Cache { id, format: state.format, shape, group, window, causal })

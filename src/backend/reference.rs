@@ -323,11 +323,15 @@ fn attend(
         // Elements of a position before this head's key, and before its value.
         let keys = kv_head * shape.key_dim;
         let values = shape.kv_heads * shape.key_dim + kv_head * shape.value_dim;
+        let latent = shape.latent;
         let key = |d: usize, j: usize| {
             let scale = (keys + d) / BLOCK * CHUNK + j;
             element(format, shape, page, (keys + d) * CHUNK + j, scale)
         };
         let value = |d: usize, j: usize| {
+            if latent {
+                return key(d, j);
+            }
             let scale = (values + d) / BLOCK * CHUNK + j;
             element(format, shape, page, values * CHUNK + j * shape.value_dim + d, scale)
         };
@@ -457,10 +461,14 @@ fn route(
 /// Writes one token's keys and values to position `slot` of `page`.
 fn kv_write(pages: &mut PagesMut<'_>, shape: PageShape, page: usize, slot: usize, k: &[f32], v: &[f32]) {
     let key = |i: usize| i * CHUNK + slot;
+    let keys = shape.kv_heads * shape.key_dim;
     let value = |i: usize| {
         let (head, d) = (i / shape.value_dim, i % shape.value_dim);
-        (k.len() + head * shape.value_dim) * CHUNK + slot * shape.value_dim + d
+        (keys + head * shape.value_dim) * CHUNK + slot * shape.value_dim + d
     };
+    // A latent value is the first part of the key.
+    let joined = if shape.latent { [v, k].concat() } else { k.to_vec() };
+    let (k, v) = (&*joined, if shape.latent { &[] } else { v });
     let (format, bytes) = (pages.format, shape.bytes(pages.format));
     let page = &mut pages.bytes[page * bytes..][..bytes];
     for (block, x) in k.chunks(BLOCK).enumerate() {
@@ -475,7 +483,7 @@ fn kv_write(pages: &mut PagesMut<'_>, shape: PageShape, page: usize, slot: usize
 /// The keys and values of all tokens of a step into the cache.
 fn kv_write_all(k: &[f32], v: &[f32], state: &mut HostState<'_>, step: &HostStep<'_>) {
     let (shape, group) = (state.shape, state.group);
-    let rows = k.chunks_exact(shape.kv_heads * shape.key_dim);
+    let rows = k.chunks_exact(shape.kv_heads * shape.key_only());
     let rows = rows.zip(v.chunks_exact(shape.kv_heads * shape.value_dim));
     let mut pages = state.pages_mut();
     for (t, (k, v)) in rows.enumerate() {
@@ -614,7 +622,7 @@ impl Kernels for Definitions {
                 });
             }
             Op::Recur { q, k, v, decay, a, rule, state, out } => {
-                let PageShape { kv_heads: heads, key_dim, value_dim } = state.shape;
+                let PageShape { kv_heads: heads, key_dim, value_dim, .. } = state.shape;
                 let (keys, group, cols) = (k.cols, state.group, out.cols);
                 let [q, k, v, decay, a] = [q, k, v, decay, a].map(|x| x.floats());
                 let (mut states, mut out) = (state.rows_mut(), PanelMut::new(out.floats_mut(), cols));
@@ -657,6 +665,25 @@ impl Kernels for Definitions {
                     let (row, col) = (i / out_cols, i % out_cols);
                     x[row * cols + col / len * group + first + col % len]
                 });
+            }
+            Op::Join { a, b, out, group, first } => {
+                let (cols, group, first) = (out.cols, *group as usize, *first as usize);
+                let (a_cols, b_cols, last) = (a.cols, b.cols, group - first);
+                let (a, b) = (a.floats(), b.floats());
+                each(out, |i| {
+                    let (row, n, d) = (i / cols, i % cols / group, i % group);
+                    match d.checked_sub(first) {
+                        None => a[row * a_cols + n * first + d],
+                        Some(d) => b[row * b_cols + (n * last + d) % b_cols],
+                    }
+                });
+            }
+            Op::BlockMatMul { x, weight, out } => {
+                let blocks = x.floats().chunks_exact(weight.cols).enumerate();
+                let outs = out.floats_mut().chunks_exact_mut(weight.rows);
+                for ((i, x), out) in blocks.zip(outs) {
+                    out.copy_from_slice(&product(weight.expert(i % weight.experts), None, x));
+                }
             }
             Op::Mul { x, weight, out } => {
                 let (x, weight) = (x.floats(), weight.floats());

@@ -103,6 +103,7 @@ pub fn op_bound(program: &Program, op: &Op) -> f64 {
             let products = parts.iter().map(|part| of_weight(&part.weight)).fold(0.0, f64::max);
             if let Epilogue::Glu(act) = epilogue { products.max(gate_bound(*act)) } else { products }
         }
+        Op::BlockMatMul { weight, .. } => of_weight(weight),
         Op::Experts { gate, up, down, .. } => {
             10.0 * [gate, up, down].map(of_weight).into_iter().fold(0.0, f64::max)
         }
@@ -126,6 +127,7 @@ fn ordinary() -> Vec<Case> {
     matmuls(&mut cases);
     rows(&mut cases);
     attention(&mut cases);
+    latent_attention(&mut cases);
     rotated_caches(&mut cases);
     recurrences(&mut cases);
     experts(&mut cases);
@@ -960,13 +962,64 @@ fn rotated_caches(cases: &mut Cases) {
 /// Adds attention of one input to a state with keys and values of two others.
 fn attended(b: &mut Builder<'_>, kv: State, heads: u32, scale: f32, softcap: Option<f32>, sinks: bool) {
     let q = b.input("q", Dim::Tokens, heads * kv.key_dim);
-    let k = b.input("k", Dim::Tokens, kv.kv_heads * kv.key_dim);
+    let k = b.input("k", Dim::Tokens, kv.kv_heads * kv.key_only());
     let v = b.input("v", Dim::Tokens, kv.kv_heads * kv.value_dim);
     let kv = b.state(kv);
     let sinks = sinks.then(|| b.weight("sinks", 1, heads));
     b.kv_write(k, v, kv);
     let y = b.attend(q, kv, heads, scale, softcap, sinks);
     b.output(y);
+}
+
+/// What latent attention has besides: caches of latent vectors, products by heads, and heads joined of two parts.
+fn latent_attention(cases: &mut Cases) {
+    let steps: [&[(u32, u32)]; 5] = [
+        &[(0, 67), (0, 0)],
+        &[(67, 1), (0, 3)],
+        &[(68, 61), (3, 70)],
+        &[(129, 130), (73, 0)],
+        &[(259, 1), (73, 1)],
+    ];
+    for format in kv::formats() {
+        for (heads, key_dim, value_dim) in [(5, 44, 37), (3, 96, 64), (16, 160, 128), (70, 96, 32)] {
+            let block = format.block_len() as u32;
+            if key_dim % block != 0 || value_dim % block != 0 {
+                continue;
+            }
+            let name = format!("Attend {} latent {heads}/1 {key_dim}/{value_dim}", format.name());
+            cases.add(name, &[], &steps, ATTEND_BOUND, |b| {
+                let kv = State::latent("kv", key_dim, value_dim, format);
+                attended(b, kv, heads, 1.0 / (key_dim as f32).sqrt(), None, false);
+            });
+        }
+    }
+    for (cols, groups, first, last, shared) in [
+        (96, 4, 24, 8, true),
+        (96, 4, 24, 8, false),
+        (10, 5, 2, 3, false),
+        (7, 1, 7, 1, true),
+        (640, 5, 128, 64, true),
+    ] {
+        cases.row(format!("Join {groups}x{first}+{last} shared={shared}"), &[], 5, |b| {
+            let a = b.input("a", Dim::Tokens, cols);
+            let other = b.input("b", Dim::Tokens, if shared { last } else { groups * last });
+            let y = b.join("y", a, other, first, last);
+            b.output(y);
+        });
+    }
+    for format in [Format::F32, Format::BF16, Format::Q8_0, Format::Q4_0, Format::Q4_K, Format::Q6_K] {
+        for (blocks, outputs, tokens) in [(3, 40, 1), (5, 16, 3), (2, 33, 11), (1, 24, 2), (16, 48, 67)] {
+            let cols = if unit(format) == 1 { 20 } else { unit(format) };
+            let name = format!("BlockMatMul {} {blocks}x{outputs}x{cols} tokens={tokens}", format.name());
+            let weights = [("w", format, vec![cols.into(), outputs.into(), blocks.into()])];
+            cases.add(name, &weights, &[&[(0, tokens)]], bound(format), |b| {
+                let x = b.input("x", Dim::Tokens, blocks * cols);
+                let w = b.expert_weight("w", blocks, outputs, cols);
+                let y = b.block_linear("y", x, w);
+                b.output(y);
+            });
+        }
+    }
 }
 
 fn attention(cases: &mut Cases) {

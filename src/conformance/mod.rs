@@ -355,8 +355,26 @@ mod tests {
     fn every_op_and_format_has_cases() {
         let cases = cases();
         for op in [
-            "Embed", "Gather", "Norm", "MatMul", "Rope", "RopeKv", "Attend", "Glu", "Add", "Unary", "Route",
-            "Experts", "ArgMax", "TopK",
+            "Embed",
+            "Gather",
+            "Norm",
+            "MatMul",
+            "Rope",
+            "RopeKv",
+            "Attend",
+            "Glu",
+            "Add",
+            "Unary",
+            "Route",
+            "Experts",
+            "ArgMax",
+            "TopK",
+            "Conv",
+            "Recur",
+            "Slice",
+            "Mul",
+            "Join",
+            "BlockMatMul",
         ] {
             assert!(cases.iter().any(|c| c.name.starts_with(op)), "{op}");
         }

@@ -94,6 +94,12 @@ pub struct Hparams {
     pub rope_dimension_count_swa: Option<u32>,
     /// Sections of multi-dimensional rotary embedding, of which texts use the first three alike.
     pub rope_dimension_sections: Option<Vec<u32>>,
+    /// Elements of the latent vector of queries, and of that of keys and values.
+    pub q_lora_rank: Option<u32>,
+    pub kv_lora_rank: Option<u32>,
+    /// Elements of a head's key and value where `key_length` and `value_length` are those of the cache.
+    pub key_length_mla: Option<u32>,
+    pub value_length_mla: Option<u32>,
     /// Whether each layer is recurrent, if the file says so.
     pub recurrent_layers: Option<Vec<bool>>,
     /// Period of the layers with attention among recurrent ones.
@@ -422,6 +428,10 @@ impl Hparams {
             value_length_swa,
             rope_dimension_count_swa,
             rope_dimension_sections: gguf.optional_u32_per_layer(&key("rope.dimension_sections"), 4)?,
+            q_lora_rank: size("attention.q_lora_rank")?,
+            kv_lora_rank: head_size("attention.kv_lora_rank")?,
+            key_length_mla: head_size("attention.key_length_mla")?,
+            value_length_mla: head_size("attention.value_length_mla")?,
             recurrent_layers: recurrent_layers.map(|layers| layers.iter().map(|&is| is != 0).collect()),
             full_attention_interval: size("full_attention_interval")?,
             shortconv_l_cache: size("shortconv.l_cache")?,

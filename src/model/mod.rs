@@ -7,6 +7,7 @@ mod bert;
 mod cohere2;
 mod command_r;
 mod deepseek;
+mod deepseek2;
 mod exaone4;
 mod falcon;
 mod falcon_h1;
@@ -68,6 +69,7 @@ const FAMILIES: &[(&str, Record)] = &[
     ("cohere2", cohere2::record),
     ("command-r", command_r::record),
     ("deepseek", deepseek::record),
+    ("deepseek2", deepseek2::record),
     ("dots1", deepseek::record_balanced),
     ("ernie4_5", llama::record),
     ("ernie4_5-moe", deepseek::record_ernie),
@@ -96,6 +98,7 @@ const FAMILIES: &[(&str, Record)] = &[
     ("llama", llama::record),
     ("maincoder", hunyuan::record_maincoder),
     ("minicpm", granite::record_minicpm),
+    ("minicpm3", deepseek2::record_minicpm),
     ("minimax-m2", deepseek::record_minimax),
     ("mistral3", llama::record),
     ("nemotron", nemotron::record),

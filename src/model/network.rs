@@ -332,6 +332,66 @@ impl<'n, 'b> Network<'n, 'b> {
         self.linear("attn_output", "attn_output", attended, h.embedding_length)
     }
 
+    /// Multi-head latent attention (DeepSeek-AI 2024): keys and values are products of a latent vector, and all keys end in the
+    /// same rotated elements. Older files have one matrix for these products, and the cache keeps what they give. Where a file has
+    /// a matrix of each head for its keys and one for its values, the cache keeps the latent vector: queries are multiplied with
+    /// the one, results with the other.
+    pub fn latent_attention(&mut self, x: TensorId, rope: &Rotation, scale: f32) -> TensorId {
+        let h = self.h;
+        let rank = self.required("attention.kv_lora_rank", h.kv_lora_rank);
+        let heads = Hparams::at(&h.head_count, self.layer);
+        let (key, value) =
+            (h.key_length_mla.unwrap_or(h.key_length), h.value_length_mla.unwrap_or(h.value_length));
+        let turned = h.rope_dimension_count;
+        let (absorbed, kv_heads) = (self.has("attn_k_b.weight"), Hparams::at(&h.head_count_kv, self.layer));
+        if key <= turned || kv_heads != if absorbed { 1 } else { heads } {
+            self.b.fail(format!(
+                "layer {}: {turned} rotated elements of keys of {key}, {kv_heads} KV heads for {heads} heads: expected other \
+                elements, and {}",
+                self.layer,
+                if absorbed { "one KV head, that of the latent vectors" } else { "as many KV heads" }
+            ));
+            return x;
+        }
+        let plain = key - turned;
+        let rope = Rotation { head_dim: turned, ..rope.clone() };
+        let q = if self.has("attn_q_a.weight") {
+            let q_rank = self.required("attention.q_lora_rank", h.q_lora_rank);
+            let q = self.linear("q_latent", "attn_q_a", x, q_rank);
+            let q = self.norm_as("q_norm", "attn_q_a_norm", q);
+            self.linear("q", "attn_q_b", q, heads.saturating_mul(key))
+        } else {
+            self.linear("q", "attn_q", x, heads.saturating_mul(key))
+        };
+        let [latent, k] = self.fused_linear("attn_kv_a_mqa", x, [("kv_latent", rank), ("k", turned)]);
+        let latent = self.norm_as("kv_norm", "attn_kv_a_norm", latent);
+        let k = self.b.rope("k_rope", k, &rope);
+        let q_turned = self.b.slice("q_turned", q, key, plain, turned);
+        let q_turned = self.b.rope("q_rope", q_turned, &rope);
+        let q_plain = self.b.slice("q_plain", q, key, 0, plain);
+        let (name, prefix) = (format!("kv.{}", self.layer), self.prefix.clone());
+        let attended = if absorbed {
+            let keys = self.b.expert_weight(&format!("{prefix}attn_k_b.weight"), heads, rank, plain);
+            let values = self.b.expert_weight(&format!("{prefix}attn_v_b.weight"), heads, value, rank);
+            let q_plain = self.b.block_linear("q_of_latent", q_plain, keys);
+            let q = self.b.join("q_all", q_plain, q_turned, rank, turned);
+            let state = self.b.state(State::latent(name, rank + turned, rank, h.kv_format));
+            self.b.kv_write(k, latent, state);
+            let attended = self.b.attend(q, state, heads, scale, None, None);
+            self.b.block_linear("v", attended, values)
+        } else {
+            let kv = self.linear("kv", "attn_kv_b", latent, heads.saturating_mul(plain + value));
+            let k_plain = self.b.slice("k_plain", kv, plain + value, 0, plain);
+            let v = self.b.slice("v", kv, plain + value, plain, value);
+            let q = self.b.join("q_all", q_plain, q_turned, plain, turned);
+            let k = self.b.join("k_all", k_plain, k, plain, turned);
+            let state = self.b.state(State::new(name, heads, key, value, h.kv_format));
+            self.b.kv_write(k, v, state);
+            self.b.attend(q, state, heads, scale, None, None)
+        };
+        self.linear("attn_output", "attn_output", attended, h.embedding_length)
+    }
+
     /// The inputs of all layers for each token (Gemma 3n): an embedding, and a product of `x`; one layer after the other.
     pub fn per_layer_inputs(&mut self, x: TensorId, length: u32) -> TensorId {
         let h = self.h;

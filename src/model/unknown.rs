@@ -11,7 +11,6 @@ const BLOCKS: &[(&str, &[&str])] = &[
     ("delta rule with a decay for each channel", &["ssm_f_a"]),
     ("delta rule whose neighbouring value heads share a key", &["ssm_ba"]),
     ("state-space scan of Mamba 1", &["ssm_x"]),
-    ("multi-head latent attention", &["attn_kv_a_mqa", "attn_kv_b", "attn_k_b"]),
     ("sparse attention by an indexer", &["indexer"]),
     ("AltUp", &["altup_router", "altup_proj"]),
     ("Laurel", &["laurel_l"]),
@@ -26,6 +25,8 @@ const BLOCKS: &[(&str, &[&str])] = &[
 const LIKE: &[(&str, &[&str])] = &[
     ("qwen35", &["ssm_beta"]),
     ("lfm2", &["shortconv"]),
+    ("deepseek2", &["attn_kv_a_mqa", "ffn_gate_exps"]),
+    ("minicpm3", &["attn_kv_a_mqa"]),
     ("granitehybrid", &["ssm_in", "ssm_d"]),
     ("gemma4", &["per_layer_model_proj"]),
     ("gpt-oss", &["attn_sinks", "ffn_gate_exps"]),

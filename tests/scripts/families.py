@@ -45,6 +45,16 @@ GLM_4_5 = dict(EXPERTS | dict(hidden=48), layers=3, head=24, norms=("attn_norm",
                    "leading_dense_block_count": 1, "expert_feed_forward_length": 16, "expert_shared_count": 1, "expert_gating_func": 2,
                    "expert_weights_norm": True, "expert_weights_scale": 2.5})
 
+# Three heads: keys of 24 elements, 8 of them rotated, values of 12.
+LATENT = dict(EXPERTS | dict(hidden=48), dim=48, heads=3, layers=3, mixers=["latent"] * 3, rotated=8, shared=32, dense=1)
+LATENT_KEYS = {"leading_dense_block_count": 1, "expert_feed_forward_length": 16, "expert_shared_count": 2, "attention.kv_lora_rank": 32}
+EXPANDED = LATENT_KEYS | {"attention.key_length": 24, "attention.value_length": 12}
+ABSORBED = LATENT_KEYS | {"attention.key_length": 40, "attention.value_length": 32, "attention.key_length_mla": 24,
+                          "attention.value_length_mla": 12}
+DEEPSEEK_V3 = {"attention.q_lora_rank": 20, "expert_gating_func": 2, "expert_weights_norm": True, "expert_weights_scale": 2.5,
+               "expert_group_count": 3, "expert_group_used_count": 2}
+YARN_OF_SCORES = YARN | {"rope.scaling.factor": 40.0}
+
 FAMILIES = {
     "arcee": dict(head=16, ffn="plain", keys=YARN),
     # 32 layers: from their number, llama.cpp takes that the model has rotary positions.
@@ -69,6 +79,23 @@ FAMILIES = {
     "deepseek": dict(EXPERTS | dict(hidden=48), kv=2, layers=3, rotated=16, shared=32, dense=1,
                      keys={"rope.scaling.type": "none", "leading_dense_block_count": 1, "expert_feed_forward_length": 16,
                            "expert_weights_scale": 1.0, "expert_shared_count": 2}),
+    # From a number of 27 layers, llama.cpp takes that queries have no latent vector.
+    "deepseek2-lite": dict(LATENT, arch="deepseek2", dim=16, heads=2, kv=2, layers=27, mixers=["latent"] * 27, hidden=16, shared=8, keys=
+                           EXPANDED | YARN_OF_SCORES | {"attention.kv_lora_rank": 16, "attention.key_length": 16, "attention.value_length": 8,
+                                                        "expert_feed_forward_length": 4, "rope.scaling.yarn_log_multiplier": 0.0707}),
+    "deepseek2-lite-absorbed": dict(LATENT, arch="deepseek2", dim=16, heads=2, kv=1, layers=27, mixers=["latent"] * 27, hidden=16, shared=8,
+                                    keys=ABSORBED | YARN_OF_SCORES | {
+                                        "attention.kv_lora_rank": 16, "attention.key_length": 24, "attention.value_length": 16,
+                                        "attention.key_length_mla": 16, "attention.value_length_mla": 8,
+                                        "expert_feed_forward_length": 4, "rope.scaling.yarn_log_multiplier": 0.0707}),
+    "deepseek2-v3": dict(LATENT, arch="deepseek2", kv=1, router_bias=True,
+                         keys=ABSORBED | DEEPSEEK_V3 | YARN_OF_SCORES | {"rope.scaling.yarn_log_multiplier": 0.1}),
+    # Files of before they said how scores grow.
+    "deepseek2-v3-expanded": dict(LATENT, arch="deepseek2", kv=3, router_bias=True, keys=EXPANDED | DEEPSEEK_V3 | YARN_OF_SCORES),
+    # GLM-4.7-Flash has no YaRN.
+    "deepseek2-glm": dict(LATENT, arch="deepseek2", kv=1, router_bias=True, shared=16, base=1e6,
+                          keys=ABSORBED | DEEPSEEK_V3 | {"expert_shared_count": 1, "expert_group_count": 1, "expert_group_used_count": 1,
+                                                         "expert_weights_scale": 1.8}),
     "dots1": dict(EXPERTS | dict(hidden=48), kv=2, layers=3, head=16, qk_norm="head", base=1e7, shared=32, dense=1, router_bias=True,
                   keys={"leading_dense_block_count": 1, "expert_feed_forward_length": 16, "expert_weights_scale": 2.5,
                         "expert_shared_count": 2, "expert_weights_norm": True, "expert_gating_func": 2}),
@@ -128,6 +155,8 @@ FAMILIES = {
                         "expert_gating_func": 2}),
     "maincoder": dict(head=24, qk_norm="head", base=1e6, tied=True),
     "minicpm": dict(tied=True, keys=dict(logit_scale=9.0, residual_scale=0.22, embedding_scale=12.0)),
+    "minicpm3": dict(dim=48, heads=3, kv=3, mixers=["latent"] * 2, rotated=8, tied=True, long_rope=True, keys={
+        "attention.q_lora_rank": 20, "attention.kv_lora_rank": 32, "attention.key_length": 24}),
     "minimax-m2": dict(EXPERTS, heads=4, kv=2, head=16, qk_norm="row", base=5e6, rotated=8, router_bias=True,
                        keys={"expert_feed_forward_length": 16, "expert_gating_func": 2}),
     "nemotron": dict(norm="layer", ffn="plain", rotated=8),
@@ -201,7 +230,8 @@ class File:
 def model(name, arch=None, dim=32, heads=2, kv=1, head=None, hidden=48, layers=2, norm="rms", norm_bias=True, norms=PRE,
           qk_norm=None, fused_qkv=False, qkv_bias=False, out_bias=False, ffn="gated", ffn_bias=False, shared=0, shared_gate=False,
           tied=False, output_bias=False, positions=False, rotated=None, base=10000.0, rope_factors=False, mixers=None, gated=False,
-          last_norm="output_norm", windowed=None, window_head=None, layer_inputs=0, shared_kv=0, dense=0, router_bias=False, keys={}):
+          last_norm="output_norm", windowed=None, window_head=None, layer_inputs=0, shared_kv=0, dense=0, router_bias=False, long_rope=False,
+          keys={}):
     """The file of a family's row."""
     arch_name = arch or name
     file = File(name, arch_name)
@@ -244,6 +274,9 @@ def model(name, arch=None, dim=32, heads=2, kv=1, head=None, hidden=48, layers=2
     if rope_factors:
         pairs = (head or dim // heads) // 2
         file.writer.add_tensor("rope_freqs.weight", np.linspace(1, 8, pairs, dtype=np.float32))
+    if long_rope:
+        for which, end in ("short", 2), ("long", 8):
+            file.writer.add_tensor(f"rope_factors_{which}.weight", np.linspace(1, end, rotated // 2, dtype=np.float32))
     per_layer = lambda value, layer: value[layer] if isinstance(value, list) else value
     for layer in range(layers):
         at = f"blk.{layer}."
@@ -263,6 +296,8 @@ def model(name, arch=None, dim=32, heads=2, kv=1, head=None, hidden=48, layers=2
             delta_net(file, at, dim, keys)
         elif mixer == "mamba_2":
             mamba_2(file, at, dim, keys)
+        elif mixer == "latent":
+            latent(file, at, dim, heads, keys)
         elif mixer is None:
             pass
         elif fused_qkv:
@@ -308,6 +343,27 @@ def model(name, arch=None, dim=32, heads=2, kv=1, head=None, hidden=48, layers=2
         if shared_gate:
             file.tensor(at + "ffn_gate_inp_shexp.weight", dim, scale=dim**-0.5)
     return file
+
+
+def latent(file, at, dim, heads, keys):
+    rank, query_rank = keys["attention.kv_lora_rank"], keys.get("attention.q_lora_rank")
+    apart = "attention.key_length_mla" in keys
+    of_head = lambda which: keys.get(f"attention.{which}_length_mla", keys.get(f"attention.{which}_length", dim // heads))
+    key, value, turned = of_head("key"), of_head("value"), 8
+    if query_rank:
+        file.linear(at + "attn_q_a", dim, query_rank)
+        file.norm(at + "attn_q_a_norm", query_rank)
+        file.linear(at + "attn_q_b", query_rank, heads * key)
+    else:
+        file.linear(at + "attn_q", dim, heads * key)
+    file.linear(at + "attn_kv_a_mqa", dim, rank + turned)
+    file.norm(at + "attn_kv_a_norm", rank)
+    if apart:
+        file.linear(at + "attn_k_b", key - turned, rank, heads)
+        file.linear(at + "attn_v_b", rank, value, heads)
+    else:
+        file.linear(at + "attn_kv_b", rank, heads * (key - turned + value))
+    file.linear(at + "attn_output", heads * value, dim)
 
 
 def short_conv(file, at, dim, keys):

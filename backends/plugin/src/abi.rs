@@ -121,7 +121,7 @@ pub struct HaliteState {
     pub table: u32,
     pub page_bytes: u64,
     pub name: *const c_char,
-    /// HALITE_STATE_CACHE or HALITE_STATE_RECURRENT.
+    /// HALITE_STATE_CACHE, HALITE_STATE_RECURRENT or HALITE_STATE_LATENT.
     pub kind: u32,
     /// 0.
     pub reserved: u32,
@@ -133,6 +133,9 @@ pub const HALITE_STATE_CACHE: u32 = 0;
 /// are there. Others may be HALITE_NONE: what a position in such a page computes goes to the next page that is there. Only
 /// kinds of ops from HALITE_OP_CONV on use such states.
 pub const HALITE_STATE_RECURRENT: u32 = 1;
+/// A KV cache of one head whose pages have keys alone: the first `value_dim` elements of a key are the value. Only
+/// HALITE_OP_LATENT_WRITE and HALITE_OP_LATENT_ATTEND use such states.
+pub const HALITE_STATE_LATENT: u32 = 2;
 
 /// An activation of a gated linear unit: `act(gate) * up`.
 pub type HaliteGateKind = u32;
@@ -204,6 +207,12 @@ pub const HALITE_OP_RECUR: u32 = 16;
 pub const HALITE_OP_SLICE: u32 = 17;
 pub const HALITE_OP_MUL: u32 = 18;
 pub const HALITE_OP_ROUTE_AMONG: u32 = 19;
+pub const HALITE_OP_JOIN: u32 = 20;
+pub const HALITE_OP_BLOCK_MATMUL: u32 = 21;
+/// HaliteKvWrite to a state of HALITE_STATE_LATENT: `k` has the `key_dim - value_dim` elements behind the value.
+pub const HALITE_OP_LATENT_WRITE: u32 = 22;
+/// HaliteAttend to a state of HALITE_STATE_LATENT.
+pub const HALITE_OP_LATENT_ATTEND: u32 = 23;
 
 /// `out[t] = scale * table[row of t]`. A row beyond the table is HALITE_ARGUMENT.
 #[repr(C)]
@@ -494,6 +503,29 @@ pub struct HaliteSlice {
     pub first: u32,
 }
 
+/// Each `group` columns of `out` are the next `first` columns of `a`, and then the next `group - first` of `b`, or all of them if `b`
+/// has only so many.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct HaliteJoin {
+    pub a: u32,
+    pub b: u32,
+    pub out: u32,
+    pub group: u32,
+    pub first: u32,
+}
+
+/// The product of each block of columns with a matrix of its own: columns `n * cols` to `(n + 1) * cols` of `x` with matrix n of
+/// the weight, to columns `n * rows` to `(n + 1) * rows` of `out`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct HaliteBlockMatMul {
+    pub x: u32,
+    /// HaliteTensor::experts matrices of `[rows, cols]`.
+    pub weight: u32,
+    pub out: u32,
+}
+
 /// The product with a weight, element by element: column c with element `c mod n`.
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -542,6 +574,8 @@ pub union HaliteOperands {
     pub slice: HaliteSlice,
     pub mul: HaliteMul,
     pub route_among: HaliteRouteAmong,
+    pub join: HaliteJoin,
+    pub block_matmul: HaliteBlockMatMul,
 }
 
 #[repr(C)]

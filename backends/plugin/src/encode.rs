@@ -118,6 +118,7 @@ impl Encoded {
                 kind: match s.kind {
                     StateKind::Cache => Ok(HALITE_STATE_CACHE),
                     StateKind::Recurrent => Ok(HALITE_STATE_RECURRENT),
+                    StateKind::Latent => Ok(HALITE_STATE_LATENT),
                     other => Err(NotInAbi(format!("a state of kind {other:?}"))),
                 }?,
                 reserved: 0,
@@ -130,7 +131,7 @@ impl Encoded {
         });
         let places = List::from(places.collect::<Vec<_>>());
         let mut frequencies = Vec::new();
-        let ops = program.ops().map(|(_, op)| encode(op, &mut texts, &mut frequencies));
+        let ops = program.ops().map(|(_, op)| encode(program, op, &mut texts, &mut frequencies));
         let ops = ops.collect::<Result<Vec<_>, _>>()?;
         let op_pointers: Vec<*const HaliteOp> = ops.iter().map(ptr::from_ref).collect();
         let mut rest = &op_pointers[..];
@@ -239,7 +240,17 @@ fn array(ids: impl Iterator<Item = u32>) -> [u32; HALITE_MAX_PARTS] {
     all
 }
 
-fn encode(op: &Op, texts: &mut Texts, frequencies: &mut Vec<Arc<[f32]>>) -> Result<HaliteOp, NotInAbi> {
+fn encode(
+    program: &Program,
+    op: &Op,
+    texts: &mut Texts,
+    frequencies: &mut Vec<Arc<[f32]>>,
+) -> Result<HaliteOp, NotInAbi> {
+    // Older plug-ins know no latent caches, and refuse kinds of ops that they do not know.
+    let of_cache = |state: &StateId, plain: u32, latent: u32| {
+        let kind = program.states.get(state.0 as usize).map(|s| s.kind);
+        if kind == Some(StateKind::Latent) { latent } else { plain }
+    };
     let (kind, operands) = match op {
         Op::Embed { table, index, out, scale } => {
             let index = match index {
@@ -299,17 +310,18 @@ fn encode(op: &Op, texts: &mut Texts, frequencies: &mut Vec<Arc<[f32]>>) -> Resu
         }
         Op::KvWrite { k, v, state } => {
             let kv_write = HaliteKvWrite { k: k.0, v: v.0, state: state.0 };
-            (HALITE_OP_KV_WRITE, HaliteOperands { kv_write })
+            let kind = of_cache(state, HALITE_OP_KV_WRITE, HALITE_OP_LATENT_WRITE);
+            (kind, HaliteOperands { kv_write })
         }
         Op::RopeKv { q, k, v, out, state, rotation: r } => {
             let rotation = rotation(r, frequencies)?;
             let rope_kv = HaliteRopeKv { q: q.0, k: k.0, v: v.0, out: out.0, state: state.0, rotation };
             (HALITE_OP_ROPE_KV, HaliteOperands { rope_kv })
         }
-        Op::Attend { q, state: StateId(state), out, heads, scale, softcap, sinks } => {
+        Op::Attend { q, state, out, heads, scale, softcap, sinks } => {
             let attend = HaliteAttend {
                 q: q.0,
-                state: *state,
+                state: state.0,
                 out: out.0,
                 heads: *heads,
                 sinks: or_none(*sinks),
@@ -317,7 +329,8 @@ fn encode(op: &Op, texts: &mut Texts, frequencies: &mut Vec<Arc<[f32]>>) -> Resu
                 softcap: softcap.unwrap_or(0.0),
                 scale: *scale,
             };
-            (HALITE_OP_ATTEND, HaliteOperands { attend })
+            let kind = of_cache(state, HALITE_OP_ATTEND, HALITE_OP_LATENT_ATTEND);
+            (kind, HaliteOperands { attend })
         }
         Op::Glu { gate: g, up, out, act } => {
             let glu = HaliteGlu { gate: g.0, up: up.0, out: out.0, act: gate(*act)? };
@@ -408,6 +421,14 @@ fn encode(op: &Op, texts: &mut Texts, frequencies: &mut Vec<Arc<[f32]>>) -> Resu
         Op::Slice { x, out, group, first } => {
             let slice = HaliteSlice { x: x.0, out: out.0, group: *group, first: *first };
             (HALITE_OP_SLICE, HaliteOperands { slice })
+        }
+        Op::Join { a, b, out, group, first } => {
+            let join = HaliteJoin { a: a.0, b: b.0, out: out.0, group: *group, first: *first };
+            (HALITE_OP_JOIN, HaliteOperands { join })
+        }
+        Op::BlockMatMul { x, weight, out } => {
+            let block_matmul = HaliteBlockMatMul { x: x.0, weight: weight.0, out: out.0 };
+            (HALITE_OP_BLOCK_MATMUL, HaliteOperands { block_matmul })
         }
         Op::Mul { x, weight, out } => {
             (HALITE_OP_MUL, HaliteOperands { mul: HaliteMul { x: x.0, weight: weight.0, out: out.0 } })

@@ -128,6 +128,7 @@ impl Kernels for SimKernels {
                         };
                         machine.product(command, reads, writes, epilogue)
                     }
+                    Op::BlockMatMul { .. } => machine.product(command, reads, writes, Epilogue::None),
                     // In one stage, rows are whole.
                     Op::Norm { .. } if pieces => norm(machine, step, command, reads, writes),
                     Op::Experts { .. } => experts(machine, step, command, reads, writes),
@@ -189,9 +190,11 @@ fn operands<'a>(op: &'a mut HostOp<'_>) -> (Vec<&'a [u8]>, Vec<&'a mut [u8]>) {
         | Op::Slice { x, out, .. }
         | Op::Unary { x, out, .. }
         | Op::ArgMax { x, out } => (vec![x.bytes()], vec![out.bytes_mut()]),
-        Op::Glu { gate: a, up: b, out, .. } | Op::Add { a, b, out } | Op::Mul { x: a, weight: b, out } => {
-            (vec![a.bytes(), b.bytes()], vec![out.bytes_mut()])
-        }
+        Op::Glu { gate: a, up: b, out, .. }
+        | Op::Add { a, b, out }
+        | Op::Join { a, b, out, .. }
+        | Op::BlockMatMul { x: a, weight: b, out }
+        | Op::Mul { x: a, weight: b, out } => (vec![a.bytes(), b.bytes()], vec![out.bytes_mut()]),
         Op::Norm { x, add, sum, weight, bias, out, .. } => {
             let mut outputs = vec![out.bytes_mut()];
             outputs.extend(sum.as_mut().map(|sum| sum.bytes_mut()));
@@ -260,10 +263,20 @@ fn units(
     {
         let (mut reads, mut writes) = (reads.iter(), writes.iter_mut());
         let tensor = |&id: &TensorId, access| {
-            let (format, cols) = (program.tensor(id).format, cols(id) as usize);
+            let format = program.tensor(id).format;
+            let cols = |bytes: usize| match op {
+                // Operands have different units.
+                Op::Join { .. } => bytes / 4 / count.max(1) as usize,
+                _ => cols(id) as usize,
+            };
             let slot = match access {
-                Access::Read => reads.next().map(|bytes| HostTensor::shared(bytes, format, cols)),
-                Access::Write => writes.next().map(|bytes| HostTensor::unique(bytes, format, cols)),
+                Access::Read => {
+                    reads.next().map(|bytes| HostTensor::shared(bytes, format, cols(bytes.len())))
+                }
+                Access::Write => writes.next().map(|bytes| {
+                    let cols = cols(bytes.len());
+                    HostTensor::unique(bytes, format, cols)
+                }),
             };
             slot.ok_or_else(|| unknown(command))
         };

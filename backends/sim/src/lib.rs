@@ -324,7 +324,7 @@ impl Backend for Sim {
 fn name(program: &Program, op: &Op) -> String {
     let weight = match op {
         Op::MatMul { parts, .. } => parts.first().map(|p| p.weight),
-        Op::Experts { gate, .. } => Some(*gate),
+        Op::Experts { gate: weight, .. } | Op::BlockMatMul { weight, .. } => Some(*weight),
         _ => None,
     };
     match weight {

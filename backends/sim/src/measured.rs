@@ -57,6 +57,10 @@ pub fn error(chip: &Chip, program: &Program) -> (Option<f64>, Vec<String>) {
                 missing.insert("of experts".to_owned());
                 continue;
             }
+            Op::BlockMatMul { .. } => {
+                missing.insert("of heads".to_owned());
+                continue;
+            }
             _ => continue,
         };
         for (weight, k) in products {

@@ -8,7 +8,9 @@ use halite_kernels::rows::Unary;
 use super::tile::{Operand, VectorWork};
 use halite::backend::{Span, Step};
 use halite::passes;
-use halite::program::{self, Dim, Gating, Index, NormKind, Op, PAGE_POSITIONS, Program, State, TensorId};
+use halite::program::{
+    self, Dim, Gating, Index, NormKind, Op, PAGE_POSITIONS, Program, State, StateKind, TensorId,
+};
 use halite::{Error, Result};
 
 /// An op in a step.
@@ -20,6 +22,8 @@ pub enum Shape {
     Norm(Norm),
     /// Products with weights.
     Product(Product),
+    /// Products of blocks of columns, each with a matrix of its own.
+    Blocks(Blocks),
     /// Attention.
     Attend(Attend),
     /// A mixture of experts.
@@ -100,6 +104,21 @@ pub struct Product {
     pub out_rows: Option<Vec<u32>>,
 }
 
+/// Products of blocks of columns, each with a matrix of its own.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Blocks {
+    /// Rows of activations.
+    pub m: u32,
+    /// Blocks of each.
+    pub blocks: u32,
+    /// Elements of a block.
+    pub k: u32,
+    /// Rows of a matrix.
+    pub n: u32,
+    /// Format of the matrices.
+    pub format: Format,
+}
+
 /// One weight of a [`Product`].
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Part {
@@ -139,6 +158,8 @@ pub struct Attend {
     pub value_dim: u32,
     /// Format of the cache.
     pub format: Format,
+    /// Whether the first elements of a key are the value.
+    pub latent: bool,
     /// Sliding window.
     pub window: Option<u32>,
     /// Whether attention is causal.
@@ -373,6 +394,7 @@ pub fn shape(program: &Program, op: &Op, step: &Step<'_>, ids: Option<&[i32]>) -
                 key_dim: s.key_dim,
                 value_dim: s.value_dim,
                 format: s.format,
+                latent: s.kind == StateKind::Latent,
                 window: s.window,
                 causal: s.causal,
                 sinks: sinks.is_some(),
@@ -425,6 +447,29 @@ pub fn shape(program: &Program, op: &Op, step: &Step<'_>, ids: Option<&[i32]>) -
             writes: vec![Rows::own(Operand::Out(0), cols(*out) / (cols(*x) / group))],
             work: work(SIMPLE),
         }),
+        Op::Join { a, b, out, group, first } => {
+            let (groups, last) = (cols(*a) / first, group - first);
+            let count = rows(*out) * groups;
+            let index = match cols(*b) / last {
+                1 => RowIndex::Gather((0..count).map(|unit| unit / groups).collect()),
+                _ => RowIndex::Own,
+            };
+            Shape::Units(Units {
+                count,
+                pieces: 1,
+                reads: vec![
+                    Rows::own(Operand::In(0), *first),
+                    Rows { index, ..Rows::own(Operand::In(1), last) },
+                ],
+                writes: vec![Rows::own(Operand::Out(0), *group)],
+                work: work(SIMPLE),
+            })
+        }
+        Op::BlockMatMul { x, weight, .. } => {
+            let t = program.tensor(*weight);
+            let (m, n) = (rows(*x), fixed(program, *weight));
+            Shape::Blocks(Blocks { m, blocks: t.experts, k: t.cols, n, format: t.format })
+        }
         Op::Mul { x, weight, .. } => {
             let n = cols(*weight);
             // Runs of elements with one factor, or with as many factors.
@@ -559,7 +604,8 @@ impl Attend {
         let positions = u64::from(PAGE_POSITIONS);
         let (heads, head) = (u64::from(self.kv_heads), u64::from(kv_head));
         let dims = [u64::from(self.key_dim), u64::from(self.value_dim)];
-        let elements = heads * (dims[0] + dims[1]) * positions;
+        let dims = if self.latent { &dims[..1] } else { &dims[..] };
+        let elements = heads * dims.iter().sum::<u64>() * positions;
         // Two bytes of a block are its scale.
         let (block, block_bytes) = (self.format.block_len() as u64, self.format.block_bytes() as u64);
         let scale_bytes = if block > 1 { 2 } else { 0 };
@@ -568,14 +614,14 @@ impl Attend {
         let mut pieces = Vec::with_capacity(4);
         // Values come behind the keys of all heads, and so do their scales.
         let mut before = 0;
-        for dim in dims {
+        for &dim in dims {
             let place = base + bytes((before + head * dim) * positions);
             pieces.push((place, bytes(dim * positions) as u32));
             before += heads * dim;
         }
         if scale_bytes > 0 {
             let mut before = bytes(elements);
-            for dim in dims {
+            for &dim in dims {
                 let bytes = dim / block * positions * scale_bytes;
                 pieces.push((base + before + head * bytes, bytes as u32));
                 before += heads * bytes;

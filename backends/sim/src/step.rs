@@ -65,6 +65,7 @@ fn is_empty(shape: &Shape) -> bool {
         Shape::Units(units) => units.count == 0,
         Shape::Norm(norm) => norm.rows.count == 0,
         Shape::Product(product) => product.m == 0,
+        Shape::Blocks(blocks) => blocks.m == 0,
         Shape::Attend(attend) => attend.spans.is_empty(),
         Shape::Experts(experts) => experts.tokens == 0,
         Shape::ArgMax { rows, .. } | Shape::TopK { rows, .. } => *rows == 0,

@@ -158,7 +158,7 @@ fn name_of(program: &Program, op: &Op) -> String {
     match op {
         Op::MatMul { parts, .. } => parts.iter().for_each(|part| add(part.weight)),
         Op::Experts { gate, up, down, .. } => [*gate, *up, *down].into_iter().for_each(add),
-        Op::Embed { table, .. } => add(*table),
+        Op::Embed { table: weight, .. } | Op::BlockMatMul { weight, .. } => add(*weight),
         Op::Norm { weight: Some(weight), .. } => add(*weight),
         // It writes no tensor.
         Op::KvWrite { k, v, .. } => [*k, *v].into_iter().for_each(add),
@@ -180,7 +180,9 @@ fn format_of(program: &Program, op: &Op) -> String {
         Op::Experts { gate, up, down, .. } => {
             [gate, up, down].into_iter().for_each(|&id| add(program.tensor(id).format))
         }
-        Op::Embed { table, .. } => add(program.tensor(*table).format),
+        Op::Embed { table: weight, .. } | Op::BlockMatMul { weight, .. } => {
+            add(program.tensor(*weight).format)
+        }
         Op::Attend { state, .. } | Op::KvWrite { state, .. } | Op::RopeKv { state, .. } => {
             program.states.get(state.0 as usize).iter().for_each(|state| add(state.format))
         }
@@ -211,6 +213,9 @@ fn shape_of(program: &Program, op: &Op) -> String {
             format!("{} of {experts} {}x{}", cols(*ids), cols(*x), rows(*gate))
         }
         Op::Embed { table, .. } => format!("{}x{}", rows(*table), cols(*table)),
+        Op::BlockMatMul { weight, .. } => {
+            format!("{} of {}x{}", program.tensor(*weight).experts, cols(*weight), rows(*weight))
+        }
         Op::Norm { x, group, add, .. } => {
             let then = if add.is_some() { " add" } else { "" };
             match cols(*x) / group.max(&1) {
@@ -241,6 +246,7 @@ fn shape_of(program: &Program, op: &Op) -> String {
             format!("{}/{key_heads}x{}/{}", s.kv_heads, s.key_dim, s.value_dim)
         }
         Op::Slice { x, out, .. } => format!("{} of {}", cols(*out), cols(*x)),
+        Op::Join { a, b, .. } => format!("{}+{}", cols(*a), cols(*b)),
         Op::Gather { x, .. }
         | Op::Unary { x, .. }
         | Op::ArgMax { x, .. }

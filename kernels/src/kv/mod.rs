@@ -6,6 +6,8 @@
 //! the scales follow, in half precision, little-endian: `[kv_heads][key_dim / 32][CHUNK]` of the keys, then
 //! `[kv_heads][value_dim / 32][CHUNK]` of the values. An element is scale times code, which f32 holds
 //! exactly.
+//!
+//! Of a latent cache, which has one head, a page holds keys alone: their first elements are the values.
 
 mod plain;
 mod q4_0;
@@ -55,12 +57,19 @@ pub struct PageShape {
     pub key_dim: usize,
     /// Elements of a value; a multiple of [`BLOCK`] in formats of codes.
     pub value_dim: usize,
+    /// Whether the first elements of a key are the value; then there is one head.
+    pub latent: bool,
 }
 
 impl PageShape {
     /// Elements of a page.
     pub const fn elements(&self) -> usize {
-        self.kv_heads * (self.key_dim + self.value_dim) * CHUNK
+        self.kv_heads * (self.key_dim + if self.latent { 0 } else { self.value_dim }) * CHUNK
+    }
+
+    /// Elements that are stored as a key besides the value.
+    pub const fn key_only(&self) -> usize {
+        if self.latent { self.key_dim - self.value_dim } else { self.key_dim }
     }
 
     /// Bytes of a page.
@@ -97,7 +106,7 @@ pub struct PagesMut<'a> {
     pub bytes: &'a mut [u8],
 }
 
-/// Stores one position's keys `[kv_heads][key_dim]` and values `[kv_heads][value_dim]` at `slot` of page
+/// Stores one position's keys `[kv_heads][key_only]` and values `[kv_heads][value_dim]` at `slot` of page
 /// `page`. Does nothing if the page is not there.
 pub fn write(pages: &mut PagesMut<'_>, shape: PageShape, page: usize, slot: usize, k: &[f32], v: &[f32]) {
     let bytes = shape.bytes(pages.format);
@@ -176,8 +185,12 @@ fn write_elements<T>(
     v: &[f32],
     convert: impl Fn(f32) -> T,
 ) {
-    for (d, &x) in k.iter().enumerate() {
+    let first = if shape.latent { v } else { &[] };
+    for (d, &x) in first.iter().chain(k).enumerate() {
         page[shape.key(d) + slot] = convert(x);
+    }
+    if shape.latent {
+        return;
     }
     for (head, v) in v.chunks_exact(shape.value_dim).enumerate() {
         for (out, &x) in page[shape.value(head, slot)..].iter_mut().zip(v) {
@@ -216,15 +229,17 @@ trait Codes: KvFormat {
 
     /// [`KvFormat::write`].
     fn write_codes(page: &mut [Self::Raw], shape: PageShape, slot: usize, k: &[f32], v: &[f32]) {
-        let keys = k.as_chunks::<BLOCK>().0;
-        for (block, x) in keys.iter().chain(v.as_chunks::<BLOCK>().0).enumerate() {
+        let (k, v) = (k.as_chunks::<BLOCK>().0, v.as_chunks::<BLOCK>().0);
+        let [keys, values] = if shape.latent { [v, k] } else { [k, v] };
+        let key_blocks = shape.kv_heads * shape.key_dim / BLOCK;
+        for (block, x) in keys.iter().chain(values).enumerate() {
             let (scale, codes) = Self::quantise(x);
             let scales = &mut page[Self::scales_at(shape, block) + 2 * slot..];
             for (place, byte) in scales.iter_mut().zip(scale.to_le_bytes()) {
                 *place = Self::from_byte(byte);
             }
             for (i, code) in codes.into_iter().enumerate() {
-                let at = match block.checked_sub(keys.len()) {
+                let at = match block.checked_sub(key_blocks) {
                     None => shape.key(block * BLOCK + i) + slot,
                     Some(block) => {
                         let d = block * BLOCK + i;

@@ -3,7 +3,7 @@
 use halite_kernels::formats::Format;
 
 use super::{Lowering, ONE, Of, SPLIT_POSITIONS, count, each, fixed};
-use halite::program::{Dim, Op, RopePairs, Rotation, State, StateId, TensorId};
+use halite::program::{Dim, Op, RopePairs, Rotation, State, StateId, StateKind, TensorId};
 use halite_shaders::{Extra, Resource, Shader, WORKGROUP, kv_text, wgsl};
 
 /// Rows in a tile of attention.
@@ -70,6 +70,8 @@ impl Lowering<'_> {
             .u32("KV_HEADS", state.kv_heads)
             .u32("KEY_DIM", state.key_dim)
             .u32("VALUE_DIM", state.value_dim)
+            .u32("KEY_ONLY", state.kv_heads * state.key_only())
+            .bool("LATENT", state.kind == StateKind::Latent)
             .u32("STEP_TABLES", self.step.tables + self.program.kv_group(state) as u32 * self.step.tokens)
             .with(wgsl!("kv/page"))
     }
@@ -107,7 +109,7 @@ impl Lowering<'_> {
 
     pub(super) fn kv_write(&mut self, k: TensorId, v: TensorId, id: StateId) {
         let state = &self.program.states[id.0 as usize];
-        let elements = state.kv_heads * (state.key_dim + state.value_dim);
+        let elements = state.kv_heads * (state.key_only() + state.value_dim);
         let mut shader =
             self.kv_writer("kv_write", id).read("k", "f32", self.tensor(k)).read("v", "f32", self.tensor(v));
         let mut units = elements;

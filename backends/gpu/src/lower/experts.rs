@@ -9,7 +9,8 @@ use halite_shaders::{Extra, Resource, WORKGROUP, wgsl};
 /// The routing of rows of activations to experts.
 #[derive(Clone, Copy)]
 pub(super) struct Routed<'a> {
-    pub ids: &'a Resource,
+    /// The experts of each token; `None`: each row of results has its number, modulo that of the experts.
+    pub ids: Option<&'a Resource>,
     /// Number of experts.
     pub of: u32,
     /// Experts per token.
@@ -57,6 +58,7 @@ impl Lowering<'_> {
 
     /// Groups results by expert, in steps of enough rows.
     pub(super) fn group(&mut self, rows: Dim, routed: Routed<'_>) {
+        let Some(ids) = routed.ids else { return };
         let max_rows = passes::rows(rows, self.limits.tokens, self.limits.outputs);
         if u64::from(routed.grouped_from()) > max_rows {
             return;
@@ -65,7 +67,7 @@ impl Lowering<'_> {
         let order = self.extra(Extra::Order, Dim::Fixed(1), groups * u64::from(GROUP + 1));
         let shader = Self::rows(self.step_shader("group"), rows)
             .workgroup(256)
-            .read("ids", "u32", routed.ids.clone())
+            .read("ids", "u32", ids.clone())
             .write("order", "u32", order)
             .u32("EXPERTS", routed.of)
             .u32("TOKENS", GROUP)
@@ -73,6 +75,18 @@ impl Lowering<'_> {
             .with(&format!("fn results() -> u32 {{ return {}u * rows(); }}", routed.used))
             .with(wgsl!("group"));
         self.push_when(shader, [ONE; 3], (Of::Rows(rows), routed.grouped_from()..u32::MAX));
+    }
+
+    /// Products of blocks of columns, each with a matrix of its own: experts that every row has, in order.
+    pub(super) fn block_matmul(&mut self, x: TensorId, weight: TensorId, out: TensorId) {
+        let t = self.program.tensor(weight);
+        let (rows, format, blocks, k) = (self.program.tensor(x).rows, t.format, t.experts, t.cols);
+        let (x, out) = (self.tensor(x), self.tensor(out));
+        self.quantise(&[format], (&x, None), rows, blocks, k, u32::MAX);
+        let routed = Routed { ids: None, of: blocks, used: blocks, per_token: false };
+        let experts = Some(routed);
+        let (bias, gate, residual) = (None, None, None);
+        self.product(&Product { weight, bias, input: (&x, None), out, rows, gate, residual, experts }, true);
     }
 
     pub(super) fn experts(&mut self, op: &Op) {
@@ -88,7 +102,7 @@ impl Lowering<'_> {
         let mixed = self.extra(Extra::Mixed, rows, u64::from(used) * u64::from(cols));
         let bias = |n: usize| biases.map(|b| b[n]);
         let of = self.program.tensor(*gate).experts;
-        let routed = Routed { ids: &ids, of, used, per_token: true };
+        let routed = Routed { ids: Some(&ids), of, used, per_token: true };
         self.group(rows, routed);
         let product = |weight: TensorId, bias, input, out: &Resource, routed| Product {
             weight,

@@ -251,6 +251,8 @@ pub(super) fn missing(program: &Program, op: &Op, bounds: &Bounds) -> Option<Str
         | Op::Conv { .. }
         | Op::Recur { .. }
         | Op::Slice { .. }
+        | Op::Join { .. }
+        | Op::BlockMatMul { .. }
         | Op::Mul { .. }
         | Op::Glu { .. }
         | Op::Add { .. }
@@ -436,6 +438,20 @@ impl Lowering<'_> {
                     format!("x[at / COLUMNS * X_COLUMNS + {column} / LEN * GROUP + FIRST + {column} % LEN]");
                 self.elementwise(shader, *out, &element);
             }
+            Op::Join { a, b, out, group, first } => {
+                let shader = self
+                    .shader("join")
+                    .read("a", "f32", self.tensor(*a))
+                    .read("b", "f32", self.tensor(*b))
+                    .u32("A_COLUMNS", self.cols(*a))
+                    .u32("B_COLUMNS", self.cols(*b))
+                    .u32("LAST", group - first)
+                    .u32("GROUP", *group)
+                    .u32("FIRST", *first)
+                    .with(wgsl!("lib/joined"));
+                self.elementwise(shader, *out, "joined(at / COLUMNS, at % COLUMNS)");
+            }
+            Op::BlockMatMul { x, weight, out } => self.block_matmul(*x, *weight, *out),
             Op::Mul { x, weight, out } => {
                 let shader = self
                     .shader("mul")

@@ -321,13 +321,18 @@ impl Lowering<'_> {
         };
         let of_token = if routed.per_token { routed.used } else { 1 };
         let shader = shader.with(&format!("fn input_of(row: u32) -> u32 {{ return row / {of_token}u; }}"));
-        match grouped {
-            true => {
+        match (grouped, routed.ids) {
+            (true, Some(_)) => {
                 shader.read("order", "u32", Resource::Extra(Extra::Order)).with(wgsl!("lib/rows_grouped"))
             }
-            false => shader
-                .read("ids", "u32", routed.ids.clone())
+            (true, None) => shader.u32("MATRICES", routed.of).with(wgsl!("lib/rows_blocks")),
+            (false, Some(ids)) => shader
+                .read("ids", "u32", ids.clone())
                 .with("fn matrix_of(first: u32) -> u32 { return ids[min(first, results() - 1u)]; }")
+                .with(wgsl!("lib/rows_each")),
+            (false, None) => shader
+                .u32("MATRICES", routed.of)
+                .with("fn matrix_of(first: u32) -> u32 { return first % MATRICES; }")
                 .with(wgsl!("lib/rows_each")),
         }
     }

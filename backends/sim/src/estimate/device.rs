@@ -189,6 +189,14 @@ impl<'a> Device<'a> {
                 let kernel = Kernel::MatMul { m, n, k: program.tensor(*x).cols.into() };
                 add(used, bits / n.max(1) as f64, parts.iter().map(format).collect(), kernel)?;
             }
+            Op::BlockMatMul { x, weight, .. } => {
+                // As one product with all matrices, which has as many weights and as many operations.
+                let t = program.tensor(*weight);
+                let n = u64::from(t.experts) * passes::rows(t.rows, 0, 0);
+                used = self.formats(t.format);
+                let m = passes::rows(program.tensor(*x).rows, tokens, spans.len() as u32);
+                add(used, stored_bits(t.format), vec![t.format], Kernel::MatMul { m, n, k: t.cols.into() })?;
+            }
             Op::Experts { ids, gate, up, down, .. } => {
                 let weights = [gate, up, down].map(|weight| program.tensor(*weight));
                 let (held, each) = (f64::from(weights[0].experts), program.tensor(*ids).cols);

@@ -126,7 +126,7 @@ pub fn step_seconds(rates: &Rates, program: &Program, sequences: &[Extent]) -> R
 pub fn multiplied(program: &Program, op: &Op) -> Option<Format> {
     let weight = match op {
         Op::MatMul { parts, .. } => parts.first()?.weight,
-        Op::Experts { gate, .. } => *gate,
+        Op::Experts { gate: weight, .. } | Op::BlockMatMul { weight, .. } => *weight,
         _ => return None,
     };
     Some(program.tensor(weight).format)

@@ -102,6 +102,7 @@ impl Stage {
         for (_, op) in self.program.ops() {
             match op {
                 Op::MatMul { parts, .. } => weights.extend(parts.iter().map(|part| part.weight)),
+                Op::BlockMatMul { weight, .. } => weights.push(*weight),
                 Op::Experts { gate, up, down, .. } => weights.extend([gate, up, down]),
                 _ => {}
             }

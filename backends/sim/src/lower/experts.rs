@@ -1,9 +1,9 @@
-//! Mixtures of experts: one product per expert, with the tokens that chose it.
+//! Mixtures of experts: one product per expert, with the tokens that chose it. And products of blocks of columns, one per block.
 
 use super::product::{Costs, product_programs};
 use super::units::{units_programs, units_s};
 use crate::chip::{Chip, form_bytes};
-use crate::shape::{Epilogue, Experts, Part, Product, RowIndex, Rows, Units, X};
+use crate::shape::{Blocks, Epilogue, Experts, Part, Product, RowIndex, Rows, Units, X};
 use crate::tile::{Lowered, Operand};
 use halite::Result;
 
@@ -24,6 +24,11 @@ struct Wave {
     stages: [Vec<Product>; 2],
 }
 
+/// Rows of a list.
+fn listed(operand: Operand, elements: u32, list: Vec<u32>) -> Rows {
+    Rows { index: RowIndex::Gather(list), ..Rows::own(operand, elements) }
+}
+
 fn experts_waves(chip: &Chip, e: &Experts) -> Vec<Wave> {
     let mut rows_of = vec![Vec::new(); e.experts as usize];
     for (pair, &id) in e.ids.iter().enumerate() {
@@ -38,12 +43,6 @@ fn experts_waves(chip: &Chip, e: &Experts) -> Vec<Wave> {
         let bias = e.biases.then_some((expert::BIASES[which], 4 * u64::from(expert) * u64::from(n)));
         let weight = (expert::WEIGHTS[which], u64::from(expert) * bytes);
         Part { n, format: e.formats[which], weight, bias, out }
-    };
-    let listed = |operand, elements: u32, list| Rows {
-        operand,
-        bytes: 4 * elements,
-        index: RowIndex::Gather(list),
-        activations: true,
     };
     let wave = |experts: &[(u32, &Vec<u32>)]| {
         let gates = experts.iter().map(|&(i, rows)| Product {
@@ -83,15 +82,55 @@ pub fn experts_s(chip: &Chip, experts: &Experts) -> Result<f64> {
     let mut seconds = units_s(chip, &experts_sum(experts))? + chip.barrier_s();
     for wave in experts_waves(chip, experts) {
         for products in &wave.stages {
-            // The products share the memory bandwidth, and the stage ends with the last one.
-            let mut slowest_s = 0.0f64;
-            for p in products {
-                slowest_s = slowest_s.max(Costs::new(chip, p, wave.tiles).tiling()?.1);
-            }
-            seconds += slowest_s + chip.barrier_s();
+            seconds += stage_s(chip, products, wave.tiles)?;
         }
     }
     Ok(seconds)
+}
+
+/// Returns the seconds of products on `tiles` tiles each. They share the memory bandwidth, and the stage ends with the last one.
+fn stage_s(chip: &Chip, products: &[Product], tiles: u32) -> Result<f64> {
+    let mut slowest_s = 0.0f64;
+    for p in products {
+        slowest_s = slowest_s.max(Costs::new(chip, p, tiles).tiling()?.1);
+    }
+    Ok(slowest_s + chip.barrier_s())
+}
+
+fn stage_phase(chip: &Chip, products: &[Product], tiles: u32, lowered: &mut Lowered) -> Result<()> {
+    let programs: Result<Vec<_>> = products.iter().map(|p| product_programs(chip, p, tiles)).collect();
+    lowered.phases.push(programs?.into_iter().flatten().collect());
+    Ok(())
+}
+
+/// Returns the products of blocks that run at the same time, each on an equal share of the tiles.
+fn blocks_waves(chip: &Chip, b: &Blocks) -> Vec<(u32, Vec<Product>)> {
+    let bytes = form_bytes(chip.stored(b.format), b.n, b.k);
+    let product = |block: u32| {
+        let rows: Vec<u32> = (0..b.m).map(|row| row * b.blocks + block).collect();
+        let weight = (expert::WEIGHTS[0], u64::from(block) * bytes);
+        Product {
+            m: b.m,
+            k: b.k,
+            x: listed(X, b.k, rows.clone()),
+            parts: vec![Part { n: b.n, format: b.format, weight, bias: None, out: Operand::Out(0) }],
+            epilogue: Epilogue::None,
+            out_rows: Some(rows),
+        }
+    };
+    let products: Vec<Product> = (0..b.blocks).map(product).collect();
+    let waves = products.chunks(chip.tiles.max(1) as usize);
+    waves.map(|wave| (chip.tiles / wave.len() as u32, wave.to_vec())).collect()
+}
+
+/// Returns the seconds of products of blocks by the closed form.
+pub fn blocks_s(chip: &Chip, blocks: &Blocks) -> Result<f64> {
+    blocks_waves(chip, blocks).iter().map(|(tiles, products)| stage_s(chip, products, *tiles)).sum()
+}
+
+pub fn blocks_phases(chip: &Chip, blocks: &Blocks, lowered: &mut Lowered) -> Result<()> {
+    let waves = blocks_waves(chip, blocks);
+    waves.iter().try_for_each(|(tiles, products)| stage_phase(chip, products, *tiles, lowered))
 }
 
 pub fn experts_phases(chip: &Chip, e: &Experts, lowered: &mut Lowered) -> Result<()> {
@@ -99,9 +138,7 @@ pub fn experts_phases(chip: &Chip, e: &Experts, lowered: &mut Lowered) -> Result
     lowered.temps.extend([4 * pairs * u64::from(e.hidden), 4 * pairs * u64::from(e.cols)]);
     for wave in experts_waves(chip, e) {
         for products in &wave.stages {
-            let programs: Result<Vec<_>> =
-                products.iter().map(|p| product_programs(chip, p, wave.tiles)).collect();
-            lowered.phases.push(programs?.into_iter().flatten().collect());
+            stage_phase(chip, products, wave.tiles, lowered)?;
         }
     }
     lowered.phases.push(units_programs(chip, &experts_sum(e), 0)?);

@@ -20,7 +20,7 @@ use super::chip::Chip;
 use super::shape::Shape;
 use super::tile::{ALIGNMENT, Lowered};
 use attend::{attend_phases, attend_s};
-use experts::{experts_phases, experts_s};
+use experts::{blocks_phases, blocks_s, experts_phases, experts_s};
 use halite::{Error, Result};
 use product::{Costs, product_programs};
 use units::{arg_max_stages, norm_stages, stage_phases, stages_s, top_k_stages, units_programs, units_s};
@@ -46,6 +46,7 @@ pub fn lower(chip: &Chip, shape: &Shape) -> Result<Lowered> {
         Shape::Units(units) => lowered.phases.push(units_programs(chip, units, 0)?),
         Shape::Norm(norm) => stage_phases(chip, &norm_stages(chip, norm)?, &mut lowered)?,
         Shape::Product(product) => lowered.phases.push(product_programs(chip, product, chip.tiles)?),
+        Shape::Blocks(blocks) => blocks_phases(chip, blocks, &mut lowered)?,
         Shape::Attend(attend) => attend_phases(chip, attend, &mut lowered)?,
         Shape::Experts(experts) => experts_phases(chip, experts, &mut lowered)?,
         Shape::ArgMax { rows, cols } => stage_phases(chip, &arg_max_stages(*rows, *cols), &mut lowered)?,
@@ -64,6 +65,7 @@ pub fn closed_s(chip: &Chip, shape: &Shape) -> Result<f64> {
         Shape::Units(units) => units_s(chip, units)? + barrier_s,
         Shape::Norm(norm) => stages_s(chip, &norm_stages(chip, norm)?)?,
         Shape::Product(product) => Costs::new(chip, product, chip.tiles).tiling()?.1 + barrier_s,
+        Shape::Blocks(blocks) => blocks_s(chip, blocks)?,
         Shape::Attend(attend) => attend_s(chip, attend)? + barrier_s,
         Shape::Experts(experts) => experts_s(chip, experts)?,
         Shape::ArgMax { rows, cols } => stages_s(chip, &arg_max_stages(*rows, *cols))?,
