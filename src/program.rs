@@ -311,12 +311,15 @@ pub enum Gating {
 #[non_exhaustive]
 pub enum Rule<T = TensorId> {
     /// The gated delta rule (Yang, Kautz & Hatamizadeh 2024): `u = σ(beta) · (v - Sᵀk)` and `out = scale · Sᵀq`. Head h has
-    /// the query and key `h mod key_heads`.
+    /// the query and key `h mod key_heads`, or `h · key_heads / heads` if neighbours share.
     Delta {
         /// `[tokens, heads]`.
         beta: T,
         /// A factor on the result.
         scale: f32,
+        /// Whether neighbouring heads share a query and key.
+        #[cfg_attr(feature = "replay", serde(default))]
+        neighbours: bool,
     },
     /// Mamba 2's state-space duality (Dao & Gu 2024), where `v`, `k` and `q` are its x, B and C: `u = rate · v` and
     /// `out = Sᵀq + d · v`. Head h has the query and key `h · key_heads / heads`.
@@ -330,8 +333,8 @@ impl<T> Rule<T> {
     /// Returns the key head of a head.
     pub fn key_head(&self, head: usize, heads: usize, key_heads: usize) -> usize {
         match self {
-            Rule::Delta { .. } => head % key_heads.max(1),
-            Rule::Scan { .. } => head * key_heads / heads.max(1),
+            Rule::Delta { neighbours: false, .. } => head % key_heads.max(1),
+            Rule::Delta { .. } | Rule::Scan { .. } => head * key_heads / heads.max(1),
         }
     }
 }
@@ -703,7 +706,9 @@ impl<T, S> Op<T, S> {
                 decay: t(decay, Read)?,
                 a: t(a, Read)?,
                 rule: match rule {
-                    Rule::Delta { beta, scale } => Rule::Delta { beta: t(beta, Read)?, scale: *scale },
+                    Rule::Delta { beta, scale, neighbours } => {
+                        Rule::Delta { beta: t(beta, Read)?, scale: *scale, neighbours: *neighbours }
+                    }
                     Rule::Scan { d } => Rule::Scan { d: t(d, Read)? },
                 },
                 state: s(state, Write)?,

@@ -284,13 +284,13 @@ static void check_op(Check *check, const HaliteOp *op) {
     case HALITE_OP_ROPE_KV: check_rope_kv(check, &o->rope_kv); break;
     case HALITE_OP_ATTEND: check_state(check, o->attend.state); break;
     case HALITE_OP_GLU: check_gate(check, &o->glu.act); break;
-    case HALITE_OP_UNARY: check_number(check, "function", o->unary.function, HALITE_UNARY_SOFT_CAP); break;
+    case HALITE_OP_UNARY: check_number(check, "function", o->unary.function, HALITE_UNARY_CLAMP); break;
     case HALITE_OP_ROUTE: check_number(check, "gating", o->route.gating, HALITE_GATING_SIGMOID); break;
     case HALITE_OP_ROUTE_AMONG:
         check_number(check, "gating", o->route_among.route.gating, HALITE_GATING_SIGMOID);
         break;
     case HALITE_OP_EXPERTS: check_experts(check, &o->experts); break;
-    case HALITE_OP_RECUR: check_number(check, "rule", o->recur.rule, HALITE_RULE_SCAN); break;
+    case HALITE_OP_RECUR: check_number(check, "rule", o->recur.rule, HALITE_RULE_DELTA_OF_NEIGHBOURS); break;
     default: check_number(check, "op", op->kind, HALITE_OP_ROUTE_AMONG); /* Nothing else to check. */
     }
 }
@@ -490,7 +490,8 @@ static float apply_unary(const HaliteUnary *op, float x) {
     case HALITE_UNARY_RELU: return relu(x);
     case HALITE_UNARY_RELU_SQUARED: return relu(x) * relu(x);
     case HALITE_UNARY_SCALE: return x * op->parameter;
-    default: /* HALITE_UNARY_SOFT_CAP */ return soft_cap(x, op->parameter);
+    case HALITE_UNARY_SOFT_CAP: return soft_cap(x, op->parameter);
+    default: /* HALITE_UNARY_CLAMP */ return fabsf(x) > op->parameter ? copysignf(op->parameter, x) : x;
     }
 }
 
@@ -979,8 +980,8 @@ static void recur_head(const Run *run, const HaliteRecur *op, uint32_t t, uint32
     const HaliteState *state = run->plan->program->states[op->state];
     uint32_t key_dim = state->key_dim, value_dim = state->value_dim, heads = state->kv_heads;
     uint32_t key_heads = find(run, op->k).cols / key_dim;
-    int is_delta = op->rule == HALITE_RULE_DELTA;
-    uint32_t key = (is_delta ? head % key_heads : head * key_heads / heads) * key_dim;
+    int is_delta = op->rule != HALITE_RULE_SCAN, alternate = op->rule == HALITE_RULE_DELTA;
+    uint32_t key = (alternate ? head % key_heads : head * key_heads / heads) * key_dim;
     const float *q = row_of(find(run, op->q), t), *k = row_of(find(run, op->k), t);
     const float *v = row_of(find(run, op->v), t), *decay = row_of(find(run, op->decay), t);
     const float *a = row_of(find(run, op->a), 0);

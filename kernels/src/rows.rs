@@ -53,6 +53,8 @@ pub enum Unary {
     Scale(f32),
     /// `cap · tanh(x / cap)`.
     SoftCap(f32),
+    /// `max(-limit, min(x, limit))`.
+    Clamp(f32),
 }
 
 #[inline(always)]
@@ -91,6 +93,14 @@ fn relu<I: Isa>(isa: I, x: I::F) -> I::F {
     isa.add(isa.max(zero, x), zero)
 }
 
+/// NaN propagates.
+#[inline(always)]
+fn clamp<I: Isa>(isa: I, x: I::F, limit: f32) -> I::F {
+    let (low, high) = (isa.splat(-limit), isa.splat(limit));
+    let x = isa.select_gt(x, high, high, x);
+    isa.select_gt(low, x, low, x)
+}
+
 #[inline(always)]
 fn unary<I: Isa>(isa: I, f: Unary, x: I::F) -> I::F {
     match f {
@@ -104,6 +114,7 @@ fn unary<I: Isa>(isa: I, f: Unary, x: I::F) -> I::F {
         }
         Unary::Scale(factor) => isa.mul(x, isa.splat(factor)),
         Unary::SoftCap(cap) => isa.mul(isa.splat(cap), math::tanh(isa, isa.div(x, isa.splat(cap)))),
+        Unary::Clamp(limit) => clamp(isa, x, limit),
     }
 }
 
@@ -117,10 +128,9 @@ fn gate<I: Isa>(isa: I, f: Gate, gate: I::F, up: I::F) -> I::F {
         Gate::Sigmoid => isa.mul(math::sigmoid(isa, gate), up),
         Gate::Identity => isa.mul(gate, up),
         Gate::SiluClamped { alpha, limit } => {
-            let (low, high) = (isa.splat(-limit), isa.splat(limit));
+            let high = isa.splat(limit);
             let g = isa.select_gt(gate, high, high, gate);
-            let u = isa.select_gt(up, high, high, up);
-            let u = isa.select_gt(low, u, low, u);
+            let u = clamp(isa, up, limit);
             let s = isa.mul(g, math::sigmoid(isa, isa.mul(isa.splat(alpha), g)));
             isa.fma(s, u, s)
         }

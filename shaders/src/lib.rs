@@ -446,6 +446,7 @@ pub fn unary(f: Unary) -> Option<String> {
         Unary::ReluSquared => "relu(x) * relu(x)".into(),
         Unary::Scale(factor) => format!("{factor:e} * x"),
         Unary::SoftCap(cap) => format!("{cap:e} * tanh_safe(x / {cap:e})"),
+        Unary::Clamp(limit) => format!("or_nan(clamp(x, -{limit:e}, {limit:e}), x)"),
         _ => return None,
     };
     Some(format!("fn f(x: f32) -> f32 {{ return {body}; }}"))

@@ -1199,7 +1199,9 @@ impl Kernels for CpuKernels {
                 let [q, k, v, decay, a] = [q, k, v, decay, a].map(|x| x.floats());
                 // A rule that threads can share.
                 let rule = match rule {
-                    Rule::Delta { beta, scale } => Rule::Delta { beta: beta.floats(), scale: *scale },
+                    Rule::Delta { beta, scale, neighbours } => {
+                        Rule::Delta { beta: beta.floats(), scale: *scale, neighbours: *neighbours }
+                    }
                     Rule::Scan { d } => Rule::Scan { d: d.floats() },
                 };
                 let (isa, out) = (self.isa, PanelMut::new(out.floats_mut(), cols));
@@ -1214,7 +1216,7 @@ impl Kernels for CpuKernels {
                                 let head = first + i;
                                 let key = rule.key_head(head, heads, key_width / key_dim) * key_dim;
                                 let rule = match rule {
-                                    Rule::Delta { beta, scale } => recurrent::Rule::Delta { beta, scale },
+                                    Rule::Delta { beta, scale, .. } => recurrent::Rule::Delta { beta, scale },
                                     Rule::Scan { d } => recurrent::Rule::Scan { d: d[head] },
                                 };
                                 let (a, tokens) = (a[head], tokens.clone());

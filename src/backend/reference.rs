@@ -195,6 +195,8 @@ fn unary(f: Unary, x: f32) -> f32 {
         Unary::ReluSquared => unary(Unary::Relu, x) * unary(Unary::Relu, x),
         Unary::Scale(factor) => x * factor,
         Unary::SoftCap(cap) => cap * scalar!(tanh(x / cap)),
+        Unary::Clamp(limit) if x.abs() > limit => limit.copysign(x),
+        Unary::Clamp(_) => x,
         _ => f32::NAN,
     }
 }

@@ -580,8 +580,9 @@ fn recurrences(cases: &mut Cases) {
         });
     }
     for (heads, key_heads, key_dim, value_dim) in [(4, 2, 16, 24), (2, 2, 128, 128), (3, 1, 40, 72)] {
-        for delta in [true, false] {
-            let rule = if delta { "Delta" } else { "Scan" };
+        for (rule, delta, neighbours) in
+            [("Delta", true, false), ("Delta of neighbours", true, true), ("Scan", false, false)]
+        {
             let name = format!("Recur {rule} {heads}/{key_heads}x{key_dim}/{value_dim}");
             let weights = ["a", "d"].map(|name| (name, Format::F32, vec![u64::from(heads)]));
             cases.add(name, &weights[..2 - usize::from(delta)], &RECURRENCES, ATTEND_BOUND, |b| {
@@ -596,7 +597,7 @@ fn recurrences(cases: &mut Cases) {
                 let decay = b.input("decay", Dim::Tokens, heads);
                 let decay = shifted(b, decay, -4.0);
                 let rule = if delta {
-                    Rule::Delta { beta: b.input("beta", Dim::Tokens, heads), scale: 0.1 }
+                    Rule::Delta { beta: b.input("beta", Dim::Tokens, heads), scale: 0.1, neighbours }
                 } else {
                     Rule::Scan { d: b.weight("d", 1, heads) }
                 };
@@ -778,7 +779,7 @@ const GATES: [Gate; 7] = [
 ];
 
 /// All functions of one element.
-const UNARY: [Unary; 7] = [
+const UNARY: [Unary; 8] = [
     Unary::Silu,
     Unary::Gelu,
     Unary::GeluErf,
@@ -786,6 +787,7 @@ const UNARY: [Unary; 7] = [
     Unary::ReluSquared,
     Unary::Scale(0.7),
     Unary::SoftCap(1.3),
+    Unary::Clamp(0.9),
 ];
 
 fn rows(cases: &mut Cases) {

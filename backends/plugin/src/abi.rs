@@ -353,7 +353,7 @@ pub struct HaliteUnary {
     pub x: u32,
     pub out: u32,
     pub function: u32,
-    /// For HALITE_UNARY_SCALE and HALITE_UNARY_SOFT_CAP.
+    /// For HALITE_UNARY_SCALE, HALITE_UNARY_SOFT_CAP and HALITE_UNARY_CLAMP.
     pub parameter: f32,
 }
 /// `x * sigmoid(x)`.
@@ -370,6 +370,8 @@ pub const HALITE_UNARY_RELU_SQUARED: u32 = 4;
 pub const HALITE_UNARY_SCALE: u32 = 5;
 /// `parameter * tanh(x / parameter)`.
 pub const HALITE_UNARY_SOFT_CAP: u32 = 6;
+/// `max(-parameter, min(x, parameter))`; NaN stays.
+pub const HALITE_UNARY_CLAMP: u32 = 7;
 
 /// Chooses experts for each token in order of decreasing gated value (for HALITE_GATING_SOFTMAX_OF_TOP, of the logit); the
 /// lower index comes first on ties, and NaN before all other values.
@@ -468,21 +470,23 @@ pub struct HaliteRecur {
     pub decay: u32,
     /// `[1, heads]`.
     pub a: u32,
-    /// HALITE_RULE_DELTA or HALITE_RULE_SCAN.
+    /// HALITE_RULE_DELTA, HALITE_RULE_SCAN or HALITE_RULE_DELTA_OF_NEIGHBOURS.
     pub rule: u32,
-    /// For HALITE_RULE_DELTA: `[tokens, heads]`.
+    /// For the delta rules: `[tokens, heads]`.
     pub beta: u32,
     /// For HALITE_RULE_SCAN: `[1, heads]`.
     pub d: u32,
     pub state: u32,
     pub out: u32,
-    /// For HALITE_RULE_DELTA.
+    /// For the delta rules.
     pub scale: f32,
 }
 /// `u = sigmoid(beta) * (v - S^T k)` and `out = scale * S^T q`. Head h has the query and key `h mod key_heads`.
 pub const HALITE_RULE_DELTA: u32 = 0;
 /// `u = rate * v` and `out = S^T q + d * v`. Head h has the query and key `h * key_heads / heads`.
 pub const HALITE_RULE_SCAN: u32 = 1;
+/// HALITE_RULE_DELTA, but head h has the query and key `h * key_heads / heads`.
+pub const HALITE_RULE_DELTA_OF_NEIGHBOURS: u32 = 2;
 
 /// Elements `first` to `first + len` of each `group` columns of `x`; `len` is what makes the columns of `out`.
 #[repr(C)]

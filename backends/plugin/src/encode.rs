@@ -335,6 +335,7 @@ fn encode(op: &Op, texts: &mut Texts, frequencies: &mut Vec<Arc<[f32]>>) -> Resu
                 Unary::ReluSquared => (HALITE_UNARY_RELU_SQUARED, 0.0),
                 Unary::Scale(factor) => (HALITE_UNARY_SCALE, factor),
                 Unary::SoftCap(cap) => (HALITE_UNARY_SOFT_CAP, cap),
+                Unary::Clamp(limit) => (HALITE_UNARY_CLAMP, limit),
                 other => return Err(NotInAbi(format!("the function {other:?}"))),
             };
             let unary = HaliteUnary { x: x.0, out: out.0, function, parameter };
@@ -396,7 +397,10 @@ fn encode(op: &Op, texts: &mut Texts, frequencies: &mut Vec<Arc<[f32]>>) -> Resu
         }
         Op::Recur { q, k, v, decay, a, rule, state, out } => {
             let (rule, beta, d, scale) = match *rule {
-                Rule::Delta { beta, scale } => (HALITE_RULE_DELTA, beta.0, HALITE_NONE, scale),
+                Rule::Delta { beta, scale, neighbours } => {
+                    let rule = if neighbours { HALITE_RULE_DELTA_OF_NEIGHBOURS } else { HALITE_RULE_DELTA };
+                    (rule, beta.0, HALITE_NONE, scale)
+                }
                 Rule::Scan { d } => (HALITE_RULE_SCAN, HALITE_NONE, d.0, 1.0),
                 other => return Err(NotInAbi(format!("the rule {other:?}"))),
             };

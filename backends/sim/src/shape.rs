@@ -453,7 +453,7 @@ pub fn shape(program: &Program, op: &Op, step: &Step<'_>, ids: Option<&[i32]>) -
             *x,
             1,
             match f {
-                Unary::Scale(_) | Unary::Relu | Unary::ReluSquared => SIMPLE,
+                Unary::Scale(_) | Unary::Relu | Unary::ReluSquared | Unary::Clamp(_) => SIMPLE,
                 _ => VectorWork { simple: 2, exp: 1, divide: 1, ..Default::default() },
             },
         ),
