@@ -4,8 +4,10 @@
 mod arcee;
 mod baichuan;
 mod bert;
+mod bitnet;
 mod cohere2;
 mod command_r;
+mod dbrx;
 mod deepseek;
 mod exaone4;
 mod falcon;
@@ -21,6 +23,7 @@ mod hparams;
 mod hunyuan;
 mod lfm2;
 mod llama;
+mod mamba;
 mod nemotron;
 mod nemotron_h;
 mod network;
@@ -63,10 +66,12 @@ const FAMILIES: &[(&str, Record)] = &[
     ("bailingmoe", deepseek::record),
     ("bailingmoe2", deepseek::record_balanced),
     ("bert", bert::record),
+    ("bitnet", bitnet::record),
     ("chatglm", glm::record_chat),
     ("codeshell", starcoder2::record),
     ("cohere2", cohere2::record),
     ("command-r", command_r::record),
+    ("dbrx", dbrx::record),
     ("deepseek", deepseek::record),
     ("dots1", deepseek::record_balanced),
     ("ernie4_5", llama::record),
@@ -95,11 +100,13 @@ const FAMILIES: &[(&str, Record)] = &[
     ("lfm2moe", lfm2::record),
     ("llama", llama::record),
     ("maincoder", hunyuan::record_maincoder),
+    ("mamba2", mamba::record_2),
     ("minicpm", granite::record_minicpm),
     ("minimax-m2", deepseek::record_minimax),
     ("mistral3", llama::record),
     ("nemotron", nemotron::record),
     ("nemotron_h", nemotron_h::record),
+    ("nemotron_h_moe", nemotron_h::record),
     ("nomic-bert", bert::record_nomic),
     ("olmo", olmo::record),
     ("olmo2", olmo2::record),
@@ -111,12 +118,14 @@ const FAMILIES: &[(&str, Record)] = &[
     ("phi3", phi::record),
     ("phimoe", phi::record),
     ("plamo", plamo::record),
+    ("plamo3", plamo::record_3),
     ("qwen2", qwen::record_2),
     ("qwen2moe", qwen::record_2_moe),
     ("qwen3", qwen::record_3),
     ("qwen35", qwen35::record),
     ("qwen35moe", qwen35::record),
     ("qwen3moe", qwen::record_3),
+    ("qwen3next", qwen35::record),
     ("seed_oss", seed_oss::record),
     ("smallthinker", smallthinker::record),
     ("smollm3", smollm3::record),

@@ -55,6 +55,8 @@ pub(super) struct Attention<'r> {
     pub v_norm: bool,
     /// The layer whose KV cache it uses, if it is not its own.
     pub kv_of: Option<u32>,
+    /// Whether the heads' results are normalised, all together (BitNet).
+    pub sub_norm: bool,
 }
 
 impl<'n, 'b> Network<'n, 'b> {
@@ -195,7 +197,13 @@ impl<'n, 'b> Network<'n, 'b> {
         let cols = self.cols(x);
         let weight = self.weight(&format!("{name}.weight"), rows, cols);
         let bias = self.bias(name, rows);
-        self.b.linear(result, x, weight, bias)
+        let y = self.b.linear(result, x, weight, bias);
+        // A factor of the whole matrix, which its format does not have. With a bias, it would come too late.
+        let scale = format!("{}{name}.scale", self.prefix);
+        match self.b.optional(&scale, 1, 1).filter(|_| bias.is_none()) {
+            Some(scale) => self.b.mul(&format!("{result}_scaled"), y, scale),
+            None => y,
+        }
     }
 
     /// The products with matrices that are stored one after the other in one tensor.
@@ -259,6 +267,7 @@ impl<'n, 'b> Network<'n, 'b> {
             gated: false,
             v_norm: false,
             kv_of: None,
+            sub_norm: false,
         }
     }
 
@@ -289,6 +298,12 @@ impl<'n, 'b> Network<'n, 'b> {
             let v = if a.v_norm && !self.has("attn_v.weight") { k } else { linear(self, 2) };
             (q, Some((k, v)))
         };
+        let limited = |n: &mut Self, part: &str, x| match h.attention_clamp_kqv {
+            Some(limit) => n.b.unary(&format!("{part}_clamped"), x, Unary::Clamp(limit)),
+            None => x,
+        };
+        let q = limited(self, "q", q);
+        let kv = kv.map(|(k, v)| (limited(self, "k", k), limited(self, "v", v)));
         let gate = a.gated.then(|| self.b.slice("gate", q, query_length, h.key_length, h.key_length));
         let q = if a.gated { self.b.slice("query", q, query_length, 0, h.key_length) } else { q };
         let mut place = |part: &str, x: TensorId| {
@@ -328,6 +343,9 @@ impl<'n, 'b> Network<'n, 'b> {
         let mut attended = self.b.attend(q, state, heads, a.scale, h.attn_logit_softcapping, sinks);
         if let Some(gate) = gate {
             attended = self.b.glu(gate, attended, Gate::Sigmoid);
+        }
+        if a.sub_norm {
+            attended = self.norm("attn_sub_norm", attended);
         }
         self.linear("attn_output", "attn_output", attended, h.embedding_length)
     }
@@ -390,22 +408,40 @@ impl<'n, 'b> Network<'n, 'b> {
         let key_heads = self.required("ssm.group_count", h.ssm_group_count);
         let (keys, value_dim) = (key_heads.saturating_mul(key_dim), inner / heads);
         let all = keys.saturating_mul(2).saturating_add(inner);
-        if !inner.is_multiple_of(heads) || all > MAX_EXTENT {
+        if !inner.is_multiple_of(heads) || !heads.is_multiple_of(key_heads.max(1)) || all > MAX_EXTENT {
             self.b.fail(format!(
                 "{key_heads} heads of {key_dim} elements and {inner} elements of values for {heads} heads: expected at \
-                most {MAX_EXTENT} elements in all, and whole heads"
+                most {MAX_EXTENT} elements in all, whole heads, and as many of values for each of keys"
             ));
             return x;
         }
         let parts = [("q", keys), ("k", keys), ("v", inner)];
-        let projected = self.fused_linear("attn_qkv", x, parts);
-        let gate = self.linear("gate", "attn_gate", x, inner);
-        let beta = self.linear("beta", "ssm_beta", x, heads);
-        let (weight, bias) = (
-            self.weight("ssm_alpha.weight", heads, h.embedding_length),
-            self.weight("ssm_dt.bias", 1, heads),
-        );
-        let decay = self.b.linear("decay", x, weight, Some(bias));
+        let of_key = inner / key_heads.max(1);
+        let (projected, gate) = if self.has("ssm_in.weight") {
+            // Older files of Qwen3-Next: the parts alternate, key head by key head.
+            let all = self.linear("qkvz", "ssm_in", x, keys.saturating_mul(2).saturating_add(2 * inner));
+            let [q, k, v, gate] = self.alternating(
+                all,
+                key_heads,
+                [("q", key_dim), ("k", key_dim), ("v", of_key), ("gate", of_key)],
+            );
+            ([q, k, v], gate)
+        } else {
+            (self.fused_linear("attn_qkv", x, parts), self.linear("gate", "attn_gate", x, inner))
+        };
+        let bias = self.weight("ssm_dt.bias", 1, heads);
+        let neighbours = self.has("ssm_ba.weight");
+        let [beta, decay] = if neighbours {
+            let all = self.linear("ba", "ssm_ba", x, 2 * heads);
+            let each = heads / key_heads.max(1);
+            let [beta, decay] = self.alternating(all, key_heads, [("beta", each), ("alpha", each)]);
+            let bias = self.b.embed(bias, Index::First, 1.0);
+            [beta, self.add("decay", decay, bias)]
+        } else {
+            let beta = self.linear("beta", "ssm_beta", x, heads);
+            let weight = self.weight("ssm_alpha.weight", heads, h.embedding_length);
+            [beta, self.b.linear("decay", x, weight, Some(bias))]
+        };
         let [q, k, v] = self.convolved(parts, projected, taps);
         // The root of the mean square is the length over the root of the number of elements.
         let mut unit = |name: &str, x: TensorId| {
@@ -417,11 +453,26 @@ impl<'n, 'b> Network<'n, 'b> {
         let state =
             self.b.state(State::recurrent(format!("delta.{}", self.layer), heads, key_dim, value_dim));
         // Once for the length of queries, once as in attention.
-        let rule = Rule::Delta { beta, scale: 1.0 / key_dim as f32 };
+        let rule = Rule::Delta { beta, scale: 1.0 / key_dim as f32, neighbours };
         let y = self.b.recur([q, k, v], decay, a, rule, state);
         let y = self.norm_over("ssm_norm", "ssm_norm", y, value_dim);
         let y = self.b.glu(gate, y, Gate::Silu);
         self.linear("ssm_out", "ssm_out", y, h.embedding_length)
+    }
+
+    /// The parts of a row that alternate, group by group.
+    fn alternating<const N: usize>(
+        &mut self,
+        x: TensorId,
+        groups: u32,
+        parts: [(&str, u32); N],
+    ) -> [TensorId; N] {
+        let (group, mut first) = (self.cols(x) / groups.max(1), 0);
+        parts.map(|(part, len)| {
+            let y = self.b.slice(part, x, group, first, len);
+            first += len;
+            y
+        })
     }
 
     /// A short convolution of each part, whose weights are stored one after the other, and SiLU.
@@ -539,6 +590,15 @@ impl<'n, 'b> Network<'n, 'b> {
         self.gated(gate, up, act)
     }
 
+    /// The same, normalised before the last product (BitNet).
+    pub fn sub_normed_mlp(&mut self, x: TensorId, act: Gate) -> TensorId {
+        let gate = self.linear("ffn_gate", "ffn_gate", x, self.hidden());
+        let up = self.linear("ffn_up", "ffn_up", x, self.hidden());
+        let y = self.b.glu(gate, up, act);
+        let y = self.norm("ffn_sub_norm", y);
+        self.linear("ffn_down", "ffn_down", y, self.h.embedding_length)
+    }
+
     fn gated(&mut self, gate: TensorId, up: TensorId, act: Gate) -> TensorId {
         let y = self.b.glu(gate, up, act);
         self.linear("ffn_down", "ffn_down", y, self.h.embedding_length)
@@ -569,6 +629,18 @@ impl<'n, 'b> Network<'n, 'b> {
         normalise: bool,
         act: Gate,
     ) -> TensorId {
+        self.experts_with_gate("ffn_gate_exps", routed_by, x, gating, normalise, act)
+    }
+
+    fn experts_with_gate(
+        &mut self,
+        gate: &str,
+        routed_by: TensorId,
+        x: TensorId,
+        gating: Gating,
+        normalise: bool,
+        act: Gate,
+    ) -> TensorId {
         let (h, n) = (self.h, self.h.expert_count);
         if h.expert_shared_count > 0 && !self.has("ffn_up_shexp.weight") {
             self.b.fail(format!(
@@ -576,10 +648,9 @@ impl<'n, 'b> Network<'n, 'b> {
                 h.architecture
             ));
         }
-        let (cols, hidden) = (h.embedding_length, h.expert_feed_forward_length.unwrap_or(self.hidden()));
+        let (cols, hidden) = (self.cols(x), h.expert_feed_forward_length.unwrap_or(self.hidden()));
         let logits = self.linear("router", "ffn_gate_inp", routed_by, n);
-        let parts =
-            [("ffn_gate_exps", hidden, cols), ("ffn_up_exps", hidden, cols), ("ffn_down_exps", cols, hidden)];
+        let parts = [(gate, hidden, cols), ("ffn_up_exps", hidden, cols), ("ffn_down_exps", cols, hidden)];
         let weights = self.expert_weights(n, parts);
         let has_biases = parts.iter().any(|(name, ..)| self.has(&format!("{name}.bias")));
         let biases =
@@ -597,6 +668,23 @@ impl<'n, 'b> Network<'n, 'b> {
             h.expert_weights_scale.unwrap_or(1.0),
         );
         self.b.experts(x, routes, weights, biases, act)
+    }
+
+    /// A mixture of experts without gates, with squared ReLU, and an expert for all tokens (Nemotron 3). The chosen experts
+    /// may read a projection of the input to fewer elements.
+    pub fn squared_relu_experts(&mut self, x: TensorId) -> TensorId {
+        let h = self.h;
+        let latent = h.moe_latent_size.map(|length| self.linear("latent", "ffn_latent_down", x, length));
+        // Squared ReLU is ReLU as a gate on itself.
+        let (gate, input) = ("ffn_up_exps", latent.unwrap_or(x));
+        let mut y = self.experts_with_gate(gate, x, input, Gating::Sigmoid, false, Gate::Relu);
+        if latent.is_some() {
+            y = self.linear("latent_out", "ffn_latent_up", y, h.embedding_length);
+        }
+        let shared = self.linear("shared_up", "ffn_up_shexp", x, self.shared_hidden());
+        let shared = self.b.unary("shared_act", shared, Unary::ReluSquared);
+        let shared = self.linear("shared_down", "ffn_down_shexp", shared, h.embedding_length);
+        self.add("ffn_shared", y, shared)
     }
 
     fn expert_weights(&mut self, experts: u32, parts: [(&str, u32, u32); 3]) -> [TensorId; 3] {

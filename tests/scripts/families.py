@@ -45,8 +45,21 @@ GLM_4_5 = dict(EXPERTS | dict(hidden=48), layers=3, head=24, norms=("attn_norm",
                    "leading_dense_block_count": 1, "expert_feed_forward_length": 16, "expert_shared_count": 1, "expert_gating_func": 2,
                    "expert_weights_norm": True, "expert_weights_scale": 2.5})
 
+# One block a layer; experts without gates.
+NEMOTRON_3 = dict(MAMBA_2 | EXPERTS | dict(norms=("attn_norm",), tied=False), layers=4, kv=[0, 0, 2, 0], hidden=[0, 24, 0, 0],
+                  mixers=["mamba_2", None, "attention", "mamba_2"], shared=32, router_bias=True, expert_gates=False,
+                  keys=HYBRID_KEYS | {"ssm.group_count": 2, "attention.layer_norm_epsilon": 1e-5, "expert_feed_forward_length": 24,
+                                      "expert_shared_feed_forward_length": 32, "expert_shared_count": 1, "expert_weights_norm": True,
+                                      "expert_weights_scale": 2.5, "expert_group_count": 1})
+
+# Neighbouring heads of values share keys.
+QWEN_3_NEXT = dict(DELTA_NET | EXPERTS, layers=4, mixers=["delta_net_of_neighbours"] * 3 + ["attention"], shared=16, shared_gate=True,
+                   keys={name: value for name, value in DELTA_NET["keys"].items() if name != "rope.dimension_sections"} | {
+                       "expert_feed_forward_length": 16})
+
 FAMILIES = {
     "arcee": dict(head=16, ffn="plain", keys=YARN),
+    "bitnet": dict(tied=True, sub_norms=True),
     # 32 layers: from their number, llama.cpp takes that the model has rotary positions.
     "baichuan": dict(dim=16, heads=2, kv=2, hidden=16, layers=32, rotated=8),
     "bailingmoe": dict(EXPERTS, base=6e5, rotated=16, shared=32,
@@ -66,6 +79,8 @@ FAMILIES = {
     # 64 layers: from their number, llama.cpp takes that queries and keys have norms.
     "command-r-plus": dict(arch="command-r", dim=16, hidden=8, layers=64, norm="layer", norm_bias=False, norms=("attn_norm",),
                            qk_norm="each", tied=True, base=7.5e7, keys={"logit_scale": 0.8333333, "rope.scaling.type": "none"}),
+    "dbrx": dict(EXPERTS, norm="layer", norm_bias=False, norms=("attn_norm", "attn_output_norm"), fused_qkv=True, base=5e5,
+                 keys={"attention.clamp_kqv": 0.7}),
     "deepseek": dict(EXPERTS | dict(hidden=48), kv=2, layers=3, rotated=16, shared=32, dense=1,
                      keys={"rope.scaling.type": "none", "leading_dense_block_count": 1, "expert_feed_forward_length": 16,
                            "expert_weights_scale": 1.0, "expert_shared_count": 2}),
@@ -127,6 +142,8 @@ FAMILIES = {
                         "shortconv.l_cache": 3, "expert_feed_forward_length": 16, "leading_dense_block_count": 1,
                         "expert_gating_func": 2}),
     "maincoder": dict(head=24, qk_norm="head", base=1e6, tied=True),
+    "mamba2": dict(MAMBA_2 | dict(norms=("attn_norm",), keys=HYBRID_KEYS | {"ssm.group_count": 2}), heads=0, kv=None, hidden=0, base=None,
+                   layers=3, mixers=["mamba_2"] * 3),
     "minicpm": dict(tied=True, keys=dict(logit_scale=9.0, residual_scale=0.22, embedding_scale=12.0)),
     "minimax-m2": dict(EXPERTS, heads=4, kv=2, head=16, qk_norm="row", base=5e6, rotated=8, router_bias=True,
                        keys={"expert_feed_forward_length": 16, "expert_gating_func": 2}),
@@ -136,6 +153,9 @@ FAMILIES = {
                                       keys=HYBRID_KEYS | {"ssm.group_count": 2, "attention.layer_norm_epsilon": 1e-5}),
                        layers=4, kv=[0, 0, 2, 0], hidden=[0, 80, 0, 0], ffn="plain",
                        mixers=["mamba_2", None, "attention", "mamba_2"]),
+    "nemotron_h_moe": dict(NEMOTRON_3, keys=NEMOTRON_3["keys"]),
+    # Experts that read fewer elements.
+    "nemotron_h_moe-latent": dict(NEMOTRON_3, arch="nemotron_h_moe", keys=NEMOTRON_3["keys"] | {"moe_latent_size": 24}),
     "olmo": dict(norm="layer", norms=(), last_norm=None, tied=True),
     "olmoe": dict(EXPERTS, kv=2, qk_norm="row"),
     "openelm": dict(heads=[2, 4], kv=[1, 2], head=16, hidden=[32, 64], fused_qkv=True, qk_norm="head", tied=True),
@@ -143,6 +163,9 @@ FAMILIES = {
     "pangu-embedded": dict(qkv_bias=True, out_bias=True, base=1.6e7),
     "phi2": dict(kv=2, norm="layer", norms=("attn_norm",), **BIASES, ffn="plain", output_bias=True, rotated=8),
     "plamo": dict(norms=("attn_norm",)),
+    "plamo3": dict(layers=8, head=16, qk_norm="head", fused_qkv=True, ffn="fused", bare_norms=True, base=1e6,
+                   norms=("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"), keys={
+                       "attention.sliding_window": 16, "rope.freq_base_swa": 1e4, "attention.sliding_window_pattern": [True] * 7 + [False]}),
     "qwen2moe": dict(EXPERTS | dict(hidden=48), qkv_bias=True, base=1e6, shared=48, shared_gate=True,
                      keys={"expert_feed_forward_length": 16}),
     # Its vectors times the embedding table are its logits.
@@ -150,6 +173,8 @@ FAMILIES = {
     "qwen35": dict(DELTA_NET, layers=5, mixers=["delta_net"] * 3 + ["attention", "delta_net"]),
     "qwen35-moe": dict(DELTA_NET | EXPERTS | dict(keys=DELTA_NET["keys"] | {"expert_feed_forward_length": 16}), arch="qwen35moe",
                        layers=4, mixers=["delta_net"] * 3 + ["attention"], shared=16, shared_gate=True),
+    "qwen3next": dict(QWEN_3_NEXT),
+    "qwen3next-alternating": dict(QWEN_3_NEXT, arch="qwen3next", alternating=True),
     "seed_oss": dict(head=24, norms=("attn_norm", "post_attention_norm"), qkv_bias=True, base=1e7),
     # llama.cpp takes a window of 4096 whatever the file says.
     "smallthinker": dict(EXPERTS, layers=5, base=1.5e6, tied=True,
@@ -201,7 +226,8 @@ class File:
 def model(name, arch=None, dim=32, heads=2, kv=1, head=None, hidden=48, layers=2, norm="rms", norm_bias=True, norms=PRE,
           qk_norm=None, fused_qkv=False, qkv_bias=False, out_bias=False, ffn="gated", ffn_bias=False, shared=0, shared_gate=False,
           tied=False, output_bias=False, positions=False, rotated=None, base=10000.0, rope_factors=False, mixers=None, gated=False,
-          last_norm="output_norm", windowed=None, window_head=None, layer_inputs=0, shared_kv=0, dense=0, router_bias=False, keys={}):
+          last_norm="output_norm", windowed=None, window_head=None, layer_inputs=0, shared_kv=0, dense=0, router_bias=False,
+          sub_norms=False, bare_norms=False, expert_gates=True, alternating=False, keys={}):
     """The file of a family's row."""
     arch_name = arch or name
     file = File(name, arch_name)
@@ -209,13 +235,14 @@ def model(name, arch=None, dim=32, heads=2, kv=1, head=None, hidden=48, layers=2
                            feed_forward_length=hidden).items():
         file.key(key, value)
     file.key("attention.head_count", heads)
-    file.key("attention.head_count_kv", kv)
+    if kv is not None:
+        file.key("attention.head_count_kv", kv)
     layer_norm = norm == "layer"
     file.key("attention.layer_norm_epsilon" if layer_norm else "attention.layer_norm_rms_epsilon", 1e-5)
     if head:
         file.key("attention.key_length", head)
         file.key("attention.value_length", head)
-    if not positions:
+    if not positions and base:
         file.key("rope.freq_base", base)
     if rotated:
         file.key("rope.dimension_count", rotated)
@@ -247,12 +274,20 @@ def model(name, arch=None, dim=32, heads=2, kv=1, head=None, hidden=48, layers=2
     per_layer = lambda value, layer: value[layer] if isinstance(value, list) else value
     for layer in range(layers):
         at = f"blk.{layer}."
-        queries, groups, inner = (per_layer(value, layer) for value in (heads, kv, hidden))
-        length = window_head if windowed and windowed[layer] else head or dim // heads
+        queries, groups, inner = (per_layer(value, layer) for value in (heads, kv or 0, hidden))
+        length = window_head if windowed and windowed[layer] else head or dim // max(heads, 1)
         own_kv = layer < layers - shared_kv
         rows, kv_rows = queries * length, groups * length
         for part in norms:
-            file.norm(at + part, dim, norm_bias)
+            if bare_norms and part.startswith("post_"):
+                file.tensor(at + part, dim, scale=0.1, around=1.0)
+            else:
+                file.norm(at + part, dim, norm_bias)
+        if sub_norms:
+            file.norm(at + "attn_sub_norm", queries * length)
+            file.norm(at + "ffn_sub_norm", inner)
+            for part in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"):
+                file.tensor(f"{at}{part}.scale", 1, scale=0.1, around=1.0)
         if arch_name == "falcon-h1":
             # Its files leave out the ending.
             file.tensor(at + "ffn_norm", dim, scale=0.1, around=1.0)
@@ -263,6 +298,8 @@ def model(name, arch=None, dim=32, heads=2, kv=1, head=None, hidden=48, layers=2
             delta_net(file, at, dim, keys)
         elif mixer == "mamba_2":
             mamba_2(file, at, dim, keys)
+        elif mixer == "delta_net_of_neighbours":
+            delta_net(file, at, dim, keys, neighbours=True, alternating=alternating)
         elif mixer is None:
             pass
         elif fused_qkv:
@@ -293,16 +330,22 @@ def model(name, arch=None, dim=32, heads=2, kv=1, head=None, hidden=48, layers=2
                 file.tensor(at + "exp_probs_b.bias", experts, scale=0.3)
             file.linear(at + "ffn_gate_inp", dim, experts)
             inner = keys.get("expert_feed_forward_length", inner)
-            file.linear(at + "ffn_gate_exps", dim, inner, experts)
-            file.linear(at + "ffn_up_exps", dim, inner, experts)
-            file.linear(at + "ffn_down_exps", inner, dim, experts)
+            cols = keys.get("moe_latent_size", dim)
+            if cols != dim:
+                file.linear(at + "ffn_latent_down", dim, cols)
+                file.linear(at + "ffn_latent_up", cols, dim)
+            if expert_gates:
+                file.linear(at + "ffn_gate_exps", cols, inner, experts)
+            file.linear(at + "ffn_up_exps", cols, inner, experts)
+            file.linear(at + "ffn_down_exps", inner, cols, experts)
         else:
             if ffn in ("gated", "experts"):
                 file.linear(at + "ffn_gate", dim, inner, bias=ffn_bias)
             file.linear(at + "ffn_up", dim, 2 * inner if ffn == "fused" else inner, bias=ffn_bias)
             file.linear(at + "ffn_down", inner, dim, bias=ffn_bias)
         if shared and layer >= dense:
-            file.linear(at + "ffn_gate_shexp", dim, shared)
+            if expert_gates:
+                file.linear(at + "ffn_gate_shexp", dim, shared)
             file.linear(at + "ffn_up_shexp", dim, shared)
             file.linear(at + "ffn_down_shexp", shared, dim)
         if shared_gate:
@@ -316,17 +359,23 @@ def short_conv(file, at, dim, keys):
     file.linear(at + "shortconv.out_proj", dim, dim)
 
 
-def delta_net(file, at, dim, keys):
+def delta_net(file, at, dim, keys, neighbours=False, alternating=False):
     inner, key, heads = (keys[f"ssm.{name}"] for name in ("inner_size", "state_size", "time_step_rank"))
     channels = 2 * keys["ssm.group_count"] * key + inner
-    file.linear(at + "attn_qkv", dim, channels)
-    file.linear(at + "attn_gate", dim, inner)
+    if alternating:
+        file.linear(at + "ssm_in", dim, channels + inner)
+    else:
+        file.linear(at + "attn_qkv", dim, channels)
+        file.linear(at + "attn_gate", dim, inner)
     file.tensor(at + "ssm_conv1d.weight", keys["ssm.conv_kernel"], channels, scale=0.5)
     file.tensor(at + "ssm_dt.bias", heads, scale=0.5)
     # Always negative, so that states decay.
     file.writer.add_tensor(at + "ssm_a", -np.exp(file.random.standard_normal(heads)).astype(np.float32))
-    file.linear(at + "ssm_beta", dim, heads)
-    file.linear(at + "ssm_alpha", dim, heads)
+    if neighbours:
+        file.linear(at + "ssm_ba", dim, 2 * heads)
+    else:
+        file.linear(at + "ssm_beta", dim, heads)
+        file.linear(at + "ssm_alpha", dim, heads)
     file.norm(at + "ssm_norm", inner // heads)
     file.linear(at + "ssm_out", inner, dim)
 
