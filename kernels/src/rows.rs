@@ -55,6 +55,8 @@ pub enum Unary {
     SoftCap(f32),
     /// `max(-limit, min(x, limit))`.
     Clamp(f32),
+    /// `x + term`.
+    Shift(f32),
 }
 
 #[inline(always)]
@@ -115,6 +117,7 @@ fn unary<I: Isa>(isa: I, f: Unary, x: I::F) -> I::F {
         Unary::Scale(factor) => isa.mul(x, isa.splat(factor)),
         Unary::SoftCap(cap) => isa.mul(isa.splat(cap), math::tanh(isa, isa.div(x, isa.splat(cap)))),
         Unary::Clamp(limit) => clamp(isa, x, limit),
+        Unary::Shift(term) => isa.add(x, isa.splat(term)),
     }
 }
 
@@ -209,6 +212,7 @@ kernels!(
     Add<'_>,
     AddScaled<'_>,
     Norm<'_>,
+    Spread<'_>,
     Rope<'_>,
     Softmax<'_>,
     Sigmoid<'_>,
@@ -326,6 +330,49 @@ pub struct Norm<'a> {
     pub centred: bool,
     /// As many results.
     pub out: &'a mut [f32],
+}
+
+/// A kernel: what [`Norm`] divides a group by.
+#[derive(Debug)]
+pub struct Spread<'a> {
+    /// The group.
+    pub x: &'a [f32],
+    /// Added under the root.
+    pub eps: f32,
+    /// Whether to subtract the mean.
+    pub centred: bool,
+}
+
+impl WithIsa for Spread<'_> {
+    type Out = f32;
+    #[inline(always)]
+    fn call<I: Isa>(self, isa: I) -> f32 {
+        let (n, zero) = (self.x.len() as f32, isa.splat(0.0));
+        let mut mean = 0.0;
+        if self.centred {
+            mean = isa.sum(fold16(
+                isa,
+                self.x,
+                zero,
+                #[inline(always)]
+                |acc, x| isa.add(acc, x),
+            )) / n;
+        }
+        let (chunks, rest) = self.x.as_chunks::<16>();
+        let (mean_v, mut squares) = (isa.splat(mean), zero);
+        for lanes in chunks {
+            let x = isa.sub(isa.load(lanes), mean_v);
+            squares = isa.fma(x, x, squares);
+        }
+        if !rest.is_empty() {
+            // The padding must stay zero.
+            let mut lanes = [0.0; 16];
+            lanes.iter_mut().zip(rest).for_each(|(lane, x)| *lane = x - mean);
+            let x = isa.load(&lanes);
+            squares = isa.fma(x, x, squares);
+        }
+        math::sqrt(isa.sum(squares) / n + self.eps)
+    }
 }
 
 impl WithIsa for Norm<'_> {

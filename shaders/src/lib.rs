@@ -177,6 +177,7 @@ files! {
     "lib/group"
     "lib/groups"
     "lib/math"
+    "lib/mix_parts"
     "lib/norm_quantise"
     "lib/output"
     "lib/pair"
@@ -216,6 +217,7 @@ files! {
     "rope"
     "rope_kv"
     "route"
+    "spread"
     "top_k"
 }
 
@@ -446,6 +448,7 @@ pub fn unary(f: Unary) -> Option<String> {
         Unary::ReluSquared => "relu(x) * relu(x)".into(),
         Unary::Scale(factor) => format!("{factor:e} * x"),
         Unary::SoftCap(cap) => format!("{cap:e} * tanh_safe(x / {cap:e})"),
+        Unary::Shift(term) => format!("x + {term:e}"),
         Unary::Clamp(limit) => format!("or_nan(clamp(x, -{limit:e}, {limit:e}), x)"),
         _ => return None,
     };

@@ -204,6 +204,9 @@ pub const HALITE_OP_RECUR: u32 = 16;
 pub const HALITE_OP_SLICE: u32 = 17;
 pub const HALITE_OP_MUL: u32 = 18;
 pub const HALITE_OP_ROUTE_AMONG: u32 = 19;
+pub const HALITE_OP_ROUTE_SCALED: u32 = 20;
+pub const HALITE_OP_SPREAD: u32 = 21;
+pub const HALITE_OP_MIX: u32 = 22;
 
 /// `out[t] = scale * table[row of t]`. A row beyond the table is HALITE_ARGUMENT.
 #[repr(C)]
@@ -353,7 +356,7 @@ pub struct HaliteUnary {
     pub x: u32,
     pub out: u32,
     pub function: u32,
-    /// For HALITE_UNARY_SCALE, HALITE_UNARY_SOFT_CAP and HALITE_UNARY_CLAMP.
+    /// For HALITE_UNARY_SCALE, HALITE_UNARY_SOFT_CAP, HALITE_UNARY_CLAMP and HALITE_UNARY_SHIFT.
     pub parameter: f32,
 }
 /// `x * sigmoid(x)`.
@@ -372,6 +375,8 @@ pub const HALITE_UNARY_SCALE: u32 = 5;
 pub const HALITE_UNARY_SOFT_CAP: u32 = 6;
 /// `max(-parameter, min(x, parameter))`; NaN stays.
 pub const HALITE_UNARY_CLAMP: u32 = 7;
+/// `x + parameter`.
+pub const HALITE_UNARY_SHIFT: u32 = 8;
 
 /// Chooses experts for each token in order of decreasing gated value (for HALITE_GATING_SOFTMAX_OF_TOP, of the logit); the
 /// lower index comes first on ties, and NaN before all other values.
@@ -521,6 +526,39 @@ pub struct HaliteRouteAmong {
     pub groups_used: u32,
 }
 
+/// HALITE_OP_ROUTE_AMONG, whose weights are at last multiplied by a factor of their expert.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct HaliteRouteScaled {
+    pub route_among: HaliteRouteAmong,
+    /// `[1, experts]`.
+    pub scales: u32,
+}
+
+/// What HALITE_OP_NORM divides each group by: `sqrt(mean(x^2) + eps)`, or `sqrt(var(x) + eps)`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct HaliteSpread {
+    pub x: u32,
+    /// `[rows, cols / group]`.
+    pub out: u32,
+    /// HALITE_NORM_RMS or HALITE_NORM_LAYER.
+    pub kind: u32,
+    pub eps: f32,
+    pub group: u32,
+}
+
+/// Weighted sums of the `parts` of each row, with factors of its own: part i of the result is the sum of
+/// `factors[i * parts + j]` times part j, in order of j.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct HaliteMix {
+    pub x: u32,
+    pub factors: u32,
+    pub out: u32,
+    pub parts: u32,
+}
+
 /// The operands of an op, by its kind. Operands are numbers in HaliteProgram::tensors; `state` is one in
 /// HaliteProgram::states.
 #[repr(C)]
@@ -546,6 +584,9 @@ pub union HaliteOperands {
     pub slice: HaliteSlice,
     pub mul: HaliteMul,
     pub route_among: HaliteRouteAmong,
+    pub route_scaled: HaliteRouteScaled,
+    pub spread: HaliteSpread,
+    pub mix: HaliteMix,
 }
 
 #[repr(C)]
