@@ -73,6 +73,8 @@ pub struct Hparams {
     pub expert_feed_forward_length: Option<u32>,
     /// Layers at the beginning that have no experts.
     pub leading_dense_block_count: u32,
+    /// Period of the layers with experts.
+    pub interleave_moe_layer_step: Option<u32>,
     /// Experts that all tokens use; files store them as one.
     pub expert_shared_count: u32,
     /// Hidden elements of the expert that all tokens use.
@@ -167,14 +169,12 @@ pub enum Pooling {
 /// Unsupported options and the only value accepted for each.
 const ONLY: &[(&str, Only)] = &[
     ("attention.max_alibi_bias", Only::F32(0.0)),
-    ("interleave_moe_layer_step", Only::UpTo(1)),
     ("rope.scaling.yarn_attn_factor", Only::F32(1.0)),
     ("rope.scaling.yarn_ext_factor", Only::F32(1.0)),
 ];
 
 #[derive(Clone, Copy)]
 enum Only {
-    UpTo(u32),
     F32(f32),
 }
 
@@ -273,9 +273,6 @@ impl Hparams {
         for (name, only) in ONLY {
             let key = key(name);
             let (fits, expected) = match only {
-                Only::UpTo(only) => {
-                    (gguf.optional_u32(&key)?.is_none_or(|v| v <= *only), format!("up to {only}"))
-                }
                 Only::F32(only) => (gguf.optional_f32(&key)?.is_none_or(|v| v == *only), only.to_string()),
             };
             if !fits {
@@ -418,6 +415,7 @@ impl Hparams {
             expert_feed_forward_length,
             expert_shared_feed_forward_length,
             leading_dense_block_count: gguf.optional_u32(&key("leading_dense_block_count"))?.unwrap_or(0),
+            interleave_moe_layer_step: gguf.optional_u32(&key("interleave_moe_layer_step"))?,
             expert_shared_count: gguf.optional_u32(&key("expert_shared_count"))?.unwrap_or(0),
             expert_gating_func,
             expert_weights_norm: gguf.optional_bool(&key("expert_weights_norm"))?,

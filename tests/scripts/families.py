@@ -57,6 +57,19 @@ QWEN_3_NEXT = dict(DELTA_NET | EXPERTS, layers=4, mixers=["delta_net_of_neighbou
                    keys={name: value for name, value in DELTA_NET["keys"].items() if name != "rope.dimension_sections"} | {
                        "expert_feed_forward_length": 16})
 
+GEMMA_3N = dict(dim=16, heads=2, kv=1, head=16, hidden=128, qk_norm="head", tied=True, base=1e6, layer_inputs=256, altup=True,
+                norms=("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"), keys={
+                    "attention.sliding_window": 16, "final_logit_softcapping": 30.0, "embedding_length_per_layer_input": 256,
+                    "altup.active_idx": 0, "altup.num_inputs": 4})
+
+GEMMA_4_MOE = dict(EXPERTS | dict(hidden=40), dim=48, heads=4, kv=[2, 2, 1], head=24, layers=3, qk_norm="head", tied=True, base=1e6, rotated=24,
+                   norms=("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm", "post_ffw_norm_1", "pre_ffw_norm_2",
+                          "post_ffw_norm_2"), rope_factors=True, windowed=[True, True, False], window_head=16, beside=True, keys={
+                       "attention.sliding_window": 16, "attention.key_length_swa": 16, "attention.value_length_swa": 16,
+                       "attention.sliding_window_pattern": [True, True, False], "attention.shared_kv_layers": 0,
+                       "embedding_length_per_layer_input": 0, "rope.freq_base_swa": 1e4, "rope.dimension_count_swa": 16,
+                       "final_logit_softcapping": 30.0, "expert_feed_forward_length": 16})
+
 FAMILIES = {
     "arcee": dict(head=16, ffn="plain", keys=YARN),
     "bitnet": dict(tied=True, sub_norms=True),
@@ -107,6 +120,12 @@ FAMILIES = {
     "falcon-h1": dict(MAMBA_2 | dict(norms=("attn_norm",), tied=False, keys=HYBRID_KEYS | {"ssm.group_count": 2}), kv=2, head=16,
                       base=1e11, mixers=["both"] * 2),
     "gemma": dict(dim=64, heads=4, kv=1, head=24, tied=True),
+    # Of so few layers, all have caches of their own and sparse gates.
+    "gemma3n": dict(GEMMA_3N, layers=6, keys=GEMMA_3N["keys"] | {
+        "attention.sliding_window_pattern": [True, True, True, True, False, True]}),
+    # llama.cpp takes that the first 20 layers have caches of their own, and that the first 10 are sparse. All have keys and values.
+    "gemma3n-shared": dict(GEMMA_3N, arch="gemma3n", layers=22, keys=GEMMA_3N["keys"] | {
+        "attention.shared_kv_layers": 2, "attention.sliding_window_pattern": ([True] * 4 + [False]) * 4 + [True, False]}),
     # Three layers use the caches of the first two.
     "gemma4": dict(dim=48, heads=4, kv=[1, 2, 1, 2, 1], head=24, layers=5, hidden=[32, 32, 64, 64, 64], qk_norm="head",
                    norms=("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"), tied=True, base=1e6, rotated=24,
@@ -115,6 +134,8 @@ FAMILIES = {
                          "attention.sliding_window_pattern": [True, False, True, False, True], "attention.shared_kv_layers": 3,
                          "embedding_length_per_layer_input": 24, "rope.freq_base_swa": 1e4, "rope.dimension_count_swa": 16,
                          "final_logit_softcapping": 30.0}),
+    # A mixture of experts beside the feed-forward block; keys are values in layers without a window.
+    "gemma4-moe": dict(GEMMA_4_MOE, arch="gemma4"),
     "glm4": dict(norms=("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"), qkv_bias=True,
                  ffn="fused", rotated=8),
     # The order of rows is that of halves, and a text has the same coordinates in all sections.
@@ -135,15 +156,21 @@ FAMILIES = {
                         keys=PLAIN_ROPE | {"expert_feed_forward_length": 16, "expert_shared_feed_forward_length": 16,
                                            "expert_shared_count": 1}),
     "internlm2": dict(base=1e6),
+    "jais2": dict(norm="layer", **BIASES, ffn="plain"),
     "lfm2": dict(dim=64, heads=4, kv=[0, 0, 2, 0], layers=4, mixers=["short_conv", "short_conv", "attention", "short_conv"],
                  qk_norm="head", base=1e6, tied=True, last_norm="token_embd_norm", keys={"shortconv.l_cache": 3}),
     "lfm2moe": dict(EXPERTS | dict(hidden=80), dim=64, heads=4, kv=[0, 2, 0], layers=3, mixers=["short_conv", "attention", "short_conv"], dense=1,
                     router_bias=True, qk_norm="head", base=1e6, tied=True, last_norm="token_embd_norm", keys={
                         "shortconv.l_cache": 3, "expert_feed_forward_length": 16, "leading_dense_block_count": 1,
                         "expert_gating_func": 2}),
+    # The last of four layers has no positions; every other one has experts.
+    "llama4": dict(EXPERTS | dict(hidden=48), kv=2, head=16, layers=4, base=5e5, rotated=16, shared=16, dense=[0, 2], used=1, rope_factors=True,
+                   keys={"interleave_moe_layer_step": 2, "expert_feed_forward_length": 16, "expert_shared_count": 1}),
     "maincoder": dict(head=24, qk_norm="head", base=1e6, tied=True),
     "mamba2": dict(MAMBA_2 | dict(norms=("attn_norm",), keys=HYBRID_KEYS | {"ssm.group_count": 2}), heads=0, kv=None, hidden=0, base=None,
                    layers=3, mixers=["mamba_2"] * 3),
+    "mellum": dict(EXPERTS, layers=4, head=24, qk_norm="head", base=5e5, keys=YARN | {
+        "expert_feed_forward_length": 16, "attention.sliding_window": 16, "attention.sliding_window_pattern": [True, True, True, False]}),
     "minicpm": dict(tied=True, keys=dict(logit_scale=9.0, residual_scale=0.22, embedding_scale=12.0)),
     "minimax-m2": dict(EXPERTS, heads=4, kv=2, head=16, qk_norm="row", base=5e6, rotated=8, router_bias=True,
                        keys={"expert_feed_forward_length": 16, "expert_gating_func": 2}),
@@ -168,6 +195,9 @@ FAMILIES = {
                        "attention.sliding_window": 16, "rope.freq_base_swa": 1e4, "attention.sliding_window_pattern": [True] * 7 + [False]}),
     "qwen2moe": dict(EXPERTS | dict(hidden=48), qkv_bias=True, base=1e6, shared=48, shared_gate=True,
                      keys={"expert_feed_forward_length": 16}),
+    # A text has the same coordinates in all sections.
+    # llama.cpp adds nothing under the roots of its norms, whatever the file says.
+    "qwen2vl": dict(eps=1e-6, qkv_bias=True, base=1e6, tied=True, keys={"rope.dimension_sections": [4, 2, 2, 0]}),
     # Its vectors times the embedding table are its logits.
     "qwen3-embedding": dict(folder="embedding", arch="qwen3", head=24, qk_norm="head", base=1e6, tied=True, keys={"pooling_type": 3}),
     "qwen35": dict(DELTA_NET, layers=5, mixers=["delta_net"] * 3 + ["attention", "delta_net"]),
@@ -175,6 +205,9 @@ FAMILIES = {
                        layers=4, mixers=["delta_net"] * 3 + ["attention"], shared=16, shared_gate=True),
     "qwen3next": dict(QWEN_3_NEXT),
     "qwen3next-alternating": dict(QWEN_3_NEXT, arch="qwen3next", alternating=True),
+    "qwen3vl": dict(head=24, qk_norm="head", base=5e6, tied=True, keys={"rope.dimension_sections": [4, 4, 4, 0], "n_deepstack_layers": 3}),
+    "qwen3vl-moe": dict(EXPERTS, arch="qwen3vlmoe", head=24, qk_norm="head", base=5e6, keys={
+        "rope.dimension_sections": [4, 4, 4, 0], "n_deepstack_layers": 3, "expert_feed_forward_length": 16}),
     "seed_oss": dict(head=24, norms=("attn_norm", "post_attention_norm"), qkv_bias=True, base=1e7),
     # llama.cpp takes a window of 4096 whatever the file says.
     "smallthinker": dict(EXPERTS, layers=5, base=1.5e6, tied=True,
@@ -201,10 +234,10 @@ class File:
         kinds = {bool: "bool", int: "uint32", float: "float32", str: "string", list: "array"}
         getattr(self.writer, f"add_{kinds[type(value)]}")(name, value)
 
-    def tensor(self, name, *shape, scale, around=0.0):
+    def tensor(self, name, *shape, scale, around=0.0, type=np.float32):
         """Random values; the shape as in the file: the length of a row first."""
         values = around + scale * self.random.standard_normal(shape[::-1])
-        self.writer.add_tensor(name, values.astype(np.float32))
+        self.writer.add_tensor(name, values.astype(type))
 
     def norm(self, name, length, bias=False):
         self.tensor(f"{name}.weight", length, scale=0.1, around=1.0)
@@ -227,7 +260,8 @@ def model(name, arch=None, dim=32, heads=2, kv=1, head=None, hidden=48, layers=2
           qk_norm=None, fused_qkv=False, qkv_bias=False, out_bias=False, ffn="gated", ffn_bias=False, shared=0, shared_gate=False,
           tied=False, output_bias=False, positions=False, rotated=None, base=10000.0, rope_factors=False, mixers=None, gated=False,
           last_norm="output_norm", windowed=None, window_head=None, layer_inputs=0, shared_kv=0, dense=0, router_bias=False,
-          sub_norms=False, bare_norms=False, expert_gates=True, alternating=False, keys={}):
+          sub_norms=False, bare_norms=False, expert_gates=True, alternating=False,
+          used=2, beside=False, altup=False, eps=1e-5, keys={}):
     """The file of a family's row."""
     arch_name = arch or name
     file = File(name, arch_name)
@@ -238,7 +272,7 @@ def model(name, arch=None, dim=32, heads=2, kv=1, head=None, hidden=48, layers=2
     if kv is not None:
         file.key("attention.head_count_kv", kv)
     layer_norm = norm == "layer"
-    file.key("attention.layer_norm_epsilon" if layer_norm else "attention.layer_norm_rms_epsilon", 1e-5)
+    file.key("attention.layer_norm_epsilon" if layer_norm else "attention.layer_norm_rms_epsilon", eps)
     if head:
         file.key("attention.key_length", head)
         file.key("attention.value_length", head)
@@ -250,7 +284,7 @@ def model(name, arch=None, dim=32, heads=2, kv=1, head=None, hidden=48, layers=2
     experts = 6 if ffn == "experts" else 0
     if experts:
         file.key("expert_count", experts)
-        file.key("expert_used_count", 2)
+        file.key("expert_used_count", used)
     if shared and "expert_shared_count" not in keys:
         file.key("expert_shared_feed_forward_length", shared)
     for key, value in keys.items():
@@ -267,7 +301,10 @@ def model(name, arch=None, dim=32, heads=2, kv=1, head=None, hidden=48, layers=2
     if layer_inputs:
         file.linear("per_layer_model_proj", dim, layer_inputs * layers)
         file.norm("per_layer_proj_norm", layer_inputs)
-        file.tensor("per_layer_token_embd.weight", layer_inputs * layers, VOCAB, scale=layer_inputs**-0.5)
+        file.tensor("per_layer_token_embd.weight", layer_inputs * layers, VOCAB, scale=layer_inputs**-0.5, type=np.float16)
+    if altup:
+        file.linear("altup_proj", dim, dim, 3)
+        file.linear("altup_unembd_proj", dim, dim, 3)
     if rope_factors:
         pairs = (head or dim // heads) // 2
         file.writer.add_tensor("rope_freqs.weight", np.linspace(1, 8, pairs, dtype=np.float32))
@@ -306,7 +343,7 @@ def model(name, arch=None, dim=32, heads=2, kv=1, head=None, hidden=48, layers=2
             file.linear(at + "attn_qkv", dim, rows + 2 * kv_rows, bias=qkv_bias)
         else:
             for part, count in (("q", 2 * rows if gated else rows), ("k", kv_rows), ("v", kv_rows)):
-                if part == "q" or own_kv:
+                if part == "q" or own_kv and (part == "k" or not beside or windowed[layer]):
                     file.linear(f"{at}attn_{part}", dim, count, bias=qkv_bias)
         if mixer == "both":
             mamba_2(file, at, dim, keys)
@@ -322,10 +359,26 @@ def model(name, arch=None, dim=32, heads=2, kv=1, head=None, hidden=48, layers=2
             file.linear(at + "inp_gate", dim, layer_inputs)
             file.linear(at + "proj", layer_inputs, dim)
             file.norm(at + "post_norm", dim)
+        if layer_inputs and not altup:
             file.tensor(at + "layer_output_scale.weight", 1, scale=0.1, around=1.0)
+        if altup:
+            file.norm(at + "altup_correct_scale", dim)
+            file.tensor(at + "altup_correct_coef.weight", 4, 4, scale=0.1)
+            file.tensor(at + "altup_predict_coef.weight", 4, 16, scale=0.1)
+            file.tensor(at + "altup_router.weight", dim, 4, scale=dim**0.5)
+            file.norm(at + "altup_router_norm", dim)
+            file.linear(at + "laurel_l", dim, 64)
+            file.linear(at + "laurel_r", 64, dim)
+            file.norm(at + "laurel_post_norm", dim)
         if not inner:
             continue
-        if experts and layer >= dense:
+        has_experts = experts and (layer not in dense if isinstance(dense, list) else layer >= dense)
+        if beside:
+            file.tensor(at + "ffn_gate_inp.scale", dim, scale=0.1, around=1.0)
+            file.tensor(at + "ffn_down_exps.scale", experts, scale=0.1, around=1.0)
+            for part, shape in (("gate", (dim, inner)), ("up", (dim, inner)), ("down", (inner, dim))):
+                file.linear(at + "ffn_" + part, *shape)
+        if has_experts:
             if router_bias:
                 file.tensor(at + "exp_probs_b.bias", experts, scale=0.3)
             file.linear(at + "ffn_gate_inp", dim, experts)
@@ -334,16 +387,19 @@ def model(name, arch=None, dim=32, heads=2, kv=1, head=None, hidden=48, layers=2
             if cols != dim:
                 file.linear(at + "ffn_latent_down", dim, cols)
                 file.linear(at + "ffn_latent_up", cols, dim)
-            if expert_gates:
+            if beside:
+                file.linear(at + "ffn_gate_up_exps", cols, 2 * inner, experts)
+            elif expert_gates:
                 file.linear(at + "ffn_gate_exps", cols, inner, experts)
-            file.linear(at + "ffn_up_exps", cols, inner, experts)
+            if not beside:
+                file.linear(at + "ffn_up_exps", cols, inner, experts)
             file.linear(at + "ffn_down_exps", inner, cols, experts)
         else:
             if ffn in ("gated", "experts"):
                 file.linear(at + "ffn_gate", dim, inner, bias=ffn_bias)
             file.linear(at + "ffn_up", dim, 2 * inner if ffn == "fused" else inner, bias=ffn_bias)
             file.linear(at + "ffn_down", inner, dim, bias=ffn_bias)
-        if shared and layer >= dense:
+        if shared and has_experts:
             if expert_gates:
                 file.linear(at + "ffn_gate_shexp", dim, shared)
             file.linear(at + "ffn_up_shexp", dim, shared)
