@@ -147,6 +147,12 @@
 
 #define HALITE_OP_ROUTE_AMONG 19
 
+#define HALITE_OP_ROUTE_SCALED 20
+
+#define HALITE_OP_SPREAD 21
+
+#define HALITE_OP_MIX 22
+
 // The token's id.
 #define HALITE_INDEX_TOKEN 0
 
@@ -192,6 +198,12 @@
 // `parameter * tanh(x / parameter)`.
 #define HALITE_UNARY_SOFT_CAP 6
 
+// `max(-parameter, min(x, parameter))`; NaN stays.
+#define HALITE_UNARY_CLAMP 7
+
+// `x + parameter`.
+#define HALITE_UNARY_SHIFT 8
+
 // Softmax over all experts, then the largest.
 #define HALITE_GATING_SOFTMAX 0
 
@@ -206,6 +218,9 @@
 
 // `u = rate * v` and `out = S^T q + d * v`. Head h has the query and key `h * key_heads / heads`.
 #define HALITE_RULE_SCAN 1
+
+// HALITE_RULE_DELTA, but head h has the query and key `h * key_heads / heads`.
+#define HALITE_RULE_DELTA_OF_NEIGHBOURS 2
 
 #define HALITE_CLOCK_HOST 0
 
@@ -491,7 +506,7 @@ typedef struct HaliteUnary {
   uint32_t x;
   uint32_t out;
   uint32_t function;
-  // For HALITE_UNARY_SCALE and HALITE_UNARY_SOFT_CAP.
+  // For HALITE_UNARY_SCALE, HALITE_UNARY_SOFT_CAP, HALITE_UNARY_CLAMP and HALITE_UNARY_SHIFT.
   float parameter;
 } HaliteUnary;
 
@@ -574,15 +589,15 @@ typedef struct HaliteRecur {
   uint32_t decay;
   // `[1, heads]`.
   uint32_t a;
-  // HALITE_RULE_DELTA or HALITE_RULE_SCAN.
+  // HALITE_RULE_DELTA, HALITE_RULE_SCAN or HALITE_RULE_DELTA_OF_NEIGHBOURS.
   uint32_t rule;
-  // For HALITE_RULE_DELTA: `[tokens, heads]`.
+  // For the delta rules: `[tokens, heads]`.
   uint32_t beta;
   // For HALITE_RULE_SCAN: `[1, heads]`.
   uint32_t d;
   uint32_t state;
   uint32_t out;
-  // For HALITE_RULE_DELTA.
+  // For the delta rules.
   float scale;
 } HaliteRecur;
 
@@ -613,6 +628,33 @@ typedef struct HaliteRouteAmong {
   uint32_t groups_used;
 } HaliteRouteAmong;
 
+// HALITE_OP_ROUTE_AMONG, whose weights are at last multiplied by a factor of their expert.
+typedef struct HaliteRouteScaled {
+  struct HaliteRouteAmong route_among;
+  // `[1, experts]`.
+  uint32_t scales;
+} HaliteRouteScaled;
+
+// What HALITE_OP_NORM divides each group by: `sqrt(mean(x^2) + eps)`, or `sqrt(var(x) + eps)`.
+typedef struct HaliteSpread {
+  uint32_t x;
+  // `[rows, cols / group]`.
+  uint32_t out;
+  // HALITE_NORM_RMS or HALITE_NORM_LAYER.
+  uint32_t kind;
+  float eps;
+  uint32_t group;
+} HaliteSpread;
+
+// Weighted sums of the `parts` of each row, with factors of its own: part i of the result is the sum of
+// `factors[i * parts + j]` times part j, in order of j.
+typedef struct HaliteMix {
+  uint32_t x;
+  uint32_t factors;
+  uint32_t out;
+  uint32_t parts;
+} HaliteMix;
+
 // The operands of an op, by its kind. Operands are numbers in HaliteProgram::tensors; `state` is one in
 // HaliteProgram::states.
 typedef union HaliteOperands {
@@ -636,6 +678,9 @@ typedef union HaliteOperands {
   struct HaliteSlice slice;
   struct HaliteMul mul;
   struct HaliteRouteAmong route_among;
+  struct HaliteRouteScaled route_scaled;
+  struct HaliteSpread spread;
+  struct HaliteMix mix;
 } HaliteOperands;
 
 typedef struct HaliteOp {

@@ -1244,7 +1244,8 @@ static void route_scaled(Run *run, const HaliteRouteScaled *scaled) {
     const HaliteRouteAmong *among = &scaled->route_among;
     const HaliteRoute *op = &among->route;
     Tensor logits = find(run, op->logits), ids = find(run, op->ids), weights = find(run, op->weights);
-    const float *bias = optional_row(run, among->bias, 0), *scales = optional_row(run, scaled->scales, 0);
+    const float *bias = optional_row(run, among->bias, 0);
+    const float *scales = optional_row(run, scaled->scales, 0);
     float *x = run->plan->result, *choice = run->plan->gate;
     for (uint32_t t = 0; t < logits.rows; t++) {
         int32_t *id = row_of(ids, t);
