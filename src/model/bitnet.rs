@@ -1,5 +1,5 @@
-//! BitNet b1.58 (Ma et al. 2024): Llama with a norm before the last product of each block. Its weights are -1, 0 and 1, times a factor of
-//! the matrix that the file may keep apart.
+//! BitNet b1.58 (Ma et al. 2024): Llama with a norm before the last product of each block. Its weights are -1, 0 and 1, times a
+//! factor of the matrix that the file may keep apart.
 
 use super::Hparams;
 use super::network::{Attention, Network};

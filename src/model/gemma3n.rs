@@ -1,6 +1,6 @@
-//! Gemma 3n (Gemma Team 2025): Gemma 3 on four streams, of which each layer computes one and predicts the others (AltUp, Baykal et
-//! al. 2023), with products of low rank beside attention (Laurel, Menghani et al. 2024), inputs of each layer's own for each token, sparse
-//! gates in the first layers, and layers at the end that use the KV caches of earlier ones.
+//! Gemma 3n (Gemma Team 2025): Gemma 3 on four streams, of which each layer computes one and predicts the others (AltUp, Baykal
+//! et al. 2023), with products of low rank beside attention (Laurel, Menghani et al. 2024), inputs of each layer's own for each
+//! token, sparse gates in the first layers, and layers at the end that use the KV caches of earlier ones.
 
 use super::Hparams;
 use super::network::{Attention, Network, QkNorm};

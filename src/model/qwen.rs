@@ -2,8 +2,9 @@
 //! tokens. Qwen 3 (Yang et al. 2025): without them, but with normalised queries and keys.
 //!
 //! EXAONE 3 (LG AI Research 2024) and openPangu Embedded (Chen et al. 2025) differ from Qwen 2 in their biases only. OpenELM
-//! (Mehta et al. 2024) is Qwen 3 with other heads and hidden elements in each layer. Mellum 2 (JetBrains 2026) is Qwen 3 with windows in
-//! most layers. Models that also see (Qwen2-VL, Qwen3-VL) read texts like the others: a token has the same position in all sections.
+//! (Mehta et al. 2024) is Qwen 3 with other heads and hidden elements in each layer. Mellum 2 (JetBrains 2026) is Qwen 3 with
+//! windows in most layers. Models that also see (Qwen2-VL, Qwen3-VL) read texts like the others: a token has the same position in
+//! all sections.
 
 use super::Hparams;
 use super::network::{Attention, Network, QkNorm};
