@@ -523,7 +523,8 @@ fn not_finite(cases: &mut Cases) {
         let name = format!("Route 4 of 32 bias={biased} {groups:?} scales={scaled}");
         let weights: Vec<_> = [(biased, "bias"), (scaled, "scales")]
             .into_iter()
-            .filter_map(|(is_there, name)| is_there.then(|| (name, Format::F32, vec![32])))
+            .filter(|(is_there, _)| *is_there)
+            .map(|(_, name)| (name, Format::F32, vec![32]))
             .collect();
         cases.row(name, &weights, 7, |b| {
             let logits = b.input("logits", Dim::Tokens, 32);
