@@ -160,6 +160,11 @@
 
 // HaliteAttend to a state of HALITE_STATE_LATENT.
 #define HALITE_OP_LATENT_ATTEND 23
+#define HALITE_OP_ROUTE_SCALED 24
+
+#define HALITE_OP_SPREAD 25
+
+#define HALITE_OP_MIX 26
 
 // The token's id.
 #define HALITE_INDEX_TOKEN 0
@@ -206,6 +211,12 @@
 // `parameter * tanh(x / parameter)`.
 #define HALITE_UNARY_SOFT_CAP 6
 
+// `max(-parameter, min(x, parameter))`; NaN stays.
+#define HALITE_UNARY_CLAMP 7
+
+// `x + parameter`.
+#define HALITE_UNARY_SHIFT 8
+
 // Softmax over all experts, then the largest.
 #define HALITE_GATING_SOFTMAX 0
 
@@ -220,6 +231,9 @@
 
 // `u = rate * v` and `out = S^T q + d * v`. Head h has the query and key `h * key_heads / heads`.
 #define HALITE_RULE_SCAN 1
+
+// HALITE_RULE_DELTA, but head h has the query and key `h * key_heads / heads`.
+#define HALITE_RULE_DELTA_OF_NEIGHBOURS 2
 
 #define HALITE_CLOCK_HOST 0
 
@@ -505,7 +519,7 @@ typedef struct HaliteUnary {
   uint32_t x;
   uint32_t out;
   uint32_t function;
-  // For HALITE_UNARY_SCALE and HALITE_UNARY_SOFT_CAP.
+  // For HALITE_UNARY_SCALE, HALITE_UNARY_SOFT_CAP, HALITE_UNARY_CLAMP and HALITE_UNARY_SHIFT.
   float parameter;
 } HaliteUnary;
 
@@ -588,15 +602,15 @@ typedef struct HaliteRecur {
   uint32_t decay;
   // `[1, heads]`.
   uint32_t a;
-  // HALITE_RULE_DELTA or HALITE_RULE_SCAN.
+  // HALITE_RULE_DELTA, HALITE_RULE_SCAN or HALITE_RULE_DELTA_OF_NEIGHBOURS.
   uint32_t rule;
-  // For HALITE_RULE_DELTA: `[tokens, heads]`.
+  // For the delta rules: `[tokens, heads]`.
   uint32_t beta;
   // For HALITE_RULE_SCAN: `[1, heads]`.
   uint32_t d;
   uint32_t state;
   uint32_t out;
-  // For HALITE_RULE_DELTA.
+  // For the delta rules.
   float scale;
 } HaliteRecur;
 
@@ -645,6 +659,32 @@ typedef struct HaliteBlockMatMul {
   uint32_t weight;
   uint32_t out;
 } HaliteBlockMatMul;
+// HALITE_OP_ROUTE_AMONG, whose weights are at last multiplied by a factor of their expert.
+typedef struct HaliteRouteScaled {
+  struct HaliteRouteAmong route_among;
+  // `[1, experts]`.
+  uint32_t scales;
+} HaliteRouteScaled;
+
+// What HALITE_OP_NORM divides each group by: `sqrt(mean(x^2) + eps)`, or `sqrt(var(x) + eps)`.
+typedef struct HaliteSpread {
+  uint32_t x;
+  // `[rows, cols / group]`.
+  uint32_t out;
+  // HALITE_NORM_RMS or HALITE_NORM_LAYER.
+  uint32_t kind;
+  float eps;
+  uint32_t group;
+} HaliteSpread;
+
+// Weighted sums of the `parts` of each row, with factors of its own: part i of the result is the sum of
+// `factors[i * parts + j]` times part j, in order of j.
+typedef struct HaliteMix {
+  uint32_t x;
+  uint32_t factors;
+  uint32_t out;
+  uint32_t parts;
+} HaliteMix;
 
 // The operands of an op, by its kind. Operands are numbers in HaliteProgram::tensors; `state` is one in
 // HaliteProgram::states.
@@ -671,6 +711,9 @@ typedef union HaliteOperands {
   struct HaliteRouteAmong route_among;
   struct HaliteJoin join;
   struct HaliteBlockMatMul block_matmul;
+  struct HaliteRouteScaled route_scaled;
+  struct HaliteSpread spread;
+  struct HaliteMix mix;
 } HaliteOperands;
 
 typedef struct HaliteOp {

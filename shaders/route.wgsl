@@ -74,5 +74,8 @@ fn main(in: In) {
     var sum = 0.0;
     for (var n = 0u; n < USED; n++) { sum += chosen[n]; }
     let factor = SCALE / select(1.0, sum, NORMALISE);
-    for (var n = 0u; n < USED; n++) { out[token * USED + n] = chosen[n] * factor; }
+    for (var n = 0u; n < USED; n++) {
+        let at = token * USED + n;
+        out[at] = chosen[n] * factor * scale_of(ids[at]);
+    }
 }

@@ -409,7 +409,17 @@ impl<'a> Exporter<'a> {
             Op::Glu { gate, up, out, act } => ImageOp::Glu { gate, up, out, act },
             Op::Add { a, b, out } => ImageOp::Add { a, b, out },
             Op::Unary { x, out, f } => ImageOp::Unary { x, out, f },
-            Op::Route { bias: None, groups: None, logits, ids, weights, gating, normalise, scale } => {
+            Op::Route {
+                bias: None,
+                groups: None,
+                scales: None,
+                logits,
+                ids,
+                weights,
+                gating,
+                normalise,
+                scale,
+            } => {
                 let gating = match gating {
                     Gating::Softmax => record::Gating::Softmax,
                     Gating::SoftmaxOfTop => record::Gating::SoftmaxOfTop,

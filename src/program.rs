@@ -85,13 +85,14 @@ impl Tensor {
     }
 }
 
-/// Consecutive elements of a tensor in the model file: rows of a matrix, or elements of a vector.
+/// Consecutive elements of a tensor in the model file: rows of a matrix, or elements of a vector. A weight of as many
+/// matrices as the tensor, but with fewer rows, has these rows of each matrix.
 #[cfg_attr(feature = "replay", derive(serde::Serialize, serde::Deserialize))]
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FilePart {
     /// The tensor's name in the file.
     pub of: String,
-    /// Index of the first element.
+    /// Index of the first element, in each matrix.
     pub first_element: u64,
 }
 
@@ -326,12 +327,15 @@ pub enum Gating {
 #[non_exhaustive]
 pub enum Rule<T = TensorId> {
     /// The gated delta rule (Yang, Kautz & Hatamizadeh 2024): `u = σ(beta) · (v - Sᵀk)` and `out = scale · Sᵀq`. Head h has
-    /// the query and key `h mod key_heads`.
+    /// the query and key `h mod key_heads`, or `h · key_heads / heads` if neighbours share.
     Delta {
         /// `[tokens, heads]`.
         beta: T,
         /// A factor on the result.
         scale: f32,
+        /// Whether neighbouring heads share a query and key.
+        #[cfg_attr(feature = "replay", serde(default))]
+        neighbours: bool,
     },
     /// Mamba 2's state-space duality (Dao & Gu 2024), where `v`, `k` and `q` are its x, B and C: `u = rate · v` and
     /// `out = Sᵀq + d · v`. Head h has the query and key `h · key_heads / heads`.
@@ -345,8 +349,8 @@ impl<T> Rule<T> {
     /// Returns the key head of a head.
     pub fn key_head(&self, head: usize, heads: usize, key_heads: usize) -> usize {
         match self {
-            Rule::Delta { .. } => head % key_heads.max(1),
-            Rule::Scan { .. } => head * key_heads / heads.max(1),
+            Rule::Delta { neighbours: false, .. } => head % key_heads.max(1),
+            Rule::Delta { .. } | Rule::Scan { .. } => head * key_heads / heads.max(1),
         }
     }
 }
@@ -540,6 +544,31 @@ pub enum Op<T = TensorId, S = StateId> {
         /// `[rows, cols]`.
         out: T,
     },
+    /// What [`Op::Norm`] divides each group by: `sqrt(mean(x²) + eps)`, or `sqrt(var(x) + eps)`.
+    Spread {
+        /// `[rows, cols]`.
+        x: T,
+        /// `[rows, cols / group]`.
+        out: T,
+        /// The kind of norm.
+        kind: NormKind,
+        /// Added under the square root.
+        eps: f32,
+        /// Group size in elements; divides `cols`.
+        group: u32,
+    },
+    /// Weighted sums of the parts of each row, with factors of its own: part i of the result is
+    /// `Σ factors[i · parts + j] · part j`, in order of j.
+    Mix {
+        /// `[rows, parts * len]`.
+        x: T,
+        /// `[rows, sums * parts]`.
+        factors: T,
+        /// `[rows, sums * len]`.
+        out: T,
+        /// Parts of a row of `x`.
+        parts: u32,
+    },
     /// `out = act(gate) * up`.
     Glu {
         /// `[rows, cols]`.
@@ -589,6 +618,8 @@ pub enum Op<T = TensorId, S = StateId> {
         normalise: bool,
         /// A factor on the weights.
         scale: f32,
+        /// One more factor for each expert, `[1, experts]`, after all else (Gemma 4); absent: ones.
+        scales: Option<T>,
     },
     /// Gated feed-forward experts: `out = Σ weight · down(act(gate x) * (up x))` in the order of `ids`.
     Experts {
@@ -652,6 +683,8 @@ impl<T, S> Op<T, S> {
             Op::Join { .. } => "Join",
             Op::BlockMatMul { .. } => "BlockMatMul",
             Op::Mul { .. } => "Mul",
+            Op::Spread { .. } => "Spread",
+            Op::Mix { .. } => "Mix",
             Op::Glu { .. } => "Glu",
             Op::Add { .. } => "Add",
             Op::Unary { .. } => "Unary",
@@ -743,7 +776,9 @@ impl<T, S> Op<T, S> {
                 decay: t(decay, Read)?,
                 a: t(a, Read)?,
                 rule: match rule {
-                    Rule::Delta { beta, scale } => Rule::Delta { beta: t(beta, Read)?, scale: *scale },
+                    Rule::Delta { beta, scale, neighbours } => {
+                        Rule::Delta { beta: t(beta, Read)?, scale: *scale, neighbours: *neighbours }
+                    }
                     Rule::Scan { d } => Rule::Scan { d: t(d, Read)? },
                 },
                 state: s(state, Write)?,
@@ -762,14 +797,21 @@ impl<T, S> Op<T, S> {
             Op::Mul { x, weight, out } => {
                 Op::Mul { x: t(x, Read)?, weight: t(weight, Read)?, out: t(out, Write)? }
             }
+            Op::Spread { x, out, kind, eps, group } => {
+                Op::Spread { x: t(x, Read)?, out: t(out, Write)?, kind: *kind, eps: *eps, group: *group }
+            }
+            Op::Mix { x, factors, out, parts } => {
+                Op::Mix { x: t(x, Read)?, factors: t(factors, Read)?, out: t(out, Write)?, parts: *parts }
+            }
             Op::Glu { gate, up, out, act } => {
                 Op::Glu { gate: t(gate, Read)?, up: t(up, Read)?, out: t(out, Write)?, act: *act }
             }
             Op::Add { a, b, out } => Op::Add { a: t(a, Read)?, b: t(b, Read)?, out: t(out, Write)? },
             Op::Unary { x, out, f } => Op::Unary { x: t(x, Read)?, out: t(out, Write)?, f: *f },
-            Op::Route { logits, bias, groups, ids, weights, gating, normalise, scale } => Op::Route {
+            Op::Route { logits, bias, groups, ids, weights, gating, normalise, scale, scales } => Op::Route {
                 logits: t(logits, Read)?,
                 bias: bias.as_ref().map(|x| t(x, Read)).transpose()?,
+                scales: scales.as_ref().map(|x| t(x, Read)).transpose()?,
                 groups: *groups,
                 ids: t(ids, Write)?,
                 weights: t(weights, Write)?,
@@ -1203,6 +1245,66 @@ impl<'a> Builder<'a> {
         })
     }
 
+    /// Adds rows `range` of each of `experts` matrices `[rows, cols]` as a separate weight. It is a copy on all devices.
+    pub fn expert_rows(
+        &mut self,
+        name: &str,
+        experts: u32,
+        rows: u32,
+        range: Range<u32>,
+        cols: u32,
+    ) -> TensorId {
+        let (format, mut layout) = self.look_up(name, [cols, rows, experts]);
+        if !part_as_stored(layout, range.clone(), rows) {
+            layout = Layout::Rows;
+        }
+        self.add_weight(Tensor {
+            name: format!("{name}[{}..{}]", range.start, range.end),
+            experts,
+            rows: Dim::Fixed(range.len() as u32),
+            cols,
+            format,
+            layout,
+            slot: Slot::Scratch,
+            part: Some(FilePart { of: name.into(), first_element: u64::from(range.start) * u64::from(cols) }),
+        })
+    }
+
+    /// Adds some of the `experts` matrices `[rows, cols]` of a required weight as one matrix, one below the other.
+    pub fn stacked(&mut self, name: &str, experts: u32, which: Range<u32>, rows: u32, cols: u32) -> TensorId {
+        let (format, layout) = self.look_up(name, [cols, rows, experts]);
+        // Groups of rows would begin in one matrix and end in the next.
+        let whole = rows.is_multiple_of(formats::ROWS as u32) || which.len() == 1;
+        self.add_weight(Tensor {
+            name: format!("{name}[{}..{}]", which.start, which.end),
+            experts: 1,
+            rows: Dim::Fixed(rows.saturating_mul(which.len() as u32)),
+            cols,
+            format,
+            layout: if whole { layout } else { Layout::Rows },
+            slot: Slot::Scratch,
+            part: Some(FilePart {
+                of: name.into(),
+                first_element: u64::from(which.start) * u64::from(rows) * u64::from(cols),
+            }),
+        })
+    }
+
+    /// Adds a required vector of a file as a matrix of one column.
+    pub fn column(&mut self, name: &str, rows: u32) -> TensorId {
+        let (format, _) = self.look_up(name, [rows, 1, 1]);
+        self.add_weight(Tensor {
+            name: format!("{name}[column]"),
+            experts: 1,
+            rows: Dim::Fixed(rows),
+            cols: 1,
+            format,
+            layout: Layout::Rows,
+            slot: Slot::Scratch,
+            part: Some(FilePart { of: name.into(), first_element: 0 }),
+        })
+    }
+
     /// Adds elements `range` of an optional vector of `len`; a wrong shape is an error, absence is not.
     pub fn optional_elements(&mut self, name: &str, len: u32, range: Range<u32>) -> Option<TensorId> {
         self.has(name).then(|| {
@@ -1443,6 +1545,23 @@ impl<'a> Builder<'a> {
         out
     }
 
+    /// [`Op::Spread`].
+    pub fn spread(&mut self, name: &str, x: TensorId, kind: NormKind, eps: f32, group: u32) -> TensorId {
+        let (rows, cols) = self.shape(x);
+        let out = self.result(name, rows, cols / group.max(1), Format::F32);
+        self.push(Op::Spread { x, out, kind, eps, group });
+        out
+    }
+
+    /// [`Op::Mix`].
+    pub fn mix(&mut self, name: &str, x: TensorId, factors: TensorId, parts: u32) -> TensorId {
+        let ((rows, cols), parts_or_1) = (self.shape(x), parts.max(1));
+        let sums = self.shape(factors).1 / parts_or_1;
+        let out = self.result(name, rows, (cols / parts_or_1).saturating_mul(sums), Format::F32);
+        self.push(Op::Mix { x, factors, out, parts });
+        out
+    }
+
     /// [`Op::Glu`].
     pub fn glu(&mut self, gate: TensorId, up: TensorId, act: Gate) -> TensorId {
         let out = self.like("glu", gate);
@@ -1473,7 +1592,7 @@ impl<'a> Builder<'a> {
         normalise: bool,
         scale: f32,
     ) -> (TensorId, TensorId) {
-        self.route_among(logits, None, None, used, gating, normalise, scale)
+        self.route_among(logits, None, None, used, gating, normalise, scale, None)
     }
 
     /// [`Op::Route`]: ids and weights of the `used` best experts.
@@ -1487,11 +1606,12 @@ impl<'a> Builder<'a> {
         gating: Gating,
         normalise: bool,
         scale: f32,
+        scales: Option<TensorId>,
     ) -> (TensorId, TensorId) {
         let rows = self.shape(logits).0;
         let ids = self.result("expert_ids", rows, used, Format::I32);
         let weights = self.result("expert_weights", rows, used, Format::F32);
-        self.push(Op::Route { logits, bias, groups, ids, weights, gating, normalise, scale });
+        self.push(Op::Route { logits, bias, groups, ids, weights, gating, normalise, scale, scales });
         (ids, weights)
     }
 

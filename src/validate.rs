@@ -392,6 +392,22 @@ impl Check<'_> {
                 }
                 Ok(())
             }
+            Op::Spread { x, out, group, .. } => {
+                self.like(*x, *x)?;
+                if *group == 0 || t(*x).cols % group != 0 {
+                    return Err(format!("group {group} does not divide the {} columns", t(*x).cols));
+                }
+                self.is(*out, t(*x).rows, t(*x).cols / group)
+            }
+            Op::Mix { x, factors, out, parts } => {
+                let (cols, factor_cols) = (t(*x).cols, t(*factors).cols);
+                self.like(*x, *x)?;
+                self.is(*factors, t(*x).rows, factor_cols)?;
+                if *parts == 0 || cols % parts != 0 || factor_cols % parts != 0 {
+                    return Err(format!("{parts} parts of {cols} columns with {factor_cols} factors"));
+                }
+                self.is(*out, t(*x).rows, (cols / parts).saturating_mul(factor_cols / parts))
+            }
             Op::Glu { gate, up, out, .. } => {
                 self.like(*gate, *gate)?;
                 self.like(*up, *gate)?;
@@ -406,9 +422,10 @@ impl Check<'_> {
                 self.like(*x, *x)?;
                 self.like(*out, *x)
             }
-            Op::Route { logits, bias, groups, ids, weights, .. } => {
+            Op::Route { logits, bias, groups, ids, weights, scales, .. } => {
                 self.is(*logits, Dim::Tokens, t(*logits).cols)?;
                 self.optional_vector(*bias, t(*logits).cols)?;
+                self.optional_vector(*scales, t(*logits).cols)?;
                 if let Some(Groups { count, used }) = *groups {
                     let each = t(*logits).cols.checked_div(count).unwrap_or(0);
                     let is_whole = each >= 2 && each * count == t(*logits).cols;

@@ -409,9 +409,19 @@ fn bytes_in_file(program: &Program, id: TensorId) -> Range<usize> {
 fn lies_together(tensor: &TensorInfo<'_>, program: &Program, id: TensorId) -> bool {
     let weight = program.tensor(id);
     let (Some(part), Dim::Fixed(rows)) = (&weight.part, weight.rows) else { return true };
+    if matrix_elements(tensor, weight).is_some() {
+        return false;
+    }
     let first = (part.first_element / u64::from(weight.cols.max(1))) as u32;
     let all = tensor.record.dims.get(1).copied().unwrap_or(1) as u32;
     part_as_stored(tensor.record.layout, first..first.saturating_add(rows), all)
+}
+
+/// The elements of one of the tensor's matrices, if the weight has some rows of each.
+fn matrix_elements(tensor: &TensorInfo<'_>, weight: &Tensor) -> Option<usize> {
+    let [cols, rows, experts] = [0, 1, 2].map(|i| tensor.record.dims.get(i).copied().unwrap_or(1));
+    let is_part = matches!(weight.rows, Dim::Fixed(part) if u64::from(part) < rows);
+    (experts > 1 && experts == u64::from(weight.experts) && is_part).then_some((cols * rows) as usize)
 }
 
 /// A weight's bytes, rearranged to the layout of the program.
@@ -422,9 +432,21 @@ fn laid_out(tensor: &TensorInfo<'_>, weight: &Tensor, range: Range<usize>) -> Re
         Layout::Interleaved => Cow::Owned(tensor.rows()?),
     };
     let outside = || Error::Model(format!("weight `{}` is not inside its tensor", weight.name));
-    let rows = rows.get(range).ok_or_else(outside)?;
+    let own = match matrix_elements(tensor, weight) {
+        None => Cow::Borrowed(rows.get(range).ok_or_else(outside)?),
+        Some(elements) => {
+            let matrix = elements / weight.format.block_len() * weight.format.block_bytes();
+            let each = range.len() / weight.experts.max(1) as usize;
+            let mut own = Vec::with_capacity(range.len());
+            for first in (0..weight.experts as usize).map(|expert| expert * matrix + range.start) {
+                own.extend(rows.get(first..first + each).ok_or_else(outside)?);
+            }
+            Cow::Owned(own)
+        }
+    };
+    let rows = &own[..];
     match weight.layout {
-        Layout::Rows => Ok(rows.to_vec()),
+        Layout::Rows => Ok(own.into_owned()),
         Layout::Interleaved => {
             let mut out = Vec::with_capacity(rows.len());
             for matrix in rows.chunks_exact((rows.len() / weight.experts.max(1) as usize).max(1)) {

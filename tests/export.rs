@@ -78,9 +78,15 @@ fn all_families_give_the_same_bits() {
         let (model, name) = (Arc::new(Model::open(&case.model).unwrap()), case.model.display().to_string());
         let program = model.program(ProgramOptions::default(), CONTEXT).unwrap();
         let lacks = |op: &Op| match op {
-            Op::Conv { .. } | Op::Recur { .. } | Op::Slice { .. } | Op::Mul { .. } => true,
-            Op::Join { .. } | Op::BlockMatMul { .. } => true,
-            Op::Route { bias, groups, .. } => bias.is_some() || groups.is_some(),
+            Op::Conv { .. }
+            | Op::Recur { .. }
+            | Op::Slice { .. }
+            | Op::Mul { .. }
+            | Op::Join { .. }
+            | Op::BlockMatMul { .. }
+            | Op::Spread { .. }
+            | Op::Mix { .. } => true,
+            Op::Route { bias, groups, scales, .. } => bias.is_some() || groups.is_some() || scales.is_some(),
             _ => false,
         };
         if let Some((_, op)) = program.ops().find(|(_, op)| lacks(op)) {

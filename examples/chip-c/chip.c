@@ -287,14 +287,16 @@ static void check_op(Check *check, const HaliteOp *op) {
     case HALITE_OP_LATENT_ATTEND: check_state(check, o->attend.state); break;
     case HALITE_OP_BLOCK_MATMUL: check_weight(check, o->block_matmul.weight); break;
     case HALITE_OP_GLU: check_gate(check, &o->glu.act); break;
-    case HALITE_OP_UNARY: check_number(check, "function", o->unary.function, HALITE_UNARY_SOFT_CAP); break;
+    case HALITE_OP_UNARY: check_number(check, "function", o->unary.function, HALITE_UNARY_SHIFT); break;
     case HALITE_OP_ROUTE: check_number(check, "gating", o->route.gating, HALITE_GATING_SIGMOID); break;
     case HALITE_OP_ROUTE_AMONG:
+    case HALITE_OP_ROUTE_SCALED: /* It begins like the other. */
         check_number(check, "gating", o->route_among.route.gating, HALITE_GATING_SIGMOID);
         break;
     case HALITE_OP_EXPERTS: check_experts(check, &o->experts); break;
-    case HALITE_OP_RECUR: check_number(check, "rule", o->recur.rule, HALITE_RULE_SCAN); break;
-    default: check_number(check, "op", op->kind, HALITE_OP_LATENT_ATTEND); /* Nothing else to check. */
+    case HALITE_OP_RECUR: check_number(check, "rule", o->recur.rule, HALITE_RULE_DELTA_OF_NEIGHBOURS); break;
+    case HALITE_OP_SPREAD: check_number(check, "norm", o->spread.kind, HALITE_NORM_LAYER); break;
+    default: check_number(check, "op", op->kind, HALITE_OP_MIX); /* Nothing else to check. */
     }
 }
 
@@ -493,7 +495,9 @@ static float apply_unary(const HaliteUnary *op, float x) {
     case HALITE_UNARY_RELU: return relu(x);
     case HALITE_UNARY_RELU_SQUARED: return relu(x) * relu(x);
     case HALITE_UNARY_SCALE: return x * op->parameter;
-    default: /* HALITE_UNARY_SOFT_CAP */ return soft_cap(x, op->parameter);
+    case HALITE_UNARY_SOFT_CAP: return soft_cap(x, op->parameter);
+    case HALITE_UNARY_CLAMP: return fabsf(x) > op->parameter ? copysignf(op->parameter, x) : x;
+    default: /* HALITE_UNARY_SHIFT */ return x + op->parameter;
     }
 }
 
@@ -634,13 +638,45 @@ static float sum_of(const float *x, uint32_t count) {
 }
 
 /* Normalises a group of elements. `weight` and `bias` may be NULL. */
+static float mean_of(uint32_t kind, const float *x, uint32_t group) {
+    return kind == HALITE_NORM_LAYER ? sum_of(x, group) / (float)group : 0;
+}
+
+static float spread_around(float mean, const float *x, uint32_t group, float eps) {
+    float squares = 0;
+    for (uint32_t i = 0; i < group; i++)
+        squares += (x[i] - mean) * (x[i] - mean);
+    return sqrtf(squares / (float)group + eps);
+}
+
+static void spread(Run *run, const HaliteSpread *op) {
+    Tensor x = find(run, op->x), out = find(run, op->out);
+    for (uint32_t t = 0; t < x.rows; t++) {
+        const float *from = row_of(x, t);
+        float *to = row_of(out, t);
+        for (uint32_t i = 0; i < out.cols; i++, from += op->group)
+            to[i] = spread_around(mean_of(op->kind, from, op->group), from, op->group, op->eps);
+    }
+}
+
+static void mix(Run *run, const HaliteMix *op) {
+    Tensor x = find(run, op->x), out = find(run, op->out), factors = find(run, op->factors);
+    uint32_t length = x.cols / op->parts;
+    for (uint32_t t = 0; t < out.rows; t++) {
+        const float *from = row_of(x, t), *factor = row_of(factors, t);
+        float *to = row_of(out, t);
+        for (uint32_t i = 0; i < out.cols; i++) {
+            to[i] = 0;
+            for (uint32_t j = 0; j < op->parts; j++)
+                to[i] += factor[i / length * op->parts + j] * from[j * length + i % length];
+        }
+    }
+}
+
 static void normalise(const HaliteNorm *op, const float *x, const float *weight, const float *bias,
                       float *out) {
-    float mean = op->kind == HALITE_NORM_LAYER ? sum_of(x, op->group) / (float)op->group : 0;
-    float squares = 0;
-    for (uint32_t i = 0; i < op->group; i++)
-        squares += (x[i] - mean) * (x[i] - mean);
-    float scale = 1.0f / sqrtf(squares / (float)op->group + op->eps);
+    float mean = mean_of(op->kind, x, op->group);
+    float scale = 1.0f / spread_around(mean, x, op->group, op->eps);
     for (uint32_t i = 0; i < op->group; i++) {
         out[i] = (x[i] - mean) * scale;
         if (weight != NULL)
@@ -1024,8 +1060,8 @@ static void recur_head(const Run *run, const HaliteRecur *op, uint32_t t, uint32
     const HaliteState *state = run->plan->program->states[op->state];
     uint32_t key_dim = state->key_dim, value_dim = state->value_dim, heads = state->kv_heads;
     uint32_t key_heads = find(run, op->k).cols / key_dim;
-    int is_delta = op->rule == HALITE_RULE_DELTA;
-    uint32_t key = (is_delta ? head % key_heads : head * key_heads / heads) * key_dim;
+    int is_delta = op->rule != HALITE_RULE_SCAN, alternate = op->rule == HALITE_RULE_DELTA;
+    uint32_t key = (alternate ? head % key_heads : head * key_heads / heads) * key_dim;
     const float *q = row_of(find(run, op->q), t), *k = row_of(find(run, op->k), t);
     const float *v = row_of(find(run, op->v), t), *decay = row_of(find(run, op->decay), t);
     const float *a = row_of(find(run, op->a), 0);
@@ -1249,10 +1285,12 @@ static void keep_groups(float *x, uint32_t count, uint32_t groups, uint32_t used
             x[(uint32_t)order[i] * each + j] = -INFINITY;
 }
 
-static void route_among(Run *run, const HaliteRouteAmong *among) {
+static void route_scaled(Run *run, const HaliteRouteScaled *scaled) {
+    const HaliteRouteAmong *among = &scaled->route_among;
     const HaliteRoute *op = &among->route;
     Tensor logits = find(run, op->logits), ids = find(run, op->ids), weights = find(run, op->weights);
     const float *bias = optional_row(run, among->bias, 0);
+    const float *scales = optional_row(run, scaled->scales, 0);
     float *x = run->plan->result, *choice = run->plan->gate;
     for (uint32_t t = 0; t < logits.rows; t++) {
         int32_t *id = row_of(ids, t);
@@ -1269,7 +1307,14 @@ static void route_among(Run *run, const HaliteRouteAmong *among) {
         for (uint32_t i = 0; i < ids.cols; i++)
             weight[i] = x[id[i]];
         finish_choice(op, weight, ids.cols);
+        for (uint32_t i = 0; scales != NULL && i < ids.cols; i++)
+            weight[i] *= scales[id[i]];
     }
+}
+
+static void route_among(Run *run, const HaliteRouteAmong *op) {
+    HaliteRouteScaled all = {*op, HALITE_NONE};
+    route_scaled(run, &all);
 }
 
 static void route(Run *run, const HaliteRoute *op) {
@@ -1410,6 +1455,9 @@ static void run_op(Run *run, const HaliteOp *op) {
     case HALITE_OP_ROUTE_AMONG: route_among(run, &o->route_among); break;
     case HALITE_OP_JOIN: join(run, &o->join); break;
     case HALITE_OP_BLOCK_MATMUL: block_matmul(run, &o->block_matmul); break;
+    case HALITE_OP_ROUTE_SCALED: route_scaled(run, &o->route_scaled); break;
+    case HALITE_OP_SPREAD: spread(run, &o->spread); break;
+    case HALITE_OP_MIX: mix(run, &o->mix); break;
     default: run->status = say(run->message, HALITE_ERROR, "op %" PRIu32 " was prepared", op->kind);
     }
 }

@@ -53,6 +53,10 @@ pub enum Unary {
     Scale(f32),
     /// `cap · tanh(x / cap)`.
     SoftCap(f32),
+    /// `max(-limit, min(x, limit))`.
+    Clamp(f32),
+    /// `x + term`.
+    Shift(f32),
 }
 
 #[inline(always)]
@@ -91,6 +95,14 @@ fn relu<I: Isa>(isa: I, x: I::F) -> I::F {
     isa.add(isa.max(zero, x), zero)
 }
 
+/// NaN propagates.
+#[inline(always)]
+fn clamp<I: Isa>(isa: I, x: I::F, limit: f32) -> I::F {
+    let (low, high) = (isa.splat(-limit), isa.splat(limit));
+    let x = isa.select_gt(x, high, high, x);
+    isa.select_gt(low, x, low, x)
+}
+
 #[inline(always)]
 fn unary<I: Isa>(isa: I, f: Unary, x: I::F) -> I::F {
     match f {
@@ -104,6 +116,8 @@ fn unary<I: Isa>(isa: I, f: Unary, x: I::F) -> I::F {
         }
         Unary::Scale(factor) => isa.mul(x, isa.splat(factor)),
         Unary::SoftCap(cap) => isa.mul(isa.splat(cap), math::tanh(isa, isa.div(x, isa.splat(cap)))),
+        Unary::Clamp(limit) => clamp(isa, x, limit),
+        Unary::Shift(term) => isa.add(x, isa.splat(term)),
     }
 }
 
@@ -117,10 +131,9 @@ fn gate<I: Isa>(isa: I, f: Gate, gate: I::F, up: I::F) -> I::F {
         Gate::Sigmoid => isa.mul(math::sigmoid(isa, gate), up),
         Gate::Identity => isa.mul(gate, up),
         Gate::SiluClamped { alpha, limit } => {
-            let (low, high) = (isa.splat(-limit), isa.splat(limit));
+            let high = isa.splat(limit);
             let g = isa.select_gt(gate, high, high, gate);
-            let u = isa.select_gt(up, high, high, up);
-            let u = isa.select_gt(low, u, low, u);
+            let u = clamp(isa, up, limit);
             let s = isa.mul(g, math::sigmoid(isa, isa.mul(isa.splat(alpha), g)));
             isa.fma(s, u, s)
         }
@@ -199,6 +212,7 @@ kernels!(
     Add<'_>,
     AddScaled<'_>,
     Norm<'_>,
+    Spread<'_>,
     Rope<'_>,
     Softmax<'_>,
     Sigmoid<'_>,
@@ -316,6 +330,49 @@ pub struct Norm<'a> {
     pub centred: bool,
     /// As many results.
     pub out: &'a mut [f32],
+}
+
+/// A kernel: what [`Norm`] divides a group by.
+#[derive(Debug)]
+pub struct Spread<'a> {
+    /// The group.
+    pub x: &'a [f32],
+    /// Added under the root.
+    pub eps: f32,
+    /// Whether to subtract the mean.
+    pub centred: bool,
+}
+
+impl WithIsa for Spread<'_> {
+    type Out = f32;
+    #[inline(always)]
+    fn call<I: Isa>(self, isa: I) -> f32 {
+        let (n, zero) = (self.x.len() as f32, isa.splat(0.0));
+        let mut mean = 0.0;
+        if self.centred {
+            mean = isa.sum(fold16(
+                isa,
+                self.x,
+                zero,
+                #[inline(always)]
+                |acc, x| isa.add(acc, x),
+            )) / n;
+        }
+        let (chunks, rest) = self.x.as_chunks::<16>();
+        let (mean_v, mut squares) = (isa.splat(mean), zero);
+        for lanes in chunks {
+            let x = isa.sub(isa.load(lanes), mean_v);
+            squares = isa.fma(x, x, squares);
+        }
+        if !rest.is_empty() {
+            // The padding must stay zero.
+            let mut lanes = [0.0; 16];
+            lanes.iter_mut().zip(rest).for_each(|(lane, x)| *lane = x - mean);
+            let x = isa.load(&lanes);
+            squares = isa.fma(x, x, squares);
+        }
+        math::sqrt(isa.sum(squares) / n + self.eps)
+    }
 }
 
 impl WithIsa for Norm<'_> {

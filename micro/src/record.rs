@@ -175,6 +175,7 @@ impl Field for Unary {
             4 => Unary::ReluSquared,
             5 => Unary::Scale(parameter),
             6 => Unary::SoftCap(parameter),
+            7 => Unary::Clamp(parameter),
             _ => return None,
         })
     }
@@ -188,6 +189,7 @@ impl Field for Unary {
             Unary::ReluSquared => (4, 0.0),
             Unary::Scale(factor) => (5, factor),
             Unary::SoftCap(cap) => (6, cap),
+            Unary::Clamp(limit) => (7, limit),
             _ => return None,
         };
         number.write(to)?;

@@ -178,6 +178,7 @@ files! {
     "lib/groups"
     "lib/joined"
     "lib/math"
+    "lib/mix_parts"
     "lib/norm_quantise"
     "lib/output"
     "lib/pair"
@@ -218,6 +219,7 @@ files! {
     "rope"
     "rope_kv"
     "route"
+    "spread"
     "top_k"
 }
 
@@ -448,6 +450,8 @@ pub fn unary(f: Unary) -> Option<String> {
         Unary::ReluSquared => "relu(x) * relu(x)".into(),
         Unary::Scale(factor) => format!("{factor:e} * x"),
         Unary::SoftCap(cap) => format!("{cap:e} * tanh_safe(x / {cap:e})"),
+        Unary::Shift(term) => format!("x + {term:e}"),
+        Unary::Clamp(limit) => format!("or_nan(clamp(x, -{limit:e}, {limit:e}), x)"),
         _ => return None,
     };
     Some(format!("fn f(x: f32) -> f32 {{ return {body}; }}"))

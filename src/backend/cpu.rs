@@ -1237,7 +1237,9 @@ impl Kernels for CpuKernels {
                 let [q, k, v, decay, a] = [q, k, v, decay, a].map(|x| x.floats());
                 // A rule that threads can share.
                 let rule = match rule {
-                    Rule::Delta { beta, scale } => Rule::Delta { beta: beta.floats(), scale: *scale },
+                    Rule::Delta { beta, scale, neighbours } => {
+                        Rule::Delta { beta: beta.floats(), scale: *scale, neighbours: *neighbours }
+                    }
                     Rule::Scan { d } => Rule::Scan { d: d.floats() },
                 };
                 let (isa, out) = (self.isa, PanelMut::new(out.floats_mut(), cols));
@@ -1252,7 +1254,7 @@ impl Kernels for CpuKernels {
                                 let head = first + i;
                                 let key = rule.key_head(head, heads, key_width / key_dim) * key_dim;
                                 let rule = match rule {
-                                    Rule::Delta { beta, scale } => recurrent::Rule::Delta { beta, scale },
+                                    Rule::Delta { beta, scale, .. } => recurrent::Rule::Delta { beta, scale },
                                     Rule::Scan { d } => recurrent::Rule::Scan { d: d[head] },
                                 };
                                 let (a, tokens) = (a[head], tokens.clone());
@@ -1277,6 +1279,33 @@ impl Kernels for CpuKernels {
                         });
                     },
                 );
+            }
+            Op::Spread { x, out, kind, eps, group } => {
+                let (x, centred, eps) = (x.floats(), *kind == NormKind::Layer, *eps);
+                let group = *group as usize;
+                self.rows(out.floats_mut(), 1, &|first, out| {
+                    let x = x[first * group..].chunks_exact(group);
+                    for (x, out) in x.zip(out) {
+                        *out = self.isa.run(rows::Spread { x, eps, centred });
+                    }
+                });
+            }
+            Op::Mix { x, factors, out, parts } => {
+                let (parts, cols, out_cols) = (*parts as usize, x.cols, out.cols);
+                let (len, factor_cols) = (cols / parts, factors.cols);
+                let (x, factors) = (x.floats(), factors.floats());
+                self.rows(out.floats_mut(), out_cols, &|first, out| {
+                    for (row, out) in (first..).zip(out.chunks_exact_mut(out_cols)) {
+                        let factors = factors[row * factor_cols..].chunks_exact(parts);
+                        for (acc, factors) in out.chunks_exact_mut(len).zip(factors) {
+                            acc.fill(0.0);
+                            let parts = x[row * cols..].chunks_exact(len);
+                            for (x, &weight) in parts.zip(factors) {
+                                self.isa.run(rows::AddScaled { weight, x, acc });
+                            }
+                        }
+                    }
+                });
             }
             Op::Slice { x, out, group, first } => {
                 let (cols, out_cols, group, start) = (x.cols, out.cols, *group as usize, *first as usize);
@@ -1336,7 +1365,7 @@ impl Kernels for CpuKernels {
                     self.isa.run(rows::Elementwise { f, x: &x[first..first + out.len()], out });
                 });
             }
-            Op::Route { logits, bias, groups, ids, weights, gating, normalise, scale } => {
+            Op::Route { logits, bias, groups, ids, weights, gating, normalise, scale, scales } => {
                 let (experts, used) = (logits.cols, ids.cols);
                 let (mut p, mut choice) = ([0.0f32; rows::MAX_EXPERTS], [0.0f32; rows::MAX_EXPERTS]);
                 let bias = bias.as_ref().map(|bias| bias.floats());
@@ -1371,6 +1400,9 @@ impl Kernels for CpuKernels {
                     }
                     if *scale != 1.0 {
                         weights.iter_mut().for_each(|w| *w *= *scale);
+                    }
+                    if let Some(scales) = scales {
+                        weights.iter_mut().zip(&*ids).for_each(|(w, &id)| *w *= scales.floats()[id as usize]);
                     }
                 }
             }

@@ -195,6 +195,9 @@ fn unary(f: Unary, x: f32) -> f32 {
         Unary::ReluSquared => unary(Unary::Relu, x) * unary(Unary::Relu, x),
         Unary::Scale(factor) => x * factor,
         Unary::SoftCap(cap) => cap * scalar!(tanh(x / cap)),
+        Unary::Clamp(limit) if x.abs() > limit => limit.copysign(x),
+        Unary::Clamp(_) => x,
+        Unary::Shift(term) => x + term,
         _ => f32::NAN,
     }
 }
@@ -382,17 +385,27 @@ fn of_expert(w: &HostTensor<'_>, bias: Option<&HostTensor<'_>>, expert: usize, x
     product(w.expert(expert), bias.map(|b| &b.floats()[expert * b.cols..][..b.cols]), x)
 }
 
-fn norm(x: &[f32], weight: Option<&[f32]>, bias: Option<&[f32]>, kind: NormKind, eps: f32, out: &mut [f32]) {
-    let mean = match kind {
+/// What a norm subtracts.
+fn mean_of(x: &[f32], kind: NormKind) -> f32 {
+    match kind {
         NormKind::Rms => 0.0,
         NormKind::Layer => {
             let mut lanes = [0.0f32; 16];
             x.iter().enumerate().for_each(|(i, x)| lanes[i % 16] += x);
             tree(lanes) / x.len() as f32
         }
-    };
+    }
+}
+
+/// What a norm divides by.
+fn spread_around(mean: f32, x: &[f32], eps: f32) -> f32 {
     let squares = strided(x.iter().map(|x| (x - mean, x - mean)));
-    let scale = 1.0 / (squares / x.len() as f32 + eps).sqrt();
+    (squares / x.len() as f32 + eps).sqrt()
+}
+
+fn norm(x: &[f32], weight: Option<&[f32]>, bias: Option<&[f32]>, kind: NormKind, eps: f32, out: &mut [f32]) {
+    let mean = mean_of(x, kind);
+    let scale = 1.0 / spread_around(mean, x, eps);
     for (i, (x, out)) in x.iter().zip(out).enumerate() {
         let scaled = (x - mean) * scale;
         *out = match (weight, bias) {
@@ -689,6 +702,22 @@ impl Kernels for Definitions {
                 let (x, weight) = (x.floats(), weight.floats());
                 each(out, |i| x[i] * weight[i % weight.len()]);
             }
+            Op::Spread { x, out, kind, eps, group } => {
+                for (x, out) in x.floats().chunks_exact(*group as usize).zip(out.floats_mut()) {
+                    *out = spread_around(mean_of(x, *kind), x, *eps);
+                }
+            }
+            Op::Mix { x, factors, out, parts } => {
+                let (parts, cols) = (*parts as usize, x.cols);
+                let (len, factor_cols, out_cols) = (cols / parts, factors.cols, out.cols);
+                let (x, factors) = (x.floats(), factors.floats());
+                each(out, |at| {
+                    let (row, sum, i) = (at / out_cols, at % out_cols / len, at % len);
+                    let factors = &factors[row * factor_cols + sum * parts..][..parts];
+                    let x = |j: usize| x[row * cols + j * len + i];
+                    factors.iter().enumerate().fold(0.0, |sum, (j, f)| fma(*f, x(j), sum))
+                });
+            }
             Op::Glu { gate: g, up, out, act } => {
                 let (g, up) = (g.floats(), up.floats());
                 each(out, |i| gate(*act, g[i], up[i]));
@@ -701,13 +730,16 @@ impl Kernels for Definitions {
                 let x = x.floats();
                 each(out, |i| unary(*f, x[i]));
             }
-            Op::Route { logits, bias, groups, ids, weights, gating, normalise, scale } => {
+            Op::Route { logits, bias, groups, ids, weights, gating, normalise, scale, scales } => {
                 let (experts, used) = (logits.cols, ids.cols);
                 let bias = bias.as_ref().map(|bias| bias.floats());
                 let rows = ids.ints_mut().chunks_exact_mut(used);
                 let rows = rows.zip(weights.floats_mut().chunks_exact_mut(used));
                 for (logits, (ids, weights)) in logits.floats().chunks_exact(experts).zip(rows) {
                     route(logits, bias, *groups, *gating, *normalise, *scale, ids, weights);
+                    if let Some(scales) = scales {
+                        weights.iter_mut().zip(&*ids).for_each(|(w, &id)| *w *= scales.floats()[id as usize]);
+                    }
                 }
             }
             Op::Experts { x, ids, weights, gate: gate_weight, up, down, biases, out, act } => {

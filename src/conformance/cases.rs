@@ -515,17 +515,24 @@ fn not_finite(cases: &mut Cases) {
             b.output(weights);
         });
     }
-    for (biased, groups) in [
-        (true, None),
-        (true, Some(Groups { count: 4, used: 2 })),
-        (false, Some(Groups { count: 8, used: 3 })),
+    for (biased, groups, scaled) in [
+        (true, None, false),
+        (true, Some(Groups { count: 4, used: 2 }), false),
+        (false, Some(Groups { count: 8, used: 3 }), false),
+        (false, None, true),
+        (true, Some(Groups { count: 4, used: 2 }), true),
     ] {
-        let name = format!("Route 4 of 32 bias={biased} {groups:?}");
-        let weights = [("bias", Format::F32, vec![32])];
-        cases.row(name, &weights[..usize::from(biased)], 7, |b| {
+        let name = format!("Route 4 of 32 bias={biased} {groups:?} scales={scaled}");
+        let weights: Vec<_> = [(biased, "bias"), (scaled, "scales")]
+            .into_iter()
+            .filter(|(is_there, _)| *is_there)
+            .map(|(_, name)| (name, Format::F32, vec![32]))
+            .collect();
+        cases.row(name, &weights, 7, |b| {
             let logits = b.input("logits", Dim::Tokens, 32);
             let bias = biased.then(|| b.weight("bias", 1, 32));
-            let (ids, weights) = b.route_among(logits, bias, groups, 4, Gating::Sigmoid, true, 2.5);
+            let scales = scaled.then(|| b.weight("scales", 1, 32));
+            let (ids, weights) = b.route_among(logits, bias, groups, 4, Gating::Sigmoid, true, 2.5, scales);
             b.output(ids);
             b.output(weights);
         });
@@ -582,8 +589,9 @@ fn recurrences(cases: &mut Cases) {
         });
     }
     for (heads, key_heads, key_dim, value_dim) in [(4, 2, 16, 24), (2, 2, 128, 128), (3, 1, 40, 72)] {
-        for delta in [true, false] {
-            let rule = if delta { "Delta" } else { "Scan" };
+        for (rule, delta, neighbours) in
+            [("Delta", true, false), ("Delta of neighbours", true, true), ("Scan", false, false)]
+        {
             let name = format!("Recur {rule} {heads}/{key_heads}x{key_dim}/{value_dim}");
             let weights = ["a", "d"].map(|name| (name, Format::F32, vec![u64::from(heads)]));
             cases.add(name, &weights[..2 - usize::from(delta)], &RECURRENCES, ATTEND_BOUND, |b| {
@@ -598,7 +606,7 @@ fn recurrences(cases: &mut Cases) {
                 let decay = b.input("decay", Dim::Tokens, heads);
                 let decay = shifted(b, decay, -4.0);
                 let rule = if delta {
-                    Rule::Delta { beta: b.input("beta", Dim::Tokens, heads), scale: 0.1 }
+                    Rule::Delta { beta: b.input("beta", Dim::Tokens, heads), scale: 0.1, neighbours }
                 } else {
                     Rule::Scan { d: b.weight("d", 1, heads) }
                 };
@@ -614,6 +622,23 @@ fn recurrences(cases: &mut Cases) {
             let x = b.input("x", Dim::Tokens, cols);
             let weight = b.weight("factors", 1, n);
             let y = b.mul("y", x, weight);
+            b.output(y);
+        });
+    }
+    for (cols, group) in [(1, 1), (100, 100), (64, 16), (257, 257), (2048, 2048)] {
+        for kind in [NormKind::Rms, NormKind::Layer] {
+            cases.row(format!("Spread {kind:?} {cols}/{group}"), &[], 3, |b| {
+                let x = b.input("x", Dim::Tokens, cols);
+                let y = b.spread("y", x, kind, 1e-5, group);
+                b.output(y);
+            });
+        }
+    }
+    for (parts, len, sums) in [(1, 1, 1), (1, 40, 4), (3, 24, 4), (4, 130, 1), (3, 7, 2)] {
+        cases.row(format!("Mix {sums} of {parts}x{len}"), &[], 5, |b| {
+            let x = b.input("x", Dim::Tokens, parts * len);
+            let factors = b.input("factors", Dim::Tokens, sums * parts);
+            let y = b.mix("y", x, factors, parts);
             b.output(y);
         });
     }
@@ -780,7 +805,7 @@ const GATES: [Gate; 7] = [
 ];
 
 /// All functions of one element.
-const UNARY: [Unary; 7] = [
+const UNARY: [Unary; 9] = [
     Unary::Silu,
     Unary::Gelu,
     Unary::GeluErf,
@@ -788,6 +813,8 @@ const UNARY: [Unary; 7] = [
     Unary::ReluSquared,
     Unary::Scale(0.7),
     Unary::SoftCap(1.3),
+    Unary::Clamp(0.9),
+    Unary::Shift(0.4),
 ];
 
 fn rows(cases: &mut Cases) {

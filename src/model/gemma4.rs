@@ -1,5 +1,5 @@
 //! Gemma 4 (Gemma Team 2026): Gemma 3 with other heads in layers with a window, normalised values, inputs of each layer's own
-//! for each token, and layers at the end that use the KV caches of earlier ones.
+//! for each token, and layers at the end that use the KV caches of earlier ones. Or with mixtures of experts.
 
 use super::Hparams;
 use super::network::{Attention, Network, QkNorm};
@@ -13,9 +13,6 @@ pub(super) fn record(h: &Hparams, b: &mut Builder<'_>) {
         ..h.clone()
     };
     let mut n = Network::new(h, b, NormKind::Rms);
-    if h.expert_count > 0 {
-        n.fail("family gemma4: mixtures of experts are not supported".into());
-    }
     if h.sliding_window_pattern.is_none() {
         n.fail("key `gemma4.attention.sliding_window_pattern` is missing".into());
     }
@@ -26,17 +23,7 @@ pub(super) fn record(h: &Hparams, b: &mut Builder<'_>) {
     n.h = h;
     let mut x = n.embed((h.embedding_length as f32).sqrt());
     let inputs = h.embedding_length_per_layer_input.map(|length| (n.per_layer_inputs(x, length), length));
-    // The last two layers with caches of their own: one of each kind.
-    let own = h.block_count - h.shared_kv_layers;
-    if h.shared_kv_layers > 0
-        && (own < 2 || !h.is_windowed(own.saturating_sub(2), 0) || h.is_windowed(own.saturating_sub(1), 0))
-    {
-        n.fail(format!(
-            "layers {} and {}: expected one with a window, then one without",
-            own.saturating_sub(2),
-            own - 1
-        ));
-    }
+    let own = n.layers_with_caches(0);
     for layer in 0..h.block_count {
         let is_local = h.is_windowed(layer, 0);
         n.h = if is_local { &local } else { h };
@@ -50,7 +37,12 @@ pub(super) fn record(h: &Hparams, b: &mut Builder<'_>) {
             kv_of: (layer >= own).then(|| if is_local { own - 2 } else { own - 1 }),
             ..n.attention_of()
         };
-        x = n.sandwich_norm_layer(x, &attention, |n, x| n.gated_mlp(x, Gate::Gelu));
+        x = if n.has("ffn_gate_inp.weight") {
+            let x = n.sandwich_norm_attention(x, &attention);
+            n.experts_beside_mlp(x, Gate::Gelu)
+        } else {
+            n.sandwich_norm_layer(x, &attention, |n, x| n.gated_mlp(x, Gate::Gelu))
+        };
         if let Some((inputs, length)) = inputs {
             x = n.add_layer_input(x, inputs, length);
         }

@@ -57,6 +57,8 @@ pub struct Hparams {
     /// Whether attention is causal, if the file says so.
     pub attention_causal: Option<bool>,
     pub attention_scale: Option<f32>,
+    /// The largest magnitude of queries, keys and values.
+    pub attention_clamp_kqv: Option<f32>,
     /// Growth of queries beyond the original context (Llama 4's temperature tuning).
     pub attention_temperature_scale: Option<f32>,
     pub attn_logit_softcapping: Option<f32>,
@@ -71,6 +73,8 @@ pub struct Hparams {
     pub expert_feed_forward_length: Option<u32>,
     /// Layers at the beginning that have no experts.
     pub leading_dense_block_count: u32,
+    /// Period of the layers with experts.
+    pub interleave_moe_layer_step: Option<u32>,
     /// Experts that all tokens use; files store them as one.
     pub expert_shared_count: u32,
     /// Hidden elements of the expert that all tokens use.
@@ -81,6 +85,8 @@ pub struct Hparams {
     /// Groups of experts, of which a token chooses from `expert_group_used_count`; 0 or 1: no groups.
     pub expert_group_count: u32,
     pub expert_group_used_count: u32,
+    /// Elements of the inputs and results of experts, if they are not the embedding's.
+    pub moe_latent_size: Option<u32>,
     /// Layers at the end that draft tokens; not in `block_count`.
     pub nextn_predict_layers: u32,
     /// Elements of an embedding that each layer has for each token.
@@ -168,16 +174,13 @@ pub enum Pooling {
 
 /// Unsupported options and the only value accepted for each.
 const ONLY: &[(&str, Only)] = &[
-    ("attention.clamp_kqv", Only::F32(0.0)),
     ("attention.max_alibi_bias", Only::F32(0.0)),
-    ("interleave_moe_layer_step", Only::UpTo(1)),
     ("rope.scaling.yarn_attn_factor", Only::F32(1.0)),
     ("rope.scaling.yarn_ext_factor", Only::F32(1.0)),
 ];
 
 #[derive(Clone, Copy)]
 enum Only {
-    UpTo(u32),
     F32(f32),
 }
 
@@ -216,11 +219,18 @@ impl Hparams {
         };
         let embedding_length = required("embedding_length", MAX_EXTENT)?;
         let missing = |name: &str| gguf.missing(&key(name));
-        let head_count = per_layer("attention.head_count")?.ok_or_else(|| missing("attention.head_count"))?;
+        // Recurrent layers have no heads.
+        let is_recurrent = gguf.optional_u32(&key("ssm.state_size"))?.is_some();
+        let head_count = if is_recurrent {
+            gguf.optional_u32_per_layer(&key("attention.head_count"), layers)?
+        } else {
+            per_layer("attention.head_count")?
+        };
+        let head_count = head_count.ok_or_else(|| missing("attention.head_count"))?;
         // Layers without attention have no KV heads.
         let head_count_kv = gguf.optional_u32_per_layer(&key("attention.head_count_kv"), layers)?;
         let head_count_kv = head_count_kv.unwrap_or_else(|| head_count.clone());
-        if head_count_kv.iter().all(|&kv| kv == 0) {
+        if head_count_kv.iter().all(|&kv| kv == 0) && !is_recurrent {
             ranged("attention.head_count_kv", 0, MAX_EXTENT)?;
         }
         for (&heads, &kv) in head_count.iter().zip(&head_count_kv) {
@@ -238,7 +248,9 @@ impl Hparams {
             );
             return Err(Error::Model(message));
         }
-        let default_length = embedding_length / head_count.first().copied().unwrap_or(1).max(1);
+        // Without heads, any length will do.
+        let default_length =
+            head_count.iter().find(|&&heads| heads > 0).map_or(2, |heads| embedding_length / heads);
         let length = |name: &str| {
             ranged(name, gguf.optional_u32(&key(name))?.unwrap_or(default_length), MAX_HEAD_LENGTH)
         };
@@ -267,9 +279,6 @@ impl Hparams {
         for (name, only) in ONLY {
             let key = key(name);
             let (fits, expected) = match only {
-                Only::UpTo(only) => {
-                    (gguf.optional_u32(&key)?.is_none_or(|v| v <= *only), format!("up to {only}"))
-                }
                 Only::F32(only) => (gguf.optional_f32(&key)?.is_none_or(|v| v == *only), only.to_string()),
             };
             if !fits {
@@ -329,7 +338,7 @@ impl Hparams {
         // Layers without a feed-forward block have no hidden elements.
         let feed_forward_length = gguf
             .optional_u32_per_layer(&key("feed_forward_length"), layers)?
-            .filter(|lengths| lengths.iter().any(|&length| length > 0));
+            .filter(|lengths| lengths.iter().any(|&length| length > 0) || is_recurrent);
         for &length in feed_forward_length.iter().flatten().filter(|&&length| length > 0) {
             ranged("feed_forward_length", length, MAX_EXTENT)?;
         }
@@ -399,6 +408,7 @@ impl Hparams {
             sliding_window_pattern: sliding_window_pattern(gguf, &architecture, all_blocks)?,
             attention_causal: gguf.optional_bool(&key("attention.causal"))?,
             attention_scale: factor("attention.scale")?,
+            attention_clamp_kqv: factor("attention.clamp_kqv")?,
             attention_temperature_scale: factor("attention.temperature_scale")?,
             attn_logit_softcapping: factor("attn_logit_softcapping")?,
             final_logit_softcapping: factor("final_logit_softcapping")?,
@@ -411,12 +421,14 @@ impl Hparams {
             expert_feed_forward_length,
             expert_shared_feed_forward_length,
             leading_dense_block_count: gguf.optional_u32(&key("leading_dense_block_count"))?.unwrap_or(0),
+            interleave_moe_layer_step: gguf.optional_u32(&key("interleave_moe_layer_step"))?,
             expert_shared_count: gguf.optional_u32(&key("expert_shared_count"))?.unwrap_or(0),
             expert_gating_func,
             expert_weights_norm: gguf.optional_bool(&key("expert_weights_norm"))?,
             expert_weights_scale: factor("expert_weights_scale")?,
             expert_group_count: gguf.optional_u32(&key("expert_group_count"))?.unwrap_or(0),
             expert_group_used_count: gguf.optional_u32(&key("expert_group_used_count"))?.unwrap_or(0),
+            moe_latent_size: size("moe_latent_size")?,
             nextn_predict_layers,
             embedding_length_per_layer_input: gguf
                 .optional_u32(&key("embedding_length_per_layer_input"))?

@@ -4,14 +4,17 @@
 mod arcee;
 mod baichuan;
 mod bert;
+mod bitnet;
 mod cohere2;
 mod command_r;
+mod dbrx;
 mod deepseek;
 mod deepseek2;
 mod exaone4;
 mod falcon;
 mod falcon_h1;
 mod gemma;
+mod gemma3n;
 mod gemma4;
 mod glm;
 mod gpt2;
@@ -22,6 +25,8 @@ mod hparams;
 mod hunyuan;
 mod lfm2;
 mod llama;
+mod llama4;
+mod mamba;
 mod nemotron;
 mod nemotron_h;
 mod network;
@@ -64,10 +69,12 @@ const FAMILIES: &[(&str, Record)] = &[
     ("bailingmoe", deepseek::record),
     ("bailingmoe2", deepseek::record_balanced),
     ("bert", bert::record),
+    ("bitnet", bitnet::record),
     ("chatglm", glm::record_chat),
     ("codeshell", starcoder2::record),
     ("cohere2", cohere2::record),
     ("command-r", command_r::record),
+    ("dbrx", dbrx::record),
     ("deepseek", deepseek::record),
     ("deepseek2", deepseek2::record),
     ("dots1", deepseek::record_balanced),
@@ -81,6 +88,7 @@ const FAMILIES: &[(&str, Record)] = &[
     ("gemma", gemma::record_1),
     ("gemma2", gemma::record_2),
     ("gemma3", gemma::record_3),
+    ("gemma3n", gemma3n::record),
     ("gemma4", gemma4::record),
     ("glm4", glm::record_4),
     ("glm4moe", glm::record_4_moe),
@@ -93,16 +101,21 @@ const FAMILIES: &[(&str, Record)] = &[
     ("hunyuan-dense", hunyuan::record),
     ("hunyuan-moe", hunyuan::record),
     ("internlm2", llama::record),
+    ("jais2", nemotron::record),
     ("lfm2", lfm2::record),
     ("lfm2moe", lfm2::record),
     ("llama", llama::record),
+    ("llama4", llama4::record),
     ("maincoder", hunyuan::record_maincoder),
+    ("mamba2", mamba::record_2),
+    ("mellum", qwen::record_mellum),
     ("minicpm", granite::record_minicpm),
     ("minicpm3", deepseek2::record_minicpm),
     ("minimax-m2", deepseek::record_minimax),
     ("mistral3", llama::record),
     ("nemotron", nemotron::record),
     ("nemotron_h", nemotron_h::record),
+    ("nemotron_h_moe", nemotron_h::record),
     ("nomic-bert", bert::record_nomic),
     ("olmo", olmo::record),
     ("olmo2", olmo2::record),
@@ -114,12 +127,17 @@ const FAMILIES: &[(&str, Record)] = &[
     ("phi3", phi::record),
     ("phimoe", phi::record),
     ("plamo", plamo::record),
+    ("plamo3", plamo::record_3),
     ("qwen2", qwen::record_2),
     ("qwen2moe", qwen::record_2_moe),
+    ("qwen2vl", qwen::record_2_vl),
     ("qwen3", qwen::record_3),
     ("qwen35", qwen35::record),
     ("qwen35moe", qwen35::record),
     ("qwen3moe", qwen::record_3),
+    ("qwen3next", qwen35::record),
+    ("qwen3vl", qwen::record_3_vl),
+    ("qwen3vlmoe", qwen::record_3_vl),
     ("seed_oss", seed_oss::record),
     ("smallthinker", smallthinker::record),
     ("smollm3", smollm3::record),

@@ -1,5 +1,5 @@
 //! Nemotron-4 and Minitron (Parmar et al. 2024; Muralidharan et al. 2024): layer norms, partial rotary embeddings, and squared
-//! ReLU (So et al. 2021).
+//! ReLU (So et al. 2021). Jais 2 (Anwar et al. 2025) is alike, with biases.
 
 use super::Hparams;
 use super::network::{Attention, Network};

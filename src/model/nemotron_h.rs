@@ -1,5 +1,5 @@
 //! Nemotron-H (NVIDIA 2025): each layer has one block: of Mamba 2, attention without positions, or a feed-forward block with
-//! squared ReLU.
+//! squared ReLU. Nemotron 3 (NVIDIA 2025) has mixtures of such experts instead.
 
 use super::Hparams;
 use super::network::Network;
@@ -16,6 +16,7 @@ pub(super) fn record(h: &Hparams, b: &mut Builder<'_>) {
         let y = n.norm("attn_norm", x);
         let hidden = Hparams::at(&h.feed_forward_length, layer);
         let y = match (hidden, Hparams::at(&h.head_count_kv, layer)) {
+            (1.., _) if h.expert_count > 0 => n.squared_relu_experts(y),
             (1.., _) => n.mlp(y, Unary::ReluSquared),
             (0, 0) => n.mamba_2(y),
             (0, _) => n.attention(y, &n.attention_of()),

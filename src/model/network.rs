@@ -22,6 +22,20 @@ pub(super) struct Network<'n, 'b> {
     layer: u32,
 }
 
+/// The residual streams of Gemma 3n: what a layer computes, and the others in one row.
+#[derive(Clone, Copy)]
+pub(super) struct Streams {
+    pub active: TensorId,
+    others: TensorId,
+    /// A factor of 1 for each of the others.
+    ones: TensorId,
+}
+
+/// Number of residual streams of Gemma 3n. Other runtimes know no other.
+const STREAMS: u32 = 4;
+/// Added to variances that are not zero.
+const TINY: f32 = 1e-20;
+
 /// The group over which queries and keys are normalised.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum QkNorm {
@@ -29,6 +43,8 @@ pub(super) enum QkNorm {
     Head,
     /// The same after the rotation, not before.
     RotatedHead,
+    /// The same without weights.
+    RotatedUnit,
     /// Each head, with weights of its own.
     EachHead,
     /// All heads together.
@@ -55,6 +71,8 @@ pub(super) struct Attention<'r> {
     pub v_norm: bool,
     /// The layer whose KV cache it uses, if it is not its own.
     pub kv_of: Option<u32>,
+    /// Whether the heads' results are normalised, all together (BitNet).
+    pub sub_norm: bool,
 }
 
 impl<'n, 'b> Network<'n, 'b> {
@@ -186,7 +204,7 @@ impl<'n, 'b> Network<'n, 'b> {
         self.b.add(name, x, y)
     }
 
-    fn scale(&mut self, name: &str, x: TensorId, scale: f32) -> TensorId {
+    pub fn scale(&mut self, name: &str, x: TensorId, scale: f32) -> TensorId {
         if scale == 1.0 { x } else { self.b.unary(name, x, Unary::Scale(scale)) }
     }
 
@@ -195,7 +213,15 @@ impl<'n, 'b> Network<'n, 'b> {
         let cols = self.cols(x);
         let weight = self.weight(&format!("{name}.weight"), rows, cols);
         let bias = self.bias(name, rows);
-        self.b.linear(result, x, weight, bias)
+        let y = self.b.linear(result, x, weight, bias);
+        // A factor of the whole matrix, which its format does not have. With a bias, it would come too late.
+        let scale = format!("{}{name}.scale", self.prefix);
+        // A router's factors are those of its input.
+        let has_scale = bias.is_none() && name != "ffn_gate_inp" && self.b.has(&scale);
+        match has_scale.then(|| self.weight(&format!("{name}.scale"), 1, 1)) {
+            Some(scale) => self.b.mul(&format!("{result}_scaled"), y, scale),
+            None => y,
+        }
     }
 
     /// The products with matrices that are stored one after the other in one tensor.
@@ -259,6 +285,7 @@ impl<'n, 'b> Network<'n, 'b> {
             gated: false,
             v_norm: false,
             kv_of: None,
+            sub_norm: false,
         }
     }
 
@@ -289,6 +316,12 @@ impl<'n, 'b> Network<'n, 'b> {
             let v = if a.v_norm && !self.has("attn_v.weight") { k } else { linear(self, 2) };
             (q, Some((k, v)))
         };
+        let limited = |n: &mut Self, part: &str, x| match h.attention_clamp_kqv {
+            Some(limit) => n.b.unary(&format!("{part}_clamped"), x, Unary::Clamp(limit)),
+            None => x,
+        };
+        let q = limited(self, "q", q);
+        let kv = kv.map(|(k, v)| (limited(self, "k", k), limited(self, "v", v)));
         let gate = a.gated.then(|| self.b.slice("gate", q, query_length, h.key_length, h.key_length));
         let q = if a.gated { self.b.slice("query", q, query_length, 0, h.key_length) } else { q };
         let mut place = |part: &str, x: TensorId| {
@@ -304,6 +337,10 @@ impl<'n, 'b> Network<'n, 'b> {
                 Some(QkNorm::RotatedHead) => {
                     let x = rotated(self, x);
                     self.norm_over(&result, &name, x, h.key_length)
+                }
+                Some(QkNorm::RotatedUnit) => {
+                    let x = rotated(self, x);
+                    self.b.norm(&result, x, NormKind::Rms, None, None, self.norm_eps, h.key_length)
                 }
                 Some(QkNorm::EachHead) => {
                     let x = self.norm_groups(&result, &name, x, h.key_length);
@@ -328,6 +365,9 @@ impl<'n, 'b> Network<'n, 'b> {
         let mut attended = self.b.attend(q, state, heads, a.scale, h.attn_logit_softcapping, sinks);
         if let Some(gate) = gate {
             attended = self.b.glu(gate, attended, Gate::Sigmoid);
+        }
+        if a.sub_norm {
+            attended = self.norm("attn_sub_norm", attended);
         }
         self.linear("attn_output", "attn_output", attended, h.embedding_length)
     }
@@ -407,13 +447,143 @@ impl<'n, 'b> Network<'n, 'b> {
 
     /// Adds a layer's part of [`Network::per_layer_inputs`], gated by `x`.
     pub fn add_layer_input(&mut self, x: TensorId, inputs: TensorId, length: u32) -> TensorId {
+        let y = self.layer_input(x, inputs, length);
+        self.add("layer_residual", x, y)
+    }
+
+    fn layer_input(&mut self, x: TensorId, inputs: TensorId, length: u32) -> TensorId {
         let h = self.h;
         let input = self.b.slice("layer_input", inputs, self.cols(inputs), self.layer * length, length);
         let gate = self.linear("layer_gate", "inp_gate", x, length);
         let y = self.b.glu(gate, input, Gate::Gelu);
         let y = self.linear("layer_proj", "proj", y, h.embedding_length);
-        let y = self.norm_as("layer_post_norm", "post_norm", y);
-        self.add("layer_residual", x, y)
+        self.norm_as("layer_post_norm", "post_norm", y)
+    }
+
+    /// The number of layers with KV caches of their own. The last two of them, one of each kind, serve those after them;
+    /// `period` is that of windows.
+    pub fn layers_with_caches(&mut self, period: u32) -> u32 {
+        let h = self.h;
+        let own = h.block_count - h.shared_kv_layers;
+        let (local, global) = (own.saturating_sub(2), own.saturating_sub(1));
+        if h.shared_kv_layers > 0
+            && (own < 2 || !h.is_windowed(local, period) || h.is_windowed(global, period))
+        {
+            self.b.fail(format!("layers {local} and {global}: expected one with a window, then one without"));
+        }
+        own
+    }
+
+    /// All streams of Gemma 3n from the first: products of it, with its length.
+    pub fn streams(&mut self, x: TensorId) -> Streams {
+        let cols = self.cols(x);
+        let weight = self.b.stacked("altup_proj.weight", STREAMS - 1, 0..STREAMS - 1, cols, cols);
+        let others = self.b.linear("streams", x, weight, None);
+        let others = self.with_length_of(x, others);
+        // Any finite numbers, times 0, plus 1.
+        let some = self.b.slice("some", x, cols, 0, STREAMS - 1);
+        let zeros = self.b.unary("zeros", some, Unary::Scale(0.0));
+        let ones = self.b.unary("ones", zeros, Unary::Shift(1.0));
+        Streams { active: x, others, ones }
+    }
+
+    /// Each part of `y` with the length of `x`.
+    fn with_length_of(&mut self, x: TensorId, y: TensorId) -> TensorId {
+        let cols = self.cols(x);
+        let length = self.b.spread("length", x, NormKind::Rms, TINY, cols);
+        let y = self.b.norm("unit", y, NormKind::Rms, None, None, TINY, cols);
+        self.b.mix("of_length", y, length, 1)
+    }
+
+    /// The weights of streams in a layer, from one of them (AltUp's router): `rows` of them.
+    fn stream_weights(&mut self, name: &str, x: TensorId, rows: u32) -> TensorId {
+        let y = self.norm_as("altup_norm", "altup_router_norm", x);
+        let y = self.scale("altup_input", y, 1.0 / self.cols(x) as f32);
+        let y = self.linear("altup_router", "altup_router", y, STREAMS);
+        let y = self.b.unary("altup_tanh", y, Unary::SoftCap(1.0));
+        self.linear(name, name, y, rows)
+    }
+
+    /// Adds to the streams what is for the active one and for the others, in one row.
+    fn add_to_streams(&mut self, streams: &Streams, all: TensorId) -> Streams {
+        let (cols, row) = (self.cols(streams.active), self.cols(all));
+        let active = self.b.slice("of_active", all, row, 0, cols);
+        let others = self.b.slice("of_others", all, row, cols, row - cols);
+        let active = self.add("active", active, streams.active);
+        let others = self.add("others", others, streams.others);
+        Streams { active, others, ..*streams }
+    }
+
+    /// Predicts a layer's streams: adds to each a weighted sum of all.
+    pub fn predict(&mut self, streams: &Streams) -> Streams {
+        let weights = self.stream_weights("altup_predict_coef", streams.active, STREAMS * STREAMS);
+        let first = self.b.slice("of_first", weights, STREAMS, 0, 1);
+        let rest = self.b.slice("of_rest", weights, STREAMS, 1, STREAMS - 1);
+        let a = self.b.mix("predicted_by_first", streams.active, first, 1);
+        let b = self.b.mix("predicted_by_rest", streams.others, rest, STREAMS - 1);
+        let all = self.add("predicted", a, b);
+        self.add_to_streams(streams, all)
+    }
+
+    /// Corrects what was predicted by how the computed stream, `x`, differs from it.
+    pub fn correct(&mut self, predicted: Streams, x: TensorId) -> Streams {
+        let weights = self.stream_weights("altup_correct_coef", x, STREAMS);
+        let weights = self.b.unary("altup_weights", weights, Unary::Shift(1.0));
+        let negative = self.b.unary("negative", predicted.active, Unary::Scale(-1.0));
+        let news = self.add("innovation", x, negative);
+        let all = self.b.mix("corrections", news, weights, 1);
+        self.add_to_streams(&predicted, all)
+    }
+
+    /// Adds a layer's part of [`Network::per_layer_inputs`], gated by the active stream, to the other streams.
+    pub fn add_layer_input_to_others(&mut self, streams: Streams, inputs: TensorId, length: u32) -> Streams {
+        let cols = self.cols(streams.active);
+        let weight = self.weight("altup_correct_scale.weight", 1, cols);
+        let x = self.b.mul("altup_scaled", streams.active, weight);
+        let y = self.layer_input(x, inputs, length);
+        let all = self.b.mix("layer_inputs", y, streams.ones, 1);
+        Streams { others: self.add("others_with_inputs", streams.others, all), ..streams }
+    }
+
+    /// The mean of all streams, the others after products that keep the length of the active one.
+    pub fn mean_of_streams(&mut self, streams: Streams) -> TensorId {
+        self.b.segment("streams");
+        self.prefix.clear();
+        let mut sum = streams.active;
+        let (cols, all) = (self.cols(sum), self.cols(streams.others));
+        for i in 0..STREAMS - 1 {
+            let weight = self.b.stacked("altup_unembd_proj.weight", STREAMS - 1, i..i + 1, cols, cols);
+            let x = self.b.slice("stream", streams.others, all, i * cols, cols);
+            let y = self.b.linear("unembedded", x, weight, None);
+            let y = self.with_length_of(streams.active, y);
+            sum = self.add("sum_of_streams", sum, y);
+        }
+        self.scale("mean_of_streams", sum, 1.0 / STREAMS as f32)
+    }
+
+    /// Products of low rank, normalised, plus their input (Laurel).
+    pub fn laurel(&mut self, x: TensorId, rank: u32) -> TensorId {
+        let y = self.linear("laurel_l", "laurel_l", x, rank);
+        let y = self.linear("laurel_r", "laurel_r", y, self.cols(x));
+        let y = self.norm_as("laurel_norm", "laurel_post_norm", y);
+        self.add("laurel", y, x)
+    }
+
+    /// [`Network::gated_mlp`] of whose gate remains what is so many standard deviations above its mean.
+    pub fn sparse_mlp(&mut self, x: TensorId, deviations: Option<f32>, act: Gate) -> TensorId {
+        let hidden = self.hidden();
+        let mut gate = self.linear("ffn_gate", "ffn_gate", x, hidden);
+        let up = self.linear("ffn_up", "ffn_up", x, hidden);
+        if let Some(deviations) = deviations {
+            // Of a sample, not of a population.
+            let most = deviations * (hidden as f32 / (hidden.max(2) - 1) as f32).sqrt();
+            let spread = self.b.spread("gate_spread", gate, NormKind::Layer, TINY, hidden);
+            let unit = self.b.norm("gate_unit", gate, NormKind::Layer, None, None, TINY, hidden);
+            let above = self.b.unary("gate_above", unit, Unary::Shift(-most));
+            let above = self.b.unary("gate_relu", above, Unary::Relu);
+            gate = self.b.mix("gate_sparse", above, spread, 1);
+        }
+        self.gated(gate, up, act)
     }
 
     /// Multiplies by the layer's factor, if the file has one.
@@ -450,22 +620,40 @@ impl<'n, 'b> Network<'n, 'b> {
         let key_heads = self.required("ssm.group_count", h.ssm_group_count);
         let (keys, value_dim) = (key_heads.saturating_mul(key_dim), inner / heads);
         let all = keys.saturating_mul(2).saturating_add(inner);
-        if !inner.is_multiple_of(heads) || all > MAX_EXTENT {
+        if !inner.is_multiple_of(heads) || !heads.is_multiple_of(key_heads.max(1)) || all > MAX_EXTENT {
             self.b.fail(format!(
                 "{key_heads} heads of {key_dim} elements and {inner} elements of values for {heads} heads: expected at \
-                most {MAX_EXTENT} elements in all, and whole heads"
+                most {MAX_EXTENT} elements in all, whole heads, and as many of values for each of keys"
             ));
             return x;
         }
         let parts = [("q", keys), ("k", keys), ("v", inner)];
-        let projected = self.fused_linear("attn_qkv", x, parts);
-        let gate = self.linear("gate", "attn_gate", x, inner);
-        let beta = self.linear("beta", "ssm_beta", x, heads);
-        let (weight, bias) = (
-            self.weight("ssm_alpha.weight", heads, h.embedding_length),
-            self.weight("ssm_dt.bias", 1, heads),
-        );
-        let decay = self.b.linear("decay", x, weight, Some(bias));
+        let of_key = inner / key_heads.max(1);
+        let (projected, gate) = if self.has("ssm_in.weight") {
+            // Older files of Qwen3-Next: the parts alternate, key head by key head.
+            let all = self.linear("qkvz", "ssm_in", x, keys.saturating_mul(2).saturating_add(2 * inner));
+            let [q, k, v, gate] = self.alternating(
+                all,
+                key_heads,
+                [("q", key_dim), ("k", key_dim), ("v", of_key), ("gate", of_key)],
+            );
+            ([q, k, v], gate)
+        } else {
+            (self.fused_linear("attn_qkv", x, parts), self.linear("gate", "attn_gate", x, inner))
+        };
+        let bias = self.weight("ssm_dt.bias", 1, heads);
+        let neighbours = self.has("ssm_ba.weight");
+        let [beta, decay] = if neighbours {
+            let all = self.linear("ba", "ssm_ba", x, 2 * heads);
+            let each = heads / key_heads.max(1);
+            let [beta, decay] = self.alternating(all, key_heads, [("beta", each), ("alpha", each)]);
+            let bias = self.b.embed(bias, Index::First, 1.0);
+            [beta, self.add("decay", decay, bias)]
+        } else {
+            let beta = self.linear("beta", "ssm_beta", x, heads);
+            let weight = self.weight("ssm_alpha.weight", heads, h.embedding_length);
+            [beta, self.b.linear("decay", x, weight, Some(bias))]
+        };
         let [q, k, v] = self.convolved(parts, projected, taps);
         // The root of the mean square is the length over the root of the number of elements.
         let mut unit = |name: &str, x: TensorId| {
@@ -477,11 +665,26 @@ impl<'n, 'b> Network<'n, 'b> {
         let state =
             self.b.state(State::recurrent(format!("delta.{}", self.layer), heads, key_dim, value_dim));
         // Once for the length of queries, once as in attention.
-        let rule = Rule::Delta { beta, scale: 1.0 / key_dim as f32 };
+        let rule = Rule::Delta { beta, scale: 1.0 / key_dim as f32, neighbours };
         let y = self.b.recur([q, k, v], decay, a, rule, state);
         let y = self.norm_over("ssm_norm", "ssm_norm", y, value_dim);
         let y = self.b.glu(gate, y, Gate::Silu);
         self.linear("ssm_out", "ssm_out", y, h.embedding_length)
+    }
+
+    /// The parts of a row that alternate, group by group.
+    fn alternating<const N: usize>(
+        &mut self,
+        x: TensorId,
+        groups: u32,
+        parts: [(&str, u32); N],
+    ) -> [TensorId; N] {
+        let (group, mut first) = (self.cols(x) / groups.max(1), 0);
+        parts.map(|(part, len)| {
+            let y = self.b.slice(part, x, group, first, len);
+            first += len;
+            y
+        })
     }
 
     /// A short convolution of each part, whose weights are stored one after the other, and SiLU.
@@ -599,6 +802,15 @@ impl<'n, 'b> Network<'n, 'b> {
         self.gated(gate, up, act)
     }
 
+    /// The same, normalised before the last product (BitNet).
+    pub fn sub_normed_mlp(&mut self, x: TensorId, act: Gate) -> TensorId {
+        let gate = self.linear("ffn_gate", "ffn_gate", x, self.hidden());
+        let up = self.linear("ffn_up", "ffn_up", x, self.hidden());
+        let y = self.b.glu(gate, up, act);
+        let y = self.norm("ffn_sub_norm", y);
+        self.linear("ffn_down", "ffn_down", y, self.h.embedding_length)
+    }
+
     fn gated(&mut self, gate: TensorId, up: TensorId, act: Gate) -> TensorId {
         let y = self.b.glu(gate, up, act);
         self.linear("ffn_down", "ffn_down", y, self.h.embedding_length)
@@ -629,6 +841,18 @@ impl<'n, 'b> Network<'n, 'b> {
         normalise: bool,
         act: Gate,
     ) -> TensorId {
+        self.experts_with_gate("ffn_gate_exps", routed_by, x, gating, normalise, act)
+    }
+
+    fn experts_with_gate(
+        &mut self,
+        gate: &str,
+        routed_by: TensorId,
+        x: TensorId,
+        gating: Gating,
+        normalise: bool,
+        act: Gate,
+    ) -> TensorId {
         let (h, n) = (self.h, self.h.expert_count);
         if h.expert_shared_count > 0 && !self.has("ffn_up_shexp.weight") {
             self.b.fail(format!(
@@ -636,11 +860,20 @@ impl<'n, 'b> Network<'n, 'b> {
                 h.architecture
             ));
         }
-        let (cols, hidden) = (h.embedding_length, h.expert_feed_forward_length.unwrap_or(self.hidden()));
+        let (cols, hidden) = (self.cols(x), h.expert_feed_forward_length.unwrap_or(self.hidden()));
         let logits = self.linear("router", "ffn_gate_inp", routed_by, n);
-        let parts =
-            [("ffn_gate_exps", hidden, cols), ("ffn_up_exps", hidden, cols), ("ffn_down_exps", cols, hidden)];
-        let weights = self.expert_weights(n, parts);
+        let parts = [(gate, hidden, cols), ("ffn_up_exps", hidden, cols), ("ffn_down_exps", cols, hidden)];
+        let fused = format!("{}ffn_gate_up_exps.weight", self.prefix);
+        let weights = if self.b.has(&fused) {
+            let mut rows = |first: u32| {
+                self.b.expert_rows(&fused, n, hidden.saturating_mul(2), first..first + hidden, cols)
+            };
+            let (gate, up) = (rows(0), rows(hidden));
+            [gate, up, self.expert_weights(n, [parts[2]])[0]]
+        } else {
+            self.expert_weights(n, parts)
+        };
+        let scales = self.b.optional(&format!("{}ffn_down_exps.scale", self.prefix), 1, n);
         let has_biases = parts.iter().any(|(name, ..)| self.has(&format!("{name}.bias")));
         let biases =
             has_biases.then(|| parts.map(|(name, rows, _)| self.weight(&format!("{name}.bias"), n, rows)));
@@ -655,11 +888,69 @@ impl<'n, 'b> Network<'n, 'b> {
             h.expert_gating_func.unwrap_or(gating),
             h.expert_weights_norm.unwrap_or(normalise),
             h.expert_weights_scale.unwrap_or(1.0),
+            scales,
         );
         self.b.experts(x, routes, weights, biases, act)
     }
 
-    fn expert_weights(&mut self, experts: u32, parts: [(&str, u32, u32); 3]) -> [TensorId; 3] {
+    /// What the router of Gemma 4 reads: `x` normalised, times factors over the root of their number.
+    pub fn router_input(&mut self, x: TensorId) -> TensorId {
+        let cols = self.cols(x);
+        let factors = self.weight("ffn_gate_inp.scale", 1, cols);
+        let y = self.b.norm("router_norm", x, self.norm, Some(factors), None, self.norm_eps, cols);
+        self.scale("router_input", y, 1.0 / (cols as f32).sqrt())
+    }
+
+    /// A mixture of experts of which each token uses one, whose input, not its result, is multiplied by its weight (Llama 4);
+    /// `x` is not yet normalised. And an expert for all tokens.
+    pub fn input_weighted_experts(&mut self, x: TensorId, gating: Gating, act: Gate) -> TensorId {
+        let (h, n, cols) = (self.h, self.h.expert_count, self.cols(x));
+        let hidden = h.expert_feed_forward_length.unwrap_or(self.hidden());
+        if h.expert_used_count != 1 {
+            self.b.fail(format!(
+                "key `{}.expert_used_count`: only 1 is supported, got {}",
+                h.architecture, h.expert_used_count
+            ));
+        }
+        let y = self.norm("ffn_norm", x);
+        let logits = self.linear("router", "ffn_gate_inp", y, n);
+        let (ids, weight) = self.b.route(logits, 1, gating, false, h.expert_weights_scale.unwrap_or(1.0));
+        // The softmax of one logit.
+        let (_, one) = self.b.route(logits, 1, Gating::SoftmaxOfTop, false, 1.0);
+        // The norm's weights, times the token's weight, times what the norm multiplies by them.
+        let factors = self.b.column(&format!("{}ffn_norm.weight", self.prefix), cols);
+        let factors = self.b.linear("expert_factors", weight, factors, None);
+        let unit = self.b.norm("ffn_unit", x, self.norm, None, None, self.norm_eps, cols);
+        let input = self.b.glu(factors, unit, Gate::Identity);
+        let parts =
+            [("ffn_gate_exps", hidden, cols), ("ffn_up_exps", hidden, cols), ("ffn_down_exps", cols, hidden)];
+        let weights = self.expert_weights(n, parts);
+        let chosen = self.b.experts(input, (ids, one), weights, None, act);
+        self.add_shared_expert(y, chosen, act)
+    }
+
+    /// A mixture of experts without gates, with squared ReLU, and an expert for all tokens (Nemotron 3). The chosen experts
+    /// may read a projection of the input to fewer elements.
+    pub fn squared_relu_experts(&mut self, x: TensorId) -> TensorId {
+        let h = self.h;
+        let latent = h.moe_latent_size.map(|length| self.linear("latent", "ffn_latent_down", x, length));
+        // Squared ReLU is ReLU as a gate on itself.
+        let (gate, input) = ("ffn_up_exps", latent.unwrap_or(x));
+        let mut y = self.experts_with_gate(gate, x, input, Gating::Sigmoid, false, Gate::Relu);
+        if latent.is_some() {
+            y = self.linear("latent_out", "ffn_latent_up", y, h.embedding_length);
+        }
+        let shared = self.linear("shared_up", "ffn_up_shexp", x, self.shared_hidden());
+        let shared = self.b.unary("shared_act", shared, Unary::ReluSquared);
+        let shared = self.linear("shared_down", "ffn_down_shexp", shared, h.embedding_length);
+        self.add("ffn_shared", y, shared)
+    }
+
+    fn expert_weights<const N: usize>(
+        &mut self,
+        experts: u32,
+        parts: [(&str, u32, u32); N],
+    ) -> [TensorId; N] {
         parts.map(|(name, rows, cols)| {
             self.b.expert_weight(&format!("{}{name}.weight", self.prefix), experts, rows, cols)
         })
@@ -756,12 +1047,30 @@ impl<'n, 'b> Network<'n, 'b> {
         attention: &Attention<'_>,
         feed_forward: impl FnOnce(&mut Self, TensorId) -> TensorId,
     ) -> TensorId {
+        let x = self.sandwich_norm_attention(x, attention);
+        let y = self.norm("ffn_norm", x);
+        let y = feed_forward(self, y);
+        let y = self.norm_as("ffn_post_norm", "post_ffw_norm", y);
+        self.add("ffn_residual", x, y)
+    }
+
+    /// The first half of such a layer.
+    pub fn sandwich_norm_attention(&mut self, x: TensorId, attention: &Attention<'_>) -> TensorId {
         let y = self.norm("attn_norm", x);
         let y = self.attention(y, attention);
         let y = self.norm_as("attn_post_norm", "post_attention_norm", y);
-        let x = self.add("attn_residual", x, y);
+        self.add("attn_residual", x, y)
+    }
+
+    /// The second half of a layer of Gemma 4 with a mixture of experts beside its feed-forward block, each between norms.
+    pub fn experts_beside_mlp(&mut self, x: TensorId, act: Gate) -> TensorId {
         let y = self.norm("ffn_norm", x);
-        let y = feed_forward(self, y);
+        let y = self.gated_mlp(y, act);
+        let fed = self.norm_as("mlp_post_norm", "post_ffw_norm_1", y);
+        let (routed_by, y) = (self.router_input(x), self.norm_as("experts_norm", "pre_ffw_norm_2", x));
+        let y = self.experts_routed_by(routed_by, y, Gating::Softmax, true, act);
+        let chosen = self.norm_as("experts_post_norm", "post_ffw_norm_2", y);
+        let y = self.add("ffn_mixed", fed, chosen);
         let y = self.norm_as("ffn_post_norm", "post_ffw_norm", y);
         self.add("ffn_residual", x, y)
     }

@@ -2,7 +2,9 @@
 //! tokens. Qwen 3 (Yang et al. 2025): without them, but with normalised queries and keys.
 //!
 //! EXAONE 3 (LG AI Research 2024) and openPangu Embedded (Chen et al. 2025) differ from Qwen 2 in their biases only. OpenELM
-//! (Mehta et al. 2024) is Qwen 3 with other heads and hidden elements in each layer.
+//! (Mehta et al. 2024) is Qwen 3 with other heads and hidden elements in each layer. Mellum 2 (JetBrains 2026) is Qwen 3 with
+//! windows in most layers. Models that also see (Qwen2-VL, Qwen3-VL) read texts like the others: a token has the same position in
+//! all sections.
 
 use super::Hparams;
 use super::network::{Attention, Network, QkNorm};
@@ -21,6 +23,41 @@ pub(super) fn record_2_moe(h: &Hparams, b: &mut Builder<'_>) {
 
 pub(super) fn record_3(h: &Hparams, b: &mut Builder<'_>) {
     record(h, b, Some(QkNorm::Head), feed_forward);
+}
+
+pub(super) fn record_2_vl(h: &Hparams, b: &mut Builder<'_>) {
+    if let Some([.., others]) = h.rope_dimension_sections.as_deref()
+        && *others > 0
+    {
+        b.fail(format!(
+            "key `{}.rope.dimension_sections`: {others} pairs beyond the third section",
+            h.architecture
+        ));
+    }
+    record_2(h, b);
+}
+
+pub(super) fn record_3_vl(h: &Hparams, b: &mut Builder<'_>) {
+    Network::new(h, b, NormKind::Rms).check_text_sections();
+    record_3(h, b);
+}
+
+pub(super) fn record_mellum(h: &Hparams, b: &mut Builder<'_>) {
+    let mut n = Network::new(h, b, NormKind::Rms);
+    let global_rope = n.rope(RopePairs::Halves);
+    let local_rope = n.rope_unscaled(h.rope_freq_base, RopePairs::Halves);
+    let mut x = n.embed(1.0);
+    for layer in 0..h.block_count {
+        n.layer(layer);
+        let (window, rope) = match h.is_windowed(layer, 4) && h.sliding_window.is_some() {
+            true => (h.sliding_window, &local_rope),
+            false => (None, &global_rope),
+        };
+        let attention =
+            Attention { rope: Some(rope), window, qk_norm: Some(QkNorm::Head), ..n.attention_of() };
+        x = n.pre_norm_layer(x, &attention, feed_forward);
+    }
+    n.head(x, 1.0);
 }
 
 fn feed_forward(n: &mut Network<'_, '_>, x: TensorId) -> TensorId {

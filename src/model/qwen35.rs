@@ -1,5 +1,6 @@
 //! Qwen 3.5 (Qwen Team 2026): three of four layers are recurrent, with the gated delta rule; the fourth has attention
-//! whose results are gated. Or with mixtures of experts, and a shared expert that has a gate.
+//! whose results are gated. Or with mixtures of experts, and a shared expert that has a gate. Qwen3-Next (Qwen Team 2025) is the same
+//! with other layouts of weights.
 
 use super::Hparams;
 use super::network::{Attention, Network, QkNorm};

@@ -9,12 +9,8 @@ use crate::gguf::Gguf;
 /// Blocks that no supported family has, by the parts of tensor names that show them.
 const BLOCKS: &[(&str, &[&str])] = &[
     ("delta rule with a decay for each channel", &["ssm_f_a"]),
-    ("delta rule whose neighbouring value heads share a key", &["ssm_ba"]),
     ("state-space scan of Mamba 1", &["ssm_x"]),
     ("sparse attention by an indexer", &["indexer"]),
-    ("AltUp", &["altup_router", "altup_proj"]),
-    ("Laurel", &["laurel_l"]),
-    ("norms inside of attention and feed-forward", &["attn_sub_norm", "ffn_sub_norm"]),
     ("RWKV time mixing", &["time_mix_key", "time_mix_w1", "channel_mix_key"]),
     ("encoder and decoder with cross-attention", &["cross_attn_q"]),
     ("relative position bias", &["attn_rel_b"]),
@@ -24,10 +20,16 @@ const BLOCKS: &[(&str, &[&str])] = &[
 /// Supported families and what is typical of them, the most special first: parts of tensor names that are all there.
 const LIKE: &[(&str, &[&str])] = &[
     ("qwen35", &["ssm_beta"]),
+    ("qwen3next", &["ssm_ba"]),
+    ("bitnet", &["attn_sub_norm"]),
     ("lfm2", &["shortconv"]),
     ("deepseek2", &["attn_kv_a_mqa", "ffn_gate_exps"]),
     ("minicpm3", &["attn_kv_a_mqa"]),
-    ("granitehybrid", &["ssm_in", "ssm_d"]),
+    ("granitehybrid", &["ssm_in", "ssm_d", "ffn_gate"]),
+    ("nemotron_h_moe", &["ssm_in", "ffn_up_shexp"]),
+    ("nemotron_h", &["ssm_in", "ffn_up"]),
+    ("mamba2", &["ssm_in", "ssm_d"]),
+    ("gemma3n", &["altup_router"]),
     ("gemma4", &["per_layer_model_proj"]),
     ("gpt-oss", &["attn_sinks", "ffn_gate_exps"]),
     ("gemma3", &["post_ffw_norm", "attn_q_norm", "ffn_gate"]),

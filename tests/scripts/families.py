@@ -55,8 +55,34 @@ DEEPSEEK_V3 = {"attention.q_lora_rank": 20, "expert_gating_func": 2, "expert_wei
                "expert_group_count": 3, "expert_group_used_count": 2}
 YARN_OF_SCORES = YARN | {"rope.scaling.factor": 40.0}
 
+# One block a layer; experts without gates.
+NEMOTRON_3 = dict(MAMBA_2 | EXPERTS | dict(norms=("attn_norm",), tied=False), layers=4, kv=[0, 0, 2, 0], hidden=[0, 24, 0, 0],
+                  mixers=["mamba_2", None, "attention", "mamba_2"], shared=32, router_bias=True, expert_gates=False,
+                  keys=HYBRID_KEYS | {"ssm.group_count": 2, "attention.layer_norm_epsilon": 1e-5, "expert_feed_forward_length": 24,
+                                      "expert_shared_feed_forward_length": 32, "expert_shared_count": 1, "expert_weights_norm": True,
+                                      "expert_weights_scale": 2.5, "expert_group_count": 1})
+
+# Neighbouring heads of values share keys.
+QWEN_3_NEXT = dict(DELTA_NET | EXPERTS, layers=4, mixers=["delta_net_of_neighbours"] * 3 + ["attention"], shared=16, shared_gate=True,
+                   keys={name: value for name, value in DELTA_NET["keys"].items() if name != "rope.dimension_sections"} | {
+                       "expert_feed_forward_length": 16})
+
+GEMMA_3N = dict(dim=16, heads=2, kv=1, head=16, hidden=128, qk_norm="head", tied=True, base=1e6, layer_inputs=256, altup=True,
+                norms=("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"), keys={
+                    "attention.sliding_window": 16, "final_logit_softcapping": 30.0, "embedding_length_per_layer_input": 256,
+                    "altup.active_idx": 0, "altup.num_inputs": 4})
+
+GEMMA_4_MOE = dict(EXPERTS | dict(hidden=40), dim=48, heads=4, kv=[2, 2, 1], head=24, layers=3, qk_norm="head", tied=True, base=1e6, rotated=24,
+                   norms=("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm", "post_ffw_norm_1", "pre_ffw_norm_2",
+                          "post_ffw_norm_2"), rope_factors=True, windowed=[True, True, False], window_head=16, beside=True, keys={
+                       "attention.sliding_window": 16, "attention.key_length_swa": 16, "attention.value_length_swa": 16,
+                       "attention.sliding_window_pattern": [True, True, False], "attention.shared_kv_layers": 0,
+                       "embedding_length_per_layer_input": 0, "rope.freq_base_swa": 1e4, "rope.dimension_count_swa": 16,
+                       "final_logit_softcapping": 30.0, "expert_feed_forward_length": 16})
+
 FAMILIES = {
     "arcee": dict(head=16, ffn="plain", keys=YARN),
+    "bitnet": dict(tied=True, sub_norms=True),
     # 32 layers: from their number, llama.cpp takes that the model has rotary positions.
     "baichuan": dict(dim=16, heads=2, kv=2, hidden=16, layers=32, rotated=8),
     "bailingmoe": dict(EXPERTS, base=6e5, rotated=16, shared=32,
@@ -76,6 +102,8 @@ FAMILIES = {
     # 64 layers: from their number, llama.cpp takes that queries and keys have norms.
     "command-r-plus": dict(arch="command-r", dim=16, hidden=8, layers=64, norm="layer", norm_bias=False, norms=("attn_norm",),
                            qk_norm="each", tied=True, base=7.5e7, keys={"logit_scale": 0.8333333, "rope.scaling.type": "none"}),
+    "dbrx": dict(EXPERTS, norm="layer", norm_bias=False, norms=("attn_norm", "attn_output_norm"), fused_qkv=True, base=5e5,
+                 keys={"attention.clamp_kqv": 0.7}),
     "deepseek": dict(EXPERTS | dict(hidden=48), kv=2, layers=3, rotated=16, shared=32, dense=1,
                      keys={"rope.scaling.type": "none", "leading_dense_block_count": 1, "expert_feed_forward_length": 16,
                            "expert_weights_scale": 1.0, "expert_shared_count": 2}),
@@ -119,6 +147,12 @@ FAMILIES = {
     "falcon-h1": dict(MAMBA_2 | dict(norms=("attn_norm",), tied=False, keys=HYBRID_KEYS | {"ssm.group_count": 2}), kv=2, head=16,
                       base=1e11, mixers=["both"] * 2),
     "gemma": dict(dim=64, heads=4, kv=1, head=24, tied=True),
+    # Of so few layers, all have caches of their own and sparse gates.
+    "gemma3n": dict(GEMMA_3N, layers=6, keys=GEMMA_3N["keys"] | {
+        "attention.sliding_window_pattern": [True, True, True, True, False, True]}),
+    # llama.cpp takes that the first 20 layers have caches of their own, and that the first 10 are sparse. All have keys and values.
+    "gemma3n-shared": dict(GEMMA_3N, arch="gemma3n", layers=22, keys=GEMMA_3N["keys"] | {
+        "attention.shared_kv_layers": 2, "attention.sliding_window_pattern": ([True] * 4 + [False]) * 4 + [True, False]}),
     # Three layers use the caches of the first two.
     "gemma4": dict(dim=48, heads=4, kv=[1, 2, 1, 2, 1], head=24, layers=5, hidden=[32, 32, 64, 64, 64], qk_norm="head",
                    norms=("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"), tied=True, base=1e6, rotated=24,
@@ -127,6 +161,8 @@ FAMILIES = {
                          "attention.sliding_window_pattern": [True, False, True, False, True], "attention.shared_kv_layers": 3,
                          "embedding_length_per_layer_input": 24, "rope.freq_base_swa": 1e4, "rope.dimension_count_swa": 16,
                          "final_logit_softcapping": 30.0}),
+    # A mixture of experts beside the feed-forward block; keys are values in layers without a window.
+    "gemma4-moe": dict(GEMMA_4_MOE, arch="gemma4"),
     "glm4": dict(norms=("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"), qkv_bias=True,
                  ffn="fused", rotated=8),
     # The order of rows is that of halves, and a text has the same coordinates in all sections.
@@ -147,13 +183,21 @@ FAMILIES = {
                         keys=PLAIN_ROPE | {"expert_feed_forward_length": 16, "expert_shared_feed_forward_length": 16,
                                            "expert_shared_count": 1}),
     "internlm2": dict(base=1e6),
+    "jais2": dict(norm="layer", **BIASES, ffn="plain"),
     "lfm2": dict(dim=64, heads=4, kv=[0, 0, 2, 0], layers=4, mixers=["short_conv", "short_conv", "attention", "short_conv"],
                  qk_norm="head", base=1e6, tied=True, last_norm="token_embd_norm", keys={"shortconv.l_cache": 3}),
     "lfm2moe": dict(EXPERTS | dict(hidden=80), dim=64, heads=4, kv=[0, 2, 0], layers=3, mixers=["short_conv", "attention", "short_conv"], dense=1,
                     router_bias=True, qk_norm="head", base=1e6, tied=True, last_norm="token_embd_norm", keys={
                         "shortconv.l_cache": 3, "expert_feed_forward_length": 16, "leading_dense_block_count": 1,
                         "expert_gating_func": 2}),
+    # The last of four layers has no positions; every other one has experts.
+    "llama4": dict(EXPERTS | dict(hidden=48), kv=2, head=16, layers=4, base=5e5, rotated=16, shared=16, dense=[0, 2], used=1, rope_factors=True,
+                   keys={"interleave_moe_layer_step": 2, "expert_feed_forward_length": 16, "expert_shared_count": 1}),
     "maincoder": dict(head=24, qk_norm="head", base=1e6, tied=True),
+    "mamba2": dict(MAMBA_2 | dict(norms=("attn_norm",), keys=HYBRID_KEYS | {"ssm.group_count": 2}), heads=0, kv=None, hidden=0, base=None,
+                   layers=3, mixers=["mamba_2"] * 3),
+    "mellum": dict(EXPERTS, layers=4, head=24, qk_norm="head", base=5e5, keys=YARN | {
+        "expert_feed_forward_length": 16, "attention.sliding_window": 16, "attention.sliding_window_pattern": [True, True, True, False]}),
     "minicpm": dict(tied=True, keys=dict(logit_scale=9.0, residual_scale=0.22, embedding_scale=12.0)),
     "minicpm3": dict(dim=48, heads=3, kv=3, mixers=["latent"] * 2, rotated=8, tied=True, long_rope=True, keys={
         "attention.q_lora_rank": 20, "attention.kv_lora_rank": 32, "attention.key_length": 24}),
@@ -165,6 +209,9 @@ FAMILIES = {
                                       keys=HYBRID_KEYS | {"ssm.group_count": 2, "attention.layer_norm_epsilon": 1e-5}),
                        layers=4, kv=[0, 0, 2, 0], hidden=[0, 80, 0, 0], ffn="plain",
                        mixers=["mamba_2", None, "attention", "mamba_2"]),
+    "nemotron_h_moe": dict(NEMOTRON_3, keys=NEMOTRON_3["keys"]),
+    # Experts that read fewer elements.
+    "nemotron_h_moe-latent": dict(NEMOTRON_3, arch="nemotron_h_moe", keys=NEMOTRON_3["keys"] | {"moe_latent_size": 24}),
     "olmo": dict(norm="layer", norms=(), last_norm=None, tied=True),
     "olmoe": dict(EXPERTS, kv=2, qk_norm="row"),
     "openelm": dict(heads=[2, 4], kv=[1, 2], head=16, hidden=[32, 64], fused_qkv=True, qk_norm="head", tied=True),
@@ -172,13 +219,24 @@ FAMILIES = {
     "pangu-embedded": dict(qkv_bias=True, out_bias=True, base=1.6e7),
     "phi2": dict(kv=2, norm="layer", norms=("attn_norm",), **BIASES, ffn="plain", output_bias=True, rotated=8),
     "plamo": dict(norms=("attn_norm",)),
+    "plamo3": dict(layers=8, head=16, qk_norm="head", fused_qkv=True, ffn="fused", bare_norms=True, base=1e6,
+                   norms=("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"), keys={
+                       "attention.sliding_window": 16, "rope.freq_base_swa": 1e4, "attention.sliding_window_pattern": [True] * 7 + [False]}),
     "qwen2moe": dict(EXPERTS | dict(hidden=48), qkv_bias=True, base=1e6, shared=48, shared_gate=True,
                      keys={"expert_feed_forward_length": 16}),
+    # A text has the same coordinates in all sections.
+    # llama.cpp adds nothing under the roots of its norms, whatever the file says.
+    "qwen2vl": dict(eps=1e-6, qkv_bias=True, base=1e6, tied=True, keys={"rope.dimension_sections": [4, 2, 2, 0]}),
     # Its vectors times the embedding table are its logits.
     "qwen3-embedding": dict(folder="embedding", arch="qwen3", head=24, qk_norm="head", base=1e6, tied=True, keys={"pooling_type": 3}),
     "qwen35": dict(DELTA_NET, layers=5, mixers=["delta_net"] * 3 + ["attention", "delta_net"]),
     "qwen35-moe": dict(DELTA_NET | EXPERTS | dict(keys=DELTA_NET["keys"] | {"expert_feed_forward_length": 16}), arch="qwen35moe",
                        layers=4, mixers=["delta_net"] * 3 + ["attention"], shared=16, shared_gate=True),
+    "qwen3next": dict(QWEN_3_NEXT),
+    "qwen3next-alternating": dict(QWEN_3_NEXT, arch="qwen3next", alternating=True),
+    "qwen3vl": dict(head=24, qk_norm="head", base=5e6, tied=True, keys={"rope.dimension_sections": [4, 4, 4, 0], "n_deepstack_layers": 3}),
+    "qwen3vl-moe": dict(EXPERTS, arch="qwen3vlmoe", head=24, qk_norm="head", base=5e6, keys={
+        "rope.dimension_sections": [4, 4, 4, 0], "n_deepstack_layers": 3, "expert_feed_forward_length": 16}),
     "seed_oss": dict(head=24, norms=("attn_norm", "post_attention_norm"), qkv_bias=True, base=1e7),
     # llama.cpp takes a window of 4096 whatever the file says.
     "smallthinker": dict(EXPERTS, layers=5, base=1.5e6, tied=True,
@@ -205,10 +263,10 @@ class File:
         kinds = {bool: "bool", int: "uint32", float: "float32", str: "string", list: "array"}
         getattr(self.writer, f"add_{kinds[type(value)]}")(name, value)
 
-    def tensor(self, name, *shape, scale, around=0.0):
+    def tensor(self, name, *shape, scale, around=0.0, type=np.float32):
         """Random values; the shape as in the file: the length of a row first."""
         values = around + scale * self.random.standard_normal(shape[::-1])
-        self.writer.add_tensor(name, values.astype(np.float32))
+        self.writer.add_tensor(name, values.astype(type))
 
     def norm(self, name, length, bias=False):
         self.tensor(f"{name}.weight", length, scale=0.1, around=1.0)
@@ -230,8 +288,9 @@ class File:
 def model(name, arch=None, dim=32, heads=2, kv=1, head=None, hidden=48, layers=2, norm="rms", norm_bias=True, norms=PRE,
           qk_norm=None, fused_qkv=False, qkv_bias=False, out_bias=False, ffn="gated", ffn_bias=False, shared=0, shared_gate=False,
           tied=False, output_bias=False, positions=False, rotated=None, base=10000.0, rope_factors=False, mixers=None, gated=False,
-          last_norm="output_norm", windowed=None, window_head=None, layer_inputs=0, shared_kv=0, dense=0, router_bias=False, long_rope=False,
-          keys={}):
+          last_norm="output_norm", windowed=None, window_head=None, layer_inputs=0, shared_kv=0, dense=0, router_bias=False,
+          sub_norms=False, bare_norms=False, expert_gates=True, alternating=False, long_rope=False,
+          used=2, beside=False, altup=False, eps=1e-5, keys={}):
     """The file of a family's row."""
     arch_name = arch or name
     file = File(name, arch_name)
@@ -239,13 +298,14 @@ def model(name, arch=None, dim=32, heads=2, kv=1, head=None, hidden=48, layers=2
                            feed_forward_length=hidden).items():
         file.key(key, value)
     file.key("attention.head_count", heads)
-    file.key("attention.head_count_kv", kv)
+    if kv is not None:
+        file.key("attention.head_count_kv", kv)
     layer_norm = norm == "layer"
-    file.key("attention.layer_norm_epsilon" if layer_norm else "attention.layer_norm_rms_epsilon", 1e-5)
+    file.key("attention.layer_norm_epsilon" if layer_norm else "attention.layer_norm_rms_epsilon", eps)
     if head:
         file.key("attention.key_length", head)
         file.key("attention.value_length", head)
-    if not positions:
+    if not positions and base:
         file.key("rope.freq_base", base)
     if rotated:
         file.key("rope.dimension_count", rotated)
@@ -253,7 +313,7 @@ def model(name, arch=None, dim=32, heads=2, kv=1, head=None, hidden=48, layers=2
     experts = 6 if ffn == "experts" else 0
     if experts:
         file.key("expert_count", experts)
-        file.key("expert_used_count", 2)
+        file.key("expert_used_count", used)
     if shared and "expert_shared_count" not in keys:
         file.key("expert_shared_feed_forward_length", shared)
     for key, value in keys.items():
@@ -270,7 +330,10 @@ def model(name, arch=None, dim=32, heads=2, kv=1, head=None, hidden=48, layers=2
     if layer_inputs:
         file.linear("per_layer_model_proj", dim, layer_inputs * layers)
         file.norm("per_layer_proj_norm", layer_inputs)
-        file.tensor("per_layer_token_embd.weight", layer_inputs * layers, VOCAB, scale=layer_inputs**-0.5)
+        file.tensor("per_layer_token_embd.weight", layer_inputs * layers, VOCAB, scale=layer_inputs**-0.5, type=np.float16)
+    if altup:
+        file.linear("altup_proj", dim, dim, 3)
+        file.linear("altup_unembd_proj", dim, dim, 3)
     if rope_factors:
         pairs = (head or dim // heads) // 2
         file.writer.add_tensor("rope_freqs.weight", np.linspace(1, 8, pairs, dtype=np.float32))
@@ -280,12 +343,20 @@ def model(name, arch=None, dim=32, heads=2, kv=1, head=None, hidden=48, layers=2
     per_layer = lambda value, layer: value[layer] if isinstance(value, list) else value
     for layer in range(layers):
         at = f"blk.{layer}."
-        queries, groups, inner = (per_layer(value, layer) for value in (heads, kv, hidden))
-        length = window_head if windowed and windowed[layer] else head or dim // heads
+        queries, groups, inner = (per_layer(value, layer) for value in (heads, kv or 0, hidden))
+        length = window_head if windowed and windowed[layer] else head or dim // max(heads, 1)
         own_kv = layer < layers - shared_kv
         rows, kv_rows = queries * length, groups * length
         for part in norms:
-            file.norm(at + part, dim, norm_bias)
+            if bare_norms and part.startswith("post_"):
+                file.tensor(at + part, dim, scale=0.1, around=1.0)
+            else:
+                file.norm(at + part, dim, norm_bias)
+        if sub_norms:
+            file.norm(at + "attn_sub_norm", queries * length)
+            file.norm(at + "ffn_sub_norm", inner)
+            for part in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"):
+                file.tensor(f"{at}{part}.scale", 1, scale=0.1, around=1.0)
         if arch_name == "falcon-h1":
             # Its files leave out the ending.
             file.tensor(at + "ffn_norm", dim, scale=0.1, around=1.0)
@@ -298,13 +369,15 @@ def model(name, arch=None, dim=32, heads=2, kv=1, head=None, hidden=48, layers=2
             mamba_2(file, at, dim, keys)
         elif mixer == "latent":
             latent(file, at, dim, heads, keys)
+        elif mixer == "delta_net_of_neighbours":
+            delta_net(file, at, dim, keys, neighbours=True, alternating=alternating)
         elif mixer is None:
             pass
         elif fused_qkv:
             file.linear(at + "attn_qkv", dim, rows + 2 * kv_rows, bias=qkv_bias)
         else:
             for part, count in (("q", 2 * rows if gated else rows), ("k", kv_rows), ("v", kv_rows)):
-                if part == "q" or own_kv:
+                if part == "q" or own_kv and (part == "k" or not beside or windowed[layer]):
                     file.linear(f"{at}attn_{part}", dim, count, bias=qkv_bias)
         if mixer == "both":
             mamba_2(file, at, dim, keys)
@@ -320,24 +393,49 @@ def model(name, arch=None, dim=32, heads=2, kv=1, head=None, hidden=48, layers=2
             file.linear(at + "inp_gate", dim, layer_inputs)
             file.linear(at + "proj", layer_inputs, dim)
             file.norm(at + "post_norm", dim)
+        if layer_inputs and not altup:
             file.tensor(at + "layer_output_scale.weight", 1, scale=0.1, around=1.0)
+        if altup:
+            file.norm(at + "altup_correct_scale", dim)
+            file.tensor(at + "altup_correct_coef.weight", 4, 4, scale=0.1)
+            file.tensor(at + "altup_predict_coef.weight", 4, 16, scale=0.1)
+            file.tensor(at + "altup_router.weight", dim, 4, scale=dim**0.5)
+            file.norm(at + "altup_router_norm", dim)
+            file.linear(at + "laurel_l", dim, 64)
+            file.linear(at + "laurel_r", 64, dim)
+            file.norm(at + "laurel_post_norm", dim)
         if not inner:
             continue
-        if experts and layer >= dense:
+        has_experts = experts and (layer not in dense if isinstance(dense, list) else layer >= dense)
+        if beside:
+            file.tensor(at + "ffn_gate_inp.scale", dim, scale=0.1, around=1.0)
+            file.tensor(at + "ffn_down_exps.scale", experts, scale=0.1, around=1.0)
+            for part, shape in (("gate", (dim, inner)), ("up", (dim, inner)), ("down", (inner, dim))):
+                file.linear(at + "ffn_" + part, *shape)
+        if has_experts:
             if router_bias:
                 file.tensor(at + "exp_probs_b.bias", experts, scale=0.3)
             file.linear(at + "ffn_gate_inp", dim, experts)
             inner = keys.get("expert_feed_forward_length", inner)
-            file.linear(at + "ffn_gate_exps", dim, inner, experts)
-            file.linear(at + "ffn_up_exps", dim, inner, experts)
-            file.linear(at + "ffn_down_exps", inner, dim, experts)
+            cols = keys.get("moe_latent_size", dim)
+            if cols != dim:
+                file.linear(at + "ffn_latent_down", dim, cols)
+                file.linear(at + "ffn_latent_up", cols, dim)
+            if beside:
+                file.linear(at + "ffn_gate_up_exps", cols, 2 * inner, experts)
+            elif expert_gates:
+                file.linear(at + "ffn_gate_exps", cols, inner, experts)
+            if not beside:
+                file.linear(at + "ffn_up_exps", cols, inner, experts)
+            file.linear(at + "ffn_down_exps", inner, cols, experts)
         else:
             if ffn in ("gated", "experts"):
                 file.linear(at + "ffn_gate", dim, inner, bias=ffn_bias)
             file.linear(at + "ffn_up", dim, 2 * inner if ffn == "fused" else inner, bias=ffn_bias)
             file.linear(at + "ffn_down", inner, dim, bias=ffn_bias)
-        if shared and layer >= dense:
-            file.linear(at + "ffn_gate_shexp", dim, shared)
+        if shared and has_experts:
+            if expert_gates:
+                file.linear(at + "ffn_gate_shexp", dim, shared)
             file.linear(at + "ffn_up_shexp", dim, shared)
             file.linear(at + "ffn_down_shexp", shared, dim)
         if shared_gate:
@@ -372,17 +470,23 @@ def short_conv(file, at, dim, keys):
     file.linear(at + "shortconv.out_proj", dim, dim)
 
 
-def delta_net(file, at, dim, keys):
+def delta_net(file, at, dim, keys, neighbours=False, alternating=False):
     inner, key, heads = (keys[f"ssm.{name}"] for name in ("inner_size", "state_size", "time_step_rank"))
     channels = 2 * keys["ssm.group_count"] * key + inner
-    file.linear(at + "attn_qkv", dim, channels)
-    file.linear(at + "attn_gate", dim, inner)
+    if alternating:
+        file.linear(at + "ssm_in", dim, channels + inner)
+    else:
+        file.linear(at + "attn_qkv", dim, channels)
+        file.linear(at + "attn_gate", dim, inner)
     file.tensor(at + "ssm_conv1d.weight", keys["ssm.conv_kernel"], channels, scale=0.5)
     file.tensor(at + "ssm_dt.bias", heads, scale=0.5)
     # Always negative, so that states decay.
     file.writer.add_tensor(at + "ssm_a", -np.exp(file.random.standard_normal(heads)).astype(np.float32))
-    file.linear(at + "ssm_beta", dim, heads)
-    file.linear(at + "ssm_alpha", dim, heads)
+    if neighbours:
+        file.linear(at + "ssm_ba", dim, 2 * heads)
+    else:
+        file.linear(at + "ssm_beta", dim, heads)
+        file.linear(at + "ssm_alpha", dim, heads)
     file.norm(at + "ssm_norm", inner // heads)
     file.linear(at + "ssm_out", inner, dim)
 

@@ -213,6 +213,9 @@ pub const HALITE_OP_BLOCK_MATMUL: u32 = 21;
 pub const HALITE_OP_LATENT_WRITE: u32 = 22;
 /// HaliteAttend to a state of HALITE_STATE_LATENT.
 pub const HALITE_OP_LATENT_ATTEND: u32 = 23;
+pub const HALITE_OP_ROUTE_SCALED: u32 = 24;
+pub const HALITE_OP_SPREAD: u32 = 25;
+pub const HALITE_OP_MIX: u32 = 26;
 
 /// `out[t] = scale * table[row of t]`. A row beyond the table is HALITE_ARGUMENT.
 #[repr(C)]
@@ -362,7 +365,7 @@ pub struct HaliteUnary {
     pub x: u32,
     pub out: u32,
     pub function: u32,
-    /// For HALITE_UNARY_SCALE and HALITE_UNARY_SOFT_CAP.
+    /// For HALITE_UNARY_SCALE, HALITE_UNARY_SOFT_CAP, HALITE_UNARY_CLAMP and HALITE_UNARY_SHIFT.
     pub parameter: f32,
 }
 /// `x * sigmoid(x)`.
@@ -379,6 +382,10 @@ pub const HALITE_UNARY_RELU_SQUARED: u32 = 4;
 pub const HALITE_UNARY_SCALE: u32 = 5;
 /// `parameter * tanh(x / parameter)`.
 pub const HALITE_UNARY_SOFT_CAP: u32 = 6;
+/// `max(-parameter, min(x, parameter))`; NaN stays.
+pub const HALITE_UNARY_CLAMP: u32 = 7;
+/// `x + parameter`.
+pub const HALITE_UNARY_SHIFT: u32 = 8;
 
 /// Chooses experts for each token in order of decreasing gated value (for HALITE_GATING_SOFTMAX_OF_TOP, of the logit); the
 /// lower index comes first on ties, and NaN before all other values.
@@ -477,21 +484,23 @@ pub struct HaliteRecur {
     pub decay: u32,
     /// `[1, heads]`.
     pub a: u32,
-    /// HALITE_RULE_DELTA or HALITE_RULE_SCAN.
+    /// HALITE_RULE_DELTA, HALITE_RULE_SCAN or HALITE_RULE_DELTA_OF_NEIGHBOURS.
     pub rule: u32,
-    /// For HALITE_RULE_DELTA: `[tokens, heads]`.
+    /// For the delta rules: `[tokens, heads]`.
     pub beta: u32,
     /// For HALITE_RULE_SCAN: `[1, heads]`.
     pub d: u32,
     pub state: u32,
     pub out: u32,
-    /// For HALITE_RULE_DELTA.
+    /// For the delta rules.
     pub scale: f32,
 }
 /// `u = sigmoid(beta) * (v - S^T k)` and `out = scale * S^T q`. Head h has the query and key `h mod key_heads`.
 pub const HALITE_RULE_DELTA: u32 = 0;
 /// `u = rate * v` and `out = S^T q + d * v`. Head h has the query and key `h * key_heads / heads`.
 pub const HALITE_RULE_SCAN: u32 = 1;
+/// HALITE_RULE_DELTA, but head h has the query and key `h * key_heads / heads`.
+pub const HALITE_RULE_DELTA_OF_NEIGHBOURS: u32 = 2;
 
 /// Elements `first` to `first + len` of each `group` columns of `x`; `len` is what makes the columns of `out`.
 #[repr(C)]
@@ -549,6 +558,39 @@ pub struct HaliteRouteAmong {
     pub groups_used: u32,
 }
 
+/// HALITE_OP_ROUTE_AMONG, whose weights are at last multiplied by a factor of their expert.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct HaliteRouteScaled {
+    pub route_among: HaliteRouteAmong,
+    /// `[1, experts]`.
+    pub scales: u32,
+}
+
+/// What HALITE_OP_NORM divides each group by: `sqrt(mean(x^2) + eps)`, or `sqrt(var(x) + eps)`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct HaliteSpread {
+    pub x: u32,
+    /// `[rows, cols / group]`.
+    pub out: u32,
+    /// HALITE_NORM_RMS or HALITE_NORM_LAYER.
+    pub kind: u32,
+    pub eps: f32,
+    pub group: u32,
+}
+
+/// Weighted sums of the `parts` of each row, with factors of its own: part i of the result is the sum of
+/// `factors[i * parts + j]` times part j, in order of j.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct HaliteMix {
+    pub x: u32,
+    pub factors: u32,
+    pub out: u32,
+    pub parts: u32,
+}
+
 /// The operands of an op, by its kind. Operands are numbers in HaliteProgram::tensors; `state` is one in
 /// HaliteProgram::states.
 #[repr(C)]
@@ -576,6 +618,9 @@ pub union HaliteOperands {
     pub route_among: HaliteRouteAmong,
     pub join: HaliteJoin,
     pub block_matmul: HaliteBlockMatMul,
+    pub route_scaled: HaliteRouteScaled,
+    pub spread: HaliteSpread,
+    pub mix: HaliteMix,
 }
 
 #[repr(C)]

@@ -199,6 +199,14 @@ fn rows(dim: Dim) -> (HaliteRows, u32) {
     }
 }
 
+fn norm_kind(kind: NormKind) -> Result<u32, NotInAbi> {
+    match kind {
+        NormKind::Rms => Ok(HALITE_NORM_RMS),
+        NormKind::Layer => Ok(HALITE_NORM_LAYER),
+        other => Err(NotInAbi(format!("the norm {other:?}"))),
+    }
+}
+
 fn gate(act: Gate) -> Result<HaliteGate, NotInAbi> {
     let (kind, alpha, limit) = match act {
         Gate::Silu => (HALITE_GATE_SILU, 0.0, 0.0),
@@ -266,11 +274,7 @@ fn encode(
             (HALITE_OP_GATHER, HaliteOperands { gather: HaliteGather { x: x.0, out: out.0 } })
         }
         Op::Norm { x, add, sum, weight, bias, out, kind, eps, group } => {
-            let kind = match kind {
-                NormKind::Rms => HALITE_NORM_RMS,
-                NormKind::Layer => HALITE_NORM_LAYER,
-                other => return Err(NotInAbi(format!("the norm {other:?}"))),
-            };
+            let kind = norm_kind(*kind)?;
             let norm = HaliteNorm {
                 x: x.0,
                 add: or_none(*add),
@@ -348,12 +352,14 @@ fn encode(
                 Unary::ReluSquared => (HALITE_UNARY_RELU_SQUARED, 0.0),
                 Unary::Scale(factor) => (HALITE_UNARY_SCALE, factor),
                 Unary::SoftCap(cap) => (HALITE_UNARY_SOFT_CAP, cap),
+                Unary::Clamp(limit) => (HALITE_UNARY_CLAMP, limit),
+                Unary::Shift(term) => (HALITE_UNARY_SHIFT, term),
                 other => return Err(NotInAbi(format!("the function {other:?}"))),
             };
             let unary = HaliteUnary { x: x.0, out: out.0, function, parameter };
             (HALITE_OP_UNARY, HaliteOperands { unary })
         }
-        Op::Route { logits, bias, groups, ids, weights, gating, normalise, scale } => {
+        Op::Route { logits, bias, groups, ids, weights, gating, normalise, scale, scales } => {
             let gating = match gating {
                 Gating::Softmax => HALITE_GATING_SOFTMAX,
                 Gating::SoftmaxOfTop => HALITE_GATING_SOFTMAX_OF_TOP,
@@ -368,13 +374,19 @@ fn encode(
                 normalise: (*normalise).into(),
                 scale: *scale,
             };
-            match (bias, groups) {
-                (None, None) => (HALITE_OP_ROUTE, HaliteOperands { route }),
+            match (bias, groups, scales) {
+                (None, None, None) => (HALITE_OP_ROUTE, HaliteOperands { route }),
                 _ => {
                     let groups = groups.unwrap_or(Groups { count: 1, used: 1 });
                     let (bias, group_count, groups_used) = (or_none(*bias), groups.count, groups.used);
                     let route_among = HaliteRouteAmong { route, bias, group_count, groups_used };
-                    (HALITE_OP_ROUTE_AMONG, HaliteOperands { route_among })
+                    match scales {
+                        None => (HALITE_OP_ROUTE_AMONG, HaliteOperands { route_among }),
+                        Some(scales) => {
+                            let route_scaled = HaliteRouteScaled { route_among, scales: scales.0 };
+                            (HALITE_OP_ROUTE_SCALED, HaliteOperands { route_scaled })
+                        }
+                    }
                 }
             }
         }
@@ -409,7 +421,10 @@ fn encode(
         }
         Op::Recur { q, k, v, decay, a, rule, state, out } => {
             let (rule, beta, d, scale) = match *rule {
-                Rule::Delta { beta, scale } => (HALITE_RULE_DELTA, beta.0, HALITE_NONE, scale),
+                Rule::Delta { beta, scale, neighbours } => {
+                    let rule = if neighbours { HALITE_RULE_DELTA_OF_NEIGHBOURS } else { HALITE_RULE_DELTA };
+                    (rule, beta.0, HALITE_NONE, scale)
+                }
                 Rule::Scan { d } => (HALITE_RULE_SCAN, HALITE_NONE, d.0, 1.0),
                 other => return Err(NotInAbi(format!("the rule {other:?}"))),
             };
@@ -429,6 +444,15 @@ fn encode(
         Op::BlockMatMul { x, weight, out } => {
             let block_matmul = HaliteBlockMatMul { x: x.0, weight: weight.0, out: out.0 };
             (HALITE_OP_BLOCK_MATMUL, HaliteOperands { block_matmul })
+        }
+        Op::Spread { x, out, kind, eps, group } => {
+            let kind = norm_kind(*kind)?;
+            let spread = HaliteSpread { x: x.0, out: out.0, kind, eps: *eps, group: *group };
+            (HALITE_OP_SPREAD, HaliteOperands { spread })
+        }
+        Op::Mix { x, factors, out, parts } => {
+            let mix = HaliteMix { x: x.0, factors: factors.0, out: out.0, parts: *parts };
+            (HALITE_OP_MIX, HaliteOperands { mix })
         }
         Op::Mul { x, weight, out } => {
             (HALITE_OP_MUL, HaliteOperands { mul: HaliteMul { x: x.0, weight: weight.0, out: out.0 } })

@@ -188,13 +188,15 @@ fn operands<'a>(op: &'a mut HostOp<'_>) -> (Vec<&'a [u8]>, Vec<&'a mut [u8]>) {
         Op::Embed { table: x, out, .. }
         | Op::Gather { x, out }
         | Op::Slice { x, out, .. }
+        | Op::Spread { x, out, .. }
         | Op::Unary { x, out, .. }
         | Op::ArgMax { x, out } => (vec![x.bytes()], vec![out.bytes_mut()]),
         Op::Glu { gate: a, up: b, out, .. }
         | Op::Add { a, b, out }
         | Op::Join { a, b, out, .. }
         | Op::BlockMatMul { x: a, weight: b, out }
-        | Op::Mul { x: a, weight: b, out } => (vec![a.bytes(), b.bytes()], vec![out.bytes_mut()]),
+        | Op::Mul { x: a, weight: b, out }
+        | Op::Mix { x: a, factors: b, out, .. } => (vec![a.bytes(), b.bytes()], vec![out.bytes_mut()]),
         Op::Norm { x, add, sum, weight, bias, out, .. } => {
             let mut outputs = vec![out.bytes_mut()];
             outputs.extend(sum.as_mut().map(|sum| sum.bytes_mut()));
@@ -209,8 +211,9 @@ fn operands<'a>(op: &'a mut HostOp<'_>) -> (Vec<&'a [u8]>, Vec<&'a mut [u8]>) {
         Op::Rope { x, out, rotation } => {
             (vec![x.bytes(), optional(&rotation.factors)], vec![out.bytes_mut()])
         }
-        Op::Route { logits, bias, ids, weights, .. } => {
-            (vec![logits.bytes(), optional(bias)], vec![ids.bytes_mut(), weights.bytes_mut()])
+        Op::Route { logits, bias, ids, weights, scales, .. } => {
+            let inputs = vec![logits.bytes(), optional(bias), optional(scales)];
+            (inputs, vec![ids.bytes_mut(), weights.bytes_mut()])
         }
         Op::TopK { x, ids, values } => (vec![x.bytes()], vec![ids.bytes_mut(), values.bytes_mut()]),
         Op::Experts { x, weights, gate, up, down, biases, out, .. } => {
@@ -242,7 +245,8 @@ fn units(
     let cols = |id: TensorId| match op {
         Op::Norm { group, .. } => *group,
         Op::Rope { x, out, rotation } if id == *x || id == *out => rotation.head_dim,
-        Op::Slice { x, group, .. } if id == *x => *group,
+        Op::Slice { x, group, .. } | Op::Spread { x, group, .. } if id == *x => *group,
+        Op::Spread { .. } => 1,
         Op::Slice { .. } => (written as u32).checked_div(count).unwrap_or(0),
         Op::Glu { .. } | Op::Add { .. } | Op::Mul { .. } | Op::Unary { .. } => 1,
         // Rows may be moved in parts.

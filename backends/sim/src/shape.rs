@@ -470,6 +470,20 @@ pub fn shape(program: &Program, op: &Op, step: &Step<'_>, ids: Option<&[i32]>) -
             let (m, n) = (rows(*x), fixed(program, *weight));
             Shape::Blocks(Blocks { m, blocks: t.experts, k: t.cols, n, format: t.format })
         }
+        Op::Spread { x, group, .. } => Shape::Units(Units {
+            count: rows(*x) * (cols(*x) / group),
+            pieces: 1,
+            reads: vec![Rows::own(Operand::In(0), *group)],
+            writes: vec![Rows::own(Operand::Out(0), 1)],
+            work: work(VectorWork { simple: 2 * u64::from(*group), rsqrt: 1, ..Default::default() }),
+        }),
+        Op::Mix { x, factors, out, parts } => Shape::Units(Units {
+            count: rows(*x),
+            pieces: 1,
+            reads: vec![Rows::own(Operand::In(0), cols(*x)), Rows::own(Operand::In(1), cols(*factors))],
+            writes: vec![Rows::own(Operand::Out(0), cols(*out))],
+            work: work(SIMPLE.times(u64::from(*parts) * u64::from(cols(*out)))),
+        }),
         Op::Mul { x, weight, .. } => {
             let n = cols(*weight);
             // Runs of elements with one factor, or with as many factors.
@@ -498,11 +512,13 @@ pub fn shape(program: &Program, op: &Op, step: &Step<'_>, ids: Option<&[i32]>) -
             *x,
             1,
             match f {
-                Unary::Scale(_) | Unary::Relu | Unary::ReluSquared => SIMPLE,
+                Unary::Scale(_) | Unary::Relu | Unary::ReluSquared | Unary::Clamp(_) | Unary::Shift(_) => {
+                    SIMPLE
+                }
                 _ => VectorWork { simple: 2, exp: 1, divide: 1, ..Default::default() },
             },
         ),
-        Op::Route { logits, bias, ids, gating, .. } => {
+        Op::Route { logits, bias, ids, gating, scales, .. } => {
             let (experts, used) = (u64::from(cols(*logits)), u64::from(cols(*ids)));
             let exp = if *gating == Gating::SoftmaxOfTop { used } else { experts };
             Shape::Units(Units {
@@ -511,6 +527,7 @@ pub fn shape(program: &Program, op: &Op, step: &Step<'_>, ids: Option<&[i32]>) -
                 reads: [Rows::own(Operand::In(0), cols(*logits))]
                     .into_iter()
                     .chain(bias.map(|bias| Rows::only(Operand::In(1), cols(bias))))
+                    .chain(scales.map(|scales| Rows::only(Operand::In(2), cols(scales))))
                     .collect(),
                 writes: vec![Rows::own(Operand::Out(0), cols(*ids)), Rows::own(Operand::Out(1), cols(*ids))],
                 // The maximum of the remaining experts, `used` times.

@@ -38,7 +38,9 @@ pub(super) fn gating_code(gating: Gating) -> Option<u32> {
 
 impl Lowering<'_> {
     pub(super) fn route(&mut self, op: &Op) {
-        let Op::Route { logits, bias, groups, ids, weights, gating, normalise, scale } = op else { return };
+        let Op::Route { logits, bias, groups, ids, weights, gating, normalise, scale, scales } = op else {
+            return;
+        };
         let rows = self.program.tensor(*logits).rows;
         let shader = Self::rows(self.step_shader("route"), rows)
             .read("x", "f32", self.tensor(*logits))
@@ -52,7 +54,8 @@ impl Lowering<'_> {
             .u32("GROUPS_USED", groups.map_or(1, |groups| groups.used))
             .f32("SCALE", *scale)
             .with(wgsl!("lib/math"));
-        let shader = self.optional(shader, *bias, "bias", "bias_of", "0.0").with(wgsl!("route"));
+        let shader = self.optional(shader, *bias, "bias", "bias_of", "0.0");
+        let shader = self.optional(shader, *scales, "scales", "scale_of", "1.0").with(wgsl!("route"));
         self.push(shader, [count(Of::Rows(rows), 1, WORKGROUP), ONE, ONE]);
     }
 

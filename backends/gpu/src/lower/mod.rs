@@ -221,7 +221,9 @@ pub(super) fn missing(program: &Program, op: &Op, bounds: &Bounds) -> Option<Str
         }
         Op::Unary { f, .. } if unary(*f).is_none() => why = Some(format!("{f:?}")),
         Op::Embed { index, .. } if row_of(*index).is_none() => why = Some(format!("index {index:?}")),
-        Op::Norm { kind, .. } if !matches!(kind, NormKind::Rms | NormKind::Layer) => {
+        Op::Norm { kind, .. } | Op::Spread { kind, .. }
+            if !matches!(kind, NormKind::Rms | NormKind::Layer) =>
+        {
             why = Some(format!("norm {kind:?}"));
         }
         Op::Rope { rotation: Rotation { pairs, .. }, .. }
@@ -254,6 +256,8 @@ pub(super) fn missing(program: &Program, op: &Op, bounds: &Bounds) -> Option<Str
         | Op::Join { .. }
         | Op::BlockMatMul { .. }
         | Op::Mul { .. }
+        | Op::Spread { .. }
+        | Op::Mix { .. }
         | Op::Glu { .. }
         | Op::Add { .. }
         | Op::Unary { .. }
@@ -459,6 +463,31 @@ impl Lowering<'_> {
                     .read("weight", "f32", self.tensor(*weight))
                     .u32("FACTORS", self.cols(*weight));
                 self.elementwise(shader, *out, "x[at] * weight[at % FACTORS]");
+            }
+            Op::Spread { x, out, kind, eps, group } => {
+                let shader = self
+                    .shader("spread")
+                    .workgroup(self.row_workgroup(*group))
+                    .read("x", "f32", self.tensor(*x))
+                    .write("out", "f32", self.tensor(*out))
+                    .u32("GROUPS", self.cols(*out))
+                    .u32("GROUP", *group)
+                    .f32("EPS", *eps)
+                    .bool("CENTRED", *kind == NormKind::Layer)
+                    .with(wgsl!("spread"));
+                let rows = self.program.tensor(*x).rows;
+                self.push(shader, [fixed(self.cols(*out)), each(rows), ONE]);
+            }
+            Op::Mix { x, factors, out, parts } => {
+                let shader = self
+                    .shader("mix_parts")
+                    .read("x", "f32", self.tensor(*x))
+                    .read("factors", "f32", self.tensor(*factors))
+                    .u32("PARTS", *parts)
+                    .u32("LEN", self.cols(*x) / parts)
+                    .u32("FACTORS", self.cols(*factors))
+                    .with(wgsl!("lib/mix_parts"));
+                self.elementwise(shader, *out, "mixed(at)");
             }
             Op::Glu { gate, up, out, act } => {
                 let shader = self

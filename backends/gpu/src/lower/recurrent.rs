@@ -46,16 +46,19 @@ impl Lowering<'_> {
             .u32("KEY_DIM", state.key_dim)
             .u32("VALUE_DIM", state.value_dim)
             .with(wgsl!("lib/math"));
+        let key_head = match rule {
+            Rule::Delta { neighbours: false, .. } => "head % KEY_HEADS",
+            _ => "head * KEY_HEADS / HEADS",
+        };
+        let shader = shader.with(&format!("fn key_head(head: u32) -> u32 {{ return {key_head}; }}"));
         let shader = match rule {
-            Rule::Delta { beta, scale } => shader
+            Rule::Delta { beta, scale, .. } => shader
                 .read("beta", "f32", self.tensor(*beta))
                 .f32("SCALE", *scale)
-                .with("fn key_head(head: u32) -> u32 { return head % KEY_HEADS; }")
                 .with("fn update(at: u32, v: f32, known: f32, rate: f32) -> f32 { return sigmoid(beta[at]) * (v - known); }")
                 .with("fn result(head: u32, sum: f32, v: f32) -> f32 { return SCALE * sum; }"),
             Rule::Scan { d } => shader
                 .read("d", "f32", self.tensor(*d))
-                .with("fn key_head(head: u32) -> u32 { return head * KEY_HEADS / HEADS; }")
                 .with("fn update(at: u32, v: f32, known: f32, rate: f32) -> f32 { return rate * v; }")
                 .with("fn result(head: u32, sum: f32, v: f32) -> f32 { return sum + d[head] * v; }"),
             // `missing` rejects it.
