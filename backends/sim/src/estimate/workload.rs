@@ -394,7 +394,7 @@ impl<'a> System<'a> {
         let passed = prompts.into_iter().map(|&(start, own)| {
             let tokens = own.saturating_mul(context);
             let positions = f64::from(start.saturating_sub((tokens - own) / 2)) + f64::from(tokens);
-            let values = f64::from(state.kv_heads) * f64::from(state.key_dim + state.value_dim);
+            let values = f64::from(state.kv_heads) * f64::from(state.key_only() + state.value_dim);
             let kv_bytes =
                 positions * values * state.format.block_bytes() as f64 / state.format.block_len() as f64;
             let keys = timed(&[(Collective::AllGather, kv_bytes)]);
