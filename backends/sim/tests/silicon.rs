@@ -12,6 +12,7 @@ use halite_sim::estimate::fit::{Fit, Op, Regime, Validation, fit, regime, with_c
 use halite_sim::estimate::kernel::{self, Formats, Kernel, Source};
 use halite_sim::estimate::links;
 use halite_sim::estimate::points::{Point, held_out, parse};
+use halite_sim::estimate::simulated;
 use halite_sim::estimate::workload::Choices;
 use halite_sim::step;
 
@@ -103,32 +104,74 @@ fn p150_products() {
     assert!(others.len() == 26 && mean < 0.04, "{mean}");
 }
 
-/// The event engine on the products of a measured chip. Nothing is fitted to them but the launch, and the rate of bf16 is that of the largest.
+/// The ratios measured / simulated of the products of a p150 with so many columns of cores.
+fn p150_by_events(clusters: f64, points: Vec<Point>, dtype: Dtype) -> Vec<f64> {
+    let mut profile = Profile::open("tenstorrent-p150").unwrap().with("chip.clusters", clusters).unwrap();
+    profile.calibration = None;
+    let choices = Choices::default().products(Some(dtype)).activations(dtype).stored(Some(dtype));
+    let chip = choices.chip(profile).unwrap();
+    let ratio = |point: Point| {
+        let Kernel::MatMul { m, n, k } = point.kernel else { panic!("{point:?}") };
+        let [m, n, k] = [m, n, k].map(|size| u32::try_from(size).unwrap());
+        let lookup = move |_: &str| Some(WeightInfo::new(vec![k.into(), n.into()], Format::BF16));
+        let mut b = Builder::new("product", &lookup);
+        let x = b.input("x", Dim::Tokens, k);
+        let w = b.weight("w", n, k);
+        let y = b.linear("y", x, w, None);
+        b.output(y);
+        let seconds = step::time(&chip, &b.finish().unwrap(), &[(0, m)], true).unwrap().total().seconds;
+        println!("{m} x {n} x {k}: {:.1} us, measured {:.1} us", 1e6 * seconds, 1e6 * point.seconds);
+        point.seconds / seconds
+    };
+    points.into_iter().filter(|point| point.formats.weights == dtype).map(ratio).collect()
+}
+
+/// The event engine on the products of a measured chip. Nothing is fitted to them but the launch, and the rate of bf16 is that of the
+/// largest.
 #[test]
 fn p150_products_by_events() {
-    let mut profile = Profile::open("tenstorrent-p150").unwrap();
-    profile.calibration = None;
     for (dtype, bound) in [(Dtype::Mxint8, 6.5), (Dtype::Mxfp4, 6.5), (Dtype::Bf16, 6.5)] {
-        let choices = Choices::default().products(Some(dtype)).activations(dtype).stored(Some(dtype));
-        let chip = choices.chip(profile.clone()).unwrap();
-        let mut errors = Vec::new();
-        for point in points!("p150-11x10").iter().filter(|point| point.formats.weights == dtype) {
-            let Kernel::MatMul { m, n, k } = point.kernel else { panic!("{point:?}") };
-            let [m, n, k] = [m, n, k].map(|size| u32::try_from(size).unwrap());
-            let lookup = move |_: &str| Some(WeightInfo::new(vec![k.into(), n.into()], Format::BF16));
-            let mut b = Builder::new("product", &lookup);
-            let x = b.input("x", Dim::Tokens, k);
-            let w = b.weight("w", n, k);
-            let y = b.linear("y", x, w, None);
-            b.output(y);
-            let seconds = step::time(&chip, &b.finish().unwrap(), &[(0, m)], true).unwrap().total().seconds;
-            println!("{m} x {n} x {k}: {:.1} us, measured {:.1} us", 1e6 * seconds, 1e6 * point.seconds);
-            errors.push(100.0 * (seconds / point.seconds - 1.0));
-        }
+        let ratios = p150_by_events(11.0, points!("p150-11x10"), dtype);
+        let errors: Vec<f64> = ratios.iter().map(|ratio| 100.0 * (1.0 / ratio - 1.0)).collect();
         let mean = errors.iter().map(|error: &f64| error.abs()).sum::<f64>() / errors.len() as f64;
         println!("{dtype}: {} points, mean error {mean:.1} %, {errors:.1?}", errors.len());
         assert!(mean < bound, "{dtype}: {mean} %");
     }
+}
+
+/// The interval of simulated chips is the middle of all measured products, and that of four sets holds 75 to 90 % of the fifth, on average.
+#[test]
+fn the_interval_of_simulated_chips() {
+    let sets = [
+        p150_by_events(13.0, points!("p150-13x10"), Dtype::Mxint8),
+        p150_by_events(13.0, points!("p150-13x10"), Dtype::Mxfp4),
+        p150_by_events(11.0, points!("p150-11x10"), Dtype::Mxint8),
+        p150_by_events(11.0, points!("p150-11x10"), Dtype::Mxfp4),
+        p150_by_events(11.0, points!("p150-11x10"), Dtype::Bf16),
+    ];
+    let middle = |mut ratios: Vec<f64>| {
+        ratios.sort_by(f64::total_cmp);
+        // Between n points lie n + 1 places for another one, all as likely.
+        [0.1, 0.9].map(|share| {
+            let at = share * (ratios.len() + 1) as f64 - 1.0;
+            let (low, part) = (at as usize, at.fract());
+            ratios[low] + part * (ratios[low + 1] - ratios[low])
+        })
+    };
+    let all = middle(sets.concat());
+    let shipped = simulated::RATIOS;
+    println!("all: {all:.3?}");
+    assert!((0..2).all(|i| (all[i] - shipped[i]).abs() < 0.006), "{all:?}, shipped {shipped:?}");
+    let held_out = (0..sets.len()).map(|out| {
+        let others = (0..sets.len()).filter(|set| *set != out).flat_map(|set| sets[set].clone());
+        let [low, high] = middle(others.collect());
+        let inside = sets[out].iter().filter(|ratio| (low..=high).contains(*ratio)).count();
+        println!("{low:.3} to {high:.3} holds {inside} of {}", sets[out].len());
+        inside
+    });
+    let coverage = held_out.sum::<usize>() as f64 / sets.concat().len() as f64;
+    println!("coverage: {coverage:.2}");
+    assert!((0.75..=0.9).contains(&coverage), "{coverage}");
 }
 
 /// Constants that were fitted to one chip, with the peaks of another.

@@ -14,5 +14,6 @@ pub mod links;
 pub mod load;
 pub mod measure;
 pub mod points;
+pub mod simulated;
 pub mod system;
 pub mod workload;

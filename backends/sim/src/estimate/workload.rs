@@ -12,6 +12,7 @@ use std::sync::Arc;
 use super::collective::{Collective, Fabric};
 use super::device::Device;
 use super::figures::{Figures, Metric, have_bytes};
+use super::simulated;
 use super::system::{Layout, Stage, layouts, stages};
 use crate::step::Distinct;
 use crate::{Bound, Chip, Joules, Numerics, OpTime, Report};
@@ -275,7 +276,7 @@ impl<'a> Timer<'a> {
     /// Returns the seconds between which a step is expected to lie in 8 of 10 cases.
     fn interval_s(&self, program: &Program, spans: &[(u32, u32)]) -> Result<Option<[f64; 2]>> {
         match self {
-            Timer::Chip(_) => Ok(None),
+            Timer::Chip(_) => Ok(Some(simulated::interval_s(&self.report(program, spans)?))),
             Timer::Device(device) => device.interval_s(program, spans),
         }
     }
