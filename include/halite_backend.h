@@ -160,6 +160,7 @@
 
 // HaliteAttend to a state of HALITE_STATE_LATENT.
 #define HALITE_OP_LATENT_ATTEND 23
+
 #define HALITE_OP_ROUTE_SCALED 24
 
 #define HALITE_OP_SPREAD 25
@@ -659,6 +660,7 @@ typedef struct HaliteBlockMatMul {
   uint32_t weight;
   uint32_t out;
 } HaliteBlockMatMul;
+
 // HALITE_OP_ROUTE_AMONG, whose weights are at last multiplied by a factor of their expert.
 typedef struct HaliteRouteScaled {
   struct HaliteRouteAmong route_among;

@@ -290,7 +290,7 @@ fn profile_prints_rates_and_names_faults() {
         "64 tiles in 16 clusters at 1.43 GHz, driver sim",
         "hbm                    64 GB            1.8 TB/s",
         "mx9 x mx9                           1.499 P",
-        "69 %)",
+        "70 %)",
         "memory.hbm.read_bytes_per_s = 1800000000000.0 [datasheet: Microsoft, Inside Maia 100",
     ] {
         assert!(shown.contains(expected), "{expected}\n{shown}");

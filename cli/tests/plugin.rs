@@ -103,7 +103,7 @@ fn the_example_runs_the_built_in_model_and_a_golden_file() {
 fn wrong_kernels_are_found_and_named() {
     let wrong = [
         ("Rope", "float sine = sinf(angle)", "float sine = -sinf(angle)"),
-        ("Norm", "/ (float)op->group + op->eps)", "/ (float)(op->group + 1) + op->eps)"),
+        ("Norm", "/ (float)group + eps)", "/ (float)(group + 1) + eps)"),
         (
             "MatMul",
             "(float_of_half(weight[block].scale) * scales[block])",

@@ -637,7 +637,6 @@ static float sum_of(const float *x, uint32_t count) {
     return sum;
 }
 
-/* Normalises a group of elements. `weight` and `bias` may be NULL. */
 static float mean_of(uint32_t kind, const float *x, uint32_t group) {
     return kind == HALITE_NORM_LAYER ? sum_of(x, group) / (float)group : 0;
 }
@@ -673,6 +672,7 @@ static void mix(Run *run, const HaliteMix *op) {
     }
 }
 
+/* Normalises a group of elements. `weight` and `bias` may be NULL. */
 static void normalise(const HaliteNorm *op, const float *x, const float *weight, const float *bias,
                       float *out) {
     float mean = mean_of(op->kind, x, op->group);
