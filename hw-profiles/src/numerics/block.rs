@@ -69,8 +69,9 @@ impl Decoder {
             if let Element::Fixed { bits, fraction_bits } = element {
                 let one = power_of_two(-(fraction_bits as i32));
                 let factors = factors.map(|factor| (factor * one) as f32);
-                let unused = 8u32.saturating_sub(bits);
-                let integer = |code: u8| f32::from((code << unused).cast_signed() >> unused);
+                // In 32 bits, which all vectors can shift.
+                let unused = 32 - bits;
+                let integer = |code: u8| ((u32::from(code) << unused).cast_signed() >> unused) as f32;
                 let (values, codes) = (values.as_chunks_mut::<16>(), codes.as_chunks::<16>());
                 let whole = values.0.len();
                 for (n, (values, codes)) in values.0.iter_mut().zip(codes.0).enumerate() {
