@@ -110,7 +110,13 @@ def test_estimates() -> None:
     estimate = halite.estimate("maia-100", "llama-3-8b", batch=8, prompt=2048, generate=256)
     assert estimate["fits"] and 0 < estimate["step_s"] < estimate["first_token_s"] < estimate["seconds"]
     assert abs(sum(estimate["rests_on"].values()) - 1) < 1e-6
-    halite.estimate("maia-100", halite.Model())
+    halite.estimate("maia-100", halite.Model(), prompt=128)
+    with pytest.raises(halite.InvalidArgument, match="context"):
+        halite.estimate("maia-100", halite.Model(), prompt=2048)
+    energy = estimate["joules_per_token_by"]
+    assert energy and abs(sum(energy.values()) - (estimate["joules_per_token"] or 0)) < 1e-9
+    halves = halite.estimate("maia-100", "llama-3-8b", batch=8, tp=2, cp=2, overlap=True)
+    assert halves["chips"] == 4 and halves["layout"]["cp"] == 2
     assert estimate["chips"] == 1 and estimate["exchange_fraction"] == 0
     eight = halite.estimate("maia-100", "llama-3-8b", batch=8, prompt=2048, generate=256, chips=8)
     assert eight["chips"] == 8 and eight["step_s"] < estimate["step_s"]
