@@ -395,6 +395,8 @@ fn models_that_do_not_make_sense() {
             "Model", "model: tensor `blk.0.attn_q.scale`: expected shape [1], got [2]"),
         ("scale of a norm", llama().tensor("blk.0.attn_norm.scale", &[1]).bytes(),
             "Model", "model: tensor `blk.0.attn_norm.scale` of the file is unknown to the family \"llama\""),
+        ("experts in every other layer", mixed("llama.interleave_moe_layer_step", 2),
+            "Model", "model: key `llama.interleave_moe_layer_step`: only up to 1 is supported"),
         ("rope scaling without factor", set("llama.rope.scaling.type", "linear".into()),
             "Gguf", "test: key `llama.rope.scaling.factor` is missing"),
         ("rope scaling negative", set("llama.rope.scaling.factor", (-2f32).into()),

@@ -33,9 +33,6 @@ fn record_with(
     normalise: bool,
 ) {
     let mut n = Network::new(h, b, NormKind::Rms);
-    if h.interleave_moe_layer_step.is_some_and(|step| step > 1) {
-        n.fail(format!("key `{}.interleave_moe_layer_step`: only up to 1 is supported", h.architecture));
-    }
     let rope = n.rope(pairs);
     let mut x = n.embed(1.0);
     for layer in 0..h.block_count {

@@ -16,7 +16,7 @@ pub(super) fn record(h: &Hparams, b: &mut Builder<'_>) {
     let mut x = n.embed(1.0);
     for layer in 0..h.block_count {
         n.layer(layer);
-        let window = h.sliding_window.filter(|_| h.is_windowed(layer, WINDOW_PERIOD));
+        let window = h.window(layer, WINDOW_PERIOD);
         let rope = (window.is_some() || h.sliding_window.is_none()).then_some(&rope);
         let attention = Attention { rope, window, qk_norm: Some(QkNorm::Head), ..n.attention_of() };
         x = n.result_norm_layer(x, &attention, |n, x| n.gated_mlp(x, Gate::Silu));
@@ -30,7 +30,7 @@ pub(super) fn record_moe(h: &Hparams, b: &mut Builder<'_>) {
     let mut x = n.embed(1.0);
     for layer in 0..h.block_count {
         n.layer(layer);
-        let window = h.sliding_window.filter(|_| h.is_windowed(layer, WINDOW_PERIOD));
+        let window = h.window(layer, WINDOW_PERIOD);
         let rope = window.is_some().then_some(&rope);
         let attention = Attention { rope, window, qk_norm: Some(QkNorm::Head), ..n.attention_of() };
         x = n.pre_norm_layer(x, &attention, |n, x| n.mlp_then_experts(x, Gating::Sigmoid, false, Gate::Silu));

@@ -55,10 +55,8 @@ fn record(mut n: Network<'_, '_>, gemma: &Gemma<'_>) {
     let mut x = n.embed((h.embedding_length as f32).sqrt());
     for layer in 0..h.block_count {
         n.layer(layer);
-        let (window, rope) = match h.is_windowed(layer, gemma.window_period) && h.sliding_window.is_some() {
-            true => (h.sliding_window, gemma.local_rope),
-            false => (None, gemma.global_rope),
-        };
+        let window = h.window(layer, gemma.window_period);
+        let rope = if window.is_some() { gemma.local_rope } else { gemma.global_rope };
         let scaled_by = match h.block_count == gemma.blocks_27b {
             true => h.embedding_length / Hparams::at(&h.head_count, layer).max(1),
             false => h.key_length,

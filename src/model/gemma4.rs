@@ -34,7 +34,7 @@ pub(super) fn record(h: &Hparams, b: &mut Builder<'_>) {
             qk_norm: Some(QkNorm::Head),
             v_norm: true,
             scale: 1.0,
-            kv_of: (layer >= own).then(|| if is_local { own - 2 } else { own - 1 }),
+            kv_of: n.cache_of(own, is_local),
             ..n.attention_of()
         };
         x = if n.has("ffn_gate_inp.weight") {

@@ -172,16 +172,18 @@ pub enum Pooling {
     Last,
 }
 
-/// Unsupported options and the only value accepted for each.
-const ONLY: &[(&str, Only)] = &[
-    ("attention.max_alibi_bias", Only::F32(0.0)),
-    ("rope.scaling.yarn_attn_factor", Only::F32(1.0)),
-    ("rope.scaling.yarn_ext_factor", Only::F32(1.0)),
+/// Unsupported options, the only values accepted for each, and the families that have more of it.
+const ONLY: &[(&str, Only, &[&str])] = &[
+    ("attention.max_alibi_bias", Only::F32(0.0), &[]),
+    ("interleave_moe_layer_step", Only::UpTo(1), &["llama4"]),
+    ("rope.scaling.yarn_attn_factor", Only::F32(1.0), &[]),
+    ("rope.scaling.yarn_ext_factor", Only::F32(1.0), &[]),
 ];
 
 #[derive(Clone, Copy)]
 enum Only {
     F32(f32),
+    UpTo(u32),
 }
 
 impl Hparams {
@@ -276,10 +278,16 @@ impl Hparams {
             );
             return Err(Error::Model(message));
         }
-        for (name, only) in ONLY {
+        for (name, only, except) in ONLY {
+            if except.contains(&architecture.as_str()) {
+                continue;
+            }
             let key = key(name);
             let (fits, expected) = match only {
                 Only::F32(only) => (gguf.optional_f32(&key)?.is_none_or(|v| v == *only), only.to_string()),
+                Only::UpTo(only) => {
+                    (gguf.optional_u32(&key)?.is_none_or(|v| v <= *only), format!("up to {only}"))
+                }
             };
             if !fits {
                 let message = format!("key `{key}`: only {expected} is supported");
@@ -499,6 +507,11 @@ impl Hparams {
             Some(pattern) => pattern.get(layer as usize).copied().unwrap_or(false),
             None => windowed(layer, period),
         }
+    }
+
+    /// A layer's sliding window, if it has one and the model has windows.
+    pub(crate) fn window(&self, layer: u32, period: u32) -> Option<u32> {
+        self.sliding_window.filter(|_| self.is_windowed(layer, period))
     }
 
     /// Returns the radians per position of each rotated pair, and the factor on sine and cosine.

@@ -474,6 +474,11 @@ impl<'n, 'b> Network<'n, 'b> {
         own
     }
 
+    /// The layer whose cache this layer uses, if it comes after the first `own` ones.
+    pub fn cache_of(&self, own: u32, is_local: bool) -> Option<u32> {
+        (self.layer >= own).then(|| own.saturating_sub(if is_local { 2 } else { 1 }))
+    }
+
     /// All streams of Gemma 3n from the first: products of it, with its length.
     pub fn streams(&mut self, x: TensorId) -> Streams {
         let cols = self.cols(x);
@@ -572,8 +577,7 @@ impl<'n, 'b> Network<'n, 'b> {
     /// [`Network::gated_mlp`] of whose gate remains what is so many standard deviations above its mean.
     pub fn sparse_mlp(&mut self, x: TensorId, deviations: Option<f32>, act: Gate) -> TensorId {
         let hidden = self.hidden();
-        let mut gate = self.linear("ffn_gate", "ffn_gate", x, hidden);
-        let up = self.linear("ffn_up", "ffn_up", x, hidden);
+        let [mut gate, up] = self.gate_and_up(x);
         if let Some(deviations) = deviations {
             // Of a sample, not of a population.
             let most = deviations * (hidden as f32 / (hidden.max(2) - 1) as f32).sqrt();
@@ -790,9 +794,12 @@ impl<'n, 'b> Network<'n, 'b> {
 
     /// `down(act(gate x) * (up x))` (Shazeer 2020).
     pub fn gated_mlp(&mut self, x: TensorId, act: Gate) -> TensorId {
-        let gate = self.linear("ffn_gate", "ffn_gate", x, self.hidden());
-        let up = self.linear("ffn_up", "ffn_up", x, self.hidden());
+        let [gate, up] = self.gate_and_up(x);
         self.gated(gate, up, act)
+    }
+
+    fn gate_and_up(&mut self, x: TensorId) -> [TensorId; 2] {
+        ["ffn_gate", "ffn_up"].map(|name| self.linear(name, name, x, self.hidden()))
     }
 
     /// The same with gate and up in one tensor, in this order.
@@ -804,8 +811,7 @@ impl<'n, 'b> Network<'n, 'b> {
 
     /// The same, normalised before the last product (BitNet).
     pub fn sub_normed_mlp(&mut self, x: TensorId, act: Gate) -> TensorId {
-        let gate = self.linear("ffn_gate", "ffn_gate", x, self.hidden());
-        let up = self.linear("ffn_up", "ffn_up", x, self.hidden());
+        let [gate, up] = self.gate_and_up(x);
         let y = self.b.glu(gate, up, act);
         let y = self.norm("ffn_sub_norm", y);
         self.linear("ffn_down", "ffn_down", y, self.h.embedding_length)

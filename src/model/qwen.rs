@@ -49,10 +49,8 @@ pub(super) fn record_mellum(h: &Hparams, b: &mut Builder<'_>) {
     let mut x = n.embed(1.0);
     for layer in 0..h.block_count {
         n.layer(layer);
-        let (window, rope) = match h.is_windowed(layer, 4) && h.sliding_window.is_some() {
-            true => (h.sliding_window, &local_rope),
-            false => (None, &global_rope),
-        };
+        let window = h.window(layer, 4);
+        let rope = if window.is_some() { &local_rope } else { &global_rope };
         let attention =
             Attention { rope: Some(rope), window, qk_norm: Some(QkNorm::Head), ..n.attention_of() };
         x = n.pre_norm_layer(x, &attention, feed_forward);
