@@ -12,8 +12,7 @@ use halite_sim::estimate::fit::{Fit, Op, Regime, Validation, fit, regime, with_c
 use halite_sim::estimate::kernel::{self, Formats, Kernel, Source};
 use halite_sim::estimate::links;
 use halite_sim::estimate::points::{Point, held_out, parse};
-use halite_sim::estimate::simulated;
-use halite_sim::estimate::workload::Choices;
+use halite_sim::estimate::workload::{Choices, SIMULATED_RATIOS};
 use halite_sim::step;
 
 const BF16: Formats = Formats { activations: Dtype::Bf16, weights: Dtype::Bf16 };
@@ -159,7 +158,7 @@ fn the_interval_of_simulated_chips() {
         })
     };
     let all = middle(sets.concat());
-    let shipped = simulated::RATIOS;
+    let shipped = SIMULATED_RATIOS;
     println!("all: {all:.3?}");
     assert!((0..2).all(|i| (all[i] - shipped[i]).abs() < 0.006), "{all:?}, shipped {shipped:?}");
     let held_out = (0..sets.len()).map(|out| {

@@ -283,6 +283,9 @@ fn positions_are_divided_over_chips() {
     }
     let error = stages(&program, Layout::default().context(0)).unwrap_err().to_string();
     assert!(error.contains("cp"), "{error}");
+    let recurrent = model("qwen3.5-0.8b", Format::BF16);
+    let error = stages(&recurrent, Layout::default().context(2)).unwrap_err().to_string();
+    assert!(error.contains("recurrent"), "{error}");
 }
 
 #[test]

@@ -49,11 +49,11 @@ const fn shared_micro_exponents(bits: u32) -> BlockFormat {
     BlockFormat { element: Element::Fixed { bits, fraction_bits: bits - 2 }, len: 16, pairs: true }
 }
 
-/// A block format with the values of its codes.
+/// A block format with the values of its codes, where these are not integers.
 #[derive(Debug, Clone)]
 pub struct Decoder {
     format: BlockFormat,
-    values: [f32; 256],
+    values: Vec<f32>,
 }
 
 impl Decoder {
@@ -249,7 +249,8 @@ impl BlockFormat {
 
     /// Prepares to decode many blocks.
     pub fn decoder(self) -> Decoder {
-        Decoder { format: self, values: std::array::from_fn(|code| self.element.decode(code as u32)) }
+        let codes = if matches!(self.element, Element::Fixed { .. }) { 0..0 } else { 0..256 };
+        Decoder { format: self, values: codes.map(|code| self.element.decode(code)).collect() }
     }
 
     fn check(self, values: usize, scales: usize, codes: usize) -> Result<()> {

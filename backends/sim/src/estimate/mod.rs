@@ -14,6 +14,5 @@ pub mod links;
 pub mod load;
 pub mod measure;
 pub mod points;
-pub mod simulated;
 pub mod system;
 pub mod workload;

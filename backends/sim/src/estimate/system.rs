@@ -3,7 +3,7 @@
 use super::collective::{Collective, collective};
 use halite::cost::{self, Extent};
 use halite::passes;
-use halite::program::{Dim, Op, Outputs, PAGE_POSITIONS, Program, TensorId};
+use halite::program::{Dim, Op, Outputs, PAGE_POSITIONS, Program, StateKind, TensorId};
 use halite::shard::{Division, Sums, share};
 use halite::{Error, Result};
 use halite_profiles::numerics::Dtype;
@@ -132,7 +132,7 @@ impl Stage {
 ///
 /// # Errors
 /// [`Error::Argument`] if a number of the layout is 0, there are more stages than layers, or groups of experts do not
-/// divide the chips that share a layer.
+/// divide the chips that share a layer, or if a recurrent model's positions are divided.
 pub fn stages(program: &Program, layout: Layout) -> Result<Vec<Stage>> {
     for (name, number) in layout.ways() {
         if number == 0 {
@@ -141,6 +141,10 @@ pub fn stages(program: &Program, layout: Layout) -> Result<Vec<Stage>> {
     }
     if layout.expert > 1 && !has_experts(program) {
         return Err(Error::argument("ep", "1, as the model has no experts", layout.expert));
+    }
+    if layout.context > 1 && program.states.iter().any(|state| state.kind == StateKind::Recurrent) {
+        let expected = "1, as layers of the model are recurrent: a position needs those before it";
+        return Err(Error::argument("cp", expected, layout.context));
     }
     if layout.tensor == 1 && layout.pipeline == 1 && layout.expert == 1 {
         let program = passes::fuse(program, crate::FUSIONS);
