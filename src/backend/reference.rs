@@ -2,12 +2,13 @@
 //! against it, and exact backends match its bits. It shares only formats and elementary functions with
 //! `halite-kernels`.
 
+use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 
 use halite_kernels::attention::{BLOCK, CHUNK, PageShape, Pages, PagesMut};
 use halite_kernels::formats::{Activation, Format, Kind, Unpacked};
-use halite_kernels::isa::Scalar;
+use halite_kernels::isa::{self, Isa, Scalar, WithIsa};
 use halite_kernels::math;
 use halite_kernels::panel::PanelMut;
 use halite_kernels::recurrent::Stretch;
@@ -101,6 +102,20 @@ macro_rules! scalar {
 
 fn fma(a: f32, b: f32, c: f32) -> f32 {
     a.mul_add(b, c)
+}
+
+/// Adds `a` times each x to each y. Compiled for each instruction set, because attention spends its time here and without
+/// the CPU's instruction each fma is a call.
+struct AddScaled<'a>(f32, &'a [f32], &'a mut [f32]);
+
+impl WithIsa for AddScaled<'_> {
+    type Out = ();
+
+    #[inline(always)]
+    fn call<I: Isa>(self, _: I) {
+        let AddScaled(a, x, y) = self;
+        y.iter_mut().zip(x).for_each(|(y, &x)| *y = fma(a, x, *y));
+    }
 }
 
 /// Sixteen strided accumulators, then the tree: lanes i and i + 8, i and i + 4, i + 2, i + 1.
@@ -223,7 +238,7 @@ pub(crate) fn gate(f: Gate, g: f32, up: f32) -> f32 {
 
 fn softmax(x: &mut [f32]) {
     let max = x.iter().fold(f32::NEG_INFINITY, |m, &x| if x > m { x } else { m });
-    x.iter_mut().for_each(|x| *x = scalar!(exp(*x - max)));
+    exp_below(max, x);
     let mut lanes = [0.0f32; 16];
     x.iter().enumerate().for_each(|(i, x)| lanes[i % 16] += x);
     let sum = tree(lanes);
@@ -306,52 +321,82 @@ fn put(
     }
 }
 
-/// Computes one query head's attention over positions `first..end`.
-#[allow(clippy::too_many_arguments)]
+/// The elements of a page.
+struct Elements {
+    /// `[kv_heads][key_dim][CHUNK]`.
+    keys: Vec<f32>,
+    /// `[kv_heads][CHUNK][value_dim]`; of a latent cache the first elements of its keys.
+    values: Vec<f32>,
+}
+
+impl Elements {
+    fn of(format: Format, shape: PageShape, page: &[u8]) -> Elements {
+        let PageShape { kv_heads, key_dim, value_dim, .. } = shape;
+        let row_of_keys = kv_heads * key_dim;
+        let key =
+            |row: usize, j: usize| element(format, shape, page, row * CHUNK + j, row / BLOCK * CHUNK + j);
+        let value = |head: usize, j: usize, d: usize| {
+            if shape.latent {
+                return key(head * key_dim + d, j);
+            }
+            // Rows of elements before this head's values.
+            let row = row_of_keys + head * value_dim;
+            let scale = (row + d) / BLOCK * CHUNK + j;
+            element(format, shape, page, row * CHUNK + j * value_dim + d, scale)
+        };
+        let keys = (0..row_of_keys * CHUNK).map(|i| key(i / CHUNK, i % CHUNK)).collect();
+        let values = (0..kv_heads * CHUNK * value_dim)
+            .map(|i| value(i / value_dim / CHUNK, i / value_dim % CHUNK, i % value_dim))
+            .collect();
+        Elements { keys, values }
+    }
+}
+
+/// Replaces each x by exp(x - max).
+fn exp_below(max: f32, x: &mut [f32]) {
+    for x in x.chunks_mut(16) {
+        let mut lanes = [0.0; 16];
+        lanes.iter_mut().zip(&*x).for_each(|(lane, x)| *lane = x - max);
+        x.copy_from_slice(&math::exp(Scalar, lanes)[..x.len()]);
+    }
+}
+
+/// Computes one query head's attention over positions `seen`, whose pages are given.
 fn attend(
     q: &[f32],
     a: &Attention<'_>,
-    shape: PageShape,
-    table: &[u32],
+    pages: &[&Elements],
     kv_head: usize,
-    first: usize,
-    end: usize,
+    seen: Range<usize>,
     sink: Option<f32>,
     out: &mut [f32],
 ) {
+    let PageShape { key_dim, value_dim, .. } = a.shape;
+    let cpu = isa::Cpu::detect();
     let mut state: Option<(f32, f32, Vec<f32>)> = None;
-    let chunks = first / CHUNK..end.div_ceil(CHUNK);
-    for (chunk, page) in table.iter().enumerate().take(chunks.end).skip(chunks.start) {
-        let (format, page) = (a.pages.format, page_of(&a.pages, shape, *page as usize));
-        // Elements of a position before this head's key, and before its value.
-        let keys = kv_head * shape.key_dim;
-        let values = shape.kv_heads * shape.key_dim + kv_head * shape.value_dim;
-        let latent = shape.latent;
-        let key = |d: usize, j: usize| {
-            let scale = (keys + d) / BLOCK * CHUNK + j;
-            element(format, shape, page, (keys + d) * CHUNK + j, scale)
-        };
-        let value = |d: usize, j: usize| {
-            if latent {
-                return key(d, j);
-            }
-            let scale = (values + d) / BLOCK * CHUNK + j;
-            element(format, shape, page, values * CHUNK + j * shape.value_dim + d, scale)
-        };
-        let valid = |j: &usize| (first..end).contains(&(chunk * CHUNK + j));
-        let score = |j: usize| {
-            let dot = (0..shape.key_dim).fold(0.0f32, |sum, d| fma(q[d], key(d, j), sum));
-            let score = dot * a.scale;
-            a.softcap.map_or(score, |cap| unary(Unary::SoftCap(cap), score))
-        };
-        let scores: Vec<(usize, f32)> = (0..CHUNK).filter(valid).map(|j| (j, score(j))).collect();
-        let max = scores.iter().fold(f32::NEG_INFINITY, |m, &(_, s)| if s > m { s } else { m });
-        let p: Vec<(usize, f32)> = scores.iter().map(|&(j, s)| (j, scalar!(exp(s - max)))).collect();
+    let first_page = seen.start / CHUNK;
+    for (chunk, page) in pages.iter().enumerate() {
+        let first = (first_page + chunk) * CHUNK;
+        let valid = seen.start.max(first) - first..seen.end.min(first + CHUNK) - first;
+        let keys = &page.keys[kv_head * key_dim * CHUNK..][..key_dim * CHUNK];
+        let values = &page.values[kv_head * CHUNK * value_dim..][..CHUNK * value_dim];
+        let mut scores = vec![0.0f32; valid.len()];
+        for (&q, keys) in q.iter().zip(keys.chunks_exact(CHUNK)) {
+            cpu.run_inline(AddScaled(q, &keys[valid.clone()], &mut scores));
+        }
+        for score in &mut scores {
+            *score *= a.scale;
+            *score = a.softcap.map_or(*score, |cap| unary(Unary::SoftCap(cap), *score));
+        }
+        let max = scores.iter().fold(f32::NEG_INFINITY, |m, &s| if s > m { s } else { m });
+        exp_below(max, &mut scores);
         let mut lanes = [0.0f32; 16];
-        p.iter().for_each(|&(j, p)| lanes[j % 16] += p);
+        valid.clone().zip(&scores).for_each(|(j, p)| lanes[j % 16] += p);
         let sum = tree(lanes);
-        let weighted = |d: usize| p.iter().fold(0.0f32, |acc, &(j, p)| fma(p, value(d, j), acc));
-        let o: Vec<f32> = (0..shape.value_dim).map(weighted).collect();
+        let mut o = vec![0.0f32; value_dim];
+        for (value, &p) in values.chunks_exact(value_dim).skip(valid.start).zip(&scores) {
+            cpu.run_inline(AddScaled(p, value, &mut o));
+        }
         state = Some(match state {
             None => (max, sum, o),
             Some((old_max, old_sum, old_o)) => {
@@ -604,17 +649,23 @@ impl Kernels for Definitions {
             }
             Op::Attend { .. } => {
                 let Some((a, out)) = op.attention(step) else { return Ok(()) };
-                let shape = a.shape;
-                let (q_cols, out_cols) = (a.heads * shape.key_dim, a.heads * shape.value_dim);
+                let PageShape { kv_heads, key_dim, value_dim, .. } = a.shape;
+                let (q_cols, out_cols) = (a.heads * key_dim, a.heads * value_dim);
+                let mut pages = HashMap::new();
                 for (t, (q, out)) in a.q.chunks_exact(q_cols).zip(out.chunks_exact_mut(out_cols)).enumerate()
                 {
                     let (table, last) = a.sees(t);
                     let end = last as usize + 1;
                     let first = a.window.map_or(0, |w| end.saturating_sub(w as usize));
-                    let heads = q.chunks_exact(shape.key_dim).zip(out.chunks_exact_mut(shape.value_dim));
+                    let table = &table[first / CHUNK..end.div_ceil(CHUNK)];
+                    for &page in table {
+                        let bytes = || page_of(&a.pages, a.shape, page as usize);
+                        pages.entry(page).or_insert_with(|| Elements::of(a.pages.format, a.shape, bytes()));
+                    }
+                    let pages: Vec<&Elements> = table.iter().map(|page| &pages[page]).collect();
+                    let heads = q.chunks_exact(key_dim).zip(out.chunks_exact_mut(value_dim));
                     for (h, (q, out)) in heads.enumerate() {
-                        let kv_head = h * shape.kv_heads / a.heads;
-                        attend(q, &a, shape, table, kv_head, first, end, a.sinks.map(|s| s[h]), out);
+                        attend(q, &a, &pages, h * kv_heads / a.heads, first..end, a.sinks.map(|s| s[h]), out);
                     }
                 }
             }
