@@ -417,8 +417,8 @@ class Stream:
 @final
 class Embedder:
     """An encoder on a backend. Opening it reserves all its memory. One thread at a time may use it. `pooling`
-    is "mean", "cls", "last" or "none", a vector for each token; None: the model's. `truncate` cuts texts that
-    are too long, which are errors otherwise."""
+    is "mean", "cls", "last" or "none", a vector for each token; None: the model's, which of a reranker is "rank".
+    `truncate` cuts texts that are too long, which are errors otherwise."""
 
     def __new__(
         cls,
@@ -433,6 +433,8 @@ class Embedder:
     ) -> Self: ...
     def embed(self, texts: _Many[str]) -> NDArray[np.float32]:
         """Returns an array with a row for each text, or with the pooling "none" for each token of each text."""
+    def rank(self, query: str, documents: _Many[str]) -> NDArray[np.float32]:
+        """Returns an array with the score of each document for a query, by a reranker: higher is better."""
     @property
     def dimension(self) -> int:
         """Elements of a vector."""

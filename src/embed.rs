@@ -1,4 +1,5 @@
 //! Text embeddings with an encoder (Reimers & Gurevych 2019), or with a decoder whose file has a pooling (Wang et al. 2024).
+//! Scores of rerankers are vectors, too: see [`rank`](crate::rank).
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -28,7 +29,7 @@ pub struct EmbedOptions {
     pub batch: u32,
     /// Pooling of token vectors; `None`: the model's.
     pub pooling: Option<Pooling>,
-    /// Whether to normalise vectors to unit length.
+    /// Whether to normalise vectors to unit length; never those of [`Pooling::Rank`].
     pub normalize: bool,
     /// Whether to truncate texts that are too long; otherwise they are errors.
     pub truncate: bool,
@@ -55,6 +56,9 @@ pub struct Embedder {
     loaded: Loaded,
     segments: Vec<Range<usize>>,
     pooling: Pooling,
+    /// Whether tokens see only earlier ones.
+    causal: bool,
+    dimension: usize,
     options: EmbedOptions,
     max_text_tokens: u32,
     cancel: Cancel,
@@ -102,7 +106,8 @@ impl Embedder {
     /// Builds the program, loads the weights and reserves all memory.
     ///
     /// # Errors
-    /// [`Error::Model`] for a model that is not an encoder, or without a pooling; otherwise as
+    /// [`Error::Model`] for a model that is not an encoder, without a pooling, or with a classification head and another
+    /// pooling than [`Pooling::Rank`], or the reverse; otherwise as
     /// [`crate::session::Session::new`].
     pub fn new(model: &Arc<Model>, backend: &Arc<dyn Backend>, options: &EmbedOptions) -> Result<Embedder> {
         Embedder::with_progress(model, backend, options, &mut |_| {})
@@ -126,6 +131,14 @@ impl Embedder {
         let pooling = options.pooling.or(h.pooling_type).ok_or_else(|| {
             Error::Model(format!("key `{}.pooling_type` is missing: choose a pooling", h.architecture))
         })?;
+        if (pooling == Pooling::Rank) != (h.pooling_type == Some(Pooling::Rank)) {
+            return Err(Error::Model(format!(
+                "pooling {pooling:?}: expected the file's, {:?}; rank needs a classification head, which gives no other vectors",
+                h.pooling_type
+            )));
+        }
+        let causal = program.states.iter().any(|state| state.causal);
+        let dimension = program.tensor(hidden).cols as usize;
         let stated = model.gguf().optional_u32(MAX_TEXT_TOKENS)?.unwrap_or(h.context_length).max(1);
         let loaded = Loaded::new(
             model,
@@ -140,6 +153,8 @@ impl Embedder {
             segments: loaded.program.segments_for(&[hidden]),
             loaded,
             pooling,
+            causal,
+            dimension,
             options: *options,
             max_text_tokens: h.context_length.min(limits.tokens).min(stated),
             cancel: Cancel::default(),
@@ -156,9 +171,9 @@ impl Embedder {
         self.pooling
     }
 
-    /// Dimension of the embeddings.
+    /// Dimension of the embeddings; of [`Pooling::Rank`] the number of labels.
     pub fn dimension(&self) -> usize {
-        self.loaded.model.hparams().embedding_length as usize
+        self.dimension
     }
 
     /// Maximum tokens of a text.
@@ -241,7 +256,8 @@ impl Embedder {
             output_tokens.extend(match self.pooling {
                 Pooling::None | Pooling::Mean => first..first + len,
                 Pooling::Cls => first..first + 1,
-                Pooling::Last => first + len - 1..first + len,
+                Pooling::Rank if !self.causal => first..first + 1,
+                Pooling::Last | Pooling::Rank => first + len - 1..first + len,
             });
             first += len;
         }
@@ -259,11 +275,13 @@ impl Embedder {
             match self.pooling {
                 Pooling::None => vectors.extend(rows.by_ref().take(text.len()).map(<[f32]>::to_vec)),
                 Pooling::Mean => vectors.push(mean(rows.by_ref().take(text.len()), self.dimension())),
-                Pooling::Cls | Pooling::Last => vectors.extend(rows.next().map(<[f32]>::to_vec)),
+                Pooling::Cls | Pooling::Last | Pooling::Rank => {
+                    vectors.extend(rows.next().map(<[f32]>::to_vec))
+                }
             }
         }
         let new = vectors.len() - if self.pooling == Pooling::None { tokens.len() } else { texts.len() };
-        if self.options.normalize {
+        if self.options.normalize && self.pooling != Pooling::Rank {
             vectors[new..].iter_mut().for_each(|vector| normalize(vector));
         }
         Ok(())

@@ -85,6 +85,7 @@ pub mod passes;
 pub mod program;
 #[cfg(feature = "quantize")]
 pub mod quantize;
+pub mod rank;
 pub mod rng;
 pub mod sampler;
 pub mod session;

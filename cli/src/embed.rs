@@ -1,8 +1,9 @@
-//! `halite embed`.
+//! `halite embed`, and the encoder of `halite rerank`.
 
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
+use halite::Tokenizer;
 use halite::embed::{EmbedOptions, Embedder, cosine};
 use halite::model::Pooling;
 
@@ -13,13 +14,8 @@ use super::{Failure, MemoryArgs, open_adapted, print, progress, read_text, token
 pub struct EmbedArgs {
     /// Texts.
     texts: Vec<String>,
-    /// GGUF file of the encoder.
-    #[arg(short, long, value_name = "FILE")]
-    model: PathBuf,
     #[command(flatten)]
-    device: DeviceArgs,
-    #[command(flatten)]
-    memory: MemoryArgs,
+    encoder: EncoderArgs,
     /// Read texts from a file (- for stdin), one per line.
     #[arg(short, long, value_name = "FILE")]
     file: Option<PathBuf>,
@@ -29,15 +25,42 @@ pub struct EmbedArgs {
     /// Do not normalise vectors to unit length.
     #[arg(long)]
     no_normalize: bool,
+    /// Print cosine similarities instead of vectors.
+    #[arg(long)]
+    compare: bool,
+}
+
+/// An encoder and where it runs.
+#[derive(Args)]
+pub struct EncoderArgs {
+    /// GGUF file of the encoder.
+    #[arg(short, long, value_name = "FILE")]
+    model: PathBuf,
+    #[command(flatten)]
+    device: DeviceArgs,
+    #[command(flatten)]
+    memory: MemoryArgs,
     /// Truncate texts that are too long instead of failing.
     #[arg(long)]
     truncate: bool,
     /// Maximum tokens of a step, and so of a text.
     #[arg(long, value_name = "N", default_value_t = 512)]
     batch: u32,
-    /// Print cosine similarities instead of vectors.
-    #[arg(long)]
-    compare: bool,
+}
+
+impl EncoderArgs {
+    /// Loads it, with a bar.
+    pub fn open(&self, options: EmbedOptions) -> Result<(Embedder, Tokenizer), Failure> {
+        let model = open_adapted(Some(&self.model), &[], self.memory.maps())?;
+        let tokenizer = tokenizer(&model)?;
+        let options = options.batch(self.batch).truncate(self.truncate).memory(self.memory.bytes());
+        let total = model.gguf().tensors().map(|t| t.record.bytes.len() as u64).sum();
+        let bar = progress(total, "loading");
+        let mut loaded = |done| bar.set_position(done);
+        let embedder = Embedder::with_progress(&model, &self.device.open()?, &options, &mut loaded)?;
+        bar.finish_and_clear();
+        Ok((embedder, tokenizer))
+    }
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -65,25 +88,14 @@ pub fn embed(args: &EmbedArgs) -> Result<(), Failure> {
     if args.compare && matches!(args.pooling, Some(PoolingArg::None)) {
         return Err("--compare: needs one vector per text, so --pooling none does not work".into());
     }
-    let model = open_adapted(Some(&args.model), &[], args.memory.maps())?;
-    let tokenizer = tokenizer(&model)?;
-    let options = EmbedOptions::default()
-        .batch(args.batch)
-        .pooling(pooling)
-        .normalize(!args.no_normalize)
-        .truncate(args.truncate)
-        .memory(args.memory.bytes());
-    let total = model.gguf().tensors().map(|t| t.record.bytes.len() as u64).sum();
-    let bar = progress(total, "loading");
-    let mut embedder =
-        Embedder::with_progress(&model, &args.device.open()?, &options, &mut |done| bar.set_position(done))?;
-    bar.finish_and_clear();
+    let options = EmbedOptions::default().pooling(pooling).normalize(!args.no_normalize);
+    let (mut embedder, tokenizer) = args.encoder.open(options)?;
     let vectors = embedder.embed(&tokenizer, &texts)?;
     if args.compare {
         return print(&matrix(&texts, &vectors));
     }
     let report = serde_json::json!({
-        "model": model.name(),
+        "model": embedder.model().name(),
         "dimension": embedder.dimension(),
         "texts": texts,
         "embeddings": vectors.iter().map(|vector| vector.iter().map(shortest).collect()).collect::<Vec<Vec<_>>>(),
@@ -92,7 +104,7 @@ pub fn embed(args: &EmbedArgs) -> Result<(), Failure> {
 }
 
 /// The shortest decimal number that is read back as the same f32.
-fn shortest(x: &f32) -> Option<f64> {
+pub fn shortest(x: &f32) -> Option<f64> {
     x.to_string().parse().ok()
 }
 

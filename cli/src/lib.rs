@@ -31,6 +31,7 @@ mod plot;
 #[cfg(feature = "sim")]
 mod profile;
 mod quantize;
+mod rerank;
 mod run;
 #[cfg(feature = "serve")]
 mod serve;
@@ -113,6 +114,8 @@ enum Command {
     Synth(synth::SynthArgs),
     /// Compute text embeddings with an encoder model.
     Embed(embed::EmbedArgs),
+    /// Order documents by how well they answer a query, with a reranker model.
+    Rerank(rerank::RerankArgs),
     /// Convert a Hugging Face model folder to GGUF.
     Convert(convert::ConvertArgs),
     /// Write a model in other formats, such as the mix q4_k_m.
@@ -481,6 +484,7 @@ pub fn main(drivers: &[Driver]) -> ExitCode {
         Command::Card(args) => card::card(&args),
         Command::Synth(args) => synth::synth(&args),
         Command::Embed(args) => embed::embed(&args),
+        Command::Rerank(args) => rerank::rerank(&args),
         Command::Convert(args) => convert::convert(&args),
         Command::Quantize(args) => quantize::quantize(&args),
         Command::Imatrix(args) => quantize::imatrix(&args),

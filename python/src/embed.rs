@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use halite::EmbedOptions;
 use halite::backend::Cancel;
 use halite::model::Pooling;
-use numpy::PyArray2;
+use numpy::{PyArray1, PyArray2};
 use pyo3::prelude::*;
 
 use crate::backend::BackendArgument;
@@ -16,8 +16,8 @@ use crate::work::{closed, lock, work};
 const EMBEDDER: &str = "embedder";
 
 /// An encoder on a backend. Opening it reserves all its memory. One thread at a time may use it. `pooling` is
-/// "mean", "cls", "last" or "none", a vector for each token; None: the model's. `truncate` cuts texts that
-/// are too long, which are errors otherwise.
+/// "mean", "cls", "last" or "none", a vector for each token; None: the model's, which of a reranker is "rank".
+/// `truncate` cuts texts that are too long, which are errors otherwise.
 #[pyclass(module = "halite", frozen)]
 pub struct Embedder {
     state: Mutex<Option<halite::Embedder>>,
@@ -85,6 +85,20 @@ impl Embedder {
             return Ok(PyArray2::zeros(py, [0, self.dimension], false));
         }
         Ok(PyArray2::from_vec2(py, &vectors).map_err(|e| Failure::argument("vectors", "one length", e))?)
+    }
+
+    /// Returns an array with the score of each document for a query, by a reranker: higher is better.
+    fn rank<'py>(
+        &self,
+        py: Python<'py>,
+        query: &str,
+        documents: Vec<String>,
+    ) -> PyResult<Bound<'py, PyArray1<f32>>> {
+        let mut locked = lock(EMBEDDER, &self.state)?;
+        let embedder = locked.as_mut().ok_or_else(|| closed(EMBEDDER))?;
+        let scores =
+            work(py, Some(&self.cancel), || Ok(embedder.rank(&self.tokenizer, query, &documents)?))?;
+        Ok(PyArray1::from_vec(py, scores))
     }
 
     /// Elements of a vector.

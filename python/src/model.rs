@@ -251,6 +251,7 @@ pub fn pooling_name(pooling: Pooling) -> &'static str {
         Pooling::Mean => "mean",
         Pooling::Cls => "cls",
         Pooling::Last => "last",
+        Pooling::Rank => "rank",
         _ => "none",
     }
 }

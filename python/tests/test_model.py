@@ -82,6 +82,17 @@ def test_a_panic_is_an_exception(briefly: bool, capfd: pytest.CaptureFixture[str
         halite._panic(briefly)  # type: ignore[attr-defined]
 
 
+def test_scores_of_documents() -> None:
+    import numpy as np
+
+    file = Path(__file__).resolve().parents[2] / "tests" / "data" / "rank" / "decoder.gguf"
+    with halite.Embedder(halite.Model(file)) as embedder:
+        assert (embedder.pooling, embedder.dimension) == ("rank", 2)
+        scores = embedder.rank("Who may use the Work?", ["You may use the Work.", "the names of others"])
+        # llama.cpp's, as tests/data/rank/expected.json has them.
+        assert scores.dtype == np.float32 and np.allclose(scores, [0.779940605, 0.959729433], atol=1e-5)
+
+
 def test_vectors_of_texts(encoder: str) -> None:
     import numpy as np
 
@@ -91,6 +102,8 @@ def test_vectors_of_texts(encoder: str) -> None:
         assert np.array_equal(vectors[0], vectors[2]) and not np.array_equal(vectors[0], vectors[1])
         assert np.allclose(np.linalg.norm(vectors, axis=1), 1)
         assert embedder.embed([]).shape == (0, embedder.dimension)
+        with pytest.raises(halite.Malformed, match="no reranker"):
+            embedder.rank("a", ["b"])
         with pytest.raises(TypeError):
             embedder.embed("a text alone")
         embedder.cancel()

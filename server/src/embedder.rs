@@ -33,6 +33,7 @@ pub struct Encoder {
     tokenizer: Arc<Tokenizer>,
     max_text_tokens: u32,
     dimension: usize,
+    is_reranker: bool,
     queue: usize,
     device: String,
     prices: Option<Prices>,
@@ -82,6 +83,7 @@ impl Encoder {
             return Err(Error::Model("expected a pooling that gives one vector for a text, got none".into()));
         }
         let (max_text_tokens, dimension) = (embedder.max_text_tokens(), embedder.dimension());
+        let is_reranker = embedder.pooling() == Pooling::Rank;
         let (jobs, arriving) = sync_channel(queue.max(1));
         let is_alive = Arc::new(());
         let alive = Arc::downgrade(&is_alive);
@@ -101,6 +103,7 @@ impl Encoder {
             tokenizer,
             max_text_tokens,
             dimension,
+            is_reranker,
             queue,
             device: backend.caps().name.clone(),
             prices: None,
@@ -137,6 +140,11 @@ impl Encoder {
     /// Dimension of the vectors.
     pub fn dimension(&self) -> usize {
         self.dimension
+    }
+
+    /// Whether its vectors are scores of a query and a document.
+    pub fn is_reranker(&self) -> bool {
+        self.is_reranker
     }
 
     /// Whether it takes texts.

@@ -2,10 +2,13 @@
 
 mod common;
 
+use std::sync::Arc;
+
 use axum::http::StatusCode;
 use common::*;
-use halite::embed::EmbedOptions;
+use halite::embed::{EmbedOptions, Embedder};
 use halite::kernels::formats::Format;
+use halite::{Model, Tokenizer};
 use halite_server::{Encoder, Server};
 use halite_testing::bert;
 use serde_json::{Value, json};
@@ -57,4 +60,54 @@ async fn vectors_are_those_of_the_library() {
     let answer = text(call(&service, "GET", "/v1/models", "").await).await;
     let models: Value = serde_json::from_str(&answer).unwrap();
     assert_eq!(models["data"][1]["meta"]["embedding_length"], got[0].len());
+}
+
+#[tokio::test]
+async fn documents_are_ranked_as_by_the_library() {
+    let file = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/data/rank/encoder.gguf");
+    let model = Arc::new(Model::open(file).unwrap());
+    let encoder = Encoder::new("ranker", &model, &bert::cpu(), &EmbedOptions::default(), 4).unwrap();
+    let plain = bert::converted(&bert::folder(), Format::F32).unwrap();
+    let plain = Encoder::new("bert", &plain, &bert::cpu(), &EmbedOptions::default(), 4).unwrap();
+    let service = Server::empty().unwrap().encoder(encoder).encoder(plain).router();
+    let (query, documents) = ("Who may use the Work?", ["Licensor", "You may", "the License"]);
+    let tokenizer = Tokenizer::from_gguf(model.gguf()).unwrap().unwrap();
+    let mut embedder = Embedder::new(&model, &bert::cpu(), &EmbedOptions::default()).unwrap();
+    let want = embedder.rank(&tokenizer, query, &documents).unwrap();
+    let mut body = json!({ "model": "ranker", "query": query, "documents": [documents[0], { "text": documents[1] }, documents[2]] });
+    let (status, answer) = post(&service, "/v1/rerank", body.clone()).await;
+    assert_eq!(status, StatusCode::OK, "{answer}");
+    let results = answer["results"].as_array().unwrap();
+    let indices: Vec<usize> =
+        results.iter().map(|result| result["index"].as_u64().unwrap() as usize).collect();
+    assert_eq!(indices, halite::rank::best(&want));
+    for (result, index) in results.iter().zip(&indices) {
+        assert_eq!(result["relevance_score"].as_f64().unwrap() as f32, want[*index]);
+    }
+    assert_eq!(answer["usage"]["prompt_tokens"], answer["halite"]["receipts"][0]["prompt_tokens"]);
+    body["top_n"] = json!(1);
+    body["return_documents"] = json!(true);
+    let (_, answer) = post(&service, "/v1/rerank", body).await;
+    assert_eq!(answer["results"].as_array().unwrap().len(), 1);
+    assert_eq!(answer["results"][0]["document"]["text"], documents[indices[0]]);
+    let wrong = [
+        ("/v1/rerank", json!({ "model": "bert", "query": "a", "documents": ["b"] }), "no reranker"),
+        ("/v1/rerank", json!({ "model": "ranker", "query": "a", "documents": [] }), "1 to 2048"),
+        (
+            "/v1/rerank",
+            json!({ "model": "ranker", "query": "a", "documents": ["b"], "top_n": 0 }),
+            "at least 1",
+        ),
+        (
+            "/v1/rerank",
+            json!({ "model": "ranker", "query": "a", "documents": ["the ".repeat(400)] }),
+            "1 to 192",
+        ),
+        ("/v1/embeddings", json!({ "model": "ranker", "input": "a" }), "/v1/rerank"),
+    ];
+    for (path, body, message) in wrong {
+        let (status, answer) = post(&service, path, body).await;
+        assert_eq!(status, StatusCode::BAD_REQUEST, "{answer}");
+        assert!(answer["error"]["message"].as_str().unwrap().contains(message), "{answer}");
+    }
 }

@@ -124,6 +124,8 @@ pub struct Hparams {
     pub ssm_group_count: Option<u32>,
     /// Pooling of token vectors.
     pub pooling_type: Option<Pooling>,
+    /// Labels that a classification head scores.
+    pub label_count: u32,
     /// Number of token types (segments) of an encoder.
     pub token_type_count: Option<u32>,
     /// Format of the KV cache, set by the caller.
@@ -170,6 +172,8 @@ pub enum Pooling {
     Cls,
     /// The last token.
     Last,
+    /// Scores of the file's classification head: of the first token, or in a decoder of the last (Nogueira & Cho 2019).
+    Rank,
 }
 
 /// Unsupported options, the only values accepted for each, and the families that have more of it.
@@ -393,6 +397,8 @@ impl Hparams {
             Some(length) => ranged("rope.scaling.original_context_length", length, u32::MAX)?,
             None => context_length,
         };
+        let labels = gguf.optional_strings(&key("classifier.output_labels"))?;
+        let labels = labels.map_or(1, |labels| labels.len().try_into().unwrap_or(u32::MAX));
         Ok(Hparams {
             context_length,
             embedding_length,
@@ -461,6 +467,7 @@ impl Hparams {
             ssm_time_step_rank: size("ssm.time_step_rank")?,
             ssm_group_count: size("ssm.group_count")?,
             pooling_type: pooling_type(gguf, &architecture)?,
+            label_count: ranged("classifier.output_labels", labels, MAX_EXTENT)?,
             token_type_count: gguf.optional_u32("tokenizer.ggml.token_type_count")?,
             kv_format: Format::F16,
             positions: context_length,
@@ -561,9 +568,11 @@ fn pooling_type(gguf: &Gguf, architecture: &str) -> Result<Option<Pooling>> {
         Some(1) => Some(Pooling::Mean),
         Some(2) => Some(Pooling::Cls),
         Some(3) => Some(Pooling::Last),
+        Some(4) => Some(Pooling::Rank),
         Some(other) => {
-            let message =
-                format!("key `{key}`: expected 0 (none), 1 (mean), 2 (CLS) or 3 (last), got {other}");
+            let message = format!(
+                "key `{key}`: expected 0 (none), 1 (mean), 2 (CLS), 3 (last) or 4 (rank), got {other}"
+            );
             return Err(Error::Model(message));
         }
     })

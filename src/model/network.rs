@@ -2,8 +2,8 @@
 //!
 //! A matrix or norm has a bias if the file has one: files have no other sign for it.
 
-use super::Hparams;
 use super::hparams::{MAX_EXTENT, RopeScaling};
+use super::{Hparams, Pooling};
 use crate::program::{
     Builder, Gate, Gating, Groups, Index, NormKind, Outputs, RopePairs, Rotation, Rule, State, TensorId,
     Unary,
@@ -161,6 +161,11 @@ impl<'n, 'b> Network<'n, 'b> {
             self.b.fail("key `tokenizer.ggml.token_type_count` is missing".into());
             1
         });
+        if h.pooling_type == Some(Pooling::Rank) && types > 1 {
+            self.b.fail(format!(
+                "rerankers: token types are supported as far as there is one for query and document, got {types}"
+            ));
+        }
         let table = self.weight("token_types.weight", types, h.embedding_length);
         self.b.embed(table, Index::First, 1.0)
     }
@@ -1105,9 +1110,24 @@ impl<'n, 'b> Network<'n, 'b> {
     }
 
     fn give_embeddings(&mut self, x: TensorId) {
+        let x = if self.h.pooling_type == Some(Pooling::Rank) { self.classification_head(x) } else { x };
         self.b.name(x, "embeddings");
         self.b.output(x);
         self.b.outputs().hidden = Some(x);
+    }
+
+    /// Scores of labels: one matrix or two, with a tanh between them, as RoBERTa has them (Liu et al. 2019).
+    fn classification_head(&mut self, x: TensorId) -> TensorId {
+        self.prefix.clear();
+        let labels = self.h.label_count;
+        if !self.has("cls.weight") {
+            return self.linear("scores", "cls.output", x, labels);
+        }
+        // Without a second matrix, the first one gives the scores.
+        let has_scores = self.has("cls.output.weight");
+        let dense = self.linear("dense", "cls", x, if has_scores { self.cols(x) } else { labels });
+        let tanh = self.b.unary("tanh", dense, Unary::SoftCap(1.0));
+        if has_scores { self.linear("scores", "cls.output", tanh, labels) } else { tanh }
     }
 
     /// The end of a decoder: gathers the output rows and computes their logits, times a factor. The most

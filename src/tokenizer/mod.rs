@@ -75,6 +75,9 @@ pub struct Tokenizer {
     eos: Option<u32>,
     add_bos: bool,
     add_eos: bool,
+    /// What stands between two texts, beside the end of the first.
+    separator: Option<u32>,
+    add_separator: bool,
     ends: Vec<u32>,
     warnings: Vec<String>,
     /// Tokens that are matched in raw text before the algorithm runs.
@@ -295,6 +298,9 @@ impl Tokenizer {
         Ok(Some(Tokenizer {
             add_bos: flag("add_bos_token", add_bos)? || adds_always,
             add_eos: flag("add_eos_token", add_eos)?,
+            // The format misspells its key.
+            separator: special("seperator", eos)?,
+            add_separator: flag("add_sep_token", false)?,
             // Unigram vocabularies score user-defined tokens with the rest.
             literals: Literals::new(&vocabulary, !matches!(algorithm, Algorithm::Unigram(_))),
             vocabulary,
@@ -364,6 +370,21 @@ impl Tokenizer {
         }
         self.encode_between(text, options.parse_special, true, &mut out);
         if options.add_special && self.add_eos {
+            out.extend(self.eos);
+        }
+        out
+    }
+
+    /// Encodes a pair of texts, as encoders are trained on them (Devlin et al. 2019): each ends with the end-of-text token, and the
+    /// second may begin with one (Liu et al. 2019), as the vocabulary defines it.
+    pub fn encode_pair(&self, first: &str, second: &str) -> Vec<u32> {
+        let options = EncodeOptions::default();
+        let mut out = self.encode(first, options);
+        if self.add_separator {
+            out.extend(self.separator);
+        }
+        self.encode_between(second, options.parse_special, true, &mut out);
+        if self.add_eos {
             out.extend(self.eos);
         }
         out

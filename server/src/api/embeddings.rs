@@ -1,4 +1,6 @@
-//! `/v1/embeddings`.
+//! `/v1/embeddings`, and the work of `/v1/rerank`.
+
+use std::sync::Arc;
 
 use axum::extract::State;
 use axum::response::Response;
@@ -12,12 +14,13 @@ use super::error::{Failure, Fallible};
 use super::generate::{Prompt, with_receipts};
 use super::who::Who;
 use super::{App, Body, apart};
-use crate::access::Scope;
+use crate::access::{Admission, Scope};
+use crate::embedder::Encoder;
 use crate::engine::Refused;
 use crate::trace::Course;
 
 /// Maximum texts of a request.
-const MAX_TEXTS: usize = 2048;
+pub(super) const MAX_TEXTS: usize = 2048;
 
 #[derive(Deserialize)]
 pub(super) struct Embeddings {
@@ -41,6 +44,10 @@ pub(super) async fn embeddings(
     Body(body): Body<Embeddings>,
 ) -> Fallible<Response> {
     let encoder = app.encoder(body.model.as_deref())?;
+    if encoder.is_reranker() {
+        let message = format!("`{}` is a reranker: it answers /v1/rerank", encoder.name());
+        return Err(Failure::field("model", message));
+    }
     let admission = who.admit(Scope::Embed, encoder.name())?;
     let dimension = encoder.dimension();
     if let Some(got) = body.dimensions.filter(|got| *got != dimension) {
@@ -57,18 +64,56 @@ pub(super) async fn embeddings(
             let message = format!("expected 1 to {MAX_TEXTS} texts, got {}", texts.len());
             return Err(Failure::field("input", message));
         }
-        let wrong = texts.iter().enumerate().find(|(_, text)| text.is_empty() || text.len() > max);
-        match wrong {
-            None => Ok(texts),
-            Some((index, text)) => {
-                let message = format!("expected 1 to {max} tokens in text {index}, got {}", text.len());
-                Err(Failure::field("input", message))
-            }
-        }
+        check_lengths("input", &texts, max)?;
+        Ok(texts)
     })
     .await?;
+    let done = embedded(&app, &who, &admission, "/v1/embeddings", &encoder, texts).await?;
+    let written = |vector: &Vec<f32>| match body.encoding_format {
+        Some(Encoding::Base64) => {
+            let bytes: Vec<u8> = vector.iter().flat_map(|x| x.to_le_bytes()).collect();
+            json!(BASE64_STANDARD.encode(&bytes))
+        }
+        _ => json!(vector),
+    };
+    let data: Vec<Value> = done
+        .vectors
+        .iter()
+        .enumerate()
+        .map(|(index, vector)| json!({ "object": "embedding", "index": index, "embedding": written(vector) }))
+        .collect();
+    Ok(with_receipts(json!({
+        "object": "list", "data": data, "model": encoder.name(), "usage": done.usage, "halite": done.halite,
+    })))
+}
+
+/// Checks the tokens of each text.
+pub(super) fn check_lengths(field: &str, texts: &[Vec<u32>], max: usize) -> Fallible<()> {
+    let wrong = texts.iter().enumerate().find(|(_, text)| text.is_empty() || text.len() > max);
+    wrong.map_or(Ok(()), |(index, text)| {
+        let message = format!("expected 1 to {max} tokens in text {index}, got {}", text.len());
+        Err(Failure::field(field, message))
+    })
+}
+
+/// What an encoder made of texts, and the parts of an answer that say what it cost.
+pub(super) struct Embedded {
+    pub vectors: Vec<Vec<f32>>,
+    pub usage: Value,
+    pub halite: Value,
+}
+
+/// Runs texts, and settles the bill.
+pub(super) async fn embedded(
+    app: &App,
+    who: &Who,
+    admission: &Arc<Admission>,
+    endpoint: &'static str,
+    encoder: &Arc<Encoder>,
+    texts: Vec<Vec<u32>>,
+) -> Fallible<Embedded> {
     let tokens: usize = texts.iter().map(Vec::len).sum();
-    let bill = who.bill("/v1/embeddings", &admission, true);
+    let bill = who.bill(endpoint, admission, true);
     app.shared.host.books.check().await.map_err(|_| Refused::Ledger)?;
     let mut course = Course::new();
     let vectors = encoder.submit(texts)?;
@@ -88,22 +133,9 @@ pub(super) async fn embeddings(
     };
     let ended = || Failure::internal("the encoder has stopped");
     let (vectors, receipt, is_recorded) = tokio::spawn(work).await.map_err(|_| ended())?;
-    let vectors = vectors.map_err(|_| ended())??;
-    let written = |vector: &Vec<f32>| match body.encoding_format {
-        Some(Encoding::Base64) => {
-            let bytes: Vec<u8> = vector.iter().flat_map(|x| x.to_le_bytes()).collect();
-            json!(BASE64_STANDARD.encode(&bytes))
-        }
-        _ => json!(vector),
-    };
-    let data: Vec<Value> = vectors
-        .iter()
-        .enumerate()
-        .map(|(index, vector)| json!({ "object": "embedding", "index": index, "embedding": written(vector) }))
-        .collect();
-    let usage = json!({ "prompt_tokens": tokens, "total_tokens": tokens });
-    let halite = json!({ "recorded": is_recorded, "receipts": [receipt] });
-    Ok(with_receipts(json!({
-        "object": "list", "data": data, "model": encoder.name(), "usage": usage, "halite": halite,
-    })))
+    Ok(Embedded {
+        vectors: vectors.map_err(|_| ended())??,
+        usage: json!({ "prompt_tokens": tokens, "total_tokens": tokens }),
+        halite: json!({ "recorded": is_recorded, "receipts": [receipt] }),
+    })
 }

@@ -10,6 +10,7 @@ mod generate;
 mod messages;
 mod page;
 mod parse;
+mod rerank;
 mod responses;
 mod texts;
 mod tools;
@@ -59,13 +60,13 @@ impl App {
     /// The model that generates texts under a name, for a client. Without one, the only one there is.
     fn model(&self, who: &Who, name: Option<&str>) -> Fallible<Arc<Hosted>> {
         let may_use = |name: &str| who.may_use(name).is_ok();
-        let other = "is an encoder: it answers /v1/embeddings, and generates no text";
+        let other = "is an encoder: it answers /v1/embeddings or /v1/rerank, and generates no text";
         self.find(name, |registry, name| registry.find(name, &may_use), other)
     }
 
     /// The same for encoders.
     fn encoder(&self, name: Option<&str>) -> Fallible<Arc<Encoder>> {
-        self.find(name, Registry::encoder, "generates text: it is no encoder, and answers no /v1/embeddings")
+        self.find(name, Registry::encoder, "generates text: it is no encoder")
     }
 
     fn find<T>(
@@ -161,6 +162,7 @@ pub(crate) fn router(shared: &Arc<Shared>) -> Router {
         .route("/v1/messages", post(anthropic::messages))
         .route("/v1/messages/count_tokens", post(anthropic::count_tokens))
         .route("/v1/embeddings", post(embeddings::embeddings))
+        .route("/v1/rerank", post(rerank::rerank))
         .route("/tokenize", post(texts::tokenize))
         .route("/detokenize", post(texts::detokenize))
         .route("/apply-template", post(texts::apply_template))
@@ -244,6 +246,7 @@ fn described_encoder(encoder: &Encoder, created: u64) -> Value {
         "meta": {
             "architecture": hparams.architecture, "context_length": encoder.max_text_tokens(),
             "vocab_size": hparams.vocab_size, "chat": false, "embedding_length": encoder.dimension(),
+            "reranker": encoder.is_reranker(),
         },
     })
 }

@@ -272,6 +272,7 @@ impl Trace {
         let operation = match receipt.endpoint.as_str() {
             "/v1/completions" => "text_completion",
             "/v1/embeddings" => "embeddings",
+            "/v1/rerank" => "rerank",
             _ => "chat",
         };
         let is_failed = receipt.outcome == "failed";

@@ -1,0 +1,57 @@
+//! `halite rerank`.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use halite::embed::EmbedOptions;
+use halite::rank;
+
+use super::embed::{EncoderArgs, shortest};
+use super::{Failure, print, read_text};
+
+#[derive(Args)]
+pub struct RerankArgs {
+    /// Query.
+    query: String,
+    /// Documents.
+    documents: Vec<String>,
+    #[command(flatten)]
+    encoder: EncoderArgs,
+    /// Read documents from a file (- for stdin), one per line.
+    #[arg(short, long, value_name = "FILE")]
+    file: Option<PathBuf>,
+    /// Print only the best [default: all].
+    #[arg(long, value_name = "N")]
+    top: Option<usize>,
+    /// Print the scores as JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn rerank(args: &RerankArgs) -> Result<(), Failure> {
+    let mut documents = args.documents.clone();
+    if let Some(path) = &args.file {
+        documents.extend(read_text(path)?.lines().map(str::to_owned));
+    }
+    if documents.is_empty() {
+        return Err("no document: give some after the query, or with --file".into());
+    }
+    let (mut embedder, tokenizer) = args.encoder.open(EmbedOptions::default())?;
+    let scores = embedder.rank(&tokenizer, &args.query, &documents)?;
+    let mut best = rank::best(&scores);
+    best.truncate(args.top.unwrap_or(usize::MAX));
+    if args.json {
+        let result = |&i: &usize| serde_json::json!({ "index": i, "document": documents[i], "score": shortest(&scores[i]) });
+        let report = serde_json::json!({
+            "model": embedder.model().name(),
+            "query": args.query,
+            "results": best.iter().map(result).collect::<Vec<_>>(),
+        });
+        return print(&format!("{report}\n"));
+    }
+    let line = |&i: &usize| {
+        let document: String = documents[i].chars().filter(|c| !c.is_control()).collect();
+        format!("{:9.4}  {document}\n", scores[i])
+    };
+    print(&best.iter().map(line).collect::<String>())
+}

@@ -1,0 +1,82 @@
+//! Scores of documents for a query, with a reranker: an encoder or a decoder whose file has a classification head (Nogueira &
+//! Cho 2019).
+//!
+//! Query and document are one text, whose score an [`Embedder`] computes. A score does not depend on the other documents.
+
+use crate::embed::Embedder;
+use crate::error::{Error, Result};
+use crate::gguf::Gguf;
+use crate::model::Pooling;
+use crate::tokenizer::{EncodeOptions, Tokenizer};
+
+/// Key of the text around query and document, which stand in it as `{query}` and `{document}`.
+const TEMPLATE: &str = "tokenizer.chat_template.rerank";
+
+/// The tokens of a query and a document as the reranker in a file expects them: within the file's template, whose control tokens
+/// neither of them can forge, or with the vocabulary's separators.
+///
+/// # Errors
+/// [`Error::Gguf`] for a template that is no text.
+pub fn tokens(gguf: &Gguf, tokenizer: &Tokenizer, query: &str, document: &str) -> Result<Vec<u32>> {
+    let Some(template) = gguf.optional_str(TEMPLATE)? else {
+        return Ok(tokenizer.encode_pair(query, document));
+    };
+    // In one pass: a query may contain `{document}`.
+    let mut text = String::new();
+    let mut rest = template;
+    while let Some(at) = rest.find('{') {
+        let (before, here) = rest.split_at(at);
+        text.push_str(before);
+        let places = [("{query}", query), ("{document}", document)];
+        let place = places.into_iter().find(|(place, _)| here.starts_with(place));
+        let (len, quoted) =
+            place.map_or((1, "{".into()), |(place, what)| (place.len(), tokenizer.quote(what)));
+        text.push_str(&quoted);
+        rest = &here[len..];
+    }
+    text.push_str(rest);
+    Ok(tokenizer.encode(&text, EncodeOptions::default().add_special(false).parse_special(true)))
+}
+
+/// The score of a pair of texts from those of its labels: that of the only one, or the first one's probability.
+pub fn score(labels: &[f32]) -> f32 {
+    let Some(&first) = labels.first() else { return 0.0 };
+    if labels.len() == 1 {
+        return first;
+    }
+    let sum: f64 = labels.iter().map(|&label| (f64::from(label) - f64::from(first)).exp()).sum();
+    (1.0 / sum) as f32
+}
+
+/// The indices of scores, best first; equal ones stay in order.
+pub fn best(scores: &[f32]) -> Vec<usize> {
+    let mut best: Vec<usize> = (0..scores.len()).collect();
+    best.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]));
+    best
+}
+
+impl Embedder {
+    /// Returns the score of each document for a query, in order: higher is better. Scores are those of the model: with one label
+    /// any number, with several the probability of the first.
+    ///
+    /// # Errors
+    /// [`Error::Model`] for a model without a classification head; otherwise as [`Embedder::embed_tokens`].
+    pub fn rank(
+        &mut self,
+        tokenizer: &Tokenizer,
+        query: &str,
+        documents: &[impl AsRef<str>],
+    ) -> Result<Vec<f32>> {
+        if self.pooling() != Pooling::Rank {
+            let architecture = &self.model().hparams().architecture;
+            return Err(Error::Model(format!(
+                "no reranker: expected key `{architecture}.pooling_type` to be 4 (rank), and a classification head"
+            )));
+        }
+        let model = self.model().clone();
+        let pairs =
+            documents.iter().map(|document| tokens(model.gguf(), tokenizer, query, document.as_ref()));
+        let texts = pairs.collect::<Result<Vec<_>>>()?;
+        Ok(self.embed_tokens(&texts)?.iter().map(|labels| score(labels)).collect())
+    }
+}
