@@ -64,9 +64,9 @@ fn scores_are_those_of_another_runtime() {
                 let tokens = rank::tokens(model.gguf(), &tokenizer, &pair.query, &pair.document).unwrap();
                 assert_eq!(tokens, pair.tokens, "{} {}", pair.query, pair.document);
                 let score = embedder.rank(&tokenizer, &pair.query, &[&pair.document]).unwrap()[0];
-                // llama.cpp computes an encoder's GELU less precisely.
+                // llama.cpp computes the GELU of an encoder less precisely.
                 let bounds =
-                    [(pair.exact, 1e-5), (Some(pair.score), if pair.exact.is_some() { 2e-2 } else { 1e-5 })];
+                    [(pair.exact, 1e-5), (Some(pair.score), if pair.exact.is_some() { 5e-3 } else { 1e-5 })];
                 for (want, bound) in bounds.into_iter().filter_map(|(want, bound)| Some((want?, bound))) {
                     assert!((f64::from(score) - want).abs() < bound, "{name}: {score} for {want}");
                 }

@@ -44,6 +44,8 @@ int main(int argc, char **argv) {
     params.pooling_type = LLAMA_POOLING_TYPE_RANK;
     params.n_ctx = params.n_batch = params.n_ubatch = 256;
     params.n_threads = 1;
+    params.type_k = params.type_v = GGML_TYPE_F32;
+    params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_DISABLED;
     llama_context *context = llama_init_from_model(model, params);
     if (!context) return 1;
     llama_batch batch = llama_batch_init(tokens.size(), 0, 1);
