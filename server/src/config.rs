@@ -103,6 +103,8 @@ pub struct ConnectionsConfig {
     pub header_timeout_s: Option<f64>,
     /// Seconds until the body of a request is there, from the end of its headers [default: 60].
     pub body_timeout_s: Option<f64>,
+    /// Megabytes (10^6 bytes) of bodies that are on their way or being read, of all requests [default: 256].
+    pub bodies_mb: Option<u64>,
     /// Seconds after which a client that takes no byte of its answer is gone [default: 60].
     pub write_timeout_s: Option<f64>,
 }

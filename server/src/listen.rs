@@ -42,6 +42,10 @@ pub(crate) struct Border {
     header: Duration,
     /// How long the body of a request may take.
     pub body: Duration,
+    /// Bytes of bodies for which there is still room.
+    pub bodies: Arc<Semaphore>,
+    /// Bytes of bodies for which there is room at all.
+    pub most_bodies: usize,
     write: Duration,
     tls: RwLock<Option<Arc<ServerConfig>>>,
 }
@@ -54,7 +58,11 @@ impl Border {
             return Err(ConfigError::value("connections.max", "at least 1", max));
         }
         let max = usize::try_from(max).unwrap_or(usize::MAX).min(Semaphore::MAX_PERMITS);
+        let bodies = usize::try_from(limits.bodies_mb.unwrap_or(256).saturating_mul(1_000_000));
+        let most_bodies = bodies.unwrap_or(usize::MAX).min(Semaphore::MAX_PERMITS);
         Ok(Border {
+            bodies: Arc::new(Semaphore::new(most_bodies)),
+            most_bodies,
             max,
             free: Arc::new(Semaphore::new(max)),
             header: seconds("connections.header_timeout_s", limits.header_timeout_s, 30.0)?,
@@ -62,6 +70,11 @@ impl Border {
             write: seconds("connections.write_timeout_s", limits.write_timeout_s, 60.0)?,
             tls: RwLock::new(config.tls.as_ref().map(tls::read).transpose()?),
         })
+    }
+
+    /// Open connections.
+    pub fn open(&self) -> usize {
+        self.max - self.free.available_permits().min(self.max)
     }
 
     /// How connections are encrypted, if they are.

@@ -166,6 +166,17 @@ impl Metrics {
         let memory: Gauge = Gauge::default();
         memory.set(shared.host.memory.bytes().0.min(i64::MAX as u64) as i64);
         all.register_with_unit("memory", "Planned memory of all that is loaded", Unit::Bytes, memory);
+        let border = &shared.border;
+        let (connections, bodies): (Gauge, Gauge) = Default::default();
+        connections.set(border.open() as i64);
+        all.register("connections", "Open connections", connections);
+        bodies.set((border.most_bodies - border.bodies.available_permits().min(border.most_bodies)) as i64);
+        all.register_with_unit(
+            "bodies",
+            "Bodies of requests that are on their way or read",
+            Unit::Bytes,
+            bodies,
+        );
         let mut text = String::new();
         match encode(&mut text, &all) {
             Ok(()) => text,

@@ -118,6 +118,66 @@ async fn a_body_that_does_not_come_is_an_error() {
 }
 
 #[tokio::test]
+async fn bodies_have_room_together() {
+    let (_test, server, _) = server(&format!("connections = {{ bodies_mb = 1 }}\n{}", MODELS[0]), &[]);
+    let running = Running::start(&server).await;
+    // White space before the JSON.
+    let padded = |bytes: usize| {
+        let text = json!({ "model": "a", "prompt": "She", "max_tokens": 1 }).to_string();
+        let body = " ".repeat(bytes - text.len()) + &text;
+        format!(
+            "POST /v1/completions HTTP/1.1\r\nhost: a\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length: {bytes}\r\n\r\n{body}"
+        )
+    };
+    let mut slow = running.connect().await;
+    let most = padded(900_000);
+    slow.write_all(&most.as_bytes()[..most.len() - 1]).await.unwrap();
+    // Until that has arrived, there is room.
+    let mut answer = String::new();
+    while !answer.starts_with("HTTP/1.1 503") {
+        assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 200"), "{answer}");
+        let mut stream = running.connect().await;
+        // The server may answer before it has read all.
+        let _ = stream.write_all(padded(200_000).as_bytes()).await;
+        let mut status = [0; 12];
+        stream.read_exact(&mut status).await.unwrap();
+        answer = String::from_utf8(status.to_vec()).unwrap();
+    }
+    slow.write_all(&most.as_bytes()[most.len() - 1..]).await.unwrap();
+    let answer = rest(&mut slow).await;
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    let mut again = running.connect().await;
+    again.write_all(padded(200_000).as_bytes()).await.unwrap();
+    let answer = rest(&mut again).await;
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    let mut large = running.connect().await;
+    let head = most.replace("content-length: 900000", "content-length: 17000000");
+    let _ = large.write_all(head.as_bytes()).await;
+    let _ = large.write_all(&vec![b' '; 200_000]).await;
+    let mut status = [0; 12];
+    large.read_exact(&mut status).await.unwrap();
+    assert_eq!(&status, b"HTTP/1.1 503");
+    let mut metrics = running.connect().await;
+    metrics.write_all(b"GET /metrics HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n").await.unwrap();
+    let metrics = rest(&mut metrics).await;
+    assert!(metrics.contains("halite_bodies_bytes") && metrics.contains("halite_connections"), "{metrics}");
+}
+
+#[tokio::test]
+async fn a_body_that_is_too_long_is_an_error() {
+    let (_test, server, _) = server(MODELS[0], &[]);
+    let running = Running::start(&server).await;
+    let mut stream = running.connect().await;
+    let head = "POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: 99999999\r\n\r\n";
+    stream.write_all(head.as_bytes()).await.unwrap();
+    // The server answers before it has read all.
+    let _ = stream.write_all(&vec![b' '; (16 << 20) + 1]).await;
+    let mut status = [0; 12];
+    stream.read_exact(&mut status).await.unwrap();
+    assert_eq!(&status, b"HTTP/1.1 413");
+}
+
+#[tokio::test]
 async fn a_client_that_never_reads_is_dropped() {
     let config = "connections = { write_timeout_s = 0.05 }\nledger = { file = 'ledger.db' }\n";
     let (test, server, _) = server(&format!("{config}{}", MODELS[0]), &[]);

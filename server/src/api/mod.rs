@@ -17,19 +17,21 @@ mod tools;
 mod voice;
 mod who;
 
+use std::future::poll_fn;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use axum::body::Bytes;
 use axum::extract::rejection::JsonRejection;
-use axum::extract::{DefaultBodyLimit, FromRequest, MatchedPath, Request, State};
+use axum::extract::{FromRequest, MatchedPath, Request, State};
 use axum::http::{HeaderValue, Method, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::Response;
 use axum::routing::{get, post};
 use axum::{Json, Router};
+use futures_core::Stream;
 use serde_json::{Value, json};
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::Shared;
 use crate::basics::{now_ms, random};
@@ -107,14 +109,14 @@ impl<T: serde::de::DeserializeOwned + Send + 'static> FromRequest<App> for Body<
 
     async fn from_request(request: Request, app: &App) -> Result<Body<T>, Failure> {
         let is_json = request.headers().get(header::CONTENT_TYPE).is_some_and(is_json);
-        let most = app.shared.border.body;
-        let bytes = tokio::time::timeout(most, Bytes::from_request(request, app)).await;
-        let bytes = bytes.map_err(|_| {
+        let border = &app.shared.border;
+        let most = border.body;
+        let read = tokio::time::timeout(most, whole(request, &border.bodies)).await;
+        let (bytes, _room) = read.map_err(|_| {
             let message =
                 format!("expected the whole body within {} s, got a part of it", most.as_secs_f64());
             Failure::request(message).status(StatusCode::REQUEST_TIMEOUT)
-        })?;
-        let bytes = bytes.map_err(|e| Failure::request(e.body_text()).status(e.status()))?;
+        })??;
         if !is_json {
             let message = "expected the header `Content-Type: application/json`";
             return Err(Failure::request(message).status(StatusCode::UNSUPPORTED_MEDIA_TYPE));
@@ -130,6 +132,30 @@ impl<T: serde::de::DeserializeOwned + Send + 'static> FromRequest<App> for Body<
         };
         parsed.map(|Json(body)| Body(body)).map_err(failed)
     }
+}
+
+/// The whole body of a request, and its part of the room that there is for all bodies.
+async fn whole(request: Request, room: &Arc<Semaphore>) -> Fallible<(Vec<u8>, Option<OwnedSemaphorePermit>)> {
+    let mut parts = request.into_body().into_data_stream();
+    let (mut bytes, mut taken) = (Vec::new(), None::<OwnedSemaphorePermit>);
+    while let Some(part) = poll_fn(|context| Pin::new(&mut parts).poll_next(context)).await {
+        let part = part.map_err(|e| Failure::request(format!("the body ended early: {e}")))?;
+        if part.len() > MAX_BODY - bytes.len() {
+            let message = format!("expected a body of at most {MAX_BODY} bytes, got more");
+            return Err(Failure::request(message).status(StatusCode::PAYLOAD_TOO_LARGE));
+        }
+        // A part is smaller than a body may be.
+        let more = room.clone().try_acquire_many_owned(part.len() as u32);
+        let more = more.map_err(|_| {
+            Failure::unavailable("no room for the body: too many are on their way; try again later")
+        })?;
+        match &mut taken {
+            Some(taken) => taken.merge(more),
+            None => taken = Some(more),
+        }
+        bytes.extend_from_slice(&part);
+    }
+    Ok((bytes, taken))
 }
 
 /// Whether a media type is JSON.
@@ -183,7 +209,6 @@ pub(crate) fn router(shared: &Arc<Shared>) -> Router {
         .method_not_allowed_fallback(|| async {
             Failure::request("no such method at this address").status(StatusCode::METHOD_NOT_ALLOWED)
         })
-        .layer(DefaultBodyLimit::max(MAX_BODY))
         .layer(axum::middleware::from_fn_with_state(app.clone(), name_request))
         .with_state(app)
 }
