@@ -1,44 +1,185 @@
-//! An encoder on one backend: a thread that embeds texts, and what other threads hold of it.
+//! An encoder on one or more devices: each has a thread that embeds texts. When a device fails, its texts go to another one.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Instant;
 
-use halite::embed::{EmbedOptions, Embedder};
+use halite::embed::{EmbedOptions, Embedder, footprint};
 use halite::model::{Pooling, ProgramOptions};
 use halite::{Backend, Error, Model, Tokenizer};
 use tokio::sync::oneshot;
 
 use crate::engine::Refused;
 use crate::ledger::{Part, Prices, Receipt};
-use crate::memory::Share;
+use crate::memory::{Memory, Share};
 use crate::model::{Bill, micros};
+use crate::replica::{Device, Status, rest_after};
 use crate::trace::{Course, Phase};
 
 /// The vectors of texts.
 pub type Vectors = Result<Vec<Vec<f32>>, Error>;
 
+/// The tokens of texts.
+type Texts = Arc<Vec<Vec<u32>>>;
+
 struct Job {
-    texts: Vec<Vec<u32>>,
+    texts: Texts,
     /// Gets the vectors, and when work on them began.
     answer: oneshot::Sender<(Vectors, Instant)>,
 }
 
-/// An encoder on a backend, which embeds texts on a thread of its own. The thread ends once it is dropped and its requests are done.
+/// Texts that a worker has in its queue.
+pub(crate) struct Handed {
+    worker: usize,
+    texts: Texts,
+    answer: oneshot::Receiver<(Vectors, Instant)>,
+}
+
+/// An encoder, which embeds texts on a thread for each of its devices. The threads end once it is dropped and its requests are done.
 #[derive(Debug)]
 pub struct Encoder {
     name: String,
-    jobs: SyncSender<Job>,
     model: Arc<Model>,
     tokenizer: Arc<Tokenizer>,
     max_text_tokens: u32,
     dimension: usize,
     is_reranker: bool,
     queue: usize,
-    device: String,
     prices: Option<Prices>,
+    /// In the order of the configuration.
+    workers: Vec<Worker>,
+}
+
+/// An encoder on a device.
+#[derive(Debug)]
+struct Worker {
+    device: String,
+    jobs: SyncSender<Job>,
+    /// Requests that wait or run.
+    load: Arc<AtomicUsize>,
     /// The thread has the other end.
     alive: Weak<()>,
+    health: Mutex<Health>,
+}
+
+#[derive(Debug, Default)]
+struct Health {
+    /// Failures since it last worked.
+    failures: u32,
+    /// Failures since the encoder was made.
+    failures_in_all: u64,
+    /// When it may be tried again, and why not now.
+    resting: Option<(Instant, String)>,
+}
+
+/// What a worker's thread opens its embedder with, at first and after a failure.
+struct Opening {
+    model: Arc<Model>,
+    device: Device,
+    options: EmbedOptions,
+    /// The budget, if there is one.
+    memory: Option<Arc<Memory>>,
+}
+
+impl Opening {
+    fn open(&self) -> Result<(Embedder, Option<Share>), Error> {
+        let backend = (self.device.open)()?;
+        let share = match &self.memory {
+            None => None,
+            Some(memory) => {
+                let needed = footprint(&self.model, &*backend, &self.options)?;
+                let share = memory.take(crate::replica::bytes(&needed));
+                Some(share.map_err(|refused| Error::Model(refused.to_string()))?)
+            }
+        };
+        Ok((Embedder::new(&self.model, &backend, &self.options)?, share))
+    }
+
+    /// Embeds texts until nobody can send any more. After a failure the device is opened anew.
+    fn work(&self, first: Option<(Embedder, Option<Share>)>, jobs: &Receiver<Job>, load: &AtomicUsize) {
+        let mut opened = first;
+        for Job { texts, answer } in jobs {
+            // A client that went away meanwhile needs no vectors.
+            let vectors = (!answer.is_closed()).then(|| {
+                let began = Instant::now();
+                let mut embed = || {
+                    if opened.is_none() {
+                        opened = Some(self.open()?);
+                    }
+                    let embedder = opened.as_mut().map(|(embedder, _)| embedder);
+                    embedder.map_or(Ok(Vec::new()), |embedder| embedder.embed_tokens(&texts))
+                };
+                let vectors = catch_unwind(AssertUnwindSafe(&mut embed)).unwrap_or_else(|_| {
+                    let message = "it failed inside".into();
+                    Err(Error::Backend { backend: self.device.name.clone(), message })
+                });
+                if vectors.as_ref().is_err_and(is_fault_of_device) {
+                    opened = None;
+                }
+                (vectors, began)
+            });
+            // Before the answer: the client's next request finds the device free.
+            load.fetch_sub(1, Relaxed);
+            if let Some(vectors) = vectors {
+                let _ = answer.send(vectors);
+            }
+        }
+    }
+}
+
+/// Whether another device may do better.
+fn is_fault_of_device(error: &Error) -> bool {
+    !matches!(error, Error::Argument { .. } | Error::Cancelled)
+}
+
+impl Worker {
+    /// Starts its thread.
+    fn start(
+        opening: Opening,
+        first: Option<(Embedder, Option<Share>)>,
+        queue: usize,
+    ) -> Result<Worker, Error> {
+        let (jobs, arriving) = sync_channel(queue);
+        let (is_alive, load) = (Arc::new(()), Arc::new(AtomicUsize::new(0)));
+        let (alive, of_thread) = (Arc::downgrade(&is_alive), load.clone());
+        let device = opening.device.name.clone();
+        let no_thread = |source| Error::Io { path: "a thread for the model".into(), source };
+        std::thread::Builder::new()
+            .name("encoder".into())
+            .spawn(move || {
+                opening.work(first, &arriving, &of_thread);
+                drop(is_alive);
+            })
+            .map_err(no_thread)?;
+        Ok(Worker { device, jobs, load, alive, health: Mutex::default() })
+    }
+
+    fn health(&self) -> MutexGuard<'_, Health> {
+        self.health.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether texts may go there.
+    fn may_run(&self) -> Result<(), String> {
+        match &self.health().resting {
+            Some((until, why)) if Instant::now() < *until => Err(why.clone()),
+            _ => Ok(()),
+        }
+    }
+
+    fn failed(&self, model: &str, why: &str) {
+        tracing::warn!(model, device = self.device, why, "encoder taken out");
+        let mut health = self.health();
+        health.resting = Some((Instant::now() + rest_after(health.failures), why.to_owned()));
+        health.failures = health.failures.saturating_add(1);
+        health.failures_in_all = health.failures_in_all.saturating_add(1);
+    }
+
+    fn succeeded(&self) {
+        let mut health = self.health();
+        (health.failures, health.resting) = (0, None);
+    }
 }
 
 impl Encoder {
@@ -54,8 +195,7 @@ impl Encoder {
     /// Loads the encoder, and starts the thread. At most `queue` requests wait.
     ///
     /// # Errors
-    /// As [`Embedder::new`]; [`Error::Tokenizer`] for a model without a vocabulary, [`Error::Model`] for one whose pooling gives more
-    /// than one vector for a text.
+    /// As [`Encoder::on`].
     pub fn new(
         name: &str,
         model: &Arc<Model>,
@@ -63,51 +203,75 @@ impl Encoder {
         options: &EmbedOptions,
         queue: usize,
     ) -> Result<Encoder, Error> {
-        Encoder::sharing(name, model, backend, options, queue, None)
+        let (backend, label) = (backend.clone(), backend.caps().name.clone());
+        let device = Device { name: label, open: Arc::new(move || Ok(backend.clone())), weight: 1.0 };
+        Encoder::on(name, model, vec![device], options, queue)
     }
 
-    /// As [`Encoder::new`]. The thread keeps the share of the memory until it ends.
-    pub(crate) fn sharing(
+    /// Loads the encoder on several devices. Texts go to the one that has the fewest requests, and to another one if it fails. At most
+    /// `queue` requests wait for each. A device that cannot be opened now is tried again later, if there is another one.
+    ///
+    /// # Errors
+    /// As [`Embedder::new`], if no device works; [`Error::Tokenizer`] for a model without a vocabulary, [`Error::Model`] for one whose
+    /// pooling gives more than one vector for a text, [`Error::Argument`] without a device.
+    pub fn on(
         name: &str,
         model: &Arc<Model>,
-        backend: &Arc<dyn Backend>,
+        devices: Vec<Device>,
         options: &EmbedOptions,
         queue: usize,
-        share: Option<Share>,
+    ) -> Result<Encoder, Error> {
+        Encoder::within(name, model, devices, options, queue, None)
+    }
+
+    /// As [`Encoder::on`]. The threads keep their shares of the memory until they end.
+    pub(crate) fn within(
+        name: &str,
+        model: &Arc<Model>,
+        devices: Vec<Device>,
+        options: &EmbedOptions,
+        queue: usize,
+        memory: Option<&Arc<Memory>>,
     ) -> Result<Encoder, Error> {
         let tokenizer = Tokenizer::from_gguf(model.gguf())?;
         let tokenizer =
             Arc::new(tokenizer.ok_or_else(|| Error::Tokenizer("the model has no vocabulary".into()))?);
-        let embedder = Embedder::new(model, backend, options)?;
-        if embedder.pooling() == Pooling::None {
+        let queue = queue.max(1);
+        let (mut known, mut fault, mut workers) = (None, None, Vec::new());
+        for device in devices {
+            let (model, memory, label) = (model.clone(), memory.cloned(), device.name.clone());
+            let opening = Opening { model, device, options: *options, memory };
+            let first = opening.open();
+            if let Ok((embedder, _)) = &first {
+                known.get_or_insert((embedder.pooling(), embedder.max_text_tokens(), embedder.dimension()));
+            }
+            let (first, why) = match first {
+                Ok(first) => (Some(first), None),
+                Err(error) => (None, Some(error)),
+            };
+            let worker = Worker::start(opening, first, queue)?;
+            if let Some(why) = why {
+                worker.failed(name, &format!("{label}: {why}"));
+                fault.get_or_insert(why);
+            }
+            workers.push(worker);
+        }
+        let Some((pooling, max_text_tokens, dimension)) = known else {
+            return Err(fault.unwrap_or_else(|| Error::argument("devices", "at least one", "none")));
+        };
+        if pooling == Pooling::None {
             return Err(Error::Model("expected a pooling that gives one vector for a text, got none".into()));
         }
-        let (max_text_tokens, dimension) = (embedder.max_text_tokens(), embedder.dimension());
-        let is_reranker = embedder.pooling() == Pooling::Rank;
-        let (jobs, arriving) = sync_channel(queue.max(1));
-        let is_alive = Arc::new(());
-        let alive = Arc::downgrade(&is_alive);
-        let no_thread = |source| Error::Io { path: "a thread for the model".into(), source };
-        std::thread::Builder::new()
-            .name("encoder".into())
-            .spawn(move || {
-                work(embedder, &arriving);
-                drop((share, is_alive));
-            })
-            .map_err(no_thread)?;
-        let (model, queue) = (model.clone(), queue.max(1));
         Ok(Encoder {
             name: name.to_owned(),
-            jobs,
-            model,
+            model: model.clone(),
             tokenizer,
             max_text_tokens,
             dimension,
-            is_reranker,
+            is_reranker: pooling == Pooling::Rank,
             queue,
-            device: backend.caps().name.clone(),
             prices: None,
-            alive,
+            workers,
         })
     }
 
@@ -149,23 +313,46 @@ impl Encoder {
 
     /// Whether it takes texts.
     pub(crate) fn is_ready(&self) -> bool {
-        self.alive.strong_count() > 0
+        self.workers.iter().any(|worker| worker.alive.strong_count() > 0 && worker.may_run().is_ok())
     }
 
-    /// Notes when work on a request began.
-    pub(crate) fn began(&self, course: &mut Course, at: Instant) {
-        course.entered(Phase::Embed, &self.device, at);
+    /// Its devices, as operators see them.
+    pub(crate) fn status(&self) -> Vec<Status> {
+        let status = |worker: &Worker| {
+            let load = worker.load.load(Relaxed);
+            let failure = worker.may_run().err();
+            let health = worker.health();
+            Status {
+                device: worker.device.clone(),
+                state: if failure.is_some() { "resting" } else { "ready" },
+                running: load.min(1),
+                waiting: load.saturating_sub(1),
+                slots: 1,
+                failure,
+                failures: health.failures,
+                failures_in_all: health.failures_in_all,
+                token_us: 0,
+            }
+        };
+        self.workers.iter().map(status).collect()
     }
 
     /// The receipt of a request.
-    pub(crate) fn receipt(&self, bill: &Bill, tokens: usize, course: &Course, is_done: bool) -> Receipt {
+    pub(crate) fn receipt(
+        &self,
+        bill: &Bill,
+        tokens: usize,
+        course: &Course,
+        parts: Vec<Part>,
+        is_done: bool,
+    ) -> Receipt {
         let [queue_us, us, _] = course.times().map(micros);
         Receipt {
             outcome: if is_done { "end" } else { "failed" }.into(),
             prompt_tokens: tokens as u64,
             queue_us,
             prefill_us: us,
-            parts: vec![Part { replica: self.device.clone(), tokens: 0, device_us: us }],
+            parts,
             ..bill.receipt(&self.name)
         }
     }
@@ -175,27 +362,58 @@ impl Encoder {
         self.prices.as_ref()
     }
 
-    /// Hands over texts as tokens, the special ones included. The answer also says when work on them began. Dropping the receiver cancels a request that waits.
+    /// Hands over texts as tokens, the special ones included, to the device that has the fewest requests.
     ///
     /// # Errors
-    /// [`Refused`] if the queue is full or the thread ended.
-    pub fn submit(&self, texts: Vec<Vec<u32>>) -> Result<oneshot::Receiver<(Vectors, Instant)>, Refused> {
-        let (answer, receiver) = oneshot::channel();
-        match self.jobs.try_send(Job { texts, answer }) {
-            Ok(()) => Ok(receiver),
-            Err(TrySendError::Full(_)) => Err(Refused::Full(self.queue)),
-            Err(TrySendError::Disconnected(_)) => Err(Refused::Down("its thread ended".into())),
+    /// [`Refused`] if all queues are full or no device works.
+    pub(crate) fn submit(&self, texts: Texts) -> Result<Handed, Refused> {
+        let mut order: Vec<usize> = (0..self.workers.len()).collect();
+        order.sort_by_key(|&index| self.workers[index].load.load(Relaxed));
+        let mut refused = Refused::Down("it has no device".into());
+        for index in order {
+            let worker = &self.workers[index];
+            if let Err(why) = worker.may_run() {
+                refused = Refused::Down(why);
+                continue;
+            }
+            let (answer, receiver) = oneshot::channel();
+            worker.load.fetch_add(1, Relaxed);
+            match worker.jobs.try_send(Job { texts: texts.clone(), answer }) {
+                Ok(()) => return Ok(Handed { worker: index, texts, answer: receiver }),
+                Err(TrySendError::Full(_)) => refused = Refused::Full(self.queue),
+                Err(TrySendError::Disconnected(_)) => refused = Refused::Down("its thread ended".into()),
+            }
+            worker.load.fetch_sub(1, Relaxed);
         }
+        Err(refused)
     }
-}
 
-/// Embeds texts until nobody can send any more.
-fn work(mut embedder: Embedder, jobs: &Receiver<Job>) {
-    for Job { texts, answer } in jobs {
-        if !answer.is_closed() {
-            let began = Instant::now();
-            // A client that went away meanwhile needs no answer.
-            let _ = answer.send((embedder.embed_tokens(&texts), began));
+    /// The vectors of texts, by the device that has them or, if it fails, by others. Notes what each of them did.
+    pub(crate) async fn vectors(&self, first: Handed, course: &mut Course, parts: &mut Vec<Part>) -> Vectors {
+        let mut handed = first;
+        // A device that failed may be tried again meanwhile: each has one try.
+        for _ in 0..self.workers.len() {
+            let Handed { worker, texts, answer } = handed;
+            let worker = &self.workers[worker];
+            let ended =
+                || Error::Backend { backend: worker.device.clone(), message: "its thread ended".into() };
+            let (vectors, began) = answer.await.unwrap_or_else(|_| (Err(ended()), Instant::now()));
+            course.entered(Phase::Embed, &worker.device, began);
+            let device_us = micros(began.elapsed());
+            parts.push(Part { replica: worker.device.clone(), tokens: 0, device_us });
+            let fault = match vectors {
+                Err(fault) if is_fault_of_device(&fault) => fault,
+                vectors => {
+                    worker.succeeded();
+                    return vectors;
+                }
+            };
+            worker.failed(&self.name, &fault.to_string());
+            course.failed(&worker.device, &fault.to_string());
+            let Ok(next) = self.submit(texts) else { return Err(fault) };
+            course.moved(&self.workers[next.worker].device);
+            handed = next;
         }
+        Err(Error::Backend { backend: self.name.clone(), message: "each of its devices failed".into() })
     }
 }

@@ -152,9 +152,12 @@ impl Metrics {
         );
         let (running, waiting, up): (Family<On, Gauge>, Family<On, Gauge>, Family<On, Gauge>) =
             Default::default();
-        for hosted in shared.registry().models() {
-            for status in hosted.status() {
-                let on = On { model: hosted.name().into(), device: status.device };
+        let registry = shared.registry();
+        let models = registry.models().map(|model| (model.name(), model.status()));
+        let encoders = registry.encoders().map(|encoder| (encoder.name(), encoder.status()));
+        for (name, status) in models.chain(encoders) {
+            for status in status {
+                let on = On { model: name.into(), device: status.device };
                 running.get_or_create(&on).inc_by(status.running as i64);
                 waiting.get_or_create(&on).inc_by(status.waiting as i64);
                 up.get_or_create(&on).inc_by(i64::from(status.state == "ready"));

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
 
-use halite::embed::{EmbedOptions, footprint};
+use halite::embed::EmbedOptions;
 use halite::gguf::Gguf;
 use halite::kernels::kv;
 use halite::model::ProgramOptions;
@@ -17,7 +17,7 @@ use crate::config::{Config, ConfigError, ModelConfig, ReplicaConfig, check_weigh
 use crate::embedder::Encoder;
 use crate::integrity::{Trust, verify_model};
 use crate::model::{Hosted, ModelOptions};
-use crate::replica::{Device, bytes};
+use crate::replica::Device;
 
 /// What a server needs of the program around it.
 pub trait Machine: Send + Sync {
@@ -357,7 +357,19 @@ fn checked(
     Ok(Some(verified.sha256))
 }
 
-/// Loads an encoder, on the first of its devices.
+/// The devices of a model: the CPU, unless it names others.
+fn devices(config: &ModelConfig, machine: &Arc<dyn Machine>) -> Vec<Device> {
+    let cpu = [ReplicaConfig::new("cpu", BTreeMap::new())];
+    let replicas = if config.replicas.is_empty() { &cpu } else { &config.replicas[..] };
+    let device = |replica: &ReplicaConfig| {
+        let (machine, config) = (machine.clone(), replica.clone());
+        let open = Arc::new(move || machine.device(&config));
+        Device { name: replica.backend.clone(), open, weight: replica.weight }
+    };
+    replicas.iter().map(device).collect()
+}
+
+/// Loads an encoder on its devices.
 fn encoder(
     name: &str,
     model: &Arc<Model>,
@@ -365,17 +377,10 @@ fn encoder(
     machine: &Arc<dyn Machine>,
     host: &Arc<Host>,
 ) -> Result<Encoder, ConfigError> {
-    let cpu = ReplicaConfig::new("cpu", BTreeMap::new());
-    let backend = machine.device(config.replicas.first().unwrap_or(&cpu))?;
-    let batch = config.batch.unwrap_or(BATCH);
-    let options = EmbedOptions::default().batch(batch);
-    let needed = footprint(model, &*backend, &options)?;
-    let share = host
-        .memory
-        .take(bytes(&needed))
-        .map_err(|refused| ConfigError::value(format!("memory for `{name}`"), "room for it", refused))?;
+    let options = EmbedOptions::default().batch(config.batch.unwrap_or(BATCH));
     let queue = config.queue.unwrap_or(16 * SLOTS as usize);
-    let encoder = Encoder::sharing(name, model, &backend, &options, queue, Some(share))?;
+    let encoder =
+        Encoder::within(name, model, devices(config, machine), &options, queue, Some(&host.memory))?;
     Ok(encoder.with(config.prices.clone()))
 }
 
@@ -414,13 +419,7 @@ fn hosted(
         let text = String::from_utf8(bytes).map_err(|e| ConfigError::value(key("template"), "text", e))?;
         options.template = Some(text);
     }
-    let cpu = [ReplicaConfig::new("cpu", BTreeMap::new())];
-    let replicas = if config.replicas.is_empty() { &cpu } else { &config.replicas[..] };
-    check_weights(&key("weight"), replicas.iter().map(|replica| replica.weight))?;
-    let device = |replica: &ReplicaConfig| {
-        let (machine, config) = (machine.clone(), replica.clone());
-        let open = Arc::new(move || machine.device(&config));
-        Device { name: replica.backend.clone(), open, weight: replica.weight }
-    };
-    Ok(Hosted::new(name, model, replicas.iter().map(device).collect(), &options, host)?)
+    let devices = devices(config, machine);
+    check_weights(&key("weight"), devices.iter().map(|device| device.weight))?;
+    Ok(Hosted::new(name, model, devices, &options, host)?)
 }

@@ -319,9 +319,14 @@ impl Replica {
     }
 }
 
+/// How long a device rests that failed so many times before.
+pub(crate) fn rest_after(failures: u32) -> Duration {
+    FIRST_REST.saturating_mul(1 << failures.min(16)).min(LONGEST_REST)
+}
+
 impl State {
     fn rest(&mut self, why: &str) {
-        let rest = FIRST_REST.saturating_mul(1 << self.failures.min(16)).min(LONGEST_REST);
+        let rest = rest_after(self.failures);
         self.failures = self.failures.saturating_add(1);
         self.failures_in_all = self.failures_in_all.saturating_add(1);
         self.resting = Some((Instant::now() + rest, why.to_owned()));

@@ -8,9 +8,10 @@ use axum::http::StatusCode;
 use common::*;
 use halite::embed::{EmbedOptions, Embedder};
 use halite::kernels::formats::Format;
-use halite::{Model, Tokenizer};
-use halite_server::{Encoder, Server};
+use halite::{Backend, Error, Model, Tokenizer};
+use halite_server::{Device, Encoder, Server};
 use halite_testing::bert;
+use halite_testing::faulty::{Fault, Faulty};
 use serde_json::{Value, json};
 
 #[tokio::test]
@@ -110,4 +111,58 @@ async fn documents_are_ranked_as_by_the_library() {
         assert_eq!(status, StatusCode::BAD_REQUEST, "{answer}");
         assert!(answer["error"]["message"].as_str().unwrap().contains(message), "{answer}");
     }
+}
+
+fn device(name: &str, backend: Arc<dyn Backend>) -> Device {
+    Device { name: name.into(), open: Arc::new(move || Ok(backend.clone())), weight: 1.0 }
+}
+
+#[tokio::test]
+async fn a_device_that_fails_passes_its_texts_on() {
+    let model = bert::converted(&bert::folder(), Format::F32).unwrap();
+    for fault in [Fault::Fail, Fault::Lose, Fault::Poison] {
+        let faulty = Arc::new(Faulty::with_threads(1));
+        let missing = Device {
+            name: "missing".into(),
+            open: Arc::new(|| Err(Error::Backend { backend: "missing".into(), message: "not there".into() })),
+            weight: 1.0,
+        };
+        let devices = vec![missing, device("first", faulty.clone()), device("second", bert::cpu())];
+        let encoder = Encoder::on("bert", &model, devices, &EmbedOptions::default(), 4).unwrap();
+        let service = Server::empty().unwrap().encoder(encoder).router();
+        let embed = async || {
+            let body = json!({ "model": "bert", "input": bert::texts() });
+            let (status, answer) = post(&service, "/v1/embeddings", body).await;
+            assert_eq!(status, StatusCode::OK, "{answer}");
+            let data = answer["data"].as_array().unwrap().iter();
+            let vectors: Vec<Vec<f32>> =
+                data.map(|item| serde_json::from_value(item["embedding"].clone()).unwrap()).collect();
+            assert!(bert::largest_difference(&vectors) < 1e-6);
+            let parts = answer["halite"]["receipts"][0]["parts"].as_array().unwrap().clone();
+            parts.iter().map(|part| part["replica"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
+        };
+        let states = async || {
+            let answer = text(call(&service, "GET", "/admin/status", "").await).await;
+            let status: Value = serde_json::from_str(&answer).unwrap();
+            let replicas = status["encoders"][0]["replicas"].as_array().unwrap().clone();
+            replicas.iter().map(|replica| replica["state"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
+        };
+        assert_eq!(states().await, ["resting", "ready", "ready"]);
+        assert_eq!(embed().await, ["first"]);
+        faulty.after(0, fault);
+        assert_eq!(embed().await, ["first", "second"], "{fault:?}");
+        assert_eq!(states().await, ["resting", "resting", "ready"]);
+        assert_eq!(embed().await, ["second"]);
+    }
+    let lost = Arc::new(Faulty::with_threads(1));
+    let encoder =
+        Encoder::on("bert", &model, vec![device("only", lost.clone())], &EmbedOptions::default(), 4).unwrap();
+    let service = Server::empty().unwrap().encoder(encoder).router();
+    lost.after(0, Fault::Lose);
+    let body = json!({ "model": "bert", "input": "a cat" });
+    let (status, answer) = post(&service, "/v1/embeddings", body.clone()).await;
+    assert_eq!(status, StatusCode::INTERNAL_SERVER_ERROR, "{answer}");
+    let (status, answer) = post(&service, "/v1/embeddings", body).await;
+    assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE, "{answer}");
+    assert!(Encoder::on("bert", &model, Vec::new(), &EmbedOptions::default(), 4).is_err());
 }

@@ -16,7 +16,7 @@ use super::who::Who;
 use super::{App, apart};
 use crate::access::Scope;
 use crate::ledger::{By, Ledger, Usage};
-use crate::model::Hosted;
+use crate::replica::Status;
 use crate::trace::{Timeline, perfetto};
 
 /// `GET /metrics`. It names models and devices only.
@@ -79,15 +79,15 @@ pub(super) async fn status(State(app): State<App>, who: Who) -> Fallible<Json<Va
 /// What devices say of their failures may have paths of this machine: that is for operators.
 fn described(app: &App, with_failures: bool) -> Json<Value> {
     let registry = app.shared.registry();
-    let model = |hosted: &Arc<Hosted>| {
-        let mut replicas = hosted.status();
+    let described = |name: &str, mut replicas: Vec<Status>| {
         if !with_failures {
             replicas.iter_mut().for_each(|replica| replica.failure = None);
         }
-        json!({ "name": hosted.name(), "replicas": replicas })
+        json!({ "name": name, "replicas": replicas })
     };
-    let models: Vec<Value> = registry.models().map(model).collect();
-    let encoders: Vec<&str> = registry.encoders().map(|encoder| encoder.name()).collect();
+    let models: Vec<Value> = registry.models().map(|model| described(model.name(), model.status())).collect();
+    let encoders: Vec<Value> =
+        registry.encoders().map(|encoder| described(encoder.name(), encoder.status())).collect();
     let (used_bytes, limit_bytes) = app.shared.host.memory.bytes();
     let limit_bytes = (limit_bytes != u64::MAX).then_some(limit_bytes);
     Json(json!({

@@ -116,25 +116,23 @@ pub(super) async fn embedded(
     let bill = who.bill(endpoint, admission, true);
     app.shared.host.books.check().await.map_err(|_| Refused::Ledger)?;
     let mut course = Course::new();
-    let vectors = encoder.submit(texts)?;
+    let handed = encoder.submit(Arc::new(texts))?;
     let (host, worker) = (app.shared.host.clone(), encoder.clone());
     // A client that leaves pays for what is done all the same.
     let work = async move {
         let _running = host.runs.stopping.subscribe();
-        let vectors = vectors.await.map(|(vectors, began)| {
-            worker.began(&mut course, began);
-            vectors
-        });
+        let mut parts = Vec::new();
+        let vectors = worker.vectors(handed, &mut course, &mut parts).await;
         course.finish();
-        let is_done = matches!(vectors, Ok(Ok(_)));
-        let mut receipt = worker.receipt(&bill, if is_done { tokens } else { 0 }, &course, is_done);
+        let is_done = vectors.is_ok();
+        let mut receipt = worker.receipt(&bill, if is_done { tokens } else { 0 }, &course, parts, is_done);
         let is_recorded = host.settle(&bill, worker.prices(), &mut receipt, course).await;
         (vectors, receipt, is_recorded)
     };
     let ended = || Failure::internal("the encoder has stopped");
     let (vectors, receipt, is_recorded) = tokio::spawn(work).await.map_err(|_| ended())?;
     Ok(Embedded {
-        vectors: vectors.map_err(|_| ended())??,
+        vectors: vectors?,
         usage: json!({ "prompt_tokens": tokens, "total_tokens": tokens }),
         halite: json!({ "recorded": is_recorded, "receipts": [receipt] }),
     })
