@@ -1,7 +1,7 @@
 //! An encoder on one or more devices: each has a thread that embeds texts. When a device fails, its texts go to another one.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Instant;
@@ -57,11 +57,19 @@ pub struct Encoder {
 struct Worker {
     device: String,
     jobs: SyncSender<Job>,
-    /// Requests that wait or run.
-    load: Arc<AtomicUsize>,
+    shared: Arc<Shared>,
     /// The thread has the other end.
     alive: Weak<()>,
     health: Mutex<Health>,
+}
+
+/// What a worker and its thread know of each other.
+#[derive(Debug, Default)]
+struct Shared {
+    /// Requests that wait or run.
+    load: AtomicUsize,
+    /// Whether the device failed: it is opened anew.
+    is_failed: AtomicBool,
 }
 
 #[derive(Debug, Default)]
@@ -98,13 +106,16 @@ impl Opening {
     }
 
     /// Embeds texts until nobody can send any more. After a failure the device is opened anew.
-    fn work(&self, first: Option<(Embedder, Option<Share>)>, jobs: &Receiver<Job>, load: &AtomicUsize) {
+    fn work(&self, first: Option<(Embedder, Option<Share>)>, jobs: &Receiver<Job>, shared: &Shared) {
         let mut opened = first;
         for Job { texts, answer } in jobs {
             // A client that went away meanwhile needs no vectors.
             let vectors = (!answer.is_closed()).then(|| {
                 let began = Instant::now();
                 let mut embed = || {
+                    if shared.is_failed.swap(false, Relaxed) {
+                        opened = None;
+                    }
                     if opened.is_none() {
                         opened = Some(self.open()?);
                     }
@@ -115,23 +126,15 @@ impl Opening {
                     let message = "it failed inside".into();
                     Err(Error::Backend { backend: self.device.name.clone(), message })
                 });
-                if vectors.as_ref().is_err_and(is_fault_of_device) {
-                    opened = None;
-                }
                 (vectors, began)
             });
             // Before the answer: the client's next request finds the device free.
-            load.fetch_sub(1, Relaxed);
+            shared.load.fetch_sub(1, Relaxed);
             if let Some(vectors) = vectors {
                 let _ = answer.send(vectors);
             }
         }
     }
-}
-
-/// Whether another device may do better.
-fn is_fault_of_device(error: &Error) -> bool {
-    !matches!(error, Error::Argument { .. } | Error::Cancelled)
 }
 
 impl Worker {
@@ -142,8 +145,8 @@ impl Worker {
         queue: usize,
     ) -> Result<Worker, Error> {
         let (jobs, arriving) = sync_channel(queue);
-        let (is_alive, load) = (Arc::new(()), Arc::new(AtomicUsize::new(0)));
-        let (alive, of_thread) = (Arc::downgrade(&is_alive), load.clone());
+        let (is_alive, shared) = (Arc::new(()), Arc::new(Shared::default()));
+        let (alive, of_thread) = (Arc::downgrade(&is_alive), shared.clone());
         let device = opening.device.name.clone();
         let no_thread = |source| Error::Io { path: "a thread for the model".into(), source };
         std::thread::Builder::new()
@@ -153,7 +156,7 @@ impl Worker {
                 drop(is_alive);
             })
             .map_err(no_thread)?;
-        Ok(Worker { device, jobs, load, alive, health: Mutex::default() })
+        Ok(Worker { device, jobs, shared, alive, health: Mutex::default() })
     }
 
     fn health(&self) -> MutexGuard<'_, Health> {
@@ -174,6 +177,7 @@ impl Worker {
         health.resting = Some((Instant::now() + rest_after(health.failures), why.to_owned()));
         health.failures = health.failures.saturating_add(1);
         health.failures_in_all = health.failures_in_all.saturating_add(1);
+        self.shared.is_failed.store(true, Relaxed);
     }
 
     fn succeeded(&self) {
@@ -319,7 +323,7 @@ impl Encoder {
     /// Its devices, as operators see them.
     pub(crate) fn status(&self) -> Vec<Status> {
         let status = |worker: &Worker| {
-            let load = worker.load.load(Relaxed);
+            let load = worker.shared.load.load(Relaxed);
             let failure = worker.may_run().err();
             let health = worker.health();
             Status {
@@ -367,8 +371,13 @@ impl Encoder {
     /// # Errors
     /// [`Refused`] if all queues are full or no device works.
     pub(crate) fn submit(&self, texts: Texts) -> Result<Handed, Refused> {
-        let mut order: Vec<usize> = (0..self.workers.len()).collect();
-        order.sort_by_key(|&index| self.workers[index].load.load(Relaxed));
+        self.submit_besides(texts, &[])
+    }
+
+    /// The same, but not to some of them.
+    fn submit_besides(&self, texts: Texts, tried: &[usize]) -> Result<Handed, Refused> {
+        let mut order: Vec<usize> = (0..self.workers.len()).filter(|index| !tried.contains(index)).collect();
+        order.sort_by_key(|&index| self.workers[index].shared.load.load(Relaxed));
         let mut refused = Refused::Down("it has no device".into());
         for index in order {
             let worker = &self.workers[index];
@@ -377,43 +386,51 @@ impl Encoder {
                 continue;
             }
             let (answer, receiver) = oneshot::channel();
-            worker.load.fetch_add(1, Relaxed);
+            worker.shared.load.fetch_add(1, Relaxed);
             match worker.jobs.try_send(Job { texts: texts.clone(), answer }) {
                 Ok(()) => return Ok(Handed { worker: index, texts, answer: receiver }),
                 Err(TrySendError::Full(_)) => refused = Refused::Full(self.queue),
                 Err(TrySendError::Disconnected(_)) => refused = Refused::Down("its thread ended".into()),
             }
-            worker.load.fetch_sub(1, Relaxed);
+            worker.shared.load.fetch_sub(1, Relaxed);
         }
         Err(refused)
     }
 
     /// The vectors of texts, by the device that has them or, if it fails, by others. Notes what each of them did.
     pub(crate) async fn vectors(&self, first: Handed, course: &mut Course, parts: &mut Vec<Part>) -> Vectors {
-        let mut handed = first;
-        // A device that failed may be tried again meanwhile: each has one try.
-        for _ in 0..self.workers.len() {
-            let Handed { worker, texts, answer } = handed;
-            let worker = &self.workers[worker];
+        let (mut handed, mut tried, mut suspects) = (first, Vec::new(), Vec::new());
+        loop {
+            let Handed { worker: index, texts, answer } = handed;
+            let worker = &self.workers[index];
             let ended =
                 || Error::Backend { backend: worker.device.clone(), message: "its thread ended".into() };
             let (vectors, began) = answer.await.unwrap_or_else(|_| (Err(ended()), Instant::now()));
             course.entered(Phase::Embed, &worker.device, began);
             let device_us = micros(began.elapsed());
             parts.push(Part { replica: worker.device.clone(), tokens: 0, device_us });
+            tried.push(index);
             let fault = match vectors {
-                Err(fault) if is_fault_of_device(&fault) => fault,
-                vectors => {
+                Ok(vectors) => {
                     worker.succeeded();
-                    return vectors;
+                    suspects.iter().for_each(|&(index, ref why): &(usize, String)| {
+                        self.workers[index].failed(&self.name, why);
+                    });
+                    return Ok(vectors);
                 }
+                Err(fault @ (Error::Argument { .. } | Error::Cancelled)) => return Err(fault),
+                Err(fault) => fault,
             };
-            worker.failed(&self.name, &fault.to_string());
-            course.failed(&worker.device, &fault.to_string());
-            let Ok(next) = self.submit(texts) else { return Err(fault) };
+            let why = fault.to_string();
+            course.failed(&worker.device, &why);
+            match fault {
+                // If others have them too, the texts or the model are at fault.
+                Error::NotFinite { .. } => suspects.push((index, why)),
+                _ => worker.failed(&self.name, &why),
+            }
+            let Ok(next) = self.submit_besides(texts, &tried) else { return Err(fault) };
             course.moved(&self.workers[next.worker].device);
             handed = next;
         }
-        Err(Error::Backend { backend: self.name.clone(), message: "each of its devices failed".into() })
     }
 }

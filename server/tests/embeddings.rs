@@ -154,6 +154,17 @@ async fn a_device_that_fails_passes_its_texts_on() {
         assert_eq!(states().await, ["resting", "resting", "ready"]);
         assert_eq!(embed().await, ["second"]);
     }
+    // Numbers that are not finite on each device are no device's fault.
+    let faulty = [Arc::new(Faulty::with_threads(1)), Arc::new(Faulty::with_threads(1))];
+    let devices = faulty.iter().map(|faulty| device("faulty", faulty.clone())).collect();
+    let encoder = Encoder::on("bert", &model, devices, &EmbedOptions::default(), 4).unwrap();
+    let service = Server::empty().unwrap().encoder(encoder).router();
+    faulty.iter().for_each(|faulty| faulty.after(0, Fault::Poison));
+    let body = json!({ "model": "bert", "input": "a cat" });
+    let (status, answer) = post(&service, "/v1/embeddings", body.clone()).await;
+    assert!(status.is_server_error() && answer["error"]["message"].is_string(), "{status} {answer}");
+    let (status, answer) = post(&service, "/v1/embeddings", body).await;
+    assert_eq!(status, StatusCode::OK, "{answer}");
     let lost = Arc::new(Faulty::with_threads(1));
     let encoder =
         Encoder::on("bert", &model, vec![device("only", lost.clone())], &EmbedOptions::default(), 4).unwrap();

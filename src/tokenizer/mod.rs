@@ -298,8 +298,11 @@ impl Tokenizer {
         Ok(Some(Tokenizer {
             add_bos: flag("add_bos_token", add_bos)? || adds_always,
             add_eos: flag("add_eos_token", add_eos)?,
-            // The format misspells its key.
-            separator: special("seperator", eos)?,
+            separator: if matches!(algorithm, Algorithm::WordPiece(_)) {
+                eos
+            } else {
+                special("seperator", eos)?
+            },
             add_separator: flag("add_sep_token", false)?,
             // Unigram vocabularies score user-defined tokens with the rest.
             literals: Literals::new(&vocabulary, !matches!(algorithm, Algorithm::Unigram(_))),
