@@ -15,7 +15,7 @@ use crate::engine::Refused;
 use crate::ledger::{Part, Prices, Receipt};
 use crate::memory::{Memory, Share};
 use crate::model::{Bill, micros};
-use crate::replica::{Device, Status, rest_after};
+use crate::replica::{Device, Health, Status};
 use crate::trace::{Course, Phase};
 
 /// The vectors of texts.
@@ -70,16 +70,6 @@ struct Shared {
     load: AtomicUsize,
     /// Whether the device failed: it is opened anew.
     is_failed: AtomicBool,
-}
-
-#[derive(Debug, Default)]
-struct Health {
-    /// Failures since it last worked.
-    failures: u32,
-    /// Failures since the encoder was made.
-    failures_in_all: u64,
-    /// When it may be tried again, and why not now.
-    resting: Option<(Instant, String)>,
 }
 
 /// What a worker's thread opens its embedder with, at first and after a failure.
@@ -163,26 +153,10 @@ impl Worker {
         self.health.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether texts may go there.
-    fn may_run(&self) -> Result<(), String> {
-        match &self.health().resting {
-            Some((until, why)) if Instant::now() < *until => Err(why.clone()),
-            _ => Ok(()),
-        }
-    }
-
     fn failed(&self, model: &str, why: &str) {
         tracing::warn!(model, device = self.device, why, "encoder taken out");
-        let mut health = self.health();
-        health.resting = Some((Instant::now() + rest_after(health.failures), why.to_owned()));
-        health.failures = health.failures.saturating_add(1);
-        health.failures_in_all = health.failures_in_all.saturating_add(1);
+        self.health().failed(why);
         self.shared.is_failed.store(true, Relaxed);
-    }
-
-    fn succeeded(&self) {
-        let mut health = self.health();
-        (health.failures, health.resting) = (0, None);
     }
 }
 
@@ -243,7 +217,7 @@ impl Encoder {
         let queue = queue.max(1);
         let (mut known, mut fault, mut workers) = (None, None, Vec::new());
         for device in devices {
-            let (model, memory, label) = (model.clone(), memory.cloned(), device.name.clone());
+            let (model, memory) = (model.clone(), memory.cloned());
             let opening = Opening { model, device, options: *options, memory };
             let first = opening.open();
             if let Ok((embedder, _)) = &first {
@@ -255,7 +229,7 @@ impl Encoder {
             };
             let worker = Worker::start(opening, first, queue)?;
             if let Some(why) = why {
-                worker.failed(name, &format!("{label}: {why}"));
+                worker.failed(name, &why.to_string());
                 fault.get_or_insert(why);
             }
             workers.push(worker);
@@ -317,15 +291,15 @@ impl Encoder {
 
     /// Whether it takes texts.
     pub(crate) fn is_ready(&self) -> bool {
-        self.workers.iter().any(|worker| worker.alive.strong_count() > 0 && worker.may_run().is_ok())
+        self.workers.iter().any(|worker| worker.alive.strong_count() > 0 && worker.health().may_run().is_ok())
     }
 
     /// Its devices, as operators see them.
     pub(crate) fn status(&self) -> Vec<Status> {
         let status = |worker: &Worker| {
             let load = worker.shared.load.load(Relaxed);
-            let failure = worker.may_run().err();
             let health = worker.health();
+            let failure = health.may_run().err();
             Status {
                 device: worker.device.clone(),
                 state: if failure.is_some() { "resting" } else { "ready" },
@@ -381,7 +355,7 @@ impl Encoder {
         let mut refused = Refused::Down("it has no device".into());
         for index in order {
             let worker = &self.workers[index];
-            if let Err(why) = worker.may_run() {
+            if let Err(why) = worker.health().may_run() {
                 refused = Refused::Down(why);
                 continue;
             }
@@ -412,7 +386,7 @@ impl Encoder {
             tried.push(index);
             let fault = match vectors {
                 Ok(vectors) => {
-                    worker.succeeded();
+                    worker.health().works();
                     suspects.iter().for_each(|&(index, ref why): &(usize, String)| {
                         self.workers[index].failed(&self.name, why);
                     });

@@ -68,10 +68,16 @@ pub(crate) struct Replica {
 #[derive(Debug, Default)]
 struct State {
     loaded: Option<Loaded>,
+    health: Health,
+}
+
+/// Whether a device works, and when one that failed may be tried again.
+#[derive(Debug, Default)]
+pub(crate) struct Health {
     /// Failures since it last worked.
-    failures: u32,
+    pub failures: u32,
     /// Failures since the model was made.
-    failures_in_all: u64,
+    pub failures_in_all: u64,
     /// After a failure, when it may be tried again, and what the failure was.
     resting: Option<(Instant, String)>,
 }
@@ -122,7 +128,7 @@ impl Replica {
 
     /// Failures since it last worked.
     pub fn failures(&self) -> u32 {
-        self.state().failures
+        self.state().health.failures
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -136,10 +142,7 @@ impl Replica {
 
     /// Whether a request may go there: it is ready, or may be loaded now.
     pub fn may_run(&self) -> Result<(), String> {
-        match &self.state().resting {
-            Some((until, why)) if Instant::now() < *until => Err(why.clone()),
-            _ => Ok(()),
-        }
+        self.state().health.may_run()
     }
 
     /// Requests per slot.
@@ -180,7 +183,7 @@ impl Replica {
         let running = engine.map_or(0, |engine| engine.running());
         Status {
             device: self.device.name.clone(),
-            state: match (&state.resting, engine) {
+            state: match (&state.health.resting, engine) {
                 (_, Some(_)) => "ready",
                 (Some(_), None) => "resting",
                 (None, None) => "unloaded",
@@ -188,9 +191,9 @@ impl Replica {
             running,
             waiting: engine.map_or(0, |engine| engine.load().saturating_sub(running)),
             slots: engine.map_or(0, |engine| engine.slots()),
-            failure: state.resting.as_ref().map(|(_, why)| why.clone()),
-            failures: state.failures,
-            failures_in_all: state.failures_in_all,
+            failure: state.health.resting.as_ref().map(|(_, why)| why.clone()),
+            failures: state.health.failures,
+            failures_in_all: state.health.failures_in_all,
             token_us: self.token_us(),
         }
     }
@@ -203,7 +206,7 @@ impl Replica {
             return;
         }
         state.loaded = None;
-        state.rest(why);
+        state.health.failed(why);
         drop(state);
         tracing::warn!(model = self.model, device = self.device.name, why, "replica taken out");
         engine.give_up(why.to_owned());
@@ -214,7 +217,7 @@ impl Replica {
         let mut state = self.state();
         // A late answer of one that was taken out proves nothing.
         if state.loaded.as_ref().is_some_and(|loaded| Arc::ptr_eq(&loaded.engine, engine)) {
-            (state.failures, state.resting) = (0, None);
+            state.health.works();
         }
     }
 
@@ -258,7 +261,7 @@ impl Replica {
     /// Notes that it could not be loaded.
     fn not_loaded(&self, why: String) -> Refused {
         tracing::warn!(model = self.model, device = self.device.name, why, "replica not loaded");
-        self.state().rest(&why);
+        self.state().health.failed(&why);
         Refused::Down(why)
     }
 
@@ -319,17 +322,26 @@ impl Replica {
     }
 }
 
-/// How long a device rests that failed so many times before.
-pub(crate) fn rest_after(failures: u32) -> Duration {
-    FIRST_REST.saturating_mul(1 << failures.min(16)).min(LONGEST_REST)
-}
+impl Health {
+    /// Whether the device may be tried now.
+    pub fn may_run(&self) -> Result<(), String> {
+        match &self.resting {
+            Some((until, why)) if Instant::now() < *until => Err(why.clone()),
+            _ => Ok(()),
+        }
+    }
 
-impl State {
-    fn rest(&mut self, why: &str) {
-        let rest = rest_after(self.failures);
+    /// It failed: it rests, twice as long after each failure.
+    pub fn failed(&mut self, why: &str) {
+        let rest = FIRST_REST.saturating_mul(1 << self.failures.min(16)).min(LONGEST_REST);
         self.failures = self.failures.saturating_add(1);
         self.failures_in_all = self.failures_in_all.saturating_add(1);
         self.resting = Some((Instant::now() + rest, why.to_owned()));
+    }
+
+    /// It worked: failures before are forgotten.
+    pub fn works(&mut self) {
+        (self.failures, self.resting) = (0, None);
     }
 }
 
