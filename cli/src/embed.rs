@@ -1,6 +1,6 @@
 //! `halite embed`, and the encoder of `halite rerank`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 use halite::Tokenizer;
@@ -72,10 +72,7 @@ enum PoolingArg {
 }
 
 pub fn embed(args: &EmbedArgs) -> Result<(), Failure> {
-    let mut texts = args.texts.clone();
-    if let Some(path) = &args.file {
-        texts.extend(read_text(path)?.lines().map(str::to_owned));
-    }
+    let texts = with_lines(&args.texts, args.file.as_deref())?;
     if texts.is_empty() {
         return Err("no text: give some as arguments, or with --file".into());
     }
@@ -103,6 +100,20 @@ pub fn embed(args: &EmbedArgs) -> Result<(), Failure> {
     print(&format!("{report}\n"))
 }
 
+/// Texts, and the lines of a file after them.
+pub fn with_lines(texts: &[String], file: Option<&Path>) -> Result<Vec<String>, Failure> {
+    let mut texts = texts.to_vec();
+    if let Some(path) = file {
+        texts.extend(read_text(path)?.lines().map(str::to_owned));
+    }
+    Ok(texts)
+}
+
+/// A text without what would move the terminal's cursor.
+pub fn on_one_line(text: &str) -> String {
+    text.chars().filter(|c| !c.is_control()).collect()
+}
+
 /// The shortest decimal number that is read back as the same f32.
 pub fn shortest(x: &f32) -> Option<f64> {
     x.to_string().parse().ok()
@@ -112,7 +123,7 @@ pub fn shortest(x: &f32) -> Option<f64> {
 fn matrix(texts: &[String], vectors: &[Vec<f32>]) -> String {
     let row = |(a, text): (&Vec<f32>, &String)| {
         let cosines: String = vectors.iter().map(|b| format!("{:8.4}", cosine(a, b))).collect();
-        format!("{cosines}  {}\n", text.chars().filter(|c| !c.is_control()).collect::<String>())
+        format!("{cosines}  {}\n", on_one_line(text))
     };
     vectors.iter().zip(texts).map(row).collect()
 }

@@ -6,8 +6,8 @@ use clap::Args;
 use halite::embed::EmbedOptions;
 use halite::rank;
 
-use super::embed::{EncoderArgs, shortest};
-use super::{Failure, print, read_text};
+use super::embed::{EncoderArgs, on_one_line, shortest, with_lines};
+use super::{Failure, print};
 
 #[derive(Args)]
 pub struct RerankArgs {
@@ -29,10 +29,7 @@ pub struct RerankArgs {
 }
 
 pub fn rerank(args: &RerankArgs) -> Result<(), Failure> {
-    let mut documents = args.documents.clone();
-    if let Some(path) = &args.file {
-        documents.extend(read_text(path)?.lines().map(str::to_owned));
-    }
+    let documents = with_lines(&args.documents, args.file.as_deref())?;
     if documents.is_empty() {
         return Err("no document: give some after the query, or with --file".into());
     }
@@ -49,9 +46,6 @@ pub fn rerank(args: &RerankArgs) -> Result<(), Failure> {
         });
         return print(&format!("{report}\n"));
     }
-    let line = |&i: &usize| {
-        let document: String = documents[i].chars().filter(|c| !c.is_control()).collect();
-        format!("{:9.4}  {document}\n", scores[i])
-    };
+    let line = |&i: &usize| format!("{:9.4}  {}\n", scores[i], on_one_line(&documents[i]));
     print(&best.iter().map(line).collect::<String>())
 }
