@@ -501,6 +501,8 @@ def estimate(
     sums: Literal["divided", "in-order"] = "divided",
     stored: Optional[str] = None,
     overlap: bool = False,
+    kv_stored: Optional[str] = None,
+    sparse: bool = False,
 ) -> _Estimate:
     """Predicts time, energy and cost of serving a model on a chip, from shapes alone. `profile` is the name of
     a profile or the path of one; `model` is a model, a path, or a known shape such as "llama-3-8b", whose
@@ -508,4 +510,5 @@ def estimate(
 
     `tp` chips share each layer, `ep` groups of them hold different experts, `cp` of these groups hold different positions, `pp` stages have consecutive
     layers, and `dp` copies share the batch. With `chips`, what is not given is free, and the quickest layout
-    that fits is taken. `stored` is a number format of a simulated chip in which weights lie in memory."""
+    that fits is taken. `stored` is a number format of a simulated chip in which weights lie in memory, `kv_stored` one of the KV
+    cache. With `sparse`, a chip with a sparse rate neither stores nor multiplies two of each four weights."""

@@ -44,6 +44,12 @@ pub struct WorkArgs {
     /// Format of activations in device memory between ops.
     #[arg(long, value_name = "FORMAT", default_value = "fp32")]
     activations: String,
+    /// Number format of the chip in which the KV cache lies in device memory [default: that of --kv]. For simulated chips.
+    #[arg(long, value_name = "FORMAT")]
+    kv_stored: Option<String>,
+    /// Two of each four weights of products are zeros, which are neither stored nor multiplied. For simulated chips with a sparse rate.
+    #[arg(long)]
+    sparse: bool,
     /// Format of the KV cache.
     #[arg(long, value_name = "FORMAT", default_value = "f16", value_parser = kv_format())]
     kv: Format,
@@ -147,7 +153,9 @@ impl WorkArgs {
         let products = self.products.as_deref().map(Dtype::named).transpose()?;
         let stored = self.stored.as_deref().map(Dtype::named).transpose()?;
         let activations = Dtype::named(&self.activations)?;
-        Ok(Choices::default().products(products).activations(activations).stored(stored))
+        let cache = self.kv_stored.as_deref().map(Dtype::named).transpose()?;
+        let choices = Choices::default().products(products).activations(activations);
+        Ok(choices.stored(stored).cache(cache).sparse(self.sparse))
     }
 
     /// The program of a model, for all positions of the workload.
@@ -244,13 +252,13 @@ pub fn run(args: &EstimateArgs) -> Result<(), Failure> {
         return Err("--trace and --roofline: expected two files, got the same name".into());
     }
     if let (Some(path), Some(first)) = (&args.trace, all.first()) {
-        let chip = choices.chip(first.profile.clone())?;
+        let chip = workload.chip(choices, &first.profile, &program)?;
         let spans = vec![(workload.prompt + workload.generate / 2, 1); workload.batch as usize];
         write_trace(path, &chip, &program, &spans, args.trace_tiles)?;
     }
     if let (Some(path), Some(first)) = (&args.roofline, all.first()) {
         let estimate = first.estimate.as_ref().map_err(Error::to_string)?;
-        let svg = super::plot::roofline(&choices.chip(first.profile.clone())?, estimate)?;
+        let svg = super::plot::roofline(&workload.chip(choices, &first.profile, &program)?, estimate)?;
         interrupt::write(path, SVG, &[], svg.as_bytes())?;
     }
     if args.json {

@@ -25,7 +25,7 @@ fn colour(bound: Bound) -> RGBColor {
 /// and operations per second. Circles are prefill, squares are decode; the colour shows what limits an op.
 pub fn roofline(chip: &Chip, estimate: &Estimate) -> Result<String, Failure> {
     let profile = chip.profile();
-    let bandwidth = chip.device_bytes_per_s();
+    let bandwidth = chip.weights_bytes_per_s();
     let peaks: Vec<(String, f64)> = profile.peaks();
     let best = peaks.iter().map(|(_, peak)| *peak).fold(0.0, f64::max);
     let points = |report: &Report| -> Vec<Point> {
@@ -56,7 +56,7 @@ pub fn roofline(chip: &Chip, estimate: &Estimate) -> Result<String, Failure> {
         .build_cartesian_2d((left..right).log_scale(), (least..2.0 * best).log_scale())?;
     chart
         .configure_mesh()
-        .x_desc("operations per byte of device memory")
+        .x_desc("operations per byte outside of the tiles")
         .y_desc("operations per second")
         .x_label_formatter(&|x| format!("{x}"))
         .y_label_formatter(&|y| scaled(*y))

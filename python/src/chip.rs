@@ -50,7 +50,7 @@ impl ModelArgument<'_> {
 #[pyo3(signature = (
     profile, model, *, batch = 1, prompt = 512, generate = 128, chunk = 512, format = "q4_0", products = None,
     activations = "fp32", chips = None, tp = None, ep = None, cp = None, pp = None, dp = None, sums = "divided", stored = None,
-    overlap = false
+    overlap = false, kv_stored = None, sparse = false
 ))]
 #[allow(clippy::too_many_arguments, reason = "they are keywords")]
 pub fn estimate<'py>(
@@ -73,6 +73,8 @@ pub fn estimate<'py>(
     sums: &str,
     stored: Option<&str>,
     overlap: bool,
+    kv_stored: Option<&str>,
+    sparse: bool,
 ) -> PyResult<Bound<'py, PyDict>> {
     for (name, value) in [("batch", batch), ("prompt", prompt), ("generate", generate), ("chunk", chunk)] {
         if value == 0 || value > 1_000_000 {
@@ -98,7 +100,8 @@ pub fn estimate<'py>(
         let products = products.map(Dtype::named).transpose()?;
         let choices = Choices::default().products(products).activations(Dtype::named(activations)?);
         let stored = stored.map(Dtype::named).transpose()?;
-        let choices = choices.layout(layout).stored(stored);
+        let cache = kv_stored.map(Dtype::named).transpose()?;
+        let choices = choices.layout(layout).stored(stored).cache(cache).sparse(sparse);
         let profile = Profile::open(profile)?;
         let (estimate, _) =
             workload::estimate_best(&profile, choices, &program, &workload, chips, Default::default())?;

@@ -27,7 +27,8 @@ use super::host::{
     self, Attention, HostOp, HostPlan, HostState, HostStep, HostTensor, Kernels, Matrix, memory, row_chunks,
 };
 use super::{
-    Backend, Buffer, Caps, Clock, Contract, Fusions, Gap, Limits, OpSig, Plan, Rows, Support, Timing, Usage,
+    Backend, Bindings, Buffer, Caps, Clock, Contract, Fusions, Gap, Limits, OpSig, Plan, Rows, Support,
+    Timing, Usage,
 };
 use crate::cost::Rates;
 use crate::error::{Error, Result};
@@ -1120,7 +1121,7 @@ fn kv_write(
 }
 
 impl Kernels for CpuKernels {
-    fn begin(&mut self) {
+    fn begin(&mut self, _: &Bindings<'_>) {
         self.began = self.meter.as_ref().and_then(|meter| meter.begin());
     }
 

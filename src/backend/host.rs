@@ -373,8 +373,8 @@ pub trait Kernels: Send {
     /// Values that the op cannot handle, such as an index beyond a table.
     fn run(&mut self, op: &mut HostOp<'_>, step: &HostStep<'_>) -> Result<()>;
 
-    /// A submission begins. [`Kernels::end`] follows, whether its ops succeed or not.
-    fn begin(&mut self) {}
+    /// A submission begins, with these buffers. [`Kernels::end`] follows, whether its ops succeed or not.
+    fn begin(&mut self, _: &Bindings<'_>) {}
 
     /// The submission ended, `elapsed` after it began. Returns its time by the backend's clock, and its energy if that is known.
     fn end(&mut self, elapsed: Duration) -> Timing {
@@ -984,7 +984,7 @@ impl<K: Kernels> Plan for HostPlan<K> {
         let from_start = segments.start == 0;
         check_step(step, &self.bound.program, self.limits, bindings.states)?;
         self.tokens.place(step);
-        self.kernels.begin();
+        self.kernels.begin(bindings);
         let ran = self.run(step, segments, bindings);
         let timing = self.kernels.end(start.elapsed());
         ran?;

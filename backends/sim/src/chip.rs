@@ -5,10 +5,11 @@ use std::sync::Arc;
 use halite_kernels::formats::{Activation, Format, Kind};
 
 use super::matrix::{self, Product};
+use super::places::{Amounts, Data, Places, Tier, Traffic, dma_bytes_per_s};
 use super::tile::{Form, Piece, VectorWork, Work};
 use halite::{Error, Result};
 use halite_profiles::numerics::{self, Dtype};
-use halite_profiles::profile::{Dataflow, Dma, Memory, Profile, Quantity, Scope};
+use halite_profiles::profile::{Dataflow, Dma, MatrixRate, Memory, Profile, Quantity, Scope};
 
 /// The numerics of the simulator.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -32,11 +33,16 @@ pub struct Chip {
     pub activations: Dtype,
     /// Format of the weights of products in device memory, for times; `None`: that of the file.
     pub stored: Option<Dtype>,
+    /// Bytes that the KV cache takes in device memory per byte here, for times.
+    pub cache_fraction: f64,
+    /// Whether half of each four weights of products are zeros, which are neither stored nor multiplied.
+    pub sparse: bool,
     /// Tiles.
     pub tiles: u32,
     /// Bytes of a tile's scratchpad.
     pub scratch_bytes: u64,
     pub(crate) scratch: usize,
+    places: Places,
     /// The rate of the vector unit's widest format.
     vector_rate: usize,
     /// The engines nearest to tiles.
@@ -96,7 +102,9 @@ impl Chip {
         let engines = profile.dma.iter().enumerate();
         let nearest_dma = engines.min_by_key(|(_, dma)| dma.scope).map(|(i, _)| i);
         let entries = |i: usize| profile.dma[i].queue_entries.as_ref().map_or(1.0, |entries| entries.value);
-        let chip = Chip {
+        // Until data have places, all of them lie in the last memory.
+        let places = Places::new(&profile, None, Amounts::default());
+        let mut chip = Chip {
             // Caches prefetch.
             queue_entries: nearest_dma.map_or(16, |i| entries(i) as usize).max(1),
             vector_rate: widest.map_or(0, |(rate, _)| rate),
@@ -106,10 +114,14 @@ impl Chip {
             products,
             activations: Dtype::Fp32,
             stored: None,
+            cache_fraction: 1.0,
+            sparse: false,
             tiles,
             scratch_bytes,
             scratch,
+            places,
         };
+        chip.place(Amounts::default());
         if let Some(dtype) = products
             && !chip.rates().any(|(_, _, weights)| weights == dtype)
         {
@@ -139,10 +151,29 @@ impl Chip {
         }
     }
 
-    /// The memory that holds weights and the KV cache.
-    pub fn device(&self) -> &Memory {
-        // `new` checked that there are two memories.
-        &self.profile.memory[self.profile.memory.len() - 1]
+    /// Places data: see [`Places`]. Until then, all of them lie in the last memory.
+    pub fn place(&mut self, amounts: Amounts) {
+        let shared = |dma: &&Dma| dma.scope != Scope::Tile;
+        let bytes_per_s = self.dma().filter(shared).map(|dma| dma_bytes_per_s(&self.profile, dma));
+        self.places = Places::new(&self.profile, bytes_per_s, amounts);
+    }
+
+    /// Where data lie.
+    pub fn places(&self) -> &Places {
+        &self.places
+    }
+
+    /// Bytes of weights per second that all tiles together read, from all memories that hold a part of them.
+    pub fn weights_bytes_per_s(&self) -> f64 {
+        let holds = |tier: &&Tier| tier.share(Data::Weights) > 0.0;
+        let held =
+            self.places.tiers.iter().filter(holds).map(|tier| tier.bytes_per_s / tier.share(Data::Weights));
+        held.fold(f64::INFINITY, f64::min)
+    }
+
+    /// Returns the seconds that the memories outside of the tiles need for some bytes of all tiles.
+    pub fn memory_s(&self, traffic: &Traffic) -> f64 {
+        self.places.seconds(traffic)
     }
 
     /// The tiles' memory.
@@ -161,7 +192,10 @@ impl Chip {
 
     /// Returns the form of a product's weight in device memory.
     pub fn stored(&self, weight: Format) -> Form {
-        self.stored.map_or(Form::File(weight), Form::Packed)
+        match (self.stored, self.sparse) {
+            (None, false) => Form::File(weight),
+            _ => Form::Packed((PACKED_BITS * stored_bits(weight, self.stored, self.sparse)).ceil() as u32),
+        }
     }
 
     /// Returns how a weight is multiplied: in the chip's format nearest to the weight's, or in the requested
@@ -176,7 +210,9 @@ impl Chip {
         let any = || self.rates().find(|&(_, x, w)| fits(w) && fits(x)).or(self.rates().next());
         let found = preferences.into_iter().find_map(find).or_else(any);
         let (rate, x, w) = found.unwrap_or((0, Dtype::Fp32, Dtype::Fp32));
-        let (converts, unpacks) = (self.activations != x, self.stored.or(stored_as(weight)) != Some(w));
+        let unpacks =
+            !self.dma().is_some_and(|dma| dma.unpacks) && self.stored.or(stored_as(weight)) != Some(w);
+        let converts = self.activations != x;
         let (x, w) = match (self.numerics, weight.kind()) {
             (Numerics::Native, _) => (Form::Chip(x), Form::Chip(w)),
             (Numerics::Exact, Kind::Float) => (Form::F32, self.stored(weight)),
@@ -214,7 +250,7 @@ impl Chip {
     /// Returns the seconds that a unit is busy with work, and the seconds from then to its last result.
     pub fn compute_s(&self, work: Work) -> (f64, f64) {
         match work {
-            Work::Matrix { rate, m, n, k, sums_bytes } => {
+            Work::Matrix { rate, m, n, k, sums_bytes, sparse } => {
                 let Some(unit) = &self.profile.matrix else {
                     let all = u64::from(m) * u64::from(n) * u64::from(k);
                     return self.vector_s(VectorWork { simple: all, ..Default::default() }, rate);
@@ -224,11 +260,19 @@ impl Chip {
                 let product = Product { m: m.into(), n: n.into(), k: k.into() };
                 let cycles = matrix::cycles(unit, rate, product);
                 let sums_s = sums_bytes as f64 / self.scratchpad().read_bytes_per_s.value;
-                let busy = cycles.busy / unit.units_per_tile.value / achieved(&rate.achievable_fraction);
+                let gain = if sparse { self.sparse_gain(rate) } else { 1.0 };
+                let busy =
+                    cycles.busy / unit.units_per_tile.value / achieved(&rate.achievable_fraction) / gain;
                 (busy / clock_hz + sums_s, cycles.drain / clock_hz)
             }
             Work::Vector(work) => self.vector_s(work, self.vector_rate),
         }
+    }
+
+    /// How many times as fast as others products with sparse weights are; 1 if the profile does not say.
+    fn sparse_gain(&self, rate: &MatrixRate) -> f64 {
+        let sparse = rate.sparse_ops_per_s.as_ref().zip(self.profile.matrix.as_ref());
+        sparse.map_or(1.0, |(sparse, unit)| sparse.value / self.profile.matrix_ops_per_s(unit, rate))
     }
 
     /// Lanes of a tile's vector units at a rate.
@@ -270,14 +314,18 @@ impl Chip {
         let of_peak = unit.rate.get(rate).map_or(1.0, |rate| achieved(&rate.achievable_fraction));
         let open = unit.open_cycles.as_ref().map_or(0.0, |open| open.value);
         let dependent = unit.dependent_cycles.as_ref().map_or(0.0, |cycles| cycles.value);
+        if elements == 0.0 {
+            return (0.0, 0.0);
+        }
         (((elements / lanes / of_peak).ceil() + open) / clock_hz, dependent / clock_hz)
     }
 
     /// Returns the picojoules of work, if the profile has them.
     pub fn compute_pj(&self, work: Work) -> Option<f64> {
         match (work, &self.profile.matrix) {
-            (Work::Matrix { rate, m, n, k, .. }, Some(unit)) => {
+            (Work::Matrix { rate, m, n, k, sparse, .. }, Some(unit)) => {
                 let ops = 2.0 * f64::from(m) * f64::from(n) * f64::from(k);
+                let ops = if sparse { ops / 2.0 } else { ops };
                 Some(ops * unit.rate.get(rate)?.pj_per_op.as_ref()?.value)
             }
             (Work::Matrix { rate, m, n, k, .. }, None) => {
@@ -301,46 +349,23 @@ impl Chip {
 
     /// Returns the maximum bytes per second of a tile's engine for one direction.
     pub fn engine_bytes_per_s(&self) -> f64 {
-        let scratch = &self.scratchpad().read_bytes_per_s.value;
+        let clock_hz = self.profile.chip.clock_hz.value;
+        let port = self.profile.noc.as_ref().map(|noc| noc.link_bytes_per_cycle.value * clock_hz);
+        let most = self.scratchpad().read_bytes_per_s.value.min(port.unwrap_or(f64::INFINITY));
         match self.dma() {
             // One engine stores, and the others load.
             Some(dma) if dma.scope == Scope::Tile => {
                 let loading = (dma.engines.value - 1.0).max(1.0);
-                (dma.bytes_per_s.value * loading).min(*scratch)
+                (dma.bytes_per_s.value * loading).min(most)
             }
-            Some(dma) => dma.bytes_per_s.value.min(*scratch),
-            None => *scratch,
+            Some(dma) => dma.bytes_per_s.value.min(most),
+            None => most,
         }
     }
 
     /// Returns the maximum requests in flight of an engine; many for caches, which prefetch.
     pub fn queue_entries(&self) -> usize {
         self.queue_entries
-    }
-
-    /// Returns the bytes per second that all tiles together read from device memory.
-    pub fn device_bytes_per_s(&self) -> f64 {
-        self.device_rate(self.device().read_bytes_per_s.value)
-    }
-
-    /// Returns how many times as long as to read it device memory takes to write a byte.
-    pub fn write_cost(&self) -> f64 {
-        let rate = self.device().write_bytes_per_s.as_ref().map(|rate| rate.value);
-        rate.map_or(1.0, |rate| self.device_bytes_per_s() / self.device_rate(rate))
-    }
-
-    /// Returns the bytes per second of all tiles together that instances of device memory at a rate give.
-    fn device_rate(&self, bytes_per_s: f64) -> f64 {
-        let device = self.device();
-        let reached = achieved(&device.achievable_fraction);
-        let memory = bytes_per_s * self.profile.instances(device.scope) * reached;
-        let shared = |dma: &&Dma| dma.scope != Scope::Tile;
-        match self.dma().filter(shared) {
-            Some(dma) => {
-                memory.min(dma.bytes_per_s.value * dma.engines.value * self.profile.instances(dma.scope))
-            }
-            None => memory,
-        }
     }
 
     /// Returns the seconds from a request to its first byte.
@@ -351,7 +376,7 @@ impl Chip {
         let dimensions = dma.and_then(|dma| dma.max_dimensions.as_ref()).map_or(1.0, |n| n.value);
         // With two dimensions, one descriptor covers all runs of a piece.
         let descriptors = if dimensions >= 2.0 { 1.0 } else { f64::from(piece.runs) };
-        1e-9 * (setup_ns + descriptors * descriptor_ns + self.device().latency_ns.value)
+        1e-9 * (setup_ns + descriptors * descriptor_ns) + self.places.latency_s(piece.data)
     }
 
     /// Bytes that a 32-bit activation takes in device memory.
@@ -360,13 +385,17 @@ impl Chip {
     }
 
     /// Fraction of its bytes that a piece takes in device memory.
-    fn kept(&self, activations: bool) -> f64 {
-        if activations { self.activation_bytes() / 4.0 } else { 1.0 }
+    fn kept(&self, data: Data) -> f64 {
+        match data {
+            Data::Activations => self.activation_bytes() / 4.0,
+            Data::Cache => self.cache_fraction,
+            Data::Weights | Data::States | Data::Partial => 1.0,
+        }
     }
 
     /// Bytes of a piece in device memory.
     pub fn memory_bytes(&self, piece: &Piece) -> f64 {
-        piece.bytes() as f64 * self.kept(piece.activations)
+        piece.bytes() as f64 * self.kept(piece.data)
     }
 
     /// Effective bytes of a piece: short runs are slower.
@@ -377,7 +406,7 @@ impl Chip {
     /// How many times as long as at the engine's rate a piece takes because of its short runs.
     pub fn slowed(&self, piece: &Piece) -> f64 {
         let half = self.dma().and_then(|dma| dma.half_rate_run_bytes.as_ref()).map_or(0.0, |half| half.value);
-        let run = (f64::from(piece.run_bytes) * self.kept(piece.activations)).max(1.0);
+        let run = (f64::from(piece.run_bytes) * self.kept(piece.data)).max(1.0);
         (run + half) / run
     }
 
@@ -406,11 +435,27 @@ impl Chip {
         if self.tiles > 1 { barrier.map_or(0.0, |ns| 1e-9 * ns.value) } else { 0.0 }
     }
 
+    /// Seconds of the host for a step.
+    pub fn host_s(&self) -> f64 {
+        self.profile.launch.step_ns.as_ref().map_or(0.0, |ns| 1e-9 * ns.value)
+    }
+
     /// Seconds to start an op of a recorded step.
     pub fn launch_s(&self) -> f64 {
         let launch = &self.profile.launch;
         1e-9 * launch.graph_kernel_ns.as_ref().unwrap_or(&launch.kernel_ns).value
     }
+}
+
+/// Fractions of a bit in [`Form::Packed`].
+const PACKED_BITS: f64 = 64.0;
+
+/// Returns the bits of a product's weight in device memory, scales included: in the format of the file or in one of the chip. Of sparse
+/// weights, two of each four are stored, and a bit for each of the four says which.
+pub fn stored_bits(weight: Format, stored: Option<Dtype>, sparse: bool) -> f64 {
+    let of_file = || 8.0 * weight.block_bytes() as f64 / weight.block_len() as f64;
+    let bits = stored.map_or_else(of_file, Dtype::bits);
+    if sparse { bits / 2.0 + 1.0 } else { bits }
 }
 
 /// Returns the chip's format with the same bits as the weight's, if there is one.
@@ -442,7 +487,7 @@ pub fn form_bytes(form: Form, rows: u32, k: u32) -> u64 {
     let row = match form {
         Form::F32 => 4 * k,
         Form::File(format) => format.row_bytes(k as usize).unwrap_or(0) as u64,
-        Form::Packed(dtype) => (dtype.bits() * k as f64 / 8.0).ceil() as u64,
+        Form::Packed(bits) => (u64::from(bits) * k).div_ceil(8 * PACKED_BITS as u64),
         Form::Quantised(activation) => {
             let [codes, scales, sums] = quantised_row(activation, k);
             codes + scales + sums

@@ -8,6 +8,7 @@ use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};
 
 use super::chip::Chip;
+use super::places::{Tier, Traffic};
 use super::tile::{Action, Command, Lowered, Piece, Queue, Step, TileProgram, Work};
 
 /// Energy by what takes it, in joules.
@@ -201,6 +202,7 @@ pub struct Busy {
 pub fn time(chip: &Chip, lowered: &Lowered, mut trace: Option<&mut Vec<Busy>>) -> OpTime {
     let mut total = OpTime::none();
     let mut compute_pj = Some(0.0);
+    let mut traffic = Traffic::default();
     total.launch_s = chip.launch_s() + chip.barrier_s() * lowered.phases.len() as f64;
     total.seconds = chip.launch_s();
     for programs in &lowered.phases {
@@ -214,31 +216,38 @@ pub fn time(chip: &Chip, lowered: &Lowered, mut trace: Option<&mut Vec<Busy>>) -
         }
         total.engine_s += phase.tiles.iter().flat_map(|t| t.engine_s).fold(0.0, f64::max);
         for program in programs {
-            count(chip, program, &mut total, &mut compute_pj);
+            count(chip, program, &mut total, &mut traffic, &mut compute_pj);
         }
     }
-    let served = total.read_bytes + total.written_bytes * chip.write_cost();
-    total.device_s = served / chip.device_bytes_per_s();
-    let pj = |memory: &halite_profiles::profile::Memory| memory.pj_per_byte.as_ref().map(|pj| pj.value);
-    total.joules = compute_pj.zip(pj(chip.device())).map(|(compute, device)| {
-        let scratchpad = pj(chip.scratchpad()).unwrap_or(0.0) * total.scratch_bytes;
-        let device = device * (total.read_bytes + total.written_bytes);
+    total.device_s = chip.memory_s(&traffic);
+    total.joules = compute_pj.zip(chip.places().pj(&traffic)).map(|(compute, device)| {
+        let each = chip.scratchpad().pj_per_byte.as_ref().map_or(0.0, |pj| pj.value);
+        let scratchpad = each * total.scratch_bytes;
         1e-12 * Joules { compute, scratchpad, device, ..Joules::default() }
     });
     total
 }
 
 /// Adds a program's bytes and operations, and the picojoules of these.
-fn count(chip: &Chip, program: &TileProgram, total: &mut OpTime, compute_pj: &mut Option<f64>) {
+fn count(
+    chip: &Chip,
+    program: &TileProgram,
+    total: &mut OpTime,
+    traffic: &mut Traffic,
+    compute_pj: &mut Option<f64>,
+) {
     let mut held = vec![0u64; program.slots.len()];
     for command in &program.commands {
         match &command.action {
             Action::Load { from, to, at, sharers } => {
-                total.read_bytes += chip.memory_bytes(from) / f64::from(chip.multicast(*sharers));
+                let bytes = chip.memory_bytes(from) / f64::from(chip.multicast(*sharers));
+                traffic.read = traffic.read.with(from.data, bytes);
+                total.read_bytes += bytes;
                 total.scratch_bytes += from.bytes() as f64;
                 held[*to as usize] = u64::from(*at) + from.bytes();
             }
             Action::Store { to, .. } => {
+                traffic.written = traffic.written.with(to.data, chip.memory_bytes(to));
                 total.written_bytes += chip.memory_bytes(to);
                 total.scratch_bytes += to.bytes() as f64;
             }
@@ -296,6 +305,36 @@ struct Flow {
     queue: Queue,
     /// The time at which its engine is done.
     engine_end_s: f64,
+    /// Memories that still deliver.
+    left: u32,
+}
+
+/// A memory outside of the tiles, at an equal share for each transfer.
+struct Server {
+    bytes_per_s: f64,
+    /// Bytes served per transfer since the start, and until when.
+    served: f64,
+    served_at_s: f64,
+    /// The count of served bytes at which each transfer ends.
+    flows: BinaryHeap<Reverse<(When, u32)>>,
+}
+
+impl Server {
+    /// Advances the count of served bytes to a time.
+    fn serve(&mut self, now_s: f64) {
+        if !self.flows.is_empty() {
+            let rate = self.bytes_per_s / self.flows.len() as f64;
+            self.served += (now_s - self.served_at_s) * rate;
+        }
+        self.served_at_s = now_s;
+    }
+
+    /// Returns when the next transfer ends.
+    fn next_s(&self) -> Option<f64> {
+        let Reverse((count, _)) = self.flows.peek()?;
+        let left = f64::from_bits(*count) - self.served;
+        Some(self.served_at_s + left.max(0.0) * self.flows.len() as f64 / self.bytes_per_s)
+    }
 }
 
 struct Phase<'a, 't> {
@@ -305,15 +344,11 @@ struct Phase<'a, 't> {
     end_s: f64,
     events: BinaryHeap<Reverse<(When, u32, Event)>>,
     sequence: u32,
-    /// Device memory: bytes served per transfer since the start, and the count at which each transfer ends.
-    served: f64,
-    served_at_s: f64,
-    flows: BinaryHeap<Reverse<(When, u32)>>,
+    /// As [`super::places::Places::tiers`].
+    servers: Vec<Server>,
     flow: Vec<Flow>,
     queue_entries: usize,
-    /// Of the chip: bytes per second of device memory and of an engine, seconds of a signal.
-    device_bytes_per_s: f64,
-    write_cost: f64,
+    /// Of the chip: bytes per second of an engine, seconds of a signal.
     engine_bytes_per_s: f64,
     semaphore_s: f64,
     start_s: f64,
@@ -346,6 +381,12 @@ impl<'a, 't> Phase<'a, 't> {
                 engine_s: [0.0; 4],
             }
         };
+        let server = |tier: &Tier| Server {
+            bytes_per_s: tier.bytes_per_s,
+            served: 0.0,
+            served_at_s: 0.0,
+            flows: BinaryHeap::new(),
+        };
         Phase {
             chip,
             tiles: programs.iter().map(state).collect(),
@@ -353,13 +394,9 @@ impl<'a, 't> Phase<'a, 't> {
             end_s: 0.0,
             events: BinaryHeap::new(),
             sequence: 0,
-            served: 0.0,
-            served_at_s: 0.0,
-            flows: BinaryHeap::new(),
+            servers: chip.places().tiers.iter().map(server).collect(),
             flow: Vec::new(),
             queue_entries: chip.queue_entries(),
-            device_bytes_per_s: chip.device_bytes_per_s(),
-            write_cost: chip.write_cost(),
             engine_bytes_per_s: chip.engine_bytes_per_s(),
             semaphore_s: chip.semaphore_s(),
             start_s,
@@ -373,39 +410,32 @@ impl<'a, 't> Phase<'a, 't> {
         }
         loop {
             let event = self.events.peek().map(|Reverse((time, ..))| f64::from_bits(*time));
-            let served = self.flows.peek().map(|Reverse((count, _))| {
-                let left = f64::from_bits(*count) - self.served;
-                self.served_at_s + left.max(0.0) * self.flows.len() as f64 / self.device_bytes_per_s
-            });
+            let each = self.servers.iter().enumerate().filter_map(|(i, server)| Some((server.next_s()?, i)));
+            let served = each.min_by(|a, b| a.0.total_cmp(&b.0));
             match (event, served) {
                 (None, None) => break,
-                (Some(time), served) if served.is_none_or(|served| time <= served) => {
+                (Some(time), served) if served.is_none_or(|(served, _)| time <= served) => {
                     self.now_s = time;
                     if let Some(Reverse((_, _, event))) = self.events.pop() {
                         self.happen(event);
                     }
                 }
-                (_, served) => {
-                    self.now_s = served.unwrap_or(self.now_s);
-                    self.serve();
-                    if let Some(Reverse((_, id))) = self.flows.pop() {
-                        let flow = self.flow[id as usize];
-                        let end = flow.engine_end_s.max(self.now_s);
-                        self.at(end, Event::Moved { tile: flow.tile, queue: flow.queue });
+                (_, Some((served, server))) => {
+                    self.now_s = served;
+                    self.servers[server].serve(served);
+                    if let Some(Reverse((_, id))) = self.servers[server].flows.pop() {
+                        let flow = &mut self.flow[id as usize];
+                        flow.left -= 1;
+                        if flow.left == 0 {
+                            let Flow { tile, queue, engine_end_s, .. } = *flow;
+                            self.at(engine_end_s.max(served), Event::Moved { tile, queue });
+                        }
                     }
                 }
+                (Some(_), None) => {}
             }
         }
         self.end_s = self.now_s;
-    }
-
-    /// Advances the count of served bytes to the current time.
-    fn serve(&mut self) {
-        if !self.flows.is_empty() {
-            let rate = self.device_bytes_per_s / self.flows.len() as f64;
-            self.served += (self.now_s - self.served_at_s) * rate;
-        }
-        self.served_at_s = self.now_s;
     }
 
     fn at(&mut self, time: f64, event: Event) {
@@ -515,20 +545,28 @@ impl<'a, 't> Phase<'a, 't> {
         *time = self.now_s;
         let command = &program.commands[*number as usize];
         state.busy[q] = true;
-        // Bytes that device memory could read in the time of a byte here.
-        let (piece, cost): (&Piece, f64) = match &command.action {
-            Action::Load { from, sharers, .. } => (from, 1.0 / f64::from(self.chip.multicast(*sharers))),
-            Action::Store { to, .. } => (to, self.write_cost),
+        let (piece, readers): (&Piece, Option<u32>) = match &command.action {
+            Action::Load { from, sharers, .. } => (from, Some(self.chip.multicast(*sharers))),
+            Action::Store { to, .. } => (to, None),
             Action::Compute { .. } => return,
         };
         let engine_s = self.chip.transfer_bytes(piece) / self.engine_bytes_per_s;
         state.engine_s[q] += engine_s;
         let engine_end_s = self.now_s + engine_s;
-        self.serve();
         let id = self.flow.len() as u32;
-        self.flow.push(Flow { tile, queue, engine_end_s });
-        let share = self.chip.memory_bytes(piece) * cost;
-        self.flows.push(Reverse((when(self.served + share), id)));
+        let bytes = self.chip.memory_bytes(piece);
+        let mut left = 0;
+        for (server, tier) in self.servers.iter_mut().zip(&self.chip.places().tiers) {
+            let share = tier.share(piece.data);
+            if share > 0.0 {
+                // Bytes that the memory could read in the time of a byte here.
+                let cost = readers.map_or(tier.write_cost, |readers| 1.0 / f64::from(readers));
+                server.serve(self.now_s);
+                server.flows.push(Reverse((when(server.served + share * bytes * cost), id)));
+                left += 1;
+            }
+        }
+        self.flow.push(Flow { tile, queue, engine_end_s, left });
     }
 }
 

@@ -568,7 +568,7 @@ mod tests {
 
     #[test]
     fn a_stuck_lane_changes_its_column_alone() {
-        let work = Work::Matrix { rate: 0, m: 3, n: 32, k: 1, sums_bytes: 0 };
+        let work = Work::Matrix { rate: 0, m: 3, n: 32, k: 1, sums_bytes: 0, sparse: false };
         let form = super::super::tile::Form::F32;
         let product = Step::Product { rows: 3, columns: 32, k: 0..1, last: true, sums: 0, x: form, w: form };
         let run = |spec: &str, work: &Work, step: &Step| {

@@ -6,17 +6,18 @@ use std::time::Duration;
 
 use halite_kernels::rows;
 
-use super::engine::OpTime;
+use super::engine::{Joules, OpTime};
 use super::execute::{self, Function, Operands, Order};
 use super::machine::{Machine, floats, floats_mut, unknown};
 use super::norm::norm;
+use super::places::{Amounts, Data};
 use super::shape::{self, Shape};
 use super::tile::{Lowered, Step};
 use super::{Report, Sim, lower, measured, name, native};
 use halite::backend::cpu::CpuKernels;
 use halite::backend::energy::{Energy, EnergySource};
 use halite::backend::host::{HostOp, HostStep, HostTensor, Kernels};
-use halite::backend::{Clock, Step as ProgramStep, Timing};
+use halite::backend::{Bindings, Buffer, Clock, Step as ProgramStep, Timing};
 use halite::error::Result;
 use halite::program::{Access, Epilogue, NOT_FINITE, Op, TensorId};
 
@@ -32,6 +33,10 @@ pub struct SimKernels {
     report: Arc<Mutex<Report>>,
     /// What the submission took so far.
     took: OpTime,
+    /// Bytes of activations at once, at most.
+    scratch_bytes: u64,
+    /// What has its place.
+    amounts: Amounts,
 }
 
 /// Maximum lowered ops to keep.
@@ -47,7 +52,8 @@ impl<F: FnMut(&Step, &[&[u8]], &mut [&mut [u8]]) -> Result<()>> Function for Wit
 }
 
 impl SimKernels {
-    pub fn new(sim: &Sim) -> Result<SimKernels> {
+    /// `scratch_bytes` are those of the program's activations.
+    pub fn new(sim: &Sim, scratch_bytes: u64) -> Result<SimKernels> {
         let machine = Machine {
             isa: sim.isa,
             chip: sim.chip.clone(),
@@ -64,6 +70,8 @@ impl SimKernels {
             lowered: HashMap::new(),
             report: sim.report.clone(),
             took: OpTime::none(),
+            scratch_bytes,
+            amounts: Amounts::default(),
         })
     }
 
@@ -142,6 +150,26 @@ impl Kernels for SimKernels {
                     _ => units(machine, rows, step, command, reads, writes),
                 })
             }
+        }
+    }
+
+    fn begin(&mut self, bindings: &Bindings<'_>) {
+        let bytes = |buffers: &[Buffer]| buffers.iter().map(Buffer::bytes).sum::<u64>() as f64;
+        let amounts = Amounts::default()
+            .with(Data::Weights, bytes(bindings.weights))
+            .with(Data::Cache, bytes(bindings.states))
+            .with(Data::Activations, self.scratch_bytes as f64);
+        let host = self.machine.chip.host_s();
+        self.took = self.took.then(OpTime {
+            seconds: host,
+            launch_s: host,
+            joules: Some(Joules::default()),
+            ..OpTime::none()
+        });
+        if amounts != self.amounts {
+            self.amounts = amounts;
+            Arc::make_mut(&mut self.machine.chip).place(amounts);
+            self.lowered.clear();
         }
     }
 

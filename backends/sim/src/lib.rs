@@ -18,6 +18,7 @@ pub mod matrix;
 mod measured;
 mod native;
 mod norm;
+mod places;
 mod shape;
 pub mod step;
 mod tile;
@@ -48,6 +49,7 @@ pub use chip::{Chip, Numerics};
 pub use engine::{Bound, Busy, Joules, OpTime};
 pub use execute::Order;
 pub use faults::{Fault, FaultCount, Faults};
+pub use places::{Amounts, Data};
 pub use tile::Queue;
 
 /// The driver: `sim:NAME` for a shipped profile, or `sim:FILE`.
@@ -235,7 +237,7 @@ impl Sim {
                 },
             ),
         )
-        .memory_bytes(chip.device().capacity_bytes.value as u64)
+        .memory_bytes(chip.profile.holding_bytes())
         .fusions(FUSIONS)
         .contract(if exact { Contract::Exact } else { Contract::Native });
         Ok(Sim {
@@ -307,7 +309,7 @@ impl Backend for Sim {
     }
 
     fn prepare(&self, program: &Arc<Program>, limits: Limits) -> Result<Box<dyn Plan>> {
-        let kernels = SimKernels::new(self)?;
+        let kernels = SimKernels::new(self, host::scratch_bytes(program, limits))?;
         Ok(Box::new(HostPlan::new(&self.caps.name, program, limits, kernels)?))
     }
 

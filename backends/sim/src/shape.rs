@@ -5,6 +5,7 @@ use std::ops::Range;
 use halite_kernels::formats::Format;
 use halite_kernels::rows::Unary;
 
+use super::places::Data;
 use super::tile::{Operand, VectorWork};
 use halite::backend::{Span, Step};
 use halite::passes;
@@ -72,8 +73,8 @@ pub struct Rows {
     pub bytes: u32,
     /// The rows.
     pub index: RowIndex,
-    /// Whether they are activations; see [`super::tile::Piece::activations`].
-    pub activations: bool,
+    /// What they are.
+    pub data: Data,
 }
 
 /// The row of an operand that a unit accesses.
@@ -221,11 +222,11 @@ impl Units {
 impl Rows {
     /// Each unit's own row.
     pub fn own(operand: Operand, elements: u32) -> Rows {
-        Rows { operand, bytes: 4 * elements, index: RowIndex::Own, activations: true }
+        Rows { operand, bytes: 4 * elements, index: RowIndex::Own, data: Data::Activations }
     }
 
     fn only(operand: Operand, elements: u32) -> Rows {
-        Rows { operand, bytes: 4 * elements, index: RowIndex::Broadcast, activations: false }
+        Rows { operand, bytes: 4 * elements, index: RowIndex::Broadcast, data: Data::Weights }
     }
 }
 
@@ -271,7 +272,7 @@ pub fn shape(program: &Program, op: &Op, step: &Step<'_>, ids: Option<&[i32]>) -
                     operand: Operand::In(0),
                     bytes,
                     index: RowIndex::Gather(runs(&indices, t.cols / run)),
-                    activations: false,
+                    data: Data::Weights,
                 }],
                 writes: vec![Rows::own(Operand::Out(0), run)],
                 work: work(SIMPLE.times(2 * u64::from(run))),
@@ -287,7 +288,7 @@ pub fn shape(program: &Program, op: &Op, step: &Step<'_>, ids: Option<&[i32]>) -
                     operand: Operand::In(0),
                     bytes: 4 * run,
                     index: RowIndex::Gather(runs(step.outputs, pieces)),
-                    activations: true,
+                    data: Data::Activations,
                 }],
                 writes: vec![Rows::own(Operand::Out(0), run)],
                 work: work(SIMPLE.times(run.into())),
@@ -409,14 +410,14 @@ pub fn shape(program: &Program, op: &Op, step: &Step<'_>, ids: Option<&[i32]>) -
             let mut reads = vec![
                 Rows::own(Operand::In(0), run),
                 Rows::only(Operand::In(1), run * taps),
-                Rows::own(Operand::In(3), kept),
+                stateful(Operand::In(3), kept),
             ];
             reads.extend(bias.map(|_| Rows::only(Operand::In(2), run)));
             Shape::Units(Units {
                 count: tokens * parts,
                 pieces: 1,
                 reads,
-                writes: vec![Rows::own(Operand::Out(0), run), Rows::own(Operand::Out(1), kept)],
+                writes: vec![Rows::own(Operand::Out(0), run), stateful(Operand::Out(1), kept)],
                 work: work(VectorWork { simple: u64::from(taps) * u64::from(run), ..Default::default() }),
             })
         }
@@ -430,13 +431,13 @@ pub fn shape(program: &Program, op: &Op, step: &Step<'_>, ids: Option<&[i32]>) -
             let own = [s.key_dim, s.key_dim, columns, 2];
             let mut reads: Vec<Rows> =
                 (0..).zip(own).map(|(i, cols)| Rows::own(Operand::In(i), cols)).collect();
-            reads.push(Rows::own(Operand::In(4), kept));
+            reads.push(stateful(Operand::In(4), kept));
             Shape::Units(Units {
                 count: tokens * s.kv_heads * (s.value_dim / columns),
                 // The tokens of a span are computed in order, on one tile.
                 pieces: step.spans.iter().fold(0, |a, span| common_divisor(a, span.len)).max(1),
                 reads,
-                writes: vec![Rows::own(Operand::Out(0), columns), Rows::own(Operand::Out(1), kept)],
+                writes: vec![Rows::own(Operand::Out(0), columns), stateful(Operand::Out(1), kept)],
                 work: work(VectorWork { simple: 4 * elements, exp: 3, divide: 2, ..Default::default() }),
             })
         }
@@ -589,10 +590,15 @@ pub fn routed(program: &Program, chosen: TensorId) -> Option<u32> {
     })
 }
 
+/// Each unit's part of a state of a recurrent layer.
+fn stateful(operand: Operand, elements: u32) -> Rows {
+    Rows { data: Data::States, ..Rows::own(operand, elements) }
+}
+
 /// A row of a cache's keys or values, as it is stored.
 fn stored(s: &State, operand: Operand, cols: u32) -> Rows {
     let bytes = s.format.row_bytes(cols as usize).unwrap_or(0) as u32;
-    Rows { operand, bytes, index: RowIndex::Own, activations: false }
+    Rows { operand, bytes, index: RowIndex::Own, data: Data::Cache }
 }
 
 /// Sine and cosine of each pair, and two multiply-adds for each element.

@@ -133,15 +133,25 @@ impl Distinct {
         Ok(())
     }
 
-    /// Returns the seconds of each step by the closed form.
+    /// Returns the seconds of each step by the closed form. The chips take the steps in turns.
     ///
     /// # Errors
     /// As [`time`].
-    pub fn closed_s(&self, chip: &Chip) -> Result<Vec<f64>> {
-        let each = self.shapes.iter().map(|shape| measured::closed_s(chip, shape));
-        let each = each.collect::<Result<Vec<f64>>>()?;
-        let of_step = |step: &Vec<(usize, u32)>| step.iter().map(|(op, n)| f64::from(*n) * each[*op]).sum();
-        Ok(self.steps.iter().map(of_step).collect())
+    pub fn closed_s(&self, chips: &[&Chip]) -> Result<Vec<f64>> {
+        let mut known = vec![None; chips.len() * self.shapes.len()];
+        let mut step_s = |number: usize, step: &[(usize, u32)]| {
+            let chip = number % chips.len();
+            let op_s = |&(op, n): &(usize, u32)| {
+                let known = &mut known[chip * self.shapes.len() + op];
+                let seconds = match *known {
+                    Some(seconds) => seconds,
+                    None => *known.insert(measured::closed_s(chips[chip], &self.shapes[op])?),
+                };
+                Ok(f64::from(n) * seconds)
+            };
+            step.iter().map(op_s).sum::<Result<f64>>()
+        };
+        self.steps.iter().enumerate().map(|(number, step)| step_s(number, step)).collect()
     }
 }
 

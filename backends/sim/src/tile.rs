@@ -6,6 +6,8 @@
 
 use halite_kernels::formats::Format;
 
+use super::places::Data;
+
 /// Memory outside of the tiles.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Operand {
@@ -30,19 +32,19 @@ pub struct Piece {
     pub run_bytes: u32,
     /// Bytes from the start of a run to the start of the next.
     pub stride: u64,
-    /// Whether the bytes are activations: 32-bit floats here, in a possibly narrower format on the chip.
-    pub activations: bool,
+    /// What the bytes are.
+    pub data: Data,
 }
 
 impl Piece {
-    /// Consecutive bytes.
+    /// Consecutive bytes of weights.
     pub fn whole(operand: Operand, offset: u64, bytes: u32) -> Piece {
-        Piece { operand, offset, runs: 1, run_bytes: bytes, stride: 0, activations: false }
+        Piece { operand, offset, runs: 1, run_bytes: bytes, stride: 0, data: Data::Weights }
     }
 
-    /// The same, of activations.
-    pub fn of_activations(self) -> Piece {
-        Piece { activations: true, ..self }
+    /// The same, of other data.
+    pub fn of(self, data: Data) -> Piece {
+        Piece { data, ..self }
     }
 
     /// The bytes `range` of each of the consecutive rows of `row_bytes` that the piece has.
@@ -122,8 +124,8 @@ impl VectorWork {
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Work {
     /// A product of `m x k` with `k x n` at rate number `rate` of the matrix unit. `sums_bytes` of unfinished sums pass between
-    /// the unit and the scratchpad.
-    Matrix { rate: usize, m: u32, n: u32, k: u32, sums_bytes: u64 },
+    /// the unit and the scratchpad. Of sparse weights, the unit skips half.
+    Matrix { rate: usize, m: u32, n: u32, k: u32, sums_bytes: u64, sparse: bool },
     /// Element-wise work.
     Vector(VectorWork),
 }
@@ -139,8 +141,8 @@ pub enum Form {
     File(Format),
     /// Codes and scales of a format of the chip.
     Chip(halite_profiles::numerics::Dtype),
-    /// A weight in a format of the chip, without a bit more than it needs. For times: files have no such weights.
-    Packed(halite_profiles::numerics::Dtype),
+    /// A weight of so many 64ths of a bit an element. For times: files have no such weights.
+    Packed(u32),
 }
 
 /// Query rows: consecutive tokens of one sequence, with query heads that share a KV head.

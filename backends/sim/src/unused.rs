@@ -1,6 +1,7 @@
 //! Numbers of a profile that change no time and no energy of a simulated chip.
 
 use super::chip::Chip;
+use halite_profiles::profile::Managed;
 
 /// Keys that nothing reads, wherever they are, and why.
 const KEYS: [(&str, &str); 5] = [
@@ -8,7 +9,7 @@ const KEYS: [(&str, &str); 5] = [
     ("dense_ops_per_s", "only compared with geometry, units and clock"),
     ("host_bytes_per_s", "weights are in device memory from the start"),
     ("line_bytes", "loads have the size that they ask for"),
-    ("sparse_ops_per_s", "products are dense"),
+    ("sparse_ops_per_s", "weights are dense, unless an estimate says otherwise"),
 ];
 
 impl Chip {
@@ -25,14 +26,20 @@ impl Chip {
             }
             match table {
                 "interconnect" => Some("counts for several chips only"),
-                "noc" => Some("the network is simulated without contention"),
+                "noc" if key == "hop_cycles" => Some("latencies of memories are those that a tile sees"),
                 "launch" if key == "kernel_ns" && profile.launch.graph_kernel_ns.is_some() => {
                     Some("steps are recorded: graph_kernel_ns counts")
                 }
                 "dma" => {
                     let nearest = self.dma().map(|dma| dma.name.as_str());
                     let name = rest.split('.').next();
-                    (name != nearest).then_some("tiles use the engines nearest to them")
+                    let dma = profile.dma.iter().find(|dma| Some(dma.name.as_str()) == name)?;
+                    match key {
+                        _ if name == nearest => None,
+                        _ if dma.serves.is_none() => Some("tiles use the engines nearest to them"),
+                        "engines" | "bytes_per_s" | "setup_ns" | "descriptor_ns" => None,
+                        _ => Some("engines that tiles do not use directly take whole transfers"),
+                    }
                 }
                 "memory" => {
                     let at = memory(rest.split('.').next()?)?;
@@ -43,6 +50,7 @@ impl Chip {
                             "write_bytes_per_s" => Some("writes to a scratchpad take the rate of reads"),
                             _ => None,
                         },
+                        _ if profile.memory[at].managed == Managed::Software => None,
                         _ => Some("only its scope counts: its tiles share loads of the same bytes"),
                     }
                 }

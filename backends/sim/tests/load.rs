@@ -33,8 +33,10 @@ fn model(name: &str, format: Format) -> Program {
 /// maia-100 with so many bytes beside the weights, a price and idle power.
 fn maia(program: &Program, bytes: u64) -> Profile {
     let text = SHIPPED.iter().find(|(name, _)| *name == "maia-100").unwrap().1;
-    let capacity = (program.weight_bytes() + bytes).to_string();
-    let text = text.replace("64_000_000_000", &capacity) + "\n[price]\nusd_per_hour = 3.6\n";
+    // The least that 16 clusters can have.
+    let capacity = (program.weight_bytes() + bytes - 16 * 64).to_string();
+    let text = text.replace("15_000_000", "64").replace("64_000_000_000", &capacity)
+        + "\n[price]\nusd_per_hour = 3.6\n";
     Profile::parse("maia", &text).unwrap()
 }
 

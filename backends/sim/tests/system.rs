@@ -139,9 +139,9 @@ fn stages_have_every_layer_once() {
         let all = stages(&program, Layout::default().pipeline(pipeline)).unwrap();
         assert_eq!(all.len(), pipeline as usize);
         assert_eq!(all.iter().map(|stage| ops(&stage.program)).sum::<usize>(), 32);
-        let bytes: u64 = all.iter().map(|stage| stage.bytes(0, 1, None)).sum();
+        let bytes: u64 = all.iter().map(|stage| stage.weight_bytes(Choices::default())).sum();
         assert_eq!(bytes, program.weight_bytes());
-        let most = all.iter().map(|stage| stage.bytes(0, 1, None)).max().unwrap();
+        let most = all.iter().map(|stage| stage.weight_bytes(Choices::default())).max().unwrap();
         assert!(most <= program.weight_bytes() / u64::from(pipeline) + program.weight_bytes() / 20);
         assert!(all.iter().rev().skip(1).all(|stage| stage.sent_cols == 4096));
     }

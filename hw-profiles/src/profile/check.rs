@@ -137,6 +137,17 @@ fn memory(profile: &Profile, faults: &mut Vec<String>) {
             scratchpad.name
         ));
     }
+    for dma in &profile.dma {
+        let Some(serves) = &dma.serves else { continue };
+        let holds: Vec<&str> = profile.holding().map(|memory| memory.name.as_str()).collect();
+        if !holds.contains(&serves.as_str()) || dma.scope == Scope::Tile {
+            faults.push(format!(
+                "dma.{}.serves = {serves:?}: expected engines outside of the tiles, and one of their memories: {}",
+                dma.name,
+                holds.join(", ")
+            ));
+        }
+    }
     for pair in profile.memory.windows(2) {
         let (near, far) = (&pair[0], &pair[1]);
         let outside = |what: &str, far_value: f64, near_value: f64, unit: &str, bound: &str| {

@@ -293,6 +293,11 @@ pub struct Dma {
     pub max_dimensions: Option<Quantity>,
     /// Descriptors that the queue holds.
     pub queue_entries: Option<Quantity>,
+    /// Name of a memory whose bytes all pass these engines, besides the engines nearest to the tiles.
+    pub serves: Option<String>,
+    /// Whether the engines nearest to the tiles convert weights to the matrix unit's formats while they load them [default: no].
+    #[serde(default)]
+    pub unpacks: bool,
 }
 
 /// The network on the chip.
@@ -328,6 +333,8 @@ pub struct Launch {
     pub kernel_ns: Quantity,
     /// Launch of a kernel in a recorded graph.
     pub graph_kernel_ns: Option<Quantity>,
+    /// Time of the host for each step, during which the chip waits [default: 0].
+    pub step_ns: Option<Quantity>,
     /// Bytes per second to and from the host.
     pub host_bytes_per_s: Option<Quantity>,
 }
@@ -832,6 +839,21 @@ impl Profile {
             Scope::Cluster => self.chip.clusters.value,
             Scope::Chip | Scope::Host => 1.0,
         }
+    }
+
+    /// The memories that hold weights, the KV cache and activations, the nearest first: the last one, and those outside of the tiles that
+    /// software manages.
+    pub fn holding(&self) -> impl Iterator<Item = &Memory> {
+        let last = self.memory.len().saturating_sub(1);
+        let holds = move |i: usize, m: &Memory| {
+            i == last || (m.scope != Scope::Tile && m.managed == Managed::Software)
+        };
+        self.memory.iter().enumerate().filter(move |(i, memory)| holds(*i, memory)).map(|(_, memory)| memory)
+    }
+
+    /// Bytes of all memories that hold weights, the KV cache and activations.
+    pub fn holding_bytes(&self) -> u64 {
+        self.holding().map(|m| m.capacity_bytes.value * self.instances(m.scope)).sum::<f64>() as u64
     }
 
     /// Returns the operations per second of all matrix units, from geometry and clock; a multiply-add is two.

@@ -73,7 +73,7 @@ numbers! {
     Dma(name): engines bytes_per_s setup_ns descriptor_ns half_rate_run_bytes max_dimensions queue_entries;
     Noc: link_bytes_per_cycle hop_cycles;
     Sync: semaphore_ns barrier_ns;
-    Launch: kernel_ns graph_kernel_ns host_bytes_per_s;
+    Launch: kernel_ns graph_kernel_ns step_ns host_bytes_per_s;
     Interconnect(name): chips links link_bytes_per_s latency_ns pj_per_byte;
     Power: tdp_w provisioned_w idle_w;
     Price: usd_per_hour chip_usd lifetime_years usd_per_kwh utilisation_fraction;

@@ -144,6 +144,7 @@ pub(super) static KEYS: &[Key] = &[
     real("barrier_ns", "ns", 0.0, 1e7),
     real("kernel_ns", "ns", 0.0, 1e9),
     real("graph_kernel_ns", "ns", 0.0, 1e9),
+    real("step_ns", "ns", 0.0, 1e9),
     real("host_bytes_per_s", "bytes/s", 1e5, 1e13),
     count("chips", "chips", 2.0, 1e6),
     count("links", "links", 1.0, 4096.0),

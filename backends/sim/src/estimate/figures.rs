@@ -34,9 +34,9 @@ impl Figures {
     }
 }
 
-/// Returns the bytes of the memory that holds weights and the KV cache.
+/// Returns the bytes of the memories that hold weights and the KV cache.
 pub(super) fn have_bytes(profile: &Profile) -> u64 {
-    profile.memory.last().map_or(0, |memory| memory.capacity_bytes.value as u64)
+    profile.holding_bytes()
 }
 
 /// A figure that layouts and designs are compared by.

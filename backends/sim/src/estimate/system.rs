@@ -1,6 +1,11 @@
 //! Programs divided over several chips, for times: tensor parallelism inside a stage, a pipeline of stages, and replicas.
 
 use super::collective::{Collective, collective};
+use super::workload::Choices;
+use crate::chip::stored_bits;
+use crate::places::{Amounts, Data};
+use halite::backend::Limits;
+use halite::backend::host::scratch_bytes;
 use halite::cost::{self, Extent};
 use halite::passes;
 use halite::program::{Dim, Op, Outputs, PAGE_POSITIONS, Program, StateKind, TensorId};
@@ -94,10 +99,12 @@ pub struct Stage {
 }
 
 impl Stage {
-    /// Returns the bytes of weights on one chip, with those of products in a format of the chip, if there is one.
-    pub fn weight_bytes(&self, stored: Option<Dtype>) -> u64 {
+    /// Returns the bytes of weights on one chip, with those of products as they are stored there.
+    pub fn weight_bytes(&self, choices: Choices) -> u64 {
         let all = self.program.weight_bytes();
-        let Some(dtype) = stored else { return all };
+        if choices.stored.is_none() && !choices.sparse {
+            return all;
+        }
         let mut weights: Vec<TensorId> = Vec::new();
         for (_, op) in self.program.ops() {
             match op {
@@ -112,19 +119,29 @@ impl Stage {
         let packed = weights.iter().map(|&id| {
             let t = self.program.tensor(id);
             let elements = u64::from(t.experts) * passes::rows(t.rows, 0, 0) * u64::from(t.cols);
-            (dtype.bits() * elements as f64 / 8.0).ceil() as u64
+            (stored_bits(t.format, choices.stored, choices.sparse) * elements as f64 / 8.0).ceil() as u64
         });
         let as_filed: u64 = weights.iter().filter_map(|&id| self.program.fixed_bytes(id)).sum();
         (all - as_filed.min(all)).saturating_add(packed.sum())
     }
 
-    /// Returns the bytes of weights and of the KV cache of sequences of `positions` positions on one chip.
-    pub fn bytes(&self, positions: u64, sequences: u64, stored: Option<Dtype>) -> u64 {
+    /// Returns the bytes of the KV cache of sequences of `positions` positions on one chip.
+    pub fn cache_bytes(&self, positions: u64, sequences: u64) -> u64 {
         // A window may begin and end in the middle of a page.
         let page = u64::from(PAGE_POSITIONS);
         let kept = |window: Option<u32>| window.map_or(positions, |w| positions.min(u64::from(w) + page));
         let each = self.program.kv_bytes(|window| kept(window).div_ceil(page));
-        self.weight_bytes(stored).saturating_add(each.saturating_mul(sequences))
+        each.saturating_mul(sequences)
+    }
+
+    /// Returns the bytes of each kind of data on one chip, for steps of up to `tokens` tokens and `outputs` outputs.
+    pub fn amounts(&self, choices: Choices, cache_bytes: u64, tokens: u32, outputs: u32) -> Amounts {
+        let activations = scratch_bytes(&self.program, Limits { tokens, outputs }) as f64;
+        let narrowed = choices.activations.bits() / Dtype::Fp32.bits();
+        Amounts::default()
+            .with(Data::Weights, self.weight_bytes(choices) as f64)
+            .with(Data::Cache, cache_bytes as f64 * choices.cache_fraction(&self.program))
+            .with(Data::Activations, activations * narrowed)
     }
 }
 

@@ -13,12 +13,13 @@ use super::collective::{Collective, Fabric};
 use super::device::Device;
 use super::figures::{Figures, Metric, have_bytes};
 use super::system::{Layout, Stage, layouts, stages};
+use crate::places::{Amounts, Data};
 use crate::step::Distinct;
 use crate::{Bound, Chip, Joules, Numerics, OpTime, Report};
 use crate::{measured, step};
 use halite::error::{Error, Result};
 use halite::passes;
-use halite::program::{Op, Program};
+use halite::program::{Op, Program, State, StateKind};
 use halite_profiles::numerics::Dtype;
 use halite_profiles::profile::{Basis, Driver, Profile};
 
@@ -79,13 +80,32 @@ impl Workload {
         (each, batch.div_ceil(each))
     }
 
-    /// Returns the bytes of weights and of the KV cache of all sequences, on the chip that needs most.
-    pub(super) fn bytes(&self, choices: Choices, stages: &[Stage]) -> u64 {
+    /// Returns the bytes of each kind of data of all sequences, on a chip of each stage.
+    fn amounts(&self, choices: Choices, stages: &[Stage]) -> Vec<Amounts> {
         let positions = u64::from(self.prompt) + u64::from(self.generate);
         let positions = positions.div_ceil(choices.layout.context.max(1).into());
         let (each, parts) = self.parts(choices.layout);
         let sequences = u64::from(each) * u64::from(parts);
-        stages.iter().map(|stage| stage.bytes(positions, sequences, choices.stored)).max().unwrap_or(0)
+        let [prompt, texts] = self.spans(choices.layout);
+        let tokens = |spans: &[(u32, u32)]| spans.iter().fold(0u32, |sum, (_, n)| sum.saturating_add(*n));
+        let most = tokens(&prompt).max(tokens(&texts));
+        let of = |stage: &Stage| {
+            stage.amounts(choices, stage.cache_bytes(positions, sequences), most, texts.len() as u32)
+        };
+        stages.iter().map(of).collect()
+    }
+
+    /// Returns the first chip of a model's, with its data in their places.
+    ///
+    /// # Errors
+    /// As [`estimate`].
+    pub fn chip(&self, choices: Choices, profile: &Profile, program: &Program) -> Result<Chip> {
+        let mut chip = choices.chip(profile.clone())?;
+        let stages = stages(program, choices.layout)?;
+        chip.cache_fraction = stages.first().map_or(1.0, |stage| choices.cache_fraction(&stage.program));
+        let amounts = self.amounts(choices, &stages);
+        chip.place(amounts.first().copied().unwrap_or_default());
+        Ok(chip)
     }
 
     /// The spans of a prefill step and of a decode step, on one of the chips that share positions. Each has its part of a prompt's tokens,
@@ -188,20 +208,32 @@ pub struct Choices {
     pub activations: Dtype,
     /// Format of the weights of products in device memory, one of numbers of a chip; `None`: that of the file. For simulated chips.
     pub stored: Option<Dtype>,
+    /// Format of the KV cache in device memory, one of numbers of a chip; `None`: that of the program. For simulated chips.
+    pub cache: Option<Dtype>,
+    /// Whether two of each four weights of products are zeros, which a chip with a sparse rate neither stores nor multiplies. For
+    /// simulated chips.
+    pub sparse: bool,
     /// How the model is divided over chips.
     pub layout: Layout,
 }
 
 impl Default for Choices {
     fn default() -> Choices {
-        Choices { products: None, activations: Dtype::Fp32, stored: None, layout: Layout::default() }
+        Choices {
+            products: None,
+            activations: Dtype::Fp32,
+            stored: None,
+            cache: None,
+            sparse: false,
+            layout: Layout::default(),
+        }
     }
 }
 
-halite::setters!(const Choices { products: Option<Dtype>, activations: Dtype, stored: Option<Dtype>, layout: Layout });
+halite::setters!(const Choices { products: Option<Dtype>, activations: Dtype, stored: Option<Dtype>, cache: Option<Dtype>, sparse: bool, layout: Layout });
 
 impl Choices {
-    /// The chip of a profile, for times.
+    /// The chip of a profile, for times. All data lie in its last memory: see [`Workload::chip`].
     ///
     /// # Errors
     /// As [`Chip::new`].
@@ -209,7 +241,34 @@ impl Choices {
         let mut chip = Chip::new(profile, Numerics::Exact, self.products)?;
         chip.activations = self.activations;
         chip.stored = self.stored;
+        chip.sparse = self.sparse;
+        let mut rates = chip.profile().matrix.iter().flat_map(|unit| &unit.rate);
+        if self.sparse && !rates.any(|rate| rate.sparse_ops_per_s.is_some()) {
+            let found = format!("{}, which has none", chip.profile().name);
+            return Err(Error::argument("sparse", "a chip with a sparse_ops_per_s", found));
+        }
         Ok(chip)
+    }
+
+    /// Bytes that a program's KV cache takes in device memory, per byte of its own format.
+    pub(super) fn cache_fraction(self, program: &Program) -> f64 {
+        let kept = program.states.iter().find(|state| state.kind != StateKind::Recurrent);
+        let bits = |state: &State| 8.0 * state.format.block_bytes() as f64 / state.format.block_len() as f64;
+        kept.zip(self.cache).map_or(1.0, |(state, dtype)| dtype.bits() / bits(state))
+    }
+
+    /// Refuses what only a simulated chip has.
+    fn check_device(self, profile: &Profile) -> Result<()> {
+        let asked = [
+            ("stored", self.stored.map(Dtype::name)),
+            ("KV cache", self.cache.map(Dtype::name)),
+            ("sparse", self.sparse.then_some("2:4")),
+        ];
+        let refused = asked.into_iter().find_map(|(what, format)| Some((what, format?)));
+        refused.map_or(Ok(()), |(what, format)| {
+            let found = format!("{format} on {}, whose kernels have the formats of files", profile.name);
+            Err(Error::argument(what, "a simulated chip", found))
+        })
     }
 }
 
@@ -241,11 +300,10 @@ impl<'a> Timer<'a> {
     pub(super) fn new(profile: &'a Profile, choices: Choices) -> Result<Timer<'a>> {
         Ok(match profile.driver {
             Driver::Sim => Timer::Chip(Box::new(choices.chip(profile.clone())?)),
-            Driver::Gpu | Driver::Cpu if choices.stored.is_some() => {
-                let found = format!("{}, whose kernels read the formats of files", profile.name);
-                return Err(Error::argument("stored", "a simulated chip", found));
+            Driver::Gpu | Driver::Cpu => {
+                choices.check_device(profile)?;
+                Timer::Device(Device::new(profile, choices.products)?)
             }
-            Driver::Gpu | Driver::Cpu => Timer::Device(Device::new(profile, choices.products)?),
         })
     }
 
@@ -280,11 +338,14 @@ impl<'a> Timer<'a> {
 
 /// A model on chips: what runs where, and what times it.
 pub(super) struct System<'a> {
-    timer: Timer<'a>,
+    /// One for all stages, or one for each where the data of each have places of their own.
+    timers: Vec<Timer<'a>>,
     fabric: Option<Fabric>,
     pub(super) layout: Layout,
     pub(super) stages: Cow<'a, [Stage]>,
     activation_bytes: f64,
+    /// Seconds of the host for a step of a stage.
+    host_s: f64,
 }
 
 /// An exchange between chips.
@@ -310,16 +371,19 @@ impl<'a> System<'a> {
         profile: &'a Profile,
         choices: Choices,
         stages: impl Into<Cow<'a, [Stage]>>,
+        amounts: &[Amounts],
     ) -> Result<System<'a>> {
-        System::of(Timer::new(profile, choices)?, profile, choices.layout, stages)
+        System::of(Timer::new(profile, choices)?, profile, choices, stages, amounts)
     }
 
     fn of(
-        timer: Timer<'a>,
+        mut timer: Timer<'a>,
         profile: &Profile,
-        layout: Layout,
+        choices: Choices,
         stages: impl Into<Cow<'a, [Stage]>>,
+        amounts: &[Amounts],
     ) -> Result<System<'a>> {
+        let (layout, stages) = (choices.layout, stages.into());
         let several = layout.of_copy() > 1;
         let fabric = several.then(|| Fabric::new(profile)).transpose()?;
         let chips = layout.of_copy();
@@ -332,7 +396,26 @@ impl<'a> System<'a> {
             // Devices that are not simulated keep activations in 16 bits.
             Timer::Device(..) => 2.0,
         };
-        Ok(System { timer, fabric, layout, stages: stages.into(), activation_bytes })
+        if let (Timer::Chip(chip), Some(first)) = (&mut timer, stages.first()) {
+            chip.cache_fraction = choices.cache_fraction(&first.program);
+        }
+        let timers = match timer {
+            Timer::Chip(chip) if profile.holding().count() > 1 => {
+                let placed = |amounts: &Amounts| {
+                    let mut chip = chip.clone();
+                    chip.place(*amounts);
+                    Timer::Chip(chip)
+                };
+                amounts.iter().map(placed).collect()
+            }
+            timer => vec![timer],
+        };
+        let host_s = 1e-9 * profile.launch.step_ns.as_ref().map_or(0.0, |ns| ns.value);
+        Ok(System { timers, fabric, layout, stages, activation_bytes, host_s })
+    }
+
+    fn timer(&self, stage: usize) -> &Timer<'a> {
+        &self.timers[stage % self.timers.len()]
     }
 
     /// Returns a stage's exchanges.
@@ -410,10 +493,10 @@ impl<'a> System<'a> {
         mut ops_s: impl FnMut(&Timer<'a>, &Stage, &[(u32, u32)], &[Timed]) -> Result<f64>,
     ) -> Result<StepTime> {
         let mut time = StepTime { latency_s: 0.0, pace_s: 0.0 };
-        for stage in self.stages.iter() {
+        for (number, stage) in self.stages.iter().enumerate() {
             let exchanges = self.exchanges(stage, spans);
             let exchanged = exchanges.iter().fold(0.0, |sum, exchange| sum + exchange.seconds);
-            let computed = ops_s(&self.timer, stage, spans, &exchanges)?;
+            let computed = self.host_s + ops_s(self.timer(number), stage, spans, &exchanges)?;
             time.latency_s += computed + exchanged;
             // With overlap, one part computes while another one exchanges.
             let pace_s = if self.layout.overlap { computed.max(exchanged) } else { computed + exchanged };
@@ -431,6 +514,13 @@ impl<'a> System<'a> {
             for op in &report.ops {
                 all.add_all(op);
             }
+            if self.host_s > 0.0 {
+                let joules = Some(Joules::default());
+                all.add(
+                    "host",
+                    OpTime { seconds: self.host_s, launch_s: self.host_s, joules, ..OpTime::default() },
+                );
+            }
             for Timed { name, bytes, seconds, joules } in exchanges {
                 let joules = Some(Joules { links: *joules, ..Joules::default() });
                 let time = OpTime { seconds: *seconds, exchanged_bytes: *bytes, joules, ..OpTime::default() };
@@ -443,10 +533,11 @@ impl<'a> System<'a> {
 
     /// Returns the seconds of a step's attention, or of all else, by the closed form.
     pub(super) fn part_s(&self, spans: &[(u32, u32)], is_attention: bool) -> Result<f64> {
-        let each = self.stages.iter().map(|stage| {
-            let ops_s = self.timer.part_s(&stage.program, spans, is_attention)?;
+        let each = self.stages.iter().enumerate().map(|(number, stage)| {
+            let ops_s = self.timer(number).part_s(&stage.program, spans, is_attention)?;
             let exchanges = if is_attention { Vec::new() } else { self.exchanges(stage, spans) };
-            Ok(ops_s + exchanges.iter().map(|exchange| exchange.seconds).sum::<f64>())
+            let host_s = if is_attention { 0.0 } else { self.host_s };
+            Ok(host_s + ops_s + exchanges.iter().map(|exchange| exchange.seconds).sum::<f64>())
         });
         each.sum()
     }
@@ -455,8 +546,8 @@ impl<'a> System<'a> {
     fn error(&self, steps: &[&[(u32, u32)]]) -> Result<(Option<f64>, Vec<String>)> {
         let mut most = Some(0.0f64);
         let mut assumed: Vec<String> = Vec::new();
-        for stage in self.stages.iter() {
-            let (error, lines) = self.timer.error(&stage.program, steps)?;
+        for (number, stage) in self.stages.iter().enumerate() {
+            let (error, lines) = self.timer(number).error(&stage.program, steps)?;
             most = most.zip(error).map(|(most, error)| most.max(error));
             lines.into_iter().for_each(|line| {
                 if !assumed.contains(&line) {
@@ -476,7 +567,7 @@ impl<'a> System<'a> {
         step_s: f64,
     ) -> Result<Option<[f64; 2]>> {
         let mut computed = [0.0; 2];
-        match &self.timer {
+        match self.timer(0) {
             Timer::Chip(_) => computed = SIMULATED_RATIOS.map(|ratio| ratio * (part_s - exchanged_s)),
             Timer::Device(device) => {
                 for stage in self.stages.iter() {
@@ -510,12 +601,27 @@ pub fn estimate(
 ) -> Result<Estimate> {
     let layout = choices.layout;
     let stages = &stages(program, layout)?;
-    let system = System::new(profile, choices, stages)?;
+    let amounts = workload.amounts(choices, stages);
+    let system = System::new(profile, choices, stages, &amounts)?;
     let [prompt, spans] = workload.spans(layout);
     let (error, unmeasured) = system.error(&[&prompt, &spans])?;
     let (prefill, prefill_time) = system.report(&prompt)?;
     let (decode, decode_time) = system.report(&spans)?;
     let (first_token_s, step_s) = system.times(workload, &prefill_time, &decode_time);
+    let slowed = |name: &str, report: &Report, time: &StepTime| {
+        let joules = report.total().joules.map(|joules| joules.total() / stages.len() as f64);
+        power_limit(profile, joules? / time.pace_s).map(|(watts, times)| {
+            let line = format!(
+                "power: a {name} step would take {watts:.0} W, more than power.tdp_w; it takes {times:.2} times as long"
+            );
+            (times, line)
+        })
+    };
+    let limits = [slowed("prefill", &prefill, &prefill_time), slowed("decode", &decode, &decode_time)];
+    let times = limits.each_ref().map(|limit| limit.as_ref().map_or(1.0, |(times, _)| *times));
+    let (first_token_s, step_s) = (times[0] * first_token_s, times[1] * step_s);
+    let mut unmeasured = unmeasured;
+    unmeasured.extend(limits.into_iter().flatten().map(|(_, line)| line));
     let seconds = workload.seconds(first_token_s, step_s);
     let tokens = f64::from(workload.batch) * f64::from(workload.generate);
     let chips = f64::from(layout.chips());
@@ -542,7 +648,7 @@ pub fn estimate(
         tokens_per_s: f64::from(workload.batch) / step_s,
         joules_per_token: joules.map(|joules| tokens.recip() * joules),
         usd_per_million_tokens: usd_per_s(profile).map(|usd| 1e6 * chips * usd * seconds / tokens),
-        need_bytes: workload.bytes(choices, stages),
+        need_bytes: need_bytes(&amounts),
         have_bytes: have_bytes(profile),
         layout,
         exchange_fraction: exchanged / decode_time.latency_s,
@@ -555,6 +661,21 @@ pub fn estimate(
         decode,
         sensitivities: Quick::new(choices, stages, workload)?.sensitivities(profile)?,
     })
+}
+
+/// Returns the watts of a chip whose work takes `working_w`, and how many times as long the work takes within the chip's power; `None` if
+/// it is within. A lower clock takes as much energy here.
+fn power_limit(profile: &Profile, working_w: f64) -> Option<(f64, f64)> {
+    let power = profile.power.as_ref()?;
+    let idle_w = power.idle_w.as_ref().map_or(0.0, |idle| idle.value);
+    let most_w = (power.tdp_w.value - idle_w).max(f64::MIN_POSITIVE);
+    (working_w > most_w).then_some((working_w + idle_w, working_w / most_w))
+}
+
+/// Returns the bytes of weights and of the KV cache on the chip that needs most.
+fn need_bytes(amounts: &[Amounts]) -> u64 {
+    let bytes = |amounts: &Amounts| (amounts.of(Data::Weights) + amounts.of(Data::Cache)) as u64;
+    amounts.iter().map(bytes).max().unwrap_or(0)
 }
 
 /// Returns US$ per second: rent, or depreciation and energy at the chip's full power.
@@ -583,7 +704,8 @@ pub struct Quick<'a> {
     spans: [Vec<(u32, u32)>; 2],
     /// The ops of a prefill step of each stage, and then of a decode step.
     distinct: Distinct,
-    need_bytes: u64,
+    /// Of each stage.
+    amounts: Vec<Amounts>,
 }
 
 /// The times of a workload.
@@ -609,8 +731,8 @@ impl<'a> Quick<'a> {
         for (spans, stage) in spans.iter().flat_map(|spans| stages.iter().map(move |stage| (spans, stage))) {
             distinct.add(&stage.program, spans, true)?;
         }
-        let need_bytes = workload.bytes(choices, stages);
-        Ok(Quick { choices, stages, workload: *workload, spans, distinct, need_bytes })
+        let amounts = workload.amounts(choices, stages);
+        Ok(Quick { choices, stages, workload: *workload, spans, distinct, amounts })
     }
 
     /// Returns the times on the chips of a profile.
@@ -624,11 +746,13 @@ impl<'a> Quick<'a> {
     /// As [`Quick::times`], without a copy of the profile.
     pub(super) fn times_on(&self, profile: &Arc<Profile>) -> Result<Times> {
         let timer = Timer::on(profile, self.choices)?;
-        let system = System::of(timer, profile, self.choices.layout, self.stages)?;
-        let closed_s = match &system.timer {
-            Timer::Chip(chip) => self.distinct.closed_s(chip)?,
-            Timer::Device(..) => Vec::new(),
-        };
+        let system = System::of(timer, profile, self.choices, self.stages, &self.amounts)?;
+        let chips = system.timers.iter().filter_map(|timer| match timer {
+            Timer::Chip(chip) => Some(&**chip),
+            Timer::Device(..) => None,
+        });
+        let chips: Vec<&Chip> = chips.collect();
+        let closed_s = if chips.is_empty() { Vec::new() } else { self.distinct.closed_s(&chips)? };
         let mut closed_s = closed_s.into_iter();
         let mut step = |spans: &[(u32, u32)]| {
             system.step(spans, |timer, stage, spans, _| match closed_s.next() {
@@ -643,7 +767,7 @@ impl<'a> Quick<'a> {
 
     /// Returns the bytes of weights and of the KV cache of all sequences, on the chip that needs most.
     pub(super) fn need_bytes(&self) -> u64 {
-        self.need_bytes
+        need_bytes(&self.amounts)
     }
 
     /// Returns the figures on the chips of a profile.
@@ -660,7 +784,7 @@ impl<'a> Quick<'a> {
             step_s,
             seconds,
             usd_per_million_tokens: usd,
-            need_bytes: self.need_bytes,
+            need_bytes: self.need_bytes(),
             have_bytes: have_bytes(profile),
         })
     }

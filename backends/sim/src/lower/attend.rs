@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use super::{HEADS, Pipeline, aligned, blocks, too_small};
 use crate::chip::Chip;
+use crate::places::{Amounts, Data, Traffic};
 use crate::shape::{Attend, chunks};
 use crate::tile::{
     Builder, Entry, Lowered, Operand, Piece, QueryRows, Ring, Step, TileProgram, VectorWork, Work,
@@ -258,13 +259,14 @@ impl AttendTiling {
         let (engine, signal) = (chip.engine_bytes_per_s(), chip.semaphore_s());
         let queries = rows.tokens * rows.heads;
         let rate = chip.attention_rate();
-        let matrix = |n, k| chip.compute_s(Work::Matrix { rate, m: queries, n, k, sums_bytes: 0 });
+        let matrix =
+            |n, k| chip.compute_s(Work::Matrix { rate, m: queries, n, k, sums_bytes: 0, sparse: false });
         let positions = each * PAGE_POSITIONS;
         let (score, weigh) = (matrix(positions, a.key_dim), matrix(a.value_dim, positions));
         let softmax = chip.compute_s(softmax_work(queries, each));
         let is_split = self.chunks_per_tile.is_some();
         let merge = if is_split { (0.0, 0.0) } else { chip.compute_s(merge_work(a, *rows, each)) };
-        let setup_s = chip.setup_s(&Piece::whole(QUERIES, 0, 1));
+        let setup_s = chip.setup_s(&Piece::whole(PAGES, 0, 1).of(Data::Cache));
         let bytes = f64::from(pages.bytes as u32);
         let partial = if is_split { 4.0 * f64::from(queries * each * a.partial_len()) } else { 0.0 };
         let load_s = f64::from(each) * bytes / engine;
@@ -284,7 +286,10 @@ impl AttendTiling {
                 .max((arrives_s + chain_s) / f64::from(slots)),
             slots: f64::from(slots),
             store_s: partial / engine,
-            device_s: f64::from(division.chunks) * bytes / chip.device_bytes_per_s(),
+            device_s: chip.memory_s(&Traffic {
+                read: Amounts::default().with(Data::Cache, f64::from(division.chunks) * bytes),
+                ..Traffic::default()
+            }),
             setup_s,
             requests: (f64::from(each * pages.pieces), if is_split { f64::from(rows.tokens) } else { 0.0 }),
         };
@@ -429,7 +434,7 @@ impl AttendRings {
             runs: rows.tokens,
             run_bytes: rows.heads * row as u32,
             stride: u64::from(a.heads) * row,
-            activations: true,
+            data: Data::Activations,
         };
         tile.b.load(&mut self.queries, [piece], 1)
     }
@@ -450,14 +455,20 @@ impl AttendRings {
             let number = work.pages.get(chunk as usize).copied().unwrap_or(u32::MAX);
             a.page(number, kv_head)
         });
-        let pieces = pieces.map(|(offset, bytes)| Piece::whole(PAGES, offset, bytes));
+        let pieces = pieces.map(|(offset, bytes)| Piece::whole(PAGES, offset, bytes).of(Data::Cache));
         let pages = b.load(&mut self.page, pieces, 1);
         let visible = chunks.clone().map(|chunk| a.visible_tokens(rows, chunk)).max();
         let visible_rows = visible.unwrap_or(0) * rows.heads;
         let count = chunks.len() as u32;
         let rate = chip.attention_rate();
-        let score =
-            Work::Matrix { rate, m: visible_rows, n: count * PAGE_POSITIONS, k: a.key_dim, sums_bytes: 0 };
+        let score = Work::Matrix {
+            rate,
+            m: visible_rows,
+            n: count * PAGE_POSITIONS,
+            k: a.key_dim,
+            sums_bytes: 0,
+            sparse: false,
+        };
         let table = a.floats(rows, count * PAGE_POSITIONS);
         let [scores] = b.compute((score, Step::Part), &[queries, pages], [(&mut self.scores, table)], &[]);
         let to = (&mut self.softmax, table);
@@ -479,8 +490,14 @@ impl AttendRings {
         let Chunks { rows, queries, chunks, is_last, visible_rows, pages, softmax } = from;
         let count = chunks.len() as u32;
         let rate = chip.attention_rate();
-        let work =
-            Work::Matrix { rate, m: visible_rows, n: a.value_dim, k: count * PAGE_POSITIONS, sums_bytes: 0 };
+        let work = Work::Matrix {
+            rate,
+            m: visible_rows,
+            n: a.value_dim,
+            k: count * PAGE_POSITIONS,
+            sums_bytes: 0,
+            sparse: false,
+        };
         let mut frees = vec![pages, softmax];
         frees.extend(is_last.then_some(queries));
         let to = (&mut self.partial, a.floats(rows, count * a.partial_len()));
@@ -543,7 +560,7 @@ fn outputs(a: &Attend, rows: QueryRows) -> Piece {
         runs: rows.tokens,
         run_bytes: rows.heads * row as u32,
         stride: u64::from(a.heads) * row,
-        activations: true,
+        data: Data::Activations,
     }
 }
 
@@ -558,7 +575,7 @@ fn partial_piece(a: &Attend, token: u32, head: u32, chunk: u32, max_chunks: u32)
         runs: 1,
         run_bytes: 0,
         stride: u64::from(max_chunks) * row,
-        activations: false,
+        data: Data::Partial,
     }
 }
 

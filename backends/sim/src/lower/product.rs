@@ -8,6 +8,7 @@ use std::ops::Range;
 use super::units::{requests, row_pieces};
 use super::{COLUMNS, Pipeline, aligned, blocks, share, too_small};
 use crate::chip::{Chip, Multiplication, form_bytes};
+use crate::places::{Amounts, Data, Traffic};
 use crate::shape::{Epilogue, Part, Product, X};
 use crate::tile::{Builder, Entry, Form, Piece, Ring, Step, TileProgram, VectorWork, Work};
 use halite::Result;
@@ -135,9 +136,10 @@ pub struct Costs<'a> {
     rate: usize,
     /// Bytes of an activation in device memory.
     activation_bytes: f64,
-    /// Rates of the chip: of an engine, and of device memory for these tiles.
+    /// The rate of an engine.
     engine_bytes_per_s: f64,
-    device_bytes_per_s: f64,
+    /// Share of the memories' rates that these tiles have.
+    device_share: f64,
     /// Seconds from a request of one run to its first byte.
     setup_s: f64,
     /// Seconds from block to block at least, of blocks without work.
@@ -157,7 +159,6 @@ impl<'a> Costs<'a> {
         let total: f64 = p.parts.iter().map(|part| stored(part) as f64 * f64::from(part.n)).sum();
         let setup_s = chip.setup_s(&Piece::whole(X, 0, 1));
         let requests_s = f64::from(p.width()) * setup_s / chip.queue_entries() as f64;
-        let share = f64::from(tiles) / f64::from(chip.tiles);
         Costs {
             unpacks: how.iter().any(|m| m.unpacks),
             unpacks_to_memory: how.iter().any(|m| !matches!(m.w, Form::File(_) | Form::Packed(_))),
@@ -166,7 +167,7 @@ impl<'a> Costs<'a> {
             rate: how.first().map_or(0, |m| m.rate),
             activation_bytes: chip.activation_bytes(),
             engine_bytes_per_s: chip.engine_bytes_per_s(),
-            device_bytes_per_s: share * chip.device_bytes_per_s(),
+            device_share: f64::from(tiles) / f64::from(chip.tiles),
             setup_s,
             // A block takes one of two slots until its load and its work have ended.
             least_pace_s: requests_s.max(setup_s / 2.0 + chip.semaphore_s()),
@@ -233,13 +234,19 @@ impl<'a> Costs<'a> {
     fn device_s(&self, t: Tiling) -> [f64; 2] {
         let (chip, p, (grid_m, grid_n)) = (self.chip, self.p, t.grid);
         let (m, columns, each) = (f64::from(p.m), f64::from(p.columns()), self.activation_bytes);
+        let none = Amounts::default();
         let reads =
             |grid: u32, passes: u32| f64::from(passes) * f64::from(grid) / f64::from(chip.multicast(grid));
         let weights = reads(grid_m, p.m.div_ceil(grid_m).div_ceil(t.rows)) * self.column_bytes;
         let added = if matches!(p.epilogue, Epilogue::Add(_)) { 1.0 } else { 0.0 };
-        let results = each * m * (added + chip.write_cost());
-        let bytes = [reads(grid_n, 1) * each * m * f64::from(p.k), columns * (weights + results)];
-        bytes.map(|bytes| bytes / self.device_bytes_per_s)
+        let results = columns * each * m;
+        let x = none.with(Data::Activations, reads(grid_n, 1) * each * m * f64::from(p.k));
+        let rest = none.with(Data::Weights, columns * weights).with(Data::Activations, added * results);
+        let moved = [
+            Traffic { read: x, written: none },
+            Traffic { read: rest, written: none.with(Data::Activations, results) },
+        ];
+        moved.map(|traffic| chip.memory_s(&traffic) / self.device_share)
     }
 
     /// Returns the seconds of a tiling by the closed form.
@@ -252,7 +259,7 @@ impl<'a> Costs<'a> {
         let (blocks, chunks) = (f64::from(blocks), f64::from(cut.chunks));
         // The first chunk does not read sums, and the last one does not write them.
         let sums_bytes = self.sums_bytes(t) * u64::from(2 * cut.chunks - 2) / u64::from(cut.chunks);
-        let work = Work::Matrix { rate, m: rows, n: block, k: cut.depth, sums_bytes };
+        let work = Work::Matrix { rate, m: rows, n: block, k: cut.depth, sums_bytes, sparse: chip.sparse };
         let (product_s, drain_s) = chip.compute_s(work);
         let vector_s = |work: VectorWork| chip.compute_s(Work::Vector(work)).0;
         let converts = !self.keeps_floats;
@@ -270,7 +277,7 @@ impl<'a> Costs<'a> {
             _ => Piece { runs, run_bytes: bytes as u32, ..whole },
         };
         let weight = run(block, self.column_bytes / width / chunks, Piece::whole(X, 0, 1));
-        let x = run(rows, 4.0 * f64::from(cut.depth), Piece::whole(X, 0, 4).of_activations());
+        let x = run(rows, 4.0 * f64::from(cut.depth), Piece::whole(X, 0, 4).of(Data::Activations));
         let slowed = |piece: &Piece| match cut.chunks {
             1 => 1.0,
             _ => chip.slowed(piece),
@@ -336,7 +343,8 @@ impl<'a> Costs<'a> {
         let rows = p.m.div_ceil(t.grid.0);
         let passes = f64::from(rows.div_ceil(t.rows));
         let (m, n, width, rate) = (t.rows.min(rows), self.tile_columns(t), f64::from(p.width()), self.rate);
-        let products_s = chip.compute_s(Work::Matrix { rate, m, n, k: p.k, sums_bytes: 0 }).0;
+        let work = Work::Matrix { rate, m, n, k: p.k, sums_bytes: 0, sparse: chip.sparse };
+        let products_s = chip.compute_s(work).0;
         let vector_s = |work: VectorWork| chip.compute_s(Work::Vector(work)).0;
         let unpack_s = if self.unpacks { width * vector_s(unpacking(n, p.k)) } else { 0.0 };
         let finish_s = if p.finishes() { vector_s(finishing(p, m, n)) } else { 0.0 };
@@ -713,7 +721,8 @@ impl<'a> ProductRings<'a> {
                 frees.extend(xs.iter().map(|(_, entry)| *entry));
             }
             let (m, n) = (row_count, count);
-            let work = Work::Matrix { rate: how.rate, m, n, k: k.end - k.start, sums_bytes };
+            let sparse = self.costs.chip.sparse;
+            let work = Work::Matrix { rate: how.rate, m, n, k: k.end - k.start, sums_bytes, sparse };
             let k = k.clone();
             let step = Step::Product { rows: m, columns: n, k, last, sums: slot, x: how.x, w: how.w };
             if last {
@@ -803,12 +812,12 @@ fn out_pieces(p: &Product, part: &Part, rows: Range<u32>, range: Range<u32>) -> 
                 runs,
                 run_bytes: bytes,
                 stride,
-                activations: true,
+                data: Data::Activations,
             }]
         }
         Some(list) => {
             let rows = list.get(rows.start as usize..rows.end as usize).unwrap_or(&[]);
-            rows.iter().map(|&row| Piece::whole(part.out, at(row), bytes).of_activations()).collect()
+            rows.iter().map(|&row| Piece::whole(part.out, at(row), bytes).of(Data::Activations)).collect()
         }
     }
 }

@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use super::{BLOCK_BYTES, Pipeline, SLOTS, TILE_BYTES, aligned, blocks, share, too_small};
 use crate::chip::Chip;
+use crate::places::{Amounts, Data, Traffic};
 use crate::shape::{Norm, RowIndex, Rows, Units};
 use crate::tile::{ALIGNMENT, Builder, Entry, Lowered, Operand, Piece, Ring, Step, TileProgram, Work};
 use halite::Result;
@@ -15,8 +16,8 @@ struct UnitsTiling {
     slots: u32,
     /// Units per command.
     block: u32,
-    /// Bytes read per unit, bytes written per unit, bytes read once.
-    bytes: (u64, u64, u64),
+    /// Bytes read once.
+    once_bytes: u64,
 }
 
 fn is_broadcast(r: &&Rows) -> bool {
@@ -28,8 +29,7 @@ fn units_tiling(chip: &Chip, units: &Units) -> Result<UnitsTiling> {
     let once: u64 = all().filter(is_broadcast).map(|r| aligned(r.bytes.into())).sum();
     let sum =
         |rows: &[Rows]| -> u64 { rows.iter().filter(|r| !is_broadcast(r)).map(|r| u64::from(r.bytes)).sum() };
-    let (read, written) = (sum(&units.reads), sum(&units.writes));
-    let each = read + written;
+    let each = sum(&units.reads) + sum(&units.writes);
     // The rows that fit with a number of slots; `rounding` covers the alignment of slots.
     let rounding = 2 * u64::from(ALIGNMENT) * all().count() as u64;
     let fit = |slots: u64| chip.scratch_bytes.saturating_sub(once + rounding) / (slots * each).max(1);
@@ -39,39 +39,40 @@ fn units_tiling(chip: &Chip, units: &Units) -> Result<UnitsTiling> {
     let total = each * u64::from(units.count);
     let tiles = u64::from(chip.tiles.min(units.count / units.pieces)).min(total.div_ceil(TILE_BYTES)) as u32;
     let block = (BLOCK_BYTES / each.max(1)).clamp(1, fit(slots.into())) as u32;
-    Ok(UnitsTiling { tiles, slots, block, bytes: (read, written, once) })
+    Ok(UnitsTiling { tiles, slots, block, once_bytes: once })
 }
 
 /// Returns the seconds of units by the closed form.
 pub fn units_s(chip: &Chip, units: &Units) -> Result<f64> {
-    let UnitsTiling { tiles, slots, block, bytes: (read, written, once) } = units_tiling(chip, units)?;
+    let UnitsTiling { tiles, slots, block, once_bytes: once } = units_tiling(chip, units)?;
     if tiles == 0 {
         return Ok(0.0);
     }
     let per_tile = (units.count / units.pieces).div_ceil(tiles) * units.pieces;
     let block = block.min(per_tile);
     let count = f64::from(per_tile.div_ceil(block));
-    // Bytes moved in device memory per byte of activations here, whose format on the chip may be narrower.
-    let part = |rows: &[Rows], bytes: u64| {
-        let moved =
-            rows.iter().filter(|r| !is_broadcast(r)).map(|r| chip.memory_bytes(&row_piece(r))).sum::<f64>();
-        moved / (bytes as f64).max(1.0)
+    // Activations may be narrower on the chip.
+    let moved = |rows: &[Rows]| {
+        let own = rows.iter().filter(|r| !is_broadcast(r));
+        own.fold((0.0, Amounts::default()), |(each, all), r| {
+            let bytes = chip.memory_bytes(&row_piece(r));
+            (each + bytes, all.with(r.data, f64::from(units.count) * bytes))
+        })
     };
-    let (read, written) =
-        (read as f64 * part(&units.reads, read), written as f64 * part(&units.writes, written));
+    let ((read, read_all), (written, written_all)) = (moved(&units.reads), moved(&units.writes));
     let (reads, writes) = (f64::from(block) * read, f64::from(block) * written);
-    let written_all = written * chip.write_cost();
-    let total = f64::from(units.count) * (read + written_all)
-        + (once * u64::from(tiles / chip.multicast(tiles))) as f64;
+    let constants = (once * u64::from(tiles / chip.multicast(tiles))) as f64;
+    let traffic = Traffic { read: read_all.with(Data::Weights, constants), written: written_all };
     let (vector_s, drain_s) = chip.compute_s(Work::Vector(units.work(block)));
-    let setup_s = chip.setup_s(&Piece::whole(Operand::In(0), 0, 1));
+    let all = units.reads.iter().chain(&units.writes);
+    let setup_s = all.map(|r| chip.setup_s(&Piece::whole(r.operand, 0, 1).of(r.data))).fold(0.0, f64::max);
     Ok(Pipeline {
         count,
         load_s: reads / chip.engine_bytes_per_s(),
         units_s: [vector_s, 0.0],
         drain_s,
         store_s: writes / chip.engine_bytes_per_s(),
-        device_s: total / chip.device_bytes_per_s(),
+        device_s: chip.memory_s(&traffic),
         setup_s,
         requests: (
             units.reads.iter().map(|rows| requests(rows, block)).sum(),
@@ -139,7 +140,7 @@ fn filled((rows, ring): &mut (Rows, Ring), count: u32) -> (&mut Ring, u64) {
 }
 
 fn row_piece(rows: &Rows) -> Piece {
-    Piece { activations: rows.activations, ..Piece::whole(rows.operand, 0, rows.bytes) }
+    Piece::whole(rows.operand, 0, rows.bytes).of(rows.data)
 }
 
 /// Returns the pieces of some rows of an operand.
@@ -153,7 +154,7 @@ pub fn row_pieces(rows: &Rows, range: Range<u32>) -> Vec<Piece> {
             rows_of.iter().map(|&row| Piece::whole(rows.operand, at(row), rows.bytes)).collect()
         }
     };
-    pieces.into_iter().map(|piece| Piece { activations: rows.activations, ..piece }).collect()
+    pieces.into_iter().map(|piece| piece.of(rows.data)).collect()
 }
 
 /// Returns the stages of norms: one if whole rows fit the scratchpad. Else rows are read in pieces, once for each sum that a norm needs
@@ -175,10 +176,10 @@ fn norm_pieces(norm: &Norm, pieces: u32) -> Vec<Units> {
     let (rows, adds) = (norm.rows.count, norm.adds);
     let ends = |temp: usize| Rows {
         index: RowIndex::Gather((0..count).map(|unit| (unit / pieces + 1) * pieces - 1).collect()),
-        activations: false,
+        data: Data::Partial,
         ..Rows::own(Operand::Temp(temp), SUMS)
     };
-    let sums = |temp: usize| Rows { activations: false, ..Rows::own(Operand::Temp(temp), SUMS) };
+    let sums = |temp: usize| Rows { data: Data::Partial, ..Rows::own(Operand::Temp(temp), SUMS) };
     let of_rows = norm.rows.reads.iter().filter(is_broadcast).map(|all| Rows {
         bytes: 4 * elements,
         index: RowIndex::Gather((0..rows).flat_map(|_| 0..pieces).collect()),

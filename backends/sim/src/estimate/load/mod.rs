@@ -224,16 +224,21 @@ impl<'a> Server<'a> {
         if layout.overlap {
             return Err(Error::argument("layout", "exchanges that do not overlap, under load", "overlap"));
         }
+        if let Some(dtype) = choices.cache {
+            return Err(Error::argument("KV cache under load", "the format of the program", dtype.name()));
+        }
         let stages = stages(program, layout)?;
         let program = &stages[0].program;
-        let have = profile.memory.last().map_or(0, |memory| memory.capacity_bytes.value as u64);
-        let weights = stages[0].weight_bytes(choices.stored);
+        let have = profile.holding_bytes();
+        let weights = stages[0].weight_bytes(choices);
         let pages = Pages::new(program);
         let Some(kv_bytes) = have.checked_sub(weights).filter(|bytes| *bytes >= pages.bytes(1, 0)) else {
             let got = format!("{weights} bytes of weights on {}", profile.name);
             return Err(Error::argument("memory", format!("room for a page within {have} bytes"), got));
         };
-        let system = System::new(profile, choices, stages)?;
+        // The cache may take all that weights leave.
+        let amounts = vec![stages[0].amounts(choices, kv_bytes, serving.chunk, serving.sequences)];
+        let system = System::new(profile, choices, stages, &amounts)?;
         let texts = serving.sequences.min(serving.chunk);
         let steps = Steps::new(system, texts, serving.chunk, context);
         Ok(Server { profile, serving, steps, pages, kv_bytes, context })
@@ -396,7 +401,8 @@ mod tests {
         for program in [plain, windowed] {
             for (seed, pages) in [32, 40, 80, 400].into_iter().enumerate() {
                 let capacity = program.weight_bytes() + pages * program.kv_bytes(|_| 1);
-                let text = text.replace("64_000_000_000", &capacity.to_string());
+                // Clusters keep next to nothing.
+                let text = text.replace("15_000_000", "64").replace("64_000_000_000", &capacity.to_string());
                 let profile = Profile::parse("maia", &text).unwrap();
                 let draft = (seed % 2 == 1).then_some(Draft { tokens: 2, accept: 0.5, cost: 0.1 });
                 let serving = Serving::default().sequences(16).draft(draft);
