@@ -435,6 +435,11 @@ impl Chip {
         if self.tiles > 1 { barrier.map_or(0.0, |ns| 1e-9 * ns.value) } else { 0.0 }
     }
 
+    /// Whether the first weights of an op are loaded while the op before it runs.
+    pub fn loads_ahead(&self) -> bool {
+        self.profile.launch.loads_ahead
+    }
+
     /// Seconds of the host for a step.
     pub fn host_s(&self) -> f64 {
         self.profile.launch.step_ns.as_ref().map_or(0.0, |ns| 1e-9 * ns.value)

@@ -8,10 +8,12 @@ use halite_kernels::rows;
 
 use super::engine::{Joules, OpTime};
 use super::execute::{self, Function, Operands, Order};
+use super::lower::Closed;
 use super::machine::{Machine, floats, floats_mut, unknown};
 use super::norm::norm;
 use super::places::{Amounts, Data};
 use super::shape::{self, Shape};
+use super::step::saved_s;
 use super::tile::{Lowered, Step};
 use super::{Report, Sim, lower, measured, name, native};
 use halite::backend::cpu::CpuKernels;
@@ -29,7 +31,9 @@ pub struct SimKernels {
     order: Order,
     memory: execute::Memory,
     /// Ops that were already lowered and timed.
-    lowered: HashMap<Shape, (Arc<Lowered>, OpTime)>,
+    lowered: HashMap<Shape, (Arc<Lowered>, OpTime, Option<Closed>)>,
+    /// The op before, on a chip that loads weights ahead.
+    before: Option<Closed>,
     report: Arc<Mutex<Report>>,
     /// What the submission took so far.
     took: OpTime,
@@ -68,6 +72,7 @@ impl SimKernels {
             order: sim.order,
             memory: execute::Memory::with_faults(sim.injector()),
             lowered: HashMap::new(),
+            before: None,
             report: sim.report.clone(),
             took: OpTime::none(),
             scratch_bytes,
@@ -75,17 +80,19 @@ impl SimKernels {
         })
     }
 
-    fn lower(&mut self, shape: &Shape) -> Result<(Arc<Lowered>, OpTime)> {
+    fn lower(&mut self, shape: &Shape) -> Result<(Arc<Lowered>, OpTime, Option<Closed>)> {
         if let Some(found) = self.lowered.get(shape) {
             return Ok(found.clone());
         }
         let lowered = Arc::new(lower::lower(&self.machine.chip, shape)?);
-        let time = measured::time(&self.machine.chip, shape, &lowered, None);
+        let chip = &self.machine.chip;
+        let time = measured::time(chip, shape, &lowered, None);
+        let closed = chip.loads_ahead().then(|| measured::closed(chip, shape)).transpose()?;
         if self.lowered.len() >= KEPT {
             self.lowered.clear();
         }
-        self.lowered.insert(shape.clone(), (lowered.clone(), time));
-        Ok((lowered, time))
+        self.lowered.insert(shape.clone(), (lowered.clone(), time, closed));
+        Ok((lowered, time, closed))
     }
 }
 
@@ -93,7 +100,8 @@ impl Kernels for SimKernels {
     fn run(&mut self, op: &mut HostOp<'_>, step: &HostStep<'_>) -> Result<()> {
         let ids = if let Op::Experts { ids, .. } = &*op { Some(ids.ints()) } else { None };
         let shape = shape::shape(step.program, step.op, step.step, ids)?;
-        let (lowered, time) = self.lower(&shape)?;
+        let (lowered, time, closed) = self.lower(&shape)?;
+        let time = OpTime { seconds: time.seconds - saved_s(&mut self.before, closed), ..time };
         self.took = self.took.then(time);
         let report = name(step.program, step.op);
         self.report.lock().unwrap_or_else(PoisonError::into_inner).add(&report, time);
@@ -159,6 +167,7 @@ impl Kernels for SimKernels {
             .with(Data::Weights, bytes(bindings.weights))
             .with(Data::Cache, bytes(bindings.states))
             .with(Data::Activations, self.scratch_bytes as f64);
+        self.before = None;
         let host = self.machine.chip.host_s();
         self.took = self.took.then(OpTime {
             seconds: host,

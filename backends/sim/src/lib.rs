@@ -284,8 +284,7 @@ impl Backend for Sim {
         let tables = vec![vec![0]; sig.program.windows.len()];
         let spans = [halite::backend::Span { tables: &tables, start: 0, len: 1 }];
         let step = ProgramStep { spans: &spans, tokens: &[0], outputs: &[0], cancel: &cancel };
-        let fits =
-            shape::shape(sig.program, sig.op, &step, None).and_then(|s| lower::closed_s(&self.chip, &s));
+        let fits = shape::shape(sig.program, sig.op, &step, None).and_then(|s| lower::closed(&self.chip, &s));
         match fits {
             Ok(_) => Support::Native,
             Err(error) => Support::Unsupported(Gap::NotYet(error.to_string())),

@@ -10,7 +10,7 @@ use halite_profiles::profile::MatMulFit;
 use super::chip::Chip;
 use super::engine::{self, Busy, OpTime};
 use super::estimate::kernel::{Formats, Kernel, Stored, estimate_stored, matmul_fit};
-use super::lower;
+use super::lower::{self, Ahead, Closed};
 use super::shape::{Product, Shape};
 use super::tile::Lowered;
 use halite::Result;
@@ -88,10 +88,14 @@ pub fn time(chip: &Chip, shape: &Shape, lowered: &Lowered, trace: Option<&mut Ve
     OpTime { seconds: measured_s(chip, shape).unwrap_or(simulated.seconds), ..simulated }
 }
 
-/// Returns the seconds of an op by closed forms: without commands, and close to [`time`].
+/// Returns the time of an op by closed forms: without commands, and close to [`time`].
 ///
 /// # Errors
 /// As [`lower::lower`].
-pub fn closed_s(chip: &Chip, shape: &Shape) -> Result<f64> {
-    measured_s(chip, shape).map_or_else(|| lower::closed_s(chip, shape), Ok)
+pub fn closed(chip: &Chip, shape: &Shape) -> Result<Closed> {
+    match measured_s(chip, shape) {
+        // What was measured had no op before it.
+        Some(seconds) => Ok(Closed { seconds, memory_s: seconds, free_bytes: 0, ahead: Ahead::default() }),
+        None => lower::closed(chip, shape),
+    }
 }

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use super::chip::Chip;
 use super::engine::{Busy, OpTime};
-use super::lower::lower;
+use super::lower::{Closed, lower};
 use super::measured;
 use super::shape::{Shape, shape};
 use super::{Report, name};
@@ -80,31 +80,40 @@ fn is_empty(shape: &Shape) -> bool {
 pub fn time(chip: &Chip, program: &Program, spans: &[(u32, u32)], outputs: bool) -> Result<Report> {
     let mut report = Report::default();
     // All layers of a kind take the same time.
-    let mut known: HashMap<Shape, OpTime> = HashMap::new();
+    let mut known: HashMap<Shape, (OpTime, Option<Closed>)> = HashMap::new();
+    let mut before = None;
     each_op(program, spans, outputs, &mut |_, name, shape| {
         if is_empty(shape) {
             return Ok(());
         }
-        let time = match known.get(shape) {
-            Some(time) => *time,
+        let (time, closed) = match known.get(shape) {
+            Some(known) => *known,
             None => {
                 let time = measured::time(chip, shape, &lower(chip, shape)?, None);
-                known.insert(shape.clone(), time);
-                time
+                let closed = chip.loads_ahead().then(|| measured::closed(chip, shape)).transpose()?;
+                known.insert(shape.clone(), (time, closed));
+                (time, closed)
             }
         };
-        report.add(&name, time);
+        report.add(&name, OpTime { seconds: time.seconds - saved_s(&mut before, closed), ..time });
         Ok(())
     })?;
     Ok(report)
+}
+
+/// Returns the seconds that an op takes less because some of its weights are loaded while the op before it runs.
+pub(crate) fn saved_s(before: &mut Option<Closed>, op: Option<Closed>) -> f64 {
+    let saved_s = before.zip(op).map_or(0.0, |(before, op)| before.saves_s(&op));
+    *before = op;
+    saved_s
 }
 
 /// The distinct ops of some steps. They do not depend on the chip.
 #[derive(Debug, Clone, Default)]
 pub struct Distinct {
     shapes: Vec<Shape>,
-    /// For each step, its ops by number, and how many times each runs.
-    steps: Vec<Vec<(usize, u32)>>,
+    /// For each step, its ops by number, each with the one before it, and how many times each runs.
+    steps: Vec<Vec<((Option<usize>, usize), u32)>>,
 }
 
 impl Distinct {
@@ -113,7 +122,8 @@ impl Distinct {
     /// # Errors
     /// [`Error::Program`](halite::Error::Program) for an op that is not simulated.
     pub fn add(&mut self, program: &Program, spans: &[(u32, u32)], outputs: bool) -> Result<()> {
-        let mut step: Vec<(usize, u32)> = Vec::new();
+        let mut step: Vec<((Option<usize>, usize), u32)> = Vec::new();
+        let mut before = None;
         each_op(program, spans, outputs, &mut |_, _, shape| {
             if is_empty(shape) {
                 return Ok(());
@@ -123,9 +133,10 @@ impl Distinct {
                 self.shapes.push(shape.clone());
                 self.shapes.len() - 1
             });
-            match step.iter_mut().find(|(op, _)| *op == at) {
+            let pair = (before.replace(at), at);
+            match step.iter_mut().find(|(op, _)| *op == pair) {
                 Some((_, count)) => *count += 1,
-                None => step.push((at, 1)),
+                None => step.push((pair, 1)),
             }
             Ok(())
         })?;
@@ -139,15 +150,19 @@ impl Distinct {
     /// As [`time`].
     pub fn closed_s(&self, chips: &[&Chip]) -> Result<Vec<f64>> {
         let mut known = vec![None; chips.len() * self.shapes.len()];
-        let mut step_s = |number: usize, step: &[(usize, u32)]| {
+        let mut step_s = |number: usize, step: &[((Option<usize>, usize), u32)]| {
             let chip = number % chips.len();
-            let op_s = |&(op, n): &(usize, u32)| {
+            let mut closed = |op: usize| -> Result<Closed> {
                 let known = &mut known[chip * self.shapes.len() + op];
-                let seconds = match *known {
-                    Some(seconds) => seconds,
-                    None => *known.insert(measured::closed_s(chips[chip], &self.shapes[op])?),
-                };
-                Ok(f64::from(n) * seconds)
+                match *known {
+                    Some(closed) => Ok(closed),
+                    None => Ok(*known.insert(measured::closed(chips[chip], &self.shapes[op])?)),
+                }
+            };
+            let op_s = |&((before, op), n): &((Option<usize>, usize), u32)| {
+                let this = closed(op)?;
+                let before = before.filter(|_| chips[chip].loads_ahead()).map(&mut closed).transpose()?;
+                Ok(f64::from(n) * (this.seconds - before.map_or(0.0, |before| before.saves_s(&this))))
             };
             step.iter().map(op_s).sum::<Result<f64>>()
         };
@@ -172,8 +187,9 @@ fn closed_ops(
 ) -> Result<f64> {
     let mut distinct = Distinct::default();
     distinct.add(program, spans, outputs)?;
-    let step = distinct.steps.iter().flatten().filter(|(op, _)| counts(&distinct.shapes[*op]));
-    step.map(|(op, n)| Ok(f64::from(*n) * measured::closed_s(chip, &distinct.shapes[*op])?)).sum()
+    let shapes = &distinct.shapes;
+    distinct.steps.iter_mut().for_each(|step| step.retain(|((_, op), _)| counts(&shapes[*op])));
+    distinct.closed_s(&[chip]).map(|steps| steps.into_iter().sum())
 }
 
 /// Returns the seconds of a step's attention, or of its other ops, by the closed form.
@@ -196,10 +212,13 @@ pub(crate) fn closed_part(
 pub fn trace(chip: &Chip, program: &Program, spans: &[(u32, u32)], outputs: bool) -> Result<Vec<Traced>> {
     let mut traced = Vec::new();
     let mut start_s = 0.0;
+    let mut before = None;
     each_op(program, spans, outputs, &mut |segment, name, shape| {
         if is_empty(shape) {
             return Ok(());
         }
+        let closed = chip.loads_ahead().then(|| measured::closed(chip, shape)).transpose()?;
+        start_s -= saved_s(&mut before, closed);
         let mut busy = Vec::new();
         let time = measured::time(chip, shape, &lower(chip, shape)?, Some(&mut busy));
         traced.push(Traced { name, segment: segment.into(), start_s, time, busy });

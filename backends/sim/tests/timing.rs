@@ -646,3 +646,30 @@ fn power_beyond_the_design_takes_time() {
     near(limited.step_s, joules / 5.0, 1e-6);
     assert!(limited.unmeasured.iter().any(|line| line.starts_with("power: a decode step")));
 }
+
+/// An op whose first weights come while the op before it runs takes less, but a step no less than the memories and units need.
+#[test]
+fn weights_may_be_loaded_ahead() {
+    for name in ["maia-100", "teaching-16x16", "sambanova-sn40l"] {
+        let text = halite_profiles::profile::SHIPPED.iter().find(|(shipped, _)| *shipped == name).unwrap().1;
+        let of = |ahead: bool| {
+            let text = text.replace("loads_ahead = true", "");
+            let line = format!("[launch]\nloads_ahead = {ahead}");
+            let profile = Profile::parse(name, &text.replace("[launch]", &line)).unwrap();
+            let program = passes::fuse(&model("llama-1.1b", Format::BF16), halite_sim::FUSIONS);
+            let chip = Workload::default().batch(16).chip(Choices::default(), &profile, &program).unwrap();
+            [vec![(200, 1)], vec![(200, 1); 16], vec![(0, 128)]].map(|spans| {
+                let total = step::time(&chip, &program, &spans, true).unwrap().total();
+                near(step::closed(&chip, &program, &spans, true).unwrap(), total.seconds, 0.2);
+                total
+            })
+        };
+        for (plain, ahead) in of(false).into_iter().zip(of(true)) {
+            let saved = 1.0 - ahead.seconds / plain.seconds;
+            assert!(saved > 0.0 && saved < 0.5, "{name}: {saved}");
+            let busiest = ahead.busy_s[1].max(ahead.busy_s[2]).max(ahead.device_s);
+            assert!(ahead.seconds > busiest, "{name}: {ahead:?}");
+            assert_eq!((ahead.read_bytes, ahead.joules), (plain.read_bytes, plain.joules));
+        }
+    }
+}

@@ -333,6 +333,9 @@ pub struct Launch {
     pub kernel_ns: Quantity,
     /// Launch of a kernel in a recorded graph.
     pub graph_kernel_ns: Option<Quantity>,
+    /// Whether the first weights of an op are loaded while the op before it runs [default: no].
+    #[serde(default)]
+    pub loads_ahead: bool,
     /// Time of the host for each step, during which the chip waits [default: 0].
     pub step_ns: Option<Quantity>,
     /// Bytes per second to and from the host.

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::ops::Range;
 
-use super::{HEADS, Pipeline, aligned, blocks, too_small};
+use super::{Closed, HEADS, Pipeline, aligned, blocks, too_small};
 use crate::chip::Chip;
 use crate::places::{Amounts, Data, Traffic};
 use crate::shape::{Attend, chunks};
@@ -152,6 +152,14 @@ impl Division {
     }
 }
 
+impl Division {
+    /// Bytes of pages that all tiles load.
+    fn traffic(&self, pages: Pages) -> Traffic {
+        let bytes = f64::from(self.chunks) * pages.bytes as f64;
+        Traffic { read: Amounts::default().with(Data::Cache, bytes), ..Traffic::default() }
+    }
+}
+
 /// How attention is divided.
 struct AttendTiling {
     depth: Depth,
@@ -235,9 +243,12 @@ fn attend_tiling(chip: &Chip, a: &Attend) -> Result<(AttendTiling, f64)> {
     best.ok_or_else(|| too_small(chip, "a page of the cache", a.scratch_bytes(pages.bytes, 1, least)))
 }
 
-/// Seconds of attention by the closed form.
-pub fn attend_s(chip: &Chip, a: &Attend) -> Result<f64> {
-    attend_tiling(chip, a).map(|(_, seconds)| seconds)
+/// Returns the time of attention by the closed form.
+pub fn attend_closed(chip: &Chip, a: &Attend) -> Result<Closed> {
+    let (tiling, seconds) = attend_tiling(chip, a)?;
+    let pages = Pages::of(a);
+    let used_bytes = a.scratch_bytes(pages.bytes, tiling.rows, tiling.depth);
+    Ok(Closed::new(chip, seconds, chip.memory_s(&tiling.division.traffic(pages)), used_bytes))
 }
 
 impl AttendTiling {
@@ -286,10 +297,7 @@ impl AttendTiling {
                 .max((arrives_s + chain_s) / f64::from(slots)),
             slots: f64::from(slots),
             store_s: partial / engine,
-            device_s: chip.memory_s(&Traffic {
-                read: Amounts::default().with(Data::Cache, f64::from(division.chunks) * bytes),
-                ..Traffic::default()
-            }),
+            device_s: chip.memory_s(&division.traffic(pages)),
             setup_s,
             requests: (f64::from(each * pages.pieces), if is_split { f64::from(rows.tokens) } else { 0.0 }),
         };

@@ -1,7 +1,8 @@
 //! Mixtures of experts: one product per expert, with the tokens that chose it. And products of blocks of columns, one per block.
 
 use super::product::{Costs, product_programs};
-use super::units::{units_programs, units_s};
+use super::units::{units_closed, units_programs};
+use super::{Ahead, Closed};
 use crate::chip::{Chip, form_bytes};
 use crate::shape::{Blocks, Epilogue, Experts, Part, Product, RowIndex, Rows, Units, X};
 use crate::tile::{Lowered, Operand};
@@ -77,24 +78,28 @@ fn experts_sum(e: &Experts) -> Units {
     }
 }
 
-/// Returns the seconds of a mixture of experts by the closed form.
-pub fn experts_s(chip: &Chip, experts: &Experts) -> Result<f64> {
-    let mut seconds = units_s(chip, &experts_sum(experts))? + chip.barrier_s();
+/// Returns the time of a mixture of experts by the closed form.
+pub fn experts_closed(chip: &Chip, experts: &Experts) -> Result<Closed> {
+    let mut all = Closed::none(chip);
     for wave in experts_waves(chip, experts) {
         for products in &wave.stages {
-            seconds += stage_s(chip, products, wave.tiles)?;
+            all = all.then(stage_closed(chip, products, wave.tiles)?);
         }
     }
-    Ok(seconds)
+    Ok(all.then(units_closed(chip, &experts_sum(experts))?.after(chip.barrier_s())))
 }
 
-/// Returns the seconds of products on `tiles` tiles each. They share the memory bandwidth, and the stage ends with the last one.
-fn stage_s(chip: &Chip, products: &[Product], tiles: u32) -> Result<f64> {
-    let mut slowest_s = 0.0f64;
+/// Returns the time of products on `tiles` tiles each. They share the memory bandwidth, and the stage ends with the last one.
+fn stage_closed(chip: &Chip, products: &[Product], tiles: u32) -> Result<Closed> {
+    let mut slowest = Closed::none(chip);
     for p in products {
-        slowest_s = slowest_s.max(Costs::new(chip, p, tiles).tiling()?.1);
+        let closed = Costs::new(chip, p, tiles).closed()?;
+        if closed.seconds > slowest.seconds {
+            slowest = closed;
+        }
     }
-    Ok(slowest_s + chip.barrier_s())
+    // Which experts run is known when the router has run.
+    Ok(Closed { ahead: Ahead::default(), ..slowest.after(chip.barrier_s()) })
 }
 
 fn stage_phase(chip: &Chip, products: &[Product], tiles: u32, lowered: &mut Lowered) -> Result<()> {
@@ -123,9 +128,13 @@ fn blocks_waves(chip: &Chip, b: &Blocks) -> Vec<(u32, Vec<Product>)> {
     waves.map(|wave| (chip.tiles / wave.len() as u32, wave.to_vec())).collect()
 }
 
-/// Returns the seconds of products of blocks by the closed form.
-pub fn blocks_s(chip: &Chip, blocks: &Blocks) -> Result<f64> {
-    blocks_waves(chip, blocks).iter().map(|(tiles, products)| stage_s(chip, products, *tiles)).sum()
+/// Returns the time of products of blocks by the closed form.
+pub fn blocks_closed(chip: &Chip, blocks: &Blocks) -> Result<Closed> {
+    let waves = blocks_waves(chip, blocks);
+    let wave = |all: Closed, (tiles, products): &(u32, Vec<Product>)| {
+        Ok(all.then(stage_closed(chip, products, *tiles)?))
+    };
+    waves.iter().try_fold(Closed::none(chip), wave)
 }
 
 pub fn blocks_phases(chip: &Chip, blocks: &Blocks, lowered: &mut Lowered) -> Result<()> {

@@ -19,11 +19,13 @@ use std::ops::Range;
 use super::chip::Chip;
 use super::shape::Shape;
 use super::tile::{ALIGNMENT, Lowered};
-use attend::{attend_phases, attend_s};
-use experts::{blocks_phases, blocks_s, experts_phases, experts_s};
+use attend::{attend_closed, attend_phases};
+use experts::{blocks_closed, blocks_phases, experts_closed, experts_phases};
 use halite::{Error, Result};
 use product::{Costs, product_programs};
-use units::{arg_max_stages, norm_stages, stage_phases, stages_s, top_k_stages, units_programs, units_s};
+use units::{
+    arg_max_stages, norm_stages, stage_phases, stages_closed, top_k_stages, units_closed, units_programs,
+};
 
 /// Numbers of slots for loaded data, best first. With two, a load overlaps with the unit's work.
 const SLOTS: [u32; 2] = [2, 1];
@@ -55,23 +57,85 @@ pub fn lower(chip: &Chip, shape: &Shape) -> Result<Lowered> {
     Ok(lowered)
 }
 
-/// Returns the seconds of an op by the closed form: without commands, and close to the event engine's result.
+/// An op by the closed form.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Closed {
+    /// Seconds from start to end.
+    pub seconds: f64,
+    /// Seconds of these that the memories outside of the tiles need.
+    pub memory_s: f64,
+    /// Bytes of the scratchpads that the op leaves free.
+    pub free_bytes: u64,
+    /// What may be loaded before the op starts.
+    pub ahead: Ahead,
+}
+
+/// The first weights of an op, which may be loaded while the op before it runs.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Ahead {
+    /// Seconds that the op then takes less.
+    pub saved_s: f64,
+    /// Seconds that the memories need for the weights.
+    pub memory_s: f64,
+    /// Bytes in the scratchpad of a tile.
+    pub bytes: u64,
+}
+
+impl Closed {
+    fn new(chip: &Chip, seconds: f64, memory_s: f64, used_bytes: u64) -> Closed {
+        let free_bytes = chip.scratch_bytes.saturating_sub(used_bytes);
+        Closed { seconds, memory_s, free_bytes, ahead: Ahead::default() }
+    }
+
+    fn none(chip: &Chip) -> Closed {
+        Closed::new(chip, 0.0, 0.0, 0)
+    }
+
+    fn after(self, seconds: f64) -> Closed {
+        Closed { seconds: self.seconds + seconds, ..self }
+    }
+
+    /// This, and then other commands.
+    fn then(self, next: Closed) -> Closed {
+        Closed {
+            seconds: self.seconds + next.seconds,
+            memory_s: self.memory_s + next.memory_s,
+            free_bytes: self.free_bytes.min(next.free_bytes),
+            ahead: self.ahead,
+        }
+    }
+
+    /// Seconds that an op takes less because its first weights are loaded while this one runs, as far as the memories have time and the
+    /// scratchpads have room.
+    pub fn saves_s(&self, next: &Closed) -> f64 {
+        // The first weights of this one may have been loaded before it as well.
+        let early_s = (self.ahead.saved_s - self.ahead.memory_s).max(0.0);
+        let idle_s = (self.seconds - self.memory_s - early_s).max(0.0);
+        let Ahead { saved_s, memory_s, bytes } = next.ahead;
+        if saved_s <= 0.0 {
+            return 0.0;
+        }
+        saved_s * (idle_s / memory_s).min(self.free_bytes as f64 / bytes as f64).min(1.0)
+    }
+}
+
+/// Returns the time of an op by the closed form: without commands, and close to the event engine's result.
 ///
 /// # Errors
 /// As [`lower`].
-pub fn closed_s(chip: &Chip, shape: &Shape) -> Result<f64> {
+pub fn closed(chip: &Chip, shape: &Shape) -> Result<Closed> {
     let barrier_s = chip.barrier_s();
-    let seconds = match shape {
-        Shape::Units(units) => units_s(chip, units)? + barrier_s,
-        Shape::Norm(norm) => stages_s(chip, &norm_stages(chip, norm)?)?,
-        Shape::Product(product) => Costs::new(chip, product, chip.tiles).tiling()?.1 + barrier_s,
-        Shape::Blocks(blocks) => blocks_s(chip, blocks)?,
-        Shape::Attend(attend) => attend_s(chip, attend)? + barrier_s,
-        Shape::Experts(experts) => experts_s(chip, experts)?,
-        Shape::ArgMax { rows, cols } => stages_s(chip, &arg_max_stages(*rows, *cols))?,
-        Shape::TopK { rows, cols, k } => stages_s(chip, &top_k_stages(*rows, *cols, *k))?,
+    let closed = match shape {
+        Shape::Units(units) => units_closed(chip, units)?.after(barrier_s),
+        Shape::Norm(norm) => stages_closed(chip, &norm_stages(chip, norm)?)?,
+        Shape::Product(product) => Costs::new(chip, product, chip.tiles).closed()?.after(barrier_s),
+        Shape::Blocks(blocks) => blocks_closed(chip, blocks)?,
+        Shape::Attend(attend) => attend_closed(chip, attend)?.after(barrier_s),
+        Shape::Experts(experts) => experts_closed(chip, experts)?,
+        Shape::ArgMax { rows, cols } => stages_closed(chip, &arg_max_stages(*rows, *cols))?,
+        Shape::TopK { rows, cols, k } => stages_closed(chip, &top_k_stages(*rows, *cols, *k))?,
     };
-    Ok(seconds + chip.launch_s())
+    Ok(closed.after(chip.launch_s()))
 }
 
 fn too_small(chip: &Chip, what: &str, need_bytes: u64) -> Error {

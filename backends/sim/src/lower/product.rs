@@ -6,7 +6,7 @@
 use std::ops::Range;
 
 use super::units::{requests, row_pieces};
-use super::{COLUMNS, Pipeline, aligned, blocks, share, too_small};
+use super::{Ahead, COLUMNS, Closed, Pipeline, aligned, blocks, share, too_small};
 use crate::chip::{Chip, Multiplication, form_bytes};
 use crate::places::{Amounts, Data, Traffic};
 use crate::shape::{Epilogue, Part, Product, X};
@@ -229,19 +229,29 @@ impl<'a> Costs<'a> {
         (columns.div_ceil(COLUMNS).div_ceil(t.grid.1) * COLUMNS).min(columns)
     }
 
+    /// Returns the bytes of weights that all tiles load.
+    fn weights_bytes(&self, t: Tiling) -> f64 {
+        let (p, (grid_m, _)) = (self.p, t.grid);
+        let passes = f64::from(p.m.div_ceil(grid_m).div_ceil(t.rows));
+        passes * copies(self.chip, grid_m) * self.column_bytes * f64::from(p.columns())
+    }
+
+    /// Returns the seconds that device memory needs for these.
+    fn weights_s(&self, t: Tiling) -> f64 {
+        let read = Amounts::default().with(Data::Weights, self.weights_bytes(t));
+        self.chip.memory_s(&Traffic { read, ..Traffic::default() }) / self.device_share
+    }
+
     /// Returns the seconds that device memory needs for the activations of all tiles, loaded once, and for everything else. Tiles have
     /// an equal share of its rate.
     fn device_s(&self, t: Tiling) -> [f64; 2] {
-        let (chip, p, (grid_m, grid_n)) = (self.chip, self.p, t.grid);
+        let (chip, p, (_, grid_n)) = (self.chip, self.p, t.grid);
         let (m, columns, each) = (f64::from(p.m), f64::from(p.columns()), self.activation_bytes);
         let none = Amounts::default();
-        let reads =
-            |grid: u32, passes: u32| f64::from(passes) * f64::from(grid) / f64::from(chip.multicast(grid));
-        let weights = reads(grid_m, p.m.div_ceil(grid_m).div_ceil(t.rows)) * self.column_bytes;
         let added = if matches!(p.epilogue, Epilogue::Add(_)) { 1.0 } else { 0.0 };
         let results = columns * each * m;
-        let x = none.with(Data::Activations, reads(grid_n, 1) * each * m * f64::from(p.k));
-        let rest = none.with(Data::Weights, columns * weights).with(Data::Activations, added * results);
+        let x = none.with(Data::Activations, copies(chip, grid_n) * each * m * f64::from(p.k));
+        let rest = none.with(Data::Weights, self.weights_bytes(t)).with(Data::Activations, added * results);
         let moved = [
             Traffic { read: x, written: none },
             Traffic { read: rest, written: none.with(Data::Activations, results) },
@@ -335,6 +345,25 @@ impl<'a> Costs<'a> {
         let rest_s = if without > 0.0 { without * rest.paces(chip).1 } else { 0.0 };
         // The last block ends as a whole.
         first.seconds(chip) + rest_s + (1.0 - 1.0 / chunks) * (finish_s + store_s)
+    }
+
+    /// Returns the time of the best tiling, and what of it may be loaded ahead: the weights of the first two chunks.
+    pub fn closed(&self) -> Result<Closed> {
+        let (t, seconds) = self.tiling()?;
+        let (chip, floor) = (self.chip, self.floor(t));
+        let [x_device_s, rest_device_s] = floor.device_s;
+        let closed = Closed::new(chip, seconds, x_device_s + rest_device_s, self.scratch_bytes(t));
+        let chunks = floor.passes * f64::from(self.column_blocks(t, floor.columns)) * f64::from(t.cut.chunks);
+        let loaded = chunks.min(2.0);
+        let memory_s = self.weights_s(t) * loaded / chunks;
+        let load_s = (floor.passes * floor.loads_s / chunks).max(memory_s / loaded);
+        let work_s = floor.units_s[0].max(floor.units_s[1]) / chunks;
+        // What multiplies the first chunk starts earlier by its load, and what loads the others by both, less the work that it waits for.
+        let device_s = x_device_s + rest_device_s - memory_s;
+        let least_s = floor.units_s[0].max(floor.units_s[1]).max(device_s);
+        let saved_s = load_s.max(loaded * load_s - work_s).min((seconds - least_s).max(0.0));
+        let bytes = u64::from(self.p.width()) * 2 * aligned(t.cut.row_bytes.0 * u64::from(t.columns));
+        Ok(Closed { ahead: Ahead { saved_s, memory_s, bytes }, ..closed })
     }
 
     /// Returns what bounds the seconds of the tilings of a grid and of a number of rows, however columns and `k` are cut.
@@ -470,6 +499,11 @@ impl<'a> Costs<'a> {
         let free = self.least_pace_s == 0.0;
         if free { f64::INFINITY } else { (seconds / NEARLY - 2.0 * self.setup_s) / self.least_pace_s + 1.0 }
     }
+}
+
+/// Returns how often device memory is read for bytes that so many tiles load.
+fn copies(chip: &Chip, tiles: u32) -> f64 {
+    f64::from(tiles) / f64::from(chip.multicast(tiles))
 }
 
 /// What tilings of a grid and of a number of rows have in common, and what bounds their seconds.
@@ -824,7 +858,7 @@ fn out_pieces(p: &Product, part: &Part, rows: Range<u32>, range: Range<u32>) -> 
 
 #[cfg(test)]
 mod tests {
-    use super::super::closed_s;
+    use super::super::closed;
     use super::*;
     use crate::chip::Numerics;
     use crate::shape::{RESIDUAL, Rows, Shape, bias, weight};
@@ -927,7 +961,7 @@ mod tests {
                 let shape = Shape::Product(p);
                 let sizes = (0..57).map(|i| (32_768.0 * f64::from(i).mul_add(0.125, 0.0).exp2()) as u32);
                 let times: Vec<f64> =
-                    sizes.map(|bytes| closed_s(&chip(name, memory, bytes), &shape).unwrap()).collect();
+                    sizes.map(|bytes| closed(&chip(name, memory, bytes), &shape).unwrap().seconds).collect();
                 assert!(times.is_sorted_by(|small, large| small >= large), "{name}, {shape:?}: {times:?}");
                 assert!(times.first() > times.last());
             }

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::{BLOCK_BYTES, Pipeline, SLOTS, TILE_BYTES, aligned, blocks, share, too_small};
+use super::{BLOCK_BYTES, Closed, Pipeline, SLOTS, TILE_BYTES, aligned, blocks, share, too_small};
 use crate::chip::Chip;
 use crate::places::{Amounts, Data, Traffic};
 use crate::shape::{Norm, RowIndex, Rows, Units};
@@ -16,6 +16,8 @@ struct UnitsTiling {
     slots: u32,
     /// Units per command.
     block: u32,
+    /// Bytes of a unit.
+    each_bytes: u64,
     /// Bytes read once.
     once_bytes: u64,
 }
@@ -39,14 +41,14 @@ fn units_tiling(chip: &Chip, units: &Units) -> Result<UnitsTiling> {
     let total = each * u64::from(units.count);
     let tiles = u64::from(chip.tiles.min(units.count / units.pieces)).min(total.div_ceil(TILE_BYTES)) as u32;
     let block = (BLOCK_BYTES / each.max(1)).clamp(1, fit(slots.into())) as u32;
-    Ok(UnitsTiling { tiles, slots, block, once_bytes: once })
+    Ok(UnitsTiling { tiles, slots, block, each_bytes: each, once_bytes: once })
 }
 
-/// Returns the seconds of units by the closed form.
-pub fn units_s(chip: &Chip, units: &Units) -> Result<f64> {
-    let UnitsTiling { tiles, slots, block, once_bytes: once } = units_tiling(chip, units)?;
+/// Returns the time of units by the closed form.
+pub fn units_closed(chip: &Chip, units: &Units) -> Result<Closed> {
+    let UnitsTiling { tiles, slots, block, each_bytes, once_bytes: once } = units_tiling(chip, units)?;
     if tiles == 0 {
-        return Ok(0.0);
+        return Ok(Closed::none(chip));
     }
     let per_tile = (units.count / units.pieces).div_ceil(tiles) * units.pieces;
     let block = block.min(per_tile);
@@ -66,13 +68,14 @@ pub fn units_s(chip: &Chip, units: &Units) -> Result<f64> {
     let (vector_s, drain_s) = chip.compute_s(Work::Vector(units.work(block)));
     let all = units.reads.iter().chain(&units.writes);
     let setup_s = all.map(|r| chip.setup_s(&Piece::whole(r.operand, 0, 1).of(r.data))).fold(0.0, f64::max);
-    Ok(Pipeline {
+    let memory_s = chip.memory_s(&traffic);
+    let pipeline = Pipeline {
         count,
         load_s: reads / chip.engine_bytes_per_s(),
         units_s: [vector_s, 0.0],
         drain_s,
         store_s: writes / chip.engine_bytes_per_s(),
-        device_s: chip.memory_s(&traffic),
+        device_s: memory_s,
         setup_s,
         requests: (
             units.reads.iter().map(|rows| requests(rows, block)).sum(),
@@ -81,9 +84,9 @@ pub fn units_s(chip: &Chip, units: &Units) -> Result<f64> {
         slots: f64::from(slots),
         ahead_s: 0.0,
         least_pace_s: 0.0,
-    }
-    .seconds(chip)
-        + once as f64 / chip.engine_bytes_per_s())
+    };
+    let seconds = pipeline.seconds(chip) + once as f64 / chip.engine_bytes_per_s();
+    Ok(Closed::new(chip, seconds, memory_s, once + u64::from(slots * block) * each_bytes))
 }
 
 /// Returns the number of requests for `count` rows.
@@ -226,9 +229,10 @@ pub fn arg_max_stages(rows: u32, cols: u32) -> [Units; 2] {
     ]
 }
 
-/// Returns the seconds of stages by the closed form.
-pub fn stages_s(chip: &Chip, stages: &[Units]) -> Result<f64> {
-    stages.iter().try_fold(0.0, |sum, units| Ok(sum + units_s(chip, units)? + chip.barrier_s()))
+/// Returns the time of stages by the closed form.
+pub fn stages_closed(chip: &Chip, stages: &[Units]) -> Result<Closed> {
+    let stage = |all: Closed, units| Ok(all.then(units_closed(chip, units)?.after(chip.barrier_s())));
+    stages.iter().try_fold(Closed::none(chip), stage)
 }
 
 /// Lowers consecutive stages. Each stage but the last writes to a temporary buffer, which the next one reads.
