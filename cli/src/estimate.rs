@@ -62,7 +62,7 @@ pub struct WorkArgs {
     /// Generated tokens per sequence [default: 128].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     generate: Option<u32>,
-    /// Prefill batch size in tokens.
+    /// Tokens of a prefill step, at most: of one prompt, or of several short ones.
     #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=65_536))]
     chunk: u32,
 }
@@ -273,9 +273,9 @@ pub fn run(args: &EstimateArgs) -> Result<(), Failure> {
             && args.ops
         {
             text += &format!(
-                "\n{}, prefill step of {} tokens of a sequence\n{}",
+                "\n{}, prefill step of {} tokens\n{}",
                 asked.profile.name,
-                workload.chunk.min(workload.prompt),
+                workload.prefill_tokens(estimate.layout),
                 ops(&estimate.prefill)
             );
             let (parts, each) = estimate.parts;

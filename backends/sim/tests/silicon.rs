@@ -2,9 +2,13 @@
 //!
 //! `tests/data/silicon/README.md` says where the measurements come from, `docs/timing-model.md` what the errors of all are.
 
+use std::collections::BTreeMap;
+
 use halite::Error;
 use halite::kernels::formats::Format;
+use halite::model::ProgramOptions;
 use halite::program::{Builder, Dim, WeightInfo};
+use halite::synth::{Formats as Weights, Synth, shape};
 use halite_profiles::numerics::Dtype;
 use halite_profiles::profile::{MatMulFit, Profile, SHIPPED};
 use halite_sim::estimate::collective::{Collective, Fabric};
@@ -12,7 +16,8 @@ use halite_sim::estimate::fit::{Fit, Op, Regime, Validation, fit, regime, with_c
 use halite_sim::estimate::kernel::{self, Formats, Kernel, Source};
 use halite_sim::estimate::links;
 use halite_sim::estimate::points::{Point, held_out, parse};
-use halite_sim::estimate::workload::{Choices, SIMULATED_RATIOS};
+use halite_sim::estimate::system::Layout;
+use halite_sim::estimate::workload::{Choices, SIMULATED_RATIOS, Workload, estimate};
 use halite_sim::step;
 
 const BF16: Formats = Formats { activations: Dtype::Bf16, weights: Dtype::Bf16 };
@@ -105,7 +110,13 @@ fn p150_products() {
 
 /// The ratios measured / simulated of the products of a p150 with so many columns of cores.
 fn p150_by_events(clusters: f64, points: Vec<Point>, dtype: Dtype) -> Vec<f64> {
-    let mut profile = Profile::open("tenstorrent-p150").unwrap().with("chip.clusters", clusters).unwrap();
+    let profile = Profile::open("tenstorrent-p150").unwrap().with("chip.clusters", clusters).unwrap();
+    by_events(&profile, points, dtype)
+}
+
+/// The ratios measured / simulated of products on a chip with scratchpads.
+fn by_events(profile: &Profile, points: Vec<Point>, dtype: Dtype) -> Vec<f64> {
+    let mut profile = profile.clone();
     profile.calibration = None;
     let choices = Choices::default().products(Some(dtype)).activations(dtype).stored(Some(dtype));
     let chip = choices.chip(profile).unwrap();
@@ -135,6 +146,101 @@ fn p150_products_by_events() {
         let mean = errors.iter().map(|error: &f64| error.abs()).sum::<f64>() / errors.len() as f64;
         println!("{dtype}: {} points, mean error {mean:.1} %, {errors:.1?}", errors.len());
         assert!(mean < bound, "{dtype}: {mean} %");
+    }
+}
+
+/// A chip that nothing was fitted to: by events, and by the closed form with its sister's constants.
+#[test]
+fn products_of_an_unmeasured_chip() {
+    let sister = Profile::open("tenstorrent-p150").unwrap();
+    for (dtype, bounds) in
+        [(Dtype::Mxint8, [0.34, 0.38]), (Dtype::Mxfp4, [0.25, 0.28]), (Dtype::Bf16, [0.37, 0.42])]
+    {
+        let points: Vec<Point> =
+            points!("n150-8x8").into_iter().filter(|point| point.formats.weights == dtype).collect();
+        let mut n150 = Profile::open("tenstorrent-n150").unwrap();
+        let events = by_events(&n150, points.clone(), dtype);
+        n150.calibration = sister.calibration.clone();
+        let closed =
+            points.iter().map(|p| p.seconds / kernel::estimate(&n150, p.formats, p.kernel).unwrap().seconds);
+        let mean =
+            |ratios: &[f64]| ratios.iter().map(|r| (1.0 / r - 1.0).abs()).sum::<f64>() / ratios.len() as f64;
+        let closed: Vec<f64> = closed.collect();
+        let means = [mean(&events), mean(&closed)];
+        println!(
+            "{dtype}: {} points, mean errors {means:.3?}, ratios {events:.2?} {closed:.2?}",
+            points.len()
+        );
+        assert!(points.len() == 13 && (0..2).all(|i| means[i] < bounds[i]), "{dtype}: {means:?}");
+    }
+}
+
+/// Whole models, as their makers published them.
+#[test]
+fn published_models() {
+    let mut errors: BTreeMap<(String, String), Vec<f64>> = BTreeMap::new();
+    for line in include_str!("data/silicon/models.csv").lines().filter(|line| !line.starts_with('#')).skip(1)
+    {
+        let fields: Vec<&str> = line.split(',').collect();
+        let [
+            chip,
+            model,
+            weights,
+            kv,
+            products,
+            stored,
+            activations,
+            chips,
+            batch,
+            prompt,
+            generate,
+            figure,
+            value,
+        ] = fields[..]
+        else {
+            panic!("{line}")
+        };
+        let format = |name| Format::from_name(name).unwrap();
+        let dtype = |name: &str| (!name.is_empty()).then(|| Dtype::named(name).unwrap());
+        let number = |text: &str| text.parse::<u32>().unwrap();
+        let profile = Profile::open(chip).unwrap();
+        let model = Synth::new(shape(model).unwrap(), Weights::of(format(weights)), 0).unwrap();
+        let (prompt, generate) = (number(prompt), number(generate));
+        let options = ProgramOptions::default().kv_format(format(kv));
+        let program = model.model().unwrap().program(options, prompt + generate).unwrap();
+        let layout = Layout::default().tensor(number(chips));
+        let choices = Choices::default().products(dtype(products)).stored(dtype(stored)).layout(layout);
+        let choices = choices.activations(dtype(activations).unwrap());
+        let workload = Workload::default().batch(number(batch)).prompt(prompt).generate(generate).chunk(8192);
+        let e = estimate(&profile, choices, &program, &workload).unwrap();
+        let tokens = f64::from(workload.batch) * f64::from(generate);
+        let value: f64 = value.parse().unwrap();
+        // How many times as long as published it is predicted to take.
+        let slower = match figure {
+            "per_chip_tokens_per_s" => value / (tokens / e.seconds / f64::from(number(chips))),
+            "first_token_s" => e.first_token_s / value,
+            "step_s" => e.step_s / value,
+            other => panic!("{other}"),
+        };
+        println!("{line}: {:+.0} %", 100.0 * (slower - 1.0));
+        errors.entry((chip.into(), figure.into())).or_default().push(slower - 1.0);
+    }
+    let bounds = [
+        ("nvidia-a100", "first_token_s", 0.16),
+        ("nvidia-a100", "per_chip_tokens_per_s", 0.3),
+        ("nvidia-h100", "first_token_s", 0.2),
+        ("nvidia-h100", "per_chip_tokens_per_s", 0.38),
+        ("nvidia-h100", "step_s", 0.2),
+        ("tenstorrent-n150", "first_token_s", 0.6),
+        ("tenstorrent-n150", "step_s", 0.18),
+        ("tenstorrent-p150", "first_token_s", 0.47),
+        ("tenstorrent-p150", "step_s", 0.08),
+    ];
+    assert_eq!(errors.len(), bounds.len());
+    for (((chip, figure), errors), bound) in errors.into_iter().zip(bounds) {
+        let mean = errors.iter().map(|error| error.abs()).sum::<f64>() / errors.len() as f64;
+        println!("{chip}, {figure}: {} points, mean error {:.0} %", errors.len(), 100.0 * mean);
+        assert!((&*chip, &*figure) == (bound.0, bound.1) && mean < bound.2, "{chip}, {figure}: {mean}");
     }
 }
 

@@ -703,6 +703,7 @@ shipped! {
     "nvidia-h100"
     "sambanova-sn40l"
     "teaching-16x16"
+    "tenstorrent-n150"
     "tenstorrent-p150"
     "tpu-v1"
 }

@@ -1,7 +1,7 @@
 //! Predicts serving of a model on a chip: time to the first token, tokens per second, energy and cost, from
 //! shapes alone.
 //!
-//! Prefill runs in steps of [`Workload::chunk`] tokens, one sequence after the other; then all sequences
+//! Prefill runs in steps of [`Workload::chunk`] tokens: parts of one long prompt, or several short ones; then all sequences
 //! decode together. The time of a step grows linearly with its position, so one prefill step and one decode
 //! step are timed, each in the middle.
 
@@ -33,7 +33,7 @@ pub struct Workload {
     pub prompt: u32,
     /// Generated tokens per sequence.
     pub generate: u32,
-    /// Maximum prompt tokens of a step.
+    /// Maximum prompt tokens of a step: of one prompt, or of several short ones.
     pub chunk: u32,
 }
 
@@ -60,11 +60,26 @@ impl Workload {
         Ok(positions)
     }
 
-    /// The number of prefill steps, and the middle one.
-    fn prefill(&self) -> (u32, (u32, u32)) {
-        let chunk = self.chunk.clamp(1, self.prompt.max(1));
-        let steps = self.prompt.div_ceil(chunk);
-        (steps, (steps.saturating_sub(1) / 2 * chunk, chunk))
+    /// The number of prefill steps of some sequences; and of the middle one its sequences, the first position and the tokens of each.
+    fn prefill(&self, sequences: u32) -> (f64, u32, (u32, u32)) {
+        let (chunk, prompt) = (self.chunk.max(1), self.prompt.max(1));
+        let steps = prompt.div_ceil(chunk);
+        if steps > 1 {
+            return (f64::from(sequences) * f64::from(steps), 1, ((steps - 1) / 2 * chunk, chunk));
+        }
+        let together = (chunk / prompt).clamp(1, sequences.max(1));
+        (f64::from(sequences.div_ceil(together)), together, (0, prompt))
+    }
+
+    /// Tokens of a prefill step on each chip of a layout.
+    pub fn prefill_tokens(&self, layout: Layout) -> u32 {
+        self.spans(layout)[0].iter().fold(0, |sum, (_, tokens)| sum.saturating_add(*tokens))
+    }
+
+    /// Sequences of a copy of the model.
+    fn sequences(&self, layout: Layout) -> u32 {
+        let (each, parts) = self.parts(layout);
+        each.saturating_mul(parts)
     }
 
     /// The position of the middle generated token.
@@ -84,8 +99,7 @@ impl Workload {
     fn amounts(&self, choices: Choices, stages: &[Stage]) -> Vec<Amounts> {
         let positions = u64::from(self.prompt) + u64::from(self.generate);
         let positions = positions.div_ceil(choices.layout.context.max(1).into());
-        let (each, parts) = self.parts(choices.layout);
-        let sequences = u64::from(each) * u64::from(parts);
+        let sequences = u64::from(self.sequences(choices.layout));
         let [prompt, texts] = self.spans(choices.layout);
         let tokens = |spans: &[(u32, u32)]| spans.iter().fold(0u32, |sum, (_, n)| sum.saturating_add(*n));
         let most = tokens(&prompt).max(tokens(&texts));
@@ -111,11 +125,11 @@ impl Workload {
     /// The spans of a prefill step and of a decode step, on one of the chips that share positions. Each has its part of a prompt's tokens,
     /// which see as many positions on average as all, and its part of the positions that a generated token sees.
     fn spans(&self, layout: Layout) -> [Vec<(u32, u32)>; 2] {
-        let (_, (start, tokens)) = self.prefill();
+        let (_, together, (start, tokens)) = self.prefill(self.sequences(layout));
         let context = layout.context.max(1);
         let own = tokens.div_ceil(context);
         let chunk = (start + (tokens - own) / 2, own);
-        [vec![chunk], vec![(self.middle() / context, 1); self.parts(layout).0 as usize]]
+        [vec![chunk; together as usize], vec![(self.middle() / context, 1); self.parts(layout).0 as usize]]
     }
 
     /// Total seconds, from those to the first token and those of a decode step.
@@ -581,9 +595,9 @@ impl<'a> System<'a> {
 
     /// Returns the seconds to the first token of every sequence, and of a decode step of all.
     fn times(&self, workload: &Workload, prefill: &StepTime, decode: &StepTime) -> (f64, f64) {
-        let (each, parts) = workload.parts(self.layout);
-        let prompts = f64::from(each * parts) * f64::from(workload.prefill().0);
-        let first_token_s = prefill.latency_s + (prompts - 1.0) * prefill.pace_s;
+        let (_, parts) = workload.parts(self.layout);
+        let (steps, ..) = workload.prefill(workload.sequences(self.layout));
+        let first_token_s = prefill.latency_s + (steps - 1.0) * prefill.pace_s;
         (first_token_s, decode.latency_s.max(f64::from(parts) * decode.pace_s))
     }
 }
@@ -626,14 +640,13 @@ pub fn estimate(
     let tokens = f64::from(workload.batch) * f64::from(workload.generate);
     let chips = f64::from(layout.chips());
     let (each, parts) = workload.parts(layout);
-    let sequences = u64::from(each) * u64::from(parts);
     let exchanges = stages.iter().flat_map(|stage| system.exchanges(stage, &spans));
     // A sum of nothing would be -0.
     let exchanged = exchanges.fold(0.0, |sum, exchange| sum + exchange.seconds);
     // Of all chips: each of a stage does the same work, and each replica all of it.
     let alike = f64::from(layout.of_stage()) * f64::from(layout.data);
     let joules = prefill.total().joules.zip(decode.total().joules).and_then(|(prefill, decode)| {
-        let prompts = (f64::from(workload.prefill().0) * sequences as f64) * prefill;
+        let prompts = workload.prefill(workload.sequences(layout)).0 * prefill;
         let generated = (f64::from(workload.generate.saturating_sub(1)) * f64::from(parts)) * decode;
         let idle = profile.idle_joules(chips * seconds)?;
         Some(Joules { idle, ..alike * (prompts + generated) })
