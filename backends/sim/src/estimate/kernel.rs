@@ -127,8 +127,12 @@ impl Machine {
     /// # Errors
     /// `Error::Argument` if the chip multiplies neither.
     pub fn new(profile: &Profile, formats: Formats) -> Result<Machine> {
+        Machine::of(profile, &products(profile), formats)
+    }
+
+    /// As [`Machine::new`], with the [`products`] of the profile.
+    pub(super) fn of(profile: &Profile, all: &[(Formats, f64)], formats: Formats) -> Result<Machine> {
         let Formats { activations, weights } = formats;
-        let all = products(profile);
         let find = |weights| all.iter().find(|(f, _)| *f == Formats { activations, weights });
         let unpacked = || find(activations).filter(|_| weights.bits() < activations.bits());
         let Some((_, ops_per_s)) = find(weights).or_else(unpacked) else {
@@ -287,6 +291,16 @@ fn overlap(a: f64, b: f64, exponent: f64) -> f64 {
     if long == 0.0 { 0.0 } else { long * (1.0 + (short / long).powf(exponent)).powf(1.0 / exponent) }
 }
 
+/// The least seconds of ways to compute while memory moves the same bytes for `memory_s`. `compute_s` has the least of the ways without
+/// parts that must be added up, and of those with, which take `split_s` more: the overlapped time grows with the time of computation.
+fn quickest(compute_s: [f64; 2], memory_s: f64, split_s: f64, exponent: f64) -> f64 {
+    let [whole, split] = compute_s;
+    let least = overlap(whole, memory_s, exponent);
+    // The longer one of the two times is a bound that needs no powers.
+    let may_be_less = split.max(memory_s) + split_s < least;
+    if may_be_less { least.min(overlap(split, memory_s, exponent) + split_s) } else { least }
+}
+
 /// Seconds of a product of `m x k` with `k x n`.
 pub fn matmul_seconds(machine: &Machine, c: &MatMulConstants, m: u64, n: u64, k: u64) -> f64 {
     c.overhead_s + grouped_seconds(machine, c, 1.0, m as f64, n as f64, k as f64)
@@ -314,20 +328,19 @@ fn grouped_seconds(machine: &Machine, c: &MatMulConstants, groups: f64, m: f64, 
     let blocks = (k / SUM_BLOCK).ceil();
     let is_packed = machine.stored.weight_bits < machine.stored.activation_bits;
     let least_rows = (groups > 1.0 || is_packed).then_some(LEAST_ROWS);
-    let mut least = f64::INFINITY;
+    let mut compute_s = [f64::INFINITY; 2];
     for rows in TILE_SIDES.into_iter().chain(least_rows) {
         for columns in TILE_SIDES {
             let outputs = groups * (m / rows).ceil() * (n / columns).ceil();
             for splits in SUM_SPLITS.into_iter().filter(|&s| s == 1.0 || s <= blocks) {
                 let waves = (outputs * splits / machine.tiles).ceil();
                 let tile_ops = 2.0 * rows * columns * SUM_BLOCK * (blocks / splits).ceil();
-                let compute_s = waves * (tile_ops / tile_ops_per_s + c.wave_s);
-                let split_s = if splits > 1.0 { c.split_s } else { 0.0 };
-                least = least.min(overlap(compute_s, memory_s, c.overlap_exponent) + split_s);
+                let least = &mut compute_s[usize::from(splits > 1.0)];
+                *least = least.min(waves * (tile_ops / tile_ops_per_s + c.wave_s));
             }
         }
     }
-    least
+    quickest(compute_s, memory_s, c.split_s, c.overlap_exponent)
 }
 
 /// Each of the `clusters x tiles_per_cluster` tiles owns a block of the output. Both operands are read once
@@ -362,17 +375,16 @@ pub fn attention_seconds(machine: &Machine, c: &AttentionConstants, kernel: Kern
     let items = batch as f64 * kv_heads as f64 * group;
     let block_s = 2.0 * KEY_BLOCK * head_dim as f64 * machine.stored.weight_bits / 8.0 / c.tile_bytes_per_s;
     let blocks = (kv_len as f64 / KEY_BLOCK).ceil();
-    let mut least = f64::INFINITY;
+    let mut compute_s = [f64::INFINITY; 2];
     for splits in (0..).map(|i| f64::from(1 << i)).take_while(|&s| s <= f64::from(MOST_KEY_SPLITS)) {
         if splits > blocks.max(1.0) {
             break;
         }
         let waves = (items * splits / machine.tiles).ceil();
-        let compute_s = waves * (c.item_s + (blocks / splits).ceil() * block_s);
-        let split_s = if splits > 1.0 { c.split_s } else { 0.0 };
-        least = least.min(overlap(compute_s, memory_s, c.overlap_exponent) + split_s);
+        let least = &mut compute_s[usize::from(splits > 1.0)];
+        *least = least.min(waves * (c.item_s + (blocks / splits).ceil() * block_s));
     }
-    c.overhead_s + least
+    c.overhead_s + quickest(compute_s, memory_s, c.split_s, c.overlap_exponent)
 }
 
 /// Seconds of attention of several tokens each for `batch` sequences. Work items are blocks of query rows;
@@ -630,7 +642,18 @@ fn launch_s(profile: &Profile) -> f64 {
 /// # Errors
 /// `Error::Argument` if the chip does not multiply these formats.
 pub fn assume(profile: &Profile, formats: Formats, stored: Stored, kernel: Kernel) -> Result<Estimate> {
-    let machine = Machine { stored, ..Machine::new(profile, formats)? };
+    assume_on(profile, &products(profile), formats, stored, kernel)
+}
+
+/// As [`assume`], with the [`products`] of the profile.
+pub(super) fn assume_on(
+    profile: &Profile,
+    all: &[(Formats, f64)],
+    formats: Formats,
+    stored: Stored,
+    kernel: Kernel,
+) -> Result<Estimate> {
+    let machine = Machine { stored, ..Machine::of(profile, all, formats)? };
     let fits = profile.calibration.as_ref();
     let (seconds, overhead_s, source, errors) = match kernel {
         Kernel::MatMul { .. } | Kernel::Experts { .. } => {
@@ -641,7 +664,7 @@ pub fn assume(profile: &Profile, formats: Formats, stored: Stored, kernel: Kerne
                 Kernel::MatMul { m, n, k } => matmul_seconds(&machine, &c, m, n, k),
                 _ => experts_seconds(&machine, &c, kernel),
             };
-            let is_native = products(profile).iter().any(|(f, _)| *f == formats);
+            let is_native = all.iter().any(|(f, _)| *f == formats);
             let is_packed = !is_native || stored.weight_bits < formats.weights.bits();
             // Constants of packed weights include their unpacking.
             let is_counted = match source {
@@ -697,4 +720,95 @@ pub fn assumption(kernel: Kernel) -> String {
     let percent = |fraction: f64| format!("{:.0} %", 100.0 * fraction);
     let compute = compute.map_or(String::new(), |f| format!("{} of the chip's operations and ", percent(f)));
     format!("assumed to reach {compute}{} of its bandwidth", percent(memory))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use halite::rng::SplitMix64;
+
+    /// Products and attention take the least of all ways to divide them, as `docs/timing-model.md` says.
+    #[test]
+    fn the_quickest_of_all_ways_counts() {
+        let mut random = SplitMix64::new(7);
+        let mut between = |from: f64, to: f64| {
+            let part = (random.next() >> 11) as f64 / (1u64 << 53) as f64;
+            from * (to / from).powf(part)
+        };
+        let mut split = [0, 0];
+        for name in ["nvidia-h100", "nvidia-a100"] {
+            let profile = Profile::open(name).unwrap();
+            let formats = Formats { activations: Dtype::Bf16, weights: Dtype::Bf16 };
+            for _ in 0..2000 {
+                let machine = Machine {
+                    ops_per_s: between(1e13, 1e16),
+                    bytes_per_s: between(1e11, 1e13),
+                    tiles: between(4.0, 1000.0).ceil(),
+                    ..Machine::new(&profile, formats).unwrap()
+                };
+                let p = between(1.0, 20.0);
+                let (m, n, k) =
+                    (between(1.0, 1e5).ceil(), between(16.0, 1e5).ceil(), between(16.0, 1e5).ceil());
+                let c = MatMulConstants {
+                    compute_fraction: between(0.1, 1.0),
+                    memory_fraction: between(0.1, 1.0),
+                    overhead_s: between(1e-7, 1e-5),
+                    wave_s: between(1e-9, 1e-5),
+                    split_s: between(1e-9, 1e-4),
+                    overlap_exponent: p,
+                };
+                let memory_s = 2.0 * (m * k + k * n + m * n) / (machine.bytes_per_s * c.memory_fraction);
+                let mut all = Vec::new();
+                for (rows, columns) in [(64.0, 64.0), (64.0, 128.0), (128.0, 64.0), (128.0, 128.0)] {
+                    for s in [1.0, 2.0, 4.0, 8.0, 16.0] {
+                        let blocks = (k / 64.0).ceil();
+                        let waves = ((m / rows).ceil() * (n / columns).ceil() * s / machine.tiles).ceil();
+                        let rate = machine.ops_per_s / machine.tiles * c.compute_fraction;
+                        let one = 2.0 * rows * columns * 64.0 * (blocks / s).ceil() / rate + c.wave_s;
+                        let time = overlap(waves * one, memory_s, p) + if s > 1.0 { c.split_s } else { 0.0 };
+                        all.extend((s <= blocks.max(1.0)).then_some((time, s)));
+                    }
+                }
+                let (least, s) = all.into_iter().min_by(|a, b| a.0.total_cmp(&b.0)).unwrap();
+                split[0] += usize::from(s > 1.0);
+                let got = matmul_seconds(&machine, &c, m as u64, n as u64, k as u64) - c.overhead_s;
+                assert!((got / least - 1.0).abs() < 1e-9, "{m} x {n} x {k}: {got}, expected {least}");
+
+                let c = AttentionConstants {
+                    memory_fraction: between(0.1, 1.0),
+                    cache_fraction: 0.5,
+                    resident_fraction: 0.0,
+                    overhead_s: 0.0,
+                    item_s: between(1e-9, 1e-5),
+                    tile_bytes_per_s: between(1e9, 1e12),
+                    split_s: between(1e-9, 1e-4),
+                    overlap_exponent: p,
+                };
+                let (batch, kv_heads) = (between(1.0, 256.0).ceil(), between(1.0, 64.0).ceil());
+                let kv_len = between(1.0, 1e5).ceil();
+                let kernel = Kernel::Attention {
+                    batch: batch as u64,
+                    heads: 8 * kv_heads as u64,
+                    kv_heads: kv_heads as u64,
+                    head_dim: 128,
+                    kv_len: kv_len as u64,
+                };
+                let memory_s = work(&machine, kernel).0 / (machine.bytes_per_s * c.memory_fraction);
+                let blocks = (kv_len / 128.0).ceil();
+                let one = |s: f64| {
+                    let waves = (batch * kv_heads * s / machine.tiles).ceil();
+                    let each =
+                        c.item_s + (blocks / s).ceil() * 2.0 * 128.0 * 128.0 * 2.0 / c.tile_bytes_per_s;
+                    overlap(waves * each, memory_s, p) + if s > 1.0 { c.split_s } else { 0.0 }
+                };
+                let parts = (0..8).map(|i| f64::from(1 << i)).filter(|s| *s <= blocks);
+                let (least, s) = parts.map(|s| (one(s), s)).min_by(|a, b| a.0.total_cmp(&b.0)).unwrap();
+                split[1] += usize::from(s > 1.0);
+                let got = attention_seconds(&machine, &c, kernel);
+                assert!((got / least - 1.0).abs() < 1e-12, "{kernel:?}: {got}, expected {least}");
+            }
+        }
+        // Both kinds of ways are the quickest often enough.
+        assert!(split.iter().all(|count| (400..3600).contains(count)), "{split:?}");
+    }
 }

@@ -13,6 +13,7 @@ use super::collective::{Collective, Fabric};
 use super::device::Device;
 use super::figures::{Figures, Metric, have_bytes};
 use super::system::{Layout, Stage, layouts, stages};
+use super::work::Works;
 use crate::step::Distinct;
 use crate::{Bound, Chip, Joules, Numerics, OpTime, Report};
 use crate::{measured, step};
@@ -583,6 +584,8 @@ pub struct Quick<'a> {
     spans: [Vec<(u32, u32)>; 2],
     /// The ops of a prefill step of each stage, and then of a decode step.
     distinct: Distinct,
+    /// The same for devices that are not simulated.
+    works: Works,
     need_bytes: u64,
 }
 
@@ -605,12 +608,13 @@ impl<'a> Quick<'a> {
     /// [`Error::Program`] for an op that is not simulated.
     pub fn new(choices: Choices, stages: &'a [Stage], workload: &Workload) -> Result<Quick<'a>> {
         let spans = workload.spans(choices.layout);
-        let mut distinct = Distinct::default();
+        let (mut distinct, mut works) = (Distinct::default(), Works::default());
         for (spans, stage) in spans.iter().flat_map(|spans| stages.iter().map(move |stage| (spans, stage))) {
             distinct.add(&stage.program, spans, true)?;
+            works.add(&stage.program, spans);
         }
         let need_bytes = workload.bytes(choices, stages);
-        Ok(Quick { choices, stages, workload: *workload, spans, distinct, need_bytes })
+        Ok(Quick { choices, stages, workload: *workload, spans, distinct, works, need_bytes })
     }
 
     /// Returns the times on the chips of a profile.
@@ -627,15 +631,11 @@ impl<'a> Quick<'a> {
         let system = System::of(timer, profile, self.choices.layout, self.stages)?;
         let closed_s = match &system.timer {
             Timer::Chip(chip) => self.distinct.closed_s(chip)?,
-            Timer::Device(..) => Vec::new(),
+            Timer::Device(device) => device.seconds(&self.works)?,
         };
         let mut closed_s = closed_s.into_iter();
-        let mut step = |spans: &[(u32, u32)]| {
-            system.step(spans, |timer, stage, spans, _| match closed_s.next() {
-                Some(seconds) => Ok(seconds),
-                None => Ok(timer.report(&stage.program, spans)?.total().seconds),
-            })
-        };
+        let mut step =
+            |spans: &[(u32, u32)]| system.step(spans, |_, _, _, _| Ok(closed_s.next().unwrap_or(f64::NAN)));
         let (prefill, decode) = (step(&self.spans[0])?, step(&self.spans[1])?);
         let (first_token_s, step_s) = system.times(&self.workload, &prefill, &decode);
         Ok(Times { first_token_s, step_s, seconds: self.workload.seconds(first_token_s, step_s) })
