@@ -429,7 +429,7 @@ pub struct Estimate {
     /// What the constants rest on.
     pub source: Source,
     /// The middle 80 % of measured times of the kernels that the constants were fitted to, in the regime of
-    /// this one, as multiples of [`Estimate::seconds`].
+    /// this one, as multiples of [`Estimate::seconds`]; of assumed constants, of the kernels of other chips.
     pub interval: Option<[f64; 2]>,
 }
 
@@ -506,39 +506,98 @@ pub fn matmul_fit(profile: &Profile, formats: Formats) -> Option<&MatMulFit> {
     matches!(source, Source::Measured(_)).then_some(fit)
 }
 
-/// Constants of chips without measurements. All are near those that were fitted to an H100 and an A100
-/// (`docs/timing-model.md`); the overhead is the profile's `launch.kernel_ns`.
+/// Constants of chips without measurements: those that seven measured chips have in common, fitted to all of them (`docs/timing-model.md`;
+/// `tests/silicon.rs` fits them again).
 mod assumed {
-    use super::{AttentionConstants, MatMulConstants, PrefillConstants};
+    use super::{AttentionConstants, FitRegime, Formats, MatMulConstants, Op, PrefillConstants};
 
-    pub const MATMUL: MatMulConstants = MatMulConstants {
-        compute_fraction: 0.8,
-        memory_fraction: 0.8,
-        overhead_s: 0.0,
-        wave_s: 1e-6,
-        split_s: 2e-6,
-        overlap_exponent: 2.0,
-    };
+    /// What constants are common to.
+    #[derive(Clone, Copy)]
+    pub enum Kind {
+        Products,
+        /// Of activations with fewer than 16 bits, which are rounded first.
+        Narrow,
+        Experts,
+        Attention,
+        Prefill,
+    }
+
+    impl Kind {
+        pub fn of(op: Op, formats: Formats) -> Kind {
+            match op {
+                Op::MatMul if formats.activations.bits() < 16.0 => Kind::Narrow,
+                Op::MatMul => Kind::Products,
+                Op::Experts => Kind::Experts,
+                Op::Attention => Kind::Attention,
+                Op::Prefill => Kind::Prefill,
+            }
+        }
+
+        /// The overhead in launches of a kernel: some have several.
+        pub fn launches(self) -> f64 {
+            [0.75, 4.17, 6.9, 3.0, 3.12][self as usize]
+        }
+
+        /// The middle 80 % of measured times of small kernels and of those that memory and computation bound, as multiples of predicted
+        /// ones: of each generation of chips by a fit to the others.
+        pub fn interval(self, regime: FitRegime) -> [f64; 2] {
+            let all = [
+                [[0.74, 1.34], [0.69, 1.38], [0.85, 1.34]],
+                [[0.89, 1.33], [0.73, 1.47], [0.83, 1.35]],
+                [[0.78, 1.44], [0.81, 1.43], [0.78, 1.44]],
+                [[0.72, 1.85], [0.58, 1.69], [0.64, 1.79]],
+                [[0.54, 1.54], [0.62, 1.90], [0.85, 1.34]],
+            ];
+            let regime = FitRegime::ALL.iter().position(|of| *of == regime).unwrap_or(0);
+            all[self as usize][regime]
+        }
+    }
+
+    const fn products(
+        fractions: [f64; 2],
+        wave_s: f64,
+        split_s: f64,
+        overlap_exponent: f64,
+    ) -> MatMulConstants {
+        let [compute_fraction, memory_fraction] = fractions;
+        MatMulConstants {
+            compute_fraction,
+            memory_fraction,
+            overhead_s: 0.0,
+            wave_s,
+            split_s,
+            overlap_exponent,
+        }
+    }
+
+    pub const PRODUCTS: MatMulConstants = products([0.828, 0.952], 0.367e-6, 2.51e-6, 1.65);
+    pub const NARROW: MatMulConstants = products([0.621, 0.934], 0.41e-6, 2.39e-6, 1.58);
+    pub const EXPERTS: MatMulConstants = products([0.447, 0.857], 1.36e-6, 16e-6, 1.7);
     pub const ATTENTION: AttentionConstants = AttentionConstants {
-        memory_fraction: 0.8,
+        memory_fraction: 0.902,
         cache_fraction: 0.5,
         resident_fraction: 0.0,
         overhead_s: 0.0,
-        item_s: 2e-6,
+        item_s: 1.71e-6,
         tile_bytes_per_s: 0.0,
-        split_s: 1.5e-6,
-        overlap_exponent: 1.5,
+        split_s: 2.3e-6,
+        overlap_exponent: 1.38,
     };
     /// The rate of a tile in decode attention, as a fraction of its own memory's.
-    pub const TILE_FRACTION: f64 = 0.15;
+    pub const TILE_FRACTION: f64 = 0.293;
     pub const PREFILL: PrefillConstants = PrefillConstants {
-        compute_fraction: 0.7,
-        memory_fraction: 0.8,
+        compute_fraction: 0.796,
+        memory_fraction: 0.786,
         overhead_s: 0.0,
-        item_s: 1e-6,
-        block_s: 0.0,
-        overlap_exponent: 2.0,
+        item_s: 1.88e-6,
+        block_s: 0.427e-6,
+        overlap_exponent: 1.0,
     };
+}
+
+/// The interval of kernels of chips without measurements, from those of other chips: what [`Estimate::interval`] is then.
+pub fn assumed_interval(op: Op, formats: Formats, regime: FitRegime) -> [f64; 2] {
+    assumed::Kind::of(op, formats).interval(regime)
 }
 
 /// Operations of the vector unit to unpack a weight: shift or mask, convert, and a multiply-add with the
@@ -629,11 +688,17 @@ pub fn matmul_constants(
     } else {
         single()
     };
-    constants(found, || MatMulConstants { overhead_s: launch_s(profile), ..assumed::MATMUL })
+    let kind = assumed::Kind::of(if experts { Op::Experts } else { Op::MatMul }, formats);
+    let assumed = match kind {
+        assumed::Kind::Experts => assumed::EXPERTS,
+        assumed::Kind::Narrow => assumed::NARROW,
+        _ => assumed::PRODUCTS,
+    };
+    constants(found, || MatMulConstants { overhead_s: launches_s(profile, kind), ..assumed })
 }
 
-fn launch_s(profile: &Profile) -> f64 {
-    profile.launch.kernel_ns.value * 1e-9
+fn launches_s(profile: &Profile, kind: assumed::Kind) -> f64 {
+    kind.launches() * profile.launch.kernel_ns.value * 1e-9
 }
 
 /// The time of a kernel, measured or not: by the constants of its formats, else of the chip's nearest formats,
@@ -683,12 +748,17 @@ pub(super) fn assume_on(
         }
         Kernel::Prefill { .. } => {
             let found = nearest(fits.map_or(&[][..], |c| &c.prefill), formats, stored.weight_bits);
-            let assumed = || PrefillConstants { overhead_s: launch_s(profile), ..assumed::PREFILL };
+            let overhead_s = launches_s(profile, assumed::Kind::Prefill);
+            let assumed = || PrefillConstants { overhead_s, ..assumed::PREFILL };
             let Constants { values: c, source, errors } = constants(found, assumed);
             (prefill_seconds(&machine, &c, kernel), c.overhead_s, source, errors)
         }
     };
-    let interval = errors.and_then(|errors| interval(errors, regime(&machine, kernel)));
+    let regime = regime(&machine, kernel);
+    let interval = match errors {
+        Some(errors) => interval(errors, regime),
+        None => Some(assumed_interval(Op::of(kernel), formats, regime)),
+    };
     Ok(Estimate { seconds, overhead_s, source, interval })
 }
 
@@ -702,7 +772,7 @@ fn interval(errors: &FitErrors, regime: FitRegime) -> Option<[f64; 2]> {
 
 fn assumed_attention(profile: &Profile, machine: &Machine) -> AttentionConstants {
     AttentionConstants {
-        overhead_s: launch_s(profile),
+        overhead_s: launches_s(profile, assumed::Kind::Attention),
         tile_bytes_per_s: assumed::TILE_FRACTION * machine.scratchpad_bytes_per_s,
         ..assumed::ATTENTION
     }
@@ -711,9 +781,10 @@ fn assumed_attention(profile: &Profile, machine: &Machine) -> AttentionConstants
 /// Says what an estimate assumes of a kernel that was not measured.
 pub fn assumption(kernel: Kernel) -> String {
     let (compute, memory) = match kernel {
-        Kernel::MatMul { .. } | Kernel::Experts { .. } => {
-            (Some(assumed::MATMUL.compute_fraction), assumed::MATMUL.memory_fraction)
+        Kernel::MatMul { .. } => {
+            (Some(assumed::PRODUCTS.compute_fraction), assumed::PRODUCTS.memory_fraction)
         }
+        Kernel::Experts { .. } => (Some(assumed::EXPERTS.compute_fraction), assumed::EXPERTS.memory_fraction),
         Kernel::Attention { .. } => (None, assumed::ATTENTION.memory_fraction),
         Kernel::Prefill { .. } => (Some(assumed::PREFILL.compute_fraction), assumed::PREFILL.memory_fraction),
     };

@@ -113,8 +113,8 @@ pub struct Estimate {
     pub first_token_s: f64,
     /// Seconds of the middle decode step, of one token per sequence.
     pub step_s: f64,
-    /// Seconds between which it is expected to lie in 8 of 10 cases, by the errors of measured kernels; absent if
-    /// nothing like them was measured.
+    /// Seconds between which it is expected to lie in 8 of 10 cases, by the errors of measured kernels, of other
+    /// chips if need be; absent for CPUs.
     pub step_interval_s: Option<[f64; 2]>,
     /// Total seconds.
     pub seconds: f64,
