@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Measured kernels of GPUs, from the wheel aiconfigurator-core 0.12.0 (pip install pyarrow pandas; pip download --no-deps).
 
-    silicon.py WHEEL            rewrites the extracts in backends/sim/tests/data/silicon: some points of each shape, at random
+    silicon.py WHEEL            rewrites the extracts in backends/sim/tests/data/silicon: some points of each shape, at random, and
+                                in chips/ some of each chip
     silicon.py WHEEL --all DIR  writes all points, for `halite calibrate --fit`
 """
 
@@ -65,6 +66,28 @@ FILES = {
 }
 # What the extracts hold; the other sets are for `--all`.
 EXTRACTS = {"h100-matmul": 4, "a100-matmul": 4, "h100-attention": 18}
+# Chips beside each other: the folder, and the stack of each op. Kernels are those that the stack chose, if several are named.
+TRTLLM, VLLM, SGLANG = "trtllm/1.3.0rc20", "vllm/0.24.0", "sglang/0.5.14"
+CHIPS = {
+    "a100": ("a100_sxm", "trtllm/1.0.0", "sglang/0.5.10", "sglang/0.5.10"),
+    "h100": ("h100_sxm", TRTLLM, VLLM, VLLM),
+    "h200": ("h200_sxm", TRTLLM, VLLM, VLLM),
+    "b200": ("b200_sxm", TRTLLM, VLLM, VLLM),
+    "l40s": ("l40s", TRTLLM, VLLM, VLLM),
+    "rtx-pro-6000": ("rtx_pro_6000_server", TRTLLM, VLLM, VLLM),
+    "b60": ("b60", "vllm/0.26.0", "vllm/0.26.0", None),
+}
+# Op, place of its stack in a row of `CHIPS`, format, and the rows of the file.
+CHIP_SETS = [
+    ("matmul", 1, "bf16", {"gemm_dtype": "bfloat16"}),
+    ("matmul", 1, "fp8_e4m3", {"gemm_dtype": "fp8"}),
+    ("attention", 2, "bf16", {}),
+    ("prefill", 2, "bf16", {}),
+    ("experts", 3, "bf16", {"moe_dtype": "bfloat16"}),
+]
+# Chips that multiply 8-bit floats by unpacking them.
+WITHOUT_FP8 = ["a100", "b60"]
+CHIP_POINTS = 90
 
 
 def matmul(table):
@@ -131,6 +154,35 @@ def exchanges(wheel, folder):
         print(f"{chip}-exchanges", len(points), "points")
 
 
+def chips(wheel):
+    """Some points of each chip, in a file each: for the errors on chips that constants were not fitted to."""
+    (OUT / "chips").mkdir(exist_ok=True)
+    for name, (folder, *stacks) in CHIPS.items():
+        parts, paths = [], []
+        for op, place, dtype, rows in CHIP_SETS:
+            stack = stacks[place - 1]
+            if stack is None or (dtype != "bf16" and name in WITHOUT_FP8):
+                continue
+            family, file = FILES[op]
+            path = f"{folder}/{family}/{stack}/{file}_perf.parquet"
+            table = pd.read_parquet(io.BytesIO(wheel.read(ROOT + path)))
+            points, _ = chosen(table, op, dtype, rows)
+            points = points.sample(CHIP_POINTS, random_state=1).sort_values(list(points.columns[:-1]))
+            points.insert(0, "op", op)
+            parts.append(points.assign(activations=dtype, weights=dtype))
+            if path not in paths:
+                paths.append(path)
+        points = pd.concat(parts)
+        points = points[[c for c in points if c != "seconds"] + ["seconds"]]
+        numbers = points.select_dtypes("number").columns.drop("seconds")
+        points[numbers] = points[numbers].astype("Int64")
+        points["seconds"] = points.seconds.map("{:.4e}".format)
+        with open(OUT / "chips" / f"{name}.csv", "w") as file:
+            file.write("".join(f"# From aiconfigurator-core 0.12.0, {path}; see ../README.md.\n" for path in paths))
+            points.to_csv(file, index=False)
+        print(name, points.groupby(["op", "weights"]).size().to_dict())
+
+
 def write(folder, name, op, path, formats, points, shape):
     points = points.sort_values(list(points.columns[:-1]))
     points.insert(0, "op", op)
@@ -160,6 +212,8 @@ def main():
         write(arguments.all or OUT, name, op, path, (activations, weights), points, shape)
     if arguments.all:
         exchanges(wheel, arguments.all)
+    else:
+        chips(wheel)
 
 
 if __name__ == "__main__":

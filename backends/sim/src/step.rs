@@ -108,12 +108,15 @@ pub(crate) fn saved_s(before: &mut Option<Closed>, op: Option<Closed>) -> f64 {
     saved_s
 }
 
+/// An op by number, behind that of the op before it.
+type Pair = (Option<usize>, usize);
+
 /// The distinct ops of some steps. They do not depend on the chip.
 #[derive(Debug, Clone, Default)]
 pub struct Distinct {
     shapes: Vec<Shape>,
     /// For each step, its ops by number, each with the one before it, and how many times each runs.
-    steps: Vec<Vec<((Option<usize>, usize), u32)>>,
+    steps: Vec<Vec<(Pair, u32)>>,
 }
 
 impl Distinct {
@@ -122,7 +125,7 @@ impl Distinct {
     /// # Errors
     /// [`Error::Program`](halite::Error::Program) for an op that is not simulated.
     pub fn add(&mut self, program: &Program, spans: &[(u32, u32)], outputs: bool) -> Result<()> {
-        let mut step: Vec<((Option<usize>, usize), u32)> = Vec::new();
+        let mut step: Vec<(Pair, u32)> = Vec::new();
         let mut before = None;
         each_op(program, spans, outputs, &mut |_, _, shape| {
             if is_empty(shape) {
@@ -150,7 +153,7 @@ impl Distinct {
     /// As [`time`].
     pub fn closed_s(&self, chips: &[&Chip]) -> Result<Vec<f64>> {
         let mut known = vec![None; chips.len() * self.shapes.len()];
-        let mut step_s = |number: usize, step: &[((Option<usize>, usize), u32)]| {
+        let mut step_s = |number: usize, step: &[(Pair, u32)]| {
             let chip = number % chips.len();
             let mut closed = |op: usize| -> Result<Closed> {
                 let known = &mut known[chip * self.shapes.len() + op];
@@ -159,7 +162,7 @@ impl Distinct {
                     None => Ok(*known.insert(measured::closed(chips[chip], &self.shapes[op])?)),
                 }
             };
-            let op_s = |&((before, op), n): &((Option<usize>, usize), u32)| {
+            let op_s = |&((before, op), n): &(Pair, u32)| {
                 let this = closed(op)?;
                 let before = before.filter(|_| chips[chip].loads_ahead()).map(&mut closed).transpose()?;
                 Ok(f64::from(n) * (this.seconds - before.map_or(0.0, |before| before.saves_s(&this))))

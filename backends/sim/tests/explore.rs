@@ -6,6 +6,7 @@ use halite::model::ProgramOptions;
 use halite::program::Program;
 use halite::synth::{Formats, Synth, shape};
 use halite_profiles::profile::{Driver, Key, Profile, SHIPPED};
+use halite_sim::estimate::device::Device;
 use halite_sim::estimate::explore::{Outcome, Plan, Reason, Sampling, Vary, explore, front, reach};
 use halite_sim::estimate::figures::Metric;
 use halite_sim::estimate::system::{Layout, stages};
@@ -343,5 +344,39 @@ fn ranges_of_too_many_values_are_refused() {
     for steps in ["18446744073709551615", "99999999999", "1000001", "1", "x"] {
         let error = format!("chip.clock_hz=1e9..2e9/{steps}").parse::<Vary>().unwrap_err().to_string();
         assert!(error.contains("2 to 1000000 values after the /") && error.contains(steps), "{error}");
+    }
+}
+
+/// Points of devices that are not simulated are the sums of their kernels.
+#[test]
+fn points_of_devices_are_the_sums_of_their_ops() {
+    let workload = Workload::default();
+    let positions = [(workload.prompt - workload.chunk.min(workload.prompt), workload.prompt)];
+    let (prompt, text) = (&positions[..], &[(workload.prompt + workload.generate / 2, 1)][..]);
+    for (name, format) in [
+        ("nvidia-h100", Format::BF16),
+        ("nvidia-h100", Format::Q4_0),
+        ("nvidia-a100", Format::Q8_0),
+        ("generic-x86-avx512", Format::Q8_0),
+    ] {
+        for shape in ["llama-1.1b", "moe-8x2"] {
+            let (profile, program) = (profile(name), model(shape, format));
+            let memory = |path: &&String| path.starts_with("memory.") && path.ends_with(".read_bytes_per_s");
+            let path = profile.quantities.iter().map(|(path, _)| path).rfind(memory).unwrap().clone();
+            let vary = [&format!("{path}=1e11,3e12")[..], "chip.clock_hz=5e8,1e9,3e9"];
+            let plan = plan(&profile, &vary, GRID).unwrap();
+            let fused = &stages(&program, Layout::default()).unwrap()[0].program;
+            for (point, outcome) in run(&profile, &program, &plan).iter().enumerate() {
+                let [bandwidth, clock] = plan.values(point)[..] else { panic!() };
+                let chip = profile.with(&path, bandwidth).unwrap();
+                let chip = chip.with("chip.clock_hz", clock).unwrap();
+                let device = Device::new(&chip, None).unwrap();
+                let sum = |spans| device.time(fused, spans).unwrap().total().seconds;
+                let Ok(figures) = outcome else { panic!("{outcome:?}") };
+                for (got, expected) in [(figures.first_token_s, sum(prompt)), (figures.step_s, sum(text))] {
+                    assert!((got / expected - 1.0).abs() < 1e-12, "{name} {shape}: {got}, {expected}");
+                }
+            }
+        }
     }
 }

@@ -8,12 +8,10 @@ use halite_kernels::formats::Format;
 use super::host;
 use super::kernel::{self, Estimate, Formats, Kernel, Machine, Source, Stored};
 use super::measure::Rates;
+use super::work::{Asked, Work, Works, extents};
 use crate::chip::stored_as;
-use crate::shape;
 use crate::{OpTime, Queue, Report};
-use halite::cost::{self, Extent};
-use halite::passes;
-use halite::program::{Op, Part, Program};
+use halite::program::Program;
 use halite::{Error, Result};
 use halite_profiles::numerics::Dtype;
 use halite_profiles::profile::{Driver, Profile};
@@ -26,16 +24,17 @@ type Spans<'a> = &'a [(u32, u32)];
 pub struct Device<'a> {
     profile: &'a Profile,
     products: Option<Dtype>,
+    /// The formats that a GPU multiplies, with the operations per second.
+    rates: Vec<(Formats, f64)>,
     /// Rates of a CPU, and whether they were measured.
     host: Option<(Rates, bool)>,
 }
 
-/// The time of an op. Of kernels that multiply, also the formats of their stored operands, and what their time
-/// rests on.
-#[derive(Debug, Default)]
+/// The time of an op, and those of its kernels that multiply.
+#[derive(Debug)]
 struct Timed {
     time: OpTime,
-    rests_on: Vec<(Kernel, Vec<Format>, Estimate)>,
+    kernels: Vec<Estimate>,
 }
 
 impl<'a> Device<'a> {
@@ -52,16 +51,16 @@ impl<'a> Device<'a> {
                 Some(threads) => (completed(host::rates(profile, threads)?, profile), true),
                 None => (host::assumed(profile, profile.tiles() as usize), false),
             };
-            return Ok(Device { profile, products: None, host: Some(host) });
+            return Ok(Device { profile, products: None, rates: Vec::new(), host: Some(host) });
         }
-        let all = kernel::products(profile);
+        let rates = kernel::products(profile);
         if let Some(dtype) = products
-            && !all.iter().any(|(f, _)| f.weights == dtype)
+            && !rates.iter().any(|(f, _)| f.weights == dtype)
         {
-            let have: Vec<_> = all.iter().map(|(f, _)| f.weights.name()).collect();
+            let have: Vec<_> = rates.iter().map(|(f, _)| f.weights.name()).collect();
             return Err(Error::argument("product format", have.join(", "), dtype.name()));
         }
-        Ok(Device { profile, products, host: None })
+        Ok(Device { profile, products, rates, host: None })
     }
 
     /// Returns the times of the ops of a step, with one output per sequence.
@@ -70,13 +69,24 @@ impl<'a> Device<'a> {
     /// [`Error::Argument`] if the chip multiplies no format.
     pub fn time(&self, program: &Program, spans: Spans<'_>) -> Result<Report> {
         let mut report = Report::default();
+        let sequences = extents(spans);
         for (_, op) in program.greedy_ops() {
-            let time = self.op(program, op, spans)?.time;
+            let Some(work) = Work::of(program, op, &sequences) else { continue };
+            let time = self.timed(&work)?.time;
             if time.seconds > 0.0 {
                 report.add(&crate::name(program, op), time);
             }
         }
         Ok(report)
+    }
+
+    /// Returns the seconds of each step of some works.
+    ///
+    /// # Errors
+    /// As [`Device::time`].
+    pub fn seconds(&self, works: &Works) -> Result<Vec<f64>> {
+        let each = works.distinct.iter().map(|work| Ok(self.timed(work)?.time.seconds));
+        Ok(works.sums(&each.collect::<Result<Vec<f64>>>()?).collect())
     }
 
     /// Returns the largest mean error of the products of steps on held-out shapes, absent if some kernels were
@@ -85,19 +95,21 @@ impl<'a> Device<'a> {
     /// # Errors
     /// As [`Device::time`].
     pub fn error(&self, program: &Program, steps: &[Spans<'_>]) -> Result<(Option<f64>, Vec<String>)> {
+        let mut works = Works::default();
+        steps.iter().for_each(|spans| works.add(program, spans));
         let mut assumed = BTreeSet::new();
         let mut most = None;
-        for spans in steps {
-            for (_, op) in program.greedy_ops() {
-                for (kernel, formats, Estimate { source, .. }) in self.op(program, op, spans)?.rests_on {
-                    if let Source::Measured(error) = source {
-                        let is_product = matches!(kernel, Kernel::MatMul { .. } | Kernel::Experts { .. });
-                        if is_product {
-                            most = Some(error.max(most.unwrap_or(0.0)));
-                        }
-                    } else {
-                        assumed.insert(assumption(kernel, &formats, source));
+        for work in &works.distinct {
+            for (Asked { kernel, formats, .. }, estimate) in
+                work.kernels.iter().zip(self.timed(work)?.kernels)
+            {
+                if let Source::Measured(error) = estimate.source {
+                    let is_product = matches!(kernel, Kernel::MatMul { .. } | Kernel::Experts { .. });
+                    if is_product {
+                        most = Some(error.max(most.unwrap_or(0.0)));
                     }
+                } else {
+                    assumed.insert(assumption(*kernel, formats, estimate.source));
                 }
             }
         }
@@ -117,135 +129,60 @@ impl<'a> Device<'a> {
         if self.host.is_some() {
             return Ok(None);
         }
-        let mut ends = [0.0; 2];
-        for (_, op) in program.greedy_ops() {
-            let Timed { time, rests_on } = self.op(program, op, spans)?;
+        let mut works = Works::default();
+        works.add(program, spans);
+        let mut ends = [Vec::new(), Vec::new()];
+        for work in &works.distinct {
+            let Timed { time, kernels } = self.timed(work)?;
+            let mut both = [0.0; 2];
             let mut rest_s = time.seconds;
-            for (_, _, Estimate { seconds, interval, .. }) in rests_on {
+            for Estimate { seconds, interval, .. } in kernels {
                 let Some(ratios) = interval else { return Ok(None) };
                 rest_s -= seconds;
-                (0..2).for_each(|i| ends[i] += seconds * ratios[i]);
+                (0..2).for_each(|i| both[i] += seconds * ratios[i]);
             }
-            ends.iter_mut().for_each(|end| *end += rest_s);
+            ends.iter_mut().zip(both).for_each(|(ends, end)| ends.push(end + rest_s));
         }
-        Ok(Some(ends))
+        Ok(Some(ends.map(|each| works.sums(&each).sum())))
     }
 
-    fn op(&self, program: &Program, op: &Op, spans: Spans<'_>) -> Result<Timed> {
-        let cost = cost::op(program, op, &extents(spans));
-        if cost == cost::Cost::default() {
-            return Ok(Timed::default());
-        }
-        match &self.host {
-            Some((rates, _)) => {
-                let seconds = host::op_seconds(rates, program, op, &extents(spans))?;
-                let (read_bytes, matrix_ops) = (cost.memory_bytes() as f64, cost.ops() as f64);
-                let mut busy_s = [0.0; 4];
-                busy_s[Queue::Vector as usize] = cost.integer_ops as f64 / rates.integer_ops_per_s
-                    + cost.float_ops as f64 / rates.float_ops_per_s;
-                let memory = self.profile.memory.last();
-                let bytes_per_s =
-                    memory.map_or(f64::INFINITY, |memory| self.profile.read_bytes_per_s(memory));
-                let time = OpTime {
-                    seconds,
-                    launch_s: if matrix_ops > 0.0 { rates.op_s } else { 0.0 },
-                    busy_s,
-                    device_s: read_bytes / bytes_per_s,
-                    read_bytes,
-                    matrix_ops,
-                    ..OpTime::default()
-                };
-                Ok(Timed { time, rests_on: Vec::new() })
-            }
-            None => self.kernels(program, op, spans, cost),
-        }
+    fn timed(&self, work: &Work) -> Result<Timed> {
+        let Some((rates, _)) = &self.host else { return self.kernels(work) };
+        let seconds = host::work_seconds(rates, work)?;
+        let cost = &work.cost;
+        let (read_bytes, matrix_ops) = (cost.memory_bytes() as f64, cost.ops() as f64);
+        let mut busy_s = [0.0; 4];
+        busy_s[Queue::Vector as usize] =
+            cost.integer_ops as f64 / rates.integer_ops_per_s + cost.float_ops as f64 / rates.float_ops_per_s;
+        let memory = self.profile.memory.last();
+        let bytes_per_s = memory.map_or(f64::INFINITY, |memory| self.profile.read_bytes_per_s(memory));
+        let time = OpTime {
+            seconds,
+            launch_s: if matrix_ops > 0.0 { rates.op_s } else { 0.0 },
+            busy_s,
+            device_s: read_bytes / bytes_per_s,
+            read_bytes,
+            matrix_ops,
+            ..OpTime::default()
+        };
+        Ok(Timed { time, kernels: Vec::new() })
     }
 
     /// Times an op as kernels of a GPU.
-    fn kernels(&self, program: &Program, op: &Op, spans: Spans<'_>, cost: cost::Cost) -> Result<Timed> {
-        let profile = self.profile;
-        let plain = self.plain();
-        let tokens = spans.iter().fold(0u32, |sum, (_, len)| sum.saturating_add(*len));
-        let mut weight_bytes = cost.weight_bytes as f64;
-        let mut rests_on = Vec::new();
-        let mut used = plain;
-        let (mut seconds, mut overhead_s) = (0.0, 0.0);
-        let mut add = |formats: Formats, weight_bits, of: Vec<Format>, kernel| -> Result<()> {
-            let stored = Stored { weight_bits, ..Stored::of(formats) };
-            let estimate = kernel::assume(profile, formats, stored, kernel)?;
-            seconds += estimate.seconds;
-            overhead_s += estimate.overhead_s;
-            rests_on.push((kernel, of, estimate));
-            Ok(())
-        };
-        match op {
-            Op::MatMul { x, parts, .. } => {
-                let rows = |p: &Part| passes::rows(program.tensor(p.weight).rows, 0, 0);
-                let n: u64 = parts.iter().map(rows).sum();
-                let format = |p: &Part| program.tensor(p.weight).format;
-                let bits = parts.iter().map(|p| rows(p) as f64 * stored_bits(format(p))).sum::<f64>();
-                used = parts.first().map_or(plain, |p| self.formats(format(p)));
-                let m = passes::rows(program.tensor(*x).rows, tokens, spans.len() as u32);
-                let kernel = Kernel::MatMul { m, n, k: program.tensor(*x).cols.into() };
-                add(used, bits / n.max(1) as f64, parts.iter().map(format).collect(), kernel)?;
-            }
-            Op::BlockMatMul { x, weight, .. } => {
-                // As one product with all matrices, which has as many weights and as many operations.
-                let t = program.tensor(*weight);
-                let n = u64::from(t.experts) * passes::rows(t.rows, 0, 0);
-                used = self.formats(t.format);
-                let m = passes::rows(program.tensor(*x).rows, tokens, spans.len() as u32);
-                add(used, stored_bits(t.format), vec![t.format], Kernel::MatMul { m, n, k: t.cols.into() })?;
-            }
-            Op::Experts { ids, gate, up, down, .. } => {
-                let weights = [gate, up, down].map(|weight| program.tensor(*weight));
-                let (held, each) = (f64::from(weights[0].experts), program.tensor(*ids).cols);
-                // Others may have the rest of the experts.
-                let all = shape::routed(program, *ids).map_or(held, f64::from);
-                let share = held / all.max(1.0);
-                let pairs = f64::from(tokens) * f64::from(each);
-                let experts = share * kernel::distinct_experts(all, each.into(), tokens.into());
-                let most = pairs.min(held).max(1.0);
-                weight_bytes *= experts / most;
-                let bits = weights.iter().map(|w| stored_bits(w.format)).sum::<f64>() / 3.0;
-                used = self.formats(weights[0].format);
-                let kernel = Kernel::Experts {
-                    experts: (experts.round() as u64).max(1),
-                    rows: (pairs * share).ceil() as u64,
-                    columns: weights[0].cols.into(),
-                    hidden: passes::rows(weights[0].rows, 0, 0),
-                };
-                add(used, bits, weights.iter().map(|w| w.format).collect(), kernel)?;
-            }
-            Op::Attend { state, heads, .. } => {
-                let Some(state) = program.states.get(state.0 as usize) else { return Ok(Timed::default()) };
-                let bits = stored_bits(state.format);
-                let (heads, kv_heads): (u64, u64) = ((*heads).into(), state.kv_heads.into());
-                let head_dim = u64::from(state.key_dim);
-                let reach = |end: u32| u64::from(end.min(state.window.unwrap_or(u32::MAX)));
-                let (one, many): (Vec<_>, Vec<_>) = spans.iter().partition(|(_, tokens)| *tokens == 1);
-                if let Some(longest) = one.iter().map(|(start, _)| start.saturating_add(1)).max() {
-                    let (batch, kv_len) = (one.len() as u64, reach(longest));
-                    let kernel = Kernel::Attention { batch, heads, kv_heads, head_dim, kv_len };
-                    add(plain, bits, vec![state.format], kernel)?;
-                }
-                for span in many {
-                    let ops = cost::op(program, op, &extents(&[span])).float_ops;
-                    let (tokens, window) = (u64::from(span.1), state.window.unwrap_or(u32::MAX));
-                    let kv_len = u64::from(span.0.min(window)) + tokens;
-                    let per_pair = 2 * heads * u64::from(state.key_dim + state.value_dim);
-                    let seen = ops / per_pair.max(1);
-                    let batch = 1;
-                    let kernel = Kernel::Prefill { batch, heads, kv_heads, head_dim, tokens, kv_len, seen };
-                    add(plain, bits, vec![state.format], kernel)?;
-                }
-            }
-            _ => {}
-        }
-        let machine = Machine::new(profile, used)?;
+    fn kernels(&self, work: &Work) -> Result<Timed> {
+        let (profile, cost, plain) = (self.profile, &work.cost, self.plain());
+        let used = work.multiplied.map_or(plain, |weight| self.formats(weight));
+        let machine = Machine::of(profile, &self.rates, used)?;
         let activations = cost.activation_bytes as f64 * used.activations.bits() / Dtype::Fp32.bits();
-        let bytes = weight_bytes + cost.kv_bytes as f64 + activations;
-        if rests_on.is_empty() {
+        let bytes = work.weight_bytes + cost.kv_bytes as f64 + activations;
+        let estimate = |asked: &Asked| {
+            let stored = Stored { weight_bits: asked.bits, ..Stored::of(used) };
+            kernel::assume_on(profile, &self.rates, used, stored, asked.kernel)
+        };
+        let kernels = work.kernels.iter().map(estimate).collect::<Result<Vec<_>>>()?;
+        let mut overhead_s = kernels.iter().map(|kernel| kernel.overhead_s).sum();
+        let mut seconds = kernels.iter().map(|kernel| kernel.seconds).sum();
+        if kernels.is_empty() {
             // The other ops move bytes, as fast as products do.
             let c = kernel::matmul_constants(profile, plain, plain.weights.bits(), false).values;
             overhead_s = c.overhead_s;
@@ -262,7 +199,7 @@ impl<'a> Device<'a> {
             matrix_ops: cost.ops() as f64,
             ..OpTime::default()
         };
-        Ok(Timed { time, rests_on })
+        Ok(Timed { time, kernels })
     }
 
     /// Returns the formats in which a GPU multiplies a weight: the requested ones, else the weight's own, else
@@ -280,26 +217,16 @@ impl<'a> Device<'a> {
     /// Returns the formats of attention, and of activations of ops that do not multiply: of 16 bits, if there are.
     fn plain(&self) -> Formats {
         let floats = [Dtype::Bf16, Dtype::Fp16, Dtype::Tf32, Dtype::Fp32];
-        let any = || kernel::products(self.profile).first().map_or(BF16, |(formats, _)| *formats);
+        let any = || self.rates.first().map_or(BF16, |(formats, _)| *formats);
         floats.into_iter().find_map(|dtype| self.find(dtype)).unwrap_or_else(any)
     }
 
     fn find(&self, weights: Dtype) -> Option<Formats> {
-        let all = kernel::products(self.profile);
-        all.into_iter().map(|(formats, _)| formats).find(|formats| formats.weights == weights)
+        self.rates.iter().map(|(formats, _)| *formats).find(|formats| formats.weights == weights)
     }
 }
 
 const BF16: Formats = Formats { activations: Dtype::Bf16, weights: Dtype::Bf16 };
-
-fn extents(spans: Spans<'_>) -> Vec<Extent> {
-    spans.iter().map(|&(start, tokens)| Extent { start, tokens, outputs: 1 }).collect()
-}
-
-/// Returns the bits per value, scales included.
-fn stored_bits(format: Format) -> f64 {
-    8.0 * format.block_bytes() as f64 / format.block_len() as f64
-}
 
 fn names(formats: impl IntoIterator<Item = Format>) -> String {
     let names: BTreeSet<&str> = formats.into_iter().map(|format| format.name()).collect();

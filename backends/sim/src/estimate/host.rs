@@ -3,9 +3,9 @@
 
 use halite_kernels::formats::{Format, Kind};
 
-use super::kernel::distinct_experts;
 use super::measure::Rates;
-use halite::cost::{self, Extent};
+use super::work::Work;
+use halite::cost::Extent;
 use halite::program::{Op, Program};
 use halite::{Error, Result};
 use halite_profiles::numerics::Dtype;
@@ -132,35 +132,31 @@ pub fn multiplied(program: &Program, op: &Op) -> Option<Format> {
     Some(program.tensor(weight).format)
 }
 
-/// Returns the bytes of weights that an op reads: of experts, those that its tokens are expected to choose.
-fn weight_bytes(program: &Program, op: &Op, cost: &cost::Cost, sequences: &[Extent]) -> f64 {
-    let Op::Experts { ids, gate, .. } = op else { return cost.weight_bytes as f64 };
-    let tokens: f64 = sequences.iter().map(|e| f64::from(e.tokens)).sum();
-    let (used, experts) = (f64::from(program.tensor(*ids).cols), f64::from(program.tensor(*gate).experts));
-    let most = (tokens * used).min(experts).max(1.0);
-    cost.weight_bytes as f64 * distinct_experts(experts, used, tokens) / most
-}
-
 /// Returns the seconds of an op: its bytes or its operations, whichever take longer, and its barrier. All
 /// sequences of a step share the bytes of weights.
 ///
 /// # Errors
 /// As [`step_seconds`].
 pub fn op_seconds(rates: &Rates, program: &Program, op: &Op, sequences: &[Extent]) -> Result<f64> {
-    let cost = cost::op(program, op, sequences);
-    if cost == cost::Cost::default() {
-        return Ok(0.0);
-    }
-    let seconds = if let Some(format) = multiplied(program, op) {
+    Work::of(program, op, sequences).map_or(Ok(0.0), |work| work_seconds(rates, &work))
+}
+
+/// As [`op_seconds`], of work that was counted.
+///
+/// # Errors
+/// As [`step_seconds`].
+pub fn work_seconds(rates: &Rates, work: &Work) -> Result<f64> {
+    let cost = &work.cost;
+    let seconds = if let Some(format) = work.multiplied {
         let found = rates.products.iter().find(|(f, ..)| *f == format);
         let &(_, bytes_per_s, ops_per_s) = found.ok_or_else(|| {
             let has: Vec<_> = rates.products.iter().map(|(f, ..)| f.name()).collect();
             let expected = format!("a rate for {} (`halite calibrate --formats`)", format.name());
             Error::argument("profile", expected, has.join(", "))
         })?;
-        let bytes_s = weight_bytes(program, op, &cost, sequences) / bytes_per_s;
+        let bytes_s = work.weight_bytes / bytes_per_s;
         bytes_s.max(cost.ops() as f64 / ops_per_s) + rates.op_s
-    } else if let Op::Attend { .. } = op {
+    } else if work.attends {
         let bytes_s = cost.kv_bytes as f64 / rates.attend_bytes_per_s;
         bytes_s.max(cost.ops() as f64 / rates.attend_ops_per_s) + rates.op_s
     } else {

@@ -127,8 +127,12 @@ impl Machine {
     /// # Errors
     /// `Error::Argument` if the chip multiplies neither.
     pub fn new(profile: &Profile, formats: Formats) -> Result<Machine> {
+        Machine::of(profile, &products(profile), formats)
+    }
+
+    /// As [`Machine::new`], with the [`products`] of the profile.
+    pub(super) fn of(profile: &Profile, all: &[(Formats, f64)], formats: Formats) -> Result<Machine> {
         let Formats { activations, weights } = formats;
-        let all = products(profile);
         let find = |weights| all.iter().find(|(f, _)| *f == Formats { activations, weights });
         let unpacked = || find(activations).filter(|_| weights.bits() < activations.bits());
         let Some((_, ops_per_s)) = find(weights).or_else(unpacked) else {
@@ -287,6 +291,16 @@ fn overlap(a: f64, b: f64, exponent: f64) -> f64 {
     if long == 0.0 { 0.0 } else { long * (1.0 + (short / long).powf(exponent)).powf(1.0 / exponent) }
 }
 
+/// The least seconds of ways to compute while memory moves the same bytes for `memory_s`. `compute_s` has the least of the ways without
+/// parts that must be added up, and of those with, which take `split_s` more: the overlapped time grows with the time of computation.
+fn quickest(compute_s: [f64; 2], memory_s: f64, split_s: f64, exponent: f64) -> f64 {
+    let [whole, split] = compute_s;
+    let least = overlap(whole, memory_s, exponent);
+    // The longer one of the two times is a bound that needs no powers.
+    let may_be_less = split.max(memory_s) + split_s < least;
+    if may_be_less { least.min(overlap(split, memory_s, exponent) + split_s) } else { least }
+}
+
 /// Seconds of a product of `m x k` with `k x n`.
 pub fn matmul_seconds(machine: &Machine, c: &MatMulConstants, m: u64, n: u64, k: u64) -> f64 {
     c.overhead_s + grouped_seconds(machine, c, 1.0, m as f64, n as f64, k as f64)
@@ -314,20 +328,19 @@ fn grouped_seconds(machine: &Machine, c: &MatMulConstants, groups: f64, m: f64, 
     let blocks = (k / SUM_BLOCK).ceil();
     let is_packed = machine.stored.weight_bits < machine.stored.activation_bits;
     let least_rows = (groups > 1.0 || is_packed).then_some(LEAST_ROWS);
-    let mut least = f64::INFINITY;
+    let mut compute_s = [f64::INFINITY; 2];
     for rows in TILE_SIDES.into_iter().chain(least_rows) {
         for columns in TILE_SIDES {
             let outputs = groups * (m / rows).ceil() * (n / columns).ceil();
             for splits in SUM_SPLITS.into_iter().filter(|&s| s == 1.0 || s <= blocks) {
                 let waves = (outputs * splits / machine.tiles).ceil();
                 let tile_ops = 2.0 * rows * columns * SUM_BLOCK * (blocks / splits).ceil();
-                let compute_s = waves * (tile_ops / tile_ops_per_s + c.wave_s);
-                let split_s = if splits > 1.0 { c.split_s } else { 0.0 };
-                least = least.min(overlap(compute_s, memory_s, c.overlap_exponent) + split_s);
+                let least = &mut compute_s[usize::from(splits > 1.0)];
+                *least = least.min(waves * (tile_ops / tile_ops_per_s + c.wave_s));
             }
         }
     }
-    least
+    quickest(compute_s, memory_s, c.split_s, c.overlap_exponent)
 }
 
 /// Each of the `clusters x tiles_per_cluster` tiles owns a block of the output. Both operands are read once
@@ -362,17 +375,16 @@ pub fn attention_seconds(machine: &Machine, c: &AttentionConstants, kernel: Kern
     let items = batch as f64 * kv_heads as f64 * group;
     let block_s = 2.0 * KEY_BLOCK * head_dim as f64 * machine.stored.weight_bits / 8.0 / c.tile_bytes_per_s;
     let blocks = (kv_len as f64 / KEY_BLOCK).ceil();
-    let mut least = f64::INFINITY;
+    let mut compute_s = [f64::INFINITY; 2];
     for splits in (0..).map(|i| f64::from(1 << i)).take_while(|&s| s <= f64::from(MOST_KEY_SPLITS)) {
         if splits > blocks.max(1.0) {
             break;
         }
         let waves = (items * splits / machine.tiles).ceil();
-        let compute_s = waves * (c.item_s + (blocks / splits).ceil() * block_s);
-        let split_s = if splits > 1.0 { c.split_s } else { 0.0 };
-        least = least.min(overlap(compute_s, memory_s, c.overlap_exponent) + split_s);
+        let least = &mut compute_s[usize::from(splits > 1.0)];
+        *least = least.min(waves * (c.item_s + (blocks / splits).ceil() * block_s));
     }
-    c.overhead_s + least
+    c.overhead_s + quickest(compute_s, memory_s, c.split_s, c.overlap_exponent)
 }
 
 /// Seconds of attention of several tokens each for `batch` sequences. Work items are blocks of query rows;
@@ -417,7 +429,7 @@ pub struct Estimate {
     /// What the constants rest on.
     pub source: Source,
     /// The middle 80 % of measured times of the kernels that the constants were fitted to, in the regime of
-    /// this one, as multiples of [`Estimate::seconds`].
+    /// this one, as multiples of [`Estimate::seconds`]; of assumed constants, of the kernels of other chips.
     pub interval: Option<[f64; 2]>,
 }
 
@@ -494,39 +506,98 @@ pub fn matmul_fit(profile: &Profile, formats: Formats) -> Option<&MatMulFit> {
     matches!(source, Source::Measured(_)).then_some(fit)
 }
 
-/// Constants of chips without measurements. All are near those that were fitted to an H100 and an A100
-/// (`docs/timing-model.md`); the overhead is the profile's `launch.kernel_ns`.
+/// Constants of chips without measurements: those that seven measured chips have in common, fitted to all of them (`docs/timing-model.md`;
+/// `tests/silicon.rs` fits them again).
 mod assumed {
-    use super::{AttentionConstants, MatMulConstants, PrefillConstants};
+    use super::{AttentionConstants, FitRegime, Formats, MatMulConstants, Op, PrefillConstants};
 
-    pub const MATMUL: MatMulConstants = MatMulConstants {
-        compute_fraction: 0.8,
-        memory_fraction: 0.8,
-        overhead_s: 0.0,
-        wave_s: 1e-6,
-        split_s: 2e-6,
-        overlap_exponent: 2.0,
-    };
+    /// What constants are common to.
+    #[derive(Clone, Copy)]
+    pub enum Kind {
+        Products,
+        /// Of activations with fewer than 16 bits, which are rounded first.
+        Narrow,
+        Experts,
+        Attention,
+        Prefill,
+    }
+
+    impl Kind {
+        pub fn of(op: Op, formats: Formats) -> Kind {
+            match op {
+                Op::MatMul if formats.activations.bits() < 16.0 => Kind::Narrow,
+                Op::MatMul => Kind::Products,
+                Op::Experts => Kind::Experts,
+                Op::Attention => Kind::Attention,
+                Op::Prefill => Kind::Prefill,
+            }
+        }
+
+        /// The overhead in launches of a kernel: some have several.
+        pub fn launches(self) -> f64 {
+            [0.75, 4.17, 6.9, 3.0, 3.12][self as usize]
+        }
+
+        /// The middle 80 % of measured times of small kernels and of those that memory and computation bound, as multiples of predicted
+        /// ones: of each generation of chips by a fit to the others.
+        pub fn interval(self, regime: FitRegime) -> [f64; 2] {
+            let all = [
+                [[0.74, 1.34], [0.69, 1.38], [0.85, 1.34]],
+                [[0.89, 1.33], [0.73, 1.47], [0.83, 1.35]],
+                [[0.78, 1.44], [0.81, 1.43], [0.78, 1.44]],
+                [[0.72, 1.85], [0.58, 1.69], [0.64, 1.79]],
+                [[0.54, 1.54], [0.62, 1.90], [0.85, 1.34]],
+            ];
+            let regime = FitRegime::ALL.iter().position(|of| *of == regime).unwrap_or(0);
+            all[self as usize][regime]
+        }
+    }
+
+    const fn products(
+        fractions: [f64; 2],
+        wave_s: f64,
+        split_s: f64,
+        overlap_exponent: f64,
+    ) -> MatMulConstants {
+        let [compute_fraction, memory_fraction] = fractions;
+        MatMulConstants {
+            compute_fraction,
+            memory_fraction,
+            overhead_s: 0.0,
+            wave_s,
+            split_s,
+            overlap_exponent,
+        }
+    }
+
+    pub const PRODUCTS: MatMulConstants = products([0.828, 0.952], 0.367e-6, 2.51e-6, 1.65);
+    pub const NARROW: MatMulConstants = products([0.621, 0.934], 0.41e-6, 2.39e-6, 1.58);
+    pub const EXPERTS: MatMulConstants = products([0.447, 0.857], 1.36e-6, 16e-6, 1.7);
     pub const ATTENTION: AttentionConstants = AttentionConstants {
-        memory_fraction: 0.8,
+        memory_fraction: 0.902,
         cache_fraction: 0.5,
         resident_fraction: 0.0,
         overhead_s: 0.0,
-        item_s: 2e-6,
+        item_s: 1.71e-6,
         tile_bytes_per_s: 0.0,
-        split_s: 1.5e-6,
-        overlap_exponent: 1.5,
+        split_s: 2.3e-6,
+        overlap_exponent: 1.38,
     };
     /// The rate of a tile in decode attention, as a fraction of its own memory's.
-    pub const TILE_FRACTION: f64 = 0.15;
+    pub const TILE_FRACTION: f64 = 0.293;
     pub const PREFILL: PrefillConstants = PrefillConstants {
-        compute_fraction: 0.7,
-        memory_fraction: 0.8,
+        compute_fraction: 0.796,
+        memory_fraction: 0.786,
         overhead_s: 0.0,
-        item_s: 1e-6,
-        block_s: 0.0,
-        overlap_exponent: 2.0,
+        item_s: 1.88e-6,
+        block_s: 0.427e-6,
+        overlap_exponent: 1.0,
     };
+}
+
+/// The interval of kernels of chips without measurements, from those of other chips: what [`Estimate::interval`] is then.
+pub fn assumed_interval(op: Op, formats: Formats, regime: FitRegime) -> [f64; 2] {
+    assumed::Kind::of(op, formats).interval(regime)
 }
 
 /// Operations of the vector unit to unpack a weight: shift or mask, convert, and a multiply-add with the
@@ -617,11 +688,17 @@ pub fn matmul_constants(
     } else {
         single()
     };
-    constants(found, || MatMulConstants { overhead_s: launch_s(profile), ..assumed::MATMUL })
+    let kind = assumed::Kind::of(if experts { Op::Experts } else { Op::MatMul }, formats);
+    let assumed = match kind {
+        assumed::Kind::Experts => assumed::EXPERTS,
+        assumed::Kind::Narrow => assumed::NARROW,
+        _ => assumed::PRODUCTS,
+    };
+    constants(found, || MatMulConstants { overhead_s: launches_s(profile, kind), ..assumed })
 }
 
-fn launch_s(profile: &Profile) -> f64 {
-    profile.launch.kernel_ns.value * 1e-9
+fn launches_s(profile: &Profile, kind: assumed::Kind) -> f64 {
+    kind.launches() * profile.launch.kernel_ns.value * 1e-9
 }
 
 /// The time of a kernel, measured or not: by the constants of its formats, else of the chip's nearest formats,
@@ -630,7 +707,18 @@ fn launch_s(profile: &Profile) -> f64 {
 /// # Errors
 /// `Error::Argument` if the chip does not multiply these formats.
 pub fn assume(profile: &Profile, formats: Formats, stored: Stored, kernel: Kernel) -> Result<Estimate> {
-    let machine = Machine { stored, ..Machine::new(profile, formats)? };
+    assume_on(profile, &products(profile), formats, stored, kernel)
+}
+
+/// As [`assume`], with the [`products`] of the profile.
+pub(super) fn assume_on(
+    profile: &Profile,
+    all: &[(Formats, f64)],
+    formats: Formats,
+    stored: Stored,
+    kernel: Kernel,
+) -> Result<Estimate> {
+    let machine = Machine { stored, ..Machine::of(profile, all, formats)? };
     let fits = profile.calibration.as_ref();
     let (seconds, overhead_s, source, errors) = match kernel {
         Kernel::MatMul { .. } | Kernel::Experts { .. } => {
@@ -641,7 +729,7 @@ pub fn assume(profile: &Profile, formats: Formats, stored: Stored, kernel: Kerne
                 Kernel::MatMul { m, n, k } => matmul_seconds(&machine, &c, m, n, k),
                 _ => experts_seconds(&machine, &c, kernel),
             };
-            let is_native = products(profile).iter().any(|(f, _)| *f == formats);
+            let is_native = all.iter().any(|(f, _)| *f == formats);
             let is_packed = !is_native || stored.weight_bits < formats.weights.bits();
             // Constants of packed weights include their unpacking.
             let is_counted = match source {
@@ -660,12 +748,17 @@ pub fn assume(profile: &Profile, formats: Formats, stored: Stored, kernel: Kerne
         }
         Kernel::Prefill { .. } => {
             let found = nearest(fits.map_or(&[][..], |c| &c.prefill), formats, stored.weight_bits);
-            let assumed = || PrefillConstants { overhead_s: launch_s(profile), ..assumed::PREFILL };
+            let overhead_s = launches_s(profile, assumed::Kind::Prefill);
+            let assumed = || PrefillConstants { overhead_s, ..assumed::PREFILL };
             let Constants { values: c, source, errors } = constants(found, assumed);
             (prefill_seconds(&machine, &c, kernel), c.overhead_s, source, errors)
         }
     };
-    let interval = errors.and_then(|errors| interval(errors, regime(&machine, kernel)));
+    let regime = regime(&machine, kernel);
+    let interval = match errors {
+        Some(errors) => interval(errors, regime),
+        None => Some(assumed_interval(Op::of(kernel), formats, regime)),
+    };
     Ok(Estimate { seconds, overhead_s, source, interval })
 }
 
@@ -679,7 +772,7 @@ fn interval(errors: &FitErrors, regime: FitRegime) -> Option<[f64; 2]> {
 
 fn assumed_attention(profile: &Profile, machine: &Machine) -> AttentionConstants {
     AttentionConstants {
-        overhead_s: launch_s(profile),
+        overhead_s: launches_s(profile, assumed::Kind::Attention),
         tile_bytes_per_s: assumed::TILE_FRACTION * machine.scratchpad_bytes_per_s,
         ..assumed::ATTENTION
     }
@@ -688,13 +781,105 @@ fn assumed_attention(profile: &Profile, machine: &Machine) -> AttentionConstants
 /// Says what an estimate assumes of a kernel that was not measured.
 pub fn assumption(kernel: Kernel) -> String {
     let (compute, memory) = match kernel {
-        Kernel::MatMul { .. } | Kernel::Experts { .. } => {
-            (Some(assumed::MATMUL.compute_fraction), assumed::MATMUL.memory_fraction)
+        Kernel::MatMul { .. } => {
+            (Some(assumed::PRODUCTS.compute_fraction), assumed::PRODUCTS.memory_fraction)
         }
+        Kernel::Experts { .. } => (Some(assumed::EXPERTS.compute_fraction), assumed::EXPERTS.memory_fraction),
         Kernel::Attention { .. } => (None, assumed::ATTENTION.memory_fraction),
         Kernel::Prefill { .. } => (Some(assumed::PREFILL.compute_fraction), assumed::PREFILL.memory_fraction),
     };
     let percent = |fraction: f64| format!("{:.0} %", 100.0 * fraction);
     let compute = compute.map_or(String::new(), |f| format!("{} of the chip's operations and ", percent(f)));
     format!("assumed to reach {compute}{} of its bandwidth", percent(memory))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use halite::rng::SplitMix64;
+
+    /// Products and attention take the least of all ways to divide them, as `docs/timing-model.md` says.
+    #[test]
+    fn the_quickest_of_all_ways_counts() {
+        let mut random = SplitMix64::new(7);
+        let mut between = |from: f64, to: f64| {
+            let part = (random.next() >> 11) as f64 / (1u64 << 53) as f64;
+            from * (to / from).powf(part)
+        };
+        let mut split = [0, 0];
+        for name in ["nvidia-h100", "nvidia-a100"] {
+            let profile = Profile::open(name).unwrap();
+            let formats = Formats { activations: Dtype::Bf16, weights: Dtype::Bf16 };
+            for _ in 0..2000 {
+                let machine = Machine {
+                    ops_per_s: between(1e13, 1e16),
+                    bytes_per_s: between(1e11, 1e13),
+                    tiles: between(4.0, 1000.0).ceil(),
+                    ..Machine::new(&profile, formats).unwrap()
+                };
+                let p = between(1.0, 20.0);
+                let (m, n, k) =
+                    (between(1.0, 1e5).ceil(), between(16.0, 1e5).ceil(), between(16.0, 1e5).ceil());
+                let c = MatMulConstants {
+                    compute_fraction: between(0.1, 1.0),
+                    memory_fraction: between(0.1, 1.0),
+                    overhead_s: between(1e-7, 1e-5),
+                    wave_s: between(1e-9, 1e-5),
+                    split_s: between(1e-9, 1e-4),
+                    overlap_exponent: p,
+                };
+                let memory_s = 2.0 * (m * k + k * n + m * n) / (machine.bytes_per_s * c.memory_fraction);
+                let mut all = Vec::new();
+                for (rows, columns) in [(64.0, 64.0), (64.0, 128.0), (128.0, 64.0), (128.0, 128.0)] {
+                    for s in [1.0, 2.0, 4.0, 8.0, 16.0] {
+                        let blocks = (k / 64.0).ceil();
+                        let waves = ((m / rows).ceil() * (n / columns).ceil() * s / machine.tiles).ceil();
+                        let rate = machine.ops_per_s / machine.tiles * c.compute_fraction;
+                        let one = 2.0 * rows * columns * 64.0 * (blocks / s).ceil() / rate + c.wave_s;
+                        let time = overlap(waves * one, memory_s, p) + if s > 1.0 { c.split_s } else { 0.0 };
+                        all.extend((s <= blocks.max(1.0)).then_some((time, s)));
+                    }
+                }
+                let (least, s) = all.into_iter().min_by(|a, b| a.0.total_cmp(&b.0)).unwrap();
+                split[0] += usize::from(s > 1.0);
+                let got = matmul_seconds(&machine, &c, m as u64, n as u64, k as u64) - c.overhead_s;
+                assert!((got / least - 1.0).abs() < 1e-9, "{m} x {n} x {k}: {got}, expected {least}");
+
+                let c = AttentionConstants {
+                    memory_fraction: between(0.1, 1.0),
+                    cache_fraction: 0.5,
+                    resident_fraction: 0.0,
+                    overhead_s: 0.0,
+                    item_s: between(1e-9, 1e-5),
+                    tile_bytes_per_s: between(1e9, 1e12),
+                    split_s: between(1e-9, 1e-4),
+                    overlap_exponent: p,
+                };
+                let (batch, kv_heads) = (between(1.0, 256.0).ceil(), between(1.0, 64.0).ceil());
+                let kv_len = between(1.0, 1e5).ceil();
+                let kernel = Kernel::Attention {
+                    batch: batch as u64,
+                    heads: 8 * kv_heads as u64,
+                    kv_heads: kv_heads as u64,
+                    head_dim: 128,
+                    kv_len: kv_len as u64,
+                };
+                let memory_s = work(&machine, kernel).0 / (machine.bytes_per_s * c.memory_fraction);
+                let blocks = (kv_len / 128.0).ceil();
+                let one = |s: f64| {
+                    let waves = (batch * kv_heads * s / machine.tiles).ceil();
+                    let each =
+                        c.item_s + (blocks / s).ceil() * 2.0 * 128.0 * 128.0 * 2.0 / c.tile_bytes_per_s;
+                    overlap(waves * each, memory_s, p) + if s > 1.0 { c.split_s } else { 0.0 }
+                };
+                let parts = (0..8).map(|i| f64::from(1 << i)).filter(|s| *s <= blocks);
+                let (least, s) = parts.map(|s| (one(s), s)).min_by(|a, b| a.0.total_cmp(&b.0)).unwrap();
+                split[1] += usize::from(s > 1.0);
+                let got = attention_seconds(&machine, &c, kernel);
+                assert!((got / least - 1.0).abs() < 1e-12, "{kernel:?}: {got}, expected {least}");
+            }
+        }
+        // Both kinds of ways are the quickest often enough.
+        assert!(split.iter().all(|count| (400..3600).contains(count)), "{split:?}");
+    }
 }

@@ -15,4 +15,5 @@ pub mod load;
 pub mod measure;
 pub mod points;
 pub mod system;
+pub mod work;
 pub mod workload;

@@ -13,6 +13,7 @@ use super::collective::{Collective, Fabric};
 use super::device::Device;
 use super::figures::{Figures, Metric, have_bytes};
 use super::system::{Layout, Stage, layouts, stages};
+use super::work::Works;
 use crate::places::{Amounts, Data};
 use crate::step::Distinct;
 use crate::{Bound, Chip, Joules, Numerics, OpTime, Report};
@@ -146,8 +147,8 @@ pub struct Estimate {
     pub first_token_s: f64,
     /// Seconds of the middle decode step, of one token per sequence.
     pub step_s: f64,
-    /// Seconds between which it is expected to lie in 8 of 10 cases, by the errors of measured kernels; absent if
-    /// nothing like them was measured.
+    /// Seconds between which it is expected to lie in 8 of 10 cases, by the errors of measured kernels, of other
+    /// chips if need be; absent for CPUs.
     pub step_interval_s: Option<[f64; 2]>,
     /// Total seconds.
     pub seconds: f64,
@@ -717,6 +718,8 @@ pub struct Quick<'a> {
     spans: [Vec<(u32, u32)>; 2],
     /// The ops of a prefill step of each stage, and then of a decode step.
     distinct: Distinct,
+    /// The same for devices that are not simulated.
+    works: Works,
     /// Of each stage.
     amounts: Vec<Amounts>,
 }
@@ -740,12 +743,13 @@ impl<'a> Quick<'a> {
     /// [`Error::Program`] for an op that is not simulated.
     pub fn new(choices: Choices, stages: &'a [Stage], workload: &Workload) -> Result<Quick<'a>> {
         let spans = workload.spans(choices.layout);
-        let mut distinct = Distinct::default();
+        let (mut distinct, mut works) = (Distinct::default(), Works::default());
         for (spans, stage) in spans.iter().flat_map(|spans| stages.iter().map(move |stage| (spans, stage))) {
             distinct.add(&stage.program, spans, true)?;
+            works.add(&stage.program, spans);
         }
         let amounts = workload.amounts(choices, stages);
-        Ok(Quick { choices, stages, workload: *workload, spans, distinct, amounts })
+        Ok(Quick { choices, stages, workload: *workload, spans, distinct, works, amounts })
     }
 
     /// Returns the times on the chips of a profile.
@@ -765,14 +769,13 @@ impl<'a> Quick<'a> {
             Timer::Device(..) => None,
         });
         let chips: Vec<&Chip> = chips.collect();
-        let closed_s = if chips.is_empty() { Vec::new() } else { self.distinct.closed_s(&chips)? };
-        let mut closed_s = closed_s.into_iter();
-        let mut step = |spans: &[(u32, u32)]| {
-            system.step(spans, |timer, stage, spans, _| match closed_s.next() {
-                Some(seconds) => Ok(seconds),
-                None => Ok(timer.report(&stage.program, spans)?.total().seconds),
-            })
+        let closed_s = match &system.timers[..] {
+            [Timer::Device(device)] => device.seconds(&self.works)?,
+            _ => self.distinct.closed_s(&chips)?,
         };
+        let mut closed_s = closed_s.into_iter();
+        let mut step =
+            |spans: &[(u32, u32)]| system.step(spans, |_, _, _, _| Ok(closed_s.next().unwrap_or(f64::NAN)));
         let (prefill, decode) = (step(&self.spans[0])?, step(&self.spans[1])?);
         let (first_token_s, step_s) = system.times(&self.workload, &prefill, &decode);
         Ok(Times { first_token_s, step_s, seconds: self.workload.seconds(first_token_s, step_s) })
