@@ -17,7 +17,7 @@ use halite_sim::estimate::kernel::{self, Formats, Kernel, Source};
 use halite_sim::estimate::links;
 use halite_sim::estimate::points::{Point, held_out, parse};
 use halite_sim::estimate::system::Layout;
-use halite_sim::estimate::workload::{Choices, SIMULATED_RATIOS, Workload, estimate};
+use halite_sim::estimate::workload::{Choices, SIMULATED_RATIOS, UNMEASURED_RATIOS, Workload, estimate};
 use halite_sim::step;
 
 const BF16: Formats = Formats { activations: Dtype::Bf16, weights: Dtype::Bf16 };
@@ -277,6 +277,20 @@ fn the_interval_of_simulated_chips() {
     let coverage = held_out.sum::<usize>() as f64 / sets.concat().len() as f64;
     println!("coverage: {coverage:.2}");
     assert!((0.75..=0.9).contains(&coverage), "{coverage}");
+
+    let n150 = Profile::open("tenstorrent-n150").unwrap();
+    let unseen: Vec<f64> = [Dtype::Mxint8, Dtype::Mxfp4, Dtype::Bf16]
+        .into_iter()
+        .flat_map(|dtype| by_events(&n150, points!("n150-8x8"), dtype))
+        .collect();
+    // Each chip as much: 39 times 61 points of one, and 61 times 39 of the other.
+    let many =
+        |ratios: &[f64], times: usize| ratios.iter().flat_map(|r| vec![*r; times]).collect::<Vec<f64>>();
+    let seen = sets.concat();
+    let both = middle([many(&seen, unseen.len()), many(&unseen, seen.len())].concat());
+    println!("with a chip that was not measured: {both:.3?}");
+    let shipped = UNMEASURED_RATIOS;
+    assert!((0..2).all(|i| (both[i] - shipped[i]).abs() < 0.006), "{both:?}, shipped {shipped:?}");
 }
 
 const FP8: Formats = Formats { activations: Dtype::Fp8E4m3, weights: Dtype::Fp8E4m3 };
