@@ -1,6 +1,7 @@
 //! `halite estimate`: predicts time, energy and cost of serving a model on a chip, from shapes alone.
 
 mod load;
+mod page;
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -44,7 +45,7 @@ pub struct WorkArgs {
     /// Format of activations in device memory between ops.
     #[arg(long, value_name = "FORMAT", default_value = "fp32")]
     activations: String,
-    /// Number format of the chip in which the KV cache lies in device memory [default: that of --kv]. For simulated chips.
+    /// Number format of the chip in which the KV cache lies in device memory [default: that of --kv]. For simulated chips and GPUs.
     #[arg(long, value_name = "FORMAT")]
     kv_stored: Option<String>,
     /// Two of each four weights of products are zeros, which are neither stored nor multiplied. For simulated chips with a sparse rate.
@@ -116,6 +117,9 @@ pub struct EstimateArgs {
     /// Write a roofline plot as SVG.
     #[arg(long, value_name = "FILE")]
     roofline: Option<PathBuf>,
+    /// Write a page that compares the chips: figures, ops, rooflines, and a layer on the units of a tile.
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
     /// Print JSON.
     #[arg(long)]
     json: bool,
@@ -245,11 +249,14 @@ pub fn run(args: &EstimateArgs) -> Result<(), Failure> {
     }
     // Check both before writing either.
     let inputs: Vec<&Path> = args.profile.iter().map(Path::new).chain([args.work.model()]).collect();
-    for (path, replace) in [(&args.trace, TRACE), (&args.roofline, SVG)] {
+    for (path, replace) in [(&args.trace, TRACE), (&args.roofline, SVG), (&args.html, HTML)] {
         path.iter().try_for_each(|path| output::check(path, replace, &inputs))?;
     }
-    if args.trace.is_some() && args.trace == args.roofline {
-        return Err("--trace and --roofline: expected two files, got the same name".into());
+    let files = [("--trace", &args.trace), ("--roofline", &args.roofline), ("--html", &args.html)];
+    for (i, (one, path)) in files.iter().enumerate() {
+        if let Some((other, _)) = files[..i].iter().find(|(_, other)| path.is_some() && other == path) {
+            return Err(format!("{other} and {one}: expected two files, got the same name").into());
+        }
     }
     if let (Some(path), Some(first)) = (&args.trace, all.first()) {
         let chip = workload.chip(choices, &first.profile, &program)?;
@@ -260,6 +267,11 @@ pub fn run(args: &EstimateArgs) -> Result<(), Failure> {
         let estimate = first.estimate.as_ref().map_err(Error::to_string)?;
         let svg = super::plot::roofline(&workload.chip(choices, &first.profile, &program)?, estimate)?;
         interrupt::write(path, SVG, &[], svg.as_bytes())?;
+    }
+    if let Some(path) = &args.html {
+        let heading = args.work.heading(&model, &program, workload.batch);
+        let page = page::page(&heading, &all, (choices, &workload, &program))?;
+        interrupt::write(path, HTML, &[], page.as_bytes())?;
     }
     if args.json {
         let values: Vec<Value> = all.iter().map(as_json).collect();
@@ -499,10 +511,16 @@ fn compared(candidates: &[Figures], by: &Metric) -> String {
     text
 }
 
-fn ops(report: &Report) -> String {
-    let total = report.total().seconds;
+/// The ops of a step, the longest first.
+fn ops_by_time(report: &Report) -> Vec<&halite_sim::OpReport> {
     let mut ops: Vec<_> = report.ops.iter().collect();
     ops.sort_by(|a, b| b.time.seconds.total_cmp(&a.time.seconds));
+    ops
+}
+
+fn ops(report: &Report) -> String {
+    let total = report.total().seconds;
+    let ops = ops_by_time(report);
     let exchanges = report.ops.iter().any(|op| op.time.exchanged_bytes > 0.0);
     let last = |cell: String| if exchanges { format!(" {cell:>9}") } else { String::new() };
     let mut text = format!(
@@ -617,6 +635,7 @@ fn as_json(asked: &Asked) -> Value {
 /// Files that a plot and a trace may replace.
 const SVG: Replace = Replace::StartingWith(b"<svg", "an SVG drawing");
 const TRACE: Replace = Replace::StartingWith(b"[", "a trace");
+const HTML: Replace = Replace::StartingWith(b"<!DOCTYPE html>", "an HTML page");
 
 /// Writes a trace of a step in the Trace Event Format: one process for the ops, and one per tile with a
 /// thread per queue.

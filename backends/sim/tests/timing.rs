@@ -613,7 +613,7 @@ fn sparse_weights_are_read_and_multiplied_by_half() {
     assert!(sparse.2 < 0.75 * dense.2);
     let program = model("llama-1.1b", Format::BF16);
     let choices = Choices::default().sparse(true);
-    for (name, want) in [("maia-200", "sparse_ops_per_s"), ("nvidia-h100", "a simulated chip")] {
+    for (name, want) in [("maia-200", "sparse_ops_per_s"), ("nvidia-h100", "another chip")] {
         let profile = Profile::open(name).unwrap();
         let error = estimate(&profile, choices, &program, &Workload::default()).unwrap_err().to_string();
         assert!(error.contains(want), "{name}: {error}");
@@ -631,6 +631,25 @@ fn the_cache_may_lie_in_a_format_of_the_chip() {
     let (f16, fp8) = (of(None), of(Some(Dtype::Fp8E4m3)));
     assert!(fp8.0 < f16.0 && fp8.2 < f16.2);
     near(fp8.1 / f16.1, 0.5, 0.05);
+
+    // A GPU was measured with such a cache.
+    let h100 = Profile::open("nvidia-h100").unwrap();
+    let cache = |dtype| estimated(&h100, Choices::default().cache(dtype));
+    let (f16, fp8) = (cache(None), cache(Some(Dtype::Fp8E4m3)));
+    assert!(fp8.need_bytes < f16.need_bytes);
+    assert!(f16.unmeasured.iter().any(|line| line.starts_with("KV cache")), "{:?}", f16.unmeasured);
+    assert!(
+        !fp8.unmeasured.iter().any(|line| line.starts_with("KV cache of fp8_e4m3: attention")),
+        "{:?}",
+        fp8.unmeasured
+    );
+    let cpu = estimate(
+        &Profile::open("generic-x86-avx512").unwrap(),
+        Choices::default().cache(Some(Dtype::Fp8E4m3)),
+        &model("llama-1.1b", Format::Q4_0),
+        &Workload::default(),
+    );
+    assert!(cpu.unwrap_err().to_string().contains("KV cache: expected another chip"));
 }
 
 /// Work that takes more power than the chip may take lasts longer, and the estimate says so.

@@ -25,7 +25,7 @@ const MAX_TRACE_BYTES: u64 = 1 << 30;
 pub struct LoadArgs {
     /// Serve requests that arrive over time: `poisson:RATE,…` in requests/s (`A..B` doubles from A to B), or a trace, a CSV file with the
     /// columns arrival_s, prompt_tokens, generated_tokens and, if prompts begin alike, prefix_tokens, prefix_group.
-    #[arg(long, value_name = "poisson:RATE|FILE", conflicts_with_all = ["batch", "ops", "trace", "roofline", "best"])]
+    #[arg(long, value_name = "poisson:RATE|FILE", conflicts_with_all = ["batch", "ops", "trace", "roofline", "html", "best"])]
     load: Option<Source>,
     /// Number of requests with Poisson arrivals [default: 1000].
     #[arg(long, value_name = "N", requires = "load", value_parser = clap::value_parser!(u32).range(1..=100_000_000))]

@@ -24,6 +24,8 @@ type Spans<'a> = &'a [(u32, u32)];
 pub struct Device<'a> {
     profile: &'a Profile,
     products: Option<Dtype>,
+    /// Format of the KV cache of a GPU, if it is none of the program's.
+    cache: Option<Dtype>,
     /// The formats that a GPU multiplies, with the operations per second.
     rates: Vec<(Formats, f64)>,
     /// Rates of a CPU, and whether they were measured.
@@ -51,7 +53,7 @@ impl<'a> Device<'a> {
                 Some(threads) => (completed(host::rates(profile, threads)?, profile), true),
                 None => (host::assumed(profile, profile.tiles() as usize), false),
             };
-            return Ok(Device { profile, products: None, rates: Vec::new(), host: Some(host) });
+            return Ok(Device { profile, products: None, cache: None, rates: Vec::new(), host: Some(host) });
         }
         let rates = kernel::products(profile);
         if let Some(dtype) = products
@@ -60,7 +62,12 @@ impl<'a> Device<'a> {
             let have: Vec<_> = rates.iter().map(|(f, _)| f.weights.name()).collect();
             return Err(Error::argument("product format", have.join(", "), dtype.name()));
         }
-        Ok(Device { profile, products, rates, host: None })
+        Ok(Device { profile, products, cache: None, rates, host: None })
+    }
+
+    /// The same, with a KV cache in a format of the chip, if there is one.
+    pub fn with_cache(self, cache: Option<Dtype>) -> Device<'a> {
+        Device { cache, ..self }
     }
 
     /// Returns the times of the ops of a step, with one output per sequence.
@@ -109,7 +116,10 @@ impl<'a> Device<'a> {
                         most = Some(error.max(most.unwrap_or(0.0)));
                     }
                 } else {
-                    assumed.insert(assumption(*kernel, formats, estimate.source));
+                    let cache = self.cache.filter(|_| work.attends);
+                    let names =
+                        cache.map_or_else(|| names(formats.iter().copied()), |dtype| dtype.name().to_owned());
+                    assumed.insert(assumption(*kernel, &names, estimate.source));
                 }
             }
         }
@@ -171,12 +181,17 @@ impl<'a> Device<'a> {
     /// Times an op as kernels of a GPU.
     fn kernels(&self, work: &Work) -> Result<Timed> {
         let (profile, cost, plain) = (self.profile, &work.cost, self.plain());
+        let cache = self.cache.filter(|_| work.attends);
         let used = work.multiplied.map_or(plain, |weight| self.formats(weight));
+        let used = Formats { weights: cache.unwrap_or(used.weights), ..used };
+        let stored_bits = |asked: &Asked| cache.map_or(asked.bits, Dtype::bits);
+        let narrower = work.kernels.first().map_or(1.0, |asked| stored_bits(asked) / asked.bits);
+        let kv_bytes = cost.kv_bytes as f64 * if cache.is_some() { narrower } else { 1.0 };
         let machine = Machine::of(profile, &self.rates, used)?;
         let activations = cost.activation_bytes as f64 * used.activations.bits() / Dtype::Fp32.bits();
-        let bytes = work.weight_bytes + cost.kv_bytes as f64 + activations;
+        let bytes = work.weight_bytes + kv_bytes + activations;
         let estimate = |asked: &Asked| {
-            let stored = Stored { weight_bits: asked.bits, ..Stored::of(used) };
+            let stored = Stored { weight_bits: stored_bits(asked), ..Stored::of(used) };
             kernel::assume_on(profile, &self.rates, used, stored, asked.kernel)
         };
         let kernels = work.kernels.iter().map(estimate).collect::<Result<Vec<_>>>()?;
@@ -234,7 +249,7 @@ fn names(formats: impl IntoIterator<Item = Format>) -> String {
 }
 
 /// Says what the time of a kernel that was not measured assumes.
-fn assumption(kernel: Kernel, formats: &[Format], source: Source) -> String {
+fn assumption(kernel: Kernel, formats: &str, source: Source) -> String {
     let (what, kernels) = match kernel {
         Kernel::MatMul { .. } => ("weights", "products"),
         Kernel::Experts { .. } => ("experts", "products"),
@@ -248,7 +263,7 @@ fn assumption(kernel: Kernel, formats: &[Format], source: Source) -> String {
         }
         Source::Assumed => format!("uncalibrated, {}", kernel::assumption(kernel)),
     };
-    format!("{what} of {}: {kernels} {how}", names(formats.iter().copied()))
+    format!("{what} of {formats}: {kernels} {how}")
 }
 
 /// Adds the products of formats that were not measured: those of the nearest, or, without any, the assumed

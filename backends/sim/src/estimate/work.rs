@@ -96,13 +96,14 @@ impl Work {
                     let (batch, kv_len) = (one.len() as u64, longest.min(window).into());
                     add(Kernel::Attention { batch, heads, kv_heads, head_dim, kv_len });
                 }
-                for &one in many {
-                    let ops = cost::op(program, op, &[one]).float_ops;
+                for alike in many.chunk_by(|a, b| a == b) {
+                    let one = alike[0];
+                    let ops = cost::op(program, op, &[*one]).float_ops;
                     let tokens = u64::from(one.tokens);
                     let kv_len = u64::from(one.start.min(window)) + tokens;
                     let per_pair = 2 * heads * u64::from(state.key_dim + state.value_dim);
                     let seen = ops / per_pair.max(1);
-                    let batch = 1;
+                    let batch = alike.len() as u64;
                     add(Kernel::Prefill { batch, heads, kv_heads, head_dim, tokens, kv_len, seen });
                 }
                 work.attends = true;

@@ -223,7 +223,7 @@ pub struct Choices {
     pub activations: Dtype,
     /// Format of the weights of products in device memory, one of numbers of a chip; `None`: that of the file. For simulated chips.
     pub stored: Option<Dtype>,
-    /// Format of the KV cache in device memory, one of numbers of a chip; `None`: that of the program. For simulated chips.
+    /// Format of the KV cache in device memory, one of numbers of a chip; `None`: that of the program. For simulated chips and GPUs.
     pub cache: Option<Dtype>,
     /// Whether two of each four weights of products are zeros, which a chip with a sparse rate neither stores nor multiplies. For
     /// simulated chips.
@@ -276,13 +276,13 @@ impl Choices {
     fn check_device(self, profile: &Profile) -> Result<()> {
         let asked = [
             ("stored", self.stored.map(Dtype::name)),
-            ("KV cache", self.cache.map(Dtype::name)),
+            ("KV cache", self.cache.filter(|_| profile.driver == Driver::Cpu).map(Dtype::name)),
             ("sparse", self.sparse.then_some("2:4")),
         ];
         let refused = asked.into_iter().find_map(|(what, format)| Some((what, format?)));
         refused.map_or(Ok(()), |(what, format)| {
             let found = format!("{format} on {}, whose kernels have the formats of files", profile.name);
-            Err(Error::argument(what, "a simulated chip", found))
+            Err(Error::argument(what, "another chip", found))
         })
     }
 }
@@ -321,7 +321,7 @@ impl<'a> Timer<'a> {
             Driver::Sim => Timer::Chip(Box::new(choices.chip(profile.clone())?)),
             Driver::Gpu | Driver::Cpu => {
                 choices.check_device(profile)?;
-                Timer::Device(Device::new(profile, choices.products)?)
+                Timer::Device(Device::new(profile, choices.products)?.with_cache(choices.cache))
             }
         })
     }
