@@ -102,7 +102,8 @@ pub struct EstimateArgs {
     /// bits of one chip.
     #[arg(long, value_name = "HOW", help_heading = "Several chips", default_value = "divided", value_parser = ["divided", "in-order"])]
     sums: String,
-    /// Divide the batch in two, so that one half computes while the other one exchanges. Nothing slows either down.
+    /// Divide the batch in two, so that one half computes while the other one exchanges; under load, the steps for which that is quicker.
+    /// Nothing slows either down.
     #[arg(long, help_heading = "Several chips")]
     overlap: bool,
     /// List the ops of a prefill step and a decode step, longest first.

@@ -21,7 +21,8 @@ use halite_sim::estimate::load::requests::{Draw, Length, Lengths, Prefix, Reques
 use halite_sim::estimate::load::steps::Step;
 use halite_sim::estimate::load::summary::{Slo, Summary, knee};
 use halite_sim::estimate::load::{Draft, Outcome, Served, Server, Serving};
-use halite_sim::estimate::workload::Choices;
+use halite_sim::estimate::system::{Layout, stages};
+use halite_sim::estimate::workload::{Choices, Quick, Workload};
 
 const CONTEXT: u32 = 4096;
 
@@ -97,6 +98,112 @@ fn interpolated_steps_are_near_the_closed_form() {
         println!("{name}: mean {:.4}, worst {most:.4}", sum / 150.0);
         assert!(sum / 150.0 < mean_error && most < worst, "{name}: {} {most}", sum / 150.0);
     }
+}
+
+fn on<'a>(profile: &'a Profile, program: &Program, layout: Layout, serving: Serving) -> Server<'a> {
+    Server::new(profile, Choices::default().layout(layout), program, CONTEXT, serving).unwrap()
+}
+
+/// Steps on several chips take the time of the closed form: with divided layers, with divided positions, and with halves of which one
+/// computes while the other exchanges.
+#[test]
+fn steps_of_several_chips_are_the_closed_forms() {
+    let program = model("llama-3-8b", Format::BF16);
+    let mut quicker = [0, 0];
+    for (name, chips) in [("maia-100", 4), ("nvidia-h100", 4), ("nvidia-h100", 8)] {
+        let profile = Profile::open(name).unwrap();
+        let plain = Layout::default();
+        for layout in [plain.tensor(chips), plain.context(2), plain.tensor(chips / 2).context(2)] {
+            for batch in [1, 2, 16, 512] {
+                // The middle of a text, and the chunk of a prompt, are knots.
+                let workload = Workload::default().batch(batch).prompt(1024).generate(1024).chunk(1024);
+                let times = |layout: Layout| {
+                    let divided = stages(&program, layout).unwrap();
+                    let quick = Quick::new(Choices::default().layout(layout), &divided, &workload);
+                    quick.unwrap().times(&profile).unwrap()
+                };
+                let seconds = |layout: Layout, spans: &[(u32, u32)]| {
+                    let mut server =
+                        on(&profile, &program, layout, Serving::default().chunk(1024).sequences(512));
+                    server.steps().seconds(&Step::of(spans)).unwrap()
+                };
+                let texts = vec![(1536, 1); batch as usize];
+                let expected = times(layout).step_s;
+                let got = seconds(layout, &texts);
+                assert!((got / expected - 1.0).abs() < 1e-9, "{name} {layout:?} {batch}: {got}, {expected}");
+                let prompt = times(layout).first_token_s / f64::from(batch);
+                let got = seconds(layout, &[(0, 1024)]);
+                assert!((got / prompt - 1.0).abs() < 1e-9, "{name} {layout:?}: {got}, {prompt}");
+                // The estimate overlaps always, the server where that is quicker.
+                let halves = times(layout.overlap(true)).step_s;
+                let got = seconds(layout.overlap(true), &texts);
+                let least = expected.min(halves);
+                assert!((got / least - 1.0).abs() < 1e-9, "{name} {layout:?} {batch}: {got}, {least}");
+                quicker[usize::from(halves < expected)] += 1;
+            }
+        }
+    }
+    assert!(quicker.iter().all(|count| *count > 2), "{quicker:?}");
+}
+
+/// Overlap never makes a step longer, and saves no more than half of it. One token has no halves.
+#[test]
+fn overlap_never_takes_longer() {
+    let program = model("llama-3-8b", Format::BF16);
+    let mut random = SplitMix64::new(3);
+    let mut below = |limit: u32| (random.next() % u64::from(limit)) as u32;
+    let layout = Layout::default().tensor(8);
+    let profile = Profile::open("nvidia-h100").unwrap();
+    let mut both =
+        [layout, layout.overlap(true)].map(|layout| on(&profile, &program, layout, Serving::default()));
+    let mut shorter = 0;
+    for case in 0..200 {
+        let mut spans: Vec<_> = (0..below(64)).map(|_| (below(3000), 1)).collect();
+        spans.extend((case % 2 == 0).then_some((below(3000), 2 + below(440))));
+        let [plain, overlapped] = both.each_mut().map(|s| s.steps().seconds(&Step::of(&spans)).unwrap());
+        assert!(overlapped <= plain && overlapped >= 0.45 * plain, "{spans:?}: {overlapped} {plain}");
+        shorter += u32::from(overlapped < 0.999 * plain);
+    }
+    assert!((20..200).contains(&shorter), "{shorter}");
+    let [plain, overlapped] = both.each_mut().map(|s| s.steps().seconds(&Step::of(&[(99, 1)])).unwrap());
+    assert_eq!(plain, overlapped);
+}
+
+/// Chips that hold different positions have room for more of them, are all paid, and serve long prompts sooner.
+#[test]
+fn positions_are_divided_under_load() {
+    let program = model("llama-3-8b", Format::BF16);
+    let page = program.kv_bytes(|_| 1);
+    let profile = maia(&program, 32 * page);
+    let requests: Vec<Request> = (0..12).map(|i| Request::new(0.1 * f64::from(i), 1800, 100)).collect();
+    let served = |layout: Layout, serving: Serving| {
+        let outcome = on(&profile, &program, layout, serving).serve(&requests).unwrap();
+        check(&requests, &outcome);
+        outcome
+    };
+    let long = [Request::new(0.0, 3000, 10)];
+    let error = on(&profile, &program, Layout::default(), Serving::default()).serve(&long).unwrap_err();
+    assert!(error.to_string().contains("bytes of KV cache"), "{error}");
+    on(&profile, &program, Layout::default().context(2), Serving::default()).serve(&long).unwrap();
+    let [one, two, four] = [1, 2, 4].map(|n| served(Layout::default().context(n), Serving::default()));
+    let all = [&one, &two, &four];
+    assert_eq!(all.map(|outcome| outcome.chips), [1, 2, 4]);
+    let first = all.map(|outcome| Summary::new(outcome, None).first_token_s.p50);
+    assert!(first[0] > first[1] && first[1] > first[2], "{first:?}");
+    let price = |outcome: &Outcome| outcome.usd.unwrap() / outcome.seconds();
+    assert!((price(&four) / price(&one) - 4.0).abs() < 1e-9);
+    // A chip of two has half of a sequence; together they hold more sequences at once.
+    assert!(two.kv_peak_bytes <= two.kv_bytes && two.kv_bytes == one.kv_bytes);
+    let texts = |outcome: &Outcome| Summary::new(outcome, None).batch;
+    assert!(texts(&two) > 1.0 && texts(&one) == 1.0, "{} {}", texts(&one), texts(&two));
+    for (layout, name) in [(Layout::default().pipeline(2), "pp 2"), (Layout::default().data(2), "dp 2")] {
+        let choices = Choices::default().layout(layout);
+        let error = Server::new(&profile, choices, &program, CONTEXT, Serving::default()).unwrap_err();
+        assert!(error.to_string().contains("replicas instead of copies") && error.to_string().contains(name));
+    }
+    // Prompts on chips of their own send the cache of every chip that shares positions.
+    let apart = served(Layout::default().tensor(2).context(2), Serving::default().prefill(1));
+    assert_eq!(apart.chips, 8);
 }
 
 #[test]

@@ -167,13 +167,10 @@ struct Answer {
 /// Estimates a load on each profile.
 pub fn run(args: &EstimateArgs, source: &Source, model: &Model, choices: Choices) -> Result<(), Failure> {
     let load = &args.load;
-    if args.chips.is_some() || args.cp.is_some() || args.pp.is_some() || args.dp.is_some() {
+    if args.chips.is_some() || args.pp.is_some() || args.dp.is_some() {
         return Err(
-            "--load: expected --tp chips for each of --replicas, got --chips, --cp, --pp or --dp".into()
+            "--load: expected --tp and --cp chips for each of --replicas, got --chips, --pp or --dp".into()
         );
-    }
-    if choices.layout.overlap {
-        return Err("--load: expected exchanges that do not overlap with computation, got --overlap".into());
     }
     let known = model.hparams().context_length;
     let context = load.context.unwrap_or(known);
@@ -256,10 +253,10 @@ fn heading(args: &EstimateArgs, source: &Source, model: &Model, weights: u64, lo
         Some((prefill, decode)) => format!("{prefill} + {decode}"),
         None => load.replicas.to_string(),
     };
-    let on = match args.tp.unwrap_or(1) {
+    let on = match args.tp.unwrap_or(1) * args.cp.unwrap_or(1) {
         1 if count == "1" => "1 chip".into(),
         1 => format!("{count} chips"),
-        tp => format!("{count} x {tp} chips"),
+        each => format!("{count} x {each} chips"),
     };
     let requests = loads.first().map_or(&[][..], |load| &load.requests);
     let mean = |number: fn(&Request) -> u32| {

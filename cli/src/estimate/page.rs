@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use halite::program::Program;
 use halite::passes;
+use halite::program::Program;
 use halite_profiles::profile::Driver;
 use halite_sim::estimate::workload::{Choices, Estimate, Workload};
 use halite_sim::step::{self, Traced};
@@ -126,8 +126,10 @@ fn figures(all: &[Asked]) -> Vec<Figure> {
         .collect();
     let figure = |(name, is_more_better, of, shown): (&'static str, bool, Of, fn(f64) -> String)| {
         let interval = |e: &Estimate| e.step_interval_s.filter(|_| name == "decode step");
-        let values: Vec<_> = running.iter().filter_map(|(chip, e)| Some((chip, of(e)?, interval(e)))).collect();
-        let ends = values.iter().map(|(_, value, interval)| interval.map_or(*value, |[_, high]| high.max(*value)));
+        let values: Vec<_> =
+            running.iter().filter_map(|(chip, e)| Some((chip, of(e)?, interval(e)))).collect();
+        let ends =
+            values.iter().map(|(_, value, interval)| interval.map_or(*value, |[_, high]| high.max(*value)));
         let longest = ends.fold(f64::MIN_POSITIVE, f64::max);
         let percent = |value: f64| 100.0 * value / longest;
         let bar = |(chip, value, interval): (&&str, f64, Option<[f64; 2]>)| Bar {
@@ -197,13 +199,19 @@ fn rows(report: &Report) -> Vec<[String; 8]> {
 fn timeline(traced: &[Traced]) -> Option<Timeline> {
     let segment = traced.get(traced.len() / 2)?.segment.clone();
     let ops: Vec<&Traced> = traced.iter().filter(|op| op.segment == segment).collect();
-    let (first_s, last_s) = (ops.first()?.start_s, ops.iter().map(|op| op.start_s + op.time.seconds).fold(0.0, f64::max));
+    let (first_s, last_s) =
+        (ops.first()?.start_s, ops.iter().map(|op| op.start_s + op.time.seconds).fold(0.0, f64::max));
     let all_s = last_s - first_s;
-    let place = |start_s: f64, end_s: f64| (100.0 * (start_s - first_s) / all_s, 100.0 * (end_s - start_s) / all_s);
+    let place =
+        |start_s: f64, end_s: f64| (100.0 * (start_s - first_s) / all_s, 100.0 * (end_s - start_s) / all_s);
     let busy: Vec<Busy> = ops
         .iter()
         .flat_map(|op| {
-            let shift = |busy: &Busy| Busy { start_s: op.start_s + busy.start_s, end_s: op.start_s + busy.end_s, ..*busy };
+            let shift = |busy: &Busy| Busy {
+                start_s: op.start_s + busy.start_s,
+                end_s: op.start_s + busy.end_s,
+                ..*busy
+            };
             op.busy.iter().map(shift)
         })
         .collect();
@@ -222,7 +230,8 @@ fn timeline(traced: &[Traced]) -> Option<Timeline> {
         let at = queue as usize;
         let mean_s = of_tiles.values().map(|each| each[at]).sum::<f64>() / of_tiles.len() as f64;
         let mine = busy.iter().filter(|b| b.tile == *tile && b.queue == queue);
-        let mut intervals: Vec<(f64, f64, &'static str)> = mine.map(|b| (b.start_s, b.end_s, b.what)).collect();
+        let mut intervals: Vec<(f64, f64, &'static str)> =
+            mine.map(|b| (b.start_s, b.end_s, b.what)).collect();
         intervals.sort_by(|a, b| a.0.total_cmp(&b.0));
         let mut drawn: Vec<(f64, f64, &'static str)> = Vec::new();
         for (start_s, end_s, what) in intervals {
@@ -249,7 +258,12 @@ fn timeline(traced: &[Traced]) -> Option<Timeline> {
         let (x, width) = place(op.start_s, op.start_s + op.time.seconds);
         let bound = op.time.bound().name();
         let class = bounds.iter().position(|known| *known == bound).unwrap_or(0);
-        Drawn { x, width, class, title: format!("{}, {}, limited by {bound}", op.name, seconds(op.time.seconds)) }
+        Drawn {
+            x,
+            width,
+            class,
+            title: format!("{}, {}, limited by {bound}", op.name, seconds(op.time.seconds)),
+        }
     });
     let tenth = |i: u32| (10.0 * f64::from(i), seconds(all_s * f64::from(i) / 10.0));
     Some(Timeline {

@@ -439,6 +439,13 @@ impl<'a> System<'a> {
 
     /// Returns a stage's exchanges.
     fn exchanges(&self, stage: &Stage, spans: &[(u32, u32)]) -> Vec<Timed> {
+        let mut all = self.exchanged(stage, spans);
+        all.extend(self.exchanged_positions(stage, spans));
+        all
+    }
+
+    /// Returns what chips that share layers exchange in a stage, and send to the next one.
+    fn exchanged(&self, stage: &Stage, spans: &[(u32, u32)]) -> Vec<Timed> {
         let Some(fabric) = &self.fabric else { return Vec::new() };
         let tokens = spans.iter().fold(0u32, |sum, (_, len)| sum.saturating_add(*len));
         let rows = |dim| passes::rows(dim, tokens, spans.len() as u32) as f64;
@@ -459,10 +466,17 @@ impl<'a> System<'a> {
             let joules = fabric.send_j(part, apart) + fabric.joules(Collective::AllGather, bytes, chips);
             Timed { name: "send", bytes, seconds, joules }
         });
+        exchanges.chain(sent).collect()
+    }
+
+    /// Returns what chips with different positions exchange in a stage.
+    fn exchanged_positions(&self, stage: &Stage, spans: &[(u32, u32)]) -> Vec<Timed> {
         // Designs are timed by the thousand, few of them so.
-        let ops = (self.layout.context > 1).then(|| stage.program.greedy_ops()).into_iter().flatten();
-        let positions = ops.flat_map(|(_, op)| self.of_positions(fabric, stage, op, spans));
-        exchanges.chain(sent).chain(positions).collect()
+        let Some(fabric) = self.fabric.as_ref().filter(|_| self.layout.context > 1) else {
+            return Vec::new();
+        };
+        let ops = stage.program.greedy_ops();
+        ops.flat_map(|(_, op)| self.of_positions(fabric, stage, op, spans)).collect()
     }
 
     /// Returns what chips with different positions exchange for an attention. Of generated tokens, they add up their results, of which each
@@ -550,15 +564,20 @@ impl<'a> System<'a> {
         Ok((all, time))
     }
 
-    /// Returns the seconds of a step's attention, or of all else, by the closed form.
-    pub(super) fn part_s(&self, spans: &[(u32, u32)], is_attention: bool) -> Result<f64> {
-        let each = self.stages.iter().enumerate().map(|(number, stage)| {
-            let ops_s = self.timer(number).part_s(&stage.program, spans, is_attention)?;
-            let exchanges = if is_attention { Vec::new() } else { self.exchanges(stage, spans) };
+    /// Returns the seconds of a step's attention, or of all else, by the closed form: those that chips and their host compute, and those
+    /// that chips exchange for it.
+    pub(super) fn part_s(&self, spans: &[(u32, u32)], is_attention: bool) -> Result<[f64; 2]> {
+        let mut sum = [0.0; 2];
+        for (number, stage) in self.stages.iter().enumerate() {
             let host_s = if is_attention { 0.0 } else { self.host_s };
-            Ok(host_s + ops_s + exchanges.iter().map(|exchange| exchange.seconds).sum::<f64>())
-        });
-        each.sum()
+            sum[0] += host_s + self.timer(number).part_s(&stage.program, spans, is_attention)?;
+            let exchanges = match is_attention {
+                true => self.exchanged_positions(stage, spans),
+                false => self.exchanged(stage, spans),
+            };
+            sum[1] += exchanges.iter().map(|exchange| exchange.seconds).sum::<f64>();
+        }
+        Ok(sum)
     }
 
     /// Returns the largest mean error of a stage's kernels, absent if some were not measured, and what is assumed of those.

@@ -10,6 +10,8 @@ use super::requests::Prefix;
 /// The bytes of a sequence by its length.
 #[derive(Debug, Clone)]
 pub struct Pages {
+    /// Positions of a page of each of the chips that hold different ones.
+    positions: u32,
     /// Bytes of a page in all layers that keep every position.
     full_bytes: u64,
     /// Windows, and bytes of a page in all layers that have them.
@@ -17,16 +19,21 @@ pub struct Pages {
 }
 
 impl Pages {
-    /// The pages of a program.
-    pub fn new(program: &Program) -> Pages {
-        let of = |window| program.kv_bytes(|w| u64::from(w == window));
+    /// The pages of a program. With chips that hold different positions, a page stands for one on each of them, and bytes are those of one.
+    /// `cache_fraction` is the part of its bytes that the cache takes on the chip.
+    pub fn new(program: &Program, context: u32, cache_fraction: f64) -> Pages {
+        let positions = PAGE_POSITIONS.saturating_mul(context.max(1));
+        let of = |window| {
+            let bytes = program.kv_bytes(|w| u64::from(w == window));
+            if program.is_recurrent(window) { bytes } else { (bytes as f64 * cache_fraction) as u64 }
+        };
         let windows = program.windows.iter().flatten().map(|&window| (window, of(Some(window)))).collect();
-        Pages { full_bytes: of(None), windows }
+        Pages { positions, full_bytes: of(None), windows }
     }
 
     /// Bytes of a sequence whose first pages of layers without windows belong to somebody else.
     pub fn bytes(&self, positions: u32, shared_pages: u32) -> u64 {
-        let own = positions.div_ceil(PAGE_POSITIONS).saturating_sub(shared_pages);
+        let own = positions.div_ceil(self.positions).saturating_sub(shared_pages);
         self.shared_bytes(own) + self.windows_bytes(positions)
     }
 
@@ -38,8 +45,8 @@ impl Pages {
     /// Bytes of the layers with windows. A window may begin and end in the middle of a page.
     fn windows_bytes(&self, positions: u32) -> u64 {
         let of = |&(window, bytes): &(u32, u64)| {
-            let kept = positions.min(window.saturating_add(PAGE_POSITIONS));
-            bytes.saturating_mul(kept.div_ceil(PAGE_POSITIONS).into())
+            let kept = positions.min(window.saturating_add(self.positions));
+            bytes.saturating_mul(kept.div_ceil(self.positions).into())
         };
         self.windows.iter().map(of).sum()
     }
@@ -133,7 +140,7 @@ impl Cache {
         let Some(prefix) = sequence.prefix else { return };
         let Some(held) = self.held.get_mut(&prefix.group) else { return };
         let common = held.tokens.min(prefix.tokens).min(prompt - 1);
-        let shared_pages = common / PAGE_POSITIONS;
+        let shared_pages = common / self.pages.positions;
         let bytes = self.pages.bytes(common, shared_pages);
         // The group cannot be evicted for the sequence that is about to use it.
         if held.users == 0 {
@@ -177,7 +184,7 @@ impl Cache {
         let Some(prefix) = sequence.prefix else { return };
         let prefix = Prefix { tokens: prefix.tokens.min(sequence.len), ..prefix };
         let held = self.held.get(&prefix.group).copied().unwrap_or_default();
-        let before = held.tokens / PAGE_POSITIONS;
+        let before = held.tokens / self.pages.positions;
         if prefix.tokens <= held.tokens || sequence.shared_pages != before {
             return;
         }
@@ -187,7 +194,7 @@ impl Cache {
             return;
         }
         self.idle.remove(&held.used);
-        let pages = prefix.tokens / PAGE_POSITIONS;
+        let pages = prefix.tokens / self.pages.positions;
         let moved = self.pages.shared_bytes(pages - before);
         sequence.own_bytes -= moved;
         sequence.shared_pages = pages;

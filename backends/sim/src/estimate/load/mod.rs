@@ -215,23 +215,16 @@ impl<'a> Server<'a> {
     ) -> Result<Server<'a>> {
         serving.check()?;
         let layout = choices.layout;
-        let refused =
-            layout.ways().into_iter().find(|(name, n)| ["cp", "pp", "dp"].contains(name) && *n != 1);
+        let refused = layout.ways().into_iter().find(|(name, n)| ["pp", "dp"].contains(name) && *n != 1);
         if let Some((name, n)) = refused {
-            let expected = "tp, ep, and replicas instead of copies, under load";
+            let expected = "tp, ep and cp, and replicas instead of copies, under load";
             return Err(Error::argument("layout", expected, format!("{name} {n}")));
-        }
-        if layout.overlap {
-            return Err(Error::argument("layout", "exchanges that do not overlap, under load", "overlap"));
-        }
-        if let Some(dtype) = choices.cache {
-            return Err(Error::argument("KV cache under load", "the format of the program", dtype.name()));
         }
         let stages = stages(program, layout)?;
         let program = &stages[0].program;
         let have = profile.holding_bytes();
         let weights = stages[0].weight_bytes(choices);
-        let pages = Pages::new(program);
+        let pages = Pages::new(program, layout.context, choices.cache_fraction(program));
         let Some(kv_bytes) = have.checked_sub(weights).filter(|bytes| *bytes >= pages.bytes(1, 0)) else {
             let got = format!("{weights} bytes of weights on {}", profile.name);
             return Err(Error::argument("memory", format!("room for a page within {have} bytes"), got));
@@ -274,7 +267,7 @@ impl<'a> Server<'a> {
         }
         kv_peak_bytes = self.run(self.serving.replicas, &jobs, &mut served, &mut totals)?.max(kv_peak_bytes);
         let servers = self.serving.replicas + self.serving.prefill;
-        let chips = servers * self.steps.layout().tensor;
+        let chips = servers * self.steps.layout().of_stage();
         let (kv_bytes, joules, usd) = (self.kv_bytes, None, None);
         let mut outcome = Outcome { served, totals, kv_peak_bytes, kv_bytes, joules, usd, servers, chips };
         let chip_s = outcome.seconds() * f64::from(chips);
@@ -337,8 +330,8 @@ impl<'a> Server<'a> {
     /// Returns the jobs that are left once prompts have run, by when their KV cache arrives. Each has all links for itself.
     fn sent(&self, served: &[Served]) -> Result<Vec<Job>> {
         let fabric = Fabric::new(self.profile)?;
-        // The chips that share a layer each send their part to one further on.
-        let apart = self.steps.layout().tensor;
+        // The chips of a stage each send their part to one further on.
+        let apart = self.steps.layout().of_stage();
         let left = served.iter().enumerate().filter(|(_, served)| served.request.generate > 1);
         let mut jobs: Vec<Job> = left
             .map(|(i, served)| {
@@ -387,6 +380,7 @@ mod tests {
     use super::requests::Draw;
     use super::summary::Summary;
     use super::{Choices, Draft, Server, Serving};
+    use crate::estimate::system::Layout;
 
     /// Replicas check their cache after each step: pages in use are those of the requests that run and of the prefixes that are kept.
     #[test]
@@ -398,7 +392,7 @@ mod tests {
         let mut windowed = plain.clone();
         windowed.states.iter_mut().step_by(2).for_each(|state| state.window = Some(256));
         windowed.windows = vec![None, Some(256)];
-        for program in [plain, windowed] {
+        for (program, context) in [(plain, 1), (windowed.clone(), 1), (windowed, 2)] {
             for (seed, pages) in [32, 40, 80, 400].into_iter().enumerate() {
                 let capacity = program.weight_bytes() + pages * program.kv_bytes(|_| 1);
                 // Clusters keep next to nothing.
@@ -410,7 +404,8 @@ mod tests {
                 let mut draw = Draw::new(300, seed as u64, lengths, 2048);
                 (draw.prefix, draw.groups) = (150 + 100 * seed as u32, 6);
                 let (requests, _) = draw.poisson(100.0).unwrap();
-                let mut server = Server::new(&profile, Choices::default(), &program, 2048, serving).unwrap();
+                let choices = Choices::default().layout(Layout::default().context(context));
+                let mut server = Server::new(&profile, choices, &program, 2048, serving).unwrap();
                 let summary = Summary::new(&server.serve(&requests).unwrap(), None);
                 preemptions += summary.preemptions;
                 reused += summary.reused;
