@@ -38,8 +38,9 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     var highest = 0u;
     for (var r = 0u; r < 8u; r++) {
         if r < count {
-            ends[r] = select(tokens.z, position(tokens.x + (row0 + r) / GROUP) + 1u, CAUSAL);
-            firsts[r] = ends[r] - min(ends[r], WINDOW);
+            let own = position(tokens.x + (row0 + r) / GROUP) + 1u;
+            ends[r] = own + min(tokens.z - own, AFTER);
+            firsts[r] = own - min(own, WINDOW);
             lowest = min(lowest, firsts[r]);
             highest = max(highest, ends[r]);
         }

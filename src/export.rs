@@ -75,7 +75,7 @@ pub fn export(model: &Model, options: &ExportOptions) -> Result<(Vec<u32>, Image
     let mut options = *options;
     if program.outputs.hidden.is_some() {
         // An image tells by its causality whether each step is a text of its own.
-        if program.states.iter().any(|state| state.causal) {
+        if program.states.iter().any(|state| state.is_causal()) {
             return Err(Error::Model("images have no decoder that gives vectors of texts".into()));
         }
         options = options.tokens(options.context);
@@ -327,7 +327,7 @@ impl<'a> Exporter<'a> {
                 value_dim: state.value_dim,
                 format: state.format,
                 window: state.window,
-                causal: state.causal,
+                after: state.after,
                 first,
                 pages,
                 table,

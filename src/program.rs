@@ -9,6 +9,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use arrayvec::ArrayVec;
+pub use halite_kernels::attention::Sight;
 pub use halite_kernels::formats::Layout;
 use halite_kernels::formats::{self, Format};
 pub use halite_kernels::rows::{Gate, Unary};
@@ -137,17 +138,17 @@ pub struct State {
     /// Element format, one of [`formats`](halite_kernels::kv::formats). Keys and values are whole blocks of
     /// it.
     pub format: Format,
-    /// Sliding window: positions that attention sees, the current one included; `None`: all.
+    /// Sliding window: how many positions up to its own, which counts, a token sees; `None`: all.
     pub window: Option<u32>,
-    /// Whether attention is causal. If not, a token sees the whole span, so a step must contain all tokens
-    /// that attend to each other. Attention that is not causal has no window.
-    pub causal: bool,
+    /// How many positions after its own a token sees, up to the end of its span; 0: attention is causal, [`u32::MAX`]: all.
+    /// If it is not causal, a step must contain all tokens that attend to each other.
+    pub after: u32,
     /// What its pages hold.
     #[cfg_attr(feature = "replay", serde(default))]
     pub kind: StateKind,
 }
 
-crate::setters!(const State { window: Option<u32>, causal: bool });
+crate::setters!(const State { window: Option<u32>, after: u32 });
 
 impl State {
     /// A cache for causal attention without a window.
@@ -158,8 +159,18 @@ impl State {
         value_dim: u32,
         format: Format,
     ) -> State {
-        let (window, causal, kind) = (None, true, StateKind::Cache);
-        State { name: name.into(), kv_heads, key_dim, value_dim, format, window, causal, kind }
+        let (window, after, kind) = (None, 0, StateKind::Cache);
+        State { name: name.into(), kv_heads, key_dim, value_dim, format, window, after, kind }
+    }
+
+    /// Whether no token sees a later one.
+    pub fn is_causal(&self) -> bool {
+        self.after == 0
+    }
+
+    /// Which positions a token sees.
+    pub fn sight(&self) -> Sight {
+        Sight { window: self.window, after: self.after }
     }
 
     /// A latent cache (DeepSeek-AI 2024): a key of `key_dim` elements, of which the first `value_dim` are the value.
@@ -451,7 +462,7 @@ pub enum Op<T = TensorId, S = StateId> {
     Attend {
         /// `[tokens, heads * key_dim]`.
         q: T,
-        /// The cache; its window and causality apply.
+        /// The cache, which says what a token sees.
         state: S,
         /// `[tokens, heads * value_dim]`.
         out: T,

@@ -57,19 +57,13 @@ pub(crate) fn validate(program: &Program) -> Result<()> {
             )));
         }
         let recurrent = s.kind == StateKind::Recurrent;
-        if recurrent && (s.format != Format::F32 || !s.causal) {
+        if recurrent && (s.format != Format::F32 || !s.is_causal()) {
             return Err(Error::Program(format!("state `{}`: a recurrent state is causal, in F32", s.name)));
         }
         // They share a page table with their KV group, which holds other pages than a cache's.
         if recurrent != (s.window == State::RECURRENT_WINDOW) && program.has_recurrent_states() {
             return Err(Error::Program(format!(
                 "state `{}`: beside recurrent states, a window of 2 positions is for them alone",
-                s.name
-            )));
-        }
-        if !s.causal && s.window.is_some() {
-            return Err(Error::Program(format!(
-                "state `{}`: attention in both directions has no window",
                 s.name
             )));
         }

@@ -107,7 +107,6 @@ fn state(image: &Image<'_>, n: u32, work_end: u64, need: Need<'_>) -> Result<(),
     let block = s.format.block_len() as u32;
     need(s.key_dim.is_multiple_of(block) && s.value_dim.is_multiple_of(block), "a state's blocks", n)?;
     need(s.pages > 0 && s.window != Some(0), "a state has no pages or sees nothing", n)?;
-    need(s.causal || s.window.is_none(), "a state that sees both ways has a window", n)?;
     let h = &image.header;
     let enough = s.pages >= layout::pages(h.context, h.tokens, s.window);
     need(enough, "a state has too few pages", n)?;

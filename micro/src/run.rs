@@ -4,7 +4,7 @@
 use core::ops::Range;
 
 use halite_kernels::activation::{Activation, Quantise, Quantised, QuantisedMut};
-use halite_kernels::attention::{self, Attend};
+use halite_kernels::attention::{self, Attend, Sight};
 use halite_kernels::formats::{Kind, Layout};
 use halite_kernels::isa::{Cpu, Scalar};
 use halite_kernels::kv::{CHUNK, Pages, PagesMut};
@@ -323,9 +323,9 @@ impl<'a> Run<'a, '_> {
                 shape,
                 table,
                 kv_head,
-                position: if state.causal { position } else { position + tokens - 1 },
-                causal: state.causal,
-                window: state.window,
+                position,
+                end: position + tokens,
+                sight: Sight { window: state.window, after: state.after },
                 scale: a.scale,
                 softcap: a.softcap,
                 sinks: a.sinks.map(|s| &s[first..first + group]),

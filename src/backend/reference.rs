@@ -654,9 +654,9 @@ impl Kernels for Definitions {
                 let mut pages = HashMap::new();
                 for (t, (q, out)) in a.q.chunks_exact(q_cols).zip(out.chunks_exact_mut(out_cols)).enumerate()
                 {
-                    let (table, last) = a.sees(t);
-                    let end = last as usize + 1;
-                    let first = a.window.map_or(0, |w| end.saturating_sub(w as usize));
+                    let (table, position, end) = a.place(t);
+                    let first = a.sight.window.map_or(0, |w| (position + 1).saturating_sub(w as usize));
+                    let end = end.min(position + 1 + a.sight.after as usize);
                     let table = &table[first / CHUNK..end.div_ceil(CHUNK)];
                     for &page in table {
                         let bytes = || page_of(&a.pages, a.shape, page as usize);

@@ -1085,10 +1085,22 @@ fn attention(cases: &mut Cases) {
             }
         }
         // Attention that is not causal: whole sequences, across the ends of pages; then tokens that also see
-        // earlier positions, and a single token with a cache long enough to be split.
-        for (heads, kv_heads, key_dim, value_dim, sinks) in [(3, 3, 32, 32, false), (4, 2, 64, 96, true)] {
+        // earlier positions, and a single token with a cache long enough to be split. Windows end within a page, and at and
+        // after its end.
+        for (heads, kv_heads, key_dim, value_dim, window, after, sinks) in [
+            (3, 3, 32, 32, None, u32::MAX, false),
+            (4, 2, 64, 96, None, u32::MAX, true),
+            (4, 2, 32, 64, Some(5), 4, true),
+            (3, 3, 64, 32, Some(65), 64, false),
+            (2, 1, 32, 32, Some(1), 150, false),
+            (2, 1, 32, 32, None, 3, false),
+        ] {
+            let bounds = match (window, after) {
+                (None, u32::MAX) => String::new(),
+                _ => format!(" window={window:?} after={after}"),
+            };
             let name = format!(
-                "Attend {} {heads}/{kv_heads} {key_dim}/{value_dim} both directions sinks={sinks}",
+                "Attend {} {heads}/{kv_heads} {key_dim}/{value_dim} both directions{bounds} sinks={sinks}",
                 format.name()
             );
             let steps: [&[(u32, u32)]; 5] = [
@@ -1099,7 +1111,7 @@ fn attention(cases: &mut Cases) {
                 &[(604, 1), (0, 0)],
             ];
             cases.add(name, &[("sinks", Format::F32, vec![heads.into()])], &steps, ATTEND_BOUND, |b| {
-                let kv = State::new("kv", kv_heads, key_dim, value_dim, format).causal(false);
+                let kv = State::new("kv", kv_heads, key_dim, value_dim, format).window(window).after(after);
                 attended(b, kv, heads, 0.3, None, sinks);
             });
         }

@@ -13,7 +13,7 @@ pub(super) fn record(h: &Hparams, b: &mut Builder<'_>) {
     let mut x = n.norm("token_embd_norm", x);
     for layer in 0..h.block_count {
         n.layer(layer);
-        let attention = Attention { causal: false, ..n.attention_of() };
+        let attention = Attention { after: u32::MAX, ..n.attention_of() };
         x = n.post_norm_layer(x, &attention, |n, x| n.mlp(x, Unary::GeluErf));
     }
     n.embeddings(x);
@@ -27,7 +27,7 @@ pub(super) fn record_nomic(h: &Hparams, b: &mut Builder<'_>) {
     let mut x = n.norm("token_embd_norm", x);
     for layer in 0..h.block_count {
         n.layer(layer);
-        let attention = Attention { rope: Some(&rope), causal: false, ..n.attention_of() };
+        let attention = Attention { rope: Some(&rope), after: u32::MAX, ..n.attention_of() };
         x = n.post_norm_layer(x, &attention, |n, x| n.gated_mlp(x, Gate::Silu));
     }
     n.embeddings(x);

@@ -486,17 +486,17 @@ impl Hparams {
     }
 
     /// Returns the KV cache of a layer.
-    pub(crate) fn kv_state(&self, layer: u32, window: Option<u32>, causal: bool) -> State {
+    pub(crate) fn kv_state(&self, layer: u32, window: Option<u32>, after: u32) -> State {
         let kv_heads = Hparams::at(&self.head_count_kv, layer);
         // A text whose vector is wanted is whole in a step. No layer needs earlier steps, so layers share a cache.
-        let name = match (causal, self.embeds()) {
-            (false, _) => "kv".into(),
-            (true, true) => format!("kv.{kv_heads}.{}", window.unwrap_or(0)),
-            (true, false) => format!("kv.{layer}"),
+        let name = if after > 0 || self.embeds() {
+            format!("kv.{kv_heads}.{}", window.unwrap_or(0))
+        } else {
+            format!("kv.{layer}")
         };
         State::new(name, kv_heads, self.key_length, self.value_length, self.kv_format)
             .window(window)
-            .causal(causal)
+            .after(after)
     }
 
     /// Whether a layer is recurrent: as the file says, or all but the last of every `period` layers.

@@ -60,8 +60,8 @@ pub(super) struct Attention<'r> {
     pub qk_norm: Option<QkNorm>,
     /// A factor on the scores.
     pub scale: f32,
-    /// Whether attention is causal.
-    pub causal: bool,
+    /// How many positions after its own a token sees: 0, or more in an encoder.
+    pub after: u32,
     /// Whether each head has a sink logit.
     pub sinks: bool,
     /// Whether each head's result is multiplied by a gate's sigmoid. Queries and gates alternate in the file, head by
@@ -285,7 +285,7 @@ impl<'n, 'b> Network<'n, 'b> {
             window: self.h.sliding_window,
             qk_norm: None,
             scale: self.h.attention_scale.unwrap_or(1.0 / (self.h.key_length as f32).sqrt()),
-            causal: true,
+            after: 0,
             sinks: false,
             gated: false,
             v_norm: false,
@@ -297,8 +297,8 @@ impl<'n, 'b> Network<'n, 'b> {
     /// Grouped-query attention (Ainslie et al. 2023), causal or in both directions.
     pub fn attention(&mut self, x: TensorId, a: &Attention<'_>) -> TensorId {
         let h = self.h;
-        if h.attention_causal.is_some_and(|causal| causal != a.causal) {
-            let only = a.causal;
+        if h.attention_causal.is_some_and(|causal| causal != (a.after == 0)) {
+            let only = a.after == 0;
             self.b.fail(format!("key `{}.attention.causal`: only {only} is supported", h.architecture));
         }
         let (heads, kv_heads) =
@@ -359,7 +359,7 @@ impl<'n, 'b> Network<'n, 'b> {
         };
         let q = place("q", q);
         let kv = kv.map(|(k, v)| (place("k", k), v));
-        let state = self.b.state(h.kv_state(a.kv_of.unwrap_or(self.layer), a.window, a.causal));
+        let state = self.b.state(h.kv_state(a.kv_of.unwrap_or(self.layer), a.window, a.after));
         if let Some((k, mut v)) = kv {
             if a.v_norm {
                 v = self.b.norm("v_norm", v, NormKind::Rms, None, None, self.norm_eps, h.value_length);

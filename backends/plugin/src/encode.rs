@@ -111,7 +111,7 @@ impl Encoded {
                 value_dim: s.value_dim,
                 format: s.format.id(),
                 window: s.window.unwrap_or(0),
-                causal: s.causal.into(),
+                after: s.after,
                 table: program.kv_group(s) as u32,
                 page_bytes: s.page_bytes(),
                 name: texts.add(&s.name),

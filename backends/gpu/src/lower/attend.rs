@@ -148,7 +148,7 @@ impl Lowering<'_> {
             .u32("HEADS", *heads)
             .u32("ROW_TILES", row_tiles)
             .u32("WINDOW", state.window.unwrap_or(u32::MAX))
-            .bool("CAUSAL", state.causal)
+            .u32("AFTER", state.after)
             .f32("SCALE", *scale)
             .f32("SOFTCAP", softcap.unwrap_or(0.0));
         shader = Self::cached(shader, state, kv_text(state.format).0, wgsl!("kv/coded_read"));
@@ -162,7 +162,9 @@ impl Lowering<'_> {
         let whole = stores(shader.clone()).with(wgsl!("lib/attend_whole"));
         let tiles = count(Of::Tiles(tile), row_tiles, 1);
         // With a window, the visible part of a long cache is short.
-        if self.most_splits < 2 || state.window.is_some_and(|window| window < 2 * SPLIT_POSITIONS) {
+        if self.most_splits < 2
+            || state.window.is_some_and(|window| window.saturating_add(state.after) < 2 * SPLIT_POSITIONS)
+        {
             return self.push(whole, [fixed(state.kv_heads), tiles, ONE]);
         }
         let merge = stores(self.step_shader("merge").u32("HEADS", *heads).u32("VALUE_DIM", state.value_dim));

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use super::{HEADS, Pipeline, aligned, blocks, too_small};
 use crate::chip::Chip;
-use crate::shape::{Attend, chunks};
+use crate::shape::Attend;
 use crate::tile::{
     Builder, Entry, Lowered, Operand, Piece, QueryRows, Ring, Step, TileProgram, VectorWork, Work,
 };
@@ -23,24 +23,20 @@ impl Attend {
         self.value_dim + 2
     }
 
-    /// Returns the last position that token `i` sees.
-    fn last(&self, rows: QueryRows, i: u32) -> u32 {
-        rows.position + if self.causal { i } else { 0 }
-    }
-
-    /// Returns the chunks that a token sees; `position` is the last visible position.
-    pub fn chunks(&self, position: u32) -> Range<u32> {
-        chunks(position, self.window)
+    /// Returns the chunks that token `i` sees.
+    fn chunks(&self, rows: QueryRows, i: u32) -> Range<u32> {
+        let chunks = self.sight.chunks((rows.position + i) as usize, rows.end as usize);
+        chunks.start as u32..chunks.end as u32
     }
 
     /// Returns the chunks that any of the tokens sees.
     fn chunks_of(&self, rows: QueryRows) -> Range<u32> {
-        self.chunks(rows.position).start..self.chunks(self.last(rows, rows.tokens.max(1) - 1)).end
+        self.chunks(rows, 0).start..self.chunks(rows, rows.tokens.max(1) - 1).end
     }
 
     /// Returns the number of tokens that see a chunk.
     fn visible_tokens(&self, rows: QueryRows, chunk: u32) -> u32 {
-        let sees = |i: &u32| self.chunks(self.last(rows, *i)).contains(&chunk);
+        let sees = |i: &u32| self.chunks(rows, *i).contains(&chunk);
         (0..rows.tokens).filter(sees).count() as u32
     }
 
@@ -180,7 +176,8 @@ fn rows_of(a: &Attend, heads: Range<u32>, token_group: u32) -> impl Iterator<Ite
             let rows = QueryRows {
                 token: first + range.start,
                 tokens: range.end - range.start,
-                position: start + if a.causal { range.start } else { len - 1 },
+                position: start + range.start,
+                end: start + len,
                 head,
                 heads,
             };
@@ -345,11 +342,11 @@ pub fn attend_phases(chip: &Chip, a: &Attend, lowered: &mut Lowered) -> Result<(
     let rows = work.iter().flat_map(|w| (0..w.rows.tokens * w.rows.heads).map(move |i| (w.rows, i)));
     let one = |(rows, i): (QueryRows, u32)| {
         let token = i / rows.heads;
-        let position = a.last(rows, token);
         QueryRows {
             token: rows.token + token,
             tokens: 1,
-            position,
+            position: rows.position + token,
+            end: rows.end,
             head: rows.head + i % rows.heads,
             heads: 1,
         }
