@@ -294,6 +294,16 @@ impl<'n, 'b> Network<'n, 'b> {
         }
     }
 
+    /// The same of an encoder: a token sees half of a window's width before its own position and half after it, or all.
+    pub fn attention_both_ways<'r>(&self, width: Option<u32>) -> Attention<'r> {
+        let half = width.map(|width| width / 2);
+        Attention {
+            window: half.map(|half| half + 1),
+            after: half.unwrap_or(u32::MAX),
+            ..self.attention_of()
+        }
+    }
+
     /// Grouped-query attention (Ainslie et al. 2023), causal or in both directions.
     pub fn attention(&mut self, x: TensorId, a: &Attention<'_>) -> TensorId {
         let h = self.h;
@@ -1100,6 +1110,23 @@ impl<'n, 'b> Network<'n, 'b> {
         let y = feed_forward(self, x);
         let x = self.add("ffn_residual", x, y);
         self.norm("layer_output_norm", x)
+    }
+
+    /// The end of an encoder whose last norm is apart: gathers the output rows, normalises them, and multiplies them with the
+    /// matrices for pooled vectors, if there are any. A mean of products is the product of the mean.
+    pub fn normed_embeddings(mut self, x: TensorId) {
+        self.b.segment("output");
+        self.prefix.clear();
+        let x = self.b.gather(x);
+        let mut x = self.norm_as("norm", "output_norm", x);
+        if self.has("dense_2.weight") {
+            let features = self.required("dense_2_feat_out", self.h.dense_2_feat_out);
+            x = self.linear("dense_2", "dense_2", x, features);
+        }
+        if self.has("dense_3.weight") {
+            x = self.linear("dense_3", "dense_3", x, self.h.embedding_length);
+        }
+        self.give_embeddings(x);
     }
 
     /// The end of an encoder: gathers the output rows.

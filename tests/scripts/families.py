@@ -6,6 +6,8 @@ says of them, for tests/golden.rs.
     families.py LOGITS            all, with LOGITS the program of llama_logits.cpp: folders of tests/data/golden
     families.py LOGITS NAME...    these models; the others stay
 
+Of encoders, these are vectors of tokens in place of logits.
+
 The models have no vocabulary: token ids in, logits out. Each row below is a family, or a variant of it that real files have; the
 keys and tensors are those that llama.cpp's converter writes and its loader reads.
 """
@@ -80,6 +82,15 @@ GEMMA_4_MOE = dict(EXPERTS | dict(hidden=40), dim=48, heads=4, kv=[2, 2, 1], hea
                        "embedding_length_per_layer_input": 0, "rope.freq_base_swa": 1e4, "rope.dimension_count_swa": 16,
                        "final_logit_softcapping": 30.0, "expert_feed_forward_length": 16})
 
+MODERN_BERT = dict(arch="modern-bert", vectors=True, dim=24, hidden=32, layers=4, kv=2, norm="layer", norm_bias=False, embd_norm=True,
+                   first_norm=False, fused_qkv=True, ffn="fused", tied=True, base=1.6e5, keys={
+                       "attention.causal": False, "attention.sliding_window": 16, "rope.freq_base_swa": 1e4, "rope.scaling.type": "none",
+                       "pooling_type": 2})
+
+EMBEDDING_GEMMA = dict(arch="gemma-embedding", vectors=True, dim=16, head=16, hidden=32, layers=7, qk_norm="head", tied=True, base=1e6,
+                       norms=("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"), keys={
+                           "attention.sliding_window": 16, "rope.freq_base_swa": 1e4, "pooling_type": 1})
+
 FAMILIES = {
     "arcee": dict(head=16, ffn="plain", keys=YARN),
     "bitnet": dict(tied=True, sub_norms=True),
@@ -146,6 +157,11 @@ FAMILIES = {
     # Mamba 2 beside each attention; two groups.
     "falcon-h1": dict(MAMBA_2 | dict(norms=("attn_norm",), tied=False, keys=HYBRID_KEYS | {"ssm.group_count": 2}), kv=2, head=16,
                       base=1e11, mixers=["both"] * 2),
+    "gemma-embedding": dict(EMBEDDING_GEMMA),
+    # With the matrices that follow the pooling, and windows in layers that the file names.
+    "gemma-embedding-dense": dict(EMBEDDING_GEMMA, layers=2, pooled=40, keys=EMBEDDING_GEMMA["keys"] | {
+        "attention.sliding_window_pattern": [True, False], "dense_2_feat_in": 16, "dense_2_feat_out": 40, "dense_3_feat_in": 40,
+        "dense_3_feat_out": 16}),
     "gemma": dict(dim=64, heads=4, kv=1, head=24, tied=True),
     # Of so few layers, all have caches of their own and sparse gates.
     "gemma3n": dict(GEMMA_3N, layers=6, keys=GEMMA_3N["keys"] | {
@@ -203,6 +219,8 @@ FAMILIES = {
         "attention.q_lora_rank": 20, "attention.kv_lora_rank": 32, "attention.key_length": 24}),
     "minimax-m2": dict(EXPERTS, heads=4, kv=2, head=16, qk_norm="row", base=5e6, rotated=8, router_bias=True,
                        keys={"expert_feed_forward_length": 16, "expert_gating_func": 2}),
+    "modern-bert": dict(MODERN_BERT),
+    "modern-bert-silu": dict(MODERN_BERT, keys=MODERN_BERT["keys"] | {"hidden_activation": "silu"}),
     "nemotron": dict(norm="layer", ffn="plain", rotated=8),
     # One block a layer; two groups.
     "nemotron_h": dict(MAMBA_2 | dict(norms=("attn_norm",), tied=False,
@@ -290,7 +308,7 @@ def model(name, arch=None, dim=32, heads=2, kv=1, head=None, hidden=48, layers=2
           tied=False, output_bias=False, positions=False, rotated=None, base=10000.0, rope_factors=False, mixers=None, gated=False,
           last_norm="output_norm", windowed=None, window_head=None, layer_inputs=0, shared_kv=0, dense=0, router_bias=False,
           sub_norms=False, bare_norms=False, expert_gates=True, alternating=False, long_rope=False,
-          used=2, beside=False, altup=False, eps=1e-5, keys={}):
+          used=2, beside=False, altup=False, eps=1e-5, embd_norm=False, first_norm=True, pooled=None, keys={}):
     """The file of a family's row."""
     arch_name = arch or name
     file = File(name, arch_name)
@@ -323,8 +341,13 @@ def model(name, arch=None, dim=32, heads=2, kv=1, head=None, hidden=48, layers=2
     file.tensor("token_embd.weight", dim, VOCAB, scale=dim**-0.5 if tied else 1.0)
     if positions:
         file.tensor("position_embd.weight", dim, CONTEXT, scale=0.3)
+    if embd_norm:
+        file.norm("token_embd_norm", dim, norm_bias)
     if last_norm:
         file.norm(last_norm, dim, norm_bias)
+    if pooled:
+        file.linear("dense_2", dim, pooled)
+        file.linear("dense_3", pooled, dim)
     if not tied:
         file.linear("output", dim, VOCAB, bias=output_bias)
     if layer_inputs:
@@ -348,6 +371,8 @@ def model(name, arch=None, dim=32, heads=2, kv=1, head=None, hidden=48, layers=2
         own_kv = layer < layers - shared_kv
         rows, kv_rows = queries * length, groups * length
         for part in norms:
+            if layer == 0 and part == "attn_norm" and not first_norm:
+                continue
             if bare_norms and part.startswith("post_"):
                 file.tensor(at + part, dim, scale=0.1, around=1.0)
             else:
@@ -512,22 +537,25 @@ def main():
     args = parser.parse_args()
     for name in args.names or FAMILIES:
         row = dict(FAMILIES[name])
-        folder = OUT / row.pop("folder", "families")
+        vectors = row.pop("vectors", False)
+        folder = OUT / row.pop("folder", "encoders" if vectors else "families")
         folder.mkdir(exist_ok=True)
         path = folder / f"{name}.gguf"
         model(name, **row).write(path)
         tokens = np.random.default_rng(list(name.encode())).integers(VOCAB, size=TOKENS).tolist()
         with tempfile.NamedTemporaryFile() as out:
-            subprocess.run([args.logits, path, out.name, *map(str, tokens)], check=True, stderr=subprocess.DEVNULL)
-            logits = np.fromfile(out.name, np.float32).reshape(TOKENS, VOCAB)[POSITIONS]
+            command = [args.logits, *(["--vectors"] if vectors else []), path, out.name, *map(str, tokens)]
+            subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+            logits = np.fromfile(out.name, np.float32).reshape(TOKENS, -1)[POSITIONS]
         assert np.isfinite(logits).all(), name
-        logits.tofile(folder / f"{name}.logits.f32")
+        result = "vectors" if vectors else "logits"
+        logits.tofile(folder / f"{name}.{result}.f32")
         manifest = folder / "manifest.json"
         entries = {entry["model"]: entry for entry in json.loads(manifest.read_text())} if manifest.exists() else {}
-        entries[path.name] = dict(model=path.name, tokens=tokens, positions=POSITIONS, logits=f"{name}.logits.f32",
-                                  shape=list(logits.shape))
+        entries[path.name] = dict(model=path.name, tokens=tokens, positions=POSITIONS,
+                                  **{result: f"{name}.{result}.f32"}, shape=list(logits.shape))
         manifest.write_text("[\n" + ",\n".join(json.dumps(entries[name]) for name in sorted(entries)) + "\n]\n")
-        print(f"{name}: {path.stat().st_size} bytes, logits {logits.std():.3f}")
+        print(f"{name}: {path.stat().st_size} bytes, {result} {logits.std():.3f}")
 
 
 if __name__ == "__main__":
