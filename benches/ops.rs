@@ -72,6 +72,7 @@ fn attention(c: &mut Criterion) {
                             sight: Sight { window: None, after: 0 },
                             scale: 0.09,
                             softcap: None,
+                            slopes: None,
                             sinks: None,
                         });
                     });

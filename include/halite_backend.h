@@ -498,6 +498,9 @@ typedef struct HaliteAttend {
   float softcap;
   // A factor on the scores, before the soft-cap.
   float scale;
+  // For each head a factor on the distance between the token's position and that of the key, which is taken off the score after
+  // the soft-cap; or NULL.
+  const float *slopes;
 } HaliteAttend;
 
 // `out = act(gate) * up`.

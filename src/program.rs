@@ -472,6 +472,10 @@ pub enum Op<T = TensorId, S = StateId> {
         scale: f32,
         /// `cap * tanh(score / cap)` before the softmax.
         softcap: Option<f32>,
+        /// For each head a factor on the distance between the token's position and that of the key, which is taken off the score
+        /// after the soft cap (ALiBi, Press et al. 2022).
+        #[cfg_attr(feature = "replay", serde(default))]
+        slopes: Option<Arc<[f32]>>,
         /// `[1, heads]`: an extra logit in each head's softmax denominator.
         sinks: Option<T>,
     },
@@ -764,7 +768,8 @@ impl<T, S> Op<T, S> {
                 let rotation = rotation.with_factors(factors);
                 Op::RopeKv { q, k, v, out: t(out, Write)?, state: s(state, Write)?, rotation }
             }
-            Op::Attend { q, state, out, heads, scale, softcap, sinks } => Op::Attend {
+            Op::Attend { q, state, out, heads, scale, softcap, slopes, sinks } => Op::Attend {
+                slopes: slopes.clone(),
                 q: t(q, Read)?,
                 state: s(state, Read)?,
                 sinks: sinks.as_ref().map(|x| t(x, Read)).transpose()?,
@@ -1475,7 +1480,7 @@ impl<'a> Builder<'a> {
         self.push(Op::KvWrite { k, v, state });
     }
 
-    /// [`Op::Attend`].
+    /// [`Op::Attend`] without slopes.
     pub fn attend(
         &mut self,
         q: TensorId,
@@ -1485,10 +1490,25 @@ impl<'a> Builder<'a> {
         softcap: Option<f32>,
         sinks: Option<TensorId>,
     ) -> TensorId {
+        self.attend_with(q, state, heads, scale, softcap, None, sinks)
+    }
+
+    /// [`Op::Attend`].
+    #[allow(clippy::too_many_arguments)]
+    pub fn attend_with(
+        &mut self,
+        q: TensorId,
+        state: StateId,
+        heads: u32,
+        scale: f32,
+        softcap: Option<f32>,
+        slopes: Option<Arc<[f32]>>,
+        sinks: Option<TensorId>,
+    ) -> TensorId {
         let value_dim = self.program.states.get(state.0 as usize).map_or(0, |s| s.value_dim);
         let rows = self.shape(q).0;
         let out = self.result("attend", rows, heads.saturating_mul(value_dim), Format::F32);
-        self.push(Op::Attend { q, state, out, heads, scale, softcap, sinks });
+        self.push(Op::Attend { q, state, out, heads, scale, softcap, slopes, sinks });
         out
     }
 

@@ -96,7 +96,10 @@ fn an_unknown_activation_is_an_error() {
     bytes[at..at + 4].copy_from_slice(b"relu");
     let model = Arc::new(Model::from_source(Source::from_bytes("test", &bytes)).unwrap());
     let error = Embedder::new(&model, &cpu(), &EmbedOptions::default()).unwrap_err().to_string();
-    assert!(error.contains("`modern-bert.hidden_activation`: expected gelu or silu, got \"relu\""), "{error}");
+    assert!(
+        error.contains("`modern-bert.hidden_activation`: expected gelu or silu, got \"relu\""),
+        "{error}"
+    );
 }
 
 /// A decoder whose file has a pooling: its vectors times its embedding table are llama.cpp's logits.

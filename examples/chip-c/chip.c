@@ -1122,9 +1122,15 @@ static float score_of(const HaliteAttend *op, const Position *at, uint32_t kv_he
     return op->has_softcap ? soft_cap(sum * op->scale, op->softcap) : sum * op->scale;
 }
 
-static void attend_position(const HaliteAttend *op, const Position *at, uint32_t kv_head, const float *q,
-                            Softmax *softmax) {
-    float score = score_of(op, at, kv_head, q);
+/* What the distance of a position takes off the score. */
+static float bias_of(const HaliteAttend *op, uint32_t head, uint32_t own, uint32_t position) {
+    uint32_t distance = own < position ? position - own : own - position;
+    return op->slopes == NULL ? 0 : op->slopes[head] * (float)distance;
+}
+
+static void attend_position(const HaliteAttend *op, const Position *at, uint32_t kv_head, float bias,
+                            const float *q, Softmax *softmax) {
+    float score = score_of(op, at, kv_head, q) - bias;
     raise_max(softmax, score);
     float weight = expf(score - softmax->max);
     softmax->sum += weight;
@@ -1155,7 +1161,8 @@ static void attend_head(const Run *run, const HaliteAttend *op, uint32_t t, uint
     memset(out, 0, state->value_dim * sizeof *out);
     for (uint32_t position = start_of(state, token); position < end; position++) {
         Position at = find_position(run, op->state, t, position);
-        attend_position(op, &at, kv_head, q, &softmax);
+        float bias = bias_of(op, head, token->position, position);
+        attend_position(op, &at, kv_head, bias, q, &softmax);
     }
     if (sinks != NULL) { /* One more score, without a value. */
         raise_max(&softmax, sinks[head]);

@@ -60,6 +60,8 @@ pub struct Attend<'a> {
     pub scale: f32,
     /// `cap * tanh(score / cap)`.
     pub softcap: Option<f32>,
+    /// Each head's factor on the distance of positions, `[heads]`, which is taken off the score (ALiBi).
+    pub slopes: Option<&'a [f32]>,
     /// Sinks: an extra logit in each head's denominator, `[heads]`.
     pub sinks: Option<&'a [f32]>,
 }
@@ -314,7 +316,11 @@ fn attend_rows_inline<I: Isa, T: KvFormat>(
         // rows, because the steps of one row wait for each other.
         for r in 0..n {
             if valid[r].0 < valid[r].1 {
-                chunk_max[r] = scores(isa, &mut p[r], a.scale, a.softcap, valid[r]);
+                let (t, h) = (t.start + r / h.len(), h.start + r % h.len());
+                // The token's own position, counted from the chunk's first.
+                let own = (a.position + t) as f32 - (chunk * CHUNK) as f32;
+                let bias = a.slopes.map(|slopes| (slopes[h], own));
+                chunk_max[r] = scores(isa, &mut p[r], a.scale, a.softcap, bias, valid[r]);
             }
         }
         for r in 0..n {
@@ -597,6 +603,7 @@ fn scores<I: Isa>(
     p: &mut [f32; CHUNK],
     scale: f32,
     softcap: Option<f32>,
+    bias: Option<(f32, f32)>,
     valid: (usize, usize),
 ) -> f32 {
     let p = p.as_chunks_mut::<16>().0;
@@ -607,6 +614,14 @@ fn scores<I: Isa>(
     if let Some(cap) = softcap {
         for run in 0..RUNS {
             x[run] = isa.mul(isa.splat(cap), math::tanh(isa, isa.div(x[run], isa.splat(cap))));
+        }
+    }
+    if let Some((slope, own)) = bias {
+        for run in 0..RUNS {
+            let position = isa.add(isa.load(&LANES), isa.splat(16.0 * run as f32));
+            let ahead = isa.sub(position, isa.splat(own));
+            let distance = isa.max(ahead, isa.sub(isa.splat(0.0), ahead));
+            x[run] = isa.fma(isa.splat(-slope), distance, x[run]);
         }
     }
     let none = isa.splat(f32::NEG_INFINITY);

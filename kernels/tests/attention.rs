@@ -48,6 +48,7 @@ fn chunks_merged_a_few_at_a_time_are_the_whole() {
                 sight,
                 scale: 0.2,
                 softcap: None,
+                slopes: None,
                 sinks,
             };
             let mut expected = vec![0.0; HEADS * shape.value_dim];
@@ -172,6 +173,7 @@ fn codes_are_read_alike_for_few_rows_and_for_many() {
                 sight: Sight { window: None, after: 0 },
                 scale: 0.1,
                 softcap: None,
+                slopes: None,
                 sinks: None,
             });
         };

@@ -228,12 +228,14 @@ impl Check<'_> {
                 let same = self.image.tensor(k)? == self.image.tensor(v)?;
                 if same { Ok(()) } else { self.apart(&[k, v]) }
             }
-            Op::Attend { q, state, out, heads, sinks, .. } => {
+            Op::Attend { q, state, out, heads, slopes, sinks, .. } => {
                 let s = self.image.state(state)?;
                 let whole = heads > 0 && heads <= 1 << 16 && heads.is_multiple_of(s.kv_heads);
                 self.need(whole, "the heads of an attention")?;
                 self.is(q, Rows::Tokens, heads.saturating_mul(s.key_dim))?;
                 self.is(out, Rows::Tokens, heads.saturating_mul(s.value_dim))?;
+                let fits = slopes.len == 0 || slopes.len == heads && self.image.span(slopes, 1).is_some();
+                self.need(fits, "the slopes of an attention")?;
                 self.vector(sinks, 1, heads)?;
                 self.apart(&[q, out])
             }

@@ -325,6 +325,8 @@ pub struct Attention<'a> {
     pub scale: f32,
     /// Soft cap of the scores.
     pub softcap: Option<f32>,
+    /// Factor per head on distances, which is taken off the scores.
+    pub slopes: Option<&'a [f32]>,
     /// Extra logit per head in the softmax denominator.
     pub sinks: Option<&'a [f32]>,
     /// The span of each token, its pages and its position.
@@ -354,7 +356,7 @@ impl<'a> Attention<'a> {
 impl HostOp<'_> {
     /// [`Op::Attend`] on slices, and its output.
     pub fn attention<'a>(&'a mut self, step: &'a HostStep<'a>) -> Option<(Attention<'a>, &'a mut [f32])> {
-        let Op::Attend { q, state, out, heads, scale, softcap, sinks } = self else { return None };
+        let Op::Attend { q, state, out, heads, scale, softcap, slopes, sinks } = self else { return None };
         let attention = Attention {
             q: q.floats(),
             heads: *heads as usize,
@@ -364,6 +366,7 @@ impl HostOp<'_> {
             sight: state.sight,
             scale: *scale,
             softcap: *softcap,
+            slopes: slopes.as_deref(),
             sinks: sinks.as_ref().map(|sinks| sinks.floats()),
             step,
         };

@@ -1,8 +1,9 @@
 //! BERT (Devlin et al. 2019): an encoder with attention in both directions and norms after the blocks.
 //! Nomic's model (Nussbaum et al. 2024) has rotary positions and a gated feed-forward block. ModernBERT (Warner et al. 2024) has
-//! these too, norms before the blocks, and a window in two of three layers.
+//! these too, norms before the blocks, and a window in two of three layers. Jina's second model (Günther et al. 2023) has biases of
+//! attention by distance (ALiBi) as positions.
 
-use super::network::{Attention, Network};
+use super::network::{Attention, Network, QkNorm};
 use super::{Hparams, Pooling};
 use crate::gguf::printable;
 use crate::program::{Builder, Gate, NormKind, RopePairs, Unary};
@@ -31,6 +32,32 @@ pub(super) fn record_nomic(h: &Hparams, b: &mut Builder<'_>) {
         n.layer(layer);
         let attention = Attention { rope: Some(&rope), ..n.attention_both_ways(None) };
         x = n.post_norm_layer(x, &attention, |n, x| n.gated_mlp(x, Gate::Silu));
+    }
+    n.embeddings(x);
+}
+
+pub(super) fn record_jina(h: &Hparams, b: &mut Builder<'_>) {
+    let mut n = Network::new(h, b, NormKind::Layer);
+    let (tokens, kind) = (n.embed(1.0), n.embed_type());
+    let x = n.add("embed_type", tokens, kind);
+    let mut x = n.norm("token_embd_norm", x);
+    for layer in 0..h.block_count {
+        n.layer(layer);
+        let qk_norm = n.has("attn_q_norm.weight").then_some(QkNorm::Row);
+        let attention = Attention { max_alibi_bias: Some(8.0), qk_norm, ..n.attention_both_ways(None) };
+        let y = n.attention(x, &attention);
+        let y = n.add("attn_residual", x, y);
+        let mut y = n.norm("attn_output_norm", y);
+        if n.has("attn_norm_2.weight") {
+            let sum = n.add("attn_residual_2", x, y);
+            y = n.norm("attn_norm_2", sum);
+        }
+        let fed = match n.has("ffn_gate.weight") {
+            true => n.gated_mlp(y, Gate::GeluErf),
+            false => n.fused_gated_mlp(y, Gate::GeluErf),
+        };
+        let sum = n.add("ffn_residual", y, fed);
+        x = n.norm("layer_output_norm", sum);
     }
     n.embeddings(x);
 }

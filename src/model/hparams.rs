@@ -63,6 +63,8 @@ pub struct Hparams {
     /// Whether attention is causal, if the file says so.
     pub attention_causal: Option<bool>,
     pub attention_scale: Option<f32>,
+    /// The largest exponent of slopes by distance (ALiBi).
+    pub max_alibi_bias: Option<f32>,
     /// The largest magnitude of queries, keys and values.
     pub attention_clamp_kqv: Option<f32>,
     /// Growth of queries beyond the original context (Llama 4's temperature tuning).
@@ -184,7 +186,7 @@ pub enum Pooling {
 
 /// Unsupported options, the only values accepted for each, and the families that have more of it.
 const ONLY: &[(&str, Only, &[&str])] = &[
-    ("attention.max_alibi_bias", Only::F32(0.0), &[]),
+    ("attention.max_alibi_bias", Only::F32(0.0), &["mpt"]),
     ("interleave_moe_layer_step", Only::UpTo(1), &["llama4"]),
     ("rope.scaling.yarn_attn_factor", Only::F32(1.0), &[]),
     ("rope.scaling.yarn_ext_factor", Only::F32(1.0), &[]),
@@ -433,6 +435,7 @@ impl Hparams {
             hidden_activation: gguf.optional_str(&key("hidden_activation"))?.map(str::to_owned),
             attention_causal: gguf.optional_bool(&key("attention.causal"))?,
             attention_scale: factor("attention.scale")?,
+            max_alibi_bias: factor("attention.max_alibi_bias")?,
             attention_clamp_kqv: factor("attention.clamp_kqv")?,
             attention_temperature_scale: factor("attention.temperature_scale")?,
             attn_logit_softcapping: factor("attn_logit_softcapping")?,

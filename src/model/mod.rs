@@ -27,6 +27,7 @@ mod lfm2;
 mod llama;
 mod llama4;
 mod mamba;
+mod mpt;
 mod nemotron;
 mod nemotron_h;
 mod network;
@@ -70,6 +71,7 @@ const FAMILIES: &[(&str, Record)] = &[
     ("bailingmoe2", deepseek::record_balanced),
     ("bert", bert::record),
     ("bitnet", bitnet::record),
+    ("bloom", mpt::record_bloom),
     ("chatglm", glm::record_chat),
     ("codeshell", starcoder2::record),
     ("cohere2", cohere2::record),
@@ -103,6 +105,7 @@ const FAMILIES: &[(&str, Record)] = &[
     ("hunyuan-moe", hunyuan::record),
     ("internlm2", llama::record),
     ("jais2", nemotron::record),
+    ("jina-bert-v2", bert::record_jina),
     ("lfm2", lfm2::record),
     ("lfm2moe", lfm2::record),
     ("llama", llama::record),
@@ -115,6 +118,7 @@ const FAMILIES: &[(&str, Record)] = &[
     ("minimax-m2", deepseek::record_minimax),
     ("mistral3", llama::record),
     ("modern-bert", bert::record_modern),
+    ("mpt", mpt::record),
     ("nemotron", nemotron::record),
     ("nemotron_h", nemotron_h::record),
     ("nemotron_h_moe", nemotron_h::record),

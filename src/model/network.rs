@@ -2,6 +2,8 @@
 //!
 //! A matrix or norm has a bias if the file has one: files have no other sign for it.
 
+use std::sync::Arc;
+
 use super::hparams::{MAX_EXTENT, RopeScaling};
 use super::{Hparams, Pooling};
 use crate::program::{
@@ -60,6 +62,8 @@ pub(super) struct Attention<'r> {
     pub qk_norm: Option<QkNorm>,
     /// A factor on the scores.
     pub scale: f32,
+    /// The largest exponent of slopes, from which scores have a bias by distance (ALiBi).
+    pub max_alibi_bias: Option<f32>,
     /// How many positions after its own a token sees: 0, or more in an encoder.
     pub after: u32,
     /// Whether each head has a sink logit.
@@ -285,6 +289,7 @@ impl<'n, 'b> Network<'n, 'b> {
             window: self.h.sliding_window,
             qk_norm: None,
             scale: self.h.attention_scale.unwrap_or(1.0 / (self.h.key_length as f32).sqrt()),
+            max_alibi_bias: None,
             after: 0,
             sinks: false,
             gated: false,
@@ -377,7 +382,9 @@ impl<'n, 'b> Network<'n, 'b> {
             self.b.kv_write(k, v, state);
         }
         let sinks = a.sinks.then(|| self.weight("attn_sinks.weight", 1, heads));
-        let mut attended = self.b.attend(q, state, heads, a.scale, h.attn_logit_softcapping, sinks);
+        let slopes = a.max_alibi_bias.map(|max_bias| slopes(heads, max_bias));
+        let cap = h.attn_logit_softcapping;
+        let mut attended = self.b.attend_with(q, state, heads, a.scale, cap, slopes, sinks);
         if let Some(gate) = gate {
             attended = self.b.glu(gate, attended, Gate::Sigmoid);
         }
@@ -1197,4 +1204,13 @@ impl<'n, 'b> Network<'n, 'b> {
         *self.b.outputs() =
             Outputs { logits: Some(logits), arg_max: Some(best), top: Some([ids, values]), hidden: None };
     }
+}
+
+/// The slopes of attention with linear biases (Press et al. 2022). For 2^k heads they are a geometric sequence that ends at
+/// `2^-max_bias`; further heads have those between the first ones of twice as many heads.
+fn slopes(heads: u32, max_bias: f32) -> Arc<[f32]> {
+    let known = 1 << heads.max(1).ilog2();
+    let slope = |n: u32, of: u32| (-f64::from(max_bias) * f64::from(n) / f64::from(of)).exp2() as f32;
+    let further = (0..heads.saturating_sub(known)).map(|i| slope(2 * i + 1, 2 * known));
+    (1..=known.min(heads)).map(|n| slope(n, known)).chain(further).collect()
 }

@@ -91,11 +91,17 @@ EMBEDDING_GEMMA = dict(arch="gemma-embedding", vectors=True, dim=16, head=16, hi
                        norms=("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"), keys={
                            "attention.sliding_window": 16, "rope.freq_base_swa": 1e4, "pooling_type": 1})
 
+JINA_BERT = dict(vectors=True, heads=4, kv=4, norm="layer", norms=("attn_output_norm", "layer_output_norm"), embd_norm=True, last_norm=None,
+                 qkv_bias=True, out_bias=True, down_bias=True, types=2, tied=True, base=None,
+                 keys={"attention.causal": False, "pooling_type": 1})
+
 FAMILIES = {
     "arcee": dict(head=16, ffn="plain", keys=YARN),
     "bitnet": dict(tied=True, sub_norms=True),
     # 32 layers: from their number, llama.cpp takes that the model has rotary positions.
     "baichuan": dict(dim=16, heads=2, kv=2, hidden=16, layers=32, rotated=8),
+    # 40 layers: from their number, llama.cpp takes that positions are biases by distance.
+    "baichuan-13b": dict(arch="baichuan", dim=16, heads=2, kv=2, hidden=16, layers=40, rotated=8),
     "bailingmoe": dict(EXPERTS, base=6e5, rotated=16, shared=32,
                        keys={"leading_dense_block_count": 0, "expert_feed_forward_length": 16, "expert_weights_scale": 1.0,
                              "expert_shared_count": 2, "expert_weights_norm": True}),
@@ -105,6 +111,8 @@ FAMILIES = {
                             "leading_dense_block_count": 1, "expert_feed_forward_length": 16, "expert_shared_feed_forward_length": 16,
                             "expert_shared_count": 1, "expert_weights_norm": True, "expert_weights_scale": 2.5,
                             "expert_gating_func": 2, "expert_group_count": 3, "expert_group_used_count": 2}),
+    # A number of heads that is no power of 2 has slopes of its own.
+    "bloom": dict(dim=48, heads=6, kv=6, norm="layer", embd_norm=True, fused_qkv=True, **BIASES, ffn="plain", tied=True, base=None),
     "chatglm": dict(fused_qkv=True, qkv_bias=True, ffn="fused", rotated=8),
     "codeshell": dict(norm="layer", fused_qkv=True, **BIASES, ffn="plain",
                       keys={"rope.scaling.type": "linear", "rope.scaling.factor": 1.0}),
@@ -200,6 +208,10 @@ FAMILIES = {
                                            "expert_shared_count": 1}),
     "internlm2": dict(base=1e6),
     "jais2": dict(norm="layer", **BIASES, ffn="plain"),
+    "jina-bert-v2": dict(JINA_BERT, ffn="fused"),
+    "jina-bert-v2-gate": dict(JINA_BERT, arch="jina-bert-v2"),
+    "jina-bert-v2-code": dict(JINA_BERT, arch="jina-bert-v2", ffn="fused", qk_norm="row",
+                              norms=JINA_BERT["norms"] + ("attn_norm_2",)),
     "lfm2": dict(dim=64, heads=4, kv=[0, 0, 2, 0], layers=4, mixers=["short_conv", "short_conv", "attention", "short_conv"],
                  qk_norm="head", base=1e6, tied=True, last_norm="token_embd_norm", keys={"shortconv.l_cache": 3}),
     "lfm2moe": dict(EXPERTS | dict(hidden=80), dim=64, heads=4, kv=[0, 2, 0], layers=3, mixers=["short_conv", "attention", "short_conv"], dense=1,
@@ -221,6 +233,10 @@ FAMILIES = {
                        keys={"expert_feed_forward_length": 16, "expert_gating_func": 2}),
     "modern-bert": dict(MODERN_BERT),
     "modern-bert-silu": dict(MODERN_BERT, keys=MODERN_BERT["keys"] | {"hidden_activation": "silu"}),
+    "mpt": dict(dim=48, heads=6, kv=6, norm="layer", norm_bias=False, fused_qkv=True, ffn="plain", tied=True, base=None,
+                keys={"attention.max_alibi_bias": 8.0, "attention.clamp_kqv": 2.0}),
+    "mpt-positions": dict(arch="mpt", kv=2, norm="layer", fused_qkv=True, **BIASES, ffn="plain", tied=True, positions=True,
+                          keys={"attention.max_alibi_bias": 0.0}),
     "nemotron": dict(norm="layer", ffn="plain", rotated=8),
     # One block a layer; two groups.
     "nemotron_h": dict(MAMBA_2 | dict(norms=("attn_norm",), tied=False,
@@ -308,7 +324,7 @@ def model(name, arch=None, dim=32, heads=2, kv=1, head=None, hidden=48, layers=2
           tied=False, output_bias=False, positions=False, rotated=None, base=10000.0, rope_factors=False, mixers=None, gated=False,
           last_norm="output_norm", windowed=None, window_head=None, layer_inputs=0, shared_kv=0, dense=0, router_bias=False,
           sub_norms=False, bare_norms=False, expert_gates=True, alternating=False, long_rope=False,
-          used=2, beside=False, altup=False, eps=1e-5, embd_norm=False, first_norm=True, pooled=None, keys={}):
+          used=2, beside=False, altup=False, eps=1e-5, embd_norm=False, first_norm=True, pooled=None, types=0, down_bias=False, keys={}):
     """The file of a family's row."""
     arch_name = arch or name
     file = File(name, arch_name)
@@ -341,6 +357,9 @@ def model(name, arch=None, dim=32, heads=2, kv=1, head=None, hidden=48, layers=2
     file.tensor("token_embd.weight", dim, VOCAB, scale=dim**-0.5 if tied else 1.0)
     if positions:
         file.tensor("position_embd.weight", dim, CONTEXT, scale=0.3)
+    if types:
+        file.writer.add_token_type_count(types)
+        file.tensor("token_types.weight", dim, types, scale=0.3)
     if embd_norm:
         file.norm("token_embd_norm", dim, norm_bias)
     if last_norm:
@@ -414,6 +433,8 @@ def model(name, arch=None, dim=32, heads=2, kv=1, head=None, hidden=48, layers=2
                 shape = {"head": (length,), "row": (length * count,), "each": (length, count)}[qk_norm]
                 if count:
                     file.tensor(f"{at}attn_{part}_norm.weight", *shape, scale=0.1, around=1.0)
+                if count and norm_bias:
+                    file.tensor(f"{at}attn_{part}_norm.bias", *shape, scale=0.1)
         if layer_inputs:
             file.linear(at + "inp_gate", dim, layer_inputs)
             file.linear(at + "proj", layer_inputs, dim)
@@ -457,7 +478,7 @@ def model(name, arch=None, dim=32, heads=2, kv=1, head=None, hidden=48, layers=2
             if ffn in ("gated", "experts"):
                 file.linear(at + "ffn_gate", dim, inner, bias=ffn_bias)
             file.linear(at + "ffn_up", dim, 2 * inner if ffn == "fused" else inner, bias=ffn_bias)
-            file.linear(at + "ffn_down", inner, dim, bias=ffn_bias)
+            file.linear(at + "ffn_down", inner, dim, bias=ffn_bias or down_bias)
         if shared and has_experts:
             if expert_gates:
                 file.linear(at + "ffn_gate_shexp", dim, shared)

@@ -337,6 +337,9 @@ pub struct HaliteAttend {
     pub softcap: f32,
     /// A factor on the scores, before the soft-cap.
     pub scale: f32,
+    /// For each head a factor on the distance between the token's position and that of the key, which is taken off the score after
+    /// the soft-cap; or NULL.
+    pub slopes: *const f32,
 }
 
 /// `out = act(gate) * up`.

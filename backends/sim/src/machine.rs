@@ -293,6 +293,7 @@ impl Machine {
                         sight: a.sight,
                         scale: a.scale,
                         softcap: a.softcap,
+                        slopes: a.slopes.and_then(|s| s.get(rows.head as usize..)?.get(..heads)),
                         sinks: None,
                     };
                     self.isa.run(AttendChunks { attend, chunks: seen.clone() });

@@ -160,6 +160,8 @@ pub struct Attend {
     pub latent: bool,
     /// What a token sees.
     pub sight: Sight,
+    /// Whether scores have a bias by distance.
+    pub slopes: bool,
     /// Whether each head has a sink logit.
     pub sinks: bool,
     /// For each sequence: its pages, first position and number of tokens.
@@ -380,7 +382,7 @@ pub fn shape(program: &Program, op: &Op, step: &Step<'_>, ids: Option<&[i32]>) -
                 work: work(VectorWork { quantize: elements, ..Default::default() }),
             })
         }
-        Op::Attend { state, heads, sinks, .. } => {
+        Op::Attend { state, heads, slopes, sinks, .. } => {
             let s = state_of(program, state.0)?;
             let group = program.kv_group(s);
             let pages = |span: &Span<'_>| span.tables.get(group).cloned().unwrap_or_default();
@@ -392,6 +394,7 @@ pub fn shape(program: &Program, op: &Op, step: &Step<'_>, ids: Option<&[i32]>) -
                 format: s.format,
                 latent: s.kind == StateKind::Latent,
                 sight: s.sight(),
+                slopes: slopes.is_some(),
                 sinks: sinks.is_some(),
                 spans: step.spans.iter().map(|s| (pages(s), s.start, s.len)).collect(),
             })

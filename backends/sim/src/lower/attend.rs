@@ -258,7 +258,7 @@ impl AttendTiling {
         let matrix = |n, k| chip.compute_s(Work::Matrix { rate, m: queries, n, k, sums_bytes: 0 });
         let positions = each * PAGE_POSITIONS;
         let (score, weigh) = (matrix(positions, a.key_dim), matrix(a.value_dim, positions));
-        let softmax = chip.compute_s(softmax_work(queries, each));
+        let softmax = chip.compute_s(softmax_work(a, queries, each));
         let is_split = self.chunks_per_tile.is_some();
         let merge = if is_split { (0.0, 0.0) } else { chip.compute_s(merge_work(a, *rows, each)) };
         let setup_s = chip.setup_s(&Piece::whole(QUERIES, 0, 1));
@@ -458,7 +458,7 @@ impl AttendRings {
         let table = a.floats(rows, count * PAGE_POSITIONS);
         let [scores] = b.compute((score, Step::Part), &[queries, pages], [(&mut self.scores, table)], &[]);
         let to = (&mut self.softmax, table);
-        let work = (softmax_work(visible_rows, count), Step::Part);
+        let work = (softmax_work(a, visible_rows, count), Step::Part);
         let [softmax] = b.compute(work, &[scores], [to], &[scores]);
         Chunks { rows, queries, chunks, is_last, visible_rows, pages, softmax }
     }
@@ -566,9 +566,9 @@ fn merge_work(a: &Attend, rows: QueryRows, chunks: u32) -> Work {
 }
 
 /// Returns the vector work of turning the scores of chunks into softmax numerators.
-fn softmax_work(rows: u32, chunks: u32) -> Work {
+fn softmax_work(a: &Attend, rows: u32, chunks: u32) -> Work {
     let each = u64::from(rows) * u64::from(chunks * PAGE_POSITIONS);
-    Work::Vector(VectorWork { simple: 3 * each, exp: each, ..Default::default() })
+    Work::Vector(VectorWork { simple: (3 + 3 * u64::from(a.slopes)) * each, exp: each, ..Default::default() })
 }
 
 /// Maximum chunks that one command merges.
