@@ -6,7 +6,7 @@
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main};
 use halite::kernels::activation::{Activation, PADDING, Quantise, QuantisedMut, SUMS, padded};
-use halite::kernels::attention::Attend;
+use halite::kernels::attention::{Attend, Sight};
 use halite::kernels::formats::Format;
 use halite::kernels::isa::Cpu;
 use halite::kernels::kv::{self, CHUNK, PageShape, Pages};
@@ -68,10 +68,11 @@ fn attention(c: &mut Criterion) {
                             table: &table,
                             kv_head: 0,
                             position: depth - 1,
-                            causal: true,
-                            window: None,
+                            end: depth,
+                            sight: Sight { window: None, after: 0 },
                             scale: 0.09,
                             softcap: None,
+                            slopes: None,
                             sinks: None,
                         });
                     });

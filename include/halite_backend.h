@@ -359,10 +359,10 @@ typedef struct HaliteState {
   uint32_t value_dim;
   // HALITE_F32, HALITE_F16, HALITE_Q8_0 or HALITE_Q4_0.
   HaliteFormat format;
-  // Positions that attention sees, the token's own included; 0: all.
+  // How many positions up to its own, which counts, a token sees; 0: all.
   uint32_t window;
-  // 0: a token sees the whole span of its step, so it also sees later tokens.
-  uint32_t causal;
+  // How many positions after its own a token sees, up to the end of its span; 0: attention is causal.
+  uint32_t after;
   // Which of HaliteSpan::tables has the pages.
   uint32_t table;
   uint64_t page_bytes;
@@ -498,6 +498,9 @@ typedef struct HaliteAttend {
   float softcap;
   // A factor on the scores, before the soft-cap.
   float scale;
+  // For each head a factor on the distance between the token's position and that of the key, which is taken off the score after
+  // the soft-cap; or NULL.
+  const float *slopes;
 } HaliteAttend;
 
 // `out = act(gate) * up`.

@@ -34,12 +34,17 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     // Positions that the rows see.
     var firsts = array<u32, 8>();
     var ends = array<u32, 8>();
+    var owns = array<u32, 8>();
+    var slopes = array<f32, 8>();
     var lowest = 0xffffffffu;
     var highest = 0u;
     for (var r = 0u; r < 8u; r++) {
         if r < count {
-            ends[r] = select(tokens.z, position(tokens.x + (row0 + r) / GROUP) + 1u, CAUSAL);
-            firsts[r] = ends[r] - min(ends[r], WINDOW);
+            let own = position(tokens.x + (row0 + r) / GROUP) + 1u;
+            ends[r] = own + min(tokens.z - own, AFTER);
+            firsts[r] = own - min(own, WINDOW);
+            owns[r] = own - 1u;
+            slopes[r] = slope_of(kv_head * GROUP + (row0 + r) % GROUP);
             lowest = min(lowest, firsts[r]);
             highest = max(highest, ends[r]);
         }
@@ -48,6 +53,10 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     let first1 = vec4(firsts[4], firsts[5], firsts[6], firsts[7]);
     let end0 = vec4(ends[0], ends[1], ends[2], ends[3]);
     let end1 = vec4(ends[4], ends[5], ends[6], ends[7]);
+    let own0 = vec4(owns[0], owns[1], owns[2], owns[3]);
+    let own1 = vec4(owns[4], owns[5], owns[6], owns[7]);
+    let slope0 = vec4(slopes[0], slopes[1], slopes[2], slopes[3]);
+    let slope1 = vec4(slopes[4], slopes[5], slopes[6], slopes[7]);
     for (var i = local; i < 2u * KEY_DIM; i += 64u) {
         let four = i / KEY_DIM;
         let d = i % KEY_DIM;
@@ -80,8 +89,15 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
                 s1 += q[2u * d + 1u] * element;
             }
         }
-        s0 = select(vec4(LOWEST), limit(s0 * SCALE), (vec4(place) >= first0) & (vec4(place) < end0));
-        s1 = select(vec4(LOWEST), limit(s1 * SCALE), (vec4(place) >= first1) & (vec4(place) < end1));
+        s0 = limit(s0 * SCALE);
+        s1 = limit(s1 * SCALE);
+        if SLOPED {
+            // The smaller difference of two that wrap around is the distance.
+            s0 -= slope0 * vec4<f32>(min(vec4(place) - own0, own0 - vec4(place)));
+            s1 -= slope1 * vec4<f32>(min(vec4(place) - own1, own1 - vec4(place)));
+        }
+        s0 = select(vec4(LOWEST), s0, (vec4(place) >= first0) & (vec4(place) < end0));
+        s1 = select(vec4(LOWEST), s1, (vec4(place) >= first1) & (vec4(place) < end1));
         tops[2u * local] = s0;
         tops[2u * local + 1u] = s1;
         workgroupBarrier();

@@ -20,7 +20,7 @@ use crate::loaded::{Ceiling, Loaded};
 use crate::memory::zeroed;
 use crate::model::{Model, ProgramOptions};
 use crate::passes;
-use crate::program::{Dim, Epilogue, Op, PAGE_POSITIONS, Program, Slot, StateId, TensorId};
+use crate::program::{Dim, Epilogue, Op, PAGE_POSITIONS, Program, Slot, State, StateId, TensorId};
 use crate::weights::{Budget, Weights};
 
 /// Most runs of an op while it is shrunk.
@@ -472,7 +472,8 @@ impl<'a> Judge<'a> {
         }
         // The op alone, then with the op that fills its cache, each from the second backend's inputs.
         let writer = reads.first().and_then(|state| self.writer(segment, *state));
-        let shared = reads.iter().any(|s| self.program.states.get(s.0 as usize).is_some_and(|s| !s.causal));
+        let shared =
+            reads.iter().any(|s| self.program.states.get(s.0 as usize).is_some_and(|s| !s.is_causal()));
         let mut attempts: Vec<Attempt<'_>> = Vec::new();
         if !shared {
             // An op that writes a state may read what was there.
@@ -789,7 +790,7 @@ fn one_token(recording: &Recording, row: usize) -> Option<Recording> {
     let [span] = step.spans.as_slice() else { return None };
     let by_token = program.io.iter().all(|&id| program.tensor(id).rows == Dim::Tokens);
     let writes = program.ops().any(|(_, op)| !states_of(op).1.is_empty());
-    let causal = program.states.iter().all(|s| s.causal);
+    let causal = program.states.iter().all(State::is_causal);
     if !by_token || writes || !causal || span.len < 2 || row >= span.len as usize {
         return None;
     }

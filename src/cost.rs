@@ -167,7 +167,10 @@ pub fn op(program: &Program, op: &Op, sequences: &[Extent]) -> Cost {
                 let growing = window.clamp(start, end) - start;
                 let seen =
                     growing * start + growing * (growing + 1) / 2 + (tokens - growing).saturating_mul(window);
-                let seen = if s.causal { seen } else { tokens.saturating_mul(end) };
+                // And those after its own, except that the last tokens have fewer.
+                let after = u64::from(s.after).min(tokens - tokens.min(1));
+                let later = tokens.saturating_mul(after) - after * (after + 1) / 2;
+                let seen = seen.saturating_add(later);
                 cost.float_ops = cost.float_ops.saturating_add(seen.saturating_mul(2 * elements));
             }
         }

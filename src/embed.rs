@@ -13,7 +13,7 @@ use crate::loaded::{Ceiling, Footprint, Loaded};
 use crate::memory::zeroed;
 use crate::model::{Model, Pooling, ProgramOptions};
 use crate::passes;
-use crate::program::{PAGE_POSITIONS, Program, StateKind};
+use crate::program::{PAGE_POSITIONS, Program, State, StateKind};
 use crate::session::MAX_RUNS;
 use crate::tokenizer::{EncodeOptions, Tokenizer};
 
@@ -137,7 +137,7 @@ impl Embedder {
                 h.pooling_type
             )));
         }
-        let causal = program.states.iter().any(|state| state.causal);
+        let causal = program.states.iter().any(State::is_causal);
         let dimension = program.tensor(hidden).cols as usize;
         let stated = model.gguf().optional_u32(MAX_TEXT_TOKENS)?.unwrap_or(h.context_length).max(1);
         let loaded = Loaded::new(

@@ -75,7 +75,7 @@ pub fn export(model: &Model, options: &ExportOptions) -> Result<(Vec<u32>, Image
     let mut options = *options;
     if program.outputs.hidden.is_some() {
         // An image tells by its causality whether each step is a text of its own.
-        if program.states.iter().any(|state| state.causal) {
+        if program.states.iter().any(|state| state.is_causal()) {
             return Err(Error::Model("images have no decoder that gives vectors of texts".into()));
         }
         options = options.tokens(options.context);
@@ -108,7 +108,7 @@ struct Exporter<'a> {
     /// Numbers of the tensors that are in the image.
     numbers: HashMap<TensorId, u32>,
     tensors: Vec<Tensor>,
-    frequencies: Vec<Span>,
+    constants: Vec<Span>,
     size: ImageSize,
 }
 
@@ -153,7 +153,7 @@ impl<'a> Exporter<'a> {
             words: vec![0; Header::WORDS],
             numbers: HashMap::new(),
             tensors: Vec::new(),
-            frequencies: Vec::new(),
+            constants: Vec::new(),
             size: ImageSize::default(),
         })
     }
@@ -327,7 +327,7 @@ impl<'a> Exporter<'a> {
                 value_dim: state.value_dim,
                 format: state.format,
                 window: state.window,
-                causal: state.causal,
+                after: state.after,
                 first,
                 pages,
                 table,
@@ -362,10 +362,11 @@ impl<'a> Exporter<'a> {
     }
 
     fn op(&mut self, op: &Op) -> Result<ImageOp> {
-        let mut frequencies = Span::default();
-        if let Op::Rope { rotation, .. } = op {
-            frequencies = self.frequencies(&rotation.frequencies)?;
-        }
+        let numbers = match op {
+            Op::Rope { rotation, .. } => self.constants(&rotation.frequencies)?,
+            Op::Attend { slopes: Some(slopes), .. } => self.constants(slopes)?,
+            _ => Span::default(),
+        };
         // Numbers of operands, first; every operand got one.
         let op = op.try_map(
             |id, _| {
@@ -397,14 +398,14 @@ impl<'a> Exporter<'a> {
                 x,
                 out,
                 head_dim: rotation.head_dim,
-                frequencies,
+                frequencies: numbers,
                 factors: rotation.factors,
                 magnitude: rotation.magnitude,
                 adjacent: rotation.pairs == RopePairs::Adjacent,
             },
             Op::KvWrite { k, v, state } if is_plain(state) => ImageOp::KvWrite { k, v, state },
-            Op::Attend { q, state, out, heads, scale, softcap, sinks } if is_plain(state) => {
-                ImageOp::Attend { q, state, out, heads, scale, softcap, sinks }
+            Op::Attend { q, state, out, heads, scale, softcap, slopes: _, sinks } if is_plain(state) => {
+                ImageOp::Attend { q, state, out, heads, scale, softcap, slopes: numbers, sinks }
             }
             Op::Glu { gate, up, out, act } => ImageOp::Glu { gate, up, out, act },
             Op::Add { a, b, out } => ImageOp::Add { a, b, out },
@@ -438,18 +439,18 @@ impl<'a> Exporter<'a> {
         })
     }
 
-    /// Places the frequencies of rotations, which most ops share.
-    fn frequencies(&mut self, frequencies: &[f32]) -> Result<Span> {
-        let words: &[u32] = bytemuck::cast_slice(frequencies);
+    /// Places the frequencies of rotations or the slopes of heads, which most ops share.
+    fn constants(&mut self, numbers: &[f32]) -> Result<Span> {
+        let words: &[u32] = bytemuck::cast_slice(numbers);
         match self
-            .frequencies
+            .constants
             .iter()
             .find(|span| self.words[span.first as usize..][..span.len as usize] == *words)
         {
             Some(&span) => Ok(span),
             None => {
                 let span = self.append(words)?;
-                self.frequencies.push(span);
+                self.constants.push(span);
                 Ok(span)
             }
         }

@@ -9,6 +9,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use arrayvec::ArrayVec;
+pub use halite_kernels::attention::Sight;
 pub use halite_kernels::formats::Layout;
 use halite_kernels::formats::{self, Format};
 pub use halite_kernels::rows::{Gate, Unary};
@@ -137,17 +138,17 @@ pub struct State {
     /// Element format, one of [`formats`](halite_kernels::kv::formats). Keys and values are whole blocks of
     /// it.
     pub format: Format,
-    /// Sliding window: positions that attention sees, the current one included; `None`: all.
+    /// Sliding window: how many positions up to its own, which counts, a token sees; `None`: all.
     pub window: Option<u32>,
-    /// Whether attention is causal. If not, a token sees the whole span, so a step must contain all tokens
-    /// that attend to each other. Attention that is not causal has no window.
-    pub causal: bool,
+    /// How many positions after its own a token sees, up to the end of its span; 0: attention is causal, [`u32::MAX`]: all.
+    /// If it is not causal, a step must contain all tokens that attend to each other.
+    pub after: u32,
     /// What its pages hold.
     #[cfg_attr(feature = "replay", serde(default))]
     pub kind: StateKind,
 }
 
-crate::setters!(const State { window: Option<u32>, causal: bool });
+crate::setters!(const State { window: Option<u32>, after: u32 });
 
 impl State {
     /// A cache for causal attention without a window.
@@ -158,8 +159,18 @@ impl State {
         value_dim: u32,
         format: Format,
     ) -> State {
-        let (window, causal, kind) = (None, true, StateKind::Cache);
-        State { name: name.into(), kv_heads, key_dim, value_dim, format, window, causal, kind }
+        let (window, after, kind) = (None, 0, StateKind::Cache);
+        State { name: name.into(), kv_heads, key_dim, value_dim, format, window, after, kind }
+    }
+
+    /// Whether no token sees a later one.
+    pub fn is_causal(&self) -> bool {
+        self.after == 0
+    }
+
+    /// Which positions a token sees.
+    pub fn sight(&self) -> Sight {
+        Sight { window: self.window, after: self.after }
     }
 
     /// A latent cache (DeepSeek-AI 2024): a key of `key_dim` elements, of which the first `value_dim` are the value.
@@ -451,7 +462,7 @@ pub enum Op<T = TensorId, S = StateId> {
     Attend {
         /// `[tokens, heads * key_dim]`.
         q: T,
-        /// The cache; its window and causality apply.
+        /// The cache, which says what a token sees.
         state: S,
         /// `[tokens, heads * value_dim]`.
         out: T,
@@ -461,6 +472,10 @@ pub enum Op<T = TensorId, S = StateId> {
         scale: f32,
         /// `cap * tanh(score / cap)` before the softmax.
         softcap: Option<f32>,
+        /// For each head a factor on the distance between the token's position and that of the key, which is taken off the score
+        /// after the soft cap (ALiBi, Press et al. 2022).
+        #[cfg_attr(feature = "replay", serde(default))]
+        slopes: Option<Arc<[f32]>>,
         /// `[1, heads]`: an extra logit in each head's softmax denominator.
         sinks: Option<T>,
     },
@@ -753,7 +768,8 @@ impl<T, S> Op<T, S> {
                 let rotation = rotation.with_factors(factors);
                 Op::RopeKv { q, k, v, out: t(out, Write)?, state: s(state, Write)?, rotation }
             }
-            Op::Attend { q, state, out, heads, scale, softcap, sinks } => Op::Attend {
+            Op::Attend { q, state, out, heads, scale, softcap, slopes, sinks } => Op::Attend {
+                slopes: slopes.clone(),
                 q: t(q, Read)?,
                 state: s(state, Read)?,
                 sinks: sinks.as_ref().map(|x| t(x, Read)).transpose()?,
@@ -1464,7 +1480,7 @@ impl<'a> Builder<'a> {
         self.push(Op::KvWrite { k, v, state });
     }
 
-    /// [`Op::Attend`].
+    /// [`Op::Attend`] without slopes.
     pub fn attend(
         &mut self,
         q: TensorId,
@@ -1474,10 +1490,25 @@ impl<'a> Builder<'a> {
         softcap: Option<f32>,
         sinks: Option<TensorId>,
     ) -> TensorId {
+        self.attend_with(q, state, heads, scale, softcap, None, sinks)
+    }
+
+    /// [`Op::Attend`].
+    #[allow(clippy::too_many_arguments)]
+    pub fn attend_with(
+        &mut self,
+        q: TensorId,
+        state: StateId,
+        heads: u32,
+        scale: f32,
+        softcap: Option<f32>,
+        slopes: Option<Arc<[f32]>>,
+        sinks: Option<TensorId>,
+    ) -> TensorId {
         let value_dim = self.program.states.get(state.0 as usize).map_or(0, |s| s.value_dim);
         let rows = self.shape(q).0;
         let out = self.result("attend", rows, heads.saturating_mul(value_dim), Format::F32);
-        self.push(Op::Attend { q, state, out, heads, scale, softcap, sinks });
+        self.push(Op::Attend { q, state, out, heads, scale, softcap, slopes, sinks });
         out
     }
 

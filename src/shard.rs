@@ -10,6 +10,7 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
+use std::sync::Arc;
 
 use crate::error::{Error, Result};
 use crate::passes;
@@ -508,13 +509,17 @@ impl<'a> Sharing<'a> {
                 self.push(Op::Embed { table, index, out, scale });
                 Ok(())
             }
-            Op::Attend { q, state, out, heads, scale, softcap, sinks } => {
+            Op::Attend { q, state, out, heads, scale, softcap, slopes, sinks } => {
                 let parts = self.wanted.get(*q).unwrap_or(1);
                 let q = self.need(*q, parts)?;
                 let sinks = sinks.map(|sinks| self.elements(sinks, parts));
                 let out = self.result(*out, parts);
+                let range = self.range(*heads, parts);
+                let of_range =
+                    |slopes: &Arc<[f32]>| slopes.get(range.start as usize..range.end as usize).map(Arc::from);
+                let slopes = slopes.as_ref().and_then(of_range);
                 let (heads, scale, softcap) = (heads / parts, *scale, *softcap);
-                self.push(Op::Attend { q, state: *state, out, heads, scale, softcap, sinks });
+                self.push(Op::Attend { q, state: *state, out, heads, scale, softcap, slopes, sinks });
                 Ok(())
             }
             Op::KvWrite { k, v, state } => {

@@ -57,19 +57,13 @@ pub(crate) fn validate(program: &Program) -> Result<()> {
             )));
         }
         let recurrent = s.kind == StateKind::Recurrent;
-        if recurrent && (s.format != Format::F32 || !s.causal) {
+        if recurrent && (s.format != Format::F32 || !s.is_causal()) {
             return Err(Error::Program(format!("state `{}`: a recurrent state is causal, in F32", s.name)));
         }
         // They share a page table with their KV group, which holds other pages than a cache's.
         if recurrent != (s.window == State::RECURRENT_WINDOW) && program.has_recurrent_states() {
             return Err(Error::Program(format!(
                 "state `{}`: beside recurrent states, a window of 2 positions is for them alone",
-                s.name
-            )));
-        }
-        if !s.causal && s.window.is_some() {
-            return Err(Error::Program(format!(
-                "state `{}`: attention in both directions has no window",
                 s.name
             )));
         }
@@ -302,10 +296,15 @@ impl Check<'_> {
                 self.keys_and_values(*k, *v, s)
             }
             Op::KvWrite { k, v, state } => self.keys_and_values(*k, *v, self.cache(*state)?),
-            Op::Attend { q, state, out, heads, sinks, .. } => {
+            Op::Attend { q, state, out, heads, slopes, sinks, .. } => {
                 let s = self.cache(*state)?;
                 if *heads == 0 || *heads > 1 << 16 || heads % s.kv_heads != 0 {
                     return Err(format!("{heads} heads are not a multiple of {} KV heads", s.kv_heads));
+                }
+                if let Some(slopes) = slopes
+                    && (slopes.len() != *heads as usize || slopes.iter().any(|slope| !slope.is_finite()))
+                {
+                    return Err(format!("{} slopes for {heads} heads, which must be finite", slopes.len()));
                 }
                 let extent = |dim: u32| heads.checked_mul(dim).ok_or("heads out of range");
                 self.is(*q, Dim::Tokens, extent(s.key_dim)?)?;

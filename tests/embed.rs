@@ -9,6 +9,7 @@ use halite::backend::Backend;
 use halite::backend::reference::Reference;
 use halite::embed::{EmbedOptions, Embedder, cosine};
 use halite::kernels::formats::Format;
+use halite::map::Source;
 use halite::model::Pooling;
 use halite::session::{Session, SessionOptions};
 use halite::tokenizer::EncodeOptions;
@@ -85,6 +86,22 @@ fn long_texts_are_cut_only_on_request() {
     assert!(matches!(strict.embed_tokens(&[vec![1]]), Err(Error::Cancelled)));
 }
 
+/// An activation that the family does not have is named.
+#[test]
+fn an_unknown_activation_is_an_error() {
+    let mut bytes = std::fs::read(golden::committed().join("encoders/modern-bert-silu.gguf")).unwrap();
+    let at = bytes.windows(4).position(|window| window == b"silu").unwrap();
+    // That of the name comes first.
+    let at = at + 4 + bytes[at + 4..].windows(4).position(|window| window == b"silu").unwrap();
+    bytes[at..at + 4].copy_from_slice(b"relu");
+    let model = Arc::new(Model::from_source(Source::from_bytes("test", &bytes)).unwrap());
+    let error = Embedder::new(&model, &cpu(), &EmbedOptions::default()).unwrap_err().to_string();
+    assert!(
+        error.contains("`modern-bert.hidden_activation`: expected gelu or silu, got \"relu\""),
+        "{error}"
+    );
+}
+
 /// A decoder whose file has a pooling: its vectors times its embedding table are llama.cpp's logits.
 #[test]
 fn decoders_embed_if_their_file_has_a_pooling() {
@@ -96,7 +113,7 @@ fn decoders_embed_if_their_file_has_a_pooling() {
     let table = model.gguf().tensor("token_embd.weight").unwrap().rows().unwrap();
     let table: Vec<f32> = table.as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b)).collect();
     let (mut error, mut power) = (0.0, 0.0);
-    let rows = case.logits.chunks_exact(model.hparams().vocab_size as usize);
+    let rows = case.rows.chunks_exact(model.hparams().vocab_size as usize);
     for (row, &position) in rows.zip(&case.positions) {
         for (embedding, want) in table.chunks_exact(all.dimension()).zip(row) {
             let products = embedding.iter().zip(&vectors[position]).map(|(a, b)| f64::from(a * b));

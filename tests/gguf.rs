@@ -373,8 +373,6 @@ fn models_that_do_not_make_sense() {
             "Model", "model: tensor `blk.0.attn_sinks.weight`: expected shape [2], got [1]"),
         ("one of three biases missing", gpt_oss().without("blk.0.ffn_up_exps.bias").bytes(),
             "Model", "model: tensor `blk.0.ffn_up_exps.bias` [16, 4] is missing from the file"),
-        ("Baichuan 13B", family("baichuan", llama()).set("baichuan.block_count", 40u32).bytes(),
-            "Model", "model: Baichuan 13B: attention with linear biases (ALiBi) is not supported"),
         ("norms of queries, not of keys", command_r().tensor("blk.0.attn_q_norm.weight", &[4, 2]).bytes(),
             "Model", "model: tensor `blk.0.attn_k_norm.weight` [4] is missing from the file"),
         ("blocks parallel or not", family("gptneox", llama()).entry("gptneox.attention.layer_norm_epsilon", 1e-5f32).bytes(),

@@ -33,6 +33,14 @@ fn families_by_definition() {
 }
 
 #[test]
+fn encoders() {
+    let cpu = Arc::new(Cpu::with_threads(2).unwrap()) as Arc<dyn Backend>;
+    for backend in [cpu, Arc::new(Reference::new())] {
+        golden::check(&backend, &committed().join("encoders"), |file| Some(family_bound(file, 1e-8)));
+    }
+}
+
+#[test]
 fn quants() {
     let Some(dir) = folder() else { return };
     check(&dir.join("quants"), |file| Some(bound(file)));

@@ -1122,9 +1122,15 @@ static float score_of(const HaliteAttend *op, const Position *at, uint32_t kv_he
     return op->has_softcap ? soft_cap(sum * op->scale, op->softcap) : sum * op->scale;
 }
 
-static void attend_position(const HaliteAttend *op, const Position *at, uint32_t kv_head, const float *q,
-                            Softmax *softmax) {
-    float score = score_of(op, at, kv_head, q);
+/* What the distance of a position takes off the score. */
+static float bias_of(const HaliteAttend *op, uint32_t head, uint32_t own, uint32_t position) {
+    uint32_t distance = own < position ? position - own : own - position;
+    return op->slopes == NULL ? 0 : op->slopes[head] * (float)distance;
+}
+
+static void attend_position(const HaliteAttend *op, const Position *at, uint32_t kv_head, float bias,
+                            const float *q, Softmax *softmax) {
+    float score = score_of(op, at, kv_head, q) - bias;
     raise_max(softmax, score);
     float weight = expf(score - softmax->max);
     softmax->sum += weight;
@@ -1133,12 +1139,14 @@ static void attend_position(const HaliteAttend *op, const Position *at, uint32_t
 }
 
 /* The first position that a token sees, and the one behind the last. */
-static uint32_t end_of(const HaliteState *state, const Token *token) {
-    return state->causal ? token->position + 1 : token->span->start + token->span->len;
+static uint32_t start_of(const HaliteState *state, const Token *token) {
+    uint32_t own = token->position + 1;
+    return state->window > 0 && state->window < own ? own - state->window : 0;
 }
 
-static uint32_t start_of(const HaliteState *state, uint32_t end) {
-    return state->window > 0 && state->window < end ? end - state->window : 0;
+static uint32_t end_of(const HaliteState *state, const Token *token) {
+    uint32_t own = token->position + 1, left = token->span->start + token->span->len - own;
+    return own + (state->after < left ? state->after : left);
 }
 
 static void attend_head(const Run *run, const HaliteAttend *op, uint32_t t, uint32_t head, const float *q,
@@ -1146,13 +1154,15 @@ static void attend_head(const Run *run, const HaliteAttend *op, uint32_t t, uint
     const HaliteState *state = run->plan->program->states[op->state];
     const float *sinks = optional_row(run, op->sinks, 0);
     uint32_t kv_head = head / (op->heads / state->kv_heads);
-    uint32_t end = end_of(state, &run->plan->tokens[t]);
+    const Token *token = &run->plan->tokens[t];
+    uint32_t end = end_of(state, token);
     /* A score below this first maximum is minus infinity, and has the weight 0. */
     Softmax softmax = {-FLT_MAX, 0, out, state->value_dim};
     memset(out, 0, state->value_dim * sizeof *out);
-    for (uint32_t position = start_of(state, end); position < end; position++) {
+    for (uint32_t position = start_of(state, token); position < end; position++) {
         Position at = find_position(run, op->state, t, position);
-        attend_position(op, &at, kv_head, q, &softmax);
+        float bias = bias_of(op, head, token->position, position);
+        attend_position(op, &at, kv_head, bias, q, &softmax);
     }
     if (sinks != NULL) { /* One more score, without a value. */
         raise_max(&softmax, sinks[head]);

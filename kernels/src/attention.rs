@@ -50,16 +50,18 @@ pub struct Attend<'a> {
     pub table: &'a [u32],
     /// The KV head.
     pub kv_head: usize,
-    /// The last position that the first token sees: its own, if attention is causal.
+    /// The position of the first token.
     pub position: usize,
-    /// Whether each further token sees one more position; else they see what the first one sees.
-    pub causal: bool,
-    /// Sliding window: positions that a token sees, its own included; `None`: all.
-    pub window: Option<u32>,
+    /// The end of the positions that the sequence has.
+    pub end: usize,
+    /// Which of them a token sees.
+    pub sight: Sight,
     /// A factor on scores.
     pub scale: f32,
     /// `cap * tanh(score / cap)`.
     pub softcap: Option<f32>,
+    /// Each head's factor on the distance of positions, `[heads]`, which is taken off the score (ALiBi).
+    pub slopes: Option<&'a [f32]>,
     /// Sinks: an extra logit in each head's denominator, `[heads]`.
     pub sinks: Option<&'a [f32]>,
 }
@@ -95,19 +97,32 @@ pub struct Merge<'a> {
     pub sink: Option<f32>,
 }
 
-/// Returns the range of positions that a token sees; `position` is the last one.
-const fn seen(position: usize, window: Option<u32>) -> (usize, usize) {
-    let end = position + 1;
-    match window {
-        Some(window) => (end.saturating_sub(window as usize), end),
-        None => (0, end),
-    }
+/// Which positions around its own a token sees.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Sight {
+    /// How many up to its own, which counts; `None`: all.
+    pub window: Option<u32>,
+    /// How many after its own, as far as the sequence has them; 0: attention is causal.
+    pub after: u32,
 }
 
-/// Returns the chunks that a token sees; `position` is the last visible position.
-pub const fn chunks(position: usize, window: Option<u32>) -> Range<usize> {
-    let (first, end) = seen(position, window);
-    first / CHUNK..end.div_ceil(CHUNK)
+impl Sight {
+    /// Returns the positions that the token at `position` sees of a sequence that has `end`.
+    pub const fn positions(self, position: usize, end: usize) -> Range<usize> {
+        let own = position.saturating_add(1);
+        let first = match self.window {
+            Some(window) => own.saturating_sub(window as usize),
+            None => 0,
+        };
+        let last = own.saturating_add(self.after as usize);
+        first..if last < end { last } else { end }
+    }
+
+    /// Returns the chunks of these positions.
+    pub const fn chunks(self, position: usize, end: usize) -> Range<usize> {
+        let Range { start, end } = self.positions(position, end);
+        start / CHUNK..end.div_ceil(CHUNK)
+    }
 }
 
 kernels!(Attend<'_>, AttendChunks<'_>, Merge<'_>);
@@ -252,18 +267,18 @@ fn attend_rows_inline<I: Isa, T: KvFormat>(
     let n = t.len() * h.len();
     let shared = T::SCALED && n > FEW_ROWS;
     let (mut q_at, mut out_at, mut p_at) = ([0; ROWS], [0; ROWS], [0; ROWS]);
-    let mut positions = [(0, 0); ROWS];
+    let mut positions = [const { 0..0 }; ROWS];
     for r in 0..n {
         let (t, h) = (t.start + r / h.len(), h.start + r % h.len());
         (q_at[r], out_at[r]) = (t * a.q_stride + h * key_dim, t * a.out_stride + h * out_head);
-        (p_at[r], positions[r]) = (r * CHUNK, seen(a.position + if a.causal { t } else { 0 }, a.window));
+        (p_at[r], positions[r]) = (r * CHUNK, a.sight.positions(a.position + t, a.end));
     }
     let (mut max, mut sum, mut started) = ([f32::NEG_INFINITY; ROWS], [0.0f32; ROWS], [false; ROWS]);
     let (mut old, mut new) = ([0.0; ROWS], [0.0; ROWS]);
     let (mut chunk_max, mut chunk_sum) = ([0.0; ROWS], [0.0; ROWS]);
     let mut valid = [(0, 0); ROWS];
-    let end = positions[n - 1].1.div_ceil(CHUNK);
-    let chunks = chunks.start.max(positions[0].0 / CHUNK)..chunks.end.min(end);
+    let end = positions[n - 1].end.div_ceil(CHUNK);
+    let chunks = chunks.start.max(positions[0].start / CHUNK)..chunks.end.min(end);
     let len = a.shape.bytes(a.pages.format) / size_of::<T::Raw>();
     let start = |chunk: usize| a.table.get(chunk).map_or(usize::MAX, |&p| (p as usize).saturating_mul(len));
     for chunk in chunks {
@@ -275,7 +290,7 @@ fn attend_rows_inline<I: Isa, T: KvFormat>(
         let mut all = (CHUNK, 0);
         for r in 0..n {
             let place = |x: usize| x.saturating_sub(chunk * CHUNK).min(CHUNK);
-            valid[r] = (place(positions[r].0), place(positions[r].1));
+            valid[r] = (place(positions[r].start), place(positions[r].end));
             all = (all.0.min(valid[r].0), all.1.max(valid[r].1));
         }
 
@@ -301,7 +316,11 @@ fn attend_rows_inline<I: Isa, T: KvFormat>(
         // rows, because the steps of one row wait for each other.
         for r in 0..n {
             if valid[r].0 < valid[r].1 {
-                chunk_max[r] = scores(isa, &mut p[r], a.scale, a.softcap, valid[r]);
+                let (t, h) = (t.start + r / h.len(), h.start + r % h.len());
+                // The token's own position, counted from the chunk's first.
+                let own = (a.position + t) as f32 - (chunk * CHUNK) as f32;
+                let bias = a.slopes.map(|slopes| (slopes[h], own));
+                chunk_max[r] = scores(isa, &mut p[r], a.scale, a.softcap, bias, valid[r]);
             }
         }
         for r in 0..n {
@@ -584,6 +603,7 @@ fn scores<I: Isa>(
     p: &mut [f32; CHUNK],
     scale: f32,
     softcap: Option<f32>,
+    bias: Option<(f32, f32)>,
     valid: (usize, usize),
 ) -> f32 {
     let p = p.as_chunks_mut::<16>().0;
@@ -594,6 +614,14 @@ fn scores<I: Isa>(
     if let Some(cap) = softcap {
         for run in 0..RUNS {
             x[run] = isa.mul(isa.splat(cap), math::tanh(isa, isa.div(x[run], isa.splat(cap))));
+        }
+    }
+    if let Some((slope, own)) = bias {
+        for run in 0..RUNS {
+            let position = isa.add(isa.load(&LANES), isa.splat(16.0 * run as f32));
+            let ahead = isa.sub(position, isa.splat(own));
+            let distance = isa.max(ahead, isa.sub(isa.splat(0.0), ahead));
+            x[run] = isa.fma(isa.splat(-slope), distance, x[run]);
         }
     }
     let none = isa.splat(f32::NEG_INFINITY);

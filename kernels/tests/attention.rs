@@ -2,7 +2,7 @@
 #![cfg(feature = "std")]
 
 use halite_kernels::attention::{
-    Attend, AttendChunks, CHUNK, Merge, PageShape, Pages, PagesMut, chunks, write,
+    Attend, AttendChunks, CHUNK, Merge, PageShape, Pages, PagesMut, Sight, write,
 };
 use halite_kernels::formats::Format;
 use halite_kernels::isa::Cpu;
@@ -20,11 +20,14 @@ fn chunks_merged_a_few_at_a_time_are_the_whole() {
     let (q, sinks) = (values(HEADS * shape.key_dim), values(HEADS));
     let table = [4, 0, 3, 1, 2];
     let pages = values(table.len() * shape.elements());
-    for (position, window, sinks) in [
-        (4 * CHUNK + 9, None, None),
-        (4 * CHUNK + 9, Some(200), Some(&sinks[..])),
-        (5, None, Some(&sinks[..])),
+    for (position, window, after, sinks) in [
+        (4 * CHUNK + 9, None, 0, None),
+        (4 * CHUNK + 9, Some(200), 0, Some(&sinks[..])),
+        (5, None, 0, Some(&sinks[..])),
+        (5, None, u32::MAX, None),
+        (CHUNK + 9, Some(30), 150, None),
     ] {
+        let (end, sight) = (4 * CHUNK + 10, Sight { window, after });
         for isa in Cpu::NAMES.iter().filter_map(|name| Cpu::from_name(name)) {
             fn attend<'a>(whole: &Attend<'a>, out: &'a mut [f32]) -> Attend<'a> {
                 Attend { out, ..*whole }
@@ -41,10 +44,11 @@ fn chunks_merged_a_few_at_a_time_are_the_whole() {
                 table: &table,
                 kv_head: 1,
                 position,
-                causal: true,
-                window,
+                end,
+                sight,
                 scale: 0.2,
                 softcap: None,
+                slopes: None,
                 sinks,
             };
             let mut expected = vec![0.0; HEADS * shape.value_dim];
@@ -52,7 +56,7 @@ fn chunks_merged_a_few_at_a_time_are_the_whole() {
 
             let mut got = vec![f32::NAN; HEADS * shape.value_dim];
             let (mut max, mut sum) = ([f32::NAN; HEADS], [f32::NAN; HEADS]);
-            let all = chunks(position, window);
+            let all = sight.chunks(position, end);
             for first in all.clone().step_by(2) {
                 let some = first..(first + 2).min(all.end);
                 let mut found = vec![f32::NAN; some.len() * HEADS * head];
@@ -165,10 +169,11 @@ fn codes_are_read_alike_for_few_rows_and_for_many() {
                 table: &[0, 1],
                 kv_head: 0,
                 position: CHUNK + 10 + first,
-                causal: true,
-                window: None,
+                end: CHUNK + 10 + TOKENS,
+                sight: Sight { window: None, after: 0 },
                 scale: 0.1,
                 softcap: None,
+                slopes: None,
                 sinks: None,
             });
         };

@@ -107,7 +107,6 @@ fn state(image: &Image<'_>, n: u32, work_end: u64, need: Need<'_>) -> Result<(),
     let block = s.format.block_len() as u32;
     need(s.key_dim.is_multiple_of(block) && s.value_dim.is_multiple_of(block), "a state's blocks", n)?;
     need(s.pages > 0 && s.window != Some(0), "a state has no pages or sees nothing", n)?;
-    need(s.causal || s.window.is_none(), "a state that sees both ways has a window", n)?;
     let h = &image.header;
     let enough = s.pages >= layout::pages(h.context, h.tokens, s.window);
     need(enough, "a state has too few pages", n)?;
@@ -229,12 +228,14 @@ impl Check<'_> {
                 let same = self.image.tensor(k)? == self.image.tensor(v)?;
                 if same { Ok(()) } else { self.apart(&[k, v]) }
             }
-            Op::Attend { q, state, out, heads, sinks, .. } => {
+            Op::Attend { q, state, out, heads, slopes, sinks, .. } => {
                 let s = self.image.state(state)?;
                 let whole = heads > 0 && heads <= 1 << 16 && heads.is_multiple_of(s.kv_heads);
                 self.need(whole, "the heads of an attention")?;
                 self.is(q, Rows::Tokens, heads.saturating_mul(s.key_dim))?;
                 self.is(out, Rows::Tokens, heads.saturating_mul(s.value_dim))?;
+                let fits = slopes.len == 0 || slopes.len == heads && self.image.span(slopes, 1).is_some();
+                self.need(fits, "the slopes of an attention")?;
                 self.vector(sinks, 1, heads)?;
                 self.apart(&[q, out])
             }

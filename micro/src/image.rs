@@ -15,7 +15,7 @@ use crate::record::{Field, Rows, Span, records};
 /// The first word of an image: `HMIC`.
 pub const MAGIC: u32 = u32::from_le_bytes(*b"HMIC");
 /// The version of the format.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 records! {
     /// The start of an image.
@@ -84,10 +84,10 @@ records! {
         value_dim: u32,
         /// Format of the elements.
         format: Format,
-        /// Positions that a token sees; absent: all.
+        /// How many positions up to its own, which counts, a token sees; absent: all.
         window: Option<u32>,
-        /// Whether a token sees only positions up to its own.
-        causal: bool,
+        /// How many positions after its own a token sees, as far as the step has them.
+        after: u32,
         /// Where its pages lie in memory, in words.
         first: u32,
         /// Its number of pages.

@@ -49,7 +49,8 @@ ops! {
     }
     6 KvWrite { k: u32, v: u32, state: u32 }
     7 Attend {
-        q: u32, state: u32, out: u32, heads: u32, scale: f32, softcap: Option<f32>, sinks: Option<u32>,
+        q: u32, state: u32, out: u32, heads: u32, scale: f32, softcap: Option<f32>, slopes: Span,
+        sinks: Option<u32>,
     }
     8 Glu { gate: u32, up: u32, out: u32, act: Gate }
     9 Add { a: u32, b: u32, out: u32 }

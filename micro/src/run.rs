@@ -4,7 +4,7 @@
 use core::ops::Range;
 
 use halite_kernels::activation::{Activation, Quantise, Quantised, QuantisedMut};
-use halite_kernels::attention::{self, Attend};
+use halite_kernels::attention::{self, Attend, Sight};
 use halite_kernels::formats::{Kind, Layout};
 use halite_kernels::isa::{Cpu, Scalar};
 use halite_kernels::kv::{CHUNK, Pages, PagesMut};
@@ -222,9 +222,13 @@ impl<'a> Run<'a, '_> {
                 }
             }
             Op::KvWrite { k, v, state } => self.kv_write(k, v, self.image.state(state)?)?,
-            Op::Attend { q, state, out, heads, scale, softcap, sinks } => {
+            Op::Attend { q, state, out, heads, scale, softcap, slopes, sinks } => {
                 let (state, sinks) = (self.image.state(state)?, self.vector(sinks)?);
-                let attend = Attention { heads: heads as usize, scale, softcap, sinks };
+                let slopes = match slopes.len {
+                    0 => None,
+                    _ => Some(bytemuck::cast_slice(self.image.span(slopes, 1).ok_or(UNCHECKED)?)),
+                };
+                let attend = Attention { heads: heads as usize, scale, softcap, slopes, sinks };
                 self.attend(q, state, out, attend)?;
             }
             Op::Glu { gate, up, out, act } => {
@@ -323,11 +327,12 @@ impl<'a> Run<'a, '_> {
                 shape,
                 table,
                 kv_head,
-                position: if state.causal { position } else { position + tokens - 1 },
-                causal: state.causal,
-                window: state.window,
+                position,
+                end: position + tokens,
+                sight: Sight { window: state.window, after: state.after },
                 scale: a.scale,
                 softcap: a.softcap,
+                slopes: a.slopes.map(|s| &s[first..first + group]),
                 sinks: a.sinks.map(|s| &s[first..first + group]),
             });
         }
@@ -340,6 +345,7 @@ struct Attention<'a> {
     heads: usize,
     scale: f32,
     softcap: Option<f32>,
+    slopes: Option<&'a [f32]>,
     sinks: Option<&'a [f32]>,
 }
 

@@ -32,7 +32,7 @@ impl<'a> Session<'a> {
         memory.fill(0);
         let mut is_encoder = false;
         for n in 0..image.header.states.len {
-            is_encoder |= !image.state(n)?.causal;
+            is_encoder |= image.state(n)?.after > 0;
         }
         Ok(Session { image, memory, position: 0, written: 0, is_encoder })
     }

@@ -505,7 +505,7 @@ const KEPT_CHUNKS: usize = 64;
 /// Computes the attention of one token to one KV head.
 fn attend<'a>(a: &Attention<'a>, token: usize, kv_head: usize, out: &'a mut [f32]) -> Attend<'a> {
     let (shape, heads) = (a.shape, a.heads / a.shape.kv_heads);
-    let (table, position) = a.sees(token);
+    let (table, position, end) = a.place(token);
     let (q_stride, first) = (a.heads * shape.key_dim, kv_head * heads);
     Attend {
         q: &a.q[token * q_stride + first * shape.key_dim..],
@@ -518,11 +518,12 @@ fn attend<'a>(a: &Attention<'a>, token: usize, kv_head: usize, out: &'a mut [f32
         shape,
         table,
         kv_head,
-        position: position as usize,
-        causal: a.causal,
-        window: a.window,
+        position,
+        end,
+        sight: a.sight,
         scale: a.scale,
         softcap: a.softcap,
+        slopes: a.slopes.map(|s| &s[first..first + heads]),
         sinks: a.sinks.map(|s| &s[first..first + heads]),
     }
 }
@@ -533,7 +534,7 @@ impl CpuKernels {
         let (shape, isa, pool) = (a.shape, self.isa, &self.pool);
         let group = a.heads / shape.kv_heads;
         let head = shape.value_dim + 2;
-        let all = attention::chunks(a.sees(token).1 as usize, a.window);
+        let all = a.chunks(token);
         let (max, rest) = self.memory.attended.split_at_mut(a.heads);
         let (sum, kept) = rest.split_at_mut(a.heads);
         for first in all.clone().step_by(KEPT_CHUNKS) {
@@ -867,7 +868,7 @@ impl CpuKernels {
         let (shape, threads) = (a.shape, self.pool.threads());
         let group = a.heads / shape.kv_heads;
         let tokens = out.len() / (a.heads * shape.value_dim);
-        let max_chunks = (0..tokens).map(|t| attention::chunks(a.sees(t).1 as usize, a.window).len()).max();
+        let max_chunks = (0..tokens).map(|t| a.chunks(t).len()).max();
         if threads > 1
             && tokens * shape.kv_heads < 4 * threads
             && group <= ROWS

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use crate::clock::Instant;
 
-use halite_kernels::attention::{PageShape, Pages, PagesMut};
+use halite_kernels::attention::{PageShape, Pages, PagesMut, Sight};
 use halite_kernels::float::DefaultFloats;
 use halite_kernels::formats::{Format, Layout};
 use halite_kernels::panel::PanelMut;
@@ -216,10 +216,8 @@ pub struct HostState<'a> {
     pub shape: PageShape,
     /// KV group; see [`Program::windows`].
     pub group: usize,
-    /// Sliding window: positions that a token sees, its own included; `None`: all.
-    pub window: Option<u32>,
-    /// Whether attention is causal.
-    pub causal: bool,
+    /// What a token sees.
+    pub sight: Sight,
 }
 
 impl HostState<'_> {
@@ -272,11 +270,9 @@ impl<'a> HostStep<'a> {
         (table.map_or(&[], |table| &table[..]), self.positions.get(token).copied().unwrap_or(0))
     }
 
-    /// Returns a token's pages of a cache, and the last position that it sees.
-    pub fn sees(&self, token: usize, group: usize, causal: bool) -> (&'a [u32], u32) {
-        let (pages, position) = self.place(token, group);
-        let end = self.span_of(token).map_or(0, |s| s.start.saturating_add(s.len));
-        (pages, if causal { position } else { end.saturating_sub(1) })
+    /// Returns the end of the positions of a token's span.
+    pub fn end(&self, token: usize) -> u32 {
+        self.span_of(token).map_or(0, |s| s.start.saturating_add(s.len))
     }
 
     /// Calls `f` with each stretch of each span, its tokens counted from the step's first.
@@ -323,14 +319,14 @@ pub struct Attention<'a> {
     pub shape: PageShape,
     /// The KV group.
     pub group: usize,
-    /// As in [`HostState`].
-    pub window: Option<u32>,
-    /// As in [`HostState`].
-    pub causal: bool,
+    /// What a token sees.
+    pub sight: Sight,
     /// Factor on the scores.
     pub scale: f32,
     /// Soft cap of the scores.
     pub softcap: Option<f32>,
+    /// Factor per head on distances, which is taken off the scores.
+    pub slopes: Option<&'a [f32]>,
     /// Extra logit per head in the softmax denominator.
     pub sinks: Option<&'a [f32]>,
     /// The span of each token, its pages and its position.
@@ -338,26 +334,39 @@ pub struct Attention<'a> {
 }
 
 impl<'a> Attention<'a> {
-    /// A token's pages and the last position that it sees.
-    pub fn sees(&self, token: usize) -> (&'a [u32], u32) {
-        self.step.sees(token, self.group, self.causal)
+    /// A token's pages, its position, and the end of the positions of its span.
+    pub fn place(&self, token: usize) -> (&'a [u32], usize, usize) {
+        let (table, position) = self.step.place(token, self.group);
+        (table, position as usize, self.step.end(token) as usize)
+    }
+
+    /// The positions that a token sees.
+    pub fn sees(&self, token: usize) -> Range<usize> {
+        let (_, position, end) = self.place(token);
+        self.sight.positions(position, end)
+    }
+
+    /// The chunks of these positions.
+    pub fn chunks(&self, token: usize) -> Range<usize> {
+        let (_, position, end) = self.place(token);
+        self.sight.chunks(position, end)
     }
 }
 
 impl HostOp<'_> {
     /// [`Op::Attend`] on slices, and its output.
     pub fn attention<'a>(&'a mut self, step: &'a HostStep<'a>) -> Option<(Attention<'a>, &'a mut [f32])> {
-        let Op::Attend { q, state, out, heads, scale, softcap, sinks } = self else { return None };
+        let Op::Attend { q, state, out, heads, scale, softcap, slopes, sinks } = self else { return None };
         let attention = Attention {
             q: q.floats(),
             heads: *heads as usize,
             pages: state.pages(),
             shape: state.shape,
             group: state.group,
-            window: state.window,
-            causal: state.causal,
+            sight: state.sight,
             scale: *scale,
             softcap: *softcap,
+            slopes: slopes.as_deref(),
             sinks: sinks.as_ref().map(|sinks| sinks.floats()),
             step,
         };
@@ -562,8 +571,7 @@ struct Cache {
     format: Format,
     shape: PageShape,
     group: usize,
-    window: Option<u32>,
-    causal: bool,
+    sight: Sight,
 }
 
 type PreparedOp = Op<Placed, Cache>;
@@ -639,8 +647,8 @@ fn cache(program: &Program, id: StateId) -> Result<Cache> {
         value_dim: state.value_dim as usize,
         latent: state.kind == StateKind::Latent,
     };
-    let (group, window, causal) = (program.kv_group(state), state.window, state.causal);
-    Ok(Cache { id, format: state.format, shape, group, window, causal })
+    let (group, sight) = (program.kv_group(state), state.sight());
+    Ok(Cache { id, format: state.format, shape, group, sight })
 }
 
 /// Resolves the operands of an op.
@@ -750,8 +758,8 @@ impl Bound {
             Access::Read => read_guard(&self.backend, buffer)?,
             Access::Write => write_guard(&self.backend, buffer)?,
         };
-        let Cache { format, shape, group, window, causal, .. } = *c;
-        Ok(HostState { memory, format, shape, group, window, causal })
+        let Cache { format, shape, group, sight, .. } = *c;
+        Ok(HostState { memory, format, shape, group, sight })
     }
 }
 
@@ -882,14 +890,14 @@ fn copied_state(
     operand: &super::Operand<'_, StateId>,
     step: &Step<'_>,
 ) -> Result<HostState<'static>> {
-    let Cache { format, shape, group, window, causal, .. } = cache(program, operand.id)?;
+    let Cache { format, shape, group, sight, .. } = cache(program, operand.id)?;
     // The pages up to the last one that the step uses, which keep what the op does not write.
     let tables = step.spans.iter().filter_map(|span| span.tables.get(group)).flatten();
     let last = tables.filter(|&&page| page != NO_PAGE).max();
     let page_bytes = program.states.get(operand.id.0 as usize).map_or(0, |s| s.page_bytes()) as usize;
     let len = last.map_or(0, |&page| (page as usize + 1).saturating_mul(page_bytes));
     let memory = copied(backend, operand.buffer, len, Access::Read)?;
-    Ok(HostState { memory, format, shape, group, window, causal })
+    Ok(HostState { memory, format, shape, group, sight })
 }
 
 /// Runs one op on copies of its operands in host memory, and copies what it writes back.

@@ -22,7 +22,7 @@ use std::time::Duration;
 
 use crate::error::{Error, Result};
 use crate::map::Region;
-use crate::program::{Op, PAGE_POSITIONS, Program, StateId, TensorId};
+use crate::program::{Op, PAGE_POSITIONS, Program, Sight, StateId, TensorId};
 use energy::Energy;
 
 /// A backend's guarantee about its results.
@@ -480,7 +480,7 @@ pub fn check_support(backend: &dyn Backend, program: &Program) -> Result<()> {
 
 /// Returns the first page that tokens from position `start` on see through a window.
 pub(crate) fn first_page(start: u32, window: Option<u32>) -> usize {
-    halite_kernels::attention::chunks(start as usize, window).start
+    Sight { window, after: 0 }.chunks(start as usize, usize::MAX).start
 }
 
 /// Validates a step against the plan's limits and state buffers. For [`Plan::submit`].

@@ -366,12 +366,14 @@ fn attend(
     q: &[f32],
     a: &Attention<'_>,
     pages: &[&Elements],
-    kv_head: usize,
+    head: usize,
+    position: usize,
     seen: Range<usize>,
-    sink: Option<f32>,
     out: &mut [f32],
 ) {
-    let PageShape { key_dim, value_dim, .. } = a.shape;
+    let PageShape { kv_heads, key_dim, value_dim, .. } = a.shape;
+    let kv_head = head * kv_heads / a.heads;
+    let [slope, sink] = [a.slopes, a.sinks].map(|of_heads| of_heads.map(|of_heads| of_heads[head]));
     let cpu = isa::Cpu::detect();
     let mut state: Option<(f32, f32, Vec<f32>)> = None;
     let first_page = seen.start / CHUNK;
@@ -384,9 +386,10 @@ fn attend(
         for (&q, keys) in q.iter().zip(keys.chunks_exact(CHUNK)) {
             cpu.run_inline(AddScaled(q, &keys[valid.clone()], &mut scores));
         }
-        for score in &mut scores {
+        for (score, at) in scores.iter_mut().zip(first + valid.start..) {
             *score *= a.scale;
             *score = a.softcap.map_or(*score, |cap| unary(Unary::SoftCap(cap), *score));
+            *score = slope.map_or(*score, |slope| fma(-slope, at.abs_diff(position) as f32, *score));
         }
         let max = scores.iter().fold(f32::NEG_INFINITY, |m, &s| if s > m { s } else { m });
         exp_below(max, &mut scores);
@@ -649,14 +652,14 @@ impl Kernels for Definitions {
             }
             Op::Attend { .. } => {
                 let Some((a, out)) = op.attention(step) else { return Ok(()) };
-                let PageShape { kv_heads, key_dim, value_dim, .. } = a.shape;
+                let PageShape { key_dim, value_dim, .. } = a.shape;
                 let (q_cols, out_cols) = (a.heads * key_dim, a.heads * value_dim);
                 let mut pages = HashMap::new();
                 for (t, (q, out)) in a.q.chunks_exact(q_cols).zip(out.chunks_exact_mut(out_cols)).enumerate()
                 {
-                    let (table, last) = a.sees(t);
-                    let end = last as usize + 1;
-                    let first = a.window.map_or(0, |w| end.saturating_sub(w as usize));
+                    let (table, position, end) = a.place(t);
+                    let first = a.sight.window.map_or(0, |w| (position + 1).saturating_sub(w as usize));
+                    let end = end.min(position + 1 + a.sight.after as usize);
                     let table = &table[first / CHUNK..end.div_ceil(CHUNK)];
                     for &page in table {
                         let bytes = || page_of(&a.pages, a.shape, page as usize);
@@ -665,7 +668,7 @@ impl Kernels for Definitions {
                     let pages: Vec<&Elements> = table.iter().map(|page| &pages[page]).collect();
                     let heads = q.chunks_exact(key_dim).zip(out.chunks_exact_mut(value_dim));
                     for (h, (q, out)) in heads.enumerate() {
-                        attend(q, &a, &pages, h * kv_heads / a.heads, first..end, a.sinks.map(|s| s[h]), out);
+                        attend(q, &a, &pages, h, position, first..end, out);
                     }
                 }
             }

@@ -199,7 +199,7 @@ fn one_by_one(recording: &Recording) -> Option<Recording> {
     let [step] = recording.steps.as_slice() else { return None };
     let [span] = step.spans.as_slice() else { return None };
     let by_token = program.io.iter().all(|&id| program.tensor(id).rows == Dim::Tokens);
-    if !by_token || span.len < 2 || program.states.iter().any(|s| !s.causal) {
+    if !by_token || span.len < 2 || program.states.iter().any(|s| !s.is_causal()) {
         return None;
     }
     let steps = (0..span.len).map(|n| {

@@ -1085,10 +1085,22 @@ fn attention(cases: &mut Cases) {
             }
         }
         // Attention that is not causal: whole sequences, across the ends of pages; then tokens that also see
-        // earlier positions, and a single token with a cache long enough to be split.
-        for (heads, kv_heads, key_dim, value_dim, sinks) in [(3, 3, 32, 32, false), (4, 2, 64, 96, true)] {
+        // earlier positions, and a single token with a cache long enough to be split. Windows end within a page, and at and
+        // after its end.
+        for (heads, kv_heads, key_dim, value_dim, window, after, sinks) in [
+            (3, 3, 32, 32, None, u32::MAX, false),
+            (4, 2, 64, 96, None, u32::MAX, true),
+            (4, 2, 32, 64, Some(5), 4, true),
+            (3, 3, 64, 32, Some(65), 64, false),
+            (2, 1, 32, 32, Some(1), 150, false),
+            (2, 1, 32, 32, None, 3, false),
+        ] {
+            let bounds = match (window, after) {
+                (None, u32::MAX) => String::new(),
+                _ => format!(" window={window:?} after={after}"),
+            };
             let name = format!(
-                "Attend {} {heads}/{kv_heads} {key_dim}/{value_dim} both directions sinks={sinks}",
+                "Attend {} {heads}/{kv_heads} {key_dim}/{value_dim} both directions{bounds} sinks={sinks}",
                 format.name()
             );
             let steps: [&[(u32, u32)]; 5] = [
@@ -1099,8 +1111,36 @@ fn attention(cases: &mut Cases) {
                 &[(604, 1), (0, 0)],
             ];
             cases.add(name, &[("sinks", Format::F32, vec![heads.into()])], &steps, ATTEND_BOUND, |b| {
-                let kv = State::new("kv", kv_heads, key_dim, value_dim, format).causal(false);
+                let kv = State::new("kv", kv_heads, key_dim, value_dim, format).window(window).after(after);
                 attended(b, kv, heads, 0.3, None, sinks);
+            });
+        }
+        // Biases by distance: causal with a window and a soft cap, split, and in both directions; heads in one, two and three
+        // groups, whose slopes differ.
+        for (heads, kv_heads, window, after, softcap) in [
+            (4, 1, None, 0, None),
+            (6, 2, Some(70), 0, Some(2.0)),
+            (3, 3, None, u32::MAX, None),
+            (12, 3, Some(33), 32, None),
+        ] {
+            let name = format!(
+                "Attend {} {heads}/{kv_heads} 32/64 slopes window={window:?} after={after} softcap={softcap:?}",
+                format.name()
+            );
+            let whole: [&[(u32, u32)]; 3] = [&[(0, 67), (0, 3)], &[(0, 1), (0, 130)], &[(130, 530), (3, 2)]];
+            let more: [&[(u32, u32)]; 4] =
+                [&[(0, 130), (0, 67)], &[(130, 400), (67, 1)], &[(530, 1), (68, 3)], &[(531, 1)]];
+            let steps = if after == 0 { &more[..] } else { &whole[..] };
+            cases.add(name, &[], steps, ATTEND_BOUND, |b| {
+                let slopes = (0..heads).map(|head| 0.5 / (head + 1) as f32).collect();
+                let kv = State::new("kv", kv_heads, 32, 64, format).window(window).after(after);
+                let q = b.input("q", Dim::Tokens, heads * 32);
+                let k = b.input("k", Dim::Tokens, kv_heads * 32);
+                let v = b.input("v", Dim::Tokens, kv_heads * 64);
+                let kv = b.state(kv);
+                b.kv_write(k, v, kv);
+                let y = b.attend_with(q, kv, heads, 0.3, softcap, Some(slopes), None);
+                b.output(y);
             });
         }
         // Infinities, for formats whose blocks have a scale.

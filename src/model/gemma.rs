@@ -1,6 +1,6 @@
 //! Gemma 1, 2 and 3 (Gemma Team 2024, 2024, 2025). Gemma 1 is Llama with GELU and scaled embeddings. The others have norms
 //! before and after each block, and sliding-window attention in most layers. Gemma 2 caps its logits; Gemma 3 normalises
-//! queries and keys instead.
+//! queries and keys instead. EmbeddingGemma (Schechter Vera et al. 2025) is Gemma 3 as an encoder.
 
 use super::Hparams;
 use super::network::{Attention, Network, QkNorm};
@@ -36,6 +36,26 @@ pub(super) fn record_3(h: &Hparams, b: &mut Builder<'_>) {
     let local_rope = &n.rope_unscaled(h.rope_freq_base_swa.unwrap_or(10_000.0), RopePairs::Halves);
     let qk_norm = Some(QkNorm::Head);
     record(n, &Gemma { window_period: 6, blocks_27b: 62, qk_norm, global_rope, local_rope });
+}
+
+pub(super) fn record_embedding(h: &Hparams, b: &mut Builder<'_>) {
+    let mut n = Network::new(h, b, NormKind::Rms);
+    let width = n.required("attention.sliding_window", h.sliding_window);
+    let global_rope = n.rope(RopePairs::Halves);
+    let local_rope = n.rope_unscaled(h.rope_freq_base_swa.unwrap_or(10_000.0), RopePairs::Halves);
+    let mut x = n.embed((h.embedding_length as f32).sqrt());
+    for layer in 0..h.block_count {
+        n.layer(layer);
+        let windowed = h.is_windowed(layer, 6);
+        let rope = Some(if windowed { &local_rope } else { &global_rope });
+        let attention = Attention {
+            rope,
+            qk_norm: Some(QkNorm::Head),
+            ..n.attention_both_ways(windowed.then_some(width))
+        };
+        x = n.sandwich_norm_layer(x, &attention, |n, x| n.gated_mlp(x, Gate::Gelu));
+    }
+    n.normed_embeddings(x);
 }
 
 /// The differences between Gemma 2 and 3.

@@ -13,7 +13,7 @@ pub(super) fn record(h: &Hparams, b: &mut Builder<'_>) {
         ..h.clone()
     };
     let mut n = Network::new(h, b, NormKind::Rms);
-    if h.sliding_window_pattern.is_none() {
+    if h.sliding_window_pattern.is_none() && h.sliding_window_period.is_none() {
         n.fail("key `gemma4.attention.sliding_window_pattern` is missing".into());
     }
     let window = Some(n.required("attention.sliding_window", h.sliding_window));

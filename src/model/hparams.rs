@@ -52,11 +52,19 @@ pub struct Hparams {
     pub rope_finetuned: Option<bool>,
     /// Sliding window in positions.
     pub sliding_window: Option<u32>,
-    /// Whether each layer has the sliding window, if the file says so.
+    /// Whether each layer has the sliding window, if the file says so of each.
     pub sliding_window_pattern: Option<Vec<bool>>,
+    /// The period of layers without the sliding window, if the file has it.
+    pub sliding_window_period: Option<u32>,
+    /// Elements of pooled vectors between the two products of EmbeddingGemma.
+    pub dense_2_feat_out: Option<u32>,
+    /// The activation of a feed-forward block, if the file names it.
+    pub hidden_activation: Option<String>,
     /// Whether attention is causal, if the file says so.
     pub attention_causal: Option<bool>,
     pub attention_scale: Option<f32>,
+    /// The largest exponent of slopes by distance (ALiBi).
+    pub max_alibi_bias: Option<f32>,
     /// The largest magnitude of queries, keys and values.
     pub attention_clamp_kqv: Option<f32>,
     /// Growth of queries beyond the original context (Llama 4's temperature tuning).
@@ -178,7 +186,7 @@ pub enum Pooling {
 
 /// Unsupported options, the only values accepted for each, and the families that have more of it.
 const ONLY: &[(&str, Only, &[&str])] = &[
-    ("attention.max_alibi_bias", Only::F32(0.0), &[]),
+    ("attention.max_alibi_bias", Only::F32(0.0), &["mpt"]),
     ("interleave_moe_layer_step", Only::UpTo(1), &["llama4"]),
     ("rope.scaling.yarn_attn_factor", Only::F32(1.0), &[]),
     ("rope.scaling.yarn_ext_factor", Only::F32(1.0), &[]),
@@ -207,6 +215,8 @@ impl Hparams {
         let required = |name: &str, max: u32| ranged(name, gguf.u32(&key(name))?, max);
 
         let all_blocks = required("block_count", MAX_LAYERS)?;
+        let (sliding_window_pattern, sliding_window_period) =
+            sliding_window_pattern(gguf, &architecture, all_blocks)?;
         let layers = all_blocks as usize;
         let nextn_predict_layers = gguf.optional_u32(&key("nextn_predict_layers"))?.unwrap_or(0);
         let Some(block_count) = all_blocks.checked_sub(nextn_predict_layers).filter(|&count| count > 0)
@@ -419,9 +429,13 @@ impl Hparams {
             original_context_length,
             rope_finetuned: gguf.optional_bool(&key("rope.scaling.finetuned"))?,
             sliding_window: gguf.optional_u32(&key("attention.sliding_window"))?.filter(|&w| w > 0),
-            sliding_window_pattern: sliding_window_pattern(gguf, &architecture, all_blocks)?,
+            sliding_window_pattern,
+            sliding_window_period,
+            dense_2_feat_out: size("dense_2_feat_out")?,
+            hidden_activation: gguf.optional_str(&key("hidden_activation"))?.map(str::to_owned),
             attention_causal: gguf.optional_bool(&key("attention.causal"))?,
             attention_scale: factor("attention.scale")?,
+            max_alibi_bias: factor("attention.max_alibi_bias")?,
             attention_clamp_kqv: factor("attention.clamp_kqv")?,
             attention_temperature_scale: factor("attention.temperature_scale")?,
             attn_logit_softcapping: factor("attn_logit_softcapping")?,
@@ -486,17 +500,17 @@ impl Hparams {
     }
 
     /// Returns the KV cache of a layer.
-    pub(crate) fn kv_state(&self, layer: u32, window: Option<u32>, causal: bool) -> State {
+    pub(crate) fn kv_state(&self, layer: u32, window: Option<u32>, after: u32) -> State {
         let kv_heads = Hparams::at(&self.head_count_kv, layer);
         // A text whose vector is wanted is whole in a step. No layer needs earlier steps, so layers share a cache.
-        let name = match (causal, self.embeds()) {
-            (false, _) => "kv".into(),
-            (true, true) => format!("kv.{kv_heads}.{}", window.unwrap_or(0)),
-            (true, false) => format!("kv.{layer}"),
+        let name = if after > 0 || self.embeds() {
+            format!("kv.{kv_heads}.{}", window.unwrap_or(0))
+        } else {
+            format!("kv.{layer}")
         };
         State::new(name, kv_heads, self.key_length, self.value_length, self.kv_format)
             .window(window)
-            .causal(causal)
+            .after(after)
     }
 
     /// Whether a layer is recurrent: as the file says, or all but the last of every `period` layers.
@@ -508,11 +522,20 @@ impl Hparams {
     }
 
     /// Whether a layer has the sliding window: as the file says, or all but the last of every `period`
-    /// layers.
+    /// layers; with a period of 0, no layer is the last.
     pub(crate) fn is_windowed(&self, layer: u32, period: u32) -> bool {
+        self.is_windowed_from(layer.saturating_add(1), layer, period)
+    }
+
+    /// The same, but all but the first of every `period` layers.
+    pub(crate) fn is_windowed_after_first(&self, layer: u32, period: u32) -> bool {
+        self.is_windowed_from(layer, layer, period)
+    }
+
+    fn is_windowed_from(&self, n: u32, layer: u32, period: u32) -> bool {
         match &self.sliding_window_pattern {
             Some(pattern) => pattern.get(layer as usize).copied().unwrap_or(false),
-            None => windowed(layer, period),
+            None => n.checked_rem(self.sliding_window_period.unwrap_or(period)) != Some(0),
         }
     }
 
@@ -578,21 +601,20 @@ fn pooling_type(gguf: &Gguf, architecture: &str) -> Result<Option<Pooling>> {
     })
 }
 
-/// Whether a layer is not the last of every `period` layers; with a period of 0, no layer is the last.
-fn windowed(layer: u32, period: u32) -> bool {
-    (layer + 1).checked_rem(period) != Some(0)
-}
-
-/// `attention.sliding_window_pattern`: a period, or a flag per layer.
-fn sliding_window_pattern(gguf: &Gguf, architecture: &str, layers: u32) -> Result<Option<Vec<bool>>> {
+/// `attention.sliding_window_pattern`: a flag per layer, or a period.
+#[allow(clippy::type_complexity)]
+fn sliding_window_pattern(
+    gguf: &Gguf,
+    architecture: &str,
+    layers: u32,
+) -> Result<(Option<Vec<bool>>, Option<u32>)> {
     let key = format!("{architecture}.attention.sliding_window_pattern");
     let is_array = gguf.metadata().iter().any(|(k, value)| *k == key && value.array_len.is_some());
     if is_array {
         let pattern = gguf.optional_u32_per_layer(&key, layers as usize)?;
-        return Ok(pattern.map(|pattern| pattern.iter().map(|&v| v != 0).collect()));
+        return Ok((pattern.map(|pattern| pattern.iter().map(|&v| v != 0).collect()), None));
     }
-    let period = gguf.optional_u32(&key)?;
-    Ok(period.map(|period| (0..layers).map(|layer| windowed(layer, period)).collect()))
+    Ok((None, gguf.optional_u32(&key)?))
 }
 
 fn rope_scaling(gguf: &Gguf, architecture: &str) -> Result<RopeScaling> {

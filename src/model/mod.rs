@@ -27,6 +27,7 @@ mod lfm2;
 mod llama;
 mod llama4;
 mod mamba;
+mod mpt;
 mod nemotron;
 mod nemotron_h;
 mod network;
@@ -70,6 +71,7 @@ const FAMILIES: &[(&str, Record)] = &[
     ("bailingmoe2", deepseek::record_balanced),
     ("bert", bert::record),
     ("bitnet", bitnet::record),
+    ("bloom", mpt::record_bloom),
     ("chatglm", glm::record_chat),
     ("codeshell", starcoder2::record),
     ("cohere2", cohere2::record),
@@ -86,6 +88,7 @@ const FAMILIES: &[(&str, Record)] = &[
     ("falcon", falcon::record),
     ("falcon-h1", falcon_h1::record),
     ("gemma", gemma::record_1),
+    ("gemma-embedding", gemma::record_embedding),
     ("gemma2", gemma::record_2),
     ("gemma3", gemma::record_3),
     ("gemma3n", gemma3n::record),
@@ -102,6 +105,7 @@ const FAMILIES: &[(&str, Record)] = &[
     ("hunyuan-moe", hunyuan::record),
     ("internlm2", llama::record),
     ("jais2", nemotron::record),
+    ("jina-bert-v2", bert::record_jina),
     ("lfm2", lfm2::record),
     ("lfm2moe", lfm2::record),
     ("llama", llama::record),
@@ -113,6 +117,8 @@ const FAMILIES: &[(&str, Record)] = &[
     ("minicpm3", deepseek2::record_minicpm),
     ("minimax-m2", deepseek::record_minimax),
     ("mistral3", llama::record),
+    ("modern-bert", bert::record_modern),
+    ("mpt", mpt::record),
     ("nemotron", nemotron::record),
     ("nemotron_h", nemotron_h::record),
     ("nemotron_h_moe", nemotron_h::record),

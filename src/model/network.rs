@@ -2,6 +2,8 @@
 //!
 //! A matrix or norm has a bias if the file has one: files have no other sign for it.
 
+use std::sync::Arc;
+
 use super::hparams::{MAX_EXTENT, RopeScaling};
 use super::{Hparams, Pooling};
 use crate::program::{
@@ -60,8 +62,10 @@ pub(super) struct Attention<'r> {
     pub qk_norm: Option<QkNorm>,
     /// A factor on the scores.
     pub scale: f32,
-    /// Whether attention is causal.
-    pub causal: bool,
+    /// The largest exponent of slopes, from which scores have a bias by distance (ALiBi).
+    pub max_alibi_bias: Option<f32>,
+    /// How many positions after its own a token sees: 0, or more in an encoder.
+    pub after: u32,
     /// Whether each head has a sink logit.
     pub sinks: bool,
     /// Whether each head's result is multiplied by a gate's sigmoid. Queries and gates alternate in the file, head by
@@ -285,7 +289,8 @@ impl<'n, 'b> Network<'n, 'b> {
             window: self.h.sliding_window,
             qk_norm: None,
             scale: self.h.attention_scale.unwrap_or(1.0 / (self.h.key_length as f32).sqrt()),
-            causal: true,
+            max_alibi_bias: None,
+            after: 0,
             sinks: false,
             gated: false,
             v_norm: false,
@@ -294,11 +299,21 @@ impl<'n, 'b> Network<'n, 'b> {
         }
     }
 
+    /// The same of an encoder: a token sees half of a window's width before its own position and half after it, or all.
+    pub fn attention_both_ways<'r>(&self, width: Option<u32>) -> Attention<'r> {
+        let half = width.map(|width| width / 2);
+        Attention {
+            window: half.map(|half| half + 1),
+            after: half.unwrap_or(u32::MAX),
+            ..self.attention_of()
+        }
+    }
+
     /// Grouped-query attention (Ainslie et al. 2023), causal or in both directions.
     pub fn attention(&mut self, x: TensorId, a: &Attention<'_>) -> TensorId {
         let h = self.h;
-        if h.attention_causal.is_some_and(|causal| causal != a.causal) {
-            let only = a.causal;
+        if h.attention_causal.is_some_and(|causal| causal != (a.after == 0)) {
+            let only = a.after == 0;
             self.b.fail(format!("key `{}.attention.causal`: only {only} is supported", h.architecture));
         }
         let (heads, kv_heads) =
@@ -359,7 +374,7 @@ impl<'n, 'b> Network<'n, 'b> {
         };
         let q = place("q", q);
         let kv = kv.map(|(k, v)| (place("k", k), v));
-        let state = self.b.state(h.kv_state(a.kv_of.unwrap_or(self.layer), a.window, a.causal));
+        let state = self.b.state(h.kv_state(a.kv_of.unwrap_or(self.layer), a.window, a.after));
         if let Some((k, mut v)) = kv {
             if a.v_norm {
                 v = self.b.norm("v_norm", v, NormKind::Rms, None, None, self.norm_eps, h.value_length);
@@ -367,7 +382,9 @@ impl<'n, 'b> Network<'n, 'b> {
             self.b.kv_write(k, v, state);
         }
         let sinks = a.sinks.then(|| self.weight("attn_sinks.weight", 1, heads));
-        let mut attended = self.b.attend(q, state, heads, a.scale, h.attn_logit_softcapping, sinks);
+        let slopes = a.max_alibi_bias.map(|max_bias| slopes(heads, max_bias));
+        let cap = h.attn_logit_softcapping;
+        let mut attended = self.b.attend_with(q, state, heads, a.scale, cap, slopes, sinks);
         if let Some(gate) = gate {
             attended = self.b.glu(gate, attended, Gate::Sigmoid);
         }
@@ -1102,6 +1119,23 @@ impl<'n, 'b> Network<'n, 'b> {
         self.norm("layer_output_norm", x)
     }
 
+    /// The end of an encoder whose last norm is apart: gathers the output rows, normalises them, and multiplies them with the
+    /// matrices for pooled vectors, if there are any. A mean of products is the product of the mean.
+    pub fn normed_embeddings(mut self, x: TensorId) {
+        self.b.segment("output");
+        self.prefix.clear();
+        let x = self.b.gather(x);
+        let mut x = self.norm_as("norm", "output_norm", x);
+        if self.has("dense_2.weight") {
+            let features = self.required("dense_2_feat_out", self.h.dense_2_feat_out);
+            x = self.linear("dense_2", "dense_2", x, features);
+        }
+        if self.has("dense_3.weight") {
+            x = self.linear("dense_3", "dense_3", x, self.h.embedding_length);
+        }
+        self.give_embeddings(x);
+    }
+
     /// The end of an encoder: gathers the output rows.
     pub fn embeddings(mut self, x: TensorId) {
         self.b.segment("output");
@@ -1170,4 +1204,13 @@ impl<'n, 'b> Network<'n, 'b> {
         *self.b.outputs() =
             Outputs { logits: Some(logits), arg_max: Some(best), top: Some([ids, values]), hidden: None };
     }
+}
+
+/// The slopes of attention with linear biases (Press et al. 2022). For 2^k heads they are a geometric sequence that ends at
+/// `2^-max_bias`; further heads have those between the first ones of twice as many heads.
+fn slopes(heads: u32, max_bias: f32) -> Arc<[f32]> {
+    let known = 1 << heads.max(1).ilog2();
+    let slope = |n: u32, of: u32| (-f64::from(max_bias) * f64::from(n) / f64::from(of)).exp2() as f32;
+    let further = (0..heads.saturating_sub(known)).map(|i| slope(2 * i + 1, 2 * known));
+    (1..=known.min(heads)).map(|n| slope(n, known)).chain(further).collect()
 }

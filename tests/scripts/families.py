@@ -6,6 +6,8 @@ says of them, for tests/golden.rs.
     families.py LOGITS            all, with LOGITS the program of llama_logits.cpp: folders of tests/data/golden
     families.py LOGITS NAME...    these models; the others stay
 
+Of encoders, these are vectors of tokens in place of logits.
+
 The models have no vocabulary: token ids in, logits out. Each row below is a family, or a variant of it that real files have; the
 keys and tensors are those that llama.cpp's converter writes and its loader reads.
 """
@@ -80,11 +82,26 @@ GEMMA_4_MOE = dict(EXPERTS | dict(hidden=40), dim=48, heads=4, kv=[2, 2, 1], hea
                        "embedding_length_per_layer_input": 0, "rope.freq_base_swa": 1e4, "rope.dimension_count_swa": 16,
                        "final_logit_softcapping": 30.0, "expert_feed_forward_length": 16})
 
+MODERN_BERT = dict(arch="modern-bert", vectors=True, dim=24, hidden=32, layers=4, kv=2, norm="layer", norm_bias=False, embd_norm=True,
+                   first_norm=False, fused_qkv=True, ffn="fused", tied=True, base=1.6e5, keys={
+                       "attention.causal": False, "attention.sliding_window": 16, "rope.freq_base_swa": 1e4, "rope.scaling.type": "none",
+                       "pooling_type": 2})
+
+EMBEDDING_GEMMA = dict(arch="gemma-embedding", vectors=True, dim=16, head=16, hidden=32, layers=7, qk_norm="head", tied=True, base=1e6,
+                       norms=("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"), keys={
+                           "attention.sliding_window": 16, "rope.freq_base_swa": 1e4, "pooling_type": 1})
+
+JINA_BERT = dict(vectors=True, heads=4, kv=4, norm="layer", norms=("attn_output_norm", "layer_output_norm"), embd_norm=True, last_norm=None,
+                 qkv_bias=True, out_bias=True, down_bias=True, types=2, tied=True, base=None,
+                 keys={"attention.causal": False, "pooling_type": 1})
+
 FAMILIES = {
     "arcee": dict(head=16, ffn="plain", keys=YARN),
     "bitnet": dict(tied=True, sub_norms=True),
     # 32 layers: from their number, llama.cpp takes that the model has rotary positions.
     "baichuan": dict(dim=16, heads=2, kv=2, hidden=16, layers=32, rotated=8),
+    # 40 layers: from their number, llama.cpp takes that positions are biases by distance.
+    "baichuan-13b": dict(arch="baichuan", dim=16, heads=2, kv=2, hidden=16, layers=40, rotated=8),
     "bailingmoe": dict(EXPERTS, base=6e5, rotated=16, shared=32,
                        keys={"leading_dense_block_count": 0, "expert_feed_forward_length": 16, "expert_weights_scale": 1.0,
                              "expert_shared_count": 2, "expert_weights_norm": True}),
@@ -94,6 +111,8 @@ FAMILIES = {
                             "leading_dense_block_count": 1, "expert_feed_forward_length": 16, "expert_shared_feed_forward_length": 16,
                             "expert_shared_count": 1, "expert_weights_norm": True, "expert_weights_scale": 2.5,
                             "expert_gating_func": 2, "expert_group_count": 3, "expert_group_used_count": 2}),
+    # A number of heads that is no power of 2 has slopes of its own.
+    "bloom": dict(dim=48, heads=6, kv=6, norm="layer", embd_norm=True, fused_qkv=True, **BIASES, ffn="plain", tied=True, base=None),
     "chatglm": dict(fused_qkv=True, qkv_bias=True, ffn="fused", rotated=8),
     "codeshell": dict(norm="layer", fused_qkv=True, **BIASES, ffn="plain",
                       keys={"rope.scaling.type": "linear", "rope.scaling.factor": 1.0}),
@@ -146,6 +165,11 @@ FAMILIES = {
     # Mamba 2 beside each attention; two groups.
     "falcon-h1": dict(MAMBA_2 | dict(norms=("attn_norm",), tied=False, keys=HYBRID_KEYS | {"ssm.group_count": 2}), kv=2, head=16,
                       base=1e11, mixers=["both"] * 2),
+    "gemma-embedding": dict(EMBEDDING_GEMMA),
+    # With the matrices that follow the pooling, and windows in layers that the file names.
+    "gemma-embedding-dense": dict(EMBEDDING_GEMMA, layers=2, pooled=40, keys=EMBEDDING_GEMMA["keys"] | {
+        "attention.sliding_window_pattern": [True, False], "dense_2_feat_in": 16, "dense_2_feat_out": 40, "dense_3_feat_in": 40,
+        "dense_3_feat_out": 16}),
     "gemma": dict(dim=64, heads=4, kv=1, head=24, tied=True),
     # Of so few layers, all have caches of their own and sparse gates.
     "gemma3n": dict(GEMMA_3N, layers=6, keys=GEMMA_3N["keys"] | {
@@ -184,6 +208,10 @@ FAMILIES = {
                                            "expert_shared_count": 1}),
     "internlm2": dict(base=1e6),
     "jais2": dict(norm="layer", **BIASES, ffn="plain"),
+    "jina-bert-v2": dict(JINA_BERT, ffn="fused"),
+    "jina-bert-v2-gate": dict(JINA_BERT, arch="jina-bert-v2"),
+    "jina-bert-v2-code": dict(JINA_BERT, arch="jina-bert-v2", ffn="fused", qk_norm="row",
+                              norms=JINA_BERT["norms"] + ("attn_norm_2",)),
     "lfm2": dict(dim=64, heads=4, kv=[0, 0, 2, 0], layers=4, mixers=["short_conv", "short_conv", "attention", "short_conv"],
                  qk_norm="head", base=1e6, tied=True, last_norm="token_embd_norm", keys={"shortconv.l_cache": 3}),
     "lfm2moe": dict(EXPERTS | dict(hidden=80), dim=64, heads=4, kv=[0, 2, 0], layers=3, mixers=["short_conv", "attention", "short_conv"], dense=1,
@@ -203,6 +231,12 @@ FAMILIES = {
         "attention.q_lora_rank": 20, "attention.kv_lora_rank": 32, "attention.key_length": 24}),
     "minimax-m2": dict(EXPERTS, heads=4, kv=2, head=16, qk_norm="row", base=5e6, rotated=8, router_bias=True,
                        keys={"expert_feed_forward_length": 16, "expert_gating_func": 2}),
+    "modern-bert": dict(MODERN_BERT),
+    "modern-bert-silu": dict(MODERN_BERT, keys=MODERN_BERT["keys"] | {"hidden_activation": "silu"}),
+    "mpt": dict(dim=48, heads=6, kv=6, norm="layer", norm_bias=False, fused_qkv=True, ffn="plain", tied=True, base=None,
+                keys={"attention.max_alibi_bias": 8.0, "attention.clamp_kqv": 2.0}),
+    "mpt-positions": dict(arch="mpt", kv=2, norm="layer", fused_qkv=True, **BIASES, ffn="plain", tied=True, positions=True,
+                          keys={"attention.max_alibi_bias": 0.0}),
     "nemotron": dict(norm="layer", ffn="plain", rotated=8),
     # One block a layer; two groups.
     "nemotron_h": dict(MAMBA_2 | dict(norms=("attn_norm",), tied=False,
@@ -290,7 +324,7 @@ def model(name, arch=None, dim=32, heads=2, kv=1, head=None, hidden=48, layers=2
           tied=False, output_bias=False, positions=False, rotated=None, base=10000.0, rope_factors=False, mixers=None, gated=False,
           last_norm="output_norm", windowed=None, window_head=None, layer_inputs=0, shared_kv=0, dense=0, router_bias=False,
           sub_norms=False, bare_norms=False, expert_gates=True, alternating=False, long_rope=False,
-          used=2, beside=False, altup=False, eps=1e-5, keys={}):
+          used=2, beside=False, altup=False, eps=1e-5, embd_norm=False, first_norm=True, pooled=None, types=0, down_bias=False, keys={}):
     """The file of a family's row."""
     arch_name = arch or name
     file = File(name, arch_name)
@@ -323,8 +357,16 @@ def model(name, arch=None, dim=32, heads=2, kv=1, head=None, hidden=48, layers=2
     file.tensor("token_embd.weight", dim, VOCAB, scale=dim**-0.5 if tied else 1.0)
     if positions:
         file.tensor("position_embd.weight", dim, CONTEXT, scale=0.3)
+    if types:
+        file.writer.add_token_type_count(types)
+        file.tensor("token_types.weight", dim, types, scale=0.3)
+    if embd_norm:
+        file.norm("token_embd_norm", dim, norm_bias)
     if last_norm:
         file.norm(last_norm, dim, norm_bias)
+    if pooled:
+        file.linear("dense_2", dim, pooled)
+        file.linear("dense_3", pooled, dim)
     if not tied:
         file.linear("output", dim, VOCAB, bias=output_bias)
     if layer_inputs:
@@ -348,6 +390,8 @@ def model(name, arch=None, dim=32, heads=2, kv=1, head=None, hidden=48, layers=2
         own_kv = layer < layers - shared_kv
         rows, kv_rows = queries * length, groups * length
         for part in norms:
+            if layer == 0 and part == "attn_norm" and not first_norm:
+                continue
             if bare_norms and part.startswith("post_"):
                 file.tensor(at + part, dim, scale=0.1, around=1.0)
             else:
@@ -389,6 +433,8 @@ def model(name, arch=None, dim=32, heads=2, kv=1, head=None, hidden=48, layers=2
                 shape = {"head": (length,), "row": (length * count,), "each": (length, count)}[qk_norm]
                 if count:
                     file.tensor(f"{at}attn_{part}_norm.weight", *shape, scale=0.1, around=1.0)
+                if count and norm_bias:
+                    file.tensor(f"{at}attn_{part}_norm.bias", *shape, scale=0.1)
         if layer_inputs:
             file.linear(at + "inp_gate", dim, layer_inputs)
             file.linear(at + "proj", layer_inputs, dim)
@@ -432,7 +478,7 @@ def model(name, arch=None, dim=32, heads=2, kv=1, head=None, hidden=48, layers=2
             if ffn in ("gated", "experts"):
                 file.linear(at + "ffn_gate", dim, inner, bias=ffn_bias)
             file.linear(at + "ffn_up", dim, 2 * inner if ffn == "fused" else inner, bias=ffn_bias)
-            file.linear(at + "ffn_down", inner, dim, bias=ffn_bias)
+            file.linear(at + "ffn_down", inner, dim, bias=ffn_bias or down_bias)
         if shared and has_experts:
             if expert_gates:
                 file.linear(at + "ffn_gate_shexp", dim, shared)
@@ -512,22 +558,25 @@ def main():
     args = parser.parse_args()
     for name in args.names or FAMILIES:
         row = dict(FAMILIES[name])
-        folder = OUT / row.pop("folder", "families")
+        vectors = row.pop("vectors", False)
+        folder = OUT / row.pop("folder", "encoders" if vectors else "families")
         folder.mkdir(exist_ok=True)
         path = folder / f"{name}.gguf"
         model(name, **row).write(path)
         tokens = np.random.default_rng(list(name.encode())).integers(VOCAB, size=TOKENS).tolist()
         with tempfile.NamedTemporaryFile() as out:
-            subprocess.run([args.logits, path, out.name, *map(str, tokens)], check=True, stderr=subprocess.DEVNULL)
-            logits = np.fromfile(out.name, np.float32).reshape(TOKENS, VOCAB)[POSITIONS]
+            command = [args.logits, *(["--vectors"] if vectors else []), path, out.name, *map(str, tokens)]
+            subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+            logits = np.fromfile(out.name, np.float32).reshape(TOKENS, -1)[POSITIONS]
         assert np.isfinite(logits).all(), name
-        logits.tofile(folder / f"{name}.logits.f32")
+        result = "vectors" if vectors else "logits"
+        logits.tofile(folder / f"{name}.{result}.f32")
         manifest = folder / "manifest.json"
         entries = {entry["model"]: entry for entry in json.loads(manifest.read_text())} if manifest.exists() else {}
-        entries[path.name] = dict(model=path.name, tokens=tokens, positions=POSITIONS, logits=f"{name}.logits.f32",
-                                  shape=list(logits.shape))
+        entries[path.name] = dict(model=path.name, tokens=tokens, positions=POSITIONS,
+                                  **{result: f"{name}.{result}.f32"}, shape=list(logits.shape))
         manifest.write_text("[\n" + ",\n".join(json.dumps(entries[name]) for name in sorted(entries)) + "\n]\n")
-        print(f"{name}: {path.stat().st_size} bytes, logits {logits.std():.3f}")
+        print(f"{name}: {path.stat().st_size} bytes, {result} {logits.std():.3f}")
 
 
 if __name__ == "__main__":

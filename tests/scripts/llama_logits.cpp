@@ -1,19 +1,26 @@
-// Writes llama.cpp's logits of a list of tokens, for families.py:
+// Writes llama.cpp's logits of a list of tokens, or an encoder's vectors of them, for families.py:
 //
 //     c++ -O2 -I LLAMA/include -I LLAMA/ggml/include llama_logits.cpp -o llama_logits LIBRARIES OF LLAMA.CPP
 //     llama_logits MODEL.gguf OUT.f32 TOKEN...
+//     llama_logits --vectors MODEL.gguf OUT.f32 TOKEN...
 //
-// The file has float32 [tokens, vocabulary]. The KV cache is F32, so that nothing but the model's own arithmetic rounds.
+// The file has float32 [tokens, vocabulary] or [tokens, elements of a vector]. The KV cache is F32, so that nothing but the model's own arithmetic rounds.
 
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <vector>
 
 #include "llama.h"
 
 int main(int count, char ** arguments) {
+    const bool vectors = count > 1 && strcmp(arguments[1], "--vectors") == 0;
+    if (vectors) {
+        count--;
+        arguments++;
+    }
     if (count < 4) {
-        fprintf(stderr, "usage: llama_logits MODEL.gguf OUT.f32 TOKEN...\n");
+        fprintf(stderr, "usage: llama_logits [--vectors] MODEL.gguf OUT.f32 TOKEN...\n");
         return 2;
     }
     std::vector<llama_token> tokens;
@@ -30,6 +37,10 @@ int main(int count, char ** arguments) {
     options.n_threads = options.n_threads_batch = 1;
     options.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_DISABLED;
     options.type_k = options.type_v = GGML_TYPE_F32;
+    if (vectors) {
+        options.embeddings = true;
+        options.pooling_type = LLAMA_POOLING_TYPE_NONE;
+    }
     llama_context * context = llama_init_from_model(model, options);
     llama_batch batch = llama_batch_init(tokens.size(), 0, 1);
     batch.n_tokens = tokens.size();
@@ -43,11 +54,12 @@ int main(int count, char ** arguments) {
     if (context == nullptr || llama_decode(context, batch) != 0) {
         return 1;
     }
-    const size_t vocabulary = llama_vocab_n_tokens(llama_model_get_vocab(model));
+    const size_t length = vectors ? llama_model_n_embd_out(model) : llama_vocab_n_tokens(llama_model_get_vocab(model));
     FILE * file = fopen(arguments[2], "wb");
     bool written = file != nullptr;
     for (size_t i = 0; written && i < tokens.size(); i++) {
-        written = fwrite(llama_get_logits_ith(context, i), sizeof(float), vocabulary, file) == vocabulary;
+        const float * row = vectors ? llama_get_embeddings_ith(context, i) : llama_get_logits_ith(context, i);
+        written = row != nullptr && fwrite(row, sizeof(float), length, file) == length;
     }
     if (!written || fclose(file) != 0) {
         perror(arguments[2]);

@@ -14,6 +14,7 @@ fn golden() {
         for dir in family_folders().into_iter().filter(|_| without != ["integer"]) {
             check(&backend, &dir, |file| Some(family_bound(file, 1e-7)));
         }
+        check(&backend, &committed().join("encoders"), |file| Some(family_bound(file, 1e-6)));
         let Some(dir) = folder() else { continue };
         check(&backend, &dir.join("quants"), |file| Some(bound(file)));
     }

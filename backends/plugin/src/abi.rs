@@ -113,10 +113,10 @@ pub struct HaliteState {
     pub value_dim: u32,
     /// HALITE_F32, HALITE_F16, HALITE_Q8_0 or HALITE_Q4_0.
     pub format: HaliteFormat,
-    /// Positions that attention sees, the token's own included; 0: all.
+    /// How many positions up to its own, which counts, a token sees; 0: all.
     pub window: u32,
-    /// 0: a token sees the whole span of its step, so it also sees later tokens.
-    pub causal: u32,
+    /// How many positions after its own a token sees, up to the end of its span; 0: attention is causal.
+    pub after: u32,
     /// Which of HaliteSpan::tables has the pages.
     pub table: u32,
     pub page_bytes: u64,
@@ -337,6 +337,9 @@ pub struct HaliteAttend {
     pub softcap: f32,
     /// A factor on the scores, before the soft-cap.
     pub scale: f32,
+    /// For each head a factor on the distance between the token's position and that of the key, which is taken off the score after
+    /// the soft-cap; or NULL.
+    pub slopes: *const f32,
 }
 
 /// `out = act(gate) * up`.

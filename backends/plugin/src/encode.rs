@@ -23,7 +23,7 @@ pub struct Encoded {
 #[derive(Default)]
 struct Lists {
     _texts: Vec<CString>,
-    _frequencies: Vec<Arc<[f32]>>,
+    _numbers: Vec<Arc<[f32]>>,
     _tensors: List<HaliteTensor>,
     _states: List<HaliteState>,
     _places: List<HalitePlace>,
@@ -111,7 +111,7 @@ impl Encoded {
                 value_dim: s.value_dim,
                 format: s.format.id(),
                 window: s.window.unwrap_or(0),
-                causal: s.causal.into(),
+                after: s.after,
                 table: program.kv_group(s) as u32,
                 page_bytes: s.page_bytes(),
                 name: texts.add(&s.name),
@@ -130,8 +130,8 @@ impl Encoded {
             HalitePlace { struct_bytes: size::<HalitePlace>(), rows, fixed_rows, cols }
         });
         let places = List::from(places.collect::<Vec<_>>());
-        let mut frequencies = Vec::new();
-        let ops = program.ops().map(|(_, op)| encode(program, op, &mut texts, &mut frequencies));
+        let mut numbers = Vec::new();
+        let ops = program.ops().map(|(_, op)| encode(program, op, &mut texts, &mut numbers));
         let ops = ops.collect::<Result<Vec<_>, _>>()?;
         let op_pointers: Vec<*const HaliteOp> = ops.iter().map(ptr::from_ref).collect();
         let mut rest = &op_pointers[..];
@@ -163,7 +163,7 @@ impl Encoded {
         };
         let lists = Lists {
             _texts: texts.0,
-            _frequencies: frequencies,
+            _numbers: numbers,
             _tensors: tensors,
             _states: states,
             _places: places,
@@ -221,8 +221,8 @@ fn gate(act: Gate) -> Result<HaliteGate, NotInAbi> {
     Ok(HaliteGate { kind, alpha, limit })
 }
 
-fn rotation(r: &Rotation, frequencies: &mut Vec<Arc<[f32]>>) -> Result<HaliteRotation, NotInAbi> {
-    frequencies.push(r.frequencies.clone());
+fn rotation(r: &Rotation, numbers: &mut Vec<Arc<[f32]>>) -> Result<HaliteRotation, NotInAbi> {
+    numbers.push(r.frequencies.clone());
     Ok(HaliteRotation {
         head_dim: r.head_dim,
         pairs: r.frequencies.len() as u32,
@@ -252,7 +252,7 @@ fn encode(
     program: &Program,
     op: &Op,
     texts: &mut Texts,
-    frequencies: &mut Vec<Arc<[f32]>>,
+    numbers: &mut Vec<Arc<[f32]>>,
 ) -> Result<HaliteOp, NotInAbi> {
     // Older plug-ins know no latent caches, and refuse kinds of ops that they do not know.
     let of_cache = |state: &StateId, plain: u32, latent: u32| {
@@ -309,7 +309,7 @@ fn encode(
             (HALITE_OP_MATMUL, HaliteOperands { matmul })
         }
         Op::Rope { x, out, rotation: r } => {
-            let rope = HaliteRope { x: x.0, out: out.0, rotation: rotation(r, frequencies)? };
+            let rope = HaliteRope { x: x.0, out: out.0, rotation: rotation(r, numbers)? };
             (HALITE_OP_ROPE, HaliteOperands { rope })
         }
         Op::KvWrite { k, v, state } => {
@@ -318,11 +318,12 @@ fn encode(
             (kind, HaliteOperands { kv_write })
         }
         Op::RopeKv { q, k, v, out, state, rotation: r } => {
-            let rotation = rotation(r, frequencies)?;
+            let rotation = rotation(r, numbers)?;
             let rope_kv = HaliteRopeKv { q: q.0, k: k.0, v: v.0, out: out.0, state: state.0, rotation };
             (HALITE_OP_ROPE_KV, HaliteOperands { rope_kv })
         }
-        Op::Attend { q, state, out, heads, scale, softcap, sinks } => {
+        Op::Attend { q, state, out, heads, scale, softcap, slopes, sinks } => {
+            numbers.extend(slopes.clone());
             let attend = HaliteAttend {
                 q: q.0,
                 state: state.0,
@@ -332,6 +333,7 @@ fn encode(
                 has_softcap: softcap.is_some().into(),
                 softcap: softcap.unwrap_or(0.0),
                 scale: *scale,
+                slopes: slopes.as_ref().map_or(std::ptr::null(), |slopes| slopes.as_ptr()),
             };
             let kind = of_cache(state, HALITE_OP_ATTEND, HALITE_OP_LATENT_ATTEND);
             (kind, HaliteOperands { attend })

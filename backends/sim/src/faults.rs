@@ -586,7 +586,7 @@ mod tests {
         assert_eq!(run("stuck:lane=5,where=vector", &work, &product), (Vec::new(), 0, 0));
         assert_eq!(run("stuck:lane=5,tile=1,where=accumulator", &work, &product), (Vec::new(), 0, 0));
         // Rows of 30 values, a maximum and a sum.
-        let rows = QueryRows { token: 0, tokens: 1, position: 0, head: 0, heads: 3 };
+        let rows = QueryRows { token: 0, tokens: 1, position: 0, end: 1, head: 0, heads: 3 };
         let page = Step::Pages { rows, chunks: 0..1 };
         let fourteen = (0..3).flat_map(|row| [32 * row + 13, 32 * row + 29]).collect::<Vec<_>>();
         assert_eq!(run("stuck:lane=13,where=accumulator", &work, &page), (fourteen, 6, 6));

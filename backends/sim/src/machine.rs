@@ -14,11 +14,10 @@ use halite_kernels::rows;
 
 use super::chip::{Chip, Numerics};
 use super::native;
-use super::shape::chunks;
 use super::tile::{Form, Step};
 use halite::backend::host::Attention;
 use halite::error::{Error, Result};
-use halite::program::{Epilogue, PAGE_POSITIONS};
+use halite::program::Epilogue;
 use halite_profiles::numerics::Dtype;
 use twox_hash::XxHash3_128;
 
@@ -267,12 +266,13 @@ impl Machine {
                 let mut q = floats(reads[0]).to_vec();
                 self.round_products(&mut q);
                 let pages = Pages { bytes: reads[1], ..a.pages };
-                let table: Vec<u32> = (0..range.len() as u32).collect();
+                // The scratchpad has the pages of the range alone.
+                let table: Vec<u32> = (0..range.end).map(|chunk| chunk.saturating_sub(range.start)).collect();
                 let mut by_chunk = vec![0.0; range.len() * heads * found];
                 let outs = out.chunks_exact_mut(heads * range.len() * found);
                 for (i, (out, q)) in outs.zip(q.chunks_exact(heads * shape.key_dim)).enumerate() {
-                    let position = rows.position + if a.causal { i as u32 } else { 0 };
-                    let seen = visible(position, a.window, range);
+                    let position = rows.position as usize + i;
+                    let seen = visible(a, position, rows.end, range);
                     if seen.is_empty() {
                         continue;
                     }
@@ -288,16 +288,18 @@ impl Machine {
                         shape,
                         table: &table,
                         kv_head: 0,
-                        // Positions are counted from the start of the first page.
-                        position: (position - range.start * PAGE_POSITIONS) as usize,
-                        causal: a.causal,
-                        window: a.window,
+                        position,
+                        end: rows.end as usize,
+                        sight: a.sight,
                         scale: a.scale,
                         softcap: a.softcap,
+                        slopes: a.slopes.and_then(|s| s.get(rows.head as usize..)?.get(..heads)),
                         sinks: None,
                     };
                     self.isa.run(AttendChunks { attend, chunks: seen.clone() });
+                    let first = range.start as usize;
                     for (chunk, results) in seen.zip(by_chunk.chunks_exact(heads * found)) {
+                        let chunk = chunk - first;
                         for (head, result) in results.chunks_exact(found).enumerate() {
                             out[(head * range.len() + chunk) * found..][..found].copy_from_slice(result);
                         }
@@ -312,20 +314,21 @@ impl Machine {
                 let heads = rows.heads as usize;
                 let stride = if *last { shape.value_dim } else { found };
                 for (row, out) in out.chunks_exact_mut(stride).enumerate() {
-                    let position = rows.position + if a.causal { (row / heads) as u32 } else { 0 };
-                    let seen = visible(position, a.window, range);
+                    let position = rows.position as usize + row / heads;
+                    let seen = visible(a, position, rows.end, range);
+                    let first = range.start as usize;
                     let old = state.map(|state| &state[row * found..][..found]);
                     let mut values = old.map_or(vec![0.0; found], <[f32]>::to_vec);
                     let (values, ends) = values.split_at_mut(shape.value_dim);
                     let [max, sum] = ends else { return Err(unknown(step)) };
                     let new = &new[row * range.len() * found..][..range.len() * found];
                     self.isa.run(Merge {
-                        chunks: &new[seen.start * found..seen.end * found],
+                        chunks: &new[(seen.start - first) * found..(seen.end - first) * found],
                         stride: found,
                         out: values,
                         max,
                         sum,
-                        fresh: range.start <= chunks(position, a.window).start,
+                        fresh: first <= a.sight.chunks(position, rows.end as usize).start,
                         last: *last,
                         sink: rest.first().map(|sinks| sinks[row % heads]),
                     });
@@ -352,11 +355,10 @@ impl Machine {
     }
 }
 
-/// Returns which of the chunks in a range a token sees, counted from the first of the range; `position` is the last one that it
-/// sees.
-fn visible(position: u32, window: Option<u32>, range: &Range<u32>) -> Range<usize> {
-    let seen = chunks(position, window);
-    let at = |chunk: u32| (chunk.clamp(range.start, range.end) - range.start) as usize;
+/// Returns which of the chunks in a range the token at a position sees.
+fn visible(a: &Attention<'_>, position: usize, end: u32, range: &Range<u32>) -> Range<usize> {
+    let seen = a.sight.chunks(position, end as usize);
+    let at = |chunk: usize| chunk.clamp(range.start as usize, range.end as usize);
     at(seen.start)..at(seen.end)
 }
 

@@ -1,7 +1,5 @@
 //! Sizes of an op in a step, the input of lowering ([`super::lower`]).
 
-use std::ops::Range;
-
 use halite_kernels::formats::Format;
 use halite_kernels::rows::Unary;
 
@@ -10,7 +8,7 @@ use super::tile::{Operand, VectorWork};
 use halite::backend::{Span, Step};
 use halite::passes;
 use halite::program::{
-    self, Dim, Gating, Index, NormKind, Op, PAGE_POSITIONS, Program, State, StateKind, TensorId,
+    self, Dim, Gating, Index, NormKind, Op, PAGE_POSITIONS, Program, Sight, State, StateKind, TensorId,
 };
 use halite::{Error, Result};
 
@@ -161,10 +159,10 @@ pub struct Attend {
     pub format: Format,
     /// Whether the first elements of a key are the value.
     pub latent: bool,
-    /// Sliding window.
-    pub window: Option<u32>,
-    /// Whether attention is causal.
-    pub causal: bool,
+    /// What a token sees.
+    pub sight: Sight,
+    /// Whether scores have a bias by distance.
+    pub slopes: bool,
     /// Whether each head has a sink logit.
     pub sinks: bool,
     /// For each sequence: its pages, first position and number of tokens.
@@ -385,7 +383,7 @@ pub fn shape(program: &Program, op: &Op, step: &Step<'_>, ids: Option<&[i32]>) -
                 work: work(VectorWork { quantize: elements, ..Default::default() }),
             })
         }
-        Op::Attend { state, heads, sinks, .. } => {
+        Op::Attend { state, heads, slopes, sinks, .. } => {
             let s = state_of(program, state.0)?;
             let group = program.kv_group(s);
             let pages = |span: &Span<'_>| span.tables.get(group).cloned().unwrap_or_default();
@@ -396,8 +394,8 @@ pub fn shape(program: &Program, op: &Op, step: &Step<'_>, ids: Option<&[i32]>) -
                 value_dim: s.value_dim,
                 format: s.format,
                 latent: s.kind == StateKind::Latent,
-                window: s.window,
-                causal: s.causal,
+                sight: s.sight(),
+                slopes: slopes.is_some(),
                 sinks: sinks.is_some(),
                 spans: step.spans.iter().map(|s| (pages(s), s.start, s.len)).collect(),
             })
@@ -612,12 +610,6 @@ fn fixed(program: &Program, id: TensorId) -> u32 {
 
 fn state_of(program: &Program, id: u32) -> Result<&State> {
     program.states.get(id as usize).ok_or_else(|| Error::Program(format!("state {id} does not exist")))
-}
-
-/// Returns the chunks of the cache that a token sees; `position` is the last visible position.
-pub fn chunks(position: u32, window: Option<u32>) -> Range<u32> {
-    let chunks = halite_kernels::attention::chunks(position as usize, window);
-    chunks.start as u32..chunks.end as u32
 }
 
 impl Attend {

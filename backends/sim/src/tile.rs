@@ -152,8 +152,10 @@ pub struct QueryRows {
     pub token: u32,
     /// Tokens.
     pub tokens: u32,
-    /// The last position that the first token sees.
+    /// The position of the first token.
     pub position: u32,
+    /// The end of the positions of its sequence.
+    pub end: u32,
     /// The first head.
     pub head: u32,
     /// Heads.

@@ -9,7 +9,7 @@ use halite::kernels::formats::Format;
 use halite_profiles::Profile;
 use halite_sim::{Sim, SimOptions};
 use halite_testing::bert::{embedder, texts, tokenizer};
-use halite_testing::not_finite;
+use halite_testing::{golden, not_finite};
 
 fn chip(name: &str) -> Arc<dyn Backend> {
     Arc::new(Sim::new(Profile::open(name).unwrap(), &SimOptions::default()).unwrap())
@@ -22,6 +22,18 @@ fn vectors_of_an_encoder_have_the_bits_of_the_cpu() {
     let tokenizer = tokenizer(on[0].model());
     let [cpu, chip] = on.each_mut().map(|on| on.embed(&tokenizer, &texts()).unwrap());
     assert_eq!(cpu, chip);
+}
+
+#[test]
+fn encoders_have_the_bits_of_the_cpu() {
+    let cpu: Arc<dyn Backend> = Arc::new(Cpu::with_threads(2).unwrap());
+    for case in golden::cases(&golden::committed().join("encoders")) {
+        let want = golden::rows(&cpu, &case).unwrap();
+        for name in ["teaching-16x16", "maia-100"] {
+            let got = golden::rows(&chip(name), &case).unwrap();
+            assert!(got == want, "{} on {name}", case.model.display());
+        }
+    }
 }
 
 #[test]

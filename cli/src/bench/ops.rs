@@ -113,7 +113,7 @@ impl Subject {
 }
 
 /// Everything about an op but its operands' names: ops of equal signatures take the same time.
-type Signature = Op<(Dim, u32, u32, Format, Layout, bool), (u32, u32, u32, Format, Option<u32>, bool)>;
+type Signature = Op<(Dim, u32, u32, Format, Layout, bool), (u32, u32, u32, Format, Option<u32>, u32)>;
 
 fn signature(program: &Program, op: &Op) -> Signature {
     let signature: Result<Signature, std::convert::Infallible> = op.try_map(
@@ -123,8 +123,8 @@ fn signature(program: &Program, op: &Op) -> Signature {
         },
         |&id, _| {
             let state = program.states.get(id.0 as usize);
-            Ok(state.map_or((0, 0, 0, Format::F32, None, true), |s| {
-                (s.kv_heads, s.key_dim, s.value_dim, s.format, s.window, s.causal)
+            Ok(state.map_or((0, 0, 0, Format::F32, None, 0), |s| {
+                (s.kv_heads, s.key_dim, s.value_dim, s.format, s.window, s.after)
             }))
         },
     );

@@ -123,7 +123,7 @@ impl Lowering<'_> {
     }
 
     pub(super) fn attend(&mut self, op: &Op) {
-        let Op::Attend { q, state: id, out, heads, scale, softcap, sinks } = op else { return };
+        let Op::Attend { q, state: id, out, heads, scale, softcap, slopes, sinks } = op else { return };
         let state = &self.program.states[id.0 as usize];
         let group = heads / state.kv_heads;
         let tile = (ATTEND_ROWS / group).max(1);
@@ -148,9 +148,20 @@ impl Lowering<'_> {
             .u32("HEADS", *heads)
             .u32("ROW_TILES", row_tiles)
             .u32("WINDOW", state.window.unwrap_or(u32::MAX))
-            .bool("CAUSAL", state.causal)
+            .u32("AFTER", state.after)
             .f32("SCALE", *scale)
-            .f32("SOFTCAP", softcap.unwrap_or(0.0));
+            .f32("SOFTCAP", softcap.unwrap_or(0.0))
+            .with(&match slopes {
+                Some(slopes) => {
+                    let list: Vec<String> = slopes.iter().map(|slope| format!("{slope:e}")).collect();
+                    format!(
+                        "const SLOPED = true;\nvar<private> SLOPES: array<f32, {heads}> = array<f32, {heads}>({});\n\
+                         fn slope_of(head: u32) -> f32 {{ return SLOPES[head]; }}",
+                        list.join(", ")
+                    )
+                }
+                None => "const SLOPED = false;\nfn slope_of(head: u32) -> f32 { return 0.0; }".to_owned(),
+            });
         shader = Self::cached(shader, state, kv_text(state.format).0, wgsl!("kv/coded_read"));
         if state.format == Format::F16 {
             shader = shader.with(match self.kv_halves(state) {
@@ -162,7 +173,9 @@ impl Lowering<'_> {
         let whole = stores(shader.clone()).with(wgsl!("lib/attend_whole"));
         let tiles = count(Of::Tiles(tile), row_tiles, 1);
         // With a window, the visible part of a long cache is short.
-        if self.most_splits < 2 || state.window.is_some_and(|window| window < 2 * SPLIT_POSITIONS) {
+        if self.most_splits < 2
+            || state.window.is_some_and(|window| window.saturating_add(state.after) < 2 * SPLIT_POSITIONS)
+        {
             return self.push(whole, [fixed(state.kv_heads), tiles, ONE]);
         }
         let merge = stores(self.step_shader("merge").u32("HEADS", *heads).u32("VALUE_DIM", state.value_dim));

@@ -6,7 +6,7 @@ use std::ops::Range;
 use super::{Closed, HEADS, Pipeline, aligned, blocks, too_small};
 use crate::chip::Chip;
 use crate::places::{Amounts, Data, Traffic};
-use crate::shape::{Attend, chunks};
+use crate::shape::Attend;
 use crate::tile::{
     Builder, Entry, Lowered, Operand, Piece, QueryRows, Ring, Step, TileProgram, VectorWork, Work,
 };
@@ -24,24 +24,20 @@ impl Attend {
         self.value_dim + 2
     }
 
-    /// Returns the last position that token `i` sees.
-    fn last(&self, rows: QueryRows, i: u32) -> u32 {
-        rows.position + if self.causal { i } else { 0 }
-    }
-
-    /// Returns the chunks that a token sees; `position` is the last visible position.
-    pub fn chunks(&self, position: u32) -> Range<u32> {
-        chunks(position, self.window)
+    /// Returns the chunks that token `i` sees.
+    fn chunks(&self, rows: QueryRows, i: u32) -> Range<u32> {
+        let chunks = self.sight.chunks((rows.position + i) as usize, rows.end as usize);
+        chunks.start as u32..chunks.end as u32
     }
 
     /// Returns the chunks that any of the tokens sees.
     fn chunks_of(&self, rows: QueryRows) -> Range<u32> {
-        self.chunks(rows.position).start..self.chunks(self.last(rows, rows.tokens.max(1) - 1)).end
+        self.chunks(rows, 0).start..self.chunks(rows, rows.tokens.max(1) - 1).end
     }
 
     /// Returns the number of tokens that see a chunk.
     fn visible_tokens(&self, rows: QueryRows, chunk: u32) -> u32 {
-        let sees = |i: &u32| self.chunks(self.last(rows, *i)).contains(&chunk);
+        let sees = |i: &u32| self.chunks(rows, *i).contains(&chunk);
         (0..rows.tokens).filter(sees).count() as u32
     }
 
@@ -189,7 +185,8 @@ fn rows_of(a: &Attend, heads: Range<u32>, token_group: u32) -> impl Iterator<Ite
             let rows = QueryRows {
                 token: first + range.start,
                 tokens: range.end - range.start,
-                position: start + if a.causal { range.start } else { len - 1 },
+                position: start + range.start,
+                end: start + len,
                 head,
                 heads,
             };
@@ -274,7 +271,7 @@ impl AttendTiling {
             |n, k| chip.compute_s(Work::Matrix { rate, m: queries, n, k, sums_bytes: 0, sparse: false });
         let positions = each * PAGE_POSITIONS;
         let (score, weigh) = (matrix(positions, a.key_dim), matrix(a.value_dim, positions));
-        let softmax = chip.compute_s(softmax_work(queries, each));
+        let softmax = chip.compute_s(softmax_work(a, queries, each));
         let is_split = self.chunks_per_tile.is_some();
         let merge = if is_split { (0.0, 0.0) } else { chip.compute_s(merge_work(a, *rows, each)) };
         let setup_s = chip.setup_s(&Piece::whole(PAGES, 0, 1).of(Data::Cache));
@@ -358,11 +355,11 @@ pub fn attend_phases(chip: &Chip, a: &Attend, lowered: &mut Lowered) -> Result<(
     let rows = work.iter().flat_map(|w| (0..w.rows.tokens * w.rows.heads).map(move |i| (w.rows, i)));
     let one = |(rows, i): (QueryRows, u32)| {
         let token = i / rows.heads;
-        let position = a.last(rows, token);
         QueryRows {
             token: rows.token + token,
             tokens: 1,
-            position,
+            position: rows.position + token,
+            end: rows.end,
             head: rows.head + i % rows.heads,
             heads: 1,
         }
@@ -480,7 +477,7 @@ impl AttendRings {
         let table = a.floats(rows, count * PAGE_POSITIONS);
         let [scores] = b.compute((score, Step::Part), &[queries, pages], [(&mut self.scores, table)], &[]);
         let to = (&mut self.softmax, table);
-        let work = (softmax_work(visible_rows, count), Step::Part);
+        let work = (softmax_work(a, visible_rows, count), Step::Part);
         let [softmax] = b.compute(work, &[scores], [to], &[scores]);
         Chunks { rows, queries, chunks, is_last, visible_rows, pages, softmax }
     }
@@ -594,9 +591,9 @@ fn merge_work(a: &Attend, rows: QueryRows, chunks: u32) -> Work {
 }
 
 /// Returns the vector work of turning the scores of chunks into softmax numerators.
-fn softmax_work(rows: u32, chunks: u32) -> Work {
+fn softmax_work(a: &Attend, rows: u32, chunks: u32) -> Work {
     let each = u64::from(rows) * u64::from(chunks * PAGE_POSITIONS);
-    Work::Vector(VectorWork { simple: 3 * each, exp: each, ..Default::default() })
+    Work::Vector(VectorWork { simple: (3 + 3 * u64::from(a.slopes)) * each, exp: each, ..Default::default() })
 }
 
 /// Maximum chunks that one command merges.
