@@ -54,7 +54,7 @@ pub struct ServeArgs {
     /// Format of the KV cache.
     #[arg(long, value_name = "FORMAT", default_value = "f16", value_parser = kv_format())]
     kv: Format,
-    /// Tokens of a step. A step that also generates text has a quarter of them for prompts.
+    /// Tokens of a step, at most. A step that also generates text has as many for prompts as take about a tenth of a second.
     #[arg(long, value_name = "N", default_value_t = 512)]
     batch: u32,
     /// Megabytes for all that is loaded. Idle models are unloaded for others.
