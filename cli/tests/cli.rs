@@ -444,6 +444,32 @@ fn exchanges_and_parts_of_a_batch_are_told() {
     assert!(shown.lines().all(|line| line.chars().count() < 100), "{shown}");
 }
 
+/// A page has the figures of all chips, and of simulated ones a layer on a tile and a roofline.
+#[test]
+fn chips_are_compared_on_a_page() {
+    let folder = tempfile::tempdir().unwrap();
+    let page = folder.path().join("chips.html");
+    let base =
+        "estimate -m llama-1.1b -p maia-100,nvidia-h100,teaching-16x16 --batch 2 --prompt 64 --generate 8";
+    text(&format!("{base} --html {}", page.display()));
+    let html = std::fs::read_to_string(&page).unwrap();
+    for part in [
+        "<!DOCTYPE html>",
+        "maia-100, nvidia-h100, teaching-16x16",
+        "decode step, less is better",
+        "MatMul ffn_down",
+    ] {
+        assert!(html.contains(part), "{part}");
+    }
+    assert_eq!(html.matches("A layer of a decode step (blk.11)").count(), 2);
+    assert_eq!(html.matches("<svg").count(), 2);
+    // Each lane says how long its unit works, and no picture is wider than its layer.
+    assert!(html.contains("matrix ") && !html.contains("NaN") && !html.contains("inf"));
+    let failed = halite(&format!("{base} --html {0} --roofline {0}", page.display()));
+    assert!(!failed.status.success());
+    assert!(String::from_utf8_lossy(&failed.stderr).contains("--roofline and --html: expected two files"));
+}
+
 #[cfg(feature = "sim")]
 #[test]
 fn designs_are_explored() {

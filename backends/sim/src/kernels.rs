@@ -87,7 +87,7 @@ impl SimKernels {
         let lowered = Arc::new(lower::lower(&self.machine.chip, shape)?);
         let chip = &self.machine.chip;
         let time = measured::time(chip, shape, &lowered, None);
-        let closed = chip.loads_ahead().then(|| measured::closed(chip, shape)).transpose()?;
+        let closed = chip.loads_ahead().then(|| measured::closed(chip, shape, &mut None)).transpose()?;
         if self.lowered.len() >= KEPT {
             self.lowered.clear();
         }

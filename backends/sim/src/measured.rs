@@ -10,7 +10,7 @@ use halite_profiles::profile::MatMulFit;
 use super::chip::Chip;
 use super::engine::{self, Busy, OpTime};
 use super::estimate::kernel::{Formats, Kernel, Stored, estimate_stored, matmul_fit};
-use super::lower::{self, Ahead, Closed};
+use super::lower::{self, Ahead, Closed, Tiling};
 use super::shape::{Product, Shape};
 use super::tile::Lowered;
 use halite::Result;
@@ -88,14 +88,14 @@ pub fn time(chip: &Chip, shape: &Shape, lowered: &Lowered, trace: Option<&mut Ve
     OpTime { seconds: measured_s(chip, shape).unwrap_or(simulated.seconds), ..simulated }
 }
 
-/// Returns the time of an op by closed forms: without commands, and close to [`time`].
+/// Returns the time of an op by closed forms: without commands, and close to [`time`]. `similar` is as for [`lower::closed_near`].
 ///
 /// # Errors
 /// As [`lower::lower`].
-pub fn closed(chip: &Chip, shape: &Shape) -> Result<Closed> {
+pub fn closed(chip: &Chip, shape: &Shape, similar: &mut Option<Tiling>) -> Result<Closed> {
     match measured_s(chip, shape) {
         // What was measured had no op before it.
         Some(seconds) => Ok(Closed { seconds, memory_s: seconds, free_bytes: 0, ahead: Ahead::default() }),
-        None => lower::closed(chip, shape),
+        None => lower::closed_near(chip, shape, similar),
     }
 }

@@ -1,10 +1,11 @@
 //! The time of a whole step, from shapes alone: no weights, no tokens.
 
 use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::chip::Chip;
 use super::engine::{Busy, OpTime};
-use super::lower::{Closed, lower};
+use super::lower::{Closed, Tiling, lower};
 use super::measured;
 use super::shape::{Shape, shape};
 use super::{Report, name};
@@ -90,7 +91,8 @@ pub fn time(chip: &Chip, program: &Program, spans: &[(u32, u32)], outputs: bool)
             Some(known) => *known,
             None => {
                 let time = measured::time(chip, shape, &lower(chip, shape)?, None);
-                let closed = chip.loads_ahead().then(|| measured::closed(chip, shape)).transpose()?;
+                let closed =
+                    chip.loads_ahead().then(|| measured::closed(chip, shape, &mut None)).transpose()?;
                 known.insert(shape.clone(), (time, closed));
                 (time, closed)
             }
@@ -117,6 +119,8 @@ pub struct Distinct {
     shapes: Vec<Shape>,
     /// For each step, its ops by number, each with the one before it, and how many times each runs.
     steps: Vec<Vec<(Pair, u32)>>,
+    /// Tilings of the products on the last chip: the next one may be similar.
+    tilings: Arc<Mutex<Vec<Option<Tiling>>>>,
 }
 
 impl Distinct {
@@ -153,13 +157,17 @@ impl Distinct {
     /// As [`time`].
     pub fn closed_s(&self, chips: &[&Chip]) -> Result<Vec<f64>> {
         let mut known = vec![None; chips.len() * self.shapes.len()];
+        let mut tilings = self.tilings.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        tilings.resize(self.shapes.len(), None);
         let mut step_s = |number: usize, step: &[(Pair, u32)]| {
             let chip = number % chips.len();
             let mut closed = |op: usize| -> Result<Closed> {
                 let known = &mut known[chip * self.shapes.len() + op];
                 match *known {
                     Some(closed) => Ok(closed),
-                    None => Ok(*known.insert(measured::closed(chips[chip], &self.shapes[op])?)),
+                    None => {
+                        Ok(*known.insert(measured::closed(chips[chip], &self.shapes[op], &mut tilings[op])?))
+                    }
                 }
             };
             let op_s = |&((before, op), n): &(Pair, u32)| {
@@ -169,7 +177,9 @@ impl Distinct {
             };
             step.iter().map(op_s).sum::<Result<f64>>()
         };
-        self.steps.iter().enumerate().map(|(number, step)| step_s(number, step)).collect()
+        let seconds = self.steps.iter().enumerate().map(|(number, step)| step_s(number, step)).collect();
+        *self.tilings.lock().unwrap_or_else(PoisonError::into_inner) = tilings;
+        seconds
     }
 }
 
@@ -220,7 +230,7 @@ pub fn trace(chip: &Chip, program: &Program, spans: &[(u32, u32)], outputs: bool
         if is_empty(shape) {
             return Ok(());
         }
-        let closed = chip.loads_ahead().then(|| measured::closed(chip, shape)).transpose()?;
+        let closed = chip.loads_ahead().then(|| measured::closed(chip, shape, &mut None)).transpose()?;
         start_s -= saved_s(&mut before, closed);
         let mut busy = Vec::new();
         let time = measured::time(chip, shape, &lower(chip, shape)?, Some(&mut busy));

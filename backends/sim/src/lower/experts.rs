@@ -93,7 +93,7 @@ pub fn experts_closed(chip: &Chip, experts: &Experts) -> Result<Closed> {
 fn stage_closed(chip: &Chip, products: &[Product], tiles: u32) -> Result<Closed> {
     let mut slowest = Closed::none(chip);
     for p in products {
-        let closed = Costs::new(chip, p, tiles).closed()?;
+        let closed = Costs::new(chip, p, tiles).closed(&mut None)?;
         if closed.seconds > slowest.seconds {
             slowest = closed;
         }

@@ -22,6 +22,7 @@ use super::tile::{ALIGNMENT, Lowered};
 use attend::{attend_closed, attend_phases};
 use experts::{blocks_closed, blocks_phases, experts_closed, experts_phases};
 use halite::{Error, Result};
+pub use product::Tiling;
 use product::{Costs, product_programs};
 use units::{
     arg_max_stages, norm_stages, stage_phases, stages_closed, top_k_stages, units_closed, units_programs,
@@ -124,11 +125,19 @@ impl Closed {
 /// # Errors
 /// As [`lower`].
 pub fn closed(chip: &Chip, shape: &Shape) -> Result<Closed> {
+    closed_near(chip, shape, &mut None)
+}
+
+/// As [`closed`]. `similar` is the tiling of a product on a similar chip, and then that on this one.
+///
+/// # Errors
+/// As [`lower`].
+pub fn closed_near(chip: &Chip, shape: &Shape, similar: &mut Option<Tiling>) -> Result<Closed> {
     let barrier_s = chip.barrier_s();
     let closed = match shape {
         Shape::Units(units) => units_closed(chip, units)?.after(barrier_s),
         Shape::Norm(norm) => stages_closed(chip, &norm_stages(chip, norm)?)?,
-        Shape::Product(product) => Costs::new(chip, product, chip.tiles).closed()?.after(barrier_s),
+        Shape::Product(product) => Costs::new(chip, product, chip.tiles).closed(similar)?.after(barrier_s),
         Shape::Blocks(blocks) => blocks_closed(chip, blocks)?,
         Shape::Attend(attend) => attend_closed(chip, attend)?.after(barrier_s),
         Shape::Experts(experts) => experts_closed(chip, experts)?,

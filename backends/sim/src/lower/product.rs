@@ -348,8 +348,10 @@ impl<'a> Costs<'a> {
     }
 
     /// Returns the time of the best tiling, and what of it may be loaded ahead: the weights of the first two chunks.
-    pub fn closed(&self) -> Result<Closed> {
-        let (t, seconds) = self.tiling()?;
+    /// `similar` is the tiling on a similar chip, and then that on this one.
+    pub fn closed(&self, similar: &mut Option<Tiling>) -> Result<Closed> {
+        let (t, seconds) = self.tiling_near(*similar)?;
+        *similar = Some(t);
         let (chip, floor) = (self.chip, self.floor(t));
         let [x_device_s, rest_device_s] = floor.device_s;
         let closed = Closed::new(chip, seconds, x_device_s + rest_device_s, self.scratch_bytes(t));
@@ -433,21 +435,30 @@ impl<'a> Costs<'a> {
 
     /// Returns the tiling with the shortest time by the closed form, and the time.
     pub fn tiling(&self) -> Result<(Tiling, f64)> {
+        self.tiling_near(None)
+    }
+
+    /// As [`Costs::tiling`]. With the tiling of the same product on a similar chip, it takes less of a search.
+    fn tiling_near(&self, similar: Option<Tiling>) -> Result<(Tiling, f64)> {
         let floors = self.groups().into_iter().map(|group| (self.floor(group), group));
         let mut groups: Vec<(Floor, Tiling)> = floors.collect();
         groups.sort_by(|a, b| a.0.least_s.total_cmp(&b.0.least_s));
         let mut best: Option<(f64, Tiling)> = None;
+        // The best takes at most these.
+        let most_s = similar.and_then(|similar| self.seconds_if_found(similar, &groups));
+        let most_s = most_s.map_or(f64::INFINITY, |seconds| seconds / NEARLY);
         // More chunks in all take longer than the best.
-        let mut most_chunks = f64::INFINITY;
+        let mut most_chunks = self.most_chunks(most_s);
         let mut least = u64::MAX;
-        if let Some((floor, group)) = groups.first()
+        if most_s == f64::INFINITY
+            && let Some((floor, group)) = groups.first()
             && let Some(tiling) = self.likeliest(group, floor)
         {
             let seconds = self.seconds(tiling, floor);
             (best, most_chunks) = (Some((seconds, tiling)), self.most_chunks(seconds));
         }
         for (floor, group) in &groups {
-            if best.is_some_and(|(s, _)| floor.least_s >= s) {
+            if floor.least_s > most_s || best.is_some_and(|(s, _)| floor.least_s >= s) {
                 break;
             }
             for &cut in &self.cuts {
@@ -460,7 +471,8 @@ impl<'a> Costs<'a> {
                     if chunks * f64::from(self.column_blocks(tiling, floor.columns)) > most_chunks {
                         break;
                     }
-                    if best.is_some_and(|(s, _)| self.least_s(tiling, floor) >= s) {
+                    let least_s = self.least_s(tiling, floor);
+                    if least_s > most_s || best.is_some_and(|(s, _)| least_s >= s) {
                         continue;
                     }
                     let bytes = self.scratch_bytes(tiling);
@@ -478,6 +490,15 @@ impl<'a> Costs<'a> {
         }
         let what = || format!("a product with {} elements a row", self.p.k);
         best.map(|(seconds, tiling)| (tiling, seconds)).ok_or_else(|| too_small(self.chip, &what(), least))
+    }
+
+    /// Returns the seconds of a tiling, if it is one of those that are compared and fits.
+    fn seconds_if_found(&self, t: Tiling, groups: &[(Floor, Tiling)]) -> Option<f64> {
+        let (floor, group) = groups.iter().find(|(_, group)| (group.grid, group.rows) == (t.grid, t.rows))?;
+        let cut = *self.cuts.iter().find(|cut| **cut == t.cut)?;
+        let columns = halves(group.columns).find(|columns| *columns == t.columns)?;
+        let tiling = Tiling { cut, columns, ..*group };
+        (self.scratch_bytes(tiling) <= self.chip.scratch_bytes).then(|| self.seconds(tiling, floor))
     }
 
     /// Returns the tiling of a group with the least bound, of those that fit.
