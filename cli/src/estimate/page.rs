@@ -92,7 +92,10 @@ pub fn page(
     let rows: Vec<Vec<String>> = {
         let columns: Vec<_> = all.iter().map(column).collect();
         let count = columns.first().map_or(0, |column| column.len());
+        // Rows that no chip has anything for are left out.
+        let says = |row: &usize| columns.iter().any(|column| !matches!(&*column[*row].1, "-" | "0 %" | "1"));
         (1..count)
+            .filter(says)
             .map(|row| {
                 let name = columns[0][row].0.trim().to_owned();
                 std::iter::once(name).chain(columns.iter().map(|column| column[row].1.clone())).collect()
@@ -168,7 +171,8 @@ fn section(
     Ok(Section {
         chip: profile.name.clone(),
         summary: profile.summary.clone(),
-        notes: explain(asked).trim().to_owned(),
+        // Without the chip's name, which is the heading.
+        notes: explain(asked).trim().split_once('\n').map_or(String::new(), |(_, notes)| notes.to_owned()),
         prefill: estimate.map_or_else(Vec::new, |e| rows(&e.prefill)),
         decode: estimate.map_or_else(Vec::new, |e| rows(&e.decode)),
         roofline: roofline.unwrap_or_default(),
@@ -265,7 +269,10 @@ fn timeline(traced: &[Traced]) -> Option<Timeline> {
             title: format!("{}, {}, limited by {bound}", op.name, seconds(op.time.seconds)),
         }
     });
-    let tenth = |i: u32| (10.0 * f64::from(i), seconds(all_s * f64::from(i) / 10.0));
+    let tenth = |i: u32| match i {
+        0 => (0.0, "0".to_owned()),
+        _ => (10.0 * f64::from(i), seconds(all_s * f64::from(i) / 10.0)),
+    };
     Some(Timeline {
         segment,
         tile: *tile,
