@@ -659,7 +659,7 @@ impl Kernels for Definitions {
                 {
                     let (table, position, end) = a.place(t);
                     let first = a.sight.window.map_or(0, |w| (position + 1).saturating_sub(w as usize));
-                    let end = end.min(position + 1 + a.sight.after as usize);
+                    let end = end.min((position + 1).saturating_add(a.sight.after as usize));
                     let table = &table[first / CHUNK..end.div_ceil(CHUNK)];
                     for &page in table {
                         let bytes = || page_of(&a.pages, a.shape, page as usize);
