@@ -115,8 +115,9 @@ pub fn page(
 
 /// What all chips have in common, as bars.
 fn figures(all: &[Asked]) -> Vec<Figure> {
-    type Of = fn(&Estimate) -> Option<f64>;
-    let kinds: [(&'static str, bool, Of, fn(f64) -> String); 5] = [
+    // Its name, whether more is better, the figure, and how it is shown.
+    type Kind = (&'static str, bool, fn(&Estimate) -> Option<f64>, fn(f64) -> String);
+    let kinds: [Kind; 5] = [
         ("time to first token", false, |e| Some(e.first_token_s), seconds),
         ("decode step", false, |e| Some(e.step_s), seconds),
         ("tokens/s", true, |e| Some(e.tokens_per_s), |v| number(v, 1)),
@@ -127,7 +128,7 @@ fn figures(all: &[Asked]) -> Vec<Figure> {
         .iter()
         .filter_map(|asked| Some((&*asked.profile.name, asked.estimate.as_ref().ok().filter(|e| e.fits())?)))
         .collect();
-    let figure = |(name, is_more_better, of, shown): (&'static str, bool, Of, fn(f64) -> String)| {
+    let figure = |(name, is_more_better, of, shown): Kind| {
         let interval = |e: &Estimate| e.step_interval_s.filter(|_| name == "decode step");
         let values: Vec<_> =
             running.iter().filter_map(|(chip, e)| Some((chip, of(e)?, interval(e)))).collect();
