@@ -134,15 +134,15 @@ fn steps_of_several_chips_are_the_closed_forms() {
                 let texts = vec![(1536, 1); batch as usize];
                 let expected = times(layout).step_s;
                 let got = seconds(layout, &texts);
-                assert!((got / expected - 1.0).abs() < 1e-7, "{name} {layout:?} {batch}: {got}, {expected}");
+                assert!((got / expected - 1.0).abs() < 1e-5, "{name} {layout:?} {batch}: {got}, {expected}");
                 let prompt = times(layout).first_token_s / f64::from(batch);
                 let got = seconds(layout, &[(0, 1024)]);
-                assert!((got / prompt - 1.0).abs() < 1e-7, "{name} {layout:?}: {got}, {prompt}");
+                assert!((got / prompt - 1.0).abs() < 1e-5, "{name} {layout:?}: {got}, {prompt}");
                 // The estimate overlaps always, the server where that is quicker.
                 let halves = times(layout.overlap(true)).step_s;
                 let got = seconds(layout.overlap(true), &texts);
                 let least = expected.min(halves);
-                assert!((got / least - 1.0).abs() < 1e-7, "{name} {layout:?} {batch}: {got}, {least}");
+                assert!((got / least - 1.0).abs() < 1e-5, "{name} {layout:?} {batch}: {got}, {least}");
                 quicker[usize::from(halves < expected)] += 1;
             }
         }
