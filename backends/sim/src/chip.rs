@@ -151,7 +151,8 @@ impl Chip {
         }
     }
 
-    /// Places data: see [`Places`]. Until then, all of them lie in the last memory.
+    /// Gives data their places: activations, weights and the cache each in the nearest memory with room. Until then, all of them lie in the
+    /// last one.
     pub fn place(&mut self, amounts: Amounts) {
         let shared = |dma: &&Dma| dma.scope != Scope::Tile;
         let bytes_per_s = self.dma().filter(shared).map(|dma| dma_bytes_per_s(&self.profile, dma));
