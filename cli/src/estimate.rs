@@ -261,8 +261,7 @@ pub fn run(args: &EstimateArgs) -> Result<(), Failure> {
     }
     if let (Some(path), Some(first)) = (&args.trace, all.first()) {
         let chip = workload.chip(choices, &first.profile, &program)?;
-        let spans = vec![(workload.prompt + workload.generate / 2, 1); workload.batch as usize];
-        write_trace(path, &chip, &program, &spans, args.trace_tiles)?;
+        write_trace(path, &chip, &program, &decode_spans(&workload), args.trace_tiles)?;
     }
     if let (Some(path), Some(first)) = (&args.roofline, all.first()) {
         let estimate = first.estimate.as_ref().map_err(Error::to_string)?;
@@ -303,6 +302,11 @@ pub fn run(args: &EstimateArgs) -> Result<(), Failure> {
     }
     print(&plain(&text))?;
     some_fits(&all)
+}
+
+/// The spans of the middle decode step.
+fn decode_spans(workload: &Workload) -> Vec<(u32, u32)> {
+    vec![(workload.prompt + workload.generate / 2, 1); workload.batch as usize]
 }
 
 /// Fails if the memory of no profile's chips has room.

@@ -8,6 +8,10 @@ use plotters::prelude::*;
 use super::Failure;
 use super::profile::scaled;
 
+/// What limits the ops of a chip.
+pub const BOUNDS: [Bound; 6] =
+    [Bound::Matrix, Bound::Vector, Bound::Memory, Bound::Dma, Bound::Launch, Bound::Latency];
+
 /// Colours of bounds, distinguishable for colour-blind people (Okabe & Ito 2008).
 fn colour(bound: Bound) -> RGBColor {
     match bound {
@@ -79,14 +83,13 @@ pub fn roofline(chip: &Chip, estimate: &Estimate) -> Result<String, Failure> {
     let dots: Vec<((i32, i32), &Point)> = all().map(|p| (chart.backend_coord(&p.at), p)).collect();
     let area = [108, 50, width as i32 - 20, height as i32 - 66];
     let mut taken = Taken::new(area, dots.iter().map(|(dot, p)| (*dot, p.radius)));
-    let bounds = [Bound::Matrix, Bound::Vector, Bound::Memory, Bound::Dma, Bound::Launch, Bound::Latency];
-    for (i, bound) in bounds.into_iter().enumerate() {
+    for (i, bound) in BOUNDS.into_iter().enumerate() {
         let y = 60 + 18 * i as i32;
         root.draw(&Circle::new((120, y), 5, colour(bound).filled()))?;
         root.draw(&Text::new(bound.name(), (132, y - 7), ("sans-serif", 14)))?;
     }
     let what = "circles: prefill, squares: decode; the area is the share of the time";
-    let key_height = 18 * bounds.len() as i32;
+    let key_height = 18 * BOUNDS.len() as i32;
     root.draw(&Text::new(what, (120, 60 + key_height), ("sans-serif", 14)))?;
     taken.boxes.push([110, 50, 560, 80 + key_height]);
     let size = |text: &str, pixels: i32| (text.chars().count() as i32 * pixels * 11 / 20, pixels);

@@ -102,9 +102,8 @@ impl Chip {
         let engines = profile.dma.iter().enumerate();
         let nearest_dma = engines.min_by_key(|(_, dma)| dma.scope).map(|(i, _)| i);
         let entries = |i: usize| profile.dma[i].queue_entries.as_ref().map_or(1.0, |entries| entries.value);
-        // Until data have places, all of them lie in the last memory.
-        let places = Places::new(&profile, None, Amounts::default());
-        let mut chip = Chip {
+        let places = places(&profile, nearest_dma, Amounts::default());
+        let chip = Chip {
             // Caches prefetch.
             queue_entries: nearest_dma.map_or(16, |i| entries(i) as usize).max(1),
             vector_rate: widest.map_or(0, |(rate, _)| rate),
@@ -121,7 +120,6 @@ impl Chip {
             scratch,
             places,
         };
-        chip.place(Amounts::default());
         if let Some(dtype) = products
             && !chip.rates().any(|(_, _, weights)| weights == dtype)
         {
@@ -154,9 +152,7 @@ impl Chip {
     /// Gives data their places: activations, weights and the cache each in the nearest memory with room. Until then, all of them lie in the
     /// last one.
     pub fn place(&mut self, amounts: Amounts) {
-        let shared = |dma: &&Dma| dma.scope != Scope::Tile;
-        let bytes_per_s = self.dma().filter(shared).map(|dma| dma_bytes_per_s(&self.profile, dma));
-        self.places = Places::new(&self.profile, bytes_per_s, amounts);
+        self.places = places(&self.profile, self.nearest_dma, amounts);
     }
 
     /// Where data lie.
@@ -441,11 +437,6 @@ impl Chip {
         self.profile.launch.loads_ahead
     }
 
-    /// Seconds of the host for a step.
-    pub fn host_s(&self) -> f64 {
-        self.profile.launch.step_ns.as_ref().map_or(0.0, |ns| 1e-9 * ns.value)
-    }
-
     /// Seconds to start an op of a recorded step.
     pub fn launch_s(&self) -> f64 {
         let launch = &self.profile.launch;
@@ -453,14 +444,24 @@ impl Chip {
     }
 }
 
+/// Returns the places of data on a chip. Engines that tiles share bound what all of them move.
+fn places(profile: &Profile, nearest_dma: Option<usize>, amounts: Amounts) -> Places {
+    let shared = nearest_dma.and_then(|i| profile.dma.get(i)).filter(|dma| dma.scope != Scope::Tile);
+    Places::new(profile, shared.map(|dma| dma_bytes_per_s(profile, dma)), amounts)
+}
+
 /// Fractions of a bit in [`Form::Packed`].
 const PACKED_BITS: f64 = 64.0;
+
+/// Returns the bits of a value in a format of files, scales included.
+pub fn file_bits(format: Format) -> f64 {
+    8.0 * format.block_bytes() as f64 / format.block_len() as f64
+}
 
 /// Returns the bits of a product's weight in device memory, scales included: in the format of the file or in one of the chip. Of sparse
 /// weights, two of each four are stored, and a bit for each of the four says which.
 pub fn stored_bits(weight: Format, stored: Option<Dtype>, sparse: bool) -> f64 {
-    let of_file = || 8.0 * weight.block_bytes() as f64 / weight.block_len() as f64;
-    let bits = stored.map_or_else(of_file, Dtype::bits);
+    let bits = stored.map_or_else(|| file_bits(weight), Dtype::bits);
     if sparse { bits / 2.0 + 1.0 } else { bits }
 }
 

@@ -140,6 +140,11 @@ impl OpTime {
         OpTime { joules: Some(Joules::default()), ..OpTime::default() }
     }
 
+    /// Time in which the chip waits for its host.
+    pub(crate) fn of_host(seconds: f64) -> OpTime {
+        OpTime { seconds, launch_s: seconds, ..OpTime::none() }
+    }
+
     /// Returns the share of the time that each resource was busy, the busiest first.
     pub fn shares(&self) -> [(Bound, f64); 5] {
         let mut shares = [

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use halite_kernels::rows;
 
-use super::engine::{Joules, OpTime};
+use super::engine::OpTime;
 use super::execute::{self, Function, Operands, Order};
 use super::lower::Closed;
 use super::machine::{Machine, floats, floats_mut, unknown};
@@ -168,13 +168,7 @@ impl Kernels for SimKernels {
             .with(Data::Cache, bytes(bindings.states))
             .with(Data::Activations, self.scratch_bytes as f64);
         self.before = None;
-        let host = self.machine.chip.host_s();
-        self.took = self.took.then(OpTime {
-            seconds: host,
-            launch_s: host,
-            joules: Some(Joules::default()),
-            ..OpTime::none()
-        });
+        self.took = self.took.then(OpTime::of_host(self.machine.chip.profile.host_s()));
         if amounts != self.amounts {
             self.amounts = amounts;
             Arc::make_mut(&mut self.machine.chip).place(amounts);

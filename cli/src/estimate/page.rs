@@ -10,7 +10,7 @@ use halite_sim::step::{self, Traced};
 use halite_sim::{Busy, Queue, Report};
 use serde::Serialize;
 
-use super::{Asked, column, explain, known, number, ops_by_time, seconds};
+use super::{Asked, column, decode_spans, explain, known, number, ops_by_time, seconds};
 use crate::{Failure, bytes, plot};
 
 /// Ops of a step that are listed.
@@ -109,7 +109,7 @@ pub fn page(
     environment.add_template("estimate.html", include_str!("../../templates/estimate.html"))?;
     Ok(environment.get_template("estimate.html")?.render(minijinja::context! {
         heading => heading.trim(), names, rows, figures => figures(all), sections,
-        halite => env!("CARGO_PKG_VERSION"),
+        bounds => plot::BOUNDS.map(|bound| bound.name()), halite => env!("CARGO_PKG_VERSION"),
     })?)
 }
 
@@ -164,8 +164,8 @@ fn section(
     let timeline = match &chip {
         // The ops of one chip of several are not those of the program.
         Some((estimate, chip)) if estimate.layout.chips() == 1 => {
-            let spans = vec![(workload.prompt + workload.generate / 2, 1); workload.batch as usize];
-            timeline(&step::trace(chip, &passes::fuse(program, halite_sim::FUSIONS), &spans, true)?)
+            let program = passes::fuse(program, halite_sim::FUSIONS);
+            timeline(&step::trace(chip, &program, &decode_spans(workload), true)?)
         }
         _ => None,
     };
@@ -258,16 +258,15 @@ fn timeline(traced: &[Traced]) -> Option<Timeline> {
         }
     };
     let lanes = Queue::ALL.map(lane).into();
-    let bounds = ["matrix", "vector", "memory", "dma", "launch", "latency"];
     let drawn_ops = ops.iter().map(|op| {
         let (x, width) = place(op.start_s, op.start_s + op.time.seconds);
-        let bound = op.time.bound().name();
-        let class = bounds.iter().position(|known| *known == bound).unwrap_or(0);
+        let bound = op.time.bound();
+        let class = plot::BOUNDS.iter().position(|known| *known == bound).unwrap_or(0);
         Drawn {
             x,
             width,
             class,
-            title: format!("{}, {}, limited by {bound}", op.name, seconds(op.time.seconds)),
+            title: format!("{}, {}, limited by {}", op.name, seconds(op.time.seconds), bound.name()),
         }
     });
     let tenth = |i: u32| match i {

@@ -723,6 +723,11 @@ impl Profile {
         Some(self.power.as_ref()?.idle_w.as_ref()?.value * seconds)
     }
 
+    /// Seconds of the host for a step, during which the chip waits.
+    pub fn host_s(&self) -> f64 {
+        self.launch.step_ns.as_ref().map_or(0.0, |ns| 1e-9 * ns.value)
+    }
+
     /// Opens the shipped profile of a name, or else a file.
     ///
     /// Errors: as `parse`; a file that cannot be read.

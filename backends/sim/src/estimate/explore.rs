@@ -8,7 +8,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use super::figures::{Figures, Metric, have_bytes};
+use super::figures::{Figures, Metric};
 use super::system::{Layout, Stage, WAYS, layouts, stages};
 use super::workload::{Choices, Quick, Workload};
 use halite::backend::Cancel;
@@ -527,7 +527,7 @@ impl<'a> Bench<'a> {
                     continue;
                 }
             };
-            let (need_bytes, have_bytes) = (quick.need_bytes(), have_bytes(profile));
+            let (need_bytes, have_bytes) = (quick.need_bytes(), profile.holding_bytes());
             if need_bytes > have_bytes {
                 match &mut reason {
                     Some(Reason::Memory { need_bytes: least, .. }) => *least = need_bytes.min(*least),

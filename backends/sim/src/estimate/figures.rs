@@ -3,7 +3,6 @@
 use std::cmp::Ordering;
 
 use super::system::Layout;
-use halite_profiles::profile::Profile;
 
 /// What comes of a workload on chips.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -32,11 +31,6 @@ impl Figures {
     pub fn fits(&self) -> bool {
         self.need_bytes <= self.have_bytes
     }
-}
-
-/// Returns the bytes of the memories that hold weights and the KV cache.
-pub(super) fn have_bytes(profile: &Profile) -> u64 {
-    profile.holding_bytes()
 }
 
 /// A figure that layouts and designs are compared by.

@@ -3,6 +3,7 @@
 use halite_kernels::formats::Format;
 
 use super::kernel::{self, Kernel};
+use crate::chip::file_bits;
 use crate::shape;
 use halite::cost::{self, Cost, Extent};
 use halite::passes;
@@ -53,7 +54,7 @@ impl Work {
                 let columns = |p: &Part| passes::rows(program.tensor(p.weight).rows, 0, 0);
                 let n: u64 = parts.iter().map(columns).sum();
                 let format = |p: &Part| program.tensor(p.weight).format;
-                let bits = parts.iter().map(|p| columns(p) as f64 * stored_bits(format(p))).sum::<f64>();
+                let bits = parts.iter().map(|p| columns(p) as f64 * file_bits(format(p))).sum::<f64>();
                 let kernel = Kernel::MatMul { m: rows(*x), n, k: program.tensor(*x).cols.into() };
                 add(kernel, parts.iter().map(format).collect(), bits / n.max(1) as f64);
                 work.multiplied = parts.first().map(format);
@@ -63,7 +64,7 @@ impl Work {
                 let t = program.tensor(*weight);
                 let n = u64::from(t.experts) * passes::rows(t.rows, 0, 0);
                 let kernel = Kernel::MatMul { m: rows(*x), n, k: t.cols.into() };
-                add(kernel, vec![t.format], stored_bits(t.format));
+                add(kernel, vec![t.format], file_bits(t.format));
                 work.multiplied = Some(t.format);
             }
             Op::Experts { ids, gate, up, down, .. } => {
@@ -80,7 +81,7 @@ impl Work {
                     columns: weights[0].cols.into(),
                     hidden: passes::rows(weights[0].rows, 0, 0),
                 };
-                let bits = weights.iter().map(|w| stored_bits(w.format)).sum::<f64>() / 3.0;
+                let bits = weights.iter().map(|w| file_bits(w.format)).sum::<f64>() / 3.0;
                 add(kernel, weights.iter().map(|w| w.format).collect(), bits);
                 work.weight_bytes *= experts / pairs.min(held).max(1.0);
                 work.multiplied = Some(weights[0].format);
@@ -90,7 +91,7 @@ impl Work {
                 let (heads, kv_heads): (u64, u64) = ((*heads).into(), state.kv_heads.into());
                 let head_dim = u64::from(state.key_dim);
                 let window = state.window.unwrap_or(u32::MAX);
-                let mut add = |kernel| add(kernel, vec![state.format], stored_bits(state.format));
+                let mut add = |kernel| add(kernel, vec![state.format], file_bits(state.format));
                 let (one, many): (Vec<&Extent>, Vec<_>) = sequences.iter().partition(|e| e.tokens == 1);
                 if let Some(longest) = one.iter().map(|e| e.start.saturating_add(1)).max() {
                     let (batch, kv_len) = (one.len() as u64, longest.min(window).into());
@@ -112,11 +113,6 @@ impl Work {
         }
         Some(work)
     }
-}
-
-/// Returns the bits per value, scales included.
-fn stored_bits(format: Format) -> f64 {
-    8.0 * format.block_bytes() as f64 / format.block_len() as f64
 }
 
 /// The distinct works of some steps.

@@ -11,16 +11,17 @@ use std::sync::Arc;
 
 use super::collective::{Collective, Fabric};
 use super::device::Device;
-use super::figures::{Figures, Metric, have_bytes};
+use super::figures::{Figures, Metric};
 use super::system::{Layout, Stage, layouts, stages};
 use super::work::Works;
+use crate::chip::file_bits;
 use crate::places::{Amounts, Data};
 use crate::step::Distinct;
 use crate::{Bound, Chip, Joules, Numerics, OpTime, Report};
 use crate::{measured, step};
 use halite::error::{Error, Result};
 use halite::passes;
-use halite::program::{Op, Program, State, StateKind};
+use halite::program::{Op, Program, StateKind};
 use halite_profiles::numerics::Dtype;
 use halite_profiles::profile::{Basis, Driver, Profile};
 
@@ -117,9 +118,9 @@ impl Workload {
     pub fn chip(&self, choices: Choices, profile: &Profile, program: &Program) -> Result<Chip> {
         let mut chip = choices.chip(profile.clone())?;
         let stages = stages(program, choices.layout)?;
-        chip.cache_fraction = stages.first().map_or(1.0, |stage| choices.cache_fraction(&stage.program));
-        let amounts = self.amounts(choices, &stages);
-        chip.place(amounts.first().copied().unwrap_or_default());
+        if let (Some(stage), Some(amounts)) = (stages.first(), self.amounts(choices, &stages).first()) {
+            choices.place(&mut chip, stage, *amounts);
+        }
         Ok(chip)
     }
 
@@ -268,8 +269,13 @@ impl Choices {
     /// Bytes that a program's KV cache takes in device memory, per byte of its own format.
     pub(super) fn cache_fraction(self, program: &Program) -> f64 {
         let kept = program.states.iter().find(|state| state.kind != StateKind::Recurrent);
-        let bits = |state: &State| 8.0 * state.format.block_bytes() as f64 / state.format.block_len() as f64;
-        kept.zip(self.cache).map_or(1.0, |(state, dtype)| dtype.bits() / bits(state))
+        kept.zip(self.cache).map_or(1.0, |(state, dtype)| dtype.bits() / file_bits(state.format))
+    }
+
+    /// Gives the data of a stage their formats and places on a chip.
+    fn place(self, chip: &mut Chip, stage: &Stage, amounts: Amounts) {
+        chip.cache_fraction = self.cache_fraction(&stage.program);
+        chip.place(amounts);
     }
 
     /// Refuses what only a simulated chip has.
@@ -396,7 +402,7 @@ impl<'a> System<'a> {
     }
 
     fn of(
-        mut timer: Timer<'a>,
+        timer: Timer<'a>,
         profile: &Profile,
         choices: Choices,
         stages: impl Into<Cow<'a, [Stage]>>,
@@ -415,22 +421,20 @@ impl<'a> System<'a> {
             // Devices that are not simulated keep activations in 16 bits.
             Timer::Device(..) => 2.0,
         };
-        if let (Timer::Chip(chip), Some(first)) = (&mut timer, stages.first()) {
-            chip.cache_fraction = choices.cache_fraction(&first.program);
-        }
         let timers = match timer {
-            Timer::Chip(chip) if profile.holding().count() > 1 => {
-                let placed = |amounts: &Amounts| {
+            Timer::Chip(chip) => {
+                let placed = |(stage, amounts): (&Stage, &Amounts)| {
                     let mut chip = chip.clone();
-                    chip.place(*amounts);
+                    choices.place(&mut chip, stage, *amounts);
                     Timer::Chip(chip)
                 };
-                amounts.iter().map(placed).collect()
+                // With one memory, all stages have the same places.
+                let chips = if profile.holding().count() > 1 { stages.len() } else { 1 };
+                stages.iter().zip(amounts).take(chips).map(placed).collect()
             }
             timer => vec![timer],
         };
-        let host_s = 1e-9 * profile.launch.step_ns.as_ref().map_or(0.0, |ns| ns.value);
-        Ok(System { timers, fabric, layout, stages, activation_bytes, host_s })
+        Ok(System { timers, fabric, layout, stages, activation_bytes, host_s: profile.host_s() })
     }
 
     fn timer(&self, stage: usize) -> &Timer<'a> {
@@ -548,11 +552,7 @@ impl<'a> System<'a> {
                 all.add_all(op);
             }
             if self.host_s > 0.0 {
-                let joules = Some(Joules::default());
-                all.add(
-                    "host",
-                    OpTime { seconds: self.host_s, launch_s: self.host_s, joules, ..OpTime::default() },
-                );
+                all.add("host", OpTime::of_host(self.host_s));
             }
             for Timed { name, bytes, seconds, joules } in exchanges {
                 let joules = Some(Joules { links: *joules, ..Joules::default() });
@@ -646,7 +646,7 @@ pub fn estimate(
     let amounts = workload.amounts(choices, stages);
     let system = System::new(profile, choices, stages, &amounts)?;
     let [prompt, spans] = workload.spans(layout);
-    let (error, unmeasured) = system.error(&[&prompt, &spans])?;
+    let (error, mut unmeasured) = system.error(&[&prompt, &spans])?;
     let (prefill, prefill_time) = system.report(&prompt)?;
     let (decode, decode_time) = system.report(&spans)?;
     let (first_token_s, step_s) = system.times(workload, &prefill_time, &decode_time);
@@ -662,7 +662,6 @@ pub fn estimate(
     let limits = [slowed("prefill", &prefill, &prefill_time), slowed("decode", &decode, &decode_time)];
     let times = limits.each_ref().map(|limit| limit.as_ref().map_or(1.0, |(times, _)| *times));
     let (first_token_s, step_s) = (times[0] * first_token_s, times[1] * step_s);
-    let mut unmeasured = unmeasured;
     unmeasured.extend(limits.into_iter().flatten().map(|(_, line)| line));
     let seconds = workload.seconds(first_token_s, step_s);
     let tokens = f64::from(workload.batch) * f64::from(workload.generate);
@@ -690,7 +689,7 @@ pub fn estimate(
         joules_per_token: joules.map(|joules| tokens.recip() * joules),
         usd_per_million_tokens: usd_per_s(profile).map(|usd| 1e6 * chips * usd * seconds / tokens),
         need_bytes: need_bytes(&amounts),
-        have_bytes: have_bytes(profile),
+        have_bytes: profile.holding_bytes(),
         layout,
         exchange_fraction: exchanged / decode_time.latency_s,
         repeated,
@@ -828,7 +827,7 @@ impl<'a> Quick<'a> {
             seconds,
             usd_per_million_tokens: usd,
             need_bytes: self.need_bytes(),
-            have_bytes: have_bytes(profile),
+            have_bytes: profile.holding_bytes(),
         })
     }
 
