@@ -358,6 +358,28 @@ fn injected_faults_are_reported() {
     assert!(said.ends_with("halite: conformance failed\n") && !said.contains(": 0 of"), "{said}");
 }
 
+/// Results have the same checksums on each backend that is exact, and other backends have none.
+#[cfg(feature = "sim")]
+#[test]
+fn results_of_cases_have_checksums() {
+    let checksums = |backend: &str| halite(&format!("conform --checksums --filter Add --backend {backend}"));
+    let want = checksums("reference");
+    assert!(want.status.success());
+    let text = String::from_utf8(want.stdout.clone()).unwrap();
+    let names: Vec<&str> = text.lines().map(|line| line.split_once(' ').unwrap().1).collect();
+    assert!(names.len() >= 5 && names.iter().all(|name| name.contains("Add")), "{text}");
+    let mut sums: Vec<&str> = text.lines().map(|line| line.split_once(' ').unwrap().0).collect();
+    sums.sort_unstable();
+    sums.dedup();
+    assert_eq!(sums.len(), names.len(), "{text}");
+    for backend in ["cpu", "sim:teaching-16x16"] {
+        assert_eq!(checksums(backend).stdout, want.stdout, "{backend}");
+    }
+    let output = checksums("sim:maia-100 --numerics native");
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(!output.status.success() && said.contains("contract native have no checksums"), "{said}");
+}
+
 #[cfg(feature = "sim")]
 #[test]
 fn estimate_explains_itself() {
