@@ -26,6 +26,7 @@ const FAMILIES: &[&str] = &[
     "gemma4",
     "glm",
     "glm4",
+    "gpt_oss",
     "granite",
     "granitehybrid",
     "granitehybrid-moe",
@@ -41,6 +42,12 @@ const FAMILIES: &[&str] = &[
     "phi4",
     "qwen2",
     "qwen3",
+    "qwen3-awq",
+    "qwen3-fp8",
+    "qwen3-fp8-rows",
+    "qwen3-gptq",
+    "qwen3-gptq-order",
+    "qwen3-packed",
     "qwen3_5",
     "qwen3_5_moe",
     "qwen3_5_text",
@@ -101,8 +108,12 @@ fn logits_are_those_of_transformers() {
         for backend in &backends {
             let error = error(&folder, &model, backend);
             // The runtime's GELU by tanh goes through half precision; see docs/numeric-contract.md.
-            let gelu = matches!(*name, "gemma2" | "gemma3" | "gemma4" | "starcoder2");
-            let bound = if gelu { 1e-6 } else { 1e-11 };
+            // Products with MXFP4 have activations of eight bits.
+            let bound = match *name {
+                "gemma2" | "gemma3" | "gemma4" | "starcoder2" => 1e-6,
+                "gpt_oss" => 1e-3,
+                _ => 1e-11,
+            };
             if error.is_nan() || error > bound {
                 wrong.push(format!("{name}: {error:.3e}"));
             }
@@ -152,6 +163,36 @@ fn formats_are_of_matrices() {
     // 24 elements are no block of 32.
     let error = converted(&folder, Format::Q8_0).unwrap_err().to_string();
     assert!(error.contains("multiple of 32"), "{error}");
+}
+
+/// Codes and scales are carried over where the format has the same: no number is rounded.
+#[test]
+fn codes_are_carried_over() {
+    let numbers = |model: &Model, name: &str| {
+        let tensor = model.gguf().tensor(name).unwrap();
+        let mut numbers = vec![0.0; tensor.record.dims.iter().product::<u64>() as usize];
+        tensor.record.format.dequantize(&tensor.rows().unwrap(), &mut numbers).unwrap();
+        (tensor.record.format, numbers)
+    };
+    for name in ["qwen3-gptq", "qwen3-packed"] {
+        let [exact, codes] =
+            [Format::F32, Format::Q4_0].map(|format| converted(&folder(name), format).unwrap());
+        for tensor in ["blk.0.attn_q.weight", "blk.0.attn_output.weight", "blk.0.ffn_down.weight"] {
+            let ((_, want), (format, got)) = (numbers(&exact, tensor), numbers(&codes, tensor));
+            assert!(format == Format::Q4_0 && want == got, "{name}: {tensor}");
+        }
+    }
+    // Zeros of groups, and columns in an order of their own, have no place in it.
+    for name in ["qwen3-awq", "qwen3-gptq-order"] {
+        let [exact, codes] =
+            [Format::F32, Format::Q4_0].map(|format| converted(&folder(name), format).unwrap());
+        let tensor = "blk.0.ffn_down.weight";
+        assert_ne!(numbers(&exact, tensor).1, numbers(&codes, tensor).1, "{name}");
+    }
+    let model = converted(&folder("gpt_oss"), Format::BF16).unwrap();
+    let format = |name| model.gguf().tensor(name).unwrap().record.format;
+    assert_eq!(format("blk.1.ffn_gate_exps.weight"), Format::MXFP4);
+    assert_eq!(format("blk.1.attn_q.weight"), Format::BF16);
 }
 
 #[test]
@@ -239,6 +280,49 @@ fn what_is_not_supported_is_named() {
         ("llama", CONFIG, "/model_type", json!("rwkv"), "one of bert, cohere2, gemma2"),
         ("llama", CONFIG, "/hidden_act", json!("relu"), "expected silu, got"),
         ("llama", CONFIG, "/quantization_config", json!({}), "quantization_config"),
+        ("llama", CONFIG, "/quantization_config", json!({"quant_method": "bitnet"}), "fp8, gptq, awq,"),
+        ("qwen3-gptq", CONFIG, "/quantization_config/bits", json!(3), "key `bits`: expected 4, got 3"),
+        ("qwen3-gptq", CONFIG, "/quantization_config/checkpoint_format", json!("marlin"), "gptq or gptq_v2"),
+        (
+            "qwen3-gptq",
+            CONFIG,
+            "/quantization_config/quant_method",
+            json!("awq"),
+            "its scales: expected the shape",
+        ),
+        ("qwen3-awq", CONFIG, "/quantization_config/version", json!("gemv"), "expected gemm, got gemv"),
+        (
+            "qwen3-packed",
+            CONFIG,
+            "/quantization_config/config_groups/group_1",
+            json!({}),
+            "expected one group, got 2",
+        ),
+        (
+            "qwen3-packed",
+            CONFIG,
+            "/quantization_config/config_groups/group_0/weights/symmetric",
+            json!(false),
+            "symmetric",
+        ),
+        (
+            "qwen3-packed",
+            CONFIG,
+            "/quantization_config/config_groups/group_0/weights/num_bits",
+            json!(8),
+            "with 8",
+        ),
+        ("qwen3-fp8", CONFIG, "/quantization_config/weight_block_size", json!([32]), "rows and columns"),
+        ("qwen3-fp8", CONFIG, "/quantization_config/weight_block_size", json!([0, 32]), "rows and columns"),
+        (
+            "qwen3-fp8",
+            CONFIG,
+            "/quantization_config/weight_block_size",
+            json!([64, 32]),
+            "its scales: expected the shape",
+        ),
+        ("gpt_oss", CONFIG, "/quantization_config/quant_method", json!("fp8"), "_blocks"),
+        ("gpt_oss", CONFIG, "/swiglu_limit", json!(8), "swiglu_limit"),
         ("llama", CONFIG, "/rope_parameters/rope_type", json!("dynamic"), "got dynamic"),
         ("llama", CONFIG, "/rope_parameters/low_freq_factor", json!("1"), "low_freq_factor"),
         ("llama", CONFIG, "/rope_parameters/factor", json!(-8), "factor"),
@@ -602,7 +686,16 @@ fn mutants_of_folders() {
     let at = std::env::temp_dir().join(format!("halite-mutants-{}", std::process::id()));
     let mut random = halite_testing::SplitMix(11);
     let mut converted = 0;
-    for name in ["llama-spm", "qwen2", "mixtral", "../bert"] {
+    for name in [
+        "llama-spm",
+        "qwen2",
+        "mixtral",
+        "gpt_oss",
+        "qwen3-fp8",
+        "qwen3-gptq-order",
+        "qwen3-packed",
+        "../bert",
+    ] {
         let bytes = in_one(name).unwrap();
         assert!(halite_testing::exercise::folder(&at, &bytes), "{name}");
         for _ in 0..60 {

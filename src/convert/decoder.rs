@@ -5,6 +5,7 @@ use std::path::Path;
 use serde_json::Value;
 
 use super::folder::Json;
+use super::part::Scheme;
 use super::rope::Rope;
 use super::{Axis, Plan, ValueHeads, vocabulary};
 use crate::error::Result;
@@ -130,6 +131,17 @@ const GEMMA_4: &[(&str, &str)] = &[
     ("layers.{}.per_layer_projection", "blk.{}.proj"),
     ("layers.{}.post_per_layer_input_norm", "blk.{}.post_norm"),
     ("layers.{}.layer_scalar", "blk.{}.layer_output_scale.weight"),
+];
+
+/// gpt-oss's names.
+const GPT_OSS: &[(&str, &str)] = &[
+    ("layers.{}.post_attention_layernorm", "blk.{}.post_attention_norm"),
+    ("layers.{}.self_attn.sinks", "blk.{}.attn_sinks.weight"),
+    ("layers.{}.mlp.router", "blk.{}.ffn_gate_inp"),
+    ("layers.{}.mlp.experts.gate_up_proj", "blk.{}.ffn_gate_up_exps.weight"),
+    ("layers.{}.mlp.experts.gate_up_proj_bias", "blk.{}.ffn_gate_up_exps.bias"),
+    ("layers.{}.mlp.experts.down_proj", "blk.{}.ffn_down_exps.weight"),
+    ("layers.{}.mlp.experts.down_proj_bias", "blk.{}.ffn_down_exps.bias"),
 ];
 
 /// Granite 4's names. Without experts, the block for all tokens is the only one.
@@ -294,6 +306,20 @@ const FAMILIES: &[Family] = &[
     // Its published weights already rotate adjacent elements.
     Family { model_type: "glm", architecture: "chatglm", names: GLM, interleaved: false, ..LLAMA },
     Family { model_type: "glm4", architecture: "glm4", names: GLM_4, interleaved: false, ..LLAMA },
+    Family {
+        model_type: "gpt_oss",
+        architecture: "gpt-oss",
+        names: GPT_OSS,
+        keys: &[("expert_feed_forward_length", &["intermediate_size"], Kind::U32)],
+        only: &[
+            ("hidden_act", Only::Text("silu")),
+            ("swiglu_limit", Only::Number(7.0)),
+            ("attention_bias", Only::Bool(true)),
+        ],
+        interleaved: false,
+        window: Window::Period(2),
+        ..LLAMA
+    },
     Family {
         model_type: "granite",
         architecture: "granite",
@@ -469,9 +495,8 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
         let known: Vec<&str> = FAMILIES.iter().map(|family| family.model_type).collect();
         config.wrong("model_type", &format!("one of bert, {}", known.join(", ")), model_type)
     })?;
-    if outer.get("quantization_config").is_some() || config.get("quantization_config").is_some() {
-        return Err(config.wrong("quantization_config", "weights that are not quantised", "some that are"));
-    }
+    let scheme = if config.get("quantization_config").is_some() { config } else { outer };
+    let scheme = Scheme::of(scheme)?;
     for (key, only) in family.only {
         if let Some(value) = config.get(key).filter(|value| !only.is(value)) {
             return Err(config.wrong(key, &only.to_string(), value));
@@ -557,6 +582,12 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
     let rope = Rope { config, architecture, head_dim, default_base: family.rope_base };
     let vectors = rope.write(w)?;
     let mut left_out = vocabulary::write(folder, config, w)?;
+    if architecture == "gpt-oss" {
+        left_out.push(
+            "YaRN begins and ends at whole pairs, although the folder's `truncate` may say otherwise"
+                .to_owned(),
+        );
+    }
 
     let (mut unused, mut required) = (UNUSED.to_vec(), Vec::new());
     if seeing {
@@ -590,6 +621,8 @@ pub(super) fn plan(folder: &Path, config: &Json, w: &mut Writer) -> Result<Plan>
     let by_value_head = if has_delta_net { value_heads(config, architecture, w)? } else { Vec::new() };
     let interleaved = vec![(".attn_q", heads as usize), (".attn_k", kv_heads as usize)];
     Ok(Plan {
+        scheme,
+        takes_turns: architecture == "gpt-oss",
         prefix: if seeing { "model.language_model." } else { "model." },
         names,
         unused,

@@ -8,6 +8,7 @@
 mod bert;
 mod decoder;
 mod folder;
+mod part;
 mod rope;
 mod vocabulary;
 
@@ -17,9 +18,6 @@ use std::path::Path;
 
 use halite_kernels::float::DefaultFloats;
 use halite_kernels::formats::Format;
-use halite_kernels::math;
-use safetensors::Dtype;
-use safetensors::tensor::TensorView;
 
 use crate::error::{Error, Result};
 use crate::gguf::write::Writer;
@@ -28,6 +26,7 @@ use crate::map::Source;
 use crate::model::{Model, ProgramOptions};
 use crate::tokenizer::Tokenizer;
 use folder::{Files, Json};
+use part::{Part, Scheme};
 
 /// Alignment of tensor data: a cache line.
 const ALIGNMENT: u32 = 64;
@@ -52,6 +51,8 @@ const CHECKED_POSITIONS: u32 = 256;
 /// The mapping of a family's tensors.
 #[derive(Default)]
 struct Plan {
+    /// How weights are quantised.
+    scheme: Scheme,
     /// Optional prefixes of names, to remove.
     prefix: &'static str,
     /// Names in the folder and in GGUF files, both without `.weight` and `.bias` or both whole; the first `{}`
@@ -63,6 +64,8 @@ struct Plan {
     required: Vec<&'static str>,
     /// Names in GGUF files whose rows are reordered, with the number of heads.
     interleaved: Vec<(&'static str, usize)>,
+    /// Whether rows of the gate and of up take turns, in tensors that stand for both.
+    takes_turns: bool,
     /// Names in GGUF files whose rows or columns follow value heads, and how they are reordered.
     by_value_head: Vec<(&'static str, Axis, ValueHeads)>,
     /// Names in GGUF files of vectors that are matrices there, with their columns.
@@ -75,7 +78,7 @@ struct Plan {
     left_out: Vec<String>,
 }
 
-/// A part of names that stands for two tensors: the first half of a matrix's rows is the gate's, the second up's.
+/// A part of names that stands for two tensors: the first half of a matrix's rows is the gate's, the second up's, or rows take turns.
 const GATE_UP: &str = ".ffn_gate_up";
 
 /// What of a matrix is reordered.
@@ -117,12 +120,14 @@ struct Target<'a> {
     /// Dimensions, innermost first.
     dims: Vec<u64>,
     /// Its parts in the folder's files; empty for a tensor that consists of `vector`.
-    views: Vec<TensorView<'a>>,
+    parts: Vec<Part<'a>>,
     vector: Vec<f32>,
     heads: Option<usize>,
     by_value_head: Option<(Axis, ValueHeads)>,
-    /// The half of each matrix's rows that it is.
+    /// The half of each matrix's rows that it is; of biases, the half of each row.
     half: Option<usize>,
+    takes_turns: bool,
+    is_bias: bool,
     offset: f32,
     /// Whether values are logarithms of rates, which files have as `-exp(value)`.
     is_rate: bool,
@@ -137,6 +142,9 @@ struct Target<'a> {
 ///
 /// Links must stay inside the folder, except in the cache of the Hugging Face hub. Only regular files are
 /// read, and text files only up to 64 MiB.
+///
+/// Folders may be quantised: FP8 with scales, GPTQ, AWQ or compressed-tensors with 4 bits, MXFP4. MXFP4 stays MXFP4, and symmetric
+/// groups of 4 bits have the same numbers in Q4_0; all else goes through single precision.
 ///
 /// # Errors
 /// [`Error::Io`] if a file cannot be read, or `out` not written (then without a path). [`Error::Model`] or
@@ -156,10 +164,11 @@ pub fn convert(
         _ => decoder::plan(folder, &config, &mut writer)?,
     };
     let files = Files::open(folder)?;
-    let targets = plan.targets(files.tensors()?)?;
+    let targets = plan.targets(plan.scheme.parts(files.tensors()?)?)?;
     for (name, target) in &targets {
         let plain = target.dims.len() < 2 || PLAIN.iter().any(|plain| name.ends_with(plain));
-        writer.tensor(name, &target.dims, if plain { Format::F32 } else { format })?;
+        let home = target.parts.first().and_then(Part::home);
+        writer.tensor(name, &target.dims, if plain { Format::F32 } else { home.unwrap_or(format) })?;
     }
     check(folder, &writer)?;
 
@@ -198,14 +207,14 @@ fn check(folder: &Path, writer: &Writer) -> Result<()> {
 
 impl Plan {
     /// Returns the tensors to write, by name.
-    fn targets<'a>(&self, tensors: BTreeMap<String, TensorView<'a>>) -> Result<BTreeMap<String, Target<'a>>> {
-        if let Some(name) = self.required.iter().find(|name| !tensors.contains_key(**name)) {
+    fn targets<'a>(&self, parts: BTreeMap<String, Part<'a>>) -> Result<BTreeMap<String, Target<'a>>> {
+        if let Some(name) = self.required.iter().find(|name| !parts.contains_key(**name)) {
             return Err(Error::Model(format!("tensor `{name}` is missing")));
         }
         // Experts of one tensor are consecutive, in order of their numbers.
-        let mut found: BTreeMap<String, BTreeMap<Option<usize>, TensorView<'a>>> = BTreeMap::new();
+        let mut found: BTreeMap<String, BTreeMap<Option<usize>, Part<'a>>> = BTreeMap::new();
         let mut halves = BTreeMap::new();
-        for (full, view) in tensors {
+        for (full, part) in parts {
             let short = full.strip_prefix(self.prefix).unwrap_or(&full);
             if self.unused.iter().any(|pattern| matches(pattern, short)) {
                 continue;
@@ -222,16 +231,16 @@ impl Plan {
                 halves.insert(name.clone(), half);
             }
             for name in names {
-                if found.entry(name).or_default().insert(expert, view.clone()).is_some() {
+                if found.entry(name).or_default().insert(expert, part.clone()).is_some() {
                     return Err(wrong("appears twice, under different names"));
                 }
             }
         }
         let mut targets = BTreeMap::new();
-        for (name, views) in found {
+        for (name, parts) in found {
             let half = halves.get(&name).copied();
             let target =
-                self.target(&name, views, half).map_err(|e| Error::Model(format!("tensor `{name}`: {e}")))?;
+                self.target(&name, parts, half).map_err(|e| Error::Model(format!("tensor `{name}`: {e}")))?;
             targets.insert(name, target);
         }
         for (name, vector) in &self.vectors {
@@ -269,16 +278,17 @@ impl Plan {
     fn target<'a>(
         &self,
         name: &str,
-        views: BTreeMap<Option<usize>, TensorView<'a>>,
+        parts: BTreeMap<Option<usize>, Part<'a>>,
         half: Option<usize>,
     ) -> Result<Target<'a>, String> {
-        let mut target = Target { half, ..Target::default() };
-        let experts = views.len() as u64;
-        for (place, (expert, view)) in views.into_iter().enumerate() {
+        let (takes_turns, is_bias) = (self.takes_turns, name.ends_with(".bias"));
+        let mut target = Target { half, takes_turns, is_bias, ..Target::default() };
+        let experts = parts.len() as u64;
+        for (place, (expert, part)) in parts.into_iter().enumerate() {
             if expert.is_some_and(|expert| expert != place) {
                 return Err(format!("expert {place} is missing"));
             }
-            let dims = view.shape().iter().rev().map(|&dim| dim as u64).chain(expert.map(|_| experts));
+            let dims = part.shape().iter().rev().map(|&dim| dim as u64).chain(expert.map(|_| experts));
             let mut dims: Vec<u64> = dims.collect();
             // A convolution of each channel by itself.
             if let [taps, 1, channels] = dims[..]
@@ -293,13 +303,13 @@ impl Plan {
                 ));
             }
             target.dims = dims;
-            target.views.push(view);
+            target.parts.push(part);
         }
         let stem = name.strip_suffix(".weight").or_else(|| name.strip_suffix(".bias")).unwrap_or(name);
         let interleaved = self.interleaved.iter().find(|(ending, _)| stem.ends_with(ending));
         target.heads = interleaved.map(|(_, heads)| *heads);
-        if let (Some(heads), Some(view)) = (target.heads, target.views.first()) {
-            let rows = view.shape().first().copied().unwrap_or(0);
+        if let (Some(heads), Some(part)) = (target.heads, target.parts.first()) {
+            let rows = part.shape().first().copied().unwrap_or(0);
             if heads == 0 || rows % heads != 0 || rows / heads % 2 != 0 {
                 return Err(format!("expected rows of pairs for {heads} heads, got {rows}"));
             }
@@ -308,8 +318,8 @@ impl Plan {
             target.offset = self.norm_offset;
         }
         if half.is_some() {
-            let rows = target.dims.get_mut(1).filter(|rows| **rows % 2 == 0);
-            *rows.ok_or("expected a matrix with an even number of rows")? /= 2;
+            let rows = target.dims.get_mut(usize::from(!is_bias)).filter(|rows| **rows % 2 == 0);
+            *rows.ok_or("expected an even number of rows of the gate and up")? /= 2;
         }
         let matrix = self.matrices.iter().find(|(ending, _)| stem.ends_with(ending));
         if let (Some(&(_, cols)), &[all]) = (matrix, &target.dims[..]) {
@@ -362,64 +372,64 @@ fn halves_to_pairs(row: usize, rows_of_a_head: usize) -> usize {
 impl Target<'_> {
     /// Writes the rows in a format.
     fn write(&self, format: Format, out: &mut dyn Write) -> Result<()> {
-        let mut blocks = Vec::new();
-        let mut row = |values: &[f32]| {
-            let wrong = |e: &dyn std::fmt::Display| Error::Model(e.to_string());
+        let wrong = |e: &dyn std::fmt::Display| Error::Model(e.to_string());
+        let not_finite = || wrong(&format_args!("a value is not finite in {}", format.name()));
+        let (mut blocks, mut values) = (Vec::new(), Vec::new());
+        let mut put = |blocks: &[u8]| {
+            out.write_all(blocks).map_err(|source| Error::Io { path: Default::default(), source })
+        };
+        let make = |values: &[f32], blocks: &mut Vec<u8>| {
             let bytes = format.row_bytes(values.len()).ok_or_else(|| wrong(&"rows are not whole blocks"))?;
             blocks.resize(bytes, 0);
-            format.quantize(values, &mut blocks).map_err(|e| wrong(&e))?;
-            if !values.iter().all(|value| value.is_finite()) || !format.is_finite(&blocks) {
-                return Err(Error::Model(format!("a value is not finite in {}", format.name())));
-            }
-            out.write_all(&blocks).map_err(|source| Error::Io { path: Default::default(), source })
+            format.quantize(values, blocks).map_err(|e| wrong(&e))?;
+            let finite = values.iter().all(|value| value.is_finite()) && format.is_finite(blocks);
+            if finite { Ok(()) } else { Err(not_finite()) }
         };
         if !self.vector.is_empty() {
-            return row(&self.vector);
+            make(&self.vector, &mut blocks)?;
+            return put(&blocks);
         }
-        let mut values = Vec::new();
-        for view in &self.views {
-            let (value, bytes) = reader(view.dtype())?;
-            // A vector is a matrix of one column, so that its elements are reordered like rows.
-            let cols = if view.shape().len() < 2 { 1 } else { view.shape().last().copied().unwrap_or(0) };
-            let rows = view.data().chunks_exact(cols.saturating_mul(bytes).max(1));
-            let rows_of_a_head = self.heads.map(|heads| rows.len() / heads);
-            let count = if self.half.is_some() { rows.len() / 2 } else { rows.len() };
-            let of_matrix = self.dims.get(1).map_or(1, |&rows| rows.max(1) as usize);
+        // Halves of biases are elements of rows.
+        let single = self.half.is_some() && self.is_bias;
+        let of_matrix = if single { self.dims.first() } else { self.dims.get(1) };
+        let of_matrix = of_matrix.map_or(1, |&rows| rows.max(1) as usize);
+        let by_columns = matches!(self.by_value_head, Some((Axis::Columns, _)));
+        for part in &self.parts {
+            let reader = part.reader(if single { 1 } else { part.columns() })?;
+            let rows_of_a_head = self.heads.map(|heads| reader.rows() / heads);
+            let count = if self.half.is_some() { reader.rows() / 2 } else { reader.rows() };
             for at in 0..count {
                 let from = match (self.half, self.by_value_head) {
+                    (Some(half), _) if self.takes_turns => 2 * at + half,
                     (Some(half), _) => at / of_matrix * 2 * of_matrix + half * of_matrix + at % of_matrix,
                     (None, Some((Axis::Rows, heads))) => heads.source(at),
                     _ => rows_of_a_head.map_or(at, |rows| halves_to_pairs(at, rows)),
                 };
-                let elements = rows.clone().nth(from).unwrap_or(&[]).chunks_exact(bytes);
-                let read = |element| match value(element) {
-                    rate if self.is_rate => -f64::from(rate).exp() as f32,
-                    value => value + self.offset,
-                };
-                values.clear();
-                match self.by_value_head {
-                    Some((Axis::Columns, heads)) => {
-                        let sources = (0..elements.len()).map(|at| heads.source(at));
-                        values.extend(sources.filter_map(|from| elements.clone().nth(from)).map(read));
+                let same = self.offset == 0.0 && !self.is_rate && !by_columns;
+                blocks.resize(format.row_bytes(part.columns()).unwrap_or(0), 0);
+                if same && reader.carry(from, format, &mut blocks) {
+                    if !format.is_finite(&blocks) {
+                        return Err(not_finite());
                     }
-                    _ => values.extend(elements.map(read)),
+                    put(&blocks)?;
+                    continue;
                 }
-                row(&values)?;
+                values.clear();
+                reader.read(from, &mut values);
+                if let Some((Axis::Columns, heads)) = self.by_value_head {
+                    let sources = (0..values.len()).map(|at| heads.source(at));
+                    values = sources.filter_map(|from| values.get(from).copied()).collect();
+                }
+                for value in &mut values {
+                    *value = match self.is_rate {
+                        true => -f64::from(*value).exp() as f32,
+                        false => *value + self.offset,
+                    };
+                }
+                make(&values, &mut blocks)?;
+                put(&blocks)?;
             }
         }
         Ok(())
     }
-}
-
-/// Converts the bytes of an element to its value.
-type Value = fn(&[u8]) -> f32;
-
-/// Returns the conversion of elements of a type, and the bytes of an element.
-fn reader(dtype: Dtype) -> Result<(Value, usize)> {
-    Ok(match dtype {
-        Dtype::F32 => (|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]), 4),
-        Dtype::F16 => (|b| math::f16_to_f32(u16::from_le_bytes([b[0], b[1]])), 2),
-        Dtype::BF16 => (|b| f32::from_bits(u32::from(u16::from_le_bytes([b[0], b[1]])) << 16), 2),
-        other => return Err(Error::Model(format!("expected F32, F16 or BF16, got {other:?}"))),
-    })
 }

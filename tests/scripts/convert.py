@@ -2,7 +2,7 @@
 """Writes tiny models of random weights as the library transformers publishes them, with its logits and the ids of the library
 tokenizers, which tests/convert.rs reads.
 
-    pip install torch transformers tokenizers sentencepiece protobuf
+    pip install torch transformers tokenizers sentencepiece protobuf compressed-tensors
     convert.py                          the committed folders: tests/data/convert
     convert.py --check FOLDER LOGITS    how far the logits that `halite logits` wrote of a folder's `tokens` are off
 
@@ -48,6 +48,8 @@ HYBRID = dict(model_type="granitemoehybrid", vocabulary="starcoder", num_hidden_
               position_embedding_type="nope", shared_intermediate_size=20, mamba_n_heads=4, mamba_d_head=12, mamba_d_state=8,
               mamba_expand=2, mamba_d_conv=4, tie_word_embeddings=True, attention_multiplier=0.3, embedding_multiplier=1.7,
               residual_multiplier=0.4, logits_scaling=1.3)
+QUANTISED = dict(model_type="qwen3", vocabulary="qwen2", num_hidden_layers=1, hidden_size=64, intermediate_size=96, head_dim=16,
+                 tie_word_embeddings=True, rope_parameters=dict(rope_type="default", rope_theta=10000.0))
 # The numbers of experts are odd so that no shape is right by chance.
 FAMILIES = {
     "llama": dict(model_type="llama", vocabulary="llama3", rope_parameters=LLAMA3, head_dim=8, attention_bias=True),
@@ -90,7 +92,13 @@ FAMILIES = {
                  num_attention_heads=3, num_key_value_heads=1, tie_word_embeddings=True, rope_parameters=dict(
                      rope_type="longrope", rope_theta=10000.0, partial_rotary_factor=0.75, short_factor=[1.0, 1.1, 1.2],
                      long_factor=[1.0, 2.0, 4.0])),
+    # Quantised: rows and columns of whole words and groups.
+    "qwen3-fp8": dict(QUANTISED), "qwen3-fp8-rows": dict(QUANTISED), "qwen3-gptq": dict(QUANTISED), "qwen3-gptq-order": dict(QUANTISED),
+    "qwen3-awq": dict(QUANTISED), "qwen3-packed": dict(QUANTISED),
     "smollm3": dict(model_type="smollm3", vocabulary="llama3", num_hidden_layers=4, intermediate_size=16),
+    "gpt_oss": dict(model_type="gpt_oss", vocabulary="gpt4o", num_hidden_layers=2, hidden_size=32, head_dim=8, num_local_experts=3,
+                    num_experts_per_tok=2, layer_types=["sliding_attention", "full_attention"], **WINDOW,
+                    rope_parameters=dict(YARN, beta_fast=32.0, beta_slow=1.0)),
     "granite": dict(model_type="granite", vocabulary="starcoder", num_hidden_layers=1, tie_word_embeddings=True,
                     attention_multiplier=0.3, embedding_multiplier=1.7, residual_multiplier=0.4, logits_scaling=1.3),
     "granitehybrid": dict(HYBRID, num_local_experts=0, mamba_n_groups=2),
@@ -196,6 +204,93 @@ def join_experts(path):
     safetensors.torch.save_file(weights, path, metadata={"format": "pt"})
 
 
+def words_of(codes, places=range(8)):
+    """Words of eight codes of the last axis; `places` says which code each nibble has."""
+    codes = np.ascontiguousarray(codes).reshape(*codes.shape[:-1], -1, 8).astype(np.uint32)
+    return torch.from_numpy(sum(codes[..., code] << np.uint32(4 * nibble) for nibble, code in enumerate(places)).view(np.int32))
+
+
+def int4(name, stem, shape, draw):
+    """A weight of four bits in the form of a folder: its tensors, and its numbers."""
+    rows, columns = shape
+    groups = columns // 32
+    codes = draw.integers(0, 16, shape)
+    zeros = np.full((rows, groups), 8) if name in ("qwen3-gptq", "qwen3-packed") else draw.integers(1, 16, (rows, groups))
+    scales = (0.02 + 0.02 * draw.random((rows, groups))).astype(np.float16)
+    order = np.arange(columns) // 32
+    if name == "qwen3-gptq-order":
+        order = draw.permutation(order)
+    numbers = scales[:, order].astype(np.float32) * (codes - zeros[:, order]).astype(np.float32)
+    flat = lambda a: torch.from_numpy(np.ascontiguousarray(a))
+    if name.startswith("qwen3-gptq"):
+        # Codes of eight columns of the same row, zeros less one.
+        tensors = {".qweight": words_of(codes).T.contiguous(), ".qzeros": words_of((zeros - 1).T), ".scales": flat(scales.T),
+                   ".g_idx": flat(order.astype(np.int32))}
+    elif name == "qwen3-awq":
+        interleaved = (0, 2, 4, 6, 1, 3, 5, 7)
+        tensors = {".qweight": words_of(codes.T, interleaved), ".qzeros": words_of(zeros.T, interleaved), ".scales": flat(scales.T)}
+    else:
+        from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+        tensors = {".weight_packed": pack_to_int32(flat((codes - 8).astype(np.int8)), 4), ".weight_scale": flat(scales),
+                   ".weight_shape": torch.tensor(shape)}
+    return {stem + end: tensor for end, tensor in tensors.items()}, numbers
+
+
+def fp8(name, stem, shape, draw):
+    """A weight of E4M3 with scales of blocks or rows."""
+    codes = torch.from_numpy(draw.normal(0, 100, shape).astype(np.float32)).to(torch.float8_e4m3fn)
+    height, width = (32, 32) if name == "qwen3-fp8" else (1, shape[1])
+    scales = (1e-3 + 1e-3 * draw.random((-(-shape[0] // height), -(-shape[1] // width)))).astype(np.float32)
+    numbers = codes.float().numpy() * scales.repeat(height, 0).repeat(width, 1)[:shape[0], :shape[1]]
+    end = ".weight_scale_inv" if name == "qwen3-fp8" else ".weight_scale"
+    return {stem + ".weight": codes, stem + end: torch.from_numpy(scales)}, numbers
+
+
+GROUP = dict(num_bits=4, type="int", symmetric=True, strategy="group", group_size=32)
+ROWS = dict(num_bits=8, type="float", symmetric=True, strategy="channel")
+SCHEMES = {
+    "qwen3-fp8": (fp8, dict(quant_method="fp8", weight_block_size=[32, 32])),
+    "qwen3-fp8-rows": (fp8, dict(quant_method="compressed-tensors", format="float-quantized", config_groups=dict(
+        group_0=dict(targets=["Linear"], weights=ROWS)))),
+    "qwen3-gptq": (int4, dict(quant_method="gptq", bits=4, group_size=32, desc_act=False, sym=True)),
+    "qwen3-gptq-order": (int4, dict(quant_method="gptq", bits=4, group_size=32, desc_act=True, sym=False)),
+    "qwen3-awq": (int4, dict(quant_method="awq", bits=4, group_size=32, version="gemm", zero_point=True)),
+    "qwen3-packed": (int4, dict(quant_method="compressed-tensors", format="pack-quantized", config_groups=dict(
+        group_0=dict(targets=["Linear"], weights=GROUP)))),
+}
+# What the codes of MXFP4 mean.
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+
+
+def quantise(folder, name, model):
+    """Replaces the matrices of blocks by quantised ones, in the folder and, as the numbers that they mean, in the model."""
+    draw = np.random.default_rng(3)
+    path = folder / "model.safetensors"
+    weights = safetensors.torch.load_file(path)
+    parameters = dict(model.named_parameters())
+    if name == "gpt_oss":
+        for key in [key for key in weights if key.endswith(("gate_up_proj", "down_proj"))]:
+            # The library has these transposed when they are numbers.
+            experts, columns, rows = weights.pop(key).shape
+            blocks = draw.integers(0, 256, (experts, rows, columns // 32, 16)).astype(np.uint8)
+            scales = draw.integers(121, 125, (experts, rows, columns // 32)).astype(np.uint8)
+            codes = np.stack([blocks & 15, blocks >> 4], -1).reshape(experts, rows, columns)
+            numbers = np.where(codes > 7, -1, 1) * E2M1[codes & 7] * np.exp2(scales.astype(np.float32) - 127).repeat(32, -1)
+            weights[key + "_blocks"], weights[key + "_scales"] = torch.from_numpy(blocks), torch.from_numpy(scales)
+            parameters[key].data = torch.from_numpy(numbers.astype(np.float32)).transpose(1, 2).contiguous()
+        scheme = dict(quant_method="mxfp4")
+    else:
+        form, scheme = SCHEMES[name]
+        for key in [key for key in weights if key.endswith("_proj.weight")]:
+            tensors, numbers = form(name, key.removesuffix(".weight"), tuple(weights.pop(key).shape), draw)
+            weights |= tensors
+            parameters[key].data = torch.from_numpy(np.ascontiguousarray(numbers, np.float32))
+    safetensors.torch.save_file(weights, path, metadata={"format": "pt"})
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(quantization_config=scheme), indent=2) + "\n")
+
+
 # Tokens of a vocabulary with byte fallback before the added ones.
 EXTRA = {"spm": 430, "gemma": 400}
 
@@ -235,6 +330,8 @@ def write(name, options):
     model.bfloat16().save_pretrained(folder, **shards)
     # Frequencies do not survive a change of types; they are made again.
     model = Auto.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    if name in SCHEMES or name == "gpt_oss":
+        quantise(folder, name, model)
     if name == "qwen3_5_moe":
         join_experts(folder / "model.safetensors")
     if model_type == "gemma4_text":
