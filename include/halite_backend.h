@@ -369,8 +369,9 @@ typedef struct HaliteState {
   const char *name;
   // HALITE_STATE_CACHE, HALITE_STATE_RECURRENT or HALITE_STATE_LATENT.
   uint32_t kind;
-  // 0.
-  uint32_t reserved;
+  // Whether windows lie side by side, the first at position 0: a token sees its own window up to its own position, and
+  // nothing of those before.
+  uint32_t aligned;
 } HaliteState;
 
 // Memory for scratch tensors: 4 * rows * cols bytes.
@@ -501,6 +502,14 @@ typedef struct HaliteAttend {
   // For each head a factor on the distance between the token's position and that of the key, which is taken off the score after
   // the soft-cap; or NULL.
   const float *slopes;
+  // Factors on the scale by the token's position, or NULL: number `(position + growth_ahead) / growth_period`, and the last one
+  // beyond.
+  const float *growth;
+  uint32_t growth_count;
+  uint32_t growth_period;
+  uint32_t growth_ahead;
+  // 0.
+  uint32_t reserved;
 } HaliteAttend;
 
 // `out = act(gate) * up`.

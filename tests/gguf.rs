@@ -363,8 +363,6 @@ fn models_that_do_not_make_sense() {
             "Model", "model: key `llama.expert_shared_count`: the file has no shared experts"),
         ("unknown gating", mixed("llama.expert_gating_func", 9),
             "Model", "model: key `llama.expert_gating_func`: expected 0 to 3, got 9"),
-        ("temperature beyond the original context", llama().entry("llama.attention.temperature_scale", 0.1f32).entry("llama.rope.scaling.original_context_length", 64u32).bytes(),
-            "Model", "model: key `llama.attention.temperature_scale`: supported up to 64 positions, the original context, got 256"),
         ("pattern of two layers", gemma3().entry("gemma3.attention.sliding_window_pattern", &vec![true, false]).bytes(),
             "Gguf", "test: byte 1105: key `gemma3.attention.sliding_window_pattern`: expected one value of 0 to 2^32 - 1 for each layer, got 2 × Bool [true, false]"),
         ("windows without a size", gpt_oss().without("gpt-oss.attention.sliding_window").bytes(),
@@ -448,12 +446,20 @@ fn positions_decide_what_a_program_needs() {
         program(gpt2(), 65).unwrap_err().to_string(),
         "model: positions of the KV cache: expected at most the 64 of the position embeddings, got 65"
     );
-    let tempered = || {
+    let tempered = |original: u32| {
         llama()
             .entry("llama.attention.temperature_scale", 0.1f32)
-            .entry("llama.rope.scaling.original_context_length", 32u32)
+            .entry("llama.rope.scaling.original_context_length", original)
     };
-    assert!(program(tempered(), 32).is_ok() && program(tempered(), 33).is_err());
+    assert_eq!(
+        program(tempered(1), 1 << 20).unwrap_err().to_string(),
+        "model: 1048576 positions, of which each 1 have a factor on scores: expected at most 65536 factors"
+    );
+    let grows = |positions| {
+        let program = program(tempered(32), positions).unwrap();
+        program.ops().any(|(_, op)| matches!(op, halite::program::Op::Attend { growth: Some(_), .. }))
+    };
+    assert!(!grows(32) && grows(33));
 }
 
 #[test]

@@ -1115,11 +1115,19 @@ static void raise_max(Softmax *softmax, float score) {
         softmax->out[d] *= scale;
 }
 
-static float score_of(const HaliteAttend *op, const Position *at, uint32_t kv_head, const float *q) {
+static float score_of(const HaliteAttend *op, const Position *at, uint32_t kv_head, float scale, const float *q) {
     float sum = 0;
     for (uint32_t d = 0; d < at->state->key_dim; d++)
         sum += q[d] * load(at, key_element(at, kv_head, d));
-    return op->has_softcap ? soft_cap(sum * op->scale, op->softcap) : sum * op->scale;
+    return op->has_softcap ? soft_cap(sum * scale, op->softcap) : sum * scale;
+}
+
+/* The factor on the scores of a token. */
+static float scale_of(const HaliteAttend *op, uint32_t own) {
+    if (op->growth == NULL)
+        return op->scale;
+    uint32_t step = (own + op->growth_ahead) / op->growth_period;
+    return op->scale * op->growth[step < op->growth_count ? step : op->growth_count - 1];
 }
 
 /* What the distance of a position takes off the score. */
@@ -1128,9 +1136,9 @@ static float bias_of(const HaliteAttend *op, uint32_t head, uint32_t own, uint32
     return op->slopes == NULL ? 0 : op->slopes[head] * (float)distance;
 }
 
-static void attend_position(const HaliteAttend *op, const Position *at, uint32_t kv_head, float bias,
+static void attend_position(const HaliteAttend *op, const Position *at, uint32_t kv_head, float scale, float bias,
                             const float *q, Softmax *softmax) {
-    float score = score_of(op, at, kv_head, q) - bias;
+    float score = score_of(op, at, kv_head, scale, q) - bias;
     raise_max(softmax, score);
     float weight = expf(score - softmax->max);
     softmax->sum += weight;
@@ -1141,6 +1149,8 @@ static void attend_position(const HaliteAttend *op, const Position *at, uint32_t
 /* The first position that a token sees, and the one behind the last. */
 static uint32_t start_of(const HaliteState *state, const Token *token) {
     uint32_t own = token->position + 1;
+    if (state->aligned)
+        return token->position / state->window * state->window;
     return state->window > 0 && state->window < own ? own - state->window : 0;
 }
 
@@ -1162,7 +1172,7 @@ static void attend_head(const Run *run, const HaliteAttend *op, uint32_t t, uint
     for (uint32_t position = start_of(state, token); position < end; position++) {
         Position at = find_position(run, op->state, t, position);
         float bias = bias_of(op, head, token->position, position);
-        attend_position(op, &at, kv_head, bias, q, &softmax);
+        attend_position(op, &at, kv_head, scale_of(op, token->position), bias, q, &softmax);
     }
     if (sinks != NULL) { /* One more score, without a value. */
         raise_max(&softmax, sinks[head]);

@@ -522,6 +522,7 @@ fn attend<'a>(a: &Attention<'a>, token: usize, kv_head: usize, out: &'a mut [f32
         end,
         sight: a.sight,
         scale: a.scale,
+        growth: a.growth,
         softcap: a.softcap,
         slopes: a.slopes.map(|s| &s[first..first + heads]),
         sinks: a.sinks.map(|s| &s[first..first + heads]),

@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 
-use halite_kernels::attention::{BLOCK, CHUNK, PageShape, Pages, PagesMut};
+use halite_kernels::attention::{BLOCK, CHUNK, Growth, PageShape, Pages, PagesMut};
 use halite_kernels::formats::{Activation, Format, Kind, Unpacked};
 use halite_kernels::isa::{self, Isa, Scalar, WithIsa};
 use halite_kernels::math;
@@ -387,7 +387,7 @@ fn attend(
             cpu.run_inline(AddScaled(q, &keys[valid.clone()], &mut scores));
         }
         for (score, at) in scores.iter_mut().zip(first + valid.start..) {
-            *score *= a.scale;
+            *score *= Growth::scale(a.growth, a.scale, position);
             *score = a.softcap.map_or(*score, |cap| unary(Unary::SoftCap(cap), *score));
             *score = slope.map_or(*score, |slope| fma(-slope, at.abs_diff(position) as f32, *score));
         }
@@ -658,7 +658,11 @@ impl Kernels for Definitions {
                 for (t, (q, out)) in a.q.chunks_exact(q_cols).zip(out.chunks_exact_mut(out_cols)).enumerate()
                 {
                     let (table, position, end) = a.place(t);
-                    let first = a.sight.window.map_or(0, |w| (position + 1).saturating_sub(w as usize));
+                    let first = match a.sight.window {
+                        Some(w) if a.sight.aligned => position / w as usize * w as usize,
+                        Some(w) => (position + 1).saturating_sub(w as usize),
+                        None => 0,
+                    };
                     let end = end.min((position + 1).saturating_add(a.sight.after as usize));
                     let table = &table[first / CHUNK..end.div_ceil(CHUNK)];
                     for &page in table {

@@ -8,8 +8,8 @@ use halite_kernels::rows::{Gate, Unary};
 
 use super::{Case, Inputs};
 use crate::program::{
-    Builder, Dim, Epilogue, Gating, Groups, Index, NormKind, Op, Part, Program, RopePairs, Rotation, Rule,
-    State, TensorId, WeightInfo,
+    Builder, Dim, Epilogue, Gating, Groups, Growth, Index, NormKind, Op, Part, Program, RopePairs, Rotation,
+    Rule, State, TensorId, WeightInfo,
 };
 
 /// Collects cases.
@@ -1139,7 +1139,30 @@ fn attention(cases: &mut Cases) {
                 let v = b.input("v", Dim::Tokens, kv_heads * 64);
                 let kv = b.state(kv);
                 b.kv_write(k, v, kv);
-                let y = b.attend_with(q, kv, heads, 0.3, softcap, Some(slopes), None);
+                let y = b.attend_with(q, kv, heads, 0.3, None, softcap, Some(slopes), None);
+                b.output(y);
+            });
+        }
+        // Windows side by side, whose borders are in a page, at its end, and in the middle of a step; and scales by position, of
+        // which the last one goes on.
+        for (heads, kv_heads, window, grows) in
+            [(4, 1, Some(64), true), (6, 2, Some(100), false), (3, 3, Some(1), false), (4, 2, None, true)]
+        {
+            let name = format!(
+                "Attend {} {heads}/{kv_heads} 32/64 side by side window={window:?} growth={grows}",
+                format.name()
+            );
+            let steps: [&[(u32, u32)]; 4] =
+                [&[(0, 130), (0, 64)], &[(130, 400), (64, 1)], &[(530, 1), (65, 63)], &[(531, 69), (128, 1)]];
+            cases.add(name, &[], &steps, ATTEND_BOUND, |b| {
+                let kv = State::new("kv", kv_heads, 32, 64, format).window(window).aligned(window.is_some());
+                let growth = Growth { factors: [0.5, 2.0, 1.0, 3.0].into(), period: 50, ahead: 1 };
+                let q = b.input("q", Dim::Tokens, heads * 32);
+                let k = b.input("k", Dim::Tokens, kv_heads * 32);
+                let v = b.input("v", Dim::Tokens, kv_heads * 64);
+                let kv = b.state(kv);
+                b.kv_write(k, v, kv);
+                let y = b.attend_with(q, kv, heads, 0.3, grows.then_some(growth), None, None, None);
                 b.output(y);
             });
         }

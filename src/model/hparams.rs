@@ -69,6 +69,8 @@ pub struct Hparams {
     pub attention_clamp_kqv: Option<f32>,
     /// Growth of queries beyond the original context (Llama 4's temperature tuning).
     pub attention_temperature_scale: Option<f32>,
+    /// Positions after which it grows, if they are not the original context.
+    pub attention_temperature_length: Option<u32>,
     pub attn_logit_softcapping: Option<f32>,
     pub final_logit_softcapping: Option<f32>,
     pub embedding_scale: Option<f32>,
@@ -438,6 +440,9 @@ impl Hparams {
             max_alibi_bias: factor("attention.max_alibi_bias")?,
             attention_clamp_kqv: factor("attention.clamp_kqv")?,
             attention_temperature_scale: factor("attention.temperature_scale")?,
+            attention_temperature_length: gguf
+                .optional_u32(&key("attention.temperature_length"))?
+                .filter(|&length| length > 0),
             attn_logit_softcapping: factor("attn_logit_softcapping")?,
             final_logit_softcapping: factor("final_logit_softcapping")?,
             embedding_scale: factor("embedding_scale")?,

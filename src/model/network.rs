@@ -7,8 +7,8 @@ use std::sync::Arc;
 use super::hparams::{MAX_EXTENT, RopeScaling};
 use super::{Hparams, Pooling};
 use crate::program::{
-    Builder, Gate, Gating, Groups, Index, NormKind, Outputs, RopePairs, Rotation, Rule, State, TensorId,
-    Unary,
+    Builder, Gate, Gating, Groups, Growth, Index, NormKind, Outputs, RopePairs, Rotation, Rule, State,
+    TensorId, Unary,
 };
 
 /// Records a family's program.
@@ -19,6 +19,8 @@ pub(super) struct Network<'n, 'b> {
     norm: NormKind,
     norm_eps: f32,
     norm_weights: bool,
+    /// The file's growth of scores by position.
+    growth: Option<Growth>,
     /// Prefix of weight names: `blk.3.` in layer 3.
     prefix: String,
     layer: u32,
@@ -35,6 +37,8 @@ pub(super) struct Streams {
 
 /// Number of residual streams of Gemma 3n. Other runtimes know no other.
 const STREAMS: u32 = 4;
+/// Most factors of positions.
+const MAX_FACTORS: u32 = 1 << 16;
 /// Added to variances that are not zero.
 const TINY: f32 = 1e-20;
 
@@ -62,6 +66,10 @@ pub(super) struct Attention<'r> {
     pub qk_norm: Option<QkNorm>,
     /// A factor on the scores.
     pub scale: f32,
+    /// One more, by position.
+    pub growth: Option<Growth>,
+    /// Whether windows lie side by side, and are not each token's own.
+    pub aligned: bool,
     /// The largest exponent of slopes, from which scores have a bias by distance (ALiBi).
     pub max_alibi_bias: Option<f32>,
     /// How many positions after its own a token sees: 0, or more in an encoder.
@@ -81,15 +89,20 @@ pub(super) struct Attention<'r> {
 
 impl<'n, 'b> Network<'n, 'b> {
     pub fn new(h: &'n Hparams, b: &'n mut Builder<'b>, norm: NormKind) -> Self {
-        if h.attention_temperature_scale.is_some() && h.positions > h.original_context_length {
-            // The factor is 1 up to this position.
-            b.fail(format!(
-                "key `{}.attention.temperature_scale`: supported up to {} positions, the original context, got {}",
-                h.architecture, h.original_context_length, h.positions
-            ));
+        let mut network = Network {
+            h,
+            b,
+            norm,
+            norm_eps: 0.0,
+            norm_weights: true,
+            growth: None,
+            prefix: String::new(),
+            layer: 0,
+        };
+        if let Some(scale) = h.attention_temperature_scale {
+            let period = h.attention_temperature_length.unwrap_or(h.original_context_length);
+            network.growth = network.growth(scale, period, 0);
         }
-        let mut network =
-            Network { h, b, norm, norm_eps: 0.0, norm_weights: true, prefix: String::new(), layer: 0 };
         network.norm_eps = match norm {
             NormKind::Rms => network.required("attention.layer_norm_rms_epsilon", h.layer_norm_rms_epsilon),
             NormKind::Layer => network.required("attention.layer_norm_epsilon", h.layer_norm_epsilon),
@@ -252,6 +265,21 @@ impl<'n, 'b> Network<'n, 'b> {
         })
     }
 
+    /// Factors on scores that grow with the logarithm of how often a position has gone through `period`, from 1 on (Llama 4's
+    /// temperature tuning); `None` if the session has no more positions than that.
+    pub fn growth(&mut self, scale: f32, period: u32, ahead: u32) -> Option<Growth> {
+        let last = self.h.positions.saturating_sub(1).saturating_add(ahead) / period.max(1);
+        if last >= MAX_FACTORS {
+            self.b.fail(format!(
+                "{} positions, of which each {period} have a factor on scores: expected at most {MAX_FACTORS} factors",
+                self.h.positions
+            ));
+            return None;
+        }
+        let factor = |step: u32| (f64::from(scale) * f64::from(step + 1).ln() + 1.0) as f32;
+        (last > 0).then(|| Growth { factors: (0..=last).map(factor).collect(), period, ahead })
+    }
+
     /// The file's rotary embedding.
     pub fn rope(&mut self, pairs: RopePairs) -> Rotation {
         self.rope_of(self.h.rope_freq_base, pairs)
@@ -289,6 +317,8 @@ impl<'n, 'b> Network<'n, 'b> {
             window: self.h.sliding_window,
             qk_norm: None,
             scale: self.h.attention_scale.unwrap_or(1.0 / (self.h.key_length as f32).sqrt()),
+            growth: self.growth.clone(),
+            aligned: false,
             max_alibi_bias: None,
             after: 0,
             sinks: false,
@@ -374,7 +404,8 @@ impl<'n, 'b> Network<'n, 'b> {
         };
         let q = place("q", q);
         let kv = kv.map(|(k, v)| (place("k", k), v));
-        let state = self.b.state(h.kv_state(a.kv_of.unwrap_or(self.layer), a.window, a.after));
+        let state = h.kv_state(a.kv_of.unwrap_or(self.layer), a.window, a.after).aligned(a.aligned);
+        let state = self.b.state(state);
         if let Some((k, mut v)) = kv {
             if a.v_norm {
                 v = self.b.norm("v_norm", v, NormKind::Rms, None, None, self.norm_eps, h.value_length);
@@ -384,7 +415,8 @@ impl<'n, 'b> Network<'n, 'b> {
         let sinks = a.sinks.then(|| self.weight("attn_sinks.weight", 1, heads));
         let slopes = a.max_alibi_bias.map(|max_bias| slopes(heads, max_bias));
         let cap = h.attn_logit_softcapping;
-        let mut attended = self.b.attend_with(q, state, heads, a.scale, cap, slopes, sinks);
+        let growth = a.growth.clone();
+        let mut attended = self.b.attend_with(q, state, heads, a.scale, growth, cap, slopes, sinks);
         if let Some(gate) = gate {
             attended = self.b.glu(gate, attended, Gate::Sigmoid);
         }
@@ -439,7 +471,8 @@ impl<'n, 'b> Network<'n, 'b> {
             let q = self.b.join("q_all", q_plain, q_turned, rank, turned);
             let state = self.b.state(State::latent(name, rank + turned, rank, h.kv_format));
             self.b.kv_write(k, latent, state);
-            let attended = self.b.attend(q, state, heads, scale, None, None);
+            let growth = self.growth.clone();
+            let attended = self.b.attend_with(q, state, heads, scale, growth, None, None, None);
             self.b.block_linear("v", attended, values)
         } else {
             let kv = self.linear("kv", "attn_kv_b", latent, heads.saturating_mul(plain + value));
@@ -449,7 +482,7 @@ impl<'n, 'b> Network<'n, 'b> {
             let k = self.b.join("k_all", k_plain, k, plain, turned);
             let state = self.b.state(State::new(name, heads, key, value, h.kv_format));
             self.b.kv_write(k, v, state);
-            self.b.attend(q, state, heads, scale, None, None)
+            self.b.attend_with(q, state, heads, scale, self.growth.clone(), None, None, None)
         };
         self.linear("attn_output", "attn_output", attended, h.embedding_length)
     }

@@ -78,7 +78,7 @@ pub fn cases(dir: &Path) -> Vec<Case> {
 pub fn logits(backend: &Arc<dyn Backend>, model: &Arc<Model>, tokens: &[u32]) -> Result<Vec<f32>, Error> {
     let n = tokens.len() as u32;
     let program = ProgramOptions::default().kv_format(Format::F32);
-    let options = SessionOptions::default().context(256).batch(n).outputs(n).program(program);
+    let options = SessionOptions::default().context(n.max(256)).batch(n).outputs(n).program(program);
     let mut session = Session::new(model, backend, &options)?;
     let sequence = session.add_sequence();
     session.step(&[Run::new(sequence, tokens).outputs(OutputTokens::All)], OutputKind::Logits)?;

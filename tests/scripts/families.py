@@ -221,6 +221,10 @@ FAMILIES = {
     # The last of four layers has no positions; every other one has experts.
     "llama4": dict(EXPERTS | dict(hidden=48), kv=2, head=16, layers=4, base=5e5, rotated=16, shared=16, dense=[0, 2], used=1, rope_factors=True,
                    keys={"interleave_moe_layer_step": 2, "expert_feed_forward_length": 16, "expert_shared_count": 1}),
+    # Two chunks of positions.
+    "llama4-long": dict(EXPERTS | dict(hidden=32), folder="long", context=16384, tokens=8320, kept=[0, 40, 8190, 8191, 8192, 8193, 8250, 8319], arch="llama4",
+                        dim=16, heads=2, kv=1, head=8, layers=4, base=5e5, rotated=8, shared=16, dense=[0, 2], used=1, tied=True,
+                        keys={"interleave_moe_layer_step": 2, "expert_feed_forward_length": 16, "expert_shared_count": 1}),
     "maincoder": dict(head=24, qk_norm="head", base=1e6, tied=True),
     "mamba2": dict(MAMBA_2 | dict(norms=("attn_norm",), keys=HYBRID_KEYS | {"ssm.group_count": 2}), heads=0, kv=None, hidden=0, base=None,
                    layers=3, mixers=["mamba_2"] * 3),
@@ -231,6 +235,10 @@ FAMILIES = {
         "attention.q_lora_rank": 20, "attention.kv_lora_rank": 32, "attention.key_length": 24}),
     "minimax-m2": dict(EXPERTS, heads=4, kv=2, head=16, qk_norm="row", base=5e6, rotated=8, router_bias=True,
                        keys={"expert_feed_forward_length": 16, "expert_gating_func": 2}),
+    # Scores grow from position 32 on.
+    "mistral3": dict(head=24, base=1e6, keys=YARN | {"rope.scaling.original_context_length": 32, "rope.scaling.yarn_beta_fast": 32.0,
+                                                     "rope.scaling.yarn_beta_slow": 1.0, "rope.scaling.yarn_log_multiplier": 1.0,
+                                                     "attention.temperature_scale": 0.1}),
     "modern-bert": dict(MODERN_BERT),
     "modern-bert-silu": dict(MODERN_BERT, keys=MODERN_BERT["keys"] | {"hidden_activation": "silu"}),
     "mpt": dict(dim=48, heads=6, kv=6, norm="layer", norm_bias=False, fused_qkv=True, ffn="plain", tied=True, base=None,
@@ -324,11 +332,11 @@ def model(name, arch=None, dim=32, heads=2, kv=1, head=None, hidden=48, layers=2
           tied=False, output_bias=False, positions=False, rotated=None, base=10000.0, rope_factors=False, mixers=None, gated=False,
           last_norm="output_norm", windowed=None, window_head=None, layer_inputs=0, shared_kv=0, dense=0, router_bias=False,
           sub_norms=False, bare_norms=False, expert_gates=True, alternating=False, long_rope=False,
-          used=2, beside=False, altup=False, eps=1e-5, embd_norm=False, first_norm=True, pooled=None, types=0, down_bias=False, keys={}):
+          used=2, beside=False, altup=False, eps=1e-5, embd_norm=False, first_norm=True, pooled=None, types=0, down_bias=False, context=CONTEXT, keys={}):
     """The file of a family's row."""
     arch_name = arch or name
     file = File(name, arch_name)
-    for key, value in dict(vocab_size=VOCAB, context_length=CONTEXT, embedding_length=dim, block_count=layers,
+    for key, value in dict(vocab_size=VOCAB, context_length=context, embedding_length=dim, block_count=layers,
                            feed_forward_length=hidden).items():
         file.key(key, value)
     file.key("attention.head_count", heads)
@@ -562,18 +570,19 @@ def main():
         folder = OUT / row.pop("folder", "encoders" if vectors else "families")
         folder.mkdir(exist_ok=True)
         path = folder / f"{name}.gguf"
+        count, kept = row.pop("tokens", TOKENS), row.pop("kept", POSITIONS)
         model(name, **row).write(path)
-        tokens = np.random.default_rng(list(name.encode())).integers(VOCAB, size=TOKENS).tolist()
+        tokens = np.random.default_rng(list(name.encode())).integers(VOCAB, size=count).tolist()
         with tempfile.NamedTemporaryFile() as out:
             command = [args.logits, *(["--vectors"] if vectors else []), path, out.name, *map(str, tokens)]
             subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
-            logits = np.fromfile(out.name, np.float32).reshape(TOKENS, -1)[POSITIONS]
+            logits = np.fromfile(out.name, np.float32).reshape(count, -1)[kept]
         assert np.isfinite(logits).all(), name
         result = "vectors" if vectors else "logits"
         logits.tofile(folder / f"{name}.{result}.f32")
         manifest = folder / "manifest.json"
         entries = {entry["model"]: entry for entry in json.loads(manifest.read_text())} if manifest.exists() else {}
-        entries[path.name] = dict(model=path.name, tokens=tokens, positions=POSITIONS,
+        entries[path.name] = dict(model=path.name, tokens=tokens, positions=kept,
                                   **{result: f"{name}.{result}.f32"}, shape=list(logits.shape))
         manifest.write_text("[\n" + ",\n".join(json.dumps(entries[name]) for name in sorted(entries)) + "\n]\n")
         print(f"{name}: {path.stat().st_size} bytes, {result} {logits.std():.3f}")

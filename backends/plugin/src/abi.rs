@@ -123,8 +123,9 @@ pub struct HaliteState {
     pub name: *const c_char,
     /// HALITE_STATE_CACHE, HALITE_STATE_RECURRENT or HALITE_STATE_LATENT.
     pub kind: u32,
-    /// 0.
-    pub reserved: u32,
+    /// Whether windows lie side by side, the first at position 0: a token sees its own window up to its own position, and
+    /// nothing of those before.
+    pub aligned: u32,
 }
 /// A KV cache.
 pub const HALITE_STATE_CACHE: u32 = 0;
@@ -340,6 +341,14 @@ pub struct HaliteAttend {
     /// For each head a factor on the distance between the token's position and that of the key, which is taken off the score after
     /// the soft-cap; or NULL.
     pub slopes: *const f32,
+    /// Factors on the scale by the token's position, or NULL: number `(position + growth_ahead) / growth_period`, and the last one
+    /// beyond.
+    pub growth: *const f32,
+    pub growth_count: u32,
+    pub growth_period: u32,
+    pub growth_ahead: u32,
+    /// 0.
+    pub reserved: u32,
 }
 
 /// `out = act(gate) * up`.
