@@ -105,6 +105,9 @@
 // `gate`.
 #define HALITE_GATE_IDENTITY 6
 
+// `(1 + erf(gate / sqrt(2))) / 2`, the normal distribution function.
+#define HALITE_GATE_NORMAL 7
+
 // Pairs are `(2i, 2i + 1)`.
 #define HALITE_ROPE_ADJACENT 0
 

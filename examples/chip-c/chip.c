@@ -517,6 +517,7 @@ static float apply_gate(const HaliteGate *act, float gate, float up) {
     case HALITE_GATE_RELU: return relu(gate) * up;
     case HALITE_GATE_SIGMOID: return sigmoid(gate) * up;
     case HALITE_GATE_IDENTITY: return gate * up;
+    case HALITE_GATE_NORMAL: return (0.5f * erff(gate * 0.70710678f) + 0.5f) * up;
     default: /* HALITE_GATE_SILU_CLAMPED */ return silu_clamped(gate, up, act->alpha, act->limit);
     }
 }

@@ -225,6 +225,7 @@ pub(crate) fn gate(f: Gate, g: f32, up: f32) -> f32 {
         Gate::Relu => unary(Unary::Relu, g) * up,
         Gate::Sigmoid => scalar!(sigmoid(g)) * up,
         Gate::Identity => g * up,
+        Gate::Normal => fma(0.5, scalar!(erf(g * std::f32::consts::FRAC_1_SQRT_2)), 0.5) * up,
         Gate::SiluClamped { alpha, limit } => {
             let g = if g > limit { limit } else { g };
             let up = if up > limit { limit } else { up };

@@ -794,13 +794,14 @@ fn edges() -> Vec<Case> {
 }
 
 /// All gates.
-const GATES: [Gate; 7] = [
+const GATES: [Gate; 8] = [
     Gate::Silu,
     Gate::Gelu,
     Gate::GeluErf,
     Gate::Relu,
     Gate::Sigmoid,
     Gate::Identity,
+    Gate::Normal,
     Gate::SiluClamped { alpha: 1.702, limit: 1.5 },
 ];
 

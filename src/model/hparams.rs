@@ -85,6 +85,8 @@ pub struct Hparams {
     pub leading_dense_block_count: u32,
     /// Period of the layers with experts.
     pub interleave_moe_layer_step: Option<u32>,
+    /// Period of the layers with experts (Nomic).
+    pub moe_every_n_layers: Option<u32>,
     /// Experts that all tokens use; files store them as one.
     pub expert_shared_count: u32,
     /// Hidden elements of the expert that all tokens use.
@@ -455,6 +457,7 @@ impl Hparams {
             expert_shared_feed_forward_length,
             leading_dense_block_count: gguf.optional_u32(&key("leading_dense_block_count"))?.unwrap_or(0),
             interleave_moe_layer_step: gguf.optional_u32(&key("interleave_moe_layer_step"))?,
+            moe_every_n_layers: gguf.optional_u32(&key("moe_every_n_layers"))?.filter(|&period| period > 0),
             expert_shared_count: gguf.optional_u32(&key("expert_shared_count"))?.unwrap_or(0),
             expert_gating_func,
             expert_weights_norm: gguf.optional_bool(&key("expert_weights_norm"))?,

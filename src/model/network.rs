@@ -1007,6 +1007,12 @@ impl<'n, 'b> Network<'n, 'b> {
         self.add("ffn_shared", y, shared)
     }
 
+    /// A mixture of experts without gates, with GELU (Nomic).
+    pub fn gelu_experts(&mut self, x: TensorId) -> TensorId {
+        // GELU is the normal distribution function as a gate on itself.
+        self.experts_with_gate("ffn_up_exps", x, x, Gating::Softmax, false, Gate::Normal)
+    }
+
     fn expert_weights<const N: usize>(
         &mut self,
         experts: u32,

@@ -95,6 +95,8 @@ JINA_BERT = dict(vectors=True, heads=4, kv=4, norm="layer", norms=("attn_output_
                  qkv_bias=True, out_bias=True, down_bias=True, types=2, tied=True, base=None,
                  keys={"attention.causal": False, "pooling_type": 1})
 
+ROTARY_BERT = dict(JINA_BERT | dict(base=1e4, ffn="plain", ffn_bias=True))
+
 FAMILIES = {
     "arcee": dict(head=16, ffn="plain", keys=YARN),
     "bitnet": dict(tied=True, sub_norms=True),
@@ -212,6 +214,7 @@ FAMILIES = {
     "jina-bert-v2-gate": dict(JINA_BERT, arch="jina-bert-v2"),
     "jina-bert-v2-code": dict(JINA_BERT, arch="jina-bert-v2", ffn="fused", qk_norm="row",
                               norms=JINA_BERT["norms"] + ("attn_norm_2",)),
+    "jina-bert-v3": dict(ROTARY_BERT | dict(layers=3, types=1)),
     "lfm2": dict(dim=64, heads=4, kv=[0, 0, 2, 0], layers=4, mixers=["short_conv", "short_conv", "attention", "short_conv"],
                  qk_norm="head", base=1e6, tied=True, last_norm="token_embd_norm", keys={"shortconv.l_cache": 3}),
     "lfm2moe": dict(EXPERTS | dict(hidden=80), dim=64, heads=4, kv=[0, 2, 0], layers=3, mixers=["short_conv", "attention", "short_conv"], dense=1,
@@ -235,6 +238,8 @@ FAMILIES = {
         "attention.q_lora_rank": 20, "attention.kv_lora_rank": 32, "attention.key_length": 24}),
     "minimax-m2": dict(EXPERTS, heads=4, kv=2, head=16, qk_norm="row", base=5e6, rotated=8, router_bias=True,
                        keys={"expert_feed_forward_length": 16, "expert_gating_func": 2}),
+    "nomic-bert-moe": dict(ROTARY_BERT | dict(ffn="experts", dense=[0, 2], expert_gates=False, layers=4, types=1, keys=ROTARY_BERT["keys"] | {
+        "moe_every_n_layers": 2})),
     # Scores grow from position 32 on.
     "mistral3": dict(head=24, base=1e6, keys=YARN | {"rope.scaling.original_context_length": 32, "rope.scaling.yarn_beta_fast": 32.0,
                                                      "rope.scaling.yarn_beta_slow": 1.0, "rope.scaling.yarn_log_multiplier": 1.0,
@@ -483,7 +488,7 @@ def model(name, arch=None, dim=32, heads=2, kv=1, head=None, hidden=48, layers=2
                 file.linear(at + "ffn_up_exps", cols, inner, experts)
             file.linear(at + "ffn_down_exps", inner, cols, experts)
         else:
-            if ffn in ("gated", "experts"):
+            if ffn == "gated" or ffn == "experts" and expert_gates:
                 file.linear(at + "ffn_gate", dim, inner, bias=ffn_bias)
             file.linear(at + "ffn_up", dim, 2 * inner if ffn == "fused" else inner, bias=ffn_bias)
             file.linear(at + "ffn_down", inner, dim, bias=ffn_bias or down_bias)

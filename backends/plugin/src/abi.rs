@@ -154,6 +154,8 @@ pub const HALITE_GATE_SILU_CLAMPED: u32 = 4;
 pub const HALITE_GATE_SIGMOID: u32 = 5;
 /// `gate`.
 pub const HALITE_GATE_IDENTITY: u32 = 6;
+/// `(1 + erf(gate / sqrt(2))) / 2`, the normal distribution function.
+pub const HALITE_GATE_NORMAL: u32 = 7;
 
 #[repr(C)]
 #[derive(Clone, Copy)]

@@ -215,6 +215,7 @@ fn gate(act: Gate) -> Result<HaliteGate, NotInAbi> {
         Gate::Relu => (HALITE_GATE_RELU, 0.0, 0.0),
         Gate::Sigmoid => (HALITE_GATE_SIGMOID, 0.0, 0.0),
         Gate::Identity => (HALITE_GATE_IDENTITY, 0.0, 0.0),
+        Gate::Normal => (HALITE_GATE_NORMAL, 0.0, 0.0),
         Gate::SiluClamped { alpha, limit } => (HALITE_GATE_SILU_CLAMPED, alpha, limit),
         other => return Err(NotInAbi(format!("the gate {other:?}"))),
     };
