@@ -608,15 +608,16 @@ typedef struct HaliteConv {
 
 // A linear recurrence, token by token. For each head, with a recurrent state S of `key_dim` by `value_dim` and
 // `rate = softplus(decay)`: `S = exp(a * rate) * S`, then `S = S + k u^T` with the update u of the rule, then the result of the rule.
+// Each row of S has a decay or an `a` of its own where these tensors have `heads * key_dim` columns.
 typedef struct HaliteRecur {
   // `[tokens, key_heads * key_dim]`; so is `k`.
   uint32_t q;
   uint32_t k;
   // `[tokens, heads * value_dim]`.
   uint32_t v;
-  // `[tokens, heads]`.
+  // `[tokens, heads]`, or with the delta rules `[tokens, heads * key_dim]`.
   uint32_t decay;
-  // `[1, heads]`.
+  // `[1, heads]` or `[1, heads * key_dim]`.
   uint32_t a;
   // HALITE_RULE_DELTA, HALITE_RULE_SCAN or HALITE_RULE_DELTA_OF_NEIGHBOURS.
   uint32_t rule;

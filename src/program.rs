@@ -522,7 +522,7 @@ pub enum Op<T = TensorId, S = StateId> {
         out: T,
     },
     /// A linear recurrence, token by token. For each head, with a state `S` of `key_dim` by `value_dim` and
-    /// `rate = softplus(decay)`: `S ← exp(a · rate) · S`, then `S ← S + k uᵀ` with the update `u` of the rule, then `out` of
+    /// `rate = softplus(decay)`: `S ← exp(a · rate) · S`, where each row of `S` may have a decay or an `a` of its own, then `S ← S + k uᵀ` with the update `u` of the rule, then `out` of
     /// the rule.
     Recur {
         /// `[tokens, key_heads * key_dim]`.
@@ -531,9 +531,9 @@ pub enum Op<T = TensorId, S = StateId> {
         k: T,
         /// `[tokens, heads * value_dim]`.
         v: T,
-        /// `[tokens, heads]`.
+        /// `[tokens, heads]`, or with the delta rule `[tokens, heads * key_dim]` (Kimi Team 2025).
         decay: T,
-        /// `[1, heads]`.
+        /// `[1, heads]` or `[1, heads * key_dim]` (Gu & Dao 2023).
         a: T,
         /// What a token adds to the state, and what its result is.
         rule: Rule<T>,

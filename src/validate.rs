@@ -351,12 +351,20 @@ impl Check<'_> {
                 self.is(*q, Dim::Tokens, keys)?;
                 self.is(*k, Dim::Tokens, keys)?;
                 self.is(*v, Dim::Tokens, heads.saturating_mul(s.value_dim))?;
-                self.is(*decay, Dim::Tokens, heads)?;
+                // One for each head, or for each row of its state.
+                let rows = heads.saturating_mul(s.key_dim);
+                let one_or_all = |cols: u32| if cols == rows { rows } else { heads };
                 match rule {
-                    Rule::Delta { beta, .. } => self.is(*beta, Dim::Tokens, heads)?,
-                    Rule::Scan { d } => self.weight(*d, 1, 1, heads, true)?,
+                    Rule::Delta { beta, .. } => {
+                        self.is(*beta, Dim::Tokens, heads)?;
+                        self.is(*decay, Dim::Tokens, one_or_all(t(*decay).cols))?;
+                    }
+                    Rule::Scan { d } => {
+                        self.weight(*d, 1, 1, heads, true)?;
+                        self.is(*decay, Dim::Tokens, heads)?;
+                    }
                 }
-                self.weight(*a, 1, 1, heads, true)?;
+                self.weight(*a, 1, 1, one_or_all(t(*a).cols), true)?;
                 self.recurrent(*state, heads, s.key_dim, s.value_dim)?;
                 self.like(*out, *v)
             }

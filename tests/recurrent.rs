@@ -12,9 +12,9 @@ use halite_testing::golden;
 
 const VOCAB: usize = 160;
 
-/// A short convolution, and the delta rule beside attention.
-fn models() -> [Arc<Model>; 2] {
-    ["lfm2", "qwen35"]
+/// A short convolution, and the delta rule beside attention, with decays of heads and of rows.
+fn models() -> [Arc<Model>; 3] {
+    ["lfm2", "qwen35", "kimi-linear"]
         .map(|name| Arc::new(Model::open(golden::committed().join(format!("families/{name}.gguf"))).unwrap()))
 }
 

@@ -241,7 +241,7 @@ static void check_state(Check *check, uint32_t number) {
 }
 
 static void check_gate(Check *check, const HaliteGate *act) {
-    check_number(check, "gate", act->kind, HALITE_GATE_IDENTITY);
+    check_number(check, "gate", act->kind, HALITE_GATE_NORMAL);
 }
 
 static void check_pairing(Check *check, const HaliteRotation *rotation) {
@@ -1064,14 +1064,16 @@ static void recur_head(const Run *run, const HaliteRecur *op, uint32_t t, uint32
     int is_delta = op->rule != HALITE_RULE_SCAN, alternate = op->rule == HALITE_RULE_DELTA;
     uint32_t key = (alternate ? head % key_heads : head * key_heads / heads) * key_dim;
     const float *q = row_of(find(run, op->q), t), *k = row_of(find(run, op->k), t);
+    /* Of each head: one, or one for each row of its state. */
+    uint32_t rates = find(run, op->decay).cols / heads, factors = find(run, op->a).cols / heads;
     const float *v = row_of(find(run, op->v), t), *decay = row_of(find(run, op->decay), t);
     const float *a = row_of(find(run, op->a), 0);
     float *out = row_of(find(run, op->out), t);
-    float rate = softplus(decay[head]), kept = expf(a[head] * rate);
+    float rate = softplus(decay[head * rates]);
     for (uint32_t j = 0; j < value_dim; j++) {
         float known = 0, value = v[head * value_dim + j], *result = &out[head * value_dim + j];
         for (uint32_t i = 0; i < key_dim; i++) {
-            s[i * value_dim + j] *= kept;
+            s[i * value_dim + j] *= expf(a[head * factors + i % factors] * softplus(decay[head * rates + i % rates]));
             known += s[i * value_dim + j] * k[key + i];
         }
         if (is_delta) {

@@ -110,10 +110,12 @@ pub struct Recur<'a> {
     pub key_dim: usize,
     /// `[tokens][heads * value_dim]`: values of the step.
     pub v: &'a [f32],
-    /// `[tokens][heads]`: what decay is computed from.
+    /// `[tokens][heads][rates]`: what decay is computed from.
     pub decay: &'a [f32],
-    /// The head's factor of the decay.
-    pub a: f32,
+    /// Decays of a head: 1, or with the delta rule `key_dim`, one for each row of the state.
+    pub rates: usize,
+    /// The head's factors of the decay: 1, or `key_dim`.
+    pub a: &'a [f32],
     /// The rule.
     pub rule: Rule<'a>,
     /// Heads of values.
@@ -173,6 +175,15 @@ impl WithIsa for Conv<'_> {
     }
 }
 
+/// Sixteen elements from `first` on, and zeros behind the end.
+#[inline(always)]
+fn sixteen<I: Isa>(isa: I, x: &[f32], first: usize) -> I::F {
+    let mut all = [0.0; 16];
+    let x = &x[first..x.len().min(first + 16)];
+    all[..x.len()].copy_from_slice(x);
+    isa.load(&all)
+}
+
 /// Columns of a state that are computed together: they stay in the first-level cache over all tokens.
 const COLUMNS: usize = 64;
 const VECTORS: usize = COLUMNS / 16;
@@ -184,6 +195,8 @@ impl WithIsa for Recur<'_> {
         let (key_dim, value_dim) = (self.key_dim.min(MAX_KEY), self.out.cols());
         let mut rows = [[[0.0; 16]; VECTORS]; MAX_KEY];
         let rows = &mut rows[..key_dim];
+        // What remains of each row of the state.
+        let mut kept = [[1.0; 16]; MAX_KEY / 16];
         for first in (0..value_dim).step_by(COLUMNS) {
             let len = (value_dim - first).min(COLUMNS);
             for (i, row) in rows.iter_mut().enumerate() {
@@ -197,17 +210,36 @@ impl WithIsa for Recur<'_> {
                 );
                 let mut v = [[0.0; 16]; VECTORS];
                 v.as_flattened_mut()[..len].copy_from_slice(&self.v[at * value_dim + first..][..len]);
-                let rate = math::softplus(isa, isa.splat(self.decay[at]));
-                let decay = math::exp(isa, isa.mul(isa.splat(self.a), rate));
+                let decay = &self.decay[at * self.rates..][..self.rates];
+                let rate = math::softplus(isa, isa.splat(decay[0]));
+                if let (&[_], &[a]) = (decay, self.a) {
+                    let all = math::exp(isa, isa.mul(isa.splat(a), rate));
+                    for kept in &mut kept[..key_dim.div_ceil(16)] {
+                        isa.store(all, kept);
+                    }
+                } else {
+                    for (n, kept) in kept[..key_dim.div_ceil(16)].iter_mut().enumerate() {
+                        let rate = match decay {
+                            [_] => rate,
+                            _ => math::softplus(isa, sixteen(isa, decay, 16 * n)),
+                        };
+                        let a = match self.a {
+                            &[a] => isa.splat(a),
+                            all => sixteen(isa, all, 16 * n),
+                        };
+                        isa.store(math::exp(isa, isa.mul(a, rate)), kept);
+                    }
+                }
+                let kept = kept.as_flattened();
 
                 let mut known = [isa.splat(0.0); VECTORS];
                 let mut update = known;
                 match self.rule {
                     Rule::Delta { beta, .. } => {
-                        for (row, &k) in rows.iter_mut().zip(k) {
-                            let k = isa.splat(k);
+                        for ((row, &k), &kept) in rows.iter_mut().zip(k).zip(kept) {
+                            let (k, kept) = (isa.splat(k), isa.splat(kept));
                             for n in 0..VECTORS {
-                                let s = isa.mul(decay, isa.load(&row[n]));
+                                let s = isa.mul(kept, isa.load(&row[n]));
                                 isa.store(s, &mut row[n]);
                                 known[n] = isa.fma(s, k, known[n]);
                             }
@@ -224,12 +256,13 @@ impl WithIsa for Recur<'_> {
                     }
                 }
                 // The delta rule has applied it.
-                let decay = if matches!(self.rule, Rule::Delta { .. }) { isa.splat(1.0) } else { decay };
+                let is_kept = matches!(self.rule, Rule::Delta { .. });
                 let mut out = [isa.splat(0.0); VECTORS];
-                for ((row, &k), &q) in rows.iter_mut().zip(k).zip(q) {
+                for (((row, &k), &q), &kept) in rows.iter_mut().zip(k).zip(q).zip(kept) {
                     let (k, q) = (isa.splat(k), isa.splat(q));
+                    let kept = isa.splat(if is_kept { 1.0 } else { kept });
                     for n in 0..VECTORS {
-                        let s = isa.fma(k, update[n], isa.mul(decay, isa.load(&row[n])));
+                        let s = isa.fma(k, update[n], isa.mul(kept, isa.load(&row[n])));
                         isa.store(s, &mut row[n]);
                         out[n] = isa.fma(s, q, out[n]);
                     }

@@ -1237,6 +1237,7 @@ impl Kernels for CpuKernels {
             Op::Recur { q, k, v, decay, a, rule, state, out } => {
                 let PageShape { kv_heads: heads, key_dim, value_dim, .. } = state.shape;
                 let (key_width, group, cols) = (k.cols, state.group, out.cols);
+                let (rates, factors) = (decay.cols / heads, a.cols / heads);
                 let [q, k, v, decay, a] = [q, k, v, decay, a].map(|x| x.floats());
                 // A rule that threads can share.
                 let rule = match rule {
@@ -1260,7 +1261,7 @@ impl Kernels for CpuKernels {
                                     Rule::Delta { beta, scale, .. } => recurrent::Rule::Delta { beta, scale },
                                     Rule::Scan { d } => recurrent::Rule::Scan { d: d[head] },
                                 };
-                                let (a, tokens) = (a[head], tokens.clone());
+                                let (a, tokens) = (&a[head * factors..][..factors], tokens.clone());
                                 let out = out.columns(i * value_dim..(i + 1) * value_dim);
                                 isa.run(recurrent::Recur {
                                     q,
@@ -1270,6 +1271,7 @@ impl Kernels for CpuKernels {
                                     key_dim,
                                     v,
                                     decay,
+                                    rates,
                                     a,
                                     rule,
                                     heads,

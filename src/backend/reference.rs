@@ -696,6 +696,8 @@ impl Kernels for Definitions {
             Op::Recur { q, k, v, decay, a, rule, state, out } => {
                 let PageShape { kv_heads: heads, key_dim, value_dim, .. } = state.shape;
                 let (keys, group, cols) = (k.cols, state.group, out.cols);
+                // Of each head: one, or one for each row of its state.
+                let (rates, factors) = (decay.cols / heads, a.cols / heads);
                 let [q, k, v, decay, a] = [q, k, v, decay, a].map(|x| x.floats());
                 let (mut states, mut out) = (state.rows_mut(), PanelMut::new(out.floats_mut(), cols));
                 recur(step, group, &mut states, &mut |t, states| {
@@ -703,9 +705,11 @@ impl Kernels for Definitions {
                         let key = rule.key_head(h, heads, keys / key_dim) * key_dim;
                         let [q, k] = [q, k].map(|x| &x[t * keys + key..][..key_dim]);
                         let v = &v[(t * heads + h) * value_dim..][..value_dim];
-                        let rate = scalar!(softplus(decay[t * heads + h]));
-                        let kept = scalar!(exp(a[h] * rate));
-                        s.iter_mut().for_each(|s| *s *= kept);
+                        let rate = |i: usize| scalar!(softplus(decay[(t * heads + h) * rates + i % rates]));
+                        for (i, s) in s.chunks_exact_mut(value_dim).enumerate() {
+                            let kept = scalar!(exp(a[h * factors + i % factors] * rate(i)));
+                            s.iter_mut().for_each(|s| *s *= kept);
+                        }
                         for (j, &v) in v.iter().enumerate() {
                             let update = match rule {
                                 Rule::Delta { beta, .. } => {
@@ -713,7 +717,7 @@ impl Kernels for Definitions {
                                         (0..key_dim).fold(0.0, |sum, i| fma(s[i * value_dim + j], k[i], sum));
                                     scalar!(sigmoid(beta.floats()[t * heads + h])) * (v - known)
                                 }
-                                Rule::Scan { .. } => rate * v,
+                                Rule::Scan { .. } => rate(0) * v,
                             };
                             let mut sum = 0.0;
                             for i in 0..key_dim {

@@ -589,11 +589,18 @@ fn recurrences(cases: &mut Cases) {
         });
     }
     for (heads, key_heads, key_dim, value_dim) in [(4, 2, 16, 24), (2, 2, 128, 128), (3, 1, 40, 72)] {
-        for (rule, delta, neighbours) in
-            [("Delta", true, false), ("Delta of neighbours", true, true), ("Scan", false, false)]
-        {
+        // Decays and factors of heads, or of each row of their states.
+        for (rule, delta, neighbours, rates, factors) in [
+            ("Delta", true, false, 1, 1),
+            ("Delta of neighbours", true, true, 1, 1),
+            ("Scan", false, false, 1, 1),
+            ("Delta by row", true, true, key_dim, 1),
+            ("Delta by row twice", true, false, key_dim, key_dim),
+            ("Scan by row", false, false, 1, key_dim),
+        ] {
             let name = format!("Recur {rule} {heads}/{key_heads}x{key_dim}/{value_dim}");
-            let weights = ["a", "d"].map(|name| (name, Format::F32, vec![u64::from(heads)]));
+            let weights = [("a", heads * factors), ("d", heads)];
+            let weights = weights.map(|(name, len)| (name, Format::F32, vec![u64::from(len)]));
             cases.add(name, &weights[..2 - usize::from(delta)], &RECURRENCES, ATTEND_BOUND, |b| {
                 let [q, k] = ["q", "k"].map(|name| {
                     let x = b.input(name, Dim::Tokens, key_heads * key_dim);
@@ -603,14 +610,14 @@ fn recurrences(cases: &mut Cases) {
                 let k = b.unary("k unit", k, Unary::Scale(1.0 / (key_dim as f32).sqrt()));
                 let v = b.input("v", Dim::Tokens, heads * value_dim);
                 // A state that grows would hide all differences but those of its largest elements.
-                let decay = b.input("decay", Dim::Tokens, heads);
+                let decay = b.input("decay", Dim::Tokens, heads * rates);
                 let decay = shifted(b, decay, -4.0);
                 let rule = if delta {
                     Rule::Delta { beta: b.input("beta", Dim::Tokens, heads), scale: 0.1, neighbours }
                 } else {
                     Rule::Scan { d: b.weight("d", 1, heads) }
                 };
-                let a = b.weight("a", 1, heads);
+                let a = b.weight("a", 1, heads * factors);
                 let state = b.state(State::recurrent("kept", heads, key_dim, value_dim));
                 let y = b.recur([q, k, v], decay, a, rule, state);
                 b.output(y);

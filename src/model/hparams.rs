@@ -134,6 +134,8 @@ pub struct Hparams {
     pub ssm_time_step_rank: Option<u32>,
     /// Heads of a recurrent layer's keys.
     pub ssm_group_count: Option<u32>,
+    /// Elements of a head's key and value in layers of Kimi Delta Attention.
+    pub kda_head_dim: Option<u32>,
     /// Pooling of token vectors.
     pub pooling_type: Option<Pooling>,
     /// Labels that a classification head scores.
@@ -488,6 +490,7 @@ impl Hparams {
             ssm_state_size: size("ssm.state_size")?,
             ssm_time_step_rank: size("ssm.time_step_rank")?,
             ssm_group_count: size("ssm.group_count")?,
+            kda_head_dim: head_size("kda.head_dim")?,
             pooling_type: pooling_type(gguf, &architecture)?,
             label_count: ranged("classifier.output_labels", labels, MAX_EXTENT)?,
             token_type_count: gguf.optional_u32("tokenizer.ggml.token_type_count")?,

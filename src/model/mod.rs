@@ -23,6 +23,7 @@ mod gptneox;
 mod granite;
 mod hparams;
 mod hunyuan;
+mod kimi_linear;
 mod lfm2;
 mod llama;
 mod llama4;
@@ -107,6 +108,7 @@ const FAMILIES: &[(&str, Record)] = &[
     ("jais2", nemotron::record),
     ("jina-bert-v2", bert::record_jina),
     ("jina-bert-v3", bert::record_jina_3),
+    ("kimi-linear", kimi_linear::record),
     ("lfm2", lfm2::record),
     ("lfm2moe", lfm2::record),
     ("llama", llama::record),

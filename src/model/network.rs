@@ -430,7 +430,7 @@ impl<'n, 'b> Network<'n, 'b> {
     /// same rotated elements. Older files have one matrix for these products, and the cache keeps what they give. Where a file has
     /// a matrix of each head for its keys and one for its values, the cache keeps the latent vector: queries are multiplied with
     /// the one, results with the other.
-    pub fn latent_attention(&mut self, x: TensorId, rope: &Rotation, scale: f32) -> TensorId {
+    pub fn latent_attention(&mut self, x: TensorId, rope: Option<&Rotation>, scale: f32) -> TensorId {
         let h = self.h;
         let rank = self.required("attention.kv_lora_rank", h.kv_lora_rank);
         let heads = Hparams::at(&h.head_count, self.layer);
@@ -448,7 +448,8 @@ impl<'n, 'b> Network<'n, 'b> {
             return x;
         }
         let plain = key - turned;
-        let rope = Rotation { head_dim: turned, ..rope.clone() };
+        let rope = rope.map(|rope| Rotation { head_dim: turned, ..rope.clone() });
+        let turn = |n: &mut Self, name, x| rope.as_ref().map_or(x, |rope| n.b.rope(name, x, rope));
         let q = if self.has("attn_q_a.weight") {
             let q_rank = self.required("attention.q_lora_rank", h.q_lora_rank);
             let q = self.linear("q_latent", "attn_q_a", x, q_rank);
@@ -459,9 +460,9 @@ impl<'n, 'b> Network<'n, 'b> {
         };
         let [latent, k] = self.fused_linear("attn_kv_a_mqa", x, [("kv_latent", rank), ("k", turned)]);
         let latent = self.norm_as("kv_norm", "attn_kv_a_norm", latent);
-        let k = self.b.rope("k_rope", k, &rope);
+        let k = turn(self, "k_rope", k);
         let q_turned = self.b.slice("q_turned", q, key, plain, turned);
-        let q_turned = self.b.rope("q_rope", q_turned, &rope);
+        let q_turned = turn(self, "q_rope", q_turned);
         let q_plain = self.b.slice("q_plain", q, key, 0, plain);
         let (name, prefix) = (format!("kv.{}", self.layer), self.prefix.clone());
         let attended = if absorbed {
@@ -714,12 +715,7 @@ impl<'n, 'b> Network<'n, 'b> {
             [beta, self.b.linear("decay", x, weight, Some(bias))]
         };
         let [q, k, v] = self.convolved(parts, projected, taps);
-        // The root of the mean square is the length over the root of the number of elements.
-        let mut unit = |name: &str, x: TensorId| {
-            self.b.norm(name, x, NormKind::Rms, None, None, self.norm_eps / key_dim as f32, key_dim)
-        };
-        let (q, k) = (unit("q_norm", q), unit("k_norm", k));
-        let k = self.scale("k_unit", k, 1.0 / (key_dim as f32).sqrt());
+        let (q, k) = self.unit_queries_and_keys(q, k, key_dim);
         let a = self.weight("ssm_a", 1, heads);
         let state =
             self.b.state(State::recurrent(format!("delta.{}", self.layer), heads, key_dim, value_dim));
@@ -729,6 +725,60 @@ impl<'n, 'b> Network<'n, 'b> {
         let y = self.norm_over("ssm_norm", "ssm_norm", y, value_dim);
         let y = self.b.glu(gate, y, Gate::Silu);
         self.linear("ssm_out", "ssm_out", y, h.embedding_length)
+    }
+
+    /// A layer of Kimi Delta Attention (Kimi Team 2025): the gated delta rule whose states decay row by row. Decays and the gate of
+    /// the results are products of low rank.
+    pub fn kimi_delta_attention(&mut self, x: TensorId) -> TensorId {
+        let h = self.h;
+        let taps = self.required("ssm.conv_kernel", h.ssm_conv_kernel);
+        let dim = self.required("kda.head_dim", h.kda_head_dim).max(1);
+        let heads = Hparams::at(&h.head_count, self.layer);
+        let inner = heads.saturating_mul(dim);
+        if inner == 0 || inner > MAX_EXTENT {
+            self.b.fail(format!(
+                "layer {}: {heads} heads of {dim} elements: expected 1 to {MAX_EXTENT} elements in all",
+                self.layer
+            ));
+            return x;
+        }
+        let [q, k, v] = ["q", "k", "v"].map(|part| {
+            let y = self.linear(part, &format!("attn_{part}"), x, inner);
+            // A matrix of one row for each channel.
+            let weight =
+                self.b.stacked(&format!("{}ssm_conv1d_{part}.weight", self.prefix), inner, 0..inner, 1, taps);
+            let state = format!("conv_{part}.{}", self.layer);
+            let state = self.b.state(State::recurrent(state, inner, 1, taps.saturating_sub(1)));
+            let y = self.b.conv(&format!("{part}_conv"), y, weight, None, state);
+            self.b.unary(&format!("{part}_silu"), y, Unary::Silu)
+        });
+        let low_rank = |n: &mut Self, name: &str, bias: Option<TensorId>| {
+            let y = n.linear(&format!("{name}_low"), &format!("ssm_{name}_a"), x, dim);
+            let weight = n.weight(&format!("ssm_{name}_b.weight"), inner, dim);
+            n.b.linear(name, y, weight, bias)
+        };
+        let bias = self.weight("ssm_dt.bias", 1, inner);
+        let decay = low_rank(self, "f", Some(bias));
+        let beta = self.linear("beta", "ssm_beta", x, heads);
+        let (q, k) = self.unit_queries_and_keys(q, k, dim);
+        let a = self.b.flat(&format!("{}ssm_a", self.prefix), heads, 1);
+        let state = self.b.state(State::recurrent(format!("delta.{}", self.layer), heads, dim, dim));
+        let rule = Rule::Delta { beta, scale: 1.0 / dim as f32, neighbours: false };
+        let y = self.b.recur([q, k, v], decay, a, rule, state);
+        let y = self.norm_over("ssm_norm", "ssm_norm", y, dim);
+        let gate = low_rank(self, "g", None);
+        let y = self.b.glu(gate, y, Gate::Sigmoid);
+        self.linear("attn_output", "attn_output", y, h.embedding_length)
+    }
+
+    /// Queries and keys of the delta rule: keys have length 1. Queries are longer, by the root of the number of elements.
+    fn unit_queries_and_keys(&mut self, q: TensorId, k: TensorId, key_dim: u32) -> (TensorId, TensorId) {
+        // The root of the mean square is the length over the root of the number of elements.
+        let mut unit = |name: &str, x: TensorId| {
+            self.b.norm(name, x, NormKind::Rms, None, None, self.norm_eps / key_dim as f32, key_dim)
+        };
+        let (q, k) = (unit("q_norm", q), unit("k_norm", k));
+        (q, self.scale("k_unit", k, 1.0 / (key_dim as f32).sqrt()))
     }
 
     /// The parts of a row that alternate, group by group.

@@ -215,6 +215,9 @@ FAMILIES = {
     "jina-bert-v2-code": dict(JINA_BERT, arch="jina-bert-v2", ffn="fused", qk_norm="row",
                               norms=JINA_BERT["norms"] + ("attn_norm_2",)),
     "jina-bert-v3": dict(ROTARY_BERT | dict(layers=3, types=1)),
+    "kimi-linear": dict(LATENT, kv=[0, 0, 1], mixers=["kimi_delta", "kimi_delta", "latent"], shared=16, router_bias=True, base=None,
+                        keys=ABSORBED | {"expert_shared_count": 1, "ssm.conv_kernel": 4, "kda.head_dim": 16, "expert_gating_func": 2,
+                                         "expert_weights_scale": 2.446}),
     "lfm2": dict(dim=64, heads=4, kv=[0, 0, 2, 0], layers=4, mixers=["short_conv", "short_conv", "attention", "short_conv"],
                  qk_norm="head", base=1e6, tied=True, last_norm="token_embd_norm", keys={"shortconv.l_cache": 3}),
     "lfm2moe": dict(EXPERTS | dict(hidden=80), dim=64, heads=4, kv=[0, 2, 0], layers=3, mixers=["short_conv", "attention", "short_conv"], dense=1,
@@ -424,6 +427,8 @@ def model(name, arch=None, dim=32, heads=2, kv=1, head=None, hidden=48, layers=2
             delta_net(file, at, dim, keys)
         elif mixer == "mamba_2":
             mamba_2(file, at, dim, keys)
+        elif mixer == "kimi_delta":
+            kimi_delta(file, at, dim, heads, keys)
         elif mixer == "latent":
             latent(file, at, dim, heads, keys)
         elif mixer == "delta_net_of_neighbours":
@@ -548,6 +553,23 @@ def delta_net(file, at, dim, keys, neighbours=False, alternating=False):
         file.linear(at + "ssm_alpha", dim, heads)
     file.norm(at + "ssm_norm", inner // heads)
     file.linear(at + "ssm_out", inner, dim)
+
+
+def kimi_delta(file, at, dim, heads, keys):
+    length, taps = keys["kda.head_dim"], keys["ssm.conv_kernel"]
+    inner = heads * length
+    for part in "qkv":
+        file.linear(f"{at}attn_{part}", dim, inner)
+        file.tensor(f"{at}ssm_conv1d_{part}.weight", taps, 1, inner, 1, scale=0.5)
+    for part in "fg":
+        file.linear(f"{at}ssm_{part}_a", dim, length)
+        file.linear(f"{at}ssm_{part}_b", length, inner)
+    file.linear(at + "ssm_beta", dim, heads)
+    file.tensor(at + "ssm_dt.bias", inner, scale=0.5)
+    # Always negative, so that states decay.
+    file.writer.add_tensor(at + "ssm_a", -np.exp(file.random.standard_normal((1, 1, heads, 1))).astype(np.float32))
+    file.norm(at + "ssm_norm", length)
+    file.linear(at + "attn_output", inner, dim)
 
 
 def mamba_2(file, at, dim, keys):

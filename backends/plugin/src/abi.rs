@@ -486,6 +486,7 @@ pub struct HaliteConv {
 
 /// A linear recurrence, token by token. For each head, with a recurrent state S of `key_dim` by `value_dim` and
 /// `rate = softplus(decay)`: `S = exp(a * rate) * S`, then `S = S + k u^T` with the update u of the rule, then the result of the rule.
+/// Each row of S has a decay or an `a` of its own where these tensors have `heads * key_dim` columns.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct HaliteRecur {
@@ -494,9 +495,9 @@ pub struct HaliteRecur {
     pub k: u32,
     /// `[tokens, heads * value_dim]`.
     pub v: u32,
-    /// `[tokens, heads]`.
+    /// `[tokens, heads]`, or with the delta rules `[tokens, heads * key_dim]`.
     pub decay: u32,
-    /// `[1, heads]`.
+    /// `[1, heads]` or `[1, heads * key_dim]`.
     pub a: u32,
     /// HALITE_RULE_DELTA, HALITE_RULE_SCAN or HALITE_RULE_DELTA_OF_NEIGHBOURS.
     pub rule: u32,
