@@ -130,7 +130,85 @@ pub struct Recur<'a> {
     pub out: PanelMut<'a>,
 }
 
-kernels!(Conv<'_>, Recur<'_>);
+/// A kernel: the state-space scan of some heads of one value each, which share a query and a key, over the tokens of a stretch; see
+/// `Op::Recur` of the library.
+#[derive(Debug)]
+pub struct Channels<'a> {
+    /// `[tokens][key_dim]`: queries of the step.
+    pub q: &'a [f32],
+    /// `[tokens][key_dim]`: keys of the step.
+    pub k: &'a [f32],
+    /// Elements of a key, at most [`MAX_KEY`].
+    pub key_dim: usize,
+    /// `[tokens][heads]`: values of the step.
+    pub v: &'a [f32],
+    /// `[tokens][heads]`: what decay is computed from.
+    pub decay: &'a [f32],
+    /// `[heads][factors]`: factors of the decay.
+    pub a: &'a [f32],
+    /// Factors of a head: 1, or `key_dim`.
+    pub factors: usize,
+    /// `[heads]`: factors of the values that are added to the results.
+    pub d: &'a [f32],
+    /// All heads.
+    pub heads: usize,
+    /// The first head of these.
+    pub first: usize,
+    /// `[heads of out][key_dim]`: their states.
+    pub state: &'a mut [f32],
+    /// Tokens of the stretch: rows of the operands and of `out`.
+    pub tokens: Range<usize>,
+    /// The results of these heads.
+    pub out: PanelMut<'a>,
+}
+
+kernels!(Conv<'_>, Recur<'_>, Channels<'_>);
+
+impl WithIsa for Channels<'_> {
+    type Out = ();
+    #[inline(always)]
+    fn call<I: Isa>(mut self, isa: I) {
+        let key_dim = self.key_dim.min(MAX_KEY);
+        // A lane is a head.
+        let (mut rows, mut factors) = ([[0.0; 16]; MAX_KEY], [[0.0; 16]; MAX_KEY]);
+        let (rows, factors) = (&mut rows[..key_dim], &mut factors[..key_dim]);
+        for first in (0..self.out.cols()).step_by(16) {
+            let len = (self.out.cols() - first).min(16);
+            let head = self.first + first;
+            for i in 0..key_dim {
+                for lane in 0..len {
+                    rows[i][lane] = self.state[(first + lane) * key_dim + i];
+                    factors[i][lane] = self.a[(head + lane) * self.factors + i.min(self.factors - 1)];
+                }
+            }
+            let d = sixteen(isa, &self.d[..head + len], head);
+            for t in self.tokens.clone() {
+                let of_token = |x: &'_ [f32]| sixteen(isa, &x[t * self.heads..][..head + len], head);
+                let (v, rate) = (of_token(self.v), math::softplus(isa, of_token(self.decay)));
+                let update = isa.mul(rate, v);
+                let [q, k] = [self.q, self.k].map(
+                    #[inline(always)]
+                    |x| &x[t * key_dim..][..key_dim],
+                );
+                let mut out = isa.splat(0.0);
+                for i in 0..key_dim {
+                    let kept = math::exp(isa, isa.mul(isa.load(&factors[i]), rate));
+                    let s = isa.fma(isa.splat(k[i]), update, isa.mul(kept, isa.load(&rows[i])));
+                    isa.store(s, &mut rows[i]);
+                    out = isa.fma(s, isa.splat(q[i]), out);
+                }
+                let mut y = [0.0; 16];
+                isa.store(isa.fma(d, v, out), &mut y);
+                self.out.row(t)[first..][..len].copy_from_slice(&y[..len]);
+            }
+            for i in 0..key_dim {
+                for lane in 0..len {
+                    self.state[(first + lane) * key_dim + i] = rows[i][lane];
+                }
+            }
+        }
+    }
+}
 
 impl WithIsa for Conv<'_> {
     type Out = ();

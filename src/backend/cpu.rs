@@ -1254,6 +1254,26 @@ impl Kernels for CpuKernels {
                     &|first, [mut states, mut out]| {
                         step.stretches(group, |Stretch { from, to, tokens }| {
                             let states = entered(&mut states, from, to);
+                            // One value a head, and one key: vector lanes are heads.
+                            if let (Rule::Scan { d }, 1, true) = (rule, value_dim, key_width == key_dim) {
+                                let (state, out) = (states, out.reborrow());
+                                isa.run(recurrent::Channels {
+                                    q,
+                                    k,
+                                    key_dim,
+                                    v,
+                                    decay,
+                                    a,
+                                    factors,
+                                    d,
+                                    heads,
+                                    first,
+                                    state,
+                                    tokens,
+                                    out,
+                                });
+                                return;
+                            }
                             for (i, state) in states.chunks_exact_mut(size).enumerate() {
                                 let head = first + i;
                                 let key = rule.key_head(head, heads, key_width / key_dim) * key_dim;

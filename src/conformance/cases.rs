@@ -588,7 +588,9 @@ fn recurrences(cases: &mut Cases) {
             b.output(y);
         });
     }
-    for (heads, key_heads, key_dim, value_dim) in [(4, 2, 16, 24), (2, 2, 128, 128), (3, 1, 40, 72)] {
+    for (heads, key_heads, key_dim, value_dim) in
+        [(4, 2, 16, 24), (2, 2, 128, 128), (3, 1, 40, 72), (70, 1, 16, 1), (6, 2, 5, 1)]
+    {
         // Decays and factors of heads, or of each row of their states.
         for (rule, delta, neighbours, rates, factors) in [
             ("Delta", true, false, 1, 1),

@@ -134,6 +134,8 @@ pub struct Hparams {
     pub ssm_time_step_rank: Option<u32>,
     /// Heads of a recurrent layer's keys.
     pub ssm_group_count: Option<u32>,
+    /// Whether Mamba's steps, B and C are normalised.
+    pub ssm_dt_b_c_rms: bool,
     /// Elements of a head's key and value in layers of Kimi Delta Attention.
     pub kda_head_dim: Option<u32>,
     /// Pooling of token vectors.
@@ -489,7 +491,12 @@ impl Hparams {
             ssm_inner_size: size("ssm.inner_size")?,
             ssm_state_size: size("ssm.state_size")?,
             ssm_time_step_rank: size("ssm.time_step_rank")?,
-            ssm_group_count: size("ssm.group_count")?,
+            // PLaMo 2 says that it has none.
+            ssm_group_count: match gguf.optional_u32(&key("ssm.group_count"))? {
+                Some(0) => None,
+                _ => size("ssm.group_count")?,
+            },
+            ssm_dt_b_c_rms: gguf.optional_bool(&key("ssm.dt_b_c_rms"))?.unwrap_or(false),
             kda_head_dim: head_size("kda.head_dim")?,
             pooling_type: pooling_type(gguf, &architecture)?,
             label_count: ranged("classifier.output_labels", labels, MAX_EXTENT)?,

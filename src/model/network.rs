@@ -819,6 +819,77 @@ impl<'n, 'b> Network<'n, 'b> {
         })
     }
 
+    /// A layer of Mamba (Gu & Dao 2023): x passes a short convolution, of which B, C and the step of each channel are products, and
+    /// results are gated. Each channel is a head.
+    pub fn mamba(&mut self, x: TensorId) -> TensorId {
+        let h = self.h;
+        let taps = self.required("ssm.conv_kernel", h.ssm_conv_kernel);
+        let inner = self.required("ssm.inner_size", h.ssm_inner_size);
+        let state_size = self.required("ssm.state_size", h.ssm_state_size).max(1);
+        let rank = self.required("ssm.time_step_rank", h.ssm_time_step_rank);
+        if inner.saturating_mul(state_size) > MAX_EXTENT || rank > MAX_EXTENT {
+            self.b.fail(format!(
+                "{inner} channels with states of {state_size} elements, from {rank}: expected at most {MAX_EXTENT} in all"
+            ));
+            return x;
+        }
+        let [x, gate] = self.fused_linear("ssm_in", x, [("x", inner), ("gate", inner)]);
+        let [x] = self.convolved([("x", inner)], [x], taps);
+        let parts = self.fused_linear("ssm_x", x, [("dt", rank), ("b", state_size), ("c", state_size)]);
+        let [step, k, q] = if h.ssm_dt_b_c_rms {
+            let mut unit = |y: TensorId| {
+                let cols = self.cols(y);
+                self.b.norm("ssm_unit", y, NormKind::Rms, None, None, self.norm_eps, cols)
+            };
+            parts.map(&mut unit)
+        } else {
+            parts
+        };
+        let rate = self.linear("dt_rate", "ssm_dt", step, inner);
+        let a = self.b.flat(&format!("{}ssm_a", self.prefix), inner, state_size);
+        let d = self.weight("ssm_d", 1, inner);
+        let state = State::recurrent(format!("scan.{}", self.layer), inner, state_size, 1);
+        let state = self.b.state(state);
+        let y = self.b.recur([q, k, x], rate, a, Rule::Scan { d }, state);
+        let y = self.b.glu(gate, y, Gate::Silu);
+        self.linear("ssm_out", "ssm_out", y, h.embedding_length)
+    }
+
+    /// The layer of PLaMo 2 (Preferred Networks 2025): heads as in Mamba 2, whose B, C and steps are normalised products of x after its
+    /// convolution.
+    pub fn mamba_of_plamo(&mut self, x: TensorId) -> TensorId {
+        let h = self.h;
+        let taps = self.required("ssm.conv_kernel", h.ssm_conv_kernel);
+        let inner = self.required("ssm.inner_size", h.ssm_inner_size);
+        let state_size = self.required("ssm.state_size", h.ssm_state_size).max(1);
+        let heads = self.required("ssm.time_step_rank", h.ssm_time_step_rank).max(1);
+        let value_dim = inner / heads;
+        if !inner.is_multiple_of(heads) || inner > MAX_EXTENT / 2 || state_size > MAX_EXTENT / 4 {
+            self.b.fail(format!(
+                "{inner} elements of values for {heads} heads, and states of {state_size}: expected at most {} elements, and whole \
+                heads",
+                MAX_EXTENT / 2
+            ));
+            return x;
+        }
+        // Files do not have it.
+        let rank = (h.embedding_length / 16).max(64);
+        let all = self.linear("zx", "ssm_in", x, 2 * inner);
+        let [gate, x] = self.alternating(all, heads, [("gate", value_dim), ("x", value_dim)]);
+        let [x] = self.convolved([("x", inner)], [x], taps);
+        let [k, q, step] =
+            self.fused_linear("ssm_x", x, [("b", state_size), ("c", state_size), ("dt", rank)]);
+        let (k, q) = (self.norm_as("b_norm", "ssm_b_norm", k), self.norm_as("c_norm", "ssm_c_norm", q));
+        let step = self.norm_as("dt_norm", "ssm_dt_norm", step);
+        let rate = self.linear("dt_rate", "ssm_dt", step, heads);
+        let [a, d] = ["ssm_a", "ssm_d"].map(|name| self.weight(name, 1, heads));
+        let state = State::recurrent(format!("scan.{}", self.layer), heads, state_size, value_dim);
+        let state = self.b.state(state);
+        let y = self.b.recur([q, k, x], rate, a, Rule::Scan { d }, state);
+        let y = self.b.glu(gate, y, Gate::Silu);
+        self.linear("ssm_out", "ssm_out", y, h.embedding_length)
+    }
+
     /// A layer of Mamba 2 (Dao & Gu 2024): x, B and C pass a short convolution, and results are gated, then normalised.
     pub fn mamba_2(&mut self, x: TensorId) -> TensorId {
         let h = self.h;

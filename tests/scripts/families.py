@@ -232,6 +232,12 @@ FAMILIES = {
                         dim=16, heads=2, kv=1, head=8, layers=4, base=5e5, rotated=8, shared=16, dense=[0, 2], used=1, tied=True,
                         keys={"interleave_moe_layer_step": 2, "expert_feed_forward_length": 16, "expert_shared_count": 1}),
     "maincoder": dict(head=24, qk_norm="head", base=1e6, tied=True),
+    "mamba": dict(dim=48, heads=0, kv=None, hidden=0, base=None, layers=3, norms=("attn_norm",), tied=True, mixers=["mamba"] * 3,
+                  keys={"ssm.conv_kernel": 4, "ssm.inner_size": 96, "ssm.state_size": 16, "ssm.time_step_rank": 3}),
+    # FalconMamba.
+    "mamba-norms": dict(arch="mamba", dim=48, heads=0, kv=None, hidden=0, base=None, norms=("attn_norm",), mixers=["mamba"] * 2,
+                        keys={"ssm.conv_kernel": 4, "ssm.inner_size": 96, "ssm.state_size": 16, "ssm.time_step_rank": 3,
+                              "ssm.dt_b_c_rms": True}),
     "mamba2": dict(MAMBA_2 | dict(norms=("attn_norm",), keys=HYBRID_KEYS | {"ssm.group_count": 2}), heads=0, kv=None, hidden=0, base=None,
                    layers=3, mixers=["mamba_2"] * 3),
     "mellum": dict(EXPERTS, layers=4, head=24, qk_norm="head", base=5e5, keys=YARN | {
@@ -269,6 +275,11 @@ FAMILIES = {
     "pangu-embedded": dict(qkv_bias=True, out_bias=True, base=1.6e7),
     "phi2": dict(kv=2, norm="layer", norms=("attn_norm",), **BIASES, ffn="plain", output_bias=True, rotated=8),
     "plamo": dict(norms=("attn_norm",)),
+    # Attention comes first: llama.cpp takes the number of rotated elements from the first layer, where files have none, and does not end.
+    "plamo2": dict(dim=48, heads=[2, 0, 2], kv=[1, 0, 1], head=16, hidden=32, layers=3, mixers=["attention", "mamba_of_plamo", "attention"],
+                   qk_norm="each", fused_qkv=True, ffn="fused", bare_norms=True, tied=True, base=1e6,
+                   norms=("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"), keys={
+                       "ssm.conv_kernel": 4, "ssm.inner_size": 96, "ssm.state_size": 24, "ssm.time_step_rank": 6, "ssm.group_count": 0}),
     "plamo3": dict(layers=8, head=16, qk_norm="head", fused_qkv=True, ffn="fused", bare_norms=True, base=1e6,
                    norms=("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"), keys={
                        "attention.sliding_window": 16, "rope.freq_base_swa": 1e4, "attention.sliding_window_pattern": [True] * 7 + [False]}),
@@ -402,7 +413,7 @@ def model(name, arch=None, dim=32, heads=2, kv=1, head=None, hidden=48, layers=2
     for layer in range(layers):
         at = f"blk.{layer}."
         queries, groups, inner = (per_layer(value, layer) for value in (heads, kv or 0, hidden))
-        length = window_head if windowed and windowed[layer] else head or dim // max(heads, 1)
+        length = window_head if windowed and windowed[layer] else head or dim // max(queries, 1)
         own_kv = layer < layers - shared_kv
         rows, kv_rows = queries * length, groups * length
         for part in norms:
@@ -427,6 +438,10 @@ def model(name, arch=None, dim=32, heads=2, kv=1, head=None, hidden=48, layers=2
             delta_net(file, at, dim, keys)
         elif mixer == "mamba_2":
             mamba_2(file, at, dim, keys)
+        elif mixer == "mamba":
+            mamba(file, at, dim, keys)
+        elif mixer == "mamba_of_plamo":
+            mamba_of_plamo(file, at, dim, keys)
         elif mixer == "kimi_delta":
             kimi_delta(file, at, dim, heads, keys)
         elif mixer == "latent":
@@ -570,6 +585,34 @@ def kimi_delta(file, at, dim, heads, keys):
     file.writer.add_tensor(at + "ssm_a", -np.exp(file.random.standard_normal((1, 1, heads, 1))).astype(np.float32))
     file.norm(at + "ssm_norm", length)
     file.linear(at + "attn_output", inner, dim)
+
+
+def mamba(file, at, dim, keys):
+    inner, state, rank = (keys[f"ssm.{name}"] for name in ("inner_size", "state_size", "time_step_rank"))
+    file.linear(at + "ssm_in", dim, 2 * inner)
+    file.tensor(at + "ssm_conv1d.weight", keys["ssm.conv_kernel"], inner, scale=0.5)
+    file.tensor(at + "ssm_conv1d.bias", inner, scale=0.1)
+    file.linear(at + "ssm_x", inner, rank + 2 * state)
+    file.linear(at + "ssm_dt", rank, inner, bias=True)
+    # Always negative, so that states decay.
+    file.writer.add_tensor(at + "ssm_a", -np.exp(file.random.standard_normal((inner, state))).astype(np.float32))
+    file.tensor(at + "ssm_d", inner, scale=0.5)
+    file.linear(at + "ssm_out", inner, dim)
+
+
+def mamba_of_plamo(file, at, dim, keys):
+    inner, state, heads = (keys[f"ssm.{name}"] for name in ("inner_size", "state_size", "time_step_rank"))
+    rank = max(64, dim // 16)
+    file.linear(at + "ssm_in", dim, 2 * inner)
+    file.tensor(at + "ssm_conv1d.weight", keys["ssm.conv_kernel"], inner, scale=0.5)
+    file.linear(at + "ssm_x", inner, rank + 2 * state)
+    file.linear(at + "ssm_dt", rank, heads, bias=True)
+    # Always negative, so that states decay.
+    file.writer.add_tensor(at + "ssm_a", -np.exp(file.random.standard_normal(heads)).astype(np.float32))
+    file.tensor(at + "ssm_d", heads, scale=0.5)
+    for part, length in (("dt", rank), ("b", state), ("c", state)):
+        file.tensor(f"{at}ssm_{part}_norm", length, scale=0.1, around=1.0)
+    file.linear(at + "ssm_out", inner, dim)
 
 
 def mamba_2(file, at, dim, keys):
