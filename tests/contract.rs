@@ -33,6 +33,7 @@ fn models() -> Vec<Arc<Model>> {
         "families/lfm2",
         "families/qwen35",
         "families/kimi-linear",
+        "families/mamba",
         "families/deepseek2-v3",
     ]
     .map(|f| repository().join(format!("tests/data/golden/{f}.gguf")))

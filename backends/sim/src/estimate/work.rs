@@ -106,7 +106,7 @@ impl Work {
                     let one = alike[0];
                     let ops = cost::op(program, op, &[*one]).float_ops;
                     let tokens = u64::from(one.tokens);
-                    let kv_len = u64::from(before(&one)) + tokens;
+                    let kv_len = u64::from(before(one)) + tokens;
                     let per_pair = 2 * heads * u64::from(state.key_dim + state.value_dim);
                     let seen = ops / per_pair.max(1);
                     let batch = alike.len() as u64;
