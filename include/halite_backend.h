@@ -105,6 +105,9 @@
 // `gate`.
 #define HALITE_GATE_IDENTITY 6
 
+// `(1 + erf(gate / sqrt(2))) / 2`, the normal distribution function.
+#define HALITE_GATE_NORMAL 7
+
 // Pairs are `(2i, 2i + 1)`.
 #define HALITE_ROPE_ADJACENT 0
 
@@ -369,8 +372,9 @@ typedef struct HaliteState {
   const char *name;
   // HALITE_STATE_CACHE, HALITE_STATE_RECURRENT or HALITE_STATE_LATENT.
   uint32_t kind;
-  // 0.
-  uint32_t reserved;
+  // Whether windows lie side by side, the first at position 0: a token sees its own window up to its own position, and
+  // nothing of those before.
+  uint32_t aligned;
 } HaliteState;
 
 // Memory for scratch tensors: 4 * rows * cols bytes.
@@ -501,6 +505,14 @@ typedef struct HaliteAttend {
   // For each head a factor on the distance between the token's position and that of the key, which is taken off the score after
   // the soft-cap; or NULL.
   const float *slopes;
+  // Factors on the scale by the token's position, or NULL: number `(position + growth_ahead) / growth_period`, and the last one
+  // beyond.
+  const float *growth;
+  uint32_t growth_count;
+  uint32_t growth_period;
+  uint32_t growth_ahead;
+  // 0.
+  uint32_t reserved;
 } HaliteAttend;
 
 // `out = act(gate) * up`.
@@ -596,15 +608,16 @@ typedef struct HaliteConv {
 
 // A linear recurrence, token by token. For each head, with a recurrent state S of `key_dim` by `value_dim` and
 // `rate = softplus(decay)`: `S = exp(a * rate) * S`, then `S = S + k u^T` with the update u of the rule, then the result of the rule.
+// Each row of S has a decay or an `a` of its own where these tensors have `heads * key_dim` columns.
 typedef struct HaliteRecur {
   // `[tokens, key_heads * key_dim]`; so is `k`.
   uint32_t q;
   uint32_t k;
   // `[tokens, heads * value_dim]`.
   uint32_t v;
-  // `[tokens, heads]`.
+  // `[tokens, heads]`, or with the delta rules `[tokens, heads * key_dim]`.
   uint32_t decay;
-  // `[1, heads]`.
+  // `[1, heads]` or `[1, heads * key_dim]`.
   uint32_t a;
   // HALITE_RULE_DELTA, HALITE_RULE_SCAN or HALITE_RULE_DELTA_OF_NEIGHBOURS.
   uint32_t rule;

@@ -36,14 +36,16 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     var ends = array<u32, 8>();
     var owns = array<u32, 8>();
     var slopes = array<f32, 8>();
+    var growths = array<f32, 8>();
     var lowest = 0xffffffffu;
     var highest = 0u;
     for (var r = 0u; r < 8u; r++) {
         if r < count {
             let own = position(tokens.x + (row0 + r) / GROUP) + 1u;
             ends[r] = own + min(tokens.z - own, AFTER);
-            firsts[r] = own - min(own, WINDOW);
+            firsts[r] = select(own - min(own, WINDOW), own - 1u - (own - 1u) % WINDOW, ALIGNED);
             owns[r] = own - 1u;
+            growths[r] = growth_of(own - 1u);
             slopes[r] = slope_of(kv_head * GROUP + (row0 + r) % GROUP);
             lowest = min(lowest, firsts[r]);
             highest = max(highest, ends[r]);
@@ -57,6 +59,8 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     let own1 = vec4(owns[4], owns[5], owns[6], owns[7]);
     let slope0 = vec4(slopes[0], slopes[1], slopes[2], slopes[3]);
     let slope1 = vec4(slopes[4], slopes[5], slopes[6], slopes[7]);
+    let growth0 = vec4(growths[0], growths[1], growths[2], growths[3]);
+    let growth1 = vec4(growths[4], growths[5], growths[6], growths[7]);
     for (var i = local; i < 2u * KEY_DIM; i += 64u) {
         let four = i / KEY_DIM;
         let d = i % KEY_DIM;
@@ -89,8 +93,14 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
                 s1 += q[2u * d + 1u] * element;
             }
         }
-        s0 = limit(s0 * SCALE);
-        s1 = limit(s1 * SCALE);
+        s0 *= SCALE;
+        s1 *= SCALE;
+        if GROWN {
+            s0 *= growth0;
+            s1 *= growth1;
+        }
+        s0 = limit(s0);
+        s1 = limit(s1);
         if SLOPED {
             // The smaller difference of two that wrap around is the distance.
             s0 -= slope0 * vec4<f32>(min(vec4(place) - own0, own0 - vec4(place)));

@@ -1,5 +1,13 @@
 // A linear recurrence: an invocation has a column of a head's state, for a span.
 
+// What remains of a row of the state: `of_all`, if a head has one decay and one factor.
+fn kept(of_head: u32, head: u32, i: u32, rate: f32, of_all: f32) -> f32 {
+    if RATES * FACTORS == 1u { return of_all; }
+    var own = rate;
+    if RATES > 1u { own = softplus(decay[of_head * RATES + i]); }
+    return exp(a[head * FACTORS + i % FACTORS] * own);
+}
+
 @compute @workgroup_size(64)
 fn main(in: In) {
     let column = 64u * in.workgroup.x + in.local;
@@ -15,11 +23,11 @@ fn main(in: In) {
     loop {
         let key = (token * KEY_HEADS + key_head(head)) * KEY_DIM;
         let of_head = token * HEADS + head;
-        let rate = softplus(decay[of_head]);
-        let kept = exp(a[head] * rate);
+        let rate = softplus(decay[of_head * RATES]);
+        let of_all = exp(a[head * FACTORS] * rate);
         var known = 0.0;
         for (var i = 0u; i < KEY_DIM; i += 1u) {
-            s[i] = kept * s[i];
+            s[i] = kept(of_head, head, i, rate, of_all) * s[i];
             known += s[i] * k[key + i];
         }
         let at = token * HEADS * VALUE_DIM + column;

@@ -160,13 +160,24 @@ pub fn op(program: &Program, op: &Op, sequences: &[Extent]) -> Cost {
             for extent in sequences {
                 let (start, tokens) = (u64::from(extent.start), u64::from(extent.tokens));
                 let end = start + tokens;
-                let read = end - (start + 1).saturating_sub(window);
+                let first = if s.aligned {
+                    start - start % window.max(1)
+                } else {
+                    (start + 1).saturating_sub(window)
+                };
+                let read = end - first;
                 cost.kv_bytes =
                     cost.kv_bytes.saturating_add(read.saturating_mul(position_bytes(program, state.0)));
                 // Each token sees one position more, until the window is full.
                 let growing = window.clamp(start, end) - start;
-                let seen =
-                    growing * start + growing * (growing + 1) / 2 + (tokens - growing).saturating_mul(window);
+                let seen = match s.aligned {
+                    true => seen_before(end, window) - seen_before(start, window),
+                    false => {
+                        growing * start
+                            + growing * (growing + 1) / 2
+                            + (tokens - growing).saturating_mul(window)
+                    }
+                };
                 // And those after its own, except that the last tokens have fewer.
                 let after = u64::from(s.after).min(tokens - tokens.min(1));
                 let later = tokens.saturating_mul(after) - after * (after + 1) / 2;
@@ -177,6 +188,12 @@ pub fn op(program: &Program, op: &Op, sequences: &[Extent]) -> Cost {
         _ => {}
     }
     cost
+}
+
+/// Returns the positions that all tokens before `end` see in windows side by side.
+fn seen_before(end: u64, window: u64) -> u64 {
+    let (windows, rest) = (end / window.max(1), end % window.max(1));
+    windows * (window * (window + 1) / 2) + rest * (rest + 1) / 2
 }
 
 /// Returns the fraction of a weight that an op reads, as numerator and denominator.

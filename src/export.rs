@@ -375,8 +375,10 @@ impl<'a> Exporter<'a> {
             |id, _| Ok::<u32, Error>(id.0),
         )?;
         let name = op.name();
-        let kind_of = |state: u32| self.program.states.get(state as usize).map(|state| state.kind);
-        let is_plain = |state: u32| kind_of(state) == Some(StateKind::Cache);
+        let is_plain = |state: u32| {
+            let state = self.program.states.get(state as usize);
+            state.is_some_and(|state| state.kind == StateKind::Cache && !state.aligned)
+        };
         Ok(match op {
             Op::Embed { table, index, out, scale } => {
                 let index = match index {
@@ -404,7 +406,9 @@ impl<'a> Exporter<'a> {
                 adjacent: rotation.pairs == RopePairs::Adjacent,
             },
             Op::KvWrite { k, v, state } if is_plain(state) => ImageOp::KvWrite { k, v, state },
-            Op::Attend { q, state, out, heads, scale, softcap, slopes: _, sinks } if is_plain(state) => {
+            Op::Attend { q, state, out, heads, scale, growth: None, softcap, slopes: _, sinks }
+                if is_plain(state) =>
+            {
                 ImageOp::Attend { q, state, out, heads, scale, softcap, slopes: numbers, sinks }
             }
             Op::Glu { gate, up, out, act } => ImageOp::Glu { gate, up, out, act },

@@ -143,12 +143,16 @@ pub struct State {
     /// How many positions after its own a token sees, up to the end of its span; 0: attention is causal, [`u32::MAX`]: all.
     /// If it is not causal, a step must contain all tokens that attend to each other.
     pub after: u32,
+    /// Whether windows lie side by side, the first at position 0 (chunks of attention, Llama 4): a token sees its own window up to
+    /// its own position, and nothing of those before. Attention is then causal.
+    #[cfg_attr(feature = "replay", serde(default))]
+    pub aligned: bool,
     /// What its pages hold.
     #[cfg_attr(feature = "replay", serde(default))]
     pub kind: StateKind,
 }
 
-crate::setters!(const State { window: Option<u32>, after: u32 });
+crate::setters!(const State { window: Option<u32>, after: u32, aligned: bool });
 
 impl State {
     /// A cache for causal attention without a window.
@@ -159,8 +163,8 @@ impl State {
         value_dim: u32,
         format: Format,
     ) -> State {
-        let (window, after, kind) = (None, 0, StateKind::Cache);
-        State { name: name.into(), kv_heads, key_dim, value_dim, format, window, after, kind }
+        let (window, after, aligned, kind) = (None, 0, false, StateKind::Cache);
+        State { name: name.into(), kv_heads, key_dim, value_dim, format, window, after, aligned, kind }
     }
 
     /// Whether no token sees a later one.
@@ -170,7 +174,7 @@ impl State {
 
     /// Which positions a token sees.
     pub fn sight(&self) -> Sight {
-        Sight { window: self.window, after: self.after }
+        Sight { window: self.window, after: self.after, aligned: self.aligned }
     }
 
     /// A latent cache (DeepSeek-AI 2024): a key of `key_dim` elements, of which the first `value_dim` are the value.
@@ -254,6 +258,26 @@ impl<T> Rotation<T> {
     pub fn with_factors<U>(&self, factors: Option<U>) -> Rotation<U> {
         let Rotation { head_dim, magnitude, pairs, .. } = *self;
         Rotation { head_dim, frequencies: self.frequencies.clone(), factors, magnitude, pairs }
+    }
+}
+
+/// Factors on the scores of a token by its position: `factors[(position + ahead) / period]`, and the last one beyond.
+#[cfg_attr(feature = "replay", derive(serde::Serialize, serde::Deserialize))]
+#[derive(Debug, Clone, PartialEq)]
+pub struct Growth {
+    /// One for each `period` positions.
+    pub factors: Arc<[f32]>,
+    /// Positions that have the same factor.
+    pub period: u32,
+    /// Added to positions.
+    pub ahead: u32,
+}
+
+impl Growth {
+    /// Returns them as kernels take them.
+    pub fn factors(&self) -> halite_kernels::attention::Growth<'_> {
+        let Growth { factors, period, ahead } = self;
+        halite_kernels::attention::Growth { factors, period: *period, ahead: *ahead }
     }
 }
 
@@ -470,6 +494,9 @@ pub enum Op<T = TensorId, S = StateId> {
         heads: u32,
         /// A factor on the scores.
         scale: f32,
+        /// One more, by the token's position (Llama 4's temperature tuning).
+        #[cfg_attr(feature = "replay", serde(default))]
+        growth: Option<Growth>,
         /// `cap * tanh(score / cap)` before the softmax.
         softcap: Option<f32>,
         /// For each head a factor on the distance between the token's position and that of the key, which is taken off the score
@@ -495,7 +522,7 @@ pub enum Op<T = TensorId, S = StateId> {
         out: T,
     },
     /// A linear recurrence, token by token. For each head, with a state `S` of `key_dim` by `value_dim` and
-    /// `rate = softplus(decay)`: `S ← exp(a · rate) · S`, then `S ← S + k uᵀ` with the update `u` of the rule, then `out` of
+    /// `rate = softplus(decay)`: `S ← exp(a · rate) · S`, where each row of `S` may have a decay or an `a` of its own, then `S ← S + k uᵀ` with the update `u` of the rule, then `out` of
     /// the rule.
     Recur {
         /// `[tokens, key_heads * key_dim]`.
@@ -504,9 +531,9 @@ pub enum Op<T = TensorId, S = StateId> {
         k: T,
         /// `[tokens, heads * value_dim]`.
         v: T,
-        /// `[tokens, heads]`.
+        /// `[tokens, heads]`, or with the delta rule `[tokens, heads * key_dim]` (Kimi Team 2025).
         decay: T,
-        /// `[1, heads]`.
+        /// `[1, heads]` or `[1, heads * key_dim]` (Gu & Dao 2023).
         a: T,
         /// What a token adds to the state, and what its result is.
         rule: Rule<T>,
@@ -768,7 +795,8 @@ impl<T, S> Op<T, S> {
                 let rotation = rotation.with_factors(factors);
                 Op::RopeKv { q, k, v, out: t(out, Write)?, state: s(state, Write)?, rotation }
             }
-            Op::Attend { q, state, out, heads, scale, softcap, slopes, sinks } => Op::Attend {
+            Op::Attend { q, state, out, heads, scale, growth, softcap, slopes, sinks } => Op::Attend {
+                growth: growth.clone(),
                 slopes: slopes.clone(),
                 q: t(q, Read)?,
                 state: s(state, Read)?,
@@ -1480,7 +1508,7 @@ impl<'a> Builder<'a> {
         self.push(Op::KvWrite { k, v, state });
     }
 
-    /// [`Op::Attend`] without slopes.
+    /// [`Op::Attend`] with the same scale everywhere and without slopes.
     pub fn attend(
         &mut self,
         q: TensorId,
@@ -1490,7 +1518,7 @@ impl<'a> Builder<'a> {
         softcap: Option<f32>,
         sinks: Option<TensorId>,
     ) -> TensorId {
-        self.attend_with(q, state, heads, scale, softcap, None, sinks)
+        self.attend_with(q, state, heads, scale, None, softcap, None, sinks)
     }
 
     /// [`Op::Attend`].
@@ -1501,6 +1529,7 @@ impl<'a> Builder<'a> {
         state: StateId,
         heads: u32,
         scale: f32,
+        growth: Option<Growth>,
         softcap: Option<f32>,
         slopes: Option<Arc<[f32]>>,
         sinks: Option<TensorId>,
@@ -1508,7 +1537,7 @@ impl<'a> Builder<'a> {
         let value_dim = self.program.states.get(state.0 as usize).map_or(0, |s| s.value_dim);
         let rows = self.shape(q).0;
         let out = self.result("attend", rows, heads.saturating_mul(value_dim), Format::F32);
-        self.push(Op::Attend { q, state, out, heads, scale, softcap, slopes, sinks });
+        self.push(Op::Attend { q, state, out, heads, scale, growth, softcap, slopes, sinks });
         out
     }
 

@@ -509,7 +509,7 @@ impl<'a> Sharing<'a> {
                 self.push(Op::Embed { table, index, out, scale });
                 Ok(())
             }
-            Op::Attend { q, state, out, heads, scale, softcap, slopes, sinks } => {
+            Op::Attend { q, state, out, heads, scale, growth, softcap, slopes, sinks } => {
                 let parts = self.wanted.get(*q).unwrap_or(1);
                 let q = self.need(*q, parts)?;
                 let sinks = sinks.map(|sinks| self.elements(sinks, parts));
@@ -518,8 +518,9 @@ impl<'a> Sharing<'a> {
                 let of_range =
                     |slopes: &Arc<[f32]>| slopes.get(range.start as usize..range.end as usize).map(Arc::from);
                 let slopes = slopes.as_ref().and_then(of_range);
-                let (heads, scale, softcap) = (heads / parts, *scale, *softcap);
-                self.push(Op::Attend { q, state: *state, out, heads, scale, softcap, slopes, sinks });
+                let (state, heads, scale, softcap) = (*state, heads / parts, *scale, *softcap);
+                let growth = growth.clone();
+                self.push(Op::Attend { q, state, out, heads, scale, growth, softcap, slopes, sinks });
                 Ok(())
             }
             Op::KvWrite { k, v, state } => {

@@ -56,6 +56,12 @@ pub(crate) fn validate(program: &Program) -> Result<()> {
                 s.name, s.kv_heads, s.key_dim, s.value_dim
             )));
         }
+        if s.aligned && (s.window.is_none() || !s.is_causal()) {
+            return Err(Error::Program(format!(
+                "state `{}`: windows side by side have a length, and are causal",
+                s.name
+            )));
+        }
         let recurrent = s.kind == StateKind::Recurrent;
         if recurrent && (s.format != Format::F32 || !s.is_causal()) {
             return Err(Error::Program(format!("state `{}`: a recurrent state is causal, in F32", s.name)));
@@ -296,7 +302,7 @@ impl Check<'_> {
                 self.keys_and_values(*k, *v, s)
             }
             Op::KvWrite { k, v, state } => self.keys_and_values(*k, *v, self.cache(*state)?),
-            Op::Attend { q, state, out, heads, slopes, sinks, .. } => {
+            Op::Attend { q, state, out, heads, growth, slopes, sinks, .. } => {
                 let s = self.cache(*state)?;
                 if *heads == 0 || *heads > 1 << 16 || heads % s.kv_heads != 0 {
                     return Err(format!("{heads} heads are not a multiple of {} KV heads", s.kv_heads));
@@ -305,6 +311,17 @@ impl Check<'_> {
                     && (slopes.len() != *heads as usize || slopes.iter().any(|slope| !slope.is_finite()))
                 {
                     return Err(format!("{} slopes for {heads} heads, which must be finite", slopes.len()));
+                }
+                if let Some(growth) = growth
+                    && (growth.period == 0
+                        || growth.factors.is_empty()
+                        || growth.factors.iter().any(|factor| !factor.is_finite()))
+                {
+                    return Err(format!(
+                        "{} factors, each of {} positions: expected some, which are finite",
+                        growth.factors.len(),
+                        growth.period
+                    ));
                 }
                 let extent = |dim: u32| heads.checked_mul(dim).ok_or("heads out of range");
                 self.is(*q, Dim::Tokens, extent(s.key_dim)?)?;
@@ -334,12 +351,20 @@ impl Check<'_> {
                 self.is(*q, Dim::Tokens, keys)?;
                 self.is(*k, Dim::Tokens, keys)?;
                 self.is(*v, Dim::Tokens, heads.saturating_mul(s.value_dim))?;
-                self.is(*decay, Dim::Tokens, heads)?;
+                // One for each head, or for each row of its state.
+                let rows = heads.saturating_mul(s.key_dim);
+                let one_or_all = |cols: u32| if cols == rows { rows } else { heads };
                 match rule {
-                    Rule::Delta { beta, .. } => self.is(*beta, Dim::Tokens, heads)?,
-                    Rule::Scan { d } => self.weight(*d, 1, 1, heads, true)?,
+                    Rule::Delta { beta, .. } => {
+                        self.is(*beta, Dim::Tokens, heads)?;
+                        self.is(*decay, Dim::Tokens, one_or_all(t(*decay).cols))?;
+                    }
+                    Rule::Scan { d } => {
+                        self.weight(*d, 1, 1, heads, true)?;
+                        self.is(*decay, Dim::Tokens, heads)?;
+                    }
                 }
-                self.weight(*a, 1, 1, heads, true)?;
+                self.weight(*a, 1, 1, one_or_all(t(*a).cols), true)?;
                 self.recurrent(*state, heads, s.key_dim, s.value_dim)?;
                 self.like(*out, *v)
             }

@@ -32,6 +32,8 @@ fn models() -> Vec<Arc<Model>> {
         "llama-TQ1_0",
         "families/lfm2",
         "families/qwen35",
+        "families/kimi-linear",
+        "families/mamba",
         "families/deepseek2-v3",
     ]
     .map(|f| repository().join(format!("tests/data/golden/{f}.gguf")))

@@ -85,7 +85,8 @@ fn all_families_give_the_same_bits() {
             | Op::Join { .. }
             | Op::BlockMatMul { .. }
             | Op::Spread { .. }
-            | Op::Mix { .. } => true,
+            | Op::Mix { .. }
+            | Op::Attend { growth: Some(_), .. } => true,
             Op::Route { bias, groups, scales, .. } => bias.is_some() || groups.is_some() || scales.is_some(),
             _ => false,
         };

@@ -263,14 +263,14 @@ fn models_that_do_not_make_sense() {
             "Gguf", "test: key `general.architecture`: expected string, got u32"),
         ("architecture not UTF-8", set("general.architecture", b"\xffllama"[..].into()),
             "Gguf", "test: byte 64: key `general.architecture`: expected UTF-8, got \"\\xffllama\""),
-        ("unknown architecture", set("general.architecture", "mamba".into()),
-            "Architecture", "model: architecture \"mamba\" is not supported; the nearest ones are mamba2 by name and llama by its tensors (supported: arcee, baichuan, …"),
-        ("unknown blocks", llama().set("general.architecture", "kimi-linear").tensor("blk.0.ssm_f_a.weight", &[8]).tensor("blk.0.indexer.proj.weight", &[8]).bytes(),
-            "Architecture", "model: architecture \"kimi-linear\" is not supported; no supported family has its delta rule with a decay for each channel and sparse attention by an indexer; the nearest one is llama (supported: …"),
+        ("unknown architecture", set("general.architecture", "mamba3".into()),
+            "Architecture", "model: architecture \"mamba3\" is not supported; the nearest ones are mamba2 by name and llama by its tensors (supported: arcee, baichuan, …"),
+        ("unknown blocks", llama().set("general.architecture", "arwkv").tensor("blk.0.time_mix_w1.weight", &[8]).tensor("blk.0.indexer.proj.weight", &[8]).bytes(),
+            "Architecture", "model: architecture \"arwkv\" is not supported; no supported family has its sparse attention by an indexer and RWKV time mixing; the nearest one is llama (supported: …"),
         ("all blocks draft", set("llama.nextn_predict_layers", 1u32.into()),
             "Model", "model: key `llama.nextn_predict_layers`: expected less than the 1 blocks, got 1"),
-        ("one unknown block", llama().set("general.architecture", "mamba").tensor("blk.0.ssm_x.weight", &[8]).bytes(),
-            "Architecture", "model: architecture \"mamba\" is not supported; no supported family has its state-space scan of Mamba 1; the nearest ones are mamba2 by name and llama by its tensors (supported: …"),
+        ("one unknown block", llama().set("general.architecture", "mamba3").tensor("blk.0.indexer.proj.weight", &[8]).bytes(),
+            "Architecture", "model: architecture \"mamba3\" is not supported; no supported family has its sparse attention by an indexer; the nearest ones are mamba2 by name and llama by its tensors (supported: …"),
         ("block_count missing", llama().without("llama.block_count").bytes(),
             "Gguf", "test: key `llama.block_count` is missing"),
         ("block_count of string", set("llama.block_count", "1".into()),
@@ -363,8 +363,6 @@ fn models_that_do_not_make_sense() {
             "Model", "model: key `llama.expert_shared_count`: the file has no shared experts"),
         ("unknown gating", mixed("llama.expert_gating_func", 9),
             "Model", "model: key `llama.expert_gating_func`: expected 0 to 3, got 9"),
-        ("temperature beyond the original context", llama().entry("llama.attention.temperature_scale", 0.1f32).entry("llama.rope.scaling.original_context_length", 64u32).bytes(),
-            "Model", "model: key `llama.attention.temperature_scale`: supported up to 64 positions, the original context, got 256"),
         ("pattern of two layers", gemma3().entry("gemma3.attention.sliding_window_pattern", &vec![true, false]).bytes(),
             "Gguf", "test: byte 1105: key `gemma3.attention.sliding_window_pattern`: expected one value of 0 to 2^32 - 1 for each layer, got 2 × Bool [true, false]"),
         ("windows without a size", gpt_oss().without("gpt-oss.attention.sliding_window").bytes(),
@@ -448,12 +446,20 @@ fn positions_decide_what_a_program_needs() {
         program(gpt2(), 65).unwrap_err().to_string(),
         "model: positions of the KV cache: expected at most the 64 of the position embeddings, got 65"
     );
-    let tempered = || {
+    let tempered = |original: u32| {
         llama()
             .entry("llama.attention.temperature_scale", 0.1f32)
-            .entry("llama.rope.scaling.original_context_length", 32u32)
+            .entry("llama.rope.scaling.original_context_length", original)
     };
-    assert!(program(tempered(), 32).is_ok() && program(tempered(), 33).is_err());
+    assert_eq!(
+        program(tempered(1), 1 << 20).unwrap_err().to_string(),
+        "model: 1048576 positions, of which each 1 have a factor on scores: expected at most 65536 factors"
+    );
+    let grows = |positions| {
+        let program = program(tempered(32), positions).unwrap();
+        program.ops().any(|(_, op)| matches!(op, halite::program::Op::Attend { growth: Some(_), .. }))
+    };
+    assert!(!grows(32) && grows(33));
 }
 
 #[test]

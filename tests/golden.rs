@@ -40,6 +40,12 @@ fn encoders() {
     }
 }
 
+/// More positions than those of a chunk of attention.
+#[test]
+fn long() {
+    check(&committed().join("long"), |file| Some(family_bound(file, 1e-8)));
+}
+
 #[test]
 fn quants() {
     let Some(dir) = folder() else { return };

@@ -12,9 +12,10 @@ use halite_testing::golden;
 
 const VOCAB: usize = 160;
 
-/// A short convolution, and the delta rule beside attention.
-fn models() -> [Arc<Model>; 2] {
-    ["lfm2", "qwen35"]
+/// A short convolution, and the delta rule beside attention, with decays of heads and of rows, and one
+/// value a head.
+fn models() -> [Arc<Model>; 4] {
+    ["lfm2", "qwen35", "kimi-linear", "mamba"]
         .map(|name| Arc::new(Model::open(golden::committed().join(format!("families/{name}.gguf"))).unwrap()))
 }
 

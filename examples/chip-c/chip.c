@@ -241,7 +241,7 @@ static void check_state(Check *check, uint32_t number) {
 }
 
 static void check_gate(Check *check, const HaliteGate *act) {
-    check_number(check, "gate", act->kind, HALITE_GATE_IDENTITY);
+    check_number(check, "gate", act->kind, HALITE_GATE_NORMAL);
 }
 
 static void check_pairing(Check *check, const HaliteRotation *rotation) {
@@ -517,6 +517,7 @@ static float apply_gate(const HaliteGate *act, float gate, float up) {
     case HALITE_GATE_RELU: return relu(gate) * up;
     case HALITE_GATE_SIGMOID: return sigmoid(gate) * up;
     case HALITE_GATE_IDENTITY: return gate * up;
+    case HALITE_GATE_NORMAL: return (0.5f * erff(gate * 0.70710678f) + 0.5f) * up;
     default: /* HALITE_GATE_SILU_CLAMPED */ return silu_clamped(gate, up, act->alpha, act->limit);
     }
 }
@@ -1063,14 +1064,16 @@ static void recur_head(const Run *run, const HaliteRecur *op, uint32_t t, uint32
     int is_delta = op->rule != HALITE_RULE_SCAN, alternate = op->rule == HALITE_RULE_DELTA;
     uint32_t key = (alternate ? head % key_heads : head * key_heads / heads) * key_dim;
     const float *q = row_of(find(run, op->q), t), *k = row_of(find(run, op->k), t);
+    /* Of each head: one, or one for each row of its state. */
+    uint32_t rates = find(run, op->decay).cols / heads, factors = find(run, op->a).cols / heads;
     const float *v = row_of(find(run, op->v), t), *decay = row_of(find(run, op->decay), t);
     const float *a = row_of(find(run, op->a), 0);
     float *out = row_of(find(run, op->out), t);
-    float rate = softplus(decay[head]), kept = expf(a[head] * rate);
+    float rate = softplus(decay[head * rates]);
     for (uint32_t j = 0; j < value_dim; j++) {
         float known = 0, value = v[head * value_dim + j], *result = &out[head * value_dim + j];
         for (uint32_t i = 0; i < key_dim; i++) {
-            s[i * value_dim + j] *= kept;
+            s[i * value_dim + j] *= expf(a[head * factors + i % factors] * softplus(decay[head * rates + i % rates]));
             known += s[i * value_dim + j] * k[key + i];
         }
         if (is_delta) {
@@ -1115,11 +1118,19 @@ static void raise_max(Softmax *softmax, float score) {
         softmax->out[d] *= scale;
 }
 
-static float score_of(const HaliteAttend *op, const Position *at, uint32_t kv_head, const float *q) {
+static float score_of(const HaliteAttend *op, const Position *at, uint32_t kv_head, float scale, const float *q) {
     float sum = 0;
     for (uint32_t d = 0; d < at->state->key_dim; d++)
         sum += q[d] * load(at, key_element(at, kv_head, d));
-    return op->has_softcap ? soft_cap(sum * op->scale, op->softcap) : sum * op->scale;
+    return op->has_softcap ? soft_cap(sum * scale, op->softcap) : sum * scale;
+}
+
+/* The factor on the scores of a token. */
+static float scale_of(const HaliteAttend *op, uint32_t own) {
+    if (op->growth == NULL)
+        return op->scale;
+    uint32_t step = (own + op->growth_ahead) / op->growth_period;
+    return op->scale * op->growth[step < op->growth_count ? step : op->growth_count - 1];
 }
 
 /* What the distance of a position takes off the score. */
@@ -1128,9 +1139,9 @@ static float bias_of(const HaliteAttend *op, uint32_t head, uint32_t own, uint32
     return op->slopes == NULL ? 0 : op->slopes[head] * (float)distance;
 }
 
-static void attend_position(const HaliteAttend *op, const Position *at, uint32_t kv_head, float bias,
+static void attend_position(const HaliteAttend *op, const Position *at, uint32_t kv_head, float scale, float bias,
                             const float *q, Softmax *softmax) {
-    float score = score_of(op, at, kv_head, q) - bias;
+    float score = score_of(op, at, kv_head, scale, q) - bias;
     raise_max(softmax, score);
     float weight = expf(score - softmax->max);
     softmax->sum += weight;
@@ -1141,6 +1152,8 @@ static void attend_position(const HaliteAttend *op, const Position *at, uint32_t
 /* The first position that a token sees, and the one behind the last. */
 static uint32_t start_of(const HaliteState *state, const Token *token) {
     uint32_t own = token->position + 1;
+    if (state->aligned)
+        return token->position / state->window * state->window;
     return state->window > 0 && state->window < own ? own - state->window : 0;
 }
 
@@ -1162,7 +1175,7 @@ static void attend_head(const Run *run, const HaliteAttend *op, uint32_t t, uint
     for (uint32_t position = start_of(state, token); position < end; position++) {
         Position at = find_position(run, op->state, t, position);
         float bias = bias_of(op, head, token->position, position);
-        attend_position(op, &at, kv_head, bias, q, &softmax);
+        attend_position(op, &at, kv_head, scale_of(op, token->position), bias, q, &softmax);
     }
     if (sinks != NULL) { /* One more score, without a value. */
         raise_max(&softmax, sinks[head]);

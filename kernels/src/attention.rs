@@ -58,6 +58,8 @@ pub struct Attend<'a> {
     pub sight: Sight,
     /// A factor on scores.
     pub scale: f32,
+    /// One more, by the token's position.
+    pub growth: Option<Growth<'a>>,
     /// `cap * tanh(score / cap)`.
     pub softcap: Option<f32>,
     /// Each head's factor on the distance of positions, `[heads]`, which is taken off the score (ALiBi).
@@ -104,6 +106,9 @@ pub struct Sight {
     pub window: Option<u32>,
     /// How many after its own, as far as the sequence has them; 0: attention is causal.
     pub after: u32,
+    /// Whether windows lie side by side, the first at position 0: a token sees its own window up to its own position, and
+    /// nothing of those before.
+    pub aligned: bool,
 }
 
 impl Sight {
@@ -111,6 +116,8 @@ impl Sight {
     pub const fn positions(self, position: usize, end: usize) -> Range<usize> {
         let own = position.saturating_add(1);
         let first = match self.window {
+            // A window of nothing has no borders.
+            Some(window) if self.aligned && window > 0 => position - position % window as usize,
             Some(window) => own.saturating_sub(window as usize),
             None => 0,
         };
@@ -122,6 +129,30 @@ impl Sight {
     pub const fn chunks(self, position: usize, end: usize) -> Range<usize> {
         let Range { start, end } = self.positions(position, end);
         start / CHUNK..end.div_ceil(CHUNK)
+    }
+}
+
+/// Factors on the scores of a token by its position: `factors[(position + ahead) / period]`, and the last one beyond.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Growth<'a> {
+    /// One for each `period` positions.
+    pub factors: &'a [f32],
+    /// Positions that have the same factor.
+    pub period: u32,
+    /// Added to positions.
+    pub ahead: u32,
+}
+
+impl Growth<'_> {
+    /// Returns the factor of a position.
+    pub fn at(&self, position: usize) -> f32 {
+        let step = position.saturating_add(self.ahead as usize) / (self.period as usize).max(1);
+        self.factors.get(step).or(self.factors.last()).copied().unwrap_or(1.0)
+    }
+
+    /// Returns the factor of a position on scores that have another one already.
+    pub fn scale(growth: Option<Self>, scale: f32, position: usize) -> f32 {
+        growth.map_or(scale, |growth| scale * growth.at(position))
     }
 }
 
@@ -320,7 +351,8 @@ fn attend_rows_inline<I: Isa, T: KvFormat>(
                 // The token's own position, counted from the chunk's first.
                 let own = (a.position + t) as f32 - (chunk * CHUNK) as f32;
                 let bias = a.slopes.map(|slopes| (slopes[h], own));
-                chunk_max[r] = scores(isa, &mut p[r], a.scale, a.softcap, bias, valid[r]);
+                let scale = Growth::scale(a.growth, a.scale, a.position + t);
+                chunk_max[r] = scores(isa, &mut p[r], scale, a.softcap, bias, valid[r]);
             }
         }
         for r in 0..n {

@@ -110,10 +110,12 @@ pub struct Recur<'a> {
     pub key_dim: usize,
     /// `[tokens][heads * value_dim]`: values of the step.
     pub v: &'a [f32],
-    /// `[tokens][heads]`: what decay is computed from.
+    /// `[tokens][heads][rates]`: what decay is computed from.
     pub decay: &'a [f32],
-    /// The head's factor of the decay.
-    pub a: f32,
+    /// Decays of a head: 1, or with the delta rule `key_dim`, one for each row of the state.
+    pub rates: usize,
+    /// The head's factors of the decay: 1, or `key_dim`.
+    pub a: &'a [f32],
     /// The rule.
     pub rule: Rule<'a>,
     /// Heads of values.
@@ -128,7 +130,85 @@ pub struct Recur<'a> {
     pub out: PanelMut<'a>,
 }
 
-kernels!(Conv<'_>, Recur<'_>);
+/// A kernel: the state-space scan of some heads of one value each, which share a query and a key, over the tokens of a stretch; see
+/// `Op::Recur` of the library.
+#[derive(Debug)]
+pub struct Channels<'a> {
+    /// `[tokens][key_dim]`: queries of the step.
+    pub q: &'a [f32],
+    /// `[tokens][key_dim]`: keys of the step.
+    pub k: &'a [f32],
+    /// Elements of a key, at most [`MAX_KEY`].
+    pub key_dim: usize,
+    /// `[tokens][heads]`: values of the step.
+    pub v: &'a [f32],
+    /// `[tokens][heads]`: what decay is computed from.
+    pub decay: &'a [f32],
+    /// `[heads][factors]`: factors of the decay.
+    pub a: &'a [f32],
+    /// Factors of a head: 1, or `key_dim`.
+    pub factors: usize,
+    /// `[heads]`: factors of the values that are added to the results.
+    pub d: &'a [f32],
+    /// All heads.
+    pub heads: usize,
+    /// The first head of these.
+    pub first: usize,
+    /// `[heads of out][key_dim]`: their states.
+    pub state: &'a mut [f32],
+    /// Tokens of the stretch: rows of the operands and of `out`.
+    pub tokens: Range<usize>,
+    /// The results of these heads.
+    pub out: PanelMut<'a>,
+}
+
+kernels!(Conv<'_>, Recur<'_>, Channels<'_>);
+
+impl WithIsa for Channels<'_> {
+    type Out = ();
+    #[inline(always)]
+    fn call<I: Isa>(mut self, isa: I) {
+        let key_dim = self.key_dim.min(MAX_KEY);
+        // A lane is a head.
+        let (mut rows, mut factors) = ([[0.0; 16]; MAX_KEY], [[0.0; 16]; MAX_KEY]);
+        let (rows, factors) = (&mut rows[..key_dim], &mut factors[..key_dim]);
+        for first in (0..self.out.cols()).step_by(16) {
+            let len = (self.out.cols() - first).min(16);
+            let head = self.first + first;
+            for i in 0..key_dim {
+                for lane in 0..len {
+                    rows[i][lane] = self.state[(first + lane) * key_dim + i];
+                    factors[i][lane] = self.a[(head + lane) * self.factors + i.min(self.factors - 1)];
+                }
+            }
+            let d = sixteen(isa, &self.d[..head + len], head);
+            for t in self.tokens.clone() {
+                let of_token = |x: &'_ [f32]| sixteen(isa, &x[t * self.heads..][..head + len], head);
+                let (v, rate) = (of_token(self.v), math::softplus(isa, of_token(self.decay)));
+                let update = isa.mul(rate, v);
+                let [q, k] = [self.q, self.k].map(
+                    #[inline(always)]
+                    |x| &x[t * key_dim..][..key_dim],
+                );
+                let mut out = isa.splat(0.0);
+                for i in 0..key_dim {
+                    let kept = math::exp(isa, isa.mul(isa.load(&factors[i]), rate));
+                    let s = isa.fma(isa.splat(k[i]), update, isa.mul(kept, isa.load(&rows[i])));
+                    isa.store(s, &mut rows[i]);
+                    out = isa.fma(s, isa.splat(q[i]), out);
+                }
+                let mut y = [0.0; 16];
+                isa.store(isa.fma(d, v, out), &mut y);
+                self.out.row(t)[first..][..len].copy_from_slice(&y[..len]);
+            }
+            for i in 0..key_dim {
+                for lane in 0..len {
+                    self.state[(first + lane) * key_dim + i] = rows[i][lane];
+                }
+            }
+        }
+    }
+}
 
 impl WithIsa for Conv<'_> {
     type Out = ();
@@ -173,6 +253,15 @@ impl WithIsa for Conv<'_> {
     }
 }
 
+/// Sixteen elements from `first` on, and zeros behind the end.
+#[inline(always)]
+fn sixteen<I: Isa>(isa: I, x: &[f32], first: usize) -> I::F {
+    let mut all = [0.0; 16];
+    let x = &x[first..x.len().min(first + 16)];
+    all[..x.len()].copy_from_slice(x);
+    isa.load(&all)
+}
+
 /// Columns of a state that are computed together: they stay in the first-level cache over all tokens.
 const COLUMNS: usize = 64;
 const VECTORS: usize = COLUMNS / 16;
@@ -184,6 +273,8 @@ impl WithIsa for Recur<'_> {
         let (key_dim, value_dim) = (self.key_dim.min(MAX_KEY), self.out.cols());
         let mut rows = [[[0.0; 16]; VECTORS]; MAX_KEY];
         let rows = &mut rows[..key_dim];
+        // What remains of each row of the state.
+        let mut kept = [[1.0; 16]; MAX_KEY / 16];
         for first in (0..value_dim).step_by(COLUMNS) {
             let len = (value_dim - first).min(COLUMNS);
             for (i, row) in rows.iter_mut().enumerate() {
@@ -197,17 +288,36 @@ impl WithIsa for Recur<'_> {
                 );
                 let mut v = [[0.0; 16]; VECTORS];
                 v.as_flattened_mut()[..len].copy_from_slice(&self.v[at * value_dim + first..][..len]);
-                let rate = math::softplus(isa, isa.splat(self.decay[at]));
-                let decay = math::exp(isa, isa.mul(isa.splat(self.a), rate));
+                let decay = &self.decay[at * self.rates..][..self.rates];
+                let rate = math::softplus(isa, isa.splat(decay[0]));
+                if let (&[_], &[a]) = (decay, self.a) {
+                    let all = math::exp(isa, isa.mul(isa.splat(a), rate));
+                    for kept in &mut kept[..key_dim.div_ceil(16)] {
+                        isa.store(all, kept);
+                    }
+                } else {
+                    for (n, kept) in kept[..key_dim.div_ceil(16)].iter_mut().enumerate() {
+                        let rate = match decay {
+                            [_] => rate,
+                            _ => math::softplus(isa, sixteen(isa, decay, 16 * n)),
+                        };
+                        let a = match self.a {
+                            &[a] => isa.splat(a),
+                            all => sixteen(isa, all, 16 * n),
+                        };
+                        isa.store(math::exp(isa, isa.mul(a, rate)), kept);
+                    }
+                }
+                let kept = kept.as_flattened();
 
                 let mut known = [isa.splat(0.0); VECTORS];
                 let mut update = known;
                 match self.rule {
                     Rule::Delta { beta, .. } => {
-                        for (row, &k) in rows.iter_mut().zip(k) {
-                            let k = isa.splat(k);
+                        for ((row, &k), &kept) in rows.iter_mut().zip(k).zip(kept) {
+                            let (k, kept) = (isa.splat(k), isa.splat(kept));
                             for n in 0..VECTORS {
-                                let s = isa.mul(decay, isa.load(&row[n]));
+                                let s = isa.mul(kept, isa.load(&row[n]));
                                 isa.store(s, &mut row[n]);
                                 known[n] = isa.fma(s, k, known[n]);
                             }
@@ -224,12 +334,13 @@ impl WithIsa for Recur<'_> {
                     }
                 }
                 // The delta rule has applied it.
-                let decay = if matches!(self.rule, Rule::Delta { .. }) { isa.splat(1.0) } else { decay };
+                let is_kept = matches!(self.rule, Rule::Delta { .. });
                 let mut out = [isa.splat(0.0); VECTORS];
-                for ((row, &k), &q) in rows.iter_mut().zip(k).zip(q) {
+                for (((row, &k), &q), &kept) in rows.iter_mut().zip(k).zip(q).zip(kept) {
                     let (k, q) = (isa.splat(k), isa.splat(q));
+                    let kept = isa.splat(if is_kept { 1.0 } else { kept });
                     for n in 0..VECTORS {
-                        let s = isa.fma(k, update[n], isa.mul(decay, isa.load(&row[n])));
+                        let s = isa.fma(k, update[n], isa.mul(kept, isa.load(&row[n])));
                         isa.store(s, &mut row[n]);
                         out[n] = isa.fma(s, q, out[n]);
                     }

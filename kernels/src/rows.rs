@@ -25,6 +25,8 @@ pub enum Gate {
     Sigmoid,
     /// `gate` (bilinear, Mnih & Hinton 2007).
     Identity,
+    /// `Φ(gate)`, the normal distribution function: what is its own gate becomes GELU, by the error function.
+    Normal,
     /// gpt-oss: `g σ(alpha g) · (clamp(up, ±limit) + 1)` with `g = min(gate, limit)`.
     SiluClamped {
         /// The sigmoid's factor.
@@ -130,6 +132,11 @@ fn gate<I: Isa>(isa: I, f: Gate, gate: I::F, up: I::F) -> I::F {
         Gate::Relu => isa.mul(relu(isa, gate), up),
         Gate::Sigmoid => isa.mul(math::sigmoid(isa, gate), up),
         Gate::Identity => isa.mul(gate, up),
+        Gate::Normal => {
+            let t = math::erf(isa, isa.mul(gate, isa.splat(core::f32::consts::FRAC_1_SQRT_2)));
+            let half = isa.splat(0.5);
+            isa.mul(isa.fma(half, t, half), up)
+        }
         Gate::SiluClamped { alpha, limit } => {
             let high = isa.splat(limit);
             let g = isa.select_gt(gate, high, high, gate);

@@ -20,14 +20,15 @@ fn chunks_merged_a_few_at_a_time_are_the_whole() {
     let (q, sinks) = (values(HEADS * shape.key_dim), values(HEADS));
     let table = [4, 0, 3, 1, 2];
     let pages = values(table.len() * shape.elements());
-    for (position, window, after, sinks) in [
-        (4 * CHUNK + 9, None, 0, None),
-        (4 * CHUNK + 9, Some(200), 0, Some(&sinks[..])),
-        (5, None, 0, Some(&sinks[..])),
-        (5, None, u32::MAX, None),
-        (CHUNK + 9, Some(30), 150, None),
+    for (position, window, after, aligned, sinks) in [
+        (4 * CHUNK + 9, None, 0, false, None),
+        (4 * CHUNK + 9, Some(200), 0, false, Some(&sinks[..])),
+        (5, None, 0, false, Some(&sinks[..])),
+        (5, None, u32::MAX, false, None),
+        (CHUNK + 9, Some(30), 150, false, None),
+        (4 * CHUNK + 9, Some(100), 0, true, None),
     ] {
-        let (end, sight) = (4 * CHUNK + 10, Sight { window, after });
+        let (end, sight) = (4 * CHUNK + 10, Sight { window, after, aligned });
         for isa in Cpu::NAMES.iter().filter_map(|name| Cpu::from_name(name)) {
             fn attend<'a>(whole: &Attend<'a>, out: &'a mut [f32]) -> Attend<'a> {
                 Attend { out, ..*whole }
@@ -47,6 +48,7 @@ fn chunks_merged_a_few_at_a_time_are_the_whole() {
                 end,
                 sight,
                 scale: 0.2,
+                growth: None,
                 softcap: None,
                 slopes: None,
                 sinks,
@@ -170,8 +172,9 @@ fn codes_are_read_alike_for_few_rows_and_for_many() {
                 kv_head: 0,
                 position: CHUNK + 10 + first,
                 end: CHUNK + 10 + TOKENS,
-                sight: Sight { window: None, after: 0 },
+                sight: Sight { window: None, after: 0, aligned: false },
                 scale: 0.1,
+                growth: None,
                 softcap: None,
                 slopes: None,
                 sinks: None,

@@ -140,6 +140,7 @@ impl Field for Gate {
             4 => Gate::SiluClamped { alpha, limit },
             5 => Gate::Sigmoid,
             6 => Gate::Identity,
+            7 => Gate::Normal,
             _ => return None,
         })
     }
@@ -153,6 +154,7 @@ impl Field for Gate {
             Gate::SiluClamped { alpha, limit } => (4, alpha, limit),
             Gate::Sigmoid => (5, 0.0, 0.0),
             Gate::Identity => (6, 0.0, 0.0),
+            Gate::Normal => (7, 0.0, 0.0),
             _ => return None,
         };
         number.write(to)?;

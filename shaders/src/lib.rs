@@ -431,6 +431,7 @@ pub fn gated(gate: Gate) -> Option<String> {
         Gate::Relu => "return relu(g) * u;".into(),
         Gate::Sigmoid => "return sigmoid(g) * u;".into(),
         Gate::Identity => "return g * u;".into(),
+        Gate::Normal => "return 0.5 * (1.0 + erf(g * 0.70710678)) * u;".into(),
         Gate::SiluClamped { alpha, limit } => format!(
             "let s = min(g, {limit:e}) * sigmoid({alpha:e} * min(g, {limit:e}));
              return or_nan(or_nan(s * clamp(u, -{limit:e}, {limit:e}) + s, g), u);"

@@ -522,6 +522,7 @@ fn attend<'a>(a: &Attention<'a>, token: usize, kv_head: usize, out: &'a mut [f32
         end,
         sight: a.sight,
         scale: a.scale,
+        growth: a.growth,
         softcap: a.softcap,
         slopes: a.slopes.map(|s| &s[first..first + heads]),
         sinks: a.sinks.map(|s| &s[first..first + heads]),
@@ -1236,6 +1237,7 @@ impl Kernels for CpuKernels {
             Op::Recur { q, k, v, decay, a, rule, state, out } => {
                 let PageShape { kv_heads: heads, key_dim, value_dim, .. } = state.shape;
                 let (key_width, group, cols) = (k.cols, state.group, out.cols);
+                let (rates, factors) = (decay.cols / heads, a.cols / heads);
                 let [q, k, v, decay, a] = [q, k, v, decay, a].map(|x| x.floats());
                 // A rule that threads can share.
                 let rule = match rule {
@@ -1252,6 +1254,26 @@ impl Kernels for CpuKernels {
                     &|first, [mut states, mut out]| {
                         step.stretches(group, |Stretch { from, to, tokens }| {
                             let states = entered(&mut states, from, to);
+                            // One value a head, and one key: vector lanes are heads.
+                            if let (Rule::Scan { d }, 1, true) = (rule, value_dim, key_width == key_dim) {
+                                let (state, out) = (states, out.reborrow());
+                                isa.run(recurrent::Channels {
+                                    q,
+                                    k,
+                                    key_dim,
+                                    v,
+                                    decay,
+                                    a,
+                                    factors,
+                                    d,
+                                    heads,
+                                    first,
+                                    state,
+                                    tokens,
+                                    out,
+                                });
+                                return;
+                            }
                             for (i, state) in states.chunks_exact_mut(size).enumerate() {
                                 let head = first + i;
                                 let key = rule.key_head(head, heads, key_width / key_dim) * key_dim;
@@ -1259,7 +1281,7 @@ impl Kernels for CpuKernels {
                                     Rule::Delta { beta, scale, .. } => recurrent::Rule::Delta { beta, scale },
                                     Rule::Scan { d } => recurrent::Rule::Scan { d: d[head] },
                                 };
-                                let (a, tokens) = (a[head], tokens.clone());
+                                let (a, tokens) = (&a[head * factors..][..factors], tokens.clone());
                                 let out = out.columns(i * value_dim..(i + 1) * value_dim);
                                 isa.run(recurrent::Recur {
                                     q,
@@ -1269,6 +1291,7 @@ impl Kernels for CpuKernels {
                                     key_dim,
                                     v,
                                     decay,
+                                    rates,
                                     a,
                                     rule,
                                     heads,

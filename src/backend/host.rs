@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use crate::clock::Instant;
 
-use halite_kernels::attention::{PageShape, Pages, PagesMut, Sight};
+use halite_kernels::attention::{Growth, PageShape, Pages, PagesMut, Sight};
 use halite_kernels::float::DefaultFloats;
 use halite_kernels::formats::{Format, Layout};
 use halite_kernels::panel::PanelMut;
@@ -323,6 +323,8 @@ pub struct Attention<'a> {
     pub sight: Sight,
     /// Factor on the scores.
     pub scale: f32,
+    /// One more, by the token's position.
+    pub growth: Option<Growth<'a>>,
     /// Soft cap of the scores.
     pub softcap: Option<f32>,
     /// Factor per head on distances, which is taken off the scores.
@@ -356,7 +358,9 @@ impl<'a> Attention<'a> {
 impl HostOp<'_> {
     /// [`Op::Attend`] on slices, and its output.
     pub fn attention<'a>(&'a mut self, step: &'a HostStep<'a>) -> Option<(Attention<'a>, &'a mut [f32])> {
-        let Op::Attend { q, state, out, heads, scale, softcap, slopes, sinks } = self else { return None };
+        let Op::Attend { q, state, out, heads, scale, growth, softcap, slopes, sinks } = self else {
+            return None;
+        };
         let attention = Attention {
             q: q.floats(),
             heads: *heads as usize,
@@ -365,6 +369,7 @@ impl HostOp<'_> {
             group: state.group,
             sight: state.sight,
             scale: *scale,
+            growth: growth.as_ref().map(|growth| growth.factors()),
             softcap: *softcap,
             slopes: slopes.as_deref(),
             sinks: sinks.as_ref().map(|sinks| sinks.floats()),

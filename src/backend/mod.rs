@@ -480,7 +480,7 @@ pub fn check_support(backend: &dyn Backend, program: &Program) -> Result<()> {
 
 /// Returns the first page that tokens from position `start` on see through a window.
 pub(crate) fn first_page(start: u32, window: Option<u32>) -> usize {
-    Sight { window, after: 0 }.chunks(start as usize, usize::MAX).start
+    Sight { window, after: 0, aligned: false }.chunks(start as usize, usize::MAX).start
 }
 
 /// Validates a step against the plan's limits and state buffers. For [`Plan::submit`].

@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 
-use halite_kernels::attention::{BLOCK, CHUNK, PageShape, Pages, PagesMut};
+use halite_kernels::attention::{BLOCK, CHUNK, Growth, PageShape, Pages, PagesMut};
 use halite_kernels::formats::{Activation, Format, Kind, Unpacked};
 use halite_kernels::isa::{self, Isa, Scalar, WithIsa};
 use halite_kernels::math;
@@ -225,6 +225,7 @@ pub(crate) fn gate(f: Gate, g: f32, up: f32) -> f32 {
         Gate::Relu => unary(Unary::Relu, g) * up,
         Gate::Sigmoid => scalar!(sigmoid(g)) * up,
         Gate::Identity => g * up,
+        Gate::Normal => fma(0.5, scalar!(erf(g * std::f32::consts::FRAC_1_SQRT_2)), 0.5) * up,
         Gate::SiluClamped { alpha, limit } => {
             let g = if g > limit { limit } else { g };
             let up = if up > limit { limit } else { up };
@@ -387,7 +388,7 @@ fn attend(
             cpu.run_inline(AddScaled(q, &keys[valid.clone()], &mut scores));
         }
         for (score, at) in scores.iter_mut().zip(first + valid.start..) {
-            *score *= a.scale;
+            *score *= Growth::scale(a.growth, a.scale, position);
             *score = a.softcap.map_or(*score, |cap| unary(Unary::SoftCap(cap), *score));
             *score = slope.map_or(*score, |slope| fma(-slope, at.abs_diff(position) as f32, *score));
         }
@@ -658,7 +659,11 @@ impl Kernels for Definitions {
                 for (t, (q, out)) in a.q.chunks_exact(q_cols).zip(out.chunks_exact_mut(out_cols)).enumerate()
                 {
                     let (table, position, end) = a.place(t);
-                    let first = a.sight.window.map_or(0, |w| (position + 1).saturating_sub(w as usize));
+                    let first = match a.sight.window {
+                        Some(w) if a.sight.aligned => position / w as usize * w as usize,
+                        Some(w) => (position + 1).saturating_sub(w as usize),
+                        None => 0,
+                    };
                     let end = end.min((position + 1).saturating_add(a.sight.after as usize));
                     let table = &table[first / CHUNK..end.div_ceil(CHUNK)];
                     for &page in table {
@@ -691,6 +696,8 @@ impl Kernels for Definitions {
             Op::Recur { q, k, v, decay, a, rule, state, out } => {
                 let PageShape { kv_heads: heads, key_dim, value_dim, .. } = state.shape;
                 let (keys, group, cols) = (k.cols, state.group, out.cols);
+                // Of each head: one, or one for each row of its state.
+                let (rates, factors) = (decay.cols / heads, a.cols / heads);
                 let [q, k, v, decay, a] = [q, k, v, decay, a].map(|x| x.floats());
                 let (mut states, mut out) = (state.rows_mut(), PanelMut::new(out.floats_mut(), cols));
                 recur(step, group, &mut states, &mut |t, states| {
@@ -698,9 +705,11 @@ impl Kernels for Definitions {
                         let key = rule.key_head(h, heads, keys / key_dim) * key_dim;
                         let [q, k] = [q, k].map(|x| &x[t * keys + key..][..key_dim]);
                         let v = &v[(t * heads + h) * value_dim..][..value_dim];
-                        let rate = scalar!(softplus(decay[t * heads + h]));
-                        let kept = scalar!(exp(a[h] * rate));
-                        s.iter_mut().for_each(|s| *s *= kept);
+                        let rate = |i: usize| scalar!(softplus(decay[(t * heads + h) * rates + i % rates]));
+                        for (i, s) in s.chunks_exact_mut(value_dim).enumerate() {
+                            let kept = scalar!(exp(a[h * factors + i % factors] * rate(i)));
+                            s.iter_mut().for_each(|s| *s *= kept);
+                        }
                         for (j, &v) in v.iter().enumerate() {
                             let update = match rule {
                                 Rule::Delta { beta, .. } => {
@@ -708,7 +717,7 @@ impl Kernels for Definitions {
                                         (0..key_dim).fold(0.0, |sum, i| fma(s[i * value_dim + j], k[i], sum));
                                     scalar!(sigmoid(beta.floats()[t * heads + h])) * (v - known)
                                 }
-                                Rule::Scan { .. } => rate * v,
+                                Rule::Scan { .. } => rate(0) * v,
                             };
                             let mut sum = 0.0;
                             for i in 0..key_dim {

@@ -8,8 +8,8 @@ use halite_kernels::rows::{Gate, Unary};
 
 use super::{Case, Inputs};
 use crate::program::{
-    Builder, Dim, Epilogue, Gating, Groups, Index, NormKind, Op, Part, Program, RopePairs, Rotation, Rule,
-    State, TensorId, WeightInfo,
+    Builder, Dim, Epilogue, Gating, Groups, Growth, Index, NormKind, Op, Part, Program, RopePairs, Rotation,
+    Rule, State, TensorId, WeightInfo,
 };
 
 /// Collects cases.
@@ -588,12 +588,21 @@ fn recurrences(cases: &mut Cases) {
             b.output(y);
         });
     }
-    for (heads, key_heads, key_dim, value_dim) in [(4, 2, 16, 24), (2, 2, 128, 128), (3, 1, 40, 72)] {
-        for (rule, delta, neighbours) in
-            [("Delta", true, false), ("Delta of neighbours", true, true), ("Scan", false, false)]
-        {
+    for (heads, key_heads, key_dim, value_dim) in
+        [(4, 2, 16, 24), (2, 2, 128, 128), (3, 1, 40, 72), (70, 1, 16, 1), (6, 2, 5, 1)]
+    {
+        // Decays and factors of heads, or of each row of their states.
+        for (rule, delta, neighbours, rates, factors) in [
+            ("Delta", true, false, 1, 1),
+            ("Delta of neighbours", true, true, 1, 1),
+            ("Scan", false, false, 1, 1),
+            ("Delta by row", true, true, key_dim, 1),
+            ("Delta by row twice", true, false, key_dim, key_dim),
+            ("Scan by row", false, false, 1, key_dim),
+        ] {
             let name = format!("Recur {rule} {heads}/{key_heads}x{key_dim}/{value_dim}");
-            let weights = ["a", "d"].map(|name| (name, Format::F32, vec![u64::from(heads)]));
+            let weights = [("a", heads * factors), ("d", heads)];
+            let weights = weights.map(|(name, len)| (name, Format::F32, vec![u64::from(len)]));
             cases.add(name, &weights[..2 - usize::from(delta)], &RECURRENCES, ATTEND_BOUND, |b| {
                 let [q, k] = ["q", "k"].map(|name| {
                     let x = b.input(name, Dim::Tokens, key_heads * key_dim);
@@ -603,14 +612,14 @@ fn recurrences(cases: &mut Cases) {
                 let k = b.unary("k unit", k, Unary::Scale(1.0 / (key_dim as f32).sqrt()));
                 let v = b.input("v", Dim::Tokens, heads * value_dim);
                 // A state that grows would hide all differences but those of its largest elements.
-                let decay = b.input("decay", Dim::Tokens, heads);
+                let decay = b.input("decay", Dim::Tokens, heads * rates);
                 let decay = shifted(b, decay, -4.0);
                 let rule = if delta {
                     Rule::Delta { beta: b.input("beta", Dim::Tokens, heads), scale: 0.1, neighbours }
                 } else {
                     Rule::Scan { d: b.weight("d", 1, heads) }
                 };
-                let a = b.weight("a", 1, heads);
+                let a = b.weight("a", 1, heads * factors);
                 let state = b.state(State::recurrent("kept", heads, key_dim, value_dim));
                 let y = b.recur([q, k, v], decay, a, rule, state);
                 b.output(y);
@@ -794,13 +803,14 @@ fn edges() -> Vec<Case> {
 }
 
 /// All gates.
-const GATES: [Gate; 7] = [
+const GATES: [Gate; 8] = [
     Gate::Silu,
     Gate::Gelu,
     Gate::GeluErf,
     Gate::Relu,
     Gate::Sigmoid,
     Gate::Identity,
+    Gate::Normal,
     Gate::SiluClamped { alpha: 1.702, limit: 1.5 },
 ];
 
@@ -1139,7 +1149,30 @@ fn attention(cases: &mut Cases) {
                 let v = b.input("v", Dim::Tokens, kv_heads * 64);
                 let kv = b.state(kv);
                 b.kv_write(k, v, kv);
-                let y = b.attend_with(q, kv, heads, 0.3, softcap, Some(slopes), None);
+                let y = b.attend_with(q, kv, heads, 0.3, None, softcap, Some(slopes), None);
+                b.output(y);
+            });
+        }
+        // Windows side by side, whose borders are in a page, at its end, and in the middle of a step; and scales by position, of
+        // which the last one goes on.
+        for (heads, kv_heads, window, grows) in
+            [(4, 1, Some(64), true), (6, 2, Some(100), false), (3, 3, Some(1), false), (4, 2, None, true)]
+        {
+            let name = format!(
+                "Attend {} {heads}/{kv_heads} 32/64 side by side window={window:?} growth={grows}",
+                format.name()
+            );
+            let steps: [&[(u32, u32)]; 4] =
+                [&[(0, 130), (0, 64)], &[(130, 400), (64, 1)], &[(530, 1), (65, 63)], &[(531, 69), (128, 1)]];
+            cases.add(name, &[], &steps, ATTEND_BOUND, |b| {
+                let kv = State::new("kv", kv_heads, 32, 64, format).window(window).aligned(window.is_some());
+                let growth = Growth { factors: [0.5, 2.0, 1.0, 3.0].into(), period: 50, ahead: 1 };
+                let q = b.input("q", Dim::Tokens, heads * 32);
+                let k = b.input("k", Dim::Tokens, kv_heads * 32);
+                let v = b.input("v", Dim::Tokens, kv_heads * 64);
+                let kv = b.state(kv);
+                b.kv_write(k, v, kv);
+                let y = b.attend_with(q, kv, heads, 0.3, grows.then_some(growth), None, None, None);
                 b.output(y);
             });
         }

@@ -1,12 +1,13 @@
 //! BERT (Devlin et al. 2019): an encoder with attention in both directions and norms after the blocks.
-//! Nomic's model (Nussbaum et al. 2024) has rotary positions and a gated feed-forward block. ModernBERT (Warner et al. 2024) has
+//! Nomic's model (Nussbaum et al. 2024) has rotary positions and a gated feed-forward block; its second one (Nussbaum & Duderstadt
+//! 2025) has mixtures of experts without gates in every other layer, and Jina's third model (Sturua et al. 2024) no gates. ModernBERT (Warner et al. 2024) has
 //! these too, norms before the blocks, and a window in two of three layers. Jina's second model (Günther et al. 2023) has biases of
 //! attention by distance (ALiBi) as positions.
 
 use super::network::{Attention, Network, QkNorm};
 use super::{Hparams, Pooling};
 use crate::gguf::printable;
-use crate::program::{Builder, Gate, NormKind, RopePairs, Unary};
+use crate::program::{Builder, Gate, NormKind, RopePairs, TensorId, Unary};
 
 pub(super) fn record(h: &Hparams, b: &mut Builder<'_>) {
     let mut n = Network::new(h, b, NormKind::Layer);
@@ -23,6 +24,27 @@ pub(super) fn record(h: &Hparams, b: &mut Builder<'_>) {
 }
 
 pub(super) fn record_nomic(h: &Hparams, b: &mut Builder<'_>) {
+    record_rotary(h, b, |n, x, _| n.gated_mlp(x, Gate::Silu));
+}
+
+pub(super) fn record_nomic_moe(h: &Hparams, b: &mut Builder<'_>) {
+    record_rotary(h, b, |n, x, layer| match n.h.moe_every_n_layers {
+        // The second layer of each group.
+        Some(period) if layer % period == 1 => n.gelu_experts(x),
+        _ => n.mlp(x, Unary::GeluErf),
+    });
+}
+
+pub(super) fn record_jina_3(h: &Hparams, b: &mut Builder<'_>) {
+    record_rotary(h, b, |n, x, _| n.mlp(x, Unary::GeluErf));
+}
+
+/// BERT with rotary positions; `feed_forward` also gets the layer.
+fn record_rotary(
+    h: &Hparams,
+    b: &mut Builder<'_>,
+    feed_forward: impl Fn(&mut Network<'_, '_>, TensorId, u32) -> TensorId,
+) {
     let mut n = Network::new(h, b, NormKind::Layer);
     let rope = n.rope(RopePairs::Halves);
     let (tokens, kind) = (n.embed(1.0), n.embed_type());
@@ -31,7 +53,7 @@ pub(super) fn record_nomic(h: &Hparams, b: &mut Builder<'_>) {
     for layer in 0..h.block_count {
         n.layer(layer);
         let attention = Attention { rope: Some(&rope), ..n.attention_both_ways(None) };
-        x = n.post_norm_layer(x, &attention, |n, x| n.gated_mlp(x, Gate::Silu));
+        x = n.post_norm_layer(x, &attention, |n, x| feed_forward(n, x, layer));
     }
     n.embeddings(x);
 }

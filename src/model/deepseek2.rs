@@ -33,7 +33,7 @@ pub(super) fn record(h: &Hparams, b: &mut Builder<'_>) {
     for layer in 0..h.block_count {
         n.layer(layer);
         let y = n.norm("attn_norm", x);
-        let y = n.latent_attention(y, &rope, scale);
+        let y = n.latent_attention(y, Some(&rope), scale);
         x = n.add("attn_residual", x, y);
         let y = n.norm("ffn_norm", x);
         let y = n.mlp_then_experts(y, gating, false, Gate::Silu);
@@ -51,7 +51,7 @@ pub(super) fn record_minicpm(h: &Hparams, b: &mut Builder<'_>) {
     for layer in 0..h.block_count {
         n.layer(layer);
         let y = n.norm("attn_norm", x);
-        let y = n.latent_attention(y, &rope, 1.0 / (h.key_length as f32).sqrt());
+        let y = n.latent_attention(y, Some(&rope), 1.0 / (h.key_length as f32).sqrt());
         x = n.add_scaled("attn_residual", x, y, residual_scale);
         let y = n.norm("ffn_norm", x);
         let y = n.gated_mlp(y, Gate::Silu);

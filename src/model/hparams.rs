@@ -69,6 +69,8 @@ pub struct Hparams {
     pub attention_clamp_kqv: Option<f32>,
     /// Growth of queries beyond the original context (Llama 4's temperature tuning).
     pub attention_temperature_scale: Option<f32>,
+    /// Positions after which it grows, if they are not the original context.
+    pub attention_temperature_length: Option<u32>,
     pub attn_logit_softcapping: Option<f32>,
     pub final_logit_softcapping: Option<f32>,
     pub embedding_scale: Option<f32>,
@@ -83,6 +85,8 @@ pub struct Hparams {
     pub leading_dense_block_count: u32,
     /// Period of the layers with experts.
     pub interleave_moe_layer_step: Option<u32>,
+    /// Period of the layers with experts (Nomic).
+    pub moe_every_n_layers: Option<u32>,
     /// Experts that all tokens use; files store them as one.
     pub expert_shared_count: u32,
     /// Hidden elements of the expert that all tokens use.
@@ -130,6 +134,10 @@ pub struct Hparams {
     pub ssm_time_step_rank: Option<u32>,
     /// Heads of a recurrent layer's keys.
     pub ssm_group_count: Option<u32>,
+    /// Whether Mamba's steps, B and C are normalised.
+    pub ssm_dt_b_c_rms: bool,
+    /// Elements of a head's key and value in layers of Kimi Delta Attention.
+    pub kda_head_dim: Option<u32>,
     /// Pooling of token vectors.
     pub pooling_type: Option<Pooling>,
     /// Labels that a classification head scores.
@@ -438,6 +446,9 @@ impl Hparams {
             max_alibi_bias: factor("attention.max_alibi_bias")?,
             attention_clamp_kqv: factor("attention.clamp_kqv")?,
             attention_temperature_scale: factor("attention.temperature_scale")?,
+            attention_temperature_length: gguf
+                .optional_u32(&key("attention.temperature_length"))?
+                .filter(|&length| length > 0),
             attn_logit_softcapping: factor("attn_logit_softcapping")?,
             final_logit_softcapping: factor("final_logit_softcapping")?,
             embedding_scale: factor("embedding_scale")?,
@@ -450,6 +461,7 @@ impl Hparams {
             expert_shared_feed_forward_length,
             leading_dense_block_count: gguf.optional_u32(&key("leading_dense_block_count"))?.unwrap_or(0),
             interleave_moe_layer_step: gguf.optional_u32(&key("interleave_moe_layer_step"))?,
+            moe_every_n_layers: gguf.optional_u32(&key("moe_every_n_layers"))?.filter(|&period| period > 0),
             expert_shared_count: gguf.optional_u32(&key("expert_shared_count"))?.unwrap_or(0),
             expert_gating_func,
             expert_weights_norm: gguf.optional_bool(&key("expert_weights_norm"))?,
@@ -479,7 +491,13 @@ impl Hparams {
             ssm_inner_size: size("ssm.inner_size")?,
             ssm_state_size: size("ssm.state_size")?,
             ssm_time_step_rank: size("ssm.time_step_rank")?,
-            ssm_group_count: size("ssm.group_count")?,
+            // PLaMo 2 says that it has none.
+            ssm_group_count: match gguf.optional_u32(&key("ssm.group_count"))? {
+                Some(0) => None,
+                _ => size("ssm.group_count")?,
+            },
+            ssm_dt_b_c_rms: gguf.optional_bool(&key("ssm.dt_b_c_rms"))?.unwrap_or(false),
+            kda_head_dim: head_size("kda.head_dim")?,
             pooling_type: pooling_type(gguf, &architecture)?,
             label_count: ranged("classifier.output_labels", labels, MAX_EXTENT)?,
             token_type_count: gguf.optional_u32("tokenizer.ggml.token_type_count")?,

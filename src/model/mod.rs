@@ -23,6 +23,7 @@ mod gptneox;
 mod granite;
 mod hparams;
 mod hunyuan;
+mod kimi_linear;
 mod lfm2;
 mod llama;
 mod llama4;
@@ -106,11 +107,14 @@ const FAMILIES: &[(&str, Record)] = &[
     ("internlm2", llama::record),
     ("jais2", nemotron::record),
     ("jina-bert-v2", bert::record_jina),
+    ("jina-bert-v3", bert::record_jina_3),
+    ("kimi-linear", kimi_linear::record),
     ("lfm2", lfm2::record),
     ("lfm2moe", lfm2::record),
     ("llama", llama::record),
     ("llama4", llama4::record),
     ("maincoder", hunyuan::record_maincoder),
+    ("mamba", mamba::record),
     ("mamba2", mamba::record_2),
     ("mellum", qwen::record_mellum),
     ("minicpm", granite::record_minicpm),
@@ -123,6 +127,7 @@ const FAMILIES: &[(&str, Record)] = &[
     ("nemotron_h", nemotron_h::record),
     ("nemotron_h_moe", nemotron_h::record),
     ("nomic-bert", bert::record_nomic),
+    ("nomic-bert-moe", bert::record_nomic_moe),
     ("olmo", olmo::record),
     ("olmo2", olmo2::record),
     ("olmoe", olmoe::record),
@@ -133,6 +138,7 @@ const FAMILIES: &[(&str, Record)] = &[
     ("phi3", phi::record),
     ("phimoe", phi::record),
     ("plamo", plamo::record),
+    ("plamo2", plamo::record_2),
     ("plamo3", plamo::record_3),
     ("qwen2", qwen::record_2),
     ("qwen2moe", qwen::record_2_moe),

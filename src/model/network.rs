@@ -7,8 +7,8 @@ use std::sync::Arc;
 use super::hparams::{MAX_EXTENT, RopeScaling};
 use super::{Hparams, Pooling};
 use crate::program::{
-    Builder, Gate, Gating, Groups, Index, NormKind, Outputs, RopePairs, Rotation, Rule, State, TensorId,
-    Unary,
+    Builder, Gate, Gating, Groups, Growth, Index, NormKind, Outputs, RopePairs, Rotation, Rule, State,
+    TensorId, Unary,
 };
 
 /// Records a family's program.
@@ -19,6 +19,8 @@ pub(super) struct Network<'n, 'b> {
     norm: NormKind,
     norm_eps: f32,
     norm_weights: bool,
+    /// The file's growth of scores by position.
+    growth: Option<Growth>,
     /// Prefix of weight names: `blk.3.` in layer 3.
     prefix: String,
     layer: u32,
@@ -35,6 +37,8 @@ pub(super) struct Streams {
 
 /// Number of residual streams of Gemma 3n. Other runtimes know no other.
 const STREAMS: u32 = 4;
+/// Most factors of positions.
+const MAX_FACTORS: u32 = 1 << 16;
 /// Added to variances that are not zero.
 const TINY: f32 = 1e-20;
 
@@ -62,6 +66,10 @@ pub(super) struct Attention<'r> {
     pub qk_norm: Option<QkNorm>,
     /// A factor on the scores.
     pub scale: f32,
+    /// One more, by position.
+    pub growth: Option<Growth>,
+    /// Whether windows lie side by side, and are not each token's own.
+    pub aligned: bool,
     /// The largest exponent of slopes, from which scores have a bias by distance (ALiBi).
     pub max_alibi_bias: Option<f32>,
     /// How many positions after its own a token sees: 0, or more in an encoder.
@@ -81,15 +89,20 @@ pub(super) struct Attention<'r> {
 
 impl<'n, 'b> Network<'n, 'b> {
     pub fn new(h: &'n Hparams, b: &'n mut Builder<'b>, norm: NormKind) -> Self {
-        if h.attention_temperature_scale.is_some() && h.positions > h.original_context_length {
-            // The factor is 1 up to this position.
-            b.fail(format!(
-                "key `{}.attention.temperature_scale`: supported up to {} positions, the original context, got {}",
-                h.architecture, h.original_context_length, h.positions
-            ));
+        let mut network = Network {
+            h,
+            b,
+            norm,
+            norm_eps: 0.0,
+            norm_weights: true,
+            growth: None,
+            prefix: String::new(),
+            layer: 0,
+        };
+        if let Some(scale) = h.attention_temperature_scale {
+            let period = h.attention_temperature_length.unwrap_or(h.original_context_length);
+            network.growth = network.growth(scale, period, 0);
         }
-        let mut network =
-            Network { h, b, norm, norm_eps: 0.0, norm_weights: true, prefix: String::new(), layer: 0 };
         network.norm_eps = match norm {
             NormKind::Rms => network.required("attention.layer_norm_rms_epsilon", h.layer_norm_rms_epsilon),
             NormKind::Layer => network.required("attention.layer_norm_epsilon", h.layer_norm_epsilon),
@@ -252,6 +265,21 @@ impl<'n, 'b> Network<'n, 'b> {
         })
     }
 
+    /// Factors on scores that grow with the logarithm of how often a position has gone through `period`, from 1 on (Llama 4's
+    /// temperature tuning); `None` if the session has no more positions than that.
+    pub fn growth(&mut self, scale: f32, period: u32, ahead: u32) -> Option<Growth> {
+        let last = self.h.positions.saturating_sub(1).saturating_add(ahead) / period.max(1);
+        if last >= MAX_FACTORS {
+            self.b.fail(format!(
+                "{} positions, of which each {period} have a factor on scores: expected at most {MAX_FACTORS} factors",
+                self.h.positions
+            ));
+            return None;
+        }
+        let factor = |step: u32| (f64::from(scale) * f64::from(step + 1).ln() + 1.0) as f32;
+        (last > 0).then(|| Growth { factors: (0..=last).map(factor).collect(), period, ahead })
+    }
+
     /// The file's rotary embedding.
     pub fn rope(&mut self, pairs: RopePairs) -> Rotation {
         self.rope_of(self.h.rope_freq_base, pairs)
@@ -289,6 +317,8 @@ impl<'n, 'b> Network<'n, 'b> {
             window: self.h.sliding_window,
             qk_norm: None,
             scale: self.h.attention_scale.unwrap_or(1.0 / (self.h.key_length as f32).sqrt()),
+            growth: self.growth.clone(),
+            aligned: false,
             max_alibi_bias: None,
             after: 0,
             sinks: false,
@@ -374,7 +404,8 @@ impl<'n, 'b> Network<'n, 'b> {
         };
         let q = place("q", q);
         let kv = kv.map(|(k, v)| (place("k", k), v));
-        let state = self.b.state(h.kv_state(a.kv_of.unwrap_or(self.layer), a.window, a.after));
+        let state = h.kv_state(a.kv_of.unwrap_or(self.layer), a.window, a.after).aligned(a.aligned);
+        let state = self.b.state(state);
         if let Some((k, mut v)) = kv {
             if a.v_norm {
                 v = self.b.norm("v_norm", v, NormKind::Rms, None, None, self.norm_eps, h.value_length);
@@ -384,7 +415,8 @@ impl<'n, 'b> Network<'n, 'b> {
         let sinks = a.sinks.then(|| self.weight("attn_sinks.weight", 1, heads));
         let slopes = a.max_alibi_bias.map(|max_bias| slopes(heads, max_bias));
         let cap = h.attn_logit_softcapping;
-        let mut attended = self.b.attend_with(q, state, heads, a.scale, cap, slopes, sinks);
+        let growth = a.growth.clone();
+        let mut attended = self.b.attend_with(q, state, heads, a.scale, growth, cap, slopes, sinks);
         if let Some(gate) = gate {
             attended = self.b.glu(gate, attended, Gate::Sigmoid);
         }
@@ -398,7 +430,7 @@ impl<'n, 'b> Network<'n, 'b> {
     /// same rotated elements. Older files have one matrix for these products, and the cache keeps what they give. Where a file has
     /// a matrix of each head for its keys and one for its values, the cache keeps the latent vector: queries are multiplied with
     /// the one, results with the other.
-    pub fn latent_attention(&mut self, x: TensorId, rope: &Rotation, scale: f32) -> TensorId {
+    pub fn latent_attention(&mut self, x: TensorId, rope: Option<&Rotation>, scale: f32) -> TensorId {
         let h = self.h;
         let rank = self.required("attention.kv_lora_rank", h.kv_lora_rank);
         let heads = Hparams::at(&h.head_count, self.layer);
@@ -416,7 +448,8 @@ impl<'n, 'b> Network<'n, 'b> {
             return x;
         }
         let plain = key - turned;
-        let rope = Rotation { head_dim: turned, ..rope.clone() };
+        let rope = rope.map(|rope| Rotation { head_dim: turned, ..rope.clone() });
+        let turn = |n: &mut Self, name, x| rope.as_ref().map_or(x, |rope| n.b.rope(name, x, rope));
         let q = if self.has("attn_q_a.weight") {
             let q_rank = self.required("attention.q_lora_rank", h.q_lora_rank);
             let q = self.linear("q_latent", "attn_q_a", x, q_rank);
@@ -427,9 +460,9 @@ impl<'n, 'b> Network<'n, 'b> {
         };
         let [latent, k] = self.fused_linear("attn_kv_a_mqa", x, [("kv_latent", rank), ("k", turned)]);
         let latent = self.norm_as("kv_norm", "attn_kv_a_norm", latent);
-        let k = self.b.rope("k_rope", k, &rope);
+        let k = turn(self, "k_rope", k);
         let q_turned = self.b.slice("q_turned", q, key, plain, turned);
-        let q_turned = self.b.rope("q_rope", q_turned, &rope);
+        let q_turned = turn(self, "q_rope", q_turned);
         let q_plain = self.b.slice("q_plain", q, key, 0, plain);
         let (name, prefix) = (format!("kv.{}", self.layer), self.prefix.clone());
         let attended = if absorbed {
@@ -439,7 +472,8 @@ impl<'n, 'b> Network<'n, 'b> {
             let q = self.b.join("q_all", q_plain, q_turned, rank, turned);
             let state = self.b.state(State::latent(name, rank + turned, rank, h.kv_format));
             self.b.kv_write(k, latent, state);
-            let attended = self.b.attend(q, state, heads, scale, None, None);
+            let growth = self.growth.clone();
+            let attended = self.b.attend_with(q, state, heads, scale, growth, None, None, None);
             self.b.block_linear("v", attended, values)
         } else {
             let kv = self.linear("kv", "attn_kv_b", latent, heads.saturating_mul(plain + value));
@@ -449,7 +483,7 @@ impl<'n, 'b> Network<'n, 'b> {
             let k = self.b.join("k_all", k_plain, k, plain, turned);
             let state = self.b.state(State::new(name, heads, key, value, h.kv_format));
             self.b.kv_write(k, v, state);
-            self.b.attend(q, state, heads, scale, None, None)
+            self.b.attend_with(q, state, heads, scale, self.growth.clone(), None, None, None)
         };
         self.linear("attn_output", "attn_output", attended, h.embedding_length)
     }
@@ -681,12 +715,7 @@ impl<'n, 'b> Network<'n, 'b> {
             [beta, self.b.linear("decay", x, weight, Some(bias))]
         };
         let [q, k, v] = self.convolved(parts, projected, taps);
-        // The root of the mean square is the length over the root of the number of elements.
-        let mut unit = |name: &str, x: TensorId| {
-            self.b.norm(name, x, NormKind::Rms, None, None, self.norm_eps / key_dim as f32, key_dim)
-        };
-        let (q, k) = (unit("q_norm", q), unit("k_norm", k));
-        let k = self.scale("k_unit", k, 1.0 / (key_dim as f32).sqrt());
+        let (q, k) = self.unit_queries_and_keys(q, k, key_dim);
         let a = self.weight("ssm_a", 1, heads);
         let state =
             self.b.state(State::recurrent(format!("delta.{}", self.layer), heads, key_dim, value_dim));
@@ -696,6 +725,60 @@ impl<'n, 'b> Network<'n, 'b> {
         let y = self.norm_over("ssm_norm", "ssm_norm", y, value_dim);
         let y = self.b.glu(gate, y, Gate::Silu);
         self.linear("ssm_out", "ssm_out", y, h.embedding_length)
+    }
+
+    /// A layer of Kimi Delta Attention (Kimi Team 2025): the gated delta rule whose states decay row by row. Decays and the gate of
+    /// the results are products of low rank.
+    pub fn kimi_delta_attention(&mut self, x: TensorId) -> TensorId {
+        let h = self.h;
+        let taps = self.required("ssm.conv_kernel", h.ssm_conv_kernel);
+        let dim = self.required("kda.head_dim", h.kda_head_dim).max(1);
+        let heads = Hparams::at(&h.head_count, self.layer);
+        let inner = heads.saturating_mul(dim);
+        if inner == 0 || inner > MAX_EXTENT {
+            self.b.fail(format!(
+                "layer {}: {heads} heads of {dim} elements: expected 1 to {MAX_EXTENT} elements in all",
+                self.layer
+            ));
+            return x;
+        }
+        let [q, k, v] = ["q", "k", "v"].map(|part| {
+            let y = self.linear(part, &format!("attn_{part}"), x, inner);
+            // A matrix of one row for each channel.
+            let weight =
+                self.b.stacked(&format!("{}ssm_conv1d_{part}.weight", self.prefix), inner, 0..inner, 1, taps);
+            let state = format!("conv_{part}.{}", self.layer);
+            let state = self.b.state(State::recurrent(state, inner, 1, taps.saturating_sub(1)));
+            let y = self.b.conv(&format!("{part}_conv"), y, weight, None, state);
+            self.b.unary(&format!("{part}_silu"), y, Unary::Silu)
+        });
+        let low_rank = |n: &mut Self, name: &str, bias: Option<TensorId>| {
+            let y = n.linear(&format!("{name}_low"), &format!("ssm_{name}_a"), x, dim);
+            let weight = n.weight(&format!("ssm_{name}_b.weight"), inner, dim);
+            n.b.linear(name, y, weight, bias)
+        };
+        let bias = self.weight("ssm_dt.bias", 1, inner);
+        let decay = low_rank(self, "f", Some(bias));
+        let beta = self.linear("beta", "ssm_beta", x, heads);
+        let (q, k) = self.unit_queries_and_keys(q, k, dim);
+        let a = self.b.flat(&format!("{}ssm_a", self.prefix), heads, 1);
+        let state = self.b.state(State::recurrent(format!("delta.{}", self.layer), heads, dim, dim));
+        let rule = Rule::Delta { beta, scale: 1.0 / dim as f32, neighbours: false };
+        let y = self.b.recur([q, k, v], decay, a, rule, state);
+        let y = self.norm_over("ssm_norm", "ssm_norm", y, dim);
+        let gate = low_rank(self, "g", None);
+        let y = self.b.glu(gate, y, Gate::Sigmoid);
+        self.linear("attn_output", "attn_output", y, h.embedding_length)
+    }
+
+    /// Queries and keys of the delta rule: keys have length 1. Queries are longer, by the root of the number of elements.
+    fn unit_queries_and_keys(&mut self, q: TensorId, k: TensorId, key_dim: u32) -> (TensorId, TensorId) {
+        // The root of the mean square is the length over the root of the number of elements.
+        let mut unit = |name: &str, x: TensorId| {
+            self.b.norm(name, x, NormKind::Rms, None, None, self.norm_eps / key_dim as f32, key_dim)
+        };
+        let (q, k) = (unit("q_norm", q), unit("k_norm", k));
+        (q, self.scale("k_unit", k, 1.0 / (key_dim as f32).sqrt()))
     }
 
     /// The parts of a row that alternate, group by group.
@@ -734,6 +817,77 @@ impl<'n, 'b> Network<'n, 'b> {
             let x = self.b.conv(&format!("{part}_conv"), inputs[i], weight, bias, state);
             self.b.unary(&format!("{part}_silu"), x, Unary::Silu)
         })
+    }
+
+    /// A layer of Mamba (Gu & Dao 2023): x passes a short convolution, of which B, C and the step of each channel are products, and
+    /// results are gated. Each channel is a head.
+    pub fn mamba(&mut self, x: TensorId) -> TensorId {
+        let h = self.h;
+        let taps = self.required("ssm.conv_kernel", h.ssm_conv_kernel);
+        let inner = self.required("ssm.inner_size", h.ssm_inner_size);
+        let state_size = self.required("ssm.state_size", h.ssm_state_size).max(1);
+        let rank = self.required("ssm.time_step_rank", h.ssm_time_step_rank);
+        if inner.saturating_mul(state_size) > MAX_EXTENT || rank > MAX_EXTENT {
+            self.b.fail(format!(
+                "{inner} channels with states of {state_size} elements, from {rank}: expected at most {MAX_EXTENT} in all"
+            ));
+            return x;
+        }
+        let [x, gate] = self.fused_linear("ssm_in", x, [("x", inner), ("gate", inner)]);
+        let [x] = self.convolved([("x", inner)], [x], taps);
+        let parts = self.fused_linear("ssm_x", x, [("dt", rank), ("b", state_size), ("c", state_size)]);
+        let [step, k, q] = if h.ssm_dt_b_c_rms {
+            let mut unit = |y: TensorId| {
+                let cols = self.cols(y);
+                self.b.norm("ssm_unit", y, NormKind::Rms, None, None, self.norm_eps, cols)
+            };
+            parts.map(&mut unit)
+        } else {
+            parts
+        };
+        let rate = self.linear("dt_rate", "ssm_dt", step, inner);
+        let a = self.b.flat(&format!("{}ssm_a", self.prefix), inner, state_size);
+        let d = self.weight("ssm_d", 1, inner);
+        let state = State::recurrent(format!("scan.{}", self.layer), inner, state_size, 1);
+        let state = self.b.state(state);
+        let y = self.b.recur([q, k, x], rate, a, Rule::Scan { d }, state);
+        let y = self.b.glu(gate, y, Gate::Silu);
+        self.linear("ssm_out", "ssm_out", y, h.embedding_length)
+    }
+
+    /// The layer of PLaMo 2 (Preferred Networks 2025): heads as in Mamba 2, whose B, C and steps are normalised products of x after its
+    /// convolution.
+    pub fn mamba_of_plamo(&mut self, x: TensorId) -> TensorId {
+        let h = self.h;
+        let taps = self.required("ssm.conv_kernel", h.ssm_conv_kernel);
+        let inner = self.required("ssm.inner_size", h.ssm_inner_size);
+        let state_size = self.required("ssm.state_size", h.ssm_state_size).max(1);
+        let heads = self.required("ssm.time_step_rank", h.ssm_time_step_rank).max(1);
+        let value_dim = inner / heads;
+        if !inner.is_multiple_of(heads) || inner > MAX_EXTENT / 2 || state_size > MAX_EXTENT / 4 {
+            self.b.fail(format!(
+                "{inner} elements of values for {heads} heads, and states of {state_size}: expected at most {} elements, and whole \
+                heads",
+                MAX_EXTENT / 2
+            ));
+            return x;
+        }
+        // Files do not have it.
+        let rank = (h.embedding_length / 16).max(64);
+        let all = self.linear("zx", "ssm_in", x, 2 * inner);
+        let [gate, x] = self.alternating(all, heads, [("gate", value_dim), ("x", value_dim)]);
+        let [x] = self.convolved([("x", inner)], [x], taps);
+        let [k, q, step] =
+            self.fused_linear("ssm_x", x, [("b", state_size), ("c", state_size), ("dt", rank)]);
+        let (k, q) = (self.norm_as("b_norm", "ssm_b_norm", k), self.norm_as("c_norm", "ssm_c_norm", q));
+        let step = self.norm_as("dt_norm", "ssm_dt_norm", step);
+        let rate = self.linear("dt_rate", "ssm_dt", step, heads);
+        let [a, d] = ["ssm_a", "ssm_d"].map(|name| self.weight(name, 1, heads));
+        let state = State::recurrent(format!("scan.{}", self.layer), heads, state_size, value_dim);
+        let state = self.b.state(state);
+        let y = self.b.recur([q, k, x], rate, a, Rule::Scan { d }, state);
+        let y = self.b.glu(gate, y, Gate::Silu);
+        self.linear("ssm_out", "ssm_out", y, h.embedding_length)
     }
 
     /// A layer of Mamba 2 (Dao & Gu 2024): x, B and C pass a short convolution, and results are gated, then normalised.
@@ -972,6 +1126,12 @@ impl<'n, 'b> Network<'n, 'b> {
         let shared = self.b.unary("shared_act", shared, Unary::ReluSquared);
         let shared = self.linear("shared_down", "ffn_down_shexp", shared, h.embedding_length);
         self.add("ffn_shared", y, shared)
+    }
+
+    /// A mixture of experts without gates, with GELU (Nomic).
+    pub fn gelu_experts(&mut self, x: TensorId) -> TensorId {
+        // GELU is the normal distribution function as a gate on itself.
+        self.experts_with_gate("ffn_up_exps", x, x, Gating::Softmax, false, Gate::Normal)
     }
 
     fn expert_weights<const N: usize>(

@@ -8,8 +8,6 @@ use crate::gguf::Gguf;
 
 /// Blocks that no supported family has, by the parts of tensor names that show them.
 const BLOCKS: &[(&str, &[&str])] = &[
-    ("delta rule with a decay for each channel", &["ssm_f_a"]),
-    ("state-space scan of Mamba 1", &["ssm_x"]),
     ("sparse attention by an indexer", &["indexer"]),
     ("RWKV time mixing", &["time_mix_key", "time_mix_w1", "channel_mix_key"]),
     ("encoder and decoder with cross-attention", &["cross_attn_q"]),
@@ -19,6 +17,7 @@ const BLOCKS: &[(&str, &[&str])] = &[
 
 /// Supported families and what is typical of them, the most special first: parts of tensor names that are all there.
 const LIKE: &[(&str, &[&str])] = &[
+    ("kimi-linear", &["ssm_f_a"]),
     ("qwen35", &["ssm_beta"]),
     ("qwen3next", &["ssm_ba"]),
     ("bitnet", &["attn_sub_norm"]),
@@ -28,6 +27,8 @@ const LIKE: &[(&str, &[&str])] = &[
     ("granitehybrid", &["ssm_in", "ssm_d", "ffn_gate"]),
     ("nemotron_h_moe", &["ssm_in", "ffn_up_shexp"]),
     ("nemotron_h", &["ssm_in", "ffn_up"]),
+    ("plamo2", &["ssm_x", "attn_qkv"]),
+    ("mamba", &["ssm_x"]),
     ("mamba2", &["ssm_in", "ssm_d"]),
     ("gemma3n", &["altup_router"]),
     ("gemma4", &["per_layer_model_proj"]),

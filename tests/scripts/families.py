@@ -95,6 +95,8 @@ JINA_BERT = dict(vectors=True, heads=4, kv=4, norm="layer", norms=("attn_output_
                  qkv_bias=True, out_bias=True, down_bias=True, types=2, tied=True, base=None,
                  keys={"attention.causal": False, "pooling_type": 1})
 
+ROTARY_BERT = dict(JINA_BERT | dict(base=1e4, ffn="plain", ffn_bias=True))
+
 FAMILIES = {
     "arcee": dict(head=16, ffn="plain", keys=YARN),
     "bitnet": dict(tied=True, sub_norms=True),
@@ -212,6 +214,10 @@ FAMILIES = {
     "jina-bert-v2-gate": dict(JINA_BERT, arch="jina-bert-v2"),
     "jina-bert-v2-code": dict(JINA_BERT, arch="jina-bert-v2", ffn="fused", qk_norm="row",
                               norms=JINA_BERT["norms"] + ("attn_norm_2",)),
+    "jina-bert-v3": dict(ROTARY_BERT | dict(layers=3, types=1)),
+    "kimi-linear": dict(LATENT, kv=[0, 0, 1], mixers=["kimi_delta", "kimi_delta", "latent"], shared=16, router_bias=True, base=None,
+                        keys=ABSORBED | {"expert_shared_count": 1, "ssm.conv_kernel": 4, "kda.head_dim": 16, "expert_gating_func": 2,
+                                         "expert_weights_scale": 2.446}),
     "lfm2": dict(dim=64, heads=4, kv=[0, 0, 2, 0], layers=4, mixers=["short_conv", "short_conv", "attention", "short_conv"],
                  qk_norm="head", base=1e6, tied=True, last_norm="token_embd_norm", keys={"shortconv.l_cache": 3}),
     "lfm2moe": dict(EXPERTS | dict(hidden=80), dim=64, heads=4, kv=[0, 2, 0], layers=3, mixers=["short_conv", "attention", "short_conv"], dense=1,
@@ -221,7 +227,17 @@ FAMILIES = {
     # The last of four layers has no positions; every other one has experts.
     "llama4": dict(EXPERTS | dict(hidden=48), kv=2, head=16, layers=4, base=5e5, rotated=16, shared=16, dense=[0, 2], used=1, rope_factors=True,
                    keys={"interleave_moe_layer_step": 2, "expert_feed_forward_length": 16, "expert_shared_count": 1}),
+    # Two chunks of positions.
+    "llama4-long": dict(EXPERTS | dict(hidden=32), folder="long", context=16384, tokens=8320, kept=[0, 40, 8190, 8191, 8192, 8193, 8250, 8319], arch="llama4",
+                        dim=16, heads=2, kv=1, head=8, layers=4, base=5e5, rotated=8, shared=16, dense=[0, 2], used=1, tied=True,
+                        keys={"interleave_moe_layer_step": 2, "expert_feed_forward_length": 16, "expert_shared_count": 1}),
     "maincoder": dict(head=24, qk_norm="head", base=1e6, tied=True),
+    "mamba": dict(dim=48, heads=0, kv=None, hidden=0, base=None, layers=3, norms=("attn_norm",), tied=True, mixers=["mamba"] * 3,
+                  keys={"ssm.conv_kernel": 4, "ssm.inner_size": 96, "ssm.state_size": 16, "ssm.time_step_rank": 3}),
+    # FalconMamba.
+    "mamba-norms": dict(arch="mamba", dim=48, heads=0, kv=None, hidden=0, base=None, norms=("attn_norm",), mixers=["mamba"] * 2,
+                        keys={"ssm.conv_kernel": 4, "ssm.inner_size": 96, "ssm.state_size": 16, "ssm.time_step_rank": 3,
+                              "ssm.dt_b_c_rms": True}),
     "mamba2": dict(MAMBA_2 | dict(norms=("attn_norm",), keys=HYBRID_KEYS | {"ssm.group_count": 2}), heads=0, kv=None, hidden=0, base=None,
                    layers=3, mixers=["mamba_2"] * 3),
     "mellum": dict(EXPERTS, layers=4, head=24, qk_norm="head", base=5e5, keys=YARN | {
@@ -231,6 +247,12 @@ FAMILIES = {
         "attention.q_lora_rank": 20, "attention.kv_lora_rank": 32, "attention.key_length": 24}),
     "minimax-m2": dict(EXPERTS, heads=4, kv=2, head=16, qk_norm="row", base=5e6, rotated=8, router_bias=True,
                        keys={"expert_feed_forward_length": 16, "expert_gating_func": 2}),
+    "nomic-bert-moe": dict(ROTARY_BERT | dict(ffn="experts", dense=[0, 2], expert_gates=False, layers=4, types=1, keys=ROTARY_BERT["keys"] | {
+        "moe_every_n_layers": 2})),
+    # Scores grow from position 32 on.
+    "mistral3": dict(head=24, base=1e6, keys=YARN | {"rope.scaling.original_context_length": 32, "rope.scaling.yarn_beta_fast": 32.0,
+                                                     "rope.scaling.yarn_beta_slow": 1.0, "rope.scaling.yarn_log_multiplier": 1.0,
+                                                     "attention.temperature_scale": 0.1}),
     "modern-bert": dict(MODERN_BERT),
     "modern-bert-silu": dict(MODERN_BERT, keys=MODERN_BERT["keys"] | {"hidden_activation": "silu"}),
     "mpt": dict(dim=48, heads=6, kv=6, norm="layer", norm_bias=False, fused_qkv=True, ffn="plain", tied=True, base=None,
@@ -253,6 +275,11 @@ FAMILIES = {
     "pangu-embedded": dict(qkv_bias=True, out_bias=True, base=1.6e7),
     "phi2": dict(kv=2, norm="layer", norms=("attn_norm",), **BIASES, ffn="plain", output_bias=True, rotated=8),
     "plamo": dict(norms=("attn_norm",)),
+    # Attention comes first: llama.cpp takes the number of rotated elements from the first layer, where files have none, and does not end.
+    "plamo2": dict(dim=48, heads=[2, 0, 2], kv=[1, 0, 1], head=16, hidden=32, layers=3, mixers=["attention", "mamba_of_plamo", "attention"],
+                   qk_norm="each", fused_qkv=True, ffn="fused", bare_norms=True, tied=True, base=1e6,
+                   norms=("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"), keys={
+                       "ssm.conv_kernel": 4, "ssm.inner_size": 96, "ssm.state_size": 24, "ssm.time_step_rank": 6, "ssm.group_count": 0}),
     "plamo3": dict(layers=8, head=16, qk_norm="head", fused_qkv=True, ffn="fused", bare_norms=True, base=1e6,
                    norms=("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"), keys={
                        "attention.sliding_window": 16, "rope.freq_base_swa": 1e4, "attention.sliding_window_pattern": [True] * 7 + [False]}),
@@ -324,11 +351,11 @@ def model(name, arch=None, dim=32, heads=2, kv=1, head=None, hidden=48, layers=2
           tied=False, output_bias=False, positions=False, rotated=None, base=10000.0, rope_factors=False, mixers=None, gated=False,
           last_norm="output_norm", windowed=None, window_head=None, layer_inputs=0, shared_kv=0, dense=0, router_bias=False,
           sub_norms=False, bare_norms=False, expert_gates=True, alternating=False, long_rope=False,
-          used=2, beside=False, altup=False, eps=1e-5, embd_norm=False, first_norm=True, pooled=None, types=0, down_bias=False, keys={}):
+          used=2, beside=False, altup=False, eps=1e-5, embd_norm=False, first_norm=True, pooled=None, types=0, down_bias=False, context=CONTEXT, keys={}):
     """The file of a family's row."""
     arch_name = arch or name
     file = File(name, arch_name)
-    for key, value in dict(vocab_size=VOCAB, context_length=CONTEXT, embedding_length=dim, block_count=layers,
+    for key, value in dict(vocab_size=VOCAB, context_length=context, embedding_length=dim, block_count=layers,
                            feed_forward_length=hidden).items():
         file.key(key, value)
     file.key("attention.head_count", heads)
@@ -386,7 +413,7 @@ def model(name, arch=None, dim=32, heads=2, kv=1, head=None, hidden=48, layers=2
     for layer in range(layers):
         at = f"blk.{layer}."
         queries, groups, inner = (per_layer(value, layer) for value in (heads, kv or 0, hidden))
-        length = window_head if windowed and windowed[layer] else head or dim // max(heads, 1)
+        length = window_head if windowed and windowed[layer] else head or dim // max(queries, 1)
         own_kv = layer < layers - shared_kv
         rows, kv_rows = queries * length, groups * length
         for part in norms:
@@ -411,6 +438,12 @@ def model(name, arch=None, dim=32, heads=2, kv=1, head=None, hidden=48, layers=2
             delta_net(file, at, dim, keys)
         elif mixer == "mamba_2":
             mamba_2(file, at, dim, keys)
+        elif mixer == "mamba":
+            mamba(file, at, dim, keys)
+        elif mixer == "mamba_of_plamo":
+            mamba_of_plamo(file, at, dim, keys)
+        elif mixer == "kimi_delta":
+            kimi_delta(file, at, dim, heads, keys)
         elif mixer == "latent":
             latent(file, at, dim, heads, keys)
         elif mixer == "delta_net_of_neighbours":
@@ -475,7 +508,7 @@ def model(name, arch=None, dim=32, heads=2, kv=1, head=None, hidden=48, layers=2
                 file.linear(at + "ffn_up_exps", cols, inner, experts)
             file.linear(at + "ffn_down_exps", inner, cols, experts)
         else:
-            if ffn in ("gated", "experts"):
+            if ffn == "gated" or ffn == "experts" and expert_gates:
                 file.linear(at + "ffn_gate", dim, inner, bias=ffn_bias)
             file.linear(at + "ffn_up", dim, 2 * inner if ffn == "fused" else inner, bias=ffn_bias)
             file.linear(at + "ffn_down", inner, dim, bias=ffn_bias or down_bias)
@@ -537,6 +570,51 @@ def delta_net(file, at, dim, keys, neighbours=False, alternating=False):
     file.linear(at + "ssm_out", inner, dim)
 
 
+def kimi_delta(file, at, dim, heads, keys):
+    length, taps = keys["kda.head_dim"], keys["ssm.conv_kernel"]
+    inner = heads * length
+    for part in "qkv":
+        file.linear(f"{at}attn_{part}", dim, inner)
+        file.tensor(f"{at}ssm_conv1d_{part}.weight", taps, 1, inner, 1, scale=0.5)
+    for part in "fg":
+        file.linear(f"{at}ssm_{part}_a", dim, length)
+        file.linear(f"{at}ssm_{part}_b", length, inner)
+    file.linear(at + "ssm_beta", dim, heads)
+    file.tensor(at + "ssm_dt.bias", inner, scale=0.5)
+    # Always negative, so that states decay.
+    file.writer.add_tensor(at + "ssm_a", -np.exp(file.random.standard_normal((1, 1, heads, 1))).astype(np.float32))
+    file.norm(at + "ssm_norm", length)
+    file.linear(at + "attn_output", inner, dim)
+
+
+def mamba(file, at, dim, keys):
+    inner, state, rank = (keys[f"ssm.{name}"] for name in ("inner_size", "state_size", "time_step_rank"))
+    file.linear(at + "ssm_in", dim, 2 * inner)
+    file.tensor(at + "ssm_conv1d.weight", keys["ssm.conv_kernel"], inner, scale=0.5)
+    file.tensor(at + "ssm_conv1d.bias", inner, scale=0.1)
+    file.linear(at + "ssm_x", inner, rank + 2 * state)
+    file.linear(at + "ssm_dt", rank, inner, bias=True)
+    # Always negative, so that states decay.
+    file.writer.add_tensor(at + "ssm_a", -np.exp(file.random.standard_normal((inner, state))).astype(np.float32))
+    file.tensor(at + "ssm_d", inner, scale=0.5)
+    file.linear(at + "ssm_out", inner, dim)
+
+
+def mamba_of_plamo(file, at, dim, keys):
+    inner, state, heads = (keys[f"ssm.{name}"] for name in ("inner_size", "state_size", "time_step_rank"))
+    rank = max(64, dim // 16)
+    file.linear(at + "ssm_in", dim, 2 * inner)
+    file.tensor(at + "ssm_conv1d.weight", keys["ssm.conv_kernel"], inner, scale=0.5)
+    file.linear(at + "ssm_x", inner, rank + 2 * state)
+    file.linear(at + "ssm_dt", rank, heads, bias=True)
+    # Always negative, so that states decay.
+    file.writer.add_tensor(at + "ssm_a", -np.exp(file.random.standard_normal(heads)).astype(np.float32))
+    file.tensor(at + "ssm_d", heads, scale=0.5)
+    for part, length in (("dt", rank), ("b", state), ("c", state)):
+        file.tensor(f"{at}ssm_{part}_norm", length, scale=0.1, around=1.0)
+    file.linear(at + "ssm_out", inner, dim)
+
+
 def mamba_2(file, at, dim, keys):
     inner, state, heads, groups = (keys[f"ssm.{name}"] for name in ("inner_size", "state_size", "time_step_rank", "group_count"))
     channels = inner + 2 * groups * state
@@ -562,18 +640,19 @@ def main():
         folder = OUT / row.pop("folder", "encoders" if vectors else "families")
         folder.mkdir(exist_ok=True)
         path = folder / f"{name}.gguf"
+        count, kept = row.pop("tokens", TOKENS), row.pop("kept", POSITIONS)
         model(name, **row).write(path)
-        tokens = np.random.default_rng(list(name.encode())).integers(VOCAB, size=TOKENS).tolist()
+        tokens = np.random.default_rng(list(name.encode())).integers(VOCAB, size=count).tolist()
         with tempfile.NamedTemporaryFile() as out:
             command = [args.logits, *(["--vectors"] if vectors else []), path, out.name, *map(str, tokens)]
             subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
-            logits = np.fromfile(out.name, np.float32).reshape(TOKENS, -1)[POSITIONS]
+            logits = np.fromfile(out.name, np.float32).reshape(count, -1)[kept]
         assert np.isfinite(logits).all(), name
         result = "vectors" if vectors else "logits"
         logits.tofile(folder / f"{name}.{result}.f32")
         manifest = folder / "manifest.json"
         entries = {entry["model"]: entry for entry in json.loads(manifest.read_text())} if manifest.exists() else {}
-        entries[path.name] = dict(model=path.name, tokens=tokens, positions=POSITIONS,
+        entries[path.name] = dict(model=path.name, tokens=tokens, positions=kept,
                                   **{result: f"{name}.{result}.f32"}, shape=list(logits.shape))
         manifest.write_text("[\n" + ",\n".join(json.dumps(entries[name]) for name in sorted(entries)) + "\n]\n")
         print(f"{name}: {path.stat().st_size} bytes, {result} {logits.std():.3f}")

@@ -33,7 +33,8 @@ int main(int count, char ** arguments) {
         return 1;
     }
     llama_context_params options = llama_context_default_params();
-    options.n_ctx = options.n_batch = options.n_ubatch = 256;
+    options.n_ctx = options.n_batch = tokens.size() < 256 ? 256 : tokens.size();
+    options.n_ubatch = 256;
     options.n_threads = options.n_threads_batch = 1;
     options.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_DISABLED;
     options.type_k = options.type_v = GGML_TYPE_F32;

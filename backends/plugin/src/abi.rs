@@ -123,8 +123,9 @@ pub struct HaliteState {
     pub name: *const c_char,
     /// HALITE_STATE_CACHE, HALITE_STATE_RECURRENT or HALITE_STATE_LATENT.
     pub kind: u32,
-    /// 0.
-    pub reserved: u32,
+    /// Whether windows lie side by side, the first at position 0: a token sees its own window up to its own position, and
+    /// nothing of those before.
+    pub aligned: u32,
 }
 /// A KV cache.
 pub const HALITE_STATE_CACHE: u32 = 0;
@@ -153,6 +154,8 @@ pub const HALITE_GATE_SILU_CLAMPED: u32 = 4;
 pub const HALITE_GATE_SIGMOID: u32 = 5;
 /// `gate`.
 pub const HALITE_GATE_IDENTITY: u32 = 6;
+/// `(1 + erf(gate / sqrt(2))) / 2`, the normal distribution function.
+pub const HALITE_GATE_NORMAL: u32 = 7;
 
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -340,6 +343,14 @@ pub struct HaliteAttend {
     /// For each head a factor on the distance between the token's position and that of the key, which is taken off the score after
     /// the soft-cap; or NULL.
     pub slopes: *const f32,
+    /// Factors on the scale by the token's position, or NULL: number `(position + growth_ahead) / growth_period`, and the last one
+    /// beyond.
+    pub growth: *const f32,
+    pub growth_count: u32,
+    pub growth_period: u32,
+    pub growth_ahead: u32,
+    /// 0.
+    pub reserved: u32,
 }
 
 /// `out = act(gate) * up`.
@@ -475,6 +486,7 @@ pub struct HaliteConv {
 
 /// A linear recurrence, token by token. For each head, with a recurrent state S of `key_dim` by `value_dim` and
 /// `rate = softplus(decay)`: `S = exp(a * rate) * S`, then `S = S + k u^T` with the update u of the rule, then the result of the rule.
+/// Each row of S has a decay or an `a` of its own where these tensors have `heads * key_dim` columns.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct HaliteRecur {
@@ -483,9 +495,9 @@ pub struct HaliteRecur {
     pub k: u32,
     /// `[tokens, heads * value_dim]`.
     pub v: u32,
-    /// `[tokens, heads]`.
+    /// `[tokens, heads]`, or with the delta rules `[tokens, heads * key_dim]`.
     pub decay: u32,
-    /// `[1, heads]`.
+    /// `[1, heads]` or `[1, heads * key_dim]`.
     pub a: u32,
     /// HALITE_RULE_DELTA, HALITE_RULE_SCAN or HALITE_RULE_DELTA_OF_NEIGHBOURS.
     pub rule: u32,

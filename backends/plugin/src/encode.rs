@@ -121,7 +121,7 @@ impl Encoded {
                     StateKind::Latent => Ok(HALITE_STATE_LATENT),
                     other => Err(NotInAbi(format!("a state of kind {other:?}"))),
                 }?,
-                reserved: 0,
+                aligned: s.aligned.into(),
             })
         });
         let states = List::from(states.collect::<Result<Vec<_>, NotInAbi>>()?);
@@ -215,6 +215,7 @@ fn gate(act: Gate) -> Result<HaliteGate, NotInAbi> {
         Gate::Relu => (HALITE_GATE_RELU, 0.0, 0.0),
         Gate::Sigmoid => (HALITE_GATE_SIGMOID, 0.0, 0.0),
         Gate::Identity => (HALITE_GATE_IDENTITY, 0.0, 0.0),
+        Gate::Normal => (HALITE_GATE_NORMAL, 0.0, 0.0),
         Gate::SiluClamped { alpha, limit } => (HALITE_GATE_SILU_CLAMPED, alpha, limit),
         other => return Err(NotInAbi(format!("the gate {other:?}"))),
     };
@@ -322,8 +323,9 @@ fn encode(
             let rope_kv = HaliteRopeKv { q: q.0, k: k.0, v: v.0, out: out.0, state: state.0, rotation };
             (HALITE_OP_ROPE_KV, HaliteOperands { rope_kv })
         }
-        Op::Attend { q, state, out, heads, scale, softcap, slopes, sinks } => {
+        Op::Attend { q, state, out, heads, scale, growth, softcap, slopes, sinks } => {
             numbers.extend(slopes.clone());
+            numbers.extend(growth.as_ref().map(|growth| growth.factors.clone()));
             let attend = HaliteAttend {
                 q: q.0,
                 state: state.0,
@@ -334,6 +336,11 @@ fn encode(
                 softcap: softcap.unwrap_or(0.0),
                 scale: *scale,
                 slopes: slopes.as_ref().map_or(std::ptr::null(), |slopes| slopes.as_ptr()),
+                growth: growth.as_ref().map_or(std::ptr::null(), |growth| growth.factors.as_ptr()),
+                growth_count: growth.as_ref().map_or(0, |growth| growth.factors.len() as u32),
+                growth_period: growth.as_ref().map_or(0, |growth| growth.period),
+                growth_ahead: growth.as_ref().map_or(0, |growth| growth.ahead),
+                reserved: 0,
             };
             let kind = of_cache(state, HALITE_OP_ATTEND, HALITE_OP_LATENT_ATTEND);
             (kind, HaliteOperands { attend })

@@ -292,6 +292,7 @@ impl Machine {
                         end: rows.end as usize,
                         sight: a.sight,
                         scale: a.scale,
+                        growth: a.growth,
                         softcap: a.softcap,
                         slopes: a.slopes.and_then(|s| s.get(rows.head as usize..)?.get(..heads)),
                         sinks: None,

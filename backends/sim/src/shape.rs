@@ -419,14 +419,17 @@ pub fn shape(program: &Program, op: &Op, step: &Step<'_>, ids: Option<&[i32]>) -
                 work: work(VectorWork { simple: u64::from(taps) * u64::from(run), ..Default::default() }),
             })
         }
-        Op::Recur { state, .. } => {
+        Op::Recur { decay, a, state, .. } => {
             let s = state_of(program, state.0)?;
+            let (rates, factors) = (cols(*decay) / s.kv_heads, cols(*a) / s.kv_heads);
+            // What remains of each row of the state is computed for a head, or for each.
+            let exps = if rates.max(factors) > 1 { 1 + 2 * u64::from(s.key_dim) } else { 3 };
             // Some columns of a head's state: they depend on no others.
             let fits = |columns: &u32| s.value_dim.is_multiple_of(*columns) && columns * s.key_dim <= RUN;
             let columns = (1..=s.value_dim).rev().find(fits).unwrap_or(1);
             let elements = u64::from(s.key_dim) * u64::from(columns);
             let kept = amortised(step, elements);
-            let own = [s.key_dim, s.key_dim, columns, 2];
+            let own = [s.key_dim, s.key_dim, columns, rates + factors];
             let mut reads: Vec<Rows> =
                 (0..).zip(own).map(|(i, cols)| Rows::own(Operand::In(i), cols)).collect();
             reads.push(stateful(Operand::In(4), kept));
@@ -436,7 +439,7 @@ pub fn shape(program: &Program, op: &Op, step: &Step<'_>, ids: Option<&[i32]>) -
                 pieces: step.spans.iter().fold(0, |a, span| common_divisor(a, span.len)).max(1),
                 reads,
                 writes: vec![Rows::own(Operand::Out(0), columns), stateful(Operand::Out(1), kept)],
-                work: work(VectorWork { simple: 4 * elements, exp: 3, divide: 2, ..Default::default() }),
+                work: work(VectorWork { simple: 4 * elements, exp: exps, divide: 2, ..Default::default() }),
             })
         }
         Op::Slice { x, out, group, .. } => Shape::Units(Units {

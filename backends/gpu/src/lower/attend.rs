@@ -3,7 +3,7 @@
 use halite_kernels::formats::Format;
 
 use super::{Lowering, ONE, Of, SPLIT_POSITIONS, count, each, fixed};
-use halite::program::{Dim, Op, RopePairs, Rotation, State, StateId, StateKind, TensorId};
+use halite::program::{Dim, Growth, Op, RopePairs, Rotation, State, StateId, StateKind, TensorId};
 use halite_shaders::{Extra, Resource, Shader, WORKGROUP, kv_text, wgsl};
 
 /// Rows in a tile of attention.
@@ -14,16 +14,12 @@ impl Lowering<'_> {
     pub(super) fn rotation(&self, shader: Shader, rotation: &Rotation) -> Shader {
         let Rotation { frequencies, factors, magnitude, pairs, .. } = rotation;
         let n = frequencies.len() as u32;
-        let list: Vec<String> = frequencies.iter().map(|f| format!("{f:e}")).collect();
         let shader = shader
             .u32("PAIRS", n)
             .f32("MAGNITUDE", *magnitude)
             .bool("ADJACENT", *pairs == RopePairs::Adjacent)
             .with(wgsl!("lib/sin_cos"))
-            .with(&format!(
-                "var<private> FREQUENCIES: array<f32, {n}> = array<f32, {n}>({});",
-                list.join(", ")
-            ));
+            .with(&numbers("FREQUENCIES", frequencies));
         match factors {
             Some(factors) => shader
                 .read("factors", "f32", self.tensor(*factors))
@@ -123,7 +119,9 @@ impl Lowering<'_> {
     }
 
     pub(super) fn attend(&mut self, op: &Op) {
-        let Op::Attend { q, state: id, out, heads, scale, softcap, slopes, sinks } = op else { return };
+        let Op::Attend { q, state: id, out, heads, scale, growth, softcap, slopes, sinks } = op else {
+            return;
+        };
         let state = &self.program.states[id.0 as usize];
         let group = heads / state.kv_heads;
         let tile = (ATTEND_ROWS / group).max(1);
@@ -149,16 +147,23 @@ impl Lowering<'_> {
             .u32("ROW_TILES", row_tiles)
             .u32("WINDOW", state.window.unwrap_or(u32::MAX))
             .u32("AFTER", state.after)
+            .bool("ALIGNED", state.aligned)
             .f32("SCALE", *scale)
             .f32("SOFTCAP", softcap.unwrap_or(0.0))
+            .with(&match growth {
+                Some(Growth { factors, period, ahead }) => {
+                    let (array, last) = (numbers("GROWTHS", factors), factors.len() - 1);
+                    format!(
+                        "const GROWN = true;\n{array}\nfn growth_of(position: u32) -> f32 {{\n\
+                         return GROWTHS[min((position + {ahead}u) / {period}u, {last}u)];\n}}"
+                    )
+                }
+                None => "const GROWN = false;\nfn growth_of(position: u32) -> f32 { return 1.0; }".to_owned(),
+            })
             .with(&match slopes {
                 Some(slopes) => {
-                    let list: Vec<String> = slopes.iter().map(|slope| format!("{slope:e}")).collect();
-                    format!(
-                        "const SLOPED = true;\nvar<private> SLOPES: array<f32, {heads}> = array<f32, {heads}>({});\n\
-                         fn slope_of(head: u32) -> f32 {{ return SLOPES[head]; }}",
-                        list.join(", ")
-                    )
+                    let array = numbers("SLOPES", slopes);
+                    format!("const SLOPED = true;\n{array}\nfn slope_of(head: u32) -> f32 {{ return SLOPES[head]; }}")
                 }
                 None => "const SLOPED = false;\nfn slope_of(head: u32) -> f32 { return 0.0; }".to_owned(),
             });
@@ -192,4 +197,11 @@ impl Lowering<'_> {
         let merge = merge.read("splits", "f32", splits).with(wgsl!("lib/split_place")).with(wgsl!("merge"));
         self.push_when(merge, [fixed(*heads), each(Dim::Tokens), ONE], (Of::Splits, 2..u32::MAX));
     }
+}
+
+/// An array of numbers in a shader.
+fn numbers(name: &str, numbers: &[f32]) -> String {
+    let (list, len) =
+        (numbers.iter().map(|x| format!("{x:e}")).collect::<Vec<_>>().join(", "), numbers.len());
+    format!("var<private> {name}: array<f32, {len}> = array<f32, {len}>({list});")
 }

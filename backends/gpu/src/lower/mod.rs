@@ -65,6 +65,9 @@ pub(super) struct Dispatch {
     pub when: (Of, Range<u32>),
 }
 
+/// Most factors of positions of an attention.
+const MAX_FACTORS: usize = 4096;
+
 /// Maximum rows of activations of a vector product.
 const VECTORS: u32 = 8;
 /// Rows of activations that share a workgroup's reads of the matrix in `matvec.wgsl`.
@@ -200,6 +203,10 @@ pub(super) fn missing(program: &Program, op: &Op, bounds: &Bounds) -> Option<Str
         }
     }
     match op {
+        // They are in the shader.
+        Op::Attend { growth: Some(growth), .. } if growth.factors.len() > MAX_FACTORS => {
+            why = Some(format!("{} factors of positions: at most {MAX_FACTORS}", growth.factors.len()));
+        }
         Op::Attend { state, .. } => {
             let state = &program.states[state.0 as usize];
             let bytes = 16 * (2 * state.key_dim + 4 * 64);

@@ -43,6 +43,8 @@ impl Lowering<'_> {
             .write("out", "f32", self.tensor(*out))
             .u32("HEADS", heads)
             .u32("KEY_HEADS", key_heads)
+            .u32("RATES", self.cols(*decay) / heads)
+            .u32("FACTORS", self.cols(*a) / heads)
             .u32("KEY_DIM", state.key_dim)
             .u32("VALUE_DIM", state.value_dim)
             .with(wgsl!("lib/math"));

@@ -91,9 +91,14 @@ impl Work {
                 let (heads, kv_heads): (u64, u64) = ((*heads).into(), state.kv_heads.into());
                 let head_dim = u64::from(state.key_dim);
                 let window = state.window.unwrap_or(u32::MAX);
+                // Positions before the first that its token sees.
+                let before = |e: &Extent| match state.aligned {
+                    true => e.start % window.max(1),
+                    false => e.start.min(window),
+                };
                 let mut add = |kernel| add(kernel, vec![state.format], file_bits(state.format));
                 let (one, many): (Vec<&Extent>, Vec<_>) = sequences.iter().partition(|e| e.tokens == 1);
-                if let Some(longest) = one.iter().map(|e| e.start.saturating_add(1)).max() {
+                if let Some(longest) = one.iter().map(|e| before(e).saturating_add(1)).max() {
                     let (batch, kv_len) = (one.len() as u64, longest.min(window).into());
                     add(Kernel::Attention { batch, heads, kv_heads, head_dim, kv_len });
                 }
@@ -101,7 +106,7 @@ impl Work {
                     let one = alike[0];
                     let ops = cost::op(program, op, &[*one]).float_ops;
                     let tokens = u64::from(one.tokens);
-                    let kv_len = u64::from(one.start.min(window)) + tokens;
+                    let kv_len = u64::from(before(one)) + tokens;
                     let per_pair = 2 * heads * u64::from(state.key_dim + state.value_dim);
                     let seen = ops / per_pair.max(1);
                     let batch = alike.len() as u64;
