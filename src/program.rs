@@ -522,8 +522,8 @@ pub enum Op<T = TensorId, S = StateId> {
         out: T,
     },
     /// A linear recurrence, token by token. For each head, with a state `S` of `key_dim` by `value_dim` and
-    /// `rate = softplus(decay)`: `S ← exp(a · rate) · S`, where each row of `S` may have a decay or an `a` of its own, then `S ← S + k uᵀ` with the update `u` of the rule, then `out` of
-    /// the rule.
+    /// `rate = softplus(decay)`: `S ← exp(a · rate) · S`, where each row of `S` may have a decay or an `a` of its own, then
+    /// `S ← S + k uᵀ` with the update `u` of the rule, then `out` of the rule.
     Recur {
         /// `[tokens, key_heads * key_dim]`.
         q: T,

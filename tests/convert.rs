@@ -33,6 +33,7 @@ const FAMILIES: &[&str] = &[
     "lfm2",
     "lfm2_moe",
     "llama",
+    "llama-pieces",
     "llama-spm",
     "mistral",
     "mixtral",
@@ -486,6 +487,40 @@ fn merges_without_scores_are_refused() {
         let copy = Copy::of("llama-spm");
         copy.set(VOCABULARY, "/model/merges", merges.into());
         copy.is_refused("merges", says);
+    }
+}
+
+/// tokenizer.model of other kinds is refused; cut off or with other bytes, it is refused or opened.
+#[test]
+fn pieces_are_checked() {
+    const FILE: &str = "tokenizer.model";
+    let whole = std::fs::read(folder("llama-pieces").join(FILE)).unwrap();
+    // Fields of the trainer and the normaliser: tag and value, in protocol buffers' encoding.
+    for (from, to, says) in [
+        (&[0x18, 2][..], &[0x18, 1][..], "model_type: expected BPE (2), got 1"),
+        (&[0x98, 2, 1], &[0x98, 2, 0], "byte_fallback: expected true"),
+        (&[0x20, 0], &[0x20, 1], "remove_extra_whitespaces: expected false"),
+    ] {
+        let copy = Copy::of("llama-pieces");
+        // They come behind all pieces.
+        let at = whole.windows(from.len()).rposition(|window| window == from).unwrap();
+        let mut bytes = whole.clone();
+        bytes[at..at + to.len()].copy_from_slice(to);
+        std::fs::write(copy.0.join(FILE), bytes).unwrap();
+        copy.is_refused("another kind", says);
+    }
+    let copy = Copy::of("llama-pieces");
+    let mut random = halite_testing::SplitMix(5);
+    for _ in 0..200 {
+        let mut bytes = whole.clone();
+        match random.below(2) {
+            0 => bytes.truncate(random.below(whole.len())),
+            _ => bytes[random.below(whole.len())] = random.below(256) as u8,
+        }
+        std::fs::write(copy.0.join(FILE), bytes).unwrap();
+        if let Ok(model) = converted(&copy.0, Format::F32) {
+            assert!(Tokenizer::from_gguf(model.gguf()).unwrap().is_some());
+        }
     }
 }
 

@@ -51,10 +51,15 @@ pub(super) fn has(folder: &Path, name: &str) -> bool {
     folder.join(name).symlink_metadata().is_ok()
 }
 
+/// A file of the folder, of so many bytes at most.
+pub(super) fn read_bytes(folder: &Path, name: &str, most: u64) -> Result<Vec<u8>> {
+    map::read(&inside(folder, name)?, most)
+}
+
 /// A text file of the folder.
 pub(super) fn read_text(folder: &Path, name: &str) -> Result<String> {
     let path = folder.join(name);
-    let bytes = map::read(&inside(folder, name)?, MAX_TEXT_BYTES)?;
+    let bytes = read_bytes(folder, name, MAX_TEXT_BYTES)?;
     String::from_utf8(bytes).map_err(|e| Error::Io { path, source: std::io::Error::other(e.utf8_error()) })
 }
 
@@ -79,6 +84,11 @@ impl Json {
         }
         let value = serde_json::from_str(&text).map_err(|e| wrong(&e))?;
         Ok(Json { path, value })
+    }
+
+    /// What a file of the folder says in another form.
+    pub(super) fn made(folder: &Path, name: &str, value: Value) -> Json {
+        Json { path: folder.join(name), value }
     }
 
     /// Opens an optional JSON file. A missing file has no keys.

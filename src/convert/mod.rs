@@ -9,6 +9,7 @@ mod bert;
 mod decoder;
 mod folder;
 mod part;
+mod pieces;
 mod rope;
 mod vocabulary;
 

@@ -1,4 +1,4 @@
-//! Converts vocabularies of the library `tokenizers` to GGUF keys: tokenizer.json, and the special tokens of
+//! Converts vocabularies of the library `tokenizers` to GGUF keys: tokenizer.json, or else `tokenizer.model`, and the special tokens of
 //! tokenizer_config.json and generation_config.json. Supports byte-level BPE and SentencePiece BPE.
 
 use std::collections::HashMap;
@@ -7,6 +7,7 @@ use std::path::Path;
 use serde_json::Value;
 
 use super::folder::{Json, has, read_text};
+use super::pieces::{self, Pieces};
 use crate::error::{Error, Result};
 use crate::gguf::printable;
 use crate::gguf::write::Writer;
@@ -21,7 +22,7 @@ const UNUSED: i32 = 5;
 const BYTE: i32 = 6;
 
 /// SentencePiece's space.
-const SPACE: &str = "\u{2581}";
+pub(super) const SPACE: &str = "\u{2581}";
 
 /// The pattern of case-insensitive English contractions, as files write it and as [`pretokenize`] writes it.
 const ENDINGS: (&str, &str) =
@@ -36,7 +37,14 @@ struct Tokens {
 
 /// Writes a folder's vocabulary and chat template. Returns warnings about settings that GGUF cannot express.
 pub(super) fn write(folder: &Path, config: &Json, w: &mut Writer) -> Result<Vec<String>> {
-    let json = Json::open(folder, "tokenizer.json")?;
+    let is_pieces = !has(folder, "tokenizer.json") && has(folder, pieces::FILE);
+    let (json, pieces) = match is_pieces {
+        true => {
+            let Pieces { json, scores, unused } = pieces::read(folder)?;
+            (json, Some((scores, unused)))
+        }
+        false => (Json::open(folder, "tokenizer.json")?, None),
+    };
     let model = json.object("model")?.ok_or_else(|| json.missing("model", "an object"))?;
     let kind = model.str("type")?;
     if kind != "BPE" {
@@ -49,7 +57,10 @@ pub(super) fn write(folder: &Path, config: &Json, w: &mut Writer) -> Result<Vec<
     }
     let from_bytes = model.bool("byte_fallback")? == Some(true);
     let space_prefix = from_bytes.then(|| space_prefix(&json)).transpose()?;
-    let tokens = tokens(&json, &model, config.u32("vocab_size")?, space_prefix)?;
+    let mut tokens = tokens(&json, &model, config.u32("vocab_size")?, space_prefix)?;
+    for &id in pieces.iter().flat_map(|(_, unused)| unused) {
+        tokens.kinds[id] = UNUSED;
+    }
     let is_gemma_4 = config.str("model_type")? == "gemma4_text";
     if is_gemma_4 && space_prefix != Some(false) {
         return Err(json.missing("normalizer", "spaces that become U+2581"));
@@ -62,11 +73,19 @@ pub(super) fn write(folder: &Path, config: &Json, w: &mut Writer) -> Result<Vec<
     w.entry("tokenizer.ggml.model", kind)?;
     w.entry("tokenizer.ggml.tokens", &tokens.texts[..])?;
     w.entry("tokenizer.ggml.token_type", &tokens.kinds[..])?;
-    let merges = merges(&model)?;
+    let merges = if is_pieces { Vec::new() } else { merges(&model)? };
     if let Some(space_prefix) = space_prefix.filter(|_| !is_gemma_4) {
         w.entry("tokenizer.ggml.pre", "default")?;
         w.entry("tokenizer.ggml.add_space_prefix", space_prefix)?;
-        w.entry("tokenizer.ggml.scores", &scores(&model, &tokens, &merges)?[..])?;
+        let scores = match pieces {
+            // Tokens without a piece are matched before merging.
+            Some((mut scores, _)) => {
+                scores.resize(tokens.texts.len(), 0.0);
+                scores
+            }
+            None => scores(&model, &tokens, &merges)?,
+        };
+        w.entry("tokenizer.ggml.scores", &scores[..])?;
     } else {
         w.entry("tokenizer.ggml.pre", if is_gemma_4 { kind } else { pre_tokenizer(&json, &model)? })?;
         let spaced = merges.iter().find(|(left, right)| left.contains(' ') || right.contains(' '));

@@ -55,6 +55,8 @@ FAMILIES = {
     "llama": dict(model_type="llama", vocabulary="llama3", rope_parameters=LLAMA3, head_dim=8, attention_bias=True),
     "llama-spm": dict(model_type="llama", vocabulary="spm", tie_word_embeddings=True, num_hidden_layers=1,
                       rope_parameters=dict(rope_type="linear", rope_theta=10000.0, factor=2.0)),
+    "llama-pieces": dict(model_type="llama", vocabulary="pieces", num_hidden_layers=1,
+                         rope_parameters=dict(rope_type="default", rope_theta=10000.0)),
     "mistral": dict(model_type="mistral", vocabulary="tekken", num_hidden_layers=1, **WINDOW),
     "mixtral": dict(model_type="mixtral", vocabulary="gpt2", num_hidden_layers=1, num_local_experts=3, num_experts_per_tok=2),
     "qwen2": dict(model_type="qwen2", vocabulary="qwen2", num_hidden_layers=1, tie_word_embeddings=True, rope_parameters=YARN),
@@ -192,6 +194,24 @@ def sentence_pieces(kind):
     return tokenizer
 
 
+class Pieces:
+    """A vocabulary as SentencePiece itself writes it: tokenizer.model, without tokenizer.json."""
+
+    def __init__(self):
+        model = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(corpus()), model_writer=model, model_type="bpe", vocab_size=VOCAB + 100, byte_fallback=True,
+            character_coverage=0.995, num_threads=1, minloglevel=2, normalization_rule_name="identity", remove_extra_whitespaces=False,
+            control_symbols=["<|end|>"], user_defined_symbols=["<tool>"])
+        self.model = model.getvalue()
+        self.pieces = sentencepiece.SentencePieceProcessor(model_proto=self.model)
+        self.token_to_id, self.get_vocab_size = self.pieces.piece_to_id, self.pieces.get_piece_size
+
+    def encode(self, text):
+        self.ids = [self.pieces.bos_id()] + self.pieces.encode(text)
+        return self
+
+
 def join_experts(path):
     """As published: all experts of a layer in two tensors, with gate and up in one."""
     weights = safetensors.torch.load_file(path)
@@ -298,7 +318,7 @@ EXTRA = {"spm": 430, "gemma": 400}
 def write(name, options):
     options = dict(options)
     kind = options.pop("vocabulary")
-    tokenizer = sentence_pieces(kind) if kind in EXTRA else byte_level(kind)
+    tokenizer = Pieces() if kind == "pieces" else sentence_pieces(kind) if kind in EXTRA else byte_level(kind)
     options = {**SHAPE, "vocab_size": max(VOCAB, tokenizer.get_vocab_size() + 2), **options}
     options["bos_token_id"], options["eos_token_id"] = tokenizer.token_to_id("<s>"), tokenizer.token_to_id("</s>")
     model_type = options.pop("model_type")
@@ -346,7 +366,11 @@ def write(name, options):
         text = json.loads(path.read_text())
         text["rope_theta"] = text.pop("rope_parameters")["rope_theta"]
         path.write_text(json.dumps(text, indent=2) + "\n")
-    (folder / "tokenizer.json").write_text(json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=False, separators=(",", ":")))
+    if kind == "pieces":
+        (folder / "tokenizer.model").write_bytes(tokenizer.model)
+    else:
+        text = json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=False, separators=(",", ":"))
+        (folder / "tokenizer.json").write_text(text)
     about = {"bos_token": "<s>", "eos_token": {"content": "</s>", "special": True}, "unk_token": None}
     if name == "llama":
         about["chat_template"] = [{"name": "tools", "template": "no"}, {"name": "default", "template": TEMPLATE}]
@@ -356,7 +380,8 @@ def write(name, options):
     (folder / "generation_config.json").write_text(
         json.dumps({"eos_token_id": [tokenizer.token_to_id("</s>"), tokenizer.token_to_id("<|end|>")]}))
 
-    ids = [[text, tokenizer.encode(text).ids] for text in TEXTS]
+    # The library knows no special tokens in texts.
+    ids = [[text, tokenizer.encode(text).ids] for text in TEXTS if kind != "pieces" or "<" not in text]
     rng = random.Random(2)
     tokens = [rng.randrange(tokenizer.get_vocab_size()) for _ in range(TOKENS)]
     with torch.no_grad():
