@@ -1,6 +1,6 @@
 //! PLaMo 13B (Preferred Networks 2023): Llama with parallel attention and feed-forward blocks. PLaMo 2
-//! (Preferred Networks 2025) has norms before and after each block, and recurrent layers between those with attention. PLaMo 3 (Preferred Networks 2025) has
-//! norms before and after each block, and a window in most layers.
+//! (Preferred Networks 2025) has norms before and after each block, and recurrent layers between those with attention. PLaMo 3
+//! (Preferred Networks 2025) has norms before and after each block, and a window in most layers.
 
 use super::Hparams;
 use super::network::{Attention, Network, QkNorm};
