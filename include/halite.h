@@ -854,6 +854,18 @@ HaliteResult halite_embedder_embed(struct HaliteEmbedder *embedder,
                                    size_t capacity,
                                    size_t *length);
 
+// Writes the score of each document for a query, in order: higher is better. HALITE_MALFORMED for a model that is no reranker. Without a
+// buffer, nothing is computed. Threads: one at a time per embedder.
+HaliteResult halite_embedder_rank(struct HaliteEmbedder *embedder,
+                                  const struct HaliteTokenizer *tokenizer,
+                                  const char *query,
+                                  const char *const *documents,
+                                  size_t document_count,
+                                  uint32_t deadline_ms,
+                                  float *out,
+                                  size_t capacity,
+                                  size_t *length);
+
 // Stops the embedder's work within one op, and later work, too, until halite_embedder_reset. Threads: any,
 // also while another call uses the embedder.
 HaliteResult halite_embedder_cancel(const struct HaliteEmbedder *embedder);

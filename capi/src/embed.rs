@@ -1,4 +1,4 @@
-//! Embeddings: texts to vectors.
+//! Embeddings and scores: texts to vectors, documents to how well they answer a query.
 
 use std::ffi::c_char;
 use std::sync::{Arc, Mutex};
@@ -154,13 +154,69 @@ pub unsafe extern "C" fn halite_embedder_embed(
     capacity: usize,
     length: *mut usize,
 ) -> HaliteResult {
+    let named = ("texts", "text");
+    let numbers =
+        Numbers { embedder, tokenizer, named, texts, text_count, deadline_ms, out, capacity, length };
+    let each = Embedder::dimension;
+    // SAFETY: the caller's pointers are as the header says.
+    unsafe { call(|c| numbers.make(c, each, |e, tokenizer, texts| Ok(e.embed(tokenizer, texts)?.concat()))) }
+}
+
+/// Writes the score of each document for a query, in order: higher is better. HALITE_MALFORMED for a model that is no reranker. Without a
+/// buffer, nothing is computed. Threads: one at a time per embedder.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn halite_embedder_rank(
+    embedder: *mut HaliteEmbedder,
+    tokenizer: *const HaliteTokenizer,
+    query: *const c_char,
+    documents: *const *const c_char,
+    document_count: usize,
+    deadline_ms: u32,
+    out: *mut f32,
+    capacity: usize,
+    length: *mut usize,
+) -> HaliteResult {
+    let (named, texts, text_count) = (("documents", "document"), documents, document_count);
+    let numbers =
+        Numbers { embedder, tokenizer, named, texts, text_count, deadline_ms, out, capacity, length };
     let work = |c: &Caller| {
-        let object = handle::get::<EmbedderObject>(embedder)?;
-        let tokenizer: Arc<Tokenizer> = handle::get(tokenizer)?;
-        let texts = c.array("texts", texts, text_count)?;
-        let texts: Vec<&str> = texts.iter().map(|&text| c.text("text", text)).collect::<Fallible<_>>()?;
+        let query = c.text("query", query)?;
+        numbers.make(c, |_| 1, |e, tokenizer, documents| e.rank(tokenizer, query, documents))
+    };
+    // SAFETY: the caller's pointers are as the header says.
+    unsafe { call(work) }
+}
+
+/// Numbers of some texts: what a call asks for.
+struct Numbers {
+    embedder: *mut HaliteEmbedder,
+    tokenizer: *const HaliteTokenizer,
+    /// What errors call the texts, and one of them.
+    named: (&'static str, &'static str),
+    texts: *const *const c_char,
+    text_count: usize,
+    deadline_ms: u32,
+    out: *mut f32,
+    capacity: usize,
+    length: *mut usize,
+}
+
+impl Numbers {
+    /// Computes so many numbers of each text, and writes them.
+    fn make(
+        &self,
+        c: &Caller,
+        each: impl FnOnce(&Embedder) -> usize,
+        compute: impl FnOnce(&mut Embedder, &Tokenizer, &[&str]) -> halite::error::Result<Vec<f32>>,
+    ) -> Fallible<()> {
+        let Numbers { out, capacity, length, deadline_ms, .. } = *self;
+        let object = handle::get::<EmbedderObject>(self.embedder)?;
+        let tokenizer: Arc<Tokenizer> = handle::get(self.tokenizer)?;
+        let texts = c.array(self.named.0, self.texts, self.text_count)?;
+        let texts: Vec<&str> =
+            texts.iter().map(|&text| c.text(self.named.1, text)).collect::<Fallible<_>>()?;
         let mut embedder = handle::lock(EmbedderObject::KIND, &object.embedder)?;
-        let need = texts.len() * embedder.dimension();
+        let need = texts.len().saturating_mul(each(&embedder));
         // The length is known before the work.
         if out.is_null() || capacity < need {
             c.put_optional("length", length, need)?;
@@ -174,17 +230,15 @@ pub unsafe extern "C" fn halite_embedder_embed(
             };
         }
         let deadline = stop::deadline(deadline_ms);
-        let (vectors, passed) =
-            stop::within(&object.cancel, deadline, || embedder.embed(&tokenizer, &texts))?;
-        match vectors {
+        let (numbers, passed) =
+            stop::within(&object.cancel, deadline, || compute(&mut embedder, &tokenizer, &texts))?;
+        match numbers {
             Err(halite::Error::Cancelled) if passed => {
                 Err(Failure::new(HALITE_DEADLINE, format!("the deadline of {deadline_ms} ms passed")))
             }
-            vectors => c.put_array(&vectors?.concat(), out, capacity, length).map(drop),
+            numbers => c.put_array(&numbers?, out, capacity, length).map(drop),
         }
-    };
-    // SAFETY: the caller's pointers are as the header says.
-    unsafe { call(work) }
+    }
 }
 
 /// Stops the embedder's work within one op, and later work, too, until halite_embedder_reset. Threads: any,

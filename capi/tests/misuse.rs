@@ -184,6 +184,8 @@ struct World {
     generation: usize,
     embedder: usize,
     embed_tokenizer: usize,
+    reranker: usize,
+    rank_tokenizer: usize,
 }
 
 const TEMPLATE: &str = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:";
@@ -245,6 +247,12 @@ impl World {
             });
             let embedder =
                 opened(|out| halite_embedder_open(bert as _, backend as _, ptr::null(), out.cast()));
+            let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/data/rank/encoder.gguf");
+            let rank = opened(|out| halite_model_open(text_at(path) as _, out.cast()));
+            let rank_tokenizer = opened(|out| halite_tokenizer_open(rank as _, out.cast()));
+            let reranker =
+                opened(|out| halite_embedder_open(rank as _, backend as _, ptr::null(), out.cast()));
+            ok(halite_model_close(rank as _));
             World {
                 model,
                 free_model,
@@ -259,6 +267,8 @@ impl World {
                 generation,
                 embedder,
                 embed_tokenizer,
+                reranker,
+                rank_tokenizer,
             }
         }
     }
@@ -278,6 +288,8 @@ impl World {
             ok(halite_chat_close(self.chat as _));
             ok(halite_generation_close(self.generation as _));
             ok(halite_embedder_close(self.embedder as _));
+            ok(halite_embedder_close(self.reranker as _));
+            ok(halite_tokenizer_close(self.rank_tokenizer as _));
         }
     }
 }
@@ -418,6 +430,7 @@ fn rows(open: &World, closed: &World, folder: &Path) -> Vec<Row> {
     };
     let [b, n] = array(model_bytes);
     let [t0, t1] = texts();
+    let [d0, d1] = texts();
     let [p0, p1] = prompt();
     let [p2, p3] = prompt();
     let [p4, p5] = prompt();
@@ -625,6 +638,11 @@ fn rows(open: &World, closed: &World, folder: &Path) -> Vec<Row> {
             function!(halite_embedder_embed 0 1 2 3 4 5 6 7),
             with(vec![embedder(), handle(|w| w.embed_tokenizer), t0, t1, is(0)], out()),
         ),
+        row(function!(halite_embedder_rank 0 1 2 3 4 5 6 7 8), {
+            let mut reranker = handle(|w| w.reranker);
+            reranker.bad.push(("no reranker", open.embedder, HALITE_MALFORMED));
+            with(vec![reranker, handle(|w| w.rank_tokenizer), text("Who?"), d0, d1, is(0)], out())
+        }),
         row(function!(halite_embedder_cancel 0), vec![embedder()]),
         row(function!(halite_embedder_reset 0), vec![embedder()]),
         row(function!(halite_session_cancel 0), vec![session()]),

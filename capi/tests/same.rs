@@ -113,3 +113,35 @@ fn embeddings_are_the_same() {
         assert!(bert::largest_difference(&vectors) < 1e-5);
     }
 }
+
+#[test]
+fn scores_are_the_same() {
+    let file = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/data/rank/encoder.gguf");
+    let bytes = std::fs::read(file).unwrap();
+    let documents = ["You may use the Work.", "", "the names of others"];
+    let source = halite::map::Source::from_bytes("reranker", &bytes);
+    let reranker = std::sync::Arc::new(halite::Model::from_source(source).unwrap());
+    let tokenizer = halite::Tokenizer::from_gguf(reranker.gguf()).unwrap().unwrap();
+    let mut embedder =
+        halite::Embedder::new(&reranker, &bert::cpu(), &halite::EmbedOptions::default()).unwrap();
+    let want = embedder.rank(&tokenizer, "Who may use it?", &documents).unwrap();
+
+    let model = in_memory(&bytes);
+    let documents = documents.map(|document| CString::new(document).unwrap());
+    let documents = documents.each_ref().map(|document| document.as_ptr());
+    // SAFETY: all pointers are valid.
+    unsafe {
+        let tokenizer = opened(|out| halite_tokenizer_open(model, out));
+        let embedder = opened(|out| halite_embedder_open(model, cpu(), ptr::null(), out));
+        let (mut scores, mut length) = ([0.0; 3], 0);
+        let query = c"Who may use it?".as_ptr();
+        let (at, out) = (documents.as_ptr(), scores.as_mut_ptr());
+        assert_eq!(
+            halite_embedder_rank(embedder, tokenizer, query, at, 3, 0, out, 3, &mut length),
+            HALITE_OK
+        );
+        assert_eq!((length, &scores[..]), (3, &want[..]));
+        let short = halite_embedder_rank(embedder, tokenizer, query, at, 3, 0, out, 2, &mut length);
+        assert_eq!(short, HALITE_TOO_SMALL);
+    }
+}
